@@ -1,0 +1,2 @@
+//! The `pageferry` binary.
+fn main() {}

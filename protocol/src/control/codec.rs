@@ -1,0 +1,252 @@
+//! Bodies as sequences of little-endian fields.
+//!
+//! A [`Decoder`] never allocates by a length that it has not compared with the bytes at hand, and [`Decoder::finish`]
+//! refuses a body that is longer than its type, so a reader cannot overlook what a newer peer meant.
+
+/// Why a body is not what its type says.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// The body ends inside a field.
+    #[error("body ends in field {field}: {needed} bytes needed, {left} left")]
+    Short {
+        /// The field.
+        field: &'static str,
+        /// Bytes that the field takes.
+        needed: usize,
+        /// Bytes that are left.
+        left: usize,
+    },
+    /// The body goes on after the last field.
+    #[error("body is {extra} bytes longer than its type")]
+    Long {
+        /// Bytes after the last field.
+        extra: usize,
+    },
+    /// The value is none of those allowed.
+    #[error("{field} is {value:#x}, allowed: {allowed}")]
+    Value {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// What is allowed, in words.
+        allowed: &'static str,
+    },
+    /// The text is not UTF-8.
+    #[error("{field} is not UTF-8")]
+    Text {
+        /// The field.
+        field: &'static str,
+    },
+}
+
+/// Reads the fields of a body, front to back.
+#[derive(Debug)]
+pub struct Decoder<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Decoder<'a> {
+    /// A reader of `body`.
+    pub fn new(body: &'a [u8]) -> Self {
+        Self { rest: body }
+    }
+
+    /// Bytes that are not read yet.
+    pub fn left(&self) -> usize {
+        self.rest.len()
+    }
+
+    /// The next `length` bytes.
+    ///
+    /// # Errors
+    /// If fewer are left.
+    pub fn bytes(&mut self, field: &'static str, length: usize) -> Result<&'a [u8], DecodeError> {
+        match self.rest.split_at_checked(length) {
+            Some((head, rest)) => {
+                self.rest = rest;
+                Ok(head)
+            }
+            None => Err(DecodeError::Short { field, needed: length, left: self.rest.len() }),
+        }
+    }
+
+    fn array<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N], DecodeError> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.bytes(field, N)?);
+        Ok(array)
+    }
+
+    /// The next byte.
+    ///
+    /// # Errors
+    /// If the body ends first.
+    pub fn u8(&mut self, field: &'static str) -> Result<u8, DecodeError> {
+        Ok(self.array::<1>(field)?[0])
+    }
+
+    /// The next 16-bit number.
+    ///
+    /// # Errors
+    /// If the body ends first.
+    pub fn u16(&mut self, field: &'static str) -> Result<u16, DecodeError> {
+        Ok(u16::from_le_bytes(self.array(field)?))
+    }
+
+    /// The next 32-bit number.
+    ///
+    /// # Errors
+    /// If the body ends first.
+    pub fn u32(&mut self, field: &'static str) -> Result<u32, DecodeError> {
+        Ok(u32::from_le_bytes(self.array(field)?))
+    }
+
+    /// The next 64-bit number.
+    ///
+    /// # Errors
+    /// If the body ends first.
+    pub fn u64(&mut self, field: &'static str) -> Result<u64, DecodeError> {
+        Ok(u64::from_le_bytes(self.array(field)?))
+    }
+
+    /// A text: its length as a 32-bit number, at most `limit`, then as many bytes of UTF-8.
+    ///
+    /// # Errors
+    /// If the length is over the limit or over what is left, or the bytes are not UTF-8.
+    pub fn text(&mut self, field: &'static str, limit: usize) -> Result<&'a str, DecodeError> {
+        let length = self.u32(field)?;
+        if length as usize > limit {
+            return Err(DecodeError::Value {
+                field,
+                value: u64::from(length),
+                allowed: "a length within the limit of the field",
+            });
+        }
+        let bytes = self.bytes(field, length as usize)?;
+        std::str::from_utf8(bytes).map_err(|_| DecodeError::Text { field })
+    }
+
+    /// Everything that is left.
+    pub fn remainder(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.rest)
+    }
+
+    /// Ends the reading.
+    ///
+    /// # Errors
+    /// If anything is left.
+    pub fn finish(self) -> Result<(), DecodeError> {
+        match self.rest.len() {
+            0 => Ok(()),
+            extra => Err(DecodeError::Long { extra }),
+        }
+    }
+}
+
+/// Prints the fields of a body, front to back.
+#[derive(Debug, Default)]
+pub struct Encoder {
+    body: Vec<u8>,
+}
+
+impl Encoder {
+    /// An empty body.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a byte.
+    #[must_use]
+    pub fn u8(mut self, value: u8) -> Self {
+        self.body.push(value);
+        self
+    }
+
+    /// Adds a 16-bit number.
+    #[must_use]
+    pub fn u16(mut self, value: u16) -> Self {
+        self.body.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    /// Adds a 32-bit number.
+    #[must_use]
+    pub fn u32(mut self, value: u32) -> Self {
+        self.body.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    /// Adds a 64-bit number.
+    #[must_use]
+    pub fn u64(mut self, value: u64) -> Self {
+        self.body.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    /// Adds bytes as they are.
+    #[must_use]
+    pub fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.body.extend_from_slice(bytes);
+        self
+    }
+
+    /// Adds a text with its length before it.
+    #[must_use]
+    pub fn text(self, text: &str) -> Self {
+        self.u32(text.len() as u32).bytes(text.as_bytes())
+    }
+
+    /// The body.
+    pub fn finish(self) -> Vec<u8> {
+        self.body
+    }
+}
+
+/// Cuts a sentence to `limit` bytes at a character's boundary, so that it always fits its field.
+pub fn clip(sentence: &str, limit: usize) -> &str {
+    let mut end = sentence.len().min(limit);
+    while !sentence.is_char_boundary(end) {
+        end -= 1;
+    }
+    &sentence[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_come_back_in_order() {
+        let body = Encoder::new().u8(1).u16(2).u32(3).u64(4).text("five").bytes(b"6").finish();
+        let mut decoder = Decoder::new(&body);
+        assert_eq!(decoder.u8("a").unwrap(), 1);
+        assert_eq!(decoder.u16("b").unwrap(), 2);
+        assert_eq!(decoder.u32("c").unwrap(), 3);
+        assert_eq!(decoder.u64("d").unwrap(), 4);
+        assert_eq!(decoder.text("e", 4).unwrap(), "five");
+        assert_eq!(decoder.remainder(), b"6");
+        decoder.finish().unwrap();
+    }
+
+    #[test]
+    fn wrong_bodies_name_the_field() {
+        assert_eq!(
+            Decoder::new(&[0; 3]).u32("length"),
+            Err(DecodeError::Short { field: "length", needed: 4, left: 3 })
+        );
+        assert_eq!(Decoder::new(&[0; 3]).finish(), Err(DecodeError::Long { extra: 3 }));
+        let huge = Encoder::new().u32(u32::MAX).finish();
+        assert!(matches!(Decoder::new(&huge).text("name", 255), Err(DecodeError::Value { field: "name", .. })));
+        let lying = Encoder::new().u32(200).finish();
+        assert!(matches!(Decoder::new(&lying).text("name", 255), Err(DecodeError::Short { field: "name", .. })));
+        let broken = Encoder::new().u32(1).u8(0xff).finish();
+        assert_eq!(Decoder::new(&broken).text("name", 255), Err(DecodeError::Text { field: "name" }));
+    }
+
+    #[test]
+    fn clip_keeps_characters_whole() {
+        assert_eq!(clip("grün", 3), "gr");
+        assert_eq!(clip("grün", 4), "grü");
+        assert_eq!(clip("grün", 400), "grün");
+    }
+}

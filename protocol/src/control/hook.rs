@@ -1,0 +1,320 @@
+//! Hooks: requests of the agent to the VMM, on the socket that the VMM hands over with `VHOST_USER_SET_BACKEND_REQ_FD`.
+//!
+//! Every body starts with a sequence number, which the answer repeats: so an answer that comes after its deadline is told from the
+//! one that is waited for. The VMM answers in the order of the requests.
+
+use super::codec::{DecodeError, Decoder, Encoder};
+use super::job::JobStatus;
+use super::request::{RemoteError, Reply, decode_reply, encode_reply};
+
+/// Hook codes.
+pub mod code {
+    #![allow(missing_docs)]
+    pub const PAUSE: u32 = 0x2000;
+    pub const RESUME: u32 = 0x2001;
+    pub const START_TRACKING: u32 = 0x2002;
+    pub const STOP_TRACKING: u32 = 0x2003;
+    pub const SYNC_TRACKER: u32 = 0x2004;
+    pub const CLEAR_TRACKER: u32 = 0x2005;
+    pub const THROTTLE: u32 = 0x2006;
+    pub const SAVE_STATE: u32 = 0x2007;
+    pub const LOAD_STATE: u32 = 0x2008;
+    pub const RELINQUISH: u32 = 0x2009;
+    pub const EVENT: u32 = 0x200a;
+}
+
+/// Most pages of one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
+pub const MAX_CLEAR_PAGES: u64 = 1 << 18;
+/// Most pieces of state.
+pub const MAX_PIECES: usize = 1024;
+/// Longest name of a piece of state in bytes.
+pub const MAX_PIECE_NAME: usize = 255;
+/// Most bytes of state in all pieces together: 1 GiB.
+pub const MAX_STATE: u64 = 1 << 30;
+
+/// A piece of the VMM's state: its name, and how many bytes it takes in the file that comes with the frame. The pieces lie one after
+/// another in that file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PieceSize {
+    /// Chosen by the VMM.
+    pub name: String,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+/// What the agent asks of the VMM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Hook {
+    /// Stop the guest and all that writes its memory.
+    Pause,
+    /// Let the guest run: at the source after a failure, at the destination after the commit.
+    Resume {
+        /// An operator forces it although ownership was given up (law 9).
+        force: bool,
+    },
+    /// Start the VMM's own tracker (KVM's dirty log).
+    StartTracking,
+    /// Stop it.
+    StopTracking,
+    /// Set the bits of all pages that the VMM's tracker knows as dirty in the shared log.
+    SyncTracker,
+    /// Clear these pages in the VMM's tracker, so that their next write is reported.
+    ClearTracker {
+        /// The block.
+        block: u32,
+        /// First page within the block; a multiple of 64.
+        first: u64,
+        /// One bit per page from `first`: those to clear.
+        bitmap: Vec<u64>,
+    },
+    /// Hold the guest back for this part of its time.
+    Throttle {
+        /// 0 to 99.
+        percent: u32,
+    },
+    /// Hand over the state of the VMM and its devices. Answered by [`PieceSize`]s, and a file as the descriptor.
+    SaveState,
+    /// Take the state; a file comes as the descriptor.
+    LoadState {
+        /// The pieces in the file.
+        pieces: Vec<PieceSize>,
+    },
+    /// The agent is about to give up ownership: from the answer on, the VMM must not resume the guest by itself, not even
+    /// when it loses the agent (law 9).
+    Relinquish,
+    /// Something to know; not answered.
+    Event {
+        /// How the job stands.
+        status: JobStatus,
+    },
+}
+
+impl Hook {
+    /// The hook's code.
+    pub fn code(&self) -> u32 {
+        match self {
+            Self::Pause => code::PAUSE,
+            Self::Resume { .. } => code::RESUME,
+            Self::StartTracking => code::START_TRACKING,
+            Self::StopTracking => code::STOP_TRACKING,
+            Self::SyncTracker => code::SYNC_TRACKER,
+            Self::ClearTracker { .. } => code::CLEAR_TRACKER,
+            Self::Throttle { .. } => code::THROTTLE,
+            Self::SaveState => code::SAVE_STATE,
+            Self::LoadState { .. } => code::LOAD_STATE,
+            Self::Relinquish => code::RELINQUISH,
+            Self::Event { .. } => code::EVENT,
+        }
+    }
+
+    /// For errors: what was asked.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Resume { .. } => "resume",
+            Self::StartTracking => "start tracking",
+            Self::StopTracking => "stop tracking",
+            Self::SyncTracker => "sync tracker",
+            Self::ClearTracker { .. } => "clear tracker",
+            Self::Throttle { .. } => "throttle",
+            Self::SaveState => "save state",
+            Self::LoadState { .. } => "load state",
+            Self::Relinquish => "relinquish",
+            Self::Event { .. } => "event",
+        }
+    }
+
+    /// The hook's body.
+    pub fn encode(&self, sequence: u64) -> Vec<u8> {
+        let encoder = Encoder::new().u64(sequence);
+        match self {
+            Self::Resume { force } => encoder.u32(u32::from(*force)),
+            Self::ClearTracker { block, first, bitmap } => {
+                let encoder = encoder.u32(*block).u32(bitmap.len() as u32).u64(*first);
+                bitmap.iter().fold(encoder, |encoder, word| encoder.u64(*word))
+            }
+            Self::Throttle { percent } => encoder.u32(*percent),
+            Self::LoadState { pieces } => encode_pieces(pieces, encoder),
+            Self::Event { status } => status.encode(encoder),
+            _ => encoder,
+        }
+        .finish()
+    }
+
+    /// Reads a hook and its sequence number; `None` if the code is none.
+    ///
+    /// # Errors
+    /// The field that is wrong.
+    pub fn decode(hook: u32, body: &[u8]) -> Option<Result<(u64, Self), DecodeError>> {
+        let mut decoder = Decoder::new(body);
+        let decoded = match decoder.u64("sequence") {
+            Ok(sequence) => Self::decode_fields(hook, &mut decoder)?.map(|hook| (sequence, hook)),
+            Err(error) => Err(error),
+        };
+        Some(decoded.and_then(|decoded| decoder.finish().map(|()| decoded)))
+    }
+
+    fn decode_fields(hook: u32, decoder: &mut Decoder<'_>) -> Option<Result<Self, DecodeError>> {
+        Some(match hook {
+            code::PAUSE => Ok(Self::Pause),
+            code::RESUME => decoder.u32("force").map(|force| Self::Resume { force: force != 0 }),
+            code::START_TRACKING => Ok(Self::StartTracking),
+            code::STOP_TRACKING => Ok(Self::StopTracking),
+            code::SYNC_TRACKER => Ok(Self::SyncTracker),
+            code::CLEAR_TRACKER => decode_clear(decoder),
+            code::THROTTLE => match decoder.u32("percent") {
+                Ok(percent @ 0..=99) => Ok(Self::Throttle { percent }),
+                Ok(value) => Err(DecodeError::Value { field: "percent", value: value.into(), allowed: "0 to 99" }),
+                Err(error) => Err(error),
+            },
+            code::SAVE_STATE => Ok(Self::SaveState),
+            code::LOAD_STATE => decode_pieces(decoder).map(|pieces| Self::LoadState { pieces }),
+            code::RELINQUISH => Ok(Self::Relinquish),
+            code::EVENT => JobStatus::decode(decoder).map(|status| Self::Event { status }),
+            _ => return None,
+        })
+    }
+}
+
+fn decode_clear(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
+    let block = decoder.u32("block")?;
+    let words = decoder.u32("words")?;
+    let first = decoder.u64("first")?;
+    if u64::from(words) * 64 > MAX_CLEAR_PAGES {
+        return Err(DecodeError::Value { field: "words", value: words.into(), allowed: "at most 4096" });
+    }
+    if first % 64 != 0 {
+        return Err(DecodeError::Value { field: "first", value: first, allowed: "multiples of 64" });
+    }
+    let bytes = decoder.bytes("bitmap", words as usize * 8)?;
+    let (words, _) = bytes.as_chunks::<8>();
+    Ok(Hook::ClearTracker { block, first, bitmap: words.iter().map(|word| u64::from_le_bytes(*word)).collect() })
+}
+
+fn encode_pieces(pieces: &[PieceSize], encoder: Encoder) -> Encoder {
+    pieces.iter().fold(encoder.u32(pieces.len() as u32), |encoder, piece| encoder.u64(piece.length).text(&piece.name))
+}
+
+fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>, DecodeError> {
+    let count = decoder.u32("pieces")?;
+    if count as usize > MAX_PIECES {
+        return Err(DecodeError::Value { field: "pieces", value: count.into(), allowed: "at most 1024" });
+    }
+    let mut total = 0u64;
+    (0..count)
+        .map(|_| {
+            let length = decoder.u64("length")?;
+            total = total.saturating_add(length);
+            if total > MAX_STATE {
+                return Err(DecodeError::Value {
+                    field: "length",
+                    value: length,
+                    allowed: "1 GiB in all pieces together",
+                });
+            }
+            Ok(PieceSize { name: decoder.text("name", MAX_PIECE_NAME)?.to_owned(), length })
+        })
+        .collect()
+}
+
+/// The body of an answer without a result.
+pub fn encode_hook_reply(sequence: u64, reply: &Reply<()>) -> Vec<u8> {
+    let mut body = sequence.to_le_bytes().to_vec();
+    body.extend(encode_reply(reply, |(), encoder| encoder));
+    body
+}
+
+/// The body of an answer to [`Hook::SaveState`].
+pub fn encode_state_reply(sequence: u64, reply: &Reply<Vec<PieceSize>>) -> Vec<u8> {
+    let mut body = sequence.to_le_bytes().to_vec();
+    body.extend(encode_reply(reply, |pieces, encoder| encode_pieces(pieces, encoder)));
+    body
+}
+
+/// The sequence number of an answer.
+///
+/// # Errors
+/// If there is none.
+pub fn reply_sequence(body: &[u8]) -> Result<u64, DecodeError> {
+    Decoder::new(body).u64("sequence")
+}
+
+/// Reads the answer to any hook but [`Hook::SaveState`].
+///
+/// # Errors
+/// If it is malformed; the VMM's error is in the inner result.
+pub fn decode_hook_reply(body: &[u8]) -> Result<Reply<()>, DecodeError> {
+    decode_reply(after_sequence(body)?, |_| Ok(()))
+}
+
+/// Reads the answer to [`Hook::SaveState`].
+///
+/// # Errors
+/// If it is malformed; the VMM's error is in the inner result.
+pub fn decode_state_reply(body: &[u8]) -> Result<Result<Vec<PieceSize>, RemoteError>, DecodeError> {
+    decode_reply(after_sequence(body)?, decode_pieces)
+}
+
+fn after_sequence(body: &[u8]) -> Result<&[u8], DecodeError> {
+    let mut decoder = Decoder::new(body);
+    decoder.u64("sequence")?;
+    Ok(decoder.remainder())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::request::ErrorCode;
+    use proptest::prelude::*;
+
+    #[test]
+    fn hooks_survive_the_wire() {
+        let pieces = vec![PieceSize { name: "vcpu".into(), length: 5 }, PieceSize { name: String::new(), length: 0 }];
+        let hooks = [
+            Hook::Pause,
+            Hook::Resume { force: true },
+            Hook::StartTracking,
+            Hook::StopTracking,
+            Hook::SyncTracker,
+            Hook::ClearTracker { block: 3, first: 128, bitmap: vec![1, u64::MAX] },
+            Hook::Throttle { percent: 99 },
+            Hook::SaveState,
+            Hook::LoadState { pieces: pieces.clone() },
+            Hook::Relinquish,
+            Hook::Event { status: JobStatus::default() },
+        ];
+        for (sequence, hook) in (40..).zip(hooks) {
+            let body = hook.encode(sequence);
+            assert_eq!(Hook::decode(hook.code(), &body), Some(Ok((sequence, hook.clone()))), "{}", hook.name());
+            assert!(Hook::decode(hook.code(), &body[..body.len() - 1]).unwrap().is_err(), "{} cut short", hook.name());
+        }
+        let reply = encode_state_reply(9, &Ok(pieces.clone()));
+        assert_eq!(reply_sequence(&reply), Ok(9));
+        assert_eq!(decode_state_reply(&reply), Ok(Ok(pieces)));
+        let error = RemoteError::new(ErrorCode::Other, "no");
+        assert_eq!(decode_hook_reply(&encode_hook_reply(9, &Err(error.clone()))), Ok(Err(error)));
+    }
+
+    #[test]
+    fn state_and_bitmaps_are_limited_before_anything_is_allocated() {
+        let words = Encoder::new().u64(1).u32(0).u32(u32::MAX).u64(0).finish();
+        assert!(matches!(
+            Hook::decode(code::CLEAR_TRACKER, &words).unwrap(),
+            Err(DecodeError::Value { field: "words", .. })
+        ));
+        let pieces = Encoder::new().u64(1).u32(1).u64(u64::MAX).text("x").finish();
+        assert!(matches!(
+            Hook::decode(code::LOAD_STATE, &pieces).unwrap(),
+            Err(DecodeError::Value { field: "length", .. })
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_decoders_panic(code in 0x2000u32..0x2010, body in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Hook::decode(code, &body);
+            let _ = decode_hook_reply(&body);
+            let _ = decode_state_reply(&body);
+        }
+    }
+}

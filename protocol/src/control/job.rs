@@ -1,0 +1,343 @@
+//! What a migration is started with, and how it stands.
+
+use super::codec::{DecodeError, Decoder, Encoder, clip};
+use std::time::Duration;
+
+/// Most streams of one migration.
+pub const MAX_STREAMS: u16 = 64;
+/// Longest address of a peer in bytes.
+pub const MAX_ADDRESS: usize = 4096;
+/// Longest sentence of an error in bytes.
+pub const MAX_SENTENCE: usize = 4096;
+
+/// What to do when the passes do not converge: when after [`OutgoingOptions::max_passes`] passes the rest still does not fit
+/// the downtime limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum NonConvergence {
+    /// Go on with passes until they do, or the operator changes a limit or cancels.
+    KeepGoing = 0,
+    /// Ask the VMM to slow the guest down, more with every pass, and go on.
+    Throttle = 1,
+    /// Stop the guest and send the rest, however long that takes.
+    StopAnyway = 2,
+    /// Fail; the guest runs on at the source.
+    Fail = 3,
+}
+
+impl NonConvergence {
+    /// All policies with the names that users write.
+    pub const NAMES: [(&'static str, NonConvergence); 4] = [
+        ("keep-going", NonConvergence::KeepGoing),
+        ("throttle", NonConvergence::Throttle),
+        ("stop", NonConvergence::StopAnyway),
+        ("fail", NonConvergence::Fail),
+    ];
+
+    fn from_wire(value: u32) -> Result<Self, DecodeError> {
+        Self::NAMES.iter().map(|(_, policy)| *policy).find(|policy| *policy as u32 == value).ok_or(DecodeError::Value {
+            field: "policy",
+            value: value.into(),
+            allowed: "0 keep-going, 1 throttle, 2 stop, 3 fail",
+        })
+    }
+}
+
+/// Options of an outgoing migration. All but the streams can be changed while it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutgoingOptions {
+    /// Number of connections, 1 to [`MAX_STREAMS`]. A target that is one handed-over descriptor has one.
+    pub streams: u16,
+    /// How long the guest may stand still.
+    pub downtime_limit: Duration,
+    /// Limit of all streams together in bytes per second; 0 is none.
+    pub bandwidth: u64,
+    /// Passes over running memory after which the policy decides; 0 is no limit.
+    pub max_passes: u32,
+    /// What to do then.
+    pub policy: NonConvergence,
+    /// How long the peer may be silent where it owes an answer or room to send.
+    pub peer_timeout: Duration,
+    /// How long the VMM may take to answer a hook.
+    pub hook_timeout: Duration,
+}
+
+impl Default for OutgoingOptions {
+    fn default() -> Self {
+        Self {
+            streams: 1,
+            downtime_limit: Duration::from_millis(300),
+            bandwidth: 0,
+            max_passes: 30,
+            policy: NonConvergence::KeepGoing,
+            peer_timeout: Duration::from_secs(30),
+            hook_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl OutgoingOptions {
+    pub(super) fn encode(&self, encoder: Encoder) -> Encoder {
+        encoder
+            .u16(self.streams)
+            .u16(0)
+            .u32(self.max_passes)
+            .u64(micros(self.downtime_limit))
+            .u64(self.bandwidth)
+            .u32(self.policy as u32)
+            .u32(0)
+            .u64(micros(self.peer_timeout))
+            .u64(micros(self.hook_timeout))
+    }
+
+    pub(super) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        let streams = decoder.u16("streams")?;
+        decoder.u16("reserved")?;
+        let max_passes = decoder.u32("max_passes")?;
+        let downtime_limit = Duration::from_micros(decoder.u64("downtime_limit")?);
+        let bandwidth = decoder.u64("bandwidth")?;
+        let policy = NonConvergence::from_wire(decoder.u32("policy")?)?;
+        decoder.u32("reserved")?;
+        let peer_timeout = timeout(decoder, "peer_timeout")?;
+        let hook_timeout = timeout(decoder, "hook_timeout")?;
+        if streams == 0 || streams > MAX_STREAMS {
+            return Err(DecodeError::Value { field: "streams", value: streams.into(), allowed: "1 to 64" });
+        }
+        Ok(Self { streams, downtime_limit, bandwidth, max_passes, policy, peer_timeout, hook_timeout })
+    }
+}
+
+/// Options of an incoming migration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IncomingOptions {
+    /// How long the source may be silent once it is connected.
+    pub peer_timeout: Duration,
+    /// How long the VMM may take to answer a hook.
+    pub hook_timeout: Duration,
+}
+
+impl Default for IncomingOptions {
+    fn default() -> Self {
+        let OutgoingOptions { peer_timeout, hook_timeout, .. } = OutgoingOptions::default();
+        Self { peer_timeout, hook_timeout }
+    }
+}
+
+impl IncomingOptions {
+    pub(super) fn encode(&self, encoder: Encoder) -> Encoder {
+        encoder.u64(micros(self.peer_timeout)).u64(micros(self.hook_timeout))
+    }
+
+    pub(super) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        let peer_timeout = timeout(decoder, "peer_timeout")?;
+        let hook_timeout = timeout(decoder, "hook_timeout")?;
+        Ok(Self { peer_timeout, hook_timeout })
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn timeout(decoder: &mut Decoder<'_>, field: &'static str) -> Result<Duration, DecodeError> {
+    const LONGEST: u64 = 24 * 3600 * 1_000_000;
+    match decoder.u64(field)? {
+        value @ 1..=LONGEST => Ok(Duration::from_micros(value)),
+        value => Err(DecodeError::Value { field, value, allowed: "1 microsecond to 24 hours" }),
+    }
+}
+
+/// What a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u32)]
+pub enum JobKind {
+    /// No job was started yet.
+    #[default]
+    None = 0,
+    /// An outgoing migration.
+    Outgoing = 1,
+    /// An incoming migration.
+    Incoming = 2,
+}
+
+impl JobKind {
+    /// The name that users see.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Outgoing => "outgoing",
+            Self::Incoming => "incoming",
+        }
+    }
+
+    fn from_wire(value: u32) -> Result<Self, DecodeError> {
+        [Self::None, Self::Outgoing, Self::Incoming]
+            .into_iter()
+            .find(|kind| *kind as u32 == value)
+            .ok_or(DecodeError::Value { field: "kind", value: value.into(), allowed: "0 none, 1 outgoing, 2 incoming" })
+    }
+}
+
+/// Where a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[repr(u32)]
+pub enum Phase {
+    /// No job was started yet.
+    #[default]
+    Idle = 0,
+    /// Outgoing: connecting. Incoming: waiting for the source.
+    Connecting = 1,
+    /// Outgoing: telling the peer what comes. Incoming: checking that, and making holes.
+    Preparing = 2,
+    /// Outgoing: starting the trackers, and clearing what is discarded.
+    Tracking = 3,
+    /// Passes over the memory of a running guest.
+    Passes = 4,
+    /// Outgoing: the guest is being stopped, or stands still for the last pass.
+    Stopping = 5,
+    /// The destination loads the VMM's state.
+    Loading = 6,
+    /// Outgoing: ownership is being given up. Incoming: waiting for it.
+    Committing = 7,
+    /// The destination has it all, and runs.
+    Completed = 8,
+    /// It failed; an outgoing guest runs on at the source.
+    Failed = 9,
+    /// It was cancelled; an outgoing guest runs on at the source.
+    Cancelled = 10,
+    /// Outgoing: the commit was sent and the link died before the destination confirmed. The guest stands still here, and whether it
+    /// runs there only an operator can find out.
+    Unconfirmed = 11,
+}
+
+impl Phase {
+    const ALL: [(Phase, &'static str); 12] = [
+        (Phase::Idle, "idle"),
+        (Phase::Connecting, "connecting"),
+        (Phase::Preparing, "preparing"),
+        (Phase::Tracking, "tracking"),
+        (Phase::Passes, "passes"),
+        (Phase::Stopping, "stopping"),
+        (Phase::Loading, "loading"),
+        (Phase::Committing, "committing"),
+        (Phase::Completed, "completed"),
+        (Phase::Failed, "failed"),
+        (Phase::Cancelled, "cancelled"),
+        (Phase::Unconfirmed, "unconfirmed"),
+    ];
+
+    /// The name that users see.
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(phase, _)| *phase == self).map_or("", |(_, name)| name)
+    }
+
+    /// True if nothing more will happen.
+    pub fn is_final(self) -> bool {
+        self == Self::Idle || self >= Self::Completed
+    }
+
+    fn from_wire(value: u32) -> Result<Self, DecodeError> {
+        Self::ALL.iter().map(|(phase, _)| *phase).find(|phase| *phase as u32 == value).ok_or(DecodeError::Value {
+            field: "phase",
+            value: value.into(),
+            allowed: "0 to 11",
+        })
+    }
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// The figures of a job. One field a line; the wire, `--json` and the tables all follow this list.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+        pub struct Counters {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Counters {
+            /// All figures with their names.
+            pub fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name),)*].into_iter()
+            }
+
+            fn encode(&self, encoder: Encoder) -> Encoder {
+                encoder$(.u64(self.$name))*
+            }
+
+            fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+                Ok(Self { $($name: decoder.u64(stringify!($name))?,)* })
+            }
+        }
+    };
+}
+
+counters! {
+    /// Passes that ended, the last one, with the guest stopped, among them.
+    passes,
+    /// Pages sent with their content. A page sent in two passes counts twice.
+    pages_sent,
+    /// Allocated pages that were read and found to be zero, and holes that were sent as zero.
+    zero_pages,
+    /// Pages told to the destination as discarded.
+    discarded_pages,
+    /// Pages sent although discarded, since the guest wrote into them afterwards.
+    stray_pages,
+    /// Bytes written to, or read from, all streams: headers, content and state.
+    wire_bytes,
+    /// Pages that are dirty and not sent yet.
+    remaining_pages,
+    /// Pages that the current pass started with.
+    pass_pages,
+    /// Pages of the current pass that are done.
+    pass_pages_done,
+    /// Microseconds since the job started; stands when it ends.
+    total_us,
+    /// Microseconds from asking the VMM to pause until the destination said that its guest runs.
+    downtime_us,
+    /// Microseconds that the guest would stand still if it were stopped now.
+    expected_downtime_us,
+    /// Bytes per second over the last pass.
+    bandwidth,
+    /// Pages per second that the guest dirtied during the last pass.
+    dirty_pages_per_s,
+    /// Microseconds that the last sync of the trackers took.
+    sync_us,
+    /// Percent of its time that the guest is held back, if throttled.
+    throttle_percent,
+}
+
+/// How a job stands.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct JobStatus {
+    /// Number of the job, counted from 1; 0 if there was none.
+    pub job: u64,
+    /// What it is.
+    pub kind: JobKind,
+    /// Where it stands.
+    pub phase: Phase,
+    /// Its figures.
+    pub counters: Counters,
+    /// Why it failed; empty if it did not.
+    pub error: String,
+}
+
+impl JobStatus {
+    /// Adds the fields to a body.
+    pub fn encode(&self, encoder: Encoder) -> Encoder {
+        let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32);
+        self.counters.encode(encoder).text(clip(&self.error, MAX_SENTENCE))
+    }
+
+    /// Reads the fields from a body.
+    ///
+    /// # Errors
+    /// The field that is wrong.
+    pub fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            job: decoder.u64("job")?,
+            kind: JobKind::from_wire(decoder.u32("kind")?)?,
+            phase: Phase::from_wire(decoder.u32("phase")?)?,
+            counters: Counters::decode(decoder)?,
+            error: decoder.text("error", MAX_SENTENCE)?.to_owned(),
+        })
+    }
+}

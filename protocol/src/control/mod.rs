@@ -1,0 +1,22 @@
+//! The socket between a VMM and its agent.
+//!
+//! - [`codec`]: reading and printing bodies field by field, each error naming the field;
+//! - [`frame`]: vhost-user's header, and the limits of a frame;
+//! - [`socket`]: sending and receiving frames with file descriptors over a UNIX stream socket;
+//! - [`request`]: pageferry's own requests from the VMM or operator to the agent;
+//! - [`job`]: what a migration is started with, and how it stands;
+//! - [`hook`]: requests of the agent to the VMM;
+//! - [`standard`] (feature `vhost-user`): the part of vhost-user that hands over memory.
+
+pub mod codec;
+pub mod frame;
+pub mod hook;
+pub mod job;
+pub mod request;
+pub mod socket;
+#[cfg(feature = "vhost-user")]
+pub mod standard;
+
+pub use codec::{DecodeError, Decoder, Encoder};
+pub use frame::{Frame, FrameHeader};
+pub use socket::{FrameSocket, SocketError};

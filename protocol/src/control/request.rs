@@ -1,0 +1,572 @@
+//! pageferry's own requests, from a VMM or an operator to the agent. Codes from 0x1000, clear of vhost-user's.
+//!
+//! Each is answered by a frame with the same code and the reply flag: a result code (0 is success), then what the request returns, or
+//! a sentence that names the field and the value. See [`Reply`].
+
+use super::codec::{DecodeError, Decoder, Encoder, clip};
+use super::frame::MAX_BODY;
+use super::job::{IncomingOptions, MAX_ADDRESS, MAX_SENTENCE, OutgoingOptions};
+use crate::memory::BlockGeometry;
+use crate::memory::geometry::MAX_NAME;
+use std::time::Duration;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// The version of the control protocol that this crate speaks.
+pub const CONTROL_VERSION: u16 = 1;
+/// First code of our own.
+pub const OWN_REQUESTS: u32 = 0x1000;
+
+/// Request codes.
+pub mod code {
+    #![allow(missing_docs)]
+    pub const HELLO: u32 = 0x1000;
+    pub const ADD_BLOCK: u32 = 0x1001;
+    pub const REMOVE_BLOCK: u32 = 0x1002;
+    pub const DISCARD: u32 = 0x1003;
+    pub const POPULATE: u32 = 0x1004;
+    pub const SET_TRACKERS: u32 = 0x1005;
+    pub const START_OUTGOING: u32 = 0x1010;
+    pub const START_INCOMING: u32 = 0x1011;
+    pub const CANCEL: u32 = 0x1012;
+    pub const SET_PARAMETERS: u32 = 0x1013;
+    pub const QUERY_STATUS: u32 = 0x1014;
+    pub const SUBSCRIBE: u32 = 0x1015;
+    pub const RESUME: u32 = 0x1016;
+    /// Not a request: what a subscriber gets, the [`super::JobStatus`](crate::control::job::JobStatus) as the body.
+    pub const EVENT: u32 = 0x1100;
+}
+
+/// Flag of a block: it starts as discarded instead of populated.
+pub const BLOCK_DISCARDED: u32 = 1 << 0;
+/// Flag of a discard: the agent frees the backing with `FALLOC_FL_PUNCH_HOLE`.
+pub const DISCARD_PUNCH: u32 = 1 << 0;
+/// Tracker: the VMM answers the sync and clear hooks (KVM's dirty log).
+pub const TRACKER_HOOKS: u32 = 1 << 0;
+/// Tracker: write-protect scanning; the frame carries the VMM's `/proc/self/pagemap`.
+pub const TRACKER_WRITE_PROTECT: u32 = 1 << 1;
+
+/// Bytes of a range on the wire.
+const RANGE_SIZE: usize = size_of::<WireRange>();
+/// Most ranges in one discard or populate.
+pub const MAX_RANGES: usize = (MAX_BODY - 8) / RANGE_SIZE;
+
+/// A range of bytes in a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockRange {
+    /// The block.
+    pub block: u32,
+    /// Offset of the first byte within the block.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireRange {
+    block: U32,
+    reserved: U32,
+    offset: U64,
+    length: U64,
+}
+
+/// What a VMM or an operator asks of the agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// Opens the own part of the protocol. Answered by [`HelloReply`].
+    Hello {
+        /// Lowest version the sender speaks.
+        version_min: u16,
+        /// Highest version the sender speaks.
+        version_max: u16,
+        /// Feature bits the sender offers; none are defined yet.
+        features: u64,
+    },
+    /// Adds a block. Descriptors: the memory, then the bitmap of discarded pages (one bit per page, whole 64-bit words), which the
+    /// VMM keeps and which is taken as it is. Answered by [`AddBlockReply`].
+    AddBlock {
+        /// Id, name, place, granularity.
+        geometry: BlockGeometry,
+        /// Offset of the block in its file in bytes.
+        fd_offset: u64,
+        /// Where the VMM has it mapped; 0 if nowhere.
+        vmm_address: u64,
+        /// [`BLOCK_DISCARDED`].
+        flags: u32,
+    },
+    /// Removes a block.
+    RemoveBlock {
+        /// The block.
+        id: u32,
+    },
+    /// The content of these ranges is stale from now on. Answered by the number of pages that were not discarded before.
+    Discard {
+        /// [`DISCARD_PUNCH`].
+        flags: u32,
+        /// What is discarded; rounded inward.
+        ranges: Vec<BlockRange>,
+    },
+    /// The guest is about to use these ranges. Answered by the number of pages that were discarded before.
+    Populate {
+        /// What is populated; rounded outward.
+        ranges: Vec<BlockRange>,
+    },
+    /// Which trackers report the guest's writes, beside the shared log.
+    SetTrackers {
+        /// [`TRACKER_HOOKS`], [`TRACKER_WRITE_PROTECT`].
+        sources: u32,
+    },
+    /// Starts to send the guest. Answered by [`JobStarted`].
+    StartOutgoing {
+        /// `tcp:HOST:PORT`, `unix:PATH`, or `fd` with a connected socket as the descriptor.
+        target: String,
+        /// How.
+        options: OutgoingOptions,
+    },
+    /// Starts to wait for a guest. Answered by [`JobStarted`].
+    StartIncoming {
+        /// `tcp:HOST:PORT`, `unix:PATH`, or `fd` with a connected socket as the descriptor.
+        listen: String,
+        /// How.
+        options: IncomingOptions,
+    },
+    /// Cancels the job that runs. Refused once ownership is being given up.
+    Cancel,
+    /// Changes limits of the outgoing migration that runs.
+    SetParameters {
+        /// What to change; `streams`, `peer_timeout` and `hook_timeout` are ignored.
+        options: OutgoingOptions,
+    },
+    /// Asks how the job stands that runs or ran last. Answered by a [`JobStatus`](super::job::JobStatus).
+    QueryStatus,
+    /// Asks for a status in every interval, and at every change of phase, as [`code::EVENT`] frames.
+    Subscribe {
+        /// Time between two of them.
+        interval: Duration,
+    },
+    /// Resumes the guest by the VMM after a commit that was never confirmed (law 9). Only for an operator who looked at both sides.
+    Resume {
+        /// Must be true: says that the operator knows that the destination does not run.
+        force: bool,
+    },
+}
+
+impl Request {
+    /// The request's code.
+    pub fn code(&self) -> u32 {
+        match self {
+            Self::Hello { .. } => code::HELLO,
+            Self::AddBlock { .. } => code::ADD_BLOCK,
+            Self::RemoveBlock { .. } => code::REMOVE_BLOCK,
+            Self::Discard { .. } => code::DISCARD,
+            Self::Populate { .. } => code::POPULATE,
+            Self::SetTrackers { .. } => code::SET_TRACKERS,
+            Self::StartOutgoing { .. } => code::START_OUTGOING,
+            Self::StartIncoming { .. } => code::START_INCOMING,
+            Self::Cancel => code::CANCEL,
+            Self::SetParameters { .. } => code::SET_PARAMETERS,
+            Self::QueryStatus => code::QUERY_STATUS,
+            Self::Subscribe { .. } => code::SUBSCRIBE,
+            Self::Resume { .. } => code::RESUME,
+        }
+    }
+
+    /// The request's body.
+    pub fn encode(&self) -> Vec<u8> {
+        let encoder = Encoder::new();
+        match self {
+            Self::Hello { version_min, version_max, features } => {
+                encoder.u16(*version_min).u16(*version_max).u32(0).u64(*features)
+            }
+            Self::AddBlock { geometry, fd_offset, vmm_address, flags } => encoder
+                .u32(geometry.id)
+                .u32(*flags)
+                .u64(geometry.gpa)
+                .u64(geometry.length)
+                .u64(geometry.granularity)
+                .u64(*fd_offset)
+                .u64(*vmm_address)
+                .text(&geometry.name),
+            Self::RemoveBlock { id } => encoder.u32(*id),
+            Self::Discard { flags, ranges } => encode_ranges(*flags, ranges),
+            Self::Populate { ranges } => encode_ranges(0, ranges),
+            Self::SetTrackers { sources } => encoder.u32(*sources),
+            Self::StartOutgoing { target, options } => options.encode(encoder.text(target)),
+            Self::StartIncoming { listen, options } => options.encode(encoder.text(listen)),
+            Self::SetParameters { options } => options.encode(encoder),
+            Self::Subscribe { interval } => encoder.u32(u32::try_from(interval.as_millis()).unwrap_or(u32::MAX)),
+            Self::Resume { force } => encoder.u32(u32::from(*force)),
+            Self::Cancel | Self::QueryStatus => encoder,
+        }
+        .finish()
+    }
+
+    /// Reads a request; `None` if the code is not one of ours.
+    ///
+    /// # Errors
+    /// The field that is wrong.
+    pub fn decode(request: u32, body: &[u8]) -> Option<Result<Self, DecodeError>> {
+        let mut decoder = Decoder::new(body);
+        let decoded = Self::decode_fields(request, &mut decoder)?;
+        Some(decoded.and_then(|request| decoder.finish().map(|()| request)))
+    }
+
+    fn decode_fields(request: u32, decoder: &mut Decoder<'_>) -> Option<Result<Self, DecodeError>> {
+        Some(match request {
+            code::HELLO => decode_hello(decoder),
+            code::ADD_BLOCK => decode_add_block(decoder),
+            code::REMOVE_BLOCK => decoder.u32("id").map(|id| Self::RemoveBlock { id }),
+            code::DISCARD => decode_ranges(decoder, DISCARD_PUNCH, "bit 0, punch")
+                .map(|(flags, ranges)| Self::Discard { flags, ranges }),
+            code::POPULATE => decode_ranges(decoder, 0, "none").map(|(_, ranges)| Self::Populate { ranges }),
+            code::SET_TRACKERS => flags(
+                decoder,
+                "sources",
+                TRACKER_HOOKS | TRACKER_WRITE_PROTECT,
+                "bit 0, hooks, and bit 1, write-protect",
+            )
+            .map(|sources| Self::SetTrackers { sources }),
+            code::START_OUTGOING => decoder.text("target", MAX_ADDRESS).and_then(|target| {
+                let options = OutgoingOptions::decode(decoder)?;
+                Ok(Self::StartOutgoing { target: target.to_owned(), options })
+            }),
+            code::START_INCOMING => decoder.text("listen", MAX_ADDRESS).and_then(|listen| {
+                let options = IncomingOptions::decode(decoder)?;
+                Ok(Self::StartIncoming { listen: listen.to_owned(), options })
+            }),
+            code::CANCEL => Ok(Self::Cancel),
+            code::SET_PARAMETERS => OutgoingOptions::decode(decoder).map(|options| Self::SetParameters { options }),
+            code::QUERY_STATUS => Ok(Self::QueryStatus),
+            code::SUBSCRIBE => decode_subscribe(decoder),
+            code::RESUME => flags(decoder, "force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 }),
+            _ => return None,
+        })
+    }
+}
+
+fn flags(
+    decoder: &mut Decoder<'_>, field: &'static str, known: u32, allowed: &'static str,
+) -> Result<u32, DecodeError> {
+    match decoder.u32(field)? {
+        value if value & !known == 0 => Ok(value),
+        value => Err(DecodeError::Value { field, value: value.into(), allowed }),
+    }
+}
+
+fn decode_hello(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
+    let version_min = decoder.u16("version_min")?;
+    let version_max = decoder.u16("version_max")?;
+    decoder.u32("reserved")?;
+    Ok(Request::Hello { version_min, version_max, features: decoder.u64("features")? })
+}
+
+fn decode_add_block(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
+    let id = decoder.u32("id")?;
+    let flags = flags(decoder, "flags", BLOCK_DISCARDED, "bit 0, discarded")?;
+    let gpa = decoder.u64("gpa")?;
+    let length = decoder.u64("length")?;
+    let granularity = decoder.u64("granularity")?;
+    let fd_offset = decoder.u64("fd_offset")?;
+    let vmm_address = decoder.u64("vmm_address")?;
+    let name = decoder.text("name", MAX_NAME)?.to_owned();
+    Ok(Request::AddBlock {
+        geometry: BlockGeometry { id, name, gpa, length, granularity },
+        fd_offset,
+        vmm_address,
+        flags,
+    })
+}
+
+fn decode_subscribe(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
+    match decoder.u32("interval")? {
+        value @ 10..=3_600_000 => Ok(Request::Subscribe { interval: Duration::from_millis(value.into()) }),
+        value => {
+            Err(DecodeError::Value { field: "interval", value: value.into(), allowed: "10 to 3600000 milliseconds" })
+        }
+    }
+}
+
+fn encode_ranges(flags: u32, ranges: &[BlockRange]) -> Encoder {
+    ranges.iter().fold(Encoder::new().u32(flags).u32(ranges.len() as u32), |encoder, range| {
+        encoder.u32(range.block).u32(0).u64(range.offset).u64(range.length)
+    })
+}
+
+fn decode_ranges(
+    decoder: &mut Decoder<'_>, known: u32, allowed: &'static str,
+) -> Result<(u32, Vec<BlockRange>), DecodeError> {
+    let flags = flags(decoder, "flags", known, allowed)?;
+    let count = decoder.u32("count")? as usize;
+    if count > MAX_RANGES {
+        return Err(DecodeError::Value { field: "count", value: count as u64, allowed: "at most 43690 ranges" });
+    }
+    let bytes = decoder.bytes("ranges", count * RANGE_SIZE)?;
+    let ranges = <[WireRange]>::ref_from_bytes(bytes).map_err(|_| DecodeError::Short {
+        field: "ranges",
+        needed: count * RANGE_SIZE,
+        left: bytes.len(),
+    })?;
+    let range =
+        |wire: &WireRange| BlockRange { block: wire.block.get(), offset: wire.offset.get(), length: wire.length.get() };
+    Ok((flags, ranges.iter().map(range).collect()))
+}
+
+/// Why the agent, or a VMM's hook, did not do what was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ErrorCode {
+    /// A field of the request is wrong.
+    Invalid = 1,
+    /// The request is not allowed in this state.
+    State = 2,
+    /// A job is in the way; try again when it ended.
+    Busy = 3,
+    /// What the request names does not exist.
+    NotFound = 4,
+    /// The request is unknown or not supported here.
+    Unsupported = 5,
+    /// The kernel refused.
+    System = 6,
+    /// The sender may not ask this.
+    Denied = 7,
+    /// The other side failed in a way it has no code for.
+    Other = 8,
+}
+
+impl ErrorCode {
+    /// The code with this number; [`ErrorCode::Other`] if there is none.
+    pub fn from_wire(value: u32) -> Self {
+        [Self::Invalid, Self::State, Self::Busy, Self::NotFound, Self::Unsupported, Self::System, Self::Denied]
+            .into_iter()
+            .find(|code| *code as u32 == value)
+            .unwrap_or(Self::Other)
+    }
+}
+
+/// An error as it travels: a code, and a sentence for people.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{sentence}")]
+pub struct RemoteError {
+    /// For programs.
+    pub code: ErrorCode,
+    /// For people: the field, its value, and what was allowed.
+    pub sentence: String,
+}
+
+impl RemoteError {
+    /// An error with this code and sentence.
+    pub fn new(code: ErrorCode, sentence: impl ToString) -> Self {
+        Self { code, sentence: sentence.to_string() }
+    }
+}
+
+/// The answer to one of our requests.
+pub type Reply<T> = Result<T, RemoteError>;
+
+/// The body of an answer whose success carries the fields that `fields` adds.
+pub fn encode_reply<T>(reply: &Reply<T>, fields: impl FnOnce(&T, Encoder) -> Encoder) -> Vec<u8> {
+    match reply {
+        Ok(value) => fields(value, Encoder::new().u32(0)).finish(),
+        Err(error) => Encoder::new().u32(error.code as u32).text(clip(&error.sentence, MAX_SENTENCE)).finish(),
+    }
+}
+
+/// Reads an answer.
+///
+/// # Errors
+/// If the body is malformed; the error that it carries is in the inner result.
+pub fn decode_reply<T>(
+    body: &[u8], fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
+) -> Result<Reply<T>, DecodeError> {
+    let mut decoder = Decoder::new(body);
+    let reply = match decoder.u32("result")? {
+        0 => Ok(fields(&mut decoder)?),
+        code => Err(RemoteError::new(ErrorCode::from_wire(code), decoder.text("sentence", MAX_SENTENCE)?)),
+    };
+    decoder.finish()?;
+    Ok(reply)
+}
+
+macro_rules! reply_fields {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ident,)* })*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        pub struct $name { $($(#[$field_doc])* pub $field: $type,)* }
+
+        impl $name {
+            /// Adds the fields to a body.
+            pub fn encode(&self, encoder: Encoder) -> Encoder {
+                encoder$(.$type(self.$field))*
+            }
+
+            /// Reads the fields from a body.
+            ///
+            /// # Errors
+            /// The field that is wrong.
+            pub fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+                Ok(Self { $($field: decoder.$type(stringify!($field))?,)* })
+            }
+        }
+    )*};
+}
+
+reply_fields! {
+    /// Answer to [`Request::Hello`].
+    HelloReply {
+        /// The version that both speak.
+        version: u16,
+        /// Features that both have.
+        features: u64,
+        /// Largest body that the agent takes, in bytes.
+        max_body: u32,
+        /// Most ranges in one discard or populate.
+        max_ranges: u32,
+        /// Process id of the agent.
+        pid: u32,
+    }
+    /// Answer to [`Request::AddBlock`].
+    AddBlockReply {
+        /// The backing's allocation unit in bytes.
+        host_page_size: u64,
+        /// 1 if the file cannot shrink under the agent (`F_SEAL_SHRINK`).
+        sealed: u32,
+    }
+    /// Answer to [`Request::Discard`] and [`Request::Populate`].
+    RangesReply {
+        /// Pages whose state changed.
+        changed_pages: u64,
+    }
+}
+
+/// Answer to [`Request::StartOutgoing`] and [`Request::StartIncoming`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobStarted {
+    /// Number of the job.
+    pub job: u64,
+    /// Incoming: where it listens, with the port that the kernel chose. Outgoing: the target.
+    pub address: String,
+}
+
+impl JobStarted {
+    /// Adds the fields to a body.
+    pub fn encode(&self, encoder: Encoder) -> Encoder {
+        encoder.u64(self.job).text(clip(&self.address, MAX_ADDRESS))
+    }
+
+    /// Reads the fields from a body.
+    ///
+    /// # Errors
+    /// The field that is wrong.
+    pub fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        Ok(Self { job: decoder.u64("job")?, address: decoder.text("address", MAX_ADDRESS)?.to_owned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::job::{Counters, JobKind, JobStatus, NonConvergence, Phase};
+    use proptest::prelude::*;
+
+    fn any_options() -> impl Strategy<Value = OutgoingOptions> {
+        let policy = prop::sample::select(NonConvergence::NAMES.map(|(_, policy)| policy).to_vec());
+        (1u16..=64, 0u64..1 << 40, any::<u64>(), any::<u32>(), policy, 1u64..1 << 30).prop_map(
+            |(streams, downtime, bandwidth, max_passes, policy, timeout)| OutgoingOptions {
+                streams,
+                downtime_limit: Duration::from_micros(downtime),
+                bandwidth,
+                max_passes,
+                policy,
+                peer_timeout: Duration::from_micros(timeout),
+                hook_timeout: Duration::from_micros(timeout + 1),
+            },
+        )
+    }
+
+    fn any_ranges() -> impl Strategy<Value = Vec<BlockRange>> {
+        let range = (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(block, offset, length)| BlockRange {
+            block,
+            offset,
+            length,
+        });
+        prop::collection::vec(range, 0..40)
+    }
+
+    fn any_request() -> impl Strategy<Value = Request> {
+        prop_oneof![
+            (any::<u16>(), any::<u16>(), any::<u64>())
+                .prop_map(|(version_min, version_max, features)| Request::Hello { version_min, version_max, features }),
+            (any::<[u64; 5]>(), any::<u32>(), "[a-z]{1,255}", 0u32..2).prop_map(|(n, id, name, flags)| {
+                Request::AddBlock {
+                    geometry: BlockGeometry { id, name, gpa: n[0], length: n[1], granularity: n[2] },
+                    fd_offset: n[3],
+                    vmm_address: n[4],
+                    flags,
+                }
+            }),
+            any::<u32>().prop_map(|id| Request::RemoveBlock { id }),
+            (0u32..2, any_ranges()).prop_map(|(flags, ranges)| Request::Discard { flags, ranges }),
+            any_ranges().prop_map(|ranges| Request::Populate { ranges }),
+            (0u32..4).prop_map(|sources| Request::SetTrackers { sources }),
+            (".{0,60}", any_options()).prop_map(|(target, options)| Request::StartOutgoing { target, options }),
+            any_options().prop_map(|options| Request::SetParameters { options }),
+            (10u64..3_600_000).prop_map(|ms| Request::Subscribe { interval: Duration::from_millis(ms) }),
+            any::<bool>().prop_map(|force| Request::Resume { force }),
+            Just(Request::Cancel),
+            Just(Request::QueryStatus),
+            Just(Request::StartIncoming { listen: "tcp:[::1]:0".into(), options: IncomingOptions::default() }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn requests_survive_the_wire(request in any_request()) {
+            let body = request.encode();
+            prop_assert!(body.len() <= MAX_BODY);
+            prop_assert_eq!(Request::decode(request.code(), &body), Some(Ok(request.clone())));
+            let mut longer = body.clone();
+            longer.push(0);
+            prop_assert!(Request::decode(request.code(), &longer).unwrap().is_err(), "longer than its type");
+            if let Some(shorter) = body.len().checked_sub(1) {
+                prop_assert!(Request::decode(request.code(), &body[..shorter]).unwrap().is_err(), "shorter than its type");
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_the_decoder_panic(code in 0x1000u32..0x1020, body in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Request::decode(code, &body);
+            let _ = JobStatus::decode(&mut Decoder::new(&body));
+        }
+    }
+
+    #[test]
+    fn a_status_survives_the_wire() {
+        let counters = Counters { passes: 3, throttle_percent: 99, wire_bytes: u64::MAX, ..Counters::default() };
+        let status =
+            JobStatus { job: 7, kind: JobKind::Outgoing, phase: Phase::Unconfirmed, counters, error: "gone".into() };
+        let body = status.encode(Encoder::new()).finish();
+        let mut decoder = Decoder::new(&body);
+        assert_eq!(JobStatus::decode(&mut decoder).unwrap(), status);
+        decoder.finish().unwrap();
+    }
+
+    #[test]
+    fn replies_carry_a_result_or_a_sentence() {
+        let good: Reply<RangesReply> = Ok(RangesReply { changed_pages: 9 });
+        let body = encode_reply(&good, RangesReply::encode);
+        assert_eq!(decode_reply(&body, RangesReply::decode).unwrap(), good);
+        let bad: Reply<RangesReply> = Err(RemoteError::new(ErrorCode::Busy, "block 3 is in use"));
+        let body = encode_reply(&bad, RangesReply::encode);
+        assert_eq!(decode_reply(&body, RangesReply::decode).unwrap(), bad);
+    }
+
+    #[test]
+    fn unknown_codes_and_flags_are_told_apart_from_short_bodies() {
+        assert!(Request::decode(0x1fff, &[]).is_none());
+        let error = Request::decode(code::DISCARD, &Encoder::new().u32(2).u32(0).finish()).unwrap().unwrap_err();
+        assert!(matches!(error, DecodeError::Value { field: "flags", value: 2, .. }));
+        let error = Request::decode(code::DISCARD, &Encoder::new().u32(0).u32(u32::MAX).finish()).unwrap().unwrap_err();
+        assert!(matches!(error, DecodeError::Value { field: "count", .. }));
+    }
+}

@@ -1,0 +1,21 @@
+//! Wire and shared-memory formats of pageferry.
+//!
+//! This crate parses and prints bytes. It holds no policy and starts no threads, and both the agent and the
+//! client build on it:
+//!
+//! - [`memory`]: pages, ranges, rounding (law 6) and the geometry of blocks;
+//! - [`shm`]: bitmaps of atomic words, in private or shared memory, and the dirty log in vhost layout;
+//! - [`control`]: the socket between a VMM and its agent: vhost-user framing, requests and hooks;
+//! - [`stream`]: the page stream between two agents, or between an agent and a VMM.
+#![deny(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+#[cfg(not(target_endian = "little"))]
+compile_error!(
+    "pageferry's shared bitmaps are read as little-endian words, as the vhost log is on every supported VMM"
+);
+
+pub mod control;
+pub mod memory;
+pub mod shm;
+pub mod stream;

@@ -1,0 +1,16 @@
+//! Pages, page ranges and blocks: the units that everything else is counted in.
+//!
+//! - [`range`]: [`PageRange`] and the rounding of discards and populates (law 6);
+//! - [`geometry`]: what a block is and when a set of blocks is valid.
+
+pub mod geometry;
+pub mod range;
+
+pub use geometry::{BlockGeometry, BlockTable, GeometryError, MAX_BLOCKS, MAX_MEM_SLOTS};
+pub use range::{PageRange, RangeError, pages_in};
+
+/// Size of a page in bytes: the unit of dirty tracking on every backing.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// `log2(PAGE_SIZE)`.
+pub const PAGE_SHIFT: u32 = 12;

@@ -1,0 +1,185 @@
+//! Ranges of pages within one block, and how byte ranges become page ranges.
+//!
+//! Law 6 lives here: a discard rounds *inward*, so that a partly covered page still migrates; a populate rounds
+//! *outward*, so that a partly covered page is safe to use.
+
+use super::{PAGE_SHIFT, PAGE_SIZE};
+
+/// A run of pages within one block: `count` pages from page index `first`, which is relative to the block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct PageRange {
+    /// Index of the first page, relative to the start of the block.
+    pub first: u64,
+    /// Number of pages; may be zero.
+    pub count: u64,
+}
+
+/// A byte range that is no part of its block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RangeError {
+    /// `offset + length` is more than 64 bits hold.
+    #[error("range offset {offset:#x} + length {length:#x} overflows")]
+    Overflow {
+        /// Offset in bytes within the block.
+        offset: u64,
+        /// Length in bytes.
+        length: u64,
+    },
+    /// The range ends after the block.
+    #[error("range offset {offset:#x} + length {length:#x} ends outside the block of {block_length:#x} bytes")]
+    Outside {
+        /// Offset in bytes within the block.
+        offset: u64,
+        /// Length in bytes.
+        length: u64,
+        /// Length of the block in bytes.
+        block_length: u64,
+    },
+}
+
+/// Number of whole pages in `bytes`.
+pub const fn pages_in(bytes: u64) -> u64 {
+    bytes >> PAGE_SHIFT
+}
+
+impl PageRange {
+    /// The range of `count` pages from `first`.
+    pub const fn new(first: u64, count: u64) -> Self {
+        Self { first, count }
+    }
+
+    /// The first page after the range. Saturates, so that a lying peer's numbers cannot wrap around.
+    pub const fn end(&self) -> u64 {
+        self.first.saturating_add(self.count)
+    }
+
+    /// True if the range holds no page.
+    pub const fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Offset of the first byte within the block.
+    pub const fn offset(&self) -> u64 {
+        self.first << PAGE_SHIFT
+    }
+
+    /// Length in bytes.
+    pub const fn bytes(&self) -> u64 {
+        self.count << PAGE_SHIFT
+    }
+
+    /// True if the two ranges share a page.
+    pub const fn overlaps(&self, other: &PageRange) -> bool {
+        self.first < other.end() && other.first < self.end()
+    }
+
+    /// The pages that are in both ranges; empty if there is none.
+    pub fn intersection(&self, other: &PageRange) -> PageRange {
+        let first = self.first.max(other.first);
+        let end = self.end().min(other.end());
+        PageRange::new(first, end.saturating_sub(first))
+    }
+
+    /// True if the range lies within a block of `block_pages` pages.
+    pub const fn fits(&self, block_pages: u64) -> bool {
+        match self.first.checked_add(self.count) {
+            Some(end) => end <= block_pages,
+            None => false,
+        }
+    }
+
+    /// The whole units of `unit` bytes that lie inside `offset..offset + length` (law 6: discards).
+    ///
+    /// `unit` is a power of two and a multiple of the page size: a block's discard granularity. Where the block ends
+    /// before a unit does, the rest of the block counts as a whole unit. The result may be empty.
+    ///
+    /// # Errors
+    /// If the bytes are not inside a block of `block_length` bytes.
+    pub fn inward(offset: u64, length: u64, unit: u64, block_length: u64) -> Result<Self, RangeError> {
+        let end = checked_end(offset, length, block_length)?;
+        debug_assert!(unit.is_power_of_two() && unit >= PAGE_SIZE);
+        let start = offset.checked_next_multiple_of(unit).unwrap_or(block_length);
+        let end = if end == block_length { end } else { end & !(unit - 1) };
+        let (first, last) = (pages_in(start), pages_in(end));
+        Ok(Self::new(first, last.saturating_sub(first)))
+    }
+
+    /// The units of `unit` bytes that touch `offset..offset + length`, cut at the end of the block (law 6: populates).
+    ///
+    /// # Errors
+    /// If the bytes are not inside a block of `block_length` bytes.
+    pub fn outward(offset: u64, length: u64, unit: u64, block_length: u64) -> Result<Self, RangeError> {
+        let end = checked_end(offset, length, block_length)?;
+        debug_assert!(unit.is_power_of_two() && unit >= PAGE_SIZE);
+        if length == 0 {
+            return Ok(Self::new(pages_in(offset), 0));
+        }
+        let start = offset & !(unit - 1);
+        let end = end.checked_next_multiple_of(unit).unwrap_or(block_length).min(block_length);
+        let first = pages_in(start);
+        Ok(Self::new(first, pages_in(end) - first))
+    }
+}
+
+fn checked_end(offset: u64, length: u64, block_length: u64) -> Result<u64, RangeError> {
+    let end = offset.checked_add(length).ok_or(RangeError::Overflow { offset, length })?;
+    if end > block_length {
+        return Err(RangeError::Outside { offset, length, block_length });
+    }
+    Ok(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const BLOCK: u64 = 1 << 24;
+
+    #[test]
+    fn inward_of_part_of_a_page_is_empty() {
+        assert!(PageRange::inward(1, 4095, PAGE_SIZE, BLOCK).unwrap().is_empty());
+        assert!(PageRange::inward(4095, 2, PAGE_SIZE, BLOCK).unwrap().is_empty());
+    }
+
+    #[test]
+    fn inward_reaches_the_end_of_a_block_that_is_no_multiple_of_the_unit() {
+        let block = (2 << 20) + 4096;
+        let range = PageRange::inward(2 << 20, 4096, 2 << 20, block).unwrap();
+        assert_eq!(range, PageRange::new(512, 1));
+    }
+
+    #[test]
+    fn outward_of_one_byte_is_one_unit() {
+        assert_eq!(PageRange::outward(4096, 1, PAGE_SIZE, BLOCK).unwrap(), PageRange::new(1, 1));
+        assert_eq!(PageRange::outward(4096, 1, 2 << 20, BLOCK).unwrap(), PageRange::new(0, 512));
+    }
+
+    #[test]
+    fn a_range_outside_the_block_names_its_numbers() {
+        let error = PageRange::inward(BLOCK, 4096, PAGE_SIZE, BLOCK).unwrap_err();
+        assert!(error.to_string().contains("0x1000000"), "{error}");
+        assert!(matches!(PageRange::outward(u64::MAX, 2, PAGE_SIZE, BLOCK), Err(RangeError::Overflow { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn rounding_agrees_with_a_byte_by_byte_model(
+            offset in 0u64..64 * 1024, length in 0u64..64 * 1024, unit_shift in 12u32..15, tail in 0u64..4,
+        ) {
+            let unit = 1u64 << unit_shift;
+            let block = 128 * 1024 + tail * PAGE_SIZE;
+            let inward = PageRange::inward(offset, length, unit, block).unwrap();
+            let outward = PageRange::outward(offset, length, unit, block).unwrap();
+            for page in 0..pages_in(block) {
+                let start = page * PAGE_SIZE / unit * unit;
+                let end = (start + unit).min(block);
+                let covered = offset <= start && end <= offset + length;
+                let touched = length > 0 && offset < end && start < offset + length;
+                let holds = |range: &PageRange| range.first <= page && page < range.end();
+                prop_assert_eq!(holds(&inward), covered, "page {} inward", page);
+                prop_assert_eq!(holds(&outward), touched, "page {} outward", page);
+            }
+        }
+    }
+}

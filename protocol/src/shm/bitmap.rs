@@ -1,0 +1,195 @@
+//! One bit per page, in words that many threads, and two processes, change at once.
+//!
+//! # Orders
+//!
+//! Every change is one atomic read-modify-write per word and none is split, so no bit is ever lost: a bit that is set
+//! while another thread takes the word is either in what that thread took or still in the bitmap afterwards.
+//! [`Bitmap::take_word`] is sequentially consistent, since law 7 (clear, then read) needs the taking to come before
+//! the reading that follows, and setters release what they wrote before. Scans skip words that they load as zero: whoever must see
+//! a bit has to be ordered after its setter by other means (the pause of the guest, or the pass after).
+//!
+//! Bits past the last page may be set by whoever shares the memory, and are never reported.
+
+use super::PageRange;
+use super::sync::{AtomicU64, Ordering};
+use std::ops::Deref;
+
+/// Bits in a word, and thereby pages: one word covers 256 KiB of guest memory.
+pub const WORD_BITS: u64 = 64;
+
+/// A bitmap of `pages` bits over the words of `W`.
+#[derive(Debug)]
+pub struct Bitmap<W> {
+    words: W,
+    pages: u64,
+}
+
+/// The bits of `range` that fall into word `index`.
+fn mask_of(range: &PageRange, index: u64) -> u64 {
+    let start = range.first.max(index * WORD_BITS) - index * WORD_BITS;
+    let end = range.end().min((index + 1) * WORD_BITS) - index * WORD_BITS;
+    low_bits(end) & !low_bits(start)
+}
+
+/// A word with its `count` lowest bits set; `count` is at most 64.
+const fn low_bits(count: u64) -> u64 {
+    if count >= WORD_BITS { u64::MAX } else { (1 << count) - 1 }
+}
+
+impl<W: Deref<Target = [AtomicU64]>> Bitmap<W> {
+    /// A bitmap of `pages` bits over `words`; cut to what the words hold.
+    pub fn new(words: W, pages: u64) -> Self {
+        let pages = pages.min(words.len() as u64 * WORD_BITS);
+        Self { words, pages }
+    }
+
+    /// Number of pages the bitmap covers.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// All pages of the bitmap as one range.
+    pub fn all(&self) -> PageRange {
+        PageRange::new(0, self.pages)
+    }
+
+    /// The memory under the bitmap.
+    pub fn storage(&self) -> &W {
+        &self.words
+    }
+
+    /// Indexes of the words that `range` touches, cut to the bitmap.
+    fn word_span(&self, range: &PageRange) -> std::ops::Range<u64> {
+        let end = range.end().min(self.pages);
+        if range.first >= end { 0..0 } else { range.first / WORD_BITS..end.div_ceil(WORD_BITS) }
+    }
+
+    /// The bits of word `index` that stand for a page of the bitmap.
+    fn valid(&self, index: u64) -> u64 {
+        low_bits(self.pages.saturating_sub(index * WORD_BITS))
+    }
+
+    fn word_ref(&self, index: u64) -> Option<&AtomicU64> {
+        self.words.get(usize::try_from(index).ok()?)
+    }
+
+    /// The word that covers pages `64 * index ..`, without changing it; zero outside the bitmap.
+    pub fn word(&self, index: u64) -> u64 {
+        self.word_ref(index).map_or(0, |word| word.load(Ordering::Acquire) & self.valid(index))
+    }
+
+    /// Takes and clears the word that covers pages `64 * index ..`. A word that is zero is only loaded.
+    pub fn take_word(&self, index: u64) -> u64 {
+        self.take_bits(index, u64::MAX)
+    }
+
+    /// Takes and clears those bits of a word that are in `mask`.
+    pub fn take_bits(&self, index: u64, mask: u64) -> u64 {
+        let Some(word) = self.word_ref(index) else { return 0 };
+        let mask = mask & self.valid(index);
+        if word.load(Ordering::Relaxed) & mask == 0 {
+            return 0;
+        }
+        if mask == u64::MAX { word.swap(0, Ordering::SeqCst) } else { word.fetch_and(!mask, Ordering::SeqCst) & mask }
+    }
+
+    /// Sets the bits of `bits` in the word that covers pages `64 * index ..`; returns those that were clear before.
+    pub fn or_word(&self, index: u64, bits: u64) -> u64 {
+        let bits = bits & self.valid(index);
+        match self.word_ref(index) {
+            Some(word) if bits != 0 => bits & !word.fetch_or(bits, Ordering::AcqRel),
+            _ => 0,
+        }
+    }
+
+    /// Sets 64 pages from any page `first`, which need not be the first of a word, by the bits of `bits`.
+    pub fn or_at(&self, first: u64, bits: u64) {
+        let (index, shift) = (first / WORD_BITS, first % WORD_BITS);
+        self.or_word(index, bits << shift);
+        if shift != 0 {
+            self.or_word(index + 1, bits >> (WORD_BITS - shift));
+        }
+    }
+
+    /// Sets all pages of `range` that are in the bitmap; returns how many were clear before.
+    pub fn set(&self, range: PageRange) -> u64 {
+        self.word_span(&range).map(|index| u64::from(self.or_word(index, mask_of(&range, index)).count_ones())).sum()
+    }
+
+    /// Clears all pages of `range`; returns how many were set before. Words without such a page are only loaded.
+    pub fn clear(&self, range: PageRange) -> u64 {
+        self.word_span(&range).map(|index| u64::from(self.take_bits(index, mask_of(&range, index)).count_ones())).sum()
+    }
+
+    /// True if `page` is set; false outside the bitmap.
+    pub fn contains(&self, page: u64) -> bool {
+        self.word(page / WORD_BITS) & (1 << (page % WORD_BITS)) != 0
+    }
+
+    /// Number of pages of `range` that are set.
+    pub fn count(&self, range: PageRange) -> u64 {
+        self.word_span(&range).map(|index| u64::from((self.word(index) & mask_of(&range, index)).count_ones())).sum()
+    }
+
+    /// The first set page in `range`.
+    pub fn next_set(&self, range: PageRange) -> Option<u64> {
+        self.find(range, |word| word)
+    }
+
+    /// The first clear page in `range`.
+    pub fn next_clear(&self, range: PageRange) -> Option<u64> {
+        self.find(range, |word| !word)
+    }
+
+    fn find(&self, range: PageRange, bits_of: impl Fn(u64) -> u64) -> Option<u64> {
+        self.word_span(&range).find_map(|index| {
+            let bits = bits_of(self.word(index)) & mask_of(&range, index) & self.valid(index);
+            (bits != 0).then(|| index * WORD_BITS + u64::from(bits.trailing_zeros()))
+        })
+    }
+
+    /// The runs of set pages in `range`, in order. Each word is read when the walk comes to it.
+    pub fn runs(&self, range: PageRange) -> Runs<'_, W> {
+        Runs { bitmap: self, rest: range.intersection(&self.all()) }
+    }
+
+    /// The non-zero words that touch `range` with their indexes, cut to `range`, in order.
+    pub fn nonzero_words(&self, range: PageRange) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.word_span(&range).filter_map(move |index| {
+            let bits = self.word(index) & mask_of(&range, index);
+            (bits != 0).then_some((index, bits))
+        })
+    }
+}
+
+/// Iterator over the runs of set pages of a bitmap.
+#[derive(Debug)]
+pub struct Runs<'a, W> {
+    bitmap: &'a Bitmap<W>,
+    rest: PageRange,
+}
+
+impl<W: Deref<Target = [AtomicU64]>> Iterator for Runs<'_, W> {
+    type Item = PageRange;
+
+    fn next(&mut self) -> Option<PageRange> {
+        let end = self.rest.end();
+        let first = self.bitmap.next_set(self.rest)?;
+        let after = self.bitmap.next_clear(PageRange::new(first + 1, end - first - 1)).unwrap_or(end);
+        self.rest = PageRange::new(after, end - after);
+        Some(PageRange::new(first, after - first))
+    }
+}
+
+/// The runs of set bits in one word whose first page is `first`: for a word that was already taken.
+pub fn runs_of_word(first: u64, mut bits: u64) -> impl Iterator<Item = PageRange> {
+    std::iter::from_fn(move || {
+        if bits == 0 {
+            return None;
+        }
+        let start = bits.trailing_zeros();
+        let count = (bits >> start).trailing_ones();
+        bits &= !(low_bits(u64::from(count)) << start);
+        Some(PageRange::new(first + u64::from(start), u64::from(count)))
+    })
+}

@@ -1,0 +1,128 @@
+//! The memory under a bitmap: anonymous pages, or a memfd shared between a VMM and its agent.
+//!
+//! A file that shrinks under its mapping turns an access into SIGBUS, so the file's size is checked first and
+//! the side that does not trust the other asks for `F_SEAL_SHRINK` or guards the mapping (see the agent's bus guard).
+#![allow(unsafe_code)]
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use std::ops::Deref;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::AtomicU64;
+
+/// Why memory for a bitmap could not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MappingError {
+    /// The file ends before the mapping would.
+    #[error("file of {size:#x} bytes is shorter than offset {offset:#x} + length {length:#x}")]
+    Short {
+        /// Size of the file in bytes.
+        size: u64,
+        /// Offset of the mapping in bytes.
+        offset: u64,
+        /// Length of the mapping in bytes.
+        length: u64,
+    },
+    /// The offset is not a multiple of the page size.
+    #[error("offset {offset:#x} is not a multiple of the page size")]
+    Offset {
+        /// Offset of the mapping in bytes.
+        offset: u64,
+    },
+    /// The length is zero or not addressable.
+    #[error("length {length:#x} cannot be mapped")]
+    Length {
+        /// Length in bytes.
+        length: u64,
+    },
+    /// The kernel refused.
+    #[error("cannot map {length:#x} bytes")]
+    Kernel {
+        /// Length in bytes.
+        length: u64,
+        /// What the kernel said.
+        #[source]
+        source: rustix::io::Errno,
+    },
+}
+
+/// Atomic words in mapped memory, unmapped on drop.
+#[derive(Debug)]
+pub struct MappedWords {
+    start: *mut AtomicU64,
+    words: usize,
+}
+
+// SAFETY: the memory is only reached as atomics, which any thread may use, and stays mapped until drop.
+unsafe impl Send for MappedWords {}
+// SAFETY: as above.
+unsafe impl Sync for MappedWords {}
+
+impl MappedWords {
+    /// `words` zero words in private memory; pages come into being when they are first written.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn anonymous(words: u64) -> Result<Self, MappingError> {
+        let length = words.max(1).saturating_mul(8);
+        let bytes = addressable(length)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags) };
+        let start = start.map_err(|source| MappingError::Kernel { length, source })?;
+        Ok(Self { start: start.cast(), words: bytes / 8 })
+    }
+
+    /// The words of `length` bytes of `fd` from `offset`, shared with everyone who maps the file. A length that is no
+    /// multiple of 8 is rounded up: the rest lies in the same page of the file and reads as zero.
+    ///
+    /// # Errors
+    /// If the file is shorter than that, the offset is not a multiple of the page size, or the kernel refuses.
+    pub fn shared(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<Self, MappingError> {
+        if offset % crate::memory::PAGE_SIZE != 0 {
+            return Err(MappingError::Offset { offset });
+        }
+        let stat = rustix::fs::fstat(fd).map_err(|source| MappingError::Kernel { length, source })?;
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        if offset.checked_add(length).is_none_or(|end| end > size) {
+            return Err(MappingError::Short { size, offset, length });
+        }
+        let bytes = addressable(length.next_multiple_of(8))?;
+        // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
+        let start = unsafe {
+            mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, offset)
+        };
+        let start = start.map_err(|source| MappingError::Kernel { length, source })?;
+        Ok(Self { start: start.cast(), words: bytes / 8 })
+    }
+
+    /// The addresses of the mapping, for whoever guards it.
+    pub fn address_range(&self) -> std::ops::Range<usize> {
+        let start = self.start as usize;
+        start..start + self.words * 8
+    }
+}
+
+fn addressable(length: u64) -> Result<usize, MappingError> {
+    match usize::try_from(length) {
+        Ok(bytes) if bytes > 0 && bytes <= isize::MAX as usize => Ok(bytes),
+        _ => Err(MappingError::Length { length }),
+    }
+}
+
+impl Deref for MappedWords {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: `start` is page-aligned and mapped for `words` words until drop, readable and writable, and
+        // everything that reaches it, here or in another process, does so by atomic operations or the kernel's copies.
+        unsafe { std::slice::from_raw_parts(self.start, self.words) }
+    }
+}
+
+impl Drop for MappedWords {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and no borrow of it outlives `self`.
+        let unmapped = unsafe { munmap(self.start.cast(), self.words * 8) };
+        debug_assert!(unmapped.is_ok(), "munmap of our own mapping");
+    }
+}

@@ -1,0 +1,50 @@
+//! Bitmaps of atomic words, in private memory or in memory shared between a VMM and its agent.
+//!
+//! - [`bitmap`]: [`Bitmap`], one bit per page, any number of threads and processes at once;
+//! - [`mapping`]: [`MappedWords`], the memory under a bitmap: anonymous, or a memfd that the VMM shares;
+//! - [`log`]: [`DirtyLog`], the bitmap over guest physical pages in vhost's log layout.
+
+pub mod bitmap;
+pub mod log;
+pub mod mapping;
+
+pub use bitmap::Bitmap;
+pub use log::DirtyLog;
+pub use mapping::{MappedWords, MappingError};
+
+// `bitmap.rs` takes these from its parent, so that the model checker can put its own atomics in their place.
+use crate::memory::PageRange;
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicU64, Ordering};
+}
+
+/// A bitmap over words that are mapped: the kind that both processes use outside of model checks.
+pub type MappedBitmap = Bitmap<MappedWords>;
+
+impl MappedBitmap {
+    /// An all-clear bitmap of `pages` bits in private memory, which costs nothing until it is touched.
+    ///
+    /// # Errors
+    /// If the kernel has no address space or memory for it.
+    pub fn private(pages: u64) -> Result<Self, MappingError> {
+        Ok(Bitmap::new(MappedWords::anonymous(words_for(pages))?, pages))
+    }
+
+    /// The bitmap of `pages` bits that starts at byte 0 of `fd`.
+    ///
+    /// # Errors
+    /// If the file is too short, or cannot be mapped.
+    pub fn shared(fd: std::os::fd::BorrowedFd<'_>, pages: u64) -> Result<Self, MappingError> {
+        Ok(Bitmap::new(MappedWords::shared(fd, 0, words_for(pages) * 8)?, pages))
+    }
+}
+
+/// Number of 64-bit words that hold `pages` bits.
+pub const fn words_for(pages: u64) -> u64 {
+    pages.div_ceil(64)
+}
+
+/// Size in bytes of the file under a shared bitmap of `pages` bits: whole words.
+pub const fn bitmap_bytes(pages: u64) -> u64 {
+    words_for(pages) * 8
+}

@@ -1,0 +1,292 @@
+//! The header of a record.
+//!
+//! ```text
+//! offset  size  field
+//!      0     2  kind
+//!      2     2  flags
+//!      4     4  block          id of the block; 0 where there is none
+//!      8     8  first page     page index within the block
+//!     16     8  page count
+//!     24     4  payload length in bytes
+//!     28     4  crc32c of bytes 0..28 of the header, then of the payload
+//! ```
+//!
+//! All numbers are little-endian.
+
+use crate::memory::{PAGE_SIZE, PageRange};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Size of the header in bytes.
+pub const RECORD_SIZE: usize = 32;
+/// Largest payload in bytes.
+pub const MAX_PAYLOAD: usize = 4 << 20;
+/// Most pages in one [`Kind::Data`] record.
+pub const MAX_DATA_PAGES: u64 = MAX_PAYLOAD as u64 / PAGE_SIZE;
+
+/// Flag of [`Kind::Data`]: the page is discarded, but the guest wrote into it afterwards. It stays discarded.
+pub const FLAG_STRAY: u16 = 1 << 0;
+
+/// What a record is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Kind {
+    /// First record on each stream, from the source. See [`super::hello`].
+    Hello = 0x5046,
+    /// A run of pages with their content.
+    Data = 1,
+    /// A run of pages that are zero now.
+    Zero = 2,
+    /// Runs of pages that are discarded now. The payload lists them; see [`super::payload`].
+    Discard = 3,
+    /// End of a pass on this stream: the pass in `first page`.
+    PassEnd = 4,
+    /// A part of a named piece of the VMM's state.
+    State = 5,
+    /// Nothing more comes on this stream but, on the primary, the commit. The payload is the totals of the stream.
+    End = 7,
+    /// The source gave up ownership.
+    Commit = 8,
+
+    /// Answer to [`Kind::Hello`]: the version and features that are used.
+    Accept = 0x101,
+    /// Answer to [`Kind::Hello`]: why not.
+    Reject = 0x102,
+    /// All streams ended the pass in `first page`, and it is applied.
+    PassDone = 0x103,
+    /// The destination verified the totals and loaded the state.
+    Loaded = 0x104,
+    /// The destination's guest runs.
+    Resumed = 0x105,
+    /// The sender failed: the payload says why. Either direction; nothing comes after it.
+    Error = 0x106,
+}
+
+impl Kind {
+    /// All kinds.
+    pub const ALL: [Kind; 14] = [
+        Kind::Hello,
+        Kind::Data,
+        Kind::Zero,
+        Kind::Discard,
+        Kind::PassEnd,
+        Kind::State,
+        Kind::End,
+        Kind::Commit,
+        Kind::Accept,
+        Kind::Reject,
+        Kind::PassDone,
+        Kind::Loaded,
+        Kind::Resumed,
+        Kind::Error,
+    ];
+
+    fn from_wire(value: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| *kind as u16 == value)
+    }
+}
+
+/// The header on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct RecordHeader {
+    kind: U16,
+    flags: U16,
+    block: U32,
+    first_page: U64,
+    page_count: U64,
+    payload_length: U32,
+    crc: U32,
+}
+
+/// Why a record is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RecordError {
+    /// The kind is unknown.
+    #[error("record kind {0:#x} is unknown")]
+    Kind(u16),
+    /// Flags that the kind does not have.
+    #[error("{kind:?} record: flags {flags:#x} are unknown")]
+    Flags {
+        /// The record's kind.
+        kind: Kind,
+        /// Its flags.
+        flags: u16,
+    },
+    /// The payload is larger than [`MAX_PAYLOAD`].
+    #[error("{kind:?} record: payload length {length:#x} is over the limit of {MAX_PAYLOAD:#x}")]
+    Payload {
+        /// The record's kind.
+        kind: Kind,
+        /// Length of the payload in bytes.
+        length: u32,
+    },
+    /// The payload length does not fit the page count.
+    #[error("{kind:?} record: payload length {length:#x} for {count} pages, expected {expected:#x}")]
+    Length {
+        /// The record's kind.
+        kind: Kind,
+        /// Length of the payload in bytes.
+        length: u32,
+        /// Page count.
+        count: u64,
+        /// Length that fits the count.
+        expected: u64,
+    },
+    /// The checksum is wrong.
+    #[error("{kind:?} record: checksum is {found:#010x}, computed {computed:#010x}")]
+    Checksum {
+        /// The record's kind.
+        kind: Kind,
+        /// Checksum in the header.
+        found: u32,
+        /// Checksum of the bytes.
+        computed: u32,
+    },
+}
+
+impl RecordHeader {
+    /// The header of a record about the pages `range` of `block`, with its checksum still to come.
+    pub fn new(kind: Kind, flags: u16, block: u32, range: PageRange, payload_length: usize) -> Self {
+        Self {
+            kind: (kind as u16).into(),
+            flags: flags.into(),
+            block: block.into(),
+            first_page: range.first.into(),
+            page_count: range.count.into(),
+            payload_length: (payload_length as u32).into(),
+            crc: 0.into(),
+        }
+    }
+
+    /// The header of a record that is not about pages, with `number` where others have their first page.
+    pub fn plain(kind: Kind, number: u64, payload_length: usize) -> Self {
+        Self::new(kind, 0, 0, PageRange::new(number, 0), payload_length)
+    }
+
+    /// The header with the checksum of itself and `payload`.
+    #[must_use]
+    pub fn sealed(mut self, payload: &[u8]) -> Self {
+        self.crc = self.checksum(payload).into();
+        self
+    }
+
+    fn checksum(&self, payload: &[u8]) -> u32 {
+        crc32c::crc32c_append(crc32c::crc32c(&self.as_bytes()[..RECORD_SIZE - 4]), payload)
+    }
+
+    /// Checks everything that can be checked before the payload is here: kind, flags, lengths.
+    ///
+    /// # Errors
+    /// The field that is wrong, and its value.
+    pub fn check(&self) -> Result<Kind, RecordError> {
+        let kind = Kind::from_wire(self.kind.get()).ok_or(RecordError::Kind(self.kind.get()))?;
+        let flags = self.flags.get();
+        let known = if kind == Kind::Data { FLAG_STRAY } else { 0 };
+        if flags & !known != 0 {
+            return Err(RecordError::Flags { kind, flags });
+        }
+        let length = self.payload_length.get();
+        if length as usize > MAX_PAYLOAD {
+            return Err(RecordError::Payload { kind, length });
+        }
+        let count = self.page_count.get();
+        let expected = match kind {
+            Kind::Data => Some(count.saturating_mul(PAGE_SIZE)),
+            Kind::Zero | Kind::PassEnd | Kind::Commit | Kind::PassDone | Kind::Loaded | Kind::Resumed => Some(0),
+            _ => None,
+        };
+        match expected {
+            Some(expected) if expected != u64::from(length) => {
+                Err(RecordError::Length { kind, length, count, expected })
+            }
+            _ => Ok(kind),
+        }
+    }
+
+    /// Checks the payload against the checksum.
+    ///
+    /// # Errors
+    /// Both checksums.
+    pub fn verify(&self, kind: Kind, payload: &[u8]) -> Result<(), RecordError> {
+        let (found, computed) = (self.crc.get(), self.checksum(payload));
+        if found != computed {
+            return Err(RecordError::Checksum { kind, found, computed });
+        }
+        Ok(())
+    }
+
+    /// Flags of the record.
+    pub fn flags(&self) -> u16 {
+        self.flags.get()
+    }
+
+    /// Id of the block.
+    pub fn block(&self) -> u32 {
+        self.block.get()
+    }
+
+    /// The pages that the record is about.
+    pub fn range(&self) -> PageRange {
+        PageRange::new(self.first_page.get(), self.page_count.get())
+    }
+
+    /// The number of a record that is not about pages.
+    pub fn number(&self) -> u64 {
+        self.first_page.get()
+    }
+
+    /// Length of the payload in bytes.
+    pub fn payload_length(&self) -> usize {
+        self.payload_length.get() as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_sealed_record_verifies_and_any_flipped_bit_does_not() {
+        let payload = vec![7u8; PAGE_SIZE as usize];
+        let header = RecordHeader::new(Kind::Data, FLAG_STRAY, 3, PageRange::new(9, 1), payload.len()).sealed(&payload);
+        assert_eq!(header.check(), Ok(Kind::Data));
+        header.verify(Kind::Data, &payload).unwrap();
+        for bit in 0..RECORD_SIZE * 8 {
+            let mut bytes = [0u8; RECORD_SIZE];
+            bytes.copy_from_slice(header.as_bytes());
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let broken = RecordHeader::read_from_bytes(&bytes).unwrap();
+            let refused = broken.check().and_then(|kind| broken.verify(kind, &payload));
+            assert!(refused.is_err(), "bit {bit}");
+        }
+        let mut other = payload.clone();
+        other[100] ^= 1;
+        assert!(matches!(header.verify(Kind::Data, &other), Err(RecordError::Checksum { .. })));
+    }
+
+    #[test]
+    fn lengths_are_checked_before_the_payload_is_here() {
+        let huge = RecordHeader::new(Kind::Data, 0, 0, PageRange::new(0, 1 << 20), 0xffff_f000);
+        assert!(matches!(huge.check(), Err(RecordError::Payload { .. })));
+        let short = RecordHeader::new(Kind::Data, 0, 0, PageRange::new(0, 2), 4096);
+        assert!(matches!(short.check(), Err(RecordError::Length { expected: 8192, .. })));
+        let wrapped = RecordHeader::new(Kind::Data, 0, 0, PageRange::new(0, 1 << 52), 0);
+        assert!(matches!(wrapped.check(), Err(RecordError::Length { .. })));
+        let zero = RecordHeader::new(Kind::Zero, 0, 0, PageRange::new(0, u64::MAX), 0);
+        assert_eq!(zero.check(), Ok(Kind::Zero));
+        assert!(!zero.range().fits(100), "the block decides");
+    }
+
+    proptest! {
+        #[test]
+        fn no_header_makes_the_checks_panic(bytes in any::<[u8; RECORD_SIZE]>()) {
+            let header = RecordHeader::read_from_bytes(&bytes).unwrap();
+            if let Ok(kind) = header.check() {
+                let _ = header.verify(kind, &[]);
+                let _ = header.range().fits(7);
+            }
+        }
+    }
+}

@@ -1,0 +1,2 @@
+//! Agent or mock VMM as a process of its own, for the scenario tests.
+fn main() {}
