@@ -164,6 +164,16 @@ impl RecordHeader {
         Self::new(kind, 0, 0, PageRange::new(number, 0), payload_length)
     }
 
+    /// The header in these bytes, not checked yet.
+    pub fn from_wire(bytes: [u8; RECORD_SIZE]) -> Self {
+        zerocopy::transmute!(bytes)
+    }
+
+    /// The bytes of the header.
+    pub fn to_wire(self) -> [u8; RECORD_SIZE] {
+        zerocopy::transmute!(self)
+    }
+
     /// The header with the checksum of itself and `payload`.
     #[must_use]
     pub fn sealed(mut self, payload: &[u8]) -> Self {
@@ -252,6 +262,7 @@ mod tests {
         let payload = vec![7u8; PAGE_SIZE as usize];
         let header = RecordHeader::new(Kind::Data, FLAG_STRAY, 3, PageRange::new(9, 1), payload.len()).sealed(&payload);
         assert_eq!(header.check(), Ok(Kind::Data));
+        assert_eq!(RecordHeader::from_wire(header.to_wire()), header);
         header.verify(Kind::Data, &payload).unwrap();
         for bit in 0..RECORD_SIZE * 8 {
             let mut bytes = [0u8; RECORD_SIZE];
