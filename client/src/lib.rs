@@ -1,1 +1,81 @@
 //! The thin library in the VMM.
+//!
+//! A VMM connects to its agent, or spawns one, and hands over its guest memory once, as file descriptors. From then on it says what the
+//! guest gave back ([`Client::discard`], [`Client::populate`]), answers a few hooks ([`Hooks`]), and starts and watches migrations.
+//!
+//! ```no_run
+//! use pageferry_client::{Client, Config, HookError, Hooks, OutgoingOptions, StatePiece, Target};
+//! # fn guest_memory() -> vm_memory::GuestMemoryMmap<pageferry_client::LogBitmap> { unimplemented!() }
+//!
+//! struct Vmm;
+//!
+//! impl Hooks for Vmm {
+//!     fn pause(&mut self) -> Result<(), HookError> {
+//!         Ok(()) // stop the vCPUs and the devices
+//!     }
+//!     fn resume(&mut self) -> Result<(), HookError> {
+//!         Ok(())
+//!     }
+//!     fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+//!         Ok(vec![StatePiece { name: "vcpu0".into(), bytes: vec![] }])
+//!     }
+//!     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
+//!         Ok(())
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), pageferry_client::Error> {
+//! let (client, channel) = Client::connect("/run/vm1/pageferry.sock".as_ref(), Config::default())?;
+//! let hooks = channel.spawn(Vmm)?;
+//! client.add_guest_memory(&guest_memory())?;
+//! let job = client.start_outgoing(Target::Address("tcp:10.0.0.2:4444".into()), &OutgoingOptions::default())?.job;
+//! let status = client.wait(job, std::time::Duration::from_secs(600))?;
+//! # Ok(()) }
+//! ```
+//!
+//! The rooms:
+//!
+//! - `client`, `spawn`: connecting, blocks, trackers, and a new agent after a lost one; `control`: requests and answers;
+//! - `discards`: discard and populate, with an agent and without;
+//! - `jobs`: migrations;
+//! - `hooks`: what the agent asks of the VMM; `ownership`: who may run the guest;
+//! - `memory`, `block`, `shared`: what survives the agent;
+//! - `page_stream`: migrations over the VMM's own transport;
+//! - `vm_memory_bitmap`, `guest_memory` (feature `vm-memory`): for VMMs built on that crate.
+#![deny(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+mod block;
+mod client;
+mod control;
+mod discards;
+mod error;
+#[cfg(feature = "vm-memory")]
+mod guest_memory;
+mod hooks;
+mod jobs;
+mod memory;
+mod ownership;
+mod page_stream;
+mod shared;
+mod spawn;
+#[cfg(feature = "vm-memory")]
+mod vm_memory_bitmap;
+
+pub use block::{BlockAdded, BlockSpec};
+pub use client::{Client, Config, Trackers};
+pub use discards::Punch;
+pub use error::Error;
+pub use hooks::{ClearPages, Dispatch, HookChannel, HookError, HookThread, Hooks, StatePiece};
+pub use jobs::Target;
+pub use ownership::Ownership;
+pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
+pub use pageferry_protocol::control::job::{
+    Counters, IncomingOptions, JobKind, JobStatus, NonConvergence, OutgoingOptions, Phase,
+};
+pub use pageferry_protocol::control::request::{BlockRange, ErrorCode, JobStarted};
+pub use pageferry_protocol::memory::PageRange;
+pub use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
+pub use pageferry_protocol::stream::Kind;
+#[cfg(feature = "vm-memory")]
+pub use vm_memory_bitmap::{AttachLog, LogBitmap, LogSlice};

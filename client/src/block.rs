@@ -1,0 +1,153 @@
+//! One block as the client keeps it: enough to hand it to a new agent, and to discard in it without one (law 4).
+
+use crate::error::Error;
+use crate::shared::sealed_memfd;
+use pageferry_protocol::control::request::BlockRange;
+use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::{DirtyLog, MappedBitmap, bitmap_bytes};
+use rustix::fs::{FallocateFlags, fallocate, fstatfs};
+use rustix::io::Errno;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+/// `statfs.f_type` of hugetlbfs (`include/uapi/linux/magic.h`).
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// A block of guest memory, as the VMM describes it.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockSpec<'a> {
+    /// Chosen by the VMM, unique among its blocks, the same on source and destination.
+    pub id: u32,
+    /// For people: unique among the VMM's blocks, 1 to 255 bytes.
+    pub name: &'a str,
+    /// Guest physical address of the first byte; a multiple of 4096.
+    pub gpa: u64,
+    /// Length in bytes; a multiple of 4096.
+    pub length: u64,
+    /// The file under it: a memfd, or a file on tmpfs or hugetlbfs. Duplicated.
+    pub memory: BorrowedFd<'a>,
+    /// Where the block begins in that file, in bytes.
+    pub fd_offset: u64,
+    /// Where the VMM has it mapped; 0 if nowhere. Write-protect scanning needs it.
+    pub vmm_address: u64,
+    /// Unit of discards and populates in bytes: a power of two, at least 4096.
+    pub granularity: u64,
+    /// True if all of it is discarded at first, as in a virtio-mem device; else it is populated.
+    pub discarded: bool,
+}
+
+/// What the agent says about a block that it accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockAdded {
+    /// The backing's allocation unit in bytes.
+    pub host_page_size: u64,
+    /// True if the file cannot shrink under the agent (`F_SEAL_SHRINK`).
+    pub sealed: bool,
+}
+
+/// The backing's allocation unit in bytes.
+pub(crate) fn host_page_size(memory: BorrowedFd<'_>) -> Result<u64, Error> {
+    let stat = fstatfs(memory).map_err(Error::kernel("look at the file under a block"))?;
+    // The field's type differs between architectures; the magic is 32 bits on all.
+    if stat.f_type as u64 & 0xffff_ffff == HUGETLBFS_MAGIC {
+        return Ok(stat.f_bsize as u64);
+    }
+    Ok(PAGE_SIZE.max(rustix::param::page_size() as u64))
+}
+
+/// A block that was added.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub(crate) geometry: BlockGeometry,
+    pub(crate) memory: OwnedFd,
+    pub(crate) fd_offset: u64,
+    pub(crate) vmm_address: u64,
+    host_page_size: u64,
+    /// The bitmap of discarded pages: the file, for the agent, and our mapping of it.
+    pub(crate) discarded_fd: OwnedFd,
+    pub(crate) discarded: Arc<MappedBitmap>,
+}
+
+impl Block {
+    /// Makes the bitmap and keeps a duplicate of the file. `geometry` is checked.
+    pub(crate) fn new(geometry: BlockGeometry, spec: &BlockSpec<'_>) -> Result<Self, Error> {
+        let pages = geometry.pages();
+        let discarded_fd = sealed_memfd("pageferry-discarded", bitmap_bytes(pages))?;
+        let discarded = MappedBitmap::shared(std::os::fd::AsFd::as_fd(&discarded_fd), pages)
+            .map_err(|source| Error::Mapping { what: "bitmap of discarded pages", source })?;
+        if spec.discarded {
+            discarded.set(discarded.all());
+        }
+        let memory = spec
+            .memory
+            .try_clone_to_owned()
+            .map_err(|source| Error::Kernel { what: "duplicate the file under a block", source: errno(&source) })?;
+        Ok(Self {
+            geometry,
+            host_page_size: host_page_size(spec.memory)?,
+            memory,
+            fd_offset: spec.fd_offset,
+            vmm_address: spec.vmm_address,
+            discarded_fd,
+            discarded: Arc::new(discarded),
+        })
+    }
+
+    /// The pages that a discard of `range` covers whole (law 6).
+    pub(crate) fn inward(&self, range: &BlockRange) -> Result<PageRange, Error> {
+        PageRange::inward(range.offset, range.length, self.geometry.granularity, self.geometry.length)
+            .map_err(|source| Error::Range { block: range.block, source })
+    }
+
+    /// The pages that a populate of `range` touches (law 6).
+    pub(crate) fn outward(&self, range: &BlockRange) -> Result<PageRange, Error> {
+        PageRange::outward(range.offset, range.length, self.geometry.granularity, self.geometry.length)
+            .map_err(|source| Error::Range { block: range.block, source })
+    }
+
+    /// Discards without an agent: marks, then frees if asked. Returns how many pages were not discarded before.
+    pub(crate) fn discard(&self, pages: PageRange, punch: bool) -> u64 {
+        let changed = self.discarded.set(pages);
+        if punch {
+            self.punch(pages);
+        }
+        changed
+    }
+
+    /// Populates without an agent. Returns how many pages were discarded before.
+    ///
+    /// The next agent has to send these pages, and knows of them only by the log. The marks come last: an agent that takes a
+    /// mark while the page still counts as discarded would drop it.
+    pub(crate) fn populate(&self, pages: PageRange, log: &DirtyLog) -> u64 {
+        let changed = self.discarded.clear(pages);
+        log.mark(PageRange::new(self.geometry.first_log_page() + pages.first, pages.count));
+        changed
+    }
+
+    /// Frees the whole host pages of `pages`. A discard cannot fail (law 4), so a failure is only logged: the content is stale
+    /// all the same, it just takes memory.
+    fn punch(&self, pages: PageRange) {
+        let start = (self.fd_offset + pages.offset()).next_multiple_of(self.host_page_size);
+        let end = (self.fd_offset + pages.offset() + pages.bytes()) / self.host_page_size * self.host_page_size;
+        if start >= end {
+            return;
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            match fallocate(&self.memory, flags, start, end - start) {
+                Ok(()) => return,
+                Err(Errno::INTR) => {}
+                Err(errno) => {
+                    let (name, bytes) = (&self.geometry.name, end - start);
+                    log::warn!("block {name}: cannot free {bytes:#x} bytes at file offset {start:#x}: {errno}");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// The error number in a `std::io::Error` that came from the kernel.
+pub(crate) fn errno(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}

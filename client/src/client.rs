@@ -1,0 +1,279 @@
+//! The handle of an agent: connecting, blocks, trackers, and a new agent after a lost one.
+//!
+//! What the guest's memory needs to survive the agent ([`Memory`]) is made here and handed to each agent in turn.
+
+use crate::block::{Block, BlockAdded, BlockSpec, errno};
+use crate::control::Control;
+use crate::error::Error;
+use crate::hooks::HookChannel;
+use crate::memory::Memory;
+use crate::ownership::{Ownership, SharedOwnership};
+use pageferry_protocol::control::request::{
+    AddBlockReply, BLOCK_DISCARDED, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT,
+};
+use pageferry_protocol::memory::BlockGeometry;
+use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How a client is set up.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Bytes of guest physical address space that the dirty log covers, from address zero. The default of 4 TiB takes a memfd of 128 MiB,
+    /// which is sparse: it costs memory only where guest pages are dirty. No block can lie outside.
+    pub log_covers: u64,
+    /// How long the agent may take to answer a request, and to take an answer. It is lost if it takes longer.
+    pub request_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { log_covers: 4 << 40, request_timeout: Duration::from_secs(10) }
+    }
+}
+
+/// Which trackers report the guest's writes, beside the shared log.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Trackers<'a> {
+    /// The VMM answers the sync and clear hooks: KVM's dirty log.
+    pub hooks: bool,
+    /// Write-protect scanning through this `/proc/self/pagemap` of the VMM. Duplicated.
+    pub pagemap: Option<BorrowedFd<'a>>,
+}
+
+/// The VMM's side of an agent. Clones are the same client; any thread may use any of them.
+///
+/// Requests go one at a time. When the last clone is dropped, the connection ends, and with it the hook channel.
+#[derive(Debug, Clone)]
+pub struct Client {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: Config,
+    memory: Arc<Memory>,
+    ownership: Arc<SharedOwnership>,
+    session: Mutex<Session>,
+}
+
+/// What one agent after the other is asked through. Its lock comes before the one of the blocks.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) control: Control,
+    /// What a new agent has to be told about trackers.
+    trackers: KeptTrackers,
+}
+
+#[derive(Debug, Default)]
+struct KeptTrackers {
+    hooks: bool,
+    pagemap: Option<OwnedFd>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let session = self.session.get_mut().unwrap_or_else(PoisonError::into_inner);
+        session.control.link().cut();
+    }
+}
+
+impl Client {
+    /// Connects to the agent that listens at `path`.
+    ///
+    /// # Errors
+    /// If nobody listens there, or the agent refuses or breaks the handshake.
+    pub fn connect(path: &Path, config: Config) -> Result<(Self, HookChannel), Error> {
+        Self::from_socket(connect(path)?, config)
+    }
+
+    /// Opens the protocol on a connected UNIX stream socket.
+    ///
+    /// # Errors
+    /// If the agent refuses or breaks the handshake.
+    pub fn from_socket(socket: OwnedFd, config: Config) -> Result<(Self, HookChannel), Error> {
+        let memory = Arc::new(Memory::new(config.log_covers)?);
+        let ownership = Arc::new(SharedOwnership::new());
+        let (control, channel) = open(socket, &config, &memory, &ownership)?;
+        let session = Mutex::new(Session { control, trackers: KeptTrackers::default() });
+        Ok((Self { inner: Arc::new(Inner { config, memory, ownership, session }) }, channel))
+    }
+
+    /// Hands everything to a new agent that listens at `path`; see [`Client::reattach_socket`].
+    ///
+    /// # Errors
+    /// As [`Client::connect`], and if the new agent refuses a block.
+    pub fn reattach(&self, path: &Path) -> Result<HookChannel, Error> {
+        self.reattach_socket(connect(path)?)
+    }
+
+    /// Gives up the agent, if it is not lost already, and hands the same dirty log, blocks, bitmaps of discarded pages and trackers to a
+    /// new one. The old hook channel ends, which resumes a guest that was paused through it and is ours. Ownership stays as it is.
+    ///
+    /// # Errors
+    /// If the new agent refuses or breaks the handshake, or refuses a block. The client has no agent then.
+    pub fn reattach_socket(&self, socket: OwnedFd) -> Result<HookChannel, Error> {
+        let mut session = self.session();
+        if session.control.lost().is_none() {
+            session.control.lose("the VMM attached another".to_owned());
+        }
+        let (mut control, channel) = open(socket, &self.inner.config, &self.inner.memory, &self.inner.ownership)?;
+        let handed_over = self
+            .inner
+            .memory
+            .all()
+            .iter()
+            .try_for_each(|block| send_block(&mut control, block, 0).map(drop))
+            .and_then(|()| session.trackers.send(&mut control));
+        if let Err(error) = handed_over {
+            control.link().cut();
+            return Err(error);
+        }
+        session.control = control;
+        Ok(channel)
+    }
+
+    /// Adds a block of guest memory.
+    ///
+    /// # Errors
+    /// If the block is not valid, overlaps another, lies outside the dirty log, or the agent refuses it or is lost.
+    pub fn add_block(&self, spec: BlockSpec<'_>) -> Result<BlockAdded, Error> {
+        let geometry = BlockGeometry {
+            id: spec.id,
+            name: spec.name.to_owned(),
+            gpa: spec.gpa,
+            length: spec.length,
+            granularity: spec.granularity,
+        };
+        let mut session = self.session();
+        if let Some(lost) = session.control.lost() {
+            return Err(lost);
+        }
+        self.memory().reserve(&geometry)?;
+        let flags = if spec.discarded { BLOCK_DISCARDED } else { 0 };
+        let added = Block::new(geometry, &spec).and_then(|block| {
+            let added = send_block(&mut session.control, &block, flags)?;
+            self.memory().insert(Arc::new(block));
+            Ok(added)
+        });
+        if added.is_err() {
+            self.memory().forget(spec.id);
+        }
+        added
+    }
+
+    /// Removes a block. Without an agent it is only forgotten here, so that no later agent is handed it.
+    ///
+    /// # Errors
+    /// If there is no such block, or the agent refuses because a job needs it.
+    pub fn remove_block(&self, id: u32) -> Result<(), Error> {
+        let mut session = self.session();
+        if self.memory().block(id).is_none() {
+            return Err(Error::UnknownBlock { id });
+        }
+        match session.control.request(&Request::RemoveBlock { id }, &[], |_| Ok(())) {
+            Err(refused @ Error::Refused { .. }) => Err(refused),
+            Ok(()) | Err(_) => {
+                self.memory().forget(id);
+                Ok(())
+            }
+        }
+    }
+
+    /// Says which trackers report the guest's writes. The shared log always does.
+    ///
+    /// # Errors
+    /// If the agent refuses, as it does while a job runs, or is lost.
+    pub fn set_trackers(&self, trackers: Trackers<'_>) -> Result<(), Error> {
+        let pagemap = trackers
+            .pagemap
+            .map(|fd| fd.try_clone_to_owned())
+            .transpose()
+            .map_err(|source| Error::Kernel { what: "duplicate the pagemap", source: errno(&source) })?;
+        let kept = KeptTrackers { hooks: trackers.hooks, pagemap };
+        let mut session = self.session();
+        kept.send(&mut session.control)?;
+        session.trackers = kept;
+        Ok(())
+    }
+
+    /// The dirty log. Whoever writes guest memory marks it *after* the write.
+    pub fn log(&self) -> &Arc<DirtyLog> {
+        &self.memory().log
+    }
+
+    /// The dirty log's memfd, in vhost's layout from byte 0, for `VHOST_USER_SET_LOG_BASE` of the VMM's other back-ends.
+    pub fn log_fd(&self) -> BorrowedFd<'_> {
+        self.memory().log_fd.as_fd()
+    }
+
+    /// A block's bitmap of discarded pages, to look at: it is what the agent sees, too.
+    pub fn discarded(&self, id: u32) -> Option<Arc<MappedBitmap>> {
+        self.memory().block(id).map(|block| Arc::clone(&block.discarded))
+    }
+
+    /// Whether the guest is this VMM's to run (law 9).
+    pub fn ownership(&self) -> Ownership {
+        self.inner.ownership.lock().ownership()
+    }
+
+    /// Takes the guest by force: an operator's decision, who looked at both sides and knows that the destination does not run. Says
+    /// nothing to the agent and calls no hook: the VMM then resumes the guest by itself.
+    pub fn take_by_force(&self) {
+        log::warn!("the guest is taken by force; ownership was {:?}", self.ownership());
+        self.inner.ownership.lock().take_by_force();
+    }
+
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.inner.memory
+    }
+
+    pub(crate) fn shared_ownership(&self) -> &SharedOwnership {
+        &self.inner.ownership
+    }
+
+    pub(crate) fn session(&self) -> MutexGuard<'_, Session> {
+        self.inner.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn connect(path: &Path) -> Result<OwnedFd, Error> {
+    match UnixStream::connect(path) {
+        Ok(stream) => Ok(stream.into()),
+        Err(source) => Err(Error::Connect { path: path.to_owned(), source }),
+    }
+}
+
+fn open(
+    socket: OwnedFd, config: &Config, memory: &Arc<Memory>, ownership: &Arc<SharedOwnership>,
+) -> Result<(Control, HookChannel), Error> {
+    let timeout = config.request_timeout;
+    let (control, hooks) = Control::open(socket, memory.log_fd.as_fd(), memory.log_bytes(), timeout)?;
+    let link = Arc::clone(control.link());
+    let channel = HookChannel::new(hooks, link, Arc::clone(memory), Arc::clone(ownership), timeout);
+    Ok((control, channel))
+}
+
+fn send_block(control: &mut Control, block: &Block, flags: u32) -> Result<BlockAdded, Error> {
+    let request = Request::AddBlock {
+        geometry: block.geometry.clone(),
+        fd_offset: block.fd_offset,
+        vmm_address: block.vmm_address,
+        flags,
+    };
+    let reply =
+        control.request(&request, &[block.memory.as_fd(), block.discarded_fd.as_fd()], AddBlockReply::decode)?;
+    Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
+}
+
+impl KeptTrackers {
+    fn send(&self, control: &mut Control) -> Result<(), Error> {
+        let hooks = if self.hooks { TRACKER_HOOKS } else { 0 };
+        let scanning = if self.pagemap.is_some() { TRACKER_WRITE_PROTECT } else { 0 };
+        let fds: Vec<BorrowedFd<'_>> = self.pagemap.iter().map(AsFd::as_fd).collect();
+        control.request(&Request::SetTrackers { sources: hooks | scanning }, &fds, |_| Ok(()))
+    }
+}

@@ -1,0 +1,124 @@
+//! Discard and populate, with an agent and without.
+//!
+//! A discard cannot fail (law 4). The agent does all of it, if there is one: only it knows which worker is reading the range right now.
+//! If there is none, or it is lost during the call, nobody reads guest memory any more, so the client marks the shared bitmap and frees
+//! the backing by itself. The next agent finds the marks.
+//!
+//! Both hold the session's lock to the end, so that no new agent is attached in the middle of what is done without one.
+
+use crate::block::Block;
+use crate::client::{Client, Session};
+use crate::error::Error;
+use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, RangesReply, Request};
+use pageferry_protocol::memory::PageRange;
+use std::sync::Arc;
+
+/// Who frees the memory under a discarded range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Punch {
+    /// The agent, by `FALLOC_FL_PUNCH_HOLE`; the client if there is no agent. When the discard returns, the range is a hole.
+    #[default]
+    Yes,
+    /// The VMM, after the discard returned. Until it does, what the guest wrote before cannot be told from what it writes after.
+    No,
+}
+
+/// A range with its block, checked and rounded.
+struct Checked {
+    range: BlockRange,
+    block: Arc<Block>,
+    pages: PageRange,
+}
+
+impl Client {
+    /// Says that the content of these ranges is stale: it is not read, sent or populated until it is populated again. Rounds inward to
+    /// the block's granularity. Call it after the guest gave the ranges back, and free them only when it returned.
+    ///
+    /// Returns the number of pages that were not discarded before.
+    ///
+    /// # Errors
+    /// Only if a range is no part of a block; nothing is discarded then.
+    pub fn discard(&self, ranges: &[BlockRange], punch: Punch) -> Result<u64, Error> {
+        let checked = self.check(ranges, Block::inward)?;
+        let punch = punch == Punch::Yes;
+        let flags = if punch { DISCARD_PUNCH } else { 0 };
+        let mut session = self.session();
+        let mut changed = 0;
+        for batch in batches(&session, &checked) {
+            let request = Request::Discard { flags, ranges: batch.iter().map(|entry| entry.range).collect() };
+            changed += match session.control.request(&request, &[], RangesReply::decode) {
+                Ok(reply) => reply.changed_pages,
+                Err(error) => {
+                    if let Error::Refused { sentence, .. } = &error {
+                        // It has no right to. It will see the marks, and finds holes where it still reads.
+                        log::warn!("the agent refused a discard, the client does it: {sentence}");
+                    }
+                    batch.iter().map(|entry| entry.block.discard(entry.pages, punch)).sum()
+                }
+            };
+        }
+        Ok(changed)
+    }
+
+    /// Says that the guest is about to use these ranges. Rounds outward to the block's granularity. The guest may use them when it
+    /// returned with success.
+    ///
+    /// Returns the number of pages that were discarded before.
+    ///
+    /// # Errors
+    /// If a range is no part of a block, or the agent refuses ([`Error::Refused`], with the code `Busy` if a job is in the way). Nothing is populated
+    /// then. A lost agent is no error: the client does it.
+    pub fn populate(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
+        let checked = self.check(ranges, Block::outward)?;
+        let mut session = self.session();
+        let mut changed = 0;
+        // Runs that this call populated. One batch is all or nothing by itself, so only more than one needs them.
+        let mut undo: Vec<BlockRange> = Vec::new();
+        let batches = batches(&session, &checked);
+        let many = batches.len() > 1;
+        for batch in batches {
+            let discarded = if many { discarded_runs(batch) } else { Vec::new() };
+            let request = Request::Populate { ranges: batch.iter().map(|entry| entry.range).collect() };
+            changed += match session.control.request(&request, &[], RangesReply::decode) {
+                Ok(reply) => reply.changed_pages,
+                Err(Error::AgentLost { .. }) => {
+                    batch.iter().map(|entry| entry.block.populate(entry.pages, &self.memory().log)).sum()
+                }
+                Err(refused) => {
+                    drop(session);
+                    // They were stale a moment ago, and nobody was told that they are not.
+                    self.discard(&undo, Punch::No)?;
+                    return Err(refused);
+                }
+            };
+            undo.extend(discarded);
+        }
+        Ok(changed)
+    }
+
+    /// Finds the blocks and rounds all ranges, before anything is changed.
+    fn check(
+        &self, ranges: &[BlockRange], round: impl Fn(&Block, &BlockRange) -> Result<PageRange, Error>,
+    ) -> Result<Vec<Checked>, Error> {
+        let check = |range: &BlockRange| {
+            let block = self.memory().block(range.block).ok_or(Error::UnknownBlock { id: range.block })?;
+            let pages = round(&block, range)?;
+            Ok(Checked { range: *range, block, pages })
+        };
+        ranges.iter().map(check).collect()
+    }
+}
+
+fn batches<'a>(session: &Session, checked: &'a [Checked]) -> std::slice::Chunks<'a, Checked> {
+    checked.chunks(session.control.max_ranges)
+}
+
+/// The runs of a batch that are discarded now.
+fn discarded_runs(batch: &[Checked]) -> Vec<BlockRange> {
+    let runs = |entry: &Checked| {
+        let block = entry.range.block;
+        let range = |run: PageRange| BlockRange { block, offset: run.offset(), length: run.bytes() };
+        entry.block.discarded.runs(entry.pages).map(range).collect::<Vec<_>>()
+    };
+    batch.iter().flat_map(runs).collect()
+}

@@ -1,0 +1,178 @@
+//! What can go wrong, seen from the VMM.
+//!
+//! Law 8: none of these stops the guest. Before the switchover an error of this library means that a migration does not
+//! happen, never that the guest is lost.
+
+use crate::ownership::Ownership;
+use pageferry_protocol::control::SocketError;
+use pageferry_protocol::control::request::ErrorCode;
+use pageferry_protocol::memory::{GeometryError, RangeError};
+use pageferry_protocol::shm::MappingError;
+use pageferry_protocol::stream::RecordError;
+use rustix::io::Errno;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// An error of the client library.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The agent died, hung, or broke the protocol. It stays so until [`Client::reattach`](crate::Client::reattach);
+    /// discards and populates go on without it.
+    #[error("the agent is lost: {reason}")]
+    AgentLost {
+        /// What happened, in words.
+        reason: String,
+    },
+    /// The agent refused the request.
+    #[error("the agent refused ({code:?}): {sentence}")]
+    Refused {
+        /// For programs.
+        code: ErrorCode,
+        /// For people: the field, its value, and what was allowed.
+        sentence: String,
+    },
+    /// Nobody answers at the agent's socket.
+    #[error("cannot connect to the agent at {}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The agent's process cannot be started.
+    #[error("cannot start the agent {program:?}")]
+    Spawn {
+        /// What should run.
+        program: std::ffi::OsString,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A thread for the hooks cannot be started.
+    #[error("cannot start a thread for the hooks")]
+    Thread {
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The hook channel broke. The agent counts as lost.
+    #[error("hook channel")]
+    HookChannel {
+        /// What happened.
+        #[source]
+        source: SocketError,
+    },
+    /// The range names a block that was not added.
+    #[error("block {id} does not exist")]
+    UnknownBlock {
+        /// The block.
+        id: u32,
+    },
+    /// The range is no part of its block.
+    #[error("block {block}")]
+    Range {
+        /// The block.
+        block: u32,
+        /// The numbers.
+        #[source]
+        source: RangeError,
+    },
+    /// The block is not valid, or does not fit the others.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// The block ends after what the dirty log covers.
+    #[error("block {id}: gpa {gpa:#x} + length {length:#x} ends outside the dirty log, which covers {covers:#x} bytes")]
+    OutsideLog {
+        /// The block.
+        id: u32,
+        /// Its guest physical address.
+        gpa: u64,
+        /// Its length in bytes.
+        length: u64,
+        /// [`Config::log_covers`](crate::Config::log_covers), rounded up.
+        covers: u64,
+    },
+    /// The region of guest memory has no file, so it cannot be shared with the agent.
+    #[error("region at {gpa:#x} + {length:#x} has no file")]
+    NoFile {
+        /// The region's guest physical address.
+        gpa: u64,
+        /// Its length in bytes.
+        length: u64,
+    },
+    /// The region's bitmap marks another log, or another place in it.
+    #[error("region at {gpa:#x}: its bitmap is attached to another dirty log or address already")]
+    Attached {
+        /// The region's guest physical address.
+        gpa: u64,
+    },
+    /// The guest is not this VMM's to send.
+    #[error("ownership is {ownership:?}: only a guest that is ours can be sent")]
+    NotOurs {
+        /// Who has it instead.
+        ownership: Ownership,
+    },
+    /// The address is longer than the protocol carries.
+    #[error("address of {length} bytes, allowed are {}", pageferry_protocol::control::job::MAX_ADDRESS)]
+    Address {
+        /// Length of the address in bytes.
+        length: usize,
+    },
+    /// The job is not the one that the agent runs or ran last.
+    #[error("job {job} is not known to the agent, whose last job is {last}")]
+    UnknownJob {
+        /// The job asked for.
+        job: u64,
+        /// The agent's last job; 0 if there was none.
+        last: u64,
+    },
+    /// The job did not end in time. It goes on.
+    #[error("job {job} did not end within {waited:?}: it is {phase}")]
+    Unfinished {
+        /// The job.
+        job: u64,
+        /// Name of the phase it is in.
+        phase: &'static str,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// A record of the page stream is not valid.
+    #[error("page stream")]
+    Record(#[from] RecordError),
+    /// The page stream ended inside a record.
+    #[error("page stream: the connection ended inside a record")]
+    Cut,
+    /// The page stream cannot be read or written.
+    #[error("page stream")]
+    Stream {
+        /// What the kernel or the transport said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Memory that the client shares with the agent cannot be mapped.
+    #[error("{what}")]
+    Mapping {
+        /// What the memory is for.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: MappingError,
+    },
+    /// The kernel refused.
+    #[error("cannot {what}")]
+    Kernel {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: Errno,
+    },
+}
+
+impl Error {
+    /// For `map_err`: the kernel refused `what`.
+    pub(crate) fn kernel(what: &'static str) -> impl FnOnce(Errno) -> Self {
+        move |source| Self::Kernel { what, source }
+    }
+}

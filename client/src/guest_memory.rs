@@ -1,0 +1,61 @@
+//! All blocks at once, from a [`GuestMemoryMmap`].
+
+use crate::block::{BlockSpec, host_page_size};
+use crate::client::Client;
+use crate::error::Error;
+use crate::vm_memory_bitmap::AttachLog;
+use pageferry_protocol::memory::pages_in;
+use std::os::fd::AsFd;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+
+impl Client {
+    /// Adds every region of `memory` as a block, and attaches its bitmap to the dirty log. Returns the ids of the blocks: 0, 1, ... in order
+    /// of the guest physical address. They are named `ram@` and that address in hexadecimal; their granularity is their host page size.
+    ///
+    /// # Errors
+    /// If a region has no file, its bitmap is attached to another log, or for the reasons of [`Client::add_block`]. No block is added then.
+    pub fn add_guest_memory<B>(&self, memory: &GuestMemoryMmap<B>) -> Result<Vec<u32>, Error>
+    where
+        B: Bitmap + AttachLog + 'static,
+    {
+        let mut ids = Vec::new();
+        for (id, region) in (0..).zip(memory.iter()) {
+            if let Err(error) = self.add_region(id, region) {
+                for id in ids {
+                    // Refused only if a job runs, which then already has the block.
+                    let _ = self.remove_block(id);
+                }
+                return Err(error);
+            }
+            ids.push(id);
+        }
+        Ok(ids)
+    }
+
+    fn add_region<B>(&self, id: u32, region: &GuestRegionMmap<B>) -> Result<(), Error>
+    where
+        B: Bitmap + AttachLog,
+    {
+        let (gpa, length) = (region.start_addr().raw_value(), region.len());
+        // The region's own trait has methods of the same names, which see less.
+        let mapping = region.get_mmap();
+        let file = mapping.file_offset().ok_or(Error::NoFile { gpa, length })?;
+        let memory = file.file().as_fd();
+        if !mapping.bitmap().attach_log(self.log(), pages_in(gpa)) {
+            return Err(Error::Attached { gpa });
+        }
+        self.add_block(BlockSpec {
+            id,
+            name: &format!("ram@{gpa:#x}"),
+            gpa,
+            length,
+            memory,
+            fd_offset: file.start(),
+            vmm_address: mapping.as_ptr() as u64,
+            granularity: host_page_size(memory)?,
+            discarded: false,
+        })
+        .map(drop)
+    }
+}

@@ -1,0 +1,312 @@
+//! The hook channel: reads the agent's requests, turns the line of law 9 where they say so, calls the VMM, answers.
+//!
+//! An agent may be broken or lie (law 8): an unknown hook, a malformed one, or one that is not allowed now gets an error as its answer. What
+//! cannot be followed any more, and the end of the connection, are the end of the agent: the guest is resumed if it was paused through this
+//! channel and is ours.
+
+use super::state::{read_pieces, write_pieces};
+use super::{ClearPages, HookError, Hooks};
+use crate::control::Link;
+use crate::error::Error;
+use crate::memory::Memory;
+use crate::ownership::{Forbidden, Resume, SharedOwnership};
+use pageferry_protocol::control::hook::{self, Hook, encode_hook_reply, encode_state_reply, reply_sequence};
+use pageferry_protocol::control::job::JobStatus;
+use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
+use pageferry_protocol::control::socket::wait;
+use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
+use pageferry_protocol::shm::words_for;
+use rustix::event::PollFlags;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// The sequence number in an answer to a hook that has none. No agent counts this far.
+const NO_SEQUENCE: u64 = u64::MAX;
+
+/// What became of a hook channel in [`HookChannel::dispatch`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dispatch {
+    /// All that was pending is answered; more may come.
+    Open,
+    /// The agent is lost. [`Hooks::agent_lost`] was called. Do not poll the channel any more.
+    Closed,
+}
+
+/// The VMM's end of the hook channel. Either [`spawn`](HookChannel::spawn) a thread for it, or poll it ([`AsFd`], level-triggered, for
+/// reading) in an event loop and [`dispatch`](HookChannel::dispatch).
+///
+/// Dropping it leaves the agent without hooks: no migration can succeed then.
+#[derive(Debug)]
+pub struct HookChannel {
+    socket: FrameSocket,
+    link: Arc<Link>,
+    memory: Arc<Memory>,
+    ownership: Arc<SharedOwnership>,
+    /// How long the agent may take to make room for an answer.
+    timeout: Duration,
+    closed: bool,
+}
+
+impl AsFd for HookChannel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for HookChannel {
+    fn drop(&mut self) {
+        // The link keeps a duplicate, so closing alone would leave the agent waiting for its deadline.
+        self.link.cut_hooks();
+    }
+}
+
+impl HookChannel {
+    pub(crate) fn new(
+        socket: OwnedFd, link: Arc<Link>, memory: Arc<Memory>, ownership: Arc<SharedOwnership>, timeout: Duration,
+    ) -> Self {
+        Self { socket: socket.into(), link, memory, ownership, timeout, closed: false }
+    }
+
+    /// Answers every hook that is pending, without waiting for more.
+    ///
+    /// # Errors
+    /// If the agent broke the protocol; it is lost then, as if it had closed the channel. Only reported once.
+    pub fn dispatch(&mut self, hooks: &mut dyn Hooks) -> Result<Dispatch, Error> {
+        while !self.closed {
+            let handled = match self.socket.try_recv() {
+                Ok(Some(frame)) => self.handle(frame, hooks),
+                Ok(None) => return Ok(Dispatch::Open),
+                Err(error) => Err(error),
+            };
+            match handled {
+                Ok(()) => {}
+                Err(SocketError::Closed | SocketError::Cut { .. }) => self.end(hooks),
+                Err(source) => {
+                    self.end(hooks);
+                    return Err(Error::HookChannel { source });
+                }
+            }
+        }
+        Ok(Dispatch::Closed)
+    }
+
+    /// Answers hooks until the agent is lost, or the last clone of the client is dropped.
+    ///
+    /// # Errors
+    /// If the agent broke the protocol; the guest is as safe as after any other end.
+    pub fn run(mut self, hooks: &mut dyn Hooks) -> Result<(), Error> {
+        const A_WHILE: Duration = Duration::from_secs(3600);
+        while self.dispatch(hooks)? == Dispatch::Open {
+            if let Err(errno) = wait(self.socket.as_fd(), PollFlags::IN, Instant::now() + A_WHILE) {
+                self.end(hooks);
+                return Err(Error::HookChannel { source: errno.into() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a thread that answers hooks until the agent is lost, or the last clone of the client is dropped.
+    ///
+    /// # Errors
+    /// If the thread cannot be started.
+    pub fn spawn<H: Hooks + 'static>(self, mut hooks: H) -> Result<HookThread<H>, Error> {
+        let run = move || {
+            if let Err(error) = self.run(&mut hooks) {
+                log::error!("hooks: {}", HookError::from(error).sentence());
+            }
+            hooks
+        };
+        let thread = std::thread::Builder::new().name("pageferry-hooks".into()).spawn(run);
+        Ok(HookThread { thread: thread.map_err(|source| Error::Thread { source })? })
+    }
+
+    /// The end of the agent, or of its right to be heard.
+    fn end(&mut self, hooks: &mut dyn Hooks) {
+        self.closed = true;
+        // Whatever the reason was, an agent without hooks has no business with our memory.
+        self.link.cut();
+        let resume = self.ownership.lock().closed(self.link.id);
+        if resume {
+            log::warn!("the agent is lost while the guest is paused: resuming it");
+            let resumed = hooks.resume();
+            self.ownership.lock().resumed(resumed.is_ok());
+            if let Err(error) = resumed {
+                log::error!("cannot resume the guest: {}", error.sentence());
+            }
+        }
+        let ownership = self.ownership.lock().ownership();
+        hooks.agent_lost(ownership);
+    }
+
+    /// Handles one frame. An error means that the answer could not be sent.
+    fn handle(&mut self, frame: Frame, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
+        if frame.is_reply() {
+            log::warn!("the agent answered {:#x}, which nobody asked", frame.request);
+            return Ok(());
+        }
+        let sequence = reply_sequence(&frame.body).unwrap_or(NO_SEQUENCE);
+        let decoded = match Hook::decode(frame.request, &frame.body) {
+            Some(Ok((_, hook))) => Ok(hook),
+            Some(Err(error)) => Err(RemoteError::new(ErrorCode::Invalid, error)),
+            None => {
+                let sentence = format!("hook {:#x} is unknown", frame.request);
+                Err(RemoteError::new(ErrorCode::Unsupported, sentence))
+            }
+        };
+        match decoded {
+            Ok(Hook::Event { status }) => {
+                self.event(&status, hooks);
+                Ok(())
+            }
+            Ok(Hook::SaveState) => self.save_state(sequence, hooks),
+            Ok(Hook::Relinquish) => self.relinquish(sequence),
+            Ok(other) => {
+                let name = other.name();
+                let reply = self.call(other, &frame.fds, hooks);
+                if let Err(error) = &reply {
+                    log::warn!("hook {name}: {error}");
+                }
+                self.answer(frame.request, &encode_hook_reply(sequence, &reply), &[])
+            }
+            Err(error) => {
+                log::warn!("hook {:#x} refused: {error}", frame.request);
+                // Nobody waits for the answer to an event.
+                if frame.request == hook::code::EVENT {
+                    return Ok(());
+                }
+                self.answer(frame.request, &encode_hook_reply(sequence, &Err(error)), &[])
+            }
+        }
+    }
+
+    fn answer(&self, request: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), SocketError> {
+        use pageferry_protocol::control::frame::FLAG_REPLY;
+        self.socket.send_parts(request, FLAG_REPLY, body, fds, Instant::now() + self.timeout)
+    }
+
+    fn event(&self, status: &JobStatus, hooks: &mut dyn Hooks) {
+        self.ownership.lock().event(status);
+        hooks.event(status);
+    }
+
+    /// The line of law 9: turned before the answer leaves, turned back only if the agent cannot have the answer.
+    fn relinquish(&self, sequence: u64) -> Result<(), SocketError> {
+        let reply = self.ownership.lock().relinquish(self.link.id).map_err(forbidden);
+        if let Err(error) = &reply {
+            log::warn!("hook relinquish: {error}");
+        }
+        let sent = self.answer(hook::code::RELINQUISH, &encode_hook_reply(sequence, &reply), &[]);
+        if sent.is_err() && reply.is_ok() {
+            self.ownership.lock().relinquish_unanswered(self.link.id);
+        }
+        sent
+    }
+
+    fn save_state(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
+        match hooks.save_state().and_then(|pieces| write_pieces(&pieces)) {
+            Ok((sizes, file)) => {
+                self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &Ok(sizes)), &[file.as_fd()])
+            }
+            Err(error) => {
+                log::warn!("hook save state: {}", error.sentence());
+                let reply = Err(RemoteError::new(ErrorCode::Other, error.sentence()));
+                self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &reply), &[])
+            }
+        }
+    }
+
+    /// The hooks whose answer is success or an error.
+    fn call(&self, hook: Hook, fds: &[OwnedFd], hooks: &mut dyn Hooks) -> Reply<()> {
+        match hook {
+            Hook::Pause => self.pause(hooks),
+            Hook::Resume { force } => self.resume(force, hooks),
+            Hook::StartTracking => hooks.start_tracking().map_err(failed),
+            Hook::StopTracking => hooks.stop_tracking().map_err(failed),
+            Hook::SyncTracker => hooks.sync_tracker(&self.memory.log).map_err(failed),
+            Hook::ClearTracker { block, first, bitmap } => self.clear_tracker(block, first, bitmap, hooks),
+            Hook::Throttle { percent } => hooks.throttle(percent).map_err(failed),
+            Hook::LoadState { pieces } => match fds {
+                [file] => read_pieces(pieces, file.as_fd()).and_then(|state| hooks.load_state(state)).map_err(failed),
+                _ => {
+                    let sentence = format!("load state came with {} file descriptors, expected 1", fds.len());
+                    Err(RemoteError::new(ErrorCode::Invalid, sentence))
+                }
+            },
+            // Answered before it comes here.
+            Hook::SaveState | Hook::Relinquish | Hook::Event { .. } => Ok(()),
+        }
+    }
+
+    fn pause(&self, hooks: &mut dyn Hooks) -> Reply<()> {
+        self.ownership.lock().pause().map_err(forbidden)?;
+        let paused = hooks.pause();
+        self.ownership.lock().paused(self.link.id, paused.is_ok());
+        paused.map_err(failed)
+    }
+
+    fn resume(&self, force: bool, hooks: &mut dyn Hooks) -> Reply<()> {
+        let decided = self.ownership.lock().resume(self.link.id, force).map_err(forbidden)?;
+        match decided {
+            Resume::Already => Ok(()),
+            Resume::Call => {
+                let resumed = hooks.resume();
+                self.ownership.lock().resumed(resumed.is_ok());
+                resumed.map_err(failed)
+            }
+        }
+    }
+
+    fn clear_tracker(&self, id: u32, first: u64, mut bitmap: Vec<u64>, hooks: &mut dyn Hooks) -> Reply<()> {
+        let Some(block) = self.memory.block(id) else {
+            return Err(RemoteError::new(ErrorCode::NotFound, format!("block {id} does not exist")));
+        };
+        let pages = block.geometry.pages();
+        let words = words_for(pages);
+        let end = (first / 64).saturating_add(bitmap.len() as u64);
+        if end > words {
+            let sentence = format!("block {id}: {} words from page {first:#x} for {pages:#x} pages", bitmap.len());
+            return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+        }
+        if let Some(last) = bitmap.last_mut()
+            && end == words
+            && pages % 64 != 0
+        {
+            *last &= (1 << (pages % 64)) - 1;
+        }
+        let log_first_page = block.geometry.first_log_page() + first;
+        hooks.clear_tracker(ClearPages { block: id, first, bitmap: &bitmap, log_first_page }).map_err(failed)
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "used as a function in map_err")]
+fn failed(error: HookError) -> RemoteError {
+    RemoteError::new(ErrorCode::Other, error.sentence())
+}
+
+fn forbidden(error: Forbidden) -> RemoteError {
+    RemoteError::new(ErrorCode::State, error)
+}
+
+/// A thread that answers hooks.
+#[derive(Debug)]
+pub struct HookThread<H> {
+    thread: JoinHandle<H>,
+}
+
+impl<H> HookThread<H> {
+    /// True if the agent is lost and the thread ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for the end of the agent, and returns the hooks. Drop the client first, or this waits for the agent to die. A panic of
+    /// a hook goes on here.
+    pub fn join(self) -> H {
+        match self.thread.join() {
+            Ok(hooks) => hooks,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+}

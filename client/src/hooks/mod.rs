@@ -1,0 +1,153 @@
+//! What the agent asks of the VMM.
+//!
+//! - [`Hooks`]: what a VMM implements;
+//! - [`channel`]: the socket that the requests come on, and how they are answered;
+//! - [`state`]: the file that the VMM's own state travels in.
+
+mod channel;
+mod state;
+
+pub use channel::{Dispatch, HookChannel, HookThread};
+
+use crate::ownership::Ownership;
+use pageferry_protocol::control::job::JobStatus;
+use pageferry_protocol::shm::DirtyLog;
+
+/// Why a hook failed. The sentence travels to the agent and into its report; any error turns into one with `?`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HookError {
+    sentence: String,
+}
+
+impl HookError {
+    /// A failure with this sentence.
+    pub fn new(sentence: impl Into<String>) -> Self {
+        Self { sentence: sentence.into() }
+    }
+
+    /// The sentence.
+    pub fn sentence(&self) -> &str {
+        &self.sentence
+    }
+}
+
+/// The error's text and those of its sources. `HookError` is no `std::error::Error` itself, since it could not have this then.
+impl<E: std::error::Error> From<E> for HookError {
+    fn from(error: E) -> Self {
+        let mut sentence = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            sentence.push_str(": ");
+            sentence.push_str(&cause.to_string());
+            source = cause.source();
+        }
+        Self { sentence }
+    }
+}
+
+/// A named piece of the VMM's state, such as a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StatePiece {
+    /// At most 255 bytes.
+    pub name: String,
+    /// In whatever format the VMM likes.
+    pub bytes: Vec<u8>,
+}
+
+/// Pages to clear in the VMM's tracker.
+#[derive(Debug, Clone, Copy)]
+pub struct ClearPages<'a> {
+    /// The block.
+    pub block: u32,
+    /// First page within the block; a multiple of 64.
+    pub first: u64,
+    /// One bit per page from `first`: those to clear. No bit is set after the end of the block.
+    pub bitmap: &'a [u64],
+    /// The same page as `first`, as the page number in the guest: its place in the dirty log.
+    pub log_first_page: u64,
+}
+
+/// What a VMM does for its agent. Only pausing, resuming and the state have no default.
+///
+/// Each hook has a deadline, by default 10 seconds, after which the agent gives up and the migration fails. Hooks are called one at a time, in
+/// the order that the agent asked in. They may use the [`Client`](crate::Client), but must not wait for a job.
+pub trait Hooks: Send {
+    /// Stops the guest and all that writes its memory: vCPUs, emulated devices, other back-ends. When it returns, every write is in the
+    /// trackers or will be after the next sync.
+    ///
+    /// # Errors
+    /// If the guest does not stop. It counts as running then.
+    fn pause(&mut self) -> Result<(), HookError>;
+
+    /// Lets the guest run: at the source after a failure, at the destination after the commit. Also called when the agent dies while the
+    /// guest is paused and still ours. May be called for a guest that runs.
+    ///
+    /// # Errors
+    /// If the guest cannot run.
+    fn resume(&mut self) -> Result<(), HookError>;
+
+    /// Starts the VMM's own tracker.
+    ///
+    /// # Errors
+    /// If it does not start; the migration fails.
+    fn start_tracking(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    /// Stops the VMM's own tracker.
+    ///
+    /// # Errors
+    /// If it does not stop.
+    fn stop_tracking(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    /// Marks in `log` what the VMM's own tracker knows as dirty.
+    ///
+    /// # Errors
+    /// If the tracker cannot be read; the migration fails.
+    fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        let _ = log;
+        Ok(())
+    }
+
+    /// Clears pages in the VMM's own tracker, so that their next write is reported. When it returns, it must be so.
+    ///
+    /// # Errors
+    /// If the tracker cannot be changed; the migration fails.
+    fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        let _ = pages;
+        Ok(())
+    }
+
+    /// Holds the guest back for `percent` of its time, 0 to 99. 0 lets it go.
+    ///
+    /// # Errors
+    /// If it cannot; the migration goes on without.
+    fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
+        let _ = percent;
+        Ok(())
+    }
+
+    /// Hands over the state of the VMM and its devices. The guest is paused. May still write guest memory: a last pass follows.
+    ///
+    /// # Errors
+    /// If the state cannot be saved; the migration fails and the guest is resumed.
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError>;
+
+    /// Takes the state that the source saved, in the same order. All memory is here. The guest does not run yet.
+    ///
+    /// # Errors
+    /// If the state does not fit; the migration fails and the guest runs on at the source.
+    fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError>;
+
+    /// Something to know about a job.
+    fn event(&mut self, status: &JobStatus) {
+        let _ = status;
+    }
+
+    /// The agent is lost; nothing more comes. A guest that was paused and is ours was resumed just before.
+    fn agent_lost(&mut self, ownership: Ownership) {
+        let _ = ownership;
+    }
+}

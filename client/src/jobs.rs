@@ -1,0 +1,119 @@
+//! Starting, changing, watching and cancelling migrations.
+
+use crate::client::Client;
+use crate::error::Error;
+use crate::ownership::Ownership;
+use pageferry_protocol::control::job::{IncomingOptions, JobStatus, MAX_ADDRESS, OutgoingOptions};
+use pageferry_protocol::control::request::{JobStarted, Request};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// The other end of a migration.
+#[derive(Debug)]
+pub enum Target {
+    /// `tcp:HOST:PORT` or `unix:PATH`: where to connect to, or to listen.
+    Address(String),
+    /// A connected stream socket, such as the one of [`PageStream::pair`](crate::PageStream::pair).
+    Socket(OwnedFd),
+}
+
+impl Target {
+    /// As it travels: the text, and the descriptor if there is one.
+    fn parts(&self) -> Result<(String, Option<BorrowedFd<'_>>), Error> {
+        match self {
+            Self::Address(address) if address.len() > MAX_ADDRESS => Err(Error::Address { length: address.len() }),
+            Self::Address(address) => Ok((address.clone(), None)),
+            Self::Socket(socket) => Ok(("fd".to_owned(), Some(socket.as_fd()))),
+        }
+    }
+}
+
+/// Time between two looks at a job in [`Client::wait`].
+const POLL: Duration = Duration::from_millis(5);
+
+impl Client {
+    /// Starts to send the guest. Returns at once; the rest comes by hooks, [`Client::status`] and [`Client::wait`].
+    ///
+    /// # Errors
+    /// If the guest is not ours, or the agent refuses or is lost.
+    pub fn start_outgoing(&self, target: Target, options: &OutgoingOptions) -> Result<JobStarted, Error> {
+        let ownership = self.ownership();
+        if ownership != Ownership::Ours {
+            return Err(Error::NotOurs { ownership });
+        }
+        let (text, socket) = target.parts()?;
+        let request = Request::StartOutgoing { target: text, options: options.clone() };
+        self.session().control.request(&request, socket.as_slice(), JobStarted::decode)
+    }
+
+    /// Starts to wait for a guest. From now on the guest is not ours, until the source's commit came and the agent has it resumed. The VMM
+    /// must not run a guest in this memory meanwhile.
+    ///
+    /// # Errors
+    /// If the agent refuses, which leaves the ownership as it was, or is lost, which does not if the request may have arrived.
+    pub fn start_incoming(&self, listen: Target, options: &IncomingOptions) -> Result<JobStarted, Error> {
+        let (text, socket) = listen.parts()?;
+        let request = Request::StartIncoming { listen: text, options: options.clone() };
+        let mut session = self.session();
+        if let Some(lost) = session.control.lost() {
+            return Err(lost);
+        }
+        // Before it is sent: the resume hook may come sooner than the answer.
+        let before = self.shared_ownership().lock().start_incoming();
+        let started = session.control.request(&request, socket.as_slice(), JobStarted::decode);
+        if let Err(Error::Refused { .. }) = &started {
+            self.shared_ownership().lock().incoming_refused(before);
+        }
+        started
+    }
+
+    /// Cancels the job that runs.
+    ///
+    /// # Errors
+    /// If no job runs, or it is past the point where it can be cancelled, or the agent is lost.
+    pub fn cancel(&self) -> Result<(), Error> {
+        self.session().control.request(&Request::Cancel, &[], |_| Ok(()))
+    }
+
+    /// Changes the limits of the outgoing migration that runs. `streams`, `peer_timeout` and `hook_timeout` are ignored.
+    ///
+    /// # Errors
+    /// If no outgoing migration runs, a value is not allowed, or the agent is lost.
+    pub fn set_parameters(&self, options: &OutgoingOptions) -> Result<(), Error> {
+        let request = Request::SetParameters { options: options.clone() };
+        self.session().control.request(&request, &[], |_| Ok(()))
+    }
+
+    /// How the job stands that runs or ran last.
+    ///
+    /// # Errors
+    /// If the agent is lost.
+    pub fn status(&self) -> Result<JobStatus, Error> {
+        self.session().control.request(&Request::QueryStatus, &[], JobStatus::decode)
+    }
+
+    /// Waits until the job ended, however it did: see the phase and the error of what is returned.
+    ///
+    /// Asks every 5 ms. Nothing that matters waits for this: the guest is stopped, resumed and given up by hooks, and a status costs the
+    /// agent microseconds. A subscription would need a thread that reads this socket at all times.
+    ///
+    /// # Errors
+    /// If the job did not end within `timeout`, is not the agent's last, or the agent is lost.
+    pub fn wait(&self, job: u64, timeout: Duration) -> Result<JobStatus, Error> {
+        let started = Instant::now();
+        loop {
+            let status = self.status()?;
+            if status.job != job {
+                return Err(Error::UnknownJob { job, last: status.job });
+            }
+            if status.phase.is_final() {
+                return Ok(status);
+            }
+            let waited = started.elapsed();
+            if waited >= timeout {
+                return Err(Error::Unfinished { job, phase: status.phase.name(), waited });
+            }
+            std::thread::sleep(POLL.min(timeout - waited));
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Who may run the guest: law 9, seen from the VMM, in one place.
+//!
+//! The destination never runs before it received the commit; the source never runs after it may have been sent. The agent
+//! asks for the turn of that line with the relinquish hook; between its answer and the agent's word that no commit left
+//! (a resume hook), nobody but an operator may resume the guest, not even when the agent dies. That word counts only from the
+//! agent that asked, and only until its job ended or another began: a new agent, or a new attempt, knows nothing of that commit.
+//!
+//! ```text
+//!            relinquish                outgoing completed
+//!   Ours ------------------> Relinquished -------------> Gone
+//!    ^  ^------ resume ---------'                          |
+//!    |                                                     |
+//!    +-- resume ---- Awaiting <---- start incoming --------+--- (from any)
+//!    take by force, resume by force: Ours from any
+//! ```
+//!
+//! The state machine does no I/O and calls no hook: it says what to do. The lock around it is held for a few instructions only.
+
+use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Whether the guest is this VMM's to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ownership {
+    /// This VMM may run the guest.
+    Ours,
+    /// Given up, or perhaps given up: the guest stands still here, and must. [`Client::take_by_force`](crate::Client::take_by_force) is for an
+    /// operator who knows that the destination does not run.
+    Relinquished,
+    /// The destination confirmed that it runs the guest.
+    Gone,
+    /// An incoming migration was started, and its guest is not ours yet.
+    Awaiting,
+}
+
+/// What the pause and resume hooks did to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pause {
+    /// As far as the hooks are concerned it runs.
+    Running,
+    /// A hook failed: it counts as not paused, but a resume that comes is passed on.
+    Uncertain,
+    /// Paused by the agent on this connection.
+    Paused {
+        /// The connection.
+        link: u64,
+    },
+}
+
+/// A hook that is not allowed now, in words for the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Forbidden {
+    #[error("ownership is {0:?}: there is nothing to give up")]
+    NothingToGive(Ownership),
+    #[error("the guest is not paused: it may not be given up while it runs")]
+    NotPaused,
+    #[error("ownership is {0:?}: the guest is not this VMM's to pause")]
+    NotOurs(Ownership),
+    #[error("ownership is {0:?}: the destination may run the guest, only force resumes it here")]
+    ForceOnly(Ownership),
+}
+
+/// What to do about a resume hook.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Resume {
+    /// Call the VMM's resume.
+    Call,
+    /// It runs: just say so.
+    Already,
+}
+
+/// The state machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Machine {
+    ownership: Ownership,
+    pause: Pause,
+    /// While relinquished: the connection whose agent may still say that no commit left.
+    asked_by: Option<u64>,
+}
+
+impl Machine {
+    pub(crate) const fn new() -> Self {
+        Self { ownership: Ownership::Ours, pause: Pause::Running, asked_by: None }
+    }
+
+    pub(crate) fn ownership(&self) -> Ownership {
+        self.ownership
+    }
+
+    /// An incoming migration is about to be asked for. Returns what to hand to [`Machine::incoming_refused`].
+    pub(crate) fn start_incoming(&mut self) -> Ownership {
+        std::mem::replace(&mut self.ownership, Ownership::Awaiting)
+    }
+
+    /// The agent refused it: what was before holds, unless something else happened meanwhile.
+    pub(crate) fn incoming_refused(&mut self, before: Ownership) {
+        if self.ownership == Ownership::Awaiting {
+            self.ownership = before;
+        }
+    }
+
+    /// The agent asks for a pause. Only a guest that is ours can be paused.
+    pub(crate) fn pause(&mut self) -> Result<(), Forbidden> {
+        match self.ownership {
+            Ownership::Ours => Ok(()),
+            other => {
+                self.asked_by = None;
+                Err(Forbidden::NotOurs(other))
+            }
+        }
+    }
+
+    /// The VMM's pause returned.
+    pub(crate) fn paused(&mut self, link: u64, success: bool) {
+        self.pause = if success { Pause::Paused { link } } else { Pause::Uncertain };
+    }
+
+    /// The agent asks for the line of law 9. To be called before it is answered.
+    pub(crate) fn relinquish(&mut self, link: u64) -> Result<(), Forbidden> {
+        match (self.ownership, self.pause) {
+            (Ownership::Relinquished, _) if self.asked_by == Some(link) => Ok(()),
+            (Ownership::Ours, Pause::Paused { link: paused_by }) if paused_by == link => {
+                self.ownership = Ownership::Relinquished;
+                self.asked_by = Some(link);
+                Ok(())
+            }
+            (Ownership::Ours, _) => Err(Forbidden::NotPaused),
+            (other, _) => Err(Forbidden::NothingToGive(other)),
+        }
+    }
+
+    /// The answer to relinquish could not be sent whole. So the agent does not have it, and no commit can leave.
+    pub(crate) fn relinquish_unanswered(&mut self, link: u64) {
+        if self.ownership == Ownership::Relinquished && self.asked_by == Some(link) {
+            self.ownership = Ownership::Ours;
+        }
+    }
+
+    /// The agent says that the guest is to run here. It knows that no commit left, or that one arrived; or an operator
+    /// takes it by force. Ownership turns before the VMM resumes the guest: if that fails, nobody else has it either.
+    pub(crate) fn resume(&mut self, link: u64, force: bool) -> Result<Resume, Forbidden> {
+        let allowed = match self.ownership {
+            Ownership::Ours | Ownership::Awaiting => true,
+            Ownership::Relinquished => self.asked_by == Some(link),
+            Ownership::Gone => false,
+        };
+        if !allowed && !force {
+            return Err(Forbidden::ForceOnly(self.ownership));
+        }
+        let runs = self.ownership == Ownership::Ours && self.pause == Pause::Running;
+        self.ownership = Ownership::Ours;
+        Ok(if runs && !force { Resume::Already } else { Resume::Call })
+    }
+
+    /// The VMM's resume returned.
+    pub(crate) fn resumed(&mut self, success: bool) {
+        match (success, self.pause) {
+            (true, _) => self.pause = Pause::Running,
+            (false, Pause::Running) => self.pause = Pause::Uncertain,
+            // Still paused: a resume, or the end of the agent, tries again.
+            (false, _) => {}
+        }
+    }
+
+    /// The agent reports how a job stands.
+    pub(crate) fn event(&mut self, status: &JobStatus) {
+        if status.kind != JobKind::Outgoing || self.ownership != Ownership::Relinquished {
+            return;
+        }
+        match status.phase {
+            Phase::Completed => self.ownership = Ownership::Gone,
+            Phase::Unconfirmed => self.asked_by = None,
+            _ => {}
+        }
+    }
+
+    /// The hook channel of this connection ended. True if the guest is to be resumed, since it was paused through that
+    /// channel and is ours.
+    pub(crate) fn closed(&mut self, link: u64) -> bool {
+        self.ownership == Ownership::Ours && self.pause == Pause::Paused { link }
+    }
+
+    /// The operator's decision. The VMM resumes the guest by itself.
+    pub(crate) fn take_by_force(&mut self) {
+        *self = Self::new();
+    }
+}
+
+/// The state machine that a client and its hook channels share.
+#[derive(Debug)]
+pub(crate) struct SharedOwnership(Mutex<Machine>);
+
+impl SharedOwnership {
+    pub(crate) fn new() -> Self {
+        Self(Mutex::new(Machine::new()))
+    }
+
+    /// The machine. Never hold it while calling a hook or the agent.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Machine> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
