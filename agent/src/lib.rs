@@ -1,1 +1,5 @@
 //! The memory agent.
+#![deny(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+pub mod tracking;

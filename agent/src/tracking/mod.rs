@@ -1,0 +1,3 @@
+//! Dirty tracking on the agent's side.
+
+pub mod pagemap;
