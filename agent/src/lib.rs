@@ -1,1 +1,26 @@
-//! The memory agent.
+//! The memory agent: takes a guest's memory as file descriptors and moves it, outside of the VMM.
+//!
+//! - [`memory`]: blocks, their files and bitmaps, discards;
+//! - [`tracking`]: who says which pages are dirty;
+//! - [`hooks`]: what the agent asks of the VMM;
+//! - [`job`]: what all jobs share: status, cancelling, errors;
+//! - [`outgoing`], [`incoming`]: live migration, the two sides of it;
+//! - [`transport`]: addresses, sockets, records on them, the bandwidth limit;
+//! - [`session`]: what a VMM and its operator ask for;
+//! - [`server`], [`reactor`]: the sockets they ask on;
+//! - [`cli`]: the command line.
+#![deny(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+pub mod cli;
+pub mod error;
+pub mod hooks;
+pub mod incoming;
+pub mod job;
+pub mod memory;
+pub mod outgoing;
+pub mod reactor;
+pub mod server;
+pub mod session;
+pub mod tracking;
+pub mod transport;

@@ -59,6 +59,7 @@ mod ownership;
 mod page_stream;
 mod shared;
 mod spawn;
+pub mod tracking;
 #[cfg(feature = "vm-memory")]
 mod vm_memory_bitmap;
 

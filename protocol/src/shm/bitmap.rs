@@ -121,6 +121,16 @@ impl<W: Deref<Target = [AtomicU64]>> Bitmap<W> {
         self.word_span(&range).map(|index| u64::from(self.take_bits(index, mask_of(&range, index)).count_ones())).sum()
     }
 
+    /// Takes and clears all pages of `range`; hands out each word that had any: its index and the bits taken.
+    pub fn take(&self, range: PageRange, mut found: impl FnMut(u64, u64)) {
+        for index in self.word_span(&range) {
+            let bits = self.take_bits(index, mask_of(&range, index));
+            if bits != 0 {
+                found(index, bits);
+            }
+        }
+    }
+
     /// True if `page` is set; false outside the bitmap.
     pub fn contains(&self, page: u64) -> bool {
         self.word(page / WORD_BITS) & (1 << (page % WORD_BITS)) != 0

@@ -56,16 +56,14 @@ impl DirtyLog {
 
     /// Takes the bits of `pages` and hands them out, 64 at most at a time: the page (relative to `pages.first`) of bit 0, and the bits.
     fn drain(&self, pages: PageRange, mut found: impl FnMut(u64, u64)) {
-        let words = self.bits.nonzero_words(pages);
-        for (index, mask) in words {
-            let bits = self.bits.take_bits(index, mask);
+        self.bits.take(pages, |index, bits| {
             let word_first = index * WORD_BITS;
             match word_first.checked_sub(pages.first) {
                 Some(first) => found(first, bits),
                 // The range starts inside of this word, and the bits below its start are not ours.
                 None => found(0, bits >> (pages.first - word_first)),
             }
-        }
+        });
     }
 }
 

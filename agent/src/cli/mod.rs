@@ -1,0 +1,220 @@
+//! The command line: `pageferry agent`, and what an operator asks of one.
+//!
+//! - [`run_agent`]: the agent itself;
+//! - [`operator`]: the requests;
+//! - [`show`]: how a job is shown, on a terminal and as JSON.
+//!
+//! It prints to standard output; that is what it is for.
+#![allow(clippy::print_stdout)]
+
+pub mod operator;
+pub mod run_agent;
+pub mod show;
+
+use clap::{Args, Parser, Subcommand};
+use pageferry_protocol::control::job::{NonConvergence, OutgoingOptions};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Moves the memory of running virtual machines, outside of the VMM.
+#[derive(Debug, Parser)]
+#[command(name = "pageferry", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve one VMM: take its memory, and migrate it when asked.
+    Agent(AgentArgs),
+    /// Show how the job stands that runs, or ran last.
+    Status(OperatorArgs),
+    /// Show a job's progress until it ends; the exit status is 0 only if it completed.
+    Watch(OperatorArgs),
+    /// Migrate the guest to another agent, and watch.
+    Migrate(MigrateArgs),
+    /// Cancel the job that runs; the guest runs on.
+    Cancel(OperatorArgs),
+    /// Let a guest run again here whose hand-over was never confirmed.
+    Resume(ResumeArgs),
+}
+
+/// How the agent is reached.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// Listen on this UNIX socket, created with mode 0600.
+    #[arg(long, value_name = "PATH", required_unless_present = "stdin")]
+    pub socket: Option<PathBuf>,
+    /// Standard input is a socket to the VMM; the agent ends with it.
+    #[arg(long)]
+    pub stdin: bool,
+}
+
+/// Which agent is asked.
+#[derive(Debug, Args)]
+pub struct OperatorArgs {
+    /// The agent's socket.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// Print JSON: one object, or with `watch` one a line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A migration.
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    #[command(flatten)]
+    operator: OperatorArgs,
+    /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH.
+    #[arg(long, value_name = "ADDRESS")]
+    to: String,
+    #[command(flatten)]
+    options: OutgoingArgs,
+}
+
+/// Options of an outgoing migration, for any command line that starts one.
+#[derive(Debug, Clone, Args)]
+pub struct OutgoingArgs {
+    /// Number of connections.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub streams: u16,
+    /// How long the guest may stand still.
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = parse_duration)]
+    pub downtime_limit: Duration,
+    /// Limit in bytes per second, with K, M, G or T; 0 is none.
+    #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_size)]
+    pub bandwidth: u64,
+    /// Passes after which the policy decides; 0 is no limit.
+    #[arg(long, value_name = "PASSES", default_value_t = 30)]
+    pub max_passes: u32,
+    /// What to do if the passes do not converge.
+    #[arg(long, value_name = "POLICY", default_value = "keep-going", value_parser = parse_policy,
+          help = "What to do if the passes do not converge: keep-going, throttle, stop or fail")]
+    pub policy: NonConvergence,
+    /// How long the peer may be silent.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub peer_timeout: Duration,
+    /// How long the VMM may take to answer.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    pub hook_timeout: Duration,
+}
+
+impl From<OutgoingArgs> for OutgoingOptions {
+    fn from(args: OutgoingArgs) -> Self {
+        let OutgoingArgs { streams, downtime_limit, bandwidth, max_passes, policy, peer_timeout, hook_timeout } = args;
+        Self { streams, downtime_limit, bandwidth, max_passes, policy, peer_timeout, hook_timeout }
+    }
+}
+
+/// An operator's decision.
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    #[command(flatten)]
+    operator: OperatorArgs,
+    /// I have looked at both sides, and the guest does not run at the destination.
+    #[arg(long)]
+    force: bool,
+}
+
+/// Reads a time: a number with ms, s, m or h.
+///
+/// # Errors
+/// What is allowed.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "us" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(format!("\"{text}\": write a number and us, ms, s, m or h, as 300ms")),
+    };
+    let number: f64 = digits.parse().map_err(|_| format!("\"{text}\": \"{digits}\" is not a number"))?;
+    Duration::try_from_secs_f64(number * unit).map_err(|error| format!("\"{text}\": {error}"))
+}
+
+/// Reads a number of bytes, with K, M, G or T for powers of 1024.
+///
+/// # Errors
+/// What is allowed.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (&text[..at], 10),
+        Some((at, 'm' | 'M')) => (&text[..at], 20),
+        Some((at, 'g' | 'G')) => (&text[..at], 30),
+        Some((at, 't' | 'T')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    let number = match digits.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => digits.parse(),
+    };
+    let number = number.map_err(|_| format!("\"{text}\": write a number of bytes, with K, M, G or T, as 2G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("\"{text}\" is more than 64 bits hold"))
+}
+
+fn parse_policy(text: &str) -> Result<NonConvergence, String> {
+    let found = NonConvergence::NAMES.iter().find(|(name, _)| *name == text);
+    found.map(|(_, policy)| *policy).ok_or_else(|| format!("\"{text}\": write keep-going, throttle, stop or fail"))
+}
+
+/// Runs the command line `arguments`, program name first.
+pub fn main_from<I>(arguments: I) -> ExitCode
+where
+    I: IntoIterator,
+    I::Item: Into<OsString> + Clone,
+{
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Fails only if there is nowhere to print to.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let default = if matches!(cli.command, Command::Agent(_)) { "info" } else { "warn" };
+    // A second call in one process finds it set up.
+    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default)).try_init();
+    let outcome = match cli.command {
+        Command::Agent(args) => run_agent::run(&args),
+        Command::Status(args) => operator::status(&args),
+        Command::Watch(args) => operator::watch(&args),
+        Command::Migrate(args) => operator::migrate(&args.operator, &args.to, &args.options.into()),
+        Command::Cancel(args) => operator::cancel(&args),
+        Command::Resume(args) => operator::resume(&args.operator, args.force),
+    };
+    outcome.unwrap_or_else(|error| {
+        log::error!("{}", crate::error::chain(&*error));
+        ExitCode::FAILURE
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_and_sizes_are_read_or_refused_with_what_is_allowed() {
+        assert_eq!(parse_duration("300ms"), Ok(Duration::from_millis(300)));
+        assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
+        for wrong in ["", "3", "ms", "-1s", "1e99h"] {
+            assert!(parse_duration(wrong).unwrap_err().contains(&format!("\"{wrong}\"")), "{wrong}");
+        }
+        assert_eq!(parse_size("2G"), Ok(2 << 30));
+        assert_eq!(parse_size("0x1000"), Ok(4096));
+        for wrong in ["", "G", "-1", "99999999999T"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

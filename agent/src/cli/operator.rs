@@ -1,0 +1,136 @@
+//! What an operator asks of a running agent.
+
+use super::OperatorArgs;
+use super::show;
+use pageferry_protocol::control::codec::{DecodeError, Decoder};
+use pageferry_protocol::control::frame::Frame;
+use pageferry_protocol::control::job::{JobStatus, OutgoingOptions, Phase};
+use pageferry_protocol::control::request::{CONTROL_VERSION, HelloReply, JobStarted, Request, code, decode_reply};
+use pageferry_protocol::control::{FrameSocket, SocketError};
+use std::error::Error;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+type Outcome = Result<ExitCode, Box<dyn Error>>;
+
+/// How long the agent may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a watcher hears of a job.
+const INTERVAL: Duration = Duration::from_millis(100);
+/// How long a watcher waits for news before it says that the agent hangs.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A connection to an agent.
+struct Operator {
+    socket: FrameSocket,
+}
+
+impl Operator {
+    fn connect(path: &Path) -> Result<Self, Box<dyn Error>> {
+        let stream = UnixStream::connect(path);
+        let stream = stream.map_err(|error| format!("no agent answers on {}: {error}", path.display()))?;
+        let mut operator = Self { socket: OwnedFd::from(stream).into() };
+        let hello = Request::Hello { version_min: CONTROL_VERSION, version_max: CONTROL_VERSION, features: 0 };
+        operator.ask(&hello, HelloReply::decode)?;
+        Ok(operator)
+    }
+
+    fn ask<T>(
+        &mut self, request: &Request, fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
+    ) -> Result<T, Box<dyn Error>> {
+        let deadline = Instant::now() + TIMEOUT;
+        self.socket.send(&Frame::request(request.code(), request.encode()), deadline)?;
+        loop {
+            let reply = self.socket.recv(deadline)?;
+            // Events may come between.
+            if reply.is_reply() && reply.request == request.code() {
+                return Ok(decode_reply(&reply.body, fields)??);
+            }
+        }
+    }
+
+    fn next_event(&mut self) -> Result<JobStatus, Box<dyn Error>> {
+        loop {
+            let frame = match self.socket.recv(Instant::now() + PATIENCE) {
+                Err(SocketError::Closed) => return Err("the agent ended".into()),
+                frame => frame?,
+            };
+            if frame.request == code::EVENT {
+                return Ok(JobStatus::decode(&mut Decoder::new(&frame.body))?);
+            }
+        }
+    }
+
+    /// Shows progress until the job with this number, or if there is none the one that runs, ends.
+    fn watch(&mut self, job: Option<u64>, json: bool) -> Outcome {
+        self.ask(&Request::Subscribe { interval: INTERVAL }, |_| Ok(()))?;
+        let mut progress = show::Progress::new(json);
+        loop {
+            let status = self.next_event()?;
+            if job.is_some_and(|job| status.job != job) {
+                continue;
+            }
+            progress.show(&status);
+            if status.phase.is_final() {
+                progress.end(&status);
+                return Ok(exit_code(&status));
+            }
+        }
+    }
+}
+
+fn exit_code(status: &JobStatus) -> ExitCode {
+    if status.phase == Phase::Completed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// `pageferry status`
+///
+/// # Errors
+/// If the agent does not answer.
+pub fn status(args: &OperatorArgs) -> Outcome {
+    let status = Operator::connect(&args.socket)?.ask(&Request::QueryStatus, JobStatus::decode)?;
+    show::print(&status, args.json);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `pageferry watch`
+///
+/// # Errors
+/// If the agent does not answer.
+pub fn watch(args: &OperatorArgs) -> Outcome {
+    Operator::connect(&args.socket)?.watch(None, args.json)
+}
+
+/// `pageferry migrate`
+///
+/// # Errors
+/// If the agent does not answer, or refuses.
+pub fn migrate(args: &OperatorArgs, target: &str, options: &OutgoingOptions) -> Outcome {
+    let mut operator = Operator::connect(&args.socket)?;
+    let request = Request::StartOutgoing { target: target.to_owned(), options: options.clone() };
+    let started = operator.ask(&request, JobStarted::decode)?;
+    operator.watch(Some(started.job), args.json)
+}
+
+/// `pageferry cancel`
+///
+/// # Errors
+/// If the agent does not answer, or refuses.
+pub fn cancel(args: &OperatorArgs) -> Outcome {
+    Operator::connect(&args.socket)?.ask(&Request::Cancel, |_| Ok(()))?;
+    show::done("cancelled", args.json);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `pageferry resume`
+///
+/// # Errors
+/// If the agent does not answer, or refuses.
+pub fn resume(args: &OperatorArgs, force: bool) -> Outcome {
+    Operator::connect(&args.socket)?.ask(&Request::Resume { force }, |_| Ok(()))?;
+    show::done("resumed", args.json);
+    Ok(ExitCode::SUCCESS)
+}

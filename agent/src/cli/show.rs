@@ -1,0 +1,154 @@
+//! How a job is shown.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use pageferry_protocol::control::job::{JobStatus, Phase};
+use pageferry_protocol::memory::PAGE_SIZE;
+use serde_json::{Map, Value, json};
+use std::time::Duration;
+
+/// A job as a JSON object: what it is, how it stands, why it failed, and all its figures.
+pub fn to_json(status: &JobStatus) -> Map<String, Value> {
+    let mut object = Map::new();
+    object.insert("job".into(), json!(status.job));
+    object.insert("kind".into(), json!(status.kind.name()));
+    object.insert("status".into(), json!(status.phase.name()));
+    let error = if status.error.is_empty() { Value::Null } else { json!(status.error) };
+    object.insert("error".into(), error);
+    object.extend(status.counters.named().map(|(name, value)| (name.to_owned(), json!(value))));
+    object
+}
+
+/// Bytes for people.
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let step = (0..UNITS.len() - 1).find(|step| count >> (10 * (step + 1)) == 0).unwrap_or(UNITS.len() - 1);
+    match step {
+        0 => format!("{count} B"),
+        _ => format!("{:.1} {}", count as f64 / (1u64 << (10 * step)) as f64, UNITS[step]),
+    }
+}
+
+/// A time for people.
+pub fn time(micros: u64) -> String {
+    match micros {
+        0..1_000 => format!("{micros} us"),
+        1_000..1_000_000 => format!("{:.1} ms", micros as f64 / 1e3),
+        _ => format!("{:.2} s", micros as f64 / 1e6),
+    }
+}
+
+/// The lines that `status` prints, name and value.
+pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
+    let counters = &status.counters;
+    let pages = |count: u64| format!("{count} ({})", bytes(count * PAGE_SIZE));
+    let mut lines = vec![
+        ("job", format!("{} {}", status.job, status.kind.name())),
+        ("status", status.phase.name().to_owned()),
+        ("passes", counters.passes.to_string()),
+        ("pages sent", pages(counters.pages_sent)),
+        ("zero pages", pages(counters.zero_pages)),
+        ("discarded pages", pages(counters.discarded_pages)),
+        ("stray pages", pages(counters.stray_pages)),
+        ("on the wire", bytes(counters.wire_bytes)),
+        ("remaining", pages(counters.remaining_pages)),
+        ("bandwidth", format!("{}/s", bytes(counters.bandwidth))),
+        ("dirty rate", format!("{} pages/s", counters.dirty_pages_per_s)),
+        ("sync", time(counters.sync_us)),
+        ("throttle", format!("{} %", counters.throttle_percent)),
+        ("expected downtime", time(counters.expected_downtime_us)),
+        ("downtime", time(counters.downtime_us)),
+        ("total", time(counters.total_us)),
+    ];
+    if !status.error.is_empty() {
+        lines.push(("error", status.error.clone()));
+    }
+    lines
+}
+
+/// Prints a status.
+pub fn print(status: &JobStatus, json: bool) {
+    if json {
+        println!("{}", Value::Object(to_json(status)));
+    } else if status.phase == Phase::Idle {
+        println!("no job was started yet");
+    } else {
+        table(status).iter().for_each(|(name, value)| println!("{name:18} {value}"));
+    }
+}
+
+/// Prints that something was done.
+pub fn done(what: &str, json: bool) {
+    if json { println!("{}", json!({ "status": what })) } else { println!("{what}") }
+}
+
+/// The progress of a job: a bar on a terminal, or a JSON object a line.
+#[derive(Debug)]
+pub struct Progress {
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    /// Shows nothing yet. The bar hides where there is no terminal.
+    pub fn new(json: bool) -> Self {
+        let bar = || {
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            // The template is a constant; if it were wrong the bar would be plain.
+            if let Ok(style) = ProgressStyle::with_template("{prefix:24} {bar:30} {percent:>3}% {msg}") {
+                bar.set_style(style);
+            }
+            bar.enable_steady_tick(Duration::from_millis(200));
+            bar
+        };
+        Self { bar: (!json).then(bar) }
+    }
+
+    /// Shows a status.
+    pub fn show(&mut self, status: &JobStatus) {
+        let counters = &status.counters;
+        let Some(bar) = &self.bar else {
+            if !status.phase.is_final() {
+                println!("{}", Value::Object(to_json(status)));
+            }
+            return;
+        };
+        bar.set_length(counters.pass_pages.max(1));
+        bar.set_position(counters.pass_pages_done.min(counters.pass_pages));
+        bar.set_prefix(format!("{}, pass {}", status.phase.name(), counters.passes));
+        bar.set_message(format!(
+            "{} sent, {}/s, expected downtime {}",
+            bytes(counters.wire_bytes),
+            bytes(counters.bandwidth),
+            time(counters.expected_downtime_us)
+        ));
+    }
+
+    /// Ends with the final status.
+    pub fn end(&mut self, status: &JobStatus) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        print(status, self.bar.is_none());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_readable() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1 << 30), "1.0 GiB");
+        assert_eq!(bytes(u64::MAX), "16777216.0 TiB");
+        assert_eq!(time(999), "999 us");
+        assert_eq!(time(1_500_000), "1.50 s");
+    }
+
+    #[test]
+    fn json_has_every_figure_under_its_own_name() {
+        let object = to_json(&JobStatus::default());
+        for name in ["status", "error", "passes", "pages_sent", "wire_bytes", "downtime_us"] {
+            assert!(object.contains_key(name), "{name}");
+        }
+    }
+}

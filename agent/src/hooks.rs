@@ -1,0 +1,192 @@
+//! What the agent asks of the VMM, each with a deadline.
+//!
+//! The answers carry the sequence number of their request, so one that comes after its deadline is told from the one that is
+//! waited for, and a VMM that was late once is not lost for good.
+
+use pageferry_protocol::control::codec::DecodeError;
+use pageferry_protocol::control::frame::Frame;
+use pageferry_protocol::control::hook::{self, Hook, PieceSize};
+use pageferry_protocol::control::job::JobStatus;
+use pageferry_protocol::control::request::RemoteError;
+use pageferry_protocol::control::{FrameSocket, SocketError};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Why a hook did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum HookError {
+    /// The VMM did not answer in time, or is gone.
+    #[error("hook \"{hook}\"")]
+    Socket {
+        /// What was asked.
+        hook: &'static str,
+        /// What happened.
+        #[source]
+        source: SocketError,
+    },
+    /// The VMM refused.
+    #[error("hook \"{hook}\" failed in the VMM: {error}")]
+    Refused {
+        /// What was asked.
+        hook: &'static str,
+        /// What the VMM said.
+        error: RemoteError,
+    },
+    /// The answer is malformed.
+    #[error("hook \"{hook}\" was answered wrongly")]
+    Malformed {
+        /// What was asked.
+        hook: &'static str,
+        /// What is wrong.
+        #[source]
+        source: DecodeError,
+    },
+    /// The answer has another number of descriptors than it should.
+    #[error("hook \"{hook}\" was answered with {count} file descriptors, expected is {expected}")]
+    Fds {
+        /// What was asked.
+        hook: &'static str,
+        /// How many came.
+        count: usize,
+        /// How many should have.
+        expected: usize,
+    },
+    /// The VMM set no socket for hooks.
+    #[error("hook \"{hook}\": the VMM has set no socket for hooks (SET_BACKEND_REQ_FD)")]
+    None {
+        /// What was to be asked.
+        hook: &'static str,
+    },
+}
+
+/// The socket for hooks. Any thread may ask; they take turns.
+#[derive(Debug)]
+pub struct Hooks {
+    channel: Mutex<Channel>,
+}
+
+#[derive(Debug)]
+struct Channel {
+    socket: Option<FrameSocket>,
+    sequence: u64,
+}
+
+impl Hooks {
+    /// Hooks that go to `socket`; every one fails if there is none.
+    pub fn new(socket: Option<OwnedFd>) -> Self {
+        Self { channel: Mutex::new(Channel { socket: socket.map(FrameSocket::from), sequence: 0 }) }
+    }
+
+    /// True if there is a VMM to ask.
+    pub fn are_set(&self) -> bool {
+        self.lock().socket.is_some()
+    }
+
+    /// Asks, and waits for success.
+    ///
+    /// # Errors
+    /// If there is none within `timeout`.
+    pub fn ask(&self, hook: &Hook, timeout: Duration) -> Result<(), HookError> {
+        self.ask_with(hook, &[], timeout)
+    }
+
+    /// Asks with descriptors, and waits for success.
+    ///
+    /// # Errors
+    /// If there is none within `timeout`.
+    pub fn ask_with(&self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<(), HookError> {
+        let name = hook.name();
+        let reply = self.exchange(hook, fds, timeout)?;
+        match hook::decode_hook_reply(&reply.body) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(HookError::Refused { hook: name, error }),
+            Err(source) => Err(HookError::Malformed { hook: name, source }),
+        }
+    }
+
+    /// Asks for the VMM's state: the pieces, and the file they lie in one after another. The file is empty if there are none.
+    ///
+    /// # Errors
+    /// If there is none within `timeout`.
+    pub fn save_state(&self, timeout: Duration) -> Result<(Vec<PieceSize>, Option<OwnedFd>), HookError> {
+        let hook = Hook::SaveState.name();
+        let reply = self.exchange(&Hook::SaveState, &[], timeout)?;
+        let pieces = match hook::decode_state_reply(&reply.body) {
+            Ok(Ok(pieces)) => pieces,
+            Ok(Err(error)) => return Err(HookError::Refused { hook, error }),
+            Err(source) => return Err(HookError::Malformed { hook, source }),
+        };
+        let count = reply.fds.len();
+        let file = reply.fds.into_iter().next();
+        let expected = usize::from(pieces.iter().any(|piece| piece.length > 0));
+        if count > 1 || count < expected {
+            return Err(HookError::Fds { hook, count, expected });
+        }
+        Ok((pieces, file))
+    }
+
+    /// Tells, without waiting: if the VMM does not listen, it misses this one.
+    pub fn tell(&self, status: &JobStatus) {
+        let mut channel = self.lock();
+        channel.sequence += 1;
+        let event = Hook::Event { status: status.clone() };
+        let body = event.encode(channel.sequence);
+        if let Some(socket) = &channel.socket {
+            // A message this small is sent whole or not at all.
+            if let Err(error) = socket.send(&Frame::request(event.code(), body), Instant::now()) {
+                log::debug!("event not sent: {error}");
+            }
+        }
+    }
+
+    /// Ends the connection and wakes whoever waits for an answer. For a VMM that is gone.
+    pub fn close(&self, socket: BorrowedFd<'_>) {
+        // The lock may be held by whoever waits, so this goes by a descriptor of the caller's own.
+        let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+    }
+
+    fn exchange(&self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<Frame, HookError> {
+        let deadline = Instant::now() + timeout;
+        let name = hook.name();
+        let mut channel = self.lock();
+        channel.sequence += 1;
+        let sequence = channel.sequence;
+        let Some(socket) = &mut channel.socket else { return Err(HookError::None { hook: name }) };
+        let failed = |source| HookError::Socket { hook: name, source };
+        log::debug!("hook \"{name}\" {sequence}");
+        socket.send_parts(hook.code(), 0, &hook.encode(sequence), fds, deadline).map_err(failed)?;
+        loop {
+            let reply = socket.recv(deadline).map_err(failed)?;
+            let answered = hook::reply_sequence(&reply.body);
+            let answered = answered.map_err(|source| HookError::Malformed { hook: name, source })?;
+            if reply.is_reply() && answered == sequence {
+                return Ok(reply);
+            }
+            log::info!("an answer to hook {answered} came after its deadline");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Channel> {
+        self.channel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Creates the file that carries the VMM's state to the load hook.
+///
+/// # Errors
+/// What the kernel said.
+pub fn state_file(pieces: &[(String, Vec<u8>)]) -> Result<(Vec<PieceSize>, OwnedFd), rustix::io::Errno> {
+    let fd = rustix::fs::memfd_create("pageferry-state", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut offset = 0;
+    for (_, bytes) in pieces {
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            let written = rustix::io::pwrite(fd.as_fd(), rest, offset)?;
+            rest = &rest[written..];
+            offset += written as u64;
+        }
+    }
+    let sizes = pieces.iter().map(|(name, bytes)| PieceSize { name: name.clone(), length: bytes.len() as u64 });
+    Ok((sizes.collect(), fd))
+}

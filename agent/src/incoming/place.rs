@@ -1,0 +1,158 @@
+//! Pages into the files.
+//!
+//! The destination starts from holes, and a page is allocated only when its content comes (law 2). A page that turns zero or is discarded afterwards
+//! becomes a hole again (law 3). `received` says which pages may hold something: a zero or a discard of any other page costs nothing.
+//!
+//! On host pages larger than a page, several pages share one allocation: it is freed when none of them holds anything, and a part of it is
+//! zeroed by writing. There a lock per block keeps one stream from freeing what another is just filling; on small pages nothing is shared
+//! and there is no lock.
+
+use crate::job::{Job, JobError, add};
+use crate::memory::backing::BackingKind;
+use crate::memory::huge::{Fill, HugeWindow};
+use crate::memory::{BackingError, Block, huge};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_protocol::stream::RecordHeader;
+use pageferry_protocol::stream::record::FLAG_STRAY;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Places pages for all streams at once.
+#[derive(Debug)]
+pub struct Placer<'a> {
+    job: &'a Arc<Job>,
+    blocks: Vec<Target>,
+}
+
+#[derive(Debug)]
+struct Target {
+    /// Pages that may hold something.
+    received: MappedBitmap,
+    /// The host page mapped last; hugetlbfs only.
+    window: Mutex<Option<HugeWindow>>,
+}
+
+impl<'a> Placer<'a> {
+    /// Makes all memory holes, and all of it populated.
+    pub fn prepare(job: &'a Arc<Job>) -> Result<Self, JobError> {
+        let mut blocks = Vec::new();
+        for block in job.memory.blocks() {
+            job.cancel.check()?;
+            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            if block.backing.next_data(block.all()).map_err(failed)?.is_some() {
+                block.backing.punch(block.all()).map_err(failed)?;
+            }
+            block.discarded.clear(block.all());
+            blocks.push(Target { received: MappedBitmap::private(block.geometry.pages())?, window: Mutex::new(None) });
+        }
+        Ok(Self { job, blocks })
+    }
+
+    /// The block of a record, with its index.
+    ///
+    /// # Errors
+    /// If there is none, or the record's pages are not in it.
+    pub fn block_of(&self, header: &RecordHeader, range: PageRange) -> Result<(usize, &'a Block), JobError> {
+        let id = header.block();
+        let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
+        let pages = block.geometry.pages();
+        if !range.fits(pages) {
+            return Err(JobError::Outside { id, first: range.first, count: range.count, pages });
+        }
+        Ok((at, block))
+    }
+
+    /// Places the content of pages.
+    ///
+    /// # Errors
+    /// If the pages do not exist, or the file cannot be written.
+    pub fn place_data(&self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
+        let range = header.range();
+        let (at, block) = self.block_of(header, range)?;
+        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let target = &self.blocks[at];
+        if block.backing.kind() == BackingKind::Hugetlb {
+            let mut window = target.window.lock().unwrap_or_else(PoisonError::into_inner);
+            target.received.set(range);
+            huge::write(&block.backing, &mut window, range.offset(), Fill::Bytes(payload)).map_err(failed)?;
+        } else {
+            target.received.set(range);
+            block.backing.write(range.offset(), payload).map_err(failed)?;
+        }
+        if header.flags() & FLAG_STRAY == 0 {
+            block.discarded.clear(range);
+        } else {
+            block.discarded.set(range);
+            add(&self.job.live.stray_pages, range.count);
+        }
+        add(&self.job.live.pages_sent, range.count);
+        Ok(())
+    }
+
+    /// Makes pages zero.
+    ///
+    /// # Errors
+    /// If the pages do not exist, or the file cannot be punched.
+    pub fn place_zero(&self, header: &RecordHeader) -> Result<(), JobError> {
+        let range = header.range();
+        let (at, block) = self.block_of(header, range)?;
+        self.empty(at, block, range)?;
+        block.discarded.clear(range);
+        add(&self.job.live.zero_pages, range.count);
+        Ok(())
+    }
+
+    /// Makes pages discarded.
+    ///
+    /// # Errors
+    /// If the file cannot be punched.
+    pub fn place_discard(&self, at: usize, block: &Block, run: PageRange) -> Result<(), JobError> {
+        block.discarded.set(run);
+        self.empty(at, block, run)?;
+        add(&self.job.live.discarded_pages, run.count);
+        Ok(())
+    }
+
+    /// Makes holes of those pages of `range` that hold something.
+    fn empty(&self, at: usize, block: &Block, range: PageRange) -> Result<(), JobError> {
+        let target = &self.blocks[at];
+        let emptied = if block.backing.host_page_size() == PAGE_SIZE {
+            empty_small(block, &target.received, range)
+        } else {
+            let mut window = target.window.lock().unwrap_or_else(PoisonError::into_inner);
+            empty_huge(block, &target.received, &mut window, range)
+        };
+        emptied.map_err(|source| JobError::Backing { id: block.geometry.id, source })
+    }
+}
+
+fn empty_small(block: &Block, received: &MappedBitmap, range: PageRange) -> Result<(), BackingError> {
+    let mut rest = range;
+    while let Some(run) = received.runs(rest).next() {
+        received.clear(run);
+        block.backing.punch(run)?;
+        rest = PageRange::new(run.end(), range.end() - run.end());
+    }
+    Ok(())
+}
+
+fn empty_huge(
+    block: &Block, received: &MappedBitmap, window: &mut Option<HugeWindow>, range: PageRange,
+) -> Result<(), BackingError> {
+    let unit = block.backing.host_page_size() / PAGE_SIZE;
+    let mut rest = range;
+    while let Some(page) = received.next_set(rest) {
+        let host_page = PageRange::new(page / unit * unit, unit);
+        let part = host_page.intersection(&range);
+        received.clear(part);
+        if received.next_set(host_page).is_none() {
+            // The window would keep the page.
+            *window = None;
+            block.backing.punch(host_page)?;
+        } else {
+            huge::write(&block.backing, window, part.offset(), Fill::Zero(part.bytes() as usize))?;
+        }
+        rest = PageRange::new(part.end(), range.end() - part.end());
+    }
+    Ok(())
+}

@@ -1,0 +1,338 @@
+//! Reading each stream, and the barrier between passes.
+//!
+//! A stream that has ended a pass waits until all have: so nothing of the next pass is applied before, and which version of a page is the last
+//! is never in doubt, whatever stream it came on. If one stream fails, the barrier opens for the others with an error.
+
+use super::accept::Accepted;
+use super::place::Placer;
+use crate::job::{Job, JobError, add};
+use crate::outgoing::connect::unexpected;
+use crate::transport::{RecordReader, RecordWriter, StreamSocket};
+use pageferry_protocol::control::hook::{MAX_PIECES, MAX_STATE};
+use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::stream::payload::{StatePart, Totals, decode_runs};
+use pageferry_protocol::stream::record::FLAG_STRAY;
+use pageferry_protocol::stream::{Kind, RecordHeader};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// What came on all streams.
+#[derive(Debug)]
+pub struct Received {
+    /// What the source says it sent.
+    pub claimed: Totals,
+    /// What was counted here.
+    pub counted: Totals,
+    /// The pieces of the VMM's state.
+    pub state: Vec<(String, Vec<u8>)>,
+}
+
+/// Receives all passes on all streams.
+pub fn receive(job: &Job, accepted: &mut Accepted, placer: &Placer<'_>) -> Result<Received, JobError> {
+    let barrier = Barrier::new(accepted.readers.len());
+    let writer = &accepted.writer;
+    let secondaries: Vec<StreamSocket> =
+        accepted.readers.iter().skip(1).map(|reader| reader.socket().clone()).collect();
+    // Wakes the other streams of a job that has failed. The primary is left to read on: whatever comes next on it wakes it,
+    // and the source's last records must be read for ours to reach it.
+    let wake = || {
+        for socket in &secondaries {
+            let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Read);
+        }
+    };
+    let results: Vec<Result<StreamEnd, JobError>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = accepted
+            .readers
+            .iter_mut()
+            .enumerate()
+            .map(|(index, reader)| {
+                let (barrier, wake) = (&barrier, &wake);
+                scope.spawn(move || {
+                    let mut stream = Stream::new(job, placer, barrier, writer, index);
+                    let outcome = stream.run(reader);
+                    if outcome.is_err() {
+                        barrier.fail();
+                        wake();
+                    }
+                    outcome
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked))).collect()
+    });
+    combine(results)
+}
+
+/// Puts the streams' results together. Of several errors the one that is no consequence of another is reported.
+fn combine(results: Vec<Result<StreamEnd, JobError>>) -> Result<Received, JobError> {
+    let mut received: Option<Received> = None;
+    let mut failure: Option<JobError> = None;
+    for (index, result) in results.into_iter().enumerate() {
+        match result {
+            Ok(end) => {
+                let received = received.get_or_insert_with(|| Received {
+                    claimed: Totals::default(),
+                    counted: Totals::default(),
+                    state: Vec::new(),
+                });
+                received.counted = sum(&received.counted, &end.counted);
+                if index == 0 {
+                    received.claimed = end.claimed;
+                    received.state = end.state;
+                } else if let Err(error) = super::compare(&end.claimed, &end.counted) {
+                    failure = Some(error);
+                }
+            }
+            Err(error) => {
+                let consequence = |error: &JobError| matches!(error, JobError::State(text) if text == OTHER_FAILED);
+                if failure.as_ref().is_none_or(consequence) {
+                    failure = Some(error);
+                }
+            }
+        }
+    }
+    match (failure, received) {
+        (None, Some(received)) => Ok(received),
+        (Some(error), _) => Err(error),
+        (None, None) => Err(JobError::State("no stream".into())),
+    }
+}
+
+const OTHER_FAILED: &str = "another stream failed";
+
+fn sum(one: &Totals, other: &Totals) -> Totals {
+    Totals {
+        data_pages: one.data_pages + other.data_pages,
+        zero_pages: one.zero_pages + other.zero_pages,
+        discarded_pages: one.discarded_pages + other.discarded_pages,
+        stray_pages: one.stray_pages + other.stray_pages,
+        passes: one.passes.max(other.passes),
+    }
+}
+
+/// How a stream ended.
+#[derive(Debug)]
+struct StreamEnd {
+    claimed: Totals,
+    counted: Totals,
+    state: Vec<(String, Vec<u8>)>,
+}
+
+/// One stream's reader.
+struct Stream<'a> {
+    job: &'a Job,
+    placer: &'a Placer<'a>,
+    barrier: &'a Barrier,
+    writer: &'a RecordWriter,
+    index: usize,
+    counted: Totals,
+    state: StateCollector,
+}
+
+impl<'a> Stream<'a> {
+    fn new(job: &'a Job, placer: &'a Placer<'a>, barrier: &'a Barrier, writer: &'a RecordWriter, index: usize) -> Self {
+        Self { job, placer, barrier, writer, index, counted: Totals::default(), state: StateCollector::default() }
+    }
+
+    fn run(&mut self, reader: &mut RecordReader) -> Result<StreamEnd, JobError> {
+        loop {
+            let record = reader.next()?;
+            self.barrier.check()?;
+            add(&self.job.live.wire_bytes, record.wire_bytes());
+            match record.kind {
+                Kind::Data => self.data(&record.header, record.payload)?,
+                Kind::Zero => {
+                    self.placer.place_zero(&record.header)?;
+                    self.counted.zero_pages += record.header.range().count;
+                }
+                Kind::PassEnd => self.end_pass(record.header.number())?,
+                // What orders the passes, and what is not pages, comes on the primary alone.
+                Kind::Discard if self.index == 0 => self.discard(&record.header, record.payload)?,
+                Kind::State if self.index == 0 => self.state.add(record.payload)?,
+                Kind::End => {
+                    let claimed = Totals::decode(record.payload);
+                    let claimed = claimed.map_err(|source| JobError::Payload { kind: "end", source })?;
+                    let state = std::mem::take(&mut self.state).finish()?;
+                    return Ok(StreamEnd { claimed, counted: self.counted, state });
+                }
+                kind => return Err(unexpected(kind, record.payload, "pages, the end of a pass, or the end")),
+            }
+        }
+    }
+
+    fn data(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
+        self.placer.place_data(header, payload)?;
+        let count = header.range().count;
+        self.counted.data_pages += count;
+        if header.flags() & FLAG_STRAY != 0 {
+            self.counted.stray_pages += count;
+        }
+        Ok(())
+    }
+
+    fn discard(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
+        // The header of a discard names the block; which pages, the payload.
+        let (at, block) = self.placer.block_of(header, PageRange::default())?;
+        let runs = decode_runs(payload, block.geometry.pages());
+        for run in runs.map_err(|source| JobError::Payload { kind: "discard", source })? {
+            self.placer.place_discard(at, block, run)?;
+            self.counted.discarded_pages += run.count;
+        }
+        Ok(())
+    }
+
+    fn end_pass(&mut self, number: u64) -> Result<(), JobError> {
+        let expected = self.counted.passes;
+        if number != expected {
+            return Err(JobError::Pass { stream: self.index as u16, found: number, expected });
+        }
+        self.counted.passes += 1;
+        self.barrier.arrive(|| {
+            self.job.count(|counters| counters.passes = number + 1);
+            self.job.announce();
+            Ok(self.writer.write_plain(Kind::PassDone, number).map(|_| ())?)
+        })
+    }
+}
+
+/// Holds the streams together at the end of each pass.
+#[derive(Debug)]
+struct Barrier {
+    streams: usize,
+    state: Mutex<BarrierState>,
+    opened: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct BarrierState {
+    arrived: usize,
+    generation: u64,
+    failed: bool,
+}
+
+impl Barrier {
+    fn new(streams: usize) -> Self {
+        Self { streams, state: Mutex::default(), opened: Condvar::new() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, BarrierState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for all streams; the last to come runs `all_here` before the others go on.
+    fn arrive(&self, all_here: impl FnOnce() -> Result<(), JobError>) -> Result<(), JobError> {
+        let mut state = self.state();
+        state.arrived += 1;
+        if state.arrived == self.streams {
+            let outcome = all_here();
+            state.arrived = 0;
+            state.generation += 1;
+            self.opened.notify_all();
+            return outcome;
+        }
+        let generation = state.generation;
+        while state.generation == generation && !state.failed {
+            state = self.opened.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.failed { Err(JobError::State(OTHER_FAILED.into())) } else { Ok(()) }
+    }
+
+    fn fail(&self) {
+        self.state().failed = true;
+        self.opened.notify_all();
+    }
+
+    fn check(&self) -> Result<(), JobError> {
+        if self.state().failed { Err(JobError::State(OTHER_FAILED.into())) } else { Ok(()) }
+    }
+}
+
+/// Puts the parts of the state's pieces together.
+#[derive(Debug, Default)]
+struct StateCollector {
+    pieces: Vec<(String, Vec<u8>)>,
+    /// Length that the last piece will have.
+    expected: u64,
+    total: u64,
+}
+
+impl StateCollector {
+    fn add(&mut self, payload: &[u8]) -> Result<(), JobError> {
+        let part = StatePart::decode(payload).map_err(|source| JobError::Payload { kind: "state", source })?;
+        self.total += part.bytes.len() as u64;
+        if self.total > MAX_STATE {
+            return Err(JobError::State(format!("more than {MAX_STATE} bytes came")));
+        }
+        let count = self.pieces.len();
+        match self.pieces.last_mut() {
+            Some((name, bytes)) if (bytes.len() as u64) < self.expected => {
+                if name != part.name || part.length != self.expected || part.offset != bytes.len() as u64 {
+                    let (found, at) = (part.name, part.offset);
+                    let message =
+                        format!("part of \"{found}\" at {at} where {} of \"{name}\" was expected", bytes.len());
+                    return Err(JobError::State(message));
+                }
+                bytes.extend_from_slice(part.bytes);
+            }
+            _ if part.offset != 0 || count >= MAX_PIECES => {
+                let message = format!("piece {count} \"{}\" begins at {}", part.name, part.offset);
+                return Err(JobError::State(message));
+            }
+            _ => {
+                self.expected = part.length;
+                self.pieces.push((part.name.to_owned(), part.bytes.to_vec()));
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Vec<(String, Vec<u8>)>, JobError> {
+        match self.pieces.last() {
+            Some((name, bytes)) if (bytes.len() as u64) < self.expected => {
+                let message = format!("\"{name}\" ends after {} of {} bytes", bytes.len(), self.expected);
+                Err(JobError::State(message))
+            }
+            _ => Ok(self.pieces),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn part<'a>(name: &'a str, length: u64, offset: u64, bytes: &'a [u8]) -> Vec<u8> {
+        StatePart { name, length, offset, bytes }.encode()
+    }
+
+    #[test]
+    fn state_comes_together_from_its_parts() {
+        let mut collector = StateCollector::default();
+        for payload in [part("a", 3, 0, b"12"), part("a", 3, 2, b"3"), part("empty", 0, 0, b""), part("b", 1, 0, b"4")]
+        {
+            collector.add(&payload).unwrap();
+        }
+        let expected = [("a", &b"123"[..]), ("empty", b""), ("b", b"4")];
+        let expected = expected.map(|(name, bytes)| (name.to_owned(), bytes.to_vec()));
+        assert_eq!(collector.finish().unwrap(), expected);
+    }
+
+    #[test]
+    fn gaps_and_strange_parts_are_refused() {
+        let mut collector = StateCollector::default();
+        collector.add(&part("a", 3, 0, b"1")).unwrap();
+        assert!(collector.add(&part("a", 3, 2, b"3")).is_err(), "a gap");
+        assert!(collector.add(&part("b", 3, 1, b"3")).is_err(), "another piece");
+        assert!(collector.finish().is_err(), "incomplete");
+        assert!(StateCollector::default().add(&part("a", 3, 1, b"1")).is_err(), "no beginning");
+    }
+
+    #[test]
+    fn a_failing_stream_opens_the_barrier_for_the_others() {
+        let barrier = Barrier::new(2);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| barrier.arrive(|| Ok(())));
+            barrier.fail();
+            assert!(waiting.join().unwrap().is_err());
+        });
+    }
+}

@@ -1,0 +1,165 @@
+//! Why a job failed.
+
+use crate::hooks::HookError;
+use crate::memory::BackingError;
+use crate::tracking::TrackingError;
+use crate::transport::TransportError;
+use pageferry_protocol::control::codec::DecodeError;
+use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::shm::MappingError;
+use pageferry_protocol::stream::hello::{HelloError, TableMismatch};
+use std::time::Duration;
+
+/// Why a job failed.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    /// The VMM or an operator cancelled it, or the VMM is gone.
+    #[error("cancelled")]
+    Cancelled,
+    /// The commit was sent and never confirmed (law 9).
+    #[error(
+        "ownership of the guest was handed over, but the destination did not confirm that it runs: the guest stands still \
+         here; look at both sides before you resume it by force"
+    )]
+    Unconfirmed {
+        /// What happened.
+        #[source]
+        source: Box<JobError>,
+    },
+    /// The peer said why.
+    #[error("the peer failed: {0}")]
+    Peer(RemoteError),
+    /// The peer refused the stream.
+    #[error("the peer refused the migration: {0}")]
+    Rejected(RemoteError),
+    /// The connection, or what came over it.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The first record of a stream.
+    #[error("hello")]
+    Hello(#[from] HelloError),
+    /// The source's blocks are not those of this VMM.
+    #[error(transparent)]
+    Table(#[from] TableMismatch),
+    /// A record's payload.
+    #[error("{kind} record")]
+    Payload {
+        /// Kind of the record.
+        kind: &'static str,
+        /// What is wrong.
+        #[source]
+        source: DecodeError,
+    },
+    /// A record that has no place here.
+    #[error("{found} record where {expected} was expected")]
+    Unexpected {
+        /// What came.
+        found: String,
+        /// What should have.
+        expected: &'static str,
+    },
+    /// A record about a block that does not exist.
+    #[error("record for block {id}, which does not exist")]
+    NoBlock {
+        /// The block.
+        id: u32,
+    },
+    /// A record about pages outside of its block.
+    #[error("record for pages {first:#x} + {count:#x} of block {id}, which has {pages:#x}")]
+    Outside {
+        /// The block.
+        id: u32,
+        /// First page.
+        first: u64,
+        /// Page count.
+        count: u64,
+        /// Pages in the block.
+        pages: u64,
+    },
+    /// A barrier for another pass than the one that runs.
+    #[error("stream {stream} ended pass {found}, expected is pass {expected}")]
+    Pass {
+        /// The stream.
+        stream: u16,
+        /// Pass in the record.
+        found: u64,
+        /// Pass that runs.
+        expected: u64,
+    },
+    /// The totals of both sides differ.
+    #[error("totals differ: {field} is {theirs} at the source and {own} here")]
+    Totals {
+        /// The field.
+        field: &'static str,
+        /// The source's.
+        theirs: u64,
+        /// This side's.
+        own: u64,
+    },
+    /// A file under a block.
+    #[error("block {id}")]
+    Backing {
+        /// The block.
+        id: u32,
+        /// What is wrong.
+        #[source]
+        source: BackingError,
+    },
+    /// A hook.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    /// A tracker.
+    #[error("dirty tracking")]
+    Tracking(#[from] TrackingError),
+    /// Memory for a bitmap.
+    #[error("bitmap")]
+    Bitmap(#[from] MappingError),
+    /// The passes did not converge, and the policy is to fail.
+    #[error(
+        "not converging: after {passes} passes {remaining} pages remain, which would stop the guest for {expected:?}, \
+         the limit is {limit:?}"
+    )]
+    NotConverging {
+        /// Passes that ended.
+        passes: u64,
+        /// Dirty pages.
+        remaining: u64,
+        /// How long the guest would stand still.
+        expected: Duration,
+        /// How long it may.
+        limit: Duration,
+    },
+    /// The VMM's state.
+    #[error("state of the VMM: {0}")]
+    State(String),
+    /// The kernel refused something else.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A thread of the job panicked: a defect of this program.
+    #[error("a worker of the job panicked")]
+    Panicked,
+}
+
+impl JobError {
+    /// Makes an error of a failed system call.
+    pub fn from_io(what: &'static str) -> impl Fn(std::io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+
+    /// How the peer is told.
+    pub fn to_remote(&self) -> RemoteError {
+        let code = match self {
+            Self::Cancelled => ErrorCode::State,
+            Self::Backing { .. } | Self::Io { .. } | Self::Bitmap(_) => ErrorCode::System,
+            Self::Hook(_) | Self::Tracking(_) | Self::NotConverging { .. } | Self::Panicked => ErrorCode::Other,
+            _ => ErrorCode::Invalid,
+        };
+        RemoteError::new(code, crate::error::chain(self))
+    }
+}

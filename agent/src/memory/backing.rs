@@ -1,0 +1,342 @@
+//! The file under a block.
+//!
+//! Nothing here maps guest memory. Reading is `pread`: a hole reads as zero without being allocated (law 2), a file that
+//! was truncated is a short read and not SIGBUS (law 8), and no page fault is taken.
+
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::Errno;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// `f_type` of hugetlbfs, from the kernel's `linux/magic.h`.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+/// `f_type` of tmpfs, and thereby of a memfd, from the kernel's `linux/magic.h`.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// What kind of file it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackingKind {
+    /// A memfd or a file on tmpfs: has holes, and tells them.
+    Shmem,
+    /// hugetlbfs: no `write`, and does not tell its holes.
+    Hugetlb,
+    /// A file on a disk: holes as far as the file system tells them.
+    File,
+}
+
+/// A part of a file, checked.
+#[derive(Debug)]
+pub struct Backing {
+    fd: OwnedFd,
+    offset: u64,
+    length: u64,
+    kind: BackingKind,
+    host_page_size: u64,
+    sealed: bool,
+}
+
+/// Why a file cannot be, or is no longer, the memory of a block.
+#[derive(Debug, thiserror::Error)]
+pub enum BackingError {
+    /// Not a file of memory.
+    #[error("memory fd is not a regular file or memfd (mode {mode:#o})")]
+    Kind {
+        /// `st_mode`.
+        mode: u32,
+    },
+    /// The descriptor cannot both read and write.
+    #[error("memory fd is not open for reading and writing")]
+    Access,
+    /// The file ends before the block does.
+    #[error("file of {size:#x} bytes is shorter than fd_offset {offset:#x} + length {length:#x}")]
+    Short {
+        /// Size of the file in bytes.
+        size: u64,
+        /// Offset of the block in bytes.
+        offset: u64,
+        /// Length of the block in bytes.
+        length: u64,
+    },
+    /// `fd_offset` or the length does not fit the host pages.
+    #[error("{field} {value:#x} is not a multiple of the host page size {host_page_size:#x}")]
+    Unaligned {
+        /// Name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// The backing's allocation unit in bytes.
+        host_page_size: u64,
+    },
+    /// Reading or writing met the end of the file.
+    #[error("file was truncated: it ends before byte {end:#x} of the block")]
+    Truncated {
+        /// Where the access would have ended, in bytes from the start of the block.
+        end: u64,
+    },
+    /// The kernel refused.
+    #[error("cannot {what} at byte {at:#x} of the block")]
+    Kernel {
+        /// What was tried.
+        what: &'static str,
+        /// Where, in bytes from the start of the block.
+        at: u64,
+        /// What the kernel said.
+        #[source]
+        source: Errno,
+    },
+}
+
+impl Backing {
+    /// Checks that `length` bytes of `fd` from `offset` can be a block.
+    ///
+    /// # Errors
+    /// What is wrong with the file.
+    pub fn new(fd: OwnedFd, offset: u64, length: u64) -> Result<Self, BackingError> {
+        let kernel = |what| move |source| BackingError::Kernel { what, at: 0, source };
+        let stat = rustix::fs::fstat(&fd).map_err(kernel("fstat"))?;
+        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
+            return Err(BackingError::Kind { mode: stat.st_mode });
+        }
+        let access = rustix::fs::fcntl_getfl(&fd).map_err(kernel("get the flags"))?;
+        if !access.contains(rustix::fs::OFlags::RDWR) {
+            return Err(BackingError::Access);
+        }
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        if offset.checked_add(length).is_none_or(|end| end > size) {
+            return Err(BackingError::Short { size, offset, length });
+        }
+        let statfs = rustix::fs::fstatfs(&fd).map_err(kernel("fstatfs"))?;
+        let (kind, host_page_size) = match statfs.f_type as u64 {
+            HUGETLBFS_MAGIC => (BackingKind::Hugetlb, statfs.f_bsize as u64),
+            TMPFS_MAGIC => (BackingKind::Shmem, PAGE_SIZE),
+            _ => (BackingKind::File, PAGE_SIZE),
+        };
+        for (field, value) in [("fd_offset", offset), ("length", length)] {
+            if value % host_page_size != 0 {
+                return Err(BackingError::Unaligned { field, value, host_page_size });
+            }
+        }
+        // Only a memfd has seals; other files answer EINVAL and can always shrink.
+        let sealed = rustix::fs::fcntl_get_seals(&fd).is_ok_and(|seals| seals.contains(rustix::fs::SealFlags::SHRINK));
+        Ok(Self { fd, offset, length, kind, host_page_size, sealed })
+    }
+
+    /// What kind of file it is.
+    pub fn kind(&self) -> BackingKind {
+        self.kind
+    }
+
+    /// The allocation unit in bytes.
+    pub fn host_page_size(&self) -> u64 {
+        self.host_page_size
+    }
+
+    /// True if the file cannot shrink.
+    pub fn is_sealed(&self) -> bool {
+        self.sealed
+    }
+
+    /// True if [`Backing::next_data`] tells holes from data page by page.
+    pub fn tells_holes(&self) -> bool {
+        self.kind == BackingKind::Shmem
+    }
+
+    /// The file.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Where `byte` of the block lies in the file.
+    pub fn file_offset(&self, byte: u64) -> u64 {
+        self.offset + byte
+    }
+
+    /// Fills `buffer` from byte `at` of the block.
+    ///
+    /// # Errors
+    /// If the file was truncated, or the kernel refuses.
+    pub fn read(&self, at: u64, buffer: &mut [u8]) -> Result<(), BackingError> {
+        let end = at + buffer.len() as u64;
+        let mut done = 0;
+        while done < buffer.len() {
+            match rustix::io::pread(&self.fd, &mut buffer[done..], self.offset + at + done as u64) {
+                Ok(0) => return Err(BackingError::Truncated { end }),
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(source) => return Err(BackingError::Kernel { what: "read", at, source }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` to byte `at` of the block. Not for hugetlbfs, which has no `write`.
+    ///
+    /// # Errors
+    /// If the file was truncated, or the kernel refuses.
+    pub fn write(&self, at: u64, bytes: &[u8]) -> Result<(), BackingError> {
+        let end = at + bytes.len() as u64;
+        self.check_size(end)?;
+        let mut done = 0;
+        while done < bytes.len() {
+            match rustix::io::pwrite(&self.fd, &bytes[done..], self.offset + at + done as u64) {
+                Ok(0) => return Err(BackingError::Truncated { end }),
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(source) => return Err(BackingError::Kernel { what: "write", at, source }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writing past the end would make a truncated file grow again, with a guest that has lost its mapping. A
+    /// sealed file needs no look.
+    fn check_size(&self, end: u64) -> Result<(), BackingError> {
+        if self.sealed {
+            return Ok(());
+        }
+        let stat =
+            rustix::fs::fstat(&self.fd).map_err(|source| BackingError::Kernel { what: "fstat", at: end, source })?;
+        if (stat.st_size as u64) < self.offset + end {
+            return Err(BackingError::Truncated { end });
+        }
+        Ok(())
+    }
+
+    /// Frees the host pages that lie wholly in `range`; returns what was freed, which may be less than asked on large host pages.
+    ///
+    /// # Errors
+    /// If the kernel or the file system refuses.
+    pub fn punch(&self, range: PageRange) -> Result<PageRange, BackingError> {
+        let unit = self.host_page_size / PAGE_SIZE;
+        let first = range.first.next_multiple_of(unit);
+        let inner = PageRange::new(first, (range.end() / unit * unit).saturating_sub(first));
+        if inner.is_empty() {
+            return Ok(inner);
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            match rustix::fs::fallocate(&self.fd, flags, self.offset + inner.offset(), inner.bytes()) {
+                Ok(()) => return Ok(inner),
+                Err(Errno::INTR) => {}
+                Err(source) => return Err(BackingError::Kernel { what: "punch a hole", at: inner.offset(), source }),
+            }
+        }
+    }
+
+    /// The first run of pages in `range` that may be allocated; `None` if the rest is one hole. Where the file does not tell its
+    /// holes this is all of `range`.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn next_data(&self, range: PageRange) -> Result<Option<PageRange>, BackingError> {
+        if range.is_empty() {
+            return Ok(None);
+        }
+        if self.kind == BackingKind::Hugetlb {
+            return Ok(Some(range));
+        }
+        let kernel = |source| BackingError::Kernel { what: "seek", at: range.offset(), source };
+        let start = self.offset + range.offset();
+        let data = match rustix::fs::seek(&self.fd, SeekFrom::Data(start)) {
+            Ok(data) => data,
+            // No data from here to the end of the file.
+            Err(Errno::NXIO) => return Ok(None),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(range)),
+            Err(source) => return Err(kernel(source)),
+        };
+        let end = start + range.bytes();
+        if data >= end {
+            return Ok(None);
+        }
+        let hole = match rustix::fs::seek(&self.fd, SeekFrom::Hole(data)) {
+            Ok(hole) => hole.min(end),
+            Err(Errno::NXIO) => end,
+            Err(source) => return Err(kernel(source)),
+        };
+        let first = (data - self.offset) / PAGE_SIZE;
+        let last = (hole - self.offset).div_ceil(PAGE_SIZE);
+        Ok(Some(PageRange::new(first, last - first)))
+    }
+
+    /// Calls `found` for every run of pages in `range` that may be allocated.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn for_each_data(&self, range: PageRange, mut found: impl FnMut(PageRange)) -> Result<(), BackingError> {
+        let mut rest = range;
+        while let Some(run) = self.next_data(rest)? {
+            found(run);
+            rest = PageRange::new(run.end(), range.end().saturating_sub(run.end()));
+        }
+        Ok(())
+    }
+
+    /// Length of the block in bytes.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, SealFlags, ftruncate, memfd_create};
+
+    fn memfd(pages: u64) -> OwnedFd {
+        let fd = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&fd, pages * PAGE_SIZE).unwrap();
+        fd
+    }
+
+    fn blocks(fd: impl AsFd) -> u64 {
+        rustix::fs::fstat(fd).unwrap().st_blocks as u64 / 8
+    }
+
+    #[test]
+    fn a_file_that_cannot_hold_the_block_is_refused_with_its_size() {
+        let error = Backing::new(memfd(4), 0x1000, 4 * PAGE_SIZE).unwrap_err();
+        assert_eq!(error.to_string(), "file of 0x4000 bytes is shorter than fd_offset 0x1000 + length 0x4000");
+        assert!(matches!(Backing::new(memfd(4), u64::MAX, 2), Err(BackingError::Short { .. })));
+        assert!(matches!(Backing::new(memfd(4), 1, PAGE_SIZE), Err(BackingError::Unaligned { .. })));
+        let (pipe, _write) = rustix::pipe::pipe().unwrap();
+        assert!(matches!(Backing::new(pipe, 0, 0), Err(BackingError::Kind { .. })));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(PAGE_SIZE).unwrap();
+        let read_only = std::fs::File::open(file.path()).unwrap();
+        assert!(matches!(Backing::new(read_only.into(), 0, PAGE_SIZE), Err(BackingError::Access)));
+    }
+
+    #[test]
+    fn reading_holes_allocates_nothing_and_a_truncated_file_is_an_error() {
+        let fd = memfd(8);
+        let copy = fd.try_clone().unwrap();
+        let backing = Backing::new(fd, PAGE_SIZE, 7 * PAGE_SIZE).unwrap();
+        assert!(!backing.is_sealed());
+        let mut buffer = vec![1; 7 * PAGE_SIZE as usize];
+        backing.read(0, &mut buffer).unwrap();
+        assert!(buffer.iter().all(|byte| *byte == 0));
+        assert_eq!(blocks(&copy), 0);
+        ftruncate(&copy, 4 * PAGE_SIZE).unwrap();
+        assert!(matches!(backing.read(0, &mut buffer), Err(BackingError::Truncated { .. })));
+        assert!(matches!(backing.write(6 * PAGE_SIZE, &[1]), Err(BackingError::Truncated { .. })));
+        assert_eq!(rustix::fs::fstat(&copy).unwrap().st_size as u64, 4 * PAGE_SIZE, "writing must not make it grow");
+    }
+
+    #[test]
+    fn extents_and_punches_are_relative_to_the_block() {
+        let fd = memfd(64);
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+        let copy = fd.try_clone().unwrap();
+        let backing = Backing::new(fd, 16 * PAGE_SIZE, 32 * PAGE_SIZE).unwrap();
+        assert!(backing.is_sealed() && backing.tells_holes());
+        for page in [15, 18, 19, 25, 48] {
+            rustix::io::pwrite(&copy, &[1], page * PAGE_SIZE).unwrap();
+        }
+        let mut runs = Vec::new();
+        backing.for_each_data(PageRange::new(0, 32), |run| runs.push(run)).unwrap();
+        assert_eq!(runs, [PageRange::new(2, 2), PageRange::new(9, 1)]);
+        assert_eq!(backing.punch(PageRange::new(3, 10)).unwrap(), PageRange::new(3, 10));
+        assert_eq!(backing.next_data(PageRange::new(3, 29)).unwrap(), None);
+        assert_eq!(blocks(&copy), 3);
+    }
+}

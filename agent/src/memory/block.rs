@@ -1,0 +1,136 @@
+//! A block with its bitmaps, and the set of them.
+
+use super::backing::{Backing, BackingError};
+use super::bus_guard::GuardedRange;
+use super::fence::{MAX_READERS, Readers};
+use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
+use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
+use std::sync::Arc;
+
+/// A block of guest memory.
+#[derive(Debug)]
+pub struct Block {
+    // Before the bitmap, so that it is dropped before it.
+    guard: Option<GuardedRange>,
+    /// Where it lies in the guest.
+    pub geometry: BlockGeometry,
+    /// The file that holds it.
+    pub backing: Backing,
+    /// Where the VMM has it mapped; 0 if nowhere.
+    pub vmm_address: u64,
+    /// One bit per discarded page. Shared with the VMM, which keeps it if this process dies.
+    pub discarded: MappedBitmap,
+    /// Discarded pages whose backing does not tell a stray write from what was there before: those that were discarded without being
+    /// punched, since the last sync. See [`crate::outgoing::fixup`].
+    pub unsettled: MappedBitmap,
+    /// Discarded pages that the guest wrote into after the discard, as a sync found: they migrate all the same.
+    pub stray: MappedBitmap,
+}
+
+/// Why a block cannot be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// The memory.
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+    /// The bitmap of discarded pages, or one of our own.
+    #[error("discard bitmap")]
+    Bitmap(#[from] MappingError),
+}
+
+impl Block {
+    /// A block whose discard bitmap is `discarded`; `None` for a VMM that has none.
+    ///
+    /// # Errors
+    /// If there is no memory for its bitmaps.
+    pub fn new(
+        geometry: BlockGeometry, backing: Backing, vmm_address: u64, discarded: Option<MappedBitmap>,
+    ) -> Result<Self, BlockError> {
+        let pages = geometry.pages();
+        let guard = discarded.as_ref().map(|bitmap| GuardedRange::of(bitmap.storage()));
+        let discarded = match discarded {
+            Some(bitmap) => bitmap,
+            None => MappedBitmap::private(pages)?,
+        };
+        let unsettled = MappedBitmap::private(pages)?;
+        let stray = MappedBitmap::private(pages)?;
+        Ok(Self { guard, geometry, backing, vmm_address, discarded, unsettled, stray })
+    }
+
+    /// All pages of the block.
+    pub fn all(&self) -> PageRange {
+        PageRange::new(0, self.geometry.pages())
+    }
+
+    /// The block's pages as guest physical pages: its part of the dirty log.
+    pub fn log_pages(&self) -> PageRange {
+        PageRange::new(self.geometry.first_log_page(), self.geometry.pages())
+    }
+
+    /// True if the file under the discard bitmap was truncated: what is discarded is then unknown.
+    pub fn lost_bitmap(&self) -> bool {
+        self.guard.as_ref().is_some_and(GuardedRange::was_lost)
+    }
+}
+
+/// The dirty log, guarded against a file that shrinks.
+#[derive(Debug)]
+pub struct GuestLog {
+    // Before the log, so that it is dropped before it.
+    guard: GuardedRange,
+    /// The log.
+    pub log: DirtyLog,
+}
+
+impl GuestLog {
+    /// Guards `log`.
+    pub fn new(log: DirtyLog) -> Self {
+        let guard = GuardedRange::of(log.bits().storage());
+        Self { guard, log }
+    }
+
+    /// True if the file under the log was truncated: what is dirty is then unknown.
+    pub fn was_lost(&self) -> bool {
+        self.guard.was_lost()
+    }
+}
+
+/// The memory of a guest at one moment. A job holds on to the set it started with, and the set is not changed while one does.
+#[derive(Debug)]
+pub struct GuestMemory {
+    blocks: Vec<Arc<Block>>,
+    table: BlockTable,
+    /// The dirty log, if the VMM set one.
+    pub log: Option<Arc<GuestLog>>,
+    /// Who is reading what.
+    pub readers: Readers,
+}
+
+impl Default for GuestMemory {
+    fn default() -> Self {
+        Self::new(Vec::new(), BlockTable::new(), None)
+    }
+}
+
+impl GuestMemory {
+    /// The set of `blocks`, whose geometries are those of `table`.
+    pub fn new(blocks: Vec<Arc<Block>>, table: BlockTable, log: Option<Arc<GuestLog>>) -> Self {
+        Self { blocks, table, log, readers: Readers::new(MAX_READERS) }
+    }
+
+    /// The blocks. Their order is that of the workers' chunks and of the fence.
+    pub fn blocks(&self) -> &[Arc<Block>] {
+        &self.blocks
+    }
+
+    /// The geometries.
+    pub fn table(&self) -> &BlockTable {
+        &self.table
+    }
+
+    /// The block with this id, and its index.
+    pub fn find(&self, id: u32) -> Option<(usize, &Block)> {
+        let index = self.blocks.iter().position(|block| block.geometry.id == id)?;
+        Some((index, &self.blocks[index]))
+    }
+}

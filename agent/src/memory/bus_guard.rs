@@ -1,0 +1,124 @@
+//! Survives a file that shrinks under a mapping (law 8).
+//!
+//! The agent maps files that belong to the VMM: the dirty log, discard bitmaps, host pages of hugetlbfs. If the VMM truncates one, the next
+//! access is SIGBUS. The handler here puts zero pages in the place of a guarded mapping and notes that it was lost; whoever uses the mapping asks
+//! [`GuardedRange::was_lost`] before trusting what it read. SIGBUS anywhere else ends the process as before.
+#![allow(unsafe_code)]
+
+use pageferry_protocol::shm::MappedWords;
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+use std::ops::Range;
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use vmm_sys_util::signal::register_signal_handler;
+
+/// Room for the log, all blocks twice (an old and a new session), and the windows of all streams.
+const MAX_RANGES: usize = 2048;
+const SIGBUS: i32 = rustix::process::Signal::BUS.as_raw();
+
+/// A guarded range. `end` is 0 where the entry is free, and is written last.
+struct Entry {
+    taken: AtomicBool,
+    start: AtomicUsize,
+    end: AtomicUsize,
+    lost: AtomicBool,
+}
+
+static ENTRIES: [Entry; MAX_RANGES] = [const {
+    Entry {
+        taken: AtomicBool::new(false),
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        lost: AtomicBool::new(false),
+    }
+}; MAX_RANGES];
+
+/// A mapping that is guarded until drop. Drop it before the mapping.
+#[derive(Debug)]
+pub struct GuardedRange {
+    entry: Option<usize>,
+}
+
+impl GuardedRange {
+    /// Guards the memory of a bitmap.
+    pub fn of(words: &MappedWords) -> Self {
+        Self::new(words.address_range())
+    }
+
+    /// Guards the mapping at `addresses`. If there is no room left, which takes thousands of mappings, it stays unguarded.
+    pub(super) fn new(addresses: Range<usize>) -> Self {
+        static INSTALL: Once = Once::new();
+        INSTALL.call_once(|| {
+            if let Err(error) = register_signal_handler(SIGBUS, on_sigbus) {
+                log::warn!("no guard against truncated files: {error}");
+            }
+        });
+        let entry = ENTRIES.iter().position(|entry| !entry.taken.swap(true, Ordering::AcqRel));
+        match entry {
+            Some(index) => {
+                ENTRIES[index].lost.store(false, Ordering::Relaxed);
+                ENTRIES[index].start.store(addresses.start, Ordering::Relaxed);
+                ENTRIES[index].end.store(addresses.end, Ordering::Release);
+            }
+            None => log::warn!("more than {MAX_RANGES} mappings: one stays unguarded"),
+        }
+        Self { entry }
+    }
+
+    /// True if the file was truncated and zero pages stand in its place.
+    pub fn was_lost(&self) -> bool {
+        self.entry.is_some_and(|index| ENTRIES[index].lost.load(Ordering::Acquire))
+    }
+}
+
+impl Drop for GuardedRange {
+    fn drop(&mut self) {
+        if let Some(index) = self.entry {
+            ENTRIES[index].end.store(0, Ordering::Release);
+            ENTRIES[index].taken.store(false, Ordering::Release);
+        }
+    }
+}
+
+/// Runs in a signal handler: atomics and one system call, nothing else.
+extern "C" fn on_sigbus(_signal: libc::c_int, details: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+    // SAFETY: the kernel hands a valid siginfo to an SA_SIGINFO handler, and SIGBUS fills its address.
+    let address = unsafe { (*details).si_addr() } as usize;
+    for entry in &ENTRIES {
+        let end = entry.end.load(Ordering::Acquire);
+        let start = entry.start.load(Ordering::Relaxed);
+        if end == 0 || !(start..end).contains(&address) {
+            continue;
+        }
+        entry.lost.store(true, Ordering::Release);
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: the range is a mapping of ours, which its owner keeps for as long as it is registered, and whose content is gone.
+        // Its users reach it by atomics or copies only, to which zero is a valid value.
+        let replaced =
+            unsafe { mmap_anonymous(start as *mut _, end - start, ProtFlags::READ | ProtFlags::WRITE, flags) };
+        if replaced.is_ok() {
+            return;
+        }
+    }
+    std::process::abort();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_protocol::shm::MappedBitmap;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_truncated_file_reads_as_zero_and_is_reported() {
+        let fd = rustix::fs::memfd_create("bitmap", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, 8192).unwrap();
+        let bitmap = MappedBitmap::shared(fd.as_fd(), 8192 * 8).unwrap();
+        let guard = GuardedRange::of(bitmap.storage());
+        bitmap.set(bitmap.all());
+        assert!(!guard.was_lost());
+        rustix::fs::ftruncate(&fd, 0).unwrap();
+        assert_eq!(bitmap.count(bitmap.all()), 0);
+        assert!(guard.was_lost());
+    }
+}

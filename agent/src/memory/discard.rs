@@ -1,0 +1,134 @@
+//! Discarding and populating.
+//!
+//! Law 1: once [`GuestMemory::discard`] returned, nobody reads the pages until they are populated. Law 4: it cannot fail for pages that exist;
+//! law 6: it covers whole units only, and a populate rounds outward.
+//!
+//! Discards and populates come from one thread, the session's, while the job's thread syncs and its workers read. What each bitmap
+//! means to them, and why the order below is right:
+//!
+//! - `unsettled` is set before `discarded`, and cleared only after the punch: a sync in between does not take what is still
+//!   allocated for a stray write.
+//! - `stray` is cleared before `discarded` is set: a worker that still saw the old stray bit has published its word, and the fence waits for it.
+//! - a populate clears `discarded` first and marks the log after: a sync that comes between them may drop the pages, and finds them in the
+//!   log the next time.
+
+use super::block::{Block, GuestMemory};
+use pageferry_protocol::control::request::BlockRange;
+use pageferry_protocol::memory::{PageRange, RangeError};
+use pageferry_protocol::shm::bitmap::WORD_BITS;
+
+/// A range that does not exist.
+#[derive(Debug, thiserror::Error)]
+pub enum DiscardError {
+    /// There is no such block.
+    #[error("range {index}: block {id} does not exist")]
+    NoBlock {
+        /// Index of the range in the request.
+        index: usize,
+        /// The block.
+        id: u32,
+    },
+    /// The range is not in the block.
+    #[error("range {index} of block {id}: {source}")]
+    Range {
+        /// Index of the range in the request.
+        index: usize,
+        /// The block.
+        id: u32,
+        /// What is wrong.
+        source: RangeError,
+    },
+}
+
+/// A checked range: index of the block, and its pages.
+type Checked = (usize, PageRange);
+
+impl GuestMemory {
+    /// Marks `ranges`, rounded inward, as discarded; with `punch` frees them. Returns how many pages were not discarded before.
+    ///
+    /// # Errors
+    /// If a range does not exist; nothing is changed then.
+    pub fn discard(&self, ranges: &[BlockRange], punch: bool) -> Result<u64, DiscardError> {
+        let checked = self.check(ranges, PageRange::inward)?;
+        let mut changed = 0;
+        for (index, range) in &checked {
+            let block = &self.blocks()[*index];
+            block.unsettled.set(*range);
+            block.stray.clear(*range);
+            changed += block.discarded.set(*range);
+        }
+        self.readers.wait(|index, word| {
+            let read = PageRange::new(word * WORD_BITS, WORD_BITS);
+            checked.iter().any(|(other, range)| *other == index && range.overlaps(&read))
+        });
+        if punch {
+            for (index, range) in merged(&checked) {
+                free(&self.blocks()[index], range);
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Marks `ranges`, rounded outward, as populated. Returns how many pages were discarded before. They count as written: what the
+    /// destination has of them, if anything, is stale.
+    ///
+    /// # Errors
+    /// If a range does not exist; nothing is changed then.
+    pub fn populate(&self, ranges: &[BlockRange]) -> Result<u64, DiscardError> {
+        let checked = self.check(ranges, PageRange::outward)?;
+        let mut changed = 0;
+        for (index, range) in checked {
+            let block = &self.blocks()[index];
+            let first_log_page = block.geometry.first_log_page();
+            block.discarded.take(range, |word, bits| {
+                changed += u64::from(bits.count_ones());
+                if let Some(log) = &self.log {
+                    log.log.bits().or_at(first_log_page + word * WORD_BITS, bits);
+                }
+            });
+            block.stray.clear(range);
+            block.unsettled.clear(range);
+        }
+        Ok(changed)
+    }
+
+    fn check(
+        &self, ranges: &[BlockRange], round: fn(u64, u64, u64, u64) -> Result<PageRange, RangeError>,
+    ) -> Result<Vec<Checked>, DiscardError> {
+        let check_one = |(index, range): (usize, &BlockRange)| {
+            let id = range.block;
+            let (at, block) = self.find(id).ok_or(DiscardError::NoBlock { index, id })?;
+            let geometry = &block.geometry;
+            let pages = round(range.offset, range.length, geometry.granularity, geometry.length)
+                .map_err(|source| DiscardError::Range { index, id, source })?;
+            Ok((at, pages))
+        };
+        ranges.iter().enumerate().map(check_one).collect()
+    }
+}
+
+/// Ranges that touch, made one: a balloon gives pages back one by one, and the kernel is asked once.
+fn merged(ranges: &[Checked]) -> impl Iterator<Item = Checked> + '_ {
+    let mut rest = ranges.iter().filter(|(_, range)| !range.is_empty()).peekable();
+    std::iter::from_fn(move || {
+        let (index, mut range) = *rest.next()?;
+        while let Some((_, next)) = rest.next_if(|(other, next)| *other == index && next.first == range.end()) {
+            range.count += next.count;
+        }
+        Some((index, range))
+    })
+}
+
+/// Frees the backing of pages that are marked. A discard cannot fail (law 4): if the file system cannot punch, the pages stay allocated
+/// and unsettled, and are no less discarded.
+fn free(block: &Block, range: PageRange) {
+    match block.backing.punch(range) {
+        Ok(freed) if block.backing.tells_holes() => {
+            block.unsettled.clear(freed);
+        }
+        Ok(_) => {}
+        Err(error) => {
+            log::warn!("block {}: discarded pages stay allocated: {}", block.geometry.id, crate::error::chain(&error));
+        }
+    }
+}

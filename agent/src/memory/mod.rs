@@ -1,0 +1,24 @@
+//! The guest's memory as the agent holds it.
+//!
+//! - [`backing`]: the file under a block: checked once, then only read, written and punched by offset, never mapped;
+//! - [`block`]: a block with its bitmaps;
+//! - [`fence`]: keeps discards away from what a worker is reading (laws 1 and 7);
+//! - [`discard`]: discarding and populating (laws 1, 4 and 6);
+//! - [`huge`]: writing to hugetlbfs, which only a mapping can;
+//! - [`bus_guard`]: survives a file that shrinks under a mapping (law 8).
+
+pub mod backing;
+pub mod block;
+pub mod bus_guard;
+pub mod discard;
+pub mod fence;
+pub mod huge;
+
+pub use backing::{Backing, BackingError};
+pub use block::{Block, GuestMemory};
+
+// `fence.rs` takes these from its parent, so that the model checker can put its own in their place.
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicU64, Ordering, fence};
+    pub(super) use std::thread::yield_now;
+}

@@ -1,0 +1,183 @@
+//! When to stop the guest.
+//!
+//! After each pass: the dirty pages over the measured bandwidth, plus the time a sync takes, is how long the guest would stand still. If that is
+//! within the limit, it is stopped. If it is not after as many passes as were allowed, the policy decides.
+
+use crate::job::{JobError, micros};
+use pageferry_protocol::control::job::{Counters, NonConvergence, OutgoingOptions};
+use pageferry_protocol::memory::PAGE_SIZE;
+use std::time::Duration;
+
+/// A pass shorter than this says little of the bandwidth.
+const MEANINGFUL: u64 = 1 << 20;
+/// The throttle of the first step, and of each one more, in percent.
+const THROTTLE_STEP: u32 = 20;
+const THROTTLE_MORE: u32 = 10;
+
+/// What was measured so far.
+#[derive(Debug, Clone, Default)]
+pub struct Pace {
+    passes: u64,
+    /// Bytes per second.
+    bandwidth: u64,
+    /// Pages per second.
+    dirty_rate: u64,
+    sync_time: Duration,
+    pass_time: Duration,
+    expected: Duration,
+    throttle: u32,
+}
+
+/// What comes next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Another pass.
+    Pass,
+    /// Stop the guest.
+    Stop,
+    /// Hold the guest back for this many percent, then another pass.
+    Throttle(u32),
+}
+
+impl Pace {
+    /// Passes that ended.
+    pub fn passes(&self) -> u64 {
+        self.passes
+    }
+
+    /// How long the last sync took, with its fix-up.
+    pub fn sync_time(&self) -> Duration {
+        self.sync_time
+    }
+
+    /// A sync took so long.
+    pub fn synced(&mut self, time: Duration) {
+        self.sync_time = time;
+    }
+
+    /// Its fix-up took so long.
+    pub fn synced_more(&mut self, time: Duration) {
+        self.sync_time += time;
+    }
+
+    /// A pass sent so much in such a time.
+    pub fn passed(&mut self, pages: u64, bytes: u64, time: Duration) {
+        self.passes += 1;
+        self.pass_time = time;
+        // A short pass is all latency; it only counts if there is nothing better.
+        if bytes.max(pages * PAGE_SIZE) >= MEANINGFUL || (self.bandwidth == 0 && bytes > 0) {
+            self.bandwidth = per_second(bytes, time).max(1);
+        }
+    }
+
+    /// Decides, with `remaining` dirty pages after the last sync.
+    ///
+    /// # Errors
+    /// If the passes do not converge and the policy is to fail.
+    pub fn decide(&mut self, options: &OutgoingOptions, remaining: u64) -> Result<Next, JobError> {
+        self.dirty_rate = per_second(remaining, self.pass_time);
+        self.expected = self.expect(remaining);
+        let limit = options.downtime_limit;
+        if self.expected <= limit {
+            return Ok(Next::Stop);
+        }
+        if options.max_passes == 0 || self.passes < u64::from(options.max_passes) {
+            return Ok(Next::Pass);
+        }
+        match options.policy {
+            NonConvergence::KeepGoing => Ok(Next::Pass),
+            NonConvergence::StopAnyway => Ok(Next::Stop),
+            NonConvergence::Throttle => {
+                self.throttle =
+                    if self.throttle == 0 { THROTTLE_STEP } else { (self.throttle + THROTTLE_MORE).min(99) };
+                Ok(Next::Throttle(self.throttle))
+            }
+            NonConvergence::Fail => {
+                Err(JobError::NotConverging { passes: self.passes, remaining, expected: self.expected, limit })
+            }
+        }
+    }
+
+    fn expect(&self, remaining: u64) -> Duration {
+        let send = match remaining {
+            0 => Duration::ZERO,
+            // Nothing was sent yet, so nothing is known: let a pass find out.
+            _ if self.bandwidth == 0 => Duration::MAX,
+            pages => Duration::from_secs_f64((pages * PAGE_SIZE) as f64 / self.bandwidth as f64),
+        };
+        send.saturating_add(self.sync_time)
+    }
+
+    /// Writes what was measured into the figures of the job.
+    pub fn report(&self, counters: &mut Counters) {
+        counters.passes = self.passes;
+        counters.bandwidth = self.bandwidth;
+        counters.dirty_pages_per_s = self.dirty_rate;
+        counters.expected_downtime_us = micros(self.expected);
+    }
+}
+
+fn per_second(count: u64, time: Duration) -> u64 {
+    (count as f64 / time.as_secs_f64().max(1e-6)) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(policy: NonConvergence, max_passes: u32) -> OutgoingOptions {
+        OutgoingOptions { policy, max_passes, downtime_limit: Duration::from_millis(100), ..OutgoingOptions::default() }
+    }
+
+    /// After one pass of 1 GiB in a second.
+    fn pace() -> Pace {
+        let mut pace = Pace::default();
+        pace.passed(1 << 18, 1 << 30, Duration::from_secs(1));
+        pace
+    }
+
+    #[test]
+    fn what_fits_the_limit_stops_the_guest_and_the_sync_counts() {
+        let options = options(NonConvergence::KeepGoing, 1);
+        let fits = (1 << 18) / 10 - 1;
+        assert_eq!(pace().decide(&options, fits).unwrap(), Next::Stop);
+        assert_eq!(pace().decide(&options, fits + 1000).unwrap(), Next::Pass);
+        let mut slow = pace();
+        slow.synced(Duration::from_millis(50));
+        assert_eq!(slow.decide(&options, fits).unwrap(), Next::Pass);
+        assert_eq!(slow.decide(&options, fits / 2 - 100).unwrap(), Next::Stop);
+    }
+
+    #[test]
+    fn the_policy_decides_only_after_the_allowed_passes() {
+        let much = 1 << 20;
+        for (policy, first) in [
+            (NonConvergence::KeepGoing, Some(Next::Pass)),
+            (NonConvergence::StopAnyway, Some(Next::Stop)),
+            (NonConvergence::Throttle, Some(Next::Throttle(20))),
+            (NonConvergence::Fail, None),
+        ] {
+            let mut pace = pace();
+            assert_eq!(pace.decide(&options(policy, 2), much).unwrap(), Next::Pass);
+            assert_eq!(pace.decide(&options(policy, 0), much).unwrap(), Next::Pass);
+            pace.passed(1 << 18, 1 << 30, Duration::from_secs(1));
+            assert_eq!(pace.decide(&options(policy, 2), much).ok(), first);
+        }
+    }
+
+    #[test]
+    fn the_throttle_grows_and_stays_below_a_full_stop() {
+        let mut pace = pace();
+        let options = options(NonConvergence::Throttle, 1);
+        let steps: Vec<Next> = (0..12).map(|_| pace.decide(&options, 1 << 20).unwrap()).collect();
+        assert_eq!(steps[..3], [Next::Throttle(20), Next::Throttle(30), Next::Throttle(40)]);
+        assert_eq!(steps[11], Next::Throttle(99));
+    }
+
+    #[test]
+    fn a_tiny_pass_does_not_spoil_the_bandwidth() {
+        let mut pace = pace();
+        pace.passed(1, 4128, Duration::from_millis(10));
+        assert_eq!(pace.bandwidth, 1 << 30);
+    }
+}

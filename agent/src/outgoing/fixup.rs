@@ -1,0 +1,221 @@
+//! Asking the trackers, and clearing what is discarded. Law 5 lives here.
+//!
+//! # On dirty bits of discarded pages
+//!
+//! A dirty bit in a discarded range means one of two things. Either the guest wrote *before* the discard, and the bit is stale: following it
+//! would read memory that was given back. Or it wrote *after*, into memory that it had promised not to use: a stray write, which migrates, as it does
+//! with QEMU, since a guest that does so may rely on it. The tracker cannot tell the two apart, but the backing can: the discard
+//! punched the page, so if it is allocated at the sync, something wrote to it since.
+//!
+//! That holds only for pages that were punched, on a backing that tells its holes. All others are *unsettled* until a sync has come
+//! and gone: whatever that sync reports of them may be older than the discard and is dropped; what the next one reports is not.
+//!
+//! The fix-up comes after the sync. Before it, the sync would bring the stale bits back. And what it drops is dropped in the VMM's tracker, too, if that
+//! one does not clear by itself; otherwise the same stale bit would return with every sync, and be taken for a stray write at the next.
+//!
+//! At the first sync all discarded pages are dropped: nothing before the start of the tracker is known.
+//!
+//! Discards and populates go on meanwhile. See [`crate::memory::discard`] for why each interleaving is right.
+
+use super::Migration;
+use crate::job::{JobError, add, micros};
+use crate::memory::{Block, GuestMemory};
+use crate::tracking::{DirtyPages, LazyClear};
+use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
+use pageferry_protocol::shm::{MappedBitmap, MappingError};
+use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
+use pageferry_protocol::stream::{Kind, RecordHeader};
+use std::time::Instant;
+
+/// What is dirty, and what the destination was told of discards.
+#[derive(Debug)]
+pub struct DirtyState {
+    /// Pages to send.
+    pub pages: DirtyPages,
+    /// Pages that the destination holds as discarded.
+    told: DirtyPages,
+    /// What was unsettled when the sync began.
+    settling: DirtyPages,
+    /// Pages whose bit the fix-up dropped.
+    dropped: DirtyPages,
+    remaining: u64,
+}
+
+impl DirtyState {
+    /// Nothing is dirty, and nothing was told.
+    ///
+    /// # Errors
+    /// If there is no memory for the bitmaps.
+    pub fn new(memory: &GuestMemory) -> Result<Self, MappingError> {
+        Ok(Self {
+            pages: DirtyPages::none(memory)?,
+            told: DirtyPages::none(memory)?,
+            settling: DirtyPages::none(memory)?,
+            dropped: DirtyPages::none(memory)?,
+            remaining: 0,
+        })
+    }
+
+    /// Dirty pages after the last sync.
+    pub fn remaining(&self) -> u64 {
+        self.remaining
+    }
+
+    /// Drops the stale bits of one block.
+    fn fix_up(&self, at: usize, block: &Block, first_sync: bool) -> Result<(), JobError> {
+        let (dirty, settling, dropped) = (self.pages.block(at), self.settling.block(at), self.dropped.block(at));
+        for (word, discarded) in block.discarded.nonzero_words(block.all()) {
+            let suspects = dirty.word(word) & discarded;
+            if suspects == 0 {
+                continue;
+            }
+            let unsure = settling.word(word) | block.unsettled.word(word);
+            let known = suspects & block.stray.word(word);
+            let mut stray = 0;
+            if !first_sync {
+                stray = known | written_since(block, word, suspects & !unsure & !known)?;
+            }
+            block.stray.or_word(word, stray);
+            dropped.or_word(word, dirty.take_bits(word, suspects & !stray));
+        }
+        Ok(())
+    }
+
+    /// Clears the dropped pages in a tracker that does not do so by itself.
+    fn clear_dropped(&self, at: usize, block: &Block, lazy: Option<&LazyClear>) -> Result<(), JobError> {
+        let dropped = self.dropped.block(at);
+        if let Some(lazy) = lazy {
+            lazy.clear(block.geometry.id, dropped, block.all())?;
+        }
+        dropped.clear(block.all());
+        Ok(())
+    }
+}
+
+/// Those of the pages `suspects`, all discarded and settled, that the guest wrote into since.
+fn written_since(block: &Block, word: u64, suspects: u64) -> Result<u64, JobError> {
+    if !block.backing.tells_holes() {
+        return Ok(suspects);
+    }
+    let mut allocated = 0;
+    for run in runs_of_word(word * WORD_BITS, suspects) {
+        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let found = |data: PageRange| {
+            let below = |page: u64| if page >= WORD_BITS { u64::MAX } else { (1 << page) - 1 };
+            let first = data.first - word * WORD_BITS;
+            allocated |= below(first + data.count) & !below(first);
+        };
+        block.backing.for_each_data(run, found).map_err(failed)?;
+    }
+    Ok(allocated)
+}
+
+impl Migration {
+    /// Starts the trackers and finds what pass 0 has to send: all that is allocated and not discarded.
+    ///
+    /// The holes need not be sent, since the destination starts from holes. A hole that is written after the walk here is reported by a
+    /// tracker, since all of them were started before.
+    pub(super) fn start_tracking(&mut self) -> Result<(), JobError> {
+        let memory = self.job.memory.clone();
+        for block in memory.blocks() {
+            block.stray.clear(block.all());
+        }
+        self.trackers.start(&memory)?;
+        self.ask_trackers()?;
+        for (at, block) in memory.blocks().iter().enumerate() {
+            let dirty = self.dirty.pages.block(at);
+            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            let fill = |run| {
+                dirty.set(run);
+            };
+            block.backing.for_each_data(block.all(), fill).map_err(failed)?;
+        }
+        self.clear_discarded(true)
+    }
+
+    /// Asks the trackers what was written since the last time.
+    pub(super) fn sync(&mut self) -> Result<(), JobError> {
+        self.ask_trackers()?;
+        self.clear_discarded(false)
+    }
+
+    fn ask_trackers(&mut self) -> Result<(), JobError> {
+        self.job.cancel.check()?;
+        let started = Instant::now();
+        let memory = self.job.memory.clone();
+        for (at, block) in memory.blocks().iter().enumerate() {
+            let settling = self.dirty.settling.block(at);
+            block.unsettled.take(block.all(), |word, bits| {
+                // Only what is still waiting for its first sync; a discard that is under way sets its bits again below.
+                settling.or_word(word, bits);
+            });
+        }
+        self.trackers.sync(&memory, &self.dirty.pages)?;
+        self.pace.synced(started.elapsed());
+        Ok(())
+    }
+
+    fn clear_discarded(&mut self, first_sync: bool) -> Result<(), JobError> {
+        let memory = self.job.memory.clone();
+        let started = Instant::now();
+        for (at, block) in memory.blocks().iter().enumerate() {
+            self.dirty.fix_up(at, block, first_sync)?;
+            // The guest stands still in the last pass: nobody would look at the tracker again.
+            self.dirty.clear_dropped(at, block, self.trackers.lazy_clear())?;
+            self.dirty.settling.block(at).clear(block.all());
+        }
+        self.dirty.remaining = self.dirty.pages.count();
+        self.pace.synced_more(started.elapsed());
+        let (remaining, sync) = (self.dirty.remaining, self.pace.sync_time());
+        self.job.count(|counters| {
+            counters.remaining_pages = remaining;
+            counters.sync_us = micros(sync);
+        });
+        Ok(())
+    }
+
+    /// Tells the destination what is discarded and what it does not know yet; stray pages are none of it. Comes before the pages of a pass.
+    pub(super) fn send_discards(&mut self) -> Result<(), JobError> {
+        let memory = self.job.memory.clone();
+        for (at, block) in memory.blocks().iter().enumerate() {
+            let told = self.dirty.told.block(at);
+            let news = &self.dirty.dropped.block(at);
+            find_news(block, told, news, self.dirty.pages.block(at));
+            let runs: Vec<PageRange> = news.runs(block.all()).collect();
+            news.clear(block.all());
+            for part in runs.chunks(MAX_RUNS) {
+                self.send_runs(block.geometry.id, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn send_runs(&mut self, block: u32, runs: &[PageRange]) -> Result<(), JobError> {
+        let payload = encode_runs(runs);
+        let pages: u64 = runs.iter().map(|run| run.count).sum();
+        let header = RecordHeader::new(Kind::Discard, 0, block, PageRange::new(0, pages), payload.len());
+        let primary = &mut self.streams.senders[0];
+        primary.write(&self.job, header, &payload)?;
+        primary.totals.discarded_pages += pages;
+        add(&self.job.live.discarded_pages, pages);
+        Ok(())
+    }
+}
+
+/// Sets in `news` what is discarded and was not told, and keeps in `told` only what still holds.
+///
+/// What is told is not sent in the pass that follows, even if it is populated meanwhile: the two records would travel on different streams. The
+/// populate has marked the log, so the pass after has it.
+fn find_news(block: &Block, told: &MappedBitmap, news: &MappedBitmap, dirty: &MappedBitmap) {
+    for (word, known) in told.nonzero_words(block.all()) {
+        let holds = block.discarded.word(word) & !block.stray.word(word);
+        told.take_bits(word, known & !holds);
+    }
+    for (word, discarded) in block.discarded.nonzero_words(block.all()) {
+        let fresh = discarded & !block.stray.word(word) & !told.word(word);
+        told.or_word(word, fresh);
+        dirty.take_bits(word, fresh);
+        news.or_word(word, fresh);
+    }
+}

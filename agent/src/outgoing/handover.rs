@@ -1,0 +1,155 @@
+//! The stopped guest, and the line of law 9: the source never runs after it sent the commit, and always can before.
+
+use super::Migration;
+use super::connect::Streams;
+use crate::hooks::HookError;
+use crate::job::{Job, JobError, add, micros};
+use pageferry_protocol::control::hook::{Hook, PieceSize};
+use pageferry_protocol::stream::payload::{StatePart, Totals};
+use pageferry_protocol::stream::{Kind, RecordHeader};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The VMM's state as it hands it over: sizes, and the file.
+pub struct SavedState {
+    pieces: Vec<PieceSize>,
+    file: Option<OwnedFd>,
+}
+
+/// A guest that was asked to pause. Unless the commit went out, it is resumed on drop: whatever fails on the way, the guest runs on.
+pub struct PausedGuest {
+    job: Arc<Job>,
+    asked: Instant,
+    ours: bool,
+}
+
+impl PausedGuest {
+    /// Pauses the guest.
+    pub fn pause(job: &Arc<Job>) -> Result<Self, JobError> {
+        // Made before the answer: a pause that timed out may still happen, and must be undone.
+        let paused = Self { job: job.clone(), asked: Instant::now(), ours: true };
+        job.hooks.ask(&Hook::Pause, job.options().hook_timeout)?;
+        job.cancel.check()?;
+        Ok(paused)
+    }
+
+    /// Has the VMM save its state. That may dirty memory, so the last sync comes after.
+    pub fn save_state(&self) -> Result<SavedState, JobError> {
+        let (pieces, file) = self.job.hooks.save_state(self.job.options().hook_timeout)?;
+        Ok(SavedState { pieces, file })
+    }
+
+    /// Gives up ownership, and waits until the destination runs.
+    pub fn commit(&mut self, streams: &mut Streams) -> Result<(), JobError> {
+        // From here on a cancel is refused, and the VMM does not resume the guest by itself, even if it loses this process.
+        self.job.cancel.cross_the_line()?;
+        if let Err(error) = self.job.hooks.ask(&Hook::Relinquish, self.job.options().hook_timeout) {
+            // No commit was sent: the guest is still ours, and the drop says so to the VMM.
+            self.job.cancel.step_back();
+            return Err(error.into());
+        }
+        // ---- The line. Nothing after it resumes the guest here.
+        self.ours = false;
+        let confirmed = self.send_commit(streams);
+        self.job.count(|counters| counters.downtime_us = micros(self.asked.elapsed()));
+        confirmed.map_err(|source| JobError::Unconfirmed { source: Box::new(source) })
+    }
+
+    fn send_commit(&self, streams: &mut Streams) -> Result<(), JobError> {
+        let bytes = streams.writer.write_plain(Kind::Commit, 0)?;
+        add(&self.job.live.wire_bytes, bytes);
+        streams.expect(Kind::Resumed, "the destination's confirmation").map(|_| ())
+    }
+}
+
+impl Drop for PausedGuest {
+    fn drop(&mut self) {
+        if !self.ours {
+            return;
+        }
+        match self.job.hooks.ask(&Hook::Resume { force: false }, self.job.options().hook_timeout) {
+            Ok(()) => log::info!("job {}: the guest runs on", self.job.id),
+            // The request is in the socket: a VMM that is late resumes the guest when it comes to it, one that lost us does so by itself.
+            Err(HookError::Socket { source, .. }) => {
+                log::warn!("the VMM was asked to resume the guest, and is late: {source}")
+            }
+            Err(error) => log::error!("the VMM did not resume the guest: {}", crate::error::chain(&error)),
+        }
+    }
+}
+
+impl Migration {
+    /// Sends the VMM's state on the primary.
+    pub(super) fn send_state(&mut self, state: &SavedState) -> Result<(), JobError> {
+        let mut offset = 0;
+        for piece in &state.pieces {
+            self.send_piece(piece, state.file.as_ref(), offset)?;
+            offset += piece.length;
+        }
+        Ok(())
+    }
+
+    fn send_piece(&mut self, piece: &PieceSize, file: Option<&OwnedFd>, start: u64) -> Result<(), JobError> {
+        let mut buffer = vec![0; StatePart::MAX_BYTES.min(piece.length as usize)];
+        let mut offset = 0;
+        loop {
+            let count = (piece.length - offset).min(buffer.len() as u64) as usize;
+            let bytes = &mut buffer[..count];
+            if let Some(file) = file {
+                read_exactly(file, bytes, start + offset)?;
+            }
+            let payload = StatePart { name: &piece.name, length: piece.length, offset, bytes }.encode();
+            let header = RecordHeader::plain(Kind::State, 0, payload.len());
+            self.streams.senders[0].write(&self.job, header, &payload)?;
+            offset += count as u64;
+            if offset >= piece.length {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Tells each stream's totals, and on the primary those of all. Discards that came during the last pass go before.
+    pub(super) fn send_end(&mut self) -> Result<(), JobError> {
+        self.send_discards()?;
+        let job = self.job.clone();
+        let mut sum = Totals::default();
+        for sender in self.streams.senders.iter_mut().rev() {
+            sum.data_pages += sender.totals.data_pages;
+            sum.zero_pages += sender.totals.zero_pages;
+            sum.discarded_pages += sender.totals.discarded_pages;
+            sum.stray_pages += sender.totals.stray_pages;
+            sum.passes = sender.totals.passes;
+            let is_primary = sender.is_primary();
+            let payload = if is_primary { sum } else { sender.totals }.encode();
+            sender.write(&job, RecordHeader::plain(Kind::End, 0, payload.len()), &payload)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the destination has verified the totals and loaded the state.
+    pub(super) fn wait_loaded(&mut self) -> Result<(), JobError> {
+        let options = self.job.options();
+        // It verifies and loads before it answers, so it has its hook's time on top of the connection's.
+        let patience = options.peer_timeout + options.hook_timeout;
+        self.streams.reader.socket().set_recv_timeout(patience)?;
+        self.streams.expect(Kind::Loaded, "that the destination has loaded the state")?;
+        Ok(())
+    }
+}
+
+fn read_exactly(file: &OwnedFd, buffer: &mut [u8], start: u64) -> Result<(), JobError> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match rustix::io::pread(file, &mut buffer[done..], start + done as u64) {
+            Ok(0) => {
+                let message = format!("the VMM's file ends at byte {:#x}, before its pieces do", start + done as u64);
+                return Err(JobError::State(message));
+            }
+            Ok(count) => done += count,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(JobError::Io { what: "read the VMM's state", source: errno.into() }),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,202 @@
+//! One walk over the dirty pages by all workers.
+//!
+//! The memory is cut into chunks, and the workers claim them by one atomic counter: there is no thread that scans for the others. Each takes bits, reads,
+//! scans and sends on its own stream. A worker that is slow, or whose stream is, claims fewer chunks.
+
+use super::Migration;
+use super::sender::{PageSender, PassView};
+use crate::job::{JobError, get};
+use crate::memory::{Block, GuestMemory};
+use crate::tracking::LazyClear;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_protocol::shm::bitmap::WORD_BITS;
+use pageferry_protocol::stream::Kind;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+/// Pages of a chunk: 64 MiB. Also the unit in which a lazy tracker is cleared; no larger than one clear hook can carry.
+const CHUNK_PAGES: u64 = (64 << 20) / PAGE_SIZE;
+const _: () = assert!(CHUNK_PAGES <= pageferry_protocol::control::hook::MAX_CLEAR_PAGES);
+/// Words of zero pages after which a worker asks where the next data is, instead of reading on.
+const HOLE_WORDS: u64 = 4;
+
+/// The chunks of a pass, handed out once each.
+struct Chunks {
+    next: AtomicU64,
+    /// Index of the first chunk of each block, and behind the last, their number.
+    starts: Vec<u64>,
+    /// A worker failed: the others stop, too.
+    failed: AtomicBool,
+}
+
+impl Chunks {
+    fn new(memory: &GuestMemory) -> Self {
+        let mut starts = vec![0];
+        let mut total = 0;
+        for block in memory.blocks() {
+            total += block.geometry.pages().div_ceil(CHUNK_PAGES);
+            starts.push(total);
+        }
+        Self { next: AtomicU64::new(0), starts, failed: AtomicBool::new(false) }
+    }
+
+    /// Claims a chunk: the index of its block, and its pages.
+    fn claim(&self, memory: &GuestMemory) -> Option<(usize, PageRange)> {
+        if self.failed.load(Ordering::Relaxed) {
+            return None;
+        }
+        let chunk = self.next.fetch_add(1, Ordering::Relaxed);
+        let at = self.starts.partition_point(|start| *start <= chunk) - 1;
+        let block = memory.blocks().get(at)?;
+        let chunk = PageRange::new((chunk - self.starts[at]) * CHUNK_PAGES, CHUNK_PAGES);
+        Some((at, chunk.intersection(&block.all())))
+    }
+}
+
+/// What all workers of a pass share.
+struct Pass<'a> {
+    view: PassView<'a>,
+    chunks: Chunks,
+    dirty: &'a crate::tracking::DirtyPages,
+    lazy: Option<&'a LazyClear>,
+    number: u64,
+}
+
+impl Migration {
+    /// Sends what is dirty, and waits until the destination has applied it.
+    pub(super) fn run_pass(&mut self) -> Result<(), JobError> {
+        let job = self.job.clone();
+        let started = Instant::now();
+        let number = self.pace.passes();
+        let (sent_before, bytes_before) = (get(&job.live.pages_sent), get(&job.live.wire_bytes));
+        let remaining = self.dirty.remaining();
+        job.live.pass_pages_done.store(0, Ordering::Relaxed);
+        job.count(|counters| counters.pass_pages = remaining);
+        self.limiter.set_rate(job.options().bandwidth);
+        self.send_discards()?;
+
+        let pass = Pass {
+            view: PassView { job: &job, limiter: &self.limiter, send_zeros: number > 0 },
+            chunks: Chunks::new(&job.memory),
+            dirty: &self.dirty.pages,
+            lazy: self.trackers.lazy_clear(),
+            number,
+        };
+        run_workers(&pass, &mut self.streams.senders)?;
+
+        let done = self.streams.expect(Kind::PassDone, "the end of the pass")?;
+        if done != number {
+            return Err(JobError::Pass { stream: 0, found: done, expected: number });
+        }
+        let pages = get(&job.live.pages_sent) - sent_before;
+        let bytes = get(&job.live.wire_bytes) - bytes_before;
+        self.pace.passed(pages, bytes, started.elapsed());
+        let pace = self.pace.clone();
+        job.count(|counters| pace.report(counters));
+        job.announce();
+        Ok(())
+    }
+}
+
+/// Runs one worker per stream; the first error is the pass's, the peer's own words before all.
+fn run_workers(pass: &Pass<'_>, senders: &mut [PageSender]) -> Result<(), JobError> {
+    // The job's own thread is the primary's worker: with one stream no thread is started.
+    let Some((primary, others)) = senders.split_first_mut() else { return Ok(()) };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = others.iter_mut().map(|sender| scope.spawn(move || work(pass, sender))).collect();
+        let first = work(pass, primary);
+        let rest = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
+        rest.fold(first, |outcome, other| outcome.and(other))
+    })
+}
+
+fn work(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError> {
+    let outcome = work_chunks(pass, sender).and_then(|()| sender.end_pass(&pass.view, pass.number));
+    if outcome.is_err() {
+        pass.chunks.failed.store(true, Ordering::Relaxed);
+    }
+    outcome
+}
+
+fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError> {
+    let memory = &pass.view.job.memory;
+    while let Some((at, chunk)) = pass.chunks.claim(memory) {
+        let block: &Block = &memory.blocks()[at];
+        let dirty = pass.dirty.block(at);
+        if let Some(lazy) = pass.lazy {
+            // Law 7 for a tracker whose sync does not clear: before the first read in the chunk.
+            lazy.clear(block.geometry.id, dirty, chunk)?;
+        }
+        send_chunk(pass, sender, (at, block), dirty, chunk)?;
+    }
+    Ok(())
+}
+
+fn send_chunk(
+    pass: &Pass<'_>, sender: &mut PageSender, (at, block): (usize, &Block), dirty: &MappedBitmap, chunk: PageRange,
+) -> Result<(), JobError> {
+    let mut hole = HoleFinder::new(block, chunk);
+    for (word, _) in dirty.nonzero_words(chunk) {
+        pass.view.job.cancel.check()?;
+        if hole.covers(word)? {
+            // All of it is a hole: the pages are zero, and nothing need be read to know.
+            send_hole(pass, sender, block, dirty, word);
+            continue;
+        }
+        let data_before = sender.totals.data_pages;
+        sender.take_word(&pass.view, (at, block), dirty, word)?;
+        hole.saw(word, sender.totals.data_pages > data_before);
+    }
+    sender.flush(&pass.view)
+}
+
+fn send_hole(pass: &Pass<'_>, sender: &mut PageSender, block: &Block, dirty: &MappedBitmap, word: u64) {
+    let taken = dirty.take_word(word);
+    let send = taken & !block.discarded.word(word);
+    crate::job::add(&pass.view.job.live.pass_pages_done, u64::from(taken.count_ones()));
+    if pass.view.send_zeros {
+        crate::job::add(&pass.view.job.live.zero_pages, u64::from(send.count_ones()));
+        for run in pageferry_protocol::shm::bitmap::runs_of_word(word * WORD_BITS, send) {
+            sender.queue_zeros(block.geometry.id, run);
+        }
+    }
+}
+
+/// Finds large holes among dirty pages, as a populate of much memory makes them: one seek instead of reading gigabytes of zeroes.
+///
+/// What it finds holds for the pass: a page that is written after the seek is reported by the next sync, since the tracker was cleared before.
+struct HoleFinder<'a> {
+    block: &'a Block,
+    chunk: PageRange,
+    /// Zero words in a row so far.
+    zeros: u64,
+    /// Words below this one hold no data.
+    until: u64,
+}
+
+impl<'a> HoleFinder<'a> {
+    fn new(block: &'a Block, chunk: PageRange) -> Self {
+        Self { block, chunk, zeros: 0, until: 0 }
+    }
+
+    fn covers(&mut self, word: u64) -> Result<bool, JobError> {
+        if word < self.until {
+            return Ok(true);
+        }
+        if self.zeros < HOLE_WORDS || !self.block.backing.tells_holes() {
+            return Ok(false);
+        }
+        let first = word * WORD_BITS;
+        let rest = PageRange::new(first, self.chunk.end() - first);
+        let failed = |source| JobError::Backing { id: self.block.geometry.id, source };
+        let data = self.block.backing.next_data(rest).map_err(failed)?;
+        self.until = data.map_or(self.chunk.end().div_ceil(WORD_BITS), |data| data.first / WORD_BITS);
+        self.zeros = 0;
+        Ok(word < self.until)
+    }
+
+    fn saw(&mut self, _word: u64, data: bool) {
+        self.zeros = if data { 0 } else { self.zeros + 1 };
+    }
+}

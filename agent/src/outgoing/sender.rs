@@ -1,0 +1,239 @@
+//! One worker's side of a stream: reads pages into a buffer, finds the zero ones, and sends records in batches.
+//!
+//! The buffer holds one word of pages (256 KiB) or more before it is sent: large enough that the system calls do not show, small enough to stay in the
+//! cache between reading, scanning, checksum and sending.
+
+use super::zero::data_mask;
+use crate::job::{Job, JobError, add};
+use crate::memory::Block;
+use crate::transport::{Limiter, RecordWriter, StreamSocket};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
+use pageferry_protocol::stream::payload::Totals;
+use pageferry_protocol::stream::record::FLAG_STRAY;
+use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
+use rustix::io::IoSlice;
+
+/// Bytes of one word of pages.
+const WORD_BYTES: usize = (WORD_BITS * PAGE_SIZE) as usize;
+/// A batch is sent when it holds this much.
+const BATCH: usize = WORD_BYTES;
+
+/// A record of the batch: its header, and which part of the buffer is its payload.
+type Queued = ([u8; RECORD_SIZE], std::ops::Range<usize>);
+
+/// One worker's stream.
+#[derive(Debug)]
+pub struct PageSender {
+    index: usize,
+    writer: RecordWriter,
+    buffer: Vec<u8>,
+    filled: usize,
+    queue: Vec<Queued>,
+    /// A zero run that may still grow: index of the block's id, and the pages.
+    zeros: Option<(u32, PageRange)>,
+    /// What this stream carried.
+    pub totals: Totals,
+    broken: bool,
+}
+
+/// What a worker needs to know of the pass.
+#[derive(Debug, Clone, Copy)]
+pub struct PassView<'a> {
+    /// The job.
+    pub job: &'a Job,
+    /// The limit of all streams.
+    pub limiter: &'a Limiter,
+    /// Zero pages are sent. Not in pass 0: the destination starts from holes.
+    pub send_zeros: bool,
+}
+
+impl PageSender {
+    /// The sender of stream `index`.
+    pub fn new(index: usize, socket: StreamSocket) -> Self {
+        Self {
+            index,
+            writer: RecordWriter::new(socket),
+            buffer: Vec::new(),
+            filled: 0,
+            queue: Vec::new(),
+            zeros: None,
+            totals: Totals::default(),
+            broken: false,
+        }
+    }
+
+    /// True for the first stream.
+    pub fn is_primary(&self) -> bool {
+        self.index == 0
+    }
+
+    /// True if a record may have been left half sent.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Takes the dirty pages of word `word` of the block, and queues what they hold.
+    ///
+    /// # Errors
+    /// If the file cannot be read or the stream is broken.
+    pub fn take_word(
+        &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap, word: u64,
+    ) -> Result<(), JobError> {
+        if self.buffer.is_empty() {
+            self.buffer = vec![0; BATCH + WORD_BYTES];
+        }
+        let first = word * WORD_BITS;
+        let start = self.filled;
+        // Law 7: take the bits, then read. Law 1: publish, then look at the marks; see the fence.
+        let reading = pass.job.memory.readers.reading(self.index, at, word);
+        let taken = dirty.take_word(word);
+        let discarded = block.discarded.word(word) & taken;
+        let stray = if discarded == 0 { 0 } else { block.stray.word(word) & discarded };
+        let send = taken & (!discarded | stray);
+        for run in runs_of_word(first, send) {
+            let bytes = run.bytes() as usize;
+            let target = &mut self.buffer[self.filled..self.filled + bytes];
+            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            block.backing.read(run.offset(), target).map_err(failed)?;
+            self.filled += bytes;
+        }
+        drop(reading);
+        add(&pass.job.live.pass_pages_done, u64::from(taken.count_ones()));
+        self.queue_word(pass, block.geometry.id, first, send, stray, start);
+        if self.filled >= BATCH { self.flush(pass) } else { Ok(()) }
+    }
+
+    /// Queues records for the pages `send` of a word, whose bytes lie in the buffer from `start`, one after another.
+    fn queue_word(&mut self, pass: &PassView<'_>, block: u32, first: u64, send: u64, stray: u64, start: usize) {
+        // Bit n of `dense` is the n-th page that was read; spread it to the pages' places in the word.
+        let dense = data_mask(&self.buffer[start..self.filled]);
+        let data = if send == u64::MAX { dense } else { spread(dense, send) };
+        let mut at = start;
+        let mut page_offset = |run: &PageRange| {
+            // The bytes of all read pages below the run come before it.
+            let below = send & ((1u64 << (run.first - first)) - 1);
+            at = start + below.count_ones() as usize * PAGE_SIZE as usize;
+            at..at + run.bytes() as usize
+        };
+        for (mask, flags) in [(data & !stray, 0), (data & stray, FLAG_STRAY)] {
+            for run in runs_of_word(first, mask) {
+                let bytes = page_offset(&run);
+                let header = RecordHeader::new(Kind::Data, flags, block, run, bytes.len());
+                self.queue.push((header.sealed(&self.buffer[bytes.clone()]).to_wire(), bytes));
+            }
+        }
+        let zero = send & !data;
+        self.totals.data_pages += u64::from(data.count_ones());
+        self.totals.stray_pages += u64::from((data & stray).count_ones());
+        add(&pass.job.live.pages_sent, u64::from(data.count_ones()));
+        add(&pass.job.live.stray_pages, u64::from((send & stray).count_ones()));
+        add(&pass.job.live.zero_pages, u64::from(zero.count_ones()));
+        if pass.send_zeros {
+            for run in runs_of_word(first, zero) {
+                self.queue_zeros(block, run);
+            }
+        }
+        if data == 0 {
+            // Nothing of it is sent: the next word may use the room.
+            self.filled = start;
+        }
+    }
+
+    /// Queues a zero run, joined with the one before if they touch.
+    pub fn queue_zeros(&mut self, block: u32, run: PageRange) {
+        match &mut self.zeros {
+            Some((last_block, last)) if *last_block == block && last.end() == run.first => last.count += run.count,
+            _ => {
+                self.end_zeros();
+                self.zeros = Some((block, run));
+            }
+        }
+    }
+
+    fn end_zeros(&mut self) {
+        if let Some((block, run)) = self.zeros.take() {
+            self.totals.zero_pages += run.count;
+            self.queue.push((RecordHeader::new(Kind::Zero, 0, block, run, 0).sealed(&[]).to_wire(), 0..0));
+        }
+    }
+
+    /// Sends what is queued.
+    ///
+    /// # Errors
+    /// If the stream is broken or the job cancelled.
+    pub fn flush(&mut self, pass: &PassView<'_>) -> Result<(), JobError> {
+        self.end_zeros();
+        self.filled = 0;
+        if self.queue.is_empty() {
+            return Ok(());
+        }
+        let bytes = self.queue.iter().map(|(header, payload)| header.len() + payload.len()).sum::<usize>();
+        pass.limiter.wait(bytes, &pass.job.cancel)?;
+        let mut parts = Vec::with_capacity(self.queue.len() * 2);
+        for (header, payload) in &self.queue {
+            parts.push(IoSlice::new(header));
+            if !payload.is_empty() {
+                parts.push(IoSlice::new(&self.buffer[payload.clone()]));
+            }
+        }
+        // Until all of it went out, a record may be half sent.
+        self.broken = true;
+        self.writer.socket().write_all(&mut parts)?;
+        self.broken = false;
+        drop(parts);
+        self.queue.clear();
+        add(&pass.job.live.wire_bytes, bytes as u64);
+        Ok(())
+    }
+
+    /// Ends a pass on this stream.
+    ///
+    /// # Errors
+    /// If the stream is broken.
+    pub fn end_pass(&mut self, pass: &PassView<'_>, number: u64) -> Result<(), JobError> {
+        self.flush(pass)?;
+        self.totals.passes += 1;
+        self.write(pass.job, RecordHeader::plain(Kind::PassEnd, number, 0), &[])
+    }
+
+    /// Writes a record that is not pages. What is queued must have been flushed.
+    ///
+    /// # Errors
+    /// If the stream is broken.
+    pub fn write(&mut self, job: &Job, header: RecordHeader, payload: &[u8]) -> Result<(), JobError> {
+        self.broken = true;
+        let bytes = self.writer.write(header, payload)?;
+        self.broken = false;
+        add(&job.live.wire_bytes, bytes);
+        Ok(())
+    }
+}
+
+/// Puts the lowest bits of `dense`, one for each bit of `places`, to where the bits of `places` are.
+fn spread(mut dense: u64, places: u64) -> u64 {
+    let mut spread = 0;
+    let mut rest = places;
+    while rest != 0 && dense != 0 {
+        let lowest = rest & rest.wrapping_neg();
+        if dense & 1 != 0 {
+            spread |= lowest;
+        }
+        dense >>= 1;
+        rest ^= lowest;
+    }
+    spread
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spread_puts_bits_to_their_places() {
+        assert_eq!(spread(0b101, 0b1_0110_0000), 0b1_0010_0000);
+        assert_eq!(spread(u64::MAX, u64::MAX), u64::MAX);
+        assert_eq!(spread(0, u64::MAX), 0);
+    }
+}

@@ -1,0 +1,141 @@
+//! What a VMM and its operator ask for.
+//!
+//! - [`standard`]: the requests of vhost-user, by which any front-end can hand over its memory;
+//! - [`own`]: pageferry's requests;
+//! - [`registry`]: the blocks, the log, and what they may not be changed under;
+//! - this file: [`Session`], which all of them work on.
+//!
+//! A session belongs to one connection, the VMM's, and ends with it: its job is cancelled, its memory forgotten. Operators come and go on
+//! connections of their own; they see and steer jobs, and cannot touch the memory.
+
+pub mod own;
+pub mod registry;
+pub mod standard;
+
+use crate::hooks::Hooks;
+use crate::job::Job;
+use crate::memory::GuestMemory;
+use crate::tracking::TrackerChoice;
+use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
+use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// Who asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The connection that owns the memory.
+    Vmm,
+    /// Any other.
+    Operator,
+}
+
+/// A VM that this agent serves.
+#[derive(Debug)]
+pub struct Session {
+    memory: Arc<GuestMemory>,
+    hooks: Arc<Hooks>,
+    /// A descriptor of the hooks' socket that is not behind their lock.
+    hook_socket: Option<OwnedFd>,
+    trackers: TrackerChoice,
+    job: Option<(Arc<Job>, JoinHandle<()>)>,
+    jobs: u64,
+    notify: Arc<OwnedFd>,
+    standard: standard::Features,
+}
+
+impl Session {
+    /// A session without memory, whose jobs wake `notify`.
+    pub fn new(notify: Arc<OwnedFd>) -> Self {
+        Self {
+            memory: Arc::default(),
+            hooks: Arc::new(Hooks::new(None)),
+            hook_socket: None,
+            trackers: TrackerChoice::default(),
+            job: None,
+            jobs: 0,
+            notify,
+            standard: standard::Features::default(),
+        }
+    }
+
+    /// How the job stands that runs or ran last.
+    pub fn status(&self) -> JobStatus {
+        self.job.as_ref().map_or_else(JobStatus::default, |(job, _)| job.status())
+    }
+
+    /// The job, if one runs.
+    fn running(&self) -> Option<&Arc<Job>> {
+        self.job.as_ref().map(|(job, _)| job).filter(|job| !job.status().phase.is_final())
+    }
+
+    /// Refuses what a running job, or a guest that was handed over, forbids.
+    fn check_idle(&self, what: &str) -> Result<(), RemoteError> {
+        if let Some(job) = self.running() {
+            let sentence = format!("{what}: job {} ({}) is running; wait or cancel it", job.id, job.kind.name());
+            return Err(RemoteError::new(ErrorCode::Busy, sentence));
+        }
+        Ok(())
+    }
+
+    /// Refuses a job while it is not known, or known not to be so, that the guest is here (law 9).
+    fn check_ours(&self) -> Result<(), RemoteError> {
+        let JobStatus { job, kind, phase, .. } = self.status();
+        match (kind, phase) {
+            (JobKind::Outgoing, Phase::Unconfirmed) => Err(RemoteError::new(
+                ErrorCode::State,
+                format!(
+                    "job {job} handed the guest over and was not confirmed: resume it by force first, if it does not run there"
+                ),
+            )),
+            (JobKind::Outgoing, Phase::Completed) => {
+                Err(RemoteError::new(ErrorCode::State, format!("job {job} has moved the guest away: it is not here")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends the session: cancels the job, and wakes it if it waits for the VMM.
+    pub fn end(&mut self) {
+        if let Some(job) = self.running()
+            && job.cancel.cancel().is_err()
+        {
+            log::warn!("job {}: the VMM is gone while the guest is being handed over", job.id);
+        }
+        if let Some(socket) = &self.hook_socket {
+            self.hooks.close(socket.as_fd());
+        }
+    }
+
+    /// Waits for the job's thread, after [`Session::end`] or a cancel.
+    pub fn join(&mut self) {
+        if let Some((job, thread)) = self.job.take()
+            && thread.join().is_err()
+        {
+            log::error!("job {} panicked", job.id);
+        }
+    }
+
+    /// Cancels the job and lets it finish: what it has to undo in the VMM it undoes.
+    pub fn wind_down(&mut self) {
+        if let Some(job) = self.running() {
+            let _ = job.cancel.cancel();
+        }
+        self.join();
+    }
+}
+
+/// A refusal for wrong fields.
+fn invalid(error: &dyn std::error::Error) -> RemoteError {
+    RemoteError::new(ErrorCode::Invalid, crate::error::chain(error))
+}
+
+/// A refusal for a wrong number of descriptors.
+fn check_fds(request: &str, fds: &[OwnedFd], expected: usize) -> Result<(), RemoteError> {
+    if fds.len() == expected {
+        return Ok(());
+    }
+    let sentence = format!("{request}: {} file descriptors came with it, expected are {expected}", fds.len());
+    Err(RemoteError::new(ErrorCode::Invalid, sentence))
+}

@@ -1,0 +1,283 @@
+//! pageferry's own requests.
+
+use super::registry::NewBlock;
+use super::{Role, Session, check_fds, invalid};
+use crate::incoming::accept::Source;
+use crate::job::Job;
+use crate::outgoing::connect::Target;
+use crate::tracking::TrackerChoice;
+use crate::tracking::pagemap::Pagemap;
+use crate::transport::Address;
+use crate::transport::address::check_socket;
+use pageferry_protocol::control::codec::Encoder;
+use pageferry_protocol::control::frame::{Frame, MAX_BODY};
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::job::{IncomingOptions, JobKind, OutgoingOptions, Phase};
+use pageferry_protocol::control::request::{
+    AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted,
+    MAX_RANGES, RangesReply, RemoteError, Reply, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT, encode_reply,
+};
+use pageferry_protocol::memory::BlockGeometry;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a VMM may take to resume a guest that an operator forces.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// An answer whose fields are encoded already.
+type Answer = Reply<Encoded>;
+/// Puts the fields of an answer into a body.
+type Encoded = Box<dyn FnOnce(Encoder) -> Encoder>;
+
+impl Session {
+    /// Answers one of our own requests.
+    pub fn handle_own(&mut self, role: Role, frame: Frame) -> Frame {
+        let code = frame.request;
+        let answer = match Request::decode(code, &frame.body) {
+            None => {
+                let sentence = format!("request {code:#x} is unknown");
+                Err(RemoteError::new(ErrorCode::Unsupported, sentence))
+            }
+            Some(Err(error)) => Err(RemoteError::new(ErrorCode::Invalid, format!("request {code:#x}: {error}"))),
+            Some(Ok(request)) => self.answer(role, request, frame.fds),
+        };
+        if let Err(error) = &answer {
+            log::info!("request {code:#x} refused: {error}");
+        }
+        let mut fields = None;
+        let unit = answer.map(|encoded| fields = Some(encoded));
+        Frame::reply(code, encode_reply(&unit, |(), encoder| fields.map_or(Encoder::new(), |fields| fields(encoder))))
+    }
+
+    fn answer(&mut self, role: Role, request: Request, fds: Vec<OwnedFd>) -> Answer {
+        if role == Role::Operator && touches_memory(&request) {
+            let sentence = "only the connection that owns the memory may do this, and another one does";
+            return Err(RemoteError::new(ErrorCode::Denied, sentence));
+        }
+        match request {
+            Request::Hello { version_min, version_max, .. } => hello(version_min, version_max),
+            Request::AddBlock { geometry, fd_offset, vmm_address, flags } => {
+                self.add_block(geometry, fd_offset, vmm_address, flags, fds)
+            }
+            Request::RemoveBlock { id } => self.remove_block(id).map(|()| nothing()),
+            Request::Discard { flags, ranges } => self.discard(&ranges, flags & DISCARD_PUNCH != 0),
+            Request::Populate { ranges } => self.populate(&ranges),
+            Request::SetTrackers { sources } => self.set_trackers(sources, fds),
+            Request::StartOutgoing { target, options } => self.start_outgoing(&target, options, fds),
+            Request::StartIncoming { listen, options } => self.start_incoming(&listen, &options, fds),
+            Request::Cancel => self.cancel(),
+            Request::SetParameters { options } => self.set_parameters(&options),
+            Request::QueryStatus => {
+                let status = self.status();
+                Ok(Box::new(move |encoder| status.encode(encoder)))
+            }
+            // The server keeps the subscription; there is nothing for the session to do.
+            Request::Subscribe { .. } => Ok(nothing()),
+            Request::Resume { force } => self.resume(force),
+        }
+    }
+
+    fn add_block(
+        &mut self, geometry: BlockGeometry, fd_offset: u64, vmm_address: u64, flags: u32, fds: Vec<OwnedFd>,
+    ) -> Answer {
+        check_fds("add block", &fds, 2)?;
+        let id = geometry.id;
+        let mut fds = fds.into_iter();
+        let (Some(memory), bitmap) = (fds.next(), fds.next()) else { return Ok(nothing()) };
+        self.add_blocks(vec![NewBlock { geometry, memory, fd_offset, vmm_address, bitmap }])?;
+        let Some((_, block)) = self.memory.find(id) else { return Ok(nothing()) };
+        if flags & BLOCK_DISCARDED != 0 {
+            block.discarded.set(block.all());
+            block.unsettled.set(block.all());
+        }
+        let reply = AddBlockReply {
+            host_page_size: block.backing.host_page_size(),
+            sealed: u32::from(block.backing.is_sealed()),
+        };
+        Ok(Box::new(move |encoder| reply.encode(encoder)))
+    }
+
+    fn discard(&mut self, ranges: &[BlockRange], punch: bool) -> Answer {
+        let changed_pages = self.memory.discard(ranges, punch).map_err(|error| invalid(&error))?;
+        Ok(Box::new(move |encoder| RangesReply { changed_pages }.encode(encoder)))
+    }
+
+    fn populate(&mut self, ranges: &[BlockRange]) -> Answer {
+        let populate = || self.memory.populate(ranges);
+        let populated = match self.running() {
+            Some(job) => job.unless_frozen(populate).map_err(|busy| RemoteError::new(ErrorCode::Busy, busy))?,
+            None => populate(),
+        };
+        let changed_pages = populated.map_err(|error| invalid(&error))?;
+        Ok(Box::new(move |encoder| RangesReply { changed_pages }.encode(encoder)))
+    }
+
+    fn set_trackers(&mut self, sources: u32, fds: Vec<OwnedFd>) -> Answer {
+        self.check_idle("the trackers cannot be changed")?;
+        let scans = sources & TRACKER_WRITE_PROTECT != 0;
+        check_fds("set trackers", &fds, usize::from(scans))?;
+        let hooks = sources & TRACKER_HOOKS != 0;
+        if hooks && !self.hooks.are_set() {
+            let sentence = "sources: bit 0, hooks, needs a socket for hooks (SET_BACKEND_REQ_FD)";
+            return Err(RemoteError::new(ErrorCode::State, sentence));
+        }
+        let pagemap = fds.into_iter().next().map(Pagemap::new).transpose().map_err(|error| invalid(&error))?;
+        self.trackers = TrackerChoice { hooks, pagemap: pagemap.map(Arc::new) };
+        Ok(nothing())
+    }
+
+    fn new_job(&mut self, kind: JobKind, options: OutgoingOptions) -> Result<Arc<Job>, RemoteError> {
+        let id = self.jobs + 1;
+        let job = Job::new(id, kind, self.memory.clone(), self.hooks.clone(), options, self.notify.clone());
+        let job = job.map_err(|error| RemoteError::new(ErrorCode::System, format!("cannot make a job: {error}")))?;
+        self.jobs = id;
+        Ok(Arc::new(job))
+    }
+
+    fn run_job(&mut self, job: &Arc<Job>, run: impl FnOnce(&Arc<Job>) + Send + 'static) -> Result<(), RemoteError> {
+        // The one before has ended.
+        self.join();
+        let inner = job.clone();
+        let thread = std::thread::Builder::new().name(format!("job-{}", job.id)).spawn(move || run(&inner));
+        let thread =
+            thread.map_err(|error| RemoteError::new(ErrorCode::System, format!("cannot start a thread: {error}")))?;
+        self.job = Some((job.clone(), thread));
+        Ok(())
+    }
+
+    fn check_can_start(&self) -> Result<(), RemoteError> {
+        self.check_idle("a job cannot be started")?;
+        self.check_ours()?;
+        if self.memory.blocks().is_empty() {
+            return Err(RemoteError::new(ErrorCode::State, "there is no memory: add blocks first"));
+        }
+        if !self.hooks.are_set() {
+            let sentence =
+                "the VMM has set no socket for hooks (SET_BACKEND_REQ_FD): the guest could not be paused or resumed";
+            return Err(RemoteError::new(ErrorCode::State, sentence));
+        }
+        Ok(())
+    }
+
+    fn start_outgoing(&mut self, target: &str, options: OutgoingOptions, fds: Vec<OwnedFd>) -> Answer {
+        self.check_can_start()?;
+        let destination = match socket_of(target, fds)? {
+            Some(socket) if options.streams != 1 => {
+                drop(socket);
+                let sentence = format!("streams is {}, a target that is a descriptor has 1", options.streams);
+                return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+            }
+            Some(socket) => Target::Socket(socket),
+            None => Target::Address(Address::parse(target).map_err(|error| invalid(&error))?),
+        };
+        let job = self.new_job(JobKind::Outgoing, options)?;
+        let trackers = self.trackers.clone();
+        self.run_job(&job, move |job| crate::outgoing::run(job, destination, &trackers))?;
+        let reply = JobStarted { job: job.id, address: target.to_owned() };
+        Ok(Box::new(move |encoder| reply.encode(encoder)))
+    }
+
+    fn start_incoming(&mut self, listen: &str, options: &IncomingOptions, fds: Vec<OwnedFd>) -> Answer {
+        self.check_can_start()?;
+        let source = match socket_of(listen, fds)? {
+            Some(socket) => Source::Socket(socket),
+            None => {
+                let address = Address::parse(listen).map_err(|error| invalid(&error))?;
+                Source::Listener(
+                    address
+                        .listen()
+                        .map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))?,
+                )
+            }
+        };
+        let address = match &source {
+            Source::Listener(listener) => listener.address().to_owned(),
+            Source::Socket(_) => listen.to_owned(),
+        };
+        let IncomingOptions { peer_timeout, hook_timeout } = *options;
+        let job = self
+            .new_job(JobKind::Incoming, OutgoingOptions { peer_timeout, hook_timeout, ..OutgoingOptions::default() })?;
+        // The guest is not here yet, and what it will hold is not the VMM's to change.
+        job.freeze();
+        self.run_job(&job, move |job| crate::incoming::run(job, source))?;
+        let reply = JobStarted { job: job.id, address };
+        Ok(Box::new(move |encoder| reply.encode(encoder)))
+    }
+
+    fn cancel(&mut self) -> Answer {
+        let Some(job) = self.running() else {
+            return Err(RemoteError::new(ErrorCode::NotFound, "no job is running"));
+        };
+        job.cancel.cancel().map_err(|error| RemoteError::new(ErrorCode::State, error))?;
+        Ok(nothing())
+    }
+
+    fn set_parameters(&mut self, options: &OutgoingOptions) -> Answer {
+        match self.running() {
+            Some(job) if job.kind == JobKind::Outgoing => {
+                job.set_parameters(options);
+                Ok(nothing())
+            }
+            _ => Err(RemoteError::new(ErrorCode::NotFound, "no outgoing migration is running")),
+        }
+    }
+
+    /// Law 9: after an unconfirmed commit only an operator who looked at both sides may resume the guest.
+    fn resume(&mut self, force: bool) -> Answer {
+        self.check_idle("the guest cannot be resumed")?;
+        let status = self.status();
+        let gone = status.kind == JobKind::Outgoing && matches!(status.phase, Phase::Unconfirmed | Phase::Completed);
+        if gone && !force {
+            let sentence =
+                "ownership of the guest was handed over: force is needed, and it must not run at the destination";
+            return Err(RemoteError::new(ErrorCode::State, sentence));
+        }
+        if !gone {
+            return Err(RemoteError::new(
+                ErrorCode::State,
+                "the guest was not handed over: the VMM resumes it by itself",
+            ));
+        }
+        let asked = self.hooks.ask(&Hook::Resume { force }, RESUME_TIMEOUT);
+        asked.map_err(|error| RemoteError::new(ErrorCode::Other, crate::error::chain(&error)))?;
+        self.job = None;
+        Ok(nothing())
+    }
+}
+
+fn touches_memory(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::AddBlock { .. }
+            | Request::RemoveBlock { .. }
+            | Request::Discard { .. }
+            | Request::Populate { .. }
+            | Request::SetTrackers { .. }
+    )
+}
+
+fn hello(min: u16, max: u16) -> Answer {
+    if min > CONTROL_VERSION || max < CONTROL_VERSION {
+        let sentence = format!("version {min} to {max} offered, this agent speaks {CONTROL_VERSION}");
+        return Err(RemoteError::new(ErrorCode::Unsupported, sentence));
+    }
+    let reply = HelloReply {
+        version: CONTROL_VERSION,
+        features: 0,
+        max_body: MAX_BODY as u32,
+        max_ranges: MAX_RANGES as u32,
+        pid: std::process::id(),
+    };
+    Ok(Box::new(move |encoder| reply.encode(encoder)))
+}
+
+/// The socket that came for the address `fd`; none for any other address, with which none may come.
+fn socket_of(address: &str, fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>, RemoteError> {
+    check_fds("start", &fds, usize::from(address == "fd"))?;
+    fds.into_iter().next().map(check_socket).transpose().map_err(|error| invalid(&error))
+}
+
+fn nothing() -> Encoded {
+    Box::new(|encoder| encoder)
+}

@@ -1,0 +1,176 @@
+//! The requests of vhost-user, by which any front-end can hand over its memory. Numbers, layouts and meaning are the specification's.
+//!
+//! What has an answer of its own gets it; anything else is answered if the front-end asked for that (`REPLY_ACK`): zero is
+//! success. Requests for virtqueues are refused, since there is no device here.
+
+use super::registry::NewBlock;
+use super::{Session, check_fds};
+use crate::hooks::Hooks;
+use pageferry_protocol::control::frame::Frame;
+use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::control::standard::{
+    FrontendReq, Region, VhostUserProtocolFeatures, VhostUserVirtioFeatures, decode_log, decode_mem_table,
+    decode_single_region, decode_u64,
+};
+use pageferry_protocol::memory::{BlockGeometry, MAX_MEM_SLOTS, PAGE_SIZE};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// `VIRTIO_F_VERSION_1`.
+const VIRTIO_VERSION_1: u64 = 1 << 32;
+
+/// What was negotiated.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Features {
+    virtio: u64,
+    protocol: u64,
+}
+
+impl Features {
+    fn offered_virtio() -> u64 {
+        let ours = VhostUserVirtioFeatures::LOG_ALL | VhostUserVirtioFeatures::PROTOCOL_FEATURES;
+        ours.bits() | VIRTIO_VERSION_1
+    }
+
+    fn offered_protocol() -> u64 {
+        let ours = VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        ours.bits()
+    }
+}
+
+impl Session {
+    /// Answers a standard request; `None` where the protocol has no answer.
+    pub fn handle_standard(&mut self, frame: Frame) -> Option<Frame> {
+        let (code, wants_ack) = (frame.request, frame.needs_reply());
+        match self.standard_request(frame) {
+            Ok(Some(body)) => Some(Frame::reply(code, body)),
+            Ok(None) => wants_ack.then(|| Frame::reply(code, 0u64.to_le_bytes().to_vec())),
+            Err(error) => {
+                log::warn!("vhost-user request {code} refused: {error}");
+                let has_own_answer =
+                    code == FrontendReq::GET_VRING_BASE as u32 || code == FrontendReq::SET_LOG_BASE as u32;
+                (wants_ack || has_own_answer)
+                    .then(|| Frame::reply(code, u64::from(error.code as u32).to_le_bytes().to_vec()))
+            }
+        }
+    }
+
+    fn standard_request(&mut self, frame: Frame) -> Result<Option<Vec<u8>>, RemoteError> {
+        let number = |value: u64| Ok(Some(value.to_le_bytes().to_vec()));
+        let malformed = |error| RemoteError::new(ErrorCode::Invalid, error);
+        let Frame { request, body, fds, .. } = frame;
+        let Ok(code) = FrontendReq::try_from(request) else {
+            return Err(RemoteError::new(ErrorCode::Unsupported, format!("request {request} is unknown")));
+        };
+        match code {
+            FrontendReq::GET_FEATURES => number(Features::offered_virtio()),
+            FrontendReq::SET_FEATURES => {
+                let value = decode_u64(&body).map_err(malformed)?;
+                self.standard.virtio = negotiate("features", value, Features::offered_virtio())?;
+                Ok(None)
+            }
+            FrontendReq::GET_PROTOCOL_FEATURES => number(Features::offered_protocol()),
+            FrontendReq::SET_PROTOCOL_FEATURES => {
+                let value = decode_u64(&body).map_err(malformed)?;
+                self.standard.protocol = negotiate("protocol features", value, Features::offered_protocol())?;
+                Ok(None)
+            }
+            FrontendReq::SET_OWNER | FrontendReq::RESET_OWNER => Ok(None),
+            // No virtqueues: a front-end that asks learns so.
+            FrontendReq::GET_QUEUE_NUM => number(0),
+            FrontendReq::GET_MAX_MEM_SLOTS => number(MAX_MEM_SLOTS as u64),
+            FrontendReq::SET_MEM_TABLE => {
+                self.set_mem_table(&decode_mem_table(&body).map_err(malformed)?, fds)?;
+                Ok(None)
+            }
+            FrontendReq::ADD_MEM_REG => {
+                check_fds("ADD_MEM_REG", &fds, 1)?;
+                self.add_regions(&[decode_single_region(&body).map_err(malformed)?], fds)?;
+                Ok(None)
+            }
+            FrontendReq::REM_MEM_REG => {
+                // The specification lets a front-end attach a descriptor; it says nothing more.
+                self.remove_region(decode_single_region(&body).map_err(malformed)?)?;
+                Ok(None)
+            }
+            FrontendReq::SET_LOG_BASE => {
+                check_fds("SET_LOG_BASE", &fds, 1)?;
+                let log = decode_log(&body).map_err(malformed)?;
+                self.set_log(&fds[0], log.mmap_offset, log.mmap_size)?;
+                Ok(Some(body))
+            }
+            // By it a back-end would tell that it has logged; nobody waits for us.
+            FrontendReq::SET_LOG_FD => check_fds("SET_LOG_FD", &fds, 1).map(|()| None),
+            FrontendReq::SET_BACKEND_REQ_FD => {
+                check_fds("SET_BACKEND_REQ_FD", &fds, 1)?;
+                self.set_hook_socket(fds)?;
+                Ok(None)
+            }
+            _ => {
+                let sentence = format!("{code:?}: this is no device, it has no virtqueues and no configuration");
+                Err(RemoteError::new(ErrorCode::Unsupported, sentence))
+            }
+        }
+    }
+
+    fn set_mem_table(&mut self, regions: &[Region], fds: Vec<OwnedFd>) -> Result<(), RemoteError> {
+        check_fds("SET_MEM_TABLE", &fds, regions.len())?;
+        let before = self.memory.clone();
+        self.clear_blocks()?;
+        self.add_regions(regions, fds).inspect_err(|_| self.memory = before)
+    }
+
+    fn add_regions(&mut self, regions: &[Region], fds: Vec<OwnedFd>) -> Result<(), RemoteError> {
+        let mut taken: Vec<u32> = self.memory.table().blocks().iter().map(|block| block.id).collect();
+        let new = regions.iter().zip(fds).map(|(region, memory)| {
+            // A front-end has no ids. The lowest that is free does: it is the same on two sides that add the same regions.
+            let id = (0..).find(|id| !taken.contains(id)).unwrap_or_default();
+            taken.push(id);
+            let geometry = BlockGeometry {
+                id,
+                name: format!("region@{:#x}", region.gpa),
+                gpa: region.gpa,
+                length: region.length,
+                granularity: PAGE_SIZE,
+            };
+            NewBlock { geometry, memory, fd_offset: region.fd_offset, vmm_address: region.vmm_address, bitmap: None }
+        });
+        let new = new.collect();
+        self.add_blocks(new)
+    }
+
+    fn remove_region(&mut self, region: Region) -> Result<(), RemoteError> {
+        let same = |block: &&BlockGeometry| block.gpa == region.gpa && block.length == region.length;
+        match self.memory.table().blocks().iter().find(same).map(|block| block.id) {
+            Some(id) => self.remove_block(id),
+            None => {
+                let sentence = format!("no region at {:#x} of {:#x} bytes", region.gpa, region.length);
+                Err(RemoteError::new(ErrorCode::NotFound, sentence))
+            }
+        }
+    }
+
+    fn set_hook_socket(&mut self, fds: Vec<OwnedFd>) -> Result<(), RemoteError> {
+        self.check_idle("the socket for hooks cannot be changed")?;
+        for fd in fds {
+            let duplicate = fd.try_clone();
+            let failed = |error| RemoteError::new(ErrorCode::System, format!("cannot duplicate the socket: {error}"));
+            self.hook_socket = Some(duplicate.map_err(failed)?);
+            self.hooks = Arc::new(Hooks::new(Some(fd)));
+        }
+        Ok(())
+    }
+}
+
+fn negotiate(what: &str, value: u64, offered: u64) -> Result<u64, RemoteError> {
+    match value & !offered {
+        0 => Ok(value),
+        unknown => {
+            let sentence = format!("{what} {value:#x}: bits {unknown:#x} were not offered");
+            Err(RemoteError::new(ErrorCode::Invalid, sentence))
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! Who says which pages are dirty.
+//!
+//! - [`pagemap`]: write-protect scanning of the VMM's mapping, from this process;
+//! - this file: the three trackers of the design behind one trait, and how they are asked together.
+//!
+//! The order of a sync matters: the hooks put KVM's bits into the shared log, so the log is drained after them.
+
+pub mod pagemap;
+
+use crate::hooks::{HookError, Hooks};
+use crate::memory::{Block, GuestMemory};
+use pageferry_protocol::control::hook::{Hook, MAX_CLEAR_PAGES};
+use pageferry_protocol::memory::{PAGE_SHIFT, PageRange};
+use pageferry_protocol::shm::bitmap::WORD_BITS;
+use pageferry_protocol::shm::{MappedBitmap, MappingError};
+use pagemap::Pagemap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The dirty pages of all blocks, in the order of the memory's blocks.
+#[derive(Debug)]
+pub struct DirtyPages {
+    blocks: Vec<MappedBitmap>,
+}
+
+impl DirtyPages {
+    /// No dirty page in any block of `memory`.
+    ///
+    /// # Errors
+    /// If there is no memory for the bitmaps.
+    pub fn none(memory: &GuestMemory) -> Result<Self, MappingError> {
+        let bitmap = |block: &Arc<Block>| MappedBitmap::private(block.geometry.pages());
+        Ok(Self { blocks: memory.blocks().iter().map(bitmap).collect::<Result<_, _>>()? })
+    }
+
+    /// The bitmap of the block at `index`.
+    pub fn block(&self, index: usize) -> &MappedBitmap {
+        &self.blocks[index]
+    }
+
+    /// Number of dirty pages.
+    pub fn count(&self) -> u64 {
+        self.blocks.iter().map(|bitmap| bitmap.count(bitmap.all())).sum()
+    }
+}
+
+/// Why the dirty pages are not known.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackingError {
+    /// A hook of the VMM's tracker failed.
+    #[error("the VMM's tracker")]
+    Hook(#[from] HookError),
+    /// The scan of a block failed.
+    #[error("write-protect scan of block {id}")]
+    Scan {
+        /// The block.
+        id: u32,
+        /// What failed.
+        #[source]
+        source: pagemap::PagemapError,
+    },
+    /// A block is not mapped by the VMM, so it cannot be scanned.
+    #[error("block {id} has no vmm_address, which write-protect scanning needs")]
+    NotMapped {
+        /// The block.
+        id: u32,
+    },
+    /// There is no log.
+    #[error("there is no dirty log: the VMM must set one (SET_LOG_BASE) before it migrates")]
+    NoLog,
+    /// The log ends before the guest's memory.
+    #[error("the dirty log covers {covered:#x} pages, block {id} ends at guest page {end:#x}")]
+    ShortLog {
+        /// Pages that the log covers.
+        covered: u64,
+        /// The block.
+        id: u32,
+        /// First guest page after the block.
+        end: u64,
+    },
+    /// The file under the log, or under a discard bitmap, was truncated.
+    #[error("the file under the {what} was truncated: what is {state} is unknown")]
+    Lost {
+        /// What was lost.
+        what: &'static str,
+        /// What is unknown now.
+        state: &'static str,
+    },
+}
+
+/// Something that reports dirty pages.
+pub trait Tracker: Send {
+    /// Starts to report the writes from now on.
+    ///
+    /// # Errors
+    /// If it cannot.
+    fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError>;
+
+    /// Sets in `dirty` all pages written since the last time, and starts over.
+    ///
+    /// # Errors
+    /// If it cannot; the job must not trust `dirty` any more.
+    fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError>;
+
+    /// Stops to report. Called on failure, too, and possibly without a start.
+    fn stop(&mut self);
+}
+
+/// Which trackers the VMM wants, beside the shared log.
+#[derive(Debug, Clone, Default)]
+pub struct TrackerChoice {
+    /// The VMM's own tracker, by hooks.
+    pub hooks: bool,
+    /// Write-protect scanning through this pagemap.
+    pub pagemap: Option<Arc<Pagemap>>,
+}
+
+/// All trackers of a job.
+pub struct Trackers {
+    trackers: Vec<Box<dyn Tracker>>,
+    lazy: Option<LazyClear>,
+}
+
+impl Trackers {
+    /// The trackers that `choice` names, and the shared log.
+    pub fn new(choice: &TrackerChoice, hooks: &Arc<Hooks>, hook_timeout: Duration) -> Self {
+        let mut trackers: Vec<Box<dyn Tracker>> = Vec::new();
+        if choice.hooks {
+            trackers.push(Box::new(HookTracker { hooks: hooks.clone(), timeout: hook_timeout, started: false }));
+        }
+        if let Some(pagemap) = &choice.pagemap {
+            trackers.push(Box::new(ScanTracker { pagemap: pagemap.clone() }));
+        }
+        trackers.push(Box::new(LogTracker));
+        let lazy = choice.hooks.then(|| LazyClear { hooks: hooks.clone(), timeout: hook_timeout });
+        Self { trackers, lazy }
+    }
+
+    /// Starts all of them.
+    ///
+    /// # Errors
+    /// If one cannot start; call [`Trackers::stop`] even so.
+    pub fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError> {
+        self.trackers.iter_mut().try_for_each(|tracker| tracker.start(memory))
+    }
+
+    /// Asks all of them.
+    ///
+    /// # Errors
+    /// If one cannot tell.
+    pub fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError> {
+        self.trackers.iter_mut().try_for_each(|tracker| tracker.sync(memory, dirty))?;
+        if memory.blocks().iter().any(|block| block.lost_bitmap()) {
+            return Err(TrackingError::Lost { what: "discard bitmap", state: "discarded" });
+        }
+        Ok(())
+    }
+
+    /// Stops all of them.
+    pub fn stop(&mut self) {
+        self.trackers.iter_mut().for_each(|tracker| tracker.stop());
+    }
+
+    /// What must be cleared before pages are read, if a tracker's sync does not clear by itself.
+    pub fn lazy_clear(&self) -> Option<&LazyClear> {
+        self.lazy.as_ref()
+    }
+}
+
+/// The shared log. It is always on: the VMM's devices, and its other vhost-user back-ends, mark it.
+struct LogTracker;
+
+impl Tracker for LogTracker {
+    fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError> {
+        let log = memory.log.as_ref().ok_or(TrackingError::NoLog)?;
+        let covered = log.log.pages();
+        match memory.blocks().iter().find(|block| block.log_pages().end() > covered) {
+            Some(block) => {
+                Err(TrackingError::ShortLog { covered, id: block.geometry.id, end: block.log_pages().end() })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError> {
+        let log = memory.log.as_ref().ok_or(TrackingError::NoLog)?;
+        for (index, block) in memory.blocks().iter().enumerate() {
+            log.log.drain_into(block.log_pages(), dirty.block(index));
+        }
+        if log.was_lost() {
+            return Err(TrackingError::Lost { what: "dirty log", state: "dirty" });
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {}
+}
+
+/// The VMM's own tracker: KVM's dirty log. A sync clears nothing there; see [`LazyClear`].
+struct HookTracker {
+    hooks: Arc<Hooks>,
+    timeout: Duration,
+    started: bool,
+}
+
+impl Tracker for HookTracker {
+    fn start(&mut self, _memory: &GuestMemory) -> Result<(), TrackingError> {
+        // Set before it is known: a start that timed out may still happen.
+        self.started = true;
+        Ok(self.hooks.ask(&Hook::StartTracking, self.timeout)?)
+    }
+
+    fn sync(&mut self, _memory: &GuestMemory, _dirty: &DirtyPages) -> Result<(), TrackingError> {
+        Ok(self.hooks.ask(&Hook::SyncTracker, self.timeout)?)
+    }
+
+    fn stop(&mut self) {
+        if std::mem::take(&mut self.started)
+            && let Err(error) = self.hooks.ask(&Hook::StopTracking, self.timeout)
+        {
+            log::warn!("the VMM's tracker stays on: {}", crate::error::chain(&error));
+        }
+    }
+}
+
+/// Write-protect scanning: each sync reports the written pages of the VMM's mapping and protects them again.
+struct ScanTracker {
+    pagemap: Arc<Pagemap>,
+}
+
+impl ScanTracker {
+    fn scan(&self, memory: &GuestMemory, found: impl Fn(usize, PageRange)) -> Result<(), TrackingError> {
+        for (index, block) in memory.blocks().iter().enumerate() {
+            let id = block.geometry.id;
+            let base = block.vmm_address;
+            if base == 0 {
+                return Err(TrackingError::NotMapped { id });
+            }
+            let scanned = self.pagemap.scan(base, block.geometry.length, |start, end| {
+                let first = start.saturating_sub(base) >> PAGE_SHIFT;
+                let last = end.saturating_sub(base) >> PAGE_SHIFT;
+                found(index, PageRange::new(first, last.saturating_sub(first)));
+            });
+            scanned.map_err(|source| TrackingError::Scan { id, source })?;
+        }
+        Ok(())
+    }
+}
+
+impl Tracker for ScanTracker {
+    fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError> {
+        // Protects what is mapped; what that reports is older than the start.
+        self.scan(memory, |_, _| {})
+    }
+
+    fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError> {
+        self.scan(memory, |index, range| {
+            dirty.block(index).set(range);
+        })
+    }
+
+    fn stop(&mut self) {}
+}
+
+/// Clears pages in a tracker whose sync does not (law 7): a worker does so for a chunk right before it first reads there.
+///
+/// Exactly the given pages are cleared and no more, so nothing is lost for their neighbours (law 6).
+#[derive(Debug)]
+pub struct LazyClear {
+    hooks: Arc<Hooks>,
+    timeout: Duration,
+}
+
+impl LazyClear {
+    /// Clears those pages of `range`, in the block with this id, that are set in `bitmap`. `range` begins at a multiple of 64.
+    ///
+    /// # Errors
+    /// If the VMM does not.
+    pub fn clear(&self, id: u32, bitmap: &MappedBitmap, range: PageRange) -> Result<(), HookError> {
+        let mut rest = range;
+        // Trim what is not set at either end, so that a sparse chunk costs little.
+        while let Some(first) = bitmap.next_set(rest) {
+            let first = first / WORD_BITS * WORD_BITS;
+            let part = PageRange::new(first, (range.end() - first).min(MAX_CLEAR_PAGES));
+            let words = part.first / WORD_BITS..part.end().div_ceil(WORD_BITS);
+            let mut bitmap: Vec<u64> = words.map(|word| bitmap.word(word)).collect();
+            bitmap.truncate(bitmap.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1));
+            self.hooks.ask(&Hook::ClearTracker { block: id, first, bitmap }, self.timeout)?;
+            rest = PageRange::new(part.end(), range.end().saturating_sub(part.end()));
+        }
+        Ok(())
+    }
+}

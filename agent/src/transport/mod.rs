@@ -1,0 +1,61 @@
+//! Streams between agents.
+//!
+//! - [`address`]: `tcp:HOST:PORT`, `unix:PATH`, or a socket that the VMM hands over;
+//! - [`stream`]: a connected stream: records in and out, with deadlines;
+//! - [`limiter`]: the bandwidth limit.
+
+pub mod address;
+pub mod limiter;
+pub mod stream;
+
+pub use address::{Address, Listener};
+pub use limiter::Limiter;
+pub use stream::{ReceivedRecord, RecordReader, RecordWriter, StreamSocket};
+
+use pageferry_protocol::stream::RecordError;
+use std::time::Duration;
+
+/// What can go wrong with a connection.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// The address is none.
+    #[error("address \"{address}\": {reason}")]
+    Address {
+        /// The address.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Connecting or listening failed.
+    #[error("cannot {what} {address}")]
+    Connect {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        address: String,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The peer closed the connection between two records.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The peer closed the connection inside a record.
+    #[error("the connection was cut inside a record, {missing} bytes before its end")]
+    Cut {
+        /// Bytes that did not come.
+        missing: usize,
+    },
+    /// The peer is silent.
+    #[error("the peer was silent for {0:?}")]
+    Silent(Duration),
+    /// The peer takes nothing.
+    #[error("the peer took nothing for {0:?}")]
+    Stuck(Duration),
+    /// A record is malformed.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The kernel refused.
+    #[error("stream")]
+    Kernel(#[source] std::io::Error),
+}
