@@ -5,7 +5,5 @@ use std::process::ExitCode;
 
 /// Runs `pageferry` with these arguments, the program's name not among them.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
-    let _ = arguments;
-    log::error!("this build has no agent");
-    ExitCode::FAILURE
+    pageferry_agent::cli::main_from(std::iter::once(OsString::from("pageferry")).chain(arguments))
 }
