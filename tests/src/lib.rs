@@ -1,1 +1,4 @@
 //! Mock VMM harness.
+#![deny(unsafe_code)]
+
+pub mod in_process;
