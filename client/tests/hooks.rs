@@ -7,10 +7,10 @@ use pageferry_client::{
     ClearPages, Client, DirtyLog, Dispatch, Error, HookChannel, HookError, Hooks, IncomingOptions, JobStatus,
     Ownership, PageRange, Phase, StatePiece, Target,
 };
-use pageferry_protocol::control::Frame;
 use pageferry_protocol::control::hook::{Hook, PieceSize, code, decode_hook_reply, decode_state_reply, reply_sequence};
 use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES};
+use pageferry_protocol::control::{Frame, SocketError};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use support::*;
@@ -371,7 +371,7 @@ fn failed_incoming_stays_awaiting() {
 fn dropped_channel_is_closed_at_the_agents_end() {
     let (client, channel, mut agent) = connected();
     drop(channel);
-    assert!(agent.hooks.recv(soon()).is_err());
+    assert!(matches!(agent.hooks.recv(soon()), Err(SocketError::Closed)));
     drop(client);
 }
 

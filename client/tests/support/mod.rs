@@ -8,7 +8,7 @@ use pageferry_protocol::control::request::{
     AddBlockReply, ErrorCode, HelloReply, JobStarted, MAX_RANGES, RangesReply, RemoteError, Reply, Request,
     encode_reply,
 };
-use pageferry_protocol::control::{Frame, FrameSocket};
+use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -56,7 +56,10 @@ impl FakeAgent {
 
     /// The next request and its descriptors; `None` when the client ended the connection.
     pub(crate) fn request(&mut self) -> Option<(Request, Vec<OwnedFd>)> {
-        let frame = self.control.recv(soon()).ok()?;
+        let frame = match self.control.recv(soon()) {
+            Err(SocketError::Closed) => return None,
+            received => received.unwrap(),
+        };
         let request = Request::decode(frame.request, &frame.body).expect("one of ours").expect("well-formed");
         Some((request, frame.fds))
     }
