@@ -6,8 +6,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_client::{
-    BlockRange, BlockSpec, Client, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence, OutgoingOptions,
-    Phase, Punch, StatePiece, Target,
+    BlockRange, BlockSpec, Client, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence,
+    OutgoingOptions, Phase, Punch, StatePiece, Target,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::{RECORD_SIZE, RecordHeader};
@@ -434,14 +434,19 @@ fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Cl
             // Law 3.
             (false, _) => assert_eq!(to.stamp(page), model.content.get(&page).copied().unwrap_or(0), "page {page:?}"),
             (true, None) => assert!(to.is_hole(page), "discarded page {page:?} is no hole"),
-            (true, Some(stamps)) => assert!(to.is_hole(page) || stamps.contains(&to.stamp(page)), "stray page {page:?}"),
+            (true, Some(stamps)) => {
+                assert!(to.is_hole(page) || stamps.contains(&to.stamp(page)), "stray page {page:?}")
+            }
         }
     }
     // Law 2.
     let allocated = from.allocated();
     assert_eq!(allocated, model.allocated, "pages allocated at the source");
     let there = to.allocated();
-    let extra: Vec<_> = there.difference(&allocated).filter(|page| !model.late.contains(page) && !model.stray.contains_key(page)).collect();
+    let extra: Vec<_> = there
+        .difference(&allocated)
+        .filter(|page| !model.late.contains(page) && !model.stray.contains_key(page))
+        .collect();
     assert!(extra.is_empty(), "allocated only at the destination: {extra:?}");
 }
 
