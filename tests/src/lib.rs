@@ -1,4 +1,33 @@
-//! Mock VMM harness.
+//! Mock VMM harness: everything around an agent that a test, a benchmark or an example needs, made of threads and files.
+//!
+//! - [`memory`]: guest memory of several blocks, and looking at it without touching it; [`verify`]: what has to hold after a migration;
+//! - [`usage`]: which pages may be written right now, and what was written into them;
+//! - [`guest`]: guests that write: threads, or a real one under KVM; [`device`]: emulated devices that write through vm-memory;
+//! - [`balloon`], [`plug`]: sources of discards;
+//! - [`vmm`]: all of it behind a [`pageferry_client::Client`] and its hooks, with faults on demand;
+//! - [`in_process`]: an agent on a thread of the test's own process;
+//! - [`process`]: agents and VMMs as processes of their own; [`agent`]: the agent's command line within this binary;
+//! - [`mock_vmm`]: the command line `mock_vmm source|destination`;
+//! - [`gate`], [`deadline`], [`random`]: stopping threads, waiting for conditions, and repeatable chance.
+//!
+//! Everything random follows from a seed, and everything that waits has a deadline.
 #![deny(unsafe_code)]
 
+pub mod agent;
+pub mod balloon;
+pub mod deadline;
+pub mod device;
+pub mod error;
+pub mod gate;
+pub mod guest;
 pub mod in_process;
+pub mod memory;
+pub mod mock_vmm;
+pub mod plug;
+pub mod process;
+pub mod random;
+pub mod usage;
+pub mod verify;
+pub mod vmm;
+
+pub use error::Error;

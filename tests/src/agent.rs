@@ -1,0 +1,9 @@
+//! The agent's command line within the harness's own binary, so that a test needs no other program.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+/// Runs `pageferry` with these arguments, the program's name not among them.
+pub fn main(arguments: Vec<OsString>) -> ExitCode {
+    pageferry_agent::cli::main_from(std::iter::once(OsString::from("pageferry")).chain(arguments))
+}

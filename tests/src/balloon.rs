@@ -1,0 +1,93 @@
+//! A balloon: takes runs of pages at random from the guest, which is a discard, and gives them back, which is a populate.
+
+use crate::Error;
+use crate::random::Random;
+use crate::usage::Usage;
+use pageferry_client::{BlockRange, Client, ErrorCode, Punch};
+use pageferry_protocol::memory::PageRange;
+use std::sync::Arc;
+
+/// A balloon over all blocks of a memory.
+#[derive(Debug)]
+pub struct Balloon {
+    client: Client,
+    usage: Arc<Usage>,
+    random: Random,
+    punch: Punch,
+    /// What it holds.
+    held: Vec<(u32, PageRange)>,
+}
+
+/// The byte range of pages of a block, as the client takes it.
+pub fn byte_range(block: u32, pages: PageRange) -> BlockRange {
+    BlockRange { block, offset: pages.offset(), length: pages.bytes() }
+}
+
+/// True if the agent asks to try again later.
+pub fn is_busy(error: &pageferry_client::Error) -> bool {
+    matches!(error, pageferry_client::Error::Refused { code: ErrorCode::Busy, .. })
+}
+
+impl Balloon {
+    /// An empty balloon.
+    pub fn new(client: Client, usage: Arc<Usage>, punch: Punch, seed: u64) -> Self {
+        Self { client, usage, random: Random::new(seed), punch, held: Vec::new() }
+    }
+
+    /// What it holds.
+    pub fn held(&self) -> &[(u32, PageRange)] {
+        &self.held
+    }
+
+    /// Takes `runs` runs of up to `longest` pages, less where the guest has none to give. One discard tells of all of them. Returns the number of
+    /// pages that it took.
+    ///
+    /// # Errors
+    /// If the client refuses, which it never should.
+    pub fn inflate(&mut self, runs: usize, longest: u64) -> Result<u64, Error> {
+        let usage = self.usage.clone();
+        let blocks = usage.memory().blocks();
+        let mut taken = Vec::new();
+        for _ in 0..runs {
+            let Some(block) = blocks.get(self.random.below(blocks.len() as u64) as usize) else { break };
+            let unit = block.layout().granularity / pageferry_protocol::memory::PAGE_SIZE;
+            let first = self.random.below(block.pages()) / unit * unit;
+            let count = (1 + self.random.below(longest.max(1))).next_multiple_of(unit).min(block.pages() - first);
+            let wanted = PageRange::new(first, count);
+            // Pages that are held already are in no run.
+            let usable = usage.usable(block.id())?;
+            for run in usable.runs(wanted).collect::<Vec<_>>() {
+                usage.give_up(block.id(), run)?;
+                taken.push((block.id(), run));
+            }
+        }
+        let ranges: Vec<BlockRange> = taken.iter().map(|(block, run)| byte_range(*block, *run)).collect();
+        self.client.discard(&ranges, self.punch)?;
+        self.held.extend(&taken);
+        Ok(taken.iter().map(|(_, run)| run.count).sum())
+    }
+
+    /// Gives back up to `runs` of the runs that it holds, chosen at random. Returns the number of pages that were given back: none if the agent is
+    /// busy, which is no error.
+    ///
+    /// # Errors
+    /// If the agent refuses for another reason.
+    pub fn deflate(&mut self, runs: usize) -> Result<u64, Error> {
+        let mut chosen = Vec::new();
+        for _ in 0..runs.min(self.held.len()) {
+            chosen.push(self.held.swap_remove(self.random.below(self.held.len() as u64) as usize));
+        }
+        let ranges: Vec<BlockRange> = chosen.iter().map(|(block, run)| byte_range(*block, *run)).collect();
+        match self.client.populate(&ranges) {
+            Ok(_) => {}
+            Err(error) => {
+                self.held.extend(&chosen);
+                return if is_busy(&error) { Ok(0) } else { Err(error.into()) };
+            }
+        }
+        for (block, run) in &chosen {
+            self.usage.take_back(*block, *run)?;
+        }
+        Ok(chosen.iter().map(|(_, run)| run.count).sum())
+    }
+}

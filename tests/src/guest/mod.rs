@@ -1,0 +1,77 @@
+//! Guests: what a VMM pauses, resumes and moves.
+//!
+//! - [`Guest`]: what a mock VMM needs of one;
+//! - [`threads`]: guests made of threads that write at a set rate and in a set pattern.
+
+pub mod threads;
+
+use crate::Error;
+use pageferry_client::StatePiece;
+
+/// A guest. Its state does not include its memory.
+pub trait Guest: Send {
+    /// Starts to run, for the first time: from the beginning, or from the state that was loaded.
+    ///
+    /// # Errors
+    /// If it cannot run.
+    fn start(&mut self) -> Result<(), Error>;
+
+    /// Stops it; when this returns it writes nothing any more.
+    ///
+    /// # Errors
+    /// If it does not stop.
+    fn pause(&mut self) -> Result<(), Error>;
+
+    /// Goes on, or starts if it never ran. Does nothing if it runs.
+    ///
+    /// # Errors
+    /// If it cannot run.
+    fn resume(&mut self) -> Result<(), Error>;
+
+    /// Its state while it is paused.
+    ///
+    /// # Errors
+    /// If the state cannot be had.
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, Error>;
+
+    /// Takes the state of another guest of its kind, before it starts. Pieces that are not its own are left alone.
+    ///
+    /// # Errors
+    /// If a piece is missing or malformed.
+    fn load_state(&mut self, state: &[StatePiece]) -> Result<(), Error>;
+
+    /// Holds it back for `percent` of its time.
+    ///
+    /// # Errors
+    /// If it cannot.
+    fn throttle(&mut self, percent: u32) -> Result<(), Error> {
+        let _ = percent;
+        Ok(())
+    }
+}
+
+/// A guest that does nothing at all.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct IdleGuest;
+
+impl Guest for IdleGuest {
+    fn start(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, Error> {
+        Ok(Vec::new())
+    }
+
+    fn load_state(&mut self, _state: &[StatePiece]) -> Result<(), Error> {
+        Ok(())
+    }
+}

@@ -1,0 +1,394 @@
+//! Guest memory of a mock VMM: several blocks on memfds, files or huge pages, at any file offset.
+//!
+//! The guest and the devices write through the mapping. Whoever prepares or checks content uses `pread` and `pwrite` on the file instead: a
+//! look through the mapping would allocate the holes that it finds (law 2), and the check would spoil what it checks.
+
+use crate::Error;
+use crate::random::page_content;
+use pageferry_client::{AttachLog, BlockAdded, BlockSpec, Client, LogBitmap};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::io::Errno;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileMemory};
+
+/// Bytes of a buffer that memory is read, written or compared through.
+const BUFFER: u64 = 1 << 20;
+/// Bytes of a huge page of [`Backing::HugePages`].
+pub const HUGE_PAGE: u64 = 2 << 20;
+
+/// What a block's memory is made of.
+#[derive(Debug, Clone, Default)]
+pub enum Backing {
+    /// A memfd of its own, sealed against shrinking, as large as `fd_offset + length`.
+    #[default]
+    Memfd,
+    /// A memfd of its own on hugetlbfs with pages of [`HUGE_PAGE`] bytes.
+    HugePages,
+    /// This file as it is: never truncated, extended or sealed. Several blocks may share it.
+    File(Arc<File>),
+}
+
+/// How a block is made.
+#[derive(Debug, Clone)]
+pub struct BlockLayout {
+    /// Its id, unique.
+    pub id: u32,
+    /// Its name, unique.
+    pub name: String,
+    /// Guest physical address in bytes.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub length: u64,
+    /// Where it begins in its file, in bytes.
+    pub fd_offset: u64,
+    /// Unit of discards in bytes.
+    pub granularity: u64,
+    /// Whether it starts as discarded.
+    pub discarded: bool,
+    /// What it is made of.
+    pub backing: Backing,
+}
+
+impl BlockLayout {
+    /// A block "ram", id 0, of `length` bytes on a memfd, from guest address 0.
+    pub fn ram(length: u64) -> Self {
+        Self {
+            id: 0,
+            name: "ram".into(),
+            gpa: 0,
+            length,
+            fd_offset: 0,
+            granularity: PAGE_SIZE,
+            discarded: false,
+            backing: Backing::Memfd,
+        }
+    }
+}
+
+/// One block: its file, and its mapping in this process.
+#[derive(Debug)]
+pub struct TestBlock {
+    layout: BlockLayout,
+    file: Arc<File>,
+    mapping: Arc<MmapRegion<LogBitmap>>,
+}
+
+/// All blocks of a mock VMM.
+#[derive(Debug)]
+pub struct TestMemory {
+    blocks: Vec<TestBlock>,
+    guest: GuestMemoryMmap<LogBitmap>,
+}
+
+impl TestMemory {
+    /// Makes and maps the blocks.
+    ///
+    /// # Errors
+    /// If a file is too short or the kernel refuses, or the blocks overlap in the guest.
+    pub fn new(layouts: Vec<BlockLayout>) -> Result<Self, Error> {
+        let blocks = layouts.into_iter().map(TestBlock::new).collect::<Result<Vec<_>, _>>()?;
+        let mut regions = blocks.iter().map(TestBlock::region).collect::<Result<Vec<_>, _>>()?;
+        regions.sort_by_key(|(gpa, _)| *gpa);
+        let guest = GuestMemoryMmap::from_arc_regions(regions.into_iter().map(|(_, region)| region).collect())
+            .map_err(|error| Error::Memory(error.to_string()))?;
+        Ok(Self { blocks, guest })
+    }
+
+    /// One block of `length` bytes on a memfd.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn ram(length: u64) -> Result<Self, Error> {
+        Self::new(vec![BlockLayout::ram(length)])
+    }
+
+    /// The blocks, in the order that they were given in.
+    pub fn blocks(&self) -> &[TestBlock] {
+        &self.blocks
+    }
+
+    /// The block with this id.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn block(&self, id: u32) -> Result<&TestBlock, Error> {
+        self.blocks.iter().find(|block| block.layout.id == id).ok_or(Error::NoBlock(id))
+    }
+
+    /// The guest's address space, for emulated devices.
+    pub fn guest(&self) -> &GuestMemoryMmap<LogBitmap> {
+        &self.guest
+    }
+
+    /// Adds all blocks to an agent and attaches their bitmaps to the dirty log.
+    ///
+    /// # Errors
+    /// If the agent refuses a block, or the memory belongs to another client already.
+    pub fn add_to(&self, client: &Client) -> Result<Vec<BlockAdded>, Error> {
+        self.blocks.iter().map(|block| block.add_to(client)).collect()
+    }
+
+    /// Bytes allocated in all files under the blocks, each file counted once.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn allocated(&self) -> Result<u64, Error> {
+        let mut files = BTreeMap::new();
+        for block in &self.blocks {
+            let stat = rustix::fs::fstat(&block.file).map_err(Error::kernel("look at the memory's file"))?;
+            files.insert((stat.st_dev, stat.st_ino), stat.st_blocks as u64 * 512);
+        }
+        Ok(files.values().sum())
+    }
+}
+
+impl TestBlock {
+    fn new(layout: BlockLayout) -> Result<Self, Error> {
+        let needed = layout
+            .fd_offset
+            .checked_add(layout.length)
+            .ok_or_else(|| Error::Argument(format!("fd offset {:#x} overflows", layout.fd_offset)))?;
+        let file = match &layout.backing {
+            Backing::Memfd => Arc::new(memfd(&layout.name, needed, MemfdFlags::empty())?),
+            Backing::HugePages => Arc::new(memfd(&layout.name, needed, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?),
+            Backing::File(file) => file.clone(),
+        };
+        // vm-memory does not look, and a mapping past the end is SIGBUS.
+        let size = rustix::fs::fstat(&file).map_err(Error::kernel("look at the memory's file"))?.st_size as u64;
+        if size < needed {
+            return Err(Error::Argument(format!("the memory's file has {size:#x} bytes, the block needs {needed:#x}")));
+        }
+        let length = usize::try_from(layout.length).map_err(|error| Error::Memory(error.to_string()))?;
+        let duplicate = file.try_clone().map_err(Error::io("duplicate the memory's file"))?;
+        let mapping = MmapRegion::from_file(FileOffset::new(duplicate, layout.fd_offset), length)
+            .map_err(|error| Error::Memory(error.to_string()))?;
+        Ok(Self { layout, file, mapping: Arc::new(mapping) })
+    }
+
+    fn region(&self) -> Result<(u64, Arc<GuestRegionMmap<LogBitmap>>), Error> {
+        let gpa = self.layout.gpa;
+        let region = GuestRegionMmap::with_arc(self.mapping.clone(), GuestAddress(gpa))
+            .ok_or_else(|| Error::Memory(format!("block at {gpa:#x} overflows")))?;
+        Ok((gpa, Arc::new(region)))
+    }
+
+    /// Adds the block to an agent and attaches its bitmap to the dirty log.
+    ///
+    /// # Errors
+    /// If the agent refuses, or the memory belongs to another client already.
+    pub fn add_to(&self, client: &Client) -> Result<BlockAdded, Error> {
+        let layout = &self.layout;
+        if !self.mapping.bitmap().attach_log(client.log(), pages_in(layout.gpa)) {
+            return Err(Error::Memory(format!("block {} belongs to another client", layout.id)));
+        }
+        let added = client.add_block(BlockSpec {
+            id: layout.id,
+            name: &layout.name,
+            gpa: layout.gpa,
+            length: layout.length,
+            memory: self.file.as_fd(),
+            fd_offset: layout.fd_offset,
+            vmm_address: self.address(),
+            granularity: layout.granularity,
+            discarded: layout.discarded,
+        })?;
+        Ok(added)
+    }
+
+    /// How it was made.
+    pub fn layout(&self) -> &BlockLayout {
+        &self.layout
+    }
+
+    /// Its id.
+    pub fn id(&self) -> u32 {
+        self.layout.id
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        pages_in(self.layout.length)
+    }
+
+    /// All of it.
+    pub fn all(&self) -> PageRange {
+        PageRange::new(0, self.pages())
+    }
+
+    /// The file under it.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Where it is mapped in this process.
+    pub fn address(&self) -> u64 {
+        self.mapping.as_ptr() as u64
+    }
+
+    /// Its mapping in this process.
+    pub fn mapping(&self) -> &Arc<MmapRegion<LogBitmap>> {
+        &self.mapping
+    }
+
+    /// Bytes allocated in its file.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn allocated(&self) -> Result<u64, Error> {
+        let stat = rustix::fs::fstat(&self.file).map_err(Error::kernel("look at the memory's file"))?;
+        Ok(stat.st_blocks as u64 * 512)
+    }
+
+    /// The pages that are allocated, as far as the file system tells: runs in order. On huge pages everything counts as allocated.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn extents(&self) -> Result<Vec<PageRange>, Error> {
+        if matches!(self.layout.backing, Backing::HugePages) {
+            return Ok(vec![self.all()]);
+        }
+        let (start, end) = (self.layout.fd_offset, self.layout.fd_offset + self.layout.length);
+        let mut extents = Vec::new();
+        let mut at = start;
+        while at < end {
+            let data = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                Ok(data) => data.min(end),
+                Err(Errno::NXIO) => break,
+                Err(source) => return Err(Error::Kernel { what: "look for allocated pages", source }),
+            };
+            let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(data)).map_err(Error::kernel("look for holes"))?;
+            let hole = hole.min(end).max(data);
+            if hole > data {
+                let first = pages_in(data - start);
+                extents.push(PageRange::new(first, (hole - start).div_ceil(PAGE_SIZE) - first));
+            }
+            at = hole.max(at + 1);
+        }
+        Ok(extents)
+    }
+
+    /// True if none of `pages` is allocated.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn is_hole(&self, pages: PageRange) -> Result<bool, Error> {
+        Ok(!self.extents()?.iter().any(|extent| extent.overlaps(&pages)))
+    }
+
+    /// Reads `bytes` from `offset` of the block, without allocating what is a hole.
+    ///
+    /// # Errors
+    /// If the file ends before, or the kernel refuses.
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = self.layout.fd_offset + offset + done as u64;
+            match rustix::io::pread(&self.file, &mut bytes[done..], at) {
+                Ok(0) => return Err(Error::Memory(format!("the memory's file ends at {at:#x}"))),
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(source) => return Err(Error::Kernel { what: "read guest memory", source }),
+            }
+        }
+        Ok(())
+    }
+
+    /// The content of a page.
+    ///
+    /// # Errors
+    /// As [`TestBlock::read`].
+    pub fn read_page(&self, page: u64) -> Result<[u8; PAGE_SIZE as usize], Error> {
+        let mut content = [0; PAGE_SIZE as usize];
+        self.read(page * PAGE_SIZE, &mut content)?;
+        Ok(content)
+    }
+
+    /// The 64-bit word at `offset` of the block.
+    ///
+    /// # Errors
+    /// As [`TestBlock::read`].
+    pub fn read_word(&self, offset: u64) -> Result<u64, Error> {
+        let mut word = [0; 8];
+        self.read(offset, &mut word)?;
+        Ok(u64::from_le_bytes(word))
+    }
+
+    /// Writes `bytes` at `offset` of the block, behind the back of all trackers: for content that is there before anything starts.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        if matches!(self.layout.backing, Backing::HugePages) {
+            // hugetlbfs has no write.
+            let at = usize::try_from(offset).map_err(|error| Error::Memory(error.to_string()))?;
+            let slice = self.mapping.get_slice(at, bytes.len()).map_err(|error| Error::Memory(error.to_string()))?;
+            slice.copy_from(bytes);
+            return Ok(());
+        }
+        let mut done = 0;
+        while done < bytes.len() {
+            match rustix::io::pwrite(&self.file, &bytes[done..], self.layout.fd_offset + offset + done as u64) {
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(source) => return Err(Error::Kernel { what: "write guest memory", source }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `pages` with [`page_content`] of `seed`.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn fill(&self, pages: PageRange, seed: u64) -> Result<(), Error> {
+        let mut buffer = Vec::new();
+        for page in pages.first..pages.end() {
+            buffer.extend_from_slice(&page_content(seed, page));
+            if buffer.len() as u64 == BUFFER || page + 1 == pages.end() {
+                self.write((page + 1) * PAGE_SIZE - buffer.len() as u64, &buffer)?;
+                buffer.clear();
+            }
+        }
+        Ok(())
+    }
+
+    /// Frees `pages`, as the owner of the file may do.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn punch(&self, pages: PageRange) -> Result<(), Error> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.file, flags, self.layout.fd_offset + pages.offset(), pages.bytes())
+            .map_err(Error::kernel("punch a hole into guest memory"))
+    }
+
+    /// Stores a word as a vCPU does: through the mapping, and not marked in the dirty log.
+    ///
+    /// # Errors
+    /// If `offset` is outside the block or no multiple of 8.
+    pub fn store(&self, offset: u64, value: u64) -> Result<(), Error> {
+        let at = usize::try_from(offset).map_err(|error| Error::Memory(error.to_string()))?;
+        let word = self.mapping.get_atomic_ref::<AtomicU64>(at).map_err(|error| Error::Memory(error.to_string()))?;
+        word.store(value, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Marks `pages` in the dirty log, as whoever wrote there without another tracker has to, after the write.
+    pub fn mark(&self, pages: PageRange) {
+        self.mapping.bitmap().mark_dirty(pages.offset() as usize, pages.bytes() as usize);
+    }
+}
+
+fn memfd(name: &str, size: u64, kind: MemfdFlags) -> Result<File, Error> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind;
+    let fd = rustix::fs::memfd_create(name, flags).map_err(Error::kernel("create a memfd"))?;
+    rustix::fs::ftruncate(&fd, size).map_err(Error::kernel("size a memfd"))?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(Error::kernel("seal a memfd"))?;
+    Ok(fd.into())
+}

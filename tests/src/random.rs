@@ -1,0 +1,57 @@
+//! Repeatable chance: the same seed gives the same numbers on every machine.
+
+use pageferry_protocol::memory::PAGE_SIZE;
+
+/// A generator of pseudo-random numbers (splitmix64: Steele, Lea, Flood 2014). Not for secrets.
+#[derive(Debug, Clone)]
+pub struct Random {
+    state: u64,
+}
+
+impl Random {
+    /// A generator that starts from `seed`.
+    pub fn new(seed: u64) -> Self {
+        Self { state: seed }
+    }
+
+    /// A generator for something of its own within a test, such as one thread or one page.
+    pub fn derive(seed: u64, of: u64) -> Self {
+        Self::new(Self::new(seed ^ of.wrapping_mul(0xd6e8_feb8_6659_fd93)).next())
+    }
+
+    /// The next number.
+    #[expect(clippy::should_implement_trait, reason = "it never ends, so it is no iterator worth having")]
+    pub fn next(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = self.state;
+        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        word ^ (word >> 31)
+    }
+
+    /// A number below `limit`; 0 if that is 0.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        ((u128::from(self.next()) * u128::from(limit)) >> 64) as u64
+    }
+
+    /// True in `percent` of all cases.
+    pub fn percent(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
+    /// Fills `bytes`.
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            let word = self.next().to_le_bytes();
+            chunk.copy_from_slice(&word[..chunk.len()]);
+        }
+    }
+}
+
+/// The content that `seed` gives to page `page`: different in every page, and never zero.
+pub fn page_content(seed: u64, page: u64) -> [u8; PAGE_SIZE as usize] {
+    let mut content = [0; PAGE_SIZE as usize];
+    Random::derive(seed, page).fill(&mut content);
+    content[0] |= 1;
+    content
+}

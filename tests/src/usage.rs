@@ -1,0 +1,304 @@
+//! Which pages may be written right now, and what was written into them.
+//!
+//! A guest does not write into memory that it gave to the balloon, and a device does not either. So everything that writes passes through
+//! [`Writer::touch`], which holds the fence for reading, while the balloon gives pages up under the fence for writing: when it tells the agent of the
+//! discard, no writer is on its way into those pages any more.
+//!
+//! Every writer has a [`Ledger`]: a word of its own in every page, and the value that this word must have. A page that is given up is
+//! forgotten by all ledgers, since its content is stale then.
+
+use crate::Error;
+use crate::memory::TestMemory;
+use pageferry_client::StatePiece;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::{MappedBitmap, MappedWords};
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use vm_memory::{Bytes, GuestAddress};
+
+/// Writers a page has room for: one word each.
+pub const SLOTS: u64 = PAGE_SIZE / 8;
+
+/// The pages in use, and the ledgers of all writers.
+#[derive(Debug)]
+pub struct Usage {
+    memory: Arc<TestMemory>,
+    /// By block id: the pages that may be written.
+    usable: BTreeMap<u32, MappedBitmap>,
+    /// Held for reading while a page is looked up and written, for writing while pages are given up.
+    fence: RwLock<()>,
+    ledgers: Mutex<Vec<Arc<Ledger>>>,
+}
+
+/// What one writer wrote: how often it wrote into each page, which is also the value of its word there.
+#[derive(Debug)]
+pub struct Ledger {
+    name: String,
+    slot: u64,
+    /// By block id. 0: the word may be anything.
+    counts: BTreeMap<u32, MappedWords>,
+}
+
+/// How a writer reaches memory, and who learns of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// Stores through the mapping, as a vCPU's: a tracker has to find them.
+    Mapping,
+    /// The same, and the writer marks the dirty log itself, as it has to without another tracker.
+    MappingAndLog,
+    /// Writes through vm-memory, as an emulated device: its bitmap marks the dirty log.
+    VmMemory,
+}
+
+/// Writes one word per page, and keeps the ledger.
+#[derive(Debug, Clone)]
+pub struct Writer {
+    usage: Arc<Usage>,
+    ledger: Arc<Ledger>,
+    path: Path,
+}
+
+impl Usage {
+    /// All pages of `memory` may be written, but those of blocks that start as discarded.
+    ///
+    /// # Errors
+    /// If there is no memory for the bitmaps.
+    pub fn new(memory: Arc<TestMemory>) -> Result<Arc<Self>, Error> {
+        let mut usable = BTreeMap::new();
+        for block in memory.blocks() {
+            let bitmap = MappedBitmap::private(block.pages()).map_err(|error| Error::Memory(error.to_string()))?;
+            if !block.layout().discarded {
+                bitmap.set(bitmap.all());
+            }
+            usable.insert(block.id(), bitmap);
+        }
+        Ok(Arc::new(Self { memory, usable, fence: RwLock::new(()), ledgers: Mutex::default() }))
+    }
+
+    /// The memory.
+    pub fn memory(&self) -> &Arc<TestMemory> {
+        &self.memory
+    }
+
+    fn ledgers(&self) -> MutexGuard<'_, Vec<Arc<Ledger>>> {
+        self.ledgers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pages of a block that may be written.
+    ///
+    /// # Errors
+    /// If there is no such block.
+    pub fn usable(&self, block: u32) -> Result<&MappedBitmap, Error> {
+        self.usable.get(&block).ok_or(Error::NoBlock(block))
+    }
+
+    /// A writer with a word of its own in every page. `name` tells its ledger from the others in the VMM's state.
+    ///
+    /// # Errors
+    /// If the pages have no room for more writers.
+    pub fn writer(self: &Arc<Self>, name: &str, path: Path) -> Result<Writer, Error> {
+        let mut ledgers = self.ledgers();
+        let slot = ledgers.len() as u64;
+        if slot >= SLOTS {
+            return Err(Error::Argument(format!("a page has room for {SLOTS} writers")));
+        }
+        let mut counts = BTreeMap::new();
+        for block in self.memory.blocks() {
+            let words = MappedWords::anonymous(block.pages()).map_err(|error| Error::Memory(error.to_string()))?;
+            counts.insert(block.id(), words);
+        }
+        let ledger = Arc::new(Ledger { name: name.to_owned(), slot, counts });
+        ledgers.push(ledger.clone());
+        Ok(Writer { usage: self.clone(), ledger, path })
+    }
+
+    /// Nobody writes into `pages` any more when this returns. To be followed by the discard.
+    ///
+    /// # Errors
+    /// If there is no such block.
+    pub fn give_up(&self, block: u32, pages: PageRange) -> Result<(), Error> {
+        let usable = self.usable(block)?;
+        let _fence = self.fence.write().unwrap_or_else(PoisonError::into_inner);
+        usable.clear(pages);
+        for ledger in self.ledgers().iter() {
+            ledger.forget(block, pages);
+        }
+        Ok(())
+    }
+
+    /// `pages` may be written again. To be called after the populate was acknowledged.
+    ///
+    /// # Errors
+    /// If there is no such block.
+    pub fn take_back(&self, block: u32, pages: PageRange) -> Result<(), Error> {
+        self.usable(block)?.set(pages);
+        Ok(())
+    }
+
+    /// The pages in use and all ledgers, as state that travels with the VMM. Nobody may write meanwhile.
+    pub fn save(&self) -> Vec<StatePiece> {
+        let usable = self.usable.iter().flat_map(|(block, bitmap)| {
+            bitmap.runs(bitmap.all()).flat_map(move |run| [u64::from(*block), run.first, run.count])
+        });
+        let mut pieces = vec![StatePiece { name: "usage".into(), bytes: usable.flat_map(u64::to_le_bytes).collect() }];
+        pieces.extend(self.ledgers().iter().map(|ledger| ledger.save()));
+        pieces
+    }
+
+    /// Takes what [`Usage::save`] gave; pieces of other names are left alone.
+    ///
+    /// # Errors
+    /// If a piece is malformed, or names a block that is not here.
+    pub fn load(&self, state: &[StatePiece]) -> Result<(), Error> {
+        for piece in state {
+            if piece.name == "usage" {
+                for bitmap in self.usable.values() {
+                    bitmap.clear(bitmap.all());
+                }
+                for [block, first, count] in triples(piece)? {
+                    self.usable(block_id(piece, block)?)?.set(PageRange::new(first, count));
+                }
+            }
+            if let Some(ledger) = self.ledgers().iter().find(|ledger| piece.name == ledger.piece_name()) {
+                ledger.load(piece)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares every ledger with memory; nobody may write meanwhile. Reads by `pread` only. Returns the number of words that were compared.
+    ///
+    /// # Errors
+    /// The first word that is wrong.
+    pub fn check(&self) -> Result<u64, Error> {
+        let ledgers = self.ledgers().clone();
+        ledgers.iter().map(|ledger| ledger.check(&self.memory)).sum()
+    }
+}
+
+impl Ledger {
+    fn piece_name(&self) -> String {
+        format!("ledger {}", self.name)
+    }
+
+    fn count(&self, block: u32, page: u64) -> Option<&std::sync::atomic::AtomicU64> {
+        self.counts.get(&block)?.get(usize::try_from(page).ok()?)
+    }
+
+    fn forget(&self, block: u32, pages: PageRange) {
+        for page in pages.first..pages.end() {
+            // Most pages were never written, and the words under them need not come into being.
+            if let Some(count) = self.count(block, page)
+                && count.load(Ordering::Relaxed) != 0
+            {
+                count.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Block, page and value of every word that is known.
+    fn known(&self) -> impl Iterator<Item = (u32, u64, u64)> + '_ {
+        self.counts.iter().flat_map(|(block, words)| {
+            let counts =
+                (0..).zip(words.iter()).map(move |(page, count)| (*block, page, count.load(Ordering::Relaxed)));
+            counts.filter(|(_, _, count)| *count != 0)
+        })
+    }
+
+    /// How many words are known, and how often they were written in total.
+    pub fn totals(&self) -> (u64, u64) {
+        self.known().fold((0, 0), |(words, writes), (_, _, count)| (words + 1, writes + count))
+    }
+
+    fn save(&self) -> StatePiece {
+        let words = self.known().flat_map(|(block, page, count)| [u64::from(block), page, count]);
+        StatePiece { name: self.piece_name(), bytes: words.flat_map(u64::to_le_bytes).collect() }
+    }
+
+    fn load(&self, piece: &StatePiece) -> Result<(), Error> {
+        self.counts.values().for_each(|words| words.iter().for_each(|word| word.store(0, Ordering::Relaxed)));
+        for [block, page, value] in triples(piece)? {
+            let count = self.count(block_id(piece, block)?, page).ok_or_else(|| Error::State {
+                name: piece.name.clone(),
+                reason: format!("page {page:#x} of block {block} is not here"),
+            })?;
+            count.store(value, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn check(&self, memory: &TestMemory) -> Result<u64, Error> {
+        let mut checked = 0;
+        for (block, page, count) in self.known() {
+            let found = memory.block(block)?.read_word(page * PAGE_SIZE + self.slot * 8)?;
+            if found != count {
+                let name = &self.name;
+                return Err(Error::Mismatch(format!(
+                    "block {block}, page {page:#x}: {name} wrote {count} into it, and it holds {found}"
+                )));
+            }
+            checked += 1;
+        }
+        Ok(checked)
+    }
+}
+
+impl Writer {
+    /// Counts the page up, if it may be written now. One thread only may write a page with the same ledger.
+    ///
+    /// # Errors
+    /// If the page does not exist.
+    pub fn touch(&self, block: u32, page: u64) -> Result<bool, Error> {
+        let usable = self.usage.usable(block)?;
+        let _fence = self.usage.fence.read().unwrap_or_else(PoisonError::into_inner);
+        if !usable.contains(page) {
+            return Ok(false);
+        }
+        let count = self.ledger.count(block, page).ok_or(Error::NoBlock(block))?;
+        let value = count.load(Ordering::Relaxed) + 1;
+        let offset = page * PAGE_SIZE + self.ledger.slot * 8;
+        let memory = &self.usage.memory;
+        let target = memory.block(block)?;
+        match self.path {
+            Path::Mapping => target.store(offset, value)?,
+            Path::MappingAndLog => {
+                target.store(offset, value)?;
+                target.mark(PageRange::new(page, 1));
+            }
+            Path::VmMemory => memory
+                .guest()
+                .write_slice(&value.to_le_bytes(), GuestAddress(target.layout().gpa + offset))
+                .map_err(|error| Error::Memory(error.to_string()))?,
+        }
+        count.store(value, Ordering::Relaxed);
+        Ok(true)
+    }
+
+    /// What it wrote.
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// The pages in use.
+    pub fn usage(&self) -> &Arc<Usage> {
+        &self.usage
+    }
+}
+
+fn triples(piece: &StatePiece) -> Result<impl Iterator<Item = [u64; 3]> + '_, Error> {
+    let (triples, rest) = piece.bytes.as_chunks::<24>();
+    if !rest.is_empty() {
+        let reason = format!("{} bytes are no multiple of 24", piece.bytes.len());
+        return Err(Error::State { name: piece.name.clone(), reason });
+    }
+    Ok(triples.iter().map(|bytes| {
+        let (words, _) = bytes.as_chunks::<8>();
+        [0, 1, 2].map(|index| words.get(index).map_or(0, |word| u64::from_le_bytes(*word)))
+    }))
+}
+
+fn block_id(piece: &StatePiece, block: u64) -> Result<u32, Error> {
+    u32::try_from(block)
+        .map_err(|_| Error::State { name: piece.name.clone(), reason: format!("block {block:#x} is not here") })
+}

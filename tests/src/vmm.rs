@@ -1,0 +1,428 @@
+//! A mock VMM: memory, a guest, devices and a client, behind hooks that record what they are asked and fail on demand.
+
+use crate::Error;
+use crate::deadline::wait_for;
+use crate::device::Device;
+use crate::guest::{Guest, IdleGuest};
+use crate::memory::TestMemory;
+use crate::usage::Usage;
+use pageferry_client::{
+    ClearPages, Client, Config, DirtyLog, HookChannel, HookError, HookThread, Hooks, JobStatus, Ownership, Phase,
+    StatePiece, Target, Trackers,
+};
+use pageferry_client::{IncomingOptions, OutgoingOptions};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Longest time that a harness waits for something that takes milliseconds.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The hooks of an agent, without their arguments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[expect(missing_docs, reason = "named as in the client's trait")]
+pub enum HookName {
+    Pause,
+    Resume,
+    StartTracking,
+    StopTracking,
+    SyncTracker,
+    ClearTracker,
+    Throttle,
+    SaveState,
+    LoadState,
+}
+
+/// What is wrong with a hook.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// It fails with this sentence, and does nothing.
+    Fail(String),
+    /// It does what it should, but only after this time.
+    Slow(Duration),
+    /// It does not answer until the fault is taken away or the VMM is dropped, and then fails.
+    Never,
+}
+
+/// A tracker that the VMM itself reads, by hooks: KVM's dirty log.
+pub trait HookTracker: Send {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// If it does not start.
+    fn start(&mut self) -> Result<(), HookError>;
+
+    /// Stops it.
+    ///
+    /// # Errors
+    /// If it does not stop.
+    fn stop(&mut self) -> Result<(), HookError>;
+
+    /// Marks in the log what it knows as dirty.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn sync(&mut self, log: &DirtyLog) -> Result<(), HookError>;
+
+    /// Clears pages in it.
+    ///
+    /// # Errors
+    /// If it cannot be changed.
+    fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError>;
+}
+
+/// Which tracker reports the guest's writes, beside the shared log.
+#[derive(Default)]
+pub enum Tracker {
+    /// None: the guest marks the log itself.
+    #[default]
+    Log,
+    /// One that the VMM reads.
+    Hooks(Box<dyn HookTracker>),
+    /// The agent scans the VMM's mapping through this `/proc/self/pagemap`. What is registered with the kernel lives as long as the VMM.
+    WriteProtect {
+        /// The file to hand over.
+        pagemap: File,
+        /// The registration.
+        registration: Box<dyn Send>,
+    },
+}
+
+impl std::fmt::Debug for Tracker {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Log => "Log",
+            Self::Hooks(_) => "Hooks",
+            Self::WriteProtect { .. } => "WriteProtect",
+        })
+    }
+}
+
+/// What is behind the hooks.
+struct Parts {
+    usage: Arc<Usage>,
+    guest: Mutex<Box<dyn Guest>>,
+    devices: Mutex<Vec<Device>>,
+    tracker: Mutex<Tracker>,
+    faults: Mutex<BTreeMap<HookName, Fault>>,
+    fault_changed: Condvar,
+    record: Mutex<Record>,
+}
+
+/// What was asked of a VMM so far.
+#[derive(Debug, Clone, Default)]
+pub struct Record {
+    /// The hooks that were called, in order.
+    pub calls: Vec<HookName>,
+    /// The events that came, in order.
+    pub events: Vec<JobStatus>,
+    /// The last throttle.
+    pub throttle: u32,
+    /// Whether the guest runs.
+    pub runs: bool,
+    /// Bytes that were allocated when the state was loaded: at the destination, before its guest writes anything.
+    pub allocated_at_load: Option<u64>,
+    /// Words that were compared with the ledgers when the state was loaded.
+    pub words_checked: u64,
+    /// Set when the agent was lost.
+    pub agent_lost: Option<Ownership>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Parts {
+    fn called(&self, name: HookName) -> Result<(), HookError> {
+        lock(&self.record).calls.push(name);
+        let fault = lock(&self.faults).get(&name).cloned();
+        match fault {
+            None => Ok(()),
+            Some(Fault::Fail(sentence)) => Err(HookError::new(sentence)),
+            Some(Fault::Slow(duration)) => {
+                std::thread::sleep(duration);
+                Ok(())
+            }
+            Some(Fault::Never) => {
+                let held = |faults: &mut BTreeMap<HookName, Fault>| faults.get(&name) == Some(&Fault::Never);
+                drop(self.fault_changed.wait_while(lock(&self.faults), held));
+                Err(HookError::new("the fault was taken away"))
+            }
+        }
+    }
+
+    fn run(&self) -> Result<(), Error> {
+        lock(&self.guest).resume()?;
+        lock(&self.devices).iter_mut().try_for_each(Device::resume)?;
+        lock(&self.record).runs = true;
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), Error> {
+        lock(&self.guest).pause()?;
+        lock(&self.devices).iter_mut().try_for_each(Device::pause)?;
+        lock(&self.record).runs = false;
+        Ok(())
+    }
+}
+
+/// The hooks of a mock VMM.
+struct VmmHooks(Arc<Parts>);
+
+impl Hooks for VmmHooks {
+    fn pause(&mut self) -> Result<(), HookError> {
+        self.0.called(HookName::Pause)?;
+        Ok(self.0.stop()?)
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.0.called(HookName::Resume)?;
+        Ok(self.0.run()?)
+    }
+
+    fn start_tracking(&mut self) -> Result<(), HookError> {
+        self.0.called(HookName::StartTracking)?;
+        match &mut *lock(&self.0.tracker) {
+            Tracker::Hooks(tracker) => tracker.start(),
+            _ => Ok(()),
+        }
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), HookError> {
+        self.0.called(HookName::StopTracking)?;
+        match &mut *lock(&self.0.tracker) {
+            Tracker::Hooks(tracker) => tracker.stop(),
+            _ => Ok(()),
+        }
+    }
+
+    fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        self.0.called(HookName::SyncTracker)?;
+        match &mut *lock(&self.0.tracker) {
+            Tracker::Hooks(tracker) => tracker.sync(log),
+            _ => Ok(()),
+        }
+    }
+
+    fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        self.0.called(HookName::ClearTracker)?;
+        match &mut *lock(&self.0.tracker) {
+            Tracker::Hooks(tracker) => tracker.clear(pages),
+            _ => Ok(()),
+        }
+    }
+
+    fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
+        self.0.called(HookName::Throttle)?;
+        lock(&self.0.guest).throttle(percent)?;
+        lock(&self.0.record).throttle = percent;
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        self.0.called(HookName::SaveState)?;
+        let mut state = lock(&self.0.guest).save_state()?;
+        state.extend(self.0.usage.save());
+        Ok(state)
+    }
+
+    /// Compares what the source says it wrote with the memory that came, before anything runs.
+    fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
+        self.0.called(HookName::LoadState)?;
+        self.0.usage.load(&state)?;
+        lock(&self.0.guest).load_state(&state)?;
+        let (words_checked, allocated) = (self.0.usage.check()?, self.0.usage.memory().allocated()?);
+        let mut record = lock(&self.0.record);
+        record.words_checked = words_checked;
+        record.allocated_at_load = Some(allocated);
+        Ok(())
+    }
+
+    fn event(&mut self, status: &JobStatus) {
+        lock(&self.0.record).events.push(status.clone());
+    }
+
+    fn agent_lost(&mut self, ownership: Ownership) {
+        lock(&self.0.record).agent_lost = Some(ownership);
+    }
+}
+
+/// A mock VMM with an agent. Dropping it ends its guest and the connection.
+pub struct MockVmm {
+    client: Client,
+    parts: Arc<Parts>,
+    hooks: Option<HookThread<VmmHooks>>,
+}
+
+impl MockVmm {
+    /// Hands `usage`'s memory to the agent behind `client`. The guest is [`IdleGuest`] until [`MockVmm::set_guest`].
+    ///
+    /// # Errors
+    /// If the agent refuses a block or the tracker.
+    pub fn new(client: Client, channel: HookChannel, usage: Arc<Usage>, tracker: Tracker) -> Result<Self, Error> {
+        let parts = Arc::new(Parts {
+            usage,
+            guest: Mutex::new(Box::new(IdleGuest)),
+            devices: Mutex::default(),
+            tracker: Mutex::new(Tracker::Log),
+            faults: Mutex::default(),
+            fault_changed: Condvar::new(),
+            record: Mutex::default(),
+        });
+        let hooks = Some(channel.spawn(VmmHooks(parts.clone()))?);
+        let vmm = Self { client, parts, hooks };
+        vmm.memory().add_to(&vmm.client)?;
+        vmm.set_tracker(tracker)?;
+        Ok(vmm)
+    }
+
+    /// The same, with the agent that listens at `socket`.
+    ///
+    /// # Errors
+    /// If there is none, or it refuses.
+    pub fn connect(socket: &Path, usage: Arc<Usage>, tracker: Tracker) -> Result<Self, Error> {
+        let (client, channel) = Client::connect(socket, Config::default())?;
+        Self::new(client, channel, usage, tracker)
+    }
+
+    /// Hands everything to another agent after the first was lost.
+    ///
+    /// # Errors
+    /// If there is none at `socket`, or it refuses.
+    pub fn reattach(&mut self, socket: &Path) -> Result<(), Error> {
+        let channel = self.client.reattach(socket)?;
+        self.hooks = Some(channel.spawn(VmmHooks(self.parts.clone()))?);
+        Ok(())
+    }
+
+    /// Tells the agent of another tracker.
+    ///
+    /// # Errors
+    /// If it refuses.
+    pub fn set_tracker(&self, tracker: Tracker) -> Result<(), Error> {
+        let trackers = match &tracker {
+            Tracker::Log => Trackers::default(),
+            Tracker::Hooks(_) => Trackers { hooks: true, pagemap: None },
+            Tracker::WriteProtect { pagemap, .. } => Trackers { hooks: false, pagemap: Some(pagemap.as_fd()) },
+        };
+        self.client.set_trackers(trackers)?;
+        *lock(&self.parts.tracker) = tracker;
+        Ok(())
+    }
+
+    /// Puts another guest in the place of the one that there is, which ends.
+    pub fn set_guest(&self, guest: impl Guest + 'static) {
+        *lock(&self.parts.guest) = Box::new(guest);
+    }
+
+    /// Adds an emulated device. It runs when the guest does.
+    pub fn add_device(&self, device: Device) {
+        lock(&self.parts.devices).push(device);
+    }
+
+    /// Starts guest and devices.
+    ///
+    /// # Errors
+    /// If they cannot run.
+    pub fn start(&self) -> Result<(), Error> {
+        self.parts.run()
+    }
+
+    /// Stops guest and devices, as a pause hook would.
+    ///
+    /// # Errors
+    /// If they do not stop.
+    pub fn stop(&self) -> Result<(), Error> {
+        self.parts.stop()
+    }
+
+    /// The client.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The memory.
+    pub fn memory(&self) -> &Arc<TestMemory> {
+        self.parts.usage.memory()
+    }
+
+    /// The pages in use and what was written.
+    pub fn usage(&self) -> &Arc<Usage> {
+        &self.parts.usage
+    }
+
+    /// Makes a hook misbehave, or behave again.
+    pub fn inject(&self, hook: HookName, fault: Option<Fault>) {
+        let mut faults = lock(&self.parts.faults);
+        match fault {
+            Some(fault) => drop(faults.insert(hook, fault)),
+            None => drop(faults.remove(&hook)),
+        }
+        drop(faults);
+        self.parts.fault_changed.notify_all();
+    }
+
+    /// What was asked so far.
+    pub fn record(&self) -> Record {
+        lock(&self.parts.record).clone()
+    }
+
+    /// Forgets what was asked so far.
+    pub fn clear_record(&self) {
+        let mut record = lock(&self.parts.record);
+        *record = Record { runs: record.runs, throttle: record.throttle, ..Record::default() };
+    }
+
+    /// Starts an outgoing migration; returns the number of the job.
+    ///
+    /// # Errors
+    /// If the agent refuses.
+    pub fn start_outgoing(&self, target: &str, options: &OutgoingOptions) -> Result<u64, Error> {
+        Ok(self.client.start_outgoing(Target::Address(target.to_owned()), options)?.job)
+    }
+
+    /// Starts an incoming migration; returns the number of the job and the address with the port that was chosen.
+    ///
+    /// # Errors
+    /// If the agent refuses.
+    pub fn start_incoming(&self, listen: &str, options: &IncomingOptions) -> Result<(u64, String), Error> {
+        let started = self.client.start_incoming(Target::Address(listen.to_owned()), options)?;
+        Ok((started.job, started.address))
+    }
+
+    /// Waits until the job is in `phase` or one after it.
+    ///
+    /// # Errors
+    /// If that takes longer than `timeout`, or the agent is lost.
+    pub fn wait_phase(&self, phase: Phase, timeout: Duration) -> Result<JobStatus, Error> {
+        let what = format!("phase {}", phase.name());
+        wait_for(&what, timeout, || match self.client.status() {
+            Ok(status) if status.phase >= phase => Some(Ok(status)),
+            Ok(_) => None,
+            Err(error) => Some(Err(error)),
+        })?
+        .map_err(Error::from)
+    }
+
+    /// Waits until the job ended, however it did.
+    ///
+    /// # Errors
+    /// If it did not, or the agent is lost.
+    pub fn wait_job(&self, job: u64, timeout: Duration) -> Result<JobStatus, Error> {
+        Ok(self.client.wait(job, timeout)?)
+    }
+}
+
+impl Drop for MockVmm {
+    fn drop(&mut self) {
+        // A hook that waits for its fault to go away would keep its thread.
+        lock(&self.parts.faults).clear();
+        self.parts.fault_changed.notify_all();
+        if let Err(error) = self.parts.stop() {
+            log::warn!("cannot stop the guest: {}", error.sentence());
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The lock-free parts of the bitmap under the model checker: every interleaving, and every value that the memory orders let a load see.
+//!
+//! `bitmap.rs` is compiled here a second time, with loom's atomics in the place of the standard ones. Laws 1 to 3 of the design rest on what is
+//! checked here: no bit is lost, none is handed out twice, and whoever takes a bit sees what was written before it was set.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::thread;
+use pageferry_protocol::memory::PageRange;
+use shm::bitmap::Bitmap;
+
+#[path = "../../protocol/src/shm"]
+mod shm {
+    pub(crate) use pageferry_protocol::memory::PageRange;
+    pub(crate) mod sync {
+        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+    }
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod bitmap;
+}
+
+type Shared = Arc<Bitmap<Vec<AtomicU64>>>;
+
+/// A bitmap whose first word is `word`.
+fn bitmap(pages: u64, word: u64) -> Shared {
+    let mut words: Vec<AtomicU64> = vec![AtomicU64::new(word)];
+    words.extend((1..pages.div_ceil(64)).map(|_| AtomicU64::new(0)));
+    Arc::new(Bitmap::new(words, pages))
+}
+
+/// Runs `f` on a thread of the model.
+fn spawn<T: 'static>(shared: &Shared, f: impl FnOnce(&Shared) -> T + 'static) -> thread::JoinHandle<T> {
+    let shared = shared.clone();
+    thread::spawn(move || f(&shared))
+}
+
+fn page(first: u64) -> PageRange {
+    PageRange::new(first, 1)
+}
+
+#[test]
+fn a_bit_set_while_its_word_is_taken_is_taken_or_still_there() {
+    loom::model(|| {
+        let dirty = bitmap(64, 0b1);
+        let setter = spawn(&dirty, |dirty| dirty.set(page(5)));
+        let taken = dirty.take_word(0);
+        assert_eq!(setter.join().unwrap(), 1, "the bit was clear, whoever came first");
+        let left = dirty.word(0);
+        assert_eq!(taken | left, 0b10_0001, "nothing is lost");
+        assert_eq!(taken & left, 0, "nothing is there twice");
+        assert_eq!(taken & 1, 1, "what was set before is taken");
+    });
+}
+
+#[test]
+fn a_bit_set_again_while_it_is_taken_is_never_lost() {
+    loom::model(|| {
+        let dirty = bitmap(64, 0b1);
+        let setter = spawn(&dirty, |dirty| dirty.set(page(0)));
+        let taken = dirty.take_bits(0, 0b1);
+        let newly = setter.join().unwrap();
+        assert_eq!(taken, 1);
+        // Set before the taking, it was a repetition; after it, it is a new one that the next pass finds.
+        assert_eq!(dirty.word(0), newly);
+    });
+}
+
+#[test]
+fn two_setters_of_one_word_lose_nothing_and_count_each_page_once() {
+    loom::model(|| {
+        let dirty = bitmap(128, 0);
+        let other = spawn(&dirty, |dirty| dirty.set(PageRange::new(60, 6)));
+        let here = dirty.set(PageRange::new(62, 8));
+        let there = other.join().unwrap();
+        assert_eq!(here + there, 10, "60 to 69, each counted by the one that set it");
+        assert_eq!(dirty.count(dirty.all()), 10);
+        assert_eq!(dirty.runs(dirty.all()).collect::<Vec<_>>(), [PageRange::new(60, 10)]);
+    });
+}
+
+#[test]
+fn two_takers_never_both_get_a_bit() {
+    loom::model(|| {
+        let dirty = bitmap(64, 0b111);
+        let other = spawn(&dirty, |dirty| dirty.take_bits(0, 0b011));
+        let here = dirty.take_word(0);
+        let there = other.join().unwrap();
+        assert_eq!(here & there, 0, "a page is read by one worker only");
+        assert_eq!(here | there, 0b111);
+        assert_eq!(dirty.word(0), 0);
+    });
+}
+
+#[test]
+fn a_taker_of_some_bits_leaves_the_others_to_a_setter_beside_them() {
+    loom::model(|| {
+        let dirty = bitmap(64, 0b0110);
+        let setter = spawn(&dirty, |dirty| dirty.set(page(0)));
+        let taken = dirty.take_bits(0, 0b0100);
+        setter.join().unwrap();
+        assert_eq!(taken, 0b0100);
+        assert_eq!(dirty.word(0), 0b0011);
+    });
+}
+
+#[test]
+fn clearing_and_setting_at_once_agree_on_the_counts() {
+    loom::model(|| {
+        let discarded = bitmap(64, 0b1100);
+        let populate = spawn(&discarded, |discarded| discarded.clear(PageRange::new(1, 3)));
+        let set = discarded.set(PageRange::new(0, 3));
+        let cleared = populate.join().unwrap();
+        let left = discarded.count(discarded.all());
+        // A discard and a populate that race have no order, but what they report adds up to what is there.
+        assert_eq!(2 + set - cleared, left);
+        assert!(discarded.contains(0), "only one of the two spoke of page 0");
+        assert!(!discarded.contains(3), "only one of the two spoke of page 3");
+    });
+}
+
+#[test]
+fn what_is_written_before_a_bit_is_set_is_seen_after_it_is_taken() {
+    loom::model(|| {
+        let dirty = bitmap(64, 0);
+        let memory = Arc::new(AtomicU64::new(0));
+        let guest = {
+            let (dirty, memory) = (dirty.clone(), memory.clone());
+            thread::spawn(move || {
+                // As weak as a guest's plain store: only the bitmap orders it.
+                memory.store(7, Ordering::Relaxed);
+                dirty.set(page(3));
+            })
+        };
+        if dirty.take_word(0) != 0 {
+            assert_eq!(memory.load(Ordering::Relaxed), 7, "clear, then read (law 7)");
+        }
+        guest.join().unwrap();
+    });
+}
+
+#[test]
+fn a_write_that_is_logged_after_the_taking_comes_with_the_next_pass() {
+    loom::model(|| {
+        let dirty = bitmap(64, 0b1);
+        let version = Arc::new(AtomicU64::new(1));
+        let guest = {
+            let (dirty, version) = (dirty.clone(), version.clone());
+            thread::spawn(move || {
+                version.store(2, Ordering::Relaxed);
+                dirty.set(page(0));
+            })
+        };
+        let taken = dirty.take_word(0);
+        assert_eq!(taken, 1);
+        let mut sent = version.load(Ordering::Relaxed);
+        guest.join().unwrap();
+        // The guest stands still: the last pass.
+        if dirty.take_word(0) != 0 {
+            sent = version.load(Ordering::Relaxed);
+        }
+        assert_eq!(sent, 2, "the old version was sent, and the bit was gone");
+    });
+}
+
+#[test]
+fn a_page_or_ed_in_over_two_words_meets_takers_of_both() {
+    loom::model(|| {
+        let dirty = bitmap(128, 0);
+        let sync = spawn(&dirty, |dirty| dirty.or_at(62, 0b1111));
+        let (low, high) = (dirty.take_word(0), dirty.take_word(1));
+        sync.join().unwrap();
+        assert_eq!(low | dirty.word(0), 0b11 << 62);
+        assert_eq!(high | dirty.word(1), 0b11);
+        assert_eq!(low & dirty.word(0), 0);
+        assert_eq!(high & dirty.word(1), 0);
+    });
+}
