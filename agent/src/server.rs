@@ -300,12 +300,13 @@ fn takes_memory(code: u32) -> bool {
         FrontendReq::SET_LOG_FD,
         FrontendReq::SET_BACKEND_REQ_FD,
     ];
-    const OWN: [u32; 5] = [
+    const OWN: [u32; 6] = [
         request::code::ADD_BLOCK,
         request::code::REMOVE_BLOCK,
         request::code::DISCARD,
         request::code::POPULATE,
         request::code::SET_TRACKERS,
+        request::code::START_INCOMING,
     ];
     OWN.contains(&code) || STANDARD.iter().any(|standard| *standard as u32 == code)
 }

@@ -151,3 +151,26 @@ impl Block {
 pub(crate) fn errno(error: &std::io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn host_page_size_is_that_of_the_backing() {
+        let plain = memfd_create("plain", MemfdFlags::CLOEXEC).unwrap();
+        assert_eq!(host_page_size(plain.as_fd()).unwrap(), rustix::param::page_size() as u64);
+        match memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) {
+            Ok(huge) => assert_eq!(host_page_size(huge.as_fd()).unwrap(), 2 << 20),
+            Err(errno) => {
+                assert!(
+                    !std::env::var("PAGEFERRY_REQUIRE").unwrap_or_default().contains("hugetlbfs"),
+                    "PAGEFERRY_REQUIRE names hugetlbfs: {errno}"
+                );
+                eprintln!("skipped: no huge pages of 2 MiB here: {errno}");
+            }
+        }
+    }
+}

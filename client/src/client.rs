@@ -121,13 +121,10 @@ impl Client {
             session.control.lose("the VMM attached another".to_owned());
         }
         let (mut control, channel) = open(socket, &self.inner.config, &self.inner.memory, &self.inner.ownership)?;
-        let handed_over = self
-            .inner
-            .memory
-            .all()
-            .iter()
-            .try_for_each(|block| send_block(&mut control, block, 0).map(drop))
-            .and_then(|()| session.trackers.send(&mut control));
+        let handed_over =
+            self.inner.memory.all().iter().try_for_each(|block| send_block(&mut control, block, 0).map(drop)).and_then(
+                |()| if session.trackers.sources() == 0 { Ok(()) } else { session.trackers.send(&mut control) },
+            );
         if let Err(error) = handed_over {
             control.link().cut();
             return Err(error);
@@ -270,10 +267,14 @@ fn send_block(control: &mut Control, block: &Block, flags: u32) -> Result<BlockA
 }
 
 impl KeptTrackers {
-    fn send(&self, control: &mut Control) -> Result<(), Error> {
+    fn sources(&self) -> u32 {
         let hooks = if self.hooks { TRACKER_HOOKS } else { 0 };
         let scanning = if self.pagemap.is_some() { TRACKER_WRITE_PROTECT } else { 0 };
+        hooks | scanning
+    }
+
+    fn send(&self, control: &mut Control) -> Result<(), Error> {
         let fds: Vec<BorrowedFd<'_>> = self.pagemap.iter().map(AsFd::as_fd).collect();
-        control.request(&Request::SetTrackers { sources: hooks | scanning }, &fds, |_| Ok(()))
+        control.request(&Request::SetTrackers { sources: self.sources() }, &fds, |_| Ok(()))
     }
 }

@@ -4,7 +4,7 @@
 //! hanging agent cannot keep the guest paused (law 8). There is no way back into step with a stream whose answers came too late,
 //! other than a new connection.
 
-use crate::error::Error;
+use crate::error::{Error, with_sources};
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::request::{CONTROL_VERSION, HelloReply, MAX_RANGES, Request, code, decode_reply};
@@ -111,7 +111,7 @@ impl Control {
 
     /// Gives the agent up. Returns the error to hand out.
     pub(crate) fn lose(&mut self, reason: String) -> Error {
-        log::error!("the agent is lost: {reason}");
+        log::warn!("the agent is lost: {reason}");
         self.link.cut();
         self.lost = Some(reason.clone());
         Error::AgentLost { reason }
@@ -150,7 +150,7 @@ impl Control {
         }
         let deadline = Instant::now() + self.timeout;
         if let Err(error) = self.socket.send_parts(request, flags, body, fds, deadline) {
-            return Err(self.lose(format!("cannot send request {request:#x}: {error}")));
+            return Err(self.lose(format!("cannot send request {request:#x}: {}", with_sources(&error))));
         }
         loop {
             match self.socket.recv(deadline) {
@@ -161,7 +161,9 @@ impl Control {
                     let (found, flags) = (frame.request, frame.flags);
                     return Err(self.lose(format!("request {request:#x} was answered by {found:#x}, flags {flags:#x}")));
                 }
-                Err(error) => return Err(self.lose(format!("no answer to request {request:#x}: {error}"))),
+                Err(error) => {
+                    return Err(self.lose(format!("no answer to request {request:#x}: {}", with_sources(&error))));
+                }
             }
         }
     }

@@ -56,7 +56,9 @@ pub(crate) enum Forbidden {
     NotPaused,
     #[error("ownership is {0:?}: the guest is not this VMM's to pause")]
     NotOurs(Ownership),
-    #[error("ownership is {0:?}: the destination may run the guest, only force resumes it here")]
+    #[error("ownership is {0:?}: this agent was not asked for an incoming migration")]
+    NotAwaited(Ownership),
+    #[error("ownership is {0:?}: only force resumes the guest here")]
     ForceOnly(Ownership),
 }
 
@@ -74,7 +76,8 @@ pub(crate) enum Resume {
 pub(crate) struct Machine {
     ownership: Ownership,
     pause: Pause,
-    /// While relinquished: the connection whose agent may still say that no commit left.
+    /// The connection whose agent may still say that the guest is to run here: while relinquished, that no commit left; while awaiting, that
+    /// one arrived.
     asked_by: Option<u64>,
 }
 
@@ -88,18 +91,31 @@ impl Machine {
     }
 
     /// An incoming migration is about to be asked for. Returns what to hand to [`Machine::incoming_refused`].
-    pub(crate) fn start_incoming(&mut self) -> Ownership {
-        std::mem::replace(&mut self.ownership, Ownership::Awaiting)
+    pub(crate) fn start_incoming(&mut self, link: u64) -> Machine {
+        let before = *self;
+        self.ownership = Ownership::Awaiting;
+        self.asked_by = Some(link);
+        before
     }
 
     /// The agent refused it: what was before holds, unless something else happened meanwhile.
-    pub(crate) fn incoming_refused(&mut self, before: Ownership) {
+    pub(crate) fn incoming_refused(&mut self, before: Machine) {
         if self.ownership == Ownership::Awaiting {
-            self.ownership = before;
+            self.ownership = before.ownership;
+            self.asked_by = before.asked_by;
         }
     }
 
-    /// The agent asks for a pause. Only a guest that is ours can be paused.
+    /// The agent brings the state of a guest. Only the one that was asked may: nobody else's guest is to overwrite ours.
+    pub(crate) fn load_state(&self, link: u64) -> Result<(), Forbidden> {
+        match self.ownership {
+            Ownership::Awaiting if self.asked_by == Some(link) => Ok(()),
+            other => Err(Forbidden::NotAwaited(other)),
+        }
+    }
+
+    /// The agent asks for a pause. Only a guest that is ours can be paused; that it is asked for is the beginning of another attempt, which
+    /// will end with a resume if it fails.
     pub(crate) fn pause(&mut self) -> Result<(), Forbidden> {
         match self.ownership {
             Ownership::Ours => Ok(()),
@@ -133,6 +149,7 @@ impl Machine {
     pub(crate) fn relinquish_unanswered(&mut self, link: u64) {
         if self.ownership == Ownership::Relinquished && self.asked_by == Some(link) {
             self.ownership = Ownership::Ours;
+            self.asked_by = None;
         }
     }
 
@@ -140,8 +157,8 @@ impl Machine {
     /// takes it by force. Ownership turns before the VMM resumes the guest: if that fails, nobody else has it either.
     pub(crate) fn resume(&mut self, link: u64, force: bool) -> Result<Resume, Forbidden> {
         let allowed = match self.ownership {
-            Ownership::Ours | Ownership::Awaiting => true,
-            Ownership::Relinquished => self.asked_by == Some(link),
+            Ownership::Ours => true,
+            Ownership::Relinquished | Ownership::Awaiting => self.asked_by == Some(link),
             Ownership::Gone => false,
         };
         if !allowed && !force {
@@ -149,6 +166,7 @@ impl Machine {
         }
         let runs = self.ownership == Ownership::Ours && self.pause == Pause::Running;
         self.ownership = Ownership::Ours;
+        self.asked_by = None;
         Ok(if runs && !force { Resume::Already } else { Resume::Call })
     }
 
@@ -200,3 +218,6 @@ impl SharedOwnership {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -228,3 +228,82 @@ impl Write for Socket {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_protocol::stream::{MAX_PAYLOAD, RecordError};
+    use std::os::fd::AsFd;
+
+    fn pages(count: u64) -> Record {
+        let payload = vec![0x5a; count as usize * 4096];
+        Record::from_parts(Kind::Data, 0, 3, PageRange::new(9, count), &payload).unwrap()
+    }
+
+    #[test]
+    fn records_pass_both_ways_and_the_end_is_clean() {
+        let (mut ours, agents) = PageStream::pair().unwrap();
+        let mut agent = PageStream::from(agents);
+        // Less than a socket's buffer, so that one thread can play both.
+        let there = pages(2);
+        let back = Record::from_parts(Kind::PassDone, 0, 0, PageRange::new(4, 0), &[]).unwrap();
+        agent.send(&there).unwrap();
+        ours.send(&back).unwrap();
+
+        let received = ours.recv().unwrap().unwrap();
+        assert_eq!(received, there);
+        assert_eq!((received.kind(), received.block(), received.range()), (Kind::Data, 3, PageRange::new(9, 2)));
+        assert_eq!(received.payload(), &there.as_bytes()[RECORD_SIZE..]);
+        assert_eq!(agent.recv().unwrap().unwrap().number(), 4);
+
+        drop(agent);
+        assert!(ours.recv().unwrap().is_none());
+        assert!(matches!(ours.send(&back), Err(Error::Stream { .. })), "an error, and no signal");
+    }
+
+    #[test]
+    fn the_halves_end_their_own_direction_only() {
+        let (ours, agents) = PageStream::pair().unwrap();
+        let mut agent = PageStream::from(agents);
+        let (mut reader, writer) = ours.split();
+        drop(writer);
+        assert!(agent.recv().unwrap().is_none());
+        agent.send(&pages(1)).unwrap();
+        assert_eq!(reader.recv().unwrap().unwrap(), pages(1));
+        drop(reader);
+        assert!(agent.send(&pages(1)).is_err());
+    }
+
+    #[test]
+    fn a_flipped_bit_and_a_cut_record_are_errors() {
+        let mut bytes = pages(1).as_bytes().to_vec();
+        bytes[RECORD_SIZE + 17] ^= 1;
+        assert!(matches!(
+            Record::read_from(&mut bytes.as_slice()),
+            Err(Error::Record(RecordError::Checksum { kind: Kind::Data, .. }))
+        ));
+        for cut in [1, RECORD_SIZE - 1, RECORD_SIZE, RECORD_SIZE + 1] {
+            assert!(matches!(Record::read_from(&mut &bytes[..cut]), Err(Error::Cut)), "cut at {cut}");
+        }
+        assert!(Record::read_from(&mut &bytes[..0]).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_lying_header_is_refused_before_its_payload_is_waited_for() {
+        let (ours, agents) = PageStream::pair().unwrap();
+        let (mut reader, _writer) = ours.split();
+        let lying = RecordHeader::new(Kind::State, 0, 0, PageRange::default(), MAX_PAYLOAD + 1);
+        rustix::io::write(agents.as_fd(), &lying.to_wire()).unwrap();
+        assert!(matches!(reader.recv(), Err(Error::Record(RecordError::Payload { .. }))));
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_the_kind_make_no_record() {
+        let range = PageRange::new(0, 2);
+        assert!(matches!(
+            Record::from_parts(Kind::Data, 0, 0, range, &[0; 4096]),
+            Err(Error::Record(RecordError::Length { .. }))
+        ));
+        assert!(Record::from_parts(Kind::Zero, 1, 0, range, &[]).is_err());
+    }
+}

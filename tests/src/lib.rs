@@ -5,6 +5,7 @@
 //! - [`guest`]: guests that write: threads, or a real one under KVM; [`device`]: emulated devices that write through vm-memory;
 //! - [`balloon`], [`plug`]: sources of discards;
 //! - [`vmm`]: all of it behind a [`pageferry_client::Client`] and its hooks, with faults on demand;
+//! - [`in_process`]: an agent on a thread of the test's own process;
 //! - [`process`]: agents and VMMs as processes of their own; [`agent`]: the agent's command line within this binary;
 //! - [`mock_vmm`]: the command line `mock_vmm source|destination`;
 //! - [`gate`], [`deadline`], [`random`]: stopping threads, waiting for conditions, and repeatable chance.
@@ -19,6 +20,7 @@ pub mod device;
 pub mod error;
 pub mod gate;
 pub mod guest;
+pub mod in_process;
 pub mod memory;
 pub mod mock_vmm;
 pub mod plug;

@@ -79,14 +79,20 @@ impl<'a> Placer<'a> {
             target.received.set(range);
             block.backing.write(range.offset(), payload).map_err(failed)?;
         }
+        self.mark(header, block);
+        add(&self.job.live.pages_sent, range.count);
+        Ok(())
+    }
+
+    /// What came is populated, unless it is a stray write into what stays discarded.
+    fn mark(&self, header: &RecordHeader, block: &Block) {
+        let range = header.range();
         if header.flags() & FLAG_STRAY == 0 {
             block.discarded.clear(range);
         } else {
             block.discarded.set(range);
             add(&self.job.live.stray_pages, range.count);
         }
-        add(&self.job.live.pages_sent, range.count);
-        Ok(())
     }
 
     /// Makes pages zero.
@@ -97,7 +103,7 @@ impl<'a> Placer<'a> {
         let range = header.range();
         let (at, block) = self.block_of(header, range)?;
         self.empty(at, block, range)?;
-        block.discarded.clear(range);
+        self.mark(header, block);
         add(&self.job.live.zero_pages, range.count);
         Ok(())
     }

@@ -143,6 +143,7 @@ impl<'a> Stream<'a> {
                 Kind::Zero => {
                     self.placer.place_zero(&record.header)?;
                     self.counted.zero_pages += record.header.range().count;
+                    self.count_stray(&record.header);
                 }
                 Kind::PassEnd => self.end_pass(record.header.number())?,
                 // What orders the passes, and what is not pages, comes on the primary alone.
@@ -161,12 +162,15 @@ impl<'a> Stream<'a> {
 
     fn data(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
         self.placer.place_data(header, payload)?;
-        let count = header.range().count;
-        self.counted.data_pages += count;
-        if header.flags() & FLAG_STRAY != 0 {
-            self.counted.stray_pages += count;
-        }
+        self.counted.data_pages += header.range().count;
+        self.count_stray(header);
         Ok(())
+    }
+
+    fn count_stray(&mut self, header: &RecordHeader) {
+        if header.flags() & FLAG_STRAY != 0 {
+            self.counted.stray_pages += header.range().count;
+        }
     }
 
     fn discard(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {

@@ -148,7 +148,9 @@ impl Job {
         let mut state = self.state();
         state.status.counters.total_us = micros(self.started.elapsed());
         state.status.error = error;
-        state.frozen = false;
+        // A guest that was handed over, or perhaps was, is not this side's to change any more.
+        let here = self.kind == JobKind::Incoming || matches!(phase, Phase::Failed | Phase::Cancelled);
+        state.frozen = state.frozen && !here;
         drop(state);
         self.enter(phase);
     }
@@ -183,7 +185,7 @@ impl Job {
 
 /// A populate while a job cannot take it.
 #[derive(Debug, thiserror::Error)]
-#[error("job {job} is past its last sync: populate again when it has ended")]
+#[error("job {job} is past its last sync: populate again if it ends with the guest here")]
 pub struct Frozen {
     job: u64,
 }

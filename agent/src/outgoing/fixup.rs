@@ -205,17 +205,17 @@ impl Migration {
 
 /// Sets in `news` what is discarded and was not told, and keeps in `told` only what still holds.
 ///
-/// What is told is not sent in the pass that follows, even if it is populated meanwhile: the two records would travel on different streams. The
-/// populate has marked the log, so the pass after has it.
+/// What is told, now or before, is not sent in the pass that follows, even if it is populated meanwhile: the two records would travel on
+/// different streams, and the destination would hold content that this side takes for told. The populate has marked the log, so the pass after has it.
 fn find_news(block: &Block, told: &MappedBitmap, news: &MappedBitmap, dirty: &MappedBitmap) {
     for (word, known) in told.nonzero_words(block.all()) {
         let holds = block.discarded.word(word) & !block.stray.word(word);
         told.take_bits(word, known & !holds);
     }
     for (word, discarded) in block.discarded.nonzero_words(block.all()) {
-        let fresh = discarded & !block.stray.word(word) & !told.word(word);
-        told.or_word(word, fresh);
-        dirty.take_bits(word, fresh);
+        let stays = discarded & !block.stray.word(word);
+        let fresh = told.or_word(word, stays);
+        dirty.take_bits(word, stays);
         news.or_word(word, fresh);
     }
 }

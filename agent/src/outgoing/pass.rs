@@ -158,7 +158,7 @@ fn send_hole(pass: &Pass<'_>, sender: &mut PageSender, block: &Block, dirty: &Ma
     if pass.view.send_zeros {
         crate::job::add(&pass.view.job.live.zero_pages, u64::from(send.count_ones()));
         for run in pageferry_protocol::shm::bitmap::runs_of_word(word * WORD_BITS, send) {
-            sender.queue_zeros(block.geometry.id, run);
+            sender.queue_zeros(block.geometry.id, 0, run);
         }
     }
 }

@@ -31,8 +31,8 @@ pub struct PageSender {
     buffer: Vec<u8>,
     filled: usize,
     queue: Vec<Queued>,
-    /// A zero run that may still grow: index of the block's id, and the pages.
-    zeros: Option<(u32, PageRange)>,
+    /// A zero run that may still grow: the block's id, the flags, and the pages.
+    zeros: Option<(u32, u16, PageRange)>,
     /// What this stream carried.
     pub totals: Totals,
     broken: bool,
@@ -126,14 +126,16 @@ impl PageSender {
         }
         let zero = send & !data;
         self.totals.data_pages += u64::from(data.count_ones());
-        self.totals.stray_pages += u64::from((data & stray).count_ones());
         add(&pass.job.live.pages_sent, u64::from(data.count_ones()));
         add(&pass.job.live.stray_pages, u64::from((send & stray).count_ones()));
         add(&pass.job.live.zero_pages, u64::from(zero.count_ones()));
         if pass.send_zeros {
-            for run in runs_of_word(first, zero) {
-                self.queue_zeros(block, run);
+            for (mask, flags) in [(zero & !stray, 0), (zero & stray, FLAG_STRAY)] {
+                for run in runs_of_word(first, mask) {
+                    self.queue_zeros(block, flags, run);
+                }
             }
+            self.totals.stray_pages += u64::from((send & stray).count_ones());
         }
         if data == 0 {
             // Nothing of it is sent: the next word may use the room.
@@ -142,20 +144,24 @@ impl PageSender {
     }
 
     /// Queues a zero run, joined with the one before if they touch.
-    pub fn queue_zeros(&mut self, block: u32, run: PageRange) {
+    pub fn queue_zeros(&mut self, block: u32, flags: u16, run: PageRange) {
         match &mut self.zeros {
-            Some((last_block, last)) if *last_block == block && last.end() == run.first => last.count += run.count,
+            Some((last_block, last_flags, last))
+                if (*last_block, *last_flags, last.end()) == (block, flags, run.first) =>
+            {
+                last.count += run.count;
+            }
             _ => {
                 self.end_zeros();
-                self.zeros = Some((block, run));
+                self.zeros = Some((block, flags, run));
             }
         }
     }
 
     fn end_zeros(&mut self) {
-        if let Some((block, run)) = self.zeros.take() {
+        if let Some((block, flags, run)) = self.zeros.take() {
             self.totals.zero_pages += run.count;
-            self.queue.push((RecordHeader::new(Kind::Zero, 0, block, run, 0).sealed(&[]).to_wire(), 0..0));
+            self.queue.push((RecordHeader::new(Kind::Zero, flags, block, run, 0).sealed(&[]).to_wire(), 0..0));
         }
     }
 

@@ -105,8 +105,8 @@ impl Session {
 
     fn populate(&mut self, ranges: &[BlockRange]) -> Answer {
         let populate = || self.memory.populate(ranges);
-        let populated = match self.running() {
-            Some(job) => job.unless_frozen(populate).map_err(|busy| RemoteError::new(ErrorCode::Busy, busy))?,
+        let populated = match &self.job {
+            Some((job, _)) => job.unless_frozen(populate).map_err(|busy| RemoteError::new(ErrorCode::Busy, busy))?,
             None => populate(),
         };
         let changed_pages = populated.map_err(|error| invalid(&error))?;
@@ -254,6 +254,8 @@ fn touches_memory(request: &Request) -> bool {
             | Request::Discard { .. }
             | Request::Populate { .. }
             | Request::SetTrackers { .. }
+            // The VMM must know that its memory is about to be filled, and by whom.
+            | Request::StartIncoming { .. }
     )
 }
 

@@ -7,10 +7,10 @@
 use super::state::{read_pieces, write_pieces};
 use super::{ClearPages, HookError, Hooks};
 use crate::control::Link;
-use crate::error::Error;
+use crate::error::{Error, with_sources};
 use crate::memory::Memory;
 use crate::ownership::{Forbidden, Resume, SharedOwnership};
-use pageferry_protocol::control::hook::{self, Hook, encode_hook_reply, encode_state_reply, reply_sequence};
+use pageferry_protocol::control::hook::{self, Hook, PieceSize, encode_hook_reply, encode_state_reply, reply_sequence};
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::control::socket::wait;
@@ -114,7 +114,7 @@ impl HookChannel {
     pub fn spawn<H: Hooks + 'static>(self, mut hooks: H) -> Result<HookThread<H>, Error> {
         let run = move || {
             if let Err(error) = self.run(&mut hooks) {
-                log::error!("hooks: {}", HookError::from(error).sentence());
+                log::error!("{}", with_sources(&error));
             }
             hooks
         };
@@ -133,7 +133,7 @@ impl HookChannel {
             let resumed = hooks.resume();
             self.ownership.lock().resumed(resumed.is_ok());
             if let Err(error) = resumed {
-                log::error!("cannot resume the guest: {}", error.sentence());
+                log::error!("cannot resume the guest: {error}");
             }
         }
         let ownership = self.ownership.lock().ownership();
@@ -210,8 +210,8 @@ impl HookChannel {
                 self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &Ok(sizes)), &[file.as_fd()])
             }
             Err(error) => {
-                log::warn!("hook save state: {}", error.sentence());
-                let reply = Err(RemoteError::new(ErrorCode::Other, error.sentence()));
+                log::warn!("hook save state: {error}");
+                let reply = Err(failed(error));
                 self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &reply), &[])
             }
         }
@@ -227,13 +227,7 @@ impl HookChannel {
             Hook::SyncTracker => hooks.sync_tracker(&self.memory.log).map_err(failed),
             Hook::ClearTracker { block, first, bitmap } => self.clear_tracker(block, first, bitmap, hooks),
             Hook::Throttle { percent } => hooks.throttle(percent).map_err(failed),
-            Hook::LoadState { pieces } => match fds {
-                [file] => read_pieces(pieces, file.as_fd()).and_then(|state| hooks.load_state(state)).map_err(failed),
-                _ => {
-                    let sentence = format!("load state came with {} file descriptors, expected 1", fds.len());
-                    Err(RemoteError::new(ErrorCode::Invalid, sentence))
-                }
-            },
+            Hook::LoadState { pieces } => self.load_state(pieces, fds, hooks),
             // Answered before it comes here.
             Hook::SaveState | Hook::Relinquish | Hook::Event { .. } => Ok(()),
         }
@@ -258,6 +252,15 @@ impl HookChannel {
         }
     }
 
+    fn load_state(&self, pieces: Vec<PieceSize>, fds: &[OwnedFd], hooks: &mut dyn Hooks) -> Reply<()> {
+        self.ownership.lock().load_state(self.link.id).map_err(forbidden)?;
+        let [file] = fds else {
+            let sentence = format!("load state came with {} file descriptors, expected 1", fds.len());
+            return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+        };
+        read_pieces(pieces, file.as_fd()).and_then(|state| hooks.load_state(state)).map_err(failed)
+    }
+
     fn clear_tracker(&self, id: u32, first: u64, mut bitmap: Vec<u64>, hooks: &mut dyn Hooks) -> Reply<()> {
         let Some(block) = self.memory.block(id) else {
             return Err(RemoteError::new(ErrorCode::NotFound, format!("block {id} does not exist")));
@@ -280,9 +283,8 @@ impl HookChannel {
     }
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "used as a function in map_err")]
 fn failed(error: HookError) -> RemoteError {
-    RemoteError::new(ErrorCode::Other, error.sentence())
+    RemoteError::new(ErrorCode::Other, error)
 }
 
 fn forbidden(error: Forbidden) -> RemoteError {

@@ -21,8 +21,8 @@ pub struct HookError {
 
 impl HookError {
     /// A failure with this sentence.
-    pub fn new(sentence: impl Into<String>) -> Self {
-        Self { sentence: sentence.into() }
+    pub fn new(sentence: impl std::fmt::Display) -> Self {
+        Self { sentence: sentence.to_string() }
     }
 
     /// The sentence.
@@ -31,17 +31,16 @@ impl HookError {
     }
 }
 
+impl std::fmt::Display for HookError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.sentence)
+    }
+}
+
 /// The error's text and those of its sources. `HookError` is no `std::error::Error` itself, since it could not have this then.
 impl<E: std::error::Error> From<E> for HookError {
     fn from(error: E) -> Self {
-        let mut sentence = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            sentence.push_str(": ");
-            sentence.push_str(&cause.to_string());
-            source = cause.source();
-        }
-        Self { sentence }
+        Self { sentence: crate::error::with_sources(&error) }
     }
 }
 
@@ -135,7 +134,8 @@ pub trait Hooks: Send {
     /// If the state cannot be saved; the migration fails and the guest is resumed.
     fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError>;
 
-    /// Takes the state that the source saved, in the same order. All memory is here. The guest does not run yet.
+    /// Takes the state that the source saved, in the same order. All memory is here. The guest does not run yet. Only called for an incoming
+    /// migration that this client started.
     ///
     /// # Errors
     /// If the state does not fit; the migration fails and the guest runs on at the source.

@@ -78,7 +78,7 @@ impl MappedWords {
     /// # Errors
     /// If the file is shorter than that, the offset is not a multiple of the page size, or the kernel refuses.
     pub fn shared(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<Self, MappingError> {
-        if offset % crate::memory::PAGE_SIZE != 0 {
+        if !offset.is_multiple_of(crate::memory::PAGE_SIZE) {
             return Err(MappingError::Offset { offset });
         }
         let stat = rustix::fs::fstat(fd).map_err(|source| MappingError::Kernel { length, source })?;

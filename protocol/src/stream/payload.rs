@@ -21,7 +21,7 @@ pub fn encode_runs(runs: &[PageRange]) -> Vec<u8> {
 /// # Errors
 /// If the payload is no whole number of runs, or a run is empty or lies outside the block.
 pub fn decode_runs(payload: &[u8], block_pages: u64) -> Result<impl Iterator<Item = PageRange> + '_, DecodeError> {
-    if payload.len() % RUN_SIZE != 0 {
+    if !payload.len().is_multiple_of(RUN_SIZE) {
         return Err(DecodeError::Value {
             field: "payload length",
             value: payload.len() as u64,
@@ -96,7 +96,7 @@ pub struct Totals {
     pub zero_pages: u64,
     /// Pages in discard records.
     pub discarded_pages: u64,
-    /// Pages in data records that were flagged as stray.
+    /// Pages in data and zero records that were flagged as stray.
     pub stray_pages: u64,
     /// Passes that ended.
     pub passes: u64,

@@ -24,7 +24,7 @@ pub const MAX_PAYLOAD: usize = 4 << 20;
 /// Most pages in one [`Kind::Data`] record.
 pub const MAX_DATA_PAGES: u64 = MAX_PAYLOAD as u64 / PAGE_SIZE;
 
-/// Flag of [`Kind::Data`]: the page is discarded, but the guest wrote into it afterwards. It stays discarded.
+/// Flag of [`Kind::Data`] and [`Kind::Zero`]: the page is discarded, but the guest wrote into it afterwards. It stays discarded.
 pub const FLAG_STRAY: u16 = 1 << 0;
 
 /// What a record is.
@@ -192,7 +192,7 @@ impl RecordHeader {
     pub fn check(&self) -> Result<Kind, RecordError> {
         let kind = Kind::from_wire(self.kind.get()).ok_or(RecordError::Kind(self.kind.get()))?;
         let flags = self.flags.get();
-        let known = if kind == Kind::Data { FLAG_STRAY } else { 0 };
+        let known = if matches!(kind, Kind::Data | Kind::Zero) { FLAG_STRAY } else { 0 };
         if flags & !known != 0 {
             return Err(RecordError::Flags { kind, flags });
         }

@@ -1,0 +1,203 @@
+use super::*;
+
+const LINK: u64 = 7;
+const OTHER: u64 = 8;
+
+const OWNERSHIPS: [Ownership; 4] = [Ownership::Ours, Ownership::Relinquished, Ownership::Gone, Ownership::Awaiting];
+const PAUSES: [Pause; 4] =
+    [Pause::Running, Pause::Uncertain, Pause::Paused { link: LINK }, Pause::Paused { link: OTHER }];
+
+/// Every state there is, also those that no run comes to.
+fn all() -> impl Iterator<Item = Machine> {
+    OWNERSHIPS.into_iter().flat_map(|ownership| {
+        PAUSES.into_iter().flat_map(move |pause| {
+            [None, Some(LINK), Some(OTHER)].map(|asked_by| Machine { ownership, pause, asked_by })
+        })
+    })
+}
+
+fn status(kind: JobKind, phase: Phase) -> JobStatus {
+    JobStatus { job: 1, kind, phase, ..JobStatus::default() }
+}
+
+/// A source up to the answer of relinquish.
+fn relinquished() -> Machine {
+    let mut machine = Machine::new();
+    machine.pause().unwrap();
+    machine.paused(LINK, true);
+    machine.relinquish(LINK).unwrap();
+    machine
+}
+
+#[test]
+fn relinquish_needs_a_guest_that_is_ours_and_was_paused_by_that_agent() {
+    for before in all() {
+        let mut machine = before;
+        let allowed = match before.ownership {
+            Ownership::Ours => before.pause == Pause::Paused { link: LINK },
+            Ownership::Relinquished => before.asked_by == Some(LINK),
+            Ownership::Gone | Ownership::Awaiting => false,
+        };
+        assert_eq!(machine.relinquish(LINK).is_ok(), allowed, "{before:?}");
+        let after = if allowed { Ownership::Relinquished } else { before.ownership };
+        assert_eq!((machine.ownership, machine.pause), (after, before.pause), "{before:?}");
+    }
+}
+
+#[test]
+fn resume_without_force_is_for_who_was_asked() {
+    for before in all() {
+        let mut machine = before;
+        let allowed = match before.ownership {
+            Ownership::Ours => true,
+            Ownership::Relinquished | Ownership::Awaiting => before.asked_by == Some(LINK),
+            Ownership::Gone => false,
+        };
+        match machine.resume(LINK, false) {
+            Ok(what) => {
+                assert!(allowed, "{before:?}");
+                let runs = before.ownership == Ownership::Ours && before.pause == Pause::Running;
+                assert_eq!(what, if runs { Resume::Already } else { Resume::Call }, "{before:?}");
+                assert_eq!(machine.ownership, Ownership::Ours, "{before:?}");
+            }
+            Err(_) => {
+                assert!(!allowed, "{before:?}");
+                assert_eq!(machine, before);
+            }
+        }
+    }
+}
+
+#[test]
+fn resume_by_force_always_calls_the_vmm() {
+    for before in all() {
+        let mut machine = before;
+        assert_eq!(machine.resume(OTHER, true), Ok(Resume::Call), "{before:?}");
+        assert_eq!(machine.ownership, Ownership::Ours, "{before:?}");
+        machine.resumed(true);
+        assert_eq!(machine.pause, Pause::Running);
+        assert_eq!(machine.resume(LINK, false), Ok(Resume::Already));
+    }
+}
+
+#[test]
+fn only_a_guest_that_is_ours_is_paused_and_an_attempt_ends_the_say_of_the_one_before() {
+    for before in all() {
+        let mut machine = before;
+        assert_eq!(machine.pause().is_ok(), before.ownership == Ownership::Ours, "{before:?}");
+        if before.ownership != Ownership::Ours {
+            assert!(machine.resume(LINK, false).is_err(), "{before:?}");
+            assert_eq!(machine.ownership, before.ownership);
+        }
+    }
+}
+
+#[test]
+fn the_end_of_the_agent_resumes_only_what_it_paused_and_is_ours() {
+    for before in all() {
+        let mut machine = before;
+        let resumes = before.ownership == Ownership::Ours && before.pause == Pause::Paused { link: LINK };
+        assert_eq!(machine.closed(LINK), resumes, "{before:?}");
+        assert_eq!(machine, before);
+    }
+}
+
+#[test]
+fn only_an_event_of_an_outgoing_job_moves_a_guest_that_was_given_up() {
+    let phases = [
+        Phase::Idle,
+        Phase::Passes,
+        Phase::Committing,
+        Phase::Completed,
+        Phase::Failed,
+        Phase::Cancelled,
+        Phase::Unconfirmed,
+    ];
+    for before in all() {
+        for kind in [JobKind::None, JobKind::Outgoing, JobKind::Incoming] {
+            for phase in phases {
+                let mut machine = before;
+                machine.event(&status(kind, phase));
+                let given = kind == JobKind::Outgoing && before.ownership == Ownership::Relinquished;
+                let expected = match phase {
+                    Phase::Completed if given => Machine { ownership: Ownership::Gone, ..before },
+                    Phase::Unconfirmed if given => Machine { asked_by: None, ..before },
+                    _ => before,
+                };
+                assert_eq!(machine, expected, "{before:?} {kind:?} {phase:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_refused_incoming_leaves_everything_as_it_was() {
+    for before in all() {
+        let mut machine = before;
+        let kept = machine.start_incoming(LINK);
+        assert_eq!(machine.ownership, Ownership::Awaiting);
+        machine.incoming_refused(kept);
+        assert_eq!(machine, before);
+    }
+}
+
+#[test]
+fn state_is_loaded_only_from_the_agent_that_was_asked() {
+    for before in all() {
+        let asked = before.ownership == Ownership::Awaiting && before.asked_by == Some(LINK);
+        assert_eq!(before.load_state(LINK).is_ok(), asked, "{before:?}");
+    }
+}
+
+#[test]
+fn take_by_force_is_like_new() {
+    for mut machine in all() {
+        machine.take_by_force();
+        assert_eq!(machine, Machine::new());
+    }
+}
+
+#[test]
+fn an_agent_that_dies_before_the_line_leaves_the_guest_here() {
+    let mut machine = Machine::new();
+    machine.pause().unwrap();
+    machine.paused(LINK, true);
+    assert!(machine.closed(LINK));
+
+    let mut machine = relinquished();
+    machine.relinquish_unanswered(LINK);
+    assert!(machine.closed(LINK), "the agent never had the answer");
+}
+
+#[test]
+fn an_agent_that_dies_after_the_line_leaves_it_standing_still() {
+    let mut machine = relinquished();
+    assert!(!machine.closed(LINK));
+    assert_eq!(machine.ownership(), Ownership::Relinquished);
+    assert!(machine.resume(OTHER, false).is_err(), "a new agent knows nothing of that commit");
+    assert_eq!(machine.resume(OTHER, true), Ok(Resume::Call));
+}
+
+#[test]
+fn a_pause_that_failed_counts_as_not_paused_but_resume_is_passed_on() {
+    let mut machine = Machine::new();
+    machine.paused(LINK, false);
+    assert!(!machine.closed(LINK));
+    assert!(machine.relinquish(LINK).is_err());
+    assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
+}
+
+#[test]
+fn a_resume_that_failed_is_tried_again() {
+    let mut machine = Machine::new();
+    machine.start_incoming(LINK);
+    assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
+    machine.resumed(false);
+    assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
+
+    let mut machine = Machine::new();
+    machine.paused(LINK, true);
+    assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
+    machine.resumed(false);
+    assert!(machine.closed(LINK), "the end of the agent tries again");
+}

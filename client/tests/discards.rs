@@ -1,0 +1,186 @@
+//! Discard and populate: with an agent, without one, and when it goes away in the middle.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use pageferry_client::{BlockRange, BlockSpec, Config, Error, ErrorCode, MappedBitmap, PageRange, Punch};
+use pageferry_protocol::control::request::{DISCARD_PUNCH, MAX_RANGES, Request};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use support::*;
+
+fn range(block: u32, first: u64, count: u64) -> BlockRange {
+    BlockRange { block, offset: first * PAGE, length: count * PAGE }
+}
+
+#[test]
+fn living_agent_does_it_all() {
+    let (client, _hooks, agent) = client(|mut agent| {
+        agent.accept_block();
+        for (flags, answer) in [(DISCARD_PUNCH, 3), (0, 0)] {
+            let (request, _) = agent.request().unwrap();
+            assert_eq!(request, Request::Discard { flags, ranges: vec![range(1, 0, 2), range(1, 4, 1)] });
+            agent.changed(&request, answer);
+        }
+        let (request, _) = agent.request().unwrap();
+        assert_eq!(request, Request::Populate { ranges: vec![range(1, 0, 1)] });
+        agent.changed(&request, 1);
+    });
+    let memory = written(8);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    let ranges = [range(1, 0, 2), range(1, 4, 1)];
+    assert_eq!(client.discard(&ranges, Punch::Yes).unwrap(), 3);
+    assert_eq!(client.discard(&ranges, Punch::No).unwrap(), 0);
+    assert_eq!(client.populate(&[range(1, 0, 1)]).unwrap(), 1);
+    // This agent only said so. That the client kept its hands off is the point.
+    assert_eq!(discarded(&client, 1), [0u64; 0]);
+    assert_eq!(allocated_pages(&memory), 8);
+    agent.join().unwrap();
+}
+
+#[test]
+fn wrong_ranges_are_refused_before_anything_happens() {
+    let (client, _hooks, agent) = client(|mut agent| {
+        agent.accept_block();
+        assert!(agent.request().is_none(), "nothing was asked");
+    });
+    let memory = written(4);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    let wrapping = BlockRange { block: 1, offset: 4096, length: u64::MAX };
+    for (ranges, unknown) in [
+        ([range(1, 0, 1), range(3, 0, 1)], true),
+        ([range(1, 0, 1), range(1, 4, 1)], false),
+        ([range(1, 0, 1), wrapping], false),
+    ] {
+        for error in [client.discard(&ranges, Punch::Yes), client.populate(&ranges)].map(Result::unwrap_err) {
+            let names_it = match error {
+                Error::UnknownBlock { id } => unknown && id == 3,
+                Error::Range { block, .. } => !unknown && block == 1,
+                _ => false,
+            };
+            assert!(names_it, "{error:?}");
+        }
+    }
+    drop(client);
+    agent.join().unwrap();
+}
+
+#[test]
+fn silent_agent_does_not_keep_a_discard_from_happening() {
+    let (client, _hooks, agent) = client_with(impatient(), MAX_RANGES, |mut agent| {
+        agent.accept_block();
+        agent.request().unwrap();
+        assert!(agent.request().is_none());
+    });
+    let memory = written(8);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    // Rounds inward: half a page at either end stays.
+    let ragged = BlockRange { block: 1, offset: PAGE / 2, length: 3 * PAGE };
+    assert_eq!(client.discard(&[ragged, range(1, 6, 2)], Punch::Yes).unwrap(), 4);
+    assert_eq!(discarded(&client, 1), [1, 2, 6, 7]);
+    assert_eq!(allocated_pages(&memory), 4);
+    agent.join().unwrap();
+
+    assert_lost(client.status());
+    assert_eq!(client.discard(&[range(1, 0, 2)], Punch::No).unwrap(), 1);
+    assert_eq!(allocated_pages(&memory), 4, "the VMM frees it");
+    assert_eq!(discarded(&client, 1), [0, 1, 2, 6, 7]);
+    assert_eq!(logged(&client), [0u64; 0], "a discard marks nothing as dirty");
+}
+
+#[test]
+fn agent_that_closes_in_the_middle_leaves_the_rest_to_the_client() {
+    let (client, _hooks, agent) = client_with(Config::default(), 2, |mut agent| {
+        agent.accept_block();
+        let (request, _) = agent.request().unwrap();
+        assert!(matches!(&request, Request::Discard { ranges, .. } if ranges.len() == 2));
+        agent.changed(&request, 2);
+        agent.request().unwrap();
+    });
+    let memory = written(8);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    let ranges: Vec<BlockRange> = (0..6).map(|first| range(1, first, 1)).collect();
+    assert_eq!(client.discard(&ranges, Punch::Yes).unwrap(), 6);
+    assert_eq!(discarded(&client, 1), [2, 3, 4, 5], "the first batch was acknowledged");
+    assert_eq!(allocated_pages(&memory), 4);
+    agent.join().unwrap();
+}
+
+#[test]
+fn refused_discard_happens_all_the_same() {
+    let (client, _hooks, agent) = client(|mut agent| {
+        agent.accept_block();
+        let (request, _) = agent.request().unwrap();
+        agent.refuse(&request, ErrorCode::Other, "no");
+    });
+    let memory = written(2);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    assert_eq!(client.discard(&[range(1, 0, 1)], Punch::Yes).unwrap(), 1);
+    assert_eq!((discarded(&client, 1), allocated_pages(&memory)), (vec![0], 1));
+    agent.join().unwrap();
+}
+
+#[test]
+fn offset_in_the_file_and_granularity_count() {
+    let (client, _hooks, agent) = client(|mut agent| {
+        agent.accept_block();
+    });
+    let memory = written(16);
+    let (fd_offset, length, granularity) = (4 * PAGE, 10 * PAGE, 4 * PAGE);
+    client.add_block(BlockSpec { fd_offset, length, granularity, ..spec(1, 0x100000, &memory) }).unwrap();
+    agent.join().unwrap();
+    // Pages 4 to 7 are a whole unit, and so is what is left at the end.
+    assert_eq!(client.discard(&[range(1, 3, 7)], Punch::Yes).unwrap(), 6);
+    assert_eq!(discarded(&client, 1), [4, 5, 6, 7, 8, 9]);
+    let mut content = vec![0; 16 * PAGE as usize];
+    assert_eq!(rustix::io::pread(&memory, &mut content, 0), Ok(16 * PAGE as usize));
+    let holes: Vec<usize> = (0..16).filter(|page| content[page * PAGE as usize] == 0).collect();
+    assert_eq!(holes, [8, 9, 10, 11, 12, 13]);
+
+    // Rounds outward, and the next agent hears of it by the log.
+    assert_eq!(client.populate(&[range(1, 5, 1)]).unwrap(), 4);
+    assert_eq!(discarded(&client, 1), [8, 9]);
+    assert_eq!(logged(&client), [0x104, 0x105, 0x106, 0x107]);
+    assert_eq!(client.populate(&[range(1, 5, 1)]).unwrap(), 0, "a redundant one is fine");
+}
+
+#[test]
+fn discard_that_cannot_free_is_no_error() {
+    let (client, _hooks, agent) = client(|mut agent| {
+        agent.accept_block();
+    });
+    let memory = written(2);
+    let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+    let read_only = OwnedFd::from(std::fs::File::open(path).unwrap());
+    client.add_block(spec(1, 0, &read_only)).unwrap();
+    agent.join().unwrap();
+    assert_eq!(client.discard(&[range(1, 0, 1)], Punch::Yes).unwrap(), 1);
+    assert_eq!((discarded(&client, 1), allocated_pages(&memory)), (vec![0], 2));
+}
+
+#[test]
+fn busy_populate_surfaces_and_changes_nothing() {
+    let (client, _hooks, agent) = client_with(Config::default(), 2, |mut agent| {
+        let (_, fds) = agent.accept_block();
+        let bitmap = MappedBitmap::shared(fds[1].as_fd(), 8).unwrap();
+        // The first batch populates, the second is refused, and what the first did is taken back.
+        let (first, _) = agent.request().unwrap();
+        bitmap.clear(PageRange::new(0, 2));
+        agent.changed(&first, 2);
+        let (second, _) = agent.request().unwrap();
+        agent.refuse(&second, ErrorCode::Busy, "job 4 sends these pages");
+        let (undo, _) = agent.request().unwrap();
+        assert_eq!(undo, Request::Discard { flags: 0, ranges: vec![range(1, 1, 1)] });
+        bitmap.set(PageRange::new(1, 1));
+        agent.changed(&undo, 1);
+    });
+    let memory = written(8);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    client.discarded(1).unwrap().set(PageRange::new(1, 3));
+    let ranges: Vec<BlockRange> = (0..4).map(|first| range(1, first, 1)).collect();
+    match client.populate(&ranges) {
+        Err(Error::Refused { code: ErrorCode::Busy, sentence }) => assert!(sentence.contains("job 4")),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(discarded(&client, 1), [1, 2, 3]);
+    agent.join().unwrap();
+}

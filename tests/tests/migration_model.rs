@@ -1,0 +1,499 @@
+//! Laws 1 to 4 under any interleaving: random writes, discards, populates and punches between the records of a migration over several
+//! streams, cancelled and tried again, against a model that is a few maps.
+//!
+//! A relay stands between the two agents and passes one record at a time; between two of them the guest does something. What
+//! it does follows from the seed that a failure prints.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use pageferry_client::{
+    BlockRange, BlockSpec, Client, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence,
+    OutgoingOptions, Phase, Punch, StatePiece, Target,
+};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::stream::{RECORD_SIZE, RecordHeader};
+use pageferry_tests::in_process::InProcessAgent;
+use proptest::prelude::*;
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+const SOON: Duration = Duration::from_secs(30);
+
+/// Chance that follows from a seed (splitmix64).
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % limit
+    }
+
+    fn one_in(&mut self, count: u64) -> bool {
+        self.below(count) == 0
+    }
+}
+
+type Page = (u32, u64);
+
+struct Layout {
+    id: u32,
+    gpa: u64,
+    pages: u64,
+    fd_offset: u64,
+}
+
+/// Blocks at odd places: no GPA, offset or length fits a word of the bitmaps.
+fn layouts() -> Vec<Layout> {
+    vec![
+        Layout { id: 7, gpa: 0x3000, pages: 150, fd_offset: 0x5000 },
+        Layout { id: 2, gpa: 0x1_0000_0000, pages: 64, fd_offset: 0 },
+        Layout { id: 9, gpa: 0x20_1000, pages: 77, fd_offset: 0x1000 },
+    ]
+}
+
+fn all_pages() -> Vec<Page> {
+    layouts().iter().flat_map(|layout| (0..layout.pages).map(|page| (layout.id, page))).collect()
+}
+
+/// The memory of one VMM.
+struct Memory {
+    blocks: BTreeMap<u32, (Layout, OwnedFd)>,
+}
+
+impl Memory {
+    fn new() -> Self {
+        let blocks = layouts().into_iter().map(|layout| {
+            let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+            rustix::fs::ftruncate(&fd, layout.fd_offset + layout.pages * PAGE_SIZE + 0x3000).unwrap();
+            rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+            (layout.id, (layout, fd))
+        });
+        Self { blocks: blocks.collect() }
+    }
+
+    fn add_to(&self, client: &Client) {
+        for (id, (layout, fd)) in &self.blocks {
+            let spec = BlockSpec {
+                id: *id,
+                name: &format!("block{id}"),
+                gpa: layout.gpa,
+                length: layout.pages * PAGE_SIZE,
+                memory: fd.as_fd(),
+                fd_offset: layout.fd_offset,
+                vmm_address: 0,
+                granularity: PAGE_SIZE,
+                discarded: false,
+            };
+            client.add_block(spec).unwrap();
+        }
+    }
+
+    fn at(&self, (id, page): Page) -> (&OwnedFd, u64) {
+        let (layout, fd) = &self.blocks[&id];
+        (fd, layout.fd_offset + page * PAGE_SIZE)
+    }
+
+    fn write(&self, page: Page, stamp: u64) {
+        let (fd, offset) = self.at(page);
+        rustix::io::pwrite(fd, &stamp.to_le_bytes(), offset).unwrap();
+    }
+
+    fn stamp(&self, page: Page) -> u64 {
+        let (fd, offset) = self.at(page);
+        let mut bytes = [0; PAGE_SIZE as usize];
+        assert_eq!(rustix::io::pread(fd, &mut bytes, offset).unwrap(), bytes.len());
+        assert!(bytes[8..].iter().all(|byte| *byte == 0), "page {page:?} holds more than its stamp");
+        u64::from_le_bytes(bytes[..8].try_into().unwrap())
+    }
+
+    fn punch(&self, page: Page) {
+        let (fd, offset) = self.at(page);
+        fallocate(fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, PAGE_SIZE).unwrap();
+    }
+
+    fn is_hole(&self, page: Page) -> bool {
+        let (fd, offset) = self.at(page);
+        match rustix::fs::seek(fd, rustix::fs::SeekFrom::Data(offset)) {
+            Ok(data) => data >= offset + PAGE_SIZE,
+            Err(rustix::io::Errno::NXIO) => true,
+            Err(errno) => panic!("seek: {errno}"),
+        }
+    }
+
+    fn allocated(&self) -> BTreeSet<Page> {
+        all_pages().into_iter().filter(|page| !self.is_hole(*page)).collect()
+    }
+}
+
+/// What must be so, kept naively.
+#[derive(Default)]
+struct Model {
+    /// What the guest last wrote, for pages that it may use.
+    content: BTreeMap<Page, u64>,
+    discarded: BTreeSet<Page>,
+    /// Discarded pages written afterwards, with all that was written: the last of it may arrive or not, and if the VMM then freed the page
+    /// behind the agent's back, an earlier write may stay.
+    stray: BTreeMap<Page, Vec<u64>>,
+    /// Pages discarded while the guest stood still: the destination may or may not know.
+    late: BTreeSet<Page>,
+    /// Pages with an allocation at the source.
+    allocated: BTreeSet<Page>,
+    paused: bool,
+    next_stamp: u64,
+}
+
+struct World {
+    memory: Memory,
+    model: Mutex<Model>,
+}
+
+/// The source's VMM. The model's lock makes pausing and the guest's steps exclude each other.
+struct Source(Arc<World>);
+
+impl Hooks for Source {
+    fn pause(&mut self) -> Result<(), HookError> {
+        self.0.model.lock().unwrap().paused = true;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        let mut model = self.0.model.lock().unwrap();
+        model.paused = false;
+        // The guest runs on: what was discarded while it stood still is now simply discarded.
+        model.late.clear();
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        Ok(vec![StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }])
+    }
+
+    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
+        Err(HookError::new("this is the source"))
+    }
+}
+
+#[derive(Default)]
+struct Arrived {
+    state: Vec<StatePiece>,
+    runs: bool,
+}
+
+struct Destination(Arc<Mutex<Arrived>>);
+
+impl Hooks for Destination {
+    fn pause(&mut self) -> Result<(), HookError> {
+        Err(HookError::new("this is the destination"))
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.0.lock().unwrap().runs = true;
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        Err(HookError::new("this is the destination"))
+    }
+
+    fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
+        self.0.lock().unwrap().state = state;
+        Ok(())
+    }
+}
+
+/// One thing that the guest or its VMM does.
+fn step(chance: &mut Chance, world: &World, client: &Client) {
+    let layouts = layouts();
+    let layout = &layouts[chance.below(layouts.len() as u64) as usize];
+    let first = chance.below(layout.pages);
+    let longest = (layout.pages - first).min(1 + chance.below(40));
+    let range = PageRange::new(first, 1 + chance.below(longest));
+    let ragged = chance.one_in(3);
+    let action = chance.below(10);
+    let punch = if chance.one_in(4) { Punch::No } else { Punch::Yes };
+    let mut model = world.model.lock().unwrap();
+    match action {
+        0..5 if !model.paused => write(&mut model, world, client, layout, range),
+        5..7 => discard(&mut model, world, client, layout, range, punch, ragged),
+        7 | 8 => populate(&mut model, world, client, layout, range),
+        9 => {
+            // What a VMM may do with memory that it gave back.
+            for page in (range.first..range.end()).map(|page| (layout.id, page)) {
+                if model.discarded.contains(&page) {
+                    world.memory.punch(page);
+                    model.allocated.remove(&page);
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+fn write(model: &mut Model, world: &World, client: &Client, layout: &Layout, range: PageRange) {
+    for page in range.first..range.end().min(range.first + 5) {
+        model.next_stamp += 1;
+        let stamp = model.next_stamp;
+        let place = (layout.id, page);
+        world.memory.write(place, stamp);
+        client.log().mark(PageRange::new(layout.gpa / PAGE_SIZE + page, 1));
+        model.allocated.insert(place);
+        if model.discarded.contains(&place) {
+            model.stray.entry(place).or_default().push(stamp);
+        } else {
+            model.content.insert(place, stamp);
+        }
+    }
+}
+
+fn discard(
+    model: &mut Model, world: &World, client: &Client, layout: &Layout, range: PageRange, punch: Punch, ragged: bool,
+) {
+    let (mut offset, mut length) = (range.offset(), range.bytes());
+    if ragged && range.first > 0 && range.end() < layout.pages {
+        // Parts of a page on either side change nothing.
+        (offset, length) = (offset - 1234, length + 2345);
+    }
+    client.discard(&[BlockRange { block: layout.id, offset, length }], punch).unwrap();
+    for page in (range.first..range.end()).map(|page| (layout.id, page)) {
+        model.content.remove(&page);
+        model.stray.remove(&page);
+        model.discarded.insert(page);
+        if model.paused {
+            model.late.insert(page);
+        }
+        if punch == Punch::Yes {
+            assert!(world.memory.is_hole(page), "an acknowledged discard has freed page {page:?}");
+            model.allocated.remove(&page);
+        }
+    }
+}
+
+/// Also tried while the guest stands still, when it may be refused.
+fn populate(model: &mut Model, world: &World, client: &Client, layout: &Layout, range: PageRange) {
+    let places = (range.first..range.end()).map(|page| (layout.id, page));
+    let gained: Vec<Page> = places.filter(|page| model.discarded.contains(page)).collect();
+    match client.populate(&[BlockRange { block: layout.id, offset: range.offset(), length: range.bytes() }]) {
+        Ok(changed) => {
+            assert_eq!(changed, gained.len() as u64);
+            for page in gained {
+                model.discarded.remove(&page);
+                model.late.remove(&page);
+                model.stray.remove(&page);
+                // Its content has no guarantee, but whatever it is, it is the same on both sides.
+                match world.memory.stamp(page) {
+                    0 => model.content.remove(&page),
+                    stamp => model.content.insert(page, stamp),
+                };
+            }
+        }
+        Err(error) => {
+            assert!(error.to_string().contains("past its last sync"), "{error}");
+            let bitmap = client.discarded(layout.id).unwrap();
+            for page in range.first..range.end() {
+                let before = model.discarded.contains(&(layout.id, page));
+                assert_eq!(bitmap.contains(page), before, "a refused populate changes nothing");
+            }
+        }
+    }
+}
+
+/// One connection of the relay, one direction.
+struct Pipe {
+    from: UnixStream,
+    to: UnixStream,
+}
+
+impl Pipe {
+    /// Passes one record on if one is there; false if the connection ended.
+    fn pump(&mut self) -> bool {
+        let mut polled = [rustix::event::PollFd::new(&self.from, rustix::event::PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        if rustix::event::poll(&mut polled, Some(&now)).unwrap() == 0 {
+            return true;
+        }
+        self.pass_on().unwrap_or_else(|_| {
+            let _ = self.from.shutdown(std::net::Shutdown::Both);
+            let _ = self.to.shutdown(std::net::Shutdown::Both);
+            false
+        })
+    }
+
+    fn pass_on(&mut self) -> std::io::Result<bool> {
+        let mut header = [0; RECORD_SIZE];
+        self.from.read_exact(&mut header)?;
+        let parsed = RecordHeader::from_wire(header);
+        parsed.check().unwrap();
+        let mut payload = vec![0; parsed.payload_length()];
+        self.from.read_exact(&mut payload)?;
+        self.to.write_all(&header)?;
+        self.to.write_all(&payload)?;
+        Ok(true)
+    }
+}
+
+/// Stands between the agents.
+struct Relay {
+    listener: UnixListener,
+    pipes: Vec<Pipe>,
+    destination: std::path::PathBuf,
+}
+
+impl Relay {
+    fn accept(&mut self) {
+        while let Ok((from, _)) = self.listener.accept() {
+            let to = UnixStream::connect(&self.destination).unwrap();
+            from.set_nonblocking(false).unwrap();
+            self.pipes.push(Pipe { from: to.try_clone().unwrap(), to: from.try_clone().unwrap() });
+            self.pipes.push(Pipe { from, to });
+        }
+    }
+}
+
+/// A VMM with its agent; fields drop in order, so the connection closes before the agent is waited for.
+struct Side {
+    client: Client,
+    _agent: InProcessAgent,
+}
+
+fn side(hooks: impl Hooks + 'static, memory: &Memory) -> Side {
+    let (agent, socket) = InProcessAgent::start().unwrap();
+    let config = Config { log_covers: 0x1_0010_0000, ..Config::default() };
+    let (client, channel) = Client::from_socket(socket, config).unwrap();
+    channel.spawn(hooks).unwrap();
+    memory.add_to(&client);
+    Side { client, _agent: agent }
+}
+
+/// Migrates once, with the guest at work; returns how the source's job ended.
+fn attempt(
+    chance: &mut Chance, world: &World, source: &Client, destination: &Client, folder: &std::path::Path,
+) -> JobStatus {
+    let path = folder.join("destination");
+    let relay_path = folder.join("relay");
+    let _ = std::fs::remove_file(&relay_path);
+    let listener = UnixListener::bind(&relay_path).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let mut relay = Relay { listener, pipes: Vec::new(), destination: path.clone() };
+    let listen = Target::Address(format!("unix:{}", path.display()));
+    let incoming = destination.start_incoming(listen, &IncomingOptions::default()).unwrap();
+    let options = OutgoingOptions {
+        streams: 1 + chance.below(3) as u16,
+        // Never met, so that as many passes run as the case wants.
+        downtime_limit: Duration::ZERO,
+        max_passes: 1 + chance.below(4) as u32,
+        policy: NonConvergence::StopAnyway,
+        ..OutgoingOptions::default()
+    };
+    let target = Target::Address(format!("unix:{}", relay_path.display()));
+    let outgoing = source.start_outgoing(target, &options).unwrap();
+    let cancel_at = if chance.one_in(3) { chance.below(300) } else { u64::MAX };
+    let deadline = Instant::now() + SOON;
+    for round in 0.. {
+        relay.accept();
+        if !relay.pipes.is_empty() {
+            let at = chance.below(relay.pipes.len() as u64) as usize;
+            if !relay.pipes[at].pump() {
+                relay.pipes.swap_remove(at);
+            }
+        }
+        if chance.one_in(4) {
+            step(chance, world, source);
+        }
+        if round == cancel_at {
+            // It may be too late, which is for the source to say.
+            let _ = source.cancel();
+        }
+        if source.status().unwrap().phase.is_final() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "stuck: {:?} {:?}", source.status(), destination.status());
+    }
+    let status = source.wait(outgoing.job, SOON).unwrap();
+    drop(relay);
+    if status.phase != Phase::Completed {
+        // It has failed by itself unless the source never got as far as to connect.
+        let _ = destination.cancel();
+    }
+    destination.wait(incoming.job, SOON).unwrap();
+    status
+}
+
+fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Client, to: &Memory) {
+    for page in all_pages().into_iter().filter(|page| !model.late.contains(page)) {
+        let discarded = model.discarded.contains(&page);
+        assert_eq!(source.discarded(page.0).unwrap().contains(page.1), discarded, "source's bitmap, page {page:?}");
+        assert_eq!(destination.discarded(page.0).unwrap().contains(page.1), discarded, "destination's, page {page:?}");
+        match (discarded, model.stray.get(&page)) {
+            // Law 3.
+            (false, _) => assert_eq!(to.stamp(page), model.content.get(&page).copied().unwrap_or(0), "page {page:?}"),
+            (true, None) => assert!(to.is_hole(page), "discarded page {page:?} is no hole"),
+            (true, Some(stamps)) => {
+                assert!(to.is_hole(page) || stamps.contains(&to.stamp(page)), "stray page {page:?}")
+            }
+        }
+    }
+    // Law 2.
+    let allocated = from.allocated();
+    assert_eq!(allocated, model.allocated, "pages allocated at the source");
+    let there = to.allocated();
+    let extra: Vec<_> = there
+        .difference(&allocated)
+        .filter(|page| !model.late.contains(page) && !model.stray.contains_key(page))
+        .collect();
+    assert!(extra.is_empty(), "allocated only at the destination: {extra:?}");
+}
+
+fn run_case(seed: u64) {
+    let mut chance = Chance(seed);
+    let folder = tempfile::tempdir().unwrap();
+    let world = Arc::new(World { memory: Memory::new(), model: Mutex::default() });
+    let source = side(Source(world.clone()), &world.memory);
+    let there = Memory::new();
+    let arrived = Arc::new(Mutex::new(Arrived::default()));
+    let destination = side(Destination(arrived.clone()), &there);
+    // What an earlier attempt, or another guest, left there.
+    for page in all_pages().into_iter().filter(|_| chance.one_in(3)) {
+        there.write(page, u64::MAX);
+    }
+    for _ in 0..20 + chance.below(60) {
+        step(&mut chance, &world, &source.client);
+    }
+    for attempts in 1.. {
+        let status = attempt(&mut chance, &world, &source.client, &destination.client, folder.path());
+        let model = world.model.lock().unwrap();
+        if status.phase == Phase::Completed {
+            assert!(model.paused, "the source runs on after the commit");
+            check_arrived(&model, &source.client, &world.memory, &destination.client, &there);
+            let arrived = arrived.lock().unwrap();
+            assert!(arrived.runs);
+            assert_eq!(arrived.state, [StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }]);
+            return;
+        }
+        assert_eq!(status.phase, Phase::Cancelled, "{}", status.error);
+        assert!(!model.paused, "a cancelled migration leaves the guest running");
+        assert!(!arrived.lock().unwrap().runs);
+        assert!(attempts < 50);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: std::env::var("PAGEFERRY_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(1000),
+        max_shrink_iters: 0,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn the_laws_hold_under_any_interleaving(seed in any::<u64>()) {
+        // PAGEFERRY_SEED repeats the case of a failure; the threads' part in it may differ.
+        run_case(std::env::var("PAGEFERRY_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(seed));
+    }
+}
