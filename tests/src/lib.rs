@@ -8,10 +8,12 @@
 //! - [`in_process`]: an agent on a thread of the test's own process;
 //! - [`process`]: agents and VMMs as processes of their own; [`agent`]: the agent's command line within this binary;
 //! - [`mock_vmm`]: the command line `mock_vmm source|destination`;
+//! - [`require`]: what a test needs of the machine;
 //! - [`gate`], [`deadline`], [`random`]: stopping threads, waiting for conditions, and repeatable chance.
 //!
 //! Everything random follows from a seed, and everything that waits has a deadline.
 #![deny(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod agent;
 pub mod balloon;
@@ -26,6 +28,7 @@ pub mod mock_vmm;
 pub mod plug;
 pub mod process;
 pub mod random;
+pub mod require;
 pub mod usage;
 pub mod verify;
 pub mod vmm;
