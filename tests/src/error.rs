@@ -26,6 +26,9 @@ pub enum Error {
     /// The client library, or the agent through it.
     #[error(transparent)]
     Client(#[from] pageferry_client::Error),
+    /// Write protection is not to be had.
+    #[error(transparent)]
+    WriteProtect(#[from] pageferry_client::tracking::uffd::UffdError),
     /// Guest memory could not be mapped or reached.
     #[error("guest memory: {0}")]
     Memory(String),

@@ -1,1 +1,159 @@
-//! x
+//! Agents and VMMs as processes of their own, for what only a process can do: be killed.
+
+use crate::Error;
+use crate::deadline::{wait_for, wait_until};
+use crate::vmm::PATIENCE;
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// A child process whose output is collected. It is killed and waited for when it is dropped.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    lines: Arc<Mutex<Vec<String>>>,
+    readers: Vec<JoinHandle<()>>,
+    status: Option<ExitStatus>,
+}
+
+impl Process {
+    /// Starts `command`; `name` tells its output from others'.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn spawn(name: &str, command: &mut Command) -> Result<Self, Error> {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(Error::io(format!("start {name}")))?;
+        let lines = Arc::default();
+        let outputs = [
+            child.stdout.take().map(|pipe| collect(pipe, Arc::clone(&lines))),
+            child.stderr.take().map(|pipe| collect(pipe, Arc::clone(&lines))),
+        ];
+        let readers = outputs.into_iter().flatten().collect();
+        Ok(Self { name: name.to_owned(), child, lines, readers, status: None })
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it printed so far, on both outputs.
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits until it printed a line that holds `text`, and returns the first such line.
+    ///
+    /// # Errors
+    /// If it did not within `timeout`, or ended without.
+    pub fn wait_for_line(&mut self, text: &str, timeout: Duration) -> Result<String, Error> {
+        let what = format!("a line with \"{text}\" from {}", self.name);
+        let find = |process: &Self| process.lines().into_iter().find(|line| line.contains(text));
+        wait_for(&what, timeout, || {
+            // In this order: what it printed before it ended counts.
+            let ended = self.has_ended();
+            find(self).map(Some).or_else(|| ended.then_some(None))
+        })?
+        .ok_or_else(|| Error::Mismatch(format!("{} ended without {what}:\n{}", self.name, self.lines().join("\n"))))
+    }
+
+    /// True if it ended and all that it printed is there.
+    pub fn has_ended(&mut self) -> bool {
+        if self.status.is_none() {
+            self.status = self.child.try_wait().ok().flatten();
+        }
+        self.status.is_some() && self.readers.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Waits until it ended.
+    ///
+    /// # Errors
+    /// If it did not within `timeout`.
+    pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus, Error> {
+        let what = format!("the end of {}", self.name);
+        wait_for(&what, timeout, || if self.has_ended() { self.status } else { None })
+    }
+
+    /// Kills it at once, as a crash or the kernel would, and waits until it is gone.
+    ///
+    /// # Errors
+    /// If it does not go.
+    pub fn kill(&mut self) -> Result<(), Error> {
+        self.child.kill().map_err(Error::io(format!("kill {}", self.name)))?;
+        self.wait(PATIENCE).map(drop)
+    }
+
+    /// Resident memory in bytes, as the kernel counts it.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub fn resident_bytes(&self) -> Result<u64, Error> {
+        let path = format!("/proc/{}/status", self.id());
+        let status = std::fs::read_to_string(&path).map_err(Error::io(format!("read {path}")))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kibibytes = line.and_then(|line| line.trim().trim_end_matches(" kB").trim().parse::<u64>().ok());
+        kibibytes.map(|count| count * 1024).ok_or_else(|| Error::Argument(format!("{path} has no VmRSS")))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if !self.has_ended() {
+            // Both fail only if it is gone already.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+fn collect(pipe: impl Read + Send + 'static, lines: Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line).into_owned();
+            log::debug!("{line}");
+            lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+        }
+    })
+}
+
+/// An agent as a process, listening at a socket.
+#[derive(Debug)]
+pub struct AgentProcess {
+    process: Process,
+    socket: PathBuf,
+}
+
+impl AgentProcess {
+    /// Starts `program agent --socket DIRECTORY/NAME.sock` and waits until it listens.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn spawn(program: &OsStr, directory: &Path, name: &str) -> Result<Self, Error> {
+        let socket = directory.join(format!("{name}.sock"));
+        let mut process = Process::spawn(name, Command::new(program).arg("agent").arg("--socket").arg(&socket))?;
+        let listening = wait_until(&format!("{name} listening"), PATIENCE, || {
+            process.has_ended() || UnixStream::connect(&socket).is_ok()
+        });
+        if process.has_ended() || listening.is_err() {
+            return Err(Error::Mismatch(format!("{name} does not listen:\n{}", process.lines().join("\n"))));
+        }
+        Ok(Self { process, socket })
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+}

@@ -36,8 +36,40 @@ pub struct Usage {
 pub struct Ledger {
     name: String,
     slot: u64,
-    /// By block id. 0: the word may be anything.
-    counts: BTreeMap<u32, MappedWords>,
+    /// By block id.
+    counts: BTreeMap<u32, Counts>,
+}
+
+/// The counts of one block. Both cost memory only where something was written.
+#[derive(Debug)]
+struct Counts {
+    /// The pages whose word is known.
+    known: MappedBitmap,
+    words: MappedWords,
+}
+
+impl Counts {
+    fn new(pages: u64) -> Result<Self, Error> {
+        let known = MappedBitmap::private(pages).map_err(|error| Error::Memory(error.to_string()))?;
+        let words = MappedWords::anonymous(pages).map_err(|error| Error::Memory(error.to_string()))?;
+        Ok(Self { known, words })
+    }
+
+    /// The count of a page, 0 if it is not known; `None` if there is no such page.
+    fn get(&self, page: u64) -> Option<u64> {
+        let word = self.words.get(usize::try_from(page).ok()?)?;
+        Some(if self.known.contains(page) { word.load(Ordering::Relaxed) } else { 0 })
+    }
+
+    /// Sets the count of a page. False if there is no such page.
+    fn set(&self, page: u64, count: u64) -> bool {
+        let word = usize::try_from(page).ok().and_then(|page| self.words.get(page));
+        if let Some(word) = word {
+            word.store(count, Ordering::Relaxed);
+            self.known.set(PageRange::new(page, 1));
+        }
+        word.is_some()
+    }
 }
 
 /// How a writer reaches memory, and who learns of it.
@@ -105,8 +137,7 @@ impl Usage {
         }
         let mut counts = BTreeMap::new();
         for block in self.memory.blocks() {
-            let words = MappedWords::anonymous(block.pages()).map_err(|error| Error::Memory(error.to_string()))?;
-            counts.insert(block.id(), words);
+            counts.insert(block.id(), Counts::new(block.pages())?);
         }
         let ledger = Arc::new(Ledger { name: name.to_owned(), slot, counts });
         ledgers.push(ledger.clone());
@@ -182,27 +213,21 @@ impl Ledger {
         format!("ledger {}", self.name)
     }
 
-    fn count(&self, block: u32, page: u64) -> Option<&std::sync::atomic::AtomicU64> {
-        self.counts.get(&block)?.get(usize::try_from(page).ok()?)
+    fn counts(&self, block: u32) -> Result<&Counts, Error> {
+        self.counts.get(&block).ok_or(Error::NoBlock(block))
     }
 
     fn forget(&self, block: u32, pages: PageRange) {
-        for page in pages.first..pages.end() {
-            // Most pages were never written, and the words under them need not come into being.
-            if let Some(count) = self.count(block, page)
-                && count.load(Ordering::Relaxed) != 0
-            {
-                count.store(0, Ordering::Relaxed);
-            }
+        if let Some(counts) = self.counts.get(&block) {
+            counts.known.clear(pages);
         }
     }
 
     /// Block, page and value of every word that is known.
     fn known(&self) -> impl Iterator<Item = (u32, u64, u64)> + '_ {
-        self.counts.iter().flat_map(|(block, words)| {
-            let counts =
-                (0..).zip(words.iter()).map(move |(page, count)| (*block, page, count.load(Ordering::Relaxed)));
-            counts.filter(|(_, _, count)| *count != 0)
+        self.counts.iter().flat_map(|(block, counts)| {
+            let pages = counts.known.runs(counts.known.all()).flat_map(|run| run.first..run.end());
+            pages.map(move |page| (*block, page, counts.get(page).unwrap_or(0)))
         })
     }
 
@@ -217,13 +242,14 @@ impl Ledger {
     }
 
     fn load(&self, piece: &StatePiece) -> Result<(), Error> {
-        self.counts.values().for_each(|words| words.iter().for_each(|word| word.store(0, Ordering::Relaxed)));
+        for counts in self.counts.values() {
+            counts.known.clear(counts.known.all());
+        }
         for [block, page, value] in triples(piece)? {
-            let count = self.count(block_id(piece, block)?, page).ok_or_else(|| Error::State {
-                name: piece.name.clone(),
-                reason: format!("page {page:#x} of block {block} is not here"),
-            })?;
-            count.store(value, Ordering::Relaxed);
+            if !self.counts(block_id(piece, block)?)?.set(page, value) {
+                let reason = format!("page {page:#x} of block {block} is not here");
+                return Err(Error::State { name: piece.name.clone(), reason });
+            }
         }
         Ok(())
     }
@@ -255,8 +281,8 @@ impl Writer {
         if !usable.contains(page) {
             return Ok(false);
         }
-        let count = self.ledger.count(block, page).ok_or(Error::NoBlock(block))?;
-        let value = count.load(Ordering::Relaxed) + 1;
+        let counts = self.ledger.counts(block)?;
+        let value = counts.get(page).unwrap_or(0) + 1;
         let offset = page * PAGE_SIZE + self.ledger.slot * 8;
         let memory = &self.usage.memory;
         let target = memory.block(block)?;
@@ -271,7 +297,7 @@ impl Writer {
                 .write_slice(&value.to_le_bytes(), GuestAddress(target.layout().gpa + offset))
                 .map_err(|error| Error::Memory(error.to_string()))?,
         }
-        count.store(value, Ordering::Relaxed);
+        counts.set(page, value);
         Ok(true)
     }
 

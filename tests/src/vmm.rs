@@ -6,14 +6,13 @@ use crate::device::Device;
 use crate::guest::{Guest, IdleGuest};
 use crate::memory::TestMemory;
 use crate::usage::Usage;
+use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{
     ClearPages, Client, Config, DirtyLog, HookChannel, HookError, HookThread, Hooks, JobStatus, Ownership, Phase,
     StatePiece, Target, Trackers,
 };
 use pageferry_client::{IncomingOptions, OutgoingOptions};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -82,13 +81,19 @@ pub enum Tracker {
     Log,
     /// One that the VMM reads.
     Hooks(Box<dyn HookTracker>),
-    /// The agent scans the VMM's mapping through this `/proc/self/pagemap`. What is registered with the kernel lives as long as the VMM.
-    WriteProtect {
-        /// The file to hand over.
-        pagemap: File,
-        /// The registration.
-        registration: Box<dyn Send>,
-    },
+    /// The agent scans the VMM's mapping.
+    WriteProtect(WriteProtect),
+}
+
+impl Tracker {
+    /// The agent scans the mapping of `memory` for what was written.
+    ///
+    /// # Errors
+    /// If the kernel lacks it or does not allow it.
+    pub fn write_protect(memory: &TestMemory) -> Result<Self, Error> {
+        let ranges: Vec<_> = memory.blocks().iter().map(|block| (block.address(), block.layout().length)).collect();
+        Ok(Self::WriteProtect(WriteProtect::register(&ranges)?))
+    }
 }
 
 impl std::fmt::Debug for Tracker {
@@ -96,7 +101,7 @@ impl std::fmt::Debug for Tracker {
         formatter.write_str(match self {
             Self::Log => "Log",
             Self::Hooks(_) => "Hooks",
-            Self::WriteProtect { .. } => "WriteProtect",
+            Self::WriteProtect(_) => "WriteProtect",
         })
     }
 }
@@ -109,8 +114,12 @@ struct Parts {
     tracker: Mutex<Tracker>,
     faults: Mutex<BTreeMap<HookName, Fault>>,
     fault_changed: Condvar,
+    before_pause: Mutex<Option<BeforePause>>,
     record: Mutex<Record>,
 }
+
+/// Something to do when the agent asks for the pause.
+type BeforePause = Box<dyn FnOnce() -> Result<(), Error> + Send>;
 
 /// What was asked of a VMM so far.
 #[derive(Debug, Clone, Default)]
@@ -175,6 +184,9 @@ struct VmmHooks(Arc<Parts>);
 impl Hooks for VmmHooks {
     fn pause(&mut self) -> Result<(), HookError> {
         self.0.called(HookName::Pause)?;
+        if let Some(last_minute) = lock(&self.0.before_pause).take() {
+            last_minute()?;
+        }
         Ok(self.0.stop()?)
     }
 
@@ -270,6 +282,7 @@ impl MockVmm {
             tracker: Mutex::new(Tracker::Log),
             faults: Mutex::default(),
             fault_changed: Condvar::new(),
+            before_pause: Mutex::default(),
             record: Mutex::default(),
         });
         let hooks = Some(channel.spawn(VmmHooks(parts.clone()))?);
@@ -306,7 +319,7 @@ impl MockVmm {
         let trackers = match &tracker {
             Tracker::Log => Trackers::default(),
             Tracker::Hooks(_) => Trackers { hooks: true, pagemap: None },
-            Tracker::WriteProtect { pagemap, .. } => Trackers { hooks: false, pagemap: Some(pagemap.as_fd()) },
+            Tracker::WriteProtect(registered) => Trackers { hooks: false, pagemap: Some(registered.pagemap()) },
         };
         self.client.set_trackers(trackers)?;
         *lock(&self.parts.tracker) = tracker;
@@ -363,6 +376,11 @@ impl MockVmm {
         }
         drop(faults);
         self.parts.fault_changed.notify_all();
+    }
+
+    /// Does this once, when the agent asks for the pause and the guest still runs: the last moment of a migration's passes.
+    pub fn before_pause(&self, last_minute: impl FnOnce() -> Result<(), Error> + Send + 'static) {
+        *lock(&self.parts.before_pause) = Some(Box::new(last_minute));
     }
 
     /// What was asked so far.

@@ -1,1 +1,55 @@
-//! x
+//! The command line `mock_vmm source|destination`: the parts of a migration, driven by hand.
+//!
+//! - [`cli`]: its options;
+//! - [`source`], [`destination`]: the two sides;
+//! - [`report`]: what they print at the end.
+//!
+//! The guest's memory is a sparse file that exists already, used as it is: never truncated, and where it has holes never read through the
+//! mapping. So anyone can prepare the content, and compare the two files and what is allocated in them afterwards.
+#![allow(clippy::print_stdout)]
+
+pub mod cli;
+pub mod destination;
+pub mod report;
+pub mod source;
+
+use crate::Error;
+use crate::memory::{Backing, BlockLayout, TestMemory};
+use clap::Parser;
+use report::Report;
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// Runs `mock_vmm` with these arguments, the program's name not among them. Success is a migration that was verified and committed.
+pub fn main(arguments: Vec<OsString>) -> ExitCode {
+    let cli = match cli::Cli::try_parse_from(std::iter::once(OsString::from("mock_vmm")).chain(arguments)) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Fails only if there is nowhere to print to.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).try_init();
+    let (json, report) = match &cli.command {
+        cli::Command::Source(arguments) => (arguments.common.json, source::run(arguments)),
+        cli::Command::Destination(arguments) => (arguments.common.json, destination::run(arguments)),
+    };
+    let report = report.unwrap_or_else(|error| Report::failed(&error));
+    if json {
+        println!("{}", report.json());
+    } else {
+        println!("{report}");
+    }
+    if report.succeeded() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The file as the guest's memory: block "ram", id 0, from guest address 0.
+fn memory(common: &cli::Common) -> Result<Arc<TestMemory>, Error> {
+    let path = common.memory.display();
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(&common.memory);
+    let file = file.map_err(Error::io(format!("open {path}")))?;
+    let layout = BlockLayout { backing: Backing::File(Arc::new(file)), ..BlockLayout::ram(common.size) };
+    Ok(Arc::new(TestMemory::new(vec![layout])?))
+}

@@ -1,0 +1,135 @@
+//! The options of `mock_vmm`.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pageferry_agent::cli::{parse_duration, parse_size};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A VMM without a virtual machine: hands a file to an agent as guest memory, writes into it at a set rate, and migrates.
+#[derive(Debug, Parser)]
+#[command(name = "mock_vmm", version, about, max_term_width = 100)]
+pub struct Cli {
+    /// Which side it is.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The two sides.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a guest and migrate it away.
+    Source(SourceArgs),
+    /// Wait for a guest. It is verified and given the go, but does not write, so that the two files can be compared.
+    Destination(DestinationArgs),
+}
+
+/// What both sides need.
+#[derive(Debug, Args)]
+pub struct Common {
+    /// The agent's socket.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// The guest's memory: a sparse file that exists, used as it is.
+    #[arg(long, value_name = "FILE")]
+    pub memory: PathBuf,
+    /// Size of the guest's memory in bytes, with K, M, G or T. The file may not be shorter.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub size: u64,
+    /// Print one JSON object at the end.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of the source.
+#[derive(Debug, Args)]
+pub struct SourceArgs {
+    /// What both sides need.
+    #[command(flatten)]
+    pub common: Common,
+    /// Discard this range before the migration. May be given again.
+    #[arg(long, value_name = "OFFSET+LENGTH", value_parser = parse_range)]
+    pub discard: Vec<ByteRange>,
+    /// Discard this range during the migration, once its first pass began. May be given again.
+    #[arg(long, value_name = "OFFSET+LENGTH", value_parser = parse_range)]
+    pub discard_during: Vec<ByteRange>,
+    /// Tell the agent of the discards, but leave the stale bytes allocated in the file.
+    #[arg(long)]
+    pub no_punch: bool,
+    /// Pages that the guest writes per second, at random among those that are allocated in the file at the start and not discarded.
+    #[arg(long, value_name = "PAGES_PER_SECOND", default_value_t = 0)]
+    pub write_rate: u64,
+    /// Who finds the guest's writes: the guest marks the shared dirty log, or the agent scans the mapping by userfaultfd.
+    #[arg(long, value_enum, default_value_t = TrackerName::Log)]
+    pub tracker: TrackerName,
+    /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH.
+    #[arg(long, value_name = "ADDRESS")]
+    pub to: String,
+    /// Number of connections.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub streams: u16,
+    /// How long the guest may stand still.
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = parse_duration)]
+    pub downtime_limit: Duration,
+    /// Limit in bytes per second, with K, M, G or T; 0 is none.
+    #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_size)]
+    pub bandwidth: u64,
+}
+
+/// Options of the destination.
+#[derive(Debug, Args)]
+pub struct DestinationArgs {
+    /// What both sides need.
+    #[command(flatten)]
+    pub common: Common,
+    /// Where the destination's agent listens for the source's: tcp:HOST:PORT or unix:PATH.
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: String,
+}
+
+/// Who finds the guest's writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TrackerName {
+    /// The shared dirty log.
+    Log,
+    /// Asynchronous write protection by userfaultfd.
+    Uffd,
+}
+
+/// A range of bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByteRange {
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes.
+    pub length: u64,
+}
+
+/// Reads `OFFSET+LENGTH`.
+///
+/// # Errors
+/// What is allowed.
+pub fn parse_range(text: &str) -> Result<ByteRange, String> {
+    let (offset, length) =
+        text.split_once('+').ok_or_else(|| format!("\"{text}\": write OFFSET+LENGTH, as 256M+64M"))?;
+    Ok(ByteRange { offset: parse_size(offset)?, length: parse_size(length)? })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn ranges_are_read_or_refused_with_what_is_allowed() {
+        assert_eq!(parse_range("1M+4K"), Ok(ByteRange { offset: 1 << 20, length: 4096 }));
+        for wrong in ["1M", "1M-4K", "+", "1M+"] {
+            assert!(parse_range(wrong).unwrap_err().contains('"'), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! `mock_vmm source`.
+
+use super::cli::{ByteRange, SourceArgs, TrackerName};
+use super::report::{Report, watch};
+use crate::Error;
+use crate::guest::threads::{PageSet, ThreadGuest, ThreadGuestOptions};
+use crate::memory::TestMemory;
+use crate::usage::{Path, Usage};
+use crate::vmm::{MockVmm, Tracker};
+use pageferry_client::{BlockRange, Client, OutgoingOptions, Phase, Punch};
+use pageferry_protocol::memory::PageRange;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The id of the only block.
+const RAM: u32 = 0;
+
+/// Hands over the memory, discards, runs the guest, and migrates it.
+///
+/// # Errors
+/// If it does not get as far as a job, or the agent is lost. A job that fails is no error but a report.
+pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
+    let memory = super::memory(&arguments.common)?;
+    let before = memory.allocated()?;
+    let (tracker, path) = match arguments.tracker {
+        TrackerName::Log => (Tracker::Log, Path::MappingAndLog),
+        TrackerName::Uffd => (Tracker::write_protect(&memory)?, Path::Mapping),
+    };
+    let usage = Usage::new(memory.clone())?;
+    let guest = guest(&usage, arguments.write_rate, path)?;
+    let vmm = MockVmm::connect(&arguments.common.socket, usage.clone(), tracker)?;
+    let punch = if arguments.no_punch { Punch::No } else { Punch::Yes };
+
+    Discards { client: vmm.client().clone(), usage: usage.clone(), punch, pending: arguments.discard.clone() }
+        .make()?;
+    vmm.set_guest(guest);
+    vmm.start()?;
+
+    let pending = arguments.discard_during.clone();
+    let during = Discards { client: vmm.client().clone(), usage, punch, pending };
+    let during = Arc::new(Mutex::new(during));
+    // If the passes are over sooner than they are seen below, this is still during the migration.
+    let last_chance = during.clone();
+    vmm.before_pause(move || last_chance.lock().unwrap_or_else(PoisonError::into_inner).make());
+
+    let options = OutgoingOptions {
+        streams: arguments.streams,
+        downtime_limit: arguments.downtime_limit,
+        bandwidth: arguments.bandwidth,
+        ..OutgoingOptions::default()
+    };
+    let job = vmm.start_outgoing(&arguments.to, &options)?;
+    let status = watch(&vmm, job, !arguments.common.json, |status| {
+        if status.phase == Phase::Passes {
+            during.lock().unwrap_or_else(PoisonError::into_inner).make()?;
+        }
+        Ok(())
+    })?;
+    vmm.stop()?;
+    Ok(Report {
+        source_allocated_before: Some(before),
+        source_allocated_after: Some(memory.allocated()?),
+        ..Report::new(&status)
+    })
+}
+
+/// A guest that writes only what is allocated already, so that no growth of the file is its doing.
+fn guest(usage: &Arc<Usage>, rate: u64, path: Path) -> Result<ThreadGuest, Error> {
+    let pages: PageSet = extents(usage.memory())?.into_iter().map(|run| (RAM, run)).collect();
+    if rate > 0 && pages.pages() == 0 {
+        log::warn!("nothing is allocated in the file, so the guest has nothing to write into");
+    }
+    ThreadGuest::new(usage, ThreadGuestOptions { rate: Some(rate), pages: Some(pages), path, ..Default::default() })
+}
+
+fn extents(memory: &TestMemory) -> Result<Vec<PageRange>, Error> {
+    memory.block(RAM)?.extents()
+}
+
+/// Ranges that are to be discarded.
+struct Discards {
+    client: Client,
+    usage: Arc<Usage>,
+    punch: Punch,
+    pending: Vec<ByteRange>,
+}
+
+impl Discards {
+    /// Discards them, once: the guest gives them up, then the agent is told.
+    fn make(&mut self) -> Result<(), Error> {
+        let block = self.usage.memory().block(RAM)?;
+        let (granularity, length) = (block.layout().granularity, block.layout().length);
+        let pending = std::mem::take(&mut self.pending);
+        for range in &pending {
+            let pages = PageRange::inward(range.offset, range.length, granularity, length);
+            let pages = pages.map_err(|error| Error::Argument(format!("discard: {error}")))?;
+            self.usage.give_up(RAM, pages)?;
+        }
+        let ranges = pending.iter().map(|range| BlockRange { block: RAM, offset: range.offset, length: range.length });
+        self.client.discard(&ranges.collect::<Vec<_>>(), self.punch)?;
+        Ok(())
+    }
+}
