@@ -304,6 +304,6 @@ mod tests {
             Record::from_parts(Kind::Data, 0, 0, range, &[0; 4096]),
             Err(Error::Record(RecordError::Length { .. }))
         ));
-        assert!(Record::from_parts(Kind::Zero, 1, 0, range, &[]).is_err());
+        assert!(Record::from_parts(Kind::PassEnd, 1, 0, range, &[]).is_err());
     }
 }

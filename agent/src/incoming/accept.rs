@@ -135,7 +135,7 @@ impl Pending {
         if self.hello.is_some() {
             return Ok(());
         }
-        let Some(record) = self.reader.try_next()? else { return Ok(()) };
+        let Some(record) = self.reader.try_read()? else { return Ok(()) };
         if record.kind != Kind::Hello {
             return Err(JobError::Unexpected { found: format!("{:?}", record.kind), expected: "a hello" });
         }

@@ -94,7 +94,7 @@ fn wait_commit(job: &Job, accepted: &mut Accepted) -> Result<(), JobError> {
     let options = job.options();
     // The source asks its VMM once more before it commits.
     accepted.readers[0].socket().set_recv_timeout(options.peer_timeout + options.hook_timeout)?;
-    let record = accepted.readers[0].next()?;
+    let record = accepted.readers[0].read()?;
     match record.kind {
         Kind::Commit => Ok(()),
         kind => Err(unexpected(kind, record.payload, "the commit")),

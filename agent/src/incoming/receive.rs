@@ -135,7 +135,7 @@ impl<'a> Stream<'a> {
 
     fn run(&mut self, reader: &mut RecordReader) -> Result<StreamEnd, JobError> {
         loop {
-            let record = reader.next()?;
+            let record = reader.read()?;
             self.barrier.check()?;
             add(&self.job.live.wire_bytes, record.wire_bytes());
             match record.kind {

@@ -83,7 +83,7 @@ fn say_hello(job: &Job, streams: &[StreamSocket]) -> Result<(), JobError> {
 }
 
 fn wait_accept(reader: &mut RecordReader) -> Result<(), JobError> {
-    let record = reader.next()?;
+    let record = reader.read()?;
     match record.kind {
         Kind::Accept => {
             Accept::decode(record.payload).map_err(|source| JobError::Payload { kind: "accept", source })?;
@@ -112,7 +112,7 @@ impl Streams {
     /// # Errors
     /// If anything else comes, or nothing.
     pub fn expect(&mut self, kind: Kind, expected: &'static str) -> Result<u64, JobError> {
-        let record = self.reader.next()?;
+        let record = self.reader.read()?;
         if record.kind != kind {
             return Err(unexpected(record.kind, record.payload, expected));
         }
@@ -124,7 +124,7 @@ impl Streams {
         self.reader.socket().set_recv_timeout(Duration::from_millis(500)).ok()?;
         // At most the answers to the passes that are under way come before it.
         for _ in 0..8 {
-            let record = self.reader.next().ok()?;
+            let record = self.reader.read().ok()?;
             if record.kind == Kind::Error {
                 return decode_error(record.payload).ok();
             }

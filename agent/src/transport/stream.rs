@@ -171,7 +171,7 @@ impl RecordReader {
     ///
     /// # Errors
     /// If it is malformed, or the peer is gone or silent.
-    pub fn next(&mut self) -> Result<ReceivedRecord<'_>, TransportError> {
+    pub fn read(&mut self) -> Result<ReceivedRecord<'_>, TransportError> {
         match self.poll_next(false)? {
             Some((kind, header)) => Ok(self.take(kind, header)),
             None => Err(TransportError::Silent(self.socket.timeout)),
@@ -182,7 +182,7 @@ impl RecordReader {
     ///
     /// # Errors
     /// If it is malformed, or the peer is gone.
-    pub fn try_next(&mut self) -> Result<Option<ReceivedRecord<'_>>, TransportError> {
+    pub fn try_read(&mut self) -> Result<Option<ReceivedRecord<'_>>, TransportError> {
         Ok(self.poll_next(true)?.map(|(kind, header)| self.take(kind, header)))
     }
 

@@ -1,0 +1,89 @@
+//! Model check of the fence between workers that read and discards that punch (laws 1 and 7): every interleaving of both.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../../agent/src/memory"]
+mod memory {
+    pub(crate) mod sync {
+        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
+        pub(crate) use loom::thread::yield_now;
+    }
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod fence;
+}
+
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU64, Ordering};
+use memory::fence::Readers;
+
+/// What a discard and a worker share: the mark, and whether the page is gone.
+struct Page {
+    readers: Readers,
+    discarded: AtomicU64,
+    punched: AtomicU64,
+}
+
+impl Page {
+    fn new(workers: usize) -> Arc<Self> {
+        Arc::new(Self { readers: Readers::new(workers), discarded: AtomicU64::new(0), punched: AtomicU64::new(0) })
+    }
+
+    /// What a worker does with word 5 of block 2. True if it read.
+    fn work(&self, worker: usize) -> bool {
+        let _reading = self.readers.reading(worker, 2, 5);
+        if self.discarded.load(Ordering::Relaxed) != 0 {
+            return false;
+        }
+        assert_eq!(self.punched.load(Ordering::Relaxed), 0, "the page was punched while a worker reads it");
+        true
+    }
+
+    fn discard(&self) {
+        self.discarded.fetch_or(1, Ordering::AcqRel);
+        self.readers.wait(|block, word| block == 2 && word == 5);
+        self.punched.store(1, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_page_is_never_read_after_its_discard_was_acknowledged() {
+    loom::model(|| {
+        let page = Page::new(1);
+        let worker = {
+            let page = page.clone();
+            loom::thread::spawn(move || page.work(0))
+        };
+        page.discard();
+        worker.join().unwrap();
+        // Acknowledged: who comes from here on does not read.
+        assert!(!page.work(0));
+    });
+}
+
+#[test]
+fn two_workers_are_both_waited_for() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let page = Page::new(2);
+        let workers: Vec<_> = (0..2)
+            .map(|worker| {
+                let page = page.clone();
+                loom::thread::spawn(move || page.work(worker))
+            })
+            .collect();
+        page.discard();
+        for worker in workers {
+            worker.join().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_worker_elsewhere_is_not_waited_for() {
+    loom::model(|| {
+        let readers = Arc::new(Readers::new(1));
+        let _elsewhere = readers.reading(0, 2, 6);
+        // Would never return if it waited.
+        readers.wait(|block, word| block == 2 && word == 5);
+    });
+}
