@@ -40,11 +40,16 @@ impl Balloon {
     }
 
     /// Takes `runs` runs of up to `longest` pages, less where the guest has none to give. One discard tells of all of them. Returns the number of
-    /// pages that it took.
+    /// pages that it took; none while the VMM is paused.
     ///
     /// # Errors
     /// If the client refuses, which it never should.
     pub fn inflate(&mut self, runs: usize, longest: u64) -> Result<u64, Error> {
+        let usage = self.usage.clone();
+        Ok(usage.while_running(|| self.take(runs, longest))?.unwrap_or(0))
+    }
+
+    fn take(&mut self, runs: usize, longest: u64) -> Result<u64, Error> {
         let usage = self.usage.clone();
         let blocks = usage.memory().blocks();
         let mut taken = Vec::new();
@@ -68,11 +73,16 @@ impl Balloon {
     }
 
     /// Gives back up to `runs` of the runs that it holds, chosen at random. Returns the number of pages that were given back: none if the agent is
-    /// busy, which is no error.
+    /// busy, which is no error, or the VMM is paused.
     ///
     /// # Errors
     /// If the agent refuses for another reason.
     pub fn deflate(&mut self, runs: usize) -> Result<u64, Error> {
+        let usage = self.usage.clone();
+        Ok(usage.while_running(|| self.give_back(runs))?.unwrap_or(0))
+    }
+
+    fn give_back(&mut self, runs: usize) -> Result<u64, Error> {
         let mut chosen = Vec::new();
         for _ in 0..runs.min(self.held.len()) {
             chosen.push(self.held.swap_remove(self.random.below(self.held.len() as u64) as usize));

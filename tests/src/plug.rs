@@ -45,11 +45,16 @@ impl Plug {
         &self.plugged
     }
 
-    /// Plugs a unit. False if the agent is busy: the guest's request is then answered so, and it asks again.
+    /// Plugs a unit. False if the agent is busy, or the VMM is paused: the guest's request is then answered so, and it asks again.
     ///
     /// # Errors
     /// If the agent refuses for another reason.
     pub fn plug(&mut self, index: u64) -> Result<bool, Error> {
+        let usage = self.usage.clone();
+        Ok(usage.while_running(|| self.plug_now(index))?.unwrap_or(false))
+    }
+
+    fn plug_now(&mut self, index: u64) -> Result<bool, Error> {
         let pages = self.pages(index)?;
         match self.client.populate(&[byte_range(self.block, pages)]) {
             Ok(_) => {}
@@ -61,11 +66,16 @@ impl Plug {
         Ok(true)
     }
 
-    /// Unplugs a unit.
+    /// Unplugs a unit. False if the VMM is paused.
     ///
     /// # Errors
     /// If the client refuses, which it never should.
-    pub fn unplug(&mut self, index: u64) -> Result<(), Error> {
+    pub fn unplug(&mut self, index: u64) -> Result<bool, Error> {
+        let usage = self.usage.clone();
+        Ok(usage.while_running(|| self.unplug_now(index))?.is_some())
+    }
+
+    fn unplug_now(&mut self, index: u64) -> Result<(), Error> {
         let pages = self.pages(index)?;
         self.usage.give_up(self.block, pages)?;
         self.client.discard(&[byte_range(self.block, pages)], Punch::Yes)?;

@@ -29,6 +29,8 @@ pub struct Usage {
     /// Held for reading while a page is looked up and written, for writing while pages are given up.
     fence: RwLock<()>,
     ledgers: Mutex<Vec<Arc<Ledger>>>,
+    /// Whether the VMM is paused, and its state, of which the pages in use are a part, may be on its way.
+    frozen: Mutex<bool>,
 }
 
 /// What one writer wrote: how often it wrote into each page, which is also the value of its word there.
@@ -105,7 +107,13 @@ impl Usage {
             }
             usable.insert(block.id(), bitmap);
         }
-        Ok(Arc::new(Self { memory, usable, fence: RwLock::new(()), ledgers: Mutex::default() }))
+        Ok(Arc::new(Self {
+            memory,
+            usable,
+            fence: RwLock::new(()),
+            ledgers: Mutex::default(),
+            frozen: Mutex::default(),
+        }))
     }
 
     /// The memory.
@@ -142,6 +150,21 @@ impl Usage {
         let ledger = Arc::new(Ledger { name: name.to_owned(), slot, counts });
         ledgers.push(ledger.clone());
         Ok(Writer { usage: self.clone(), ledger, path })
+    }
+
+    /// Changes which pages are in use, unless the VMM is paused: a balloon does not inflate then, and `None` is returned. The pause waits for
+    /// what has begun.
+    ///
+    /// # Errors
+    /// Those of `change`.
+    pub fn while_running<T>(&self, change: impl FnOnce() -> Result<T, Error>) -> Result<Option<T>, Error> {
+        let frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
+        if *frozen { Ok(None) } else { change().map(Some) }
+    }
+
+    /// Says whether the VMM is paused.
+    pub fn freeze(&self, frozen: bool) {
+        *self.frozen.lock().unwrap_or_else(PoisonError::into_inner) = frozen;
     }
 
     /// Nobody writes into `pages` any more when this returns. To be followed by the discard.

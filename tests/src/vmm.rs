@@ -164,6 +164,7 @@ impl Parts {
     }
 
     fn run(&self) -> Result<(), Error> {
+        self.usage.freeze(false);
         lock(&self.guest).resume()?;
         lock(&self.devices).iter_mut().try_for_each(Device::resume)?;
         lock(&self.record).runs = true;
@@ -171,6 +172,7 @@ impl Parts {
     }
 
     fn stop(&self) -> Result<(), Error> {
+        self.usage.freeze(true);
         lock(&self.guest).pause()?;
         lock(&self.devices).iter_mut().try_for_each(Device::pause)?;
         lock(&self.record).runs = false;
