@@ -29,6 +29,9 @@ pub enum Error {
     /// Write protection is not to be had.
     #[error(transparent)]
     WriteProtect(#[from] pageferry_client::tracking::uffd::UffdError),
+    /// The guest under KVM.
+    #[error(transparent)]
+    Kvm(Box<crate::guest::kvm::GuestError>),
     /// Guest memory could not be mapped or reached.
     #[error("guest memory: {0}")]
     Memory(String),

@@ -127,7 +127,7 @@ fn a_guest_that_writes_arrives_as_it_stopped_with_either_tracker() {
         let bench = Bench::new();
         let (here, there) = (bench.file("here"), bench.file("there"));
         let source = prepare(&here);
-        let more = ["--write-rate", "20000", "--tracker", tracker, "--streams", "3", "--bandwidth", "40M"];
+        let more = ["--write-rate", "2000", "--tracker", tracker, "--streams", "3", "--bandwidth", "40M"];
         let [(sent, ours), (received, theirs)] = bench.migrate(&here, &there, &more);
         if tracker == "uffd" && !sent && ours["error"].as_str().unwrap().contains("userfaultfd") {
             eprintln!("skipped: {ours}");

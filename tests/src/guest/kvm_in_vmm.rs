@@ -1,0 +1,60 @@
+//! The KVM guest as a guest of the mock VMM, and its dirty log as a tracker that the VMM reads.
+
+use super::Guest;
+use super::kvm::{GuestError, KvmGuest};
+use crate::Error;
+use crate::vmm::HookTracker;
+use pageferry_client::tracking::kvm::KvmDirtyLog;
+use pageferry_client::{ClearPages, DirtyLog, HookError, StatePiece};
+
+/// Name of the state piece with the vCPU's registers.
+const PIECE: &str = "vcpu0";
+
+impl From<GuestError> for Error {
+    fn from(error: GuestError) -> Self {
+        Self::Kvm(Box::new(error))
+    }
+}
+
+/// It is started by [`KvmGuest::boot`] at the source, and by loading its state at the destination.
+impl Guest for KvmGuest {
+    fn start(&mut self) -> Result<(), Error> {
+        Ok(Self::resume(self)?)
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        Ok(Self::pause(self)?)
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        Ok(Self::resume(self)?)
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, Error> {
+        Ok(vec![StatePiece { name: PIECE.into(), bytes: self.save()? }])
+    }
+
+    fn load_state(&mut self, state: &[StatePiece]) -> Result<(), Error> {
+        let piece = state.iter().find(|piece| piece.name == PIECE);
+        let missing = || Error::State { name: PIECE.into(), reason: "missing".into() };
+        Ok(self.load(&piece.ok_or_else(missing)?.bytes)?)
+    }
+}
+
+impl HookTracker for KvmDirtyLog {
+    fn start(&mut self) -> Result<(), HookError> {
+        Ok(Self::start(self)?)
+    }
+
+    fn stop(&mut self) -> Result<(), HookError> {
+        Ok(Self::stop(self)?)
+    }
+
+    fn sync(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        Ok(Self::sync(self, log)?)
+    }
+
+    fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        Ok(Self::clear(self, pages.log_first_page, pages.bitmap)?)
+    }
+}
