@@ -1,1 +1,5 @@
 //! Shared parts of the examples.
+//!
+//! - [`table`]: what happened, in two columns.
+
+pub mod table;

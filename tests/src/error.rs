@@ -32,6 +32,9 @@ pub enum Error {
     /// The guest under KVM.
     #[error(transparent)]
     Kvm(Box<crate::guest::kvm::GuestError>),
+    /// KVM's dirty log.
+    #[error(transparent)]
+    KvmLog(#[from] pageferry_client::tracking::kvm::KvmLogError),
     /// Guest memory could not be mapped or reached.
     #[error("guest memory: {0}")]
     Memory(String),

@@ -8,8 +8,8 @@
 //! - [`in_process`]: an agent on a thread of the test's own process;
 //! - [`process`]: agents and VMMs as processes of their own; [`agent`]: the agent's command line within this binary;
 //! - [`mock_vmm`]: the command line `mock_vmm source|destination`;
-//! - [`gate`], [`deadline`], [`random`]: stopping threads, waiting for conditions, and repeatable chance;
-//! - [`require`]: what a test needs of the machine.
+//! - [`require`]: what a test needs of the machine;
+//! - [`gate`], [`deadline`], [`random`]: stopping threads, waiting for conditions, and repeatable chance.
 //!
 //! Everything random follows from a seed, and everything that waits has a deadline.
 #![deny(unsafe_code)]

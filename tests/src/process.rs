@@ -28,8 +28,20 @@ impl Process {
     /// # Errors
     /// If it cannot be started.
     pub fn spawn(name: &str, command: &mut Command) -> Result<Self, Error> {
-        let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(Error::io(format!("start {name}")))?;
+        Self::collecting(name, command.stderr(Stdio::piped()))
+    }
+
+    /// The same, but what it prints on standard error goes where this process's goes, such as a terminal.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn spawn_visible(name: &str, command: &mut Command) -> Result<Self, Error> {
+        Self::collecting(name, command.stderr(Stdio::inherit()))
+    }
+
+    fn collecting(name: &str, command: &mut Command) -> Result<Self, Error> {
+        let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+        let mut child = spawned.map_err(Error::io(format!("start {name}")))?;
         let lines = Arc::default();
         let outputs = [
             child.stdout.take().map(|pipe| collect(pipe, Arc::clone(&lines))),

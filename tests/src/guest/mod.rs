@@ -1,8 +1,8 @@
 //! Guests: what a VMM pauses, resumes and moves.
 //!
 //! - [`Guest`]: what a mock VMM needs of one;
-//! - [`threads`]: guests made of threads that write at a set rate and in a set pattern;
-//! - [`kvm`]: a real one, under KVM; [`kvm_in_vmm`]: what makes it one of the mock VMM's.
+//! - [`kvm`]: a vCPU under KVM that increments a counter in every page, sweep after sweep; [`kvm_in_vmm`]: what makes it the mock VMM's;
+//! - [`threads`]: guests made of threads that write at a set rate and in a set pattern.
 
 pub mod kvm;
 pub mod kvm_in_vmm;

@@ -1,0 +1,311 @@
+//! A running guest moves from one VMM to another: two agents and two VMMs, each a process of its own.
+//!
+//! `cargo run --release --example live_migration`
+//!
+//! The guest has 1 GiB. It writes into a part of it all the time; another part has content that stands still, and the rest was never touched. 128 MiB are
+//! given back before the migration, 64 MiB while it runs. Afterwards the result is checked, and the exit status is 0 only if all of it is right.
+#![allow(clippy::print_stdout)]
+
+use clap::{Parser, Subcommand};
+use pageferry_client::{BlockRange, IncomingOptions, NonConvergence, OutgoingOptions, Phase, Punch};
+use pageferry_examples::table::Table;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep, check_consistent, counters};
+use pageferry_tests::guest::threads::{PageSet, ThreadGuest, ThreadGuestOptions};
+use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
+use pageferry_tests::mock_vmm::report::{Report, watch};
+use pageferry_tests::process::{AgentProcess, Process};
+use pageferry_tests::usage::{Path as WritePath, Usage};
+use pageferry_tests::verify::{Compared, same_block};
+use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use pageferry_tests::{Error, deadline};
+use serde_json::{Value, json};
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+/// Size of the guest.
+const SIZE: u64 = 1 << 30;
+/// What the guest writes into, over and over, but for its firmware.
+const BUSY: PageRange = pages(0, 32 * MIB);
+/// Content that stands still. What follows was never touched.
+const STILL: PageRange = pages(32 * MIB, 704 * MIB);
+/// Given back before the migration.
+const BEFORE: PageRange = pages(256 * MIB, 128 * MIB);
+/// Given back while it runs.
+const DURING: PageRange = pages(512 * MIB, 64 * MIB);
+/// Where the still content comes from.
+const SEED: u64 = 2021;
+/// The id of the only block.
+const RAM: u32 = 0;
+/// Longest time for everything.
+const LIMIT: Duration = Duration::from_secs(300);
+
+const fn pages(offset: u64, length: u64) -> PageRange {
+    PageRange::new(pages_in(offset), pages_in(length))
+}
+
+/// Migrates a running guest of 1 GiB between two VMMs, and checks that it arrived.
+#[derive(Debug, Parser)]
+#[command(name = "live_migration")]
+struct Cli {
+    #[command(subcommand)]
+    process: Option<Role>,
+}
+
+/// What this program is in the processes that it starts.
+#[derive(Debug, Subcommand)]
+enum Role {
+    #[command(hide = true)]
+    Source { socket: PathBuf, memory: PathBuf, to: String },
+    #[command(hide = true)]
+    Destination { socket: PathBuf, memory: PathBuf, listen: String },
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == "agent") {
+        return pageferry_tests::agent::main(arguments);
+    }
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let outcome = match Cli::parse().process {
+        None => show(),
+        Some(Role::Source { socket, memory, to }) => source(&socket, &memory, &to).map(|report| println!("{report}")),
+        Some(Role::Destination { socket, memory, listen }) => {
+            destination(&socket, &memory, &listen).map(|report| println!("{report}"))
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", error.sentence());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Starts everything, waits, checks, and shows what happened.
+fn show() -> Result<(), Error> {
+    let (here, there) = (guest_memory()?, guest_memory()?);
+    println!("preparing a guest of {} MiB, {} MiB of them with content", SIZE / MIB, STILL.bytes() / MIB);
+    here.block(RAM)?.fill(STILL, SEED)?;
+    let before = here.allocated()?;
+
+    let program = std::env::current_exe().map_err(Error::io("find this program"))?;
+    let directory = std::env::temp_dir().join(format!("pageferry-{}", std::process::id()));
+    std::fs::create_dir(&directory).map_err(Error::io(format!("make {}", directory.display())))?;
+    let reports = migrate(&program, &directory, &here, &there);
+    let removed = std::fs::remove_dir_all(&directory);
+    let [source, destination] = reports?;
+    removed.map_err(Error::io(format!("remove {}", directory.display())))?;
+
+    table(&source, before, &here, &there)?;
+    let compared = check(&here, &there)?;
+    println!("checked: {} pages are the same at the destination", compared.equal);
+    println!(
+        "checked: {} discarded pages are holes there, and nothing more is allocated than here",
+        compared.discarded
+    );
+    println!("checked: {}", destination["guest"].as_str().unwrap_or_default());
+    Ok(())
+}
+
+/// A memfd that the processes reach by a path.
+fn guest_memory() -> Result<TestMemory, Error> {
+    TestMemory::ram(SIZE)
+}
+
+fn path_of(memory: &TestMemory) -> Result<PathBuf, Error> {
+    let fd = memory.block(RAM)?.file().as_raw_fd();
+    Ok(format!("/proc/{}/fd/{fd}", std::process::id()).into())
+}
+
+/// Two agents, two VMMs, one migration. Returns what the two VMMs have to say.
+fn migrate(program: &Path, directory: &Path, here: &TestMemory, there: &TestMemory) -> Result<[Value; 2], Error> {
+    let agents = [
+        AgentProcess::spawn(program.as_os_str(), directory, "source-agent")?,
+        AgentProcess::spawn(program.as_os_str(), directory, "destination-agent")?,
+    ];
+    let vmm = |role: &str, agent: &AgentProcess, memory: &TestMemory, address: &str| {
+        let mut command = Command::new(program);
+        command.arg(role).arg(agent.socket()).arg(path_of(memory)?).arg(address);
+        Process::spawn_visible(role, &mut command)
+    };
+    let mut destination = vmm("destination", &agents[1], there, "tcp:127.0.0.1:0")?;
+    let line = destination.wait_for_line("listening at ", PATIENCE)?;
+    let address = line.trim_start_matches("listening at ");
+    let mut source = vmm("source", &agents[0], here, address)?;
+    Ok([report_of(&mut source)?, report_of(&mut destination)?])
+}
+
+/// Waits for the end of a VMM and reads its last line.
+fn report_of(vmm: &mut Process) -> Result<Value, Error> {
+    let status = vmm.wait(LIMIT)?;
+    let last = vmm.lines().pop().unwrap_or_default();
+    if !status.success() {
+        return Err(Error::Mismatch(format!("a VMM failed ({status}): {last}")));
+    }
+    serde_json::from_str(&last).map_err(|error| Error::Mismatch(format!("a VMM says \"{last}\": {error}")))
+}
+
+/// The memory that was prepared, as one VMM uses it.
+fn open(path: &Path) -> Result<Arc<Usage>, Error> {
+    let file = File::options().read(true).write(true).open(path).map_err(Error::io("open the guest's memory"))?;
+    let layout = BlockLayout { backing: Backing::File(Arc::new(file)), ..BlockLayout::ram(SIZE) };
+    Usage::new(Arc::new(TestMemory::new(vec![layout])?))
+}
+
+/// What the KVM guest writes.
+fn sweep() -> Sweep {
+    Sweep { ranges: vec![(FIRMWARE_PAGES * PAGE_SIZE, BUSY.count - FIRMWARE_PAGES)], spins: 200 }
+}
+
+/// What a guest of threads writes: the same pages.
+fn threads(usage: &Arc<Usage>) -> Result<ThreadGuest, Error> {
+    let busy: PageSet = [(RAM, PageRange::new(FIRMWARE_PAGES, BUSY.count - FIRMWARE_PAGES))].into_iter().collect();
+    let options = ThreadGuestOptions {
+        rate: Some(50_000),
+        pages: Some(busy),
+        path: WritePath::MappingAndLog,
+        ..Default::default()
+    };
+    ThreadGuest::new(usage, options)
+}
+
+/// The source VMM.
+fn source(socket: &Path, memory: &Path, to: &str) -> Result<Value, Error> {
+    let usage = open(memory)?;
+    let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
+    let guest = match KvmGuest::new(usage.memory().guest().clone(), sweep()) {
+        Ok(mut guest) => {
+            guest.boot()?;
+            vmm.set_tracker(Tracker::Hooks(Box::new(guest.dirty_log()?)))?;
+            vmm.set_guest(guest);
+            "under KVM, tracked by KVM's dirty log"
+        }
+        Err(error) => {
+            vmm.set_guest(threads(&usage)?);
+            log::warn!("no KVM guest: {error}");
+            "of threads, since KVM is not to be had, tracked by the shared log"
+        }
+    };
+    vmm.start()?;
+    eprintln!("migrating a guest {guest}");
+    let give_back = |range: PageRange| {
+        let (client, usage) = (vmm.client().clone(), usage.clone());
+        move || -> Result<(), Error> {
+            usage.give_up(RAM, range)?;
+            let range = BlockRange { block: RAM, offset: range.offset(), length: range.bytes() };
+            client.discard(&[range], Punch::Yes)?;
+            Ok(())
+        }
+    };
+    give_back(BEFORE)()?;
+    // While the passes run, and by the end of them at the latest.
+    let pending = Arc::new(Mutex::new(Some(give_back(DURING))));
+    let during = move || -> Result<(), Error> {
+        let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
+        pending.take().map_or(Ok(()), |give_back| give_back())
+    };
+    vmm.before_pause(during.clone());
+    // The guest stops for good after a few passes, however slow this machine is.
+    let options = OutgoingOptions { policy: NonConvergence::StopAnyway, max_passes: 8, ..OutgoingOptions::default() };
+    let job = vmm.start_outgoing(to, &options)?;
+    let status = watch(&vmm, job, true, |status| if status.phase == Phase::Passes { during() } else { Ok(()) })?;
+    if status.phase != Phase::Completed {
+        return Err(Error::Mismatch(format!("the migration {}: {}", status.phase.name(), status.error)));
+    }
+    Ok(json!(Report::new(&status)))
+}
+
+/// The destination VMM: its guest goes on, and is checked.
+fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Error> {
+    let usage = open(memory)?;
+    let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
+    let (kvm, writes) = match KvmGuest::new(usage.memory().guest().clone(), sweep()) {
+        Ok(guest) => {
+            vmm.set_guest(guest);
+            (true, None)
+        }
+        Err(_) => {
+            let guest = threads(&usage)?;
+            let writes = guest.watch_writes();
+            vmm.set_guest(guest);
+            (false, Some(writes))
+        }
+    };
+    let (job, address) = vmm.start_incoming(listen, &IncomingOptions::default())?;
+    println!("listening at {address}");
+    let status = vmm.wait_job(job, LIMIT)?;
+    if status.phase != Phase::Completed {
+        return Err(Error::Mismatch(format!("the migration {}: {}", status.phase.name(), status.error)));
+    }
+    let guest = if kvm { counts_on_in_kvm(&vmm)? } else { counts_on_in_threads(&vmm, writes)? };
+    Ok(json!({ "guest": guest }))
+}
+
+/// Lets the guest go on for a few sweeps, stops it, and looks at its counters: a page that came in an old version would lag behind for ever.
+fn counts_on_in_kvm(vmm: &MockVmm) -> Result<String, Error> {
+    let look = || -> Result<u32, Error> {
+        let first = vmm.memory().block(RAM)?.read_word(FIRMWARE_PAGES * PAGE_SIZE)?;
+        Ok(first as u32)
+    };
+    let came_with = look()?;
+    deadline::wait_until("three more sweeps of the guest", PATIENCE, || {
+        look().is_ok_and(|sweeps| sweeps.wrapping_sub(came_with) >= 3)
+    })?;
+    vmm.stop()?;
+    let progress = check_consistent(counters(vmm.memory().guest(), &sweep())?)?;
+    Ok(format!(
+        "the guest counts on, from sweep {came_with} to sweep {}, and all its {} counters agree",
+        progress.sweeps,
+        sweep().pages()
+    ))
+}
+
+fn counts_on_in_threads(vmm: &MockVmm, writes: Option<impl Fn() -> u64>) -> Result<String, Error> {
+    let writes = || writes.as_ref().map_or(0, |writes| writes());
+    deadline::wait_until("more writes of the guest", PATIENCE, || writes() > 10_000)?;
+    vmm.stop()?;
+    let words = vmm.usage().check()?;
+    let came = vmm.record().words_checked;
+    Ok(format!(
+        "the guest counts on: {came} counters were right when it came, {words} are after {} more writes",
+        writes()
+    ))
+}
+
+/// All that stood still is the same here and there; what was given back is a hole there.
+fn check(here: &TestMemory, there: &TestMemory) -> Result<Compared, Error> {
+    let discarded = MappedBitmap::private(pages_in(SIZE)).map_err(|error| Error::Memory(error.to_string()))?;
+    discarded.set(BEFORE);
+    discarded.set(DURING);
+    let stands_still = |page| page < FIRMWARE_PAGES || page >= BUSY.end();
+    same_block(here.block(RAM)?, &discarded, there.block(RAM)?, stands_still)
+}
+
+fn table(report: &Value, before: u64, here: &TestMemory, there: &TestMemory) -> Result<(), Error> {
+    let number = |name: &str| report[name].as_u64().unwrap_or_default();
+    let time = |name: &str| format!("{:.1} ms", report[name].as_f64().unwrap_or_default());
+    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / MIB as f64);
+    let pages = |count: u64| format!("{count} pages, {}", mib(count * PAGE_SIZE));
+    let mut table = Table::default();
+    table.row("sent", pages(number("pages_sent")));
+    table.row("on the wire", mib(number("wire_bytes")));
+    table.row("found to be zero", pages(number("zero_pages")));
+    table.row("discarded, told and not sent", pages(number("discarded_pages")));
+    table.row("never touched, skipped", mib(SIZE - STILL.bytes() - BUSY.bytes()));
+    table.row("passes", number("passes"));
+    table.row("took", time("total_ms"));
+    table.row("the guest stood still for", time("downtime_ms"));
+    table.row("allocated before", mib(before));
+    table.row("allocated here and there", format!("{} and {}", mib(here.allocated()?), mib(there.allocated()?)));
+    print!("{table}");
+    Ok(())
+}

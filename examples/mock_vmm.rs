@@ -1,0 +1,15 @@
+//! Drives the parts of a migration by hand, each in a terminal of its own:
+//!
+//! ```text
+//! truncate -s 2G /dev/shm/here /dev/shm/there
+//! pageferry agent --socket /tmp/here.sock
+//! pageferry agent --socket /tmp/there.sock
+//! mock_vmm destination --socket /tmp/there.sock --memory /dev/shm/there --size 2G --listen tcp:127.0.0.1:7000
+//! mock_vmm source      --socket /tmp/here.sock  --memory /dev/shm/here  --size 2G --to tcp:127.0.0.1:7000
+//! ```
+//!
+//! `mock_vmm source --help` has the rest. The exit status is 0 only after a migration that was verified and committed.
+
+fn main() -> std::process::ExitCode {
+    pageferry_tests::mock_vmm::main(std::env::args_os().skip(1).collect())
+}
