@@ -207,7 +207,8 @@ fn no_write_is_lost_while_scans_run() {
     let counter = |page: u64| -> u32 { tracked.memory.load(GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap() };
     let stop = AtomicBool::new(false);
     let mut copy = vec![0; PAGES as usize];
-    let mut scans = 0u32;
+    // Scans that found something: so many that they met the writer everywhere, however the two take turns.
+    let mut found = 0u32;
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             let mut random = 1u64;
@@ -217,9 +218,10 @@ fn no_write_is_lost_while_scans_run() {
                 tracked.memory.store(counter(page) + 1, GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap();
             }
         });
-        while scans < 2000 {
-            tracked.scan().into_iter().for_each(|page| copy[page as usize] = counter(page));
-            scans += 1;
+        while found < 1000 {
+            let pages = tracked.scan();
+            found += u32::from(!pages.is_empty());
+            pages.into_iter().for_each(|page| copy[page as usize] = counter(page));
         }
         stop.store(true, Ordering::Relaxed);
         writer.join().unwrap();
@@ -227,7 +229,6 @@ fn no_write_is_lost_while_scans_run() {
     tracked.scan().into_iter().for_each(|page| copy[page as usize] = counter(page));
     let actual: Vec<u32> = (0..PAGES).map(counter).collect();
     assert_eq!(copy, actual, "what was copied after each report is what is there");
-    assert!(actual.iter().any(|count| *count > 1));
 }
 
 #[test]
