@@ -192,10 +192,11 @@ impl Usage {
 
     /// The pages in use and all ledgers, as state that travels with the VMM. Nobody may write meanwhile.
     pub fn save(&self) -> Vec<StatePiece> {
-        let usable = self.usable.iter().flat_map(|(block, bitmap)| {
-            bitmap.runs(bitmap.all()).flat_map(move |run| [u64::from(*block), run.first, run.count])
+        let unusable = self.usable.iter().flat_map(|(block, bitmap)| {
+            clear_runs(bitmap).flat_map(move |run| [u64::from(*block), run.first, run.count])
         });
-        let mut pieces = vec![StatePiece { name: "usage".into(), bytes: usable.flat_map(u64::to_le_bytes).collect() }];
+        let bytes = unusable.flat_map(u64::to_le_bytes).collect();
+        let mut pieces = vec![StatePiece { name: "pages not in use".into(), bytes }];
         pieces.extend(self.ledgers().iter().map(|ledger| ledger.save()));
         pieces
     }
@@ -206,12 +207,15 @@ impl Usage {
     /// If a piece is malformed, or names a block that is not here.
     pub fn load(&self, state: &[StatePiece]) -> Result<(), Error> {
         for piece in state {
-            if piece.name == "usage" {
+            if piece.name == "pages not in use" {
+                // Most are in use on both sides: a huge bitmap that is right already is only read.
                 for bitmap in self.usable.values() {
-                    bitmap.clear(bitmap.all());
+                    for run in clear_runs(bitmap) {
+                        bitmap.set(run);
+                    }
                 }
                 for [block, first, count] in triples(piece)? {
-                    self.usable(block_id(piece, block)?)?.set(PageRange::new(first, count));
+                    self.usable(block_id(piece, block)?)?.clear(PageRange::new(first, count));
                 }
             }
             if let Some(ledger) = self.ledgers().iter().find(|ledger| piece.name == ledger.piece_name()) {
@@ -333,6 +337,17 @@ impl Writer {
     pub fn usage(&self) -> &Arc<Usage> {
         &self.usage
     }
+}
+
+/// The runs of clear pages, in order.
+fn clear_runs(bitmap: &MappedBitmap) -> impl Iterator<Item = PageRange> + '_ {
+    let pages = bitmap.pages();
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let first = bitmap.next_clear(PageRange::new(at, pages - at))?;
+        at = bitmap.next_set(PageRange::new(first, pages - first)).unwrap_or(pages);
+        Some(PageRange::new(first, at - first))
+    })
 }
 
 fn triples(piece: &StatePiece) -> Result<impl Iterator<Item = [u64; 3]> + '_, Error> {
