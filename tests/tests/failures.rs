@@ -4,18 +4,22 @@
 
 mod common;
 
-use common::{At, Passing, Ram, Relay, SOON, Side, VmmHooks, lock, migrates_next_time, passes};
+use common::{At, Passing, Ram, Relay, SOON, Side, Vmm, VmmHooks, migrates_next_time, passes};
 use pageferry_client::{
-    Config, Error, ErrorCode, HookError, IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase, Punch, Target,
+    Client, Config, Error, ErrorCode, HookError, IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase, Punch,
+    Target,
 };
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::control::request::{Reply, Request, decode_reply};
 use pageferry_protocol::control::{Frame, FrameSocket};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::process::AgentProcess;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -148,6 +152,56 @@ fn a_connection_that_is_cut_fails_both_sides_and_both_migrate_next_time() {
         assert_eq!(destination.wait(incoming).phase, Phase::Completed);
         assert_eq!(destination.vmm.resumes(), 1);
         common::assert_same(&scene.source.ram, &destination.ram);
+    }
+}
+
+#[test]
+fn one_of_several_streams_that_is_cut_fails_both_sides_in_bounded_time() {
+    for pass in 0..3 {
+        for part in [0, 16] {
+            let mut scene = Scene::start(&OutgoingOptions { streams: 4, ..passes(2) });
+            // The second to end the pass, while others have ended it and others have not.
+            let mut ended = 0;
+            let record = scene.relay.until(|record| {
+                ended += u32::from(record.is(Kind::PassEnd, pass));
+                ended == 2
+            });
+            let started = Instant::now();
+            scene.relay.cut_one(&record, part);
+            let status = scene.relay.finish(&scene.source, scene.outgoing);
+            assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+            scene.assert_source_failed();
+            scene.assert_destination_failed();
+            assert!(started.elapsed() < BOUND);
+            migrates_next_time(&scene.source);
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_truncated_under_the_agent_fails_the_job_and_the_session_goes_on() {
+    for (moment, is_there) in [MOMENTS[0], MOMENTS[5]] {
+        eprintln!("truncated {moment}");
+        let source = Side::new(Ram::unsealed(PAGES));
+        for page in 0..PAGES {
+            source.ram.write(page, 1000 + page);
+        }
+        let mut scene = Scene::start_with(Relay::new(), source, Side::new(Ram::odd(PAGES)), &passes(2));
+        let record = scene.relay.until(is_there);
+        let ram = scene.source.ram.clone();
+        let whole = ram.fd_offset + PAGES * PAGE_SIZE;
+        rustix::fs::ftruncate(&ram.fd, whole - 10 * PAGE_SIZE).unwrap();
+        scene.source.client.log().mark(PageRange::new(ram.gpa / PAGE_SIZE + PAGES - 5, 1));
+        scene.relay.pass(record);
+        let status = scene.relay.finish(&scene.source, scene.outgoing);
+        assert!(status.error.contains("block 3") && status.error.contains("truncated"), "{}", status.error);
+        scene.assert_source_failed();
+        let there = scene.assert_destination_failed();
+        assert!(there.error.contains("truncated"), "the destination is told: {}", there.error);
+        // A discard of what is not there any more is no less a discard.
+        assert_eq!(scene.source.client.discard(&[ram.range(PAGES - 5, 5)], Punch::Yes).unwrap(), 5);
+        rustix::fs::ftruncate(&ram.fd, whole).unwrap();
+        migrates_next_time(&scene.source);
     }
 }
 
@@ -331,8 +385,8 @@ impl Drop for Listening {
 fn a_link_that_dies_after_the_commit_leaves_a_guest_that_only_force_resumes() {
     let agent = Listening::new();
     let config = Config { log_covers: 1 << 30, ..Config::default() };
-    let (client, channel) = pageferry_client::Client::connect(&agent.path, config).unwrap();
-    let vmm = common::Vmm::new();
+    let (client, channel) = Client::connect(&agent.path, config).unwrap();
+    let vmm = Vmm::new();
     channel.spawn(VmmHooks(vmm.clone())).unwrap();
     let ram = Ram::odd(PAGES);
     ram.add_to(&client);
@@ -393,41 +447,108 @@ fn after_the_commit_neither_the_end_of_the_agent_nor_a_resume_runs_the_guest_at_
     assert_eq!(vmm.resumes(), 0);
 }
 
-// ---- The source's agent.
+// ---- Agents and VMMs that die.
 
-#[test]
-fn a_source_agent_that_dies_leaves_the_guest_running_and_the_next_agent_migrates_it() {
-    for (moment, is_there) in MOMENTS {
-        eprintln!("source agent dies {moment}");
-        let agent = Listening::new();
+/// An agent that ends in good order, or is killed.
+enum Agent {
+    Stopped(Listening),
+    Killed(AgentProcess, tempfile::TempDir),
+}
+
+impl Agent {
+    fn process() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let program = env!("CARGO_BIN_EXE_pageferry-test-process");
+        Self::Killed(AgentProcess::spawn(program.as_ref(), folder.path(), "agent").unwrap(), folder)
+    }
+
+    fn socket(&self) -> &Path {
+        match self {
+            Self::Stopped(agent) => &agent.path,
+            Self::Killed(agent, _) => agent.socket(),
+        }
+    }
+
+    fn end(self) {
+        if let Self::Killed(mut agent, _folder) = self {
+            agent.process().kill().unwrap();
+        }
+    }
+}
+
+/// A VMM on an agent that listens.
+struct Attached {
+    client: Client,
+    vmm: Arc<Vmm>,
+    ram: Ram,
+}
+
+impl Attached {
+    fn new(socket: &Path) -> Self {
         let config = Config { log_covers: 1 << 30, ..Config::default() };
-        let (client, channel) = pageferry_client::Client::connect(&agent.path, config).unwrap();
-        let vmm = common::Vmm::new();
+        let (client, channel) = Client::connect(socket, config).unwrap();
+        let vmm = Vmm::new();
         channel.spawn(VmmHooks(vmm.clone())).unwrap();
         let ram = Ram::odd(PAGES);
         ram.add_to(&client);
         for page in 0..PAGES {
             ram.write(page, 1000 + page);
         }
+        Self { client, vmm, ram }
+    }
+
+    fn send(&self, path: &Path, options: &OutgoingOptions) -> u64 {
+        self.client.start_outgoing(Target::Address(format!("unix:{}", path.display())), options).unwrap().job
+    }
+
+    /// Sends the guest, and checks that it arrived.
+    fn migrates(&self) -> Side {
+        let there = Side::new(Ram::odd(PAGES));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("next");
+        let incoming = there.listen(&path, &IncomingOptions::default());
+        let outgoing = self.send(&path, &passes(1));
+        let status = self.client.wait(outgoing, SOON).unwrap();
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(there.wait(incoming).phase, Phase::Completed);
+        common::assert_same(&self.ram, &there.ram);
+        assert_eq!(there.vmm.resumes(), 1);
+        there
+    }
+}
+
+/// The source's agent dies at every moment; the VMM goes on without it, and with the next one.
+fn lose_the_source_agent(agent: fn() -> Agent) {
+    for (moment, is_there) in MOMENTS {
+        eprintln!("source agent dies {moment}");
+        let first = agent();
+        let Attached { client, vmm, ram } = &Attached::new(first.socket());
         let mut relay = Relay::new();
         let destination = Side::new(Ram::odd(PAGES));
-        destination.listen(&relay.destination(), &IncomingOptions::default());
+        let incoming = destination.listen(&relay.destination(), &IncomingOptions::default());
         let target = Target::Address(format!("unix:{}", relay.path().display()));
         client.start_outgoing(target, &passes(2)).unwrap();
         let _record = relay.until(is_there);
         client.discard(&[ram.range(20, 10)], Punch::Yes).unwrap();
 
-        drop(agent);
+        let started = Instant::now();
+        first.end();
         wait_until("the agent to be lost", SOON, || client.status().is_err()).unwrap();
         wait_until("the guest to run", SOON, || !vmm.is_paused()).unwrap();
         assert_eq!(client.ownership(), Ownership::Ours);
+        relay.cut();
+        if moment != "before the hello" {
+            assert_eq!(destination.wait(incoming).phase, Phase::Failed);
+            assert_eq!(destination.vmm.resumes(), 0);
+        }
+        assert!(started.elapsed() < BOUND);
         // Discards go on without an agent.
         assert_eq!(client.discard(&[ram.range(25, 10)], Punch::Yes).unwrap(), 5);
         assert!((20..35).all(|page| ram.is_hole(page)));
-        ram.write_and_mark(&client, 5, 55);
+        ram.write_and_mark(client, 5, 55);
 
-        let next = Listening::new();
-        client.reattach(&next.path).unwrap().spawn(VmmHooks(vmm.clone())).unwrap();
+        let next = agent();
+        client.reattach(next.socket()).unwrap().spawn(VmmHooks(vmm.clone())).unwrap();
         let there = Side::new(Ram::odd(PAGES));
         let path = relay.folder.path().join("next");
         let incoming = there.listen(&path, &IncomingOptions::default());
@@ -436,9 +557,92 @@ fn a_source_agent_that_dies_leaves_the_guest_running_and_the_next_agent_migrates
         let status = client.wait(outgoing, SOON).unwrap();
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
         assert_eq!(there.wait(incoming).phase, Phase::Completed);
-        common::assert_same(&ram, &there.ram);
-        assert!((20..35).all(|page| there.ram.is_hole(page)));
-        assert_eq!(lock(&there.vmm.asked).resumes, 1);
-        drop(client);
+        common::assert_same(ram, &there.ram);
+        let bitmap = there.client.discarded(there.ram.id).unwrap();
+        assert!((20..35).all(|page| there.ram.is_hole(page) && bitmap.contains(page)));
+        assert_eq!(there.vmm.resumes(), 1);
+    }
+}
+
+#[test]
+fn a_source_agent_that_is_stopped_leaves_the_guest_running_and_the_next_agent_migrates_it() {
+    lose_the_source_agent(|| Agent::Stopped(Listening::new()));
+}
+
+#[test]
+fn a_source_agent_that_is_killed_leaves_the_guest_running_and_the_next_agent_migrates_it() {
+    lose_the_source_agent(Agent::process);
+}
+
+#[test]
+fn a_source_agent_that_is_killed_after_the_commit_leaves_a_guest_that_stands_still() {
+    for held in [Kind::Commit, Kind::Resumed] {
+        let agent = Agent::process();
+        let source = Attached::new(agent.socket());
+        let mut relay = Relay::new();
+        let destination = Side::new(Ram::odd(PAGES));
+        destination.listen(&relay.destination(), &IncomingOptions::default());
+        source.send(&relay.path(), &passes(1));
+        let _record = relay.until(|record| record.kind == held);
+        agent.end();
+        wait_until("the agent to be lost", SOON, || source.client.status().is_err()).unwrap();
+        // A new agent does not know of the commit, and gets the guest to run as little as the VMM does.
+        let next = Agent::process();
+        source.client.reattach(next.socket()).unwrap().spawn(VmmHooks(source.vmm.clone())).unwrap();
+        assert_eq!(source.client.ownership(), Ownership::Relinquished);
+        assert!(source.vmm.is_paused());
+        assert_eq!(source.vmm.resumes(), 0);
+        let again = source.client.start_outgoing(Target::Address("unix:/nowhere".into()), &passes(1));
+        assert!(matches!(again, Err(Error::NotOurs { .. })));
+        assert_eq!(destination.vmm.resumes(), u64::from(held == Kind::Resumed));
+    }
+}
+
+#[test]
+fn a_destination_agent_that_is_killed_leaves_the_guest_running_at_the_source_alone() {
+    for (moment, is_there) in MOMENTS {
+        eprintln!("destination agent killed {moment}");
+        let agent = Agent::process();
+        let there = Attached::new(agent.socket());
+        let mut relay = Relay::new();
+        let source = filled();
+        let listen = Target::Address(format!("unix:{}", relay.destination().display()));
+        there.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
+        let outgoing = source.send(&relay.path(), &passes(2));
+        let _record = relay.until(is_there);
+        let started = Instant::now();
+        agent.end();
+        let status = relay.finish(&source, outgoing);
+        assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+        assert!(started.elapsed() < BOUND);
+        assert!(!source.vmm.is_paused());
+        wait_until("the agent to be lost", SOON, || there.client.status().is_err()).unwrap();
+        assert_eq!(there.vmm.resumes(), 0);
+        assert_eq!(there.client.ownership(), Ownership::Awaiting);
+        migrates_next_time(&source);
+    }
+}
+
+#[test]
+fn a_vmm_that_dies_ends_its_migration_and_the_agent_serves_the_next() {
+    for (moment, is_there) in MOMENTS {
+        eprintln!("source VMM dies {moment}");
+        let agent = Listening::new();
+        let source = Attached::new(&agent.path);
+        let mut relay = Relay::new();
+        let destination = Side::new(Ram::odd(PAGES));
+        let incoming = destination.listen(&relay.destination(), &IncomingOptions::default());
+        source.send(&relay.path(), &passes(2));
+        let record = relay.until(is_there);
+        let started = Instant::now();
+        drop(source);
+        if moment != "before the hello" {
+            relay.pass(record);
+            let status = relay.finish(&destination, incoming);
+            assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+            assert_eq!(destination.vmm.resumes(), 0);
+        }
+        assert!(started.elapsed() < BOUND);
+        Attached::new(&agent.path).migrates();
     }
 }

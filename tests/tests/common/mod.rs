@@ -38,15 +38,25 @@ pub struct Ram {
 
 impl Ram {
     pub fn new(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
+        let ram = Self::without_seal(id, gpa, pages, fd_offset);
+        rustix::fs::fcntl_add_seals(&ram.fd, SealFlags::SHRINK).unwrap();
+        ram
+    }
+
+    fn without_seal(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
         let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         rustix::fs::ftruncate(&fd, fd_offset + pages * PAGE_SIZE).unwrap();
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
         Self { id, gpa, pages, fd_offset, fd }
     }
 
     /// A block at an odd place.
     pub fn odd(pages: u64) -> Self {
         Self::new(3, 0x7000, pages, 0x5000)
+    }
+
+    /// The same, but its file can shrink.
+    pub fn unsealed(pages: u64) -> Self {
+        Self::without_seal(3, 0x7000, pages, 0x5000)
     }
 
     pub fn add_to(&self, client: &Client) {
@@ -400,6 +410,16 @@ impl Relay {
         let mut to = if record.to_destination { &link.destination } else { &link.source };
         to.write_all(&record.bytes()[..bytes]).unwrap();
         self.cut();
+    }
+
+    /// Passes only the first `bytes` of a record on, and cuts the link that it came on.
+    pub fn cut_one(&mut self, record: &Passing, bytes: usize) {
+        let link = self.links.remove(record.link);
+        let mut to = if record.to_destination { &link.destination } else { &link.source };
+        to.write_all(&record.bytes()[..bytes]).unwrap();
+        // Either may be closed already.
+        let _ = link.source.shutdown(Shutdown::Both);
+        let _ = link.destination.shutdown(Shutdown::Both);
     }
 
     /// Passes everything on until a record comes that is wanted, which is held back.
