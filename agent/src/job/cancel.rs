@@ -94,6 +94,11 @@ impl Cancel {
         Ok(())
     }
 
+    /// Lets go of the sockets: the job has ended, and its peer must see them closed.
+    pub fn release(&self) {
+        self.state().sockets.clear();
+    }
+
     /// Sleeps for `duration`.
     ///
     /// # Errors

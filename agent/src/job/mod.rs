@@ -136,6 +136,7 @@ impl Job {
 
     /// Ends the job.
     pub fn finish(&self, outcome: &Result<(), JobError>) {
+        self.cancel.release();
         let (phase, error) = match outcome {
             Ok(()) => (Phase::Completed, String::new()),
             Err(error @ JobError::Cancelled) => (Phase::Cancelled, error.to_string()),
