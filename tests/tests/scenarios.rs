@@ -5,7 +5,7 @@ mod common;
 
 use common::{Passing, Ram, Relay, Side, assert_same, lock, passes};
 use pageferry_client::{BlockRange, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Trackers};
-use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::Kind;
 use pageferry_protocol::stream::record::FLAG_STRAY;
 use std::sync::{Arc, Mutex};
@@ -22,11 +22,17 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
-        let source = Side::new(Ram::odd(PAGES));
+        let scene = Self::empty(PAGES);
         for page in 0..PAGES {
-            source.ram.write(page, 1000 + page);
+            scene.source.ram.write(page, 1000 + page);
         }
-        Self { relay: Relay::new(), source, destination: Side::new(Ram::odd(PAGES)), jobs: None }
+        scene
+    }
+
+    /// Nothing is allocated.
+    fn empty(pages: u64) -> Self {
+        let (source, destination) = (Side::new(Ram::odd(pages)), Side::new(Ram::odd(pages)));
+        Self { relay: Relay::new(), source, destination, jobs: None }
     }
 
     fn start(&mut self, options: &OutgoingOptions) {
@@ -177,6 +183,31 @@ fn a_stray_write_is_sent_counted_and_flagged_and_its_page_stays_discarded() {
     scene.assert_untouched((0..60).chain(80..PAGES));
     let flagged = scene.relay.seen.iter().filter(|record| record.header.flags() & FLAG_STRAY != 0);
     assert_eq!(flagged.map(|record| record.header.range().count).sum::<u64>(), 3);
+}
+
+#[test]
+fn a_stray_page_that_the_vmm_punched_by_itself_becomes_a_hole_at_the_destination_too() {
+    // Behind so many zero pages the source asks for the next data instead of reading on.
+    const STRAY: u64 = 64 * 9 + 17;
+    for zeros_before in [0, 64 * 8] {
+        let mut scene = Scene::empty(64 * 10);
+        scene.discard(STRAY, 2, Punch::Yes);
+        scene.start(&passes(3));
+        scene.after_pass(0, |source| source.write(STRAY, 4711));
+        scene.after_pass(1, |source| {
+            source.ram.punch(STRAY, 1);
+            let log_page = |page| source.ram.gpa / PAGE_SIZE + page;
+            source.client.log().mark(PageRange::new(log_page(0), zeros_before));
+            source.client.log().mark(PageRange::new(log_page(STRAY), 1));
+        });
+        let status = scene.finish();
+        let carried: Vec<_> = scene.carried(STRAY).iter().map(|record| (record.kind, record.header.flags())).collect();
+        assert_eq!(carried, [(Kind::Data, FLAG_STRAY), (Kind::Zero, FLAG_STRAY)]);
+        scene.assert_discarded(STRAY..STRAY + 2);
+        assert_eq!(status.counters.stray_pages, 2);
+        assert_eq!(scene.destination.client.status().unwrap().counters.stray_pages, 2);
+        assert_same(&scene.source.ram, &scene.destination.ram);
+    }
 }
 
 #[test]

@@ -140,27 +140,14 @@ fn send_chunk(
     for (word, _) in dirty.nonzero_words(chunk) {
         pass.view.job.cancel.check()?;
         if hole.covers(word)? {
-            // All of it is a hole: the pages are zero, and nothing need be read to know.
-            send_hole(pass, sender, block, dirty, word);
+            sender.take_hole(&pass.view, block, dirty, word);
             continue;
         }
         let data_before = sender.totals.data_pages;
         sender.take_word(&pass.view, (at, block), dirty, word)?;
-        hole.saw(word, sender.totals.data_pages > data_before);
+        hole.saw(sender.totals.data_pages > data_before);
     }
     sender.flush(&pass.view)
-}
-
-fn send_hole(pass: &Pass<'_>, sender: &mut PageSender, block: &Block, dirty: &MappedBitmap, word: u64) {
-    let taken = dirty.take_word(word);
-    let send = taken & !block.discarded.word(word);
-    crate::job::add(&pass.view.job.live.pass_pages_done, u64::from(taken.count_ones()));
-    if pass.view.send_zeros {
-        crate::job::add(&pass.view.job.live.zero_pages, u64::from(send.count_ones()));
-        for run in pageferry_protocol::shm::bitmap::runs_of_word(word * WORD_BITS, send) {
-            sender.queue_zeros(block.geometry.id, 0, run);
-        }
-    }
 }
 
 /// Finds large holes among dirty pages, as a populate of much memory makes them: one seek instead of reading gigabytes of zeroes.
@@ -196,7 +183,7 @@ impl<'a> HoleFinder<'a> {
         Ok(word < self.until)
     }
 
-    fn saw(&mut self, _word: u64, data: bool) {
+    fn saw(&mut self, data: bool) {
         self.zeros = if data { 0 } else { self.zeros + 1 };
     }
 }

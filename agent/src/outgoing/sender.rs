@@ -49,6 +49,25 @@ pub struct PassView<'a> {
     pub send_zeros: bool,
 }
 
+/// The dirty pages of a word, taken.
+struct TakenWord {
+    /// Those that migrate.
+    send: u64,
+    /// Those of them that are discarded, and were written after that.
+    stray: u64,
+}
+
+impl TakenWord {
+    /// Laws 1 and 7 for one word: takes the bits, and leaves out what is discarded.
+    fn take(pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64) -> Self {
+        let taken = dirty.take_word(word);
+        add(&pass.job.live.pass_pages_done, u64::from(taken.count_ones()));
+        let discarded = block.discarded.word(word) & taken;
+        let stray = if discarded == 0 { 0 } else { block.stray.word(word) & discarded };
+        Self { send: taken & (!discarded | stray), stray }
+    }
+}
+
 impl PageSender {
     /// The sender of stream `index`.
     pub fn new(index: usize, socket: StreamSocket) -> Self {
@@ -88,10 +107,7 @@ impl PageSender {
         let start = self.filled;
         // Law 7: take the bits, then read. Law 1: publish, then look at the marks; see the fence.
         let reading = pass.job.memory.readers.reading(self.index, at, word);
-        let taken = dirty.take_word(word);
-        let discarded = block.discarded.word(word) & taken;
-        let stray = if discarded == 0 { 0 } else { block.stray.word(word) & discarded };
-        let send = taken & (!discarded | stray);
+        let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
         for run in runs_of_word(first, send) {
             let bytes = run.bytes() as usize;
             let target = &mut self.buffer[self.filled..self.filled + bytes];
@@ -100,9 +116,14 @@ impl PageSender {
             self.filled += bytes;
         }
         drop(reading);
-        add(&pass.job.live.pass_pages_done, u64::from(taken.count_ones()));
         self.queue_word(pass, block.geometry.id, first, send, stray, start);
         if self.filled >= BATCH { self.flush(pass) } else { Ok(()) }
+    }
+
+    /// Takes the dirty pages of word `word` of the block, which lie in a hole: they are zero, and nothing need be read to know.
+    pub fn take_hole(&mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64) {
+        let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
+        self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, send, stray);
     }
 
     /// Queues records for the pages `send` of a word, whose bytes lie in the buffer from `start`, one after another.
@@ -124,27 +145,34 @@ impl PageSender {
                 self.queue.push((header.sealed(&self.buffer[bytes.clone()]).to_wire(), bytes));
             }
         }
-        let zero = send & !data;
         self.totals.data_pages += u64::from(data.count_ones());
+        self.totals.stray_pages += u64::from((data & stray).count_ones());
         add(&pass.job.live.pages_sent, u64::from(data.count_ones()));
-        add(&pass.job.live.stray_pages, u64::from((send & stray).count_ones()));
-        add(&pass.job.live.zero_pages, u64::from(zero.count_ones()));
-        if pass.send_zeros {
-            for (mask, flags) in [(zero & !stray, 0), (zero & stray, FLAG_STRAY)] {
-                for run in runs_of_word(first, mask) {
-                    self.queue_zeros(block, flags, run);
-                }
-            }
-            self.totals.stray_pages += u64::from((send & stray).count_ones());
-        }
+        add(&pass.job.live.stray_pages, u64::from((data & stray).count_ones()));
+        self.queue_zero_pages(pass, block, first, send & !data, stray);
         if data == 0 {
             // Nothing of it is sent: the next word may use the room.
             self.filled = start;
         }
     }
 
+    /// Queues the zero pages `zero` of a word; those in `stray`, too, are flagged and counted as that.
+    fn queue_zero_pages(&mut self, pass: &PassView<'_>, block: u32, first: u64, zero: u64, stray: u64) {
+        add(&pass.job.live.zero_pages, u64::from(zero.count_ones()));
+        add(&pass.job.live.stray_pages, u64::from((zero & stray).count_ones()));
+        if !pass.send_zeros {
+            return;
+        }
+        self.totals.stray_pages += u64::from((zero & stray).count_ones());
+        for (mask, flags) in [(zero & !stray, 0), (zero & stray, FLAG_STRAY)] {
+            for run in runs_of_word(first, mask) {
+                self.queue_zeros(block, flags, run);
+            }
+        }
+    }
+
     /// Queues a zero run, joined with the one before if they touch.
-    pub fn queue_zeros(&mut self, block: u32, flags: u16, run: PageRange) {
+    fn queue_zeros(&mut self, block: u32, flags: u16, run: PageRange) {
         match &mut self.zeros {
             Some((last_block, last_flags, last))
                 if (*last_block, *last_flags, last.end()) == (block, flags, run.first) =>

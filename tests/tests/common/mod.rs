@@ -10,7 +10,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
 use pageferry_tests::in_process::InProcessAgent;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -98,6 +98,12 @@ impl Ram {
             Err(rustix::io::Errno::NXIO) => true,
             Err(errno) => panic!("seek: {errno}"),
         }
+    }
+
+    /// Frees pages without a word to anyone.
+    pub fn punch(&self, first: u64, count: u64) {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.fd, flags, self.fd_offset + first * PAGE_SIZE, count * PAGE_SIZE).unwrap();
     }
 
     pub fn range(&self, first: u64, count: u64) -> BlockRange {
