@@ -4,11 +4,12 @@
 //! that breaks the framing ends, and nothing else does.
 
 use crate::reactor::Reactor;
+use crate::session::standard::Awaited;
 use crate::session::{Role, Session};
 use crate::transport::address::listen_unix;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::Frame;
-use pageferry_protocol::control::request::{self, OWN_REQUESTS, Request};
+use pageferry_protocol::control::request::{self, ErrorCode, OWN_REQUESTS, RemoteError, Request};
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use std::collections::BTreeMap;
 use std::io;
@@ -204,9 +205,8 @@ impl Server {
             return Some(self.session.handle_own(role, frame));
         }
         if role == Role::Operator && takes_memory {
-            log::warn!("vhost-user request {} refused: another connection owns the memory", frame.request);
-            let denied = u64::from(request::ErrorCode::Denied as u32).to_le_bytes().to_vec();
-            return frame.needs_reply().then(|| Frame::reply(frame.request, denied));
+            let denied = RemoteError::new(ErrorCode::Denied, "another connection owns the memory");
+            return Awaited::of(&frame).refusal(frame.request, &denied);
         }
         self.session.handle_standard(frame)
     }

@@ -87,10 +87,15 @@ impl Control {
         control.max_ranges = MAX_RANGES.min(reply.max_ranges as usize);
 
         let body = Encoder::new().u64(log_bytes).u64(0).finish();
-        control.exchange(SET_LOG_BASE, 0, &body, &[log], |reply| {
-            reply.u64("mmap_size")?;
-            reply.u64("mmap_offset")
+        let taken = control.exchange(SET_LOG_BASE, 0, &body, &[log], |reply| {
+            Ok((reply.u64("mmap_size")?, reply.u64("mmap_offset")?))
         })?;
+        if taken != (log_bytes, 0) {
+            let (size, offset) = taken;
+            return Err(control.lose(format!(
+                "it refused the dirty log of {log_bytes:#x} bytes: its answer is size {size:#x}, offset {offset:#x}"
+            )));
+        }
         match control
             .exchange(SET_BACKEND_REQ_FD, FLAG_NEED_REPLY, &[], &[agents_end.as_fd()], |reply| reply.u64("result"))?
         {

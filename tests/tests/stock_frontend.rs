@@ -195,3 +195,31 @@ fn regions_that_overlap_and_regions_that_do_not_exist_are_refused_and_the_sessio
     assert_eq!(stock.discard(0, 0, 16).unwrap(), 16);
     assert!(stock.discard(1, 0, 1).is_err());
 }
+
+#[test]
+fn a_log_that_does_not_fit_is_refused_and_the_session_goes_on() {
+    for need_reply in [true, false] {
+        let mut stock = Stock::new(need_reply);
+        let ram = memfd(0x10_000);
+        stock.frontend.set_mem_table(&[region(&ram, 0, 16, 0)]).unwrap();
+        let log = memfd(0x1000);
+        let log_of = |mmap_size| VhostUserDirtyLogRegion { mmap_size, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
+        // The answer is a log of no size, which the front-end finds out by itself.
+        match stock.frontend.set_log_base(0, Some(log_of(0x2000))) {
+            Err(Error::VhostUserProtocol(UserError::InvalidMessage)) => {}
+            other => panic!("not refused by an answer: {other:?}"),
+        }
+        // Without a file there is nothing to log into, and no answer that could be taken for another's. (With acknowledgements there is
+        // one, which this front-end forgets to wait for.)
+        if !need_reply {
+            stock.frontend.set_log_base(0x1000, None).unwrap();
+        }
+        assert_eq!(stock.frontend.get_max_mem_slots().unwrap(), 509);
+        stock.frontend.set_log_base(0, Some(log_of(0x1000))).unwrap();
+        assert_eq!(stock.discard(0, 0, 1).unwrap(), 1);
+        assert_eq!(stock.populate(0, 0, 1).unwrap(), 1);
+        let mut byte = [0];
+        assert_eq!(rustix::io::pread(&log, &mut byte, 0).unwrap(), 1);
+        assert_eq!(byte, [1]);
+    }
+}

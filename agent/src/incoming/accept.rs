@@ -17,6 +17,9 @@ const MAX_PENDING: usize = 256;
 /// How long the job waits for a source at a stretch; it is cancelled rather than timed out.
 const LONG: Duration = Duration::from_secs(3600);
 
+/// Time between two attempts to accept a connection that waits and cannot be accepted.
+const RETRY: Duration = Duration::from_millis(100);
+
 /// Where the guest comes from.
 #[derive(Debug)]
 pub enum Source {
@@ -109,9 +112,10 @@ fn take_connection(
     }
     let fd = match listener.accept() {
         Ok(fd) => fd,
-        // It went away again, or we are out of descriptors: either way the next one may do better.
+        // It went away again, or we are out of descriptors and may have one in a moment.
         Err(error) => {
             log::warn!("cannot accept a connection: {error}");
+            job.cancel.sleep(RETRY)?;
             return Ok(None);
         }
     };
@@ -119,7 +123,14 @@ fn take_connection(
         log::warn!("more than {MAX_PENDING} connections without a session: the oldest is dropped");
         pending.remove(0);
     }
-    Ok(Some(Pending::new(fd, timeout)?))
+    match Pending::new(fd, timeout) {
+        Ok(new) => Ok(Some(new)),
+        // It went away again.
+        Err(error) => {
+            log::warn!("a connection was dropped: {}", crate::error::chain(&error));
+            Ok(None)
+        }
+    }
 }
 
 impl Pending {
@@ -135,11 +146,9 @@ impl Pending {
         if self.hello.is_some() {
             return Ok(());
         }
-        let Some(record) = self.reader.try_read()? else { return Ok(()) };
-        if record.kind != Kind::Hello {
-            return Err(JobError::Unexpected { found: format!("{:?}", record.kind), expected: "a hello" });
+        if let Some(payload) = self.reader.try_read_hello()? {
+            self.hello = Some(Hello::decode(payload)?);
         }
-        self.hello = Some(Hello::decode(record.payload)?);
         Ok(())
     }
 

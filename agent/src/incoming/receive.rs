@@ -13,6 +13,7 @@ use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::stream::payload::{StatePart, Totals, decode_runs};
 use pageferry_protocol::stream::record::FLAG_STRAY;
 use pageferry_protocol::stream::{Kind, RecordHeader};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// What came on all streams.
@@ -202,6 +203,8 @@ impl<'a> Stream<'a> {
 #[derive(Debug)]
 struct Barrier {
     streams: usize,
+    /// Apart from the rest, since every record asks for it.
+    failed: AtomicBool,
     state: Mutex<BarrierState>,
     opened: Condvar,
 }
@@ -210,12 +213,11 @@ struct Barrier {
 struct BarrierState {
     arrived: usize,
     generation: u64,
-    failed: bool,
 }
 
 impl Barrier {
     fn new(streams: usize) -> Self {
-        Self { streams, state: Mutex::default(), opened: Condvar::new() }
+        Self { streams, failed: AtomicBool::new(false), state: Mutex::default(), opened: Condvar::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, BarrierState> {
@@ -234,19 +236,23 @@ impl Barrier {
             return outcome;
         }
         let generation = state.generation;
-        while state.generation == generation && !state.failed {
+        while state.generation == generation && !self.failed.load(Ordering::Relaxed) {
             state = self.opened.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        if state.failed { Err(JobError::State(OTHER_FAILED.into())) } else { Ok(()) }
+        drop(state);
+        self.check()
     }
 
     fn fail(&self) {
-        self.state().failed = true;
+        // Under the lock, so that nobody is between looking and waiting.
+        let state = self.state();
+        self.failed.store(true, Ordering::Relaxed);
+        drop(state);
         self.opened.notify_all();
     }
 
     fn check(&self) -> Result<(), JobError> {
-        if self.state().failed { Err(JobError::State(OTHER_FAILED.into())) } else { Ok(()) }
+        if self.failed.load(Ordering::Relaxed) { Err(JobError::State(OTHER_FAILED.into())) } else { Ok(()) }
     }
 }
 

@@ -99,6 +99,8 @@ impl GuestLog {
 #[derive(Debug)]
 pub struct GuestMemory {
     blocks: Vec<Arc<Block>>,
+    /// Id and index of each block, sorted by id.
+    by_id: Vec<(u32, usize)>,
     table: BlockTable,
     /// The dirty log, if the VMM set one.
     pub log: Option<Arc<GuestLog>>,
@@ -115,7 +117,9 @@ impl Default for GuestMemory {
 impl GuestMemory {
     /// The set of `blocks`, whose geometries are those of `table`.
     pub fn new(blocks: Vec<Arc<Block>>, table: BlockTable, log: Option<Arc<GuestLog>>) -> Self {
-        Self { blocks, table, log, readers: Readers::new(MAX_READERS) }
+        let mut by_id: Vec<(u32, usize)> = blocks.iter().map(|block| block.geometry.id).zip(0..).collect();
+        by_id.sort_unstable();
+        Self { blocks, by_id, table, log, readers: Readers::new(MAX_READERS) }
     }
 
     /// The blocks. Their order is that of the workers' chunks and of the fence.
@@ -130,7 +134,8 @@ impl GuestMemory {
 
     /// The block with this id, and its index.
     pub fn find(&self, id: u32) -> Option<(usize, &Block)> {
-        let index = self.blocks.iter().position(|block| block.geometry.id == id)?;
+        let at = self.by_id.binary_search_by_key(&id, |(id, _)| *id).ok()?;
+        let (_, index) = self.by_id[at];
         Some((index, &self.blocks[index]))
     }
 }

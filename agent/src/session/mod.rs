@@ -136,6 +136,15 @@ fn check_fds(request: &str, fds: &[OwnedFd], expected: usize) -> Result<(), Remo
     if fds.len() == expected {
         return Ok(());
     }
-    let sentence = format!("{request}: {} file descriptors came with it, expected are {expected}", fds.len());
-    Err(RemoteError::new(ErrorCode::Invalid, sentence))
+    Err(wrong_fds(request, fds.len(), expected))
+}
+
+/// The descriptors of a request that has exactly `N`.
+fn take_fds<const N: usize>(request: &str, fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], RemoteError> {
+    fds.try_into().map_err(|fds: Vec<OwnedFd>| wrong_fds(request, fds.len(), N))
+}
+
+fn wrong_fds(request: &str, count: usize, expected: usize) -> RemoteError {
+    let sentence = format!("{request}: {count} file descriptors came with it, expected are {expected}");
+    RemoteError::new(ErrorCode::Invalid, sentence)
 }

@@ -1,7 +1,7 @@
 //! pageferry's own requests.
 
 use super::registry::NewBlock;
-use super::{Role, Session, check_fds, invalid};
+use super::{Role, Session, check_fds, invalid, take_fds};
 use crate::incoming::accept::Source;
 use crate::job::Job;
 use crate::outgoing::connect::Target;
@@ -81,12 +81,10 @@ impl Session {
     fn add_block(
         &mut self, geometry: BlockGeometry, fd_offset: u64, vmm_address: u64, flags: u32, fds: Vec<OwnedFd>,
     ) -> Answer {
-        check_fds("add block", &fds, 2)?;
-        let id = geometry.id;
-        let mut fds = fds.into_iter();
-        let (Some(memory), bitmap) = (fds.next(), fds.next()) else { return Ok(nothing()) };
-        self.add_blocks(vec![NewBlock { geometry, memory, fd_offset, vmm_address, bitmap }])?;
-        let Some((_, block)) = self.memory.find(id) else { return Ok(nothing()) };
+        let [memory, bitmap] = take_fds("add block", fds)?;
+        let new = NewBlock { geometry, memory, fd_offset, vmm_address, bitmap: Some(bitmap) };
+        let added = self.add_blocks(vec![new])?;
+        let block = &added[0];
         if flags & BLOCK_DISCARDED != 0 {
             block.discarded.set(block.all());
             block.unsettled.set(block.all());

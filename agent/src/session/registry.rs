@@ -25,22 +25,22 @@ pub struct NewBlock {
 }
 
 impl Session {
-    /// Adds blocks, all or none.
-    pub(super) fn add_blocks(&mut self, new: Vec<NewBlock>) -> Result<(), RemoteError> {
+    /// Adds blocks, all or none; returns them.
+    pub(super) fn add_blocks(&mut self, new: Vec<NewBlock>) -> Result<Vec<Arc<Block>>, RemoteError> {
         self.check_idle("memory cannot be added")?;
         let mut table = self.memory.table().clone();
-        let mut blocks = self.memory.blocks().to_vec();
+        let mut added = Vec::new();
         for block in new {
             let id = block.geometry.id;
             table.insert(block.geometry.clone(), MAX_MEM_SLOTS).map_err(|error| invalid(&error))?;
             let made = make_block(block);
-            blocks.push(Arc::new(made.map_err(|mut error| {
+            added.push(Arc::new(made.map_err(|mut error| {
                 error.sentence = format!("block {id}: {}", error.sentence);
                 error
             })?));
         }
-        self.replace(blocks, table);
-        Ok(())
+        self.replace([self.memory.blocks(), &added].concat(), table);
+        Ok(added)
     }
 
     /// Removes the block with this id.

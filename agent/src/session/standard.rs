@@ -4,7 +4,7 @@
 //! success. Requests for virtqueues are refused, since there is no device here.
 
 use super::registry::NewBlock;
-use super::{Session, check_fds};
+use super::{Session, check_fds, take_fds};
 use crate::hooks::Hooks;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
@@ -26,6 +26,43 @@ pub struct Features {
     protocol: u64,
 }
 
+/// What the front-end waits for after a request that is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Awaited {
+    /// Nothing: an answer would be taken for that to the next request.
+    Nothing,
+    /// A number of 64 bits, zero for success.
+    Acknowledgement,
+    /// The log as the back-end took it.
+    Log,
+}
+
+impl Awaited {
+    /// What the front-end waits for after `frame`.
+    pub fn of(frame: &Frame) -> Self {
+        // A log without a descriptor has no answer, whatever was negotiated.
+        if frame.request == FrontendReq::SET_LOG_BASE as u32 && !frame.fds.is_empty() {
+            Self::Log
+        } else if frame.needs_reply() || frame.request == FrontendReq::GET_VRING_BASE as u32 {
+            Self::Acknowledgement
+        } else {
+            Self::Nothing
+        }
+    }
+
+    /// The answer that says no to request `code`.
+    pub fn refusal(self, code: u32, error: &RemoteError) -> Option<Frame> {
+        log::warn!("vhost-user request {code} refused: {error}");
+        let number = u64::from(error.code as u32).to_le_bytes();
+        match self {
+            Self::Nothing => None,
+            Self::Acknowledgement => Some(Frame::reply(code, number.to_vec())),
+            // A log of no size, which no front-end can take for success; the code where its offset was.
+            Self::Log => Some(Frame::reply(code, [[0; 8], number].concat())),
+        }
+    }
+}
+
 impl Features {
     fn offered_virtio() -> u64 {
         let ours = VhostUserVirtioFeatures::LOG_ALL | VhostUserVirtioFeatures::PROTOCOL_FEATURES;
@@ -44,17 +81,12 @@ impl Features {
 impl Session {
     /// Answers a standard request; `None` where the protocol has no answer.
     pub fn handle_standard(&mut self, frame: Frame) -> Option<Frame> {
-        let (code, wants_ack) = (frame.request, frame.needs_reply());
+        let awaited = Awaited::of(&frame);
+        let code = frame.request;
         match self.standard_request(frame) {
             Ok(Some(body)) => Some(Frame::reply(code, body)),
-            Ok(None) => wants_ack.then(|| Frame::reply(code, 0u64.to_le_bytes().to_vec())),
-            Err(error) => {
-                log::warn!("vhost-user request {code} refused: {error}");
-                let has_own_answer =
-                    code == FrontendReq::GET_VRING_BASE as u32 || code == FrontendReq::SET_LOG_BASE as u32;
-                (wants_ack || has_own_answer)
-                    .then(|| Frame::reply(code, u64::from(error.code as u32).to_le_bytes().to_vec()))
-            }
+            Ok(None) => (awaited == Awaited::Acknowledgement).then(|| Frame::reply(code, 0u64.to_le_bytes().to_vec())),
+            Err(error) => awaited.refusal(code, &error),
         }
     }
 
@@ -97,16 +129,16 @@ impl Session {
                 Ok(None)
             }
             FrontendReq::SET_LOG_BASE => {
-                check_fds("SET_LOG_BASE", &fds, 1)?;
+                let [file] = take_fds("SET_LOG_BASE", fds)?;
                 let log = decode_log(&body).map_err(malformed)?;
-                self.set_log(&fds[0], log.mmap_offset, log.mmap_size)?;
+                self.set_log(&file, log.mmap_offset, log.mmap_size)?;
                 Ok(Some(body))
             }
             // By it a back-end would tell that it has logged; nobody waits for us.
             FrontendReq::SET_LOG_FD => check_fds("SET_LOG_FD", &fds, 1).map(|()| None),
             FrontendReq::SET_BACKEND_REQ_FD => {
-                check_fds("SET_BACKEND_REQ_FD", &fds, 1)?;
-                self.set_hook_socket(fds)?;
+                let [socket] = take_fds("SET_BACKEND_REQ_FD", fds)?;
+                self.set_hook_socket(socket)?;
                 Ok(None)
             }
             _ => {
@@ -139,7 +171,7 @@ impl Session {
             NewBlock { geometry, memory, fd_offset: region.fd_offset, vmm_address: region.vmm_address, bitmap: None }
         });
         let new = new.collect();
-        self.add_blocks(new)
+        self.add_blocks(new).map(drop)
     }
 
     fn remove_region(&mut self, region: Region) -> Result<(), RemoteError> {
@@ -153,14 +185,11 @@ impl Session {
         }
     }
 
-    fn set_hook_socket(&mut self, fds: Vec<OwnedFd>) -> Result<(), RemoteError> {
+    fn set_hook_socket(&mut self, socket: OwnedFd) -> Result<(), RemoteError> {
         self.check_idle("the socket for hooks cannot be changed")?;
-        for fd in fds {
-            let duplicate = fd.try_clone();
-            let failed = |error| RemoteError::new(ErrorCode::System, format!("cannot duplicate the socket: {error}"));
-            self.hook_socket = Some(duplicate.map_err(failed)?);
-            self.hooks = Arc::new(Hooks::new(Some(fd)));
-        }
+        let failed = |error| RemoteError::new(ErrorCode::System, format!("cannot duplicate the socket: {error}"));
+        self.hook_socket = Some(socket.try_clone().map_err(failed)?);
+        self.hooks = Arc::new(Hooks::new(Some(socket)));
         Ok(())
     }
 }

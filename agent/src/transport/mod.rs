@@ -12,7 +12,8 @@ pub use address::{Address, Listener};
 pub use limiter::Limiter;
 pub use stream::{ReceivedRecord, RecordReader, RecordWriter, StreamSocket};
 
-use pageferry_protocol::stream::RecordError;
+use pageferry_protocol::stream::hello::MAX_HELLO;
+use pageferry_protocol::stream::{Kind, RecordError};
 use std::time::Duration;
 
 /// What can go wrong with a connection.
@@ -52,6 +53,14 @@ pub enum TransportError {
     /// The peer takes nothing.
     #[error("the peer took nothing for {0:?}")]
     Stuck(Duration),
+    /// A peer that is not known yet said something else first.
+    #[error("{kind:?} record of {length:#x} bytes where a hello of at most {MAX_HELLO:#x} was expected")]
+    NoHello {
+        /// What came.
+        kind: Kind,
+        /// Length of its payload in bytes.
+        length: usize,
+    },
     /// A record is malformed.
     #[error(transparent)]
     Record(#[from] RecordError),

@@ -4,6 +4,7 @@
 //! socket down, which ends any call at once (see [`crate::job::Cancel`]).
 
 use super::TransportError;
+use pageferry_protocol::stream::hello::MAX_HELLO;
 use pageferry_protocol::stream::{Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
 use rustix::io::{Errno, IoSlice};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -178,23 +179,26 @@ impl RecordReader {
         }
     }
 
-    /// The next record if it is all here, without waiting. Reads no more than `limit` bytes of payload: for a peer that is not known yet.
+    /// The payload of a hello if it is all here, without waiting. For a peer that is not known yet: it gets no more memory than the longest hello takes.
     ///
     /// # Errors
-    /// If it is malformed, or the peer is gone.
-    pub fn try_read(&mut self) -> Result<Option<ReceivedRecord<'_>>, TransportError> {
-        Ok(self.poll_next(true)?.map(|(kind, header)| self.take(kind, header)))
+    /// If it is no hello, or malformed, or the peer is gone.
+    pub fn try_read_hello(&mut self) -> Result<Option<&[u8]>, TransportError> {
+        Ok(self.poll_next(true)?.map(|(kind, header)| self.take(kind, header).payload))
     }
 
-    fn poll_next(&mut self, no_wait: bool) -> Result<Option<(Kind, RecordHeader)>, TransportError> {
-        if !self.fill(RECORD_SIZE, no_wait)? {
+    fn poll_next(&mut self, stranger: bool) -> Result<Option<(Kind, RecordHeader)>, TransportError> {
+        if !self.fill(RECORD_SIZE, stranger)? {
             return Ok(None);
         }
         let mut bytes = [0; RECORD_SIZE];
         bytes.copy_from_slice(&self.buffer[self.start..self.start + RECORD_SIZE]);
         let header = RecordHeader::from_wire(bytes);
         let kind = header.check()?;
-        if !self.fill(RECORD_SIZE + header.payload_length(), no_wait)? {
+        if stranger && (kind != Kind::Hello || header.payload_length() > MAX_HELLO) {
+            return Err(TransportError::NoHello { kind, length: header.payload_length() });
+        }
+        if !self.fill(RECORD_SIZE + header.payload_length(), stranger)? {
             return Ok(None);
         }
         let payload = &self.buffer[self.start + RECORD_SIZE..self.start + RECORD_SIZE + header.payload_length()];
@@ -209,7 +213,7 @@ impl RecordReader {
     }
 
     /// Makes sure that `needed` bytes are in the buffer; `needed` was checked against the format's limits.
-    fn fill(&mut self, needed: usize, no_wait: bool) -> Result<bool, TransportError> {
+    fn fill(&mut self, needed: usize, stranger: bool) -> Result<bool, TransportError> {
         debug_assert!(needed <= RECORD_SIZE + MAX_PAYLOAD);
         if self.end - self.start >= needed {
             return Ok(true);
@@ -218,13 +222,12 @@ impl RecordReader {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
-            // A stranger gets no large buffer before its hello was checked.
-            let size = if no_wait { needed.max(4096) } else { needed.max(BUFFER) };
+            let size = if stranger { needed.max(4096) } else { needed.max(BUFFER) };
             if self.buffer.len() < size {
                 self.buffer.resize(size, 0);
             }
         }
-        let flags = if no_wait { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+        let flags = if stranger { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
         while self.end - self.start < needed {
             match self.socket.read(&mut self.buffer[self.end..], flags)? {
                 None => return Ok(false),
@@ -247,5 +250,45 @@ impl RecordReader {
                 _ => return,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (UnixStream, RecordReader) {
+        let (theirs, ours) = UnixStream::pair().unwrap();
+        (theirs, RecordReader::new(StreamSocket::new(ours.into(), Duration::from_secs(10)).unwrap()))
+    }
+
+    #[test]
+    fn a_stranger_gets_no_memory_for_anything_but_a_hello() {
+        let large = RecordHeader::plain(Kind::Hello, 0, MAX_HELLO + 1);
+        let other = RecordHeader::plain(Kind::State, 0, 100);
+        for header in [large, other] {
+            let (mut theirs, mut reader) = pair();
+            theirs.write_all(&header.to_wire()).unwrap();
+            assert!(matches!(reader.try_read_hello(), Err(TransportError::NoHello { .. })));
+            assert!(reader.buffer.len() <= 4096);
+        }
+    }
+
+    #[test]
+    fn a_hello_comes_as_its_bytes_do_and_what_follows_is_kept() {
+        let (mut theirs, mut reader) = pair();
+        let payload = vec![7; 10_000];
+        let hello = RecordHeader::plain(Kind::Hello, 0, payload.len()).sealed(&payload).to_wire();
+        let next = RecordHeader::plain(Kind::PassEnd, 5, 0).sealed(&[]).to_wire();
+        let bytes = [&hello[..], &payload, &next].concat();
+        for part in bytes.chunks(999) {
+            assert!(reader.try_read_hello().unwrap().is_none());
+            theirs.write_all(part).unwrap();
+        }
+        assert_eq!(reader.try_read_hello().unwrap().unwrap(), payload);
+        let record = reader.read().unwrap();
+        assert_eq!((record.kind, record.header.number()), (Kind::PassEnd, 5));
     }
 }

@@ -15,6 +15,9 @@ pub const STREAM_VERSION: u16 = 1;
 /// First bytes of the payload of a hello.
 pub const MAGIC: [u8; 8] = *b"PAGEFRRY";
 
+/// Longest payload of a hello in bytes: that with the largest block table.
+pub const MAX_HELLO: usize = 44 + MAX_BLOCKS * (32 + MAX_NAME);
+
 /// What the source says first on each stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hello {
@@ -261,6 +264,17 @@ mod tests {
     fn a_hello_survives_the_wire_even_with_512_blocks() {
         let full = hello(table(&[1; MAX_BLOCKS]));
         assert_eq!(Hello::decode(&full.encode()), Ok(full));
+    }
+
+    #[test]
+    fn the_longest_hello_has_the_length_that_is_allowed() {
+        let mut blocks = BlockTable::new();
+        for id in 0..MAX_BLOCKS as u32 {
+            let name = format!("{id:0>MAX_NAME$}");
+            let gpa = u64::from(id) * 4096;
+            blocks.insert(BlockGeometry { id, name, gpa, length: 4096, granularity: 4096 }, MAX_BLOCKS).unwrap();
+        }
+        assert_eq!(hello(blocks).encode().len(), MAX_HELLO);
     }
 
     #[test]

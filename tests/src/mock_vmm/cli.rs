@@ -1,9 +1,8 @@
 //! The options of `mock_vmm`.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry_agent::cli::{parse_duration, parse_size};
+use pageferry_agent::cli::{OutgoingArgs, parse_size};
 use std::path::PathBuf;
-use std::time::Duration;
 
 /// A VMM without a virtual machine: hands a file to an agent as guest memory, writes into it at a set rate, and migrates.
 #[derive(Debug, Parser)]
@@ -64,15 +63,9 @@ pub struct SourceArgs {
     /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
     pub to: String,
-    /// Number of connections.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub streams: u16,
-    /// How long the guest may stand still.
-    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = parse_duration)]
-    pub downtime_limit: Duration,
-    /// Limit in bytes per second, with K, M, G or T; 0 is none.
-    #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_size)]
-    pub bandwidth: u64,
+    /// How it is migrated.
+    #[command(flatten)]
+    pub outgoing: OutgoingArgs,
 }
 
 /// Options of the destination.

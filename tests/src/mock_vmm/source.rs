@@ -7,7 +7,7 @@ use crate::guest::threads::{PageSet, ThreadGuest, ThreadGuestOptions};
 use crate::memory::TestMemory;
 use crate::usage::{Path, Usage};
 use crate::vmm::{MockVmm, Tracker};
-use pageferry_client::{BlockRange, Client, OutgoingOptions, Phase, Punch};
+use pageferry_client::{BlockRange, Client, Phase, Punch};
 use pageferry_protocol::memory::PageRange;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -42,13 +42,7 @@ pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
     let last_chance = during.clone();
     vmm.before_pause(move || last_chance.lock().unwrap_or_else(PoisonError::into_inner).make());
 
-    let options = OutgoingOptions {
-        streams: arguments.streams,
-        downtime_limit: arguments.downtime_limit,
-        bandwidth: arguments.bandwidth,
-        ..OutgoingOptions::default()
-    };
-    let job = vmm.start_outgoing(&arguments.to, &options)?;
+    let job = vmm.start_outgoing(&arguments.to, &arguments.outgoing.clone().into())?;
     let status = watch(&vmm, job, !arguments.common.json, |status| {
         if status.phase == Phase::Passes {
             during.lock().unwrap_or_else(PoisonError::into_inner).make()?;
