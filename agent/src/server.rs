@@ -232,7 +232,7 @@ impl Server {
             self.owner = None;
             // Its job ends on its own thread, with the memory it started with.
             self.session.end();
-            self.session = Session::new(self.notify.clone());
+            self.session = self.session.successor();
         }
     }
 
@@ -241,6 +241,7 @@ impl Server {
         let mut count = [0; 8];
         // Only resets the descriptor.
         let _ = rustix::io::read(&self.notify, &mut count);
+        self.session.job_changed();
         let now = Instant::now();
         for connection in self.connections.values_mut() {
             if let Some(subscription) = &mut connection.subscription {
@@ -265,7 +266,7 @@ impl Server {
                 continue;
             }
             subscription.due = now + subscription.interval;
-            let body = body.get_or_insert_with(|| self.session.status().encode(Encoder::new()).finish());
+            let body = body.get_or_insert_with(|| self.session.report().encode(Encoder::new()).finish());
             let event = Frame::request(request::code::EVENT, body.clone());
             match connection.socket.send(&event, now) {
                 // A watcher that does not read misses events; they are small, so none is sent in part.

@@ -4,8 +4,8 @@
 //! - [`operator`]: the requests;
 //! - [`show`]: how a job is shown, on a terminal and as JSON.
 //!
-//! It prints to standard output; that is what it is for.
-#![allow(clippy::print_stdout)]
+//! It prints to standard output and standard error; that is what it is for.
+#![allow(clippy::print_stderr)]
 
 pub mod operator;
 pub mod run_agent;
@@ -189,7 +189,7 @@ where
         Command::Resume(args) => operator::resume(&args.operator, args.force),
     };
     outcome.unwrap_or_else(|error| {
-        log::error!("{}", crate::error::chain(&*error));
+        eprintln!("pageferry: {}", crate::error::chain(&*error));
         ExitCode::FAILURE
     })
 }

@@ -73,9 +73,9 @@ impl Operator {
             if job.is_some_and(|job| status.job != job) {
                 continue;
             }
-            progress.show(&status);
+            progress.show(&status)?;
             if status.phase.is_final() {
-                progress.end(&status);
+                progress.end(&status)?;
                 return Ok(exit_code(&status));
             }
         }
@@ -92,7 +92,7 @@ fn exit_code(status: &JobStatus) -> ExitCode {
 /// If the agent does not answer.
 pub fn status(args: &OperatorArgs) -> Outcome {
     let status = Operator::connect(&args.socket)?.ask(&Request::QueryStatus, JobStatus::decode)?;
-    show::print(&status, args.json);
+    show::print(&status, args.json)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -121,7 +121,7 @@ pub fn migrate(args: &OperatorArgs, target: &str, options: &OutgoingOptions) -> 
 /// If the agent does not answer, or refuses.
 pub fn cancel(args: &OperatorArgs) -> Outcome {
     Operator::connect(&args.socket)?.ask(&Request::Cancel, |_| Ok(()))?;
-    show::done("cancelled", args.json);
+    show::done("cancelled", args.json)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -131,6 +131,6 @@ pub fn cancel(args: &OperatorArgs) -> Outcome {
 /// If the agent does not answer, or refuses.
 pub fn resume(args: &OperatorArgs, force: bool) -> Outcome {
     Operator::connect(&args.socket)?.ask(&Request::Resume { force }, |_| Ok(()))?;
-    show::done("resumed", args.json);
+    show::done("resumed", args.json)?;
     Ok(ExitCode::SUCCESS)
 }

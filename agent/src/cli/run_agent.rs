@@ -2,17 +2,27 @@
 
 use super::AgentArgs;
 use crate::server::Server;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::error::Error;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
+/// Each block, stream and stranger is a descriptor, and 509 blocks alone come close to the usual soft limit of 1024.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(errno) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        log::debug!("the limit of file descriptors stays {:?}: {errno}", limit.current);
+    }
+}
+
 /// Serves until the VMM is gone or a signal comes.
 ///
 /// # Errors
 /// If it cannot listen, or the kernel refuses otherwise.
 pub fn run(args: &AgentArgs) -> Result<ExitCode, Box<dyn Error>> {
+    allow_descriptors();
     let mut server = Server::new()?;
     let (signals, wake) = UnixStream::pair()?;
     for signal in [SIGINT, SIGTERM] {

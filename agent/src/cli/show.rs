@@ -4,6 +4,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pageferry_protocol::control::job::{JobStatus, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
 use serde_json::{Map, Value, json};
+use std::io::{self, Write};
 use std::time::Duration;
 
 /// A job as a JSON object: what it is, how it stands, why it failed, and all its figures.
@@ -66,19 +67,27 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
 }
 
 /// Prints a status.
-pub fn print(status: &JobStatus, json: bool) {
+///
+/// # Errors
+/// If nobody reads it.
+pub fn print(status: &JobStatus, json: bool) -> io::Result<()> {
+    let mut out = io::stdout().lock();
     if json {
-        println!("{}", Value::Object(to_json(status)));
+        writeln!(out, "{}", Value::Object(to_json(status)))
     } else if status.phase == Phase::Idle {
-        println!("no job was started yet");
+        writeln!(out, "no job was started yet")
     } else {
-        table(status).iter().for_each(|(name, value)| println!("{name:18} {value}"));
+        table(status).iter().try_for_each(|(name, value)| writeln!(out, "{name:18} {value}"))
     }
 }
 
 /// Prints that something was done.
-pub fn done(what: &str, json: bool) {
-    if json { println!("{}", json!({ "status": what })) } else { println!("{what}") }
+///
+/// # Errors
+/// If nobody reads it.
+pub fn done(what: &str, json: bool) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    if json { writeln!(out, "{}", json!({ "status": what })) } else { writeln!(out, "{what}") }
 }
 
 /// The progress of a job: a bar on a terminal, or a JSON object a line.
@@ -103,13 +112,13 @@ impl Progress {
     }
 
     /// Shows a status.
-    pub fn show(&mut self, status: &JobStatus) {
+    ///
+    /// # Errors
+    /// If nobody reads it.
+    pub fn show(&mut self, status: &JobStatus) -> io::Result<()> {
         let counters = &status.counters;
         let Some(bar) = &self.bar else {
-            if !status.phase.is_final() {
-                println!("{}", Value::Object(to_json(status)));
-            }
-            return;
+            return if status.phase.is_final() { Ok(()) } else { print(status, true) };
         };
         bar.set_length(counters.pass_pages.max(1));
         bar.set_position(counters.pass_pages_done.min(counters.pass_pages));
@@ -120,14 +129,18 @@ impl Progress {
             bytes(counters.bandwidth),
             time(counters.expected_downtime_us)
         ));
+        Ok(())
     }
 
     /// Ends with the final status.
-    pub fn end(&mut self, status: &JobStatus) {
+    ///
+    /// # Errors
+    /// If nobody reads it.
+    pub fn end(&mut self, status: &JobStatus) -> io::Result<()> {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
-        print(status, self.bar.is_none());
+        print(status, self.bar.is_none())
     }
 }
 

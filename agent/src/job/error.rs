@@ -14,7 +14,7 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// The VMM or an operator cancelled it, or the VMM is gone.
-    #[error("cancelled")]
+    #[error("the VMM or an operator asked for it, or the VMM is gone")]
     Cancelled,
     /// The commit was sent and never confirmed (law 9).
     #[error(

@@ -40,9 +40,23 @@ pub struct Session {
     hook_socket: Option<OwnedFd>,
     trackers: TrackerChoice,
     job: Option<(Arc<Job>, JoinHandle<()>)>,
+    /// The last job of the VMM before, for operators who want to know how it ended.
+    before: Earlier,
     jobs: u64,
     notify: Arc<OwnedFd>,
     standard: standard::Features,
+}
+
+/// The last job of an earlier session.
+#[derive(Debug, Default)]
+enum Earlier {
+    /// There was none.
+    #[default]
+    None,
+    /// It is being cancelled, and still has its memory.
+    Ending(Arc<Job>),
+    /// It ended so.
+    Ended(JobStatus),
 }
 
 impl Session {
@@ -54,6 +68,7 @@ impl Session {
             hook_socket: None,
             trackers: TrackerChoice::default(),
             job: None,
+            before: Earlier::None,
             jobs: 0,
             notify,
             standard: standard::Features::default(),
@@ -61,8 +76,44 @@ impl Session {
     }
 
     /// How the job stands that runs or ran last.
-    pub fn status(&self) -> JobStatus {
+    fn status(&self) -> JobStatus {
         self.job.as_ref().map_or_else(JobStatus::default, |(job, _)| job.status())
+    }
+
+    /// The same for those who ask: if this VMM has had no job yet, that of the one before.
+    pub fn report(&self) -> JobStatus {
+        match (&self.job, &self.before) {
+            (None, Earlier::Ending(job)) => job.status(),
+            (None, Earlier::Ended(status)) => status.clone(),
+            _ => self.status(),
+        }
+    }
+
+    /// The job that ended is over for good: it forbids nothing any more.
+    fn settle(&mut self) {
+        if let Some((job, _)) = self.job.take() {
+            self.before = Earlier::Ended(job.status());
+        }
+    }
+
+    /// A job ended or went on: lets go of the memory of one whose VMM is gone.
+    pub fn job_changed(&mut self) {
+        if let Earlier::Ending(job) = &self.before
+            && job.status().phase.is_final()
+        {
+            self.before = Earlier::Ended(job.status());
+        }
+    }
+
+    /// The session of the next VMM, after [`Session::end`]. Jobs are counted on.
+    pub fn successor(&mut self) -> Self {
+        let before = match self.job.take() {
+            Some((job, _)) => Earlier::Ending(job),
+            None => std::mem::take(&mut self.before),
+        };
+        let mut next = Self { before, jobs: self.jobs, ..Self::new(self.notify.clone()) };
+        next.job_changed();
+        next
     }
 
     /// The job, if one runs.

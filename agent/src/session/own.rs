@@ -69,7 +69,7 @@ impl Session {
             Request::Cancel => self.cancel(),
             Request::SetParameters { options } => self.set_parameters(&options),
             Request::QueryStatus => {
-                let status = self.status();
+                let status = self.report();
                 Ok(Box::new(move |encoder| status.encode(encoder)))
             }
             // The server keeps the subscription; there is nothing for the session to do.
@@ -239,7 +239,7 @@ impl Session {
         }
         let asked = self.hooks.ask(&Hook::Resume { force }, RESUME_TIMEOUT);
         asked.map_err(|error| RemoteError::new(ErrorCode::Other, crate::error::chain(&error)))?;
-        self.job = None;
+        self.settle();
         Ok(nothing())
     }
 }

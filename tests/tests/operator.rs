@@ -1,0 +1,161 @@
+//! What an operator does from a command line beside the VMM: look, migrate, cancel, and read what went wrong.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::{Ram, Vmm, VmmHooks};
+use pageferry_client::{Client, Config, IncomingOptions, OutgoingOptions, Phase, Target};
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::process::AgentProcess;
+use pageferry_tests::vmm::PATIENCE;
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
+const PAGES: u64 = 4096;
+
+/// An agent as a process, and its VMM in this one.
+struct Side {
+    client: Client,
+    vmm: Arc<Vmm>,
+    ram: Ram,
+    agent: AgentProcess,
+}
+
+impl Side {
+    fn new(folder: &Path, name: &str) -> Self {
+        let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder, name).unwrap();
+        let (client, vmm) = attach(&agent);
+        let ram = Ram::odd(PAGES);
+        ram.add_to(&client);
+        Self { client, vmm, ram, agent }
+    }
+
+    fn command(&self, what: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.arg(what).arg("--socket").arg(self.agent.socket()).args(more).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, what: &str, more: &[&str]) -> Output {
+        self.command(what, more).output().unwrap()
+    }
+
+    /// The object that the command prints last.
+    fn json(&self, what: &str) -> Value {
+        last_object(&self.run(what, &["--json"]))
+    }
+}
+
+fn attach(agent: &AgentProcess) -> (Client, Arc<Vmm>) {
+    let config = Config { log_covers: 1 << 30, ..Config::default() };
+    let (client, channel) = Client::connect(agent.socket(), config).unwrap();
+    let vmm = Vmm::new();
+    channel.spawn(VmmHooks(vmm.clone())).unwrap();
+    (client, vmm)
+}
+
+fn last_object(output: &Output) -> Value {
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    serde_json::from_str(text.lines().last().unwrap_or_else(|| panic!("nothing printed: {output:?}"))).unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn an_operator_migrates_a_guest_and_reads_how_it_went_even_after_the_vmm_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, destination) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
+    assert_eq!(text(&source.run("status", &[]).stdout), "no job was started yet\n");
+    source.ram.write(17, 1234);
+    let address = format!("unix:{}", folder.path().join("stream").display());
+    let listen = Target::Address(address.clone());
+    let incoming = destination.client.start_incoming(listen, &IncomingOptions::default()).unwrap().job;
+
+    let migrated = source.run("migrate", &["--to", &address, "--streams", "2", "--json"]);
+    assert!(migrated.status.success(), "{migrated:?}");
+    assert_eq!(last_object(&migrated)["status"], "completed");
+    assert_eq!(destination.client.wait(incoming, PATIENCE).unwrap().phase, Phase::Completed);
+    assert_eq!(destination.ram.stamp(17), 1234);
+    assert!(source.vmm.is_paused());
+
+    let seen = source.json("status");
+    assert_eq!((&seen["status"], &seen["pages_sent"], &seen["job"]), (&"completed".into(), &1.into(), &1.into()));
+    assert!(source.run("watch", &[]).status.success(), "the job that ended is shown");
+    let table = text(&source.run("status", &[]).stdout);
+    assert!(table.contains("1 outgoing") && table.contains("pages sent         1 (4.0 KiB)"), "{table}");
+
+    // The VMM leaves; who looks later still finds what became of the job, until the next VMM has one.
+    let Side { client, agent, .. } = source;
+    drop(client);
+    let (client, vmm) = attach(&agent);
+    let ram = Ram::odd(PAGES);
+    ram.add_to(&client);
+    let source = Side { client, vmm, ram, agent };
+    assert_eq!(source.json("status"), seen);
+    let options = OutgoingOptions::default();
+    let job = source.client.start_outgoing(Target::Address("unix:/nonexistent/stream".into()), &options).unwrap().job;
+    assert_eq!(job, 2, "jobs are counted on");
+    assert_eq!(source.client.wait(job, PATIENCE).unwrap().phase, Phase::Failed);
+    assert_eq!(source.json("status")["status"], "failed");
+}
+
+#[test]
+fn an_operator_cancels_and_whoever_watches_sees_it_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, destination) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
+    (0..PAGES).for_each(|page| source.ram.write(page, page + 1));
+    let address = format!("unix:{}", folder.path().join("stream").display());
+    destination.client.start_incoming(Target::Address(address.clone()), &IncomingOptions::default()).unwrap();
+    // 16 MiB at 64 KiB a second: it does not end by itself.
+    let migrate = source.command("migrate", &["--to", &address, "--bandwidth", "64K", "--json"]);
+    let migrate = { migrate }.stdout(Stdio::piped()).spawn().unwrap();
+    wait_until("passes", PATIENCE, || source.client.status().unwrap().phase == Phase::Passes).unwrap();
+    let watch = { source.command("watch", &["--json"]) }.stdout(Stdio::piped()).spawn().unwrap();
+    let cancelled = source.run("cancel", &["--json"]);
+    assert!(cancelled.status.success(), "{cancelled:?}");
+    for watching in [migrate, watch] {
+        let output = watching.wait_with_output().unwrap();
+        assert!(!output.status.success(), "what was asked for did not happen");
+        assert_eq!(last_object(&output)["status"], "cancelled");
+    }
+    assert!(!source.vmm.is_paused());
+}
+
+#[test]
+fn what_goes_wrong_is_one_sentence_on_standard_error_and_a_status() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Side::new(folder.path(), "source");
+    for (what, more, sentence) in [
+        ("cancel", vec![], "no job is running"),
+        ("resume", vec!["--force"], "was not handed over"),
+        ("migrate", vec!["--to", "carrier:pigeon"], "carrier:pigeon"),
+    ] {
+        let output = source.run(what, &more);
+        assert_eq!(output.status.code(), Some(1), "{what}: {output:?}");
+        let error = text(&output.stderr);
+        assert!(error.starts_with("pageferry: ") && error.lines().count() == 1, "{what}: {error}");
+        assert!(error.contains(sentence), "{what}: {error}");
+        assert!(output.stdout.is_empty(), "{what}");
+    }
+    let nobody = Command::new(PROGRAM).args(["status", "--socket", "/nonexistent/agent"]).output().unwrap();
+    assert_eq!(nobody.status.code(), Some(1));
+    assert!(text(&nobody.stderr).contains("no agent answers on /nonexistent/agent"), "{nobody:?}");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Side::new(folder.path(), "source");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = source.command("status", &[]).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+    let output = output.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(!text(&output.stderr).contains("panicked"), "{output:?}");
+}
