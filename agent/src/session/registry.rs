@@ -6,7 +6,7 @@ use crate::memory::{Backing, Block, GuestMemory};
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_MEM_SLOTS};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// A block that a VMM offers.
@@ -63,9 +63,9 @@ impl Session {
     }
 
     /// Takes the log that lies in `length` bytes of `fd` from `offset`.
-    pub(super) fn set_log(&mut self, fd: &OwnedFd, offset: u64, length: u64) -> Result<(), RemoteError> {
+    pub(super) fn set_log(&mut self, fd: OwnedFd, offset: u64, length: u64) -> Result<(), RemoteError> {
         self.check_idle("the log cannot be changed")?;
-        let log = DirtyLog::map(fd.as_fd(), offset, length).map_err(|error| {
+        let log = DirtyLog::walkable(fd, offset, length).map_err(|error| {
             let RemoteError { code, sentence } = invalid(&error);
             RemoteError::new(code, format!("log: {sentence}"))
         })?;
@@ -90,7 +90,7 @@ fn make_block(new: NewBlock) -> Result<Block, RemoteError> {
         log::debug!("block {}: the file has no F_SEAL_SHRINK; if it shrinks, migrations of it fail", geometry.id);
     }
     let pages = geometry.pages();
-    let bitmap = bitmap.map(|fd| MappedBitmap::shared(fd.as_fd(), pages)).transpose();
+    let bitmap = bitmap.map(|fd| MappedBitmap::walkable(fd, pages)).transpose();
     let bitmap = bitmap.map_err(|error| {
         let RemoteError { code, sentence } = invalid(&error);
         RemoteError::new(code, format!("discard bitmap: {sentence}"))

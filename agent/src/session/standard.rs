@@ -131,7 +131,7 @@ impl Session {
             FrontendReq::SET_LOG_BASE => {
                 let [file] = take_fds("SET_LOG_BASE", fds)?;
                 let log = decode_log(&body).map_err(malformed)?;
-                self.set_log(&file, log.mmap_offset, log.mmap_size)?;
+                self.set_log(file, log.mmap_offset, log.mmap_size)?;
                 Ok(Some(body))
             }
             // By it a back-end would tell that it has logged; nobody waits for us.

@@ -12,10 +12,25 @@
 
 use super::PageRange;
 use super::sync::{AtomicU64, Ordering};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 /// Bits in a word, and thereby pages: one word covers 256 KiB of guest memory.
 pub const WORD_BITS: u64 = 64;
+
+/// Memory that holds the words of a bitmap, and perhaps knows which of them were never set.
+pub trait Words: Deref<Target = [AtomicU64]> {
+    /// The first run of words in `span` of which any may be other than zero; `None` if there is none.
+    fn next_touched(&self, span: Range<u64>) -> Option<Range<u64>> {
+        (!span.is_empty()).then_some(span)
+    }
+
+    /// A bit in word `index` was set.
+    fn touched(&self, index: u64) {
+        let _ = index;
+    }
+}
+
+impl Words for Vec<AtomicU64> {}
 
 /// A bitmap of `pages` bits over the words of `W`.
 #[derive(Debug)]
@@ -36,7 +51,7 @@ const fn low_bits(count: u64) -> u64 {
     if count >= WORD_BITS { u64::MAX } else { (1 << count) - 1 }
 }
 
-impl<W: Deref<Target = [AtomicU64]>> Bitmap<W> {
+impl<W: Words> Bitmap<W> {
     /// A bitmap of `pages` bits over `words`; cut to what the words hold.
     pub fn new(words: W, pages: u64) -> Self {
         let pages = pages.min(words.len() as u64 * WORD_BITS);
@@ -59,7 +74,7 @@ impl<W: Deref<Target = [AtomicU64]>> Bitmap<W> {
     }
 
     /// Indexes of the words that `range` touches, cut to the bitmap.
-    fn word_span(&self, range: &PageRange) -> std::ops::Range<u64> {
+    fn word_span(&self, range: &PageRange) -> Range<u64> {
         let end = range.end().min(self.pages);
         if range.first >= end { 0..0 } else { range.first / WORD_BITS..end.div_ceil(WORD_BITS) }
     }
@@ -97,9 +112,19 @@ impl<W: Deref<Target = [AtomicU64]>> Bitmap<W> {
     pub fn or_word(&self, index: u64, bits: u64) -> u64 {
         let bits = bits & self.valid(index);
         match self.word_ref(index) {
-            Some(word) if bits != 0 => bits & !word.fetch_or(bits, Ordering::AcqRel),
+            Some(word) if bits != 0 => self.set_bits(index, word, bits),
             _ => 0,
         }
+    }
+
+    #[inline]
+    fn set_bits(&self, index: u64, word: &AtomicU64, bits: u64) -> u64 {
+        // An exchange is one instruction, where a fetch-or whose result is wanted is a loop.
+        let before =
+            if bits == u64::MAX { word.swap(bits, Ordering::AcqRel) } else { word.fetch_or(bits, Ordering::AcqRel) };
+        // After the bit: whoever is told that the word was touched finds it.
+        self.words.touched(index);
+        bits & !before
     }
 
     /// Sets 64 pages from any page `first`, which need not be the first of a word, by the bits of `bits`.
@@ -113,17 +138,23 @@ impl<W: Deref<Target = [AtomicU64]>> Bitmap<W> {
 
     /// Sets all pages of `range` that are in the bitmap; returns how many were clear before.
     pub fn set(&self, range: PageRange) -> u64 {
-        self.word_span(&range).map(|index| u64::from(self.or_word(index, mask_of(&range, index)).count_ones())).sum()
+        let span = self.word_span(&range);
+        let range = range.intersection(&self.all());
+        let Some(words) = self.words.get(span.start as usize..span.end as usize) else { return 0 };
+        let each = (span.start..).zip(words);
+        each.map(|(index, word)| u64::from(self.set_bits(index, word, mask_of(&range, index)).count_ones())).sum()
     }
 
     /// Clears all pages of `range`; returns how many were set before. Words without such a page are only loaded.
     pub fn clear(&self, range: PageRange) -> u64 {
-        self.word_span(&range).map(|index| u64::from(self.take_bits(index, mask_of(&range, index)).count_ones())).sum()
+        let mut cleared = 0;
+        self.take(range, |_, bits| cleared += u64::from(bits.count_ones()));
+        cleared
     }
 
     /// Takes and clears all pages of `range`; hands out each word that had any: its index and the bits taken.
     pub fn take(&self, range: PageRange, mut found: impl FnMut(u64, u64)) {
-        for index in self.word_span(&range) {
+        for (index, _) in self.nonzero_words(range) {
             let bits = self.take_bits(index, mask_of(&range, index));
             if bits != 0 {
                 found(index, bits);
@@ -138,68 +169,139 @@ impl<W: Deref<Target = [AtomicU64]>> Bitmap<W> {
 
     /// Number of pages of `range` that are set.
     pub fn count(&self, range: PageRange) -> u64 {
-        self.word_span(&range).map(|index| u64::from((self.word(index) & mask_of(&range, index)).count_ones())).sum()
+        self.nonzero_words(range).map(|(_, bits)| u64::from(bits.count_ones())).sum()
     }
 
     /// The first set page in `range`.
     pub fn next_set(&self, range: PageRange) -> Option<u64> {
-        self.find(range, |word| word)
+        let (index, bits) = self.nonzero_words(range).next()?;
+        Some(index * WORD_BITS + u64::from(bits.trailing_zeros()))
     }
 
     /// The first clear page in `range`.
     pub fn next_clear(&self, range: PageRange) -> Option<u64> {
-        self.find(range, |word| !word)
-    }
-
-    fn find(&self, range: PageRange, bits_of: impl Fn(u64) -> u64) -> Option<u64> {
         self.word_span(&range).find_map(|index| {
-            let bits = bits_of(self.word(index)) & mask_of(&range, index) & self.valid(index);
+            let bits = !self.word(index) & mask_of(&range, index) & self.valid(index);
             (bits != 0).then(|| index * WORD_BITS + u64::from(bits.trailing_zeros()))
         })
     }
 
     /// The runs of set pages in `range`, in order. Each word is read when the walk comes to it.
     pub fn runs(&self, range: PageRange) -> Runs<'_, W> {
-        Runs { bitmap: self, rest: range.intersection(&self.all()) }
+        Runs { words: self.nonzero_words(range), first: 0, bits: 0 }
     }
 
     /// The non-zero words that touch `range` with their indexes, cut to `range`, in order.
-    pub fn nonzero_words(&self, range: PageRange) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.word_span(&range).filter_map(move |index| {
-            let bits = self.word(index) & mask_of(&range, index);
-            (bits != 0).then_some((index, bits))
-        })
+    pub fn nonzero_words(&self, range: PageRange) -> NonzeroWords<'_, W> {
+        let span = self.word_span(&range);
+        // To ask what was touched costs more than to read a few words.
+        let until = if span.end - span.start < FEW_WORDS { span.end } else { span.start };
+        NonzeroWords { bitmap: self, range: range.intersection(&self.all()), next: span.start, until, end: span.end }
     }
+}
+
+/// A walk shorter than this does not ask which words were touched: 4 KiB.
+const FEW_WORDS: u64 = 512;
+/// Words that are read at once while they are all zero: a cache line.
+const GROUP: usize = 8;
+
+/// Iterator over the words of a bitmap that are not zero.
+#[derive(Debug)]
+pub struct NonzeroWords<'a, W> {
+    bitmap: &'a Bitmap<W>,
+    range: PageRange,
+    /// The word that is looked at next.
+    next: u64,
+    /// Words below this one may have been touched.
+    until: u64,
+    end: u64,
+}
+
+impl<W: Words> Iterator for NonzeroWords<'_, W> {
+    type Item = (u64, u64);
+
+    fn next(&mut self) -> Option<(u64, u64)> {
+        while self.next < self.end {
+            if self.next >= self.until {
+                let touched = self.bitmap.words.next_touched(self.next..self.end);
+                (self.next, self.until) = touched.map_or((self.end, self.end), |words| (words.start, words.end));
+                continue;
+            }
+            let rest = self.bitmap.words.get(self.next as usize..self.until as usize).unwrap_or_default();
+            let Some(skipped) = zero_words(rest) else {
+                self.next = self.until;
+                continue;
+            };
+            let index = self.next + skipped as u64;
+            self.next = index + 1;
+            let bits = self.bitmap.word(index) & mask_of(&self.range, index);
+            if bits != 0 {
+                return Some((index, bits));
+            }
+        }
+        None
+    }
+}
+
+/// How many words are zero before the first that is not; `None` if all are.
+fn zero_words(words: &[AtomicU64]) -> Option<usize> {
+    let (groups, _) = words.as_chunks::<GROUP>();
+    let any = |group: &[AtomicU64; GROUP]| group.iter().fold(0, |any, word| any | word.load(Ordering::Relaxed)) != 0;
+    let skipped = groups.iter().position(any).unwrap_or(groups.len()) * GROUP;
+    let rest = words[skipped..].iter().position(|word| word.load(Ordering::Relaxed) != 0)?;
+    Some(skipped + rest)
 }
 
 /// Iterator over the runs of set pages of a bitmap.
 #[derive(Debug)]
 pub struct Runs<'a, W> {
-    bitmap: &'a Bitmap<W>,
-    rest: PageRange,
+    words: NonzeroWords<'a, W>,
+    /// First page of the word that is taken apart.
+    first: u64,
+    /// Its bits that were not handed out yet.
+    bits: u64,
 }
 
-impl<W: Deref<Target = [AtomicU64]>> Iterator for Runs<'_, W> {
+impl<W: Words> Runs<'_, W> {
+    /// The next word, if there is one.
+    fn advance(&mut self) -> Option<()> {
+        let (index, bits) = self.words.next()?;
+        (self.first, self.bits) = (index * WORD_BITS, bits);
+        Some(())
+    }
+}
+
+impl<W: Words> Iterator for Runs<'_, W> {
     type Item = PageRange;
 
     fn next(&mut self) -> Option<PageRange> {
-        let end = self.rest.end();
-        let first = self.bitmap.next_set(self.rest)?;
-        let after = self.bitmap.next_clear(PageRange::new(first + 1, end - first - 1)).unwrap_or(end);
-        self.rest = PageRange::new(after, end - after);
-        Some(PageRange::new(first, after - first))
+        if self.bits == 0 {
+            self.advance()?;
+        }
+        let mut run = take_run(self.first, &mut self.bits)?;
+        // A run that reaches the end of its word may go on in the next.
+        while self.bits == 0 && run.end() == self.first + WORD_BITS {
+            if self.advance().is_none() || self.first != run.end() || self.bits & 1 == 0 {
+                break;
+            }
+            run.count += take_run(self.first, &mut self.bits)?.count;
+        }
+        Some(run)
     }
 }
 
 /// The runs of set bits in one word whose first page is `first`: for a word that was already taken.
 pub fn runs_of_word(first: u64, mut bits: u64) -> impl Iterator<Item = PageRange> {
-    std::iter::from_fn(move || {
-        if bits == 0 {
-            return None;
-        }
-        let start = bits.trailing_zeros();
-        let count = (bits >> start).trailing_ones();
-        bits &= !(low_bits(u64::from(count)) << start);
-        Some(PageRange::new(first + u64::from(start), u64::from(count)))
-    })
+    std::iter::from_fn(move || take_run(first, &mut bits))
+}
+
+/// Takes the lowest run out of `bits`, the word whose first page is `first`.
+fn take_run(first: u64, bits: &mut u64) -> Option<PageRange> {
+    if *bits == 0 {
+        return None;
+    }
+    let start = bits.trailing_zeros();
+    let count = (*bits >> start).trailing_ones();
+    *bits &= !(low_bits(u64::from(count)) << start);
+    Some(PageRange::new(first + u64::from(start), u64::from(count)))
 }

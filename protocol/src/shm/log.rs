@@ -10,7 +10,7 @@
 use super::bitmap::WORD_BITS;
 use super::{Bitmap, MappedBitmap, MappedWords, MappingError};
 use crate::memory::PageRange;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// The dirty log, mapped. Indexed by guest physical page number.
 #[derive(Debug)]
@@ -26,6 +26,15 @@ impl DirtyLog {
     pub fn map(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<Self, MappingError> {
         let words = MappedWords::shared(fd, offset, length)?;
         Ok(Self { bits: Bitmap::new(words, length.saturating_mul(8)) })
+    }
+
+    /// The same, and walks over it ask the file for its holes; for whoever harvests the log.
+    ///
+    /// # Errors
+    /// As [`DirtyLog::map`].
+    pub fn walkable(fd: OwnedFd, offset: u64, length: u64) -> Result<Self, MappingError> {
+        let words = MappedWords::shared(fd.as_fd(), offset, length)?;
+        Ok(Self { bits: Bitmap::new(words.asking(fd), length.saturating_mul(8)) })
     }
 
     /// Number of guest pages the log covers, from guest physical address zero.

@@ -4,9 +4,11 @@
 //! the side that does not trust the other asks for `F_SEAL_SHRINK` or guards the mapping (see the agent's bus guard).
 #![allow(unsafe_code)]
 
+use super::bitmap::Words;
+use super::touched::Touched;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
-use std::ops::Deref;
-use std::os::fd::BorrowedFd;
+use std::ops::{Deref, Range};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 
 /// Why memory for a bitmap could not be mapped.
@@ -50,6 +52,9 @@ pub enum MappingError {
 pub struct MappedWords {
     start: *mut AtomicU64,
     words: usize,
+    touched: Touched,
+    /// Where the mapping begins in its file, in bytes.
+    offset: u64,
 }
 
 // SAFETY: the memory is only reached as atomics, which any thread may use, and stays mapped until drop.
@@ -69,7 +74,7 @@ impl MappedWords {
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
         let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags) };
         let start = start.map_err(|source| MappingError::Kernel { length, source })?;
-        Ok(Self { start: start.cast(), words: bytes / 8 })
+        Ok(Self { start: start.cast(), words: bytes / 8, touched: Touched::summary(bytes as u64 / 8), offset: 0 })
     }
 
     /// The words of `length` bytes of `fd` from `offset`, shared with everyone who maps the file. A length that is no
@@ -92,11 +97,19 @@ impl MappedWords {
             mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, offset)
         };
         let start = start.map_err(|source| MappingError::Kernel { length, source })?;
-        Ok(Self { start: start.cast(), words: bytes / 8 })
+        Ok(Self { start: start.cast(), words: bytes / 8, touched: Touched::Unknown, offset })
+    }
+
+    /// The same for a shared mapping, and a walk over it asks `file`, which it is of, for its holes instead of reading them: that would be
+    /// slower, and allocate them.
+    #[must_use]
+    pub fn asking(mut self, file: OwnedFd) -> Self {
+        self.touched = Touched::file(file, self.offset);
+        self
     }
 
     /// The addresses of the mapping, for whoever guards it.
-    pub fn address_range(&self) -> std::ops::Range<usize> {
+    pub fn address_range(&self) -> Range<usize> {
         let start = self.start as usize;
         start..start + self.words * 8
     }
@@ -116,6 +129,17 @@ impl Deref for MappedWords {
         // SAFETY: `start` is page-aligned and mapped for `words` words until drop, readable and writable, and
         // everything that reaches it, here or in another process, does so by atomic operations or the kernel's copies.
         unsafe { std::slice::from_raw_parts(self.start, self.words) }
+    }
+}
+
+impl Words for MappedWords {
+    fn next_touched(&self, span: Range<u64>) -> Option<Range<u64>> {
+        self.touched.next(span)
+    }
+
+    #[inline]
+    fn touched(&self, index: u64) {
+        self.touched.set(index);
     }
 }
 

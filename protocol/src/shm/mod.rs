@@ -2,11 +2,13 @@
 //!
 //! - [`bitmap`]: [`Bitmap`], one bit per page, any number of threads and processes at once;
 //! - [`mapping`]: [`MappedWords`], the memory under a bitmap: anonymous, or a memfd that the VMM shares;
+//! - `touched`: which words were ever set, so that empty ones are not walked;
 //! - [`log`]: [`DirtyLog`], the bitmap over guest physical pages in vhost's log layout.
 
 pub mod bitmap;
 pub mod log;
 pub mod mapping;
+mod touched;
 
 pub use bitmap::Bitmap;
 pub use log::DirtyLog;
@@ -36,6 +38,15 @@ impl MappedBitmap {
     /// If the file is too short, or cannot be mapped.
     pub fn shared(fd: std::os::fd::BorrowedFd<'_>, pages: u64) -> Result<Self, MappingError> {
         Ok(Bitmap::new(MappedWords::shared(fd, 0, words_for(pages) * 8)?, pages))
+    }
+
+    /// The same, and walks over it ask the file for its holes; for whoever walks bitmaps of large guests.
+    ///
+    /// # Errors
+    /// As [`MappedBitmap::shared`].
+    pub fn walkable(fd: std::os::fd::OwnedFd, pages: u64) -> Result<Self, MappingError> {
+        let words = MappedWords::shared(std::os::fd::AsFd::as_fd(&fd), 0, words_for(pages) * 8)?;
+        Ok(Bitmap::new(words.asking(fd), pages))
     }
 }
 

@@ -1,0 +1,178 @@
+//! A guest that stands still: full, sparse, and huge but nearly empty.
+
+use super::Bench;
+use super::floor;
+use super::image::Image;
+use super::ours::{Moved, Side, migrate};
+use super::qemu::Mode;
+use super::table::{Better, Table, median};
+use pageferry_client::OutgoingOptions;
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const STREAMS: [u16; 3] = [1, 2, 4];
+const QEMU_MODES: [(&str, Mode); 3] = [
+    ("QEMU, one stream", Mode { channels: 0 }),
+    ("QEMU, multifd 2", Mode { channels: 2 }),
+    ("QEMU, multifd 4", Mode { channels: 4 }),
+];
+
+fn options(streams: u16) -> OutgoingOptions {
+    OutgoingOptions { streams, ..OutgoingOptions::default() }
+}
+
+/// 2 GiB of random pages over TCP loopback.
+pub fn full(bench: &Bench, table: &mut Table) {
+    let size = 2 * GIB / bench.shrink;
+    let source = Image::new(&bench.folder, "source", size);
+    let destination = Image::new(&bench.folder, "destination", size);
+    source.fill(0, size);
+    destination.warm_up(size);
+    floor::copy(&source, &destination, 1);
+    let mut ours = STREAMS.map(|streams| (streams, Vec::new(), Vec::new()));
+    let mut floors = STREAMS.map(|sockets| (sockets, Vec::new()));
+    let mut qemus = QEMU_MODES.map(|(name, mode)| (name, mode, Vec::new()));
+    let rate = |time: std::time::Duration| size as f64 / time.as_secs_f64() / 1e9;
+    for _ in 0..bench.rounds {
+        for index in 0..STREAMS.len() {
+            let (streams, rates, moved) = &mut ours[index];
+            destination.clear();
+            let done = migrate(Side::new(&source), Side::new(&destination), &options(*streams));
+            assert_eq!(done.status.counters.pages_sent, size / 4096);
+            rates.push(rate(done.time));
+            moved.push(done);
+            let (sockets, rates) = &mut floors[index];
+            destination.clear();
+            rates.push(rate(floor::copy(&source, &destination, u64::from(*sockets))));
+            if let Some(qemu) = &bench.qemu {
+                let (_, mode, rates) = &mut qemus[index];
+                destination.clear();
+                rates.push(rate(qemu.migrate(&source, &destination, *mode)));
+            }
+        }
+    }
+    const WORK: &str = "full";
+    for (sockets, rates) in &floors {
+        table.add(WORK, &format!("floor, {sockets}"), "GB/s", rates, String::new());
+    }
+    for (name, _, rates) in qemus.iter().filter(|(_, _, rates)| !rates.is_empty()) {
+        table.add(WORK, name, "GB/s", rates, String::new());
+    }
+    let best = qemus.iter().filter(|(_, _, rates)| !rates.is_empty());
+    let best = best.max_by(|one, other| median(&one.2).total_cmp(&median(&other.2)));
+    for (streams, rates, moved) in &ours {
+        let who = format!("pageferry, {streams}");
+        table.add(WORK, &who, "GB/s", rates, peaks(moved));
+        table.compare(WORK, &who, &format!("floor, {streams}"), Better::More);
+        if let Some((name, _, _)) = best {
+            table.compare(WORK, &who, name, Better::More);
+        }
+    }
+}
+
+fn peaks(moved: &[Moved]) -> String {
+    let most = |of: fn(&Moved) -> u64| moved.iter().map(of).max().unwrap_or_default() as f64 / MIB as f64;
+    format!("agents' peaks {:.1} and {:.1} MiB", most(|one| one.source_peak), most(|one| one.destination_peak))
+}
+
+/// What is allocated in a sparse guest.
+struct Sparse {
+    work: &'static str,
+    /// Ranges with content.
+    content: Vec<(u64, u64)>,
+    /// Ranges that are told as discarded.
+    discarded: Vec<(u64, u64)>,
+}
+
+/// 8 GiB of which little or nothing is in use.
+pub fn sparse(bench: &Bench, table: &mut Table) {
+    let size = 8 * GIB / bench.shrink;
+    // 1 GiB in 64 pieces.
+    let pieces = || (0..64).map(|piece| (piece * size / 64, size / 512));
+    let rests = || (0..64).map(|piece| (piece * size / 64 + size / 512, size / 64 - size / 512));
+    let source = Image::new(&bench.folder, "source", size);
+    let destination = Image::new(&bench.folder, "destination", size);
+    source.warm_up(size);
+    destination.warm_up(size);
+    let cases = [
+        Sparse { work: "sparse: nothing of 8 GiB allocated", content: vec![], discarded: vec![] },
+        Sparse { work: "sparse: 1 of 8 GiB allocated", content: pieces().collect(), discarded: vec![] },
+        Sparse {
+            work: "sparse: 8 GiB allocated, 7 of them discarded",
+            content: vec![(0, size)],
+            discarded: rests().collect(),
+        },
+    ];
+    for case in cases {
+        sparse_case(bench, table, &case, &source, &destination);
+    }
+}
+
+fn sparse_case(bench: &Bench, table: &mut Table, case: &Sparse, source: &Image, destination: &Image) {
+    let restore = || {
+        source.clear();
+        case.content.iter().for_each(|(start, length)| source.fill(*start, *length));
+        destination.clear();
+    };
+    restore();
+    let (mut ours, mut qemus) = (Vec::new(), Vec::new());
+    let mut remarks = [String::new(), String::new()];
+    let allocated = |before: u64| {
+        let mib = |image: &Image| image.allocated() / MIB;
+        format!(
+            "allocated at the source {} MiB before, {} after; at the destination {}",
+            before / MIB,
+            mib(source),
+            mib(destination)
+        )
+    };
+    for round in 0..bench.rounds {
+        destination.clear();
+        let before = source.allocated();
+        let (from, to) = (Side::new(source), Side::new(destination));
+        from.discard(&case.discarded);
+        ours.push(migrate(from, to, &options(2)).time.as_secs_f64() * 1e3);
+        remarks[0] = allocated(before);
+        assert_eq!(source.allocated(), before, "the source grew");
+        // QEMU needs up to half a minute for one, and does not vary that much.
+        if let Some(qemu) = bench.qemu.as_ref().filter(|_| round < 2) {
+            destination.clear();
+            qemus.push(qemu.migrate(source, destination, Mode { channels: 2 }).as_secs_f64() * 1e3);
+            remarks[1] = allocated(before);
+            restore();
+        }
+    }
+    table.add(case.work, "pageferry, 2", "ms", &ours, std::mem::take(&mut remarks[0]));
+    if !qemus.is_empty() {
+        table.add(case.work, "QEMU, multifd 2", "ms", &qemus, std::mem::take(&mut remarks[1]));
+        table.compare(case.work, "pageferry, 2", "QEMU, multifd 2", Better::Less);
+    }
+}
+
+/// 1 TiB of which 1 GiB is allocated, beside a guest of 1 GiB.
+pub fn huge(bench: &Bench, table: &mut Table) {
+    let content = GIB / bench.shrink;
+    let sizes = [("a full guest of 1 GiB", content, 1), ("1 TiB, 1 GiB of it allocated", content * 1024, 64)];
+    let images = sizes.map(|(who, size, pieces)| {
+        let source = Image::new(&bench.folder, &format!("source-{size}"), size);
+        let destination = Image::new(&bench.folder, &format!("destination-{size}"), size);
+        (0..pieces).for_each(|piece| source.fill(size / pieces * piece, content / pieces));
+        destination.warm_up(content);
+        (who, source, destination, Vec::new(), Vec::new())
+    });
+    let mut images = images;
+    for _ in 0..bench.rounds {
+        for (_, source, destination, times, moved) in &mut images {
+            destination.clear();
+            let before = source.allocated();
+            let done = migrate(Side::new(source), Side::new(destination), &options(2));
+            assert_eq!(source.allocated(), before, "the source grew");
+            times.push(done.time.as_secs_f64() * 1e3);
+            moved.push(done);
+        }
+    }
+    for (who, _, _, times, moved) in &images {
+        table.add("huge", who, "ms", times, peaks(moved));
+    }
+    table.compare("huge", images[1].0, images[0].0, Better::Less);
+}

@@ -1,0 +1,103 @@
+//! pageferry beside what a user would pick instead: QEMU, and the plainest program that copies the same bytes.
+//!
+//! `cargo bench -p pageferry-tests --bench peers` runs everything and prints one table; `-- --help` says what can be chosen. What is compared
+//! runs interleaved, on the same images, onto memory that was touched and punched before. The figures are medians; ratios are what counts.
+//!
+//! - [`table`]: the figures, and how they are printed;
+//! - [`image`]: guest memory as a file, prepared once and shared by all;
+//! - [`ours`], [`qemu`], [`floor`]: who moves it;
+//! - [`copying`]: full, sparse and huge guests.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    unreachable_pub
+)]
+
+mod copying;
+mod floor;
+mod image;
+mod ours;
+mod qemu;
+mod table;
+
+use clap::Parser;
+use std::path::PathBuf;
+use table::Table;
+
+/// Compares pageferry with its peers.
+#[derive(Debug, Parser)]
+#[command(name = "peers", max_term_width = 100)]
+struct Cli {
+    /// Run only these parts, separated by commas: full, sparse, huge.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Rounds of each comparison; the figures are medians.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Where guest memory lies: a folder on tmpfs with room for two guests of 8 GiB.
+    #[arg(long, default_value = "/dev/shm")]
+    folder: PathBuf,
+    /// Write the table as JSON to this file, too.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Leave QEMU out even if it is installed.
+    #[arg(long)]
+    no_qemu: bool,
+    /// Given by `cargo bench`; without it, as under `cargo test`, everything is tiny: a test that the bench works.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What all parts need to know.
+pub struct Bench {
+    /// Where guest memory lies.
+    pub folder: PathBuf,
+    /// Rounds of each comparison.
+    pub rounds: usize,
+    /// Sizes are divided by this.
+    pub shrink: u64,
+    /// QEMU, if it is there.
+    pub qemu: Option<qemu::Qemu>,
+}
+
+type Part = fn(&Bench, &mut Table);
+
+fn main() {
+    let cli = Cli::parse();
+    let parts: [(&str, Part); 3] = [("full", copying::full), ("sparse", copying::sparse), ("huge", copying::huge)];
+    if let Some(unknown) = cli.only.iter().find(|name| !parts.iter().any(|(part, _)| part == name)) {
+        eprintln!("--only {unknown}: write {}", parts.map(|(name, _)| name).join(", "));
+        std::process::exit(2);
+    }
+    let qemu = if cli.no_qemu || !cli.bench { None } else { qemu::Qemu::find() };
+    let bench = Bench {
+        folder: cli.folder,
+        rounds: if cli.bench { cli.rounds } else { 1 },
+        shrink: if cli.bench { 1 } else { 128 },
+        qemu,
+    };
+    let mut table = Table::default();
+    table.note(machine());
+    table.note(bench.qemu.as_ref().map_or("skipped: no qemu-system-x86_64".to_owned(), |qemu| qemu.version.clone()));
+    for (name, part) in parts {
+        if cli.only.is_empty() || cli.only.iter().any(|only| only == name) {
+            eprintln!("{name} ...");
+            part(&bench, &mut table);
+        }
+    }
+    println!("{}", table.markdown());
+    if let Some(path) = cli.json {
+        std::fs::write(&path, table.json()).unwrap_or_else(|error| panic!("cannot write {}: {error}", path.display()));
+    }
+}
+
+fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
+    format!("{cores} cores ({}), Linux {}", model.trim_start_matches([' ', '\t', ':']), release.trim())
+}

@@ -1,0 +1,108 @@
+//! Two agents as processes, with a VMM whose guest stands still.
+
+use super::image::Image;
+use pageferry_client::{
+    BlockRange, BlockSpec, Client, Config, HookError, Hooks, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch,
+    StatePiece, Target,
+};
+use pageferry_tests::process::AgentProcess;
+use std::ffi::OsStr;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
+const LIMIT: Duration = Duration::from_secs(600);
+
+struct Still;
+
+impl Hooks for Still {
+    fn pause(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        Ok(Vec::new())
+    }
+
+    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
+        Ok(())
+    }
+}
+
+/// What a migration took.
+#[derive(Debug, Clone)]
+pub struct Moved {
+    /// From the start to the confirmation.
+    pub time: Duration,
+    /// What the source's agent says.
+    pub status: JobStatus,
+    /// Peak resident bytes of the source's agent.
+    pub source_peak: u64,
+    /// Peak resident bytes of the destination's agent.
+    pub destination_peak: u64,
+}
+
+/// An agent and the client that owns its guest.
+pub struct Side {
+    /// The client. Before the agent, so that it is dropped first.
+    pub client: Client,
+    /// The agent.
+    pub agent: AgentProcess,
+    _folder: tempfile::TempDir,
+}
+
+impl Side {
+    /// Hands all of `image` to an agent.
+    pub fn new(image: &Image) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), "agent").unwrap();
+        let (client, channel) = Client::connect(agent.socket(), Config::default()).unwrap();
+        channel.spawn(Still).unwrap();
+        let spec = BlockSpec {
+            id: 0,
+            name: "ram",
+            gpa: 0,
+            length: image.size,
+            memory: image.file.as_fd(),
+            fd_offset: 0,
+            vmm_address: 0,
+            granularity: 4096,
+            discarded: false,
+        };
+        client.add_block(spec).unwrap();
+        Self { client, agent, _folder: folder }
+    }
+
+    /// Discards without freeing.
+    pub fn discard(&self, ranges: &[(u64, u64)]) {
+        let ranges: Vec<_> = ranges.iter().map(|&(offset, length)| BlockRange { block: 0, offset, length }).collect();
+        self.client.discard(&ranges, Punch::No).unwrap();
+    }
+
+    fn peak(&mut self) -> u64 {
+        peak_of(Path::new(&format!("/proc/{}/status", self.agent.process().id())))
+    }
+}
+
+fn peak_of(status: &Path) -> u64 {
+    let text = std::fs::read_to_string(status).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
+}
+
+/// Moves the guest.
+pub fn migrate(mut from: Side, mut to: Side, options: &OutgoingOptions) -> Moved {
+    let listen = Target::Address("tcp:127.0.0.1:0".into());
+    let incoming = to.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
+    let started = Instant::now();
+    let job = from.client.start_outgoing(Target::Address(incoming.address), options).unwrap().job;
+    let status = from.client.wait(job, LIMIT).unwrap();
+    let time = started.elapsed();
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    Moved { time, status, source_peak: from.peak(), destination_peak: to.peak() }
+}

@@ -1,0 +1,129 @@
+//! QEMU, driven by QMP: a paused guest under TCG whose memory is a shared file, prepared as everyone's.
+
+use super::image::Image;
+use pageferry_tests::deadline::wait_for;
+use pageferry_tests::process::Process;
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = "qemu-system-x86_64";
+const PATIENCE: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(600);
+/// No limit worth the name, in bytes per second.
+const BANDWIDTH: u64 = 100 << 30;
+
+/// An installed QEMU.
+#[derive(Debug)]
+pub struct Qemu {
+    /// What it says of itself.
+    pub version: String,
+}
+
+/// How it migrates.
+#[derive(Debug, Clone, Copy)]
+pub struct Mode {
+    /// Channels of multifd; 0 is without.
+    pub channels: u32,
+}
+
+impl Qemu {
+    /// QEMU, if it is installed.
+    pub fn find() -> Option<Self> {
+        let output = Command::new(PROGRAM).arg("--version").output().ok()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Some(Self { version: text.lines().next()?.to_owned() })
+    }
+
+    /// Moves the guest; returns how long it took from the command to the end.
+    pub fn migrate(&self, source: &Image, destination: &Image, mode: Mode) -> Duration {
+        let folder = tempfile::tempdir().unwrap();
+        let mut to = Machine::start(folder.path(), "destination", destination, &["-incoming", "defer"]);
+        let mut from = Machine::start(folder.path(), "source", source, &[]);
+        for machine in [&mut to, &mut from] {
+            machine.set_up(mode);
+        }
+        let address = format!("tcp:127.0.0.1:{}", free_port());
+        to.execute("migrate-incoming", json!({ "uri": address }));
+        let started = Instant::now();
+        from.execute("migrate", json!({ "uri": address }));
+        wait_for("QEMU's migration", LIMIT, || match from.execute("query-migrate", json!({}))["status"].as_str() {
+            Some("completed") => Some(()),
+            Some("failed" | "cancelled") => {
+                panic!("QEMU's migration failed: {}", from.execute("query-migrate", json!({})))
+            }
+            _ => None,
+        })
+        .unwrap();
+        started.elapsed()
+    }
+}
+
+/// A port that nobody listens at. Someone might take it before QEMU does; then the bench says so.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// One QEMU process.
+struct Machine {
+    reader: BufReader<UnixStream>,
+    writer: UnixStream,
+    _process: Process,
+}
+
+impl Machine {
+    fn start(folder: &Path, name: &str, image: &Image, more: &[&str]) -> Self {
+        let socket = folder.join(name);
+        let memory =
+            format!("memory-backend-file,id=ram,size={},mem-path={},share=on", image.size, image.path.display());
+        let mut command = Command::new(PROGRAM);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-S"]);
+        command.args(["-machine", "q35,memory-backend=ram", "-m", &format!("{}M", image.size >> 20)]);
+        command.args(["-object", &memory, "-qmp", &format!("unix:{},server=on,wait=off", socket.display())]).args(more);
+        let mut process = Process::spawn(name, &mut command).unwrap();
+        let stream = wait_for("QEMU's control socket", PATIENCE, || {
+            assert!(!process.has_ended(), "QEMU ended: {:?}", process.lines());
+            UnixStream::connect(&socket).ok()
+        })
+        .unwrap();
+        let mut machine =
+            Self { writer: stream.try_clone().unwrap(), reader: BufReader::new(stream), _process: process };
+        machine.read();
+        machine.execute("qmp_capabilities", json!({}));
+        machine
+    }
+
+    fn set_up(&mut self, mode: Mode) {
+        let capability = json!({ "capability": "multifd", "state": mode.channels > 0 });
+        self.execute("migrate-set-capabilities", json!({ "capabilities": [capability] }));
+        let mut parameters = json!({ "max-bandwidth": BANDWIDTH });
+        if mode.channels > 0 {
+            parameters["multifd-channels"] = json!(mode.channels);
+        }
+        self.execute("migrate-set-parameters", parameters);
+    }
+
+    fn read(&mut self) -> Value {
+        let mut line = String::new();
+        assert!(self.reader.read_line(&mut line).unwrap() > 0, "QEMU closed its control socket");
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn execute(&mut self, command: &str, arguments: Value) -> Value {
+        let request = json!({ "execute": command, "arguments": arguments });
+        self.writer.write_all(format!("{request}\n").as_bytes()).unwrap();
+        loop {
+            let mut answer = self.read();
+            if answer.get("error").is_some() {
+                panic!("QEMU refused {command}: {answer}");
+            }
+            if answer.get("return").is_some() {
+                return answer["return"].take();
+            }
+        }
+    }
+}
