@@ -15,6 +15,8 @@ pub struct Image {
     pub file: File,
     /// Its size in bytes.
     pub size: u64,
+    /// Whether dropping it removes the file.
+    owned: bool,
 }
 
 /// Bytes of a buffer.
@@ -26,7 +28,19 @@ impl Image {
         let path = folder.join(format!("pageferry-bench-{}-{name}", std::process::id()));
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         file.set_len(size).unwrap();
-        Self { path, file, size }
+        Self { path, file, size, owned: true }
+    }
+
+    /// The same file once more, for someone else to look at.
+    pub fn again(other: &Self) -> Self {
+        Self { path: other.path.clone(), file: other.file.try_clone().unwrap(), size: other.size, owned: false }
+    }
+
+    /// Zeroes the first bytes of all pages, where a guest counts.
+    pub fn zero_counters(&self) {
+        for at in (0..self.size).step_by(4096) {
+            self.file.write_all_at(&[0; 4], at).unwrap();
+        }
     }
 
     /// Fills a range with bytes that neither repeat nor compress.
@@ -67,7 +81,9 @@ impl Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
-        // Someone may have removed it; there is nothing to do about it then.
-        let _ = std::fs::remove_file(&self.path);
+        if self.owned {
+            // Someone may have removed it; there is nothing to do about it then.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }

@@ -6,7 +6,10 @@
 //! - [`table`]: the figures, and how they are printed;
 //! - [`image`]: guest memory as a file, prepared once and shared by all;
 //! - [`ours`], [`qemu`], [`floor`]: who moves it;
-//! - [`copying`]: full, sparse and huge guests.
+//! - [`copying`]: full, sparse and huge guests;
+//! - [`live`]: a guest that writes while it moves;
+//! - [`bitmaps`]: marking, harvesting and walking;
+//! - [`discards`]: how fast they are acknowledged.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -16,9 +19,12 @@
     unreachable_pub
 )]
 
+mod bitmaps;
 mod copying;
+mod discards;
 mod floor;
 mod image;
+mod live;
 mod ours;
 mod qemu;
 mod table;
@@ -31,7 +37,7 @@ use table::Table;
 #[derive(Debug, Parser)]
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
-    /// Run only these parts, separated by commas: full, sparse, huge.
+    /// Run only these parts, separated by commas: full, sparse, huge, live, bitmaps, discards.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -67,7 +73,14 @@ type Part = fn(&Bench, &mut Table);
 
 fn main() {
     let cli = Cli::parse();
-    let parts: [(&str, Part); 3] = [("full", copying::full), ("sparse", copying::sparse), ("huge", copying::huge)];
+    let parts: [(&str, Part); 6] = [
+        ("full", copying::full),
+        ("sparse", copying::sparse),
+        ("huge", copying::huge),
+        ("bitmaps", bitmaps::bitmaps),
+        ("discards", discards::discards),
+        ("live", live::live),
+    ];
     if let Some(unknown) = cli.only.iter().find(|name| !parts.iter().any(|(part, _)| part == name)) {
         eprintln!("--only {unknown}: write {}", parts.map(|(name, _)| name).join(", "));
         std::process::exit(2);

@@ -1,0 +1,100 @@
+//! Discards: how many a second are acknowledged, and how long one takes while the agent migrates at full speed.
+
+use super::Bench;
+use super::image::Image;
+use super::ours::Side;
+use super::table::Table;
+use pageferry_client::{BlockRange, IncomingOptions, OutgoingOptions, Phase, Punch, Target};
+use pageferry_protocol::memory::PAGE_SIZE;
+use std::time::{Duration, Instant};
+
+const GIB: u64 = 1 << 30;
+const RANGES: u64 = 1_000_000;
+
+fn page(page: u64) -> BlockRange {
+    BlockRange { block: 0, offset: page * PAGE_SIZE, length: PAGE_SIZE }
+}
+
+/// Discards in batches while nothing else happens, and one by one during a migration.
+pub fn discards(bench: &Bench, table: &mut Table) {
+    batches(bench, table);
+    single(bench, table);
+}
+
+/// Every second page of a guest, so that no two ranges can be made one.
+fn batches(bench: &Bench, table: &mut Table) {
+    let count = RANGES / bench.shrink;
+    let image = Image::new(&bench.folder, "source", count * 2 * PAGE_SIZE);
+    let side = Side::new(&image);
+    let ranges: Vec<BlockRange> = (0..count).map(|range| page(range * 2)).collect();
+    for (who, punch, allocated) in [
+        ("1,000,000 ranges, not freed", Punch::No, false),
+        ("1,000,000 ranges, freed, nothing allocated", Punch::Yes, false),
+        ("1,000,000 ranges, freed, all allocated", Punch::Yes, true),
+    ] {
+        let mut times = Vec::new();
+        for _ in 0..bench.rounds {
+            side.client.populate(&[BlockRange { block: 0, offset: 0, length: image.size }]).unwrap();
+            if allocated {
+                image.fill(0, image.size);
+            }
+            let started = Instant::now();
+            assert_eq!(side.client.discard(&ranges, punch).unwrap(), count);
+            times.push(started.elapsed().as_secs_f64() * 1e3);
+        }
+        image.clear();
+        table.add("discards: batches, idle", who, "ms", &times, String::new());
+    }
+}
+
+/// One discard at a time, at a steady pace, while a full guest is migrated at full speed.
+fn single(bench: &Bench, table: &mut Table) {
+    let size = 2 * GIB / bench.shrink;
+    let source = Image::new(&bench.folder, "source", size);
+    let destination = Image::new(&bench.folder, "destination", size);
+    source.fill(0, size);
+    destination.warm_up(size);
+    let pages = size / PAGE_SIZE;
+    let mut idle = Vec::new();
+    let mut during = Vec::new();
+    for _ in 0..bench.rounds {
+        destination.clear();
+        source.fill(0, size / 16);
+        let (from, to) = (Side::new(&source), Side::new(&destination));
+        let mut next = 0;
+        let mut discard = || {
+            let started = Instant::now();
+            from.client.discard(&[page(next)], Punch::Yes).unwrap();
+            // All of them in the part that is filled again before the next round.
+            next = (next + 17) % (pages / 16);
+            started.elapsed()
+        };
+        for _ in 0..200 {
+            idle.push(discard());
+        }
+        let listen = Target::Address("tcp:127.0.0.1:0".into());
+        let incoming = to.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
+        let options = OutgoingOptions { streams: 2, ..OutgoingOptions::default() };
+        let job = from.client.start_outgoing(Target::Address(incoming.address), &options).unwrap().job;
+        while !from.client.status().unwrap().phase.is_final() {
+            during.push(discard());
+            // A guest gives pages back now and then; without a pause this would be a bench of batches of one.
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        assert_eq!(from.client.wait(job, Duration::from_secs(60)).unwrap().phase, Phase::Completed);
+    }
+    for (who, mut times) in [("idle", idle), ("during a migration at full speed", during)] {
+        times.sort_unstable();
+        let quantile = |part: usize| [times[(times.len() - 1) * part / 1000].as_secs_f64() * 1e6];
+        let remark = format!("{} discards", times.len());
+        for (name, part) in [("p50", 500), ("p99", 990), ("most", 1000)] {
+            table.add(
+                "discards: latency of one, freed",
+                &format!("{who}, {name}"),
+                "us",
+                &quantile(part),
+                remark.clone(),
+            );
+        }
+    }
+}

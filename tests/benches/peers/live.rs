@@ -1,0 +1,457 @@
+//! A guest that writes while it moves: how long it takes, how long the guest stands still, and what the guest itself feels of it.
+
+use super::Bench;
+use super::floor;
+use super::image::Image;
+use super::table::{Better, Table};
+use pageferry_agent::tracking::pagemap::Pagemap;
+use pageferry_client::tracking::kvm::KvmDirtyLog;
+use pageferry_client::tracking::uffd::WriteProtect;
+use pageferry_client::{DirtyLog, IncomingOptions, OutgoingOptions, Phase, StatePiece};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::Error;
+use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep};
+use pageferry_tests::guest::{Guest, IdleGuest};
+use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
+use pageferry_tests::process::AgentProcess;
+use pageferry_tests::usage::Usage;
+use pageferry_tests::vmm::{HookTracker, MockVmm, Tracker};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
+const GIB: u64 = 1 << 30;
+const LIMIT: Duration = Duration::from_secs(120);
+/// Pages that a thread writes between two looks at whether it is to stop.
+const BATCH: u64 = 64;
+/// How long a writer is watched before anything happens.
+const BEFORE: Duration = Duration::from_millis(700);
+
+/// Who finds the writes, and thereby who writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// A thread that marks the shared log.
+    Log,
+    /// A thread whose mapping the agent scans.
+    Uffd,
+    /// A vCPU under KVM's dirty log.
+    Kvm,
+    /// A vCPU whose mapping the agent scans.
+    KvmUffd,
+}
+
+impl Kind {
+    const ALL: [Self; 4] = [Self::Log, Self::Uffd, Self::Kvm, Self::KvmUffd];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Log => "thread, shared log",
+            Self::Uffd => "thread, write protection",
+            Self::Kvm => "vCPU, KVM's log",
+            Self::KvmUffd => "vCPU, write protection",
+        }
+    }
+
+    fn has_vcpu(self) -> bool {
+        matches!(self, Self::Kvm | Self::KvmUffd)
+    }
+}
+
+/// A guest of one thread that writes into one page after the other, at a steady rate.
+struct Sweeper {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    memory: Arc<TestMemory>,
+    pages: PageRange,
+    /// Writes per second; 0 is as many as it can.
+    rate: u64,
+    marks: bool,
+    writes: Arc<AtomicU64>,
+    ends: AtomicBool,
+    wanted: Mutex<Wanted>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Wanted {
+    runs: bool,
+    stands: bool,
+}
+
+impl Sweeper {
+    fn new(memory: &Arc<TestMemory>, pages: PageRange, rate: u64, marks: bool, writes: &Arc<AtomicU64>) -> Self {
+        let shared = Arc::new(Shared {
+            memory: memory.clone(),
+            pages,
+            rate,
+            marks,
+            writes: writes.clone(),
+            ends: AtomicBool::new(false),
+            wanted: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let inner = shared.clone();
+        Self { shared, thread: Some(std::thread::spawn(move || inner.sweep())) }
+    }
+}
+
+impl Shared {
+    fn sweep(&self) {
+        let block = &self.memory.blocks()[0];
+        let mut next = 0;
+        while self.stand() {
+            let (started, mut written) = (Instant::now(), 0);
+            loop {
+                for _ in 0..BATCH {
+                    let page = self.pages.first + next;
+                    block.store(page * PAGE_SIZE + 8, next).unwrap();
+                    if self.marks {
+                        block.mark(PageRange::new(page, 1));
+                    }
+                    next = (next + 1) % self.pages.count;
+                }
+                written += BATCH;
+                self.writes.fetch_add(BATCH, Ordering::Relaxed);
+                if !self.wanted.lock().unwrap().runs {
+                    break;
+                }
+                let due = self.rate.checked_sub(1).map(|_| written as f64 / self.rate as f64);
+                let ahead = due.map_or(0.0, |due| due - started.elapsed().as_secs_f64());
+                if ahead > 0.0005 {
+                    std::thread::sleep(Duration::from_secs_f64(ahead));
+                }
+            }
+        }
+    }
+
+    /// Stands until it is to run; false if it is to end.
+    fn stand(&self) -> bool {
+        let mut wanted = self.wanted.lock().unwrap();
+        wanted.stands = true;
+        self.changed.notify_all();
+        while !wanted.runs {
+            if self.ends.load(Ordering::Relaxed) {
+                return false;
+            }
+            wanted = self.changed.wait(wanted).unwrap();
+        }
+        wanted.stands = false;
+        true
+    }
+}
+
+impl Guest for Sweeper {
+    fn start(&mut self) -> Result<(), Error> {
+        self.resume()
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        let mut wanted = self.shared.wanted.lock().unwrap();
+        wanted.runs = false;
+        while !wanted.stands {
+            wanted = self.shared.changed.wait(wanted).unwrap();
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        self.shared.wanted.lock().unwrap().runs = true;
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, Error> {
+        Ok(Vec::new())
+    }
+
+    fn load_state(&mut self, _: &[StatePiece]) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+impl Drop for Sweeper {
+    fn drop(&mut self) {
+        self.shared.ends.store(true, Ordering::Relaxed);
+        // It stands, or comes to stand.
+        let _ = self.pause();
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A VMM with an agent of its own.
+struct Side {
+    vmm: MockVmm,
+    memory: Arc<TestMemory>,
+    _agent: AgentProcess,
+    _folder: tempfile::TempDir,
+}
+
+fn map(image: &Image) -> Arc<TestMemory> {
+    let file = Arc::new(image.file.try_clone().unwrap());
+    let layout = BlockLayout { backing: Backing::File(file), ..BlockLayout::ram(image.size) };
+    Arc::new(TestMemory::new(vec![layout]).unwrap())
+}
+
+impl Side {
+    fn new(image: &Image, tracker: impl FnOnce(&TestMemory) -> Result<Tracker, Error>) -> Result<Self, Error> {
+        let folder = tempfile::tempdir().unwrap();
+        let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), "agent")?;
+        let memory = map(image);
+        let tracker = tracker(&memory)?;
+        let vmm = MockVmm::connect(agent.socket(), Usage::new(memory.clone())?, tracker)?;
+        Ok(Self { vmm, memory, _agent: agent, _folder: folder })
+    }
+}
+
+/// Counts a writer's writes while it runs.
+type Count = Box<dyn Fn() -> u64>;
+
+/// How far a vCPU has come, from the counters that it leaves: those before the place it is at are one ahead of those after it.
+fn sweeps_of(image: &Image, pages: PageRange) -> u64 {
+    let counter = |page: u64| {
+        let mut bytes = [0; 4];
+        image.file.read_exact_at(&mut bytes, (pages.first + page) * PAGE_SIZE).unwrap();
+        u64::from(u32::from_le_bytes(bytes))
+    };
+    let first = counter(0);
+    let (mut low, mut high) = (0, pages.count);
+    while low < high {
+        let middle = (low + high) / 2;
+        if counter(middle) == first { low = middle + 1 } else { high = middle }
+    }
+    first.saturating_sub(1) * pages.count + if first == 0 { 0 } else { low }
+}
+
+fn rate_of(count: &Count, time: Duration) -> f64 {
+    let (before, started) = (count(), Instant::now());
+    std::thread::sleep(time);
+    (count() - before) as f64 / started.elapsed().as_secs_f64()
+}
+
+/// How often a vCPU spins after each page to write `rate` pages a second, given what it does at 10,000.
+fn spins_for(rate: u64, at_ten_thousand: f64) -> u32 {
+    if rate == 0 { 0 } else { (at_ten_thousand * 10_000.0 / rate as f64) as u32 }
+}
+
+/// A case of one table line.
+struct Case {
+    name: String,
+    pages: PageRange,
+    /// Writes per second; 0 is as many as it can.
+    rate: u64,
+}
+
+/// What was measured of a case.
+#[derive(Default)]
+struct Measured {
+    total: Vec<f64>,
+    downtime: Vec<f64>,
+    slowdown: Vec<f64>,
+    control: Vec<f64>,
+    remark: String,
+}
+
+/// 2 GiB with a writer at several rates, found by several trackers; and what tracking alone costs a vCPU.
+pub fn live(bench: &Bench, table: &mut Table) {
+    let size = 2 * GIB / bench.shrink;
+    let source = Image::new(&bench.folder, "source", size);
+    let destination = Image::new(&bench.folder, "destination", size);
+    source.fill(0, size);
+    destination.warm_up(size);
+    floor::copy(&source, &destination, 1);
+    destination.clear();
+    let link = size as f64 / PAGE_SIZE as f64 / floor::copy(&source, &destination, 1).as_secs_f64();
+    table.note(format!("live: 100% of the link is {link:.0} pages/s, that of a plain copy through one socket"));
+    let all = PageRange::new(FIRMWARE_PAGES, size / PAGE_SIZE - FIRMWARE_PAGES);
+    let mut cases: Vec<Case> = [10, 50, 90]
+        .map(|percent| Case {
+            name: format!("a writer at {percent}% of the link"),
+            pages: all,
+            rate: (link * f64::from(percent) / 100.0) as u64,
+        })
+        .into();
+    let hot = PageRange::new(FIRMWARE_PAGES, all.count / 16);
+    cases.push(Case { name: "a hot set of 128 MiB, as fast as it can".into(), pages: hot, rate: 0 });
+    for kind in Kind::ALL {
+        for case in &cases {
+            let mut measured = Measured::default();
+            for _ in 0..bench.rounds.min(3) {
+                source.zero_counters();
+                if let Err(error) = run(&source, &destination, kind, case, &mut measured) {
+                    table.note(format!("live, {}: skipped: {}", kind.name(), error.sentence()));
+                    break;
+                }
+            }
+            let work = format!("live: {}, {}", case.name, kind.name());
+            if measured.total.is_empty() {
+                continue;
+            }
+            table.add(&work, "total", "ms", &measured.total, measured.remark);
+            table.add(&work, "downtime, limit 300", "ms", &measured.downtime, String::new());
+            table.add(&work, "writer, of its speed before", "", &measured.slowdown, String::new());
+            table.add(&work, "writer beside a plain copy", "", &measured.control, String::new());
+        }
+    }
+    drop((source, destination));
+    tracking_alone(bench, table);
+}
+
+fn run(source: &Image, destination: &Image, kind: Kind, case: &Case, measured: &mut Measured) -> Result<(), Error> {
+    destination.clear();
+    let mut kvm: Option<KvmGuest> = None;
+    let from = Side::new(source, |memory| {
+        if kind.has_vcpu() {
+            kvm = Some(vcpu(source, memory, case)?);
+        }
+        match kind {
+            Kind::Log => Ok(Tracker::Log),
+            Kind::Uffd | Kind::KvmUffd => Tracker::write_protect(memory),
+            Kind::Kvm => {
+                let log = kvm.as_ref().map(KvmGuest::dirty_log).transpose();
+                let log = log.map_err(|error| Error::Memory(error.to_string()))?;
+                Ok(log.map_or(Tracker::Log, |log| Tracker::Hooks(Box::new(log) as Box<dyn HookTracker>)))
+            }
+        }
+    })?;
+    let count: Count = match kvm {
+        Some(guest) => {
+            from.vmm.set_guest(guest);
+            let (image, pages) = (Image::again(source), case.pages);
+            Box::new(move || sweeps_of(&image, pages))
+        }
+        None => {
+            let writes = Arc::new(AtomicU64::new(0));
+            from.vmm.set_guest(Sweeper::new(&from.memory, case.pages, case.rate, kind == Kind::Log, &writes));
+            Box::new(move || writes.load(Ordering::Relaxed))
+        }
+    };
+    from.vmm.start()?;
+    let before = rate_of(&count, BEFORE);
+    // The control: the same writer beside a program that copies as much over the same cores.
+    let (writes, started) = (count(), Instant::now());
+    floor::copy(source, destination, 1);
+    measured.control.push((count() - writes) as f64 / started.elapsed().as_secs_f64() / before);
+    destination.clear();
+
+    let to = Side::new(destination, |_| Ok(Tracker::Log))?;
+    to.vmm.set_guest(IdleGuest);
+    let (_, address) = to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default())?;
+    let (writes, started) = (count(), Instant::now());
+    let job = from.vmm.start_outgoing(&address, &OutgoingOptions { max_passes: 0, ..OutgoingOptions::default() })?;
+    let status = from.vmm.wait_job(job, LIMIT)?;
+    let total = started.elapsed();
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    let downtime = Duration::from_micros(status.counters.downtime_us);
+    let during = (count() - writes) as f64 / (total.saturating_sub(downtime)).as_secs_f64();
+    measured.total.push(total.as_secs_f64() * 1e3);
+    measured.downtime.push(downtime.as_secs_f64() * 1e3);
+    measured.slowdown.push(during / before);
+    measured.remark = format!(
+        "{} passes, {} pages sent, expected downtime {:.0} ms, {before:.0} pages/s before",
+        status.counters.passes,
+        status.counters.pages_sent,
+        status.counters.expected_downtime_us as f64 / 1e3
+    );
+    Ok(())
+}
+
+fn vcpu(image: &Image, memory: &TestMemory, case: &Case) -> Result<KvmGuest, Error> {
+    let sweep = Sweep { ranges: vec![(case.pages.first * PAGE_SIZE, case.pages.count)], spins: 10_000 };
+    let mut guest = KvmGuest::new(memory.guest().clone(), sweep)?;
+    guest.boot()?;
+    let file = Image::again(image);
+    let pages = case.pages;
+    let count: Count = Box::new(move || sweeps_of(&file, pages));
+    guest.resume()?;
+    let at_ten_thousand = rate_of(&count, Duration::from_millis(300));
+    guest.pause()?;
+    guest.set_spins(spins_for(case.rate, at_ten_thousand))?;
+    Ok(guest)
+}
+
+/// How a vCPU's sweeps slow down when its writes are tracked and asked for ten times a second, and nothing is sent.
+fn tracking_alone(bench: &Bench, table: &mut Table) {
+    const WORK: &str = "tracking alone: a vCPU that sweeps 256 MiB";
+    let size = GIB / 4 / bench.shrink.min(16);
+    let image = Image::new(&bench.folder, "tracked", size);
+    image.fill(0, size);
+    image.zero_counters();
+    let pages = PageRange::new(FIRMWARE_PAGES, size / PAGE_SIZE - FIRMWARE_PAGES);
+    let memory = map(&image);
+    let sweep = Sweep { ranges: vec![(pages.first * PAGE_SIZE, pages.count)], spins: 0 };
+    let guest = KvmGuest::new(memory.guest().clone(), sweep);
+    let mut guest = match guest.and_then(|mut guest| guest.boot().map(|()| guest)) {
+        Ok(guest) => guest,
+        Err(error) => {
+            table.note(format!("{WORK}: skipped: {error}"));
+            return;
+        }
+    };
+    let count: Count = {
+        let image = Image::again(&image);
+        Box::new(move || sweeps_of(&image, pages))
+    };
+    let fd: OwnedFd = memfd_create("log", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, size / PAGE_SIZE / 8).unwrap();
+    let log = DirtyLog::walkable(fd, 0, size / PAGE_SIZE / 8).unwrap();
+    let address = memory.blocks()[0].address();
+    let mut rates: [(&str, Vec<f64>); 4] = [
+        ("untracked", Vec::new()),
+        ("shared log", Vec::new()),
+        ("KVM's log", Vec::new()),
+        ("write protection", Vec::new()),
+    ];
+    for _ in 0..bench.rounds {
+        for (who, rates) in &mut rates {
+            guest.pause().unwrap();
+            let mut kvm = (*who == "KVM's log").then(|| guest.dirty_log().unwrap());
+            let registered = (*who == "write protection").then(|| WriteProtect::register(&[(address, size)]).unwrap());
+            let pagemap = registered
+                .as_ref()
+                .map(|registered| Pagemap::new(registered.pagemap().try_clone_to_owned().unwrap()).unwrap());
+            if let Some(kvm) = &mut kvm {
+                KvmDirtyLog::start(kvm).unwrap();
+            }
+            guest.resume().unwrap();
+            let (writes, started) = (count(), Instant::now());
+            while started.elapsed() < Duration::from_millis(1500) {
+                std::thread::sleep(Duration::from_millis(100));
+                if let Some(kvm) = &mut kvm {
+                    KvmDirtyLog::sync(kvm, &log).unwrap();
+                    let words: Vec<u64> = (0..size / PAGE_SIZE / 64).map(|word| log.bits().take_word(word)).collect();
+                    KvmDirtyLog::clear(kvm, 0, &words).unwrap();
+                }
+                if let Some(pagemap) = &pagemap {
+                    pagemap.scan(address, size, |_, _| ()).unwrap();
+                }
+                log.bits().clear(log.bits().all());
+            }
+            rates.push((count() - writes) as f64 / started.elapsed().as_secs_f64() / 1e6);
+            guest.pause().unwrap();
+            if let Some(kvm) = &mut kvm {
+                KvmDirtyLog::stop(kvm).unwrap();
+            }
+            guest.resume().unwrap();
+        }
+    }
+    guest.pause().unwrap();
+    for (who, rates) in &rates {
+        table.add(WORK, who, "M pages/s", rates, String::new());
+        if *who != "untracked" {
+            table.compare(WORK, who, "untracked", Better::More);
+        }
+    }
+    table.compare(WORK, "write protection", "KVM's log", Better::More);
+}
