@@ -19,8 +19,6 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, Mmap
 
 /// Bytes of a buffer that memory is read, written or compared through.
 const BUFFER: u64 = 1 << 20;
-/// Bytes of a huge page of [`Backing::HugePages`].
-pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// What a block's memory is made of.
 #[derive(Debug, Clone, Default)]
@@ -28,7 +26,7 @@ pub enum Backing {
     /// A memfd of its own, sealed against shrinking, as large as `fd_offset + length`.
     #[default]
     Memfd,
-    /// A memfd of its own on hugetlbfs with pages of [`HUGE_PAGE`] bytes.
+    /// A memfd of its own on hugetlbfs with pages of [`HUGE_PAGE`](crate::huge_pages::HUGE_PAGE) bytes.
     HugePages,
     /// This file as it is: never truncated, extended or sealed. Several blocks may share it.
     File(Arc<File>),
