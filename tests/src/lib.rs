@@ -1,6 +1,7 @@
 //! Mock VMM harness: everything around an agent that a test, a benchmark or an example needs, made of threads and files.
 //!
 //! - [`memory`]: guest memory of several blocks, and looking at it without touching it; [`verify`]: what has to hold after a migration;
+//! - [`files`]: files as guest memory, without any of that;
 //! - [`usage`]: which pages may be written right now, and what was written into them;
 //! - [`guest`]: guests that write: threads, or a real one under KVM; [`device`]: emulated devices that write through vm-memory;
 //! - [`balloon`], [`plug`]: sources of discards;
@@ -22,6 +23,7 @@ pub mod deadline;
 pub mod decoders;
 pub mod device;
 pub mod error;
+pub mod files;
 pub mod gate;
 pub mod guest;
 pub mod huge_pages;

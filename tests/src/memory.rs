@@ -4,10 +4,11 @@
 //! look through the mapping would allocate the holes that it finds (law 2), and the check would spoil what it checks.
 
 use crate::Error;
+use crate::files;
 use crate::random::page_content;
 use pageferry_client::{AttachLog, BlockAdded, BlockSpec, Client, LogBitmap};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -153,8 +154,8 @@ impl TestBlock {
             .checked_add(layout.length)
             .ok_or_else(|| Error::Argument(format!("fd offset {:#x} overflows", layout.fd_offset)))?;
         let file = match &layout.backing {
-            Backing::Memfd => Arc::new(memfd(&layout.name, needed, MemfdFlags::empty())?),
-            Backing::HugePages => Arc::new(memfd(&layout.name, needed, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?),
+            Backing::Memfd => sealed(&layout.name, needed, MemfdFlags::empty())?,
+            Backing::HugePages => sealed(&layout.name, needed, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?,
             Backing::File(file) => file.clone(),
         };
         // vm-memory does not look, and a mapping past the end is SIGBUS.
@@ -383,10 +384,8 @@ impl TestBlock {
     }
 }
 
-fn memfd(name: &str, size: u64, kind: MemfdFlags) -> Result<File, Error> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind;
-    let fd = rustix::fs::memfd_create(name, flags).map_err(Error::kernel("create a memfd"))?;
-    rustix::fs::ftruncate(&fd, size).map_err(Error::kernel("size a memfd"))?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(Error::kernel("seal a memfd"))?;
-    Ok(fd.into())
+fn sealed(name: &str, size: u64, kind: MemfdFlags) -> Result<Arc<File>, Error> {
+    let fd = files::unsealed_memfd(name, size, kind)?;
+    files::seal(&fd)?;
+    Ok(Arc::new(fd.into()))
 }

@@ -30,3 +30,14 @@ fn every_decoder_has_a_fuzz_target() {
     names.sort_unstable();
     assert!(files.iter().map(|path| path.file_stem().unwrap()).eq(names));
 }
+
+#[test]
+fn a_body_that_is_cut_short_is_refused() {
+    for target in TARGETS.iter().filter(|target| ["request", "hook", "standard"].contains(&target.name)) {
+        for seed in (target.seeds)() {
+            for end in 1..seed.len() {
+                assert!(!(target.run)(&seed[..end]), "{}: {end} bytes of {seed:02x?}", target.name);
+            }
+        }
+    }
+}

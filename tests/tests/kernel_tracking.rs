@@ -6,10 +6,12 @@ use pageferry_client::tracking::kvm::KvmDirtyLog;
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::DirtyLog;
+use pageferry_tests::files::{mapped, memfd};
 use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep};
 use pageferry_tests::huge_pages::{HUGE_PAGE, hugetlb_memfd};
+use pageferry_tests::random::Random;
 use pageferry_tests::require;
-use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, fstat, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, fallocate, fstat};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -24,18 +26,8 @@ type Memory = GuestMemoryMmap<()>;
 
 const LONG: Duration = Duration::from_secs(30);
 
-fn memfd(length: u64) -> OwnedFd {
-    let fd = memfd_create("memory", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, length).unwrap();
-    fd
-}
-
-/// Memory of one memfd for each (GPA, length).
 fn memory(regions: &[(u64, u64)]) -> Memory {
-    let region = |&(gpa, length): &(u64, u64)| {
-        (GuestAddress(gpa), length as usize, Some(FileOffset::new(File::from(memfd(length)), 0)))
-    };
-    Memory::from_ranges_with_files(regions.iter().map(region)).unwrap()
+    mapped(regions).unwrap()
 }
 
 /// One mapping that is tracked by write protection.
@@ -50,7 +42,7 @@ struct Tracked {
 
 impl Tracked {
     fn new(pages: u64) -> Self {
-        Self::over(memfd(pages * PAGE_SIZE), pages * PAGE_SIZE)
+        Self::over(memfd(pages * PAGE_SIZE).unwrap(), pages * PAGE_SIZE)
     }
 
     fn over(fd: OwnedFd, length: u64) -> Self {
@@ -212,10 +204,9 @@ fn no_write_is_lost_while_scans_run() {
     let mut found = 0u32;
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
-            let mut random = 1u64;
+            let mut random = Random::new(1);
             while !stop.load(Ordering::Relaxed) {
-                random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                let page = (random >> 33) % PAGES;
+                let page = random.below(PAGES);
                 tracked.memory.store(counter(page) + 1, GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap();
             }
         });
@@ -346,7 +337,7 @@ fn a_scan_works_from_another_process() {
 
 fn shared_log(memory: &Memory) -> DirtyLog {
     let length = memory.last_addr().0.div_ceil(PAGE_SIZE * 8).next_multiple_of(8);
-    DirtyLog::map(memfd(length).as_fd(), 0, length).unwrap()
+    DirtyLog::map(memfd(length).unwrap().as_fd(), 0, length).unwrap()
 }
 
 /// The pages that KVM holds as dirty, by a log that is empty before. The guest's code is left out: KVM may call a page dirty
@@ -371,9 +362,7 @@ fn guest(memory: &Memory, ranges: &[(u64, u64)]) -> (KvmGuest, BTreeSet<u64>) {
 
 /// Lets the guest write to all of its pages.
 fn round(guest: &mut KvmGuest) {
-    guest.resume().unwrap();
-    guest.wait_for_sweeps(2, LONG).unwrap();
-    guest.pause().unwrap();
+    guest.run_for_sweeps(2, LONG).unwrap();
 }
 
 #[test]
@@ -442,13 +431,8 @@ fn kvm_clears_exactly_what_it_is_asked_for_wherever_slots_begin_and_end() {
     let kvm = guest.dirty_log().unwrap();
     kvm.start().unwrap();
 
-    let mut random = 7u64;
-    let mut next = move || {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random
-    };
+    let mut random = Random::new(7);
+    let mut next = move || random.next();
     for turn in 0..60 {
         round(&mut guest);
         assert_eq!(synced(&kvm, &memory), swept, "turn {turn}: every page is written in every round");

@@ -173,6 +173,16 @@ impl KvmGuest {
         }
     }
 
+    /// Lets the guest make so many sweeps, and pauses it.
+    ///
+    /// # Errors
+    /// As [`Self::resume`], [`Self::wait_for_sweeps`] and [`Self::pause`].
+    pub fn run_for_sweeps(&mut self, count: u32, within: Duration) -> Result<(), GuestError> {
+        self.resume()?;
+        self.wait_for_sweeps(count, within)?;
+        self.pause()
+    }
+
     /// The VM.
     pub fn vm(&self) -> Arc<VmFd> {
         Arc::clone(&self.vm)
