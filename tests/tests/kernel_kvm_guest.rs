@@ -9,12 +9,11 @@ use pageferry_tests::files::{mapped, memfd};
 use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, GuestError, KvmGuest, Sweep, check_consistent, counters};
 use pageferry_tests::require;
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 type Memory = GuestMemoryMmap<()>;
 

@@ -41,8 +41,17 @@ struct Tracked {
 }
 
 impl Tracked {
-    fn new(pages: u64) -> Self {
-        Self::over(memfd(pages * PAGE_SIZE).unwrap(), pages * PAGE_SIZE)
+    /// `None` where it cannot be tracked.
+    fn new(pages: u64) -> Option<Self> {
+        require::uffd().then(|| Self::over(memfd(pages * PAGE_SIZE).unwrap(), pages * PAGE_SIZE))
+    }
+
+    /// All of it was written, and the scan knows.
+    fn scanned(pages: u64) -> Option<Self> {
+        let tracked = Self::new(pages)?;
+        (0..pages).for_each(|page| tracked.write(page));
+        tracked.scan();
+        Some(tracked)
     }
 
     fn over(fd: OwnedFd, length: u64) -> Self {
@@ -82,10 +91,7 @@ impl Tracked {
 
 #[test]
 fn a_write_through_the_mapping_is_reported_exactly_once() {
-    if !require::uffd() {
-        return;
-    }
-    let tracked = Tracked::new(2048);
+    let Some(tracked) = Tracked::new(2048) else { return };
     (0..2048).for_each(|page| tracked.write(page));
     assert_eq!(tracked.scan(), Vec::from_iter(0..2048), "what exists at the start counts as written");
     assert_eq!(tracked.scan(), [0; 0]);
@@ -101,12 +107,7 @@ fn a_write_through_the_mapping_is_reported_exactly_once() {
 
 #[test]
 fn a_read_is_no_write() {
-    if !require::uffd() {
-        return;
-    }
-    let tracked = Tracked::new(64);
-    (0..64).for_each(|page| tracked.write(page));
-    tracked.scan();
+    let Some(tracked) = Tracked::scanned(64) else { return };
     for page in 0..64 {
         let _: u32 = tracked.memory.load(GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap();
     }
@@ -115,10 +116,7 @@ fn a_read_is_no_write() {
 
 #[test]
 fn first_writes_to_holes_are_reported() {
-    if !require::uffd() {
-        return;
-    }
-    let tracked = Tracked::new(4096);
+    let Some(tracked) = Tracked::new(4096) else { return };
     tracked.write(3);
     tracked.scan();
     assert_eq!(tracked.scan(), [0; 0]);
@@ -133,12 +131,7 @@ fn first_writes_to_holes_are_reported() {
 
 #[test]
 fn a_write_after_a_punch_of_a_protected_page_is_reported() {
-    if !require::uffd() {
-        return;
-    }
-    let tracked = Tracked::new(1024);
-    (0..1024).for_each(|page| tracked.write(page));
-    tracked.scan();
+    let Some(tracked) = Tracked::scanned(1024) else { return };
     tracked.punch(100 * PAGE_SIZE, 600 * PAGE_SIZE);
     let blocks = tracked.blocks();
     let after_punch = tracked.scan();
@@ -153,10 +146,7 @@ fn a_write_after_a_punch_of_a_protected_page_is_reported() {
 
 #[test]
 fn a_scan_allocates_no_page() {
-    if !require::uffd() {
-        return;
-    }
-    let tracked = Tracked::new(1 << 16);
+    let Some(tracked) = Tracked::new(1 << 16) else { return };
     (0..1 << 16).step_by(1000).for_each(|page| tracked.write(page));
     let blocks = tracked.blocks();
     tracked.scan();
@@ -166,13 +156,8 @@ fn a_scan_allocates_no_page() {
 
 #[test]
 fn more_runs_than_the_buffer_holds_are_all_reported() {
-    if !require::uffd() {
-        return;
-    }
     // Every second page: each is a run of its own, and there are several buffers full.
-    let tracked = Tracked::new(30_000);
-    (0..30_000).for_each(|page| tracked.write(page));
-    tracked.scan();
+    let Some(tracked) = Tracked::scanned(30_000) else { return };
     (0..30_000).step_by(2).for_each(|page| tracked.write(page));
     assert_eq!(tracked.scan(), Vec::from_iter((0..30_000).step_by(2)));
     assert_eq!(tracked.scan(), [0; 0]);
@@ -180,23 +165,15 @@ fn more_runs_than_the_buffer_holds_are_all_reported() {
 
 #[test]
 fn writes_around_the_mapping_are_not_seen_and_need_the_shared_log() {
-    if !require::uffd() {
-        return;
-    }
-    let tracked = Tracked::new(64);
-    (0..64).for_each(|page| tracked.write(page));
-    tracked.scan();
+    let Some(tracked) = Tracked::scanned(64) else { return };
     tracked.file.write_all_at(&[1], 5 * PAGE_SIZE).unwrap();
     assert_eq!(tracked.scan(), [0; 0]);
 }
 
 #[test]
 fn no_write_is_lost_while_scans_run() {
-    if !require::uffd() {
-        return;
-    }
     const PAGES: u64 = 512;
-    let tracked = Tracked::new(PAGES);
+    let Some(tracked) = Tracked::new(PAGES) else { return };
     let counter = |page: u64| -> u32 { tracked.memory.load(GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap() };
     let stop = AtomicBool::new(false);
     let mut copy = vec![0; PAGES as usize];
@@ -225,12 +202,7 @@ fn no_write_is_lost_while_scans_run() {
 
 #[test]
 fn a_scan_after_the_registration_is_dropped_is_an_error() {
-    if !require::uffd() {
-        return;
-    }
-    let mut tracked = Tracked::new(64);
-    (0..64).for_each(|page| tracked.write(page));
-    tracked.scan();
+    let Some(mut tracked) = Tracked::scanned(64) else { return };
     tracked.write_protect = None;
     let error = tracked.pagemap.scan(tracked.address, tracked.length, |_, _| ()).unwrap_err();
     assert!(matches!(error, PagemapError::NotRegistered { .. }), "{error}");
@@ -272,7 +244,7 @@ fn tracked_child() {
     if std::env::var_os(CHILD).is_none() {
         return;
     }
-    let tracked = Tracked::new(CHILD_PAGES);
+    let tracked = Tracked::new(CHILD_PAGES).unwrap();
     let mut out = std::io::stdout();
     writeln!(out, "\nmapped {}", tracked.address).unwrap();
     for line in std::io::stdin().lines() {
