@@ -86,7 +86,7 @@ impl Still {
     ///
     /// # Errors
     /// If the agent refuses.
-    pub fn hand_over(client: &Client, channel: HookChannel, memory: &OwnedFd, length: u64) -> Result<(), Error> {
+    pub fn hand_over(client: &Client, channel: HookChannel, memory: impl AsFd, length: u64) -> Result<(), Error> {
         channel.spawn(Self)?;
         client.add_block(block(0, "ram", memory.as_fd(), length))?;
         Ok(())
