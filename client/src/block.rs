@@ -30,7 +30,7 @@ pub struct BlockSpec<'a> {
     pub fd_offset: u64,
     /// Where the VMM has it mapped; 0 if nowhere. Write-protect scanning needs it.
     pub vmm_address: u64,
-    /// Unit of discards and populates in bytes: a power of two, at least 4096.
+    /// Unit of discards and populates in bytes: a power of two, at least 4096. Where the host page is larger, that is the unit.
     pub granularity: u64,
     /// True if all of it is discarded at first, as in a virtio-mem device; else it is populated.
     pub discarded: bool,
@@ -93,15 +93,20 @@ impl Block {
         })
     }
 
+    /// What discards and populates are rounded to, in bytes, here and in the agent: a part of a host page cannot be freed.
+    fn discard_unit(&self) -> u64 {
+        self.geometry.granularity.max(self.host_page_size)
+    }
+
     /// The pages that a discard of `range` covers whole (law 6).
     pub(crate) fn inward(&self, range: &BlockRange) -> Result<PageRange, Error> {
-        PageRange::inward(range.offset, range.length, self.geometry.granularity, self.geometry.length)
+        PageRange::inward(range.offset, range.length, self.discard_unit(), self.geometry.length)
             .map_err(|source| Error::Range { block: range.block, source })
     }
 
     /// The pages that a populate of `range` touches (law 6).
     pub(crate) fn outward(&self, range: &BlockRange) -> Result<PageRange, Error> {
-        PageRange::outward(range.offset, range.length, self.geometry.granularity, self.geometry.length)
+        PageRange::outward(range.offset, range.length, self.discard_unit(), self.geometry.length)
             .map_err(|source| Error::Range { block: range.block, source })
     }
 
@@ -166,8 +171,8 @@ mod tests {
             Ok(huge) => assert_eq!(host_page_size(huge.as_fd()).unwrap(), 2 << 20),
             Err(errno) => {
                 assert!(
-                    !std::env::var("PAGEFERRY_REQUIRE").unwrap_or_default().contains("hugetlbfs"),
-                    "PAGEFERRY_REQUIRE names hugetlbfs: {errno}"
+                    !std::env::var("PAGEFERRY_REQUIRE").unwrap_or_default().contains("hugetlb"),
+                    "PAGEFERRY_REQUIRE names hugetlb: {errno}"
                 );
                 eprintln!("skipped: no huge pages of 2 MiB here: {errno}");
             }

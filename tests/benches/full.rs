@@ -4,45 +4,17 @@
 //! `cargo bench -p pageferry-tests --bench full`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
-use pageferry_client::{
-    BlockSpec, Client, Config, HookError, Hooks, IncomingOptions, OutgoingOptions, Phase, StatePiece, Target,
-};
+use pageferry_client::{Client, Config, IncomingOptions, OutgoingOptions, Phase, Target};
+use pageferry_tests::files::{Still, memfd};
 use pageferry_tests::in_process::InProcessAgent;
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 const BUFFER: usize = 256 << 10;
 const ROUNDS: usize = 5;
-
-struct Still;
-
-impl Hooks for Still {
-    fn pause(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
-        Ok(Vec::new())
-    }
-
-    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
-        Ok(())
-    }
-}
-
-fn memory(size: u64) -> OwnedFd {
-    let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-    rustix::fs::ftruncate(&fd, size).unwrap();
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
-    fd
-}
 
 fn punch(fd: &OwnedFd, size: u64) {
     fallocate(fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, size).unwrap();
@@ -61,19 +33,7 @@ fn migrate(source: &OwnedFd, destination: &OwnedFd, size: u64, streams: u16) -> 
     let side = |fd: &OwnedFd| {
         let (agent, socket) = InProcessAgent::start().unwrap();
         let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-        channel.spawn(Still).unwrap();
-        let spec = BlockSpec {
-            id: 0,
-            name: "ram",
-            gpa: 0,
-            length: size,
-            memory: fd.as_fd(),
-            fd_offset: 0,
-            vmm_address: 0,
-            granularity: 4096,
-            discarded: false,
-        };
-        client.add_block(spec).unwrap();
+        Still::hand_over(&client, channel, fd, size).unwrap();
         (client, agent)
     };
     let (from, to) = (side(source), side(destination));
@@ -118,7 +78,7 @@ fn main() {
     // `cargo test` runs benches, too, once and briefly: then it is a test that the bench works.
     let bench = std::env::args().any(|argument| argument == "--bench");
     let (size, rounds) = if bench { (2u64 << 30, ROUNDS) } else { (16 << 20, 1) };
-    let (source, destination) = (memory(size), memory(size));
+    let (source, destination) = (memfd(size).unwrap(), memfd(size).unwrap());
     fill(&source, size);
     // First touches come from the host underneath; after this, allocating is allocating.
     copy(&source, &destination, size);

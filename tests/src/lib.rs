@@ -1,6 +1,7 @@
 //! Mock VMM harness: everything around an agent that a test, a benchmark or an example needs, made of threads and files.
 //!
 //! - [`memory`]: guest memory of several blocks, and looking at it without touching it; [`verify`]: what has to hold after a migration;
+//! - [`files`]: files as guest memory, without any of that;
 //! - [`usage`]: which pages may be written right now, and what was written into them;
 //! - [`guest`]: guests that write: threads, or a real one under KVM; [`device`]: emulated devices that write through vm-memory;
 //! - [`balloon`], [`plug`]: sources of discards;
@@ -8,7 +9,8 @@
 //! - [`in_process`]: an agent on a thread of the test's own process;
 //! - [`process`]: agents and VMMs as processes of their own; [`agent`]: the agent's command line within this binary;
 //! - [`mock_vmm`]: the command line `mock_vmm source|destination`;
-//! - [`require`]: what a test needs of the machine;
+//! - [`decoders`]: what every decoder has to do with any bytes at all;
+//! - [`require`]: what a test needs of the machine; [`huge_pages`]: a pool of them;
 //! - [`gate`], [`deadline`], [`random`]: stopping threads, waiting for conditions, and repeatable chance.
 //!
 //! Everything random follows from a seed, and everything that waits has a deadline.
@@ -18,10 +20,13 @@
 pub mod agent;
 pub mod balloon;
 pub mod deadline;
+pub mod decoders;
 pub mod device;
 pub mod error;
+pub mod files;
 pub mod gate;
 pub mod guest;
+pub mod huge_pages;
 pub mod in_process;
 pub mod memory;
 pub mod mock_vmm;

@@ -4,10 +4,11 @@
 //! look through the mapping would allocate the holes that it finds (law 2), and the check would spoil what it checks.
 
 use crate::Error;
+use crate::files;
 use crate::random::page_content;
 use pageferry_client::{AttachLog, BlockAdded, BlockSpec, Client, LogBitmap};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,8 +20,6 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, Mmap
 
 /// Bytes of a buffer that memory is read, written or compared through.
 const BUFFER: u64 = 1 << 20;
-/// Bytes of a huge page of [`Backing::HugePages`].
-pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// What a block's memory is made of.
 #[derive(Debug, Clone, Default)]
@@ -28,7 +27,7 @@ pub enum Backing {
     /// A memfd of its own, sealed against shrinking, as large as `fd_offset + length`.
     #[default]
     Memfd,
-    /// A memfd of its own on hugetlbfs with pages of [`HUGE_PAGE`] bytes.
+    /// A memfd of its own on hugetlbfs with pages of [`HUGE_PAGE`](crate::huge_pages::HUGE_PAGE) bytes.
     HugePages,
     /// This file as it is: never truncated, extended or sealed. Several blocks may share it.
     File(Arc<File>),
@@ -155,8 +154,8 @@ impl TestBlock {
             .checked_add(layout.length)
             .ok_or_else(|| Error::Argument(format!("fd offset {:#x} overflows", layout.fd_offset)))?;
         let file = match &layout.backing {
-            Backing::Memfd => Arc::new(memfd(&layout.name, needed, MemfdFlags::empty())?),
-            Backing::HugePages => Arc::new(memfd(&layout.name, needed, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?),
+            Backing::Memfd => sealed(&layout.name, needed, MemfdFlags::empty())?,
+            Backing::HugePages => sealed(&layout.name, needed, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?,
             Backing::File(file) => file.clone(),
         };
         // vm-memory does not look, and a mapping past the end is SIGBUS.
@@ -385,10 +384,8 @@ impl TestBlock {
     }
 }
 
-fn memfd(name: &str, size: u64, kind: MemfdFlags) -> Result<File, Error> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind;
-    let fd = rustix::fs::memfd_create(name, flags).map_err(Error::kernel("create a memfd"))?;
-    rustix::fs::ftruncate(&fd, size).map_err(Error::kernel("size a memfd"))?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(Error::kernel("seal a memfd"))?;
-    Ok(fd.into())
+fn sealed(name: &str, size: u64, kind: MemfdFlags) -> Result<Arc<File>, Error> {
+    let fd = files::unsealed_memfd(name, size, kind)?;
+    files::seal(&fd)?;
+    Ok(Arc::new(fd.into()))
 }

@@ -39,6 +39,11 @@ impl Random {
         self.below(100) < percent
     }
 
+    /// True once in `count` cases.
+    pub fn one_in(&mut self, count: u64) -> bool {
+        self.below(count) == 0
+    }
+
     /// Fills `bytes`.
     pub fn fill(&mut self, bytes: &mut [u8]) {
         for chunk in bytes.chunks_mut(8) {

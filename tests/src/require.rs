@@ -5,21 +5,18 @@
 //! if !require::kvm() {
 //!     return;
 //! }
+//! let Some(_pool) = require::hugetlb(4) else { return };
 //! ```
 //!
 //! A need that is not met prints `skipped: why`. Where the environment variable `PAGEFERRY_REQUIRE` names it (comma
 //! separated: `kvm,uffd,hugetlb`), the test fails instead: a machine that is meant to run everything must not skip in silence.
 
+use crate::huge_pages::HugePages;
 use kvm_ioctls::{Cap, Kvm};
 use pageferry_agent::tracking::pagemap::Pagemap;
 use pageferry_client::tracking::uffd::WriteProtect;
-use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use std::error::Error;
 use std::fmt::Write;
-use std::os::fd::OwnedFd;
-
-/// Size of the huge pages that [`hugetlb`] looks for, in bytes.
-pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// Name of the variable that turns skipping into failing.
 pub const VARIABLE: &str = "PAGEFERRY_REQUIRE";
@@ -29,7 +26,7 @@ pub const VARIABLE: &str = "PAGEFERRY_REQUIRE";
 /// # Panics
 /// If not, and `PAGEFERRY_REQUIRE` names `kvm`.
 pub fn kvm() -> bool {
-    met("kvm", try_kvm())
+    met("kvm", try_kvm()).is_some()
 }
 
 /// True if this process may track its memory by userfaultfd and PAGEMAP_SCAN.
@@ -37,15 +34,16 @@ pub fn kvm() -> bool {
 /// # Panics
 /// If not, and `PAGEFERRY_REQUIRE` names `uffd`.
 pub fn uffd() -> bool {
-    met("uffd", try_uffd())
+    met("uffd", try_uffd()).is_some()
 }
 
-/// True if there are `pages` free huge pages of 2 MiB at the moment.
+/// `pages` free huge pages of 2 MiB, added to the kernel's pool as far as they are missing; `None` if it has no room for them. Nobody else in
+/// this process has huge pages until what is returned is dropped.
 ///
 /// # Panics
-/// If not, and `PAGEFERRY_REQUIRE` names `hugetlb`.
-pub fn hugetlb(pages: u64) -> bool {
-    met("hugetlb", try_hugetlb(pages))
+/// If there is no room, and `PAGEFERRY_REQUIRE` names `hugetlb`.
+pub fn hugetlb(pages: u64) -> Option<HugePages> {
+    met("hugetlb", HugePages::reserve(pages).map_err(Into::into))
 }
 
 fn try_kvm() -> Result<(), Box<dyn Error>> {
@@ -63,36 +61,20 @@ fn try_uffd() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn try_hugetlb(pages: u64) -> Result<(), Box<dyn Error>> {
-    let fd = hugetlb_memfd(pages * HUGE_PAGE)?;
-    fallocate(&fd, FallocateFlags::empty(), 0, pages * HUGE_PAGE).map_err(|error| {
-        format!("{pages} huge pages of {HUGE_PAGE:#x} bytes: {error}; see /proc/sys/vm/nr_hugepages")
-    })?;
-    Ok(())
-}
-
-/// A memfd of huge pages of 2 MiB.
-///
-/// # Errors
-/// If the kernel has none, or `length` is no multiple of their size.
-pub fn hugetlb_memfd(length: u64) -> rustix::io::Result<OwnedFd> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-    let fd = memfd_create("pageferry-test-huge", flags)?;
-    ftruncate(&fd, length)?;
-    Ok(fd)
-}
-
 /// Says why a need is not met: by a line, or by failing the test.
 #[allow(clippy::panic)] // the one way to fail a test from a helper that every test calls
-fn met(need: &str, found: Result<(), Box<dyn Error>>) -> bool {
-    let Err(error) = found else { return true };
+fn met<T>(need: &str, found: Result<T, Box<dyn Error>>) -> Option<T> {
+    let error = match found {
+        Ok(found) => return Some(found),
+        Err(error) => error,
+    };
     let why = chain(error.as_ref());
     let required = std::env::var(VARIABLE).unwrap_or_default();
     if required.split(',').any(|name| name.trim() == need) {
         panic!("{VARIABLE} names {need}, and this machine lacks it: {why}");
     }
     eprintln!("skipped: {need}: {why}");
-    false
+    None
 }
 
 /// An error with its causes in one line.

@@ -1,15 +1,12 @@
 //! Law 2 at scale: a guest of 64 GiB or 1 TiB that uses 1 GiB costs 1 GiB, on the wire, at both sides, and in the agents.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use pageferry_client::{
-    BlockRange, BlockSpec, Client, Config, HookError, Hooks, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch,
-    StatePiece, Target,
-};
+use pageferry_client::{BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Target};
 use pageferry_protocol::shm::bitmap_bytes;
+use pageferry_tests::files::{Still, memfd};
 use pageferry_tests::process::AgentProcess;
-use rustix::fs::{MemfdFlags, SealFlags};
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
@@ -18,33 +15,6 @@ const GIB: u64 = 1 << 30;
 const EXTENT: u64 = 1 << 20;
 /// Bitmaps of an agent over all pages: dirty log, discarded, unsettled, stray, and four of a job.
 const BITMAPS: u64 = 8;
-
-struct Still;
-
-impl Hooks for Still {
-    fn pause(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
-        Ok(Vec::new())
-    }
-
-    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
-        Ok(())
-    }
-}
-
-fn sparse(size: u64) -> OwnedFd {
-    let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-    rustix::fs::ftruncate(&fd, size).unwrap();
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
-    fd
-}
 
 /// Offsets of the extents that hold `used` bytes of `size`, spread evenly.
 fn extents(size: u64, used: u64) -> impl Iterator<Item = u64> {
@@ -73,26 +43,14 @@ fn migrate(size: u64, used: u64, discarded: u64) {
     let folder = tempfile::tempdir().unwrap();
     let mut agents =
         ["source", "destination"].map(|name| AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), name).unwrap());
-    let memories = [sparse(size), sparse(size)];
+    let memories = [memfd(size).unwrap(), memfd(size).unwrap()];
     for offset in extents(size, used) {
         assert_eq!(rustix::io::pwrite(&memories[0], &content(offset), offset).unwrap(), EXTENT as usize);
     }
     let clients = [0, 1].map(|side| {
         let config = Config { log_covers: size, ..Config::default() };
         let (client, channel) = Client::connect(agents[side].socket(), config).unwrap();
-        channel.spawn(Still).unwrap();
-        let spec = BlockSpec {
-            id: 0,
-            name: "ram",
-            gpa: 0,
-            length: size,
-            memory: memories[side].as_fd(),
-            fd_offset: 0,
-            vmm_address: 0,
-            granularity: 4096,
-            discarded: false,
-        };
-        client.add_block(spec).unwrap();
+        Still::hand_over(&client, channel, &memories[side], size).unwrap();
         client
     });
     let stale: Vec<BlockRange> = extents(size, used)

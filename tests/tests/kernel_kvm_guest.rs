@@ -5,30 +5,23 @@ use pageferry_agent::tracking::pagemap::Pagemap;
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::DirtyLog;
+use pageferry_tests::files::{mapped, memfd};
 use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, GuestError, KvmGuest, Sweep, check_consistent, counters};
 use pageferry_tests::require;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 type Memory = GuestMemoryMmap<()>;
 
 const LONG: Duration = Duration::from_secs(30);
 const MIB: u64 = 1 << 20;
 
-/// Memory of one memfd for each (GPA, length).
 fn memory(regions: &[(u64, u64)]) -> Memory {
-    let region = |&(gpa, length): &(u64, u64)| {
-        let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-        ftruncate(&fd, length).unwrap();
-        (GuestAddress(gpa), length as usize, Some(FileOffset::new(File::from(fd), 0)))
-    };
-    Memory::from_ranges_with_files(regions.iter().map(region)).unwrap()
+    mapped(regions).unwrap()
 }
 
 fn booted(memory: &Memory, sweep: Sweep) -> KvmGuest {
@@ -57,10 +50,8 @@ fn a_paused_guest_has_written_its_last_and_its_counters_are_of_one_moment() {
     let mut guest = booted(&memory, sweep.clone());
     let mut before = 0;
     for _ in 0..50 {
-        guest.resume().unwrap();
         // One more may be the rest of the sweep that it stood in.
-        guest.wait_for_sweeps(2, LONG).unwrap();
-        guest.pause().unwrap();
+        guest.run_for_sweeps(2, LONG).unwrap();
         let first = counters(&memory, &sweep).unwrap();
         let progress = check_consistent(first.iter().copied()).unwrap();
         assert!(progress.sweeps > before, "{progress:?} after {before}");
@@ -77,9 +68,7 @@ fn a_guest_sweeps_all_of_its_regions_also_above_4_gib() {
     let memory = memory(&[(5 * PAGE_SIZE, 3 * MIB), (64 * MIB, MIB), ((6 << 30) + 7 * PAGE_SIZE, 2 * MIB)]);
     let sweep = Sweep::all(&memory);
     let mut guest = booted(&memory, sweep.clone());
-    guest.resume().unwrap();
-    guest.wait_for_sweeps(3, LONG).unwrap();
-    guest.pause().unwrap();
+    guest.run_for_sweeps(3, LONG).unwrap();
     let progress = check_consistent(counters(&memory, &sweep).unwrap()).unwrap();
     assert!(progress.sweeps >= 3);
     assert_eq!(guest.slots().len(), 3);
@@ -94,9 +83,7 @@ fn a_saved_guest_goes_on_where_it_stood_in_another_vm() {
     let source = memory(&layout);
     let sweep = Sweep::all(&source).spins(50);
     let mut guest = booted(&source, sweep.clone());
-    guest.resume().unwrap();
-    guest.wait_for_sweeps(5, LONG).unwrap();
-    guest.pause().unwrap();
+    guest.run_for_sweeps(5, LONG).unwrap();
     let stopped = check_consistent(counters(&source, &sweep).unwrap()).unwrap();
 
     let saved = guest.save().unwrap();
@@ -108,9 +95,7 @@ fn a_saved_guest_goes_on_where_it_stood_in_another_vm() {
     let mut guest = KvmGuest::new(destination.clone(), sweep.clone()).unwrap();
     guest.load(&saved).unwrap();
     assert_eq!(guest.save().unwrap(), saved);
-    guest.resume().unwrap();
-    guest.wait_for_sweeps(5, LONG).unwrap();
-    guest.pause().unwrap();
+    guest.run_for_sweeps(5, LONG).unwrap();
     let progress = check_consistent(counters(&destination, &sweep).unwrap()).unwrap();
     assert!(progress.sweeps >= stopped.sweeps + 4, "{progress:?} after {stopped:?}");
     assert_eq!(check_consistent(counters(&source, &sweep).unwrap()).unwrap(), stopped, "the source stands still");
@@ -124,9 +109,7 @@ fn one_page_of_an_older_moment_is_found() {
     let memory = memory(&[(0, 2 * MIB)]);
     let sweep = Sweep::all(&memory);
     let mut guest = booted(&memory, sweep.clone());
-    guest.resume().unwrap();
-    guest.wait_for_sweeps(3, LONG).unwrap();
-    guest.pause().unwrap();
+    guest.run_for_sweeps(3, LONG).unwrap();
     let address = GuestAddress(sweep.addresses().nth(100).unwrap());
     let counter: u32 = memory.load(address, Ordering::SeqCst).unwrap();
     memory.store(counter - 2, address, Ordering::SeqCst).unwrap();
@@ -201,9 +184,7 @@ fn both_trackers_report_all_pages_that_changed_between_two_pauses_and_few_others
     let sweep = Sweep::all(&memory);
     let addresses: Vec<u64> = sweep.addresses().collect();
     let mut guest = booted(&memory, sweep);
-    guest.resume().unwrap();
-    guest.wait_for_sweeps(1, LONG).unwrap();
-    guest.pause().unwrap();
+    guest.run_for_sweeps(1, LONG).unwrap();
     guest.set_spins(10_000).unwrap();
 
     let kvm = guest.dirty_log().unwrap();
@@ -242,9 +223,7 @@ fn both_trackers_report_all_pages_that_changed_between_two_pauses_and_few_others
             })
             .collect();
 
-        let fd = memfd_create("log", MemfdFlags::CLOEXEC).unwrap();
-        ftruncate(&fd, log_length).unwrap();
-        let log = DirtyLog::map(fd.as_fd(), 0, log_length).unwrap();
+        let log = DirtyLog::map(memfd(log_length).unwrap().as_fd(), 0, log_length).unwrap();
         kvm.sync(&log).unwrap();
         let by_kvm: BTreeSet<u64> =
             log.bits().runs(PageRange::new(0, log.pages())).flat_map(|run| run.first..run.end()).collect();

@@ -39,6 +39,15 @@ fn page(first: u64) -> PageRange {
     PageRange::new(first, 1)
 }
 
+/// The guest writes `value` into `memory`, which is `page`. As weak as a plain store: only the bitmap orders it.
+fn write(dirty: &Shared, page: PageRange, memory: &Arc<AtomicU64>, value: u64) -> thread::JoinHandle<u64> {
+    let memory = memory.clone();
+    spawn(dirty, move |dirty| {
+        memory.store(value, Ordering::Relaxed);
+        dirty.set(page)
+    })
+}
+
 #[test]
 fn a_bit_set_while_its_word_is_taken_is_taken_or_still_there() {
     loom::model(|| {
@@ -124,14 +133,7 @@ fn what_is_written_before_a_bit_is_set_is_seen_after_it_is_taken() {
     loom::model(|| {
         let dirty = bitmap(64, 0);
         let memory = Arc::new(AtomicU64::new(0));
-        let guest = {
-            let (dirty, memory) = (dirty.clone(), memory.clone());
-            thread::spawn(move || {
-                // As weak as a guest's plain store: only the bitmap orders it.
-                memory.store(7, Ordering::Relaxed);
-                dirty.set(page(3));
-            })
-        };
+        let guest = write(&dirty, page(3), &memory, 7);
         if dirty.take_word(0) != 0 {
             assert_eq!(memory.load(Ordering::Relaxed), 7, "clear, then read (law 7)");
         }
@@ -144,13 +146,7 @@ fn a_write_that_is_logged_after_the_taking_comes_with_the_next_pass() {
     loom::model(|| {
         let dirty = bitmap(64, 0b1);
         let version = Arc::new(AtomicU64::new(1));
-        let guest = {
-            let (dirty, version) = (dirty.clone(), version.clone());
-            thread::spawn(move || {
-                version.store(2, Ordering::Relaxed);
-                dirty.set(page(0));
-            })
-        };
+        let guest = write(&dirty, page(0), &version, 2);
         let taken = dirty.take_word(0);
         assert_eq!(taken, 1);
         let mut sent = version.load(Ordering::Relaxed);

@@ -11,9 +11,11 @@ use pageferry_client::{
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::{RECORD_SIZE, RecordHeader};
+use pageferry_tests::files;
 use pageferry_tests::in_process::InProcessAgent;
+use pageferry_tests::random::Random;
 use proptest::prelude::*;
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,23 +24,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 const SOON: Duration = Duration::from_secs(30);
-
-/// Chance that follows from a seed (splitmix64).
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % limit
-    }
-
-    fn one_in(&mut self, count: u64) -> bool {
-        self.below(count) == 0
-    }
-}
 
 type Page = (u32, u64);
 
@@ -70,9 +55,7 @@ struct Memory {
 impl Memory {
     fn new() -> Self {
         let blocks = layouts().into_iter().map(|layout| {
-            let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-            rustix::fs::ftruncate(&fd, layout.fd_offset + layout.pages * PAGE_SIZE + 0x3000).unwrap();
-            rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+            let fd = files::memfd(layout.fd_offset + layout.pages * PAGE_SIZE + 0x3000).unwrap();
             (layout.id, (layout, fd))
         });
         Self { blocks: blocks.collect() }
@@ -80,18 +63,9 @@ impl Memory {
 
     fn add_to(&self, client: &Client) {
         for (id, (layout, fd)) in &self.blocks {
-            let spec = BlockSpec {
-                id: *id,
-                name: &format!("block{id}"),
-                gpa: layout.gpa,
-                length: layout.pages * PAGE_SIZE,
-                memory: fd.as_fd(),
-                fd_offset: layout.fd_offset,
-                vmm_address: 0,
-                granularity: PAGE_SIZE,
-                discarded: false,
-            };
-            client.add_block(spec).unwrap();
+            let name = format!("block{id}");
+            let block = files::block(*id, &name, fd.as_fd(), layout.pages * PAGE_SIZE);
+            client.add_block(BlockSpec { gpa: layout.gpa, fd_offset: layout.fd_offset, ..block }).unwrap();
         }
     }
 
@@ -120,11 +94,7 @@ impl Memory {
 
     fn is_hole(&self, page: Page) -> bool {
         let (fd, offset) = self.at(page);
-        match rustix::fs::seek(fd, rustix::fs::SeekFrom::Data(offset)) {
-            Ok(data) => data >= offset + PAGE_SIZE,
-            Err(rustix::io::Errno::NXIO) => true,
-            Err(errno) => panic!("seek: {errno}"),
-        }
+        files::is_hole(fd, offset).unwrap()
     }
 
     fn allocated(&self) -> BTreeSet<Page> {
@@ -209,7 +179,7 @@ impl Hooks for Destination {
 }
 
 /// One thing that the guest or its VMM does.
-fn step(chance: &mut Chance, world: &World, client: &Client) {
+fn step(chance: &mut Random, world: &World, client: &Client) {
     let layouts = layouts();
     let layout = &layouts[chance.below(layouts.len() as u64) as usize];
     let first = chance.below(layout.pages);
@@ -373,7 +343,7 @@ fn side(hooks: impl Hooks + 'static, memory: &Memory) -> Side {
 
 /// Migrates once, with the guest at work; returns how the source's job ended.
 fn attempt(
-    chance: &mut Chance, world: &World, source: &Client, destination: &Client, folder: &std::path::Path,
+    chance: &mut Random, world: &World, source: &Client, destination: &Client, folder: &std::path::Path,
 ) -> JobStatus {
     let path = folder.join("destination");
     let relay_path = folder.join("relay");
@@ -451,7 +421,7 @@ fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Cl
 }
 
 fn run_case(seed: u64) {
-    let mut chance = Chance(seed);
+    let mut chance = Random::new(seed);
     let folder = tempfile::tempdir().unwrap();
     let world = Arc::new(World { memory: Memory::new(), model: Mutex::default() });
     let source = side(Source(world.clone()), &world.memory);

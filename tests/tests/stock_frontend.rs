@@ -6,7 +6,6 @@ use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, RangesRepl
 use pageferry_protocol::control::{Frame, FrameSocket};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::in_process::InProcessAgent;
-use rustix::fs::{MemfdFlags, SealFlags};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -71,10 +70,7 @@ fn pages(block: u32, first: u64, count: u64) -> BlockRange {
 }
 
 fn memfd(size: u64) -> OwnedFd {
-    let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-    rustix::fs::ftruncate(&fd, size).unwrap();
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
-    fd
+    pageferry_tests::files::memfd(size).unwrap()
 }
 
 fn region(fd: &OwnedFd, gpa: u64, pages: u64, offset: u64) -> VhostUserMemoryRegionInfo {

@@ -62,6 +62,12 @@ impl Block {
         PageRange::new(0, self.geometry.pages())
     }
 
+    /// What discards and populates are rounded to, in bytes: no less than a host page. A part of one cannot be freed, and a tracker that tells
+    /// host pages could not tell a write beside it from a stray one into it.
+    pub fn discard_unit(&self) -> u64 {
+        self.geometry.granularity.max(self.backing.host_page_size())
+    }
+
     /// The block's pages as guest physical pages: its part of the dirty log.
     pub fn log_pages(&self) -> PageRange {
         PageRange::new(self.geometry.first_log_page(), self.geometry.pages())

@@ -99,7 +99,7 @@ impl GuestMemory {
             let id = range.block;
             let (at, block) = self.find(id).ok_or(DiscardError::NoBlock { index, id })?;
             let geometry = &block.geometry;
-            let pages = round(range.offset, range.length, geometry.granularity, geometry.length)
+            let pages = round(range.offset, range.length, block.discard_unit(), geometry.length)
                 .map_err(|source| DiscardError::Range { index, id, source })?;
             Ok((at, pages))
         };
@@ -126,7 +126,10 @@ fn free(block: &Block, range: PageRange) {
         Ok(freed) if block.backing.tells_holes() => {
             block.unsettled.clear(freed);
         }
-        Ok(_) => {}
+        // A sync that came between the marks and the punch took the mark, and its successor finds what the punch did to the mapping.
+        Ok(_) => {
+            block.unsettled.set(range);
+        }
         Err(error) => {
             log::warn!("block {}: discarded pages stay allocated: {}", block.geometry.id, crate::error::chain(&error));
         }

@@ -28,7 +28,7 @@ pub struct BlockGeometry {
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Unit of discards and populates in bytes: a power of two, at least a page.
+    /// Unit of discards and populates in bytes: a power of two, at least a page. Where the backing's host page is larger, that is the unit.
     pub granularity: u64,
 }
 

@@ -68,9 +68,9 @@ impl PageRange {
         self.count << PAGE_SHIFT
     }
 
-    /// True if the two ranges share a page.
-    pub const fn overlaps(&self, other: &PageRange) -> bool {
-        self.first < other.end() && other.first < self.end()
+    /// True if the two ranges share a page; an empty range shares none.
+    pub fn overlaps(&self, other: &PageRange) -> bool {
+        !self.intersection(other).is_empty()
     }
 
     /// The pages that are in both ranges; empty if there is none.
@@ -153,6 +153,13 @@ mod tests {
     fn outward_of_one_byte_is_one_unit() {
         assert_eq!(PageRange::outward(4096, 1, PAGE_SIZE, BLOCK).unwrap(), PageRange::new(1, 1));
         assert_eq!(PageRange::outward(4096, 1, 2 << 20, BLOCK).unwrap(), PageRange::new(0, 512));
+    }
+
+    #[test]
+    fn an_empty_range_shares_no_page() {
+        let (empty, full) = (PageRange::new(5, 0), PageRange::new(0, 10));
+        assert!(!empty.overlaps(&full) && !full.overlaps(&empty) && !empty.overlaps(&empty));
+        assert!(full.overlaps(&PageRange::new(9, 1)) && !full.overlaps(&PageRange::new(10, 1)));
     }
 
     #[test]

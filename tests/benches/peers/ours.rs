@@ -1,38 +1,15 @@
 //! Two agents as processes, with a VMM whose guest stands still.
 
 use super::image::Image;
-use pageferry_client::{
-    BlockRange, BlockSpec, Client, Config, HookError, Hooks, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch,
-    StatePiece, Target,
-};
+use pageferry_client::{BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Target};
+use pageferry_tests::files::Still;
 use pageferry_tests::process::AgentProcess;
 use std::ffi::OsStr;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 const LIMIT: Duration = Duration::from_secs(600);
-
-struct Still;
-
-impl Hooks for Still {
-    fn pause(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
-        Ok(Vec::new())
-    }
-
-    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
-        Ok(())
-    }
-}
 
 /// What a migration took.
 #[derive(Debug, Clone)]
@@ -62,19 +39,7 @@ impl Side {
         let folder = tempfile::tempdir().unwrap();
         let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), "agent").unwrap();
         let (client, channel) = Client::connect(agent.socket(), Config::default()).unwrap();
-        channel.spawn(Still).unwrap();
-        let spec = BlockSpec {
-            id: 0,
-            name: "ram",
-            gpa: 0,
-            length: image.size,
-            memory: image.file.as_fd(),
-            fd_offset: 0,
-            vmm_address: 0,
-            granularity: 4096,
-            discarded: false,
-        };
-        client.add_block(spec).unwrap();
+        Still::hand_over(&client, channel, &image.file, image.size).unwrap();
         Self { client, agent, _folder: folder }
     }
 

@@ -1,11 +1,10 @@
 //! Guests: what a VMM pauses, resumes and moves.
 //!
 //! - [`Guest`]: what a mock VMM needs of one;
-//! - [`kvm`]: a vCPU under KVM that increments a counter in every page, sweep after sweep; [`kvm_in_vmm`]: what makes it the mock VMM's;
+//! - [`kvm`]: a vCPU under KVM that increments a counter in every page, sweep after sweep;
 //! - [`threads`]: guests made of threads that write at a set rate and in a set pattern.
 
 pub mod kvm;
-pub mod kvm_in_vmm;
 pub mod threads;
 
 use crate::Error;

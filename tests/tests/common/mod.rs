@@ -8,9 +8,10 @@ use pageferry_client::{
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
+use pageferry_tests::files;
 use pageferry_tests::in_process::InProcessAgent;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -39,13 +40,12 @@ pub struct Ram {
 impl Ram {
     pub fn new(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
         let ram = Self::without_seal(id, gpa, pages, fd_offset);
-        rustix::fs::fcntl_add_seals(&ram.fd, SealFlags::SHRINK).unwrap();
+        files::seal(&ram.fd).unwrap();
         ram
     }
 
     fn without_seal(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
-        let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-        rustix::fs::ftruncate(&fd, fd_offset + pages * PAGE_SIZE).unwrap();
+        let fd = files::unsealed_memfd("ram", fd_offset + pages * PAGE_SIZE, MemfdFlags::empty()).unwrap();
         Self { id, gpa, pages, fd_offset, fd }
     }
 
@@ -60,18 +60,9 @@ impl Ram {
     }
 
     pub fn add_to(&self, client: &Client) {
-        let spec = BlockSpec {
-            id: self.id,
-            name: &format!("block{}", self.id),
-            gpa: self.gpa,
-            length: self.pages * PAGE_SIZE,
-            memory: self.fd.as_fd(),
-            fd_offset: self.fd_offset,
-            vmm_address: 0,
-            granularity: PAGE_SIZE,
-            discarded: false,
-        };
-        client.add_block(spec).unwrap();
+        let name = format!("block{}", self.id);
+        let block = files::block(self.id, &name, self.fd.as_fd(), self.pages * PAGE_SIZE);
+        client.add_block(BlockSpec { gpa: self.gpa, fd_offset: self.fd_offset, ..block }).unwrap();
     }
 
     /// Writes a stamp without a mark in the log.
@@ -92,12 +83,7 @@ impl Ram {
     }
 
     pub fn is_hole(&self, page: u64) -> bool {
-        let offset = self.fd_offset + page * PAGE_SIZE;
-        match rustix::fs::seek(&self.fd, SeekFrom::Data(offset)) {
-            Ok(data) => data >= offset + PAGE_SIZE,
-            Err(rustix::io::Errno::NXIO) => true,
-            Err(errno) => panic!("seek: {errno}"),
-        }
+        files::is_hole(&self.fd, self.fd_offset + page * PAGE_SIZE).unwrap()
     }
 
     /// Frees pages without a word to anyone.

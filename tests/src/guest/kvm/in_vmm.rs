@@ -1,8 +1,8 @@
 //! The KVM guest as a guest of the mock VMM, and its dirty log as a tracker that the VMM reads.
 
-use super::Guest;
-use super::kvm::{GuestError, KvmGuest};
+use super::{GuestError, KvmGuest};
 use crate::Error;
+use crate::guest::Guest;
 use crate::vmm::HookTracker;
 use pageferry_client::tracking::kvm::KvmDirtyLog;
 use pageferry_client::{ClearPages, DirtyLog, HookError, StatePiece};

@@ -1,0 +1,15 @@
+//! Writes the inputs that each decoder accepts to `corpus/TARGET`, for libFuzzer to start from.
+
+use pageferry_fuzz::decoders::TARGETS;
+use std::path::Path;
+
+fn main() -> std::io::Result<()> {
+    for target in &TARGETS {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target.name);
+        std::fs::create_dir_all(&folder)?;
+        for (index, seed) in (target.seeds)().iter().enumerate() {
+            std::fs::write(folder.join(format!("seed-{index}")), seed)?;
+        }
+    }
+    Ok(())
+}

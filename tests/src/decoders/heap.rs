@@ -1,0 +1,84 @@
+//! How much memory a decoder takes at its peak: no more than the bytes it was given account for (law 8).
+//!
+//! Counts only where the program has [`CountingHeap`] as its allocator, as the test and the fuzz targets do.
+#![allow(unsafe_code)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+/// The system's allocator, which also counts what each thread holds.
+#[derive(Debug)]
+pub struct CountingHeap;
+
+thread_local! {
+    // Of this thread alone, and without a destructor: so that it may be used inside of the allocator.
+    static HELD: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+}
+
+fn took(bytes: usize) {
+    let held = HELD.get() + bytes as isize;
+    HELD.set(held);
+    PEAK.set(PEAK.get().max(held));
+}
+
+fn gave(bytes: usize) {
+    HELD.set(HELD.get() - bytes as isize);
+}
+
+// SAFETY: each call goes to the system's allocator as it came; the counting allocates nothing.
+unsafe impl GlobalAlloc for CountingHeap {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        took(layout.size());
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        took(layout.size());
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        gave(layout.size());
+        // SAFETY: as the caller promised.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // Both may be there at once.
+        took(size);
+        gave(layout.size());
+        // SAFETY: as the caller promised.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+/// True if the program counts.
+pub fn counts() -> bool {
+    let before = HELD.get();
+    let held = std::hint::black_box(Box::new([0u8; 64]));
+    let counted = HELD.get() - before;
+    drop(held);
+    counted >= 64
+}
+
+/// Runs `decode`, which may hold no more than `limit` bytes of the heap at any moment.
+///
+/// # Panics
+/// If it holds more.
+#[track_caller]
+pub fn within<T>(limit: usize, decode: impl FnOnce() -> T) -> T {
+    let before = HELD.get();
+    PEAK.set(before);
+    let decoded = decode();
+    let peak = usize::try_from(PEAK.get() - before).unwrap_or(0);
+    assert!(peak <= limit, "decoding took {peak:#x} bytes of memory, allowed are {limit:#x}");
+    decoded
+}
+
+/// Bytes that decoding `input` may take: a value is a few times larger than its fields on the wire, and a vector that grows is there twice.
+pub fn fair(input: &[u8]) -> usize {
+    4096 + 16 * input.len()
+}

@@ -1,0 +1,64 @@
+//! What every decoder has to do with any bytes at all.
+//!
+//! A [`Target`] is an ordinary function over bytes. It panics if a decoder does, if decoding takes more memory than the bytes account for, or
+//! if what was decoded is not what the bytes say: it is encoded again, and compared with the bytes where the encoding is unique, or with the
+//! value where fields are reserved or order is free. Where a naive model is at hand, the decoder has to agree with it on what to refuse.
+//!
+//! The same functions run twice: as a normal test over thousands of repeatable inputs ([`hammer()`]), and under libFuzzer (`tests/fuzz`).
+//!
+//! - [`control`]: frames, requests, replies, hooks, vhost-user's own bodies; [`stream`]: what travels between agents;
+//! - [`memory`]: ranges and blocks; [`address`](mod@address): what a user writes;
+//! - [`heap`]: how much memory a decoder takes; [`mod@hammer`]: random and mutated inputs.
+
+pub mod address;
+pub mod control;
+pub mod hammer;
+pub mod heap;
+pub mod memory;
+pub mod stream;
+
+pub use hammer::hammer;
+
+/// A decoder with what has to hold of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    /// Its name; the one of its file in `tests/fuzz/fuzz_targets`, too.
+    pub name: &'static str,
+    /// Decodes the bytes and checks what came of it. Returns whether they were accepted.
+    pub run: fn(&[u8]) -> bool,
+    /// Inputs that are accepted: at least one for each form that there is.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+}
+
+/// All of them.
+pub const TARGETS: [Target; 12] = [
+    Target { name: "control_frame", run: control::control_frame, seeds: control::frame_seeds },
+    Target { name: "request", run: control::request, seeds: control::request_seeds },
+    Target { name: "reply", run: control::reply, seeds: control::reply_seeds },
+    Target { name: "hook", run: control::hook, seeds: control::hook_seeds },
+    Target { name: "standard", run: control::standard, seeds: control::standard_seeds },
+    Target { name: "hello", run: stream::hello, seeds: stream::hello_seeds },
+    Target { name: "record", run: stream::record, seeds: stream::record_seeds },
+    Target { name: "record_stream", run: stream::record_stream, seeds: stream::record_stream_seeds },
+    Target { name: "payload", run: stream::payload, seeds: stream::payload_seeds },
+    Target { name: "geometry", run: memory::geometry, seeds: memory::geometry_seeds },
+    Target { name: "range", run: memory::range, seeds: memory::range_seeds },
+    Target { name: "address", run: address::address, seeds: address::address_seeds },
+];
+
+/// The first byte, which chooses among several decoders, and the rest.
+fn choice(bytes: &[u8]) -> (u8, &[u8]) {
+    bytes.split_first().map_or((0, bytes), |(first, rest)| (*first, rest))
+}
+
+/// Fails unless two values that should be one are. An error on either side is shown as the user would see it.
+#[track_caller]
+fn same<T: PartialEq + std::fmt::Debug>(again: T, value: T) {
+    assert_eq!(again, value, "what was decoded is encoded to something else");
+}
+
+/// What a refusal comes to: bytes that were not accepted, and a sentence that says why.
+fn refused(error: &impl std::error::Error) -> bool {
+    assert!(!error.to_string().is_empty());
+    false
+}

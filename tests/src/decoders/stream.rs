@@ -1,0 +1,254 @@
+//! What travels between two agents.
+#![allow(clippy::expect_used, reason = "a target fails by panicking")]
+
+use super::control::{MOST, spooled};
+use super::heap::{fair, within};
+use super::{choice, refused, same};
+use pageferry_agent::transport::{RecordReader, StreamSocket, TransportError};
+use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::control::{DecodeError, Decoder};
+use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_BLOCKS, PAGE_SIZE, PageRange};
+use pageferry_protocol::stream::hello::{Accept, MAX_HELLO, compare, decode_error, encode_error};
+use pageferry_protocol::stream::payload::{StatePart, Totals, decode_runs, encode_runs};
+use pageferry_protocol::stream::record::{FLAG_STRAY, MAX_DATA_PAGES};
+use pageferry_protocol::stream::{Hello, Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
+use std::time::Duration;
+
+/// How a stream opens: what the source says, and what the destination answers.
+pub fn hello(data: &[u8]) -> bool {
+    let (kind, payload) = choice(data);
+    match kind {
+        0 => match within(fair(payload), || Hello::decode(payload)) {
+            Ok(hello) => {
+                assert!(hello.stream < hello.streams && hello.blocks.blocks().len() <= MAX_BLOCKS);
+                compare(&hello.blocks, &hello.blocks).expect("a table is equal to itself");
+                let again = hello.encode();
+                assert_eq!(again.len(), payload.len());
+                // The table may have come in another order.
+                same(Hello::decode(&again).expect("what was encoded"), hello);
+                true
+            }
+            Err(error) => refused(&error),
+        },
+        1 => exact(payload, Accept::decode, Accept::encode),
+        2 => match within(fair(payload), || decode_error(payload)) {
+            Ok(error) => {
+                let again = encode_error(&error);
+                // Unknown codes become one.
+                assert_eq!(again[4..], payload[4..]);
+                same(decode_error(&again), Ok(error));
+                true
+            }
+            Err(_) => false,
+        },
+        _ => false,
+    }
+}
+
+/// Checks a payload that has one encoding only.
+fn exact<T>(payload: &[u8], decode: impl Fn(&[u8]) -> Result<T, DecodeError>, encode: impl Fn(&T) -> Vec<u8>) -> bool {
+    match within(fair(payload), || decode(payload)) {
+        Ok(value) => {
+            assert_eq!(encode(&value), payload);
+            true
+        }
+        Err(error) => refused(&error),
+    }
+}
+
+/// A hello with blocks, one without, and both answers.
+pub fn hello_seeds() -> Vec<Vec<u8>> {
+    let mut blocks = BlockTable::new();
+    for (id, gpa) in [(3u32, 0u64), (0, 1 << 40), (9, 4 << 30)] {
+        let block = BlockGeometry { id, name: format!("ram{id}"), gpa, length: 1 << 30, granularity: PAGE_SIZE };
+        blocks.insert(block, MAX_BLOCKS).expect("blocks that are apart");
+    }
+    let hello = |stream, blocks| {
+        Hello { version_min: 1, version_max: 3, features: 5, session: [7; 16], stream, streams: 4, blocks }.encode()
+    };
+    let refusal = RemoteError::new(ErrorCode::Invalid, "block 3: length is 0x4000 at the source and 0x3000 here");
+    let accept = Accept { version: 1, features: 6 }.encode();
+    let payloads = [(0, hello(0, blocks)), (0, hello(3, BlockTable::new())), (1, accept), (2, encode_error(&refusal))];
+    payloads.map(|(kind, payload)| [vec![kind], payload].concat()).into()
+}
+
+fn header_of(bytes: &[u8]) -> Option<RecordHeader> {
+    Some(RecordHeader::from_wire(*bytes.first_chunk::<RECORD_SIZE>()?))
+}
+
+/// What passes the checks is within all limits, and has one form only.
+pub fn record(data: &[u8]) -> bool {
+    let Some(header) = header_of(data) else { return false };
+    let payload = &data[RECORD_SIZE..];
+    assert_eq!(header.to_wire(), data[..RECORD_SIZE]);
+    let kind = match within(fair(data), || header.check()) {
+        Ok(kind) => kind,
+        Err(error) => return refused(&error),
+    };
+    let (range, length) = (header.range(), header.payload_length());
+    assert!(length <= MAX_PAYLOAD);
+    if kind == Kind::Data {
+        assert!(range.count <= MAX_DATA_PAGES && range.bytes() == length as u64);
+    }
+    assert!(header.flags() == 0 || (header.flags() == FLAG_STRAY && matches!(kind, Kind::Data | Kind::Zero)));
+    let rebuilt = RecordHeader::new(kind, header.flags(), header.block(), range, length).sealed(payload);
+    assert_eq!(rebuilt.verify(kind, payload), Ok(()));
+    assert_eq!(header.verify(kind, payload).is_ok(), rebuilt == header, "one checksum is right");
+    rebuilt.check().is_ok()
+}
+
+fn sealed(kind: Kind, flags: u16, range: PageRange, payload: &[u8]) -> Vec<u8> {
+    let header = RecordHeader::new(kind, flags, 3, range, payload.len()).sealed(payload);
+    [header.to_wire().as_slice(), payload].concat()
+}
+
+/// All kinds.
+pub fn record_seeds() -> Vec<Vec<u8>> {
+    let seed = |kind| match kind {
+        Kind::Data => sealed(kind, FLAG_STRAY, PageRange::new(9, 2), &[7; 2 * PAGE_SIZE as usize]),
+        Kind::Zero => sealed(kind, 0, PageRange::new(0, 1 << 40), &[]),
+        Kind::PassEnd | Kind::PassDone => sealed(kind, 0, PageRange::new(5, 0), &[]),
+        Kind::Commit | Kind::Loaded | Kind::Resumed => sealed(kind, 0, PageRange::default(), &[]),
+        _ => sealed(kind, 0, PageRange::default(), b"something of its own"),
+    };
+    Kind::ALL.map(seed).into()
+}
+
+/// The reader waits for what it does not have, and reads in large pieces.
+const WAITING: u8 = 1 << 0;
+/// The checksums are made right first, so that the rest of the checks is reached.
+const SEALED: u8 = 1 << 1;
+
+/// A socket gives the records that the bytes are, and then says why there are no more. A stranger can say hello only, and gets no more
+/// memory than a hello takes.
+pub fn record_stream(data: &[u8]) -> bool {
+    let (how, bytes) = choice(data);
+    let mut bytes = bytes[..bytes.len().min(MOST)].to_vec();
+    if how & SEALED != 0 {
+        seal(&mut bytes);
+    }
+    let waiting = how & WAITING != 0;
+    let limit = if waiting { MAX_PAYLOAD + (1 << 20) } else { 2 * MAX_HELLO + 8192 };
+    let socket = StreamSocket::new(spooled(&bytes), Duration::from_secs(5)).expect("a stream");
+    let (mut reader, mut rest, mut records) = (RecordReader::new(socket), bytes.as_slice(), 0);
+    loop {
+        match within(limit, || read(&mut reader, waiting)) {
+            Ok((kind, payload)) => {
+                let header = header_of(rest).expect("a whole header");
+                assert_eq!(header.check(), Ok(kind));
+                let (whole, after) = rest.split_at(RECORD_SIZE + payload.len());
+                assert_eq!(payload, &whole[RECORD_SIZE..]);
+                assert_eq!(header.verify(kind, payload), Ok(()));
+                assert!(waiting || kind == Kind::Hello);
+                rest = after;
+                records += 1;
+            }
+            Err(error) => {
+                check_end(&error, rest, waiting);
+                return matches!(error, TransportError::Closed) && records > 0;
+            }
+        }
+    }
+}
+
+fn read(reader: &mut RecordReader, waiting: bool) -> Result<(Kind, &[u8]), TransportError> {
+    if waiting {
+        return reader.read().map(|record| (record.kind, record.payload));
+    }
+    Ok((Kind::Hello, reader.try_read_hello()?.expect("all that will come is here")))
+}
+
+/// Checks why there is no record in what is left.
+fn check_end(error: &TransportError, rest: &[u8], waiting: bool) {
+    let header = header_of(rest);
+    match (error, header) {
+        (TransportError::Closed, None) => assert!(rest.is_empty(), "{} bytes more", rest.len()),
+        (TransportError::Cut { missing }, header) => {
+            let payload = header.map_or(0, |header| header.payload_length());
+            assert_eq!(rest.len() + missing, RECORD_SIZE + payload);
+        }
+        (TransportError::NoHello { kind, length }, Some(header)) => {
+            assert_eq!((header.check(), header.payload_length()), (Ok(*kind), *length));
+            assert!(!waiting && (*kind != Kind::Hello || *length > MAX_HELLO));
+        }
+        (TransportError::Record(error), Some(header)) => {
+            let payload = || &rest[RECORD_SIZE..RECORD_SIZE + header.payload_length()];
+            assert_eq!(header.check().and_then(|kind| header.verify(kind, payload())), Err(*error));
+        }
+        _ => assert_eq!(error.to_string(), "", "only the bytes can be wrong"),
+    }
+}
+
+/// Makes the checksums of all records right that are whole.
+fn seal(bytes: &mut [u8]) {
+    let mut at = 0;
+    while let Some(header) = bytes.get(at..).and_then(header_of) {
+        let end = at + RECORD_SIZE + header.payload_length();
+        let Some(payload) = bytes.get(at + RECORD_SIZE..end) else { return };
+        let sealed = header.sealed(payload).to_wire();
+        bytes[at..at + RECORD_SIZE].copy_from_slice(&sealed);
+        at = end;
+    }
+}
+
+/// All kinds in one stream, and what a stranger may say.
+pub fn record_stream_seeds() -> Vec<Vec<u8>> {
+    let all = record_seeds().concat();
+    let hello = sealed(Kind::Hello, 0, PageRange::default(), &[5; 100]);
+    let hellos = [hello.as_slice(), &hello].concat();
+    [(0, &hello), (WAITING, &all), (SEALED, &hellos), (SEALED | WAITING, &all)]
+        .map(|(how, stream)| [&[how], stream.as_slice()].concat())
+        .into()
+}
+
+/// The payloads that are not pages. The runs are of a block of as many pages as the first number says.
+pub fn payload(data: &[u8]) -> bool {
+    let (kind, payload) = choice(data);
+    match kind {
+        0 => {
+            let mut decoder = Decoder::new(payload);
+            let pages = decoder.u64("pages").unwrap_or(0);
+            runs(decoder.remainder(), pages)
+        }
+        1 => match within(fair(payload), || StatePart::decode(payload)) {
+            Ok(part) => {
+                assert!(part.offset + part.bytes.len() as u64 <= part.length);
+                assert_eq!(part.encode(), payload);
+                true
+            }
+            Err(error) => refused(&error),
+        },
+        2 => exact(payload, Totals::decode, Totals::encode),
+        _ => false,
+    }
+}
+
+fn runs(payload: &[u8], pages: u64) -> bool {
+    let (numbers, rest) = payload.as_chunks::<8>();
+    let mut numbers = numbers.iter().map(|bytes| u128::from(u64::from_le_bytes(*bytes)));
+    let mut fits = rest.is_empty() && payload.len().is_multiple_of(16);
+    while let (Some(first), Some(count)) = (numbers.next(), numbers.next()) {
+        fits &= count > 0 && first + count <= u128::from(pages);
+    }
+    match within(fair(payload), || decode_runs(payload, pages).map(Iterator::collect::<Vec<_>>)) {
+        Ok(runs) => {
+            assert!(fits, "{runs:?} of {pages} pages were taken");
+            assert_eq!(encode_runs(&runs), payload);
+            true
+        }
+        Err(error) => {
+            assert!(!fits, "{error}");
+            false
+        }
+    }
+}
+
+/// Runs up to the end of a block, parts of the state, totals.
+pub fn payload_seeds() -> Vec<Vec<u8>> {
+    let runs = encode_runs(&[PageRange::new(0, 1), PageRange::new(5, 10), PageRange::new(999, 1)]);
+    let part = StatePart { name: "vcpu0", length: 9, offset: 4, bytes: b"12345" }.encode();
+    let empty = StatePart { name: "", length: 1 << 30, offset: 1 << 30, bytes: b"" }.encode();
+    let totals = Totals { data_pages: 1, zero_pages: 2, discarded_pages: 3, stray_pages: 4, passes: u64::MAX }.encode();
+    let runs = [1000u64.to_le_bytes().to_vec(), runs].concat();
+    [(0, runs), (1, part), (1, empty), (2, totals)].map(|(kind, payload)| [vec![kind], payload].concat()).into()
+}

@@ -1,0 +1,100 @@
+//! Huge pages of 2 MiB, which the kernel keeps apart from all other memory: a pool, and files made of it.
+
+use crate::Error;
+use crate::deadline::wait_until;
+use crate::vmm::PATIENCE;
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Bytes of a huge page.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
+/// The pool's figures.
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Huge pages for one test. What was added to the kernel's pool is taken away again on drop.
+#[derive(Debug)]
+pub struct HugePages {
+    added: u64,
+    /// Pages that others had before.
+    used: u64,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl HugePages {
+    /// Makes sure that at least `pages` are free, and that no other test of this process takes them.
+    ///
+    /// # Errors
+    /// If there are fewer and the pool cannot grow.
+    pub fn reserve(pages: u64) -> Result<Self, Error> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let (before, used) = (persistent()?, used()?);
+        let missing = pages.saturating_sub(Self::free()?);
+        if missing > 0 {
+            resize(before + missing)?;
+        }
+        // The kernel adds as many as it finds room for.
+        let pool = Self { added: persistent()?.saturating_sub(before), used, _alone: alone };
+        let fd = hugetlb_memfd(pages * HUGE_PAGE).map_err(Error::kernel("create a memfd of huge pages"))?;
+        fallocate(&fd, FallocateFlags::empty(), 0, pages * HUGE_PAGE)
+            .map_err(Error::kernel("allocate huge pages; see /proc/sys/vm/nr_hugepages"))?;
+        Ok(pool)
+    }
+
+    /// Pages that nobody has or has claimed.
+    ///
+    /// # Errors
+    /// If the kernel has no huge pages of this size.
+    pub fn free() -> Result<u64, Error> {
+        Ok(figure("free_hugepages")?.saturating_sub(figure("resv_hugepages")?))
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        // What a thread that is just ending still maps would stay in the pool for good.
+        let given_back = wait_until("huge pages given back", PATIENCE, || used().is_ok_and(|used| used <= self.used));
+        let shrunk = match self.added {
+            0 => Ok(()),
+            added => persistent().and_then(|now| resize(now.saturating_sub(added))),
+        };
+        if let Err(error) = given_back.and(shrunk) {
+            log::warn!("the pool of huge pages may stay too large: {}", error.sentence());
+        }
+    }
+}
+
+/// Pages of the pool, without those that the kernel lends beyond it.
+fn persistent() -> Result<u64, Error> {
+    Ok(figure("nr_hugepages")?.saturating_sub(figure("surplus_hugepages")?))
+}
+
+/// Pages that someone has.
+fn used() -> Result<u64, Error> {
+    Ok(figure("nr_hugepages")?.saturating_sub(figure("free_hugepages")?))
+}
+
+fn figure(name: &str) -> Result<u64, Error> {
+    let path = format!("{POOL}/{name}");
+    let text = fs::read_to_string(&path).map_err(Error::io(format!("read {path}")))?;
+    text.trim().parse().map_err(|error| Error::Argument(format!("{path}: {error}")))
+}
+
+fn resize(pages: u64) -> Result<(), Error> {
+    let path = format!("{POOL}/nr_hugepages");
+    fs::write(&path, pages.to_string()).map_err(Error::io(format!("write {pages} to {path}")))
+}
+
+/// A memfd of huge pages.
+///
+/// # Errors
+/// If the kernel has none, or `length` is no multiple of their size.
+pub fn hugetlb_memfd(length: u64) -> rustix::io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let fd = memfd_create("pageferry-test-huge", flags)?;
+    ftruncate(&fd, length)?;
+    Ok(fd)
+}
