@@ -18,6 +18,7 @@ pub mod pass;
 pub mod sender;
 pub mod zero;
 
+use crate::hooks::HookError;
 use crate::job::{Job, JobError};
 use crate::tracking::{TrackerChoice, Trackers};
 use crate::transport::Limiter;
@@ -104,8 +105,12 @@ impl Migration {
 
     fn throttle(&mut self, percent: u32) -> Result<(), JobError> {
         self.throttled = true;
-        self.job.hooks.ask(&Hook::Throttle { percent }, self.job.options().hook_timeout)?;
-        self.job.count(|counters| counters.throttle_percent = percent.into());
+        match self.job.hooks.ask(&Hook::Throttle { percent }, self.job.options().hook_timeout) {
+            Ok(()) => self.job.count(|counters| counters.throttle_percent = percent.into()),
+            // A VMM that cannot is no worse than one that was not asked: the passes go on.
+            Err(error @ HookError::Refused { .. }) => log::warn!("{}", crate::error::chain(&error)),
+            Err(error) => return Err(error.into()),
+        }
         Ok(())
     }
 
