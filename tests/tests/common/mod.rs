@@ -20,6 +20,7 @@ pub use side::{Attached, Side, arrives_at, config, migrates_next_time, moves_to}
 pub use vmm::{At, KvmLog, Vmm, VmmHooks};
 
 use pageferry_client::{NonConvergence, OutgoingOptions};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -44,12 +45,15 @@ pub fn passes(running: u32) -> OutgoingOptions {
 /// Runs `test` for several cases at once: for tests that spend their time waiting for a deadline.
 pub fn at_once<T: Sync>(cases: &[T], test: impl Fn(&T) + Sync) {
     /// Few enough that even a slow machine serves all of them within any deadline.
-    const TOGETHER: usize = 8;
-    for some in cases.chunks(TOGETHER) {
-        std::thread::scope(|scope| {
-            for case in some {
-                scope.spawn(|| test(case));
-            }
-        });
-    }
+    const TOGETHER: usize = 12;
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..TOGETHER.min(cases.len()) {
+            scope.spawn(|| {
+                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    test(case);
+                }
+            });
+        }
+    });
 }
