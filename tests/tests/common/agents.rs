@@ -68,6 +68,14 @@ impl Agent {
         }
     }
 
+    /// The process hangs from now on. An agent that is none cannot.
+    pub fn freeze(&mut self) {
+        match self {
+            Self::Stopped(_) => panic!("not a process"),
+            Self::Killed(agent, _) => agent.process().freeze().unwrap(),
+        }
+    }
+
     pub fn end(self) {
         if let Self::Killed(mut agent, _folder) = self {
             agent.process().kill().unwrap();

@@ -1,8 +1,11 @@
-//! The other side is there, and says nothing.
+//! The other side is there, and says nothing: the link swallows what it says, or it hangs.
 
-use crate::common::{WIRES, at_once, migrates_next_time, passes};
-use crate::scene::{BOUND, MOMENTS, SHORT, Scene, filled};
-use pageferry_client::{OutgoingOptions, Phase, Target};
+use crate::common::{
+    Agent, Attached, Ram, Relay, SOON, WIRES, Wire, at_once, config, migrates_next_time, moves_to, passes,
+};
+use crate::scene::{BOUND, MOMENTS, Moment, PAGES, SHORT, Scene, empty, filled, stamped};
+use pageferry_client::{Client, Config, Error, IncomingOptions, OutgoingOptions, Ownership, Phase, Target};
+use pageferry_tests::deadline::wait_until;
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::time::Instant;
@@ -57,4 +60,61 @@ fn a_peer_that_does_not_accept_the_connection_is_an_error_within_its_timeout() {
     drop(tcp);
     fails(&tcp_address, &tcp_address);
     migrates_next_time(&source);
+}
+
+/// The moments in which an agent hangs: in a pass, and while the guest stands still.
+fn moments_of_a_hang() -> [(Wire, Moment); 4] {
+    [(Wire::Unix, MOMENTS[3]), (Wire::Tcp, MOMENTS[3]), (Wire::Unix, MOMENTS[7]), (Wire::Tcp, MOMENTS[7])]
+}
+
+#[test]
+fn a_destination_agent_that_hangs_is_an_error_within_the_timeout_and_the_guest_runs_on() {
+    at_once(&moments_of_a_hang(), |&(wire, (moment, is_there))| {
+        let mut agent = Agent::process();
+        let there = Attached::new(agent.socket(), Ram::odd(PAGES));
+        let mut relay = Relay::over(wire);
+        let source = filled();
+        relay.listen(&there.client, &IncomingOptions::default());
+        let options = OutgoingOptions { peer_timeout: SHORT, hook_timeout: SHORT, ..passes(2) };
+        let outgoing = relay.send(&source.client, &options);
+        let record = relay.until(is_there);
+        agent.freeze();
+        relay.pass(record);
+        let started = Instant::now();
+        let status = relay.finish(&source.client, outgoing);
+        assert_eq!(status.phase, Phase::Failed, "{moment}: {}", status.error);
+        assert!(status.error.contains("silent"), "{moment}: {}", status.error);
+        assert!(started.elapsed() < BOUND);
+        assert!(!source.vmm.is_paused());
+        migrates_next_time(&source);
+    });
+}
+
+#[test]
+fn a_source_agent_that_hangs_is_given_up_by_its_vmm_and_the_guest_runs_on() {
+    at_once(&moments_of_a_hang(), |&(wire, (_, is_there))| {
+        let mut agent = Agent::process();
+        let config = Config { request_timeout: 2 * SHORT, ..config() };
+        let (client, channel) = Client::connect(agent.socket(), config).unwrap();
+        let source = Attached::over(client, channel, stamped());
+        let destination = empty();
+        let mut relay = Relay::over(wire);
+        let options = IncomingOptions { peer_timeout: SHORT, ..IncomingOptions::default() };
+        let incoming = relay.listen(&destination.client, &options);
+        let outgoing = relay.send(&source.client, &passes(2));
+        let _record = relay.until(is_there);
+        agent.freeze();
+        let started = Instant::now();
+        // Whatever it asks of its agent next tells the VMM.
+        let lost = source.client.wait(outgoing, SOON).unwrap_err();
+        assert!(matches!(lost, Error::AgentLost { .. }), "{lost}");
+        wait_until("the guest to run", SOON, || !source.vmm.is_paused()).unwrap();
+        assert_eq!(destination.wait(incoming).phase, Phase::Failed);
+        assert!(started.elapsed() < BOUND);
+        assert_eq!(source.client.ownership(), Ownership::Ours);
+
+        let next = Agent::process();
+        source.reattach(next.socket());
+        moves_to(&source, &destination);
+    });
 }
