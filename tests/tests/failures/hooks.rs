@@ -101,11 +101,11 @@ fn a_resume_that_never_answers_fails_the_job_and_the_vmm_resumes_when_it_comes_t
 
 #[test]
 fn a_resume_at_the_destination_that_never_answers_leaves_the_guest_to_the_destination() {
-    for wire in WIRES {
+    at_once(&WIRES, |wire| {
         let destination = empty();
         let hold = destination.vmm.block(At::Resume);
         let options = OutgoingOptions { hook_timeout: SHORT, ..passes(1) };
-        let mut scene = Scene::start_with(wire, filled(), destination, &options);
+        let mut scene = Scene::start_with(*wire, filled(), destination, &options);
         let started = Instant::now();
         let status = scene.finish();
         assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
@@ -118,13 +118,13 @@ fn a_resume_at_the_destination_that_never_answers_leaves_the_guest_to_the_destin
         wait_until("the guest to run", SOON, || scene.destination().vmm.resumes() == 1).unwrap();
         assert_eq!(scene.destination().client.ownership(), Ownership::Ours);
         assert_stands_still(&scene.source);
-    }
+    });
 }
 
 #[test]
 fn a_stop_of_tracking_that_never_answers_changes_nothing_about_how_the_job_ends() {
     let options = OutgoingOptions { hook_timeout: SHORT, ..passes(1) };
-    for fails in [false, true] {
+    at_once(&[false, true], |&fails| {
         let source = tracked();
         let hold = source.vmm.block(At::StopTracking);
         let mut scene = Scene::start_with(Wire::Unix, source, empty(), &options);
@@ -145,7 +145,7 @@ fn a_stop_of_tracking_that_never_answers_changes_nothing_about_how_the_job_ends(
             wait_until_undone(&scene.source.vmm, true);
             migrates_next_time(&scene.source);
         }
-    }
+    });
 }
 
 #[test]
