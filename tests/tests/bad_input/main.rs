@@ -1,7 +1,7 @@
 //! Bad input on the control socket and on the page stream: an error that names the field, the end of one request, one connection or one
 //! job, and of nothing else.
 //!
-//! - [`control`]: requests;
+//! - [`control`]: requests on the control socket;
 //! - [`hello`]: the first record of a stream;
 //! - [`records`]: those that follow;
 //! - [`scene`]: a source that says whatever it likes.
