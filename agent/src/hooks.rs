@@ -70,12 +70,14 @@ pub struct Hooks {
 struct Channel {
     socket: Option<FrameSocket>,
     sequence: u64,
+    /// The VMM owes the answer to a hook whose deadline is over. It answers in order, so nothing after that is answered sooner.
+    late: bool,
 }
 
 impl Hooks {
     /// Hooks that go to `socket`; every one fails if there is none.
     pub fn new(socket: Option<OwnedFd>) -> Self {
-        Self { channel: Mutex::new(Channel { socket: socket.map(FrameSocket::from), sequence: 0 }) }
+        Self { channel: Mutex::new(Channel { socket: socket.map(FrameSocket::from), sequence: 0, late: false }) }
     }
 
     /// True if there is a VMM to ask.
@@ -89,6 +91,16 @@ impl Hooks {
     /// If there is none within `timeout`.
     pub fn ask(&self, hook: &Hook, timeout: Duration) -> Result<(), HookError> {
         self.ask_with(hook, &[], timeout)
+    }
+
+    /// Asks for what undoes an earlier hook, and waits for success. A VMM that is late already is not waited for once more: it comes to
+    /// this, too, when it comes to itself, and the job ends meanwhile.
+    ///
+    /// # Errors
+    /// If there is none within `timeout`, or the VMM is late.
+    pub fn undo(&self, hook: &Hook, timeout: Duration) -> Result<(), HookError> {
+        let late = self.lock().late;
+        self.ask(hook, if late { Duration::ZERO } else { timeout })
     }
 
     /// Asks with descriptors, and waits for success.
@@ -149,18 +161,20 @@ impl Hooks {
     fn exchange(&self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<Frame, HookError> {
         let deadline = Instant::now() + timeout;
         let name = hook.name();
-        let mut channel = self.lock();
+        let channel = &mut *self.lock();
         channel.sequence += 1;
         let sequence = channel.sequence;
         let Some(socket) = &mut channel.socket else { return Err(HookError::None { hook: name }) };
         let failed = |source| HookError::Socket { hook: name, source };
         log::debug!("hook \"{name}\" {sequence}");
         socket.send_parts(hook.code(), 0, &hook.encode(sequence), fds, deadline).map_err(failed)?;
+        channel.late = true;
         loop {
             let reply = socket.recv(deadline).map_err(failed)?;
             let answered = hook::reply_sequence(&reply.body);
             let answered = answered.map_err(|source| HookError::Malformed { hook: name, source })?;
             if reply.is_reply() && answered == sequence {
+                channel.late = false;
                 return Ok(reply);
             }
             log::info!("an answer to hook {answered} came after its deadline");

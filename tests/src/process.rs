@@ -102,6 +102,15 @@ impl Process {
         self.wait(PATIENCE).map(drop)
     }
 
+    /// Stops it where it is, without its knowing: it hangs from now on, until it is killed.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub fn freeze(&self) -> Result<(), Error> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).map_err(Error::kernel("stop a process"))
+    }
+
     /// Resident memory in bytes, as the kernel counts it.
     ///
     /// # Errors

@@ -36,8 +36,8 @@ impl Scene {
     }
 
     fn start(&mut self, options: &OutgoingOptions) {
-        let incoming = self.destination.listen(&self.relay.destination(), &IncomingOptions::default());
-        let outgoing = self.source.send(&self.relay.path(), options);
+        let incoming = self.relay.listen(&self.destination.client, &IncomingOptions::default());
+        let outgoing = self.relay.send(&self.source.client, options);
         self.jobs = Some((outgoing, incoming));
     }
 
@@ -51,7 +51,7 @@ impl Scene {
     /// The migration succeeds; returns how the source's job ended.
     fn finish(&mut self) -> JobStatus {
         let (outgoing, incoming) = self.jobs.unwrap();
-        let status = self.relay.finish(&self.source, outgoing);
+        let status = self.relay.finish(&self.source.client, outgoing);
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
         let there = self.destination.wait(incoming);
         assert_eq!(there.phase, Phase::Completed, "{}", there.error);

@@ -70,8 +70,13 @@ impl Operator {
         let mut progress = show::Progress::new(json);
         loop {
             let status = self.next_event()?;
-            if job.is_some_and(|job| status.job != job) {
-                continue;
+            match job {
+                Some(job) if status.job < job => continue,
+                // Its end came and went between two events.
+                Some(job) if status.job > job => {
+                    return Err(format!("job {job} was followed by job {} before its end was seen", status.job).into());
+                }
+                _ => {}
             }
             progress.show(&status)?;
             if status.phase.is_final() {

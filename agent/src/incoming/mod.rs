@@ -12,6 +12,7 @@ pub mod receive;
 use crate::hooks::state_file;
 use crate::job::{Job, JobError};
 use crate::outgoing::connect::unexpected;
+use crate::transport::TransportError;
 use accept::{Accepted, Source};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::Phase;
@@ -109,6 +110,9 @@ fn say_error(accepted: &mut Accepted, error: &JobError) {
     let payload = encode_error(&error.to_remote());
     if accepted.writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload).is_ok() {
         accepted.writer.socket().end();
-        accepted.readers[0].drain(DRAIN);
+        // Of a source that was silent until now nothing is to be read.
+        if !matches!(error, JobError::Transport(TransportError::Silent(_))) {
+            accepted.readers[0].drain(DRAIN);
+        }
     }
 }

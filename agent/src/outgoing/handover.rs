@@ -68,7 +68,7 @@ impl Drop for PausedGuest {
         if !self.ours {
             return;
         }
-        match self.job.hooks.ask(&Hook::Resume { force: false }, self.job.options().hook_timeout) {
+        match self.job.hooks.undo(&Hook::Resume { force: false }, self.job.options().hook_timeout) {
             Ok(()) => log::info!("job {}: the guest runs on", self.job.id),
             // The request is in the socket: a VMM that is late resumes the guest when it comes to it, one that lost us does so by itself.
             Err(HookError::Socket { source, .. }) => {

@@ -18,9 +18,10 @@ pub mod pass;
 pub mod sender;
 pub mod zero;
 
+use crate::hooks::HookError;
 use crate::job::{Job, JobError};
 use crate::tracking::{TrackerChoice, Trackers};
-use crate::transport::Limiter;
+use crate::transport::{Limiter, TransportError};
 use connect::{Streams, Target};
 use converge::Pace;
 use fixup::DirtyState;
@@ -104,8 +105,12 @@ impl Migration {
 
     fn throttle(&mut self, percent: u32) -> Result<(), JobError> {
         self.throttled = true;
-        self.job.hooks.ask(&Hook::Throttle { percent }, self.job.options().hook_timeout)?;
-        self.job.count(|counters| counters.throttle_percent = percent.into());
+        match self.job.hooks.ask(&Hook::Throttle { percent }, self.job.options().hook_timeout) {
+            Ok(()) => self.job.count(|counters| counters.throttle_percent = percent.into()),
+            // A VMM that cannot is no worse than one that was not asked: the passes go on.
+            Err(error @ HookError::Refused { .. }) => log::warn!("{}", crate::error::chain(&error)),
+            Err(error) => return Err(error.into()),
+        }
         Ok(())
     }
 
@@ -113,7 +118,7 @@ impl Migration {
     fn clean_up(&mut self) {
         let timeout = self.job.options().hook_timeout;
         if std::mem::take(&mut self.throttled)
-            && let Err(error) = self.job.hooks.ask(&Hook::Throttle { percent: 0 }, timeout)
+            && let Err(error) = self.job.hooks.undo(&Hook::Throttle { percent: 0 }, timeout)
         {
             log::warn!("the guest stays throttled: {}", crate::error::chain(&error));
         }
@@ -123,6 +128,8 @@ impl Migration {
     /// If the peer failed it said why before it closed: that is the error to report.
     fn explain(&mut self, error: JobError) -> JobError {
         match &error {
+            // Who was silent for so long has said nothing that could still be on its way.
+            JobError::Transport(TransportError::Silent(_)) => error,
             JobError::Transport(_) if !self.job.cancel.is_cancelled() => {
                 self.streams.last_words().map_or(error, JobError::Peer)
             }

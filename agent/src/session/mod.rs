@@ -54,7 +54,7 @@ enum Earlier {
     #[default]
     None,
     /// It is being cancelled, and still has its memory.
-    Ending(Arc<Job>),
+    Ending(Arc<Job>, JoinHandle<()>),
     /// It ended so.
     Ended(JobStatus),
 }
@@ -83,7 +83,7 @@ impl Session {
     /// The same for those who ask: if this VMM has had no job yet, that of the one before.
     pub fn report(&self) -> JobStatus {
         match (&self.job, &self.before) {
-            (None, Earlier::Ending(job)) => job.status(),
+            (None, Earlier::Ending(job, _)) => job.status(),
             (None, Earlier::Ended(status)) => status.clone(),
             _ => self.status(),
         }
@@ -98,17 +98,17 @@ impl Session {
 
     /// A job ended or went on: lets go of the memory of one whose VMM is gone.
     pub fn job_changed(&mut self) {
-        if let Earlier::Ending(job) = &self.before
+        if let Earlier::Ending(job, _) = &self.before
             && job.status().phase.is_final()
         {
-            self.before = Earlier::Ended(job.status());
+            self.join_before();
         }
     }
 
     /// The session of the next VMM, after [`Session::end`]. Jobs are counted on.
     pub fn successor(&mut self) -> Self {
         let before = match self.job.take() {
-            Some((job, _)) => Earlier::Ending(job),
+            Some((job, thread)) => Earlier::Ending(job, thread),
             None => std::mem::take(&mut self.before),
         };
         let mut next = Self { before, jobs: self.jobs, ..Self::new(self.notify.clone()) };
@@ -161,19 +161,35 @@ impl Session {
 
     /// Waits for the job's thread, after [`Session::end`] or a cancel.
     pub fn join(&mut self) {
-        if let Some((job, thread)) = self.job.take()
-            && thread.join().is_err()
-        {
-            log::error!("job {} panicked", job.id);
+        if let Some((job, thread)) = self.job.take() {
+            join(&job, thread);
         }
     }
 
-    /// Cancels the job and lets it finish: what it has to undo in the VMM it undoes.
+    fn join_before(&mut self) {
+        self.before = match std::mem::take(&mut self.before) {
+            Earlier::Ending(job, thread) => {
+                join(&job, thread);
+                Earlier::Ended(job.status())
+            }
+            other => other,
+        };
+    }
+
+    /// Cancels the job and lets it finish: what it has to undo in the VMM it undoes. One whose VMM is gone is waited for, too: it may be
+    /// about to send the commit.
     pub fn wind_down(&mut self) {
         if let Some(job) = self.running() {
             let _ = job.cancel.cancel();
         }
         self.join();
+        self.join_before();
+    }
+}
+
+fn join(job: &Job, thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        log::error!("job {} panicked", job.id);
     }
 }
 

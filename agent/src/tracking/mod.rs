@@ -216,7 +216,7 @@ impl Tracker for HookTracker {
 
     fn stop(&mut self) {
         if std::mem::take(&mut self.started)
-            && let Err(error) = self.hooks.ask(&Hook::StopTracking, self.timeout)
+            && let Err(error) = self.hooks.undo(&Hook::StopTracking, self.timeout)
         {
             log::warn!("the VMM's tracker stays on: {}", crate::error::chain(&error));
         }

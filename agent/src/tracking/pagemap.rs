@@ -155,13 +155,15 @@ impl Pagemap {
         let mut regions = self.regions.lock().unwrap_or_else(PoisonError::into_inner);
         let mut start = address;
         while start < end {
-            let (count, walk_end) =
-                scan_once(self.fd.as_fd(), start, end, &mut regions).map_err(|source| match source {
-                    Errno::FAULT | Errno::INVAL => PagemapError::Range { address, length },
-                    Errno::PERM => PagemapError::NotRegistered { start, end },
-                    // EINTR comes to a thread that is being killed, and to no other: nothing to be tried again.
-                    source => PagemapError::Scan { start, end, source },
-                })?;
+            let (count, walk_end) = match scan_once(self.fd.as_fd(), start, end, &mut regions) {
+                Ok(scanned) => scanned,
+                // The VMM has exited: some kernels say so, others walk over the nothing that it left.
+                Err(Errno::SRCH) => return Ok(()),
+                Err(Errno::FAULT | Errno::INVAL) => return Err(PagemapError::Range { address, length }),
+                Err(Errno::PERM) => return Err(PagemapError::NotRegistered { start, end }),
+                // EINTR comes to a thread that is being killed, and to no other: nothing to be tried again.
+                Err(source) => return Err(PagemapError::Scan { start, end, source }),
+            };
             for region in &regions[..count] {
                 found(region.start, region.end);
             }

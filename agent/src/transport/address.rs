@@ -127,12 +127,17 @@ fn connect_one(
 /// # Errors
 /// What the kernel said; `AddrInUse` if someone listens there.
 pub fn listen_unix(path: &Path) -> std::io::Result<UnixListener> {
-    let bind = || {
-        // The socket gets its mode from the mask when it is bound: there is no moment at which others may connect.
-        let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
-        let bound = UnixListener::bind(path);
-        rustix::process::umask(mask);
-        bound
+    const BACKLOG: i32 = 128;
+    let address = rustix::net::SocketAddrUnix::new(path)?;
+    let bind = || -> std::io::Result<UnixListener> {
+        let flags = SocketFlags::CLOEXEC;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // The path gets the mode that the socket has when it is bound, so there is no moment at which others may connect. The process's
+        // mask would do as well, but is not this thread's alone.
+        rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(0o600))?;
+        rustix::net::bind(&socket, &address)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        Ok(socket.into())
     };
     match bind() {
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {

@@ -1,5 +1,9 @@
 //! A fake agent: the other end of a client's sockets, played by the test.
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses its part")]
+
+mod recorder;
+
+pub(crate) use recorder::{Attached, Vmm, connected};
 
 use pageferry_client::{BlockSpec, Client, Config, Error, HookChannel, PageRange};
 use pageferry_protocol::control::codec::Encoder;

@@ -1,0 +1,130 @@
+//! A VMM that writes down which hooks are called, on a fake agent.
+
+use super::*;
+use pageferry_client::{ClearPages, DirtyLog, HookError, HookThread, Hooks, IncomingOptions, JobStatus};
+use pageferry_client::{Ownership, StatePiece, Target};
+use std::sync::{Arc, Mutex};
+
+/// Writes down what is called, and fails when told to.
+#[derive(Default, Clone)]
+pub(crate) struct Vmm {
+    pub(crate) calls: Arc<Mutex<Vec<String>>>,
+    pub(crate) fails: &'static str,
+    pub(crate) state: Vec<StatePiece>,
+}
+
+impl Vmm {
+    fn called(&self, what: impl Into<String>) -> Result<(), HookError> {
+        let what = what.into();
+        let fails = !self.fails.is_empty() && what.starts_with(self.fails);
+        self.calls.lock().unwrap().push(what);
+        if fails { Err(HookError::new("vCPU 3 does not stop")) } else { Ok(()) }
+    }
+
+    pub(crate) fn calls(&self) -> Vec<String> {
+        std::mem::take(&mut self.calls.lock().unwrap())
+    }
+}
+
+impl Hooks for Vmm {
+    fn pause(&mut self) -> Result<(), HookError> {
+        self.called("pause")
+    }
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.called("resume")
+    }
+    fn start_tracking(&mut self) -> Result<(), HookError> {
+        self.called("start")
+    }
+    fn stop_tracking(&mut self) -> Result<(), HookError> {
+        self.called("stop")
+    }
+    fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        log.mark(PageRange::new(5, 1));
+        self.called("sync")
+    }
+    fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        self.called(format!("clear {} {} {:x?} {:#x}", pages.block, pages.first, pages.bitmap, pages.log_first_page))
+    }
+    fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
+        self.called(format!("throttle {percent}"))
+    }
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        self.called("save")?;
+        Ok(self.state.clone())
+    }
+    fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
+        self.state = state;
+        self.called("load")
+    }
+    fn event(&mut self, status: &JobStatus) {
+        self.called(format!("event {}", status.phase.name())).unwrap();
+    }
+    fn agent_lost(&mut self, ownership: Ownership) {
+        self.called(format!("lost {ownership:?}")).unwrap();
+    }
+}
+
+/// A client and its hook channel, with the agent's side in the test's own hands.
+pub(crate) fn connected() -> (Client, HookChannel, FakeAgent) {
+    let (client, channel, agent) = client(|agent| agent);
+    (client, channel, agent.join().unwrap())
+}
+
+/// A VMM that answers hooks on a thread, with the agent's side in the test's own hands.
+pub(crate) struct Attached {
+    pub(crate) client: Client,
+    pub(crate) vmm: Vmm,
+    pub(crate) thread: HookThread<Vmm>,
+    pub(crate) agent: FakeAgent,
+}
+
+impl Attached {
+    pub(crate) fn new(vmm: Vmm) -> Self {
+        let (client, channel, agent) = connected();
+        Self::over(client, channel, agent, vmm)
+    }
+
+    pub(crate) fn over(client: Client, channel: HookChannel, agent: FakeAgent, vmm: Vmm) -> Self {
+        let thread = channel.spawn(vmm.clone()).unwrap();
+        Self { client, vmm, thread, agent }
+    }
+
+    /// Hands over a block of so many pages, with the id 2.
+    pub(crate) fn add_block(&mut self, gpa: u64, pages: u64) {
+        let adding = self.client.clone();
+        let added = std::thread::spawn(move || adding.add_block(spec(2, gpa, &written(pages))).unwrap());
+        self.agent.accept_block();
+        added.join().unwrap();
+    }
+
+    /// Waits for a guest from now on.
+    pub(crate) fn start_incoming(&mut self) {
+        let starting = self.client.clone();
+        let started = std::thread::spawn(move || {
+            starting.start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default()).unwrap()
+        });
+        let (request, _) = self.agent.request().unwrap();
+        self.agent.started(&request);
+        started.join().unwrap();
+    }
+
+    pub(crate) fn hook(&mut self, hook: &Hook) -> Reply<()> {
+        self.agent.hook(hook)
+    }
+
+    #[track_caller]
+    pub(crate) fn refused(&mut self, hook: &Hook) -> ErrorCode {
+        self.hook(hook).unwrap_err().code
+    }
+
+    pub(crate) fn calls(&self) -> Vec<String> {
+        self.vmm.calls()
+    }
+
+    /// The agent is gone; returns the client and the VMM when it has noticed.
+    pub(crate) fn lose_agent(self) -> (Client, Vmm) {
+        drop(self.agent);
+        (self.client, self.thread.join())
+    }
+}

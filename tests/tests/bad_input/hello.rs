@@ -1,0 +1,106 @@
+//! The first record of a stream: strangers are dropped, and a source that does not fit is rejected in words.
+
+use crate::geometry;
+use crate::scene::{FakeSource, PAGES, Scene, hello};
+use pageferry_client::Phase;
+use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
+use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
+use std::io::{Read, Write};
+use std::time::Duration;
+
+#[test]
+fn what_is_no_page_stream_is_dropped_and_the_right_source_is_still_taken() {
+    let scene = Scene::new();
+    let job = scene.listen();
+    for garbage in [vec![0xee; 500], b"GET / HTTP/1.1\r\nHost: localhost:7000\r\n\r\n".to_vec()] {
+        let mut stranger = FakeSource::connect(&scene);
+        stranger.stream.write_all(&garbage).unwrap();
+        // Whatever it is told, the connection ends.
+        let mut rest = Vec::new();
+        let _ = stranger.stream.shutdown(std::net::Shutdown::Write);
+        stranger.stream.read_to_end(&mut rest).unwrap();
+    }
+    // One that claims a large hello, one that begins with another record, and one that goes at once.
+    let mut stranger = FakeSource::connect(&scene);
+    let header = RecordHeader::plain(Kind::Hello, 0, u32::MAX as usize).sealed(&[]).to_wire();
+    stranger.stream.write_all(&header).unwrap();
+    assert!(stranger.sentence(Kind::Reject).contains("0xffffffff"));
+    let mut stranger = FakeSource::connect(&scene);
+    stranger.send(RecordHeader::plain(Kind::Commit, 0, 0), &[]);
+    assert!(stranger.sentence(Kind::Reject).contains("Commit"));
+    drop(FakeSource::connect(&scene));
+    assert_eq!(scene.destination.client.status().unwrap().phase, Phase::Connecting);
+    scene.assert_takes_a_guest(job);
+}
+
+#[test]
+fn a_silent_stranger_does_not_keep_the_right_source_out() {
+    let scene = Scene::new();
+    let job = scene.listen_for(Duration::from_secs(1));
+    let mut silent = FakeSource::connect(&scene);
+    let mut slow = FakeSource::connect(&scene);
+    let bytes = hello().encode();
+    let header = RecordHeader::plain(Kind::Hello, 0, bytes.len()).sealed(&bytes).to_wire();
+    slow.stream.write_all(&header[..20]).unwrap();
+    // Both are sent away when their time is up.
+    assert!(silent.sentence(Kind::Reject).contains("silent"));
+    assert!(slow.sentence(Kind::Reject).contains("silent"));
+    let _other = FakeSource::connect(&scene);
+    scene.assert_takes_a_guest(job);
+}
+
+#[test]
+fn a_wrong_magic_and_a_wrong_version_are_rejected_in_words() {
+    let scene = Scene::new();
+    let job = scene.listen();
+    let mut payload = hello().encode();
+    payload[0] ^= 0xff;
+    let mut source = FakeSource::connect(&scene);
+    source.send(RecordHeader::plain(Kind::Hello, 0, payload.len()), &payload);
+    assert!(source.sentence(Kind::Reject).contains("magic"));
+    let mut source = FakeSource::connect(&scene);
+    source.hello(&Hello { version_min: 8, version_max: 9, ..hello() });
+    let sentence = source.sentence(Kind::Reject);
+    assert!(sentence.contains("version 8 to 9"), "{sentence}");
+    let mut source = FakeSource::connect(&scene);
+    source.hello(&Hello { stream: 3, streams: 2, ..hello() });
+    let sentence = source.sentence(Kind::Reject);
+    assert!(sentence.contains("stream is 0x3"), "{sentence}");
+    let mut source = FakeSource::connect(&scene);
+    source.hello(&Hello { streams: 65, ..hello() });
+    assert!(source.sentence(Kind::Reject).contains("streams is 0x41"));
+    scene.assert_takes_a_guest(job);
+}
+
+#[test]
+fn a_source_with_other_blocks_is_rejected_by_field() {
+    let right = || geometry(3, 0x7000, PAGES * PAGE_SIZE);
+    let table = |blocks: Vec<BlockGeometry>| {
+        let mut table = BlockTable::new();
+        blocks.into_iter().for_each(|block| table.insert(block, 8).unwrap());
+        table
+    };
+    let cases: [(BlockTable, &[&str]); 7] = [
+        (table(vec![BlockGeometry { name: "other".into(), ..right() }]), &["block 3", "name", "other", "block3"]),
+        (table(vec![BlockGeometry { gpa: 0x9000, ..right() }]), &["block 3", "gpa", "0x9000", "0x7000"]),
+        (table(vec![BlockGeometry { length: 0x1000, ..right() }]), &["block 3", "length", "0x1000", "0x28000"]),
+        (table(vec![BlockGeometry { granularity: 0x2000, ..right() }]), &["block 3", "granularity", "0x2000"]),
+        (table(vec![BlockGeometry { id: 4, ..right() }]), &["block 4", "does not exist"]),
+        (table(vec![]), &["0 blocks", "1"]),
+        (table(vec![right(), geometry(5, 0x100_0000, 0x1000)]), &["block 5", "does not exist"]),
+    ];
+    let scene = Scene::new();
+    for (blocks, words) in cases {
+        let job = scene.listen();
+        let mut source = FakeSource::connect(&scene);
+        source.hello(&Hello { blocks, ..hello() });
+        let sentence = source.sentence(Kind::Reject);
+        let status = scene.destination.wait(job);
+        assert_eq!(status.phase, Phase::Failed);
+        for word in words {
+            assert!(sentence.contains(word), "\"{word}\" is missing in: {sentence}");
+            assert!(status.error.contains(word), "\"{word}\" is missing in: {}", status.error);
+        }
+    }
+    scene.assert_takes_a_guest(scene.listen());
+}

@@ -1,0 +1,87 @@
+//! Guest memory whose pages hold stamps.
+
+use pageferry_client::{BlockRange, BlockSpec, Client};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::files;
+use rustix::fs::{FallocateFlags, MemfdFlags};
+use std::os::fd::{AsFd, OwnedFd};
+
+/// A block of guest memory; pages hold a stamp in their first bytes.
+pub struct Ram {
+    pub id: u32,
+    pub gpa: u64,
+    pub pages: u64,
+    pub fd_offset: u64,
+    pub fd: OwnedFd,
+}
+
+impl Ram {
+    pub fn new(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
+        let ram = Self::without_seal(id, gpa, pages, fd_offset);
+        files::seal(&ram.fd).unwrap();
+        ram
+    }
+
+    fn without_seal(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
+        let fd = files::unsealed_memfd("ram", fd_offset + pages * PAGE_SIZE, MemfdFlags::empty()).unwrap();
+        Self { id, gpa, pages, fd_offset, fd }
+    }
+
+    /// A block at an odd place.
+    pub fn odd(pages: u64) -> Self {
+        Self::new(3, 0x7000, pages, 0x5000)
+    }
+
+    /// The same, but its file can shrink.
+    pub fn unsealed(pages: u64) -> Self {
+        Self::without_seal(3, 0x7000, pages, 0x5000)
+    }
+
+    pub fn add_to(&self, client: &Client) {
+        let name = format!("block{}", self.id);
+        let block = files::block(self.id, &name, self.fd.as_fd(), self.pages * PAGE_SIZE);
+        client.add_block(BlockSpec { gpa: self.gpa, fd_offset: self.fd_offset, ..block }).unwrap();
+    }
+
+    /// Writes a stamp without a mark in the log.
+    pub fn write(&self, page: u64, stamp: u64) {
+        rustix::io::pwrite(&self.fd, &stamp.to_le_bytes(), self.fd_offset + page * PAGE_SIZE).unwrap();
+    }
+
+    /// Writes a stamp as a guest's device does: the mark comes after the write.
+    pub fn write_and_mark(&self, client: &Client, page: u64, stamp: u64) {
+        self.write(page, stamp);
+        client.log().mark(PageRange::new(self.gpa / PAGE_SIZE + page, 1));
+    }
+
+    pub fn stamp(&self, page: u64) -> u64 {
+        let mut bytes = [0; 8];
+        assert_eq!(rustix::io::pread(&self.fd, &mut bytes, self.fd_offset + page * PAGE_SIZE).unwrap(), 8);
+        u64::from_le_bytes(bytes)
+    }
+
+    pub fn is_hole(&self, page: u64) -> bool {
+        files::is_hole(&self.fd, self.fd_offset + page * PAGE_SIZE).unwrap()
+    }
+
+    /// Frees pages without a word to anyone.
+    pub fn punch(&self, first: u64, count: u64) {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.fd, flags, self.fd_offset + first * PAGE_SIZE, count * PAGE_SIZE).unwrap();
+    }
+
+    pub fn range(&self, first: u64, count: u64) -> BlockRange {
+        BlockRange { block: self.id, offset: first * PAGE_SIZE, length: count * PAGE_SIZE }
+    }
+}
+
+/// All pages hold the same, and nothing is allocated at the destination that is not at the source.
+pub fn assert_same(source: &Ram, destination: &Ram) {
+    for page in 0..source.pages {
+        assert_eq!(destination.stamp(page), source.stamp(page), "page {page}");
+        assert!(
+            destination.is_hole(page) || !source.is_hole(page),
+            "page {page} is allocated at the destination alone"
+        );
+    }
+}

@@ -1,0 +1,294 @@
+//! What stands between two agents, on the test's own thread.
+
+use super::SOON;
+use pageferry_client::{Client, IncomingOptions, JobStatus, OutgoingOptions, Target};
+use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{Timeout, set_socket_linger, set_socket_timeout};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// How long the relay waits for a record before it lets its caller look around.
+const MOMENT: Duration = Duration::from_millis(2);
+
+/// What the records go over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wire {
+    Unix,
+    Tcp,
+}
+
+pub const WIRES: [Wire; 2] = [Wire::Unix, Wire::Tcp];
+
+/// A record on its way.
+pub struct Passing {
+    link: usize,
+    pub to_destination: bool,
+    pub kind: Kind,
+    pub header: RecordHeader,
+    pub payload: Vec<u8>,
+}
+
+impl Passing {
+    pub fn is(&self, kind: Kind, number: u64) -> bool {
+        self.kind == kind && self.header.number() == number
+    }
+
+    /// True if it carries content or zeroes of this page.
+    pub fn carries(&self, page: u64) -> bool {
+        let range = self.header.range();
+        matches!(self.kind, Kind::Data | Kind::Zero) && range.first <= page && page < range.end()
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        [self.header.to_wire().as_slice(), &self.payload].concat()
+    }
+}
+
+/// A connection of the source, and the one to the destination that goes with it. Sockets of either family: they are read and written alike.
+struct Link {
+    source: File,
+    destination: File,
+}
+
+impl Link {
+    fn end(&self, to_destination: bool) -> &File {
+        if to_destination { &self.destination } else { &self.source }
+    }
+
+    fn close(&self) {
+        for end in [&self.source, &self.destination] {
+            // Either may be closed already.
+            let _ = rustix::net::shutdown(end, rustix::net::Shutdown::Both);
+        }
+    }
+}
+
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    fn new(wire: Wire, path: &std::path::Path) -> Self {
+        match wire {
+            Wire::Unix => Self::Unix(UnixListener::bind(path).unwrap()),
+            Wire::Tcp => Self::Tcp(TcpListener::bind("127.0.0.1:0").unwrap()),
+        }
+    }
+
+    fn accept(&self) -> OwnedFd {
+        match self {
+            Self::Unix(listener) => listener.accept().unwrap().0.into(),
+            Self::Tcp(listener) => without_delay(listener.accept().unwrap().0),
+        }
+    }
+
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(listener) => listener.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
+fn without_delay(stream: TcpStream) -> OwnedFd {
+    stream.set_nodelay(true).unwrap();
+    stream.into()
+}
+
+fn connect(address: &str) -> OwnedFd {
+    match (address.strip_prefix("unix:"), address.strip_prefix("tcp:")) {
+        (Some(path), _) => UnixStream::connect(path).unwrap().into(),
+        (_, Some(name)) => without_delay(TcpStream::connect(name).unwrap()),
+        _ => panic!("no address: {address}"),
+    }
+}
+
+/// Passes records between the agents, one at a time.
+pub struct Relay {
+    pub folder: tempfile::TempDir,
+    wire: Wire,
+    listener: Listener,
+    /// Where the destination listens.
+    destination: String,
+    links: Vec<Link>,
+    /// All that was passed on.
+    pub seen: Vec<Passing>,
+}
+
+impl Relay {
+    pub fn new() -> Self {
+        Self::over(Wire::Unix)
+    }
+
+    pub fn over(wire: Wire) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = Listener::new(wire, &folder.path().join("relay"));
+        Self { folder, wire, listener, destination: String::new(), links: Vec::new(), seen: Vec::new() }
+    }
+
+    /// Where the source goes.
+    pub fn address(&self) -> String {
+        match &self.listener {
+            Listener::Unix(_) => format!("unix:{}", self.folder.path().join("relay").display()),
+            Listener::Tcp(listener) => format!("tcp:{}", listener.local_addr().unwrap()),
+        }
+    }
+
+    /// Where the destination is to listen.
+    pub fn place(&self) -> String {
+        match self.wire {
+            Wire::Unix => format!("unix:{}", self.folder.path().join("destination").display()),
+            Wire::Tcp => "tcp:127.0.0.1:0".to_owned(),
+        }
+    }
+
+    /// The destination listens here.
+    pub fn leads_to(&mut self, address: &str) {
+        address.clone_into(&mut self.destination);
+    }
+
+    /// Has the destination wait for a guest; returns its job.
+    pub fn listen(&mut self, destination: &Client, options: &IncomingOptions) -> u64 {
+        let started = destination.start_incoming(Target::Address(self.place()), options).unwrap();
+        self.leads_to(&started.address);
+        started.job
+    }
+
+    /// Has the source send its guest; returns its job.
+    pub fn send(&self, source: &Client, options: &OutgoingOptions) -> u64 {
+        source.start_outgoing(Target::Address(self.address()), options).unwrap().job
+    }
+
+    fn accept(&mut self) {
+        let [source, destination] = [self.listener.accept(), connect(&self.destination)];
+        for end in [&source, &destination] {
+            for timeout in [Timeout::Recv, Timeout::Send] {
+                set_socket_timeout(end, timeout, Some(SOON)).unwrap();
+            }
+        }
+        self.links.push(Link { source: source.into(), destination: destination.into() });
+    }
+
+    /// Waits for a moment; returns whether the listener is ready, and the first end that is: its link, and true for the source's.
+    fn wait(&self) -> (bool, Option<(usize, bool)>) {
+        let mut polled = vec![PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN)];
+        for link in &self.links {
+            polled.extend([&link.source, &link.destination].map(|end| PollFd::new(end, PollFlags::IN)));
+        }
+        let moment = Timespec::try_from(MOMENT).unwrap();
+        // An interrupted wait is a short one.
+        let _ = poll(&mut polled, Some(&moment));
+        let mut ready = polled.iter().map(|fd| !fd.revents().is_empty());
+        let listener = ready.next().unwrap();
+        (listener, ready.position(|ready| ready).map(|at| (at / 2, at % 2 == 0)))
+    }
+
+    /// The next record of either side, not passed on yet; `None` if nothing comes for a moment. A link whose end closed is closed.
+    fn next(&mut self) -> Option<Passing> {
+        let (connection, ready) = self.wait();
+        if connection {
+            self.accept();
+        }
+        let (link, to_destination) = ready?;
+        match read_record(self.links[link].end(!to_destination)) {
+            Some((kind, header, payload)) => Some(Passing { link, to_destination, kind, header, payload }),
+            None => {
+                self.links.remove(link).close();
+                None
+            }
+        }
+    }
+
+    pub fn pass(&mut self, record: Passing) {
+        let mut to = self.links[record.link].end(record.to_destination);
+        // Whoever closed gets no more.
+        let _ = to.write_all(&record.bytes());
+        self.seen.push(record);
+    }
+
+    fn pass_part(&self, record: &Passing, bytes: usize) {
+        let mut to = self.links[record.link].end(record.to_destination);
+        to.write_all(&record.bytes()[..bytes]).unwrap();
+    }
+
+    /// Passes only the first `bytes` of a record on, and cuts all links.
+    pub fn cut_in(&mut self, record: &Passing, bytes: usize) {
+        self.pass_part(record, bytes);
+        self.cut();
+    }
+
+    /// Passes only the first `bytes` of a record on, and cuts the link that it came on.
+    pub fn cut_one(&mut self, record: &Passing, bytes: usize) {
+        self.pass_part(record, bytes);
+        self.links.remove(record.link).close();
+    }
+
+    /// Passes everything on until a record comes that is wanted, which is held back.
+    pub fn until(&mut self, mut wanted: impl FnMut(&Passing) -> bool) -> Passing {
+        let deadline = Instant::now() + SOON;
+        loop {
+            if let Some(record) = self.next() {
+                if wanted(&record) {
+                    return record;
+                }
+                self.pass(record);
+            }
+            assert!(Instant::now() < deadline, "the record did not come");
+        }
+    }
+
+    /// Passes everything on until the job ended.
+    pub fn finish(&mut self, side: &Client, job: u64) -> JobStatus {
+        let deadline = Instant::now() + SOON;
+        loop {
+            while let Some(record) = self.next() {
+                self.pass(record);
+            }
+            let status = side.status().unwrap();
+            assert_eq!(status.job, job);
+            if status.phase.is_final() {
+                // What was said last.
+                while let Some(record) = self.next() {
+                    self.pass(record);
+                }
+                return status;
+            }
+            assert!(Instant::now() < deadline, "stuck: {status:?}");
+        }
+    }
+
+    /// Closes all links.
+    pub fn cut(&mut self) {
+        self.links.drain(..).for_each(|link| link.close());
+    }
+
+    /// Resets all links, as a host that has started anew does. Only TCP has that: others are closed.
+    pub fn reset(&mut self) {
+        if self.wire == Wire::Tcp {
+            for link in self.links.drain(..) {
+                for end in [&link.source, &link.destination] {
+                    set_socket_linger(end, Some(Duration::ZERO)).unwrap();
+                }
+            }
+        }
+        self.cut();
+    }
+}
+
+/// Reads a record from a blocking socket; `None` at the end.
+pub fn read_record(mut from: impl Read) -> Option<(Kind, RecordHeader, Vec<u8>)> {
+    let mut bytes = [0; RECORD_SIZE];
+    from.read_exact(&mut bytes).ok()?;
+    let header = RecordHeader::from_wire(bytes);
+    let kind = header.check().unwrap();
+    let mut payload = vec![0; header.payload_length()];
+    from.read_exact(&mut payload).ok()?;
+    Some((kind, header, payload))
+}

@@ -1,0 +1,109 @@
+//! A VMM with its memory on an agent.
+
+use super::{Ram, SOON, Vmm, VmmHooks, assert_same, passes};
+use pageferry_client::{Client, Config, HookChannel, IncomingOptions, JobStatus, OutgoingOptions, Phase, Target};
+use pageferry_tests::in_process::InProcessAgent;
+use std::ops::Deref;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A VMM on an agent that somebody else keeps.
+pub struct Attached {
+    pub client: Client,
+    pub vmm: Arc<Vmm>,
+    pub ram: Arc<Ram>,
+}
+
+impl Attached {
+    /// A VMM on the agent that listens at `socket`.
+    pub fn new(socket: &Path, ram: Ram) -> Self {
+        let (client, channel) = Client::connect(socket, config()).unwrap();
+        Self::over(client, channel, ram)
+    }
+
+    pub fn over(client: Client, channel: HookChannel, ram: Ram) -> Self {
+        let vmm = Vmm::new();
+        channel.spawn(VmmHooks(vmm.clone())).unwrap();
+        ram.add_to(&client);
+        Self { client, vmm, ram: Arc::new(ram) }
+    }
+
+    /// Goes on with another agent.
+    pub fn reattach(&self, socket: &Path) {
+        self.client.reattach(socket).unwrap().spawn(VmmHooks(self.vmm.clone())).unwrap();
+    }
+
+    /// Waits for a guest at `path`; returns the job.
+    pub fn listen(&self, path: &Path, options: &IncomingOptions) -> u64 {
+        let listen = Target::Address(format!("unix:{}", path.display()));
+        self.client.start_incoming(listen, options).unwrap().job
+    }
+
+    /// Sends the guest to `path`; returns the job.
+    pub fn send(&self, path: &Path, options: &OutgoingOptions) -> u64 {
+        let target = Target::Address(format!("unix:{}", path.display()));
+        self.client.start_outgoing(target, options).unwrap().job
+    }
+
+    pub fn wait(&self, job: u64) -> JobStatus {
+        self.client.wait(job, SOON).unwrap()
+    }
+
+    pub fn write(&self, page: u64, stamp: u64) {
+        self.ram.write_and_mark(&self.client, page, stamp);
+    }
+}
+
+/// A VMM with an agent of its own; fields drop in order, so the connection closes before the agent is waited for.
+pub struct Side {
+    pub attached: Attached,
+    pub agent: InProcessAgent,
+}
+
+impl Side {
+    pub fn new(ram: Ram) -> Self {
+        let (agent, socket) = InProcessAgent::start().unwrap();
+        let (client, channel) = Client::from_socket(socket, config()).unwrap();
+        Self { attached: Attached::over(client, channel, ram), agent }
+    }
+}
+
+impl Deref for Side {
+    type Target = Attached;
+
+    fn deref(&self) -> &Attached {
+        &self.attached
+    }
+}
+
+/// A log for the little memory that the tests have.
+pub fn config() -> Config {
+    Config { log_covers: 1 << 30, ..Config::default() }
+}
+
+/// Migrates from `source` to `destination` without a relay, and checks that all stamps and holes arrived.
+pub fn moves_to(source: &Attached, destination: &Attached) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("next");
+    let incoming = destination.listen(&path, &IncomingOptions::default());
+    arrives_at(source, &path, destination, incoming);
+}
+
+/// The same, to a destination whose job waits at `path` already.
+pub fn arrives_at(source: &Attached, path: &Path, destination: &Attached, incoming: u64) {
+    let outgoing = source.send(path, &passes(1));
+    let status = source.wait(outgoing);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(destination.wait(incoming).phase, Phase::Completed);
+    assert!(source.vmm.is_paused());
+    assert_eq!(destination.vmm.resumes(), 1);
+    assert_same(&source.ram, &destination.ram);
+}
+
+/// Migrates from `source` to a new destination, which is returned.
+pub fn migrates_next_time(source: &Attached) -> Side {
+    let ram = &source.ram;
+    let destination = Side::new(Ram::new(ram.id, ram.gpa, ram.pages, ram.fd_offset));
+    moves_to(source, &destination);
+    destination
+}

@@ -1,0 +1,188 @@
+//! A VMM whose hooks follow a script.
+
+use super::lock;
+use pageferry_client::{ClearPages, DirtyLog, HookError, Hooks, JobStatus, Phase, StatePiece};
+use pageferry_protocol::memory::PageRange;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+
+/// Where a script may step in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum At {
+    Pause,
+    Resume,
+    StartTracking,
+    StopTracking,
+    Sync,
+    Clear,
+    Throttle,
+    SaveState,
+    LoadState,
+    Event(u32),
+}
+
+impl At {
+    pub fn phase(phase: Phase) -> Self {
+        Self::Event(phase as u32)
+    }
+}
+
+/// What was asked of a VMM.
+#[derive(Debug, Default)]
+pub struct Asked {
+    pub pauses: u64,
+    pub resumes: u64,
+    pub paused: bool,
+    pub tracking: bool,
+    pub stops_of_tracking: u64,
+    pub throttle: u32,
+    pub state: Vec<StatePiece>,
+}
+
+type Script = Box<dyn FnMut() -> Result<(), HookError> + Send>;
+/// Runs in place of the clear hook of [`KvmLog`].
+type OnClear = Box<dyn FnMut(&mut KvmLog, &BTreeSet<u64>) + Send>;
+
+/// A model of KVM's dirty log with manual protect: reading it clears nothing, and a clear clears exactly what it is given.
+#[derive(Debug, Default)]
+pub struct KvmLog {
+    /// Guest page numbers.
+    pub dirty: BTreeSet<u64>,
+}
+
+/// A VMM whose hooks do what a test says.
+#[derive(Default)]
+pub struct Vmm {
+    pub asked: Mutex<Asked>,
+    scripts: Mutex<BTreeMap<At, Script>>,
+    pub kvm: Mutex<KvmLog>,
+    pub on_clear: Mutex<Option<OnClear>>,
+}
+
+impl Vmm {
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    pub fn on(&self, at: At, script: impl FnMut() -> Result<(), HookError> + Send + 'static) {
+        lock(&self.scripts).insert(at, Box::new(script));
+    }
+
+    pub fn off(&self, at: At) {
+        lock(&self.scripts).remove(&at);
+    }
+
+    /// A hook that is not answered until what is returned is dropped.
+    #[must_use]
+    pub fn block(&self, at: At) -> std::sync::mpsc::Sender<()> {
+        self.block_after(at, 0)
+    }
+
+    /// The same, but it is answered so many times before.
+    #[must_use]
+    pub fn block_after(&self, at: At, mut answered: u32) -> std::sync::mpsc::Sender<()> {
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        self.on(at, move || {
+            if answered == 0 {
+                // Only the end of the sender ends it.
+                let _ = released.recv();
+            }
+            answered = answered.saturating_sub(1);
+            Ok(())
+        });
+        release
+    }
+
+    fn run(&self, at: At) -> Result<(), HookError> {
+        let script = lock(&self.scripts).remove(&at);
+        let Some(mut script) = script else { return Ok(()) };
+        let outcome = script();
+        lock(&self.scripts).entry(at).or_insert(script);
+        outcome
+    }
+
+    pub fn resumes(&self) -> u64 {
+        lock(&self.asked).resumes
+    }
+
+    pub fn is_paused(&self) -> bool {
+        lock(&self.asked).paused
+    }
+}
+
+pub struct VmmHooks(pub Arc<Vmm>);
+
+impl Hooks for VmmHooks {
+    fn pause(&mut self) -> Result<(), HookError> {
+        self.0.run(At::Pause)?;
+        let mut asked = lock(&self.0.asked);
+        asked.pauses += 1;
+        asked.paused = true;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.0.run(At::Resume)?;
+        let mut asked = lock(&self.0.asked);
+        asked.resumes += 1;
+        asked.paused = false;
+        Ok(())
+    }
+
+    fn start_tracking(&mut self) -> Result<(), HookError> {
+        self.0.run(At::StartTracking)?;
+        lock(&self.0.asked).tracking = true;
+        Ok(())
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), HookError> {
+        self.0.run(At::StopTracking)?;
+        let mut asked = lock(&self.0.asked);
+        asked.tracking = false;
+        asked.stops_of_tracking += 1;
+        Ok(())
+    }
+
+    fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
+        self.0.run(At::Throttle)?;
+        lock(&self.0.asked).throttle = percent;
+        Ok(())
+    }
+
+    fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        self.0.run(At::Sync)?;
+        for page in &lock(&self.0.kvm).dirty {
+            log.mark(PageRange::new(*page, 1));
+        }
+        Ok(())
+    }
+
+    fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        self.0.run(At::Clear)?;
+        let set = |bit: &u64| pages.bitmap[(*bit / 64) as usize] >> (*bit % 64) & 1 == 1;
+        let bits = (0..pages.bitmap.len() as u64 * 64).filter(set);
+        let given: BTreeSet<u64> = bits.map(|bit| pages.log_first_page + bit).collect();
+        let mut kvm = lock(&self.0.kvm);
+        match lock(&self.0.on_clear).as_mut() {
+            Some(on_clear) => on_clear(&mut kvm, &given),
+            None => kvm.dirty.retain(|page| !given.contains(page)),
+        }
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        self.0.run(At::SaveState)?;
+        Ok(vec![StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }])
+    }
+
+    fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
+        self.0.run(At::LoadState)?;
+        lock(&self.0.asked).state = state;
+        Ok(())
+    }
+
+    fn event(&mut self, status: &JobStatus) {
+        // An event cannot fail.
+        let _ = self.0.run(At::phase(status.phase));
+    }
+}

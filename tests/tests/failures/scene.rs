@@ -1,0 +1,123 @@
+//! A migration through a relay, and the moments at which it is interrupted.
+
+use crate::common::{Passing, Ram, Relay, Side, WIRES, Wire, moves_to};
+use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase};
+use pageferry_protocol::stream::Kind;
+use std::time::Duration;
+
+pub const PAGES: u64 = 200;
+/// A deadline that a test waits for.
+pub const SHORT: Duration = Duration::from_millis(400);
+/// Within this, a deadline of [`SHORT`] was kept, on a machine with other things to do.
+pub const BOUND: Duration = Duration::from_secs(10);
+
+/// Memory whose page `n` holds the stamp `1000 + n`.
+pub fn stamped() -> Ram {
+    let ram = Ram::odd(PAGES);
+    stamp(&ram);
+    ram
+}
+
+pub fn stamp(ram: &Ram) {
+    for page in 0..PAGES {
+        ram.write(page, 1000 + page);
+    }
+}
+
+pub fn filled() -> Side {
+    Side::new(stamped())
+}
+
+pub fn empty() -> Side {
+    Side::new(Ram::odd(PAGES))
+}
+
+/// A migration through a relay.
+pub struct Scene {
+    pub relay: Relay,
+    pub source: Side,
+    destination: Option<Side>,
+    pub outgoing: u64,
+    pub incoming: u64,
+}
+
+impl Scene {
+    pub fn start(wire: Wire, options: &OutgoingOptions) -> Self {
+        Self::start_with(wire, filled(), empty(), options)
+    }
+
+    pub fn start_with(wire: Wire, source: Side, destination: Side, options: &OutgoingOptions) -> Self {
+        let mut relay = Relay::over(wire);
+        let OutgoingOptions { peer_timeout, hook_timeout, .. } = *options;
+        let incoming = relay.listen(&destination.client, &IncomingOptions { peer_timeout, hook_timeout });
+        let outgoing = relay.send(&source.client, options);
+        Self { relay, source, destination: Some(destination), outgoing, incoming }
+    }
+
+    pub fn destination(&self) -> &Side {
+        self.destination.as_ref().unwrap()
+    }
+
+    /// Passes everything on until the source's job ended.
+    pub fn finish(&mut self) -> JobStatus {
+        self.relay.finish(&self.source.client, self.outgoing)
+    }
+
+    /// The destination's VMM and agent are gone.
+    pub fn kill_destination(&mut self) {
+        self.relay.reset();
+        drop(self.destination.take());
+    }
+
+    /// The source's job failed, and its guest runs.
+    pub fn assert_source_failed(&self) -> JobStatus {
+        let status = self.source.wait(self.outgoing);
+        assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+        assert!(!status.error.is_empty());
+        assert!(!self.source.vmm.is_paused(), "the guest stands still");
+        assert_eq!(self.source.client.ownership(), Ownership::Ours);
+        status
+    }
+
+    /// The destination's job failed, and nothing runs there.
+    pub fn assert_destination_failed(&self) -> JobStatus {
+        let status = self.destination().wait(self.incoming);
+        assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+        assert!(!status.error.is_empty());
+        assert_eq!(self.destination().vmm.resumes(), 0);
+        assert_ne!(self.destination().client.ownership(), Ownership::Ours);
+        status
+    }
+
+    /// The same two sides, without the relay.
+    pub fn assert_both_migrate_next_time(&self) {
+        moves_to(&self.source, self.destination());
+    }
+}
+
+pub type Moment = (&'static str, fn(&Passing) -> bool);
+
+/// Records at which a migration is interrupted, one for each phase: what comes there is not delivered.
+pub const MOMENTS: [Moment; 11] = [
+    ("before the hello", |record| record.kind == Kind::Hello),
+    ("before the accept", |record| record.kind == Kind::Accept),
+    ("at the start of pass 0", |record| record.kind == Kind::Data),
+    ("in pass 0", |record| record.carries(PAGES - 1)),
+    ("at the end of pass 0", |record| record.is(Kind::PassEnd, 0) && record.to_destination),
+    ("between the passes", |record| record.is(Kind::PassDone, 0)),
+    ("after the state", |record| record.kind == Kind::State),
+    ("at the end of the last pass", |record| record.is(Kind::PassDone, 2)),
+    ("before the end", |record| record.kind == Kind::End),
+    ("before loaded", |record| record.kind == Kind::Loaded),
+    ("in the last pass", |record| record.is(Kind::PassEnd, 2)),
+];
+
+/// Runs `test` for every moment and over every wire.
+pub fn at_every_moment(what: &str, test: impl Fn(Wire, Moment)) {
+    for wire in WIRES {
+        for moment in MOMENTS {
+            eprintln!("{wire:?}: {what} {}", moment.0);
+            test(wire, moment);
+        }
+    }
+}
