@@ -83,7 +83,7 @@ fn a_spawned_agent_that_is_killed_leaves_a_guest_that_the_next_one_migrates() {
     source.write(1, 11);
 
     let (destination, other) = spawned(Ram::odd(PAGES), None);
-    let next = common::Agent::process();
+    let next = common::Agent::spawn();
     source.reattach(next.socket());
     moves_to(&source, &destination);
     drop(destination);

@@ -5,7 +5,7 @@ use pageferry_client::JobStatus;
 use pageferry_protocol::control::codec::{DecodeError, Decoder};
 use pageferry_protocol::control::request::{Reply, Request, decode_reply};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
-use pageferry_tests::process::AgentProcess;
+use pageferry_tests::process::{AgentProcess, Process};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -56,7 +56,7 @@ pub enum Agent {
 }
 
 impl Agent {
-    pub fn process() -> Self {
+    pub fn spawn() -> Self {
         let folder = tempfile::tempdir().unwrap();
         Self::Killed(AgentProcess::spawn(PROGRAM.as_ref(), folder.path(), "agent").unwrap(), folder)
     }
@@ -68,17 +68,27 @@ impl Agent {
         }
     }
 
-    /// The process hangs from now on. An agent that is none cannot.
-    pub fn freeze(&mut self) {
+    fn process(&mut self) -> &mut Process {
         match self {
             Self::Stopped(_) => panic!("not a process"),
-            Self::Killed(agent, _) => agent.process().freeze().unwrap(),
+            Self::Killed(agent, _) => agent.process(),
         }
     }
 
-    pub fn end(self) {
-        if let Self::Killed(mut agent, _folder) = self {
-            agent.process().kill().unwrap();
+    /// The process hangs from now on. An agent that is none cannot.
+    pub fn freeze(&mut self) {
+        self.process().freeze().unwrap();
+    }
+
+    /// Kills the process. An agent that is none cannot be.
+    pub fn kill(&mut self) {
+        self.process().kill().unwrap();
+    }
+
+    /// Ends it as its kind does.
+    pub fn end(mut self) {
+        if matches!(self, Self::Killed(..)) {
+            self.kill();
         }
     }
 }

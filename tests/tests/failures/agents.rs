@@ -1,7 +1,7 @@
 //! Agents that end or are killed, before the commit.
 
-use crate::common::{Agent, Attached, Listening, Ram, Relay, SOON, Wire, moves_to, passes};
-use crate::scene::{BOUND, MOMENTS, Moment, PAGES, at_every_moment, empty, filled, stamped};
+use crate::common::{Agent, Attached, Listening, Relay, SOON, Wire, moves_to, passes};
+use crate::scene::{BOUND, FarScene, MOMENTS, Moment, at_every_moment, empty, stamped};
 use pageferry_client::{IncomingOptions, Ownership, Phase, Punch};
 use pageferry_tests::deadline::wait_until;
 use std::time::Instant;
@@ -53,31 +53,27 @@ fn a_source_agent_that_is_stopped_leaves_the_guest_running_and_the_next_agent_mi
 
 #[test]
 fn a_source_agent_that_is_killed_leaves_the_guest_running_and_the_next_agent_migrates_it() {
-    at_every_moment("source agent killed", |wire, moment| lose_the_source_agent(Agent::process, wire, moment));
+    at_every_moment("source agent killed", |wire, moment| lose_the_source_agent(Agent::spawn, wire, moment));
 }
 
 #[test]
 fn a_destination_agent_that_is_killed_leaves_the_guest_running_at_the_source_alone() {
     at_every_moment("destination agent killed", |wire, (_, is_there)| {
-        let agent = Agent::process();
-        let there = Attached::new(agent.socket(), Ram::odd(PAGES));
-        let mut relay = Relay::over(wire);
-        let source = filled();
-        relay.listen(&there.client, &IncomingOptions::default());
-        let outgoing = relay.send(&source.client, &passes(2));
-        let _record = relay.until(is_there);
+        let mut scene = FarScene::start(wire, &passes(2));
+        let _record = scene.relay.until(is_there);
         let started = Instant::now();
-        agent.end();
-        let status = relay.finish(&source.client, outgoing);
+        scene.agent.kill();
+        let status = scene.finish();
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
         assert!(started.elapsed() < BOUND);
+        let FarScene { source, there, .. } = &scene;
         assert!(!source.vmm.is_paused());
         wait_until("the agent to be lost", SOON, || there.client.status().is_err()).unwrap();
         assert_eq!(there.vmm.resumes(), 0);
         assert_eq!(there.client.ownership(), Ownership::Awaiting);
         // The destination's VMM goes on with another agent, too.
-        let next = Agent::process();
+        let next = Agent::spawn();
         there.reattach(next.socket());
-        moves_to(&source, &there);
+        moves_to(source, there);
     });
 }

@@ -1,7 +1,7 @@
 //! After the commit: the source's guest stands still, whoever dies and whoever asks.
 
-use crate::common::{Agent, Attached, Listening, Passing, Ram, Relay, SOON, Side, WIRES, Wire, passes};
-use crate::scene::{PAGES, Scene, empty, filled, stamped};
+use crate::common::{Agent, Attached, Listening, Passing, Relay, SOON, Side, WIRES, Wire, passes};
+use crate::scene::{FarScene, Scene, empty, stamped};
 use pageferry_client::{Error, ErrorCode, IncomingOptions, Ownership, Phase, Target};
 use pageferry_protocol::control::request::Request;
 use pageferry_protocol::stream::Kind;
@@ -90,7 +90,7 @@ fn after_the_commit_neither_the_end_of_the_agent_nor_a_resume_runs_the_guest_at_
 #[test]
 fn a_source_agent_that_is_killed_after_the_commit_leaves_a_guest_that_stands_still() {
     for held in [Kind::Commit, Kind::Resumed] {
-        let agent = Agent::process();
+        let agent = Agent::spawn();
         let source = Attached::new(agent.socket(), stamped());
         let mut relay = Relay::new();
         let destination = empty();
@@ -100,7 +100,7 @@ fn a_source_agent_that_is_killed_after_the_commit_leaves_a_guest_that_stands_sti
         agent.end();
         wait_until("the agent to be lost", SOON, || source.client.status().is_err()).unwrap();
         // A new agent does not know of the commit, and gets the guest to run as little as the VMM does.
-        let next = Agent::process();
+        let next = Agent::spawn();
         source.reattach(next.socket());
         assert_stands_still(&source);
         assert_eq!(destination.vmm.resumes(), u64::from(held == Kind::Resumed));
@@ -111,17 +111,13 @@ fn a_source_agent_that_is_killed_after_the_commit_leaves_a_guest_that_stands_sti
 fn a_destination_agent_that_is_killed_after_the_commit_leaves_a_guest_that_runs_there_or_nowhere() {
     for wire in WIRES {
         for held in [Kind::Commit, Kind::Resumed] {
-            let agent = Agent::process();
-            let there = Attached::new(agent.socket(), Ram::odd(PAGES));
-            let mut relay = Relay::over(wire);
-            let source = filled();
-            relay.listen(&there.client, &IncomingOptions::default());
-            let outgoing = relay.send(&source.client, &passes(1));
-            let _record = relay.until(|record| record.kind == held);
-            agent.end();
-            let status = relay.finish(&source.client, outgoing);
+            let mut scene = FarScene::start(wire, &passes(1));
+            let _record = scene.relay.until(|record| record.kind == held);
+            scene.agent.kill();
+            let status = scene.finish();
             assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
-            assert_stands_still(&source);
+            assert_stands_still(&scene.source);
+            let there = &scene.there;
             wait_until("the agent to be lost", SOON, || there.client.status().is_err()).unwrap();
             assert_eq!(there.vmm.resumes(), u64::from(held == Kind::Resumed));
         }

@@ -1,6 +1,6 @@
 //! A migration through a relay, and the moments at which it is interrupted.
 
-use crate::common::{Passing, Ram, Relay, Side, WIRES, Wire, moves_to};
+use crate::common::{Agent, Attached, Passing, Ram, Relay, Side, WIRES, Wire, moves_to};
 use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
 use std::time::Duration;
@@ -111,6 +111,31 @@ pub const MOMENTS: [Moment; 11] = [
     ("before loaded", |record| record.kind == Kind::Loaded),
     ("in the last pass", |record| record.is(Kind::PassEnd, 2)),
 ];
+
+/// A migration through a relay to an agent that is a process of its own.
+pub struct FarScene {
+    pub relay: Relay,
+    pub source: Side,
+    pub there: Attached,
+    pub agent: Agent,
+    pub outgoing: u64,
+}
+
+impl FarScene {
+    pub fn start(wire: Wire, options: &OutgoingOptions) -> Self {
+        let agent = Agent::spawn();
+        let there = Attached::new(agent.socket(), Ram::odd(PAGES));
+        let (mut relay, source) = (Relay::over(wire), filled());
+        relay.listen(&there.client, &IncomingOptions::default());
+        let outgoing = relay.send(&source.client, options);
+        Self { relay, source, there, agent, outgoing }
+    }
+
+    /// Passes everything on until the source's job ended.
+    pub fn finish(&mut self) -> JobStatus {
+        self.relay.finish(&self.source.client, self.outgoing)
+    }
+}
 
 /// Runs `test` for every moment and over every wire.
 pub fn at_every_moment(what: &str, test: impl Fn(Wire, Moment)) {

@@ -1,9 +1,7 @@
 //! The other side is there, and says nothing: the link swallows what it says, or it hangs.
 
-use crate::common::{
-    Agent, Attached, Ram, Relay, SOON, WIRES, Wire, at_once, config, migrates_next_time, moves_to, passes,
-};
-use crate::scene::{BOUND, MOMENTS, Moment, PAGES, SHORT, Scene, empty, filled, stamped};
+use crate::common::{Agent, Attached, Relay, SOON, WIRES, Wire, at_once, config, migrates_next_time, moves_to, passes};
+use crate::scene::{BOUND, FarScene, MOMENTS, Moment, SHORT, Scene, empty, filled, stamped};
 use pageferry_client::{Client, Config, Error, IncomingOptions, OutgoingOptions, Ownership, Phase, Target};
 use pageferry_tests::deadline::wait_until;
 use std::net::TcpListener;
@@ -70,30 +68,25 @@ fn moments_of_a_hang() -> [(Wire, Moment); 4] {
 #[test]
 fn a_destination_agent_that_hangs_is_an_error_within_the_timeout_and_the_guest_runs_on() {
     at_once(&moments_of_a_hang(), |&(wire, (moment, is_there))| {
-        let mut agent = Agent::process();
-        let there = Attached::new(agent.socket(), Ram::odd(PAGES));
-        let mut relay = Relay::over(wire);
-        let source = filled();
-        relay.listen(&there.client, &IncomingOptions::default());
         let options = OutgoingOptions { peer_timeout: SHORT, hook_timeout: SHORT, ..passes(2) };
-        let outgoing = relay.send(&source.client, &options);
-        let record = relay.until(is_there);
-        agent.freeze();
-        relay.pass(record);
+        let mut scene = FarScene::start(wire, &options);
+        let record = scene.relay.until(is_there);
+        scene.agent.freeze();
+        scene.relay.pass(record);
         let started = Instant::now();
-        let status = relay.finish(&source.client, outgoing);
+        let status = scene.finish();
         assert_eq!(status.phase, Phase::Failed, "{moment}: {}", status.error);
         assert!(status.error.contains("silent"), "{moment}: {}", status.error);
         assert!(started.elapsed() < BOUND);
-        assert!(!source.vmm.is_paused());
-        migrates_next_time(&source);
+        assert!(!scene.source.vmm.is_paused());
+        migrates_next_time(&scene.source);
     });
 }
 
 #[test]
 fn a_source_agent_that_hangs_is_given_up_by_its_vmm_and_the_guest_runs_on() {
     at_once(&moments_of_a_hang(), |&(wire, (_, is_there))| {
-        let mut agent = Agent::process();
+        let mut agent = Agent::spawn();
         let config = Config { request_timeout: 2 * SHORT, ..config() };
         let (client, channel) = Client::connect(agent.socket(), config).unwrap();
         let source = Attached::over(client, channel, stamped());
@@ -113,7 +106,7 @@ fn a_source_agent_that_hangs_is_given_up_by_its_vmm_and_the_guest_runs_on() {
         assert!(started.elapsed() < BOUND);
         assert_eq!(source.client.ownership(), Ownership::Ours);
 
-        let next = Agent::process();
+        let next = Agent::spawn();
         source.reattach(next.socket());
         moves_to(&source, &destination);
     });
