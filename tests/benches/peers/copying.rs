@@ -2,7 +2,7 @@
 
 use super::Bench;
 use super::floor;
-use super::image::Image;
+use super::image::{Image, WarmPool};
 use super::ours::{Moved, Side, migrate};
 use super::qemu::Mode;
 use super::table::{Better, Table, median};
@@ -27,7 +27,7 @@ pub fn full(bench: &Bench, table: &mut Table) {
     let source = Image::new(&bench.folder, "source", size);
     let destination = Image::new(&bench.folder, "destination", size);
     source.fill(0, size);
-    destination.warm_up(size);
+    let _warm = WarmPool::new(&bench.folder, size * 2);
     floor::copy(&source, &destination, 1);
     let mut ours = STREAMS.map(|streams| (streams, Vec::new(), Vec::new()));
     let mut floors = STREAMS.map(|sockets| (sockets, Vec::new()));
@@ -92,8 +92,7 @@ pub fn sparse(bench: &Bench, table: &mut Table) {
     let rests = || (0..64).map(|piece| (piece * size / 64 + size / 512, size / 64 - size / 512));
     let source = Image::new(&bench.folder, "source", size);
     let destination = Image::new(&bench.folder, "destination", size);
-    source.warm_up(size);
-    destination.warm_up(size);
+    let _warm = WarmPool::new(&bench.folder, size * 2);
     let cases = [
         Sparse { work: "sparse: nothing of 8 GiB allocated", content: vec![], discarded: vec![] },
         Sparse { work: "sparse: 1 of 8 GiB allocated", content: pieces().collect(), discarded: vec![] },
@@ -157,10 +156,10 @@ pub fn huge(bench: &Bench, table: &mut Table) {
         let source = Image::new(&bench.folder, &format!("source-{size}"), size);
         let destination = Image::new(&bench.folder, &format!("destination-{size}"), size);
         (0..pieces).for_each(|piece| source.fill(size / pieces * piece, content / pieces));
-        destination.warm_up(content);
         (who, source, destination, Vec::new(), Vec::new())
     });
     let mut images = images;
+    let _warm = WarmPool::new(&bench.folder, content * 4);
     for _ in 0..bench.rounds {
         for (_, source, destination, times, moved) in &mut images {
             destination.clear();

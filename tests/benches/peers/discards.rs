@@ -1,7 +1,7 @@
 //! Discards: how many a second are acknowledged, and how long one takes while the agent migrates at full speed.
 
 use super::Bench;
-use super::image::Image;
+use super::image::{Image, WarmPool};
 use super::ours::Side;
 use super::table::Table;
 use pageferry_client::{BlockRange, IncomingOptions, OutgoingOptions, Phase, Punch, Target};
@@ -53,7 +53,7 @@ fn single(bench: &Bench, table: &mut Table) {
     let source = Image::new(&bench.folder, "source", size);
     let destination = Image::new(&bench.folder, "destination", size);
     source.fill(0, size);
-    destination.warm_up(size);
+    let _warm = WarmPool::new(&bench.folder, size * 2);
     let pages = size / PAGE_SIZE;
     let mut idle = Vec::new();
     let mut during = Vec::new();

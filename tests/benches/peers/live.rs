@@ -2,7 +2,7 @@
 
 use super::Bench;
 use super::floor;
-use super::image::Image;
+use super::image::{Image, WarmPool};
 use super::table::{Better, Table};
 use pageferry_agent::tracking::pagemap::Pagemap;
 use pageferry_client::tracking::kvm::KvmDirtyLog;
@@ -269,7 +269,7 @@ pub fn live(bench: &Bench, table: &mut Table) {
     let source = Image::new(&bench.folder, "source", size);
     let destination = Image::new(&bench.folder, "destination", size);
     source.fill(0, size);
-    destination.warm_up(size);
+    let _warm = WarmPool::new(&bench.folder, size * 2);
     floor::copy(&source, &destination, 1);
     destination.clear();
     let link = size as f64 / PAGE_SIZE as f64 / floor::copy(&source, &destination, 1).as_secs_f64();
