@@ -46,6 +46,23 @@ pub fn hugetlb(pages: u64) -> Option<HugePages> {
     met("hugetlb", HugePages::reserve(pages).map_err(Into::into))
 }
 
+/// True if the kernel gives shared memory transparent huge pages without being asked for each mapping.
+///
+/// # Panics
+/// If not, and `PAGEFERRY_REQUIRE` names `thp`.
+pub fn thp() -> bool {
+    met("thp", try_thp()).is_some()
+}
+
+fn try_thp() -> Result<(), Box<dyn Error>> {
+    let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let modes = std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
+    if ["[always]", "[within_size]", "[force]"].iter().any(|mode| modes.contains(mode)) {
+        return Ok(());
+    }
+    Err(format!("{path} is {}", modes.trim()).into())
+}
+
 fn try_kvm() -> Result<(), Box<dyn Error>> {
     let kvm = Kvm::new().map_err(|error| format!("/dev/kvm: {error}"))?;
     let vm = kvm.create_vm().map_err(|error| format!("KVM_CREATE_VM: {error}"))?;

@@ -74,13 +74,19 @@ impl Side {
 
     /// Migrates to `destination`, whose memory is then the same.
     fn migrate_to(&self, destination: &Side, streams: u16) -> JobStatus {
+        let status = self.move_to(destination, streams);
+        same_memory(self.vmm.memory(), self.vmm.client(), destination.vmm.memory()).unwrap();
+        status
+    }
+
+    /// Migrates to `destination`.
+    fn move_to(&self, destination: &Side, streams: u16) -> JobStatus {
         let options = OutgoingOptions { streams, ..OutgoingOptions::default() };
         let (_, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
         let job = self.vmm.start_outgoing(&address, &options).unwrap();
         let status = self.vmm.wait_job(job, PATIENCE).unwrap();
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
         wait_until("the guest running there", PATIENCE, || destination.vmm.record().runs).unwrap();
-        same_memory(self.vmm.memory(), self.vmm.client(), destination.vmm.memory()).unwrap();
         status
     }
 }
@@ -270,4 +276,27 @@ fn a_destination_without_huge_pages_is_an_error_and_the_guest_stays() {
     drop(hog);
     source.migrate_to(&destination, 1);
     assert_eq!(destination.allocated(), 4);
+}
+
+#[test]
+fn a_write_beside_discarded_pages_of_a_transparent_huge_page_does_not_bring_them_back() {
+    if !(require::thp() && require::uffd()) {
+        return;
+    }
+    let (source, destination) =
+        (Side::on(Backing::Memfd, PAGE_SIZE, By::WriteProtect), Side::on(Backing::Memfd, PAGE_SIZE, By::Log));
+    let block = source.block();
+    block.store(0, 1).unwrap();
+    assert_eq!(block.allocated().unwrap(), HUGE_PAGE, "one fault gives all of it");
+    (0..HUGE).for_each(|page| block.store(page * PAGE_SIZE, page + 1).unwrap());
+    // Not freed, which would split it.
+    assert_eq!(discard(source.vmm.client(), PageRange::new(10, 10), Punch::No), 10);
+    let memory = source.vmm.memory().clone();
+    source.vmm.before_pause(move || memory.block(BLOCK)?.store(5 * PAGE_SIZE, 4711));
+    // The destination's kernel, too, allocates all of it for the first page: what is discarded is zero there, and no hole.
+    let status = source.move_to(&destination, 1);
+    assert_eq!(status.counters.stray_pages, 0);
+    let there = |page: u64| destination.block().read_word(page * PAGE_SIZE).unwrap();
+    assert_eq!((there(5), there(9), there(20)), (4711, 10, 21));
+    assert!((10..20).all(|page| there(page) == 0 && destination.is_discarded(page)));
 }

@@ -10,6 +10,8 @@
 //! That holds only for pages that were punched, on a backing that tells its holes. All others are *unsettled* until a sync has come
 //! and gone: whatever that sync reports of them may be older than the discard and is dropped; what the next one reports is not.
 //!
+//! Nor is a report believed that may mean a neighbour: write-protect scanning tells no page of a transparent huge page from the others.
+//!
 //! The fix-up comes after the sync. Before it, the sync would bring the stale bits back. And what it drops is dropped in the VMM's tracker, too, if that
 //! one does not clear by itself; otherwise the same stale bit would return with every sync, and be taken for a stray write at the next.
 //!
@@ -20,9 +22,9 @@
 use super::Migration;
 use crate::job::{JobError, add, micros};
 use crate::memory::{Block, GuestMemory};
-use crate::tracking::{DirtyPages, LazyClear};
+use crate::tracking::{DirtyPages, LazyClear, Trackers};
 use pageferry_protocol::memory::PageRange;
-use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
@@ -63,7 +65,7 @@ impl DirtyState {
     }
 
     /// Drops the stale bits of one block.
-    fn fix_up(&self, at: usize, block: &Block, first_sync: bool) -> Result<(), JobError> {
+    fn fix_up(&self, at: usize, block: &Block, trackers: &Trackers, first_sync: bool) -> Result<(), JobError> {
         let (dirty, settling, dropped) = (self.pages.block(at), self.settling.block(at), self.dropped.block(at));
         for (word, discarded) in block.discarded.nonzero_words(block.all()) {
             let suspects = dirty.word(word) & discarded;
@@ -74,7 +76,9 @@ impl DirtyState {
             let known = suspects & block.stray.word(word);
             let mut stray = 0;
             if !first_sync {
-                stray = known | written_since(block, word, suspects & !unsure & !known)?;
+                let written = written_since(block, word, suspects & !unsure & !known)?;
+                // Where the tracker may mean a neighbour the discard is believed: what is discarded is not read on a suspicion.
+                stray = known | written & !trackers.vague(block, word, written)?;
             }
             block.stray.or_word(word, stray);
             dropped.or_word(word, dirty.take_bits(word, suspects & !stray));
@@ -102,9 +106,8 @@ fn written_since(block: &Block, word: u64, suspects: u64) -> Result<u64, JobErro
     for run in runs_of_word(word * WORD_BITS, suspects) {
         let failed = |source| JobError::Backing { id: block.geometry.id, source };
         let found = |data: PageRange| {
-            let below = |page: u64| if page >= WORD_BITS { u64::MAX } else { (1 << page) - 1 };
             let first = data.first - word * WORD_BITS;
-            allocated |= below(first + data.count) & !below(first);
+            allocated |= word_mask(first, first + data.count);
         };
         block.backing.for_each_data(run, found).map_err(failed)?;
     }
@@ -160,7 +163,7 @@ impl Migration {
         let memory = self.job.memory.clone();
         let started = Instant::now();
         for (at, block) in memory.blocks().iter().enumerate() {
-            self.dirty.fix_up(at, block, first_sync)?;
+            self.dirty.fix_up(at, block, &self.trackers, first_sync)?;
             // The guest stands still in the last pass: nobody would look at the tracker again.
             self.dirty.clear_dropped(at, block, self.trackers.lazy_clear())?;
             self.dirty.settling.block(at).clear(block.all());

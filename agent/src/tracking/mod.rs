@@ -10,8 +10,8 @@ pub mod pagemap;
 use crate::hooks::{HookError, Hooks};
 use crate::memory::{Block, GuestMemory};
 use pageferry_protocol::control::hook::{Hook, MAX_CLEAR_PAGES};
-use pageferry_protocol::memory::{PAGE_SHIFT, PageRange};
-use pageferry_protocol::shm::bitmap::WORD_BITS;
+use pageferry_protocol::memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pagemap::Pagemap;
 use std::sync::Arc;
@@ -119,6 +119,8 @@ pub struct TrackerChoice {
 pub struct Trackers {
     trackers: Vec<Box<dyn Tracker>>,
     lazy: Option<LazyClear>,
+    /// What the scanning tracker scans.
+    pagemap: Option<Arc<Pagemap>>,
 }
 
 impl Trackers {
@@ -133,7 +135,7 @@ impl Trackers {
         }
         trackers.push(Box::new(LogTracker));
         let lazy = choice.hooks.then(|| LazyClear { hooks: hooks.clone(), timeout: hook_timeout });
-        Self { trackers, lazy }
+        Self { trackers, lazy, pagemap: choice.pagemap.clone() }
     }
 
     /// Starts all of them.
@@ -159,6 +161,28 @@ impl Trackers {
     /// Stops all of them.
     pub fn stop(&mut self) {
         self.trackers.iter_mut().for_each(|tracker| tracker.stop());
+    }
+
+    /// Those of the pages `pages` of word `word` of which a report may mean a neighbour: write-protect scanning counts all of a transparent
+    /// huge page as written if any of it was.
+    ///
+    /// # Errors
+    /// If the scan fails.
+    pub fn vague(&self, block: &Block, word: u64, pages: u64) -> Result<u64, TrackingError> {
+        let Some(pagemap) = self.pagemap.as_ref().filter(|_| pages != 0 && block.backing.host_page_size() == PAGE_SIZE)
+        else {
+            return Ok(0);
+        };
+        let (id, first) = (block.geometry.id, word * WORD_BITS);
+        let range = PageRange::new(first, WORD_BITS).intersection(&block.all());
+        let start = block.vmm_address + range.offset();
+        let mut huge = 0;
+        let found = |from: u64, to: u64| {
+            let run = PageRange::new((from - start) >> PAGE_SHIFT, (to - from) >> PAGE_SHIFT);
+            huge |= word_mask(run.first, run.end());
+        };
+        pagemap.huge(start, range.bytes(), found).map_err(|source| TrackingError::Scan { id, source })?;
+        Ok(huge & pages)
     }
 
     /// What must be cleared before pages are read, if a tracker's sync does not clear by itself.

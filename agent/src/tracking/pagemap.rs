@@ -24,11 +24,26 @@ const REGIONS: usize = 4096;
 /// `PAGE_IS_WRITTEN`. Asked for alone, it is the kernel's fast path.
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
 
+/// `PAGE_IS_HUGE`: mapped by one entry for 2 MiB.
+const PAGE_IS_HUGE: u64 = 1 << 6;
+
 /// `PM_SCAN_WP_MATCHING`: protect what is reported.
 const SCAN_WP_MATCHING: u64 = 1 << 0;
 
 /// `PM_SCAN_CHECK_WPASYNC`: fail on a mapping that is not registered, instead of passing over it.
 const SCAN_CHECK_WPASYNC: u64 = 1 << 1;
+
+/// What a walk looks for, and does about it.
+#[derive(Debug, Clone, Copy)]
+struct What {
+    category: u64,
+    flags: u64,
+}
+
+/// Written pages, which are protected again.
+const WRITTEN: What = What { category: PAGE_IS_WRITTEN, flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC };
+/// Pages that share an entry with others.
+const HUGE: What = What { category: PAGE_IS_HUGE, flags: 0 };
 
 /// `PROC_SUPER_MAGIC` of `linux/magic.h`.
 const PROC_SUPER_MAGIC: u64 = 0x9fa0;
@@ -139,7 +154,7 @@ impl Pagemap {
         }
         // An empty range: the kernel checks the arguments, and walks nothing.
         let mut regions = vec![PageRegion::default(); REGIONS];
-        scan_once(fd.as_fd(), 0, 0, &mut regions).map_err(|source| PagemapError::NoScan { source })?;
+        scan_once(fd.as_fd(), 0, 0, WRITTEN, &mut regions).map_err(|source| PagemapError::NoScan { source })?;
         Ok(Self { fd, regions: Mutex::new(regions) })
     }
 
@@ -150,12 +165,24 @@ impl Pagemap {
     /// # Errors
     /// If something in the range is not registered, or not a user address. After an error pages may have been protected without
     /// being reported: whoever goes on has to take the whole range as written.
-    pub fn scan(&self, address: u64, length: u64, mut found: impl FnMut(u64, u64)) -> Result<(), PagemapError> {
+    pub fn scan(&self, address: u64, length: u64, found: impl FnMut(u64, u64)) -> Result<(), PagemapError> {
+        self.walk(address, length, WRITTEN, found)
+    }
+
+    /// Finds the pages that the VMM has mapped by an entry for 2 MiB: [`Pagemap::scan`] cannot tell one such page from its neighbours. Changes nothing.
+    ///
+    /// # Errors
+    /// As [`Pagemap::scan`].
+    pub fn huge(&self, address: u64, length: u64, found: impl FnMut(u64, u64)) -> Result<(), PagemapError> {
+        self.walk(address, length, HUGE, found)
+    }
+
+    fn walk(&self, address: u64, length: u64, what: What, mut found: impl FnMut(u64, u64)) -> Result<(), PagemapError> {
         let end = address.checked_add(length).ok_or(PagemapError::Range { address, length })?;
         let mut regions = self.regions.lock().unwrap_or_else(PoisonError::into_inner);
         let mut start = address;
         while start < end {
-            let (count, walk_end) = match scan_once(self.fd.as_fd(), start, end, &mut regions) {
+            let (count, walk_end) = match scan_once(self.fd.as_fd(), start, end, what, &mut regions) {
                 Ok(scanned) => scanned,
                 // The VMM has exited: some kernels say so, others walk over the nothing that it left.
                 Err(Errno::SRCH) => return Ok(()),
@@ -178,16 +205,18 @@ impl Pagemap {
 }
 
 /// One call: the number of regions found, and the address where the walk stopped.
-fn scan_once(pagemap: BorrowedFd<'_>, start: u64, end: u64, regions: &mut [PageRegion]) -> Result<(usize, u64), Errno> {
+fn scan_once(
+    pagemap: BorrowedFd<'_>, start: u64, end: u64, what: What, regions: &mut [PageRegion],
+) -> Result<(usize, u64), Errno> {
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
-        flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
+        flags: what.flags,
         start,
         end,
         vec: regions.as_mut_ptr().expose_provenance() as u64,
         vec_len: regions.len() as u64,
-        category_mask: PAGE_IS_WRITTEN,
-        return_mask: PAGE_IS_WRITTEN,
+        category_mask: what.category,
+        return_mask: what.category,
         ..ScanArg::default()
     };
     // SAFETY: the struct is the one of this number; the kernel writes it, and at most `vec_len` regions at `vec`, which

@@ -43,6 +43,11 @@ pub struct Bitmap<W> {
 fn mask_of(range: &PageRange, index: u64) -> u64 {
     let start = range.first.max(index * WORD_BITS) - index * WORD_BITS;
     let end = range.end().min((index + 1) * WORD_BITS) - index * WORD_BITS;
+    word_mask(start, end)
+}
+
+/// A word with the bits from `start` to before `end` set.
+pub const fn word_mask(start: u64, end: u64) -> u64 {
     low_bits(end) & !low_bits(start)
 }
 
