@@ -215,8 +215,18 @@ pub fn tune(fd: BorrowedFd<'_>) -> rustix::io::Result<()> {
     if domain == AddressFamily::INET || domain == AddressFamily::INET6 {
         rustix::net::sockopt::set_tcp_nodelay(fd, true)?;
         rustix::net::sockopt::set_socket_keepalive(fd, true)?;
+        if is_loopback(fd) {
+            // Pacing, as of BBR, is for links: here it only costs timers. Where the kernel does not offer this one the default stays.
+            let _ = rustix::net::sockopt::set_tcp_congestion(fd, "reno");
+        }
     }
     Ok(())
+}
+
+/// True if the peer is on this machine, as another VMM is when one is replaced under a guest.
+fn is_loopback(fd: BorrowedFd<'_>) -> bool {
+    let peer = rustix::net::getpeername(fd).ok().flatten();
+    peer.and_then(|peer| SocketAddr::try_from(peer).ok()).is_some_and(|peer| peer.ip().to_canonical().is_loopback())
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@ use pageferry_client::OutgoingOptions;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-const STREAMS: [u16; 3] = [1, 2, 4];
 const QEMU_MODES: [(&str, Mode); 3] = [
     ("QEMU, one stream", Mode { channels: 0 }),
     ("QEMU, multifd 2", Mode { channels: 2 }),
@@ -21,51 +20,79 @@ fn options(streams: u16) -> OutgoingOptions {
     OutgoingOptions { streams, ..OutgoingOptions::default() }
 }
 
+/// Someone who moves a full guest, and how fast.
+struct Mover {
+    name: String,
+    rates: Vec<f64>,
+    moved: Vec<Moved>,
+    how: How,
+}
+
+#[derive(Clone, Copy)]
+enum How {
+    Pageferry(u16),
+    Floor(u16),
+    Qemu(Mode),
+}
+
+fn movers(bench: &Bench) -> Vec<Mover> {
+    let takes_part = |who: &str| bench.who.iter().any(|part| part == who);
+    let mover = |name: String, how| Mover { name, rates: Vec::new(), moved: Vec::new(), how };
+    let mut movers = Vec::new();
+    for (index, streams) in bench.streams.iter().copied().enumerate() {
+        if takes_part("pageferry") {
+            movers.push(mover(format!("pageferry, {streams}"), How::Pageferry(streams)));
+        }
+        if takes_part("floor") {
+            movers.push(mover(format!("floor, {streams}"), How::Floor(streams)));
+        }
+        if let Some((name, mode)) = QEMU_MODES.get(index).filter(|_| takes_part("qemu") && bench.qemu.is_some()) {
+            movers.push(mover((*name).into(), How::Qemu(*mode)));
+        }
+    }
+    movers
+}
+
 /// 2 GiB of random pages over TCP loopback.
 pub fn full(bench: &Bench, table: &mut Table) {
+    const WORK: &str = "full";
     let size = 2 * GIB / bench.shrink;
     let source = Image::new(&bench.folder, "source", size);
     let destination = Image::new(&bench.folder, "destination", size);
     source.fill(0, size);
     let _warm = WarmPool::new(&bench.folder, size * 2);
     floor::copy(&source, &destination, 1);
-    let mut ours = STREAMS.map(|streams| (streams, Vec::new(), Vec::new()));
-    let mut floors = STREAMS.map(|sockets| (sockets, Vec::new()));
-    let mut qemus = QEMU_MODES.map(|(name, mode)| (name, mode, Vec::new()));
-    let rate = |time: std::time::Duration| size as f64 / time.as_secs_f64() / 1e9;
+    let mut movers = movers(bench);
     for _ in 0..bench.rounds {
-        for index in 0..STREAMS.len() {
-            let (streams, rates, moved) = &mut ours[index];
+        for mover in &mut movers {
             destination.clear();
-            let done = migrate(Side::new(&source), Side::new(&destination), &options(*streams));
-            assert_eq!(done.status.counters.pages_sent, size / 4096);
-            rates.push(rate(done.time));
-            moved.push(done);
-            let (sockets, rates) = &mut floors[index];
-            destination.clear();
-            rates.push(rate(floor::copy(&source, &destination, u64::from(*sockets))));
-            if let Some(qemu) = &bench.qemu {
-                let (_, mode, rates) = &mut qemus[index];
-                destination.clear();
-                rates.push(rate(qemu.migrate(&source, &destination, *mode)));
-            }
+            let time = match mover.how {
+                How::Pageferry(streams) => {
+                    let done = migrate(Side::new(&source), Side::new(&destination), &options(streams));
+                    assert_eq!(done.status.counters.pages_sent, size / 4096);
+                    mover.moved.push(done.clone());
+                    done.time
+                }
+                How::Floor(sockets) => floor::copy(&source, &destination, u64::from(sockets)),
+                How::Qemu(mode) => {
+                    let Some(qemu) = &bench.qemu else { continue };
+                    qemu.migrate(&source, &destination, mode)
+                }
+            };
+            mover.rates.push(size as f64 / time.as_secs_f64() / 1e9);
         }
     }
-    const WORK: &str = "full";
-    for (sockets, rates) in &floors {
-        table.add(WORK, &format!("floor, {sockets}"), "GB/s", rates, String::new());
+    for mover in &movers {
+        let remark = if mover.moved.is_empty() { String::new() } else { peaks(&mover.moved) };
+        table.add(WORK, &mover.name, "GB/s", &mover.rates, remark);
     }
-    for (name, _, rates) in qemus.iter().filter(|(_, _, rates)| !rates.is_empty()) {
-        table.add(WORK, name, "GB/s", rates, String::new());
-    }
-    let best = qemus.iter().filter(|(_, _, rates)| !rates.is_empty());
-    let best = best.max_by(|one, other| median(&one.2).total_cmp(&median(&other.2)));
-    for (streams, rates, moved) in &ours {
-        let who = format!("pageferry, {streams}");
-        table.add(WORK, &who, "GB/s", rates, peaks(moved));
-        table.compare(WORK, &who, &format!("floor, {streams}"), Better::More);
-        if let Some((name, _, _)) = best {
-            table.compare(WORK, &who, name, Better::More);
+    let qemus = movers.iter().filter(|mover| matches!(mover.how, How::Qemu(_)));
+    let best = qemus.max_by(|one, other| median(&one.rates).total_cmp(&median(&other.rates)));
+    for mover in &movers {
+        let How::Pageferry(streams) = mover.how else { continue };
+        table.compare(WORK, &mover.name, &format!("floor, {streams}"), Better::More);
+        if let Some(best) = best {
+            table.compare(WORK, &mover.name, &best.name, Better::More);
         }
     }
 }

@@ -49,6 +49,12 @@ struct Cli {
     /// Write the table as JSON to this file, too.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// In `full`, run only these: pageferry, floor, qemu.
+    #[arg(long, value_delimiter = ',', default_value = "pageferry,floor,qemu")]
+    who: Vec<String>,
+    /// In `full`, numbers of streams and sockets.
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4")]
+    streams: Vec<u16>,
     /// Leave QEMU out even if it is installed.
     #[arg(long)]
     no_qemu: bool,
@@ -67,6 +73,10 @@ pub struct Bench {
     pub shrink: u64,
     /// QEMU, if it is there.
     pub qemu: Option<qemu::Qemu>,
+    /// Who takes part in `full`.
+    pub who: Vec<String>,
+    /// Numbers of streams in `full`.
+    pub streams: Vec<u16>,
 }
 
 type Part = fn(&Bench, &mut Table);
@@ -91,6 +101,8 @@ fn main() {
         rounds: if cli.bench { cli.rounds } else { 1 },
         shrink: if cli.bench { 1 } else { 128 },
         qemu,
+        who: cli.who,
+        streams: cli.streams,
     };
     let mut table = Table::default();
     table.note(machine());
