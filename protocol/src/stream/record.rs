@@ -14,6 +14,7 @@
 //! All numbers are little-endian.
 
 use crate::memory::{PAGE_SIZE, PageRange};
+use crc_fast::{CrcAlgorithm, Digest};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -182,7 +183,11 @@ impl RecordHeader {
     }
 
     fn checksum(&self, payload: &[u8]) -> u32 {
-        crc32c::crc32c_append(crc32c::crc32c(&self.as_bytes()[..RECORD_SIZE - 4]), payload)
+        let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
+        digest.update(&self.as_bytes()[..RECORD_SIZE - 4]);
+        digest.update(payload);
+        // 32 bits wide, whatever type it comes in.
+        digest.finalize() as u32
     }
 
     /// Checks everything that can be checked before the payload is here: kind, flags, lengths.
