@@ -59,13 +59,15 @@ impl Address {
                 let name = format!("unix:{}", path.display());
                 let address =
                     rustix::net::SocketAddrUnix::new(path).map_err(|errno| failed(name.clone())(errno.into()))?;
-                connect_one(AddressFamily::UNIX, &address, timeout, cancel)?.map_err(|error| failed(name)(error).into())
+                connect_one(AddressFamily::UNIX, &address, |_| (), timeout, cancel)?
+                    .map_err(|error| failed(name)(error).into())
             }
             Self::Tcp(name) => {
                 let mut last = std::io::Error::other("the name has no address");
                 for address in Self::resolve(name)? {
                     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-                    match connect_one(family, &address, timeout, cancel)? {
+                    let prepare = if address.ip().to_canonical().is_loopback() { unpace } else { |_: &OwnedFd| () };
+                    match connect_one(family, &address, prepare, timeout, cancel)? {
                         Ok(socket) => return Ok(socket),
                         Err(error) => last = error,
                     }
@@ -99,13 +101,14 @@ impl Address {
 
 /// Connects one socket without blocking, so that a cancel is heard; it blocks afterwards. The outer error is the job's end.
 fn connect_one(
-    family: AddressFamily, address: &impl SocketAddrArg, timeout: Duration, cancel: &Cancel,
+    family: AddressFamily, address: &impl SocketAddrArg, prepare: fn(&OwnedFd), timeout: Duration, cancel: &Cancel,
 ) -> Result<std::io::Result<OwnedFd>, JobError> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = match rustix::net::socket_with(family, SocketType::STREAM, flags, None) {
         Ok(socket) => socket,
         Err(errno) => return Ok(Err(errno.into())),
     };
+    prepare(&socket);
     match rustix::net::connect(&socket, address) {
         Ok(()) => {}
         Err(Errno::INPROGRESS) => {
@@ -215,18 +218,15 @@ pub fn tune(fd: BorrowedFd<'_>) -> rustix::io::Result<()> {
     if domain == AddressFamily::INET || domain == AddressFamily::INET6 {
         rustix::net::sockopt::set_tcp_nodelay(fd, true)?;
         rustix::net::sockopt::set_socket_keepalive(fd, true)?;
-        if is_loopback(fd) {
-            // Pacing, as of BBR, is for links: here it only costs timers. Where the kernel does not offer this one the default stays.
-            let _ = rustix::net::sockopt::set_tcp_congestion(fd, "reno");
-        }
     }
     Ok(())
 }
 
-/// True if the peer is on this machine, as another VMM is when one is replaced under a guest.
-fn is_loopback(fd: BorrowedFd<'_>) -> bool {
-    let peer = rustix::net::getpeername(fd).ok().flatten();
-    peer.and_then(|peer| SocketAddr::try_from(peer).ok()).is_some_and(|peer| peer.ip().to_canonical().is_loopback())
+/// Takes the pacing from a TCP socket that is not connected yet: as BBR's, it is for links, and between two processes of one machine, as when a VMM is replaced under its
+/// guest, it only costs timers. Once connected it would stay.
+fn unpace(socket: &OwnedFd) {
+    // Where the kernel does not offer this one, the default stays.
+    let _ = rustix::net::sockopt::set_tcp_congestion(socket, "reno");
 }
 
 #[cfg(test)]
