@@ -40,7 +40,7 @@ impl<'a> Placer<'a> {
         for block in job.memory.blocks() {
             job.cancel.check()?;
             let failed = |source| JobError::Backing { id: block.geometry.id, source };
-            if block.backing.next_data(block.all()).map_err(failed)?.is_some() {
+            if block.backing.first_data(block.all()).map_err(failed)?.is_some() {
                 block.backing.punch(block.all()).map_err(failed)?;
             }
             block.discarded.clear(block.all());

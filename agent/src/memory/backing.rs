@@ -3,6 +3,7 @@
 //! Nothing here maps guest memory. Reading is `pread`: a hole reads as zero without being allocated (law 2), a file that
 //! was truncated is a short read and not SIGBUS (law 8), and no page fault is taken.
 
+use super::extents::DataRuns;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
@@ -136,7 +137,7 @@ impl Backing {
         self.sealed
     }
 
-    /// True if [`Backing::next_data`] tells holes from data page by page.
+    /// True if [`Backing::first_data`] tells holes from data page by page.
     pub fn tells_holes(&self) -> bool {
         self.kind == BackingKind::Shmem
     }
@@ -223,52 +224,46 @@ impl Backing {
         }
     }
 
-    /// The first run of pages in `range` that may be allocated; `None` if the rest is one hole. Where the file does not tell its
-    /// holes this is all of `range`.
+    /// The first page in `range` that may be allocated; `None` if all of it is a hole. Where the file does not tell its holes this is the first of `range`.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn next_data(&self, range: PageRange) -> Result<Option<PageRange>, BackingError> {
+    pub fn first_data(&self, range: PageRange) -> Result<Option<u64>, BackingError> {
         if range.is_empty() {
             return Ok(None);
         }
         if self.kind == BackingKind::Hugetlb {
-            return Ok(Some(range));
+            return Ok(Some(range.first));
         }
-        let kernel = |source| BackingError::Kernel { what: "seek", at: range.offset(), source };
         let start = self.offset + range.offset();
-        let data = match rustix::fs::seek(&self.fd, SeekFrom::Data(start)) {
-            Ok(data) => data,
-            // No data from here to the end of the file.
-            Err(Errno::NXIO) => return Ok(None),
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(range)),
-            Err(source) => return Err(kernel(source)),
-        };
-        let end = start + range.bytes();
-        if data >= end {
-            return Ok(None);
+        match rustix::fs::seek(&self.fd, SeekFrom::Data(start)) {
+            Ok(data) if data < start + range.bytes() => Ok(Some((data - self.offset) / PAGE_SIZE)),
+            // No data from here to the end of the range, or of the file.
+            Ok(_) | Err(Errno::NXIO) => Ok(None),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(range.first)),
+            Err(source) => Err(BackingError::Kernel { what: "seek", at: range.offset(), source }),
         }
-        let hole = match rustix::fs::seek(&self.fd, SeekFrom::Hole(data)) {
-            Ok(hole) => hole.min(end),
-            Err(Errno::NXIO) => end,
-            Err(source) => return Err(kernel(source)),
-        };
-        let first = (data - self.offset) / PAGE_SIZE;
-        let last = (hole - self.offset).div_ceil(PAGE_SIZE);
-        Ok(Some(PageRange::new(first, last - first)))
     }
 
-    /// Calls `found` for every run of pages in `range` that may be allocated.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn for_each_data(&self, range: PageRange, mut found: impl FnMut(PageRange)) -> Result<(), BackingError> {
-        let mut rest = range;
-        while let Some(run) = self.next_data(rest)? {
-            found(run);
-            rest = PageRange::new(run.end(), range.end().saturating_sub(run.end()));
+    /// The first page of `range` that is a hole, or its end. The kernel looks at every page before it, also at those after `range`: only for
+    /// where a hole is near.
+    pub(super) fn first_hole(&self, range: PageRange) -> Result<u64, BackingError> {
+        match rustix::fs::seek(&self.fd, SeekFrom::Hole(self.offset + range.offset())) {
+            Ok(hole) => Ok(((hole - self.offset) / PAGE_SIZE).clamp(range.first, range.end())),
+            Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => Ok(range.end()),
+            Err(source) => Err(BackingError::Kernel { what: "seek", at: range.offset(), source }),
         }
-        Ok(())
+    }
+
+    /// About how many pages are allocated: those of the whole file, of which the block may be a part.
+    pub fn allocated_pages(&self) -> u64 {
+        let blocks = rustix::fs::fstat(&self.fd).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0));
+        (blocks * 512).min(self.length) / PAGE_SIZE
+    }
+
+    /// Walks over the runs of pages in `range` that may be allocated.
+    pub fn data_runs(&self, range: PageRange) -> DataRuns<'_> {
+        DataRuns::new(self, range)
     }
 
     /// Length of the block in bytes.
@@ -332,11 +327,10 @@ mod tests {
         for page in [15, 18, 19, 25, 48] {
             rustix::io::pwrite(&copy, &[1], page * PAGE_SIZE).unwrap();
         }
-        let mut runs = Vec::new();
-        backing.for_each_data(PageRange::new(0, 32), |run| runs.push(run)).unwrap();
+        let runs: Vec<PageRange> = backing.data_runs(PageRange::new(0, 32)).collect::<Result<_, _>>().unwrap();
         assert_eq!(runs, [PageRange::new(2, 2), PageRange::new(9, 1)]);
         assert_eq!(backing.punch(PageRange::new(3, 10)).unwrap(), PageRange::new(3, 10));
-        assert_eq!(backing.next_data(PageRange::new(3, 29)).unwrap(), None);
+        assert_eq!(backing.first_data(PageRange::new(3, 29)).unwrap(), None);
         assert_eq!(blocks(&copy), 3);
     }
 }

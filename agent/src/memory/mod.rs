@@ -1,6 +1,7 @@
 //! The guest's memory as the agent holds it.
 //!
 //! - [`backing`]: the file under a block: checked once, then only read, written and punched by offset, never mapped;
+//! - [`extents`]: walking over what may be allocated in it;
 //! - [`block`]: a block with its bitmaps;
 //! - [`fence`]: keeps discards away from what a worker is reading (laws 1 and 7);
 //! - [`discard`]: discarding and populating (laws 1, 4 and 6);
@@ -11,6 +12,7 @@ pub mod backing;
 pub mod block;
 pub mod bus_guard;
 pub mod discard;
+pub mod extents;
 pub mod fence;
 pub mod huge;
 

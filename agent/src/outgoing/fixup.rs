@@ -24,7 +24,7 @@ use crate::job::{JobError, add, micros};
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::{DirtyPages, LazyClear, Trackers};
 use pageferry_protocol::memory::PageRange;
-use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
@@ -36,7 +36,7 @@ pub struct DirtyState {
     /// Pages to send.
     pub pages: DirtyPages,
     /// Pages that the destination holds as discarded.
-    told: DirtyPages,
+    pub(super) told: DirtyPages,
     /// What was unsettled when the sync began.
     settling: DirtyPages,
     /// Pages whose bit the fix-up dropped.
@@ -105,20 +105,18 @@ fn written_since(block: &Block, word: u64, suspects: u64) -> Result<u64, JobErro
     let mut allocated = 0;
     for run in runs_of_word(word * WORD_BITS, suspects) {
         let failed = |source| JobError::Backing { id: block.geometry.id, source };
-        let found = |data: PageRange| {
-            let first = data.first - word * WORD_BITS;
-            allocated |= word_mask(first, first + data.count);
-        };
-        block.backing.for_each_data(run, found).map_err(failed)?;
+        let mut rest = run;
+        while let Some(page) = block.backing.first_data(rest).map_err(failed)? {
+            allocated |= 1 << (page - word * WORD_BITS);
+            rest = PageRange::new(page + 1, run.end() - page - 1);
+        }
     }
     Ok(allocated)
 }
 
 impl Migration {
-    /// Starts the trackers and finds what pass 0 has to send: all that is allocated and not discarded.
-    ///
-    /// The holes need not be sent, since the destination starts from holes. A hole that is written after the walk here is reported by a
-    /// tracker, since all of them were started before.
+    /// Starts the trackers. What they report by now is older than the start, and pass 0 sends all that is allocated anyway; but what they hold of it has
+    /// to be cleared there, chunk by chunk.
     pub(super) fn start_tracking(&mut self) -> Result<(), JobError> {
         let memory = self.job.memory.clone();
         for block in memory.blocks() {
@@ -126,15 +124,10 @@ impl Migration {
         }
         self.trackers.start(&memory)?;
         self.ask_trackers()?;
-        for (at, block) in memory.blocks().iter().enumerate() {
-            let dirty = self.dirty.pages.block(at);
-            let failed = |source| JobError::Backing { id: block.geometry.id, source };
-            let fill = |run| {
-                dirty.set(run);
-            };
-            block.backing.for_each_data(block.all(), fill).map_err(failed)?;
-        }
-        self.clear_discarded(true)
+        self.clear_discarded(true)?;
+        // For whoever watches: what pass 0 will find is known when it has.
+        self.dirty.remaining = memory.blocks().iter().map(|block| block.backing.allocated_pages()).sum();
+        Ok(())
     }
 
     /// Asks the trackers what was written since the last time.

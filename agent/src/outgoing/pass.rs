@@ -4,13 +4,13 @@
 //! scans and sends on its own stream. A worker that is slow, or whose stream is, claims fewer chunks.
 
 use super::Migration;
+use super::fixup::DirtyState;
 use super::sender::{PageSender, PassView};
 use crate::job::{JobError, get};
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::LazyClear;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_protocol::shm::MappedBitmap;
-use pageferry_protocol::shm::bitmap::WORD_BITS;
+use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::stream::Kind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
@@ -58,7 +58,7 @@ impl Chunks {
 struct Pass<'a> {
     view: PassView<'a>,
     chunks: Chunks,
-    dirty: &'a crate::tracking::DirtyPages,
+    dirty: &'a DirtyState,
     lazy: Option<&'a LazyClear>,
     number: u64,
 }
@@ -79,7 +79,7 @@ impl Migration {
         let pass = Pass {
             view: PassView { job: &job, limiter: &self.limiter, send_zeros: number > 0 },
             chunks: Chunks::new(&job.memory),
-            dirty: &self.dirty.pages,
+            dirty: &self.dirty,
             lazy: self.trackers.lazy_clear(),
             number,
         };
@@ -123,19 +123,53 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
     let memory = &pass.view.job.memory;
     while let Some((at, chunk)) = pass.chunks.claim(memory) {
         let block: &Block = &memory.blocks()[at];
-        let dirty = pass.dirty.block(at);
+        let dirty = pass.dirty.pages.block(at);
         if let Some(lazy) = pass.lazy {
             // Law 7 for a tracker whose sync does not clear: before the first read in the chunk.
             lazy.clear(block.geometry.id, dirty, chunk)?;
         }
-        send_chunk(pass, sender, (at, block), dirty, chunk)?;
+        if pass.number == 0 {
+            send_allocated(pass, sender, (at, block), chunk)?;
+        } else {
+            send_dirty(pass, sender, (at, block), chunk)?;
+        }
+        sender.flush(&pass.view)?;
     }
     Ok(())
 }
 
-fn send_chunk(
-    pass: &Pass<'_>, sender: &mut PageSender, (at, block): (usize, &Block), dirty: &MappedBitmap, chunk: PageRange,
+/// Pass 0: sends what is allocated and not discarded.
+///
+/// The holes need not be sent, since the destination starts from holes. A hole that is written after the walk here came by is reported by a tracker,
+/// since all of them were started before.
+fn send_allocated(
+    pass: &Pass<'_>, sender: &mut PageSender, (at, block): (usize, &Block), chunk: PageRange,
 ) -> Result<(), JobError> {
+    let (dirty, told) = (pass.dirty.pages.block(at), pass.dirty.told.block(at));
+    let failed = |source| JobError::Backing { id: block.geometry.id, source };
+    let mut done = chunk.first;
+    for run in block.backing.data_runs(chunk) {
+        let run = run.map_err(failed)?;
+        dirty.clear(PageRange::new(done, run.first - done));
+        for word in run.first / WORD_BITS..run.end().div_ceil(WORD_BITS) {
+            pass.view.job.cancel.check()?;
+            let first = word * WORD_BITS;
+            let pages = run.intersection(&PageRange::new(first, WORD_BITS));
+            // What the destination was told of before the pass is none of it, even if it is populated meanwhile; see `find_news`.
+            let bits = word_mask(pages.first - first, pages.end() - first) & !told.word(word);
+            sender.take_word(&pass.view, (at, block), dirty, word, bits)?;
+        }
+        done = run.end();
+    }
+    dirty.clear(PageRange::new(done, chunk.end() - done));
+    Ok(())
+}
+
+/// Any other pass: sends what is dirty.
+fn send_dirty(
+    pass: &Pass<'_>, sender: &mut PageSender, (at, block): (usize, &Block), chunk: PageRange,
+) -> Result<(), JobError> {
+    let dirty = pass.dirty.pages.block(at);
     let mut hole = HoleFinder::new(block, chunk);
     for (word, _) in dirty.nonzero_words(chunk) {
         pass.view.job.cancel.check()?;
@@ -144,10 +178,10 @@ fn send_chunk(
             continue;
         }
         let data_before = sender.totals.data_pages;
-        sender.take_word(&pass.view, (at, block), dirty, word)?;
+        sender.take_word(&pass.view, (at, block), dirty, word, 0)?;
         hole.saw(sender.totals.data_pages > data_before);
     }
-    sender.flush(&pass.view)
+    Ok(())
 }
 
 /// Finds large holes among dirty pages, as a populate of much memory makes them: one seek instead of reading gigabytes of zeroes.
@@ -177,8 +211,8 @@ impl<'a> HoleFinder<'a> {
         let first = word * WORD_BITS;
         let rest = PageRange::new(first, self.chunk.end() - first);
         let failed = |source| JobError::Backing { id: self.block.geometry.id, source };
-        let data = self.block.backing.next_data(rest).map_err(failed)?;
-        self.until = data.map_or(self.chunk.end().div_ceil(WORD_BITS), |data| data.first / WORD_BITS);
+        let data = self.block.backing.first_data(rest).map_err(failed)?;
+        self.until = data.map_or(self.chunk.end().div_ceil(WORD_BITS), |page| page / WORD_BITS);
         self.zeros = 0;
         Ok(word < self.until)
     }

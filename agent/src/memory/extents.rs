@@ -1,0 +1,100 @@
+//! Walking over what may be allocated, at a cost that follows what is found.
+//!
+//! The kernel looks for the end of a run page by page and knows no limit, so to ask for it in a large run takes milliseconds per GiB, each
+//! time. So if a page a step further on is data, everything up to it is taken for data, holes between them included: they read as
+//! zero. If it is not, the end is near, and asked for.
+
+use super::backing::{Backing, BackingError, BackingKind};
+use pageferry_protocol::memory::PageRange;
+
+/// Pages of the shortest step through what is dense: 256 KiB.
+const MIN_STRIDE: u64 = 64;
+/// Pages of the longest: 4 MiB.
+const MAX_STRIDE: u64 = 1024;
+
+/// The runs of pages in a range that may be allocated.
+#[derive(Debug)]
+pub struct DataRuns<'a> {
+    backing: &'a Backing,
+    rest: PageRange,
+    stride: u64,
+    /// The first page of the rest is known to be data.
+    dense: bool,
+}
+
+impl<'a> DataRuns<'a> {
+    /// A walk over `range`.
+    pub(super) fn new(backing: &'a Backing, range: PageRange) -> Self {
+        Self { backing, rest: range, stride: MIN_STRIDE, dense: false }
+    }
+
+    fn find(&mut self) -> Result<Option<PageRange>, BackingError> {
+        let first = if self.dense { Some(self.rest.first) } else { self.backing.first_data(self.rest)? };
+        let end = self.rest.end();
+        let Some(first) = first.filter(|first| *first < end) else { return Ok(None) };
+        // Perhaps after the end of the range, and of the file: what is asked is how far the kernel has to look.
+        let beyond = first + self.stride;
+        self.dense = self.backing.kind() == BackingKind::Hugetlb
+            || self.backing.first_data(PageRange::new(beyond, 1))? == Some(beyond);
+        let step = PageRange::new(first, self.stride.min(end - first));
+        let last = if self.dense { step.end() } else { self.backing.first_hole(step)? };
+        self.stride = if self.dense { (self.stride * 2).min(MAX_STRIDE) } else { MIN_STRIDE };
+        // At least one page, even if it was punched a moment ago: the walk goes on.
+        let last = last.max(first + 1);
+        self.rest = PageRange::new(last, end - last);
+        Ok(Some(PageRange::new(first, last - first)))
+    }
+}
+
+/// Small holes may be part of a run, and it may go on in the next.
+impl Iterator for DataRuns<'_> {
+    type Item = Result<PageRange, BackingError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.find().transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_protocol::memory::PAGE_SIZE;
+    use proptest::prelude::*;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use std::collections::BTreeSet;
+
+    proptest! {
+        #[test]
+        fn a_walk_finds_all_data_and_few_holes(
+            extents in prop::collection::vec((0u64..4000, prop_oneof![1u64..5, 1u64..2000]), 0..8),
+            first in 0u64..4000, count in 0u64..4000,
+        ) {
+            let fd = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+            ftruncate(&fd, (4096 + 16) * PAGE_SIZE).unwrap();
+            let backing = Backing::new(fd, 16 * PAGE_SIZE, 4096 * PAGE_SIZE).unwrap();
+            let range = PageRange::new(first, count.min(4096 - first));
+            let mut allocated = BTreeSet::new();
+            for (page, count) in extents {
+                for page in page..(page + count).min(4096) {
+                    backing.write(page * PAGE_SIZE, &[1]).unwrap();
+                    allocated.insert(page);
+                }
+            }
+            let mut at = range.first;
+            let mut found = BTreeSet::new();
+            for run in backing.data_runs(range) {
+                let run = run.unwrap();
+                prop_assert!(run.first >= at && !run.is_empty() && run.end() <= range.end(), "{:?} after {}", run, at);
+                at = run.end();
+                found.extend(run.first..run.end());
+            }
+            let wanted: BTreeSet<u64> = allocated.range(range.first..range.end()).copied().collect();
+            prop_assert!(found.is_superset(&wanted));
+            // A hole is only taken for data if there is data within a step on both sides.
+            for hole in found.difference(&allocated) {
+                let near = |mut pages: std::ops::Range<u64>| pages.any(|page| allocated.contains(&page));
+                prop_assert!(near(hole.saturating_sub(MAX_STRIDE)..*hole) && near(*hole..hole + MAX_STRIDE + 1), "hole {}", hole);
+            }
+        }
+    }
+}
