@@ -30,7 +30,6 @@ struct Target {
     received: MappedBitmap,
     /// The host page mapped last; hugetlbfs only.
     window: Mutex<Option<HugeWindow>>,
-    turn: Mutex<()>,
 }
 
 impl<'a> Placer<'a> {
@@ -44,11 +43,7 @@ impl<'a> Placer<'a> {
                 block.backing.punch(block.all()).map_err(failed)?;
             }
             block.discarded.clear(block.all());
-            blocks.push(Target {
-                received: MappedBitmap::private(block.geometry.pages())?,
-                window: Mutex::new(None),
-                turn: Mutex::new(()),
-            });
+            blocks.push(Target { received: MappedBitmap::private(block.geometry.pages())?, window: Mutex::new(None) });
         }
         Ok(Self { job, blocks })
     }
@@ -82,7 +77,6 @@ impl<'a> Placer<'a> {
             huge::write(&block.backing, &mut window, range.offset(), Fill::Bytes(payload)).map_err(failed)?;
         } else {
             target.received.set(range);
-            let _turn = target.turn.lock().unwrap_or_else(PoisonError::into_inner);
             block.backing.write(range.offset(), payload).map_err(failed)?;
         }
         self.mark(header, block);
