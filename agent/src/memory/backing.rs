@@ -238,8 +238,9 @@ impl Backing {
         let start = self.offset + range.offset();
         match rustix::fs::seek(&self.fd, SeekFrom::Data(start)) {
             Ok(data) if data < start + range.bytes() => Ok(Some((data - self.offset) / PAGE_SIZE)),
-            // No data from here to the end of the range, or of the file.
-            Ok(_) | Err(Errno::NXIO) => Ok(None),
+            Ok(_) => Ok(None),
+            // No data from here to the end of the file; which must not have come nearer.
+            Err(Errno::NXIO) => self.check_size(range.end().min(self.length / PAGE_SIZE) * PAGE_SIZE).map(|()| None),
             Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(range.first)),
             Err(source) => Err(BackingError::Kernel { what: "seek", at: range.offset(), source }),
         }

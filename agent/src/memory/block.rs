@@ -6,6 +6,7 @@ use super::fence::{MAX_READERS, Readers};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A block of guest memory.
 #[derive(Debug)]
@@ -112,6 +113,9 @@ pub struct GuestMemory {
     pub log: Option<Arc<GuestLog>>,
     /// Who is reading what.
     pub readers: Readers,
+    /// Goes on with every discard and populate, after its marks and before its acknowledgement. Who has walked the bitmaps at one value need not do so
+    /// again until it has another: what is under way has not been acknowledged, and is found the next time.
+    changes: AtomicU64,
 }
 
 impl Default for GuestMemory {
@@ -125,12 +129,22 @@ impl GuestMemory {
     pub fn new(blocks: Vec<Arc<Block>>, table: BlockTable, log: Option<Arc<GuestLog>>) -> Self {
         let mut by_id: Vec<(u32, usize)> = blocks.iter().map(|block| block.geometry.id).zip(0..).collect();
         by_id.sort_unstable();
-        Self { blocks, by_id, table, log, readers: Readers::new(MAX_READERS) }
+        Self { blocks, by_id, table, log, readers: Readers::new(MAX_READERS), changes: AtomicU64::new(1) }
     }
 
     /// The blocks. Their order is that of the workers' chunks and of the fence.
     pub fn blocks(&self) -> &[Arc<Block>] {
         &self.blocks
+    }
+
+    /// A discard or populate has set all its marks.
+    pub(super) fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+
+    /// How many discards and populates there were. Never zero. Ask before walking the bitmaps.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// The geometries.

@@ -66,6 +66,7 @@ impl GuestMemory {
                 free(&self.blocks()[index], range);
             }
         }
+        self.changed();
         Ok(changed)
     }
 
@@ -89,6 +90,7 @@ impl GuestMemory {
             block.stray.clear(range);
             block.unsettled.clear(range);
         }
+        self.changed();
         Ok(changed)
     }
 

@@ -22,7 +22,7 @@
 use super::Migration;
 use crate::job::{JobError, add, micros};
 use crate::memory::{Block, GuestMemory};
-use crate::tracking::{DirtyPages, LazyClear, Trackers};
+use crate::tracking::{DirtyPages, Trackers};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
@@ -42,6 +42,13 @@ pub struct DirtyState {
     /// Pages whose bit the fix-up dropped.
     dropped: DirtyPages,
     remaining: u64,
+    /// See [`GuestMemory::changes`]: when the unsettled pages were last taken, and when the destination was last told.
+    settled_at: u64,
+    told_at: u64,
+    /// There is something in `settling`.
+    settles: bool,
+    /// Stray pages were found since the destination was last told.
+    found_stray: bool,
 }
 
 impl DirtyState {
@@ -56,6 +63,10 @@ impl DirtyState {
             settling: DirtyPages::none(memory)?,
             dropped: DirtyPages::none(memory)?,
             remaining: 0,
+            settled_at: 0,
+            told_at: 0,
+            settles: false,
+            found_stray: false,
         })
     }
 
@@ -64,11 +75,13 @@ impl DirtyState {
         self.remaining
     }
 
-    /// Drops the stale bits of one block.
-    fn fix_up(&self, at: usize, block: &Block, trackers: &Trackers, first_sync: bool) -> Result<(), JobError> {
+    /// Drops the stale bits of one block, in the tracker, too, if that does not do so by itself.
+    fn fix_up(&mut self, at: usize, block: &Block, trackers: &Trackers, first_sync: bool) -> Result<(), JobError> {
         let (dirty, settling, dropped) = (self.pages.block(at), self.settling.block(at), self.dropped.block(at));
-        for (word, discarded) in block.discarded.nonzero_words(block.all()) {
-            let suspects = dirty.word(word) & discarded;
+        let mut any = false;
+        // What is dirty is little; what is discarded may be most of the guest.
+        for (word, dirty_pages) in dirty.nonzero_words(block.all()) {
+            let suspects = dirty_pages & block.discarded.word(word);
             if suspects == 0 {
                 continue;
             }
@@ -80,19 +93,16 @@ impl DirtyState {
                 // Where the tracker may mean a neighbour the discard is believed: what is discarded is not read on a suspicion.
                 stray = known | written & !trackers.vague(block, word, written)?;
             }
-            block.stray.or_word(word, stray);
+            self.found_stray |= block.stray.or_word(word, stray) != 0;
             dropped.or_word(word, dirty.take_bits(word, suspects & !stray));
+            any = true;
         }
-        Ok(())
-    }
-
-    /// Clears the dropped pages in a tracker that does not do so by itself.
-    fn clear_dropped(&self, at: usize, block: &Block, lazy: Option<&LazyClear>) -> Result<(), JobError> {
-        let dropped = self.dropped.block(at);
-        if let Some(lazy) = lazy {
-            lazy.clear(block.geometry.id, dropped, block.all())?;
+        if any {
+            if let Some(lazy) = trackers.lazy_clear() {
+                lazy.clear(block.geometry.id, dropped, block.all())?;
+            }
+            dropped.clear(block.all());
         }
-        dropped.clear(block.all());
         Ok(())
     }
 }
@@ -140,12 +150,16 @@ impl Migration {
         self.job.cancel.check()?;
         let started = Instant::now();
         let memory = self.job.memory.clone();
-        for (at, block) in memory.blocks().iter().enumerate() {
-            let settling = self.dirty.settling.block(at);
-            block.unsettled.take(block.all(), |word, bits| {
-                // Only what is still waiting for its first sync; a discard that is under way sets its bits again below.
-                settling.or_word(word, bits);
-            });
+        let changes = memory.changes();
+        if changes != self.dirty.settled_at {
+            for (at, block) in memory.blocks().iter().enumerate() {
+                let settling = self.dirty.settling.block(at);
+                // Only what is still waiting for its first sync; what a discard that is under way sets after this is looked at where it is.
+                block.unsettled.take(block.all(), |word, bits| {
+                    settling.or_word(word, bits);
+                });
+            }
+            (self.dirty.settled_at, self.dirty.settles) = (changes, true);
         }
         self.trackers.sync(&memory, &self.dirty.pages)?;
         self.pace.synced(started.elapsed());
@@ -157,10 +171,11 @@ impl Migration {
         let started = Instant::now();
         for (at, block) in memory.blocks().iter().enumerate() {
             self.dirty.fix_up(at, block, &self.trackers, first_sync)?;
-            // The guest stands still in the last pass: nobody would look at the tracker again.
-            self.dirty.clear_dropped(at, block, self.trackers.lazy_clear())?;
-            self.dirty.settling.block(at).clear(block.all());
+            if self.dirty.settles {
+                self.dirty.settling.block(at).clear(block.all());
+            }
         }
+        self.dirty.settles = false;
         self.dirty.remaining = self.dirty.pages.count();
         self.pace.synced_more(started.elapsed());
         let (remaining, sync) = (self.dirty.remaining, self.pace.sync_time());
@@ -174,6 +189,12 @@ impl Migration {
     /// Tells the destination what is discarded and what it does not know yet; stray pages are none of it. Comes before the pages of a pass.
     pub(super) fn send_discards(&mut self) -> Result<(), JobError> {
         let memory = self.job.memory.clone();
+        let changes = memory.changes();
+        // With neither discards nor populates nor stray pages since the last time there is no news, and the fix-up has left no dirty page that was told.
+        if changes == self.dirty.told_at && !self.dirty.found_stray {
+            return Ok(());
+        }
+        (self.dirty.told_at, self.dirty.found_stray) = (changes, false);
         for (at, block) in memory.blocks().iter().enumerate() {
             let told = self.dirty.told.block(at);
             let news = &self.dirty.dropped.block(at);
