@@ -263,7 +263,7 @@ struct Measured {
     remark: String,
 }
 
-/// 2 GiB with a writer at several rates, found by several trackers; and what tracking alone costs a vCPU.
+/// 2 GiB with a writer at several rates, found by several trackers.
 pub fn live(bench: &Bench, table: &mut Table) {
     let size = 2 * GIB / bench.shrink;
     let source = Image::new(&bench.folder, "source", size);
@@ -304,8 +304,6 @@ pub fn live(bench: &Bench, table: &mut Table) {
             table.add(&work, "writer beside a plain copy", "", &measured.control, String::new());
         }
     }
-    drop((source, destination));
-    tracking_alone(bench, table);
 }
 
 fn run(source: &Image, destination: &Image, kind: Kind, case: &Case, measured: &mut Measured) -> Result<(), Error> {
@@ -381,9 +379,15 @@ fn vcpu(image: &Image, memory: &TestMemory, case: &Case) -> Result<KvmGuest, Err
     Ok(guest)
 }
 
-/// How a vCPU's sweeps slow down when its writes are tracked and asked for ten times a second, and nothing is sent.
-fn tracking_alone(bench: &Bench, table: &mut Table) {
-    const WORK: &str = "tracking alone: a vCPU that sweeps 256 MiB";
+/// How a vCPU's sweeps slow down when its writes are tracked and asked for, as often as passes are short or long, and nothing is sent.
+pub fn tracking(bench: &Bench, table: &mut Table) {
+    for period in [100, 1000] {
+        tracking_alone(bench, table, Duration::from_millis(period / bench.shrink.min(10)));
+    }
+}
+
+fn tracking_alone(bench: &Bench, table: &mut Table, period: Duration) {
+    let work = &format!("tracking alone: a vCPU that sweeps 256 MiB, asked every {} ms", period.as_millis());
     let size = GIB / 4 / bench.shrink.min(16);
     let image = Image::new(&bench.folder, "tracked", size);
     image.fill(0, size);
@@ -395,7 +399,7 @@ fn tracking_alone(bench: &Bench, table: &mut Table) {
     let mut guest = match guest.and_then(|mut guest| guest.boot().map(|()| guest)) {
         Ok(guest) => guest,
         Err(error) => {
-            table.note(format!("{WORK}: skipped: {error}"));
+            table.note(format!("{work}: skipped: {error}"));
             return;
         }
     };
@@ -426,8 +430,8 @@ fn tracking_alone(bench: &Bench, table: &mut Table) {
             }
             guest.resume().unwrap();
             let (writes, started) = (count(), Instant::now());
-            while started.elapsed() < Duration::from_millis(1500) {
-                std::thread::sleep(Duration::from_millis(100));
+            while started.elapsed() < 2 * period.max(Duration::from_millis(500)) {
+                std::thread::sleep(period);
                 if let Some(kvm) = &mut kvm {
                     KvmDirtyLog::sync(kvm, &log).unwrap();
                     let words: Vec<u64> = (0..size / PAGE_SIZE / 64).map(|word| log.bits().take_word(word)).collect();
@@ -448,10 +452,10 @@ fn tracking_alone(bench: &Bench, table: &mut Table) {
     }
     guest.pause().unwrap();
     for (who, rates) in &rates {
-        table.add(WORK, who, "M pages/s", rates, String::new());
+        table.add(work, who, "M pages/s", rates, String::new());
         if *who != "untracked" {
-            table.compare(WORK, who, "untracked", Better::More);
+            table.compare(work, who, "untracked", Better::More);
         }
     }
-    table.compare(WORK, "write protection", "KVM's log", Better::More);
+    table.compare(work, "write protection", "KVM's log", Better::More);
 }

@@ -9,7 +9,8 @@
 //! - [`copying`]: full, sparse and huge guests;
 //! - [`live`]: a guest that writes while it moves;
 //! - [`bitmaps`]: marking, harvesting and walking;
-//! - [`discards`]: how fast they are acknowledged.
+//! - [`discards`]: how fast they are acknowledged;
+//! - [`codec`]: zero scan, checksum and records; an idle agent.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -20,6 +21,7 @@
 )]
 
 mod bitmaps;
+mod codec;
 mod copying;
 mod discards;
 mod floor;
@@ -37,7 +39,7 @@ use table::Table;
 #[derive(Debug, Parser)]
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
-    /// Run only these parts, separated by commas: full, sparse, huge, live, bitmaps, discards.
+    /// Run only these parts, separated by commas: full, sparse, huge, live, tracking, bitmaps, discards, bytes.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -58,7 +60,7 @@ struct Cli {
     /// Leave QEMU out even if it is installed.
     #[arg(long)]
     no_qemu: bool,
-    /// Given by `cargo bench`; without it everything is tiny, and `live` is left out: a test that the bench works.
+    /// Given by `cargo bench`; without it everything is tiny, and `live` and `tracking` are left out: a test that the bench works.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -83,13 +85,15 @@ type Part = fn(&Bench, &mut Table);
 
 fn main() {
     let cli = Cli::parse();
-    let parts: [(&str, Part); 6] = [
+    let parts: [(&str, Part); 8] = [
         ("full", copying::full),
         ("sparse", copying::sparse),
         ("huge", copying::huge),
         ("bitmaps", bitmaps::bitmaps),
         ("discards", discards::discards),
+        ("bytes", codec::codec),
         ("live", live::live),
+        ("tracking", live::tracking),
     ];
     if let Some(unknown) = cli.only.iter().find(|name| !parts.iter().any(|(part, _)| part == name)) {
         eprintln!("--only {unknown}: write {}", parts.map(|(name, _)| name).join(", "));
@@ -109,8 +113,11 @@ fn main() {
     table.note(bench.qemu.as_ref().map_or("skipped: no qemu-system-x86_64".to_owned(), |qemu| qemu.version.clone()));
     for (name, part) in parts {
         // A test is over soon, and writers need their time.
-        let wanted =
-            if cli.only.is_empty() { cli.bench || name != "live" } else { cli.only.iter().any(|only| only == name) };
+        let wanted = if cli.only.is_empty() {
+            cli.bench || !matches!(name, "live" | "tracking")
+        } else {
+            cli.only.iter().any(|only| only == name)
+        };
         if wanted {
             eprintln!("{name} ...");
             part(&bench, &mut table);

@@ -49,6 +49,13 @@ impl Side {
         self.client.discard(&ranges, Punch::No).unwrap();
     }
 
+    /// Processor time that the agent has used, in milliseconds.
+    pub fn processor_time(&mut self) -> f64 {
+        let path = format!("/proc/{}/schedstat", self.agent.process().id());
+        let text = std::fs::read_to_string(path).unwrap();
+        text.split_whitespace().next().unwrap().parse::<f64>().unwrap() / 1e6
+    }
+
     fn peak(&mut self) -> u64 {
         peak_of(Path::new(&format!("/proc/{}/status", self.agent.process().id())))
     }
