@@ -72,7 +72,7 @@ pub use jobs::Target;
 pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
 pub use pageferry_protocol::control::job::{
-    Counters, IncomingOptions, JobKind, JobStatus, NonConvergence, OutgoingOptions, Phase,
+    Compression, Counters, IncomingOptions, JobKind, JobStatus, NonConvergence, OutgoingOptions, Phase,
 };
 pub use pageferry_protocol::control::request::{BlockRange, ErrorCode, JobStarted};
 pub use pageferry_protocol::memory::PageRange;

@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_client::{
-    BlockRange, BlockSpec, Client, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence,
+    BlockRange, BlockSpec, Client, Compression, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence,
     OutgoingOptions, Phase, Punch, StatePiece, Target,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -359,6 +359,11 @@ fn attempt(
         downtime_limit: Duration::ZERO,
         max_passes: 1 + chance.below(4) as u32,
         policy: NonConvergence::StopAnyway,
+        compression: match chance.below(4) {
+            0 => Compression::Lz4,
+            1 => Compression::Zstd(1 + chance.below(Compression::MAX_LEVEL.into()) as u8),
+            _ => Compression::None,
+        },
         ..OutgoingOptions::default()
     };
     let target = Target::Address(format!("unix:{}", relay_path.display()));

@@ -12,7 +12,7 @@ pub mod run_agent;
 pub mod show;
 
 use clap::{Args, Parser, Subcommand};
-use pageferry_protocol::control::job::{NonConvergence, OutgoingOptions};
+use pageferry_protocol::control::job::{Compression, NonConvergence, OutgoingOptions};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -95,6 +95,10 @@ pub struct OutgoingArgs {
     #[arg(long, value_name = "POLICY", default_value = "keep-going", value_parser = parse_policy,
           help = "What to do if the passes do not converge: keep-going, throttle, stop or fail")]
     pub policy: NonConvergence,
+    /// How pages are compressed.
+    #[arg(long, value_name = "METHOD", default_value = "none", value_parser = parse_compression,
+          help = "How pages are compressed: none, lz4, zstd or zstd:LEVEL, with a level of 1 to 19")]
+    pub compress: Compression,
     /// How long the peer may be silent.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     pub peer_timeout: Duration,
@@ -105,8 +109,16 @@ pub struct OutgoingArgs {
 
 impl From<OutgoingArgs> for OutgoingOptions {
     fn from(args: OutgoingArgs) -> Self {
-        let OutgoingArgs { streams, downtime_limit, bandwidth, max_passes, policy, peer_timeout, hook_timeout } = args;
-        Self { streams, downtime_limit, bandwidth, max_passes, policy, peer_timeout, hook_timeout }
+        Self {
+            streams: args.streams,
+            downtime_limit: args.downtime_limit,
+            bandwidth: args.bandwidth,
+            max_passes: args.max_passes,
+            policy: args.policy,
+            compression: args.compress,
+            peer_timeout: args.peer_timeout,
+            hook_timeout: args.hook_timeout,
+        }
     }
 }
 
@@ -163,6 +175,19 @@ fn parse_policy(text: &str) -> Result<NonConvergence, String> {
     found.map(|(_, policy)| *policy).ok_or_else(|| format!("\"{text}\": write keep-going, throttle, stop or fail"))
 }
 
+fn parse_compression(text: &str) -> Result<Compression, String> {
+    match (text, text.strip_prefix("zstd:")) {
+        ("none", _) => Ok(Compression::None),
+        ("lz4", _) => Ok(Compression::Lz4),
+        ("zstd", _) => Ok(Compression::Zstd(Compression::DEFAULT_LEVEL)),
+        (_, Some(level)) => match level.parse() {
+            Ok(level @ 1..=Compression::MAX_LEVEL) => Ok(Compression::Zstd(level)),
+            _ => Err(format!("\"{text}\": \"{level}\" is no level from 1 to {}", Compression::MAX_LEVEL)),
+        },
+        _ => Err(format!("\"{text}\": write none, lz4, zstd or zstd:LEVEL")),
+    }
+}
+
 /// Runs the command line `arguments`, program name first.
 pub fn main_from<I>(arguments: I) -> ExitCode
 where
@@ -209,6 +234,17 @@ mod tests {
         assert_eq!(parse_size("0x1000"), Ok(4096));
         for wrong in ["", "G", "-1", "99999999999T"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_compression_is_read_or_refused_with_what_is_allowed() {
+        assert_eq!(parse_compression("none"), Ok(Compression::None));
+        assert_eq!(parse_compression("lz4"), Ok(Compression::Lz4));
+        assert_eq!(parse_compression("zstd"), Ok(Compression::Zstd(1)));
+        assert_eq!(parse_compression("zstd:19"), Ok(Compression::Zstd(19)));
+        for wrong in ["", "gzip", "lz4:1", "zstd:", "zstd:0", "zstd:20", "zstd:-1", "zstd:257", "ZSTD"] {
+            assert!(parse_compression(wrong).unwrap_err().contains(&format!("\"{wrong}\"")), "{wrong}");
         }
     }
 

@@ -6,7 +6,7 @@
 use crate::job::{Job, JobError, add};
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
-use pageferry_protocol::stream::hello::{Accept, compare, encode_error};
+use pageferry_protocol::stream::hello::{Accept, FEATURES, compare, encode_error};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, OwnedFd};
@@ -36,12 +36,14 @@ pub struct Accepted {
     pub readers: Vec<RecordReader>,
     /// The return path, on the primary.
     pub writer: RecordWriter,
+    /// What the source offered and this side knows.
+    pub features: u64,
 }
 
 impl Accepted {
     /// Accepts the guest.
     pub fn say_accept(&self) -> Result<(), TransportError> {
-        let payload = Accept { version: STREAM_VERSION, features: 0 }.encode();
+        let payload = Accept { version: STREAM_VERSION, features: self.features }.encode();
         self.writer.write(RecordHeader::plain(Kind::Accept, 0, payload.len()), &payload)?;
         Ok(())
     }
@@ -189,6 +191,8 @@ fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError>
         let hello_bytes = stream.hello.as_ref().map_or(0, |hello| hello.encode().len());
         add(&job.live.wire_bytes, (pageferry_protocol::stream::RECORD_SIZE + hello_bytes) as u64);
     }
+    // What is offered on one stream alone is not offered.
+    let offered = streams.iter().filter_map(|one| one.hello.as_ref()).fold(u64::MAX, |all, hello| all & hello.features);
     let table = streams[0].hello.as_ref().map(|hello| hello.blocks.clone()).unwrap_or_default();
     let readers: Vec<RecordReader> = streams.into_iter().map(|one| one.reader).collect();
     let writer = RecordWriter::new(readers[0].socket().clone());
@@ -199,5 +203,5 @@ fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError>
         }
         return Err(error);
     }
-    Ok(Accepted { readers, writer })
+    Ok(Accepted { readers, writer, features: offered & FEATURES })
 }

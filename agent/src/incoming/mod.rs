@@ -2,10 +2,12 @@
 //!
 //! - [`accept`]: waiting for the source's streams, and the handshake;
 //! - [`receive`]: reading each stream, and the barrier between passes;
+//! - [`decompress`]: compressed pages;
 //! - [`place`]: pages into the files (laws 2 and 3);
 //! - this file: the phases, and the end: verify, load, wait for the commit, resume (law 9).
 
 pub mod accept;
+pub mod decompress;
 pub mod place;
 pub mod receive;
 

@@ -4,6 +4,7 @@
 //! is never in doubt, whatever stream it came on. If one stream fails, the barrier opens for the others with an error.
 
 use super::accept::Accepted;
+use super::decompress::Decompressor;
 use super::place::Placer;
 use crate::job::{Job, JobError, add};
 use crate::outgoing::connect::unexpected;
@@ -11,7 +12,7 @@ use crate::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_protocol::control::hook::{MAX_PIECES, MAX_STATE};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::stream::payload::{StatePart, Totals, decode_runs};
-use pageferry_protocol::stream::record::FLAG_STRAY;
+use pageferry_protocol::stream::record::{FLAG_STRAY, FLAGS_COMPRESSED};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -30,7 +31,7 @@ pub struct Received {
 /// Receives all passes on all streams.
 pub fn receive(job: &Job, accepted: &mut Accepted, placer: &Placer<'_>) -> Result<Received, JobError> {
     let barrier = Barrier::new(accepted.readers.len());
-    let writer = &accepted.writer;
+    let (writer, features) = (&accepted.writer, accepted.features);
     let secondaries: Vec<StreamSocket> =
         accepted.readers.iter().skip(1).map(|reader| reader.socket().clone()).collect();
     // Wakes the other streams of a job that has failed. The primary is left to read on: whatever comes next on it wakes it,
@@ -48,7 +49,7 @@ pub fn receive(job: &Job, accepted: &mut Accepted, placer: &Placer<'_>) -> Resul
             .map(|(index, reader)| {
                 let (barrier, wake) = (&barrier, &wake);
                 scope.spawn(move || {
-                    let mut stream = Stream::new(job, placer, barrier, writer, index);
+                    let mut stream = Stream::new(job, placer, barrier, writer, index, features);
                     let outcome = stream.run(reader);
                     if outcome.is_err() {
                         barrier.fail();
@@ -125,13 +126,19 @@ struct Stream<'a> {
     barrier: &'a Barrier,
     writer: &'a RecordWriter,
     index: usize,
+    decompressor: Decompressor,
     counted: Totals,
     state: StateCollector,
 }
 
 impl<'a> Stream<'a> {
-    fn new(job: &'a Job, placer: &'a Placer<'a>, barrier: &'a Barrier, writer: &'a RecordWriter, index: usize) -> Self {
-        Self { job, placer, barrier, writer, index, counted: Totals::default(), state: StateCollector::default() }
+    fn new(
+        job: &'a Job, placer: &'a Placer<'a>, barrier: &'a Barrier, writer: &'a RecordWriter, index: usize,
+        features: u64,
+    ) -> Self {
+        let decompressor = Decompressor::new(features);
+        let (counted, state) = (Totals::default(), StateCollector::default());
+        Self { job, placer, barrier, writer, index, decompressor, counted, state }
     }
 
     fn run(&mut self, reader: &mut RecordReader) -> Result<StreamEnd, JobError> {
@@ -162,7 +169,9 @@ impl<'a> Stream<'a> {
     }
 
     fn data(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
-        self.placer.place_data(header, payload)?;
+        let pages =
+            if header.flags() & FLAGS_COMPRESSED == 0 { payload } else { self.decompressor.unpack(header, payload)? };
+        self.placer.place_data(header, pages)?;
         self.counted.data_pages += header.range().count;
         self.count_stray(header);
         Ok(())

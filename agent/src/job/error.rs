@@ -1,6 +1,7 @@
 //! Why a job failed.
 
 use crate::hooks::HookError;
+use crate::incoming::decompress::DecompressError;
 use crate::memory::BackingError;
 use crate::tracking::TrackingError;
 use crate::transport::TransportError;
@@ -96,6 +97,22 @@ pub enum JobError {
         /// This side's.
         own: u64,
     },
+    /// The destination does not know the compression that is wanted.
+    #[error("compression is {0}, which the destination does not take: migrate with one that it takes, or with none")]
+    Compression(&'static str),
+    /// A record whose pages are compressed.
+    #[error("data record for pages {first:#x} + {count:#x} of block {id}")]
+    Compressed {
+        /// The block.
+        id: u32,
+        /// First page.
+        first: u64,
+        /// Page count.
+        count: u64,
+        /// What is wrong.
+        #[source]
+        source: DecompressError,
+    },
     /// A file under a block.
     #[error("block {id}")]
     Backing {
@@ -156,6 +173,7 @@ impl JobError {
     pub fn to_remote(&self) -> RemoteError {
         let code = match self {
             Self::Cancelled => ErrorCode::State,
+            Self::Compression(_) => ErrorCode::Unsupported,
             Self::Backing { .. } | Self::Io { .. } | Self::Bitmap(_) => ErrorCode::System,
             Self::Hook(_) | Self::Tracking(_) | Self::NotConverging { .. } | Self::Panicked => ErrorCode::Other,
             _ => ErrorCode::Invalid,

@@ -164,8 +164,8 @@ impl Job {
     /// Changes what may be changed while it runs.
     pub fn set_parameters(&self, new: &OutgoingOptions) {
         let mut state = self.state();
-        let OutgoingOptions { streams, peer_timeout, hook_timeout, .. } = state.options;
-        state.options = OutgoingOptions { streams, peer_timeout, hook_timeout, ..new.clone() };
+        let OutgoingOptions { streams, compression, peer_timeout, hook_timeout, .. } = state.options;
+        state.options = OutgoingOptions { streams, compression, peer_timeout, hook_timeout, ..new.clone() };
     }
 
     /// Runs a populate, unless the last sync is near: what it marks would not be seen any more.

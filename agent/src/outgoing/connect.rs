@@ -1,12 +1,13 @@
 //! Connections and the handshake.
 
+use super::compress::Compressor;
 use super::sender::PageSender;
 use crate::job::{Job, JobError};
 use crate::transport::{Address, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::control::request::RemoteError;
 use pageferry_protocol::memory::BlockTable;
-use pageferry_protocol::stream::hello::{Accept, decode_error, encode_error};
+use pageferry_protocol::stream::hello::{Accept, decode_error, encode_error, feature_of};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -50,12 +51,21 @@ pub fn connect(job: &Job, target: Target) -> Result<Streams, JobError> {
     job.enter(Phase::Preparing);
     say_hello(job, &streams)?;
     let mut reader = RecordReader::new(streams[0].clone());
-    wait_accept(&mut reader)?;
-    Ok(Streams {
-        writer: RecordWriter::new(streams[0].clone()),
-        reader,
-        senders: streams.into_iter().enumerate().map(|(index, socket)| PageSender::new(index, socket)).collect(),
-    })
+    let accept = wait_accept(&mut reader)?;
+    let writer = RecordWriter::new(streams[0].clone());
+    let mut senders = Vec::new();
+    for (index, socket) in streams.into_iter().enumerate() {
+        let compressor = Compressor::new(options.compression).map_err(JobError::from_io("make a compressor"))?;
+        senders.push(PageSender::new(index, socket, compressor));
+    }
+    let streams = Streams { writer, reader, senders };
+    let wanted = feature_of(options.compression);
+    if accept.features & wanted != wanted {
+        let error = JobError::Compression(options.compression.name());
+        streams.say_error(&error.to_remote());
+        return Err(error);
+    }
+    Ok(streams)
 }
 
 fn say_hello(job: &Job, streams: &[StreamSocket]) -> Result<(), JobError> {
@@ -68,7 +78,7 @@ fn say_hello(job: &Job, streams: &[StreamSocket]) -> Result<(), JobError> {
         let hello = Hello {
             version_min: STREAM_VERSION,
             version_max: STREAM_VERSION,
-            features: 0,
+            features: feature_of(job.options().compression),
             session,
             stream: index as u16,
             streams: streams.len() as u16,
@@ -82,13 +92,10 @@ fn say_hello(job: &Job, streams: &[StreamSocket]) -> Result<(), JobError> {
     Ok(())
 }
 
-fn wait_accept(reader: &mut RecordReader) -> Result<(), JobError> {
+fn wait_accept(reader: &mut RecordReader) -> Result<Accept, JobError> {
     let record = reader.read()?;
     match record.kind {
-        Kind::Accept => {
-            Accept::decode(record.payload).map_err(|source| JobError::Payload { kind: "accept", source })?;
-            Ok(())
-        }
+        Kind::Accept => Accept::decode(record.payload).map_err(|source| JobError::Payload { kind: "accept", source }),
         Kind::Reject => Err(JobError::Rejected(decode_remote(record.payload)?)),
         _ => Err(unexpected(record.kind, record.payload, "an accept or reject")),
     }

@@ -18,8 +18,10 @@ const THROTTLE_MORE: u32 = 10;
 #[derive(Debug, Clone, Default)]
 pub struct Pace {
     passes: u64,
-    /// Bytes per second.
+    /// Bytes per second on the wire.
     bandwidth: u64,
+    /// Bytes of pages per second: more than that if they are compressed.
+    content_rate: u64,
     /// Pages per second.
     dirty_rate: u64,
     sync_time: Duration,
@@ -67,6 +69,7 @@ impl Pace {
         // A short pass is all latency; it only counts if there is nothing better.
         if bytes.max(pages * PAGE_SIZE) >= MEANINGFUL || (self.bandwidth == 0 && bytes > 0) {
             self.bandwidth = per_second(bytes, time).max(1);
+            self.content_rate = per_second(bytes.max(pages * PAGE_SIZE), time).max(1);
         }
     }
 
@@ -102,8 +105,8 @@ impl Pace {
         let send = match remaining {
             0 => Duration::ZERO,
             // Nothing was sent yet, so nothing is known: let a pass find out.
-            _ if self.bandwidth == 0 => Duration::MAX,
-            pages => Duration::from_secs_f64((pages * PAGE_SIZE) as f64 / self.bandwidth as f64),
+            _ if self.content_rate == 0 => Duration::MAX,
+            pages => Duration::from_secs_f64((pages * PAGE_SIZE) as f64 / self.content_rate as f64),
         };
         send.saturating_add(self.sync_time)
     }
@@ -172,6 +175,18 @@ mod tests {
         let steps: Vec<Next> = (0..12).map(|_| pace.decide(&options, 1 << 20).unwrap()).collect();
         assert_eq!(steps[..3], [Next::Throttle(20), Next::Throttle(30), Next::Throttle(40)]);
         assert_eq!(steps[11], Next::Throttle(99));
+    }
+
+    #[test]
+    fn what_is_compressed_is_expected_to_stay_so() {
+        let mut pace = Pace::default();
+        // 1 GiB in a second, as a quarter of that.
+        pace.passed(1 << 18, 1 << 28, Duration::from_secs(1));
+        let fits = (1 << 18) / 10 - 1;
+        let options = options(NonConvergence::KeepGoing, 1);
+        assert_eq!(pace.decide(&options, fits).unwrap(), Next::Stop);
+        assert_eq!(pace.decide(&options, fits + 1000).unwrap(), Next::Pass);
+        assert_eq!(pace.bandwidth, 1 << 28);
     }
 
     #[test]

@@ -6,10 +6,12 @@
 //! - [`fixup`]: asking the trackers, and clearing what is discarded (law 5);
 //! - [`pass`]: one walk over the dirty pages by all workers;
 //! - [`sender`]: reading pages and batching records (laws 1 and 7);
+//! - [`compress`]: compressing them, where that is wanted;
 //! - [`zero`]: finding zero pages;
 //! - [`converge`]: when to stop the guest;
 //! - [`handover`]: the stopped guest, and the line of law 9.
 
+pub mod compress;
 pub mod connect;
 pub mod converge;
 pub mod fixup;

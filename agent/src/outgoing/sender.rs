@@ -3,6 +3,7 @@
 //! The buffer holds one word of pages (256 KiB) or more before it is sent: large enough that the system calls do not show, small enough to stay in the
 //! cache between reading, scanning, checksum and sending.
 
+use super::compress::Compressor;
 use super::zero::data_mask;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
@@ -31,6 +32,7 @@ pub struct PageSender {
     buffer: Vec<u8>,
     filled: usize,
     queue: Vec<Queued>,
+    compressor: Option<Compressor>,
     /// A zero run that may still grow: the block's id, the flags, and the pages.
     zeros: Option<(u32, u16, PageRange)>,
     /// What this stream carried.
@@ -69,14 +71,15 @@ impl TakenWord {
 }
 
 impl PageSender {
-    /// The sender of stream `index`.
-    pub fn new(index: usize, socket: StreamSocket) -> Self {
+    /// The sender of stream `index`, which compresses if it is given what does that.
+    pub fn new(index: usize, socket: StreamSocket, compressor: Option<Compressor>) -> Self {
         Self {
             index,
             writer: RecordWriter::new(socket),
             buffer: Vec::new(),
             filled: 0,
             queue: Vec::new(),
+            compressor,
             zeros: None,
             totals: Totals::default(),
             broken: false,
@@ -131,18 +134,37 @@ impl PageSender {
         // Bit n of `dense` is the n-th page that was read; spread it to the pages' places in the word.
         let dense = data_mask(&self.buffer[start..self.filled]);
         let data = if send == u64::MAX { dense } else { spread(dense, send) };
-        let mut at = start;
-        let mut page_offset = |run: &PageRange| {
+        let page_offset = |run: &PageRange| {
             // The bytes of all read pages below the run come before it.
             let below = send & ((1u64 << (run.first - first)) - 1);
-            at = start + below.count_ones() as usize * PAGE_SIZE as usize;
+            let at = start + below.count_ones() as usize * PAGE_SIZE as usize;
             at..at + run.bytes() as usize
         };
-        for (mask, flags) in [(data & !stray, 0), (data & stray, FLAG_STRAY)] {
-            for run in runs_of_word(first, mask) {
-                let bytes = page_offset(&run);
-                let header = RecordHeader::new(Kind::Data, flags, block, run, bytes.len());
-                self.queue.push((header.sealed(&self.buffer[bytes.clone()]).to_wire(), bytes));
+        let flagged = [(data & !stray, 0), (data & stray, FLAG_STRAY)];
+        match &mut self.compressor {
+            None => {
+                for (mask, flags) in flagged {
+                    for run in runs_of_word(first, mask) {
+                        let bytes = page_offset(&run);
+                        let header = RecordHeader::new(Kind::Data, flags, block, run, bytes.len());
+                        self.queue.push((header.sealed(&self.buffer[bytes.clone()]).to_wire(), bytes));
+                    }
+                }
+            }
+            Some(compressor) => {
+                compressor.begin(self.filled - start);
+                for (mask, flags) in flagged {
+                    for run in runs_of_word(first, mask) {
+                        let (bytes, flag) = compressor.add(&self.buffer[page_offset(&run)]);
+                        let header = RecordHeader::new(Kind::Data, flags | flag, block, run, bytes.len());
+                        let header = header.sealed(&compressor.output()[bytes.clone()]);
+                        self.queue.push((header.to_wire(), start + bytes.start..start + bytes.end));
+                    }
+                }
+                // To where the pages were: what is left of the buffer takes more words before it is sent.
+                let packed = compressor.output();
+                self.buffer[start..start + packed.len()].copy_from_slice(packed);
+                self.filled = start + packed.len();
             }
         }
         self.totals.data_pages += u64::from(data.count_ones());

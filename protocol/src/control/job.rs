@@ -43,7 +43,58 @@ impl NonConvergence {
     }
 }
 
-/// Options of an outgoing migration. All but the streams can be changed while it runs.
+/// How the content of pages is made smaller for the wire. It costs time of processors on both sides, and pays where the link is slower than they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compression {
+    /// Not at all.
+    #[default]
+    None,
+    /// LZ4: little time, and not as small.
+    Lz4,
+    /// Zstandard at a level from 1, the fastest, to [`Compression::MAX_LEVEL`].
+    Zstd(u8),
+}
+
+impl Compression {
+    /// Highest level of Zstandard.
+    pub const MAX_LEVEL: u8 = 19;
+    /// Level of Zstandard where none is given.
+    pub const DEFAULT_LEVEL: u8 = 1;
+
+    /// The name that users write.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Lz4 => "lz4",
+            Self::Zstd(_) => "zstd",
+        }
+    }
+
+    /// The two numbers on the wire: which one, and its level.
+    fn to_wire(self) -> (u16, u16) {
+        match self {
+            Self::None => (0, 0),
+            Self::Lz4 => (1, 0),
+            Self::Zstd(level) => (2, level.into()),
+        }
+    }
+
+    fn from_wire(which: u16, level: u16) -> Result<Self, DecodeError> {
+        let refused = |allowed| Err(DecodeError::Value { field: "compression_level", value: level.into(), allowed });
+        match (which, level) {
+            (0, 0) => Ok(Self::None),
+            (1, 0) => Ok(Self::Lz4),
+            (0 | 1, _) => refused("0 without zstd"),
+            (2, 1..=19) => Ok(Self::Zstd(level as u8)),
+            (2, _) => refused("1 to 19 with zstd"),
+            _ => {
+                Err(DecodeError::Value { field: "compression", value: which.into(), allowed: "0 none, 1 lz4, 2 zstd" })
+            }
+        }
+    }
+}
+
+/// Options of an outgoing migration. All but the streams, the compression and the timeouts can be changed while it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutgoingOptions {
     /// Number of connections, 1 to [`MAX_STREAMS`]. A target that is one handed-over descriptor has one.
@@ -56,6 +107,8 @@ pub struct OutgoingOptions {
     pub max_passes: u32,
     /// What to do then.
     pub policy: NonConvergence,
+    /// How the content of pages travels; the destination must take it.
+    pub compression: Compression,
     /// How long the peer may be silent where it owes an answer or room to send.
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer a hook.
@@ -70,6 +123,7 @@ impl Default for OutgoingOptions {
             bandwidth: 0,
             max_passes: 30,
             policy: NonConvergence::KeepGoing,
+            compression: Compression::None,
             peer_timeout: Duration::from_secs(30),
             hook_timeout: Duration::from_secs(10),
         }
@@ -78,6 +132,7 @@ impl Default for OutgoingOptions {
 
 impl OutgoingOptions {
     pub(super) fn encode(&self, encoder: Encoder) -> Encoder {
+        let (compression, level) = self.compression.to_wire();
         encoder
             .u16(self.streams)
             .u16(0)
@@ -85,7 +140,8 @@ impl OutgoingOptions {
             .u64(micros(self.downtime_limit))
             .u64(self.bandwidth)
             .u32(self.policy as u32)
-            .u32(0)
+            .u16(compression)
+            .u16(level)
             .u64(micros(self.peer_timeout))
             .u64(micros(self.hook_timeout))
     }
@@ -97,13 +153,13 @@ impl OutgoingOptions {
         let downtime_limit = Duration::from_micros(decoder.u64("downtime_limit")?);
         let bandwidth = decoder.u64("bandwidth")?;
         let policy = NonConvergence::from_wire(decoder.u32("policy")?)?;
-        decoder.u32("reserved")?;
+        let compression = Compression::from_wire(decoder.u16("compression")?, decoder.u16("compression_level")?)?;
         let peer_timeout = timeout(decoder, "peer_timeout")?;
         let hook_timeout = timeout(decoder, "hook_timeout")?;
         if streams == 0 || streams > MAX_STREAMS {
             return Err(DecodeError::Value { field: "streams", value: streams.into(), allowed: "1 to 64" });
         }
-        Ok(Self { streams, downtime_limit, bandwidth, max_passes, policy, peer_timeout, hook_timeout })
+        Ok(Self { streams, downtime_limit, bandwidth, max_passes, policy, compression, peer_timeout, hook_timeout })
     }
 }
 

@@ -466,18 +466,24 @@ impl JobStarted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::job::{Counters, JobKind, JobStatus, NonConvergence, Phase};
+    use crate::control::job::{Compression, Counters, JobKind, JobStatus, NonConvergence, Phase};
     use proptest::prelude::*;
 
     fn any_options() -> impl Strategy<Value = OutgoingOptions> {
         let policy = prop::sample::select(NonConvergence::NAMES.map(|(_, policy)| policy).to_vec());
-        (1u16..=64, 0u64..1 << 40, any::<u64>(), any::<u32>(), policy, 1u64..1 << 30).prop_map(
-            |(streams, downtime, bandwidth, max_passes, policy, timeout)| OutgoingOptions {
+        let compression = prop_oneof![
+            Just(Compression::None),
+            Just(Compression::Lz4),
+            (1..=Compression::MAX_LEVEL).prop_map(Compression::Zstd),
+        ];
+        (1u16..=64, 0u64..1 << 40, any::<u64>(), any::<u32>(), policy, compression, 1u64..1 << 30).prop_map(
+            |(streams, downtime, bandwidth, max_passes, policy, compression, timeout)| OutgoingOptions {
                 streams,
                 downtime_limit: Duration::from_micros(downtime),
                 bandwidth,
                 max_passes,
                 policy,
+                compression,
                 peer_timeout: Duration::from_micros(timeout),
                 hook_timeout: Duration::from_micros(timeout + 1),
             },
@@ -532,6 +538,26 @@ mod tests {
                 prop_assert!(Request::decode(request.code(), &body[..shorter]).unwrap().is_err(), "shorter than its type");
             }
         }
+    }
+
+    #[test]
+    fn a_compression_that_does_not_exist_is_refused_by_field() {
+        let options = |which: u16, level: u16| {
+            let mut body = OutgoingOptions::default().encode(Encoder::new()).finish();
+            let at = body.len() - 8 - 8 - 4;
+            body[at..at + 2].copy_from_slice(&which.to_le_bytes());
+            body[at + 2..at + 4].copy_from_slice(&level.to_le_bytes());
+            OutgoingOptions::decode(&mut Decoder::new(&body)).map(|options| options.compression)
+        };
+        assert_eq!(options(0, 0), Ok(Compression::None));
+        assert_eq!(options(1, 0), Ok(Compression::Lz4));
+        assert_eq!(options(2, 19), Ok(Compression::Zstd(19)));
+        for (which, level) in [(0, 1), (1, 1), (2, 0), (2, 20), (2, 257)] {
+            let error = options(which, level).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("compression_level is {level:#x}, allowed: ")), "{error}");
+        }
+        let error = options(3, 1).unwrap_err().to_string();
+        assert_eq!(error, "compression is 0x3, allowed: 0 none, 1 lz4, 2 zstd");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! primary, once all streams are there, with [`Accept`] or with a code and a sentence.
 
 use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
-use crate::control::job::{MAX_SENTENCE, MAX_STREAMS};
+use crate::control::job::{Compression, MAX_SENTENCE, MAX_STREAMS};
 use crate::control::request::{ErrorCode, RemoteError};
 use crate::memory::geometry::MAX_NAME;
 use crate::memory::{BlockGeometry, BlockTable, GeometryError, MAX_BLOCKS};
@@ -14,6 +14,22 @@ pub const STREAM_VERSION: u16 = 1;
 
 /// First bytes of the payload of a hello.
 pub const MAGIC: [u8; 8] = *b"PAGEFRRY";
+
+/// Feature: data records may be compressed with LZ4.
+pub const FEATURE_LZ4: u64 = 1 << 0;
+/// Feature: data records may be compressed with Zstandard.
+pub const FEATURE_ZSTD: u64 = 1 << 1;
+/// All features that this crate knows. A destination accepts those of them that are offered.
+pub const FEATURES: u64 = FEATURE_LZ4 | FEATURE_ZSTD;
+
+/// The feature that a source offers for this compression; 0 for none.
+pub fn feature_of(compression: Compression) -> u64 {
+    match compression {
+        Compression::None => 0,
+        Compression::Lz4 => FEATURE_LZ4,
+        Compression::Zstd(_) => FEATURE_ZSTD,
+    }
+}
 
 /// Longest payload of a hello in bytes: that with the largest block table.
 pub const MAX_HELLO: usize = 44 + MAX_BLOCKS * (32 + MAX_NAME);
@@ -25,7 +41,7 @@ pub struct Hello {
     pub version_min: u16,
     /// Highest version that the source speaks.
     pub version_max: u16,
-    /// Feature bits that the source offers; none are defined yet.
+    /// Feature bits that the source offers: [`FEATURES`], or others of a newer source.
     pub features: u64,
     /// Random; the same on all streams of one migration.
     pub session: [u8; 16],
@@ -136,7 +152,7 @@ impl Hello {
 pub struct Accept {
     /// The version that is used.
     pub version: u16,
-    /// The features that are used.
+    /// The features that may be used: those offered that the destination knows.
     pub features: u64,
 }
 

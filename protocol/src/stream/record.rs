@@ -28,6 +28,13 @@ pub const MAX_DATA_PAGES: u64 = MAX_PAYLOAD as u64 / PAGE_SIZE;
 /// Flag of [`Kind::Data`] and [`Kind::Zero`]: the page is discarded, but the guest wrote into it afterwards. It stays discarded.
 pub const FLAG_STRAY: u16 = 1 << 0;
 
+/// Flag of [`Kind::Data`]: the payload is the pages' content compressed as one LZ4 block. Needs [`super::hello::FEATURE_LZ4`].
+pub const FLAG_LZ4: u16 = 1 << 1;
+/// Flag of [`Kind::Data`]: the payload is the pages' content compressed with Zstandard. Needs [`super::hello::FEATURE_ZSTD`].
+pub const FLAG_ZSTD: u16 = 1 << 2;
+/// The flags of a payload that is compressed; a record has one of them at most.
+pub const FLAGS_COMPRESSED: u16 = FLAG_LZ4 | FLAG_ZSTD;
+
 /// What a record is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
@@ -106,8 +113,8 @@ pub enum RecordError {
     /// The kind is unknown.
     #[error("record kind {0:#x} is unknown")]
     Kind(u16),
-    /// Flags that the kind does not have.
-    #[error("{kind:?} record: flags {flags:#x} are unknown")]
+    /// Flags that the kind does not have, or not together.
+    #[error("{kind:?} record: flags {flags:#x} are unknown, or exclude each other")]
     Flags {
         /// The record's kind.
         kind: Kind,
@@ -133,6 +140,19 @@ pub enum RecordError {
         count: u64,
         /// Length that fits the count.
         expected: u64,
+    },
+    /// The page count or the payload length of compressed pages is out of bounds.
+    #[error(
+        "{kind:?} record: payload length {length:#x} for {count} compressed pages, \
+         allowed: 1 to {MAX_DATA_PAGES} pages, and at least one byte and fewer than they have"
+    )]
+    Compressed {
+        /// The record's kind.
+        kind: Kind,
+        /// Length of the payload in bytes.
+        length: u32,
+        /// Page count.
+        count: u64,
     },
     /// The checksum is wrong.
     #[error("{kind:?} record: checksum is {found:#010x}, computed {computed:#010x}")]
@@ -197,8 +217,13 @@ impl RecordHeader {
     pub fn check(&self) -> Result<Kind, RecordError> {
         let kind = Kind::from_wire(self.kind.get()).ok_or(RecordError::Kind(self.kind.get()))?;
         let flags = self.flags.get();
-        let known = if matches!(kind, Kind::Data | Kind::Zero) { FLAG_STRAY } else { 0 };
-        if flags & !known != 0 {
+        let known = match kind {
+            Kind::Data => FLAG_STRAY | FLAGS_COMPRESSED,
+            Kind::Zero => FLAG_STRAY,
+            _ => 0,
+        };
+        let compressed = flags & FLAGS_COMPRESSED;
+        if flags & !known != 0 || compressed == FLAGS_COMPRESSED {
             return Err(RecordError::Flags { kind, flags });
         }
         let length = self.payload_length.get();
@@ -206,6 +231,11 @@ impl RecordHeader {
             return Err(RecordError::Payload { kind, length });
         }
         let count = self.page_count.get();
+        if compressed != 0 {
+            // What does not shrink is sent as it is, so this bounds both what is read and what it becomes.
+            let fits = (1..=MAX_DATA_PAGES).contains(&count) && (1..count * PAGE_SIZE).contains(&u64::from(length));
+            return if fits { Ok(kind) } else { Err(RecordError::Compressed { kind, length, count }) };
+        }
         let expected = match kind {
             Kind::Data => Some(count.saturating_mul(PAGE_SIZE)),
             Kind::Zero | Kind::PassEnd | Kind::Commit | Kind::PassDone | Kind::Loaded | Kind::Resumed => Some(0),
@@ -292,5 +322,28 @@ mod tests {
         let zero = RecordHeader::new(Kind::Zero, 0, 0, PageRange::new(0, u64::MAX), 0);
         assert_eq!(zero.check(), Ok(Kind::Zero));
         assert!(!zero.range().fits(100), "the block decides");
+    }
+
+    #[test]
+    fn compressed_pages_are_fewer_bytes_than_they_have_and_within_the_limit() {
+        let header = |kind, flags, count, length| RecordHeader::new(kind, flags, 0, PageRange::new(7, count), length);
+        for flag in [FLAG_LZ4, FLAG_ZSTD, FLAG_LZ4 | FLAG_STRAY, FLAG_ZSTD | FLAG_STRAY] {
+            for (count, length) in [(1, 1), (1, 4095), (2, 8191), (MAX_DATA_PAGES, MAX_PAYLOAD - 1)] {
+                assert_eq!(header(Kind::Data, flag, count, length).check(), Ok(Kind::Data), "{count} {length}");
+            }
+            let beyond = MAX_DATA_PAGES + 1;
+            for (count, length) in [(1, 0), (1, 4096), (2, 8192), (0, 0), (0, 1), (beyond, 100), (u64::MAX, 100)] {
+                let refused = header(Kind::Data, flag, count, length).check();
+                assert_eq!(
+                    refused,
+                    Err(RecordError::Compressed { kind: Kind::Data, length: length as u32, count }),
+                    "{count} {length}"
+                );
+            }
+            let zero = header(Kind::Zero, flag, 1, 0).check();
+            assert_eq!(zero, Err(RecordError::Flags { kind: Kind::Zero, flags: flag }));
+        }
+        let both = header(Kind::Data, FLAGS_COMPRESSED, 1, 100).check();
+        assert_eq!(both, Err(RecordError::Flags { kind: Kind::Data, flags: FLAGS_COMPRESSED }));
     }
 }

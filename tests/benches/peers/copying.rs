@@ -11,9 +11,9 @@ use pageferry_client::OutgoingOptions;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 const QEMU_MODES: [(&str, Mode); 3] = [
-    ("QEMU, one stream", Mode { channels: 0 }),
-    ("QEMU, multifd 2", Mode { channels: 2 }),
-    ("QEMU, multifd 4", Mode { channels: 4 }),
+    ("QEMU, one stream", Mode::multifd(0)),
+    ("QEMU, multifd 2", Mode::multifd(2)),
+    ("QEMU, multifd 4", Mode::multifd(4)),
 ];
 
 fn options(streams: u16) -> OutgoingOptions {
@@ -76,7 +76,7 @@ pub fn full(bench: &Bench, table: &mut Table) {
                 How::Floor(sockets) => floor::copy(&source, &destination, u64::from(sockets)),
                 How::Qemu(mode) => {
                     let Some(qemu) = &bench.qemu else { continue };
-                    qemu.migrate(&source, &destination, mode)
+                    qemu.migrate(&source, &destination, mode).time
                 }
             };
             mover.rates.push(size as f64 / time.as_secs_f64() / 1e9);
@@ -163,7 +163,7 @@ fn sparse_case(bench: &Bench, table: &mut Table, case: &Sparse, source: &Image, 
         // QEMU needs up to half a minute for one, and does not vary that much.
         if let Some(qemu) = bench.qemu.as_ref().filter(|_| round < 2) {
             destination.clear();
-            qemus.push(qemu.migrate(source, destination, Mode { channels: 2 }).as_secs_f64() * 1e3);
+            qemus.push(qemu.migrate(source, destination, Mode::multifd(2)).time.as_secs_f64() * 1e3);
             remarks[1] = allocated(before);
             restore();
         }

@@ -1,6 +1,6 @@
 //! Guest memory as a file on tmpfs, prepared once and shared by all who move it.
 
-use pageferry_tests::random::Random;
+use pageferry_tests::random::{Random, page_text};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -51,6 +51,14 @@ impl Image {
             let part = &mut buffer[..BUFFER.min((length - at) as usize)];
             random.fill(part);
             self.file.write_all_at(part, start + at).unwrap();
+        }
+    }
+
+    /// Fills all of it with text, which compresses.
+    pub fn fill_text(&self) {
+        for at in (0..self.size).step_by(BUFFER) {
+            let part: Vec<u8> = (at / 4096..(at + BUFFER as u64).min(self.size) / 4096).flat_map(page_text).collect();
+            self.file.write_all_at(&part, at).unwrap();
         }
     }
 

@@ -7,6 +7,7 @@
 //! - [`image`]: guest memory as a file, prepared once and shared by all;
 //! - [`ours`], [`qemu`], [`floor`]: who moves it;
 //! - [`copying`]: full, sparse and huge guests;
+//! - [`compression`]: a guest that compresses;
 //! - [`live`]: a guest that writes while it moves;
 //! - [`bitmaps`]: marking, harvesting and walking;
 //! - [`discards`]: how fast they are acknowledged;
@@ -22,6 +23,7 @@
 
 mod bitmaps;
 mod codec;
+mod compression;
 mod copying;
 mod discards;
 mod floor;
@@ -39,7 +41,7 @@ use table::Table;
 #[derive(Debug, Parser)]
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
-    /// Run only these parts, separated by commas: full, sparse, huge, live, tracking, bitmaps, discards, bytes.
+    /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking, bitmaps, discards, bytes.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -85,8 +87,9 @@ type Part = fn(&Bench, &mut Table);
 
 fn main() {
     let cli = Cli::parse();
-    let parts: [(&str, Part); 8] = [
+    let parts: [(&str, Part); 9] = [
         ("full", copying::full),
+        ("compression", compression::compression),
         ("sparse", copying::sparse),
         ("huge", copying::huge),
         ("bitmaps", bitmaps::bitmaps),

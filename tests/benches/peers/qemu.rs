@@ -29,6 +29,24 @@ pub struct Qemu {
 pub struct Mode {
     /// Channels of multifd; 0 is without.
     pub channels: u32,
+    /// Level of zstd, with multifd; 0 is no compression.
+    pub zstd: u32,
+}
+
+impl Mode {
+    /// So many channels, and no compression.
+    pub const fn multifd(channels: u32) -> Self {
+        Self { channels, zstd: 0 }
+    }
+}
+
+/// What a migration took.
+#[derive(Debug, Clone, Copy)]
+pub struct Took {
+    /// From the command to the end.
+    pub time: Duration,
+    /// Bytes on the wire, by its own count.
+    pub wire_bytes: u64,
 }
 
 impl Qemu {
@@ -39,8 +57,8 @@ impl Qemu {
         Some(Self { version: text.lines().next()?.to_owned() })
     }
 
-    /// Moves the guest; returns how long it took from the command to the end.
-    pub fn migrate(&self, source: &Image, destination: &Image, mode: Mode) -> Duration {
+    /// Moves the guest.
+    pub fn migrate(&self, source: &Image, destination: &Image, mode: Mode) -> Took {
         let folder = tempfile::tempdir().unwrap();
         let mut to = Machine::start(folder.path(), "destination", destination, &["-incoming", "defer"]);
         let mut from = Machine::start(folder.path(), "source", source, &[]);
@@ -51,15 +69,16 @@ impl Qemu {
         to.execute("migrate-incoming", json!({ "uri": address }));
         let started = Instant::now();
         from.execute("migrate", json!({ "uri": address }));
-        wait_for("QEMU's migration", LIMIT, || match from.execute("query-migrate", json!({}))["status"].as_str() {
-            Some("completed") => Some(()),
-            Some("failed" | "cancelled") => {
-                panic!("QEMU's migration failed: {}", from.execute("query-migrate", json!({})))
+        let done = wait_for("QEMU's migration", LIMIT, || {
+            let status = from.execute("query-migrate", json!({}));
+            match status["status"].as_str() {
+                Some("completed") => Some((status, started.elapsed())),
+                Some("failed" | "cancelled") => panic!("QEMU's migration failed: {status}"),
+                _ => None,
             }
-            _ => None,
-        })
-        .unwrap();
-        started.elapsed()
+        });
+        let (status, time) = done.unwrap();
+        Took { time, wire_bytes: status["ram"]["transferred"].as_u64().unwrap_or_default() }
     }
 }
 
@@ -103,6 +122,10 @@ impl Machine {
         let mut parameters = json!({ "max-bandwidth": BANDWIDTH });
         if mode.channels > 0 {
             parameters["multifd-channels"] = json!(mode.channels);
+            if mode.zstd > 0 {
+                parameters["multifd-compression"] = json!("zstd");
+                parameters["multifd-zstd-level"] = json!(mode.zstd);
+            }
         }
         self.execute("migrate-set-parameters", parameters);
     }

@@ -3,7 +3,7 @@
 
 use super::heap::{fair, within};
 use super::{choice, refused, same};
-use pageferry_client::{BlockRange, IncomingOptions, JobStatus, OutgoingOptions, Phase};
+use pageferry_client::{BlockRange, Compression, IncomingOptions, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FLAG_REPLY, HEADER_SIZE, MAX_BODY, VERSION};
 use pageferry_protocol::control::hook::{
     self, Hook, PieceSize, decode_hook_reply, decode_state_reply, encode_hook_reply, encode_state_reply, reply_sequence,
@@ -114,6 +114,7 @@ pub fn request(data: &[u8]) -> bool {
 pub fn request_seeds() -> Vec<Vec<u8>> {
     let range = |block, offset, length| BlockRange { block, offset, length };
     let options = OutgoingOptions { policy: NonConvergence::Throttle, streams: 64, ..OutgoingOptions::default() };
+    let compressed = |compression| OutgoingOptions { compression, ..options.clone() };
     let geometry = BlockGeometry { id: 3, name: "ram".into(), gpa: 0x7000, length: 1 << 30, granularity: 2 << 20 };
     let requests = [
         Request::Hello { version_min: 1, version_max: 2, features: 3 },
@@ -125,7 +126,8 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
         Request::StartOutgoing { target: "tcp:[::1]:7000".into(), options: options.clone() },
         Request::StartIncoming { listen: "unix:/run/ü".into(), options: IncomingOptions::default() },
         Request::Cancel,
-        Request::SetParameters { options },
+        Request::StartOutgoing { target: "unix:/run/a".into(), options: compressed(Compression::Lz4) },
+        Request::SetParameters { options: compressed(Compression::Zstd(Compression::MAX_LEVEL)) },
         Request::QueryStatus,
         Request::Subscribe { interval: Duration::from_millis(10) },
         Request::Resume { force: true },

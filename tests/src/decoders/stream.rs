@@ -4,13 +4,17 @@
 use super::control::{MOST, spooled};
 use super::heap::{fair, within};
 use super::{choice, refused, same};
+use crate::random::page_text;
+use pageferry_agent::incoming::decompress::Decompressor;
+use pageferry_agent::outgoing::compress::Compressor;
 use pageferry_agent::transport::{RecordReader, StreamSocket, TransportError};
+use pageferry_protocol::control::job::Compression;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::control::{DecodeError, Decoder};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_BLOCKS, PAGE_SIZE, PageRange};
-use pageferry_protocol::stream::hello::{Accept, MAX_HELLO, compare, decode_error, encode_error};
+use pageferry_protocol::stream::hello::{Accept, FEATURES, MAX_HELLO, compare, decode_error, encode_error};
 use pageferry_protocol::stream::payload::{StatePart, Totals, decode_runs, encode_runs};
-use pageferry_protocol::stream::record::{FLAG_STRAY, MAX_DATA_PAGES};
+use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_STRAY, FLAG_ZSTD, FLAGS_COMPRESSED, MAX_DATA_PAGES};
 use pageferry_protocol::stream::{Hello, Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
 use std::time::Duration;
 
@@ -87,10 +91,14 @@ pub fn record(data: &[u8]) -> bool {
     };
     let (range, length) = (header.range(), header.payload_length());
     assert!(length <= MAX_PAYLOAD);
+    let (stray, compressed) = (header.flags() & FLAG_STRAY, header.flags() & !FLAG_STRAY);
+    assert!(stray == 0 || matches!(kind, Kind::Data | Kind::Zero));
+    assert!(compressed == 0 || (kind == Kind::Data && [FLAG_LZ4, FLAG_ZSTD].contains(&compressed)));
     if kind == Kind::Data {
-        assert!(range.count <= MAX_DATA_PAGES && range.bytes() == length as u64);
+        assert!(range.count <= MAX_DATA_PAGES);
+        let length = length as u64;
+        assert!(if compressed == 0 { length == range.bytes() } else { length > 0 && length < range.bytes() });
     }
-    assert!(header.flags() == 0 || (header.flags() == FLAG_STRAY && matches!(kind, Kind::Data | Kind::Zero)));
     let rebuilt = RecordHeader::new(kind, header.flags(), header.block(), range, length).sealed(payload);
     assert_eq!(rebuilt.verify(kind, payload), Ok(()));
     assert_eq!(header.verify(kind, payload).is_ok(), rebuilt == header, "one checksum is right");
@@ -102,7 +110,7 @@ fn sealed(kind: Kind, flags: u16, range: PageRange, payload: &[u8]) -> Vec<u8> {
     [header.to_wire().as_slice(), payload].concat()
 }
 
-/// All kinds.
+/// All kinds, and both compressions.
 pub fn record_seeds() -> Vec<Vec<u8>> {
     let seed = |kind| match kind {
         Kind::Data => sealed(kind, FLAG_STRAY, PageRange::new(9, 2), &[7; 2 * PAGE_SIZE as usize]),
@@ -111,7 +119,21 @@ pub fn record_seeds() -> Vec<Vec<u8>> {
         Kind::Commit | Kind::Loaded | Kind::Resumed => sealed(kind, 0, PageRange::default(), &[]),
         _ => sealed(kind, 0, PageRange::default(), b"something of its own"),
     };
-    Kind::ALL.map(seed).into()
+    let mut seeds: Vec<_> = Kind::ALL.map(seed).into();
+    for (flag, stray) in [(FLAG_LZ4, 0), (FLAG_ZSTD, FLAG_STRAY)] {
+        seeds.push(sealed(Kind::Data, flag | stray, PageRange::new(9, 3), &packed(flag, 3)));
+    }
+    seeds
+}
+
+/// Pages of text, compressed.
+fn packed(flag: u16, pages: u64) -> Vec<u8> {
+    let compression = if flag == FLAG_LZ4 { Compression::Lz4 } else { Compression::Zstd(1) };
+    let text: Vec<u8> = (0..pages).flat_map(page_text).collect();
+    let mut compressor = Compressor::new(compression).expect("memory").expect("a compressor");
+    compressor.begin(text.len());
+    assert_eq!(compressor.add(&text).1, flag, "text shrinks");
+    compressor.output().to_vec()
 }
 
 /// The reader waits for what it does not have, and reads in large pieces.
@@ -219,7 +241,28 @@ pub fn payload(data: &[u8]) -> bool {
             Err(error) => refused(&error),
         },
         2 => exact(payload, Totals::decode, Totals::encode),
+        3 => pages(FLAG_LZ4, payload),
+        4 => pages(FLAG_ZSTD, payload),
         _ => false,
+    }
+}
+
+/// Compressed pages: the first byte says how many more than one. What comes out is as large as they are, and takes no more memory than that.
+fn pages(flag: u16, bytes: &[u8]) -> bool {
+    let (more, payload) = choice(bytes);
+    let range = PageRange::new(9, 1 + u64::from(more));
+    let header = RecordHeader::new(Kind::Data, flag, 3, range, payload.len());
+    if header.check().is_err() {
+        return false;
+    }
+    assert_eq!(header.flags() & FLAGS_COMPRESSED, flag);
+    let mut decompressor = Decompressor::new(FEATURES);
+    match within(fair(payload) + range.bytes() as usize, || decompressor.unpack(&header, payload).map(<[u8]>::len)) {
+        Ok(length) => {
+            assert_eq!(length as u64, range.bytes());
+            true
+        }
+        Err(error) => refused(&error),
     }
 }
 
@@ -243,12 +286,15 @@ fn runs(payload: &[u8], pages: u64) -> bool {
     }
 }
 
-/// Runs up to the end of a block, parts of the state, totals.
+/// Runs up to the end of a block, parts of the state, totals, compressed pages.
 pub fn payload_seeds() -> Vec<Vec<u8>> {
     let runs = encode_runs(&[PageRange::new(0, 1), PageRange::new(5, 10), PageRange::new(999, 1)]);
     let part = StatePart { name: "vcpu0", length: 9, offset: 4, bytes: b"12345" }.encode();
     let empty = StatePart { name: "", length: 1 << 30, offset: 1 << 30, bytes: b"" }.encode();
     let totals = Totals { data_pages: 1, zero_pages: 2, discarded_pages: 3, stray_pages: 4, passes: u64::MAX }.encode();
     let runs = [1000u64.to_le_bytes().to_vec(), runs].concat();
-    [(0, runs), (1, part), (1, empty), (2, totals)].map(|(kind, payload)| [vec![kind], payload].concat()).into()
+    let [lz4, zstd] = [FLAG_LZ4, FLAG_ZSTD].map(|flag| [vec![4], packed(flag, 5)].concat());
+    [(0, runs), (1, part), (1, empty), (2, totals), (3, lz4), (4, zstd)]
+        .map(|(kind, payload)| [vec![kind], payload].concat())
+        .into()
 }

@@ -2,7 +2,7 @@
 
 use crate::common::{Listening, Peer, SOON};
 use crate::geometry;
-use pageferry_client::Phase;
+use pageferry_client::{OutgoingOptions, Phase};
 use pageferry_protocol::control::SocketError;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{HEADER_SIZE, MAX_BODY};
@@ -92,6 +92,14 @@ fn requests_that_are_unknown_or_malformed_are_refused_by_name_and_the_connection
         assert_eq!(error.code, ErrorCode::Unsupported);
         assert!(error.sentence.contains(&format!("{unknown:#x}")), "{error}");
     }
+    let compressed = |which: u16, level: u16| {
+        let options = OutgoingOptions::default();
+        let mut body = Request::StartOutgoing { target: "unix:/x".into(), options }.encode();
+        // Before the two timeouts at the end.
+        let at = body.len() - 20;
+        body[at..at + 4].copy_from_slice(&[which.to_le_bytes(), level.to_le_bytes()].concat());
+        body
+    };
     let mut longer = Request::RemoveBlock { id: 1 }.encode();
     longer.push(0);
     let cases = [
@@ -106,6 +114,8 @@ fn requests_that_are_unknown_or_malformed_are_refused_by_name_and_the_connection
         (code::ADD_BLOCK, vec![0; 47], "field"),
         (code::SUBSCRIBE, Encoder::new().u32(1).finish(), "interval is 0x1"),
         (code::START_INCOMING, Encoder::new().text("unix:/x").u64(0).u64(1).finish(), "peer_timeout is 0x0"),
+        (code::START_OUTGOING, compressed(3, 0), "compression is 0x3, allowed: 0 none, 1 lz4, 2 zstd"),
+        (code::START_OUTGOING, compressed(2, 20), "compression_level is 0x14, allowed: 1 to 19 with zstd"),
         (code::START_OUTGOING, Encoder::new().u32(u32::MAX).finish(), "target"),
     ];
     for (request, body, word) in cases {

@@ -5,6 +5,7 @@ use crate::scene::{FakeSource, PAGES, Scene, hello};
 use pageferry_client::Phase;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::payload::{Totals, encode_runs};
+use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_STRAY, FLAG_ZSTD};
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
 use std::io::Write;
 
@@ -80,6 +81,27 @@ fn records_whose_form_is_wrong_fail_the_job() {
     });
     assert_fails(&["cut inside a record"], |source| source.stream.write_all(&[1; RECORD_SIZE / 2]).unwrap());
     assert_fails(&["closed the connection"], |_| {});
+}
+
+#[test]
+fn compressed_pages_that_were_not_negotiated_or_do_not_fit_fail_the_job() {
+    let data = |flags: u16, count: u64, length: usize| {
+        move |source: &mut FakeSource| {
+            let header = RecordHeader::new(Kind::Data, flags, 3, PageRange::new(0, count), length);
+            source.send(header, &vec![1; length]);
+        }
+    };
+    // The hello of this source offers nothing.
+    assert_fails(&["block 3", "flag 0x2, lz4, was not negotiated"], data(FLAG_LZ4, 1, 100));
+    assert_fails(&["block 3", "flag 0x4, zstd, was not negotiated"], data(FLAG_ZSTD | FLAG_STRAY, 1, 100));
+    assert_fails(&["flags 0x6", "exclude each other"], data(FLAG_LZ4 | FLAG_ZSTD, 1, 100));
+    assert_fails(&["payload length 0x1000 for 1 compressed pages"], data(FLAG_ZSTD, 1, 4096));
+    assert_fails(&["payload length 0x0 for 1 compressed pages"], data(FLAG_LZ4, 1, 0));
+    assert_fails(&["payload length 0x64 for 0 compressed pages"], data(FLAG_LZ4, 0, 100));
+    assert_fails(&["for 1025 compressed pages", "1 to 1024 pages"], data(FLAG_LZ4, 1025, 100));
+    assert_fails(&["Zero", "flags 0x2"], |source| {
+        source.send(RecordHeader::new(Kind::Zero, FLAG_LZ4, 3, PageRange::new(0, 1), 0), &[]);
+    });
 }
 
 #[test]

@@ -1,0 +1,205 @@
+//! Compressed pages, one stream's part.
+//!
+//! What comes out is bounded by the page count of the record, which its header was checked for, whatever the payload claims: the buffer is exactly as large as
+//! the pages, and what would not fit is an error.
+
+use crate::job::JobError;
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_protocol::stream::RecordHeader;
+use pageferry_protocol::stream::hello::{FEATURE_LZ4, FEATURE_ZSTD};
+use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_ZSTD, MAX_DATA_PAGES};
+use std::fmt;
+
+/// Why a compressed record is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecompressError {
+    /// The flag was not negotiated.
+    #[error("flag {flag:#x}, {method}, was not negotiated on this stream")]
+    NotNegotiated {
+        /// The flag.
+        flag: u16,
+        /// What it stands for.
+        method: &'static str,
+    },
+    /// Fewer bytes than the pages have.
+    #[error("{length:#x} bytes of {method} hold {found:#x} bytes, expected {expected:#x}")]
+    Short {
+        /// What the payload is said to be.
+        method: &'static str,
+        /// Length of the payload in bytes.
+        length: usize,
+        /// What came out of it.
+        found: usize,
+        /// What the pages have.
+        expected: usize,
+    },
+    /// More bytes than the pages have, or garbage.
+    #[error("{length:#x} bytes of {method} cannot be decompressed to {expected:#x} bytes: {reason}")]
+    Broken {
+        /// What the payload is said to be.
+        method: &'static str,
+        /// Length of the payload in bytes.
+        length: usize,
+        /// What the pages have.
+        expected: usize,
+        /// What the decompressor says.
+        reason: String,
+    },
+}
+
+/// Decompresses the records of one stream.
+#[derive(Default)]
+pub struct Decompressor {
+    /// What was negotiated.
+    features: u64,
+    /// Comes with the first compressed record, and grows with the largest.
+    buffer: Vec<u8>,
+    /// Comes with the first record that needs it.
+    zstd: Option<zstd::bulk::Decompressor<'static>>,
+}
+
+impl Decompressor {
+    /// For a stream on which `features` were negotiated. It takes no memory before the first compressed record.
+    pub fn new(features: u64) -> Self {
+        Self { features, ..Self::default() }
+    }
+
+    /// The content of the pages of a record with a checked header that has one of the flags for compression.
+    ///
+    /// # Errors
+    /// If it was not negotiated, or the payload does not hold exactly these pages.
+    pub fn unpack(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<&[u8], JobError> {
+        let range = header.range();
+        let failed =
+            |source| JobError::Compressed { id: header.block(), first: range.first, count: range.count, source };
+        let (flag, feature, method) = if header.flags() & FLAG_LZ4 != 0 {
+            (FLAG_LZ4, FEATURE_LZ4, "lz4")
+        } else {
+            (FLAG_ZSTD, FEATURE_ZSTD, "zstd")
+        };
+        if self.features & feature == 0 {
+            return Err(failed(DecompressError::NotNegotiated { flag, method }));
+        }
+        debug_assert!((1..=MAX_DATA_PAGES).contains(&range.count));
+        let expected = (range.count * PAGE_SIZE) as usize;
+        if self.buffer.len() < expected {
+            self.buffer.resize(expected, 0);
+        }
+        let length = payload.len();
+        let broken = |reason: String| failed(DecompressError::Broken { method, length, expected, reason });
+        let pages = &mut self.buffer[..expected];
+        let found = if flag == FLAG_LZ4 {
+            lz4_flex::block::decompress_into(payload, pages).map_err(|error| broken(error.to_string()))?
+        } else {
+            let context = match &mut self.zstd {
+                Some(context) => context,
+                none => none.insert(
+                    zstd::bulk::Decompressor::new()
+                        .map_err(|source| JobError::Io { what: "make a zstd decompressor", source })?,
+                ),
+            };
+            context.decompress_to_buffer(payload, pages).map_err(|error| broken(error.to_string()))?
+        };
+        if found != expected {
+            return Err(failed(DecompressError::Short { method, length, found, expected }));
+        }
+        Ok(pages)
+    }
+}
+
+impl fmt::Debug for Decompressor {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Decompressor")
+            .field("features", &self.features)
+            .field("buffer", &self.buffer.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_protocol::memory::PageRange;
+    use pageferry_protocol::stream::Kind;
+    use pageferry_protocol::stream::hello::FEATURES;
+    use proptest::prelude::*;
+
+    fn header(flag: u16, count: u64, payload: &[u8]) -> RecordHeader {
+        RecordHeader::new(Kind::Data, flag, 3, PageRange::new(9, count), payload.len())
+    }
+
+    fn pack(flag: u16, bytes: &[u8]) -> Vec<u8> {
+        if flag == FLAG_LZ4 { lz4_flex::block::compress(bytes) } else { zstd::bulk::compress(bytes, 1).unwrap() }
+    }
+
+    #[track_caller]
+    fn refused(flag: u16, count: u64, payload: &[u8]) -> String {
+        let mut decompressor = Decompressor::new(FEATURES);
+        let error = decompressor.unpack(&header(flag, count, payload), payload).unwrap_err();
+        assert!(decompressor.buffer.len() as u64 <= count * PAGE_SIZE);
+        crate::error::chain(&error)
+    }
+
+    #[test]
+    fn too_much_too_little_and_garbage_are_told_apart_and_bounded() {
+        for (flag, method) in [(FLAG_LZ4, "lz4"), (FLAG_ZSTD, "zstd")] {
+            let short = refused(flag, 2, &pack(flag, &[7; 8191]));
+            assert!(short.contains("pages 0x9 + 0x2 of block 3"), "{short}");
+            assert!(short.contains(&format!("of {method} hold 0x1fff bytes, expected 0x2000")), "{short}");
+            // 64 MiB in few bytes.
+            for much in [4097, 8192, 64 << 20] {
+                let bomb = refused(flag, 1, &pack(flag, &vec![7; much]));
+                assert!(bomb.contains(&format!("of {method} cannot be decompressed to 0x1000 bytes")), "{bomb}");
+            }
+            let garbage = refused(flag, 2, &[0xff; 100]);
+            assert!(garbage.contains("0x64 bytes of"), "{garbage}");
+            let cut = pack(flag, &[7; 8192]);
+            refused(flag, 2, &cut[..cut.len() - 1]);
+        }
+    }
+
+    #[test]
+    fn what_was_not_negotiated_is_refused_by_name_and_costs_no_memory() {
+        for (flag, features, words) in [
+            (FLAG_LZ4, FEATURE_ZSTD, "flag 0x2, lz4, was not negotiated"),
+            (FLAG_ZSTD, FEATURE_LZ4, "flag 0x4, zstd, was not negotiated"),
+            (FLAG_LZ4, 0, "flag 0x2, lz4"),
+        ] {
+            let payload = pack(flag, &[7; 4096]);
+            let mut decompressor = Decompressor::new(features);
+            let error = decompressor.unpack(&header(flag, 1, &payload), &payload).unwrap_err();
+            assert!(crate::error::chain(&error).contains(words), "{}", crate::error::chain(&error));
+            assert!(decompressor.buffer.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_record_after_a_broken_one_is_right() {
+        let mut decompressor = Decompressor::new(FEATURES);
+        for flag in [FLAG_LZ4, FLAG_ZSTD] {
+            let good = pack(flag, &[5; 12288]);
+            assert!(decompressor.unpack(&header(flag, 3, &good[..9]), &good[..9]).is_err());
+            assert!(decompressor.unpack(&header(flag, 3, &good), &good).unwrap() == [5; 12288]);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_payload_makes_it_panic(
+            payload in prop::collection::vec(any::<u8>(), 1..300), at in any::<prop::sample::Index>(), byte in any::<u8>(),
+        ) {
+            let mut decompressor = Decompressor::new(FEATURES);
+            for flag in [FLAG_LZ4, FLAG_ZSTD] {
+                let _ = decompressor.unpack(&header(flag, 1, &payload), &payload);
+                // One that was right but for a byte.
+                let mut close = pack(flag, &payload.repeat(4096 / payload.len() + 1)[..4096]);
+                let at = at.index(close.len());
+                close[at] = byte;
+                if let Ok(pages) = decompressor.unpack(&header(flag, 1, &close), &close) {
+                    prop_assert_eq!(pages.len(), 4096);
+                }
+            }
+        }
+    }
+}
