@@ -83,7 +83,8 @@ impl Killed {
     /// The agent survived its VMM, ended the job, and let go of the memory.
     fn assert_agent_is_free(&mut self) {
         let job = self.job();
-        assert_eq!((job.job, job.phase), (1, Phase::Cancelled), "{}", job.error);
+        // Whichever comes first: the session sees its VMM gone and cancels, or a hook that the job waits for sees it and fails.
+        assert!(job.job == 1 && matches!(job.phase, Phase::Cancelled | Phase::Failed), "{job:?}");
         assert!(!job.error.is_empty());
         let descriptors = format!("/proc/{}/fd", self.agent.process().id());
         wait_until("the agent to let go of the memory", SOON, || {
