@@ -77,7 +77,7 @@ fn an_operator_migrates_a_guest_and_reads_how_it_went_even_after_the_vmm_left() 
     let listen = Target::Address(address.clone());
     let incoming = destination.client.start_incoming(listen, &IncomingOptions::default()).unwrap().job;
 
-    let migrated = source.run("migrate", &["--to", &address, "--streams", "2", "--json"]);
+    let migrated = source.run("migrate", &["--to", &address, "--streams", "2", "--compress", "zstd:3", "--json"]);
     assert!(migrated.status.success(), "{migrated:?}");
     assert_eq!(last_object(&migrated)["status"], "completed");
     assert_eq!(destination.client.wait(incoming, PATIENCE).unwrap().phase, Phase::Completed);
@@ -86,6 +86,9 @@ fn an_operator_migrates_a_guest_and_reads_how_it_went_even_after_the_vmm_left() 
 
     let seen = source.json("status");
     assert_eq!((&seen["status"], &seen["pages_sent"], &seen["job"]), (&"completed".into(), &1.into(), &1.into()));
+    let wire_bytes = seen["wire_bytes"].as_u64().unwrap();
+    // The state of the VMM alone is 3000.
+    assert!(wire_bytes < 4096 + 3000, "the page was not compressed: {wire_bytes} bytes on the wire");
     assert!(source.run("watch", &[]).status.success(), "the job that ended is shown");
     let table = text(&source.run("status", &[]).stdout);
     assert!(table.contains("1 outgoing") && table.contains("pages sent         1 (4.0 KiB)"), "{table}");

@@ -4,6 +4,7 @@ use crate::geometry;
 use crate::scene::{FakeSource, PAGES, Scene, hello};
 use pageferry_client::Phase;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
+use pageferry_protocol::stream::hello::{Accept, FEATURE_LZ4, FEATURE_ZSTD, FEATURES};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -70,6 +71,35 @@ fn a_wrong_magic_and_a_wrong_version_are_rejected_in_words() {
     source.hello(&Hello { streams: 65, ..hello() });
     assert!(source.sentence(Kind::Reject).contains("streams is 0x41"));
     scene.assert_takes_a_guest(job);
+}
+
+#[test]
+fn of_the_features_that_are_offered_those_are_accepted_that_are_known() {
+    let scene = Scene::new();
+    let newer = 1 << 63 | FEATURE_ZSTD;
+    for (offered, known) in [(0, 0), (FEATURE_LZ4, FEATURE_LZ4), (newer, FEATURE_ZSTD), (u64::MAX, FEATURES)] {
+        let job = scene.listen();
+        let mut source = FakeSource::connect(&scene);
+        source.hello(&Hello { features: offered, ..hello() });
+        let (kind, payload) = source.next();
+        assert_eq!((kind, Accept::decode(&payload).unwrap().features), (Kind::Accept, known));
+        drop(source);
+        scene.destination.wait(job);
+    }
+    // What one stream offers and another does not is not offered.
+    let job = scene.listen();
+    let mut sources = [0u16, 1].map(|stream| {
+        let mut source = FakeSource::connect(&scene);
+        let features = if stream == 0 { FEATURES } else { FEATURE_LZ4 };
+        let blocks = if stream == 0 { hello().blocks } else { BlockTable::new() };
+        source.hello(&Hello { features, stream, streams: 2, blocks, ..hello() });
+        source
+    });
+    let (_, payload) = sources[0].next();
+    assert_eq!(Accept::decode(&payload).unwrap().features, FEATURE_LZ4);
+    drop(sources);
+    scene.destination.wait(job);
+    scene.assert_takes_a_guest(scene.listen());
 }
 
 #[test]
