@@ -5,8 +5,8 @@ use super::bus_guard::GuardedRange;
 use super::fence::{MAX_READERS, Readers};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// A block of guest memory.
 #[derive(Debug)]
@@ -113,8 +113,10 @@ pub struct GuestMemory {
     pub log: Option<Arc<GuestLog>>,
     /// Who is reading what.
     pub readers: Readers,
-    /// Goes on with every discard and populate, after its marks and before its acknowledgement. Who has walked the bitmaps at one value need not do so
-    /// again until it has another: what is under way has not been acknowledged, and is found the next time.
+    /// Held while a discard marks, and while a fix-up looks whether a discarded page was written since and marks it as stray: or it would mark what was
+    /// discarded again meanwhile.
+    pub marking: Mutex<()>,
+    /// See [`GuestMemory::changes`].
     changes: AtomicU64,
 }
 
@@ -129,7 +131,15 @@ impl GuestMemory {
     pub fn new(blocks: Vec<Arc<Block>>, table: BlockTable, log: Option<Arc<GuestLog>>) -> Self {
         let mut by_id: Vec<(u32, usize)> = blocks.iter().map(|block| block.geometry.id).zip(0..).collect();
         by_id.sort_unstable();
-        Self { blocks, by_id, table, log, readers: Readers::new(MAX_READERS), changes: AtomicU64::new(1) }
+        Self {
+            blocks,
+            by_id,
+            table,
+            log,
+            readers: Readers::new(MAX_READERS),
+            marking: Mutex::new(()),
+            changes: AtomicU64::new(0),
+        }
     }
 
     /// The blocks. Their order is that of the workers' chunks and of the fence.
@@ -137,14 +147,22 @@ impl GuestMemory {
         &self.blocks
     }
 
-    /// A discard or populate has set all its marks.
-    pub(super) fn changed(&self) {
-        self.changes.fetch_add(1, Ordering::Release);
+    /// To be held while a discard or populate sets its marks.
+    pub(super) fn change(&self) -> Change<'_> {
+        // Before the first mark: who sees one sees this, too.
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        Change { memory: self }
     }
 
-    /// How many discards and populates there were. Never zero. Ask before walking the bitmaps.
+    /// How far the discards and populates have come: odd while one is under way. Who has walked the bitmaps and asked before that need not walk again
+    /// while [`GuestMemory::is_unchanged`].
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
+    }
+
+    /// True if no discard or populate has set a mark since [`GuestMemory::changes`] was `since`.
+    pub fn is_unchanged(&self, since: u64) -> bool {
+        since.is_multiple_of(2) && self.changes() == since
     }
 
     /// The geometries.
@@ -157,5 +175,17 @@ impl GuestMemory {
         let at = self.by_id.binary_search_by_key(&id, |(id, _)| *id).ok()?;
         let (_, index) = self.by_id[at];
         Some((index, &self.blocks[index]))
+    }
+}
+
+/// A discard or populate that is under way; over on drop. They come one at a time.
+#[derive(Debug)]
+pub(super) struct Change<'a> {
+    memory: &'a GuestMemory,
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.memory.changes.fetch_add(1, Ordering::AcqRel);
     }
 }

@@ -16,6 +16,7 @@ use super::block::{Block, GuestMemory};
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{PageRange, RangeError};
 use pageferry_protocol::shm::bitmap::WORD_BITS;
+use std::sync::PoisonError;
 
 /// A range that does not exist.
 #[derive(Debug, thiserror::Error)]
@@ -50,13 +51,16 @@ impl GuestMemory {
     /// If a range does not exist; nothing is changed then.
     pub fn discard(&self, ranges: &[BlockRange], punch: bool) -> Result<u64, DiscardError> {
         let checked = self.check(ranges, PageRange::inward)?;
+        let _change = self.change();
         let mut changed = 0;
+        let marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
         for (index, range) in &checked {
             let block = &self.blocks()[*index];
             block.unsettled.set(*range);
             block.stray.clear(*range);
             changed += block.discarded.set(*range);
         }
+        drop(marking);
         self.readers.wait(|index, word| {
             let read = PageRange::new(word * WORD_BITS, WORD_BITS);
             checked.iter().any(|(other, range)| *other == index && range.overlaps(&read))
@@ -66,7 +70,6 @@ impl GuestMemory {
                 free(&self.blocks()[index], range);
             }
         }
-        self.changed();
         Ok(changed)
     }
 
@@ -77,6 +80,7 @@ impl GuestMemory {
     /// If a range does not exist; nothing is changed then.
     pub fn populate(&self, ranges: &[BlockRange]) -> Result<u64, DiscardError> {
         let checked = self.check(ranges, PageRange::outward)?;
+        let _change = self.change();
         let mut changed = 0;
         for (index, range) in checked {
             let block = &self.blocks()[index];
@@ -90,7 +94,6 @@ impl GuestMemory {
             block.stray.clear(range);
             block.unsettled.clear(range);
         }
-        self.changed();
         Ok(changed)
     }
 

@@ -28,7 +28,11 @@ use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
+use std::sync::PoisonError;
 use std::time::Instant;
+
+/// No value that [`GuestMemory::changes`] has while nothing is under way.
+const NEVER: u64 = u64::MAX;
 
 /// What is dirty, and what the destination was told of discards.
 #[derive(Debug)]
@@ -63,8 +67,8 @@ impl DirtyState {
             settling: DirtyPages::none(memory)?,
             dropped: DirtyPages::none(memory)?,
             remaining: 0,
-            settled_at: 0,
-            told_at: 0,
+            settled_at: NEVER,
+            told_at: NEVER,
             settles: false,
             found_stray: false,
         })
@@ -76,7 +80,10 @@ impl DirtyState {
     }
 
     /// Drops the stale bits of one block, in the tracker, too, if that does not do so by itself.
-    fn fix_up(&mut self, at: usize, block: &Block, trackers: &Trackers, first_sync: bool) -> Result<(), JobError> {
+    fn fix_up(
+        &mut self, memory: &GuestMemory, at: usize, trackers: &Trackers, first_sync: bool,
+    ) -> Result<(), JobError> {
+        let block = &memory.blocks()[at];
         let (dirty, settling, dropped) = (self.pages.block(at), self.settling.block(at), self.dropped.block(at));
         let mut any = false;
         // What is dirty is little; what is discarded may be most of the guest.
@@ -85,6 +92,8 @@ impl DirtyState {
             if suspects == 0 {
                 continue;
             }
+            // A discard has marked all of its pages, or none.
+            let _marking = memory.marking.lock().unwrap_or_else(PoisonError::into_inner);
             let unsure = settling.word(word) | block.unsettled.word(word);
             let known = suspects & block.stray.word(word);
             let mut stray = 0;
@@ -151,7 +160,7 @@ impl Migration {
         let started = Instant::now();
         let memory = self.job.memory.clone();
         let changes = memory.changes();
-        if changes != self.dirty.settled_at {
+        if !memory.is_unchanged(self.dirty.settled_at) {
             for (at, block) in memory.blocks().iter().enumerate() {
                 let settling = self.dirty.settling.block(at);
                 // Only what is still waiting for its first sync; what a discard that is under way sets after this is looked at where it is.
@@ -170,7 +179,7 @@ impl Migration {
         let memory = self.job.memory.clone();
         let started = Instant::now();
         for (at, block) in memory.blocks().iter().enumerate() {
-            self.dirty.fix_up(at, block, &self.trackers, first_sync)?;
+            self.dirty.fix_up(&memory, at, &self.trackers, first_sync)?;
             if self.dirty.settles {
                 self.dirty.settling.block(at).clear(block.all());
             }
@@ -191,7 +200,7 @@ impl Migration {
         let memory = self.job.memory.clone();
         let changes = memory.changes();
         // With neither discards nor populates nor stray pages since the last time there is no news, and the fix-up has left no dirty page that was told.
-        if changes == self.dirty.told_at && !self.dirty.found_stray {
+        if memory.is_unchanged(self.dirty.told_at) && !self.dirty.found_stray {
             return Ok(());
         }
         (self.dirty.told_at, self.dirty.found_stray) = (changes, false);
