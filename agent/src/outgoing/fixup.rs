@@ -134,8 +134,7 @@ fn written_since(block: &Block, word: u64, suspects: u64) -> Result<u64, JobErro
 }
 
 impl Migration {
-    /// Starts the trackers. What they report by now is older than the start, and pass 0 sends all that is allocated anyway; but what they hold of it has
-    /// to be cleared there, chunk by chunk.
+    /// Starts the trackers. What they report by now is older than the start, and pass 0 adds all that is allocated, chunk by chunk.
     pub(super) fn start_tracking(&mut self) -> Result<(), JobError> {
         let memory = self.job.memory.clone();
         for block in memory.blocks() {

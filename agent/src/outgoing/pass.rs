@@ -10,6 +10,7 @@ use crate::job::{JobError, get};
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::LazyClear;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::stream::Kind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -124,52 +125,39 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
     while let Some((at, chunk)) = pass.chunks.claim(memory) {
         let block: &Block = &memory.blocks()[at];
         let dirty = pass.dirty.pages.block(at);
+        if pass.number == 0 {
+            find_allocated(block, dirty, pass.dirty.told.block(at), chunk)?;
+        }
         if let Some(lazy) = pass.lazy {
             // Law 7 for a tracker whose sync does not clear: before the first read in the chunk.
             lazy.clear(block.geometry.id, dirty, chunk)?;
         }
-        if pass.number == 0 {
-            send_allocated(pass, sender, (at, block), chunk)?;
-        } else {
-            send_dirty(pass, sender, (at, block), chunk)?;
-        }
-        sender.flush(&pass.view)?;
+        send_chunk(pass, sender, (at, block), dirty, chunk)?;
     }
     Ok(())
 }
 
-/// Pass 0: sends what is allocated and not discarded.
+/// What pass 0 has to send of a chunk, made dirty: what is allocated, and what was not told to the destination as discarded before the pass. What was told is
+/// none of it even if it is populated meanwhile; see `find_news`.
 ///
 /// The holes need not be sent, since the destination starts from holes. A hole that is written after the walk here came by is reported by a tracker,
 /// since all of them were started before.
-fn send_allocated(
-    pass: &Pass<'_>, sender: &mut PageSender, (at, block): (usize, &Block), chunk: PageRange,
-) -> Result<(), JobError> {
-    let (dirty, told) = (pass.dirty.pages.block(at), pass.dirty.told.block(at));
+fn find_allocated(block: &Block, dirty: &MappedBitmap, told: &MappedBitmap, chunk: PageRange) -> Result<(), JobError> {
     let failed = |source| JobError::Backing { id: block.geometry.id, source };
-    let mut done = chunk.first;
     for run in block.backing.data_runs(chunk) {
         let run = run.map_err(failed)?;
-        dirty.clear(PageRange::new(done, run.first - done));
         for word in run.first / WORD_BITS..run.end().div_ceil(WORD_BITS) {
-            pass.view.job.cancel.check()?;
             let first = word * WORD_BITS;
             let pages = run.intersection(&PageRange::new(first, WORD_BITS));
-            // What the destination was told of before the pass is none of it, even if it is populated meanwhile; see `find_news`.
-            let bits = word_mask(pages.first - first, pages.end() - first) & !told.word(word);
-            sender.take_word(&pass.view, (at, block), dirty, word, bits)?;
+            dirty.or_word(word, word_mask(pages.first - first, pages.end() - first) & !told.word(word));
         }
-        done = run.end();
     }
-    dirty.clear(PageRange::new(done, chunk.end() - done));
     Ok(())
 }
 
-/// Any other pass: sends what is dirty.
-fn send_dirty(
-    pass: &Pass<'_>, sender: &mut PageSender, (at, block): (usize, &Block), chunk: PageRange,
+fn send_chunk(
+    pass: &Pass<'_>, sender: &mut PageSender, (at, block): (usize, &Block), dirty: &MappedBitmap, chunk: PageRange,
 ) -> Result<(), JobError> {
-    let dirty = pass.dirty.pages.block(at);
     let mut hole = HoleFinder::new(block, chunk);
     for (word, _) in dirty.nonzero_words(chunk) {
         pass.view.job.cancel.check()?;
@@ -178,10 +166,10 @@ fn send_dirty(
             continue;
         }
         let data_before = sender.totals.data_pages;
-        sender.take_word(&pass.view, (at, block), dirty, word, 0)?;
+        sender.take_word(&pass.view, (at, block), dirty, word)?;
         hole.saw(sender.totals.data_pages > data_before);
     }
-    Ok(())
+    sender.flush(&pass.view)
 }
 
 /// Finds large holes among dirty pages, as a populate of much memory makes them: one seek instead of reading gigabytes of zeroes.

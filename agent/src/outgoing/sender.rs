@@ -61,8 +61,8 @@ struct TakenWord {
 
 impl TakenWord {
     /// Laws 1 and 7 for one word: takes the bits, and leaves out what is discarded.
-    fn take(pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64, more: u64) -> Self {
-        let taken = dirty.take_word(word) | more;
+    fn take(pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64) -> Self {
+        let taken = dirty.take_word(word);
         add(&pass.job.live.pass_pages_done, u64::from(taken.count_ones()));
         let discarded = block.discarded.word(word) & taken;
         let stray = if discarded == 0 { 0 } else { block.stray.word(word) & discarded };
@@ -96,12 +96,12 @@ impl PageSender {
         self.broken
     }
 
-    /// Takes the dirty pages of word `word` of the block, and those of `more`, and queues what they hold.
+    /// Takes the dirty pages of word `word` of the block, and queues what they hold.
     ///
     /// # Errors
     /// If the file cannot be read or the stream is broken.
     pub fn take_word(
-        &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap, word: u64, more: u64,
+        &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap, word: u64,
     ) -> Result<(), JobError> {
         if self.buffer.is_empty() {
             self.buffer = vec![0; BATCH + WORD_BYTES];
@@ -110,7 +110,7 @@ impl PageSender {
         let start = self.filled;
         // Law 7: take the bits, then read. Law 1: publish, then look at the marks; see the fence.
         let reading = pass.job.memory.readers.reading(self.index, at, word);
-        let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word, more);
+        let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
         for run in runs_of_word(first, send) {
             let bytes = run.bytes() as usize;
             let target = &mut self.buffer[self.filled..self.filled + bytes];
@@ -125,7 +125,7 @@ impl PageSender {
 
     /// Takes the dirty pages of word `word` of the block, which lie in a hole: they are zero, and nothing need be read to know.
     pub fn take_hole(&mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64) {
-        let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word, 0);
+        let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
         self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, send, stray);
     }
 
