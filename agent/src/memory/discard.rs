@@ -9,6 +9,10 @@
 //! - `unsettled` is set before `discarded`, and cleared only after the punch: a sync in between does not take what is still
 //!   allocated for a stray write.
 //! - `stray` is cleared before `discarded` is set: a worker that still saw the old stray bit has published its word, and the fence waits for it.
+//! - `marking` is held while these three are set, and while a fix-up judges a page and sets `stray`: or a page that is discarded once more between
+//!   the two would be stray again.
+//! - `changes` is odd from before the first mark until after the last: whoever saw a mark, or what a populate wrote into the log, does not take the bitmaps
+//!   for unchanged.
 //! - a populate clears `discarded` first and marks the log after: a sync that comes between them may drop the pages, and finds them in the
 //!   log the next time.
 
