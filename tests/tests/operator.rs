@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::{Ram, Vmm, VmmHooks};
-use pageferry_client::{Client, Config, IncomingOptions, OutgoingOptions, Phase, Target};
+use common::{Attached, PROGRAM, Ram};
+use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, Target};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::AgentProcess;
 use pageferry_tests::vmm::PATIENCE;
@@ -12,26 +12,19 @@ use serde_json::Value;
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::sync::Arc;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 const PAGES: u64 = 4096;
 
 /// An agent as a process, and its VMM in this one.
 struct Side {
-    client: Client,
-    vmm: Arc<Vmm>,
-    ram: Ram,
+    vmm: Attached,
     agent: AgentProcess,
 }
 
 impl Side {
     fn new(folder: &Path, name: &str) -> Self {
         let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder, name).unwrap();
-        let (client, vmm) = attach(&agent);
-        let ram = Ram::odd(PAGES);
-        ram.add_to(&client);
-        Self { client, vmm, ram, agent }
+        Self { vmm: Attached::new(agent.socket(), Ram::odd(PAGES)), agent }
     }
 
     fn command(&self, what: &str, more: &[&str]) -> Command {
@@ -50,14 +43,6 @@ impl Side {
     }
 }
 
-fn attach(agent: &AgentProcess) -> (Client, Arc<Vmm>) {
-    let config = Config { log_covers: 1 << 30, ..Config::default() };
-    let (client, channel) = Client::connect(agent.socket(), config).unwrap();
-    let vmm = Vmm::new();
-    channel.spawn(VmmHooks(vmm.clone())).unwrap();
-    (client, vmm)
-}
-
 fn last_object(output: &Output) -> Value {
     let text = String::from_utf8(output.stdout.clone()).unwrap();
     serde_json::from_str(text.lines().last().unwrap_or_else(|| panic!("nothing printed: {output:?}"))).unwrap()
@@ -72,17 +57,17 @@ fn an_operator_migrates_a_guest_and_reads_how_it_went_even_after_the_vmm_left() 
     let folder = tempfile::tempdir().unwrap();
     let (source, destination) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
     assert_eq!(text(&source.run("status", &[]).stdout), "no job was started yet\n");
-    source.ram.write(17, 1234);
+    source.vmm.ram.write(17, 1234);
     let address = format!("unix:{}", folder.path().join("stream").display());
     let listen = Target::Address(address.clone());
-    let incoming = destination.client.start_incoming(listen, &IncomingOptions::default()).unwrap().job;
+    let incoming = destination.vmm.client.start_incoming(listen, &IncomingOptions::default()).unwrap().job;
 
     let migrated = source.run("migrate", &["--to", &address, "--streams", "2", "--compress", "zstd:3", "--json"]);
     assert!(migrated.status.success(), "{migrated:?}");
     assert_eq!(last_object(&migrated)["status"], "completed");
-    assert_eq!(destination.client.wait(incoming, PATIENCE).unwrap().phase, Phase::Completed);
-    assert_eq!(destination.ram.stamp(17), 1234);
-    assert!(source.vmm.is_paused());
+    assert_eq!(destination.vmm.client.wait(incoming, PATIENCE).unwrap().phase, Phase::Completed);
+    assert_eq!(destination.vmm.ram.stamp(17), 1234);
+    assert!(source.vmm.vmm.is_paused());
 
     let seen = source.json("status");
     assert_eq!((&seen["status"], &seen["pages_sent"], &seen["job"]), (&"completed".into(), &1.into(), &1.into()));
@@ -94,17 +79,15 @@ fn an_operator_migrates_a_guest_and_reads_how_it_went_even_after_the_vmm_left() 
     assert!(table.contains("1 outgoing") && table.contains("pages sent         1 (4.0 KiB)"), "{table}");
 
     // The VMM leaves; who looks later still finds what became of the job, until the next VMM has one.
-    let Side { client, agent, .. } = source;
-    drop(client);
-    let (client, vmm) = attach(&agent);
-    let ram = Ram::odd(PAGES);
-    ram.add_to(&client);
-    let source = Side { client, vmm, ram, agent };
+    let Side { vmm, agent } = source;
+    drop(vmm);
+    let source = Side { vmm: Attached::new(agent.socket(), Ram::odd(PAGES)), agent };
     assert_eq!(source.json("status"), seen);
     let options = OutgoingOptions::default();
-    let job = source.client.start_outgoing(Target::Address("unix:/nonexistent/stream".into()), &options).unwrap().job;
+    let job =
+        source.vmm.client.start_outgoing(Target::Address("unix:/nonexistent/stream".into()), &options).unwrap().job;
     assert_eq!(job, 2, "jobs are counted on");
-    assert_eq!(source.client.wait(job, PATIENCE).unwrap().phase, Phase::Failed);
+    assert_eq!(source.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Failed);
     assert_eq!(source.json("status")["status"], "failed");
 }
 
@@ -112,13 +95,13 @@ fn an_operator_migrates_a_guest_and_reads_how_it_went_even_after_the_vmm_left() 
 fn an_operator_cancels_and_whoever_watches_sees_it_end() {
     let folder = tempfile::tempdir().unwrap();
     let (source, destination) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
-    (0..PAGES).for_each(|page| source.ram.write(page, page + 1));
+    (0..PAGES).for_each(|page| source.vmm.ram.write(page, page + 1));
     let address = format!("unix:{}", folder.path().join("stream").display());
-    destination.client.start_incoming(Target::Address(address.clone()), &IncomingOptions::default()).unwrap();
+    destination.vmm.client.start_incoming(Target::Address(address.clone()), &IncomingOptions::default()).unwrap();
     // 16 MiB at 64 KiB a second: it does not end by itself.
     let migrate = source.command("migrate", &["--to", &address, "--bandwidth", "64K", "--json"]);
     let migrate = { migrate }.stdout(Stdio::piped()).spawn().unwrap();
-    wait_until("passes", PATIENCE, || source.client.status().unwrap().phase == Phase::Passes).unwrap();
+    wait_until("passes", PATIENCE, || source.vmm.client.status().unwrap().phase == Phase::Passes).unwrap();
     let watch = { source.command("watch", &["--json"]) }.stdout(Stdio::piped()).spawn().unwrap();
     let cancelled = source.run("cancel", &["--json"]);
     assert!(cancelled.status.success(), "{cancelled:?}");
@@ -127,7 +110,7 @@ fn an_operator_cancels_and_whoever_watches_sees_it_end() {
         assert!(!output.status.success(), "what was asked for did not happen");
         assert_eq!(last_object(&output)["status"], "cancelled");
     }
-    assert!(!source.vmm.is_paused());
+    assert!(!source.vmm.vmm.is_paused());
 }
 
 #[test]
