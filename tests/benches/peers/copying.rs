@@ -2,7 +2,7 @@
 
 use super::Bench;
 use super::floor;
-use super::image::{Image, WarmPool};
+use super::image::{Image, WarmPool, full_guest};
 use super::ours::{Moved, Side, migrate};
 use super::qemu::Mode;
 use super::table::{Better, Table, median};
@@ -57,10 +57,7 @@ fn movers(bench: &Bench) -> Vec<Mover> {
 pub fn full(bench: &Bench, table: &mut Table) {
     const WORK: &str = "full";
     let size = 2 * GIB / bench.shrink;
-    let source = Image::new(&bench.folder, "source", size);
-    let destination = Image::new(&bench.folder, "destination", size);
-    source.fill(0, size);
-    let _warm = WarmPool::new(&bench.folder, size * 2);
+    let (source, destination, _warm) = full_guest(&bench.folder, size);
     floor::copy(&source, &destination, 1);
     let mut movers = movers(bench);
     for _ in 0..bench.rounds {

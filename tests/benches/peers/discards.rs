@@ -1,7 +1,7 @@
 //! Discards: how many a second are acknowledged, and how long one takes while the agent migrates at full speed.
 
 use super::Bench;
-use super::image::{Image, WarmPool};
+use super::image::{Image, full_guest};
 use super::ours::Side;
 use super::table::Table;
 use pageferry_client::{BlockRange, IncomingOptions, OutgoingOptions, Phase, Punch, Target};
@@ -50,10 +50,7 @@ fn batches(bench: &Bench, table: &mut Table) {
 /// One discard at a time, at a steady pace, while a full guest is migrated at full speed.
 fn single(bench: &Bench, table: &mut Table) {
     let size = 2 * GIB / bench.shrink;
-    let source = Image::new(&bench.folder, "source", size);
-    let destination = Image::new(&bench.folder, "destination", size);
-    source.fill(0, size);
-    let _warm = WarmPool::new(&bench.folder, size * 2);
+    let (source, destination, _warm) = full_guest(&bench.folder, size);
     let pages = size / PAGE_SIZE;
     let mut idle = Vec::new();
     let mut during = Vec::new();

@@ -78,6 +78,13 @@ impl Image {
     }
 }
 
+/// A guest full of content, a place for it to go to, and warm memory for that place.
+pub fn full_guest(folder: &Path, size: u64) -> (Image, Image, WarmPool) {
+    let (source, destination) = (Image::new(folder, "source", size), Image::new(folder, "destination", size));
+    source.fill(0, size);
+    (source, destination, WarmPool::new(folder, size * 2))
+}
+
 /// Free memory that stays warm.
 ///
 /// In a virtual machine the first touch of a page comes from the host underneath and is dear, and free page reporting gives large free

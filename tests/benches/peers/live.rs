@@ -2,7 +2,7 @@
 
 use super::Bench;
 use super::floor;
-use super::image::{Image, WarmPool};
+use super::image::{Image, full_guest};
 use super::table::{Better, Table};
 use pageferry_agent::tracking::pagemap::Pagemap;
 use pageferry_client::tracking::kvm::KvmDirtyLog;
@@ -266,10 +266,7 @@ struct Measured {
 /// 2 GiB with a writer at several rates, found by several trackers.
 pub fn live(bench: &Bench, table: &mut Table) {
     let size = 2 * GIB / bench.shrink;
-    let source = Image::new(&bench.folder, "source", size);
-    let destination = Image::new(&bench.folder, "destination", size);
-    source.fill(0, size);
-    let _warm = WarmPool::new(&bench.folder, size * 2);
+    let (source, destination, _warm) = full_guest(&bench.folder, size);
     floor::copy(&source, &destination, 1);
     destination.clear();
     let link = size as f64 / PAGE_SIZE as f64 / floor::copy(&source, &destination, 1).as_secs_f64();
