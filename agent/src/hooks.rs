@@ -117,6 +117,26 @@ impl Hooks {
         }
     }
 
+    /// Asks for the registration of all mappings for missing pages: the userfaultfd.
+    ///
+    /// # Errors
+    /// If there is none within `timeout`.
+    pub fn register_faults(&self, timeout: Duration) -> Result<OwnedFd, HookError> {
+        let hook = Hook::RegisterFaults.name();
+        let reply = self.exchange(&Hook::RegisterFaults, &[], timeout)?;
+        match hook::decode_hook_reply(&reply.body) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(HookError::Refused { hook, error }),
+            Err(source) => return Err(HookError::Malformed { hook, source }),
+        }
+        let [uffd] = <[OwnedFd; 1]>::try_from(reply.fds).map_err(|fds| HookError::Fds {
+            hook,
+            count: fds.len(),
+            expected: 1,
+        })?;
+        Ok(uffd)
+    }
+
     /// Asks for the VMM's state: the pieces, and the file they lie in one after another. The file is empty if there are none.
     ///
     /// # Errors
@@ -142,7 +162,7 @@ impl Hooks {
     pub fn tell(&self, status: &JobStatus) {
         let mut channel = self.lock();
         channel.sequence += 1;
-        let event = Hook::Event { status: status.clone() };
+        let event = Hook::Event { status: Box::new(status.clone()) };
         let body = event.encode(channel.sequence);
         if let Some(socket) = &channel.socket {
             // A message this small is sent whole or not at all.

@@ -4,6 +4,7 @@
 //! - [`tracking`]: who says which pages are dirty;
 //! - [`hooks`]: what the agent asks of the VMM;
 //! - [`job`]: what all jobs share: status, cancelling, errors;
+//! - [`stats`]: counters and histograms;
 //! - [`outgoing`], [`incoming`]: live migration, the two sides of it;
 //! - [`transport`]: addresses, sockets, records on them, the bandwidth limit;
 //! - [`session`]: what a VMM and its operator ask for;
@@ -22,5 +23,6 @@ pub mod outgoing;
 pub mod reactor;
 pub mod server;
 pub mod session;
+pub mod stats;
 pub mod tracking;
 pub mod transport;

@@ -93,6 +93,11 @@ impl Block {
         })
     }
 
+    /// The backing's allocation unit in bytes.
+    pub(crate) fn host_page_size(&self) -> u64 {
+        self.host_page_size
+    }
+
     /// What discards and populates are rounded to, in bytes, here and in the agent: a part of a host page cannot be freed.
     fn discard_unit(&self) -> u64 {
         self.geometry.granularity.max(self.host_page_size)

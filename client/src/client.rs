@@ -3,9 +3,10 @@
 //! What the guest's memory needs to survive the agent ([`Memory`]) is made here and handed to each agent in turn.
 
 use crate::block::{Block, BlockAdded, BlockSpec, errno};
-use crate::control::Control;
+use crate::control::{Control, Link};
 use crate::error::Error;
-use crate::hooks::HookChannel;
+use crate::faults::Faults;
+use crate::hooks::{HookChannel, Parts};
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
 use pageferry_protocol::control::request::{
@@ -16,7 +17,7 @@ use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 /// How a client is set up.
@@ -57,7 +58,18 @@ struct Inner {
     config: Config,
     memory: Arc<Memory>,
     ownership: Arc<SharedOwnership>,
+    faults: Arc<Faults>,
     session: Mutex<Session>,
+}
+
+/// A client that does not keep the connection.
+#[derive(Debug, Clone)]
+pub(crate) struct WeakClient(Weak<Inner>);
+
+impl WeakClient {
+    pub(crate) fn upgrade(&self) -> Option<Client> {
+        Some(Client { inner: self.0.upgrade()? })
+    }
 }
 
 /// What one agent after the other is asked through. Its lock comes before the one of the blocks.
@@ -96,10 +108,28 @@ impl Client {
     /// If the agent refuses or breaks the handshake.
     pub fn from_socket(socket: OwnedFd, config: Config) -> Result<(Self, HookChannel), Error> {
         let memory = Arc::new(Memory::new(config.log_covers)?);
-        let ownership = Arc::new(SharedOwnership::new());
-        let (control, channel) = open(socket, &config, &memory, &ownership)?;
+        let (control, hooks) = open(socket, &config, &memory)?;
         let session = Mutex::new(Session { control, trackers: KeptTrackers::default() });
-        Ok((Self { inner: Arc::new(Inner { config, memory, ownership, session }) }, channel))
+        let (ownership, faults) = (Arc::new(SharedOwnership::new()), Arc::default());
+        let client = Self { inner: Arc::new(Inner { config, memory, ownership, faults, session }) };
+        let link = Arc::clone(client.session().control.link());
+        let channel = client.channel(hooks, link);
+        Ok((client, channel))
+    }
+
+    fn channel(&self, hooks: OwnedFd, link: Arc<Link>) -> HookChannel {
+        let Inner { config, memory, ownership, faults, .. } = &*self.inner;
+        HookChannel::new(
+            hooks,
+            link,
+            Parts {
+                memory: Arc::clone(memory),
+                ownership: Arc::clone(ownership),
+                faults: Arc::clone(faults),
+                client: WeakClient(Arc::downgrade(&self.inner)),
+            },
+            config.request_timeout,
+        )
     }
 
     /// Hands everything to a new agent that listens at `path`; see [`Client::reattach_socket`].
@@ -120,7 +150,7 @@ impl Client {
         if session.control.lost().is_none() {
             session.control.lose("the VMM attached another".to_owned());
         }
-        let (mut control, channel) = open(socket, &self.inner.config, &self.inner.memory, &self.inner.ownership)?;
+        let (mut control, hooks) = open(socket, &self.inner.config, &self.inner.memory)?;
         let handed_over =
             self.inner.memory.all().iter().try_for_each(|block| send_block(&mut control, block, 0).map(drop)).and_then(
                 |()| if session.trackers.sources() == 0 { Ok(()) } else { session.trackers.send(&mut control) },
@@ -129,8 +159,9 @@ impl Client {
             control.link().cut();
             return Err(error);
         }
+        let link = Arc::clone(control.link());
         session.control = control;
-        Ok(channel)
+        Ok(self.channel(hooks, link))
     }
 
     /// Adds a block of guest memory.
@@ -244,14 +275,8 @@ fn connect(path: &Path) -> Result<OwnedFd, Error> {
     }
 }
 
-fn open(
-    socket: OwnedFd, config: &Config, memory: &Arc<Memory>, ownership: &Arc<SharedOwnership>,
-) -> Result<(Control, HookChannel), Error> {
-    let timeout = config.request_timeout;
-    let (control, hooks) = Control::open(socket, memory.log_fd.as_fd(), memory.log_bytes(), timeout)?;
-    let link = Arc::clone(control.link());
-    let channel = HookChannel::new(hooks, link, Arc::clone(memory), Arc::clone(ownership), timeout);
-    Ok((control, channel))
+fn open(socket: OwnedFd, config: &Config, memory: &Memory) -> Result<(Control, OwnedFd), Error> {
+    Control::open(socket, memory.log_fd.as_fd(), memory.log_bytes(), config.request_timeout)
 }
 
 fn send_block(control: &mut Control, block: &Block, flags: u32) -> Result<BlockAdded, Error> {

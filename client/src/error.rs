@@ -107,6 +107,21 @@ pub enum Error {
         /// The region's guest physical address.
         gpa: u64,
     },
+    /// A block is mapped nowhere, so the guest cannot run before its memory is here.
+    #[error("block {id} has no vmm_address, which postcopy needs")]
+    NotMapped {
+        /// The block.
+        id: u32,
+    },
+    /// Userfaultfd is not to be had, or a mapping cannot be registered.
+    #[error(transparent)]
+    Userfault(#[from] pageferry_protocol::userfault::UserfaultError),
+    /// There is no migration to recover.
+    #[error("ownership is {ownership:?}, and no migration is known that could be recovered")]
+    NothingToRecover {
+        /// Who has the guest.
+        ownership: Ownership,
+    },
     /// The guest is not this VMM's to send.
     #[error("ownership is {ownership:?}: only a guest that is ours can be sent")]
     NotOurs {

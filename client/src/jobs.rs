@@ -77,7 +77,40 @@ impl Client {
         self.session().control.request(&Request::Cancel, &[], |_| Ok(()))
     }
 
-    /// Changes the limits of the outgoing migration that runs. `streams`, `peer_timeout` and `hook_timeout` are ignored.
+    /// Has the outgoing migration of mode [`Mode::Hybrid`](crate::Mode::Hybrid) that runs switch to postcopy, after the pass that it is in.
+    ///
+    /// # Errors
+    /// If no such migration runs, it is past its passes, or the agent is lost.
+    pub fn start_postcopy(&self) -> Result<(), Error> {
+        self.session().control.request(&Request::StartPostcopy, &[], |_| Ok(()))
+    }
+
+    /// Connects a paused postcopy again. Returns at once, as [`Client::start_outgoing`] does.
+    ///
+    /// At the source: to `address`, or where it went before. Also to be called when the source's agent was lost in postcopy and a new one
+    /// [attached](Client::reattach): that one then needs an address, and `options` say how; the job that is paused in an agent keeps its own.
+    ///
+    /// At the destination: has the job listen at `address`, too; where it listened before it does anyway, so this is only needed if the network changed.
+    ///
+    /// # Errors
+    /// If there is nothing to recover, or the agent refuses or is lost.
+    pub fn recover(&self, address: Option<&str>, options: &OutgoingOptions) -> Result<JobStarted, Error> {
+        let address = address.unwrap_or_default();
+        if address.len() > MAX_ADDRESS {
+            return Err(Error::Address { length: address.len() });
+        }
+        let ownership = self.ownership();
+        let session = match (self.shared_ownership().session(), ownership) {
+            (Some(session), _) => session,
+            // The destination's, which is paused in its agent or not at all.
+            (None, Ownership::Ours) => [0; 16],
+            (None, _) => return Err(Error::NothingToRecover { ownership }),
+        };
+        let request = Request::Recover { session, address: address.to_owned(), options: options.clone() };
+        self.session().control.request(&request, &[], JobStarted::decode)
+    }
+
+    /// Changes the limits of the outgoing migration that runs. What can only be set at its start is ignored.
     ///
     /// # Errors
     /// If no outgoing migration runs, a value is not allowed, or the agent is lost.

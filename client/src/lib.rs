@@ -40,6 +40,7 @@
 //! - `jobs`: migrations;
 //! - `hooks`: what the agent asks of the VMM; `ownership`: who may run the guest;
 //! - `memory`, `block`, `shared`: what survives the agent;
+//! - `faults`: pages that are missing while the guest runs already;
 //! - `page_stream`: migrations over the VMM's own transport;
 //! - `vm_memory_bitmap`, `guest_memory` (feature `vm-memory`): for VMMs built on that crate.
 #![deny(unsafe_code)]
@@ -50,6 +51,7 @@ mod client;
 mod control;
 mod discards;
 mod error;
+mod faults;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
 mod hooks;
@@ -72,7 +74,7 @@ pub use jobs::Target;
 pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
 pub use pageferry_protocol::control::job::{
-    Compression, Counters, IncomingOptions, JobKind, JobStatus, NonConvergence, OutgoingOptions, Phase,
+    Compression, Counters, IncomingOptions, JobKind, JobStatus, Mode, NonConvergence, OutgoingOptions, Phase,
 };
 pub use pageferry_protocol::control::request::{BlockRange, ErrorCode, JobStarted};
 pub use pageferry_protocol::memory::PageRange;

@@ -206,16 +206,31 @@ impl Machine {
 
 /// The state machine that a client and its hook channels share.
 #[derive(Debug)]
-pub(crate) struct SharedOwnership(Mutex<Machine>);
+pub(crate) struct SharedOwnership {
+    machine: Mutex<Machine>,
+    /// What tells the migration that the guest was given up to; zeroes if it cannot be recovered. For an agent that did not begin it.
+    session: Mutex<[u8; 16]>,
+}
 
 impl SharedOwnership {
     pub(crate) fn new() -> Self {
-        Self(Mutex::new(Machine::new()))
+        Self { machine: Mutex::new(Machine::new()), session: Mutex::default() }
     }
 
     /// The machine. Never hold it while calling a hook or the agent.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Machine> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest is about to be given up to this migration.
+    pub(crate) fn keep_session(&self, session: [u8; 16]) {
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session;
+    }
+
+    /// The migration that the guest was given up to; `None` if it was not, or not to one that could be recovered.
+    pub(crate) fn session(&self) -> Option<[u8; 16]> {
+        let session = *self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.lock().ownership() == Ownership::Relinquished && session != [0; 16]).then_some(session)
     }
 }
 

@@ -6,7 +6,8 @@
 //! - [`memory`]: pages, ranges, rounding (law 6) and the geometry of blocks;
 //! - [`shm`]: bitmaps of atomic words, in private or shared memory, and the dirty log in vhost layout;
 //! - [`control`]: the socket between a VMM and its agent: vhost-user framing, requests and hooks;
-//! - [`stream`]: the page stream between two agents, or between an agent and a VMM.
+//! - [`stream`]: the page stream between two agents, or between an agent and a VMM;
+//! - [`userfault`]: the kernel's userfaultfd, which both sides use, each its part.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
@@ -19,3 +20,4 @@ pub mod control;
 pub mod memory;
 pub mod shm;
 pub mod stream;
+pub mod userfault;

@@ -15,7 +15,7 @@ use pageferry_client::{IncomingOptions, OutgoingOptions};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest time that a harness waits for something that takes milliseconds.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -138,6 +138,12 @@ pub struct Record {
     pub words_checked: u64,
     /// Set when the agent was lost.
     pub agent_lost: Option<Ownership>,
+    /// The guest may run before its memory is here.
+    pub memory_pending: bool,
+    /// All memory is here, after it was not.
+    pub memory_complete: bool,
+    /// When the agent was lost before all memory was here.
+    pub memory_lost: Option<Instant>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -243,16 +249,34 @@ impl Hooks for VmmHooks {
         Ok(state)
     }
 
-    /// Compares what the source says it wrote with the memory that came, before anything runs.
+    /// Compares what the source says it wrote with the memory that came, before anything runs; in postcopy it has not come yet.
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
         self.0.called(HookName::LoadState)?;
         self.0.usage.load(&state)?;
         lock(&self.0.guest).load_state(&state)?;
+        if lock(&self.0.record).memory_pending {
+            return Ok(());
+        }
         let (words_checked, allocated) = (self.0.usage.check()?, self.0.usage.memory().allocated()?);
         let mut record = lock(&self.0.record);
         record.words_checked = words_checked;
         record.allocated_at_load = Some(allocated);
         Ok(())
+    }
+
+    fn memory_pending(&mut self) -> Result<(), HookError> {
+        lock(&self.0.record).memory_pending = true;
+        Ok(())
+    }
+
+    fn memory_complete(&mut self) {
+        let mut record = lock(&self.0.record);
+        record.memory_pending = false;
+        record.memory_complete = true;
+    }
+
+    fn memory_lost(&mut self) {
+        lock(&self.0.record).memory_lost = Some(Instant::now());
     }
 
     fn event(&mut self, status: &JobStatus) {

@@ -230,7 +230,7 @@ fn a_destination_that_does_not_take_the_compression_ends_the_attempt_before_trac
             stream.set_read_timeout(Some(SOON)).unwrap();
             let (kind, _, payload) = read_record(&stream).unwrap();
             assert_eq!((kind, Hello::decode(&payload).unwrap().features), (Kind::Hello, offered));
-            let payload = Accept { version: STREAM_VERSION, features: accepted }.encode();
+            let payload = Accept { version: STREAM_VERSION, features: accepted, host_pages: Vec::new() }.encode();
             let header = RecordHeader::plain(Kind::Accept, 0, payload.len()).sealed(&payload);
             stream.write_all(&[header.to_wire().as_slice(), &payload].concat()).unwrap();
             let (kind, _, payload) = read_record(&stream).unwrap();

@@ -12,7 +12,7 @@ pub mod run_agent;
 pub mod show;
 
 use clap::{Args, Parser, Subcommand};
-use pageferry_protocol::control::job::{Compression, NonConvergence, OutgoingOptions};
+use pageferry_protocol::control::job::{Compression, Mode, NonConvergence, OutgoingOptions};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -38,6 +38,10 @@ enum Command {
     Migrate(MigrateArgs),
     /// Cancel the job that runs; the guest runs on.
     Cancel(OperatorArgs),
+    /// Have the migration that runs, of mode hybrid, switch to postcopy.
+    Postcopy(OperatorArgs),
+    /// Connect a paused postcopy again, and watch.
+    Recover(RecoverArgs),
     /// Let a guest run again here whose hand-over was never confirmed.
     Resume(ResumeArgs),
 }
@@ -92,9 +96,23 @@ pub struct OutgoingArgs {
     #[arg(long, value_name = "PASSES", default_value_t = 30)]
     pub max_passes: u32,
     /// What to do if the passes do not converge.
-    #[arg(long, value_name = "POLICY", default_value = "keep-going", value_parser = parse_policy,
-          help = "What to do if the passes do not converge: keep-going, throttle, stop or fail")]
-    pub policy: NonConvergence,
+    #[arg(long, value_name = "POLICY", value_parser = parse_policy,
+          help = "What to do if the passes do not converge: keep-going, throttle, stop, fail, or postcopy with --mode hybrid \
+                  [default: postcopy with --mode hybrid, keep-going without]")]
+    pub policy: Option<NonConvergence>,
+    /// Whether the guest may move before its memory.
+    #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = parse_mode,
+          help = "What moves first: precopy, its memory; postcopy, the guest; hybrid, its memory until it is switched")]
+    pub mode: Mode,
+    /// With --mode hybrid: passes after which it switches to postcopy; 0 is not for that.
+    #[arg(long, value_name = "PASSES", default_value_t = 0)]
+    pub switch_after: u32,
+    /// With postcopy: connections for the pages that the guest waits for.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=63))]
+    pub urgent_streams: u16,
+    /// With postcopy: free each page at the source once the destination has it.
+    #[arg(long)]
+    pub release: bool,
     /// How pages are compressed.
     #[arg(long, value_name = "METHOD", default_value = "none", value_parser = parse_compression,
           help = "How pages are compressed: none, lz4, zstd or zstd:LEVEL, with a level of 1 to 19")]
@@ -114,12 +132,29 @@ impl From<OutgoingArgs> for OutgoingOptions {
             downtime_limit: args.downtime_limit,
             bandwidth: args.bandwidth,
             max_passes: args.max_passes,
-            policy: args.policy,
+            policy: args.policy.unwrap_or(match args.mode {
+                Mode::Hybrid => NonConvergence::Postcopy,
+                _ => NonConvergence::KeepGoing,
+            }),
             compression: args.compress,
+            mode: args.mode,
+            switch_after: args.switch_after,
+            urgent_streams: args.urgent_streams,
+            release: args.release,
             peer_timeout: args.peer_timeout,
             hook_timeout: args.hook_timeout,
         }
     }
+}
+
+/// A paused postcopy.
+#[derive(Debug, Args)]
+pub struct RecoverArgs {
+    #[command(flatten)]
+    operator: OperatorArgs,
+    /// At the source: where the destination's agent listens, if not where it did. At the destination: listen here, too.
+    #[arg(long, value_name = "ADDRESS")]
+    address: Option<String>,
 }
 
 /// An operator's decision.
@@ -172,7 +207,14 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 
 fn parse_policy(text: &str) -> Result<NonConvergence, String> {
     let found = NonConvergence::NAMES.iter().find(|(name, _)| *name == text);
-    found.map(|(_, policy)| *policy).ok_or_else(|| format!("\"{text}\": write keep-going, throttle, stop or fail"))
+    found
+        .map(|(_, policy)| *policy)
+        .ok_or_else(|| format!("\"{text}\": write keep-going, throttle, stop, fail or postcopy"))
+}
+
+fn parse_mode(text: &str) -> Result<Mode, String> {
+    let found = Mode::NAMES.iter().find(|(name, _)| *name == text);
+    found.map(|(_, mode)| *mode).ok_or_else(|| format!("\"{text}\": write precopy, postcopy or hybrid"))
 }
 
 fn parse_compression(text: &str) -> Result<Compression, String> {
@@ -211,6 +253,8 @@ where
         Command::Watch(args) => operator::watch(&args),
         Command::Migrate(args) => operator::migrate(&args.operator, &args.to, &args.options.into()),
         Command::Cancel(args) => operator::cancel(&args),
+        Command::Postcopy(args) => operator::postcopy(&args),
+        Command::Recover(args) => operator::recover(&args.operator, args.address.as_deref()),
         Command::Resume(args) => operator::resume(&args.operator, args.force),
     };
     outcome.unwrap_or_else(|error| {

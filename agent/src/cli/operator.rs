@@ -66,8 +66,18 @@ impl Operator {
 
     /// Shows progress until the job with this number, or if there is none the one that runs, ends.
     fn watch(&mut self, job: Option<u64>, json: bool) -> Outcome {
+        self.watch_until(job, json, false)
+    }
+
+    /// The same for a job that was asked to recover: it ends with the pause that comes after that, too.
+    fn watch_recovery(&mut self, job: u64, json: bool) -> Outcome {
+        self.watch_until(Some(job), json, true)
+    }
+
+    fn watch_until(&mut self, job: Option<u64>, json: bool, recovery: bool) -> Outcome {
         self.ask(&Request::Subscribe { interval: INTERVAL }, |_| Ok(()))?;
         let mut progress = show::Progress::new(json);
+        let mut recovered = false;
         loop {
             let status = self.next_event()?;
             match job {
@@ -79,7 +89,9 @@ impl Operator {
                 _ => {}
             }
             progress.show(&status)?;
-            if status.phase.is_final() {
+            recovered |= matches!(status.phase, Phase::Recovering | Phase::Postcopy);
+            let paused = status.phase == Phase::PostcopyPaused && recovered;
+            if status.phase.is_final() || (recovery && paused) {
                 progress.end(&status)?;
                 return Ok(exit_code(&status));
             }
@@ -128,6 +140,28 @@ pub fn cancel(args: &OperatorArgs) -> Outcome {
     Operator::connect(&args.socket)?.ask(&Request::Cancel, |_| Ok(()))?;
     show::done("cancelled", args.json)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// `pageferry postcopy`
+///
+/// # Errors
+/// If the agent does not answer, or refuses.
+pub fn postcopy(args: &OperatorArgs) -> Outcome {
+    Operator::connect(&args.socket)?.ask(&Request::StartPostcopy, |_| Ok(()))?;
+    show::done("switching to postcopy", args.json)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `pageferry recover`
+///
+/// # Errors
+/// If the agent does not answer, or refuses.
+pub fn recover(args: &OperatorArgs, address: Option<&str>) -> Outcome {
+    let mut operator = Operator::connect(&args.socket)?;
+    let address = address.unwrap_or_default().to_owned();
+    let request = Request::Recover { session: [0; 16], address, options: OutgoingOptions::default() };
+    let started = operator.ask(&request, JobStarted::decode)?;
+    operator.watch_recovery(started.job, args.json)
 }
 
 /// `pageferry resume`

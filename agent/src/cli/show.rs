@@ -60,6 +60,18 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
         ("downtime", time(counters.downtime_us)),
         ("total", time(counters.total_us)),
     ];
+    if counters.faults + counters.requested_pages + counters.pushed_pages > 0 {
+        lines.extend([
+            ("faults", counters.faults.to_string()),
+            ("fault p50, p90", format!("{}, {}", time(counters.fault_p50_us), time(counters.fault_p90_us))),
+            ("fault p99, most", format!("{}, {}", time(counters.fault_p99_us), time(counters.fault_max_us))),
+            ("requested", pages(counters.requested_pages)),
+            ("pushed", pages(counters.pushed_pages)),
+            ("dropped by discard", pages(counters.dropped_pages)),
+            ("released here", pages(counters.released_pages)),
+            ("paused", time(counters.paused_us)),
+        ]);
+    }
     if !status.error.is_empty() {
         lines.push(("error", status.error.clone()));
     }
@@ -122,6 +134,10 @@ impl Progress {
         };
         bar.set_length(counters.pass_pages.max(1));
         bar.set_position(counters.pass_pages_done.min(counters.pass_pages));
+        if status.phase.is_postcopy() {
+            self.show_postcopy(bar, status);
+            return Ok(());
+        }
         bar.set_prefix(format!("{}, pass {}", status.phase.name(), counters.passes));
         bar.set_message(format!(
             "{} sent, {}/s, expected downtime {}",
@@ -130,6 +146,23 @@ impl Progress {
             time(counters.expected_downtime_us)
         ));
         Ok(())
+    }
+
+    fn show_postcopy(&self, bar: &ProgressBar, status: &JobStatus) {
+        let counters = &status.counters;
+        let came = counters.requested_pages + counters.pushed_pages + counters.dropped_pages;
+        bar.set_length((came + counters.remaining_pages).max(1));
+        bar.set_position(came);
+        bar.set_prefix(status.phase.name());
+        bar.set_message(match status.phase {
+            Phase::PostcopyPaused => format!("the guest waits; recover it: {}", status.error),
+            _ => format!(
+                "{} remain, {} requested, {} pushed",
+                bytes(counters.remaining_pages * PAGE_SIZE),
+                bytes(counters.requested_pages * PAGE_SIZE),
+                bytes(counters.pushed_pages * PAGE_SIZE)
+            ),
+        });
     }
 
     /// Ends with the final status.

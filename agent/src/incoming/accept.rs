@@ -1,24 +1,28 @@
 //! Waiting for the source's streams, and the handshake.
 //!
 //! Whoever can reach the address may connect. A stranger costs a descriptor and a small buffer until its time is up, and never the job: what
-//! does not say a proper hello is dropped, and the waiting goes on. The job is the first session whose streams are all there.
+//! does not say a proper hello is dropped, and the waiting goes on. The job is the first session whose streams are all there. A postcopy that lost its
+//! connections waits again, for nobody but its own source, which knows the session's random number.
 
 use crate::job::{Job, JobError, add};
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
-use pageferry_protocol::stream::hello::{Accept, FEATURES, compare, encode_error};
+use pageferry_protocol::stream::hello::{
+    Accept, FEATURE_POSTCOPY, FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER, compare, encode_error,
+};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use rustix::event::PollFlags;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// Most connections that have not become a session yet.
 const MAX_PENDING: usize = 256;
 /// How long the job waits for a source at a stretch; it is cancelled rather than timed out.
 const LONG: Duration = Duration::from_secs(3600);
-
 /// Time between two attempts to accept a connection that waits and cannot be accepted.
 const RETRY: Duration = Duration::from_millis(100);
+/// The largest host page that postcopy places at once, in bytes.
+const MAX_HOST_PAGE: u64 = 2 << 20;
 
 /// Where the guest comes from.
 #[derive(Debug)]
@@ -32,20 +36,39 @@ pub enum Source {
 /// The streams of one session.
 #[derive(Debug)]
 pub struct Accepted {
-    /// One per stream, in order.
+    /// One per stream that is not urgent, in order.
     pub readers: Vec<RecordReader>,
+    /// One per urgent stream.
+    pub urgent: Vec<RecordReader>,
     /// The return path, on the primary.
     pub writer: RecordWriter,
     /// What the source offered and this side knows.
     pub features: u64,
+    /// What the source calls the migration.
+    pub session: [u8; 16],
+    /// The source wants to know what is placed in postcopy.
+    pub acknowledge: bool,
 }
 
 impl Accepted {
+    /// True if the guest may run before its memory is here.
+    pub fn may_postcopy(&self) -> bool {
+        self.features & FEATURE_POSTCOPY != 0
+    }
+
     /// Accepts the guest.
-    pub fn say_accept(&self) -> Result<(), TransportError> {
-        let payload = Accept { version: STREAM_VERSION, features: self.features }.encode();
+    pub fn say_accept(&self, job: &Job) -> Result<(), TransportError> {
+        let size = |id: u32| job.memory.find(id).map(|(_, block)| block.backing.host_page_size());
+        let sizes = || job.memory.table().blocks().iter().filter_map(|block| size(block.id)).collect();
+        let host_pages = if self.may_postcopy() { sizes() } else { Vec::new() };
+        let payload = Accept { version: STREAM_VERSION, features: self.features, host_pages }.encode();
         self.writer.write(RecordHeader::plain(Kind::Accept, 0, payload.len()), &payload)?;
         Ok(())
+    }
+
+    /// All connections.
+    pub fn sockets(&self) -> Vec<StreamSocket> {
+        self.readers.iter().chain(&self.urgent).map(|reader| reader.socket().clone()).collect()
     }
 }
 
@@ -56,82 +79,138 @@ struct Pending {
     hello: Option<Hello>,
 }
 
-/// Waits for all streams of a session, and checks that its blocks are ours.
-pub fn accept(job: &Job, source: Source) -> Result<Accepted, JobError> {
-    let timeout = job.options().peer_timeout;
-    let (listener, mut pending) = match source {
-        Source::Listener(listener) => (Some(listener), Vec::new()),
-        Source::Socket(fd) => (None, vec![Pending::new(fd, timeout)?]),
-    };
-    loop {
-        wait(job, listener.as_ref(), &pending)?;
-        if let Some(listener) = &listener
-            && let Some(new) = take_connection(job, listener, &mut pending, timeout)?
-        {
-            pending.push(new);
+/// Who is waited for.
+#[derive(Debug, Clone, Copy)]
+enum Wanted {
+    /// A guest.
+    Guest,
+    /// The source of this session, which lost its connections.
+    Session([u8; 16]),
+}
+
+impl Wanted {
+    fn check(self, hello: &Hello) -> Result<(), JobError> {
+        let recovers = hello.flags & HELLO_RECOVER != 0;
+        match self {
+            Self::Guest if recovers => {
+                Err(JobError::State("no migration is paused here that could be recovered".into()))
+            }
+            Self::Session(session) if !recovers || hello.session != session => {
+                Err(JobError::State("a migration is paused here, and this is not its source".into()))
+            }
+            _ => Ok(()),
         }
-        let only_one = listener.is_none();
-        let mut kept = Vec::new();
-        for mut connection in pending {
-            match connection.advance(timeout) {
-                Ok(()) => kept.push(connection),
-                Err(error) if only_one => return Err(error),
-                Err(error) => {
-                    log::warn!("a connection was dropped: {}", crate::error::chain(&error));
-                    connection.reject(&error);
+    }
+}
+
+/// Waits for all streams of a session, and checks that its blocks are ours. Returns the listener, too: a postcopy needs it again if it loses its connections.
+pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>), JobError> {
+    let timeout = job.options().peer_timeout;
+    match source {
+        Source::Listener(listener) => {
+            let accepted =
+                Lobby { job, listeners: &[&listener], wanted: Wanted::Guest, pending: Vec::new() }.wait(None, None)?;
+            // Without a descriptor to look at it ends with a session only.
+            accepted.map_or(Err(JobError::Cancelled), |accepted| Ok((accepted, Some(listener))))
+        }
+        Source::Socket(fd) => {
+            let pending = vec![Pending::new(fd, timeout)?];
+            let accepted = Lobby { job, listeners: &[], wanted: Wanted::Guest, pending }.wait(None, None)?;
+            accepted.map_or(Err(JobError::Cancelled), |accepted| Ok((accepted, None)))
+        }
+    }
+}
+
+/// Waits for the source of `session` to connect again; `None` if `asked` became readable, or it was `until`, before.
+pub fn accept_again(
+    job: &Job, listeners: &[&Listener], session: [u8; 16], asked: Option<BorrowedFd<'_>>, until: Option<Instant>,
+) -> Result<Option<Accepted>, JobError> {
+    Lobby { job, listeners, wanted: Wanted::Session(session), pending: Vec::new() }.wait(asked, until)
+}
+
+/// Where connections wait until they are a session.
+struct Lobby<'a> {
+    job: &'a Job,
+    listeners: &'a [&'a Listener],
+    wanted: Wanted,
+    pending: Vec<Pending>,
+}
+
+impl Lobby<'_> {
+    fn wait(&mut self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<Option<Accepted>, JobError> {
+        let timeout = self.job.options().peer_timeout;
+        let only_one = matches!(self.wanted, Wanted::Guest) && self.listeners.is_empty();
+        loop {
+            if self.poll(asked, until)? || until.is_some_and(|until| Instant::now() >= until) {
+                return Ok(None);
+            }
+            for listener in self.listeners {
+                self.take_connection(listener, timeout)?;
+            }
+            let mut kept = Vec::new();
+            for mut connection in std::mem::take(&mut self.pending) {
+                match connection.advance(timeout, self.wanted) {
+                    Ok(()) => kept.push(connection),
+                    Err(error) if only_one => return Err(error),
+                    Err(error) => {
+                        log::warn!("a connection was dropped: {}", crate::error::chain(&error));
+                        connection.reject(&error);
+                    }
+                }
+            }
+            self.pending = kept;
+            let Some(session) = complete_session(&self.pending) else { continue };
+            let belongs = |one: &Pending| one.hello.as_ref().is_some_and(|hello| hello.session == session);
+            let (mine, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending).into_iter().partition(belongs);
+            let busy = JobError::State("another source was faster".into());
+            others.into_iter().for_each(|other| other.reject(&busy));
+            match (establish(self.job, mine), self.wanted) {
+                (Ok(accepted), _) => return Ok(Some(accepted)),
+                (Err(error), Wanted::Guest) => return Err(error),
+                // The guest runs here: whatever is wrong with its source, it may come to itself.
+                (Err(error), Wanted::Session(_)) => {
+                    log::warn!("the source was refused: {}", crate::error::chain(&error));
                 }
             }
         }
-        pending = kept;
-        if let Some(session) = complete_session(&pending) {
-            let (mine, others): (Vec<_>, Vec<_>) =
-                pending.into_iter().partition(|one| one.hello.as_ref().is_some_and(|hello| hello.session == session));
-            let busy = JobError::State("another source was faster".into());
-            others.into_iter().for_each(|other| other.reject(&busy));
-            return establish(job, mine);
-        }
     }
-}
 
-/// Waits until someone connects or says something, or the time of the oldest connection is up.
-fn wait(job: &Job, listener: Option<&Listener>, pending: &[Pending]) -> Result<(), JobError> {
-    let timeout = job.options().peer_timeout;
-    let oldest = pending.iter().map(|one| one.since + timeout).min();
-    let mut fds = Vec::new();
-    fds.extend(listener.map(|listener| (listener.as_fd(), PollFlags::IN)));
-    // Those that said hello have nothing more to say.
-    let waiting = pending.iter().filter(|one| one.hello.is_none());
-    fds.extend(waiting.map(|one| (one.reader.socket().as_fd(), PollFlags::IN)));
-    job.cancel.wait(&fds, oldest.unwrap_or_else(|| Instant::now() + LONG))?;
-    Ok(())
-}
+    /// Waits until someone connects or says something, or the time of the oldest connection is up; true if it was asked for something else.
+    fn poll(&self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<bool, JobError> {
+        let timeout = self.job.options().peer_timeout;
+        let oldest = self.pending.iter().map(|one| one.since + timeout).chain(until).min();
+        let mut fds: Vec<(BorrowedFd<'_>, PollFlags)> = Vec::new();
+        fds.extend(asked.map(|fd| (fd, PollFlags::IN)));
+        fds.extend(self.listeners.iter().map(|listener| (listener.as_fd(), PollFlags::IN)));
+        // Those that said hello have nothing more to say.
+        let waiting = self.pending.iter().filter(|one| one.hello.is_none());
+        fds.extend(waiting.map(|one| (one.reader.socket().as_fd(), PollFlags::IN)));
+        let ready = self.job.cancel.wait(&fds, oldest.unwrap_or_else(|| Instant::now() + LONG))?;
+        Ok(asked.is_some() && ready[0])
+    }
 
-fn take_connection(
-    job: &Job, listener: &Listener, pending: &mut Vec<Pending>, timeout: Duration,
-) -> Result<Option<Pending>, JobError> {
-    if !job.cancel.wait(&[(listener.as_fd(), PollFlags::IN)], Instant::now())?[0] {
-        return Ok(None);
-    }
-    let fd = match listener.accept() {
-        Ok(fd) => fd,
-        // It went away again, or we are out of descriptors and may have one in a moment.
-        Err(error) => {
-            log::warn!("cannot accept a connection: {error}");
-            job.cancel.sleep(RETRY)?;
-            return Ok(None);
+    fn take_connection(&mut self, listener: &Listener, timeout: Duration) -> Result<(), JobError> {
+        if !self.job.cancel.wait(&[(listener.as_fd(), PollFlags::IN)], Instant::now())?[0] {
+            return Ok(());
         }
-    };
-    if pending.len() >= MAX_PENDING {
-        log::warn!("more than {MAX_PENDING} connections without a session: the oldest is dropped");
-        pending.remove(0);
-    }
-    match Pending::new(fd, timeout) {
-        Ok(new) => Ok(Some(new)),
-        // It went away again.
-        Err(error) => {
-            log::warn!("a connection was dropped: {}", crate::error::chain(&error));
-            Ok(None)
+        let fd = match listener.accept() {
+            Ok(fd) => fd,
+            // It went away again, or we are out of descriptors and may have one in a moment.
+            Err(error) => {
+                log::warn!("cannot accept a connection: {error}");
+                return self.job.cancel.sleep(RETRY);
+            }
+        };
+        if self.pending.len() >= MAX_PENDING {
+            log::warn!("more than {MAX_PENDING} connections without a session: the oldest is dropped");
+            self.pending.remove(0);
         }
+        match Pending::new(fd, timeout) {
+            Ok(new) => self.pending.push(new),
+            // It went away again.
+            Err(error) => log::warn!("a connection was dropped: {}", crate::error::chain(&error)),
+        }
+        Ok(())
     }
 }
 
@@ -141,7 +220,7 @@ impl Pending {
     }
 
     /// Reads the hello as far as it is here.
-    fn advance(&mut self, timeout: Duration) -> Result<(), JobError> {
+    fn advance(&mut self, timeout: Duration, wanted: Wanted) -> Result<(), JobError> {
         if self.since.elapsed() >= timeout {
             return Err(TransportError::Silent(timeout).into());
         }
@@ -149,7 +228,9 @@ impl Pending {
             return Ok(());
         }
         if let Some(payload) = self.reader.try_read_hello()? {
-            self.hello = Some(Hello::decode(payload)?);
+            let hello = Hello::decode(payload)?;
+            wanted.check(&hello)?;
+            self.hello = Some(hello);
         }
         Ok(())
     }
@@ -182,7 +263,7 @@ fn complete_session(pending: &[Pending]) -> Option<[u8; 16]> {
         .map(|hello| hello.session)
 }
 
-/// Puts the streams in order, checks the block table, and lets a cancel reach them.
+/// Puts the streams in order, checks what the source wants, and lets a cancel reach them.
 fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
     streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
@@ -193,15 +274,37 @@ fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError>
     }
     // What is offered on one stream alone is not offered.
     let offered = streams.iter().filter_map(|one| one.hello.as_ref()).fold(u64::MAX, |all, hello| all & hello.features);
-    let table = streams[0].hello.as_ref().map(|hello| hello.blocks.clone()).unwrap_or_default();
-    let readers: Vec<RecordReader> = streams.into_iter().map(|one| one.reader).collect();
-    let writer = RecordWriter::new(readers[0].socket().clone());
-    if let Err(mismatch) = compare(&table, job.memory.table()) {
-        let error = JobError::from(mismatch);
+    let primary = streams.iter().find_map(|one| one.hello.clone());
+    let mut readers: Vec<RecordReader> = streams.into_iter().map(|one| one.reader).collect();
+    // The first hello is the primary's, and there is one.
+    let Some(primary) = primary else { return Err(JobError::State("no stream".into())) };
+    let checked = compare(&primary.blocks, job.memory.table()).map_err(JobError::from);
+    if let Err(error) = checked.and_then(|()| check_postcopy(job, offered)) {
         for reader in readers {
             send_reject(reader, &error.to_remote());
         }
         return Err(error);
     }
-    Ok(Accepted { readers, writer, features: offered & FEATURES })
+    // Less than all are urgent, says its decoder.
+    let urgent = readers.split_off(readers.len().saturating_sub(usize::from(primary.urgent)).max(1));
+    let writer = RecordWriter::new(readers[0].socket().clone());
+    let acknowledge = primary.flags & HELLO_ACKNOWLEDGE != 0;
+    Ok(Accepted { readers, urgent, writer, features: offered & FEATURES, session: primary.session, acknowledge })
+}
+
+/// What postcopy needs of the blocks here, if it is wanted.
+fn check_postcopy(job: &Job, features: u64) -> Result<(), JobError> {
+    if features & FEATURE_POSTCOPY == 0 {
+        return Ok(());
+    }
+    for block in job.memory.blocks() {
+        let (id, size) = (block.geometry.id, block.backing.host_page_size());
+        if size > MAX_HOST_PAGE {
+            return Err(JobError::HostPage { id, size, limit: MAX_HOST_PAGE });
+        }
+        if block.vmm_address == 0 {
+            return Err(JobError::NotMapped { id });
+        }
+    }
+    Ok(())
 }

@@ -4,17 +4,19 @@
 //! - [`receive`]: reading each stream, and the barrier between passes;
 //! - [`decompress`]: compressed pages;
 //! - [`place`]: pages into the files (laws 2 and 3);
+//! - [`postcopy`]: the guest before its memory;
 //! - this file: the phases, and the end: verify, load, wait for the commit, resume (law 9).
 
 pub mod accept;
 pub mod decompress;
 pub mod place;
+pub mod postcopy;
 pub mod receive;
 
 use crate::hooks::state_file;
 use crate::job::{Job, JobError};
 use crate::outgoing::connect::unexpected;
-use crate::transport::TransportError;
+use crate::transport::{Listener, RecordReader, RecordWriter, TransportError};
 use accept::{Accepted, Source};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::Phase;
@@ -39,33 +41,51 @@ pub fn run(job: &Arc<Job>, source: Source) {
 
 fn receive_guest(job: &Arc<Job>, source: Source) -> Result<(), JobError> {
     job.enter(Phase::Connecting);
-    let mut accepted = accept::accept(job, source)?;
-    let outcome = take_guest(job, &mut accepted);
+    let (mut accepted, listener) = accept::accept(job, source)?;
+    let outcome = take_guest(job, &mut accepted, listener);
     if let Err(error) = &outcome {
         say_error(&mut accepted, error);
     }
     outcome
 }
 
-fn take_guest(job: &Arc<Job>, accepted: &mut Accepted) -> Result<(), JobError> {
+fn take_guest(job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
+    // Only a postcopy is ever connected again.
+    let listener = listener.filter(|_| accepted.may_postcopy());
     let placer = Placer::prepare(job)?;
-    accepted.say_accept()?;
+    accepted.say_accept(job)?;
     job.enter(Phase::Passes);
     let received = receive::receive(job, accepted, &placer)?;
     verify(&received)?;
+    if received.postcopy {
+        return postcopy::take_guest_first(job, accepted, listener, placer.into_owed(), received);
+    }
     job.enter(Phase::Loading);
     load(job, received)?;
-    accepted.writer.write_plain(Kind::Loaded, 0)?;
+    // If the source was not told, it finds out by asking its operator.
+    let _ = take_over(job, &mut accepted.readers[0], &accepted.writer)?;
+    Ok(())
+}
+
+/// The end of every incoming migration: says that the state is loaded, waits for the commit, and lets the guest run. Whether the source was told is in the
+/// inner result.
+fn take_over(
+    job: &Job, primary: &mut RecordReader, writer: &RecordWriter,
+) -> Result<Result<(), TransportError>, JobError> {
+    writer.write_plain(Kind::Loaded, 0)?;
     job.enter(Phase::Committing);
-    wait_commit(job, accepted)?;
+    wait_commit(job, primary)?;
     // ---- The line: the guest is ours. It is resumed whatever becomes of the connection.
     job.cancel.cross_the_line()?;
+    // It may use its memory from the moment on that it runs.
+    job.thaw();
     job.hooks.ask(&Hook::Resume { force: false }, job.options().hook_timeout)?;
-    if let Err(error) = accepted.writer.write_plain(Kind::Resumed, 0) {
-        log::warn!("the guest runs, but the source does not know: {}", crate::error::chain(&error));
+    let told = writer.write_plain(Kind::Resumed, 0).map(|_| ());
+    if let Err(error) = &told {
+        log::warn!("the guest runs, but the source does not know: {}", crate::error::chain(error));
     }
-    Ok(())
+    Ok(told)
 }
 
 /// Compares what came with what the source says it sent.
@@ -93,11 +113,11 @@ fn load(job: &Job, received: Received) -> Result<(), JobError> {
     Ok(())
 }
 
-fn wait_commit(job: &Job, accepted: &mut Accepted) -> Result<(), JobError> {
+fn wait_commit(job: &Job, primary: &mut RecordReader) -> Result<(), JobError> {
     let options = job.options();
     // The source asks its VMM once more before it commits.
-    accepted.readers[0].socket().set_recv_timeout(options.peer_timeout + options.hook_timeout)?;
-    let record = accepted.readers[0].read()?;
+    primary.socket().set_recv_timeout(options.peer_timeout + options.hook_timeout)?;
+    let record = primary.read()?;
     match record.kind {
         Kind::Commit => Ok(()),
         kind => Err(unexpected(kind, record.payload, "the commit")),

@@ -10,10 +10,14 @@
 use crate::job::{Job, JobError, add};
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{Fill, HugeWindow};
+use crate::memory::owed::Owed;
 use crate::memory::{BackingError, Block, huge};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
+use pageferry_protocol::shm::bitmap::WORD_BITS;
+use pageferry_protocol::shm::bitmap::runs_of_word;
 use pageferry_protocol::stream::RecordHeader;
+use pageferry_protocol::stream::payload::decode_bitmap;
 use pageferry_protocol::stream::record::FLAG_STRAY;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -22,6 +26,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct Placer<'a> {
     job: &'a Arc<Job>,
     blocks: Vec<Target>,
+    /// What is to come after the guest runs.
+    owed: Owed,
 }
 
 #[derive(Debug)]
@@ -45,7 +51,13 @@ impl<'a> Placer<'a> {
             block.discarded.clear(block.all());
             blocks.push(Target { received: MappedBitmap::private(block.geometry.pages())?, window: Mutex::new(None) });
         }
-        Ok(Self { job, blocks })
+        let host_pages: Vec<u64> = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
+        Ok(Self { job, blocks, owed: Owed::nothing(&job.memory, &host_pages)? })
+    }
+
+    /// What is to come after the guest runs.
+    pub fn into_owed(self) -> Owed {
+        self.owed
     }
 
     /// The block of a record, with its index.
@@ -117,6 +129,41 @@ impl<'a> Placer<'a> {
         self.empty(at, block, run)?;
         add(&self.job.live.discarded_pages, run.count);
         Ok(())
+    }
+
+    /// Makes holes of pages that are still to come, sent before or not. Returns how many they are.
+    ///
+    /// # Errors
+    /// If the bitmap is malformed, or the file cannot be punched.
+    pub fn expect_remaining(&self, header: &RecordHeader, payload: &[u8]) -> Result<u64, JobError> {
+        let range = header.range();
+        let (at, block) = self.block_of(header, range)?;
+        let words = decode_bitmap(payload, range, block.geometry.pages());
+        let words = words.map_err(|source| JobError::Payload { kind: "remaining", source })?;
+        let mut run = PageRange::default();
+        let mut pages = 0;
+        for (word, bits) in words {
+            self.owed.add_pages(at, word, bits);
+            pages += u64::from(bits.count_ones());
+            for next in runs_of_word(word * WORD_BITS, bits) {
+                if next.first == run.end() {
+                    run.count += next.count;
+                } else {
+                    self.expect_run(at, block, header, run)?;
+                    run = next;
+                }
+            }
+        }
+        self.expect_run(at, block, header, run)?;
+        Ok(pages)
+    }
+
+    fn expect_run(&self, at: usize, block: &Block, header: &RecordHeader, run: PageRange) -> Result<(), JobError> {
+        // What comes is populated, unless it comes along with what is, or was written after its discard.
+        if header.flags() & FLAG_STRAY == 0 {
+            block.discarded.clear(run);
+        }
+        self.empty(at, block, run)
     }
 
     /// Makes holes of those pages of `range` that hold something.

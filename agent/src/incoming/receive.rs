@@ -11,6 +11,7 @@ use crate::outgoing::connect::unexpected;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_protocol::control::hook::{MAX_PIECES, MAX_STATE};
 use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::stream::hello::FEATURE_POSTCOPY;
 use pageferry_protocol::stream::payload::{StatePart, Totals, decode_runs};
 use pageferry_protocol::stream::record::{FLAG_STRAY, FLAGS_COMPRESSED};
 use pageferry_protocol::stream::{Kind, RecordHeader};
@@ -26,6 +27,8 @@ pub struct Received {
     pub counted: Totals,
     /// The pieces of the VMM's state.
     pub state: Vec<(String, Vec<u8>)>,
+    /// The guest runs before the rest of its memory comes.
+    pub postcopy: bool,
 }
 
 /// Receives all passes on all streams.
@@ -75,11 +78,15 @@ fn combine(results: Vec<Result<StreamEnd, JobError>>) -> Result<Received, JobErr
                     claimed: Totals::default(),
                     counted: Totals::default(),
                     state: Vec::new(),
+                    postcopy: end.postcopy,
                 });
                 received.counted = sum(&received.counted, &end.counted);
                 if index == 0 {
                     received.claimed = end.claimed;
                     received.state = end.state;
+                } else if end.postcopy != received.postcopy {
+                    failure =
+                        Some(JobError::State("one stream says that postcopy follows, another that it does not".into()));
                 } else if let Err(error) = super::compare(&end.claimed, &end.counted) {
                     failure = Some(error);
                 }
@@ -108,6 +115,7 @@ fn sum(one: &Totals, other: &Totals) -> Totals {
         discarded_pages: one.discarded_pages + other.discarded_pages,
         stray_pages: one.stray_pages + other.stray_pages,
         passes: one.passes.max(other.passes),
+        remaining_pages: one.remaining_pages + other.remaining_pages,
     }
 }
 
@@ -117,6 +125,7 @@ struct StreamEnd {
     claimed: Totals,
     counted: Totals,
     state: Vec<(String, Vec<u8>)>,
+    postcopy: bool,
 }
 
 /// One stream's reader.
@@ -127,6 +136,7 @@ struct Stream<'a> {
     writer: &'a RecordWriter,
     index: usize,
     decompressor: Decompressor,
+    may_postcopy: bool,
     counted: Totals,
     state: StateCollector,
 }
@@ -136,9 +146,9 @@ impl<'a> Stream<'a> {
         job: &'a Job, placer: &'a Placer<'a>, barrier: &'a Barrier, writer: &'a RecordWriter, index: usize,
         features: u64,
     ) -> Self {
-        let decompressor = Decompressor::new(features);
+        let (decompressor, may_postcopy) = (Decompressor::new(features), features & FEATURE_POSTCOPY != 0);
         let (counted, state) = (Totals::default(), StateCollector::default());
-        Self { job, placer, barrier, writer, index, decompressor, counted, state }
+        Self { job, placer, barrier, writer, index, decompressor, may_postcopy, counted, state }
     }
 
     fn run(&mut self, reader: &mut RecordReader) -> Result<StreamEnd, JobError> {
@@ -157,11 +167,23 @@ impl<'a> Stream<'a> {
                 // What orders the passes, and what is not pages, comes on the primary alone.
                 Kind::Discard if self.index == 0 => self.discard(&record.header, record.payload)?,
                 Kind::State if self.index == 0 => self.state.add(record.payload)?,
+                Kind::Remaining if self.index == 0 && self.may_postcopy => {
+                    self.counted.remaining_pages += self.placer.expect_remaining(&record.header, record.payload)?;
+                }
                 Kind::End => {
+                    let postcopy = match record.header.number() {
+                        0 => false,
+                        1 if self.may_postcopy => true,
+                        number => {
+                            return Err(JobError::State(format!(
+                                "end with number {number}, allowed: 0, and 1 with postcopy"
+                            )));
+                        }
+                    };
                     let claimed = Totals::decode(record.payload);
                     let claimed = claimed.map_err(|source| JobError::Payload { kind: "end", source })?;
                     let state = std::mem::take(&mut self.state).finish()?;
-                    return Ok(StreamEnd { claimed, counted: self.counted, state });
+                    return Ok(StreamEnd { claimed, counted: self.counted, state, postcopy });
                 }
                 kind => return Err(unexpected(kind, record.payload, "pages, the end of a pass, or the end")),
             }

@@ -28,7 +28,9 @@ struct State {
 
 /// The job cannot be cancelled any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("too late to cancel: ownership of the guest has been handed over")]
+#[error(
+    "too late to cancel: ownership of the guest has been handed over, so the migration can only be completed, or recovered if it is paused"
+)]
 pub struct TooLate;
 
 impl Cancel {
@@ -54,6 +56,16 @@ impl Cancel {
         if state.too_late {
             return Err(TooLate);
         }
+        self.stop(&state);
+        Ok(())
+    }
+
+    /// Ends the job wherever it is, even past the line: its VMM is gone, and nothing that it does is of use to anyone.
+    pub fn force(&self) {
+        self.stop(&self.state());
+    }
+
+    fn stop(&self, state: &State) {
         self.cancelled.store(true, Ordering::Release);
         // A full eventfd is readable already.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
@@ -61,7 +73,6 @@ impl Cancel {
             // Fails only if it is not connected any more.
             let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
         }
-        Ok(())
     }
 
     /// True if the job was cancelled.

@@ -3,6 +3,7 @@
 use crate::hooks::HookError;
 use crate::incoming::decompress::DecompressError;
 use crate::memory::BackingError;
+use crate::memory::arriving::ArrivingError;
 use crate::tracking::TrackingError;
 use crate::transport::TransportError;
 use pageferry_protocol::control::codec::DecodeError;
@@ -27,6 +28,87 @@ pub enum JobError {
         #[source]
         source: Box<JobError>,
     },
+    /// The guest was handed over in postcopy, and its memory was not all sent.
+    #[error(
+        "the guest was handed over, and not all of its memory was sent: if it runs at the destination, it waits there for what is \
+         missing; look at both sides before you resume it here by force"
+    )]
+    Stranded {
+        /// What happened last.
+        #[source]
+        source: Box<JobError>,
+    },
+    /// A paused postcopy is not to be recovered.
+    #[error("it was given up: the agent ends, or the guest is resumed by force")]
+    Abandoned,
+    /// The destination does not know postcopy.
+    #[error("mode is {0}, which the destination does not know: migrate with precopy")]
+    Mode(&'static str),
+    /// The destination has host pages too large for postcopy.
+    #[error("block {id}: the host page size is {size:#x}, postcopy takes at most {limit:#x}")]
+    HostPage {
+        /// The block.
+        id: u32,
+        /// Size of a host page in bytes.
+        size: u64,
+        /// The largest that can be placed at once.
+        limit: u64,
+    },
+    /// A block is mapped nowhere at the destination.
+    #[error("block {id} has no vmm_address at the destination, which postcopy needs")]
+    NotMapped {
+        /// The block.
+        id: u32,
+    },
+    /// The destination wants pages that it was never owed, or has already.
+    #[error(
+        "recovery: the destination lacks {pages:#x} pages from page {first:#x} of block {id}, which it has or was never owed"
+    )]
+    NotOwed {
+        /// The block.
+        id: u32,
+        /// The first of them.
+        first: u64,
+        /// How many in the word where they begin.
+        pages: u64,
+    },
+    /// The destination says that it has a page that was not sent.
+    #[error("the destination says that it has page {first:#x} of block {id}, which was not sent")]
+    NotSent {
+        /// The block.
+        id: u32,
+        /// The page.
+        first: u64,
+    },
+    /// The destination's bitmaps do not cover the blocks.
+    #[error(
+        "recovery: bitmap of block {id} from page {found:#x}, expected is block {expected_id} from page {expected:#x}"
+    )]
+    Bitmaps {
+        /// Block of the record.
+        id: u32,
+        /// First page of the record.
+        found: u64,
+        /// The block that was expected.
+        expected_id: u32,
+        /// The page that was expected.
+        expected: u64,
+    },
+    /// A host page came in pieces that do not belong together.
+    #[error("record for pages {first:#x} + {count:#x} of block {id} before host page {open:#x} was whole")]
+    Torn {
+        /// The block.
+        id: u32,
+        /// First page.
+        first: u64,
+        /// Page count.
+        count: u64,
+        /// The host page that was open.
+        open: u64,
+    },
+    /// A page that came in postcopy could not be placed.
+    #[error(transparent)]
+    Arriving(#[from] ArrivingError),
     /// The peer said why.
     #[error("the peer failed: {0}")]
     Peer(RemoteError),
@@ -173,8 +255,8 @@ impl JobError {
     pub fn to_remote(&self) -> RemoteError {
         let code = match self {
             Self::Cancelled => ErrorCode::State,
-            Self::Compression(_) => ErrorCode::Unsupported,
-            Self::Backing { .. } | Self::Io { .. } | Self::Bitmap(_) => ErrorCode::System,
+            Self::Compression(_) | Self::Mode(_) | Self::HostPage { .. } => ErrorCode::Unsupported,
+            Self::Backing { .. } | Self::Io { .. } | Self::Bitmap(_) | Self::Arriving(_) => ErrorCode::System,
             Self::Hook(_) | Self::Tracking(_) | Self::NotConverging { .. } | Self::Panicked => ErrorCode::Other,
             _ => ErrorCode::Invalid,
         };

@@ -2,49 +2,26 @@
 //!
 //! - [`cancel`]: stopping a job wherever it waits, and the line after which it cannot be stopped;
 //! - [`error`]: why a job failed;
+//! - [`recovery`]: how a paused postcopy hears that it is to go on;
 //! - this file: [`Job`], what the session and the job's threads both see.
 
 pub mod cancel;
 pub mod error;
+pub mod recovery;
 
+pub use crate::stats::{LiveCounters, add, get};
 pub use cancel::{Cancel, TooLate};
 pub use error::JobError;
+pub use recovery::{Recovery, Request};
 
 use crate::hooks::Hooks;
 use crate::memory::GuestMemory;
-use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, OutgoingOptions, Phase};
+use crate::memory::owed::Owed;
+use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase};
 use rustix::event::EventfdFlags;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-/// Figures that several workers count at once.
-#[derive(Debug, Default)]
-pub struct LiveCounters {
-    /// See [`Counters::pages_sent`].
-    pub pages_sent: AtomicU64,
-    /// See [`Counters::zero_pages`].
-    pub zero_pages: AtomicU64,
-    /// See [`Counters::discarded_pages`].
-    pub discarded_pages: AtomicU64,
-    /// See [`Counters::stray_pages`].
-    pub stray_pages: AtomicU64,
-    /// See [`Counters::wire_bytes`].
-    pub wire_bytes: AtomicU64,
-    /// See [`Counters::pass_pages_done`].
-    pub pass_pages_done: AtomicU64,
-}
-
-/// Adds to a figure that only people and estimates read.
-pub fn add(counter: &AtomicU64, count: u64) {
-    counter.fetch_add(count, Ordering::Relaxed);
-}
-
-/// Reads such a figure.
-pub fn get(counter: &AtomicU64) -> u64 {
-    counter.load(Ordering::Relaxed)
-}
 
 /// A job, as the session and the job's threads see it.
 #[derive(Debug)]
@@ -59,8 +36,10 @@ pub struct Job {
     pub hooks: Arc<Hooks>,
     /// Stops it.
     pub cancel: Cancel,
+    /// How it hears that it is to go on while it is paused.
+    pub recovery: Recovery,
     /// Figures that workers count.
-    pub live: LiveCounters,
+    pub live: Arc<LiveCounters>,
     started: Instant,
     state: Mutex<State>,
     /// Readable for the session when something changed that is worth an event.
@@ -73,6 +52,12 @@ struct State {
     options: OutgoingOptions,
     /// Populates are refused: the last sync is near or over.
     frozen: bool,
+    /// What is still to be sent, or to come, in postcopy.
+    owed: Option<Arc<Owed>>,
+    /// Since when a postcopy is paused.
+    paused: Option<Instant>,
+    /// The guest is to be moved before its memory, after this pass.
+    switch: bool,
 }
 
 impl Job {
@@ -88,9 +73,10 @@ impl Job {
             memory,
             hooks,
             cancel: Cancel::new()?,
-            live: LiveCounters::default(),
+            recovery: Recovery::new()?,
+            live: Arc::default(),
             started: Instant::now(),
-            state: Mutex::new(State { status, options, frozen: false }),
+            state: Mutex::new(State { status, options, frozen: false, owed: None, paused: None, switch: false }),
             notify,
         })
     }
@@ -101,14 +87,17 @@ impl Job {
 
     /// How it stands.
     pub fn status(&self) -> JobStatus {
-        let mut status = self.state().status.clone();
+        let state = self.state();
+        let mut status = state.status.clone();
         let counters = &mut status.counters;
-        counters.pages_sent = get(&self.live.pages_sent);
-        counters.zero_pages = get(&self.live.zero_pages);
-        counters.discarded_pages = get(&self.live.discarded_pages);
-        counters.stray_pages = get(&self.live.stray_pages);
-        counters.wire_bytes = get(&self.live.wire_bytes);
-        counters.pass_pages_done = get(&self.live.pass_pages_done);
+        self.live.report(counters);
+        if let Some(owed) = &state.owed {
+            counters.remaining_pages = owed.left();
+        }
+        if let Some(since) = state.paused {
+            counters.paused_us += micros(since.elapsed());
+        }
+        drop(state);
         if !status.phase.is_final() {
             counters.total_us = micros(self.started.elapsed());
         }
@@ -134,13 +123,55 @@ impl Job {
         let _ = rustix::io::write(&self.notify, &1u64.to_ne_bytes());
     }
 
+    /// Says what is still to be sent, or to come, in postcopy.
+    pub fn owes(&self, owed: &Arc<Owed>) {
+        self.state().owed = Some(owed.clone());
+    }
+
+    /// A connection of a postcopy was lost, or could not be made again: it waits until somebody has it recovered.
+    pub fn pause(&self, why: &JobError) {
+        let why = crate::error::chain(why);
+        log::error!("job {} is paused in postcopy, to be recovered: {why}", self.id);
+        let mut state = self.state();
+        state.status.error = why;
+        state.paused.get_or_insert_with(Instant::now);
+        drop(state);
+        self.enter(Phase::PostcopyPaused);
+    }
+
+    /// The connections are back.
+    pub fn unpause(&self) {
+        let mut state = self.state();
+        state.status.error.clear();
+        if let Some(since) = state.paused.take() {
+            state.status.counters.paused_us += micros(since.elapsed());
+        }
+        drop(state);
+        self.enter(Phase::Postcopy);
+    }
+
+    /// Asks for the switch to postcopy after the pass that runs. False if the job is not of mode hybrid, or past its passes.
+    pub fn ask_postcopy(&self) -> bool {
+        let mut state = self.state();
+        let possible = state.options.mode == Mode::Hybrid && state.status.phase <= Phase::Passes;
+        state.switch |= possible;
+        possible
+    }
+
+    /// True if the switch to postcopy was asked for.
+    pub fn is_postcopy_asked(&self) -> bool {
+        self.state().switch
+    }
+
     /// Ends the job.
     pub fn finish(&self, outcome: &Result<(), JobError>) {
         self.cancel.release();
         let (phase, error) = match outcome {
             Ok(()) => (Phase::Completed, String::new()),
             Err(error @ JobError::Cancelled) => (Phase::Cancelled, error.to_string()),
-            Err(error @ JobError::Unconfirmed { .. }) => (Phase::Unconfirmed, crate::error::chain(error)),
+            Err(error @ (JobError::Unconfirmed { .. } | JobError::Stranded { .. })) => {
+                (Phase::Unconfirmed, crate::error::chain(error))
+            }
             Err(error) => (Phase::Failed, crate::error::chain(error)),
         };
         if !error.is_empty() {
@@ -164,8 +195,10 @@ impl Job {
     /// Changes what may be changed while it runs.
     pub fn set_parameters(&self, new: &OutgoingOptions) {
         let mut state = self.state();
-        let OutgoingOptions { streams, compression, peer_timeout, hook_timeout, .. } = state.options;
-        state.options = OutgoingOptions { streams, compression, peer_timeout, hook_timeout, ..new.clone() };
+        let OutgoingOptions { streams, compression, mode, urgent_streams, release, peer_timeout, hook_timeout, .. } =
+            state.options;
+        let kept = OutgoingOptions { streams, compression, mode, urgent_streams, release, ..new.clone() };
+        state.options = OutgoingOptions { peer_timeout, hook_timeout, ..kept };
     }
 
     /// Runs a populate, unless the last sync is near: what it marks would not be seen any more.
@@ -181,6 +214,11 @@ impl Job {
     /// Refuses populates from now on.
     pub fn freeze(&self) {
         self.state().frozen = true;
+    }
+
+    /// Takes populates again: the guest is here.
+    pub fn thaw(&self) {
+        self.state().frozen = false;
     }
 }
 

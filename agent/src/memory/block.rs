@@ -1,12 +1,13 @@
 //! A block with its bitmaps, and the set of them.
 
+use super::arriving::Arriving;
 use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
 use super::fence::{MAX_READERS, Readers};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A block of guest memory.
 #[derive(Debug)]
@@ -118,6 +119,8 @@ pub struct GuestMemory {
     pub marking: Mutex<()>,
     /// See [`GuestMemory::changes`].
     changes: AtomicU64,
+    /// What is still to come, while the guest runs before it is here.
+    arriving: Mutex<Option<Arc<Arriving>>>,
 }
 
 impl Default for GuestMemory {
@@ -139,7 +142,18 @@ impl GuestMemory {
             readers: Readers::new(MAX_READERS),
             marking: Mutex::new(()),
             changes: AtomicU64::new(0),
+            arriving: Mutex::default(),
         }
+    }
+
+    /// What is still to come, if the guest runs before it is here.
+    pub fn arriving(&self) -> Option<Arc<Arriving>> {
+        self.arriving.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on discards drop what is still to come of `arriving`; `None` when all is here.
+    pub fn set_arriving(&self, arriving: Option<Arc<Arriving>>) {
+        *self.arriving.lock().unwrap_or_else(PoisonError::into_inner) = arriving;
     }
 
     /// The blocks. Their order is that of the workers' chunks and of the fence.

@@ -13,6 +13,7 @@
 //!   the two would be stray again.
 //! - `changes` is odd from before the first mark until after the last: whoever saw a mark, or what a populate wrote into the log, does not take the bitmaps
 //!   for unchanged.
+//! - what is still to come of a guest in postcopy is dropped after the marks and again behind the fence, before the punch; see [`super::arriving`];
 //! - a populate clears `discarded` first and marks the log after: a sync that comes between them may drop the pages, and finds them in the
 //!   log the next time.
 
@@ -65,14 +66,26 @@ impl GuestMemory {
             changed += block.discarded.set(*range);
         }
         drop(marking);
+        let arriving = self.arriving();
+        let drop_owed = || {
+            if let Some(arriving) = &arriving {
+                checked.iter().for_each(|(index, range)| arriving.drop_owed(*index, *range));
+            }
+        };
+        drop_owed();
         self.readers.wait(|index, word| {
-            let read = PageRange::new(word * WORD_BITS, WORD_BITS);
+            let one = PageRange::new(word * WORD_BITS, WORD_BITS);
+            let read = arriving.as_ref().map_or(one, |arriving| arriving.published(index, word));
             checked.iter().any(|(other, range)| *other == index && range.overlaps(&read))
         });
+        drop_owed();
         if punch {
             for (index, range) in merged(&checked) {
                 free(&self.blocks()[index], range);
             }
+        }
+        if let Some(arriving) = &arriving {
+            checked.iter().for_each(|(index, range)| arriving.answer_waiting(*index, *range));
         }
         Ok(changed)
     }

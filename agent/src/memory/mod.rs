@@ -5,9 +5,12 @@
 //! - [`block`]: a block with its bitmaps;
 //! - [`fence`]: keeps discards away from what a worker is reading (laws 1 and 7);
 //! - [`discard`]: discarding and populating (laws 1, 4 and 6);
+//! - [`owed`]: what a guest in postcopy is owed, in host pages;
+//! - [`arriving`]: the memory of a guest that runs before it is here: faults, placing, and discards meanwhile;
 //! - [`huge`]: writing to hugetlbfs, which only a mapping can;
 //! - [`bus_guard`]: survives a file that shrinks under a mapping (law 8).
 
+pub mod arriving;
 pub mod backing;
 pub mod block;
 pub mod bus_guard;
@@ -15,6 +18,7 @@ pub mod discard;
 pub mod extents;
 pub mod fence;
 pub mod huge;
+pub mod owed;
 
 pub use backing::{Backing, BackingError};
 pub use block::{Block, GuestMemory};

@@ -4,10 +4,12 @@ use super::compress::Compressor;
 use super::sender::PageSender;
 use crate::job::{Job, JobError};
 use crate::transport::{Address, RecordReader, RecordWriter, StreamSocket, TransportError};
-use pageferry_protocol::control::job::Phase;
+use pageferry_protocol::control::job::{Compression, OutgoingOptions, Phase};
 use pageferry_protocol::control::request::RemoteError;
 use pageferry_protocol::memory::BlockTable;
-use pageferry_protocol::stream::hello::{Accept, decode_error, encode_error, feature_of};
+use pageferry_protocol::stream::hello::{
+    Accept, FEATURE_POSTCOPY, HELLO_ACKNOWLEDGE, HELLO_RECOVER, decode_error, encode_error, feature_of,
+};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -21,67 +23,154 @@ pub enum Target {
     Socket(OwnedFd),
 }
 
+/// Tells a migration from others.
+pub type SessionId = [u8; 16];
+
 /// The streams of a migration whose handshake is done.
 #[derive(Debug)]
 pub struct Streams {
-    /// One per stream; the first is the primary's.
+    /// What is not pages, on the primary.
+    pub primary: Primary,
+    /// One per stream that is not urgent; the first is the primary's.
     pub senders: Vec<PageSender>,
-    /// For what is not pages, on the primary.
+    /// For the pages that a guest in postcopy waits for.
+    pub urgent: Vec<Urgent>,
+    /// The destination's host page sizes in bytes, in the order of the blocks; empty without postcopy.
+    pub host_pages: Vec<u64>,
+}
+
+/// The first stream, as far as it is not pages.
+#[derive(Debug)]
+pub struct Primary {
+    /// For records that are not pages.
     pub writer: RecordWriter,
     /// The return path.
     pub reader: RecordReader,
 }
 
-/// Connects all streams and has the destination accept the guest.
-pub fn connect(job: &Job, target: Target) -> Result<Streams, JobError> {
-    job.enter(Phase::Connecting);
-    let options = job.options();
-    let sockets = match target {
-        Target::Socket(fd) => vec![fd],
-        Target::Address(address) => {
-            let connect = |_| address.connect(options.peer_timeout, &job.cancel);
-            (0..options.streams).map(connect).collect::<Result<Vec<_>, JobError>>()?
-        }
-    };
-    let mut streams = Vec::new();
-    for fd in sockets {
-        job.cancel.watch(fd.as_fd())?;
-        streams.push(StreamSocket::new(fd, options.peer_timeout)?);
-    }
-    job.enter(Phase::Preparing);
-    say_hello(job, &streams)?;
-    let mut reader = RecordReader::new(streams[0].clone());
-    let accept = wait_accept(&mut reader)?;
-    let writer = RecordWriter::new(streams[0].clone());
-    let mut senders = Vec::new();
-    for (index, socket) in streams.into_iter().enumerate() {
-        let compressor = Compressor::new(options.compression).map_err(JobError::from_io("make a compressor"))?;
-        senders.push(PageSender::new(index, socket, compressor));
-    }
-    let streams = Streams { writer, reader, senders };
-    let wanted = feature_of(options.compression);
-    if accept.features & wanted != wanted {
-        let error = JobError::Compression(options.compression.name());
-        streams.say_error(&error.to_remote());
-        return Err(error);
-    }
-    Ok(streams)
+/// An urgent stream.
+#[derive(Debug)]
+pub struct Urgent {
+    /// What the guest waits for.
+    pub reader: RecordReader,
+    /// The answers.
+    pub sender: PageSender,
 }
 
-fn say_hello(job: &Job, streams: &[StreamSocket]) -> Result<(), JobError> {
+/// Random bytes that tell a migration from others, and nobody guesses.
+pub fn new_session() -> Result<SessionId, JobError> {
     let mut session = [0; 16];
     let random = |errno: rustix::io::Errno| JobError::Io { what: "get random bytes", source: errno.into() };
     let file =
         rustix::fs::open("/dev/urandom", rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty()).map_err(random)?;
     rustix::io::read(file, &mut session).map_err(random)?;
+    // Zeroes stand for none.
+    session[0] |= 1;
+    Ok(session)
+}
+
+/// Connects all streams and has the destination accept the guest.
+pub fn connect(job: &Job, target: Target, session: SessionId) -> Result<Streams, JobError> {
+    job.enter(Phase::Connecting);
+    let sockets = match target {
+        Target::Socket(fd) => vec![fd],
+        Target::Address(address) => dial(job, &address)?,
+    };
+    let sockets = prepare(job, sockets)?;
+    job.enter(Phase::Preparing);
+    shake_hands(job, sockets, session, 0)
+}
+
+/// Connects all streams again, to a destination whose guest runs and lacks memory.
+pub fn reconnect(job: &Job, address: &Address, session: SessionId) -> Result<Streams, JobError> {
+    job.cancel.release();
+    let sockets = prepare(job, dial(job, address)?)?;
+    shake_hands(job, sockets, session, HELLO_RECOVER)
+}
+
+fn dial(job: &Job, address: &Address) -> Result<Vec<OwnedFd>, JobError> {
+    let options = job.options();
+    (0..options.connections()).map(|_| address.connect(options.peer_timeout, &job.cancel)).collect()
+}
+
+fn prepare(job: &Job, sockets: Vec<OwnedFd>) -> Result<Vec<StreamSocket>, JobError> {
+    let timeout = job.options().peer_timeout;
+    let socket = |fd: OwnedFd| {
+        job.cancel.watch(fd.as_fd())?;
+        Ok(StreamSocket::new(fd, timeout)?)
+    };
+    sockets.into_iter().map(socket).collect()
+}
+
+fn shake_hands(job: &Job, sockets: Vec<StreamSocket>, session: SessionId, flags: u16) -> Result<Streams, JobError> {
+    let options = job.options();
+    say_hello(job, &options, &sockets, session, flags)?;
+    let mut reader = RecordReader::new(sockets[0].clone());
+    let accept = wait_accept(&mut reader)?;
+    let primary = Primary { writer: RecordWriter::new(sockets[0].clone()), reader };
+    let host_pages = in_order(job, &accept.host_pages);
+    let mut streams = Streams { primary, senders: Vec::new(), urgent: Vec::new(), host_pages };
+    for (index, socket) in sockets.into_iter().enumerate() {
+        if index < usize::from(options.streams) {
+            let compressor = Compressor::new(options.compression).map_err(JobError::from_io("make a compressor"))?;
+            streams.senders.push(PageSender::new(index, socket, compressor));
+        } else {
+            // Compressing would take longer than it saves: somebody waits.
+            let sender = PageSender::new(index, socket.clone(), None);
+            streams.urgent.push(Urgent { reader: RecordReader::new(socket), sender });
+        }
+    }
+    match missing_feature(job, &options, accept.features, &streams.host_pages) {
+        Some(error) => {
+            streams.say_error(&error.to_remote());
+            Err(error)
+        }
+        None => Ok(streams),
+    }
+}
+
+/// What comes in the order of the table, in that of the memory's blocks; empty if it is not of all blocks.
+fn in_order(job: &Job, host_pages: &[u64]) -> Vec<u64> {
+    let table = job.memory.table().blocks();
+    if host_pages.len() != table.len() {
+        return Vec::new();
+    }
+    let size = |id: u32| table.iter().position(|block| block.id == id).map(|at| host_pages[at]);
+    job.memory.blocks().iter().filter_map(|block| size(block.geometry.id)).collect()
+}
+
+/// The features that a source with these options offers.
+fn wanted_features(options: &OutgoingOptions) -> u64 {
+    let postcopy = if options.mode.may_postcopy() { FEATURE_POSTCOPY } else { 0 };
+    feature_of(options.compression) | postcopy
+}
+
+/// What the source needs and the destination does not have.
+fn missing_feature(job: &Job, options: &OutgoingOptions, accepted: u64, host_pages: &[u64]) -> Option<JobError> {
+    let lacks = wanted_features(options) & !accepted;
+    if options.compression != Compression::None && lacks & feature_of(options.compression) != 0 {
+        return Some(JobError::Compression(options.compression.name()));
+    }
+    let postcopy = options.mode.may_postcopy();
+    let complete = host_pages.len() == if postcopy { job.memory.blocks().len() } else { 0 };
+    (lacks != 0 || !complete).then(|| JobError::Mode(options.mode.name()))
+}
+
+fn say_hello(
+    job: &Job, options: &OutgoingOptions, streams: &[StreamSocket], session: SessionId, flags: u16,
+) -> Result<(), JobError> {
+    let postcopy = options.mode.may_postcopy();
+    let acknowledge = if postcopy && options.release { HELLO_ACKNOWLEDGE } else { 0 };
     for (index, socket) in streams.iter().enumerate() {
         let hello = Hello {
             version_min: STREAM_VERSION,
             version_max: STREAM_VERSION,
-            features: feature_of(job.options().compression),
+            features: wanted_features(options),
             session,
             stream: index as u16,
             streams: streams.len() as u16,
+            urgent: if postcopy { options.urgent_streams } else { 0 },
+            flags: flags | acknowledge,
             blocks: if index == 0 { job.memory.table().clone() } else { BlockTable::new() },
         };
         let payload = hello.encode();
@@ -113,7 +202,7 @@ fn decode_remote(payload: &[u8]) -> Result<RemoteError, JobError> {
     decode_error(payload).map_err(|source| JobError::Payload { kind: "error", source })
 }
 
-impl Streams {
+impl Primary {
     /// Waits on the return path for `kind`; returns its number.
     ///
     /// # Errors
@@ -124,6 +213,16 @@ impl Streams {
             return Err(unexpected(record.kind, record.payload, expected));
         }
         Ok(record.header.number())
+    }
+
+    /// Tells the destination why this side fails. Nobody may be in the middle of a record on this stream.
+    pub fn say_error(&self, error: &RemoteError) {
+        let payload = encode_error(error);
+        let sent = self.writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload);
+        if let Err(TransportError::Kernel(error)) = sent {
+            log::debug!("error not sent to the peer: {error}");
+        }
+        self.writer.socket().end();
     }
 
     /// What the destination said before the connection broke, if it came through.
@@ -138,17 +237,20 @@ impl Streams {
         }
         None
     }
+}
 
+impl Streams {
     /// Tells the destination why this side fails, if no record on the primary was left half sent.
     pub fn say_error(&self, error: &RemoteError) {
         if self.senders.iter().any(PageSender::is_broken) {
             return;
         }
-        let payload = encode_error(error);
-        let sent = self.writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload);
-        if let Err(TransportError::Kernel(error)) = sent {
-            log::debug!("error not sent to the peer: {error}");
-        }
-        self.writer.socket().end();
+        self.primary.say_error(error);
+    }
+
+    /// All connections.
+    pub fn sockets(&self) -> Vec<StreamSocket> {
+        let senders = self.senders.iter().chain(self.urgent.iter().map(|urgent| &urgent.sender));
+        senders.map(|sender| sender.socket().clone()).collect()
     }
 }

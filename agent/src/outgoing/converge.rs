@@ -4,7 +4,7 @@
 //! within the limit, it is stopped. If it is not after as many passes as were allowed, the policy decides.
 
 use crate::job::{JobError, micros};
-use pageferry_protocol::control::job::{Counters, NonConvergence, OutgoingOptions};
+use pageferry_protocol::control::job::{Counters, Mode, NonConvergence, OutgoingOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::time::Duration;
 
@@ -39,6 +39,8 @@ pub enum Next {
     Stop,
     /// Hold the guest back for this many percent, then another pass.
     Throttle(u32),
+    /// Let the guest go on at the destination, and its memory follow.
+    Postcopy,
 }
 
 impl Pace {
@@ -84,12 +86,17 @@ impl Pace {
         if self.expected <= limit {
             return Ok(Next::Stop);
         }
+        let switch_after = u64::from(options.switch_after);
+        if options.mode == Mode::Hybrid && switch_after > 0 && self.passes >= switch_after {
+            return Ok(Next::Postcopy);
+        }
         if options.max_passes == 0 || self.passes < u64::from(options.max_passes) {
             return Ok(Next::Pass);
         }
         match options.policy {
             NonConvergence::KeepGoing => Ok(Next::Pass),
             NonConvergence::StopAnyway => Ok(Next::Stop),
+            NonConvergence::Postcopy => Ok(Next::Postcopy),
             NonConvergence::Throttle => {
                 self.throttle =
                     if self.throttle == 0 { THROTTLE_STEP } else { (self.throttle + THROTTLE_MORE).min(99) };
@@ -159,6 +166,7 @@ mod tests {
             (NonConvergence::StopAnyway, Some(Next::Stop)),
             (NonConvergence::Throttle, Some(Next::Throttle(20))),
             (NonConvergence::Fail, None),
+            (NonConvergence::Postcopy, Some(Next::Postcopy)),
         ] {
             let mut pace = pace();
             assert_eq!(pace.decide(&options(policy, 2), much).unwrap(), Next::Pass);
@@ -166,6 +174,19 @@ mod tests {
             pace.passed(1 << 18, 1 << 30, Duration::from_secs(1));
             assert_eq!(pace.decide(&options(policy, 2), much).ok(), first);
         }
+    }
+
+    #[test]
+    fn hybrid_switches_after_its_passes_unless_they_converge() {
+        let hybrid = |switch_after| OutgoingOptions {
+            mode: Mode::Hybrid,
+            switch_after,
+            ..options(NonConvergence::KeepGoing, 1)
+        };
+        assert_eq!(pace().decide(&hybrid(1), 1 << 20).unwrap(), Next::Postcopy);
+        assert_eq!(pace().decide(&hybrid(1), 10).unwrap(), Next::Stop);
+        assert_eq!(pace().decide(&hybrid(2), 1 << 20).unwrap(), Next::Pass);
+        assert_eq!(pace().decide(&hybrid(0), 1 << 20).unwrap(), Next::Pass);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The stopped guest, and the line of law 9: the source never runs after it sent the commit, and always can before.
 
 use super::Migration;
-use super::connect::Streams;
+use super::connect::{Primary, SessionId};
 use crate::hooks::HookError;
 use crate::job::{Job, JobError, add, micros};
 use pageferry_protocol::control::hook::{Hook, PieceSize};
@@ -40,26 +40,32 @@ impl PausedGuest {
         Ok(SavedState { pieces, file })
     }
 
-    /// Gives up ownership, and waits until the destination runs.
-    pub fn commit(&mut self, streams: &mut Streams) -> Result<(), JobError> {
+    /// True until the commit may have gone out: the guest can be resumed here.
+    pub fn is_ours(&self) -> bool {
+        self.ours
+    }
+
+    /// Gives up ownership, and waits until the destination runs. `session` is what the VMM is to keep, so that another agent can recover; zeroes if
+    /// nothing will be left to recover.
+    pub fn commit(&mut self, primary: &mut Primary, session: SessionId) -> Result<(), JobError> {
         // From here on a cancel is refused, and the VMM does not resume the guest by itself, even if it loses this process.
         self.job.cancel.cross_the_line()?;
-        if let Err(error) = self.job.hooks.ask(&Hook::Relinquish, self.job.options().hook_timeout) {
+        if let Err(error) = self.job.hooks.ask(&Hook::Relinquish { session }, self.job.options().hook_timeout) {
             // No commit was sent: the guest is still ours, and the drop says so to the VMM.
             self.job.cancel.step_back();
             return Err(error.into());
         }
         // ---- The line. Nothing after it resumes the guest here.
         self.ours = false;
-        let confirmed = self.send_commit(streams);
+        let confirmed = self.send_commit(primary);
         self.job.count(|counters| counters.downtime_us = micros(self.asked.elapsed()));
         confirmed.map_err(|source| JobError::Unconfirmed { source: Box::new(source) })
     }
 
-    fn send_commit(&self, streams: &mut Streams) -> Result<(), JobError> {
-        let bytes = streams.writer.write_plain(Kind::Commit, 0)?;
+    fn send_commit(&self, primary: &mut Primary) -> Result<(), JobError> {
+        let bytes = primary.writer.write_plain(Kind::Commit, 0)?;
         add(&self.job.live.wire_bytes, bytes);
-        streams.expect(Kind::Resumed, "the destination's confirmation").map(|_| ())
+        primary.expect(Kind::Resumed, "the destination's confirmation").map(|_| ())
     }
 }
 
@@ -109,11 +115,10 @@ impl Migration {
         }
     }
 
-    /// Tells each stream's totals, and on the primary those of all. Discards that came during the last pass go before.
-    pub(super) fn send_end(&mut self) -> Result<(), JobError> {
-        self.send_discards()?;
+    /// Tells each stream's totals, and on the primary those of all; with `remaining` pages, if it is given, postcopy follows.
+    pub(super) fn send_end(&mut self, remaining: Option<u64>) -> Result<(), JobError> {
         let job = self.job.clone();
-        let mut sum = Totals::default();
+        let mut sum = Totals { remaining_pages: remaining.unwrap_or(0), ..Totals::default() };
         for sender in self.streams.senders.iter_mut().rev() {
             sum.data_pages += sender.totals.data_pages;
             sum.zero_pages += sender.totals.zero_pages;
@@ -122,20 +127,21 @@ impl Migration {
             sum.passes = sender.totals.passes;
             let is_primary = sender.is_primary();
             let payload = if is_primary { sum } else { sender.totals }.encode();
-            sender.write(&job, RecordHeader::plain(Kind::End, 0, payload.len()), &payload)?;
+            let number = u64::from(remaining.is_some());
+            sender.write(&job, RecordHeader::plain(Kind::End, number, payload.len()), &payload)?;
         }
         Ok(())
     }
+}
 
-    /// Waits until the destination has verified the totals and loaded the state.
-    pub(super) fn wait_loaded(&mut self) -> Result<(), JobError> {
-        let options = self.job.options();
-        // It verifies and loads before it answers, so it has its hook's time on top of the connection's.
-        let patience = options.peer_timeout + options.hook_timeout;
-        self.streams.reader.socket().set_recv_timeout(patience)?;
-        self.streams.expect(Kind::Loaded, "that the destination has loaded the state")?;
-        Ok(())
-    }
+/// Waits until the destination has verified the totals and loaded the state.
+pub fn wait_loaded(job: &Job, primary: &mut Primary) -> Result<(), JobError> {
+    let options = job.options();
+    // It verifies, registers and loads before it answers, so it has its hooks' time on top of the connection's.
+    let patience = options.peer_timeout + 2 * options.hook_timeout;
+    primary.reader.socket().set_recv_timeout(patience)?;
+    primary.expect(Kind::Loaded, "that the destination has loaded the state")?;
+    Ok(())
 }
 
 fn read_exactly(file: &OwnedFd, buffer: &mut [u8], start: u64) -> Result<(), JobError> {

@@ -9,7 +9,8 @@
 //! - [`compress`]: compressing them, where that is wanted;
 //! - [`zero`]: finding zero pages;
 //! - [`converge`]: when to stop the guest;
-//! - [`handover`]: the stopped guest, and the line of law 9.
+//! - [`handover`]: the stopped guest, and the line of law 9;
+//! - [`postcopy`]: the guest before its memory.
 
 pub mod compress;
 pub mod connect;
@@ -17,30 +18,44 @@ pub mod converge;
 pub mod fixup;
 pub mod handover;
 pub mod pass;
+pub mod postcopy;
 pub mod sender;
 pub mod zero;
 
 use crate::hooks::HookError;
 use crate::job::{Job, JobError};
 use crate::tracking::{TrackerChoice, Trackers};
+use crate::transport::Address;
 use crate::transport::{Limiter, TransportError};
-use connect::{Streams, Target};
+use connect::{SessionId, Streams, Target};
 use converge::Pace;
 use fixup::DirtyState;
-use handover::PausedGuest;
+use handover::{PausedGuest, wait_loaded};
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::job::Phase;
+use pageferry_protocol::control::job::{Mode, Phase};
+use postcopy::Since;
 use std::sync::Arc;
 
 /// Everything that a running migration owns. Dropping it leaves the VMM as it was found: trackers off, throttle off.
 struct Migration {
     job: Arc<Job>,
+    session: SessionId,
+    /// Where the destination listens, if it does.
+    address: Option<Address>,
     limiter: Limiter,
     streams: Streams,
     trackers: Trackers,
     dirty: DirtyState,
     pace: Pace,
     throttled: bool,
+}
+
+/// What comes after the passes.
+enum After {
+    /// The rest of the memory, and then the guest.
+    Memory,
+    /// The guest, and then the rest of its memory.
+    Guest,
 }
 
 /// Migrates the guest of `job` to `target`, and ends the job.
@@ -52,18 +67,27 @@ pub fn run(job: &Arc<Job>, target: Target, trackers: &TrackerChoice) {
 }
 
 fn migrate(job: &Arc<Job>, target: Target, choice: &TrackerChoice) -> Result<(), JobError> {
-    let streams = connect::connect(job, target)?;
-    let mut migration = Migration::new(job, streams, choice)?;
-    let outcome = migration.passes().and_then(|()| migration.hand_over());
+    let session = connect::new_session()?;
+    let address = match &target {
+        Target::Address(address) => Some(address.clone()),
+        Target::Socket(_) => None,
+    };
+    let streams = connect::connect(job, target, session)?;
+    let mut migration = Migration::new(job, session, address, streams, choice)?;
+    let outcome = migration.move_guest();
     migration.clean_up();
     outcome.map_err(|error| migration.explain(error))
 }
 
 impl Migration {
-    fn new(job: &Arc<Job>, streams: Streams, choice: &TrackerChoice) -> Result<Self, JobError> {
+    fn new(
+        job: &Arc<Job>, session: SessionId, address: Option<Address>, streams: Streams, choice: &TrackerChoice,
+    ) -> Result<Self, JobError> {
         let options = job.options();
         Ok(Self {
             job: job.clone(),
+            session,
+            address,
             limiter: Limiter::new(options.bandwidth),
             streams,
             trackers: Trackers::new(choice, &job.hooks, options.hook_timeout),
@@ -73,8 +97,18 @@ impl Migration {
         })
     }
 
+    fn move_guest(&mut self) -> Result<(), JobError> {
+        if self.job.options().mode == Mode::Postcopy {
+            return self.hand_over_first(Since::TheStart);
+        }
+        match self.passes()? {
+            After::Memory => self.hand_over(),
+            After::Guest => self.hand_over_first(Since::Passes),
+        }
+    }
+
     /// The passes over the running guest.
-    fn passes(&mut self) -> Result<(), JobError> {
+    fn passes(&mut self) -> Result<After, JobError> {
         self.job.enter(Phase::Tracking);
         self.start_tracking()?;
         self.job.enter(Phase::Passes);
@@ -82,7 +116,9 @@ impl Migration {
             self.run_pass()?;
             self.sync()?;
             match self.pace.decide(&self.job.options(), self.dirty.remaining())? {
-                converge::Next::Stop => return Ok(()),
+                converge::Next::Stop => return Ok(After::Memory),
+                converge::Next::Postcopy => return Ok(After::Guest),
+                _ if self.job.is_postcopy_asked() => return Ok(After::Guest),
                 converge::Next::Pass => {}
                 converge::Next::Throttle(percent) => self.throttle(percent)?,
             }
@@ -98,11 +134,13 @@ impl Migration {
         self.send_state(&state)?;
         self.sync()?;
         self.run_pass()?;
-        self.send_end()?;
+        // Discards that came during the last pass.
+        self.send_discards()?;
+        self.send_end(None)?;
         self.job.enter(Phase::Loading);
-        self.wait_loaded()?;
+        wait_loaded(&self.job, &mut self.streams.primary)?;
         self.job.enter(Phase::Committing);
-        paused.commit(&mut self.streams)
+        paused.commit(&mut self.streams.primary, SessionId::default())
     }
 
     fn throttle(&mut self, percent: u32) -> Result<(), JobError> {
@@ -133,9 +171,9 @@ impl Migration {
             // Who was silent for so long has said nothing that could still be on its way.
             JobError::Transport(TransportError::Silent(_)) => error,
             JobError::Transport(_) if !self.job.cancel.is_cancelled() => {
-                self.streams.last_words().map_or(error, JobError::Peer)
+                self.streams.primary.last_words().map_or(error, JobError::Peer)
             }
-            JobError::Unconfirmed { .. } | JobError::Peer(_) | JobError::Cancelled => error,
+            JobError::Unconfirmed { .. } | JobError::Stranded { .. } | JobError::Peer(_) | JobError::Cancelled => error,
             _ => {
                 self.streams.say_error(&error.to_remote());
                 error

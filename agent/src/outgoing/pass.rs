@@ -86,7 +86,7 @@ impl Migration {
         };
         run_workers(&pass, &mut self.streams.senders)?;
 
-        let done = self.streams.expect(Kind::PassDone, "the end of the pass")?;
+        let done = self.streams.primary.expect(Kind::PassDone, "the end of the pass")?;
         if done != number {
             return Err(JobError::Pass { stream: 0, found: done, expected: number });
         }
@@ -142,7 +142,9 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
 ///
 /// The holes need not be sent, since the destination starts from holes. A hole that is written after the walk here came by is reported by a tracker,
 /// since all of them were started before.
-fn find_allocated(block: &Block, dirty: &MappedBitmap, told: &MappedBitmap, chunk: PageRange) -> Result<(), JobError> {
+pub(super) fn find_allocated(
+    block: &Block, dirty: &MappedBitmap, told: &MappedBitmap, chunk: PageRange,
+) -> Result<(), JobError> {
     let failed = |source| JobError::Backing { id: block.geometry.id, source };
     for run in block.backing.data_runs(chunk) {
         let run = run.map_err(failed)?;

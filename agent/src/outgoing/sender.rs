@@ -7,6 +7,7 @@ use super::compress::Compressor;
 use super::zero::data_mask;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
+use crate::memory::fence::Reading;
 use crate::transport::{Limiter, RecordWriter, StreamSocket};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -91,6 +92,11 @@ impl PageSender {
         self.index == 0
     }
 
+    /// Its connection.
+    pub fn socket(&self) -> &StreamSocket {
+        self.writer.socket()
+    }
+
     /// True if a record may have been left half sent.
     pub fn is_broken(&self) -> bool {
         self.broken
@@ -103,14 +109,38 @@ impl PageSender {
     pub fn take_word(
         &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap, word: u64,
     ) -> Result<(), JobError> {
+        // Law 7: take the bits, then read. Law 1: publish, then look at the marks; see the fence.
+        let reading = pass.job.memory.readers.reading(self.index, at, word);
+        let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
+        self.read_word(pass, block, word, send, stray, reading)
+    }
+
+    /// Postcopy: queues all of the pages `pages` of word `word`, which the caller has taken from what is owed. The destination waits for each of them, so those that
+    /// were discarded meanwhile go as zeroes: unread, like any other.
+    ///
+    /// # Errors
+    /// If the file cannot be read or the stream is broken.
+    pub fn send_owed(
+        &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), word: u64, pages: u64,
+    ) -> Result<(), JobError> {
+        let reading = pass.job.memory.readers.reading(self.index, at, word);
+        let discarded = block.discarded.word(word) & pages;
+        let stray = if discarded == 0 { 0 } else { block.stray.word(word) & discarded };
+        let stale = discarded & !stray;
+        self.read_word(pass, block, word, pages & !stale, stray, reading)?;
+        self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, stale, stale);
+        Ok(())
+    }
+
+    /// Reads the pages `send` of a word and queues what they hold; `reading` ends when they are read.
+    fn read_word(
+        &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64, reading: Reading<'_>,
+    ) -> Result<(), JobError> {
         if self.buffer.is_empty() {
             self.buffer = vec![0; BATCH + WORD_BYTES];
         }
         let first = word * WORD_BITS;
         let start = self.filled;
-        // Law 7: take the bits, then read. Law 1: publish, then look at the marks; see the fence.
-        let reading = pass.job.memory.readers.reading(self.index, at, word);
-        let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
         for run in runs_of_word(first, send) {
             let bytes = run.bytes() as usize;
             let target = &mut self.buffer[self.filled..self.filled + bytes];
@@ -208,7 +238,8 @@ impl PageSender {
         }
     }
 
-    fn end_zeros(&mut self) {
+    /// Queues a zero run that could still grow: what comes next does not belong to it.
+    pub fn end_zeros(&mut self) {
         if let Some((block, flags, run)) = self.zeros.take() {
             self.totals.zero_pages += run.count;
             self.queue.push((RecordHeader::new(Kind::Zero, flags, block, run, 0).sealed(&[]).to_wire(), 0..0));

@@ -39,7 +39,8 @@ pub struct Session {
     /// A descriptor of the hooks' socket that is not behind their lock.
     hook_socket: Option<OwnedFd>,
     trackers: TrackerChoice,
-    job: Option<(Arc<Job>, JoinHandle<()>)>,
+    /// With its thread, until that was waited for.
+    job: Option<(Arc<Job>, Option<JoinHandle<()>>)>,
     /// The last job of the VMM before, for operators who want to know how it ended.
     before: Earlier,
     jobs: u64,
@@ -54,9 +55,18 @@ enum Earlier {
     #[default]
     None,
     /// It is being cancelled, and still has its memory.
-    Ending(Arc<Job>, JoinHandle<()>),
+    Ending(Arc<Job>, Option<JoinHandle<()>>),
     /// It ended so.
-    Ended(JobStatus),
+    Ended(Box<JobStatus>),
+}
+
+impl Earlier {
+    fn job(&self) -> Option<&Arc<Job>> {
+        match self {
+            Self::Ending(job, _) => Some(job),
+            _ => None,
+        }
+    }
 }
 
 impl Session {
@@ -84,7 +94,7 @@ impl Session {
     pub fn report(&self) -> JobStatus {
         match (&self.job, &self.before) {
             (None, Earlier::Ending(job, _)) => job.status(),
-            (None, Earlier::Ended(status)) => status.clone(),
+            (None, Earlier::Ended(status)) => (**status).clone(),
             _ => self.status(),
         }
     }
@@ -92,7 +102,7 @@ impl Session {
     /// The job that ended is over for good: it forbids nothing any more.
     fn settle(&mut self) {
         if let Some((job, _)) = self.job.take() {
-            self.before = Earlier::Ended(job.status());
+            self.before = Earlier::Ended(Box::new(job.status()));
         }
     }
 
@@ -119,6 +129,12 @@ impl Session {
     /// The job, if one runs.
     fn running(&self) -> Option<&Arc<Job>> {
         self.job.as_ref().map(|(job, _)| job).filter(|job| !job.status().phase.is_final())
+    }
+
+    /// The job that is paused in postcopy, if there is one; it may be that of a VMM that is gone, whose memory it still holds.
+    fn paused(&self) -> Option<Arc<Job>> {
+        let mut jobs = self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.before.job());
+        jobs.find(|job| job.status().phase == Phase::PostcopyPaused).cloned()
     }
 
     /// Refuses what a running job, or a guest that was handed over, forbids.
@@ -152,7 +168,13 @@ impl Session {
         if let Some(job) = self.running()
             && job.cancel.cancel().is_err()
         {
-            log::warn!("job {}: the VMM is gone while the guest is being handed over", job.id);
+            if job.kind == JobKind::Incoming {
+                // The guest ran in the VMM, and is gone with it.
+                job.cancel.force();
+            } else {
+                // It runs elsewhere, or is about to, and needs its memory, which is here whether the VMM is or not.
+                log::warn!("job {}: the VMM is gone after its guest was handed over; the job goes on", job.id);
+            }
         }
         if let Some(socket) = &self.hook_socket {
             self.hooks.close(socket.as_fd());
@@ -170,7 +192,7 @@ impl Session {
         self.before = match std::mem::take(&mut self.before) {
             Earlier::Ending(job, thread) => {
                 join(&job, thread);
-                Earlier::Ended(job.status())
+                Earlier::Ended(Box::new(job.status()))
             }
             other => other,
         };
@@ -182,13 +204,17 @@ impl Session {
         if let Some(job) = self.running() {
             let _ = job.cancel.cancel();
         }
+        // A postcopy goes on to its end, which it cannot reach without its connections: then nobody will come to recover it.
+        for job in self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.before.job()) {
+            job.recovery.ask(crate::job::Request::Abandon);
+        }
         self.join();
         self.join_before();
     }
 }
 
-fn join(job: &Job, thread: JoinHandle<()>) {
-    if thread.join().is_err() {
+fn join(job: &Job, thread: Option<JoinHandle<()>>) {
+    if thread.is_some_and(|thread| thread.join().is_err()) {
         log::error!("job {} panicked", job.id);
     }
 }

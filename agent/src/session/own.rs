@@ -3,7 +3,7 @@
 use super::registry::NewBlock;
 use super::{Role, Session, check_fds, invalid, take_fds};
 use crate::incoming::accept::Source;
-use crate::job::Job;
+use crate::job::{self, Job};
 use crate::outgoing::connect::Target;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
@@ -12,7 +12,7 @@ use crate::transport::address::check_socket;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::job::{IncomingOptions, JobKind, OutgoingOptions, Phase};
+use pageferry_protocol::control::job::{IncomingOptions, JobKind, MAX_STREAMS, Mode, OutgoingOptions, Phase};
 use pageferry_protocol::control::request::{
     AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted,
     MAX_RANGES, RangesReply, RemoteError, Reply, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT, encode_reply,
@@ -75,6 +75,8 @@ impl Session {
             // The server keeps the subscription; there is nothing for the session to do.
             Request::Subscribe { .. } => Ok(nothing()),
             Request::Resume { force } => self.resume(force),
+            Request::StartPostcopy => self.start_postcopy(),
+            Request::Recover { session, address, options } => self.recover(role, session, &address, options),
         }
     }
 
@@ -140,7 +142,7 @@ impl Session {
         let thread = std::thread::Builder::new().name(format!("job-{}", job.id)).spawn(move || run(&inner));
         let thread =
             thread.map_err(|error| RemoteError::new(ErrorCode::System, format!("cannot start a thread: {error}")))?;
-        self.job = Some((job.clone(), thread));
+        self.job = Some((job.clone(), Some(thread)));
         Ok(())
     }
 
@@ -161,6 +163,12 @@ impl Session {
     fn start_outgoing(&mut self, target: &str, options: OutgoingOptions, fds: Vec<OwnedFd>) -> Answer {
         self.check_can_start()?;
         let destination = match socket_of(target, fds)? {
+            Some(_) if options.mode.may_postcopy() => {
+                let mode = options.mode.name();
+                let sentence =
+                    format!("mode is {mode}, a target that is a descriptor is one connection, and takes precopy only");
+                return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+            }
             Some(socket) if options.streams != 1 => {
                 drop(socket);
                 let sentence = format!("streams is {}, a target that is a descriptor has 1", options.streams);
@@ -221,8 +229,84 @@ impl Session {
         }
     }
 
+    fn start_postcopy(&mut self) -> Answer {
+        match self.running() {
+            Some(job) if job.kind == JobKind::Outgoing => {
+                if job.ask_postcopy() {
+                    return Ok(nothing());
+                }
+                let (mode, phase) = (job.options().mode.name(), job.status().phase.name());
+                let sentence = format!(
+                    "mode is {mode} and the phase {phase}: only mode hybrid can be switched, until its passes end"
+                );
+                Err(RemoteError::new(ErrorCode::State, sentence))
+            }
+            _ => Err(RemoteError::new(ErrorCode::NotFound, "no outgoing migration is running")),
+        }
+    }
+
+    /// Has the job that is paused go on; or takes up one that another agent began.
+    fn recover(&mut self, role: Role, session: [u8; 16], address: &str, options: OutgoingOptions) -> Answer {
+        let given = match address {
+            "" => None,
+            text => Some(Address::parse(text).map_err(|error| invalid(&error))?),
+        };
+        let Some(job) = self.paused() else {
+            return self.take_up(role, session, given, options);
+        };
+        let (id, kind) = (job.id, job.kind);
+        let mut shown = address.to_owned();
+        let request = match (kind, given) {
+            (JobKind::Incoming, None) => {
+                let sentence = format!(
+                    "job {id} is the destination's: it listens where it did, and goes on when the source is recovered; give an address to have it listen there, too"
+                );
+                return Err(RemoteError::new(ErrorCode::State, sentence));
+            }
+            (JobKind::Incoming, Some(address)) => {
+                let listener = address.listen();
+                let listener =
+                    listener.map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))?;
+                listener.address().clone_into(&mut shown);
+                job::Request::Listen(listener)
+            }
+            (_, given) => job::Request::Connect(given),
+        };
+        if !job.recovery.ask(request) {
+            let sentence = format!("job {id} is being recovered, or was asked to already");
+            return Err(RemoteError::new(ErrorCode::Busy, sentence));
+        }
+        Ok(Box::new(move |encoder| JobStarted { job: id, address: shown }.encode(encoder)))
+    }
+
+    /// Goes on with a migration that another agent began for this guest, and left when it died.
+    fn take_up(&mut self, role: Role, session: [u8; 16], address: Option<Address>, options: OutgoingOptions) -> Answer {
+        self.check_idle("no job is paused")?;
+        if session == [0; 16] || role == Role::Operator {
+            let sentence = "no job is paused here; one that another agent began can be taken up by the VMM alone, which knows its session";
+            return Err(RemoteError::new(ErrorCode::NotFound, sentence));
+        }
+        let Some(address) = address else {
+            let sentence = "address is empty: this agent did not begin the migration and does not know where the destination listens";
+            return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+        };
+        if self.memory.blocks().is_empty() {
+            return Err(RemoteError::new(ErrorCode::State, "there is no memory: add blocks first"));
+        }
+        let mode = if options.mode.may_postcopy() { options.mode } else { Mode::Postcopy };
+        let urgent_streams = options.urgent_streams.clamp(1, MAX_STREAMS - 1);
+        let streams = options.streams.min(MAX_STREAMS - urgent_streams);
+        let job = self.new_job(JobKind::Outgoing, OutgoingOptions { mode, streams, urgent_streams, ..options })?;
+        let (id, shown) = (job.id, format!("{address:?}"));
+        self.run_job(&job, move |job| crate::outgoing::postcopy::recover::run(job, session, address))?;
+        Ok(Box::new(move |encoder| JobStarted { job: id, address: shown }.encode(encoder)))
+    }
+
     /// Law 9: after an unconfirmed commit only an operator who looked at both sides may resume the guest.
     fn resume(&mut self, force: bool) -> Answer {
+        if force {
+            self.abandon_paused()?;
+        }
         self.check_idle("the guest cannot be resumed")?;
         let status = self.status();
         let gone = status.kind == JobKind::Outgoing && matches!(status.phase, Phase::Unconfirmed | Phase::Completed);
@@ -241,6 +325,25 @@ impl Session {
         asked.map_err(|error| RemoteError::new(ErrorCode::Other, crate::error::chain(&error)))?;
         self.settle();
         Ok(nothing())
+    }
+}
+
+impl Session {
+    /// A paused outgoing postcopy is given up, if the guest's memory is whole here.
+    fn abandon_paused(&mut self) -> Result<(), RemoteError> {
+        let Some(job) = self.paused().filter(|job| job.kind == JobKind::Outgoing) else { return Ok(()) };
+        let released = job.status().counters.released_pages;
+        if released > 0 {
+            let sentence =
+                format!("{released} pages of the guest were released here: its memory is not whole any more");
+            return Err(RemoteError::new(ErrorCode::State, sentence));
+        }
+        job.recovery.ask(job::Request::Abandon);
+        // It waits for nothing else, and is over at once.
+        if let Some((job, thread)) = &mut self.job {
+            super::join(job, thread.take());
+        }
+        Ok(())
     }
 }
 

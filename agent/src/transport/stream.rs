@@ -47,6 +47,26 @@ impl StreamSocket {
         set_socket_timeout(&self.fd, Timeout::Recv, Some(timeout)).map_err(|errno| TransportError::Kernel(errno.into()))
     }
 
+    /// The peer may be silent for as long as it likes: it has nothing to say unless something happens.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn wait_for_ever(&self) -> Result<(), TransportError> {
+        set_socket_timeout(&self.fd, Timeout::Recv, None).map_err(|errno| TransportError::Kernel(errno.into()))
+    }
+
+    /// Ends both directions, and wakes who reads or writes.
+    pub fn shut(&self) {
+        // Fails only if it is not connected any more.
+        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+    }
+
+    /// Ends the receiving side, and wakes who reads; the peer does not notice.
+    pub fn stop_reading(&self) {
+        // Fails only if it is not connected any more.
+        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Read);
+    }
+
     /// Ends the sending side: the peer reads to the end and then sees it.
     pub fn end(&self) {
         // Fails only if it is not connected any more.
@@ -154,6 +174,17 @@ pub struct RecordReader {
     end: usize,
 }
 
+/// How a record is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// Waits until all of it is here.
+    Wait,
+    /// Does not wait.
+    Look,
+    /// Does not wait, and takes nothing but a hello.
+    Stranger,
+}
+
 /// Some of the records that the sender's batches make: larger ones save wake-ups, still larger ones leave the cache.
 const BUFFER: usize = 1280 << 10;
 
@@ -173,10 +204,23 @@ impl RecordReader {
     /// # Errors
     /// If it is malformed, or the peer is gone or silent.
     pub fn read(&mut self) -> Result<ReceivedRecord<'_>, TransportError> {
-        match self.poll_next(false)? {
+        match self.poll_next(How::Wait)? {
             Some((kind, header)) => Ok(self.take(kind, header)),
             None => Err(TransportError::Silent(self.socket.timeout)),
         }
+    }
+
+    /// True if the beginning of another record came with the last.
+    pub fn has_more(&self) -> bool {
+        self.end > self.start
+    }
+
+    /// The next record if it is all here, without waiting.
+    ///
+    /// # Errors
+    /// If it is malformed, or the peer is gone.
+    pub fn try_read(&mut self) -> Result<Option<ReceivedRecord<'_>>, TransportError> {
+        Ok(self.poll_next(How::Look)?.map(|(kind, header)| self.take(kind, header)))
     }
 
     /// The payload of a hello if it is all here, without waiting. For a peer that is not known yet: it gets no more memory than the longest hello takes.
@@ -184,21 +228,21 @@ impl RecordReader {
     /// # Errors
     /// If it is no hello, or malformed, or the peer is gone.
     pub fn try_read_hello(&mut self) -> Result<Option<&[u8]>, TransportError> {
-        Ok(self.poll_next(true)?.map(|(kind, header)| self.take(kind, header).payload))
+        Ok(self.poll_next(How::Stranger)?.map(|(kind, header)| self.take(kind, header).payload))
     }
 
-    fn poll_next(&mut self, stranger: bool) -> Result<Option<(Kind, RecordHeader)>, TransportError> {
-        if !self.fill(RECORD_SIZE, stranger)? {
+    fn poll_next(&mut self, how: How) -> Result<Option<(Kind, RecordHeader)>, TransportError> {
+        if !self.fill(RECORD_SIZE, how)? {
             return Ok(None);
         }
         let mut bytes = [0; RECORD_SIZE];
         bytes.copy_from_slice(&self.buffer[self.start..self.start + RECORD_SIZE]);
         let header = RecordHeader::from_wire(bytes);
         let kind = header.check()?;
-        if stranger && (kind != Kind::Hello || header.payload_length() > MAX_HELLO) {
+        if how == How::Stranger && (kind != Kind::Hello || header.payload_length() > MAX_HELLO) {
             return Err(TransportError::NoHello { kind, length: header.payload_length() });
         }
-        if !self.fill(RECORD_SIZE + header.payload_length(), stranger)? {
+        if !self.fill(RECORD_SIZE + header.payload_length(), how)? {
             return Ok(None);
         }
         let payload = &self.buffer[self.start + RECORD_SIZE..self.start + RECORD_SIZE + header.payload_length()];
@@ -213,7 +257,7 @@ impl RecordReader {
     }
 
     /// Makes sure that `needed` bytes are in the buffer; `needed` was checked against the format's limits.
-    fn fill(&mut self, needed: usize, stranger: bool) -> Result<bool, TransportError> {
+    fn fill(&mut self, needed: usize, how: How) -> Result<bool, TransportError> {
         debug_assert!(needed <= RECORD_SIZE + MAX_PAYLOAD);
         if self.end - self.start >= needed {
             return Ok(true);
@@ -222,12 +266,12 @@ impl RecordReader {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
-            let size = if stranger { needed.max(4096) } else { needed.max(BUFFER) };
+            let size = if how == How::Stranger { needed.max(4096) } else { needed.max(BUFFER) };
             if self.buffer.len() < size {
                 self.buffer.resize(size, 0);
             }
         }
-        let flags = if stranger { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+        let flags = if how == How::Wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
         while self.end - self.start < needed {
             match self.socket.read(&mut self.buffer[self.end..], flags)? {
                 None => return Ok(false),

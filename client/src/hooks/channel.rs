@@ -6,10 +6,12 @@
 
 use super::state::{read_pieces, write_pieces};
 use super::{ClearPages, HookError, Hooks};
+use crate::client::WeakClient;
 use crate::control::Link;
 use crate::error::{Error, with_sources};
+use crate::faults::Faults;
 use crate::memory::Memory;
-use crate::ownership::{Forbidden, Resume, SharedOwnership};
+use crate::ownership::{Forbidden, Ownership, Resume, SharedOwnership};
 use pageferry_protocol::control::hook::{self, Hook, PieceSize, encode_hook_reply, encode_state_reply, reply_sequence};
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
@@ -42,11 +44,19 @@ pub enum Dispatch {
 pub struct HookChannel {
     socket: FrameSocket,
     link: Arc<Link>,
-    memory: Arc<Memory>,
-    ownership: Arc<SharedOwnership>,
+    parts: Parts,
     /// How long the agent may take to make room for an answer.
     timeout: Duration,
     closed: bool,
+}
+
+/// What a channel shares with its client.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) ownership: Arc<SharedOwnership>,
+    pub(crate) faults: Arc<Faults>,
+    pub(crate) client: WeakClient,
 }
 
 impl AsFd for HookChannel {
@@ -63,10 +73,8 @@ impl Drop for HookChannel {
 }
 
 impl HookChannel {
-    pub(crate) fn new(
-        socket: OwnedFd, link: Arc<Link>, memory: Arc<Memory>, ownership: Arc<SharedOwnership>, timeout: Duration,
-    ) -> Self {
-        Self { socket: socket.into(), link, memory, ownership, timeout, closed: false }
+    pub(crate) fn new(socket: OwnedFd, link: Arc<Link>, parts: Parts, timeout: Duration) -> Self {
+        Self { socket: socket.into(), link, parts, timeout, closed: false }
     }
 
     /// Answers every hook that is pending, without waiting for more.
@@ -127,17 +135,33 @@ impl HookChannel {
         self.closed = true;
         // Whatever the reason was, an agent without hooks has no business with our memory.
         self.link.cut();
-        let resume = self.ownership.lock().closed(self.link.id);
+        let resume = self.parts.ownership.lock().closed(self.link.id);
         if resume {
             log::warn!("the agent is lost while the guest is paused: resuming it");
             let resumed = hooks.resume();
-            self.ownership.lock().resumed(resumed.is_ok());
+            self.parts.ownership.lock().resumed(resumed.is_ok());
             if let Err(error) = resumed {
                 log::error!("cannot resume the guest: {error}");
             }
         }
-        let ownership = self.ownership.lock().ownership();
+        self.give_memory_up(hooks);
+        let ownership = self.parts.ownership.lock().ownership();
         hooks.agent_lost(ownership);
+    }
+
+    /// If memory is missing, it never comes.
+    fn give_memory_up(&self, hooks: &mut dyn Hooks) {
+        if !self.parts.faults.pending() {
+            return;
+        }
+        if self.parts.ownership.lock().ownership() == Ownership::Ours {
+            hooks.memory_lost();
+            self.parts.faults.give_up();
+        } else {
+            // The guest never ran here.
+            self.parts.faults.unregister();
+            hooks.memory_complete();
+        }
     }
 
     /// Handles one frame. An error means that the answer could not be sent.
@@ -161,7 +185,8 @@ impl HookChannel {
                 Ok(())
             }
             Ok(Hook::SaveState) => self.save_state(sequence, hooks),
-            Ok(Hook::Relinquish) => self.relinquish(sequence),
+            Ok(Hook::Relinquish { session }) => self.relinquish(sequence, session),
+            Ok(Hook::RegisterFaults) => self.register_faults(sequence, hooks),
             Ok(other) => {
                 let name = other.name();
                 let reply = self.call(other, &frame.fds, hooks);
@@ -187,21 +212,52 @@ impl HookChannel {
     }
 
     fn event(&self, status: &JobStatus, hooks: &mut dyn Hooks) {
-        self.ownership.lock().event(status);
+        self.parts.ownership.lock().event(status);
         hooks.event(status);
     }
 
     /// The line of law 9: turned before the answer leaves, turned back only if the agent cannot have the answer.
-    fn relinquish(&self, sequence: u64) -> Result<(), SocketError> {
-        let reply = self.ownership.lock().relinquish(self.link.id).map_err(forbidden);
+    fn relinquish(&self, sequence: u64, session: [u8; 16]) -> Result<(), SocketError> {
+        self.parts.ownership.keep_session(session);
+        let reply = self.parts.ownership.lock().relinquish(self.link.id).map_err(forbidden);
         if let Err(error) = &reply {
             log::warn!("hook relinquish: {error}");
         }
         let sent = self.answer(hook::code::RELINQUISH, &encode_hook_reply(sequence, &reply), &[]);
         if sent.is_err() && reply.is_ok() {
-            self.ownership.lock().relinquish_unanswered(self.link.id);
+            self.parts.ownership.lock().relinquish_unanswered(self.link.id);
         }
         sent
+    }
+
+    fn register_faults(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
+        // As for the state: nobody else's guest is to come into our memory.
+        let allowed = self.parts.ownership.lock().load_state(self.link.id).map_err(forbidden);
+        let registered = allowed.and_then(|()| {
+            hooks.memory_pending().map_err(failed)?;
+            self.parts
+                .faults
+                .register(&self.parts.memory, self.parts.client.clone())
+                .map_err(|error| RemoteError::new(ErrorCode::System, with_sources(&error)))
+        });
+        let (reply, fd) = match registered {
+            Ok(fd) => (Ok(()), Some(fd)),
+            Err(error) => {
+                log::warn!("hook register faults: {error}");
+                (Err(error), None)
+            }
+        };
+        let fds: Vec<BorrowedFd<'_>> = fd.iter().map(AsFd::as_fd).collect();
+        self.answer(hook::code::REGISTER_FAULTS, &encode_hook_reply(sequence, &reply), &fds)
+    }
+
+    fn unregister_faults(&self, complete: bool, hooks: &mut dyn Hooks) {
+        if complete && self.parts.faults.pending() {
+            self.parts.faults.unregister();
+            hooks.memory_complete();
+        } else {
+            self.give_memory_up(hooks);
+        }
     }
 
     fn save_state(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
@@ -224,36 +280,40 @@ impl HookChannel {
             Hook::Resume { force } => self.resume(force, hooks),
             Hook::StartTracking => hooks.start_tracking().map_err(failed),
             Hook::StopTracking => hooks.stop_tracking().map_err(failed),
-            Hook::SyncTracker => hooks.sync_tracker(&self.memory.log).map_err(failed),
+            Hook::SyncTracker => hooks.sync_tracker(&self.parts.memory.log).map_err(failed),
             Hook::ClearTracker { block, first, bitmap } => self.clear_tracker(block, first, bitmap, hooks),
             Hook::Throttle { percent } => hooks.throttle(percent).map_err(failed),
             Hook::LoadState { pieces } => self.load_state(pieces, fds, hooks),
+            Hook::UnregisterFaults { complete } => {
+                self.unregister_faults(complete, hooks);
+                Ok(())
+            }
             // Answered before it comes here.
-            Hook::SaveState | Hook::Relinquish | Hook::Event { .. } => Ok(()),
+            Hook::SaveState | Hook::Relinquish { .. } | Hook::RegisterFaults | Hook::Event { .. } => Ok(()),
         }
     }
 
     fn pause(&self, hooks: &mut dyn Hooks) -> Reply<()> {
-        self.ownership.lock().pause().map_err(forbidden)?;
+        self.parts.ownership.lock().pause().map_err(forbidden)?;
         let paused = hooks.pause();
-        self.ownership.lock().paused(self.link.id, paused.is_ok());
+        self.parts.ownership.lock().paused(self.link.id, paused.is_ok());
         paused.map_err(failed)
     }
 
     fn resume(&self, force: bool, hooks: &mut dyn Hooks) -> Reply<()> {
-        let decided = self.ownership.lock().resume(self.link.id, force).map_err(forbidden)?;
+        let decided = self.parts.ownership.lock().resume(self.link.id, force).map_err(forbidden)?;
         match decided {
             Resume::Already => Ok(()),
             Resume::Call => {
                 let resumed = hooks.resume();
-                self.ownership.lock().resumed(resumed.is_ok());
+                self.parts.ownership.lock().resumed(resumed.is_ok());
                 resumed.map_err(failed)
             }
         }
     }
 
     fn load_state(&self, pieces: Vec<PieceSize>, fds: &[OwnedFd], hooks: &mut dyn Hooks) -> Reply<()> {
-        self.ownership.lock().load_state(self.link.id).map_err(forbidden)?;
+        self.parts.ownership.lock().load_state(self.link.id).map_err(forbidden)?;
         let [file] = fds else {
             let sentence = format!("load state came with {} file descriptors, expected 1", fds.len());
             return Err(RemoteError::new(ErrorCode::Invalid, sentence));
@@ -262,7 +322,7 @@ impl HookChannel {
     }
 
     fn clear_tracker(&self, id: u32, first: u64, mut bitmap: Vec<u64>, hooks: &mut dyn Hooks) -> Reply<()> {
-        let Some(block) = self.memory.block(id) else {
+        let Some(block) = self.parts.memory.block(id) else {
             return Err(RemoteError::new(ErrorCode::NotFound, format!("block {id} does not exist")));
         };
         let pages = block.geometry.pages();

@@ -7,6 +7,7 @@
 mod channel;
 mod state;
 
+pub(crate) use channel::Parts;
 pub use channel::{Dispatch, HookChannel, HookThread};
 
 use crate::ownership::Ownership;
@@ -134,12 +135,34 @@ pub trait Hooks: Send {
     /// If the state cannot be saved; the migration fails and the guest is resumed.
     fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError>;
 
-    /// Takes the state that the source saved, in the same order. All memory is here. The guest does not run yet. Only called for an incoming
-    /// migration that this client started.
+    /// Takes the state that the source saved, in the same order. All memory is here, or in postcopy ([`Hooks::memory_pending`]) comes when it is touched. The guest
+    /// does not run yet. Only called for an incoming migration that this client started.
     ///
     /// # Errors
     /// If the state does not fit; the migration fails and the guest runs on at the source.
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError>;
+
+    /// From now on the guest's memory is not all here, until [`Hooks::memory_complete`]: a touch through the mappings that were handed over as
+    /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits until the page has come. Comes before the state is loaded. `read` and `write` of the file, and
+    /// other mappings of it, as those of other processes, do not wait but find holes: nobody may use them meanwhile.
+    ///
+    /// # Errors
+    /// If this VMM cannot do that; the migration fails and the guest runs on at the source.
+    fn memory_pending(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    /// All memory is here, after [`Hooks::memory_pending`]; or none will come, since the migration failed before the guest was resumed here.
+    fn memory_complete(&mut self) {}
+
+    /// The agent died, or hangs, while the guest ran before its memory was here: what is missing never comes, so the guest is lost. Stop it: vCPUs
+    /// that wait for a page are interrupted by a signal, as they are when they are paused.
+    ///
+    /// Who still touches a missing page when this returned gets SIGBUS, or EFAULT from the kernel; until then it waits. Comes at once when the agent dies, and within
+    /// [`Config::request_timeout`](crate::Config::request_timeout) and a second if it hangs.
+    fn memory_lost(&mut self) {
+        log::error!("the agent was lost before all memory was here: the guest cannot go on");
+    }
 
     /// Something to know about a job.
     fn event(&mut self, status: &JobStatus) {

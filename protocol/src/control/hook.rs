@@ -21,6 +21,8 @@ pub mod code {
     pub const LOAD_STATE: u32 = 0x2008;
     pub const RELINQUISH: u32 = 0x2009;
     pub const EVENT: u32 = 0x200a;
+    pub const REGISTER_FAULTS: u32 = 0x200b;
+    pub const UNREGISTER_FAULTS: u32 = 0x200c;
 }
 
 /// Most pages of one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
@@ -81,11 +83,22 @@ pub enum Hook {
     },
     /// The agent is about to give up ownership: from the answer on, the VMM must not resume the guest by itself, not even
     /// when it loses the agent (law 9).
-    Relinquish,
+    Relinquish {
+        /// What another agent needs to recover a postcopy that this one leaves behind; zeroes if there will be none.
+        session: [u8; 16],
+    },
+    /// The guest is about to run before its memory is here: register the mappings of all blocks for missing pages. Answered by the userfaultfd
+    /// as the descriptor.
+    RegisterFaults,
+    /// The memory is all here, or will never come: unregister them.
+    UnregisterFaults {
+        /// All of it is here. If not, what is missing must not be taken for zero: the guest is not to run.
+        complete: bool,
+    },
     /// Something to know; not answered.
     Event {
         /// How the job stands.
-        status: JobStatus,
+        status: Box<JobStatus>,
     },
 }
 
@@ -102,7 +115,9 @@ impl Hook {
             Self::Throttle { .. } => code::THROTTLE,
             Self::SaveState => code::SAVE_STATE,
             Self::LoadState { .. } => code::LOAD_STATE,
-            Self::Relinquish => code::RELINQUISH,
+            Self::Relinquish { .. } => code::RELINQUISH,
+            Self::RegisterFaults => code::REGISTER_FAULTS,
+            Self::UnregisterFaults { .. } => code::UNREGISTER_FAULTS,
             Self::Event { .. } => code::EVENT,
         }
     }
@@ -119,7 +134,9 @@ impl Hook {
             Self::Throttle { .. } => "throttle",
             Self::SaveState => "save state",
             Self::LoadState { .. } => "load state",
-            Self::Relinquish => "relinquish",
+            Self::Relinquish { .. } => "relinquish",
+            Self::RegisterFaults => "register faults",
+            Self::UnregisterFaults { .. } => "unregister faults",
             Self::Event { .. } => "event",
         }
     }
@@ -136,6 +153,8 @@ impl Hook {
             Self::Throttle { percent } => encoder.u32(*percent),
             Self::LoadState { pieces } => encode_pieces(pieces, encoder),
             Self::Event { status } => status.encode(encoder),
+            Self::Relinquish { session } => encoder.bytes(session),
+            Self::UnregisterFaults { complete } => encoder.u32(u32::from(*complete)),
             _ => encoder,
         }
         .finish()
@@ -169,8 +188,12 @@ impl Hook {
             },
             code::SAVE_STATE => Ok(Self::SaveState),
             code::LOAD_STATE => decode_pieces(decoder).map(|pieces| Self::LoadState { pieces }),
-            code::RELINQUISH => Ok(Self::Relinquish),
-            code::EVENT => JobStatus::decode(decoder).map(|status| Self::Event { status }),
+            code::RELINQUISH => decoder.array("session").map(|session| Self::Relinquish { session }),
+            code::REGISTER_FAULTS => Ok(Self::RegisterFaults),
+            code::UNREGISTER_FAULTS => {
+                decoder.u32("complete").map(|complete| Self::UnregisterFaults { complete: complete != 0 })
+            }
+            code::EVENT => JobStatus::decode(decoder).map(|status| Self::Event { status: Box::new(status) }),
             _ => return None,
         })
     }

@@ -23,22 +23,63 @@ pub enum NonConvergence {
     StopAnyway = 2,
     /// Fail; the guest runs on at the source.
     Fail = 3,
+    /// Switch to postcopy: the guest runs on at the destination, and its memory follows. Needs [`Mode::Hybrid`].
+    Postcopy = 4,
 }
 
 impl NonConvergence {
     /// All policies with the names that users write.
-    pub const NAMES: [(&'static str, NonConvergence); 4] = [
+    pub const NAMES: [(&'static str, NonConvergence); 5] = [
         ("keep-going", NonConvergence::KeepGoing),
         ("throttle", NonConvergence::Throttle),
         ("stop", NonConvergence::StopAnyway),
         ("fail", NonConvergence::Fail),
+        ("postcopy", NonConvergence::Postcopy),
     ];
 
     fn from_wire(value: u32) -> Result<Self, DecodeError> {
         Self::NAMES.iter().map(|(_, policy)| *policy).find(|policy| *policy as u32 == value).ok_or(DecodeError::Value {
             field: "policy",
             value: value.into(),
-            allowed: "0 keep-going, 1 throttle, 2 stop, 3 fail",
+            allowed: "0 keep-going, 1 throttle, 2 stop, 3 fail, 4 postcopy",
+        })
+    }
+}
+
+/// When the guest moves, before its memory or after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u16)]
+pub enum Mode {
+    /// Its memory first, in passes, and it stands still for the last of them.
+    #[default]
+    Precopy = 0,
+    /// The guest first: it stands still while its state moves, and its memory follows, what it touches before all.
+    Postcopy = 1,
+    /// As precopy, until it is told to switch, or has made [`OutgoingOptions::switch_after`] passes, or does not converge under
+    /// [`NonConvergence::Postcopy`]; from then on as postcopy.
+    Hybrid = 2,
+}
+
+impl Mode {
+    /// All modes with the names that users write.
+    pub const NAMES: [(&'static str, Mode); 3] =
+        [("precopy", Mode::Precopy), ("postcopy", Mode::Postcopy), ("hybrid", Mode::Hybrid)];
+
+    /// The name that users write.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, mode)| *mode == self).map_or("", |(name, _)| name)
+    }
+
+    /// True if the guest may run at the destination before its memory is there.
+    pub fn may_postcopy(self) -> bool {
+        self != Self::Precopy
+    }
+
+    fn from_wire(value: u16) -> Result<Self, DecodeError> {
+        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(DecodeError::Value {
+            field: "mode",
+            value: value.into(),
+            allowed: "0 precopy, 1 postcopy, 2 hybrid",
         })
     }
 }
@@ -94,7 +135,7 @@ impl Compression {
     }
 }
 
-/// Options of an outgoing migration. All but the streams, the compression and the timeouts can be changed while it runs.
+/// Options of an outgoing migration. All but the mode, the streams, the compression, the release and the timeouts can be changed while it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutgoingOptions {
     /// Number of connections, 1 to [`MAX_STREAMS`]. A target that is one handed-over descriptor has one.
@@ -109,6 +150,15 @@ pub struct OutgoingOptions {
     pub policy: NonConvergence,
     /// How the content of pages travels; the destination must take it.
     pub compression: Compression,
+    /// Whether the guest may run at the destination before its memory is there.
+    pub mode: Mode,
+    /// With [`Mode::Hybrid`]: passes over running memory after which it switches to postcopy, converging or not; 0 is never for that.
+    pub switch_after: u32,
+    /// With postcopy: connections for the pages that the guest waits for, beside [`OutgoingOptions::streams`]; at least 1, and at most
+    /// [`MAX_STREAMS`] together with them.
+    pub urgent_streams: u16,
+    /// With postcopy: free each page here once the destination has it. The source can then not be resumed, even by force.
+    pub release: bool,
     /// How long the peer may be silent where it owes an answer or room to send.
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer a hook.
@@ -124,6 +174,10 @@ impl Default for OutgoingOptions {
             max_passes: 30,
             policy: NonConvergence::KeepGoing,
             compression: Compression::None,
+            mode: Mode::Precopy,
+            switch_after: 0,
+            urgent_streams: 2,
+            release: false,
             peer_timeout: Duration::from_secs(30),
             hook_timeout: Duration::from_secs(10),
         }
@@ -135,7 +189,10 @@ impl OutgoingOptions {
         let (compression, level) = self.compression.to_wire();
         encoder
             .u16(self.streams)
-            .u16(0)
+            .u16(self.mode as u16)
+            .u32(self.switch_after)
+            .u16(self.urgent_streams)
+            .u16(u16::from(self.release))
             .u32(self.max_passes)
             .u64(micros(self.downtime_limit))
             .u64(self.bandwidth)
@@ -148,7 +205,13 @@ impl OutgoingOptions {
 
     pub(super) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
         let streams = decoder.u16("streams")?;
-        decoder.u16("reserved")?;
+        let mode = Mode::from_wire(decoder.u16("mode")?)?;
+        let switch_after = decoder.u32("switch_after")?;
+        let urgent_streams = decoder.u16("urgent_streams")?;
+        let release = match decoder.u16("release")? {
+            value @ 0..=1 => value == 1,
+            value => return Err(DecodeError::Value { field: "release", value: value.into(), allowed: "0 or 1" }),
+        };
         let max_passes = decoder.u32("max_passes")?;
         let downtime_limit = Duration::from_micros(decoder.u64("downtime_limit")?);
         let bandwidth = decoder.u64("bandwidth")?;
@@ -159,7 +222,39 @@ impl OutgoingOptions {
         if streams == 0 || streams > MAX_STREAMS {
             return Err(DecodeError::Value { field: "streams", value: streams.into(), allowed: "1 to 64" });
         }
-        Ok(Self { streams, downtime_limit, bandwidth, max_passes, policy, compression, peer_timeout, hook_timeout })
+        let options = Self {
+            streams,
+            downtime_limit,
+            bandwidth,
+            max_passes,
+            policy,
+            compression,
+            mode,
+            switch_after,
+            urgent_streams,
+            release,
+            peer_timeout,
+            hook_timeout,
+        };
+        options.check_postcopy().map(|()| options)
+    }
+
+    /// Connections of all kinds.
+    pub fn connections(&self) -> u16 {
+        if self.mode.may_postcopy() { self.streams.saturating_add(self.urgent_streams) } else { self.streams }
+    }
+
+    fn check_postcopy(&self) -> Result<(), DecodeError> {
+        if self.mode.may_postcopy() && (self.urgent_streams == 0 || self.connections() > MAX_STREAMS) {
+            let value = self.urgent_streams.into();
+            let allowed = "at least 1 with postcopy, and at most 64 together with streams";
+            return Err(DecodeError::Value { field: "urgent_streams", value, allowed });
+        }
+        if self.policy == NonConvergence::Postcopy && self.mode != Mode::Hybrid {
+            let (value, allowed) = (self.policy as u64, "4 postcopy only with mode 2 hybrid");
+            return Err(DecodeError::Value { field: "policy", value, allowed });
+        }
+        Ok(())
     }
 }
 
@@ -255,19 +350,26 @@ pub enum Phase {
     Loading = 6,
     /// Outgoing: ownership is being given up. Incoming: waiting for it.
     Committing = 7,
+    /// The guest runs at the destination, and its memory is on its way.
+    Postcopy = 8,
+    /// The same, but a connection was lost. Faults wait at the destination until the migration is recovered. The error says what happened.
+    PostcopyPaused = 9,
+    /// A paused postcopy is being connected again.
+    Recovering = 10,
     /// The destination has it all, and runs.
-    Completed = 8,
-    /// It failed; an outgoing guest runs on at the source.
-    Failed = 9,
+    Completed = 11,
+    /// It failed; an outgoing guest runs on at the source, unless it was in postcopy.
+    Failed = 12,
     /// It was cancelled; an outgoing guest runs on at the source.
-    Cancelled = 10,
+    Cancelled = 13,
     /// Outgoing: the commit was sent and the link died before the destination confirmed. The guest stands still here, and whether it
     /// runs there only an operator can find out.
-    Unconfirmed = 11,
+    Unconfirmed = 14,
 }
 
 impl Phase {
-    const ALL: [(Phase, &'static str); 12] = [
+    /// All phases with the names that users see.
+    pub const ALL: [(Phase, &'static str); 15] = [
         (Phase::Idle, "idle"),
         (Phase::Connecting, "connecting"),
         (Phase::Preparing, "preparing"),
@@ -276,6 +378,9 @@ impl Phase {
         (Phase::Stopping, "stopping"),
         (Phase::Loading, "loading"),
         (Phase::Committing, "committing"),
+        (Phase::Postcopy, "postcopy"),
+        (Phase::PostcopyPaused, "postcopy-paused"),
+        (Phase::Recovering, "recovering"),
         (Phase::Completed, "completed"),
         (Phase::Failed, "failed"),
         (Phase::Cancelled, "cancelled"),
@@ -292,11 +397,16 @@ impl Phase {
         self == Self::Idle || self >= Self::Completed
     }
 
+    /// True if the guest runs at the destination, as far as is known, and its memory is not all there.
+    pub fn is_postcopy(self) -> bool {
+        matches!(self, Self::Postcopy | Self::PostcopyPaused | Self::Recovering)
+    }
+
     fn from_wire(value: u32) -> Result<Self, DecodeError> {
         Self::ALL.iter().map(|(phase, _)| *phase).find(|phase| *phase as u32 == value).ok_or(DecodeError::Value {
             field: "phase",
             value: value.into(),
-            allowed: "0 to 11",
+            allowed: "0 to 14",
         })
     }
 }
@@ -339,7 +449,7 @@ counters! {
     stray_pages,
     /// Bytes written to, or read from, all streams: headers, content and state.
     wire_bytes,
-    /// Pages that are dirty and not sent yet.
+    /// Pages that are dirty and not sent yet; in postcopy, those that the destination still lacks.
     remaining_pages,
     /// Pages that the current pass started with.
     pass_pages,
@@ -359,6 +469,26 @@ counters! {
     sync_us,
     /// Percent of its time that the guest is held back, if throttled.
     throttle_percent,
+    /// Postcopy: faults of the guest, and of its devices, that were answered. At the destination.
+    faults,
+    /// Postcopy: pages that the destination asked for, since the guest waited for them.
+    requested_pages,
+    /// Postcopy: pages that the source sent, or the destination took, without being asked.
+    pushed_pages,
+    /// Postcopy: pages that the guest discarded while they remained, so that they need not come any more.
+    dropped_pages,
+    /// Postcopy: pages that the source freed since the destination has them.
+    released_pages,
+    /// Postcopy: microseconds without a connection.
+    paused_us,
+    /// Postcopy: microseconds from reading a fault to answering it, for half of the faults. At the destination.
+    fault_p50_us,
+    /// The same for 90 of 100.
+    fault_p90_us,
+    /// The same for 99 of 100.
+    fault_p99_us,
+    /// The same for the slowest.
+    fault_max_us,
 }
 
 /// How a job stands.
@@ -372,7 +502,7 @@ pub struct JobStatus {
     pub phase: Phase,
     /// Its figures.
     pub counters: Counters,
-    /// Why it failed; empty if it did not.
+    /// Why it failed, or is paused; empty if it did not and is not.
     pub error: String,
 }
 

@@ -33,6 +33,8 @@ pub mod code {
     pub const QUERY_STATUS: u32 = 0x1014;
     pub const SUBSCRIBE: u32 = 0x1015;
     pub const RESUME: u32 = 0x1016;
+    pub const START_POSTCOPY: u32 = 0x1017;
+    pub const RECOVER: u32 = 0x1018;
     /// Not a request: what a subscriber gets, the [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
 }
@@ -135,7 +137,7 @@ pub enum Request {
     Cancel,
     /// Changes limits of the outgoing migration that runs.
     SetParameters {
-        /// What to change; `streams`, `peer_timeout` and `hook_timeout` are ignored.
+        /// What to change; what can only be set at the start is ignored.
         options: OutgoingOptions,
     },
     /// Asks how the job stands that runs or ran last. Answered by a [`JobStatus`](super::job::JobStatus).
@@ -149,6 +151,21 @@ pub enum Request {
     Resume {
         /// Must be true: says that the operator knows that the destination does not run.
         force: bool,
+    },
+    /// Has the outgoing migration that runs, of mode hybrid, switch to postcopy after the pass that it is in.
+    StartPostcopy,
+    /// Connects a paused postcopy again. Answered by [`JobStarted`].
+    ///
+    /// At the source: of the job that is paused, or, with a session, of one that another agent began for this guest. At the destination: has the paused job
+    /// listen somewhere else; where it listened before it does anyway.
+    Recover {
+        /// What tells the migration from others, as it came with [`Hook::Relinquish`](crate::control::hook::Hook::Relinquish); zeroes for the one
+        /// that is paused here.
+        session: [u8; 16],
+        /// Where to connect to, or to listen; empty for where it was before.
+        address: String,
+        /// How, if another agent began it; the job that is paused here keeps its own.
+        options: OutgoingOptions,
     },
 }
 
@@ -169,6 +186,8 @@ impl Request {
             Self::QueryStatus => code::QUERY_STATUS,
             Self::Subscribe { .. } => code::SUBSCRIBE,
             Self::Resume { .. } => code::RESUME,
+            Self::StartPostcopy => code::START_POSTCOPY,
+            Self::Recover { .. } => code::RECOVER,
         }
     }
 
@@ -197,7 +216,8 @@ impl Request {
             Self::SetParameters { options } => options.encode(encoder),
             Self::Subscribe { interval } => encoder.u32(u32::try_from(interval.as_millis()).unwrap_or(u32::MAX)),
             Self::Resume { force } => encoder.u32(u32::from(*force)),
-            Self::Cancel | Self::QueryStatus => encoder,
+            Self::Recover { session, address, options } => options.encode(encoder.bytes(session).text(address)),
+            Self::Cancel | Self::QueryStatus | Self::StartPostcopy => encoder,
         }
         .finish()
     }
@@ -240,6 +260,8 @@ impl Request {
             code::QUERY_STATUS => Ok(Self::QueryStatus),
             code::SUBSCRIBE => decode_subscribe(decoder),
             code::RESUME => flags(decoder, "force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 }),
+            code::START_POSTCOPY => Ok(Self::StartPostcopy),
+            code::RECOVER => decode_recover(decoder),
             _ => return None,
         })
     }
@@ -276,6 +298,12 @@ fn decode_add_block(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
         vmm_address,
         flags,
     })
+}
+
+fn decode_recover(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
+    let session = decoder.array("session")?;
+    let address = decoder.text("address", MAX_ADDRESS)?.to_owned();
+    Ok(Request::Recover { session, address, options: OutgoingOptions::decode(decoder)? })
 }
 
 fn decode_subscribe(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
@@ -439,7 +467,7 @@ reply_fields! {
     }
 }
 
-/// Answer to [`Request::StartOutgoing`] and [`Request::StartIncoming`].
+/// Answer to [`Request::StartOutgoing`], [`Request::StartIncoming`] and [`Request::Recover`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobStarted {
     /// Number of the job.
@@ -466,7 +494,7 @@ impl JobStarted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::job::{Compression, Counters, JobKind, JobStatus, NonConvergence, Phase};
+    use crate::control::job::{Compression, Counters, JobKind, JobStatus, Mode, NonConvergence, Phase};
     use proptest::prelude::*;
 
     fn any_options() -> impl Strategy<Value = OutgoingOptions> {
@@ -476,16 +504,30 @@ mod tests {
             Just(Compression::Lz4),
             (1..=Compression::MAX_LEVEL).prop_map(Compression::Zstd),
         ];
-        (1u16..=64, 0u64..1 << 40, any::<u64>(), any::<u32>(), policy, compression, 1u64..1 << 30).prop_map(
-            |(streams, downtime, bandwidth, max_passes, policy, compression, timeout)| OutgoingOptions {
-                streams,
-                downtime_limit: Duration::from_micros(downtime),
-                bandwidth,
-                max_passes,
+        let mode = prop::sample::select(Mode::NAMES.map(|(_, mode)| mode).to_vec());
+        let postcopy = (mode, any::<u32>(), any::<bool>());
+        let numbers = (1u16..=32, 0u64..1 << 40, any::<u64>(), any::<u32>(), 1u64..1 << 30);
+        (numbers, policy, compression, postcopy).prop_map(
+            |(
+                (streams, downtime, bandwidth, max_passes, timeout),
                 policy,
                 compression,
-                peer_timeout: Duration::from_micros(timeout),
-                hook_timeout: Duration::from_micros(timeout + 1),
+                (mode, switch_after, release),
+            )| {
+                OutgoingOptions {
+                    streams,
+                    downtime_limit: Duration::from_micros(downtime),
+                    bandwidth,
+                    max_passes,
+                    policy: if mode == Mode::Hybrid { policy } else { NonConvergence::Fail },
+                    compression,
+                    mode,
+                    switch_after,
+                    urgent_streams: 33 - streams,
+                    release,
+                    peer_timeout: Duration::from_micros(timeout),
+                    hook_timeout: Duration::from_micros(timeout + 1),
+                }
             },
         )
     }
@@ -519,6 +561,12 @@ mod tests {
             any_options().prop_map(|options| Request::SetParameters { options }),
             (10u64..3_600_000).prop_map(|ms| Request::Subscribe { interval: Duration::from_millis(ms) }),
             any::<bool>().prop_map(|force| Request::Resume { force }),
+            (any::<[u8; 16]>(), ".{0,60}", any_options()).prop_map(|(session, address, options)| Request::Recover {
+                session,
+                address,
+                options
+            }),
+            Just(Request::StartPostcopy),
             Just(Request::Cancel),
             Just(Request::QueryStatus),
             Just(Request::StartIncoming { listen: "tcp:[::1]:0".into(), options: IncomingOptions::default() }),
@@ -558,6 +606,26 @@ mod tests {
         }
         let error = options(3, 1).unwrap_err().to_string();
         assert_eq!(error, "compression is 0x3, allowed: 0 none, 1 lz4, 2 zstd");
+    }
+
+    #[test]
+    fn what_postcopy_needs_is_refused_by_field() {
+        let refused = |options: OutgoingOptions| {
+            let body = options.encode(Encoder::new()).finish();
+            OutgoingOptions::decode(&mut Decoder::new(&body)).unwrap_err().to_string()
+        };
+        let hybrid = OutgoingOptions { mode: Mode::Hybrid, ..OutgoingOptions::default() };
+        for (streams, urgent_streams) in [(1, 0), (63, 2), (64, u16::MAX)] {
+            let error = refused(OutgoingOptions { streams, urgent_streams, ..hybrid.clone() });
+            assert!(
+                error.starts_with(&format!("urgent_streams is {urgent_streams:#x}, allowed: at least 1")),
+                "{error}"
+            );
+        }
+        for mode in [Mode::Precopy, Mode::Postcopy] {
+            let error = refused(OutgoingOptions { mode, policy: NonConvergence::Postcopy, ..hybrid.clone() });
+            assert_eq!(error, "policy is 0x4, allowed: 4 postcopy only with mode 2 hybrid");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
 use crate::control::job::{Compression, MAX_SENTENCE, MAX_STREAMS};
 use crate::control::request::{ErrorCode, RemoteError};
 use crate::memory::geometry::MAX_NAME;
-use crate::memory::{BlockGeometry, BlockTable, GeometryError, MAX_BLOCKS};
+use crate::memory::{BlockGeometry, BlockTable, GeometryError, MAX_BLOCKS, PAGE_SIZE};
 
 /// The version of the page stream that this crate speaks.
 pub const STREAM_VERSION: u16 = 1;
@@ -19,8 +19,15 @@ pub const MAGIC: [u8; 8] = *b"PAGEFRRY";
 pub const FEATURE_LZ4: u64 = 1 << 0;
 /// Feature: data records may be compressed with Zstandard.
 pub const FEATURE_ZSTD: u64 = 1 << 1;
+/// Feature: the guest may run before its memory is there.
+pub const FEATURE_POSTCOPY: u64 = 1 << 2;
 /// All features that this crate knows. A destination accepts those of them that are offered.
-pub const FEATURES: u64 = FEATURE_LZ4 | FEATURE_ZSTD;
+pub const FEATURES: u64 = FEATURE_LZ4 | FEATURE_ZSTD | FEATURE_POSTCOPY;
+
+/// Flag: the source recovers a postcopy, whose session it names.
+pub const HELLO_RECOVER: u16 = 1 << 0;
+/// Flag: in postcopy the source wants to be told what is placed ([`super::Kind::Placed`]).
+pub const HELLO_ACKNOWLEDGE: u16 = 1 << 1;
 
 /// The feature that a source offers for this compression; 0 for none.
 pub fn feature_of(compression: Compression) -> u64 {
@@ -32,7 +39,7 @@ pub fn feature_of(compression: Compression) -> u64 {
 }
 
 /// Longest payload of a hello in bytes: that with the largest block table.
-pub const MAX_HELLO: usize = 44 + MAX_BLOCKS * (32 + MAX_NAME);
+pub const MAX_HELLO: usize = 48 + MAX_BLOCKS * (32 + MAX_NAME);
 
 /// What the source says first on each stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +56,10 @@ pub struct Hello {
     pub stream: u16,
     /// How many there are.
     pub streams: u16,
+    /// How many of them, the last ones, are urgent: for the pages that a guest in postcopy waits for, and nothing else.
+    pub urgent: u16,
+    /// [`HELLO_RECOVER`], [`HELLO_ACKNOWLEDGE`].
+    pub flags: u16,
     /// The source's blocks; empty but on the primary.
     pub blocks: BlockTable,
 }
@@ -86,6 +97,8 @@ impl Hello {
             .u16(self.streams)
             .u64(self.features)
             .bytes(&self.session)
+            .u16(self.urgent)
+            .u16(self.flags)
             .u32(self.blocks.blocks().len() as u32);
         self.blocks
             .blocks()
@@ -127,6 +140,16 @@ impl Hello {
         let features = decoder.u64("features")?;
         let mut session = [0; 16];
         session.copy_from_slice(decoder.bytes("session", 16)?);
+        let urgent = decoder.u16("urgent")?;
+        if urgent >= streams || (urgent == 0 && features & FEATURE_POSTCOPY != 0) {
+            let allowed = "less than streams, and at least 1 with postcopy";
+            return Err(DecodeError::Value { field: "urgent", value: urgent.into(), allowed }.into());
+        }
+        let flags = decoder.u16("flags")?;
+        if flags & !(HELLO_RECOVER | HELLO_ACKNOWLEDGE) != 0 {
+            let allowed = "bit 0, recover, and bit 1, acknowledge";
+            return Err(DecodeError::Value { field: "flags", value: flags.into(), allowed }.into());
+        }
         let count = decoder.u32("blocks")?;
         if count as usize > MAX_BLOCKS {
             return Err(DecodeError::Value { field: "blocks", value: count.into(), allowed: "at most 512" }.into());
@@ -143,23 +166,26 @@ impl Hello {
             blocks.insert(block, MAX_BLOCKS)?;
         }
         decoder.finish()?;
-        Ok(Self { version_min, version_max, features, session, stream, streams, blocks })
+        Ok(Self { version_min, version_max, features, session, stream, streams, urgent, flags, blocks })
     }
 }
 
 /// The destination's answer, if it takes the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Accept {
     /// The version that is used.
     pub version: u16,
     /// The features that may be used: those offered that the destination knows.
     pub features: u64,
+    /// The destination's host page size in bytes for each block, in the order of the table: in postcopy whole host pages remain. Empty without postcopy.
+    pub host_pages: Vec<u64>,
 }
 
 impl Accept {
     /// The payload.
     pub fn encode(&self) -> Vec<u8> {
-        Encoder::new().u16(self.version).u64(self.features).finish()
+        let encoder = Encoder::new().u16(self.version).u64(self.features).u32(self.host_pages.len() as u32);
+        self.host_pages.iter().fold(encoder, |encoder, size| encoder.u64(*size)).finish()
     }
 
     /// Reads the payload.
@@ -172,9 +198,18 @@ impl Accept {
         if version != STREAM_VERSION {
             return Err(DecodeError::Value { field: "version", value: version.into(), allowed: "1" });
         }
-        let accept = Self { version, features: decoder.u64("features")? };
+        let features = decoder.u64("features")?;
+        let count = decoder.u32("host_pages")?;
+        if count as usize > MAX_BLOCKS {
+            return Err(DecodeError::Value { field: "host_pages", value: count.into(), allowed: "at most 512" });
+        }
+        let host_page = |_| match decoder.u64("host page")? {
+            size if size.is_power_of_two() && size >= PAGE_SIZE => Ok(size),
+            value => Err(DecodeError::Value { field: "host page", value, allowed: "powers of two from 4096" }),
+        };
+        let host_pages = (0..count).map(host_page).collect::<Result<_, _>>()?;
         decoder.finish()?;
-        Ok(accept)
+        Ok(Self { version, features, host_pages })
     }
 }
 
@@ -273,7 +308,8 @@ mod tests {
     }
 
     fn hello(blocks: BlockTable) -> Hello {
-        Hello { version_min: 1, version_max: 3, features: 0, session: [7; 16], stream: 0, streams: 4, blocks }
+        let (session, flags) = ([7; 16], HELLO_RECOVER);
+        Hello { version_min: 1, version_max: 3, features: 4, session, stream: 0, streams: 4, urgent: 2, flags, blocks }
     }
 
     #[test]
@@ -302,6 +338,11 @@ mod tests {
         assert_eq!(Hello::decode(&version), Err(HelloError::Version { min: 2, max: 3 }));
         let stream = Hello { stream: 4, ..hello(table(&[])) }.encode();
         assert!(matches!(Hello::decode(&stream), Err(HelloError::Decode(DecodeError::Value { field: "stream", .. }))));
+        for urgent in [0, 4, u16::MAX] {
+            let wrong = Hello { urgent, ..hello(table(&[])) }.encode();
+            let refused = Hello::decode(&wrong);
+            assert!(matches!(refused, Err(HelloError::Decode(DecodeError::Value { field: "urgent", .. }))), "{urgent}");
+        }
         let mut overlap = hello(table(&[1, 1])).encode();
         let second_gpa = overlap.len() - (4 + 4) - 8 - 8 - 8;
         overlap[second_gpa..second_gpa + 8].fill(0);
@@ -316,6 +357,16 @@ mod tests {
         assert_eq!(longer.to_string(), "block 1: length is 0x4000 at the source and 0x3000 here");
         assert!(matches!(compare(&table(&[2, 3, 1]), &ours), Err(TableMismatch::Missing { id: 2, .. })));
         assert!(matches!(compare(&table(&[2]), &ours), Err(TableMismatch::Count { source_count: 1, own_count: 2 })));
+    }
+
+    #[test]
+    fn an_accept_survives_the_wire_and_odd_host_pages_do_not() {
+        let accept = Accept { version: 1, features: 4, host_pages: vec![4096, 2 << 20] };
+        assert_eq!(Accept::decode(&accept.encode()), Ok(accept.clone()));
+        for size in [0, 1, 2048, 4097, u64::MAX] {
+            let refused = Accept::decode(&Accept { host_pages: vec![4096, size], ..accept.clone() }.encode());
+            assert!(matches!(refused, Err(DecodeError::Value { field: "host page", .. })), "{size}");
+        }
     }
 
     proptest! {

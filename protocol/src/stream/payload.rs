@@ -1,9 +1,10 @@
-//! Payloads of the records that are not pages: discarded runs, parts of the state, totals.
+//! Payloads of the records that are not pages: runs, bitmaps, parts of the state, totals.
 
 use super::record::MAX_PAYLOAD;
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use crate::control::hook::{MAX_PIECE_NAME, MAX_STATE};
 use crate::memory::PageRange;
+use crate::shm::bitmap::{WORD_BITS, word_mask};
 
 /// Bytes of one run in the payload of a discard record.
 const RUN_SIZE: usize = 16;
@@ -11,12 +12,50 @@ const RUN_SIZE: usize = 16;
 pub const MAX_RUNS: usize = 65_536;
 const _: () = assert!(MAX_RUNS * RUN_SIZE <= MAX_PAYLOAD);
 
-/// The payload of a discard record.
+/// Most pages in the bitmap of one remaining or received record: 4 GiB of memory, 128 KiB of payload.
+pub const MAX_BITMAP_PAGES: u64 = 1 << 20;
+
+/// The payload of a remaining or received record about whole words of pages.
+pub fn encode_bitmap(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
+    words.into_iter().fold(Encoder::new(), Encoder::u64).finish()
+}
+
+/// The words of the bitmap in a remaining or received record about the pages `range` of a block of `block_pages` pages: the index of each word in
+/// the block's bitmap, and its bits.
+///
+/// # Errors
+/// If the range does not begin with a word, is empty, too long or outside the block, or the payload has another length than it, or a bit after its end.
+pub fn decode_bitmap(
+    payload: &[u8], range: PageRange, block_pages: u64,
+) -> Result<impl Iterator<Item = (u64, u64)> + '_, DecodeError> {
+    let refused = |field, value, allowed| Err(DecodeError::Value { field, value, allowed });
+    if !range.first.is_multiple_of(WORD_BITS) || !range.fits(block_pages) {
+        return refused("first page", range.first, "multiples of 64 with a range within the block");
+    }
+    if range.is_empty() || range.count > MAX_BITMAP_PAGES {
+        return refused("page count", range.count, "1 to 2^20 in a bitmap");
+    }
+    if payload.len() as u64 != range.count.div_ceil(WORD_BITS) * 8 {
+        return refused("payload length", payload.len() as u64, "one bit for each page, in whole words");
+    }
+    let (words, _) = payload.as_chunks::<8>();
+    let last = words.last().map_or(0, |word| u64::from_le_bytes(*word));
+    let used = match range.count % WORD_BITS {
+        0 => u64::MAX,
+        bits => word_mask(0, bits),
+    };
+    if last & !used != 0 {
+        return refused("last word", last, "no bit after the last page");
+    }
+    Ok((range.first / WORD_BITS..).zip(words.iter().map(|word| u64::from_le_bytes(*word))))
+}
+
+/// The payload of a discard or placed record.
 pub fn encode_runs(runs: &[PageRange]) -> Vec<u8> {
     runs.iter().fold(Encoder::new(), |encoder, run| encoder.u64(run.first).u64(run.count)).finish()
 }
 
-/// The runs of a discard record about a block of `block_pages` pages.
+/// The runs of a discard or placed record about a block of `block_pages` pages.
 ///
 /// # Errors
 /// If the payload is no whole number of runs, or a run is empty or lies outside the block.
@@ -25,7 +64,7 @@ pub fn decode_runs(payload: &[u8], block_pages: u64) -> Result<impl Iterator<Ite
         return Err(DecodeError::Value {
             field: "payload length",
             value: payload.len() as u64,
-            allowed: "multiples of 16 in a discard record",
+            allowed: "multiples of 16 in a list of runs",
         });
     }
     let runs = || {
@@ -37,7 +76,7 @@ pub fn decode_runs(payload: &[u8], block_pages: u64) -> Result<impl Iterator<Ite
     };
     match runs().find(|run| run.is_empty() || !run.fits(block_pages)) {
         Some(run) => Err(DecodeError::Value {
-            field: "discarded run",
+            field: "run",
             value: run.first,
             allowed: "runs of at least one page within the block",
         }),
@@ -100,17 +139,20 @@ pub struct Totals {
     pub stray_pages: u64,
     /// Passes that ended.
     pub passes: u64,
+    /// Pages in remaining records.
+    pub remaining_pages: u64,
 }
 
 impl Totals {
     /// The figures with their names, for errors.
-    pub fn named(&self) -> [(&'static str, u64); 5] {
+    pub fn named(&self) -> [(&'static str, u64); 6] {
         [
             ("data_pages", self.data_pages),
             ("zero_pages", self.zero_pages),
             ("discarded_pages", self.discarded_pages),
             ("stray_pages", self.stray_pages),
             ("passes", self.passes),
+            ("remaining_pages", self.remaining_pages),
         ]
     }
 
@@ -131,6 +173,7 @@ impl Totals {
             discarded_pages: decoder.u64("discarded_pages")?,
             stray_pages: decoder.u64("stray_pages")?,
             passes: decoder.u64("passes")?,
+            remaining_pages: decoder.u64("remaining_pages")?,
         };
         decoder.finish()?;
         Ok(totals)
@@ -147,8 +190,28 @@ mod tests {
         assert!(decode_runs(&encode_runs(&runs), 15).unwrap().eq(runs));
         let part = StatePart { name: "vcpu0", length: 9, offset: 4, bytes: b"12345" };
         assert_eq!(StatePart::decode(&part.encode()), Ok(part));
-        let totals = Totals { data_pages: 1, zero_pages: 2, discarded_pages: 3, stray_pages: 4, passes: 5 };
+        let totals =
+            Totals { data_pages: 1, zero_pages: 2, discarded_pages: 3, stray_pages: 4, passes: 5, remaining_pages: 6 };
         assert_eq!(Totals::decode(&totals.encode()), Ok(totals));
+    }
+
+    #[test]
+    fn a_bitmap_of_another_size_or_with_a_bad_end_is_refused_by_field() {
+        let words = [5, u64::MAX, 0b11];
+        let range = PageRange::new(64, 130);
+        let good = encode_bitmap(words);
+        assert!(decode_bitmap(&good, range, 194).unwrap().eq([(1, 5), (2, u64::MAX), (3, 0b11)]));
+        let refused = |payload: &[u8], range, pages| match decode_bitmap(payload, range, pages) {
+            Err(DecodeError::Value { field, .. }) => field,
+            other => panic!("{:?}", other.map(Iterator::collect::<Vec<_>>)),
+        };
+        assert_eq!(refused(&good[8..], range, 194), "payload length");
+        assert_eq!(refused(&encode_bitmap([0, 0, 0b111]), range, 194), "last word");
+        assert_eq!(refused(&good, range, 193), "first page");
+        assert_eq!(refused(&good, PageRange::new(63, 130), 194), "first page");
+        assert_eq!(refused(&[], PageRange::new(64, 0), 194), "page count");
+        assert_eq!(refused(&good, PageRange::new(0, MAX_BITMAP_PAGES + 1), 1 << 40), "page count");
+        assert_eq!(refused(&good, PageRange::new(64, u64::MAX), 194), "first page");
     }
 
     #[test]

@@ -25,7 +25,8 @@ pub const MAX_PAYLOAD: usize = 4 << 20;
 /// Most pages in one [`Kind::Data`] record.
 pub const MAX_DATA_PAGES: u64 = MAX_PAYLOAD as u64 / PAGE_SIZE;
 
-/// Flag of [`Kind::Data`] and [`Kind::Zero`]: the page is discarded, but the guest wrote into it afterwards. It stays discarded.
+/// Flag of [`Kind::Data`], [`Kind::Zero`] and [`Kind::Remaining`]: the page is discarded, and comes all the same, since the guest wrote into it afterwards,
+/// or since it shares a host page with others. It stays discarded.
 pub const FLAG_STRAY: u16 = 1 << 0;
 
 /// Flag of [`Kind::Data`]: the payload is the pages' content compressed as one LZ4 block. Needs [`super::hello::FEATURE_LZ4`].
@@ -51,10 +52,15 @@ pub enum Kind {
     PassEnd = 4,
     /// A part of a named piece of the VMM's state.
     State = 5,
-    /// Nothing more comes on this stream but, on the primary, the commit. The payload is the totals of the stream.
+    /// Pages that are still to come after the commit. The payload is a bitmap of the pages that the header names; see [`super::payload`].
+    Remaining = 6,
+    /// Nothing more comes on this stream but, on the primary, the commit. The payload is the totals of the stream. The number is 1 if postcopy
+    /// follows, in which more pages come and then another end.
     End = 7,
     /// The source gave up ownership.
     Commit = 8,
+    /// Postcopy: the destination has all pages. Each side says so to the other, the destination first; nothing comes after it.
+    Complete = 9,
 
     /// Answer to [`Kind::Hello`]: the version and features that are used.
     Accept = 0x101,
@@ -68,25 +74,36 @@ pub enum Kind {
     Resumed = 0x105,
     /// The sender failed: the payload says why. Either direction; nothing comes after it.
     Error = 0x106,
+    /// Postcopy, on an urgent stream: the guest waits for these pages.
+    Request = 0x107,
+    /// Postcopy, when it is recovered: which pages the destination needs no more. The payload is a bitmap of the pages that the header names.
+    Received = 0x108,
+    /// Postcopy, where the source asked for it: runs of pages that are placed. The payload lists them as those of a discard.
+    Placed = 0x109,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Kind; 14] = [
+    pub const ALL: [Kind; 19] = [
         Kind::Hello,
         Kind::Data,
         Kind::Zero,
         Kind::Discard,
         Kind::PassEnd,
         Kind::State,
+        Kind::Remaining,
         Kind::End,
         Kind::Commit,
+        Kind::Complete,
         Kind::Accept,
         Kind::Reject,
         Kind::PassDone,
         Kind::Loaded,
         Kind::Resumed,
         Kind::Error,
+        Kind::Request,
+        Kind::Received,
+        Kind::Placed,
     ];
 
     fn from_wire(value: u16) -> Option<Self> {
@@ -219,7 +236,7 @@ impl RecordHeader {
         let flags = self.flags.get();
         let known = match kind {
             Kind::Data => FLAG_STRAY | FLAGS_COMPRESSED,
-            Kind::Zero => FLAG_STRAY,
+            Kind::Zero | Kind::Remaining => FLAG_STRAY,
             _ => 0,
         };
         let compressed = flags & FLAGS_COMPRESSED;
@@ -238,7 +255,16 @@ impl RecordHeader {
         }
         let expected = match kind {
             Kind::Data => Some(count.saturating_mul(PAGE_SIZE)),
-            Kind::Zero | Kind::PassEnd | Kind::Commit | Kind::PassDone | Kind::Loaded | Kind::Resumed => Some(0),
+            Kind::Zero
+            | Kind::PassEnd
+            | Kind::Commit
+            | Kind::Complete
+            | Kind::PassDone
+            | Kind::Loaded
+            | Kind::Resumed
+            | Kind::Request => Some(0),
+            // A bitmap of the pages, in whole words.
+            Kind::Remaining | Kind::Received => Some(count.div_ceil(64).saturating_mul(8)),
             _ => None,
         };
         match expected {

@@ -8,7 +8,7 @@ use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FLAG_REPLY, HEADER_SIZ
 use pageferry_protocol::control::hook::{
     self, Hook, PieceSize, decode_hook_reply, decode_state_reply, encode_hook_reply, encode_state_reply, reply_sequence,
 };
-use pageferry_protocol::control::job::{JobKind, NonConvergence};
+use pageferry_protocol::control::job::{JobKind, Mode, NonConvergence};
 use pageferry_protocol::control::request::{
     AddBlockReply, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted, OWN_REQUESTS, RangesReply, RemoteError, Reply,
     Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT, decode_reply, encode_reply,
@@ -115,6 +115,15 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
     let range = |block, offset, length| BlockRange { block, offset, length };
     let options = OutgoingOptions { policy: NonConvergence::Throttle, streams: 64, ..OutgoingOptions::default() };
     let compressed = |compression| OutgoingOptions { compression, ..options.clone() };
+    let policy = NonConvergence::Postcopy;
+    let hybrid = OutgoingOptions {
+        mode: Mode::Hybrid,
+        policy,
+        switch_after: 3,
+        urgent_streams: 62,
+        release: true,
+        ..OutgoingOptions::default()
+    };
     let geometry = BlockGeometry { id: 3, name: "ram".into(), gpa: 0x7000, length: 1 << 30, granularity: 2 << 20 };
     let requests = [
         Request::Hello { version_min: 1, version_max: 2, features: 3 },
@@ -131,6 +140,9 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
         Request::QueryStatus,
         Request::Subscribe { interval: Duration::from_millis(10) },
         Request::Resume { force: true },
+        Request::StartPostcopy,
+        Request::StartOutgoing { target: "unix:/run/a".into(), options: hybrid.clone() },
+        Request::Recover { session: [7; 16], address: "tcp:[::1]:7000".into(), options: hybrid },
     ];
     requests.iter().map(|request| [vec![request.code() as u8], request.encode()].concat()).collect()
 }
@@ -209,8 +221,10 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::Throttle { percent: 99 },
         Hook::SaveState,
         Hook::LoadState { pieces },
-        Hook::Relinquish,
-        Hook::Event { status: status() },
+        Hook::Relinquish { session: [7; 16] },
+        Hook::RegisterFaults,
+        Hook::UnregisterFaults { complete: true },
+        Hook::Event { status: Box::new(status()) },
     ];
     (9..).zip(hooks).map(|(sequence, hook)| [vec![hook.code() as u8], hook.encode(sequence)].concat()).collect()
 }

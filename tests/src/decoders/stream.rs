@@ -12,8 +12,12 @@ use pageferry_protocol::control::job::Compression;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::control::{DecodeError, Decoder};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_BLOCKS, PAGE_SIZE, PageRange};
-use pageferry_protocol::stream::hello::{Accept, FEATURES, MAX_HELLO, compare, decode_error, encode_error};
-use pageferry_protocol::stream::payload::{StatePart, Totals, decode_runs, encode_runs};
+use pageferry_protocol::stream::hello::{
+    Accept, FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER, MAX_HELLO, compare, decode_error, encode_error,
+};
+use pageferry_protocol::stream::payload::{
+    MAX_BITMAP_PAGES, StatePart, Totals, decode_bitmap, decode_runs, encode_bitmap, encode_runs,
+};
 use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_STRAY, FLAG_ZSTD, FLAGS_COMPRESSED, MAX_DATA_PAGES};
 use pageferry_protocol::stream::{Hello, Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
 use std::time::Duration;
@@ -68,10 +72,22 @@ pub fn hello_seeds() -> Vec<Vec<u8>> {
         blocks.insert(block, MAX_BLOCKS).expect("blocks that are apart");
     }
     let hello = |stream, blocks| {
-        Hello { version_min: 1, version_max: 3, features: 5, session: [7; 16], stream, streams: 4, blocks }.encode()
+        let (session, flags) = ([7; 16], HELLO_RECOVER | HELLO_ACKNOWLEDGE);
+        let hello = Hello {
+            version_min: 1,
+            version_max: 3,
+            features: 5,
+            session,
+            stream,
+            streams: 4,
+            urgent: 2,
+            flags,
+            blocks,
+        };
+        hello.encode()
     };
     let refusal = RemoteError::new(ErrorCode::Invalid, "block 3: length is 0x4000 at the source and 0x3000 here");
-    let accept = Accept { version: 1, features: 6 }.encode();
+    let accept = Accept { version: 1, features: 6, host_pages: vec![PAGE_SIZE, 2 << 20] }.encode();
     let payloads = [(0, hello(0, blocks)), (0, hello(3, BlockTable::new())), (1, accept), (2, encode_error(&refusal))];
     payloads.map(|(kind, payload)| [vec![kind], payload].concat()).into()
 }
@@ -92,7 +108,7 @@ pub fn record(data: &[u8]) -> bool {
     let (range, length) = (header.range(), header.payload_length());
     assert!(length <= MAX_PAYLOAD);
     let (stray, compressed) = (header.flags() & FLAG_STRAY, header.flags() & !FLAG_STRAY);
-    assert!(stray == 0 || matches!(kind, Kind::Data | Kind::Zero));
+    assert!(stray == 0 || matches!(kind, Kind::Data | Kind::Zero | Kind::Remaining));
     assert!(compressed == 0 || (kind == Kind::Data && [FLAG_LZ4, FLAG_ZSTD].contains(&compressed)));
     if kind == Kind::Data {
         assert!(range.count <= MAX_DATA_PAGES);
@@ -115,8 +131,11 @@ pub fn record_seeds() -> Vec<Vec<u8>> {
     let seed = |kind| match kind {
         Kind::Data => sealed(kind, FLAG_STRAY, PageRange::new(9, 2), &[7; 2 * PAGE_SIZE as usize]),
         Kind::Zero => sealed(kind, 0, PageRange::new(0, 1 << 40), &[]),
+        Kind::Remaining => sealed(kind, FLAG_STRAY, PageRange::new(64, 70), &[0xff; 16]),
+        Kind::Received => sealed(kind, 0, PageRange::new(0, 64), &[0x55; 8]),
+        Kind::Request => sealed(kind, 0, PageRange::new(5, 512), &[]),
         Kind::PassEnd | Kind::PassDone => sealed(kind, 0, PageRange::new(5, 0), &[]),
-        Kind::Commit | Kind::Loaded | Kind::Resumed => sealed(kind, 0, PageRange::default(), &[]),
+        Kind::Commit | Kind::Loaded | Kind::Resumed | Kind::Complete => sealed(kind, 0, PageRange::default(), &[]),
         _ => sealed(kind, 0, PageRange::default(), b"something of its own"),
     };
     let mut seeds: Vec<_> = Kind::ALL.map(seed).into();
@@ -243,6 +262,11 @@ pub fn payload(data: &[u8]) -> bool {
         2 => exact(payload, Totals::decode, Totals::encode),
         3 => pages(FLAG_LZ4, payload),
         4 => pages(FLAG_ZSTD, payload),
+        5 => {
+            let mut decoder = Decoder::new(payload);
+            let [first, count, pages] = ["first", "count", "pages"].map(|field| decoder.u64(field).unwrap_or(0));
+            bitmap(decoder.remainder(), PageRange::new(first, count), pages)
+        }
         _ => false,
     }
 }
@@ -286,15 +310,49 @@ fn runs(payload: &[u8], pages: u64) -> bool {
     }
 }
 
-/// Runs up to the end of a block, parts of the state, totals, compressed pages.
+/// A bitmap covers the range that its record names, whole words of it, and nothing after its end.
+fn bitmap(payload: &[u8], range: PageRange, pages: u64) -> bool {
+    let (words, rest) = payload.as_chunks::<8>();
+    let words: Vec<u64> = words.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+    let inside = u128::from(range.first) + u128::from(range.count) <= u128::from(pages);
+    let whole = rest.is_empty() && words.len() as u64 == range.count.div_ceil(64);
+    let set = (0..words.len() as u64 * 64).filter(|bit| words[(bit / 64) as usize] >> (bit % 64) & 1 == 1);
+    let ends = set.max().is_none_or(|last| last < range.count);
+    let some = range.count > 0 && range.count <= MAX_BITMAP_PAGES;
+    let fits = inside && whole && ends && some && range.first.is_multiple_of(64);
+    match within(fair(payload), || decode_bitmap(payload, range, pages).map(Iterator::collect::<Vec<_>>)) {
+        Ok(found) => {
+            assert!(fits, "{range:?} of {pages} pages in {} bytes was taken", payload.len());
+            assert!(found.iter().map(|(index, _)| *index).eq((range.first / 64..).take(words.len())));
+            assert_eq!(encode_bitmap(found.into_iter().map(|(_, bits)| bits)), payload);
+            true
+        }
+        Err(error) => {
+            assert!(!fits, "{error}");
+            false
+        }
+    }
+}
+
+/// Runs up to the end of a block, parts of the state, totals, compressed pages, bitmaps.
 pub fn payload_seeds() -> Vec<Vec<u8>> {
     let runs = encode_runs(&[PageRange::new(0, 1), PageRange::new(5, 10), PageRange::new(999, 1)]);
     let part = StatePart { name: "vcpu0", length: 9, offset: 4, bytes: b"12345" }.encode();
     let empty = StatePart { name: "", length: 1 << 30, offset: 1 << 30, bytes: b"" }.encode();
-    let totals = Totals { data_pages: 1, zero_pages: 2, discarded_pages: 3, stray_pages: 4, passes: u64::MAX }.encode();
+    let totals = Totals {
+        data_pages: 1,
+        zero_pages: 2,
+        discarded_pages: 3,
+        stray_pages: 4,
+        passes: u64::MAX,
+        remaining_pages: 5,
+    };
+    let totals = totals.encode();
     let runs = [1000u64.to_le_bytes().to_vec(), runs].concat();
     let [lz4, zstd] = [FLAG_LZ4, FLAG_ZSTD].map(|flag| [vec![4], packed(flag, 5)].concat());
-    [(0, runs), (1, part), (1, empty), (2, totals), (3, lz4), (4, zstd)]
+    let numbers = |numbers: [u64; 3]| numbers.into_iter().flat_map(u64::to_le_bytes).collect::<Vec<u8>>();
+    let bitmap = [numbers([64, 130, 194]), encode_bitmap([5, u64::MAX, 0b11])].concat();
+    [(0, runs), (1, part), (1, empty), (2, totals), (3, lz4), (4, zstd), (5, bitmap)]
         .map(|(kind, payload)| [vec![kind], payload].concat())
         .into()
 }

@@ -4,7 +4,7 @@ use crate::geometry;
 use crate::scene::{FakeSource, PAGES, Scene, hello};
 use pageferry_client::Phase;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
-use pageferry_protocol::stream::hello::{Accept, FEATURE_LZ4, FEATURE_ZSTD, FEATURES};
+use pageferry_protocol::stream::hello::{Accept, FEATURE_LZ4, FEATURE_POSTCOPY, FEATURE_ZSTD, FEATURES, HELLO_RECOVER};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -77,7 +77,10 @@ fn a_wrong_magic_and_a_wrong_version_are_rejected_in_words() {
 fn of_the_features_that_are_offered_those_are_accepted_that_are_known() {
     let scene = Scene::new();
     let newer = 1 << 63 | FEATURE_ZSTD;
-    for (offered, known) in [(0, 0), (FEATURE_LZ4, FEATURE_LZ4), (newer, FEATURE_ZSTD), (u64::MAX, FEATURES)] {
+    // A block that is mapped nowhere cannot be filled while the guest runs.
+    const KNOWN: u64 = FEATURES & !FEATURE_POSTCOPY;
+    let all = u64::MAX & !FEATURE_POSTCOPY;
+    for (offered, known) in [(0, 0), (FEATURE_LZ4, FEATURE_LZ4), (newer, FEATURE_ZSTD), (all, KNOWN)] {
         let job = scene.listen();
         let mut source = FakeSource::connect(&scene);
         source.hello(&Hello { features: offered, ..hello() });
@@ -90,7 +93,7 @@ fn of_the_features_that_are_offered_those_are_accepted_that_are_known() {
     let job = scene.listen();
     let mut sources = [0u16, 1].map(|stream| {
         let mut source = FakeSource::connect(&scene);
-        let features = if stream == 0 { FEATURES } else { FEATURE_LZ4 };
+        let features = if stream == 0 { KNOWN } else { FEATURE_LZ4 };
         let blocks = if stream == 0 { hello().blocks } else { BlockTable::new() };
         source.hello(&Hello { features, stream, streams: 2, blocks, ..hello() });
         source
@@ -133,4 +136,30 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
         }
     }
     scene.assert_takes_a_guest(scene.listen());
+}
+
+#[test]
+fn postcopy_is_refused_by_name_where_the_memory_is_mapped_nowhere() {
+    let scene = Scene::new();
+    let job = scene.listen();
+    let mut sources = [0u16, 1].map(|stream| {
+        let mut source = FakeSource::connect(&scene);
+        let blocks = if stream == 0 { hello().blocks } else { BlockTable::new() };
+        source.hello(&Hello { features: FEATURE_POSTCOPY, stream, streams: 2, urgent: 1, blocks, ..hello() });
+        source
+    });
+    let sentence = sources[0].sentence(Kind::Reject);
+    assert!(sentence.contains("block 3 has no vmm_address"), "{sentence}");
+    assert_eq!(scene.destination.wait(job).phase, Phase::Failed);
+}
+
+#[test]
+fn nobody_recovers_what_is_not_paused() {
+    let scene = Scene::new();
+    let job = scene.listen();
+    let mut source = FakeSource::connect(&scene);
+    source.hello(&Hello { flags: HELLO_RECOVER, ..hello() });
+    let sentence = source.sentence(Kind::Reject);
+    assert!(sentence.contains("no migration is paused here"), "{sentence}");
+    scene.assert_takes_a_guest(job);
 }

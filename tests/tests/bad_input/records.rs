@@ -106,7 +106,8 @@ fn compressed_pages_that_were_not_negotiated_or_do_not_fit_fail_the_job() {
 
 #[test]
 fn a_wrong_count_fails_the_job() {
-    let whole = Totals { data_pages: 2, zero_pages: 0, discarded_pages: 0, stray_pages: 0, passes: 1 };
+    let whole =
+        Totals { data_pages: 2, zero_pages: 0, discarded_pages: 0, stray_pages: 0, passes: 1, remaining_pages: 0 };
     let sent = |source: &mut FakeSource| {
         source.data(3, 0, 2);
         source.end_pass(0);

@@ -92,6 +92,8 @@ pub fn hello() -> Hello {
         session: [7; 16],
         stream: 0,
         streams: 1,
+        urgent: 0,
+        flags: 0,
         blocks,
     }
 }

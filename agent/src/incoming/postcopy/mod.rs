@@ -1,0 +1,120 @@
+//! Postcopy, seen from the destination: the guest runs, and its memory follows.
+//!
+//! - [`faults`]: reading what the guest waits for, and asking the source;
+//! - [`arrive`]: receiving and placing, on all streams at once, until all is here;
+//! - [`assembly`]: host pages that come in pieces;
+//! - [`recover`]: after a lost connection;
+//! - this file: the phases.
+//!
+//! What remains is a hole here by now. The VMM registers its mappings for missing pages before it loads its state, since its devices may touch memory as they
+//! load. From then on faults are answered, until all is here and the holes are plain holes again: also while the connections are lost, as far as the source is not
+//! needed for it. See [`crate::memory::arriving`] for what happens to a page.
+
+pub mod arrive;
+pub mod assembly;
+pub mod faults;
+pub mod recover;
+
+use super::accept::Accepted;
+use super::receive::Received;
+use super::{load, take_over};
+use crate::job::{Job, JobError};
+use crate::memory::arriving::Arriving;
+use crate::memory::owed::Owed;
+use crate::transport::Listener;
+use arrive::Arrival;
+use faults::Requests;
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::job::Phase;
+use rustix::event::EventfdFlags;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+/// A guest that runs, or is about to, and lacks memory.
+pub struct Incomplete {
+    job: Arc<Job>,
+    arriving: Arc<Arriving>,
+    session: [u8; 16],
+    /// Where its source may connect again.
+    listeners: Vec<Listener>,
+    requests: Requests,
+}
+
+/// The VMM's mappings are registered; taken back on drop. If memory is missing then, the VMM is told, and its guest is lost.
+struct Registered<'a> {
+    job: &'a Job,
+    arriving: &'a Arriving,
+    complete: bool,
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        if self.complete {
+            self.arriving.unregister();
+        }
+        self.job.memory.set_arriving(None);
+        let hook = Hook::UnregisterFaults { complete: self.complete };
+        if let Err(error) = self.job.hooks.undo(&hook, self.job.options().hook_timeout) {
+            log::warn!("{}", crate::error::chain(&error));
+        }
+    }
+}
+
+/// Lets the guest run, and receives what it is owed.
+pub fn take_guest_first(
+    job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, owed: Owed, received: Received,
+) -> Result<(), JobError> {
+    let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
+    let arriving = Arriving::new(&job.memory, Arc::new(owed), uffd, accepted.acknowledge, job.live.clone());
+    let arriving = Arc::new(arriving?);
+    job.owes(arriving.owed());
+    job.memory.set_arriving(Some(arriving.clone()));
+    let mut registered = Registered { job, arriving: &arriving, complete: false };
+    let mut guest = Incomplete {
+        job: job.clone(),
+        arriving: arriving.clone(),
+        session: accepted.session,
+        listeners: listener.into_iter().collect(),
+        requests: Requests::default(),
+    };
+    let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+    let stop = stop.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?;
+    std::thread::scope(|scope| {
+        let (memory, requests) = (arriving.clone(), guest.requests.clone());
+        let faults = scope.spawn(|| faults::answer(job, memory, requests, stop.as_fd()));
+        let arrived = guest.run(accepted, received);
+        // What is a hole now is zero for good, and nobody waits any more.
+        registered.complete = arrived.is_ok();
+        if registered.complete {
+            arriving.unregister();
+        }
+        // A full eventfd is readable already.
+        let _ = rustix::io::write(&stop, &1u64.to_ne_bytes());
+        faults.join().map_err(|_| JobError::Panicked)?;
+        arrived
+    })?;
+    drop(registered);
+    guest.part(accepted);
+    Ok(())
+}
+
+impl Incomplete {
+    /// Loads the state, takes the guest over, and receives the rest, however often the connections are lost.
+    fn run(&mut self, accepted: &mut Accepted, received: Received) -> Result<(), JobError> {
+        self.requests.connect(&self.job, &self.arriving, &accepted.urgent);
+        let mut runs = false;
+        let job = self.job.clone();
+        let outcome = Arrival::new(&job, &self.arriving, accepted).run(|primary, writer| {
+            job.enter(Phase::Loading);
+            load(&job, received)?;
+            let told = take_over(&job, primary, writer)?;
+            runs = true;
+            job.enter(Phase::Postcopy);
+            Ok(told?)
+        });
+        match outcome {
+            Err(error) if runs => self.recover(accepted, error),
+            outcome => outcome,
+        }
+    }
+}

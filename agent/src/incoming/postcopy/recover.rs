@@ -1,0 +1,110 @@
+//! After a lost connection: waiting for the source, and telling it what is here.
+//!
+//! The guest runs on, as far as it finds what it needs. The source connects to where it did before, or to where an operator has this side listen, too.
+
+use super::super::accept::{Accepted, accept_again};
+use super::Incomplete;
+use super::arrive::{Arrival, say_complete};
+use super::faults::is_gone;
+use crate::job::{JobError, Request, add};
+use pageferry_protocol::control::job::Phase;
+use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
+use pageferry_protocol::stream::payload::{MAX_BITMAP_PAGES, encode_bitmap};
+use pageferry_protocol::stream::{Kind, RecordHeader};
+use std::time::Instant;
+
+impl Incomplete {
+    /// The connections broke: waits for the source as often as it takes, and receives the rest.
+    ///
+    /// # Errors
+    /// If the VMM is gone, or the agent ends.
+    pub(super) fn recover(&mut self, accepted: &mut Accepted, mut why: JobError) -> Result<(), JobError> {
+        loop {
+            self.requests.disconnect();
+            if let JobError::Arriving(error) = &why
+                && is_gone(error)
+            {
+                return Err(why);
+            }
+            self.job.recovery.pause();
+            self.job.pause(&why);
+            *accepted = self.wait()?;
+            self.job.recovery.resume();
+            self.job.enter(Phase::Recovering);
+            match self.go_on(accepted) {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    self.job.cancel.check()?;
+                    why = error;
+                }
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Result<Accepted, JobError> {
+        loop {
+            self.job.cancel.release();
+            let listeners: Vec<_> = self.listeners.iter().collect();
+            if let Some(accepted) =
+                accept_again(&self.job, &listeners, self.session, Some(self.job.recovery.fd()), None)?
+            {
+                return Ok(accepted);
+            }
+            match self.job.recovery.take() {
+                Some(Request::Listen(listener)) => {
+                    log::info!("job {}: listening at {}, too", self.job.id, listener.address());
+                    self.listeners.push(listener);
+                }
+                Some(Request::Abandon) => return Err(JobError::Abandoned),
+                Some(Request::Connect(_)) | None => {}
+            }
+        }
+    }
+
+    fn go_on(&self, accepted: &mut Accepted) -> Result<(), JobError> {
+        accepted.say_accept(&self.job)?;
+        self.say_received(accepted)?;
+        self.requests.connect(&self.job, &self.arriving, &accepted.urgent);
+        self.job.unpause();
+        Arrival::new(&self.job, &self.arriving, accepted).run(|_, _| Ok(()))
+    }
+
+    /// Tells the source what is not owed any more: it is here, never was, or was discarded.
+    fn say_received(&self, accepted: &Accepted) -> Result<(), JobError> {
+        for geometry in self.job.memory.table().blocks() {
+            let id = geometry.id;
+            let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
+            let owed = self.arriving.owed().block(at);
+            for first in (0..geometry.pages()).step_by(MAX_BITMAP_PAGES as usize) {
+                let range = PageRange::new(first, MAX_BITMAP_PAGES).intersection(&block.all());
+                let words = range.first / WORD_BITS..range.end().div_ceil(WORD_BITS);
+                let valid = |word: u64| word_mask(0, (range.end() - word * WORD_BITS).min(WORD_BITS));
+                let payload = encode_bitmap(words.map(|word| !owed.page_word(word) & valid(word)));
+                let header = RecordHeader::new(Kind::Received, 0, id, range, payload.len());
+                add(&self.job.live.wire_bytes, accepted.writer.write(header, &payload)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// All is here, and the guest needs its source no more. The source is told; if it cannot be, it has a while to come and ask.
+    pub(super) fn part(&self, accepted: &mut Accepted) {
+        let until = Instant::now() + self.job.options().peer_timeout;
+        let mut outcome = say_complete(&self.job, accepted);
+        while let Err(error) = outcome {
+            log::warn!(
+                "job {}: all is here, and the source may not know: {}",
+                self.job.id,
+                crate::error::chain(&error)
+            );
+            self.job.cancel.release();
+            let listeners: Vec<_> = self.listeners.iter().collect();
+            match accept_again(&self.job, &listeners, self.session, None, Some(until)) {
+                Ok(Some(again)) => *accepted = again,
+                Ok(None) | Err(_) => return,
+            }
+            outcome = self.go_on(accepted).and_then(|()| say_complete(&self.job, accepted));
+        }
+    }
+}

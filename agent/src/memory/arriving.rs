@@ -1,0 +1,458 @@
+//! The memory of a guest that runs before it is here (postcopy, and whatever else restores lazily).
+//!
+//! # Who does what to a host page
+//!
+//! The mapping of the VMM is registered for missing pages, so a touch of one becomes a fault that waits. A host page is in one of two states: *owed*,
+//! its content is still to come; or not, and then it is what the file says: content, or a hole that reads as zero. Four act on it at once, without a lock:
+//!
+//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once; else it is answered here: zero;
+//! - an **arrival** takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
+//!   allocated that the guest does not touch (law 2);
+//! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, frees it, and then answers those who
+//!   requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back (law 1);
+//! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there finds it again.
+//!
+//! *Requested* is set before *owed* is looked at, and *owed* is taken before *requested* is looked at, with a sequentially consistent fence between
+//! the two on both sides: so of a fault and an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer, the kernel
+//! refuses the second page, and all are woken. `tests/loom_arriving.rs` checks it.
+
+use super::fence::Readers;
+use super::owed::Owed;
+use super::{Block, GuestMemory};
+use crate::stats::{LiveCounters, add};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
+use pageferry_protocol::shm::{MappedBitmap, MappingError};
+use pageferry_protocol::userfault::{Addresses, NotPlaced, Userfaultfd};
+use rustix::event::EventfdFlags;
+use rustix::io::Errno;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::Instant;
+
+/// Why a page was not placed. It is owed still.
+#[derive(Debug, thiserror::Error)]
+pub enum ArrivingError {
+    /// The kernel refused.
+    #[error("host page {host_page:#x} of block {id} cannot be placed")]
+    Place {
+        /// The block.
+        id: u32,
+        /// Index of the host page in the block.
+        host_page: u64,
+        /// What the kernel said: ENOMEM or ENOSPC if there is no memory, ENOENT if the VMM has nothing mapped there, ESRCH if it is gone.
+        #[source]
+        source: Errno,
+    },
+    /// There is no memory for the bitmaps.
+    #[error("bitmap")]
+    Bitmap(#[from] MappingError),
+    /// The kernel has no event descriptor.
+    #[error("cannot make an event descriptor")]
+    Event(#[source] Errno),
+    /// The faults cannot be read.
+    #[error("cannot read faults")]
+    Read(#[source] Errno),
+}
+
+/// A host page that could not be placed, and what the kernel said.
+type Failed = (u64, Errno);
+
+/// What becomes of a fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// It was answered here.
+    Here,
+    /// The page is owed, and nobody has asked for it yet: the caller does.
+    Ask,
+    /// The page is owed, and was asked for.
+    Wait,
+}
+
+/// Where the VMM has a block mapped.
+#[derive(Debug)]
+struct Mapping {
+    id: u32,
+    start: u64,
+    length: u64,
+    /// Bytes of a host page.
+    unit: u64,
+}
+
+/// The memory of a guest that runs before it is here.
+#[derive(Debug)]
+pub struct Arriving {
+    owed: Arc<Owed>,
+    /// Host pages that the guest waits for.
+    requested: Vec<MappedBitmap>,
+    /// Host pages that were discarded while they were owed, and of which the source was not told yet.
+    dropped: Vec<MappedBitmap>,
+    /// Host pages that were placed, and of which the source was not told yet; none if it does not want to know.
+    placed: Option<Vec<MappedBitmap>>,
+    uffd: Userfaultfd,
+    mappings: Vec<Mapping>,
+    /// A host page of zeroes, where the kernel has none of that size.
+    zeroes: Vec<u8>,
+    live: Arc<LiveCounters>,
+    /// Readable when there is something for the job's thread to look at.
+    event: OwnedFd,
+}
+
+impl Arriving {
+    /// `owed` of `memory` is to come; `uffd` was registered for the mappings of all its blocks. With `acknowledge` the source is told what was placed.
+    ///
+    /// # Errors
+    /// If there is no memory for the bitmaps, or no descriptor.
+    pub fn new(
+        memory: &GuestMemory, owed: Arc<Owed>, uffd: OwnedFd, acknowledge: bool, live: Arc<LiveCounters>,
+    ) -> Result<Self, ArrivingError> {
+        let bitmaps = || -> Result<Vec<_>, MappingError> {
+            let bitmap = |at: usize| MappedBitmap::private(owed.block(at).bits().pages());
+            (0..memory.blocks().len()).map(bitmap).collect()
+        };
+        let mapping = |block: &Arc<Block>| Mapping {
+            id: block.geometry.id,
+            start: block.vmm_address,
+            length: block.geometry.length,
+            unit: block.backing.host_page_size(),
+        };
+        let mappings: Vec<Mapping> = memory.blocks().iter().map(mapping).collect();
+        let huge = mappings.iter().map(|mapping| mapping.unit).filter(|unit| *unit > PAGE_SIZE).max();
+        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        Ok(Self {
+            requested: bitmaps()?,
+            dropped: bitmaps()?,
+            placed: acknowledge.then(bitmaps).transpose()?,
+            owed,
+            uffd: uffd.into(),
+            mappings,
+            zeroes: vec![0; huge.unwrap_or(0) as usize],
+            live,
+            event: event.map_err(ArrivingError::Event)?,
+        })
+    }
+
+    /// What is still to come.
+    pub fn owed(&self) -> &Arc<Owed> {
+        &self.owed
+    }
+
+    /// Readable when there are faults.
+    pub fn uffd(&self) -> &Userfaultfd {
+        &self.uffd
+    }
+
+    /// Readable when all has come, or there is something to tell the source.
+    pub fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// Wakes the job's thread.
+    pub fn notify(&self) {
+        // A full eventfd is readable already.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    }
+
+    /// The block and host page of an address in the VMM; `None` if it is none of the guest's.
+    pub fn locate(&self, address: u64) -> Option<(usize, u64)> {
+        let found = |mapping: &Mapping| address.checked_sub(mapping.start).is_some_and(|at| at < mapping.length);
+        let at = self.mappings.iter().position(found)?;
+        Some((at, (address - self.mappings[at].start) / self.mappings[at].unit))
+    }
+
+    fn addresses(&self, at: usize, host_pages: PageRange) -> Addresses {
+        let mapping = &self.mappings[at];
+        let (start, length) = (mapping.start + host_pages.first * mapping.unit, host_pages.count * mapping.unit);
+        Addresses { start, length }
+    }
+
+    /// The guest touched a host page that was missing when it did; the fault was read at `since`.
+    ///
+    /// # Errors
+    /// If it can be answered here, and the kernel refuses.
+    pub fn fault(&self, (at, host_page): (usize, u64), since: Instant) -> Result<Answer, ArrivingError> {
+        let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
+        let fresh = self.requested[at].or_word(word, bit) != 0;
+        if fresh {
+            self.live.latency.waits(key(at, host_page), since);
+        }
+        fence(Ordering::SeqCst);
+        if self.owed.block(at).bits().contains(host_page) {
+            if !fresh {
+                return Ok(Answer::Wait);
+            }
+            add(&self.live.requested_pages, self.owed.block(at).unit());
+            return Ok(Answer::Ask);
+        }
+        self.requested[at].take_bits(word, bit);
+        self.place_zero(at, host_page).map_err(self.failed(at))?;
+        if fresh {
+            self.fault_answered(at, host_page);
+        }
+        Ok(Answer::Here)
+    }
+
+    fn fault_answered(&self, at: usize, host_page: u64) {
+        add(&self.live.faults, 1);
+        self.live.latency.answered(key(at, host_page));
+    }
+
+    /// Content came of the pages `range`, each of which is a host page. `worker` is the caller's own number.
+    ///
+    /// # Errors
+    /// If the kernel refuses: what was not placed is owed still.
+    pub fn arrive_pages(
+        &self, readers: &Readers, worker: usize, at: usize, range: PageRange, content: &[u8],
+    ) -> Result<u64, ArrivingError> {
+        let mut used = 0;
+        for (word, mask) in words_of(range) {
+            let _reading = readers.reading(worker, at, word);
+            let taken = self.owed.take(at, word, mask);
+            for run in runs_of_word(word * WORD_BITS, taken) {
+                let start = (run.first - range.first) as usize * PAGE_SIZE as usize;
+                let placed = self.place(at, run, &content[start..start + run.bytes() as usize]);
+                placed.map_err(|error| self.give_back(at, word, taken, error))?;
+            }
+            used += u64::from(taken.count_ones());
+            self.answered(at, word, taken);
+        }
+        self.took(used);
+        Ok(used)
+    }
+
+    /// All of a host page came.
+    ///
+    /// # Errors
+    /// If the kernel refuses: the page is owed still.
+    pub fn arrive_host_page(
+        &self, readers: &Readers, worker: usize, at: usize, host_page: u64, content: &[u8],
+    ) -> Result<u64, ArrivingError> {
+        let unit = self.owed.block(at).unit();
+        let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
+        let _reading = readers.reading(worker, at, host_page * unit / WORD_BITS);
+        if self.owed.take(at, word, bit) == 0 {
+            return Ok(0);
+        }
+        let placed = self.place(at, PageRange::new(host_page, 1), content);
+        placed.map_err(|error| self.give_back(at, word, bit, error))?;
+        self.answered(at, word, bit);
+        self.took(unit);
+        Ok(unit)
+    }
+
+    /// The host pages `range` are zero.
+    ///
+    /// # Errors
+    /// If the guest waits for one of them and the kernel refuses.
+    pub fn arrive_zeroes(
+        &self, readers: &Readers, worker: usize, at: usize, range: PageRange,
+    ) -> Result<u64, ArrivingError> {
+        let unit = self.owed.block(at).unit();
+        let mut used = 0;
+        for (word, mask) in words_of(range) {
+            let _reading = readers.reading(worker, at, word * unit);
+            let taken = self.owed.take(at, word, mask);
+            if taken == 0 {
+                continue;
+            }
+            fence(Ordering::SeqCst);
+            let waited_for = self.requested[at].word(word) & taken;
+            for run in runs_of_word(word * WORD_BITS, waited_for) {
+                for host_page in run.first..run.end() {
+                    let placed = self.place_zero(at, host_page);
+                    placed.map_err(|failed| self.give_back(at, word, taken, failed))?;
+                }
+            }
+            used += u64::from(taken.count_ones()) * unit;
+            self.answered(at, word, taken);
+        }
+        self.took(used);
+        Ok(used)
+    }
+
+    /// Makes owed again what was taken of word `word` and not placed: the host page that failed, and those after it. To be called within the fence.
+    fn give_back(&self, at: usize, word: u64, taken: u64, (host_page, source): Failed) -> ArrivingError {
+        self.owed.add(at, word, taken & !word_mask(0, host_page - word * WORD_BITS));
+        ArrivingError::Place { id: self.mappings[at].id, host_page, source }
+    }
+
+    /// Places host pages that were taken, up to the first that cannot be placed.
+    fn place(&self, at: usize, run: PageRange, mut content: &[u8]) -> Result<(), Failed> {
+        let unit = self.mappings[at].unit;
+        let mut rest = run;
+        while !rest.is_empty() {
+            let range = self.addresses(at, rest);
+            let Err(NotPlaced { done, errno }) = self.uffd.copy(range.start, content) else { return Ok(()) };
+            let placed = done / unit;
+            rest = PageRange::new(rest.first + placed, rest.count - placed);
+            if errno != Errno::EXIST {
+                return Err((rest.first, errno));
+            }
+            // The VMM wrote there behind our back, by the file or another mapping: what it wrote is newer than what came.
+            log::warn!("block {}: host page {:#x} was there before it came", self.mappings[at].id, rest.first);
+            self.wake(at, rest.first);
+            rest = PageRange::new(rest.first + 1, rest.count - 1);
+            content = &content[(done + unit) as usize..];
+        }
+        Ok(())
+    }
+
+    /// Answers a fault with zero, or wakes who waits if there is a page by now.
+    fn place_zero(&self, at: usize, host_page: u64) -> Result<(), Failed> {
+        let unit = self.mappings[at].unit;
+        let range = self.addresses(at, PageRange::new(host_page, 1));
+        let placed = if unit == PAGE_SIZE {
+            self.uffd.zero(range)
+        } else {
+            self.uffd.copy(range.start, &self.zeroes[..unit as usize])
+        };
+        match placed {
+            Ok(()) => Ok(()),
+            Err(NotPlaced { errno: Errno::EXIST, .. }) => {
+                self.wake(at, host_page);
+                Ok(())
+            }
+            Err(NotPlaced { errno, .. }) => Err((host_page, errno)),
+        }
+    }
+
+    /// Whoever waits for a host page touches it again: its fault could not be answered.
+    pub fn retry(&self, (at, host_page): (usize, u64)) {
+        self.wake(at, host_page);
+    }
+
+    fn wake(&self, at: usize, host_page: u64) {
+        // Fails only if nothing is mapped there any more, and then nobody waits.
+        let _ = self.uffd.wake(self.addresses(at, PageRange::new(host_page, 1)));
+    }
+
+    fn failed(&self, at: usize) -> impl Fn(Failed) -> ArrivingError {
+        let id = self.mappings[at].id;
+        move |(host_page, source)| ArrivingError::Place { id, host_page, source }
+    }
+
+    /// Host pages that were taken are answered: counts, and remembers what the source is to be told.
+    fn answered(&self, at: usize, word: u64, bits: u64) {
+        if bits == 0 {
+            return;
+        }
+        let waited_for = self.requested[at].take_bits(word, bits);
+        for run in runs_of_word(word * WORD_BITS, waited_for) {
+            (run.first..run.end()).for_each(|host_page| self.fault_answered(at, host_page));
+        }
+        let pushed = bits & !waited_for;
+        add(&self.live.pushed_pages, u64::from(pushed.count_ones()) * self.owed.block(at).unit());
+        if let Some(placed) = &self.placed {
+            placed[at].or_word(word, bits);
+        }
+    }
+
+    fn took(&self, pages: u64) {
+        if pages > 0 && self.owed.left() == 0 {
+            self.notify();
+        }
+    }
+
+    /// A discard of `range` has set its marks: nothing of it need come any more.
+    pub(super) fn drop_owed(&self, at: usize, range: PageRange) {
+        let host_pages = self.owed.block(at).of(range);
+        let mut any = false;
+        self.owed.take_range(at, host_pages, |word, bits| {
+            self.dropped[at].or_word(word, bits);
+            add(&self.live.dropped_pages, u64::from(bits.count_ones()) * self.owed.block(at).unit());
+            any = true;
+        });
+        if any {
+            self.notify();
+        }
+    }
+
+    /// A discard of `range` is done: who waits for a page of it gets zero.
+    pub(super) fn answer_waiting(&self, at: usize, range: PageRange) {
+        fence(Ordering::SeqCst);
+        let host_pages = self.owed.block(at).of(range);
+        self.requested[at].take(host_pages, |word, bits| {
+            for run in runs_of_word(word * WORD_BITS, bits) {
+                for host_page in run.first..run.end() {
+                    match self.place_zero(at, host_page) {
+                        Ok(()) => self.fault_answered(at, host_page),
+                        // A discard cannot fail. Who waits touches it again when it is woken, and the fault has it from there.
+                        Err(failed) => {
+                            log::warn!("{}", crate::error::chain(&self.failed(at)(failed)));
+                            self.wake(at, host_page);
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// Pages around word `word` of the block at index `at` that a worker may be placing when it has published that.
+    pub(super) fn published(&self, at: usize, word: u64) -> PageRange {
+        PageRange::new(word * WORD_BITS, self.owed.block(at).unit().max(1) * WORD_BITS)
+    }
+
+    /// Runs of pages that were discarded since the last time, while they were owed.
+    pub fn take_dropped(&self, at: usize) -> Vec<PageRange> {
+        self.take_runs(at, &self.dropped[at])
+    }
+
+    /// Runs of pages that were placed since the last time; none if the source does not want to know.
+    pub fn take_placed(&self, at: usize) -> Vec<PageRange> {
+        self.placed.as_ref().map_or_else(Vec::new, |placed| self.take_runs(at, &placed[at]))
+    }
+
+    /// True if the source wants to know what was placed.
+    pub fn acknowledges(&self) -> bool {
+        self.placed.is_some()
+    }
+
+    fn take_runs(&self, at: usize, bits: &MappedBitmap) -> Vec<PageRange> {
+        let mut runs: Vec<PageRange> = Vec::new();
+        bits.take(bits.all(), |word, bits| {
+            for run in runs_of_word(word * WORD_BITS, bits) {
+                let run = self.owed.block(at).pages(run);
+                match runs.last_mut() {
+                    Some(last) if last.end() == run.first => last.count += run.count,
+                    _ => runs.push(run),
+                }
+            }
+        });
+        runs
+    }
+
+    /// The host pages that are owed and that the guest waits for: what the source is asked for when a lost connection is back.
+    pub fn waited_for(&self, at: usize) -> impl Iterator<Item = u64> + '_ {
+        let requested = &self.requested[at];
+        requested.nonzero_words(requested.all()).flat_map(move |(word, bits)| {
+            let owed = bits & self.owed.block(at).bits().word(word);
+            runs_of_word(word * WORD_BITS, owed).flat_map(|run| run.first..run.end())
+        })
+    }
+
+    /// Ends it: the mappings are as they were, and who waits looks again.
+    pub fn unregister(&self) {
+        for (at, mapping) in self.mappings.iter().enumerate() {
+            let all = self.addresses(at, PageRange::new(0, mapping.length / mapping.unit));
+            if let Err(errno) = self.uffd.unregister(all) {
+                log::warn!("block {}: cannot unregister {:#x} + {:#x}: {errno}", mapping.id, all.start, all.length);
+            }
+        }
+    }
+}
+
+/// Tells host pages of all blocks from each other.
+fn key(at: usize, host_page: u64) -> u64 {
+    ((at as u64) << 40) | host_page
+}
+
+/// The words that `range` touches, and its bits in each.
+fn words_of(range: PageRange) -> impl Iterator<Item = (u64, u64)> {
+    let words = if range.is_empty() { 0..0 } else { range.first / WORD_BITS..range.end().div_ceil(WORD_BITS) };
+    words.map(move |word| {
+        let first = word * WORD_BITS;
+        let part = range.intersection(&PageRange::new(first, WORD_BITS));
+        (word, word_mask(part.first - first, part.end() - first))
+    })
+}

@@ -1,0 +1,239 @@
+//! Pages that are still to come, or to be sent: what a guest in postcopy is owed.
+//!
+//! The unit is the destination's host page: it is placed whole or not at all. A host page is owed until somebody *takes* it: at the source whoever sends
+//! it, at the destination whoever places it, or drops it since the guest discarded it. Taking is one atomic step, so each host page is sent once and
+//! placed once, however many ask for it at once.
+
+use super::GuestMemory;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
+use pageferry_protocol::shm::{MappedBitmap, MappingError};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Host pages of all blocks, in the order of the memory's blocks.
+#[derive(Debug)]
+pub struct Owed {
+    blocks: Vec<HostPages>,
+    /// Pages, not host pages.
+    left: AtomicU64,
+}
+
+/// One bit for each host page of a block.
+#[derive(Debug)]
+pub struct HostPages {
+    bits: MappedBitmap,
+    /// Pages of a host page: a power of two.
+    unit: u64,
+    /// Pages of the block, a multiple of the unit.
+    pages: u64,
+}
+
+impl HostPages {
+    /// No host page of a block of `pages` pages.
+    ///
+    /// # Errors
+    /// If there is no memory for the bitmap.
+    pub fn none(pages: u64, host_page_size: u64) -> Result<Self, MappingError> {
+        let unit = (host_page_size / PAGE_SIZE).max(1);
+        Ok(Self { bits: MappedBitmap::private(pages.div_ceil(unit))?, unit, pages })
+    }
+
+    /// One bit for each host page.
+    pub fn bits(&self) -> &MappedBitmap {
+        &self.bits
+    }
+
+    /// Pages of a host page.
+    pub fn unit(&self) -> u64 {
+        self.unit
+    }
+
+    /// The host pages that `pages` touches.
+    pub fn of(&self, pages: PageRange) -> PageRange {
+        if pages.is_empty() {
+            return PageRange::default();
+        }
+        let first = pages.first / self.unit;
+        PageRange::new(first, pages.end().div_ceil(self.unit) - first)
+    }
+
+    /// The pages of these host pages, cut at the end of the block.
+    pub fn pages(&self, host_pages: PageRange) -> PageRange {
+        let pages = PageRange::new(host_pages.first * self.unit, host_pages.count * self.unit);
+        pages.intersection(&PageRange::new(0, self.pages))
+    }
+
+    /// The set as a bitmap of pages: word `index` of it.
+    pub fn page_word(&self, index: u64) -> u64 {
+        if self.unit == 1 {
+            return self.bits.word(index);
+        }
+        let first = index * WORD_BITS;
+        if self.unit >= WORD_BITS {
+            return if self.bits.contains(first / self.unit) { u64::MAX } else { 0 };
+        }
+        let units = WORD_BITS / self.unit;
+        let bit = |at: u64| self.bits.contains(first / self.unit + at);
+        let pages = (0..units).filter(|at| bit(*at)).map(|at| word_mask(at * self.unit, (at + 1) * self.unit));
+        pages.fold(0, |word, pages| word | pages)
+    }
+}
+
+impl Owed {
+    /// Nothing is owed of `memory`, whose host pages at the destination have these sizes in bytes.
+    ///
+    /// # Errors
+    /// If there is no memory for the bitmaps.
+    pub fn nothing(memory: &GuestMemory, host_pages: &[u64]) -> Result<Self, MappingError> {
+        let blocks = memory.blocks().iter().zip(host_pages);
+        let blocks =
+            blocks.map(|(block, size)| HostPages::none(block.geometry.pages(), *size)).collect::<Result<_, _>>()?;
+        Ok(Self { blocks, left: AtomicU64::new(0) })
+    }
+
+    /// The same once more.
+    ///
+    /// # Errors
+    /// If there is no memory for the bitmaps.
+    pub fn copy(&self) -> Result<Self, MappingError> {
+        let nothing = |block: &HostPages| HostPages::none(block.pages, block.unit * PAGE_SIZE);
+        let blocks = self.blocks.iter().map(nothing).collect::<Result<_, _>>()?;
+        let copy = Self { blocks, left: AtomicU64::new(0) };
+        for (at, block) in self.blocks.iter().enumerate() {
+            block.bits.nonzero_words(block.bits.all()).for_each(|(word, bits)| copy.add(at, word, bits));
+        }
+        Ok(copy)
+    }
+
+    /// The host pages of the block at index `at` that are owed.
+    pub fn block(&self, at: usize) -> &HostPages {
+        &self.blocks[at]
+    }
+
+    /// Pages that are owed.
+    pub fn left(&self) -> u64 {
+        self.left.load(Ordering::SeqCst)
+    }
+
+    /// Adds the host pages `bits` of word `word` of the block at index `at`.
+    pub fn add(&self, at: usize, word: u64, bits: u64) {
+        let fresh = self.blocks[at].bits.or_word(word, bits);
+        self.left.fetch_add(u64::from(fresh.count_ones()) * self.blocks[at].unit, Ordering::SeqCst);
+    }
+
+    /// Adds the host pages that the pages `bits` of word `word` touch.
+    pub fn add_pages(&self, at: usize, word: u64, bits: u64) {
+        let unit = self.blocks[at].unit;
+        if unit == 1 {
+            return self.add(at, word, bits);
+        }
+        let mut rest = bits;
+        while rest != 0 {
+            let host_page = (word * WORD_BITS + u64::from(rest.trailing_zeros())) / unit;
+            self.add(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
+            let end = ((host_page + 1) * unit - word * WORD_BITS).min(WORD_BITS);
+            rest &= !word_mask(0, end);
+        }
+    }
+
+    /// Takes those of the host pages `bits` of word `word` that are owed: they are the caller's now.
+    pub fn take(&self, at: usize, word: u64, bits: u64) -> u64 {
+        let taken = self.blocks[at].bits.take_bits(word, bits);
+        if taken != 0 {
+            self.left.fetch_sub(u64::from(taken.count_ones()) * self.blocks[at].unit, Ordering::SeqCst);
+        }
+        taken
+    }
+
+    /// Takes what is owed of the host pages `range`; hands out each word that had any, and its bits.
+    pub fn take_range(&self, at: usize, range: PageRange, mut taken: impl FnMut(u64, u64)) {
+        // Each word once more by an atomic step: others take, too.
+        for (word, _) in self.blocks[at].bits.nonzero_words(range) {
+            let first = word * WORD_BITS;
+            let part = range.intersection(&PageRange::new(first, WORD_BITS));
+            let bits = self.take(at, word, word_mask(part.first - first, part.end() - first));
+            if bits != 0 {
+                taken(word, bits);
+            }
+        }
+    }
+
+    /// The next host page that is owed from host page `from` of the block at index `at` on, over all blocks and again from the first.
+    pub fn next(&self, at: usize, from: u64) -> Option<(usize, u64)> {
+        let rest = |at: usize, from: u64| {
+            let bits = &self.blocks[at].bits;
+            bits.next_set(PageRange::new(from, bits.pages().saturating_sub(from))).map(|page| (at, page))
+        };
+        let count = self.blocks.len();
+        rest(at, from).or_else(|| (1..=count).find_map(|step| rest((at + step) % count, 0)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Backing, Block};
+    use pageferry_protocol::memory::{BlockGeometry, BlockTable};
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
+    fn memory(lengths: &[u64]) -> GuestMemory {
+        let mut gpa = 0;
+        let block = |(id, pages): (usize, &u64)| {
+            let length = pages * PAGE_SIZE;
+            let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            rustix::fs::ftruncate(&fd, length).unwrap();
+            let geometry = BlockGeometry { id: id as u32, name: format!("{id}"), gpa, length, granularity: PAGE_SIZE };
+            gpa += length;
+            Arc::new(Block::new(geometry, Backing::new(fd, 0, length).unwrap(), 0, None).unwrap())
+        };
+        GuestMemory::new(lengths.iter().enumerate().map(block).collect(), BlockTable::new(), None)
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_added_is_taken_once_in_whole_host_pages(
+            shift in prop_oneof![Just(0u32), 1u32..5, 6u32..8],
+            added in prop::collection::vec((0usize..2, 0u64..1024), 1..40),
+            asked in prop::collection::vec((0usize..2, 0u64..1024, 1u64..300), 0..20),
+        ) {
+            let unit = 1 << shift;
+            let memory = memory(&[1024, 512]);
+            let owed = Owed::nothing(&memory, &[unit * PAGE_SIZE; 2]).unwrap();
+            let mut model = BTreeSet::new();
+            for (at, page) in added {
+                let page = page % memory.blocks()[at].geometry.pages();
+                owed.add_pages(at, page / 64, 1 << (page % 64));
+                model.extend((page / unit * unit..(page / unit + 1) * unit).map(|page| (at, page)));
+            }
+            prop_assert_eq!(owed.left(), model.len() as u64);
+            for (at, block) in memory.blocks().iter().enumerate() {
+                for page in 0..block.geometry.pages() {
+                    let set = owed.block(at).page_word(page / 64) >> (page % 64) & 1 == 1;
+                    prop_assert_eq!(set, model.contains(&(at, page)));
+                }
+            }
+            for (at, first, count) in asked {
+                let pages = PageRange::new(first, count).intersection(&memory.blocks()[at].all());
+                let host_pages = owed.block(at).of(pages);
+                let mut taken = BTreeSet::new();
+                owed.take_range(at, host_pages, |word, bits| {
+                    for bit in (0..64).filter(|bit| bits >> bit & 1 == 1) {
+                        let whole = owed.block(at).pages(PageRange::new(word * 64 + bit, 1));
+                        taken.extend((whole.first..whole.end()).map(|page| (at, page)));
+                    }
+                });
+                let whole = owed.block(at).pages(host_pages);
+                let expected: BTreeSet<_> =
+                    (whole.first..whole.end()).map(|page| (at, page)).filter(|page| model.remove(page)).collect();
+                prop_assert_eq!(taken, expected);
+                prop_assert_eq!(owed.left(), model.len() as u64);
+                let (at, from) = (at, host_pages.end());
+                let next = owed.next(at, from).map(|(at, page)| (at, page * unit));
+                let after = model.range((at, from * unit)..).next().or_else(|| model.iter().next()).copied();
+                prop_assert_eq!(next, after);
+            }
+        }
+    }
+}

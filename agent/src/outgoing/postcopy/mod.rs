@@ -1,0 +1,61 @@
+//! Postcopy, seen from the source: the guest runs at the destination, and its memory follows.
+//!
+//! - [`remaining`]: what the destination is still owed when the guest stops, and telling it;
+//! - [`supply`]: sending that, on all streams at once, until the destination has it;
+//! - [`cursor`]: what is pushed next: near the last fault, in small pieces; far from it, in large ones;
+//! - [`recover`]: after a lost connection;
+//! - this file: the phases, and the line of law 9.
+//!
+//! The destination may touch memory as soon as it loads the state of its devices, so what it asks for is answered from before the commit on. If anything fails until
+//! then, the guest runs on here, and what was sent is worth nothing. After the commit nothing but its memory is left of the guest here, and it is kept until the
+//! destination has it.
+
+pub mod cursor;
+pub mod recover;
+pub mod remaining;
+pub mod supply;
+
+use super::Migration;
+use super::handover::{PausedGuest, wait_loaded};
+use crate::job::JobError;
+use pageferry_protocol::control::job::Phase;
+use supply::Supply;
+
+/// How the guest comes to be moved before its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Since {
+    /// Nothing was sent before: all that is allocated remains.
+    TheStart,
+    /// After passes: what is dirty remains.
+    Passes,
+}
+
+impl Migration {
+    /// The stopped guest goes first.
+    pub(super) fn hand_over_first(&mut self, since: Since) -> Result<(), JobError> {
+        self.job.enter(Phase::Stopping);
+        self.job.freeze();
+        let mut paused = PausedGuest::pause(&self.job)?;
+        let state = paused.save_state()?;
+        self.send_state(&state)?;
+        let owed = self.find_remaining(since)?;
+        self.send_remaining(&owed)?;
+        self.send_end(Some(owed.left()))?;
+        let kept = owed.copy()?;
+        let mut supply = Supply::new(&self.job, self.session, self.address.clone(), owed, Some(kept));
+        let outcome = supply.serve(&mut self.streams, |primary| {
+            supply.job.enter(Phase::Loading);
+            wait_loaded(&supply.job, primary)?;
+            supply.job.enter(Phase::Committing);
+            paused.commit(primary, supply.session)?;
+            // ---- Past the line: whatever happens, the guest may run there, and what it lacks is here.
+            supply.job.enter(Phase::Postcopy);
+            Ok(())
+        });
+        match outcome {
+            Err(error) if paused.is_ours() => Err(error),
+            Err(error) => supply.recover(error),
+            Ok(()) => Ok(()),
+        }
+    }
+}

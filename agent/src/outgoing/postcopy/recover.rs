@@ -1,0 +1,138 @@
+//! After a lost connection: waiting for somebody to have it recovered, and finding out what the destination has.
+//!
+//! The destination sends a bitmap of each block: the pages that it needs no more, since it has them, or was never owed them, or the guest discarded them. All
+//! others are owed, whatever this side thinks it has sent: what was on its way is lost. An agent that did not begin the migration knows no more than that, and
+//! needs no more.
+//!
+//! The bitmaps are checked before they are believed: they cover the blocks exactly, and nothing is owed that was not owed before, or that was released. If
+//! they are refused, or anything else fails, the migration is paused again.
+
+use super::super::connect::{SessionId, Streams, reconnect, unexpected};
+use super::supply::Supply;
+use crate::job::{Job, JobError, Request};
+use crate::memory::owed::Owed;
+use crate::transport::Address;
+use pageferry_protocol::control::job::Phase;
+use pageferry_protocol::shm::bitmap::WORD_BITS;
+use pageferry_protocol::stream::Kind;
+use pageferry_protocol::stream::payload::decode_bitmap;
+use rustix::event::PollFlags;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long the job waits to be recovered at a stretch.
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Goes on with a migration that another agent began, and ends the job.
+pub fn run(job: &Arc<Job>, session: SessionId, address: Address) {
+    let outcome = take_up(job, session, address);
+    job.finish(&outcome);
+}
+
+fn take_up(job: &Arc<Job>, session: SessionId, address: Address) -> Result<(), JobError> {
+    // The guest was handed over before this job began.
+    job.freeze();
+    job.cancel.cross_the_line()?;
+    let host_pages: Vec<u64> = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
+    let mut supply = Supply::new(job, session, Some(address), Owed::nothing(&job.memory, &host_pages)?, None);
+    match supply.go_on() {
+        Ok(()) => Ok(()),
+        Err(error) => supply.recover(error),
+    }
+}
+
+impl Supply {
+    /// The connection was lost: waits until it is to be made again, as often as it takes.
+    ///
+    /// # Errors
+    /// If nobody is going to recover it.
+    pub fn recover(&mut self, mut why: JobError) -> Result<(), JobError> {
+        loop {
+            self.job.recovery.pause();
+            self.job.pause(&why);
+            match self.wait() {
+                Ok(address) => self.address = address.or(self.address.take()),
+                // What led here tells more than that it was given up.
+                Err(_) => return Err(JobError::Stranded { source: Box::new(why) }),
+            }
+            match self.go_on() {
+                Ok(()) => return Ok(()),
+                Err(error) => why = error,
+            }
+        }
+    }
+
+    fn wait(&self) -> Result<Option<Address>, JobError> {
+        loop {
+            self.job.cancel.wait(&[(self.job.recovery.fd(), PollFlags::IN)], Instant::now() + LONG)?;
+            match self.job.recovery.take() {
+                Some(Request::Connect(address)) => return Ok(address),
+                Some(Request::Abandon) => return Err(JobError::Abandoned),
+                Some(Request::Listen(_)) | None => {}
+            }
+        }
+    }
+
+    /// Connects, and sends what the destination lacks.
+    fn go_on(&mut self) -> Result<(), JobError> {
+        self.job.enter(Phase::Recovering);
+        let Some(address) = &self.address else {
+            return Err(JobError::State("the destination's address is not known: recover with one".into()));
+        };
+        let mut streams = reconnect(&self.job, address, self.session)?;
+        match self.learn(&mut streams) {
+            Ok(owed) => self.owed = Arc::new(owed),
+            Err(error) => {
+                streams.say_error(&error.to_remote());
+                return Err(error);
+            }
+        }
+        self.job.owes(&self.owed);
+        self.job.unpause();
+        self.serve(&mut streams, |_| Ok(()))
+    }
+
+    /// Reads what the destination has; the rest it is owed.
+    fn learn(&self, streams: &mut Streams) -> Result<Owed, JobError> {
+        let memory = &self.job.memory;
+        let owed = Owed::nothing(memory, &streams.host_pages)?;
+        for geometry in memory.table().blocks() {
+            let (id, pages) = (geometry.id, geometry.pages());
+            let (at, _) = memory.find(id).ok_or(JobError::NoBlock { id })?;
+            let mut next = 0;
+            while next < pages {
+                let record = streams.primary.reader.read()?;
+                if record.kind != Kind::Received {
+                    return Err(unexpected(record.kind, record.payload, "what the destination has"));
+                }
+                let range = record.header.range();
+                if record.header.block() != id || range.first != next {
+                    let (found, expected) = (range.first, next);
+                    return Err(JobError::Bitmaps { id: record.header.block(), found, expected_id: id, expected });
+                }
+                let words = decode_bitmap(record.payload, range, pages);
+                for (word, received) in words.map_err(|source| JobError::Payload { kind: "received", source })? {
+                    let valid = range.end() - word * WORD_BITS;
+                    let used = pageferry_protocol::shm::bitmap::word_mask(0, valid.min(WORD_BITS));
+                    owed.add_pages(at, word, !received & used);
+                }
+                next = range.end();
+            }
+            self.check(&owed, at, id, pages)?;
+        }
+        Ok(owed)
+    }
+
+    /// Refuses pages that were never owed, or that are not here any more.
+    fn check(&self, owed: &Owed, at: usize, id: u32, pages: u64) -> Result<(), JobError> {
+        let Some(kept) = &self.kept else { return Ok(()) };
+        for word in 0..pages.div_ceil(WORD_BITS) {
+            let unknown = owed.block(at).page_word(word) & !kept.block(at).page_word(word);
+            if unknown != 0 {
+                let first = word * WORD_BITS + u64::from(unknown.trailing_zeros());
+                return Err(JobError::NotOwed { id, first, pages: unknown.count_ones().into() });
+            }
+        }
+        Ok(())
+    }
+}

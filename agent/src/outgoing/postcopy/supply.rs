@@ -1,0 +1,301 @@
+//! Sending what the destination is owed.
+//!
+//! Every stream that is not urgent has a thread that pushes. Every urgent stream has one that answers what is asked for on it, and nothing else goes there: so an answer never queues
+//! behind what nobody waits for. The job's own thread reads the return path. Who sends a host page takes it first ([`Owed::take`]), so none is sent twice; what is taken
+//! and lost with a connection comes back with the next one, when the destination says what it has.
+//!
+//! If one stream fails, all do: connections are lost and made together.
+
+use super::super::connect::{Primary, SessionId, Streams, Urgent, unexpected};
+use super::super::sender::{PageSender, PassView};
+use super::cursor::Cursor;
+use crate::job::{Job, JobError, add};
+use crate::memory::Block;
+use crate::memory::owed::Owed;
+use crate::transport::{Address, Limiter, StreamSocket, TransportError};
+use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
+use pageferry_protocol::stream::payload::{Totals, decode_runs};
+use pageferry_protocol::stream::{Kind, RecordHeader};
+use rustix::event::{EventfdFlags, PollFlags};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Longest time between two looks at what an operator changed.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// A guest that runs elsewhere, or is about to, and what it is owed.
+#[derive(Debug)]
+pub struct Supply {
+    pub(super) job: Arc<Job>,
+    pub(super) session: SessionId,
+    /// Where the destination listens.
+    pub(super) address: Option<Address>,
+    pub(super) owed: Arc<Owed>,
+    /// What the destination may still lack: all that was ever owed and is not released. Unknown to an agent that did not begin the migration.
+    pub(super) kept: Option<Owed>,
+    limiter: Limiter,
+    unlimited: Limiter,
+}
+
+/// What all threads of one connection share.
+struct Line<'a> {
+    cursor: Cursor,
+    sockets: Vec<StreamSocket>,
+    /// Why it broke. The first to fail says, but for the peer's own words, which tell more.
+    failure: Mutex<Option<JobError>>,
+    /// All is over, for better or worse: that a connection ends is no failure any more.
+    over: AtomicBool,
+    /// Streams that still push.
+    pushing: AtomicUsize,
+    /// Readable when none does.
+    pushed: OwnedFd,
+    bulk: PassView<'a>,
+    urgent: PassView<'a>,
+}
+
+impl Line<'_> {
+    fn fail(&self, error: JobError) {
+        if self.over.load(Ordering::Acquire) {
+            return;
+        }
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if failure.is_none() || matches!(error, JobError::Peer(_)) {
+            *failure = Some(error);
+        }
+        drop(failure);
+        self.shut();
+    }
+
+    fn shut(&self) {
+        self.sockets.iter().for_each(StreamSocket::shut);
+    }
+
+    fn check(&self, outcome: Result<(), JobError>) {
+        if let Err(error) = outcome {
+            self.fail(error);
+        }
+    }
+}
+
+impl Supply {
+    /// The destination is owed `owed`; `kept` is what it may still lack later, as far as that is known.
+    pub fn new(job: &Arc<Job>, session: SessionId, address: Option<Address>, owed: Owed, kept: Option<Owed>) -> Self {
+        let owed = Arc::new(owed);
+        job.owes(&owed);
+        Self {
+            job: job.clone(),
+            session,
+            address,
+            owed,
+            kept,
+            limiter: Limiter::new(job.options().bandwidth),
+            unlimited: Limiter::new(0),
+        }
+    }
+
+    /// Answers what is asked for, runs `before`, and then pushes the rest until the destination has it.
+    ///
+    /// # Errors
+    /// What `before` says, or why the connection broke. All streams are ended then.
+    pub fn serve(
+        &self, streams: &mut Streams, before: impl FnOnce(&mut Primary) -> Result<(), JobError>,
+    ) -> Result<(), JobError> {
+        let pushed = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let view = |limiter| PassView { job: &self.job, limiter, send_zeros: true };
+        let sockets = streams.sockets();
+        let Streams { primary, senders, urgent, .. } = streams;
+        let line = Line {
+            cursor: Cursor::new(&self.job.memory),
+            sockets,
+            failure: Mutex::default(),
+            over: AtomicBool::new(false),
+            pushing: AtomicUsize::new(senders.len()),
+            pushed: pushed.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?,
+            bulk: view(&self.limiter),
+            urgent: view(&self.unlimited),
+        };
+        std::thread::scope(|scope| {
+            let line = &line;
+            for stream in urgent {
+                scope.spawn(move || line.check(self.answer(line, stream)));
+            }
+            let outcome = before(primary);
+            if outcome.is_ok() {
+                for sender in senders {
+                    scope.spawn(move || line.check(self.push(line, sender)));
+                }
+                line.check(self.follow(line, primary));
+            } else if let Err(error) = outcome {
+                // Nothing else was sent on the primary meanwhile.
+                if !matches!(error, JobError::Transport(_) | JobError::Peer(_)) {
+                    primary.say_error(&error.to_remote());
+                }
+                line.fail(error);
+            }
+            line.over.store(true, Ordering::Release);
+            line.shut();
+        });
+        let failure = line.failure.into_inner().unwrap_or_else(PoisonError::into_inner);
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Answers what is asked for on an urgent stream.
+    fn answer(&self, line: &Line<'_>, stream: &mut Urgent) -> Result<(), JobError> {
+        // Nothing comes while the guest finds what it needs.
+        stream.reader.socket().wait_for_ever()?;
+        let mut taken = Vec::new();
+        loop {
+            let record = stream.reader.read()?;
+            if record.kind != Kind::Request {
+                return Err(unexpected(record.kind, record.payload, "a request"));
+            }
+            let (id, range) = (record.header.block(), record.header.range());
+            let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
+            let pages = block.geometry.pages();
+            if !range.fits(pages) {
+                return Err(JobError::Outside { id, first: range.first, count: range.count, pages });
+            }
+            line.cursor.fault(at, range.end());
+            let sent =
+                self.send(&line.urgent, &mut stream.sender, (at, block), self.owed.block(at).of(range), &mut taken)?;
+            add(&self.job.live.requested_pages, sent);
+            if !stream.reader.has_more() {
+                stream.sender.flush(&line.urgent)?;
+            }
+        }
+    }
+
+    /// Pushes until nothing is owed.
+    fn push(&self, line: &Line<'_>, sender: &mut PageSender) -> Result<(), JobError> {
+        sender.totals = Totals::default();
+        let mut taken = Vec::new();
+        while let Some((at, range)) = line.cursor.claim(&self.owed) {
+            self.job.cancel.check()?;
+            let block: &Block = &self.job.memory.blocks()[at];
+            let sent = self.send(&line.bulk, sender, (at, block), range, &mut taken)?;
+            sender.flush(&line.bulk)?;
+            add(&self.job.live.pushed_pages, sent);
+        }
+        let payload = sender.totals.encode();
+        sender.write(&self.job, RecordHeader::plain(Kind::End, 0, payload.len()), &payload)?;
+        if line.pushing.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // A full eventfd is readable already.
+            let _ = rustix::io::write(&line.pushed, &1u64.to_ne_bytes());
+        }
+        Ok(())
+    }
+
+    /// Queues what is owed of the host pages `range`; returns how many pages that were.
+    fn send(
+        &self, view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), range: PageRange,
+        taken: &mut Vec<(u64, u64)>,
+    ) -> Result<u64, JobError> {
+        let host_pages = self.owed.block(at);
+        self.owed.take_range(at, range, |word, bits| taken.push((word, bits)));
+        let mut pages = 0;
+        for (word, bits) in taken.drain(..) {
+            pages += u64::from(bits.count_ones()) * host_pages.unit();
+            if host_pages.unit() == 1 {
+                sender.send_owed(view, (at, block), word, bits)?;
+                continue;
+            }
+            for host_page in runs_of_word(word * WORD_BITS, bits).flat_map(|run| run.first..run.end()) {
+                send_host_page(view, sender, (at, block), host_pages.pages(PageRange::new(host_page, 1)))?;
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Reads the return path until the destination has everything.
+    fn follow(&self, line: &Line<'_>, primary: &mut Primary) -> Result<(), JobError> {
+        let timeout = self.job.options().peer_timeout;
+        primary.reader.socket().set_recv_timeout(timeout)?;
+        // Once all is sent, the destination owes an answer.
+        let mut due: Option<Instant> = None;
+        loop {
+            while let Some(record) = primary.reader.try_read()? {
+                due = due.map(|_| Instant::now() + timeout);
+                match record.kind {
+                    Kind::Complete => {
+                        // First: the destination closes what it has when it gets the answer.
+                        line.over.store(true, Ordering::Release);
+                        primary.writer.write_plain(Kind::Complete, 0)?;
+                        return Ok(());
+                    }
+                    Kind::Discard => self.drop_runs(&record.header, record.payload)?,
+                    Kind::Placed if self.job.options().release => self.release(&record.header, record.payload)?,
+                    kind => return Err(unexpected(kind, record.payload, "that the destination has everything")),
+                }
+            }
+            if due.is_some_and(|due| Instant::now() >= due) {
+                return Err(TransportError::Silent(timeout).into());
+            }
+            self.limiter.set_rate(self.job.options().bandwidth);
+            let socket = (primary.reader.socket().as_fd(), PollFlags::IN);
+            let look = Instant::now() + LOOK;
+            if due.is_none() {
+                let ready = self.job.cancel.wait(&[socket, (line.pushed.as_fd(), PollFlags::IN)], look)?;
+                due = ready[1].then(|| Instant::now() + timeout);
+            } else {
+                self.job.cancel.wait(&[socket], look)?;
+            }
+        }
+    }
+
+    fn runs_of<'a>(
+        &self, header: &RecordHeader, payload: &'a [u8], kind: &'static str,
+    ) -> Result<(usize, &Block, impl Iterator<Item = PageRange> + 'a), JobError> {
+        let id = header.block();
+        let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
+        let runs = decode_runs(payload, block.geometry.pages());
+        Ok((at, block, runs.map_err(|source| JobError::Payload { kind, source })?))
+    }
+
+    /// The guest discarded pages at the destination: they need not be sent.
+    fn drop_runs(&self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
+        let (at, _, runs) = self.runs_of(header, payload, "discard")?;
+        for run in runs {
+            let host_pages = self.owed.block(at);
+            self.owed.take_range(at, host_pages.of(run), |_, bits| {
+                add(&self.job.live.dropped_pages, u64::from(bits.count_ones()) * host_pages.unit());
+            });
+        }
+        Ok(())
+    }
+
+    /// The destination has pages: they are freed here.
+    fn release(&self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
+        let (at, block, runs) = self.runs_of(header, payload, "placed")?;
+        for run in runs {
+            let host_pages = self.owed.block(at);
+            // It cannot have what was not sent, and that is not to be lost.
+            if let Some(host_page) = host_pages.bits().next_set(host_pages.of(run)) {
+                let first = host_pages.pages(PageRange::new(host_page, 1)).first;
+                return Err(JobError::NotSent { id: block.geometry.id, first });
+            }
+            if let Some(kept) = &self.kept {
+                kept.take_range(at, host_pages.of(run), |_, _| {});
+            }
+            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            let freed = block.backing.punch(run).map_err(failed)?;
+            add(&self.job.live.released_pages, freed.count);
+        }
+        Ok(())
+    }
+}
+
+/// Queues all pages of a host page: the destination places them at once, so they follow each other on one stream.
+fn send_host_page(
+    view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), pages: PageRange,
+) -> Result<(), JobError> {
+    for word in pages.first / WORD_BITS..pages.end().div_ceil(WORD_BITS) {
+        let first = word * WORD_BITS;
+        let part = pages.intersection(&PageRange::new(first, WORD_BITS));
+        sender.send_owed(view, (at, block), word, word_mask(part.first - first, part.end() - first))?;
+    }
+    sender.end_zeros();
+    Ok(())
+}

@@ -1,0 +1,155 @@
+//! How long faults waited, from the moment that they were read.
+//!
+//! A histogram of atomic counters, and a small table of the faults that wait, without a lock or an allocation: a fault is read by one thread and answered by
+//! another. The table has room for more faults than guests have processors; where two would share a place the second is not timed.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Places for waiting faults.
+const PLACES: usize = 4096;
+/// Bits of a time that a bucket keeps: it is at most 3% wide.
+const PRECISION: u32 = 5;
+/// Buckets: times up to 2^40 us, twelve days.
+const BUCKETS: usize = ((40 - PRECISION as usize) + 1) << PRECISION;
+
+/// The histogram and the faults that wait.
+#[derive(Debug)]
+pub struct Latency {
+    start: Instant,
+    waiting: Box<[Waiting]>,
+    buckets: Box<[AtomicU64]>,
+    max: AtomicU64,
+}
+
+/// A fault that waits: its key plus one, and when it was read in nanoseconds from the start. A place is free while the key is 0.
+#[derive(Debug, Default)]
+struct Waiting {
+    key: AtomicU64,
+    since: AtomicU64,
+}
+
+impl Default for Latency {
+    fn default() -> Self {
+        Self {
+            start: Instant::now(),
+            waiting: (0..PLACES).map(|_| Waiting::default()).collect(),
+            buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
+            max: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Latency {
+    fn nanos(&self, time: Instant) -> u64 {
+        u64::try_from(time.saturating_duration_since(self.start).as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    fn place(&self, key: u64) -> &Waiting {
+        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        &self.waiting[hash as usize % PLACES]
+    }
+
+    /// The fault `key` was read at `since`, and waits.
+    pub fn waits(&self, key: u64, since: Instant) {
+        let place = self.place(key);
+        if place.key.load(Ordering::Relaxed) == 0 {
+            place.since.store(self.nanos(since), Ordering::Relaxed);
+            place.key.store(key + 1, Ordering::Release);
+        }
+    }
+
+    /// The fault `key` is answered.
+    pub fn answered(&self, key: u64) {
+        let place = self.place(key);
+        if place.key.load(Ordering::Acquire) != key + 1 {
+            return;
+        }
+        let since = place.since.load(Ordering::Relaxed);
+        if place.key.compare_exchange(key + 1, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            self.record(Duration::from_nanos(self.nanos(Instant::now()).saturating_sub(since)));
+        }
+    }
+
+    /// A fault took so long.
+    pub fn record(&self, time: Duration) {
+        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.buckets[bucket(micros)].fetch_add(1, Ordering::Relaxed);
+        self.max.fetch_max(micros, Ordering::Relaxed);
+    }
+
+    /// Microseconds below which half, 90 of 100 and 99 of 100 of the faults stayed, and the most; zeroes if there was none.
+    pub fn summary(&self) -> [u64; 4] {
+        let counts: Vec<u64> = self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).collect();
+        let total: u64 = counts.iter().sum();
+        let max = self.max.load(Ordering::Relaxed);
+        let quantile = |percent: u64| {
+            let wanted = (total * percent).div_ceil(100);
+            let mut sum = 0;
+            let found = counts.iter().position(|count| {
+                sum += count;
+                sum >= wanted && wanted > 0
+            });
+            found.map_or(0, |index| upper_bound(index).min(max))
+        };
+        [quantile(50), quantile(90), quantile(99), max]
+    }
+}
+
+/// Small times have a bucket each; of larger ones the highest bits choose it.
+fn bucket(micros: u64) -> usize {
+    let exponent = (u64::BITS - micros.leading_zeros()).saturating_sub(PRECISION + 1);
+    let index = ((exponent as usize) << PRECISION) + (micros >> exponent) as usize;
+    index.min(BUCKETS - 1)
+}
+
+/// The largest time that goes into a bucket.
+fn upper_bound(index: usize) -> u64 {
+    let exponent = (index >> PRECISION).saturating_sub(1);
+    let mantissa = index as u64 - ((exponent as u64) << PRECISION);
+    ((mantissa + 1) << exponent) - 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_bucket_holds_its_times_and_is_narrow(micros in 0u64..1 << 39) {
+            let index = bucket(micros);
+            let top = upper_bound(index);
+            prop_assert!(micros <= top && top - micros <= micros / 32, "{} in bucket {} up to {}", micros, index, top);
+            prop_assert!(index == 0 || upper_bound(index - 1) < micros, "{}", micros);
+        }
+
+        #[test]
+        fn quantiles_are_those_of_the_sorted_times(mut times in prop::collection::vec(0u64..100_000, 1..300)) {
+            let latency = Latency::default();
+            times.iter().for_each(|micros| latency.record(Duration::from_micros(*micros)));
+            times.sort_unstable();
+            let [p50, p90, p99, max] = latency.summary();
+            prop_assert_eq!(max, *times.last().unwrap());
+            for (percent, found) in [(50, p50), (90, p90), (99, p99)] {
+                let exact = times[(times.len() * percent).div_ceil(100) - 1];
+                prop_assert!(found >= exact && found - exact <= exact / 32, "{}: {} for {}", percent, found, exact);
+            }
+        }
+    }
+
+    #[test]
+    fn a_fault_is_timed_once_from_when_it_was_read() {
+        let latency = Latency::default();
+        assert_eq!(latency.summary(), [0; 4]);
+        let since = Instant::now().checked_sub(Duration::from_millis(30)).unwrap_or_else(Instant::now);
+        let latency = Latency { start: since, ..latency };
+        latency.waits(7, since);
+        latency.waits(7, Instant::now());
+        latency.answered(7);
+        latency.answered(7);
+        latency.answered(8);
+        assert!(latency.summary()[3] >= 30_000);
+        assert_eq!(latency.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).sum::<u64>(), 1);
+    }
+}

@@ -1,0 +1,71 @@
+//! Figures that several threads count at once.
+//!
+//! - [`latency`]: how long faults waited;
+//! - this file: plain counters.
+
+pub mod latency;
+
+use latency::Latency;
+use pageferry_protocol::control::job::Counters;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Figures that several workers count at once.
+#[derive(Debug, Default)]
+pub struct LiveCounters {
+    /// See [`Counters::pages_sent`].
+    pub pages_sent: AtomicU64,
+    /// See [`Counters::zero_pages`].
+    pub zero_pages: AtomicU64,
+    /// See [`Counters::discarded_pages`].
+    pub discarded_pages: AtomicU64,
+    /// See [`Counters::stray_pages`].
+    pub stray_pages: AtomicU64,
+    /// See [`Counters::wire_bytes`].
+    pub wire_bytes: AtomicU64,
+    /// See [`Counters::pass_pages_done`].
+    pub pass_pages_done: AtomicU64,
+    /// See [`Counters::faults`].
+    pub faults: AtomicU64,
+    /// See [`Counters::requested_pages`].
+    pub requested_pages: AtomicU64,
+    /// See [`Counters::pushed_pages`].
+    pub pushed_pages: AtomicU64,
+    /// See [`Counters::dropped_pages`].
+    pub dropped_pages: AtomicU64,
+    /// See [`Counters::released_pages`].
+    pub released_pages: AtomicU64,
+    /// Of the faults.
+    pub latency: Latency,
+}
+
+impl LiveCounters {
+    /// Writes what was counted so far into the figures of a job.
+    pub fn report(&self, counters: &mut Counters) {
+        counters.pages_sent = get(&self.pages_sent);
+        counters.zero_pages = get(&self.zero_pages);
+        counters.discarded_pages = get(&self.discarded_pages);
+        counters.stray_pages = get(&self.stray_pages);
+        counters.wire_bytes = get(&self.wire_bytes);
+        counters.pass_pages_done = get(&self.pass_pages_done);
+        counters.faults = get(&self.faults);
+        counters.requested_pages = get(&self.requested_pages);
+        counters.pushed_pages = get(&self.pushed_pages);
+        counters.dropped_pages = get(&self.dropped_pages);
+        counters.released_pages = get(&self.released_pages);
+        let [p50, p90, p99, max] = self.latency.summary();
+        counters.fault_p50_us = p50;
+        counters.fault_p90_us = p90;
+        counters.fault_p99_us = p99;
+        counters.fault_max_us = max;
+    }
+}
+
+/// Adds to a figure that only people and estimates read.
+pub fn add(counter: &AtomicU64, count: u64) {
+    counter.fetch_add(count, Ordering::Relaxed);
+}
+
+/// Reads such a figure.
+pub fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
