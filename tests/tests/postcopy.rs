@@ -71,7 +71,6 @@ fn a_guest_of_threads_counts_on_before_its_memory_is_there() {
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
     let arrived = destination.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(arrived.phase, Phase::Completed, "{}", arrived.error);
-    println!("{:?}\n{:?}", status.counters, arrived.counters);
     assert!(writes() > 0);
     destination.vmm.stop().unwrap();
     assert!(destination.vmm.usage().check().unwrap() > 1000);
