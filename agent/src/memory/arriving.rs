@@ -5,7 +5,8 @@
 //! The mapping of the VMM is registered for missing pages, so a touch of one becomes a fault that waits. A host page is in one of two states: *owed*,
 //! its content is still to come; or not, and then it is what the file says: content, or a hole that reads as zero. Four act on it at once, without a lock:
 //!
-//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once; else it is answered here: zero;
+//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once. Else it waits for arrivals that took it before (the fence),
+//!   looks again, since one may have failed, and answers here: zero, unless there is a page by now. Without the wait zero would come before the content that was taken and not placed yet;
 //! - an **arrival** takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
 //!   allocated that the guest does not touch (law 2);
 //! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, frees it, and then answers those who
@@ -13,8 +14,8 @@
 //! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there finds it again.
 //!
 //! *Requested* is set before *owed* is looked at, and *owed* is taken before *requested* is looked at, with a sequentially consistent fence between
-//! the two on both sides: so of a fault and an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer, the kernel
-//! refuses the second page, and all are woken. `tests/loom_arriving.rs` checks it.
+//! the two on both sides: so of a fault and an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer, it is with
+//! zero, the kernel refuses the second page, and all are woken. `tests/loom_arriving.rs` checks it.
 
 use super::fence::Readers;
 use super::owed::Owed;
@@ -171,24 +172,35 @@ impl Arriving {
     ///
     /// # Errors
     /// If it can be answered here, and the kernel refuses.
-    pub fn fault(&self, (at, host_page): (usize, u64), since: Instant) -> Result<Answer, ArrivingError> {
+    pub fn fault(
+        &self, readers: &Readers, (at, host_page): (usize, u64), since: Instant,
+    ) -> Result<Answer, ArrivingError> {
         let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
         let fresh = self.requested[at].or_word(word, bit) != 0;
         if fresh {
             self.live.latency.waits(key(at, host_page), since);
         }
         fence(Ordering::SeqCst);
-        if self.owed.block(at).bits().contains(host_page) {
+        let owed = self.owed.block(at);
+        if !owed.bits().contains(host_page) {
+            let pages = owed.pages(PageRange::new(host_page, 1));
+            readers.wait(|index, word| index == at && self.published(at, word).overlaps(&pages));
+        }
+        if owed.bits().contains(host_page) {
             if !fresh {
                 return Ok(Answer::Wait);
             }
-            add(&self.live.requested_pages, self.owed.block(at).unit());
+            add(&self.live.requested_pages, owed.unit());
             return Ok(Answer::Ask);
         }
-        self.requested[at].take_bits(word, bit);
+        // An arrival that was waited for has counted it.
+        let counts = self.requested[at].take_bits(word, bit) != 0;
         self.place_zero(at, host_page).map_err(self.failed(at))?;
-        if fresh {
+        if counts {
             self.fault_answered(at, host_page);
+        } else if fresh {
+            // That may have been before it was noted as waiting.
+            self.live.latency.answered(key(at, host_page));
         }
         Ok(Answer::Here)
     }

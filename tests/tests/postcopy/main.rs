@@ -1,0 +1,6 @@
+//! Postcopy between two VMMs whose guests touch memory by their mappings: threads, devices, and a real one under KVM, on small and huge pages.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+
+mod arrivals;
+mod scene;
+mod threads;
