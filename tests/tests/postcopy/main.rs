@@ -2,5 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod arrivals;
+mod discards;
+mod faults;
+mod onwards;
+mod release;
 mod scene;
+mod sparse;
 mod threads;

@@ -214,22 +214,28 @@ impl<'a> Move<'a> {
         let _ = self.source.client().set_parameters(&options);
     }
 
-    /// Waits until it is complete; returns how it stands at the source and at the destination.
-    pub fn finish(self) -> [JobStatus; 2] {
+    /// Waits until both jobs ended; returns how they stand at the source and at the destination.
+    pub fn end(self) -> [JobStatus; 2] {
         let both = [(self.source, self.outgoing), (self.destination, self.incoming)];
-        let ended = both.map(|(side, job)| {
+        both.map(|(side, job)| {
             side.vmm.wait_job(job, PATIENCE).unwrap_or_else(|error| {
                 panic!("{error}: {:?} {:?}", self.source.client().status(), self.destination.client().status())
             })
-        });
+        })
+    }
+
+    /// The same for a postcopy that is to be complete.
+    pub fn finish(self) -> [JobStatus; 2] {
+        let (source, destination) = (self.source, self.destination);
+        let ended = self.end();
         for status in &ended {
             assert_eq!(status.phase, Phase::Completed, "{}", status.error);
             plausible(status);
         }
-        for side in [self.source, self.destination] {
+        for side in [source, destination] {
             assert!(side.saw(Phase::Postcopy), "it was no postcopy");
         }
-        assert!(self.destination.vmm.record().memory_complete);
+        assert!(destination.vmm.record().memory_complete);
         let [outgoing, incoming] = &ended;
         let (ours, theirs) = (outgoing.counters, incoming.counters);
         // What was asked for may have come by itself meanwhile.
