@@ -301,6 +301,7 @@ impl Arriving {
             if errno != Errno::EXIST {
                 return Err((rest.first, errno));
             }
+            self.is_there(at, rest.first)?;
             // The VMM wrote there behind our back, by the file or another mapping: what it wrote is newer than what came.
             log::warn!("block {}: host page {:#x} was there before it came", self.mappings[at].id, rest.first);
             self.wake(at, rest.first);
@@ -322,10 +323,24 @@ impl Arriving {
         match placed {
             Ok(()) => Ok(()),
             Err(NotPlaced { errno: Errno::EXIST, .. }) => {
+                self.is_there(at, host_page)?;
                 self.wake(at, host_page);
                 Ok(())
             }
             Err(NotPlaced { errno, .. }) => Err((host_page, errno)),
+        }
+    }
+
+    /// Fails if the kernel said that a host page is there already, and it is not: of hugetlbfs it says so when it has no page left. What came would be
+    /// thrown away, and zero put in its place as soon as there is one.
+    fn is_there(&self, at: usize, host_page: u64) -> Result<(), Failed> {
+        if self.mappings[at].unit == PAGE_SIZE {
+            return Ok(());
+        }
+        match self.uffd.is_there(self.addresses(at, PageRange::new(host_page, 1))) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err((host_page, Errno::NOMEM)),
+            Err(errno) => Err((host_page, errno)),
         }
     }
 

@@ -47,7 +47,8 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
         let options = guest(Pattern::Uniform, 20_000);
         let (wrote, writes) = (source.threads(&options), destination.threads(&options));
         // A page that was freed by the VMM is a hole, and one that was not has stale content: neither is to come.
-        let mut taken = [(Punch::Yes, seed), (Punch::No, seed + 100)].map(|(punch, seed)| balloon(&source, punch, seed));
+        let mut taken =
+            [(Punch::Yes, seed), (Punch::No, seed + 100)].map(|(punch, seed)| balloon(&source, punch, seed));
         let mut plugged = plug(&source);
         source.fill(seed);
         for unit in 0..8 {

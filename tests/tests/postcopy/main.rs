@@ -7,5 +7,6 @@ mod faults;
 mod onwards;
 mod release;
 mod scene;
+mod shortage;
 mod sparse;
 mod threads;

@@ -198,6 +198,12 @@ impl<'a> Move<'a> {
         Self { source, destination, options, outgoing, incoming }
     }
 
+    /// Waits until the guest runs at the destination, whose memory may be there by then.
+    pub fn until_gone(&self) {
+        self.source.vmm.wait_phase(Phase::Postcopy, PATIENCE).unwrap();
+        wait_until("the guest runs", PATIENCE, || self.destination.vmm.record().runs).unwrap();
+    }
+
     /// Waits until both sides are in postcopy; the guest runs at the destination.
     pub fn until_postcopy(&self) {
         for side in [self.source, self.destination] {
