@@ -4,6 +4,7 @@
 mod arrivals;
 mod discards;
 mod faults;
+mod kvm;
 mod onwards;
 mod release;
 mod scene;
