@@ -5,17 +5,17 @@
 //! The mapping of the VMM is registered for missing pages, so a touch of one becomes a fault that waits. A host page is in one of two states: *owed*,
 //! its content is still to come; or not, and then it is what the file says: content, or a hole that reads as zero. Four act on it at once, without a lock:
 //!
-//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once. Else whoever has taken it may be placing it just now, so
-//!   the fault waits for those who have published it (the fence), and is then answered here: zero, unless there is a page by now;
-//! - an **arrival** publishes it, takes it (see [`Owed`]), and places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
+//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once. Else it waits for arrivals that took it before (the fence),
+//!   looks again, since one may have failed, and answers here: zero, unless there is a page by now. Without the wait zero would come before the content that was taken and not placed yet;
+//! - an **arrival** publishes it, takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
 //!   allocated that the guest does not touch (law 2);
 //! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, frees it, and then answers those who
 //!   requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back (law 1);
 //! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there finds it again.
 //!
 //! *Requested* is set before *owed* is looked at, and *owed* is taken before *requested* is looked at, with a sequentially consistent fence between
-//! the two on both sides: so of a fault and an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer, the kernel
-//! refuses the second page, and all are woken. `tests/loom_arriving.rs` checks it.
+//! the two on both sides: so of a fault and an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer, it is with
+//! zero, the kernel refuses the second page, and all are woken. `tests/loom_arriving.rs` checks it.
 
 use super::fence::Readers;
 use super::owed::Owed;
@@ -181,23 +181,26 @@ impl Arriving {
             self.live.latency.waits(key(at, host_page), since);
         }
         fence(Ordering::SeqCst);
-        let block = self.owed.block(at);
-        if !block.bits().contains(host_page) {
-            let pages = block.pages(PageRange::new(host_page, 1));
-            readers.wait(|other, word| other == at && self.published(at, word).overlaps(&pages));
+        let owed = self.owed.block(at);
+        if !owed.bits().contains(host_page) {
+            let pages = owed.pages(PageRange::new(host_page, 1));
+            readers.wait(|index, word| index == at && self.published(at, word).overlaps(&pages));
         }
-        // What could not be placed is owed again.
-        if block.bits().contains(host_page) {
+        if owed.bits().contains(host_page) {
             if !fresh {
                 return Ok(Answer::Wait);
             }
-            add(&self.live.requested_pages, block.unit());
+            add(&self.live.requested_pages, owed.unit());
             return Ok(Answer::Ask);
         }
-        self.requested[at].take_bits(word, bit);
+        // An arrival that was waited for has counted it.
+        let counts = self.requested[at].take_bits(word, bit) != 0;
         self.place_zero(at, host_page).map_err(self.failed(at))?;
-        if fresh {
+        if counts {
             self.fault_answered(at, host_page);
+        } else if fresh {
+            // That may have been before it was noted as waiting.
+            self.live.latency.answered(key(at, host_page));
         }
         Ok(Answer::Here)
     }
@@ -299,6 +302,7 @@ impl Arriving {
             if errno != Errno::EXIST {
                 return Err((rest.first, errno));
             }
+            self.is_there(at, rest.first)?;
             // The VMM wrote there behind our back, by the file or another mapping: what it wrote is newer than what came.
             log::warn!("block {}: host page {:#x} was there before it came", self.mappings[at].id, rest.first);
             self.wake(at, rest.first);
@@ -320,10 +324,24 @@ impl Arriving {
         match placed {
             Ok(()) => Ok(()),
             Err(NotPlaced { errno: Errno::EXIST, .. }) => {
+                self.is_there(at, host_page)?;
                 self.wake(at, host_page);
                 Ok(())
             }
             Err(NotPlaced { errno, .. }) => Err((host_page, errno)),
+        }
+    }
+
+    /// Fails if the kernel said that a host page is there already, and it is not: of hugetlbfs it says so when it has no page left. What came would be
+    /// thrown away, and zero put in its place as soon as there is one.
+    fn is_there(&self, at: usize, host_page: u64) -> Result<(), Failed> {
+        if self.mappings[at].unit == PAGE_SIZE {
+            return Ok(());
+        }
+        match self.uffd.is_there(self.addresses(at, PageRange::new(host_page, 1))) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err((host_page, Errno::NOMEM)),
+            Err(errno) => Err((host_page, errno)),
         }
     }
 

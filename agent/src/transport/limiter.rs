@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 /// How far the clock may lag behind: what may be sent at once after a lull.
 const BURST: Duration = Duration::from_millis(20);
 
+/// Longest time that a sender sleeps before it looks whether the limit was changed.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// Holds senders back.
 #[derive(Debug)]
 pub struct Limiter {
@@ -26,9 +29,12 @@ impl Limiter {
         Self { start: Instant::now(), rate: AtomicU64::new(rate), clock: AtomicU64::new(0) }
     }
 
-    /// Changes the limit.
+    /// Changes the limit, also for those who wait already.
     pub fn set_rate(&self, rate: u64) {
-        self.rate.store(rate, Ordering::Relaxed);
+        if self.rate.swap(rate, Ordering::Relaxed) != rate {
+            // What was let through at the old rate is no debt at the new one.
+            self.clock.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Waits until `bytes` may be sent.
@@ -45,6 +51,38 @@ impl Limiter {
         let cost = (bytes as u128 * 1_000_000_000 / u128::from(rate)) as u64;
         self.clock.fetch_max(floor, Ordering::Relaxed);
         let due = self.clock.fetch_add(cost, Ordering::Relaxed);
-        if due > now { cancel.sleep(Duration::from_nanos(due - now)) } else { Ok(()) }
+        let deadline = self.start + Duration::from_nanos(due);
+        while self.rate.load(Ordering::Relaxed) == rate {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            cancel.sleep(left.min(LOOK))?;
+        }
+        // Sent at once: at the new rate it would have been a moment longer or shorter.
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_is_raised_holds_for_those_who_wait_already() {
+        let (limiter, cancel) = (Limiter::new(1), Cancel::new().unwrap());
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                // At this rate the second waits for twelve days.
+                limiter.wait(1 << 20, &cancel)?;
+                limiter.wait(1, &cancel)
+            });
+            while limiter.clock.load(Ordering::Relaxed) < 1 << 40 {
+                std::thread::yield_now();
+            }
+            limiter.set_rate(1 << 40);
+            waiting.join().unwrap().unwrap();
+        });
+        limiter.wait(1, &cancel).unwrap();
     }
 }

@@ -70,6 +70,8 @@ impl Line<'_> {
     }
 
     fn shut(&self) {
+        // Nobody waits for his turn to send on what is shut.
+        self.bulk.limiter.set_rate(0);
         self.sockets.iter().for_each(StreamSocket::shut);
     }
 
@@ -105,6 +107,7 @@ impl Supply {
     ) -> Result<(), JobError> {
         let pushed = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let view = |limiter| PassView { job: &self.job, limiter, send_zeros: true };
+        self.limiter.set_rate(self.job.options().bandwidth);
         let sockets = streams.sockets();
         let Streams { primary, senders, urgent, .. } = streams;
         let line = Line {
