@@ -3,7 +3,8 @@
 //! # Who does what to a host page
 //!
 //! The mapping of the VMM is registered for missing pages, so a touch of one becomes a fault that waits. A host page is in one of two states: *owed*,
-//! its content is still to come; or not, and then it is what the file says: content, or a hole that reads as zero. Four act on it at once, without a lock:
+//! its content is still to come; or not, and then, once whoever took it has placed it, it is what the file says: content, or a hole that reads as zero. Four act on
+//! it at once, without a lock:
 //!
 //! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once; else it is answered here: zero;
 //! - an **arrival** takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
@@ -171,7 +172,9 @@ impl Arriving {
     ///
     /// # Errors
     /// If it can be answered here, and the kernel refuses.
-    pub fn fault(&self, (at, host_page): (usize, u64), since: Instant) -> Result<Answer, ArrivingError> {
+    pub fn fault(
+        &self, readers: &Readers, (at, host_page): (usize, u64), since: Instant,
+    ) -> Result<Answer, ArrivingError> {
         let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
         let fresh = self.requested[at].or_word(word, bit) != 0;
         if fresh {
@@ -223,6 +226,11 @@ impl Arriving {
 
     /// All of a host page came.
     ///
+        if !self.owed.block(at).bits().contains(host_page) {
+            // Whoever took it may not have placed it yet: it is no hole before that is over. It may have been given back, too.
+            let pages = self.owed.block(at).pages(PageRange::new(host_page, 1));
+            readers.wait(|index, word| index == at && self.published(at, word).overlaps(&pages));
+        }
     /// # Errors
     /// If the kernel refuses: the page is owed still.
     pub fn arrive_host_page(
