@@ -6,7 +6,8 @@
 //! its content is still to come; or not, and then, once whoever took it has placed it, it is what the file says: content, or a hole that reads as zero. Four act on
 //! it at once, without a lock:
 //!
-//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once; else it is answered here: zero;
+//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once; else it waits for arrivals that may have taken it and not
+//!   placed it yet (the fence), and answers here: zero;
 //! - an **arrival** takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
 //!   allocated that the guest does not touch (law 2);
 //! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, frees it, and then answers those who
@@ -28,8 +29,8 @@ use pageferry_protocol::userfault::{Addresses, NotPlaced, Userfaultfd};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Why a page was not placed. It is owed still.
@@ -98,6 +99,18 @@ pub struct Arriving {
     live: Arc<LiveCounters>,
     /// Readable when there is something for the job's thread to look at.
     event: OwnedFd,
+    load: Mutex<Load>,
+}
+
+/// How far the VMM is with its state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Load {
+    /// Its devices may be touching what is missing. The source has not been told that it may give the guest up, so the guest cannot come to run.
+    UnderWay,
+    /// What is missing never comes, and was made zero: what was loaded is worth nothing.
+    LetGo,
+    /// Nobody may take what is missing for zero any more.
+    Done,
 }
 
 impl Arriving {
@@ -131,6 +144,7 @@ impl Arriving {
             zeroes: vec![0; huge.unwrap_or(0) as usize],
             live,
             event: event.map_err(ArrivingError::Event)?,
+            load: Mutex::new(Load::UnderWay),
         })
     }
 
@@ -181,6 +195,11 @@ impl Arriving {
             self.live.latency.waits(key(at, host_page), since);
         }
         fence(Ordering::SeqCst);
+        if !self.owed.block(at).bits().contains(host_page) {
+            // Whoever took it may not have placed it yet: it is no hole before that is over. It may have been given back, too.
+            let pages = self.owed.block(at).pages(PageRange::new(host_page, 1));
+            readers.wait(|index, word| index == at && self.published(at, word).overlaps(&pages));
+        }
         if self.owed.block(at).bits().contains(host_page) {
             if !fresh {
                 return Ok(Answer::Wait);
@@ -226,11 +245,6 @@ impl Arriving {
 
     /// All of a host page came.
     ///
-        if !self.owed.block(at).bits().contains(host_page) {
-            // Whoever took it may not have placed it yet: it is no hole before that is over. It may have been given back, too.
-            let pages = self.owed.block(at).pages(PageRange::new(host_page, 1));
-            readers.wait(|index, word| index == at && self.published(at, word).overlaps(&pages));
-        }
     /// # Errors
     /// If the kernel refuses: the page is owed still.
     pub fn arrive_host_page(
@@ -437,6 +451,29 @@ impl Arriving {
             let owed = bits & self.owed.block(at).bits().word(word);
             runs_of_word(word * WORD_BITS, owed).flat_map(|run| run.first..run.end())
         })
+    }
+
+    fn load(&self) -> MutexGuard<'_, Load> {
+        self.load.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VMM has loaded its state. False if what it found was let go meanwhile: the guest must not run then.
+    #[must_use]
+    pub fn loaded(&self) -> bool {
+        let mut load = self.load();
+        if *load == Load::UnderWay {
+            *load = Load::Done;
+        }
+        *load == Load::Done
+    }
+
+    /// The connections broke. A VMM that still loads its state, and waits for what never comes, goes on: it could hear of the end in no other way.
+    pub fn let_go(&self) {
+        let mut load = self.load();
+        if *load == Load::UnderWay {
+            *load = Load::LetGo;
+            self.unregister();
+        }
     }
 
     /// Ends it: the mappings are as they were, and who waits looks again.
