@@ -10,8 +10,9 @@
 //!   placed it yet (the fence), and answers here: zero;
 //! - an **arrival** takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
 //!   allocated that the guest does not touch (law 2);
-//! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, frees it, and then answers those who
-//!   requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back (law 1);
+//! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, waits for faults that were read before,
+//!   frees it, and then answers those who requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back
+//!   (law 1), and no fault of before, whose touch an arrival may have served meanwhile, fills the hole again;
 //! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there finds it again.
 //!
 //! *Requested* is set before *owed* is looked at, and *owed* is taken before *requested* is looked at, with a sequentially consistent fence between
@@ -29,8 +30,9 @@ use pageferry_protocol::userfault::{Addresses, NotPlaced, Userfaultfd};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::yield_now;
 use std::time::Instant;
 
 /// Why a page was not placed. It is owed still.
@@ -100,6 +102,18 @@ pub struct Arriving {
     /// Readable when there is something for the job's thread to look at.
     event: OwnedFd,
     load: Mutex<Load>,
+    /// Odd while faults are being read and answered.
+    answering: AtomicU64,
+}
+
+/// Faults are being read and answered; over on drop.
+#[derive(Debug)]
+pub struct Answering<'a>(&'a AtomicU64);
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Release);
+    }
 }
 
 /// How far the VMM is with its state.
@@ -145,6 +159,7 @@ impl Arriving {
             live,
             event: event.map_err(ArrivingError::Event)?,
             load: Mutex::new(Load::UnderWay),
+            answering: AtomicU64::new(0),
         })
     }
 
@@ -180,6 +195,22 @@ impl Arriving {
         let mapping = &self.mappings[at];
         let (start, length) = (mapping.start + host_pages.first * mapping.unit, host_pages.count * mapping.unit);
         Addresses { start, length }
+    }
+
+    /// To be held from before faults are read until they are answered, as far as that is done here, and no longer: discards wait for it.
+    pub fn answering(&self) -> Answering<'_> {
+        self.answering.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        Answering(&self.answering)
+    }
+
+    /// Returns when all faults that were read before are answered.
+    pub(super) fn wait_for_answers(&self) {
+        fence(Ordering::SeqCst);
+        let seen = self.answering.load(Ordering::Acquire);
+        while seen % 2 == 1 && self.answering.load(Ordering::Acquire) == seen {
+            yield_now();
+        }
     }
 
     /// The guest touched a host page that was missing when it did; the fault was read at `since`.
