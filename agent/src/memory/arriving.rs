@@ -3,14 +3,16 @@
 //! # Who does what to a host page
 //!
 //! The mapping of the VMM is registered for missing pages, so a touch of one becomes a fault that waits. A host page is in one of two states: *owed*,
-//! its content is still to come; or not, and then it is what the file says: content, or a hole that reads as zero. Four act on it at once, without a lock:
+//! its content is still to come; or not, and then, once whoever took it has placed it, it is what the file says: content, or a hole that reads as zero. Four act on
+//! it at once, without a lock:
 //!
 //! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once. Else it waits for arrivals that took it before (the fence),
 //!   looks again, since one may have failed, and answers here: zero, unless there is a page by now. Without the wait zero would come before the content that was taken and not placed yet;
 //! - an **arrival** publishes it, takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
 //!   allocated that the guest does not touch (law 2);
-//! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, frees it, and then answers those who
-//!   requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back (law 1);
+//! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, waits for faults that were read before,
+//!   frees it, and then answers those who requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back
+//!   (law 1), and no fault of before, whose touch an arrival may have served meanwhile, fills the hole again;
 //! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there finds it again.
 //!
 //! *Requested* is set before *owed* is looked at, and *owed* is taken before *requested* is looked at, with a sequentially consistent fence between
@@ -28,8 +30,9 @@ use pageferry_protocol::userfault::{Addresses, NotPlaced, Userfaultfd};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::yield_now;
 use std::time::Instant;
 
 /// Why a page was not placed. It is owed still.
@@ -98,6 +101,30 @@ pub struct Arriving {
     live: Arc<LiveCounters>,
     /// Readable when there is something for the job's thread to look at.
     event: OwnedFd,
+    load: Mutex<Load>,
+    /// Odd while faults are being read and answered.
+    answering: AtomicU64,
+}
+
+/// Faults are being read and answered; over on drop.
+#[derive(Debug)]
+pub struct Answering<'a>(&'a AtomicU64);
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// How far the VMM is with its state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Load {
+    /// Its devices may be touching what is missing. The source has not been told that it may give the guest up, so the guest cannot come to run.
+    UnderWay,
+    /// What is missing never comes, and was made zero: what was loaded is worth nothing.
+    LetGo,
+    /// Nobody may take what is missing for zero any more.
+    Done,
 }
 
 impl Arriving {
@@ -131,6 +158,8 @@ impl Arriving {
             zeroes: vec![0; huge.unwrap_or(0) as usize],
             live,
             event: event.map_err(ArrivingError::Event)?,
+            load: Mutex::new(Load::UnderWay),
+            answering: AtomicU64::new(0),
         })
     }
 
@@ -166,6 +195,22 @@ impl Arriving {
         let mapping = &self.mappings[at];
         let (start, length) = (mapping.start + host_pages.first * mapping.unit, host_pages.count * mapping.unit);
         Addresses { start, length }
+    }
+
+    /// To be held from before faults are read until they are answered, as far as that is done here, and no longer: discards wait for it.
+    pub fn answering(&self) -> Answering<'_> {
+        self.answering.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        Answering(&self.answering)
+    }
+
+    /// Returns when all faults that were read before are answered.
+    pub(super) fn wait_for_answers(&self) {
+        fence(Ordering::SeqCst);
+        let seen = self.answering.load(Ordering::Acquire);
+        while seen % 2 == 1 && self.answering.load(Ordering::Acquire) == seen {
+            yield_now();
+        }
     }
 
     /// The guest touched a host page that was missing when it did; the fault was read at `since`.
@@ -458,6 +503,29 @@ impl Arriving {
             let owed = bits & self.owed.block(at).bits().word(word);
             runs_of_word(word * WORD_BITS, owed).flat_map(|run| run.first..run.end())
         })
+    }
+
+    fn load(&self) -> MutexGuard<'_, Load> {
+        self.load.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VMM has loaded its state. False if what it found was let go meanwhile: the guest must not run then.
+    #[must_use]
+    pub fn loaded(&self) -> bool {
+        let mut load = self.load();
+        if *load == Load::UnderWay {
+            *load = Load::Done;
+        }
+        *load == Load::Done
+    }
+
+    /// The connections broke. A VMM that still loads its state, and waits for what never comes, goes on: it could hear of the end in no other way.
+    pub fn let_go(&self) {
+        let mut load = self.load();
+        if *load == Load::UnderWay {
+            *load = Load::LetGo;
+            self.unregister();
+        }
     }
 
     /// Ends it: the mappings are as they were, and who waits looks again.

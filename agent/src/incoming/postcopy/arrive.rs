@@ -62,6 +62,7 @@ impl Line<'_> {
         drop(failure);
         self.failed.store(true, Ordering::Release);
         self.sockets.iter().for_each(StreamSocket::shut);
+        self.arriving.let_go();
         self.arriving.notify();
     }
 

@@ -105,9 +105,10 @@ fn answer_all(job: &Job, arriving: &Arriving, requests: &Requests, stop: Borrowe
             return Ok(());
         }
         let since = Instant::now();
-        let count = arriving.uffd().read_faults(&mut faults).map_err(ArrivingError::Read)?;
         let streams = requests.lock();
         let mut batch = Batch::new(job, &streams);
+        let answering = arriving.answering();
+        let count = arriving.uffd().read_faults(&mut faults).map_err(ArrivingError::Read)?;
         for address in &faults[..count] {
             let Some(page) = arriving.locate(*address) else { continue };
             match arriving.fault(&job.memory.readers, page, since) {
@@ -122,6 +123,7 @@ fn answer_all(job: &Job, arriving: &Arriving, requests: &Requests, stop: Borrowe
                 }
             }
         }
+        drop(answering);
         batch.send();
     }
 }

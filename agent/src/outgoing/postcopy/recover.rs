@@ -87,6 +87,7 @@ impl Supply {
                 return Err(error);
             }
         }
+        self.release_received()?;
         self.job.owes(&self.owed);
         self.job.unpause();
         self.serve(&mut streams, |_| Ok(()))

@@ -69,6 +69,10 @@ impl Line<'_> {
         self.shut();
     }
 
+    fn failed(&self) -> bool {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     fn shut(&self) {
         // Nobody waits for his turn to send on what is shut.
         self.bulk.limiter.set_rate(0);
@@ -236,7 +240,9 @@ impl Supply {
             if due.is_some_and(|due| Instant::now() >= due) {
                 return Err(TransportError::Silent(timeout).into());
             }
-            self.limiter.set_rate(self.job.options().bandwidth);
+            if !line.failed() {
+                self.limiter.set_rate(self.job.options().bandwidth);
+            }
             let socket = (primary.reader.socket().as_fd(), PollFlags::IN);
             let look = Instant::now() + LOOK;
             if due.is_none() {
@@ -282,9 +288,29 @@ impl Supply {
             if let Some(kept) = &self.kept {
                 kept.take_range(at, host_pages.of(run), |_, _| {});
             }
-            let failed = |source| JobError::Backing { id: block.geometry.id, source };
-            let freed = block.backing.punch(run).map_err(failed)?;
-            add(&self.job.live.released_pages, freed.count);
+            self.free(block, run)?;
+        }
+        Ok(())
+    }
+
+    fn free(&self, block: &Block, run: PageRange) -> Result<(), JobError> {
+        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let freed = block.backing.punch(run).map_err(failed)?;
+        add(&self.job.live.released_pages, freed.count);
+        Ok(())
+    }
+
+    /// Frees what the destination needs no more, now that it has said what it is owed: what it said of that before may have been lost with the connection.
+    pub(super) fn release_received(&self) -> Result<(), JobError> {
+        let Some(kept) = self.kept.as_ref().filter(|_| self.job.options().release) else { return Ok(()) };
+        for (at, block) in self.job.memory.blocks().iter().enumerate() {
+            let (kept_pages, owed) = (kept.block(at), self.owed.block(at).bits());
+            for (word, bits) in kept_pages.bits().nonzero_words(kept_pages.bits().all()) {
+                let received = kept.take(at, word, bits & !owed.word(word));
+                for host_pages in runs_of_word(word * WORD_BITS, received) {
+                    self.free(block, kept_pages.pages(host_pages))?;
+                }
+            }
         }
         Ok(())
     }
