@@ -17,8 +17,9 @@
 //!
 //! *Requested* is set before *owed* is looked at, and *owed* is taken before *requested* is looked at, with a sequentially consistent fence between
 //! the two on both sides: so of a fault and an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer, it is with
-//! zero, the kernel refuses the second page, and all are woken. `tests/loom_arriving.rs` checks it.
+//! zero, the kernel refuses the second page, and all are woken. The steps are in [`super::claims`], and a model checker goes through all orders of them.
 
+use super::claims::{Found, request, waited_for};
 use super::fence::Readers;
 use super::owed::Owed;
 use super::{Block, GuestMemory};
@@ -221,17 +222,14 @@ impl Arriving {
         &self, readers: &Readers, (at, host_page): (usize, u64), since: Instant,
     ) -> Result<Answer, ArrivingError> {
         let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
-        let fresh = self.requested[at].or_word(word, bit) != 0;
-        if fresh {
-            self.live.latency.waits(key(at, host_page), since);
-        }
-        fence(Ordering::SeqCst);
         let owed = self.owed.block(at);
-        if !owed.bits().contains(host_page) {
+        let note = || self.live.latency.waits(key(at, host_page), since);
+        let in_flight = || {
             let pages = owed.pages(PageRange::new(host_page, 1));
             readers.wait(|index, word| index == at && self.published(at, word).overlaps(&pages));
-        }
-        if owed.bits().contains(host_page) {
+        };
+        let Found { fresh, owed: is_owed } = request(&self.requested[at], owed.bits(), host_page, note, in_flight);
+        if is_owed {
             if !fresh {
                 return Ok(Answer::Wait);
             }
@@ -314,8 +312,7 @@ impl Arriving {
             if taken == 0 {
                 continue;
             }
-            fence(Ordering::SeqCst);
-            let waited_for = self.requested[at].word(word) & taken;
+            let waited_for = waited_for(&self.requested[at], word, taken);
             for run in runs_of_word(word * WORD_BITS, waited_for) {
                 for host_page in run.first..run.end() {
                     let placed = self.place_zero(at, host_page);
