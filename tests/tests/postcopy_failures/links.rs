@@ -9,23 +9,24 @@ use pageferry_tests::require;
 use serde_json::Value;
 use std::process::Output;
 
-/// What is cut, and where.
-type Moment = (&'static str, Kind, u16);
+/// What is cut, and where: at which record, on which stream, of how many that push.
+type Moment = (&'static str, Kind, fn(u16) -> bool, u16);
 
 const MOMENTS: [Moment; 5] = [
-    ("at a page on the primary", Kind::Data, 0),
-    ("at a page on the other stream", Kind::Data, 1),
-    ("at the answer", Kind::Data, URGENT),
-    ("at the end of the primary", Kind::End, 0),
-    ("at the end of the other stream", Kind::End, 1),
+    ("at a page on the primary", Kind::Data, |stream| stream == 0, 1),
+    // Whichever of them is first may push all there is.
+    ("at a page on either stream", Kind::Data, |stream| stream < URGENT, 2),
+    ("at the answer", Kind::Data, |stream| stream == URGENT, 2),
+    ("at the end of the primary", Kind::End, |stream| stream == 0, 2),
+    ("at the end of the other stream", Kind::End, |stream| stream == 1, 2),
 ];
 
 /// The guest runs and waits for a page, and the record is there.
-fn until_there(scene: &mut Scene, (_, kind, stream): Moment) -> (Touch, Passing) {
+fn until_there(scene: &mut Scene, (_, kind, on, _): Moment) -> (Touch, Passing) {
     let (loaded, request, touch) = scene.until_asked();
     // The answer comes before the guest runs, since the push begins then and would take the page along.
-    let is_there = |record: &Passing| record.to_destination && record.kind == kind && record.stream == stream;
-    let answered = (stream == URGENT).then(|| {
+    let is_there = |record: &Passing| record.to_destination && record.kind == kind && on(record.stream);
+    let answered = on(URGENT).then(|| {
         scene.relay.pass(request);
         scene.relay.until(is_there)
     });
@@ -52,7 +53,7 @@ fn any_connection_that_is_lost_pauses_both_sides_and_recover_goes_on() {
         for moment in MOMENTS {
             for (cut, inside) in [(Cut::One, false), (Cut::One, true), (Cut::All, true), (Cut::Reset, false)] {
                 eprintln!("{wire:?}: {cut:?} {}, inside: {inside}", moment.0);
-                let mut scene = Scene::start(wire, &postcopy());
+                let mut scene = Scene::start(wire, &OutgoingOptions { streams: moment.3, ..postcopy() });
                 let (touch, record) = until_there(&mut scene, moment);
                 let bytes = if inside { record.bytes().len() / 2 } else { 0 };
                 match cut {

@@ -26,8 +26,6 @@ pub fn postcopy() -> OutgoingOptions {
 
 /// Number of the urgent stream of [`postcopy`].
 pub const URGENT: u16 = 2;
-/// Connections of [`postcopy`].
-pub const STREAMS: usize = 3;
 
 pub fn stamp_of(page: u64) -> u64 {
     if HOLES.contains(&page) || page == DISCARDED { 0 } else { 1000 + page }
@@ -143,7 +141,6 @@ impl Scene {
         let touch = self.destination.ram.touch(WANTED);
         let request = self.relay.until(|record| record.kind == Kind::Request);
         assert_eq!(request.header.range().first, WANTED);
-        assert_eq!(request.stream, URGENT);
         (loaded, request, touch)
     }
 
