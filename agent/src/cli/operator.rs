@@ -4,7 +4,7 @@ use super::OperatorArgs;
 use super::show;
 use pageferry_protocol::control::codec::{DecodeError, Decoder};
 use pageferry_protocol::control::frame::Frame;
-use pageferry_protocol::control::job::{JobStatus, OutgoingOptions, Phase};
+use pageferry_protocol::control::job::{JobKind, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::control::request::{CONTROL_VERSION, HelloReply, JobStarted, Request, code, decode_reply};
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use std::error::Error;
@@ -89,7 +89,8 @@ impl Operator {
                 _ => {}
             }
             progress.show(&status)?;
-            recovered |= matches!(status.phase, Phase::Recovering | Phase::Postcopy);
+            // The source's job was on its way before the request was answered. The destination's stays paused until its source comes.
+            recovered |= status.kind == JobKind::Outgoing || status.phase != Phase::PostcopyPaused;
             let paused = status.phase == Phase::PostcopyPaused && recovered;
             if status.phase.is_final() || (recovery && paused) {
                 progress.end(&status)?;

@@ -12,6 +12,7 @@ use pageferry_protocol::stream::hello::{
 };
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use rustix::event::PollFlags;
+use std::cmp::Reverse;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -149,7 +150,7 @@ impl Lobby<'_> {
             }
             let mut kept = Vec::new();
             for mut connection in std::mem::take(&mut self.pending) {
-                match connection.advance(timeout, self.wanted) {
+                match connection.advance(self.job, self.wanted) {
                     Ok(()) => kept.push(connection),
                     Err(error) if only_one => return Err(error),
                     Err(error) => {
@@ -182,9 +183,9 @@ impl Lobby<'_> {
         let mut fds: Vec<(BorrowedFd<'_>, PollFlags)> = Vec::new();
         fds.extend(asked.map(|fd| (fd, PollFlags::IN)));
         fds.extend(self.listeners.iter().map(|listener| (listener.as_fd(), PollFlags::IN)));
-        // Those that said hello have nothing more to say.
-        let waiting = self.pending.iter().filter(|one| one.hello.is_none());
-        fds.extend(waiting.map(|one| (one.reader.socket().as_fd(), PollFlags::IN)));
+        // Those that said hello have nothing more to say, but may go away.
+        let events = |one: &Pending| if one.hello.is_none() { PollFlags::IN } else { PollFlags::RDHUP };
+        fds.extend(self.pending.iter().map(|one| (one.reader.socket().as_fd(), events(one))));
         let ready = self.job.cancel.wait(&fds, oldest.unwrap_or_else(|| Instant::now() + LONG))?;
         Ok(asked.is_some() && ready[0])
     }
@@ -220,12 +221,14 @@ impl Pending {
     }
 
     /// Reads the hello as far as it is here.
-    fn advance(&mut self, timeout: Duration, wanted: Wanted) -> Result<(), JobError> {
+    fn advance(&mut self, job: &Job, wanted: Wanted) -> Result<(), JobError> {
+        let timeout = job.options().peer_timeout;
         if self.since.elapsed() >= timeout {
             return Err(TransportError::Silent(timeout).into());
         }
         if self.hello.is_some() {
-            return Ok(());
+            let gone = job.cancel.wait(&[(self.reader.socket().as_fd(), PollFlags::RDHUP)], Instant::now())?[0];
+            return if gone { Err(TransportError::Closed.into()) } else { Ok(()) };
         }
         if let Some(payload) = self.reader.try_read_hello()? {
             let hello = Hello::decode(payload)?;
@@ -265,7 +268,8 @@ fn complete_session(pending: &[Pending]) -> Option<[u8; 16]> {
 
 /// Puts the streams in order, checks what the source wants, and lets a cancel reach them.
 fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
-    streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
+    // A source that comes again means its new connections, even if it is not known yet that the old ones are dead.
+    streams.sort_by_key(|one| (one.hello.as_ref().map(|hello| hello.stream), Reverse(one.since)));
     streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     for stream in &streams {
         job.cancel.watch(stream.reader.socket().as_fd())?;

@@ -50,12 +50,18 @@ impl Recovery {
 
     /// Asks. False if the job is not paused, or was asked already; [`Request::Abandon`] holds for the next pause, too.
     pub fn ask(&self, request: Request) -> bool {
+        self.ask_after(request, || ())
+    }
+
+    /// The same, and does something before the job can hear of it, if it will.
+    pub fn ask_after(&self, request: Request, before: impl FnOnce()) -> bool {
         let mut state = self.state();
         if matches!(request, Request::Abandon) {
             state.abandoned = true;
         } else if !state.paused || state.request.is_some() {
             return false;
         } else {
+            before();
             state.request = Some(request);
         }
         // A full eventfd is readable already.

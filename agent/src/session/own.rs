@@ -283,7 +283,13 @@ impl Session {
             }
             (_, given) => job::Request::Connect(given),
         };
-        if !job.recovery.ask(request) {
+        // The source's job leaves its pause before the answer: so who sees it paused after that knows that it is paused again.
+        let leave = || {
+            if kind == JobKind::Outgoing {
+                job.enter(Phase::Recovering)
+            }
+        };
+        if !job.recovery.ask_after(request, leave) {
             let sentence = format!("job {id} is being recovered, or was asked to already");
             return Err(RemoteError::new(ErrorCode::Busy, sentence));
         }

@@ -14,7 +14,7 @@ mod side;
 mod vmm;
 
 pub use agents::{Agent, Listening, PROGRAM, Peer};
-pub use ram::{Ram, assert_same};
+pub use ram::{Ram, Touch, assert_same};
 pub use relay::{Passing, Relay, WIRES, Wire, read_record};
 pub use side::{Attached, Side, arrives_at, config, migrates_next_time, moves_to};
 pub use vmm::{At, KvmLog, Vmm, VmmHooks};

@@ -1,10 +1,17 @@
 //! Guest memory whose pages hold stamps.
 
+use super::SOON;
 use pageferry_client::{BlockRange, BlockSpec, Client};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::deadline::wait_until;
 use pageferry_tests::files;
 use rustix::fs::{FallocateFlags, MemfdFlags};
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, WriteVolatile};
 
 /// A block of guest memory; pages hold a stamp in their first bytes.
 pub struct Ram {
@@ -13,6 +20,23 @@ pub struct Ram {
     pub pages: u64,
     pub fd_offset: u64,
     pub fd: OwnedFd,
+    /// Where a guest would touch it; most tests have no need for one.
+    mapping: Option<Arc<MmapRegion>>,
+}
+
+/// A touch of a page on a thread of its own.
+pub struct Touch(JoinHandle<std::io::Result<u64>>);
+
+impl Touch {
+    pub fn waits(&self) -> bool {
+        !self.0.is_finished()
+    }
+
+    /// The stamp that was found, or EFAULT where a guest would get SIGBUS.
+    pub fn found(self) -> std::io::Result<u64> {
+        wait_until("the touch to be answered", SOON, || self.0.is_finished()).unwrap();
+        self.0.join().unwrap()
+    }
 }
 
 impl Ram {
@@ -24,7 +48,33 @@ impl Ram {
 
     fn without_seal(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
         let fd = files::unsealed_memfd("ram", fd_offset + pages * PAGE_SIZE, MemfdFlags::empty()).unwrap();
-        Self { id, gpa, pages, fd_offset, fd }
+        Self { id, gpa, pages, fd_offset, fd, mapping: None }
+    }
+
+    /// The same memory, mapped.
+    pub fn mapped(mut self) -> Self {
+        let file = FileOffset::new(File::from(self.fd.try_clone().unwrap()), self.fd_offset);
+        self.mapping = Some(Arc::new(MmapRegion::from_file(file, (self.pages * PAGE_SIZE) as usize).unwrap()));
+        self
+    }
+
+    /// Where it is mapped; 0 if nowhere.
+    pub fn address(&self) -> u64 {
+        self.mapping.as_ref().map_or(0, |mapping| mapping.as_ptr() as u64)
+    }
+
+    /// Touches a page as the kernel does for a device: it waits as a guest would, and a lost page is an error and no signal.
+    pub fn touch(&self, page: u64) -> Touch {
+        let mapping = self.mapping.clone().unwrap();
+        Touch(std::thread::spawn(move || {
+            let (mut from, to) = std::io::pipe()?;
+            let mut to = OwnedFd::from(to);
+            let stamp = mapping.get_slice((page * PAGE_SIZE) as usize, 8).unwrap();
+            to.write_all_volatile(&stamp).map_err(std::io::Error::other)?;
+            let mut bytes = [0; 8];
+            from.read_exact(&mut bytes)?;
+            Ok(u64::from_le_bytes(bytes))
+        }))
     }
 
     /// A block at an odd place.
@@ -40,7 +90,9 @@ impl Ram {
     pub fn add_to(&self, client: &Client) {
         let name = format!("block{}", self.id);
         let block = files::block(self.id, &name, self.fd.as_fd(), self.pages * PAGE_SIZE);
-        client.add_block(BlockSpec { gpa: self.gpa, fd_offset: self.fd_offset, ..block }).unwrap();
+        client
+            .add_block(BlockSpec { gpa: self.gpa, fd_offset: self.fd_offset, vmm_address: self.address(), ..block })
+            .unwrap();
     }
 
     /// Writes a stamp without a mark in the log.

@@ -2,7 +2,7 @@
 
 use super::SOON;
 use pageferry_client::{Client, IncomingOptions, JobStatus, OutgoingOptions, Target};
-use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
+use pageferry_protocol::stream::{Hello, Kind, RECORD_SIZE, RecordHeader};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_linger, set_socket_timeout};
 use std::fs::File;
@@ -28,6 +28,8 @@ pub const WIRES: [Wire; 2] = [Wire::Unix, Wire::Tcp];
 /// A record on its way.
 pub struct Passing {
     link: usize,
+    /// The number of the stream that it came on, by its hello.
+    pub stream: u16,
     pub to_destination: bool,
     pub kind: Kind,
     pub header: RecordHeader,
@@ -54,6 +56,7 @@ impl Passing {
 struct Link {
     source: File,
     destination: File,
+    stream: u16,
 }
 
 impl Link {
@@ -173,7 +176,7 @@ impl Relay {
                 set_socket_timeout(end, timeout, Some(SOON)).unwrap();
             }
         }
-        self.links.push(Link { source: source.into(), destination: destination.into() });
+        self.links.push(Link { source: source.into(), destination: destination.into(), stream: 0 });
     }
 
     /// Waits for a moment; returns whether the listener is ready, and the first end that is: its link, and true for the source's.
@@ -198,7 +201,13 @@ impl Relay {
         }
         let (link, to_destination) = ready?;
         match read_record(self.links[link].end(!to_destination)) {
-            Some((kind, header, payload)) => Some(Passing { link, to_destination, kind, header, payload }),
+            Some((kind, header, payload)) => {
+                if kind == Kind::Hello {
+                    self.links[link].stream = Hello::decode(&payload).unwrap().stream;
+                }
+                let stream = self.links[link].stream;
+                Some(Passing { link, stream, to_destination, kind, header, payload })
+            }
             None => {
                 self.links.remove(link).close();
                 None
@@ -241,6 +250,17 @@ impl Relay {
                 self.pass(record);
             }
             assert!(Instant::now() < deadline, "the record did not come");
+        }
+    }
+
+    /// Passes everything on until something comes about.
+    pub fn pump(&mut self, what: &str, mut until: impl FnMut() -> bool) {
+        let deadline = Instant::now() + SOON;
+        while !until() {
+            if let Some(record) = self.next() {
+                self.pass(record);
+            }
+            assert!(Instant::now() < deadline, "{what} did not come about");
         }
     }
 

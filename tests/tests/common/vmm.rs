@@ -1,7 +1,7 @@
 //! A VMM whose hooks follow a script.
 
 use super::lock;
-use pageferry_client::{ClearPages, DirtyLog, HookError, Hooks, JobStatus, Phase, StatePiece};
+use pageferry_client::{ClearPages, DirtyLog, HookError, Hooks, JobStatus, Ownership, Phase, StatePiece};
 use pageferry_protocol::memory::PageRange;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -18,6 +18,9 @@ pub enum At {
     Throttle,
     SaveState,
     LoadState,
+    MemoryPending,
+    MemoryComplete,
+    MemoryLost,
     Event(u32),
 }
 
@@ -37,6 +40,12 @@ pub struct Asked {
     pub stops_of_tracking: u64,
     pub throttle: u32,
     pub state: Vec<StatePiece>,
+    /// How often memory was announced as missing, as all here, and as lost.
+    pub pending: u64,
+    pub complete: u64,
+    pub lost: u64,
+    /// What was lost, in order.
+    pub losses: Vec<&'static str>,
 }
 
 type Script = Box<dyn FnMut() -> Result<(), HookError> + Send>;
@@ -179,6 +188,28 @@ impl Hooks for VmmHooks {
         self.0.run(At::LoadState)?;
         lock(&self.0.asked).state = state;
         Ok(())
+    }
+
+    fn memory_pending(&mut self) -> Result<(), HookError> {
+        self.0.run(At::MemoryPending)?;
+        lock(&self.0.asked).pending += 1;
+        Ok(())
+    }
+
+    fn memory_complete(&mut self) {
+        // Nor can these.
+        let _ = self.0.run(At::MemoryComplete);
+        lock(&self.0.asked).complete += 1;
+    }
+
+    fn memory_lost(&mut self) {
+        lock(&self.0.asked).losses.push("memory");
+        let _ = self.0.run(At::MemoryLost);
+        lock(&self.0.asked).lost += 1;
+    }
+
+    fn agent_lost(&mut self, _: Ownership) {
+        lock(&self.0.asked).losses.push("agent");
     }
 
     fn event(&mut self, status: &JobStatus) {

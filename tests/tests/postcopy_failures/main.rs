@@ -1,0 +1,16 @@
+//! Failures at every moment of a postcopy, with real processes killed and real sockets cut: before the commit the guest runs on at the source; after it both sides
+//! pause, say why, and go on when they are recovered, and what was missing comes.
+//!
+//! - [`scene`]: a postcopy through a relay, and a guest that waits for a page;
+//! - [`links`]: a connection is lost; [`recovery`]: and again while it is recovered;
+//! - [`lies`]: a peer that says what is not so;
+//! - [`source_gone`], [`destination_gone`]: agents and VMMs that are killed;
+//! - [`before`]: all that fails before the commit, or with it on its way;
+//! - [`operators`]: cancel, resume, stop, and requests that are refused.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod links;
+mod recovery;
+mod scene;

@@ -1,0 +1,221 @@
+//! A postcopy through a relay, in which the guest waits for a page.
+
+use crate::common::{Agent, Attached, Listening, PROGRAM, Passing, Peer, Ram, Relay, SOON, Touch, Wire, config, lock};
+use pageferry_client::{Client, IncomingOptions, JobStatus, Mode, OutgoingOptions, Ownership, Phase, Punch};
+use pageferry_protocol::stream::Kind;
+use pageferry_tests::deadline::wait_for;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+pub const PAGES: u64 = 200;
+/// Holes at the source, at the end: a small one between pages counts as content.
+pub const HOLES: std::ops::Range<u64> = 196..PAGES;
+/// A page that the source's guest discarded.
+pub const DISCARDED: u64 = 60;
+/// Pages that a guest waits for.
+pub const WANTED: u64 = 170;
+pub const WANTED_TOO: u64 = 180;
+/// A timeout that a test waits for.
+pub const SHORT: Duration = Duration::from_millis(400);
+
+/// Two streams that push, and one that is asked.
+pub fn postcopy() -> OutgoingOptions {
+    OutgoingOptions { mode: Mode::Postcopy, streams: 2, urgent_streams: 1, ..OutgoingOptions::default() }
+}
+
+/// Number of the urgent stream of [`postcopy`].
+pub const URGENT: u16 = 2;
+
+pub fn stamp_of(page: u64) -> u64 {
+    if HOLES.contains(&page) || page == DISCARDED { 0 } else { 1000 + page }
+}
+
+pub fn stamped() -> Ram {
+    let ram = empty();
+    (0..PAGES).filter(|page| !HOLES.contains(page)).for_each(|page| ram.write(page, 1000 + page));
+    ram
+}
+
+pub fn empty() -> Ram {
+    Ram::odd(PAGES).mapped()
+}
+
+/// A VMM, and its agent, which outlives it.
+pub struct Side {
+    pub attached: Option<Attached>,
+    pub agent: Agent,
+}
+
+impl Side {
+    /// Within this process.
+    pub fn near(ram: Ram) -> Self {
+        Self::on(Agent::Stopped(Listening::new()), ram)
+    }
+
+    /// The agent is a process, which can be killed.
+    pub fn far(ram: Ram) -> Self {
+        Self::on(Agent::spawn(), ram)
+    }
+
+    pub fn on(agent: Agent, ram: Ram) -> Self {
+        Self { attached: Some(Attached::new(agent.socket(), ram)), agent }
+    }
+
+    /// The same, but the VMM waits for its agent no longer than this.
+    pub fn hasty(agent: Agent, ram: Ram, request_timeout: Duration) -> Self {
+        let config = pageferry_client::Config { request_timeout, ..config() };
+        let (client, channel) = Client::connect(agent.socket(), config).unwrap();
+        Self { attached: Some(Attached::over(client, channel, ram)), agent }
+    }
+
+    /// How the job stands, as an operator sees it.
+    pub fn seen(&self) -> JobStatus {
+        Peer::connect(self.agent.socket()).status()
+    }
+
+    pub fn run(&self, what: &str, more: &[&str]) -> Output {
+        run(self.agent.socket(), what, more)
+    }
+
+    /// Waits until the job is in this phase, as an operator sees it.
+    pub fn reaches(&self, phase: Phase) -> JobStatus {
+        let mut operator = Peer::connect(self.agent.socket());
+        let seen = || Some(operator.status()).filter(|status| status.phase == phase);
+        wait_for(phase.name(), SOON, seen).unwrap_or_else(|error| panic!("{error}: {:?}", self.seen()))
+    }
+
+    /// The VMM goes, and takes its memory along.
+    pub fn drop_vmm(&mut self) -> Ram {
+        let Attached { client, vmm: _vmm, ram } = self.attached.take().unwrap();
+        drop(client);
+        std::sync::Arc::into_inner(ram).unwrap()
+    }
+}
+
+impl std::ops::Deref for Side {
+    type Target = Attached;
+
+    fn deref(&self) -> &Attached {
+        self.attached.as_ref().unwrap()
+    }
+}
+
+fn operator(socket: &Path, what: &str, more: &[&str]) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.arg(what).arg("--socket").arg(socket).args(more).stdin(Stdio::null());
+    command
+}
+
+/// Runs an operator's command to its end.
+pub fn run(socket: &Path, what: &str, more: &[&str]) -> Output {
+    operator(socket, what, more).output().unwrap()
+}
+
+/// A postcopy through a relay.
+pub struct Scene {
+    pub relay: Relay,
+    pub source: Side,
+    pub destination: Side,
+    pub outgoing: u64,
+    pub incoming: u64,
+}
+
+impl Scene {
+    pub fn start(wire: Wire, options: &OutgoingOptions) -> Self {
+        Self::between(wire, Side::near(stamped()), Side::near(empty()), options)
+    }
+
+    pub fn between(wire: Wire, source: Side, destination: Side, options: &OutgoingOptions) -> Self {
+        let mut relay = Relay::over(wire);
+        source.client.discard(&[source.ram.range(DISCARDED, 1)], Punch::Yes).unwrap();
+        let OutgoingOptions { peer_timeout, hook_timeout, .. } = *options;
+        let incoming = relay.listen(&destination.client, &IncomingOptions { peer_timeout, hook_timeout });
+        let outgoing = relay.send(&source.client, options);
+        Self { relay, source, destination, outgoing, incoming }
+    }
+
+    /// The guest is about to run at the destination, and waits for [`WANTED`]: its request is held back, and so is the word that the state is loaded.
+    pub fn until_asked(&mut self) -> (Passing, Passing, Touch) {
+        let loaded = self.relay.until(|record| record.kind == Kind::Loaded);
+        let touch = self.destination.ram.touch(WANTED);
+        let request = self.relay.until(|record| record.kind == Kind::Request);
+        assert_eq!(request.header.range().first, WANTED);
+        (loaded, request, touch)
+    }
+
+    /// The guest runs at the destination and waits for [`WANTED`]. The request is not passed on yet, nor is any page.
+    pub fn until_runs(&mut self) -> (Passing, Touch) {
+        let (loaded, request, touch) = self.until_asked();
+        self.relay.pass(loaded);
+        let resumed = self.relay.until(|record| record.kind == Kind::Resumed);
+        self.relay.pass(resumed);
+        assert!(touch.waits());
+        (request, touch)
+    }
+
+    /// Cuts all connections right after the guest came to run: it waits for [`WANTED`], and both sides pause.
+    pub fn until_cut(&mut self) -> Touch {
+        let (_request, touch) = self.until_runs();
+        self.relay.cut();
+        self.assert_paused();
+        touch
+    }
+
+    /// Passes on until both sides are paused; returns how they stand, the source first.
+    pub fn assert_paused(&mut self) -> (JobStatus, JobStatus) {
+        let paused = |side: &Side| {
+            let status = side.seen();
+            assert!(!status.phase.is_final(), "{status:?}");
+            status.phase == Phase::PostcopyPaused
+        };
+        let (source, destination) = (&self.source, &self.destination);
+        self.relay.pump("the pause", || paused(source) && paused(destination));
+        let seen = (self.source.seen(), self.destination.seen());
+        for status in [&seen.0, &seen.1] {
+            assert!(!status.error.is_empty(), "{status:?}");
+        }
+        seen
+    }
+
+    /// Has the source recovered, where it was.
+    pub fn recover(&self) {
+        self.source.client.recover(None, &OutgoingOptions::default()).unwrap();
+    }
+
+    /// Passes everything on until both ended well, and looks at all of it.
+    pub fn assert_completes(&mut self) {
+        let (source, destination) = (&self.source, &self.destination);
+        let over = |side: &Side| side.seen().phase.is_final();
+        self.relay.pump("the end", || over(source) && over(destination));
+        for side in [source, destination] {
+            let status = side.seen();
+            assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+            assert!(status.error.is_empty());
+        }
+        assert_arrived(destination);
+        assert!(source.attached.as_ref().is_none_or(|source| source.vmm.is_paused()));
+    }
+}
+
+/// All of the guest is here, and nothing waits any more.
+pub fn assert_arrived(destination: &Attached) {
+    for page in 0..PAGES {
+        assert_eq!(destination.ram.stamp(page), stamp_of(page), "page {page}");
+    }
+    for page in HOLES.chain([DISCARDED]) {
+        assert_eq!(destination.ram.touch(page).found().unwrap(), 0);
+    }
+    assert_eq!(destination.vmm.resumes(), 1);
+    assert_eq!(destination.client.ownership(), Ownership::Ours);
+    let asked = lock(&destination.vmm.asked);
+    assert_eq!((asked.pending, asked.complete), (1, 1));
+    assert!(asked.losses.is_empty());
+}
+
+/// The mapping is not registered any more: a touch returns at once, whatever it finds.
+pub fn assert_not_registered(destination: &Attached) {
+    destination.ram.touch(WANTED_TOO).found().unwrap();
+    let asked = lock(&destination.vmm.asked);
+    assert_eq!(asked.pending, asked.complete, "what was announced as missing was not taken back");
+}
