@@ -225,7 +225,8 @@ impl Pending {
             return Err(TransportError::Silent(timeout).into());
         }
         if self.hello.is_some() {
-            return Ok(());
+            // The source may have given up, and be connecting again.
+            return if self.reader.socket().is_closed() { Err(TransportError::Closed.into()) } else { Ok(()) };
         }
         if let Some(payload) = self.reader.try_read_hello()? {
             let hello = Hello::decode(payload)?;
@@ -265,6 +266,8 @@ fn complete_session(pending: &[Pending]) -> Option<[u8; 16]> {
 
 /// Puts the streams in order, checks what the source wants, and lets a cancel reach them.
 fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
+    // If a stream is there twice, the later one counts: the source has given the other up.
+    streams.reverse();
     streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     for stream in &streams {

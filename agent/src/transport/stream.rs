@@ -55,6 +55,15 @@ impl StreamSocket {
         set_socket_timeout(&self.fd, Timeout::Recv, None).map_err(|errno| TransportError::Kernel(errno.into()))
     }
 
+    /// True if the peer has closed it, and all that came before was read.
+    pub fn is_closed(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match recv(&self.fd, &mut [0; 1][..], flags) {
+            Ok((_, length)) => length == 0,
+            Err(errno) => errno != Errno::AGAIN && errno != Errno::INTR,
+        }
+    }
+
     /// Ends both directions, and wakes who reads or writes.
     pub fn shut(&self) {
         // Fails only if it is not connected any more.
