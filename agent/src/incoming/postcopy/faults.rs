@@ -1,6 +1,6 @@
 //! Reading what the guest waits for, and asking the source.
 //!
-//! One thread reads the faults, as many at once as there are, and never waits for anything but faults: what it can answer it answers, and for the rest it asks. The
+//! One thread reads the faults, as many at once as there are, and waits for nothing but faults, and pages that are being placed: what it can answer it answers, and for the rest it asks. The
 //! threads of the streams place what comes. It goes on while the connections are lost: what is asked for then is noted, and asked for when they are back.
 
 use crate::job::{Job, JobError};
