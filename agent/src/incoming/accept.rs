@@ -12,6 +12,8 @@ use pageferry_protocol::stream::hello::{
 };
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -159,6 +161,7 @@ impl Lobby<'_> {
                 }
             }
             self.pending = kept;
+            self.drop_stale();
             let Some(session) = complete_session(&self.pending) else { continue };
             let belongs = |one: &Pending| one.hello.as_ref().is_some_and(|hello| hello.session == session);
             let (mine, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending).into_iter().partition(belongs);
@@ -173,6 +176,27 @@ impl Lobby<'_> {
                 }
             }
         }
+    }
+
+    /// Drops connections that have ended, and those of a source that has connected anew since: of an attempt the primary is the first to connect. Or what is left
+    /// of an attempt that failed would be taken for a part of the next.
+    fn drop_stale(&mut self) {
+        let mut later: Vec<[u8; 16]> = Vec::new();
+        let mut kept = Vec::new();
+        for one in std::mem::take(&mut self.pending).into_iter().rev() {
+            if let Some(hello) = &one.hello {
+                if later.contains(&hello.session) || one.has_ended() {
+                    log::info!("stream {} of an attempt to connect that is over was dropped", hello.stream);
+                    continue;
+                }
+                if hello.stream == 0 {
+                    later.push(hello.session);
+                }
+            }
+            kept.push(one);
+        }
+        kept.reverse();
+        self.pending = kept;
     }
 
     /// Waits until someone connects or says something, or the time of the oldest connection is up; true if it was asked for something else.
@@ -233,6 +257,15 @@ impl Pending {
             self.hello = Some(hello);
         }
         Ok(())
+    }
+
+    /// True if the other end has closed it.
+    fn has_ended(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(self.reader.socket(), &mut [0; 1], flags) {
+            Ok((count, _)) => count == 0,
+            Err(errno) => !matches!(errno, Errno::AGAIN | Errno::INTR),
+        }
     }
 
     fn reject(self, error: &JobError) {
