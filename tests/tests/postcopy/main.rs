@@ -11,3 +11,4 @@ mod scene;
 mod shortage;
 mod sparse;
 mod threads;
+mod watch;
