@@ -7,7 +7,7 @@
 #![allow(clippy::print_stdout)]
 
 use clap::{Parser, Subcommand};
-use pageferry_client::{BlockRange, IncomingOptions, NonConvergence, OutgoingOptions, Phase, Punch};
+use pageferry_client::{BlockRange, IncomingOptions, Mode, NonConvergence, OutgoingOptions, Phase, Punch};
 use pageferry_examples::table::Table;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 use pageferry_protocol::shm::MappedBitmap;
@@ -55,6 +55,9 @@ const fn pages(offset: u64, length: u64) -> PageRange {
 #[derive(Debug, Parser)]
 #[command(name = "live_migration")]
 struct Cli {
+    /// What moves first: precopy, its memory; postcopy, the guest; hybrid, its memory for two passes, then the guest.
+    #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = parse_mode)]
+    mode: Mode,
     #[command(subcommand)]
     process: Option<Role>,
 }
@@ -63,7 +66,13 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Role {
     #[command(hide = true)]
-    Source { socket: PathBuf, memory: PathBuf, to: String },
+    Source {
+        socket: PathBuf,
+        memory: PathBuf,
+        to: String,
+        #[arg(value_parser = parse_mode)]
+        mode: Mode,
+    },
     #[command(hide = true)]
     Destination { socket: PathBuf, memory: PathBuf, listen: String },
 }
@@ -74,9 +83,12 @@ fn main() -> ExitCode {
         return pageferry_tests::agent::main(arguments);
     }
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    let outcome = match Cli::parse().process {
-        None => show(),
-        Some(Role::Source { socket, memory, to }) => source(&socket, &memory, &to).map(|report| println!("{report}")),
+    let cli = Cli::parse();
+    let outcome = match cli.process {
+        None => show(cli.mode),
+        Some(Role::Source { socket, memory, to, mode }) => {
+            source(&socket, &memory, &to, mode).map(|report| println!("{report}"))
+        }
         Some(Role::Destination { socket, memory, listen }) => {
             destination(&socket, &memory, &listen).map(|report| println!("{report}"))
         }
@@ -91,7 +103,7 @@ fn main() -> ExitCode {
 }
 
 /// Starts everything, waits, checks, and shows what happened.
-fn show() -> Result<(), Error> {
+fn show(mode: Mode) -> Result<(), Error> {
     let (here, there) = (guest_memory()?, guest_memory()?);
     println!("preparing a guest of {} MiB, {} MiB of them with content", SIZE / MIB, STILL.bytes() / MIB);
     here.block(RAM)?.fill(STILL, SEED)?;
@@ -100,12 +112,15 @@ fn show() -> Result<(), Error> {
     let program = std::env::current_exe().map_err(Error::io("find this program"))?;
     let directory = std::env::temp_dir().join(format!("pageferry-{}", std::process::id()));
     std::fs::create_dir(&directory).map_err(Error::io(format!("make {}", directory.display())))?;
-    let reports = migrate(&program, &directory, &here, &there);
+    let reports = migrate(&program, &directory, &here, &there, mode);
     let removed = std::fs::remove_dir_all(&directory);
     let [source, destination] = reports?;
     removed.map_err(Error::io(format!("remove {}", directory.display())))?;
 
     table(&source, before, &here, &there)?;
+    if mode.may_postcopy() {
+        print!("{}", faults(&destination));
+    }
     let compared = check(&here, &there)?;
     println!("checked: {} pages are the same at the destination", compared.equal);
     println!(
@@ -127,7 +142,9 @@ fn path_of(memory: &TestMemory) -> Result<PathBuf, Error> {
 }
 
 /// Two agents, two VMMs, one migration. Returns what the two VMMs have to say.
-fn migrate(program: &Path, directory: &Path, here: &TestMemory, there: &TestMemory) -> Result<[Value; 2], Error> {
+fn migrate(
+    program: &Path, directory: &Path, here: &TestMemory, there: &TestMemory, mode: Mode,
+) -> Result<[Value; 2], Error> {
     let agents = [
         AgentProcess::spawn(program.as_os_str(), directory, "source-agent")?,
         AgentProcess::spawn(program.as_os_str(), directory, "destination-agent")?,
@@ -135,6 +152,7 @@ fn migrate(program: &Path, directory: &Path, here: &TestMemory, there: &TestMemo
     let vmm = |role: &str, agent: &AgentProcess, memory: &TestMemory, address: &str| {
         let mut command = Command::new(program);
         command.arg(role).arg(agent.socket()).arg(path_of(memory)?).arg(address);
+        command.args((role == "source").then(|| mode.name()));
         Process::spawn_visible(role, &mut command)
     };
     let mut destination = vmm("destination", &agents[1], there, "tcp:127.0.0.1:0")?;
@@ -179,7 +197,7 @@ fn threads(usage: &Arc<Usage>) -> Result<ThreadGuest, Error> {
 }
 
 /// The source VMM.
-fn source(socket: &Path, memory: &Path, to: &str) -> Result<Value, Error> {
+fn source(socket: &Path, memory: &Path, to: &str, mode: Mode) -> Result<Value, Error> {
     let usage = open(memory)?;
     let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
     let guest = match KvmGuest::new(usage.memory().guest().clone(), sweep()) {
@@ -216,6 +234,11 @@ fn source(socket: &Path, memory: &Path, to: &str) -> Result<Value, Error> {
     vmm.before_pause(during.clone());
     // The guest stops for good after a few passes, however slow this machine is.
     let options = OutgoingOptions { policy: NonConvergence::StopAnyway, max_passes: 8, ..OutgoingOptions::default() };
+    let options = match mode {
+        // Never met, so that it is the switch that ends the passes.
+        Mode::Hybrid => OutgoingOptions { mode, switch_after: 2, downtime_limit: Duration::ZERO, ..options },
+        _ => OutgoingOptions { mode, ..options },
+    };
     let job = vmm.start_outgoing(to, &options)?;
     let status = watch(&vmm, job, true, |status| if status.phase == Phase::Passes { during() } else { Ok(()) })?;
     if status.phase != Phase::Completed {
@@ -242,12 +265,24 @@ fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Erro
     };
     let (job, address) = vmm.start_incoming(listen, &IncomingOptions::default())?;
     println!("listening at {address}");
-    let status = vmm.wait_job(job, LIMIT)?;
+    let first = || -> Result<u32, Error> {
+        let word = vmm.memory().block(RAM)?.read_word(FIRMWARE_PAGES * PAGE_SIZE)?;
+        Ok(word as u32)
+    };
+    // In postcopy: how far the guest was when the first page that it writes had come.
+    let mut began = None;
+    let status = watch(&vmm, job, false, |status| {
+        if kvm && began.is_none() && status.phase == Phase::Postcopy {
+            began = Some(first()?).filter(|sweep| *sweep > 0);
+        }
+        Ok(())
+    })?;
+    let meanwhile = began.map(|began| first().map(|now| now.wrapping_sub(began))).transpose()?;
     if status.phase != Phase::Completed {
         return Err(Error::Mismatch(format!("the migration {}: {}", status.phase.name(), status.error)));
     }
     let guest = if kvm { counts_on_in_kvm(&vmm)? } else { counts_on_in_threads(&vmm, writes)? };
-    Ok(json!({ "guest": guest }))
+    Ok(json!({ "guest": guest, "sweeps_meanwhile": meanwhile, "report": Report::new(&status) }))
 }
 
 /// Lets the guest go on for a few sweeps, stops it, and looks at its counters: a page that came in an old version would lag behind for ever.
@@ -288,6 +323,28 @@ fn check(here: &TestMemory, there: &TestMemory) -> Result<Compared, Error> {
     discarded.set(DURING);
     let stands_still = |page| page < FIRMWARE_PAGES || page >= BUSY.end();
     same_block(here.block(RAM)?, &discarded, there.block(RAM)?, stands_still)
+}
+
+/// What a guest that ran before its memory was there had to wait for.
+fn faults(destination: &Value) -> Table {
+    let report = &destination["report"];
+    let number = |name: &str| report[name].as_u64().unwrap_or_default();
+    let micros = |index: usize| format!("{} us", report["fault_us"][index].as_u64().unwrap_or_default());
+    let mut table = Table::default();
+    table.row("pages that the guest waited for", number("requested_pages"));
+    table.row("pages that came before it did", number("pushed_pages"));
+    table.row("faults", number("faults"));
+    table.row("half of them took at most", micros(0));
+    table.row("99 of 100, and the slowest", format!("{}, {}", micros(1), micros(2)));
+    if let Some(sweeps) = destination["sweeps_meanwhile"].as_u64() {
+        table.row("sweeps of the guest meanwhile", sweeps);
+    }
+    table
+}
+
+fn parse_mode(text: &str) -> Result<Mode, String> {
+    let found = Mode::NAMES.iter().find(|(name, _)| *name == text);
+    found.map(|(_, mode)| *mode).ok_or_else(|| format!("\"{text}\": write precopy, postcopy or hybrid"))
 }
 
 fn table(report: &Value, before: u64, here: &TestMemory, there: &TestMemory) -> Result<(), Error> {

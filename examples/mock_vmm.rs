@@ -8,6 +8,7 @@
 //! mock_vmm source      --socket /tmp/here.sock  --memory /dev/shm/here  --size 2G --to tcp:127.0.0.1:7000
 //! ```
 //!
+//! With `--mode postcopy` at the source the guest moves before its memory, with `--mode hybrid --switch-after 2` after two passes.
 //! `mock_vmm source --help` has the rest. The exit status is 0 only after a migration that was verified and committed.
 
 fn main() -> std::process::ExitCode {

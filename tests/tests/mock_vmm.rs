@@ -4,6 +4,8 @@
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::process::{AgentProcess, Process};
+use pageferry_tests::random::page_content;
+use pageferry_tests::require;
 use pageferry_tests::vmm::PATIENCE;
 use serde_json::Value;
 use std::ffi::OsStr;
@@ -167,4 +169,37 @@ fn a_file_that_is_too_short_is_named_in_the_error() {
     assert!(!source.wait(PATIENCE).unwrap().success());
     assert!(source.lines().join("").contains("0x3ffffff bytes"), "{:?}", source.lines());
     assert_eq!(std::fs::metadata(&here).unwrap().len(), SIZE - 1, "used as it is");
+}
+
+#[test]
+fn the_guest_moves_before_its_memory_from_the_start_and_after_passes() {
+    if !require::uffd() {
+        return;
+    }
+    for (more, passes) in [(&["--mode", "postcopy"][..], 0), (&["--mode", "hybrid", "--switch-after", "2"][..], 2)] {
+        let bench = Bench::new();
+        let (from, to) = (bench.file("from"), bench.file("to"));
+        let here = prepare(&from);
+        // Never met, so that it is the switch that ends the passes.
+        let options =
+            [more, &["--downtime-limit", "0ms", "--write-rate", "1000000", "--discard", "4M+2M", "--release"]].concat();
+        let [(sent, source), (received, destination)] = bench.migrate(&from, &to, &options);
+        assert!(sent && received, "{source} {destination}");
+        assert_eq!(source["passes"], passes, "{source}");
+        let [requested, pushed] = ["requested_pages", "pushed_pages"].map(|name| source[name].as_u64().unwrap());
+        let allocated = destination["destination_allocated"].as_u64().unwrap();
+        assert!(allocated <= 14 << 20, "{allocated:#x} bytes for 14 MiB");
+        let there = open(&to);
+        let (here, there) = (here.block(0).unwrap(), there.block(0).unwrap());
+        assert!(there.is_hole(PageRange::new(1024, 512)).unwrap());
+        if passes == 0 {
+            assert_eq!(pushed + requested, 14 << 8);
+            // Released once they were there: nothing is left to compare with.
+            assert_eq!(source["source_allocated_after"], 0, "{source}");
+            assert!(there.read_page(8200).unwrap() == page_content(2, 8200));
+        } else {
+            // Two passes and no last one: what the guest wrote since, if anything, came after it.
+            assert_eq!(here.allocated().unwrap() + (requested + pushed) * PAGE_SIZE, 14 << 20);
+        }
+    }
 }

@@ -5,8 +5,9 @@
 //! The mapping of the VMM is registered for missing pages, so a touch of one becomes a fault that waits. A host page is in one of two states: *owed*,
 //! its content is still to come; or not, and then it is what the file says: content, or a hole that reads as zero. Four act on it at once, without a lock:
 //!
-//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once; else it is answered here: zero;
-//! - an **arrival** takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
+//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once. Else whoever has taken it may be placing it just now, so
+//!   the fault waits for those who have published it (the fence), and is then answered here: zero, unless there is a page by now;
+//! - an **arrival** publishes it, takes it (see [`Owed`]), and places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
 //!   allocated that the guest does not touch (law 2);
 //! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, frees it, and then answers those who
 //!   requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back (law 1);
@@ -171,18 +172,26 @@ impl Arriving {
     ///
     /// # Errors
     /// If it can be answered here, and the kernel refuses.
-    pub fn fault(&self, (at, host_page): (usize, u64), since: Instant) -> Result<Answer, ArrivingError> {
+    pub fn fault(
+        &self, readers: &Readers, (at, host_page): (usize, u64), since: Instant,
+    ) -> Result<Answer, ArrivingError> {
         let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
         let fresh = self.requested[at].or_word(word, bit) != 0;
         if fresh {
             self.live.latency.waits(key(at, host_page), since);
         }
         fence(Ordering::SeqCst);
-        if self.owed.block(at).bits().contains(host_page) {
+        let block = self.owed.block(at);
+        if !block.bits().contains(host_page) {
+            let pages = block.pages(PageRange::new(host_page, 1));
+            readers.wait(|other, word| other == at && self.published(at, word).overlaps(&pages));
+        }
+        // What could not be placed is owed again.
+        if block.bits().contains(host_page) {
             if !fresh {
                 return Ok(Answer::Wait);
             }
-            add(&self.live.requested_pages, self.owed.block(at).unit());
+            add(&self.live.requested_pages, block.unit());
             return Ok(Answer::Ask);
         }
         self.requested[at].take_bits(word, bit);
@@ -250,8 +259,9 @@ impl Arriving {
     ) -> Result<u64, ArrivingError> {
         let unit = self.owed.block(at).unit();
         let mut used = 0;
-        for (word, mask) in words_of(range) {
-            let _reading = readers.reading(worker, at, word * unit);
+        for (word, mask) in parts_of(range, unit) {
+            let first = word * WORD_BITS + u64::from(mask.trailing_zeros());
+            let _reading = readers.reading(worker, at, first * unit / WORD_BITS);
             let taken = self.owed.take(at, word, mask);
             if taken == 0 {
                 continue;
@@ -388,9 +398,10 @@ impl Arriving {
         });
     }
 
-    /// Pages around word `word` of the block at index `at` that a worker may be placing when it has published that.
+    /// The pages that a worker may be placing when it has published word `word` of the block at index `at`: that word, or the host page that it is in.
     pub(super) fn published(&self, at: usize, word: u64) -> PageRange {
-        PageRange::new(word * WORD_BITS, self.owed.block(at).unit().max(1) * WORD_BITS)
+        let size = self.owed.block(at).unit().max(WORD_BITS);
+        PageRange::new(word * WORD_BITS / size * size, size)
     }
 
     /// Runs of pages that were discarded since the last time, while they were owed.
@@ -445,6 +456,16 @@ impl Arriving {
 /// Tells host pages of all blocks from each other.
 fn key(at: usize, host_page: u64) -> u64 {
     ((at as u64) << 40) | host_page
+}
+
+/// The host pages of `range` that are published at once: a word of them, or one that is larger than a word of pages.
+fn parts_of(range: PageRange, unit: u64) -> impl Iterator<Item = (u64, u64)> {
+    words_of(range).flat_map(move |(word, mask)| {
+        let alone = if unit == 1 { 0 } else { mask };
+        let whole = (unit == 1).then_some((word, mask));
+        let each = (0..WORD_BITS).filter(move |bit| alone >> bit & 1 == 1).map(move |bit| (word, 1 << bit));
+        whole.into_iter().chain(each)
+    })
 }
 
 /// The words that `range` touches, and its bits in each.

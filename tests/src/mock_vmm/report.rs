@@ -33,11 +33,25 @@ pub struct Report {
     pub total_ms: f64,
     /// Milliseconds that the guest stood still.
     pub downtime_ms: f64,
+    /// Postcopy: faults that were answered.
+    pub faults: u64,
+    /// Postcopy: pages that the destination asked for.
+    pub requested_pages: u64,
+    /// Postcopy: pages that came without being asked for.
+    pub pushed_pages: u64,
+    /// Postcopy: pages that were discarded before they came.
+    pub dropped_pages: u64,
+    /// Postcopy: pages that the source freed since the destination has them.
+    pub released_pages: u64,
+    /// Postcopy: how long half of the faults took at most, in microseconds; 99 of 100; and the slowest.
+    pub fault_us: [u64; 3],
+    /// Postcopy: milliseconds without a connection.
+    pub paused_ms: f64,
     /// Bytes allocated at the source before anything, the discards included.
     pub source_allocated_before: Option<u64>,
     /// Bytes allocated at the source at the end.
     pub source_allocated_after: Option<u64>,
-    /// Bytes allocated at the destination when all was there and before its guest was resumed.
+    /// Bytes allocated at the destination when all was there and before its guest wrote.
     pub destination_allocated: Option<u64>,
 }
 
@@ -45,7 +59,16 @@ impl Report {
     /// From how the job stands.
     pub fn new(status: &JobStatus) -> Self {
         let Counters { passes, pages_sent, zero_pages, discarded_pages, stray_pages, wire_bytes, .. } = status.counters;
+        let Counters { faults, requested_pages, pushed_pages, dropped_pages, released_pages, .. } = status.counters;
+        let Counters { fault_p50_us, fault_p99_us, fault_max_us, .. } = status.counters;
         Self {
+            faults,
+            requested_pages,
+            pushed_pages,
+            dropped_pages,
+            released_pages,
+            fault_us: [fault_p50_us, fault_p99_us, fault_max_us],
+            paused_ms: milliseconds(status.counters.paused_us),
             status: status.phase.name().to_owned(),
             error: status.error.clone(),
             passes,
@@ -99,6 +122,17 @@ impl std::fmt::Display for Report {
             self.stray_pages,
             mebibytes(self.wire_bytes)
         )?;
+        if self.requested_pages + self.pushed_pages + self.dropped_pages > 0 {
+            write!(
+                formatter,
+                "\npostcopy: {} pages requested, {} pushed, {} dropped by discard, {} released",
+                self.requested_pages, self.pushed_pages, self.dropped_pages, self.released_pages
+            )?;
+            if self.faults > 0 {
+                let [p50, p99, max] = self.fault_us;
+                write!(formatter, "; {} faults, p50 {p50} us, p99 {p99} us, most {max} us", self.faults)?;
+            }
+        }
         if let (Some(before), Some(after)) = (self.source_allocated_before, self.source_allocated_after) {
             write!(formatter, "\nallocated at the source: {} before, {} after", mebibytes(before), mebibytes(after))?;
         }
@@ -145,6 +179,16 @@ pub fn show(bar: &ProgressBar, status: &JobStatus) {
     bar.set_length(counters.pass_pages.max(1));
     bar.set_position(counters.pass_pages_done.min(counters.pass_pages.max(1)));
     bar.set_prefix(status.phase.name());
+    if status.phase.is_postcopy() {
+        let came = counters.requested_pages + counters.pushed_pages + counters.dropped_pages;
+        bar.set_length((came + counters.remaining_pages).max(1));
+        bar.set_position(came);
+        bar.set_message(format!(
+            "{} pages remain, {} requested, {} pushed",
+            counters.remaining_pages, counters.requested_pages, counters.pushed_pages
+        ));
+        return;
+    }
     bar.set_message(format!(
         "pass {}, {} MiB sent at {} MiB/s, {} pages/s dirtied",
         counters.passes,

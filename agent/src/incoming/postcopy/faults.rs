@@ -110,7 +110,7 @@ fn answer_all(job: &Job, arriving: &Arriving, requests: &Requests, stop: Borrowe
         let mut batch = Batch::new(job, &streams);
         for address in &faults[..count] {
             let Some(page) = arriving.locate(*address) else { continue };
-            match arriving.fault(page, since) {
+            match arriving.fault(&job.memory.readers, page, since) {
                 Ok(Answer::Ask) => batch.add(arriving, page.0, page.1),
                 Ok(Answer::Here | Answer::Wait) => {}
                 Err(error) if is_gone(&error) => return Err(error.into()),
