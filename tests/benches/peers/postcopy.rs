@@ -10,9 +10,12 @@
 //! - *in order*: the same, one page after the other, as far as the push leaves any missing;
 //! - *huge*: quiet, on huge pages of 2 MiB, which are placed whole.
 //!
+//! QEMU does the first two in [`qemu_guest`], if it is there.
+//!
 //! A touch counts as a fault if the page was a hole just before it; on huge pages, whose files do not tell their holes, if it took longer than touching what is there does.
 
 pub mod floor;
+pub mod qemu_guest;
 
 use super::Bench;
 use super::image::{Image, WarmPool, full_guest};
@@ -161,10 +164,6 @@ impl Running {
         Self { from, to, job, options, since }
     }
 
-    fn block(&self) -> &TestBlock {
-        &self.to.memory.blocks()[0]
-    }
-
     /// Lets the rest come as fast as it can.
     fn finish(self) -> Arrived {
         self.from.client.set_parameters(&OutgoingOptions { bandwidth: 0, ..self.options }).unwrap();
@@ -189,11 +188,13 @@ struct Felt {
 }
 
 impl Felt {
-    /// Touches a host page, and counts it as a fault if it was a hole.
-    fn touch(&mut self, block: &TestBlock, offset: u64) {
+    /// Touches a host page, which must hold what the source's does, and counts it as a fault if it was a hole.
+    fn touch(&mut self, running: &Running, offset: u64) {
+        let block = &running.to.memory.blocks()[0];
         let tells_holes = !matches!(block.layout().backing, Backing::HugePages);
         let was_hole = tells_holes && is_hole(block.file(), offset).unwrap();
         let time = touch(block, offset);
+        assert_eq!(block.read_word(offset).unwrap(), running.from.memory.blocks()[0].read_word(offset).unwrap());
         if was_hole || !tells_holes && time > NO_FAULT { self.times.push(time) } else { self.there += 1 }
     }
 }
@@ -267,6 +268,9 @@ pub fn postcopy(bench: &Bench, table: &mut Table) {
     // First: what the other leaves of free memory is in small pieces.
     huge_pages(bench, table);
     small_pages(bench, table);
+    if bench.qemu.is_some() {
+        qemu(bench, table);
+    }
 }
 
 fn small_pages(bench: &Bench, table: &mut Table) {
@@ -285,7 +289,7 @@ fn small_pages(bench: &Bench, table: &mut Table) {
         let running = Running::start(map(&source), map(&destination), 1, HELD_BACK);
         let mut felt = Felt::default();
         for page in shuffled(pages, round).into_iter().take(touches as usize) {
-            felt.touch(running.block(), page * PAGE_SIZE);
+            felt.touch(&running, page * PAGE_SIZE);
         }
         quiet.add(felt, running.finish());
 
@@ -295,7 +299,7 @@ fn small_pages(bench: &Bench, table: &mut Table) {
                 let running = Running::start(map(&source), map(&destination), streams, 0);
                 let mut felt = Felt::default();
                 for page in order {
-                    felt.touch(running.block(), page * PAGE_SIZE);
+                    felt.touch(&running, page * PAGE_SIZE);
                 }
                 rounds.add(felt, running.arrived());
             }
@@ -318,6 +322,34 @@ fn small_pages(bench: &Bench, table: &mut Table) {
             let faults: Vec<f64> = rounds.felt.iter().map(per_gib).collect();
             table.add(work, &format!("{who}, faults"), "per GiB", &faults, String::new());
             rounds.add_times(table, work, &who);
+        }
+    }
+}
+
+/// QEMU's guest is smaller, and notes only what took longer than a touch without a fault.
+fn qemu(bench: &Bench, table: &mut Table) {
+    let work = "postcopy: a fault, QEMU";
+    let (source, destination, _warm) = full_guest(&bench.folder, qemu_guest::SIZE);
+    let ways = [("quiet", true), ("pushing", false)];
+    let mut rounds = ways.map(|_| Vec::new());
+    for _ in 0..bench.rounds {
+        for ((_, quiet), rounds) in ways.iter().zip(&mut rounds) {
+            destination.clear();
+            rounds.push(qemu_guest::migrate(&source, &destination, *quiet));
+        }
+    }
+    for ((who, _), rounds) in ways.iter().zip(&rounds) {
+        let middle = |figure: &dyn Fn(&qemu_guest::Qemu) -> f64| median(&rounds.iter().map(figure).collect::<Vec<_>>());
+        for (name, part) in QUANTILES {
+            let samples: Vec<f64> = rounds.iter().map(|moved| moved.times.quantile(part)).collect();
+            let remark = format!(
+                "{:.0} slow touches, {:.0} requests; all there in {:.0} ms",
+                middle(&|moved| moved.times.0.len() as f64),
+                middle(&|moved| moved.requests as f64),
+                middle(&|moved| moved.time.as_secs_f64() * 1e3)
+            );
+            let remark = if part == 500 { remark } else { String::new() };
+            table.add(work, &format!("{who}, {name}"), "us", &samples, remark);
         }
     }
 }
@@ -347,7 +379,7 @@ fn huge_pages(bench: &Bench, table: &mut Table) {
         let running = Running::start(map(&source), destination, 1, HELD_BACK);
         let mut felt = Felt::default();
         for page in shuffled(count, round) {
-            felt.touch(running.block(), page * HUGE_PAGE);
+            felt.touch(&running, page * HUGE_PAGE);
         }
         quiet.add(felt, running.finish());
     }
