@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 /// How far the clock may lag behind: what may be sent at once after a lull.
 const BURST: Duration = Duration::from_millis(20);
 
-/// Longest time that a sender sleeps before it looks whether the limit was changed.
-const LOOK: Duration = Duration::from_millis(20);
+/// Longest time that who waits does not see a change of the limit.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Holds senders back.
 #[derive(Debug)]
@@ -29,12 +29,16 @@ impl Limiter {
         Self { start: Instant::now(), rate: AtomicU64::new(rate), clock: AtomicU64::new(0) }
     }
 
-    /// Changes the limit, also for those who wait already.
+    /// Changes the limit. What was let through under the old one is forgotten: who waits for it goes on.
     pub fn set_rate(&self, rate: u64) {
         if self.rate.swap(rate, Ordering::Relaxed) != rate {
-            // What was let through at the old rate is no debt at the new one.
-            self.clock.store(0, Ordering::Relaxed);
+            self.clock.store(self.now(), Ordering::Relaxed);
         }
+    }
+
+    /// Nanoseconds from `start`.
+    fn now(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
     /// Waits until `bytes` may be sent.
@@ -46,21 +50,18 @@ impl Limiter {
         if rate == 0 {
             return Ok(());
         }
-        let now = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let now = self.now();
         let floor = now.saturating_sub(BURST.as_nanos() as u64);
         let cost = (bytes as u128 * 1_000_000_000 / u128::from(rate)) as u64;
         self.clock.fetch_max(floor, Ordering::Relaxed);
         let due = self.clock.fetch_add(cost, Ordering::Relaxed);
-        let deadline = self.start + Duration::from_nanos(due);
-        while self.rate.load(Ordering::Relaxed) == rate {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+        loop {
+            let left = Duration::from_nanos(due.saturating_sub(self.now()));
+            if left.is_zero() || self.rate.load(Ordering::Relaxed) != rate {
                 return Ok(());
             }
             cancel.sleep(left.min(LOOK))?;
         }
-        // Sent at once: at the new rate it would have been a moment longer or shorter.
-        Ok(())
     }
 }
 
@@ -69,20 +70,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_that_is_raised_holds_for_those_who_wait_already() {
+    fn who_waits_under_a_limit_goes_on_when_it_is_lifted() {
         let (limiter, cancel) = (Limiter::new(1), Cancel::new().unwrap());
+        // What comes first need not wait; its time is what the second waits for: twelve days.
+        limiter.wait(1 << 20, &cancel).unwrap();
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| {
-                // At this rate the second waits for twelve days.
-                limiter.wait(1 << 20, &cancel)?;
-                limiter.wait(1, &cancel)
-            });
-            while limiter.clock.load(Ordering::Relaxed) < 1 << 40 {
+            let waiting = scope.spawn(|| limiter.wait(1, &cancel));
+            while limiter.clock.load(Ordering::Relaxed) < u64::from(u32::MAX) {
                 std::thread::yield_now();
             }
-            limiter.set_rate(1 << 40);
+            limiter.set_rate(0);
             waiting.join().unwrap().unwrap();
         });
-        limiter.wait(1, &cancel).unwrap();
     }
 }

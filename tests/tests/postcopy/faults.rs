@@ -1,10 +1,13 @@
 //! Faults of many threads at once, and those that the kernel takes on behalf of a device.
 
 use crate::scene::{Move, Side, Still, Switch, TRICKLE};
+use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::deadline::wait_until;
 use pageferry_tests::memory::TestBlock;
 use pageferry_tests::random::{Random, page_content};
 use pageferry_tests::require;
+use pageferry_tests::vmm::PATIENCE;
 use std::io::{Read, Seek, Write};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -149,5 +152,35 @@ fn a_system_call_waits_for_the_memory_that_it_reads_or_writes() {
         let mut found = vec![0; wanted.len()];
         block.read(page * PAGE_SIZE, &mut found).unwrap();
         assert!(found == wanted, "page {page:#x}");
+    }
+}
+
+#[test]
+fn a_page_whose_push_is_held_back_comes_when_it_is_asked_for() {
+    if !require::uffd() {
+        return;
+    }
+    let (source, destination) = (Side::small(8), Side::small(8));
+    source.block(0).fill(source.block(0).all(), 7).unwrap();
+    let (job, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    // The first piece may go, and the next not within the day: what the push has taken by then it never sends.
+    let options = OutgoingOptions { streams: 2, mode: Mode::Postcopy, bandwidth: 1, ..OutgoingOptions::default() };
+    let outgoing = source.vmm.start_outgoing(&address, &options).unwrap();
+    destination.vmm.wait_phase(Phase::Postcopy, PATIENCE).unwrap();
+    let memory = destination.vmm.memory().clone();
+    let touches = std::thread::spawn(move || {
+        let block = memory.block(0).unwrap();
+        (0..block.pages()).for_each(|page| block.store(page * PAGE_SIZE, page).unwrap());
+    });
+    wait_until("every page", PATIENCE, || touches.is_finished()).unwrap();
+    touches.join().unwrap();
+    // What is held back goes as soon as it may.
+    source.client().set_parameters(&OutgoingOptions { bandwidth: 0, ..options }).unwrap();
+    assert_eq!(source.vmm.wait_job(outgoing, PATIENCE).unwrap().phase, Phase::Completed);
+    assert_eq!(destination.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
+    for page in 0..source.block(0).pages() {
+        let mut expected = source.block(0).read_page(page).unwrap();
+        expected[..8].copy_from_slice(&page.to_ne_bytes());
+        assert!(destination.block(0).read_page(page).unwrap() == expected, "page {page} is not what was sent");
     }
 }

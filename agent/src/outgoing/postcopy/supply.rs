@@ -1,8 +1,11 @@
 //! Sending what the destination is owed.
 //!
 //! Every stream that is not urgent has a thread that pushes. Every urgent stream has one that answers what is asked for on it, and nothing else goes there: so an answer never queues
-//! behind what nobody waits for. The job's own thread reads the return path. Who sends a host page takes it first ([`Owed::take`]), so none is sent twice; what is taken
+//! behind what nobody waits for. The job's own thread reads the return path. Who sends a host page takes it first ([`Owed::take`]), so none is pushed twice; what is taken
 //! and lost with a connection comes back with the next one, when the destination says what it has.
+//!
+//! What is asked for although it was taken is on its way: held back by the limit, or behind megabytes in the buffers of a connection that the destination empties no faster than it
+//! places pages. It is sent again, and overtakes itself; the destination drops what comes second. So no fault waits for the push.
 //!
 //! If one stream fails, all do: connections are lost and made together.
 
@@ -34,7 +37,7 @@ pub struct Supply {
     /// Where the destination listens.
     pub(super) address: Option<Address>,
     pub(super) owed: Arc<Owed>,
-    /// What the destination may still lack: all that was ever owed and is not released. Unknown to an agent that did not begin the migration.
+    /// What the destination may still lack: all that was ever owed and is not released. An agent that did not begin the migration learns it from the destination.
     pub(super) kept: Option<Owed>,
     limiter: Limiter,
     unlimited: Limiter,
@@ -166,9 +169,16 @@ impl Supply {
                 return Err(JobError::Outside { id, first: range.first, count: range.count, pages });
             }
             line.cursor.fault(at, range.end());
-            let sent =
-                self.send(&line.urgent, &mut stream.sender, (at, block), self.owed.block(at).of(range), &mut taken)?;
+            let asked = self.owed.block(at).of(range);
+            self.owed.take_range(at, asked, |word, bits| taken.push((word, bits)));
+            let sent = self.send(&line.urgent, &mut stream.sender, (at, block), &mut taken)?;
             add(&self.job.live.requested_pages, sent);
+            if sent == 0
+                && let Some(kept) = &self.kept
+            {
+                taken.extend(kept.block(at).bits().nonzero_words(asked));
+                self.send(&line.urgent, &mut stream.sender, (at, block), &mut taken)?;
+            }
             if !stream.reader.has_more() {
                 stream.sender.flush(&line.urgent)?;
             }
@@ -182,7 +192,8 @@ impl Supply {
         while let Some((at, range)) = line.cursor.claim(&self.owed) {
             self.job.cancel.check()?;
             let block: &Block = &self.job.memory.blocks()[at];
-            let sent = self.send(&line.bulk, sender, (at, block), range, &mut taken)?;
+            self.owed.take_range(at, range, |word, bits| taken.push((word, bits)));
+            let sent = self.send(&line.bulk, sender, (at, block), &mut taken)?;
             sender.flush(&line.bulk)?;
             add(&self.job.live.pushed_pages, sent);
         }
@@ -195,13 +206,11 @@ impl Supply {
         Ok(())
     }
 
-    /// Queues what is owed of the host pages `range`; returns how many pages that were.
+    /// Queues host pages, words and their bits; returns how many pages that were.
     fn send(
-        &self, view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), range: PageRange,
-        taken: &mut Vec<(u64, u64)>,
+        &self, view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), taken: &mut Vec<(u64, u64)>,
     ) -> Result<u64, JobError> {
         let host_pages = self.owed.block(at);
-        self.owed.take_range(at, range, |word, bits| taken.push((word, bits)));
         let mut pages = 0;
         for (word, bits) in taken.drain(..) {
             pages += u64::from(bits.count_ones()) * host_pages.unit();
