@@ -68,9 +68,12 @@ fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
     let asked = touched.iter().filter(|page| USED.first <= **page && **page < USED.end()).count() as u64;
     assert!(theirs.requested_pages <= asked, "{} of {asked} were asked for", theirs.requested_pages);
     assert_eq!(ours.requested_pages + ours.pushed_pages, USED.count, "nothing else was owed");
-    assert_eq!((ours.pages_sent, ours.zero_pages, ours.stray_pages), (USED.count, 0, 0));
+    // A page that is asked for while its push is on its way is sent once more.
+    let twice = ours.pages_sent.checked_sub(USED.count).unwrap();
+    assert!(twice <= theirs.requested_pages, "{twice} pages were sent twice");
+    assert_eq!((ours.zero_pages, ours.stray_pages), (0, 0));
     assert!(ours.wire_bytes < USED.bytes() * 11 / 10, "{ours:?}");
-    assert_eq!(theirs.pages_sent, USED.count);
+    assert!((USED.count..=ours.pages_sent).contains(&theirs.pages_sent), "{theirs:?}");
     // Each page once, however many touched it.
     assert!(theirs.faults >= touched.len() as u64 - asked && theirs.faults <= touched.len() as u64, "{theirs:?}");
 
