@@ -10,12 +10,14 @@ use crate::job::{Job, JobError, add};
 use crate::memory::Block;
 use crate::memory::arriving::Arriving;
 use crate::outgoing::connect::unexpected;
+use crate::transport::queue::take_what_is_due;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::stream::payload::{MAX_RUNS, Totals, encode_runs};
 use pageferry_protocol::stream::record::{FLAG_STRAY, FLAGS_COMPRESSED};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use rustix::event::PollFlags;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -114,6 +116,8 @@ impl<'a> Arrival<'a> {
             if outcome.is_ok() {
                 for (index, reader) in readers.iter_mut().enumerate() {
                     scope.spawn(move || {
+                        crate::priority::step_back();
+                        take_what_is_due(reader.socket().as_fd());
                         let outcome = reader.socket().set_recv_timeout(line.job.options().peer_timeout);
                         let outcome = outcome.map_err(JobError::from);
                         line.check(outcome.and_then(|()| Stream::new(line, index, false).run(reader)));

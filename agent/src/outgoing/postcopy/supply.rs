@@ -15,6 +15,7 @@ use super::cursor::Cursor;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
 use crate::memory::owed::Owed;
+use crate::transport::queue::send_what_is_fresh;
 use crate::transport::{Address, Limiter, StreamSocket, TransportError};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
@@ -187,7 +188,9 @@ impl Supply {
 
     /// Pushes until nothing is owed.
     fn push(&self, line: &Line<'_>, sender: &mut PageSender) -> Result<(), JobError> {
+        crate::priority::step_back();
         sender.totals = Totals::default();
+        send_what_is_fresh(sender.socket().as_fd());
         let mut taken = Vec::new();
         while let Some((at, range)) = line.cursor.claim(&self.owed) {
             self.job.cancel.check()?;
