@@ -151,8 +151,12 @@ fn tend(line: &Line<'_>, writer: &RecordWriter, streams: usize) -> Result<(), Jo
         let ended = line.ended.load(Ordering::Acquire) == streams;
         let left = line.arriving.owed().left();
         if ended && left == 0 {
-            // What was discarded or placed last.
-            return tell(line, writer);
+            // Whoever took the last of it may still be placing it, and would have to give it back if that failed.
+            line.job.memory.readers.wait(|_, _| true);
+            if line.arriving.owed().left() == 0 {
+                // What was discarded or placed last.
+                return tell(line, writer);
+            }
         }
         if ended {
             // What was asked for may still be on its way.
