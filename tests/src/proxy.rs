@@ -25,8 +25,12 @@ impl Link {
 #[derive(Debug, Default)]
 struct State {
     links: Vec<Link>,
+    /// Pieces of what the source says that were passed on since the last limit.
+    passed: u64,
     /// Connections are taken, and nothing is passed on.
     held: bool,
+    /// How many more connections are passed on; the others are closed at once.
+    left: Option<u64>,
     ended: bool,
 }
 
@@ -80,6 +84,11 @@ impl Proxy {
         self.shared.lock().links.len()
     }
 
+    /// Pieces of what the source says that were passed on since the last [`Proxy::limit`]: at least one of each connection that said something.
+    pub fn passed(&self) -> u64 {
+        self.shared.lock().passed
+    }
+
     /// Closes all connections.
     pub fn cut(&self) {
         self.shared.lock().links.drain(..).for_each(|link| link.close());
@@ -93,6 +102,13 @@ impl Proxy {
             state.links.swap_remove((number % count) as usize).close();
         }
         count > 0
+    }
+
+    /// So many more connections are passed on, and those after them are closed at once; `None` is no limit.
+    pub fn limit(&self, connections: Option<u64>) {
+        let mut state = self.shared.lock();
+        state.left = connections;
+        state.passed = 0;
     }
 
     /// From now on new connections are taken, and nothing is passed on before it is let go again.
@@ -118,11 +134,16 @@ impl Drop for Proxy {
 fn accept(listener: &TcpListener, destination: &str, shared: &Arc<Shared>) {
     while let Ok((source, _)) = listener.accept() {
         let waits = |state: &mut State| state.held && !state.ended;
-        let state = shared.changed.wait_while(shared.lock(), waits).unwrap_or_else(PoisonError::into_inner);
+        let mut state = shared.changed.wait_while(shared.lock(), waits).unwrap_or_else(PoisonError::into_inner);
         if state.ended {
             return;
         }
+        let passed = state.left.is_none_or(|left| left > 0);
+        state.left = state.left.map(|left| left.saturating_sub(1));
         drop(state);
+        if !passed {
+            continue;
+        }
         if let Err(error) = TcpStream::connect(destination).and_then(|destination| join(source, destination, shared)) {
             // The source sees its connection end.
             log::debug!("proxy: {error}");
@@ -131,23 +152,24 @@ fn accept(listener: &TcpListener, destination: &str, shared: &Arc<Shared>) {
 }
 
 /// Copies between the two from now on, on two threads that end with the connection.
-fn join(source: TcpStream, destination: TcpStream, shared: &Shared) -> std::io::Result<()> {
+fn join(source: TcpStream, destination: TcpStream, shared: &Arc<Shared>) -> std::io::Result<()> {
     for end in [&source, &destination] {
         end.set_nodelay(true)?;
     }
-    for (from, to) in [(&source, &destination), (&destination, &source)] {
-        let (from, to) = (from.try_clone()?, to.try_clone()?);
-        std::thread::Builder::new().name("proxy".into()).spawn(move || copy(&from, &to))?;
+    for (from, to, counts) in [(&source, &destination, true), (&destination, &source, false)] {
+        let (from, to, shared) = (from.try_clone()?, to.try_clone()?, shared.clone());
+        let passed = move || shared.lock().passed += u64::from(counts);
+        std::thread::Builder::new().name("proxy".into()).spawn(move || copy(&from, &to, passed))?;
     }
     shared.lock().links.push(Link { source, destination });
     Ok(())
 }
 
-fn copy(mut from: &TcpStream, mut to: &TcpStream) {
+fn copy(mut from: &TcpStream, mut to: &TcpStream, passed: impl Fn()) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         match from.read(&mut buffer) {
-            Ok(count) if count > 0 && to.write_all(&buffer[..count]).is_ok() => {}
+            Ok(count) if count > 0 && to.write_all(&buffer[..count]).is_ok() => passed(),
             _ => break,
         }
     }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod arrivals;
+mod attempts;
 mod discards;
 mod faults;
 mod kvm;
