@@ -33,6 +33,7 @@ pub struct Arrival<'a> {
     urgent: &'a mut [RecordReader],
     writer: &'a RecordWriter,
     features: u64,
+    acknowledge: bool,
     sockets: Vec<StreamSocket>,
 }
 
@@ -41,6 +42,8 @@ struct Line<'a> {
     job: &'a Job,
     arriving: &'a Arriving,
     features: u64,
+    /// The source wants to know what was placed. Whoever comes after it may not.
+    acknowledge: bool,
     sockets: Vec<StreamSocket>,
     /// Why it broke. The first to fail says, but for the peer's own words, which tell more.
     failure: Mutex<Option<JobError>>,
@@ -76,8 +79,9 @@ impl<'a> Arrival<'a> {
     /// Over the streams of `accepted`.
     pub fn new(job: &'a Job, arriving: &'a Arriving, accepted: &'a mut Accepted) -> Self {
         let sockets = accepted.sockets();
-        let Accepted { readers, urgent, writer, features, .. } = accepted;
-        Self { job, arriving, readers, urgent, writer, features: *features, sockets }
+        let Accepted { readers, urgent, writer, features, acknowledge, .. } = accepted;
+        let (features, acknowledge) = (*features, *acknowledge);
+        Self { job, arriving, readers, urgent, writer, features, acknowledge, sockets }
     }
 
     /// Receives what is asked for, runs `before` with the primary, and then receives the rest.
@@ -87,12 +91,13 @@ impl<'a> Arrival<'a> {
     pub fn run(
         self, before: impl FnOnce(&mut RecordReader, &RecordWriter) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
-        let Self { job, arriving, readers, urgent, writer, features, sockets } = self;
+        let Self { job, arriving, readers, urgent, writer, features, acknowledge, sockets } = self;
         let urgent_sockets: Vec<StreamSocket> = urgent.iter().map(|reader| reader.socket().clone()).collect();
         let line = Line {
             job,
             arriving,
             features,
+            acknowledge,
             sockets,
             failure: Mutex::default(),
             failed: AtomicBool::new(false),
@@ -157,7 +162,7 @@ fn tend(line: &Line<'_>, writer: &RecordWriter, streams: usize) -> Result<(), Jo
                 return Err(JobError::State(message));
             }
         }
-        let moment = if line.arriving.acknowledges() { ACKNOWLEDGE } else { LONG };
+        let moment = if line.acknowledge { ACKNOWLEDGE } else { LONG };
         let until = due.unwrap_or_else(|| Instant::now() + moment).min(Instant::now() + moment);
         line.job.cancel.wait(&[(line.arriving.event(), PollFlags::IN)], until)?;
     }
@@ -166,7 +171,9 @@ fn tend(line: &Line<'_>, writer: &RecordWriter, streams: usize) -> Result<(), Jo
 fn tell(line: &Line<'_>, writer: &RecordWriter) -> Result<(), JobError> {
     for (at, block) in line.job.memory.blocks().iter().enumerate() {
         send_runs(line, writer, Kind::Discard, block, &line.arriving.take_dropped(at))?;
-        send_runs(line, writer, Kind::Placed, block, &line.arriving.take_placed(at))?;
+        if line.acknowledge {
+            send_runs(line, writer, Kind::Placed, block, &line.arriving.take_placed(at))?;
+        }
     }
     Ok(())
 }
