@@ -11,6 +11,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod destination_gone;
 mod links;
 mod recovery;
 mod scene;
+mod source_gone;
