@@ -58,14 +58,17 @@ impl Line<'_> {
         if self.over.load(Ordering::Acquire) {
             return;
         }
+        self.note(error);
+        self.failed.store(true, Ordering::Release);
+        self.sockets.iter().for_each(StreamSocket::shut);
+        self.arriving.notify();
+    }
+
+    fn note(&self, error: JobError) {
         let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         if failure.is_none() || matches!(error, JobError::Peer(_)) {
             *failure = Some(error);
         }
-        drop(failure);
-        self.failed.store(true, Ordering::Release);
-        self.sockets.iter().for_each(StreamSocket::shut);
-        self.arriving.notify();
     }
 
     fn check(&self, outcome: Result<(), JobError>) {
@@ -87,7 +90,7 @@ impl<'a> Arrival<'a> {
     /// Receives what is asked for, runs `before` with the primary, and then receives the rest.
     ///
     /// # Errors
-    /// What `before` says, or why the connections broke. They are all ended then.
+    /// What `before` says, or why the connections broke, which are all ended then.
     pub fn run(
         self, before: impl FnOnce(&mut RecordReader, &RecordWriter) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
@@ -115,7 +118,10 @@ impl<'a> Arrival<'a> {
                 });
             }
             let outcome = before(&mut readers[0], writer);
-            if outcome.is_ok() {
+            if let Err(error) = outcome {
+                // The streams are left as they are: the source is told why.
+                line.note(error);
+            } else {
                 for (index, reader) in readers.iter_mut().enumerate() {
                     scope.spawn(move || {
                         let outcome = reader.socket().set_recv_timeout(line.job.options().peer_timeout);
@@ -124,8 +130,6 @@ impl<'a> Arrival<'a> {
                     });
                 }
                 line.check(tend(line, writer, count));
-            } else {
-                line.check(outcome);
             }
             line.over.store(true, Ordering::Release);
             // Nothing more comes on these. The source is not to see an end before it is told that all is here.
