@@ -1,7 +1,7 @@
 //! The destination's agent or its VMM is killed, or hangs, while the guest runs there and waits for its memory.
 
 use crate::common::{Agent, SOON, WIRES, Wire, lock, moves_to};
-use crate::scene::{PAGES, SHORT, Scene, Side, WANTED, WANTED_TOO, empty, postcopy, stamped};
+use crate::scene::{PAGES, SHORT, Scene, Side, WANTED_TOO, empty, postcopy, stamped};
 use pageferry_client::{Mode, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
