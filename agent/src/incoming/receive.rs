@@ -154,7 +154,10 @@ impl<'a> Stream<'a> {
     fn run(&mut self, reader: &mut RecordReader) -> Result<StreamEnd, JobError> {
         loop {
             let record = reader.read()?;
-            self.barrier.check()?;
+            // Why the source failed tells more than that its other streams ended.
+            if record.kind != Kind::Error {
+                self.barrier.check()?;
+            }
             add(&self.job.live.wire_bytes, record.wire_bytes());
             match record.kind {
                 Kind::Data => self.data(&record.header, record.payload)?,

@@ -474,11 +474,6 @@ impl Arriving {
         self.placed.as_ref().map_or_else(Vec::new, |placed| self.take_runs(at, &placed[at]))
     }
 
-    /// True if the source wants to know what was placed.
-    pub fn acknowledges(&self) -> bool {
-        self.placed.is_some()
-    }
-
     fn take_runs(&self, at: usize, bits: &MappedBitmap) -> Vec<PageRange> {
         let mut runs: Vec<PageRange> = Vec::new();
         bits.take(bits.all(), |word, bits| {

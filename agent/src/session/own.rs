@@ -349,6 +349,13 @@ impl Session {
     /// A paused outgoing postcopy is given up, if the guest's memory is whole here.
     fn abandon_paused(&mut self) -> Result<(), RemoteError> {
         let Some(job) = self.paused().filter(|job| job.kind == JobKind::Outgoing) else { return Ok(()) };
+        if !self.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
+            let sentence = format!(
+                "job {} is paused, and the VMM that handed the guest over is gone: nobody can resume it here, only recover it",
+                job.id
+            );
+            return Err(RemoteError::new(ErrorCode::State, sentence));
+        }
         let released = job.status().counters.released_pages;
         if released > 0 {
             let sentence =

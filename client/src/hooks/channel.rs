@@ -235,10 +235,12 @@ impl HookChannel {
         let allowed = self.parts.ownership.lock().load_state(self.link.id).map_err(forbidden);
         let registered = allowed.and_then(|()| {
             hooks.memory_pending().map_err(failed)?;
-            self.parts
-                .faults
-                .register(&self.parts.memory, self.parts.client.clone())
-                .map_err(|error| RemoteError::new(ErrorCode::System, with_sources(&error)))
+            let registered = self.parts.faults.register(&self.parts.memory, self.parts.client.clone());
+            registered.map_err(|error| {
+                // Announced, and not to be: nothing is missing after all.
+                hooks.memory_complete();
+                RemoteError::new(ErrorCode::System, with_sources(&error))
+            })
         });
         let (reply, fd) = match registered {
             Ok(fd) => (Ok(()), Some(fd)),

@@ -19,7 +19,7 @@ pub use agents::{Agent, Listening, PROGRAM, Peer};
 pub use ram::{Ram, Touch, assert_same};
 pub use relay::{Passing, Relay, WIRES, Wire, read_record};
 pub use side::{Attached, Side, arrives_at, config, migrates_next_time, moves_to};
-pub use vmm::{At, KvmLog, Vmm, VmmHooks};
+pub use vmm::{Asked, At, KvmLog, Vmm, VmmHooks};
 
 use pageferry_client::{NonConvergence, OutgoingOptions};
 use std::sync::atomic::{AtomicUsize, Ordering};

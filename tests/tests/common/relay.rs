@@ -105,10 +105,11 @@ fn without_delay(stream: TcpStream) -> OwnedFd {
     stream.into()
 }
 
-fn connect(address: &str) -> OwnedFd {
+/// `None` if nobody listens there.
+fn connect(address: &str) -> Option<OwnedFd> {
     match (address.strip_prefix("unix:"), address.strip_prefix("tcp:")) {
-        (Some(path), _) => UnixStream::connect(path).unwrap().into(),
-        (_, Some(name)) => without_delay(TcpStream::connect(name).unwrap()),
+        (Some(path), _) => UnixStream::connect(path).ok().map(OwnedFd::from),
+        (_, Some(name)) => TcpStream::connect(name).ok().map(without_delay),
         _ => panic!("no address: {address}"),
     }
 }
@@ -170,7 +171,9 @@ impl Relay {
     }
 
     fn accept(&mut self) {
-        let [source, destination] = [self.listener.accept(), connect(&self.destination)];
+        let source = self.listener.accept();
+        // The source is closed then, as it would be by a host that listens no more.
+        let Some(destination) = connect(&self.destination) else { return };
         for end in [&source, &destination] {
             for timeout in [Timeout::Recv, Timeout::Send] {
                 set_socket_timeout(end, timeout, Some(SOON)).unwrap();

@@ -9,8 +9,11 @@
 //! - [`operators`]: cancel, resume, stop, and requests that are refused.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+mod before;
 #[path = "../common/mod.rs"]
 mod common;
+mod destination_gone;
 mod links;
 mod recovery;
 mod scene;
+mod source_gone;

@@ -35,6 +35,7 @@ pub struct Arrival<'a> {
     urgent: &'a mut [RecordReader],
     writer: &'a RecordWriter,
     features: u64,
+    acknowledge: bool,
     sockets: Vec<StreamSocket>,
 }
 
@@ -43,6 +44,8 @@ struct Line<'a> {
     job: &'a Job,
     arriving: &'a Arriving,
     features: u64,
+    /// The source wants to know what was placed. Whoever comes after it may not.
+    acknowledge: bool,
     sockets: Vec<StreamSocket>,
     /// Why it broke. The first to fail says, but for the peer's own words, which tell more.
     failure: Mutex<Option<JobError>>,
@@ -57,15 +60,18 @@ impl Line<'_> {
         if self.over.load(Ordering::Acquire) {
             return;
         }
-        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-        if failure.is_none() || matches!(error, JobError::Peer(_)) {
-            *failure = Some(error);
-        }
-        drop(failure);
+        self.note(error);
         self.failed.store(true, Ordering::Release);
         self.sockets.iter().for_each(StreamSocket::shut);
         self.arriving.let_go();
         self.arriving.notify();
+    }
+
+    fn note(&self, error: JobError) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if failure.is_none() || matches!(error, JobError::Peer(_)) {
+            *failure = Some(error);
+        }
     }
 
     fn check(&self, outcome: Result<(), JobError>) {
@@ -79,23 +85,25 @@ impl<'a> Arrival<'a> {
     /// Over the streams of `accepted`.
     pub fn new(job: &'a Job, arriving: &'a Arriving, accepted: &'a mut Accepted) -> Self {
         let sockets = accepted.sockets();
-        let Accepted { readers, urgent, writer, features, .. } = accepted;
-        Self { job, arriving, readers, urgent, writer, features: *features, sockets }
+        let Accepted { readers, urgent, writer, features, acknowledge, .. } = accepted;
+        let (features, acknowledge) = (*features, *acknowledge);
+        Self { job, arriving, readers, urgent, writer, features, acknowledge, sockets }
     }
 
     /// Receives what is asked for, runs `before` with the primary, and then receives the rest.
     ///
     /// # Errors
-    /// What `before` says, or why the connections broke. They are all ended then.
+    /// What `before` says, or why the connections broke, which are all ended then.
     pub fn run(
         self, before: impl FnOnce(&mut RecordReader, &RecordWriter) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
-        let Self { job, arriving, readers, urgent, writer, features, sockets } = self;
+        let Self { job, arriving, readers, urgent, writer, features, acknowledge, sockets } = self;
         let urgent_sockets: Vec<StreamSocket> = urgent.iter().map(|reader| reader.socket().clone()).collect();
         let line = Line {
             job,
             arriving,
             features,
+            acknowledge,
             sockets,
             failure: Mutex::default(),
             failed: AtomicBool::new(false),
@@ -113,7 +121,10 @@ impl<'a> Arrival<'a> {
                 });
             }
             let outcome = before(&mut readers[0], writer);
-            if outcome.is_ok() {
+            if let Err(error) = outcome {
+                // The streams are left as they are: the source is told why.
+                line.note(error);
+            } else {
                 for (index, reader) in readers.iter_mut().enumerate() {
                     scope.spawn(move || {
                         crate::priority::step_back();
@@ -124,8 +135,6 @@ impl<'a> Arrival<'a> {
                     });
                 }
                 line.check(tend(line, writer, count));
-            } else {
-                line.check(outcome);
             }
             line.over.store(true, Ordering::Release);
             // Nothing more comes on these. The source is not to see an end before it is told that all is here.
@@ -166,7 +175,7 @@ fn tend(line: &Line<'_>, writer: &RecordWriter, streams: usize) -> Result<(), Jo
                 return Err(JobError::State(message));
             }
         }
-        let moment = if line.arriving.acknowledges() { ACKNOWLEDGE } else { LONG };
+        let moment = if line.acknowledge { ACKNOWLEDGE } else { LONG };
         let until = due.unwrap_or_else(|| Instant::now() + moment).min(Instant::now() + moment);
         line.job.cancel.wait(&[(line.arriving.event(), PollFlags::IN)], until)?;
     }
@@ -175,7 +184,9 @@ fn tend(line: &Line<'_>, writer: &RecordWriter, streams: usize) -> Result<(), Jo
 fn tell(line: &Line<'_>, writer: &RecordWriter) -> Result<(), JobError> {
     for (at, block) in line.job.memory.blocks().iter().enumerate() {
         send_runs(line, writer, Kind::Discard, block, &line.arriving.take_dropped(at))?;
-        send_runs(line, writer, Kind::Placed, block, &line.arriving.take_placed(at))?;
+        if line.acknowledge {
+            send_runs(line, writer, Kind::Placed, block, &line.arriving.take_placed(at))?;
+        }
     }
     Ok(())
 }

@@ -43,15 +43,11 @@ pub struct Incomplete {
 /// The VMM's mappings are registered; taken back on drop. If memory is missing then, the VMM is told, and its guest is lost.
 struct Registered<'a> {
     job: &'a Job,
-    arriving: &'a Arriving,
     complete: bool,
 }
 
 impl Drop for Registered<'_> {
     fn drop(&mut self) {
-        if self.complete {
-            self.arriving.unregister();
-        }
         self.job.memory.set_arriving(None);
         let hook = Hook::UnregisterFaults { complete: self.complete };
         if let Err(error) = self.job.hooks.undo(&hook, self.job.options().hook_timeout) {
@@ -64,12 +60,13 @@ impl Drop for Registered<'_> {
 pub fn take_guest_first(
     job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, owed: Owed, received: Received,
 ) -> Result<(), JobError> {
+    // Made before the answer: a registration that timed out may still happen, and must be undone.
+    let mut registered = Registered { job, complete: false };
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
     let arriving = Arriving::new(&job.memory, Arc::new(owed), uffd, accepted.acknowledge, job.live.clone());
     let arriving = Arc::new(arriving?);
     job.owes(arriving.owed());
     job.memory.set_arriving(Some(arriving.clone()));
-    let mut registered = Registered { job, arriving: &arriving, complete: false };
     let mut guest = Incomplete {
         job: job.clone(),
         arriving: arriving.clone(),

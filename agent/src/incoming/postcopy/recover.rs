@@ -7,6 +7,7 @@ use super::Incomplete;
 use super::arrive::{Arrival, say_complete};
 use super::faults::is_gone;
 use crate::job::{JobError, Request, add};
+use crate::transport::StreamSocket;
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
@@ -22,6 +23,7 @@ impl Incomplete {
     pub(super) fn recover(&mut self, accepted: &mut Accepted, mut why: JobError) -> Result<(), JobError> {
         loop {
             self.requests.disconnect();
+            accepted.sockets().iter().for_each(StreamSocket::shut);
             if let JobError::Arriving(error) = &why
                 && is_gone(error)
             {

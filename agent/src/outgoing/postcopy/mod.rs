@@ -43,17 +43,23 @@ impl Migration {
         self.send_end(Some(owed.left()))?;
         let kept = owed.copy()?;
         let mut supply = Supply::new(&self.job, self.session, self.address.clone(), owed, Some(kept));
+        let mut confirmed = false;
         let outcome = supply.serve(&mut self.streams, |primary| {
             supply.job.enter(Phase::Loading);
             wait_loaded(&supply.job, primary)?;
             supply.job.enter(Phase::Committing);
             paused.commit(primary, supply.session)?;
+            confirmed = true;
             // ---- Past the line: whatever happens, the guest may run there, and what it lacks is here.
             supply.job.enter(Phase::Postcopy);
             Ok(())
         });
         match outcome {
             Err(error) if paused.is_ours() => Err(error),
+            // Another stream may have been the first to see what happened, and does not know what it means.
+            Err(error) if !confirmed && !matches!(error, JobError::Unconfirmed { .. }) => {
+                supply.recover(JobError::Unconfirmed { source: Box::new(error) })
+            }
             Err(error) => supply.recover(error),
             Ok(()) => Ok(()),
         }
