@@ -124,7 +124,7 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
     }
     let seed = std::env::var("PAGEFERRY_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
-    println!("PAGEFERRY_SEED={seed}");
+    eprintln!("PAGEFERRY_SEED={seed}");
     let mut random = Random::new(seed);
     let mut source = Side::new(seed);
     for block in source.vmm.memory().blocks() {
@@ -168,7 +168,7 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
         });
         assert!(count > 0, "nothing was cut");
         cuts += count;
-        println!("{cuts} cuts, {:?}", destination.status().counters);
+        eprintln!("{cuts} cuts, {:?}", destination.status().counters);
         destination.vmm.stop().unwrap();
         assert!(destination.vmm.usage().check().unwrap() > 100);
         for block in destination.vmm.memory().blocks() {

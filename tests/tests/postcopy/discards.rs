@@ -42,7 +42,7 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
         return;
     }
     for (seed, switch) in (1..).zip(SWITCHES) {
-        println!("{switch:?}, seed {seed}");
+        eprintln!("{switch:?}, seed {seed}");
         let (source, destination) = (side(), side());
         let options = guest(Pattern::Uniform, 20_000);
         let (wrote, writes) = (source.threads(&options), destination.threads(&options));
@@ -59,7 +59,10 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
         taken.iter_mut().for_each(|balloon| assert!(balloon.inflate(10, 100).unwrap() > 0));
         assert!(plugged.unplug(3).unwrap());
 
-        let migration = Move::start(&source, &destination, switch.options(4 * MIB));
+        // Quick passes, and then time for the balloon.
+        let (client, slow) = (source.client().clone(), switch.options(4 * MIB));
+        source.vmm.before_pause(move || Ok(client.set_parameters(&slow)?));
+        let migration = Move::start(&source, &destination, switch.options(100 * MIB));
         if switch == Switch::OnRequest {
             source.client().start_postcopy().unwrap();
         } else {

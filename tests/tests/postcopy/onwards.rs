@@ -64,7 +64,7 @@ fn a_guest_goes_from_host_to_host_in_every_mode() {
     source.vmm.start().unwrap();
     for (pages, how) in hosts {
         wait_until("writes", PATIENCE, || writes() > 500).unwrap();
-        println!("{:?} to {pages:?} pages", how.mode);
+        eprintln!("{:?} to {pages:?} pages", how.mode);
         let destination = Side::new(memory(pages, 4));
         writes = Box::new(destination.threads(&options));
         let migration = Move::start(&source, &destination, how.clone());

@@ -14,7 +14,7 @@ fn what_the_destination_has_is_freed_at_the_source() {
         return;
     }
     for switch in [Switch::AtOnce, Switch::AfterPasses(1)] {
-        println!("{switch:?}");
+        eprintln!("{switch:?}");
         let (source, destination) = (Side::small(8), Side::small(8));
         source.fill(5);
         let options = guest(Pattern::Uniform, 5000);

@@ -29,7 +29,7 @@ fn moves(source: &Side, destination: &Side, switch: Switch, options: &ThreadGues
     source.vmm.start().unwrap();
     wait_until("writes", PATIENCE, || wrote() > 2000).unwrap();
     let before = source.allocated();
-    let migration = Move::start(source, destination, switch.options(60 * MIB));
+    let migration = Move::start(source, destination, switch.options(120 * MIB));
     if switch == Switch::OnRequest {
         source.client().start_postcopy().unwrap();
     }
@@ -61,7 +61,7 @@ fn a_guest_counts_on_whenever_it_goes_and_whatever_it_writes() {
     }
     for switch in SWITCHES {
         for pattern in PATTERNS {
-            println!("{switch:?} {pattern:?}");
+            eprintln!("{switch:?} {pattern:?}");
             moves(&Side::small(8), &Side::small(8), switch, &guest(pattern, 20_000));
         }
     }
@@ -73,7 +73,7 @@ fn what_write_protection_finds_is_still_to_come() {
         return;
     }
     for switch in SWITCHES {
-        println!("{switch:?}");
+        eprintln!("{switch:?}");
         let (source, destination) = (Side::small(8), Side::small(8));
         source.vmm.set_tracker(Tracker::write_protect(source.vmm.memory()).unwrap()).unwrap();
         let options = ThreadGuestOptions { path: Path::Mapping, ..guest(Pattern::Uniform, 20_000) };
@@ -100,7 +100,7 @@ fn host_pages_are_placed_whole_whatever_their_size_at_the_source() {
     let Some(_pool) = require::hugetlb(2 * (2 * 4 + 1)) else { return };
     for (ours, theirs) in [(Pages::Huge, Pages::Huge), (Pages::Small, Pages::Huge), (Pages::Huge, Pages::Small)] {
         for switch in [Switch::AtOnce, Switch::AfterPasses(1)] {
-            println!("{ours:?} to {theirs:?}, {switch:?}");
+            eprintln!("{ours:?} to {theirs:?}, {switch:?}");
             let (source, destination) = (Side::new(memory(ours, 8)), Side::new(memory(theirs, 8)));
             let [outgoing, incoming] = moves(&source, &destination, switch, &guest(Pattern::Uniform, 20_000));
             if theirs == Pages::Huge {
