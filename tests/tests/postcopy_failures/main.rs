@@ -14,6 +14,7 @@ mod before;
 mod common;
 mod destination_gone;
 mod links;
+mod operators;
 mod recovery;
 mod scene;
 mod source_gone;
