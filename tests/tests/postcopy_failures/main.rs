@@ -13,6 +13,7 @@ mod before;
 #[path = "../common/mod.rs"]
 mod common;
 mod destination_gone;
+mod lies;
 mod links;
 mod operators;
 mod recovery;
