@@ -42,6 +42,8 @@ pub struct Server {
     inherited: Option<u64>,
     notify: Arc<OwnedFd>,
     signals: Option<OwnedFd>,
+    /// A signal came.
+    stopping: bool,
 }
 
 #[derive(Debug)]
@@ -75,6 +77,7 @@ impl Server {
             inherited: None,
             notify,
             signals: None,
+            stopping: false,
         })
     }
 
@@ -109,7 +112,7 @@ impl Server {
         Ok(())
     }
 
-    /// Serves until a signal comes or the inherited connection ends. A job that runs is cancelled and undone first.
+    /// Serves until a signal comes or the inherited connection ends. A job that runs is cancelled and undone first; a postcopy is finished, if it is not paused.
     ///
     /// # Errors
     /// If the reactor fails.
@@ -125,15 +128,28 @@ impl Server {
                 match token {
                     LISTENER => self.accept(),
                     NOTIFY => self.announce(),
-                    SIGNALS => return Ok(()),
+                    SIGNALS => self.stop(),
                     token => self.serve_connection(token),
                 }
             }
             self.send_due();
+            if self.stopping && self.session.is_idle() {
+                return Ok(());
+            }
             if self.inherited.is_some_and(|token| !self.connections.contains_key(&token)) {
                 return Ok(());
             }
         }
+    }
+
+    /// A signal came: what runs is ended, and what cannot be is brought to its end. Until then everybody is answered: a VMM whose guest waits for memory takes
+    /// an agent that does not answer for dead.
+    fn stop(&mut self) {
+        self.stopping = true;
+        if let Some(signals) = self.signals.take() {
+            self.reactor.remove(signals.as_fd());
+        }
+        self.session.stop();
     }
 
     fn accept(&mut self) {

@@ -102,6 +102,15 @@ impl Process {
         self.wait(PATIENCE).map(drop)
     }
 
+    /// Asks it to end in good order, as a service manager does (SIGTERM).
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub fn terminate(&self) -> Result<(), Error> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).map_err(Error::kernel("terminate a process"))
+    }
+
     /// Stops it where it is, without its knowing: it hangs from now on, until it is killed.
     ///
     /// # Errors

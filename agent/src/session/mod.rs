@@ -46,6 +46,8 @@ pub struct Session {
     jobs: u64,
     notify: Arc<OwnedFd>,
     standard: standard::Features,
+    /// The agent is about to end.
+    stopping: bool,
 }
 
 /// The last job of an earlier session.
@@ -82,6 +84,7 @@ impl Session {
             jobs: 0,
             notify,
             standard: standard::Features::default(),
+            stopping: false,
         }
     }
 
@@ -121,7 +124,7 @@ impl Session {
             Some((job, thread)) => Earlier::Ending(job, thread),
             None => std::mem::take(&mut self.before),
         };
-        let mut next = Self { before, jobs: self.jobs, ..Self::new(self.notify.clone()) };
+        let mut next = Self { before, jobs: self.jobs, stopping: self.stopping, ..Self::new(self.notify.clone()) };
         next.job_changed();
         next
     }
@@ -135,6 +138,14 @@ impl Session {
     fn paused(&self) -> Option<Arc<Job>> {
         let mut jobs = self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.before.job());
         jobs.find(|job| job.status().phase == Phase::PostcopyPaused).cloned()
+    }
+
+    /// Refuses jobs when the agent is about to end.
+    fn check_stays(&self) -> Result<(), RemoteError> {
+        if self.stopping {
+            return Err(RemoteError::new(ErrorCode::Busy, "the agent is about to end, and takes no job any more"));
+        }
+        Ok(())
     }
 
     /// Refuses what a running job, or a guest that was handed over, forbids.
@@ -198,9 +209,9 @@ impl Session {
         };
     }
 
-    /// Cancels the job and lets it finish: what it has to undo in the VMM it undoes. One whose VMM is gone is waited for, too: it may be
-    /// about to send the commit.
-    pub fn wind_down(&mut self) {
+    /// Cancels the job, and takes no other.
+    pub fn stop(&mut self) {
+        self.stopping = true;
         if let Some(job) = self.running() {
             let _ = job.cancel.cancel();
         }
@@ -208,6 +219,17 @@ impl Session {
         for job in self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.before.job()) {
             job.recovery.ask(crate::job::Request::Abandon);
         }
+    }
+
+    /// True if no job runs, not even one whose VMM is gone.
+    pub fn is_idle(&self) -> bool {
+        self.running().is_none() && self.before.job().is_none_or(|job| job.status().phase.is_final())
+    }
+
+    /// Cancels the job and lets it finish: what it has to undo in the VMM it undoes. One whose VMM is gone is waited for, too: it may be
+    /// about to send the commit.
+    pub fn wind_down(&mut self) {
+        self.stop();
         self.join();
         self.join_before();
     }

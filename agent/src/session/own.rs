@@ -149,6 +149,7 @@ impl Session {
     }
 
     fn check_can_start(&self) -> Result<(), RemoteError> {
+        self.check_stays()?;
         self.check_idle("a job cannot be started")?;
         self.check_ours()?;
         if self.memory.blocks().is_empty() {
@@ -298,6 +299,7 @@ impl Session {
 
     /// Goes on with a migration that another agent began for this guest, and left when it died.
     fn take_up(&mut self, role: Role, session: [u8; 16], address: Option<Address>, options: OutgoingOptions) -> Answer {
+        self.check_stays()?;
         self.check_idle("no job is paused")?;
         if session == [0; 16] || role == Role::Operator {
             let sentence = "no job is paused here; one that another agent began can be taken up by the VMM alone, which knows its session";

@@ -80,6 +80,16 @@ impl Agent {
         self.process().freeze().unwrap();
     }
 
+    /// Asks the process to end in good order.
+    pub fn terminate(&mut self) {
+        self.process().terminate().unwrap();
+    }
+
+    /// Waits until the process ended; true if it did so well.
+    pub fn ends_well(&mut self) -> bool {
+        self.process().wait(SOON).unwrap().success()
+    }
+
     /// Kills the process. An agent that is none cannot be.
     pub fn kill(&mut self) {
         self.process().kill().unwrap();

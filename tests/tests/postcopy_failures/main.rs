@@ -13,7 +13,9 @@ mod before;
 #[path = "../common/mod.rs"]
 mod common;
 mod destination_gone;
+mod lies;
 mod links;
+mod operators;
 mod recovery;
 mod scene;
 mod source_gone;

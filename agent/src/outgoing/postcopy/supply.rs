@@ -239,6 +239,7 @@ impl Supply {
                 due = due.map(|_| Instant::now() + timeout);
                 match record.kind {
                     Kind::Complete => {
+                        self.check_all_sent()?;
                         // First: the destination closes what it has when it gets the answer.
                         line.over.store(true, Ordering::Release);
                         primary.writer.write_plain(Kind::Complete, 0)?;
@@ -262,6 +263,17 @@ impl Supply {
                 due = ready[1].then(|| Instant::now() + timeout);
             } else {
                 self.job.cancel.wait(&[socket], look)?;
+            }
+        }
+    }
+
+    /// The destination says that it has everything: it cannot have what was not sent, and that is not to be lost.
+    fn check_all_sent(&self) -> Result<(), JobError> {
+        match self.owed.next(0, 0) {
+            None => Ok(()),
+            Some((at, host_page)) => {
+                let first = self.owed.block(at).pages(PageRange::new(host_page, 1)).first;
+                Err(JobError::NotSent { id: self.job.memory.blocks()[at].geometry.id, first })
             }
         }
     }
