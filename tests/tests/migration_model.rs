@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::model::{LOG_COVERS, Memory, Model, World, all_pages, step};
+use common::model::{LOG_COVERS, Memory, Model, SourceHooks, World, all_pages, step};
 use pageferry_client::{
     Client, Compression, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence, OutgoingOptions, Phase,
     StatePiece, Target,
@@ -22,29 +22,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 const SOON: Duration = Duration::from_secs(30);
-
-/// The source's VMM.
-struct Source(Arc<World>);
-
-impl Hooks for Source {
-    fn pause(&mut self) -> Result<(), HookError> {
-        self.0.model.lock().unwrap().paused = true;
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), HookError> {
-        self.0.model.lock().unwrap().runs();
-        Ok(())
-    }
-
-    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
-        Ok(vec![StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }])
-    }
-
-    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
-        Err(HookError::new("this is the source"))
-    }
-}
 
 #[derive(Default)]
 struct Arrived {
@@ -229,7 +206,7 @@ fn run_case(seed: u64) {
     let mut chance = Random::new(seed);
     let folder = tempfile::tempdir().unwrap();
     let world = World::new();
-    let source = side(Source(world.clone()), &world.memory);
+    let source = side(SourceHooks(world.clone()), &world.memory);
     let there = Memory::new();
     let arrived = Arc::new(Mutex::new(Arrived::default()));
     let destination = side(Destination(arrived.clone()), &there);

@@ -4,35 +4,16 @@
 mod common;
 
 use common::{Passing, Relay, SOON, config};
-use pageferry_client::{Client, HookError, Hooks, IncomingOptions, Mode, OutgoingOptions, Phase, StatePiece};
+use pageferry_client::{Client, IncomingOptions, Mode, OutgoingOptions, Phase};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::{Hello, Kind};
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::files::Still;
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
 
 const PAGES: u64 = 100;
-
-struct Vmm;
-
-impl Hooks for Vmm {
-    fn pause(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
-        Ok(Vec::new())
-    }
-
-    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
-        Ok(())
-    }
-}
 
 /// Fields drop in order, so the connection closes before the agent is waited for.
 struct Side {
@@ -45,7 +26,7 @@ impl Side {
     fn new() -> Self {
         let (agent, socket) = InProcessAgent::start().unwrap();
         let (client, channel) = Client::from_socket(socket, config()).unwrap();
-        channel.spawn(Vmm).unwrap();
+        channel.spawn(Still).unwrap();
         let memory = TestMemory::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]).unwrap();
         memory.add_to(&client).unwrap();
         Self { client, memory, _agent: agent }

@@ -1,6 +1,6 @@
 //! The guest of the model tests at the source: memory in odd blocks, what the guest and its VMM do, and what must be so, kept naively.
 
-use pageferry_client::{BlockRange, Client, Punch};
+use pageferry_client::{BlockRange, Client, HookError, Hooks, Punch, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::files;
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
@@ -237,5 +237,28 @@ fn populate(model: &mut Model, world: &World, client: &Client, id: u32, range: P
                 assert_eq!(bitmap.contains(page.1), before, "a refused populate changes nothing");
             }
         }
+    }
+}
+
+/// The source's VMM.
+pub struct SourceHooks(pub Arc<World>);
+
+impl Hooks for SourceHooks {
+    fn pause(&mut self) -> Result<(), HookError> {
+        self.0.model.lock().unwrap().paused = true;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.0.model.lock().unwrap().runs();
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        Ok(vec![StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }])
+    }
+
+    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
+        Err(HookError::new("this is the source"))
     }
 }

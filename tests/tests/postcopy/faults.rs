@@ -1,9 +1,10 @@
 //! Faults of many threads at once, and those that the kernel takes on behalf of a device.
 
-use crate::scene::{Move, Side, Still, Switch, TRICKLE};
+use crate::scene::{Move, Side, Switch, TRICKLE};
 use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::guest::IdleGuest;
 use pageferry_tests::memory::TestBlock;
 use pageferry_tests::random::{Random, page_content};
 use pageferry_tests::require;
@@ -21,7 +22,7 @@ fn full(mib: u64) -> (Side, Side) {
     for block in source.vmm.memory().blocks() {
         block.fill(block.all(), SEED).unwrap();
     }
-    destination.vmm.set_guest(Still);
+    destination.vmm.set_guest(IdleGuest);
     (source, destination)
 }
 

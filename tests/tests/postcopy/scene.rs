@@ -1,12 +1,8 @@
 //! Two VMMs, and a migration between them.
 
-use pageferry_client::{
-    Client, Config, IncomingOptions, JobStatus, Mode, NonConvergence, OutgoingOptions, Phase, StatePiece,
-};
+use pageferry_client::{Client, Config, IncomingOptions, JobStatus, Mode, NonConvergence, OutgoingOptions, Phase};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_tests::Error;
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::guest::Guest;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuest, ThreadGuestOptions};
 use pageferry_tests::huge_pages::HUGE_PAGE;
 use pageferry_tests::in_process::InProcessAgent;
@@ -119,31 +115,6 @@ pub fn check_filled(block: &TestBlock, pages: PageRange, seed: u64) {
 /// A guest that writes the log itself.
 pub fn guest(pattern: Pattern, rate: u64) -> ThreadGuestOptions {
     ThreadGuestOptions { threads: 3, rate: Some(rate), pattern, path: Path::MappingAndLog, ..Default::default() }
-}
-
-/// A guest that runs as soon as it may, and does nothing by itself: the test touches its memory.
-pub struct Still;
-
-impl Guest for Still {
-    fn start(&mut self) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn pause(&mut self) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn save_state(&mut self) -> Result<Vec<StatePiece>, Error> {
-        Ok(Vec::new())
-    }
-
-    fn load_state(&mut self, _: &[StatePiece]) -> Result<(), Error> {
-        Ok(())
-    }
 }
 
 /// When the guest goes.

@@ -1,9 +1,10 @@
 //! A large guest that gave most of its memory away.
 
-use crate::scene::{Move, Side, Still, Switch, TRICKLE};
+use crate::scene::{Move, Side, Switch, TRICKLE};
 use pageferry_client::Punch;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 use pageferry_tests::balloon::byte_range;
+use pageferry_tests::guest::IdleGuest;
 use pageferry_tests::memory::TestMemory;
 use pageferry_tests::random::{Random, page_content};
 use pageferry_tests::require;
@@ -33,7 +34,7 @@ fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
     source.client().discard(&[byte_range(0, GIVEN)], Punch::No).unwrap();
     let allocated = here.allocated().unwrap();
     assert_eq!(allocated, STALE.bytes() + USED.bytes());
-    destination.vmm.set_guest(Still);
+    destination.vmm.set_guest(IdleGuest);
 
     let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
     migration.until_postcopy();

@@ -16,7 +16,9 @@ mod common;
 mod guest;
 mod wire;
 
-use common::model::{LOG_COVERS, Memory, Page, World, all_pages, pages_of, ragged, some_pages, step, whole};
+use common::model::{
+    LOG_COVERS, Memory, Page, SourceHooks, World, all_pages, pages_of, ragged, some_pages, step, whole,
+};
 use common::{Listening, Peer, SOON};
 use guest::Guest;
 use pageferry_client::{
@@ -41,29 +43,6 @@ use wire::{Passing, Relay};
 
 /// Set in what a VMM writes into memory that its guest gave back.
 const OTHERS: u64 = 1 << 63;
-
-/// The source's VMM.
-struct SourceHooks(Arc<World>);
-
-impl Hooks for SourceHooks {
-    fn pause(&mut self) -> Result<(), HookError> {
-        self.0.model.lock().unwrap().paused = true;
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), HookError> {
-        self.0.model.lock().unwrap().runs();
-        Ok(())
-    }
-
-    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
-        Ok(vec![StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }])
-    }
-
-    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
-        Err(HookError::new("this is the source"))
-    }
-}
 
 /// What the destination's VMM was asked.
 #[derive(Default)]
