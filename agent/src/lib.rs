@@ -4,6 +4,7 @@
 //! - [`tracking`]: who says which pages are dirty;
 //! - [`hooks`]: what the agent asks of the VMM;
 //! - [`job`]: what all jobs share: status, cancelling, errors;
+//! - [`priority`]: who steps back behind whom;
 //! - [`stats`]: counters and histograms;
 //! - [`outgoing`], [`incoming`]: live migration, the two sides of it;
 //! - [`transport`]: addresses, sockets, records on them, the bandwidth limit;
@@ -20,6 +21,7 @@ pub mod incoming;
 pub mod job;
 pub mod memory;
 pub mod outgoing;
+pub mod priority;
 pub mod reactor;
 pub mod server;
 pub mod session;

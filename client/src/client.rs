@@ -259,6 +259,10 @@ impl Client {
         &self.inner.memory
     }
 
+    pub(crate) fn faults(&self) -> &Faults {
+        &self.inner.faults
+    }
+
     pub(crate) fn shared_ownership(&self) -> &SharedOwnership {
         &self.inner.ownership
     }

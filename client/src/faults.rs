@@ -9,12 +9,15 @@
 //! them waits. The VMM is told at once ([`Hooks::memory_lost`](crate::Hooks::memory_lost)) and stops its guest. After that, whoever still waits, such as the thread of
 //! a device, gets SIGBUS instead of waiting for ever, page by page as they are touched.
 //!
+//! If no guest has run here yet, none is lost: who waits goes on, and what is missing is zero, of a guest that never runs here.
+//!
 //! An agent that hangs is found by asking it for a sign of life once a second, and counts as dead if it owes one for as long as any answer may
 //! take ([`Config::request_timeout`](crate::Config::request_timeout)).
 
 use crate::client::WeakClient;
 use crate::error::Error;
 use crate::memory::Memory;
+use crate::ownership::SharedOwnership;
 use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, Userfaultfd, feature};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -50,13 +53,19 @@ struct Registered {
     _heartbeat: Option<Sender<()>>,
 }
 
-impl Drop for Registered {
-    fn drop(&mut self) {
+impl Registered {
+    fn unregister(&self) {
         for range in &self.ranges {
             if let Err(errno) = self.uffd.unregister(*range) {
                 log::debug!("cannot unregister {:#x} + {:#x}, unmapped by now? ({errno})", range.start, range.length);
             }
         }
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.unregister();
     }
 }
 
@@ -104,6 +113,16 @@ impl Faults {
         drop(before);
     }
 
+    /// The agent is lost. If no guest has run here none will, and who waits for memory goes on: a device that loads its state does so on the thread of the hook
+    /// channel, which hears of the end only after that.
+    fn let_go(&self, ownership: &SharedOwnership) {
+        if let State::Pending(registered) = &*self.state()
+            && ownership.lock().forgo()
+        {
+            registered.unregister();
+        }
+    }
+
     /// Answers who touches what is missing with SIGBUS from now on, as long as the client lives. To be called when the guest was stopped.
     pub(crate) fn give_up(&self) {
         let mut state = self.state();
@@ -129,6 +148,7 @@ fn watch(client: WeakClient) -> Result<Sender<()>, Error> {
         while stopped.recv_timeout(HEARTBEAT) == Err(RecvTimeoutError::Timeout) {
             let Some(client) = client.upgrade() else { return };
             if let Err(Error::AgentLost { .. }) = client.status() {
+                client.faults().let_go(client.shared_ownership());
                 return;
             }
         }

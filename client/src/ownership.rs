@@ -114,6 +114,15 @@ impl Machine {
         }
     }
 
+    /// The agent that was to bring a guest is lost: from now on it cannot have it run any more. False if it has already.
+    pub(crate) fn forgo(&mut self) -> bool {
+        let awaiting = self.ownership == Ownership::Awaiting;
+        if awaiting {
+            self.asked_by = None;
+        }
+        awaiting
+    }
+
     /// The agent asks for a pause. Only a guest that is ours can be paused; that it is asked for is the beginning of another attempt, which
     /// will end with a resume if it fails.
     pub(crate) fn pause(&mut self) -> Result<(), Forbidden> {

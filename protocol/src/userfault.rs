@@ -117,6 +117,7 @@ const UFFDIO_UNREGISTER: Opcode = opcode::read::<Addresses>(GROUP, 0x01);
 const UFFDIO_WAKE: Opcode = opcode::read::<Addresses>(GROUP, 0x02);
 const UFFDIO_COPY: Opcode = opcode::read_write::<UffdioCopy>(GROUP, 0x03);
 const UFFDIO_ZEROPAGE: Opcode = opcode::read_write::<UffdioFill>(GROUP, 0x04);
+const UFFDIO_CONTINUE: Opcode = opcode::read_write::<UffdioFill>(GROUP, 0x07);
 const UFFDIO_POISON: Opcode = opcode::read_write::<UffdioFill>(GROUP, 0x08);
 const USERFAULTFD_IOC_NEW: Opcode = opcode::none(GROUP, 0x00);
 
@@ -281,6 +282,19 @@ impl Userfaultfd {
         self.fill::<UFFDIO_POISON>(range)
     }
 
+    /// True if the file under a host page has it. For hugetlbfs, where a page that cannot be placed for want of memory may count as being there already
+    /// (`EEXIST`): the kernel finds the page in the file and maps it, or has none to map.
+    ///
+    /// # Errors
+    /// What the kernel said, if it is neither.
+    pub fn is_there(&self, host_page: Addresses) -> Result<bool, Errno> {
+        match self.fill::<UFFDIO_CONTINUE>(host_page) {
+            Ok(()) | Err(NotPlaced { errno: Errno::EXIST, .. }) => Ok(true),
+            Err(NotPlaced { errno: Errno::FAULT, .. }) => Ok(false),
+            Err(NotPlaced { errno, .. }) => Err(errno),
+        }
+    }
+
     fn fill<const OPCODE: Opcode>(&self, range: Addresses) -> Result<(), NotPlaced> {
         let mut done = 0;
         while done < range.length {
@@ -387,6 +401,7 @@ mod tests {
     fn numbers_are_those_of_the_kernel_header() {
         assert_eq!(UFFDIO_API, 0xc018_aa3f);
         assert_eq!(UFFDIO_REGISTER, 0xc020_aa00);
+        assert_eq!(UFFDIO_CONTINUE, 0xc020_aa07);
         assert_eq!(UFFDIO_UNREGISTER, 0x8010_aa01);
         assert_eq!(UFFDIO_WAKE, 0x8010_aa02);
         assert_eq!(UFFDIO_COPY, 0xc028_aa03);

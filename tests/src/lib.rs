@@ -9,6 +9,7 @@
 //! - [`in_process`]: an agent on a thread of the test's own process;
 //! - [`process`]: agents and VMMs as processes of their own; [`agent`]: the agent's command line within this binary;
 //! - [`mock_vmm`]: the command line `mock_vmm source|destination`;
+//! - [`proxy`]: a wire between two agents that can be cut;
 //! - [`decoders`]: what every decoder has to do with any bytes at all;
 //! - [`require`]: what a test needs of the machine; [`huge_pages`]: a pool of them;
 //! - [`gate`], [`deadline`], [`random`]: stopping threads, waiting for conditions, and repeatable chance.
@@ -32,6 +33,7 @@ pub mod memory;
 pub mod mock_vmm;
 pub mod plug;
 pub mod process;
+pub mod proxy;
 pub mod random;
 pub mod require;
 pub mod usage;

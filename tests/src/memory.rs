@@ -378,6 +378,16 @@ impl TestBlock {
         Ok(())
     }
 
+    /// Loads a word as a vCPU does: through the mapping, so that a hole becomes a page, and a missing page is waited for.
+    ///
+    /// # Errors
+    /// If `offset` is outside the block or no multiple of 8.
+    pub fn load(&self, offset: u64) -> Result<u64, Error> {
+        let at = usize::try_from(offset).map_err(|error| Error::Memory(error.to_string()))?;
+        let word = self.mapping.get_atomic_ref::<AtomicU64>(at).map_err(|error| Error::Memory(error.to_string()))?;
+        Ok(word.load(Ordering::Relaxed))
+    }
+
     /// Marks `pages` in the dirty log, as whoever wrote there without another tracker has to, after the write.
     pub fn mark(&self, pages: PageRange) {
         self.mapping.bitmap().mark_dirty(pages.offset() as usize, pages.bytes() as usize);

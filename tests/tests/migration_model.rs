@@ -5,126 +5,25 @@
 //! it does follows from the seed that a failure prints.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
+use common::model::{LOG_COVERS, Memory, Model, World, all_pages, step};
 use pageferry_client::{
-    BlockRange, BlockSpec, Client, Compression, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence,
-    OutgoingOptions, Phase, Punch, StatePiece, Target,
+    Client, Compression, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence, OutgoingOptions, Phase,
+    StatePiece, Target,
 };
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::{RECORD_SIZE, RecordHeader};
-use pageferry_tests::files;
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::random::Random;
 use proptest::prelude::*;
-use rustix::fs::{FallocateFlags, fallocate};
-use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 const SOON: Duration = Duration::from_secs(30);
 
-type Page = (u32, u64);
-
-struct Layout {
-    id: u32,
-    gpa: u64,
-    pages: u64,
-    fd_offset: u64,
-}
-
-/// Blocks at odd places: no GPA, offset or length fits a word of the bitmaps.
-fn layouts() -> Vec<Layout> {
-    vec![
-        Layout { id: 7, gpa: 0x3000, pages: 150, fd_offset: 0x5000 },
-        Layout { id: 2, gpa: 0x1_0000_0000, pages: 64, fd_offset: 0 },
-        Layout { id: 9, gpa: 0x20_1000, pages: 77, fd_offset: 0x1000 },
-    ]
-}
-
-fn all_pages() -> Vec<Page> {
-    layouts().iter().flat_map(|layout| (0..layout.pages).map(|page| (layout.id, page))).collect()
-}
-
-/// The memory of one VMM.
-struct Memory {
-    blocks: BTreeMap<u32, (Layout, OwnedFd)>,
-}
-
-impl Memory {
-    fn new() -> Self {
-        let blocks = layouts().into_iter().map(|layout| {
-            let fd = files::memfd(layout.fd_offset + layout.pages * PAGE_SIZE + 0x3000).unwrap();
-            (layout.id, (layout, fd))
-        });
-        Self { blocks: blocks.collect() }
-    }
-
-    fn add_to(&self, client: &Client) {
-        for (id, (layout, fd)) in &self.blocks {
-            let name = format!("block{id}");
-            let block = files::block(*id, &name, fd.as_fd(), layout.pages * PAGE_SIZE);
-            client.add_block(BlockSpec { gpa: layout.gpa, fd_offset: layout.fd_offset, ..block }).unwrap();
-        }
-    }
-
-    fn at(&self, (id, page): Page) -> (&OwnedFd, u64) {
-        let (layout, fd) = &self.blocks[&id];
-        (fd, layout.fd_offset + page * PAGE_SIZE)
-    }
-
-    fn write(&self, page: Page, stamp: u64) {
-        let (fd, offset) = self.at(page);
-        rustix::io::pwrite(fd, &stamp.to_le_bytes(), offset).unwrap();
-    }
-
-    fn stamp(&self, page: Page) -> u64 {
-        let (fd, offset) = self.at(page);
-        let mut bytes = [0; PAGE_SIZE as usize];
-        assert_eq!(rustix::io::pread(fd, &mut bytes, offset).unwrap(), bytes.len());
-        assert!(bytes[8..].iter().all(|byte| *byte == 0), "page {page:?} holds more than its stamp");
-        u64::from_le_bytes(bytes[..8].try_into().unwrap())
-    }
-
-    fn punch(&self, page: Page) {
-        let (fd, offset) = self.at(page);
-        fallocate(fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, PAGE_SIZE).unwrap();
-    }
-
-    fn is_hole(&self, page: Page) -> bool {
-        let (fd, offset) = self.at(page);
-        files::is_hole(fd, offset).unwrap()
-    }
-
-    fn allocated(&self) -> BTreeSet<Page> {
-        all_pages().into_iter().filter(|page| !self.is_hole(*page)).collect()
-    }
-}
-
-/// What must be so, kept naively.
-#[derive(Default)]
-struct Model {
-    /// What the guest last wrote, for pages that it may use.
-    content: BTreeMap<Page, u64>,
-    discarded: BTreeSet<Page>,
-    /// Discarded pages written afterwards, with all that was written: the last of it may arrive or not, and if the VMM then freed the page
-    /// behind the agent's back, an earlier write may stay.
-    stray: BTreeMap<Page, Vec<u64>>,
-    /// Pages discarded while the guest stood still: the destination may or may not know.
-    late: BTreeSet<Page>,
-    /// Pages with an allocation at the source.
-    allocated: BTreeSet<Page>,
-    paused: bool,
-    next_stamp: u64,
-}
-
-struct World {
-    memory: Memory,
-    model: Mutex<Model>,
-}
-
-/// The source's VMM. The model's lock makes pausing and the guest's steps exclude each other.
+/// The source's VMM.
 struct Source(Arc<World>);
 
 impl Hooks for Source {
@@ -134,10 +33,7 @@ impl Hooks for Source {
     }
 
     fn resume(&mut self) -> Result<(), HookError> {
-        let mut model = self.0.model.lock().unwrap();
-        model.paused = false;
-        // The guest runs on: what was discarded while it stood still is now simply discarded.
-        model.late.clear();
+        self.0.model.lock().unwrap().runs();
         Ok(())
     }
 
@@ -175,102 +71,6 @@ impl Hooks for Destination {
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
         self.0.lock().unwrap().state = state;
         Ok(())
-    }
-}
-
-/// One thing that the guest or its VMM does.
-fn step(chance: &mut Random, world: &World, client: &Client) {
-    let layouts = layouts();
-    let layout = &layouts[chance.below(layouts.len() as u64) as usize];
-    let first = chance.below(layout.pages);
-    let longest = (layout.pages - first).min(1 + chance.below(40));
-    let range = PageRange::new(first, 1 + chance.below(longest));
-    let ragged = chance.one_in(3);
-    let action = chance.below(10);
-    let punch = if chance.one_in(4) { Punch::No } else { Punch::Yes };
-    let mut model = world.model.lock().unwrap();
-    match action {
-        0..5 if !model.paused => write(&mut model, world, client, layout, range),
-        5..7 => discard(&mut model, world, client, layout, range, punch, ragged),
-        7 | 8 => populate(&mut model, world, client, layout, range),
-        9 => {
-            // What a VMM may do with memory that it gave back.
-            for page in (range.first..range.end()).map(|page| (layout.id, page)) {
-                if model.discarded.contains(&page) {
-                    world.memory.punch(page);
-                    model.allocated.remove(&page);
-                }
-            }
-        }
-        _ => {}
-    }
-}
-
-fn write(model: &mut Model, world: &World, client: &Client, layout: &Layout, range: PageRange) {
-    for page in range.first..range.end().min(range.first + 5) {
-        model.next_stamp += 1;
-        let stamp = model.next_stamp;
-        let place = (layout.id, page);
-        world.memory.write(place, stamp);
-        client.log().mark(PageRange::new(layout.gpa / PAGE_SIZE + page, 1));
-        model.allocated.insert(place);
-        if model.discarded.contains(&place) {
-            model.stray.entry(place).or_default().push(stamp);
-        } else {
-            model.content.insert(place, stamp);
-        }
-    }
-}
-
-fn discard(
-    model: &mut Model, world: &World, client: &Client, layout: &Layout, range: PageRange, punch: Punch, ragged: bool,
-) {
-    let (mut offset, mut length) = (range.offset(), range.bytes());
-    if ragged && range.first > 0 && range.end() < layout.pages {
-        // Parts of a page on either side change nothing.
-        (offset, length) = (offset - 1234, length + 2345);
-    }
-    client.discard(&[BlockRange { block: layout.id, offset, length }], punch).unwrap();
-    for page in (range.first..range.end()).map(|page| (layout.id, page)) {
-        model.content.remove(&page);
-        model.stray.remove(&page);
-        model.discarded.insert(page);
-        if model.paused {
-            model.late.insert(page);
-        }
-        if punch == Punch::Yes {
-            assert!(world.memory.is_hole(page), "an acknowledged discard has freed page {page:?}");
-            model.allocated.remove(&page);
-        }
-    }
-}
-
-/// Also tried while the guest stands still, when it may be refused.
-fn populate(model: &mut Model, world: &World, client: &Client, layout: &Layout, range: PageRange) {
-    let places = (range.first..range.end()).map(|page| (layout.id, page));
-    let gained: Vec<Page> = places.filter(|page| model.discarded.contains(page)).collect();
-    match client.populate(&[BlockRange { block: layout.id, offset: range.offset(), length: range.bytes() }]) {
-        Ok(changed) => {
-            assert_eq!(changed, gained.len() as u64);
-            for page in gained {
-                model.discarded.remove(&page);
-                model.late.remove(&page);
-                model.stray.remove(&page);
-                // Its content has no guarantee, but whatever it is, it is the same on both sides.
-                match world.memory.stamp(page) {
-                    0 => model.content.remove(&page),
-                    stamp => model.content.insert(page, stamp),
-                };
-            }
-        }
-        Err(error) => {
-            assert!(error.to_string().contains("past its last sync"), "{error}");
-            let bitmap = client.discarded(layout.id).unwrap();
-            for page in range.first..range.end() {
-                let before = model.discarded.contains(&(layout.id, page));
-                assert_eq!(bitmap.contains(page), before, "a refused populate changes nothing");
-            }
-        }
     }
 }
 
@@ -334,7 +134,7 @@ struct Side {
 
 fn side(hooks: impl Hooks + 'static, memory: &Memory) -> Side {
     let (agent, socket) = InProcessAgent::start().unwrap();
-    let config = Config { log_covers: 0x1_0010_0000, ..Config::default() };
+    let config = Config { log_covers: LOG_COVERS, ..Config::default() };
     let (client, channel) = Client::from_socket(socket, config).unwrap();
     channel.spawn(hooks).unwrap();
     memory.add_to(&client);
@@ -401,7 +201,7 @@ fn attempt(
 }
 
 fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Client, to: &Memory) {
-    for page in all_pages().into_iter().filter(|page| !model.late.contains(page)) {
+    for page in all_pages().into_iter().filter(|page| !model.late.contains_key(page)) {
         let discarded = model.discarded.contains(&page);
         assert_eq!(source.discarded(page.0).unwrap().contains(page.1), discarded, "source's bitmap, page {page:?}");
         assert_eq!(destination.discarded(page.0).unwrap().contains(page.1), discarded, "destination's, page {page:?}");
@@ -420,7 +220,7 @@ fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Cl
     let there = to.allocated();
     let extra: Vec<_> = there
         .difference(&allocated)
-        .filter(|page| !model.late.contains(page) && !model.stray.contains_key(page))
+        .filter(|page| !model.late.contains_key(page) && !model.stray.contains_key(page))
         .collect();
     assert!(extra.is_empty(), "allocated only at the destination: {extra:?}");
 }
@@ -428,7 +228,7 @@ fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Cl
 fn run_case(seed: u64) {
     let mut chance = Random::new(seed);
     let folder = tempfile::tempdir().unwrap();
-    let world = Arc::new(World { memory: Memory::new(), model: Mutex::default() });
+    let world = World::new();
     let source = side(Source(world.clone()), &world.memory);
     let there = Memory::new();
     let arrived = Arc::new(Mutex::new(Arrived::default()));

@@ -160,6 +160,7 @@ impl Lobby<'_> {
                 }
             }
             self.pending = kept;
+            self.drop_stale();
             let Some(session) = complete_session(&self.pending) else { continue };
             let belongs = |one: &Pending| one.hello.as_ref().is_some_and(|hello| hello.session == session);
             let (mine, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending).into_iter().partition(belongs);
@@ -174,6 +175,27 @@ impl Lobby<'_> {
                 }
             }
         }
+    }
+
+    /// Drops the connections of a source that has connected anew since: of an attempt the primary is the first to connect. Or what is left of an attempt that
+    /// failed would be taken for a part of the next.
+    fn drop_stale(&mut self) {
+        let mut later: Vec<[u8; 16]> = Vec::new();
+        let mut kept = Vec::new();
+        for one in std::mem::take(&mut self.pending).into_iter().rev() {
+            if let Some(hello) = &one.hello {
+                if later.contains(&hello.session) {
+                    log::info!("stream {} of an attempt to connect that is over was dropped", hello.stream);
+                    continue;
+                }
+                if hello.stream == 0 {
+                    later.push(hello.session);
+                }
+            }
+            kept.push(one);
+        }
+        kept.reverse();
+        self.pending = kept;
     }
 
     /// Waits until someone connects or says something, or the time of the oldest connection is up; true if it was asked for something else.

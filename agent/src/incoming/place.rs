@@ -159,9 +159,11 @@ impl<'a> Placer<'a> {
     }
 
     fn expect_run(&self, at: usize, block: &Block, header: &RecordHeader, run: PageRange) -> Result<(), JobError> {
-        // What comes is populated, unless it comes along with what is, or was written after its discard.
+        // What comes is populated, unless it comes along with what is, or was written after its discard, of which no other record tells.
         if header.flags() & FLAG_STRAY == 0 {
             block.discarded.clear(run);
+        } else {
+            block.discarded.set(run);
         }
         self.empty(at, block, run)
     }

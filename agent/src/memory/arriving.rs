@@ -3,20 +3,23 @@
 //! # Who does what to a host page
 //!
 //! The mapping of the VMM is registered for missing pages, so a touch of one becomes a fault that waits. A host page is in one of two states: *owed*,
-//! its content is still to come; or not, and then it is what the file says: content, or a hole that reads as zero. Four act on it at once, without a lock:
+//! its content is still to come; or not, and then, once whoever took it has placed it, it is what the file says: content, or a hole that reads as zero. Four act on
+//! it at once, without a lock:
 //!
-//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once. Else whoever has taken it may be placing it just now, so
-//!   the fault waits for those who have published it (the fence), and is then answered here: zero, unless there is a page by now;
-//! - an **arrival** publishes it, takes it (see [`Owed`]), and places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
+//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once. Else it waits for arrivals that took it before (the fence),
+//!   looks again, since one may have failed, and answers here: zero, unless there is a page by now. Without the wait zero would come before the content that was taken and not placed yet;
+//! - an **arrival** publishes it, takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
 //!   allocated that the guest does not touch (law 2);
-//! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, frees it, and then answers those who
-//!   requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back (law 1);
+//! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, waits for faults that were read before,
+//!   frees it, and then answers those who requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back
+//!   (law 1), and no fault of before, whose touch an arrival may have served meanwhile, fills the hole again;
 //! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there finds it again.
 //!
 //! *Requested* is set before *owed* is looked at, and *owed* is taken before *requested* is looked at, with a sequentially consistent fence between
-//! the two on both sides: so of a fault and an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer, the kernel
-//! refuses the second page, and all are woken. `tests/loom_arriving.rs` checks it.
+//! the two on both sides: so of a fault and an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer, it is with
+//! zero, the kernel refuses the second page, and all are woken. The steps are in [`super::claims`], and a model checker goes through all orders of them.
 
+use super::claims::{Found, request, waited_for};
 use super::fence::Readers;
 use super::owed::Owed;
 use super::{Block, GuestMemory};
@@ -28,8 +31,9 @@ use pageferry_protocol::userfault::{Addresses, NotPlaced, Userfaultfd};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::yield_now;
 use std::time::Instant;
 
 /// Why a page was not placed. It is owed still.
@@ -98,6 +102,30 @@ pub struct Arriving {
     live: Arc<LiveCounters>,
     /// Readable when there is something for the job's thread to look at.
     event: OwnedFd,
+    load: Mutex<Load>,
+    /// Odd while faults are being read and answered.
+    answering: AtomicU64,
+}
+
+/// Faults are being read and answered; over on drop.
+#[derive(Debug)]
+pub struct Answering<'a>(&'a AtomicU64);
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// How far the VMM is with its state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Load {
+    /// Its devices may be touching what is missing. The source has not been told that it may give the guest up, so the guest cannot come to run.
+    UnderWay,
+    /// What is missing never comes, and was made zero: what was loaded is worth nothing.
+    LetGo,
+    /// Nobody may take what is missing for zero any more.
+    Done,
 }
 
 impl Arriving {
@@ -131,6 +159,8 @@ impl Arriving {
             zeroes: vec![0; huge.unwrap_or(0) as usize],
             live,
             event: event.map_err(ArrivingError::Event)?,
+            load: Mutex::new(Load::UnderWay),
+            answering: AtomicU64::new(0),
         })
     }
 
@@ -168,6 +198,22 @@ impl Arriving {
         Addresses { start, length }
     }
 
+    /// To be held from before faults are read until they are answered, as far as that is done here, and no longer: discards wait for it.
+    pub fn answering(&self) -> Answering<'_> {
+        self.answering.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        Answering(&self.answering)
+    }
+
+    /// Returns when all faults that were read before are answered.
+    pub(super) fn wait_for_answers(&self) {
+        fence(Ordering::SeqCst);
+        let seen = self.answering.load(Ordering::Acquire);
+        while seen % 2 == 1 && self.answering.load(Ordering::Acquire) == seen {
+            yield_now();
+        }
+    }
+
     /// The guest touched a host page that was missing when it did; the fault was read at `since`.
     ///
     /// # Errors
@@ -176,28 +222,28 @@ impl Arriving {
         &self, readers: &Readers, (at, host_page): (usize, u64), since: Instant,
     ) -> Result<Answer, ArrivingError> {
         let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
-        let fresh = self.requested[at].or_word(word, bit) != 0;
-        if fresh {
-            self.live.latency.waits(key(at, host_page), since);
-        }
-        fence(Ordering::SeqCst);
-        let block = self.owed.block(at);
-        if !block.bits().contains(host_page) {
-            let pages = block.pages(PageRange::new(host_page, 1));
-            readers.wait(|other, word| other == at && self.published(at, word).overlaps(&pages));
-        }
-        // What could not be placed is owed again.
-        if block.bits().contains(host_page) {
+        let owed = self.owed.block(at);
+        let note = || self.live.latency.waits(key(at, host_page), since);
+        let in_flight = || {
+            let pages = owed.pages(PageRange::new(host_page, 1));
+            readers.wait(|index, word| index == at && self.published(at, word).overlaps(&pages));
+        };
+        let Found { fresh, owed: is_owed } = request(&self.requested[at], owed.bits(), host_page, note, in_flight);
+        if is_owed {
             if !fresh {
                 return Ok(Answer::Wait);
             }
-            add(&self.live.requested_pages, block.unit());
+            add(&self.live.requested_pages, owed.unit());
             return Ok(Answer::Ask);
         }
-        self.requested[at].take_bits(word, bit);
+        // An arrival that was waited for has counted it.
+        let counts = self.requested[at].take_bits(word, bit) != 0;
         self.place_zero(at, host_page).map_err(self.failed(at))?;
-        if fresh {
+        if counts {
             self.fault_answered(at, host_page);
+        } else if fresh {
+            // That may have been before it was noted as waiting.
+            self.live.latency.answered(key(at, host_page));
         }
         Ok(Answer::Here)
     }
@@ -266,8 +312,7 @@ impl Arriving {
             if taken == 0 {
                 continue;
             }
-            fence(Ordering::SeqCst);
-            let waited_for = self.requested[at].word(word) & taken;
+            let waited_for = waited_for(&self.requested[at], word, taken);
             for run in runs_of_word(word * WORD_BITS, waited_for) {
                 for host_page in run.first..run.end() {
                     let placed = self.place_zero(at, host_page);
@@ -299,6 +344,7 @@ impl Arriving {
             if errno != Errno::EXIST {
                 return Err((rest.first, errno));
             }
+            self.is_there(at, rest.first)?;
             // The VMM wrote there behind our back, by the file or another mapping: what it wrote is newer than what came.
             log::warn!("block {}: host page {:#x} was there before it came", self.mappings[at].id, rest.first);
             self.wake(at, rest.first);
@@ -320,10 +366,24 @@ impl Arriving {
         match placed {
             Ok(()) => Ok(()),
             Err(NotPlaced { errno: Errno::EXIST, .. }) => {
+                self.is_there(at, host_page)?;
                 self.wake(at, host_page);
                 Ok(())
             }
             Err(NotPlaced { errno, .. }) => Err((host_page, errno)),
+        }
+    }
+
+    /// Fails if the kernel said that a host page is there already, and it is not: of hugetlbfs it says so when it has no page left. What came would be
+    /// thrown away, and zero put in its place as soon as there is one.
+    fn is_there(&self, at: usize, host_page: u64) -> Result<(), Failed> {
+        if self.mappings[at].unit == PAGE_SIZE {
+            return Ok(());
+        }
+        match self.uffd.is_there(self.addresses(at, PageRange::new(host_page, 1))) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err((host_page, Errno::NOMEM)),
+            Err(errno) => Err((host_page, errno)),
         }
     }
 
@@ -437,6 +497,29 @@ impl Arriving {
         })
     }
 
+    fn load(&self) -> MutexGuard<'_, Load> {
+        self.load.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VMM has loaded its state. False if what it found was let go meanwhile: the guest must not run then.
+    #[must_use]
+    pub fn loaded(&self) -> bool {
+        let mut load = self.load();
+        if *load == Load::UnderWay {
+            *load = Load::Done;
+        }
+        *load == Load::Done
+    }
+
+    /// The connections broke. A VMM that still loads its state, and waits for what never comes, goes on: it could hear of the end in no other way.
+    pub fn let_go(&self) {
+        let mut load = self.load();
+        if *load == Load::UnderWay {
+            *load = Load::LetGo;
+            self.unregister();
+        }
+    }
+
     /// Ends it: the mappings are as they were, and who waits looks again.
     pub fn unregister(&self) {
         for (at, mapping) in self.mappings.iter().enumerate() {
@@ -471,4 +554,74 @@ fn words_of(range: PageRange) -> impl Iterator<Item = (u64, u64)> {
         let part = range.intersection(&PageRange::new(first, WORD_BITS));
         (word, word_mask(part.first - first, part.end() - first))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Backing;
+    use pageferry_protocol::control::request::BlockRange;
+    use pageferry_protocol::memory::{BlockGeometry, BlockTable};
+
+    fn memfd(length: u64) -> OwnedFd {
+        let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, length).unwrap();
+        fd
+    }
+
+    /// A block of which page 3 is owed. What stands for the userfaultfd is none, so whatever is placed fails.
+    fn arriving() -> (Arc<GuestMemory>, Arc<Arriving>) {
+        let length = 64 * PAGE_SIZE;
+        let geometry = BlockGeometry { id: 0, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
+        let block = Block::new(geometry, Backing::new(memfd(length), 0, length).unwrap(), 0, None).unwrap();
+        let memory = GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None);
+        let owed = Owed::nothing(&memory, &[PAGE_SIZE]).unwrap();
+        owed.add(0, 0, 1 << 3);
+        let arriving = Arriving::new(&memory, Arc::new(owed), memfd(0), false, Arc::default()).unwrap();
+        let arriving = Arc::new(arriving);
+        memory.set_arriving(Some(arriving.clone()));
+        (Arc::new(memory), arriving)
+    }
+
+    /// Gives another thread every chance to go too far.
+    fn let_others_run() {
+        (0..1000).for_each(|_| yield_now());
+    }
+
+    #[test]
+    fn a_fault_on_a_page_that_is_being_placed_is_answered_when_that_is_over() {
+        let (memory, arriving) = arriving();
+        let placing = memory.readers.reading(0, 0, 0);
+        assert_ne!(arriving.owed.take(0, 0, 1 << 3), 0);
+        std::thread::scope(|scope| {
+            let fault = scope.spawn(|| arriving.fault(&memory.readers, (0, 3), Instant::now()));
+            while !arriving.requested[0].contains(3) && !fault.is_finished() {
+                yield_now();
+            }
+            let_others_run();
+            // It could not be placed.
+            arriving.owed.add(0, 0, 1 << 3);
+            drop(placing);
+            assert_eq!(fault.join().unwrap().unwrap(), Answer::Ask);
+        });
+    }
+
+    #[test]
+    fn a_discard_frees_what_a_fault_that_was_read_before_it_still_places() {
+        let (memory, arriving) = arriving();
+        let block = &memory.blocks()[0];
+        let range = BlockRange { block: 0, offset: 3 * PAGE_SIZE, length: PAGE_SIZE };
+        let answering = arriving.answering();
+        std::thread::scope(|scope| {
+            let discard = scope.spawn(|| memory.discard(&[range], true).unwrap());
+            while arriving.owed.left() > 0 {
+                yield_now();
+            }
+            let_others_run();
+            block.backing.write(3 * PAGE_SIZE, &[0; PAGE_SIZE as usize]).unwrap();
+            drop(answering);
+            assert_eq!(discard.join().unwrap(), 1);
+        });
+        assert_eq!(block.backing.first_data(block.all()).unwrap(), None);
+    }
 }

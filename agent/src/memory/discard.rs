@@ -13,7 +13,8 @@
 //!   the two would be stray again.
 //! - `changes` is odd from before the first mark until after the last: whoever saw a mark, or what a populate wrote into the log, does not take the bitmaps
 //!   for unchanged.
-//! - what is still to come of a guest in postcopy is dropped after the marks and again behind the fence, before the punch; see [`super::arriving`];
+//! - what is still to come of a guest in postcopy is dropped after the marks and again behind the fence, before the punch, and so are faults waited for that were
+//!   read before; see [`super::arriving`];
 //! - a populate clears `discarded` first and marks the log after: a sync that comes between them may drop the pages, and finds them in the
 //!   log the next time.
 
@@ -79,6 +80,9 @@ impl GuestMemory {
             checked.iter().any(|(other, range)| *other == index && range.overlaps(&read))
         });
         drop_owed();
+        if let Some(arriving) = &arriving {
+            arriving.wait_for_answers();
+        }
         if punch {
             for (index, range) in merged(&checked) {
                 free(&self.blocks()[index], range);

@@ -6,6 +6,7 @@
 //! - [`fence`]: keeps discards away from what a worker is reading (laws 1 and 7);
 //! - [`discard`]: discarding and populating (laws 1, 4 and 6);
 //! - [`owed`]: what a guest in postcopy is owed, in host pages;
+//! - [`claims`]: how a fault and whoever takes its page agree on who answers;
 //! - [`arriving`]: the memory of a guest that runs before it is here: faults, placing, and discards meanwhile;
 //! - [`huge`]: writing to hugetlbfs, which only a mapping can;
 //! - [`bus_guard`]: survives a file that shrinks under a mapping (law 8).
@@ -14,6 +15,7 @@ pub mod arriving;
 pub mod backing;
 pub mod block;
 pub mod bus_guard;
+pub mod claims;
 pub mod discard;
 pub mod extents;
 pub mod fence;
@@ -23,7 +25,8 @@ pub mod owed;
 pub use backing::{Backing, BackingError};
 pub use block::{Block, GuestMemory};
 
-// `fence.rs` takes these from its parent, so that the model checker can put its own in their place.
+// `fence.rs` and `claims.rs` take these from their parent, so that the model checker can put its own in their place.
+use pageferry_protocol::shm::bitmap;
 mod sync {
     pub(super) use std::sync::atomic::{AtomicU64, Ordering, fence};
     pub(super) use std::thread::yield_now;

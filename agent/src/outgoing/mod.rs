@@ -115,10 +115,14 @@ impl Migration {
         loop {
             self.run_pass()?;
             self.sync()?;
-            match self.pace.decide(&self.job.options(), self.dirty.remaining())? {
+            let next = self.pace.decide(&self.job.options(), self.dirty.remaining());
+            // Whoever asks for the switch does so before the policy has its way, but not before the memory fits the limit.
+            if self.job.is_postcopy_asked() && !matches!(next, Ok(converge::Next::Stop)) {
+                return Ok(After::Guest);
+            }
+            match next? {
                 converge::Next::Stop => return Ok(After::Memory),
                 converge::Next::Postcopy => return Ok(After::Guest),
-                _ if self.job.is_postcopy_asked() => return Ok(After::Guest),
                 converge::Next::Pass => {}
                 converge::Next::Throttle(percent) => self.throttle(percent)?,
             }

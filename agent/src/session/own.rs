@@ -12,7 +12,9 @@ use crate::transport::address::check_socket;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::job::{IncomingOptions, JobKind, MAX_STREAMS, Mode, OutgoingOptions, Phase};
+use pageferry_protocol::control::job::{
+    IncomingOptions, JobKind, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions, Phase,
+};
 use pageferry_protocol::control::request::{
     AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted,
     MAX_RANGES, RangesReply, RemoteError, Reply, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT, encode_reply,
@@ -223,6 +225,15 @@ impl Session {
     fn set_parameters(&mut self, options: &OutgoingOptions) -> Answer {
         match self.running() {
             Some(job) if job.kind == JobKind::Outgoing => {
+                let mode = job.options().mode;
+                if options.policy == NonConvergence::Postcopy && mode != Mode::Hybrid {
+                    let sentence = format!(
+                        "policy is postcopy, and the mode of job {} is {}: it takes hybrid",
+                        job.id,
+                        mode.name()
+                    );
+                    return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+                }
                 job.set_parameters(options);
                 Ok(nothing())
             }

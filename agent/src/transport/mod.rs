@@ -2,10 +2,12 @@
 //!
 //! - [`address`]: `tcp:HOST:PORT`, `unix:PATH`, or a socket that the VMM hands over;
 //! - [`stream`]: a connected stream: records in and out, with deadlines;
+//! - [`queue`]: how much of a stream lies in the kernel's queues;
 //! - [`limiter`]: the bandwidth limit.
 
 pub mod address;
 pub mod limiter;
+pub mod queue;
 pub mod stream;
 
 pub use address::{Address, Listener};

@@ -9,6 +9,7 @@
 //! - [`copying`]: full, sparse and huge guests;
 //! - [`compression`]: a guest that compresses;
 //! - [`live`]: a guest that writes while it moves;
+//! - [`postcopy`]: a guest that runs before its memory is there;
 //! - [`bitmaps`]: marking, harvesting and walking;
 //! - [`discards`]: how fast they are acknowledged;
 //! - [`codec`]: zero scan, checksum and records; an idle agent.
@@ -30,6 +31,7 @@ mod floor;
 mod image;
 mod live;
 mod ours;
+mod postcopy;
 mod qemu;
 mod table;
 
@@ -41,7 +43,8 @@ use table::Table;
 #[derive(Debug, Parser)]
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
-    /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking, bitmaps, discards, bytes.
+    /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking, postcopy, bitmaps,
+    /// discards, bytes.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -65,6 +68,9 @@ struct Cli {
     /// Given by `cargo bench`; without it everything is tiny, and `live` and `tracking` are left out: a test that the bench works.
     #[arg(long, hide = true)]
     bench: bool,
+    /// Be the other process of `postcopy`'s floor, which is told what to do over this socket.
+    #[arg(long, hide = true)]
+    answer: Option<PathBuf>,
 }
 
 /// What all parts need to know.
@@ -87,7 +93,10 @@ type Part = fn(&Bench, &mut Table);
 
 fn main() {
     let cli = Cli::parse();
-    let parts: [(&str, Part); 9] = [
+    if let Some(control) = &cli.answer {
+        return postcopy::floor::answer(control);
+    }
+    let parts: [(&str, Part); 10] = [
         ("full", copying::full),
         ("compression", compression::compression),
         ("sparse", copying::sparse),
@@ -95,6 +104,7 @@ fn main() {
         ("bitmaps", bitmaps::bitmaps),
         ("discards", discards::discards),
         ("bytes", codec::codec),
+        ("postcopy", postcopy::postcopy),
         ("live", live::live),
         ("tracking", live::tracking),
     ];

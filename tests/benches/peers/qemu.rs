@@ -1,4 +1,4 @@
-//! QEMU, driven by QMP: a paused guest under TCG whose memory is a shared file, prepared as everyone's.
+//! QEMU, driven by QMP: a guest under TCG whose memory is a shared file, prepared as everyone's. It is paused where nothing is to happen in it.
 
 use super::image::Image;
 use pageferry_tests::deadline::wait_for;
@@ -60,8 +60,8 @@ impl Qemu {
     /// Moves the guest.
     pub fn migrate(&self, source: &Image, destination: &Image, mode: Mode) -> Took {
         let folder = tempfile::tempdir().unwrap();
-        let mut to = Machine::start(folder.path(), "destination", destination, &["-incoming", "defer"]);
-        let mut from = Machine::start(folder.path(), "source", source, &[]);
+        let mut to = Machine::start(folder.path(), "destination", destination, &["-S", "-incoming", "defer"]);
+        let mut from = Machine::start(folder.path(), "source", source, &["-S"]);
         for machine in [&mut to, &mut from] {
             machine.set_up(mode);
         }
@@ -83,24 +83,25 @@ impl Qemu {
 }
 
 /// A port that nobody listens at. Someone might take it before QEMU does; then the bench says so.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// One QEMU process.
-struct Machine {
+pub struct Machine {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
     _process: Process,
 }
 
 impl Machine {
-    fn start(folder: &Path, name: &str, image: &Image, more: &[&str]) -> Self {
+    /// Starts it; `more` are more of its arguments.
+    pub fn start(folder: &Path, name: &str, image: &Image, more: &[&str]) -> Self {
         let socket = folder.join(name);
         let memory =
             format!("memory-backend-file,id=ram,size={},mem-path={},share=on", image.size, image.path.display());
         let mut command = Command::new(PROGRAM);
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-S"]);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]);
         command.args(["-machine", "q35,memory-backend=ram", "-m", &format!("{}M", image.size >> 20)]);
         command.args(["-object", &memory, "-qmp", &format!("unix:{},server=on,wait=off", socket.display())]).args(more);
         let mut process = Process::spawn(name, &mut command).unwrap();
@@ -136,7 +137,8 @@ impl Machine {
         serde_json::from_str(&line).unwrap()
     }
 
-    fn execute(&mut self, command: &str, arguments: Value) -> Value {
+    /// Has it do something, and returns its answer.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
         let request = json!({ "execute": command, "arguments": arguments });
         self.writer.write_all(format!("{request}\n").as_bytes()).unwrap();
         loop {

@@ -1,5 +1,6 @@
 //! What several scenario tests share:
 //!
+//! - [`model`]: the guest of the model tests;
 //! - [`ram`]: memory with stamps in its pages;
 //! - [`vmm`]: a VMM whose hooks follow a script;
 //! - [`side`]: such a VMM with its agent;
@@ -8,6 +9,7 @@
 #![allow(dead_code, unreachable_pub, unused_imports)]
 
 mod agents;
+pub mod model;
 mod ram;
 mod relay;
 mod side;

@@ -10,12 +10,14 @@ use crate::job::{Job, JobError, add};
 use crate::memory::Block;
 use crate::memory::arriving::Arriving;
 use crate::outgoing::connect::unexpected;
+use crate::transport::queue::take_what_is_due;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::stream::payload::{MAX_RUNS, Totals, encode_runs};
 use pageferry_protocol::stream::record::{FLAG_STRAY, FLAGS_COMPRESSED};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use rustix::event::PollFlags;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -61,6 +63,7 @@ impl Line<'_> {
         self.note(error);
         self.failed.store(true, Ordering::Release);
         self.sockets.iter().for_each(StreamSocket::shut);
+        self.arriving.let_go();
         self.arriving.notify();
     }
 
@@ -124,6 +127,8 @@ impl<'a> Arrival<'a> {
             } else {
                 for (index, reader) in readers.iter_mut().enumerate() {
                     scope.spawn(move || {
+                        crate::priority::step_back();
+                        take_what_is_due(reader.socket().as_fd());
                         let outcome = reader.socket().set_recv_timeout(line.job.options().peer_timeout);
                         let outcome = outcome.map_err(JobError::from);
                         line.check(outcome.and_then(|()| Stream::new(line, index, false).run(reader)));
@@ -155,8 +160,12 @@ fn tend(line: &Line<'_>, writer: &RecordWriter, streams: usize) -> Result<(), Jo
         let ended = line.ended.load(Ordering::Acquire) == streams;
         let left = line.arriving.owed().left();
         if ended && left == 0 {
-            // What was discarded or placed last.
-            return tell(line, writer);
+            // Whoever took the last of it may still be placing it, and would have to give it back if that failed.
+            line.job.memory.readers.wait(|_, _| true);
+            if line.arriving.owed().left() == 0 {
+                // What was discarded or placed last.
+                return tell(line, writer);
+            }
         }
         if ended {
             // What was asked for may still be on its way.

@@ -1,6 +1,6 @@
 //! Reading what the guest waits for, and asking the source.
 //!
-//! One thread reads the faults, as many at once as there are, and never waits for anything but faults: what it can answer it answers, and for the rest it asks. The
+//! One thread reads the faults, as many at once as there are, and waits for nothing but faults, and pages that are being placed: what it can answer it answers, and for the rest it asks. The
 //! threads of the streams place what comes. It goes on while the connections are lost: what is asked for then is noted, and asked for when they are back.
 
 use crate::job::{Job, JobError};
@@ -34,11 +34,13 @@ impl Requests {
     pub fn connect(&self, job: &Job, arriving: &Arriving, urgent: &[RecordReader]) {
         let mut streams = self.lock();
         *streams = urgent.iter().map(|reader| reader.socket().clone()).collect();
-        let mut batch = Batch::new(job, &streams);
+        let mut batch = Batch::default();
         for at in 0..job.memory.blocks().len() {
-            arriving.waited_for(at).for_each(|host_page| batch.add(arriving, at, host_page));
+            for host_page in arriving.waited_for(at) {
+                batch.add(&streams, name(job, arriving, at, host_page), host_page);
+            }
         }
-        batch.send();
+        batch.send(&streams);
     }
 
     /// There is nobody to ask.
@@ -47,37 +49,29 @@ impl Requests {
     }
 }
 
-/// Requests that go out together.
-struct Batch<'a> {
-    job: &'a Job,
-    streams: &'a [StreamSocket],
-    /// By stream.
-    records: Vec<Vec<[u8; RECORD_SIZE]>>,
+/// Requests that go out together, by stream. Kept from one batch to the next: nothing is allocated while somebody waits.
+#[derive(Default)]
+struct Batch {
+    records: Vec<Vec<u8>>,
 }
 
-impl<'a> Batch<'a> {
-    fn new(job: &'a Job, streams: &'a [StreamSocket]) -> Self {
-        Self { job, streams, records: vec![Vec::new(); streams.len()] }
-    }
-
-    fn add(&mut self, arriving: &Arriving, at: usize, host_page: u64) {
-        if self.streams.is_empty() {
+impl Batch {
+    fn add(&mut self, streams: &[StreamSocket], (id, pages): (u32, PageRange), host_page: u64) {
+        if streams.is_empty() {
             return;
         }
-        let id = self.job.memory.blocks()[at].geometry.id;
-        let pages = arriving.owed().block(at).pages(PageRange::new(host_page, 1));
+        self.records.resize_with(streams.len(), || Vec::with_capacity(MAX_FAULTS * RECORD_SIZE));
         let record = RecordHeader::new(Kind::Request, 0, id, pages, 0).sealed(&[]).to_wire();
-        self.records[(host_page % self.streams.len() as u64) as usize].push(record);
+        self.records[(host_page % streams.len() as u64) as usize].extend_from_slice(&record);
     }
 
-    fn send(&mut self) {
-        for (stream, records) in self.streams.iter().zip(&mut self.records) {
+    fn send(&mut self, streams: &[StreamSocket]) {
+        for (stream, records) in streams.iter().zip(&mut self.records) {
             if records.is_empty() {
                 continue;
             }
-            let mut parts: Vec<IoSlice<'_>> = records.iter().map(|record| IoSlice::new(record)).collect();
             // Whoever reads this stream sees that it broke, and all is asked for again on the next.
-            if let Err(error) = stream.write_all(&mut parts) {
+            if let Err(error) = stream.write_all(&mut [IoSlice::new(records)]) {
                 log::debug!("a request was not sent: {}", crate::error::chain(&error));
             }
             records.clear();
@@ -85,15 +79,24 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// A host page as the source knows it.
+fn name(job: &Job, arriving: &Arriving, at: usize, host_page: u64) -> (u32, PageRange) {
+    let pages = arriving.owed().block(at).pages(PageRange::new(host_page, 1));
+    (job.memory.blocks()[at].geometry.id, pages)
+}
+
 /// Answers faults until `stop` is readable, or the VMM is gone.
 pub fn answer(job: &Job, arriving: Arc<Arriving>, requests: Requests, stop: BorrowedFd<'_>) {
     if let Err(error) = answer_all(job, &arriving, &requests, stop) {
         log::error!("job {}: faults are not answered any more: {}", job.id, crate::error::chain(&error));
+        // A guest whose faults nobody answers hangs. The VMM, if there is one, is told that its memory is lost.
+        job.cancel.force();
     }
 }
 
 fn answer_all(job: &Job, arriving: &Arriving, requests: &Requests, stop: BorrowedFd<'_>) -> Result<(), JobError> {
     let mut faults = [0; MAX_FAULTS];
+    let mut batch = Batch::default();
     loop {
         let mut polled = [PollFd::new(arriving.uffd(), PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
         match poll(&mut polled, None) {
@@ -105,13 +108,13 @@ fn answer_all(job: &Job, arriving: &Arriving, requests: &Requests, stop: Borrowe
             return Ok(());
         }
         let since = Instant::now();
-        let count = arriving.uffd().read_faults(&mut faults).map_err(ArrivingError::Read)?;
         let streams = requests.lock();
-        let mut batch = Batch::new(job, &streams);
+        let answering = arriving.answering();
+        let count = arriving.uffd().read_faults(&mut faults).map_err(ArrivingError::Read)?;
         for address in &faults[..count] {
             let Some(page) = arriving.locate(*address) else { continue };
             match arriving.fault(&job.memory.readers, page, since) {
-                Ok(Answer::Ask) => batch.add(arriving, page.0, page.1),
+                Ok(Answer::Ask) => batch.add(&streams, name(job, arriving, page.0, page.1), page.1),
                 Ok(Answer::Here | Answer::Wait) => {}
                 Err(error) if is_gone(&error) => return Err(error.into()),
                 Err(error) => {
@@ -122,7 +125,8 @@ fn answer_all(job: &Job, arriving: &Arriving, requests: &Requests, stop: Borrowe
                 }
             }
         }
-        batch.send();
+        drop(answering);
+        batch.send(&streams);
     }
 }
 

@@ -104,6 +104,9 @@ impl Incomplete {
         let outcome = Arrival::new(&job, &self.arriving, accepted).run(|primary, writer| {
             job.enter(Phase::Loading);
             load(&job, received)?;
+            if !self.arriving.loaded() {
+                return Err(JobError::State("the connections broke while the VMM loaded its state".into()));
+            }
             let told = take_over(&job, primary, writer)?;
             runs = true;
             job.enter(Phase::Postcopy);

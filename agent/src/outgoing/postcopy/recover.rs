@@ -83,12 +83,18 @@ impl Supply {
         };
         let mut streams = reconnect(&self.job, address, self.session)?;
         match self.learn(&mut streams) {
-            Ok(owed) => self.owed = Arc::new(owed),
+            Ok(owed) => {
+                if self.kept.is_none() {
+                    self.kept = Some(owed.copy()?);
+                }
+                self.owed = Arc::new(owed);
+            }
             Err(error) => {
                 streams.say_error(&error.to_remote());
                 return Err(error);
             }
         }
+        self.release_received()?;
         self.job.owes(&self.owed);
         self.job.unpause();
         self.serve(&mut streams, |_| Ok(()))

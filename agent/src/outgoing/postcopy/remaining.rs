@@ -52,8 +52,13 @@ impl Migration {
                 if owed.block(at).bits().next_set(owed.block(at).of(chunk)).is_none() {
                     continue;
                 }
-                let populated = |word: u64| owed.block(at).page_word(word) & !block.discarded.word(word);
-                let discarded = |word: u64| owed.block(at).page_word(word) & block.discarded.word(word);
+                let words = chunk.first / WORD_BITS..chunk.end().div_ceil(WORD_BITS);
+                // Both of one look: a page that is discarded in between would be in both, and counted twice.
+                let split = |word: u64| {
+                    let (pages, discarded) = (owed.block(at).page_word(word), block.discarded.word(word));
+                    (pages & !discarded, pages & discarded)
+                };
+                let (populated, discarded): (Vec<u64>, Vec<u64>) = words.map(split).unzip();
                 self.send_bitmap(block, chunk, 0, &populated)?;
                 self.send_bitmap(block, chunk, FLAG_STRAY, &discarded)?;
             }
@@ -62,11 +67,7 @@ impl Migration {
     }
 
     /// Sends the part of `chunk` between the first and the last word that has a page.
-    fn send_bitmap(
-        &mut self, block: &Block, chunk: PageRange, flags: u16, word: &dyn Fn(u64) -> u64,
-    ) -> Result<(), JobError> {
-        let words = chunk.first / WORD_BITS..chunk.end().div_ceil(WORD_BITS);
-        let bits: Vec<u64> = words.map(word).collect();
+    fn send_bitmap(&mut self, block: &Block, chunk: PageRange, flags: u16, bits: &[u64]) -> Result<(), JobError> {
         let Some(start) = bits.iter().position(|word| *word != 0) else { return Ok(()) };
         let end = bits.iter().rposition(|word| *word != 0).map_or(start, |last| last + 1);
         let pages = PageRange::new(chunk.first + start as u64 * WORD_BITS, (end - start) as u64 * WORD_BITS);

@@ -1,8 +1,11 @@
 //! Sending what the destination is owed.
 //!
 //! Every stream that is not urgent has a thread that pushes. Every urgent stream has one that answers what is asked for on it, and nothing else goes there: so an answer never queues
-//! behind what nobody waits for. The job's own thread reads the return path. Who sends a host page takes it first ([`Owed::take`]), so none is sent twice; what is taken
+//! behind what nobody waits for. The job's own thread reads the return path. Who sends a host page takes it first ([`Owed::take`]), so none is pushed twice; what is taken
 //! and lost with a connection comes back with the next one, when the destination says what it has.
+//!
+//! What is asked for although it was taken is on its way: held back by the limit, or behind megabytes in the buffers of a connection that the destination empties no faster than it
+//! places pages. It is sent again, and overtakes itself; the destination drops what comes second. So no fault waits for the push.
 //!
 //! If one stream fails, all do: connections are lost and made together.
 
@@ -12,6 +15,7 @@ use super::cursor::Cursor;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
 use crate::memory::owed::Owed;
+use crate::transport::queue::send_what_is_fresh;
 use crate::transport::{Address, Limiter, StreamSocket, TransportError};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
@@ -34,7 +38,7 @@ pub struct Supply {
     /// Where the destination listens.
     pub(super) address: Option<Address>,
     pub(super) owed: Arc<Owed>,
-    /// What the destination may still lack: all that was ever owed and is not released. Unknown to an agent that did not begin the migration.
+    /// What the destination may still lack: all that was ever owed and is not released. An agent that did not begin the migration learns it from the destination.
     pub(super) kept: Option<Owed>,
     limiter: Limiter,
     unlimited: Limiter,
@@ -69,7 +73,13 @@ impl Line<'_> {
         self.shut();
     }
 
+    fn failed(&self) -> bool {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     fn shut(&self) {
+        // Nobody waits for his turn to send on what is shut.
+        self.bulk.limiter.set_rate(0);
         self.sockets.iter().for_each(StreamSocket::shut);
     }
 
@@ -105,6 +115,7 @@ impl Supply {
     ) -> Result<(), JobError> {
         let pushed = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let view = |limiter| PassView { job: &self.job, limiter, send_zeros: true };
+        self.limiter.set_rate(self.job.options().bandwidth);
         let sockets = streams.sockets();
         let Streams { primary, senders, urgent, .. } = streams;
         let line = Line {
@@ -159,9 +170,16 @@ impl Supply {
                 return Err(JobError::Outside { id, first: range.first, count: range.count, pages });
             }
             line.cursor.fault(at, range.end());
-            let sent =
-                self.send(&line.urgent, &mut stream.sender, (at, block), self.owed.block(at).of(range), &mut taken)?;
+            let asked = self.owed.block(at).of(range);
+            self.owed.take_range(at, asked, |word, bits| taken.push((word, bits)));
+            let sent = self.send(&line.urgent, &mut stream.sender, (at, block), &mut taken)?;
             add(&self.job.live.requested_pages, sent);
+            if sent == 0
+                && let Some(kept) = &self.kept
+            {
+                taken.extend(kept.block(at).bits().nonzero_words(asked));
+                self.send(&line.urgent, &mut stream.sender, (at, block), &mut taken)?;
+            }
             if !stream.reader.has_more() {
                 stream.sender.flush(&line.urgent)?;
             }
@@ -170,12 +188,15 @@ impl Supply {
 
     /// Pushes until nothing is owed.
     fn push(&self, line: &Line<'_>, sender: &mut PageSender) -> Result<(), JobError> {
+        crate::priority::step_back();
         sender.totals = Totals::default();
+        send_what_is_fresh(sender.socket().as_fd());
         let mut taken = Vec::new();
         while let Some((at, range)) = line.cursor.claim(&self.owed) {
             self.job.cancel.check()?;
             let block: &Block = &self.job.memory.blocks()[at];
-            let sent = self.send(&line.bulk, sender, (at, block), range, &mut taken)?;
+            self.owed.take_range(at, range, |word, bits| taken.push((word, bits)));
+            let sent = self.send(&line.bulk, sender, (at, block), &mut taken)?;
             sender.flush(&line.bulk)?;
             add(&self.job.live.pushed_pages, sent);
         }
@@ -188,13 +209,11 @@ impl Supply {
         Ok(())
     }
 
-    /// Queues what is owed of the host pages `range`; returns how many pages that were.
+    /// Queues host pages, words and their bits; returns how many pages that were.
     fn send(
-        &self, view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), range: PageRange,
-        taken: &mut Vec<(u64, u64)>,
+        &self, view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), taken: &mut Vec<(u64, u64)>,
     ) -> Result<u64, JobError> {
         let host_pages = self.owed.block(at);
-        self.owed.take_range(at, range, |word, bits| taken.push((word, bits)));
         let mut pages = 0;
         for (word, bits) in taken.drain(..) {
             pages += u64::from(bits.count_ones()) * host_pages.unit();
@@ -234,7 +253,9 @@ impl Supply {
             if due.is_some_and(|due| Instant::now() >= due) {
                 return Err(TransportError::Silent(timeout).into());
             }
-            self.limiter.set_rate(self.job.options().bandwidth);
+            if !line.failed() {
+                self.limiter.set_rate(self.job.options().bandwidth);
+            }
             let socket = (primary.reader.socket().as_fd(), PollFlags::IN);
             let look = Instant::now() + LOOK;
             if due.is_none() {
@@ -291,9 +312,29 @@ impl Supply {
             if let Some(kept) = &self.kept {
                 kept.take_range(at, host_pages.of(run), |_, _| {});
             }
-            let failed = |source| JobError::Backing { id: block.geometry.id, source };
-            let freed = block.backing.punch(run).map_err(failed)?;
-            add(&self.job.live.released_pages, freed.count);
+            self.free(block, run)?;
+        }
+        Ok(())
+    }
+
+    fn free(&self, block: &Block, run: PageRange) -> Result<(), JobError> {
+        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let freed = block.backing.punch(run).map_err(failed)?;
+        add(&self.job.live.released_pages, freed.count);
+        Ok(())
+    }
+
+    /// Frees what the destination needs no more, now that it has said what it is owed: what it said of that before may have been lost with the connection.
+    pub(super) fn release_received(&self) -> Result<(), JobError> {
+        let Some(kept) = self.kept.as_ref().filter(|_| self.job.options().release) else { return Ok(()) };
+        for (at, block) in self.job.memory.blocks().iter().enumerate() {
+            let (kept_pages, owed) = (kept.block(at), self.owed.block(at).bits());
+            for (word, bits) in kept_pages.bits().nonzero_words(kept_pages.bits().all()) {
+                let received = kept.take(at, word, bits & !owed.word(word));
+                for host_pages in runs_of_word(word * WORD_BITS, received) {
+                    self.free(block, kept_pages.pages(host_pages))?;
+                }
+            }
         }
         Ok(())
     }

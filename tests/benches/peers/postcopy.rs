@@ -1,0 +1,388 @@
+//! Postcopy: how long a guest waits for a page that is not there, from the outside: from its touch to its going on.
+//!
+//! Beside it, in the same run, is the [`floor`]: a fault that another process answers, and a question and its answer over a socket. In between are the four
+//! wake-ups that no such path can do without: of who reads the fault, of the source, of who receives, and of the guest.
+//!
+//! What is measured:
+//!
+//! - *quiet*: the push is held back, so that a fault has the machine for itself;
+//! - *pushing*: the push runs at full speed, and the guest touches pages in random order from its first moment until all is here;
+//! - *in order*: the same, one page after the other, as far as the push leaves any missing;
+//! - *huge*: quiet, on huge pages of 2 MiB, which are placed whole.
+//!
+//! QEMU does the first two in [`qemu_guest`], if it is there.
+//!
+//! A touch counts as a fault if the page was a hole just before it; on huge pages, whose files do not tell their holes, if it took longer than touching what is there does.
+
+pub mod floor;
+pub mod qemu_guest;
+
+use super::Bench;
+use super::image::{Image, WarmPool, full_guest};
+use super::table::{Better, Table, median};
+use floor::Floor;
+use pageferry_client::{
+    Client, Config, HookError, Hooks, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, StatePiece, Target,
+};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::files::is_hole;
+use pageferry_tests::huge_pages::{HUGE_PAGE, HugePages};
+use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
+use pageferry_tests::process::AgentProcess;
+use pageferry_tests::random::Random;
+use pageferry_tests::require;
+use std::ffi::OsStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+use vm_memory::VolatileMemory;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
+const GIB: u64 = 1 << 30;
+const LIMIT: Duration = Duration::from_secs(300);
+/// Pages that are touched while it is quiet.
+const TOUCHES: u64 = 4000;
+/// A push that is held back, in bytes per second.
+const HELD_BACK: u64 = 256 << 10;
+
+/// Touching what is there takes no longer.
+const NO_FAULT: Duration = Duration::from_micros(2);
+
+/// How long something took, each time.
+#[derive(Debug, Default)]
+pub struct Times(Vec<Duration>);
+
+impl Times {
+    fn push(&mut self, time: Duration) {
+        self.0.push(time);
+    }
+
+    /// Microseconds that so many of 1000 took at most; 0 if there were none.
+    fn quantile(&self, part: usize) -> f64 {
+        let mut sorted = self.0.clone();
+        sorted.sort_unstable();
+        let index = (sorted.len() * part).div_ceil(1000).saturating_sub(1);
+        sorted.get(index).map_or(0.0, |time| time.as_secs_f64() * 1e6)
+    }
+}
+
+/// The quantiles that are told, of 1000.
+const QUANTILES: [(&str, usize); 4] = [("p50", 500), ("p90", 900), ("p99", 990), ("most", 1000)];
+
+/// Numbers below `count` in an order that follows from `seed`.
+fn shuffled(count: u64, seed: u64) -> Vec<u64> {
+    let (mut random, mut order) = (Random::new(seed), (0..count).collect::<Vec<u64>>());
+    for last in (1..order.len()).rev() {
+        order.swap(last, random.below(last as u64 + 1) as usize);
+    }
+    order
+}
+
+/// Reads a word through the mapping, as the guest does.
+fn touch(block: &TestBlock, offset: u64) -> Duration {
+    let word = block.mapping().get_atomic_ref::<AtomicU64>(offset as usize).unwrap();
+    let started = Instant::now();
+    std::hint::black_box(word.load(Ordering::Relaxed));
+    started.elapsed()
+}
+
+/// A VMM whose guest has no state, and an agent of its own.
+struct Side {
+    client: Client,
+    memory: Arc<TestMemory>,
+    resumed: Receiver<()>,
+    _agent: AgentProcess,
+    _folder: tempfile::TempDir,
+}
+
+struct Stateless(Sender<()>);
+
+impl Hooks for Stateless {
+    fn pause(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        // The bench may be done with it.
+        let _ = self.0.send(());
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        Ok(Vec::new())
+    }
+
+    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
+        Ok(())
+    }
+}
+
+impl Side {
+    fn new(memory: Arc<TestMemory>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), "agent").unwrap();
+        let (client, channel) = Client::connect(agent.socket(), Config::default()).unwrap();
+        let (sender, resumed) = self::channel();
+        channel.spawn(Stateless(sender)).unwrap();
+        memory.add_to(&client).unwrap();
+        Self { client, memory, resumed, _agent: agent, _folder: folder }
+    }
+}
+
+fn map(image: &Image) -> Arc<TestMemory> {
+    let file = Arc::new(image.file.try_clone().unwrap());
+    let layout = BlockLayout { backing: Backing::File(file), ..BlockLayout::ram(image.size) };
+    Arc::new(TestMemory::new(vec![layout]).unwrap())
+}
+
+/// A guest that runs at its destination, and whose memory follows.
+struct Running {
+    from: Side,
+    to: Side,
+    job: u64,
+    options: OutgoingOptions,
+    since: Instant,
+}
+
+/// What became of it.
+struct Arrived {
+    time: Duration,
+    status: JobStatus,
+}
+
+impl Running {
+    fn start(source: Arc<TestMemory>, destination: Arc<TestMemory>, streams: u16, bandwidth: u64) -> Self {
+        let (from, to) = (Side::new(source), Side::new(destination));
+        let listen = Target::Address("tcp:127.0.0.1:0".into());
+        let incoming = to.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
+        let options = OutgoingOptions { streams, bandwidth, mode: Mode::Postcopy, ..OutgoingOptions::default() };
+        let since = Instant::now();
+        let job = from.client.start_outgoing(Target::Address(incoming.address), &options).unwrap().job;
+        to.resumed.recv_timeout(LIMIT).unwrap();
+        Self { from, to, job, options, since }
+    }
+
+    /// Lets the rest come as fast as it can.
+    fn finish(self) -> Arrived {
+        self.from.client.set_parameters(&OutgoingOptions { bandwidth: 0, ..self.options }).unwrap();
+        self.arrived()
+    }
+
+    fn arrived(&self) -> Arrived {
+        let status = self.from.client.wait(self.job, LIMIT).unwrap();
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        let time = self.since.elapsed();
+        wait_until("the destination's end", LIMIT, || self.to.client.status().unwrap().phase.is_final()).unwrap();
+        Arrived { time, status: self.to.client.status().unwrap() }
+    }
+}
+
+/// What the guest felt in one round.
+#[derive(Debug, Default)]
+struct Felt {
+    times: Times,
+    /// Touches of pages that were there.
+    there: u64,
+}
+
+impl Felt {
+    /// Touches a host page, which must hold what the source's does, and counts it as a fault if it was a hole.
+    fn touch(&mut self, running: &Running, offset: u64) {
+        let block = &running.to.memory.blocks()[0];
+        let tells_holes = !matches!(block.layout().backing, Backing::HugePages);
+        let was_hole = tells_holes && is_hole(block.file(), offset).unwrap();
+        let time = touch(block, offset);
+        assert_eq!(block.read_word(offset).unwrap(), running.from.memory.blocks()[0].read_word(offset).unwrap());
+        if was_hole || !tells_holes && time > NO_FAULT { self.times.push(time) } else { self.there += 1 }
+    }
+}
+
+/// The rounds of one way to touch memory.
+#[derive(Default)]
+struct Rounds {
+    felt: Vec<Felt>,
+    arrived: Vec<Arrived>,
+}
+
+impl Rounds {
+    fn add(&mut self, felt: Felt, arrived: Arrived) {
+        self.felt.push(felt);
+        self.arrived.push(arrived);
+    }
+
+    /// Medians of a figure of each round, in words.
+    fn middle(&self, figure: impl Fn(&JobStatus) -> u64) -> f64 {
+        median(&self.arrived.iter().map(|arrived| figure(&arrived.status) as f64).collect::<Vec<_>>())
+    }
+
+    fn add_rows(&self, table: &mut Table, work: &str, who: &str) {
+        let faults: Vec<f64> = self.felt.iter().map(|felt| felt.times.0.len() as f64).collect();
+        let there: Vec<f64> = self.felt.iter().map(|felt| felt.there as f64).collect();
+        let counted = format!(
+            "{:.0} faults, {:.0} touches of what was there; {:.0} pages were pushed",
+            median(&faults),
+            median(&there),
+            self.middle(|status| status.counters.pushed_pages)
+        );
+        let own = [
+            self.middle(|status| status.counters.fault_p50_us),
+            self.middle(|status| status.counters.fault_p90_us),
+            self.middle(|status| status.counters.fault_p99_us),
+            self.middle(|status| status.counters.fault_max_us),
+        ];
+        for ((name, part), own) in QUANTILES.into_iter().zip(own) {
+            let samples: Vec<f64> = self.felt.iter().map(|felt| felt.times.quantile(part)).collect();
+            let more = if part == 500 { format!("; {counted}") } else { String::new() };
+            let remark = format!("{own:.0} by the agent's count{more}");
+            let who = format!("{who}, {name}");
+            table.add(work, &who, "us", &samples, remark);
+            table.compare(work, &who, &format!("floor, {name}"), Better::Less);
+        }
+    }
+
+    fn add_times(&self, table: &mut Table, work: &str, who: &str) {
+        let times: Vec<f64> = self.arrived.iter().map(|arrived| arrived.time.as_secs_f64() * 1e3).collect();
+        table.add(work, &format!("{who}, all there"), "ms", &times, String::new());
+    }
+}
+
+fn add_floor(table: &mut Table, work: &str, floors: &[Floor]) {
+    for (name, part) in QUANTILES {
+        let samples: Vec<f64> = floors.iter().map(|floor| floor.quantile(part)).collect();
+        let half = |of: fn(&Floor) -> &Times| {
+            median(&floors.iter().map(|floor| of(floor).quantile(part)).collect::<Vec<f64>>())
+        };
+        let remark = format!("fault {:.1} + socket {:.1}", half(|floor| &floor.fault), half(|floor| &floor.socket));
+        table.add(work, &format!("floor, {name}"), "us", &samples, remark);
+    }
+}
+
+/// All of it.
+pub fn postcopy(bench: &Bench, table: &mut Table) {
+    if !require::uffd() {
+        table.add("postcopy", "skipped: no userfaultfd", "", &[], String::new());
+        return;
+    }
+    // First: what the other leaves of free memory is in small pieces.
+    huge_pages(bench, table);
+    small_pages(bench, table);
+    if bench.qemu.is_some() {
+        qemu(bench, table);
+    }
+}
+
+fn small_pages(bench: &Bench, table: &mut Table) {
+    let (source, destination, _warm) = full_guest(&bench.folder, 2 * GIB / bench.shrink);
+    let (touches, pages) = (TOUCHES / bench.shrink.min(40), source.size / PAGE_SIZE);
+    let streams = [1, 2];
+    let mut floors = Vec::new();
+    let mut quiet = Rounds::default();
+    let mut pushing = streams.map(|_| Rounds::default());
+    let mut in_order = streams.map(|_| Rounds::default());
+    for round in 0..bench.rounds as u64 {
+        destination.clear();
+        floors.push(Floor::measure(&map(&destination), PAGE_SIZE, touches));
+
+        destination.clear();
+        let running = Running::start(map(&source), map(&destination), 1, HELD_BACK);
+        let mut felt = Felt::default();
+        for page in shuffled(pages, round).into_iter().take(touches as usize) {
+            felt.touch(&running, page * PAGE_SIZE);
+        }
+        quiet.add(felt, running.finish());
+
+        for (&streams, (pushing, in_order)) in streams.iter().zip(pushing.iter_mut().zip(&mut in_order)) {
+            for (order, rounds) in [(shuffled(pages, round), pushing), ((0..pages).collect(), in_order)] {
+                destination.clear();
+                let running = Running::start(map(&source), map(&destination), streams, 0);
+                let mut felt = Felt::default();
+                for page in order {
+                    felt.touch(&running, page * PAGE_SIZE);
+                }
+                rounds.add(felt, running.arrived());
+            }
+        }
+    }
+    let work = "postcopy: a fault";
+    add_floor(table, work, &floors);
+    quiet.add_rows(table, work, "quiet");
+    for (streams, rounds) in streams.iter().zip(&pushing) {
+        rounds.add_rows(table, work, &format!("pushing, {streams}"));
+    }
+    for (streams, rounds) in streams.iter().zip(&in_order) {
+        rounds.add_rows(table, work, &format!("in order, pushing, {streams}"));
+    }
+    let work = "postcopy: a guest that touches all of its 2 GiB";
+    for (streams, (pushing, in_order)) in streams.iter().zip(pushing.iter().zip(&in_order)) {
+        for (order, rounds) in [("in random order", pushing), ("in order", in_order)] {
+            let who = format!("{order}, {streams}");
+            let per_gib = |felt: &Felt| felt.times.0.len() as f64 * GIB as f64 / (pages * PAGE_SIZE) as f64;
+            let faults: Vec<f64> = rounds.felt.iter().map(per_gib).collect();
+            table.add(work, &format!("{who}, faults"), "per GiB", &faults, String::new());
+            rounds.add_times(table, work, &who);
+        }
+    }
+}
+
+/// QEMU's guest is smaller, and notes only what took longer than a touch without a fault.
+fn qemu(bench: &Bench, table: &mut Table) {
+    let work = "postcopy: a fault, QEMU";
+    let (source, destination, _warm) = full_guest(&bench.folder, qemu_guest::SIZE);
+    let ways = [("quiet", true), ("pushing", false)];
+    let mut rounds = ways.map(|_| Vec::new());
+    for _ in 0..bench.rounds {
+        for ((_, quiet), rounds) in ways.iter().zip(&mut rounds) {
+            destination.clear();
+            rounds.push(qemu_guest::migrate(&source, &destination, *quiet));
+        }
+    }
+    for ((who, _), rounds) in ways.iter().zip(&rounds) {
+        let middle = |figure: &dyn Fn(&qemu_guest::Qemu) -> f64| median(&rounds.iter().map(figure).collect::<Vec<_>>());
+        for (name, part) in QUANTILES {
+            let samples: Vec<f64> = rounds.iter().map(|moved| moved.times.quantile(part)).collect();
+            let remark = format!(
+                "{:.0} slow touches, {:.0} requests; all there in {:.0} ms",
+                middle(&|moved| moved.times.0.len() as f64),
+                middle(&|moved| moved.requests as f64),
+                middle(&|moved| moved.time.as_secs_f64() * 1e3)
+            );
+            let remark = if part == 500 { remark } else { String::new() };
+            table.add(work, &format!("{who}, {name}"), "us", &samples, remark);
+        }
+    }
+}
+
+fn huge_pages(bench: &Bench, table: &mut Table) {
+    let work = "postcopy: a fault, huge pages of 2 MiB";
+    let count = 128 / bench.shrink.min(32);
+    let _pool = match HugePages::reserve(count) {
+        Ok(pool) => pool,
+        Err(error) => {
+            table.add(work, "skipped", "", &[], error.sentence());
+            return;
+        }
+    };
+    let source = Image::new(&bench.folder, "source", count * HUGE_PAGE);
+    source.fill(0, source.size);
+    let _warm = WarmPool::new(&bench.folder, source.size);
+    let layout = BlockLayout { backing: Backing::HugePages, ..BlockLayout::ram(source.size) };
+    let mut floors = Vec::new();
+    let mut quiet = Rounds::default();
+    for round in 0..bench.rounds as u64 {
+        let destination = Arc::new(TestMemory::new(vec![layout.clone()]).unwrap());
+        floors.push(Floor::measure(&destination, HUGE_PAGE, count));
+        drop(destination);
+
+        let destination = Arc::new(TestMemory::new(vec![layout.clone()]).unwrap());
+        let running = Running::start(map(&source), destination, 1, HELD_BACK);
+        let mut felt = Felt::default();
+        for page in shuffled(count, round) {
+            felt.touch(&running, page * HUGE_PAGE);
+        }
+        quiet.add(felt, running.finish());
+    }
+    add_floor(table, work, &floors);
+    quiet.add_rows(table, work, "quiet");
+}

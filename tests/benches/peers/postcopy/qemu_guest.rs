@@ -1,0 +1,158 @@
+//! The same of QEMU: a guest under TCG whose boot sector touches pages and measures each touch itself, moved by postcopy with preemption.
+//!
+//! No ordinary guest is needed for that, nor would it say how long it waited. The guest writes down each touch that took longer than any that is not a
+//! fault; the bench reads its notes in the file that is its memory.
+
+use super::super::image::Image;
+use super::super::qemu::{Machine, free_port};
+use super::super::table::median;
+use super::Times;
+use pageferry_tests::deadline::{wait_for, wait_until};
+use serde_json::json;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes per second: none worth the name, while it is to wait for the switch.
+const TRICKLE: u64 = 1 << 20;
+/// How long the guest touches pages while it is quiet.
+const QUIET: Duration = Duration::from_secs(2);
+/// Where the guest's notes begin: how many slow touches there were, how many touches, the clock; from 16 bytes on the slow ones, in ticks.
+const NOTES: u64 = 0x10_0000;
+/// Most slow touches that it notes.
+const MOST: u32 = 65_000;
+/// Bytes of a guest of which 256 MiB are touched, from 16 MiB on.
+pub const SIZE: u64 = 512 << 20;
+
+/// Touches of more ticks than this (13 us at 2.6 GHz) are noted: without faults one of ten thousand takes longer.
+#[rustfmt::skip]
+const BOOT: [u8; 196] = [
+    // 16 bit, at 0x7c00: no interrupts, flat segments, the A20 gate, protected mode.
+    0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0,       // cli; xor ax, ax; mov ds, es, ss, ax
+    0xbc, 0x00, 0x70, 0xe4, 0x92, 0x0c, 0x02, 0xe6, 0x92,       // mov sp, 0x7000; in al, 0x92; or al, 2; out 0x92, al
+    0x0f, 0x01, 0x16, 0xc0, 0x7c,                               // lgdt [0x7cc0]
+    0x0f, 0x20, 0xc0, 0x66, 0x83, 0xc8, 0x01, 0x0f, 0x22, 0xc0, // mov eax, cr0; or eax, 1; mov cr0, eax
+    0xea, 0x26, 0x7c, 0x08, 0x00,                               // jmp 8:0x7c26
+    // 32 bit.
+    0x66, 0xb8, 0x10, 0x00, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, // mov ax, 16; mov ds, es, ss, ax
+    0xbc, 0x00, 0x70, 0x00, 0x00,                               // mov esp, 0x7000
+    0xc7, 0x05, 0x00, 0x00, 0x10, 0x00, 0x00, 0x00, 0x00, 0x00, // mov dword [NOTES], 0
+    0xc7, 0x05, 0x04, 0x00, 0x10, 0x00, 0x00, 0x00, 0x00, 0x00, // mov dword [NOTES + 4], 0
+    0xbb, 0x39, 0x30, 0x00, 0x00,                               // mov ebx, 12345
+    // next: at 0x7c4e
+    0x69, 0xdb, 0x0d, 0x66, 0x19, 0x00,                         // imul ebx, ebx, 1664525
+    0x81, 0xc3, 0x5f, 0xf3, 0x6e, 0x3c,                         // add ebx, 1013904223
+    0x89, 0xde, 0xc1, 0xee, 0x04,                               // mov esi, ebx; shr esi, 4
+    0x81, 0xe6, 0x00, 0xf0, 0xff, 0x0f,                         // and esi, 0x0ffff000
+    0x81, 0xc6, 0x00, 0x00, 0x00, 0x01,                         // add esi, 16 MiB
+    0x0f, 0x31, 0x89, 0xc7, 0x8b, 0x0e, 0x0f, 0x31, 0x29, 0xf8, // rdtsc; mov edi, eax; mov ecx, [esi]; rdtsc; sub eax, edi
+    0x89, 0x3d, 0x08, 0x00, 0x10, 0x00,                         // mov [NOTES + 8], edi
+    0xff, 0x05, 0x04, 0x00, 0x10, 0x00,                         // inc dword [NOTES + 4]
+    0x3d, 0x00, 0x80, 0x00, 0x00, 0x72, 0xc6,                   // cmp eax, 32768; jb next
+    0x8b, 0x15, 0x00, 0x00, 0x10, 0x00,                         // mov edx, [NOTES]
+    0x81, 0xfa, 0xe8, 0xfd, 0x00, 0x00, 0x73, 0xb8,             // cmp edx, MOST; jae next
+    0x89, 0x04, 0x95, 0x10, 0x00, 0x10, 0x00,                   // mov [NOTES + 16 + edx * 4], eax
+    0xff, 0x05, 0x00, 0x00, 0x10, 0x00, 0xeb, 0xa9,             // inc dword [NOTES]; jmp next
+    // The segments: none, code, memory; and where they are.
+    0x8d, 0x76, 0x00, 0, 0, 0, 0, 0, 0, 0, 0,
+    0xff, 0xff, 0x00, 0x00, 0x00, 0x9a, 0xcf, 0x00,
+    0xff, 0xff, 0x00, 0x00, 0x00, 0x92, 0xcf, 0x00,
+    0x17, 0x00, 0xa8, 0x7c,
+];
+
+/// What the guest felt.
+#[derive(Debug)]
+pub struct Qemu {
+    /// Its slow touches after it was moved.
+    pub times: Times,
+    /// Pages that the destination asked for, by QEMU's count.
+    pub requests: u64,
+    /// Until all was there.
+    pub time: Duration,
+}
+
+/// What the guest has written down.
+struct Notes<'a>(&'a File);
+
+impl Notes<'_> {
+    fn word(&self, index: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.0.read_exact_at(&mut bytes, NOTES + index * 4).unwrap();
+        u32::from_le_bytes(bytes)
+    }
+
+    fn touches(&self) -> u32 {
+        self.word(1)
+    }
+
+    /// Ticks of the guest's clock in a microsecond: the middle of some looks, since the guest may have stood still at either end of one.
+    fn ticks(&self) -> f64 {
+        let look = |_| {
+            let (started, before) = (Instant::now(), self.word(2));
+            std::thread::sleep(Duration::from_millis(200));
+            f64::from(self.word(2).wrapping_sub(before)) / (started.elapsed().as_secs_f64() * 1e6)
+        };
+        median(&(0..7).map(look).collect::<Vec<_>>())
+    }
+}
+
+/// A disk that holds the boot sector.
+fn boot_disk(path: &Path) -> String {
+    let mut disk = vec![0; 1 << 20];
+    disk[..BOOT.len()].copy_from_slice(&BOOT);
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    std::fs::write(path, disk).unwrap();
+    format!("file={},format=raw,if=ide,file.locking=off", path.display())
+}
+
+/// Moves a guest; with `quiet` its memory is held back for a while.
+pub fn migrate(source: &Image, destination: &Image, quiet: bool) -> Qemu {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = boot_disk(&folder.path().join("disk"));
+    let incoming = ["-drive", &disk, "-incoming", "defer"];
+    let mut to = Machine::start(folder.path(), "destination", destination, &incoming);
+    let mut from = Machine::start(folder.path(), "source", source, &incoming[..2]);
+    let notes = Notes(&source.file);
+    wait_until("touches of QEMU's guest", PATIENCE, || notes.touches() > 100_000).unwrap();
+    let ticks = notes.ticks();
+
+    let on = |name| json!({ "capability": name, "state": true });
+    for machine in [&mut to, &mut from] {
+        let capabilities = [on("postcopy-ram"), on("postcopy-preempt")];
+        machine.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }));
+    }
+    let held_back = if quiet { TRICKLE } else { 0 };
+    from.execute("migrate-set-parameters", json!({ "max-bandwidth": TRICKLE, "max-postcopy-bandwidth": held_back }));
+    let address = json!({ "uri": format!("tcp:127.0.0.1:{}", free_port()) });
+    to.execute("migrate-incoming", address.clone());
+    from.execute("migrate", address);
+    let reaches = |from: &mut Machine, wanted: &str| {
+        wait_for(&format!("QEMU's migration being {wanted}"), PATIENCE, || {
+            let status = from.execute("query-migrate", json!({}));
+            assert!(status["status"] != "failed", "QEMU's migration failed: {status}");
+            (status["status"] == wanted).then_some(status)
+        })
+        .unwrap()
+    };
+    reaches(&mut from, "active");
+    let started = Instant::now();
+    let before = notes.word(0);
+    from.execute("migrate-start-postcopy", json!({}));
+    if quiet {
+        reaches(&mut from, "postcopy-active");
+        std::thread::sleep(QUIET);
+        to.execute("stop", json!({}));
+        from.execute("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 0 }));
+    }
+    let status = reaches(&mut from, "completed");
+    let time = started.elapsed();
+    to.execute("stop", json!({}));
+    let notes = Notes(&destination.file);
+    let mut times = Times::default();
+    for index in before..notes.word(0).min(MOST) {
+        times.push(Duration::from_secs_f64(f64::from(notes.word(4 + u64::from(index))) / ticks / 1e6));
+    }
+    Qemu { times, requests: status["ram"]["postcopy-requests"].as_u64().unwrap_or_default(), time }
+}

@@ -1,0 +1,241 @@
+//! The guest of the model tests at the source: memory in odd blocks, what the guest and its VMM do, and what must be so, kept naively.
+
+use pageferry_client::{BlockRange, Client, Punch};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::files;
+use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
+use pageferry_tests::random::Random;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+
+/// The id of a block, and a page of it.
+pub type Page = (u32, u64);
+
+pub struct Layout {
+    pub id: u32,
+    pub gpa: u64,
+    pub pages: u64,
+    pub fd_offset: u64,
+}
+
+/// Blocks at odd places: no GPA, offset or length fits a word of the bitmaps.
+pub fn layouts() -> Vec<Layout> {
+    vec![
+        Layout { id: 7, gpa: 0x3000, pages: 150, fd_offset: 0x5000 },
+        Layout { id: 2, gpa: 0x1_0000_0000, pages: 64, fd_offset: 0 },
+        Layout { id: 9, gpa: 0x20_1000, pages: 77, fd_offset: 0x1000 },
+    ]
+}
+
+/// Bytes of guest address space that the log has to cover for them.
+pub const LOG_COVERS: u64 = 0x1_0010_0000;
+
+pub fn all_pages() -> Vec<Page> {
+    layouts().iter().flat_map(|layout| (0..layout.pages).map(|page| (layout.id, page))).collect()
+}
+
+/// A few pages in a row of one block.
+pub fn some_pages(chance: &mut Random) -> (u32, PageRange) {
+    let layouts = layouts();
+    let layout = &layouts[chance.below(layouts.len() as u64) as usize];
+    let first = chance.below(layout.pages);
+    let longest = (layout.pages - first).min(1 + chance.below(40));
+    (layout.id, PageRange::new(first, 1 + chance.below(longest)))
+}
+
+pub fn pages_of(id: u32, range: PageRange) -> impl Iterator<Item = Page> {
+    (range.first..range.end()).map(move |page| (id, page))
+}
+
+pub fn whole(id: u32, range: PageRange) -> BlockRange {
+    BlockRange { block: id, offset: range.offset(), length: range.bytes() }
+}
+
+/// The same pages, perhaps with a part of a page on either side, which changes nothing for a discard.
+pub fn ragged(chance: &mut Random, id: u32, range: PageRange) -> BlockRange {
+    let pages = layouts().iter().find(|layout| layout.id == id).unwrap().pages;
+    let mut exact = whole(id, range);
+    if chance.one_in(3) && range.first > 0 && range.end() < pages {
+        exact.offset -= 1234;
+        exact.length += 2345;
+    }
+    exact
+}
+
+/// The memory of one VMM. What is written and looked at here goes by the files.
+pub struct Memory(TestMemory);
+
+impl Memory {
+    pub fn new() -> Self {
+        let block = |layout: Layout| {
+            // The block ends before its file does.
+            let file = files::memfd(layout.fd_offset + layout.pages * PAGE_SIZE + 0x3000).unwrap();
+            BlockLayout {
+                id: layout.id,
+                name: format!("block{}", layout.id),
+                gpa: layout.gpa,
+                fd_offset: layout.fd_offset,
+                backing: Backing::File(Arc::new(file.into())),
+                ..BlockLayout::ram(layout.pages * PAGE_SIZE)
+            }
+        };
+        Self(TestMemory::new(layouts().into_iter().map(block).collect()).unwrap())
+    }
+
+    pub fn add_to(&self, client: &Client) {
+        self.0.add_to(client).unwrap();
+    }
+
+    pub fn block(&self, id: u32) -> &TestBlock {
+        self.0.block(id).unwrap()
+    }
+
+    pub fn write(&self, (id, page): Page, stamp: u64) {
+        self.block(id).write(page * PAGE_SIZE, &stamp.to_le_bytes()).unwrap();
+    }
+
+    pub fn stamp(&self, (id, page): Page) -> u64 {
+        let bytes = self.block(id).read_page(page).unwrap();
+        assert!(bytes[8..].iter().all(|byte| *byte == 0), "page {:?} holds more than its stamp", (id, page));
+        u64::from_le_bytes(bytes[..8].try_into().unwrap())
+    }
+
+    pub fn punch(&self, (id, page): Page) {
+        self.block(id).punch(PageRange::new(page, 1)).unwrap();
+    }
+
+    pub fn is_hole(&self, (id, page): Page) -> bool {
+        let block = self.block(id);
+        files::is_hole(block.file(), block.layout().fd_offset + page * PAGE_SIZE).unwrap()
+    }
+
+    pub fn allocated(&self) -> BTreeSet<Page> {
+        all_pages().into_iter().filter(|page| !self.is_hole(*page)).collect()
+    }
+}
+
+/// What must be so at the source, kept naively.
+#[derive(Default)]
+pub struct Model {
+    /// What the guest last wrote, for pages that it may use.
+    pub content: BTreeMap<Page, u64>,
+    pub discarded: BTreeSet<Page>,
+    /// Discarded pages written afterwards, with all that was written: the last of it may arrive or not, and if the VMM then freed the page
+    /// behind the agent's back, an earlier write may stay.
+    pub stray: BTreeMap<Page, Vec<u64>>,
+    /// Pages discarded while the guest stood still, with what they held before: the destination may or may not know.
+    pub late: BTreeMap<Page, Vec<u64>>,
+    /// Pages with an allocation at the source.
+    pub allocated: BTreeSet<Page>,
+    pub paused: bool,
+    pub next_stamp: u64,
+}
+
+impl Model {
+    pub fn stamp(&mut self) -> u64 {
+        self.next_stamp += 1;
+        self.next_stamp
+    }
+
+    /// The guest runs at the source, or runs on: what was discarded while it stood still is now simply discarded.
+    pub fn runs(&mut self) {
+        self.paused = false;
+        self.late.clear();
+    }
+}
+
+/// The source: its memory, and what must be so. The model's lock makes pausing and the guest's steps exclude each other.
+pub struct World {
+    pub memory: Memory,
+    pub model: Mutex<Model>,
+}
+
+impl World {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { memory: Memory::new(), model: Mutex::default() })
+    }
+}
+
+/// One thing that the guest or its VMM does.
+pub fn step(chance: &mut Random, world: &World, client: &Client) {
+    let (id, range) = some_pages(chance);
+    let given = ragged(chance, id, range);
+    let action = chance.below(10);
+    let punch = if chance.one_in(4) { Punch::No } else { Punch::Yes };
+    let mut model = world.model.lock().unwrap();
+    match action {
+        0..5 if !model.paused => write(chance, &mut model, world, id, range),
+        5..7 => discard(&mut model, world, client, given, pages_of(id, range), punch),
+        7 | 8 => populate(&mut model, world, client, id, range),
+        9 => {
+            // What a VMM may do with memory that it gave back.
+            for page in pages_of(id, range).filter(|page| model.discarded.contains(page)).collect::<Vec<_>>() {
+                world.memory.punch(page);
+                model.allocated.remove(&page);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn write(chance: &mut Random, model: &mut Model, world: &World, id: u32, range: PageRange) {
+    for page in pages_of(id, range).take(5) {
+        // A page of zeroes is allocated, too.
+        let stamp = if chance.one_in(8) { 0 } else { model.stamp() };
+        world.memory.write(page, stamp);
+        world.memory.block(id).mark(PageRange::new(page.1, 1));
+        model.allocated.insert(page);
+        if model.discarded.contains(&page) {
+            model.stray.entry(page).or_default().push(stamp);
+        } else {
+            model.content.insert(page, stamp);
+        }
+    }
+}
+
+fn discard(
+    model: &mut Model, world: &World, client: &Client, given: BlockRange, pages: impl Iterator<Item = Page>,
+    punch: Punch,
+) {
+    client.discard(&[given], punch).unwrap();
+    for page in pages {
+        let content = model.content.remove(&page);
+        let stray = model.stray.remove(&page);
+        model.discarded.insert(page);
+        if model.paused {
+            model.late.entry(page).or_default().extend(content.into_iter().chain(stray.into_iter().flatten()));
+        }
+        if punch == Punch::Yes {
+            assert!(world.memory.is_hole(page), "an acknowledged discard has freed page {page:?}");
+            model.allocated.remove(&page);
+        }
+    }
+}
+
+/// Also tried while the guest stands still, when it may be refused.
+fn populate(model: &mut Model, world: &World, client: &Client, id: u32, range: PageRange) {
+    let gained: Vec<Page> = pages_of(id, range).filter(|page| model.discarded.contains(page)).collect();
+    match client.populate(&[whole(id, range)]) {
+        Ok(changed) => {
+            assert_eq!(changed, gained.len() as u64);
+            for page in gained {
+                model.discarded.remove(&page);
+                model.late.remove(&page);
+                model.stray.remove(&page);
+                // Its content has no guarantee, but whatever it is, it is the same on both sides.
+                match world.memory.stamp(page) {
+                    0 => model.content.remove(&page),
+                    stamp => model.content.insert(page, stamp),
+                };
+            }
+        }
+        Err(error) => {
+            assert!(error.to_string().contains("past its last sync"), "{error}");
+            let bitmap = client.discarded(id).unwrap();
+            for page in pages_of(id, range) {
+                let before = model.discarded.contains(&page);
+                assert_eq!(bitmap.contains(page.1), before, "a refused populate changes nothing");
+            }
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! Model check of a host page in postcopy: a fault, an arrival and a discard act on it at once, in every order. What runs here is the agent's own code of the two
+//! steps by which they agree, over its own fence and bitmap, with loom's atomics in the place of the standard ones; the kernel's part is a word that says what the page holds.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../../protocol/src/shm"]
+mod shm {
+    pub(crate) use pageferry_protocol::memory::PageRange;
+    pub(crate) mod sync {
+        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+    }
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod bitmap;
+}
+
+#[path = "../../agent/src/memory"]
+mod memory {
+    pub(crate) use super::shm::bitmap;
+    pub(crate) mod sync {
+        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
+        pub(crate) use loom::thread::yield_now;
+    }
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod claims;
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod fence;
+}
+
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::thread;
+use memory::claims::{request, waited_for};
+use memory::fence::Readers;
+use shm::bitmap::Bitmap;
+
+/// What the kernel has for the page.
+const MISSING: u64 = 0;
+const ZERO: u64 = 1;
+const CONTENT: u64 = 2;
+
+const PAGE: u64 = 5;
+const BIT: u64 = 1 << PAGE;
+
+/// A page that is owed, and who acts on it.
+struct Page {
+    readers: Readers,
+    owed: Bitmap<Vec<AtomicU64>>,
+    requested: Bitmap<Vec<AtomicU64>>,
+    held: AtomicU64,
+    /// How often whoever waits was told to look again.
+    answers: AtomicU64,
+}
+
+impl Page {
+    fn owed() -> Arc<Self> {
+        let bitmap = |word| Bitmap::new(vec![AtomicU64::new(word)], 64);
+        let (owed, requested) = (bitmap(BIT), bitmap(0));
+        let (held, answers) = (AtomicU64::new(MISSING), AtomicU64::new(0));
+        Arc::new(Self { readers: Readers::new(2), owed, requested, held, answers })
+    }
+
+    /// The kernel's part: fills what is missing, refuses what is there, and wakes in either case.
+    fn place(&self, what: u64) {
+        let _ = self.held.compare_exchange(MISSING, what, Ordering::AcqRel, Ordering::Relaxed);
+        self.answers.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The fault's thread. True if the source is to be asked.
+    fn fault(&self) -> bool {
+        let found = request(&self.requested, &self.owed, PAGE, || {}, || self.readers.wait(|_, word| word == 0));
+        if !found.owed {
+            self.requested.take_bits(0, BIT);
+            self.place(ZERO);
+        }
+        found.owed && found.fresh
+    }
+
+    /// Content came on the stream of `worker`.
+    fn content_arrives(&self, worker: usize) {
+        let _reading = self.readers.reading(worker, 0, 0);
+        if self.owed.take_bits(0, BIT) != 0 {
+            self.place(CONTENT);
+            self.requested.take_bits(0, BIT);
+        }
+    }
+
+    /// The page is zero, says the source.
+    fn zero_arrives(&self, worker: usize) {
+        let _reading = self.readers.reading(worker, 0, 0);
+        let taken = self.owed.take_bits(0, BIT);
+        if taken != 0 && waited_for(&self.requested, 0, taken) != 0 {
+            self.place(ZERO);
+        }
+    }
+
+    /// Content came and could not be placed.
+    fn placing_fails(&self, worker: usize) {
+        let _reading = self.readers.reading(worker, 0, 0);
+        let taken = self.owed.take_bits(0, BIT);
+        self.owed.or_word(0, taken);
+    }
+
+    fn discard(&self) {
+        self.owed.take_bits(0, BIT);
+        self.readers.wait(|_, word| word == 0);
+        self.owed.take_bits(0, BIT);
+        self.held.store(MISSING, Ordering::Release);
+        if waited_for(&self.requested, 0, BIT) != 0 {
+            self.requested.take_bits(0, BIT);
+            self.place(ZERO);
+        }
+    }
+
+    fn held(&self) -> u64 {
+        self.held.load(Ordering::Acquire)
+    }
+}
+
+fn spawn<T: 'static>(page: &Arc<Page>, act: impl FnOnce(&Page) -> T + 'static) -> thread::JoinHandle<T> {
+    let page = page.clone();
+    thread::spawn(move || act(&page))
+}
+
+#[test]
+fn a_fault_never_puts_zero_in_the_place_of_content_that_is_just_being_placed() {
+    loom::model(|| {
+        let page = Page::owed();
+        let arrival = spawn(&page, |page| page.content_arrives(0));
+        page.fault();
+        arrival.join().unwrap();
+        assert_eq!(page.held(), CONTENT);
+        assert_ne!(page.answers.load(Ordering::Acquire), 0, "whoever waits was woken");
+    });
+}
+
+#[test]
+fn of_a_fault_and_a_page_that_turns_out_to_be_zero_one_answers() {
+    loom::model(|| {
+        let page = Page::owed();
+        let arrival = spawn(&page, |page| page.zero_arrives(0));
+        page.fault();
+        arrival.join().unwrap();
+        assert_eq!(page.held(), ZERO, "nobody waits for ever");
+    });
+}
+
+#[test]
+fn of_two_faults_of_a_page_one_asks() {
+    loom::model(|| {
+        let page = Page::owed();
+        let other = spawn(&page, Page::fault);
+        let asked = page.fault();
+        assert!(asked != other.join().unwrap(), "once, and not twice");
+    });
+}
+
+#[test]
+fn of_a_fault_and_a_discard_one_answers() {
+    loom::model(|| {
+        let page = Page::owed();
+        let discard = spawn(&page, Page::discard);
+        page.fault();
+        discard.join().unwrap();
+        assert_ne!(page.answers.load(Ordering::Acquire), 0);
+        assert_ne!(page.held(), CONTENT);
+    });
+}
+
+#[test]
+fn what_arrives_beside_a_discard_is_not_there_after_it() {
+    loom::model(|| {
+        let page = Page::owed();
+        let arrival = spawn(&page, |page| page.content_arrives(0));
+        page.discard();
+        assert_eq!(page.held(), MISSING, "acknowledged");
+        arrival.join().unwrap();
+        assert_eq!(page.held(), MISSING);
+    });
+}
+
+#[test]
+fn what_could_not_be_placed_beside_a_discard_is_not_owed_after_it() {
+    loom::model(|| {
+        let page = Page::owed();
+        let arrival = spawn(&page, |page| page.placing_fails(0));
+        page.discard();
+        arrival.join().unwrap();
+        assert!(!page.owed.contains(PAGE), "the source would never answer for it");
+    });
+}
+
+#[test]
+fn a_fault_beside_a_failed_placing_asks_or_is_answered_by_nobody_but_the_source() {
+    loom::model(|| {
+        let page = Page::owed();
+        let arrival = spawn(&page, |page| page.placing_fails(0));
+        let asked = page.fault();
+        arrival.join().unwrap();
+        assert!(asked && page.held() == MISSING, "it is owed still, and was asked for");
+    });
+}
+
+#[test]
+fn fault_arrival_and_discard_at_once_leave_no_content_and_nobody_waiting() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(2);
+    // Waiting for a worker is a spin, each turn of which counts.
+    model.max_branches = 20_000;
+    model.check(|| {
+        let page = Page::owed();
+        let arrival = spawn(&page, |page| page.content_arrives(0));
+        let discard = spawn(&page, Page::discard);
+        page.fault();
+        arrival.join().unwrap();
+        discard.join().unwrap();
+        assert_ne!(page.held(), CONTENT);
+        assert_ne!(page.answers.load(Ordering::Acquire), 0);
+    });
+}

@@ -1,0 +1,71 @@
+//! A fault that comes while its page is being placed.
+
+use pageferry_agent::memory::arriving::{Answer, Arriving};
+use pageferry_agent::memory::owed::Owed;
+use pageferry_agent::memory::{Backing, Block, GuestMemory};
+use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
+use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, Userfaultfd, feature};
+use pageferry_tests::memory::TestMemory;
+use pageferry_tests::require;
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Barrier};
+use std::time::Instant;
+use vm_memory::VolatileMemory;
+
+const PAGES: u64 = 64;
+
+#[test]
+fn a_fault_on_a_page_that_was_taken_and_is_not_placed_yet_gets_its_content() {
+    if !require::uffd() {
+        return;
+    }
+    let ram = TestMemory::ram(PAGES * PAGE_SIZE).unwrap();
+    let mapped = ram.block(0).unwrap();
+    let range = Addresses { start: mapped.address(), length: PAGES * PAGE_SIZE };
+    let uffd = Userfaultfd::open(feature::MISSING_SHMEM).unwrap();
+    uffd.register(range, Register::Missing).unwrap();
+
+    let geometry = BlockGeometry { id: 0, name: "ram".into(), gpa: 0, length: range.length, granularity: PAGE_SIZE };
+    let backing = Backing::new(mapped.file().as_fd().try_clone_to_owned().unwrap(), 0, range.length).unwrap();
+    let block = Arc::new(Block::new(geometry, backing, range.start, None).unwrap());
+    let memory = GuestMemory::new(vec![block], BlockTable::new(), None);
+    let owed = Arc::new(Owed::nothing(&memory, &[PAGE_SIZE]).unwrap());
+    owed.add_pages(0, 0, u64::MAX);
+    let for_agent = uffd.as_fd().try_clone_to_owned().unwrap();
+    let arriving = Arriving::new(&memory, owed.clone(), for_agent, false, Arc::default()).unwrap();
+    let (memory, arriving) = (&memory, &arriving);
+
+    for page in 0..PAGES {
+        let stamp = 1000 + page;
+        let mut content = [0; PAGE_SIZE as usize];
+        content[..8].copy_from_slice(&stamp.to_le_bytes());
+        let taken = Barrier::new(2);
+        std::thread::scope(|scope| {
+            let touch = scope.spawn(move || {
+                let word = mapped.mapping().get_atomic_ref::<std::sync::atomic::AtomicU64>((page * PAGE_SIZE) as usize);
+                word.unwrap().load(Ordering::Relaxed)
+            });
+            let mut faults = [0; MAX_FAULTS];
+            while uffd.read_faults(&mut faults).unwrap() == 0 {
+                std::thread::yield_now();
+            }
+            assert_eq!(arriving.locate(faults[0]), Some((0, page)));
+            // As an arrival does: it takes the page, and then places it.
+            let fault = scope.spawn(|| {
+                taken.wait();
+                arriving.fault(&memory.readers, (0, page), Instant::now()).unwrap()
+            });
+            let reading = memory.readers.reading(0, 0, 0);
+            assert_eq!(owed.take(0, 0, 1 << page), 1 << page);
+            taken.wait();
+            (0..100).for_each(|_| std::thread::yield_now());
+            let placed = uffd.copy(range.start + page * PAGE_SIZE, &content);
+            drop(reading);
+            assert!(placed.is_ok(), "page {page} was there before its content");
+            assert_eq!(fault.join().unwrap(), Answer::Here);
+            assert_eq!(touch.join().unwrap(), stamp);
+        });
+    }
+    uffd.unregister(range).unwrap();
+}

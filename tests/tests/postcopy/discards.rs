@@ -1,0 +1,129 @@
+//! Discards and populates while the guest's memory is on its way.
+
+use crate::scene::{MIB, Move, SWITCHES, Side, Switch, guest};
+use pageferry_client::Punch;
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::balloon::{Balloon, byte_range};
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::guest::threads::Pattern;
+use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::plug::Plug;
+use pageferry_tests::require;
+use pageferry_tests::vmm::PATIENCE;
+use std::sync::Arc;
+
+const PLUGGED: u32 = 2;
+const UNIT: u64 = MIB / 2;
+
+/// Two blocks, and one whose memory is plugged.
+fn side() -> Side {
+    let ram = |id: u32, name: &str| BlockLayout {
+        id,
+        name: name.into(),
+        gpa: u64::from(id) << 30,
+        fd_offset: u64::from(id) * 0x3000,
+        ..BlockLayout::ram(8 * MIB)
+    };
+    let plugged = BlockLayout { discarded: true, granularity: UNIT, fd_offset: 0, ..ram(PLUGGED, "plugged") };
+    Side::new(Arc::new(TestMemory::new(vec![ram(0, "low"), ram(1, "high"), plugged]).unwrap()))
+}
+
+fn balloon(side: &Side, punch: Punch, seed: u64) -> Balloon {
+    Balloon::new(side.client().clone(), side.vmm.usage().clone(), punch, seed)
+}
+
+fn plug(side: &Side) -> Plug {
+    Plug::new(side.client().clone(), side.vmm.usage().clone(), PLUGGED, UNIT).unwrap()
+}
+
+#[test]
+fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
+    if !require::uffd() {
+        return;
+    }
+    for (seed, switch) in (1..).zip(SWITCHES) {
+        eprintln!("{switch:?}, seed {seed}");
+        let (source, destination) = (side(), side());
+        let options = guest(Pattern::Uniform, 20_000);
+        let (wrote, writes) = (source.threads(&options), destination.threads(&options));
+        // A page that was freed by the VMM is a hole, and one that was not has stale content: neither is to come.
+        let mut taken =
+            [(Punch::Yes, seed), (Punch::No, seed + 100)].map(|(punch, seed)| balloon(&source, punch, seed));
+        let mut plugged = plug(&source);
+        source.fill(seed);
+        for unit in 0..8 {
+            assert!(plugged.plug(unit).unwrap());
+        }
+        source.vmm.start().unwrap();
+        wait_until("writes", PATIENCE, || wrote() > 2000).unwrap();
+        taken.iter_mut().for_each(|balloon| assert!(balloon.inflate(10, 100).unwrap() > 0));
+        assert!(plugged.unplug(3).unwrap());
+
+        // Quick passes, and then time for the balloon.
+        let (client, slow) = (source.client().clone(), switch.options(4 * MIB));
+        source.vmm.before_pause(move || Ok(client.set_parameters(&slow)?));
+        let migration = Move::start(&source, &destination, switch.options(100 * MIB));
+        if switch == Switch::OnRequest {
+            source.client().start_postcopy().unwrap();
+        } else {
+            // During the passes, or when all of it remains.
+            taken[0].inflate(3, 50).unwrap();
+        }
+        migration.until_postcopy();
+        let mut there = balloon(&destination, Punch::Yes, seed + 200);
+        let mut plugged = plug(&destination);
+        let client = destination.client();
+        let mut held = taken.iter().flat_map(|balloon| balloon.held().iter().copied()).collect::<Vec<_>>();
+        for round in 0..16 {
+            there.inflate(6, 60).unwrap();
+            there.deflate(2).unwrap();
+            if round % 2 == 0 {
+                assert!(plugged.unplug(round / 2).unwrap());
+            } else {
+                assert!(plugged.plug(round).unwrap());
+            }
+            // What the source's balloon holds travelled with the usage.
+            if let Some((block, run)) = held.pop() {
+                client.populate(&[byte_range(block, run)]).unwrap();
+                destination.vmm.usage().take_back(block, run).unwrap();
+            }
+        }
+        migration.hurry();
+        let [outgoing, incoming] = migration.finish();
+        let (ours, theirs) = (outgoing.counters, incoming.counters);
+        assert!(theirs.dropped_pages > 0, "{theirs:?}");
+        assert!(ours.dropped_pages <= theirs.dropped_pages, "{ours:?} {theirs:?}");
+        let before = writes();
+        wait_until("writes into what was taken back", PATIENCE, || writes() > before + 2000).unwrap();
+        destination.vmm.stop().unwrap();
+        destination.vmm.usage().check().unwrap();
+        for block in destination.vmm.memory().blocks() {
+            let discarded = client.discarded(block.id()).unwrap();
+            let runs: Vec<_> = discarded.runs(block.all()).collect();
+            assert!(!runs.is_empty());
+            for run in runs {
+                assert!(block.is_hole(run).unwrap(), "block {}: {run:?} was given away, and is no hole", block.id());
+            }
+            let given = discarded.next_set(block.all()).unwrap();
+            assert_eq!(block.read_word(given * PAGE_SIZE).unwrap(), 0);
+        }
+    }
+}
+
+#[test]
+fn all_that_remains_may_be_given_away() {
+    if !require::uffd() {
+        return;
+    }
+    let (source, destination) = (Side::small(8), Side::small(8));
+    source.fill(1);
+    let migration = Move::start(&source, &destination, Switch::AtOnce.options(MIB));
+    migration.until_postcopy();
+    for block in destination.vmm.memory().blocks() {
+        destination.client().discard(&[byte_range(block.id(), block.all())], Punch::Yes).unwrap();
+    }
+    // Nobody has to hurry: there is nothing to wait for.
+    let [outgoing, incoming] = migration.finish();
+    assert!(incoming.counters.dropped_pages > 0 && outgoing.counters.dropped_pages > 0);
+    assert_eq!(destination.allocated(), 0);
+}

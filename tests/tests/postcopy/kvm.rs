@@ -1,0 +1,96 @@
+//! A real guest under KVM sweeps through its memory before it is there.
+
+use crate::scene::{MIB, Move, Pages, Side, Switch, memory};
+use pageferry_client::Phase;
+use pageferry_protocol::memory::PageRange;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep, check_consistent, counters};
+use pageferry_tests::memory::TestMemory;
+use pageferry_tests::require;
+use pageferry_tests::verify::same_block;
+use pageferry_tests::vmm::{PATIENCE, Tracker};
+
+fn sweep(side: &Side) -> Sweep {
+    Sweep::all(side.vmm.memory().guest()).spins(2000)
+}
+
+fn guest(side: &Side) -> KvmGuest {
+    KvmGuest::new(side.vmm.memory().guest().clone(), sweep(side)).unwrap()
+}
+
+fn counters_of(side: &Side) -> Vec<u32> {
+    counters(side.vmm.memory().guest(), &sweep(side)).unwrap()
+}
+
+fn moves(pages: Pages, switch: Switch, tracker: impl FnOnce(&KvmGuest, &TestMemory) -> Tracker) {
+    let [source, destination] = [(), ()].map(|()| Side::new(memory(pages, 4)));
+    let mut booted = guest(&source);
+    booted.boot().unwrap();
+    source.vmm.set_tracker(tracker(&booted, source.vmm.memory())).unwrap();
+    source.vmm.set_guest(booted);
+    destination.vmm.set_guest(guest(&destination));
+    source.vmm.start().unwrap();
+    wait_until("two sweeps", PATIENCE, || *counters_of(&source).last().unwrap() >= 2).unwrap();
+
+    let migration = Move::start(&source, &destination, switch.options(30 * MIB));
+    migration.until_gone();
+    let before = counters_of(&source);
+    let stopped = check_consistent(before.clone()).unwrap();
+    let mut early = false;
+    wait_until("the guest counts on", PATIENCE, || {
+        let counted = counters_of(&destination).iter().zip(&before).any(|(there, here)| *there == here.wrapping_add(1));
+        let status = destination.status();
+        early |= counted && status.counters.remaining_pages > 0;
+        early || status.phase.is_final()
+    })
+    .unwrap();
+    // After passes little may remain, and be there at once.
+    assert!(early || switch != Switch::AtOnce, "the guest counts on before its memory is there");
+    let [_, incoming] = migration.finish();
+    assert!(incoming.counters.faults > 0 || switch != Switch::AtOnce, "{:?}", incoming.counters);
+    assert_eq!(destination.status().phase, Phase::Completed);
+
+    let sweeps = || counters_of(&destination)[0].wrapping_sub(stopped.sweeps);
+    wait_until("two sweeps at the destination", PATIENCE, || sweeps() >= 2).unwrap();
+    destination.vmm.stop().unwrap();
+    assert!(check_consistent(counters_of(&destination)).unwrap().sweeps >= stopped.sweeps + 2);
+    assert_eq!(check_consistent(counters_of(&source)).unwrap(), stopped, "the source stands still");
+    // The guest does not write its firmware.
+    let discarded = source.client().discarded(0).unwrap();
+    let firmware = |page: u64| PageRange::new(0, FIRMWARE_PAGES).end() > page;
+    same_block(source.block(0), &discarded, destination.block(0), firmware).unwrap();
+}
+
+#[test]
+fn a_guest_under_kvm_counts_on_before_its_memory_is_there() {
+    if require::kvm() && require::uffd() {
+        moves(Pages::Small, Switch::AtOnce, |_, _| Tracker::Log);
+    }
+}
+
+#[test]
+fn a_guest_tracked_by_kvms_dirty_log_goes_after_its_passes() {
+    if require::kvm() && require::uffd() {
+        for switch in [Switch::AfterPasses(2), Switch::OnNonConvergence] {
+            moves(Pages::Small, switch, |guest, _| Tracker::Hooks(Box::new(guest.dirty_log().unwrap())));
+        }
+    }
+}
+
+#[test]
+fn a_guest_tracked_by_write_protection_goes_after_its_passes() {
+    if require::kvm() && require::uffd() {
+        moves(Pages::Small, Switch::AfterPasses(2), |_, memory| Tracker::write_protect(memory).unwrap());
+    }
+}
+
+#[test]
+fn a_guest_under_kvm_on_huge_pages_goes_at_once_and_after_its_passes() {
+    if !(require::kvm() && require::uffd()) {
+        return;
+    }
+    let Some(_pool) = require::hugetlb(2 * (2 * 2 + 1)) else { return };
+    moves(Pages::Huge, Switch::AtOnce, |_, _| Tracker::Log);
+    moves(Pages::Huge, Switch::AfterPasses(2), |guest, _| Tracker::Hooks(Box::new(guest.dirty_log().unwrap())));
+    moves(Pages::Huge, Switch::AfterPasses(2), |_, memory| Tracker::write_protect(memory).unwrap());
+}
