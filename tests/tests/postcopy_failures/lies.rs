@@ -131,9 +131,10 @@ fn a_stranger_is_not_taken_for_the_source_of_a_paused_postcopy() {
     still_paused(&scene);
     // The right session with other memory, or with too few streams.
     let other = Hello { flags: recover, streams: 2, urgent: 1, blocks: BlockTable::new(), ..session.clone() };
-    let mut second = connect();
-    second.write_all(&record(&Hello { stream: 1, ..other.clone() })).unwrap();
-    assert_says(&answer_to(connect(), &record(&other)).unwrap(), &["0 blocks"]);
+    let (mut primary, mut second) = (connect(), connect());
+    primary.write_all(&record(&other)).unwrap();
+    second.write_all(&record(&Hello { stream: 1, ..other })).unwrap();
+    assert_says(&answer_to(primary, &[]).unwrap(), &["0 blocks"]);
     still_paused(&scene);
     let few = Hello { flags: recover, ..session };
     assert_says(&answer_to(connect(), &record(&few)).unwrap(), &["silent for 400ms"]);
