@@ -217,6 +217,8 @@ fn a_lie_of_the_destination_that_asks_pauses_the_source_and_the_truth_goes_on() 
         eprintln!("{words:?}");
         let mut scene = Scene::start(Wire::Unix, &postcopy());
         let (request, touch) = scene.until_runs();
+        // It does not end before the lie is heard.
+        let _end = scene.relay.until(|record| record.kind == Kind::End && record.stream == 0);
         tell(&mut scene, request, lie);
         let (source, _) = scene.assert_paused();
         assert_says(&source.error, words);
