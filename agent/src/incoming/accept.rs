@@ -12,7 +12,6 @@ use pageferry_protocol::stream::hello::{
 };
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use rustix::event::PollFlags;
-use std::cmp::Reverse;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -290,8 +289,7 @@ fn complete_session(pending: &[Pending]) -> Option<[u8; 16]> {
 
 /// Puts the streams in order, checks what the source wants, and lets a cancel reach them.
 fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
-    // A source that comes again means its new connections, even if it is not known yet that the old ones are dead.
-    streams.sort_by_key(|one| (one.hello.as_ref().map(|hello| hello.stream), Reverse(one.since)));
+    streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     for stream in &streams {
         job.cancel.watch(stream.reader.socket().as_fd())?;

@@ -187,6 +187,10 @@ fn a_hook_that_fails_or_never_answers_leaves_the_guest_running_and_the_destinati
         }
         vmm.off(at);
         drop(hold);
+        if never && at == At::MemoryPending {
+            // It comes to it, too late, and then to what undoes it.
+            wait_until("the late registration", SOON, || lock(&vmm.asked).complete == 1).unwrap();
+        }
         assert_runs_here(source);
         assert_nothing_there(there);
         assert_next_completes(source, there);

@@ -39,7 +39,8 @@ fn a_source_agent_that_is_killed_again_and_again_is_followed_by_another_that_goe
             recover(&scene);
             let _record = scene.relay.until(|record| record.kind == killed_at);
             kill_agent(&mut scene);
-            assert!(touch.waits());
+            // Of what was sent something may arrive still.
+            assert!(touch.waits() || killed_at == Kind::Data);
         }
         // One that does not know where to go says so.
         let refused = scene.source.client.recover(None, &postcopy()).unwrap_err().to_string();

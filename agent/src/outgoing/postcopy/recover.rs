@@ -48,6 +48,8 @@ impl Supply {
     /// If nobody is going to recover it.
     pub fn recover(&mut self, mut why: JobError) -> Result<(), JobError> {
         loop {
+            // The destination is to see these connections closed.
+            self.job.cancel.release();
             self.job.recovery.pause();
             self.job.pause(&why);
             match self.wait() {
