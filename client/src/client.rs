@@ -249,7 +249,9 @@ impl Client {
     }
 
     /// Takes the guest by force: an operator's decision, who looked at both sides and knows that the destination does not run. Says
-    /// nothing to the agent and calls no hook: the VMM then resumes the guest by itself.
+    /// nothing to the agent and calls no hook: the VMM then resumes the guest by itself. In a postcopy with
+    /// [`release`](crate::OutgoingOptions::release) the memory here may not be whole any more: the agent's
+    /// [`released_pages`](pageferry_protocol::control::job::Counters::released_pages) says so, and it refuses `resume --force`; this call does not.
     pub fn take_by_force(&self) {
         log::warn!("the guest is taken by force; ownership was {:?}", self.ownership());
         self.inner.ownership.lock().take_by_force();

@@ -2,7 +2,7 @@
 
 use crate::client::Client;
 use crate::error::Error;
-use crate::ownership::Ownership;
+use crate::ownership::{Migration, Ownership};
 use pageferry_protocol::control::job::{IncomingOptions, JobStatus, MAX_ADDRESS, OutgoingOptions};
 use pageferry_protocol::control::request::{JobStarted, Request};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -100,13 +100,15 @@ impl Client {
             return Err(Error::Address { length: address.len() });
         }
         let ownership = self.ownership();
-        let session = match (self.shared_ownership().session(), ownership) {
-            (Some(session), _) => session,
+        let Migration { session, release } = match (self.shared_ownership().migration(), ownership) {
+            (Some(migration), _) => migration,
             // The destination's, which is paused in its agent or not at all.
-            (None, Ownership::Ours) => [0; 16],
+            (None, Ownership::Ours) => Migration::default(),
             (None, _) => return Err(Error::NothingToRecover { ownership }),
         };
-        let request = Request::Recover { session, address: address.to_owned(), options: options.clone() };
+        // What was begun so is not whole here any more, whatever the options say now.
+        let options = OutgoingOptions { release: options.release || release, ..options.clone() };
+        let request = Request::Recover { session, address: address.to_owned(), options };
         self.session().control.request(&request, &[], JobStarted::decode)
     }
 

@@ -217,13 +217,22 @@ impl Machine {
 #[derive(Debug)]
 pub(crate) struct SharedOwnership {
     machine: Mutex<Machine>,
-    /// What tells the migration that the guest was given up to; zeroes if it cannot be recovered. For an agent that did not begin it.
-    session: Mutex<[u8; 16]>,
+    /// The migration that the guest was given up to last.
+    migration: Mutex<Migration>,
+}
+
+/// What an agent has to know that goes on with a migration which another one began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Migration {
+    /// What tells it from others; zeroes if it cannot be recovered.
+    pub(crate) session: [u8; 16],
+    /// Pages are freed here as they arrive there.
+    pub(crate) release: bool,
 }
 
 impl SharedOwnership {
     pub(crate) fn new() -> Self {
-        Self { machine: Mutex::new(Machine::new()), session: Mutex::default() }
+        Self { machine: Mutex::new(Machine::new()), migration: Mutex::default() }
     }
 
     /// The machine. Never hold it while calling a hook or the agent.
@@ -232,14 +241,14 @@ impl SharedOwnership {
     }
 
     /// The guest is about to be given up to this migration.
-    pub(crate) fn keep_session(&self, session: [u8; 16]) {
-        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session;
+    pub(crate) fn keep(&self, migration: Migration) {
+        *self.migration.lock().unwrap_or_else(PoisonError::into_inner) = migration;
     }
 
     /// The migration that the guest was given up to; `None` if it was not, or not to one that could be recovered.
-    pub(crate) fn session(&self) -> Option<[u8; 16]> {
-        let session = *self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        (self.lock().ownership() == Ownership::Relinquished && session != [0; 16]).then_some(session)
+    pub(crate) fn migration(&self) -> Option<Migration> {
+        let migration = *self.migration.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.lock().ownership() == Ownership::Relinquished && migration.session != [0; 16]).then_some(migration)
     }
 }
 

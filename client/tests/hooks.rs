@@ -54,7 +54,7 @@ fn failing_hook_is_answered_with_its_sentence() {
     let mut attached = Attached::new(Vmm { fails: "pause", ..Vmm::default() });
     let error = attached.hook(&Hook::Pause).unwrap_err();
     assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Other, "vCPU 3 does not stop"));
-    assert_eq!(attached.refused(&Hook::Relinquish { session: [0; 16] }), ErrorCode::State);
+    assert_eq!(attached.refused(&Hook::Relinquish { session: [0; 16], release: false }), ErrorCode::State);
     assert_eq!(attached.hook(&RESUME), Ok(()));
     assert_eq!(attached.calls(), ["pause", "resume"], "a resume is passed on, though the guest counts as running");
     attached.lose_agent();
@@ -157,9 +157,9 @@ fn hanging_agent_that_is_given_up_does_not_keep_the_guest_paused() {
 #[test]
 fn agent_that_dies_after_the_line_leaves_the_guest_standing_still() {
     let mut attached = Attached::new(Vmm::default());
-    assert_eq!(attached.refused(&Hook::Relinquish { session: [0; 16] }), ErrorCode::State, "it runs");
+    assert_eq!(attached.refused(&Hook::Relinquish { session: [0; 16], release: false }), ErrorCode::State, "it runs");
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
-    assert_eq!(attached.hook(&Hook::Relinquish { session: [0; 16] }), Ok(()));
+    assert_eq!(attached.hook(&Hook::Relinquish { session: [0; 16], release: false }), Ok(()));
     assert_eq!(attached.client.ownership(), Ownership::Relinquished);
     let (client, vmm) = attached.lose_agent();
     assert_eq!(vmm.calls(), ["pause", "lost Relinquished"]);
@@ -180,11 +180,11 @@ fn agent_that_dies_after_the_line_leaves_the_guest_standing_still() {
 #[test]
 fn agent_that_knows_that_no_commit_left_gives_the_guest_back() {
     let mut attached = Attached::new(Vmm::default());
-    for hook in [Hook::Pause, Hook::Relinquish { session: [0; 16] }, RESUME] {
+    for hook in [Hook::Pause, Hook::Relinquish { session: [0; 16], release: false }, RESUME] {
         assert_eq!(attached.hook(&hook), Ok(()), "{}", hook.name());
     }
     assert_eq!((attached.calls().len(), attached.client.ownership()), (2, Ownership::Ours));
-    for hook in [Hook::Pause, Hook::Relinquish { session: [0; 16] }] {
+    for hook in [Hook::Pause, Hook::Relinquish { session: [0; 16], release: false }] {
         assert_eq!(attached.hook(&hook), Ok(()), "{}", hook.name());
     }
     attached.agent.send_hook(&event(JobKind::Outgoing, Phase::Completed), Vec::new());

@@ -58,6 +58,8 @@ struct State {
     paused: Option<Instant>,
     /// The guest is to be moved before its memory, after this pass.
     switch: bool,
+    /// It goes on with what another agent began.
+    taken_up: bool,
 }
 
 impl Job {
@@ -76,7 +78,15 @@ impl Job {
             recovery: Recovery::new()?,
             live: Arc::default(),
             started: Instant::now(),
-            state: Mutex::new(State { status, options, frozen: false, owed: None, paused: None, switch: false }),
+            state: Mutex::new(State {
+                status,
+                options,
+                frozen: false,
+                owed: None,
+                paused: None,
+                switch: false,
+                taken_up: false,
+            }),
             notify,
         })
     }
@@ -163,6 +173,24 @@ impl Job {
         self.state().switch
     }
 
+    /// It goes on with what another agent began.
+    pub fn takes_up(&self) {
+        self.state().taken_up = true;
+    }
+
+    /// Refuses to have the guest run from its memory here, when that is not whole any more, or may not be.
+    ///
+    /// # Errors
+    /// If pages were released, or an agent that began the job may have done so.
+    pub fn check_whole(&self) -> Result<(), Released> {
+        let (pages, state) = (get(&self.live.released_pages), self.state());
+        match pages {
+            0 if state.taken_up && state.options.release => Err(Released::Perhaps),
+            0 => Ok(()),
+            pages => Err(Released::Pages(pages)),
+        }
+    }
+
     /// Ends the job.
     pub fn finish(&self, outcome: &Result<(), JobError>) {
         self.cancel.release();
@@ -227,6 +255,19 @@ impl Job {
 #[error("job {job} is past its last sync: populate again if it ends with the guest here")]
 pub struct Frozen {
     job: u64,
+}
+
+/// The guest's memory is not whole here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Released {
+    /// This many were freed once the destination had them.
+    #[error("{0} pages of the guest were released here: its memory is not whole any more")]
+    Pages(u64),
+    /// The agent that began this is gone.
+    #[error(
+        "the agent that began this migration may have released pages of the guest here: its memory may not be whole any more"
+    )]
+    Perhaps,
 }
 
 /// A duration in whole microseconds.

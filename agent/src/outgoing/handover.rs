@@ -5,6 +5,7 @@ use super::connect::{Primary, SessionId};
 use crate::hooks::HookError;
 use crate::job::{Job, JobError, add, micros};
 use pageferry_protocol::control::hook::{Hook, PieceSize};
+use pageferry_protocol::control::job::OutgoingOptions;
 use pageferry_protocol::stream::payload::{StatePart, Totals};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::os::fd::OwnedFd;
@@ -50,7 +51,8 @@ impl PausedGuest {
     pub fn commit(&mut self, primary: &mut Primary, session: SessionId) -> Result<(), JobError> {
         // From here on a cancel is refused, and the VMM does not resume the guest by itself, even if it loses this process.
         self.job.cancel.cross_the_line()?;
-        if let Err(error) = self.job.hooks.ask(&Hook::Relinquish { session }, self.job.options().hook_timeout) {
+        let OutgoingOptions { release, hook_timeout, .. } = self.job.options();
+        if let Err(error) = self.job.hooks.ask(&Hook::Relinquish { session, release }, hook_timeout) {
             // No commit was sent: the guest is still ours, and the drop says so to the VMM.
             self.job.cancel.step_back();
             return Err(error.into());

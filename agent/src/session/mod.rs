@@ -140,10 +140,22 @@ impl Session {
         jobs.find(|job| job.status().phase == Phase::PostcopyPaused).cloned()
     }
 
-    /// Refuses jobs when the agent is about to end.
-    fn check_stays(&self) -> Result<(), RemoteError> {
+    /// Refuses jobs when the agent is about to end, or still has the guest of a VMM that is gone: the next job would take the place of that one, which
+    /// nobody could recover any more.
+    fn check_takes_jobs(&self) -> Result<(), RemoteError> {
         if self.stopping {
             return Err(RemoteError::new(ErrorCode::Busy, "the agent is about to end, and takes no job any more"));
+        }
+        // One that is cancelled ends by itself, and nobody asks for it.
+        if let Some(job) = self.before.job().filter(|job| !job.cancel.is_cancelled()) {
+            let JobStatus { job, phase, .. } = job.status();
+            if !phase.is_final() {
+                let sentence = format!(
+                    "job {job} of the VMM before is in phase {}, and its guest's memory is here: a job can be started once that one has ended",
+                    phase.name()
+                );
+                return Err(RemoteError::new(ErrorCode::Busy, sentence));
+            }
         }
         Ok(())
     }

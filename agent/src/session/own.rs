@@ -149,7 +149,7 @@ impl Session {
     }
 
     fn check_can_start(&self) -> Result<(), RemoteError> {
-        self.check_stays()?;
+        self.check_takes_jobs()?;
         self.check_idle("a job cannot be started")?;
         self.check_ours()?;
         if self.memory.blocks().is_empty() {
@@ -299,7 +299,7 @@ impl Session {
 
     /// Goes on with a migration that another agent began for this guest, and left when it died.
     fn take_up(&mut self, role: Role, session: [u8; 16], address: Option<Address>, options: OutgoingOptions) -> Answer {
-        self.check_stays()?;
+        self.check_takes_jobs()?;
         self.check_idle("no job is paused")?;
         if session == [0; 16] || role == Role::Operator {
             let sentence = "no job is paused here; one that another agent began can be taken up by the VMM alone, which knows its session";
@@ -316,6 +316,7 @@ impl Session {
         let urgent_streams = options.urgent_streams.clamp(1, MAX_STREAMS - 1);
         let streams = options.streams.min(MAX_STREAMS - urgent_streams);
         let job = self.new_job(JobKind::Outgoing, OutgoingOptions { mode, streams, urgent_streams, ..options })?;
+        job.takes_up();
         let (id, shown) = (job.id, format!("{address:?}"));
         self.run_job(&job, move |job| crate::outgoing::postcopy::recover::run(job, session, address))?;
         Ok(Box::new(move |encoder| JobStarted { job: id, address: shown }.encode(encoder)))
@@ -324,6 +325,9 @@ impl Session {
     /// Law 9: after an unconfirmed commit only an operator who looked at both sides may resume the guest.
     fn resume(&mut self, force: bool) -> Answer {
         if force {
+            if let Some((job, _)) = &self.job {
+                job.check_whole().map_err(|error| RemoteError::new(ErrorCode::State, error))?;
+            }
             self.abandon_paused()?;
         }
         self.check_idle("the guest cannot be resumed")?;
@@ -348,7 +352,7 @@ impl Session {
 }
 
 impl Session {
-    /// A paused outgoing postcopy is given up, if the guest's memory is whole here.
+    /// A paused outgoing postcopy is given up.
     fn abandon_paused(&mut self) -> Result<(), RemoteError> {
         let Some(job) = self.paused().filter(|job| job.kind == JobKind::Outgoing) else { return Ok(()) };
         if !self.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
@@ -356,12 +360,6 @@ impl Session {
                 "job {} is paused, and the VMM that handed the guest over is gone: nobody can resume it here, only recover it",
                 job.id
             );
-            return Err(RemoteError::new(ErrorCode::State, sentence));
-        }
-        let released = job.status().counters.released_pages;
-        if released > 0 {
-            let sentence =
-                format!("{released} pages of the guest were released here: its memory is not whole any more");
             return Err(RemoteError::new(ErrorCode::State, sentence));
         }
         job.recovery.ask(job::Request::Abandon);

@@ -11,7 +11,7 @@ use crate::control::Link;
 use crate::error::{Error, with_sources};
 use crate::faults::Faults;
 use crate::memory::Memory;
-use crate::ownership::{Forbidden, Ownership, Resume, SharedOwnership};
+use crate::ownership::{Forbidden, Migration, Ownership, Resume, SharedOwnership};
 use pageferry_protocol::control::hook::{self, Hook, PieceSize, encode_hook_reply, encode_state_reply, reply_sequence};
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
@@ -185,7 +185,7 @@ impl HookChannel {
                 Ok(())
             }
             Ok(Hook::SaveState) => self.save_state(sequence, hooks),
-            Ok(Hook::Relinquish { session }) => self.relinquish(sequence, session),
+            Ok(Hook::Relinquish { session, release }) => self.relinquish(sequence, Migration { session, release }),
             Ok(Hook::RegisterFaults) => self.register_faults(sequence, hooks),
             Ok(other) => {
                 let name = other.name();
@@ -217,8 +217,8 @@ impl HookChannel {
     }
 
     /// The line of law 9: turned before the answer leaves, turned back only if the agent cannot have the answer.
-    fn relinquish(&self, sequence: u64, session: [u8; 16]) -> Result<(), SocketError> {
-        self.parts.ownership.keep_session(session);
+    fn relinquish(&self, sequence: u64, migration: Migration) -> Result<(), SocketError> {
+        self.parts.ownership.keep(migration);
         let reply = self.parts.ownership.lock().relinquish(self.link.id).map_err(forbidden);
         if let Err(error) = &reply {
             log::warn!("hook relinquish: {error}");

@@ -86,6 +86,8 @@ pub enum Hook {
     Relinquish {
         /// What another agent needs to recover a postcopy that this one leaves behind; zeroes if there will be none.
         session: [u8; 16],
+        /// Pages are freed as they arrive there, so that an agent that goes on cannot take the memory here for whole.
+        release: bool,
     },
     /// The guest is about to run before its memory is here: register the mappings of all blocks for missing pages. Answered by the userfaultfd
     /// as the descriptor.
@@ -153,7 +155,7 @@ impl Hook {
             Self::Throttle { percent } => encoder.u32(*percent),
             Self::LoadState { pieces } => encode_pieces(pieces, encoder),
             Self::Event { status } => status.encode(encoder),
-            Self::Relinquish { session } => encoder.bytes(session),
+            Self::Relinquish { session, release } => encoder.bytes(session).u32(u32::from(*release)),
             Self::UnregisterFaults { complete } => encoder.u32(u32::from(*complete)),
             _ => encoder,
         }
@@ -176,7 +178,7 @@ impl Hook {
     fn decode_fields(hook: u32, decoder: &mut Decoder<'_>) -> Option<Result<Self, DecodeError>> {
         Some(match hook {
             code::PAUSE => Ok(Self::Pause),
-            code::RESUME => decoder.u32("force").map(|force| Self::Resume { force: force != 0 }),
+            code::RESUME => decode_flag(decoder, "force").map(|force| Self::Resume { force }),
             code::START_TRACKING => Ok(Self::StartTracking),
             code::STOP_TRACKING => Ok(Self::StopTracking),
             code::SYNC_TRACKER => Ok(Self::SyncTracker),
@@ -188,14 +190,26 @@ impl Hook {
             },
             code::SAVE_STATE => Ok(Self::SaveState),
             code::LOAD_STATE => decode_pieces(decoder).map(|pieces| Self::LoadState { pieces }),
-            code::RELINQUISH => decoder.array("session").map(|session| Self::Relinquish { session }),
+            code::RELINQUISH => decode_relinquish(decoder),
             code::REGISTER_FAULTS => Ok(Self::RegisterFaults),
             code::UNREGISTER_FAULTS => {
-                decoder.u32("complete").map(|complete| Self::UnregisterFaults { complete: complete != 0 })
+                decode_flag(decoder, "complete").map(|complete| Self::UnregisterFaults { complete })
             }
             code::EVENT => JobStatus::decode(decoder).map(|status| Self::Event { status: Box::new(status) }),
             _ => return None,
         })
+    }
+}
+
+fn decode_relinquish(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
+    let session = decoder.array("session")?;
+    Ok(Hook::Relinquish { session, release: decode_flag(decoder, "release")? })
+}
+
+fn decode_flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<bool, DecodeError> {
+    match decoder.u32(field)? {
+        value @ 0..=1 => Ok(value == 1),
+        value => Err(DecodeError::Value { field, value: value.into(), allowed: "0 or 1" }),
     }
 }
 
@@ -311,5 +325,18 @@ mod tests {
             Hook::decode(code::LOAD_STATE, &pieces).unwrap(),
             Err(DecodeError::Value { field: "length", .. })
         ));
+    }
+
+    #[test]
+    fn what_is_yes_or_no_is_nothing_else() {
+        let body = |before: &[u8]| Encoder::new().u64(1).bytes(before).u32(2).finish();
+        for (code, before, field) in [
+            (code::RESUME, &[][..], "force"),
+            (code::UNREGISTER_FAULTS, &[], "complete"),
+            (code::RELINQUISH, &[7; 16], "release"),
+        ] {
+            let refused = Hook::decode(code, &body(before)).unwrap().unwrap_err();
+            assert_eq!(refused, DecodeError::Value { field, value: 2, allowed: "0 or 1" });
+        }
     }
 }

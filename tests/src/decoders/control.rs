@@ -221,7 +221,7 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::Throttle { percent: 99 },
         Hook::SaveState,
         Hook::LoadState { pieces },
-        Hook::Relinquish { session: [7; 16] },
+        Hook::Relinquish { session: [7; 16], release: true },
         Hook::RegisterFaults,
         Hook::UnregisterFaults { complete: true },
         Hook::Event { status: Box::new(status()) },

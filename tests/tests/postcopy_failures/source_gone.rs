@@ -2,7 +2,7 @@
 
 use crate::common::{Agent, Attached, SOON, WIRES, Wire, lock};
 use crate::scene::{Scene, Side, WANTED, assert_arrived, empty, postcopy, run, stamp_of, stamped};
-use pageferry_client::{OutgoingOptions, Ownership, Phase};
+use pageferry_client::{OutgoingOptions, Ownership, Phase, Target};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
@@ -82,15 +82,26 @@ fn an_agent_that_takes_it_up_pauses_like_the_first() {
 }
 
 #[test]
-fn a_destination_that_tells_what_it_placed_is_understood_by_an_agent_that_does_not_want_to_know() {
+fn what_one_agent_may_have_released_the_next_does_not_take_for_whole() {
     if !require::uffd() {
         return;
     }
     let mut scene = far_source(Wire::Unix, &OutgoingOptions { release: true, ..postcopy() });
     let (_request, touch) = scene.until_runs();
+    let _end = scene.relay.until(|record| record.kind == Kind::End && record.stream == 0);
+    let source = &scene.source;
+    scene.relay.pump("the release", || source.seen().counters.released_pages > 0);
     kill_agent(&mut scene);
-    let address = scene.relay.address();
-    scene.source.client.recover(Some(&address), &OutgoingOptions::default()).unwrap();
+    // Whatever the options say now.
+    scene.source.client.recover(Some("unix:/nonexistent/stream"), &OutgoingOptions::default()).unwrap();
+    let status = scene.source.reaches(Phase::PostcopyPaused);
+    assert_eq!(status.counters.released_pages, 0, "this one has released none");
+    let resume = scene.source.run("resume", &["--force"]);
+    assert_eq!(resume.status.code(), Some(1));
+    let said = String::from_utf8(resume.stderr).unwrap();
+    assert!(said.contains("may not be whole"), "{said}");
+    assert_eq!(scene.source.vmm.resumes(), 0);
+    scene.source.client.recover(Some(&scene.relay.address()), &OutgoingOptions::default()).unwrap();
     scene.assert_completes();
     assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
 }
@@ -113,6 +124,12 @@ fn a_source_vmm_that_goes_leaves_the_memory_to_its_agent() {
                 assert_eq!(resume.status.code(), Some(1));
                 let said = String::from_utf8(resume.stderr).unwrap();
                 assert!(said.contains("is gone") && said.contains("only recover"), "{said}");
+                // The next VMM does not take its place.
+                let next = Attached::new(scene.source.agent.socket(), stamped());
+                let nowhere = Target::Address("unix:/nowhere".into());
+                let refused = next.client.start_outgoing(nowhere, &postcopy()).unwrap_err().to_string();
+                assert!(refused.contains("of the VMM before is in phase postcopy-paused"), "{refused}");
+                drop(next);
                 let (socket, there) = (scene.source.agent.socket().to_owned(), &scene.destination);
                 assert_eq!(there.seen().phase, Phase::PostcopyPaused);
                 let recover = std::thread::spawn(move || run(&socket, "recover", &["--json"]));

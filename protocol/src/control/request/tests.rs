@@ -1,0 +1,159 @@
+use super::*;
+use crate::control::job::{Compression, Counters, JobKind, JobStatus, Mode, NonConvergence, Phase};
+use proptest::prelude::*;
+
+fn any_options() -> impl Strategy<Value = OutgoingOptions> {
+    let policy = prop::sample::select(NonConvergence::NAMES.map(|(_, policy)| policy).to_vec());
+    let compression = prop_oneof![
+        Just(Compression::None),
+        Just(Compression::Lz4),
+        (1..=Compression::MAX_LEVEL).prop_map(Compression::Zstd),
+    ];
+    let mode = prop::sample::select(Mode::NAMES.map(|(_, mode)| mode).to_vec());
+    let postcopy = (mode, any::<u32>(), any::<bool>());
+    let numbers = (1u16..=32, 0u64..1 << 40, any::<u64>(), any::<u32>(), 1u64..1 << 30);
+    (numbers, policy, compression, postcopy).prop_map(
+        |((streams, downtime, bandwidth, max_passes, timeout), policy, compression, (mode, switch_after, release))| {
+            OutgoingOptions {
+                streams,
+                downtime_limit: Duration::from_micros(downtime),
+                bandwidth,
+                max_passes,
+                policy: if mode == Mode::Hybrid { policy } else { NonConvergence::Fail },
+                compression,
+                mode,
+                switch_after,
+                urgent_streams: 33 - streams,
+                release,
+                peer_timeout: Duration::from_micros(timeout),
+                hook_timeout: Duration::from_micros(timeout + 1),
+            }
+        },
+    )
+}
+
+fn any_ranges() -> impl Strategy<Value = Vec<BlockRange>> {
+    let range = (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(block, offset, length)| BlockRange {
+        block,
+        offset,
+        length,
+    });
+    prop::collection::vec(range, 0..40)
+}
+
+fn any_request() -> impl Strategy<Value = Request> {
+    prop_oneof![
+        (any::<u16>(), any::<u16>(), any::<u64>()).prop_map(|(version_min, version_max, features)| Request::Hello {
+            version_min,
+            version_max,
+            features
+        }),
+        (any::<[u64; 5]>(), any::<u32>(), "[a-z]{1,255}", 0u32..2).prop_map(|(n, id, name, flags)| {
+            Request::AddBlock {
+                geometry: BlockGeometry { id, name, gpa: n[0], length: n[1], granularity: n[2] },
+                fd_offset: n[3],
+                vmm_address: n[4],
+                flags,
+            }
+        }),
+        any::<u32>().prop_map(|id| Request::RemoveBlock { id }),
+        (0u32..2, any_ranges()).prop_map(|(flags, ranges)| Request::Discard { flags, ranges }),
+        any_ranges().prop_map(|ranges| Request::Populate { ranges }),
+        (0u32..4).prop_map(|sources| Request::SetTrackers { sources }),
+        (".{0,60}", any_options()).prop_map(|(target, options)| Request::StartOutgoing { target, options }),
+        any_options().prop_map(|options| Request::SetParameters { options }),
+        (10u64..3_600_000).prop_map(|ms| Request::Subscribe { interval: Duration::from_millis(ms) }),
+        any::<bool>().prop_map(|force| Request::Resume { force }),
+        (any::<[u8; 16]>(), ".{0,60}", any_options()).prop_map(|(session, address, options)| Request::Recover {
+            session,
+            address,
+            options
+        }),
+        Just(Request::StartPostcopy),
+        Just(Request::Cancel),
+        Just(Request::QueryStatus),
+        Just(Request::StartIncoming { listen: "tcp:[::1]:0".into(), options: IncomingOptions::default() }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn requests_survive_the_wire(request in any_request()) {
+        let body = request.encode();
+        prop_assert!(body.len() <= MAX_BODY);
+        prop_assert_eq!(Request::decode(request.code(), &body), Some(Ok(request.clone())));
+        let mut longer = body.clone();
+        longer.push(0);
+        prop_assert!(Request::decode(request.code(), &longer).unwrap().is_err(), "longer than its type");
+        if let Some(shorter) = body.len().checked_sub(1) {
+            prop_assert!(Request::decode(request.code(), &body[..shorter]).unwrap().is_err(), "shorter than its type");
+        }
+    }
+}
+
+#[test]
+fn a_compression_that_does_not_exist_is_refused_by_field() {
+    let options = |which: u16, level: u16| {
+        let mut body = OutgoingOptions::default().encode(Encoder::new()).finish();
+        let at = body.len() - 8 - 8 - 4;
+        body[at..at + 2].copy_from_slice(&which.to_le_bytes());
+        body[at + 2..at + 4].copy_from_slice(&level.to_le_bytes());
+        OutgoingOptions::decode(&mut Decoder::new(&body)).map(|options| options.compression)
+    };
+    assert_eq!(options(0, 0), Ok(Compression::None));
+    assert_eq!(options(1, 0), Ok(Compression::Lz4));
+    assert_eq!(options(2, 19), Ok(Compression::Zstd(19)));
+    for (which, level) in [(0, 1), (1, 1), (2, 0), (2, 20), (2, 257)] {
+        let error = options(which, level).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("compression_level is {level:#x}, allowed: ")), "{error}");
+    }
+    let error = options(3, 1).unwrap_err().to_string();
+    assert_eq!(error, "compression is 0x3, allowed: 0 none, 1 lz4, 2 zstd");
+}
+
+#[test]
+fn what_postcopy_needs_is_refused_by_field() {
+    let refused = |options: OutgoingOptions| {
+        let body = options.encode(Encoder::new()).finish();
+        OutgoingOptions::decode(&mut Decoder::new(&body)).unwrap_err().to_string()
+    };
+    let hybrid = OutgoingOptions { mode: Mode::Hybrid, ..OutgoingOptions::default() };
+    for (streams, urgent_streams) in [(1, 0), (63, 2), (64, u16::MAX)] {
+        let error = refused(OutgoingOptions { streams, urgent_streams, ..hybrid.clone() });
+        assert!(error.starts_with(&format!("urgent_streams is {urgent_streams:#x}, allowed: at least 1")), "{error}");
+    }
+    for mode in [Mode::Precopy, Mode::Postcopy] {
+        let error = refused(OutgoingOptions { mode, policy: NonConvergence::Postcopy, ..hybrid.clone() });
+        assert_eq!(error, "policy is 0x4, allowed: 4 postcopy only with mode 2 hybrid");
+    }
+}
+
+#[test]
+fn a_status_survives_the_wire() {
+    let counters = Counters { passes: 3, throttle_percent: 99, wire_bytes: u64::MAX, ..Counters::default() };
+    let status =
+        JobStatus { job: 7, kind: JobKind::Outgoing, phase: Phase::Unconfirmed, counters, error: "gone".into() };
+    let body = status.encode(Encoder::new()).finish();
+    let mut decoder = Decoder::new(&body);
+    assert_eq!(JobStatus::decode(&mut decoder).unwrap(), status);
+    decoder.finish().unwrap();
+}
+
+#[test]
+fn replies_carry_a_result_or_a_sentence() {
+    let good: Reply<RangesReply> = Ok(RangesReply { changed_pages: 9 });
+    let body = encode_reply(&good, RangesReply::encode);
+    assert_eq!(decode_reply(&body, RangesReply::decode).unwrap(), good);
+    let bad: Reply<RangesReply> = Err(RemoteError::new(ErrorCode::Busy, "block 3 is in use"));
+    let body = encode_reply(&bad, RangesReply::encode);
+    assert_eq!(decode_reply(&body, RangesReply::decode).unwrap(), bad);
+}
+
+#[test]
+fn unknown_codes_and_flags_are_told_apart_from_short_bodies() {
+    assert!(Request::decode(0x1fff, &[]).is_none());
+    let error = Request::decode(code::DISCARD, &Encoder::new().u32(2).u32(0).finish()).unwrap().unwrap_err();
+    assert!(matches!(error, DecodeError::Value { field: "flags", value: 2, .. }));
+    let error = Request::decode(code::DISCARD, &Encoder::new().u32(0).u32(u32::MAX).finish()).unwrap().unwrap_err();
+    assert!(matches!(error, DecodeError::Value { field: "count", .. }));
+}
