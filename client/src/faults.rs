@@ -6,8 +6,9 @@
 //! # If the agent dies in between
 //!
 //! What was missing then never comes: the guest cannot go on. Nobody may take the missing pages for zero, so the mappings stay registered, and who touches
-//! them waits. The VMM is told at once ([`Hooks::memory_lost`](crate::Hooks::memory_lost)) and stops its guest. After that, whoever still waits, such as the thread of
-//! a device, gets SIGBUS instead of waiting for ever, page by page as they are touched.
+//! them waits. The VMM is told at once ([`Hooks::memory_lost`](crate::Hooks::memory_lost)) and stops its guest. When the hook has returned, or after five seconds,
+//! whoever still waits, such as the thread of a device, gets SIGBUS instead of waiting for ever, page by page as they are touched. The five seconds are for a
+//! VMM whose hooks wait themselves: for a page, so that they do not hear of the end, or for a thread that waits for one.
 //!
 //! If no guest has run here yet, none is lost: who waits goes on, and what is missing is zero, of a guest that never runs here.
 //!
@@ -17,15 +18,19 @@
 use crate::client::WeakClient;
 use crate::error::Error;
 use crate::memory::Memory;
-use crate::ownership::SharedOwnership;
+use crate::ownership::{Ownership, SharedOwnership};
 use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, Userfaultfd, feature};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+/// How long the VMM has to stop its guest before those who wait for what never comes get an error: it may be one of them.
+const GRACE: Duration = Duration::from_secs(5);
+/// How often all who wait are woken once the agent is lost: one that is not dead may still read faults, and answers none.
+const WAKE: Duration = Duration::from_millis(250);
 /// Time between two signs of life of the agent.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
@@ -41,7 +46,12 @@ enum State {
     /// The agent places what is missing.
     Pending(Registered),
     /// It never will. Dropping the sender ends the thread that answers who touches what is missing.
-    Lost { _registered: Arc<Registered>, _stop: Option<OwnedFd> },
+    Lost {
+        _registered: Arc<Registered>,
+        _stop: Option<OwnedFd>,
+        /// The VMM has been told.
+        told: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -123,8 +133,14 @@ impl Faults {
         }
     }
 
-    /// Answers who touches what is missing with SIGBUS from now on, as long as the client lives. To be called when the guest was stopped.
-    pub(crate) fn give_up(&self) {
+    /// True if memory is missing that never comes, now that the agent is lost, and the VMM is to be told.
+    pub(crate) fn is_news(&self) -> bool {
+        matches!(*self.state(), State::Pending(_) | State::Lost { told: false, .. })
+    }
+
+    /// Answers who touches what is missing with SIGBUS from now on, as long as the client lives. To be called when the guest was stopped, of which the VMM was
+    /// told, or had time enough to be.
+    pub(crate) fn give_up(&self, is_told: bool) {
         let mut state = self.state();
         match std::mem::take(&mut *state) {
             State::Pending(mut registered) => {
@@ -133,9 +149,12 @@ impl Faults {
                 let stop = poison(&registered).inspect_err(|error| {
                     log::error!("who touches a missing page waits for ever: {}", crate::error::with_sources(error));
                 });
-                *state = State::Lost { _registered: registered, _stop: stop.ok() };
+                *state = State::Lost { _registered: registered, _stop: stop.ok(), told: is_told };
             }
-            other => *state = other,
+            State::Lost { _registered, _stop, told } => {
+                *state = State::Lost { _registered, _stop, told: told || is_told };
+            }
+            State::Whole => {}
         }
     }
 }
@@ -149,8 +168,16 @@ fn watch(client: WeakClient) -> Result<Sender<()>, Error> {
             let Some(client) = client.upgrade() else { return };
             if let Err(Error::AgentLost { .. }) = client.status() {
                 client.faults().let_go(client.shared_ownership());
-                return;
+                break;
             }
+        }
+        // The hook channel ends this when it has told the VMM.
+        if stopped.recv_timeout(GRACE) == Err(RecvTimeoutError::Timeout)
+            && let Some(client) = client.upgrade()
+            && client.ownership() == Ownership::Ours
+        {
+            log::error!("memory is lost, and the VMM has not stopped its guest: who waits for a page gets SIGBUS");
+            client.faults().give_up(false);
         }
     };
     let thread = std::thread::Builder::new().name("pageferry-watch".into()).spawn(run);
@@ -165,9 +192,11 @@ fn poison(registered: &Arc<Registered>) -> Result<OwnedFd, Error> {
     let run = move || {
         let mut faults = [0; MAX_FAULTS];
         while let Some(registered) = weak.upgrade() {
-            // Who waits already was read by the agent, and has to come again.
-            let woken = registered.ranges.iter().try_for_each(|range| registered.uffd.wake(*range));
-            if woken.is_err() || !answer(&registered, &stopped, &mut faults) {
+            // Who waits already was read by the agent, and has to come again. What is unmapped by now nobody waits for.
+            for range in &registered.ranges {
+                let _ = registered.uffd.wake(*range);
+            }
+            if !answer(&registered, &stopped, &mut faults) {
                 return;
             }
         }
@@ -176,13 +205,15 @@ fn poison(registered: &Arc<Registered>) -> Result<OwnedFd, Error> {
     thread.map(|_| stop).map_err(|source| Error::Thread { source })
 }
 
-/// Poisons the pages of the faults that come; false when it is to end, or cannot.
+/// Poisons the pages of the faults that come, for a while; false when it is to end, or cannot.
 fn answer(registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAULTS]) -> bool {
-    loop {
+    let until = Instant::now() + WAKE;
+    while Instant::now() < until {
         let mut polled = [PollFd::new(&registered.uffd, PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
-        match poll(&mut polled, None) {
+        let wake = Timespec { tv_sec: 0, tv_nsec: i64::from(WAKE.subsec_nanos()) };
+        match poll(&mut polled, Some(&wake)) {
+            Ok(0) | Err(Errno::INTR) => continue,
             Ok(_) => {}
-            Err(Errno::INTR) => continue,
             Err(_) => return false,
         }
         if !polled[1].revents().is_empty() {
@@ -197,6 +228,7 @@ fn answer(registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAU
             }
         }
     }
+    true
 }
 
 impl Registered {

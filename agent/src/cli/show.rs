@@ -106,6 +106,8 @@ pub fn done(what: &str, json: bool) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Progress {
     bar: Option<ProgressBar>,
+    /// It was said that the job is paused, and why.
+    paused: bool,
 }
 
 impl Progress {
@@ -120,7 +122,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
         };
-        Self { bar: (!json).then(bar) }
+        Self { bar: (!json).then(bar), paused: false }
     }
 
     /// Shows a status.
@@ -132,6 +134,12 @@ impl Progress {
         let Some(bar) = &self.bar else {
             return if status.phase.is_final() { Ok(()) } else { print(status, true) };
         };
+        let pauses = status.phase == Phase::PostcopyPaused;
+        if pauses && !self.paused {
+            // Not by the bar, which hides where there is no terminal: whoever waits there is to know that it is for him to act.
+            bar.suspend(|| writeln!(io::stderr(), "job {} is paused: {}", status.job, status.error))?;
+        }
+        self.paused = pauses;
         bar.set_length(counters.pass_pages.max(1));
         bar.set_position(counters.pass_pages_done.min(counters.pass_pages));
         if status.phase.is_postcopy() {

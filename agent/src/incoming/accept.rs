@@ -98,6 +98,10 @@ impl Wanted {
             Self::Session(session) if !recovers || hello.session != session => {
                 Err(JobError::State("a migration is paused here, and this is not its source".into()))
             }
+            // Without it there would be nobody to ask.
+            Self::Session(_) if hello.features & FEATURE_POSTCOPY == 0 => {
+                Err(JobError::State("a postcopy is paused here, and its source does not offer that any more".into()))
+            }
             _ => Ok(()),
         }
     }

@@ -64,20 +64,21 @@ fn take_guest(job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener
     job.enter(Phase::Loading);
     load(job, received)?;
     // If the source was not told, it finds out by asking its operator.
-    let _ = take_over(job, &mut accepted.readers[0], &accepted.writer)?;
+    let _ = take_over(job, &mut accepted.readers[0], &accepted.writer, &mut false)?;
     Ok(())
 }
 
 /// The end of every incoming migration: says that the state is loaded, waits for the commit, and lets the guest run. Whether the source was told is in the
-/// inner result.
+/// inner result. `ours` becomes true at the line: from then on the guest is here, even if the VMM does not resume it, or not in time.
 fn take_over(
-    job: &Job, primary: &mut RecordReader, writer: &RecordWriter,
+    job: &Job, primary: &mut RecordReader, writer: &RecordWriter, ours: &mut bool,
 ) -> Result<Result<(), TransportError>, JobError> {
     writer.write_plain(Kind::Loaded, 0)?;
     job.enter(Phase::Committing);
     wait_commit(job, primary)?;
     // ---- The line: the guest is ours. It is resumed whatever becomes of the connection.
     job.cancel.cross_the_line()?;
+    *ours = true;
     // It may use its memory from the moment on that it runs.
     job.thaw();
     job.hooks.ask(&Hook::Resume { force: false }, job.options().hook_timeout)?;

@@ -72,6 +72,16 @@ pub enum JobError {
         /// How many in the word where they begin.
         pages: u64,
     },
+    /// The destination's memory is of other pages than it was.
+    #[error("recovery: host pages of block {id} are {size:#x} bytes at the destination, and were {expected:#x} before")]
+    OtherHostPage {
+        /// The block.
+        id: u32,
+        /// Bytes, as it says now.
+        size: u64,
+        /// Bytes, as it said first.
+        expected: u64,
+    },
     /// The destination says that it has a page that was not sent.
     #[error("the destination says that it has page {first:#x} of block {id}, which was not sent")]
     NotSent {

@@ -134,6 +134,11 @@ impl Session {
         self.job.as_ref().map(|(job, _)| job).filter(|job| !job.status().phase.is_final())
     }
 
+    /// The job that an operator means: the one that runs, or else that of a VMM that is gone.
+    fn steered(&self) -> Option<&Arc<Job>> {
+        self.running().or_else(|| self.before.job().filter(|job| !job.status().phase.is_final()))
+    }
+
     /// The job that is paused in postcopy, if there is one; it may be that of a VMM that is gone, whose memory it still holds.
     fn paused(&self) -> Option<Arc<Job>> {
         let mut jobs = self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.before.job());

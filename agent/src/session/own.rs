@@ -165,6 +165,7 @@ impl Session {
 
     fn start_outgoing(&mut self, target: &str, options: OutgoingOptions, fds: Vec<OwnedFd>) -> Answer {
         self.check_can_start()?;
+        options.check_start().map_err(|error| invalid(&error))?;
         let destination = match socket_of(target, fds)? {
             Some(_) if options.mode.may_postcopy() => {
                 let mode = options.mode.name();
@@ -215,7 +216,7 @@ impl Session {
     }
 
     fn cancel(&mut self) -> Answer {
-        let Some(job) = self.running() else {
+        let Some(job) = self.steered() else {
             return Err(RemoteError::new(ErrorCode::NotFound, "no job is running"));
         };
         job.cancel.cancel().map_err(|error| RemoteError::new(ErrorCode::State, error))?;
@@ -223,7 +224,7 @@ impl Session {
     }
 
     fn set_parameters(&mut self, options: &OutgoingOptions) -> Answer {
-        match self.running() {
+        match self.steered() {
             Some(job) if job.kind == JobKind::Outgoing => {
                 let mode = job.options().mode;
                 if options.policy == NonConvergence::Postcopy && mode != Mode::Hybrid {
@@ -326,9 +327,13 @@ impl Session {
     fn resume(&mut self, force: bool) -> Answer {
         if force {
             if let Some((job, _)) = &self.job {
-                job.check_whole().map_err(|error| RemoteError::new(ErrorCode::State, error))?;
+                check_whole(job)?;
             }
             self.abandon_paused()?;
+            // It may have been on its way to a pause.
+            if let Some((job, _)) = &self.job {
+                check_whole(job)?;
+            }
         }
         self.check_idle("the guest cannot be resumed")?;
         let status = self.status();
@@ -369,6 +374,11 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// Refuses to have the guest run from memory that is not whole.
+fn check_whole(job: &Job) -> Result<(), RemoteError> {
+    job.check_whole().map_err(|error| RemoteError::new(ErrorCode::State, error))
 }
 
 fn touches_memory(request: &Request) -> bool {

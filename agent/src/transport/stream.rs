@@ -61,7 +61,7 @@ impl StreamSocket {
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
     }
 
-    /// Ends the receiving side, and wakes who reads; the peer does not notice.
+    /// Ends the receiving side, and wakes who reads. On a UNIX socket the peer can send no more, on TCP it does not notice.
     pub fn stop_reading(&self) {
         // Fails only if it is not connected any more.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Read);

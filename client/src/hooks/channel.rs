@@ -151,12 +151,12 @@ impl HookChannel {
 
     /// If memory is missing, it never comes.
     fn give_memory_up(&self, hooks: &mut dyn Hooks) {
-        if !self.parts.faults.pending() {
+        if !self.parts.faults.is_news() {
             return;
         }
         if self.parts.ownership.lock().ownership() == Ownership::Ours {
             hooks.memory_lost();
-            self.parts.faults.give_up();
+            self.parts.faults.give_up(true);
         } else {
             // The guest never ran here.
             self.parts.faults.unregister();
@@ -234,6 +234,9 @@ impl HookChannel {
         // As for the state: nobody else's guest is to come into our memory.
         let allowed = self.parts.ownership.lock().load_state(self.link.id).map_err(forbidden);
         let registered = allowed.and_then(|()| {
+            if self.parts.faults.pending() {
+                return Err(RemoteError::new(ErrorCode::State, "the mappings are registered already"));
+            }
             hooks.memory_pending().map_err(failed)?;
             let registered = self.parts.faults.register(&self.parts.memory, self.parts.client.clone());
             registered.map_err(|error| {

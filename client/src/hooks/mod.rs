@@ -155,11 +155,12 @@ pub trait Hooks: Send {
     /// All memory is here, after [`Hooks::memory_pending`]; or none will come, since the migration failed before the guest was resumed here.
     fn memory_complete(&mut self) {}
 
-    /// The agent died, or hangs, while the guest ran before its memory was here: what is missing never comes, so the guest is lost. Stop it: vCPUs
-    /// that wait for a page are interrupted by a signal, as they are when they are paused.
+    /// The agent died, or hangs, while the guest ran before its memory was here: what is missing never comes, so the guest is lost. Stop it: a vCPU
+    /// that waits for a page in KVM_RUN is interrupted by a signal, as when it is paused (on x86). Do not wait for other threads, which are not.
     ///
-    /// Who still touches a missing page when this returned gets SIGBUS, or EFAULT from the kernel; until then it waits. Comes at once when the agent dies, and within
-    /// [`Config::request_timeout`](crate::Config::request_timeout) and a second if it hangs.
+    /// Who still touches a missing page when this returned gets SIGBUS, or EFAULT from the kernel; until then it waits, but five seconds at most. Comes at once when
+    /// the agent dies, and within [`Config::request_timeout`](crate::Config::request_timeout) and a second if it hangs. A hook that waits for a page itself
+    /// is let go by those five seconds, and this comes after it.
     fn memory_lost(&mut self) {
         log::error!("the agent was lost before all memory was here: the guest cannot go on");
     }

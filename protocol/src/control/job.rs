@@ -244,6 +244,22 @@ impl OutgoingOptions {
         if self.mode.may_postcopy() { self.streams.saturating_add(self.urgent_streams) } else { self.streams }
     }
 
+    /// Refuses what a start would have to ignore.
+    ///
+    /// # Errors
+    /// If an option is set that the mode has no use for.
+    pub fn check_start(&self) -> Result<(), DecodeError> {
+        if self.switch_after != 0 && self.mode != Mode::Hybrid {
+            let (value, allowed) = (self.switch_after.into(), "0 unless mode is 2 hybrid");
+            return Err(DecodeError::Value { field: "switch_after", value, allowed });
+        }
+        if self.release && !self.mode.may_postcopy() {
+            let allowed = "0 unless mode is 1 postcopy or 2 hybrid";
+            return Err(DecodeError::Value { field: "release", value: 1, allowed });
+        }
+        Ok(())
+    }
+
     fn check_postcopy(&self) -> Result<(), DecodeError> {
         if self.mode.may_postcopy() && (self.urgent_streams == 0 || self.connections() > MAX_STREAMS) {
             let value = self.urgent_streams.into();

@@ -67,6 +67,10 @@ pub fn decode_runs(payload: &[u8], block_pages: u64) -> Result<impl Iterator<Ite
             allowed: "multiples of 16 in a list of runs",
         });
     }
+    if payload.len() > MAX_RUNS * RUN_SIZE {
+        let value = (payload.len() / RUN_SIZE) as u64;
+        return Err(DecodeError::Value { field: "runs", value, allowed: "at most 65536" });
+    }
     let runs = || {
         payload.chunks_exact(RUN_SIZE).map(|run| {
             let (first, count) = run.split_at(8);

@@ -6,7 +6,7 @@ use crate::common::{Passing, Wire, read_record};
 use crate::scene::{DISCARDED, HOLES, PAGES, SHORT, Scene, URGENT, WANTED, WANTED_TOO, postcopy, stamp_of};
 use pageferry_client::{OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
-use pageferry_protocol::stream::hello::decode_error;
+use pageferry_protocol::stream::hello::{Accept, decode_error};
 use pageferry_protocol::stream::payload::{Totals, decode_bitmap, encode_bitmap, encode_runs};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
 use pageferry_tests::require;
@@ -338,4 +338,24 @@ fn a_lie_before_the_commit_fails_both_sides_and_the_guest_runs_on() {
         assert_eq!(there.vmm.resumes(), 0);
         crate::scene::assert_not_registered(there);
     }
+}
+
+#[test]
+fn a_destination_whose_pages_are_of_another_size_than_before_is_not_recovered_with() {
+    if !require::uffd() {
+        return;
+    }
+    let mut scene = Scene::start(Wire::Unix, &OutgoingOptions { release: true, ..postcopy() });
+    let touch = scene.until_cut();
+    scene.recover();
+    let record = scene.relay.until(|record| record.kind == Kind::Accept);
+    let accept = Accept::decode(&record.payload).unwrap();
+    let lie = Accept { host_pages: vec![2 << 20], ..accept }.encode();
+    tell(&mut scene, record, about(Kind::Accept, 0, 0, 0, lie));
+    let (source, _) = scene.assert_paused();
+    assert_says(&source.error, &["block 3", "0x200000 bytes", "0x1000 before"]);
+    assert_eq!(source.counters.released_pages, 0);
+    scene.recover();
+    scene.assert_completes();
+    assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
 }

@@ -5,6 +5,7 @@
 //! - [`links`]: a connection is lost; [`recovery`]: and again while it is recovered;
 //! - [`lies`]: a peer that says what is not so;
 //! - [`source_gone`], [`destination_gone`]: agents and VMMs that are killed;
+//! - [`hooks_wait`]: the VMM's own hooks wait for memory meanwhile;
 //! - [`before`]: all that fails before the commit, or with it on its way;
 //! - [`operators`]: cancel, resume, stop, and requests that are refused.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
@@ -13,6 +14,7 @@ mod before;
 #[path = "../common/mod.rs"]
 mod common;
 mod destination_gone;
+mod hooks_wait;
 mod lies;
 mod links;
 mod operators;

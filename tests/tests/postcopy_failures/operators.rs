@@ -1,12 +1,14 @@
 //! What is asked at the wrong moment is refused with the reason; and an agent that is told to end finishes what it can.
 
 use crate::common::{Attached, SOON, Wire, lock, passes};
-use crate::scene::{Scene, Side, WANTED, assert_arrived, empty, postcopy, run, stamp_of, stamped};
+use crate::scene::{Scene, Side, WANTED, assert_arrived, empty, operator, postcopy, run, stamp_of, stamped};
 use pageferry_client::{Client, Error, Mode, NonConvergence, OutgoingOptions, Phase, Target};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
+use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
+use std::process::Stdio;
 use std::time::Duration;
 
 fn sentence<T: std::fmt::Debug>(refused: Result<T, Error>) -> String {
@@ -108,6 +110,10 @@ fn postcopy_that_cannot_be_is_refused_by_the_field() {
     assert!(refused.contains("policy is 0x4") && refused.contains("hybrid"), "{refused}");
     let refused = start(nowhere(), &OutgoingOptions { urgent_streams: 0, ..postcopy() });
     assert!(refused.contains("urgent_streams is 0x0"), "{refused}");
+    let refused = start(nowhere(), &OutgoingOptions { switch_after: 3, ..postcopy() });
+    assert!(refused.contains("switch_after is 0x3") && refused.contains("hybrid"), "{refused}");
+    let refused = start(nowhere(), &OutgoingOptions { release: true, ..passes(1) });
+    assert!(refused.contains("release is 0x1") && refused.contains("postcopy"), "{refused}");
     for mode in [Mode::Postcopy, Mode::Hybrid] {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let refused = start(Target::Socket(ours.into()), &OutgoingOptions { mode, streams: 1, ..postcopy() });
@@ -127,6 +133,25 @@ fn postcopy_that_cannot_be_is_refused_by_the_field() {
     assert!(sentence(source.client.start_postcopy()).contains("no outgoing migration is running"));
     assert_eq!(source.client.status().unwrap().phase, Phase::Idle);
     assert_eq!(lock(&source.vmm.asked).pauses, 0);
+}
+
+#[test]
+fn whoever_watches_is_told_of_a_pause_where_there_is_no_terminal_too() {
+    if !require::uffd() {
+        return;
+    }
+    let mut scene = Scene::start(Wire::Unix, &postcopy());
+    let mut watch = operator(scene.source.agent.socket(), "watch", &[]);
+    let mut watch = watch.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let touch = scene.until_cut();
+    let mut line = String::new();
+    BufReader::new(watch.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    let said = format!("job {} is paused: {}", scene.outgoing, scene.source.seen().error);
+    assert!(line.contains(&said), "{line}");
+    scene.recover();
+    scene.assert_completes();
+    assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
+    assert!(watch.wait().unwrap().success());
 }
 
 #[test]

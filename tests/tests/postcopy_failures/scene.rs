@@ -101,7 +101,8 @@ impl std::ops::Deref for Side {
     }
 }
 
-fn operator(socket: &Path, what: &str, more: &[&str]) -> Command {
+/// An operator's command.
+pub fn operator(socket: &Path, what: &str, more: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
     command.arg(what).arg("--socket").arg(socket).args(more).stdin(Stdio::null());
     command

@@ -124,6 +124,9 @@ fn a_source_vmm_that_goes_leaves_the_memory_to_its_agent() {
                 assert_eq!(resume.status.code(), Some(1));
                 let said = String::from_utf8(resume.stderr).unwrap();
                 assert!(said.contains("is gone") && said.contains("only recover"), "{said}");
+                let cancel = scene.source.run("cancel", &[]);
+                let said = String::from_utf8(cancel.stderr).unwrap();
+                assert!(said.contains("too late to cancel"), "{said}");
                 // The next VMM does not take its place.
                 let next = Attached::new(scene.source.agent.socket(), stamped());
                 let nowhere = Target::Address("unix:/nowhere".into());

@@ -124,6 +124,8 @@ impl<'a> Arrival<'a> {
             if let Err(error) = outcome {
                 // The streams are left as they are: the source is told why.
                 line.note(error);
+                // A VMM that is late with its state may wait for memory.
+                arriving.let_go();
             } else {
                 for (index, reader) in readers.iter_mut().enumerate() {
                     scope.spawn(move || {

@@ -70,9 +70,10 @@ impl Batch {
             if records.is_empty() {
                 continue;
             }
-            // Whoever reads this stream sees that it broke, and all is asked for again on the next.
             if let Err(error) = stream.write_all(&mut [IoSlice::new(records)]) {
                 log::debug!("a request was not sent: {}", crate::error::chain(&error));
+                // Part of it may have been. Whoever reads this stream sees that it broke, and all is asked for again on the next.
+                stream.shut();
             }
             records.clear();
         }
@@ -87,16 +88,33 @@ fn name(job: &Job, arriving: &Arriving, at: usize, host_page: u64) -> (u32, Page
 
 /// Answers faults until `stop` is readable, or the VMM is gone.
 pub fn answer(job: &Job, arriving: Arc<Arriving>, requests: Requests, stop: BorrowedFd<'_>) {
-    if let Err(error) = answer_all(job, &arriving, &requests, stop) {
-        log::error!("job {}: faults are not answered any more: {}", job.id, crate::error::chain(&error));
-        // A guest whose faults nobody answers hangs. The VMM, if there is one, is told that its memory is lost.
-        job.cancel.force();
+    let mut unanswered = Unanswered { job, over: false };
+    match answer_all(job, &arriving, &requests, stop) {
+        Ok(()) => unanswered.over = true,
+        Err(error) => {
+            log::error!("job {}: faults are not answered any more: {}", job.id, crate::error::chain(&error));
+        }
+    }
+}
+
+/// A guest whose faults nobody answers hangs. On drop, also by a panic, the VMM is told that its memory is lost, unless all is over.
+struct Unanswered<'a> {
+    job: &'a Job,
+    over: bool,
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.job.cancel.force();
+        }
     }
 }
 
 fn answer_all(job: &Job, arriving: &Arriving, requests: &Requests, stop: BorrowedFd<'_>) -> Result<(), JobError> {
     let mut faults = [0; MAX_FAULTS];
     let mut batch = Batch::default();
+    let mut failed = Vec::new();
     loop {
         let mut polled = [PollFd::new(arriving.uffd(), PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
         match poll(&mut polled, None) {
@@ -118,15 +136,19 @@ fn answer_all(job: &Job, arriving: &Arriving, requests: &Requests, stop: Borrowe
                 Ok(Answer::Here | Answer::Wait) => {}
                 Err(error) if is_gone(&error) => return Err(error.into()),
                 Err(error) => {
-                    // No memory, most likely. Whoever waits tries again.
                     log::warn!("{}", crate::error::chain(&error));
-                    std::thread::sleep(RETRY);
-                    arriving.retry(page);
+                    failed.push(page);
                 }
             }
         }
         drop(answering);
         batch.send(&streams);
+        drop(streams);
+        if !failed.is_empty() {
+            // No memory, most likely. Whoever waits tries again.
+            std::thread::sleep(RETRY);
+            failed.drain(..).for_each(|page| arriving.retry(page));
+        }
     }
 }
 

@@ -99,7 +99,7 @@ impl Incomplete {
     /// Loads the state, takes the guest over, and receives the rest, however often the connections are lost.
     fn run(&mut self, accepted: &mut Accepted, received: Received) -> Result<(), JobError> {
         self.requests.connect(&self.job, &self.arriving, &accepted.urgent);
-        let mut runs = false;
+        let mut ours = false;
         let job = self.job.clone();
         let outcome = Arrival::new(&job, &self.arriving, accepted).run(|primary, writer| {
             job.enter(Phase::Loading);
@@ -107,13 +107,13 @@ impl Incomplete {
             if !self.arriving.loaded() {
                 return Err(JobError::State("the connections broke while the VMM loaded its state".into()));
             }
-            let told = take_over(&job, primary, writer)?;
-            runs = true;
+            let told = take_over(&job, primary, writer, &mut ours)?;
             job.enter(Phase::Postcopy);
             Ok(told?)
         });
         match outcome {
-            Err(error) if runs => self.recover(accepted, error),
+            // Also if the VMM does not resume it: it is nowhere else, and a VMM that is late waits for memory, perhaps.
+            Err(error) if ours => self.recover(accepted, error),
             outcome => outcome,
         }
     }

@@ -13,6 +13,7 @@ use crate::job::{Job, JobError, Request};
 use crate::memory::owed::Owed;
 use crate::transport::Address;
 use pageferry_protocol::control::job::Phase;
+use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::shm::bitmap::WORD_BITS;
 use pageferry_protocol::stream::Kind;
 use pageferry_protocol::stream::payload::decode_bitmap;
@@ -103,6 +104,7 @@ impl Supply {
     /// Reads what the destination has; the rest it is owed.
     fn learn(&self, streams: &mut Streams) -> Result<Owed, JobError> {
         let memory = &self.job.memory;
+        self.check_host_pages(&streams.host_pages)?;
         let owed = Owed::nothing(memory, &streams.host_pages)?;
         for geometry in memory.table().blocks() {
             let (id, pages) = (geometry.id, geometry.pages());
@@ -129,6 +131,18 @@ impl Supply {
             self.check(&owed, at, id, pages)?;
         }
         Ok(owed)
+    }
+
+    /// Refuses host pages of other sizes than before: what is kept is counted in those.
+    fn check_host_pages(&self, sizes: &[u64]) -> Result<(), JobError> {
+        let Some(kept) = &self.kept else { return Ok(()) };
+        for (at, (block, size)) in self.job.memory.blocks().iter().zip(sizes).enumerate() {
+            let expected = kept.block(at).unit() * PAGE_SIZE;
+            if *size != expected {
+                return Err(JobError::OtherHostPage { id: block.geometry.id, size: *size, expected });
+            }
+        }
+        Ok(())
     }
 
     /// Refuses pages that were never owed, or that are not here any more.

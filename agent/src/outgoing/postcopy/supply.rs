@@ -17,6 +17,7 @@ use crate::memory::Block;
 use crate::memory::owed::Owed;
 use crate::transport::queue::send_what_is_fresh;
 use crate::transport::{Address, Limiter, StreamSocket, TransportError};
+use pageferry_protocol::control::job::OutgoingOptions;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
 use pageferry_protocol::stream::payload::{Totals, decode_runs};
@@ -131,7 +132,14 @@ impl Supply {
         std::thread::scope(|scope| {
             let line = &line;
             for stream in urgent {
-                scope.spawn(move || line.check(self.answer(line, stream)));
+                scope.spawn(move || match self.answer(line, stream) {
+                    // Nothing is asked for any more, and the destination lets go of this stream before it says that it has everything. If it was lost
+                    // instead, the primary hears of that, since the destination sees it, too.
+                    Err(JobError::Transport(error)) if self.owed.left() == 0 => {
+                        log::debug!("an urgent stream ended: {}", crate::error::chain(&error));
+                    }
+                    outcome => line.check(outcome),
+                });
             }
             let outcome = before(primary);
             if outcome.is_ok() {
@@ -230,9 +238,10 @@ impl Supply {
 
     /// Reads the return path until the destination has everything.
     fn follow(&self, line: &Line<'_>, primary: &mut Primary) -> Result<(), JobError> {
-        let timeout = self.job.options().peer_timeout;
-        primary.reader.socket().set_recv_timeout(timeout)?;
-        // Once all is sent, the destination owes an answer.
+        let OutgoingOptions { peer_timeout, hook_timeout, .. } = self.job.options();
+        primary.reader.socket().set_recv_timeout(peer_timeout)?;
+        // Once all is sent, the destination owes an answer: it places what is on its way, and unregisters, before it gives it.
+        let timeout = peer_timeout + 2 * hook_timeout;
         let mut due: Option<Instant> = None;
         loop {
             while let Some(record) = primary.reader.try_read()? {
