@@ -2,11 +2,12 @@
 
 use crate::common::{At, SOON, WIRES, Wire, lock};
 use crate::scene::{SHORT, Scene, Side, WANTED, empty, postcopy, stamp_of, stamped};
-use pageferry_client::{HookError, OutgoingOptions, Ownership, Phase};
+use pageferry_client::{HookError, IncomingOptions, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 /// Has this hook of the destination touch [`WANTED`] before it returns; what it finds comes out of what is returned.
 fn touches(scene: &Scene, at: At) -> Receiver<std::io::Result<u64>> {
@@ -131,4 +132,58 @@ fn a_vmm_that_waits_for_one_who_waits_is_not_waited_for() {
     let there = scene.destination.vmm.clone();
     wait_until("the memory and the agent to be lost", SOON, || lock(&there.asked).losses.len() == 2).unwrap();
     assert_eq!(lock(&there.asked).losses, ["memory", "agent"]);
+}
+
+/// No guest was lost here, since none ran, and nothing is missing any more.
+fn assert_nothing_lost(scene: &Scene, losses: &[&str]) {
+    let asked = lock(&scene.destination.vmm.asked);
+    assert_eq!((asked.pending, asked.complete), (1, 1));
+    assert_eq!(asked.losses, losses);
+}
+
+#[test]
+fn a_load_that_waits_goes_on_when_the_source_is_lost_and_the_next_migration_arrives() {
+    if !require::uffd() {
+        return;
+    }
+    // No hook is late: it goes on long before.
+    let patient = OutgoingOptions { hook_timeout: Duration::from_secs(600), ..postcopy() };
+    let mut scene = Scene::start(Wire::Unix, &patient);
+    let found = touches(&scene, At::LoadState);
+    let _request = scene.relay.until(|record| record.kind == Kind::Request);
+    scene.relay.cut();
+    assert_eq!(scene.destination.wait(scene.incoming).phase, Phase::Failed);
+    assert_eq!(scene.source.wait(scene.outgoing).phase, Phase::Failed);
+    assert!(!scene.source.vmm.is_paused());
+    assert_nothing_lost(&scene, &[]);
+
+    let OutgoingOptions { peer_timeout, hook_timeout, .. } = patient;
+    let incoming = scene.relay.listen(&scene.destination.client, &IncomingOptions { peer_timeout, hook_timeout });
+    let outgoing = scene.relay.send(&scene.source.client, &patient);
+    assert_eq!(scene.relay.finish(&scene.source.client, outgoing).phase, Phase::Completed);
+    assert_eq!(scene.relay.finish(&scene.destination.client, incoming).phase, Phase::Completed);
+    let found = [(); 2].map(|()| found.recv_timeout(SOON).unwrap().unwrap());
+    assert_eq!(found, [0, stamp_of(WANTED)]);
+    let asked = lock(&scene.destination.vmm.asked);
+    assert_eq!((asked.pending, asked.complete), (2, 2));
+    assert!(asked.losses.is_empty());
+}
+
+#[test]
+fn a_load_that_waits_goes_on_when_the_agent_is_lost() {
+    if !require::uffd() {
+        return;
+    }
+    let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), Side::far(empty()), &postcopy());
+    let found = touches(&scene, At::LoadState);
+    let _request = scene.relay.until(|record| record.kind == Kind::Request);
+    scene.destination.agent.kill();
+    let there = scene.destination.vmm.clone();
+    wait_until("the end of the agent", SOON, || !lock(&there.asked).losses.is_empty()).unwrap();
+    scene.relay.cut();
+    assert_eq!(scene.source.wait(scene.outgoing).phase, Phase::Failed);
+    assert!(!scene.source.vmm.is_paused());
+    assert_nothing_lost(&scene, &["agent"]);
+    assert_eq!(found.recv_timeout(SOON).unwrap().unwrap(), 0);
+    assert_eq!(scene.destination.client.ownership(), Ownership::Awaiting);
 }
