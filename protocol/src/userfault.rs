@@ -96,6 +96,17 @@ struct UffdioFill {
     filled: i64,
 }
 
+/// `struct uffdio_writeprotect`.
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+struct UffdioWriteProtect {
+    range: Addresses,
+    mode: u64,
+}
+
+/// `UFFDIO_WRITEPROTECT_MODE_WP`.
+const MODE_WP: u64 = 1;
+
 /// `struct uffd_msg`, as far as it is a page fault.
 #[repr(C)]
 #[derive(Debug, Default, Clone, Copy, FromBytes, zerocopy::IntoBytes)]
@@ -117,6 +128,7 @@ const UFFDIO_UNREGISTER: Opcode = opcode::read::<Addresses>(GROUP, 0x01);
 const UFFDIO_WAKE: Opcode = opcode::read::<Addresses>(GROUP, 0x02);
 const UFFDIO_COPY: Opcode = opcode::read_write::<UffdioCopy>(GROUP, 0x03);
 const UFFDIO_ZEROPAGE: Opcode = opcode::read_write::<UffdioFill>(GROUP, 0x04);
+const UFFDIO_WRITEPROTECT: Opcode = opcode::read_write::<UffdioWriteProtect>(GROUP, 0x06);
 const UFFDIO_CONTINUE: Opcode = opcode::read_write::<UffdioFill>(GROUP, 0x07);
 const UFFDIO_POISON: Opcode = opcode::read_write::<UffdioFill>(GROUP, 0x08);
 const USERFAULTFD_IOC_NEW: Opcode = opcode::none(GROUP, 0x00);
@@ -282,6 +294,34 @@ impl Userfaultfd {
         self.fill::<UFFDIO_POISON>(range)
     }
 
+    /// Protects pages that are registered for it: who writes there waits until the protection is lifted.
+    ///
+    /// # Errors
+    /// What the kernel said; ENOENT if the registration is gone. Some of the pages may be protected then.
+    pub fn protect(&self, range: Addresses) -> Result<(), Errno> {
+        self.write_protect(range, MODE_WP)
+    }
+
+    /// Lifts the protection, and wakes who waits to write there.
+    ///
+    /// # Errors
+    /// As [`Userfaultfd::protect`].
+    pub fn lift(&self, range: Addresses) -> Result<(), Errno> {
+        self.write_protect(range, 0)
+    }
+
+    fn write_protect(&self, range: Addresses, mode: u64) -> Result<(), Errno> {
+        loop {
+            let mut arg = UffdioWriteProtect { range, mode };
+            // SAFETY: the struct is the one of this number. What is protected or not holds the same content as before.
+            match unsafe { ioctl(&self.fd, Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut arg)) } {
+                // The mappings are just changing.
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
     /// True if the file under a host page has it. For hugetlbfs, where a page that cannot be placed for want of memory may count as being there already
     /// (`EEXIST`): the kernel finds the page in the file and maps it, or has none to map.
     ///
@@ -401,6 +441,7 @@ mod tests {
     fn numbers_are_those_of_the_kernel_header() {
         assert_eq!(UFFDIO_API, 0xc018_aa3f);
         assert_eq!(UFFDIO_REGISTER, 0xc020_aa00);
+        assert_eq!(UFFDIO_WRITEPROTECT, 0xc018_aa06);
         assert_eq!(UFFDIO_CONTINUE, 0xc020_aa07);
         assert_eq!(UFFDIO_UNREGISTER, 0x8010_aa01);
         assert_eq!(UFFDIO_WAKE, 0x8010_aa02);

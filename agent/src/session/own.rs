@@ -78,6 +78,9 @@ impl Session {
             Request::Subscribe { .. } => Ok(nothing()),
             Request::Resume { force } => self.resume(force),
             Request::StartPostcopy => self.start_postcopy(),
+            Request::StartSnapshot { .. } | Request::StartRestore { .. } => {
+                Err(RemoteError::new(ErrorCode::Unsupported, "this agent takes no snapshots yet"))
+            }
             Request::Recover { session, address, options } => self.recover(role, session, &address, options),
         }
     }

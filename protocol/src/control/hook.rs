@@ -4,7 +4,7 @@
 //! one that is waited for. The VMM answers in the order of the requests.
 
 use super::codec::{DecodeError, Decoder, Encoder};
-use super::job::JobStatus;
+use super::job::{JobStatus, MAX_ADDRESS};
 use super::request::{RemoteError, Reply, decode_reply, encode_reply};
 
 /// Hook codes.
@@ -23,6 +23,9 @@ pub mod code {
     pub const EVENT: u32 = 0x200a;
     pub const REGISTER_FAULTS: u32 = 0x200b;
     pub const UNREGISTER_FAULTS: u32 = 0x200c;
+    pub const WATCH_WRITES: u32 = 0x200d;
+    pub const UNWATCH_WRITES: u32 = 0x200e;
+    pub const PREPARE_RESTORE: u32 = 0x200f;
 }
 
 /// Most pages of one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
@@ -97,6 +100,16 @@ pub enum Hook {
         /// All of it is here. If not, what is missing must not be taken for zero: the guest is not to run.
         complete: bool,
     },
+    /// A snapshot is about to protect memory against writes: register the mappings of all blocks for write protection. Answered by the userfaultfd
+    /// as the descriptor.
+    WatchWrites,
+    /// The snapshot needs no protection any more: unregister them.
+    UnwatchWrites,
+    /// An operator wants a guest to be restored from an image: may this VMM's memory be filled, and its guest, if it has one, be given up?
+    PrepareRestore {
+        /// Path of the image.
+        path: String,
+    },
     /// Something to know; not answered.
     Event {
         /// How the job stands.
@@ -120,6 +133,9 @@ impl Hook {
             Self::Relinquish { .. } => code::RELINQUISH,
             Self::RegisterFaults => code::REGISTER_FAULTS,
             Self::UnregisterFaults { .. } => code::UNREGISTER_FAULTS,
+            Self::WatchWrites => code::WATCH_WRITES,
+            Self::UnwatchWrites => code::UNWATCH_WRITES,
+            Self::PrepareRestore { .. } => code::PREPARE_RESTORE,
             Self::Event { .. } => code::EVENT,
         }
     }
@@ -139,6 +155,9 @@ impl Hook {
             Self::Relinquish { .. } => "relinquish",
             Self::RegisterFaults => "register faults",
             Self::UnregisterFaults { .. } => "unregister faults",
+            Self::WatchWrites => "watch writes",
+            Self::UnwatchWrites => "unwatch writes",
+            Self::PrepareRestore { .. } => "prepare restore",
             Self::Event { .. } => "event",
         }
     }
@@ -157,6 +176,7 @@ impl Hook {
             Self::Event { status } => status.encode(encoder),
             Self::Relinquish { session, release } => encoder.bytes(session).u32(u32::from(*release)),
             Self::UnregisterFaults { complete } => encoder.u32(u32::from(*complete)),
+            Self::PrepareRestore { path } => encoder.text(path),
             _ => encoder,
         }
         .finish()
@@ -194,6 +214,11 @@ impl Hook {
             code::REGISTER_FAULTS => Ok(Self::RegisterFaults),
             code::UNREGISTER_FAULTS => {
                 decode_flag(decoder, "complete").map(|complete| Self::UnregisterFaults { complete })
+            }
+            code::WATCH_WRITES => Ok(Self::WatchWrites),
+            code::UNWATCH_WRITES => Ok(Self::UnwatchWrites),
+            code::PREPARE_RESTORE => {
+                decoder.text("path", MAX_ADDRESS).map(|path| Self::PrepareRestore { path: path.to_owned() })
             }
             code::EVENT => JobStatus::decode(decoder).map(|status| Self::Event { status: Box::new(status) }),
             _ => return None,

@@ -1,4 +1,4 @@
-//! What a migration is started with, and how it stands.
+//! What a job is started with, and how it stands.
 
 use super::codec::{DecodeError, Decoder, Encoder, clip};
 use std::time::Duration;
@@ -208,10 +208,7 @@ impl OutgoingOptions {
         let mode = Mode::from_wire(decoder.u16("mode")?)?;
         let switch_after = decoder.u32("switch_after")?;
         let urgent_streams = decoder.u16("urgent_streams")?;
-        let release = match decoder.u16("release")? {
-            value @ 0..=1 => value == 1,
-            value => return Err(DecodeError::Value { field: "release", value: value.into(), allowed: "0 or 1" }),
-        };
+        let release = flag(decoder, "release")?;
         let max_passes = decoder.u32("max_passes")?;
         let downtime_limit = Duration::from_micros(decoder.u64("downtime_limit")?);
         let bandwidth = decoder.u64("bandwidth")?;
@@ -302,6 +299,182 @@ impl IncomingOptions {
     }
 }
 
+/// How a snapshot treats the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u16)]
+pub enum SnapshotMode {
+    /// It runs on: it stands still for a moment, and what it is about to write after that is saved first.
+    #[default]
+    Background = 0,
+    /// It stands still until its memory is saved, and runs on.
+    Paused = 1,
+    /// The VMM has stopped it, and lets it run when it likes: no pause and no resume hook is called.
+    Stopped = 2,
+}
+
+impl SnapshotMode {
+    /// All modes with the names that users write.
+    pub const NAMES: [(&'static str, SnapshotMode); 3] = [
+        ("background", SnapshotMode::Background),
+        ("paused", SnapshotMode::Paused),
+        ("stopped", SnapshotMode::Stopped),
+    ];
+
+    fn from_wire(value: u16) -> Result<Self, DecodeError> {
+        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(DecodeError::Value {
+            field: "mode",
+            value: value.into(),
+            allowed: "0 background, 1 paused, 2 stopped",
+        })
+    }
+}
+
+/// Options of a snapshot. Only the bandwidth can be changed while it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotOptions {
+    /// What becomes of the guest meanwhile.
+    pub mode: SnapshotMode,
+    /// Threads that save, 1 to [`MAX_STREAMS`].
+    pub workers: u16,
+    /// Limit in bytes per second; 0 is none. What the guest is about to write or discards is not held back by it.
+    pub bandwidth: u64,
+    /// Path of the image that it is an increment to; empty for one that stands alone.
+    pub base: String,
+    /// What is written from now on is kept track of, so that the next snapshot can be an increment to this one.
+    pub track: bool,
+    /// An image that has the name already is replaced. It never is before the new one is complete.
+    pub replace: bool,
+    /// The image is written through the page cache, and stays there for those who restore from it soon.
+    pub cached: bool,
+    /// How long the VMM may take to answer a hook.
+    pub hook_timeout: Duration,
+}
+
+impl Default for SnapshotOptions {
+    fn default() -> Self {
+        Self {
+            mode: SnapshotMode::Background,
+            workers: 2,
+            bandwidth: 0,
+            base: String::new(),
+            track: false,
+            replace: false,
+            cached: false,
+            hook_timeout: OutgoingOptions::default().hook_timeout,
+        }
+    }
+}
+
+impl SnapshotOptions {
+    pub(super) fn encode(&self, encoder: Encoder) -> Encoder {
+        encoder
+            .u16(self.mode as u16)
+            .u16(self.workers)
+            .u16(u16::from(self.track))
+            .u16(u16::from(self.replace))
+            .u16(u16::from(self.cached))
+            .u64(self.bandwidth)
+            .u64(micros(self.hook_timeout))
+            .text(&self.base)
+    }
+
+    pub(super) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            mode: SnapshotMode::from_wire(decoder.u16("mode")?)?,
+            workers: workers(decoder)?,
+            track: flag(decoder, "track")?,
+            replace: flag(decoder, "replace")?,
+            cached: flag(decoder, "cached")?,
+            bandwidth: decoder.u64("bandwidth")?,
+            hook_timeout: timeout(decoder, "hook_timeout")?,
+            base: decoder.text("base", MAX_ADDRESS)?.to_owned(),
+        })
+    }
+}
+
+/// When a restored guest runs, before its memory or after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u16)]
+pub enum RestoreMode {
+    /// Its memory first, all of it.
+    #[default]
+    Eager = 0,
+    /// The guest first: what it touches is read at once, the rest behind it.
+    Lazy = 1,
+}
+
+impl RestoreMode {
+    /// All modes with the names that users write.
+    pub const NAMES: [(&'static str, RestoreMode); 2] = [("eager", RestoreMode::Eager), ("lazy", RestoreMode::Lazy)];
+
+    fn from_wire(value: u16) -> Result<Self, DecodeError> {
+        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(DecodeError::Value {
+            field: "mode",
+            value: value.into(),
+            allowed: "0 eager, 1 lazy",
+        })
+    }
+}
+
+/// Options of a restore. Only the bandwidth can be changed while it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RestoreOptions {
+    /// When the guest runs.
+    pub mode: RestoreMode,
+    /// Threads that read, 1 to [`MAX_STREAMS`].
+    pub workers: u16,
+    /// Limit in bytes per second; 0 is none. What the guest waits for is not held back by it.
+    pub bandwidth: u64,
+    /// With [`RestoreMode::Lazy`]: path of the working set. If the file is there, its pages are read ahead; if not, those that the guest touches first are
+    /// written to it. Empty for none.
+    pub working_set: String,
+    /// How long the VMM may take to answer a hook.
+    pub hook_timeout: Duration,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        let SnapshotOptions { workers, bandwidth, hook_timeout, .. } = SnapshotOptions::default();
+        Self { mode: RestoreMode::Eager, workers, bandwidth, working_set: String::new(), hook_timeout }
+    }
+}
+
+impl RestoreOptions {
+    pub(super) fn encode(&self, encoder: Encoder) -> Encoder {
+        let encoder = encoder.u16(self.mode as u16).u16(self.workers).u64(self.bandwidth);
+        encoder.u64(micros(self.hook_timeout)).text(&self.working_set)
+    }
+
+    pub(super) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        let options = Self {
+            mode: RestoreMode::from_wire(decoder.u16("mode")?)?,
+            workers: workers(decoder)?,
+            bandwidth: decoder.u64("bandwidth")?,
+            hook_timeout: timeout(decoder, "hook_timeout")?,
+            working_set: decoder.text("working_set", MAX_ADDRESS)?.to_owned(),
+        };
+        if options.mode != RestoreMode::Lazy && !options.working_set.is_empty() {
+            let (value, allowed) = (options.mode as u64, "1 lazy with a working_set");
+            return Err(DecodeError::Value { field: "mode", value, allowed });
+        }
+        Ok(options)
+    }
+}
+
+fn workers(decoder: &mut Decoder<'_>) -> Result<u16, DecodeError> {
+    match decoder.u16("workers")? {
+        value @ 1..=MAX_STREAMS => Ok(value),
+        value => Err(DecodeError::Value { field: "workers", value: value.into(), allowed: "1 to 64" }),
+    }
+}
+
+fn flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<bool, DecodeError> {
+    match decoder.u16(field)? {
+        value @ 0..=1 => Ok(value == 1),
+        value => Err(DecodeError::Value { field, value: value.into(), allowed: "0 or 1" }),
+    }
+}
+
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
@@ -325,6 +498,10 @@ pub enum JobKind {
     Outgoing = 1,
     /// An incoming migration.
     Incoming = 2,
+    /// A snapshot into an image.
+    Snapshot = 3,
+    /// A restore from an image.
+    Restore = 4,
 }
 
 impl JobKind {
@@ -334,14 +511,20 @@ impl JobKind {
             Self::None => "none",
             Self::Outgoing => "outgoing",
             Self::Incoming => "incoming",
+            Self::Snapshot => "snapshot",
+            Self::Restore => "restore",
         }
     }
 
     fn from_wire(value: u32) -> Result<Self, DecodeError> {
-        [Self::None, Self::Outgoing, Self::Incoming]
+        [Self::None, Self::Outgoing, Self::Incoming, Self::Snapshot, Self::Restore]
             .into_iter()
             .find(|kind| *kind as u32 == value)
-            .ok_or(DecodeError::Value { field: "kind", value: value.into(), allowed: "0 none, 1 outgoing, 2 incoming" })
+            .ok_or(DecodeError::Value {
+                field: "kind",
+                value: value.into(),
+                allowed: "0 none, 1 outgoing, 2 incoming, 3 snapshot, 4 restore",
+            })
     }
 }
 
@@ -372,20 +555,28 @@ pub enum Phase {
     PostcopyPaused = 9,
     /// A paused postcopy is being connected again.
     Recovering = 10,
-    /// The destination has it all, and runs.
-    Completed = 11,
+    /// Snapshot: the memory of the running guest is being protected against writes.
+    Protecting = 11,
+    /// Snapshot: pages are being written to the image.
+    Saving = 12,
+    /// Restore: pages are being read from the image, and the guest does not run yet.
+    Restoring = 13,
+    /// Restore: the guest runs, and its memory follows from the image.
+    Prefetching = 14,
+    /// What was asked for is done. Migration: the destination has it all, and runs.
+    Completed = 15,
     /// It failed; an outgoing guest runs on at the source, unless it was in postcopy.
-    Failed = 12,
+    Failed = 16,
     /// It was cancelled; an outgoing guest runs on at the source.
-    Cancelled = 13,
+    Cancelled = 17,
     /// Outgoing: the commit was sent and the link died before the destination confirmed. The guest stands still here, and whether it
     /// runs there only an operator can find out.
-    Unconfirmed = 14,
+    Unconfirmed = 18,
 }
 
 impl Phase {
     /// All phases with the names that users see.
-    pub const ALL: [(Phase, &'static str); 15] = [
+    pub const ALL: [(Phase, &'static str); 19] = [
         (Phase::Idle, "idle"),
         (Phase::Connecting, "connecting"),
         (Phase::Preparing, "preparing"),
@@ -397,6 +588,10 @@ impl Phase {
         (Phase::Postcopy, "postcopy"),
         (Phase::PostcopyPaused, "postcopy-paused"),
         (Phase::Recovering, "recovering"),
+        (Phase::Protecting, "protecting"),
+        (Phase::Saving, "saving"),
+        (Phase::Restoring, "restoring"),
+        (Phase::Prefetching, "prefetching"),
         (Phase::Completed, "completed"),
         (Phase::Failed, "failed"),
         (Phase::Cancelled, "cancelled"),
@@ -422,7 +617,7 @@ impl Phase {
         Self::ALL.iter().map(|(phase, _)| *phase).find(|phase| *phase as u32 == value).ok_or(DecodeError::Value {
             field: "phase",
             value: value.into(),
-            allowed: "0 to 14",
+            allowed: "0 to 18",
         })
     }
 }
@@ -455,17 +650,18 @@ macro_rules! counters {
 counters! {
     /// Passes that ended, the last one, with the guest stopped, among them.
     passes,
-    /// Pages sent with their content. A page sent in two passes counts twice.
+    /// Pages sent with their content. A page sent in two passes counts twice. Snapshot: pages whose content the image has. Restore: pages that were
+    /// read from it and placed.
     pages_sent,
     /// Allocated pages that were read and found to be zero, and holes that were sent as zero.
     zero_pages,
-    /// Pages told to the destination as discarded.
+    /// Pages told to the destination as discarded; or that are discarded in the image.
     discarded_pages,
     /// Pages sent although discarded, since the guest wrote into them afterwards.
     stray_pages,
-    /// Bytes written to, or read from, all streams: headers, content and state.
+    /// Bytes written to, or read from, all streams: headers, content and state; or the image.
     wire_bytes,
-    /// Pages that are dirty and not sent yet; in postcopy, those that the destination still lacks.
+    /// Pages that are dirty and not sent yet; in postcopy, those that the destination still lacks; those that are still to be saved or restored.
     remaining_pages,
     /// Pages that the current pass started with.
     pass_pages,
@@ -473,7 +669,7 @@ counters! {
     pass_pages_done,
     /// Microseconds since the job started; stands when it ends.
     total_us,
-    /// Microseconds from asking the VMM to pause until the destination said that its guest runs.
+    /// Microseconds from asking the VMM to pause until the destination said that its guest runs. Snapshot: until the VMM said so.
     downtime_us,
     /// Microseconds that the guest would stand still if it were stopped now.
     expected_downtime_us,
@@ -485,7 +681,8 @@ counters! {
     sync_us,
     /// Percent of its time that the guest is held back, if throttled.
     throttle_percent,
-    /// Postcopy: faults of the guest, and of its devices, that were answered. At the destination.
+    /// Postcopy: faults of the guest, and of its devices, that were answered. At the destination. Lazy restore: the same. Snapshot: writes into pages that were
+    /// still protected.
     faults,
     /// Postcopy: pages that the destination asked for, since the guest waited for them.
     requested_pages,
@@ -497,7 +694,7 @@ counters! {
     released_pages,
     /// Postcopy: microseconds without a connection.
     paused_us,
-    /// Postcopy: microseconds from reading a fault to answering it, for half of the faults. At the destination.
+    /// Microseconds from reading a fault to answering it, for half of the faults.
     fault_p50_us,
     /// The same for 90 of 100.
     fault_p90_us,
@@ -505,6 +702,16 @@ counters! {
     fault_p99_us,
     /// The same for the slowest.
     fault_max_us,
+    /// Snapshot: pages that were saved before their turn, since the guest was about to write there.
+    captured_pages,
+    /// Snapshot: pages that were saved before their turn, since the guest discarded them.
+    rescued_pages,
+    /// Snapshot: pages that are as in the base.
+    unchanged_pages,
+    /// Restore: pages of the working set that were read ahead.
+    working_set_pages,
+    /// Restore: microseconds from the request until the VMM said that its guest runs.
+    running_us,
 }
 
 /// How a job stands.

@@ -5,7 +5,7 @@
 
 use super::codec::{DecodeError, Decoder, Encoder, clip};
 use super::frame::MAX_BODY;
-use super::job::{IncomingOptions, MAX_ADDRESS, MAX_SENTENCE, OutgoingOptions};
+use super::job::{IncomingOptions, MAX_ADDRESS, MAX_SENTENCE, OutgoingOptions, RestoreOptions, SnapshotOptions};
 use crate::memory::BlockGeometry;
 use crate::memory::geometry::MAX_NAME;
 use std::time::Duration;
@@ -35,6 +35,8 @@ pub mod code {
     pub const RESUME: u32 = 0x1016;
     pub const START_POSTCOPY: u32 = 0x1017;
     pub const RECOVER: u32 = 0x1018;
+    pub const START_SNAPSHOT: u32 = 0x1019;
+    pub const START_RESTORE: u32 = 0x101a;
     /// Not a request: what a subscriber gets, the [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
 }
@@ -135,7 +137,7 @@ pub enum Request {
     },
     /// Cancels the job that runs. Refused once ownership is being given up.
     Cancel,
-    /// Changes limits of the outgoing migration that runs.
+    /// Changes limits of the job that runs.
     SetParameters {
         /// What to change; what can only be set at the start is ignored.
         options: OutgoingOptions,
@@ -167,6 +169,20 @@ pub enum Request {
         /// How, if another agent began it; the job that is paused here keeps its own.
         options: OutgoingOptions,
     },
+    /// Starts to save the guest into an image. Answered by [`JobStarted`].
+    StartSnapshot {
+        /// Path of the image, from the root.
+        path: String,
+        /// How.
+        options: SnapshotOptions,
+    },
+    /// Starts to restore a guest from an image, and those that it builds on. Answered by [`JobStarted`].
+    StartRestore {
+        /// Path of the image, from the root.
+        path: String,
+        /// How.
+        options: RestoreOptions,
+    },
 }
 
 impl Request {
@@ -188,6 +204,8 @@ impl Request {
             Self::Resume { .. } => code::RESUME,
             Self::StartPostcopy => code::START_POSTCOPY,
             Self::Recover { .. } => code::RECOVER,
+            Self::StartSnapshot { .. } => code::START_SNAPSHOT,
+            Self::StartRestore { .. } => code::START_RESTORE,
         }
     }
 
@@ -213,6 +231,8 @@ impl Request {
             Self::SetTrackers { sources } => encoder.u32(*sources),
             Self::StartOutgoing { target, options } => options.encode(encoder.text(target)),
             Self::StartIncoming { listen, options } => options.encode(encoder.text(listen)),
+            Self::StartSnapshot { path, options } => options.encode(encoder.text(path)),
+            Self::StartRestore { path, options } => options.encode(encoder.text(path)),
             Self::SetParameters { options } => options.encode(encoder),
             Self::Subscribe { interval } => encoder.u32(u32::try_from(interval.as_millis()).unwrap_or(u32::MAX)),
             Self::Resume { force } => encoder.u32(u32::from(*force)),
@@ -262,6 +282,14 @@ impl Request {
             code::RESUME => flags(decoder, "force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 }),
             code::START_POSTCOPY => Ok(Self::StartPostcopy),
             code::RECOVER => decode_recover(decoder),
+            code::START_SNAPSHOT => decoder.text("path", MAX_ADDRESS).and_then(|path| {
+                let options = SnapshotOptions::decode(decoder)?;
+                Ok(Self::StartSnapshot { path: path.to_owned(), options })
+            }),
+            code::START_RESTORE => decoder.text("path", MAX_ADDRESS).and_then(|path| {
+                let options = RestoreOptions::decode(decoder)?;
+                Ok(Self::StartRestore { path: path.to_owned(), options })
+            }),
             _ => return None,
         })
     }
@@ -467,12 +495,12 @@ reply_fields! {
     }
 }
 
-/// Answer to [`Request::StartOutgoing`], [`Request::StartIncoming`] and [`Request::Recover`].
+/// Answer to the requests that start a job, and to [`Request::Recover`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobStarted {
     /// Number of the job.
     pub job: u64,
-    /// Incoming: where it listens, with the port that the kernel chose. Outgoing: the target.
+    /// Incoming: where it listens, with the port that the kernel chose. Outgoing: the target. Snapshot and restore: the image.
     pub address: String,
 }
 

@@ -1,0 +1,267 @@
+//! The first 4 KiB of an image.
+//!
+//! | offset | bytes | field |
+//! |---|---|---|
+//! | 0 | 8 | magic, `PFimage` and a zero byte |
+//! | 8 | 4 | version, 1 |
+//! | 12 | 4 | zero |
+//! | 16 | 8 | features: what a reader must know to read it; none are defined |
+//! | 24 | 16 | id |
+//! | 40 | 16 | id of the base; zeroes for an image that stands alone |
+//! | 56 | 8 | when the guest was as the image says, in seconds since 1970 |
+//! | 64 | 8 | length of the file in bytes |
+//! | 72 | 24 | section: contents |
+//! | 96 | 24 | section: states |
+//! | 120 | 24 | section: checksums of extents |
+//! | 144 | 24 | section: checksums of pages |
+//! | 168 | 24 | section: state of the VMM |
+//! | 192 | 3900 | zero |
+//! | 4092 | 4 | CRC-32C of bytes 0 to 4092 |
+//!
+//! A section is its offset (8), its length in bytes (8), the CRC-32C of its bytes (4) and zero (4). That of the pages' checksums has none: each part of it is
+//! checked by the sum of its extent.
+
+use super::{ImageId, checksum};
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Bytes of the header.
+pub const HEADER_SIZE: usize = 4096;
+/// What an image begins with.
+pub const MAGIC: [u8; 8] = *b"PFimage\0";
+/// The version that this crate reads and writes.
+pub const VERSION: u32 = 1;
+/// The features that this crate knows.
+pub const FEATURES: u64 = 0;
+/// Bytes before the checksum.
+const CHECKED: usize = HEADER_SIZE - 4;
+
+/// The sections, in the order of the header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SectionKind {
+    /// See [`super::contents`].
+    Contents = 0,
+    /// See [`super::states`].
+    States = 1,
+    /// One checksum for each extent of each block.
+    ExtentSums = 2,
+    /// One checksum for each page of each extent.
+    PageSums = 3,
+    /// The pieces of the VMM's state, one after another.
+    VmmState = 4,
+}
+
+impl SectionKind {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Contents, Self::States, Self::ExtentSums, Self::PageSums, Self::VmmState];
+
+    /// The name in errors.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Contents => "contents",
+            Self::States => "states of pages",
+            Self::ExtentSums => "checksums of extents",
+            Self::PageSums => "checksums of pages",
+            Self::VmmState => "state of the VMM",
+        }
+    }
+}
+
+/// Where a section lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Section {
+    /// In bytes from the start of the file.
+    pub offset: u64,
+    /// In bytes.
+    pub length: u64,
+    /// Of its bytes.
+    pub checksum: u32,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct WireSection {
+    offset: U64,
+    length: U64,
+    checksum: U32,
+    zero: U32,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireHeader {
+    magic: [u8; 8],
+    version: U32,
+    zero: U32,
+    features: U64,
+    id: ImageId,
+    base: ImageId,
+    taken: U64,
+    file_length: U64,
+    sections: [WireSection; 5],
+    padding: [u8; 3900],
+    checksum: U32,
+}
+
+const _: () = assert!(size_of::<WireHeader>() == HEADER_SIZE);
+
+/// Why the first bytes of a file are not the header of an image.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    /// It is something else.
+    #[error("the file is not an image of pageferry: it begins with {found:02x?}, not with {MAGIC:02x?}")]
+    Magic {
+        /// Its first bytes.
+        found: [u8; 8],
+    },
+    /// It is damaged.
+    #[error("header: checksum is {found:#010x}, that of its bytes is {computed:#010x}: the image is damaged")]
+    Checksum {
+        /// As written.
+        found: u32,
+        /// Of the bytes.
+        computed: u32,
+    },
+    /// It is of another version.
+    #[error("header: version is {found}, this program reads {VERSION}")]
+    Version {
+        /// As written.
+        found: u32,
+    },
+    /// It needs what this program does not know.
+    #[error("header: features are {found:#x}, this program knows {FEATURES:#x}")]
+    Features {
+        /// As written.
+        found: u64,
+    },
+    /// A section does not lie in the file.
+    #[error("header: section {section} is {offset:#x} + {length:#x}, in a file of {file_length:#x} bytes")]
+    Section {
+        /// Name of the section.
+        section: &'static str,
+        /// Its offset in bytes.
+        offset: u64,
+        /// Its length in bytes.
+        length: u64,
+        /// Bytes of the file.
+        file_length: u64,
+    },
+}
+
+/// The header.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Header {
+    /// What tells the image from others.
+    pub id: ImageId,
+    /// The image that an increment builds on; zeroes if there is none.
+    pub base: ImageId,
+    /// When the guest was so, in seconds since 1970.
+    pub taken: u64,
+    /// In bytes.
+    pub file_length: u64,
+    /// In the order of [`SectionKind::ALL`].
+    pub sections: [Section; 5],
+}
+
+impl Header {
+    /// True if it builds on another image.
+    pub fn is_increment(&self) -> bool {
+        self.base != ImageId::default()
+    }
+
+    /// Where a section lies.
+    pub fn section(&self, kind: SectionKind) -> Section {
+        self.sections[kind as usize]
+    }
+
+    /// The bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let section = |section: Section| WireSection {
+            offset: section.offset.into(),
+            length: section.length.into(),
+            checksum: section.checksum.into(),
+            zero: 0.into(),
+        };
+        let mut wire = WireHeader {
+            magic: MAGIC,
+            version: VERSION.into(),
+            zero: 0.into(),
+            features: FEATURES.into(),
+            id: self.id,
+            base: self.base,
+            taken: self.taken.into(),
+            file_length: self.file_length.into(),
+            sections: self.sections.map(section),
+            padding: [0; 3900],
+            checksum: 0.into(),
+        };
+        wire.checksum = checksum(&wire.as_bytes()[..CHECKED]).into();
+        wire.as_bytes().to_vec()
+    }
+
+    /// The header in these bytes. Its sections lie in a file of the length that it gives.
+    ///
+    /// # Errors
+    /// What is wrong, with the values.
+    pub fn from_bytes(bytes: &[u8; HEADER_SIZE]) -> Result<Self, HeaderError> {
+        let wire: &WireHeader = zerocopy::transmute_ref!(bytes);
+        if wire.magic != MAGIC {
+            return Err(HeaderError::Magic { found: wire.magic });
+        }
+        let (found, computed) = (wire.checksum.get(), checksum(&bytes[..CHECKED]));
+        if found != computed {
+            return Err(HeaderError::Checksum { found, computed });
+        }
+        if wire.version.get() != VERSION {
+            return Err(HeaderError::Version { found: wire.version.get() });
+        }
+        if wire.features.get() & !FEATURES != 0 {
+            return Err(HeaderError::Features { found: wire.features.get() });
+        }
+        let section = |section: WireSection| Section {
+            offset: section.offset.get(),
+            length: section.length.get(),
+            checksum: section.checksum.get(),
+        };
+        let (sections, file_length) = (wire.sections.map(section), wire.file_length.get());
+        for (kind, Section { offset, length, .. }) in SectionKind::ALL.into_iter().zip(sections) {
+            if offset < HEADER_SIZE as u64 || offset.checked_add(length).is_none_or(|end| end > file_length) {
+                return Err(HeaderError::Section { section: kind.name(), offset, length, file_length });
+            }
+        }
+        Ok(Self { id: wire.id, base: wire.base, taken: wire.taken.get(), file_length, sections })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn header() -> Header {
+        let section = Section { offset: 4096, length: 10, checksum: 7 };
+        Header { id: [1; 16], base: [2; 16], taken: 5, file_length: 9000, sections: [section; 5] }
+    }
+
+    proptest! {
+        #[test]
+        fn any_byte_that_is_changed_is_found(at in 0usize..HEADER_SIZE, change in 1u8..) {
+            let mut bytes: [u8; HEADER_SIZE] = header().to_bytes().try_into().unwrap();
+            prop_assert_eq!(Header::from_bytes(&bytes).unwrap(), header());
+            bytes[at] ^= change;
+            prop_assert!(Header::from_bytes(&bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn a_section_outside_of_the_file_is_refused_with_its_numbers() {
+        for (offset, length) in [(0, 10), (8999, 2), (u64::MAX, 1), (9001, 0)] {
+            let mut header = header();
+            header.sections[4] = Section { offset, length, checksum: 0 };
+            let bytes: [u8; HEADER_SIZE] = header.to_bytes().try_into().unwrap();
+            let error = Header::from_bytes(&bytes).unwrap_err();
+            let expected = HeaderError::Section { section: "state of the VMM", offset, length, file_length: 9000 };
+            assert_eq!(error, expected);
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Where pages and sections lie in an image. All but the ends of the contents and of the VMM's state follows from the lengths of the blocks, so images of the same
+//! blocks have each page at the same place.
+//!
+//! The header is followed, from 2 MiB on, by the blocks in the order of the table, each rounded up to whole extents; then by the sections, in the order
+//! pages' checksums, states, extents' checksums, contents, VMM state, each from a multiple of 4 KiB on.
+
+use super::states::states_size;
+use super::{EXTENT_PAGES, EXTENT_SIZE, MAX_MEMORY};
+use crate::memory::{BlockTable, PAGE_SIZE};
+
+/// The places of an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    blocks: Vec<Place>,
+    /// First byte after the pages: of the pages' checksums.
+    page_sums: u64,
+    states: u64,
+    extent_sums: u64,
+    contents: u64,
+}
+
+/// The places of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    pages: u64,
+    /// Byte of its first page.
+    data: u64,
+    /// Extents of the blocks before it.
+    extents_before: u64,
+    /// Bytes of the states of the blocks before it.
+    states_before: u64,
+}
+
+/// Blocks that no image can hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("blocks of {bytes:#x} bytes together, an image holds at most {MAX_MEMORY:#x}")]
+pub struct TooLarge {
+    /// Bytes of all blocks.
+    pub bytes: u64,
+}
+
+impl Layout {
+    /// The places for these blocks.
+    ///
+    /// # Errors
+    /// If they are too large for one image.
+    pub fn new(table: &BlockTable) -> Result<Self, TooLarge> {
+        let bytes = table.blocks().iter().fold(0u64, |sum, block| sum.saturating_add(block.length));
+        if bytes > MAX_MEMORY {
+            return Err(TooLarge { bytes });
+        }
+        let (mut extents, mut states) = (0, 0);
+        let mut blocks = Vec::with_capacity(table.blocks().len());
+        for block in table.blocks() {
+            let data = EXTENT_SIZE * (1 + extents);
+            blocks.push(Place { pages: block.pages(), data, extents_before: extents, states_before: states });
+            extents += block.pages().div_ceil(EXTENT_PAGES);
+            states += states_size(block.pages());
+        }
+        let aligned = |offset: u64| offset.next_multiple_of(PAGE_SIZE);
+        let page_sums = EXTENT_SIZE * (1 + extents);
+        let first_state = aligned(page_sums + extents * EXTENT_PAGES * 4);
+        let extent_sums = aligned(first_state + states);
+        let contents = aligned(extent_sums + extents * 4);
+        Ok(Self { blocks, page_sums, states: first_state, extent_sums, contents })
+    }
+
+    /// Byte of page `page` of the block at index `at` of the table.
+    pub fn page(&self, at: usize, page: u64) -> u64 {
+        self.blocks[at].data + page * PAGE_SIZE
+    }
+
+    /// Extents of the block at index `at`.
+    pub fn extents(&self, at: usize) -> u64 {
+        self.blocks[at].pages.div_ceil(EXTENT_PAGES)
+    }
+
+    /// Extents of all blocks.
+    pub fn all_extents(&self) -> u64 {
+        (self.page_sums - EXTENT_SIZE) / EXTENT_SIZE
+    }
+
+    /// The number of extent `extent` of the block at index `at` among those of all blocks: its place among the extents' checksums.
+    pub fn extent(&self, at: usize, extent: u64) -> u64 {
+        self.blocks[at].extents_before + extent
+    }
+
+    /// Byte of the checksum of page `page` of the block at index `at`.
+    pub fn page_sum(&self, at: usize, page: u64) -> u64 {
+        self.page_sums + (self.blocks[at].extents_before * EXTENT_PAGES + page) * 4
+    }
+
+    /// First byte after the pages, and of the pages' checksums.
+    pub fn page_sums(&self) -> u64 {
+        self.page_sums
+    }
+
+    /// Bytes of the pages' checksums.
+    pub fn page_sums_size(&self) -> u64 {
+        self.all_extents() * EXTENT_PAGES * 4
+    }
+
+    /// Byte of the states.
+    pub fn states(&self) -> u64 {
+        self.states
+    }
+
+    /// Where the states of the block at index `at` begin, in bytes from those of the first.
+    pub fn states_of(&self, at: usize) -> u64 {
+        self.blocks[at].states_before
+    }
+
+    /// Bytes of the states.
+    pub fn states_size(&self) -> u64 {
+        self.blocks.last().map_or(0, |last| last.states_before + states_size(last.pages))
+    }
+
+    /// Byte of the extents' checksums.
+    pub fn extent_sums(&self) -> u64 {
+        self.extent_sums
+    }
+
+    /// Bytes of the extents' checksums.
+    pub fn extent_sums_size(&self) -> u64 {
+        self.all_extents() * 4
+    }
+
+    /// Byte of the contents.
+    pub fn contents(&self) -> u64 {
+        self.contents
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::BlockGeometry;
+
+    fn table(lengths: &[u64]) -> BlockTable {
+        let mut table = BlockTable::new();
+        let mut gpa = 0;
+        for (id, length) in (0..).zip(lengths) {
+            let block = BlockGeometry { id, name: format!("{id}"), gpa, length: *length, granularity: PAGE_SIZE };
+            table.insert(block, 512).unwrap();
+            gpa += length;
+        }
+        table
+    }
+
+    #[test]
+    fn places_follow_from_the_blocks_and_do_not_overlap() {
+        let layout = Layout::new(&table(&[PAGE_SIZE, 3 * EXTENT_SIZE + PAGE_SIZE, EXTENT_SIZE])).unwrap();
+        assert_eq!((layout.page(0, 0), layout.page(1, 0), layout.page(2, 1)), (2 << 20, 4 << 20, (12 << 20) + 4096));
+        assert_eq!((layout.extents(0), layout.extents(1), layout.extents(2), layout.all_extents()), (1, 4, 1, 6));
+        assert_eq!((layout.extent(1, 0), layout.extent(2, 0)), (1, 5));
+        assert_eq!(layout.page_sums(), 14 << 20);
+        assert_eq!(layout.page_sum(1, 3), (14 << 20) + (512 + 3) * 4);
+        assert_eq!(layout.states(), (14 << 20) + 6 * 2048);
+        assert_eq!((layout.states_of(1), layout.states_of(2)), (16, 16 + 25 * 16));
+        assert_eq!(layout.states_size(), 16 + 25 * 16 + 8 * 16);
+        assert_eq!(layout.extent_sums(), layout.states() + 4096);
+        assert_eq!(layout.contents(), layout.extent_sums() + 4096);
+    }
+
+    #[test]
+    fn what_no_file_can_hold_is_refused() {
+        let bytes = MAX_MEMORY + PAGE_SIZE;
+        assert_eq!(Layout::new(&table(&[PAGE_SIZE, MAX_MEMORY])).unwrap_err(), TooLarge { bytes });
+        assert!(Layout::new(&table(&[MAX_MEMORY])).is_ok());
+    }
+}

@@ -1,0 +1,122 @@
+//! What an image says of each page.
+//!
+//! 64 pages take 16 bytes: two words, whose bits n are of page n. First word set: the image has the page's content. Second: the page is discarded. Neither:
+//! it is zero. Both: it is as in the base, which only an increment has one of. Bits after the last page of a block are clear.
+
+use crate::control::codec::DecodeError;
+use crate::shm::bitmap::{WORD_BITS, word_mask};
+
+/// Bytes of 64 pages.
+const WORD_SIZE: usize = 16;
+
+/// Bytes of the states of `pages` pages.
+pub const fn states_size(pages: u64) -> u64 {
+    pages.div_ceil(WORD_BITS) * WORD_SIZE as u64
+}
+
+/// The states of 64 pages. No page is in two of the sets; who is in none is zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StateWord {
+    /// The image has their content.
+    pub present: u64,
+    /// Their content is stale: they are holes, and count as discarded.
+    pub discarded: u64,
+    /// They are as in the base.
+    pub unchanged: u64,
+}
+
+impl StateWord {
+    /// Those that are zero, of the pages `valid`.
+    pub fn zero(&self, valid: u64) -> u64 {
+        valid & !(self.present | self.discarded | self.unchanged)
+    }
+}
+
+/// The bytes of a block's states, given word by word.
+pub fn encode_states(words: impl IntoIterator<Item = StateWord>, into: &mut Vec<u8>) {
+    for StateWord { present, discarded, unchanged } in words {
+        into.extend_from_slice(&(present | unchanged).to_le_bytes());
+        into.extend_from_slice(&(discarded | unchanged).to_le_bytes());
+    }
+}
+
+/// The states of a block of `pages` pages: the index of each word that is not all zero, and the word. `increment` says whether there is a base.
+///
+/// # Errors
+/// If the bytes are of another number of pages, or a bit is set that no page has, or a page is as in a base that there is none of.
+pub fn decode_states(
+    bytes: &[u8], pages: u64, increment: bool,
+) -> Result<impl Iterator<Item = (u64, StateWord)> + '_, DecodeError> {
+    let refused = |field, value, allowed| Err(DecodeError::Value { field, value, allowed });
+    let (words, rest) = bytes.as_chunks::<WORD_SIZE>();
+    if !rest.is_empty() || words.len() as u64 != pages.div_ceil(WORD_BITS) {
+        return refused("length of the states", bytes.len() as u64, "16 bytes for each 64 pages");
+    }
+    let last_valid = match pages % WORD_BITS {
+        0 => u64::MAX,
+        bits => word_mask(0, bits),
+    };
+    let last = words.last().map_or(0, |last| {
+        let (first, second) = halves(last);
+        (first | second) & !last_valid
+    });
+    if last != 0 {
+        return refused("last word of the states", last, "no bit after the last page");
+    }
+    if !increment && let Some(at) = words.iter().position(|word| both(word) != 0) {
+        let page = at as u64 * WORD_BITS + u64::from(both(&words[at]).trailing_zeros());
+        return refused("page that is as in the base", page, "none, since the image has no base");
+    }
+    let words = (0..).zip(words).filter(|(_, word)| **word != [0; WORD_SIZE]);
+    Ok(words.map(|(index, word)| (index, parse(word))))
+}
+
+fn halves(word: &[u8; WORD_SIZE]) -> (u64, u64) {
+    let both = u128::from_le_bytes(*word);
+    (both as u64, (both >> 64) as u64)
+}
+
+fn both(word: &[u8; WORD_SIZE]) -> u64 {
+    let (first, second) = halves(word);
+    first & second
+}
+
+fn parse(word: &[u8; WORD_SIZE]) -> StateWord {
+    let (first, second) = halves(word);
+    StateWord { present: first & !second, discarded: second & !first, unchanged: first & second }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_is_printed_is_read(words in prop::collection::vec((any::<u64>(), any::<u64>()), 1..20), cut in 0u64..64) {
+            let pages = words.len() as u64 * 64 - cut;
+            let valid = |index: usize| if index + 1 == words.len() { word_mask(0, 64 - cut) } else { u64::MAX };
+            let states: Vec<StateWord> = words.iter().enumerate().map(|(index, (first, second))| {
+                let (first, second) = (first & valid(index), second & valid(index));
+                StateWord { present: first & !second, discarded: second & !first, unchanged: first & second }
+            }).collect();
+            let mut bytes = Vec::new();
+            encode_states(states.iter().copied(), &mut bytes);
+            prop_assert_eq!(bytes.len() as u64, states_size(pages));
+            let mut read = vec![StateWord::default(); words.len()];
+            decode_states(&bytes, pages, true).unwrap().for_each(|(index, word)| read[index as usize] = word);
+            prop_assert_eq!(read, states);
+            prop_assert!(decode_states(&bytes, pages + 64, true).is_err());
+        }
+    }
+
+    #[test]
+    fn states_that_no_image_has_are_refused() {
+        let mut bytes = Vec::new();
+        encode_states([StateWord { unchanged: 4, ..StateWord::default() }], &mut bytes);
+        let error = decode_states(&bytes, 64, false).err().unwrap();
+        assert_eq!(error.to_string(), "page that is as in the base is 0x2, allowed: none, since the image has no base");
+        let error = decode_states(&bytes, 2, true).err().unwrap();
+        assert_eq!(error.to_string(), "last word of the states is 0x4, allowed: no bit after the last page");
+    }
+}
