@@ -17,6 +17,7 @@
 pub mod cli;
 pub mod error;
 pub mod hooks;
+pub mod image;
 pub mod incoming;
 pub mod job;
 pub mod memory;

@@ -1,0 +1,71 @@
+//! Reading and writing at a place in a file, all or nothing; and memory that a disk can read from.
+
+use super::Fault;
+use pageferry_protocol::memory::PAGE_SIZE;
+use rustix::io::Errno;
+use std::ops::{Deref, DerefMut};
+use std::os::fd::BorrowedFd;
+
+/// Writes all of `bytes`.
+pub(super) fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(), Fault> {
+    while !bytes.is_empty() {
+        match rustix::io::pwrite(file, bytes, at) {
+            Ok(0) => return Err(Fault::At { what: "write", at, source: Errno::NOSPC }),
+            Ok(written) => {
+                bytes = &bytes[written..];
+                at += written as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(source) => return Err(Fault::At { what: "write", at, source }),
+        }
+    }
+    Ok(())
+}
+
+/// Fills `bytes`.
+pub(super) fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Result<(), Fault> {
+    while !bytes.is_empty() {
+        match rustix::io::pread(file, &mut *bytes, at) {
+            Ok(0) => return Err(Fault::Ends { at }),
+            Ok(read) => {
+                bytes = &mut bytes[read..];
+                at += read as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(source) => return Err(Fault::At { what: "read", at, source }),
+        }
+    }
+    Ok(())
+}
+
+/// Bytes that begin at a multiple of the page size, as writing past the page cache needs them.
+#[derive(Debug)]
+pub struct PageBuffer {
+    bytes: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl PageBuffer {
+    /// `length` zero bytes.
+    pub fn new(length: usize) -> Self {
+        let bytes = vec![0; length + PAGE_SIZE as usize];
+        // Where it cannot be told the buffer is as good as any other, and the page cache takes it.
+        let start = bytes.as_ptr().align_offset(PAGE_SIZE as usize).min(PAGE_SIZE as usize);
+        Self { bytes, start, length }
+    }
+}
+
+impl Deref for PageBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.length]
+    }
+}
+
+impl DerefMut for PageBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + self.length]
+    }
+}

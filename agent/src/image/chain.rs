@@ -1,0 +1,168 @@
+//! An increment with the images that it builds on, down to one that stands alone.
+//!
+//! Who is what is checked by identity: an increment names the id of its base, and a file that was replaced by another image has another.
+
+use super::reader::States;
+use super::{Fault, Image, ImageError};
+use pageferry_protocol::image::{EXTENT_PAGES, StateWord};
+use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
+use std::path::{Path, PathBuf};
+
+/// Most images of a chain.
+pub const MAX_IMAGES: usize = 256;
+
+/// An image, and those that it builds on.
+#[derive(Debug)]
+pub struct Chain {
+    /// The newest first.
+    layers: Vec<Layer>,
+    /// What is discarded in the end, of each block.
+    discarded: Vec<MappedBitmap>,
+    /// What has content in the end, of each block.
+    present: Vec<MappedBitmap>,
+}
+
+/// An image of a chain.
+#[derive(Debug)]
+pub struct Layer {
+    /// The image.
+    pub image: Image,
+    /// The pages of each block whose content is taken from it: those that no newer one says anything of.
+    pub pages: Vec<MappedBitmap>,
+}
+
+impl Chain {
+    /// Opens the image at `path` and all that it builds on.
+    ///
+    /// # Errors
+    /// If one of them is not there, is damaged, or is another than it should be.
+    pub fn open(path: &Path) -> Result<Self, ImageError> {
+        let mut images = vec![Image::open(path)?];
+        while let Some(base) = next_base(&images)? {
+            images.push(base);
+        }
+        Self::fold(images).map_err(|fault| fault.of(path))
+    }
+
+    fn fold(images: Vec<Image>) -> Result<Self, Fault> {
+        let table = images[0].contents().table.clone();
+        let bitmaps = || -> Result<Vec<MappedBitmap>, Fault> {
+            Ok(table.blocks().iter().map(|block| MappedBitmap::private(block.pages())).collect::<Result<_, _>>()?)
+        };
+        let (discarded, present) = (bitmaps()?, bitmaps()?);
+        let mut layers = Vec::with_capacity(images.len());
+        for image in images {
+            layers.push(Layer { image, pages: bitmaps()? });
+        }
+        for at in 0..table.blocks().len() {
+            let all = present[at].all();
+            // All that an increment says nothing of is looked for in its base: there is no way around looking at each word. One that stands alone is mostly zero.
+            let words: Box<dyn Iterator<Item = u64>> = match &layers[..] {
+                [only] => Box::new(said(&only.image.states()[at], all)),
+                _ => Box::new(0..all.count.div_ceil(WORD_BITS)),
+            };
+            for word in words {
+                let mut open = word_mask(0, (all.count - word * WORD_BITS).min(WORD_BITS));
+                for layer in &layers {
+                    let state: StateWord = layer.image.states()[at].word(word);
+                    layer.pages[at].or_word(word, open & state.present);
+                    present[at].or_word(word, open & state.present);
+                    discarded[at].or_word(word, open & state.discarded);
+                    open &= state.unchanged;
+                    if open == 0 {
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(Self { layers, discarded, present })
+    }
+
+    /// The images, the newest first.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The newest.
+    pub fn newest(&self) -> &Image {
+        &self.layers[0].image
+    }
+
+    /// The blocks.
+    pub fn table(&self) -> &BlockTable {
+        &self.newest().contents().table
+    }
+
+    /// The pages of the block at index `at` that are discarded.
+    pub fn discarded(&self, at: usize) -> &MappedBitmap {
+        &self.discarded[at]
+    }
+
+    /// The pages of the block at index `at` that have content.
+    pub fn present(&self, at: usize) -> &MappedBitmap {
+        &self.present[at]
+    }
+
+    /// Reads the pages `range` of the block at index `at`; those that have no content are zero.
+    ///
+    /// # Errors
+    /// If one cannot be read, or is damaged.
+    pub fn read(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
+        let place = |run: &PageRange| (run.first - range.first) as usize * PAGE_SIZE as usize;
+        let mut filled = range.first;
+        for run in self.present[at].runs(range) {
+            into[place(&PageRange::new(filled, 0))..place(&run)].fill(0);
+            filled = run.end();
+        }
+        into[place(&PageRange::new(filled, 0))..].fill(0);
+        for layer in &self.layers {
+            for run in layer.pages[at].runs(range) {
+                let start = place(&run);
+                layer.image.read(at, run, &mut into[start..start + run.bytes() as usize])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the checksums of the pages of an extent, in all images that it is read from.
+    ///
+    /// # Errors
+    /// If they cannot be read, or are damaged.
+    pub fn check_sums(&self, at: usize, extent: u64) -> Result<(), ImageError> {
+        let pages = PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES);
+        let mut layers = self.layers.iter().filter(|layer| layer.pages[at].next_set(pages).is_some());
+        layers.try_for_each(|layer| layer.image.check_sums(at, extent))
+    }
+}
+
+/// The words of a block with a page that is not zero; some twice.
+fn said(states: &States, all: PageRange) -> impl Iterator<Item = u64> + '_ {
+    let words = states.present.nonzero_words(all).chain(states.discarded.nonzero_words(all));
+    words.map(|(word, _)| word)
+}
+
+/// The base of the last of `images`, if it has one.
+fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
+    let Some(last) = images.last().filter(|last| last.header().is_increment()) else { return Ok(None) };
+    if images.len() == MAX_IMAGES {
+        return Err(Fault::Chain(MAX_IMAGES).of(images[0].path()));
+    }
+    let path = base_path(last);
+    let base = Image::open(&path)?;
+    let (found, expected) = (base.header().id, last.header().base);
+    if found != expected {
+        return Err(Fault::Base { path, found, expected }.of(last.path()));
+    }
+    if base.contents().table != last.contents().table {
+        return Err(Fault::BaseBlocks { path }.of(last.path()));
+    }
+    Ok(Some(base))
+}
+
+/// Where the base of an increment is.
+pub fn base_path(image: &Image) -> PathBuf {
+    let folder = image.path().parent().unwrap_or(Path::new(""));
+    folder.join(&image.contents().base_name)
+}

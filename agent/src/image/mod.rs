@@ -1,0 +1,223 @@
+//! Images in files: see `docs/image.md` and [`pageferry_protocol::image`] for what is in them.
+//!
+//! - [`bytes`]: reading and writing at a place;
+//! - [`new_file`]: a file that is there whole, or not at all;
+//! - [`writer`]: pages and all else into a new image;
+//! - [`reader`]: an image that is there, each part of it checked before anyone sees it;
+//! - [`chain`]: an increment with the images that it builds on;
+//! - this file: what can be wrong.
+
+pub mod bytes;
+pub mod chain;
+pub mod new_file;
+pub mod reader;
+pub mod writer;
+
+pub use bytes::PageBuffer;
+pub use chain::Chain;
+pub use reader::Image;
+pub use writer::ImageWriter;
+
+use pageferry_protocol::control::codec::DecodeError;
+use pageferry_protocol::image::contents::ContentsError;
+use pageferry_protocol::image::layout::TooLarge;
+use pageferry_protocol::image::{HeaderError, id_text};
+use pageferry_protocol::shm::MappingError;
+use rustix::io::Errno;
+use std::path::{Path, PathBuf};
+
+/// What is wrong with an image, and with which.
+#[derive(Debug, thiserror::Error)]
+#[error("image {}", path.display())]
+pub struct ImageError {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong.
+    #[source]
+    pub fault: Fault,
+}
+
+/// What is wrong with an image.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The kernel or the file system refused.
+    #[error("cannot {what}")]
+    Kernel {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: Errno,
+    },
+    /// The same at a place in the file.
+    #[error("cannot {what} at byte {at:#x}")]
+    At {
+        /// What was tried.
+        what: &'static str,
+        /// In bytes from the start of the file.
+        at: u64,
+        /// What the kernel said.
+        #[source]
+        source: Errno,
+    },
+    /// The file ends where more was expected.
+    #[error("the file ends at byte {at:#x}, where more was expected: it is truncated")]
+    Ends {
+        /// In bytes from the start of the file.
+        at: u64,
+    },
+    /// There is an image of that name.
+    #[error("the file exists: choose another name, or have it replaced")]
+    Exists,
+    /// The file's name says no folder, or no name.
+    #[error("path is not that of a file, from the root")]
+    Path,
+    /// The file ends too early, or too late.
+    #[error("the file has {found:#x} bytes, its header says {expected:#x}: it is {}", if found < expected { "truncated" } else { "damaged" })]
+    Length {
+        /// Bytes of the file.
+        found: u64,
+        /// Bytes that the header says.
+        expected: u64,
+    },
+    /// The header.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    /// A section lies elsewhere than the blocks say.
+    #[error("section {section} is {offset:#x} + {length:#x}, expected is {expected_offset:#x} + {expected_length:#x}")]
+    Section {
+        /// Name of the section.
+        section: &'static str,
+        /// Its offset in bytes.
+        offset: u64,
+        /// Its length in bytes.
+        length: u64,
+        /// Where it should be.
+        expected_offset: u64,
+        /// How long it should be.
+        expected_length: u64,
+    },
+    /// A section is damaged.
+    #[error(
+        "section {section}, bytes {offset:#x} + {length:#x}: checksum is {found:#010x}, that of its bytes is {computed:#010x}: the image is damaged"
+    )]
+    SectionSum {
+        /// Name of the section.
+        section: &'static str,
+        /// Its offset in bytes.
+        offset: u64,
+        /// Its length in bytes.
+        length: u64,
+        /// As written.
+        found: u32,
+        /// Of the bytes.
+        computed: u32,
+    },
+    /// The blocks, the base's name, or the names of the state.
+    #[error(transparent)]
+    Contents(#[from] ContentsError),
+    /// The contents take more than any may.
+    #[error("section contents is {length:#x} bytes, allowed are {limit:#x}")]
+    ContentsSize {
+        /// In bytes.
+        length: u64,
+        /// In bytes.
+        limit: u64,
+    },
+    /// Too much memory for one image.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
+    /// The states of a block.
+    #[error("block {id}")]
+    States {
+        /// The block.
+        id: u32,
+        /// What is wrong.
+        #[source]
+        source: DecodeError,
+    },
+    /// The checksums of an extent's pages are damaged.
+    #[error(
+        "block {id}: checksums of pages {first:#x} + 0x200, at byte {at:#x}: their sum is {found:#010x}, that of the bytes is {computed:#010x}: the image is damaged"
+    )]
+    ExtentSum {
+        /// The block.
+        id: u32,
+        /// First page of the extent.
+        first: u64,
+        /// Where the checksums lie, in bytes from the start of the file.
+        at: u64,
+        /// As written.
+        found: u32,
+        /// Of the bytes.
+        computed: u32,
+    },
+    /// A page is damaged.
+    #[error(
+        "block {id}: page {page:#x}, at byte {at:#x}: checksum is {found:#010x}, that of its bytes is {computed:#010x}: the image is damaged"
+    )]
+    PageSum {
+        /// The block.
+        id: u32,
+        /// The page.
+        page: u64,
+        /// Where it lies, in bytes from the start of the file.
+        at: u64,
+        /// As written.
+        found: u32,
+        /// Of the bytes.
+        computed: u32,
+    },
+    /// There is content where there should be none.
+    #[error(
+        "block {id}: page {page:#x}, at byte {at:#x}, is a hole in an image, and this file has data there: the image is damaged"
+    )]
+    Stuffed {
+        /// The block.
+        id: u32,
+        /// The page.
+        page: u64,
+        /// Where it lies, in bytes from the start of the file.
+        at: u64,
+    },
+    /// The base is another image than the increment builds on.
+    #[error(
+        "its base {} is image {}, but it builds on image {}: the file was replaced by another",
+        path.display(), id_text(found), id_text(expected)
+    )]
+    Base {
+        /// The base.
+        path: PathBuf,
+        /// Its id.
+        found: [u8; 16],
+        /// The id in the increment.
+        expected: [u8; 16],
+    },
+    /// The base has other blocks.
+    #[error("its base {} is of other blocks than it is itself", path.display())]
+    BaseBlocks {
+        /// The base.
+        path: PathBuf,
+    },
+    /// The chain is too long, or bites its tail.
+    #[error("it builds on more than {0} images, one on the other")]
+    Chain(usize),
+    /// Memory for a bitmap.
+    #[error("bitmap")]
+    Bitmap(#[from] MappingError),
+}
+
+impl Fault {
+    /// Of the image at `path`.
+    pub fn of(self, path: &Path) -> ImageError {
+        ImageError { path: path.to_owned(), fault: self }
+    }
+}
+
+/// What the kernel said to `what`.
+fn kernel(what: &'static str) -> impl Fn(Errno) -> Fault {
+    move |source| Fault::Kernel { what, source }
+}
+
+#[cfg(test)]
+mod tests;

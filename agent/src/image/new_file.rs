@@ -1,0 +1,188 @@
+//! A file that is there whole, or not at all.
+//!
+//! It has no name while it is written, where the file system knows such files, so that nothing is left of it whatever kills this process. Elsewhere it has a
+//! temporary name in the same folder, which is taken away if it is not finished. When it is finished and safe on the disk, it gets its name in one step.
+
+use super::{Fault, kernel};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Attempts to find a temporary name that is free.
+const ATTEMPTS: u32 = 100;
+
+/// A file that is being written.
+#[derive(Debug)]
+pub struct NewFile {
+    file: OwnedFd,
+    /// The name that it will have.
+    path: PathBuf,
+    folder: PathBuf,
+    /// The name that it has meanwhile.
+    temporary: Option<PathBuf>,
+    replace: bool,
+}
+
+impl NewFile {
+    /// A file that will be at `path`. With `replace` it takes the place of what is there.
+    ///
+    /// # Errors
+    /// If something is there and is not to be replaced, or the folder cannot be written to.
+    pub fn create(path: &Path, replace: bool) -> Result<Self, Fault> {
+        let (Some(folder), Some(_), true) = (path.parent(), path.file_name(), path.is_absolute()) else {
+            return Err(Fault::Path);
+        };
+        if !replace && path.symlink_metadata().is_ok() {
+            return Err(Fault::Exists);
+        }
+        let new = |file, temporary| Self { file, path: path.to_owned(), folder: folder.to_owned(), temporary, replace };
+        let mode = Mode::RUSR | Mode::WUSR;
+        match rustix::fs::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, mode) {
+            Ok(file) => return Ok(new(file, None)),
+            // The file system has no such files, or the kernel takes the folder for what is to be opened.
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {}
+            Err(source) => return Err(Fault::Kernel { what: "create a file in its folder", source }),
+        }
+        let mut attempts = names(path);
+        loop {
+            let name = attempts.next().ok_or(Fault::Exists)?;
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
+            match rustix::fs::open(&name, flags, mode) {
+                Ok(file) => return Ok(new(file, Some(name))),
+                Err(Errno::EXIST) => {}
+                Err(source) => return Err(Fault::Kernel { what: "create a file in its folder", source }),
+            }
+        }
+    }
+
+    /// The name that it will have.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file once more, past the page cache; `None` where the file system cannot.
+    pub fn direct(&self) -> Option<OwnedFd> {
+        rustix::fs::open(self.by_descriptor(), OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty()).ok()
+    }
+
+    fn by_descriptor(&self) -> String {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd())
+    }
+
+    /// Makes it safe, and gives it its name.
+    ///
+    /// # Errors
+    /// If the file system refuses, or something has come to be there meanwhile and is not to be replaced. What is there is as it was then.
+    pub fn finish(mut self) -> Result<(), Fault> {
+        rustix::fs::fsync(&self.file).map_err(kernel("make the file safe"))?;
+        if self.temporary.is_none() {
+            self.temporary = Some(self.link()?);
+        }
+        let Some(temporary) = &self.temporary else { return Ok(()) };
+        let flags = if self.replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
+        match rustix::fs::renameat_with(CWD, temporary, CWD, &self.path, flags) {
+            Ok(()) => {}
+            // The file system does not know the flag: the look at the start must do.
+            Err(Errno::INVAL | Errno::NOSYS) if !self.replace && self.path.symlink_metadata().is_err() => {
+                rustix::fs::rename(temporary, &self.path).map_err(kernel("name the file"))?;
+            }
+            Err(Errno::EXIST) => return Err(Fault::Exists),
+            Err(source) => return Err(Fault::Kernel { what: "name the file", source }),
+        }
+        self.temporary = None;
+        // The file is there; what is not certain is that it is after the machine loses power.
+        let folder = rustix::fs::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        folder.and_then(rustix::fs::fsync).map_err(kernel("make the name of the file safe"))
+    }
+
+    /// A temporary name for a file that has none.
+    fn link(&self) -> Result<PathBuf, Fault> {
+        let by_descriptor = self.by_descriptor();
+        for name in names(&self.path) {
+            match rustix::fs::linkat(CWD, &by_descriptor, CWD, &name, AtFlags::SYMLINK_FOLLOW) {
+                Ok(()) => return Ok(name),
+                Err(Errno::EXIST) => {}
+                Err(source) => return Err(Fault::Kernel { what: "name the file", source }),
+            }
+        }
+        Err(Fault::Exists)
+    }
+}
+
+/// Temporary names beside `path`. They are no longer than the longest name of a file, whatever that of `path` is.
+fn names(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let folder = path.parent().map(Path::to_owned).unwrap_or_default();
+    let process = std::process::id();
+    (0..ATTEMPTS).map(move |attempt| folder.join(format!(".pageferry-{process}-{attempt}.part")))
+}
+
+impl AsFd for NewFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if let Some(name) = &self.temporary
+            && let Err(errno) = rustix::fs::unlink(name)
+        {
+            log::warn!("{} is left behind: {errno}", name.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files(folder: &Path) -> Vec<String> {
+        let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn it_is_there_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        let file = NewFile::create(&path, false).unwrap();
+        rustix::io::write(&file, b"half").unwrap();
+        drop(file);
+        assert_eq!(files(folder.path()), Vec::<String>::new());
+        let file = NewFile::create(&path, false).unwrap();
+        rustix::io::write(&file, b"whole").unwrap();
+        assert_eq!(files(folder.path()), Vec::<String>::new());
+        file.finish().unwrap();
+        assert_eq!(
+            (files(folder.path()), std::fs::read(&path).unwrap()),
+            (vec!["image".to_owned()], b"whole".to_vec())
+        );
+    }
+
+    #[test]
+    fn what_is_there_is_replaced_only_if_that_is_wanted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        let late = NewFile::create(&path, false).unwrap();
+        std::fs::write(&path, "old").unwrap();
+        assert!(matches!(NewFile::create(&path, false), Err(Fault::Exists)));
+        assert!(matches!(late.finish(), Err(Fault::Exists)));
+        assert_eq!((files(folder.path()), std::fs::read(&path).unwrap()), (vec!["image".to_owned()], b"old".to_vec()));
+        let file = NewFile::create(&path, true).unwrap();
+        rustix::io::write(&file, b"new").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        file.finish().unwrap();
+        assert_eq!((files(folder.path()), std::fs::read(&path).unwrap()), (vec!["image".to_owned()], b"new".to_vec()));
+    }
+
+    #[test]
+    fn a_path_that_is_no_file_from_the_root_is_refused() {
+        for path in ["image", "/", "/tmp/.."] {
+            assert!(matches!(NewFile::create(Path::new(path), true), Err(Fault::Path)), "{path}");
+        }
+        assert!(matches!(NewFile::create(Path::new("/no/such/folder"), true), Err(Fault::Kernel { .. })));
+    }
+}

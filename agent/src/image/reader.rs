@@ -1,0 +1,272 @@
+//! Reading an image. Nothing of it is believed that is not checked: the header by itself, the sections by the header, a page by its checksum, and that by the sum
+//! of its extent where whole extents are read.
+//!
+//! It is only ever read, and through the page cache: guests that are restored from one image share what is read.
+
+use super::bytes::read_at;
+use super::{Fault, ImageError, kernel};
+use pageferry_protocol::image::contents::MAX_CONTENTS;
+use pageferry_protocol::image::header::HEADER_SIZE;
+use pageferry_protocol::image::states::states_size;
+use pageferry_protocol::image::{
+    Contents, EXTENT_PAGES, Header, Layout, Section, SectionKind, StateWord, checksum, decode_states, extent_checksum,
+};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use rustix::fs::{Mode, OFlags};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Bytes that are read at once of what is not pages. A multiple of the bytes of 64 pages' states.
+const PART: usize = 1 << 20;
+
+/// An image that is there.
+#[derive(Debug)]
+pub struct Image {
+    path: PathBuf,
+    file: OwnedFd,
+    header: Header,
+    contents: Contents,
+    layout: Layout,
+    states: Vec<States>,
+    extent_sums: Vec<u32>,
+}
+
+/// What an image says of a block's pages. A page that is in none of the sets is zero.
+#[derive(Debug)]
+pub struct States {
+    /// Whose content it has.
+    pub present: MappedBitmap,
+    /// That are discarded.
+    pub discarded: MappedBitmap,
+    /// That are as in the base; of an increment.
+    pub unchanged: MappedBitmap,
+}
+
+impl States {
+    /// Those of 64 pages.
+    pub fn word(&self, word: u64) -> StateWord {
+        StateWord {
+            present: self.present.word(word),
+            discarded: self.discarded.word(word),
+            unchanged: self.unchanged.word(word),
+        }
+    }
+}
+
+impl Image {
+    /// Opens the image at `path`, and checks all of it but the pages.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn open(path: &Path) -> Result<Self, ImageError> {
+        let mut image = Self::open_contents(path)?;
+        image.read_states().map_err(|fault| fault.of(path))?;
+        Ok(image)
+    }
+
+    /// Opens the image at `path` without the states of its pages: it knows of no page that it has content of.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn open_contents(path: &Path) -> Result<Self, ImageError> {
+        Self::read_contents(path).map_err(|fault| fault.of(path))
+    }
+
+    fn read_contents(path: &Path) -> Result<Self, Fault> {
+        let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty());
+        let file = file.map_err(kernel("open it"))?;
+        let stat = rustix::fs::fstat(&file).map_err(kernel("look at it"))?;
+        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
+            return Err(Fault::Path);
+        }
+        let found = u64::try_from(stat.st_size).unwrap_or(0);
+        if found < HEADER_SIZE as u64 {
+            return Err(Fault::Length { found, expected: HEADER_SIZE as u64 });
+        }
+        let mut bytes = [0; HEADER_SIZE];
+        read_at(file.as_fd(), &mut bytes, 0)?;
+        let header = Header::from_bytes(&bytes)?;
+        if header.file_length != found {
+            return Err(Fault::Length { found, expected: header.file_length });
+        }
+        let section = header.section(SectionKind::Contents);
+        if section.length > MAX_CONTENTS {
+            return Err(Fault::ContentsSize { length: section.length, limit: MAX_CONTENTS });
+        }
+        let mut bytes = vec![0; section.length as usize];
+        read_at(file.as_fd(), &mut bytes, section.offset)?;
+        check_sum(SectionKind::Contents, section, checksum(&bytes))?;
+        let contents = Contents::decode(&bytes)?;
+        let layout = Layout::new(&contents.table)?;
+        check_places(&header, &contents, &layout)?;
+        let path = path.to_owned();
+        Ok(Self { path, file, header, contents, layout, states: Vec::new(), extent_sums: Vec::new() })
+    }
+
+    fn read_states(&mut self) -> Result<(), Fault> {
+        let section = self.header.section(SectionKind::States);
+        let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+        let mut bytes = vec![0; PART.min(section.length as usize)];
+        let mut all = Vec::with_capacity(self.contents.table.blocks().len());
+        for (at, block) in self.contents.table.blocks().iter().enumerate() {
+            let bitmap = || MappedBitmap::private(block.pages());
+            let states = States { present: bitmap()?, discarded: bitmap()?, unchanged: bitmap()? };
+            let (start, size) = (self.layout.states() + self.layout.states_of(at), states_size(block.pages()));
+            for offset in (0..size).step_by(PART) {
+                let bytes = &mut bytes[..PART.min((size - offset) as usize)];
+                read_at(self.file.as_fd(), bytes, start + offset)?;
+                digest.update(bytes);
+                let first_word = offset / 16;
+                let pages = (block.pages() - first_word * 64).min(bytes.len() as u64 / 16 * 64);
+                let words = decode_states(bytes, pages, self.header.is_increment());
+                for (word, state) in words.map_err(|source| Fault::States { id: block.id, source })? {
+                    let word = first_word + word;
+                    states.present.or_word(word, state.present);
+                    states.discarded.or_word(word, state.discarded);
+                    states.unchanged.or_word(word, state.unchanged);
+                }
+            }
+            all.push(states);
+        }
+        check_sum(SectionKind::States, section, digest.finalize() as u32)?;
+        let section = self.header.section(SectionKind::ExtentSums);
+        let mut sums = vec![0u32; self.layout.all_extents() as usize];
+        let bytes = zerocopy::IntoBytes::as_mut_bytes(sums.as_mut_slice());
+        read_at(self.file.as_fd(), bytes, section.offset)?;
+        check_sum(SectionKind::ExtentSums, section, checksum(bytes))?;
+        (self.states, self.extent_sums) = (all, sums);
+        Ok(())
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Its header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Its blocks, base and pieces of state.
+    pub fn contents(&self) -> &Contents {
+        &self.contents
+    }
+
+    /// Where all of it lies.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// What it says of the pages of each block, in the order of the table.
+    pub fn states(&self) -> &[States] {
+        &self.states
+    }
+
+    /// Reads the pages `range` of the block at index `at`, all of which it has, and checks each.
+    ///
+    /// # Errors
+    /// If they cannot be read, or one is damaged: which, and where.
+    pub fn read(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
+        self.read_pages(at, range, into).map_err(|fault| fault.of(&self.path))
+    }
+
+    fn read_pages(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), Fault> {
+        read_at(self.file.as_fd(), into, self.layout.page(at, range.first))?;
+        let mut sums = [0u32; EXTENT_PAGES as usize];
+        let parts = (range.first..range.end()).step_by(sums.len()).zip(into.chunks(sums.len() * PAGE_SIZE as usize));
+        for (first, pages) in parts {
+            let sums = &mut sums[..pages.len() / PAGE_SIZE as usize];
+            let bytes = zerocopy::IntoBytes::as_mut_bytes(&mut *sums);
+            read_at(self.file.as_fd(), bytes, self.layout.page_sum(at, first))?;
+            self.check_pages(at, first, pages, sums)?;
+        }
+        Ok(())
+    }
+
+    /// Compares pages with their checksums.
+    fn check_pages(&self, at: usize, first: u64, pages: &[u8], sums: &[u32]) -> Result<(), Fault> {
+        for ((page, bytes), found) in (first..).zip(pages.chunks(PAGE_SIZE as usize)).zip(sums) {
+            let (computed, found) = (checksum(bytes), *found);
+            if found != computed {
+                let (id, at) = (self.contents.table.blocks()[at].id, self.layout.page(at, page));
+                return Err(Fault::PageSum { id, page, at, found, computed });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the checksums of the pages of extent `extent` of the block at index `at`, of which it has a page.
+    ///
+    /// # Errors
+    /// If they cannot be read, or are damaged.
+    pub fn check_sums(&self, at: usize, extent: u64) -> Result<(), ImageError> {
+        self.check_extent(at, extent).map_err(|fault| fault.of(&self.path))
+    }
+
+    fn check_extent(&self, at: usize, extent: u64) -> Result<(), Fault> {
+        let mut sums = [0u32; EXTENT_PAGES as usize];
+        let first = extent * EXTENT_PAGES;
+        let place = self.layout.page_sum(at, first);
+        read_at(self.file.as_fd(), zerocopy::IntoBytes::as_mut_bytes(&mut sums), place)?;
+        let (found, computed) = (self.extent_sums[self.layout.extent(at, extent) as usize], extent_checksum(&sums));
+        if found != computed {
+            let id = self.contents.table.blocks()[at].id;
+            return Err(Fault::ExtentSum { id, first, at: place, found, computed });
+        }
+        Ok(())
+    }
+
+    /// The pieces of the VMM's state, one after another.
+    ///
+    /// # Errors
+    /// If they cannot be read, or are damaged.
+    pub fn state(&self) -> Result<Vec<u8>, ImageError> {
+        let section = self.header.section(SectionKind::VmmState);
+        let read = || {
+            // No longer than the contents say, which are within the limit.
+            let mut bytes = vec![0; section.length as usize];
+            read_at(self.file.as_fd(), &mut bytes, section.offset)?;
+            check_sum(SectionKind::VmmState, section, checksum(&bytes))?;
+            Ok(bytes)
+        };
+        read().map_err(|fault: Fault| fault.of(&self.path))
+    }
+}
+
+/// The sections lie where the blocks and the state have them lie, or one could be taken for another.
+fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result<(), Fault> {
+    let found = header.section(SectionKind::Contents);
+    let state = (found.offset + found.length).next_multiple_of(PAGE_SIZE);
+    let expected = [
+        (layout.contents(), found.length),
+        (layout.states(), layout.states_size()),
+        (layout.extent_sums(), layout.extent_sums_size()),
+        (layout.page_sums(), layout.page_sums_size()),
+        (state, contents.state_size()),
+    ];
+    for ((kind, section), (expected_offset, expected_length)) in
+        SectionKind::ALL.into_iter().zip(header.sections).zip(expected)
+    {
+        let Section { offset, length, .. } = section;
+        if (offset, length) != (expected_offset, expected_length) {
+            let section = kind.name();
+            return Err(Fault::Section { section, offset, length, expected_offset, expected_length });
+        }
+    }
+    Ok(())
+}
+
+fn check_sum(kind: SectionKind, section: Section, computed: u32) -> Result<(), Fault> {
+    let Section { offset, length, checksum: found } = section;
+    if found != computed {
+        return Err(Fault::SectionSum { section: kind.name(), offset, length, found, computed });
+    }
+    Ok(())
+}

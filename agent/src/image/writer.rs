@@ -1,0 +1,306 @@
+//! Writing a new image.
+//!
+//! Any number of threads put pages, each page at its own place, in any order; no lock. Each page is put once. What is zero is not written. When all are there, one
+//! thread finishes the image.
+//!
+//! Large runs go past the page cache, where the file system can: the memory of a guest would push out of it what is of more use, and is on its way to the disk at once. Small ones go
+//! through it, since the disk takes its time for each.
+
+use super::bytes::{read_at, write_at};
+use super::new_file::NewFile;
+use super::{Fault, ImageError, kernel};
+use crate::outgoing::zero::data_mask;
+use pageferry_protocol::control::hook::PieceSize;
+use pageferry_protocol::image::header::HEADER_SIZE;
+use pageferry_protocol::image::{
+    Contents, EXTENT_PAGES, Header, ImageId, Layout, Section, StateWord, checksum, encode_states, extent_checksum,
+};
+use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
+use rustix::io::Errno;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Shortest run in bytes that goes past the page cache.
+const DIRECT: usize = 64 << 10;
+/// Bytes that are read or written at once of what is not pages.
+const PART: usize = 1 << 20;
+
+/// An image that is being written.
+#[derive(Debug)]
+pub struct ImageWriter {
+    file: NewFile,
+    /// Past the page cache.
+    direct: Option<OwnedFd>,
+    layout: Layout,
+    table: BlockTable,
+    /// Pages of each block whose content was put.
+    present: Vec<MappedBitmap>,
+    id: ImageId,
+}
+
+/// What an image says of its pages beside those that were put. Each list is in the order of the table.
+#[derive(Debug, Clone, Copy)]
+pub struct Rest<'a> {
+    /// Pages that are discarded. A page that was put is not.
+    pub discarded: &'a [MappedBitmap],
+    /// For an increment: pages that may have changed since the base; all others are as there, unless they are discarded.
+    pub changed: Option<&'a [MappedBitmap]>,
+}
+
+/// The base of an increment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Base {
+    /// Its id.
+    pub id: ImageId,
+    /// Its path, from the folder of the increment if it is in or under that.
+    pub name: String,
+}
+
+/// What a finished image came to, in pages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// With content.
+    pub present: u64,
+    /// Zero.
+    pub zero: u64,
+    /// Discarded.
+    pub discarded: u64,
+    /// As in the base.
+    pub unchanged: u64,
+    /// Bytes of the file, without its holes as far as this program made them.
+    pub bytes: u64,
+}
+
+impl ImageWriter {
+    /// An image of these blocks that will be at `path`. With `replace` it takes the place of what is there; with `cached` all of it goes through the page cache.
+    ///
+    /// # Errors
+    /// If something is there and is not to be replaced, the folder cannot be written to, or the blocks are too large.
+    pub fn create(path: &Path, table: &BlockTable, replace: bool, cached: bool) -> Result<Self, ImageError> {
+        Self::new(path, table, replace, cached).map_err(|fault| fault.of(path))
+    }
+
+    fn new(path: &Path, table: &BlockTable, replace: bool, cached: bool) -> Result<Self, Fault> {
+        let layout = Layout::new(table)?;
+        let file = NewFile::create(path, replace)?;
+        let direct = if cached { None } else { file.direct() };
+        let present = table.blocks().iter().map(|block| MappedBitmap::private(block.pages()));
+        let present = present.collect::<Result<_, _>>()?;
+        Ok(Self { file, direct, layout, table: table.clone(), present, id: new_id()? })
+    }
+
+    /// Its id.
+    pub fn id(&self) -> ImageId {
+        self.id
+    }
+
+    /// The name that it will have.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Puts the pages `range` of the block at index `at` of the table, which nobody has put before. Returns how many are not zero.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
+        let mut data = PageRange::new(range.first, 0);
+        let mut put = 0;
+        for (first, pages) in (range.first..).step_by(64).zip(bytes.chunks(64 * PAGE_SIZE as usize)) {
+            for run in runs_of_word(first, data_mask(pages)) {
+                put += run.count;
+                if run.first == data.end() {
+                    data.count += run.count;
+                } else {
+                    self.put_run(at, range, data, bytes)?;
+                    data = run;
+                }
+            }
+        }
+        self.put_run(at, range, data, bytes)?;
+        Ok(put)
+    }
+
+    fn put_run(&self, at: usize, range: PageRange, run: PageRange, bytes: &[u8]) -> Result<(), ImageError> {
+        if run.is_empty() {
+            return Ok(());
+        }
+        let start = (run.first - range.first) as usize * PAGE_SIZE as usize;
+        let bytes = &bytes[start..start + run.bytes() as usize];
+        let mut sums = [0u32; EXTENT_PAGES as usize];
+        let failed = |fault: Fault| fault.of(self.path());
+        let parts = (run.first..run.end()).step_by(sums.len()).zip(bytes.chunks(sums.len() * PAGE_SIZE as usize));
+        for (first, pages) in parts {
+            let each = pages.chunks(PAGE_SIZE as usize).map(checksum);
+            let count = sums.iter_mut().zip(each).map(|(sum, value)| *sum = value).count();
+            let sums = zerocopy::IntoBytes::as_bytes(&sums[..count]);
+            write_at(self.file.as_fd(), sums, self.layout.page_sum(at, first)).map_err(failed)?;
+        }
+        let (place, cached) = (self.layout.page(at, run.first), self.file.as_fd());
+        let written = match self.direct.as_ref().filter(|_| bytes.len() >= DIRECT) {
+            // Of another alignment than the device wants: through the page cache anything goes.
+            Some(direct) => match write_at(direct.as_fd(), bytes, place) {
+                Err(Fault::At { source: Errno::INVAL, .. }) => write_at(cached, bytes, place),
+                outcome => outcome,
+            },
+            None => write_at(cached, bytes, place),
+        };
+        written.map_err(failed)?;
+        self.present[at].set(run);
+        Ok(())
+    }
+
+    /// Writes all else, makes the file safe, and gives it its name. `state` holds the pieces one after another; none if there are none.
+    ///
+    /// # Errors
+    /// If the file cannot be written, or the state not be read. Nothing is left of the image then, and what had its name is as it was.
+    pub fn finish(
+        self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
+    ) -> Result<Totals, ImageError> {
+        let path = self.path().to_owned();
+        self.write_rest(rest, base, pieces, state).map_err(|fault| fault.of(&path))
+    }
+
+    fn write_rest(
+        self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
+    ) -> Result<Totals, Fault> {
+        let (states, mut totals) = self.write_states(rest)?;
+        let extent_sums = self.write_extent_sums()?;
+        let contents = Contents { table: self.table.clone(), base_name: base.name.clone(), pieces };
+        let (offset, bytes) = (self.layout.contents(), contents.encode());
+        write_at(self.file.as_fd(), &bytes, offset)?;
+        let length = bytes.len() as u64;
+        let contents_section = Section { offset, length, checksum: checksum(&bytes) };
+        let vmm_state =
+            self.write_state((offset + length).next_multiple_of(PAGE_SIZE), contents.state_size(), state)?;
+        let page_sums = Section { offset: self.layout.page_sums(), length: self.layout.page_sums_size(), checksum: 0 };
+        let file_length = vmm_state.offset + vmm_state.length;
+        let taken = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let sections = [contents_section, states, extent_sums, page_sums, vmm_state];
+        let header = Header { id: self.id, base: base.id, taken, file_length, sections };
+        write_at(self.file.as_fd(), &header.to_bytes(), 0)?;
+        rustix::fs::ftruncate(&self.file, file_length).map_err(kernel("set the length of the file"))?;
+        let metadata = file_length - states.offset + HEADER_SIZE as u64;
+        totals.bytes = totals.present * (PAGE_SIZE + 4) + metadata;
+        self.file.finish()?;
+        Ok(totals)
+    }
+
+    fn write_states(&self, rest: Rest<'_>) -> Result<(Section, Totals), Fault> {
+        let mut out = Sequence::new(self.file.as_fd(), self.layout.states());
+        let mut totals = Totals::default();
+        for (at, block) in self.table.blocks().iter().enumerate() {
+            let (present, discarded) = (&self.present[at], &rest.discarded[at]);
+            let words = block.pages().div_ceil(WORD_BITS);
+            for part in (0..words).step_by(PART / 16) {
+                let part = part..words.min(part + PART as u64 / 16);
+                let word = |word: u64| {
+                    let present = present.word(word);
+                    let discarded = discarded.word(word) & !present;
+                    let valid = present_mask(block.pages(), word);
+                    let changed = rest.changed.map_or(u64::MAX, |changed| changed[at].word(word));
+                    let unchanged = valid & !(present | discarded | changed);
+                    StateWord { present, discarded, unchanged }
+                };
+                encode_states(part.clone().map(word).inspect(|state| totals.add(state)), &mut out.bytes);
+                out.flush()?;
+            }
+            totals.zero += block.pages();
+        }
+        totals.zero -= totals.present + totals.discarded + totals.unchanged;
+        Ok((out.section(), totals))
+    }
+
+    /// The sums are read back from the file: to keep them in memory would take a thousandth of the guest's.
+    fn write_extent_sums(&self) -> Result<Section, Fault> {
+        let mut out = Sequence::new(self.file.as_fd(), self.layout.extent_sums());
+        let mut sums = [0u32; EXTENT_PAGES as usize];
+        for (at, present) in self.present.iter().enumerate() {
+            for extent in 0..self.layout.extents(at) {
+                let first = extent * EXTENT_PAGES;
+                let mut sum = 0;
+                if present.next_set(PageRange::new(first, EXTENT_PAGES)).is_some() {
+                    read_at(
+                        self.file.as_fd(),
+                        zerocopy::IntoBytes::as_mut_bytes(&mut sums),
+                        self.layout.page_sum(at, first),
+                    )?;
+                    sum = extent_checksum(&sums);
+                }
+                out.bytes.extend_from_slice(&sum.to_le_bytes());
+                if out.bytes.len() >= PART {
+                    out.flush()?;
+                }
+            }
+        }
+        out.flush()?;
+        Ok(out.section())
+    }
+
+    fn write_state(&self, offset: u64, length: u64, state: Option<BorrowedFd<'_>>) -> Result<Section, Fault> {
+        let mut out = Sequence::new(self.file.as_fd(), offset);
+        let mut done = 0;
+        while let Some(state) = state.filter(|_| done < length) {
+            out.bytes.resize(PART.min((length - done) as usize), 0);
+            read_at(state, &mut out.bytes, done)?;
+            done += out.bytes.len() as u64;
+            out.flush()?;
+        }
+        Ok(out.section())
+    }
+}
+
+impl Totals {
+    fn add(&mut self, state: &StateWord) {
+        self.present += u64::from(state.present.count_ones());
+        self.discarded += u64::from(state.discarded.count_ones());
+        self.unchanged += u64::from(state.unchanged.count_ones());
+    }
+}
+
+/// The bits of word `word` that stand for a page of a block of `pages` pages.
+fn present_mask(pages: u64, word: u64) -> u64 {
+    pageferry_protocol::shm::bitmap::word_mask(0, pages.saturating_sub(word * WORD_BITS).min(WORD_BITS))
+}
+
+/// A section that is written from its start to its end.
+struct Sequence<'a> {
+    file: BorrowedFd<'a>,
+    section: Section,
+    digest: crc_fast::Digest,
+    /// What is written next.
+    bytes: Vec<u8>,
+}
+
+impl<'a> Sequence<'a> {
+    fn new(file: BorrowedFd<'a>, offset: u64) -> Self {
+        let digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+        Self { file, section: Section { offset, ..Section::default() }, digest, bytes: Vec::new() }
+    }
+
+    fn flush(&mut self) -> Result<(), Fault> {
+        write_at(self.file, &self.bytes, self.section.offset + self.section.length)?;
+        self.digest.update(&self.bytes);
+        self.section.length += self.bytes.len() as u64;
+        self.bytes.clear();
+        Ok(())
+    }
+
+    fn section(self) -> Section {
+        Section { checksum: self.digest.finalize() as u32, ..self.section }
+    }
+}
+
+/// A new id. Nobody has it.
+fn new_id() -> Result<ImageId, Fault> {
+    let mut id = ImageId::default();
+    let flags = rustix::fs::OFlags::CLOEXEC;
+    let random = rustix::fs::open("/dev/urandom", flags, rustix::fs::Mode::empty());
+    random.and_then(|random| rustix::io::read(random, &mut id)).map_err(kernel("get random bytes"))?;
+    // Zeroes stand for none.
+    id[0] |= 1;
+    Ok(id)
+}
