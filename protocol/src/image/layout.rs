@@ -163,6 +163,17 @@ mod tests {
     }
 
     #[test]
+    fn the_example_of_the_document_is_right() {
+        let layout = Layout::new(&table(&[2 * EXTENT_SIZE, PAGE_SIZE])).unwrap();
+        assert_eq!((layout.page(0, 0), layout.page(0, 5), layout.page(1, 0)), (0x20_0000, 0x20_5000, 0x60_0000));
+        assert_eq!((layout.page_sums(), layout.page_sums_size()), (0x80_0000, 0x1800));
+        assert_eq!((layout.page_sum(0, 5), layout.page_sum(1, 0)), (0x80_0014, 0x80_1000));
+        assert_eq!((layout.states(), layout.states_size(), layout.states_of(1)), (0x80_2000, 0x110, 0x100));
+        assert_eq!((layout.extent_sums(), layout.extent_sums_size()), (0x80_3000, 0xc));
+        assert_eq!(layout.contents(), 0x80_4000);
+    }
+
+    #[test]
     fn what_no_file_can_hold_is_refused() {
         let bytes = MAX_MEMORY + PAGE_SIZE;
         assert_eq!(Layout::new(&table(&[PAGE_SIZE, MAX_MEMORY])).unwrap_err(), TooLarge { bytes });

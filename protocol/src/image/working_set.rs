@@ -95,3 +95,80 @@ impl WorkingSet {
         Ok(Self { image, runs })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::error::Error;
+
+    fn any_working_set() -> impl Strategy<Value = WorkingSet> {
+        let run = (any::<u32>(), any::<u64>(), any::<u64>());
+        let run = run.prop_map(|(block, first, count)| (block, PageRange::new(first, count)));
+        (any::<ImageId>(), prop::collection::vec(run, 0..40)).prop_map(|(image, runs)| WorkingSet { image, runs })
+    }
+
+    /// A file that says it has `count` runs, with a checksum that is right.
+    fn sealed(version: u32, count: u32, runs: &[u8]) -> Vec<u8> {
+        let mut bytes = Encoder::new().bytes(&MAGIC).u32(version).u32(count).bytes(&[7; 16]).bytes(runs).finish();
+        bytes.extend_from_slice(&checksum(&bytes).to_le_bytes());
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_printed_is_read_and_any_byte_that_is_changed_is_found(
+            set in any_working_set(), at in any::<prop::sample::Index>(), change in 1u8..,
+        ) {
+            let mut bytes = set.encode();
+            prop_assert_eq!(bytes.len(), HEAD + set.runs.len() * RUN + 4);
+            prop_assert_eq!(WorkingSet::decode(&bytes), Ok(set));
+            let at = at.index(bytes.len());
+            prop_assert!(WorkingSet::decode(&bytes[..at]).is_err());
+            bytes[at] ^= change;
+            prop_assert!(WorkingSet::decode(&bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn more_runs_than_a_file_may_have_are_left_out() {
+        let runs = (0..=MAX_RUNS as u64).map(|first| (0, PageRange::new(first, 1))).collect();
+        let bytes = WorkingSet { image: [7; 16], runs }.encode();
+        assert_eq!(bytes.len() as u64, MAX_SIZE);
+        assert_eq!(WorkingSet::decode(&bytes).unwrap().runs.last(), Some(&(0, PageRange::new(MAX_RUNS as u64 - 1, 1))));
+    }
+
+    #[test]
+    fn a_count_that_is_not_that_of_the_runs_is_refused_before_they_are_read() {
+        let runs = [0; 2 * RUN];
+        assert_eq!(WorkingSet::decode(&sealed(VERSION, 2, &runs)).unwrap().runs.len(), 2);
+        let too_many = vec![0; (MAX_RUNS + 1) * RUN];
+        for (count, runs) in [
+            (0, &runs[..]),
+            (1, &runs),
+            (3, &runs),
+            (u32::MAX, &runs),
+            (2, &runs[1..]),
+            (MAX_RUNS as u32, &[]),
+            (MAX_RUNS as u32 + 1, &too_many),
+        ] {
+            let error = WorkingSet::decode(&sealed(VERSION, count, runs)).unwrap_err();
+            let allowed = "at most 2^20, and as many as the file holds";
+            assert_eq!(error.to_string(), "working set");
+            assert_eq!(error.source().unwrap().to_string(), format!("runs is {count:#x}, allowed: {allowed}"));
+        }
+    }
+
+    #[test]
+    fn what_is_something_else_is_told_from_what_is_damaged_or_newer() {
+        assert_eq!(WorkingSet::decode(b"PFimage\0"), Err(WorkingSetError::Magic));
+        let field = |bytes: &[u8]| WorkingSet::decode(bytes).unwrap_err().source().unwrap().to_string();
+        assert_eq!(field(b"PF"), "body ends in field magic: 8 bytes needed, 2 left");
+        assert_eq!(field(&sealed(VERSION, 0, &[])[..HEAD]), "body ends in field checksum: 4 bytes needed, 0 left");
+        assert_eq!(field(&sealed(2, 0, &[])), "version is 0x2, allowed: 1");
+        let mut bytes = sealed(VERSION, 0, &[]);
+        let computed = checksum(&bytes[..HEAD]);
+        bytes[HEAD] ^= 1;
+        assert_eq!(WorkingSet::decode(&bytes), Err(WorkingSetError::Checksum { found: computed ^ 1, computed }));
+    }
+}
