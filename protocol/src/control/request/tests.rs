@@ -1,5 +1,7 @@
 use super::*;
-use crate::control::job::{Compression, Counters, JobKind, JobStatus, Mode, NonConvergence, Phase};
+use crate::control::job::{
+    Compression, Counters, JobKind, JobStatus, Mode, NonConvergence, Phase, RestoreMode, SnapshotMode,
+};
 use proptest::prelude::*;
 
 fn any_options() -> impl Strategy<Value = OutgoingOptions> {
@@ -28,6 +30,36 @@ fn any_options() -> impl Strategy<Value = OutgoingOptions> {
                 peer_timeout: Duration::from_micros(timeout),
                 hook_timeout: Duration::from_micros(timeout + 1),
             }
+        },
+    )
+}
+
+fn any_snapshot() -> impl Strategy<Value = SnapshotOptions> {
+    let mode = prop::sample::select(SnapshotMode::NAMES.map(|(_, mode)| mode).to_vec());
+    let numbers = (1u16..=64, any::<u64>(), 1u64..1 << 30);
+    (mode, numbers, ".{0,60}", any::<[bool; 3]>()).prop_map(
+        |(mode, (workers, bandwidth, timeout), base, [track, replace, cached])| SnapshotOptions {
+            mode,
+            workers,
+            bandwidth,
+            base,
+            track,
+            replace,
+            cached,
+            hook_timeout: Duration::from_micros(timeout),
+        },
+    )
+}
+
+fn any_restore() -> impl Strategy<Value = RestoreOptions> {
+    let mode = prop::sample::select(RestoreMode::NAMES.map(|(_, mode)| mode).to_vec());
+    (mode, 1u16..=64, any::<u64>(), 1u64..1 << 30, ".{0,60}").prop_map(
+        |(mode, workers, bandwidth, timeout, working_set)| RestoreOptions {
+            mode,
+            workers,
+            bandwidth,
+            working_set: if mode == RestoreMode::Lazy { working_set } else { String::new() },
+            hook_timeout: Duration::from_micros(timeout),
         },
     )
 }
@@ -69,6 +101,8 @@ fn any_request() -> impl Strategy<Value = Request> {
             address,
             options
         }),
+        (".{0,60}", any_snapshot()).prop_map(|(path, options)| Request::StartSnapshot { path, options }),
+        (".{0,60}", any_restore()).prop_map(|(path, options)| Request::StartRestore { path, options }),
         Just(Request::StartPostcopy),
         Just(Request::Cancel),
         Just(Request::QueryStatus),
@@ -125,6 +159,69 @@ fn what_postcopy_needs_is_refused_by_field() {
     for mode in [Mode::Precopy, Mode::Postcopy] {
         let error = refused(OutgoingOptions { mode, policy: NonConvergence::Postcopy, ..hybrid.clone() });
         assert_eq!(error, "policy is 0x4, allowed: 4 postcopy only with mode 2 hybrid");
+    }
+}
+
+/// The refusal of `request` after the bytes from `at` on, counted from those of its options, are `bytes`.
+fn refused_with(request: Request, at: usize, bytes: &[u8]) -> String {
+    let mut body = request.encode();
+    // After the path, which is empty.
+    let at = 4 + at;
+    body[at..at + bytes.len()].copy_from_slice(bytes);
+    Request::decode(request.code(), &body).unwrap().unwrap_err().to_string()
+}
+
+#[test]
+fn what_a_snapshot_cannot_be_started_with_is_refused_by_field() {
+    let snapshot = |options| Request::StartSnapshot { path: String::new(), options };
+    let refused = |at, bytes: &[u8]| refused_with(snapshot(SnapshotOptions::default()), at, bytes);
+    assert_eq!(refused(0, &[3, 0]), "mode is 0x3, allowed: 0 background, 1 paused, 2 stopped");
+    assert_eq!(refused(2, &[0, 0]), "workers is 0x0, allowed: 1 to 64");
+    assert_eq!(refused(2, &[65, 0]), "workers is 0x41, allowed: 1 to 64");
+    for (at, field) in [(4, "track"), (6, "replace"), (8, "cached")] {
+        assert_eq!(refused(at, &[2, 0]), format!("{field} is 0x2, allowed: 0 or 1"));
+        assert_eq!(refused(at, &[0, 1]), format!("{field} is 0x100, allowed: 0 or 1"));
+    }
+    for value in [0, 24 * 3600 * 1_000_000 + 1, u64::MAX] {
+        let error = format!("hook_timeout is {value:#x}, allowed: 1 microsecond to 24 hours");
+        assert_eq!(refused(18, &value.to_le_bytes()), error);
+    }
+    let based = |length| snapshot(SnapshotOptions { base: "b".repeat(length), ..SnapshotOptions::default() });
+    assert!(refused_with(based(MAX_ADDRESS + 1), 0, &[]).starts_with("base is 0x1001, allowed: "));
+    assert_eq!(refused_with(based(1), 30, &[0xff]), "base is not UTF-8");
+}
+
+#[test]
+fn what_a_restore_cannot_be_started_with_is_refused_by_field() {
+    let restore = |options| Request::StartRestore { path: String::new(), options };
+    let refused = |at, bytes: &[u8]| refused_with(restore(RestoreOptions::default()), at, bytes);
+    assert_eq!(refused(0, &[2, 0]), "mode is 0x2, allowed: 0 eager, 1 lazy");
+    assert_eq!(refused(2, &[0, 0]), "workers is 0x0, allowed: 1 to 64");
+    assert_eq!(refused(2, &[65, 0]), "workers is 0x41, allowed: 1 to 64");
+    for value in [0, 24 * 3600 * 1_000_000 + 1, u64::MAX] {
+        let error = format!("hook_timeout is {value:#x}, allowed: 1 microsecond to 24 hours");
+        assert_eq!(refused(12, &value.to_le_bytes()), error);
+    }
+    let lazy = |length| {
+        let working_set = "w".repeat(length);
+        restore(RestoreOptions { mode: RestoreMode::Lazy, working_set, ..RestoreOptions::default() })
+    };
+    assert!(refused_with(lazy(MAX_ADDRESS + 1), 0, &[]).starts_with("working_set is 0x1001, allowed: "));
+    assert_eq!(refused_with(lazy(1), 24, &[0xff]), "working_set is not UTF-8");
+    assert_eq!(refused_with(lazy(1), 0, &[0, 0]), "mode is 0x0, allowed: 1 lazy with a working_set");
+}
+
+#[test]
+fn a_path_of_an_image_that_is_too_long_is_refused_by_field() {
+    let path = "p".repeat(MAX_ADDRESS + 1);
+    let (snapshot, restore) = (SnapshotOptions::default(), RestoreOptions::default());
+    let requests = [
+        Request::StartSnapshot { path: path.clone(), options: snapshot },
+        Request::StartRestore { path, options: restore },
+    ];
+    for request in requests {
+        let error = Request::decode(request.code(), &request.encode()).unwrap().unwrap_err().to_string();
+        assert!(error.starts_with("path is 0x1001, allowed: "), "{error}");
     }
 }
 
