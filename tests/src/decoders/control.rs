@@ -8,7 +8,9 @@ use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FLAG_REPLY, HEADER_SIZ
 use pageferry_protocol::control::hook::{
     self, Hook, PieceSize, decode_hook_reply, decode_state_reply, encode_hook_reply, encode_state_reply, reply_sequence,
 };
-use pageferry_protocol::control::job::{JobKind, Mode, NonConvergence};
+use pageferry_protocol::control::job::{
+    JobKind, Mode, NonConvergence, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
+};
 use pageferry_protocol::control::request::{
     AddBlockReply, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted, OWN_REQUESTS, RangesReply, RemoteError, Reply,
     Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT, decode_reply, encode_reply,
@@ -144,7 +146,34 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
         Request::StartOutgoing { target: "unix:/run/a".into(), options: hybrid.clone() },
         Request::Recover { session: [7; 16], address: "tcp:[::1]:7000".into(), options: hybrid },
     ];
-    requests.iter().map(|request| [vec![request.code() as u8], request.encode()].concat()).collect()
+    requests
+        .iter()
+        .chain(&image_requests())
+        .map(|request| [vec![request.code() as u8], request.encode()].concat())
+        .collect()
+}
+
+/// Those about images, in all modes.
+fn image_requests() -> Vec<Request> {
+    let path = || String::from("/images/mönday.img");
+    let full = SnapshotOptions {
+        workers: 64,
+        bandwidth: 1 << 30,
+        base: "/images/sunday.img".into(),
+        track: true,
+        replace: true,
+        cached: true,
+        ..SnapshotOptions::default()
+    };
+    let working_set = "/images/monday.ws".into();
+    let lazy = RestoreOptions { mode: RestoreMode::Lazy, workers: 64, working_set, ..RestoreOptions::default() };
+    let snapshots = SnapshotMode::NAMES.into_iter().flat_map(|(_, mode)| {
+        [SnapshotOptions { mode, ..full.clone() }, SnapshotOptions { mode, ..SnapshotOptions::default() }]
+    });
+    let restores = RestoreMode::NAMES.map(|(_, mode)| RestoreOptions { mode, ..RestoreOptions::default() });
+    let snapshots = snapshots.map(|options| Request::StartSnapshot { path: path(), options });
+    let restores = restores.into_iter().chain([lazy]).map(|options| Request::StartRestore { path: path(), options });
+    snapshots.chain(restores).collect()
 }
 
 type DecodeFields<T> = fn(&mut Decoder<'_>) -> Result<T, DecodeError>;
@@ -224,6 +253,9 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::Relinquish { session: [7; 16], release: true },
         Hook::RegisterFaults,
         Hook::UnregisterFaults { complete: true },
+        Hook::WatchWrites,
+        Hook::UnwatchWrites,
+        Hook::PrepareRestore { path: "/images/mönday.img".into() },
         Hook::Event { status: Box::new(status()) },
     ];
     (9..).zip(hooks).map(|(sequence, hook)| [vec![hook.code() as u8], hook.encode(sequence)].concat()).collect()
