@@ -7,13 +7,14 @@
 //! The same functions run twice: as a normal test over thousands of repeatable inputs ([`hammer()`]), and under libFuzzer (`tests/fuzz`).
 //!
 //! - [`control`]: frames, requests, replies, hooks, vhost-user's own bodies; [`stream`]: what travels between agents;
-//! - [`memory`]: ranges and blocks; [`address`](mod@address): what a user writes;
+//! - [`image`]: the file of a guest that is saved; [`memory`]: ranges and blocks; [`address`](mod@address): what a user writes;
 //! - [`heap`]: how much memory a decoder takes; [`mod@hammer`]: random and mutated inputs.
 
 pub mod address;
 pub mod control;
 pub mod hammer;
 pub mod heap;
+pub mod image;
 pub mod memory;
 pub mod stream;
 
@@ -31,7 +32,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 16] = [
     Target { name: "control_frame", run: control::control_frame, seeds: control::frame_seeds },
     Target { name: "request", run: control::request, seeds: control::request_seeds },
     Target { name: "reply", run: control::reply, seeds: control::reply_seeds },
@@ -41,6 +42,10 @@ pub const TARGETS: [Target; 12] = [
     Target { name: "record", run: stream::record, seeds: stream::record_seeds },
     Target { name: "record_stream", run: stream::record_stream, seeds: stream::record_stream_seeds },
     Target { name: "payload", run: stream::payload, seeds: stream::payload_seeds },
+    Target { name: "image_header", run: image::image_header, seeds: image::image_header_seeds },
+    Target { name: "image_contents", run: image::image_contents, seeds: image::image_contents_seeds },
+    Target { name: "image_states", run: image::image_states, seeds: image::image_states_seeds },
+    Target { name: "working_set", run: image::working_set, seeds: image::working_set_seeds },
     Target { name: "geometry", run: memory::geometry, seeds: memory::geometry_seeds },
     Target { name: "range", run: memory::range, seeds: memory::range_seeds },
     Target { name: "address", run: address::address, seeds: address::address_seeds },

@@ -1,0 +1,2 @@
+#![no_main]
+pageferry_fuzz::target!(image::image_states);

@@ -1,0 +1,2 @@
+#![no_main]
+pageferry_fuzz::target!(image::working_set);

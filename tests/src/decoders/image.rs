@@ -1,0 +1,240 @@
+//! Images of guests: the header, what it points to, and the working set beside it.
+#![allow(clippy::expect_used, reason = "a target fails by panicking")]
+
+use super::heap::{fair, within};
+use super::{choice, refused, same};
+use pageferry_protocol::control::Decoder;
+use pageferry_protocol::control::hook::{MAX_PIECES, MAX_STATE, PieceSize};
+use pageferry_protocol::image::header::{HEADER_SIZE, MAGIC, VERSION};
+use pageferry_protocol::image::states::states_size;
+use pageferry_protocol::image::working_set::MAX_RUNS;
+use pageferry_protocol::image::{
+    Contents, Header, Section, StateWord, WorkingSet, checksum, decode_states, encode_states,
+};
+use pageferry_protocol::memory::geometry::MAX_BLOCKS;
+use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
+
+/// The checksum is made right first, so that the rest of the checks is reached.
+const SEALED: u8 = 1 << 0;
+
+/// Makes the checksum right that the last four bytes are.
+fn seal(bytes: &mut [u8]) {
+    if let Some((checked, sum)) = bytes.split_last_chunk_mut() {
+        *sum = checksum(checked).to_le_bytes();
+    }
+}
+
+/// The number of `N` bytes at `at`, as the table in the module of the header has it.
+fn number<const N: usize>(bytes: &[u8], at: usize) -> u128 {
+    bytes[at..at + N].iter().rev().fold(0, |number, byte| number << 8 | u128::from(*byte))
+}
+
+/// A header is taken exactly if a reader of the table would, and says the same when it is written again. Bytes that are missing at its end are
+/// zero, so that most of what is changed is not padding.
+pub fn image_header(data: &[u8]) -> bool {
+    let (how, data) = choice(data);
+    let mut bytes = [0; HEADER_SIZE];
+    let given = data.len().min(HEADER_SIZE);
+    bytes[..given].copy_from_slice(&data[..given]);
+    if how & SEALED != 0 {
+        seal(&mut bytes);
+    }
+    let length = number::<8>(&bytes, 64);
+    let lies_in_the_file = |at: usize| {
+        let (offset, size) = (number::<8>(&bytes, at), number::<8>(&bytes, at + 8));
+        offset >= HEADER_SIZE as u128 && offset + size <= length
+    };
+    let fits = bytes[..8] == MAGIC
+        && number::<4>(&bytes, 8) == u128::from(VERSION)
+        && number::<8>(&bytes, 16) == 0
+        && number::<4>(&bytes, HEADER_SIZE - 4) == u128::from(checksum(&bytes[..HEADER_SIZE - 4]))
+        && (72..192).step_by(24).all(lies_in_the_file);
+    match within(fair(&[]), || Header::from_bytes(&bytes)) {
+        Ok(header) => {
+            assert!(fits, "{header:x?} was taken");
+            assert_eq!(header.is_increment(), bytes[40..56] != [0; 16]);
+            // What is written as zero, and not looked at.
+            bytes[12..16].fill(0);
+            (72..192).step_by(24).for_each(|at| bytes[at + 20..at + 24].fill(0));
+            bytes[192..].fill(0);
+            seal(&mut bytes);
+            same(header.to_bytes(), bytes.to_vec());
+            true
+        }
+        Err(error) => {
+            assert!(!fits, "{error}");
+            refused(&error)
+        }
+    }
+}
+
+/// A full image, an increment, and one of sections that are empty and at the end.
+pub fn image_header_seeds() -> Vec<Vec<u8>> {
+    let section = |offset, length| Section { offset, length, checksum: 0x1234_5678 };
+    let sections = [
+        section(0x80_4000, 0x6a),
+        section(0x80_2000, 0x110),
+        section(0x80_3000, 0xc),
+        section(0x80_0000, 0x1800),
+        section(0x80_5000, 5),
+    ];
+    let full = Header { id: [1; 16], base: [0; 16], taken: 1_700_000_000, file_length: 0x80_5005, sections };
+    let increment = Header { id: [2; 16], base: [1; 16], ..full.clone() };
+    let edges = Header { sections: [section(u64::MAX, 0); 5], file_length: u64::MAX, ..full.clone() };
+    // The fields, and padding that is added again.
+    let short = [&full, &increment, &edges].map(|header| [&[SEALED], &header.to_bytes()[..192]].concat());
+    let whole = [full, increment].map(|header| [&[0], header.to_bytes().as_slice()].concat());
+    [short.as_slice(), &whole].concat()
+}
+
+/// Contents are within all limits, have their blocks in order, and are written again as they were.
+pub fn image_contents(data: &[u8]) -> bool {
+    match within(fair(data), || Contents::decode(data)) {
+        Ok(contents) => {
+            let blocks = contents.table.blocks();
+            assert!(blocks.len() <= MAX_BLOCKS && contents.pieces.len() <= MAX_PIECES);
+            assert!(blocks.is_sorted_by_key(|block| block.gpa) && contents.state_size() <= MAX_STATE);
+            let mut bytes = data.to_vec();
+            // What is written as zero, and not looked at, in each block.
+            blocks.iter().fold(4, |at, block| {
+                bytes[at + 4..at + 8].fill(0);
+                at + 36 + block.name.len()
+            });
+            same(contents.encode(), bytes);
+            true
+        }
+        Err(error) => refused(&error),
+    }
+}
+
+/// Nothing at all; blocks with pieces; an increment of one block.
+pub fn image_contents_seeds() -> Vec<Vec<u8>> {
+    let block = |id: u32, gpa, length| BlockGeometry {
+        id,
+        name: format!("ram{id}"),
+        gpa,
+        length,
+        granularity: PAGE_SIZE << id,
+    };
+    let table = |blocks: &[BlockGeometry]| {
+        let mut table = BlockTable::new();
+        blocks.iter().for_each(|block| table.insert(block.clone(), MAX_BLOCKS).expect("blocks that are apart"));
+        table
+    };
+    let pieces = vec![PieceSize { name: "vcpu".into(), length: 5 }, PieceSize { name: String::new(), length: 1 << 29 }];
+    let blocks = table(&[block(3, 0, 1 << 30), block(0, 1 << 30, PAGE_SIZE), block(9, 4 << 30, 1 << 40)]);
+    let increment = table(&[block(1, 1 << 40, 2 << 20)]);
+    [
+        Contents::default(),
+        Contents { table: blocks, base_name: String::new(), pieces: pieces.clone() },
+        Contents { table: increment, base_name: "../mönday.img".into(), pieces },
+    ]
+    .map(|contents| contents.encode())
+    .into()
+}
+
+/// The image builds on another.
+const INCREMENT: u8 = 1 << 0;
+
+/// States are taken exactly if a reader of single bits would, for any number of pages, and are what it reads. Accepted if they are for the
+/// number of pages that is chosen first, which is one that so many bytes can be of.
+pub fn image_states(data: &[u8]) -> bool {
+    let (how, data) = choice(data);
+    let (cut, bytes) = choice(data);
+    let (cut, most) = (u64::from(cut % 64), bytes.len() as u64 / 16 * 64);
+    let pages = [most.saturating_sub(cut), most, most + 1, most / 2, cut, u64::MAX - cut];
+    let taken = pages.map(|pages| states(bytes, pages, how & INCREMENT != 0));
+    taken[0]
+}
+
+fn states(bytes: &[u8], pages: u64, increment: bool) -> bool {
+    let bit = |page: u64, half: u64| bytes[(page / 64 * 16 + half * 8 + page % 64 / 8) as usize] >> (page % 8) & 1;
+    let state = |page| (bit(page, 0), bit(page, 1));
+    let length = bytes.len() as u64;
+    let whole = u128::from(length) == u128::from(pages).div_ceil(64) * 16;
+    let fits = whole
+        && (0..pages).all(|page| increment || state(page) != (1, 1))
+        && (pages..length * 4).all(|page| state(page) == (0, 0));
+    let decode = || decode_states(bytes, pages, increment).map(Iterator::collect::<Vec<_>>);
+    match within(fair(bytes), decode) {
+        Ok(found) => {
+            assert!(fits, "states of {pages} pages were taken");
+            assert_eq!(states_size(pages), length);
+            let mut words = vec![StateWord::default(); bytes.len() / 16];
+            for (index, word) in found {
+                assert_ne!(word, StateWord::default(), "a word that is all zero is left out");
+                words[index as usize] = word;
+            }
+            for page in 0..pages {
+                let word = words[(page / 64) as usize];
+                let of = |set: u64| set >> (page % 64) & 1 == 1;
+                let found = [word.present, word.discarded, word.unchanged, word.zero(u64::MAX)].map(of);
+                let expected = [(1, 0), (0, 1), (1, 1), (0, 0)].map(|expected| state(page) == expected);
+                assert_eq!(found, expected, "page {page} of {pages}");
+            }
+            let mut again = Vec::new();
+            encode_states(words, &mut again);
+            same(again, bytes.to_vec());
+            true
+        }
+        Err(error) => {
+            assert!(!fits, "{pages} pages: {error}");
+            refused(&error)
+        }
+    }
+}
+
+/// Blocks that end within a word and with one; of an increment, and not.
+pub fn image_states_seeds() -> Vec<Vec<u8>> {
+    let zero = StateWord::default();
+    let present = StateWord { present: u64::MAX, ..zero };
+    let mixed = StateWord { present: 0b1001, discarded: 0xff00, unchanged: 0 };
+    let increment = StateWord { unchanged: 0x5500_0000, ..mixed };
+    let seed = |how: u8, cut: u8, words: &[StateWord]| {
+        let mut bytes = vec![how, cut];
+        encode_states(words.iter().copied(), &mut bytes);
+        bytes
+    };
+    vec![
+        seed(0, 0, &[present, zero, mixed]),
+        seed(0, 48, &[mixed]),
+        seed(INCREMENT, 0, &[increment, present, increment]),
+        seed(INCREMENT, 33, &[zero, increment]),
+        seed(0, 0, &[]),
+    ]
+}
+
+/// A working set has as many runs as its bytes, and is written again as it was.
+pub fn working_set(data: &[u8]) -> bool {
+    let (how, bytes) = choice(data);
+    let mut bytes = bytes.to_vec();
+    if how & SEALED != 0 {
+        seal(&mut bytes);
+    }
+    match within(fair(&bytes), || WorkingSet::decode(&bytes)) {
+        Ok(set) => {
+            assert!(set.runs.len() <= MAX_RUNS);
+            for (at, (block, range)) in (32..).step_by(24).zip(&set.runs) {
+                let mut run = Decoder::new(&bytes[at..]);
+                assert_eq!(run.u32("block"), Ok(*block));
+                // What is written as zero, and not looked at.
+                bytes[at + 4..at + 8].fill(0);
+                let numbers = [number::<8>(&bytes, at + 8), number::<8>(&bytes, at + 16)];
+                assert_eq!(numbers, [range.first, range.count].map(u128::from));
+            }
+            seal(&mut bytes);
+            same(set.encode(), bytes);
+            true
+        }
+        Err(error) => refused(&error),
+    }
+}
+
+/// No run, one, and several; with the checksum that they have, and one that follows what is changed.
+pub fn working_set_seeds() -> Vec<Vec<u8>> {
+    let run = |block, first, count| (block, PageRange::new(first, count));
+    let sets = [vec![], vec![run(3, 0, 1)], vec![run(0, 512, 8), run(7, 0, 1 << 40), run(0, u64::MAX, u64::MAX)]];
+    let seeds = sets.map(|runs| WorkingSet { image: [7; 16], runs }.encode());
+    let seed = |how: u8| seeds.iter().map(move |bytes| [&[how], bytes.as_slice()].concat());
+    seed(0).chain(seed(SEALED)).collect()
+}
