@@ -28,7 +28,7 @@ use crate::memory::PAGE_SIZE;
 pub const EXTENT_SIZE: u64 = 2 << 20;
 /// Pages of an extent.
 pub const EXTENT_PAGES: u64 = EXTENT_SIZE / PAGE_SIZE;
-/// Most bytes of memory in one image: 16 TiB, as much as fits a file of common file systems.
+/// Most bytes of memory in one image: 16 TiB. With what else is in the image, that is a little more than a file of ext4 with blocks of 4 KiB holds.
 pub const MAX_MEMORY: u64 = 16 << 40;
 
 /// What tells an image from all others.
@@ -45,9 +45,23 @@ pub fn checksum(bytes: &[u8]) -> u32 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
-/// The checksum of an extent: that of the checksums of its pages, in order, zero for pages without content.
+/// The checksum of an extent: that of the checksums of all its [`EXTENT_PAGES`] pages, in order, zero for pages without content and after the end of the block.
 pub fn extent_checksum(pages: &[u32]) -> u32 {
     let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
     digest.update(zerocopy::IntoBytes::as_bytes(pages));
     digest.finalize() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checksums_are_those_that_the_document_names() {
+        assert_eq!(checksum(b"123456789"), 0xe306_9283);
+        assert_eq!(extent_checksum(&[0; EXTENT_PAGES as usize]), 0xa489_834f);
+        let pages: Vec<u32> = (1..=EXTENT_PAGES as u32).collect();
+        let bytes: Vec<u8> = pages.iter().flat_map(|sum| sum.to_le_bytes()).collect();
+        assert_eq!(extent_checksum(&pages), checksum(&bytes));
+    }
 }
