@@ -9,6 +9,7 @@ use crate::faults::Faults;
 use crate::hooks::{HookChannel, Parts};
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
+use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{
     AddBlockReply, BLOCK_DISCARDED, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT,
 };
@@ -17,7 +18,7 @@ use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
 /// How a client is set up.
@@ -267,6 +268,17 @@ impl Client {
 
     pub(crate) fn shared_ownership(&self) -> &SharedOwnership {
         &self.inner.ownership
+    }
+
+    /// Asks the agent for a sign of life, unless somebody is asking it something already. If it owes one, the connection is cut.
+    pub(crate) fn ask_for_life(&self) {
+        let mut session = match self.inner.session.try_lock() {
+            Ok(session) => session,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        // Also a refusal is one.
+        let _ = session.control.request(&Request::QueryStatus, &[], JobStatus::decode);
     }
 
     pub(crate) fn session(&self) -> MutexGuard<'_, Session> {

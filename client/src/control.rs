@@ -37,6 +37,11 @@ impl Link {
         self.cut_hooks();
     }
 
+    /// Both sockets, to see when they end: control, and hooks.
+    pub(crate) fn ends(&self) -> [BorrowedFd<'_>; 2] {
+        [self.control.as_fd(), self.hooks.as_fd()]
+    }
+
     /// Ends the hook channel for both sides.
     pub(crate) fn cut_hooks(&self) {
         let _ = shutdown(&self.hooks, Shutdown::Both);
@@ -116,8 +121,9 @@ impl Control {
 
     /// Gives the agent up. Returns the error to hand out.
     pub(crate) fn lose(&mut self, reason: String) -> Error {
-        log::warn!("the agent is lost: {reason}");
+        // First of all: somebody may wait for this, and the VMM's logger is not ours to rely on.
         self.link.cut();
+        log::warn!("the agent is lost: {reason}");
         self.lost = Some(reason.clone());
         Error::AgentLost { reason }
     }

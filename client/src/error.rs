@@ -107,9 +107,18 @@ pub enum Error {
         /// The region's guest physical address.
         gpa: u64,
     },
-    /// A block is mapped nowhere, so the guest cannot run before its memory is here.
-    #[error("block {id} has no vmm_address, which postcopy needs")]
+    /// A block is mapped nowhere, so the guest cannot run before its memory is here, nor while it is saved.
+    #[error("block {id} has no vmm_address, which postcopy, lazy restore and background snapshots need")]
     NotMapped {
+        /// The block.
+        id: u32,
+    },
+    /// A mapping has another use, which leaves no room for watching writes.
+    #[error(
+        "block {id} is registered with another userfaultfd: a background snapshot cannot run while write-protect tracking or \
+         missing-page faults are registered on the mapping; use mode paused"
+    )]
+    RegisteredElsewhere {
         /// The block.
         id: u32,
     },

@@ -12,18 +12,19 @@
 //!
 //! If no guest has run here yet, none is lost: who waits goes on, and what is missing is zero, of a guest that never runs here.
 //!
-//! An agent that hangs is found by asking it for a sign of life once a second, and counts as dead if it owes one for as long as any answer may
-//! take ([`Config::request_timeout`](crate::Config::request_timeout)).
+//! How a lost agent is found: see [`heartbeat`](crate::heartbeat).
 
 use crate::client::WeakClient;
+use crate::control::Link;
 use crate::error::Error;
+use crate::heartbeat::Heartbeat;
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
-use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, Userfaultfd, feature};
+use crate::registration::Registered;
+use pageferry_protocol::userfault::{MAX_FAULTS, Register, feature};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,8 +32,6 @@ use std::time::{Duration, Instant};
 const GRACE: Duration = Duration::from_secs(5);
 /// How often all who wait are woken once the agent is lost: one that is not dead may still read faults, and answers none.
 const WAKE: Duration = Duration::from_millis(250);
-/// Time between two signs of life of the agent.
-const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// The registration, if there is one. Shared by a client and its hook channels.
 #[derive(Debug, Default)]
@@ -44,7 +43,7 @@ enum State {
     #[default]
     Whole,
     /// The agent places what is missing.
-    Pending(Registered),
+    Pending { registered: Registered, _heartbeat: Heartbeat },
     /// It never will. Dropping the sender ends the thread that answers who touches what is missing.
     Lost {
         _registered: Arc<Registered>,
@@ -54,66 +53,25 @@ enum State {
     },
 }
 
-#[derive(Debug)]
-struct Registered {
-    uffd: Userfaultfd,
-    ranges: Vec<Addresses>,
-    host_pages: Vec<u64>,
-    /// Dropping it ends the heartbeat.
-    _heartbeat: Option<Sender<()>>,
-}
-
-impl Registered {
-    fn unregister(&self) {
-        for range in &self.ranges {
-            if let Err(errno) = self.uffd.unregister(*range) {
-                log::debug!("cannot unregister {:#x} + {:#x}, unmapped by now? ({errno})", range.start, range.length);
-            }
-        }
-    }
-}
-
-impl Drop for Registered {
-    fn drop(&mut self) {
-        self.unregister();
-    }
-}
-
 impl Faults {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for the agent.
-    pub(crate) fn register(&self, memory: &Memory, client: WeakClient) -> Result<OwnedFd, Error> {
-        let mut registered = Registered {
-            uffd: Userfaultfd::open(feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON)?,
-            ranges: Vec::new(),
-            host_pages: Vec::new(),
-            _heartbeat: None,
-        };
-        for block in memory.all() {
-            let (id, length) = (block.geometry.id, block.geometry.length);
-            if block.vmm_address == 0 {
-                return Err(Error::NotMapped { id });
-            }
-            let range = Addresses { start: block.vmm_address, length };
-            registered.uffd.register(range, Register::Missing)?;
-            registered.ranges.push(range);
-            registered.host_pages.push(block.host_page_size());
-        }
-        let for_agent = registered.uffd.as_fd().try_clone_to_owned().map_err(|source| Error::Kernel {
-            what: "duplicate a userfaultfd",
-            source: crate::block::errno(&source),
-        })?;
-        registered._heartbeat = Some(watch(client)?);
-        *self.state() = State::Pending(registered);
+    pub(crate) fn register(&self, memory: &Memory, client: WeakClient, link: Arc<Link>) -> Result<OwnedFd, Error> {
+        let features = feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON;
+        let registered = Registered::all(memory, features, Register::Missing)?;
+        let for_agent = registered.duplicate()?;
+        // The heartbeat may find the agent dead at once, and is to find the registration then.
+        let mut state = self.state();
+        *state = State::Pending { registered, _heartbeat: watch(client, link)? };
         Ok(for_agent)
     }
 
     /// True while the guest may touch pages that are not here.
     pub(crate) fn pending(&self) -> bool {
-        matches!(*self.state(), State::Pending(_))
+        matches!(*self.state(), State::Pending { .. })
     }
 
     /// Takes the registration back: all is here, or nobody has run.
@@ -126,7 +84,7 @@ impl Faults {
     /// The agent is lost. If no guest has run here none will, and who waits for memory goes on: a device that loads its state does so on the thread of the hook
     /// channel, which hears of the end only after that.
     fn let_go(&self, ownership: &SharedOwnership) {
-        if let State::Pending(registered) = &*self.state()
+        if let State::Pending { registered, .. } = &*self.state()
             && ownership.lock().forgo()
         {
             registered.unregister();
@@ -135,7 +93,7 @@ impl Faults {
 
     /// True if memory is missing that never comes, now that the agent is lost, and the VMM is to be told.
     pub(crate) fn is_news(&self) -> bool {
-        matches!(*self.state(), State::Pending(_) | State::Lost { told: false, .. })
+        matches!(*self.state(), State::Pending { .. } | State::Lost { told: false, .. })
     }
 
     /// Answers who touches what is missing with SIGBUS from now on, as long as the client lives. To be called when the guest was stopped, of which the VMM was
@@ -143,8 +101,7 @@ impl Faults {
     pub(crate) fn give_up(&self, is_told: bool) {
         let mut state = self.state();
         match std::mem::take(&mut *state) {
-            State::Pending(mut registered) => {
-                registered._heartbeat = None;
+            State::Pending { registered, .. } => {
                 let registered = Arc::new(registered);
                 let stop = poison(&registered).inspect_err(|error| {
                     log::error!("who touches a missing page waits for ever: {}", crate::error::with_sources(error));
@@ -159,29 +116,23 @@ impl Faults {
     }
 }
 
-/// Starts the thread that asks the agent for signs of life until what is returned is dropped. A request that is not answered in time makes the client
-/// give the agent up, which ends the hook channel.
-fn watch(client: WeakClient) -> Result<Sender<()>, Error> {
-    let (stop, stopped) = channel::<()>();
-    let run = move || {
-        while stopped.recv_timeout(HEARTBEAT) == Err(RecvTimeoutError::Timeout) {
-            let Some(client) = client.upgrade() else { return };
-            if let Err(Error::AgentLost { .. }) = client.status() {
-                client.faults().let_go(client.shared_ownership());
-                break;
-            }
+/// Has the agent watched until what is returned is dropped.
+fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
+    let weak = client.clone();
+    // A VMM without a hook channel may still have an agent that places pages.
+    Heartbeat::start(client, link, false, move |stopped| {
+        if let Some(client) = weak.upgrade() {
+            client.faults().let_go(client.shared_ownership());
         }
         // The hook channel ends this when it has told the VMM.
-        if stopped.recv_timeout(GRACE) == Err(RecvTimeoutError::Timeout)
-            && let Some(client) = client.upgrade()
+        if !stopped.within(GRACE)
+            && let Some(client) = weak.upgrade()
             && client.ownership() == Ownership::Ours
         {
             log::error!("memory is lost, and the VMM has not stopped its guest: who waits for a page gets SIGBUS");
             client.faults().give_up(false);
         }
-    };
-    let thread = std::thread::Builder::new().name("pageferry-watch".into()).spawn(run);
-    thread.map(|_| stop).map_err(|source| Error::Thread { source })
+    })
 }
 
 /// Starts the thread that poisons what is touched until what is returned is dropped.
@@ -229,13 +180,4 @@ fn answer(registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAU
         }
     }
     true
-}
-
-impl Registered {
-    /// The host page of an address.
-    fn page_of(&self, address: u64) -> Option<Addresses> {
-        let at = self.ranges.iter().position(|range| (range.start..range.start + range.length).contains(&address))?;
-        let unit = self.host_pages[at];
-        Some(Addresses { start: address / unit * unit, length: unit })
-    }
 }

@@ -40,7 +40,8 @@
 //! - `jobs`: migrations;
 //! - `hooks`: what the agent asks of the VMM; `ownership`: who may run the guest;
 //! - `memory`, `block`, `shared`: what survives the agent;
-//! - `faults`: pages that are missing while the guest runs already;
+//! - `faults`: pages that are missing while the guest runs already; `registration`: the mappings that are registered for it; `heartbeat`: whether the
+//!   agent lives;
 //! - `page_stream`: migrations over the VMM's own transport;
 //! - `vm_memory_bitmap`, `guest_memory` (feature `vm-memory`): for VMMs built on that crate.
 #![deny(unsafe_code)]
@@ -54,11 +55,13 @@ mod error;
 mod faults;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
+mod heartbeat;
 mod hooks;
 mod jobs;
 mod memory;
 mod ownership;
 mod page_stream;
+mod registration;
 mod shared;
 mod spawn;
 pub mod tracking;

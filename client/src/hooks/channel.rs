@@ -238,7 +238,8 @@ impl HookChannel {
                 return Err(RemoteError::new(ErrorCode::State, "the mappings are registered already"));
             }
             hooks.memory_pending().map_err(failed)?;
-            let registered = self.parts.faults.register(&self.parts.memory, self.parts.client.clone());
+            let registered =
+                self.parts.faults.register(&self.parts.memory, self.parts.client.clone(), Arc::clone(&self.link));
             registered.map_err(|error| {
                 // Announced, and not to be: nothing is missing after all.
                 hooks.memory_complete();

@@ -1,0 +1,77 @@
+//! The mappings of all blocks, registered with a userfaultfd: for pages that are missing, or for writes into pages that are protected.
+
+use crate::error::Error;
+use crate::memory::Memory;
+use pageferry_protocol::userfault::{Addresses, Register, UserfaultError, Userfaultfd};
+use rustix::io::Errno;
+use std::os::fd::{AsFd, OwnedFd};
+
+/// A registration. Dropping it takes it back.
+#[derive(Debug)]
+pub(crate) struct Registered {
+    pub(crate) uffd: Userfaultfd,
+    pub(crate) ranges: Vec<Addresses>,
+    host_pages: Vec<u64>,
+}
+
+impl Registered {
+    /// Opens a userfaultfd with these features and registers the mappings of all blocks.
+    ///
+    /// # Errors
+    /// If a block is mapped nowhere, userfaultfd is not to be had, or a mapping cannot be registered; then none is left registered.
+    pub(crate) fn all(memory: &Memory, features: u64, what: Register) -> Result<Self, Error> {
+        let uffd = Userfaultfd::open(features)?;
+        let mut registered = Self { uffd, ranges: Vec::new(), host_pages: Vec::new() };
+        for block in memory.all() {
+            let (id, length) = (block.geometry.id, block.geometry.length);
+            if block.vmm_address == 0 {
+                return Err(Error::NotMapped { id });
+            }
+            let range = Addresses { start: block.vmm_address, length };
+            registered.uffd.register(range, what).map_err(|error| match (what, error) {
+                (Register::WriteProtect, UserfaultError::Register { source: Errno::BUSY, .. }) => {
+                    Error::RegisteredElsewhere { id }
+                }
+                (_, error) => error.into(),
+            })?;
+            registered.ranges.push(range);
+            registered.host_pages.push(block.host_page_size());
+        }
+        Ok(registered)
+    }
+
+    /// A duplicate of the userfaultfd, for the agent.
+    pub(crate) fn duplicate(&self) -> Result<OwnedFd, Error> {
+        let duplicate = self.uffd.as_fd().try_clone_to_owned();
+        let errno = |source| Error::Kernel { what: "duplicate a userfaultfd", source: crate::block::errno(&source) };
+        duplicate.map_err(errno)
+    }
+
+    /// Takes the registration back, which lifts all protection, and wakes who waits. Whoever holds a duplicate of the userfaultfd can do nothing with these
+    /// mappings any more.
+    pub(crate) fn unregister(&self) {
+        for range in &self.ranges {
+            if let Err(errno) = self.uffd.unregister(*range) {
+                log::debug!("cannot unregister {:#x} + {:#x}, unmapped by now? ({errno})", range.start, range.length);
+            }
+            // Taking back a registration for missing pages wakes those who wait there, one for writes does not (userfaultfd_unregister() in the kernel's
+            // fs/userfaultfd.c). After it, not before: who comes in between would wait for ever.
+            if let Err(errno) = self.uffd.wake(*range) {
+                log::warn!("cannot wake who waits at {:#x} + {:#x}: {errno}", range.start, range.length);
+            }
+        }
+    }
+
+    /// The host page of an address.
+    pub(crate) fn page_of(&self, address: u64) -> Option<Addresses> {
+        let at = self.ranges.iter().position(|range| (range.start..range.start + range.length).contains(&address))?;
+        let unit = self.host_pages[at];
+        Some(Addresses { start: address / unit * unit, length: unit })
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.unregister();
+    }
+}
