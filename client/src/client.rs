@@ -9,6 +9,7 @@ use crate::faults::Faults;
 use crate::hooks::{HookChannel, Parts};
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
+use crate::writes::Writes;
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{
     AddBlockReply, BLOCK_DISCARDED, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT,
@@ -60,6 +61,7 @@ struct Inner {
     memory: Arc<Memory>,
     ownership: Arc<SharedOwnership>,
     faults: Arc<Faults>,
+    writes: Arc<Writes>,
     session: Mutex<Session>,
 }
 
@@ -111,15 +113,15 @@ impl Client {
         let memory = Arc::new(Memory::new(config.log_covers)?);
         let (control, hooks) = open(socket, &config, &memory)?;
         let session = Mutex::new(Session { control, trackers: KeptTrackers::default() });
-        let (ownership, faults) = (Arc::new(SharedOwnership::new()), Arc::default());
-        let client = Self { inner: Arc::new(Inner { config, memory, ownership, faults, session }) };
+        let (ownership, faults, writes) = (Arc::new(SharedOwnership::new()), Arc::default(), Arc::default());
+        let client = Self { inner: Arc::new(Inner { config, memory, ownership, faults, writes, session }) };
         let link = Arc::clone(client.session().control.link());
         let channel = client.channel(hooks, link);
         Ok((client, channel))
     }
 
     fn channel(&self, hooks: OwnedFd, link: Arc<Link>) -> HookChannel {
-        let Inner { config, memory, ownership, faults, .. } = &*self.inner;
+        let Inner { config, memory, ownership, faults, writes, .. } = &*self.inner;
         HookChannel::new(
             hooks,
             link,
@@ -127,6 +129,7 @@ impl Client {
                 memory: Arc::clone(memory),
                 ownership: Arc::clone(ownership),
                 faults: Arc::clone(faults),
+                writes: Arc::clone(writes),
                 client: WeakClient(Arc::downgrade(&self.inner)),
             },
             config.request_timeout,
@@ -143,6 +146,9 @@ impl Client {
 
     /// Gives up the agent, if it is not lost already, and hands the same dirty log, blocks, bitmaps of discarded pages and trackers to a
     /// new one. The old hook channel ends, which resumes a guest that was paused through it and is ours. Ownership stays as it is.
+    ///
+    /// An agent that hung should be dead by now: it holds descriptors of the guest's memory and, if it was taking a background snapshot, the userfaultfd of that,
+    /// with which it could get in the way of the next snapshot if it woke up.
     ///
     /// # Errors
     /// If the new agent refuses or breaks the handshake, or refuses a block. The client has no agent then.

@@ -40,8 +40,8 @@
 //! - `jobs`: migrations;
 //! - `hooks`: what the agent asks of the VMM; `ownership`: who may run the guest;
 //! - `memory`, `block`, `shared`: what survives the agent;
-//! - `faults`: pages that are missing while the guest runs already; `registration`: the mappings that are registered for it; `heartbeat`: whether the
-//!   agent lives;
+//! - `faults`: pages that are missing while the guest runs already; `writes`: pages that are not saved yet while it runs on; `registration`: the mappings that
+//!   are registered for both; `heartbeat`: whether the agent lives;
 //! - `page_stream`: migrations over the VMM's own transport;
 //! - `vm_memory_bitmap`, `guest_memory` (feature `vm-memory`): for VMMs built on that crate.
 #![deny(unsafe_code)]
@@ -67,6 +67,7 @@ mod spawn;
 pub mod tracking;
 #[cfg(feature = "vm-memory")]
 mod vm_memory_bitmap;
+mod writes;
 
 pub use block::{BlockAdded, BlockSpec};
 pub use client::{Client, Config, Trackers};

@@ -56,6 +56,8 @@ pub(crate) enum Forbidden {
     NotPaused,
     #[error("ownership is {0:?}: the guest is not this VMM's to pause")]
     NotOurs(Ownership),
+    #[error("ownership is {0:?}: the guest is not this VMM's to save")]
+    NotOursToSave(Ownership),
     #[error("ownership is {0:?}: this agent was not asked for an incoming migration")]
     NotAwaited(Ownership),
     #[error("ownership is {0:?}: only force resumes the guest here")]
@@ -132,6 +134,14 @@ impl Machine {
                 self.asked_by = None;
                 Err(Forbidden::NotOurs(other))
             }
+        }
+    }
+
+    /// The agent asks to watch the guest's writes. Elsewhere it writes, or nowhere.
+    pub(crate) fn watch_writes(&self) -> Result<(), Forbidden> {
+        match self.ownership {
+            Ownership::Ours => Ok(()),
+            other => Err(Forbidden::NotOursToSave(other)),
         }
     }
 

@@ -12,6 +12,7 @@ use crate::error::{Error, with_sources};
 use crate::faults::Faults;
 use crate::memory::Memory;
 use crate::ownership::{Forbidden, Migration, Ownership, Resume, SharedOwnership};
+use crate::writes::Writes;
 use pageferry_protocol::control::hook::{self, Hook, PieceSize, encode_hook_reply, encode_state_reply, reply_sequence};
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
@@ -56,6 +57,7 @@ pub(crate) struct Parts {
     pub(crate) memory: Arc<Memory>,
     pub(crate) ownership: Arc<SharedOwnership>,
     pub(crate) faults: Arc<Faults>,
+    pub(crate) writes: Arc<Writes>,
     pub(crate) client: WeakClient,
 }
 
@@ -69,6 +71,7 @@ impl Drop for HookChannel {
     fn drop(&mut self) {
         // The link keeps a duplicate, so closing alone would leave the agent waiting for its deadline.
         self.link.cut_hooks();
+        self.parts.writes.lost(self.link.id);
     }
 }
 
@@ -135,6 +138,8 @@ impl HookChannel {
         self.closed = true;
         // Whatever the reason was, an agent without hooks has no business with our memory.
         self.link.cut();
+        // Before anything is called: it may write.
+        self.parts.writes.lost(self.link.id);
         let resume = self.parts.ownership.lock().closed(self.link.id);
         if resume {
             log::warn!("the agent is lost while the guest is paused: resuming it");
@@ -187,6 +192,7 @@ impl HookChannel {
             Ok(Hook::SaveState) => self.save_state(sequence, hooks),
             Ok(Hook::Relinquish { session, release }) => self.relinquish(sequence, Migration { session, release }),
             Ok(Hook::RegisterFaults) => self.register_faults(sequence, hooks),
+            Ok(Hook::WatchWrites) => self.watch_writes(sequence),
             Ok(other) => {
                 let name = other.name();
                 let reply = self.call(other, &frame.fds, hooks);
@@ -246,15 +252,32 @@ impl HookChannel {
                 RemoteError::new(ErrorCode::System, with_sources(&error))
             })
         });
-        let (reply, fd) = match registered {
+        self.answer_with_userfaultfd(&Hook::RegisterFaults, sequence, registered)
+    }
+
+    fn watch_writes(&self, sequence: u64) -> Result<(), SocketError> {
+        let allowed = self.parts.ownership.lock().watch_writes().map_err(forbidden);
+        let watched = allowed.and_then(|()| {
+            let Parts { memory, client, writes, .. } = &self.parts;
+            match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
+                Ok(Some(for_agent)) => Ok(for_agent),
+                Ok(None) => Err(RemoteError::new(ErrorCode::State, "writes are watched already")),
+                Err(error) => Err(RemoteError::new(ErrorCode::System, with_sources(&error))),
+            }
+        });
+        self.answer_with_userfaultfd(&Hook::WatchWrites, sequence, watched)
+    }
+
+    fn answer_with_userfaultfd(&self, hook: &Hook, sequence: u64, made: Reply<OwnedFd>) -> Result<(), SocketError> {
+        let (reply, fd) = match made {
             Ok(fd) => (Ok(()), Some(fd)),
             Err(error) => {
-                log::warn!("hook register faults: {error}");
+                log::warn!("hook {}: {error}", hook.name());
                 (Err(error), None)
             }
         };
         let fds: Vec<BorrowedFd<'_>> = fd.iter().map(AsFd::as_fd).collect();
-        self.answer(hook::code::REGISTER_FAULTS, &encode_hook_reply(sequence, &reply), &fds)
+        self.answer(hook.code(), &encode_hook_reply(sequence, &reply), &fds)
     }
 
     fn unregister_faults(&self, complete: bool, hooks: &mut dyn Hooks) {
@@ -294,11 +317,19 @@ impl HookChannel {
                 self.unregister_faults(complete, hooks);
                 Ok(())
             }
-            Hook::WatchWrites | Hook::UnwatchWrites | Hook::PrepareRestore { .. } => {
+            Hook::UnwatchWrites => {
+                self.parts.writes.unwatch(self.link.id);
+                Ok(())
+            }
+            Hook::PrepareRestore { .. } => {
                 Err(RemoteError::new(ErrorCode::Unsupported, "this client takes no snapshots yet"))
             }
             // Answered before it comes here.
-            Hook::SaveState | Hook::Relinquish { .. } | Hook::RegisterFaults | Hook::Event { .. } => Ok(()),
+            Hook::SaveState
+            | Hook::Relinquish { .. }
+            | Hook::RegisterFaults
+            | Hook::WatchWrites
+            | Hook::Event { .. } => Ok(()),
         }
     }
 

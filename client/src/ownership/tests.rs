@@ -150,6 +150,13 @@ fn state_is_loaded_only_from_the_agent_that_was_asked() {
 }
 
 #[test]
+fn writes_are_watched_only_of_a_guest_that_is_ours() {
+    for before in all() {
+        assert_eq!(before.watch_writes().is_ok(), before.ownership == Ownership::Ours, "{before:?}");
+    }
+}
+
+#[test]
 fn take_by_force_is_like_new() {
     for mut machine in all() {
         machine.take_by_force();

@@ -13,6 +13,7 @@ use pageferry_protocol::control::request::{
     encode_reply,
 };
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
+use pageferry_protocol::userfault::{Userfaultfd, feature};
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -159,6 +160,19 @@ pub(crate) fn spec(id: u32, gpa: u64, memory: &OwnedFd) -> BlockSpec<'_> {
     let memory = memory.as_fd();
     let name = ["zero", "one", "two", "three"][id as usize];
     BlockSpec { id, name, gpa, length, memory, fd_offset: 0, vmm_address: 0, granularity: PAGE, discarded: false }
+}
+
+/// A userfaultfd for write protection; `None`, and why, where there is none.
+pub(crate) fn uffd() -> Option<Userfaultfd> {
+    match Userfaultfd::open(feature::WP_HUGETLBFS_SHMEM) {
+        Ok(uffd) => Some(uffd),
+        Err(error) => {
+            let required = std::env::var("PAGEFERRY_REQUIRE").unwrap_or_default();
+            assert!(!required.split(',').any(|name| name.trim() == "uffd"), "PAGEFERRY_REQUIRE names uffd: {error}");
+            eprintln!("skipped: uffd: {error}");
+            None
+        }
+    }
 }
 
 /// The discarded pages of a block.

@@ -1,0 +1,79 @@
+//! The guest's writes into pages that are not saved yet: a background snapshot, seen from the VMM.
+//!
+//! The agent asks for the registration with the guest paused, protects the memory, and lets the guest run on. Who writes into a protected page, a vCPU or a thread
+//! of the VMM, waits until the agent has saved it. When all is saved the registration is taken back.
+//!
+//! # If the agent dies in between
+//!
+//! Nothing is missing but the snapshot. So the registration is taken back at once, which lifts all protection, and who waits writes and goes on (law 8). The agent,
+//! if it lives after all, finds that out when it next protects a page: nothing is registered there any more. But the kernel asks only whether a mapping is
+//! registered, not with which userfaultfd: once the next agent watches, one that was given up for hanging and wakes up again could protect, and lift, for a moment.
+//! So a VMM sees to it that such an agent is dead before it attaches the next ([`Client::reattach`](crate::Client::reattach)).
+//!
+//! This must not take the thread of the hook channel, which may itself wait for a page, in a hook. So the heartbeat does it, too:
+//! whichever comes first.
+
+use crate::client::WeakClient;
+use crate::control::Link;
+use crate::error::Error;
+use crate::heartbeat::Heartbeat;
+use crate::memory::Memory;
+use crate::registration::Registered;
+use pageferry_protocol::userfault::{Register, feature};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The registration, if there is one. Shared by a client and its hook channels.
+#[derive(Debug, Default)]
+pub(crate) struct Writes(Mutex<Option<Watched>>);
+
+#[derive(Debug)]
+struct Watched {
+    _registered: Registered,
+    _heartbeat: Heartbeat,
+    /// The connection whose agent saves what is about to be written. Later ones have larger numbers.
+    link: u64,
+}
+
+impl Writes {
+    fn watched(&self) -> MutexGuard<'_, Option<Watched>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for the agent; `None` if this one, or one after it, has it already.
+    pub(crate) fn watch(
+        self: &Arc<Self>, memory: &Memory, client: WeakClient, link: Arc<Link>,
+    ) -> Result<Option<OwnedFd>, Error> {
+        // Kept until the end: the heartbeat may find the agent dead at once, and is to find the registration then.
+        let mut watched = self.watched();
+        let id = link.id;
+        if watched.as_ref().is_some_and(|watched| watched.link >= id) {
+            return Ok(None);
+        }
+        // An agent before this one, whose end its own heartbeat is just finding.
+        *watched = None;
+        let registered = Registered::all(memory, feature::WP_HUGETLBFS_SHMEM, Register::WriteProtect)?;
+        let for_agent = registered.duplicate()?;
+        let weak = Arc::downgrade(self);
+        let heartbeat = Heartbeat::start(client, link, true, move |_| {
+            if let Some(writes) = weak.upgrade() {
+                writes.lost(id);
+            }
+        })?;
+        *watched = Some(Watched { _registered: registered, _heartbeat: heartbeat, link: id });
+        Ok(Some(for_agent))
+    }
+
+    /// Takes the registration of this connection's agent back, if it has one. True if it had.
+    pub(crate) fn unwatch(&self, link: u64) -> bool {
+        // Dropped before the lock is: who comes second finds it done.
+        self.watched().take_if(|watched| watched.link == link).is_some()
+    }
+
+    /// The same, since the agent is lost.
+    pub(crate) fn lost(&self, link: u64) {
+        if self.unwatch(link) {
+            log::warn!("the agent is lost while writes were watched: its snapshot is, too, and the guest runs on");
+        }
+    }
+}

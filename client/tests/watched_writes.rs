@@ -1,0 +1,345 @@
+//! Writes into pages that are not saved yet: they wait for the agent, and for nobody when it is gone.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use pageferry_client::{BlockSpec, Client, ErrorCode, HookError, Hooks, MappedBitmap, Ownership, StatePiece};
+use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
+use pageferry_protocol::control::request::MAX_RANGES;
+use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, Userfaultfd};
+use rustix::event::PollFlags;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{JoinHandle, spawn};
+use std::time::Duration;
+use support::*;
+
+const PAGES: u64 = 8;
+const SOON: Duration = Duration::from_secs(20);
+
+/// Guest memory that is mapped.
+#[derive(Clone)]
+struct Ram {
+    memory: Arc<OwnedFd>,
+    /// The mapping, whatever its bits stand for.
+    words: Arc<MappedBitmap>,
+}
+
+impl Ram {
+    fn new() -> Self {
+        let memory = written(PAGES);
+        let words = MappedBitmap::shared(memory.as_fd(), PAGES * PAGE * 8).unwrap();
+        Self { memory: Arc::new(memory), words: Arc::new(words) }
+    }
+
+    fn spec(&self, id: u32) -> BlockSpec<'_> {
+        let gpa = u64::from(id) << 20;
+        BlockSpec { vmm_address: self.page(0).start, ..spec(id, gpa, &self.memory) }
+    }
+
+    fn all(&self) -> Addresses {
+        Addresses { length: PAGES * PAGE, ..self.page(0) }
+    }
+
+    fn page(&self, page: u64) -> Addresses {
+        let start = self.words.storage().address_range().start as u64 + page * PAGE;
+        Addresses { start, length: PAGE }
+    }
+
+    fn write(&self, page: u64) {
+        self.words.or_word(page * PAGE / 8, u64::MAX);
+    }
+
+    fn read(&self, page: u64) -> u64 {
+        self.words.word(page * PAGE / 8)
+    }
+
+    /// Writes on a thread of its own, and says so when it is done.
+    fn writer(&self, page: u64) -> Receiver<()> {
+        let (ram, (say, done)) = (self.clone(), channel());
+        spawn(move || {
+            ram.write(page);
+            let _ = say.send(());
+        });
+        done
+    }
+}
+
+/// Hands a block over while the test is the agent.
+fn add_block(client: &Client, agent: &mut FakeAgent, ram: &Ram, id: u32) {
+    let (client, ram) = (client.clone(), ram.clone());
+    let added = spawn(move || client.add_block(ram.spec(id)).unwrap());
+    agent.accept_block();
+    added.join().unwrap();
+}
+
+fn watch(agent: &mut FakeAgent) -> Userfaultfd {
+    let mut answer = agent.hook_frame(&Hook::WatchWrites, Vec::new());
+    assert_eq!(decode_hook_reply(&answer.body).unwrap(), Ok(()));
+    assert_eq!(answer.fds.len(), 1);
+    answer.fds.remove(0).into()
+}
+
+/// Waits until somebody waits at this page, and nowhere else.
+fn assert_waits_at(uffd: &Userfaultfd, page: Addresses) {
+    assert_eq!(pageferry_protocol::control::socket::wait(uffd.as_fd(), PollFlags::IN, soon()), Ok(true), "a fault");
+    let mut faults = [0; MAX_FAULTS];
+    assert_eq!(uffd.read_faults(&mut faults), Ok(1));
+    assert_eq!(faults[0] / PAGE * PAGE, page.start);
+}
+
+/// One block, watched and all of it protected.
+struct Watched {
+    attached: Attached,
+    ram: Ram,
+    uffd: Userfaultfd,
+}
+
+impl Watched {
+    /// `None` where there is no userfaultfd.
+    fn new() -> Option<Self> {
+        Self::over(Attached::new(Vmm::default()))
+    }
+
+    fn over(mut attached: Attached) -> Option<Self> {
+        uffd()?;
+        let ram = Ram::new();
+        add_block(&attached.client, &mut attached.agent, &ram, 2);
+        let uffd = watch(&mut attached.agent);
+        uffd.protect(ram.all()).unwrap();
+        Some(Self { attached, ram, uffd })
+    }
+
+    /// Somebody who waits to write the page.
+    fn writer(&self, page: u64) -> Receiver<()> {
+        let done = self.ram.writer(page);
+        assert_waits_at(&self.uffd, self.ram.page(page));
+        assert!(done.try_recv().is_err(), "it waits");
+        done
+    }
+
+    fn assert_unwatched(&self) {
+        self.ram.write(0);
+        assert_eq!(self.uffd.protect(self.ram.all()), Err(rustix::io::Errno::NOENT), "how an agent finds it out");
+    }
+}
+
+#[test]
+fn write_waits_until_the_agent_lifts_the_protection() {
+    let Some(mut watched) = Watched::new() else { return };
+    let before = watched.ram.read(3);
+    let done = watched.writer(3);
+    assert_eq!(watched.ram.read(3), before, "who only reads does not wait");
+    watched.uffd.lift(watched.ram.page(3)).unwrap();
+    done.recv_timeout(SOON).unwrap();
+    assert_eq!(watched.ram.read(3), u64::MAX);
+
+    let other = watched.writer(4);
+    assert_eq!(watched.attached.hook(&Hook::UnwatchWrites), Ok(()));
+    other.recv_timeout(SOON).unwrap();
+    watched.assert_unwatched();
+    assert_eq!(watched.attached.hook(&Hook::UnwatchWrites), Ok(()), "a redundant one is fine");
+    // And once more from the start.
+    let uffd = watch(&mut watched.attached.agent);
+    uffd.protect(watched.ram.all()).unwrap();
+    let done = watched.ram.writer(3);
+    assert_waits_at(&uffd, watched.ram.page(3));
+    watched.attached.lose_agent();
+    done.recv_timeout(SOON).unwrap();
+}
+
+#[test]
+fn hole_is_protected_too() {
+    let Some(watched) = Watched::new() else { return };
+    let ram = Ram::new();
+    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(&*ram.memory, flags, 0, PAGES * PAGE).unwrap();
+    let Watched { mut attached, uffd: first, .. } = watched;
+    add_block(&attached.client, &mut attached.agent, &ram, 3);
+    attached.hook(&Hook::UnwatchWrites).unwrap();
+    drop(first);
+    let uffd = watch(&mut attached.agent);
+    uffd.protect(ram.all()).unwrap();
+    assert_eq!(allocated_pages(&ram.memory), 0, "protecting allocates nothing");
+    let done = ram.writer(5);
+    assert_waits_at(&uffd, ram.page(5));
+    uffd.lift(ram.page(5)).unwrap();
+    done.recv_timeout(SOON).unwrap();
+    assert_eq!(allocated_pages(&ram.memory), 1);
+    attached.lose_agent();
+}
+
+#[test]
+fn dead_agent_lets_go_who_waits_to_write() {
+    let Some(watched) = Watched::new() else { return };
+    let done = [watched.writer(1), watched.writer(6)];
+    let Watched { attached, ram, uffd } = watched;
+    let (client, vmm) = attached.lose_agent();
+    for done in done {
+        done.recv_timeout(SOON).unwrap();
+    }
+    assert_eq!((ram.read(1), ram.read(6)), (u64::MAX, u64::MAX));
+    assert_eq!(uffd.protect(ram.all()), Err(rustix::io::Errno::NOENT));
+    assert_eq!((client.ownership(), vmm.calls()), (Ownership::Ours, vec!["lost Ours".to_owned()]), "it runs on");
+}
+
+/// A VMM that writes guest memory when it resumes its guest.
+struct Writes(Ram);
+
+impl Hooks for Writes {
+    fn pause(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.0.write(2);
+        Ok(())
+    }
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        Ok(Vec::new())
+    }
+    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
+        Ok(())
+    }
+}
+
+/// Has the hook channel's own thread wait for a page, on an agent that is `lost` then.
+fn hook_that_waits(impatience: pageferry_client::Config, lose: impl FnOnce(FakeAgent) -> Option<FakeAgent>) {
+    if uffd().is_none() {
+        return;
+    }
+    let (client, channel, agent) = client_with(impatience, MAX_RANGES, |agent| agent);
+    let mut agent = agent.join().unwrap();
+    let ram = Ram::new();
+    let thread = channel.spawn(Writes(ram.clone())).unwrap();
+    add_block(&client, &mut agent, &ram, 2);
+    assert_eq!(agent.hook(&Hook::Pause), Ok(()));
+    let uffd = watch(&mut agent);
+    uffd.protect(ram.all()).unwrap();
+    agent.send_hook(&Hook::Resume { force: false }, Vec::new());
+    assert_waits_at(&uffd, ram.page(2));
+    let _agent = lose(agent);
+    let (say, ended) = channel_of_end(thread);
+    ended.recv_timeout(SOON).expect("the hook to return and the channel to end");
+    say.join().unwrap();
+    assert_eq!(ram.read(2), u64::MAX);
+    assert_lost(client.status());
+    assert_eq!(client.ownership(), Ownership::Ours);
+}
+
+fn channel_of_end<H: Send + 'static>(thread: pageferry_client::HookThread<H>) -> (JoinHandle<()>, Receiver<()>) {
+    let (say, ended) = channel();
+    let joining = spawn(move || {
+        thread.join();
+        let _ = say.send(());
+    });
+    (joining, ended)
+}
+
+#[test]
+fn hook_that_waits_to_write_is_let_go_when_the_agent_dies() {
+    hook_that_waits(pageferry_client::Config::default(), |agent| {
+        drop(agent);
+        None
+    });
+}
+
+#[test]
+fn hook_that_waits_to_write_is_let_go_when_the_agent_hangs() {
+    // It holds its sockets, and answers no sign of life.
+    hook_that_waits(impatient(), Some);
+}
+
+#[test]
+fn hook_that_waits_to_write_is_let_go_when_the_agent_gives_up_its_hooks() {
+    hook_that_waits(pageferry_client::Config::default(), |agent| {
+        agent.hooks.shutdown();
+        Some(agent)
+    });
+}
+
+#[test]
+fn request_that_hangs_does_not_hide_the_death_of_the_agent() {
+    let Some(watched) = Watched::new() else { return };
+    let done = watched.writer(1);
+    let Watched { attached, .. } = watched;
+    // Holds the session's lock, and waits for an answer that does not come.
+    let asking = attached.client.clone();
+    let asked = spawn(move || asking.status());
+    let mut agent = attached.agent;
+    agent.request().unwrap();
+    drop(agent);
+    done.recv_timeout(SOON).unwrap();
+    assert_lost(asked.join().unwrap());
+    attached.thread.join();
+}
+
+#[test]
+fn new_agent_watches_what_the_last_one_did() {
+    let Some(watched) = Watched::new() else { return };
+    let done = watched.writer(1);
+    let Watched { attached, ram, uffd: old } = watched;
+    let (ours, agents) = UnixStream::pair().unwrap();
+    let second = spawn(move || {
+        let mut agent = FakeAgent::shake_hands(agents.into(), MAX_RANGES);
+        agent.accept_block();
+        agent
+    });
+    let channel = attached.client.reattach_socket(ours.into()).unwrap();
+    done.recv_timeout(SOON).unwrap();
+    assert_eq!(old.protect(ram.all()), Err(rustix::io::Errno::NOENT));
+    drop(old);
+    let mut attached = Attached::over(attached.client, channel, second.join().unwrap(), Vmm::default());
+    let uffd = watch(&mut attached.agent);
+    uffd.protect(ram.all()).unwrap();
+    let done = ram.writer(1);
+    assert_waits_at(&uffd, ram.page(1));
+    attached.lose_agent();
+    done.recv_timeout(SOON).unwrap();
+}
+
+#[test]
+fn mapping_that_another_userfaultfd_has_is_refused_with_what_to_do() {
+    let Some(other) = uffd() else { return };
+    let mut attached = Attached::new(Vmm::default());
+    let (first, second) = (Ram::new(), Ram::new());
+    add_block(&attached.client, &mut attached.agent, &first, 1);
+    add_block(&attached.client, &mut attached.agent, &second, 2);
+    other.register(second.all(), Register::WriteProtect).unwrap();
+    let error = attached.hook(&Hook::WatchWrites).unwrap_err();
+    let expected = "block 2 is registered with another userfaultfd: a background snapshot cannot run while write-protect \
+                    tracking or missing-page faults are registered on the mapping; use mode paused";
+    assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::System, expected));
+    other.register(first.all(), Register::WriteProtect).expect("that nothing is left registered");
+
+    for ram in [&first, &second] {
+        other.unregister(ram.all()).unwrap();
+    }
+    watch(&mut attached.agent);
+    attached.lose_agent();
+}
+
+#[test]
+fn watching_needs_mappings_and_a_guest_that_is_ours_and_is_not_watched() {
+    let Some(mut watched) = Watched::new() else { return };
+    assert_eq!(watched.attached.refused(&Hook::WatchWrites), ErrorCode::State, "watched already");
+    let done = watched.writer(1);
+    assert_eq!(watched.attached.hook(&Hook::UnwatchWrites), Ok(()));
+    done.recv_timeout(SOON).unwrap();
+
+    watched.attached.start_incoming();
+    let error = watched.attached.hook(&Hook::WatchWrites).unwrap_err();
+    assert_eq!(error.code, ErrorCode::State);
+    assert!(error.sentence.contains("Awaiting"), "{error}");
+    watched.attached.client.take_by_force();
+
+    let Watched { mut attached, .. } = watched;
+    let adding = attached.client.clone();
+    let added = spawn(move || adding.add_block(spec(3, 3 << 20, &written(1))).unwrap());
+    attached.agent.accept_block();
+    added.join().unwrap();
+    let error = attached.hook(&Hook::WatchWrites).unwrap_err();
+    assert!(error.sentence.contains("block 3 has no vmm_address"), "{error}");
+    attached.lose_agent();
+}
