@@ -61,10 +61,10 @@ impl Client {
             return Err(lost);
         }
         // Before it is sent: the resume hook may come sooner than the answer.
-        let before = self.shared_ownership().lock().start_incoming(session.control.link().id);
+        let before = self.shared_ownership().lock().await_guest(session.control.link().id);
         let started = session.control.request(&request, socket.as_slice(), JobStarted::decode);
         if let Err(Error::Refused { .. }) = &started {
-            self.shared_ownership().lock().incoming_refused(before);
+            self.shared_ownership().lock().await_refused(before);
         }
         started
     }

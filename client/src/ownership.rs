@@ -11,6 +11,7 @@
 //!    ^  ^------ resume ---------'                          |
 //!    |                                                     |
 //!    +-- resume ---- Awaiting <---- start incoming --------+--- (from any)
+//!                       ^---------- start restore ---------+--- (from any, if the VMM starts it; an operator's not from Relinquished)
 //!    take by force, resume by force: Ours from any
 //! ```
 //!
@@ -29,7 +30,7 @@ pub enum Ownership {
     Relinquished,
     /// The destination confirmed that it runs the guest.
     Gone,
-    /// An incoming migration was started, and its guest is not ours yet.
+    /// An incoming migration or a restore was started, and its guest is not ours yet.
     Awaiting,
 }
 
@@ -58,7 +59,11 @@ pub(crate) enum Forbidden {
     NotOurs(Ownership),
     #[error("ownership is {0:?}: the guest is not this VMM's to save")]
     NotOursToSave(Ownership),
-    #[error("ownership is {0:?}: this agent was not asked for an incoming migration")]
+    #[error(
+        "ownership is Relinquished: the guest that was given up may have to run here again; resume it by force before another is restored"
+    )]
+    MayReturn,
+    #[error("ownership is {0:?}: this agent was not asked for an incoming migration or a restore")]
     NotAwaited(Ownership),
     #[error("ownership is {0:?}: only force resumes the guest here")]
     ForceOnly(Ownership),
@@ -92,8 +97,8 @@ impl Machine {
         self.ownership
     }
 
-    /// An incoming migration is about to be asked for. Returns what to hand to [`Machine::incoming_refused`].
-    pub(crate) fn start_incoming(&mut self, link: u64) -> Machine {
+    /// A guest is about to be asked for, by an incoming migration or a restore. Returns what to hand to [`Machine::await_refused`].
+    pub(crate) fn await_guest(&mut self, link: u64) -> Machine {
         let before = *self;
         self.ownership = Ownership::Awaiting;
         self.asked_by = Some(link);
@@ -101,10 +106,19 @@ impl Machine {
     }
 
     /// The agent refused it: what was before holds, unless something else happened meanwhile.
-    pub(crate) fn incoming_refused(&mut self, before: Machine) {
+    pub(crate) fn await_refused(&mut self, before: Machine) {
         if self.ownership == Ownership::Awaiting {
             self.ownership = before.ownership;
             self.asked_by = before.asked_by;
+        }
+    }
+
+    /// The agent asks, for an operator, whether a guest may be restored here. To be called before the VMM is asked, which then decides. Not while the guest may
+    /// have to run here again: it would be gone, and nowhere else.
+    pub(crate) fn prepare_restore(&self) -> Result<(), Forbidden> {
+        match self.ownership {
+            Ownership::Ours | Ownership::Gone | Ownership::Awaiting => Ok(()),
+            Ownership::Relinquished => Err(Forbidden::MayReturn),
         }
     }
 

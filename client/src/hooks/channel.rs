@@ -21,6 +21,7 @@ use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::shm::words_for;
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -321,9 +322,7 @@ impl HookChannel {
                 self.parts.writes.unwatch(self.link.id);
                 Ok(())
             }
-            Hook::PrepareRestore { .. } => {
-                Err(RemoteError::new(ErrorCode::Unsupported, "this client takes no snapshots yet"))
-            }
+            Hook::PrepareRestore { path } => self.prepare_restore(Path::new(&path), hooks),
             // Answered before it comes here.
             Hook::SaveState
             | Hook::Relinquish { .. }
@@ -350,6 +349,14 @@ impl HookChannel {
                 resumed.map_err(failed)
             }
         }
+    }
+
+    /// Ownership turns before the answer leaves, as when the VMM itself starts a restore.
+    fn prepare_restore(&self, image: &Path, hooks: &mut dyn Hooks) -> Reply<()> {
+        self.parts.ownership.lock().prepare_restore().map_err(forbidden)?;
+        hooks.prepare_restore(image).map_err(failed)?;
+        self.parts.ownership.lock().await_guest(self.link.id);
+        Ok(())
     }
 
     fn load_state(&self, pieces: Vec<PieceSize>, fds: &[OwnedFd], hooks: &mut dyn Hooks) -> Reply<()> {

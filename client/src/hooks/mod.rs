@@ -13,6 +13,7 @@ pub use channel::{Dispatch, HookChannel, HookThread};
 use crate::ownership::Ownership;
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::shm::DirtyLog;
+use std::path::Path;
 
 /// Why a hook failed. The sentence travels to the agent and into its report; any error turns into one with `?`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,12 +136,27 @@ pub trait Hooks: Send {
     /// If the state cannot be saved; the migration fails and the guest is resumed.
     fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError>;
 
-    /// Takes the state that the source saved, in the same order. All memory is here, or in postcopy ([`Hooks::memory_pending`]) comes when it is touched. The guest
-    /// does not run yet. Only called for an incoming migration that this client started.
+    /// Takes the state that the source, or whoever made the image, saved, in the same order. All memory is here, or in postcopy and lazy restore
+    /// ([`Hooks::memory_pending`]) comes when it is touched. The guest does not run yet. Only called for an incoming migration or a restore that this client
+    /// started, or that [`Hooks::prepare_restore`] allowed.
     ///
     /// # Errors
-    /// If the state does not fit; the migration fails and the guest runs on at the source.
+    /// If the state does not fit; the migration fails and the guest runs on at the source, or the restore fails.
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError>;
+
+    /// An operator asks that this VMM's memory be filled from `image`, a path from the root. What the memory holds is lost by that: the VMM must have stopped its guest, if
+    /// it had one, with all that writes its memory, and forget its state, before it says yes.
+    ///
+    /// After that the guest is not this VMM's, as after [`Client::start_restore`](crate::Client::start_restore): [`Ownership::Awaiting`]. The restored one is brought
+    /// by [`Hooks::load_state`] and run by [`Hooks::resume`]. If the restore fails, none is. Not called while a guest that was given up may have to run here again
+    /// ([`Ownership::Relinquished`]).
+    ///
+    /// # Errors
+    /// If the VMM does not want that, and by default. Nothing changes then.
+    fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
+        let _ = image;
+        Err(HookError::new("this VMM takes no restore from an operator"))
+    }
 
     /// From now on the guest's memory is not all here, until [`Hooks::memory_complete`]: a touch through the mappings that were handed over as
     /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits until the page has come. Comes before the state is loaded. `read` and `write` of the file, and

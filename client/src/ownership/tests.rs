@@ -114,7 +114,7 @@ fn only_an_event_of_an_outgoing_job_moves_a_guest_that_was_given_up() {
         Phase::Unconfirmed,
     ];
     for before in all() {
-        for kind in [JobKind::None, JobKind::Outgoing, JobKind::Incoming] {
+        for kind in [JobKind::None, JobKind::Outgoing, JobKind::Incoming, JobKind::Snapshot, JobKind::Restore] {
             for phase in phases {
                 let mut machine = before;
                 machine.event(&status(kind, phase));
@@ -131,12 +131,12 @@ fn only_an_event_of_an_outgoing_job_moves_a_guest_that_was_given_up() {
 }
 
 #[test]
-fn a_refused_incoming_leaves_everything_as_it_was() {
+fn a_guest_that_is_refused_leaves_everything_as_it_was() {
     for before in all() {
         let mut machine = before;
-        let kept = machine.start_incoming(LINK);
+        let kept = machine.await_guest(LINK);
         assert_eq!(machine.ownership, Ownership::Awaiting);
-        machine.incoming_refused(kept);
+        machine.await_refused(kept);
         assert_eq!(machine, before);
     }
 }
@@ -146,6 +146,27 @@ fn state_is_loaded_only_from_the_agent_that_was_asked() {
     for before in all() {
         let asked = before.ownership == Ownership::Awaiting && before.asked_by == Some(LINK);
         assert_eq!(before.load_state(LINK).is_ok(), asked, "{before:?}");
+    }
+}
+
+#[test]
+fn an_operator_restores_over_any_guest_but_one_that_may_return() {
+    for before in all() {
+        let mut machine = before;
+        let allowed = before.ownership != Ownership::Relinquished;
+        assert_eq!(machine.prepare_restore().is_ok(), allowed, "{before:?}");
+        assert_eq!(machine, before, "the VMM is still to be asked");
+        if allowed {
+            machine.await_guest(LINK);
+            assert!(machine.load_state(LINK).is_ok() && machine.load_state(OTHER).is_err(), "{before:?}");
+            assert!(!machine.closed(LINK), "nobody runs what is half restored");
+            for phase in [Phase::Failed, Phase::Cancelled, Phase::Completed] {
+                machine.event(&status(JobKind::Restore, phase));
+                assert_eq!(machine.ownership(), Ownership::Awaiting, "{before:?}");
+            }
+            assert_eq!(machine.resume(OTHER, false), Err(Forbidden::ForceOnly(Ownership::Awaiting)));
+            assert_eq!(machine.resume(LINK, false), Ok(Resume::Call), "{before:?}");
+        }
     }
 }
 
@@ -197,7 +218,7 @@ fn a_pause_that_failed_counts_as_not_paused_but_resume_is_passed_on() {
 #[test]
 fn a_resume_that_failed_is_tried_again() {
     let mut machine = Machine::new();
-    machine.start_incoming(LINK);
+    machine.await_guest(LINK);
     assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
     machine.resumed(false);
     assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));

@@ -3,6 +3,7 @@
 use super::*;
 use pageferry_client::{ClearPages, DirtyLog, HookError, HookThread, Hooks, IncomingOptions, JobStatus};
 use pageferry_client::{Ownership, StatePiece, Target};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 /// Writes down what is called, and fails when told to.
@@ -56,6 +57,9 @@ impl Hooks for Vmm {
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
         self.state = state;
         self.called("load")
+    }
+    fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
+        self.called(format!("prepare restore {}", image.display()))
     }
     fn event(&mut self, status: &JobStatus) {
         self.called(format!("event {}", status.phase.name())).unwrap();
