@@ -131,8 +131,8 @@ pub enum Error {
         /// Who has the guest.
         ownership: Ownership,
     },
-    /// The guest is not this VMM's to send.
-    #[error("ownership is {ownership:?}: only a guest that is ours can be sent")]
+    /// The guest is not this VMM's to send or save.
+    #[error("ownership is {ownership:?}: only a guest that is ours can be sent or saved")]
     NotOurs {
         /// Who has it instead.
         ownership: Ownership,
@@ -142,6 +142,17 @@ pub enum Error {
     Address {
         /// Length of the address in bytes.
         length: usize,
+    },
+    /// A path cannot be told to the agent.
+    #[error("{what} {path:?}")]
+    Path {
+        /// What it is the path of: `image`, or the name of the option.
+        what: &'static str,
+        /// The path as it was given.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: PathError,
     },
     /// The job is not the one that the agent runs or ran last.
     #[error("job {job} is not known to the agent, whose last job is {last}")]
@@ -191,6 +202,27 @@ pub enum Error {
         /// What the kernel said.
         #[source]
         source: Errno,
+    },
+}
+
+/// Why a path cannot be told to the agent.
+#[derive(Debug, thiserror::Error)]
+pub enum PathError {
+    /// It is empty, or relative to a current directory that is gone.
+    #[error("cannot be made a path from the root")]
+    Absolute {
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The protocol carries text.
+    #[error("the path from the root is not UTF-8")]
+    NotUtf8,
+    /// It is longer than the protocol carries.
+    #[error("the path from the root has {length} bytes, allowed are {}", pageferry_protocol::control::job::MAX_ADDRESS)]
+    Long {
+        /// Length of the path from the root in bytes.
+        length: usize,
     },
 }
 

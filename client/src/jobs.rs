@@ -1,11 +1,14 @@
-//! Starting, changing, watching and cancelling migrations.
+//! Starting, changing, watching and cancelling migrations, snapshots and restores.
 
 use crate::client::Client;
-use crate::error::Error;
+use crate::error::{Error, PathError};
 use crate::ownership::{Migration, Ownership};
-use pageferry_protocol::control::job::{IncomingOptions, JobStatus, MAX_ADDRESS, OutgoingOptions};
+use pageferry_protocol::control::job::{
+    IncomingOptions, JobStatus, MAX_ADDRESS, OutgoingOptions, RestoreOptions, SnapshotOptions,
+};
 use pageferry_protocol::control::request::{JobStarted, Request};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// The other end of a migration.
@@ -39,10 +42,7 @@ impl Client {
     /// # Errors
     /// If the guest is not ours, or the agent refuses or is lost.
     pub fn start_outgoing(&self, target: Target, options: &OutgoingOptions) -> Result<JobStarted, Error> {
-        let ownership = self.ownership();
-        if ownership != Ownership::Ours {
-            return Err(Error::NotOurs { ownership });
-        }
+        self.check_ours()?;
         let (text, socket) = target.parts()?;
         let request = Request::StartOutgoing { target: text, options: options.clone() };
         self.session().control.request(&request, socket.as_slice(), JobStarted::decode)
@@ -55,14 +55,52 @@ impl Client {
     /// If the agent refuses, which leaves the ownership as it was, or is lost, which does not if the request may have arrived.
     pub fn start_incoming(&self, listen: Target, options: &IncomingOptions) -> Result<JobStarted, Error> {
         let (text, socket) = listen.parts()?;
-        let request = Request::StartIncoming { listen: text, options: options.clone() };
+        self.start_awaited(&Request::StartIncoming { listen: text, options: options.clone() }, socket.as_slice())
+    }
+
+    /// Starts to save the guest into an image. Returns at once, as [`Client::start_outgoing`] does. Paths are taken from the current directory, here and in the options.
+    ///
+    /// In the mode [`Background`](crate::SnapshotMode::Background), while the job runs, whoever writes through the mappings that were handed over as
+    /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits a moment where the page is not saved yet. `write` to the file, and other mappings of it, as those of
+    /// other processes, do not wait, and what they write may be in the image: with such devices use the mode [`Paused`](crate::SnapshotMode::Paused).
+    ///
+    /// # Errors
+    /// If the guest is not ours, a path is none that can be sent, or the agent refuses or is lost.
+    pub fn start_snapshot(&self, image: &Path, options: &SnapshotOptions) -> Result<JobStarted, Error> {
+        self.check_ours()?;
+        let base = optional_path("base", &options.base)?;
+        let options = SnapshotOptions { base, ..options.clone() };
+        let request = Request::StartSnapshot { path: absolute_path("image", image)?, options };
+        self.session().control.request(&request, &[], JobStarted::decode)
+    }
+
+    /// Starts to restore a guest from an image. From now on the guest is not ours, until the agent has the restored one resumed; if the job fails, it stays so.
+    /// The VMM must not run a guest in this memory meanwhile. Paths are taken from the current directory, here and in the options.
+    ///
+    /// # Errors
+    /// If a path is none that can be sent, or the agent refuses, which leaves the ownership as it was; or it is lost, which does not if the request may have arrived.
+    pub fn start_restore(&self, image: &Path, options: &RestoreOptions) -> Result<JobStarted, Error> {
+        let working_set = optional_path("working_set", &options.working_set)?;
+        let options = RestoreOptions { working_set, ..options.clone() };
+        self.start_awaited(&Request::StartRestore { path: absolute_path("image", image)?, options }, &[])
+    }
+
+    fn check_ours(&self) -> Result<(), Error> {
+        match self.ownership() {
+            Ownership::Ours => Ok(()),
+            ownership => Err(Error::NotOurs { ownership }),
+        }
+    }
+
+    /// Starts a job that brings a guest.
+    fn start_awaited(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<JobStarted, Error> {
         let mut session = self.session();
         if let Some(lost) = session.control.lost() {
             return Err(lost);
         }
         // Before it is sent: the resume hook may come sooner than the answer.
         let before = self.shared_ownership().lock().await_guest(session.control.link().id);
-        let started = session.control.request(&request, socket.as_slice(), JobStarted::decode);
+        let started = session.control.request(request, fds, JobStarted::decode);
         if let Err(Error::Refused { .. }) = &started {
             self.shared_ownership().lock().await_refused(before);
         }
@@ -153,4 +191,20 @@ impl Client {
             std::thread::sleep((waited / 8).clamp(FIRST_POLL, POLL).min(timeout - waited));
         }
     }
+}
+
+/// A path as it travels: from the root, since the agent's current directory is another.
+fn absolute_path(what: &'static str, path: &Path) -> Result<String, Error> {
+    let refused = |source| Error::Path { what, path: path.to_owned(), source };
+    let absolute = std::path::absolute(path).map_err(|source| refused(PathError::Absolute { source }))?;
+    match absolute.into_os_string().into_string() {
+        Ok(text) if text.len() > MAX_ADDRESS => Err(refused(PathError::Long { length: text.len() })),
+        Ok(text) => Ok(text),
+        Err(_) => Err(refused(PathError::NotUtf8)),
+    }
+}
+
+/// The same for one that need not be given.
+fn optional_path(what: &'static str, path: &str) -> Result<String, Error> {
+    if path.is_empty() { Ok(String::new()) } else { absolute_path(what, Path::new(path)) }
 }

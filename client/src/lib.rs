@@ -33,11 +33,32 @@
 //! # Ok(()) }
 //! ```
 //!
-//! The rooms:
+//! # Snapshots and restore
+//!
+//! [`Client::start_snapshot`] saves the guest into an image, by the same hooks as a migration: pause, save state, resume. In the background, which is the default, the
+//! guest stands still only for a moment, and then runs on while its memory is saved: who writes into a page that is not saved yet waits until it is. If the agent is lost
+//! meanwhile, so is the snapshot, and nobody waits any more. [`Client::start_restore`] fills the memory of a VMM that has no guest, or forgets it, and is otherwise like an
+//! incoming migration: load state, resume. A restore that an operator asks for comes by [`Hooks::prepare_restore`], and is refused unless the VMM says otherwise.
+//!
+//! ```no_run
+//! use pageferry_client::{Client, RestoreMode, RestoreOptions, SnapshotOptions};
+//! # fn main() -> Result<(), pageferry_client::Error> {
+//! # let (client, _) = Client::connect("/run/vm1/pageferry.sock".as_ref(), Default::default())?;
+//! # let (other, _) = Client::connect("/run/vm2/pageferry.sock".as_ref(), Default::default())?;
+//! let job = client.start_snapshot("/images/vm1".as_ref(), &SnapshotOptions::default())?.job;
+//! let status = client.wait(job, std::time::Duration::from_secs(600))?;
+//!
+//! // Elsewhere, with a guest that runs before its memory is there.
+//! let lazy = RestoreOptions { mode: RestoreMode::Lazy, ..RestoreOptions::default() };
+//! other.start_restore("/images/vm1".as_ref(), &lazy)?;
+//! # Ok(()) }
+//! ```
+//!
+//! # Rooms
 //!
 //! - `client`, `spawn`: connecting, blocks, trackers, and a new agent after a lost one; `control`: requests and answers;
 //! - `discards`: discard and populate, with an agent and without;
-//! - `jobs`: migrations;
+//! - `jobs`: migrations, snapshots, restores;
 //! - `hooks`: what the agent asks of the VMM; `ownership`: who may run the guest;
 //! - `memory`, `block`, `shared`: what survives the agent;
 //! - `faults`: pages that are missing while the guest runs already; `writes`: pages that are not saved yet while it runs on; `registration`: the mappings that
@@ -72,13 +93,14 @@ mod writes;
 pub use block::{BlockAdded, BlockSpec};
 pub use client::{Client, Config, Trackers};
 pub use discards::Punch;
-pub use error::Error;
+pub use error::{Error, PathError};
 pub use hooks::{ClearPages, Dispatch, HookChannel, HookError, HookThread, Hooks, StatePiece};
 pub use jobs::Target;
 pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
 pub use pageferry_protocol::control::job::{
     Compression, Counters, IncomingOptions, JobKind, JobStatus, Mode, NonConvergence, OutgoingOptions, Phase,
+    RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
 };
 pub use pageferry_protocol::control::request::{BlockRange, ErrorCode, JobStarted};
 pub use pageferry_protocol::memory::PageRange;
