@@ -99,7 +99,7 @@ impl Block {
     }
 
     /// What discards and populates are rounded to, in bytes, here and in the agent: a part of a host page cannot be freed.
-    fn discard_unit(&self) -> u64 {
+    pub(crate) fn discard_unit(&self) -> u64 {
         self.geometry.granularity.max(self.host_page_size)
     }
 

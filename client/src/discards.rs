@@ -4,6 +4,9 @@
 //! If there is none, or it is lost during the call, nobody reads guest memory any more, so the client marks the shared bitmap and frees
 //! the backing by itself. The next agent finds the marks.
 //!
+//! An agent that takes a background snapshot answers a discard only when it has saved what is discarded, at the speed of its disk. So one request covers no
+//! more than can be saved within the time that an answer may take.
+//!
 //! Both hold the session's lock to the end, so that no new agent is attached in the middle of what is done without one.
 
 use crate::block::Block;
@@ -23,6 +26,9 @@ pub enum Punch {
     No,
 }
 
+/// Most bytes that one request discards, but for blocks whose unit is larger. A disk that saves 100 MB in a second is in time with the default of 10 seconds.
+const MAX_DISCARD: u64 = 1 << 30;
+
 /// A range with its block, checked and rounded.
 struct Checked {
     range: BlockRange,
@@ -39,12 +45,15 @@ impl Client {
     /// # Errors
     /// Only if a range is no part of a block; nothing is discarded then.
     pub fn discard(&self, ranges: &[BlockRange], punch: Punch) -> Result<u64, Error> {
-        let checked = self.check(ranges, Block::inward)?;
+        let mut checked = Vec::new();
+        for entry in self.check(ranges, Block::inward)? {
+            cut(entry, &mut checked)?;
+        }
         let punch = punch == Punch::Yes;
         let flags = if punch { DISCARD_PUNCH } else { 0 };
         let mut session = self.session();
         let mut changed = 0;
-        for batch in batches(&session, &checked) {
+        for batch in bounded_batches(&session, &checked) {
             let request = Request::Discard { flags, ranges: batch.iter().map(|entry| entry.range).collect() };
             changed += match session.control.request(&request, &[], RangesReply::decode) {
                 Ok(reply) => reply.changed_pages,
@@ -111,6 +120,43 @@ impl Client {
 
 fn batches<'a>(session: &Session, checked: &'a [Checked]) -> std::slice::Chunks<'a, Checked> {
     checked.chunks(session.control.max_ranges)
+}
+
+/// Cuts a range that is too large for one request, where no unit is cut: so the pieces round inward to what the whole does.
+fn cut(entry: Checked, into: &mut Vec<Checked>) -> Result<(), Error> {
+    let BlockRange { block: id, offset, length } = entry.range;
+    // Both are powers of two.
+    let step = MAX_DISCARD.max(entry.block.discard_unit());
+    if length <= step {
+        into.push(entry);
+        return Ok(());
+    }
+    let end = offset + length;
+    let mut start = offset;
+    while start < end {
+        let stop = (start / step * step).saturating_add(step).min(end);
+        let range = BlockRange { block: id, offset: start, length: stop - start };
+        into.push(Checked { range, pages: entry.block.inward(&range)?, block: Arc::clone(&entry.block) });
+        start = stop;
+    }
+    Ok(())
+}
+
+/// Batches that also cover no more than [`MAX_DISCARD`], where they are more than one range.
+fn bounded_batches<'a>(session: &Session, checked: &'a [Checked]) -> Vec<&'a [Checked]> {
+    let mut bounded = Vec::new();
+    for batch in batches(session, checked) {
+        let (mut from, mut bytes) = (0, 0u64);
+        for (at, entry) in batch.iter().enumerate() {
+            bytes = bytes.saturating_add(entry.range.length);
+            if bytes > MAX_DISCARD && at > from {
+                bounded.push(&batch[from..at]);
+                (from, bytes) = (at, entry.range.length);
+            }
+        }
+        bounded.push(&batch[from..]);
+    }
+    bounded
 }
 
 /// The runs of a batch that are discarded now.

@@ -5,6 +5,7 @@ mod support;
 
 use pageferry_client::{BlockRange, BlockSpec, Config, Error, ErrorCode, MappedBitmap, PageRange, Punch};
 use pageferry_protocol::control::request::{DISCARD_PUNCH, MAX_RANGES, Request};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use support::*;
 
@@ -183,4 +184,99 @@ fn busy_populate_surfaces_and_changes_nothing() {
     }
     assert_eq!(discarded(&client, 1), [1, 2, 3]);
     agent.join().unwrap();
+}
+
+const GIB: u64 = 1 << 30;
+
+/// A memfd of so many GiB, all holes.
+fn sparse(gib: u64) -> OwnedFd {
+    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, gib * GIB).unwrap();
+    fd
+}
+
+/// What an agent that counts pages as it should is asked to discard, until it is dropped after so many requests.
+fn requests_until(agent: &mut FakeAgent, unit: u64, most: usize) -> Vec<Vec<(u64, u64)>> {
+    let mut asked = Vec::new();
+    while asked.len() < most
+        && let Some((request, _)) = agent.request()
+    {
+        let Request::Discard { ranges, .. } = &request else { panic!("{request:?}") };
+        let inward = |range: &BlockRange| {
+            let (start, end) = (range.offset.next_multiple_of(unit), (range.offset + range.length) / unit * unit);
+            end.saturating_sub(start) / PAGE
+        };
+        agent.changed(&request, ranges.iter().map(inward).sum());
+        asked.push(ranges.iter().map(|range| (range.offset, range.length)).collect());
+    }
+    asked
+}
+
+#[test]
+fn no_request_discards_more_than_can_be_saved_in_time() {
+    const UNIT: u64 = 2 << 20;
+    let ragged = BlockRange { block: 1, offset: GIB / 2 + 1, length: 2 * GIB + 5 };
+    let small = |first: u64| BlockRange { block: 1, offset: 3 * GIB + first * UNIT, length: UNIT };
+    let half = BlockRange { block: 1, offset: 2 * GIB + GIB / 4, length: GIB };
+    let ranges = [small(0), ragged, small(2), small(3), half];
+    let whole = (2 * GIB - UNIT) / PAGE;
+    let expected = whole + 3 * UNIT / PAGE + GIB / PAGE;
+
+    let (client, _hooks, agent) = client(|mut agent| {
+        agent.accept_block();
+        requests_until(&mut agent, UNIT, usize::MAX)
+    });
+    let memory = sparse(4);
+    client.add_block(BlockSpec { granularity: UNIT, ..spec(1, 0, &memory) }).unwrap();
+    assert_eq!(client.discard(&ranges, Punch::No).unwrap(), expected);
+    drop(client);
+    let asked = agent.join().unwrap();
+    let flat: Vec<_> = asked.iter().flatten().copied().collect();
+    let pieces = [
+        (3 * GIB, UNIT),
+        (GIB / 2 + 1, GIB / 2 - 1),
+        (GIB, GIB),
+        (2 * GIB, GIB / 2 + 6),
+        (3 * GIB + 2 * UNIT, UNIT),
+        (3 * GIB + 3 * UNIT, UNIT),
+        // Not larger than what one request may cover, so it is left whole.
+        (2 * GIB + GIB / 4, GIB),
+    ];
+    assert_eq!(flat, pieces);
+    assert_eq!(asked.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1, 3, 1]);
+}
+
+#[test]
+fn large_discard_is_the_same_without_an_agent_and_when_it_dies_in_the_middle() {
+    for answers in [0, 1, 2] {
+        let (client, _hooks, agent) = client(move |mut agent| {
+            agent.accept_block();
+            requests_until(&mut agent, PAGE, answers);
+        });
+        let memory = sparse(4);
+        client.add_block(spec(1, 0, &memory)).unwrap();
+        let ragged = BlockRange { block: 1, offset: GIB / 2 + 1, length: 3 * GIB };
+        assert_eq!(client.discard(&[ragged], Punch::Yes).unwrap(), 3 * GIB / PAGE - 1);
+        let bitmap = client.discarded(1).unwrap();
+        // This agent only said so.
+        let first = [GIB / 2 / PAGE + 1, GIB / PAGE, 2 * GIB / PAGE][answers];
+        let end = (3 * GIB + GIB / 2) / PAGE;
+        assert_eq!(bitmap.runs(bitmap.all()).collect::<Vec<_>>(), [PageRange::new(first, end - first)]);
+        agent.join().unwrap();
+    }
+}
+
+#[test]
+fn unit_larger_than_a_request_is_not_cut() {
+    let (client, _hooks, agent) = client(|mut agent| {
+        agent.accept_block();
+        requests_until(&mut agent, 2 * GIB, usize::MAX)
+    });
+    let memory = sparse(6);
+    client.add_block(BlockSpec { granularity: 2 * GIB, ..spec(1, 0, &memory) }).unwrap();
+    let range = BlockRange { block: 1, offset: PAGE, length: 6 * GIB - PAGE };
+    assert_eq!(client.discard(&[range], Punch::No).unwrap(), 4 * GIB / PAGE);
+    drop(client);
+    let asked = agent.join().unwrap();
+    assert_eq!(asked, [vec![(PAGE, 2 * GIB - PAGE)], vec![(2 * GIB, 2 * GIB)], vec![(4 * GIB, 2 * GIB)]]);
 }
