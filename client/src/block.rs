@@ -28,7 +28,7 @@ pub struct BlockSpec<'a> {
     pub memory: BorrowedFd<'a>,
     /// Where the block begins in that file, in bytes.
     pub fd_offset: u64,
-    /// Where the VMM has it mapped; 0 if nowhere. Write-protect scanning needs it.
+    /// Where the VMM has it mapped; 0 if nowhere. Write-protect scanning, postcopy, lazy restore and background snapshots need it.
     pub vmm_address: u64,
     /// Unit of discards and populates in bytes: a power of two, at least 4096. Where the host page is larger, that is the unit.
     pub granularity: u64,
