@@ -122,19 +122,27 @@ impl Hooks {
     /// # Errors
     /// If there is none within `timeout`.
     pub fn register_faults(&self, timeout: Duration) -> Result<OwnedFd, HookError> {
-        let hook = Hook::RegisterFaults.name();
-        let reply = self.exchange(&Hook::RegisterFaults, &[], timeout)?;
+        self.ask_for_fd(&Hook::RegisterFaults, timeout)
+    }
+
+    /// Asks for the registration of all mappings for write protection: the userfaultfd.
+    ///
+    /// # Errors
+    /// If there is none within `timeout`.
+    pub fn watch_writes(&self, timeout: Duration) -> Result<OwnedFd, HookError> {
+        self.ask_for_fd(&Hook::WatchWrites, timeout)
+    }
+
+    fn ask_for_fd(&self, hook: &Hook, timeout: Duration) -> Result<OwnedFd, HookError> {
+        let (name, reply) = (hook.name(), self.exchange(hook, &[], timeout)?);
         match hook::decode_hook_reply(&reply.body) {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(HookError::Refused { hook, error }),
-            Err(source) => return Err(HookError::Malformed { hook, source }),
+            Ok(Err(error)) => return Err(HookError::Refused { hook: name, error }),
+            Err(source) => return Err(HookError::Malformed { hook: name, source }),
         }
-        let [uffd] = <[OwnedFd; 1]>::try_from(reply.fds).map_err(|fds| HookError::Fds {
-            hook,
-            count: fds.len(),
-            expected: 1,
-        })?;
-        Ok(uffd)
+        let wrong = |fds: Vec<OwnedFd>| HookError::Fds { hook: name, count: fds.len(), expected: 1 };
+        let [fd] = <[OwnedFd; 1]>::try_from(reply.fds).map_err(wrong)?;
+        Ok(fd)
     }
 
     /// Asks for the VMM's state: the pieces, and the file they lie in one after another. The file is empty if there are none.

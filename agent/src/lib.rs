@@ -26,6 +26,7 @@ pub mod priority;
 pub mod reactor;
 pub mod server;
 pub mod session;
+pub mod snapshot;
 pub mod stats;
 pub mod tracking;
 pub mod transport;

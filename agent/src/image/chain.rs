@@ -39,10 +39,7 @@ impl Chain {
     /// # Errors
     /// If one of them is not there, is damaged, or is another than it should be.
     pub fn open(path: &Path) -> Result<Self, ImageError> {
-        let mut images = vec![Image::open(path)?];
-        while let Some(base) = next_base(&images)? {
-            images.push(base);
-        }
+        let images = open_all(path, Image::open)?;
         Self::fold(images).map_err(|fault| fault.of(path))
     }
 
@@ -144,13 +141,13 @@ fn said(states: &States, all: PageRange) -> impl Iterator<Item = u64> + '_ {
 }
 
 /// The base of the last of `images`, if it has one.
-fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
+fn next_base(images: &[Image], open: fn(&Path) -> Result<Image, ImageError>) -> Result<Option<Image>, ImageError> {
     let Some(last) = images.last().filter(|last| last.header().is_increment()) else { return Ok(None) };
     if images.len() == MAX_IMAGES {
         return Err(Fault::Chain(MAX_IMAGES).of(images[0].path()));
     }
     let path = base_path(last);
-    let base = Image::open(&path)?;
+    let base = open(&path)?;
     let (found, expected) = (base.header().id, last.header().base);
     if found != expected {
         return Err(Fault::Base { path, found, expected }.of(last.path()));
@@ -159,6 +156,22 @@ fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
         return Err(Fault::BaseBlocks { path }.of(last.path()));
     }
     Ok(Some(base))
+}
+
+/// The image at `path` and all that it builds on, the newest first, as [`Image::open_contents`] opens them: who they are, and not what is in them.
+///
+/// # Errors
+/// If one of them is not there, is damaged, or is another than it should be.
+pub fn lineage(path: &Path) -> Result<Vec<Image>, ImageError> {
+    open_all(path, Image::open_contents)
+}
+
+fn open_all(path: &Path, open: fn(&Path) -> Result<Image, ImageError>) -> Result<Vec<Image>, ImageError> {
+    let mut images = vec![open(path)?];
+    while let Some(base) = next_base(&images, open)? {
+        images.push(base);
+    }
+    Ok(images)
 }
 
 /// Where the base of an increment is.

@@ -199,6 +199,12 @@ pub enum Fault {
         /// The base.
         path: PathBuf,
     },
+    /// An increment would take the place of what it builds on.
+    #[error("the file is {}, which the increment builds on: choose another name", path.display())]
+    OverBase {
+        /// The base, or one of its own.
+        path: PathBuf,
+    },
     /// The chain is too long, or bites its tail.
     #[error("it builds on more than {0} images, one on the other")]
     Chain(usize),

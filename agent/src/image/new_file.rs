@@ -8,6 +8,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// Attempts to find a temporary name that is free.
 const ATTEMPTS: u32 = 100;
@@ -20,7 +21,7 @@ pub struct NewFile {
     path: PathBuf,
     folder: PathBuf,
     /// The name that it has meanwhile.
-    temporary: Option<PathBuf>,
+    temporary: Mutex<Option<PathBuf>>,
     replace: bool,
 }
 
@@ -36,7 +37,13 @@ impl NewFile {
         if !replace && path.symlink_metadata().is_ok() {
             return Err(Fault::Exists);
         }
-        let new = |file, temporary| Self { file, path: path.to_owned(), folder: folder.to_owned(), temporary, replace };
+        let new = |file, temporary| Self {
+            file,
+            path: path.to_owned(),
+            folder: folder.to_owned(),
+            temporary: Mutex::new(temporary),
+            replace,
+        };
         let mode = Mode::RUSR | Mode::WUSR;
         match rustix::fs::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, mode) {
             Ok(file) => return Ok(new(file, None)),
@@ -74,23 +81,24 @@ impl NewFile {
     ///
     /// # Errors
     /// If the file system refuses, or something has come to be there meanwhile and is not to be replaced. What is there is as it was then.
-    pub fn finish(mut self) -> Result<(), Fault> {
+    pub fn finish(&self) -> Result<(), Fault> {
         rustix::fs::fsync(&self.file).map_err(kernel("make the file safe"))?;
-        if self.temporary.is_none() {
-            self.temporary = Some(self.link()?);
-        }
-        let Some(temporary) = &self.temporary else { return Ok(()) };
+        let mut named = self.temporary.lock().unwrap_or_else(PoisonError::into_inner);
+        let temporary = match &*named {
+            Some(name) => name.clone(),
+            None => named.insert(self.link()?).clone(),
+        };
         let flags = if self.replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
-        match rustix::fs::renameat_with(CWD, temporary, CWD, &self.path, flags) {
+        match rustix::fs::renameat_with(CWD, &temporary, CWD, &self.path, flags) {
             Ok(()) => {}
             // The file system does not know the flag: the look at the start must do.
             Err(Errno::INVAL | Errno::NOSYS) if !self.replace && self.path.symlink_metadata().is_err() => {
-                rustix::fs::rename(temporary, &self.path).map_err(kernel("name the file"))?;
+                rustix::fs::rename(&temporary, &self.path).map_err(kernel("name the file"))?;
             }
             Err(Errno::EXIST) => return Err(Fault::Exists),
             Err(source) => return Err(Fault::Kernel { what: "name the file", source }),
         }
-        self.temporary = None;
+        *named = None;
         // The file is there; what is not certain is that it is after the machine loses power.
         let folder = rustix::fs::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         folder.and_then(rustix::fs::fsync).map_err(kernel("make the name of the file safe"))
@@ -125,8 +133,8 @@ impl AsFd for NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        if let Some(name) = &self.temporary
-            && let Err(errno) = rustix::fs::unlink(name)
+        if let Some(name) = self.temporary.get_mut().unwrap_or_else(PoisonError::into_inner)
+            && let Err(errno) = rustix::fs::unlink(&*name)
         {
             log::warn!("{} is left behind: {errno}", name.display());
         }

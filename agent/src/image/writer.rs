@@ -153,19 +153,18 @@ impl ImageWriter {
         Ok(())
     }
 
-    /// Writes all else, makes the file safe, and gives it its name. `state` holds the pieces one after another; none if there are none.
+    /// Writes all else, makes the file safe, and gives it its name, once all pages were put. `state` holds the pieces one after another; none if there are none.
     ///
     /// # Errors
     /// If the file cannot be written, or the state not be read. Nothing is left of the image then, and what had its name is as it was.
     pub fn finish(
-        self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
+        &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
     ) -> Result<Totals, ImageError> {
-        let path = self.path().to_owned();
-        self.write_rest(rest, base, pieces, state).map_err(|fault| fault.of(&path))
+        self.write_rest(rest, base, pieces, state).map_err(|fault| fault.of(self.path()))
     }
 
     fn write_rest(
-        self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
+        &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
     ) -> Result<Totals, Fault> {
         let (states, mut totals) = self.write_states(rest)?;
         let extent_sums = self.write_extent_sums()?;

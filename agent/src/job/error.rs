@@ -1,6 +1,7 @@
 //! Why a job failed.
 
 use crate::hooks::HookError;
+use crate::image::ImageError;
 use crate::incoming::decompress::DecompressError;
 use crate::memory::BackingError;
 use crate::memory::arriving::ArrivingError;
@@ -10,6 +11,7 @@ use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::stream::hello::{HelloError, TableMismatch};
+use rustix::io::Errno;
 use std::time::Duration;
 
 /// Why a job failed.
@@ -52,6 +54,18 @@ pub enum JobError {
         /// Size of a host page in bytes.
         size: u64,
         /// The largest that can be placed at once.
+        limit: u64,
+    },
+    /// Host pages are too large for a background snapshot.
+    #[error(
+        "block {id}: the host page size is {size:#x}, a background snapshot takes at most {limit:#x}: use mode paused"
+    )]
+    LargeHostPage {
+        /// The block.
+        id: u32,
+        /// Size of a host page in bytes.
+        size: u64,
+        /// The largest that can be captured at once.
         limit: u64,
     },
     /// A block is mapped nowhere at the destination.
@@ -205,6 +219,21 @@ pub enum JobError {
         #[source]
         source: DecompressError,
     },
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The protection of a background snapshot is gone, or cannot be had.
+    #[error("block {id}: memory cannot be protected, or is not any more: the VMM may have taken the registration back")]
+    Protection {
+        /// The block.
+        id: u32,
+        /// What the kernel said.
+        #[source]
+        source: Errno,
+    },
+    /// Nobody knows what changed since the base of an increment.
+    #[error("{0}: save all of it, with track on if increments are to follow")]
+    NoIncrement(String),
     /// A file under a block.
     #[error("block {id}")]
     Backing {

@@ -2,11 +2,13 @@
 //!
 //! - [`cancel`]: stopping a job wherever it waits, and the line after which it cannot be stopped;
 //! - [`error`]: why a job failed;
+//! - [`pause`]: a guest that stands still meanwhile;
 //! - [`recovery`]: how a paused postcopy hears that it is to go on;
 //! - this file: [`Job`], what the session and the job's threads both see.
 
 pub mod cancel;
 pub mod error;
+pub mod pause;
 pub mod recovery;
 
 pub use crate::stats::{LiveCounters, add, get};

@@ -19,10 +19,11 @@
 //! the two on both sides: so of a fault and an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer, it is with
 //! zero, the kernel refuses the second page, and all are woken. The steps are in [`super::claims`], and a model checker goes through all orders of them.
 
+use super::GuestMemory;
 use super::claims::{Found, request, waited_for};
 use super::fence::Readers;
-use super::owed::Owed;
-use super::{Block, GuestMemory};
+use super::mappings::Mappings;
+use super::owed::{Owed, parts_of, words_of};
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
@@ -75,16 +76,6 @@ pub enum Answer {
     Wait,
 }
 
-/// Where the VMM has a block mapped.
-#[derive(Debug)]
-struct Mapping {
-    id: u32,
-    start: u64,
-    length: u64,
-    /// Bytes of a host page.
-    unit: u64,
-}
-
 /// The memory of a guest that runs before it is here.
 #[derive(Debug)]
 pub struct Arriving {
@@ -96,7 +87,7 @@ pub struct Arriving {
     /// Host pages that were placed, and of which the source was not told yet; none if it does not want to know.
     placed: Option<Vec<MappedBitmap>>,
     uffd: Userfaultfd,
-    mappings: Vec<Mapping>,
+    mappings: Mappings,
     /// A host page of zeroes, where the kernel has none of that size.
     zeroes: Vec<u8>,
     live: Arc<LiveCounters>,
@@ -140,14 +131,8 @@ impl Arriving {
             let bitmap = |at: usize| MappedBitmap::private(owed.block(at).bits().pages());
             (0..memory.blocks().len()).map(bitmap).collect()
         };
-        let mapping = |block: &Arc<Block>| Mapping {
-            id: block.geometry.id,
-            start: block.vmm_address,
-            length: block.geometry.length,
-            unit: block.backing.host_page_size(),
-        };
-        let mappings: Vec<Mapping> = memory.blocks().iter().map(mapping).collect();
-        let huge = mappings.iter().map(|mapping| mapping.unit).filter(|unit| *unit > PAGE_SIZE).max();
+        let mappings = Mappings::of(memory);
+        let huge = mappings.all().iter().map(|mapping| mapping.unit).filter(|unit| *unit > PAGE_SIZE).max();
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self {
             requested: bitmaps()?,
@@ -187,15 +172,11 @@ impl Arriving {
 
     /// The block and host page of an address in the VMM; `None` if it is none of the guest's.
     pub fn locate(&self, address: u64) -> Option<(usize, u64)> {
-        let found = |mapping: &Mapping| address.checked_sub(mapping.start).is_some_and(|at| at < mapping.length);
-        let at = self.mappings.iter().position(found)?;
-        Some((at, (address - self.mappings[at].start) / self.mappings[at].unit))
+        self.mappings.locate(address)
     }
 
     fn addresses(&self, at: usize, host_pages: PageRange) -> Addresses {
-        let mapping = &self.mappings[at];
-        let (start, length) = (mapping.start + host_pages.first * mapping.unit, host_pages.count * mapping.unit);
-        Addresses { start, length }
+        self.mappings.addresses(at, host_pages)
     }
 
     /// To be held from before faults are read until they are answered, as far as that is done here, and no longer: discards wait for it.
@@ -329,12 +310,12 @@ impl Arriving {
     /// Makes owed again what was taken of word `word` and not placed: the host page that failed, and those after it. To be called within the fence.
     fn give_back(&self, at: usize, word: u64, taken: u64, (host_page, source): Failed) -> ArrivingError {
         self.owed.add(at, word, taken & !word_mask(0, host_page - word * WORD_BITS));
-        ArrivingError::Place { id: self.mappings[at].id, host_page, source }
+        ArrivingError::Place { id: self.mappings.all()[at].id, host_page, source }
     }
 
     /// Places host pages that were taken, up to the first that cannot be placed.
     fn place(&self, at: usize, run: PageRange, mut content: &[u8]) -> Result<(), Failed> {
-        let unit = self.mappings[at].unit;
+        let unit = self.mappings.all()[at].unit;
         let mut rest = run;
         while !rest.is_empty() {
             let range = self.addresses(at, rest);
@@ -346,7 +327,7 @@ impl Arriving {
             }
             self.is_there(at, rest.first)?;
             // The VMM wrote there behind our back, by the file or another mapping: what it wrote is newer than what came.
-            log::warn!("block {}: host page {:#x} was there before it came", self.mappings[at].id, rest.first);
+            log::warn!("block {}: host page {:#x} was there before it came", self.mappings.all()[at].id, rest.first);
             self.wake(at, rest.first);
             rest = PageRange::new(rest.first + 1, rest.count - 1);
             content = &content[(done + unit) as usize..];
@@ -356,7 +337,7 @@ impl Arriving {
 
     /// Answers a fault with zero, or wakes who waits if there is a page by now.
     fn place_zero(&self, at: usize, host_page: u64) -> Result<(), Failed> {
-        let unit = self.mappings[at].unit;
+        let unit = self.mappings.all()[at].unit;
         let range = self.addresses(at, PageRange::new(host_page, 1));
         let placed = if unit == PAGE_SIZE {
             self.uffd.zero(range)
@@ -377,7 +358,7 @@ impl Arriving {
     /// Fails if the kernel said that a host page is there already, and it is not: of hugetlbfs it says so when it has no page left. What came would be
     /// thrown away, and zero put in its place as soon as there is one.
     fn is_there(&self, at: usize, host_page: u64) -> Result<(), Failed> {
-        if self.mappings[at].unit == PAGE_SIZE {
+        if self.mappings.all()[at].unit == PAGE_SIZE {
             return Ok(());
         }
         match self.uffd.is_there(self.addresses(at, PageRange::new(host_page, 1))) {
@@ -398,7 +379,7 @@ impl Arriving {
     }
 
     fn failed(&self, at: usize) -> impl Fn(Failed) -> ArrivingError {
-        let id = self.mappings[at].id;
+        let id = self.mappings.all()[at].id;
         move |(host_page, source)| ArrivingError::Place { id, host_page, source }
     }
 
@@ -460,8 +441,7 @@ impl Arriving {
 
     /// The pages that a worker may be placing when it has published word `word` of the block at index `at`: that word, or the host page that it is in.
     pub(super) fn published(&self, at: usize, word: u64) -> PageRange {
-        let size = self.owed.block(at).unit().max(WORD_BITS);
-        PageRange::new(word * WORD_BITS / size * size, size)
+        self.owed.block(at).published(word)
     }
 
     /// Runs of pages that were discarded since the last time, while they were owed.
@@ -522,7 +502,7 @@ impl Arriving {
 
     /// Ends it: the mappings are as they were, and who waits looks again.
     pub fn unregister(&self) {
-        for (at, mapping) in self.mappings.iter().enumerate() {
+        for (at, mapping) in self.mappings.all().iter().enumerate() {
             let all = self.addresses(at, PageRange::new(0, mapping.length / mapping.unit));
             if let Err(errno) = self.uffd.unregister(all) {
                 log::warn!("block {}: cannot unregister {:#x} + {:#x}: {errno}", mapping.id, all.start, all.length);
@@ -534,26 +514,6 @@ impl Arriving {
 /// Tells host pages of all blocks from each other.
 fn key(at: usize, host_page: u64) -> u64 {
     ((at as u64) << 40) | host_page
-}
-
-/// The host pages of `range` that are published at once: a word of them, or one that is larger than a word of pages.
-fn parts_of(range: PageRange, unit: u64) -> impl Iterator<Item = (u64, u64)> {
-    words_of(range).flat_map(move |(word, mask)| {
-        let alone = if unit == 1 { 0 } else { mask };
-        let whole = (unit == 1).then_some((word, mask));
-        let each = (0..WORD_BITS).filter(move |bit| alone >> bit & 1 == 1).map(move |bit| (word, 1 << bit));
-        whole.into_iter().chain(each)
-    })
-}
-
-/// The words that `range` touches, and its bits in each.
-fn words_of(range: PageRange) -> impl Iterator<Item = (u64, u64)> {
-    let words = if range.is_empty() { 0..0 } else { range.first / WORD_BITS..range.end().div_ceil(WORD_BITS) };
-    words.map(move |word| {
-        let first = word * WORD_BITS;
-        let part = range.intersection(&PageRange::new(first, WORD_BITS));
-        (word, word_mask(part.first - first, part.end() - first))
-    })
 }
 
 #[cfg(test)]

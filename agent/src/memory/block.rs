@@ -3,6 +3,7 @@
 use super::arriving::Arriving;
 use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
+use super::capturing::Capturing;
 use super::fence::{MAX_READERS, Readers};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
@@ -121,6 +122,8 @@ pub struct GuestMemory {
     changes: AtomicU64,
     /// What is still to come, while the guest runs before it is here.
     arriving: Mutex<Option<Arc<Arriving>>>,
+    /// What is still to be saved as it was, while the guest runs on.
+    capturing: Mutex<Option<Arc<Capturing>>>,
 }
 
 impl Default for GuestMemory {
@@ -143,6 +146,7 @@ impl GuestMemory {
             marking: Mutex::new(()),
             changes: AtomicU64::new(0),
             arriving: Mutex::default(),
+            capturing: Mutex::default(),
         }
     }
 
@@ -154,6 +158,16 @@ impl GuestMemory {
     /// From now on discards drop what is still to come of `arriving`; `None` when all is here.
     pub fn set_arriving(&self, arriving: Option<Arc<Arriving>>) {
         *self.arriving.lock().unwrap_or_else(PoisonError::into_inner) = arriving;
+    }
+
+    /// What is still to be saved as it was at the instant of a snapshot.
+    pub fn capturing(&self) -> Option<Arc<Capturing>> {
+        self.capturing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on discards save what is still to be captured. Called with [`GuestMemory::marking`] held at the instant; with `None` when nothing is to be saved any more.
+    pub fn set_capturing(&self, capturing: Option<Arc<Capturing>>) {
+        *self.capturing.lock().unwrap_or_else(PoisonError::into_inner) = capturing;
     }
 
     /// The blocks. Their order is that of the workers' chunks and of the fence.

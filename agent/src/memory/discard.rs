@@ -13,6 +13,7 @@
 //!   the two would be stray again.
 //! - `changes` is odd from before the first mark until after the last: whoever saw a mark, or what a populate wrote into the log, does not take the bitmaps
 //!   for unchanged.
+//! - what is still to be saved as it was is saved after the marks and before the punch; see [`super::capturing`];
 //! - what is still to come of a guest in postcopy is dropped after the marks and again behind the fence, before the punch, and so are faults waited for that were
 //!   read before; see [`super::arriving`];
 //! - a populate clears `discarded` first and marks the log after: a sync that comes between them may drop the pages, and finds them in the
@@ -67,7 +68,10 @@ impl GuestMemory {
             changed += block.discarded.set(*range);
         }
         drop(marking);
-        let arriving = self.arriving();
+        let (arriving, capturing) = (self.arriving(), self.capturing());
+        if let Some(capturing) = &capturing {
+            checked.iter().for_each(|(index, range)| capturing.rescue(self, *index, *range));
+        }
         let drop_owed = || {
             if let Some(arriving) = &arriving {
                 checked.iter().for_each(|(index, range)| arriving.drop_owed(*index, *range));
@@ -75,8 +79,11 @@ impl GuestMemory {
         };
         drop_owed();
         self.readers.wait(|index, word| {
-            let one = PageRange::new(word * WORD_BITS, WORD_BITS);
-            let read = arriving.as_ref().map_or(one, |arriving| arriving.published(index, word));
+            let read = match (&arriving, &capturing) {
+                (Some(arriving), _) => arriving.published(index, word),
+                (None, Some(capturing)) => capturing.published(index, word),
+                (None, None) => PageRange::new(word * WORD_BITS, WORD_BITS),
+            };
             checked.iter().any(|(other, range)| *other == index && range.overlaps(&read))
         });
         drop_owed();
@@ -90,6 +97,9 @@ impl GuestMemory {
         }
         if let Some(arriving) = &arriving {
             checked.iter().for_each(|(index, range)| arriving.answer_waiting(*index, *range));
+        }
+        if let Some(capturing) = &capturing {
+            checked.iter().for_each(|(index, range)| capturing.release(*index, *range));
         }
         Ok(changed)
     }

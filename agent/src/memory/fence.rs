@@ -9,8 +9,14 @@
 
 use super::sync::{AtomicU64, Ordering, fence, yield_now};
 
-/// Most workers at once.
-pub const MAX_READERS: usize = 64;
+/// Most workers of a job at once, as many as streams. Behind them in the fence are the two below.
+const WORKERS: usize = 64;
+/// The number of the thread that serves the faults of a snapshot.
+pub const FAULTS: usize = WORKERS;
+/// The number of the session's thread, which saves what is discarded during a snapshot.
+pub const SESSION: usize = WORKERS + 1;
+/// Most readers at once.
+pub const MAX_READERS: usize = WORKERS + 2;
 /// Low bits of a published value that hold the word's index, plus one.
 const WORD_BITS: u32 = 40;
 

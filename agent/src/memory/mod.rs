@@ -6,6 +6,8 @@
 //! - [`fence`]: keeps discards away from what a worker is reading (laws 1 and 7);
 //! - [`discard`]: discarding and populating (laws 1, 4 and 6);
 //! - [`owed`]: what a guest in postcopy is owed, in host pages;
+//! - [`mappings`]: where the VMM has it mapped;
+//! - [`capturing`]: a guest's memory as it was at one instant, while it is saved and the guest runs on: writes and discards meanwhile;
 //! - [`claims`]: how a fault and whoever takes its page agree on who answers;
 //! - [`arriving`]: the memory of a guest that runs before it is here: faults, placing, and discards meanwhile;
 //! - [`huge`]: writing to hugetlbfs, which only a mapping can;
@@ -15,11 +17,13 @@ pub mod arriving;
 pub mod backing;
 pub mod block;
 pub mod bus_guard;
+pub mod capturing;
 pub mod claims;
 pub mod discard;
 pub mod extents;
 pub mod fence;
 pub mod huge;
+pub mod mappings;
 pub mod owed;
 
 pub use backing::{Backing, BackingError};

@@ -63,6 +63,36 @@ impl HostPages {
         pages.intersection(&PageRange::new(0, self.pages))
     }
 
+    /// Adds the host pages that the pages `bits` of word `word` touch.
+    pub fn add_pages(&self, word: u64, bits: u64) {
+        for (word, bits) in self.touched(word, bits) {
+            self.bits.or_word(word, bits);
+        }
+    }
+
+    /// The host pages that the pages `bits` of word `word` touch: words of them, and their bits.
+    fn touched(&self, word: u64, bits: u64) -> impl Iterator<Item = (u64, u64)> {
+        let (unit, mut rest) = (self.unit, bits);
+        std::iter::from_fn(move || {
+            if rest == 0 {
+                return None;
+            }
+            if unit == 1 {
+                return Some((word, std::mem::take(&mut rest)));
+            }
+            let host_page = (word * WORD_BITS + u64::from(rest.trailing_zeros())) / unit;
+            let end = ((host_page + 1) * unit - word * WORD_BITS).min(WORD_BITS);
+            rest &= !word_mask(0, end);
+            Some((host_page / WORD_BITS, 1 << (host_page % WORD_BITS)))
+        })
+    }
+
+    /// The pages that a worker may be at when it has published word `word` in the fence: that word, or the host page that it is in.
+    pub fn published(&self, word: u64) -> PageRange {
+        let size = self.unit.max(WORD_BITS);
+        PageRange::new(word * WORD_BITS / size * size, size)
+    }
+
     /// The set as a bitmap of pages: word `index` of it.
     pub fn page_word(&self, index: u64) -> u64 {
         if self.unit == 1 {
@@ -123,17 +153,7 @@ impl Owed {
 
     /// Adds the host pages that the pages `bits` of word `word` touch.
     pub fn add_pages(&self, at: usize, word: u64, bits: u64) {
-        let unit = self.blocks[at].unit;
-        if unit == 1 {
-            return self.add(at, word, bits);
-        }
-        let mut rest = bits;
-        while rest != 0 {
-            let host_page = (word * WORD_BITS + u64::from(rest.trailing_zeros())) / unit;
-            self.add(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
-            let end = ((host_page + 1) * unit - word * WORD_BITS).min(WORD_BITS);
-            rest &= !word_mask(0, end);
-        }
+        self.blocks[at].touched(word, bits).for_each(|(word, bits)| self.add(at, word, bits));
     }
 
     /// Takes those of the host pages `bits` of word `word` that are owed: they are the caller's now.
@@ -167,6 +187,26 @@ impl Owed {
         let count = self.blocks.len();
         rest(at, from).or_else(|| (1..=count).find_map(|step| rest((at + step) % count, 0)))
     }
+}
+
+/// The host pages of `range` that are published at once: a word of them, or one that is larger than a word of pages.
+pub(super) fn parts_of(range: PageRange, unit: u64) -> impl Iterator<Item = (u64, u64)> {
+    words_of(range).flat_map(move |(word, mask)| {
+        let alone = if unit == 1 { 0 } else { mask };
+        let whole = (unit == 1).then_some((word, mask));
+        let each = (0..WORD_BITS).filter(move |bit| alone >> bit & 1 == 1).map(move |bit| (word, 1 << bit));
+        whole.into_iter().chain(each)
+    })
+}
+
+/// The words that `range` touches, and its bits in each.
+pub(super) fn words_of(range: PageRange) -> impl Iterator<Item = (u64, u64)> {
+    let words = if range.is_empty() { 0..0 } else { range.first / WORD_BITS..range.end().div_ceil(WORD_BITS) };
+    words.map(move |word| {
+        let first = word * WORD_BITS;
+        let part = range.intersection(&PageRange::new(first, WORD_BITS));
+        (word, word_mask(part.first - first, part.end() - first))
+    })
 }
 
 #[cfg(test)]

@@ -2,50 +2,15 @@
 
 use super::Migration;
 use super::connect::{Primary, SessionId};
-use crate::hooks::HookError;
+use crate::job::pause::{PausedGuest, SavedState};
 use crate::job::{Job, JobError, add, micros};
 use pageferry_protocol::control::hook::{Hook, PieceSize};
 use pageferry_protocol::control::job::OutgoingOptions;
 use pageferry_protocol::stream::payload::{StatePart, Totals};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::time::Instant;
-
-/// The VMM's state as it hands it over: sizes, and the file.
-pub struct SavedState {
-    pieces: Vec<PieceSize>,
-    file: Option<OwnedFd>,
-}
-
-/// A guest that was asked to pause. Unless the commit went out, it is resumed on drop: whatever fails on the way, the guest runs on.
-pub struct PausedGuest {
-    job: Arc<Job>,
-    asked: Instant,
-    ours: bool,
-}
 
 impl PausedGuest {
-    /// Pauses the guest.
-    pub fn pause(job: &Arc<Job>) -> Result<Self, JobError> {
-        // Made before the answer: a pause that timed out may still happen, and must be undone.
-        let paused = Self { job: job.clone(), asked: Instant::now(), ours: true };
-        job.hooks.ask(&Hook::Pause, job.options().hook_timeout)?;
-        job.cancel.check()?;
-        Ok(paused)
-    }
-
-    /// Has the VMM save its state. That may dirty memory, so the last sync comes after.
-    pub fn save_state(&self) -> Result<SavedState, JobError> {
-        let (pieces, file) = self.job.hooks.save_state(self.job.options().hook_timeout)?;
-        Ok(SavedState { pieces, file })
-    }
-
-    /// True until the commit may have gone out: the guest can be resumed here.
-    pub fn is_ours(&self) -> bool {
-        self.ours
-    }
-
     /// Gives up ownership, and waits until the destination runs. `session` is what the VMM is to keep, so that another agent can recover; zeroes if
     /// nothing will be left to recover.
     pub fn commit(&mut self, primary: &mut Primary, session: SessionId) -> Result<(), JobError> {
@@ -68,22 +33,6 @@ impl PausedGuest {
         let bytes = primary.writer.write_plain(Kind::Commit, 0)?;
         add(&self.job.live.wire_bytes, bytes);
         primary.expect(Kind::Resumed, "the destination's confirmation").map(|_| ())
-    }
-}
-
-impl Drop for PausedGuest {
-    fn drop(&mut self) {
-        if !self.ours {
-            return;
-        }
-        match self.job.hooks.undo(&Hook::Resume { force: false }, self.job.options().hook_timeout) {
-            Ok(()) => log::info!("job {}: the guest runs on", self.job.id),
-            // The request is in the socket: a VMM that is late resumes the guest when it comes to it, one that lost us does so by itself.
-            Err(HookError::Socket { source, .. }) => {
-                log::warn!("the VMM was asked to resume the guest, and is late: {source}")
-            }
-            Err(error) => log::error!("the VMM did not resume the guest: {}", crate::error::chain(&error)),
-        }
     }
 }
 

@@ -23,6 +23,7 @@ pub mod sender;
 pub mod zero;
 
 use crate::hooks::HookError;
+use crate::job::pause::PausedGuest;
 use crate::job::{Job, JobError};
 use crate::tracking::{TrackerChoice, Trackers};
 use crate::transport::Address;
@@ -30,7 +31,7 @@ use crate::transport::{Limiter, TransportError};
 use connect::{SessionId, Streams, Target};
 use converge::Pace;
 use fixup::DirtyState;
-use handover::{PausedGuest, wait_loaded};
+use handover::wait_loaded;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Mode, Phase};
 use postcopy::Since;

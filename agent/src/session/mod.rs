@@ -15,6 +15,7 @@ pub mod standard;
 use crate::hooks::Hooks;
 use crate::job::Job;
 use crate::memory::GuestMemory;
+use crate::snapshot::checkpoint::SharedCheckpoint;
 use crate::tracking::TrackerChoice;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
@@ -39,6 +40,8 @@ pub struct Session {
     /// A descriptor of the hooks' socket that is not behind their lock.
     hook_socket: Option<OwnedFd>,
     trackers: TrackerChoice,
+    /// What changed since the last image.
+    checkpoint: SharedCheckpoint,
     /// With its thread, until that was waited for.
     job: Option<(Arc<Job>, Option<JoinHandle<()>>)>,
     /// The last job of the VMM before, for operators who want to know how it ended.
@@ -79,6 +82,7 @@ impl Session {
             hooks: Arc::new(Hooks::new(None)),
             hook_socket: None,
             trackers: TrackerChoice::default(),
+            checkpoint: SharedCheckpoint::default(),
             job: None,
             before: Earlier::None,
             jobs: 0,
@@ -188,6 +192,14 @@ impl Session {
                 Err(RemoteError::new(ErrorCode::State, format!("job {job} has moved the guest away: it is not here")))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// The memory or the trackers change: increments to the last image are not possible any more.
+    fn end_checkpoint(&self, why: &str) {
+        if let Some(mut trackers) = self.checkpoint.end(why) {
+            // Not here: the VMM may have to answer from the thread that waits for our own answer.
+            std::thread::spawn(move || trackers.stop());
         }
     }
 

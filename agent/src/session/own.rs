@@ -5,6 +5,7 @@ use super::{Role, Session, check_fds, invalid, take_fds};
 use crate::incoming::accept::Source;
 use crate::job::{self, Job};
 use crate::outgoing::connect::Target;
+use crate::snapshot::Plan;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
 use crate::transport::Address;
@@ -13,7 +14,7 @@ use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{
-    IncomingOptions, JobKind, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions, Phase,
+    IncomingOptions, JobKind, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions, Phase, SnapshotMode, SnapshotOptions,
 };
 use pageferry_protocol::control::request::{
     AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted,
@@ -78,8 +79,9 @@ impl Session {
             Request::Subscribe { .. } => Ok(nothing()),
             Request::Resume { force } => self.resume(force),
             Request::StartPostcopy => self.start_postcopy(),
-            Request::StartSnapshot { .. } | Request::StartRestore { .. } => {
-                Err(RemoteError::new(ErrorCode::Unsupported, "this agent takes no snapshots yet"))
+            Request::StartSnapshot { path, options } => self.start_snapshot(role, path, options),
+            Request::StartRestore { .. } => {
+                Err(RemoteError::new(ErrorCode::Unsupported, "this agent takes no restores yet"))
             }
             Request::Recover { session, address, options } => self.recover(role, session, &address, options),
         }
@@ -128,6 +130,7 @@ impl Session {
             return Err(RemoteError::new(ErrorCode::State, sentence));
         }
         let pagemap = fds.into_iter().next().map(Pagemap::new).transpose().map_err(|error| invalid(&error))?;
+        self.end_checkpoint("the trackers were changed");
         self.trackers = TrackerChoice { hooks, pagemap: pagemap.map(Arc::new) };
         Ok(nothing())
     }
@@ -185,8 +188,14 @@ impl Session {
             None => Target::Address(Address::parse(target).map_err(|error| invalid(&error))?),
         };
         let job = self.new_job(JobKind::Outgoing, options)?;
-        let trackers = self.trackers.clone();
-        self.run_job(&job, move |job| crate::outgoing::run(job, destination, &trackers))?;
+        let (trackers, checkpoint) = (self.trackers.clone(), self.checkpoint.clone());
+        self.run_job(&job, move |job| {
+            // The same trackers, which start anew.
+            if let Some(mut before) = checkpoint.end("a migration asked the trackers") {
+                before.stop();
+            }
+            crate::outgoing::run(job, destination, &trackers);
+        })?;
         let reply = JobStarted { job: job.id, address: target.to_owned() };
         Ok(Box::new(move |encoder| reply.encode(encoder)))
     }
@@ -218,6 +227,26 @@ impl Session {
         Ok(Box::new(move |encoder| reply.encode(encoder)))
     }
 
+    fn start_snapshot(&mut self, role: Role, path: String, options: SnapshotOptions) -> Answer {
+        self.check_can_start()?;
+        check_path("path", &path)?;
+        if !options.base.is_empty() {
+            check_path("base", &options.base)?;
+        }
+        if options.mode == SnapshotMode::Stopped && role == Role::Operator {
+            let sentence = "mode is stopped, which only the VMM can ask for: it has stopped its guest then; paused stops it for as long as it takes";
+            return Err(RemoteError::new(ErrorCode::Denied, sentence));
+        }
+        let SnapshotOptions { bandwidth, hook_timeout, .. } = options;
+        let job = OutgoingOptions { bandwidth, hook_timeout, ..OutgoingOptions::default() };
+        let job = self.new_job(JobKind::Snapshot, job)?;
+        let (trackers, checkpoint) = (self.trackers.clone(), self.checkpoint.clone());
+        let reply = JobStarted { job: job.id, address: path.clone() };
+        let plan = Plan { path: path.into(), options, trackers, checkpoint };
+        self.run_job(&job, move |job| crate::snapshot::run(job, &plan))?;
+        Ok(Box::new(move |encoder| reply.encode(encoder)))
+    }
+
     fn cancel(&mut self) -> Answer {
         let Some(job) = self.steered() else {
             return Err(RemoteError::new(ErrorCode::NotFound, "no job is running"));
@@ -228,6 +257,10 @@ impl Session {
 
     fn set_parameters(&mut self, options: &OutgoingOptions) -> Answer {
         match self.steered() {
+            Some(job) if matches!(job.kind, JobKind::Snapshot | JobKind::Restore) => {
+                job.set_parameters(&OutgoingOptions { bandwidth: options.bandwidth, ..job.options() });
+                Ok(nothing())
+            }
             Some(job) if job.kind == JobKind::Outgoing => {
                 let mode = job.options().mode;
                 if options.policy == NonConvergence::Postcopy && mode != Mode::Hybrid {
@@ -241,7 +274,7 @@ impl Session {
                 job.set_parameters(options);
                 Ok(nothing())
             }
-            _ => Err(RemoteError::new(ErrorCode::NotFound, "no outgoing migration is running")),
+            _ => Err(RemoteError::new(ErrorCode::NotFound, "no job with parameters is running")),
         }
     }
 
@@ -382,6 +415,14 @@ impl Session {
 /// Refuses to have the guest run from memory that is not whole.
 fn check_whole(job: &Job) -> Result<(), RemoteError> {
     job.check_whole().map_err(|error| RemoteError::new(ErrorCode::State, error))
+}
+
+/// Refuses a path that means one file here and another where it was written.
+fn check_path(field: &str, path: &str) -> Result<(), RemoteError> {
+    if path.starts_with('/') && !path.contains('\0') {
+        return Ok(());
+    }
+    Err(RemoteError::new(ErrorCode::Invalid, format!("{field} is {path:?}, allowed: a path from the root")))
 }
 
 fn touches_memory(request: &Request) -> bool {

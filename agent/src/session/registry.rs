@@ -69,12 +69,14 @@ impl Session {
             let RemoteError { code, sentence } = invalid(&error);
             RemoteError::new(code, format!("log: {sentence}"))
         })?;
+        self.end_checkpoint("the dirty log was replaced");
         let log = Some(Arc::new(GuestLog::new(log)));
         self.memory = Arc::new(GuestMemory::new(self.memory.blocks().to_vec(), self.memory.table().clone(), log));
         Ok(())
     }
 
     fn replace(&mut self, blocks: Vec<Arc<Block>>, table: BlockTable) {
+        self.end_checkpoint("blocks were added or removed");
         self.memory = Arc::new(GuestMemory::new(blocks, table, self.memory.log.clone()));
     }
 }

@@ -34,6 +34,10 @@ pub struct LiveCounters {
     pub dropped_pages: AtomicU64,
     /// See [`Counters::released_pages`].
     pub released_pages: AtomicU64,
+    /// See [`Counters::captured_pages`].
+    pub captured_pages: AtomicU64,
+    /// See [`Counters::rescued_pages`].
+    pub rescued_pages: AtomicU64,
     /// Of the faults.
     pub latency: Latency,
 }
@@ -52,6 +56,8 @@ impl LiveCounters {
         counters.pushed_pages = get(&self.pushed_pages);
         counters.dropped_pages = get(&self.dropped_pages);
         counters.released_pages = get(&self.released_pages);
+        counters.captured_pages = get(&self.captured_pages);
+        counters.rescued_pages = get(&self.rescued_pages);
         let [p50, p90, p99, max] = self.latency.summary();
         counters.fault_p50_us = p50;
         counters.fault_p90_us = p90;

@@ -38,6 +38,20 @@ impl DirtyPages {
         &self.blocks[index]
     }
 
+    /// The bitmaps of all blocks.
+    pub fn all(&self) -> &[MappedBitmap] {
+        &self.blocks
+    }
+
+    /// Adds those of `other`, which is of the same memory.
+    pub fn merge(&self, other: &Self) {
+        for (own, other) in self.blocks.iter().zip(&other.blocks) {
+            for (word, bits) in other.nonzero_words(other.all()) {
+                own.or_word(word, bits);
+            }
+        }
+    }
+
     /// Number of dirty pages.
     pub fn count(&self) -> u64 {
         self.blocks.iter().map(|bitmap| bitmap.count(bitmap.all())).sum()

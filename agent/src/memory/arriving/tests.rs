@@ -1,4 +1,5 @@
 use super::*;
+use crate::memory::Block;
 use crate::memory::Backing;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable};

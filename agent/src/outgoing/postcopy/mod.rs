@@ -16,8 +16,9 @@ pub mod remaining;
 pub mod supply;
 
 use super::Migration;
-use super::handover::{PausedGuest, wait_loaded};
+use super::handover::wait_loaded;
 use crate::job::JobError;
+use crate::job::pause::PausedGuest;
 use pageferry_protocol::control::job::Phase;
 use supply::Supply;
 

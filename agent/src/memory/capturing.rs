@@ -1,0 +1,313 @@
+//! The memory of a guest as it was at one instant, while it is being saved and the guest, perhaps, runs on.
+//!
+//! # Who does what to a page
+//!
+//! At the instant nobody writes. Every page that has content then is *pending*, and protected if the guest is to run on. Each pending page is captured once, by whoever *takes* it (see
+//! [`Owed`]): reads it, then lifts its protection. Three do, at once and without a lock:
+//!
+//! - a **worker** that sweeps: publishes the word in the fence, takes, reads, and lifts;
+//! - a **write fault**: publishes, takes and reads the page; or, if it is not pending, waits for those who may be reading it. Then it lifts the protection, and the guest
+//!   writes. So no write comes before the page was read;
+//! - a **discard**: has marked the page, takes and reads what is pending of it as any worker, and waits for all who took before. Only then it is freed, and the discard
+//!   acknowledged: nobody reads it later (law 1). A populate has nothing to capture: what was discarded at the instant is not pending, and is saved as discarded.
+//!
+//! The marks of discards and the set of pending pages are made under one lock ([`GuestMemory::marking`]): a discard either comes before the instant, or finds what is pending.
+//!
+//! What was read counts only if the protection was there until then. A VMM that loses patience unregisters its mappings, and the lifting that follows each reading fails:
+//! then the snapshot does.
+
+use super::fence::{FAULTS, Readers, SESSION};
+use super::mappings::Mappings;
+use super::owed::{Owed, parts_of};
+use super::{Block, GuestMemory};
+use crate::image::{ImageError, ImageWriter};
+use crate::job::JobError;
+use crate::outgoing::postcopy::cursor::Cursor;
+use crate::stats::{LiveCounters, add};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
+use pageferry_protocol::userfault::Userfaultfd;
+use rustix::io::Errno;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Bytes that are read before they are put: they stay in the processor's cache until then. More only where a host page is larger.
+const BATCH: usize = 1 << 20;
+
+/// Takes what is captured.
+pub trait Sink: std::fmt::Debug + Send + Sync {
+    /// Takes the pages `range` of the block at index `at`, none of which came before. Returns how many are not zero.
+    ///
+    /// # Errors
+    /// If it cannot.
+    fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError>;
+}
+
+impl Sink for ImageWriter {
+    fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
+        ImageWriter::put(self, at, range, bytes)
+    }
+}
+
+/// The protection of the VMM's mappings.
+#[derive(Debug)]
+pub struct Protection {
+    /// Its write faults.
+    pub uffd: Userfaultfd,
+    /// Where they are.
+    pub mappings: Mappings,
+}
+
+impl Protection {
+    /// Protects host pages.
+    ///
+    /// # Errors
+    /// If they are not registered any more, or the kernel refuses.
+    pub fn protect(&self, at: usize, host_pages: PageRange) -> Result<(), JobError> {
+        self.uffd.protect(self.mappings.addresses(at, host_pages)).map_err(|source| self.failed(at, source))
+    }
+
+    /// Lifts the protection of host pages, and wakes who waits to write there.
+    ///
+    /// # Errors
+    /// As for [`Protection::protect`].
+    pub fn lift(&self, at: usize, host_pages: PageRange) -> Result<(), JobError> {
+        self.uffd.lift(self.mappings.addresses(at, host_pages)).map_err(|source| self.failed(at, source))
+    }
+
+    fn failed(&self, at: usize, source: Errno) -> JobError {
+        JobError::Protection { id: self.mappings.all()[at].id, source }
+    }
+}
+
+/// The memory of a guest as it was at one instant.
+#[derive(Debug)]
+pub struct Capturing {
+    /// What is not captured yet. Its unit is the host page of the mapping if it is protected, and a page if not.
+    pending: Arc<Owed>,
+    /// None if the guest stands still.
+    protection: Option<Arc<Protection>>,
+    sink: Arc<dyn Sink>,
+    live: Arc<LiveCounters>,
+    /// Why a discard or a fault could not be saved.
+    failure: Mutex<Option<JobError>>,
+    failed: AtomicBool,
+    /// Held while a discard captures and puts.
+    rescuing: Mutex<()>,
+    /// Where the workers go on.
+    pub cursor: Cursor,
+}
+
+/// What was read and not put yet.
+#[derive(Debug)]
+pub struct Batch {
+    buffer: crate::image::PageBuffer,
+    filled: usize,
+    /// Index of the block, its pages, and the byte of the buffer where they begin.
+    runs: Vec<(usize, PageRange, usize)>,
+}
+
+impl Batch {
+    /// Room for a batch of pages of `memory`, or for one host page.
+    pub fn new(memory: &GuestMemory) -> Self {
+        let largest = memory.blocks().iter().map(|block| block.backing.host_page_size()).max();
+        let part = largest.unwrap_or(PAGE_SIZE).clamp(WORD_BITS * PAGE_SIZE, 2 << 20) as usize;
+        Self { buffer: crate::image::PageBuffer::new(BATCH + part), filled: 0, runs: Vec::new() }
+    }
+
+    fn is_full(&self) -> bool {
+        self.filled >= BATCH
+    }
+
+    fn read(&mut self, at: usize, block: &Block, pages: PageRange) -> Result<(), JobError> {
+        let start = self.filled;
+        let bytes = pages.bytes() as usize;
+        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        block.backing.read(pages.offset(), &mut self.buffer[start..start + bytes]).map_err(failed)?;
+        self.filled += bytes;
+        match self.runs.last_mut() {
+            Some((last_at, last, _)) if *last_at == at && last.end() == pages.first => last.count += pages.count,
+            _ => self.runs.push((at, pages, start)),
+        }
+        Ok(())
+    }
+}
+
+impl Capturing {
+    /// `pending` is to be captured into `sink`.
+    pub fn new(
+        memory: &GuestMemory, pending: Arc<Owed>, protection: Option<Arc<Protection>>, sink: Arc<dyn Sink>,
+        live: Arc<LiveCounters>,
+    ) -> Self {
+        let (failure, failed) = (Mutex::default(), AtomicBool::new(false));
+        let (rescuing, cursor) = (Mutex::default(), Cursor::new(memory));
+        Self { pending, protection, sink, live, failure, failed, rescuing, cursor }
+    }
+
+    /// What is not captured yet.
+    pub fn pending(&self) -> &Arc<Owed> {
+        &self.pending
+    }
+
+    /// Worker `worker` captures what is pending of the host pages `range`.
+    ///
+    /// # Errors
+    /// If it cannot be read or put, or the protection is gone.
+    pub fn sweep(
+        &self, memory: &GuestMemory, worker: usize, at: usize, range: PageRange, batch: &mut Batch,
+    ) -> Result<(), JobError> {
+        for (word, mask) in parts_of(range, self.pending.block(at).unit()) {
+            self.read(memory, worker, (at, word, mask), batch)?;
+            if batch.is_full() {
+                self.settle(batch)?;
+            }
+        }
+        self.settle(batch)
+    }
+
+    /// Takes and reads the host pages `mask` of word `word`, as far as they are pending. Returns how many pages that were.
+    fn read(
+        &self, memory: &GuestMemory, worker: usize, (at, word, mask): (usize, u64, u64), batch: &mut Batch,
+    ) -> Result<u64, JobError> {
+        let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
+        let first = (word * WORD_BITS + u64::from(mask.trailing_zeros())) * host_pages.unit();
+        let _reading = memory.readers.reading(worker, at, first / WORD_BITS);
+        let taken = self.pending.take(at, word, mask);
+        for run in runs_of_word(word * WORD_BITS, taken) {
+            batch.read(at, block, host_pages.pages(run))?;
+        }
+        Ok(u64::from(taken.count_ones()) * host_pages.unit())
+    }
+
+    /// Lifts the protection of what was read, and puts it.
+    fn settle(&self, batch: &mut Batch) -> Result<(), JobError> {
+        if let Some(protection) = &self.protection {
+            // Nobody waits for the writing.
+            for (at, pages, _) in &batch.runs {
+                protection.lift(*at, self.pending.block(*at).of(*pages))?;
+            }
+        }
+        self.put(batch)
+    }
+
+    fn put(&self, batch: &mut Batch) -> Result<(), JobError> {
+        for (at, pages, start) in batch.runs.drain(..) {
+            let bytes = &batch.buffer[start..start + pages.bytes() as usize];
+            self.put_run(at, pages, bytes)?;
+        }
+        batch.filled = 0;
+        Ok(())
+    }
+
+    /// Puts the pages `range` of the block at index `at`, which were captured.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub fn put_run(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<(), JobError> {
+        let put = self.sink.put(at, range, bytes)?;
+        add(&self.live.pages_sent, put);
+        add(&self.live.zero_pages, range.count - put);
+        add(&self.live.wire_bytes, put * PAGE_SIZE);
+        Ok(())
+    }
+
+    /// The guest is about to write to a host page: it is captured first, into `into`, if nobody has yet, and the protection lifted. Returns its pages if they are in `into`, and
+    /// are to be put.
+    ///
+    /// # Errors
+    /// If it cannot be read, or the protection is gone.
+    pub fn fault(
+        &self, memory: &GuestMemory, (at, host_page): (usize, u64), into: &mut [u8],
+    ) -> Result<Option<PageRange>, JobError> {
+        let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
+        let pages = host_pages.pages(PageRange::new(host_page, 1));
+        let taken = {
+            let _reading = memory.readers.reading(FAULTS, at, pages.first / WORD_BITS);
+            let taken = self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS)) != 0;
+            if taken {
+                let failed = |source| JobError::Backing { id: block.geometry.id, source };
+                block.backing.read(pages.offset(), &mut into[..pages.bytes() as usize]).map_err(failed)?;
+            }
+            taken
+        };
+        if taken {
+            add(&self.live.captured_pages, pages.count);
+            self.cursor.fault(at, pages.end());
+        } else {
+            self.wait_for_readers(&memory.readers, at, pages);
+        }
+        if let Some(protection) = &self.protection {
+            protection.lift(at, PageRange::new(host_page, 1))?;
+        }
+        add(&self.live.faults, 1);
+        Ok(taken.then_some(pages))
+    }
+
+    fn wait_for_readers(&self, readers: &Readers, at: usize, pages: PageRange) {
+        readers.wait(|index, word| index == at && self.pending.block(at).published(word).overlaps(&pages));
+    }
+
+    /// A discard of `range` has set its marks: what is pending of it is captured now. It cannot fail (law 4): the snapshot does.
+    pub(super) fn rescue(&self, memory: &GuestMemory, at: usize, range: PageRange) {
+        let host_pages = self.pending.block(at).of(range);
+        // Most discards, of what is not pending, cost nothing.
+        if self.pending.block(at).bits().next_set(host_pages).is_none() {
+            return;
+        }
+        let _rescuing = self.rescuing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut batch = Batch::new(memory);
+        let mut rescue = || -> Result<(), JobError> {
+            for (word, mask) in parts_of(host_pages, self.pending.block(at).unit()) {
+                let pages = self.read(memory, SESSION, (at, word, mask), &mut batch)?;
+                add(&self.live.rescued_pages, pages);
+                if batch.is_full() {
+                    self.put(&mut batch)?;
+                }
+            }
+            self.put(&mut batch)
+        };
+        if let Err(error) = rescue() {
+            self.fail(error);
+        }
+    }
+
+    /// The pages that a reader may be at when it has published word `word` of the block at index `at`.
+    pub(super) fn published(&self, at: usize, word: u64) -> PageRange {
+        self.pending.block(at).published(word)
+    }
+
+    /// A discard of `range` is done: who waits to write there, into what is discarded, need not wait.
+    pub(super) fn release(&self, at: usize, range: PageRange) {
+        let Some(protection) = self.protection.as_ref().filter(|_| !range.is_empty()) else { return };
+        if let Err(error) = protection.lift(at, self.pending.block(at).of(range)) {
+            self.fail(error);
+        }
+    }
+
+    /// All that was pending was taken: returns when a discard that took some of it has put it, too.
+    ///
+    /// # Errors
+    /// As [`Capturing::check`].
+    pub fn settled(&self) -> Result<(), JobError> {
+        drop(self.rescuing.lock().unwrap_or_else(PoisonError::into_inner));
+        self.check()
+    }
+
+    /// The snapshot is not to be had any more. The first to say so says why.
+    pub fn fail(&self, error: JobError) {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.failed.store(true, Ordering::Release);
+    }
+
+    /// Fails if [`Capturing::fail`] was called.
+    ///
+    /// # Errors
+    /// What it was called with; the one who is told first gets it.
+    pub fn check(&self) -> Result<(), JobError> {
+        if !self.failed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let error = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Err(error.unwrap_or(JobError::Cancelled))
+    }
+}

@@ -1,0 +1,55 @@
+//! Where the VMM has the blocks mapped: what a fault's address means, and what address a page has.
+
+use super::{Block, GuestMemory};
+use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::userfault::Addresses;
+use std::sync::Arc;
+
+/// The mappings of all blocks, in the order of the memory's blocks.
+#[derive(Debug)]
+pub struct Mappings(Vec<Mapping>);
+
+/// Where a block is mapped.
+#[derive(Debug)]
+pub struct Mapping {
+    /// The block.
+    pub id: u32,
+    /// Address of its first byte.
+    pub start: u64,
+    /// In bytes.
+    pub length: u64,
+    /// Bytes of a host page.
+    pub unit: u64,
+}
+
+impl Mappings {
+    /// Those of `memory`.
+    pub fn of(memory: &GuestMemory) -> Self {
+        let mapping = |block: &Arc<Block>| Mapping {
+            id: block.geometry.id,
+            start: block.vmm_address,
+            length: block.geometry.length,
+            unit: block.backing.host_page_size(),
+        };
+        Self(memory.blocks().iter().map(mapping).collect())
+    }
+
+    /// All of them.
+    pub fn all(&self) -> &[Mapping] {
+        &self.0
+    }
+
+    /// The block and host page of an address in the VMM; `None` if it is none of the guest's.
+    pub fn locate(&self, address: u64) -> Option<(usize, u64)> {
+        let found = |mapping: &Mapping| address.checked_sub(mapping.start).is_some_and(|at| at < mapping.length);
+        let at = self.0.iter().position(found)?;
+        Some((at, (address - self.0[at].start) / self.0[at].unit))
+    }
+
+    /// Where host pages of the block at index `at` are.
+    pub fn addresses(&self, at: usize, host_pages: PageRange) -> Addresses {
+        let mapping = &self.0[at];
+        let (start, length) = (mapping.start + host_pages.first * mapping.unit, host_pages.count * mapping.unit);
+        Addresses { start, length }
+    }
+}

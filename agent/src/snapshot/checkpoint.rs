@@ -1,0 +1,218 @@
+//! What changed since the last image, so that the next can be an increment.
+//!
+//! A snapshot that is to be followed by increments leaves its trackers on, and a *checkpoint*: the id of its image, and the pages that were written since its instant, as far as the
+//! trackers were asked. The next snapshot asks them again, at its own instant, takes what has gathered, and leaves a checkpoint of its own. If it fails, what it took is put back:
+//! the checkpoint then says the same as before.
+//!
+//! A tracker whose sync does not clear by itself is cleared as soon as it was asked (law 7: nothing of that was read yet), once while the guest runs, so that little is left
+//! for the pause.
+//!
+//! Discarded pages need no fix-up here: whatever the trackers say of them, an image says that they are discarded. Whoever populates them has marked the log.
+
+use super::{Plan, is_increment};
+use crate::job::{Job, JobError};
+use crate::memory::GuestMemory;
+use crate::tracking::{DirtyPages, Trackers};
+use pageferry_protocol::image::{ImageId, id_text};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What is known of changes. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub struct SharedCheckpoint(Arc<Mutex<State>>);
+
+/// What is known of changes.
+#[derive(Debug, Default)]
+enum State {
+    /// Nothing: no image was made with tracking.
+    #[default]
+    None,
+    /// Since this image.
+    Kept(Checkpoint),
+    /// A snapshot has it.
+    Taken,
+    /// Nothing any more, and why.
+    Ended(String),
+}
+
+/// Changes since an image.
+struct Checkpoint {
+    /// The image.
+    id: ImageId,
+    /// Written since, as far as is known.
+    dirty: DirtyPages,
+    trackers: Trackers,
+}
+
+impl std::fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Checkpoint").field("id", &id_text(&self.id)).finish_non_exhaustive()
+    }
+}
+
+impl SharedCheckpoint {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What comes next uses the trackers, or changes the memory: from now on nothing is known. Returns the trackers, which are still on.
+    #[must_use]
+    pub fn end(&self, why: &str) -> Option<Trackers> {
+        let mut state = self.lock();
+        match std::mem::take(&mut *state) {
+            State::Kept(checkpoint) => {
+                log::info!("no increment to image {} is possible any more: {why}", id_text(&checkpoint.id));
+                *state = State::Ended(why.to_owned());
+                Some(checkpoint.trackers)
+            }
+            other => {
+                *state = other;
+                None
+            }
+        }
+    }
+
+    fn take(&self) -> State {
+        std::mem::replace(&mut *self.lock(), State::Taken)
+    }
+
+    fn put(&self, state: State) {
+        *self.lock() = state;
+    }
+}
+
+/// A snapshot's own part in it.
+pub struct Changes {
+    shared: SharedCheckpoint,
+    memory: Arc<GuestMemory>,
+    uses: Option<Uses>,
+}
+
+/// A snapshot that asks the trackers.
+struct Uses {
+    trackers: Trackers,
+    started: bool,
+    /// Since this image, if any was made.
+    since: Option<ImageId>,
+    /// It becomes what the next increment builds on.
+    track: bool,
+    /// Written since that one, or since the last look if there was none.
+    dirty: DirtyPages,
+    /// What was dirty at the instant.
+    at_instant: Option<DirtyPages>,
+    /// A tracker failed: what it had to say may be lost.
+    broken: bool,
+    increment: bool,
+}
+
+impl Changes {
+    /// For a snapshot that builds on the image `base`, if that is one, and on which the next may build with `track`.
+    pub fn begin(job: &Job, plan: &Plan, base: ImageId, track: bool) -> Result<Self, JobError> {
+        let (shared, memory) = (plan.checkpoint.clone(), job.memory.clone());
+        let increment = is_increment(base);
+        if !increment && !track {
+            return Ok(Self { shared, memory, uses: None });
+        }
+        let dirty = DirtyPages::none(&memory)?;
+        let uses = |trackers, started, since, dirty| Uses {
+            trackers,
+            started,
+            since,
+            track,
+            dirty,
+            at_instant: None,
+            broken: false,
+            increment,
+        };
+        let refused = |state, sentence| {
+            shared.put(state);
+            Err(JobError::NoIncrement(sentence))
+        };
+        let uses = match shared.take() {
+            State::Kept(kept) if increment && kept.id != base => {
+                let sentence = format!(
+                    "base is image {}, and what changed is known since image {}",
+                    id_text(&base),
+                    id_text(&kept.id)
+                );
+                return refused(State::Kept(kept), sentence);
+            }
+            State::Kept(Checkpoint { id, dirty, trackers }) => uses(trackers, true, Some(id), dirty),
+            other if increment => {
+                let why = match &other {
+                    State::Ended(why) => why.clone(),
+                    _ => "no image was made here with track on".to_owned(),
+                };
+                let sentence = format!("base is image {}, and what changed since is not known: {why}", id_text(&base));
+                return refused(other, sentence);
+            }
+            _ => {
+                let timeout = job.options().hook_timeout;
+                uses(Trackers::new(&plan.trackers, &job.hooks, timeout), false, None, dirty)
+            }
+        };
+        Ok(Self { shared, memory, uses: Some(uses) })
+    }
+
+    /// Asks the trackers what was written, and clears it there. Starts them if they are not on.
+    pub fn look(&mut self, job: &Job) -> Result<(), JobError> {
+        job.cancel.check()?;
+        let Some(uses) = &mut self.uses else { return Ok(()) };
+        let fresh = DirtyPages::none(&self.memory)?;
+        uses.broken = true;
+        if !std::mem::replace(&mut uses.started, true) {
+            uses.trackers.start(&self.memory)?;
+        }
+        uses.trackers.sync(&self.memory, &fresh)?;
+        if let Some(lazy) = uses.trackers.lazy_clear() {
+            for (at, block) in self.memory.blocks().iter().enumerate() {
+                lazy.clear(block.geometry.id, fresh.block(at), block.all())?;
+            }
+        }
+        uses.broken = false;
+        // Before the first image nothing that was written is of interest.
+        if uses.since.is_some() {
+            uses.dirty.merge(&fresh);
+        }
+        Ok(())
+    }
+
+    /// What is to be saved of an increment, as far as is known; `None` if all is.
+    pub fn changed(&self) -> Option<&DirtyPages> {
+        let uses = self.uses.as_ref().filter(|uses| uses.increment)?;
+        Some(uses.at_instant.as_ref().unwrap_or(&uses.dirty))
+    }
+
+    /// The instant is now: what comes later is for the next image.
+    pub fn cut(&mut self) -> Result<(), JobError> {
+        if let Some(uses) = &mut self.uses {
+            let later = DirtyPages::none(&self.memory)?;
+            uses.at_instant = Some(std::mem::replace(&mut uses.dirty, later));
+        }
+        Ok(())
+    }
+
+    /// The image has this id; or there is none, and all is as it was before.
+    pub fn end(self, image: Option<ImageId>) {
+        let Some(mut uses) = self.uses else { return };
+        let id = match image {
+            Some(id) if uses.track => Some(id),
+            _ => {
+                if let Some(at_instant) = &uses.at_instant {
+                    uses.dirty.merge(at_instant);
+                }
+                uses.since
+            }
+        };
+        let state = match id {
+            Some(id) if !uses.broken => State::Kept(Checkpoint { id, dirty: uses.dirty, trackers: uses.trackers }),
+            id => {
+                uses.trackers.stop();
+                match id {
+                    Some(_) => State::Ended("a tracker failed".to_owned()),
+                    None => State::None,
+                }
+            }
+        };
+        self.shared.put(state);
+    }
+}

@@ -1,0 +1,117 @@
+//! Writes of the guest that runs on.
+//!
+//! One thread reads the faults, and answers them at once: it captures the page into a buffer of its own, and lets the writer go on. A second one puts what was captured into the image:
+//! whoever waits to write does not wait for a disk. Between them go a fixed number of buffers; a guest that writes faster than the disk waits for one.
+
+use super::protect::{Mode, Shared};
+use crate::job::{Job, JobError};
+use crate::memory::capturing::Capturing;
+use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::userfault::MAX_FAULTS;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
+
+/// Bytes of all buffers together; at least a few of them.
+const BUFFERS: u64 = 32 << 20;
+/// Most buffers.
+const MOST: u64 = 2048;
+
+/// A page that was captured and is to be put.
+struct Captured {
+    capturing: Arc<Capturing>,
+    at: usize,
+    pages: PageRange,
+    bytes: Vec<u8>,
+}
+
+/// Buffers that go round between the two threads.
+struct Buffers {
+    free: Receiver<Vec<u8>>,
+    to_free: Sender<Vec<u8>>,
+    captured: Sender<Captured>,
+}
+
+/// Answers faults until `stop` is readable, and puts all that was captured.
+pub fn answer(job: &Job, shared: &Shared, stop: &OwnedFd) {
+    let (to_free, free) = channel();
+    let (captured, to_put) = channel::<Captured>();
+    let largest = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).max().unwrap_or(1);
+    for _ in 0..(BUFFERS / largest).clamp(4, MOST) {
+        // The other end is here.
+        let _ = to_free.send(vec![0; largest as usize]);
+    }
+    std::thread::scope(|scope| {
+        let give_back = to_free.clone();
+        scope.spawn(move || put(to_put, &give_back));
+        if let Err(error) = answer_all(job, shared, stop, &Buffers { free, to_free, captured }) {
+            fail(&shared.mode(), error);
+        }
+    });
+}
+
+fn put(captured: Receiver<Captured>, free: &Sender<Vec<u8>>) {
+    for Captured { capturing, at, pages, bytes } in captured {
+        if let Err(error) = capturing.put_run(at, pages, &bytes[..pages.bytes() as usize]) {
+            capturing.fail(error);
+        }
+        // Nobody wants it any more at the end.
+        let _ = free.send(bytes);
+    }
+}
+
+/// Before the instant there is nothing to fail: what goes on cannot protect, and says so.
+fn fail(mode: &Mode, error: JobError) {
+    match mode {
+        Mode::Ahead => log::warn!("a fault cannot be answered: {}", crate::error::chain(&error)),
+        Mode::Capturing(capturing) => capturing.fail(error),
+    }
+}
+
+fn answer_all(job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers) -> Result<(), JobError> {
+    let uffd = &shared.protection.uffd;
+    let mut faults = [0; MAX_FAULTS];
+    loop {
+        let mut polled = [PollFd::new(uffd, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        match poll(&mut polled, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(errno) => return Err(JobError::from_io("poll")(errno.into())),
+        }
+        if !polled[1].revents().is_empty() {
+            return Ok(());
+        }
+        let since = Instant::now();
+        // Before they are read: what is read is answered before anyone who waits for the lock goes on.
+        let mode = shared.mode();
+        let read = uffd.read_faults(&mut faults);
+        let count = read.map_err(|errno| JobError::from_io("read faults")(errno.into()))?;
+        for address in &faults[..count] {
+            let Some(page) = shared.protection.mappings.locate(*address) else { continue };
+            // Go on with the others: whoever waits for them waits for nothing else.
+            if let Err(error) = answer_one(job, shared, &mode, page, buffers) {
+                fail(&mode, error);
+            }
+            job.live.latency.record(since.elapsed());
+        }
+    }
+}
+
+fn answer_one(job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffers: &Buffers) -> Result<(), JobError> {
+    let capturing = match mode {
+        Mode::Ahead => return shared.let_through(page),
+        Mode::Capturing(capturing) => capturing,
+    };
+    let mut bytes = buffers.free.recv().map_err(|_| JobError::Panicked)?;
+    // If it cannot be captured the buffer is gone, and so is the snapshot.
+    match capturing.fault(&job.memory, page, &mut bytes)? {
+        Some(pages) => {
+            let captured = Captured { capturing: capturing.clone(), at: page.0, pages, bytes };
+            buffers.captured.send(captured).map_err(|_| JobError::Panicked)
+        }
+        None => buffers.to_free.send(bytes).map_err(|_| JobError::Panicked),
+    }
+}

@@ -1,0 +1,150 @@
+//! Snapshots: a guest as it was at one instant, in an image.
+//!
+//! - [`checkpoint`]: what changed since the last image, for increments;
+//! - [`protect`]: memory is protected against writes, before the instant as far as possible;
+//! - [`instant`]: what there is to save, as of one moment;
+//! - [`faults`]: writes of the guest that runs on;
+//! - [`sweep`]: all the rest;
+//! - this file: the phases.
+//!
+//! [`crate::memory::capturing`] has the rules of who reads which page when.
+
+pub mod checkpoint;
+pub mod faults;
+pub mod instant;
+pub mod protect;
+pub mod sweep;
+
+use crate::image::chain::{MAX_IMAGES, lineage};
+use crate::image::writer::{Base, Rest};
+use crate::image::{Fault, ImageWriter};
+use crate::job::pause::{PausedGuest, SavedState};
+use crate::job::{Job, JobError, add};
+use crate::tracking::{DirtyPages, TrackerChoice};
+use checkpoint::{Changes, SharedCheckpoint};
+use instant::AsOfNow;
+use pageferry_protocol::control::job::{Phase, SnapshotMode, SnapshotOptions};
+use pageferry_protocol::image::ImageId;
+use protect::Watch;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What is to be saved, and how.
+#[derive(Debug)]
+pub struct Plan {
+    /// Where the image will be.
+    pub path: PathBuf,
+    /// How.
+    pub options: SnapshotOptions,
+    /// Who reports writes.
+    pub trackers: TrackerChoice,
+    /// What is known of changes since the last image.
+    pub checkpoint: SharedCheckpoint,
+}
+
+/// What was captured.
+struct Saved {
+    state: SavedState,
+    as_of: AsOfNow,
+}
+
+/// Saves the guest of `job`, and ends the job.
+pub fn run(job: &Arc<Job>, plan: &Plan) {
+    let outcome = save(job, plan);
+    let outcome = if outcome.is_err() && job.cancel.is_cancelled() { Err(JobError::Cancelled) } else { outcome };
+    job.finish(&outcome);
+}
+
+fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
+    job.enter(Phase::Preparing);
+    let base = find_base(job, plan)?;
+    let SnapshotOptions { track, replace, cached, .. } = plan.options;
+    let writer = Arc::new(ImageWriter::create(&plan.path, job.memory.table(), replace, cached)?);
+    let mut changes = Changes::begin(job, plan, base.id, track)?;
+    let captured = capture(job, plan, &writer, &mut changes);
+    let outcome = captured.and_then(|saved| finish(job, &writer, &saved, &changes, &base));
+    changes.end(outcome.is_ok().then(|| writer.id()));
+    outcome
+}
+
+/// The image that an increment builds on; a base without id if there is none.
+fn find_base(job: &Job, plan: &Plan) -> Result<Base, JobError> {
+    if plan.options.base.is_empty() {
+        return Ok(Base::default());
+    }
+    let path = Path::new(&plan.options.base);
+    let images = lineage(path)?;
+    let refused = |fault: Fault| JobError::from(fault.of(&plan.path));
+    if images.len() >= MAX_IMAGES {
+        return Err(refused(Fault::Chain(MAX_IMAGES)));
+    }
+    let over = images.iter().find(|image| is_same_file(image.path(), &plan.path));
+    if let Some(image) = over {
+        return Err(refused(Fault::OverBase { path: image.path().to_owned() }));
+    }
+    if images[0].contents().table != *job.memory.table() {
+        return Err(refused(Fault::BaseBlocks { path: path.to_owned() }));
+    }
+    let folder = plan.path.parent().unwrap_or(Path::new("/"));
+    // Images that lie together can be moved together.
+    let name = path.strip_prefix(folder).unwrap_or(path);
+    Ok(Base { id: images[0].header().id, name: name.to_string_lossy().into_owned() })
+}
+
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let identity = |path| rustix::fs::stat(path).map(|stat| (stat.st_dev, stat.st_ino)).ok();
+    identity(one).is_some_and(|one| identity(other) == Some(one))
+}
+
+/// Captures the memory and the VMM's state as of one moment.
+fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut Changes) -> Result<Saved, JobError> {
+    job.enter(Phase::Protecting);
+    changes.look(job)?;
+    let mut watch = match plan.options.mode {
+        SnapshotMode::Background => Some(Watch::begin(job)?),
+        SnapshotMode::Paused | SnapshotMode::Stopped => None,
+    };
+    if let Some(watch) = &watch {
+        watch.protect_ahead(changes.changed())?;
+    }
+    job.enter(Phase::Stopping);
+    let mut paused = match plan.options.mode {
+        SnapshotMode::Stopped => None,
+        SnapshotMode::Background | SnapshotMode::Paused => Some(PausedGuest::pause(job)?),
+    };
+    // It may write memory as devices come to rest, and what it writes belongs to it.
+    let (pieces, file) = job.hooks.save_state(job.options().hook_timeout)?;
+    changes.look(job)?;
+    let as_of = AsOfNow::take(job, writer, watch.as_ref(), changes)?;
+    if watch.is_some()
+        && let Some(paused) = paused.take()
+    {
+        paused.resume()?;
+    }
+    job.enter(Phase::Saving);
+    sweep::run(job, &as_of.capturing, plan.options.workers.into())?;
+    if let Some(paused) = paused {
+        paused.resume()?;
+    }
+    if let Some(watch) = &mut watch {
+        watch.end()?;
+    }
+    as_of.settle()?;
+    Ok(Saved { state: SavedState { pieces, file }, as_of })
+}
+
+fn finish(job: &Job, writer: &ImageWriter, saved: &Saved, changes: &Changes, base: &Base) -> Result<(), JobError> {
+    job.cancel.check()?;
+    let rest = Rest { discarded: saved.as_of.discarded.all(), changed: changes.changed().map(DirtyPages::all) };
+    let SavedState { pieces, file } = &saved.state;
+    let totals = writer.finish(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
+    add(&job.live.discarded_pages, totals.discarded);
+    job.count(|counters| counters.unchanged_pages = totals.unchanged);
+    Ok(())
+}
+
+/// The id of an image that stands alone has no base.
+fn is_increment(base: ImageId) -> bool {
+    base != ImageId::default()
+}

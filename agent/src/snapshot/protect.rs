@@ -1,0 +1,221 @@
+//! Memory is protected against writes, so that the guest can run on while it is saved.
+//!
+//! To protect a page costs some 20 ns, that is 10 ms for each GiB, and the guest would stand still for all of it. So nearly all of it is done *ahead*, while the guest runs: who writes
+//! into what is protected has the protection lifted, and that is noted. When the guest then stands still only what was lifted or allocated meanwhile is left. A guest that writes
+//! a lot is slowed down by its faults, so there is never much.
+//!
+//! What is noted is the set `ahead`, of host pages that are protected for sure. The order makes it so: who protects notes first and protects then; who lifts, lifts
+//! first and takes the note away then. Whatever way the two fall together, a page that is in the set when the guest stands still, and all faults are answered, is
+//! protected.
+
+use super::faults;
+use super::instant::to_save;
+use crate::job::{Job, JobError};
+use crate::memory::capturing::{Capturing, Protection};
+use crate::memory::mappings::Mappings;
+use crate::memory::owed::HostPages;
+use crate::tracking::DirtyPages;
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
+use pageferry_protocol::userfault::Userfaultfd;
+use rustix::event::EventfdFlags;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// Largest host page that can be captured at once when the guest is about to write to it.
+const MAX_HOST_PAGE: u64 = 2 << 20;
+/// Most bytes that are protected by one call: others who change mappings wait for it.
+const AT_ONCE: u64 = 64 << 20;
+/// Walks ahead, at most. Each leaves less for the pause.
+const WALKS: usize = 4;
+/// Pages that may be left for the pause: 16 MiB.
+const FEW: u64 = (16 << 20) / PAGE_SIZE;
+
+/// What a write into protected memory means.
+#[derive(Debug)]
+pub enum Mode {
+    /// The instant has not come: it is let through, and noted.
+    Ahead,
+    /// What is written to is captured first.
+    Capturing(Arc<Capturing>),
+}
+
+/// What the thread that answers faults, and the job's, both see.
+#[derive(Debug)]
+pub struct Shared {
+    /// The protection.
+    pub protection: Arc<Protection>,
+    /// Held while faults are answered.
+    mode: Mutex<Mode>,
+    /// Host pages that are protected for sure, before the instant.
+    ahead: Vec<HostPages>,
+}
+
+impl Shared {
+    /// What a fault means now; it does not change while this is held.
+    pub fn mode(&self) -> MutexGuard<'_, Mode> {
+        self.mode.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets a write through before the instant.
+    ///
+    /// # Errors
+    /// If the registration is gone, or the kernel refuses.
+    pub fn let_through(&self, (at, host_page): (usize, u64)) -> Result<(), JobError> {
+        let page = PageRange::new(host_page, 1);
+        self.protection.lift(at, page)?;
+        self.ahead[at].bits().clear(page);
+        Ok(())
+    }
+}
+
+/// Memory whose writes are watched. Dropped, it is as it was: whoever waits goes on.
+#[derive(Debug)]
+pub struct Watch {
+    job: Arc<Job>,
+    shared: Arc<Shared>,
+    stop: OwnedFd,
+    thread: Option<JoinHandle<()>>,
+    watching: bool,
+}
+
+impl Watch {
+    /// Has the VMM register its mappings, and answers faults from now on.
+    pub fn begin(job: &Arc<Job>) -> Result<Self, JobError> {
+        for block in job.memory.blocks() {
+            let (id, size) = (block.geometry.id, block.backing.host_page_size());
+            if size > MAX_HOST_PAGE {
+                return Err(JobError::LargeHostPage { id, size, limit: MAX_HOST_PAGE });
+            }
+        }
+        let ahead = job.memory.blocks().iter();
+        let ahead = ahead.map(|block| HostPages::none(block.geometry.pages(), block.backing.host_page_size()));
+        let ahead = ahead.collect::<Result<_, _>>()?;
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let stop = stop.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?;
+        let end = stop.try_clone().map_err(JobError::from_io("duplicate an event descriptor"))?;
+        let timeout = job.options().hook_timeout;
+        let undo = Unwatch { job, armed: true };
+        let uffd: Userfaultfd = job.hooks.watch_writes(timeout)?.into();
+        let protection = Arc::new(Protection { uffd, mappings: Mappings::of(&job.memory) });
+        let shared = Arc::new(Shared { protection, mode: Mutex::new(Mode::Ahead), ahead });
+        let (theirs, inner) = (shared.clone(), job.clone());
+        let thread = std::thread::Builder::new().name(format!("faults-{}", job.id));
+        let thread = thread.spawn(move || faults::answer(&inner, &theirs, &end));
+        let thread = thread.map_err(JobError::from_io("start a thread"))?;
+        undo.disarm();
+        Ok(Self { job: job.clone(), shared, stop, thread: Some(thread), watching: true })
+    }
+
+    /// The protection.
+    pub fn protection(&self) -> Arc<Protection> {
+        self.shared.protection.clone()
+    }
+
+    /// No fault is answered while this is held.
+    pub fn hold(&self) -> MutexGuard<'_, Mode> {
+        self.shared.mode()
+    }
+
+    /// Protects what is to be saved, while the guest runs. `changed` is what an increment is of.
+    pub fn protect_ahead(&self, changed: Option<&DirtyPages>) -> Result<(), JobError> {
+        let memory = &self.job.memory;
+        for _ in 0..WALKS {
+            let mut left = 0;
+            for at in 0..memory.blocks().len() {
+                self.job.cancel.check()?;
+                let unit = self.shared.ahead[at].unit();
+                let wanted = HostPages::none(memory.blocks()[at].geometry.pages(), unit * PAGE_SIZE)?;
+                to_save(memory, at, changed, |word, pages| wanted.add_pages(word, pages))?;
+                left += self.protect_rest(at, wanted.bits())? * unit;
+            }
+            if left <= FEW {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Protects those of the host pages `wanted` that are not protected yet. Returns how many.
+    pub fn protect_rest(&self, at: usize, wanted: &MappedBitmap) -> Result<u64, JobError> {
+        let Shared { protection, ahead, .. } = &*self.shared;
+        let (ahead, most) = (&ahead[at], AT_ONCE / (ahead[at].unit() * PAGE_SIZE));
+        let mut count = 0;
+        let mut run = PageRange::default();
+        let mut protect = |run: PageRange| {
+            count += run.count;
+            ahead.bits().set(run);
+            if run.is_empty() { Ok(()) } else { protection.protect(at, run) }
+        };
+        for (word, bits) in wanted.nonzero_words(wanted.all()) {
+            for next in runs_of_word(word * WORD_BITS, bits & !ahead.bits().word(word)) {
+                if next.first == run.end() && run.count < most {
+                    run.count += next.count;
+                } else {
+                    protect(run)?;
+                    run = next;
+                }
+            }
+        }
+        protect(run)?;
+        Ok(count)
+    }
+
+    /// Ends it. All that was captured for a write is put when this returns.
+    pub fn end(&mut self) -> Result<(), JobError> {
+        if !std::mem::take(&mut self.watching) {
+            return Ok(());
+        }
+        let unwatched = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout);
+        if unwatched.is_err() {
+            // Nobody answers faults in a moment.
+            self.lift_all();
+        }
+        // A full eventfd is readable already.
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        let joined = self.thread.take().is_none_or(|thread| thread.join().is_ok());
+        unwatched?;
+        if joined { Ok(()) } else { Err(JobError::Panicked) }
+    }
+
+    fn lift_all(&self) {
+        for (at, block) in self.shared.ahead.iter().enumerate() {
+            if let Err(error) = self.shared.protection.lift(at, block.bits().all()) {
+                log::debug!("{}", crate::error::chain(&error));
+            }
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            log::warn!("job {}: {}", self.job.id, crate::error::chain(&error));
+        }
+    }
+}
+
+/// Takes a registration back that may have been made.
+struct Unwatch<'a> {
+    job: &'a Job,
+    armed: bool,
+}
+
+impl Unwatch<'_> {
+    fn disarm(mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for Unwatch<'_> {
+    fn drop(&mut self) {
+        if self.armed
+            && let Err(error) = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout)
+        {
+            log::debug!("{}", crate::error::chain(&error));
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! All that nobody writes to is captured, by any number of workers.
+//!
+//! They go on behind the last fault, in small pieces that grow while it is quiet: a guest that writes to a page will write to those after it soon, and need not wait for them then.
+
+use crate::job::{Job, JobError};
+use crate::memory::capturing::{Batch, Capturing};
+use crate::transport::Limiter;
+use pageferry_protocol::memory::PAGE_SIZE;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Captures all that is pending, with `workers` threads.
+pub fn run(job: &Job, capturing: &Capturing, workers: usize) -> Result<(), JobError> {
+    let sweep =
+        Sweep { job, capturing, limiter: Limiter::new(job.options().bandwidth), failed: AtomicBool::new(false) };
+    std::thread::scope(|scope| {
+        let sweep = &sweep;
+        let threads: Vec<_> = (1..workers).map(|worker| scope.spawn(move || sweep.work(worker))).collect();
+        let first = sweep.work(0);
+        let rest = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
+        rest.fold(first, |outcome, other| outcome.and(other))
+    })
+}
+
+struct Sweep<'a> {
+    job: &'a Job,
+    capturing: &'a Capturing,
+    limiter: Limiter,
+    /// A worker failed: the others stop, too.
+    failed: AtomicBool,
+}
+
+impl Sweep<'_> {
+    fn work(&self, worker: usize) -> Result<(), JobError> {
+        let outcome = self.capture(worker);
+        if outcome.is_err() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        outcome
+    }
+
+    fn capture(&self, worker: usize) -> Result<(), JobError> {
+        let (memory, pending) = (&self.job.memory, self.capturing.pending());
+        let mut batch = Batch::new(memory);
+        while !self.failed.load(Ordering::Relaxed) {
+            self.job.cancel.check()?;
+            self.capturing.check()?;
+            let Some((at, range)) = self.capturing.cursor.claim(pending) else { break };
+            if worker == 0 {
+                self.limiter.set_rate(self.job.options().bandwidth);
+            }
+            let block = pending.block(at);
+            let bytes = block.bits().count(range) * block.unit() * PAGE_SIZE;
+            self.limiter.wait(bytes as usize, &self.job.cancel)?;
+            self.capturing.sweep(memory, worker, at, range, &mut batch)?;
+        }
+        Ok(())
+    }
+}
