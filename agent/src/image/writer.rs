@@ -149,7 +149,8 @@ impl ImageWriter {
             None => write_at(cached, bytes, place),
         };
         written.map_err(failed)?;
-        self.present[at].set(run);
+        let fresh = self.present[at].set(run);
+        debug_assert_eq!(fresh, run.count, "a page is put once");
         Ok(())
     }
 

@@ -115,7 +115,7 @@ pub struct GuestMemory {
     pub log: Option<Arc<GuestLog>>,
     /// Who is reading what.
     pub readers: Readers,
-    /// Held while a discard marks, and while a fix-up looks whether a discarded page was written since and marks it as stray: or it would mark what was
+    /// Held while a discard or a populate marks, at the instant of a snapshot, and while a fix-up looks whether a discarded page was written since and marks it as stray: or it would mark what was
     /// discarded again meanwhile.
     pub marking: Mutex<()>,
     /// See [`GuestMemory::changes`].
@@ -134,7 +134,8 @@ impl Default for GuestMemory {
 
 impl GuestMemory {
     /// The set of `blocks`, whose geometries are those of `table`.
-    pub fn new(blocks: Vec<Arc<Block>>, table: BlockTable, log: Option<Arc<GuestLog>>) -> Self {
+    pub fn new(mut blocks: Vec<Arc<Block>>, table: BlockTable, log: Option<Arc<GuestLog>>) -> Self {
+        blocks.sort_by_key(|block| block.geometry.gpa);
         let mut by_id: Vec<(u32, usize)> = blocks.iter().map(|block| block.geometry.id).zip(0..).collect();
         by_id.sort_unstable();
         Self {
@@ -170,7 +171,7 @@ impl GuestMemory {
         *self.capturing.lock().unwrap_or_else(PoisonError::into_inner) = capturing;
     }
 
-    /// The blocks. Their order is that of the workers' chunks and of the fence.
+    /// The blocks, in order of their GPA, as in the table. Their order is that of the workers' chunks, of the fence, and of images.
     pub fn blocks(&self) -> &[Arc<Block>] {
         &self.blocks
     }

@@ -8,7 +8,7 @@
 //! - a **worker** that sweeps: publishes the word in the fence, takes, reads, and lifts;
 //! - a **write fault**: publishes, takes and reads the page; or, if it is not pending, waits for those who may be reading it. Then it lifts the protection, and the guest
 //!   writes. So no write comes before the page was read;
-//! - a **discard**: has marked the page, takes and reads what is pending of it as any worker, and waits for all who took before. Only then it is freed, and the discard
+//! - a **discard**: has marked the page, captures what is pending of it as any worker, and waits for all who took before. Only then it is freed, and the discard
 //!   acknowledged: nobody reads it later (law 1). A populate has nothing to capture: what was discarded at the instant is not pending, and is saved as discarded.
 //!
 //! The marks of discards and the set of pending pages are made under one lock ([`GuestMemory::marking`]): a discard either comes before the instant, or finds what is pending.
@@ -92,6 +92,8 @@ pub struct Capturing {
     /// Why a discard or a fault could not be saved.
     failure: Mutex<Option<JobError>>,
     failed: AtomicBool,
+    /// All was captured.
+    over: AtomicBool,
     /// Held while a discard captures and puts.
     rescuing: Mutex<()>,
     /// Where the workers go on.
@@ -140,8 +142,8 @@ impl Capturing {
         live: Arc<LiveCounters>,
     ) -> Self {
         let (failure, failed) = (Mutex::default(), AtomicBool::new(false));
-        let (rescuing, cursor) = (Mutex::default(), Cursor::new(memory));
-        Self { pending, protection, sink, live, failure, failed, rescuing, cursor }
+        let (over, rescuing, cursor) = (AtomicBool::new(false), Mutex::default(), Cursor::new(memory));
+        Self { pending, protection, sink, live, failure, failed, over, rescuing, cursor }
     }
 
     /// What is not captured yet.
@@ -149,20 +151,22 @@ impl Capturing {
         &self.pending
     }
 
-    /// Worker `worker` captures what is pending of the host pages `range`.
+    /// Worker `worker` captures what is pending of the host pages `range`. Returns how many pages that was.
     ///
     /// # Errors
     /// If it cannot be read or put, or the protection is gone.
     pub fn sweep(
         &self, memory: &GuestMemory, worker: usize, at: usize, range: PageRange, batch: &mut Batch,
-    ) -> Result<(), JobError> {
+    ) -> Result<u64, JobError> {
+        let mut pages = 0;
         for (word, mask) in parts_of(range, self.pending.block(at).unit()) {
-            self.read(memory, worker, (at, word, mask), batch)?;
+            pages += self.read(memory, worker, (at, word, mask), batch)?;
             if batch.is_full() {
-                self.settle(batch)?;
+                self.lift_and_put(batch)?;
             }
         }
-        self.settle(batch)
+        self.lift_and_put(batch)?;
+        Ok(pages)
     }
 
     /// Takes and reads the host pages `mask` of word `word`, as far as they are pending. Returns how many pages that were.
@@ -180,7 +184,7 @@ impl Capturing {
     }
 
     /// Lifts the protection of what was read, and puts it.
-    fn settle(&self, batch: &mut Batch) -> Result<(), JobError> {
+    fn lift_and_put(&self, batch: &mut Batch) -> Result<(), JobError> {
         if let Some(protection) = &self.protection {
             // Nobody waits for the writing.
             for (at, pages, _) in &batch.runs {
@@ -236,10 +240,13 @@ impl Capturing {
         } else {
             self.wait_for_readers(&memory.readers, at, pages);
         }
-        if let Some(protection) = &self.protection {
-            protection.lift(at, PageRange::new(host_page, 1))?;
-        }
         add(&self.live.faults, 1);
+        let lifted =
+            self.protection.as_ref().map_or(Ok(()), |protection| protection.lift(at, PageRange::new(host_page, 1)));
+        // At the end the registration is taken back while this thread still reads faults; whoever waited has been woken.
+        if lifted.is_err() && !self.over.load(Ordering::Acquire) {
+            lifted?;
+        }
         Ok(taken.then_some(pages))
     }
 
@@ -255,19 +262,9 @@ impl Capturing {
             return;
         }
         let _rescuing = self.rescuing.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut batch = Batch::new(memory);
-        let mut rescue = || -> Result<(), JobError> {
-            for (word, mask) in parts_of(host_pages, self.pending.block(at).unit()) {
-                let pages = self.read(memory, SESSION, (at, word, mask), &mut batch)?;
-                add(&self.live.rescued_pages, pages);
-                if batch.is_full() {
-                    self.put(&mut batch)?;
-                }
-            }
-            self.put(&mut batch)
-        };
-        if let Err(error) = rescue() {
-            self.fail(error);
+        match self.sweep(memory, SESSION, at, host_pages, &mut Batch::new(memory)) {
+            Ok(pages) => add(&self.live.rescued_pages, pages),
+            Err(error) => self.fail(error),
         }
     }
 
@@ -276,20 +273,13 @@ impl Capturing {
         self.pending.block(at).published(word)
     }
 
-    /// A discard of `range` is done: who waits to write there, into what is discarded, need not wait.
-    pub(super) fn release(&self, at: usize, range: PageRange) {
-        let Some(protection) = self.protection.as_ref().filter(|_| !range.is_empty()) else { return };
-        if let Err(error) = protection.lift(at, self.pending.block(at).of(range)) {
-            self.fail(error);
-        }
-    }
-
-    /// All that was pending was taken: returns when a discard that took some of it has put it, too.
+    /// All that was pending was taken: returns when a discard that took some of it has put it, too. The protection is not needed any more.
     ///
     /// # Errors
     /// As [`Capturing::check`].
     pub fn settled(&self) -> Result<(), JobError> {
         drop(self.rescuing.lock().unwrap_or_else(PoisonError::into_inner));
+        self.over.store(true, Ordering::Release);
         self.check()
     }
 

@@ -17,7 +17,8 @@
 //! - what is still to come of a guest in postcopy is dropped after the marks and again behind the fence, before the punch, and so are faults waited for that were
 //!   read before; see [`super::arriving`];
 //! - a populate clears `discarded` first and marks the log after: a sync that comes between them may drop the pages, and finds them in the
-//!   log the next time.
+//!   log the next time. It does both with `marking` held: at the instant of a snapshot, which is taken with it held, a page that was discarded since the base of an increment is
+//!   either discarded or in the log, and never as in the base.
 
 use super::block::{Block, GuestMemory};
 use pageferry_protocol::control::request::BlockRange;
@@ -98,9 +99,6 @@ impl GuestMemory {
         if let Some(arriving) = &arriving {
             checked.iter().for_each(|(index, range)| arriving.answer_waiting(*index, *range));
         }
-        if let Some(capturing) = &capturing {
-            checked.iter().for_each(|(index, range)| capturing.release(*index, *range));
-        }
         Ok(changed)
     }
 
@@ -113,6 +111,7 @@ impl GuestMemory {
         let checked = self.check(ranges, PageRange::outward)?;
         let _change = self.change();
         let mut changed = 0;
+        let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
         for (index, range) in checked {
             let block = &self.blocks()[index];
             let first_log_page = block.geometry.first_log_page();

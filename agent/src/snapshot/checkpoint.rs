@@ -12,7 +12,7 @@
 use super::{Plan, is_increment};
 use crate::job::{Job, JobError};
 use crate::memory::GuestMemory;
-use crate::tracking::{DirtyPages, Trackers};
+use crate::tracking::{DirtyPages, LogTracker, Tracker, Trackers};
 use pageferry_protocol::image::{ImageId, id_text};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -182,13 +182,20 @@ impl Changes {
         Some(uses.at_instant.as_ref().unwrap_or(&uses.dirty))
     }
 
-    /// The instant is now: what comes later is for the next image.
-    pub fn cut(&mut self) -> Result<(), JobError> {
-        if let Some(uses) = &mut self.uses {
-            let later = DirtyPages::none(&self.memory)?;
-            uses.at_instant = Some(std::mem::replace(&mut uses.dirty, later));
+    /// The instant is now: what comes later is for the next image. Returns what is to be saved of an increment. To be called with
+    /// [`GuestMemory::marking`] held: what was populated until now is in the log, and is looked for there once more.
+    pub fn cut(&mut self, later: DirtyPages) -> Result<Option<&DirtyPages>, JobError> {
+        let Some(uses) = &mut self.uses else { return Ok(None) };
+        let mut dirty = std::mem::replace(&mut uses.dirty, later);
+        let drained = LogTracker.sync(&self.memory, &dirty);
+        uses.broken |= drained.is_err();
+        if uses.since.is_none() {
+            // Whatever it was is in an image that has all.
+            dirty = DirtyPages::default();
         }
-        Ok(())
+        let at_instant = uses.at_instant.insert(dirty);
+        drained?;
+        Ok(uses.increment.then_some(&*at_instant))
     }
 
     /// The image has this id; or there is none, and all is as it was before.

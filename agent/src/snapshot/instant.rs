@@ -37,15 +37,15 @@ impl AsOfNow {
         let protection = watch.map(Watch::protection);
         let capturing = Arc::new(Capturing::new(memory, pending.clone(), protection, writer.clone(), job.live.clone()));
         job.owes(&pending);
-        changes.cut()?;
+        let later = DirtyPages::none(memory)?;
         // No fault of before is being answered any more: it would lift what is protected here.
         let mut mode = watch.map(Watch::hold);
         let marking = memory.marking.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = changes.cut(later)?;
         for (at, block) in memory.blocks().iter().enumerate() {
             for (word, bits) in block.discarded.nonzero_words(block.all()) {
                 discarded.block(at).or_word(word, bits);
             }
-            let changed = changes.changed();
             to_save(memory, at, changed, |word, pages| pending.add_pages(at, word, pages))?;
             if let Some(watch) = watch {
                 watch.protect_rest(at, pending.block(at).bits())?;

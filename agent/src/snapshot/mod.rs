@@ -127,10 +127,12 @@ fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut
     if let Some(paused) = paused {
         paused.resume()?;
     }
+    as_of.settle()?;
     if let Some(watch) = &mut watch {
         watch.end()?;
+        // What was captured for the last faults is put by now, or was not.
+        as_of.capturing.check()?;
     }
-    as_of.settle()?;
     Ok(Saved { state: SavedState { pieces, file }, as_of })
 }
 

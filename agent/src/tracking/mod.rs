@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// The dirty pages of all blocks, in the order of the memory's blocks.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct DirtyPages {
     blocks: Vec<MappedBitmap>,
 }
@@ -206,7 +206,7 @@ impl Trackers {
 }
 
 /// The shared log. It is always on: the VMM's devices, and its other vhost-user back-ends, mark it.
-struct LogTracker;
+pub struct LogTracker;
 
 impl Tracker for LogTracker {
     fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError> {

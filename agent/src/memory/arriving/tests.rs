@@ -1,6 +1,6 @@
 use super::*;
-use crate::memory::Block;
 use crate::memory::Backing;
+use crate::memory::Block;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable};
 
