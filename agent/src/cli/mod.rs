@@ -2,6 +2,7 @@
 //!
 //! - [`run_agent`]: the agent itself;
 //! - [`operator`]: the requests;
+//! - [`snapshot`]: what snapshots and restores take;
 //! - [`show`]: how a job is shown, on a terminal and as JSON.
 //!
 //! It prints to standard output and standard error; that is what it is for.
@@ -10,6 +11,7 @@
 pub mod operator;
 pub mod run_agent;
 pub mod show;
+pub mod snapshot;
 
 use clap::{Args, Parser, Subcommand};
 use pageferry_protocol::control::job::{Compression, Mode, NonConvergence, OutgoingOptions};
@@ -18,7 +20,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Moves the memory of running virtual machines, outside of the VMM.
+/// Moves and saves the memory of running virtual machines, outside of the VMM.
 #[derive(Debug, Parser)]
 #[command(name = "pageferry", version, about, max_term_width = 100)]
 struct Cli {
@@ -28,7 +30,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve one VMM: take its memory, and migrate it when asked.
+    /// Serve one VMM: take its memory, and migrate, save or restore it when asked.
     Agent(AgentArgs),
     /// Show how the job stands that runs, or ran last.
     Status(OperatorArgs),
@@ -36,6 +38,10 @@ enum Command {
     Watch(OperatorArgs),
     /// Migrate the guest to another agent, and watch.
     Migrate(MigrateArgs),
+    /// Save the guest into an image, and watch.
+    Snapshot(snapshot::SnapshotCommand),
+    /// Restore a guest from an image into a VMM that waits for one, and watch.
+    Restore(snapshot::RestoreCommand),
     /// Cancel the job that runs; the guest runs on.
     Cancel(OperatorArgs),
     /// Have the migration that runs, of mode hybrid, switch to postcopy.
@@ -252,6 +258,8 @@ where
         Command::Status(args) => operator::status(&args),
         Command::Watch(args) => operator::watch(&args),
         Command::Migrate(args) => operator::migrate(&args.operator, &args.to, &args.options.into()),
+        Command::Snapshot(args) => operator::snapshot(args),
+        Command::Restore(args) => operator::restore(args),
         Command::Cancel(args) => operator::cancel(&args),
         Command::Postcopy(args) => operator::postcopy(&args),
         Command::Recover(args) => operator::recover(&args.operator, args.address.as_deref()),

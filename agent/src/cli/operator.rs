@@ -2,6 +2,7 @@
 
 use super::OperatorArgs;
 use super::show;
+use super::snapshot::{RestoreCommand, SnapshotCommand, from_root};
 use pageferry_protocol::control::codec::{DecodeError, Decoder};
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::job::{JobKind, JobStatus, OutgoingOptions, Phase};
@@ -127,9 +128,33 @@ pub fn watch(args: &OperatorArgs) -> Outcome {
 /// # Errors
 /// If the agent does not answer, or refuses.
 pub fn migrate(args: &OperatorArgs, target: &str, options: &OutgoingOptions) -> Outcome {
+    start(args, &Request::StartOutgoing { target: target.to_owned(), options: options.clone() })
+}
+
+/// `pageferry snapshot`
+///
+/// # Errors
+/// If the agent does not answer, or refuses.
+pub fn snapshot(args: SnapshotCommand) -> Outcome {
+    let SnapshotCommand { operator, image, options } = args;
+    let request = Request::StartSnapshot { path: from_root(&image)?, options: options.try_into()? };
+    start(&operator, &request)
+}
+
+/// `pageferry restore`
+///
+/// # Errors
+/// If the agent does not answer, or refuses.
+pub fn restore(args: RestoreCommand) -> Outcome {
+    let RestoreCommand { operator, image, options } = args;
+    let request = Request::StartRestore { path: from_root(&image)?, options: options.try_into()? };
+    start(&operator, &request)
+}
+
+/// Starts a job, and shows its progress.
+fn start(args: &OperatorArgs, request: &Request) -> Outcome {
     let mut operator = Operator::connect(&args.socket)?;
-    let request = Request::StartOutgoing { target: target.to_owned(), options: options.clone() };
-    let started = operator.ask(&request, JobStarted::decode)?;
+    let started = operator.ask(request, JobStarted::decode)?;
     operator.watch(Some(started.job), args.json)
 }
 

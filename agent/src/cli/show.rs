@@ -1,7 +1,7 @@
 //! How a job is shown.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use pageferry_protocol::control::job::{JobStatus, Phase};
+use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
 use serde_json::{Map, Value, json};
 use std::io::{self, Write};
@@ -42,35 +42,65 @@ pub fn time(micros: u64) -> String {
 pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     let counters = &status.counters;
     let pages = |count: u64| format!("{count} ({})", bytes(count * PAGE_SIZE));
-    let mut lines = vec![
-        ("job", format!("{} {}", status.job, status.kind.name())),
-        ("status", status.phase.name().to_owned()),
-        ("passes", counters.passes.to_string()),
-        ("pages sent", pages(counters.pages_sent)),
-        ("zero pages", pages(counters.zero_pages)),
-        ("discarded pages", pages(counters.discarded_pages)),
-        ("stray pages", pages(counters.stray_pages)),
-        ("on the wire", bytes(counters.wire_bytes)),
-        ("remaining", pages(counters.remaining_pages)),
-        ("bandwidth", format!("{}/s", bytes(counters.bandwidth))),
-        ("dirty rate", format!("{} pages/s", counters.dirty_pages_per_s)),
-        ("sync", time(counters.sync_us)),
-        ("throttle", format!("{} %", counters.throttle_percent)),
-        ("expected downtime", time(counters.expected_downtime_us)),
-        ("downtime", time(counters.downtime_us)),
-        ("total", time(counters.total_us)),
+    let mut lines =
+        vec![("job", format!("{} {}", status.job, status.kind.name())), ("status", status.phase.name().to_owned())];
+    let faults = [
+        ("faults", counters.faults.to_string()),
+        ("fault p50, p90", format!("{}, {}", time(counters.fault_p50_us), time(counters.fault_p90_us))),
+        ("fault p99, most", format!("{}, {}", time(counters.fault_p99_us), time(counters.fault_max_us))),
     ];
-    if counters.faults + counters.requested_pages + counters.pushed_pages > 0 {
-        lines.extend([
-            ("faults", counters.faults.to_string()),
-            ("fault p50, p90", format!("{}, {}", time(counters.fault_p50_us), time(counters.fault_p90_us))),
-            ("fault p99, most", format!("{}, {}", time(counters.fault_p99_us), time(counters.fault_max_us))),
-            ("requested", pages(counters.requested_pages)),
-            ("pushed", pages(counters.pushed_pages)),
-            ("dropped by discard", pages(counters.dropped_pages)),
-            ("released here", pages(counters.released_pages)),
-            ("paused", time(counters.paused_us)),
-        ]);
+    let fetched = [
+        ("requested", pages(counters.requested_pages)),
+        ("pushed", pages(counters.pushed_pages)),
+        ("dropped by discard", pages(counters.dropped_pages)),
+    ];
+    let any_faults = counters.faults + counters.requested_pages + counters.pushed_pages > 0;
+    match status.kind {
+        JobKind::Snapshot => {
+            lines.extend([
+                ("pages saved", pages(counters.pages_sent)),
+                ("zero pages read", pages(counters.zero_pages)),
+                ("discarded pages", pages(counters.discarded_pages)),
+                ("as in the base", pages(counters.unchanged_pages)),
+                ("remaining", pages(counters.remaining_pages)),
+                ("saved for writes", pages(counters.captured_pages)),
+                ("saved for discards", pages(counters.rescued_pages)),
+                ("downtime", time(counters.downtime_us)),
+                ("total", time(counters.total_us)),
+            ]);
+            lines.extend(faults.into_iter().filter(|_| any_faults));
+        }
+        JobKind::Restore => {
+            lines.extend([
+                ("pages restored", pages(counters.pages_sent)),
+                ("discarded pages", pages(counters.discarded_pages)),
+                ("remaining", pages(counters.remaining_pages)),
+                ("working set", pages(counters.working_set_pages)),
+                ("guest ran after", time(counters.running_us)),
+                ("total", time(counters.total_us)),
+            ]);
+            lines.extend(faults.into_iter().chain(fetched).filter(|_| any_faults));
+        }
+        JobKind::None | JobKind::Outgoing | JobKind::Incoming => {
+            lines.extend([
+                ("passes", counters.passes.to_string()),
+                ("pages sent", pages(counters.pages_sent)),
+                ("zero pages", pages(counters.zero_pages)),
+                ("discarded pages", pages(counters.discarded_pages)),
+                ("stray pages", pages(counters.stray_pages)),
+                ("on the wire", bytes(counters.wire_bytes)),
+                ("remaining", pages(counters.remaining_pages)),
+                ("bandwidth", format!("{}/s", bytes(counters.bandwidth))),
+                ("dirty rate", format!("{} pages/s", counters.dirty_pages_per_s)),
+                ("sync", time(counters.sync_us)),
+                ("throttle", format!("{} %", counters.throttle_percent)),
+                ("expected downtime", time(counters.expected_downtime_us)),
+                ("downtime", time(counters.downtime_us)),
+                ("total", time(counters.total_us)),
+            ]);
+            let more = [("released here", pages(counters.released_pages)), ("paused", time(counters.paused_us))];
+            lines.extend(faults.into_iter().chain(fetched).chain(more).filter(|_| any_faults));
+        }
     }
     if !status.error.is_empty() {
         lines.push(("error", status.error.clone()));
@@ -146,6 +176,10 @@ impl Progress {
             self.show_postcopy(bar, status);
             return Ok(());
         }
+        if matches!(status.kind, JobKind::Snapshot | JobKind::Restore) {
+            show_image(bar, status);
+            return Ok(());
+        }
         bar.set_prefix(format!("{}, pass {}", status.phase.name(), counters.passes));
         bar.set_message(format!(
             "{} sent, {}/s, expected downtime {}",
@@ -183,6 +217,18 @@ impl Progress {
         }
         print(status, self.bar.is_none())
     }
+}
+
+/// The progress of a snapshot or a restore.
+fn show_image(bar: &ProgressBar, status: &JobStatus) {
+    let counters = &status.counters;
+    let done = counters.pages_sent + counters.zero_pages + counters.dropped_pages;
+    bar.set_length((done + counters.remaining_pages).max(1));
+    bar.set_position(done);
+    bar.set_prefix(status.phase.name());
+    let micros = counters.total_us.max(1);
+    let rate = u128::from(counters.wire_bytes) * 1_000_000 / u128::from(micros);
+    bar.set_message(format!("{}, {}/s", bytes(counters.wire_bytes), bytes(rate as u64)));
 }
 
 #[cfg(test)]

@@ -1,0 +1,122 @@
+//! What `snapshot` and `restore` take on the command line.
+
+use super::{OperatorArgs, parse_duration, parse_size};
+use clap::Args;
+use pageferry_protocol::control::job::{RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A snapshot.
+#[derive(Debug, Args)]
+pub struct SnapshotCommand {
+    #[command(flatten)]
+    pub(super) operator: OperatorArgs,
+    /// Where the image will be. It is there when it is complete, and not before.
+    #[arg(value_name = "FILE")]
+    pub(super) image: PathBuf,
+    #[command(flatten)]
+    pub(super) options: SnapshotArgs,
+}
+
+/// Options of a snapshot, for any command line that starts one.
+#[derive(Debug, Clone, Args)]
+pub struct SnapshotArgs {
+    /// What becomes of the guest meanwhile.
+    #[arg(long, value_name = "MODE", default_value = "background", value_parser = parse_mode,
+          help = "What becomes of the guest: background, it runs on; paused, it stands still until its memory is saved")]
+    pub mode: SnapshotMode,
+    /// Save only what changed since this image, which the last snapshot with --track made.
+    #[arg(long, value_name = "FILE")]
+    pub base: Option<PathBuf>,
+    /// Keep track of what is written from now on, so that the next snapshot can be an increment to this one.
+    #[arg(long)]
+    pub track: bool,
+    /// Replace an image of that name, once the new one is complete.
+    #[arg(long)]
+    pub replace: bool,
+    /// Write through the page cache, for those who restore from the image soon.
+    #[arg(long)]
+    pub cached: bool,
+    #[command(flatten)]
+    common: ImageArgs,
+}
+
+/// A restore.
+#[derive(Debug, Args)]
+pub struct RestoreCommand {
+    #[command(flatten)]
+    pub(super) operator: OperatorArgs,
+    /// The image; those that it builds on are found by themselves.
+    #[arg(value_name = "FILE")]
+    pub(super) image: PathBuf,
+    #[command(flatten)]
+    pub(super) options: RestoreArgs,
+}
+
+/// Options of a restore, for any command line that starts one.
+#[derive(Debug, Clone, Args)]
+pub struct RestoreArgs {
+    /// Let the guest run at once; its memory follows, what it touches before all.
+    #[arg(long)]
+    pub lazy: bool,
+    /// With --lazy: read ahead the pages that this file names; if it is not there, write to it which pages the guest touches first.
+    #[arg(long, value_name = "FILE", requires = "lazy")]
+    pub working_set: Option<PathBuf>,
+    #[command(flatten)]
+    common: ImageArgs,
+}
+
+/// What both take.
+#[derive(Debug, Clone, Args)]
+pub struct ImageArgs {
+    /// Number of threads.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub workers: u16,
+    /// Limit in bytes per second, with K, M, G or T; 0 is none. What the guest waits for is not held back.
+    #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_size)]
+    pub bandwidth: u64,
+    /// How long the VMM may take to answer.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    pub hook_timeout: Duration,
+}
+
+impl TryFrom<SnapshotArgs> for SnapshotOptions {
+    type Error = io::Error;
+
+    fn try_from(args: SnapshotArgs) -> io::Result<Self> {
+        let ImageArgs { workers, bandwidth, hook_timeout } = args.common;
+        let (mode, track, replace, cached) = (args.mode, args.track, args.replace, args.cached);
+        let base = args.base.as_deref().map(from_root).transpose()?.unwrap_or_default();
+        Ok(Self { mode, workers, bandwidth, base, track, replace, cached, hook_timeout })
+    }
+}
+
+impl TryFrom<RestoreArgs> for RestoreOptions {
+    type Error = io::Error;
+
+    fn try_from(args: RestoreArgs) -> io::Result<Self> {
+        let ImageArgs { workers, bandwidth, hook_timeout } = args.common;
+        let mode = if args.lazy { RestoreMode::Lazy } else { RestoreMode::Eager };
+        let working_set = args.working_set.as_deref().map(from_root).transpose()?.unwrap_or_default();
+        Ok(Self { mode, workers, bandwidth, working_set, hook_timeout })
+    }
+}
+
+/// The agent's current folder may be another than the operator's.
+///
+/// # Errors
+/// If there is no current folder, or the path is no text.
+pub fn from_root(path: &Path) -> io::Result<String> {
+    let path = std::path::absolute(path)?;
+    path.into_os_string().into_string().map_err(|path| {
+        let sentence = format!("path {} is not UTF-8", path.display());
+        io::Error::new(io::ErrorKind::InvalidInput, sentence)
+    })
+}
+
+fn parse_mode(text: &str) -> Result<SnapshotMode, String> {
+    // A guest that the VMM has stopped is the VMM's to ask for.
+    let found = SnapshotMode::NAMES.iter().find(|(name, mode)| *name == text && *mode != SnapshotMode::Stopped);
+    found.map(|(_, mode)| *mode).ok_or_else(|| format!("\"{text}\": write background or paused"))
+}
