@@ -19,6 +19,7 @@ pub use recovery::{Recovery, Request};
 use crate::hooks::Hooks;
 use crate::memory::GuestMemory;
 use crate::memory::owed::Owed;
+use crate::transport::Limiter;
 use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase};
 use rustix::event::EventfdFlags;
 use std::os::fd::OwnedFd;
@@ -38,6 +39,8 @@ pub struct Job {
     pub hooks: Arc<Hooks>,
     /// Stops it.
     pub cancel: Cancel,
+    /// Its bandwidth limit.
+    pub limiter: Limiter,
     /// How it hears that it is to go on while it is paused.
     pub recovery: Recovery,
     /// Figures that workers count.
@@ -77,6 +80,7 @@ impl Job {
             memory,
             hooks,
             cancel: Cancel::new()?,
+            limiter: Limiter::new(options.bandwidth),
             recovery: Recovery::new()?,
             live: Arc::default(),
             started: Instant::now(),
@@ -229,6 +233,7 @@ impl Job {
             state.options;
         let kept = OutgoingOptions { streams, compression, mode, urgent_streams, release, ..new.clone() };
         state.options = OutgoingOptions { peer_timeout, hook_timeout, ..kept };
+        self.limiter.set_rate(new.bandwidth);
     }
 
     /// Runs a populate, unless the last sync is near: what it marks would not be seen any more.

@@ -27,7 +27,7 @@ use crate::job::pause::PausedGuest;
 use crate::job::{Job, JobError};
 use crate::tracking::{TrackerChoice, Trackers};
 use crate::transport::Address;
-use crate::transport::{Limiter, TransportError};
+use crate::transport::TransportError;
 use connect::{SessionId, Streams, Target};
 use converge::Pace;
 use fixup::DirtyState;
@@ -43,7 +43,6 @@ struct Migration {
     session: SessionId,
     /// Where the destination listens, if it does.
     address: Option<Address>,
-    limiter: Limiter,
     streams: Streams,
     trackers: Trackers,
     dirty: DirtyState,
@@ -89,7 +88,6 @@ impl Migration {
             job: job.clone(),
             session,
             address,
-            limiter: Limiter::new(options.bandwidth),
             streams,
             trackers: Trackers::new(choice, &job.hooks, options.hook_timeout),
             dirty: DirtyState::new(&job.memory)?,

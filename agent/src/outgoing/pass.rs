@@ -74,11 +74,10 @@ impl Migration {
         let remaining = self.dirty.remaining();
         job.live.pass_pages_done.store(0, Ordering::Relaxed);
         job.count(|counters| counters.pass_pages = remaining);
-        self.limiter.set_rate(job.options().bandwidth);
         self.send_discards()?;
 
         let pass = Pass {
-            view: PassView { job: &job, limiter: &self.limiter, send_zeros: number > 0 },
+            view: PassView { job: &job, limiter: &job.limiter, send_zeros: number > 0 },
             chunks: Chunks::new(&job.memory),
             dirty: &self.dirty,
             lazy: self.trackers.lazy_clear(),

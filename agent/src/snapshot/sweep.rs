@@ -4,14 +4,12 @@
 
 use crate::job::{Job, JobError};
 use crate::memory::capturing::{Batch, Capturing};
-use crate::transport::Limiter;
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Captures all that is pending, with `workers` threads.
 pub fn run(job: &Job, capturing: &Capturing, workers: usize) -> Result<(), JobError> {
-    let sweep =
-        Sweep { job, capturing, limiter: Limiter::new(job.options().bandwidth), failed: AtomicBool::new(false) };
+    let sweep = Sweep { job, capturing, failed: AtomicBool::new(false) };
     std::thread::scope(|scope| {
         let sweep = &sweep;
         let threads: Vec<_> = (1..workers).map(|worker| scope.spawn(move || sweep.work(worker))).collect();
@@ -24,7 +22,6 @@ pub fn run(job: &Job, capturing: &Capturing, workers: usize) -> Result<(), JobEr
 struct Sweep<'a> {
     job: &'a Job,
     capturing: &'a Capturing,
-    limiter: Limiter,
     /// A worker failed: the others stop, too.
     failed: AtomicBool,
 }
@@ -45,12 +42,9 @@ impl Sweep<'_> {
             self.job.cancel.check()?;
             self.capturing.check()?;
             let Some((at, range)) = self.capturing.cursor.claim(pending) else { break };
-            if worker == 0 {
-                self.limiter.set_rate(self.job.options().bandwidth);
-            }
             let block = pending.block(at);
             let bytes = block.bits().count(range) * block.unit() * PAGE_SIZE;
-            self.limiter.wait(bytes as usize, &self.job.cancel)?;
+            self.job.limiter.wait(bytes as usize, &self.job.cancel)?;
             self.capturing.sweep(memory, worker, at, range, &mut batch)?;
         }
         Ok(())

@@ -1,0 +1,141 @@
+//! What may be built on what, and that nothing that changed is missing.
+
+use super::scene::{Scene, on, paused, tracked};
+use pageferry_client::{BlockRange, Phase, Punch, SnapshotOptions};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::require;
+use pageferry_tests::vmm::Tracker;
+
+fn range(first: u64, count: u64) -> [BlockRange; 1] {
+    [BlockRange { block: 0, offset: first * PAGE_SIZE, length: count * PAGE_SIZE }]
+}
+
+#[test]
+fn an_increment_holds_what_changed_and_no_more() {
+    let scene = Scene::full(1000);
+    let (_, full) = scene.saved("full", &tracked());
+    scene.check(&full);
+    scene.write(7, 70);
+    scene.write(700, 71);
+    scene.client().discard(&range(100, 50), Punch::Yes).unwrap();
+    scene.client().discard(&range(300, 50), Punch::Yes).unwrap();
+    scene.client().populate(&range(320, 10)).unwrap();
+    let (status, one) = scene.saved("one", &on(&scene.path("full")));
+    scene.check(&one);
+    let counters = status.counters;
+    assert_eq!((counters.pages_sent, counters.discarded_pages, counters.unchanged_pages), (2, 90, 898));
+    // Nothing at all happened since.
+    let (status, two) = scene.saved("two", &on(&scene.path("one")));
+    scene.check(&two);
+    assert_eq!((status.counters.pages_sent, status.counters.unchanged_pages), (0, 910));
+    // Read ahead by nobody: the base is as it was.
+    scene.write(8, 80);
+    let states = &one.newest().states()[0];
+    assert_eq!((states.present.count(states.present.all()), states.unchanged.count(states.unchanged.all())), (2, 898));
+}
+
+#[test]
+fn a_snapshot_without_tracking_leaves_the_next_increment_to_the_same_base() {
+    let scene = Scene::full(200);
+    scene.saved("full", &tracked());
+    scene.write(1, 10);
+    let differential = SnapshotOptions { track: false, ..on(&scene.path("full")) };
+    let (_, first) = scene.saved("first", &differential);
+    scene.check(&first);
+    scene.write(2, 20);
+    scene.saved("aside", &paused());
+    let (status, second) = scene.saved("second", &differential);
+    scene.check(&second);
+    assert_eq!(status.counters.pages_sent, 2, "what the first had is in the second, too");
+}
+
+#[test]
+fn a_failed_increment_puts_back_what_it_took() {
+    let scene = Scene::full(200);
+    scene.saved("full", &tracked());
+    scene.write(1, 10);
+    let error = scene.save("no/such/folder", &on(&scene.path("full"))).error;
+    assert!(error.contains("cannot create a file in its folder"), "{error}");
+    scene.vmm.inject(pageferry_tests::vmm::HookName::Resume, Some(pageferry_tests::vmm::Fault::Fail("not now".into())));
+    let status = scene.save("one", &on(&scene.path("full")));
+    assert_eq!(status.phase, Phase::Failed);
+    assert!(status.error.contains("not now"), "{}", status.error);
+    scene.vmm.inject(pageferry_tests::vmm::HookName::Resume, None);
+    scene.vmm.start().unwrap();
+    assert_eq!(scene.files(), ["full"]);
+    scene.write(2, 20);
+    let (status, one) = scene.saved("one", &on(&scene.path("full")));
+    scene.check(&one);
+    assert_eq!(status.counters.pages_sent, 2);
+}
+
+#[test]
+fn write_protection_tells_what_changed() {
+    if !require::uffd() {
+        return;
+    }
+    let scene = Scene::full(600);
+    scene.vmm.set_tracker(Tracker::write_protect(scene.vmm.memory()).unwrap()).unwrap();
+    scene.saved("full", &tracked());
+    // Not marked: the kernel knows.
+    [5, 99, 500].into_iter().for_each(|page| scene.block().store(page * PAGE_SIZE, page).unwrap());
+    let (status, one) = scene.saved("one", &on(&scene.path("full")));
+    scene.check(&one);
+    assert_eq!(status.counters.pages_sent, 3);
+}
+
+#[test]
+fn what_no_increment_can_be_built_on_is_refused_with_why() {
+    let scene = Scene::full(200);
+    let refused = |base: &str, expected: &str| {
+        let status = scene.save("increment", &on(&scene.path(base)));
+        assert_eq!(status.phase, Phase::Failed);
+        assert!(status.error.contains(expected), "{}", status.error);
+        assert!(!scene.path("increment").exists());
+    };
+    refused("nothing", "nothing: cannot open it: No such file");
+    scene.saved("untracked", &paused());
+    refused("untracked", "no image was made here with track on: save all of it");
+    scene.saved("first", &tracked());
+    scene.saved("second", &tracked());
+    refused("first", "and what changed is known since image");
+    std::fs::write(scene.path("text"), vec![b'x'; 5000]).unwrap();
+    refused("text", "not an image of pageferry");
+    let other = Scene::full(300);
+    other.saved("other", &tracked());
+    std::fs::copy(other.path("other"), scene.path("other")).unwrap();
+    refused("other", "is of other blocks than it is itself");
+    // The chain is as good as before.
+    scene.write(3, 30);
+    let (status, chain) = scene.saved("third", &on(&scene.path("second")));
+    scene.check(&chain);
+    assert_eq!(status.counters.pages_sent, 1);
+    let over = SnapshotOptions { replace: true, ..on(&scene.path("third")) };
+    let error = scene.save("second", &over).error;
+    assert!(error.contains("which the increment builds on: choose another name"), "{error}");
+}
+
+#[test]
+fn what_changes_the_memory_or_the_trackers_ends_the_chain() {
+    let scene = Scene::full(200);
+    let ended = |why: &str| {
+        let status = scene.save("increment", &on(&scene.path("full")));
+        assert!(status.error.contains(why), "{}", status.error);
+        std::fs::remove_file(scene.path("full")).unwrap();
+    };
+    scene.saved("full", &tracked());
+    scene.vmm.set_tracker(Tracker::Log).unwrap();
+    ended("the trackers were changed");
+    scene.saved("full", &tracked());
+    let more = BlockLayout { id: 1, name: "more".into(), gpa: 1 << 30, ..BlockLayout::ram(PAGE_SIZE) };
+    let more = TestMemory::new(vec![more]).unwrap();
+    more.block(1).unwrap().add_to(scene.client()).unwrap();
+    scene.client().remove_block(1).unwrap();
+    ended("blocks were added or removed");
+    scene.saved("full", &tracked());
+    let nowhere = scene.path("nobody");
+    let job = scene.vmm.start_outgoing(&format!("unix:{}", nowhere.display()), &Default::default()).unwrap();
+    assert_eq!(scene.vmm.wait_job(job, pageferry_tests::vmm::PATIENCE).unwrap().phase, Phase::Failed);
+    ended("a migration asked the trackers");
+}
