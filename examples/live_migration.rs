@@ -8,18 +8,18 @@
 
 use clap::{Parser, Subcommand};
 use pageferry_client::{BlockRange, IncomingOptions, Mode, NonConvergence, OutgoingOptions, Phase, Punch};
+use pageferry_examples::counting::{Counting, Expected, RAM};
 use pageferry_examples::table::Table;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 use pageferry_protocol::shm::MappedBitmap;
-use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep, check_consistent, counters};
-use pageferry_tests::guest::threads::{PageSet, ThreadGuest, ThreadGuestOptions};
+use pageferry_tests::Error;
+use pageferry_tests::guest::kvm::FIRMWARE_PAGES;
 use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
 use pageferry_tests::mock_vmm::report::{Report, watch};
 use pageferry_tests::process::{AgentProcess, Process};
-use pageferry_tests::usage::{Path as WritePath, Usage};
+use pageferry_tests::usage::Usage;
 use pageferry_tests::verify::{Compared, same_block};
 use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
-use pageferry_tests::{Error, deadline};
 use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::fs::File;
@@ -42,8 +42,8 @@ const BEFORE: PageRange = pages(256 * MIB, 128 * MIB);
 const DURING: PageRange = pages(512 * MIB, 64 * MIB);
 /// Where the still content comes from.
 const SEED: u64 = 2021;
-/// The id of the only block.
-const RAM: u32 = 0;
+/// The guest.
+const COUNTING: Counting = Counting { busy: BUSY };
 /// Longest time for everything.
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -179,41 +179,11 @@ fn open(path: &Path) -> Result<Arc<Usage>, Error> {
     Usage::new(Arc::new(TestMemory::new(vec![layout])?))
 }
 
-/// What the KVM guest writes.
-fn sweep() -> Sweep {
-    Sweep { ranges: vec![(FIRMWARE_PAGES * PAGE_SIZE, BUSY.count - FIRMWARE_PAGES)], spins: 200 }
-}
-
-/// What a guest of threads writes: the same pages.
-fn threads(usage: &Arc<Usage>) -> Result<ThreadGuest, Error> {
-    let busy: PageSet = [(RAM, PageRange::new(FIRMWARE_PAGES, BUSY.count - FIRMWARE_PAGES))].into_iter().collect();
-    let options = ThreadGuestOptions {
-        rate: Some(50_000),
-        pages: Some(busy),
-        path: WritePath::MappingAndLog,
-        ..Default::default()
-    };
-    ThreadGuest::new(usage, options)
-}
-
 /// The source VMM.
 fn source(socket: &Path, memory: &Path, to: &str, mode: Mode) -> Result<Value, Error> {
     let usage = open(memory)?;
     let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
-    let guest = match KvmGuest::new(usage.memory().guest().clone(), sweep()) {
-        Ok(mut guest) => {
-            guest.boot()?;
-            vmm.set_tracker(Tracker::Hooks(Box::new(guest.dirty_log()?)))?;
-            vmm.set_guest(guest);
-            "under KVM, tracked by KVM's dirty log"
-        }
-        Err(error) => {
-            vmm.set_guest(threads(&usage)?);
-            log::warn!("no KVM guest: {error}");
-            "of threads, since KVM is not to be had, tracked by the shared log"
-        }
-    };
-    vmm.start()?;
+    let guest = COUNTING.boot(&vmm)?;
     eprintln!("migrating a guest {guest}");
     let give_back = |range: PageRange| {
         let (client, usage) = (vmm.client().clone(), usage.clone());
@@ -251,24 +221,11 @@ fn source(socket: &Path, memory: &Path, to: &str, mode: Mode) -> Result<Value, E
 fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Error> {
     let usage = open(memory)?;
     let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
-    let (kvm, writes) = match KvmGuest::new(usage.memory().guest().clone(), sweep()) {
-        Ok(guest) => {
-            vmm.set_guest(guest);
-            (true, None)
-        }
-        Err(_) => {
-            let guest = threads(&usage)?;
-            let writes = guest.watch_writes();
-            vmm.set_guest(guest);
-            (false, Some(writes))
-        }
-    };
+    let guest = COUNTING.expect(&vmm)?;
+    let kvm = matches!(guest, Expected::Kvm);
     let (job, address) = vmm.start_incoming(listen, &IncomingOptions::default())?;
     println!("listening at {address}");
-    let first = || -> Result<u32, Error> {
-        let word = vmm.memory().block(RAM)?.read_word(FIRMWARE_PAGES * PAGE_SIZE)?;
-        Ok(word as u32)
-    };
+    let first = || COUNTING.first(&vmm);
     // In postcopy: how far the guest was when the first page that it writes had come.
     let mut began = None;
     let status = watch(&vmm, job, false, |status| {
@@ -281,39 +238,8 @@ fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Erro
     if status.phase != Phase::Completed {
         return Err(Error::Mismatch(format!("the migration {}: {}", status.phase.name(), status.error)));
     }
-    let guest = if kvm { counts_on_in_kvm(&vmm)? } else { counts_on_in_threads(&vmm, writes)? };
+    let guest = COUNTING.counts_on(&vmm, &guest)?;
     Ok(json!({ "guest": guest, "sweeps_meanwhile": meanwhile, "report": Report::new(&status) }))
-}
-
-/// Lets the guest go on for a few sweeps, stops it, and looks at its counters: a page that came in an old version would lag behind for ever.
-fn counts_on_in_kvm(vmm: &MockVmm) -> Result<String, Error> {
-    let look = || -> Result<u32, Error> {
-        let first = vmm.memory().block(RAM)?.read_word(FIRMWARE_PAGES * PAGE_SIZE)?;
-        Ok(first as u32)
-    };
-    let came_with = look()?;
-    deadline::wait_until("three more sweeps of the guest", PATIENCE, || {
-        look().is_ok_and(|sweeps| sweeps.wrapping_sub(came_with) >= 3)
-    })?;
-    vmm.stop()?;
-    let progress = check_consistent(counters(vmm.memory().guest(), &sweep())?)?;
-    Ok(format!(
-        "the guest counts on, from sweep {came_with} to sweep {}, and all its {} counters agree",
-        progress.sweeps,
-        sweep().pages()
-    ))
-}
-
-fn counts_on_in_threads(vmm: &MockVmm, writes: Option<impl Fn() -> u64>) -> Result<String, Error> {
-    let writes = || writes.as_ref().map_or(0, |writes| writes());
-    deadline::wait_until("more writes of the guest", PATIENCE, || writes() > 10_000)?;
-    vmm.stop()?;
-    let words = vmm.usage().check()?;
-    let came = vmm.record().words_checked;
-    Ok(format!(
-        "the guest counts on: {came} counters were right when it came, {words} are after {} more writes",
-        writes()
-    ))
 }
 
 /// All that stood still is the same here and there; what was given back is a hole there.

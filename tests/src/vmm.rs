@@ -11,7 +11,7 @@ use pageferry_client::{
     ClearPages, Client, Config, DirtyLog, HookChannel, HookError, HookThread, Hooks, JobStatus, Ownership, Phase,
     StatePiece, Target, Trackers,
 };
-use pageferry_client::{IncomingOptions, OutgoingOptions};
+use pageferry_client::{IncomingOptions, OutgoingOptions, RestoreOptions, SnapshotOptions};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -138,6 +138,8 @@ pub struct Record {
     pub words_checked: u64,
     /// Set when the agent was lost.
     pub agent_lost: Option<Ownership>,
+    /// An operator may have a guest restored.
+    pub takes_restores: bool,
     /// The guest may run before its memory is here.
     pub memory_pending: bool,
     /// All memory is here, after it was not.
@@ -262,6 +264,13 @@ impl Hooks for VmmHooks {
         record.words_checked = words_checked;
         record.allocated_at_load = Some(allocated);
         Ok(())
+    }
+
+    fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
+        if !lock(&self.0.record).takes_restores {
+            return Err(HookError::new(format!("this VMM does not wait for a guest, such as {}", image.display())));
+        }
+        Ok(self.0.stop()?)
     }
 
     fn memory_pending(&mut self) -> Result<(), HookError> {
@@ -409,6 +418,11 @@ impl MockVmm {
         *lock(&self.parts.before_pause) = Some(Box::new(last_minute));
     }
 
+    /// From now on an operator may have a guest restored.
+    pub fn take_restores(&self) {
+        lock(&self.parts.record).takes_restores = true;
+    }
+
     /// What was asked so far.
     pub fn record(&self) -> Record {
         lock(&self.parts.record).clone()
@@ -435,6 +449,22 @@ impl MockVmm {
     pub fn start_incoming(&self, listen: &str, options: &IncomingOptions) -> Result<(u64, String), Error> {
         let started = self.client.start_incoming(Target::Address(listen.to_owned()), options)?;
         Ok((started.job, started.address))
+    }
+
+    /// Starts a snapshot; returns the number of the job.
+    ///
+    /// # Errors
+    /// If the agent refuses.
+    pub fn start_snapshot(&self, image: &Path, options: &SnapshotOptions) -> Result<u64, Error> {
+        Ok(self.client.start_snapshot(image, options)?.job)
+    }
+
+    /// Starts a restore; returns the number of the job.
+    ///
+    /// # Errors
+    /// If the agent refuses.
+    pub fn start_restore(&self, image: &Path, options: &RestoreOptions) -> Result<u64, Error> {
+        Ok(self.client.start_restore(image, options)?.job)
     }
 
     /// Waits until the job is in `phase` or one after it.

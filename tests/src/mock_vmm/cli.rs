@@ -1,10 +1,11 @@
 //! The options of `mock_vmm`.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry_agent::cli::{OutgoingArgs, parse_size};
+use pageferry_agent::cli::{OutgoingArgs, parse_duration, parse_size};
 use std::path::PathBuf;
+use std::time::Duration;
 
-/// A VMM without a virtual machine: hands a file to an agent as guest memory, writes into it at a set rate, and migrates.
+/// A VMM without a virtual machine: hands a file to an agent as guest memory, writes into it at a set rate, and migrates, saves or restores it.
 #[derive(Debug, Parser)]
 #[command(name = "mock_vmm", version, about, max_term_width = 100)]
 pub struct Cli {
@@ -16,9 +17,9 @@ pub struct Cli {
 /// The two sides.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run a guest and migrate it away.
+    /// Run a guest and migrate it away, or save it.
     Source(SourceArgs),
-    /// Wait for a guest. It is verified and given the go, but does not write, so that the two files can be compared.
+    /// Wait for a guest, or restore one. It is verified and given the go, but does not write, so that the two files can be compared.
     Destination(DestinationArgs),
 }
 
@@ -60,9 +61,19 @@ pub struct SourceArgs {
     /// Who finds the guest's writes: the guest marks the shared dirty log, or the agent scans the mapping by userfaultfd.
     #[arg(long, value_enum, default_value_t = TrackerName::Log)]
     pub tracker: TrackerName,
-    /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH.
-    #[arg(long, value_name = "ADDRESS")]
-    pub to: String,
+    /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH. Without this and --snapshot-to the guest runs for 60 seconds, or --run-for, for an
+    /// operator who has it saved or migrated.
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "snapshot_to")]
+    pub to: Option<String>,
+    /// Save the guest into this image instead of migrating it. Of the options of a migration --bandwidth and --hook-timeout count.
+    #[arg(long, value_name = "FILE")]
+    pub snapshot_to: Option<PathBuf>,
+    /// With --snapshot-to: the guest stands still until its memory is saved.
+    #[arg(long, requires = "snapshot_to")]
+    pub paused: bool,
+    /// How long an operator may take.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    pub run_for: Duration,
     /// How it is migrated.
     #[command(flatten)]
     pub outgoing: OutgoingArgs,
@@ -74,9 +85,22 @@ pub struct DestinationArgs {
     /// What both sides need.
     #[command(flatten)]
     pub common: Common,
-    /// Where the destination's agent listens for the source's: tcp:HOST:PORT or unix:PATH.
-    #[arg(long, value_name = "ADDRESS")]
-    pub listen: String,
+    /// Where the destination's agent listens for the source's: tcp:HOST:PORT or unix:PATH. Without this and --restore-from it waits for an operator who has
+    /// a guest restored, for 60 seconds, or --wait-for.
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "restore_from")]
+    pub listen: Option<String>,
+    /// Restore a guest from this image instead of waiting for one.
+    #[arg(long, value_name = "FILE")]
+    pub restore_from: Option<PathBuf>,
+    /// With --restore-from: give the guest the go at once; its memory follows.
+    #[arg(long, requires = "restore_from")]
+    pub lazy: bool,
+    /// With --lazy: read ahead the pages that this file names; if it is not there, write to it which pages the guest touches first.
+    #[arg(long, value_name = "FILE", requires = "lazy")]
+    pub working_set: Option<PathBuf>,
+    /// How long an operator may take.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    pub wait_for: Duration,
 }
 
 /// Who finds the guest's writes.

@@ -3,12 +3,14 @@
 use super::cli::DestinationArgs;
 use super::report::{Report, watch};
 use crate::Error;
+use crate::deadline::wait_for;
 use crate::guest::threads::{ThreadGuest, ThreadGuestOptions};
 use crate::usage::Usage;
 use crate::vmm::{MockVmm, Tracker};
-use pageferry_client::{IncomingOptions, Phase};
+use pageferry_client::{IncomingOptions, Phase, RestoreMode, RestoreOptions};
+use pageferry_protocol::control::job::JobKind;
 
-/// Hands over the memory and waits for a guest. What the source's guest wrote is compared with what came: before the commit, or in postcopy when all is here.
+/// Hands over the memory and waits for a guest, or restores one. What the source's guest wrote is compared with what came: before the commit, or in postcopy when all is here.
 ///
 /// # Errors
 /// If it does not get as far as a job, or the agent is lost. A job that fails is no error but a report.
@@ -19,9 +21,7 @@ pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
     let guest = ThreadGuest::new(&usage, ThreadGuestOptions { rate: Some(0), ..ThreadGuestOptions::default() })?;
     let vmm = MockVmm::connect(&arguments.common.socket, usage, Tracker::Log)?;
     vmm.set_guest(guest);
-    let (job, address) = vmm.start_incoming(&arguments.listen, &IncomingOptions::default())?;
-    // On standard error: with --json, standard output has one object only.
-    eprintln!("listening at {address}");
+    let job = start(&vmm, arguments)?;
     let status = watch(&vmm, job, !arguments.common.json, |_| Ok(()))?;
     let mut record = vmm.record();
     if status.phase == Phase::Completed && record.memory_complete {
@@ -30,8 +30,32 @@ pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
         record.allocated_at_load = Some(vmm.memory().allocated()?);
     }
     if status.phase == Phase::Completed && !record.runs {
-        return Err(Error::Mismatch("the migration completed, but the guest was not resumed".into()));
+        return Err(Error::Mismatch("the job completed, but the guest was not resumed".into()));
     }
     log::info!("{} words of the guest's ledger were compared", record.words_checked);
     Ok(Report { destination_allocated: record.allocated_at_load, ..Report::new(&status) })
+}
+
+/// Starts what is asked for, or waits until an operator does; returns the number of the job.
+fn start(vmm: &MockVmm, arguments: &DestinationArgs) -> Result<u64, Error> {
+    // On standard error: with --json, standard output has one object only.
+    if let Some(listen) = &arguments.listen {
+        let (job, address) = vmm.start_incoming(listen, &IncomingOptions::default())?;
+        eprintln!("listening at {address}");
+        return Ok(job);
+    }
+    if let Some(image) = &arguments.restore_from {
+        let mode = if arguments.lazy { RestoreMode::Lazy } else { RestoreMode::Eager };
+        let working_set = arguments.working_set.as_ref().map(std::path::absolute).transpose();
+        let working_set = working_set.map_err(Error::io("find the working set"))?.unwrap_or_default();
+        let working_set = working_set.to_string_lossy().into_owned();
+        return vmm.start_restore(image, &RestoreOptions { mode, working_set, ..RestoreOptions::default() });
+    }
+    vmm.take_restores();
+    eprintln!("waiting for a restore");
+    wait_for("a restore", arguments.wait_for, || match vmm.client().status() {
+        Ok(status) if status.kind == JobKind::Restore => Some(Ok(status.job)),
+        Ok(_) => None,
+        Err(error) => Some(Err(error.into())),
+    })?
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use std::time::Duration;
 
 /// Time between two looks at the job.
-const LOOK: Duration = Duration::from_millis(2);
+pub(super) const LOOK: Duration = Duration::from_millis(2);
 
 /// The end of a migration, seen from one side. What that side cannot know is `None`, and `null` in JSON.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -33,6 +33,14 @@ pub struct Report {
     pub total_ms: f64,
     /// Milliseconds that the guest stood still.
     pub downtime_ms: f64,
+    /// Restore: milliseconds until the guest ran.
+    pub running_ms: f64,
+    /// Snapshot: pages saved before their turn, since the guest wrote to them.
+    pub captured_pages: u64,
+    /// Snapshot: pages saved before their turn, since the guest discarded them.
+    pub rescued_pages: u64,
+    /// Restore: pages of the working set that were read ahead.
+    pub working_set_pages: u64,
     /// Postcopy: faults that were answered.
     pub faults: u64,
     /// Postcopy: pages that the destination asked for.
@@ -79,6 +87,10 @@ impl Report {
             wire_bytes,
             total_ms: milliseconds(status.counters.total_us),
             downtime_ms: milliseconds(status.counters.downtime_us),
+            running_ms: milliseconds(status.counters.running_us),
+            captured_pages: status.counters.captured_pages,
+            rescued_pages: status.counters.rescued_pages,
+            working_set_pages: status.counters.working_set_pages,
             ..Self::default()
         }
     }
@@ -108,8 +120,15 @@ impl std::fmt::Display for Report {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mebibytes = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
         if self.succeeded() {
-            write!(formatter, "completed in {:.0} ms, {} passes", self.total_ms, self.passes)?;
-            write!(formatter, ", the guest stood still for {:.1} ms", self.downtime_ms)?;
+            write!(formatter, "completed in {:.0} ms", self.total_ms)?;
+            if self.passes > 0 {
+                write!(formatter, ", {} passes", self.passes)?;
+            }
+            if self.running_ms > 0.0 {
+                write!(formatter, ", the guest ran after {:.1} ms", self.running_ms)?;
+            } else {
+                write!(formatter, ", the guest stood still for {:.1} ms", self.downtime_ms)?;
+            }
         } else {
             write!(formatter, "{}: {}", self.status, self.error)?;
         }
@@ -125,13 +144,17 @@ impl std::fmt::Display for Report {
         if self.requested_pages + self.pushed_pages + self.dropped_pages > 0 {
             write!(
                 formatter,
-                "\npostcopy: {} pages requested, {} pushed, {} dropped by discard, {} released",
+                "\nwhile it ran: {} pages requested, {} pushed, {} dropped by discard, {} released",
                 self.requested_pages, self.pushed_pages, self.dropped_pages, self.released_pages
             )?;
             if self.faults > 0 {
                 let [p50, p99, max] = self.fault_us;
                 write!(formatter, "; {} faults, p50 {p50} us, p99 {p99} us, most {max} us", self.faults)?;
             }
+        }
+        if self.captured_pages + self.rescued_pages > 0 {
+            let (captured, rescued) = (self.captured_pages, self.rescued_pages);
+            write!(formatter, "\nsaved before their turn: {captured} pages for writes, {rescued} for discards")?;
         }
         if let (Some(before), Some(after)) = (self.source_allocated_before, self.source_allocated_after) {
             write!(formatter, "\nallocated at the source: {} before, {} after", mebibytes(before), mebibytes(after))?;

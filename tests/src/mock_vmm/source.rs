@@ -1,20 +1,22 @@
 //! `mock_vmm source`.
 
 use super::cli::{ByteRange, SourceArgs, TrackerName};
-use super::report::{Report, watch};
+use super::report::{LOOK, Report, watch};
 use crate::Error;
 use crate::guest::threads::{PageSet, ThreadGuest, ThreadGuestOptions};
 use crate::memory::TestMemory;
 use crate::usage::{Path, Usage};
 use crate::vmm::{MockVmm, Tracker};
-use pageferry_client::{BlockRange, Client, Phase, Punch};
+use pageferry_client::{BlockRange, Client, JobStatus, OutgoingOptions, Phase, Punch, SnapshotMode, SnapshotOptions};
+use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::memory::PageRange;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 /// The id of the only block.
 const RAM: u32 = 0;
 
-/// Hands over the memory, discards, runs the guest, and migrates it.
+/// Hands over the memory, discards, runs the guest, and migrates or saves it, or has an operator do so.
 ///
 /// # Errors
 /// If it does not get as far as a job, or the agent is lost. A job that fails is no error but a report.
@@ -42,9 +44,12 @@ pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
     let last_chance = during.clone();
     vmm.before_pause(move || last_chance.lock().unwrap_or_else(PoisonError::into_inner).make());
 
-    let job = vmm.start_outgoing(&arguments.to, &arguments.outgoing.clone().into())?;
+    let Some(job) = start(&vmm, arguments)? else {
+        let status = serve(&vmm, arguments)?;
+        return Ok(Report::new(&status));
+    };
     let status = watch(&vmm, job, !arguments.common.json, |status| {
-        if status.phase == Phase::Passes {
+        if matches!(status.phase, Phase::Passes | Phase::Saving) {
             during.lock().unwrap_or_else(PoisonError::into_inner).make()?;
         }
         Ok(())
@@ -55,6 +60,33 @@ pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
         source_allocated_after: Some(memory.allocated()?),
         ..Report::new(&status)
     })
+}
+
+/// Starts what is asked for; `None` if that is up to an operator.
+fn start(vmm: &MockVmm, arguments: &SourceArgs) -> Result<Option<u64>, Error> {
+    let outgoing: OutgoingOptions = arguments.outgoing.clone().into();
+    if let Some(target) = &arguments.to {
+        return vmm.start_outgoing(target, &outgoing).map(Some);
+    }
+    let Some(image) = &arguments.snapshot_to else { return Ok(None) };
+    let OutgoingOptions { bandwidth, hook_timeout, .. } = outgoing;
+    let mode = if arguments.paused { SnapshotMode::Paused } else { SnapshotMode::Background };
+    let options = SnapshotOptions { mode, bandwidth, hook_timeout, replace: true, ..SnapshotOptions::default() };
+    vmm.start_snapshot(image, &options).map(Some)
+}
+
+/// Runs the guest for a while, or until an operator has migrated it away. Returns how the last job ended.
+fn serve(vmm: &MockVmm, arguments: &SourceArgs) -> Result<JobStatus, Error> {
+    eprintln!("the guest runs");
+    let until = Instant::now() + arguments.run_for;
+    loop {
+        let status = vmm.client().status()?;
+        let gone = status.kind == JobKind::Outgoing && status.phase == Phase::Completed;
+        if gone || (Instant::now() >= until && status.phase.is_final()) {
+            return Ok(status);
+        }
+        std::thread::sleep(LOOK);
+    }
 }
 
 /// A guest that writes only what is allocated already, so that no growth of the file is its doing.

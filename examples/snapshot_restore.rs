@@ -1,0 +1,236 @@
+//! A running guest is saved, killed, and restored: an agent and a VMM to save it, and an agent and a VMM for each restore, each a process of its own.
+//!
+//! `cargo run --release --example snapshot_restore`
+//!
+//! The guest has 1 GiB. It writes into a part of it all the time; another part has content that stands still, and the rest was never touched. It is saved while it runs, and again as an
+//! increment. Then its VMM and the agent are killed. It is restored lazily: it runs at once, and its memory follows from the images. That is done twice, and the second time what it
+//! touched first is read ahead. Afterwards the result is checked, and the exit status is 0 only if all of it is right.
+#![allow(clippy::print_stdout)]
+
+use clap::{Parser, Subcommand};
+use pageferry_client::{BlockRange, Phase, Punch, RestoreMode, RestoreOptions, SnapshotOptions};
+use pageferry_examples::counting::{Counting, RAM};
+use pageferry_examples::table::Table;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_tests::Error;
+
+use pageferry_tests::memory::TestMemory;
+use pageferry_tests::mock_vmm::report::{Report, watch};
+use pageferry_tests::process::{AgentProcess, Process};
+use pageferry_tests::usage::Usage;
+use pageferry_tests::verify::same_block;
+use pageferry_tests::vmm::{MockVmm, Tracker};
+use serde_json::{Value, json};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+/// Size of the guest.
+const SIZE: u64 = 1 << 30;
+/// What the guest writes into, over and over, but for its firmware.
+const BUSY: PageRange = pages(0, 32 * MIB);
+/// Content that stands still. What follows was never touched.
+const STILL: PageRange = pages(32 * MIB, 480 * MIB);
+/// Given back between the two images.
+const GIVEN_BACK: PageRange = pages(256 * MIB, 128 * MIB);
+/// Where the still content comes from.
+const SEED: u64 = 2021;
+/// The guest.
+const COUNTING: Counting = Counting { busy: BUSY };
+/// Longest time for one process.
+const LIMIT: Duration = Duration::from_secs(300);
+
+const fn pages(offset: u64, length: u64) -> PageRange {
+    PageRange::new(pages_in(offset), pages_in(length))
+}
+
+/// Saves a running guest of 1 GiB, kills it, restores it twice, and checks that it counts on.
+#[derive(Debug, Parser)]
+#[command(name = "snapshot_restore")]
+struct Cli {
+    #[command(subcommand)]
+    process: Option<Role>,
+}
+
+/// What this program is in the processes that it starts.
+#[derive(Debug, Subcommand)]
+enum Role {
+    #[command(hide = true)]
+    Save { socket: PathBuf, folder: PathBuf },
+    #[command(hide = true)]
+    Restore { socket: PathBuf, folder: PathBuf },
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == "agent") {
+        return pageferry_tests::agent::main(arguments);
+    }
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let outcome = match Cli::parse().process {
+        None => show(),
+        Some(Role::Save { socket, folder }) => save(&socket, &folder),
+        Some(Role::Restore { socket, folder }) => restore(&socket, &folder).map(|report| println!("{report}")),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", error.sentence());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Starts everything, waits, checks, and shows what happened.
+fn show() -> Result<(), Error> {
+    let program = std::env::current_exe().map_err(Error::io("find this program"))?;
+    let folder = std::env::temp_dir().join(format!("pageferry-{}", std::process::id()));
+    std::fs::create_dir(&folder).map_err(Error::io(format!("make {}", folder.display())))?;
+    let shown = save_and_restore(&program, &folder);
+    let removed = std::fs::remove_dir_all(&folder);
+    shown?;
+    removed.map_err(Error::io(format!("remove {}", folder.display())))
+}
+
+fn save_and_restore(program: &Path, folder: &Path) -> Result<(), Error> {
+    let run = |role: &str, name: &str| -> Result<(AgentProcess, Process), Error> {
+        let agent = AgentProcess::spawn(program.as_os_str(), folder, name)?;
+        let vmm = Process::spawn_visible(role, Command::new(program).arg(role).arg(agent.socket()).arg(folder))?;
+        Ok((agent, vmm))
+    };
+    println!("preparing a guest of {} MiB, {} MiB of them with content", SIZE / MIB, STILL.bytes() / MIB);
+    let (mut agent, mut vmm) = run("save", "saving")?;
+    let mut report = |name: &str| -> Result<Value, Error> {
+        let line = vmm.wait_for_line(name, LIMIT)?;
+        parse(line.trim_start_matches(name))
+    };
+    let (full, increment) = (report("full ")?, report("increment ")?);
+    // In the midst of it.
+    vmm.kill()?;
+    agent.process().kill()?;
+    print!("{}", saved("saved while it ran", &full, &folder.join("full"))?);
+    print!("{}", saved("an increment, after it ran on", &increment, &folder.join("increment"))?);
+    println!("killed the guest, its VMM and the agent");
+    for name in ["restored", "restored once more"] {
+        let (_agent, mut vmm) = run("restore", name)?;
+        let restored = report_of(&mut vmm)?;
+        print!("{}", restored_table(name, &restored["report"]));
+        println!("checked: {}", restored["guest"].as_str().unwrap_or_default());
+        println!("checked: {}", restored["memory"].as_str().unwrap_or_default());
+    }
+    Ok(())
+}
+
+fn parse(text: &str) -> Result<Value, Error> {
+    serde_json::from_str(text).map_err(|error| Error::Mismatch(format!("a VMM says \"{text}\": {error}")))
+}
+
+/// Waits for the end of a VMM and reads its last line.
+fn report_of(vmm: &mut Process) -> Result<Value, Error> {
+    let status = vmm.wait(LIMIT)?;
+    let last = vmm.lines().pop().unwrap_or_default();
+    if !status.success() {
+        return Err(Error::Mismatch(format!("a VMM failed ({status}): {last}")));
+    }
+    parse(&last)
+}
+
+/// The VMM that saves its guest, twice, and then goes on until it is killed.
+fn save(socket: &Path, folder: &Path) -> Result<(), Error> {
+    let memory = Arc::new(TestMemory::ram(SIZE)?);
+    memory.block(RAM)?.fill(STILL, SEED)?;
+    let vmm = MockVmm::connect(socket, Usage::new(memory)?, Tracker::Log)?;
+    let guest = COUNTING.boot(&vmm)?;
+    eprintln!("saving a guest {guest}");
+    let take = |name: &str, options: &SnapshotOptions| -> Result<(), Error> {
+        let job = vmm.start_snapshot(&folder.join(name), options)?;
+        let status = watch(&vmm, job, true, |_| Ok(()))?;
+        if status.phase != Phase::Completed {
+            return Err(Error::Mismatch(format!("the snapshot {}: {}", status.phase.name(), status.error)));
+        }
+        println!("{name} {}", json!(Report::new(&status)));
+        Ok(())
+    };
+    let options = SnapshotOptions { track: true, ..SnapshotOptions::default() };
+    take("full", &options)?;
+    vmm.usage().give_up(RAM, GIVEN_BACK)?;
+    let range = BlockRange { block: RAM, offset: GIVEN_BACK.offset(), length: GIVEN_BACK.bytes() };
+    vmm.client().discard(&[range], Punch::Yes)?;
+    let base = folder.join("full").to_string_lossy().into_owned();
+    take("increment", &SnapshotOptions { base, ..options })?;
+    // It is killed meanwhile.
+    std::thread::sleep(LIMIT);
+    Ok(())
+}
+
+/// A VMM whose guest comes from the image.
+fn restore(socket: &Path, folder: &Path) -> Result<Value, Error> {
+    let usage = Usage::new(Arc::new(TestMemory::ram(SIZE)?))?;
+    let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
+    let guest = COUNTING.expect(&vmm)?;
+    let working_set = folder.join("working-set").to_string_lossy().into_owned();
+    let options = RestoreOptions { mode: RestoreMode::Lazy, working_set, ..RestoreOptions::default() };
+    let job = vmm.start_restore(&folder.join("increment"), &options)?;
+    let status = watch(&vmm, job, true, |_| Ok(()))?;
+    if status.phase != Phase::Completed {
+        return Err(Error::Mismatch(format!("the restore {}: {}", status.phase.name(), status.error)));
+    }
+    let guest = COUNTING.counts_on(&vmm, &guest)?;
+    let reference = TestMemory::ram(SIZE)?;
+    reference.block(RAM)?.fill(STILL, SEED)?;
+    let discarded = MappedBitmap::private(pages_in(SIZE)).map_err(|error| Error::Memory(error.to_string()))?;
+    discarded.set(GIVEN_BACK);
+    let stands_still = |page: u64| page >= BUSY.end();
+    // What is busy is allocated here alone: it is not compared, and its holes are not looked for.
+    reference.block(RAM)?.fill(BUSY, SEED)?;
+    let compared = same_block(reference.block(RAM)?, &discarded, usage.memory().block(RAM)?, stands_still)?;
+    let memory = format!(
+        "{} pages are as they were saved, {} discarded pages are holes, and nothing more is allocated",
+        compared.equal, compared.discarded
+    );
+    Ok(json!({ "guest": guest, "memory": memory, "report": Report::new(&status) }))
+}
+
+fn saved(name: &str, report: &Value, image: &Path) -> Result<Table, Error> {
+    use std::os::unix::fs::MetadataExt;
+    let number = |name: &str| report[name].as_u64().unwrap_or_default();
+    let file = std::fs::metadata(image).map_err(Error::io(format!("look at {}", image.display())))?;
+    println!("{name}:");
+    let mut table = Table::default();
+    table.row("pages saved", pages_text(number("pages_sent")));
+    table.row("of them before their turn, for a write", pages_text(number("captured_pages")));
+    table.row("pages discarded", pages_text(number("discarded_pages")));
+    table.row("the guest stood still for", time(report, "downtime_ms"));
+    table.row("took", time(report, "total_ms"));
+    table.row("the file takes on the disk", mib(file.blocks() * 512));
+    Ok(table)
+}
+
+fn restored_table(name: &str, report: &Value) -> Table {
+    let number = |name: &str| report[name].as_u64().unwrap_or_default();
+    println!("{name}:");
+    let mut table = Table::default();
+    table.row("the guest ran after", time(report, "running_ms"));
+    table.row("all of its memory was there after", time(report, "total_ms"));
+    table.row("pages restored", pages_text(number("pages_sent")));
+    table.row("of them read ahead by the working set", pages_text(number("working_set_pages")));
+    table.row("faults", number("faults"));
+    table.row("99 of 100 of them took at most", format!("{} us", report["fault_us"][1].as_u64().unwrap_or_default()));
+    table
+}
+
+fn time(report: &Value, name: &str) -> String {
+    format!("{:.1} ms", report[name].as_f64().unwrap_or_default())
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / MIB as f64)
+}
+
+fn pages_text(count: u64) -> String {
+    format!("{count} pages, {}", mib(count * PAGE_SIZE))
+}

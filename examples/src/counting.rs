@@ -1,0 +1,128 @@
+//! A guest that counts in its pages for ever, so that anyone can tell later whether all of it came: a real one under KVM, or threads where KVM is not to be had.
+
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep, check_consistent, counters};
+use pageferry_tests::guest::threads::{PageSet, ThreadGuest, ThreadGuestOptions};
+use pageferry_tests::usage::{Path, Usage};
+use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use pageferry_tests::{Error, deadline};
+use std::sync::Arc;
+
+/// The id of the only block.
+pub const RAM: u32 = 0;
+
+/// Which pages it counts in: those from its firmware on.
+#[derive(Debug, Clone, Copy)]
+pub struct Counting {
+    /// Its firmware, and the pages after it that it writes over and over.
+    pub busy: PageRange,
+}
+
+/// A guest that is to come.
+pub enum Expected {
+    /// Under KVM.
+    Kvm,
+    /// Of threads, and how often they have written.
+    Threads(Box<dyn Fn() -> u64>),
+}
+
+impl Counting {
+    fn pages(&self) -> u64 {
+        self.busy.count - FIRMWARE_PAGES
+    }
+
+    fn sweep(&self) -> Sweep {
+        Sweep { ranges: vec![(FIRMWARE_PAGES * PAGE_SIZE, self.pages())], spins: 200 }
+    }
+
+    fn threads(&self, usage: &Arc<Usage>) -> Result<ThreadGuest, Error> {
+        let busy: PageSet = [(RAM, PageRange::new(FIRMWARE_PAGES, self.pages()))].into_iter().collect();
+        let (rate, path) = (Some(50_000), Path::MappingAndLog);
+        ThreadGuest::new(usage, ThreadGuestOptions { rate, pages: Some(busy), path, ..Default::default() })
+    }
+
+    /// Starts one. Returns what it is, in words.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn boot(&self, vmm: &MockVmm) -> Result<&'static str, Error> {
+        let usage = vmm.usage().clone();
+        let guest = match KvmGuest::new(usage.memory().guest().clone(), self.sweep()) {
+            Ok(mut guest) => {
+                guest.boot()?;
+                vmm.set_tracker(Tracker::Hooks(Box::new(guest.dirty_log()?)))?;
+                vmm.set_guest(guest);
+                "under KVM, tracked by KVM's dirty log"
+            }
+            Err(error) => {
+                log::warn!("no KVM guest: {error}");
+                vmm.set_guest(self.threads(&usage)?);
+                "of threads, since KVM is not to be had, tracked by the shared log"
+            }
+        };
+        vmm.start()?;
+        Ok(guest)
+    }
+
+    /// Makes the place that one comes to.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn expect(&self, vmm: &MockVmm) -> Result<Expected, Error> {
+        let usage = vmm.usage().clone();
+        if let Ok(guest) = KvmGuest::new(usage.memory().guest().clone(), self.sweep()) {
+            vmm.set_guest(guest);
+            return Ok(Expected::Kvm);
+        }
+        let guest = self.threads(&usage)?;
+        let writes = guest.watch_writes();
+        vmm.set_guest(guest);
+        Ok(Expected::Threads(Box::new(writes)))
+    }
+
+    /// The counter of the first page.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn first(&self, vmm: &MockVmm) -> Result<u32, Error> {
+        let word = vmm.memory().block(RAM)?.read_word(FIRMWARE_PAGES * PAGE_SIZE)?;
+        Ok(word as u32)
+    }
+
+    /// Lets the one that came go on, stops it, and looks at its counters. Returns what was found, in words.
+    ///
+    /// # Errors
+    /// If it does not go on, or a counter is wrong.
+    pub fn counts_on(&self, vmm: &MockVmm, guest: &Expected) -> Result<String, Error> {
+        match guest {
+            Expected::Kvm => self.counts_on_in_kvm(vmm),
+            Expected::Threads(writes) => counts_on_in_threads(vmm, writes),
+        }
+    }
+
+    /// A page that came in an old version would lag behind for ever.
+    fn counts_on_in_kvm(&self, vmm: &MockVmm) -> Result<String, Error> {
+        let came_with = self.first(vmm)?;
+        deadline::wait_until("three more sweeps of the guest", PATIENCE, || {
+            self.first(vmm).is_ok_and(|sweeps| sweeps.wrapping_sub(came_with) >= 3)
+        })?;
+        vmm.stop()?;
+        let progress = check_consistent(counters(vmm.memory().guest(), &self.sweep())?)?;
+        Ok(format!(
+            "the guest counts on, from sweep {came_with} to sweep {}, and all its {} counters agree",
+            progress.sweeps,
+            self.pages()
+        ))
+    }
+}
+
+fn counts_on_in_threads(vmm: &MockVmm, writes: &dyn Fn() -> u64) -> Result<String, Error> {
+    deadline::wait_until("more writes of the guest", PATIENCE, || writes() > 10_000)?;
+    vmm.stop()?;
+    let words = vmm.usage().check()?;
+    let came = vmm.record().words_checked;
+    Ok(format!(
+        "the guest counts on: {came} counters were right when it came, {words} are after {} more writes",
+        writes()
+    ))
+}
