@@ -1,6 +1,6 @@
 //! Memory is protected against writes, so that the guest can run on while it is saved.
 //!
-//! To protect a page costs some 20 ns, that is 10 ms for each GiB, and the guest would stand still for all of it. So nearly all of it is done *ahead*, while the guest runs: who writes
+//! To protect a page costs some 70 ns, that is 18 ms for each GiB, and the guest would stand still for all of it. So nearly all of it is done *ahead*, while the guest runs: who writes
 //! into what is protected has the protection lifted, and that is noted. When the guest then stands still only what was lifted or allocated meanwhile is left. A guest that writes
 //! a lot is slowed down by its faults, so there is never much.
 //!
