@@ -202,7 +202,7 @@ impl Image {
         Ok(())
     }
 
-    /// Checks the checksums of the pages of extent `extent` of the block at index `at`, of which it has a page.
+    /// Checks the checksums of the pages of extent `extent` of the block at index `at`.
     ///
     /// # Errors
     /// If they cannot be read, or are damaged.

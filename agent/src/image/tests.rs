@@ -160,6 +160,19 @@ proptest! {
 }
 
 #[test]
+fn the_sum_of_an_extent_without_content_is_that_of_its_checksums_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let mut model = vec![vec![Page::Zero; BLOCKS[0] as usize], vec![Page::Zero; BLOCKS[1] as usize]];
+    model[1][600] = Page::Content(1);
+    write(&path, &model, &Base::default(), 64);
+    let image = Image::open(&path).unwrap();
+    for (at, extents) in [1, 3].into_iter().enumerate() {
+        (0..extents).for_each(|extent| image.check_sums(at, extent).unwrap());
+    }
+}
+
+#[test]
 fn a_chain_that_was_tampered_with_is_refused_with_what_is_wrong() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);

@@ -218,10 +218,11 @@ impl ImageWriter {
     fn write_extent_sums(&self) -> Result<Section, Fault> {
         let mut out = Sequence::new(self.file.as_fd(), self.layout.extent_sums());
         let mut sums = [0u32; EXTENT_PAGES as usize];
+        let without_content = extent_checksum(&sums);
         for (at, present) in self.present.iter().enumerate() {
             for extent in 0..self.layout.extents(at) {
                 let first = extent * EXTENT_PAGES;
-                let mut sum = 0;
+                let mut sum = without_content;
                 if present.next_set(PageRange::new(first, EXTENT_PAGES)).is_some() {
                     read_at(
                         self.file.as_fd(),
