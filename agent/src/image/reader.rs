@@ -109,6 +109,7 @@ impl Image {
         let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
         let mut bytes = vec![0; PART.min(section.length as usize)];
         let mut all = Vec::with_capacity(self.contents.table.blocks().len());
+        let mut refused = None;
         for (at, block) in self.contents.table.blocks().iter().enumerate() {
             let bitmap = || MappedBitmap::private(block.pages());
             let states = States { present: bitmap()?, discarded: bitmap()?, unchanged: bitmap()? };
@@ -119,8 +120,14 @@ impl Image {
                 digest.update(bytes);
                 let first_word = offset / 16;
                 let pages = (block.pages() - first_word * 64).min(bytes.len() as u64 / 16 * 64);
-                let words = decode_states(bytes, pages, self.header.is_increment());
-                for (word, state) in words.map_err(|source| Fault::States { id: block.id, source })? {
+                let words = match decode_states(bytes, pages, self.header.is_increment()) {
+                    Ok(words) => words,
+                    Err(source) => {
+                        refused = refused.or(Some(Fault::States { id: block.id, source }));
+                        continue;
+                    }
+                };
+                for (word, state) in words {
                     let word = first_word + word;
                     states.present.or_word(word, state.present);
                     states.discarded.or_word(word, state.discarded);
@@ -129,7 +136,11 @@ impl Image {
             }
             all.push(states);
         }
+        // First: states that are damaged say nothing, and states that are not and make no sense are somebody's mistake.
         check_sum(SectionKind::States, section, digest.finalize() as u32)?;
+        if let Some(fault) = refused {
+            return Err(fault);
+        }
         let section = self.header.section(SectionKind::ExtentSums);
         let mut sums = vec![0u32; self.layout.all_extents() as usize];
         let bytes = zerocopy::IntoBytes::as_mut_bytes(sums.as_mut_slice());

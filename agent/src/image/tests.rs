@@ -173,6 +173,24 @@ fn the_sum_of_an_extent_without_content_is_that_of_its_checksums_too() {
 }
 
 #[test]
+fn states_that_are_damaged_are_called_so_whatever_they_came_to_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let model = vec![vec![Page::Discarded; BLOCKS[0] as usize], vec![Page::Zero; BLOCKS[1] as usize]];
+    write(&path, &model, &Base::default(), 64);
+    let at = Image::open(&path).unwrap().layout().states() as usize;
+    let mut bytes = std::fs::read(&path).unwrap();
+    // Page 0 is as in a base that there is none of; and a page after the last is zero no more.
+    for at in [at, at + 31] {
+        bytes[at] ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        let error = sentence(&Image::open(&path).unwrap_err());
+        assert!(error.contains("section states of pages") && error.ends_with("the image is damaged"), "{error}");
+        bytes[at] ^= 1;
+    }
+}
+
+#[test]
 fn a_chain_that_was_tampered_with_is_refused_with_what_is_wrong() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
