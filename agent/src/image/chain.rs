@@ -146,6 +146,10 @@ fn next_base(images: &[Image], open: fn(&Path) -> Result<Image, ImageError>) -> 
     if images.len() == MAX_IMAGES {
         return Err(Fault::Chain(MAX_IMAGES).of(images[0].path()));
     }
+    let id = last.header().base;
+    if images.iter().any(|image| image.header().id == id) {
+        return Err(Fault::Circle { id }.of(last.path()));
+    }
     let path = base_path(last);
     let base = open(&path)?;
     let (found, expected) = (base.header().id, last.header().base);

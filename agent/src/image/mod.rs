@@ -205,7 +205,13 @@ pub enum Fault {
         /// The base, or one of its own.
         path: PathBuf,
     },
-    /// The chain is too long, or bites its tail.
+    /// The chain bites its tail.
+    #[error("its base is image {}, which builds on this one: no image comes twice", id_text(id))]
+    Circle {
+        /// The id of the base.
+        id: [u8; 16],
+    },
+    /// The chain is too long.
     #[error("it builds on more than {0} images, one on the other")]
     Chain(usize),
     /// Memory for a bitmap.

@@ -191,6 +191,20 @@ fn states_that_are_damaged_are_called_so_whatever_they_came_to_say() {
 }
 
 #[test]
+fn an_image_that_builds_on_itself_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let zero = vec![vec![Page::Zero; BLOCKS[0] as usize], vec![Page::Zero; BLOCKS[1] as usize]];
+    let id = write(&path("one"), &zero, &Base { id: [7; 16], name: "two".into() }, 64);
+    let id = write(&path("two"), &zero, &Base { id, name: "one".into() }, 64);
+    let header = pageferry_protocol::image::Header { base: id, ..Image::open(&path("one")).unwrap().header().clone() };
+    let file = std::fs::OpenOptions::new().write(true).open(path("one")).unwrap();
+    bytes::write_at(file.as_fd(), &header.to_bytes(), 0).unwrap();
+    let error = Chain::open(&path("two")).unwrap_err();
+    assert!(matches!(error.fault, Fault::Circle { id: found } if found == id), "{}", sentence(&error));
+}
+
+#[test]
 fn a_chain_that_was_tampered_with_is_refused_with_what_is_wrong() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
