@@ -232,4 +232,6 @@ fn kernel(what: &'static str) -> impl Fn(Errno) -> Fault {
 }
 
 #[cfg(test)]
+pub(crate) mod test_support;
+#[cfg(test)]
 mod tests;
