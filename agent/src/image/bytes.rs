@@ -1,9 +1,10 @@
-//! Reading and writing at a place in a file, all or nothing; and memory that a disk can read from.
+//! Reading and writing at a place in a file, all or nothing; where a file has data; and memory that a disk can read from.
 
 use super::Fault;
 use pageferry_protocol::memory::PAGE_SIZE;
+use rustix::fs::SeekFrom;
 use rustix::io::Errno;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::os::fd::BorrowedFd;
 
 /// Writes all of `bytes`.
@@ -36,6 +37,31 @@ pub(super) fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -
         }
     }
     Ok(())
+}
+
+/// Where the file has data in `range`, in order; the rest is holes. Where the file system cannot tell, all of it counts as data.
+pub(super) fn data_in(file: BorrowedFd<'_>, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let mut next = range.start;
+    std::iter::from_fn(move || {
+        if next >= range.end {
+            return None;
+        }
+        // Reads and writes are at places of their own, so it does no harm to move the file's.
+        let start = match rustix::fs::seek(file, SeekFrom::Data(next)) {
+            Ok(start) => start.max(next),
+            Err(Errno::NXIO) => range.end,
+            Err(_) => next,
+        };
+        if start >= range.end {
+            next = range.end;
+            return None;
+        }
+        next = match rustix::fs::seek(file, SeekFrom::Hole(start)) {
+            Ok(end) if end > start => end.min(range.end),
+            _ => range.end,
+        };
+        Some(start..next)
+    })
 }
 
 /// Bytes that begin at a multiple of the page size, as writing past the page cache needs them.

@@ -39,7 +39,8 @@ impl Chain {
     /// # Errors
     /// If one of them is not there, is damaged, or is another than it should be.
     pub fn open(path: &Path) -> Result<Self, ImageError> {
-        let images = open_all(path, Image::open)?;
+        let (images, opened) = images(path);
+        opened?;
         Self::fold(images).map_err(|fault| fault.of(path))
     }
 
@@ -134,6 +135,11 @@ impl Chain {
     }
 }
 
+/// The image at `path` and those that it builds on, the newest first, as far as they can be opened; and why no more of them.
+pub fn images(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
+    open_all(path, Image::open)
+}
+
 /// The words of a block with a page that is not zero; some twice.
 fn said(states: &States, all: PageRange) -> impl Iterator<Item = u64> + '_ {
     let words = states.present.nonzero_words(all).chain(states.discarded.nonzero_words(all));
@@ -167,15 +173,21 @@ fn next_base(images: &[Image], open: fn(&Path) -> Result<Image, ImageError>) -> 
 /// # Errors
 /// If one of them is not there, is damaged, or is another than it should be.
 pub fn lineage(path: &Path) -> Result<Vec<Image>, ImageError> {
-    open_all(path, Image::open_contents)
+    let (images, opened) = open_all(path, Image::open_contents);
+    opened.map(|()| images)
 }
 
-fn open_all(path: &Path, open: fn(&Path) -> Result<Image, ImageError>) -> Result<Vec<Image>, ImageError> {
-    let mut images = vec![open(path)?];
-    while let Some(base) = next_base(&images, open)? {
-        images.push(base);
-    }
-    Ok(images)
+fn open_all(path: &Path, open: fn(&Path) -> Result<Image, ImageError>) -> (Vec<Image>, Result<(), ImageError>) {
+    let mut images = Vec::new();
+    let mut open_one = || -> Result<(), ImageError> {
+        images.push(open(path)?);
+        while let Some(base) = next_base(&images, open)? {
+            images.push(base);
+        }
+        Ok(())
+    };
+    let opened = open_one();
+    (images, opened)
 }
 
 /// Where the base of an increment is.

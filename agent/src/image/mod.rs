@@ -5,12 +5,16 @@
 //! - [`writer`]: pages and all else into a new image;
 //! - [`reader`]: an image that is there, each part of it checked before anyone sees it;
 //! - [`chain`]: an increment with the images that it builds on;
+//! - [`verify`]: all of an image, and of those that it builds on, compared with what it should be;
+//! - [`workers`]: work on extents, shared out among threads;
 //! - this file: what can be wrong.
 
 pub mod bytes;
 pub mod chain;
 pub mod new_file;
 pub mod reader;
+pub mod verify;
+pub mod workers;
 pub mod writer;
 
 pub use bytes::PageBuffer;
@@ -178,6 +182,14 @@ pub enum Fault {
         /// The page.
         page: u64,
         /// Where it lies, in bytes from the start of the file.
+        at: u64,
+    },
+    /// There is something where nothing belongs, outside of the pages.
+    #[error("byte {at:#x}, {place}, is zero in an image, and this file has data there: the image is damaged")]
+    Stray {
+        /// What is to be there.
+        place: &'static str,
+        /// In bytes from the start of the file.
         at: u64,
     },
     /// The base is another image than the increment builds on.

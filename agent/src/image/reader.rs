@@ -226,7 +226,7 @@ impl Image {
         let first = extent * EXTENT_PAGES;
         let place = self.layout.page_sum(at, first);
         read_at(self.file.as_fd(), zerocopy::IntoBytes::as_mut_bytes(&mut sums), place)?;
-        let (found, computed) = (self.extent_sums[self.layout.extent(at, extent) as usize], extent_checksum(&sums));
+        let (found, computed) = (self.extent_sum(at, extent), extent_checksum(&sums));
         if found != computed {
             let id = self.contents.table.blocks()[at].id;
             return Err(Fault::ExtentSum { id, first, at: place, found, computed });
@@ -234,18 +234,41 @@ impl Image {
         Ok(())
     }
 
+    /// The checksum, as written, of the checksums of the pages of extent `extent` of the block at index `at`.
+    pub fn extent_sum(&self, at: usize, extent: u64) -> u32 {
+        self.extent_sums[self.layout.extent(at, extent) as usize]
+    }
+
     /// The pieces of the VMM's state, one after another.
     ///
     /// # Errors
     /// If they cannot be read, or are damaged.
     pub fn state(&self) -> Result<Vec<u8>, ImageError> {
+        // No longer than the contents say, which are within the limit.
+        let mut bytes = Vec::with_capacity(self.header.section(SectionKind::VmmState).length as usize);
+        self.state_parts(|part| {
+            bytes.extend_from_slice(part);
+            Ok(())
+        })?;
+        Ok(bytes)
+    }
+
+    /// The same, handed out part by part. All of it is checked only in the end: until then nobody may rely on it.
+    ///
+    /// # Errors
+    /// If they cannot be read, or are damaged; and those of `each`.
+    pub fn state_parts(&self, mut each: impl FnMut(&[u8]) -> Result<(), Fault>) -> Result<(), ImageError> {
         let section = self.header.section(SectionKind::VmmState);
-        let read = || {
-            // No longer than the contents say, which are within the limit.
-            let mut bytes = vec![0; section.length as usize];
-            read_at(self.file.as_fd(), &mut bytes, section.offset)?;
-            check_sum(SectionKind::VmmState, section, checksum(&bytes))?;
-            Ok(bytes)
+        let mut read = || {
+            let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+            let mut bytes = vec![0; PART.min(section.length as usize)];
+            for offset in (0..section.length).step_by(PART) {
+                let part = &mut bytes[..PART.min((section.length - offset) as usize)];
+                read_at(self.file.as_fd(), part, section.offset + offset)?;
+                digest.update(part);
+                each(part)?;
+            }
+            check_sum(SectionKind::VmmState, section, digest.finalize() as u32)
         };
         read().map_err(|fault: Fault| fault.of(&self.path))
     }

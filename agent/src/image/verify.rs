@@ -1,0 +1,267 @@
+//! Checking all of an image, and of those that it builds on: what is there is as its checksums say, and nothing else is there.
+//!
+//! What opens an image has checked its header, contents, states and the checksums of extents. What is left are the pages and their checksums, the state of the
+//! VMM, and what no part of the file covers. That is a hole, or zero: data there would be mapped into a guest which has none, or come from a writer that is wrong.
+//! The file system is asked where it has data, so that it takes as long as the data is, not as long as the guest.
+
+use super::bytes::{data_in, read_at};
+use super::chain::images;
+use super::workers::{Extents, Progress, share};
+use super::{Fault, Image, ImageError, PageBuffer};
+use crate::outgoing::zero::is_zero;
+use pageferry_protocol::image::header::HEADER_SIZE;
+use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE, SectionKind, checksum, extent_checksum};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_protocol::shm::bitmap::word_mask;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+/// Extents that are taken at once, one for each bit of a word: where the file has data is asked once for all.
+const GROUP: u64 = 64;
+/// Bytes of the checksums of an extent's pages.
+const SUMS_SIZE: u64 = EXTENT_PAGES * 4;
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Report {
+    /// The images that could be opened, the newest first.
+    pub images: Vec<Image>,
+    /// Pages that were compared with their checksums.
+    pub pages: u64,
+    /// What is wrong, in the order of the images and of their bytes. All is well only if there is nothing.
+    pub errors: Vec<ImageError>,
+    /// There are as many errors as were wanted: there may be more.
+    pub cut: bool,
+}
+
+/// Checks the image at `path` and all that it builds on, on so many threads, until `most` errors are found. `show` is told the pages that are done, and all.
+pub fn verify(path: &Path, threads: usize, most: usize, show: &(dyn Fn(u64, u64) + Sync)) -> Report {
+    let (images, opened) = images(path);
+    let findings = Findings { found: Mutex::default(), most: most.max(1) };
+    let total = images.iter().map(pages_with_content).sum();
+    let progress = Progress::new(total, show);
+    let check = || {
+        if let Err(error) = opened {
+            // It is the next after those that could be opened.
+            findings.add(Place { image: images.len(), byte: 0 }, error)?;
+        }
+        for (number, image) in images.iter().enumerate() {
+            let (findings, progress) = (&findings, &progress);
+            Check { image, number, extents: Extents::of(image), findings, progress }.all(threads)?;
+        }
+        Ok(())
+    };
+    let outcome: Result<(), Enough> = check();
+    let mut found = findings.found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    found.sort_by_key(|(place, _)| *place);
+    let errors = found.into_iter().map(|(_, error)| error).collect();
+    Report { pages: progress.done(), images, errors, cut: outcome.is_err() }
+}
+
+fn pages_with_content(image: &Image) -> u64 {
+    image.states().iter().map(|states| states.present.count(states.present.all())).sum()
+}
+
+/// Where something is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    /// Which image of the chain.
+    image: usize,
+    /// Which byte of it.
+    byte: u64,
+}
+
+/// As many errors as were wanted.
+struct Enough;
+
+/// What is wrong, as far as it is known.
+struct Findings {
+    found: Mutex<Vec<(Place, ImageError)>>,
+    most: usize,
+}
+
+impl Findings {
+    fn add(&self, place: Place, error: ImageError) -> Result<(), Enough> {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if found.len() < self.most {
+            found.push((place, error));
+        }
+        if found.len() < self.most { Ok(()) } else { Err(Enough) }
+    }
+}
+
+/// One image that is checked.
+struct Check<'a> {
+    image: &'a Image,
+    number: usize,
+    extents: Extents,
+    findings: &'a Findings,
+    progress: &'a Progress<'a>,
+}
+
+impl Check<'_> {
+    fn all(&self, threads: usize) -> Result<(), Enough> {
+        self.between_sections()?;
+        if let Err(error) = self.image.state_parts(|_| Ok(())) {
+            let byte = self.image.header().section(SectionKind::VmmState).offset;
+            self.findings.add(Place { image: self.number, byte }, error)?;
+        }
+        let groups = self.extents.count.div_ceil(GROUP);
+        share(threads, groups, || PageBuffer::new(EXTENT_SIZE as usize), |buffer, group| self.group(buffer, group))
+    }
+
+    fn add(&self, byte: u64, fault: Fault) -> Result<(), Enough> {
+        self.findings.add(Place { image: self.number, byte }, fault.of(self.image.path()))
+    }
+
+    /// What lies between the parts of the file, and after the last.
+    fn between_sections(&self) -> Result<(), Enough> {
+        use SectionKind::{Contents, ExtentSums, PageSums, States, VmmState};
+        let section = |kind| self.image.header().section(kind);
+        let between = |one, other| {
+            let (one, other) = (section(one), section(other));
+            // In this order and within the file, as was checked when it was opened.
+            one.offset + one.length..other.offset
+        };
+        let last = section(VmmState);
+        let places = [
+            ("between the header and the pages", HEADER_SIZE as u64..EXTENT_SIZE),
+            ("after the checksums of pages", between(PageSums, States)),
+            ("after the states of pages", between(States, ExtentSums)),
+            ("after the checksums of extents", between(ExtentSums, Contents)),
+            ("after the contents", between(Contents, VmmState)),
+            ("after the state of the VMM", last.offset + last.length..self.image.header().file_length),
+        ];
+        let mut buffer = PageBuffer::new(EXTENT_SIZE as usize);
+        places.into_iter().try_for_each(|(place, bytes)| self.nothing(&mut buffer, place, bytes))
+    }
+
+    /// The bytes are zero.
+    fn nothing(&self, buffer: &mut [u8], place: &'static str, bytes: Range<u64>) -> Result<(), Enough> {
+        for data in data_in(self.image.file(), bytes) {
+            for start in data.clone().step_by(buffer.len()) {
+                let part = &mut buffer[..(EXTENT_SIZE.min(data.end - start)) as usize];
+                if let Err(fault) = read_at(self.image.file(), part, start) {
+                    return self.add(start, fault);
+                }
+                if let Some(at) = part.iter().position(|byte| *byte != 0) {
+                    let at = start + at as u64;
+                    // One is enough to say that this place is not as it should be.
+                    return self.add(at, Fault::Stray { place, at });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn group(&self, buffer: &mut [u8], group: u64) -> Result<(), Enough> {
+        let numbers = group * GROUP..self.extents.count.min((group + 1) * GROUP);
+        let data = self.with_data(EXTENT_SIZE, EXTENT_SIZE, &numbers)
+            | self.with_data(self.image.layout().page_sums(), SUMS_SIZE, &numbers);
+        let without_content = extent_checksum(&[0; EXTENT_PAGES as usize]);
+        for number in numbers.clone() {
+            let (at, extent) = self.extents.locate(number);
+            let present = self.image.states()[at].present.next_set(self.extents.pages((at, extent))).is_some();
+            let empty = data & (1 << (number - numbers.start)) == 0 && !present;
+            if !empty || self.image.extent_sum(at, extent) != without_content {
+                self.extent(buffer, at, extent)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Those of at most 64 extents, as bits, of which the file has data, where each of all has `size` bytes, the first from byte `start` on.
+    fn with_data(&self, start: u64, size: u64, numbers: &Range<u64>) -> u64 {
+        let bytes = start + numbers.start * size..start + numbers.end * size;
+        data_in(self.image.file(), bytes.clone()).fold(0, |mask, data| {
+            let (first, last) = (data.start - bytes.start, data.end - bytes.start);
+            mask | word_mask(first / size, last.div_ceil(size))
+        })
+    }
+
+    fn extent(&self, buffer: &mut [u8], at: usize, extent: u64) -> Result<(), Enough> {
+        let (layout, present) = (self.image.layout(), &self.image.states()[at].present);
+        let id = self.image.contents().table.blocks()[at].id;
+        let pages = PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES);
+        let mut sums = [0u32; EXTENT_PAGES as usize];
+        let sums_at = layout.page_sum(at, pages.first);
+        if let Err(fault) = read_at(self.image.file(), zerocopy::IntoBytes::as_mut_bytes(&mut sums), sums_at) {
+            return self.add(sums_at, fault);
+        }
+        let (found, computed) = (self.image.extent_sum(at, extent), extent_checksum(&sums));
+        if found != computed {
+            self.add(sums_at, Fault::ExtentSum { id, first: pages.first, at: sums_at, found, computed })?;
+        }
+        let sums_of = |range: &PageRange| &sums[(range.first - pages.first) as usize..][..range.count as usize];
+        for run in present.runs(pages) {
+            self.content(buffer, (at, id), run, sums_of(&run))?;
+            self.progress.add(run.count);
+        }
+        for gap in gaps(present, pages) {
+            if let Some(stray) = sums_of(&gap).iter().position(|sum| *sum != 0) {
+                let at = layout.page_sum(at, gap.first + stray as u64);
+                self.add(at, Fault::Stray { place: "checksum of a page without content", at })?;
+            }
+        }
+        self.holes(buffer, (at, id), pages)
+    }
+
+    /// Pages that are present are as their checksums say.
+    fn content(&self, buffer: &mut [u8], (at, id): (usize, u32), run: PageRange, sums: &[u32]) -> Result<(), Enough> {
+        let bytes = &mut buffer[..run.bytes() as usize];
+        let start = self.image.layout().page(at, run.first);
+        if let Err(fault) = read_at(self.image.file(), bytes, start) {
+            return self.add(start, fault);
+        }
+        for ((page, bytes), found) in (run.first..).zip(bytes.chunks(PAGE_SIZE as usize)).zip(sums) {
+            let (found, computed) = (*found, checksum(bytes));
+            if found != computed {
+                let at = self.image.layout().page(at, page);
+                self.add(at, Fault::PageSum { id, page, at, found, computed })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages of an extent that are not present, and those that its block does not have, are holes or zero.
+    fn holes(&self, buffer: &mut [u8], (at, id): (usize, u32), pages: PageRange) -> Result<(), Enough> {
+        let (layout, present) = (self.image.layout(), &self.image.states()[at].present);
+        let start = layout.page(at, pages.first);
+        let mut next = pages.first;
+        for data in data_in(self.image.file(), start..start + EXTENT_SIZE) {
+            // The file system may tell data from holes in smaller units than pages: no page is looked at twice.
+            let first = next.max(pages.first + (data.start - start) / PAGE_SIZE);
+            next = pages.first + (data.end - start).div_ceil(PAGE_SIZE);
+            for gap in gaps(present, PageRange::new(first, next.saturating_sub(first))) {
+                let (bytes, start) = (&mut buffer[..gap.bytes() as usize], layout.page(at, gap.first));
+                if let Err(fault) = read_at(self.image.file(), bytes, start) {
+                    self.add(start, fault)?;
+                    continue;
+                }
+                let stuffed = (gap.first..).zip(bytes.chunks(PAGE_SIZE as usize)).filter(|(_, page)| !is_zero(page));
+                for (page, _) in stuffed {
+                    let at = layout.page(at, page);
+                    self.add(at, Fault::Stuffed { id, page, at })?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The runs of pages of `range` that are not set, those after the end of the bitmap included.
+fn gaps(set: &MappedBitmap, range: PageRange) -> impl Iterator<Item = PageRange> + '_ {
+    let mut next = range.first;
+    let ends = set.runs(range).chain([PageRange::new(range.end(), 0)]);
+    let gap = move |run: PageRange| {
+        let gap = PageRange::new(next, run.first - next);
+        next = run.end();
+        gap
+    };
+    ends.map(gap).filter(|gap| !gap.is_empty())
+}
+
+#[cfg(test)]
+mod tests;
