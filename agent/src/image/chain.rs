@@ -98,6 +98,11 @@ impl Chain {
         &self.discarded[at]
     }
 
+    /// The pages of each block that are discarded.
+    pub fn discards(&self) -> &[MappedBitmap] {
+        &self.discarded
+    }
+
     /// The pages of the block at index `at` that have content.
     pub fn present(&self, at: usize) -> &MappedBitmap {
         &self.present[at]

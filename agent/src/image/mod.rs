@@ -6,11 +6,13 @@
 //! - [`reader`]: an image that is there, each part of it checked before anyone sees it;
 //! - [`chain`]: an increment with the images that it builds on;
 //! - [`verify`]: all of an image, and of those that it builds on, compared with what it should be;
+//! - [`merge`]: a chain folded into one image;
 //! - [`workers`]: work on extents, shared out among threads;
 //! - this file: what can be wrong.
 
 pub mod bytes;
 pub mod chain;
+pub mod merge;
 pub mod new_file;
 pub mod reader;
 pub mod verify;

@@ -39,6 +39,8 @@ pub struct ImageWriter {
     /// Pages of each block whose content was put.
     present: Vec<MappedBitmap>,
     id: ImageId,
+    /// When the guest was as the image will say, in seconds since 1970, if that is not when it is finished.
+    taken: Option<u64>,
 }
 
 /// What an image says of its pages beside those that were put. Each list is in the order of the table.
@@ -89,7 +91,13 @@ impl ImageWriter {
         let direct = if cached { None } else { file.direct() };
         let present = table.blocks().iter().map(|block| MappedBitmap::private(block.pages()));
         let present = present.collect::<Result<_, _>>()?;
-        Ok(Self { file, direct, layout, table: table.clone(), present, id: new_id()? })
+        Ok(Self { file, direct, layout, table: table.clone(), present, id: new_id()?, taken: None })
+    }
+
+    /// It will be the same guest at the same instant as the image with this header, which it can stand in for: it gets the id and the time of that.
+    #[must_use]
+    pub fn standing_for(self, header: &Header) -> Self {
+        Self { id: header.id, taken: Some(header.taken), ..self }
     }
 
     /// Its id.
@@ -178,7 +186,8 @@ impl ImageWriter {
             self.write_state((offset + length).next_multiple_of(PAGE_SIZE), contents.state_size(), state)?;
         let page_sums = Section { offset: self.layout.page_sums(), length: self.layout.page_sums_size(), checksum: 0 };
         let file_length = vmm_state.offset + vmm_state.length;
-        let taken = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let taken = self.taken.unwrap_or_else(now);
         let sections = [contents_section, states, extent_sums, page_sums, vmm_state];
         let header = Header { id: self.id, base: base.id, taken, file_length, sections };
         write_at(self.file.as_fd(), &header.to_bytes(), 0)?;
