@@ -7,6 +7,7 @@
 //! - [`chain`]: an increment with the images that it builds on;
 //! - [`verify`]: all of an image, and of those that it builds on, compared with what it should be;
 //! - [`merge`]: a chain folded into one image;
+//! - [`picture`]: what is where in the memory of a guest, to be looked at;
 //! - [`workers`]: work on extents, shared out among threads;
 //! - this file: what can be wrong.
 
@@ -14,6 +15,7 @@ pub mod bytes;
 pub mod chain;
 pub mod merge;
 pub mod new_file;
+pub mod picture;
 pub mod reader;
 pub mod verify;
 pub mod workers;

@@ -3,7 +3,8 @@
 //! It has no name while it is written, where the file system knows such files, so that nothing is left of it whatever kills this process. Elsewhere it has a
 //! temporary name in the same folder, which is taken away if it is not finished. When it is finished and safe on the disk, it gets its name in one step.
 
-use super::{Fault, kernel};
+use super::bytes::write_at;
+use super::{Fault, ImageError, kernel};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -116,6 +117,19 @@ impl NewFile {
         }
         Err(Fault::Exists)
     }
+}
+
+/// A file of these bytes at `path`. With `replace` it takes the place of what is there.
+///
+/// # Errors
+/// If something is there and is not to be replaced, or the file system refuses. What is there is as it was then.
+pub fn write_new(path: &Path, bytes: &[u8], replace: bool) -> Result<(), ImageError> {
+    let write = || {
+        let file = NewFile::create(path, replace)?;
+        write_at(file.as_fd(), bytes, 0)?;
+        file.finish()
+    };
+    write().map_err(|fault: Fault| fault.of(path))
 }
 
 /// Temporary names beside `path`. They are no longer than the longest name of a file, whatever that of `path` is.
