@@ -3,11 +3,13 @@
 //! - [`run_agent`]: the agent itself;
 //! - [`operator`]: the requests;
 //! - [`snapshot`]: what snapshots and restores take;
+//! - [`image`]: images in files, for which no agent is asked;
 //! - [`show`]: how a job is shown, on a terminal and as JSON.
 //!
 //! It prints to standard output and standard error; that is what it is for.
 #![allow(clippy::print_stderr)]
 
+pub mod image;
 pub mod operator;
 pub mod run_agent;
 pub mod show;
@@ -50,6 +52,9 @@ enum Command {
     Recover(RecoverArgs),
     /// Let a guest run again here whose hand-over was never confirmed.
     Resume(ResumeArgs),
+    /// Look at images of guests, check them, fold them: no agent is asked.
+    #[command(subcommand)]
+    Image(image::ImageCommand),
 }
 
 /// How the agent is reached.
@@ -264,6 +269,7 @@ where
         Command::Postcopy(args) => operator::postcopy(&args),
         Command::Recover(args) => operator::recover(&args.operator, args.address.as_deref()),
         Command::Resume(args) => operator::resume(&args.operator, args.force),
+        Command::Image(command) => image::run(&command),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("pageferry: {}", crate::error::chain(&*error));

@@ -1,0 +1,213 @@
+//! `pageferry image`: what an operator does with images, without an agent.
+//!
+//! - [`info`]: what an image holds;
+//! - [`map`]: a picture of it;
+//! - this file: the arguments, and checking and folding, which have little to show.
+
+pub mod info;
+pub mod map;
+
+use super::show;
+use crate::error::chain as sentence;
+use crate::image::merge::merge;
+use crate::image::verify::verify;
+use crate::image::workers::processors;
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use pageferry_protocol::image::id_text;
+use pageferry_protocol::memory::PAGE_SIZE;
+use serde_json::json;
+use std::error::Error;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+type Outcome = Result<ExitCode, Box<dyn Error>>;
+
+/// Most errors that `verify --all` lists.
+const MOST_ERRORS: usize = 100;
+
+/// What is done with an image.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Show what an image holds, and what it builds on.
+    Info(ImageArgs),
+    /// Check every byte of an image and of all that it builds on; the exit status is 0 only if all is well.
+    #[command(
+        after_help = "Examples:\n  pageferry image verify guest.img\n  pageferry image verify --all --json monday.img"
+    )]
+    Verify(VerifyArgs),
+    /// Fold an increment and all that it builds on into one image that stands alone.
+    #[command(
+        after_help = "The new image has the id of IMAGE: what builds on IMAGE builds on the new one as well, if it is put in its place.\n\n\
+                            Examples:\n  pageferry image merge tuesday.img --into whole.img\n  \
+                            pageferry image merge tuesday.img --into tuesday.img --replace && rm sunday.img monday.img"
+    )]
+    Merge(MergeArgs),
+    /// Draw where in the guest's memory content is, and what is zero, discarded, or as in the base.
+    #[command(after_help = "Examples:\n  pageferry image map guest.img\n  pageferry image map --whole tuesday.img\n  \
+                            pageferry image map guest.img --png guest.png")]
+    Map(map::MapArgs),
+}
+
+/// Which image.
+#[derive(Debug, Args)]
+pub struct ImageArgs {
+    /// The image.
+    #[arg(value_name = "IMAGE")]
+    path: PathBuf,
+    /// Print JSON: one object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A check.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    #[command(flatten)]
+    image: ImageArgs,
+    /// Go on after the first error, and list up to 100.
+    #[arg(long)]
+    all: bool,
+    #[command(flatten)]
+    threads: ThreadArgs,
+}
+
+/// A merge.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    #[command(flatten)]
+    image: ImageArgs,
+    /// The new image.
+    #[arg(long, value_name = "NEW")]
+    into: PathBuf,
+    /// Replace what is there, once the new image is whole. It may be an image of the chain.
+    #[arg(long)]
+    replace: bool,
+    #[command(flatten)]
+    threads: ThreadArgs,
+}
+
+/// How many work on it.
+#[derive(Debug, Args)]
+pub struct ThreadArgs {
+    /// Number of threads; one for each processor if it is not given.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=512))]
+    threads: Option<u16>,
+}
+
+impl ThreadArgs {
+    fn count(&self) -> usize {
+        self.threads.map_or_else(processors, usize::from)
+    }
+}
+
+/// Does what was asked for.
+///
+/// # Errors
+/// Why it could not be done.
+pub fn run(command: &ImageCommand) -> Outcome {
+    match command {
+        ImageCommand::Info(args) => info::run(args),
+        ImageCommand::Verify(args) => run_verify(args),
+        ImageCommand::Merge(args) => run_merge(args),
+        ImageCommand::Map(args) => map::run(args),
+    }
+}
+
+fn run_verify(args: &VerifyArgs) -> Outcome {
+    let path = absolute(&args.image.path)?;
+    let bar = bar("verifying");
+    let report = verify(&path, args.threads.count(), if args.all { MOST_ERRORS } else { 1 }, &|done, all| {
+        follow(&bar, done, all)
+    });
+    bar.finish_and_clear();
+    let errors: Vec<String> = report.errors.iter().map(|error| sentence(error)).collect();
+    let cut = report.cut && args.all;
+    if args.image.json {
+        let images = report
+            .images
+            .iter()
+            .map(|image| json!({ "path": text_of(image.path()), "id": id_text(&image.header().id) }));
+        let object = json!({
+            "status": if errors.is_empty() { "good" } else { "damaged" },
+            "images": images.collect::<Vec<_>>(),
+            "pages": report.pages,
+            "errors": errors,
+            "more_errors": cut,
+        });
+        writeln!(io::stdout(), "{object}")?;
+    } else {
+        for error in &errors {
+            writeln!(io::stderr(), "pageferry: {error}")?;
+        }
+        if cut {
+            writeln!(io::stderr(), "pageferry: there may be more: {MOST_ERRORS} errors are listed at most")?;
+        }
+        if errors.is_empty() {
+            let (pages, bytes) = (report.pages, show::bytes(report.pages * PAGE_SIZE));
+            writeln!(
+                io::stdout(),
+                "all is well: {}, {pages} pages with content ({bytes})",
+                images(report.images.len())
+            )?;
+        }
+    }
+    Ok(if errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run_merge(args: &MergeArgs) -> Outcome {
+    let (path, into) = (absolute(&args.image.path)?, absolute(&args.into)?);
+    let bar = bar("merging");
+    let merged = merge(&path, &into, args.replace, args.threads.count(), &|done, all| follow(&bar, done, all));
+    bar.finish_and_clear();
+    let merged = merged?;
+    let (id, totals) = (id_text(&merged.id), merged.totals);
+    if args.image.json {
+        let object = json!({
+            "status": "merged",
+            "path": text_of(&into),
+            "id": id,
+            "images": merged.images,
+            "present_pages": totals.present,
+            "zero_pages": totals.zero,
+            "discarded_pages": totals.discarded,
+            "bytes": totals.bytes,
+        });
+        writeln!(io::stdout(), "{object}")?;
+    } else {
+        let bytes = show::bytes(totals.bytes);
+        writeln!(io::stdout(), "merged {} into {}: {bytes}, id {id}", images(merged.images), into.display())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn images(count: usize) -> String {
+    if count == 1 { "1 image".to_owned() } else { format!("{count} images") }
+}
+
+/// The path from the root.
+fn absolute(path: &Path) -> Result<PathBuf, Box<dyn Error>> {
+    Ok(std::path::absolute(path).map_err(|error| format!("path \"{}\": {error}", path.display()))?)
+}
+
+fn text_of(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// A bar on standard error, which hides where there is no terminal.
+fn bar(what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    // The template is a constant; if it were wrong the bar would be plain.
+    if let Ok(style) = ProgressStyle::with_template("{prefix:12} {bar:30} {percent:>3}% {msg}") {
+        bar.set_style(style);
+    }
+    bar.set_prefix(what);
+    bar
+}
+
+/// It may hear of the threads' work in another order than it was done in: it is right again with the next.
+fn follow(bar: &ProgressBar, done: u64, all: u64) {
+    bar.set_length(all.max(1));
+    bar.set_position(done);
+}
