@@ -21,10 +21,13 @@ use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Shortest run in bytes that goes past the page cache.
 const DIRECT: usize = 64 << 10;
+/// Bytes that are looked at for zeroes at once, in what is not pages.
+const HOLE: usize = 4096;
 /// Bytes that are read or written at once of what is not pages.
 const PART: usize = 1 << 20;
 
@@ -39,8 +42,8 @@ pub struct ImageWriter {
     /// Pages of each block whose content was put.
     present: Vec<MappedBitmap>,
     id: ImageId,
-    /// When the guest was as the image will say, in seconds since 1970, if that is not when it is finished.
-    taken: Option<u64>,
+    /// When the guest was as the image will say, in seconds since 1970.
+    taken: AtomicU64,
 }
 
 /// What an image says of its pages beside those that were put. Each list is in the order of the table.
@@ -91,13 +94,18 @@ impl ImageWriter {
         let direct = if cached { None } else { file.direct() };
         let present = table.blocks().iter().map(|block| MappedBitmap::private(block.pages()));
         let present = present.collect::<Result<_, _>>()?;
-        Ok(Self { file, direct, layout, table: table.clone(), present, id: new_id()?, taken: None })
+        Ok(Self { file, direct, layout, table: table.clone(), present, id: new_id()?, taken: AtomicU64::new(now()) })
     }
 
     /// It will be the same guest at the same instant as the image with this header, which it can stand in for: it gets the id and the time of that.
     #[must_use]
     pub fn standing_for(self, header: &Header) -> Self {
-        Self { id: header.id, taken: Some(header.taken), ..self }
+        Self { id: header.id, taken: header.taken.into(), ..self }
+    }
+
+    /// The guest is now as the image will say.
+    pub fn is_now(&self) {
+        self.taken.store(now(), Ordering::Relaxed);
     }
 
     /// Its id.
@@ -176,7 +184,8 @@ impl ImageWriter {
         &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
     ) -> Result<Totals, Fault> {
         let (states, mut totals) = self.write_states(rest)?;
-        let extent_sums = self.write_extent_sums()?;
+        let (extent_sums, written) = self.write_extent_sums()?;
+        totals.bytes += written;
         let contents = Contents { table: self.table.clone(), base_name: base.name.clone(), pieces };
         let (offset, bytes) = (self.layout.contents(), contents.encode());
         write_at(self.file.as_fd(), &bytes, offset)?;
@@ -186,14 +195,12 @@ impl ImageWriter {
             self.write_state((offset + length).next_multiple_of(PAGE_SIZE), contents.state_size(), state)?;
         let page_sums = Section { offset: self.layout.page_sums(), length: self.layout.page_sums_size(), checksum: 0 };
         let file_length = vmm_state.offset + vmm_state.length;
-        let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let taken = self.taken.unwrap_or_else(now);
+        let taken = self.taken.load(Ordering::Relaxed);
         let sections = [contents_section, states, extent_sums, page_sums, vmm_state];
         let header = Header { id: self.id, base: base.id, taken, file_length, sections };
         write_at(self.file.as_fd(), &header.to_bytes(), 0)?;
         rustix::fs::ftruncate(&self.file, file_length).map_err(kernel("set the length of the file"))?;
-        let metadata = file_length - states.offset + HEADER_SIZE as u64;
-        totals.bytes = totals.present * (PAGE_SIZE + 4) + metadata;
+        totals.bytes += totals.present * (PAGE_SIZE + 4) + length + vmm_state.length + HEADER_SIZE as u64;
         self.file.finish()?;
         Ok(totals)
     }
@@ -220,11 +227,12 @@ impl ImageWriter {
             totals.zero += block.pages();
         }
         totals.zero -= totals.present + totals.discarded + totals.unchanged;
+        totals.bytes = out.written;
         Ok((out.section(), totals))
     }
 
     /// The sums are read back from the file: to keep them in memory would take a thousandth of the guest's.
-    fn write_extent_sums(&self) -> Result<Section, Fault> {
+    fn write_extent_sums(&self) -> Result<(Section, u64), Fault> {
         let mut out = Sequence::new(self.file.as_fd(), self.layout.extent_sums());
         let mut sums = [0u32; EXTENT_PAGES as usize];
         let without_content = extent_checksum(&sums);
@@ -247,7 +255,8 @@ impl ImageWriter {
             }
         }
         out.flush()?;
-        Ok(out.section())
+        let written = out.written;
+        Ok((out.section(), written))
     }
 
     fn write_state(&self, offset: u64, length: u64, state: Option<BorrowedFd<'_>>) -> Result<Section, Fault> {
@@ -283,16 +292,25 @@ struct Sequence<'a> {
     digest: crc_fast::Digest,
     /// What is written next.
     bytes: Vec<u8>,
+    /// Bytes that are no holes.
+    written: u64,
 }
 
 impl<'a> Sequence<'a> {
     fn new(file: BorrowedFd<'a>, offset: u64) -> Self {
         let digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
-        Self { file, section: Section { offset, ..Section::default() }, digest, bytes: Vec::new() }
+        Self { file, section: Section { offset, ..Section::default() }, digest, bytes: Vec::new(), written: 0 }
     }
 
+    /// Zeroes stay holes: of a guest that is mostly empty they are most of it.
     fn flush(&mut self) -> Result<(), Fault> {
-        write_at(self.file, &self.bytes, self.section.offset + self.section.length)?;
+        let start = self.section.offset + self.section.length;
+        for (at, piece) in (start..).step_by(HOLE).zip(self.bytes.chunks(HOLE)) {
+            if piece.iter().fold(0, |sum, byte| sum | byte) != 0 {
+                write_at(self.file, piece, at)?;
+                self.written += piece.len() as u64;
+            }
+        }
         self.digest.update(&self.bytes);
         self.section.length += self.bytes.len() as u64;
         self.bytes.clear();
@@ -302,6 +320,10 @@ impl<'a> Sequence<'a> {
     fn section(self) -> Section {
         Section { checksum: self.digest.finalize() as u32, ..self.section }
     }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// A new id. Nobody has it.

@@ -40,6 +40,7 @@ impl AsOfNow {
         let later = DirtyPages::none(memory)?;
         // No fault of before is being answered any more: it would lift what is protected here.
         let mut mode = watch.map(Watch::hold);
+        writer.is_now();
         let marking = memory.marking.lock().unwrap_or_else(PoisonError::into_inner);
         let changed = changes.cut(later)?;
         for (at, block) in memory.blocks().iter().enumerate() {
