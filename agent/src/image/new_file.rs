@@ -192,6 +192,7 @@ mod tests {
         std::fs::write(&path, "old").unwrap();
         assert!(matches!(NewFile::create(&path, false), Err(Fault::Exists)));
         assert!(matches!(late.finish(), Err(Fault::Exists)));
+        drop(late);
         assert_eq!((files(folder.path()), std::fs::read(&path).unwrap()), (vec!["image".to_owned()], b"old".to_vec()));
         let file = NewFile::create(&path, true).unwrap();
         rustix::io::write(&file, b"new").unwrap();
