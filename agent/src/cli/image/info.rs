@@ -2,7 +2,7 @@
 //!
 //! An image may be anybody's, and names in it are anybody's text: what a terminal would take for a command is shown as what it is.
 
-use super::{ImageArgs, Outcome, absolute, text_of};
+use super::{ImageArgs, Outcome, absolute, counted, text_of};
 use crate::cli::show;
 use crate::error::chain as sentence;
 use crate::image::chain::{base_path, images};
@@ -113,7 +113,10 @@ fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
         );
         tally_lines(&mut line, &view, view.block(at));
     }
-    line("state of the VMM", format!("{}, in {} pieces", show::bytes(contents.state_size()), contents.pieces.len()));
+    line(
+        "state of the VMM",
+        format!("{}, {}", show::bytes(contents.state_size()), counted(contents.pieces.len(), "piece")),
+    );
     for piece in &contents.pieces {
         line("", format!("{} ({})", piece.name.escape_debug(), show::bytes(piece.length)));
     }

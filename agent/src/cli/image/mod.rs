@@ -149,7 +149,7 @@ fn run_verify(args: &VerifyArgs) -> Outcome {
             writeln!(
                 io::stdout(),
                 "all is well: {}, {pages} pages with content ({bytes})",
-                images(report.images.len())
+                counted(report.images.len(), "image")
             )?;
         }
     }
@@ -177,13 +177,14 @@ fn run_merge(args: &MergeArgs) -> Outcome {
         writeln!(io::stdout(), "{object}")?;
     } else {
         let bytes = show::bytes(totals.bytes);
-        writeln!(io::stdout(), "merged {} into {}: {bytes}, id {id}", images(merged.images), into.display())?;
+        writeln!(io::stdout(), "merged {} into {}: {bytes}, id {id}", counted(merged.images, "image"), into.display())?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn images(count: usize) -> String {
-    if count == 1 { "1 image".to_owned() } else { format!("{count} images") }
+/// So many of what is called so.
+fn counted(count: usize, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
 /// The path from the root.
