@@ -219,16 +219,25 @@ impl Hooks {
 /// # Errors
 /// What the kernel said.
 pub fn state_file(pieces: &[(String, Vec<u8>)]) -> Result<(Vec<PieceSize>, OwnedFd), rustix::io::Errno> {
+    let file = state_file_of(pieces.iter().map(|(_, bytes)| bytes.as_slice()))?;
+    let sizes = pieces.iter().map(|(name, bytes)| PieceSize { name: name.clone(), length: bytes.len() as u64 });
+    Ok((sizes.collect(), file))
+}
+
+/// The same of these bytes, one after another.
+///
+/// # Errors
+/// What the kernel said.
+pub fn state_file_of<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Result<OwnedFd, rustix::io::Errno> {
     let fd = rustix::fs::memfd_create("pageferry-state", rustix::fs::MemfdFlags::CLOEXEC)?;
     let mut offset = 0;
-    for (_, bytes) in pieces {
-        let mut rest = bytes.as_slice();
+    for part in parts {
+        let mut rest = part;
         while !rest.is_empty() {
             let written = rustix::io::pwrite(fd.as_fd(), rest, offset)?;
             rest = &rest[written..];
             offset += written as u64;
         }
     }
-    let sizes = pieces.iter().map(|(name, bytes)| PieceSize { name: name.clone(), length: bytes.len() as u64 });
-    Ok((sizes.collect(), fd))
+    Ok(fd)
 }

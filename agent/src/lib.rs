@@ -7,6 +7,8 @@
 //! - [`priority`]: who steps back behind whom;
 //! - [`stats`]: counters and histograms;
 //! - [`outgoing`], [`incoming`]: live migration, the two sides of it;
+//! - [`image`]: images of guests;
+//! - [`restore`]: a guest from an image;
 //! - [`transport`]: addresses, sockets, records on them, the bandwidth limit;
 //! - [`session`]: what a VMM and its operator ask for;
 //! - [`server`], [`reactor`]: the sockets they ask on;
@@ -24,6 +26,7 @@ pub mod memory;
 pub mod outgoing;
 pub mod priority;
 pub mod reactor;
+pub mod restore;
 pub mod server;
 pub mod session;
 pub mod snapshot;

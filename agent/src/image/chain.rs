@@ -4,6 +4,7 @@
 
 use super::reader::States;
 use super::{Fault, Image, ImageError};
+use crate::memory::runs::{NEAR, joined};
 use pageferry_protocol::image::{EXTENT_PAGES, StateWord};
 use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -127,6 +128,29 @@ impl Chain {
             }
         }
         Ok(())
+    }
+
+    /// Reads those of the pages `range`, which lie in one extent of the block at index `at`, that have content; the places of the others in `into` are left as they are.
+    /// Checks the sum of the extent, too, in each image that it is read from.
+    ///
+    /// # Errors
+    /// If one cannot be read, or is damaged.
+    pub fn read_extent(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
+        let extent = (at, range.first / EXTENT_PAGES);
+        for layer in &self.layers {
+            let mut runs = layer.pages[at].runs(range).peekable();
+            if runs.peek().is_some() {
+                layer.image.read_extent(extent, runs, range.first, into)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the disk read what is to be read of the pages `range`, which lie in one extent, if it is not in memory. Nobody waits for it.
+    pub fn will_need(&self, at: usize, range: PageRange) {
+        for layer in &self.layers {
+            joined(layer.pages[at].runs(range), NEAR).for_each(|run| layer.image.will_need(at, run));
+        }
     }
 
     /// Checks the checksums of the pages of an extent, in all images that it is read from.

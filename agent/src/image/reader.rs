@@ -13,7 +13,8 @@ use pageferry_protocol::image::{
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Advice, Mode, OFlags};
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -222,6 +223,11 @@ impl Image {
     }
 
     fn check_extent(&self, at: usize, extent: u64) -> Result<(), Fault> {
+        self.sums_of(at, extent).map(drop)
+    }
+
+    /// The checksums of the pages of an extent, checked.
+    fn sums_of(&self, at: usize, extent: u64) -> Result<[u32; EXTENT_PAGES as usize], Fault> {
         let mut sums = [0u32; EXTENT_PAGES as usize];
         let first = extent * EXTENT_PAGES;
         let place = self.layout.page_sum(at, first);
@@ -231,7 +237,37 @@ impl Image {
             let id = self.contents.table.blocks()[at].id;
             return Err(Fault::ExtentSum { id, first, at: place, found, computed });
         }
-        Ok(())
+        Ok(sums)
+    }
+
+    /// Reads the pages `runs` of the block at index `at`, all of which it has and all of which lie in extent `extent`, each to its place in `into`, which begins with
+    /// page `first`. Checks each, and the sum of the extent, whose checksums are read once.
+    ///
+    /// # Errors
+    /// If they cannot be read, or something is damaged: what, and where.
+    pub fn read_extent(
+        &self, (at, extent): (usize, u64), runs: impl IntoIterator<Item = PageRange>, first: u64, into: &mut [u8],
+    ) -> Result<(), ImageError> {
+        let read = || {
+            let sums = self.sums_of(at, extent)?;
+            for run in runs {
+                let start = (run.first - first) as usize * PAGE_SIZE as usize;
+                let pages = &mut into[start..start + run.bytes() as usize];
+                read_at(self.file.as_fd(), pages, self.layout.page(at, run.first))?;
+                self.check_pages(at, run.first, pages, &sums[(run.first % EXTENT_PAGES) as usize..])?;
+            }
+            Ok(())
+        };
+        read().map_err(|fault: Fault| fault.of(&self.path))
+    }
+
+    /// Has the disk read the pages `range`, within one extent, and their checksums, if they are not in memory. Nobody waits for it.
+    pub fn will_need(&self, at: usize, range: PageRange) {
+        let sums = self.layout.page_sum(at, range.first / EXTENT_PAGES * EXTENT_PAGES);
+        for (offset, length) in [(self.layout.page(at, range.first), range.bytes()), (sums, EXTENT_PAGES * 4)] {
+            // Who reads them waits for the disk then: no more is lost.
+            let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
+        }
     }
 
     /// The checksum, as written, of the checksums of the pages of extent `extent` of the block at index `at`.

@@ -45,9 +45,7 @@ impl<'a> Placer<'a> {
         for block in job.memory.blocks() {
             job.cancel.check()?;
             let failed = |source| JobError::Backing { id: block.geometry.id, source };
-            if block.backing.first_data(block.all()).map_err(failed)?.is_some() {
-                block.backing.punch(block.all()).map_err(failed)?;
-            }
+            block.backing.empty().map_err(failed)?;
             block.discarded.clear(block.all());
             blocks.push(Target { received: MappedBitmap::private(block.geometry.pages())?, window: Mutex::new(None) });
         }

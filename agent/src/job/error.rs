@@ -5,6 +5,7 @@ use crate::image::ImageError;
 use crate::incoming::decompress::DecompressError;
 use crate::memory::BackingError;
 use crate::memory::arriving::ArrivingError;
+use crate::restore::RestoreError;
 use crate::tracking::TrackingError;
 use crate::transport::TransportError;
 use pageferry_protocol::control::codec::DecodeError;
@@ -267,6 +268,9 @@ pub enum JobError {
         /// How long it may.
         limit: Duration,
     },
+    /// An image cannot be restored into this VMM's memory.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     /// The VMM's state.
     #[error("state of the VMM: {0}")]
     State(String),

@@ -120,6 +120,11 @@ impl Job {
         status
     }
 
+    /// How long it runs by now.
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
     /// Changes figures.
     pub fn count(&self, change: impl FnOnce(&mut Counters)) {
         change(&mut self.state().status.counters);
@@ -234,6 +239,12 @@ impl Job {
         let kept = OutgoingOptions { streams, compression, mode, urgent_streams, release, ..new.clone() };
         state.options = OutgoingOptions { peer_timeout, hook_timeout, ..kept };
         self.limiter.set_rate(new.bandwidth);
+    }
+
+    /// Changes the limit of the bandwidth, which is all that may be changed of a job that is no migration.
+    pub fn set_bandwidth(&self, bandwidth: u64) {
+        self.state().options.bandwidth = bandwidth;
+        self.limiter.set_rate(bandwidth);
     }
 
     /// Runs a populate, unless the last sync is near: what it marks would not be seen any more.

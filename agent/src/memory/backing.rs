@@ -224,6 +224,18 @@ impl Backing {
         }
     }
 
+    /// Makes a hole of all of it, unless it is one.
+    ///
+    /// # Errors
+    /// If the kernel or the file system refuses.
+    pub fn empty(&self) -> Result<(), BackingError> {
+        let all = PageRange::new(0, self.length / PAGE_SIZE);
+        if self.first_data(all)?.is_some() {
+            self.punch(all)?;
+        }
+        Ok(())
+    }
+
     /// The first page in `range` that may be allocated; `None` if all of it is a hole. Where the file does not tell its holes this is the first of `range`.
     ///
     /// # Errors

@@ -10,6 +10,7 @@
 //! - [`capturing`]: a guest's memory as it was at one instant, while it is saved and the guest runs on: writes and discards meanwhile;
 //! - [`claims`]: how a fault and whoever takes its page agree on who answers;
 //! - [`arriving`]: the memory of a guest that runs before it is here: faults, placing, and discards meanwhile;
+//! - [`runs`]: runs of pages that lie near each other, made one;
 //! - [`huge`]: writing to hugetlbfs, which only a mapping can;
 //! - [`bus_guard`]: survives a file that shrinks under a mapping (law 8).
 
@@ -25,6 +26,7 @@ pub mod fence;
 pub mod huge;
 pub mod mappings;
 pub mod owed;
+pub mod runs;
 
 pub use backing::{Backing, BackingError};
 pub use block::{Block, GuestMemory};

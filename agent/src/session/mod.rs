@@ -2,12 +2,14 @@
 //!
 //! - [`standard`]: the requests of vhost-user, by which any front-end can hand over its memory;
 //! - [`own`]: pageferry's requests;
+//! - [`images`]: those of them that start snapshots and restores;
 //! - [`registry`]: the blocks, the log, and what they may not be changed under;
 //! - this file: [`Session`], which all of them work on.
 //!
 //! A session belongs to one connection, the VMM's, and ends with it: its job is cancelled, its memory forgotten. Operators come and go on
 //! connections of their own; they see and steer jobs, and cannot touch the memory.
 
+pub mod images;
 pub mod own;
 pub mod registry;
 pub mod standard;
@@ -208,7 +210,7 @@ impl Session {
         if let Some(job) = self.running()
             && job.cancel.cancel().is_err()
         {
-            if job.kind == JobKind::Incoming {
+            if matches!(job.kind, JobKind::Incoming | JobKind::Restore) {
                 // The guest ran in the VMM, and is gone with it.
                 job.cancel.force();
             } else {

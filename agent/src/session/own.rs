@@ -5,7 +5,6 @@ use super::{Role, Session, check_fds, invalid, take_fds};
 use crate::incoming::accept::Source;
 use crate::job::{self, Job};
 use crate::outgoing::connect::Target;
-use crate::snapshot::Plan;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
 use crate::transport::Address;
@@ -14,7 +13,7 @@ use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{
-    IncomingOptions, JobKind, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions, Phase, SnapshotMode, SnapshotOptions,
+    IncomingOptions, JobKind, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions, Phase,
 };
 use pageferry_protocol::control::request::{
     AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted,
@@ -29,9 +28,9 @@ use std::time::Duration;
 const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An answer whose fields are encoded already.
-type Answer = Reply<Encoded>;
+pub(super) type Answer = Reply<Encoded>;
 /// Puts the fields of an answer into a body.
-type Encoded = Box<dyn FnOnce(Encoder) -> Encoder>;
+pub(super) type Encoded = Box<dyn FnOnce(Encoder) -> Encoder>;
 
 impl Session {
     /// Answers one of our own requests.
@@ -79,10 +78,8 @@ impl Session {
             Request::Subscribe { .. } => Ok(nothing()),
             Request::Resume { force } => self.resume(force),
             Request::StartPostcopy => self.start_postcopy(),
-            Request::StartSnapshot { path, options } => self.start_snapshot(role, path, options),
-            Request::StartRestore { .. } => {
-                Err(RemoteError::new(ErrorCode::Unsupported, "this agent takes no restores yet"))
-            }
+            Request::StartSnapshot { path, options } => self.start_snapshot(role, path, options, &fds),
+            Request::StartRestore { path, options } => self.start_restore(role, &path, options, &fds),
             Request::Recover { session, address, options } => self.recover(role, session, &address, options),
         }
     }
@@ -135,7 +132,7 @@ impl Session {
         Ok(nothing())
     }
 
-    fn new_job(&mut self, kind: JobKind, options: OutgoingOptions) -> Result<Arc<Job>, RemoteError> {
+    pub(super) fn new_job(&mut self, kind: JobKind, options: OutgoingOptions) -> Result<Arc<Job>, RemoteError> {
         let id = self.jobs + 1;
         let job = Job::new(id, kind, self.memory.clone(), self.hooks.clone(), options, self.notify.clone());
         let job = job.map_err(|error| RemoteError::new(ErrorCode::System, format!("cannot make a job: {error}")))?;
@@ -143,7 +140,9 @@ impl Session {
         Ok(Arc::new(job))
     }
 
-    fn run_job(&mut self, job: &Arc<Job>, run: impl FnOnce(&Arc<Job>) + Send + 'static) -> Result<(), RemoteError> {
+    pub(super) fn run_job(
+        &mut self, job: &Arc<Job>, run: impl FnOnce(&Arc<Job>) + Send + 'static,
+    ) -> Result<(), RemoteError> {
         // The one before has ended.
         self.join();
         let inner = job.clone();
@@ -154,7 +153,7 @@ impl Session {
         Ok(())
     }
 
-    fn check_can_start(&self) -> Result<(), RemoteError> {
+    pub(super) fn check_can_start(&self) -> Result<(), RemoteError> {
         self.check_takes_jobs()?;
         self.check_idle("a job cannot be started")?;
         self.check_ours()?;
@@ -227,38 +226,23 @@ impl Session {
         Ok(Box::new(move |encoder| reply.encode(encoder)))
     }
 
-    fn start_snapshot(&mut self, role: Role, path: String, options: SnapshotOptions) -> Answer {
-        self.check_can_start()?;
-        check_path("path", &path)?;
-        if !options.base.is_empty() {
-            check_path("base", &options.base)?;
-        }
-        if options.mode == SnapshotMode::Stopped && role == Role::Operator {
-            let sentence = "mode is stopped, which only the VMM can ask for: it has stopped its guest then; paused stops it for as long as it takes";
-            return Err(RemoteError::new(ErrorCode::Denied, sentence));
-        }
-        let SnapshotOptions { bandwidth, hook_timeout, .. } = options;
-        let job = OutgoingOptions { bandwidth, hook_timeout, ..OutgoingOptions::default() };
-        let job = self.new_job(JobKind::Snapshot, job)?;
-        let (trackers, checkpoint) = (self.trackers.clone(), self.checkpoint.clone());
-        let reply = JobStarted { job: job.id, address: path.clone() };
-        let plan = Plan { path: path.into(), options, trackers, checkpoint };
-        self.run_job(&job, move |job| crate::snapshot::run(job, &plan))?;
-        Ok(Box::new(move |encoder| reply.encode(encoder)))
-    }
-
     fn cancel(&mut self) -> Answer {
         let Some(job) = self.steered() else {
             return Err(RemoteError::new(ErrorCode::NotFound, "no job is running"));
         };
-        job.cancel.cancel().map_err(|error| RemoteError::new(ErrorCode::State, error))?;
+        job.cancel.cancel().map_err(|error| match job.kind {
+            JobKind::Restore => {
+                RemoteError::new(ErrorCode::State, "too late to cancel: the guest that is restored runs")
+            }
+            _ => RemoteError::new(ErrorCode::State, error),
+        })?;
         Ok(nothing())
     }
 
     fn set_parameters(&mut self, options: &OutgoingOptions) -> Answer {
         match self.steered() {
             Some(job) if matches!(job.kind, JobKind::Snapshot | JobKind::Restore) => {
-                job.set_parameters(&OutgoingOptions { bandwidth: options.bandwidth, ..job.options() });
+                job.set_bandwidth(options.bandwidth);
                 Ok(nothing())
             }
             Some(job) if job.kind == JobKind::Outgoing => {
@@ -415,14 +399,6 @@ impl Session {
 /// Refuses to have the guest run from memory that is not whole.
 fn check_whole(job: &Job) -> Result<(), RemoteError> {
     job.check_whole().map_err(|error| RemoteError::new(ErrorCode::State, error))
-}
-
-/// Refuses a path that means one file here and another where it was written.
-fn check_path(field: &str, path: &str) -> Result<(), RemoteError> {
-    if path.starts_with('/') && !path.contains('\0') {
-        return Ok(());
-    }
-    Err(RemoteError::new(ErrorCode::Invalid, format!("{field} is {path:?}, allowed: a path from the root")))
 }
 
 fn touches_memory(request: &Request) -> bool {

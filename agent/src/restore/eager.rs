@@ -1,0 +1,201 @@
+//! All memory first, then the guest.
+//!
+//! The extents that the image has a page of are handed out by one counter. A worker reads one into a buffer of its own, checks every page and the sum of the extent, and only then
+//! writes it into the file of the block. Meanwhile the disk reads what the workers come to next.
+//!
+//! What the VMM discards meanwhile stays so: a worker publishes the word of pages that it is about to write, and only then looks which of them are discarded. The discard
+//! waits for it, and punches (see [`crate::memory::fence`]).
+
+use super::ground::Ground;
+use super::source::Source;
+use super::{VmmState, let_run};
+use crate::image::PageBuffer;
+use crate::job::{Job, JobError, add, get};
+use crate::memory::backing::BackingKind;
+use crate::memory::huge::{self, Fill, HugeWindow};
+use crate::memory::{BackingError, Block};
+use crate::transport::Limiter;
+use pageferry_protocol::control::job::Phase;
+use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
+use rustix::event::{EventfdFlags, PollFlags};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Longest time between two looks at what an operator changed.
+const LOOK: Duration = Duration::from_millis(200);
+/// Extents that the disk reads ahead for each worker.
+const AHEAD: usize = 2;
+
+/// Fills the memory, loads the state, and lets the guest run.
+///
+/// # Errors
+/// What went wrong. The guest does not run then, and its memory is empty; unless it failed as the VMM was to resume it.
+pub fn restore(job: &Arc<Job>, source: &Source, state: &VmmState, workers: u16) -> Result<(), JobError> {
+    let mut ground = Ground::clear(job, source)?;
+    job.enter(Phase::Restoring);
+    Filling::new(job, source, workers)?.run(usize::from(workers))?;
+    state.load(job)?;
+    let_run(job, &mut ground.taken)
+}
+
+/// What all workers share.
+struct Filling<'a> {
+    job: &'a Job,
+    source: &'a Source,
+    limiter: Limiter,
+    /// The extents with content: index of the block, and pages.
+    extents: Vec<(usize, PageRange)>,
+    next: AtomicUsize,
+    /// How many of them the disk is ahead of the workers.
+    ahead: usize,
+    /// Pages with content.
+    pages: u64,
+    failed: AtomicBool,
+    /// Workers that have ended.
+    ended: AtomicUsize,
+    /// Readable when one has.
+    event: OwnedFd,
+}
+
+/// A worker has ended, on drop: also one that panics.
+struct Ending<'a>(&'a Filling<'a>);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.ended.fetch_add(1, Ordering::AcqRel);
+        // A full eventfd is readable already.
+        let _ = rustix::io::write(&self.0.event, &1u64.to_ne_bytes());
+    }
+}
+
+impl<'a> Filling<'a> {
+    fn new(job: &'a Job, source: &'a Source, workers: u16) -> Result<Self, JobError> {
+        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let event = event.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?;
+        let mut extents = Vec::new();
+        let mut pages = 0;
+        for (at, block) in job.memory.blocks().iter().enumerate() {
+            let present = source.present(at);
+            let mut rest = block.all();
+            while let Some(page) = present.next_set(rest) {
+                let extent =
+                    PageRange::new(page / EXTENT_PAGES * EXTENT_PAGES, EXTENT_PAGES).intersection(&block.all());
+                extents.push((at, extent));
+                pages += present.count(extent);
+                rest = PageRange::new(extent.end(), block.geometry.pages() - extent.end());
+            }
+        }
+        let limiter = Limiter::new(job.options().bandwidth);
+        job.count(|counters| (counters.pass_pages, counters.remaining_pages) = (pages, pages));
+        let ahead = usize::from(workers) * AHEAD;
+        let (next, failed, ended) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
+        Ok(Self { job, source, limiter, extents, next, ahead, pages, failed, ended, event })
+    }
+
+    /// Places all that the image has.
+    fn run(&self, workers: usize) -> Result<(), JobError> {
+        let workers = workers.min(self.extents.len());
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..workers).map(|index| scope.spawn(move || self.work(index))).collect();
+            let followed = self.follow(workers);
+            let joined = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
+            joined.fold(Ok(()), Result::and).and(followed)
+        })?;
+        self.job.count(|counters| counters.remaining_pages = 0);
+        Ok(())
+    }
+
+    /// Until the workers have ended: has them know what an operator changes, and those who watch how far they are.
+    fn follow(&self, workers: usize) -> Result<(), JobError> {
+        while self.ended.load(Ordering::Acquire) < workers {
+            self.limiter.set_rate(if self.failed() { 0 } else { self.job.options().bandwidth });
+            let left = self.pages.saturating_sub(get(&self.job.live.pass_pages_done));
+            self.job.count(|counters| counters.remaining_pages = left);
+            self.job.cancel.wait(&[(self.event.as_fd(), PollFlags::IN)], Instant::now() + LOOK)?;
+            let mut count = [0; 8];
+            // Only resets the descriptor.
+            let _ = rustix::io::read(&self.event, &mut count);
+        }
+        Ok(())
+    }
+
+    fn failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    fn work(&self, index: usize) -> Result<(), JobError> {
+        let _ending = Ending(self);
+        let outcome = self.fill(index);
+        if outcome.is_err() {
+            self.failed.store(true, Ordering::Release);
+        }
+        outcome
+    }
+
+    fn fill(&self, index: usize) -> Result<(), JobError> {
+        let mut buffer = PageBuffer::new(EXTENT_SIZE as usize);
+        let mut window = Window::default();
+        while let Some((at, extent)) = self.claim() {
+            self.job.cancel.check()?;
+            let pages = self.source.present(at).count(extent);
+            let bytes = pages * PAGE_SIZE;
+            self.limiter.wait(bytes as usize, &self.job.cancel)?;
+            let buffer = &mut buffer[..extent.bytes() as usize];
+            self.source.read(at, extent, buffer)?;
+            add(&self.job.live.wire_bytes, bytes);
+            self.place(index, at, extent, buffer, &mut window)?;
+            add(&self.job.live.pass_pages_done, pages);
+        }
+        Ok(())
+    }
+
+    fn claim(&self) -> Option<(usize, PageRange)> {
+        if self.failed() {
+            return None;
+        }
+        let next = self.next.fetch_add(1, Ordering::Relaxed);
+        let claimed = *self.extents.get(next)?;
+        if let Some((at, extent)) = self.extents.get(next + self.ahead) {
+            self.source.will_need(*at, *extent);
+        }
+        Some(claimed)
+    }
+
+    fn place(
+        &self, index: usize, at: usize, extent: PageRange, content: &[u8], window: &mut Window,
+    ) -> Result<(), JobError> {
+        let block: &Block = &self.job.memory.blocks()[at];
+        for (word, present) in self.source.present(at).nonzero_words(extent) {
+            let _placing = self.job.memory.readers.reading(index, at, word);
+            let pages = present & !block.discarded.word(word);
+            for run in runs_of_word(word * WORD_BITS, pages) {
+                let start = (run.first - extent.first) as usize * PAGE_SIZE as usize;
+                let written = window.write(at, block, run, &content[start..start + run.bytes() as usize]);
+                written.map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
+            }
+            add(&self.job.live.pages_sent, u64::from(pages.count_ones()));
+        }
+        Ok(())
+    }
+}
+
+/// Writes pages; on hugetlbfs through the host page that was mapped last.
+#[derive(Debug, Default)]
+struct Window(Option<(usize, Option<HugeWindow>)>);
+
+impl Window {
+    fn write(&mut self, at: usize, block: &Block, run: PageRange, content: &[u8]) -> Result<(), BackingError> {
+        if block.backing.kind() != BackingKind::Hugetlb {
+            return block.backing.write(run.offset(), content);
+        }
+        let (_, window) = match &mut self.0 {
+            Some(mapped) if mapped.0 == at => mapped,
+            other => other.insert((at, None)),
+        };
+        huge::write(&block.backing, window, run.offset(), Fill::Bytes(content))
+    }
+}

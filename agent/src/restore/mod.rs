@@ -1,0 +1,107 @@
+//! A guest from an image.
+//!
+//! - [`source`]: the image, and which of its blocks goes into which of the VMM's;
+//! - [`ground`]: the memory before anything is in it, and again if it comes to nothing;
+//! - [`eager`]: all memory first, then the guest;
+//! - this file: the phases, and the line after which the guest runs.
+//!
+//! Nothing is touched before the image is known to be whole, as far as that can be told without its pages, and of the same blocks. What is read of it is checked before it is
+//! placed. What fails before the guest runs leaves the memory empty, so that the next attempt starts clean; the image is never written to.
+
+pub mod eager;
+pub mod ground;
+pub mod source;
+
+use crate::hooks::state_file_of;
+use crate::image::Image;
+use crate::job::{Job, JobError, micros};
+use pageferry_protocol::control::hook::{Hook, PieceSize};
+use pageferry_protocol::control::job::{Phase, RestoreMode, RestoreOptions};
+use source::Source;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+pub use source::RestoreError;
+
+/// What is to be restored, and how.
+#[derive(Debug)]
+pub struct Order {
+    /// The image.
+    pub path: PathBuf,
+    /// How.
+    pub options: RestoreOptions,
+    /// Somebody else than the VMM wants it, and the VMM is asked first.
+    pub asks_first: bool,
+}
+
+/// Restores a guest, and ends the job.
+pub fn run(job: &Arc<Job>, order: &Order) {
+    let outcome = restore(job, order);
+    let outcome = if outcome.is_err() && job.cancel.is_cancelled() { Err(JobError::Cancelled) } else { outcome };
+    job.finish(&outcome);
+}
+
+fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
+    job.enter(Phase::Preparing);
+    let source = Source::open(&order.path, &job.memory)?;
+    let state = VmmState::read(source.newest())?;
+    // Not for an image that is worth nothing: the VMM gives its guest up for it.
+    if order.asks_first {
+        ask(job, order)?;
+    }
+    match order.options.mode {
+        RestoreMode::Eager => eager::restore(job, &source, &state, order.options.workers),
+        RestoreMode::Lazy => Err(JobError::State("lazy restore is not built yet".into())),
+    }
+}
+
+/// The VMM may have a guest that it does not want to lose.
+fn ask(job: &Job, order: &Order) -> Result<(), JobError> {
+    let path = order.path.to_string_lossy().into_owned();
+    job.hooks.ask(&Hook::PrepareRestore { path }, job.options().hook_timeout)?;
+    job.cancel.check()?;
+    // It has no guest any more. What its memory will hold is not its own to change.
+    job.freeze();
+    Ok(())
+}
+
+/// The state that the VMM will be given: read, and found to be whole, before its memory is touched.
+#[derive(Debug)]
+pub struct VmmState {
+    pieces: Vec<PieceSize>,
+    file: OwnedFd,
+}
+
+impl VmmState {
+    fn read(image: &Image) -> Result<Self, JobError> {
+        let bytes = image.state()?;
+        let file = state_file_of([bytes.as_slice()]);
+        let file = file.map_err(|errno| JobError::Io { what: "make a file of the state", source: errno.into() })?;
+        Ok(Self { pieces: image.contents().pieces.clone(), file })
+    }
+
+    /// Gives it to the VMM.
+    fn load(&self, job: &Job) -> Result<(), JobError> {
+        job.enter(Phase::Loading);
+        let hook = Hook::LoadState { pieces: self.pieces.clone() };
+        job.hooks.ask_with(&hook, &[self.file.as_fd()], job.options().hook_timeout)?;
+        Ok(())
+    }
+}
+
+/// Lets the guest run. `ours` becomes true at the line: from then on it may run, even if the VMM does not say so, or not in time.
+fn let_run(job: &Job, ours: &mut bool) -> Result<(), JobError> {
+    // ---- The line: it is not cancelled any more, and its memory is its own.
+    job.cancel.cross_the_line()?;
+    *ours = true;
+    // It may use its memory from the moment on that it runs.
+    job.thaw();
+    job.hooks.ask(&Hook::Resume { force: false }, job.options().hook_timeout)?;
+    let running = micros(job.elapsed());
+    job.count(|counters| counters.running_us = running);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,176 @@
+//! What is restored from: an image with those that it builds on, and which of its blocks goes into which of the VMM's.
+//!
+//! A block is known by its id. Its name, place and length must be those in the image, or the guest would find itself in another machine. What discards are rounded to may
+//! differ, and so may the host pages: they are matters of this VMM, of which the guest does not know.
+
+use crate::image::{Chain, Image, ImageError};
+use crate::memory::GuestMemory;
+use pageferry_protocol::memory::{BlockTable, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use std::path::Path;
+
+/// Why an image cannot be restored into the memory of a VMM.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RestoreError {
+    /// The VMM has no such block.
+    #[error(
+        "block {id} \"{name}\" of the image does not exist in this VMM: it is to add the blocks that the guest had"
+    )]
+    Missing {
+        /// The block.
+        id: u32,
+        /// Its name.
+        name: String,
+    },
+    /// The image has no such block.
+    #[error(
+        "block {id} \"{name}\" of this VMM is not in the image: it is to have the blocks that the guest had, and no other"
+    )]
+    Surplus {
+        /// The block.
+        id: u32,
+        /// Its name.
+        name: String,
+    },
+    /// A block is another than in the image.
+    #[error("block {id}: {field} is {here} in this VMM, and {image} in the image")]
+    Field {
+        /// The block.
+        id: u32,
+        /// What differs.
+        field: &'static str,
+        /// In the VMM.
+        here: String,
+        /// In the image.
+        image: String,
+    },
+}
+
+/// Compares the blocks of a VMM with those of an image.
+///
+/// # Errors
+/// The first difference.
+pub fn compare(here: &BlockTable, image: &BlockTable) -> Result<(), RestoreError> {
+    for block in image.blocks() {
+        let (id, name) = (block.id, block.name.clone());
+        let Some(own) = here.get(id) else { return Err(RestoreError::Missing { id, name }) };
+        let hex = |value: u64| format!("{value:#x}");
+        let quoted = |name: &String| format!("{name:?}");
+        let fields = [
+            ("name", quoted(&own.name), quoted(&name)),
+            ("gpa", hex(own.gpa), hex(block.gpa)),
+            ("length", hex(own.length), hex(block.length)),
+        ];
+        if let Some((field, here, image)) = fields.into_iter().find(|(_, here, image)| here != image) {
+            return Err(RestoreError::Field { id, field, here, image });
+        }
+    }
+    match here.blocks().iter().find(|block| image.get(block.id).is_none()) {
+        Some(block) => Err(RestoreError::Surplus { id: block.id, name: block.name.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// An image, seen from the VMM's memory: blocks are counted as there.
+#[derive(Debug)]
+pub struct Source {
+    chain: Chain,
+    /// The index in the image of each block of the memory: the VMM may have added them in any order.
+    order: Vec<usize>,
+}
+
+impl Source {
+    /// Opens the image at `path`, and compares its blocks with those of `memory`.
+    ///
+    /// # Errors
+    /// What is wrong with the image, or how the blocks differ.
+    pub fn open(path: &Path, memory: &GuestMemory) -> Result<Self, crate::job::JobError> {
+        let chain = Chain::open(path)?;
+        compare(memory.table(), chain.table())?;
+        let of = |id: u32| chain.table().blocks().iter().position(|block| block.id == id);
+        // All are there, as was just seen.
+        let order = memory.blocks().iter().filter_map(|block| of(block.geometry.id)).collect();
+        Ok(Self { chain, order })
+    }
+
+    /// The image, without those that it builds on.
+    pub fn newest(&self) -> &Image {
+        self.chain.newest()
+    }
+
+    /// The pages of a block that have content.
+    pub fn present(&self, at: usize) -> &MappedBitmap {
+        self.chain.present(self.order[at])
+    }
+
+    /// The pages of a block that are discarded.
+    pub fn discarded(&self, at: usize) -> &MappedBitmap {
+        self.chain.discarded(self.order[at])
+    }
+
+    /// Reads those of the pages `range`, which lie in one extent of a block, that have content, each to its place in `into`, and checks them.
+    ///
+    /// # Errors
+    /// If one cannot be read, or is damaged: which, and where.
+    pub fn read(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
+        self.chain.read_extent(self.order[at], range, into)
+    }
+
+    /// Has the disk read what is to be read of the pages `range`, which lie in one extent. Nobody waits for it.
+    pub fn will_need(&self, at: usize, range: PageRange) {
+        self.chain.will_need(self.order[at], range);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
+
+    fn table(blocks: &[(u32, &str, u64, u64)]) -> BlockTable {
+        let mut table = BlockTable::new();
+        for (id, name, gpa, pages) in blocks {
+            let (gpa, length) = (gpa * PAGE_SIZE, pages * PAGE_SIZE);
+            let block = BlockGeometry { id: *id, name: (*name).into(), gpa, length, granularity: PAGE_SIZE };
+            table.insert(block, 512).unwrap();
+        }
+        table
+    }
+
+    #[test]
+    fn a_difference_is_named_by_block_and_field() {
+        let image = table(&[(1, "low", 0, 16), (2, "high", 64, 32)]);
+        let refused = |blocks: &[(u32, &str, u64, u64)]| compare(&table(blocks), &image).unwrap_err().to_string();
+        let expected = [
+            (
+                "block 2: length is 0x10000 in this VMM, and 0x20000 in the image",
+                &[(1, "low", 0, 16), (2, "high", 64, 16)][..],
+            ),
+            (
+                "block 2: gpa is 0x80000 in this VMM, and 0x40000 in the image",
+                &[(1, "low", 0, 16), (2, "high", 128, 32)],
+            ),
+            (
+                "block 1: name is \"ram\" in this VMM, and \"low\" in the image",
+                &[(1, "ram", 0, 16), (2, "high", 64, 32)],
+            ),
+        ];
+        for (sentence, blocks) in expected {
+            assert_eq!(refused(blocks), sentence);
+        }
+        assert!(
+            refused(&[(1, "low", 0, 16), (3, "high", 64, 32)]).contains("block 2 \"high\" of the image does not exist")
+        );
+        let more = [(1, "low", 0, 16), (2, "high", 64, 32), (7, "hot", 128, 1)];
+        assert!(refused(&more).contains("block 7 \"hot\" of this VMM is not in the image"));
+    }
+
+    #[test]
+    fn what_the_guest_does_not_see_may_differ() {
+        let image = table(&[(1, "low", 0, 512)]);
+        let mut here = BlockTable::new();
+        let block = image.blocks()[0].clone();
+        here.insert(BlockGeometry { granularity: 2 << 20, ..block }, 512).unwrap();
+        compare(&here, &image).unwrap();
+    }
+}

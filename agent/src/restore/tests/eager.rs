@@ -1,0 +1,200 @@
+use super::*;
+use pageferry_protocol::control::request::{BlockRange, ErrorCode, RemoteError};
+
+const PAGES: [u64; 2] = [1500, 600];
+
+fn sparse(id: u32, page: u64) -> Page {
+    match (page / 7 + u64::from(id)) % 5 {
+        0 | 1 => Page::Content,
+        2 => Page::Discarded,
+        _ => Page::Zero,
+    }
+}
+
+fn dirty(ram: &Ram) {
+    for block in ram.memory.blocks() {
+        block.backing.write(3 * PAGE_SIZE, &[7; 100 * PAGE]).unwrap();
+        block.discarded.set(PageRange::new(0, 10));
+    }
+}
+
+#[test]
+fn an_image_is_what_the_memory_is_afterwards_whatever_it_was_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let geometries = geometries(&PAGES);
+    write_image(&path, &geometries, &Base::default(), 0, sparse);
+    let ram = Arc::new(Ram::new(&geometries));
+    dirty(&ram);
+    let vmm = Vmm::new(&ram, |ram, hook| {
+        if matches!(hook, Hook::LoadState { .. }) {
+            assert_eq!(ram.touch(0, 0), word_of(0, 0));
+        }
+        Ok(())
+    });
+    let options = RestoreOptions { workers: 3, ..RestoreOptions::default() };
+    let status = restore_from(&path, &ram, &vmm, options);
+    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    ram.check(|id, page| (sparse(id, page), 0));
+    assert_eq!(vmm.asked(), ["load state", "resume"]);
+    let all = || (0..2).flat_map(|id| (0..PAGES[id as usize]).map(move |page| sparse(id, page)));
+    let count = |kind: Page| all().filter(|page| *page == kind).count() as u64;
+    let counters = status.counters;
+    let found = (counters.pages_sent, counters.zero_pages, counters.discarded_pages, counters.remaining_pages);
+    assert_eq!(found, (count(Page::Content), count(Page::Zero), count(Page::Discarded), 0));
+    assert_eq!(counters.wire_bytes, count(Page::Content) * PAGE_SIZE);
+    assert!(counters.running_us > 0);
+}
+
+#[test]
+fn an_increment_is_restored_with_what_it_builds_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (full, one) = (folder.path().join("full"), folder.path().join("one"));
+    let geometries = geometries(&PAGES);
+    let base = write_image(&full, &geometries, &Base::default(), 0, sparse);
+    let newer = |id: u32, page: u64| match page % 4 {
+        0 => sparse(id + 1, page),
+        _ => Page::Unchanged,
+    };
+    write_image(&one, &geometries, &base, 5, newer);
+    let ram = Arc::new(Ram::new(&geometries));
+    let status = restore_from(&one, &ram, &Vmm::willing(&ram), RestoreOptions::default());
+    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    ram.check(|id, page| match newer(id, page) {
+        Page::Unchanged => (sparse(id, page), 0),
+        kind => (kind, 5),
+    });
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_touched() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    write_image(&path, &geometries(&PAGES), &Base::default(), 0, sparse);
+    let ram = Arc::new(Ram::new(&geometries(&[1500, 700])));
+    dirty(&ram);
+    let before = ram.allocated(0);
+    let vmm = Vmm::willing(&ram);
+    let status = restore_from(&path, &ram, &vmm, RestoreOptions::default());
+    assert_eq!(status.phase, Phase::Failed);
+    assert_eq!(status.error, "block 1: length is 0x2bc000 in this VMM, and 0x258000 in the image");
+    assert_eq!((ram.allocated(0), vmm.asked().len()), (before, 0));
+    assert!(ram.block(0).discarded.contains(3));
+    let status = restore_from(&folder.path().join("none"), &ram, &vmm, RestoreOptions::default());
+    assert!(status.error.contains("none: cannot open it"), "{}", status.error);
+}
+
+#[test]
+fn a_damaged_page_leaves_nothing_behind_and_no_guest() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let geometries = geometries(&PAGES);
+    write_image(&path, &geometries, &Base::default(), 0, sparse);
+    let image = Image::open(&path).unwrap();
+    // Block 1 comes first in the guest, and in the image.
+    let place = image.layout().page(1, 1400);
+    assert_eq!(sparse(0, 1400), Page::Content);
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    rustix::io::pwrite(&file, b"!", place + 9).unwrap();
+    let ram = Arc::new(Ram::new(&geometries));
+    dirty(&ram);
+    let vmm = Vmm::willing(&ram);
+    let status = restore_from(&path, &ram, &vmm, RestoreOptions::default());
+    assert_eq!(status.phase, Phase::Failed);
+    let expected = format!("image: block 0: page {:#x}, at byte {place:#x}: checksum", 1400);
+    assert!(status.error.contains(&expected), "{}", status.error);
+    assert_eq!(vmm.asked(), Vec::<&str>::new());
+    ram.check_empty();
+}
+
+#[test]
+fn a_vmm_that_cannot_load_its_state_gets_its_memory_back_empty() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let geometries = geometries(&PAGES);
+    write_image(&path, &geometries, &Base::default(), 0, sparse);
+    let ram = Arc::new(Ram::new(&geometries));
+    let vmm = Vmm::new(&ram, |_, hook| match hook {
+        Hook::LoadState { .. } => Err(RemoteError::new(ErrorCode::Other, "no such device")),
+        _ => Ok(()),
+    });
+    let status = restore_from(&path, &ram, &vmm, RestoreOptions::default());
+    assert!(status.error.contains("no such device"), "{}", status.error);
+    assert_eq!(vmm.asked(), ["load state"]);
+    ram.check_empty();
+}
+
+#[test]
+fn an_operator_s_wish_is_the_vmm_s_to_refuse() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let geometries = geometries(&PAGES);
+    write_image(&path, &geometries, &Base::default(), 0, sparse);
+    let ram = Arc::new(Ram::new(&geometries));
+    dirty(&ram);
+    let expected = path.to_str().unwrap().to_owned();
+    let mut willing = false;
+    let vmm = Vmm::new(&ram, move |_, hook| match hook {
+        Hook::PrepareRestore { path } if !std::mem::replace(&mut willing, true) => {
+            assert_eq!(*path, expected);
+            Err(RemoteError::new(ErrorCode::Denied, "a guest runs here"))
+        }
+        _ => Ok(()),
+    });
+    let order = Order { path: path.clone(), options: RestoreOptions::default(), asks_first: true };
+    let refused = new_job(&ram, &vmm, 0);
+    refused.thaw();
+    run(&refused, &order);
+    assert!(refused.status().error.contains("a guest runs here"), "{}", refused.status().error);
+    assert!(ram.block(0).discarded.contains(3) && !ram.allocated(0).is_empty());
+    let job = new_job(&ram, &vmm, 0);
+    run(&job, &order);
+    assert_eq!(job.status().phase, Phase::Completed);
+    ram.check(|id, page| (sparse(id, page), 0));
+}
+
+#[test]
+fn what_is_discarded_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let geometries = geometries(&[4 * 512]);
+    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
+    let ram = Arc::new(Ram::new(&geometries));
+    let vmm = Vmm::willing(&ram);
+    // Slow enough that all but the first extent come after what is done here.
+    let job = new_job(&ram, &vmm, 2 << 20);
+    let order = |workers| Order {
+        path: path.clone(),
+        options: RestoreOptions { workers, ..Default::default() },
+        asks_first: false,
+    };
+    std::thread::scope(|scope| {
+        let restoring = scope.spawn(|| run(&job, &order(1)));
+        while job.status().counters.pages_sent < 512 {
+            std::thread::yield_now();
+        }
+        // One page that was placed, and others that are to come.
+        for first in [100, 1600] {
+            let range = BlockRange { block: 0, offset: first * PAGE_SIZE, length: 100 * PAGE_SIZE };
+            assert_eq!(ram.memory.discard(&[range], true).unwrap(), 100);
+        }
+        job.set_bandwidth(0);
+        restoring.join().unwrap();
+    });
+    assert_eq!(job.status().phase, Phase::Completed);
+    let discarded = |page: u64| (100..200).contains(&page) || (1600..1700).contains(&page);
+    ram.check(|_, page| (if discarded(page) { Page::Discarded } else { Page::Content }, 0));
+
+    let job = new_job(&ram, &vmm, 2 << 20);
+    std::thread::scope(|scope| {
+        let restoring = scope.spawn(|| run(&job, &order(2)));
+        while job.status().counters.pages_sent == 0 {
+            std::thread::yield_now();
+        }
+        job.cancel.cancel().unwrap();
+        restoring.join().unwrap();
+    });
+    assert_eq!(job.status().phase, Phase::Cancelled);
+    // Nothing was discarded in the image; what the VMM said itself before was of the memory before.
+    ram.check_empty();
+}

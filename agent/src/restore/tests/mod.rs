@@ -1,0 +1,243 @@
+//! Restores into memory of this process, with a VMM that is a thread.
+
+mod eager;
+
+use super::*;
+use crate::hooks::Hooks;
+use crate::image::writer::{Base, Rest};
+use crate::image::{ImageWriter, PageBuffer};
+use crate::memory::{Backing, Block, GuestMemory};
+use pageferry_protocol::control::FrameSocket;
+use pageferry_protocol::control::frame::FLAG_REPLY;
+use pageferry_protocol::control::hook::encode_hook_reply;
+use pageferry_protocol::control::job::{JobKind, JobStatus, OutgoingOptions};
+use pageferry_protocol::control::request::Reply;
+use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_protocol::shm::mapping::MappedWords;
+use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd, feature};
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+const PAGE: usize = PAGE_SIZE as usize;
+/// Words of a page.
+const WORDS: usize = PAGE / 8;
+
+/// What a page of an image is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Page {
+    Zero,
+    Discarded,
+    Content,
+    /// As in the base.
+    Unchanged,
+}
+
+/// All words of page `page` of block `id`.
+fn word_of(id: u32, page: u64) -> u64 {
+    (u64::from(id) << 40 | page).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
+}
+
+/// A guest's blocks, in the order in which a VMM might add them.
+fn geometries(pages: &[u64]) -> Vec<BlockGeometry> {
+    let block = |(id, pages): (u32, &u64)| BlockGeometry {
+        id,
+        name: format!("ram{id}"),
+        // The last added is the first in the guest.
+        gpa: u64::from(9 - id) << 40,
+        length: pages * PAGE_SIZE,
+        granularity: PAGE_SIZE,
+    };
+    (0..).zip(pages).map(block).collect()
+}
+
+fn table(geometries: &[BlockGeometry]) -> BlockTable {
+    let mut table = BlockTable::new();
+    geometries.iter().for_each(|block| table.insert(block.clone(), 512).unwrap());
+    table
+}
+
+/// Writes an image, `page(id, page)` says of what; the content of block and page `n` is [`word_of`] plus `version`.
+fn write_image(
+    path: &Path, geometries: &[BlockGeometry], base: &Base, version: u64, page: impl Fn(u32, u64) -> Page,
+) -> Base {
+    let table = table(geometries);
+    let writer = ImageWriter::create(path, &table, true, true).unwrap();
+    let mut buffer = PageBuffer::new(2 << 20);
+    let (mut discarded, mut changed) = (Vec::new(), Vec::new());
+    for (at, block) in table.blocks().iter().enumerate() {
+        discarded.push(MappedBitmap::private(block.pages()).unwrap());
+        changed.push(MappedBitmap::private(block.pages()).unwrap());
+        for first in (0..block.pages()).step_by(512) {
+            let count = (block.pages() - first).min(512);
+            for page_index in first..first + count {
+                let kind = page(block.id, page_index);
+                let word = if kind == Page::Content { word_of(block.id, page_index).wrapping_add(version) } else { 0 };
+                let start = (page_index - first) as usize * PAGE;
+                buffer[start..start + PAGE].chunks_mut(8).for_each(|bytes| bytes.copy_from_slice(&word.to_le_bytes()));
+                let one = PageRange::new(page_index, 1);
+                if kind == Page::Discarded {
+                    discarded[at].set(one);
+                }
+                if kind != Page::Unchanged {
+                    changed[at].set(one);
+                }
+            }
+            writer.put(at, PageRange::new(first, count), &buffer[..count as usize * PAGE]).unwrap();
+        }
+    }
+    let id = writer.id();
+    let changed = (*base != Base::default()).then_some(changed.as_slice());
+    let pieces = vec![PieceSize { name: "devices".into(), length: 3 }];
+    let state = state_file_of([&b"abc"[..]]).unwrap();
+    writer.finish(Rest { discarded: &discarded, changed }, base, pieces, Some(state.as_fd())).unwrap();
+    Base { id, name: path.to_str().unwrap().into() }
+}
+
+/// The memory of a VMM, and its own mapping of it.
+struct Ram {
+    memory: Arc<GuestMemory>,
+    mappings: Vec<MappedWords>,
+}
+
+impl Ram {
+    fn new(geometries: &[BlockGeometry]) -> Self {
+        let mut mappings = Vec::new();
+        let block = |geometry: &BlockGeometry| {
+            let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            rustix::fs::ftruncate(&fd, geometry.length).unwrap();
+            let mapping = MappedWords::shared(fd.as_fd(), 0, geometry.length).unwrap();
+            let address = mapping.address_range().start as u64;
+            mappings.push(mapping);
+            let backing = Backing::new(fd, 0, geometry.length).unwrap();
+            Arc::new(Block::new(geometry.clone(), backing, address, None).unwrap())
+        };
+        let blocks = geometries.iter().map(block).collect();
+        Self { memory: Arc::new(GuestMemory::new(blocks, table(geometries), None)), mappings }
+    }
+
+    fn block(&self, at: usize) -> &Block {
+        &self.memory.blocks()[at]
+    }
+
+    /// Touches a page as the guest does; returns its first word.
+    fn touch(&self, at: usize, page: u64) -> u64 {
+        self.mappings[at][page as usize * WORDS].load(Ordering::Acquire)
+    }
+
+    fn allocated(&self, at: usize) -> Vec<PageRange> {
+        let block = self.block(at);
+        let mut found: Vec<PageRange> = Vec::new();
+        let mut rest = block.all();
+        // Page by page: the walk over runs takes small holes for data.
+        while let Some(page) = block.backing.first_data(rest).unwrap() {
+            match found.last_mut() {
+                Some(last) if last.end() == page => last.count += 1,
+                _ => found.push(PageRange::new(page, 1)),
+            }
+            rest = PageRange::new(page + 1, block.geometry.pages() - page - 1);
+        }
+        found
+    }
+
+    /// Content is where it should be, and all else a hole; what is discarded is marked so.
+    fn check(&self, model: impl Fn(u32, u64) -> (Page, u64)) {
+        for (at, block) in self.memory.blocks().iter().enumerate() {
+            let (id, mut bytes) = (block.geometry.id, vec![0; PAGE]);
+            let allocated: u64 = self.allocated(at).iter().map(|run| run.count).sum();
+            let pages = 0..block.geometry.pages();
+            let expected = pages.clone().filter(|page| model(id, *page).0 == Page::Content).count();
+            assert_eq!(allocated, expected as u64, "allocated pages of block {id}");
+            for page in pages {
+                let (kind, version) = model(id, page);
+                block.backing.read(page * PAGE_SIZE, &mut bytes).unwrap();
+                let word = if kind == Page::Content { word_of(id, page).wrapping_add(version) } else { 0 };
+                assert!(
+                    bytes.chunks(8).all(|bytes| bytes == word.to_le_bytes()),
+                    "page {page} of block {id}: {kind:?}"
+                );
+                assert_eq!(block.discarded.contains(page), kind == Page::Discarded, "page {page} of block {id}");
+            }
+        }
+    }
+
+    /// Nothing is left of what was tried.
+    fn check_empty(&self) {
+        self.check(|_, _| (Page::Zero, 0));
+    }
+}
+
+/// A VMM that answers hooks as `answer` says, and what it was asked.
+struct Vmm {
+    hooks: Arc<Hooks>,
+    asked: Arc<Mutex<Vec<&'static str>>>,
+    _thread: std::thread::JoinHandle<()>,
+}
+
+impl Vmm {
+    fn new(ram: &Arc<Ram>, mut answer: impl FnMut(&Ram, &Hook) -> Reply<()> + Send + 'static) -> Self {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let asked: Arc<Mutex<Vec<&'static str>>> = Arc::default();
+        let (log, ram) = (asked.clone(), ram.clone());
+        let run = move || {
+            let mut socket = FrameSocket::from(OwnedFd::from(theirs));
+            let far = || Instant::now() + Duration::from_secs(60);
+            // Unregistered when it is dropped.
+            let mut registered = None;
+            while let Ok(frame) = socket.recv(far()) {
+                let (sequence, hook) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
+                if matches!(hook, Hook::Event { .. }) {
+                    continue;
+                }
+                log.lock().unwrap().push(hook.name());
+                let reply = answer(&ram, &hook);
+                match hook {
+                    Hook::RegisterFaults if reply.is_ok() => registered = Some(register(&ram)),
+                    // As a client that keeps its guest from what is lost; the test goes on with it.
+                    Hook::UnregisterFaults { .. } => registered = None,
+                    _ => {}
+                }
+                let fds = registered.iter().filter(|_| matches!(hook, Hook::RegisterFaults)).map(AsFd::as_fd);
+                let fds: Vec<_> = fds.collect();
+                let body = encode_hook_reply(sequence, &reply);
+                socket.send_parts(frame.request, FLAG_REPLY, &body, &fds, far()).unwrap();
+            }
+        };
+        let thread = std::thread::spawn(run);
+        Self { hooks: Arc::new(Hooks::new(Some(ours.into()))), asked, _thread: thread }
+    }
+
+    /// One that agrees to all.
+    fn willing(ram: &Arc<Ram>) -> Self {
+        Self::new(ram, |_, _| Ok(()))
+    }
+
+    fn asked(&self) -> Vec<&'static str> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+fn register(ram: &Ram) -> Userfaultfd {
+    let uffd = Userfaultfd::open(feature::MISSING_SHMEM).unwrap();
+    for block in ram.memory.blocks() {
+        let range = Addresses { start: block.vmm_address, length: block.geometry.length };
+        uffd.register(range, Register::Missing).unwrap();
+    }
+    uffd
+}
+
+fn new_job(ram: &Ram, vmm: &Vmm, bandwidth: u64) -> Arc<Job> {
+    let options = OutgoingOptions { bandwidth, ..OutgoingOptions::default() };
+    let notify = crate::job::notifier().unwrap();
+    let job = Job::new(1, JobKind::Restore, ram.memory.clone(), vmm.hooks.clone(), options, notify).unwrap();
+    job.freeze();
+    Arc::new(job)
+}
+
+fn restore_from(path: &Path, ram: &Ram, vmm: &Vmm, options: RestoreOptions) -> JobStatus {
+    let job = new_job(ram, vmm, options.bandwidth);
+    run(&job, &Order { path: path.into(), options, asks_first: false });
+    job.status()
+}

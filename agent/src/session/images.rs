@@ -1,0 +1,66 @@
+//! Snapshots and restores are started.
+
+use super::own::Answer;
+use super::{Role, Session, check_fds};
+use crate::restore::Order;
+use crate::snapshot::Plan;
+use pageferry_protocol::control::job::{JobKind, OutgoingOptions, RestoreOptions, SnapshotMode, SnapshotOptions};
+use pageferry_protocol::control::request::{ErrorCode, JobStarted, RemoteError};
+use std::os::fd::OwnedFd;
+
+impl Session {
+    /// Starts to save the guest.
+    pub(super) fn start_snapshot(
+        &mut self, role: Role, path: String, options: SnapshotOptions, fds: &[OwnedFd],
+    ) -> Answer {
+        self.check_can_start()?;
+        check_fds("start snapshot", fds, 0)?;
+        check_path("path", &path)?;
+        if !options.base.is_empty() {
+            check_path("base", &options.base)?;
+        }
+        if options.mode == SnapshotMode::Stopped && role == Role::Operator {
+            let sentence = "mode is stopped, which only the VMM can ask for: it has stopped its guest then; paused stops it for as long as it takes";
+            return Err(RemoteError::new(ErrorCode::Denied, sentence));
+        }
+        let SnapshotOptions { bandwidth, hook_timeout, .. } = options;
+        let job = OutgoingOptions { bandwidth, hook_timeout, ..OutgoingOptions::default() };
+        let job = self.new_job(JobKind::Snapshot, job)?;
+        let (trackers, checkpoint) = (self.trackers.clone(), self.checkpoint.clone());
+        let reply = JobStarted { job: job.id, address: path.clone() };
+        let plan = Plan { path: path.into(), options, trackers, checkpoint };
+        self.run_job(&job, move |job| crate::snapshot::run(job, &plan))?;
+        Ok(Box::new(move |encoder| reply.encode(encoder)))
+    }
+
+    /// Starts to restore a guest.
+    pub(super) fn start_restore(&mut self, role: Role, path: &str, options: RestoreOptions, fds: &[OwnedFd]) -> Answer {
+        self.check_can_start()?;
+        check_fds("start restore", fds, 0)?;
+        check_path("path", path)?;
+        if !options.working_set.is_empty() {
+            check_path("working_set", &options.working_set)?;
+        }
+        let RestoreOptions { hook_timeout, bandwidth, .. } = options;
+        let given = OutgoingOptions { hook_timeout, bandwidth, ..OutgoingOptions::default() };
+        let job = self.new_job(JobKind::Restore, given)?;
+        let asks_first = role == Role::Operator;
+        if !asks_first {
+            // The guest is not here yet, and what it will hold is not the VMM's to change.
+            job.freeze();
+        }
+        self.end_checkpoint("a guest was restored");
+        let order = Order { path: path.into(), options, asks_first };
+        self.run_job(&job, move |job| crate::restore::run(job, &order))?;
+        let reply = JobStarted { job: job.id, address: path.to_owned() };
+        Ok(Box::new(move |encoder| reply.encode(encoder)))
+    }
+}
+
+/// Refuses a path that means one file here and another where it was written.
+fn check_path(field: &str, path: &str) -> Result<(), RemoteError> {
+    if path.starts_with('/') && !path.contains('\0') {
+        return Ok(());
+    }
+    Err(RemoteError::new(ErrorCode::Invalid, format!("{field} is {path:?}, expected is a path from the root")))
+}
