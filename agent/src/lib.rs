@@ -3,6 +3,7 @@
 //! - [`memory`]: blocks, their files and bitmaps, discards;
 //! - [`tracking`]: who says which pages are dirty;
 //! - [`hooks`]: what the agent asks of the VMM;
+//! - [`faults`]: what a guest waits for that runs before its memory is here;
 //! - [`job`]: what all jobs share: status, cancelling, errors;
 //! - [`priority`]: who steps back behind whom;
 //! - [`stats`]: counters and histograms;
@@ -18,6 +19,7 @@
 
 pub mod cli;
 pub mod error;
+pub mod faults;
 pub mod hooks;
 pub mod image;
 pub mod incoming;

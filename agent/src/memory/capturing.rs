@@ -16,13 +16,13 @@
 //! What was read counts only if the protection was there until then. A VMM that loses patience unregisters its mappings, and the lifting that follows each reading fails:
 //! then the snapshot does.
 
+use super::cursor::Cursor;
 use super::fence::{FAULTS, Readers, SESSION};
 use super::mappings::Mappings;
 use super::owed::{Owed, parts_of};
 use super::{Block, GuestMemory};
 use crate::image::{ImageError, ImageWriter};
 use crate::job::JobError;
-use crate::outgoing::postcopy::cursor::Cursor;
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};

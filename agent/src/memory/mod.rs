@@ -8,6 +8,7 @@
 //! - [`owed`]: what a guest in postcopy is owed, in host pages;
 //! - [`mappings`]: where the VMM has it mapped;
 //! - [`capturing`]: a guest's memory as it was at one instant, while it is saved and the guest runs on: writes and discards meanwhile;
+//! - [`cursor`]: which of it comes next: near the last fault, in small pieces; far from it, in large ones;
 //! - [`claims`]: how a fault and whoever takes its page agree on who answers;
 //! - [`arriving`]: the memory of a guest that runs before it is here: faults, placing, and discards meanwhile;
 //! - [`runs`]: runs of pages that lie near each other, made one;
@@ -20,6 +21,7 @@ pub mod block;
 pub mod bus_guard;
 pub mod capturing;
 pub mod claims;
+pub mod cursor;
 pub mod discard;
 pub mod extents;
 pub mod fence;

@@ -1,22 +1,16 @@
-//! Reading what the guest waits for, and asking the source.
+//! Asking the source for what the guest waits for.
 //!
-//! One thread reads the faults, as many at once as there are, and waits for nothing but faults, and pages that are being placed: what it can answer it answers, and for the rest it asks. The
-//! threads of the streams place what comes. It goes on while the connections are lost: what is asked for then is noted, and asked for when they are back.
+//! The threads of the streams place what comes. The faults are read while the connections are lost, too: what is asked for then is noted, and asked for when they are back.
 
+use crate::faults::{HostPage, Supplier};
 use crate::job::{Job, JobError};
-use crate::memory::arriving::{Answer, Arriving, ArrivingError};
+use crate::memory::arriving::Arriving;
 use crate::transport::{RecordReader, StreamSocket};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
 use pageferry_protocol::userfault::MAX_FAULTS;
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::{Errno, IoSlice};
-use std::os::fd::BorrowedFd;
+use rustix::io::IoSlice;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
-/// How long a fault that cannot be answered for want of memory waits until it is looked at again.
-const RETRY: Duration = Duration::from_millis(10);
 
 /// The urgent streams, on which the source is asked. Clones are the same.
 ///
@@ -46,6 +40,34 @@ impl Requests {
     /// There is nobody to ask.
     pub fn disconnect(&self) {
         self.lock().clear();
+    }
+}
+
+/// Asks the source.
+pub struct Asking<'a> {
+    job: &'a Job,
+    arriving: &'a Arriving,
+    requests: Requests,
+    pages: Vec<HostPage>,
+    batch: Batch,
+}
+
+impl<'a> Asking<'a> {
+    /// By `requests`.
+    pub fn new(job: &'a Job, arriving: &'a Arriving, requests: Requests) -> Self {
+        Self { job, arriving, requests, pages: Vec::with_capacity(MAX_FAULTS), batch: Batch::default() }
+    }
+}
+
+impl Supplier for Asking<'_> {
+    fn serve(&mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>) -> Result<(), JobError> {
+        let streams = self.requests.lock();
+        read(&mut self.pages)?;
+        for (at, host_page) in self.pages.drain(..) {
+            self.batch.add(&streams, name(self.job, self.arriving, at, host_page), host_page);
+        }
+        self.batch.send(&streams);
+        Ok(())
     }
 }
 
@@ -84,75 +106,4 @@ impl Batch {
 fn name(job: &Job, arriving: &Arriving, at: usize, host_page: u64) -> (u32, PageRange) {
     let pages = arriving.owed().block(at).pages(PageRange::new(host_page, 1));
     (job.memory.blocks()[at].geometry.id, pages)
-}
-
-/// Answers faults until `stop` is readable, or the VMM is gone.
-pub fn answer(job: &Job, arriving: Arc<Arriving>, requests: Requests, stop: BorrowedFd<'_>) {
-    let mut unanswered = Unanswered { job, over: false };
-    match answer_all(job, &arriving, &requests, stop) {
-        Ok(()) => unanswered.over = true,
-        Err(error) => {
-            log::error!("job {}: faults are not answered any more: {}", job.id, crate::error::chain(&error));
-        }
-    }
-}
-
-/// A guest whose faults nobody answers hangs. On drop, also by a panic, the VMM is told that its memory is lost, unless all is over.
-struct Unanswered<'a> {
-    job: &'a Job,
-    over: bool,
-}
-
-impl Drop for Unanswered<'_> {
-    fn drop(&mut self) {
-        if !self.over {
-            self.job.cancel.force();
-        }
-    }
-}
-
-fn answer_all(job: &Job, arriving: &Arriving, requests: &Requests, stop: BorrowedFd<'_>) -> Result<(), JobError> {
-    let mut faults = [0; MAX_FAULTS];
-    let mut batch = Batch::default();
-    let mut failed = Vec::new();
-    loop {
-        let mut polled = [PollFd::new(arriving.uffd(), PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
-        match poll(&mut polled, None) {
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(JobError::from_io("poll")(errno.into())),
-        }
-        if !polled[1].revents().is_empty() {
-            return Ok(());
-        }
-        let since = Instant::now();
-        let streams = requests.lock();
-        let answering = arriving.answering();
-        let count = arriving.uffd().read_faults(&mut faults).map_err(ArrivingError::Read)?;
-        for address in &faults[..count] {
-            let Some(page) = arriving.locate(*address) else { continue };
-            match arriving.fault(&job.memory.readers, page, since) {
-                Ok(Answer::Ask) => batch.add(&streams, name(job, arriving, page.0, page.1), page.1),
-                Ok(Answer::Here | Answer::Wait) => {}
-                Err(error) if is_gone(&error) => return Err(error.into()),
-                Err(error) => {
-                    log::warn!("{}", crate::error::chain(&error));
-                    failed.push(page);
-                }
-            }
-        }
-        drop(answering);
-        batch.send(&streams);
-        drop(streams);
-        if !failed.is_empty() {
-            // No memory, most likely. Whoever waits tries again.
-            std::thread::sleep(RETRY);
-            failed.drain(..).for_each(|page| arriving.retry(page));
-        }
-    }
-}
-
-/// True if there is nobody any more who could wait.
-pub fn is_gone(error: &ArrivingError) -> bool {
-    matches!(error, ArrivingError::Place { source: Errno::SRCH, .. })
 }

@@ -1,6 +1,6 @@
 //! Postcopy, seen from the destination: the guest runs, and its memory follows.
 //!
-//! - [`faults`]: reading what the guest waits for, and asking the source;
+//! - [`faults`]: asking the source for what the guest waits for;
 //! - [`arrive`]: receiving and placing, on all streams at once, until all is here;
 //! - [`assembly`]: host pages that come in pieces;
 //! - [`recover`]: after a lost connection;
@@ -18,13 +18,13 @@ pub mod recover;
 use super::accept::Accepted;
 use super::receive::Received;
 use super::{load, take_over};
+use crate::faults::{Registered, answer};
 use crate::job::{Job, JobError};
 use crate::memory::arriving::Arriving;
 use crate::memory::owed::Owed;
 use crate::transport::Listener;
 use arrive::Arrival;
-use faults::Requests;
-use pageferry_protocol::control::hook::Hook;
+use faults::{Asking, Requests};
 use pageferry_protocol::control::job::Phase;
 use rustix::event::EventfdFlags;
 use std::os::fd::AsFd;
@@ -40,28 +40,11 @@ pub struct Incomplete {
     requests: Requests,
 }
 
-/// The VMM's mappings are registered; taken back on drop. If memory is missing then, the VMM is told, and its guest is lost.
-struct Registered<'a> {
-    job: &'a Job,
-    complete: bool,
-}
-
-impl Drop for Registered<'_> {
-    fn drop(&mut self) {
-        self.job.memory.set_arriving(None);
-        let hook = Hook::UnregisterFaults { complete: self.complete };
-        if let Err(error) = self.job.hooks.undo(&hook, self.job.options().hook_timeout) {
-            log::warn!("{}", crate::error::chain(&error));
-        }
-    }
-}
-
 /// Lets the guest run, and receives what it is owed.
 pub fn take_guest_first(
     job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, owed: Owed, received: Received,
 ) -> Result<(), JobError> {
-    // Made before the answer: a registration that timed out may still happen, and must be undone.
-    let mut registered = Registered { job, complete: false };
+    let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
     let arriving = Arriving::new(&job.memory, Arc::new(owed), uffd, accepted.acknowledge, job.live.clone());
     let arriving = Arc::new(arriving?);
@@ -77,8 +60,9 @@ pub fn take_guest_first(
     let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let stop = stop.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?;
     std::thread::scope(|scope| {
-        let (memory, requests) = (arriving.clone(), guest.requests.clone());
-        let faults = scope.spawn(|| faults::answer(job, memory, requests, stop.as_fd()));
+        let mut asking = Asking::new(job, &arriving, guest.requests.clone());
+        let (arriving, stop) = (&*arriving, stop.as_fd());
+        let faults = scope.spawn(move || answer(job, arriving, &mut asking, stop));
         let arrived = guest.run(accepted, received);
         // What is a hole now is zero for good, and nobody waits any more.
         registered.complete = arrived.is_ok();
@@ -86,7 +70,7 @@ pub fn take_guest_first(
             arriving.unregister();
         }
         // A full eventfd is readable already.
-        let _ = rustix::io::write(&stop, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(stop, &1u64.to_ne_bytes());
         faults.join().map_err(|_| JobError::Panicked)?;
         arrived
     })?;

@@ -5,7 +5,7 @@
 use super::super::accept::{Accepted, accept_again};
 use super::Incomplete;
 use super::arrive::{Arrival, say_complete};
-use super::faults::is_gone;
+use crate::faults::is_gone;
 use crate::job::{JobError, Request, add};
 use crate::transport::StreamSocket;
 use pageferry_protocol::control::job::Phase;

@@ -2,7 +2,6 @@
 //!
 //! - [`remaining`]: what the destination is still owed when the guest stops, and telling it;
 //! - [`supply`]: sending that, on all streams at once, until the destination has it;
-//! - [`cursor`]: what is pushed next: near the last fault, in small pieces; far from it, in large ones;
 //! - [`recover`]: after a lost connection;
 //! - this file: the phases, and the line of law 9.
 //!
@@ -10,7 +9,6 @@
 //! then, the guest runs on here, and what was sent is worth nothing. After the commit nothing but its memory is left of the guest here, and it is kept until the
 //! destination has it.
 
-pub mod cursor;
 pub mod recover;
 pub mod remaining;
 pub mod supply;

@@ -11,9 +11,9 @@
 
 use super::super::connect::{Primary, SessionId, Streams, Urgent, unexpected};
 use super::super::sender::{PageSender, PassView};
-use super::cursor::Cursor;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
+use crate::memory::cursor::Cursor;
 use crate::memory::owed::Owed;
 use crate::transport::queue::send_what_is_fresh;
 use crate::transport::{Address, Limiter, StreamSocket, TransportError};

@@ -1,11 +1,11 @@
-//! What is pushed next.
+//! What is pushed, or read ahead, next.
 //!
-//! A guest that touched a page will touch those after it soon. So the push goes on behind the last fault, in small pieces, so that the next fault need not wait
-//! behind a large one; and as long as there is no fault the pieces grow. All pushers share one cursor: two atomics, no lock. They may claim pieces that overlap, since what
-//! they send is what they take from [`Owed`].
+//! A guest that touched a page will touch those after it soon. So it goes on behind the last fault, in small pieces, so that the next fault need not wait
+//! behind a large one; and as long as there is no fault the pieces grow. All who do it share one cursor: two atomics, no lock. They may claim pieces that overlap, since what
+//! they work on is what they take from [`Owed`].
 
-use crate::memory::GuestMemory;
-use crate::memory::owed::Owed;
+use super::GuestMemory;
+use super::owed::Owed;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,7 +14,7 @@ const SMALLEST: u64 = (64 << 10) / PAGE_SIZE;
 /// Pages of a piece when it is quiet: 4 MiB.
 const LARGEST: u64 = (4 << 20) / PAGE_SIZE;
 
-/// Where the push goes on.
+/// Where it goes on.
 #[derive(Debug)]
 pub struct Cursor {
     /// The page that is looked at next, counted over all blocks.
