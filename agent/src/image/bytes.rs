@@ -8,7 +8,7 @@ use std::ops::{Deref, DerefMut, Range};
 use std::os::fd::BorrowedFd;
 
 /// Writes all of `bytes`.
-pub(super) fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(), Fault> {
+pub fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(), Fault> {
     while !bytes.is_empty() {
         match rustix::io::pwrite(file, bytes, at) {
             Ok(0) => return Err(Fault::At { what: "write", at, source: Errno::NOSPC }),
@@ -24,7 +24,7 @@ pub(super) fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> R
 }
 
 /// Fills `bytes`.
-pub(super) fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Result<(), Fault> {
+pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Result<(), Fault> {
     while !bytes.is_empty() {
         match rustix::io::pread(file, &mut *bytes, at) {
             Ok(0) => return Err(Fault::Ends { at }),

@@ -419,6 +419,18 @@ impl Arriving {
         }
     }
 
+    /// What was discarded before discards knew of this need not come any more. To be called once they do ([`GuestMemory::set_arriving`]).
+    pub fn drop_discarded(&self, memory: &GuestMemory) {
+        for (at, block) in memory.blocks().iter().enumerate() {
+            let unit = self.owed.block(at).unit();
+            for run in block.discarded.runs(block.all()) {
+                // A host page of which a part is discarded comes all the same.
+                let (first, end) = (run.first.div_ceil(unit), run.end() / unit);
+                self.drop_owed(at, self.owed.block(at).pages(PageRange::new(first, end.saturating_sub(first))));
+            }
+        }
+    }
+
     /// A discard of `range` is done: who waits for a page of it gets zero.
     pub(super) fn answer_waiting(&self, at: usize, range: PageRange) {
         fence(Ordering::SeqCst);

@@ -5,13 +5,13 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 /// Pages between two runs that are read together all the same: 64 KiB.
 pub const NEAR: u64 = (64 << 10) / PAGE_SIZE;
 
-/// The runs, which are in order and do not overlap, with those made one between which there are at most `gap` pages.
+/// The runs, in the order of their first pages, with those made one between which there are at most `gap` pages.
 pub fn joined(runs: impl IntoIterator<Item = PageRange>, gap: u64) -> impl Iterator<Item = PageRange> {
     let mut rest = runs.into_iter().filter(|run| !run.is_empty()).peekable();
     std::iter::from_fn(move || {
         let mut run = rest.next()?;
         while let Some(next) = rest.next_if(|next| next.first <= run.end().saturating_add(gap)) {
-            run.count = next.end() - run.first;
+            run.count = next.end().max(run.end()) - run.first;
         }
         Some(run)
     })
@@ -24,6 +24,7 @@ mod tests {
     #[test]
     fn runs_with_a_small_gap_between_are_made_one_and_others_are_not() {
         let run = PageRange::new;
+        assert_eq!(joined([run(3, 9), run(4, 1), run(12, 1)], 0).collect::<Vec<_>>(), [run(3, 10)]);
         let runs = [run(3, 1), run(4, 2), run(8, 1), run(12, 0), run(20, 5)];
         assert_eq!(joined(runs, 0).collect::<Vec<_>>(), [run(3, 3), run(8, 1), run(20, 5)]);
         assert_eq!(joined(runs, 2).collect::<Vec<_>>(), [run(3, 6), run(20, 5)]);

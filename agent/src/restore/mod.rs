@@ -3,6 +3,11 @@
 //! - [`source`]: the image, and which of its blocks goes into which of the VMM's;
 //! - [`ground`]: the memory before anything is in it, and again if it comes to nothing;
 //! - [`eager`]: all memory first, then the guest;
+//! - [`lazy`]: the guest first, and its memory behind it;
+//! - [`supply`]: reading and placing what is owed, for all threads of a lazy restore;
+//! - [`serve`]: what the guest waits for;
+//! - [`prefetch`]: what nobody waits for yet;
+//! - [`working_set`]: what a guest touched first, for the next time;
 //! - this file: the phases, and the line after which the guest runs.
 //!
 //! Nothing is touched before the image is known to be whole, as far as that can be told without its pages, and of the same blocks. What is read of it is checked before it is
@@ -10,7 +15,12 @@
 
 pub mod eager;
 pub mod ground;
+pub mod lazy;
+pub mod prefetch;
+pub mod serve;
 pub mod source;
+pub mod supply;
+pub mod working_set;
 
 use crate::hooks::state_file_of;
 use crate::image::Image;
@@ -52,7 +62,7 @@ fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
     }
     match order.options.mode {
         RestoreMode::Eager => eager::restore(job, &source, &state, order.options.workers),
-        RestoreMode::Lazy => Err(JobError::State("lazy restore is not built yet".into())),
+        RestoreMode::Lazy => lazy::restore(job, &source, &state, &order.options),
     }
 }
 

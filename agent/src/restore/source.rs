@@ -3,11 +3,12 @@
 //! A block is known by its id. Its name, place and length must be those in the image, or the guest would find itself in another machine. What discards are rounded to may
 //! differ, and so may the host pages: they are matters of this VMM, of which the guest does not know.
 
+use super::working_set::WorkingSetFault;
 use crate::image::{Chain, Image, ImageError};
 use crate::memory::GuestMemory;
 use pageferry_protocol::memory::{BlockTable, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Why an image cannot be restored into the memory of a VMM.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -31,6 +32,31 @@ pub enum RestoreError {
         id: u32,
         /// Its name.
         name: String,
+    },
+    /// A host page is too large for a lazy restore.
+    #[error("block {id}: the host page size is {size:#x}, a lazy restore takes at most {limit:#x}: restore it eagerly")]
+    HostPage {
+        /// The block.
+        id: u32,
+        /// Size of a host page in bytes.
+        size: u64,
+        /// The largest that can be placed at once.
+        limit: u64,
+    },
+    /// A block is mapped nowhere.
+    #[error("block {id} has no vmm_address, which a lazy restore needs: restore it eagerly")]
+    NotMapped {
+        /// The block.
+        id: u32,
+    },
+    /// What is at the path of the working set is none, or cannot be read.
+    #[error("working_set is {}", path.display())]
+    WorkingSet {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: WorkingSetFault,
     },
     /// A block is another than in the image.
     #[error("block {id}: {field} is {here} in this VMM, and {image} in the image")]

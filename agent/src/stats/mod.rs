@@ -38,6 +38,8 @@ pub struct LiveCounters {
     pub captured_pages: AtomicU64,
     /// See [`Counters::rescued_pages`].
     pub rescued_pages: AtomicU64,
+    /// See [`Counters::working_set_pages`].
+    pub working_set_pages: AtomicU64,
     /// Of the faults.
     pub latency: Latency,
 }
@@ -58,6 +60,7 @@ impl LiveCounters {
         counters.released_pages = get(&self.released_pages);
         counters.captured_pages = get(&self.captured_pages);
         counters.rescued_pages = get(&self.rescued_pages);
+        counters.working_set_pages = get(&self.working_set_pages);
         let [p50, p90, p99, max] = self.latency.summary();
         counters.fault_p50_us = p50;
         counters.fault_p90_us = p90;

@@ -1,0 +1,135 @@
+//! The guest first, and its memory behind it: postcopy from a file.
+//!
+//! All memory is holes, and what the image has content of is owed. The VMM registers its mappings for missing pages before it loads its state, since its devices may touch memory as
+//! they load. From then on what is touched is read at once, checked, and placed; and the rest follows by itself. See [`crate::memory::arriving`] for what happens to a page, and
+//! to one that is discarded meanwhile.
+//!
+//! If the image is damaged, or cannot be read, the guest cannot go on: if it runs already, the VMM is told that memory is lost, as when a postcopy can never complete.
+
+use super::ground::Ground;
+use super::serve::{Asking, SERVERS};
+use super::source::{RestoreError, Source};
+use super::supply::Supply;
+use super::working_set::{Plan, Record};
+use super::{VmmState, let_run};
+use crate::faults::{Registered, answer};
+use crate::hooks::HookError;
+use crate::job::{Job, JobError};
+use crate::memory::arriving::Arriving;
+use crate::memory::fence::MAX_READERS;
+use crate::memory::owed::Owed;
+use pageferry_protocol::control::job::{Phase, RestoreOptions};
+use rustix::event::EventfdFlags;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+/// The largest host page that is placed at once, in bytes.
+const MAX_HOST_PAGE: u64 = 2 << 20;
+
+/// Lets the guest run, and fills its memory.
+///
+/// # Errors
+/// What went wrong. If the guest does not run then, its memory is empty; if it does, it is lost.
+pub fn restore(job: &Arc<Job>, source: &Source, state: &VmmState, options: &RestoreOptions) -> Result<(), JobError> {
+    check(job)?;
+    let plan = Plan::of(&options.working_set, source, &job.memory)?;
+    let mut ground = Ground::clear(job, source)?;
+    job.enter(Phase::Restoring);
+    let owed = owe(job, source)?;
+    let unread = owed.copy()?;
+    let mut registered = Registered::new(job);
+    let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
+    let arriving = Arc::new(Arriving::new(&job.memory, Arc::new(owed), uffd, false, job.live.clone())?);
+    job.owes(arriving.owed());
+    job.memory.set_arriving(Some(arriving.clone()));
+    arriving.drop_discarded(&job.memory);
+    let (pieces, mut record) = plan.parts();
+    let supply = Supply::new(job, source, &arriving, unread, pieces, record.is_some())?;
+    let workers = usize::from(options.workers).min(MAX_READERS - SERVERS);
+    let (whole, outcome) = run(&supply, record.as_mut(), workers, || {
+        state.load(job)?;
+        if !arriving.loaded() {
+            return Err(JobError::State("what the VMM waited for as it loaded its state did not come".into()));
+        }
+        let late = match let_run(job, &mut ground.taken) {
+            // It may be waiting for memory, and its guest may run.
+            Err(error @ JobError::Hook(HookError::Socket { .. })) => Some(error),
+            resumed => resumed.map(|()| None)?,
+        };
+        job.enter(Phase::Prefetching);
+        Ok(late)
+    });
+    registered.complete = whole;
+    drop(registered);
+    if let Some(record) = record.filter(|_| ground.taken) {
+        record.write(&job.memory);
+    }
+    outcome
+}
+
+/// What can be told before anything is touched.
+fn check(job: &Job) -> Result<(), RestoreError> {
+    for block in job.memory.blocks() {
+        let (id, size) = (block.geometry.id, block.backing.host_page_size());
+        if size > MAX_HOST_PAGE {
+            return Err(RestoreError::HostPage { id, size, limit: MAX_HOST_PAGE });
+        }
+        if block.vmm_address == 0 {
+            return Err(RestoreError::NotMapped { id });
+        }
+    }
+    Ok(())
+}
+
+/// What the image has content of is owed, in whole host pages.
+fn owe(job: &Job, source: &Source) -> Result<Owed, JobError> {
+    let host_pages: Vec<u64> = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
+    let owed = Owed::nothing(&job.memory, &host_pages)?;
+    for (at, block) in job.memory.blocks().iter().enumerate() {
+        for (word, bits) in source.present(at).nonzero_words(block.all()) {
+            owed.add_pages(at, word, bits);
+        }
+    }
+    Ok(owed)
+}
+
+/// Answers what is touched while `start` has the guest run, and until all is here. Returns whether it is, and what became of the job. The VMM may be late to say that its guest
+/// runs: `start` returns how, then, and that is what becomes of the job, with all its memory.
+fn run(
+    supply: &Supply<'_>, record: Option<&mut Record>, workers: usize,
+    start: impl FnOnce() -> Result<Option<JobError>, JobError>,
+) -> (bool, Result<(), JobError>) {
+    let stop = match rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK) {
+        Ok(stop) => stop,
+        Err(errno) => return (false, Err(JobError::Io { what: "make an event descriptor", source: errno.into() })),
+    };
+    let (job, arriving) = (supply.job, supply.arriving);
+    let mut asking = Asking::new(supply, record);
+    std::thread::scope(|scope| {
+        let stop = stop.as_fd();
+        let faults = scope.spawn(move || answer(job, arriving, &mut asking, stop));
+        let mut threads = Vec::with_capacity(SERVERS + workers);
+        for index in 0..SERVERS {
+            threads.push(scope.spawn(move || supply.check(|| supply.serve(index))));
+        }
+        for index in SERVERS..SERVERS + workers {
+            threads.push(scope.spawn(move || supply.check(|| supply.prefetch(index))));
+        }
+        let mut late = None;
+        supply.check(|| {
+            late = start()?;
+            supply.follow()
+        });
+        let outcome = supply.end();
+        let whole = outcome.is_ok();
+        // What is a hole now is zero for good, and nobody waits any more.
+        if whole {
+            arriving.unregister();
+        }
+        // A full eventfd is readable already.
+        let _ = rustix::io::write(stop, &1u64.to_ne_bytes());
+        let joined = threads.into_iter().map(std::thread::ScopedJoinHandle::join).fold(Ok(()), Result::and);
+        let ended = faults.join().and(joined).map_err(|_| JobError::Panicked);
+        (whole, outcome.and(ended).and(late.map_or(Ok(()), Err)))
+    })
+}

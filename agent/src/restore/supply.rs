@@ -1,0 +1,240 @@
+//! Reading and placing what is owed, for all threads of a lazy restore.
+//!
+//! A page is *unread* until somebody begins to read it: so the threads that read ahead do not read what another does. Who reads for a fault does so whether the page is unread or not,
+//! since it may be on its way behind megabytes. *Owed* it is until it is placed, or discarded, whatever was read of it: see [`crate::memory::arriving`].
+//!
+//! If one thread fails, all do.
+
+use super::prefetch::{Gate, Pieces};
+use super::serve::Queue;
+use super::source::Source;
+use crate::faults::RETRY;
+use crate::job::{Job, JobError, add};
+use crate::memory::arriving::{Arriving, ArrivingError};
+use crate::memory::cursor::Cursor;
+use crate::memory::owed::Owed;
+use crate::transport::Limiter;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Longest time between two looks at what an operator changed.
+const LOOK: Duration = Duration::from_millis(200);
+/// The same while it is waited for the guest to come to rest.
+const LOOK_FOR_REST: Duration = Duration::from_millis(10);
+/// A guest that touches nothing that is missing for so long has come to rest.
+const REST: Duration = Duration::from_millis(100);
+/// How long it is waited for that.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long there may be no memory to place pages in before that is the end.
+const NO_MEMORY: Duration = Duration::from_secs(60);
+
+/// What all threads of a lazy restore share.
+#[derive(Debug)]
+pub struct Supply<'a> {
+    /// The job.
+    pub job: &'a Job,
+    /// What is read.
+    pub source: &'a Source,
+    /// Where it goes.
+    pub arriving: &'a Arriving,
+    /// What nobody has begun to read, in host pages.
+    pub unread: Owed,
+    /// What is read ahead next.
+    pub cursor: Cursor,
+    /// Holds back what nobody waits for.
+    pub limiter: Limiter,
+    /// What the guest waits for.
+    pub queue: Queue,
+    /// The working set, read ahead of all else.
+    pub pieces: Pieces,
+    /// Shut until what is not of the working set may be read ahead.
+    pub gate: Gate,
+    /// What the guest touches is being written down: nothing is placed that it does not touch, until it has come to rest.
+    pub recording: bool,
+    /// When the guest last waited for something, in nanoseconds from the start.
+    touched: AtomicU64,
+    start: Instant,
+    /// Why it failed: the first to fail says.
+    failure: Mutex<Option<JobError>>,
+    failed: AtomicBool,
+    /// All is over, for better or worse.
+    over: AtomicBool,
+}
+
+impl<'a> Supply<'a> {
+    /// Of all that is owed, which is `unread` by now. `pieces` are read ahead of all else.
+    ///
+    /// # Errors
+    /// If the kernel has no event descriptor.
+    pub fn new(
+        job: &'a Job, source: &'a Source, arriving: &'a Arriving, unread: Owed, pieces: Vec<(usize, PageRange)>,
+        recording: bool,
+    ) -> Result<Self, JobError> {
+        Ok(Self {
+            job,
+            source,
+            arriving,
+            unread,
+            cursor: Cursor::new(&job.memory),
+            limiter: Limiter::new(job.options().bandwidth),
+            queue: Queue::new()?,
+            pieces: Pieces::new(pieces),
+            gate: Gate::default(),
+            recording,
+            touched: AtomicU64::new(0),
+            start: Instant::now(),
+            failure: Mutex::default(),
+            failed: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+        })
+    }
+
+    /// The guest waits for a page that is owed.
+    pub fn touched(&self) {
+        let since = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.touched.store(since, Ordering::Relaxed);
+    }
+
+    /// True if whoever works is to end.
+    pub fn has_ended(&self) -> bool {
+        self.failed.load(Ordering::Acquire) || self.over.load(Ordering::Acquire)
+    }
+
+    /// Runs a thread's work; if it fails, or panics, all do.
+    pub fn check(&self, work: impl FnOnce() -> Result<(), JobError>) {
+        struct Panics<'a, 'b>(&'a Supply<'b>);
+        impl Drop for Panics<'_, '_> {
+            fn drop(&mut self) {
+                if std::thread::panicking() {
+                    self.0.fail(JobError::Panicked);
+                }
+            }
+        }
+        let _panics = Panics(self);
+        if let Err(error) = work() {
+            self.fail(error);
+        }
+    }
+
+    fn fail(&self, error: JobError) {
+        if self.over.load(Ordering::Acquire) {
+            return;
+        }
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.failed.store(true, Ordering::Release);
+        self.release();
+        // A VMM that still loads its state, and waits for what never comes, goes on: it could hear of the end in no other way.
+        self.arriving.let_go();
+        self.arriving.notify();
+    }
+
+    /// Nobody waits any more.
+    fn release(&self) {
+        self.limiter.set_rate(0);
+        self.gate.end();
+        self.queue.close();
+    }
+
+    /// Ends all threads.
+    ///
+    /// # Errors
+    /// Why one of them failed.
+    pub fn end(&self) -> Result<(), JobError> {
+        self.over.store(true, Ordering::Release);
+        self.release();
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+    }
+
+    /// The guest runs: returns when all is here, or a thread failed.
+    ///
+    /// # Errors
+    /// If the job is cancelled, which is by force.
+    pub fn follow(&self) -> Result<(), JobError> {
+        let running = Instant::now();
+        loop {
+            let mut count = [0; 8];
+            // Only resets the descriptor.
+            let _ = rustix::io::read(self.arriving.event(), &mut count);
+            if self.has_ended() {
+                return Ok(());
+            }
+            if self.arriving.owed().left() == 0 {
+                // Whoever took the last of it may still be placing it, and would have to give it back if that failed.
+                self.job.memory.readers.wait(|_, _| true);
+                if self.arriving.owed().left() == 0 {
+                    return Ok(());
+                }
+            }
+            self.limiter.set_rate(self.job.options().bandwidth);
+            let rests = !self.recording || self.has_come_to_rest(running);
+            if rests {
+                self.gate.open();
+            }
+            let look = if rests { LOOK } else { LOOK_FOR_REST };
+            self.job.cancel.wait(&[(self.arriving.event(), PollFlags::IN)], Instant::now() + look)?;
+        }
+    }
+
+    fn has_come_to_rest(&self, running: Instant) -> bool {
+        let touched = self.start + Duration::from_nanos(self.touched.load(Ordering::Relaxed));
+        touched.max(running).elapsed() >= REST || running.elapsed() >= PATIENCE
+    }
+
+    /// Reads the pages `range`, which lie in one extent and are whole host pages, into the start of `buffer`, and checks them. Those that have no content are zero if
+    /// the host page is larger than a page; else nobody is owed them, and what lies in their place is nothing.
+    ///
+    /// # Errors
+    /// If one cannot be read, or is damaged: which, and where.
+    pub fn read<'b>(&self, at: usize, range: PageRange, buffer: &'b mut [u8]) -> Result<&'b [u8], JobError> {
+        let content = &mut buffer[..range.bytes() as usize];
+        let pages = self.source.present(at).count(range);
+        if pages < range.count && self.arriving.owed().block(at).unit() > 1 {
+            content.fill(0);
+        }
+        self.source.read(at, range, content)?;
+        add(&self.job.live.wire_bytes, pages * PAGE_SIZE);
+        Ok(content)
+    }
+
+    /// Places those of the pages `range`, whole host pages, that are owed. `worker` is the caller's own number. Returns how many pages that were.
+    ///
+    /// # Errors
+    /// If the kernel refuses, and does not want to be asked later.
+    pub fn place(&self, worker: usize, at: usize, range: PageRange, content: &[u8]) -> Result<u64, JobError> {
+        let begun = Instant::now();
+        loop {
+            match self.place_once(worker, at, range, content) {
+                Ok(pages) => {
+                    add(&self.job.live.pages_sent, pages);
+                    return Ok(pages);
+                }
+                Err(error) if lacks_memory(&error) && begun.elapsed() < NO_MEMORY && !self.has_ended() => {
+                    log::warn!("{}", crate::error::chain(&error));
+                    // The guest waits meanwhile, and is not lost.
+                    std::thread::sleep(RETRY);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn place_once(&self, worker: usize, at: usize, range: PageRange, content: &[u8]) -> Result<u64, ArrivingError> {
+        let (readers, owed) = (&self.job.memory.readers, self.arriving.owed().block(at));
+        if owed.unit() == 1 {
+            return self.arriving.arrive_pages(readers, worker, at, range, content);
+        }
+        let host_pages = owed.of(range);
+        let bytes = (owed.unit() * PAGE_SIZE) as usize;
+        let each = (host_pages.first..host_pages.end()).zip(content.chunks_exact(bytes));
+        each.map(|(host_page, content)| self.arriving.arrive_host_page(readers, worker, at, host_page, content)).sum()
+    }
+}
+
+/// True if there may be memory later.
+fn lacks_memory(error: &ArrivingError) -> bool {
+    matches!(error, ArrivingError::Place { source: Errno::NOMEM | Errno::NOSPC, .. })
+}

@@ -1,0 +1,247 @@
+use super::*;
+use pageferry_protocol::control::request::BlockRange;
+use std::sync::atomic::AtomicBool;
+
+const PAGES: [u64; 2] = [1500, 600];
+
+fn lazily() -> RestoreOptions {
+    RestoreOptions { mode: RestoreMode::Lazy, workers: 2, ..RestoreOptions::default() }
+}
+
+fn sparse(id: u32, page: u64) -> Page {
+    match (page / 7 + u64::from(id)) % 5 {
+        0 | 1 => Page::Content,
+        2 => Page::Discarded,
+        _ => Page::Zero,
+    }
+}
+
+/// The pages with content, in an order of no use to anyone who reads ahead.
+fn scattered(at: usize) -> impl Iterator<Item = u64> {
+    let pages = PAGES[at];
+    (0..pages).map(move |index| index * 733 % pages).filter(move |page| sparse(at as u32, *page) == Page::Content)
+}
+
+#[test]
+fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (full, one) = (folder.path().join("full"), folder.path().join("one"));
+    let geometries = geometries(&PAGES);
+    let base = write_image(&full, &geometries, &Base::default(), 0, sparse);
+    let newer = |id: u32, page: u64| {
+        if page % 4 == 0 && sparse(id, page) == Page::Content { Page::Content } else { Page::Unchanged }
+    };
+    write_image(&one, &geometries, &base, 5, newer);
+    let version = |page: u64| if page % 4 == 0 { 5 } else { 0 };
+    let ram = Arc::new(Ram::new(&geometries));
+    ram.block(0).backing.write(3 * PAGE_SIZE, &[7; 100 * PAGE]).unwrap();
+    let expect = move |ram: &Ram, at: usize, page: u64| {
+        assert_eq!(ram.touch(at, page), word_of(at as u32, page).wrapping_add(version(page)), "page {page} of {at}");
+    };
+    let vmm = Vmm::new(&ram, move |ram, hook| {
+        if matches!(hook, Hook::LoadState { .. }) {
+            scattered(1).take(40).for_each(|page| expect(ram, 1, page));
+        }
+        Ok(())
+    });
+    // Slow enough that the guest waits for most of what it touches.
+    let job = new_job(&ram, &vmm, 1 << 20);
+    let order = Order { path: one, options: lazily(), asks_first: false };
+    std::thread::scope(|scope| {
+        let restoring = scope.spawn(|| run(&job, &order));
+        while job.status().phase < Phase::Prefetching {
+            std::thread::yield_now();
+        }
+        std::thread::scope(|scope| {
+            for at in [0, 1] {
+                let ram = &ram;
+                scope.spawn(move || scattered(at).take(300).for_each(|page| expect(ram, at, page)));
+            }
+        });
+        job.set_bandwidth(0);
+        restoring.join().unwrap();
+    });
+    let status = job.status();
+    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    ram.check(|id, page| (sparse(id, page), version(page)));
+    assert_eq!(vmm.asked(), ["register faults", "load state", "resume", "unregister faults"]);
+    let content: u64 = (0..2).map(|at| scattered(at).count() as u64).sum();
+    let counters = status.counters;
+    assert_eq!((counters.pages_sent, counters.remaining_pages), (content, 0));
+    assert!(counters.faults > 0 && counters.pushed_pages > 0 && counters.running_us > 0, "{counters:?}");
+    assert!(counters.running_us < counters.total_us);
+}
+
+#[test]
+fn what_is_discarded_before_it_came_never_comes() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let geometries = geometries(&[8 * 512]);
+    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
+    let ram = Arc::new(Ram::new(&geometries));
+    let vmm = Vmm::willing(&ram);
+    let job = new_job(&ram, &vmm, 1 << 20);
+    let order = Order { path, options: lazily(), asks_first: false };
+    let gone = |page: u64| (100..200).contains(&page) || (3000..3100).contains(&page);
+    std::thread::scope(|scope| {
+        let restoring = scope.spawn(|| run(&job, &order));
+        while job.status().phase < Phase::Prefetching {
+            std::thread::yield_now();
+        }
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Around what is discarded.
+                for page in (0..).map(|index| index * 61 % 4096).filter(|page| !gone(*page)) {
+                    assert_eq!(ram.touch(0, page), word_of(0, page));
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                }
+            });
+            for first in (100..200).step_by(10).chain((3000..3100).step_by(10)) {
+                let range = BlockRange { block: 0, offset: first * PAGE_SIZE, length: 10 * PAGE_SIZE };
+                assert_eq!(ram.memory.discard(&[range], true).unwrap(), 10);
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        // The guest does not wait for it either.
+        assert_eq!(ram.touch(0, 150), 0);
+        let range = BlockRange { block: 0, offset: 150 * PAGE_SIZE, length: PAGE_SIZE };
+        ram.memory.discard(&[range], true).unwrap();
+        job.set_bandwidth(0);
+        restoring.join().unwrap();
+    });
+    assert_eq!(job.status().phase, Phase::Completed);
+    assert!(job.status().counters.dropped_pages > 0);
+    ram.check(|_, page| (if gone(page) { Page::Discarded } else { Page::Content }, 0));
+}
+
+/// An image with a damaged page of its only block.
+fn damaged(folder: &Path, geometries: &[BlockGeometry], page: u64) -> (PathBuf, u64) {
+    let path = folder.join("image");
+    write_image(&path, geometries, &Base::default(), 0, |_, _| Page::Content);
+    let place = Image::open(&path).unwrap().layout().page(0, page);
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    rustix::io::pwrite(&file, b"!", place + 9).unwrap();
+    (path, place)
+}
+
+#[test]
+fn a_page_that_is_damaged_is_the_end_of_a_guest_that_runs_and_nobody_takes_it_for_zero() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let geometries = geometries(&[4 * 512]);
+    let (path, place) = damaged(folder.path(), &geometries, 1900);
+    let ram = Arc::new(Ram::new(&geometries));
+    let vmm = Vmm::new(&ram, |ram, hook| {
+        match hook {
+            Hook::LoadState { .. } => assert_eq!(ram.touch(0, 5), word_of(0, 5)),
+            Hook::UnregisterFaults { complete } => assert!(!complete),
+            _ => {}
+        }
+        Ok(())
+    });
+    let status = restore_from(&path, &ram, &vmm, lazily());
+    assert_eq!(status.phase, Phase::Failed);
+    let expected = format!("image: block 0: page {:#x}, at byte {place:#x}: checksum", 1900);
+    assert!(status.error.contains(&expected), "{}", status.error);
+    assert_eq!(vmm.asked(), ["register faults", "load state", "resume", "unregister faults"]);
+    // The guest that is lost keeps what it has.
+    assert!(!ram.allocated(0).is_empty());
+    let mut bytes = [0; PAGE];
+    ram.block(0).backing.read(1900 * PAGE_SIZE, &mut bytes).unwrap();
+    assert_eq!(bytes, [0; PAGE]);
+}
+
+#[test]
+fn a_damaged_page_that_a_device_touches_as_it_is_loaded_leaves_nothing_behind() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let geometries = geometries(&[4 * 512]);
+    let (path, _) = damaged(folder.path(), &geometries, 1900);
+    let ram = Arc::new(Ram::new(&geometries));
+    let vmm = Vmm::new(&ram, |ram, hook| {
+        if matches!(hook, Hook::LoadState { .. }) {
+            // It goes on, with what nobody will ever run on.
+            ram.touch(0, 1900);
+        }
+        Ok(())
+    });
+    let status = restore_from(&path, &ram, &vmm, lazily());
+    assert_eq!(status.phase, Phase::Failed);
+    assert!(status.error.contains("page 0x76c"), "{}", status.error);
+    assert_eq!(vmm.asked(), ["register faults", "load state", "unregister faults"]);
+    ram.check_empty();
+}
+
+#[test]
+fn a_cancel_before_the_guest_runs_leaves_nothing_and_afterwards_is_refused() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let geometries = geometries(&[4 * 512]);
+    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
+    let ram = Arc::new(Ram::new(&geometries));
+    let cancelled: Arc<Mutex<Option<Arc<Job>>>> = Arc::default();
+    let its_job = cancelled.clone();
+    let vmm = Vmm::new(&ram, move |_, hook| {
+        if let (Hook::LoadState { .. }, Some(job)) = (hook, &*its_job.lock().unwrap()) {
+            job.cancel.cancel().unwrap();
+        }
+        Ok(())
+    });
+    let order = Order { path, options: lazily(), asks_first: false };
+    let job = new_job(&ram, &vmm, 0);
+    *cancelled.lock().unwrap() = Some(job.clone());
+    run(&job, &order);
+    assert_eq!(job.status().phase, Phase::Cancelled);
+    assert_eq!(vmm.asked(), ["register faults", "load state", "unregister faults"]);
+    ram.check_empty();
+    *cancelled.lock().unwrap() = None;
+    let job = new_job(&ram, &vmm, 1 << 20);
+    std::thread::scope(|scope| {
+        let restoring = scope.spawn(|| run(&job, &order));
+        while job.status().phase < Phase::Prefetching {
+            std::thread::yield_now();
+        }
+        assert!(job.cancel.cancel().is_err());
+        // It may use its memory.
+        job.unless_frozen(|| ()).unwrap();
+        job.set_bandwidth(0);
+        restoring.join().unwrap();
+    });
+    assert_eq!(job.status().phase, Phase::Completed);
+    ram.check(|_, _| (Page::Content, 0));
+}
+
+#[test]
+fn a_vmm_that_nothing_is_mapped_in_is_refused_before_anything_is_touched() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let geometries = geometries(&[512]);
+    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
+    let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, 512 * PAGE_SIZE).unwrap();
+    let backing = Backing::new(fd, 0, 512 * PAGE_SIZE).unwrap();
+    let block = Arc::new(Block::new(geometries[0].clone(), backing, 0, None).unwrap());
+    let memory = Arc::new(GuestMemory::new(vec![block], table(&geometries), None));
+    let ram = Arc::new(Ram { memory, mappings: Vec::new() });
+    ram.block(0).backing.write(0, &[1]).unwrap();
+    let vmm = Vmm::willing(&ram);
+    let status = restore_from(&path, &ram, &vmm, lazily());
+    assert!(status.error.contains("block 0 has no vmm_address"), "{}", status.error);
+    assert_eq!((vmm.asked().len(), ram.allocated(0).len()), (0, 1));
+}

@@ -1,0 +1,102 @@
+use super::*;
+use pageferry_protocol::image::WorkingSet;
+
+const PAGES: u64 = 16 * 512;
+
+fn with(set: &Path) -> RestoreOptions {
+    let working_set = set.to_str().unwrap().to_owned();
+    RestoreOptions { mode: RestoreMode::Lazy, workers: 2, working_set, ..RestoreOptions::default() }
+}
+
+/// What the guest touches before it comes to rest, the first half as its state is loaded.
+const TOUCHED: [u64; 6] = [7000, 7001, 40, 4000, 3, 5100];
+
+/// A VMM whose guest touches [`TOUCHED`] before it says that it runs.
+fn touching(ram: &Arc<Ram>) -> Vmm {
+    Vmm::new(ram, |ram, hook| {
+        let pages = match hook {
+            Hook::LoadState { .. } => &TOUCHED[..3],
+            Hook::Resume { .. } => &TOUCHED[3..],
+            _ => &[],
+        };
+        pages.iter().for_each(|page| assert_eq!(ram.touch(0, *page), word_of(0, *page)));
+        Ok(())
+    })
+}
+
+#[test]
+fn what_a_guest_touched_first_is_read_ahead_the_next_time() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (path, set) = (folder.path().join("image"), folder.path().join("set"));
+    let geometries = geometries(&[PAGES]);
+    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
+    let ram = Arc::new(Ram::new(&geometries));
+    let status = restore_from(&path, &ram, &touching(&ram), with(&set));
+    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    ram.check(|_, _| (Page::Content, 0));
+    assert_eq!(status.counters.working_set_pages, 0);
+    let bytes = std::fs::read(&set).unwrap();
+    let written = WorkingSet::decode(&bytes).unwrap();
+    let run = |first, count| (0, PageRange::new(first, count));
+    assert_eq!(written.runs, [run(7000, 2), run(40, 1), run(4000, 1), run(3, 1), run(5100, 1)]);
+    assert_eq!(written.image, Image::open(&path).unwrap().header().id);
+    let status = restore_from(&path, &ram, &touching(&ram), with(&set));
+    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    assert_eq!(status.counters.working_set_pages, 6);
+    ram.check(|_, _| (Page::Content, 0));
+    assert_eq!(std::fs::read(&set).unwrap(), bytes, "it is not written again");
+}
+
+#[test]
+fn that_of_another_image_is_replaced_and_what_is_none_is_left_alone() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (path, set) = (folder.path().join("image"), folder.path().join("set"));
+    let geometries = geometries(&[PAGES]);
+    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
+    let image = Image::open(&path).unwrap().header().id;
+    let of_other = WorkingSet { image: [9; 16], runs: vec![(0, PageRange::new(0, 100))] };
+    let outside = WorkingSet { image, runs: vec![(0, PageRange::new(PAGES - 1, 2))] };
+    let damaged = of_other.encode()[..50].to_vec();
+    let ram = Arc::new(Ram::new(&geometries));
+    for useless in [of_other.encode(), outside.encode(), damaged, Vec::new()] {
+        std::fs::write(&set, useless).unwrap();
+        let status = restore_from(&path, &ram, &touching(&ram), with(&set));
+        assert_eq!((status.phase, status.counters.working_set_pages), (Phase::Completed, 0));
+        let written = WorkingSet::decode(&std::fs::read(&set).unwrap()).unwrap();
+        assert_eq!((written.image, written.runs.len()), (image, 5));
+    }
+    for other in [&b"root:x:0:0"[..], b"key"] {
+        std::fs::write(&set, other).unwrap();
+        let vmm = touching(&ram);
+        let status = restore_from(&path, &ram, &vmm, with(&set));
+        assert_eq!(status.phase, Phase::Failed);
+        assert!(
+            status.error.contains("working_set is") && status.error.contains("not to be overwritten"),
+            "{}",
+            status.error
+        );
+        assert_eq!((vmm.asked().len(), std::fs::read(&set).unwrap().as_slice()), (0, other));
+    }
+    let status = restore_from(&path, &ram, &touching(&ram), with(folder.path()));
+    assert!(status.error.contains("which is no working set"), "{}", status.error);
+}
+
+#[test]
+fn one_that_cannot_be_written_is_no_reason_to_fail() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let geometries = geometries(&[PAGES]);
+    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
+    let ram = Arc::new(Ram::new(&geometries));
+    let status = restore_from(&path, &ram, &touching(&ram), with(&folder.path().join("no/such/folder")));
+    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+}
