@@ -32,10 +32,10 @@ fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
     let geometries = geometries(&PAGES);
     let base = write_image(&full, &geometries, &Base::default(), 0, sparse);
     let newer = |id: u32, page: u64| {
-        if page % 4 == 0 && sparse(id, page) == Page::Content { Page::Content } else { Page::Unchanged }
+        if page.is_multiple_of(4) && sparse(id, page) == Page::Content { Page::Content } else { Page::Unchanged }
     };
     write_image(&one, &geometries, &base, 5, newer);
-    let version = |page: u64| if page % 4 == 0 { 5 } else { 0 };
+    let version = |page: u64| if page.is_multiple_of(4) { 5 } else { 0 };
     let ram = Arc::new(Ram::new(&geometries));
     ram.block(0).backing.write(3 * PAGE_SIZE, &[7; 100 * PAGE]).unwrap();
     let expect = move |ram: &Ram, at: usize, page: u64| {
