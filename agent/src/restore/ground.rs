@@ -7,6 +7,7 @@ use super::source::Source;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
 use pageferry_protocol::shm::MappedBitmap;
+use std::sync::PoisonError;
 
 /// Memory that is being filled. Unless the guest got it, it is empty again on drop.
 #[derive(Debug)]
@@ -28,7 +29,10 @@ impl<'a> Ground<'a> {
             job.cancel.check()?;
             block.backing.empty().map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
             let (discarded, present) = (source.discarded(at), source.present(at).count(block.all()));
+            // A discard that comes meanwhile has marked all of its pages before this, or marks them after it.
+            let marking = job.memory.marking.lock().unwrap_or_else(PoisonError::into_inner);
             mark(block, discarded);
+            drop(marking);
             let gone = discarded.count(block.all());
             add(&job.live.discarded_pages, gone);
             add(&job.live.zero_pages, block.geometry.pages() - gone - present);
