@@ -69,6 +69,14 @@ pub enum JobError {
         /// The largest that can be captured at once.
         limit: u64,
     },
+    /// The memory is of a kind that the kernel cannot protect.
+    #[error(
+        "block {id} is a file on a disk, which cannot be protected against writes: a background snapshot takes memfds, tmpfs and hugetlbfs; use mode paused"
+    )]
+    OnDisk {
+        /// The block.
+        id: u32,
+    },
     /// A block is mapped nowhere at the destination.
     #[error("block {id} has no vmm_address at the destination, which postcopy needs")]
     NotMapped {

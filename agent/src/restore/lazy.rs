@@ -16,6 +16,7 @@ use crate::faults::{Registered, answer};
 use crate::hooks::HookError;
 use crate::job::{Job, JobError};
 use crate::memory::arriving::Arriving;
+use crate::memory::backing::BackingKind;
 use crate::memory::fence::MAX_READERS;
 use crate::memory::owed::Owed;
 use pageferry_protocol::control::job::{Phase, RestoreOptions};
@@ -71,6 +72,9 @@ pub fn restore(job: &Arc<Job>, source: &Source, state: &VmmState, options: &Rest
 fn check(job: &Job) -> Result<(), RestoreError> {
     for block in job.memory.blocks() {
         let (id, size) = (block.geometry.id, block.backing.host_page_size());
+        if block.backing.kind() == BackingKind::File {
+            return Err(RestoreError::OnDisk { id });
+        }
         if size > MAX_HOST_PAGE {
             return Err(RestoreError::HostPage { id, size, limit: MAX_HOST_PAGE });
         }

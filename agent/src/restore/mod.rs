@@ -25,6 +25,7 @@ pub mod working_set;
 use crate::hooks::state_file_of;
 use crate::image::Image;
 use crate::job::{Job, JobError, micros};
+use crate::snapshot::checkpoint::SharedCheckpoint;
 use pageferry_protocol::control::hook::{Hook, PieceSize};
 use pageferry_protocol::control::job::{Phase, RestoreMode, RestoreOptions};
 use source::Source;
@@ -43,6 +44,8 @@ pub struct Order {
     pub options: RestoreOptions,
     /// Somebody else than the VMM wants it, and the VMM is asked first.
     pub asks_first: bool,
+    /// What is known of changes since the last image: nothing any more, once memory is another.
+    pub checkpoint: SharedCheckpoint,
 }
 
 /// Restores a guest, and ends the job.
@@ -59,6 +62,9 @@ fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
     // Not for an image that is worth nothing: the VMM gives its guest up for it.
     if order.asks_first {
         ask(job, order)?;
+    }
+    if let Some(mut trackers) = order.checkpoint.end("a guest was restored") {
+        trackers.stop();
     }
     match order.options.mode {
         RestoreMode::Eager => eager::restore(job, &source, &state, order.options.workers),

@@ -43,6 +43,12 @@ pub enum RestoreError {
         /// The largest that can be placed at once.
         limit: u64,
     },
+    /// The memory is of a kind whose missing pages the kernel does not tell.
+    #[error("block {id} is a file on a disk, and a lazy restore takes memfds, tmpfs and hugetlbfs: restore it eagerly")]
+    OnDisk {
+        /// The block.
+        id: u32,
+    },
     /// A block is mapped nowhere.
     #[error("block {id} has no vmm_address, which a lazy restore needs: restore it eagerly")]
     NotMapped {

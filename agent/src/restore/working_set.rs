@@ -156,6 +156,10 @@ impl Record {
 
     /// Writes it. That it cannot be written is no reason for a restore to fail.
     pub fn write(self, memory: &GuestMemory) {
+        // A guest that touched nothing says nothing of the next.
+        if self.runs.is_empty() {
+            return;
+        }
         if let Err(error) = self.try_write(memory) {
             log::warn!("working_set {} is not written: {}", self.path.display(), crate::error::chain(&error));
         }

@@ -49,8 +49,7 @@ impl Session {
             // The guest is not here yet, and what it will hold is not the VMM's to change.
             job.freeze();
         }
-        self.end_checkpoint("a guest was restored");
-        let order = Order { path: path.into(), options, asks_first };
+        let order = Order { path: path.into(), options, asks_first, checkpoint: self.checkpoint.clone() };
         self.run_job(&job, move |job| crate::restore::run(job, &order))?;
         let reply = JobStarted { job: job.id, address: path.to_owned() };
         Ok(Box::new(move |encoder| reply.encode(encoder)))

@@ -11,6 +11,7 @@
 use super::faults;
 use super::instant::to_save;
 use crate::job::{Job, JobError};
+use crate::memory::backing::BackingKind;
 use crate::memory::capturing::{Capturing, Protection};
 use crate::memory::mappings::Mappings;
 use crate::memory::owed::HostPages;
@@ -87,6 +88,9 @@ impl Watch {
     pub fn begin(job: &Arc<Job>) -> Result<Self, JobError> {
         for block in job.memory.blocks() {
             let (id, size) = (block.geometry.id, block.backing.host_page_size());
+            if block.backing.kind() == BackingKind::File {
+                return Err(JobError::OnDisk { id });
+            }
             if size > MAX_HOST_PAGE {
                 return Err(JobError::LargeHostPage { id, size, limit: MAX_HOST_PAGE });
             }

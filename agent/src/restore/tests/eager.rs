@@ -141,7 +141,12 @@ fn an_operator_s_wish_is_the_vmm_s_to_refuse() {
         }
         _ => Ok(()),
     });
-    let order = Order { path: path.clone(), options: RestoreOptions::default(), asks_first: true };
+    let order = Order {
+        path: path.clone(),
+        options: RestoreOptions::default(),
+        asks_first: true,
+        checkpoint: Default::default(),
+    };
     let refused = new_job(&ram, &vmm, 0);
     refused.thaw();
     run(&refused, &order);

@@ -263,6 +263,6 @@ fn new_job(ram: &Ram, vmm: &Vmm, bandwidth: u64) -> Arc<Job> {
 
 fn restore_from(path: &Path, ram: &Ram, vmm: &Vmm, options: RestoreOptions) -> JobStatus {
     let job = new_job(ram, vmm, options.bandwidth);
-    run(&job, &Order { path: path.into(), options, asks_first: false });
+    run(&job, &Order { path: path.into(), options, asks_first: false, checkpoint: Default::default() });
     job.status()
 }
