@@ -11,6 +11,7 @@ mod memory {
     pub(crate) mod fence;
 }
 
+use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use memory::fence::Readers;
@@ -85,5 +86,29 @@ fn a_worker_elsewhere_is_not_waited_for() {
         let _elsewhere = readers.reading(0, 2, 6);
         // Would never return if it waited.
         readers.wait(|block, word| block == 2 && word == 5);
+    });
+}
+
+#[test]
+fn a_worker_that_is_seen_elsewhere_has_read_what_it_was_at() {
+    loom::model(|| {
+        let page = Page::new(1);
+        // The model fails if one touch of it is not over before the other begins, whatever values are seen.
+        let content = Arc::new(UnsafeCell::new(()));
+        let worker = {
+            let (page, content) = (page.clone(), content.clone());
+            loom::thread::spawn(move || {
+                {
+                    let _reading = page.readers.reading(0, 2, 5);
+                    if page.discarded.load(Ordering::Relaxed) == 0 {
+                        content.with(|_| ());
+                    }
+                }
+                let _elsewhere = page.readers.reading(0, 2, 6);
+            })
+        };
+        page.discard();
+        content.with_mut(|_| ());
+        worker.join().unwrap();
     });
 }

@@ -55,7 +55,8 @@ impl Readers {
     /// Worker numbers wrap at the number of slots; the caller gives each worker its own.
     pub fn reading(&self, worker: usize, block: usize, word: u64) -> Reading<'_> {
         let slot = &self.slots[worker % self.slots.len()].0;
-        slot.store(((block as u64) << WORD_BITS) | (word + 1), Ordering::Relaxed);
+        // Release: who sees this sees that all the worker read before is over. It may never see the slot free in between.
+        slot.store(((block as u64) << WORD_BITS) | (word + 1), Ordering::Release);
         fence(Ordering::SeqCst);
         Reading { slot }
     }
