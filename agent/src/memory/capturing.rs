@@ -273,11 +273,13 @@ impl Capturing {
         self.pending.block(at).published(word)
     }
 
-    /// All that was pending was taken: returns when a discard that took some of it has put it, too. The protection is not needed any more.
+    /// All that was pending was taken: returns when a discard that took some of it has put it, too, and a fault that took some has read it. The protection is not needed any more.
     ///
     /// # Errors
     /// As [`Capturing::check`].
-    pub fn settled(&self) -> Result<(), JobError> {
+    pub fn settled(&self, readers: &Readers) -> Result<(), JobError> {
+        // Taken is not read: the guest would write to it as soon as the registration is taken back.
+        readers.wait(|_, _| true);
         drop(self.rescuing.lock().unwrap_or_else(PoisonError::into_inner));
         self.over.store(true, Ordering::Release);
         self.check()
@@ -301,3 +303,6 @@ impl Capturing {
         Err(error.unwrap_or(JobError::Cancelled))
     }
 }
+
+#[cfg(test)]
+mod tests;

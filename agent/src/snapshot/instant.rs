@@ -69,7 +69,7 @@ impl AsOfNow {
     /// If one of them could not.
     pub fn settle(&self) -> Result<(), JobError> {
         self.job.memory.set_capturing(None);
-        self.capturing.settled()
+        self.capturing.settled(&self.job.memory.readers)
     }
 }
 
