@@ -106,12 +106,12 @@ fn answer_one(job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffe
         Mode::Capturing(capturing) => capturing,
     };
     let mut bytes = buffers.free.recv().map_err(|_| JobError::Panicked)?;
-    // If it cannot be captured the buffer is gone, and so is the snapshot.
-    match capturing.fault(&job.memory, page, &mut bytes)? {
-        Some(pages) => {
-            let captured = Captured { capturing: capturing.clone(), at: page.0, pages, bytes };
-            buffers.captured.send(captured).map_err(|_| JobError::Panicked)
-        }
-        None => buffers.to_free.send(bytes).map_err(|_| JobError::Panicked),
+    let captured = capturing.fault(&job.memory, page, &mut bytes);
+    if let Ok(Some(pages)) = captured {
+        let captured = Captured { capturing: capturing.clone(), at: page.0, pages, bytes };
+        return buffers.captured.send(captured).map_err(|_| JobError::Panicked);
     }
+    // Also if it cannot be captured: those who come after it would wait for a buffer for ever.
+    buffers.to_free.send(bytes).map_err(|_| JobError::Panicked)?;
+    captured.map(|_| ())
 }
