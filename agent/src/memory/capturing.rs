@@ -215,8 +215,8 @@ impl Capturing {
         Ok(())
     }
 
-    /// The guest is about to write to a host page: it is captured first, into `into`, if nobody has yet, and the protection lifted. Returns its pages if they are in `into`, and
-    /// are to be put.
+    /// The guest is about to write to a host page: it is captured first, into `into`, if nobody has yet, and the protection lifted, even if it cannot be read: the snapshot is lost
+    /// then, and the guest need not wait for its end. Returns its pages if they are in `into`, and are to be put.
     ///
     /// # Errors
     /// If it cannot be read, or the protection is gone.
@@ -225,14 +225,15 @@ impl Capturing {
     ) -> Result<Option<PageRange>, JobError> {
         let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
         let pages = host_pages.pages(PageRange::new(host_page, 1));
-        let taken = {
+        let (taken, read) = {
             let _reading = memory.readers.reading(FAULTS, at, pages.first / WORD_BITS);
             let taken = self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS)) != 0;
-            if taken {
-                let failed = |source| JobError::Backing { id: block.geometry.id, source };
-                block.backing.read(pages.offset(), &mut into[..pages.bytes() as usize]).map_err(failed)?;
-            }
-            taken
+            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            let read = match taken {
+                true => block.backing.read(pages.offset(), &mut into[..pages.bytes() as usize]).map_err(failed),
+                false => Ok(()),
+            };
+            (taken, read)
         };
         if taken {
             add(&self.live.captured_pages, pages.count);
@@ -243,6 +244,7 @@ impl Capturing {
         add(&self.live.faults, 1);
         let lifted =
             self.protection.as_ref().map_or(Ok(()), |protection| protection.lift(at, PageRange::new(host_page, 1)));
+        read?;
         // At the end the registration is taken back while this thread still reads faults; whoever waited has been woken.
         if lifted.is_err() && !self.over.load(Ordering::Acquire) {
             lifted?;
