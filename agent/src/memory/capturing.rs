@@ -92,7 +92,7 @@ pub struct Capturing {
     /// Why a discard or a fault could not be saved.
     failure: Mutex<Option<JobError>>,
     failed: AtomicBool,
-    /// All was captured.
+    /// Nothing is to be captured any more: all was, or the snapshot is lost.
     over: AtomicBool,
     /// Held while a discard captures and puts.
     rescuing: Mutex<()>,
@@ -227,7 +227,9 @@ impl Capturing {
         let pages = host_pages.pages(PageRange::new(host_page, 1));
         let (taken, read) = {
             let _reading = memory.readers.reading(FAULTS, at, pages.first / WORD_BITS);
-            let taken = self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS)) != 0;
+            // Nothing is, of a snapshot that failed: discards do not wait for that any more, but for those who took before.
+            let wanted = !self.over.load(Ordering::Acquire);
+            let taken = wanted && self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS)) != 0;
             let failed = |source| JobError::Backing { id: block.geometry.id, source };
             let read = match taken {
                 true => block.backing.read(pages.offset(), &mut into[..pages.bytes() as usize]).map_err(failed),
@@ -283,8 +285,13 @@ impl Capturing {
         // Taken is not read: the guest would write to it as soon as the registration is taken back.
         readers.wait(|_, _| true);
         drop(self.rescuing.lock().unwrap_or_else(PoisonError::into_inner));
-        self.over.store(true, Ordering::Release);
+        self.end();
         self.check()
+    }
+
+    /// No fault takes a page from now on. To be called before discards are not told of this any more ([`GuestMemory::set_capturing`]): they wait for those who took before.
+    pub fn end(&self) {
+        self.over.store(true, Ordering::Release);
     }
 
     /// The snapshot is not to be had any more. The first to say so says why.

@@ -75,6 +75,8 @@ impl AsOfNow {
 
 impl Drop for AsOfNow {
     fn drop(&mut self) {
+        // If it failed, faults are still answered.
+        self.capturing.end();
         self.job.memory.set_capturing(None);
     }
 }

@@ -47,3 +47,13 @@ fn nothing_is_settled_while_a_fault_reads_what_it_took() {
         settled.join().unwrap().unwrap();
     });
 }
+
+#[test]
+fn what_is_pending_of_a_snapshot_that_failed_is_not_read_any_more() {
+    let (memory, capturing) = capturing();
+    let mut into = vec![0; PAGE_SIZE as usize];
+    capturing.end();
+    // It may have been discarded, and nobody has saved it.
+    assert_eq!(capturing.fault(&memory, (0, 3), &mut into).unwrap(), None);
+    assert_eq!(capturing.pending.left(), 1);
+}
