@@ -300,12 +300,17 @@ impl Capturing {
         self.failed.store(true, Ordering::Release);
     }
 
+    /// True if [`Capturing::fail`] was called.
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
     /// Fails if [`Capturing::fail`] was called.
     ///
     /// # Errors
     /// What it was called with; the one who is told first gets it.
     pub fn check(&self) -> Result<(), JobError> {
-        if !self.failed.load(Ordering::Acquire) {
+        if !self.has_failed() {
             return Ok(());
         }
         let error = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();

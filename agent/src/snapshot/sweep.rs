@@ -16,7 +16,9 @@ pub fn run(job: &Job, capturing: &Capturing, workers: usize) -> Result<(), JobEr
         let first = sweep.work(0);
         let rest = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
         rest.fold(first, |outcome, other| outcome.and(other))
-    })
+    })?;
+    // Here and not in a worker: only the first who asks is told why.
+    capturing.check()
 }
 
 struct Sweep<'a> {
@@ -40,7 +42,9 @@ impl Sweep<'_> {
         let mut batch = Batch::new(memory);
         while !self.failed.load(Ordering::Relaxed) {
             self.job.cancel.check()?;
-            self.capturing.check()?;
+            if self.capturing.has_failed() {
+                break;
+            }
             let Some((at, range)) = self.capturing.cursor.claim(pending) else { break };
             let block = pending.block(at);
             let bytes = block.bits().count(range) * block.unit() * PAGE_SIZE;
