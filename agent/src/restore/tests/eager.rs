@@ -172,6 +172,7 @@ fn what_is_discarded_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
         path: path.clone(),
         options: RestoreOptions { workers, ..Default::default() },
         asks_first: false,
+        checkpoint: Default::default(),
     };
     std::thread::scope(|scope| {
         let restoring = scope.spawn(|| run(&job, &order(1)));
