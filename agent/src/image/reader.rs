@@ -249,11 +249,17 @@ impl Image {
         &self, (at, extent): (usize, u64), runs: impl IntoIterator<Item = PageRange>, first: u64, into: &mut [u8],
     ) -> Result<(), ImageError> {
         let read = || {
-            let sums = self.sums_of(at, extent)?;
+            // The disk reads them while this thread waits for the pages.
+            self.will_need_bytes(self.layout.page_sum(at, extent * EXTENT_PAGES), EXTENT_PAGES * 4);
+            let mut known = None;
             for run in runs {
                 let start = (run.first - first) as usize * PAGE_SIZE as usize;
                 let pages = &mut into[start..start + run.bytes() as usize];
                 read_at(self.file.as_fd(), pages, self.layout.page(at, run.first))?;
+                let sums = match &known {
+                    Some(sums) => sums,
+                    None => known.insert(self.sums_of(at, extent)?),
+                };
                 self.check_pages(at, run.first, pages, &sums[(run.first % EXTENT_PAGES) as usize..])?;
             }
             Ok(())
@@ -261,13 +267,14 @@ impl Image {
         read().map_err(|fault: Fault| fault.of(&self.path))
     }
 
-    /// Has the disk read the pages `range`, within one extent, and their checksums, if they are not in memory. Nobody waits for it.
+    /// Has the disk read the pages `range`, within one extent, if they are not in memory. Nobody waits for it.
     pub fn will_need(&self, at: usize, range: PageRange) {
-        let sums = self.layout.page_sum(at, range.first / EXTENT_PAGES * EXTENT_PAGES);
-        for (offset, length) in [(self.layout.page(at, range.first), range.bytes()), (sums, EXTENT_PAGES * 4)] {
-            // Who reads them waits for the disk then: no more is lost.
-            let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
-        }
+        self.will_need_bytes(self.layout.page(at, range.first), range.bytes());
+    }
+
+    fn will_need_bytes(&self, offset: u64, length: u64) {
+        // If it fails, who reads them waits for the disk then: no more is lost.
+        let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
     }
 
     /// The checksum, as written, of the checksums of the pages of extent `extent` of the block at index `at`.
