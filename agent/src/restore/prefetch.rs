@@ -83,7 +83,9 @@ impl Supply<'_> {
     pub fn prefetch(&self, worker: usize) -> Result<(), JobError> {
         let mut reader =
             Reader { supply: self, worker, buffer: PageBuffer::new(EXTENT_SIZE as usize), runs: Vec::new() };
-        while let Some((at, pages)) = self.pieces.claim() {
+        while !self.has_ended()
+            && let Some((at, pages)) = self.pieces.claim()
+        {
             let placed = reader.fetch(at, self.unread.block(at).of(pages))?;
             add(&self.job.live.working_set_pages, placed);
         }
@@ -91,7 +93,9 @@ impl Supply<'_> {
             return Ok(());
         }
         crate::priority::step_back();
-        while let Some((at, host_pages)) = self.cursor.claim(&self.unread) {
+        while !self.has_ended()
+            && let Some((at, host_pages)) = self.cursor.claim(&self.unread)
+        {
             reader.fetch(at, host_pages)?;
         }
         Ok(())

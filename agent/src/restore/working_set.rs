@@ -27,13 +27,13 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WorkingSetFault {
     /// It cannot be read.
-    #[error("which cannot be read")]
+    #[error("it cannot be read")]
     Read(#[source] Errno),
     /// It is no file, or too long.
-    #[error("which is no working set: it is of another kind, or has {0:#x} bytes, and one has at most {MAX_SIZE:#x}")]
+    #[error("it is no working set: it is no file, or has {0:#x} bytes, and one has at most {MAX_SIZE:#x}")]
     Kind(u64),
     /// It is something else.
-    #[error("which is not to be overwritten")]
+    #[error("it is not to be overwritten")]
     Other(#[source] WorkingSetError),
 }
 

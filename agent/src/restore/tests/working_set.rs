@@ -94,7 +94,7 @@ fn that_of_another_image_is_replaced_and_what_is_none_is_left_alone() {
         assert_eq!((vmm.asked().len(), std::fs::read(&set).unwrap().as_slice()), (0, other));
     }
     let status = restore_from(&path, &ram, &touching(&ram), with(folder.path()));
-    assert!(status.error.contains("which is no working set"), "{}", status.error);
+    assert!(status.error.contains("it is no working set"), "{}", status.error);
 }
 
 #[test]
