@@ -14,7 +14,6 @@ use crate::job::{Job, JobError, add, get};
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{self, Fill, HugeWindow};
 use crate::memory::{BackingError, Block};
-use crate::transport::Limiter;
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -25,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Longest time between two looks at what an operator changed.
+/// Longest time between two looks at the workers.
 const LOOK: Duration = Duration::from_millis(200);
 /// Extents that the disk reads ahead for each worker.
 const AHEAD: usize = 2;
@@ -46,7 +45,6 @@ pub fn restore(job: &Arc<Job>, source: &Source, state: &VmmState, workers: u16) 
 struct Filling<'a> {
     job: &'a Job,
     source: &'a Source,
-    limiter: Limiter,
     /// The extents with content: index of the block, and pages.
     extents: Vec<(usize, PageRange)>,
     next: AtomicUsize,
@@ -89,11 +87,10 @@ impl<'a> Filling<'a> {
                 rest = PageRange::new(extent.end(), block.geometry.pages() - extent.end());
             }
         }
-        let limiter = Limiter::new(job.options().bandwidth);
         job.count(|counters| (counters.pass_pages, counters.remaining_pages) = (pages, pages));
         let ahead = usize::from(workers) * AHEAD;
         let (next, failed, ended) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
-        Ok(Self { job, source, limiter, extents, next, ahead, pages, failed, ended, event })
+        Ok(Self { job, source, extents, next, ahead, pages, failed, ended, event })
     }
 
     /// Places all that the image has.
@@ -109,10 +106,13 @@ impl<'a> Filling<'a> {
         Ok(())
     }
 
-    /// Until the workers have ended: has them know what an operator changes, and those who watch how far they are.
+    /// Until the workers have ended: has those who watch know how far they are.
     fn follow(&self, workers: usize) -> Result<(), JobError> {
         while self.ended.load(Ordering::Acquire) < workers {
-            self.limiter.set_rate(if self.failed() { 0 } else { self.job.options().bandwidth });
+            if self.failed() {
+                // Whoever waits under it is to end.
+                self.job.limiter.set_rate(0);
+            }
             let left = self.pages.saturating_sub(get(&self.job.live.pass_pages_done));
             self.job.count(|counters| counters.remaining_pages = left);
             self.job.cancel.wait(&[(self.event.as_fd(), PollFlags::IN)], Instant::now() + LOOK)?;
@@ -143,7 +143,7 @@ impl<'a> Filling<'a> {
             self.job.cancel.check()?;
             let pages = self.source.present(at).count(extent);
             let bytes = pages * PAGE_SIZE;
-            self.limiter.wait(bytes as usize, &self.job.cancel)?;
+            self.job.limiter.wait(bytes as usize, &self.job.cancel)?;
             let buffer = &mut buffer[..extent.bytes() as usize];
             self.source.read(at, extent, buffer)?;
             add(&self.job.live.wire_bytes, bytes);

@@ -13,7 +13,6 @@ use crate::job::{Job, JobError, add};
 use crate::memory::arriving::{Arriving, ArrivingError};
 use crate::memory::cursor::Cursor;
 use crate::memory::owed::Owed;
-use crate::transport::Limiter;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -21,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Longest time between two looks at what an operator changed.
+/// Longest time between two looks at how far it is.
 const LOOK: Duration = Duration::from_millis(200);
 /// The same while it is waited for the guest to come to rest.
 const LOOK_FOR_REST: Duration = Duration::from_millis(10);
@@ -45,8 +44,6 @@ pub struct Supply<'a> {
     pub unread: Owed,
     /// What is read ahead next.
     pub cursor: Cursor,
-    /// Holds back what nobody waits for.
-    pub limiter: Limiter,
     /// What the guest waits for.
     pub queue: Queue,
     /// The working set, read ahead of all else.
@@ -80,7 +77,6 @@ impl<'a> Supply<'a> {
             arriving,
             unread,
             cursor: Cursor::new(&job.memory),
-            limiter: Limiter::new(job.options().bandwidth),
             queue: Queue::new()?,
             pieces: Pieces::new(pieces),
             gate: Gate::default(),
@@ -134,7 +130,7 @@ impl<'a> Supply<'a> {
 
     /// Nobody waits any more.
     fn release(&self) {
-        self.limiter.set_rate(0);
+        self.job.limiter.set_rate(0);
         self.gate.end();
         self.queue.close();
     }
@@ -169,7 +165,6 @@ impl<'a> Supply<'a> {
                     return Ok(());
                 }
             }
-            self.limiter.set_rate(self.job.options().bandwidth);
             let rests = !self.recording || self.has_come_to_rest(running);
             if rests {
                 self.gate.open();
