@@ -6,7 +6,7 @@
 use crate::job::{Job, JobError};
 use crate::memory::arriving::{Answer, Arriving, ArrivingError};
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::userfault::MAX_FAULTS;
+use pageferry_protocol::userfault::{MAX_FAULTS, Userfaultfd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::os::fd::BorrowedFd;
@@ -82,22 +82,29 @@ fn answer_all(
 ) -> Result<(), JobError> {
     let mut faults = [0; MAX_FAULTS];
     let mut failed = Vec::new();
-    loop {
-        let mut polled = [PollFd::new(arriving.uffd(), PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
-        match poll(&mut polled, None) {
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(JobError::from_io("poll")(errno.into())),
-        }
-        if !polled[1].revents().is_empty() {
-            return Ok(());
-        }
+    while wait(arriving.uffd(), stop)? {
         let since = Instant::now();
         supplier.serve(|to_ask| read(job, arriving, &mut faults, since, to_ask, &mut failed))?;
         if !failed.is_empty() {
             // No memory, most likely. Whoever waits tries again.
             std::thread::sleep(RETRY);
             failed.drain(..).for_each(|page| arriving.retry(page));
+        }
+    }
+    Ok(())
+}
+
+/// Waits for faults; false if `stop` is readable.
+///
+/// # Errors
+/// If the kernel does not wait.
+pub fn wait(uffd: &Userfaultfd, stop: BorrowedFd<'_>) -> Result<bool, JobError> {
+    loop {
+        let mut polled = [PollFd::new(uffd, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+        match poll(&mut polled, None) {
+            Ok(_) => return Ok(polled[1].revents().is_empty()),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(JobError::from_io("poll")(errno.into())),
         }
     }
 }

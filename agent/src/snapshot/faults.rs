@@ -4,13 +4,12 @@
 //! whoever waits to write does not wait for a disk. Between them go a fixed number of buffers; a guest that writes faster than the disk waits for one.
 
 use super::protect::{Mode, Shared};
+use crate::faults::wait;
 use crate::job::{Job, JobError};
 use crate::memory::capturing::Capturing;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::userfault::MAX_FAULTS;
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
@@ -74,16 +73,7 @@ fn fail(mode: &Mode, error: JobError) {
 fn answer_all(job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers) -> Result<(), JobError> {
     let uffd = &shared.protection.uffd;
     let mut faults = [0; MAX_FAULTS];
-    loop {
-        let mut polled = [PollFd::new(uffd, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
-        match poll(&mut polled, None) {
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(JobError::from_io("poll")(errno.into())),
-        }
-        if !polled[1].revents().is_empty() {
-            return Ok(());
-        }
+    while wait(uffd, stop.as_fd())? {
         let since = Instant::now();
         // Before they are read: what is read is answered before anyone who waits for the lock goes on.
         let mode = shared.mode();
@@ -98,6 +88,7 @@ fn answer_all(job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers) -> 
             job.live.latency.record(since.elapsed());
         }
     }
+    Ok(())
 }
 
 fn answer_one(job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffers: &Buffers) -> Result<(), JobError> {
