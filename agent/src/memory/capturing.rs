@@ -13,9 +13,13 @@
 //!
 //! The marks of discards and the set of pending pages are made under one lock ([`GuestMemory::marking`]): a discard either comes before the instant, or finds what is pending.
 //!
+//! These steps are in [`super::capture_steps`], and a model checker goes through all orders of them. When nothing is pending any more, whoever took the last of it has to have read it
+//! before the registration is taken back.
+//!
 //! What was read counts only if the protection was there until then. A VMM that loses patience unregisters its mappings, and the lifting that follows each reading fails:
 //! then the snapshot does.
 
+use super::capture_steps::{before_the_end, before_write, capture};
 use super::cursor::Cursor;
 use super::fence::{FAULTS, Readers, SESSION};
 use super::mappings::Mappings;
@@ -175,11 +179,12 @@ impl Capturing {
     ) -> Result<u64, JobError> {
         let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
         let first = (word * WORD_BITS + u64::from(mask.trailing_zeros())) * host_pages.unit();
-        let _reading = memory.readers.reading(worker, at, first / WORD_BITS);
-        let taken = self.pending.take(at, word, mask);
-        for run in runs_of_word(word * WORD_BITS, taken) {
-            batch.read(at, block, host_pages.pages(run))?;
-        }
+        let take = || self.pending.take(at, word, mask);
+        let read = |taken| {
+            let mut runs = runs_of_word(word * WORD_BITS, taken);
+            runs.try_for_each(|run| batch.read(at, block, host_pages.pages(run)))
+        };
+        let taken = capture(&memory.readers, (worker, at, first / WORD_BITS), take, read)?;
         Ok(u64::from(taken.count_ones()) * host_pages.unit())
     }
 
@@ -225,37 +230,29 @@ impl Capturing {
     ) -> Result<Option<PageRange>, JobError> {
         let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
         let pages = host_pages.pages(PageRange::new(host_page, 1));
-        let (taken, read) = {
-            let _reading = memory.readers.reading(FAULTS, at, pages.first / WORD_BITS);
+        let take = || {
             // Nothing is, of a snapshot that failed: discards do not wait for that any more, but for those who took before.
             let wanted = !self.over.load(Ordering::Acquire);
-            let taken = wanted && self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS)) != 0;
-            let failed = |source| JobError::Backing { id: block.geometry.id, source };
-            let read = match taken {
-                true => block.backing.read(pages.offset(), &mut into[..pages.bytes() as usize]).map_err(failed),
-                false => Ok(()),
-            };
-            (taken, read)
+            if wanted { self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS)) } else { 0 }
         };
-        if taken {
+        let read = |_| {
+            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            block.backing.read(pages.offset(), &mut into[..pages.bytes() as usize]).map_err(failed)?;
             add(&self.live.captured_pages, pages.count);
             self.cursor.fault(at, pages.end());
-        } else {
-            self.wait_for_readers(&memory.readers, at, pages);
-        }
-        add(&self.live.faults, 1);
-        let lifted =
-            self.protection.as_ref().map_or(Ok(()), |protection| protection.lift(at, PageRange::new(host_page, 1)));
-        read?;
-        // At the end the registration is taken back while this thread still reads faults; whoever waited has been woken.
-        if lifted.is_err() && !self.over.load(Ordering::Acquire) {
-            lifted?;
-        }
-        Ok(taken.then_some(pages))
-    }
-
-    fn wait_for_readers(&self, readers: &Readers, at: usize, pages: PageRange) {
-        readers.wait(|index, word| index == at && self.pending.block(at).published(word).overlaps(&pages));
+            Ok(())
+        };
+        let overlaps = |index, word| index == at && self.published(at, word).overlaps(&pages);
+        let lift = || {
+            add(&self.live.faults, 1);
+            let Some(protection) = &self.protection else { return Ok(()) };
+            let lifted = protection.lift(at, PageRange::new(host_page, 1));
+            // At the end the registration is taken back while this thread still reads faults; whoever waited has been woken.
+            if self.over.load(Ordering::Acquire) { Ok(()) } else { lifted }
+        };
+        let place = (FAULTS, at, pages.first / WORD_BITS);
+        let taken = before_write(&memory.readers, place, take, read, overlaps, lift)?;
+        Ok((taken != 0).then_some(pages))
     }
 
     /// A discard of `range` has set its marks: what is pending of it is captured now. It cannot fail (law 4): the snapshot does.
@@ -282,8 +279,7 @@ impl Capturing {
     /// # Errors
     /// As [`Capturing::check`].
     pub fn settled(&self, readers: &Readers) -> Result<(), JobError> {
-        // Taken is not read: the guest would write to it as soon as the registration is taken back.
-        readers.wait(|_, _| true);
+        before_the_end(readers);
         drop(self.rescuing.lock().unwrap_or_else(PoisonError::into_inner));
         self.end();
         self.check()

@@ -21,6 +21,7 @@
 //!   either discarded or in the log, and never as in the base.
 
 use super::block::{Block, GuestMemory};
+use super::capture_steps::before_punch;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{PageRange, RangeError};
 use pageferry_protocol::shm::bitmap::WORD_BITS;
@@ -70,16 +71,18 @@ impl GuestMemory {
         }
         drop(marking);
         let (arriving, capturing) = (self.arriving(), self.capturing());
-        if let Some(capturing) = &capturing {
-            checked.iter().for_each(|(index, range)| capturing.rescue(self, *index, *range));
-        }
         let drop_owed = || {
             if let Some(arriving) = &arriving {
                 checked.iter().for_each(|(index, range)| arriving.drop_owed(*index, *range));
             }
         };
-        drop_owed();
-        self.readers.wait(|index, word| {
+        let rescue = || {
+            if let Some(capturing) = &capturing {
+                checked.iter().for_each(|(index, range)| capturing.rescue(self, *index, *range));
+            }
+            drop_owed();
+        };
+        before_punch(&self.readers, rescue, |index, word| {
             let read = match (&arriving, &capturing) {
                 (Some(arriving), _) => arriving.published(index, word),
                 (None, Some(capturing)) => capturing.published(index, word),

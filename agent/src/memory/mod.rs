@@ -9,6 +9,7 @@
 //! - [`mappings`]: where the VMM has it mapped;
 //! - [`capturing`]: a guest's memory as it was at one instant, while it is saved and the guest runs on: writes and discards meanwhile;
 //! - [`cursor`]: which of it comes next: near the last fault, in small pieces; far from it, in large ones;
+//! - [`capture_steps`]: how all who capture a page, write to it or free it agree;
 //! - [`claims`]: how a fault and whoever takes its page agree on who answers;
 //! - [`arriving`]: the memory of a guest that runs before it is here: faults, placing, and discards meanwhile;
 //! - [`runs`]: runs of pages that lie near each other, made one;
@@ -19,6 +20,7 @@ pub mod arriving;
 pub mod backing;
 pub mod block;
 pub mod bus_guard;
+pub mod capture_steps;
 pub mod capturing;
 pub mod claims;
 pub mod cursor;
@@ -33,7 +35,7 @@ pub mod runs;
 pub use backing::{Backing, BackingError};
 pub use block::{Block, GuestMemory};
 
-// `fence.rs` and `claims.rs` take these from their parent, so that the model checker can put its own in their place.
+// `fence.rs`, `claims.rs` and those that build on them take these from their parent, so that the model checker can put its own in their place.
 use pageferry_protocol::shm::bitmap;
 mod sync {
     pub(super) use std::sync::atomic::{AtomicU64, Ordering, fence};
