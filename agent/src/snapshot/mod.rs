@@ -1,6 +1,7 @@
 //! Snapshots: a guest as it was at one instant, in an image.
 //!
 //! - [`checkpoint`]: what changed since the last image, for increments;
+//! - [`ahead`]: the order in which pages are noted as protected, and are;
 //! - [`protect`]: memory is protected against writes, before the instant as far as possible;
 //! - [`instant`]: what there is to save, as of one moment;
 //! - [`faults`]: writes of the guest that runs on;
@@ -9,6 +10,7 @@
 //!
 //! [`crate::memory::capturing`] has the rules of who reads which page when.
 
+pub mod ahead;
 pub mod checkpoint;
 pub mod faults;
 pub mod instant;
@@ -29,6 +31,9 @@ use protect::Watch;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+// `ahead.rs` takes this from its parent, so that the model checker can put its own in its place.
+use pageferry_protocol::shm::bitmap;
 
 /// What is to be saved, and how.
 #[derive(Debug)]

@@ -4,10 +4,10 @@
 //! into what is protected has the protection lifted, and that is noted. When the guest then stands still only what was lifted or allocated meanwhile is left. A guest that writes
 //! a lot is slowed down by its faults, so there is never much.
 //!
-//! What is noted is the set `ahead`, of host pages that are protected for sure. The order makes it so: who protects notes first and protects then; who lifts, lifts
-//! first and takes the note away then. Whatever way the two fall together, a page that is in the set when the guest stands still, and all faults are answered, is
-//! protected.
+//! What is noted is the set `ahead`, of host pages that are protected for sure. The order in which pages are noted and protected makes it so (see [`super::ahead`]): a page that is in
+//! the set when the guest stands still, and no fault is being answered, is protected.
 
+use super::ahead;
 use super::faults;
 use super::instant::to_save;
 use crate::job::{Job, JobError};
@@ -67,9 +67,7 @@ impl Shared {
     /// If the registration is gone, or the kernel refuses.
     pub fn let_through(&self, (at, host_page): (usize, u64)) -> Result<(), JobError> {
         let page = PageRange::new(host_page, 1);
-        self.protection.lift(at, page)?;
-        self.ahead[at].bits().clear(page);
-        Ok(())
+        ahead::lift(self.ahead[at].bits(), page, || self.protection.lift(at, page))
     }
 }
 
@@ -146,16 +144,18 @@ impl Watch {
     /// Protects those of the host pages `wanted` that are not protected yet. Returns how many.
     pub fn protect_rest(&self, at: usize, wanted: &MappedBitmap) -> Result<u64, JobError> {
         let Shared { protection, ahead, .. } = &*self.shared;
-        let (ahead, most) = (&ahead[at], AT_ONCE / (ahead[at].unit() * PAGE_SIZE));
+        let (noted, most) = (ahead[at].bits(), AT_ONCE / (ahead[at].unit() * PAGE_SIZE));
         let mut count = 0;
         let mut run = PageRange::default();
         let mut protect = |run: PageRange| {
+            if run.is_empty() {
+                return Ok(());
+            }
             count += run.count;
-            ahead.bits().set(run);
-            if run.is_empty() { Ok(()) } else { protection.protect(at, run) }
+            ahead::protect(noted, run, || protection.protect(at, run))
         };
         for (word, bits) in wanted.nonzero_words(wanted.all()) {
-            for next in runs_of_word(word * WORD_BITS, bits & !ahead.bits().word(word)) {
+            for next in runs_of_word(word * WORD_BITS, ahead::rest(noted, word, bits)) {
                 if next.first == run.end() && run.count < most {
                     run.count += next.count;
                 } else {

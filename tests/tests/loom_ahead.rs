@@ -1,0 +1,148 @@
+//! Model check of protecting ahead of a snapshot's instant, while the guest writes: walks that protect, faults that let a write through, and the instant, which believes what is
+//! noted. What runs here is the agent's own order of noting and protecting, over its own bitmap, with loom's atomics in the place of the standard ones; the kernel's part is a word of
+//! protected pages.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../../protocol/src/shm"]
+mod shm {
+    pub(crate) use pageferry_protocol::memory::PageRange;
+    pub(crate) mod sync {
+        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+    }
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod bitmap;
+}
+
+#[path = "../../agent/src/snapshot"]
+mod snapshot {
+    pub(crate) use super::shm::bitmap;
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod ahead;
+}
+
+use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::sync::{Arc, Mutex, MutexGuard};
+use loom::thread::{self, JoinHandle};
+use pageferry_protocol::memory::PageRange;
+use shm::bitmap::{Bitmap, runs_of_word};
+use snapshot::ahead;
+use std::convert::Infallible;
+
+/// Two pages of one word.
+const PAGE: u64 = 5;
+const NEIGHBOUR: u64 = 6;
+const BOTH: u64 = 1 << PAGE | 1 << NEIGHBOUR;
+
+struct Watch {
+    noted: Bitmap<Vec<AtomicU64>>,
+    protected: AtomicU64,
+    /// Held while a fault is answered. True after the instant, when faults lift and take no note away.
+    mode: Mutex<bool>,
+}
+
+fn mask(pages: PageRange) -> u64 {
+    (pages.first..pages.end()).fold(0, |mask, page| mask | 1 << page)
+}
+
+impl Watch {
+    fn begin() -> Arc<Self> {
+        let noted = Bitmap::new(vec![AtomicU64::new(0)], 64);
+        Arc::new(Self { noted, protected: AtomicU64::new(0), mode: Mutex::new(false) })
+    }
+
+    fn mode(&self) -> MutexGuard<'_, bool> {
+        self.mode.lock().unwrap()
+    }
+
+    /// Protects those of the pages `wanted` that are not noted.
+    fn walk(&self, wanted: u64) {
+        for run in runs_of_word(0, ahead::rest(&self.noted, 0, wanted)) {
+            let protect = || {
+                self.protected.fetch_or(mask(run), Ordering::AcqRel);
+                Ok::<_, Infallible>(())
+            };
+            ahead::protect(&self.noted, run, protect).unwrap();
+        }
+    }
+
+    /// A write is let through, if it is before the instant.
+    fn fault(&self, page: u64) {
+        let after = self.mode();
+        if *after {
+            return;
+        }
+        let lift = || {
+            self.protected.fetch_and(!(1 << page), Ordering::AcqRel);
+            Ok::<_, Infallible>(())
+        };
+        ahead::lift(&self.noted, PageRange::new(page, 1), lift).unwrap();
+    }
+
+    /// The guest stands still.
+    fn instant(&self) {
+        let mut after = self.mode();
+        let protected = self.protected.load(Ordering::Acquire);
+        assert_eq!(self.noted.word(0) & !protected, 0, "what is noted is protected");
+        self.walk(BOTH);
+        assert_eq!(self.protected.load(Ordering::Acquire), BOTH, "all is protected at the instant");
+        *after = true;
+    }
+
+    #[track_caller]
+    fn check_protected(&self) {
+        assert_eq!(self.protected.load(Ordering::Acquire), BOTH, "no fault of before lifts what the instant relies on");
+    }
+}
+
+fn spawn(watch: &Arc<Watch>, act: impl FnOnce(&Watch) + 'static) -> JoinHandle<()> {
+    let watch = watch.clone();
+    thread::spawn(move || act(&watch))
+}
+
+#[test]
+fn after_two_walks_and_two_faults_what_is_noted_is_protected() {
+    loom::model(|| {
+        let watch = Watch::begin();
+        let faults = spawn(&watch, |watch| {
+            watch.fault(PAGE);
+            watch.fault(NEIGHBOUR);
+        });
+        watch.walk(BOTH);
+        watch.walk(BOTH);
+        watch.instant();
+        faults.join().unwrap();
+        watch.check_protected();
+    });
+}
+
+#[test]
+fn a_page_that_is_written_to_again_and_again_is_protected_at_the_instant() {
+    loom::model(|| {
+        let watch = Watch::begin();
+        watch.walk(BOTH);
+        let faults = spawn(&watch, |watch| {
+            watch.fault(PAGE);
+            watch.fault(PAGE);
+        });
+        watch.walk(BOTH);
+        watch.instant();
+        faults.join().unwrap();
+        watch.check_protected();
+    });
+}
+
+#[test]
+fn walks_at_once_leave_nothing_noted_that_is_not_protected() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let watch = Watch::begin();
+        let walk = spawn(&watch, |watch| watch.walk(BOTH));
+        let faults = spawn(&watch, |watch| watch.fault(PAGE));
+        watch.walk(1 << PAGE);
+        walk.join().unwrap();
+        watch.instant();
+        faults.join().unwrap();
+        watch.check_protected();
+    });
+}
