@@ -5,6 +5,7 @@ use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
 use super::capturing::Capturing;
 use super::fence::{MAX_READERS, Readers};
+use super::marking::Marking;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -117,13 +118,11 @@ pub struct GuestMemory {
     pub readers: Readers,
     /// Held while a discard or a populate marks, at the instant of a snapshot, and while a fix-up looks whether a discarded page was written since and marks it as stray: or it would mark what was
     /// discarded again meanwhile.
-    pub marking: Mutex<()>,
+    pub marking: Marking<Capturing>,
     /// See [`GuestMemory::changes`].
     changes: AtomicU64,
     /// What is still to come, while the guest runs before it is here.
     arriving: Mutex<Option<Arc<Arriving>>>,
-    /// What is still to be saved as it was, while the guest runs on.
-    capturing: Mutex<Option<Arc<Capturing>>>,
 }
 
 impl Default for GuestMemory {
@@ -144,10 +143,9 @@ impl GuestMemory {
             table,
             log,
             readers: Readers::new(MAX_READERS),
-            marking: Mutex::new(()),
+            marking: Marking::default(),
             changes: AtomicU64::new(0),
             arriving: Mutex::default(),
-            capturing: Mutex::default(),
         }
     }
 
@@ -159,16 +157,6 @@ impl GuestMemory {
     /// From now on discards drop what is still to come of `arriving`; `None` when all is here.
     pub fn set_arriving(&self, arriving: Option<Arc<Arriving>>) {
         *self.arriving.lock().unwrap_or_else(PoisonError::into_inner) = arriving;
-    }
-
-    /// What is still to be saved as it was at the instant of a snapshot.
-    pub fn capturing(&self) -> Option<Arc<Capturing>> {
-        self.capturing.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// From now on discards save what is still to be captured. Called with [`GuestMemory::marking`] held at the instant; with `None` when nothing is to be saved any more.
-    pub fn set_capturing(&self, capturing: Option<Arc<Capturing>>) {
-        *self.capturing.lock().unwrap_or_else(PoisonError::into_inner) = capturing;
     }
 
     /// The blocks, in order of their GPA, as in the table. Their order is that of the workers' chunks, of the fence, and of images.

@@ -285,7 +285,7 @@ impl Capturing {
         self.check()
     }
 
-    /// No fault takes a page from now on. To be called before discards are not told of this any more ([`GuestMemory::set_capturing`]): they wait for those who took before.
+    /// No fault takes a page from now on. To be called before discards are not told of this any more ([`Marking::end`](super::marking::Marking::end)): they wait for those who took before.
     pub fn end(&self) {
         self.over.store(true, Ordering::Release);
     }

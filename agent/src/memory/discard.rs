@@ -25,7 +25,6 @@ use super::capture_steps::before_punch;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{PageRange, RangeError};
 use pageferry_protocol::shm::bitmap::WORD_BITS;
-use std::sync::PoisonError;
 
 /// A range that does not exist.
 #[derive(Debug, thiserror::Error)]
@@ -61,16 +60,18 @@ impl GuestMemory {
     pub fn discard(&self, ranges: &[BlockRange], punch: bool) -> Result<u64, DiscardError> {
         let checked = self.check(ranges, PageRange::inward)?;
         let _change = self.change();
-        let mut changed = 0;
-        let marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
-        for (index, range) in &checked {
-            let block = &self.blocks()[*index];
-            block.unsettled.set(*range);
-            block.stray.clear(*range);
-            changed += block.discarded.set(*range);
-        }
-        drop(marking);
-        let (arriving, capturing) = (self.arriving(), self.capturing());
+        let mark = || {
+            let mut changed = 0;
+            for (index, range) in &checked {
+                let block = &self.blocks()[*index];
+                block.unsettled.set(*range);
+                block.stray.clear(*range);
+                changed += block.discarded.set(*range);
+            }
+            changed
+        };
+        let (changed, capturing) = self.marking.discard(mark);
+        let arriving = self.arriving();
         let drop_owed = || {
             if let Some(arriving) = &arriving {
                 checked.iter().for_each(|(index, range)| arriving.drop_owed(*index, *range));
@@ -114,7 +115,7 @@ impl GuestMemory {
         let checked = self.check(ranges, PageRange::outward)?;
         let _change = self.change();
         let mut changed = 0;
-        let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _marking = self.marking.hold();
         for (index, range) in checked {
             let block = &self.blocks()[index];
             let first_log_page = block.geometry.first_log_page();

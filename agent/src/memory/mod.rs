@@ -5,6 +5,7 @@
 //! - [`block`]: a block with its bitmaps;
 //! - [`fence`]: keeps discards away from what a worker is reading (laws 1 and 7);
 //! - [`discard`]: discarding and populating (laws 1, 4 and 6);
+//! - [`marking`]: what comes first, the marks of a discard or the instant of a snapshot;
 //! - [`owed`]: what a guest in postcopy is owed, in host pages;
 //! - [`mappings`]: where the VMM has it mapped;
 //! - [`capturing`]: a guest's memory as it was at one instant, while it is saved and the guest runs on: writes and discards meanwhile;
@@ -29,6 +30,7 @@ pub mod extents;
 pub mod fence;
 pub mod huge;
 pub mod mappings;
+pub mod marking;
 pub mod owed;
 pub mod runs;
 
@@ -39,5 +41,6 @@ pub use block::{Block, GuestMemory};
 use pageferry_protocol::shm::bitmap;
 mod sync {
     pub(super) use std::sync::atomic::{AtomicU64, Ordering, fence};
+    pub(super) use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
     pub(super) use std::thread::yield_now;
 }

@@ -28,7 +28,6 @@ use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
-use std::sync::PoisonError;
 use std::time::Instant;
 
 /// No value that [`GuestMemory::changes`] has while nothing is under way.
@@ -93,7 +92,7 @@ impl DirtyState {
                 continue;
             }
             // A discard has marked all of its pages, or none.
-            let _marking = memory.marking.lock().unwrap_or_else(PoisonError::into_inner);
+            let _marking = memory.marking.hold();
             let unsure = settling.word(word) | block.unsettled.word(word);
             let known = suspects & block.stray.word(word);
             let mut stray = 0;

@@ -7,7 +7,6 @@ use super::source::Source;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
 use pageferry_protocol::shm::MappedBitmap;
-use std::sync::PoisonError;
 
 /// Memory that is being filled. Unless the guest got it, it is empty again on drop.
 #[derive(Debug)]
@@ -30,7 +29,7 @@ impl<'a> Ground<'a> {
             block.backing.empty().map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
             let (discarded, present) = (source.discarded(at), source.present(at).count(block.all()));
             // A discard that comes meanwhile has marked all of its pages before this, or marks them after it.
-            let marking = job.memory.marking.lock().unwrap_or_else(PoisonError::into_inner);
+            let marking = job.memory.marking.hold();
             mark(block, discarded);
             drop(marking);
             let gone = discarded.count(block.all());

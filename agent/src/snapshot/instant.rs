@@ -13,7 +13,7 @@ use crate::memory::{Block, GuestMemory};
 use crate::tracking::DirtyPages;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 /// What there is to save. Until it is dropped discards save what they discard.
 pub struct AsOfNow {
@@ -41,22 +41,22 @@ impl AsOfNow {
         // No fault of before is being answered any more: it would lift what is protected here.
         let mut mode = watch.map(Watch::hold);
         writer.is_now();
-        let marking = memory.marking.lock().unwrap_or_else(PoisonError::into_inner);
-        let changed = changes.cut(later)?;
-        for (at, block) in memory.blocks().iter().enumerate() {
-            for (word, bits) in block.discarded.nonzero_words(block.all()) {
-                discarded.block(at).or_word(word, bits);
+        memory.marking.instant(|| {
+            let changed = changes.cut(later)?;
+            for (at, block) in memory.blocks().iter().enumerate() {
+                for (word, bits) in block.discarded.nonzero_words(block.all()) {
+                    discarded.block(at).or_word(word, bits);
+                }
+                to_save(memory, at, changed, |word, pages| pending.add_pages(at, word, pages))?;
+                if let Some(watch) = watch {
+                    watch.protect_rest(at, pending.block(at).bits())?;
+                }
             }
-            to_save(memory, at, changed, |word, pages| pending.add_pages(at, word, pages))?;
-            if let Some(watch) = watch {
-                watch.protect_rest(at, pending.block(at).bits())?;
-            }
-        }
-        memory.set_capturing(Some(capturing.clone()));
+            Ok::<_, JobError>(capturing.clone())
+        })?;
         if let Some(mode) = &mut mode {
             **mode = Mode::Capturing(capturing.clone());
         }
-        drop(marking);
         drop(mode);
         Ok(Self { job: job.clone(), discarded, capturing })
     }
@@ -68,7 +68,7 @@ impl AsOfNow {
     /// # Errors
     /// If one of them could not.
     pub fn settle(&self) -> Result<(), JobError> {
-        self.job.memory.set_capturing(None);
+        self.job.memory.marking.end();
         self.capturing.settled(&self.job.memory.readers)
     }
 }
@@ -77,7 +77,7 @@ impl Drop for AsOfNow {
     fn drop(&mut self) {
         // If it failed, faults are still answered.
         self.capturing.end();
-        self.job.memory.set_capturing(None);
+        self.job.memory.marking.end();
     }
 }
 

@@ -1,0 +1,190 @@
+//! Model check of the instant of a snapshot beside discards and populates: every order in which they mark, look and read. What runs here are the agent's own lock of marks and its
+//! own steps of capturing, with loom's in the place of the standard atomics and locks.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../../protocol/src/shm"]
+mod shm {
+    pub(crate) use pageferry_protocol::memory::PageRange;
+    pub(crate) mod sync {
+        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+    }
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod bitmap;
+}
+
+#[path = "../../agent/src/memory"]
+mod memory {
+    pub(crate) mod sync {
+        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
+        pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
+        pub(crate) use loom::thread::yield_now;
+        pub(crate) use std::sync::PoisonError;
+    }
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod capture_steps;
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod fence;
+    #[allow(dead_code, unreachable_pub)]
+    pub(crate) mod marking;
+}
+
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::sync::atomic::AtomicU64;
+use loom::thread::{self, JoinHandle};
+use memory::capture_steps::{before_punch, capture};
+use memory::fence::{Readers, SESSION};
+use memory::marking::Marking;
+use pageferry_protocol::memory::PageRange;
+use shm::bitmap::Bitmap;
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicU64 as Plain, Ordering::Relaxed};
+
+type Bits = Bitmap<Vec<AtomicU64>>;
+
+const PAGE: u64 = 5;
+const BIT: u64 = 1 << PAGE;
+const WORKER: usize = 0;
+
+/// A guest of one page.
+struct Guest {
+    marking: Marking<Bits>,
+    readers: Readers,
+    discarded: Bits,
+    log: Bits,
+    /// The model fails if one touch of the page is not over before the next begins.
+    touch: UnsafeCell<()>,
+    /// Since the base. No atomics of the model: only the last value is seen.
+    punched: Plain,
+    at_instant: Plain,
+    captured: Plain,
+}
+
+/// What the image says of the page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Saved {
+    Discarded,
+    /// Pending, as all that may have changed.
+    Content,
+    AsInTheBase,
+}
+
+fn bits(word: u64) -> Bits {
+    Bitmap::new(vec![AtomicU64::new(word)], 64)
+}
+
+impl Guest {
+    fn new(discarded: u64) -> Arc<Self> {
+        Arc::new(Self {
+            marking: Marking::default(),
+            readers: Readers::new(3),
+            discarded: bits(discarded),
+            log: bits(0),
+            touch: UnsafeCell::new(()),
+            punched: Plain::new(0),
+            at_instant: Plain::new(0),
+            captured: Plain::new(0),
+        })
+    }
+
+    fn read(&self) -> u64 {
+        self.touch.with(|_| self.punched.load(Relaxed))
+    }
+
+    fn capture(&self, reader: usize, pending: &Bits) {
+        let read = |_| {
+            assert_eq!(self.read(), self.at_instant.load(Relaxed), "it was punched before it was captured");
+            self.captured.fetch_add(1, Relaxed);
+            Ok::<_, Infallible>(())
+        };
+        capture(&self.readers, (reader, 0, 0), || pending.take_bits(0, BIT), read).unwrap();
+    }
+
+    /// The instant, and a worker after it. With `all` everything is saved, else what is in the log.
+    fn save(&self, all: bool) -> Saved {
+        let (mut saved, mut pending) = (Saved::Discarded, None);
+        let find = || {
+            let changed = self.log.take_word(0) & BIT != 0 || all;
+            if self.discarded.word(0) & BIT == 0 {
+                // It is populated, so nobody punches it now.
+                self.at_instant.store(self.read(), Relaxed);
+                saved = if changed { Saved::Content } else { Saved::AsInTheBase };
+            }
+            let found = Arc::new(bits(if saved == Saved::Content { BIT } else { 0 }));
+            pending = Some(found.clone());
+            Ok::<_, Infallible>(found)
+        };
+        self.marking.instant(find).unwrap();
+        let as_in_base = saved == Saved::AsInTheBase;
+        assert!(!as_in_base || self.at_instant.load(Relaxed) == 0, "it is not as in the base");
+        self.capture(WORKER, &pending.unwrap());
+        saved
+    }
+
+    fn discard(&self) {
+        let (_, capturing) = self.marking.discard(|| self.discarded.set(PageRange::new(PAGE, 1)));
+        let rescue = || {
+            if let Some(pending) = &capturing {
+                self.capture(SESSION, pending);
+            }
+        };
+        before_punch(&self.readers, rescue, |_, _| true);
+        self.touch.with_mut(|_| self.punched.store(1, Relaxed));
+    }
+
+    fn populate(&self) {
+        let _marking = self.marking.hold();
+        self.discarded.take(PageRange::new(PAGE, 1), |word, bits| {
+            self.log.or_word(word, bits);
+        });
+    }
+
+    fn captured(&self) -> u64 {
+        self.captured.load(Relaxed)
+    }
+}
+
+fn spawn(guest: &Arc<Guest>, act: impl FnOnce(&Guest) + 'static) -> JoinHandle<()> {
+    let guest = guest.clone();
+    thread::spawn(move || act(&guest))
+}
+
+#[test]
+fn a_page_that_is_discarded_at_the_instant_is_saved_so_or_captured_before_it_is_punched() {
+    loom::model(|| {
+        let guest = Guest::new(0);
+        let discard = spawn(&guest, Guest::discard);
+        let saved = guest.save(true);
+        discard.join().unwrap();
+        match saved {
+            Saved::Discarded => assert_eq!(guest.captured(), 0, "nobody reads what was discarded"),
+            Saved::Content => assert_eq!(guest.captured(), 1),
+            Saved::AsInTheBase => panic!("all is saved"),
+        }
+    });
+}
+
+#[test]
+fn a_page_that_is_populated_at_the_instant_is_discarded_or_in_the_log() {
+    loom::model(|| {
+        let guest = Guest::new(BIT);
+        let populate = spawn(&guest, Guest::populate);
+        let saved = guest.save(false);
+        populate.join().unwrap();
+        assert_ne!(saved, Saved::AsInTheBase);
+    });
+}
+
+#[test]
+fn a_page_that_is_discarded_and_populated_at_the_instant_is_as_in_the_base_only_before_both() {
+    loom::model(|| {
+        let guest = Guest::new(0);
+        let both = spawn(&guest, |guest| {
+            guest.discard();
+            guest.populate();
+        });
+        // Checks what it takes for unchanged.
+        guest.save(false);
+        both.join().unwrap();
+    });
+}
