@@ -10,6 +10,7 @@
 //! - [`compression`]: a guest that compresses;
 //! - [`live`]: a guest that writes while it moves;
 //! - [`postcopy`]: a guest that runs before its memory is there;
+//! - [`snapshots`]: a guest that is saved into a file, and may run on;
 //! - [`bitmaps`]: marking, harvesting and walking;
 //! - [`discards`]: how fast they are acknowledged;
 //! - [`codec`]: zero scan, checksum and records; an idle agent.
@@ -33,6 +34,7 @@ mod live;
 mod ours;
 mod postcopy;
 mod qemu;
+mod snapshots;
 mod table;
 
 use clap::Parser;
@@ -43,8 +45,8 @@ use table::Table;
 #[derive(Debug, Parser)]
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
-    /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking, postcopy, bitmaps,
-    /// discards, bytes.
+    /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking, postcopy, snapshots,
+    /// bitmaps, discards, bytes.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -53,6 +55,15 @@ struct Cli {
     /// Where guest memory lies: a folder on tmpfs with room for two guests of 8 GiB.
     #[arg(long, default_value = "/dev/shm")]
     folder: PathBuf,
+    /// Where `snapshots` writes images: a folder on a disk with 10 GiB free.
+    #[arg(long, default_value_os_t = std::env::temp_dir())]
+    disk: PathBuf,
+    /// In `snapshots`, do only these: save, save-tmpfs, save-sparse, pause, pause-sparse.
+    #[arg(long, value_delimiter = ',')]
+    snapshots: Vec<String>,
+    /// In `snapshots`, measure the agent of this build of pageferry-test-process, too.
+    #[arg(long)]
+    other: Option<PathBuf>,
     /// Write the table as JSON to this file, too.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -77,6 +88,12 @@ struct Cli {
 pub struct Bench {
     /// Where guest memory lies.
     pub folder: PathBuf,
+    /// Where images are written.
+    pub disk: PathBuf,
+    /// What is done in `snapshots`; all of it if none is named.
+    pub snapshots: Vec<String>,
+    /// Another build of the agent.
+    pub other: Option<PathBuf>,
     /// Rounds of each comparison.
     pub rounds: usize,
     /// Sizes are divided by this.
@@ -96,7 +113,7 @@ fn main() {
     if let Some(control) = &cli.answer {
         return postcopy::floor::answer(control);
     }
-    let parts: [(&str, Part); 10] = [
+    let parts: [(&str, Part); 11] = [
         ("full", copying::full),
         ("compression", compression::compression),
         ("sparse", copying::sparse),
@@ -105,6 +122,7 @@ fn main() {
         ("discards", discards::discards),
         ("bytes", codec::codec),
         ("postcopy", postcopy::postcopy),
+        ("snapshots", snapshots::snapshots),
         ("live", live::live),
         ("tracking", live::tracking),
     ];
@@ -115,6 +133,9 @@ fn main() {
     let qemu = if cli.no_qemu || !cli.bench { None } else { qemu::Qemu::find() };
     let bench = Bench {
         folder: cli.folder,
+        disk: cli.disk,
+        snapshots: cli.snapshots,
+        other: cli.other,
         rounds: if cli.bench { cli.rounds } else { 1 },
         shrink: if cli.bench { 1 } else { 128 },
         qemu,

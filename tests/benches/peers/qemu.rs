@@ -87,11 +87,16 @@ pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
+/// Parameters without a limit worth the name.
+pub fn unlimited() -> Value {
+    json!({ "max-bandwidth": BANDWIDTH })
+}
+
 /// One QEMU process.
 pub struct Machine {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
-    _process: Process,
+    process: Process,
 }
 
 impl Machine {
@@ -110,17 +115,21 @@ impl Machine {
             UnixStream::connect(&socket).ok()
         })
         .unwrap();
-        let mut machine =
-            Self { writer: stream.try_clone().unwrap(), reader: BufReader::new(stream), _process: process };
+        let mut machine = Self { writer: stream.try_clone().unwrap(), reader: BufReader::new(stream), process };
         machine.read();
         machine.execute("qmp_capabilities", json!({}));
         machine
     }
 
+    /// The id of the process.
+    pub fn process_id(&self) -> u32 {
+        self.process.id()
+    }
+
     fn set_up(&mut self, mode: Mode) {
         let capability = json!({ "capability": "multifd", "state": mode.channels > 0 });
         self.execute("migrate-set-capabilities", json!({ "capabilities": [capability] }));
-        let mut parameters = json!({ "max-bandwidth": BANDWIDTH });
+        let mut parameters = unlimited();
         if mode.channels > 0 {
             parameters["multifd-channels"] = json!(mode.channels);
             if mode.zstd > 0 {

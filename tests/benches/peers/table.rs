@@ -67,6 +67,20 @@ impl Table {
         }
     }
 
+    /// The same, but the middle of what each round says by itself: where the machine changes from round to round, and alike for all.
+    pub fn compare_rounds(&mut self, work: &str, who: &str, with: &str, better: Better) {
+        let samples = |who: &str| {
+            let row = self.rows.iter().find(|row| row.work == work && row.who == who)?;
+            Some(row.samples.clone())
+        };
+        let (Some(own), Some(other)) = (samples(who), samples(with)) else { return };
+        let ratio = |(own, other): (&f64, &f64)| if better == Better::More { own / other } else { other / own };
+        let ratios: Vec<f64> = own.iter().zip(&other).map(ratio).collect();
+        if let Some(row) = self.rows.iter_mut().find(|row| row.work == work && row.who == who) {
+            row.ratios.push((with.to_owned(), median(&ratios)));
+        }
+    }
+
     /// The table for people.
     pub fn markdown(&self) -> String {
         let mut text = String::new();

@@ -1,0 +1,173 @@
+//! Snapshots: how fast a guest is saved, and what it feels of that.
+//!
+//! - [`save`]: bytes per second, beside a program that only copies, and QEMU;
+//! - [`pause`]: how long the guest stands still, how long a write waits, and what is left of the guest's speed;
+//! - [`floor`], [`qemu`]: who else saves;
+//! - [`roamer`]: a guest that writes all over.
+
+mod floor;
+mod pause;
+mod qemu;
+mod roamer;
+mod save;
+
+use super::image::Image;
+use super::table::{Better, Table, median};
+use super::{Bench, Part};
+use pageferry_client::{Client, Config, JobStatus, Phase, SnapshotOptions};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
+use pageferry_tests::process::AgentProcess;
+use pageferry_tests::require;
+use roamer::{Roamer, Roams};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const LIMIT: Duration = Duration::from_secs(600);
+/// Bytes that must be free where images are written.
+const ROOM: u64 = 10 * GIB;
+
+/// The parts of this part.
+const PARTS: [(&str, Part); 5] = [
+    ("save", save::to_disk),
+    ("save-tmpfs", save::to_tmpfs),
+    ("save-sparse", save::sparse),
+    ("pause", pause::full),
+    ("pause-sparse", pause::sparse),
+];
+
+/// All of them, or those that were asked for.
+pub fn snapshots(bench: &Bench, table: &mut Table) {
+    if !require::uffd() {
+        table.add("snapshots", "skipped: no userfaultfd", "", &[], String::new());
+        return;
+    }
+    for (name, part) in PARTS {
+        if bench.snapshots.is_empty() || bench.snapshots.iter().any(|wanted| wanted == name) {
+            eprintln!("snapshots: {name} ...");
+            part(bench, table);
+        }
+    }
+}
+
+/// A folder for one image at a time. It is removed with all that is in it.
+struct Shelf {
+    folder: tempfile::TempDir,
+    opened: File,
+}
+
+impl Shelf {
+    /// In the folder `place`; a note in the table, and `None`, if there is no room.
+    fn new(bench: &Bench, place: &Path, table: &mut Table) -> Option<Self> {
+        let free = rustix::fs::statvfs(place).map(|stat| stat.f_bavail * stat.f_frsize).unwrap_or_default();
+        if free < ROOM / bench.shrink {
+            table.note(format!("snapshots: skipped: {} MiB are free in {}", free / MIB, place.display()));
+            return None;
+        }
+        let folder = tempfile::Builder::new().prefix("pageferry-bench-").tempdir_in(place).unwrap();
+        let opened = File::open(folder.path()).unwrap();
+        Some(Self { folder, opened })
+    }
+
+    /// Where the image is to be.
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("image")
+    }
+
+    /// Removes the image, and waits until the disk has nothing left to do.
+    fn clear(&self) {
+        std::fs::remove_file(self.path()).unwrap();
+        rustix::fs::syncfs(&self.opened).unwrap();
+    }
+}
+
+/// A VMM with an agent of its own, and a guest that has touched all that is allocated, as guests have.
+struct Vmm {
+    client: Client,
+    memory: Arc<TestMemory>,
+    guest: Roamer,
+    agent: AgentProcess,
+    _folder: tempfile::TempDir,
+}
+
+/// What a snapshot took.
+struct Saved {
+    /// From the request to the end.
+    time: Duration,
+    /// Of the agent.
+    processor: Duration,
+    status: JobStatus,
+}
+
+/// The agents that are measured: their names, and their programs.
+fn agents(bench: &Bench) -> Vec<(&'static str, OsString)> {
+    let other = bench.other.as_ref().map(|program| ("another build", program.into()));
+    [Some(("pageferry", PROGRAM.into())), other].into_iter().flatten().collect()
+}
+
+impl Vmm {
+    fn new(image: &Image, program: &OsStr) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let agent = AgentProcess::spawn(program, folder.path(), "agent").unwrap();
+        let file = Arc::new(image.file.try_clone().unwrap());
+        let layout = BlockLayout { backing: Backing::File(file), ..BlockLayout::ram(image.size) };
+        let memory = Arc::new(TestMemory::new(vec![layout]).unwrap());
+        let (client, channel) = Client::connect(agent.socket(), Config::default()).unwrap();
+        let guest = Roamer::new(&memory);
+        channel.spawn(Roams(guest.clone())).unwrap();
+        memory.add_to(&client).unwrap();
+        let new = Self { client, memory, guest, agent, _folder: folder };
+        new.touch();
+        new
+    }
+
+    /// The guest writes into all pages that are allocated, what is there already.
+    fn touch(&self) {
+        let block = &self.memory.blocks()[0];
+        for page in block.extents().unwrap().into_iter().flat_map(|run| run.first..run.end()) {
+            let offset = page * PAGE_SIZE + 8;
+            block.store(offset, block.load(offset).unwrap()).unwrap();
+        }
+    }
+
+    fn save(&mut self, path: &Path, options: &SnapshotOptions) -> Saved {
+        let agent = self.agent.process().id();
+        let (started, before) = (Instant::now(), processor_time(agent));
+        let job = self.client.start_snapshot(path, options).unwrap().job;
+        let status = self.client.wait(job, LIMIT).unwrap();
+        let time = started.elapsed();
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        Saved { time, processor: processor_time(agent) - before, status }
+    }
+}
+
+/// What a process has used so far, as far as the kernel's ticks of 10 ms tell.
+fn processor_time(process: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    // The name, in brackets, may hold anything; 11 fields follow it before user and system time.
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let ticks: u64 = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
+    Duration::from_millis(ticks * 10)
+}
+
+/// What was to be reached, and whether it was: `samples` are the figures of each round, and their median counts.
+fn bar(table: &mut Table, name: &str, unit: &'static str, samples: &[f64], limit: f64, better: Better) {
+    let middle = median(samples);
+    let (reached, word) = match better {
+        Better::More => (middle >= limit, "at least"),
+        Better::Less => (middle <= limit, "at most"),
+    };
+    let verdict = if reached { "ok" } else { "missed" };
+    table.add("snapshots: marks", name, unit, samples, format!("{verdict}: {word} {limit}"));
+}
+
+/// Round by round, how many times as much `own` is.
+fn ratios(own: &[f64], other: &[f64]) -> Vec<f64> {
+    own.iter().zip(other).map(|(own, other)| own / other).collect()
+}
