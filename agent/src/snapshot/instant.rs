@@ -4,15 +4,12 @@
 //! first: both happen under one lock ([`GuestMemory::marking`](crate::memory::GuestMemory::marking)).
 
 use super::checkpoint::Changes;
+use super::prepare::Prepared;
 use super::protect::{Mode, Watch};
 use crate::image::ImageWriter;
 use crate::job::{Job, JobError};
 use crate::memory::capturing::Capturing;
-use crate::memory::owed::Owed;
-use crate::memory::{Block, GuestMemory};
 use crate::tracking::DirtyPages;
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use std::sync::Arc;
 
 /// What there is to save. Until it is dropped discards save what they discard.
@@ -27,29 +24,25 @@ pub struct AsOfNow {
 impl AsOfNow {
     /// Takes the moment. What the guest writes after it is reported, if there is a `watch`.
     pub fn take(
-        job: &Arc<Job>, writer: &Arc<ImageWriter>, watch: Option<&Watch>, changes: &mut Changes,
+        job: &Arc<Job>, writer: &Arc<ImageWriter>, watch: Option<&Watch>, changes: &mut Changes, mut prepared: Prepared,
     ) -> Result<Self, JobError> {
         let memory = &job.memory;
-        let discarded = DirtyPages::none(memory)?;
-        let host_page = |block: &Arc<Block>| if watch.is_some() { block.backing.host_page_size() } else { PAGE_SIZE };
-        let host_pages: Vec<u64> = memory.blocks().iter().map(host_page).collect();
-        let pending = Arc::new(Owed::nothing(memory, &host_pages)?);
+        let pending = &prepared.pending;
         let protection = watch.map(Watch::protection);
         let capturing = Arc::new(Capturing::new(memory, pending.clone(), protection, writer.clone(), job.live.clone()));
-        job.owes(&pending);
-        let later = DirtyPages::none(memory)?;
+        job.owes(pending);
         // No fault of before is being answered any more: it would lift what is protected here.
         let mut mode = watch.map(Watch::hold);
         writer.is_now();
         memory.marking.instant(|| {
-            let changed = changes.cut(later)?;
+            let changed = changes.cut(std::mem::take(&mut prepared.later))?;
             for (at, block) in memory.blocks().iter().enumerate() {
                 for (word, bits) in block.discarded.nonzero_words(block.all()) {
-                    discarded.block(at).or_word(word, bits);
+                    prepared.discarded.block(at).or_word(word, bits);
                 }
-                to_save(memory, at, changed, |word, pages| pending.add_pages(at, word, pages))?;
+                prepared.to_save(at, changed, |word, pages| prepared.pending.add_pages(at, word, pages))?;
                 if let Some(watch) = watch {
-                    watch.protect_rest(at, pending.block(at).bits())?;
+                    watch.protect_rest(at, prepared.pending.block(at).bits())?;
                 }
             }
             Ok::<_, JobError>(capturing.clone())
@@ -58,7 +51,7 @@ impl AsOfNow {
             **mode = Mode::Capturing(capturing.clone());
         }
         drop(mode);
-        Ok(Self { job: job.clone(), discarded, capturing })
+        Ok(Self { job: job.clone(), discarded: prepared.discarded, capturing })
     }
 }
 
@@ -79,25 +72,4 @@ impl Drop for AsOfNow {
         self.capturing.end();
         self.job.memory.marking.end();
     }
-}
-
-/// Hands out the pages of the block at index `at` that are to be saved, word by word: allocated, as far as that is told, not discarded, and changed, if that is asked for.
-pub fn to_save(
-    memory: &GuestMemory, at: usize, changed: Option<&DirtyPages>, mut found: impl FnMut(u64, u64),
-) -> Result<(), JobError> {
-    let block = &memory.blocks()[at];
-    let failed = |source| JobError::Backing { id: block.geometry.id, source };
-    for run in block.backing.data_runs(block.all()) {
-        let run = run.map_err(failed)?;
-        for word in run.first / WORD_BITS..run.end().div_ceil(WORD_BITS) {
-            let first = word * WORD_BITS;
-            let pages = run.intersection(&PageRange::new(first, WORD_BITS));
-            let wanted = changed.map_or(u64::MAX, |changed| changed.block(at).word(word));
-            let bits = word_mask(pages.first - first, pages.end() - first) & wanted & !block.discarded.word(word);
-            if bits != 0 {
-                found(word, bits);
-            }
-        }
-    }
-    Ok(())
 }

@@ -3,6 +3,7 @@
 //! - [`checkpoint`]: what changed since the last image, for increments;
 //! - [`ahead`]: the order in which pages are noted as protected, and are;
 //! - [`protect`]: memory is protected against writes, before the instant as far as possible;
+//! - [`prepare`]: what can be done before that moment;
 //! - [`instant`]: what there is to save, as of one moment;
 //! - [`faults`]: writes of the guest that runs on;
 //! - [`sweep`]: all the rest;
@@ -14,6 +15,7 @@ pub mod ahead;
 pub mod checkpoint;
 pub mod faults;
 pub mod instant;
+pub mod prepare;
 pub mod protect;
 pub mod sweep;
 
@@ -27,6 +29,7 @@ use checkpoint::{Changes, SharedCheckpoint};
 use instant::AsOfNow;
 use pageferry_protocol::control::job::{Phase, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::image::ImageId;
+use prepare::Prepared;
 use protect::Watch;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -110,8 +113,10 @@ fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut
         SnapshotMode::Background => Some(Watch::begin(job)?),
         SnapshotMode::Paused | SnapshotMode::Stopped => None,
     };
+    let prepared = Prepared::new(job, watch.is_some())?;
     if let Some(watch) = &watch {
-        watch.protect_ahead(changes.changed())?;
+        watch.protect_ahead(&prepared, changes.changed())?;
+        prepared.warm(changes.changed())?;
     }
     job.enter(Phase::Stopping);
     let mut paused = match plan.options.mode {
@@ -121,7 +126,7 @@ fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut
     // It may write memory as devices come to rest, and what it writes belongs to it.
     let (pieces, file) = job.hooks.save_state(job.options().hook_timeout)?;
     changes.look(job)?;
-    let as_of = AsOfNow::take(job, writer, watch.as_ref(), changes)?;
+    let as_of = AsOfNow::take(job, writer, watch.as_ref(), changes, prepared)?;
     if watch.is_some()
         && let Some(paused) = paused.take()
     {

@@ -9,7 +9,7 @@
 
 use super::ahead;
 use super::faults;
-use super::instant::to_save;
+use super::prepare::Prepared;
 use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
 use crate::memory::capturing::{Capturing, Protection};
@@ -123,7 +123,7 @@ impl Watch {
     }
 
     /// Protects what is to be saved, while the guest runs. `changed` is what an increment is of.
-    pub fn protect_ahead(&self, changed: Option<&DirtyPages>) -> Result<(), JobError> {
+    pub fn protect_ahead(&self, prepared: &Prepared, changed: Option<&DirtyPages>) -> Result<(), JobError> {
         let memory = &self.job.memory;
         for _ in 0..WALKS {
             let mut left = 0;
@@ -131,7 +131,7 @@ impl Watch {
                 self.job.cancel.check()?;
                 let unit = self.shared.ahead[at].unit();
                 let wanted = HostPages::none(memory.blocks()[at].geometry.pages(), unit * PAGE_SIZE)?;
-                to_save(memory, at, changed, |word, pages| wanted.add_pages(word, pages))?;
+                prepared.to_save(at, changed, |word, pages| wanted.add_pages(word, pages))?;
                 left += self.protect_rest(at, wanted.bits())? * unit;
             }
             if left <= FEW {

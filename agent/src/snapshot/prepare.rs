@@ -1,0 +1,85 @@
+//! What can be done before the instant, so that the guest stands still for a shorter time.
+//!
+//! To ask a file which of its pages are allocated takes two calls for every 4 MiB that are, and several for every hole. So all of it is asked while the guest runs, and at the instant only the
+//! holes once more, each with one call if it still is one. What was allocated is taken to be so still: if it was freed meanwhile it reads as zero, and if it was discarded that is known.
+//!
+//! The bitmaps that are filled at the instant have their memory by then, too.
+
+use crate::job::{Job, JobError};
+use crate::memory::owed::Owed;
+use crate::memory::{Block, GuestMemory};
+use crate::tracking::DirtyPages;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use std::sync::Arc;
+
+/// What the instant needs.
+#[derive(Debug)]
+pub struct Prepared {
+    memory: Arc<GuestMemory>,
+    /// Pages that are allocated, as far as was asked.
+    allocated: DirtyPages,
+    /// For the pages that are discarded at the instant: empty until then.
+    pub discarded: DirtyPages,
+    /// For what is written after it: empty.
+    pub later: DirtyPages,
+    /// For what is to be captured: empty until then.
+    pub pending: Arc<Owed>,
+}
+
+impl Prepared {
+    /// Nothing is known yet. If the guest is to run on, its host pages are what is captured.
+    pub fn new(job: &Job, runs_on: bool) -> Result<Self, JobError> {
+        let memory = job.memory.clone();
+        let host_page = |block: &Arc<Block>| if runs_on { block.backing.host_page_size() } else { PAGE_SIZE };
+        let host_pages: Vec<u64> = memory.blocks().iter().map(host_page).collect();
+        let pending = Arc::new(Owed::nothing(&memory, &host_pages)?);
+        let none = || DirtyPages::none(&memory);
+        let (allocated, discarded, later) = (none()?, none()?, none()?);
+        Ok(Self { memory, allocated, discarded, later, pending })
+    }
+
+    /// Asks which pages of the block at index `at` are allocated of those that were not the last time. Hands out the pages that are to be saved, word by word:
+    /// allocated, as far as that is told, not discarded, and changed, if that is asked for.
+    pub fn to_save(
+        &self, at: usize, changed: Option<&DirtyPages>, mut found: impl FnMut(u64, u64),
+    ) -> Result<(), JobError> {
+        self.look(at)?;
+        let (block, allocated) = (&self.memory.blocks()[at], self.allocated.block(at));
+        let mut discards = block.discarded.nonzero_words(block.all()).peekable();
+        for (word, allocated) in allocated.nonzero_words(allocated.all()) {
+            while discards.next_if(|(discarded, _)| *discarded < word).is_some() {}
+            let discarded = discards.peek().filter(|(discarded, _)| *discarded == word).map_or(0, |(_, bits)| *bits);
+            let wanted = changed.map_or(u64::MAX, |changed| changed.block(at).word(word));
+            let bits = allocated & wanted & !discarded;
+            if bits != 0 {
+                found(word, bits);
+            }
+        }
+        Ok(())
+    }
+
+    fn look(&self, at: usize) -> Result<(), JobError> {
+        let (block, allocated) = (&self.memory.blocks()[at], self.allocated.block(at));
+        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let end = block.all().end();
+        let rest = |first: u64| PageRange::new(first, end - first);
+        let mut next = 0;
+        while let Some(first) = allocated.next_clear(rest(next)) {
+            next = allocated.next_set(rest(first)).unwrap_or(end);
+            for run in block.backing.data_runs(PageRange::new(first, next - first)) {
+                allocated.set(run.map_err(failed)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the kernel give the bitmaps the memory that they need for what is known now.
+    pub fn warm(&self, changed: Option<&DirtyPages>) -> Result<(), JobError> {
+        for at in 0..self.memory.blocks().len() {
+            self.to_save(at, changed, |word, pages| self.pending.add_pages(at, word, pages))?;
+            let all = self.pending.block(at).bits().all();
+            self.pending.take_range(at, all, |_, _| ());
+        }
+        Ok(())
+    }
+}
