@@ -20,6 +20,7 @@ use pageferry_protocol::control::job::{Compression, Mode, NonConvergence, Outgoi
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Moves and saves the memory of running virtual machines, outside of the VMM.
@@ -241,6 +242,12 @@ fn parse_compression(text: &str) -> Result<Compression, String> {
     }
 }
 
+/// A write beyond the limit of a file's size (`ulimit -f`) is an error for whoever writes, and no signal that ends the process: an agent would leave a guest behind, and others half a
+/// file. Not by ignoring the signal, which children would inherit.
+fn ignore_long_files() -> std::io::Result<()> {
+    signal_hook::flag::register(libc::SIGXFSZ, Arc::default()).map(drop)
+}
+
 /// Runs the command line `arguments`, program name first.
 pub fn main_from<I>(arguments: I) -> ExitCode
 where
@@ -258,6 +265,9 @@ where
     let default = if matches!(cli.command, Command::Agent(_)) { "info" } else { "warn" };
     // A second call in one process finds it set up.
     let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default)).try_init();
+    if let Err(error) = ignore_long_files() {
+        log::warn!("a file that may not grow will end this process: {error}");
+    }
     let outcome = match cli.command {
         Command::Agent(args) => run_agent::run(&args),
         Command::Status(args) => operator::status(&args),
