@@ -48,7 +48,12 @@ impl Sweep<'_> {
             let Some((at, range)) = self.capturing.cursor.claim(pending) else { break };
             let block = pending.block(at);
             let bytes = block.bits().count(range) * block.unit() * PAGE_SIZE;
-            self.job.limiter.wait(bytes as usize, &self.job.cancel)?;
+            // Who waits for its turn hears that others failed: a guest may wait for the end of it.
+            let over = || self.failed.load(Ordering::Relaxed) || self.capturing.has_failed();
+            self.job.limiter.wait_unless(bytes as usize, &self.job.cancel, over)?;
+            if over() {
+                continue;
+            }
             self.capturing.sweep(memory, worker, at, range, &mut batch)?;
         }
         Ok(())

@@ -46,6 +46,14 @@ impl Limiter {
     /// # Errors
     /// If the job is cancelled meanwhile.
     pub fn wait(&self, bytes: usize, cancel: &Cancel) -> Result<(), JobError> {
+        self.wait_unless(bytes, cancel, || false)
+    }
+
+    /// The same, but not longer than until all is `over`.
+    ///
+    /// # Errors
+    /// If the job is cancelled meanwhile.
+    pub fn wait_unless(&self, bytes: usize, cancel: &Cancel, over: impl Fn() -> bool) -> Result<(), JobError> {
         let rate = self.rate.load(Ordering::Relaxed);
         if rate == 0 {
             return Ok(());
@@ -57,7 +65,7 @@ impl Limiter {
         let due = self.clock.fetch_add(cost, Ordering::Relaxed);
         loop {
             let left = Duration::from_nanos(due.saturating_sub(self.now()));
-            if left.is_zero() || self.rate.load(Ordering::Relaxed) != rate {
+            if left.is_zero() || self.rate.load(Ordering::Relaxed) != rate || over() {
                 return Ok(());
             }
             cancel.sleep(left.min(LOOK))?;
