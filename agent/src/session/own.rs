@@ -221,6 +221,8 @@ impl Session {
             .new_job(JobKind::Incoming, OutgoingOptions { peer_timeout, hook_timeout, ..OutgoingOptions::default() })?;
         // The guest is not here yet, and what it will hold is not the VMM's to change.
         job.freeze();
+        // No tracker sees what the job writes.
+        self.end_checkpoint("a guest came by a migration");
         self.run_job(&job, move |job| crate::incoming::run(job, source))?;
         let reply = JobStarted { job: job.id, address };
         Ok(Box::new(move |encoder| reply.encode(encoder)))
