@@ -186,7 +186,7 @@ fn next_base(images: &[Image], open: fn(&Path) -> Result<Image, ImageError>) -> 
         return Err(Fault::Circle { id }.of(last.path()));
     }
     let path = base_path(last);
-    let base = open(&path)?;
+    let base = open(&path).map_err(|error| Fault::NoBase(Box::new(error)).of(last.path()))?;
     let (found, expected) = (base.header().id, last.header().base);
     if found != expected {
         return Err(Fault::Base { path, found, expected }.of(last.path()));

@@ -196,6 +196,9 @@ pub enum Fault {
         /// In bytes from the start of the file.
         at: u64,
     },
+    /// The base is gone, or damaged.
+    #[error("its base cannot be used")]
+    NoBase(#[source] Box<ImageError>),
     /// The base is another image than the increment builds on.
     #[error(
         "its base {} is image {}, but it builds on image {}: the file was replaced by another",
