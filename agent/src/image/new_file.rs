@@ -87,7 +87,10 @@ impl NewFile {
         let mut named = self.temporary.lock().unwrap_or_else(PoisonError::into_inner);
         let temporary = match &*named {
             Some(name) => name.clone(),
-            None => named.insert(self.link()?).clone(),
+            // One that takes nobody's place needs no other name first, which would stay behind if this process were killed between the two.
+            None if self.link_as(&self.path)? => return self.make_name_safe(),
+            None if self.replace => named.insert(self.link()?).clone(),
+            None => return Err(Fault::Exists),
         };
         let flags = if self.replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
         match rustix::fs::renameat_with(CWD, &temporary, CWD, &self.path, flags) {
@@ -100,6 +103,10 @@ impl NewFile {
             Err(source) => return Err(Fault::Kernel { what: "name the file", source }),
         }
         *named = None;
+        self.make_name_safe()
+    }
+
+    fn make_name_safe(&self) -> Result<(), Fault> {
         // The file is there; what is not certain is that it is after the machine loses power.
         let folder = rustix::fs::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         folder.and_then(rustix::fs::fsync).map_err(kernel("make the name of the file safe"))
@@ -107,15 +114,21 @@ impl NewFile {
 
     /// A temporary name for a file that has none.
     fn link(&self) -> Result<PathBuf, Fault> {
-        let by_descriptor = self.by_descriptor();
         for name in names(&self.path) {
-            match rustix::fs::linkat(CWD, &by_descriptor, CWD, &name, AtFlags::SYMLINK_FOLLOW) {
-                Ok(()) => return Ok(name),
-                Err(Errno::EXIST) => {}
-                Err(source) => return Err(Fault::Kernel { what: "name the file", source }),
+            if self.link_as(&name)? {
+                return Ok(name);
             }
         }
         Err(Fault::Exists)
+    }
+
+    /// Gives a file that has no name this one; false if something else has it.
+    fn link_as(&self, name: &Path) -> Result<bool, Fault> {
+        match rustix::fs::linkat(CWD, self.by_descriptor(), CWD, name, AtFlags::SYMLINK_FOLLOW) {
+            Ok(()) => Ok(true),
+            Err(Errno::EXIST) => Ok(false),
+            Err(source) => Err(Fault::Kernel { what: "name the file", source }),
+        }
     }
 }
 
