@@ -315,4 +315,6 @@ impl Capturing {
 }
 
 #[cfg(test)]
+mod failing;
+#[cfg(test)]
 mod tests;

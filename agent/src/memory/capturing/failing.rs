@@ -1,0 +1,80 @@
+//! What a disk that fails does to whoever captures.
+
+use super::*;
+use crate::image::Fault;
+use crate::memory::Backing;
+use pageferry_protocol::control::request::BlockRange;
+use pageferry_protocol::memory::{BlockGeometry, BlockTable};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+const PAGES: u64 = 200;
+
+/// A disk that is broken.
+#[derive(Debug)]
+struct Broken;
+
+impl Sink for Broken {
+    fn put(&self, _: usize, _: PageRange, _: &[u8]) -> Result<u64, ImageError> {
+        Err(Fault::At { what: "write", at: 0x5000, source: Errno::IO }.of(Path::new("/image")))
+    }
+}
+
+fn memory() -> (GuestMemory, OwnedFd) {
+    let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::io::write(&fd, &[5; (PAGES * PAGE_SIZE) as usize]).unwrap();
+    let length = PAGES * PAGE_SIZE;
+    let geometry = BlockGeometry { id: 3, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
+    let mut table = BlockTable::new();
+    table.insert(geometry.clone(), 512).unwrap();
+    let backing = Backing::new(fd.try_clone().unwrap(), 0, length).unwrap();
+    let block = Arc::new(Block::new(geometry, backing, 0, None).unwrap());
+    (GuestMemory::new(vec![block], table, None), fd)
+}
+
+fn all_pending(memory: &GuestMemory) -> Arc<Capturing> {
+    let pending = Owed::nothing(memory, &[PAGE_SIZE]).unwrap();
+    (0..PAGES).for_each(|page| pending.add(0, page / WORD_BITS, 1 << (page % WORD_BITS)));
+    Arc::new(Capturing::new(memory, Arc::new(pending), None, Arc::new(Broken), Arc::default()))
+}
+
+#[track_caller]
+fn is_broken(outcome: Result<(), JobError>) {
+    let said = crate::error::chain(&outcome.unwrap_err());
+    assert!(said.starts_with("image /image: cannot write at byte 0x5000: Input/output error"), "{said}");
+}
+
+#[test]
+fn a_disk_that_fails_fails_whoever_captures_for_themselves() {
+    let (memory, _fd) = memory();
+    let capturing = all_pending(&memory);
+    let range = PageRange::new(0, PAGES);
+    is_broken(capturing.sweep(&memory, 0, 0, range, &mut Batch::new(&memory)).map(drop));
+    assert!(!capturing.has_failed());
+}
+
+#[test]
+fn a_write_is_let_through_though_what_it_was_cannot_be_put() {
+    let (memory, _fd) = memory();
+    let capturing = all_pending(&memory);
+    let mut into = vec![0; PAGE_SIZE as usize];
+    let pages = capturing.fault(&memory, (0, 7), &mut into).unwrap().unwrap();
+    assert_eq!((pages, &into[..]), (PageRange::new(7, 1), &[5; PAGE_SIZE as usize][..]));
+    is_broken(capturing.put_run(0, pages, &into));
+    // Once more, and it is not pending any more.
+    assert_eq!(capturing.fault(&memory, (0, 7), &mut into).unwrap(), None);
+}
+
+#[test]
+fn a_discard_is_one_though_what_was_there_cannot_be_put() {
+    let (memory, fd) = memory();
+    let capturing = all_pending(&memory);
+    memory.marking.instant(|| Ok::<_, JobError>(capturing.clone())).unwrap();
+    let range = BlockRange { block: 3, offset: 0, length: 50 * PAGE_SIZE };
+    assert_eq!(memory.discard(&[range], true).unwrap(), 50);
+    assert_eq!(rustix::fs::fstat(&fd).unwrap().st_blocks as u64 * 512, 150 * PAGE_SIZE);
+    assert!(capturing.has_failed());
+    is_broken(capturing.settled(&memory.readers));
+    // Told once; whoever comes later only hears that it is over.
+    assert!(matches!(capturing.check(), Err(JobError::Cancelled)));
+}
