@@ -14,6 +14,8 @@ fn a_second_job_is_refused_while_a_snapshot_runs() {
     let scene = Scene::full(4096);
     let endless = SnapshotOptions { bandwidth: 1, ..SnapshotOptions::default() };
     let job = scene.client().start_snapshot(&scene.path("image"), &endless).unwrap().job;
+    // While an incoming migration is asked for, and until it is refused, the client lets nobody watch or pause the guest.
+    scene.vmm.wait_phase(Phase::Saving, PATIENCE).unwrap();
     let refused = |error: String| assert!(error.contains("job 1 (snapshot) is running; wait or cancel it"), "{error}");
     refused(scene.client().start_snapshot(&scene.path("other"), &paused()).unwrap_err().to_string());
     refused(scene.vmm.start_outgoing("unix:/nowhere", &OutgoingOptions::default()).unwrap_err().sentence());
