@@ -12,5 +12,25 @@ pub fn chain(error: &dyn Error) -> String {
         let _ = write!(sentence, ": {error}");
         cause = error.source();
     }
-    sentence
+    printable(&sentence)
+}
+
+/// The text without what a terminal would obey: names come from files and peers.
+pub fn printable(text: &str) -> String {
+    let escaped = |letter: char| match letter {
+        letter if letter.is_control() => letter.escape_default().collect::<String>(),
+        letter => letter.to_string(),
+    };
+    text.chars().map(escaped).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_spelled_out() {
+        let error = std::io::Error::other("no \u{1b}]0;name\u{7} \"here\"");
+        assert_eq!(chain(&error), "no \\u{1b}]0;name\\u{7} \"here\"");
+    }
 }

@@ -142,6 +142,10 @@ impl Hooks {
         }
         let wrong = |fds: Vec<OwnedFd>| HookError::Fds { hook: name, count: fds.len(), expected: 1 };
         let [fd] = <[OwnedFd; 1]>::try_from(reply.fds).map_err(wrong)?;
+        // Whoever reads it must not wait there. If this fails so does the reading.
+        if let Err(errno) = rustix::io::ioctl_fionbio(&fd, true) {
+            log::debug!("hook {name}: {errno}");
+        }
         Ok(fd)
     }
 

@@ -77,6 +77,9 @@ pub enum Fault {
     /// There is an image of that name.
     #[error("the file exists: choose another name, or have it replaced")]
     Exists,
+    /// It is no file.
+    #[error("it is not a regular file")]
+    Kind,
     /// The file's name says no folder, or no name.
     #[error("path is not that of a file, from the root")]
     Path,

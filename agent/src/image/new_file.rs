@@ -106,10 +106,13 @@ impl NewFile {
         self.make_name_safe()
     }
 
+    /// The file is there, whatever comes of this: what is not certain otherwise is that it is after the machine loses power.
     fn make_name_safe(&self) -> Result<(), Fault> {
-        // The file is there; what is not certain is that it is after the machine loses power.
         let folder = rustix::fs::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-        folder.and_then(rustix::fs::fsync).map_err(kernel("make the name of the file safe"))
+        if let Err(errno) = folder.and_then(rustix::fs::fsync) {
+            log::warn!("{} is there, and may be gone if the machine loses power: {errno}", self.path.display());
+        }
+        Ok(())
     }
 
     /// A temporary name for a file that has none.

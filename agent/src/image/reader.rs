@@ -79,7 +79,7 @@ impl Image {
         let file = file.map_err(kernel("open it"))?;
         let stat = rustix::fs::fstat(&file).map_err(kernel("look at it"))?;
         if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
-            return Err(Fault::Path);
+            return Err(Fault::Kind);
         }
         let found = u64::try_from(stat.st_size).unwrap_or(0);
         if found < HEADER_SIZE as u64 {

@@ -114,5 +114,5 @@ fn a_chain_that_was_tampered_with_is_refused_with_what_is_wrong() {
         let error = sentence(&Chain::open(&path("other")).unwrap_err());
         assert!(error.contains(expected), "{error}");
     }
-    assert!(matches!(Chain::open(folder.path()).unwrap_err().fault, Fault::Path));
+    assert!(matches!(Chain::open(folder.path()).unwrap_err().fault, Fault::Kind));
 }

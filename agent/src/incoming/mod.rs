@@ -35,8 +35,7 @@ const DRAIN: Duration = Duration::from_millis(500);
 /// Waits for a guest on `source`, takes it, and ends the job.
 pub fn run(job: &Arc<Job>, source: Source) {
     let outcome = receive_guest(job, source);
-    let outcome = if outcome.is_err() && job.cancel.is_cancelled() { Err(JobError::Cancelled) } else { outcome };
-    job.finish(&outcome);
+    job.finish(&job.explain(outcome));
 }
 
 fn receive_guest(job: &Arc<Job>, source: Source) -> Result<(), JobError> {

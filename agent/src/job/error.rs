@@ -69,6 +69,9 @@ pub enum JobError {
         /// The largest that can be captured at once.
         limit: u64,
     },
+    /// The thread that answers write faults failed.
+    #[error("writes into protected memory are not answered as they should be; the log says why")]
+    Faults,
     /// The memory is of a kind that the kernel cannot protect.
     #[error(
         "block {id} is a file on a disk, which cannot be protected against writes: a background snapshot takes memfds, tmpfs and hugetlbfs; use mode paused"

@@ -202,6 +202,19 @@ impl Job {
         }
     }
 
+    /// What became of the job, to whoever wants to know. A cancelled job fails in many ways, where it happened to be; what users want to read is that it was cancelled.
+    pub fn explain(&self, outcome: Result<(), JobError>) -> Result<(), JobError> {
+        match outcome {
+            Err(error) if self.cancel.is_cancelled() => {
+                if !matches!(error, JobError::Cancelled) {
+                    log::warn!("job {} was cancelled, and ended so: {}", self.id, crate::error::chain(&error));
+                }
+                Err(JobError::Cancelled)
+            }
+            outcome => outcome,
+        }
+    }
+
     /// Ends the job.
     pub fn finish(&self, outcome: &Result<(), JobError>) {
         self.cancel.release();

@@ -105,6 +105,12 @@ impl GuestLog {
     }
 }
 
+/// Hears of what discards have freed.
+pub trait Freed: std::fmt::Debug + Send + Sync {
+    /// The pages `range` of the block at index `at` were freed, and the discard is not acknowledged yet.
+    fn freed(&self, at: usize, range: PageRange);
+}
+
 /// The memory of a guest at one moment. A job holds on to the set it started with, and the set is not changed while one does.
 #[derive(Debug)]
 pub struct GuestMemory {
@@ -121,6 +127,8 @@ pub struct GuestMemory {
     pub marking: Marking<Capturing>,
     /// See [`GuestMemory::changes`].
     changes: AtomicU64,
+    /// Hears of what discards have freed.
+    freed: Mutex<Option<Arc<dyn Freed>>>,
     /// What is still to come, while the guest runs before it is here.
     arriving: Mutex<Option<Arc<Arriving>>>,
 }
@@ -145,6 +153,7 @@ impl GuestMemory {
             readers: Readers::new(MAX_READERS),
             marking: Marking::default(),
             changes: AtomicU64::new(0),
+            freed: Mutex::default(),
             arriving: Mutex::default(),
         }
     }
@@ -157,6 +166,16 @@ impl GuestMemory {
     /// From now on discards drop what is still to come of `arriving`; `None` when all is here.
     pub fn set_arriving(&self, arriving: Option<Arc<Arriving>>) {
         *self.arriving.lock().unwrap_or_else(PoisonError::into_inner) = arriving;
+    }
+
+    /// Who hears from now on of what discards have freed.
+    pub fn set_freed(&self, freed: Option<Arc<dyn Freed>>) {
+        *self.freed.lock().unwrap_or_else(PoisonError::into_inner) = freed;
+    }
+
+    /// Who hears of what discards have freed.
+    pub(super) fn freed(&self) -> Option<Arc<dyn Freed>> {
+        self.freed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The blocks, in order of their GPA, as in the table. Their order is that of the workers' chunks, of the fence, and of images.

@@ -262,6 +262,10 @@ impl Capturing {
         if self.pending.block(at).bits().next_set(host_pages).is_none() {
             return;
         }
+        if self.has_failed() {
+            // Nothing of it is wanted any more, and nobody may read it after this: nobody finds it.
+            return self.pending.take_range(at, host_pages, |_, _| ());
+        }
         let _rescuing = self.rescuing.lock().unwrap_or_else(PoisonError::into_inner);
         match self.sweep(memory, SESSION, at, host_pages, &mut Batch::new(memory)) {
             Ok(pages) => add(&self.live.rescued_pages, pages),

@@ -100,6 +100,9 @@ impl GuestMemory {
                 free(&self.blocks()[index], range);
             }
         }
+        if let Some(freed) = self.freed() {
+            checked.iter().for_each(|(index, range)| freed.freed(*index, *range));
+        }
         if let Some(arriving) = &arriving {
             checked.iter().for_each(|(index, range)| arriving.answer_waiting(*index, *range));
         }

@@ -61,9 +61,7 @@ enum After {
 /// Migrates the guest of `job` to `target`, and ends the job.
 pub fn run(job: &Arc<Job>, target: Target, trackers: &TrackerChoice) {
     let outcome = migrate(job, target, trackers);
-    // A cancelled job fails in many ways, where it happened to be; what the user wants to read is that it was cancelled.
-    let outcome = if outcome.is_err() && job.cancel.is_cancelled() { Err(JobError::Cancelled) } else { outcome };
-    job.finish(&outcome);
+    job.finish(&job.explain(outcome));
 }
 
 fn migrate(job: &Arc<Job>, target: Target, choice: &TrackerChoice) -> Result<(), JobError> {

@@ -33,8 +33,9 @@ const AHEAD: usize = 2;
 ///
 /// # Errors
 /// What went wrong. The guest does not run then, and its memory is empty; unless it failed as the VMM was to resume it.
-pub fn restore(job: &Arc<Job>, source: &Source, state: &VmmState, workers: u16) -> Result<(), JobError> {
-    let mut ground = Ground::clear(job, source)?;
+pub fn restore(
+    job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: Ground<'_>, workers: u16,
+) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
     Filling::new(job, source, workers)?.run(usize::from(workers))?;
     state.load(job)?;
@@ -97,8 +98,13 @@ impl<'a> Filling<'a> {
     fn run(&self, workers: usize) -> Result<(), JobError> {
         let workers = workers.min(self.extents.len());
         std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..workers).map(|index| scope.spawn(move || self.work(index))).collect();
-            let followed = self.follow(workers);
+            let spawn = |index| std::thread::Builder::new().spawn_scoped(scope, move || self.work(index));
+            let threads: Vec<_> = (0..workers).map_while(|index| spawn(index).ok()).collect();
+            if threads.is_empty() && workers > 0 {
+                // Where there is no other thread to be had, this one does it all.
+                return self.work(0);
+            }
+            let followed = self.follow(threads.len());
             let joined = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
             joined.fold(Ok(()), Result::and).and(followed)
         })?;

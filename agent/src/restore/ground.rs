@@ -5,14 +5,17 @@
 
 use super::source::Source;
 use crate::job::{Job, JobError, add};
-use crate::memory::Block;
-use pageferry_protocol::shm::MappedBitmap;
+use crate::memory::{Block, GuestMemory};
+use crate::tracking::DirtyPages;
+use pageferry_protocol::shm::MappingError;
 
 /// Memory that is being filled. Unless the guest got it, it is empty again on drop.
 #[derive(Debug)]
 pub struct Ground<'a> {
     job: &'a Job,
     source: &'a Source,
+    /// What was discarded before.
+    before: DirtyPages,
     /// The guest has it, or may have.
     pub taken: bool,
 }
@@ -22,21 +25,49 @@ impl<'a> Ground<'a> {
     ///
     /// # Errors
     /// If a file cannot be emptied, or the job is cancelled.
-    pub fn clear(job: &'a Job, source: &'a Source) -> Result<Self, JobError> {
-        let ground = Self { job, source, taken: false };
+    pub fn clear(job: &'a Job, source: &'a Source, before: DirtyPages) -> Result<Self, JobError> {
+        let ground = Self { job, source, before, taken: false };
         for (at, block) in job.memory.blocks().iter().enumerate() {
             job.cancel.check()?;
             block.backing.empty().map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
             let (discarded, present) = (source.discarded(at), source.present(at).count(block.all()));
-            // A discard that comes meanwhile has marked all of its pages before this, or marks them after it.
-            let marking = job.memory.marking.hold();
-            mark(block, discarded);
-            drop(marking);
+            ground.mark(at, block);
             let gone = discarded.count(block.all());
             add(&job.live.discarded_pages, gone);
             add(&job.live.zero_pages, block.geometry.pages() - gone - present);
         }
         Ok(ground)
+    }
+}
+
+impl Ground<'_> {
+    /// What is discarded in the image is discarded, and what the VMM discarded since it asked for this. Nothing of the guest before is known to be stray.
+    fn mark(&self, at: usize, block: &Block) {
+        let (before, discarded) = (self.before.block(at), self.source.discarded(at));
+        // A discard that comes meanwhile has marked all of its pages before this, or marks them after it.
+        let _marking = self.job.memory.marking.hold();
+        for (word, bits) in before.nonzero_words(block.all()) {
+            block.discarded.take_bits(word, bits & !discarded.word(word));
+        }
+        for (word, bits) in discarded.nonzero_words(block.all()) {
+            block.discarded.or_word(word, bits);
+            if !block.backing.tells_holes() {
+                block.unsettled.or_word(word, bits);
+            }
+        }
+        block.stray.clear(block.all());
+    }
+
+    /// As it was before, and what the VMM discarded since.
+    fn unmark(&self, at: usize, block: &Block) {
+        let (before, discarded) = (self.before.block(at), self.source.discarded(at));
+        let _marking = self.job.memory.marking.hold();
+        for (word, bits) in discarded.nonzero_words(block.all()) {
+            block.discarded.take_bits(word, bits & !before.word(word));
+        }
+        for (word, bits) in before.nonzero_words(block.all()) {
+            block.discarded.or_word(word, bits);
+        }
     }
 }
 
@@ -49,20 +80,44 @@ impl Drop for Ground<'_> {
             if let Err(error) = block.backing.empty() {
                 log::warn!("block {}: {}", block.geometry.id, crate::error::chain(&error));
             }
-            let discarded = self.source.discarded(at);
-            for (word, bits) in discarded.nonzero_words(block.all()) {
-                block.discarded.take_bits(word, bits);
-            }
+            self.unmark(at, block);
         }
     }
 }
 
-/// Makes `discarded` those that are discarded of a block.
-fn mark(block: &Block, discarded: &MappedBitmap) {
-    for (word, bits) in block.discarded.nonzero_words(block.all()) {
-        block.discarded.take_bits(word, bits & !discarded.word(word));
+/// What the VMM had discarded when it asked for a restore. What it discards after that is its own word, and stays.
+#[derive(Debug)]
+pub enum Before {
+    /// This.
+    Known(DirtyPages),
+    /// What is discarded when the VMM has given its guest up: until then it is of that guest.
+    Later,
+}
+
+impl Before {
+    /// What is discarded now.
+    ///
+    /// # Errors
+    /// If there is no memory for the bitmaps.
+    pub fn now(memory: &GuestMemory) -> Result<DirtyPages, MappingError> {
+        let before = DirtyPages::none(memory)?;
+        let _marking = memory.marking.hold();
+        for (at, block) in memory.blocks().iter().enumerate() {
+            for (word, bits) in block.discarded.nonzero_words(block.all()) {
+                before.block(at).or_word(word, bits);
+            }
+        }
+        Ok(before)
     }
-    for (word, bits) in discarded.nonzero_words(block.all()) {
-        block.discarded.or_word(word, bits);
+
+    pub(super) fn copy(&self, job: &Job) -> Result<DirtyPages, JobError> {
+        match self {
+            Self::Known(before) => {
+                let copy = DirtyPages::none(&job.memory)?;
+                copy.merge(before);
+                Ok(copy)
+            }
+            Self::Later => Ok(Self::now(&job.memory)?),
+        }
     }
 }

@@ -31,10 +31,9 @@ const MAX_HOST_PAGE: u64 = 2 << 20;
 ///
 /// # Errors
 /// What went wrong. If the guest does not run then, its memory is empty; if it does, it is lost.
-pub fn restore(job: &Arc<Job>, source: &Source, state: &VmmState, options: &RestoreOptions) -> Result<(), JobError> {
-    check(job)?;
-    let plan = Plan::of(&options.working_set, source, &job.memory)?;
-    let mut ground = Ground::clear(job, source)?;
+pub fn restore(
+    job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: Ground<'_>, plan: Plan, workers: u16,
+) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
     let owed = owe(job, source)?;
     let unread = owed.copy()?;
@@ -46,11 +45,14 @@ pub fn restore(job: &Arc<Job>, source: &Source, state: &VmmState, options: &Rest
     arriving.drop_discarded(&job.memory);
     let (pieces, mut record) = plan.parts();
     let supply = Supply::new(job, source, &arriving, unread, pieces, record.is_some())?;
-    let workers = usize::from(options.workers).min(MAX_READERS - SERVERS);
+    let workers = usize::from(workers).min(MAX_READERS - SERVERS);
     let (whole, outcome) = run(&supply, record.as_mut(), workers, || {
         state.load(job)?;
         if !arriving.loaded() {
             return Err(JobError::State("what the VMM waited for as it loaded its state did not come".into()));
+        }
+        if supply.has_ended() {
+            return Err(JobError::State("the guest was not resumed, since its memory will not come".into()));
         }
         let late = match let_run(job, &mut ground.taken) {
             // It may be waiting for memory, and its guest may run.
@@ -62,13 +64,21 @@ pub fn restore(job: &Arc<Job>, source: &Source, state: &VmmState, options: &Rest
     });
     registered.complete = whole;
     drop(registered);
-    if let Some(record) = record.filter(|_| ground.taken) {
+    if let Some(record) = record.filter(|_| ground.taken && whole) {
         record.write(&job.memory);
     }
     outcome
 }
 
-/// What can be told before anything is touched.
+/// What can be told before anything is touched, and what is to be done about the working set.
+///
+/// # Errors
+/// If the memory is of the wrong kind, or what is at the path of the working set must not be overwritten.
+pub fn plan(job: &Job, source: &Source, options: &RestoreOptions) -> Result<Plan, RestoreError> {
+    check(job)?;
+    Plan::of(&options.working_set, source, &job.memory)
+}
+
 fn check(job: &Job) -> Result<(), RestoreError> {
     for block in job.memory.blocks() {
         let (id, size) = (block.geometry.id, block.backing.host_page_size());
@@ -111,16 +121,28 @@ fn run(
     let mut asking = Asking::new(supply, record);
     std::thread::scope(|scope| {
         let stop = stop.as_fd();
-        let faults = scope.spawn(move || answer(job, arriving, &mut asking, stop));
+        let no_thread = |source| JobError::Io { what: "start a thread", source };
+        let builder = std::thread::Builder::new;
+        let faults = builder().spawn_scoped(scope, move || answer(job, arriving, &mut asking, stop));
+        let faults = match faults {
+            Ok(faults) => faults,
+            Err(error) => return (false, Err(no_thread(error))),
+        };
         let mut threads = Vec::with_capacity(SERVERS + workers);
-        for index in 0..SERVERS {
-            threads.push(scope.spawn(move || supply.check(|| supply.serve(index))));
-        }
-        for index in SERVERS..SERVERS + workers {
-            threads.push(scope.spawn(move || supply.check(|| supply.prefetch(index))));
+        let mut refused = None;
+        for index in 0..SERVERS + workers {
+            let work = move || {
+                supply.check(|| if index < SERVERS { supply.serve(index) } else { supply.prefetch(index) });
+            };
+            match builder().spawn_scoped(scope, work) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => refused = refused.or(Some(error)),
+            }
         }
         let mut late = None;
         supply.check(|| {
+            // All or none: a guest that waits must not depend on how many there are.
+            refused.map_or(Ok(()), |error| Err(no_thread(error)))?;
             late = start()?;
             supply.follow()
         });

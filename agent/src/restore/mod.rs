@@ -26,6 +26,7 @@ use crate::hooks::state_file_of;
 use crate::image::Image;
 use crate::job::{Job, JobError, micros};
 use crate::snapshot::checkpoint::SharedCheckpoint;
+use ground::{Before, Ground};
 use pageferry_protocol::control::hook::{Hook, PieceSize};
 use pageferry_protocol::control::job::{Phase, RestoreMode, RestoreOptions};
 use source::Source;
@@ -44,6 +45,8 @@ pub struct Order {
     pub options: RestoreOptions,
     /// Somebody else than the VMM wants it, and the VMM is asked first.
     pub asks_first: bool,
+    /// What the VMM had discarded.
+    pub before: Before,
     /// What is known of changes since the last image: nothing any more, once memory is another.
     pub checkpoint: SharedCheckpoint,
 }
@@ -51,24 +54,28 @@ pub struct Order {
 /// Restores a guest, and ends the job.
 pub fn run(job: &Arc<Job>, order: &Order) {
     let outcome = restore(job, order);
-    let outcome = if outcome.is_err() && job.cancel.is_cancelled() { Err(JobError::Cancelled) } else { outcome };
-    job.finish(&outcome);
+    job.finish(&job.explain(outcome));
 }
 
 fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     let source = Source::open(&order.path, &job.memory)?;
     let state = VmmState::read(source.newest())?;
-    // Not for an image that is worth nothing: the VMM gives its guest up for it.
+    let plan = match order.options.mode {
+        RestoreMode::Eager => None,
+        RestoreMode::Lazy => Some(lazy::plan(job, &source, &order.options)?),
+    };
+    // Not for what comes to nothing, as far as that can be told before: the VMM gives its guest up for it.
     if order.asks_first {
         ask(job, order)?;
     }
-    if let Some(mut trackers) = order.checkpoint.end("a guest was restored") {
-        trackers.stop();
-    }
-    match order.options.mode {
-        RestoreMode::Eager => eager::restore(job, &source, &state, order.options.workers),
-        RestoreMode::Lazy => lazy::restore(job, &source, &state, &order.options),
+    order.checkpoint.end("a guest was restored");
+    order.checkpoint.stop_idle();
+    let before = order.before.copy(job)?;
+    let ground = Ground::clear(job, &source, before)?;
+    match plan {
+        None => eager::restore(job, &source, &state, ground, order.options.workers),
+        Some(plan) => lazy::restore(job, &source, &state, ground, plan, order.options.workers),
     }
 }
 

@@ -117,6 +117,8 @@ impl Source {
     /// # Errors
     /// What is wrong with the image, or how the blocks differ.
     pub fn open(path: &Path, memory: &GuestMemory) -> Result<Self, crate::job::JobError> {
+        // First, and by itself: what an image of other blocks holds is not read to know that.
+        compare(memory.table(), &Image::open_contents(path)?.contents().table)?;
         let chain = Chain::open(path)?;
         compare(memory.table(), chain.table())?;
         let of = |id: u32| chain.table().blocks().iter().position(|block| block.id == id);

@@ -1,8 +1,9 @@
 //! Snapshots and restores are started.
 
 use super::own::Answer;
-use super::{Role, Session, check_fds};
+use super::{Role, Session, check_fds, invalid};
 use crate::restore::Order;
+use crate::restore::ground::Before;
 use crate::snapshot::Plan;
 use pageferry_protocol::control::job::{JobKind, OutgoingOptions, RestoreOptions, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::control::request::{ErrorCode, JobStarted, RemoteError};
@@ -49,7 +50,11 @@ impl Session {
             // The guest is not here yet, and what it will hold is not the VMM's to change.
             job.freeze();
         }
-        let order = Order { path: path.into(), options, asks_first, checkpoint: self.checkpoint.clone() };
+        let before = match asks_first {
+            true => Before::Later,
+            false => Before::Known(Before::now(&self.memory).map_err(|error| invalid(&error))?),
+        };
+        let order = Order { path: path.into(), options, asks_first, before, checkpoint: self.checkpoint.clone() };
         self.run_job(&job, move |job| crate::restore::run(job, &order))?;
         let reply = JobStarted { job: job.id, address: path.to_owned() };
         Ok(Box::new(move |encoder| reply.encode(encoder)))

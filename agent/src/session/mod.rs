@@ -199,10 +199,8 @@ impl Session {
 
     /// The memory or the trackers change: increments to the last image are not possible any more.
     fn end_checkpoint(&self, why: &str) {
-        if let Some(mut trackers) = self.checkpoint.end(why) {
-            // Not here: the VMM may have to answer from the thread that waits for our own answer.
-            std::thread::spawn(move || trackers.stop());
-        }
+        // The next job stops the trackers, and not this thread: the VMM may have to answer from the one that waits for our own answer.
+        self.checkpoint.end(why);
     }
 
     /// Ends the session: cancels the job, and wakes it if it waits for the VMM.

@@ -3,7 +3,7 @@
 use super::registry::NewBlock;
 use super::{Role, Session, check_fds, invalid, take_fds};
 use crate::incoming::accept::Source;
-use crate::job::{self, Job};
+use crate::job::{self, Job, JobError};
 use crate::outgoing::connect::Target;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
@@ -146,7 +146,11 @@ impl Session {
         // The one before has ended.
         self.join();
         let inner = job.clone();
-        let thread = std::thread::Builder::new().name(format!("job-{}", job.id)).spawn(move || run(&inner));
+        let run = move || {
+            let _ended = Ended(&inner);
+            run(&inner);
+        };
+        let thread = std::thread::Builder::new().name(format!("job-{}", job.id)).spawn(run);
         let thread =
             thread.map_err(|error| RemoteError::new(ErrorCode::System, format!("cannot start a thread: {error}")))?;
         self.job = Some((job.clone(), Some(thread)));
@@ -190,9 +194,8 @@ impl Session {
         let (trackers, checkpoint) = (self.trackers.clone(), self.checkpoint.clone());
         self.run_job(&job, move |job| {
             // The same trackers, which start anew.
-            if let Some(mut before) = checkpoint.end("a migration asked the trackers") {
-                before.stop();
-            }
+            checkpoint.end("a migration asked the trackers");
+            checkpoint.stop_idle();
             crate::outgoing::run(job, destination, &trackers);
         })?;
         let reply = JobStarted { job: job.id, address: target.to_owned() };
@@ -223,7 +226,11 @@ impl Session {
         job.freeze();
         // No tracker sees what the job writes.
         self.end_checkpoint("a guest came by a migration");
-        self.run_job(&job, move |job| crate::incoming::run(job, source))?;
+        let checkpoint = self.checkpoint.clone();
+        self.run_job(&job, move |job| {
+            checkpoint.stop_idle();
+            crate::incoming::run(job, source);
+        })?;
         let reply = JobStarted { job: job.id, address };
         Ok(Box::new(move |encoder| reply.encode(encoder)))
     }
@@ -236,6 +243,7 @@ impl Session {
             JobKind::Restore => {
                 RemoteError::new(ErrorCode::State, "too late to cancel: the guest that is restored runs")
             }
+            JobKind::Snapshot => RemoteError::new(ErrorCode::State, "too late to cancel: the image is being completed"),
             _ => RemoteError::new(ErrorCode::State, error),
         })?;
         Ok(nothing())
@@ -395,6 +403,17 @@ impl Session {
             super::join(job, thread.take());
         }
         Ok(())
+    }
+}
+
+/// A job that panics has ended, too: on drop, if it has not said so itself.
+struct Ended<'a>(&'a Job);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        if !self.0.status().phase.is_final() {
+            self.0.finish(&Err(JobError::Panicked));
+        }
     }
 }
 

@@ -188,6 +188,7 @@ impl Session {
     fn set_hook_socket(&mut self, socket: OwnedFd) -> Result<(), RemoteError> {
         self.check_idle("the socket for hooks cannot be changed")?;
         let failed = |error| RemoteError::new(ErrorCode::System, format!("cannot duplicate the socket: {error}"));
+        self.end_checkpoint("the socket for hooks was replaced");
         self.hook_socket = Some(socket.try_clone().map_err(failed)?);
         self.hooks = Arc::new(Hooks::new(Some(socket)));
         Ok(())

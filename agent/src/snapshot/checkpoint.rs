@@ -17,8 +17,12 @@ use pageferry_protocol::image::{ImageId, id_text};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What is known of changes. Clones are the same.
-#[derive(Debug, Clone, Default)]
-pub struct SharedCheckpoint(Arc<Mutex<State>>);
+#[derive(Clone, Default)]
+pub struct SharedCheckpoint {
+    state: Arc<Mutex<State>>,
+    /// Trackers that are on, and of no use any more: they are stopped before others are started.
+    idle: Arc<Mutex<Vec<Trackers>>>,
+}
 
 /// What is known of changes.
 #[derive(Debug, Default)]
@@ -49,26 +53,34 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
+impl std::fmt::Debug for SharedCheckpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("SharedCheckpoint").field(&*self.lock()).finish()
+    }
+}
+
 impl SharedCheckpoint {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What comes next uses the trackers, or changes the memory: from now on nothing is known. Returns the trackers, which are still on.
-    #[must_use]
-    pub fn end(&self, why: &str) -> Option<Trackers> {
+    /// What comes next uses the trackers, or changes the memory: from now on nothing is known. Asks nobody: the trackers are stopped by [`SharedCheckpoint::stop_idle`].
+    pub fn end(&self, why: &str) {
         let mut state = self.lock();
         match std::mem::take(&mut *state) {
             State::Kept(checkpoint) => {
                 log::info!("no increment to image {} is possible any more: {why}", id_text(&checkpoint.id));
                 *state = State::Ended(why.to_owned());
-                Some(checkpoint.trackers)
+                self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(checkpoint.trackers);
             }
-            other => {
-                *state = other;
-                None
-            }
+            other => *state = other,
         }
+    }
+
+    /// Stops the trackers that are of no use any more. On a job's thread, before it starts its own.
+    pub fn stop_idle(&self) {
+        let idle = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
+        idle.into_iter().for_each(|mut trackers| trackers.stop());
     }
 
     fn take(&self) -> State {
@@ -108,6 +120,7 @@ impl Changes {
     /// For a snapshot that builds on the image `base`, if that is one, and on which the next may build with `track`.
     pub fn begin(job: &Job, plan: &Plan, base: ImageId, track: bool) -> Result<Self, JobError> {
         let (shared, memory) = (plan.checkpoint.clone(), job.memory.clone());
+        shared.stop_idle();
         let increment = is_increment(base);
         if !increment && !track {
             return Ok(Self { shared, memory, uses: None });
@@ -140,6 +153,7 @@ impl Changes {
             other if increment => {
                 let why = match &other {
                     State::Ended(why) => why.clone(),
+                    State::Taken => "a snapshot ended by a defect".to_owned(),
                     _ => "no image was made here with track on".to_owned(),
                 };
                 let sentence = format!("base is image {}, and what changed since is not known: {why}", id_text(&base));

@@ -12,12 +12,14 @@ use pageferry_protocol::userfault::MAX_FAULTS;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// Bytes of all buffers together; at least a few of them.
+/// Most bytes of all buffers together; at least a few of them.
 const BUFFERS: u64 = 32 << 20;
-/// Most buffers.
+/// Most buffers: 8 MiB of small pages.
 const MOST: u64 = 2048;
+/// How long a buffer is waited for at a stretch.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// A page that was captured and is to be put.
 struct Captured {
@@ -46,10 +48,26 @@ pub fn answer(job: &Job, shared: &Shared, stop: &OwnedFd) {
     std::thread::scope(|scope| {
         let give_back = to_free.clone();
         scope.spawn(move || put(to_put, &give_back));
-        if let Err(error) = answer_all(job, shared, stop, &Buffers { free, to_free, captured }) {
-            fail(&shared.mode(), error);
+        let mut unanswered = Unanswered { shared, over: false };
+        match answer_all(job, shared, stop, &Buffers { free, to_free, captured }) {
+            Ok(()) => unanswered.over = true,
+            Err(error) => fail(&shared.mode(), error),
         }
     });
+}
+
+/// On drop, also by a panic, there is no instant any more, unless all is over.
+struct Unanswered<'a> {
+    shared: &'a Shared,
+    over: bool,
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.shared.fail();
+        }
+    }
 }
 
 fn put(captured: Receiver<Captured>, free: &Sender<Vec<u8>>) {
@@ -96,7 +114,10 @@ fn answer_one(job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffe
         Mode::Ahead => return shared.let_through(page),
         Mode::Capturing(capturing) => capturing,
     };
-    let mut bytes = buffers.free.recv().map_err(|_| JobError::Panicked)?;
+    let Some(mut bytes) = buffer(job, capturing, page, buffers) else {
+        // Nothing is taken then.
+        return capturing.fault(&job.memory, page, &mut []).map(|_| ());
+    };
     let captured = capturing.fault(&job.memory, page, &mut bytes);
     if let Ok(Some(pages)) = captured {
         let captured = Captured { capturing: capturing.clone(), at: page.0, pages, bytes };
@@ -105,4 +126,21 @@ fn answer_one(job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffe
     // Also if it cannot be captured: those who come after it would wait for a buffer for ever.
     buffers.to_free.send(bytes).map_err(|_| JobError::Panicked)?;
     captured.map(|_| ())
+}
+
+/// A buffer for a page that is pending. Whoever waits to write waits for it, if the disk is slower than the writes; but not for a snapshot that is lost anyway.
+fn buffer(job: &Job, capturing: &Capturing, (at, host_page): (usize, u64), buffers: &Buffers) -> Option<Vec<u8>> {
+    // What is not pending now never is again.
+    while capturing.pending().block(at).bits().contains(host_page) {
+        match buffers.free.recv_timeout(LOOK) {
+            Ok(bytes) => return Some(bytes),
+            Err(_) if job.cancel.is_cancelled() || capturing.has_failed() => {
+                capturing.fail(JobError::Cancelled);
+                capturing.end();
+                return None;
+            }
+            Err(_) => {}
+        }
+    }
+    None
 }

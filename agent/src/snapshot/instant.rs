@@ -33,6 +33,7 @@ impl AsOfNow {
         job.owes(pending);
         // No fault of before is being answered any more: it would lift what is protected here.
         let mut mode = watch.map(Watch::hold);
+        watch.map_or(Ok(()), Watch::check)?;
         writer.is_now();
         memory.marking.instant(|| {
             let changed = changes.cut(std::mem::take(&mut prepared.later))?;

@@ -60,8 +60,7 @@ struct Saved {
 /// Saves the guest of `job`, and ends the job.
 pub fn run(job: &Arc<Job>, plan: &Plan) {
     let outcome = save(job, plan);
-    let outcome = if outcome.is_err() && job.cancel.is_cancelled() { Err(JobError::Cancelled) } else { outcome };
-    job.finish(&outcome);
+    job.finish(&job.explain(outcome));
 }
 
 fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
@@ -147,7 +146,8 @@ fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut
 }
 
 fn finish(job: &Job, writer: &ImageWriter, saved: &Saved, changes: &Changes, base: &Base) -> Result<(), JobError> {
-    job.cancel.check()?;
+    // ---- The line: from here on the image comes to be, and may have its name before a cancel is heard.
+    job.cancel.cross_the_line()?;
     let rest = Rest { discarded: saved.as_of.discarded.all(), changed: changes.changed().map(DirtyPages::all) };
     let SavedState { pieces, file } = &saved.state;
     let totals = writer.finish(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;

@@ -12,6 +12,7 @@ use super::faults;
 use super::prepare::Prepared;
 use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
+use crate::memory::block::Freed;
 use crate::memory::capturing::{Capturing, Protection};
 use crate::memory::mappings::Mappings;
 use crate::memory::owed::HostPages;
@@ -23,6 +24,7 @@ use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::userfault::Userfaultfd;
 use rustix::event::EventfdFlags;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -53,12 +55,19 @@ pub struct Shared {
     mode: Mutex<Mode>,
     /// Host pages that are protected for sure, before the instant.
     ahead: Vec<HostPages>,
+    /// Faults are not answered as they should be: there must be no instant.
+    failed: AtomicBool,
 }
 
 impl Shared {
     /// What a fault means now; it does not change while this is held.
     pub fn mode(&self) -> MutexGuard<'_, Mode> {
         self.mode.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Faults are not answered as they should be.
+    pub fn fail(&self) {
+        self.failed.store(true, Ordering::Release);
     }
 
     /// Lets a write through before the instant.
@@ -68,6 +77,13 @@ impl Shared {
     pub fn let_through(&self, (at, host_page): (usize, u64)) -> Result<(), JobError> {
         let page = PageRange::new(host_page, 1);
         ahead::lift(self.ahead[at].bits(), page, || self.protection.lift(at, page))
+    }
+}
+
+/// The kernel may drop the protection of what is freed, and who populates it again writes unseen.
+impl Freed for Shared {
+    fn freed(&self, at: usize, range: PageRange) {
+        self.ahead[at].bits().clear(self.ahead[at].of(range));
     }
 }
 
@@ -103,18 +119,28 @@ impl Watch {
         let undo = Unwatch { job, armed: true };
         let uffd: Userfaultfd = job.hooks.watch_writes(timeout)?.into();
         let protection = Arc::new(Protection { uffd, mappings: Mappings::of(&job.memory) });
-        let shared = Arc::new(Shared { protection, mode: Mutex::new(Mode::Ahead), ahead });
+        let shared =
+            Arc::new(Shared { protection, mode: Mutex::new(Mode::Ahead), ahead, failed: AtomicBool::new(false) });
         let (theirs, inner) = (shared.clone(), job.clone());
         let thread = std::thread::Builder::new().name(format!("faults-{}", job.id));
         let thread = thread.spawn(move || faults::answer(&inner, &theirs, &end));
         let thread = thread.map_err(JobError::from_io("start a thread"))?;
         undo.disarm();
+        job.memory.set_freed(Some(shared.clone()));
         Ok(Self { job: job.clone(), shared, stop, thread: Some(thread), watching: true })
     }
 
     /// The protection.
     pub fn protection(&self) -> Arc<Protection> {
         self.shared.protection.clone()
+    }
+
+    /// Fails if faults are not answered as they should be.
+    ///
+    /// # Errors
+    /// If that is so; the log says why.
+    pub fn check(&self) -> Result<(), JobError> {
+        if self.shared.failed.load(Ordering::Acquire) { Err(JobError::Faults) } else { Ok(()) }
     }
 
     /// No fault is answered while this is held.
@@ -173,6 +199,7 @@ impl Watch {
         if !std::mem::take(&mut self.watching) {
             return Ok(());
         }
+        self.job.memory.set_freed(None);
         let unwatched = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout);
         if unwatched.is_err() {
             // Nobody answers faults in a moment.

@@ -46,15 +46,11 @@ impl Sweep<'_> {
                 break;
             }
             let Some((at, range)) = self.capturing.cursor.claim(pending) else { break };
-            let block = pending.block(at);
-            let bytes = block.bits().count(range) * block.unit() * PAGE_SIZE;
-            // Who waits for its turn hears that others failed: a guest may wait for the end of it.
-            let over = || self.failed.load(Ordering::Relaxed) || self.capturing.has_failed();
-            self.job.limiter.wait_unless(bytes as usize, &self.job.cancel, over)?;
-            if over() {
-                continue;
-            }
-            self.capturing.sweep(memory, worker, at, range, &mut batch)?;
+            let pages = self.capturing.sweep(memory, worker, at, range, &mut batch)?;
+            // After it was done: a piece that is paid for first would be claimed by others meanwhile. Who waits for its turn hears that others failed: a guest may wait for
+            // the end of it; or that nothing is left.
+            let over = || self.failed.load(Ordering::Relaxed) || self.capturing.has_failed() || pending.left() == 0;
+            self.job.limiter.wait_unless((pages * PAGE_SIZE) as usize, &self.job.cancel, over)?;
         }
         Ok(())
     }

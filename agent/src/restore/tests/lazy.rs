@@ -49,7 +49,13 @@ fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
     });
     // Slow enough that the guest waits for most of what it touches.
     let job = new_job(&ram, &vmm, 1 << 20);
-    let order = Order { path: one, options: lazily(), asks_first: false, checkpoint: Default::default() };
+    let order = Order {
+        path: one,
+        options: lazily(),
+        asks_first: false,
+        before: Before::Later,
+        checkpoint: Default::default(),
+    };
     std::thread::scope(|scope| {
         let restoring = scope.spawn(|| run(&job, &order));
         while job.status().phase < Phase::Prefetching {
@@ -87,7 +93,8 @@ fn what_is_discarded_before_it_came_never_comes() {
     let ram = Arc::new(Ram::new(&geometries));
     let vmm = Vmm::willing(&ram);
     let job = new_job(&ram, &vmm, 1 << 20);
-    let order = Order { path, options: lazily(), asks_first: false, checkpoint: Default::default() };
+    let order =
+        Order { path, options: lazily(), asks_first: false, before: Before::Later, checkpoint: Default::default() };
     let gone = |page: u64| (100..200).contains(&page) || (3000..3100).contains(&page);
     std::thread::scope(|scope| {
         let restoring = scope.spawn(|| run(&job, &order));
@@ -203,7 +210,8 @@ fn a_cancel_before_the_guest_runs_leaves_nothing_and_afterwards_is_refused() {
         }
         Ok(())
     });
-    let order = Order { path, options: lazily(), asks_first: false, checkpoint: Default::default() };
+    let order =
+        Order { path, options: lazily(), asks_first: false, before: Before::Later, checkpoint: Default::default() };
     let job = new_job(&ram, &vmm, 0);
     *cancelled.lock().unwrap() = Some(job.clone());
     run(&job, &order);
