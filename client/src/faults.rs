@@ -12,6 +12,9 @@
 //!
 //! If no guest has run here yet, none is lost: who waits goes on, and what is missing is zero, of a guest that never runs here.
 //!
+//! What was lost concerns that guest only. As soon as another is awaited here, nobody gets an error any more: the registration is taken back, and so are the marks in
+//! the page tables, which would outlive it, whatever the new guest's memory holds there.
+//!
 //! How a lost agent is found: see [`heartbeat`](crate::heartbeat).
 
 use crate::client::WeakClient;
@@ -21,11 +24,12 @@ use crate::heartbeat::Heartbeat;
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
 use crate::registration::Registered;
-use pageferry_protocol::userfault::{MAX_FAULTS, Register, feature};
+use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, feature};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long the VMM has to stop its guest before those who wait for what never comes get an error: it may be one of them.
@@ -43,14 +47,28 @@ enum State {
     #[default]
     Whole,
     /// The agent places what is missing.
-    Pending { registered: Registered, _heartbeat: Heartbeat },
-    /// It never will. Dropping the sender ends the thread that answers who touches what is missing.
+    Pending {
+        registered: Registered,
+        _heartbeat: Heartbeat,
+        /// The connection whose agent does.
+        link: u64,
+    },
+    /// It never will.
     Lost {
-        _registered: Arc<Registered>,
-        _stop: Option<OwnedFd>,
+        registered: Arc<Registered>,
+        poisoner: Option<Poisoner>,
+        link: u64,
         /// The VMM has been told.
         told: bool,
     },
+}
+
+/// The thread that answers who touches what is missing. Dropping this ends it.
+#[derive(Debug)]
+struct Poisoner {
+    stop: OwnedFd,
+    /// Returns the pages that it marked.
+    thread: JoinHandle<Vec<Addresses>>,
 }
 
 impl Faults {
@@ -60,12 +78,14 @@ impl Faults {
 
     /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for the agent.
     pub(crate) fn register(&self, memory: &Memory, client: WeakClient, link: Arc<Link>) -> Result<OwnedFd, Error> {
+        self.forget();
         let features = feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON;
         let registered = Registered::all(memory, features, Register::Missing)?;
         let for_agent = registered.duplicate()?;
         // The heartbeat may find the agent dead at once, and is to find the registration then.
         let mut state = self.state();
-        *state = State::Pending { registered, _heartbeat: watch(client, link)? };
+        let id = link.id;
+        *state = State::Pending { registered, _heartbeat: watch(client, link)?, link: id };
         Ok(for_agent)
     }
 
@@ -81,35 +101,62 @@ impl Faults {
         drop(before);
     }
 
+    /// Another guest is to come here: what the one before lost is no more. When this returns nobody gets an error for a page that is missing.
+    pub(crate) fn forget(&self) {
+        let mut state = self.state();
+        if !matches!(*state, State::Lost { .. }) {
+            return;
+        }
+        let State::Lost { registered, poisoner, .. } = std::mem::take(&mut *state) else { return };
+        if let Some(Poisoner { stop, thread }) = poisoner {
+            drop(stop);
+            // While it is registered: so this is the mapping that was marked, and not another in its place.
+            for page in thread.join().unwrap_or_default() {
+                if let Err(errno) = registered.uffd.forget_poison(page) {
+                    log::debug!("cannot clear a mark at {:#x}, unmapped by now? ({errno})", page.start);
+                }
+            }
+        }
+        // Within the lock: whoever comes second finds it done.
+        drop(registered);
+    }
+
     /// The agent is lost. If no guest has run here none will, and who waits for memory goes on: a device that loads its state does so on the thread of the hook
     /// channel, which hears of the end only after that.
-    fn let_go(&self, ownership: &SharedOwnership) {
-        if let State::Pending { registered, .. } = &*self.state()
+    fn let_go(&self, of: u64, ownership: &SharedOwnership) {
+        if let State::Pending { registered, link, .. } = &*self.state()
+            && *link == of
             && ownership.lock().forgo()
         {
             registered.unregister();
         }
     }
 
-    /// True if memory is missing that never comes, now that the agent is lost, and the VMM is to be told.
-    pub(crate) fn is_news(&self) -> bool {
-        matches!(*self.state(), State::Pending { .. } | State::Lost { told: false, .. })
+    /// True if memory is missing that never comes, now that the agent of this connection is lost, and the VMM is to be told.
+    pub(crate) fn is_news(&self, of: u64) -> bool {
+        match *self.state() {
+            State::Pending { link, .. } | State::Lost { told: false, link, .. } => link == of,
+            State::Whole | State::Lost { .. } => false,
+        }
     }
 
     /// Answers who touches what is missing with SIGBUS from now on, as long as the client lives. To be called when the guest was stopped, of which the VMM was
-    /// told, or had time enough to be.
-    pub(crate) fn give_up(&self, is_told: bool) {
+    /// told, or had time enough to be. Nothing happens if the memory is not that of this connection's agent any more.
+    pub(crate) fn give_up(&self, of: u64, is_told: bool) {
         let mut state = self.state();
+        if !matches!(*state, State::Pending { link, .. } | State::Lost { link, .. } if link == of) {
+            return;
+        }
         match std::mem::take(&mut *state) {
-            State::Pending { registered, .. } => {
+            State::Pending { registered, link, .. } => {
                 let registered = Arc::new(registered);
-                let stop = poison(&registered).inspect_err(|error| {
+                let poisoner = poison(&registered).inspect_err(|error| {
                     log::error!("who touches a missing page waits for ever: {}", crate::error::with_sources(error));
                 });
-                *state = State::Lost { _registered: registered, _stop: stop.ok(), told: is_told };
+                *state = State::Lost { registered, poisoner: poisoner.ok(), link, told: is_told };
             }
-            State::Lost { _registered, _stop, told } => {
-                *state = State::Lost { _registered, _stop, told: told || is_told };
+            State::Lost { registered, poisoner, link, told } => {
+                *state = State::Lost { registered, poisoner, link, told: told || is_told };
             }
             State::Whole => {}
         }
@@ -118,11 +165,11 @@ impl Faults {
 
 /// Has the agent watched until what is returned is dropped.
 fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
-    let weak = client.clone();
+    let (weak, id) = (client.clone(), link.id);
     // A VMM without a hook channel may still have an agent that places pages.
     Heartbeat::start(client, link, false, move |stopped| {
         if let Some(client) = weak.upgrade() {
-            client.faults().let_go(client.shared_ownership());
+            client.faults().let_go(id, client.shared_ownership());
         }
         // The hook channel ends this when it has told the VMM.
         if !stopped.within(GRACE)
@@ -130,34 +177,38 @@ fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
             && client.ownership() == Ownership::Ours
         {
             log::error!("memory is lost, and the VMM has not stopped its guest: who waits for a page gets SIGBUS");
-            client.faults().give_up(false);
+            client.faults().give_up(id, false);
         }
     })
 }
 
 /// Starts the thread that poisons what is touched until what is returned is dropped.
-fn poison(registered: &Arc<Registered>) -> Result<OwnedFd, Error> {
+fn poison(registered: &Arc<Registered>) -> Result<Poisoner, Error> {
     let (stopped, stop) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(Error::kernel("make a pipe"))?;
     let weak = Arc::downgrade(registered);
     let run = move || {
         let mut faults = [0; MAX_FAULTS];
+        let mut marked = Vec::new();
         while let Some(registered) = weak.upgrade() {
             // Who waits already was read by the agent, and has to come again. What is unmapped by now nobody waits for.
             for range in &registered.ranges {
                 let _ = registered.uffd.wake(*range);
             }
-            if !answer(&registered, &stopped, &mut faults) {
-                return;
+            if !answer(&registered, &stopped, &mut faults, &mut marked) {
+                break;
             }
         }
+        marked
     };
     let thread = std::thread::Builder::new().name("pageferry-poison".into()).spawn(run);
-    thread.map(|_| stop).map_err(|source| Error::Thread { source })
+    thread.map(|thread| Poisoner { stop, thread }).map_err(|source| Error::Thread { source })
 }
 
-/// Poisons the pages of the faults that come, for a while; false when it is to end, or cannot.
-fn answer(registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAULTS]) -> bool {
+/// Poisons the pages of the faults that come, for a while, and adds them to `marked`; false when it is to end, or cannot.
+fn answer(
+    registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAULTS], marked: &mut Vec<Addresses>,
+) -> bool {
     let until = Instant::now() + WAKE;
     while Instant::now() < until {
         let mut polled = [PollFd::new(&registered.uffd, PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
@@ -174,8 +225,11 @@ fn answer(registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAU
         for address in &faults[..count] {
             let Some(page) = registered.page_of(*address) else { continue };
             // There may be a page by now, or another mark.
-            if registered.uffd.poison(page).is_err() {
-                let _ = registered.uffd.wake(page);
+            match registered.uffd.poison(page) {
+                Ok(()) => marked.push(page),
+                Err(_) => {
+                    let _ = registered.uffd.wake(page);
+                }
             }
         }
     }

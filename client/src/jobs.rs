@@ -101,8 +101,10 @@ impl Client {
         // Before it is sent: the resume hook may come sooner than the answer.
         let before = self.shared_ownership().lock().await_guest(session.control.link().id);
         let started = session.control.request(request, fds, JobStarted::decode);
-        if let Err(Error::Refused { .. }) = &started {
-            self.shared_ownership().lock().await_refused(before);
+        match &started {
+            Ok(_) => self.faults().forget(),
+            Err(Error::Refused { .. }) => self.shared_ownership().lock().await_refused(before),
+            Err(_) => {}
         }
         started
     }

@@ -294,6 +294,26 @@ impl Userfaultfd {
         self.fill::<UFFDIO_POISON>(range)
     }
 
+    /// Forgets that pages were [marked as lost](Userfaultfd::poison): they are missing again. Such a mark is in the page tables of this process alone, and stays there
+    /// when the registration ends, and when the file under it is written or gets a hole. Only for mappings of this process, that are registered still.
+    ///
+    /// # Errors
+    /// What the kernel said; ENOENT if no mapping is registered there.
+    pub fn forget_poison(&self, range: Addresses) -> Result<(), Errno> {
+        // Of what is registered only: anything else that is mapped there by now is not to be touched.
+        match self.poison(range) {
+            Ok(()) | Err(NotPlaced { errno: Errno::EXIST, .. }) => {}
+            Err(NotPlaced { errno, .. }) => return Err(errno),
+        }
+        let (Ok(start), Ok(length)) = (usize::try_from(range.start), usize::try_from(range.length)) else {
+            return Err(Errno::INVAL);
+        };
+        let start = std::ptr::with_exposed_provenance_mut(start);
+        // SAFETY: the kernel reads and writes none of it. The range is registered, so it is guest memory, a shared mapping of a file: what is dropped is how the pages
+        // are mapped, and they keep their content in the file. Not the plain advice, which locked mappings refuse.
+        unsafe { rustix::mm::madvise(start, length, rustix::mm::Advice::LinuxDontneedLocked) }
+    }
+
     /// Protects pages that are registered for it: who writes there waits until the protection is lifted.
     ///
     /// # Errors

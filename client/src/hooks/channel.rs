@@ -157,12 +157,12 @@ impl HookChannel {
 
     /// If memory is missing, it never comes.
     fn give_memory_up(&self, hooks: &mut dyn Hooks) {
-        if !self.parts.faults.is_news() {
+        if !self.parts.faults.is_news(self.link.id) {
             return;
         }
         if self.parts.ownership.lock().ownership() == Ownership::Ours {
             hooks.memory_lost();
-            self.parts.faults.give_up(true);
+            self.parts.faults.give_up(self.link.id, true);
         } else {
             // The guest never ran here.
             self.parts.faults.unregister();
@@ -356,6 +356,7 @@ impl HookChannel {
         self.parts.ownership.lock().prepare_restore().map_err(forbidden)?;
         hooks.prepare_restore(image).map_err(failed)?;
         self.parts.ownership.lock().await_guest(self.link.id);
+        self.parts.faults.forget();
         Ok(())
     }
 
@@ -365,6 +366,8 @@ impl HookChannel {
             let sentence = format!("load state came with {} file descriptors, expected 1", fds.len());
             return Err(RemoteError::new(ErrorCode::Invalid, sentence));
         };
+        // The answer to the VMM that asked for this guest may still be on its way.
+        self.parts.faults.forget();
         read_pieces(pieces, file.as_fd()).and_then(|state| hooks.load_state(state)).map_err(failed)
     }
 

@@ -1,0 +1,173 @@
+//! Memory that was lost with its agent, and the next guest in the same place.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use pageferry_client::{BlockSpec, Client, Error, IncomingOptions, Ownership, Target};
+use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
+use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES};
+use pageferry_protocol::userfault::Userfaultfd;
+use rustix::fs::{FallocateFlags, fallocate};
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::{JoinHandle, spawn};
+use support::*;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, WriteVolatile};
+
+const PAGES: u64 = 8;
+const RESUME: Hook = Hook::Resume { force: false };
+
+/// Guest memory that is mapped, all holes.
+#[derive(Clone)]
+struct Ram {
+    memory: Arc<OwnedFd>,
+    mapping: Arc<MmapRegion>,
+}
+
+impl Ram {
+    fn new() -> Self {
+        let memory = written(PAGES);
+        let file = FileOffset::new(memory.try_clone().unwrap().into(), 0);
+        let mapping = MmapRegion::from_file(file, (PAGES * PAGE) as usize).unwrap();
+        let ram = Self { memory: Arc::new(memory), mapping: Arc::new(mapping) };
+        ram.empty();
+        ram
+    }
+
+    fn empty(&self) {
+        fallocate(&*self.memory, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, PAGES * PAGE).unwrap();
+    }
+
+    fn address(&self) -> u64 {
+        self.mapping.as_ptr() as u64
+    }
+
+    /// Touches a page as the kernel does for a device: a lost page is an error and no signal.
+    fn touch(&self, page: u64) -> JoinHandle<Option<u64>> {
+        let mapping = Arc::clone(&self.mapping);
+        spawn(move || {
+            let (mut from, to) = std::io::pipe().unwrap();
+            let bytes = mapping.get_slice((page * PAGE) as usize, 8).unwrap();
+            if let Err(error) = OwnedFd::from(to).write_all_volatile(&bytes) {
+                assert!(error.to_string().contains("Bad address"), "{error}");
+                return None;
+            }
+            let mut found = [0; 8];
+            from.read_exact(&mut found).unwrap();
+            Some(u64::from_le_bytes(found))
+        })
+    }
+
+    /// What somebody finds there who does not wait for ever; `None` if it is lost.
+    #[track_caller]
+    fn found(&self, page: u64) -> Option<u64> {
+        let touch = self.touch(page);
+        let until = soon();
+        while !touch.is_finished() {
+            assert!(std::time::Instant::now() < until, "whoever touches page {page} waits for ever");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        touch.join().unwrap()
+    }
+}
+
+fn register(agent: &mut FakeAgent) -> Userfaultfd {
+    let mut answer = agent.hook_frame(&Hook::RegisterFaults, Vec::new());
+    assert_eq!(decode_hook_reply(&answer.body).unwrap(), Ok(()));
+    answer.fds.remove(0).into()
+}
+
+/// A guest whose agent died before its memory was here, and the next agent. `None` where there is no userfaultfd.
+fn lost() -> Option<(Attached, Ram)> {
+    uffd()?;
+    let mut attached = Attached::new(Vmm::default());
+    let ram = Ram::new();
+    let (adding, block) = (attached.client.clone(), ram.clone());
+    let added = spawn(move || {
+        adding.add_block(BlockSpec { vmm_address: block.address(), ..spec(2, 0, &block.memory) }).unwrap();
+    });
+    attached.agent.accept_block();
+    added.join().unwrap();
+    attached.start_incoming();
+    drop(register(&mut attached.agent));
+    assert_eq!(attached.hook(&RESUME), Ok(()));
+    let (client, vmm) = attached.lose_agent();
+    assert_eq!(client.ownership(), Ownership::Ours);
+    assert_eq!([ram.found(3), ram.found(7)], [None; 2]);
+
+    let (ours, agents) = UnixStream::pair().unwrap();
+    let second = spawn(move || {
+        let mut agent = FakeAgent::shake_hands(agents.into(), MAX_RANGES);
+        agent.accept_block();
+        agent
+    });
+    let channel = client.reattach_socket(ours.into()).unwrap();
+    vmm.calls();
+    Some((Attached::over(client, channel, second.join().unwrap(), vmm), ram))
+}
+
+/// The memory is whole, for as long as nobody says otherwise, and can be registered for another guest.
+fn assert_forgotten(attached: &mut Attached, ram: &Ram) {
+    // 5 was never touched.
+    assert_eq!([3, 5, 7].map(|page| ram.found(page)), [Some(0); 3]);
+    ram.empty();
+    let uffd = register(&mut attached.agent);
+    let touch = ram.touch(3);
+    uffd.copy(ram.address() + 3 * PAGE, &[1; PAGE as usize]).unwrap();
+    assert_eq!(touch.join().unwrap(), Some(0x0101_0101_0101_0101));
+}
+
+#[test]
+fn an_awaited_guest_finds_no_page_of_the_one_before_lost() {
+    let Some((mut attached, ram)) = lost() else { return };
+    ram.empty();
+    assert_eq!(ram.found(3), None, "a hole in the file alone changes nothing");
+    attached.start_incoming();
+    assert_forgotten(&mut attached, &ram);
+    attached.lose_agent();
+}
+
+#[test]
+fn a_guest_that_an_operator_restores_finds_no_page_of_the_one_before_lost() {
+    let Some((mut attached, ram)) = lost() else { return };
+    assert_eq!(attached.hook(&Hook::PrepareRestore { path: "/images/golden".into() }), Ok(()));
+    assert_forgotten(&mut attached, &ram);
+    attached.lose_agent();
+}
+
+/// What a client that asks for a guest is told by its agent, which does `meanwhile` before it answers.
+fn asked(attached: &mut Attached, accepted: bool, meanwhile: impl FnOnce(&mut FakeAgent)) -> Result<(), Error> {
+    let starting: Client = attached.client.clone();
+    let started = spawn(move || {
+        starting.start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default()).map(drop)
+    });
+    let (request, _) = attached.agent.request().unwrap();
+    meanwhile(&mut attached.agent);
+    if accepted {
+        attached.agent.started(&request);
+    } else {
+        attached.agent.refuse(&request, ErrorCode::Busy, "a job runs");
+    }
+    started.join().unwrap()
+}
+
+#[test]
+fn what_is_lost_stays_so_when_no_other_guest_comes() {
+    let Some((mut attached, ram)) = lost() else { return };
+    assert!(matches!(asked(&mut attached, false, |_| {}), Err(Error::Refused { .. })));
+    assert_eq!([3, 5].map(|page| ram.found(page)), [None; 2]);
+    attached.lose_agent();
+}
+
+#[test]
+fn a_guest_that_comes_sooner_than_the_answer_is_registered_and_stays_so() {
+    let Some((mut attached, ram)) = lost() else { return };
+    let mut new = None;
+    asked(&mut attached, true, |agent| new = Some(register(agent))).unwrap();
+    let touch = ram.touch(3);
+    new.unwrap().copy(ram.address() + 3 * PAGE, &[2; PAGE as usize]).unwrap();
+    assert_eq!(touch.join().unwrap(), Some(0x0202_0202_0202_0202));
+    attached.lose_agent();
+}
