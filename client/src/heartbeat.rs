@@ -1,5 +1,6 @@
 //! Whether the agent lives, found out by a thread of its own: while somebody may wait for the agent at a page of guest memory, nobody else can be relied on
-//! to look. The threads of the VMM may be the ones that wait, that of the hook channel among them.
+//! to look. The threads of the VMM may be the ones that wait, that of the hook channel among them. And while the guest is paused for the agent, nobody may have a
+//! reason to.
 //!
 //! An agent that dies is found at once, by the end of the connection. One that hangs is asked for a sign of life once a second, and is given up like any
 //! other that owes an answer for too long ([`Config::request_timeout`](crate::Config::request_timeout)), which ends the connection, too.

@@ -154,6 +154,43 @@ fn hanging_agent_that_is_given_up_does_not_keep_the_guest_paused() {
     drop(attached.agent);
 }
 
+/// A VMM with an agent that is silent from now on, after these hooks; both sockets stay open.
+fn silent_after(hooks: &[Hook]) -> Attached {
+    let (client, channel, agent) = client_with(impatient(), MAX_RANGES, |agent| agent);
+    let mut attached = Attached::over(client, channel, agent.join().unwrap(), Vmm::default());
+    for hook in hooks {
+        assert_eq!(attached.hook(hook), Ok(()), "{}", hook.name());
+    }
+    attached
+}
+
+#[test]
+fn hanging_agent_does_not_keep_the_guest_paused_though_nobody_asks_it_anything() {
+    let Attached { client, thread, agent, .. } = silent_after(&[Hook::Pause]);
+    let until = soon();
+    while !thread.is_finished() {
+        assert!(std::time::Instant::now() < until, "the guest is paused for ever");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert_eq!(thread.join().calls(), ["pause", "resume", "lost Ours"]);
+    assert_eq!(client.ownership(), Ownership::Ours);
+    drop(agent);
+}
+
+#[test]
+fn silent_agent_is_not_given_up_where_the_guest_runs_or_may_run_elsewhere() {
+    let relinquish = Hook::Relinquish { session: [0; 16], release: false };
+    let silent = [vec![Hook::Pause, RESUME], vec![Hook::Pause, relinquish.clone()]].map(|hooks| silent_after(&hooks));
+    // Longer than it takes to find one that hangs.
+    std::thread::sleep(std::time::Duration::from_millis(2000));
+    for mut attached in silent {
+        assert!(!attached.thread.is_finished());
+        assert_eq!(attached.hook(&RESUME), Ok(()), "it has its say");
+        assert_eq!(attached.calls(), ["pause", "resume"]);
+        attached.lose_agent();
+    }
+}
+
 #[test]
 fn agent_that_dies_after_the_line_leaves_the_guest_standing_still() {
     let mut attached = Attached::new(Vmm::default());

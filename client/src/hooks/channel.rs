@@ -3,6 +3,9 @@
 //! An agent may be broken or lie (law 8): an unknown hook, a malformed one, or one that is not allowed now gets an error as its answer. What
 //! cannot be followed any more, and the end of the connection, are the end of the agent: the guest is resumed if it was paused through this
 //! channel and is ours.
+//!
+//! An agent that hangs keeps its sockets open. So while the guest stands still for it, a [heartbeat](crate::heartbeat) finds that out and cuts the link, which is the
+//! end here. Only before the line of law 9: after it nothing is gained by giving an agent up, which may still say that no commit left.
 
 use super::state::{read_pieces, write_pieces};
 use super::{ClearPages, HookError, Hooks};
@@ -10,6 +13,7 @@ use crate::client::WeakClient;
 use crate::control::Link;
 use crate::error::{Error, with_sources};
 use crate::faults::Faults;
+use crate::heartbeat::Heartbeat;
 use crate::memory::Memory;
 use crate::ownership::{Forbidden, Migration, Ownership, Resume, SharedOwnership};
 use crate::writes::Writes;
@@ -50,6 +54,8 @@ pub struct HookChannel {
     /// How long the agent may take to make room for an answer.
     timeout: Duration,
     closed: bool,
+    /// While the guest is paused and the agent has not asked for the line of law 9.
+    paused: Option<Heartbeat>,
 }
 
 /// What a channel shares with its client.
@@ -78,7 +84,7 @@ impl Drop for HookChannel {
 
 impl HookChannel {
     pub(crate) fn new(socket: OwnedFd, link: Arc<Link>, parts: Parts, timeout: Duration) -> Self {
-        Self { socket: socket.into(), link, parts, timeout, closed: false }
+        Self { socket: socket.into(), link, parts, timeout, closed: false, paused: None }
     }
 
     /// Answers every hook that is pending, without waiting for more.
@@ -137,6 +143,7 @@ impl HookChannel {
     /// The end of the agent, or of its right to be heard.
     fn end(&mut self, hooks: &mut dyn Hooks) {
         self.closed = true;
+        self.paused = None;
         // Whatever the reason was, an agent without hooks has no business with our memory.
         self.link.cut();
         // Before anything is called: it may write.
@@ -224,11 +231,14 @@ impl HookChannel {
     }
 
     /// The line of law 9: turned before the answer leaves, turned back only if the agent cannot have the answer.
-    fn relinquish(&self, sequence: u64, migration: Migration) -> Result<(), SocketError> {
+    fn relinquish(&mut self, sequence: u64, migration: Migration) -> Result<(), SocketError> {
         self.parts.ownership.keep(migration);
         let reply = self.parts.ownership.lock().relinquish(self.link.id).map_err(forbidden);
         if let Err(error) = &reply {
             log::warn!("hook relinquish: {error}");
+        }
+        if reply.is_ok() {
+            self.paused = None;
         }
         let sent = self.answer(hook::code::RELINQUISH, &encode_hook_reply(sequence, &reply), &[]);
         if sent.is_err() && reply.is_ok() {
@@ -304,7 +314,7 @@ impl HookChannel {
     }
 
     /// The hooks whose answer is success or an error.
-    fn call(&self, hook: Hook, fds: &[OwnedFd], hooks: &mut dyn Hooks) -> Reply<()> {
+    fn call(&mut self, hook: Hook, fds: &[OwnedFd], hooks: &mut dyn Hooks) -> Reply<()> {
         match hook {
             Hook::Pause => self.pause(hooks),
             Hook::Resume { force } => self.resume(force, hooks),
@@ -332,20 +342,33 @@ impl HookChannel {
         }
     }
 
-    fn pause(&self, hooks: &mut dyn Hooks) -> Reply<()> {
+    fn pause(&mut self, hooks: &mut dyn Hooks) -> Reply<()> {
         self.parts.ownership.lock().pause().map_err(forbidden)?;
+        // First: no guest stands still without it, and none for the time that it takes.
+        let heartbeat = self.watch().map_err(|error| RemoteError::new(ErrorCode::System, with_sources(&error)))?;
         let paused = hooks.pause();
         self.parts.ownership.lock().paused(self.link.id, paused.is_ok());
+        self.paused = paused.is_ok().then_some(heartbeat);
         paused.map_err(failed)
     }
 
-    fn resume(&self, force: bool, hooks: &mut dyn Hooks) -> Reply<()> {
+    /// Has the link cut if the agent hangs, until what is returned is dropped.
+    fn watch(&self) -> Result<Heartbeat, Error> {
+        let link = Arc::clone(&self.link);
+        // The end of the hook channel is seen here anyway.
+        Heartbeat::start(self.parts.client.clone(), Arc::clone(&link), false, move |_| link.cut())
+    }
+
+    fn resume(&mut self, force: bool, hooks: &mut dyn Hooks) -> Reply<()> {
         let decided = self.parts.ownership.lock().resume(self.link.id, force).map_err(forbidden)?;
         match decided {
             Resume::Already => Ok(()),
             Resume::Call => {
                 let resumed = hooks.resume();
                 self.parts.ownership.lock().resumed(resumed.is_ok());
+                if resumed.is_ok() {
+                    self.paused = None;
+                }
                 resumed.map_err(failed)
             }
         }
