@@ -31,6 +31,7 @@ enum How {
     Pageferry {
         agent: usize,
         mode: SnapshotMode,
+        workers: u16,
         cached: bool,
     },
     Floor {
@@ -51,16 +52,21 @@ const MODES: [(&str, SnapshotMode); 2] = [("paused", SnapshotMode::Paused), ("ba
 fn savers(bench: &Bench, with_direct: bool, with_qemu: bool) -> Vec<Saver> {
     let mut all = Vec::new();
     for (agent, (who, _)) in agents(bench).into_iter().enumerate() {
-        all.extend(MODES.map(|(name, mode)| (format!("{who}, {name}"), How::Pageferry { agent, mode, cached: false })));
+        let ours = |mode, workers, cached| How::Pageferry { agent, mode, workers, cached };
+        all.extend(MODES.map(|(name, mode)| (format!("{who}, {name}"), ours(mode, 2, false))));
         if with_direct {
             let mode = SnapshotMode::Paused;
-            all.push((format!("{who}, paused, cached"), How::Pageferry { agent, mode, cached: true }));
+            all.push((format!("{who}, paused, 4 workers"), ours(mode, 4, false)));
+            all.push((format!("{who}, paused, cached"), ours(mode, 2, true)));
         }
     }
     for direct in [false, true].into_iter().filter(|direct| with_direct || !direct) {
         let more = if direct { ", O_DIRECT" } else { "" };
         all.push((format!("floor, 1 thread{more}"), How::Floor { threads: 1, direct }));
         all.push((format!("floor, 2 threads{more}"), How::Floor { threads: 2, direct }));
+    }
+    if with_direct {
+        all.push(("floor, 4 threads, O_DIRECT".to_owned(), How::Floor { threads: 4, direct: true }));
     }
     if with_qemu {
         let modes = qemu::MODES.into_iter().filter(|(_, mode)| with_direct || !mode.direct);
@@ -150,8 +156,9 @@ impl Saver {
     fn save(&mut self, source: &Image, vmms: &mut [Vmm], shelf: &Shelf, content: u64) {
         let path = shelf.path();
         let (time, processor) = match self.how {
-            How::Pageferry { agent, mode, cached } => {
-                let saved = vmms[agent].save(&path, &SnapshotOptions { mode, cached, ..SnapshotOptions::default() });
+            How::Pageferry { agent, mode, workers, cached } => {
+                let options = SnapshotOptions { mode, workers, cached, ..SnapshotOptions::default() };
+                let saved = vmms[agent].save(&path, &options);
                 assert_eq!(saved.status.counters.pages_sent, content / PAGE_SIZE);
                 (saved.time, saved.processor)
             }
@@ -196,7 +203,8 @@ fn add_rows(table: &mut Table, work: &str, savers: &[Saver]) {
 }
 
 fn add_bars(table: &mut Table, savers: &[Saver]) {
-    let ours = savers.iter().filter(|saver| matches!(saver.how, How::Pageferry { agent: 0, cached: false, .. }));
+    let ours =
+        savers.iter().filter(|saver| matches!(saver.how, How::Pageferry { agent: 0, workers: 2, cached: false, .. }));
     for saver in ours {
         if let Some(floor) = best(savers, How::is_buffered_floor) {
             let name = format!("save: {} against {}", saver.name, floor.name);
