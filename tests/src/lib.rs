@@ -8,6 +8,7 @@
 //! - [`vmm`]: all of it behind a [`pageferry_client::Client`] and its hooks, with faults on demand;
 //! - [`in_process`]: an agent on a thread of the test's own process;
 //! - [`process`]: agents and VMMs as processes of their own; [`agent`]: the agent's command line within this binary;
+//! - [`tmpfs`]: a small file system for one process, which is full soon;
 //! - [`mock_vmm`]: the command line `mock_vmm source|destination`;
 //! - [`proxy`]: a wire between two agents that can be cut;
 //! - [`decoders`]: what every decoder has to do with any bytes at all;
@@ -36,6 +37,7 @@ pub mod process;
 pub mod proxy;
 pub mod random;
 pub mod require;
+pub mod tmpfs;
 pub mod usage;
 pub mod verify;
 pub mod vmm;

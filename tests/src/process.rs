@@ -120,6 +120,26 @@ impl Process {
         rustix::process::kill_process(pid, rustix::process::Signal::STOP).map_err(Error::kernel("stop a process"))
     }
 
+    /// Lets it go on after [`Process::freeze`].
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub fn thaw(&self) -> Result<(), Error> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT).map_err(Error::kernel("let a process go on"))
+    }
+
+    /// From now on it cannot make a file longer than this, as on a file system that takes no longer ones; `None` is no limit.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub fn limit_files(&self, bytes: Option<u64>) -> Result<(), Error> {
+        use rustix::process::{Resource, Rlimit, prlimit};
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let limit = Rlimit { current: bytes, maximum: None };
+        prlimit(Some(pid), Resource::Fsize, limit).map(drop).map_err(Error::kernel("limit the files of a process"))
+    }
+
     /// Resident memory in bytes, as the kernel counts it.
     ///
     /// # Errors
@@ -166,8 +186,16 @@ impl AgentProcess {
     /// # Errors
     /// If it does not.
     pub fn spawn(program: &OsStr, directory: &Path, name: &str) -> Result<Self, Error> {
+        Self::start(&mut Command::new(program), directory, name)
+    }
+
+    /// The same by a command that runs the program.
+    ///
+    /// # Errors
+    /// If it does not listen.
+    pub fn start(command: &mut Command, directory: &Path, name: &str) -> Result<Self, Error> {
         let socket = directory.join(format!("{name}.sock"));
-        let mut process = Process::spawn(name, Command::new(program).arg("agent").arg("--socket").arg(&socket))?;
+        let mut process = Process::spawn(name, command.arg("agent").arg("--socket").arg(&socket))?;
         let listening = wait_until(&format!("{name} listening"), PATIENCE, || {
             process.has_ended() || UnixStream::connect(&socket).is_ok()
         });

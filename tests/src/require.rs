@@ -12,6 +12,7 @@
 //! separated: `kvm,uffd,hugetlb`), the test fails instead: a machine that is meant to run everything must not skip in silence.
 
 use crate::huge_pages::HugePages;
+use crate::tmpfs::Tmpfs;
 use kvm_ioctls::{Cap, Kvm};
 use pageferry_agent::tracking::pagemap::Pagemap;
 use pageferry_client::tracking::uffd::WriteProtect;
@@ -52,6 +53,14 @@ pub fn hugetlb(pages: u64) -> Option<HugePages> {
 /// If not, and `PAGEFERRY_REQUIRE` names `thp`.
 pub fn thp() -> bool {
     met("thp", try_thp()).is_some()
+}
+
+/// A way to give a process a small file system of its own.
+///
+/// # Panics
+/// If there is none, and `PAGEFERRY_REQUIRE` names `tmpfs`.
+pub fn tmpfs() -> Option<Tmpfs> {
+    met("tmpfs", Tmpfs::find().map_err(Into::into))
 }
 
 fn try_thp() -> Result<(), Box<dyn Error>> {

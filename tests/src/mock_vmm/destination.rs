@@ -51,10 +51,12 @@ fn start(vmm: &MockVmm, arguments: &DestinationArgs) -> Result<u64, Error> {
         let working_set = working_set.to_string_lossy().into_owned();
         return vmm.start_restore(image, &RestoreOptions { mode, working_set, ..RestoreOptions::default() });
     }
+    // What the agent did for a VMM before this one.
+    let before = vmm.client().status()?.job;
     vmm.take_restores();
     eprintln!("waiting for a restore");
     wait_for("a restore", arguments.wait_for, || match vmm.client().status() {
-        Ok(status) if status.kind == JobKind::Restore => Some(Ok(status.job)),
+        Ok(status) if status.kind == JobKind::Restore && status.job > before => Some(Ok(status.job)),
         Ok(_) => None,
         Err(error) => Some(Err(error.into())),
     })?

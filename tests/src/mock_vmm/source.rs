@@ -77,11 +77,13 @@ fn start(vmm: &MockVmm, arguments: &SourceArgs) -> Result<Option<u64>, Error> {
 
 /// Runs the guest for a while, or until an operator has migrated it away. Returns how the last job ended.
 fn serve(vmm: &MockVmm, arguments: &SourceArgs) -> Result<JobStatus, Error> {
+    // What the agent did for a VMM before this one.
+    let before = vmm.client().status()?.job;
     eprintln!("the guest runs");
     let until = Instant::now() + arguments.run_for;
     loop {
         let status = vmm.client().status()?;
-        let gone = status.kind == JobKind::Outgoing && status.phase == Phase::Completed;
+        let gone = status.job > before && status.kind == JobKind::Outgoing && status.phase == Phase::Completed;
         if gone || (Instant::now() >= until && status.phase.is_final()) {
             return Ok(status);
         }

@@ -4,6 +4,7 @@ use super::lock;
 use pageferry_client::{ClearPages, DirtyLog, HookError, Hooks, JobStatus, Ownership, Phase, StatePiece};
 use pageferry_protocol::memory::PageRange;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 /// Where a script may step in.
@@ -21,6 +22,8 @@ pub enum At {
     MemoryPending,
     MemoryComplete,
     MemoryLost,
+    /// Refused, unless a script says otherwise.
+    PrepareRestore,
     Event(u32),
 }
 
@@ -188,6 +191,13 @@ impl Hooks for VmmHooks {
         self.0.run(At::LoadState)?;
         lock(&self.0.asked).state = state;
         Ok(())
+    }
+
+    fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
+        if !lock(&self.0.scripts).contains_key(&At::PrepareRestore) {
+            return Err(HookError::new(format!("this VMM does not wait for {}", image.display())));
+        }
+        self.0.run(At::PrepareRestore)
     }
 
     fn memory_pending(&mut self) -> Result<(), HookError> {

@@ -1,0 +1,306 @@
+//! A byte that is changed anywhere in an image, or an end that is missing: an error that names the place, or the right memory; never the wrong one.
+
+use crate::scene::{Guest, Host, assert_completed, both, eager, lazy, on, paused, tracked};
+use pageferry_agent::image::{Chain, Image};
+use pageferry_client::{Config, JobStatus, Phase, Punch, RestoreMode, RestoreOptions};
+use pageferry_protocol::image::SectionKind;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::memory::BlockLayout;
+use pageferry_tests::random::Random;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+const PAGES: u64 = 1100;
+const MORE: u64 = 300;
+const EXTENT: u64 = 512;
+
+fn layouts() -> Vec<BlockLayout> {
+    let high = BlockLayout { id: 7, name: "high".into(), gpa: 1 << 30, ..BlockLayout::ram(MORE * PAGE_SIZE) };
+    // Added in another order than they have in the guest.
+    vec![high, BlockLayout::ram(PAGES * PAGE_SIZE)]
+}
+
+fn guest(host: &Host) -> Guest {
+    Guest::of(host, layouts(), Config::default())
+}
+
+/// Bytes and discarded pages of each block.
+type Content = Vec<(Vec<u8>, Vec<PageRange>)>;
+
+fn content(guest: &Guest) -> Content {
+    let of_block = |block: &pageferry_tests::memory::TestBlock| {
+        let mut bytes = vec![0; block.layout().length as usize];
+        block.read(0, &mut bytes).unwrap();
+        let discarded = guest.client.discarded(block.id()).unwrap();
+        (bytes, discarded.runs(discarded.all()).collect())
+    };
+    guest.memory.blocks().iter().map(of_block).collect()
+}
+
+/// Where something is here it is right.
+fn assert_right_or_missing(guest: &Guest, right: &Content, what: &str) {
+    for ((here, _), (right, _)) in content(guest).iter().zip(right) {
+        let pages = here.chunks(PAGE_SIZE as usize).zip(right.chunks(PAGE_SIZE as usize));
+        for (page, (here, right)) in pages.enumerate() {
+            assert!(here == right || here.iter().all(|byte| *byte == 0), "{what}: page {page:#x} is wrong");
+        }
+    }
+}
+
+/// A guest of which every third page is zero, an extent was never used, and some pages are discarded; and an increment to it.
+struct Images {
+    host: Host,
+    whole: PathBuf,
+    increment: PathBuf,
+    right: [Content; 2],
+}
+
+impl Images {
+    fn new() -> Self {
+        let host = Host::new();
+        let guest = guest(&host);
+        for block in guest.memory.blocks() {
+            let used = (0..block.pages()).filter(|page| !(EXTENT..2 * EXTENT).contains(page));
+            for page in used.filter(|page| page % 3 != 0) {
+                block.fill(PageRange::new(page, 1), u64::from(block.id())).unwrap();
+            }
+        }
+        guest.client.discard(&[guest.range(100, 50)], Punch::Yes).unwrap();
+        guest.saved(&host, "whole", &tracked(paused()));
+        let whole = host.images.path("whole");
+        let before = content(&guest);
+        // None that is discarded.
+        for page in (0..MORE).step_by(7).filter(|page| !(100..150).contains(page)) {
+            guest.fill(page..page + 1, 5);
+        }
+        guest.saved(&host, "increment", &on(&whole, paused()));
+        let right = [before, content(&guest)];
+        let increment = host.images.path("increment");
+        Self { host, whole, increment, right }
+    }
+}
+
+/// What a changed byte does.
+#[derive(Debug, PartialEq, Eq)]
+enum Expected {
+    /// Nobody reads it.
+    Nothing,
+    /// It is found before anything is touched.
+    Refused(String),
+    /// It is found when a page is to be placed.
+    Found(String),
+}
+
+/// What a change of byte `at` of `image` does to who restores from `chain`, of which it is layer `layer`.
+fn expected(chain: &Chain, layer: usize, at: u64) -> Expected {
+    let layer = &chain.layers()[layer];
+    let (image, layout) = (&layer.image, layer.image.layout());
+    if at < 4096 {
+        return Expected::Refused(String::new());
+    }
+    for kind in SectionKind::ALL {
+        let section = image.header().section(kind);
+        let range = section.offset..section.offset + section.length;
+        if kind != SectionKind::PageSums && range.contains(&at) {
+            // The state is the newest one's.
+            if kind == SectionKind::VmmState && !std::ptr::eq(image, chain.newest()) {
+                return Expected::Nothing;
+            }
+            return Expected::Refused(format!("section {}, bytes {:#x}", kind.name(), section.offset));
+        }
+    }
+    for (index, block) in chain.table().blocks().iter().enumerate() {
+        let (id, pages) = (block.id, &layer.pages[index]);
+        for extent in 0..layout.extents(index) {
+            let first = extent * EXTENT;
+            let sums = layout.page_sum(index, first);
+            if (sums..sums + 4 * EXTENT).contains(&at) {
+                let read = pages.next_set(PageRange::new(first, EXTENT)).is_some();
+                let found = format!("block {id}: checksums of pages {first:#x} + 0x200, at byte {sums:#x}");
+                return if read { Expected::Found(found) } else { Expected::Nothing };
+            }
+        }
+        let start = layout.page(index, 0);
+        if (start..start + block.length).contains(&at) {
+            let page = (at - start) / PAGE_SIZE;
+            let found = format!("block {id}: page {page:#x}, at byte {:#x}: checksum", layout.page(index, page));
+            return if pages.contains(page) { Expected::Found(found) } else { Expected::Nothing };
+        }
+    }
+    Expected::Nothing
+}
+
+/// Places in each part of an image, and anywhere.
+fn places(image: &Image, random: &mut Random) -> Vec<u64> {
+    let mut places = vec![0, 8, 24, 40, 64, 72, 4092, 4095];
+    for kind in SectionKind::ALL {
+        let section = image.header().section(kind);
+        if section.length > 0 {
+            let middle = section.offset + random.below(section.length);
+            places.extend([section.offset, middle, section.offset + section.length - 1]);
+            // After its end, if the file does not end there.
+            let after = section.offset + section.length;
+            places.extend(Some(after).filter(|after| after % PAGE_SIZE != 0 && *after < image.header().file_length));
+        }
+    }
+    let layout = image.layout();
+    for (index, states) in image.states().iter().enumerate() {
+        for run in states.present.runs(states.present.all()).step_by(40) {
+            places.extend([layout.page(index, run.first) + random.below(PAGE_SIZE), layout.page_sum(index, run.first)]);
+        }
+        // Content, a hole, and what was never used.
+        places
+            .extend((0..4).map(|_| layout.page(index, random.below(states.present.pages())) + random.below(PAGE_SIZE)));
+    }
+    places.extend((0..10).map(|_| random.below(image.header().file_length)));
+    places
+}
+
+fn flip(path: &Path, at: u64, bit: u64) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1 << bit], at).unwrap();
+}
+
+struct Restoring<'a> {
+    host: &'a Host,
+    options: RestoreOptions,
+    /// Used again as long as its memory is not lost.
+    guest: Option<Guest>,
+}
+
+impl<'a> Restoring<'a> {
+    fn new(host: &'a Host, options: RestoreOptions) -> Self {
+        Self { host, options, guest: None }
+    }
+
+    /// Restores from the image at `path`, in which something was done to `damaged`.
+    #[track_caller]
+    fn check(&mut self, path: &Path, damaged: &Path, expected: &Expected, right: &Content, what: &str) {
+        let lazy = self.options.mode == RestoreMode::Lazy;
+        let guest = self.guest.take().unwrap_or_else(|| guest(self.host));
+        // What nobody may touch in vain.
+        guest.fill(0..20, 77);
+        let before = content(&guest);
+        let resumes = guest.vmm.resumes();
+        let status = guest.restored(path, &self.options);
+        let resumed = guest.vmm.resumes() - resumes;
+        let named = |status: &JobStatus, place: &str| {
+            let file = format!("image {}", damaged.display());
+            let good = status.phase == Phase::Failed && status.error.contains(&file) && status.error.contains(place);
+            assert!(good, "{what}: {:?}: {}; expected is {place}", status.phase, status.error);
+        };
+        match expected {
+            Expected::Nothing => {
+                assert_eq!((status.phase, &*status.error), (Phase::Completed, ""), "{what}");
+                assert!(content(&guest) == *right, "{what}: the memory is not what was saved");
+                assert_eq!(resumed, 1);
+            }
+            Expected::Refused(place) => {
+                named(&status, place);
+                assert_eq!((resumed, guest.losses()), (0, 0), "{what}");
+                assert!(content(&guest) == before, "{what}: the memory was touched");
+            }
+            Expected::Found(place) => {
+                named(&status, place);
+                assert_eq!((resumed, guest.losses()), if lazy { (1, 1) } else { (0, 0) }, "{what}");
+                if lazy {
+                    // It is of no use any more.
+                    return assert_right_or_missing(&guest, right, what);
+                }
+                assert!(guest.is_hole(), "{what}");
+            }
+        }
+        self.guest = Some(guest);
+    }
+}
+
+#[test]
+fn a_byte_that_is_changed_anywhere_is_found_or_does_no_harm() {
+    let images = Images::new();
+    let chain = Chain::open(&images.whole).unwrap();
+    let copy = images.host.images.path("copy");
+    std::fs::copy(&images.whole, &copy).unwrap();
+    for options in both() {
+        let mut random = Random::new(11);
+        let mut restoring = Restoring::new(&images.host, options);
+        for at in places(chain.newest(), &mut random) {
+            let bit = random.below(8);
+            flip(&copy, at, bit);
+            let expected = expected(&chain, 0, at);
+            let what = format!("byte {at:#x}, bit {bit}");
+            restoring.check(&copy, &copy, &expected, &images.right[0], &what);
+            flip(&copy, at, bit);
+        }
+        restoring.check(&copy, &copy, &Expected::Nothing, &images.right[0], "the same without damage");
+    }
+}
+
+#[test]
+fn a_byte_that_is_changed_in_what_an_increment_builds_on_is_found_or_does_no_harm() {
+    let images = Images::new();
+    let chain = Chain::open(&images.increment).unwrap();
+    for options in both() {
+        for (layer, path) in [(0, &images.increment), (1, &images.whole)] {
+            let mut random = Random::new(12);
+            let mut restoring = Restoring::new(&images.host, options.clone());
+            for at in places(&chain.layers()[layer].image, &mut random).into_iter().step_by(2) {
+                let bit = random.below(8);
+                flip(path, at, bit);
+                let what = format!("layer {layer}, byte {at:#x}, bit {bit}");
+                let expected = expected(&chain, layer, at);
+                restoring.check(&images.increment, path, &expected, &images.right[1], &what);
+                flip(path, at, bit);
+            }
+            let (path, right) = (&images.increment, &images.right[1]);
+            restoring.check(path, path, &Expected::Nothing, right, "the same without damage");
+        }
+    }
+}
+
+#[test]
+fn an_image_that_is_too_short_or_too_long_is_refused_and_nothing_is_touched() {
+    let images = Images::new();
+    let length = std::fs::metadata(&images.whole).unwrap().len();
+    let copy = images.host.images.path("copy");
+    for options in both() {
+        let mut random = Random::new(13);
+        let mut restoring = Restoring::new(&images.host, options);
+        let some = (0..12).map(|_| random.below(length)).chain([0, 1, 4095, 4096, length - 1]);
+        for (length, why) in some.map(|length| (length, "truncated")).chain([(length + 1, "damaged")]) {
+            std::fs::copy(&images.whole, &copy).unwrap();
+            File::options().write(true).open(&copy).unwrap().set_len(length).unwrap();
+            let expected = Expected::Refused(format!("it is {why}"));
+            restoring.check(&copy, &copy, &expected, &images.right[0], &format!("{length:#x} bytes"));
+        }
+        let (path, right) = (&images.whole, &images.right[0]);
+        restoring.check(path, path, &Expected::Nothing, right, "the same as it was");
+    }
+}
+
+#[test]
+fn several_workers_and_a_limit_find_the_same() {
+    let images = Images::new();
+    let chain = Chain::open(&images.whole).unwrap();
+    let place = chain.newest().layout().page(1, MORE - 1) + 5;
+    flip(&images.whole, place, 0);
+    let expected = expected(&chain, 0, place);
+    assert!(matches!(&expected, Expected::Found(place) if place.contains("block 7: page 0x12b")));
+    for workers in [1, 2, 8, 64] {
+        for bandwidth in [0, 64 << 20] {
+            let options = RestoreOptions { workers, bandwidth, ..eager() };
+            let modes = both().into_iter().map(|mode| RestoreOptions { mode: mode.mode, ..options.clone() });
+            for options in modes {
+                let what = format!("{options:?}");
+                let mut restoring = Restoring::new(&images.host, options);
+                restoring.check(&images.whole, &images.whole, &expected, &images.right[0], &what);
+            }
+        }
+    }
+    flip(&images.whole, place, 0);
+    if both().len() == 2 {
+        assert_completed(&guest(&images.host).restored(&images.whole, &lazy()));
+    }
+}

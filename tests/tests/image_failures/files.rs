@@ -1,0 +1,276 @@
+//! Files that fail, shrink, or are none.
+
+use crate::common::{At, lock};
+use crate::scene::{
+    Guest, Host, PAGES, assert_completed, assert_failed, background, both, eager, lazy, on, paused, slow, tracked,
+};
+use pageferry_agent::image::Chain;
+use pageferry_client::{Phase, RestoreMode, RestoreOptions, SnapshotOptions};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::random::Random;
+use pageferry_tests::require;
+use rustix::fs::{CWD, FileType, Mode};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Where pages begin in an image.
+const FIRST: u64 = 2 << 20;
+
+/// An image of a guest whose pages are all full, and what is in them.
+fn image(host: &Host, seed: u64) -> (PathBuf, Vec<u8>) {
+    let name = format!("image{seed}");
+    let guest = Guest::new(host, PAGES);
+    guest.fill(0..PAGES, seed);
+    guest.saved(host, &name, &paused());
+    (host.images.path(&name), guest.bytes())
+}
+
+/// A copy of the image at `path`.
+fn copy(host: &Host, path: &Path) -> PathBuf {
+    let copy = host.images.path("copy");
+    std::fs::copy(path, &copy).unwrap();
+    copy
+}
+
+/// A guest can still be restored from a good image, and is the right one.
+#[track_caller]
+fn assert_restores(guest: &Guest, path: &Path, bytes: &[u8], options: &RestoreOptions) {
+    let resumes = guest.vmm.resumes();
+    assert_completed(&guest.restored(path, options));
+    assert_eq!(guest.vmm.resumes(), resumes + 1);
+    assert!(guest.bytes() == bytes, "the memory is not what was saved");
+}
+
+/// Where something is here, it is the right thing.
+#[track_caller]
+fn assert_right_or_missing(guest: &Guest, bytes: &[u8]) {
+    let here = guest.bytes();
+    let pages = here.chunks(PAGE_SIZE as usize).zip(bytes.chunks(PAGE_SIZE as usize)).enumerate();
+    for (page, (here, right)) in pages {
+        assert!(here == right || here.iter().all(|byte| *byte == 0), "page {page:#x} is wrong");
+    }
+}
+
+#[test]
+fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
+    let modes = if require::uffd() { vec![background(), paused()] } else { vec![paused()] };
+    let mut host = Host::new();
+    let guest = Guest::new(&host, PAGES);
+    guest.fill(0..1, 1);
+    let base = host.images.path("base");
+    guest.saved(&host, "base", &tracked(paused()));
+    guest.fill(0..PAGES, 2);
+    let before = host.images.bytes();
+    for options in modes {
+        for (cached, limit) in [(false, 0), (false, FIRST + 1), (true, FIRST + 100 * PAGE_SIZE), (false, 9 << 20)] {
+            let options = SnapshotOptions { cached, ..options.clone() };
+            for options in [options.clone(), on(&base, tracked(options))] {
+                host.agent.process().limit_files(Some(limit)).unwrap();
+                let status = guest.wait(guest.snapshot(&host.images.path("image"), &options));
+                assert_failed(&status, &["image: cannot write at byte 0x", "File too large"]);
+                host.agent.process().limit_files(None).unwrap();
+                guest.assert_free();
+                assert!(host.images.bytes() == before, "{:?}", host.images.files());
+            }
+        }
+    }
+    let chain = guest.saved(&host, "next", &on(&base, paused()));
+    guest.check(&chain);
+}
+
+#[test]
+fn memory_that_may_not_be_written_to_fails_the_restore_and_not_the_agent() {
+    let mut host = Host::new();
+    let (path, bytes) = image(&host, 1);
+    let guest = Guest::new(&host, PAGES);
+    for limit in [0, PAGE_SIZE + 1, PAGES * PAGE_SIZE / 2] {
+        host.agent.process().limit_files(Some(limit)).unwrap();
+        let status = guest.restored(&path, &eager());
+        assert_failed(&status, &[if limit == 0 { "state" } else { "block 0" }, "File too large"]);
+        host.agent.process().limit_files(None).unwrap();
+        assert!(guest.is_hole());
+        assert_eq!(guest.vmm.resumes(), 0);
+    }
+    assert_restores(&guest, &path, &bytes, &eager());
+}
+
+#[test]
+fn an_image_that_is_cut_off_while_all_of_it_is_read_fails_the_restore() {
+    let host = Host::new();
+    let (path, bytes) = image(&host, 1);
+    let layout = Chain::open(&path).unwrap();
+    let layout = layout.newest().layout();
+    let (last, sums) = (layout.page(0, PAGES - 1), layout.page_sums() + layout.page_sums_size());
+    let guest = Guest::new(&host, PAGES);
+    let mut random = Random::new(1);
+    let some = random.below(last - FIRST) + FIRST;
+    for length in [0, FIRST, some, last + 1, sums - 1] {
+        let copy = copy(&host, &path);
+        let job = guest.restore(&copy, &slow(eager()));
+        guest.reaches(Phase::Restoring);
+        File::options().write(true).open(&copy).unwrap().set_len(length).unwrap();
+        guest.hurry();
+        let status = guest.wait(job);
+        assert_failed(&status, &["copy: the file ends at byte 0x", "it is truncated"]);
+        assert!(guest.is_hole(), "{length:#x}");
+        assert_eq!(guest.vmm.resumes(), 0);
+    }
+    assert_restores(&guest, &path, &bytes, &eager());
+}
+
+#[test]
+fn an_image_that_is_cut_off_before_a_guest_runs_that_it_is_read_for_leaves_none() {
+    if !require::uffd() {
+        return;
+    }
+    let host = Host::new();
+    let (path, bytes) = image(&host, 1);
+    let guest = Guest::new(&host, PAGES);
+    let mut random = Random::new(2);
+    for _ in 0..5 {
+        let length = random.below(FIRST + PAGES * PAGE_SIZE);
+        let copy = copy(&host, &path);
+        let (file, memory) = (File::options().write(true).open(&copy).unwrap(), guest.memory.clone());
+        guest.vmm.on(At::LoadState, move || {
+            file.set_len(length).unwrap();
+            // A device does, which goes on with what nobody will ever run on.
+            memory.blocks()[0].load((PAGES - 1) * PAGE_SIZE).unwrap();
+            Ok(())
+        });
+        let status = guest.restored(&copy, &lazy());
+        assert_failed(&status, &["copy: the file ends at byte 0x"]);
+        assert!(guest.is_hole(), "{length:#x}");
+        assert_eq!((guest.vmm.resumes(), guest.losses()), (0, 0));
+        guest.vmm.off(At::LoadState);
+    }
+    assert_restores(&guest, &path, &bytes, &lazy());
+}
+
+#[test]
+fn an_image_that_is_cut_off_under_a_guest_that_runs_loses_it_and_nothing_wrong_is_there() {
+    if !require::uffd() {
+        return;
+    }
+    let host = Host::new();
+    let (path, bytes) = image(&host, 1);
+    let mut random = Random::new(3);
+    for _ in 0..5 {
+        let length = random.below(FIRST + PAGES * PAGE_SIZE);
+        let copy = copy(&host, &path);
+        let guest = Guest::new(&host, PAGES);
+        let job = guest.restore(&copy, &slow(lazy()));
+        guest.reaches(Phase::Prefetching);
+        File::options().write(true).open(&copy).unwrap().set_len(length).unwrap();
+        guest.hurry();
+        assert_failed(&guest.wait(job), &["copy: the file ends at byte 0x"]);
+        assert_eq!((guest.vmm.resumes(), guest.losses()), (1, 1));
+        assert_right_or_missing(&guest, &bytes);
+    }
+    assert_restores(&Guest::new(&host, PAGES), &path, &bytes, &lazy());
+}
+
+#[test]
+fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
+    let host = Host::new();
+    let ((path, bytes), (other, other_bytes)) = (image(&host, 1), image(&host, 2));
+    for options in both() {
+        let (image, other) = (copy(&host, &path), host.images.path("other"));
+        std::fs::copy(host.images.path("image2"), &other).unwrap();
+        let guest = Guest::new(&host, PAGES);
+        let job = guest.restore(&image, &slow(options.clone()));
+        guest.reaches(if options.mode == RestoreMode::Lazy { Phase::Prefetching } else { Phase::Restoring });
+        std::fs::rename(&other, &image).unwrap();
+        guest.hurry();
+        assert_completed(&guest.wait(job));
+        assert!(guest.bytes() == bytes);
+        assert_restores(&guest, &image, &other_bytes, &options);
+        // The same by a snapshot.
+        let job = guest.restore(&image, &slow(options.clone()));
+        guest.reaches(if options.mode == RestoreMode::Lazy { Phase::Prefetching } else { Phase::Restoring });
+        std::fs::remove_file(&image).unwrap();
+        guest.hurry();
+        assert_completed(&guest.wait(job));
+        assert!(guest.bytes() == other_bytes);
+    }
+    drop(other);
+}
+
+#[test]
+fn what_is_no_image_is_refused_by_name_and_the_memory_is_left_alone() {
+    let host = Host::new();
+    let (path, bytes) = image(&host, 1);
+    let (empty, fifo, folder) = (host.images.path("empty"), host.images.path("fifo"), host.images.path("folder"));
+    File::create(&empty).unwrap();
+    rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR, 0).unwrap();
+    std::fs::create_dir(&folder).unwrap();
+    let (zeroes, text) = (host.images.path("zeroes"), host.images.path("text"));
+    std::fs::write(&zeroes, vec![0; 1 << 20]).unwrap();
+    std::fs::write(&text, "image\n".repeat(1000)).unwrap();
+    let socket = host.agent.socket().to_owned();
+    let guest = Guest::full(&host, PAGES);
+    let before = guest.bytes();
+    for options in both() {
+        for (path, why) in [
+            (empty.clone(), "the file has 0x0 bytes"),
+            (fifo.clone(), ""),
+            (folder.clone(), ""),
+            ("/dev/zero".into(), ""),
+            (socket.clone(), ""),
+            (zeroes.clone(), "not an image of pageferry"),
+            (text.clone(), "not an image of pageferry"),
+            (host.images.path("nothing"), "cannot open it: No such file"),
+            (path.join("below"), "cannot open it: Not a directory"),
+        ] {
+            assert_failed(&guest.restored(&path, &options), &[&format!("image {}", path.display()), why]);
+            assert!(guest.bytes() == before, "{}", path.display());
+            assert_eq!(guest.vmm.resumes(), 0);
+        }
+    }
+    assert_restores(&guest, &path, &bytes, &eager());
+}
+
+#[test]
+fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
+    if rustix::process::geteuid().is_root() {
+        eprintln!("skipped: root may read everything");
+        return;
+    }
+    let host = Host::new();
+    let (path, bytes) = image(&host, 1);
+    rustix::fs::chmod(&path, Mode::empty()).unwrap();
+    let guest = Guest::new(&host, PAGES);
+    for options in both() {
+        assert_failed(&guest.restored(&path, &options), &["image1: cannot open it: Permission denied"]);
+    }
+    rustix::fs::chmod(&path, Mode::RUSR).unwrap();
+    assert_restores(&guest, &path, &bytes, &eager());
+}
+
+#[test]
+fn memory_that_is_cut_off_while_it_is_saved_is_named_and_the_guest_runs() {
+    use pageferry_client::Config;
+    use pageferry_tests::files::unsealed_memfd;
+    use pageferry_tests::memory::{Backing, BlockLayout};
+    use std::sync::Arc;
+    let host = Host::new();
+    for options in [paused()] {
+        let fd: OwnedFd = unsealed_memfd("ram", PAGES * PAGE_SIZE, rustix::fs::MemfdFlags::empty()).unwrap();
+        let file = Arc::new(File::from(fd));
+        let layout = BlockLayout { backing: Backing::File(file.clone()), ..BlockLayout::ram(PAGES * PAGE_SIZE) };
+        let guest = Guest::of(&host, vec![layout], Config::default());
+        guest.fill(0..PAGES, 1);
+        let options = crate::scene::endless(options);
+        let job = guest.snapshot(&host.images.path("image"), &options);
+        guest.reaches(Phase::Saving);
+        rustix::fs::ftruncate(file.as_fd(), PAGES / 2 * PAGE_SIZE).unwrap();
+        guest.hurry();
+        assert_failed(&guest.wait(job), &["block 0", "truncated", "byte"]);
+        rustix::fs::ftruncate(file.as_fd(), PAGES * PAGE_SIZE).unwrap();
+        guest.assert_free();
+        assert!(host.images.files().is_empty());
+        assert!(!lock(&guest.vmm.asked).paused);
+        let chain = guest.saved(&host, "image", &paused());
+        guest.check(&chain);
+    }
+}

@@ -1,0 +1,125 @@
+//! Agents that hang, and wake up again.
+
+use crate::common::{SOON, lock};
+use crate::scene::{Guest, Host, PAGES, assert_completed, background, eager, endless, lazy, on, paused, slow, tracked};
+use pageferry_client::{Ownership, Phase, RestoreMode, SnapshotMode, SnapshotOptions};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::random::page_content;
+use pageferry_tests::require;
+use std::time::Duration;
+
+/// The VMM waits no longer for its agent.
+const SHORT: Duration = Duration::from_millis(300);
+
+/// Wakes the agent up, which finds that its job is over, and that nothing is left of it.
+fn wake(host: &mut Host, before: &[(String, Vec<u8>)]) {
+    host.agent.process().thaw().unwrap();
+    let status = host.ended();
+    assert!(matches!(status.phase, Phase::Failed | Phase::Cancelled), "{:?}: {}", status.phase, status.error);
+    assert!(!status.error.is_empty());
+    assert!(host.images.bytes() == before, "{:?}", host.images.files());
+}
+
+#[test]
+fn an_agent_that_hangs_in_a_snapshot_is_given_up_and_the_guest_writes_everywhere() {
+    let modes = if require::uffd() { vec![background(), paused()] } else { vec![paused()] };
+    for options in modes {
+        for increment in [false, true] {
+            let mut host = Host::new();
+            let guest = Guest::hasty(&host, PAGES, SHORT);
+            let base = host.images.path("base");
+            guest.saved(&host, "base", &tracked(paused()));
+            guest.fill(0..PAGES, 2);
+            let before = host.images.bytes();
+            let options = if increment { on(&base, options.clone()) } else { options.clone() };
+            eprintln!("{options:?}");
+            guest.snapshot(&host.images.path("image"), &endless(options.clone()));
+            guest.reaches(Phase::Saving);
+            host.agent.process().freeze().unwrap();
+            // Nobody asks it anything: that it hangs is found all the same.
+            wait_until("the agent to be lost", SOON, || !lock(&guest.vmm.asked).losses.is_empty()).unwrap();
+            assert_eq!(lock(&guest.vmm.asked).losses, ["agent"]);
+            guest.assert_free();
+            guest.fill(0..PAGES, 3);
+            wake(&mut host, &before);
+            // It is as good as another now; and another is as good as it.
+            for _ in 0..2 {
+                guest.reattach(&host);
+                let next = SnapshotOptions { base: String::new(), ..options.clone() };
+                guest.check(&guest.saved(&host, "next", &next));
+                guest.assert_free();
+                std::fs::remove_file(host.images.path("next")).unwrap();
+                host.replace_agent();
+            }
+        }
+    }
+}
+
+#[test]
+fn an_agent_that_hangs_is_given_up_while_threads_wait_to_write() {
+    if !require::uffd() {
+        return;
+    }
+    let mut host = Host::new();
+    let guest = Guest::hasty(&host, PAGES, SHORT);
+    guest.snapshot(&host.images.path("image"), &endless(background()));
+    guest.reaches(Phase::Saving);
+    host.agent.process().freeze().unwrap();
+    // They wait for the agent until it is given up.
+    let memory = guest.memory.clone();
+    let writing = std::thread::spawn(move || {
+        let block = &memory.blocks()[0];
+        std::thread::scope(|scope| {
+            for first in 0..4 {
+                scope.spawn(move || {
+                    let pages = (first..PAGES).step_by(4);
+                    pages.for_each(|page| block.store(page * PAGE_SIZE, page).unwrap());
+                });
+            }
+        });
+    });
+    wait_until("all to be written", SOON, || writing.is_finished()).unwrap();
+    writing.join().unwrap();
+    guest.assert_free();
+    wake(&mut host, &[]);
+    host.replace_agent();
+    guest.reattach(&host);
+    guest.check(&guest.saved(&host, "next", &background()));
+}
+
+#[test]
+fn an_agent_that_hangs_in_a_restore_is_given_up_and_the_next_is_complete() {
+    let modes = if require::uffd() { vec![eager(), lazy()] } else { vec![eager()] };
+    for options in modes {
+        let mut host = Host::new();
+        let source = Guest::full(&host, PAGES);
+        source.saved(&host, "source", &SnapshotOptions { mode: SnapshotMode::Paused, ..background() });
+        drop(source);
+        let (path, before) = (host.images.path("source"), host.images.bytes());
+        let guest = Guest::hasty(&host, PAGES, SHORT);
+        let runs = options.mode == RestoreMode::Lazy;
+        guest.restore(&path, &slow(options.clone()));
+        guest.reaches(if runs { Phase::Prefetching } else { Phase::Restoring });
+        host.agent.process().freeze().unwrap();
+        if !runs {
+            // Nobody waits for it but the VMM, which asks.
+            guest.client.status().unwrap_err();
+        }
+        wait_until("the agent to be lost", SOON, || lock(&guest.vmm.asked).losses.last() == Some(&"agent")).unwrap();
+        assert_eq!((guest.losses(), guest.vmm.resumes()), if runs { (1, 1) } else { (0, 0) });
+        let ownership = if runs { Ownership::Ours } else { Ownership::Awaiting };
+        assert_eq!(guest.client.ownership(), ownership);
+        wake(&mut host, &before);
+        let guest = if runs {
+            drop(guest);
+            Guest::new(&host, PAGES)
+        } else {
+            guest.reattach(&host);
+            guest
+        };
+        assert_completed(&guest.restored(&path, &options));
+        let same = |page| guest.block().read_page(page).unwrap() == page_content(1, page);
+        assert!((0..PAGES).all(same));
+    }
+}

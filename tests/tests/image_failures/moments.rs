@@ -1,0 +1,151 @@
+//! Guests that never stop writing, moments by chance, and what must hold of an image that was made of such a guest.
+
+use crate::scene::Host;
+use pageferry_agent::image::Chain;
+use pageferry_client::{JobStatus, StatePiece};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::guest::threads::{ThreadGuest, ThreadGuestOptions};
+use pageferry_tests::memory::TestMemory;
+use pageferry_tests::random::{Random, page_content};
+use pageferry_tests::usage::Usage;
+use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Pages of the guest, and those that hold something from the start.
+pub const PAGES: u64 = 4096;
+const FILLED: u64 = 3000;
+/// Some 50 ms for the pages that hold something.
+pub const BANDWIDTH: u64 = 256 << 20;
+
+fn usage() -> Arc<Usage> {
+    Usage::new(Arc::new(TestMemory::ram(PAGES * PAGE_SIZE).unwrap())).unwrap()
+}
+
+fn options(rate: u64) -> ThreadGuestOptions {
+    ThreadGuestOptions { rate: Some(rate), ..ThreadGuestOptions::default() }
+}
+
+/// A VMM whose guest runs, and writes everywhere.
+pub struct Running {
+    pub vmm: MockVmm,
+    writes: Box<dyn Fn() -> u64>,
+}
+
+impl Running {
+    pub fn new(host: &Host) -> Self {
+        let usage = usage();
+        usage.memory().block(0).unwrap().fill(PageRange::new(0, FILLED), 1).unwrap();
+        let guest = ThreadGuest::new(&usage, options(4000)).unwrap();
+        let writes = Box::new(guest.watch_writes());
+        let vmm = MockVmm::connect(host.agent.socket(), usage, Tracker::Log).unwrap();
+        vmm.set_guest(guest);
+        vmm.start().unwrap();
+        let running = Self { vmm, writes };
+        running.assert_runs();
+        running
+    }
+
+    /// The agent is lost, and the guest runs on, and can write everywhere.
+    pub fn assert_runs_without_agent(&self) {
+        wait_until("the agent to be lost", PATIENCE, || self.vmm.record().agent_lost.is_some()).unwrap();
+        self.assert_runs();
+    }
+
+    pub fn assert_runs(&self) {
+        wait_until("the guest to run", PATIENCE, || self.vmm.record().runs).unwrap();
+        let before = (self.writes)();
+        wait_until("the guest to write", PATIENCE, || (self.writes)() >= before + 50).unwrap();
+        let memory = self.vmm.memory().clone();
+        // Beside the words of the guest.
+        let writing = std::thread::spawn(move || {
+            let block = memory.block(0).unwrap();
+            (0..PAGES).for_each(|page| block.store(page * PAGE_SIZE + 2048, page).unwrap());
+        });
+        wait_until("every page to be written", PATIENCE, || writing.is_finished()).unwrap();
+        writing.join().unwrap();
+    }
+}
+
+/// A VMM that waits for a guest such as [`Running`] has.
+pub fn waiting(host: &Host) -> MockVmm {
+    let usage = usage();
+    let guest = ThreadGuest::new(&usage, options(0)).unwrap();
+    let vmm = MockVmm::connect(host.agent.socket(), usage, Tracker::Log).unwrap();
+    vmm.set_guest(guest);
+    vmm
+}
+
+/// The image is whole, and one moment of its guest: each page holds what the guest says that it wrote there, and all that it did not write to is as it was from the start.
+#[track_caller]
+pub fn check_image(path: &Path) {
+    let chain = Chain::open(path).unwrap();
+    let usage = usage();
+    let block = usage.memory().block(0).unwrap();
+    let mut bytes = vec![0; PAGE_SIZE as usize];
+    for run in chain.present(0).runs(chain.present(0).all()) {
+        for page in run.first..run.end() {
+            chain.read(0, PageRange::new(page, 1), &mut bytes).unwrap();
+            block.write(page * PAGE_SIZE, &bytes).unwrap();
+        }
+    }
+    check_content(&usage);
+    let _ledger = ThreadGuest::new(&usage, options(0)).unwrap();
+    let state = chain.newest().state().unwrap();
+    let mut rest = &state[..];
+    let pieces = chain.newest().contents().pieces.iter().map(|piece| {
+        let (bytes, after) = rest.split_at(piece.length as usize);
+        rest = after;
+        StatePiece { name: piece.name.clone(), bytes: bytes.to_vec() }
+    });
+    usage.load(&pieces.collect::<Vec<_>>()).unwrap();
+    assert!(usage.check().unwrap() > 0, "nothing was compared");
+}
+
+/// All that nobody wrote to is as it was from the start.
+#[track_caller]
+pub fn check_content(usage: &Usage) {
+    let block = usage.memory().block(0).unwrap();
+    for page in 0..FILLED {
+        let (found, right) = (block.read_page(page).unwrap(), page_content(1, page));
+        assert!(found[8..2048] == right[8..2048] && found[2056..] == right[2056..], "page {page:#x}");
+    }
+}
+
+/// When something happens.
+#[derive(Debug)]
+pub enum Moment {
+    /// When so many pages were worked on, or the job ended.
+    Pages(u64),
+    /// So long after it was started.
+    After(Duration),
+}
+
+impl Moment {
+    /// One that `random` chooses.
+    pub fn any(random: &mut Random) -> Self {
+        match random.percent(50) {
+            true => Self::Pages(random.below(FILLED)),
+            false => Self::After(Duration::from_micros(random.below(80_000))),
+        }
+    }
+
+    /// Returns when it has come.
+    pub fn wait(&self, mut status: impl FnMut() -> JobStatus) {
+        match self {
+            // Whatever the job has come to by then: what must hold does at any moment.
+            Self::After(time) => std::thread::sleep(*time),
+            Self::Pages(pages) => {
+                let come = || {
+                    let status = status();
+                    let counters = status.counters;
+                    let done = (counters.pages_sent + counters.zero_pages).max(counters.pass_pages_done);
+                    status.phase.is_final() || done >= *pages
+                };
+                wait_until("the moment", PATIENCE, come).unwrap();
+            }
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! A file system that is full.
+
+use crate::common::SOON;
+use crate::scene::{Guest, Host, PAGES, assert_completed, assert_failed, background, endless, on, paused, tracked};
+use pageferry_client::{Phase, Punch, SnapshotMode, SnapshotOptions};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::require;
+
+const MIB: u64 = 1 << 20;
+/// Room for all of the guest, and a little more.
+const ROOM: u64 = 12 * MIB;
+const FULL: &str = "No space left on device";
+
+fn modes() -> Vec<SnapshotOptions> {
+    if require::uffd() { vec![background(), paused()] } else { vec![paused()] }
+}
+
+/// Nothing came of it and nothing else was harmed. `before` are the files that there were.
+#[track_caller]
+fn assert_nothing_happened(host: &Host, guest: &Guest, before: &[(String, Vec<u8>)]) {
+    guest.assert_free();
+    assert!(host.images.bytes() == before, "{:?} are not as they were", host.images.files());
+}
+
+/// The byte of the file that the error names.
+fn byte_of(error: &str) -> u64 {
+    let (_, rest) = error.split_once("cannot write at byte 0x").unwrap_or_else(|| panic!("{error}"));
+    u64::from_str_radix(rest.split(':').next().unwrap(), 16).unwrap()
+}
+
+#[test]
+fn a_full_file_system_fails_the_snapshot_and_nothing_else() {
+    let Some(tmpfs) = require::tmpfs() else { return };
+    for options in modes() {
+        for cached in [false, true] {
+            let options = SnapshotOptions { cached, ..options.clone() };
+            eprintln!("{options:?}");
+            let host = Host::cramped(tmpfs, ROOM);
+            let guest = Guest::new(&host, PAGES);
+            // A little image, that others build on.
+            guest.fill(0..100, 1);
+            let base = host.images.path("base");
+            guest.saved(&host, "base", &tracked(paused()));
+            guest.fill(0..PAGES, 2);
+            host.images.fill(5 * MIB);
+            let before = host.images.bytes();
+
+            let whole = guest.wait(guest.snapshot(&host.images.path("whole"), &options));
+            let named = format!("image {}: cannot write at byte 0x", host.images.path("whole").display());
+            assert_failed(&whole, &[&named, FULL]);
+            assert!(byte_of(&whole.error) >= 2 * MIB, "{}", whole.error);
+            assert_nothing_happened(&host, &guest, &before);
+
+            // What changed since the base is still known, though nothing is written to after it failed.
+            for name in ["one", "two"] {
+                let status = guest.wait(guest.snapshot(&host.images.path(name), &on(&base, tracked(options.clone()))));
+                assert_failed(&status, &[name, FULL]);
+                assert_nothing_happened(&host, &guest, &before);
+            }
+            host.images.relieve();
+            let chain = guest.saved(&host, "three", &on(&base, options.clone()));
+            guest.check(&chain);
+            drop(chain);
+            assert_eq!(host.images.files(), ["base", "three"]);
+            // Nor did that one take it away.
+            guest.write(7, 7);
+            std::fs::remove_file(host.images.seen("three")).unwrap();
+            let chain = guest.saved(&host, "four", &on(&base, options.clone()));
+            guest.check(&chain);
+        }
+    }
+}
+
+#[test]
+fn space_that_lasts_for_the_pages_and_not_for_the_rest_leaves_no_file() {
+    let Some(tmpfs) = require::tmpfs() else { return };
+    let host = Host::cramped(tmpfs, ROOM);
+    let guest = Guest::full(&host, PAGES);
+    for options in modes() {
+        let chain = guest.saved(&host, "whole", &options);
+        guest.check(&chain);
+        let states = chain.newest().layout().states();
+        drop(chain);
+        let free = host.images.free();
+        std::fs::remove_file(host.images.seen("whole")).unwrap();
+        let needed = host.images.free() - free;
+        // States, checksums of extents, contents, state of the VMM, header.
+        for short in 1..=5 {
+            host.images.fill(needed - short * PAGE_SIZE);
+            let status = guest.wait(guest.snapshot(&host.images.path("whole"), &options));
+            assert_failed(&status, &["image", FULL]);
+            assert_eq!(status.counters.pages_sent, PAGES, "all pages were written");
+            let byte = byte_of(&status.error);
+            assert!(byte == 0 || byte >= states, "{}", status.error);
+            guest.assert_free();
+            assert_eq!(host.images.files(), ["ballast"]);
+            host.images.relieve();
+        }
+        host.images.fill(needed);
+        guest.check(&guest.saved(&host, "whole", &options));
+        std::fs::remove_file(host.images.seen("whole")).unwrap();
+        host.images.relieve();
+    }
+}
+
+/// A snapshot that takes for ever by itself, and for which there is not enough room; `act` has the rest of the pages saved.
+fn runs_full(act: impl Fn(&Host, &Guest)) {
+    let Some(tmpfs) = require::tmpfs() else { return };
+    let modes = if require::uffd() { vec![SnapshotMode::Background, SnapshotMode::Paused] } else { vec![] };
+    for mode in modes {
+        let host = Host::cramped(tmpfs, ROOM);
+        let guest = Guest::full(&host, PAGES);
+        let base = host.images.path("base");
+        guest.saved(&host, "base", &tracked(paused()));
+        // It takes most of the room.
+        let before = host.images.bytes();
+        for options in [background(), on(&base, background())] {
+            guest.client.populate(&[guest.range(0, PAGES)]).unwrap();
+            guest.fill(0..PAGES, 2);
+            let options = endless(SnapshotOptions { mode, ..options });
+            let job = guest.snapshot(&host.images.path("image"), &options);
+            guest.reaches(Phase::Saving);
+            act(&host, &guest);
+            let status = guest.wait(job);
+            assert_failed(&status, &[FULL]);
+            assert_nothing_happened(&host, &guest, &before);
+        }
+        std::fs::remove_file(host.images.seen("base")).unwrap();
+        guest.client.populate(&[guest.range(0, PAGES)]).unwrap();
+        guest.fill(0..PAGES, 3);
+        let chain = guest.saved(&host, "next", &background());
+        guest.check(&chain);
+    }
+}
+
+#[test]
+fn a_discard_that_cannot_be_saved_first_is_no_less_a_discard() {
+    runs_full(|_, guest| {
+        guest.client.discard(&[guest.range(0, PAGES)], Punch::Yes).unwrap();
+        assert!(guest.is_hole(), "acknowledged is freed");
+    });
+}
+
+#[test]
+fn a_write_that_cannot_be_saved_first_goes_on() {
+    runs_full(|_, guest| {
+        if guest.vmm.is_paused() {
+            // Nobody writes, and nothing is to be waited for: the limit is lifted.
+            guest.hurry();
+            return;
+        }
+        let memory = guest.memory.clone();
+        let writing = std::thread::spawn(move || {
+            let block = &memory.blocks()[0];
+            (0..PAGES).for_each(|page| block.store(page * PAGE_SIZE, page).unwrap());
+        });
+        wait_until("all to be written", SOON, || writing.is_finished()).unwrap();
+        writing.join().unwrap();
+    });
+}
+
+#[test]
+fn a_folder_without_room_for_a_file_is_named() {
+    let Some(tmpfs) = require::tmpfs() else { return };
+    let host = Host::cramped(tmpfs, ROOM);
+    let guest = Guest::full(&host, PAGES);
+    host.images.fill(0);
+    for options in modes() {
+        let status = guest.wait(guest.snapshot(&host.images.path("image"), &options));
+        assert_failed(&status, &["image", FULL]);
+        guest.assert_free();
+        assert_eq!(host.images.files(), ["ballast"]);
+    }
+    host.images.relieve();
+    assert_completed(&guest.wait(guest.snapshot(&host.images.path("image"), &paused())));
+}
