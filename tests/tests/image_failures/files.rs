@@ -2,17 +2,21 @@
 
 use crate::common::{At, lock};
 use crate::scene::{
-    Guest, Host, PAGES, assert_completed, assert_failed, background, both, eager, lazy, on, paused, slow, tracked,
+    Guest, Host, PAGES, assert_completed, assert_failed, background, both, eager, endless, lazy, on, paused, slow,
+    tracked,
 };
 use pageferry_agent::image::Chain;
-use pageferry_client::{Phase, RestoreMode, RestoreOptions, SnapshotOptions};
+use pageferry_client::{Config, Phase, RestoreMode, RestoreOptions, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::files::unsealed_memfd;
+use pageferry_tests::memory::{Backing, BlockLayout};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
 use rustix::fs::{CWD, FileType, Mode};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Where pages begin in an image.
 const FIRST: u64 = 2 << 20;
@@ -173,10 +177,10 @@ fn an_image_that_is_cut_off_under_a_guest_that_runs_loses_it_and_nothing_wrong_i
 #[test]
 fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
     let host = Host::new();
-    let ((path, bytes), (other, other_bytes)) = (image(&host, 1), image(&host, 2));
+    let ((path, bytes), (second, second_bytes)) = (image(&host, 1), image(&host, 2));
     for options in both() {
         let (image, other) = (copy(&host, &path), host.images.path("other"));
-        std::fs::copy(host.images.path("image2"), &other).unwrap();
+        std::fs::copy(&second, &other).unwrap();
         let guest = Guest::new(&host, PAGES);
         let job = guest.restore(&image, &slow(options.clone()));
         guest.reaches(if options.mode == RestoreMode::Lazy { Phase::Prefetching } else { Phase::Restoring });
@@ -184,16 +188,15 @@ fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
         guest.hurry();
         assert_completed(&guest.wait(job));
         assert!(guest.bytes() == bytes);
-        assert_restores(&guest, &image, &other_bytes, &options);
-        // The same by a snapshot.
+        assert_restores(&guest, &image, &second_bytes, &options);
+        // Nor does it have to have a name.
         let job = guest.restore(&image, &slow(options.clone()));
         guest.reaches(if options.mode == RestoreMode::Lazy { Phase::Prefetching } else { Phase::Restoring });
         std::fs::remove_file(&image).unwrap();
         guest.hurry();
         assert_completed(&guest.wait(job));
-        assert!(guest.bytes() == other_bytes);
+        assert!(guest.bytes() == second_bytes);
     }
-    drop(other);
 }
 
 #[test]
@@ -232,11 +235,7 @@ fn what_is_no_image_is_refused_by_name_and_the_memory_is_left_alone() {
 
 #[test]
 fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
-    if rustix::process::geteuid().is_root() {
-        eprintln!("skipped: root may read everything");
-        return;
-    }
-    let host = Host::new();
+    let Some(host) = Host::unprivileged() else { return };
     let (path, bytes) = image(&host, 1);
     rustix::fs::chmod(&path, Mode::empty()).unwrap();
     let guest = Guest::new(&host, PAGES);
@@ -245,23 +244,23 @@ fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
     }
     rustix::fs::chmod(&path, Mode::RUSR).unwrap();
     assert_restores(&guest, &path, &bytes, &eager());
+    // Nor may it be written where it is not allowed to.
+    rustix::fs::chmod(host.images.path(""), Mode::RUSR | Mode::XUSR).unwrap();
+    let status = guest.wait(guest.snapshot(&host.images.path("next"), &paused()));
+    assert_failed(&status, &["next: cannot create a file in its folder: Permission denied"]);
+    guest.assert_free();
 }
 
 #[test]
 fn memory_that_is_cut_off_while_it_is_saved_is_named_and_the_guest_runs() {
-    use pageferry_client::Config;
-    use pageferry_tests::files::unsealed_memfd;
-    use pageferry_tests::memory::{Backing, BlockLayout};
-    use std::sync::Arc;
     let host = Host::new();
-    for options in [paused()] {
+    for options in if require::uffd() { vec![background(), paused()] } else { vec![paused()] } {
         let fd: OwnedFd = unsealed_memfd("ram", PAGES * PAGE_SIZE, rustix::fs::MemfdFlags::empty()).unwrap();
         let file = Arc::new(File::from(fd));
         let layout = BlockLayout { backing: Backing::File(file.clone()), ..BlockLayout::ram(PAGES * PAGE_SIZE) };
         let guest = Guest::of(&host, vec![layout], Config::default());
         guest.fill(0..PAGES, 1);
-        let options = crate::scene::endless(options);
-        let job = guest.snapshot(&host.images.path("image"), &options);
+        let job = guest.snapshot(&host.images.path("image"), &endless(options));
         guest.reaches(Phase::Saving);
         rustix::fs::ftruncate(file.as_fd(), PAGES / 2 * PAGE_SIZE).unwrap();
         guest.hurry();
@@ -270,7 +269,7 @@ fn memory_that_is_cut_off_while_it_is_saved_is_named_and_the_guest_runs() {
         guest.assert_free();
         assert!(host.images.files().is_empty());
         assert!(!lock(&guest.vmm.asked).paused);
-        let chain = guest.saved(&host, "image", &paused());
-        guest.check(&chain);
+        guest.check(&guest.saved(&host, "image", &paused()));
+        std::fs::remove_file(host.images.path("image")).unwrap();
     }
 }

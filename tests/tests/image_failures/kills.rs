@@ -1,10 +1,12 @@
-//! Agents and VMMs that are killed at any moment.
+//! Agents and VMMs that are killed at any moment, and agents that hang at any.
 
-use crate::common::PROGRAM;
+use crate::common::{PROGRAM, lock};
 use crate::moments::{BANDWIDTH, Moment, PAGES, Running, check_content, check_image, waiting};
-use crate::scene::{Host, assert_completed, assert_failed, background, eager, lazy, on, paused, tracked};
+use crate::scene::{
+    self, Guest, Host, assert_completed, assert_failed, background, eager, endless, lazy, on, paused, slow, tracked,
+};
 use pageferry_agent::image::Chain;
-use pageferry_client::{Ownership, Phase, RestoreOptions, SnapshotOptions};
+use pageferry_client::{Config, Ownership, Phase, RestoreOptions, SnapshotOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::Process;
@@ -15,6 +17,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 /// There is a whole image or none, and nothing else that was not there before. Takes the image away.
 #[track_caller]
@@ -77,24 +80,68 @@ fn kill_agent_in_snapshots(seed: u64, count: u64, increment: bool, options: &Sna
 #[test]
 fn an_agent_that_is_killed_in_a_background_snapshot_leaves_a_whole_image_or_none() {
     if require::uffd() {
-        kill_agent_in_snapshots(1, 8, false, &background());
+        kill_agent_in_snapshots(1, 12, false, &background());
     }
 }
 
 #[test]
 fn an_agent_that_is_killed_in_a_paused_snapshot_leaves_a_whole_image_or_none() {
-    kill_agent_in_snapshots(2, 6, false, &paused());
+    kill_agent_in_snapshots(2, 10, false, &paused());
 }
 
 #[test]
 fn an_agent_that_is_killed_in_an_increment_leaves_a_whole_image_or_none() {
     let mode = if require::uffd() { background() } else { paused() };
-    kill_agent_in_snapshots(3, 6, true, &mode);
+    kill_agent_in_snapshots(3, 10, true, &mode);
+}
+
+/// The agent hangs at `count` moments of a snapshot, and wakes up when it was given up.
+fn hang_in_snapshots(seed: u64, count: u64, options: &SnapshotOptions) {
+    let mut host = Host::new();
+    let config = Config { request_timeout: Duration::from_millis(300), ..Config::default() };
+    let mut running = Running::with(&host, config);
+    let mut random = Random::new(seed);
+    let options = SnapshotOptions { bandwidth: BANDWIDTH, ..options.clone() };
+    for index in 0..count {
+        let moment = Moment::any(&mut random);
+        running.vmm.start_snapshot(&host.images.path("image"), &options).unwrap();
+        moment.wait(|| running.vmm.client().status().unwrap());
+        let phase = running.vmm.client().status().unwrap().phase;
+        eprintln!("seed {seed}, {index}: {moment:?}, in phase {}", phase.name());
+        host.agent.process().freeze().unwrap();
+        // Whatever it hangs in, the guest does not wait for it.
+        running.assert_runs();
+        running.vmm.client().status().unwrap_err();
+        running.assert_runs_without_agent();
+        host.agent.process().thaw().unwrap();
+        let status = host.ended();
+        assert_eq!(host.images.files().is_empty(), status.phase != Phase::Completed, "{}", status.error);
+        assert_whole_or_none(&host, &[]);
+        running.assert_runs();
+        running.vmm.clear_record();
+        running.vmm.reattach(host.agent.socket()).unwrap();
+        let job = running.vmm.start_snapshot(&host.images.path("next"), &options).unwrap();
+        assert_completed(&running.vmm.wait_job(job, PATIENCE).unwrap());
+        check_image(&host.images.path("next"));
+        std::fs::remove_file(host.images.path("next")).unwrap();
+    }
+}
+
+#[test]
+fn an_agent_that_hangs_in_a_background_snapshot_does_not_hold_the_guest() {
+    if require::uffd() {
+        hang_in_snapshots(9, 6, &background());
+    }
+}
+
+#[test]
+fn an_agent_that_hangs_in_a_paused_snapshot_does_not_hold_the_guest() {
+    hang_in_snapshots(10, 4, &paused());
 }
 
 #[test]
 fn an_agent_that_is_killed_as_it_replaces_an_image_leaves_one_of_the_two() {
-    kill_agent_in_replacement(4, 6);
+    kill_agent_in_replacement(4, 10);
 }
 
 fn kill_agent_in_replacement(seed: u64, count: u64) {
@@ -145,7 +192,7 @@ fn an_agent_that_is_killed_in_an_eager_restore_leaves_no_guest_and_the_next_rest
     let path = image(&host);
     let mut random = Random::new(5);
     let mut vmm = waiting(&host);
-    for index in 0..6 {
+    for index in 0..8 {
         let moment = Moment::any(&mut random);
         vmm.clear_record();
         let options = RestoreOptions { bandwidth: BANDWIDTH, ..eager() };
@@ -301,7 +348,7 @@ fn a_vmm_that_is_killed_while_it_is_saved_leaves_a_whole_image_or_none_and_a_fre
     let image = host.images.path("image");
     let to = image.to_str().unwrap();
     let mut random = Random::new(7);
-    for index in 0..6 {
+    for index in 0..8 {
         let moment = Moment::any(&mut random);
         let mut more = vec!["--snapshot-to", to, "--bandwidth", "128M", "--write-rate", "2000"];
         if index % 2 == 0 || !require::uffd() {
@@ -333,7 +380,7 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
     source.is_saved_in(&image);
     let vmm = Vmm::new(&host);
     let mut random = Random::new(8);
-    for index in 0..6 {
+    for index in 0..8 {
         let lazy = index % 2 == 0 && require::uffd();
         vmm.fill(3);
         let mut process = vmm.start("destination", &[]);
@@ -352,4 +399,51 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
         vmm.completes("destination", more);
         vmm.is_saved_in(&image);
     }
+}
+
+#[test]
+fn an_agent_that_is_told_to_end_leaves_no_image_and_no_protection() {
+    for options in if require::uffd() { vec![background(), paused()] } else { vec![paused()] } {
+        let mut host = Host::new();
+        let guest = Guest::full(&host, scene::PAGES);
+        guest.snapshot(&host.images.path("image"), &endless(options));
+        guest.reaches(Phase::Saving);
+        host.agent.process().terminate().unwrap();
+        assert!(host.agent.process().wait(PATIENCE).unwrap().success());
+        wait_until("the agent to be lost", PATIENCE, || !lock(&guest.vmm.asked).losses.is_empty()).unwrap();
+        guest.assert_free();
+        assert!(host.images.files().is_empty());
+    }
+}
+
+#[test]
+fn an_agent_that_is_told_to_end_undoes_a_restore_or_brings_it_to_its_end() {
+    let mut host = Host::new();
+    let guest = Guest::full(&host, scene::PAGES);
+    let (path, right) = (host.images.path("image"), guest.bytes());
+    guest.saved(&host, "image", &paused());
+    guest.restore(&path, &slow(eager()));
+    guest.reaches(Phase::Restoring);
+    host.agent.process().terminate().unwrap();
+    assert!(host.agent.process().wait(PATIENCE).unwrap().success());
+    wait_until("the agent to be lost", PATIENCE, || !lock(&guest.vmm.asked).losses.is_empty()).unwrap();
+    assert!(guest.is_hole());
+    if !require::uffd() {
+        return;
+    }
+    host.replace_agent();
+    guest.reattach(&host);
+    let job = guest.restore(&path, &slow(lazy()));
+    guest.reaches(Phase::Prefetching);
+    host.agent.process().terminate().unwrap();
+    // It is there for its guest until that is whole.
+    let page = guest.block().load(9 * PAGE_SIZE).unwrap();
+    assert_eq!(page.to_le_bytes(), right[9 * PAGE_SIZE as usize..][..8]);
+    assert_eq!(guest.client.status().unwrap().job, job);
+    guest.hurry();
+    assert!(host.agent.process().wait(PATIENCE).unwrap().success());
+    wait_until("the agent to be lost", PATIENCE, || lock(&guest.vmm.asked).losses.len() == 2).unwrap();
+    assert_eq!(lock(&guest.vmm.asked).losses, ["agent", "agent"]);
+    assert!(guest.bytes() == right);
+    guest.assert_free();
 }

@@ -2,7 +2,7 @@
 
 use crate::scene::Host;
 use pageferry_agent::image::Chain;
-use pageferry_client::{JobStatus, StatePiece};
+use pageferry_client::{Client, Config, JobStatus, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::{ThreadGuest, ThreadGuestOptions};
@@ -36,11 +36,16 @@ pub struct Running {
 
 impl Running {
     pub fn new(host: &Host) -> Self {
+        Self::with(host, Config::default())
+    }
+
+    pub fn with(host: &Host, config: Config) -> Self {
         let usage = usage();
         usage.memory().block(0).unwrap().fill(PageRange::new(0, FILLED), 1).unwrap();
         let guest = ThreadGuest::new(&usage, options(4000)).unwrap();
         let writes = Box::new(guest.watch_writes());
-        let vmm = MockVmm::connect(host.agent.socket(), usage, Tracker::Log).unwrap();
+        let (client, channel) = Client::connect(host.agent.socket(), config).unwrap();
+        let vmm = MockVmm::new(client, channel, usage, Tracker::Log).unwrap();
         vmm.set_guest(guest);
         vmm.start().unwrap();
         let running = Self { vmm, writes };
@@ -121,14 +126,21 @@ pub enum Moment {
     Pages(u64),
     /// So long after it was started.
     After(Duration),
+    /// So long after all pages that hold something were, while the rest is written and made safe, or loaded.
+    Last(Duration),
 }
 
 impl Moment {
     /// One that `random` chooses.
     pub fn any(random: &mut Random) -> Self {
-        match random.percent(50) {
-            true => Self::Pages(random.below(FILLED)),
-            false => Self::After(Duration::from_micros(random.below(80_000))),
+        let kind = random.below(10);
+        let mut below = |micros| Duration::from_micros(random.below(micros));
+        match kind {
+            // Before there is much to see of it.
+            0..3 => Self::After(below(3_000)),
+            3..5 => Self::After(below(80_000)),
+            5..7 => Self::Last(below(8_000)),
+            _ => Self::Pages(random.below(FILLED)),
         }
     }
 
@@ -137,6 +149,10 @@ impl Moment {
         match self {
             // Whatever the job has come to by then: what must hold does at any moment.
             Self::After(time) => std::thread::sleep(*time),
+            Self::Last(time) => {
+                Self::Pages(FILLED).wait(status);
+                std::thread::sleep(*time);
+            }
             Self::Pages(pages) => {
                 let come = || {
                     let status = status();

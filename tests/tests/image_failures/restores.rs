@@ -217,8 +217,6 @@ fn an_operator_s_restore_of_an_image_of_no_use_costs_nobody_a_guest() {
     let layout = pageferry_agent::image::Chain::open(&path).unwrap();
     let layout = layout.newest().layout();
     let places = [0, 100, layout.states(), layout.extent_sums(), layout.contents(), length - 1];
-    let stranger = Guest::full(&Host::new(), 1);
-    drop(stranger);
     for more in [&[][..], &["--lazy"]] {
         for place in places {
             std::fs::copy(&path, &copy).unwrap();

@@ -11,7 +11,9 @@ use pageferry_tests::memory::{BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::process::AgentProcess;
 use pageferry_tests::tmpfs::{Tmpfs, View};
 use std::ffi::OsStr;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -69,14 +71,34 @@ impl Folder {
 pub struct Host {
     pub agent: AgentProcess,
     pub images: Folder,
-    _home: tempfile::TempDir,
+    home: tempfile::TempDir,
 }
 
 impl Host {
     pub fn new() -> Self {
         let home = tempfile::tempdir().unwrap();
         let agent = AgentProcess::spawn(OsStr::new(PROGRAM), home.path(), "agent").unwrap();
-        Self { agent, images: Folder { agents: folder_in(&home), view: None }, _home: home }
+        Self { agent, images: Folder { agents: folder_in(&home), view: None }, home }
+    }
+
+    /// The agent may do no more than any user. `None` if there is none that could run it.
+    pub fn unprivileged() -> Option<Self> {
+        const NOBODY: u32 = 65534;
+        if !rustix::process::geteuid().is_root() {
+            return Some(Self::new());
+        }
+        let home = tempfile::tempdir().unwrap();
+        let agents = folder_in(&home);
+        for folder in [home.path(), &agents] {
+            std::os::unix::fs::chown(folder, Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+        match AgentProcess::start(Command::new(PROGRAM).uid(NOBODY).gid(NOBODY), home.path(), "agent") {
+            Ok(agent) => Some(Self { agent, images: Folder { agents, view: None }, home }),
+            Err(error) => {
+                eprintln!("skipped: an agent as nobody: {}", error.sentence());
+                None
+            }
+        }
     }
 
     /// The folder has room for this many bytes.
@@ -86,13 +108,13 @@ impl Host {
         let mut command = tmpfs.command(&agents, bytes, OsStr::new(PROGRAM));
         let mut agent = AgentProcess::start(&mut command, home.path(), "agent").unwrap();
         let view = View::of(agent.process().id(), &agents).unwrap();
-        Self { agent, images: Folder { agents, view: Some(view) }, _home: home }
+        Self { agent, images: Folder { agents, view: Some(view) }, home }
     }
 
     /// Another agent in the place of the first, which was killed or is now.
     pub fn replace_agent(&mut self) {
         self.agent.process().kill().unwrap();
-        self.agent = AgentProcess::spawn(OsStr::new(PROGRAM), self._home.path(), "agent").unwrap();
+        self.agent = AgentProcess::spawn(OsStr::new(PROGRAM), self.home.path(), "agent").unwrap();
     }
 
     /// How the last job stands, as an operator sees it.

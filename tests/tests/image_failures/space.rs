@@ -1,11 +1,15 @@
 //! A file system that is full.
 
 use crate::common::SOON;
-use crate::scene::{Guest, Host, PAGES, assert_completed, assert_failed, background, endless, on, paused, tracked};
-use pageferry_client::{Phase, Punch, SnapshotMode, SnapshotOptions};
+use crate::scene::{
+    Guest, Host, PAGES, assert_completed, assert_failed, background, endless, lazy, on, paused, tracked,
+};
+use pageferry_client::tracking::uffd::WriteProtect;
+use pageferry_client::{Phase, Punch, RestoreOptions, SnapshotMode, SnapshotOptions, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
+use std::ops::Range;
 
 const MIB: u64 = 1 << 20;
 /// Room for all of the guest, and a little more.
@@ -46,7 +50,8 @@ fn a_full_file_system_fails_the_snapshot_and_nothing_else() {
             host.images.fill(5 * MIB);
             let before = host.images.bytes();
 
-            let whole = guest.wait(guest.snapshot(&host.images.path("whole"), &options));
+            // Others could be built on this one if there was room for it; as there is none, they are on the one before.
+            let whole = guest.wait(guest.snapshot(&host.images.path("whole"), &tracked(options.clone())));
             let named = format!("image {}: cannot write at byte 0x", host.images.path("whole").display());
             assert_failed(&whole, &[&named, FULL]);
             assert!(byte_of(&whole.error) >= 2 * MIB, "{}", whole.error);
@@ -174,4 +179,51 @@ fn a_folder_without_room_for_a_file_is_named() {
     }
     host.images.relieve();
     assert_completed(&guest.wait(guest.snapshot(&host.images.path("image"), &paused())));
+}
+
+#[test]
+fn what_only_the_kernel_knows_of_is_not_lost_by_a_full_file_system() {
+    let Some(tmpfs) = require::tmpfs() else { return };
+    if !require::uffd() {
+        return;
+    }
+    let host = Host::cramped(tmpfs, ROOM);
+    let guest = Guest::new(&host, PAGES);
+    guest.fill(0..100, 1);
+    let tracker = WriteProtect::register(&[(guest.block().address(), PAGES * PAGE_SIZE)]).unwrap();
+    guest.client.set_trackers(Trackers { hooks: false, pagemap: Some(tracker.pagemap()) }).unwrap();
+    let base = host.images.path("base");
+    guest.saved(&host, "base", &tracked(paused()));
+    // Through the mapping, and not marked.
+    let write = |pages: Range<u64>| pages.for_each(|page| guest.block().store(page * PAGE_SIZE, page + 1).unwrap());
+    write(0..PAGES / 2);
+    host.images.fill(2 * MIB);
+    for pages in [PAGES / 2..PAGES / 2 + 5, PAGES / 2 + 5..PAGES] {
+        let status = guest.wait(guest.snapshot(&host.images.path("one"), &on(&base, tracked(paused()))));
+        assert_failed(&status, &["one", FULL]);
+        write(pages);
+    }
+    host.images.relieve();
+    guest.check(&guest.saved(&host, "one", &on(&base, tracked(paused()))));
+    write(0..3);
+    guest.check(&guest.saved(&host, "two", &on(&host.images.path("one"), paused())));
+}
+
+#[test]
+fn a_working_set_for_which_there_is_no_room_is_no_reason_for_a_restore_to_fail() {
+    let Some(tmpfs) = require::tmpfs() else { return };
+    if !require::uffd() {
+        return;
+    }
+    let host = Host::cramped(tmpfs, ROOM);
+    let guest = Guest::full(&host, PAGES);
+    guest.saved(&host, "image", &paused());
+    let right = guest.bytes();
+    host.images.fill(0);
+    let working_set = host.images.path("touched").to_str().unwrap().to_owned();
+    let options = RestoreOptions { working_set, ..lazy() };
+    assert_completed(&guest.restored(&host.images.path("image"), &options));
+    assert!(guest.bytes() == right);
+    guest.assert_free();
+    assert_eq!(host.images.files(), ["ballast", "image"]);
 }
