@@ -113,6 +113,11 @@ impl ImageWriter {
         self.id
     }
 
+    /// True if large runs go past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
     /// The name that it will have.
     pub fn path(&self) -> &Path {
         self.file.path()

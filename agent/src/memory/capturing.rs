@@ -35,8 +35,8 @@ use rustix::io::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes that are read before they are put: they stay in the processor's cache until then. More only where a host page is larger.
-const BATCH: usize = 1 << 20;
+/// Bytes that are read before they are put, where nothing speaks for more: they stay in the processor's cache until then.
+pub const BATCH: usize = 1 << 20;
 
 /// Takes what is captured.
 pub trait Sink: std::fmt::Debug + Send + Sync {
@@ -45,11 +45,21 @@ pub trait Sink: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// If it cannot.
     fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError>;
+
+    /// Bytes that it likes to have put at once.
+    fn batch(&self) -> usize {
+        BATCH
+    }
 }
 
 impl Sink for ImageWriter {
     fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
         ImageWriter::put(self, at, range, bytes)
+    }
+
+    fn batch(&self) -> usize {
+        // A disk that is written to without the page cache has no more to do at once than the workers give it.
+        if self.is_direct() { 4 * BATCH } else { BATCH }
     }
 }
 
@@ -108,21 +118,23 @@ pub struct Capturing {
 #[derive(Debug)]
 pub struct Batch {
     buffer: crate::image::PageBuffer,
+    /// Bytes from which on it is full.
+    full: usize,
     filled: usize,
     /// Index of the block, its pages, and the byte of the buffer where they begin.
     runs: Vec<(usize, PageRange, usize)>,
 }
 
 impl Batch {
-    /// Room for a batch of pages of `memory`, or for one host page.
-    pub fn new(memory: &GuestMemory) -> Self {
+    /// Room for about `bytes` of pages of `memory`, or for one host page.
+    fn new(memory: &GuestMemory, bytes: usize) -> Self {
         let largest = memory.blocks().iter().map(|block| block.backing.host_page_size()).max();
         let part = largest.unwrap_or(PAGE_SIZE).clamp(WORD_BITS * PAGE_SIZE, 2 << 20) as usize;
-        Self { buffer: crate::image::PageBuffer::new(BATCH + part), filled: 0, runs: Vec::new() }
+        Self { buffer: crate::image::PageBuffer::new(bytes + part), full: bytes, filled: 0, runs: Vec::new() }
     }
 
     fn is_full(&self) -> bool {
-        self.filled >= BATCH
+        self.filled >= self.full
     }
 
     fn read(&mut self, at: usize, block: &Block, pages: PageRange) -> Result<(), JobError> {
@@ -148,6 +160,11 @@ impl Capturing {
         let (failure, failed) = (Mutex::default(), AtomicBool::new(false));
         let (over, rescuing, cursor) = (AtomicBool::new(false), Mutex::default(), Cursor::new(memory));
         Self { pending, protection, sink, live, failure, failed, over, rescuing, cursor }
+    }
+
+    /// What a worker needs. Nothing is kept in it from one call to the next.
+    pub fn batch(&self, memory: &GuestMemory) -> Batch {
+        Batch::new(memory, self.sink.batch())
     }
 
     /// What is not captured yet.
@@ -267,7 +284,7 @@ impl Capturing {
             return self.pending.take_range(at, host_pages, |_, _| ());
         }
         let _rescuing = self.rescuing.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.sweep(memory, SESSION, at, host_pages, &mut Batch::new(memory)) {
+        match self.sweep(memory, SESSION, at, host_pages, &mut self.batch(memory)) {
             Ok(pages) => add(&self.live.rescued_pages, pages),
             Err(error) => self.fail(error),
         }

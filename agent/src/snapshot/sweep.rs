@@ -3,7 +3,7 @@
 //! They go on behind the last fault, in small pieces that grow while it is quiet: a guest that writes to a page will write to those after it soon, and need not wait for them then.
 
 use crate::job::{Job, JobError};
-use crate::memory::capturing::{Batch, Capturing};
+use crate::memory::capturing::Capturing;
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -39,7 +39,7 @@ impl Sweep<'_> {
 
     fn capture(&self, worker: usize) -> Result<(), JobError> {
         let (memory, pending) = (&self.job.memory, self.capturing.pending());
-        let mut batch = Batch::new(memory);
+        let mut batch = self.capturing.batch(memory);
         while !self.failed.load(Ordering::Relaxed) {
             self.job.cancel.check()?;
             if self.capturing.has_failed() {
