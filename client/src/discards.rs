@@ -26,8 +26,9 @@ pub enum Punch {
     No,
 }
 
-/// Most bytes that one request discards, but for blocks whose unit is larger. A disk that saves 100 MB in a second is in time with the default of 10 seconds.
-const MAX_DISCARD: u64 = 1 << 30;
+/// Most bytes that one request discards, but for blocks whose unit is larger. A disk that saves 14 MB in a second, busy with other things, is in time with the
+/// default of 10 seconds.
+const MAX_DISCARD: u64 = 128 << 20;
 
 /// A range with its block, checked and rounded.
 struct Checked {

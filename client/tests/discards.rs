@@ -186,12 +186,13 @@ fn busy_populate_surfaces_and_changes_nothing() {
     agent.join().unwrap();
 }
 
-const GIB: u64 = 1 << 30;
+/// What one request discards at most.
+const MOST: u64 = 128 << 20;
 
-/// A memfd of so many GiB, all holes.
-fn sparse(gib: u64) -> OwnedFd {
+/// A memfd of so many times that, all holes.
+fn sparse(times: u64) -> OwnedFd {
     let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, gib * GIB).unwrap();
+    ftruncate(&fd, times * MOST).unwrap();
     fd
 }
 
@@ -215,12 +216,12 @@ fn requests_until(agent: &mut FakeAgent, unit: u64, most: usize) -> Vec<Vec<(u64
 #[test]
 fn no_request_discards_more_than_can_be_saved_in_time() {
     const UNIT: u64 = 2 << 20;
-    let ragged = BlockRange { block: 1, offset: GIB / 2 + 1, length: 2 * GIB + 5 };
-    let small = |first: u64| BlockRange { block: 1, offset: 3 * GIB + first * UNIT, length: UNIT };
-    let half = BlockRange { block: 1, offset: 2 * GIB + GIB / 4, length: GIB };
+    let ragged = BlockRange { block: 1, offset: MOST / 2 + 1, length: 2 * MOST + 5 };
+    let small = |first: u64| BlockRange { block: 1, offset: 3 * MOST + first * UNIT, length: UNIT };
+    let half = BlockRange { block: 1, offset: 2 * MOST + MOST / 4, length: MOST };
     let ranges = [small(0), ragged, small(2), small(3), half];
-    let whole = (2 * GIB - UNIT) / PAGE;
-    let expected = whole + 3 * UNIT / PAGE + GIB / PAGE;
+    let whole = (2 * MOST - UNIT) / PAGE;
+    let expected = whole + 3 * UNIT / PAGE + MOST / PAGE;
 
     let (client, _hooks, agent) = client(|mut agent| {
         agent.accept_block();
@@ -233,14 +234,14 @@ fn no_request_discards_more_than_can_be_saved_in_time() {
     let asked = agent.join().unwrap();
     let flat: Vec<_> = asked.iter().flatten().copied().collect();
     let pieces = [
-        (3 * GIB, UNIT),
-        (GIB / 2 + 1, GIB / 2 - 1),
-        (GIB, GIB),
-        (2 * GIB, GIB / 2 + 6),
-        (3 * GIB + 2 * UNIT, UNIT),
-        (3 * GIB + 3 * UNIT, UNIT),
+        (3 * MOST, UNIT),
+        (MOST / 2 + 1, MOST / 2 - 1),
+        (MOST, MOST),
+        (2 * MOST, MOST / 2 + 6),
+        (3 * MOST + 2 * UNIT, UNIT),
+        (3 * MOST + 3 * UNIT, UNIT),
         // Not larger than what one request may cover, so it is left whole.
-        (2 * GIB + GIB / 4, GIB),
+        (2 * MOST + MOST / 4, MOST),
     ];
     assert_eq!(flat, pieces);
     assert_eq!(asked.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1, 3, 1]);
@@ -255,12 +256,12 @@ fn large_discard_is_the_same_without_an_agent_and_when_it_dies_in_the_middle() {
         });
         let memory = sparse(4);
         client.add_block(spec(1, 0, &memory)).unwrap();
-        let ragged = BlockRange { block: 1, offset: GIB / 2 + 1, length: 3 * GIB };
-        assert_eq!(client.discard(&[ragged], Punch::Yes).unwrap(), 3 * GIB / PAGE - 1);
+        let ragged = BlockRange { block: 1, offset: MOST / 2 + 1, length: 3 * MOST };
+        assert_eq!(client.discard(&[ragged], Punch::Yes).unwrap(), 3 * MOST / PAGE - 1);
         let bitmap = client.discarded(1).unwrap();
         // This agent only said so.
-        let first = [GIB / 2 / PAGE + 1, GIB / PAGE, 2 * GIB / PAGE][answers];
-        let end = (3 * GIB + GIB / 2) / PAGE;
+        let first = [MOST / 2 / PAGE + 1, MOST / PAGE, 2 * MOST / PAGE][answers];
+        let end = (3 * MOST + MOST / 2) / PAGE;
         assert_eq!(bitmap.runs(bitmap.all()).collect::<Vec<_>>(), [PageRange::new(first, end - first)]);
         agent.join().unwrap();
     }
@@ -270,13 +271,13 @@ fn large_discard_is_the_same_without_an_agent_and_when_it_dies_in_the_middle() {
 fn unit_larger_than_a_request_is_not_cut() {
     let (client, _hooks, agent) = client(|mut agent| {
         agent.accept_block();
-        requests_until(&mut agent, 2 * GIB, usize::MAX)
+        requests_until(&mut agent, 2 * MOST, usize::MAX)
     });
     let memory = sparse(6);
-    client.add_block(BlockSpec { granularity: 2 * GIB, ..spec(1, 0, &memory) }).unwrap();
-    let range = BlockRange { block: 1, offset: PAGE, length: 6 * GIB - PAGE };
-    assert_eq!(client.discard(&[range], Punch::No).unwrap(), 4 * GIB / PAGE);
+    client.add_block(BlockSpec { granularity: 2 * MOST, ..spec(1, 0, &memory) }).unwrap();
+    let range = BlockRange { block: 1, offset: PAGE, length: 6 * MOST - PAGE };
+    assert_eq!(client.discard(&[range], Punch::No).unwrap(), 4 * MOST / PAGE);
     drop(client);
     let asked = agent.join().unwrap();
-    assert_eq!(asked, [vec![(PAGE, 2 * GIB - PAGE)], vec![(2 * GIB, 2 * GIB)], vec![(4 * GIB, 2 * GIB)]]);
+    assert_eq!(asked, [vec![(PAGE, 2 * MOST - PAGE)], vec![(2 * MOST, 2 * MOST)], vec![(4 * MOST, 2 * MOST)]]);
 }
