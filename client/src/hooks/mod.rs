@@ -148,7 +148,8 @@ pub trait Hooks: Send {
     /// it had one, with all that writes its memory, and forget its state, before it says yes.
     ///
     /// After that the guest is not this VMM's, as after [`Client::start_restore`](crate::Client::start_restore): [`Ownership::Awaiting`]. The restored one is brought
-    /// by [`Hooks::load_state`] and run by [`Hooks::resume`]. If the restore fails, none is. Not called while a guest that was given up may have to run here again
+    /// by [`Hooks::load_state`] and run by [`Hooks::resume`]. If the restore fails, none is. That also holds if this takes longer than the agent waits for a hook, or the job
+    /// is cancelled meanwhile: then the guest was given up for nothing, the job's end comes by [`Hooks::event`], and the VMM has to start over. Not called while a guest that was given up may have to run here again
     /// ([`Ownership::Relinquished`]).
     ///
     /// # Errors
