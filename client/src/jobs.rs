@@ -99,12 +99,14 @@ impl Client {
             return Err(lost);
         }
         // Before it is sent: the resume hook may come sooner than the answer.
-        let before = self.shared_ownership().lock().await_guest(session.control.link().id);
+        let before = self.shared_ownership().lock().ask_for_guest(session.control.link().id);
         let started = session.control.request(request, fds, JobStarted::decode);
         match &started {
-            Ok(_) => self.faults().forget(),
             Err(Error::Refused { .. }) => self.shared_ownership().lock().await_refused(before),
-            Err(_) => {}
+            Ok(_) | Err(_) => self.shared_ownership().lock().await_answered(),
+        }
+        if started.is_ok() {
+            self.faults().forget();
         }
         started
     }

@@ -15,6 +15,9 @@
 //!    take by force, resume by force: Ours from any
 //! ```
 //!
+//! A guest is awaited as soon as it is asked for, since it may come sooner than the agent's answer. Until that comes, the agent may also be in the middle of a snapshot, and
+//! about to refuse: so what a snapshot needs is still allowed then, unless a guest comes.
+//!
 //! The state machine does no I/O and calls no hook: it says what to do. The lock around it is held for a few instructions only.
 
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
@@ -86,22 +89,32 @@ pub(crate) struct Machine {
     /// The connection whose agent may still say that the guest is to run here: while relinquished, that no commit left; while awaiting, that
     /// one arrived.
     asked_by: Option<u64>,
+    /// While awaiting: the agent has neither answered nor brought anything, and the guest was ours before.
+    unanswered: bool,
 }
 
 impl Machine {
     pub(crate) const fn new() -> Self {
-        Self { ownership: Ownership::Ours, pause: Pause::Running, asked_by: None }
+        Self { ownership: Ownership::Ours, pause: Pause::Running, asked_by: None, unanswered: false }
     }
 
     pub(crate) fn ownership(&self) -> Ownership {
         self.ownership
     }
 
-    /// A guest is about to be asked for, by an incoming migration or a restore. Returns what to hand to [`Machine::await_refused`].
-    pub(crate) fn await_guest(&mut self, link: u64) -> Machine {
-        let before = *self;
+    /// The VMM allowed that a guest is restored.
+    pub(crate) fn await_guest(&mut self, link: u64) {
         self.ownership = Ownership::Awaiting;
         self.asked_by = Some(link);
+        self.unanswered = false;
+    }
+
+    /// A guest is about to be asked for, by an incoming migration or a restore. Returns what to hand to [`Machine::await_refused`]; otherwise
+    /// [`Machine::await_answered`] follows.
+    pub(crate) fn ask_for_guest(&mut self, link: u64) -> Machine {
+        let before = *self;
+        self.await_guest(link);
+        self.unanswered = before.is_here();
         before
     }
 
@@ -110,6 +123,21 @@ impl Machine {
         if self.ownership == Ownership::Awaiting {
             self.ownership = before.ownership;
             self.asked_by = before.asked_by;
+            self.unanswered = before.unanswered;
+        }
+    }
+
+    /// The agent did not refuse it.
+    pub(crate) fn await_answered(&mut self) {
+        self.unanswered = false;
+    }
+
+    /// True if the guest is ours, or is as long as the agent has not said that it brings another.
+    fn is_here(&self) -> bool {
+        match self.ownership {
+            Ownership::Ours => true,
+            Ownership::Awaiting => self.unanswered,
+            Ownership::Relinquished | Ownership::Gone => false,
         }
     }
 
@@ -123,9 +151,12 @@ impl Machine {
     }
 
     /// The agent brings the state of a guest. Only the one that was asked may: nobody else's guest is to overwrite ours.
-    pub(crate) fn load_state(&self, link: u64) -> Result<(), Forbidden> {
+    pub(crate) fn load_state(&mut self, link: u64) -> Result<(), Forbidden> {
         match self.ownership {
-            Ownership::Awaiting if self.asked_by == Some(link) => Ok(()),
+            Ownership::Awaiting if self.asked_by == Some(link) => {
+                self.unanswered = false;
+                Ok(())
+            }
             other => Err(Forbidden::NotAwaited(other)),
         }
     }
@@ -135,6 +166,7 @@ impl Machine {
         let awaiting = self.ownership == Ownership::Awaiting;
         if awaiting {
             self.asked_by = None;
+            self.unanswered = false;
         }
         awaiting
     }
@@ -142,21 +174,16 @@ impl Machine {
     /// The agent asks for a pause. Only a guest that is ours can be paused; that it is asked for is the beginning of another attempt, which
     /// will end with a resume if it fails.
     pub(crate) fn pause(&mut self) -> Result<(), Forbidden> {
-        match self.ownership {
-            Ownership::Ours => Ok(()),
-            other => {
-                self.asked_by = None;
-                Err(Forbidden::NotOurs(other))
-            }
+        if self.is_here() {
+            return Ok(());
         }
+        self.asked_by = None;
+        Err(Forbidden::NotOurs(self.ownership))
     }
 
     /// The agent asks to watch the guest's writes. Elsewhere it writes, or nowhere.
     pub(crate) fn watch_writes(&self) -> Result<(), Forbidden> {
-        match self.ownership {
-            Ownership::Ours => Ok(()),
-            other => Err(Forbidden::NotOursToSave(other)),
-        }
+        if self.is_here() { Ok(()) } else { Err(Forbidden::NotOursToSave(self.ownership)) }
     }
 
     /// The VMM's pause returned.
@@ -200,6 +227,7 @@ impl Machine {
         let runs = self.ownership == Ownership::Ours && self.pause == Pause::Running;
         self.ownership = Ownership::Ours;
         self.asked_by = None;
+        self.unanswered = false;
         Ok(if runs && !force { Resume::Already } else { Resume::Call })
     }
 

@@ -3,7 +3,7 @@
 
 mod support;
 
-use pageferry_client::{Dispatch, Error, HookError, Hooks, JobStatus, Ownership, Phase, StatePiece};
+use pageferry_client::{Dispatch, Error, HookError, Hooks, JobStatus, Ownership, Phase, RestoreOptions, StatePiece};
 use pageferry_protocol::control::hook::{Hook, PieceSize, code, decode_hook_reply, decode_state_reply, reply_sequence};
 use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES};
@@ -282,6 +282,32 @@ fn failed_incoming_stays_awaiting() {
     let (client, vmm) = attached.lose_agent();
     assert_eq!(vmm.calls(), ["event failed", "lost Awaiting"]);
     assert_eq!(client.ownership(), Ownership::Awaiting);
+}
+
+#[test]
+fn refused_guest_is_not_in_the_way_of_the_snapshot_that_runs() {
+    for refused in [true, false] {
+        let mut attached = Attached::new(Vmm::default());
+        let starting = attached.client.clone();
+        let started = std::thread::spawn(move || {
+            starting.start_restore(std::path::Path::new("/images/golden"), &RestoreOptions::default()).map(drop)
+        });
+        let (request, _) = attached.agent.request().unwrap();
+        assert_eq!(attached.client.ownership(), Ownership::Awaiting, "the guest may come sooner than the answer");
+        assert_eq!(attached.hook(&Hook::Pause), Ok(()));
+        if refused {
+            attached.agent.refuse(&request, ErrorCode::Busy, "a snapshot runs");
+            assert!(matches!(started.join().unwrap(), Err(Error::Refused { .. })));
+            assert_eq!(attached.client.ownership(), Ownership::Ours);
+            assert_eq!(attached.hook(&RESUME), Ok(()));
+            assert_eq!(attached.calls(), ["pause", "resume"]);
+        } else {
+            attached.agent.started(&request);
+            started.join().unwrap().unwrap();
+            assert_eq!(attached.refused(&Hook::Pause), ErrorCode::State);
+        }
+        attached.lose_agent();
+    }
 }
 
 /// An operator's wish for a restore.

@@ -11,9 +11,16 @@ const PAUSES: [Pause; 4] =
 fn all() -> impl Iterator<Item = Machine> {
     OWNERSHIPS.into_iter().flat_map(|ownership| {
         PAUSES.into_iter().flat_map(move |pause| {
-            [None, Some(LINK), Some(OTHER)].map(|asked_by| Machine { ownership, pause, asked_by })
+            [None, Some(LINK), Some(OTHER)].into_iter().flat_map(move |asked_by| {
+                [false, true].map(|unanswered| Machine { ownership, pause, asked_by, unanswered })
+            })
         })
     })
+}
+
+/// Ours, or asked to be given up for another, without an answer.
+fn is_here(machine: Machine) -> bool {
+    machine.ownership == Ownership::Ours || machine.ownership == Ownership::Awaiting && machine.unanswered
 }
 
 fn status(kind: JobKind, phase: Phase) -> JobStatus {
@@ -81,11 +88,13 @@ fn resume_by_force_always_calls_the_vmm() {
 }
 
 #[test]
-fn only_a_guest_that_is_ours_is_paused_and_an_attempt_ends_the_say_of_the_one_before() {
+fn only_a_guest_that_is_here_is_paused_and_an_attempt_ends_the_say_of_the_one_before() {
     for before in all() {
         let mut machine = before;
-        assert_eq!(machine.pause().is_ok(), before.ownership == Ownership::Ours, "{before:?}");
-        if before.ownership != Ownership::Ours {
+        assert_eq!(machine.pause().is_ok(), is_here(before), "{before:?}");
+        if is_here(before) {
+            assert_eq!(machine, before);
+        } else {
             assert!(machine.resume(LINK, false).is_err(), "{before:?}");
             assert_eq!(machine.ownership, before.ownership);
         }
@@ -134,7 +143,7 @@ fn only_an_event_of_an_outgoing_job_moves_a_guest_that_was_given_up() {
 fn a_guest_that_is_refused_leaves_everything_as_it_was() {
     for before in all() {
         let mut machine = before;
-        let kept = machine.await_guest(LINK);
+        let kept = machine.ask_for_guest(LINK);
         assert_eq!(machine.ownership, Ownership::Awaiting);
         machine.await_refused(kept);
         assert_eq!(machine, before);
@@ -142,10 +151,42 @@ fn a_guest_that_is_refused_leaves_everything_as_it_was() {
 }
 
 #[test]
+fn a_snapshot_goes_on_until_the_agent_accepts_to_bring_a_guest_or_brings_it() {
+    for before in all() {
+        let mut asked = before;
+        asked.ask_for_guest(LINK);
+        assert_eq!(asked.watch_writes().is_ok(), is_here(before), "{before:?}");
+        assert_eq!(asked.pause().is_ok(), is_here(before), "{before:?}");
+        if !is_here(before) {
+            continue;
+        }
+        assert!(asked.relinquish(LINK).is_err() && !asked.closed(LINK), "{before:?}");
+        asked.paused(LINK, true);
+        assert!(asked.relinquish(LINK).is_err() && !asked.closed(LINK), "half of another guest may be here");
+
+        let mut answered = asked;
+        answered.await_answered();
+        let mut brought = asked;
+        brought.load_state(LINK).unwrap();
+        for mut machine in [answered, brought] {
+            assert_eq!(machine.ownership, Ownership::Awaiting);
+            assert_eq!(machine.watch_writes(), Err(Forbidden::NotOursToSave(Ownership::Awaiting)));
+            assert_eq!(machine.pause(), Err(Forbidden::NotOurs(Ownership::Awaiting)));
+        }
+        // The one who has no say changes nothing.
+        let mut other = asked;
+        assert!(other.load_state(OTHER).is_err() && other.resume(OTHER, false).is_err());
+        assert_eq!(other, asked);
+    }
+}
+
+#[test]
 fn state_is_loaded_only_from_the_agent_that_was_asked() {
     for before in all() {
+        let mut machine = before;
         let asked = before.ownership == Ownership::Awaiting && before.asked_by == Some(LINK);
-        assert_eq!(before.load_state(LINK).is_ok(), asked, "{before:?}");
+        assert_eq!(machine.load_state(LINK).is_ok(), asked, "{before:?}");
+        assert_eq!(machine, if asked { Machine { unanswered: false, ..before } } else { before });
     }
 }
 
@@ -171,9 +212,9 @@ fn an_operator_restores_over_any_guest_but_one_that_may_return() {
 }
 
 #[test]
-fn writes_are_watched_only_of_a_guest_that_is_ours() {
+fn writes_are_watched_only_of_a_guest_that_is_here() {
     for before in all() {
-        assert_eq!(before.watch_writes().is_ok(), before.ownership == Ownership::Ours, "{before:?}");
+        assert_eq!(before.watch_writes().is_ok(), is_here(before), "{before:?}");
     }
 }
 
