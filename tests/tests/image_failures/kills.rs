@@ -317,6 +317,11 @@ impl<'a> Vmm<'a> {
         assert!(status.success(), "{:?}", process.lines());
     }
 
+    fn saves_to(&self, image: &str) {
+        let more = ["--snapshot-to", image, "--paused"];
+        self.completes("source", if require::uffd() { &more[..2] } else { &more });
+    }
+
     /// Kills it at this moment of the job that comes after `last`, which then ends.
     fn kill(&self, mut process: Process, moment: &Moment, last: u64) -> Phase {
         wait_until("the job to start", PATIENCE, || self.host.status().job > last || process.has_ended()).unwrap();
@@ -363,7 +368,7 @@ fn a_vmm_that_is_killed_while_it_is_saved_leaves_a_whole_image_or_none_and_a_fre
             let mut saved = vec![0; SIZE as usize];
             Chain::open(&image).unwrap().read(0, PageRange::new(0, PAGES), &mut saved).unwrap();
         }
-        vmm.completes("source", &["--snapshot-to", to]);
+        vmm.saves_to(to);
         vmm.is_saved_in(&image);
         std::fs::remove_file(&image).unwrap();
     }
@@ -376,7 +381,7 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
     let path = image.to_str().unwrap();
     let source = Vmm::new(&host);
     source.fill(2);
-    source.completes("source", &["--snapshot-to", path]);
+    source.saves_to(path);
     source.is_saved_in(&image);
     let vmm = Vmm::new(&host);
     let mut random = Random::new(8);
