@@ -139,7 +139,7 @@ pub enum Request {
     Cancel,
     /// Changes limits of the job that runs.
     SetParameters {
-        /// What to change; what can only be set at the start is ignored.
+        /// What to change; what can only be set at the start is ignored. Of a snapshot or a restore that is all but the bandwidth, which is taken as it is here.
         options: OutgoingOptions,
     },
     /// Asks how the job stands that runs or ran last. Answered by a [`JobStatus`](super::job::JobStatus).

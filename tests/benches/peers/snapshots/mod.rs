@@ -2,12 +2,14 @@
 //!
 //! - [`save`]: bytes per second, beside a program that only copies, and QEMU;
 //! - [`pause`]: how long the guest stands still, how long a write waits, and what is left of the guest's speed;
+//! - [`restore`]: how soon it runs again, and how soon all of its memory is there;
 //! - [`floor`], [`qemu`]: who else saves;
 //! - [`roamer`]: a guest that writes all over.
 
 mod floor;
 mod pause;
 mod qemu;
+mod restore;
 mod roamer;
 mod save;
 
@@ -34,12 +36,14 @@ const LIMIT: Duration = Duration::from_secs(600);
 const ROOM: u64 = 10 * GIB;
 
 /// The parts of this part.
-const PARTS: [(&str, Part); 5] = [
+const PARTS: [(&str, Part); 7] = [
     ("save", save::to_disk),
     ("save-tmpfs", save::to_tmpfs),
     ("save-sparse", save::sparse),
     ("pause", pause::full),
     ("pause-sparse", pause::sparse),
+    ("restore", restore::eager),
+    ("restore-lazy", restore::lazy),
 ];
 
 /// All of them, or those that were asked for.

@@ -8,7 +8,7 @@ use pageferry_tests::deadline::wait_for;
 use serde_json::json;
 use std::fs::File;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// How it saves.
 #[derive(Debug, Clone, Copy)]
@@ -62,4 +62,28 @@ pub fn save(source: &Image, path: &Path, mode: Mode) -> Took {
     let started = Instant::now();
     File::open(path).unwrap().sync_all().unwrap();
     Took { written, safe: started.elapsed(), processor: processor_time(machine.process_id()) - before }
+}
+
+/// Loads what [`save`] wrote into a guest that does not run. How long that takes.
+pub fn load(target: &Image, path: &Path, mode: Mode) -> Duration {
+    let sockets = tempfile::tempdir().unwrap();
+    let mut machine = Machine::start(sockets.path(), "target", target, &["-S", "-incoming", "defer"]);
+    let on = |name: &str, state: bool| json!({ "capability": name, "state": state });
+    let capabilities = [on("mapped-ram", true), on("multifd", mode.channels > 0)];
+    machine.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }));
+    if mode.channels > 0 {
+        machine
+            .execute("migrate-set-parameters", json!({ "multifd-channels": mode.channels, "direct-io": mode.direct }));
+    }
+    let started = Instant::now();
+    machine.execute("migrate-incoming", json!({ "uri": format!("file:{}", path.display()) }));
+    wait_for("QEMU's load", LIMIT, || {
+        let status = machine.execute("query-migrate", json!({}));
+        match status["status"].as_str() {
+            Some("completed") => Some(started.elapsed()),
+            Some("failed" | "cancelled") => panic!("QEMU's load failed: {status}"),
+            _ => None,
+        }
+    })
+    .unwrap()
 }

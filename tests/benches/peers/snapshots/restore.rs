@@ -1,0 +1,192 @@
+//! How fast a guest comes back: all of its memory first, or the guest.
+//!
+//! Eager is measured from the request to the guest that runs, with the image in the page cache and without; beside a program that only copies, and QEMU's load of its own file. Of a lazy restore two
+//! times count: until the guest runs, and until all of its memory is there. Its guest touches pages here and there as soon as it runs, the same each time: the first restore writes down which, and
+//! the second reads them ahead.
+
+use super::super::Bench;
+use super::super::image::{Image, WarmPool};
+use super::super::table::{Better, Table, median};
+use super::{GIB, LIMIT, MIB, PROGRAM, Shelf, Vmm, bar, qemu, ratios};
+use pageferry_client::{JobStatus, Phase, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::deadline::wait_for;
+use pageferry_tests::random::Random;
+use rustix::fs::{Advice, fadvise};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Pages that the guest of a lazy restore touches.
+const TOUCHED: u64 = 4000;
+
+/// Whether the image is in the page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cache {
+    Warm,
+    Cold,
+}
+
+impl Cache {
+    fn prepare(self, path: &Path) {
+        let file = File::open(path).unwrap();
+        file.sync_all().unwrap();
+        match self {
+            Self::Cold => fadvise(&file, 0, None, Advice::DontNeed).unwrap(),
+            Self::Warm => {
+                let mut buffer = vec![0; MIB as usize];
+                let mut at = 0;
+                while let Ok(count @ 1..) = file.read_at(&mut buffer, at) {
+                    at += count as u64;
+                }
+            }
+        }
+    }
+}
+
+/// Saves `source`; returns where.
+fn save(source: &Image, shelf: &Shelf) -> PathBuf {
+    let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
+    Vmm::new(source, OsStr::new(PROGRAM)).save(&shelf.path(), &options);
+    shelf.path()
+}
+
+fn restore(vmm: &Vmm, path: &Path, options: &RestoreOptions, meanwhile: impl FnOnce()) -> JobStatus {
+    let job = vmm.client.start_restore(path, options).unwrap().job;
+    let runs = || {
+        let status = vmm.client.status().unwrap();
+        (status.counters.running_us > 0 || status.phase.is_final()).then_some(())
+    };
+    wait_for("the guest to run", LIMIT, runs).unwrap();
+    meanwhile();
+    let status = vmm.client.wait(job, LIMIT).unwrap();
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    status
+}
+
+/// The plainest program: reads the file, and writes it to the memory. Bytes per second.
+fn floor(path: &Path, target: &Image, threads: usize) -> f64 {
+    let file = File::open(path).unwrap();
+    let started = Instant::now();
+    let share = target.size / threads as u64;
+    std::thread::scope(|scope| {
+        for thread in 0..threads as u64 {
+            let file = &file;
+            scope.spawn(move || {
+                let mut buffer = vec![0; MIB as usize];
+                for at in (thread * share..(thread + 1) * share).step_by(MIB as usize) {
+                    // The pages begin after 2 MiB of the file.
+                    file.read_exact_at(&mut buffer, at + 2 * MIB).unwrap();
+                    target.file.write_all_at(&buffer, at).unwrap();
+                }
+            });
+        }
+    });
+    target.size as f64 / started.elapsed().as_secs_f64() / 1e9
+}
+
+/// 2 GiB, all of it before the guest.
+pub fn eager(bench: &Bench, table: &mut Table) {
+    let Some(shelf) = Shelf::new(bench, &bench.disk, table) else { return };
+    let Some(theirs) = Shelf::new(bench, &bench.disk, table) else { return };
+    let source = Image::new(&bench.folder, "source", 2 * GIB / bench.shrink);
+    source.fill(0, source.size);
+    let path = save(&source, &shelf);
+    let with_qemu = bench.qemu.is_some() && qemu::can(&bench.folder);
+    if with_qemu {
+        qemu::save(&source, &theirs.path(), qemu::MODES[1].1);
+    }
+    let target = Image::new(&bench.folder, "target", source.size);
+    let _warm = WarmPool::new(&bench.folder, source.size);
+    let vmm = Vmm::new(&target, OsStr::new(PROGRAM));
+    for cache in [Cache::Warm, Cache::Cold] {
+        let (mut ours, mut copy, mut loads) = (Vec::new(), [Vec::new(), Vec::new()], Vec::new());
+        for _ in 0..bench.rounds {
+            target.clear();
+            cache.prepare(&path);
+            let status = restore(&vmm, &path, &RestoreOptions::default(), || ());
+            ours.push(target.size as f64 / status.counters.running_us as f64 / 1e3);
+            for (index, copy) in copy.iter_mut().enumerate() {
+                target.clear();
+                cache.prepare(&path);
+                copy.push(floor(&path, &target, index + 1));
+            }
+            if with_qemu {
+                target.clear();
+                cache.prepare(&theirs.path());
+                loads.push(
+                    target.size as f64 / qemu::load(&target, &theirs.path(), qemu::MODES[1].1).as_secs_f64() / 1e9,
+                );
+            }
+        }
+        let size = target.size >> 20;
+        let work = format!(
+            "restore: {size} MiB, eager, {}",
+            if cache == Cache::Warm { "from the page cache" } else { "from the disk" }
+        );
+        table.add(&work, "pageferry", "GB/s", &ours, String::new());
+        for (index, copy) in copy.iter().enumerate() {
+            table.add(&work, &format!("floor, {} threads", index + 1), "GB/s", copy, String::new());
+            table.compare_rounds(&work, "pageferry", &format!("floor, {} threads", index + 1), Better::More);
+        }
+        if with_qemu {
+            table.add(&work, "QEMU, mapped-ram, multifd 2", "GB/s", &loads, String::new());
+            table.compare_rounds(&work, "pageferry", "QEMU, mapped-ram, multifd 2", Better::More);
+            let name = format!("{work}: against QEMU");
+            bar(table, &name, "times", &ratios(&ours, &loads), 2.0, Better::More);
+        }
+    }
+}
+
+/// The guest first: 2 GiB, and 64 GiB of which 1 GiB is allocated.
+pub fn lazy(bench: &Bench, table: &mut Table) {
+    for (name, size, content) in [("2 GiB", 2 * GIB, 2 * GIB), ("64 GiB, 1 GiB allocated", 64 * GIB, GIB)] {
+        let Some(shelf) = Shelf::new(bench, &bench.disk, table) else { return };
+        let (size, content) = (size / bench.shrink, content / bench.shrink);
+        let source = Image::new(&bench.folder, "source", size);
+        // In pieces, as guests have it.
+        (0..64).for_each(|piece| source.fill(piece * (size / 64), content / 64));
+        let path = save(&source, &shelf);
+        drop(source);
+        let target = Image::new(&bench.folder, "target", size);
+        let _warm = WarmPool::new(&bench.folder, content);
+        let vmm = Vmm::new(&target, OsStr::new(PROGRAM));
+        let touch = || {
+            let (block, mut chance) = (&vmm.memory.blocks()[0], Random::new(7));
+            for _ in 0..TOUCHED {
+                let (piece, page) = (chance.below(64), chance.below(content / 64 / PAGE_SIZE));
+                block.load(piece * (size / 64) + page * PAGE_SIZE).unwrap();
+            }
+        };
+        let mut runs = [Vec::new(), Vec::new()];
+        let mut loaded = [Vec::new(), Vec::new()];
+        let mut faults = [Vec::new(), Vec::new()];
+        for round in 0..bench.rounds {
+            let working_set = shelf.path().with_extension(format!("touched-{round}"));
+            for pass in 0..2 {
+                target.clear();
+                Cache::Cold.prepare(&path);
+                let working_set = working_set.to_str().unwrap().to_owned();
+                let options = RestoreOptions { mode: RestoreMode::Lazy, working_set, ..RestoreOptions::default() };
+                let counters = restore(&vmm, &path, &options, touch).counters;
+                runs[pass].push(counters.running_us as f64 / 1e3);
+                loaded[pass].push(counters.total_us as f64 / 1e3);
+                faults[pass].push(counters.faults as f64);
+            }
+        }
+        let work = format!("restore: {name}, lazy, from the disk");
+        for (pass, who) in ["pageferry, the first time", "pageferry, with the working set"].into_iter().enumerate() {
+            let remark = format!(
+                "all of it there after {:.0} ms; {:.0} faults of {TOUCHED} touches",
+                median(&loaded[pass]),
+                median(&faults[pass])
+            );
+            table.add(&work, who, "ms", &runs[pass], remark);
+            bar(table, &format!("{work}: {who}, until it runs"), "ms", &runs[pass], 20.0, Better::Less);
+        }
+        let fewer = ratios(&faults[0], &faults[1].iter().map(|faults| faults.max(1.0)).collect::<Vec<_>>());
+        bar(table, &format!("{work}: faults, without the working set and with it"), "times", &fewer, 3.0, Better::More);
+    }
+}
