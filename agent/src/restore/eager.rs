@@ -1,6 +1,6 @@
 //! All memory first, then the guest.
 //!
-//! The extents that the image has a page of are handed out by one counter. A worker reads one into a buffer of its own, checks every page and the sum of the extent, and only then
+//! The extents that the image has a page of are handed out by one counter, in stretches. A worker reads one into a buffer of its own, checks every page and the sum of the extent, and only then
 //! writes it into the file of the block. Meanwhile the disk reads what the workers come to next.
 //!
 //! What the VMM discards meanwhile stays so: a worker publishes the word of pages that it is about to write, and only then looks which of them are discarded. The discard
@@ -19,6 +19,7 @@ use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use rustix::event::{EventfdFlags, PollFlags};
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -26,8 +27,10 @@ use std::time::{Duration, Instant};
 
 /// Longest time between two looks at the workers.
 const LOOK: Duration = Duration::from_millis(200);
+/// Extents that a worker claims at once: 64 MiB in a row, as disks like them.
+const STRETCH: usize = 32;
 /// Extents that the disk reads ahead for each worker.
-const AHEAD: usize = 2;
+const AHEAD: usize = 4;
 
 /// Fills the memory, loads the state, and lets the guest run.
 ///
@@ -37,7 +40,7 @@ pub fn restore(
     job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: Ground<'_>, workers: u16,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
-    Filling::new(job, source, workers)?.run(usize::from(workers))?;
+    Filling::new(job, source)?.run(usize::from(workers))?;
     state.load(job)?;
     let_run(job, &mut ground.taken)
 }
@@ -49,8 +52,6 @@ struct Filling<'a> {
     /// The extents with content: index of the block, and pages.
     extents: Vec<(usize, PageRange)>,
     next: AtomicUsize,
-    /// How many of them the disk is ahead of the workers.
-    ahead: usize,
     /// Pages with content.
     pages: u64,
     failed: AtomicBool,
@@ -72,7 +73,7 @@ impl Drop for Ending<'_> {
 }
 
 impl<'a> Filling<'a> {
-    fn new(job: &'a Job, source: &'a Source, workers: u16) -> Result<Self, JobError> {
+    fn new(job: &'a Job, source: &'a Source) -> Result<Self, JobError> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = event.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?;
         let mut extents = Vec::new();
@@ -89,9 +90,8 @@ impl<'a> Filling<'a> {
             }
         }
         job.count(|counters| (counters.pass_pages, counters.remaining_pages) = (pages, pages));
-        let ahead = usize::from(workers) * AHEAD;
         let (next, failed, ended) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
-        Ok(Self { job, source, extents, next, ahead, pages, failed, ended, event })
+        Ok(Self { job, source, extents, next, pages, failed, ended, event })
     }
 
     /// Places all that the image has.
@@ -145,7 +145,8 @@ impl<'a> Filling<'a> {
     fn fill(&self, index: usize) -> Result<(), JobError> {
         let mut buffer = PageBuffer::new(EXTENT_SIZE as usize);
         let mut window = Window::default();
-        while let Some((at, extent)) = self.claim() {
+        let mut stretch = 0..0;
+        while let Some((at, extent)) = self.claim(&mut stretch) {
             self.job.cancel.check()?;
             let pages = self.source.present(at).count(extent);
             let bytes = pages * PAGE_SIZE;
@@ -159,16 +160,24 @@ impl<'a> Filling<'a> {
         Ok(())
     }
 
-    fn claim(&self) -> Option<(usize, PageRange)> {
+    /// The next extent of the worker's stretch, or the first of another.
+    fn claim(&self, stretch: &mut Range<usize>) -> Option<(usize, PageRange)> {
         if self.failed() {
             return None;
         }
-        let next = self.next.fetch_add(1, Ordering::Relaxed);
-        let claimed = *self.extents.get(next)?;
-        if let Some((at, extent)) = self.extents.get(next + self.ahead) {
+        let mut ahead = 1;
+        if stretch.start >= stretch.end {
+            let first = self.next.fetch_add(STRETCH, Ordering::Relaxed);
+            *stretch = first..(first + STRETCH).min(self.extents.len());
+            ahead = AHEAD;
+        }
+        let next = stretch.next()?;
+        // The first time for all that is to be ahead, and then for one more each time.
+        let until = (next + 1 + AHEAD).min(stretch.end);
+        for (at, extent) in self.extents.get(until.saturating_sub(ahead).max(next + 1)..until).unwrap_or_default() {
             self.source.will_need(*at, *extent);
         }
-        Some(claimed)
+        Some(self.extents[next])
     }
 
     fn place(
