@@ -3,6 +3,7 @@
 //! - [`bytes`]: reading and writing at a place;
 //! - [`new_file`]: a file that is there whole, or not at all;
 //! - [`writer`]: pages and all else into a new image;
+//! - [`sums`]: checksums of pages on their way into it;
 //! - [`reader`]: an image that is there, each part of it checked before anyone sees it;
 //! - [`chain`]: an increment with the images that it builds on;
 //! - [`verify`]: all of an image, and of those that it builds on, compared with what it should be;
@@ -17,6 +18,7 @@ pub mod merge;
 pub mod new_file;
 pub mod picture;
 pub mod reader;
+pub mod sums;
 pub mod verify;
 pub mod workers;
 pub mod writer;

@@ -1,6 +1,6 @@
 //! Writing a new image.
 //!
-//! Any number of threads put pages, each page at its own place, in any order; no lock. Each page is put once. What is zero is not written. When all are there, one
+//! Any number of threads put pages, each page at its own place, in any order. Each page is put once. What is zero is not written. When all are there, one
 //! thread finishes the image.
 //!
 //! Large runs go past the page cache, where the file system can: the memory of a guest would push out of it what is of more use, and is on its way to the disk at once. Small ones go
@@ -8,6 +8,7 @@
 
 use super::bytes::{read_at, write_at};
 use super::new_file::NewFile;
+use super::sums::PageSums;
 use super::{Fault, ImageError, kernel};
 use crate::outgoing::zero::data_mask;
 use pageferry_protocol::control::hook::PieceSize;
@@ -41,6 +42,7 @@ pub struct ImageWriter {
     table: BlockTable,
     /// Pages of each block whose content was put.
     present: Vec<MappedBitmap>,
+    sums: PageSums,
     id: ImageId,
     /// When the guest was as the image will say, in seconds since 1970.
     taken: AtomicU64,
@@ -94,7 +96,10 @@ impl ImageWriter {
         let direct = if cached { None } else { file.direct() };
         let present = table.blocks().iter().map(|block| MappedBitmap::private(block.pages()));
         let present = present.collect::<Result<_, _>>()?;
-        Ok(Self { file, direct, layout, table: table.clone(), present, id: new_id()?, taken: AtomicU64::new(now()) })
+        // Writes that do not make the file longer can go on at once.
+        rustix::fs::ftruncate(&file, layout.contents()).map_err(kernel("set the length of the file"))?;
+        let (sums, id, taken) = (PageSums::default(), new_id()?, AtomicU64::new(now()));
+        Ok(Self { file, direct, layout, table: table.clone(), present, sums, id, taken })
     }
 
     /// It will be the same guest at the same instant as the image with this header, which it can stand in for: it gets the id and the time of that.
@@ -158,7 +163,7 @@ impl ImageWriter {
             let each = pages.chunks(PAGE_SIZE as usize).map(checksum);
             let count = sums.iter_mut().zip(each).map(|(sum, value)| *sum = value).count();
             let sums = zerocopy::IntoBytes::as_bytes(&sums[..count]);
-            write_at(self.file.as_fd(), sums, self.layout.page_sum(at, first)).map_err(failed)?;
+            self.sums.add(self.file.as_fd(), self.layout.page_sum(at, first), sums).map_err(failed)?;
         }
         let (place, cached) = (self.layout.page(at, run.first), self.file.as_fd());
         let written = match self.direct.as_ref().filter(|_| bytes.len() >= DIRECT) {
@@ -188,6 +193,7 @@ impl ImageWriter {
     fn write_rest(
         &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
     ) -> Result<Totals, Fault> {
+        self.sums.flush(self.file.as_fd())?;
         let (states, mut totals) = self.write_states(rest)?;
         let (extent_sums, written) = self.write_extent_sums()?;
         totals.bytes += written;
