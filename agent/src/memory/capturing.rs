@@ -158,7 +158,8 @@ impl Capturing {
         live: Arc<LiveCounters>,
     ) -> Self {
         let (failure, failed) = (Mutex::default(), AtomicBool::new(false));
-        let (over, rescuing, cursor) = (AtomicBool::new(false), Mutex::default(), Cursor::new(memory));
+        let (over, rescuing, cursor) =
+            (AtomicBool::new(false), Mutex::default(), Cursor::with_pieces(memory, BATCH as u64 / PAGE_SIZE));
         Self { pending, protection, sink, live, failure, failed, over, rescuing, cursor }
     }
 

@@ -21,6 +21,8 @@ pub struct Cursor {
     next: AtomicU64,
     /// Pages of the next piece.
     piece: AtomicU64,
+    /// Pages of a piece right after a fault.
+    smallest: u64,
     /// First page of each block in that count.
     starts: Vec<u64>,
 }
@@ -28,17 +30,22 @@ pub struct Cursor {
 impl Cursor {
     /// From the first page on.
     pub fn new(memory: &GuestMemory) -> Self {
+        Self::with_pieces(memory, SMALLEST)
+    }
+
+    /// The same, where no fault waits for a piece: its pieces have at least `smallest` pages.
+    pub fn with_pieces(memory: &GuestMemory, smallest: u64) -> Self {
         let starts = memory.blocks().iter().scan(0, |next, block| {
             let start = *next;
             *next += block.geometry.pages();
             Some(start)
         });
-        Self { next: AtomicU64::new(0), piece: AtomicU64::new(SMALLEST), starts: starts.collect() }
+        Self { next: AtomicU64::new(0), piece: AtomicU64::new(smallest), smallest, starts: starts.collect() }
     }
 
     /// The guest waits for the page before page `page` of the block at index `at`.
     pub fn fault(&self, at: usize, page: u64) {
-        self.piece.store(SMALLEST, Ordering::Relaxed);
+        self.piece.store(self.smallest, Ordering::Relaxed);
         self.next.store(self.starts[at] + page, Ordering::Relaxed);
     }
 

@@ -1,6 +1,7 @@
 //! All that nobody writes to is captured, by any number of workers.
 //!
-//! They go on behind the last fault, in small pieces that grow while it is quiet: a guest that writes to a page will write to those after it soon, and need not wait for them then.
+//! They go on behind the last fault: a guest that writes to a page will write to those after it soon, and need not wait for them then. Their pieces are as large as what is written at once, and
+//! grow while it is quiet.
 
 use crate::job::{Job, JobError};
 use crate::memory::capturing::Capturing;
