@@ -61,13 +61,13 @@ struct Cli {
     /// In `snapshots`, do only these: save, save-tmpfs, save-sparse, pause, pause-sparse.
     #[arg(long, value_delimiter = ',')]
     snapshots: Vec<String>,
-    /// In `snapshots`, measure the agent of this build of pageferry-test-process, too.
-    #[arg(long)]
-    other: Option<PathBuf>,
+    /// In `snapshots`, measure the agents of these builds of pageferry-test-process, too.
+    #[arg(long, value_delimiter = ',')]
+    other: Vec<PathBuf>,
     /// Write the table as JSON to this file, too.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// In `full`, run only these: pageferry, floor, qemu.
+    /// In `full` and `snapshots`, run only these: pageferry, floor, qemu.
     #[arg(long, value_delimiter = ',', default_value = "pageferry,floor,qemu")]
     who: Vec<String>,
     /// In `full`, numbers of streams and sockets.
@@ -92,15 +92,15 @@ pub struct Bench {
     pub disk: PathBuf,
     /// What is done in `snapshots`; all of it if none is named.
     pub snapshots: Vec<String>,
-    /// Another build of the agent.
-    pub other: Option<PathBuf>,
+    /// Other builds of the agent.
+    pub other: Vec<PathBuf>,
     /// Rounds of each comparison.
     pub rounds: usize,
     /// Sizes are divided by this.
     pub shrink: u64,
     /// QEMU, if it is there.
     pub qemu: Option<qemu::Qemu>,
-    /// Who takes part in `full`.
+    /// Who takes part in `full` and `snapshots`.
     pub who: Vec<String>,
     /// Numbers of streams in `full`.
     pub streams: Vec<u16>,

@@ -110,9 +110,12 @@ struct Saved {
 }
 
 /// The agents that are measured: their names, and their programs.
-fn agents(bench: &Bench) -> Vec<(&'static str, OsString)> {
-    let other = bench.other.as_ref().map(|program| ("another build", program.into()));
-    [Some(("pageferry", PROGRAM.into())), other].into_iter().flatten().collect()
+fn agents(bench: &Bench) -> Vec<(String, OsString)> {
+    let others = bench
+        .other
+        .iter()
+        .map(|program| (program.file_name().unwrap_or_default().display().to_string(), program.into()));
+    std::iter::once(("pageferry".to_owned(), PROGRAM.into())).chain(others).collect()
 }
 
 impl Vmm {

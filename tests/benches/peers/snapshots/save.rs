@@ -42,6 +42,14 @@ enum How {
 }
 
 impl How {
+    fn who(self) -> &'static str {
+        match self {
+            Self::Pageferry { .. } => "pageferry",
+            Self::Floor { .. } => "floor",
+            Self::Qemu(_) => "qemu",
+        }
+    }
+
     fn is_buffered_floor(self) -> bool {
         matches!(self, Self::Floor { direct: false, .. })
     }
@@ -72,8 +80,9 @@ fn savers(bench: &Bench, with_direct: bool, with_qemu: bool) -> Vec<Saver> {
         let modes = qemu::MODES.into_iter().filter(|(_, mode)| with_direct || !mode.direct);
         all.extend(modes.map(|(name, mode)| (name.to_owned(), How::Qemu(mode))));
     }
+    let takes_part = |how: &How| bench.who.iter().any(|who| who == how.who());
     let saver = |(name, how)| Saver { name, how, rates: vec![], written: vec![], safe: vec![], processor: vec![] };
-    all.into_iter().map(saver).collect()
+    all.into_iter().filter(|(_, how)| takes_part(how)).map(saver).collect()
 }
 
 /// A VMM for each agent.
