@@ -12,7 +12,8 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::thread::{JoinHandle, spawn};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::spawn;
 use support::*;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, WriteVolatile};
 
@@ -45,31 +46,41 @@ impl Ram {
     }
 
     /// Touches a page as the kernel does for a device: a lost page is an error and no signal.
-    fn touch(&self, page: u64) -> JoinHandle<Option<u64>> {
+    fn touch(&self, page: u64) -> Touch {
         let mapping = Arc::clone(&self.mapping);
+        let (says, outcome) = channel();
         spawn(move || {
             let (mut from, to) = std::io::pipe().unwrap();
             let bytes = mapping.get_slice((page * PAGE) as usize, 8).unwrap();
             if let Err(error) = OwnedFd::from(to).write_all_volatile(&bytes) {
                 assert!(error.to_string().contains("Bad address"), "{error}");
-                return None;
+                return says.send(None).unwrap();
             }
             let mut found = [0; 8];
             from.read_exact(&mut found).unwrap();
-            Some(u64::from_le_bytes(found))
-        })
+            says.send(Some(u64::from_le_bytes(found))).unwrap();
+        });
+        Touch { page, outcome }
     }
 
-    /// What somebody finds there who does not wait for ever; `None` if it is lost.
+    /// What somebody finds there; `None` if it is lost.
     #[track_caller]
     fn found(&self, page: u64) -> Option<u64> {
-        let touch = self.touch(page);
-        let until = soon();
-        while !touch.is_finished() {
-            assert!(std::time::Instant::now() < until, "whoever touches page {page} waits for ever");
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
-        touch.join().unwrap()
+        self.touch(page).found()
+    }
+}
+
+/// Somebody who may have to wait for a page.
+struct Touch {
+    page: u64,
+    outcome: Receiver<Option<u64>>,
+}
+
+impl Touch {
+    #[track_caller]
+    fn found(self) -> Option<u64> {
+        let found = self.outcome.recv_timeout(LONG);
+        found.unwrap_or_else(|error| panic!("whoever touches page {} waits for ever: {error}", self.page))
     }
 }
 
@@ -116,7 +127,7 @@ fn assert_forgotten(attached: &mut Attached, ram: &Ram) {
     let uffd = register(&mut attached.agent);
     let touch = ram.touch(3);
     uffd.copy(ram.address() + 3 * PAGE, &[1; PAGE as usize]).unwrap();
-    assert_eq!(touch.join().unwrap(), Some(0x0101_0101_0101_0101));
+    assert_eq!(touch.found(), Some(0x0101_0101_0101_0101));
 }
 
 #[test]
@@ -168,6 +179,6 @@ fn a_guest_that_comes_sooner_than_the_answer_is_registered_and_stays_so() {
     asked(&mut attached, true, |agent| new = Some(register(agent))).unwrap();
     let touch = ram.touch(3);
     new.unwrap().copy(ram.address() + 3 * PAGE, &[2; PAGE as usize]).unwrap();
-    assert_eq!(touch.join().unwrap(), Some(0x0202_0202_0202_0202));
+    assert_eq!(touch.found(), Some(0x0202_0202_0202_0202));
     attached.lose_agent();
 }

@@ -22,8 +22,11 @@ use std::time::{Duration, Instant};
 
 pub(crate) const PAGE: u64 = 4096;
 
+/// How long is waited for what has to come.
+pub(crate) const LONG: Duration = Duration::from_secs(10);
+
 pub(crate) fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(10)
+    Instant::now() + LONG
 }
 
 /// The agent's side of a connection after the handshake.
