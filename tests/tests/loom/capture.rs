@@ -3,37 +3,14 @@
 //! in the very step that lifts the protection of its page: later it would know all the more of what was done before.
 //!
 //! The model fails if a page is read while it changes or after it did, if it is captured twice or not at all, and if the guest waits for ever.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "../../protocol/src/shm"]
-mod shm {
-    pub(crate) use pageferry_protocol::memory::PageRange;
-    pub(crate) mod sync {
-        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
-    }
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod bitmap;
-}
-
-#[path = "../../agent/src/memory"]
-mod memory {
-    pub(crate) mod sync {
-        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
-        pub(crate) use loom::thread::yield_now;
-    }
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod capture_steps;
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod fence;
-}
-
+use crate::memory::capture_steps::{before_punch, before_the_end, before_write, capture};
+use crate::memory::fence::{FAULTS, Readers, SESSION};
+use crate::shm::bitmap::{Bitmap, WORD_BITS};
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use loom::sync::{Arc, Mutex};
 use loom::thread::{self, JoinHandle};
-use memory::capture_steps::{before_punch, before_the_end, before_write, capture};
-use memory::fence::{FAULTS, Readers, SESSION};
-use shm::bitmap::{Bitmap, WORD_BITS};
 use std::sync::atomic::{AtomicU64 as Plain, Ordering::Relaxed};
 
 /// What a page holds.

@@ -1,42 +1,15 @@
 //! Model check of the instant of a snapshot beside discards and populates: every order in which they mark, look and read. What runs here are the agent's own lock of marks and its
 //! own steps of capturing, with loom's in the place of the standard atomics and locks.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "../../protocol/src/shm"]
-mod shm {
-    pub(crate) use pageferry_protocol::memory::PageRange;
-    pub(crate) mod sync {
-        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
-    }
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod bitmap;
-}
-
-#[path = "../../agent/src/memory"]
-mod memory {
-    pub(crate) mod sync {
-        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
-        pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
-        pub(crate) use loom::thread::yield_now;
-        pub(crate) use std::sync::PoisonError;
-    }
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod capture_steps;
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod fence;
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod marking;
-}
-
+use crate::memory::capture_steps::{before_punch, capture};
+use crate::memory::fence::{Readers, SESSION};
+use crate::memory::marking::Marking;
+use crate::shm::bitmap::Bitmap;
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::AtomicU64;
 use loom::thread::{self, JoinHandle};
-use memory::capture_steps::{before_punch, capture};
-use memory::fence::{Readers, SESSION};
-use memory::marking::Marking;
 use pageferry_protocol::memory::PageRange;
-use shm::bitmap::Bitmap;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64 as Plain, Ordering::Relaxed};
 

@@ -1,31 +1,13 @@
 //! Model check of protecting ahead of a snapshot's instant, while the guest writes: walks that protect, faults that let a write through, and the instant, which believes what is
 //! noted. What runs here is the agent's own order of noting and protecting, over its own bitmap, with loom's atomics in the place of the standard ones; the kernel's part is a word of
 //! protected pages.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "../../protocol/src/shm"]
-mod shm {
-    pub(crate) use pageferry_protocol::memory::PageRange;
-    pub(crate) mod sync {
-        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
-    }
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod bitmap;
-}
-
-#[path = "../../agent/src/snapshot"]
-mod snapshot {
-    pub(crate) use super::shm::bitmap;
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod ahead;
-}
-
+use crate::shm::bitmap::{Bitmap, runs_of_word};
+use crate::snapshot::ahead;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::sync::{Arc, Mutex, MutexGuard};
 use loom::thread::{self, JoinHandle};
 use pageferry_protocol::memory::PageRange;
-use shm::bitmap::{Bitmap, runs_of_word};
-use snapshot::ahead;
 use std::convert::Infallible;
 
 /// Two pages of one word.

@@ -2,23 +2,12 @@
 //!
 //! `bitmap.rs` is compiled here a second time, with loom's atomics in the place of the standard ones. Laws 1 to 3 of the design rest on what is
 //! checked here: no bit is lost, none is handed out twice, and whoever takes a bit sees what was written before it was set.
-#![allow(clippy::unwrap_used, clippy::panic)]
 
+use crate::shm::bitmap::Bitmap;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 use pageferry_protocol::memory::PageRange;
-use shm::bitmap::Bitmap;
-
-#[path = "../../protocol/src/shm"]
-mod shm {
-    pub(crate) use pageferry_protocol::memory::PageRange;
-    pub(crate) mod sync {
-        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
-    }
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod bitmap;
-}
 
 type Shared = Arc<Bitmap<Vec<AtomicU64>>>;
 

@@ -1,36 +1,12 @@
 //! Model check of a host page in postcopy: a fault, an arrival and a discard act on it at once, in every order. What runs here is the agent's own code of the two
 //! steps by which they agree, over its own fence and bitmap, with loom's atomics in the place of the standard ones; the kernel's part is a word that says what the page holds.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "../../protocol/src/shm"]
-mod shm {
-    pub(crate) use pageferry_protocol::memory::PageRange;
-    pub(crate) mod sync {
-        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
-    }
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod bitmap;
-}
-
-#[path = "../../agent/src/memory"]
-mod memory {
-    pub(crate) use super::shm::bitmap;
-    pub(crate) mod sync {
-        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
-        pub(crate) use loom::thread::yield_now;
-    }
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod claims;
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod fence;
-}
-
+use crate::memory::claims::{request, waited_for};
+use crate::memory::fence::Readers;
+use crate::shm::bitmap::Bitmap;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
-use memory::claims::{request, waited_for};
-use memory::fence::Readers;
-use shm::bitmap::Bitmap;
 
 /// What the kernel has for the page.
 const MISSING: u64 = 0;

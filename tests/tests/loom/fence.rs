@@ -1,20 +1,9 @@
 //! Model check of the fence between workers that read and discards that punch (laws 1 and 7): every interleaving of both.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "../../agent/src/memory"]
-mod memory {
-    pub(crate) mod sync {
-        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
-        pub(crate) use loom::thread::yield_now;
-    }
-    #[allow(dead_code, unreachable_pub)]
-    pub(crate) mod fence;
-}
-
+use crate::memory::fence::Readers;
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
-use memory::fence::Readers;
 
 /// What a discard and a worker share: the mark, and whether the page is gone.
 struct Page {

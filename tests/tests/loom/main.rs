@@ -1,0 +1,44 @@
+//! The lock-free parts under the model checker: every interleaving, and every value that the memory orders let a load see. Files of the agent and the protocol are compiled here a
+//! second time, with loom's atomics, locks and threads in the place of the standard ones.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod ahead;
+mod bitmap;
+mod capture;
+mod claims;
+mod fence;
+mod marking;
+
+#[path = "../../../protocol/src/shm"]
+mod shm {
+    pub(crate) use pageferry_protocol::memory::PageRange;
+    pub(crate) mod sync {
+        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+    }
+    #[allow(dead_code, unreachable_pub, reason = "it is all of the protocol's file")]
+    pub(crate) mod bitmap;
+}
+
+#[path = "../../../agent/src/memory"]
+mod memory {
+    #![allow(dead_code, unreachable_pub, reason = "they are all of the agent's files")]
+
+    pub(crate) use super::shm::bitmap;
+    pub(crate) mod sync {
+        pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
+        pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
+        pub(crate) use loom::thread::yield_now;
+        pub(crate) use std::sync::PoisonError;
+    }
+    pub(crate) mod capture_steps;
+    pub(crate) mod claims;
+    pub(crate) mod fence;
+    pub(crate) mod marking;
+}
+
+#[path = "../../../agent/src/snapshot"]
+mod snapshot {
+    pub(crate) use super::shm::bitmap;
+    #[allow(dead_code, unreachable_pub, reason = "as above")]
+    pub(crate) mod ahead;
+}
