@@ -4,7 +4,7 @@
 //! - [`frame`]: vhost-user's header, and the limits of a frame;
 //! - [`socket`]: sending and receiving frames with file descriptors over a UNIX stream socket;
 //! - [`request`]: pageferry's own requests from the VMM or operator to the agent;
-//! - [`job`]: what a migration is started with, and how it stands;
+//! - [`job`]: what a job is started with, and how it stands;
 //! - [`hook`]: requests of the agent to the VMM;
 //! - [`standard`] (feature `vhost-user`): the part of vhost-user that hands over memory.
 

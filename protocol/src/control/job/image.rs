@@ -1,0 +1,168 @@
+//! What a snapshot and a restore are started with.
+
+use super::fields::{flag, micros, timeout, workers};
+use super::{MAX_ADDRESS, OutgoingOptions};
+use crate::control::codec::{DecodeError, Decoder, Encoder};
+use std::time::Duration;
+
+/// How a snapshot treats the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u16)]
+pub enum SnapshotMode {
+    /// It runs on: it stands still for a moment, and what it is about to write after that is saved first.
+    #[default]
+    Background = 0,
+    /// It stands still until its memory is saved, and runs on.
+    Paused = 1,
+    /// The VMM has stopped it, and lets it run when it likes: no pause and no resume hook is called.
+    Stopped = 2,
+}
+
+impl SnapshotMode {
+    /// All modes with the names that users write.
+    pub const NAMES: [(&'static str, SnapshotMode); 3] = [
+        ("background", SnapshotMode::Background),
+        ("paused", SnapshotMode::Paused),
+        ("stopped", SnapshotMode::Stopped),
+    ];
+
+    fn from_wire(value: u16) -> Result<Self, DecodeError> {
+        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(DecodeError::Value {
+            field: "mode",
+            value: value.into(),
+            allowed: "0 background, 1 paused, 2 stopped",
+        })
+    }
+}
+
+/// Options of a snapshot. Only the bandwidth can be changed while it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotOptions {
+    /// What becomes of the guest meanwhile.
+    pub mode: SnapshotMode,
+    /// Threads that save, 1 to [`MAX_STREAMS`](super::MAX_STREAMS).
+    pub workers: u16,
+    /// Limit in bytes per second; 0 is none. What the guest is about to write or discards is not held back by it.
+    pub bandwidth: u64,
+    /// Path of the image that it is an increment to; empty for one that stands alone.
+    pub base: String,
+    /// What is written from now on is kept track of, so that the next snapshot can be an increment to this one.
+    pub track: bool,
+    /// An image that has the name already is replaced. It never is before the new one is complete.
+    pub replace: bool,
+    /// The image is written through the page cache, and stays there for those who restore from it soon.
+    pub cached: bool,
+    /// How long the VMM may take to answer a hook.
+    pub hook_timeout: Duration,
+}
+
+impl Default for SnapshotOptions {
+    fn default() -> Self {
+        Self {
+            mode: SnapshotMode::Background,
+            workers: 2,
+            bandwidth: 0,
+            base: String::new(),
+            track: false,
+            replace: false,
+            cached: false,
+            hook_timeout: OutgoingOptions::default().hook_timeout,
+        }
+    }
+}
+
+impl SnapshotOptions {
+    pub(in crate::control) fn encode(&self, encoder: Encoder) -> Encoder {
+        encoder
+            .u16(self.mode as u16)
+            .u16(self.workers)
+            .u16(u16::from(self.track))
+            .u16(u16::from(self.replace))
+            .u16(u16::from(self.cached))
+            .u64(self.bandwidth)
+            .u64(micros(self.hook_timeout))
+            .text(&self.base)
+    }
+
+    pub(in crate::control) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            mode: SnapshotMode::from_wire(decoder.u16("mode")?)?,
+            workers: workers(decoder)?,
+            track: flag(decoder, "track")?,
+            replace: flag(decoder, "replace")?,
+            cached: flag(decoder, "cached")?,
+            bandwidth: decoder.u64("bandwidth")?,
+            hook_timeout: timeout(decoder, "hook_timeout")?,
+            base: decoder.text("base", MAX_ADDRESS)?.to_owned(),
+        })
+    }
+}
+
+/// When a restored guest runs, before its memory or after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u16)]
+pub enum RestoreMode {
+    /// Its memory first, all of it.
+    #[default]
+    Eager = 0,
+    /// The guest first: what it touches is read at once, the rest behind it.
+    Lazy = 1,
+}
+
+impl RestoreMode {
+    /// All modes with the names that users write.
+    pub const NAMES: [(&'static str, RestoreMode); 2] = [("eager", RestoreMode::Eager), ("lazy", RestoreMode::Lazy)];
+
+    fn from_wire(value: u16) -> Result<Self, DecodeError> {
+        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(DecodeError::Value {
+            field: "mode",
+            value: value.into(),
+            allowed: "0 eager, 1 lazy",
+        })
+    }
+}
+
+/// Options of a restore. Only the bandwidth can be changed while it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RestoreOptions {
+    /// When the guest runs.
+    pub mode: RestoreMode,
+    /// Threads that read, 1 to [`MAX_STREAMS`](super::MAX_STREAMS).
+    pub workers: u16,
+    /// Limit in bytes per second; 0 is none. What the guest waits for is not held back by it.
+    pub bandwidth: u64,
+    /// With [`RestoreMode::Lazy`]: path of the working set. If the file is there, its pages are read ahead; if not, those that the guest touches first are
+    /// written to it. Empty for none.
+    pub working_set: String,
+    /// How long the VMM may take to answer a hook.
+    pub hook_timeout: Duration,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        let SnapshotOptions { workers, bandwidth, hook_timeout, .. } = SnapshotOptions::default();
+        Self { mode: RestoreMode::Eager, workers, bandwidth, working_set: String::new(), hook_timeout }
+    }
+}
+
+impl RestoreOptions {
+    pub(in crate::control) fn encode(&self, encoder: Encoder) -> Encoder {
+        let encoder = encoder.u16(self.mode as u16).u16(self.workers).u64(self.bandwidth);
+        encoder.u64(micros(self.hook_timeout)).text(&self.working_set)
+    }
+
+    pub(in crate::control) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        let options = Self {
+            mode: RestoreMode::from_wire(decoder.u16("mode")?)?,
+            workers: workers(decoder)?,
+            bandwidth: decoder.u64("bandwidth")?,
+            hook_timeout: timeout(decoder, "hook_timeout")?,
+            working_set: decoder.text("working_set", MAX_ADDRESS)?.to_owned(),
+        };
+        if options.mode != RestoreMode::Lazy && !options.working_set.is_empty() {
+            let (value, allowed) = (options.mode as u64, "1 lazy with a working_set");
+            return Err(DecodeError::Value { field: "mode", value, allowed });
+        }
+        Ok(options)
+    }
+}

@@ -1,0 +1,268 @@
+//! What a job is, and how it stands.
+
+use super::MAX_SENTENCE;
+use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
+
+/// What a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u32)]
+pub enum JobKind {
+    /// No job was started yet.
+    #[default]
+    None = 0,
+    /// An outgoing migration.
+    Outgoing = 1,
+    /// An incoming migration.
+    Incoming = 2,
+    /// A snapshot into an image.
+    Snapshot = 3,
+    /// A restore from an image.
+    Restore = 4,
+}
+
+impl JobKind {
+    /// The name that users see.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Outgoing => "outgoing",
+            Self::Incoming => "incoming",
+            Self::Snapshot => "snapshot",
+            Self::Restore => "restore",
+        }
+    }
+
+    fn from_wire(value: u32) -> Result<Self, DecodeError> {
+        [Self::None, Self::Outgoing, Self::Incoming, Self::Snapshot, Self::Restore]
+            .into_iter()
+            .find(|kind| *kind as u32 == value)
+            .ok_or(DecodeError::Value {
+                field: "kind",
+                value: value.into(),
+                allowed: "0 none, 1 outgoing, 2 incoming, 3 snapshot, 4 restore",
+            })
+    }
+}
+
+/// Where a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[repr(u32)]
+pub enum Phase {
+    /// No job was started yet.
+    #[default]
+    Idle = 0,
+    /// Outgoing: connecting. Incoming: waiting for the source.
+    Connecting = 1,
+    /// Outgoing: telling the peer what comes. Incoming: checking that, and making holes.
+    Preparing = 2,
+    /// Outgoing: starting the trackers, and clearing what is discarded.
+    Tracking = 3,
+    /// Passes over the memory of a running guest.
+    Passes = 4,
+    /// Outgoing: the guest is being stopped, or stands still for the last pass.
+    Stopping = 5,
+    /// The destination loads the VMM's state.
+    Loading = 6,
+    /// Outgoing: ownership is being given up. Incoming: waiting for it.
+    Committing = 7,
+    /// The guest runs at the destination, and its memory is on its way.
+    Postcopy = 8,
+    /// The same, but a connection was lost. Faults wait at the destination until the migration is recovered. The error says what happened.
+    PostcopyPaused = 9,
+    /// A paused postcopy is being connected again.
+    Recovering = 10,
+    /// Snapshot: the memory of the running guest is being protected against writes.
+    Protecting = 11,
+    /// Snapshot: pages are being written to the image.
+    Saving = 12,
+    /// Restore: pages are being read from the image, and the guest does not run yet.
+    Restoring = 13,
+    /// Restore: the guest runs, and its memory follows from the image.
+    Prefetching = 14,
+    /// What was asked for is done. Migration: the destination has it all, and runs.
+    Completed = 15,
+    /// It failed; an outgoing guest runs on at the source, unless it was in postcopy.
+    Failed = 16,
+    /// It was cancelled; an outgoing guest runs on at the source.
+    Cancelled = 17,
+    /// Outgoing: the commit was sent and the link died before the destination confirmed. The guest stands still here, and whether it
+    /// runs there only an operator can find out.
+    Unconfirmed = 18,
+}
+
+impl Phase {
+    /// All phases with the names that users see.
+    pub const ALL: [(Phase, &'static str); 19] = [
+        (Phase::Idle, "idle"),
+        (Phase::Connecting, "connecting"),
+        (Phase::Preparing, "preparing"),
+        (Phase::Tracking, "tracking"),
+        (Phase::Passes, "passes"),
+        (Phase::Stopping, "stopping"),
+        (Phase::Loading, "loading"),
+        (Phase::Committing, "committing"),
+        (Phase::Postcopy, "postcopy"),
+        (Phase::PostcopyPaused, "postcopy-paused"),
+        (Phase::Recovering, "recovering"),
+        (Phase::Protecting, "protecting"),
+        (Phase::Saving, "saving"),
+        (Phase::Restoring, "restoring"),
+        (Phase::Prefetching, "prefetching"),
+        (Phase::Completed, "completed"),
+        (Phase::Failed, "failed"),
+        (Phase::Cancelled, "cancelled"),
+        (Phase::Unconfirmed, "unconfirmed"),
+    ];
+
+    /// The name that users see.
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(phase, _)| *phase == self).map_or("", |(_, name)| name)
+    }
+
+    /// True if nothing more will happen.
+    pub fn is_final(self) -> bool {
+        self == Self::Idle || self >= Self::Completed
+    }
+
+    /// True if the guest runs at the destination, as far as is known, and its memory is not all there.
+    pub fn is_postcopy(self) -> bool {
+        matches!(self, Self::Postcopy | Self::PostcopyPaused | Self::Recovering)
+    }
+
+    fn from_wire(value: u32) -> Result<Self, DecodeError> {
+        Self::ALL.iter().map(|(phase, _)| *phase).find(|phase| *phase as u32 == value).ok_or(DecodeError::Value {
+            field: "phase",
+            value: value.into(),
+            allowed: "0 to 18",
+        })
+    }
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// The figures of a job. One field a line; the wire, `--json` and the tables all follow this list.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+        pub struct Counters {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Counters {
+            /// All figures with their names.
+            pub fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name),)*].into_iter()
+            }
+
+            fn encode(&self, encoder: Encoder) -> Encoder {
+                encoder$(.u64(self.$name))*
+            }
+
+            fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+                Ok(Self { $($name: decoder.u64(stringify!($name))?,)* })
+            }
+        }
+    };
+}
+
+counters! {
+    /// Passes that ended, the last one, with the guest stopped, among them.
+    passes,
+    /// Pages sent with their content. A page sent in two passes counts twice. Snapshot: pages whose content the image has. Restore: pages that were
+    /// read from it and placed.
+    pages_sent,
+    /// Allocated pages that were read and found to be zero, and holes that were sent as zero.
+    zero_pages,
+    /// Pages told to the destination as discarded; or that are discarded in the image.
+    discarded_pages,
+    /// Pages sent although discarded, since the guest wrote into them afterwards.
+    stray_pages,
+    /// Bytes written to, or read from, all streams: headers, content and state; or the image.
+    wire_bytes,
+    /// Pages that are dirty and not sent yet; in postcopy, those that the destination still lacks; those that are still to be saved or restored.
+    remaining_pages,
+    /// Pages that the current pass started with.
+    pass_pages,
+    /// Pages of the current pass that are done.
+    pass_pages_done,
+    /// Microseconds since the job started; stands when it ends.
+    total_us,
+    /// Microseconds from asking the VMM to pause until the destination said that its guest runs. Snapshot: until the VMM said so.
+    downtime_us,
+    /// Microseconds that the guest would stand still if it were stopped now.
+    expected_downtime_us,
+    /// Bytes per second over the last pass.
+    bandwidth,
+    /// Pages per second that the guest dirtied during the last pass.
+    dirty_pages_per_s,
+    /// Microseconds that the last sync of the trackers took.
+    sync_us,
+    /// Percent of its time that the guest is held back, if throttled.
+    throttle_percent,
+    /// Postcopy: faults of the guest, and of its devices, that were answered. At the destination. Lazy restore: the same. Snapshot: writes into pages that were
+    /// still protected.
+    faults,
+    /// Postcopy: pages that the destination asked for, since the guest waited for them.
+    requested_pages,
+    /// Postcopy: pages that the source sent, or the destination took, without being asked.
+    pushed_pages,
+    /// Postcopy: pages that the guest discarded while they remained, so that they need not come any more.
+    dropped_pages,
+    /// Postcopy: pages that the source freed since the destination has them.
+    released_pages,
+    /// Postcopy: microseconds without a connection.
+    paused_us,
+    /// Microseconds from reading a fault to answering it, for half of the faults.
+    fault_p50_us,
+    /// The same for 90 of 100.
+    fault_p90_us,
+    /// The same for 99 of 100.
+    fault_p99_us,
+    /// The same for the slowest.
+    fault_max_us,
+    /// Snapshot: pages that were saved before their turn, since the guest was about to write there.
+    captured_pages,
+    /// Snapshot: pages that were saved before their turn, since the guest discarded them.
+    rescued_pages,
+    /// Snapshot: pages that are as in the base.
+    unchanged_pages,
+    /// Restore: pages of the working set that were read ahead.
+    working_set_pages,
+    /// Restore: microseconds from the request until the VMM said that its guest runs.
+    running_us,
+}
+
+/// How a job stands.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct JobStatus {
+    /// Number of the job, counted from 1; 0 if there was none.
+    pub job: u64,
+    /// What it is.
+    pub kind: JobKind,
+    /// Where it stands.
+    pub phase: Phase,
+    /// Its figures.
+    pub counters: Counters,
+    /// Why it failed, or is paused; empty if it did not and is not.
+    pub error: String,
+}
+
+impl JobStatus {
+    /// Adds the fields to a body.
+    pub fn encode(&self, encoder: Encoder) -> Encoder {
+        let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32);
+        self.counters.encode(encoder).text(clip(&self.error, MAX_SENTENCE))
+    }
+
+    /// Reads the fields from a body.
+    ///
+    /// # Errors
+    /// The field that is wrong.
+    pub fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            job: decoder.u64("job")?,
+            kind: JobKind::from_wire(decoder.u32("kind")?)?,
+            phase: Phase::from_wire(decoder.u32("phase")?)?,
+            counters: Counters::decode(decoder)?,
+            error: decoder.text("error", MAX_SENTENCE)?.to_owned(),
+        })
+    }
+}
