@@ -44,7 +44,7 @@ pub fn restore(
     job.memory.set_arriving(Some(arriving.clone()));
     arriving.drop_discarded(&job.memory);
     let (pieces, mut record) = plan.parts();
-    let supply = Supply::new(job, source, &arriving, unread, pieces, record.is_some())?;
+    let supply = Supply::new(job, source, &arriving, unread, pieces, record.is_some());
     let workers = usize::from(workers).min(MAX_READERS - SERVERS);
     let (whole, outcome) = run(&supply, record.as_mut(), workers, || {
         state.load(job)?;

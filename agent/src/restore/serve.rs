@@ -1,7 +1,6 @@
 //! What the guest waits for.
 //!
-//! One thread reads the faults, and never a disk. It hands what is owed to a few others, which read it from the image while the next fault comes: by a ring of atomic places, and
-//! an event descriptor that counts, so that one of them is woken for each.
+//! One thread reads the faults, and never a disk. It hands what is owed to a few others, which read it from the image while the next fault comes.
 //!
 //! A guest that has touched one page and then one near it will touch those around them: so what is unread within 64 KiB is read with the second, which is placed first. With the
 //! first it would cost a guest that jumps about twice the time for each page, from a disk and from memory.
@@ -12,99 +11,58 @@ use crate::faults::{HostPage, Supplier};
 use crate::image::PageBuffer;
 use crate::job::JobError;
 use crate::memory::runs::NEAR;
+use crossbeam_channel::{Receiver, Sender, bounded, select_biased};
 use pageferry_protocol::image::EXTENT_SIZE;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::userfault::MAX_FAULTS;
-use rustix::event::EventfdFlags;
-use rustix::io::Errno;
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::convert::Infallible;
+use std::sync::{Mutex, PoisonError};
 
 /// Threads that read what the guest waits for: they wait for the disk most of the time.
 pub const SERVERS: usize = 4;
-/// Places of the ring: more than guests have processors.
+/// Most host pages that wait: more than guests have processors.
 const PLACES: usize = 1024;
-/// How long a full ring is left alone.
-const FULL: Duration = Duration::from_micros(50);
-/// Bits of a place that hold the host page.
-const PAGE_BITS: u32 = 40;
 
 /// Host pages on their way from the thread that reads the faults to those that answer them.
 #[derive(Debug)]
 pub struct Queue {
-    /// The block's index plus one, and the host page; 0 if the place is free.
-    places: Box<[AtomicU64]>,
-    /// The place that is filled next. Only one thread does.
-    tail: AtomicU64,
-    /// The place that is emptied next.
-    head: AtomicU64,
-    /// Counts the places that are filled and not claimed.
-    filled: OwnedFd,
-    closed: AtomicBool,
+    to: Sender<HostPage>,
+    from: Receiver<HostPage>,
+    /// Nothing is ever sent here: it ends when `open` is taken.
+    closed: Receiver<Infallible>,
+    open: Mutex<Option<Sender<Infallible>>>,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        let (to, from) = bounded(PLACES);
+        let (open, closed) = bounded(0);
+        Self { to, from, closed, open: Mutex::new(Some(open)) }
+    }
 }
 
 impl Queue {
-    /// An empty one.
-    ///
-    /// # Errors
-    /// If the kernel has no event descriptor.
-    pub fn new() -> Result<Self, JobError> {
-        let filled = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::SEMAPHORE);
-        Ok(Self {
-            places: (0..PLACES).map(|_| AtomicU64::new(0)).collect(),
-            tail: AtomicU64::new(0),
-            head: AtomicU64::new(0),
-            filled: filled.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?,
-            closed: AtomicBool::new(false),
-        })
-    }
-
-    /// Hands a host page over. One thread does this.
-    fn push(&self, (at, host_page): HostPage) {
-        let tail = self.tail.load(Ordering::Relaxed);
-        let place = &self.places[tail as usize % PLACES];
-        while place.load(Ordering::Acquire) != 0 {
-            if self.closed.load(Ordering::Acquire) {
-                return;
-            }
-            std::thread::sleep(FULL);
+    /// Hands a host page over; waits while there is no place.
+    fn push(&self, page: HostPage) {
+        select_biased! {
+            recv(self.closed) -> _ => {}
+            // The other end is here.
+            send(self.to, page) -> _ => {}
         }
-        place.store(((at as u64 + 1) << PAGE_BITS) | host_page, Ordering::Release);
-        self.tail.store(tail + 1, Ordering::Relaxed);
-        self.wake(1);
-    }
-
-    fn wake(&self, count: u64) {
-        // Fails only if it counts more than 2^64 - 2.
-        let _ = rustix::io::write(&self.filled, &count.to_ne_bytes());
     }
 
     /// Waits for a host page; `None` once it is closed.
-    fn next(&self) -> Result<Option<HostPage>, JobError> {
-        let mut count = [0; 8];
-        loop {
-            match rustix::io::read(&self.filled, &mut count) {
-                Ok(_) => break,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(JobError::Io { what: "read an event descriptor", source: errno.into() }),
-            }
+    fn next(&self) -> Option<HostPage> {
+        select_biased! {
+            recv(self.closed) -> _ => None,
+            recv(self.from) -> page => page.ok(),
         }
-        if self.closed.load(Ordering::Acquire) {
-            return Ok(None);
-        }
-        // As many get past the descriptor as there are places filled, so this one is; perhaps it was another thread that heard of it, and came here before.
-        let head = self.head.fetch_add(1, Ordering::AcqRel);
-        let place = self.places[head as usize % PLACES].swap(0, Ordering::AcqRel);
-        Ok(Some(((place >> PAGE_BITS).saturating_sub(1) as usize, place & ((1 << PAGE_BITS) - 1))))
     }
 
     /// Nothing more is handed out.
     pub fn close(&self) {
-        if !self.closed.swap(true, Ordering::AcqRel) {
-            self.wake(SERVERS as u64);
-        }
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
@@ -147,7 +105,7 @@ impl Supply<'_> {
     /// If the image cannot be read, or is damaged, or a page cannot be placed.
     pub fn serve(&self, worker: usize) -> Result<(), JobError> {
         let mut buffer = PageBuffer::new(EXTENT_SIZE as usize);
-        while let Some((at, host_page)) = self.queue.next()? {
+        while let Some((at, host_page)) = self.queue.next() {
             let unit = self.unread.block(at).unit();
             let wanted = PageRange::new(host_page * unit, unit);
             let range = if unit == 1 { self.claim_around(at, host_page) } else { self.claim(at, host_page) };
@@ -191,16 +149,15 @@ impl Supply<'_> {
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
-    use std::sync::Mutex;
 
     #[test]
     fn each_page_is_handed_to_one_thread_and_all_end_when_it_is_closed() {
-        let queue = Queue::new().unwrap();
+        let queue = Queue::default();
         let found = Mutex::new(BTreeSet::new());
         std::thread::scope(|scope| {
             for _ in 0..SERVERS {
                 scope.spawn(|| {
-                    while let Some(page) = queue.next().unwrap() {
+                    while let Some(page) = queue.next() {
                         assert!(found.lock().unwrap().insert(page), "{page:?} came twice");
                     }
                 });

@@ -64,20 +64,17 @@ pub struct Supply<'a> {
 
 impl<'a> Supply<'a> {
     /// Of all that is owed, which is `unread` by now. `pieces` are read ahead of all else.
-    ///
-    /// # Errors
-    /// If the kernel has no event descriptor.
     pub fn new(
         job: &'a Job, source: &'a Source, arriving: &'a Arriving, unread: Owed, pieces: Vec<(usize, PageRange)>,
         recording: bool,
-    ) -> Result<Self, JobError> {
-        Ok(Self {
+    ) -> Self {
+        Self {
             job,
             source,
             arriving,
             unread,
             cursor: Cursor::new(&job.memory),
-            queue: Queue::new()?,
+            queue: Queue::default(),
             pieces: Pieces::new(pieces),
             gate: Gate::default(),
             recording,
@@ -86,7 +83,7 @@ impl<'a> Supply<'a> {
             failure: Mutex::default(),
             failed: AtomicBool::new(false),
             over: AtomicBool::new(false),
-        })
+        }
     }
 
     /// The guest waits for a page that is owed.
