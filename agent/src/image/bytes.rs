@@ -1,10 +1,9 @@
-//! Reading and writing at a place in a file, all or nothing; where a file has data; and memory that a disk can read from.
+//! Reading and writing at a place in a file, all or nothing; and where a file has data.
 
 use super::Fault;
-use pageferry_protocol::memory::PAGE_SIZE;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
-use std::ops::{Deref, DerefMut, Range};
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 /// Writes all of `bytes`.
@@ -62,36 +61,4 @@ pub(super) fn data_in(file: BorrowedFd<'_>, range: Range<u64>) -> impl Iterator<
         };
         Some(start..next)
     })
-}
-
-/// Bytes that begin at a multiple of the page size, as writing past the page cache needs them.
-#[derive(Debug)]
-pub struct PageBuffer {
-    bytes: Vec<u8>,
-    start: usize,
-    length: usize,
-}
-
-impl PageBuffer {
-    /// `length` zero bytes.
-    pub fn new(length: usize) -> Self {
-        let bytes = vec![0; length + PAGE_SIZE as usize];
-        // Where it cannot be told the buffer is as good as any other, and the page cache takes it.
-        let start = bytes.as_ptr().align_offset(PAGE_SIZE as usize).min(PAGE_SIZE as usize);
-        Self { bytes, start, length }
-    }
-}
-
-impl Deref for PageBuffer {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.bytes[self.start..self.start + self.length]
-    }
-}
-
-impl DerefMut for PageBuffer {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..self.start + self.length]
-    }
 }

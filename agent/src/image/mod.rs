@@ -1,6 +1,7 @@
 //! Images in files: see `docs/image.md` and [`pageferry_protocol::image`] for what is in them.
 //!
 //! - [`bytes`]: reading and writing at a place;
+//! - [`page_buffer`]: memory that a disk reads from and writes to;
 //! - [`new_file`]: a file that is there whole, or not at all;
 //! - [`writer`]: pages and all else into a new image;
 //! - [`sums`]: checksums of pages on their way into it;
@@ -16,6 +17,7 @@ pub mod bytes;
 pub mod chain;
 pub mod merge;
 pub mod new_file;
+pub mod page_buffer;
 pub mod picture;
 pub mod reader;
 pub mod sums;
@@ -23,8 +25,8 @@ pub mod verify;
 pub mod workers;
 pub mod writer;
 
-pub use bytes::PageBuffer;
 pub use chain::Chain;
+pub use page_buffer::PageBuffer;
 pub use reader::Image;
 pub use writer::ImageWriter;
 

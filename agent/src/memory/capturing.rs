@@ -59,7 +59,7 @@ impl Sink for ImageWriter {
 
     fn batch(&self) -> usize {
         // A disk that is written to without the page cache has no more to do at once than the workers give it.
-        if self.is_direct() { 4 * BATCH } else { BATCH }
+        if self.is_direct() { 2 * BATCH } else { BATCH }
     }
 }
 
