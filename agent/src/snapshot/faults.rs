@@ -10,8 +10,10 @@ use crate::memory::capturing::Capturing;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::userfault::MAX_FAULTS;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Most bytes of all buffers together; at least a few of them.
@@ -36,24 +38,40 @@ struct Buffers {
     captured: Sender<Captured>,
 }
 
-/// Answers faults until `stop` is readable, and puts all that was captured.
-pub fn answer(job: &Job, shared: &Shared, stop: &OwnedFd) {
+/// Starts both threads. They answer faults until `stop` is readable, and end when all that was captured is put.
+///
+/// # Errors
+/// If there is no thread to be had.
+pub fn start(job: &Arc<Job>, shared: &Arc<Shared>, stop: OwnedFd) -> Result<JoinHandle<()>, JobError> {
+    let (job, shared) = (job.clone(), shared.clone());
     let (to_free, free) = channel();
-    let (captured, to_put) = channel::<Captured>();
+    let (captured, to_put) = channel();
     let largest = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).max().unwrap_or(1);
     for _ in 0..(BUFFERS / largest).clamp(4, MOST) {
         // The other end is here.
         let _ = to_free.send(vec![0; largest as usize]);
     }
-    std::thread::scope(|scope| {
-        let give_back = to_free.clone();
-        scope.spawn(move || put(to_put, &give_back));
-        let mut unanswered = Unanswered { shared, over: false };
-        match answer_all(job, shared, stop, &Buffers { free, to_free, captured }) {
-            Ok(()) => unanswered.over = true,
-            Err(error) => fail(&shared.mode(), error),
+    let builder = |name| Builder::new().name(format!("{name}-{}", job.id));
+    let (answering, putting) = (builder("faults"), builder("captured"));
+    let give_back = to_free.clone();
+    let writer = putting.spawn(move || put(to_put, &give_back)).map_err(JobError::from_io("start a thread"))?;
+    let buffers = Buffers { free, to_free, captured };
+    let answering = answering.spawn(move || {
+        answer(&job, &shared, &stop, &buffers);
+        drop(buffers);
+        if let Err(panic) = writer.join() {
+            resume_unwind(panic);
         }
     });
+    answering.map_err(JobError::from_io("start a thread"))
+}
+
+fn answer(job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers) {
+    let mut unanswered = Unanswered { shared, over: false };
+    match answer_all(job, shared, stop, buffers) {
+        Ok(()) => unanswered.over = true,
+        Err(error) => fail(&shared.mode(), error),
+    }
 }
 
 /// On drop, also by a panic, there is no instant any more, unless all is over.

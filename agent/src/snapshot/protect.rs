@@ -121,10 +121,7 @@ impl Watch {
         let protection = Arc::new(Protection { uffd, mappings: Mappings::of(&job.memory) });
         let shared =
             Arc::new(Shared { protection, mode: Mutex::new(Mode::Ahead), ahead, failed: AtomicBool::new(false) });
-        let (theirs, inner) = (shared.clone(), job.clone());
-        let thread = std::thread::Builder::new().name(format!("faults-{}", job.id));
-        let thread = thread.spawn(move || faults::answer(&inner, &theirs, &end));
-        let thread = thread.map_err(JobError::from_io("start a thread"))?;
+        let thread = faults::start(job, &shared, end)?;
         undo.disarm();
         job.memory.set_freed(Some(shared.clone()));
         Ok(Self { job: job.clone(), shared, stop, thread: Some(thread), watching: true })

@@ -7,13 +7,16 @@ use crate::job::{Job, JobError};
 use crate::memory::capturing::Capturing;
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Builder;
 
 /// Captures all that is pending, with `workers` threads.
 pub fn run(job: &Job, capturing: &Capturing, workers: usize) -> Result<(), JobError> {
     let sweep = Sweep { job, capturing, failed: AtomicBool::new(false) };
     std::thread::scope(|scope| {
         let sweep = &sweep;
-        let threads: Vec<_> = (1..workers).map(|worker| scope.spawn(move || sweep.work(worker))).collect();
+        // If the kernel gives no more threads, those that there are do it.
+        let spawn = |worker| Builder::new().spawn_scoped(scope, move || sweep.work(worker)).ok();
+        let threads: Vec<_> = (1..workers).map_while(spawn).collect();
         let first = sweep.work(0);
         let rest = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
         rest.fold(first, |outcome, other| outcome.and(other))
