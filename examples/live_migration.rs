@@ -8,9 +8,10 @@
 
 use clap::{Parser, Subcommand};
 use pageferry_client::{BlockRange, IncomingOptions, Mode, NonConvergence, OutgoingOptions, Phase, Punch};
-use pageferry_examples::counting::{Counting, Expected, RAM};
+use pageferry_examples::counting::{BUSY, COUNTING, Expected, RAM, SEED, SIZE, mebibytes};
+use pageferry_examples::show::{MIB, in_folder, mib, number, pages, program, report_of, time};
 use pageferry_examples::table::Table;
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
+use pageferry_protocol::memory::{PageRange, pages_in};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_tests::Error;
 use pageferry_tests::guest::kvm::FIRMWARE_PAGES;
@@ -21,7 +22,6 @@ use pageferry_tests::usage::Usage;
 use pageferry_tests::verify::{Compared, same_block};
 use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
 use serde_json::{Value, json};
-use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -29,27 +29,12 @@ use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-const MIB: u64 = 1 << 20;
-/// Size of the guest.
-const SIZE: u64 = 1 << 30;
-/// What the guest writes into, over and over, but for its firmware.
-const BUSY: PageRange = pages(0, 32 * MIB);
 /// Content that stands still. What follows was never touched.
-const STILL: PageRange = pages(32 * MIB, 704 * MIB);
+const STILL: PageRange = mebibytes(32, 704);
 /// Given back before the migration.
-const BEFORE: PageRange = pages(256 * MIB, 128 * MIB);
+const BEFORE: PageRange = mebibytes(256, 128);
 /// Given back while it runs.
-const DURING: PageRange = pages(512 * MIB, 64 * MIB);
-/// Where the still content comes from.
-const SEED: u64 = 2021;
-/// The guest.
-const COUNTING: Counting = Counting { busy: BUSY };
-/// Longest time for everything.
-const LIMIT: Duration = Duration::from_secs(300);
-
-const fn pages(offset: u64, length: u64) -> PageRange {
-    PageRange::new(pages_in(offset), pages_in(length))
-}
+const DURING: PageRange = mebibytes(512, 64);
 
 /// Migrates a running guest of 1 GiB between two VMMs, and checks that it arrived.
 #[derive(Debug, Parser)]
@@ -78,28 +63,18 @@ enum Role {
 }
 
 fn main() -> ExitCode {
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    if arguments.first().is_some_and(|first| first == "agent") {
-        return pageferry_tests::agent::main(arguments);
-    }
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    let cli = Cli::parse();
-    let outcome = match cli.process {
-        None => show(cli.mode),
-        Some(Role::Source { socket, memory, to, mode }) => {
-            source(&socket, &memory, &to, mode).map(|report| println!("{report}"))
+    program(|| {
+        let cli = Cli::parse();
+        match cli.process {
+            None => show(cli.mode),
+            Some(Role::Source { socket, memory, to, mode }) => {
+                source(&socket, &memory, &to, mode).map(|report| println!("{report}"))
+            }
+            Some(Role::Destination { socket, memory, listen }) => {
+                destination(&socket, &memory, &listen).map(|report| println!("{report}"))
+            }
         }
-        Some(Role::Destination { socket, memory, listen }) => {
-            destination(&socket, &memory, &listen).map(|report| println!("{report}"))
-        }
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{}", error.sentence());
-            ExitCode::FAILURE
-        }
-    }
+    })
 }
 
 /// Starts everything, waits, checks, and shows what happened.
@@ -109,14 +84,7 @@ fn show(mode: Mode) -> Result<(), Error> {
     here.block(RAM)?.fill(STILL, SEED)?;
     let before = here.allocated()?;
 
-    let program = std::env::current_exe().map_err(Error::io("find this program"))?;
-    let directory = std::env::temp_dir().join(format!("pageferry-{}", std::process::id()));
-    std::fs::create_dir(&directory).map_err(Error::io(format!("make {}", directory.display())))?;
-    let reports = migrate(&program, &directory, &here, &there, mode);
-    let removed = std::fs::remove_dir_all(&directory);
-    let [source, destination] = reports?;
-    removed.map_err(Error::io(format!("remove {}", directory.display())))?;
-
+    let [source, destination] = in_folder(|program, folder| migrate(program, folder, &here, &there, mode))?;
     table(&source, before, &here, &there)?;
     if mode.may_postcopy() {
         print!("{}", faults(&destination));
@@ -160,16 +128,6 @@ fn migrate(
     let address = line.trim_start_matches("listening at ");
     let mut source = vmm("source", &agents[0], here, address)?;
     Ok([report_of(&mut source)?, report_of(&mut destination)?])
-}
-
-/// Waits for the end of a VMM and reads its last line.
-fn report_of(vmm: &mut Process) -> Result<Value, Error> {
-    let status = vmm.wait(LIMIT)?;
-    let last = vmm.lines().pop().unwrap_or_default();
-    if !status.success() {
-        return Err(Error::Mismatch(format!("a VMM failed ({status}): {last}")));
-    }
-    serde_json::from_str(&last).map_err(|error| Error::Mismatch(format!("a VMM says \"{last}\": {error}")))
 }
 
 /// The memory that was prepared, as one VMM uses it.
@@ -254,12 +212,11 @@ fn check(here: &TestMemory, there: &TestMemory) -> Result<Compared, Error> {
 /// What a guest that ran before its memory was there had to wait for.
 fn faults(destination: &Value) -> Table {
     let report = &destination["report"];
-    let number = |name: &str| report[name].as_u64().unwrap_or_default();
     let micros = |index: usize| format!("{} us", report["fault_us"][index].as_u64().unwrap_or_default());
     let mut table = Table::default();
-    table.row("pages that the guest waited for", number("requested_pages"));
-    table.row("pages that came before it did", number("pushed_pages"));
-    table.row("faults", number("faults"));
+    table.row("pages that the guest waited for", number(report, "requested_pages"));
+    table.row("pages that came before it did", number(report, "pushed_pages"));
+    table.row("faults", number(report, "faults"));
     table.row("half of them took at most", micros(0));
     table.row("99 of 100, and the slowest", format!("{}, {}", micros(1), micros(2)));
     if let Some(sweeps) = destination["sweeps_meanwhile"].as_u64() {
@@ -274,19 +231,15 @@ fn parse_mode(text: &str) -> Result<Mode, String> {
 }
 
 fn table(report: &Value, before: u64, here: &TestMemory, there: &TestMemory) -> Result<(), Error> {
-    let number = |name: &str| report[name].as_u64().unwrap_or_default();
-    let time = |name: &str| format!("{:.1} ms", report[name].as_f64().unwrap_or_default());
-    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / MIB as f64);
-    let pages = |count: u64| format!("{count} pages, {}", mib(count * PAGE_SIZE));
     let mut table = Table::default();
-    table.row("sent", pages(number("pages_sent")));
-    table.row("on the wire", mib(number("wire_bytes")));
-    table.row("found to be zero", pages(number("zero_pages")));
-    table.row("discarded, told and not sent", pages(number("discarded_pages")));
+    table.row("sent", pages(number(report, "pages_sent")));
+    table.row("on the wire", mib(number(report, "wire_bytes")));
+    table.row("found to be zero", pages(number(report, "zero_pages")));
+    table.row("discarded, told and not sent", pages(number(report, "discarded_pages")));
     table.row("never touched, skipped", mib(SIZE - STILL.bytes() - BUSY.bytes()));
-    table.row("passes", number("passes"));
-    table.row("took", time("total_ms"));
-    table.row("the guest stood still for", time("downtime_ms"));
+    table.row("passes", number(report, "passes"));
+    table.row("took", time(report, "total_ms"));
+    table.row("the guest stood still for", time(report, "downtime_ms"));
     table.row("allocated before", mib(before));
     table.row("allocated here and there", format!("{} and {}", mib(here.allocated()?), mib(there.allocated()?)));
     print!("{table}");

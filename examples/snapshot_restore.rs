@@ -9,12 +9,12 @@
 
 use clap::{Parser, Subcommand};
 use pageferry_client::{BlockRange, Phase, Punch, RestoreMode, RestoreOptions, SnapshotOptions};
-use pageferry_examples::counting::{Counting, RAM};
+use pageferry_examples::counting::{BUSY, COUNTING, RAM, SEED, SIZE, mebibytes};
+use pageferry_examples::show::{LIMIT, MIB, in_folder, mib, number, pages, parse, program, report_of, time};
 use pageferry_examples::table::Table;
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
+use pageferry_protocol::memory::{PageRange, pages_in};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_tests::Error;
-
 use pageferry_tests::memory::TestMemory;
 use pageferry_tests::mock_vmm::report::{Report, watch};
 use pageferry_tests::process::{AgentProcess, Process};
@@ -22,31 +22,14 @@ use pageferry_tests::usage::Usage;
 use pageferry_tests::verify::same_block;
 use pageferry_tests::vmm::{MockVmm, Tracker};
 use serde_json::{Value, json};
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
-use std::time::Duration;
 
-const MIB: u64 = 1 << 20;
-/// Size of the guest.
-const SIZE: u64 = 1 << 30;
-/// What the guest writes into, over and over, but for its firmware.
-const BUSY: PageRange = pages(0, 32 * MIB);
 /// Content that stands still. What follows was never touched.
-const STILL: PageRange = pages(32 * MIB, 480 * MIB);
+const STILL: PageRange = mebibytes(32, 480);
 /// Given back between the two images.
-const GIVEN_BACK: PageRange = pages(256 * MIB, 128 * MIB);
-/// Where the still content comes from.
-const SEED: u64 = 2021;
-/// The guest.
-const COUNTING: Counting = Counting { busy: BUSY };
-/// Longest time for one process.
-const LIMIT: Duration = Duration::from_secs(300);
-
-const fn pages(offset: u64, length: u64) -> PageRange {
-    PageRange::new(pages_in(offset), pages_in(length))
-}
+const GIVEN_BACK: PageRange = mebibytes(256, 128);
 
 /// Saves a running guest of 1 GiB, kills it, restores it twice, and checks that it counts on.
 #[derive(Debug, Parser)]
@@ -66,36 +49,14 @@ enum Role {
 }
 
 fn main() -> ExitCode {
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    if arguments.first().is_some_and(|first| first == "agent") {
-        return pageferry_tests::agent::main(arguments);
-    }
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    let outcome = match Cli::parse().process {
-        None => show(),
+    program(|| match Cli::parse().process {
+        None => in_folder(save_and_restore),
         Some(Role::Save { socket, folder }) => save(&socket, &folder),
         Some(Role::Restore { socket, folder }) => restore(&socket, &folder).map(|report| println!("{report}")),
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{}", error.sentence());
-            ExitCode::FAILURE
-        }
-    }
+    })
 }
 
 /// Starts everything, waits, checks, and shows what happened.
-fn show() -> Result<(), Error> {
-    let program = std::env::current_exe().map_err(Error::io("find this program"))?;
-    let folder = std::env::temp_dir().join(format!("pageferry-{}", std::process::id()));
-    std::fs::create_dir(&folder).map_err(Error::io(format!("make {}", folder.display())))?;
-    let shown = save_and_restore(&program, &folder);
-    let removed = std::fs::remove_dir_all(&folder);
-    shown?;
-    removed.map_err(Error::io(format!("remove {}", folder.display())))
-}
-
 fn save_and_restore(program: &Path, folder: &Path) -> Result<(), Error> {
     let run = |role: &str, name: &str| -> Result<(AgentProcess, Process), Error> {
         let agent = AgentProcess::spawn(program.as_os_str(), folder, name)?;
@@ -123,20 +84,6 @@ fn save_and_restore(program: &Path, folder: &Path) -> Result<(), Error> {
         println!("checked: {}", restored["memory"].as_str().unwrap_or_default());
     }
     Ok(())
-}
-
-fn parse(text: &str) -> Result<Value, Error> {
-    serde_json::from_str(text).map_err(|error| Error::Mismatch(format!("a VMM says \"{text}\": {error}")))
-}
-
-/// Waits for the end of a VMM and reads its last line.
-fn report_of(vmm: &mut Process) -> Result<Value, Error> {
-    let status = vmm.wait(LIMIT)?;
-    let last = vmm.lines().pop().unwrap_or_default();
-    if !status.success() {
-        return Err(Error::Mismatch(format!("a VMM failed ({status}): {last}")));
-    }
-    parse(&last)
 }
 
 /// The VMM that saves its guest, twice, and then goes on until it is killed.
@@ -197,13 +144,12 @@ fn restore(socket: &Path, folder: &Path) -> Result<Value, Error> {
 
 fn saved(name: &str, report: &Value, image: &Path) -> Result<Table, Error> {
     use std::os::unix::fs::MetadataExt;
-    let number = |name: &str| report[name].as_u64().unwrap_or_default();
     let file = std::fs::metadata(image).map_err(Error::io(format!("look at {}", image.display())))?;
     println!("{name}:");
     let mut table = Table::default();
-    table.row("pages saved", pages_text(number("pages_sent")));
-    table.row("of them before their turn, for a write", pages_text(number("captured_pages")));
-    table.row("pages discarded", pages_text(number("discarded_pages")));
+    table.row("pages saved", pages(number(report, "pages_sent")));
+    table.row("of them before their turn, for a write", pages(number(report, "captured_pages")));
+    table.row("pages discarded", pages(number(report, "discarded_pages")));
     table.row("the guest stood still for", time(report, "downtime_ms"));
     table.row("took", time(report, "total_ms"));
     table.row("the file takes on the disk", mib(file.blocks() * 512));
@@ -211,26 +157,13 @@ fn saved(name: &str, report: &Value, image: &Path) -> Result<Table, Error> {
 }
 
 fn restored_table(name: &str, report: &Value) -> Table {
-    let number = |name: &str| report[name].as_u64().unwrap_or_default();
     println!("{name}:");
     let mut table = Table::default();
     table.row("the guest ran after", time(report, "running_ms"));
     table.row("all of its memory was there after", time(report, "total_ms"));
-    table.row("pages restored", pages_text(number("pages_sent")));
-    table.row("of them read ahead by the working set", pages_text(number("working_set_pages")));
-    table.row("faults", number("faults"));
+    table.row("pages restored", pages(number(report, "pages_sent")));
+    table.row("of them read ahead by the working set", pages(number(report, "working_set_pages")));
+    table.row("faults", number(report, "faults"));
     table.row("99 of 100 of them took at most", format!("{} us", report["fault_us"][1].as_u64().unwrap_or_default()));
     table
-}
-
-fn time(report: &Value, name: &str) -> String {
-    format!("{:.1} ms", report[name].as_f64().unwrap_or_default())
-}
-
-fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / MIB as f64)
-}
-
-fn pages_text(count: u64) -> String {
-    format!("{count} pages, {}", mib(count * PAGE_SIZE))
 }

@@ -1,6 +1,6 @@
 //! A guest that counts in its pages for ever, so that anyone can tell later whether all of it came: a real one under KVM, or threads where KVM is not to be had.
 
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep, check_consistent, counters};
 use pageferry_tests::guest::threads::{PageSet, ThreadGuest, ThreadGuestOptions};
 use pageferry_tests::usage::{Path, Usage};
@@ -10,6 +10,20 @@ use std::sync::Arc;
 
 /// The id of the only block.
 pub const RAM: u32 = 0;
+
+/// Bytes of the guest of the examples.
+pub const SIZE: u64 = 1 << 30;
+/// What it writes into, over and over, but for its firmware.
+pub const BUSY: PageRange = mebibytes(0, 32);
+/// It.
+pub const COUNTING: Counting = Counting { busy: BUSY };
+/// Where the content comes from that stands still.
+pub const SEED: u64 = 2021;
+
+/// A range of the guest, in MiB.
+pub const fn mebibytes(offset: u64, length: u64) -> PageRange {
+    PageRange::new(pages_in(offset << 20), pages_in(length << 20))
+}
 
 /// Which pages it counts in: those from its firmware on.
 #[derive(Debug, Clone, Copy)]

@@ -1,0 +1,89 @@
+//! The processes of an example, and what they say.
+//!
+//! Each example is one program that is the agent, or a VMM, in the processes that it starts. A VMM prints a line of JSON at its end.
+
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::Error;
+use pageferry_tests::process::Process;
+use serde_json::Value;
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Bytes of a mebibyte.
+pub const MIB: u64 = 1 << 20;
+/// Longest time for one process.
+pub const LIMIT: Duration = Duration::from_secs(300);
+
+/// The agent, if this process is to be one; `run` else. Says what went wrong.
+pub fn program(run: impl FnOnce() -> Result<(), Error>) -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == "agent") {
+        return pageferry_tests::agent::main(arguments);
+    }
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", error.sentence());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Gives `work` this program, and a folder that is there for as long as it runs.
+///
+/// # Errors
+/// If there is none, or of `work`.
+pub fn in_folder<T>(work: impl FnOnce(&Path, &Path) -> Result<T, Error>) -> Result<T, Error> {
+    let program = std::env::current_exe().map_err(Error::io("find this program"))?;
+    let folder = std::env::temp_dir().join(format!("pageferry-{}", std::process::id()));
+    std::fs::create_dir(&folder).map_err(Error::io(format!("make {}", folder.display())))?;
+    let outcome = work(&program, &folder);
+    let removed = std::fs::remove_dir_all(&folder).map_err(Error::io(format!("remove {}", folder.display())));
+    let outcome = outcome?;
+    removed?;
+    Ok(outcome)
+}
+
+/// Waits for the end of a VMM and reads its last line.
+///
+/// # Errors
+/// If it fails.
+pub fn report_of(vmm: &mut Process) -> Result<Value, Error> {
+    let status = vmm.wait(LIMIT)?;
+    let last = vmm.lines().pop().unwrap_or_default();
+    if !status.success() {
+        return Err(Error::Mismatch(format!("a VMM failed ({status}): {last}")));
+    }
+    parse(&last)
+}
+
+/// What a VMM says.
+///
+/// # Errors
+/// If it is not JSON.
+pub fn parse(text: &str) -> Result<Value, Error> {
+    serde_json::from_str(text).map_err(|error| Error::Mismatch(format!("a VMM says \"{text}\": {error}")))
+}
+
+/// A number of a report; 0 if it has none of that name.
+pub fn number(report: &Value, name: &str) -> u64 {
+    report[name].as_u64().unwrap_or_default()
+}
+
+/// A time of a report, in words.
+pub fn time(report: &Value, name: &str) -> String {
+    format!("{:.1} ms", report[name].as_f64().unwrap_or_default())
+}
+
+/// Bytes, in words.
+pub fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / MIB as f64)
+}
+
+/// Pages, in words.
+pub fn pages(count: u64) -> String {
+    format!("{count} pages, {}", mib(count * PAGE_SIZE))
+}
