@@ -25,7 +25,7 @@ use super::fence::{FAULTS, Readers, SESSION};
 use super::mappings::Mappings;
 use super::owed::{Owed, parts_of};
 use super::{Block, GuestMemory};
-use crate::image::{ImageError, ImageWriter};
+use crate::image::{ImageError, ImageWriter, PageBuffer};
 use crate::job::JobError;
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -117,7 +117,7 @@ pub struct Capturing {
 /// What was read and not put yet.
 #[derive(Debug)]
 pub struct Batch {
-    buffer: crate::image::PageBuffer,
+    buffer: PageBuffer,
     /// Bytes from which on it is full.
     full: usize,
     filled: usize,
@@ -130,7 +130,7 @@ impl Batch {
     fn new(memory: &GuestMemory, bytes: usize) -> Self {
         let largest = memory.blocks().iter().map(|block| block.backing.host_page_size()).max();
         let part = largest.unwrap_or(PAGE_SIZE).clamp(WORD_BITS * PAGE_SIZE, 2 << 20) as usize;
-        Self { buffer: crate::image::PageBuffer::new(bytes + part), full: bytes, filled: 0, runs: Vec::new() }
+        Self { buffer: PageBuffer::new(bytes + part), full: bytes, filled: 0, runs: Vec::new() }
     }
 
     fn is_full(&self) -> bool {

@@ -20,11 +20,7 @@ fn dirty(ram: &Ram) {
 
 #[test]
 fn an_image_is_what_the_memory_is_afterwards_whatever_it_was_before() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("image");
-    let geometries = geometries(&PAGES);
-    write_image(&path, &geometries, &Base::default(), 0, sparse);
-    let ram = Arc::new(Ram::new(&geometries));
+    let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     dirty(&ram);
     let vmm = Vmm::new(&ram, |ram, hook| {
         if matches!(hook, Hook::LoadState { .. }) {
@@ -109,11 +105,7 @@ fn a_damaged_page_leaves_nothing_behind_and_no_guest() {
 
 #[test]
 fn a_vmm_that_cannot_load_its_state_gets_its_memory_back_empty() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("image");
-    let geometries = geometries(&PAGES);
-    write_image(&path, &geometries, &Base::default(), 0, sparse);
-    let ram = Arc::new(Ram::new(&geometries));
+    let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     let vmm = Vmm::new(&ram, |_, hook| match hook {
         Hook::LoadState { .. } => Err(RemoteError::new(ErrorCode::Other, "no such device")),
         _ => Ok(()),
@@ -126,11 +118,7 @@ fn a_vmm_that_cannot_load_its_state_gets_its_memory_back_empty() {
 
 #[test]
 fn an_operator_s_wish_is_the_vmm_s_to_refuse() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("image");
-    let geometries = geometries(&PAGES);
-    write_image(&path, &geometries, &Base::default(), 0, sparse);
-    let ram = Arc::new(Ram::new(&geometries));
+    let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     dirty(&ram);
     let expected = path.to_str().unwrap().to_owned();
     let mut willing = false;
@@ -161,11 +149,7 @@ fn an_operator_s_wish_is_the_vmm_s_to_refuse() {
 
 #[test]
 fn what_is_discarded_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("image");
-    let geometries = geometries(&[4 * 512]);
-    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
-    let ram = Arc::new(Ram::new(&geometries));
+    let Saved { folder: _folder, path, ram } = Saved::new(&[4 * 512], |_, _| Page::Content);
     let vmm = Vmm::willing(&ram);
     // Slow enough that all but the first extent come after what is done here.
     let job = new_job(&ram, &vmm, 2 << 20);

@@ -86,11 +86,7 @@ fn what_is_discarded_before_it_came_never_comes() {
     if !has_userfaultfd() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("image");
-    let geometries = geometries(&[8 * 512]);
-    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
-    let ram = Arc::new(Ram::new(&geometries));
+    let Saved { folder: _folder, path, ram } = Saved::new(&[8 * 512], |_, _| Page::Content);
     let vmm = Vmm::willing(&ram);
     let job = new_job(&ram, &vmm, 1 << 20);
     let order =
@@ -197,11 +193,7 @@ fn a_cancel_before_the_guest_runs_leaves_nothing_and_afterwards_is_refused() {
     if !has_userfaultfd() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("image");
-    let geometries = geometries(&[4 * 512]);
-    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
-    let ram = Arc::new(Ram::new(&geometries));
+    let Saved { folder: _folder, path, ram } = Saved::new(&[4 * 512], |_, _| Page::Content);
     let cancelled: Arc<Mutex<Option<Arc<Job>>>> = Arc::default();
     let its_job = cancelled.clone();
     let vmm = Vmm::new(&ram, move |_, hook| {

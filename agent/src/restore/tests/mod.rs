@@ -21,7 +21,7 @@ use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::mapping::MappedWords;
 use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd, feature};
 use rustix::fs::MemfdFlags;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -99,6 +99,24 @@ fn write_image(
     let state = state_file_of([&b"abc"[..]]).unwrap();
     writer.finish(Rest { discarded: &discarded, changed }, base, pieces, Some(state.as_fd())).unwrap();
     Base { id, name: path.to_str().unwrap().into() }
+}
+
+/// An image, and memory for what was saved in it.
+struct Saved {
+    folder: tempfile::TempDir,
+    path: PathBuf,
+    ram: Arc<Ram>,
+}
+
+impl Saved {
+    /// Blocks of so many pages each, of which `page` says what they are.
+    fn new(pages: &[u64], page: impl Fn(u32, u64) -> Page) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        let geometries = geometries(pages);
+        write_image(&path, &geometries, &Base::default(), 0, page);
+        Self { folder, path, ram: Arc::new(Ram::new(&geometries)) }
+    }
 }
 
 /// The memory of a VMM, and its own mapping of it.

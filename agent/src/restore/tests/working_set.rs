@@ -29,11 +29,8 @@ fn what_a_guest_touched_first_is_read_ahead_the_next_time() {
     if !has_userfaultfd() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (path, set) = (folder.path().join("image"), folder.path().join("set"));
-    let geometries = geometries(&[PAGES]);
-    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
-    let ram = Arc::new(Ram::new(&geometries));
+    let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
+    let set = folder.path().join("set");
     let status = restore_from(&path, &ram, &touching(&ram), with(&set));
     assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
     ram.check(|_, _| (Page::Content, 0));
@@ -65,15 +62,12 @@ fn that_of_another_image_is_replaced_and_what_is_none_is_left_alone() {
     if !has_userfaultfd() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (path, set) = (folder.path().join("image"), folder.path().join("set"));
-    let geometries = geometries(&[PAGES]);
-    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
+    let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
+    let set = folder.path().join("set");
     let image = Image::open(&path).unwrap().header().id;
     let of_other = WorkingSet { image: [9; 16], runs: vec![(0, PageRange::new(0, 100))] };
     let outside = WorkingSet { image, runs: vec![(0, PageRange::new(PAGES - 1, 2))] };
     let damaged = of_other.encode()[..50].to_vec();
-    let ram = Arc::new(Ram::new(&geometries));
     for useless in [of_other.encode(), outside.encode(), damaged, Vec::new()] {
         std::fs::write(&set, useless).unwrap();
         let status = restore_from(&path, &ram, &touching(&ram), with(&set));
@@ -102,11 +96,7 @@ fn one_that_cannot_be_written_is_no_reason_to_fail() {
     if !has_userfaultfd() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("image");
-    let geometries = geometries(&[PAGES]);
-    write_image(&path, &geometries, &Base::default(), 0, |_, _| Page::Content);
-    let ram = Arc::new(Ram::new(&geometries));
+    let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
     let status = restore_from(&path, &ram, &touching(&ram), with(&folder.path().join("no/such/folder")));
     assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
 }
