@@ -84,6 +84,35 @@ fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
 }
 
 #[test]
+fn a_file_that_may_not_be_written_from_here_on_fails_the_snapshot_and_not_the_agent() {
+    let modes = if require::uffd() { vec![background(), paused()] } else { vec![paused()] };
+    let mut host = Host::new();
+    let guest = Guest::full(&host, PAGES);
+    let base = host.images.path("base");
+    guest.saved(&host, "base", &tracked(paused()));
+    guest.fill(0..PAGES, 2);
+    let before = host.images.bytes();
+    for options in modes {
+        for cached in [false, true] {
+            let options = endless(SnapshotOptions { cached, ..options.clone() });
+            for options in [options.clone(), on(&base, tracked(options))] {
+                let job = guest.snapshot(&host.images.path("image"), &options);
+                guest.reaches(Phase::Saving);
+                // Its length is as it will be; what is written past the limit is refused all the same.
+                host.agent.process().limit_files(Some(FIRST)).unwrap();
+                guest.hurry();
+                assert_failed(&guest.wait(job), &["image: cannot write", "File too large"]);
+                host.agent.process().limit_files(None).unwrap();
+                guest.assert_free();
+                assert!(host.images.bytes() == before, "{:?}", host.images.files());
+            }
+        }
+    }
+    let chain = guest.saved(&host, "next", &on(&base, paused()));
+    guest.check(&chain);
+}
+
+#[test]
 fn memory_that_may_not_be_written_to_fails_the_restore_and_not_the_agent() {
     let mut host = Host::new();
     let (path, bytes) = image(&host, 1);
