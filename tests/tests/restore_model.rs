@@ -4,6 +4,9 @@
 //! as they run, and discard before that. Nothing is allocated that was not allocated when it was saved, or touched since (law 2); what is discarded is a hole (law 3).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
+use common::blocks::{self, LOG_COVERS, Page};
 use pageferry_client::{
     BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RestoreMode, RestoreOptions, SnapshotMode,
     SnapshotOptions, StatePiece,
@@ -22,12 +25,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(60);
-const LOG_COVERS: u64 = 1 << 30;
 /// VMMs at once.
 const VMMS: u64 = 3;
-
-/// The id of a block, and a page of it.
-type Page = (u32, u64);
 
 /// What a page is; a page that is not named holds zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,15 +38,7 @@ enum Is {
 type Model = BTreeMap<Page, Is>;
 
 fn layouts() -> Vec<BlockLayout> {
-    let block = |id: u32, gpa: u64, pages: u64, fd_offset: u64| BlockLayout {
-        id,
-        name: format!("block{id}"),
-        gpa,
-        fd_offset,
-        ..BlockLayout::ram(pages * PAGE_SIZE)
-    };
-    // Not in the order of their place in the guest.
-    vec![block(7, 0x3000, 150, 0x5000), block(2, 0x1000_0000, 64, 0), block(9, 0x200_1000, 1177, 0x1000)]
+    blocks::layouts(1177)
 }
 
 fn some_pages(chance: &mut Random) -> (u32, PageRange) {

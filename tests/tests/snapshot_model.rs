@@ -5,6 +5,9 @@
 //! every page holds is written down: that is what the image has to say. What discards and populates are under way then may be in it or not.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
+use common::blocks::{self, LOG_COVERS, Page};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
     BlockRange, Client, Config, HookError, Hooks, Phase, Punch, SnapshotMode, SnapshotOptions, StatePiece,
@@ -24,20 +27,9 @@ use std::time::Duration;
 const SOON: Duration = Duration::from_secs(60);
 /// Threads that write.
 const WRITERS: u64 = 2;
-const LOG_COVERS: u64 = 1 << 30;
-
-/// The id of a block, and a page of it.
-type Page = (u32, u64);
 
 fn layouts() -> Vec<BlockLayout> {
-    let block = |id: u32, gpa: u64, pages: u64, fd_offset: u64| BlockLayout {
-        id,
-        name: format!("block{id}"),
-        gpa,
-        fd_offset,
-        ..BlockLayout::ram(pages * PAGE_SIZE)
-    };
-    vec![block(7, 0x3000, 150, 0x5000), block(2, 0x1000_0000, 64, 0), block(9, 0x200_1000, 1577, 0x1000)]
+    blocks::layouts(1577)
 }
 
 fn all_pages() -> impl Iterator<Item = Page> {

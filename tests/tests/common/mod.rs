@@ -1,6 +1,7 @@
 //! What several scenario tests share:
 //!
 //! - [`model`]: the guest of the model tests;
+//! - [`blocks`]: the blocks of the model tests of snapshots and restores;
 //! - [`ram`]: memory with stamps in its pages;
 //! - [`vmm`]: a VMM whose hooks follow a script;
 //! - [`side`]: such a VMM with its agent;
@@ -9,6 +10,7 @@
 #![allow(dead_code, unreachable_pub, unused_imports)]
 
 mod agents;
+pub mod blocks;
 pub mod model;
 mod ram;
 mod relay;
