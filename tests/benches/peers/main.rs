@@ -58,7 +58,7 @@ struct Cli {
     /// Where `snapshots` writes images: a folder on a disk with 10 GiB free.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     disk: PathBuf,
-    /// In `snapshots`, do only these: save, save-tmpfs, save-sparse, pause, pause-sparse.
+    /// In `snapshots`, do only these: save, save-tmpfs, save-sparse, pause, pause-sparse, restore, restore-lazy.
     #[arg(long, value_delimiter = ',')]
     snapshots: Vec<String>,
     /// In `snapshots`, measure the agents of these builds of pageferry-test-process, too.
