@@ -1,6 +1,7 @@
 //! Memory that a disk reads from and writes to without the page cache.
 #![allow(unsafe_code)]
 
+use pageferry_protocol::shm::MappingError;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use std::ops::{Deref, DerefMut};
 
@@ -26,23 +27,31 @@ impl PageBuffer {
     /// `length` zero bytes.
     ///
     /// # Panics
-    /// If there is no memory, as any other allocation does.
+    /// If the kernel has no memory for it.
+    #[expect(
+        clippy::expect_used,
+        reason = "as any other allocation; but it ends a thread, and not all jobs of all VMMs"
+    )]
     pub fn new(length: usize) -> Self {
+        Self::try_new(length).expect("memory for a buffer")
+    }
+
+    /// The same, for those who must not panic.
+    ///
+    /// # Errors
+    /// If the kernel has no memory for it.
+    pub fn try_new(length: usize) -> Result<Self, MappingError> {
         let mapped = if length >= HUGE { length.next_multiple_of(HUGE) + HUGE } else { length.max(1) };
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
         let mapping = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped, protection, MapFlags::PRIVATE) };
-        let Ok(mapping) = mapping else {
-            std::alloc::handle_alloc_error(
-                std::alloc::Layout::array::<u8>(length).unwrap_or(std::alloc::Layout::new::<u8>()),
-            )
-        };
+        let mapping = mapping.map_err(|errno| MappingError::Kernel { length: mapped as u64, source: errno })?;
         let start = if length >= HUGE { mapping.align_offset(HUGE).min(HUGE) } else { 0 };
         if length >= HUGE {
             // SAFETY: the range lies in the mapping, and only how the kernel provides it changes. Where it does not know the advice all is as before.
             let _ = unsafe { madvise(mapping.byte_add(start), length / HUGE * HUGE, Advice::LinuxHugepage) };
         }
-        Self { mapping: mapping.cast(), mapped, start, length }
+        Ok(Self { mapping: mapping.cast(), mapped, start, length })
     }
 }
 

@@ -261,8 +261,8 @@ pub enum JobError {
     /// A tracker.
     #[error("dirty tracking")]
     Tracking(#[from] TrackingError),
-    /// Memory for a bitmap.
-    #[error("bitmap")]
+    /// Memory for a bitmap, or a buffer.
+    #[error("memory for a bitmap or a buffer")]
     Bitmap(#[from] MappingError),
     /// The passes did not converge, and the policy is to fail.
     #[error(

@@ -29,6 +29,7 @@ use crate::image::{ImageError, ImageWriter, PageBuffer};
 use crate::job::JobError;
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::userfault::Userfaultfd;
 use rustix::io::Errno;
@@ -108,8 +109,8 @@ pub struct Capturing {
     failed: AtomicBool,
     /// Nothing is to be captured any more: all was, or the snapshot is lost.
     over: AtomicBool,
-    /// Held while a discard captures and puts.
-    rescuing: Mutex<()>,
+    /// What a discard captures with, from the first one that has something to capture on; held while it captures and puts.
+    rescuing: Mutex<Option<Batch>>,
     /// Where the workers go on.
     pub cursor: Cursor,
 }
@@ -127,10 +128,10 @@ pub struct Batch {
 
 impl Batch {
     /// Room for about `bytes` of pages of `memory`, or for one host page.
-    fn new(memory: &GuestMemory, bytes: usize) -> Self {
+    fn new(memory: &GuestMemory, bytes: usize) -> Result<Self, MappingError> {
         let largest = memory.blocks().iter().map(|block| block.backing.host_page_size()).max();
         let part = largest.unwrap_or(PAGE_SIZE).clamp(WORD_BITS * PAGE_SIZE, 2 << 20) as usize;
-        Self { buffer: PageBuffer::new(bytes + part), full: bytes, filled: 0, runs: Vec::new() }
+        Ok(Self { buffer: PageBuffer::try_new(bytes + part)?, full: bytes, filled: 0, runs: Vec::new() })
     }
 
     fn is_full(&self) -> bool {
@@ -164,8 +165,11 @@ impl Capturing {
     }
 
     /// What a worker needs. Nothing is kept in it from one call to the next.
-    pub fn batch(&self, memory: &GuestMemory) -> Batch {
-        Batch::new(memory, self.sink.batch())
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn batch(&self, memory: &GuestMemory) -> Result<Batch, JobError> {
+        Ok(Batch::new(memory, self.sink.batch())?)
     }
 
     /// What is not captured yet.
@@ -280,15 +284,24 @@ impl Capturing {
         if self.pending.block(at).bits().next_set(host_pages).is_none() {
             return;
         }
-        if self.has_failed() {
-            // Nothing of it is wanted any more, and nobody may read it after this: nobody finds it.
-            return self.pending.take_range(at, host_pages, |_, _| ());
+        if !self.has_failed() {
+            let mut rescuing = self.rescuing.lock().unwrap_or_else(PoisonError::into_inner);
+            match self.rescue_with(&mut rescuing, memory, at, host_pages) {
+                Ok(pages) => return add(&self.live.rescued_pages, pages),
+                Err(error) => self.fail(error),
+            }
         }
-        let _rescuing = self.rescuing.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.sweep(memory, SESSION, at, host_pages, &mut self.batch(memory)) {
-            Ok(pages) => add(&self.live.rescued_pages, pages),
-            Err(error) => self.fail(error),
+        // Nothing of it is wanted any more, and nobody may read it after this: nobody finds it.
+        self.pending.take_range(at, host_pages, |_, _| ());
+    }
+
+    fn rescue_with(
+        &self, batch: &mut Option<Batch>, memory: &GuestMemory, at: usize, host_pages: PageRange,
+    ) -> Result<u64, JobError> {
+        if batch.is_none() {
+            *batch = Some(self.batch(memory)?);
         }
+        batch.as_mut().map_or(Ok(0), |batch| self.sweep(memory, SESSION, at, host_pages, batch))
     }
 
     /// The pages that a reader may be at when it has published word `word` of the block at index `at`.

@@ -79,7 +79,7 @@ impl GuestMemory {
         };
         let rescue = || {
             if let Some(capturing) = &capturing {
-                checked.iter().for_each(|(index, range)| capturing.rescue(self, *index, *range));
+                merged(&checked).for_each(|(index, range)| capturing.rescue(self, index, range));
             }
             drop_owed();
         };
@@ -149,7 +149,7 @@ impl GuestMemory {
     }
 }
 
-/// Ranges that touch, made one: a balloon gives pages back one by one, and the kernel is asked once.
+/// Ranges that touch, made one: a balloon gives pages back one by one, and the kernel, or the disk, is asked once.
 fn merged(ranges: &[Checked]) -> impl Iterator<Item = Checked> + '_ {
     let mut rest = ranges.iter().filter(|(_, range)| !range.is_empty()).peekable();
     std::iter::from_fn(move || {

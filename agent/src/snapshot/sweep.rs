@@ -1,7 +1,7 @@
 //! All that nobody writes to is captured, by any number of workers.
 //!
-//! They go on behind the last fault: a guest that writes to a page will write to those after it soon, and need not wait for them then. Their pieces are as large as what is written at once, and
-//! grow while it is quiet.
+//! They go on behind the last fault: a guest that writes to a page will write to those after it soon, and need not wait for them then. Their pieces are of a megabyte at
+//! least, and grow while it is quiet.
 
 use crate::job::{Job, JobError};
 use crate::memory::capturing::Capturing;
@@ -43,7 +43,7 @@ impl Sweep<'_> {
 
     fn capture(&self, worker: usize) -> Result<(), JobError> {
         let (memory, pending) = (&self.job.memory, self.capturing.pending());
-        let mut batch = self.capturing.batch(memory);
+        let mut batch = self.capturing.batch(memory)?;
         while !self.failed.load(Ordering::Relaxed) {
             self.job.cancel.check()?;
             if self.capturing.has_failed() {

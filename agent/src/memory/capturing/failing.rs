@@ -49,7 +49,7 @@ fn a_disk_that_fails_fails_whoever_captures_for_themselves() {
     let (memory, _fd) = memory();
     let capturing = all_pending(&memory);
     let range = PageRange::new(0, PAGES);
-    is_broken(capturing.sweep(&memory, 0, 0, range, &mut capturing.batch(&memory)).map(drop));
+    is_broken(capturing.sweep(&memory, 0, 0, range, &mut capturing.batch(&memory).unwrap()).map(drop));
     assert!(!capturing.has_failed());
 }
 
