@@ -72,6 +72,15 @@ pub enum JobError {
     /// The thread that answers write faults failed.
     #[error("writes into protected memory are not answered as they should be; the log says why")]
     Faults,
+    /// The guest waited to write, since the image's disk takes nothing.
+    #[error(
+        "nothing was written to the image for {:?}, while the guest waited to write: hook_timeout allows no more, and the guest runs on without the snapshot",
+        limit
+    )]
+    SlowImage {
+        /// How long the guest waited, and may wait.
+        limit: Duration,
+    },
     /// The memory is of a kind that the kernel cannot protect.
     #[error(
         "block {id} is a file on a disk, which cannot be protected against writes: a background snapshot takes memfds, tmpfs and hugetlbfs; use mode paused"

@@ -1,14 +1,18 @@
 //! Writes of the guest that runs on.
 //!
 //! One thread reads the faults, and answers them at once: it captures the page into a buffer of its own, and lets the writer go on. A second one puts what was captured into the image:
-//! whoever waits to write does not wait for a disk. Between them go a fixed number of buffers; a guest that writes faster than the disk waits for one.
+//! whoever waits to write does not wait for a disk. Between them go a fixed number of buffers; a guest that writes faster than the disk waits for one, but no longer than its VMM has
+//! patience: a disk that hangs loses the snapshot, and not the guest.
 
 use super::protect::{Mode, Shared};
 use crate::faults::wait;
+use crate::image::PageBuffer;
 use crate::job::{Job, JobError};
 use crate::memory::capturing::Capturing;
 use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::userfault::MAX_FAULTS;
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::resume_unwind;
 use std::sync::Arc;
@@ -16,9 +20,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Most bytes of all buffers together; at least a few of them.
+/// Most bytes of the buffers for host pages of one size; at least a few of them.
 const BUFFERS: u64 = 32 << 20;
-/// Most buffers: 8 MiB of small pages.
+/// Most buffers for host pages of one size: 8 MiB of small ones.
 const MOST: u64 = 2048;
 /// How long a buffer is waited for at a stretch.
 const LOOK: Duration = Duration::from_millis(20);
@@ -28,34 +32,51 @@ struct Captured {
     capturing: Arc<Capturing>,
     at: usize,
     pages: PageRange,
-    bytes: Vec<u8>,
+    bytes: PageBuffer,
+    pool: usize,
 }
 
 /// Buffers that go round between the two threads.
 struct Buffers {
-    free: Receiver<Vec<u8>>,
-    to_free: Sender<Vec<u8>>,
+    pools: Vec<Pool>,
+    /// The pool for each block.
+    of_block: Vec<usize>,
     captured: Sender<Captured>,
+}
+
+/// Buffers for host pages of one size.
+struct Pool {
+    free: Receiver<PageBuffer>,
+    to_free: Sender<PageBuffer>,
+}
+
+impl Pool {
+    fn new(host_page: u64) -> Result<Self, MappingError> {
+        let (to_free, free) = channel();
+        for _ in 0..(BUFFERS / host_page).clamp(4, MOST) {
+            // The other end is here.
+            let _ = to_free.send(PageBuffer::try_new(host_page as usize)?);
+        }
+        Ok(Self { free, to_free })
+    }
 }
 
 /// Starts both threads. They answer faults until `stop` is readable, and end when all that was captured is put.
 ///
 /// # Errors
-/// If there is no thread to be had.
+/// If there is no thread to be had, or no memory for the buffers.
 pub fn start(job: &Arc<Job>, shared: &Arc<Shared>, stop: OwnedFd) -> Result<JoinHandle<()>, JobError> {
     let (job, shared) = (job.clone(), shared.clone());
-    let (to_free, free) = channel();
+    let host_pages = || job.memory.blocks().iter().map(|block| block.backing.host_page_size());
+    let sizes: BTreeSet<u64> = host_pages().collect();
+    let pools = sizes.iter().map(|size| Pool::new(*size)).collect::<Result<Vec<_>, _>>()?;
+    let of_block = host_pages().map(|size| sizes.range(..size).count()).collect();
+    let give_back: Vec<_> = pools.iter().map(|pool| pool.to_free.clone()).collect();
     let (captured, to_put) = channel();
-    let largest = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).max().unwrap_or(1);
-    for _ in 0..(BUFFERS / largest).clamp(4, MOST) {
-        // The other end is here.
-        let _ = to_free.send(vec![0; largest as usize]);
-    }
     let builder = |name| Builder::new().name(format!("{name}-{}", job.id));
     let (answering, putting) = (builder("faults"), builder("captured"));
-    let give_back = to_free.clone();
     let writer = putting.spawn(move || put(to_put, &give_back)).map_err(JobError::from_io("start a thread"))?;
-    let buffers = Buffers { free, to_free, captured };
+    let buffers = Buffers { pools, of_block, captured };
     let answering = answering.spawn(move || {
         answer(&job, &shared, &stop, &buffers);
         drop(buffers);
@@ -88,13 +109,13 @@ impl Drop for Unanswered<'_> {
     }
 }
 
-fn put(captured: Receiver<Captured>, free: &Sender<Vec<u8>>) {
-    for Captured { capturing, at, pages, bytes } in captured {
+fn put(captured: Receiver<Captured>, free: &[Sender<PageBuffer>]) {
+    for Captured { capturing, at, pages, bytes, pool } in captured {
         if let Err(error) = capturing.put_run(at, pages, &bytes[..pages.bytes() as usize]) {
             capturing.fail(error);
         }
         // Nobody wants it any more at the end.
-        let _ = free.send(bytes);
+        let _ = free[pool].send(bytes);
     }
 }
 
@@ -117,7 +138,7 @@ fn answer_all(job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers) -> 
         let count = read.map_err(|errno| JobError::from_io("read faults")(errno.into()))?;
         for address in &faults[..count] {
             let Some(page) = shared.protection.mappings.locate(*address) else { continue };
-            // Go on with the others: whoever waits for them waits for nothing else.
+            // Go on with the others.
             if let Err(error) = answer_one(job, shared, &mode, page, buffers) {
                 fail(&mode, error);
             }
@@ -132,33 +153,67 @@ fn answer_one(job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffe
         Mode::Ahead => return shared.let_through(page),
         Mode::Capturing(capturing) => capturing,
     };
-    let Some(mut bytes) = buffer(job, capturing, page, buffers) else {
+    let pool = buffers.of_block[page.0];
+    let Pool { free, to_free } = &buffers.pools[pool];
+    // What is not pending now never is again.
+    let is_pending = || capturing.pending().block(page.0).bits().contains(page.1);
+    let is_lost = || job.cancel.is_cancelled() || capturing.has_failed();
+    let bytes = buffer(free, job.options().hook_timeout, is_pending, is_lost).unwrap_or_else(|error| {
+        capturing.fail(error);
+        capturing.end();
+        None
+    });
+    let Some(mut bytes) = bytes else {
         // Nothing is taken then.
         return capturing.fault(&job.memory, page, &mut []).map(|_| ());
     };
     let captured = capturing.fault(&job.memory, page, &mut bytes);
     if let Ok(Some(pages)) = captured {
-        let captured = Captured { capturing: capturing.clone(), at: page.0, pages, bytes };
+        let captured = Captured { capturing: capturing.clone(), at: page.0, pages, bytes, pool };
         return buffers.captured.send(captured).map_err(|_| JobError::Panicked);
     }
     // Also if it cannot be captured: those who come after it would wait for a buffer for ever.
-    buffers.to_free.send(bytes).map_err(|_| JobError::Panicked)?;
+    to_free.send(bytes).map_err(|_| JobError::Panicked)?;
     captured.map(|_| ())
 }
 
-/// A buffer for a page that is pending. Whoever waits to write waits for it, if the disk is slower than the writes; but not for a snapshot that is lost anyway.
-fn buffer(job: &Job, capturing: &Capturing, (at, host_page): (usize, u64), buffers: &Buffers) -> Option<Vec<u8>> {
-    // What is not pending now never is again.
-    while capturing.pending().block(at).bits().contains(host_page) {
-        match buffers.free.recv_timeout(LOOK) {
-            Ok(bytes) => return Some(bytes),
-            Err(_) if job.cancel.is_cancelled() || capturing.has_failed() => {
-                capturing.fail(JobError::Cancelled);
-                capturing.end();
-                return None;
-            }
+/// A buffer for a page that is pending. Whoever waits to write waits for it, if the disk is slower than the writes; but not for a snapshot that is lost anyway, nor for a disk that
+/// takes nothing for `limit`.
+fn buffer(
+    free: &Receiver<PageBuffer>, limit: Duration, is_pending: impl Fn() -> bool, is_lost: impl Fn() -> bool,
+) -> Result<Option<PageBuffer>, JobError> {
+    let since = Instant::now();
+    while is_pending() {
+        match free.recv_timeout(LOOK) {
+            Ok(bytes) => return Ok(Some(bytes)),
+            Err(_) if is_lost() => return Err(JobError::Cancelled),
+            Err(_) if since.elapsed() >= limit => return Err(JobError::SlowImage { limit }),
             Err(_) => {}
         }
     }
-    None
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_is_waited_for_while_the_page_is_wanted_and_the_vmm_has_patience() {
+        let pool = Pool::new(8 << 20).unwrap();
+        let (long, short) = (Duration::from_secs(3600), LOOK * 3);
+        let taken: Vec<_> = (0..4).map(|_| buffer(&pool.free, short, || true, || true).unwrap().unwrap()).collect();
+        assert!(taken.iter().all(|bytes| bytes.len() == 8 << 20));
+        assert!(buffer(&pool.free, long, || false, || true).unwrap().is_none());
+        assert!(matches!(buffer(&pool.free, long, || true, || true), Err(JobError::Cancelled)));
+        let error = buffer(&pool.free, short, || true, || false).unwrap_err().to_string();
+        assert!(
+            error.contains("nothing was written to the image for 60ms") && error.contains("hook_timeout"),
+            "{error}"
+        );
+        let Pool { free, to_free } = pool;
+        let waiting = std::thread::spawn(move || buffer(&free, long, || true, || false));
+        taken.into_iter().for_each(|bytes| to_free.send(bytes).unwrap());
+        assert!(waiting.join().unwrap().unwrap().is_some());
+    }
 }

@@ -151,7 +151,6 @@ impl Watch {
         for _ in 0..WALKS {
             let mut left = 0;
             for at in 0..memory.blocks().len() {
-                self.job.cancel.check()?;
                 let unit = self.shared.ahead[at].unit();
                 let wanted = HostPages::none(memory.blocks()[at].geometry.pages(), unit * PAGE_SIZE)?;
                 prepared.to_save(at, changed, |word, pages| wanted.add_pages(word, pages))?;
@@ -174,6 +173,9 @@ impl Watch {
             if run.is_empty() {
                 return Ok(());
             }
+            // Of a large guest all of it takes seconds.
+            self.job.cancel.check()?;
+            self.check()?;
             count += run.count;
             ahead::protect(noted, run, || protection.protect(at, run))
         };
