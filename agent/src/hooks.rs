@@ -52,6 +52,16 @@ pub enum HookError {
         /// How many should have.
         expected: usize,
     },
+    /// The file with the VMM's state does not hold all of it.
+    #[error("hook \"{hook}\" was answered with pieces of {expected} bytes together, and a file of {length}")]
+    ShortState {
+        /// What was asked.
+        hook: &'static str,
+        /// Bytes of the file; 0 if it is none that has a length.
+        length: u64,
+        /// Bytes of the pieces.
+        expected: u64,
+    },
     /// The VMM set no socket for hooks.
     #[error("hook \"{hook}\": the VMM has set no socket for hooks (SET_BACKEND_REQ_FD)")]
     None {
@@ -167,6 +177,12 @@ impl Hooks {
         if count > 1 || count < expected {
             return Err(HookError::Fds { hook, count, expected });
         }
+        // Now, and not when all memory was sent or saved.
+        let length = file.as_ref().and_then(|file| rustix::fs::fstat(file).ok()).map_or(0, |stat| stat.st_size as u64);
+        let expected = pieces.iter().fold(0u64, |sum, piece| sum.saturating_add(piece.length));
+        if length < expected {
+            return Err(HookError::ShortState { hook, length, expected });
+        }
         Ok((pieces, file))
     }
 
@@ -244,4 +260,39 @@ pub fn state_file_of<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Result<Ow
         }
     }
     Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_protocol::control::FrameSocket;
+    use pageferry_protocol::control::frame::FLAG_REPLY;
+    use pageferry_protocol::control::hook::encode_state_reply;
+    use std::os::unix::net::UnixStream;
+
+    /// What comes of a state of one piece of `length` bytes, in `file`.
+    fn saved(length: u64, file: OwnedFd) -> Result<(), String> {
+        let far = || Instant::now() + Duration::from_secs(60);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let vmm = std::thread::spawn(move || {
+            let mut socket = FrameSocket::from(OwnedFd::from(theirs));
+            let frame = socket.recv(far()).unwrap();
+            let (sequence, _) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
+            let body = encode_state_reply(sequence, &Ok(vec![PieceSize { name: "cpu".into(), length }]));
+            socket.send_parts(frame.request, FLAG_REPLY, &body, &[file.as_fd()], far()).unwrap();
+        });
+        let saved = Hooks::new(Some(ours.into())).save_state(Duration::from_secs(60));
+        vmm.join().unwrap();
+        saved.map(|_| ()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_file_that_does_not_hold_all_of_the_state_is_refused_at_once() {
+        let five = || state_file_of([&b"12345"[..]]).unwrap();
+        assert_eq!(saved(5, five()), Ok(()));
+        let error = saved(6, five()).unwrap_err();
+        assert_eq!(error, "hook \"save state\" was answered with pieces of 6 bytes together, and a file of 5");
+        let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+        assert!(saved(6, pipe).unwrap_err().ends_with("a file of 0"));
+    }
 }

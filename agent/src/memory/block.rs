@@ -107,7 +107,7 @@ impl GuestLog {
 
 /// Hears of what discards have freed.
 pub trait Freed: std::fmt::Debug + Send + Sync {
-    /// The pages `range` of the block at index `at` were freed, and the discard is not acknowledged yet.
+    /// The pages `range` of the block at index `at` were freed, and the discard, or the populate after it, is not acknowledged yet.
     fn freed(&self, at: usize, range: PageRange);
 }
 

@@ -119,7 +119,12 @@ impl GuestMemory {
         let _change = self.change();
         let mut changed = 0;
         let _marking = self.marking.hold();
+        let freed = self.freed();
         for (index, range) in checked {
+            // If the VMM frees by itself it did so since the discard.
+            if let Some(freed) = &freed {
+                freed.freed(index, range);
+            }
             let block = &self.blocks()[index];
             let first_log_page = block.geometry.first_log_page();
             block.discarded.take(range, |word, bits| {

@@ -208,12 +208,16 @@ impl Session {
         if let Some(job) = self.running()
             && job.cancel.cancel().is_err()
         {
-            if matches!(job.kind, JobKind::Incoming | JobKind::Restore) {
+            match job.kind {
                 // The guest ran in the VMM, and is gone with it.
-                job.cancel.force();
-            } else {
+                JobKind::Incoming | JobKind::Restore => job.cancel.force(),
+                JobKind::Snapshot => {
+                    log::info!("job {}: the VMM is gone; the image is whole, and gets its name", job.id);
+                }
                 // It runs elsewhere, or is about to, and needs its memory, which is here whether the VMM is or not.
-                log::warn!("job {}: the VMM is gone after its guest was handed over; the job goes on", job.id);
+                JobKind::Outgoing | JobKind::None => {
+                    log::warn!("job {}: the VMM is gone after its guest was handed over; the job goes on", job.id);
+                }
             }
         }
         if let Some(socket) = &self.hook_socket {

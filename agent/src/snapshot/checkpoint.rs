@@ -105,6 +105,8 @@ struct Uses {
     started: bool,
     /// Since this image, if any was made.
     since: Option<ImageId>,
+    /// Why nothing is known since an image, if it was before.
+    ended: Option<String>,
     /// It becomes what the next increment builds on.
     track: bool,
     /// Written since that one, or since the last look if there was none.
@@ -126,10 +128,11 @@ impl Changes {
             return Ok(Self { shared, memory, uses: None });
         }
         let dirty = DirtyPages::none(&memory)?;
-        let uses = |trackers, started, since, dirty| Uses {
+        let uses = |trackers, started, since, ended, dirty| Uses {
             trackers,
             started,
             since,
+            ended,
             track,
             dirty,
             at_instant: None,
@@ -149,7 +152,7 @@ impl Changes {
                 );
                 return refused(State::Kept(kept), sentence);
             }
-            State::Kept(Checkpoint { id, dirty, trackers }) => uses(trackers, true, Some(id), dirty),
+            State::Kept(Checkpoint { id, dirty, trackers }) => uses(trackers, true, Some(id), None, dirty),
             other if increment => {
                 let why = match &other {
                     State::Ended(why) => why.clone(),
@@ -159,9 +162,10 @@ impl Changes {
                 let sentence = format!("base is image {}, and what changed since is not known: {why}", id_text(&base));
                 return refused(other, sentence);
             }
-            _ => {
+            other => {
+                let ended = if let State::Ended(why) = other { Some(why) } else { None };
                 let timeout = job.options().hook_timeout;
-                uses(Trackers::new(&plan.trackers, &job.hooks, timeout), false, None, dirty)
+                uses(Trackers::new(&plan.trackers, &job.hooks, timeout), false, None, ended, dirty)
             }
         };
         Ok(Self { shared, memory, uses: Some(uses) })
@@ -228,9 +232,10 @@ impl Changes {
             Some(id) if !uses.broken => State::Kept(Checkpoint { id, dirty: uses.dirty, trackers: uses.trackers }),
             id => {
                 uses.trackers.stop();
-                match id {
-                    Some(_) => State::Ended("a tracker failed".to_owned()),
-                    None => State::None,
+                match (id, uses.ended) {
+                    (Some(_), _) => State::Ended("a tracker failed".to_owned()),
+                    (None, Some(why)) => State::Ended(why),
+                    (None, None) => State::None,
                 }
             }
         };

@@ -60,6 +60,14 @@ impl Watch {
         ahead::lift(&self.noted, PageRange::new(page, 1), lift).unwrap();
     }
 
+    /// The VMM discards a page, frees it by itself, whereby the kernel drops its protection, and populates it again.
+    fn free_and_populate(&self, page: u64) {
+        let page = PageRange::new(page, 1);
+        self.noted.clear(page);
+        self.protected.fetch_and(!mask(page), Ordering::AcqRel);
+        self.noted.clear(page);
+    }
+
     /// The guest stands still.
     fn instant(&self) {
         let mut after = self.mode();
@@ -125,6 +133,21 @@ fn walks_at_once_leave_nothing_noted_that_is_not_protected() {
         walk.join().unwrap();
         watch.instant();
         faults.join().unwrap();
+        watch.check_protected();
+    });
+}
+
+#[test]
+fn a_page_that_the_vmm_frees_and_populates_meanwhile_is_not_taken_to_be_protected() {
+    loom::model(|| {
+        let watch = Watch::begin();
+        watch.walk(1 << NEIGHBOUR);
+        let vmm = spawn(&watch, |watch| watch.free_and_populate(PAGE));
+        // What it looks for was found before the discard.
+        watch.walk(BOTH);
+        watch.walk(BOTH);
+        vmm.join().unwrap();
+        watch.instant();
         watch.check_protected();
     });
 }
