@@ -57,12 +57,7 @@ fn a_failed_increment_puts_back_what_it_took() {
     scene.write(1, 10);
     let error = scene.save("no/such/folder", &on(&scene.path("full"))).error;
     assert!(error.contains("cannot create a file in its folder"), "{error}");
-    scene.vmm.inject(pageferry_tests::vmm::HookName::Resume, Some(pageferry_tests::vmm::Fault::Fail("not now".into())));
-    let status = scene.save("one", &on(&scene.path("full")));
-    assert_eq!(status.phase, Phase::Failed);
-    assert!(status.error.contains("not now"), "{}", status.error);
-    scene.vmm.inject(pageferry_tests::vmm::HookName::Resume, None);
-    scene.vmm.start().unwrap();
+    scene.fail_to_resume(&on(&scene.path("full")));
     assert_eq!(scene.files(), ["full"]);
     scene.write(2, 20);
     let (status, one) = scene.saved("one", &on(&scene.path("full")));
@@ -126,6 +121,8 @@ fn what_changes_the_memory_or_the_trackers_ends_the_chain() {
     };
     scene.saved("full", &tracked());
     scene.vmm.set_tracker(Tracker::Log).unwrap();
+    // One that fails meanwhile knows no more of it.
+    scene.fail_to_resume(&tracked());
     ended("the trackers were changed");
     scene.saved("full", &tracked());
     let more = BlockLayout { id: 1, name: "more".into(), gpa: 1 << 30, ..BlockLayout::ram(PAGE_SIZE) };

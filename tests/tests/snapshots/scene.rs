@@ -6,7 +6,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::usage::Usage;
-use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use pageferry_tests::vmm::{Fault, HookName, MockVmm, PATIENCE, Tracker};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -66,6 +66,17 @@ impl Scene {
         let status = self.save(name, options);
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
         (status, Chain::open(&self.path(name)).unwrap())
+    }
+
+    /// Saves, which fails since the VMM cannot resume its guest; afterwards it runs.
+    #[track_caller]
+    pub fn fail_to_resume(&self, options: &SnapshotOptions) {
+        self.vmm.inject(HookName::Resume, Some(Fault::Fail("not now".into())));
+        let status = self.save("failed", options);
+        assert_eq!(status.phase, Phase::Failed);
+        assert!(status.error.contains("not now"), "{}", status.error);
+        self.vmm.inject(HookName::Resume, None);
+        self.vmm.start().unwrap();
     }
 
     /// The memory is what the image says, byte for byte.
