@@ -265,6 +265,7 @@ impl Userfaultfd {
     /// If a page is there already, or cannot be placed. Those before it were.
     pub fn copy(&self, to: u64, bytes: &[u8]) -> Result<(), NotPlaced> {
         let mut done = 0;
+        let mut changing = Changing::default();
         while done < bytes.len() {
             let rest = &bytes[done..];
             let (dst, src, len) = (to + done as u64, rest.as_ptr().expose_provenance() as u64, rest.len() as u64);
@@ -272,8 +273,10 @@ impl Userfaultfd {
             // SAFETY: the struct is the one of this number, and `src` is valid for `len` bytes. The kernel writes only pages that did not exist, so it
             // changes nothing that anyone has seen.
             let outcome = unsafe { ioctl(&self.fd, Updater::<UFFDIO_COPY, _>::new(&mut arg)) };
-            done += usize::try_from(arg.copy).unwrap_or(0);
-            go_on(outcome, done as u64)?;
+            let more = usize::try_from(arg.copy).unwrap_or(0);
+            done += more;
+            let go_on = |errno| changing.go_on(errno, more > 0);
+            outcome.or_else(go_on).map_err(|errno| NotPlaced { done: done as u64, errno })?;
         }
         Ok(())
     }
@@ -331,13 +334,13 @@ impl Userfaultfd {
     }
 
     fn write_protect(&self, range: Addresses, mode: u64) -> Result<(), Errno> {
+        let mut changing = Changing::default();
         loop {
             let mut arg = UffdioWriteProtect { range, mode };
             // SAFETY: the struct is the one of this number. What is protected or not holds the same content as before.
             match unsafe { ioctl(&self.fd, Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut arg)) } {
-                // The mappings are just changing.
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                outcome => return outcome,
+                Ok(()) => return Ok(()),
+                Err(errno) => changing.go_on(errno, false)?,
             }
         }
     }
@@ -357,13 +360,15 @@ impl Userfaultfd {
 
     fn fill<const OPCODE: Opcode>(&self, range: Addresses) -> Result<(), NotPlaced> {
         let mut done = 0;
+        let mut changing = Changing::default();
         while done < range.length {
             let rest = Addresses { start: range.start + done, length: range.length - done };
             let mut arg = UffdioFill { range: rest, ..UffdioFill::default() };
             // SAFETY: the struct is the one of both numbers. Only pages that did not exist are filled or marked.
             let outcome = unsafe { ioctl(&self.fd, Updater::<OPCODE, _>::new(&mut arg)) };
-            done += u64::try_from(arg.filled).unwrap_or(0);
-            go_on(outcome, done)?;
+            let more = u64::try_from(arg.filled).unwrap_or(0);
+            done += more;
+            outcome.or_else(|errno| changing.go_on(errno, more > 0)).map_err(|errno| NotPlaced { done, errno })?;
         }
         Ok(())
     }
@@ -395,11 +400,27 @@ impl Userfaultfd {
 /// Most faults of one [`Userfaultfd::read_faults`].
 pub const MAX_FAULTS: usize = 64;
 
-/// Whether a call that placed `done` bytes so far is tried again: the kernel stops in the middle where the mappings are just changing.
-fn go_on(outcome: Result<(), Errno>, done: u64) -> Result<(), NotPlaced> {
-    match outcome {
-        Ok(()) | Err(Errno::AGAIN | Errno::INTR) => Ok(()),
-        Err(errno) => Err(NotPlaced { done, errno }),
+/// How often in a row a call is tried again that comes to nothing since the mappings are just changing.
+const CHANGING: u32 = 10_000;
+
+/// Calls in a row that came to nothing.
+#[derive(Debug, Default)]
+struct Changing(u32);
+
+impl Changing {
+    /// Whether a call is tried again: the kernel stops it where the mappings are just changing, until whoever asked for events of that has read them. Where nobody reads them it is
+    /// not this thread that waits for ever.
+    fn go_on(&mut self, errno: Errno, progress: bool) -> Result<(), Errno> {
+        match errno {
+            Errno::INTR => {}
+            Errno::AGAIN if progress => self.0 = 0,
+            Errno::AGAIN if self.0 < CHANGING => {
+                self.0 += 1;
+                std::thread::yield_now();
+            }
+            other => return Err(other),
+        }
+        Ok(())
     }
 }
 
@@ -470,6 +491,41 @@ mod tests {
         assert_eq!(UFFDIO_POISON, 0xc020_aa08);
         assert_eq!(USERFAULTFD_IOC_NEW, 0xaa00);
         assert_eq!(size_of::<UffdMsg>(), 32);
+    }
+
+    /// Nobody reads that a range is being removed: whoever removes it waits for that, and nobody else does.
+    #[test]
+    fn mappings_that_stay_in_a_change_are_not_waited_for_for_ever() {
+        const EVENT_REMOVE: u64 = 1 << 3;
+        const LENGTH: u64 = 16 << 12;
+        let features = EVENT_REMOVE | feature::WP_HUGETLBFS_SHMEM | feature::WP_UNPOPULATED;
+        let uffd = match Userfaultfd::open(features) {
+            Ok(uffd) => uffd,
+            Err(error) => return eprintln!("skipped: {error}"),
+        };
+        let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, LENGTH).unwrap();
+        let memory = crate::shm::mapping::MappedWords::shared(fd.as_fd(), 0, LENGTH).unwrap();
+        let (start, pointer) = (memory.address_range().start as u64, memory.address_range().start);
+        let all = Addresses { start, length: LENGTH };
+        uffd.register(all, Register::WriteProtect).unwrap();
+        std::thread::scope(|scope| {
+            let remover = scope.spawn(move || {
+                let pointer = std::ptr::with_exposed_provenance_mut(pointer);
+                // SAFETY: the range is mapped as long as this thread runs, and what it holds is of no interest.
+                unsafe { rustix::mm::madvise(pointer, LENGTH as usize, rustix::mm::Advice::LinuxRemove) }
+            });
+            // Until the remover is there.
+            while uffd.protect(all).is_ok() {}
+            assert_eq!((uffd.protect(all), uffd.lift(all)), (Err(Errno::AGAIN), Err(Errno::AGAIN)));
+            // Hears of it, so that the remover goes on.
+            let mut faults = [0; MAX_FAULTS];
+            while !remover.is_finished() {
+                let _ = uffd.read_faults(&mut faults);
+            }
+            remover.join().unwrap().unwrap();
+        });
+        assert_eq!(uffd.protect(all), Ok(()));
     }
 
     #[test]

@@ -217,8 +217,12 @@ impl Changes {
     }
 
     /// The image has this id; or there is none, and all is as it was before.
-    pub fn end(self, image: Option<ImageId>) {
-        let Some(mut uses) = self.uses else { return };
+    pub fn end(mut self, image: Option<ImageId>) {
+        self.leave(image);
+    }
+
+    fn leave(&mut self, image: Option<ImageId>) {
+        let Some(mut uses) = self.uses.take() else { return };
         let id = match image {
             Some(id) if uses.track => Some(id),
             _ => {
@@ -240,5 +244,15 @@ impl Changes {
             }
         };
         self.shared.put(state);
+    }
+}
+
+/// A job that ends by a defect leaves nothing known, and no tracker on.
+impl Drop for Changes {
+    fn drop(&mut self) {
+        if let Some(uses) = &mut self.uses {
+            uses.broken = true;
+            self.leave(None);
+        }
     }
 }
