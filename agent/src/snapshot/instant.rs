@@ -9,7 +9,7 @@ use super::protect::{Mode, Watch};
 use crate::image::ImageWriter;
 use crate::job::{Job, JobError};
 use crate::memory::capturing::Capturing;
-use crate::tracking::DirtyPages;
+use crate::tracking::{DirtyPages, check_discards};
 use std::sync::Arc;
 
 /// What there is to save. Until it is dropped discards save what they discard.
@@ -46,6 +46,7 @@ impl AsOfNow {
                     watch.protect_rest(at, prepared.pending.block(at).bits())?;
                 }
             }
+            check_discards(memory)?;
             Ok::<_, JobError>(capturing.clone())
         })?;
         if let Some(mode) = &mut mode {

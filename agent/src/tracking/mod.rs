@@ -102,6 +102,17 @@ pub enum TrackingError {
     },
 }
 
+/// To be called before anything is done by what a walk over discard bitmaps found.
+///
+/// # Errors
+/// If one of them was cut off.
+pub fn check_discards(memory: &GuestMemory) -> Result<(), TrackingError> {
+    if memory.blocks().iter().any(|block| block.lost_bitmap()) {
+        return Err(TrackingError::Lost { what: "discard bitmap", state: "discarded" });
+    }
+    Ok(())
+}
+
 /// Something that reports dirty pages.
 pub trait Tracker: Send {
     /// Starts to report the writes from now on.
@@ -166,10 +177,7 @@ impl Trackers {
     /// If one cannot tell.
     pub fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError> {
         self.trackers.iter_mut().try_for_each(|tracker| tracker.sync(memory, dirty))?;
-        if memory.blocks().iter().any(|block| block.lost_bitmap()) {
-            return Err(TrackingError::Lost { what: "discard bitmap", state: "discarded" });
-        }
-        Ok(())
+        check_discards(memory)
     }
 
     /// Stops all of them.

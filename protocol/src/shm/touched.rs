@@ -84,11 +84,11 @@ fn find(summary: &[AtomicU64], range: Range<u64>, view: impl Fn(u64) -> u64) -> 
     None
 }
 
-/// The first run of words in `span` that are no hole; all of it if the file does not tell.
+/// The first run of words in `span` that are no hole; all of it if the file does not tell, or was cut off: whoever reads it finds that out.
 fn extent(file: &OwnedFd, offset: u64, span: Range<u64>) -> Option<Range<u64>> {
     let data = match rustix::fs::seek(file, SeekFrom::Data(offset + span.start * WORD)) {
         Ok(data) => (data - offset) / WORD,
-        Err(Errno::NXIO) => return None,
+        Err(Errno::NXIO) if holds(file, offset + span.end * WORD) => return None,
         Err(_) => return Some(span),
     };
     if data >= span.end {
@@ -98,6 +98,11 @@ fn extent(file: &OwnedFd, offset: u64, span: Range<u64>) -> Option<Range<u64>> {
         Ok(hole) => Some(data..((hole - offset) / WORD).min(span.end)),
         Err(_) => Some(data..span.end),
     }
+}
+
+/// True if the file is as long as that.
+fn holds(file: &OwnedFd, length: u64) -> bool {
+    rustix::fs::fstat(file).is_ok_and(|stat| u64::try_from(stat.st_size).is_ok_and(|size| size >= length))
 }
 
 #[cfg(test)]
@@ -123,6 +128,17 @@ mod tests {
         let file = std::fs::File::open("/proc/self/maps").unwrap();
         let touched = Touched::file(file.into(), 0);
         assert_eq!(walk(&touched, 3..7000), vec![3..7000]);
+    }
+
+    #[test]
+    fn words_that_were_cut_off_are_no_hole() {
+        let fd = memfd_create("bitmap", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, 10_000 * WORD).unwrap();
+        let touched = Touched::file(fd.try_clone().unwrap(), 0);
+        assert_eq!(touched.next(5000..10_000), None);
+        ftruncate(&fd, 9_000 * WORD).unwrap();
+        assert_eq!(touched.next(5000..10_000), Some(5000..10_000));
+        assert_eq!(touched.next(5000..9_000), None);
     }
 
     proptest! {
