@@ -142,7 +142,10 @@ fn answer_all(job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers) -> 
             if let Err(error) = answer_one(job, shared, &mode, page, buffers) {
                 fail(&mode, error);
             }
-            job.live.latency.record(since.elapsed());
+            // As the count of faults: those of the snapshot.
+            if let Mode::Capturing(_) = *mode {
+                job.live.latency.record(since.elapsed());
+            }
         }
     }
     Ok(())
