@@ -137,6 +137,11 @@ pub enum Error {
         /// Who has it instead.
         ownership: Ownership,
     },
+    /// The guest ran before its memory was here, and what was missing never came: what could be sent or saved of it is not what it was.
+    #[error(
+        "memory of this guest is missing, since its agent was lost or its image was damaged before all was here: restore it again"
+    )]
+    MemoryLost,
     /// The address is longer than the protocol carries.
     #[error("address of {length} bytes, allowed are {}", pageferry_protocol::control::job::MAX_ADDRESS)]
     Address {

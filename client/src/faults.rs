@@ -15,6 +15,9 @@
 //! What was lost concerns that guest only. As soon as another is awaited here, nobody gets an error any more: the registration is taken back, and so are the marks in
 //! the page tables, which would outlive it, whatever the new guest's memory holds there.
 //!
+//! Until then that guest is neither sent nor saved: a page that is missing is a hole of the file, which would travel as zero. Without an agent's word it is not known which those are, so
+//! this looks no closer than at the state: see [`Faults::is_whole`].
+//!
 //! How a lost agent is found: see [`heartbeat`](crate::heartbeat).
 
 use crate::client::WeakClient;
@@ -92,6 +95,16 @@ impl Faults {
     /// True while the guest may touch pages that are not here.
     pub(crate) fn pending(&self) -> bool {
         matches!(*self.state(), State::Pending { .. })
+    }
+
+    /// True if nothing is missing: only then is what the memory holds the guest's.
+    pub(crate) fn is_whole(&self) -> bool {
+        matches!(*self.state(), State::Whole)
+    }
+
+    /// True if something is missing that never comes.
+    pub(crate) fn is_lost(&self) -> bool {
+        matches!(*self.state(), State::Lost { .. })
     }
 
     /// Takes the registration back: all is here, or nobody has run.

@@ -40,7 +40,7 @@ impl Client {
     /// Starts to send the guest. Returns at once; the rest comes by hooks, [`Client::status`] and [`Client::wait`].
     ///
     /// # Errors
-    /// If the guest is not ours, or the agent refuses or is lost.
+    /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), or the agent refuses or is lost.
     pub fn start_outgoing(&self, target: Target, options: &OutgoingOptions) -> Result<JobStarted, Error> {
         self.check_ours()?;
         let (text, socket) = target.parts()?;
@@ -65,7 +65,7 @@ impl Client {
     /// other processes, do not wait, and what they write may be in the image: with such devices use the mode [`Paused`](crate::SnapshotMode::Paused).
     ///
     /// # Errors
-    /// If the guest is not ours, a path is none that can be sent, or the agent refuses or is lost.
+    /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), a path is none that can be sent, or the agent refuses or is lost.
     pub fn start_snapshot(&self, image: &Path, options: &SnapshotOptions) -> Result<JobStarted, Error> {
         self.check_ours()?;
         let base = optional_path("base", &options.base)?;
@@ -87,6 +87,7 @@ impl Client {
 
     fn check_ours(&self) -> Result<(), Error> {
         match self.ownership() {
+            Ownership::Ours if self.faults().is_lost() => Err(Error::MemoryLost),
             Ownership::Ours => Ok(()),
             ownership => Err(Error::NotOurs { ownership }),
         }

@@ -3,9 +3,11 @@
 
 mod support;
 
-use pageferry_client::{BlockSpec, Client, Error, IncomingOptions, Ownership, Target};
-use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
-use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES};
+use pageferry_client::{
+    BlockSpec, Client, Error, IncomingOptions, OutgoingOptions, Ownership, SnapshotMode, SnapshotOptions, Target,
+};
+use pageferry_protocol::control::hook::{Hook, decode_hook_reply, decode_state_reply};
+use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES, RemoteError, Request};
 use pageferry_protocol::userfault::Userfaultfd;
 use rustix::fs::{FallocateFlags, fallocate};
 use std::io::Read;
@@ -85,7 +87,15 @@ impl Touch {
 }
 
 fn register(agent: &mut FakeAgent) -> Userfaultfd {
-    let mut answer = agent.hook_frame(&Hook::RegisterFaults, Vec::new());
+    userfaultfd(agent, &Hook::RegisterFaults)
+}
+
+fn watch_writes(agent: &mut FakeAgent) -> Userfaultfd {
+    userfaultfd(agent, &Hook::WatchWrites)
+}
+
+fn userfaultfd(agent: &mut FakeAgent, hook: &Hook) -> Userfaultfd {
+    let mut answer = agent.hook_frame(hook, Vec::new());
     assert_eq!(decode_hook_reply(&answer.body).unwrap(), Ok(()));
     answer.fds.remove(0).into()
 }
@@ -180,5 +190,55 @@ fn a_guest_that_comes_sooner_than_the_answer_is_registered_and_stays_so() {
     let touch = ram.touch(3);
     new.unwrap().copy(ram.address() + 3 * PAGE, &[2; PAGE as usize]).unwrap();
     assert_eq!(touch.found(), Some(0x0202_0202_0202_0202));
+    attached.lose_agent();
+}
+
+const MISSING: &str = "memory of this guest is missing, since its agent was lost or its image was damaged before all was here: \
+                       restore it again";
+
+#[test]
+fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
+    let Some((mut attached, ram)) = lost() else { return };
+    let client = attached.client.clone();
+    let snapshot = |mode| {
+        let options = SnapshotOptions { mode, ..SnapshotOptions::default() };
+        client.start_snapshot("/images/one".as_ref(), &options)
+    };
+    let send = || client.start_outgoing(Target::Address("tcp:[::1]:1".into()), &OutgoingOptions::default());
+    // The agent is asked nothing: its next request is another.
+    for error in [
+        snapshot(SnapshotMode::Background).unwrap_err(),
+        snapshot(SnapshotMode::Paused).unwrap_err(),
+        snapshot(SnapshotMode::Stopped).unwrap_err(),
+        send().unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::MemoryLost), "{error:?}");
+        assert_eq!(error.to_string(), MISSING);
+    }
+    // An operator asks the agent, which asks for these.
+    let refused = RemoteError::new(ErrorCode::State, MISSING);
+    for hook in [Hook::Pause, Hook::WatchWrites] {
+        assert_eq!(attached.hook(&hook), Err(refused.clone()), "{}", hook.name());
+    }
+    let saved = attached.agent.hook_frame(&Hook::SaveState, Vec::new());
+    assert_eq!(decode_state_reply(&saved.body).unwrap(), Err(refused));
+    assert!(saved.fds.is_empty());
+    assert_eq!(attached.calls(), [""; 0], "the VMM is asked for nothing");
+
+    // Another guest in its place can.
+    attached.start_incoming();
+    assert_forgotten(&mut attached, &ram);
+    assert_eq!(attached.hook(&Hook::UnregisterFaults { complete: true }), Ok(()));
+    assert_eq!(attached.hook(&RESUME), Ok(()));
+    let starting = client.clone();
+    let started = spawn(move || starting.start_snapshot("/images/one".as_ref(), &SnapshotOptions::default()));
+    let (request, _) = attached.agent.request().unwrap();
+    assert!(matches!(request, Request::StartSnapshot { .. }), "{request:?}");
+    attached.agent.started(&request);
+    started.join().unwrap().unwrap();
+    drop(watch_writes(&mut attached.agent));
+    assert_eq!(attached.hook(&Hook::Pause), Ok(()));
+    attached.agent.hook_frame(&Hook::SaveState, Vec::new());
+    assert_eq!(attached.calls(), ["resume", "pause", "save"]);
     attached.lose_agent();
 }

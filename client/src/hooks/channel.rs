@@ -268,7 +268,7 @@ impl HookChannel {
 
     fn watch_writes(&self, sequence: u64) -> Result<(), SocketError> {
         let allowed = self.parts.ownership.lock().watch_writes().map_err(forbidden);
-        let watched = allowed.and_then(|()| {
+        let watched = allowed.and_then(|()| self.check_whole()).and_then(|()| {
             let Parts { memory, client, writes, .. } = &self.parts;
             match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
                 Ok(Some(for_agent)) => Ok(for_agent),
@@ -301,16 +301,22 @@ impl HookChannel {
     }
 
     fn save_state(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
-        match hooks.save_state().and_then(|pieces| write_pieces(&pieces)) {
+        // Also here: a guest that the VMM stopped by itself is paused by no hook.
+        let saved = self.check_whole();
+        match saved.and_then(|()| hooks.save_state().and_then(|pieces| write_pieces(&pieces)).map_err(failed)) {
             Ok((sizes, file)) => {
                 self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &Ok(sizes)), &[file.as_fd()])
             }
             Err(error) => {
                 log::warn!("hook save state: {error}");
-                let reply = Err(failed(error));
-                self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &reply), &[])
+                self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &Err(error)), &[])
             }
         }
+    }
+
+    /// Nobody takes what is missing for zero: it is neither sent nor saved.
+    fn check_whole(&self) -> Reply<()> {
+        if self.parts.faults.is_whole() { Ok(()) } else { Err(RemoteError::new(ErrorCode::State, Error::MemoryLost)) }
     }
 
     /// The hooks whose answer is success or an error.
@@ -344,6 +350,7 @@ impl HookChannel {
 
     fn pause(&mut self, hooks: &mut dyn Hooks) -> Reply<()> {
         self.parts.ownership.lock().pause().map_err(forbidden)?;
+        self.check_whole()?;
         // First: no guest stands still without it, and none for the time that it takes.
         let heartbeat = self.watch().map_err(|error| RemoteError::new(ErrorCode::System, with_sources(&error)))?;
         let paused = hooks.pause();
