@@ -276,15 +276,15 @@ impl Client {
         &self.inner.ownership
     }
 
-    /// Asks the agent for a sign of life, unless somebody is asking it something already. If it owes one, the connection is cut.
-    pub(crate) fn ask_for_life(&self) {
+    /// Asks the agent for a sign of life, unless somebody is asking it something already: how its last job stands. If it owes one, the connection is cut.
+    pub(crate) fn ask_for_life(&self) -> Option<JobStatus> {
         let mut session = match self.inner.session.try_lock() {
             Ok(session) => session,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return,
+            Err(TryLockError::WouldBlock) => return None,
         };
         // Also a refusal is one.
-        let _ = session.control.request(&Request::QueryStatus, &[], JobStatus::decode);
+        session.control.request(&Request::QueryStatus, &[], JobStatus::decode).ok()
     }
 
     pub(crate) fn session(&self) -> MutexGuard<'_, Session> {

@@ -18,6 +18,9 @@
 //! Until then that guest is neither sent nor saved: a page that is missing is a hole of the file, which would travel as zero. Without an agent's word it is not known which those are, so
 //! this looks no closer than at the state: see [`Faults::is_whole`].
 //!
+//! An agent that lives, but whose image turns out to be damaged, says so by the hook channel. It may be in vain, if a hook waits for one of the pages that never come: so how its job
+//! stands is looked at, too.
+//!
 //! How a lost agent is found: see [`heartbeat`](crate::heartbeat).
 
 use crate::client::WeakClient;
@@ -27,6 +30,7 @@ use crate::heartbeat::Heartbeat;
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
 use crate::registration::Registered;
+use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, feature};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -180,7 +184,7 @@ impl Faults {
 fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
     let (weak, id) = (client.clone(), link.id);
     // A VMM without a hook channel may still have an agent that places pages.
-    Heartbeat::start(client, link, false, move |stopped| {
+    Heartbeat::start(client, link, false, will_not_come, move |stopped| {
         if let Some(client) = weak.upgrade() {
             client.faults().let_go(id, client.shared_ownership());
         }
@@ -193,6 +197,14 @@ fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
             client.faults().give_up(id, false);
         }
     })
+}
+
+/// True if the job that was to bring the memory ended without all of it.
+fn will_not_come(status: &JobStatus) -> bool {
+    let brings = matches!(status.kind, JobKind::Incoming | JobKind::Restore);
+    // One that failed may have all of it here, such as when the VMM is late to say that its guest runs.
+    let failed = status.phase.is_final() && status.phase != Phase::Completed;
+    brings && failed && status.counters.remaining_pages > 0
 }
 
 /// Starts the thread that poisons what is touched until what is returned is dropped.

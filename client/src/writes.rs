@@ -55,11 +55,17 @@ impl Writes {
         let registered = Registered::all(memory, feature::WP_HUGETLBFS_SHMEM, Register::WriteProtect)?;
         let for_agent = registered.duplicate()?;
         let weak = Arc::downgrade(self);
-        let heartbeat = Heartbeat::start(client, link, true, move |_| {
-            if let Some(writes) = weak.upgrade() {
-                writes.lost(id);
-            }
-        })?;
+        let heartbeat = Heartbeat::start(
+            client,
+            link,
+            true,
+            |_| false,
+            move |_| {
+                if let Some(writes) = weak.upgrade() {
+                    writes.lost(id);
+                }
+            },
+        )?;
         *watched = Some(Watched { _registered: registered, _heartbeat: heartbeat, link: id });
         Ok(Some(for_agent))
     }

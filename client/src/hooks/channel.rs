@@ -363,7 +363,7 @@ impl HookChannel {
     fn watch(&self) -> Result<Heartbeat, Error> {
         let link = Arc::clone(&self.link);
         // The end of the hook channel is seen here anyway.
-        Heartbeat::start(self.parts.client.clone(), Arc::clone(&link), false, move |_| link.cut())
+        Heartbeat::start(self.parts.client.clone(), Arc::clone(&link), false, |_| false, move |_| link.cut())
     }
 
     fn resume(&mut self, force: bool, hooks: &mut dyn Hooks) -> Reply<()> {
