@@ -62,7 +62,8 @@ impl Client {
     ///
     /// In the mode [`Background`](crate::SnapshotMode::Background), while the job runs, whoever writes through the mappings that were handed over as
     /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits a moment where the page is not saved yet. `write` to the file, and other mappings of it, as those of
-    /// other processes, do not wait, and what they write may be in the image: with such devices use the mode [`Paused`](crate::SnapshotMode::Paused).
+    /// other processes, do not wait, and what they write may be in the image: such devices stand still meanwhile, of which the VMM is told by
+    /// [`Hooks::writes_watched`](crate::Hooks::writes_watched), or the mode is [`Paused`](crate::SnapshotMode::Paused).
     ///
     /// # Errors
     /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), a path is none that can be sent, or the agent refuses or is lost.

@@ -1,7 +1,7 @@
 //! The guest's writes into pages that are not saved yet: a background snapshot, seen from the VMM.
 //!
-//! The agent asks for the registration with the guest paused, protects the memory, and lets the guest run on. Who writes into a protected page, a vCPU or a thread
-//! of the VMM, waits until the agent has saved it. When all is saved the registration is taken back.
+//! The agent asks for the registration while the guest runs, protects the memory, and has the guest paused for a moment: what its memory is then is saved. Who writes into a protected
+//! page, a vCPU or a thread of the VMM, waits until the agent has saved it. When all is saved the registration is taken back.
 //!
 //! # If the agent dies in between
 //!

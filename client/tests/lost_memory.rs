@@ -244,7 +244,7 @@ fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
     drop(watch_writes(&mut attached.agent));
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
     attached.agent.hook_frame(&Hook::SaveState, Vec::new());
-    assert_eq!(attached.calls(), ["resume", "pause", "save"]);
+    assert_eq!(attached.calls(), ["resume", "watched", "pause", "save"]);
     attached.lose_agent();
 }
 

@@ -56,6 +56,8 @@ pub struct HookChannel {
     closed: bool,
     /// While the guest is paused and the agent has not asked for the line of law 9.
     paused: Option<Heartbeat>,
+    /// The VMM was told that writes are watched, and not yet that they are not.
+    watching: bool,
 }
 
 /// What a channel shares with its client.
@@ -84,7 +86,7 @@ impl Drop for HookChannel {
 
 impl HookChannel {
     pub(crate) fn new(socket: OwnedFd, link: Arc<Link>, parts: Parts, timeout: Duration) -> Self {
-        Self { socket: socket.into(), link, parts, timeout, closed: false, paused: None }
+        Self { socket: socket.into(), link, parts, timeout, closed: false, paused: None, watching: false }
     }
 
     /// Answers every hook that is pending, without waiting for more.
@@ -148,6 +150,8 @@ impl HookChannel {
         self.link.cut();
         // Before anything is called: it may write.
         self.parts.writes.lost(self.link.id);
+        // Before the guest is resumed: then all of it may be.
+        self.tell_unwatched(hooks);
         let resume = self.parts.ownership.lock().closed(self.link.id);
         if resume {
             log::warn!("the agent is lost while the guest is paused: resuming it");
@@ -200,7 +204,7 @@ impl HookChannel {
             Ok(Hook::SaveState) => self.save_state(sequence, hooks),
             Ok(Hook::Relinquish { session, release }) => self.relinquish(sequence, Migration { session, release }),
             Ok(Hook::RegisterFaults) => self.register_faults(sequence, hooks),
-            Ok(Hook::WatchWrites) => self.watch_writes(sequence),
+            Ok(Hook::WatchWrites) => self.watch_writes(sequence, hooks),
             Ok(other) => {
                 let name = other.name();
                 let reply = self.call(other, &frame.fds, hooks);
@@ -266,17 +270,37 @@ impl HookChannel {
         self.answer_with_userfaultfd(&Hook::RegisterFaults, sequence, registered)
     }
 
-    fn watch_writes(&self, sequence: u64) -> Result<(), SocketError> {
-        let allowed = self.parts.ownership.lock().watch_writes().map_err(forbidden);
-        let watched = allowed.and_then(|()| self.check_whole()).and_then(|()| {
-            let Parts { memory, client, writes, .. } = &self.parts;
-            match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
-                Ok(Some(for_agent)) => Ok(for_agent),
-                Ok(None) => Err(RemoteError::new(ErrorCode::State, "writes are watched already")),
-                Err(error) => Err(RemoteError::new(ErrorCode::System, with_sources(&error))),
-            }
-        });
+    fn watch_writes(&mut self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
+        let watched = self.watched(hooks);
         self.answer_with_userfaultfd(&Hook::WatchWrites, sequence, watched)
+    }
+
+    fn watched(&mut self, hooks: &mut dyn Hooks) -> Reply<OwnedFd> {
+        self.parts.ownership.lock().watch_writes().map_err(forbidden)?;
+        self.check_whole()?;
+        let already = || RemoteError::new(ErrorCode::State, "writes are watched already");
+        if self.watching {
+            return Err(already());
+        }
+        hooks.writes_watched().map_err(failed)?;
+        self.watching = true;
+        let Parts { memory, client, writes, .. } = &self.parts;
+        let watched = match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
+            Ok(Some(for_agent)) => Ok(for_agent),
+            Ok(None) => Err(already()),
+            Err(error) => Err(RemoteError::new(ErrorCode::System, with_sources(&error))),
+        };
+        if watched.is_err() {
+            // Announced, and not to be.
+            self.tell_unwatched(hooks);
+        }
+        watched
+    }
+
+    fn tell_unwatched(&mut self, hooks: &mut dyn Hooks) {
+        if std::mem::take(&mut self.watching) {
+            hooks.writes_unwatched();
+        }
     }
 
     fn answer_with_userfaultfd(&self, hook: &Hook, sequence: u64, made: Reply<OwnedFd>) -> Result<(), SocketError> {
@@ -336,6 +360,7 @@ impl HookChannel {
             }
             Hook::UnwatchWrites => {
                 self.parts.writes.unwatch(self.link.id);
+                self.tell_unwatched(hooks);
                 Ok(())
             }
             Hook::PrepareRestore { path } => self.prepare_restore(Path::new(&path), hooks),

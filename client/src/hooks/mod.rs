@@ -80,8 +80,10 @@ pub trait Hooks: Send {
     /// If the guest does not stop. It counts as running then.
     fn pause(&mut self) -> Result<(), HookError>;
 
-    /// Lets the guest run: at the source after a failure, at the destination after the commit. Also called when the agent dies while the
-    /// guest is paused and still ours. May be called for a guest that runs.
+    /// Lets the guest run: at the source after a failure, at the destination after the commit, after a restore, and when a snapshot needs it to stand still no more. Also
+    /// called when the agent dies while the guest is paused and still ours. May be called for a guest that runs.
+    ///
+    /// While writes are watched ([`Hooks::writes_watched`]) other processes that write guest memory, such as vhost-user back-ends, are not resumed with it.
     ///
     /// # Errors
     /// If the guest cannot run.
@@ -181,6 +183,24 @@ pub trait Hooks: Send {
     fn memory_lost(&mut self) {
         log::error!("the agent was lost before all memory was here: the guest cannot go on");
     }
+
+    /// A background snapshot begins: from now on until [`Hooks::writes_unwatched`] the agent watches the writes through the mappings that were handed over as
+    /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address), and only those: a write by another way, to a page that is not saved yet, is in the image. So from the
+    /// [pause](Hooks::pause) that follows on, and also when the guest is [resumed](Hooks::resume), until [`Hooks::writes_unwatched`], whoever writes otherwise stands still:
+    /// other processes that map the memory, such as vhost-user back-ends, and devices that write by pages which were pinned before. Comes while the guest runs, and before
+    /// anything is watched.
+    ///
+    /// # Errors
+    /// If this VMM has a device that cannot stand still without its guest, such as one that is passed through (VFIO). The snapshot fails, nothing is watched, and the guest runs on;
+    /// [`SnapshotMode::Paused`](crate::SnapshotMode::Paused) is for such a guest.
+    fn writes_watched(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    /// No write is watched any more, after [`Hooks::writes_watched`]: the snapshot has ended, however it did, or its agent is lost. What stood still for it goes on, but
+    /// if the guest is still paused, only with the guest. After [`Client::reattach`](crate::Client::reattach) it comes by the old channel, so that one has to end before a snapshot
+    /// is asked of the new agent.
+    fn writes_unwatched(&mut self) {}
 
     /// Something to know about a job.
     fn event(&mut self, status: &JobStatus) {
