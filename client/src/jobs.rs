@@ -156,10 +156,11 @@ impl Client {
         self.session().control.request(&request, &[], JobStarted::decode)
     }
 
-    /// Changes the limits of the outgoing migration that runs. What can only be set at its start is ignored.
+    /// Changes the limits of the job that runs: of an outgoing migration all that can be changed later; of a snapshot ([`SnapshotOptions`]) or a restore
+    /// ([`RestoreOptions`]) the bandwidth alone. The rest is ignored.
     ///
     /// # Errors
-    /// If no outgoing migration runs, a value is not allowed, or the agent is lost.
+    /// If no such job runs, a value is not allowed, or the agent is lost.
     pub fn set_parameters(&self, options: &OutgoingOptions) -> Result<(), Error> {
         let request = Request::SetParameters { options: options.clone() };
         self.session().control.request(&request, &[], |_| Ok(()))

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A need that is not met prints `skipped: why`. Where the environment variable `PAGEFERRY_REQUIRE` names it (comma
-//! separated: `kvm,uffd,hugetlb`), the test fails instead: a machine that is meant to run everything must not skip in silence.
+//! separated: `kvm,uffd,hugetlb,thp,tmpfs`), the test fails instead: a machine that is meant to run everything must not skip in silence.
 
 use crate::huge_pages::HugePages;
 use crate::tmpfs::Tmpfs;

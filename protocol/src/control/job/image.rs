@@ -35,7 +35,7 @@ impl SnapshotMode {
     }
 }
 
-/// Options of a snapshot. Only the bandwidth can be changed while it runs.
+/// Options of a snapshot. Only the bandwidth can be changed while it runs, by `Client::set_parameters`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotOptions {
     /// What becomes of the guest meanwhile.
