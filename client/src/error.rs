@@ -231,18 +231,6 @@ pub enum PathError {
     },
 }
 
-/// The error's text and those of its sources, for a log or a message that carries no sources.
-pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}
-
 impl Error {
     /// For `map_err`: the kernel refused `what`.
     pub(crate) fn kernel(what: &'static str) -> impl FnOnce(Errno) -> Self {

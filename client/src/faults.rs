@@ -168,7 +168,10 @@ impl Faults {
             State::Pending { registered, link, .. } => {
                 let registered = Arc::new(registered);
                 let poisoner = poison(&registered).inspect_err(|error| {
-                    log::error!("who touches a missing page waits for ever: {}", crate::error::with_sources(error));
+                    log::error!(
+                        "who touches a missing page waits for ever: {}",
+                        pageferry_protocol::error::chain(error)
+                    );
                 });
                 *state = State::Lost { registered, poisoner: poisoner.ok(), link, told: is_told };
             }

@@ -11,7 +11,7 @@ use super::state::{read_pieces, write_pieces};
 use super::{ClearPages, HookError, Hooks};
 use crate::client::WeakClient;
 use crate::control::Link;
-use crate::error::{Error, with_sources};
+use crate::error::Error;
 use crate::faults::Faults;
 use crate::heartbeat::Heartbeat;
 use crate::memory::Memory;
@@ -22,6 +22,7 @@ use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::control::socket::wait;
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
+use pageferry_protocol::error::chain;
 use pageferry_protocol::shm::words_for;
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -134,7 +135,7 @@ impl HookChannel {
     pub fn spawn<H: Hooks + 'static>(self, mut hooks: H) -> Result<HookThread<H>, Error> {
         let run = move || {
             if let Err(error) = self.run(&mut hooks) {
-                log::error!("{}", with_sources(&error));
+                log::error!("{}", chain(&error));
             }
             hooks
         };
@@ -264,7 +265,7 @@ impl HookChannel {
             registered.map_err(|error| {
                 // Announced, and not to be: nothing is missing after all.
                 hooks.memory_complete();
-                RemoteError::new(ErrorCode::System, with_sources(&error))
+                RemoteError::new(ErrorCode::System, chain(&error))
             })
         });
         self.answer_with_userfaultfd(&Hook::RegisterFaults, sequence, registered)
@@ -288,7 +289,7 @@ impl HookChannel {
         let watched = match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
             Ok(Some(for_agent)) => Ok(for_agent),
             Ok(None) => Err(already()),
-            Err(error) => Err(RemoteError::new(ErrorCode::System, with_sources(&error))),
+            Err(error) => Err(RemoteError::new(ErrorCode::System, chain(&error))),
         };
         if watched.is_err() {
             // Announced, and not to be.
@@ -377,7 +378,7 @@ impl HookChannel {
         self.parts.ownership.lock().pause().map_err(forbidden)?;
         self.check_whole()?;
         // First: no guest stands still without it, and none for the time that it takes.
-        let heartbeat = self.watch().map_err(|error| RemoteError::new(ErrorCode::System, with_sources(&error)))?;
+        let heartbeat = self.watch().map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
         let paused = hooks.pause();
         self.parts.ownership.lock().paused(self.link.id, paused.is_ok());
         self.paused = paused.is_ok().then_some(heartbeat);

@@ -42,7 +42,7 @@ impl std::fmt::Display for HookError {
 /// The error's text and those of its sources. `HookError` is no `std::error::Error` itself, since it could not have this then.
 impl<E: std::error::Error> From<E> for HookError {
     fn from(error: E) -> Self {
-        Self { sentence: crate::error::with_sources(&error) }
+        Self { sentence: pageferry_protocol::error::chain(&error) }
     }
 }
 
