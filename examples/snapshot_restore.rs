@@ -121,8 +121,7 @@ fn save(socket: &Path, folder: &Path) -> Result<(), Error> {
     vmm.usage().give_up(RAM, GIVEN_BACK)?;
     let range = BlockRange { block: RAM, offset: GIVEN_BACK.offset(), length: GIVEN_BACK.bytes() };
     vmm.client().discard(&[range], Punch::Yes)?;
-    let base = folder.join("full").to_string_lossy().into_owned();
-    take("increment", &SnapshotOptions { base, ..options })?;
+    take("increment", &options.on(&folder.join("full")).map_err(pageferry_client::Error::from)?)?;
     // It is killed meanwhile.
     std::thread::sleep(LIMIT);
     Ok(())
@@ -133,8 +132,8 @@ fn restore(socket: &Path, folder: &Path) -> Result<Value, Error> {
     let usage = Usage::new(Arc::new(TestMemory::ram(SIZE)?))?;
     let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
     let guest = COUNTING.expect(&vmm)?;
-    let working_set = folder.join("working-set").to_string_lossy().into_owned();
-    let options = RestoreOptions { mode: RestoreMode::Lazy, working_set, ..RestoreOptions::default() };
+    let options = RestoreOptions { mode: RestoreMode::Lazy, ..RestoreOptions::default() };
+    let options = options.with_working_set(&folder.join("working-set")).map_err(pageferry_client::Error::from)?;
     let image = folder.join("increment");
     let counted = COUNTING.first_in(&image)?;
     let job = vmm.start_restore(&image, &options)?;

@@ -5,6 +5,7 @@
 
 use crate::ownership::Ownership;
 use pageferry_protocol::control::SocketError;
+use pageferry_protocol::control::job::NotUtf8;
 use pageferry_protocol::control::request::ErrorCode;
 use pageferry_protocol::memory::{GeometryError, RangeError};
 use pageferry_protocol::shm::MappingError;
@@ -229,6 +230,12 @@ pub enum PathError {
         /// Length of the path from the root in bytes.
         length: usize,
     },
+}
+
+impl From<NotUtf8> for Error {
+    fn from(NotUtf8 { what, path }: NotUtf8) -> Self {
+        Self::Path { what, path, source: PathError::NotUtf8 }
+    }
 }
 
 impl Error {
