@@ -90,6 +90,9 @@ fn show(mode: Mode) -> Result<(), Error> {
         print!("{}", faults(&destination));
     }
     let compared = check(&here, &there)?;
+    if destination["kvm"] == true {
+        went_on(COUNTING.first(&here)?, COUNTING.first(&there)?)?;
+    }
     println!("checked: {} pages are the same at the destination", compared.equal);
     println!(
         "checked: {} discarded pages are holes there, and nothing more is allocated than here",
@@ -183,7 +186,7 @@ fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Erro
     let kvm = matches!(guest, Expected::Kvm);
     let (job, address) = vmm.start_incoming(listen, &IncomingOptions::default())?;
     println!("listening at {address}");
-    let first = || COUNTING.first(&vmm);
+    let first = || COUNTING.first(vmm.memory());
     // In postcopy: how far the guest was when the first page that it writes had come.
     let mut began = None;
     let status = watch(&vmm, job, false, |status| {
@@ -196,8 +199,9 @@ fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Erro
     if status.phase != Phase::Completed {
         return Err(Error::Mismatch(format!("the migration {}: {}", status.phase.name(), status.error)));
     }
-    let guest = COUNTING.counts_on(&vmm, &guest)?;
-    Ok(json!({ "guest": guest, "sweeps_meanwhile": meanwhile, "report": Report::new(&status) }))
+    // How far it was is known to the source: the two are compared at the end.
+    let guest = COUNTING.counts_on(&vmm, &guest, 0)?;
+    Ok(json!({ "guest": guest, "kvm": kvm, "sweeps_meanwhile": meanwhile, "report": Report::new(&status) }))
 }
 
 /// All that stood still is the same here and there; what was given back is a hole there.
@@ -207,6 +211,14 @@ fn check(here: &TestMemory, there: &TestMemory) -> Result<Compared, Error> {
     discarded.set(DURING);
     let stands_still = |page| page < FIRMWARE_PAGES || page >= BUSY.end();
     same_block(here.block(RAM)?, &discarded, there.block(RAM)?, stands_still)
+}
+
+/// What the first counter was when the guest left, and what it came to.
+fn went_on(left_with: u32, came_to: u32) -> Result<(), Error> {
+    if came_to > left_with {
+        return Ok(());
+    }
+    Err(Error::Mismatch(format!("the guest left with counter {left_with}, and came to {came_to} at the destination")))
 }
 
 /// What a guest that ran before its memory was there had to wait for.

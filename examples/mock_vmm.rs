@@ -9,7 +9,8 @@
 //! ```
 //!
 //! With `--mode postcopy` at the source the guest moves before its memory, with `--mode hybrid --switch-after 2` after two passes.
-//! `mock_vmm source --help` has the rest. The exit status is 0 only after a migration that was verified and committed.
+//! `mock_vmm source --help` has the rest. With `--snapshot-to` and `--restore-from` it saves and restores instead. The exit status is 0 only after
+//! a migration that was verified and committed, a snapshot whose image is complete, or a restore that was verified.
 
 fn main() -> std::process::ExitCode {
     pageferry_tests::mock_vmm::main(std::env::args_os().skip(1).collect())

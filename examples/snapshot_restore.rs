@@ -76,14 +76,28 @@ fn save_and_restore(program: &Path, folder: &Path) -> Result<(), Error> {
     print!("{}", saved("saved while it ran", &full, &folder.join("full"))?);
     print!("{}", saved("an increment, after it ran on", &increment, &folder.join("increment"))?);
     println!("killed the guest, its VMM and the agent");
+    let mut faults = None;
     for name in ["restored", "restored once more"] {
         let (_agent, mut vmm) = run("restore", name)?;
         let restored = report_of(&mut vmm)?;
         print!("{}", restored_table(name, &restored["report"]));
+        if let Some(before) = faults.replace(number(&restored["report"], "faults")) {
+            read_ahead(before, &restored["report"])?;
+        }
         println!("checked: {}", restored["guest"].as_str().unwrap_or_default());
         println!("checked: {}", restored["memory"].as_str().unwrap_or_default());
     }
     Ok(())
+}
+
+/// What the guest touched first the last time, when it had `faults`, was there before it touched it.
+fn read_ahead(faults: u64, report: &Value) -> Result<(), Error> {
+    let (pages, now) = (number(report, "working_set_pages"), number(report, "faults"));
+    if pages > 0 && 3 * now <= faults {
+        return Ok(());
+    }
+    let found = format!("{pages} pages were read ahead by the working set, and {now} faults are left of {faults}");
+    Err(Error::Mismatch(format!("{found}: expected is a third at most")))
 }
 
 /// The VMM that saves its guest, twice, and then goes on until it is killed.
@@ -107,8 +121,7 @@ fn save(socket: &Path, folder: &Path) -> Result<(), Error> {
     vmm.usage().give_up(RAM, GIVEN_BACK)?;
     let range = BlockRange { block: RAM, offset: GIVEN_BACK.offset(), length: GIVEN_BACK.bytes() };
     vmm.client().discard(&[range], Punch::Yes)?;
-    let base = folder.join("full").to_string_lossy().into_owned();
-    take("increment", &SnapshotOptions { base, ..options })?;
+    take("increment", &options.on(&folder.join("full")).map_err(pageferry_client::Error::from)?)?;
     // It is killed meanwhile.
     std::thread::sleep(LIMIT);
     Ok(())
@@ -119,14 +132,16 @@ fn restore(socket: &Path, folder: &Path) -> Result<Value, Error> {
     let usage = Usage::new(Arc::new(TestMemory::ram(SIZE)?))?;
     let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
     let guest = COUNTING.expect(&vmm)?;
-    let working_set = folder.join("working-set").to_string_lossy().into_owned();
-    let options = RestoreOptions { mode: RestoreMode::Lazy, working_set, ..RestoreOptions::default() };
-    let job = vmm.start_restore(&folder.join("increment"), &options)?;
+    let options = RestoreOptions { mode: RestoreMode::Lazy, ..RestoreOptions::default() };
+    let options = options.with_working_set(&folder.join("working-set")).map_err(pageferry_client::Error::from)?;
+    let image = folder.join("increment");
+    let counted = COUNTING.first_in(&image)?;
+    let job = vmm.start_restore(&image, &options)?;
     let status = watch(&vmm, job, true, |_| Ok(()))?;
     if status.phase != Phase::Completed {
         return Err(Error::Mismatch(format!("the restore {}: {}", status.phase.name(), status.error)));
     }
-    let guest = COUNTING.counts_on(&vmm, &guest)?;
+    let guest = COUNTING.counts_on(&vmm, &guest, counted)?;
     let reference = TestMemory::ram(SIZE)?;
     reference.block(RAM)?.fill(STILL, SEED)?;
     let discarded = MappedBitmap::private(pages_in(SIZE)).map_err(|error| Error::Memory(error.to_string()))?;

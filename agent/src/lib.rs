@@ -18,7 +18,6 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod cli;
-pub mod error;
 pub mod faults;
 pub mod hooks;
 pub mod image;
@@ -35,3 +34,5 @@ pub mod snapshot;
 pub mod stats;
 pub mod tracking;
 pub mod transport;
+
+pub use pageferry_protocol::error;

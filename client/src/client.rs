@@ -28,7 +28,9 @@ pub struct Config {
     /// Bytes of guest physical address space that the dirty log covers, from address zero. The default of 4 TiB takes a memfd of 128 MiB,
     /// which is sparse: it costs memory only where guest pages are dirty. No block can lie outside.
     pub log_covers: u64,
-    /// How long the agent may take to answer a request, and to take an answer. It is lost if it takes longer.
+    /// How long the agent may take to answer a request, and to take an answer. It is lost if it takes longer. While it takes a background snapshot it
+    /// answers a discard when it has saved what that covers: large ones are cut into requests with which a disk that saves 13 MiB in a second is in time, if this is at
+    /// least 80 milliseconds.
     pub request_timeout: Duration,
 }
 
@@ -63,6 +65,8 @@ struct Inner {
     faults: Arc<Faults>,
     writes: Arc<Writes>,
     session: Mutex<Session>,
+    /// Who is next to have the session. The session's own lock goes to whoever is there when it is given back, which is the one who gave it back and wants it again.
+    turn: Mutex<()>,
 }
 
 /// A client that does not keep the connection.
@@ -114,7 +118,9 @@ impl Client {
         let (control, hooks) = open(socket, &config, &memory)?;
         let session = Mutex::new(Session { control, trackers: KeptTrackers::default() });
         let (ownership, faults, writes) = (Arc::new(SharedOwnership::new()), Arc::default(), Arc::default());
-        let client = Self { inner: Arc::new(Inner { config, memory, ownership, faults, writes, session }) };
+        let client = Self {
+            inner: Arc::new(Inner { config, memory, ownership, faults, writes, session, turn: Mutex::default() }),
+        };
         let link = Arc::clone(client.session().control.link());
         let channel = client.channel(hooks, link);
         Ok((client, channel))
@@ -276,18 +282,24 @@ impl Client {
         &self.inner.ownership
     }
 
-    /// Asks the agent for a sign of life, unless somebody is asking it something already. If it owes one, the connection is cut.
-    pub(crate) fn ask_for_life(&self) {
+    /// Asks the agent for a sign of life, unless somebody is asking it something already: how its last job stands. If it owes one, the connection is cut.
+    pub(crate) fn ask_for_life(&self) -> Option<JobStatus> {
         let mut session = match self.inner.session.try_lock() {
             Ok(session) => session,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return,
+            Err(TryLockError::WouldBlock) => return None,
         };
         // Also a refusal is one.
-        let _ = session.control.request(&Request::QueryStatus, &[], JobStatus::decode);
+        session.control.request(&Request::QueryStatus, &[], JobStatus::decode).ok()
     }
 
+    pub(crate) fn request_timeout(&self) -> Duration {
+        self.inner.config.request_timeout
+    }
+
+    /// What the agent is asked through. Whoever gives it back and wants it again comes after those who wait for it.
     pub(crate) fn session(&self) -> MutexGuard<'_, Session> {
+        let _turn = self.inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.inner.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

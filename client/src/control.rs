@@ -4,11 +4,12 @@
 //! hanging agent cannot keep the guest paused (law 8). There is no way back into step with a stream whose answers came too late,
 //! other than a new connection.
 
-use crate::error::{Error, with_sources};
+use crate::error::Error;
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::request::{CONTROL_VERSION, HelloReply, MAX_RANGES, Request, code, decode_reply};
 use pageferry_protocol::control::{Frame, FrameSocket};
+use pageferry_protocol::error::chain;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -161,7 +162,7 @@ impl Control {
         }
         let deadline = Instant::now() + self.timeout;
         if let Err(error) = self.socket.send_parts(request, flags, body, fds, deadline) {
-            return Err(self.lose(format!("cannot send request {request:#x}: {}", with_sources(&error))));
+            return Err(self.lose(format!("cannot send request {request:#x}: {}", chain(&error))));
         }
         loop {
             match self.socket.recv(deadline) {
@@ -173,7 +174,7 @@ impl Control {
                     return Err(self.lose(format!("request {request:#x} was answered by {found:#x}, flags {flags:#x}")));
                 }
                 Err(error) => {
-                    return Err(self.lose(format!("no answer to request {request:#x}: {}", with_sources(&error))));
+                    return Err(self.lose(format!("no answer to request {request:#x}: {}", chain(&error))));
                 }
             }
         }

@@ -7,7 +7,8 @@
 //! An agent that takes a background snapshot answers a discard only when it has saved what is discarded, at the speed of its disk. So one request covers no
 //! more than can be saved within the time that an answer may take.
 //!
-//! Both hold the session's lock to the end, so that no new agent is attached in the middle of what is done without one.
+//! Both hold the session's lock for as long as it matters that no new agent is attached in the middle of what is done without one: a populate, which is all or nothing, to its
+//! end; a discard for one request, each of which is complete in itself. So nobody waits for the whole of a large one.
 
 use crate::block::Block;
 use crate::client::{Client, Session};
@@ -15,6 +16,7 @@ use crate::error::Error;
 use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, RangesReply, Request};
 use pageferry_protocol::memory::PageRange;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Who frees the memory under a discarded range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,9 +28,17 @@ pub enum Punch {
     No,
 }
 
-/// Most bytes that one request discards, but for blocks whose unit is larger. A disk that saves 14 MB in a second, busy with other things, is in time with the
-/// default of 10 seconds.
-const MAX_DISCARD: u64 = 128 << 20;
+/// Bytes that a disk saves in a second, if it is busy with other things.
+const SAVED_PER_SECOND: u128 = 13 << 20;
+
+/// Most bytes that one request discards, but for blocks whose unit is larger: what can be saved before the agent counts as lost. A power of two.
+fn most_discarded(request_timeout: Duration) -> u64 {
+    const LEAST: u128 = 1 << 20;
+    // Nor does anybody else who wants to ask something wait for more.
+    const MOST: u128 = 128 << 20;
+    let saved = (SAVED_PER_SECOND * request_timeout.as_millis() / 1000).clamp(LEAST, MOST);
+    1 << saved.ilog2()
+}
 
 /// A range with its block, checked and rounded.
 struct Checked {
@@ -41,33 +51,48 @@ impl Client {
     /// Says that the content of these ranges is stale: it is not read, sent or populated until it is populated again. Rounds inward to
     /// the block's granularity. Call it after the guest gave the ranges back, and free them only when it returned.
     ///
-    /// Returns the number of pages that were not discarded before.
+    /// Returns the number of pages that were not discarded before. Of a block that is removed meanwhile, what is left of the ranges is left alone.
     ///
     /// # Errors
     /// Only if a range is no part of a block; nothing is discarded then.
     pub fn discard(&self, ranges: &[BlockRange], punch: Punch) -> Result<u64, Error> {
+        let most = most_discarded(self.request_timeout());
         let mut checked = Vec::new();
         for entry in self.check(ranges, Block::inward)? {
-            cut(entry, &mut checked)?;
+            cut(entry, most, &mut checked)?;
         }
-        let punch = punch == Punch::Yes;
-        let flags = if punch { DISCARD_PUNCH } else { 0 };
-        let mut session = self.session();
         let mut changed = 0;
-        for batch in bounded_batches(&session, &checked) {
-            let request = Request::Discard { flags, ranges: batch.iter().map(|entry| entry.range).collect() };
-            changed += match session.control.request(&request, &[], RangesReply::decode) {
-                Ok(reply) => reply.changed_pages,
-                Err(error) => {
-                    if let Error::Refused { sentence, .. } = &error {
-                        // It has no right to. It will see the marks, and finds holes where it still reads.
-                        log::warn!("the agent refused a discard, the client does it: {sentence}");
-                    }
-                    batch.iter().map(|entry| entry.block.discard(entry.pages, punch)).sum()
-                }
-            };
+        let mut rest = checked.as_slice();
+        while !rest.is_empty() {
+            let mut session = self.session();
+            let (batch, after) = rest.split_at(batch_length(&session, rest, most));
+            changed += self.discard_batch(&mut session, batch, punch == Punch::Yes);
+            rest = after;
         }
         Ok(changed)
+    }
+
+    /// Discards what fits into one request.
+    fn discard_batch(&self, session: &mut Session, batch: &[Checked], punch: bool) -> u64 {
+        // Another block may have the id by now.
+        let is_there = |entry: &&Checked| {
+            self.memory().block(entry.range.block).is_some_and(|block| Arc::ptr_eq(&block, &entry.block))
+        };
+        let (batch, ranges): (Vec<_>, Vec<_>) = batch.iter().filter(is_there).map(|entry| (entry, entry.range)).unzip();
+        if batch.is_empty() {
+            return 0;
+        }
+        let request = Request::Discard { flags: if punch { DISCARD_PUNCH } else { 0 }, ranges };
+        match session.control.request(&request, &[], RangesReply::decode) {
+            Ok(reply) => reply.changed_pages,
+            Err(error) => {
+                if let Error::Refused { sentence, .. } = &error {
+                    // It has no right to. It will see the marks, and finds holes where it still reads.
+                    log::warn!("the agent refused a discard, the client does it: {sentence}");
+                }
+                batch.iter().map(|entry| entry.block.discard(entry.pages, punch)).sum()
+            }
+        }
     }
 
     /// Says that the guest is about to use these ranges. Rounds outward to the block's granularity. The guest may use them when it
@@ -124,10 +149,10 @@ fn batches<'a>(session: &Session, checked: &'a [Checked]) -> std::slice::Chunks<
 }
 
 /// Cuts a range that is too large for one request, where no unit is cut: so the pieces round inward to what the whole does.
-fn cut(entry: Checked, into: &mut Vec<Checked>) -> Result<(), Error> {
+fn cut(entry: Checked, most: u64, into: &mut Vec<Checked>) -> Result<(), Error> {
     let BlockRange { block: id, offset, length } = entry.range;
     // Both are powers of two.
-    let step = MAX_DISCARD.max(entry.block.discard_unit());
+    let step = most.max(entry.block.discard_unit());
     if length <= step {
         into.push(entry);
         return Ok(());
@@ -143,21 +168,14 @@ fn cut(entry: Checked, into: &mut Vec<Checked>) -> Result<(), Error> {
     Ok(())
 }
 
-/// Batches that also cover no more than [`MAX_DISCARD`], where they are more than one range.
-fn bounded_batches<'a>(session: &Session, checked: &'a [Checked]) -> Vec<&'a [Checked]> {
-    let mut bounded = Vec::new();
-    for batch in batches(session, checked) {
-        let (mut from, mut bytes) = (0, 0u64);
-        for (at, entry) in batch.iter().enumerate() {
-            bytes = bytes.saturating_add(entry.range.length);
-            if bytes > MAX_DISCARD && at > from {
-                bounded.push(&batch[from..at]);
-                (from, bytes) = (at, entry.range.length);
-            }
-        }
-        bounded.push(&batch[from..]);
-    }
-    bounded
+/// How many of these ranges fit into one request that covers no more than `most`, or is one range.
+fn batch_length(session: &Session, ranges: &[Checked], most: u64) -> usize {
+    let mut bytes = 0u64;
+    let fits = |entry: &&Checked| {
+        bytes = bytes.saturating_add(entry.range.length);
+        bytes <= most
+    };
+    ranges.iter().take(session.control.max_ranges).take_while(fits).count().max(1)
 }
 
 /// The runs of a batch that are discarded now.

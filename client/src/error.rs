@@ -5,6 +5,7 @@
 
 use crate::ownership::Ownership;
 use pageferry_protocol::control::SocketError;
+use pageferry_protocol::control::job::NotUtf8;
 use pageferry_protocol::control::request::ErrorCode;
 use pageferry_protocol::memory::{GeometryError, RangeError};
 use pageferry_protocol::shm::MappingError;
@@ -137,6 +138,11 @@ pub enum Error {
         /// Who has it instead.
         ownership: Ownership,
     },
+    /// The guest ran before its memory was here, and what was missing never came: what could be sent or saved of it is not what it was.
+    #[error(
+        "memory of this guest is missing, since its agent was lost or its image was damaged before all was here: restore it again"
+    )]
+    MemoryLost,
     /// The address is longer than the protocol carries.
     #[error("address of {length} bytes, allowed are {}", pageferry_protocol::control::job::MAX_ADDRESS)]
     Address {
@@ -226,16 +232,10 @@ pub enum PathError {
     },
 }
 
-/// The error's text and those of its sources, for a log or a message that carries no sources.
-pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
+impl From<NotUtf8> for Error {
+    fn from(NotUtf8 { what, path }: NotUtf8) -> Self {
+        Self::Path { what, path, source: PathError::NotUtf8 }
     }
-    text
 }
 
 impl Error {

@@ -15,6 +15,12 @@
 //! What was lost concerns that guest only. As soon as another is awaited here, nobody gets an error any more: the registration is taken back, and so are the marks in
 //! the page tables, which would outlive it, whatever the new guest's memory holds there.
 //!
+//! Until then that guest is neither sent nor saved: a page that is missing is a hole of the file, which would travel as zero. Without an agent's word it is not known which those are, so
+//! this looks no closer than at the state: see [`Faults::is_whole`].
+//!
+//! An agent that lives, but whose image turns out to be damaged, says so by the hook channel. It may be in vain, if a hook waits for one of the pages that never come: so how its job
+//! stands is looked at, too.
+//!
 //! How a lost agent is found: see [`heartbeat`](crate::heartbeat).
 
 use crate::client::WeakClient;
@@ -24,6 +30,7 @@ use crate::heartbeat::Heartbeat;
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
 use crate::registration::Registered;
+use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, feature};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -94,6 +101,16 @@ impl Faults {
         matches!(*self.state(), State::Pending { .. })
     }
 
+    /// True if nothing is missing: only then is what the memory holds the guest's.
+    pub(crate) fn is_whole(&self) -> bool {
+        matches!(*self.state(), State::Whole)
+    }
+
+    /// True if something is missing that never comes.
+    pub(crate) fn is_lost(&self) -> bool {
+        matches!(*self.state(), State::Lost { .. })
+    }
+
     /// Takes the registration back: all is here, or nobody has run.
     pub(crate) fn unregister(&self) {
         let before = std::mem::take(&mut *self.state());
@@ -151,7 +168,10 @@ impl Faults {
             State::Pending { registered, link, .. } => {
                 let registered = Arc::new(registered);
                 let poisoner = poison(&registered).inspect_err(|error| {
-                    log::error!("who touches a missing page waits for ever: {}", crate::error::with_sources(error));
+                    log::error!(
+                        "who touches a missing page waits for ever: {}",
+                        pageferry_protocol::error::chain(error)
+                    );
                 });
                 *state = State::Lost { registered, poisoner: poisoner.ok(), link, told: is_told };
             }
@@ -167,7 +187,7 @@ impl Faults {
 fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
     let (weak, id) = (client.clone(), link.id);
     // A VMM without a hook channel may still have an agent that places pages.
-    Heartbeat::start(client, link, false, move |stopped| {
+    Heartbeat::start(client, link, false, will_not_come, move |stopped| {
         if let Some(client) = weak.upgrade() {
             client.faults().let_go(id, client.shared_ownership());
         }
@@ -180,6 +200,14 @@ fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
             client.faults().give_up(id, false);
         }
     })
+}
+
+/// True if the job that was to bring the memory ended without all of it.
+fn will_not_come(status: &JobStatus) -> bool {
+    let brings = matches!(status.kind, JobKind::Incoming | JobKind::Restore);
+    // One that failed may have all of it here, such as when the VMM is late to say that its guest runs.
+    let failed = status.phase.is_final() && status.phase != Phase::Completed;
+    brings && failed && status.counters.remaining_pages > 0
 }
 
 /// Starts the thread that poisons what is touched until what is returned is dropped.

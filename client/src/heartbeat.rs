@@ -15,6 +15,7 @@
 use crate::client::WeakClient;
 use crate::control::Link;
 use crate::error::Error;
+use pageferry_protocol::control::job::JobStatus;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -44,13 +45,14 @@ impl Stopped {
 }
 
 impl Heartbeat {
-    /// Starts the thread, which calls `lost` when the connection ends: the control channel, and with `hooks` already when the hook channel does.
-    /// It may be called before this returns.
+    /// Starts the thread, which calls `lost` when the connection ends: the control channel, and with `hooks` already when the hook channel does. Also when `is_lost` says so
+    /// of how the job of an agent that lives stands. They may be called before this returns.
     ///
     /// # Errors
     /// If the thread cannot be started.
     pub(crate) fn start(
-        client: WeakClient, link: Arc<Link>, hooks: bool, lost: impl FnOnce(Stopped) + Send + 'static,
+        client: WeakClient, link: Arc<Link>, hooks: bool, is_lost: impl Fn(&JobStatus) -> bool + Send + 'static,
+        lost: impl FnOnce(Stopped) + Send + 'static,
     ) -> Result<Self, Error> {
         let (stopped, stop) =
             rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(Error::kernel("make a pipe"))?;
@@ -61,8 +63,9 @@ impl Heartbeat {
                     return lost(stopped);
                 }
                 // A client that is dropped cuts the link.
-                if let Some(client) = client.upgrade() {
-                    client.ask_for_life();
+                let status = client.upgrade().and_then(|client| client.ask_for_life());
+                if status.is_some_and(|status| is_lost(&status)) {
+                    return lost(stopped);
                 }
             }
         };

@@ -40,7 +40,7 @@ impl Client {
     /// Starts to send the guest. Returns at once; the rest comes by hooks, [`Client::status`] and [`Client::wait`].
     ///
     /// # Errors
-    /// If the guest is not ours, or the agent refuses or is lost.
+    /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), or the agent refuses or is lost.
     pub fn start_outgoing(&self, target: Target, options: &OutgoingOptions) -> Result<JobStarted, Error> {
         self.check_ours()?;
         let (text, socket) = target.parts()?;
@@ -62,10 +62,11 @@ impl Client {
     ///
     /// In the mode [`Background`](crate::SnapshotMode::Background), while the job runs, whoever writes through the mappings that were handed over as
     /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits a moment where the page is not saved yet. `write` to the file, and other mappings of it, as those of
-    /// other processes, do not wait, and what they write may be in the image: with such devices use the mode [`Paused`](crate::SnapshotMode::Paused).
+    /// other processes, do not wait, and what they write may be in the image: such devices stand still meanwhile, of which the VMM is told by
+    /// [`Hooks::writes_watched`](crate::Hooks::writes_watched), or the mode is [`Paused`](crate::SnapshotMode::Paused).
     ///
     /// # Errors
-    /// If the guest is not ours, a path is none that can be sent, or the agent refuses or is lost.
+    /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), a path is none that can be sent, or the agent refuses or is lost.
     pub fn start_snapshot(&self, image: &Path, options: &SnapshotOptions) -> Result<JobStarted, Error> {
         self.check_ours()?;
         let base = optional_path("base", &options.base)?;
@@ -87,6 +88,7 @@ impl Client {
 
     fn check_ours(&self) -> Result<(), Error> {
         match self.ownership() {
+            Ownership::Ours if self.faults().is_lost() => Err(Error::MemoryLost),
             Ownership::Ours => Ok(()),
             ownership => Err(Error::NotOurs { ownership }),
         }
@@ -154,10 +156,11 @@ impl Client {
         self.session().control.request(&request, &[], JobStarted::decode)
     }
 
-    /// Changes the limits of the outgoing migration that runs. What can only be set at its start is ignored.
+    /// Changes the limits of the job that runs: of an outgoing migration all that can be changed later; of a snapshot ([`SnapshotOptions`]) or a restore
+    /// ([`RestoreOptions`]) the bandwidth alone. The rest is ignored.
     ///
     /// # Errors
-    /// If no outgoing migration runs, a value is not allowed, or the agent is lost.
+    /// If no such job runs, a value is not allowed, or the agent is lost.
     pub fn set_parameters(&self, options: &OutgoingOptions) -> Result<(), Error> {
         let request = Request::SetParameters { options: options.clone() };
         self.session().control.request(&request, &[], |_| Ok(()))

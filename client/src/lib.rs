@@ -99,7 +99,7 @@ pub use jobs::Target;
 pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
 pub use pageferry_protocol::control::job::{
-    Compression, Counters, IncomingOptions, JobKind, JobStatus, Mode, NonConvergence, OutgoingOptions, Phase,
+    Compression, Counters, IncomingOptions, JobKind, JobStatus, Mode, NonConvergence, NotUtf8, OutgoingOptions, Phase,
     RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
 };
 pub use pageferry_protocol::control::request::{BlockRange, ErrorCode, JobStarted};

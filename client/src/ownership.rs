@@ -16,7 +16,8 @@
 //! ```
 //!
 //! A guest is awaited as soon as it is asked for, since it may come sooner than the agent's answer. Until that comes, the agent may also be in the middle of a snapshot, and
-//! about to refuse: so what a snapshot needs is still allowed then, unless a guest comes.
+//! about to refuse: so what a snapshot needs is still allowed then, unless a guest comes. The resume that ends the snapshot is not the one of the guest that is awaited, whose state
+//! is always loaded before.
 //!
 //! The state machine does no I/O and calls no hook: it says what to do. The lock around it is held for a few instructions only.
 
@@ -91,11 +92,13 @@ pub(crate) struct Machine {
     asked_by: Option<u64>,
     /// While awaiting: the agent has neither answered nor brought anything, and the guest was ours before.
     unanswered: bool,
+    /// How often a guest was awaited. Tells who asked for the one that is.
+    awaited: u64,
 }
 
 impl Machine {
     pub(crate) const fn new() -> Self {
-        Self { ownership: Ownership::Ours, pause: Pause::Running, asked_by: None, unanswered: false }
+        Self { ownership: Ownership::Ours, pause: Pause::Running, asked_by: None, unanswered: false, awaited: 0 }
     }
 
     pub(crate) fn ownership(&self) -> Ownership {
@@ -107,6 +110,7 @@ impl Machine {
         self.ownership = Ownership::Awaiting;
         self.asked_by = Some(link);
         self.unanswered = false;
+        self.awaited += 1;
     }
 
     /// A guest is about to be asked for, by an incoming migration or a restore. Returns what to hand to [`Machine::await_refused`]; otherwise
@@ -118,9 +122,9 @@ impl Machine {
         before
     }
 
-    /// The agent refused it: what was before holds, unless something else happened meanwhile.
+    /// The agent refused it: what was before holds, unless something else happened meanwhile, such as that the VMM allowed an operator's restore.
     pub(crate) fn await_refused(&mut self, before: Machine) {
-        if self.ownership == Ownership::Awaiting {
+        if self.ownership == Ownership::Awaiting && self.awaited == before.awaited + 1 {
             self.ownership = before.ownership;
             self.asked_by = before.asked_by;
             self.unanswered = before.unanswered;
@@ -224,6 +228,10 @@ impl Machine {
         if !allowed && !force {
             return Err(Forbidden::ForceOnly(self.ownership));
         }
+        if self.ownership == Ownership::Awaiting && self.unanswered && !force {
+            // Of the guest that is still here: whether another comes is not known yet.
+            return Ok(if self.pause == Pause::Running { Resume::Already } else { Resume::Call });
+        }
         let runs = self.ownership == Ownership::Ours && self.pause == Pause::Running;
         self.ownership = Ownership::Ours;
         self.asked_by = None;
@@ -261,7 +269,7 @@ impl Machine {
 
     /// The operator's decision. The VMM resumes the guest by itself.
     pub(crate) fn take_by_force(&mut self) {
-        *self = Self::new();
+        *self = Self { awaited: self.awaited, ..Self::new() };
     }
 }
 

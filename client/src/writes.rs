@@ -1,7 +1,7 @@
 //! The guest's writes into pages that are not saved yet: a background snapshot, seen from the VMM.
 //!
-//! The agent asks for the registration with the guest paused, protects the memory, and lets the guest run on. Who writes into a protected page, a vCPU or a thread
-//! of the VMM, waits until the agent has saved it. When all is saved the registration is taken back.
+//! The agent asks for the registration while the guest runs, protects the memory, and has the guest paused for a moment: what its memory is then is saved. Who writes into a protected
+//! page, a vCPU or a thread of the VMM, waits until the agent has saved it. When all is saved the registration is taken back.
 //!
 //! # If the agent dies in between
 //!
@@ -55,11 +55,17 @@ impl Writes {
         let registered = Registered::all(memory, feature::WP_HUGETLBFS_SHMEM, Register::WriteProtect)?;
         let for_agent = registered.duplicate()?;
         let weak = Arc::downgrade(self);
-        let heartbeat = Heartbeat::start(client, link, true, move |_| {
-            if let Some(writes) = weak.upgrade() {
-                writes.lost(id);
-            }
-        })?;
+        let heartbeat = Heartbeat::start(
+            client,
+            link,
+            true,
+            |_| false,
+            move |_| {
+                if let Some(writes) = weak.upgrade() {
+                    writes.lost(id);
+                }
+            },
+        )?;
         *watched = Some(Watched { _registered: registered, _heartbeat: heartbeat, link: id });
         Ok(Some(for_agent))
     }

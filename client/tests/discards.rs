@@ -3,10 +3,11 @@
 
 mod support;
 
-use pageferry_client::{BlockRange, BlockSpec, Config, Error, ErrorCode, MappedBitmap, PageRange, Punch};
-use pageferry_protocol::control::request::{DISCARD_PUNCH, MAX_RANGES, Request};
+use pageferry_client::{BlockRange, BlockSpec, Config, Error, ErrorCode, JobStatus, MappedBitmap, PageRange, Punch};
+use pageferry_protocol::control::request::{AddBlockReply, DISCARD_PUNCH, MAX_RANGES, Request, code};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
 use support::*;
 
 fn range(block: u32, first: u64, count: u64) -> BlockRange {
@@ -280,4 +281,63 @@ fn unit_larger_than_a_request_is_not_cut() {
     drop(client);
     let asked = agent.join().unwrap();
     assert_eq!(asked, [vec![(PAGE, 2 * MOST - PAGE)], vec![(2 * MOST, 2 * MOST)], vec![(4 * MOST, 2 * MOST)]]);
+}
+
+#[test]
+fn nobody_waits_for_the_whole_of_a_large_discard_and_a_block_in_the_place_of_another_is_left_alone() {
+    let (started, starts) = std::sync::mpsc::channel();
+    let (client, _hooks, agent) = client_with(Config::default(), 1, move |mut agent| {
+        agent.accept_block();
+        let mut seen = Vec::new();
+        while let Some((request, _)) = agent.request() {
+            match &request {
+                Request::Discard { .. } => agent.changed(&request, 0),
+                Request::QueryStatus => agent.reply(&request, &Ok(JobStatus::default()), JobStatus::encode),
+                Request::AddBlock { .. } => {
+                    let added = AddBlockReply { host_page_size: 4096, sealed: 1 };
+                    agent.reply(&request, &Ok(added), AddBlockReply::encode);
+                }
+                _ => agent.done(&request),
+            }
+            if seen.is_empty() {
+                started.send(()).unwrap();
+            }
+            if seen.last() != Some(&request.code()) {
+                seen.push(request.code());
+            }
+        }
+        seen
+    });
+    let memory = written(8);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    let discarding = client.clone();
+    let discard = std::thread::spawn(move || discarding.discard(&vec![range(1, 0, 1); 100_000], Punch::No).unwrap());
+    starts.recv().unwrap();
+    client.status().unwrap();
+    client.remove_block(1).unwrap();
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    discard.join().unwrap();
+    client.cancel().unwrap();
+    drop(client);
+    let seen = agent.join().unwrap();
+    let expected =
+        [code::DISCARD, code::QUERY_STATUS, code::DISCARD, code::REMOVE_BLOCK, code::ADD_BLOCK, code::CANCEL];
+    // The one in the middle may be missing: both others waited already.
+    let without_it = [code::DISCARD, code::QUERY_STATUS, code::REMOVE_BLOCK, code::ADD_BLOCK, code::CANCEL];
+    assert!(seen == expected || seen == without_it, "{seen:x?}");
+}
+
+#[test]
+fn requests_are_the_smaller_the_less_time_the_agent_has() {
+    let hasty = Config { request_timeout: Duration::from_secs(1), ..Config::default() };
+    let (client, _hooks, agent) = client_with(hasty, MAX_RANGES, |mut agent| {
+        agent.accept_block();
+        requests_until(&mut agent, PAGE, usize::MAX)
+    });
+    let memory = sparse(1);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    assert_eq!(client.discard(&[BlockRange { block: 1, offset: 0, length: MOST }], Punch::No).unwrap(), MOST / PAGE);
+    drop(client);
+    let asked = agent.join().unwrap();
+    assert_eq!(asked.len() as u64, MOST / (8 << 20));
 }

@@ -68,6 +68,15 @@ fn path_that_cannot_be_told_is_refused_before_anything_happens() {
     for error in [snapshot(&no_text, ""), restore(&no_text, "")] {
         assert!(matches!(error, Error::Path { what: "image", source: PathError::NotUtf8, .. }), "{error:?}");
     }
+    for (option, whose) in [
+        (SnapshotOptions::default().on(&no_text).unwrap_err(), "base"),
+        (RestoreOptions::default().with_working_set(&no_text).unwrap_err(), "working_set"),
+    ] {
+        assert_eq!(option.to_string(), format!(r#"{whose} "/images/\xFF" is not UTF-8"#));
+        let error = Error::from(option);
+        assert!(matches!(&error, Error::Path { what, source: PathError::NotUtf8, .. } if *what == whose), "{error:?}");
+    }
+    assert_eq!(SnapshotOptions::default().on(plain).unwrap(), on("/images/one"));
     let error = snapshot(Path::new(""), "");
     assert!(matches!(error, Error::Path { source: PathError::Absolute { .. }, .. }), "{error:?}");
     assert_eq!(error.to_string(), r#"image """#);

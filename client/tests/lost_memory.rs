@@ -3,9 +3,12 @@
 
 mod support;
 
-use pageferry_client::{BlockSpec, Client, Error, IncomingOptions, Ownership, Target};
-use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
-use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES};
+use pageferry_client::{
+    BlockSpec, Client, Counters, Error, HookError, Hooks, IncomingOptions, JobKind, JobStatus, OutgoingOptions,
+    Ownership, Phase, RestoreOptions, SnapshotMode, SnapshotOptions, StatePiece, Target,
+};
+use pageferry_protocol::control::hook::{Hook, decode_hook_reply, decode_state_reply};
+use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES, RemoteError, Request};
 use pageferry_protocol::userfault::Userfaultfd;
 use rustix::fs::{FallocateFlags, fallocate};
 use std::io::Read;
@@ -85,9 +88,26 @@ impl Touch {
 }
 
 fn register(agent: &mut FakeAgent) -> Userfaultfd {
-    let mut answer = agent.hook_frame(&Hook::RegisterFaults, Vec::new());
+    userfaultfd(agent, &Hook::RegisterFaults)
+}
+
+fn watch_writes(agent: &mut FakeAgent) -> Userfaultfd {
+    userfaultfd(agent, &Hook::WatchWrites)
+}
+
+fn userfaultfd(agent: &mut FakeAgent, hook: &Hook) -> Userfaultfd {
+    let mut answer = agent.hook_frame(hook, Vec::new());
     assert_eq!(decode_hook_reply(&answer.body).unwrap(), Ok(()));
     answer.fds.remove(0).into()
+}
+
+fn add_block(client: &Client, agent: &mut FakeAgent, ram: &Ram) {
+    let (adding, block) = (client.clone(), ram.clone());
+    let added = spawn(move || {
+        adding.add_block(BlockSpec { vmm_address: block.address(), ..spec(2, 0, &block.memory) }).unwrap();
+    });
+    agent.accept_block();
+    added.join().unwrap();
 }
 
 /// A guest whose agent died before its memory was here, and the next agent. `None` where there is no userfaultfd.
@@ -95,12 +115,7 @@ fn lost() -> Option<(Attached, Ram)> {
     uffd()?;
     let mut attached = Attached::new(Vmm::default());
     let ram = Ram::new();
-    let (adding, block) = (attached.client.clone(), ram.clone());
-    let added = spawn(move || {
-        adding.add_block(BlockSpec { vmm_address: block.address(), ..spec(2, 0, &block.memory) }).unwrap();
-    });
-    attached.agent.accept_block();
-    added.join().unwrap();
+    add_block(&attached.client, &mut attached.agent, &ram);
     attached.start_incoming();
     drop(register(&mut attached.agent));
     assert_eq!(attached.hook(&RESUME), Ok(()));
@@ -181,4 +196,141 @@ fn a_guest_that_comes_sooner_than_the_answer_is_registered_and_stays_so() {
     new.unwrap().copy(ram.address() + 3 * PAGE, &[2; PAGE as usize]).unwrap();
     assert_eq!(touch.found(), Some(0x0202_0202_0202_0202));
     attached.lose_agent();
+}
+
+const MISSING: &str = "memory of this guest is missing, since its agent was lost or its image was damaged before all was here: \
+                       restore it again";
+
+#[test]
+fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
+    let Some((mut attached, ram)) = lost() else { return };
+    let client = attached.client.clone();
+    let snapshot = |mode| {
+        let options = SnapshotOptions { mode, ..SnapshotOptions::default() };
+        client.start_snapshot("/images/one".as_ref(), &options)
+    };
+    let send = || client.start_outgoing(Target::Address("tcp:[::1]:1".into()), &OutgoingOptions::default());
+    // The agent is asked nothing: its next request is another.
+    for error in [
+        snapshot(SnapshotMode::Background).unwrap_err(),
+        snapshot(SnapshotMode::Paused).unwrap_err(),
+        snapshot(SnapshotMode::Stopped).unwrap_err(),
+        send().unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::MemoryLost), "{error:?}");
+        assert_eq!(error.to_string(), MISSING);
+    }
+    // An operator asks the agent, which asks for these.
+    let refused = RemoteError::new(ErrorCode::State, MISSING);
+    for hook in [Hook::Pause, Hook::WatchWrites] {
+        assert_eq!(attached.hook(&hook), Err(refused.clone()), "{}", hook.name());
+    }
+    let saved = attached.agent.hook_frame(&Hook::SaveState, Vec::new());
+    assert_eq!(decode_state_reply(&saved.body).unwrap(), Err(refused));
+    assert!(saved.fds.is_empty());
+    assert_eq!(attached.calls(), [""; 0], "the VMM is asked for nothing");
+
+    // Another guest in its place can.
+    attached.start_incoming();
+    assert_forgotten(&mut attached, &ram);
+    assert_eq!(attached.hook(&Hook::UnregisterFaults { complete: true }), Ok(()));
+    assert_eq!(attached.hook(&RESUME), Ok(()));
+    let starting = client.clone();
+    let started = spawn(move || starting.start_snapshot("/images/one".as_ref(), &SnapshotOptions::default()));
+    let (request, _) = attached.agent.request().unwrap();
+    assert!(matches!(request, Request::StartSnapshot { .. }), "{request:?}");
+    attached.agent.started(&request);
+    started.join().unwrap().unwrap();
+    drop(watch_writes(&mut attached.agent));
+    assert_eq!(attached.hook(&Hook::Pause), Ok(()));
+    attached.agent.hook_frame(&Hook::SaveState, Vec::new());
+    assert_eq!(attached.calls(), ["resume", "watched", "pause", "save"]);
+    attached.lose_agent();
+}
+
+/// A VMM that touches page 3 when it resumes its guest, and says what it found and when its memory is lost.
+struct Touches(Ram, std::sync::mpsc::Sender<Heard>);
+
+#[derive(Debug, PartialEq, Eq)]
+enum Heard {
+    Found(Option<u64>),
+    Lost,
+}
+
+impl Hooks for Touches {
+    fn pause(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), HookError> {
+        // However long that takes.
+        self.1.send(Heard::Found(self.0.touch(3).outcome.recv()?))?;
+        Ok(())
+    }
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        Ok(Vec::new())
+    }
+    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
+        Ok(())
+    }
+    fn memory_lost(&mut self) {
+        self.1.send(Heard::Lost).unwrap();
+    }
+}
+
+/// Has the thread of the hook channel wait for a page of a restore that ends so, with an agent that lives on; returns what the VMM heard.
+fn hook_that_waits(
+    phase: Phase, remaining_pages: u64, end: impl FnOnce(&mut FakeAgent, Userfaultfd, &Ram),
+) -> Vec<Heard> {
+    let (client, hooks, agent) = client(|agent| agent);
+    let mut agent = agent.join().unwrap();
+    let (ram, (says, heard)) = (Ram::new(), channel());
+    let thread = hooks.spawn(Touches(ram.clone(), says)).unwrap();
+    add_block(&client, &mut agent, &ram);
+    let starting = client.clone();
+    let started = spawn(move || starting.start_restore("/images/one".as_ref(), &RestoreOptions::default()).unwrap());
+    let (request, _) = agent.request().unwrap();
+    agent.started(&request);
+    started.join().unwrap();
+    let uffd = register(&mut agent);
+    agent.send_hook(&RESUME, Vec::new());
+    // It is not waited for, since its only thread waits itself.
+    let status = JobStatus { job: 1, kind: JobKind::Restore, phase, ..JobStatus::default() };
+    let counters = Counters { remaining_pages, ..status.counters };
+    let status = JobStatus { counters, ..status };
+    let (request, _) = agent.request().expect("a look at how the job stands");
+    assert_eq!(request, Request::QueryStatus);
+    agent.reply(&request, &Ok(status), JobStatus::encode);
+    end(&mut agent, uffd, &ram);
+    let first = heard.recv_timeout(LONG).expect("the hook waits for ever");
+    drop(agent);
+    thread.join();
+    std::iter::once(first).chain(heard).collect()
+}
+
+#[test]
+fn a_hook_that_waits_for_what_a_living_agent_will_not_bring_gets_an_error() {
+    if uffd().is_none() {
+        return;
+    }
+    let heard = hook_that_waits(Phase::Failed, 3, |agent, uffd, _| {
+        agent.send_hook(&Hook::UnregisterFaults { complete: false }, Vec::new());
+        drop(uffd);
+    });
+    assert_eq!(heard, [Heard::Found(None), Heard::Lost]);
+}
+
+#[test]
+fn a_hook_that_is_late_in_a_job_that_failed_with_all_memory_here_loses_nothing() {
+    if uffd().is_none() {
+        return;
+    }
+    let heard = hook_that_waits(Phase::Failed, 0, |agent, uffd, ram| {
+        agent.send_hook(&Hook::UnregisterFaults { complete: true }, Vec::new());
+        // Asked again: so the answer before changed nothing.
+        let (request, _) = agent.request().expect("the next sign of life");
+        assert_eq!(request, Request::QueryStatus);
+        agent.reply(&request, &Ok(JobStatus::default()), JobStatus::encode);
+        uffd.copy(ram.address() + 3 * PAGE, &[1; PAGE as usize]).unwrap();
+    });
+    assert_eq!(heard, [Heard::Found(Some(0x0101_0101_0101_0101))]);
 }

@@ -182,7 +182,11 @@ fn dead_agent_lets_go_who_waits_to_write() {
     }
     assert_eq!((ram.read(1), ram.read(6)), (u64::MAX, u64::MAX));
     assert_eq!(uffd.protect(ram.all()), Err(rustix::io::Errno::NOENT));
-    assert_eq!((client.ownership(), vmm.calls()), (Ownership::Ours, vec!["lost Ours".to_owned()]), "it runs on");
+    assert_eq!(
+        (client.ownership(), vmm.calls()),
+        (Ownership::Ours, vec!["watched".to_owned(), "unwatched".to_owned(), "lost Ours".to_owned()]),
+        "it runs on"
+    );
 }
 
 /// A VMM that writes guest memory when it resumes its guest.
@@ -341,5 +345,47 @@ fn watching_needs_mappings_and_a_guest_that_is_ours_and_is_not_watched() {
     added.join().unwrap();
     let error = attached.hook(&Hook::WatchWrites).unwrap_err();
     assert!(error.sentence.contains("block 3 has no vmm_address"), "{error}");
+    attached.lose_agent();
+}
+
+#[test]
+fn vmm_is_asked_before_writes_are_watched_and_told_when_they_are_not() {
+    let Some(mut watched) = Watched::new() else { return };
+    assert_eq!(watched.attached.calls(), ["watched"]);
+    assert_eq!(watched.attached.refused(&Hook::WatchWrites), ErrorCode::State);
+    assert_eq!(watched.attached.calls(), [""; 0], "of the one that is refused it hears nothing");
+    for hook in [Hook::Pause, Hook::Resume { force: false }, Hook::UnwatchWrites, Hook::UnwatchWrites] {
+        assert_eq!(watched.attached.hook(&hook), Ok(()), "{}", hook.name());
+    }
+    assert_eq!(watched.attached.calls(), ["pause", "resume", "unwatched"]);
+    // The agent is lost while the guest is paused: the VMM may resume all of it.
+    drop(watch(&mut watched.attached.agent));
+    assert_eq!(watched.attached.hook(&Hook::Pause), Ok(()));
+    let (_client, vmm) = watched.attached.lose_agent();
+    assert_eq!(vmm.calls(), ["watched", "pause", "unwatched", "resume", "lost Ours"]);
+}
+
+#[test]
+fn vmm_that_refuses_has_no_write_watched() {
+    let Some(other) = uffd() else { return };
+    let mut attached = Attached::new(Vmm { fails: "watched", ..Vmm::default() });
+    let ram = Ram::new();
+    add_block(&attached.client, &mut attached.agent, &ram, 2);
+    let error = attached.hook(&Hook::WatchWrites).unwrap_err();
+    assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Other, "vCPU 3 does not stop"));
+    other.register(ram.all(), Register::WriteProtect).expect("that nothing is registered");
+    let (_client, vmm) = attached.lose_agent();
+    assert_eq!(vmm.calls(), ["watched", "lost Ours"], "nothing was watched");
+}
+
+#[test]
+fn vmm_hears_that_writes_are_not_watched_after_all() {
+    let Some(other) = uffd() else { return };
+    let mut attached = Attached::new(Vmm::default());
+    let ram = Ram::new();
+    add_block(&attached.client, &mut attached.agent, &ram, 2);
+    other.register(ram.all(), Register::WriteProtect).unwrap();
+    assert_eq!(attached.refused(&Hook::WatchWrites), ErrorCode::System);
+    assert_eq!(attached.calls(), ["watched", "unwatched"]);
     attached.lose_agent();
 }

@@ -1,8 +1,10 @@
 //! A guest that counts in its pages for ever, so that anyone can tell later whether all of it came: a real one under KVM, or threads where KVM is not to be had.
 
+use pageferry_agent::image::Chain;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep, check_consistent, counters};
 use pageferry_tests::guest::threads::{PageSet, ThreadGuest, ThreadGuestOptions};
+use pageferry_tests::memory::TestMemory;
 use pageferry_tests::usage::{Path, Usage};
 use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
 use pageferry_tests::{Error, deadline};
@@ -98,27 +100,43 @@ impl Counting {
     ///
     /// # Errors
     /// If it cannot be read.
-    pub fn first(&self, vmm: &MockVmm) -> Result<u32, Error> {
-        let word = vmm.memory().block(RAM)?.read_word(FIRMWARE_PAGES * PAGE_SIZE)?;
+    pub fn first(&self, memory: &TestMemory) -> Result<u32, Error> {
+        let word = memory.block(RAM)?.read_word(FIRMWARE_PAGES * PAGE_SIZE)?;
         Ok(word as u32)
     }
 
-    /// Lets the one that came go on, stops it, and looks at its counters. Returns what was found, in words.
+    /// The same in an image of the guest.
     ///
     /// # Errors
-    /// If it does not go on, or a counter is wrong.
-    pub fn counts_on(&self, vmm: &MockVmm, guest: &Expected) -> Result<String, Error> {
+    /// If it cannot be read.
+    pub fn first_in(&self, image: &std::path::Path) -> Result<u32, Error> {
+        let mut page = [0; PAGE_SIZE as usize];
+        let chain = Chain::open(image).map_err(|error| Error::Mismatch(error.to_string()))?;
+        let read = chain.read(0, PageRange::new(FIRMWARE_PAGES, 1), &mut page);
+        read.map_err(|error| Error::Mismatch(error.to_string()))?;
+        Ok(u32::from_le_bytes([page[0], page[1], page[2], page[3]]))
+    }
+
+    /// Lets the one that came go on, stops it, and looks at its counters. `counted` is what that of the first page was when it stood still, as far as is known. Returns
+    /// what was found, in words.
+    ///
+    /// # Errors
+    /// If it does not go on from there, or a counter is wrong.
+    pub fn counts_on(&self, vmm: &MockVmm, guest: &Expected, counted: u32) -> Result<String, Error> {
         match guest {
-            Expected::Kvm => self.counts_on_in_kvm(vmm),
+            Expected::Kvm => self.counts_on_in_kvm(vmm, counted),
             Expected::Threads(writes) => counts_on_in_threads(vmm, writes),
         }
     }
 
     /// A page that came in an old version would lag behind for ever.
-    fn counts_on_in_kvm(&self, vmm: &MockVmm) -> Result<String, Error> {
-        let came_with = self.first(vmm)?;
+    fn counts_on_in_kvm(&self, vmm: &MockVmm, counted: u32) -> Result<String, Error> {
+        let came_with = self.first(vmm.memory())?;
+        if came_with < counted {
+            return Err(Error::Mismatch(format!("the guest counted to {counted}, and came with {came_with}")));
+        }
         deadline::wait_until("three more sweeps of the guest", PATIENCE, || {
-            self.first(vmm).is_ok_and(|sweeps| sweeps.wrapping_sub(came_with) >= 3)
+            self.first(vmm.memory()).is_ok_and(|sweeps| sweeps.wrapping_sub(came_with) >= 3)
         })?;
         vmm.stop()?;
         let progress = check_consistent(counters(vmm.memory().guest(), &self.sweep())?)?;

@@ -32,18 +32,15 @@ pub fn program(run: impl FnOnce() -> Result<(), Error>) -> ExitCode {
     }
 }
 
-/// Gives `work` this program, and a folder that is there for as long as it runs.
+/// Gives `work` this program, and a folder that is there for as long as it runs, and no longer, also if it panics. Ctrl-C leaves it.
 ///
 /// # Errors
 /// If there is none, or of `work`.
 pub fn in_folder<T>(work: impl FnOnce(&Path, &Path) -> Result<T, Error>) -> Result<T, Error> {
     let program = std::env::current_exe().map_err(Error::io("find this program"))?;
-    let folder = std::env::temp_dir().join(format!("pageferry-{}", std::process::id()));
-    std::fs::create_dir(&folder).map_err(Error::io(format!("make {}", folder.display())))?;
-    let outcome = work(&program, &folder);
-    let removed = std::fs::remove_dir_all(&folder).map_err(Error::io(format!("remove {}", folder.display())));
-    let outcome = outcome?;
-    removed?;
+    let folder = tempfile::Builder::new().prefix("pageferry-").tempdir().map_err(Error::io("make a folder"))?;
+    let outcome = work(&program, folder.path())?;
+    folder.close().map_err(Error::io("remove a folder"))?;
     Ok(outcome)
 }
 

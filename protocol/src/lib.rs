@@ -8,6 +8,7 @@
 //! - [`control`]: the socket between a VMM and its agent: vhost-user framing, requests and hooks;
 //! - [`stream`]: the page stream between two agents, or between an agent and a VMM;
 //! - [`image`]: the memory of a guest in a file;
+//! - [`error`]: errors as sentences;
 //! - [`userfault`]: the kernel's userfaultfd, which both sides use, each its part.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
@@ -18,6 +19,7 @@ compile_error!(
 );
 
 pub mod control;
+pub mod error;
 pub mod image;
 pub mod memory;
 pub mod shm;

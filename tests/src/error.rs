@@ -1,5 +1,6 @@
 //! What can go wrong in the harness itself.
 
+use pageferry_protocol::error::chain;
 use std::time::Duration;
 
 /// An error of the harness, or a finding of one of its checks.
@@ -78,13 +79,6 @@ impl Error {
 
     /// The error and its causes in one line.
     pub fn sentence(&self) -> String {
-        let mut sentence = self.to_string();
-        let mut source = std::error::Error::source(self);
-        while let Some(cause) = source {
-            sentence.push_str(": ");
-            sentence.push_str(&cause.to_string());
-            source = cause.source();
-        }
-        sentence
+        chain(self)
     }
 }

@@ -9,15 +9,15 @@
 //! ```
 //!
 //! A need that is not met prints `skipped: why`. Where the environment variable `PAGEFERRY_REQUIRE` names it (comma
-//! separated: `kvm,uffd,hugetlb`), the test fails instead: a machine that is meant to run everything must not skip in silence.
+//! separated: `kvm,uffd,hugetlb,thp,tmpfs`), the test fails instead: a machine that is meant to run everything must not skip in silence.
 
 use crate::huge_pages::HugePages;
 use crate::tmpfs::Tmpfs;
 use kvm_ioctls::{Cap, Kvm};
 use pageferry_agent::tracking::pagemap::Pagemap;
 use pageferry_client::tracking::uffd::WriteProtect;
+use pageferry_protocol::error::chain;
 use std::error::Error;
-use std::fmt::Write;
 
 /// Name of the variable that turns skipping into failing.
 pub const VARIABLE: &str = "PAGEFERRY_REQUIRE";
@@ -101,16 +101,4 @@ fn met<T>(need: &str, found: Result<T, Box<dyn Error>>) -> Option<T> {
     }
     eprintln!("skipped: {need}: {why}");
     None
-}
-
-/// An error with its causes in one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing to a String cannot fail.
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
-    text
 }

@@ -11,7 +11,7 @@ use super::state::{read_pieces, write_pieces};
 use super::{ClearPages, HookError, Hooks};
 use crate::client::WeakClient;
 use crate::control::Link;
-use crate::error::{Error, with_sources};
+use crate::error::Error;
 use crate::faults::Faults;
 use crate::heartbeat::Heartbeat;
 use crate::memory::Memory;
@@ -22,6 +22,7 @@ use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::control::socket::wait;
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
+use pageferry_protocol::error::chain;
 use pageferry_protocol::shm::words_for;
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -56,6 +57,8 @@ pub struct HookChannel {
     closed: bool,
     /// While the guest is paused and the agent has not asked for the line of law 9.
     paused: Option<Heartbeat>,
+    /// The VMM was told that writes are watched, and not yet that they are not.
+    watching: bool,
 }
 
 /// What a channel shares with its client.
@@ -84,7 +87,7 @@ impl Drop for HookChannel {
 
 impl HookChannel {
     pub(crate) fn new(socket: OwnedFd, link: Arc<Link>, parts: Parts, timeout: Duration) -> Self {
-        Self { socket: socket.into(), link, parts, timeout, closed: false, paused: None }
+        Self { socket: socket.into(), link, parts, timeout, closed: false, paused: None, watching: false }
     }
 
     /// Answers every hook that is pending, without waiting for more.
@@ -132,7 +135,7 @@ impl HookChannel {
     pub fn spawn<H: Hooks + 'static>(self, mut hooks: H) -> Result<HookThread<H>, Error> {
         let run = move || {
             if let Err(error) = self.run(&mut hooks) {
-                log::error!("{}", with_sources(&error));
+                log::error!("{}", chain(&error));
             }
             hooks
         };
@@ -148,6 +151,8 @@ impl HookChannel {
         self.link.cut();
         // Before anything is called: it may write.
         self.parts.writes.lost(self.link.id);
+        // Before the guest is resumed: then all of it may be.
+        self.tell_unwatched(hooks);
         let resume = self.parts.ownership.lock().closed(self.link.id);
         if resume {
             log::warn!("the agent is lost while the guest is paused: resuming it");
@@ -200,7 +205,7 @@ impl HookChannel {
             Ok(Hook::SaveState) => self.save_state(sequence, hooks),
             Ok(Hook::Relinquish { session, release }) => self.relinquish(sequence, Migration { session, release }),
             Ok(Hook::RegisterFaults) => self.register_faults(sequence, hooks),
-            Ok(Hook::WatchWrites) => self.watch_writes(sequence),
+            Ok(Hook::WatchWrites) => self.watch_writes(sequence, hooks),
             Ok(other) => {
                 let name = other.name();
                 let reply = self.call(other, &frame.fds, hooks);
@@ -260,23 +265,43 @@ impl HookChannel {
             registered.map_err(|error| {
                 // Announced, and not to be: nothing is missing after all.
                 hooks.memory_complete();
-                RemoteError::new(ErrorCode::System, with_sources(&error))
+                RemoteError::new(ErrorCode::System, chain(&error))
             })
         });
         self.answer_with_userfaultfd(&Hook::RegisterFaults, sequence, registered)
     }
 
-    fn watch_writes(&self, sequence: u64) -> Result<(), SocketError> {
-        let allowed = self.parts.ownership.lock().watch_writes().map_err(forbidden);
-        let watched = allowed.and_then(|()| {
-            let Parts { memory, client, writes, .. } = &self.parts;
-            match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
-                Ok(Some(for_agent)) => Ok(for_agent),
-                Ok(None) => Err(RemoteError::new(ErrorCode::State, "writes are watched already")),
-                Err(error) => Err(RemoteError::new(ErrorCode::System, with_sources(&error))),
-            }
-        });
+    fn watch_writes(&mut self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
+        let watched = self.watched(hooks);
         self.answer_with_userfaultfd(&Hook::WatchWrites, sequence, watched)
+    }
+
+    fn watched(&mut self, hooks: &mut dyn Hooks) -> Reply<OwnedFd> {
+        self.parts.ownership.lock().watch_writes().map_err(forbidden)?;
+        self.check_whole()?;
+        let already = || RemoteError::new(ErrorCode::State, "writes are watched already");
+        if self.watching {
+            return Err(already());
+        }
+        hooks.writes_watched().map_err(failed)?;
+        self.watching = true;
+        let Parts { memory, client, writes, .. } = &self.parts;
+        let watched = match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
+            Ok(Some(for_agent)) => Ok(for_agent),
+            Ok(None) => Err(already()),
+            Err(error) => Err(RemoteError::new(ErrorCode::System, chain(&error))),
+        };
+        if watched.is_err() {
+            // Announced, and not to be.
+            self.tell_unwatched(hooks);
+        }
+        watched
+    }
+
+    fn tell_unwatched(&mut self, hooks: &mut dyn Hooks) {
+        if std::mem::take(&mut self.watching) {
+            hooks.writes_unwatched();
+        }
     }
 
     fn answer_with_userfaultfd(&self, hook: &Hook, sequence: u64, made: Reply<OwnedFd>) -> Result<(), SocketError> {
@@ -301,16 +326,22 @@ impl HookChannel {
     }
 
     fn save_state(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
-        match hooks.save_state().and_then(|pieces| write_pieces(&pieces)) {
+        // Also here: a guest that the VMM stopped by itself is paused by no hook.
+        let saved = self.check_whole();
+        match saved.and_then(|()| hooks.save_state().and_then(|pieces| write_pieces(&pieces)).map_err(failed)) {
             Ok((sizes, file)) => {
                 self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &Ok(sizes)), &[file.as_fd()])
             }
             Err(error) => {
                 log::warn!("hook save state: {error}");
-                let reply = Err(failed(error));
-                self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &reply), &[])
+                self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &Err(error)), &[])
             }
         }
+    }
+
+    /// Nobody takes what is missing for zero: it is neither sent nor saved.
+    fn check_whole(&self) -> Reply<()> {
+        if self.parts.faults.is_whole() { Ok(()) } else { Err(RemoteError::new(ErrorCode::State, Error::MemoryLost)) }
     }
 
     /// The hooks whose answer is success or an error.
@@ -330,6 +361,7 @@ impl HookChannel {
             }
             Hook::UnwatchWrites => {
                 self.parts.writes.unwatch(self.link.id);
+                self.tell_unwatched(hooks);
                 Ok(())
             }
             Hook::PrepareRestore { path } => self.prepare_restore(Path::new(&path), hooks),
@@ -344,8 +376,9 @@ impl HookChannel {
 
     fn pause(&mut self, hooks: &mut dyn Hooks) -> Reply<()> {
         self.parts.ownership.lock().pause().map_err(forbidden)?;
+        self.check_whole()?;
         // First: no guest stands still without it, and none for the time that it takes.
-        let heartbeat = self.watch().map_err(|error| RemoteError::new(ErrorCode::System, with_sources(&error)))?;
+        let heartbeat = self.watch().map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
         let paused = hooks.pause();
         self.parts.ownership.lock().paused(self.link.id, paused.is_ok());
         self.paused = paused.is_ok().then_some(heartbeat);
@@ -356,7 +389,7 @@ impl HookChannel {
     fn watch(&self) -> Result<Heartbeat, Error> {
         let link = Arc::clone(&self.link);
         // The end of the hook channel is seen here anyway.
-        Heartbeat::start(self.parts.client.clone(), Arc::clone(&link), false, move |_| link.cut())
+        Heartbeat::start(self.parts.client.clone(), Arc::clone(&link), false, |_| false, move |_| link.cut())
     }
 
     fn resume(&mut self, force: bool, hooks: &mut dyn Hooks) -> Reply<()> {

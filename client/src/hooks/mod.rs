@@ -42,7 +42,7 @@ impl std::fmt::Display for HookError {
 /// The error's text and those of its sources. `HookError` is no `std::error::Error` itself, since it could not have this then.
 impl<E: std::error::Error> From<E> for HookError {
     fn from(error: E) -> Self {
-        Self { sentence: crate::error::with_sources(&error) }
+        Self { sentence: pageferry_protocol::error::chain(&error) }
     }
 }
 
@@ -80,8 +80,10 @@ pub trait Hooks: Send {
     /// If the guest does not stop. It counts as running then.
     fn pause(&mut self) -> Result<(), HookError>;
 
-    /// Lets the guest run: at the source after a failure, at the destination after the commit. Also called when the agent dies while the
-    /// guest is paused and still ours. May be called for a guest that runs.
+    /// Lets the guest run: at the source after a failure, at the destination after the commit, after a restore, and when a snapshot needs it to stand still no more, but for one of
+    /// mode [`Stopped`](crate::SnapshotMode::Stopped). Also called when the agent dies while the guest is paused and still ours. May be called for a guest that runs.
+    ///
+    /// While writes are watched ([`Hooks::writes_watched`]) other processes that write guest memory, such as vhost-user back-ends, are not resumed with it.
     ///
     /// # Errors
     /// If the guest cannot run.
@@ -130,10 +132,11 @@ pub trait Hooks: Send {
         Ok(())
     }
 
-    /// Hands over the state of the VMM and its devices. The guest is paused. May still write guest memory: a last pass follows.
+    /// Hands over the state of the VMM and its devices. The guest stands still: it was paused, or for a snapshot of mode [`Stopped`](crate::SnapshotMode::Stopped) the VMM
+    /// stopped it, and no hook did. May still write guest memory: the last pass, or what is saved of memory, comes after it.
     ///
     /// # Errors
-    /// If the state cannot be saved; the migration fails and the guest is resumed.
+    /// If the state cannot be saved; the migration or snapshot fails, and a guest that was paused is resumed.
     fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError>;
 
     /// Takes the state that the source, or whoever made the image, saved, in the same order. All memory is here, or in postcopy and lazy restore
@@ -172,15 +175,33 @@ pub trait Hooks: Send {
     /// All memory is here, after [`Hooks::memory_pending`]; or none will come, since the migration failed before the guest was resumed here.
     fn memory_complete(&mut self) {}
 
-    /// The agent died, or hangs, while the guest ran before its memory was here: what is missing never comes, so the guest is lost. Stop it: a vCPU
-    /// that waits for a page in KVM_RUN is interrupted by a signal, as when it is paused (on x86). Do not wait for other threads, which are not.
+    /// What is missing of the guest, which runs before its memory was here, never comes: the agent died or hangs, or it lives, and the image turned out to be damaged. So the guest
+    /// is lost, and can be neither sent nor saved. Stop it: a vCPU that waits for a page in KVM_RUN is interrupted by a signal, as when it is paused (on x86). Do not wait for other threads, which are not.
     ///
     /// Who still touches a missing page when this returned gets SIGBUS, or EFAULT from the kernel; until then it waits, but five seconds at most. Comes at once when
-    /// the agent dies, and within [`Config::request_timeout`](crate::Config::request_timeout) and a second if it hangs. A hook that waits for a page itself
+    /// the agent dies or finds damage, and within [`Config::request_timeout`](crate::Config::request_timeout) and a second if it hangs. A hook that waits for a page itself
     /// is let go by those five seconds, and this comes after it.
     fn memory_lost(&mut self) {
-        log::error!("the agent was lost before all memory was here: the guest cannot go on");
+        log::error!("memory of the guest is missing and will not come: it cannot go on");
     }
+
+    /// A background snapshot begins: from now on until [`Hooks::writes_unwatched`] the agent watches the writes through the mappings that were handed over as
+    /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address), and only those: a write by another way, to a page that is not saved yet, is in the image. So from the
+    /// [pause](Hooks::pause) that follows on, and also when the guest is [resumed](Hooks::resume), until [`Hooks::writes_unwatched`], whoever writes otherwise stands still:
+    /// other processes that map the memory, such as vhost-user back-ends, and devices that write by pages which were pinned before. Comes while the guest runs, and before
+    /// anything is watched.
+    ///
+    /// # Errors
+    /// If this VMM has a device that cannot stand still without its guest, such as one that is passed through (VFIO). The snapshot fails, nothing is watched, and the guest runs on;
+    /// [`SnapshotMode::Paused`](crate::SnapshotMode::Paused) is for such a guest.
+    fn writes_watched(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    /// No write is watched any more, after [`Hooks::writes_watched`]: the snapshot has ended, however it did, or its agent is lost. What stood still for it goes on, but
+    /// if the guest is still paused, only with the guest. After [`Client::reattach`](crate::Client::reattach) it comes by the old channel, so that one has to end before a snapshot
+    /// is asked of the new agent.
+    fn writes_unwatched(&mut self) {}
 
     /// Something to know about a job.
     fn event(&mut self, status: &JobStatus) {

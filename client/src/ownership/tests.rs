@@ -12,7 +12,7 @@ fn all() -> impl Iterator<Item = Machine> {
     OWNERSHIPS.into_iter().flat_map(|ownership| {
         PAUSES.into_iter().flat_map(move |pause| {
             [None, Some(LINK), Some(OTHER)].into_iter().flat_map(move |asked_by| {
-                [false, true].map(|unanswered| Machine { ownership, pause, asked_by, unanswered })
+                [false, true].map(|unanswered| Machine { ownership, pause, asked_by, unanswered, awaited: 0 })
             })
         })
     })
@@ -63,9 +63,13 @@ fn resume_without_force_is_for_who_was_asked() {
         match machine.resume(LINK, false) {
             Ok(what) => {
                 assert!(allowed, "{before:?}");
-                let runs = before.ownership == Ownership::Ours && before.pause == Pause::Running;
+                let runs = is_here(before) && before.pause == Pause::Running;
                 assert_eq!(what, if runs { Resume::Already } else { Resume::Call }, "{before:?}");
-                assert_eq!(machine.ownership, Ownership::Ours, "{before:?}");
+                if before.ownership == Ownership::Awaiting && before.unanswered {
+                    assert_eq!(machine, before, "it is the guest before the one that is awaited");
+                } else {
+                    assert_eq!(machine.ownership, Ownership::Ours, "{before:?}");
+                }
             }
             Err(_) => {
                 assert!(!allowed, "{before:?}");
@@ -146,7 +150,45 @@ fn a_guest_that_is_refused_leaves_everything_as_it_was() {
         let kept = machine.ask_for_guest(LINK);
         assert_eq!(machine.ownership, Ownership::Awaiting);
         machine.await_refused(kept);
-        assert_eq!(machine, before);
+        assert_eq!(machine, Machine { awaited: 1, ..before });
+    }
+}
+
+#[test]
+fn a_guest_that_is_refused_does_not_give_back_what_an_operator_s_restore_took() {
+    for before in all() {
+        let mut machine = before;
+        let kept = machine.ask_for_guest(LINK);
+        machine.await_guest(LINK);
+        let allowed = machine;
+        machine.await_refused(kept);
+        assert_eq!(machine, allowed, "{before:?}");
+        // Nor the other way around.
+        let kept = machine.ask_for_guest(LINK);
+        machine.await_refused(kept);
+        assert_eq!(machine, Machine { awaited: 3, ..allowed }, "{before:?}");
+    }
+}
+
+#[test]
+fn the_resume_that_ends_a_snapshot_is_not_the_one_of_the_guest_that_is_awaited() {
+    for accepted in [true, false] {
+        let mut machine = Machine::new();
+        machine.pause().unwrap();
+        machine.paused(LINK, true);
+        let kept = machine.ask_for_guest(LINK);
+        assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
+        machine.resumed(true);
+        assert_eq!(machine.ownership(), Ownership::Awaiting);
+        if accepted {
+            machine.await_answered();
+            machine.load_state(LINK).unwrap();
+            assert_eq!(machine.resume(LINK, false), Ok(Resume::Call), "the guest that came");
+        } else {
+            machine.await_refused(kept);
+            assert_eq!(machine.resume(LINK, false), Ok(Resume::Already));
+        }
+        assert_eq!(machine.ownership(), Ownership::Ours);
     }
 }
 

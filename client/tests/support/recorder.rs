@@ -61,6 +61,12 @@ impl Hooks for Vmm {
     fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
         self.called(format!("prepare restore {}", image.display()))
     }
+    fn writes_watched(&mut self) -> Result<(), HookError> {
+        self.called("watched")
+    }
+    fn writes_unwatched(&mut self) {
+        self.called("unwatched").unwrap();
+    }
     fn event(&mut self, status: &JobStatus) {
         self.called(format!("event {}", status.phase.name())).unwrap();
     }

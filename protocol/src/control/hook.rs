@@ -253,30 +253,31 @@ fn decode_clear(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
     Ok(Hook::ClearTracker { block, first, bitmap: words.iter().map(|word| u64::from_le_bytes(*word)).collect() })
 }
 
-fn encode_pieces(pieces: &[PieceSize], encoder: Encoder) -> Encoder {
+/// The pieces as they travel, and as they are in an image: their number (4 bytes), and for each its length (8) and name.
+pub(crate) fn encode_pieces(pieces: &[PieceSize], encoder: Encoder) -> Encoder {
     pieces.iter().fold(encoder.u32(pieces.len() as u32), |encoder, piece| encoder.u64(piece.length).text(&piece.name))
 }
 
-fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>, DecodeError> {
+/// What [`encode_pieces`] wrote.
+///
+/// # Errors
+/// The field that is wrong, and its value.
+pub(crate) fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>, DecodeError> {
     let count = decoder.u32("pieces")?;
     if count as usize > MAX_PIECES {
         return Err(DecodeError::Value { field: "pieces", value: count.into(), allowed: "at most 1024" });
     }
     let mut total = 0u64;
-    (0..count)
-        .map(|_| {
-            let length = decoder.u64("length")?;
-            total = total.saturating_add(length);
-            if total > MAX_STATE {
-                return Err(DecodeError::Value {
-                    field: "length",
-                    value: length,
-                    allowed: "1 GiB in all pieces together",
-                });
-            }
-            Ok(PieceSize { name: decoder.text("name", MAX_PIECE_NAME)?.to_owned(), length })
-        })
-        .collect()
+    let mut piece = |_| {
+        let length = decoder.u64("length of a piece")?;
+        total = total.saturating_add(length);
+        if total > MAX_STATE {
+            let allowed = "1 GiB in all pieces together";
+            return Err(DecodeError::Value { field: "length of a piece", value: length, allowed });
+        }
+        Ok(PieceSize { name: decoder.text("name of a piece", MAX_PIECE_NAME)?.to_owned(), length })
+    };
+    (0..count).map(&mut piece).collect()
 }
 
 /// The body of an answer without a result.
@@ -348,7 +349,7 @@ mod tests {
         let pieces = Encoder::new().u64(1).u32(1).u64(u64::MAX).text("x").finish();
         assert!(matches!(
             Hook::decode(code::LOAD_STATE, &pieces).unwrap(),
-            Err(DecodeError::Value { field: "length", .. })
+            Err(DecodeError::Value { field: "length of a piece", .. })
         ));
     }
 

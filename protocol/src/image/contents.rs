@@ -5,7 +5,7 @@
 //! order of their GPA, which is that of their pages in the file; any other order is refused. The base's name is a path from the image's own folder, or one from the root; empty if there is none.
 
 use crate::control::codec::{DecodeError, Decoder, Encoder};
-use crate::control::hook::{MAX_PIECE_NAME, MAX_PIECES, MAX_STATE, PieceSize};
+use crate::control::hook::{PieceSize, decode_pieces, encode_pieces};
 use crate::memory::geometry::{GeometryError, MAX_BLOCKS, MAX_NAME};
 use crate::memory::{BlockGeometry, BlockTable};
 
@@ -45,9 +45,7 @@ impl Contents {
         };
         let encoder = Encoder::new().u32(self.table.blocks().len() as u32);
         let encoder = self.table.blocks().iter().fold(encoder, block);
-        let encoder = encoder.text(&self.base_name).u32(self.pieces.len() as u32);
-        let piece = |encoder: Encoder, piece: &PieceSize| encoder.u64(piece.length).text(&piece.name);
-        self.pieces.iter().fold(encoder, piece).finish()
+        encode_pieces(&self.pieces, encoder.text(&self.base_name)).finish()
     }
 
     /// The contents in these bytes.
@@ -86,27 +84,10 @@ impl Contents {
     }
 }
 
-fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>, DecodeError> {
-    let count = decoder.u32("pieces")?;
-    if count as usize > MAX_PIECES {
-        return Err(DecodeError::Value { field: "pieces", value: count.into(), allowed: "at most 1024" });
-    }
-    let mut total = 0u64;
-    let mut piece = |_| {
-        let length = decoder.u64("length of a piece")?;
-        total = total.saturating_add(length);
-        if total > MAX_STATE {
-            let allowed = "1 GiB in all pieces together";
-            return Err(DecodeError::Value { field: "length of a piece", value: length, allowed });
-        }
-        Ok(PieceSize { name: decoder.text("name of a piece", MAX_PIECE_NAME)?.to_owned(), length })
-    };
-    (0..count).map(&mut piece).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::hook::{MAX_PIECE_NAME, MAX_PIECES, MAX_STATE};
     use crate::memory::PAGE_SIZE;
     use crate::memory::geometry::MAX_BLOCK_LENGTH;
     use proptest::prelude::*;

@@ -68,6 +68,9 @@ pub struct SourceArgs {
     /// Save the guest into this image instead of migrating it. Of the options of a migration --bandwidth and --hook-timeout count.
     #[arg(long, value_name = "FILE")]
     pub snapshot_to: Option<PathBuf>,
+    /// With --snapshot-to: an image that has the name already is replaced, once the new one is complete.
+    #[arg(long, requires = "snapshot_to")]
+    pub replace: bool,
     /// With --snapshot-to: the guest stands still until its memory is saved.
     #[arg(long, requires = "snapshot_to")]
     pub paused: bool,

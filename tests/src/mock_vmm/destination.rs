@@ -46,10 +46,12 @@ fn start(vmm: &MockVmm, arguments: &DestinationArgs) -> Result<u64, Error> {
     }
     if let Some(image) = &arguments.restore_from {
         let mode = if arguments.lazy { RestoreMode::Lazy } else { RestoreMode::Eager };
-        let working_set = arguments.working_set.as_ref().map(std::path::absolute).transpose();
-        let working_set = working_set.map_err(Error::io("find the working set"))?.unwrap_or_default();
-        let working_set = working_set.to_string_lossy().into_owned();
-        return vmm.start_restore(image, &RestoreOptions { mode, working_set, ..RestoreOptions::default() });
+        let options = RestoreOptions { mode, ..RestoreOptions::default() };
+        let options = match &arguments.working_set {
+            Some(file) => options.with_working_set(file).map_err(pageferry_client::Error::from)?,
+            None => options,
+        };
+        return vmm.start_restore(image, &options);
     }
     // What the agent did for a VMM before this one.
     let before = vmm.client().status()?.job;

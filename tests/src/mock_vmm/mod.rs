@@ -1,4 +1,4 @@
-//! The command line `mock_vmm source|destination`: the parts of a migration, driven by hand.
+//! The command line `mock_vmm source|destination`: the parts of a migration, a snapshot or a restore, driven by hand.
 //!
 //! - [`cli`]: its options;
 //! - [`source`], [`destination`]: the two sides;
@@ -21,7 +21,8 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-/// Runs `mock_vmm` with these arguments, the program's name not among them. Success is a migration that was verified and committed.
+/// Runs `mock_vmm` with these arguments, the program's name not among them. Success is a migration that was verified and
+/// committed, a snapshot whose image is complete, or a restore that was verified.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
     let cli = match cli::Cli::try_parse_from(std::iter::once(OsString::from("mock_vmm")).chain(arguments)) {
         Ok(cli) => cli,

@@ -71,7 +71,8 @@ fn start(vmm: &MockVmm, arguments: &SourceArgs) -> Result<Option<u64>, Error> {
     let Some(image) = &arguments.snapshot_to else { return Ok(None) };
     let OutgoingOptions { bandwidth, hook_timeout, .. } = outgoing;
     let mode = if arguments.paused { SnapshotMode::Paused } else { SnapshotMode::Background };
-    let options = SnapshotOptions { mode, bandwidth, hook_timeout, replace: true, ..SnapshotOptions::default() };
+    let options =
+        SnapshotOptions { mode, bandwidth, hook_timeout, replace: arguments.replace, ..SnapshotOptions::default() };
     vmm.start_snapshot(image, &options).map(Some)
 }
 

@@ -11,6 +11,7 @@ use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, WriteVolatile};
 
 /// A block of guest memory; pages hold a stamp in their first bytes.
@@ -28,6 +29,19 @@ pub struct Ram {
 pub struct Touch(JoinHandle<std::io::Result<u64>>);
 
 impl Touch {
+    /// Of a page of this mapping, as the kernel does it for a device.
+    pub fn of<B: Bitmap + Send + Sync + 'static>(mapping: Arc<MmapRegion<B>>, page: u64) -> Self {
+        Self(std::thread::spawn(move || {
+            let (mut from, to) = std::io::pipe()?;
+            let mut to = OwnedFd::from(to);
+            let stamp = mapping.get_slice((page * PAGE_SIZE) as usize, 8).unwrap();
+            to.write_all_volatile(&stamp).map_err(std::io::Error::other)?;
+            let mut bytes = [0; 8];
+            from.read_exact(&mut bytes)?;
+            Ok(u64::from_le_bytes(bytes))
+        }))
+    }
+
     pub fn waits(&self) -> bool {
         !self.0.is_finished()
     }
@@ -65,16 +79,7 @@ impl Ram {
 
     /// Touches a page as the kernel does for a device: it waits as a guest would, and a lost page is an error and no signal.
     pub fn touch(&self, page: u64) -> Touch {
-        let mapping = self.mapping.clone().unwrap();
-        Touch(std::thread::spawn(move || {
-            let (mut from, to) = std::io::pipe()?;
-            let mut to = OwnedFd::from(to);
-            let stamp = mapping.get_slice((page * PAGE_SIZE) as usize, 8).unwrap();
-            to.write_all_volatile(&stamp).map_err(std::io::Error::other)?;
-            let mut bytes = [0; 8];
-            from.read_exact(&mut bytes)?;
-            Ok(u64::from_le_bytes(bytes))
-        }))
+        Touch::of(self.mapping.clone().unwrap(), page)
     }
 
     /// A block at an odd place.

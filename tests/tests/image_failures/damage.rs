@@ -157,7 +157,8 @@ fn places(image: &Image, random: &mut Random) -> Vec<u64> {
     places
 }
 
-fn flip(path: &Path, at: u64, bit: u64) {
+/// Changes a bit of byte `at`.
+pub fn flip(path: &Path, at: u64, bit: u64) {
     let file = File::options().read(true).write(true).open(path).unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();

@@ -318,8 +318,8 @@ impl<'a> Vmm<'a> {
     }
 
     fn saves_to(&self, image: &str) {
-        let more = ["--snapshot-to", image, "--paused"];
-        self.completes("source", if require::uffd() { &more[..2] } else { &more });
+        let more = ["--replace", "--snapshot-to", image, "--paused"];
+        self.completes("source", if require::uffd() { &more[..3] } else { &more });
     }
 
     /// Kills it at this moment of the job that comes after `last`, which then ends.
@@ -372,6 +372,17 @@ fn a_vmm_that_is_killed_while_it_is_saved_leaves_a_whole_image_or_none_and_a_fre
         vmm.is_saved_in(&image);
         std::fs::remove_file(&image).unwrap();
     }
+}
+
+#[test]
+fn a_vmm_that_is_not_told_to_writes_over_no_image() {
+    let host = Host::new();
+    let vmm = Vmm::new(&host);
+    let image = host.images.path("image");
+    std::fs::write(&image, "something").unwrap();
+    let mut process = vmm.start("source", &["--snapshot-to", image.to_str().unwrap(), "--paused"]);
+    assert!(!process.wait(PATIENCE).unwrap().success());
+    assert_eq!(host.images.bytes(), [("image".to_owned(), b"something".to_vec())]);
 }
 
 #[test]

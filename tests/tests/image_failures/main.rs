@@ -6,7 +6,8 @@
 //! - [`damage`]: bytes that are changed; [`chains`]: images on another base, or of another guest;
 //! - [`restores`]: what comes between while a guest is restored;
 //! - [`kills`]: agents and VMMs that are killed at any moment; [`moments`]: how these are chosen, and guests that never stop writing;
-//! - [`hangs`]: agents that hang, and wake up again.
+//! - [`hangs`]: agents that hang, and wake up again;
+//! - [`hooks_wait`]: hooks that wait for memory that will not come.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod chains;
@@ -15,6 +16,7 @@ mod common;
 mod damage;
 mod files;
 mod hangs;
+mod hooks_wait;
 mod kills;
 mod moments;
 mod restores;

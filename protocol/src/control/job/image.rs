@@ -3,6 +3,7 @@
 use super::fields::{flag, micros, timeout, workers};
 use super::{MAX_ADDRESS, OutgoingOptions};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// How a snapshot treats the guest.
@@ -35,7 +36,7 @@ impl SnapshotMode {
     }
 }
 
-/// Options of a snapshot. Only the bandwidth can be changed while it runs.
+/// Options of a snapshot. Only the bandwidth can be changed while it runs, by `Client::set_parameters`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotOptions {
     /// What becomes of the guest meanwhile.
@@ -44,7 +45,7 @@ pub struct SnapshotOptions {
     pub workers: u16,
     /// Limit in bytes per second; 0 is none. What the guest is about to write or discards is not held back by it.
     pub bandwidth: u64,
-    /// Path of the image that it is an increment to; empty for one that stands alone.
+    /// Path of the image that it is an increment to; empty for one that stands alone. See [`SnapshotOptions::on`].
     pub base: String,
     /// What is written from now on is kept track of, so that the next snapshot can be an increment to this one.
     pub track: bool,
@@ -71,7 +72,29 @@ impl Default for SnapshotOptions {
     }
 }
 
+/// A path that cannot be an option, since options are text.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} {path:?} is not UTF-8")]
+pub struct NotUtf8 {
+    /// Name of the option.
+    pub what: &'static str,
+    /// The path.
+    pub path: PathBuf,
+}
+
+fn text(what: &'static str, path: &Path) -> Result<String, NotUtf8> {
+    path.to_str().map(str::to_owned).ok_or_else(|| NotUtf8 { what, path: path.to_owned() })
+}
+
 impl SnapshotOptions {
+    /// The same, of an increment to the image at `base`.
+    ///
+    /// # Errors
+    /// If the path is not UTF-8.
+    pub fn on(self, base: &Path) -> Result<Self, NotUtf8> {
+        Ok(Self { base: text("base", base)?, ..self })
+    }
+
     pub(in crate::control) fn encode(&self, encoder: Encoder) -> Encoder {
         encoder
             .u16(self.mode as u16)
@@ -132,7 +155,7 @@ pub struct RestoreOptions {
     /// Limit in bytes per second; 0 is none. What the guest waits for is not held back by it.
     pub bandwidth: u64,
     /// With [`RestoreMode::Lazy`]: path of the working set. If the file is there, its pages are read ahead; if not, those that the guest touches first are
-    /// written to it. Empty for none.
+    /// written to it. Empty for none. See [`RestoreOptions::with_working_set`].
     pub working_set: String,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
@@ -146,6 +169,14 @@ impl Default for RestoreOptions {
 }
 
 impl RestoreOptions {
+    /// The same, with the working set in `file`.
+    ///
+    /// # Errors
+    /// If the path is not UTF-8.
+    pub fn with_working_set(self, file: &Path) -> Result<Self, NotUtf8> {
+        Ok(Self { working_set: text("working_set", file)?, ..self })
+    }
+
     pub(in crate::control) fn encode(&self, encoder: Encoder) -> Encoder {
         let encoder = encoder.u16(self.mode as u16).u16(self.workers).u64(self.bandwidth);
         encoder.u64(micros(self.hook_timeout)).text(&self.working_set)

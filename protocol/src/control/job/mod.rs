@@ -10,7 +10,7 @@ pub mod image;
 pub mod migration;
 pub mod status;
 
-pub use image::{RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
+pub use image::{NotUtf8, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
 pub use migration::{Compression, IncomingOptions, Mode, NonConvergence, OutgoingOptions};
 pub use status::{Counters, JobKind, JobStatus, Phase};
 

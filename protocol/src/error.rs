@@ -1,9 +1,9 @@
-//! Errors as sentences.
+//! Errors as sentences, for logs, for answers, which carry no causes, and for people.
 
 use std::error::Error;
 use std::fmt::Write;
 
-/// An error with its causes, in one sentence.
+/// An error with its causes, in one sentence, without what a terminal would obey.
 pub fn chain(error: &dyn Error) -> String {
     let mut sentence = error.to_string();
     let mut cause = error.source();
@@ -28,9 +28,13 @@ pub fn printable(text: &str) -> String {
 mod tests {
     use super::*;
 
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot open it")]
+    struct Cannot(#[source] std::io::Error);
+
     #[test]
-    fn what_a_terminal_would_obey_is_spelled_out() {
-        let error = std::io::Error::other("no \u{1b}]0;name\u{7} \"here\"");
-        assert_eq!(chain(&error), "no \\u{1b}]0;name\\u{7} \"here\"");
+    fn causes_follow_and_what_a_terminal_would_obey_is_spelled_out() {
+        let error = Cannot(std::io::Error::other("no \u{1b}]0;name\u{7} \"here\""));
+        assert_eq!(chain(&error), "cannot open it: no \\u{1b}]0;name\\u{7} \"here\"");
     }
 }

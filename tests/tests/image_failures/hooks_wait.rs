@@ -1,0 +1,48 @@
+//! The VMM's own hooks wait for memory that an image would have, if it were not damaged: they get an error, and the VMM is told.
+
+use crate::common::{At, SOON, Touch, lock};
+use crate::damage::flip;
+use crate::scene::{Guest, Host, PAGES, assert_completed, assert_failed, lazy, paused, slow};
+use pageferry_client::{Error, Ownership, RestoreOptions};
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::random::page_content;
+use pageferry_tests::require;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+/// What the hook waits for.
+const WANTED: u64 = 700;
+
+#[test]
+fn a_resume_that_waits_for_a_damaged_page_gets_an_error_and_the_vmm_is_told() {
+    if !require::uffd() {
+        return;
+    }
+    let host = Host::new();
+    let chain = Guest::full(&host, PAGES).saved(&host, "image", &paused());
+    let (path, at) = (host.images.seen("image"), chain.newest().layout().page(0, WANTED) + 9);
+    flip(&path, at, 3);
+    let guest = Guest::new(&host, PAGES);
+    let (mapping, (say, found)) = (guest.block().mapping().clone(), channel());
+    guest.vmm.on(At::Resume, move || {
+        let _ = say.send(Touch::of(mapping.clone(), WANTED).found());
+        Ok(())
+    });
+    let options = RestoreOptions { hook_timeout: Duration::from_secs(1), ..slow(lazy()) };
+    let status = guest.restored(&host.images.path("image"), &options);
+    assert_failed(&status, &["block 0: page 0x2bc", "checksum"]);
+    let error = found.recv_timeout(SOON).unwrap().unwrap_err();
+    assert!(error.to_string().contains("Bad address"), "{error}");
+    wait_until("the VMM to be told", SOON, || guest.losses() == 1).unwrap();
+    assert_eq!(lock(&guest.vmm.asked).losses, ["memory"], "the agent lives");
+    assert_eq!(guest.client.ownership(), Ownership::Ours);
+    let refused = guest.client.start_snapshot(&host.images.path("after"), &paused()).unwrap_err();
+    assert!(matches!(refused, Error::MemoryLost), "{refused:?}");
+
+    // What helps is another image.
+    flip(&path, at, 3);
+    guest.vmm.off(At::Resume);
+    assert_completed(&guest.restored(&host.images.path("image"), &lazy()));
+    assert!((0..PAGES).all(|page| guest.block().read_page(page).unwrap() == page_content(1, page)));
+    guest.check(&guest.saved(&host, "after", &paused()));
+}
