@@ -29,7 +29,7 @@ impl<'a> Ground<'a> {
         let ground = Self { job, source, before, taken: false };
         for (at, block) in job.memory.blocks().iter().enumerate() {
             job.cancel.check()?;
-            block.backing.empty().map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
+            empty(block)?;
             let (discarded, present) = (source.discarded(at), source.present(at).count(block.all()));
             ground.mark(at, block);
             let gone = discarded.count(block.all());
@@ -41,6 +41,15 @@ impl<'a> Ground<'a> {
 }
 
 impl Ground<'_> {
+    /// Makes all memory holes once more, when missing pages are waited for from now on: what the VMM looked at between [`Ground::clear`] and then is a page of zeroes by now, and would be taken
+    /// for what was to come.
+    ///
+    /// # Errors
+    /// If a file cannot be emptied.
+    pub fn empty(&self) -> Result<(), JobError> {
+        self.job.memory.blocks().iter().try_for_each(|block| empty(block))
+    }
+
     /// What is discarded in the image is discarded, and what the VMM discarded since it asked for this. Nothing of the guest before is known to be stray.
     fn mark(&self, at: usize, block: &Block) {
         let (before, discarded) = (self.before.block(at), self.source.discarded(at));
@@ -71,14 +80,18 @@ impl Ground<'_> {
     }
 }
 
+fn empty(block: &Block) -> Result<(), JobError> {
+    block.backing.empty().map_err(|source| JobError::Backing { id: block.geometry.id, source })
+}
+
 impl Drop for Ground<'_> {
     fn drop(&mut self) {
         if self.taken {
             return;
         }
         for (at, block) in self.job.memory.blocks().iter().enumerate() {
-            if let Err(error) = block.backing.empty() {
-                log::warn!("block {}: {}", block.geometry.id, crate::error::chain(&error));
+            if let Err(error) = empty(block) {
+                log::warn!("{}", crate::error::chain(&error));
             }
             self.unmark(at, block);
         }

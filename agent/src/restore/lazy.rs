@@ -39,6 +39,7 @@ pub fn restore(
     let unread = owed.copy()?;
     let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
+    ground.empty()?;
     let arriving = Arc::new(Arriving::new(&job.memory, Arc::new(owed), uffd, false, job.live.clone())?);
     job.owes(arriving.owed());
     job.memory.set_arriving(Some(arriving.clone()));
