@@ -81,10 +81,21 @@ pub enum Fault {
     /// There is an image of that name.
     #[error("the file exists: choose another name, or have it replaced")]
     Exists,
+    /// No temporary name is free beside it.
+    #[error(
+        "{} and {others} more like it are left over from what had this process's number before, or are being written: remove those that are left over",
+        first.display()
+    )]
+    Temporary {
+        /// The first of the names.
+        first: PathBuf,
+        /// How many there are besides.
+        others: u32,
+    },
     /// It is no file.
     #[error("it is not a regular file")]
     Kind,
-    /// The file's name says no folder, or no name.
+    /// The file's name says no folder, or no name, or is that of a folder.
     #[error("path is not that of a file, from the root")]
     Path,
     /// The file ends too early, or too late.
