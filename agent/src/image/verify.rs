@@ -8,7 +8,7 @@ use super::bytes::{data_in, read_at};
 use super::chain::images;
 use super::workers::{Extents, Progress, at_once, share};
 use super::{Fault, Image, ImageError, PageBuffer};
-use crate::outgoing::zero::is_zero;
+use crate::memory::zero::is_zero;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE, SectionKind, checksum, extent_checksum};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
