@@ -1,5 +1,5 @@
 //! Reading an image. Nothing of it is believed that is not checked: the header by itself, the sections by the header, a page by its checksum, and that by the sum
-//! of its extent where whole extents are read.
+//! of its extent.
 //!
 //! It is only ever read, and through the page cache: guests that are restored from one image share what is read.
 
@@ -181,27 +181,6 @@ impl Image {
         &self.states
     }
 
-    /// Reads the pages `range` of the block at index `at`, all of which it has, and checks each.
-    ///
-    /// # Errors
-    /// If they cannot be read, or one is damaged: which, and where.
-    pub fn read(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
-        self.read_pages(at, range, into).map_err(|fault| fault.of(&self.path))
-    }
-
-    fn read_pages(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), Fault> {
-        read_at(self.file.as_fd(), into, self.layout.page(at, range.first))?;
-        let mut sums = [0u32; EXTENT_PAGES as usize];
-        let parts = (range.first..range.end()).step_by(sums.len()).zip(into.chunks(sums.len() * PAGE_SIZE as usize));
-        for (first, pages) in parts {
-            let sums = &mut sums[..pages.len() / PAGE_SIZE as usize];
-            let bytes = zerocopy::IntoBytes::as_mut_bytes(&mut *sums);
-            read_at(self.file.as_fd(), bytes, self.layout.page_sum(at, first))?;
-            self.check_pages(at, first, pages, sums)?;
-        }
-        Ok(())
-    }
-
     /// Compares pages with their checksums.
     fn check_pages(&self, at: usize, first: u64, pages: &[u8], sums: &[u32]) -> Result<(), Fault> {
         for ((page, bytes), found) in (first..).zip(pages.chunks(PAGE_SIZE as usize)).zip(sums) {
@@ -212,18 +191,6 @@ impl Image {
             }
         }
         Ok(())
-    }
-
-    /// Checks the checksums of the pages of extent `extent` of the block at index `at`.
-    ///
-    /// # Errors
-    /// If they cannot be read, or are damaged.
-    pub fn check_sums(&self, at: usize, extent: u64) -> Result<(), ImageError> {
-        self.check_extent(at, extent).map_err(|fault| fault.of(&self.path))
-    }
-
-    fn check_extent(&self, at: usize, extent: u64) -> Result<(), Fault> {
-        self.sums_of(at, extent).map(drop)
     }
 
     /// The checksums of the pages of an extent, checked.

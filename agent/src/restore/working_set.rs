@@ -8,10 +8,10 @@
 //! - that of another image, or one that is damaged or empty: of no use, and the next would be of none either. It is ignored with a warning, and replaced when the job ends;
 //! - anything else, or what cannot be read: the restore is refused before anything is touched. It would have to be ignored for ever, or be overwritten.
 
-use super::prefetch::in_extents;
 use super::source::{RestoreError, Source};
 use crate::image::Fault;
 use crate::image::bytes::write_at;
+use crate::image::chain::in_extents;
 use crate::image::new_file::NewFile;
 use crate::memory::GuestMemory;
 use crate::memory::runs::{NEAR, joined};
