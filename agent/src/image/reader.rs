@@ -119,9 +119,9 @@ impl Image {
                 let bytes = &mut bytes[..PART.min((size - offset) as usize)];
                 read_at(self.file.as_fd(), bytes, start + offset)?;
                 digest.update(bytes);
-                let first_word = offset / 16;
-                let pages = (block.pages() - first_word * 64).min(bytes.len() as u64 / 16 * 64);
-                let words = match decode_states(bytes, pages, self.header.is_increment()) {
+                let first = offset / 16 * 64;
+                let range = PageRange::new(first, (block.pages() - first).min(bytes.len() as u64 / 16 * 64));
+                let words = match decode_states(bytes, range, self.header.is_increment()) {
                     Ok(words) => words,
                     Err(source) => {
                         refused = refused.or(Some(Fault::States { id: block.id, source }));
@@ -129,7 +129,6 @@ impl Image {
                     }
                 };
                 for (word, state) in words {
-                    let word = first_word + word;
                     states.present.or_word(word, state.present);
                     states.discarded.or_word(word, state.discarded);
                     states.unchanged.or_word(word, state.unchanged);

@@ -2,7 +2,9 @@ use super::test_support::{BLOCKS, Page, check, merged, pages, write, zero};
 use super::writer::Base;
 use super::*;
 use crate::error::chain as sentence;
+use pageferry_protocol::image::{Header, ImageId};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
 use proptest::prelude::*;
 use std::os::fd::AsFd;
 
@@ -75,6 +77,31 @@ fn states_that_are_damaged_are_called_so_whatever_they_came_to_say() {
     }
 }
 
+/// Makes the image at `path` say that it builds on `base`, or on none.
+fn rebase(path: &Path, base: ImageId) {
+    let header = Header { base, ..Image::open_contents(path).unwrap().header().clone() };
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    bytes::write_at(file.as_fd(), &header.to_bytes(), 0).unwrap();
+}
+
+#[test]
+fn a_state_that_no_image_has_is_named_by_its_page_however_large_the_block() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    // Its states are read in two parts.
+    let (pages, odd) = ((1 << 22) + 64, (1 << 22) + 3);
+    let writer = ImageWriter::create(&path, &test_support::table(&[pages]), false, true).unwrap();
+    let bitmap = || MappedBitmap::private(pages).unwrap();
+    let (discarded, changed) = ([bitmap()], [bitmap()]);
+    changed[0].set(PageRange::new(0, odd));
+    changed[0].set(PageRange::new(odd + 1, pages - odd - 1));
+    let rest = writer::Rest { discarded: &discarded, changed: Some(&changed) };
+    writer.finish(rest, &Base { id: [7; 16], name: String::new() }, Vec::new(), None).unwrap();
+    rebase(&path, [0; 16]);
+    let error = sentence(&Image::open(&path).unwrap_err());
+    assert!(error.contains(&format!("page that is as in the base is {odd:#x}")), "{error}");
+}
+
 #[test]
 fn an_image_that_builds_on_itself_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -82,9 +109,7 @@ fn an_image_that_builds_on_itself_is_refused() {
     let zero = zero();
     let id = write(&path("one"), &zero, &Base { id: [7; 16], name: "two".into() }, 64);
     let id = write(&path("two"), &zero, &Base { id, name: "one".into() }, 64);
-    let header = pageferry_protocol::image::Header { base: id, ..Image::open(&path("one")).unwrap().header().clone() };
-    let file = std::fs::OpenOptions::new().write(true).open(path("one")).unwrap();
-    bytes::write_at(file.as_fd(), &header.to_bytes(), 0).unwrap();
+    rebase(&path("one"), id);
     let error = Chain::open(&path("two")).unwrap_err();
     assert!(matches!(error.fault, Fault::Circle { id: found } if found == id), "{}", sentence(&error));
 }
