@@ -2,6 +2,7 @@
 //!
 //! Who is what is checked by identity: an increment names the id of its base, and a file that was replaced by another image has another.
 
+use super::blocks::compare;
 use super::reader::States;
 use super::{Fault, Image, ImageError};
 use crate::memory::runs::{NEAR, joined};
@@ -181,9 +182,8 @@ fn next_base(images: &[Image], open: fn(&Path) -> Result<Image, ImageError>) -> 
     if found != expected {
         return Err(Fault::Base { path, found, expected }.of(last.path()));
     }
-    if base.contents().table != last.contents().table {
-        return Err(Fault::BaseBlocks { path }.of(last.path()));
-    }
+    compare(&last.contents().table, &base.contents().table, true)
+        .map_err(|source| Fault::BaseBlocks { path, source }.of(last.path()))?;
     Ok(Some(base))
 }
 

@@ -6,6 +6,7 @@
 //! - [`writer`]: pages and all else into a new image;
 //! - [`sums`]: checksums of pages on their way into it;
 //! - [`reader`]: an image that is there, each part of it checked before anyone sees it;
+//! - [`blocks`]: two sets of blocks that are to be the same;
 //! - [`chain`]: an increment with the images that it builds on;
 //! - [`verify`]: all of an image, and of those that it builds on, compared with what it should be;
 //! - [`merge`]: a chain folded into one image;
@@ -13,6 +14,7 @@
 //! - [`workers`]: work on extents, shared out among threads;
 //! - this file: what can be wrong.
 
+pub mod blocks;
 pub mod bytes;
 pub mod chain;
 pub mod merge;
@@ -30,6 +32,7 @@ pub use page_buffer::PageBuffer;
 pub use reader::Image;
 pub use writer::ImageWriter;
 
+use blocks::Difference;
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::image::contents::ContentsError;
 use pageferry_protocol::image::layout::TooLarge;
@@ -235,6 +238,9 @@ pub enum Fault {
     BaseBlocks {
         /// The base.
         path: PathBuf,
+        /// How they differ.
+        #[source]
+        source: Difference,
     },
     /// An increment would take the place of what it builds on.
     #[error("the file is {}, which the increment builds on: choose another name", path.display())]

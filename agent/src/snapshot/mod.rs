@@ -19,6 +19,7 @@ pub mod prepare;
 pub mod protect;
 pub mod sweep;
 
+use crate::image::blocks::compare;
 use crate::image::chain::{MAX_IMAGES, lineage};
 use crate::image::writer::{Base, Rest};
 use crate::image::{Fault, ImageWriter};
@@ -90,9 +91,8 @@ fn find_base(job: &Job, plan: &Plan) -> Result<Base, JobError> {
     if let Some(image) = over {
         return Err(refused(Fault::OverBase { path: image.path().to_owned() }));
     }
-    if images[0].contents().table != *job.memory.table() {
-        return Err(refused(Fault::BaseBlocks { path: path.to_owned() }));
-    }
+    compare(job.memory.table(), &images[0].contents().table, true)
+        .map_err(|source| refused(Fault::BaseBlocks { path: path.to_owned(), source }))?;
     let folder = plan.path.parent().unwrap_or(Path::new("/"));
     // Images that lie together can be moved together.
     let name = path.strip_prefix(folder).unwrap_or(path);
