@@ -254,8 +254,19 @@ pub enum Fault {
         /// The id of the base.
         id: [u8; 16],
     },
+    /// The base has a name and no id, or the other way round.
+    #[error(
+        "base name is {name:?} and base id is {}: an image that stands alone has neither, and an increment has both",
+        id_text(id)
+    )]
+    BaseName {
+        /// In the contents.
+        name: String,
+        /// In the header.
+        id: [u8; 16],
+    },
     /// The chain is too long.
-    #[error("it builds on more than {0} images, one on the other")]
+    #[error("it and the images that it builds on, one on the other, are more than {0}")]
     Chain(usize),
     /// Memory for a bitmap.
     #[error("bitmap")]

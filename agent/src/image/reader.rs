@@ -99,6 +99,9 @@ impl Image {
         read_at(file.as_fd(), &mut bytes, section.offset)?;
         check_sum(SectionKind::Contents, section, checksum(&bytes))?;
         let contents = Contents::decode(&bytes)?;
+        if header.is_increment() == contents.base_name.is_empty() {
+            return Err(Fault::BaseName { name: contents.base_name, id: header.base });
+        }
         let layout = Layout::new(&contents.table)?;
         check_places(&header, &contents, &layout)?;
         let path = path.to_owned();

@@ -79,8 +79,10 @@ fn states_that_are_damaged_are_called_so_whatever_they_came_to_say() {
 
 /// Makes the image at `path` say that it builds on `base`, or on none.
 fn rebase(path: &Path, base: ImageId) {
-    let header = Header { base, ..Image::open_contents(path).unwrap().header().clone() };
-    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut bytes = [0; 4096];
+    bytes::read_at(file.as_fd(), &mut bytes, 0).unwrap();
+    let header = Header { base, ..Header::from_bytes(&bytes).unwrap() };
     bytes::write_at(file.as_fd(), &header.to_bytes(), 0).unwrap();
 }
 
@@ -100,6 +102,18 @@ fn a_state_that_no_image_has_is_named_by_its_page_however_large_the_block() {
     rebase(&path, [0; 16]);
     let error = sentence(&Image::open(&path).unwrap_err());
     assert!(error.contains(&format!("page that is as in the base is {odd:#x}")), "{error}");
+}
+
+#[test]
+fn a_base_has_a_name_and_an_id_or_neither() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    for (name, id, shown) in [("full", [0; 16], "\"full\""), ("", [7; 16], "\"\"")] {
+        write(&path, &zero(), &Base { id, name: name.into() }, 64);
+        let error = sentence(&Image::open_contents(&path).unwrap_err());
+        assert!(error.contains(&format!("base name is {shown} and base id is ")), "{error}");
+        std::fs::remove_file(&path).unwrap();
+    }
 }
 
 #[test]
