@@ -209,10 +209,23 @@ fn open_all(path: &Path, open: fn(&Path) -> Result<Image, ImageError>) -> (Vec<I
     (images, opened)
 }
 
-/// Where the base of an increment is.
+/// Where the base of an increment is: its name is a path from the folder of the increment's file, whatever link leads there.
 pub fn base_path(image: &Image) -> PathBuf {
-    let folder = image.path().parent().unwrap_or(Path::new(""));
-    folder.join(&image.contents().base_name)
+    let file = file_of(image.path());
+    file.parent().unwrap_or(Path::new("")).join(&image.contents().base_name)
+}
+
+/// The file that `path` leads to, without links on the way; `path` itself if there is none.
+fn file_of(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
+}
+
+/// What an increment at `path` calls its base at `base`: images that lie together can be moved together, and a link that leads to another image later leads nobody astray.
+pub fn name_of_base(base: &Path, path: &Path) -> String {
+    let (file, folder) = (file_of(base), file_of(path.parent().unwrap_or(Path::new("/"))));
+    // What is not UTF-8 cannot be written down: the link can.
+    let name = file.strip_prefix(folder).unwrap_or(&file).to_str();
+    name.map_or_else(|| base.to_string_lossy().into_owned(), str::to_owned)
 }
 
 #[cfg(test)]

@@ -129,6 +129,29 @@ fn an_image_that_builds_on_itself_is_refused() {
 }
 
 #[test]
+fn a_base_is_looked_for_where_the_increment_is_and_not_where_a_link_to_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let zero = zero();
+    std::fs::create_dir(path("images")).unwrap();
+    std::fs::create_dir(path("links")).unwrap();
+    let id = write(&path("images/full"), &zero, &Base::default(), 64);
+    std::os::unix::fs::symlink(path("images/full"), path("links/base")).unwrap();
+    std::os::unix::fs::symlink(path("images"), path("same")).unwrap();
+    for (of, base, expected) in [
+        ("images/one", "links/base", "full"),
+        ("images/one", "same/full", "full"),
+        ("same/one", "images/full", "full"),
+        ("links/one", "same/full", path("images/full").canonicalize().unwrap().to_str().unwrap()),
+    ] {
+        assert_eq!(chain::name_of_base(&path(base), &path(of)), expected, "{base} of {of}");
+    }
+    write(&path("images/one"), &zero, &Base { id, name: "full".into() }, 64);
+    std::os::unix::fs::symlink(path("images/one"), path("links/one")).unwrap();
+    check(&Chain::open(&path("links/one")).unwrap(), &zero);
+}
+
+#[test]
 fn a_chain_that_was_tampered_with_is_refused_with_what_is_wrong() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);

@@ -20,7 +20,7 @@ pub mod protect;
 pub mod sweep;
 
 use crate::image::blocks::compare;
-use crate::image::chain::{MAX_IMAGES, lineage};
+use crate::image::chain::{MAX_IMAGES, lineage, name_of_base};
 use crate::image::writer::{Base, Rest};
 use crate::image::{Fault, ImageWriter};
 use crate::job::pause::{PausedGuest, SavedState};
@@ -93,10 +93,7 @@ fn find_base(job: &Job, plan: &Plan) -> Result<Base, JobError> {
     }
     compare(job.memory.table(), &images[0].contents().table, true)
         .map_err(|source| refused(Fault::BaseBlocks { path: path.to_owned(), source }))?;
-    let folder = plan.path.parent().unwrap_or(Path::new("/"));
-    // Images that lie together can be moved together.
-    let name = path.strip_prefix(folder).unwrap_or(path);
-    Ok(Base { id: images[0].header().id, name: name.to_string_lossy().into_owned() })
+    Ok(Base { id: images[0].header().id, name: name_of_base(path, &plan.path) })
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {
