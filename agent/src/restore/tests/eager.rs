@@ -171,9 +171,12 @@ fn blocks_that_were_not_come_to_keep_what_was_discarded_in_them() {
     let order = discarded_twice(&ram, &path);
     ram.discard(0, PageRange::new(14, 5));
     let job = new_job(&ram, &Vmm::willing(&ram), 0);
+    let error = job.unless_frozen(|| ()).unwrap_err().to_string();
+    assert_eq!(error, "job 1 restores the memory: populate again once the guest runs, or the restore has failed");
     job.cancel.cancel().unwrap();
     run(&job, &order);
     assert_eq!(job.status().phase, Phase::Cancelled);
+    job.unless_frozen(|| ()).unwrap();
     ram.check_empty(|id, page| page < 10 || since(id, page) || id == 0 && (14..19).contains(&page));
 }
 
