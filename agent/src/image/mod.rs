@@ -274,6 +274,15 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// True if the image, or one that it builds on, could not be looked at: whether something is wrong with what is in it is not known.
+    pub fn is_unreadable(&self) -> bool {
+        match self {
+            Self::Kernel { .. } | Self::At { .. } | Self::Kind | Self::Bitmap(_) => true,
+            Self::NoBase(base) => base.fault.is_unreadable(),
+            _ => false,
+        }
+    }
+
     /// Of the image at `path`.
     pub fn of(self, path: &Path) -> ImageError {
         ImageError { path: path.to_owned(), fault: self }
