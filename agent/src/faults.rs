@@ -7,9 +7,9 @@ use crate::job::{Job, JobError};
 use crate::memory::arriving::{Answer, Arriving, ArrivingError};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::userfault::{MAX_FAULTS, Userfaultfd};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// How long a fault that cannot be answered for want of memory waits until it is looked at again.
@@ -52,28 +52,72 @@ impl Drop for Registered<'_> {
     }
 }
 
-/// Answers faults until `stop` is readable, or the VMM is gone.
-pub fn answer(job: &Job, arriving: &Arriving, supplier: &mut impl Supplier, stop: BorrowedFd<'_>) {
-    let mut unanswered = Unanswered { job, over: false };
+/// How the thread that answers faults hears that it is to end.
+#[derive(Debug)]
+pub struct Stop(OwnedFd);
+
+/// It ends, on drop: also if whoever would wait for it panics, and would wait for ever.
+#[derive(Debug)]
+pub struct Stopping<'a>(&'a Stop);
+
+impl Stop {
+    /// It goes on until then.
+    ///
+    /// # Errors
+    /// If the kernel has no event descriptor.
+    pub fn new() -> Result<Self, JobError> {
+        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        event.map(Self).map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })
+    }
+
+    /// To be had before the thread is started, within the scope that waits for it.
+    pub fn on_drop(&self) -> Stopping<'_> {
+        Stopping(self)
+    }
+}
+
+impl AsFd for Stop {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        // A full eventfd is readable already.
+        let _ = rustix::io::write(&self.0.0, &1u64.to_ne_bytes());
+    }
+}
+
+/// Answers faults until `stop` is readable. A guest whose faults nobody answers hangs: if that comes to be, also by a panic, `fail` is told why, and is to end the job, so that the VMM hears that
+/// its memory is lost.
+pub fn answer(
+    job: &Job, arriving: &Arriving, supplier: &mut impl Supplier, stop: BorrowedFd<'_>, fail: impl FnOnce(JobError),
+) {
+    let mut unanswered = Unanswered(Some(fail));
     match answer_all(job, arriving, supplier, stop) {
-        Ok(()) => unanswered.over = true,
+        Ok(()) => unanswered.0 = None,
         Err(error) => {
             log::error!("job {}: faults are not answered any more: {}", job.id, crate::error::chain(&error));
+            unanswered.fail(error);
         }
     }
 }
 
-/// A guest whose faults nobody answers hangs. On drop, also by a panic, the VMM is told that its memory is lost, unless all is over.
-struct Unanswered<'a> {
-    job: &'a Job,
-    over: bool,
+/// Nobody answers faults; on drop it is by a panic.
+struct Unanswered<F: FnOnce(JobError)>(Option<F>);
+
+impl<F: FnOnce(JobError)> Unanswered<F> {
+    fn fail(&mut self, error: JobError) {
+        if let Some(fail) = self.0.take() {
+            fail(error);
+        }
+    }
 }
 
-impl Drop for Unanswered<'_> {
+impl<F: FnOnce(JobError)> Drop for Unanswered<F> {
     fn drop(&mut self) {
-        if !self.over {
-            self.job.cancel.force();
-        }
+        self.fail(JobError::Panicked);
     }
 }
 
@@ -134,4 +178,68 @@ fn read(
 /// True if there is nobody any more who could wait.
 pub fn is_gone(error: &ArrivingError) -> bool {
     matches!(error, ArrivingError::Place { source: Errno::SRCH, .. })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hooks::Hooks;
+    use crate::memory::GuestMemory;
+    use crate::memory::owed::Owed;
+    use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::Arc;
+
+    struct Panics;
+
+    impl Supplier for Panics {
+        fn serve(&mut self, _: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>) -> Result<(), JobError> {
+            std::panic::resume_unwind(Box::new("as if by a defect"));
+        }
+    }
+
+    struct Reads;
+
+    impl Supplier for Reads {
+        fn serve(&mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>) -> Result<(), JobError> {
+            read(&mut Vec::new())
+        }
+    }
+
+    /// Why faults are not answered any more, of which there seem to be some and none can be read.
+    fn why(mut supplier: impl Supplier) -> Option<JobError> {
+        let memory = Arc::new(GuestMemory::default());
+        let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
+        let job = Job::new(1, JobKind::Restore, memory.clone(), hooks, OutgoingOptions::default(), notify).unwrap();
+        let (folder, owed) = (std::fs::File::open("/").unwrap(), Arc::new(Owed::nothing(&memory, &[]).unwrap()));
+        let arriving = Arriving::new(&memory, owed, folder.into(), false, job.live.clone()).unwrap();
+        let (stop, mut why) = (Stop::new().unwrap(), None);
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            answer(&job, &arriving, &mut supplier, stop.as_fd(), |error| why = Some(error));
+        }));
+        assert!(!job.cancel.is_cancelled());
+        why
+    }
+
+    #[test]
+    fn who_is_to_end_the_job_hears_why_also_of_a_panic() {
+        let why_not = why(Reads).unwrap();
+        assert!(crate::error::chain(&why_not).starts_with("cannot read faults: "), "{why_not}");
+        assert!(matches!(why(Panics), Some(JobError::Panicked)));
+    }
+
+    #[test]
+    fn a_panic_of_whoever_waits_for_the_thread_ends_it_too() {
+        let stop = Stop::new().unwrap();
+        // Nothing is ever read from it.
+        let never = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap().into();
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            std::thread::scope(|scope| {
+                let _stopping = stop.on_drop();
+                scope.spawn(|| assert!(!wait(&never, stop.as_fd()).unwrap()));
+                std::panic::resume_unwind(Box::new("as if by a defect"));
+            })
+        }));
+        assert!(outcome.is_err());
+    }
 }

@@ -145,6 +145,26 @@ fn an_image_is_good_or_each_place_that_is_not_is_named() {
 }
 
 #[test]
+fn what_cannot_be_read_is_not_called_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    chain(folder);
+    std::fs::rename(folder.join("monday.img"), folder.join("moved.img")).unwrap();
+    let status = |image: &str| {
+        let output = run(folder, &["verify", image, "--all", "--json"]);
+        assert_eq!(output.status.code(), Some(1));
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()["status"].clone()
+    };
+    // Mistyped, a folder, and one whose base is gone.
+    for image in ["mist.img", ".", "tuesday.img"] {
+        assert_eq!(status(image), json!("unreadable"), "{image}");
+    }
+    let place = Image::open_contents(&folder.join("tuesday.img")).unwrap().layout().states();
+    flip(&folder.join("tuesday.img"), place);
+    assert_eq!(status("tuesday.img"), json!("damaged"));
+}
+
+#[test]
 fn a_chain_is_folded_in_place_and_what_builds_on_it_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();

@@ -178,6 +178,11 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
     let (mut chance, side, mut model) = (Random::new(seed), Side::new(), saved.clone());
     // What an earlier guest left there.
     (0..50).for_each(|_| side.store((9, chance.below(1177)), u64::MAX));
+    // What was discarded of that guest says nothing of the one that comes, unless it is discarded once more.
+    let before: Vec<_> = (0..chance.below(4)).map(|_| some_pages(&mut chance)).collect();
+    for pages in &before {
+        side.client.discard(&range_of(*pages), Punch::Yes).unwrap();
+    }
     let options = RestoreOptions {
         mode,
         workers: 1 + chance.below(3) as u16,
@@ -195,8 +200,8 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
     let started = side.client.start_restore(Path::new(image), &options).unwrap();
     let mut touched = BTreeSet::new();
     // Its own word, whatever the image says of them.
-    for _ in 0..chance.below(4) {
-        let pages = some_pages(&mut chance);
+    let again = before.into_iter().filter(|_| chance.one_in(2)).collect::<Vec<_>>();
+    for pages in (0..chance.below(4)).map(|_| some_pages(&mut chance)).chain(again) {
         side.client.discard(&range_of(pages), Punch::Yes).unwrap();
         model.extend(pages_of(pages).map(|page| (page, Is::Discarded)));
     }

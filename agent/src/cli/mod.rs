@@ -45,7 +45,7 @@ enum Command {
     Snapshot(snapshot::SnapshotCommand),
     /// Restore a guest from an image into a VMM that waits for one, and watch.
     Restore(snapshot::RestoreCommand),
-    /// Cancel the job that runs; the guest runs on.
+    /// Cancel the job that runs; a guest that ran before it runs on.
     Cancel(OperatorArgs),
     /// Have the migration that runs, of mode hybrid, switch to postcopy.
     Postcopy(OperatorArgs),
@@ -75,7 +75,7 @@ pub struct OperatorArgs {
     /// The agent's socket.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
-    /// Print JSON: one object, or with `watch` one a line.
+    /// Print JSON: one object, or where a job is watched until it ends one a line.
     #[arg(long)]
     pub json: bool,
 }

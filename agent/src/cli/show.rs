@@ -219,10 +219,16 @@ impl Progress {
     }
 }
 
+/// Pages of a snapshot or a restore that need nothing more done for them. Those that are zero in an image are no work for a restore: they are holes from the start.
+fn done_of_image(status: &JobStatus) -> u64 {
+    let counters = &status.counters;
+    let zero = if status.kind == JobKind::Restore { 0 } else { counters.zero_pages };
+    counters.pages_sent + zero + counters.dropped_pages
+}
+
 /// The progress of a snapshot or a restore.
 fn show_image(bar: &ProgressBar, status: &JobStatus) {
-    let counters = &status.counters;
-    let done = counters.pages_sent + counters.zero_pages + counters.dropped_pages;
+    let (counters, done) = (&status.counters, done_of_image(status));
     bar.set_length((done + counters.remaining_pages).max(1));
     bar.set_position(done);
     bar.set_prefix(status.phase.name());
@@ -234,6 +240,15 @@ fn show_image(bar: &ProgressBar, status: &JobStatus) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pageferry_protocol::control::job::Counters;
+
+    #[test]
+    fn what_is_zero_is_work_for_a_snapshot_and_none_for_a_restore() {
+        let counters = Counters { pages_sent: 3, zero_pages: 500, dropped_pages: 2, ..Counters::default() };
+        let status = |kind| JobStatus { kind, counters, ..JobStatus::default() };
+        assert_eq!(done_of_image(&status(JobKind::Snapshot)), 505);
+        assert_eq!(done_of_image(&status(JobKind::Restore)), 5);
+    }
 
     #[test]
     fn figures_are_readable() {

@@ -2,11 +2,12 @@
 //!
 //! Who is what is checked by identity: an increment names the id of its base, and a file that was replaced by another image has another.
 
+use super::blocks::compare;
 use super::reader::States;
 use super::{Fault, Image, ImageError};
 use crate::memory::runs::{NEAR, joined};
 use pageferry_protocol::image::{EXTENT_PAGES, StateWord};
-use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
+use pageferry_protocol::memory::{BlockTable, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use std::path::{Path, PathBuf};
@@ -114,18 +115,12 @@ impl Chain {
     /// # Errors
     /// If one cannot be read, or is damaged.
     pub fn read(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
-        let place = |run: &PageRange| (run.first - range.first) as usize * PAGE_SIZE as usize;
-        let mut filled = range.first;
-        for run in self.present[at].runs(range) {
-            into[place(&PageRange::new(filled, 0))..place(&run)].fill(0);
-            filled = run.end();
-        }
-        into[place(&PageRange::new(filled, 0))..].fill(0);
-        for layer in &self.layers {
-            for run in layer.pages[at].runs(range) {
-                let start = place(&run);
-                layer.image.read(at, run, &mut into[start..start + run.bytes() as usize])?;
-            }
+        into.fill(0);
+        let mut rest = into;
+        for part in in_extents(range) {
+            let (into, after) = rest.split_at_mut(part.bytes() as usize);
+            self.read_extent(at, part, into)?;
+            rest = after;
         }
         Ok(())
     }
@@ -152,21 +147,17 @@ impl Chain {
             joined(layer.pages[at].runs(range), NEAR).for_each(|run| layer.image.will_need(at, run));
         }
     }
-
-    /// Checks the checksums of the pages of an extent, in all images that it is read from.
-    ///
-    /// # Errors
-    /// If they cannot be read, or are damaged.
-    pub fn check_sums(&self, at: usize, extent: u64) -> Result<(), ImageError> {
-        let pages = PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES);
-        let mut layers = self.layers.iter().filter(|layer| layer.pages[at].next_set(pages).is_some());
-        layers.try_for_each(|layer| layer.image.check_sums(at, extent))
-    }
 }
 
 /// The image at `path` and those that it builds on, the newest first, as far as they can be opened; and why no more of them.
 pub fn images(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
     open_all(path, Image::open)
+}
+
+/// A run of pages, cut where extents end.
+pub fn in_extents(run: PageRange) -> impl Iterator<Item = PageRange> {
+    let extents = if run.is_empty() { 0..0 } else { run.first / EXTENT_PAGES..run.end().div_ceil(EXTENT_PAGES) };
+    extents.map(move |extent| PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES).intersection(&run))
 }
 
 /// The words of a block with a page that is not zero; some twice.
@@ -191,9 +182,8 @@ fn next_base(images: &[Image], open: fn(&Path) -> Result<Image, ImageError>) -> 
     if found != expected {
         return Err(Fault::Base { path, found, expected }.of(last.path()));
     }
-    if base.contents().table != last.contents().table {
-        return Err(Fault::BaseBlocks { path }.of(last.path()));
-    }
+    compare(&last.contents().table, &base.contents().table, true)
+        .map_err(|source| Fault::BaseBlocks { path, source }.of(last.path()))?;
     Ok(Some(base))
 }
 
@@ -219,8 +209,33 @@ fn open_all(path: &Path, open: fn(&Path) -> Result<Image, ImageError>) -> (Vec<I
     (images, opened)
 }
 
-/// Where the base of an increment is.
+/// Where the base of an increment is: its name is a path from the folder of the increment's file, whatever link leads there.
 pub fn base_path(image: &Image) -> PathBuf {
-    let folder = image.path().parent().unwrap_or(Path::new(""));
-    folder.join(&image.contents().base_name)
+    let file = file_of(image.path());
+    file.parent().unwrap_or(Path::new("")).join(&image.contents().base_name)
+}
+
+/// The file that `path` leads to, without links on the way; `path` itself if there is none.
+fn file_of(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
+}
+
+/// What an increment at `path` calls its base at `base`: images that lie together can be moved together, and a link that leads to another image later leads nobody astray.
+pub fn name_of_base(base: &Path, path: &Path) -> String {
+    let (file, folder) = (file_of(base), file_of(path.parent().unwrap_or(Path::new("/"))));
+    // What is not UTF-8 cannot be written down: the link can.
+    let name = file.strip_prefix(folder).unwrap_or(&file).to_str();
+    name.map_or_else(|| base.to_string_lossy().into_owned(), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_cut_where_extents_end() {
+        let parts: Vec<_> = in_extents(PageRange::new(500, 600)).collect();
+        assert_eq!(parts, [PageRange::new(500, 12), PageRange::new(512, 512), PageRange::new(1024, 76)]);
+        assert_eq!(in_extents(PageRange::new(5, 0)).count(), 0);
+    }
 }

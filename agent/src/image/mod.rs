@@ -6,6 +6,7 @@
 //! - [`writer`]: pages and all else into a new image;
 //! - [`sums`]: checksums of pages on their way into it;
 //! - [`reader`]: an image that is there, each part of it checked before anyone sees it;
+//! - [`blocks`]: two sets of blocks that are to be the same;
 //! - [`chain`]: an increment with the images that it builds on;
 //! - [`verify`]: all of an image, and of those that it builds on, compared with what it should be;
 //! - [`merge`]: a chain folded into one image;
@@ -13,6 +14,7 @@
 //! - [`workers`]: work on extents, shared out among threads;
 //! - this file: what can be wrong.
 
+pub mod blocks;
 pub mod bytes;
 pub mod chain;
 pub mod merge;
@@ -30,6 +32,7 @@ pub use page_buffer::PageBuffer;
 pub use reader::Image;
 pub use writer::ImageWriter;
 
+use blocks::Difference;
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::image::contents::ContentsError;
 use pageferry_protocol::image::layout::TooLarge;
@@ -81,10 +84,21 @@ pub enum Fault {
     /// There is an image of that name.
     #[error("the file exists: choose another name, or have it replaced")]
     Exists,
+    /// No temporary name is free beside it.
+    #[error(
+        "{} and {others} more like it are left over from what had this process's number before, or are being written: remove those that are left over",
+        first.display()
+    )]
+    Temporary {
+        /// The first of the names.
+        first: PathBuf,
+        /// How many there are besides.
+        others: u32,
+    },
     /// It is no file.
     #[error("it is not a regular file")]
     Kind,
-    /// The file's name says no folder, or no name.
+    /// The file's name says no folder, or no name, or is that of a folder.
     #[error("path is not that of a file, from the root")]
     Path,
     /// The file ends too early, or too late.
@@ -224,6 +238,9 @@ pub enum Fault {
     BaseBlocks {
         /// The base.
         path: PathBuf,
+        /// How they differ.
+        #[source]
+        source: Difference,
     },
     /// An increment would take the place of what it builds on.
     #[error("the file is {}, which the increment builds on: choose another name", path.display())]
@@ -237,8 +254,19 @@ pub enum Fault {
         /// The id of the base.
         id: [u8; 16],
     },
+    /// The base has a name and no id, or the other way round.
+    #[error(
+        "base name is {name:?} and base id is {}: an image that stands alone has neither, and an increment has both",
+        id_text(id)
+    )]
+    BaseName {
+        /// In the contents.
+        name: String,
+        /// In the header.
+        id: [u8; 16],
+    },
     /// The chain is too long.
-    #[error("it builds on more than {0} images, one on the other")]
+    #[error("it and the images that it builds on, one on the other, are more than {0}")]
     Chain(usize),
     /// Memory for a bitmap.
     #[error("bitmap")]
@@ -246,6 +274,15 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// True if the image, or one that it builds on, could not be looked at: whether something is wrong with what is in it is not known.
+    pub fn is_unreadable(&self) -> bool {
+        match self {
+            Self::Kernel { .. } | Self::At { .. } | Self::Kind | Self::Bitmap(_) => true,
+            Self::NoBase(base) => base.fault.is_unreadable(),
+            _ => false,
+        }
+    }
+
     /// Of the image at `path`.
     pub fn of(self, path: &Path) -> ImageError {
         ImageError { path: path.to_owned(), fault: self }

@@ -5,9 +5,10 @@
 
 use super::bytes::write_at;
 use super::{Fault, ImageError, kernel};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -27,16 +28,23 @@ pub struct NewFile {
 }
 
 impl NewFile {
-    /// A file that will be at `path`. With `replace` it takes the place of what is there.
+    /// A file that will be at `path`. With `replace` it takes the place of the file that is there; never of anything else, such as a folder, a device or a link.
     ///
     /// # Errors
-    /// If something is there and is not to be replaced, or the folder cannot be written to.
+    /// If something is there and is not to be replaced, the name is none of a file, or the folder cannot be written to: as far as that can be told before anything is written.
     pub fn create(path: &Path, replace: bool) -> Result<Self, Fault> {
-        let (Some(folder), Some(_), true) = (path.parent(), path.file_name(), path.is_absolute()) else {
+        let (Some(folder), Some(name), true) = (path.parent(), path.file_name(), path.is_absolute()) else {
             return Err(Fault::Path);
         };
-        if !replace && path.symlink_metadata().is_ok() {
-            return Err(Fault::Exists);
+        // Not if it ends in `/` or `/.`, which is a folder's name.
+        if !path.as_os_str().as_bytes().ends_with(name.as_bytes()) {
+            return Err(Fault::Path);
+        }
+        match rustix::fs::lstat(path) {
+            Ok(stat) if !FileType::from_raw_mode(stat.st_mode).is_file() => return Err(Fault::Kind),
+            Ok(_) if !replace => return Err(Fault::Exists),
+            Ok(_) | Err(Errno::NOENT) => {}
+            Err(source) => return Err(Fault::Kernel { what: "create a file in its folder", source }),
         }
         let new = |file, temporary| Self {
             file,
@@ -54,7 +62,7 @@ impl NewFile {
         }
         let mut attempts = names(path);
         loop {
-            let name = attempts.next().ok_or(Fault::Exists)?;
+            let name = attempts.next().ok_or_else(|| no_name(path))?;
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
             match rustix::fs::open(&name, flags, mode) {
                 Ok(file) => return Ok(new(file, Some(name))),
@@ -122,7 +130,7 @@ impl NewFile {
                 return Ok(name);
             }
         }
-        Err(Fault::Exists)
+        Err(no_name(&self.path))
     }
 
     /// Gives a file that has no name this one; false if something else has it.
@@ -153,6 +161,11 @@ fn names(path: &Path) -> impl Iterator<Item = PathBuf> {
     let folder = path.parent().map(Path::to_owned).unwrap_or_default();
     let process = std::process::id();
     (0..ATTEMPTS).map(move |attempt| folder.join(format!(".pageferry-{process}-{attempt}.part")))
+}
+
+/// All of them are taken.
+fn no_name(path: &Path) -> Fault {
+    Fault::Temporary { first: names(path).next().unwrap_or_default(), others: ATTEMPTS - 1 }
 }
 
 impl AsFd for NewFile {
@@ -218,8 +231,45 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_file_is_never_replaced_and_that_is_told_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let [image, link, nowhere, inner, socket] =
+            ["image", "link", "nowhere", "inner", "socket"].map(|name| folder.path().join(name));
+        std::fs::write(&image, "old").unwrap();
+        std::os::unix::fs::symlink(&image, &link).unwrap();
+        std::os::unix::fs::symlink("none", &nowhere).unwrap();
+        std::fs::create_dir(&inner).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for path in [&link, &nowhere, &inner, &socket, Path::new("/dev/null")] {
+            for replace in [false, true] {
+                assert!(matches!(NewFile::create(path, replace), Err(Fault::Kind)), "{}", path.display());
+            }
+        }
+        for (path, errno) in
+            [(folder.path().join("n".repeat(256)), Errno::NAMETOOLONG), (image.join("x"), Errno::NOTDIR)]
+        {
+            let refused = NewFile::create(&path, true).unwrap_err();
+            assert!(matches!(refused, Fault::Kernel { source, .. } if source == errno), "{refused}");
+        }
+        assert_eq!(files(folder.path()), ["image", "inner", "link", "nowhere", "socket"]);
+    }
+
+    #[test]
+    fn what_others_left_behind_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        std::fs::write(&path, "old").unwrap();
+        let file = NewFile::create(&path, true).unwrap();
+        names(&path).for_each(|name| std::fs::write(name, "left over").unwrap());
+        let error = file.finish().unwrap_err().to_string();
+        let first = names(&path).next().unwrap();
+        assert!(error.starts_with(&format!("{} and 99 more", first.display())), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+    }
+
+    #[test]
     fn a_path_that_is_no_file_from_the_root_is_refused() {
-        for path in ["image", "/", "/tmp/.."] {
+        for path in ["image", "/", "/tmp/..", "/tmp/image/", "/tmp/image/."] {
             assert!(matches!(NewFile::create(Path::new(path), true), Err(Fault::Path)), "{path}");
         }
         assert!(matches!(NewFile::create(Path::new("/no/such/folder"), true), Err(Fault::Kernel { .. })));

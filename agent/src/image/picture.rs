@@ -8,7 +8,7 @@ use png::{BitDepth, ColorType, Encoder, EncodingError};
 pub const MAX_WIDTH: u32 = 4096;
 /// Most pixels of a picture, from top to bottom.
 pub const MAX_HEIGHT: u32 = 8192;
-/// Fewest pixels of a picture, from side to side.
+/// Pixels of a picture from side to side, however small the guest is, unless fewer are wanted.
 const MIN_WIDTH: u32 = 16;
 /// Pixels between two blocks.
 const GAP: u64 = 4;
@@ -183,13 +183,13 @@ pub struct Picture {
 }
 
 impl Picture {
-    /// Paints what is seen, at most `width` pixels wide and [`MAX_HEIGHT`] high.
+    /// Paints what is seen, at most `width` pixels wide, but at least one, and [`MAX_HEIGHT`] high.
     pub fn paint(view: &View<'_>, width: u32) -> Self {
         let blocks = view.table().blocks();
         let pages: u64 = blocks.iter().map(BlockGeometry::pages).sum();
         // Not a line where the guest is small.
         let square = u32::try_from(pages.isqrt().next_power_of_two()).unwrap_or(MAX_WIDTH);
-        let width = width.min(square).clamp(MIN_WIDTH, MAX_WIDTH);
+        let width = width.min(square.max(MIN_WIDTH)).clamp(1, MAX_WIDTH);
         let rows = |pages: u64, per_pixel: u64| pages.div_ceil(per_pixel).div_ceil(width.into());
         let gaps = GAP * (blocks.len() as u64).saturating_sub(1);
         let height = |per_pixel| gaps + blocks.iter().map(|block| rows(block.pages(), per_pixel)).sum::<u64>();

@@ -1,5 +1,5 @@
 //! Reading an image. Nothing of it is believed that is not checked: the header by itself, the sections by the header, a page by its checksum, and that by the sum
-//! of its extent where whole extents are read.
+//! of its extent.
 //!
 //! It is only ever read, and through the page cache: guests that are restored from one image share what is read.
 
@@ -99,6 +99,9 @@ impl Image {
         read_at(file.as_fd(), &mut bytes, section.offset)?;
         check_sum(SectionKind::Contents, section, checksum(&bytes))?;
         let contents = Contents::decode(&bytes)?;
+        if header.is_increment() == contents.base_name.is_empty() {
+            return Err(Fault::BaseName { name: contents.base_name, id: header.base });
+        }
         let layout = Layout::new(&contents.table)?;
         check_places(&header, &contents, &layout)?;
         let path = path.to_owned();
@@ -119,9 +122,9 @@ impl Image {
                 let bytes = &mut bytes[..PART.min((size - offset) as usize)];
                 read_at(self.file.as_fd(), bytes, start + offset)?;
                 digest.update(bytes);
-                let first_word = offset / 16;
-                let pages = (block.pages() - first_word * 64).min(bytes.len() as u64 / 16 * 64);
-                let words = match decode_states(bytes, pages, self.header.is_increment()) {
+                let first = offset / 16 * 64;
+                let range = PageRange::new(first, (block.pages() - first).min(bytes.len() as u64 / 16 * 64));
+                let words = match decode_states(bytes, range, self.header.is_increment()) {
                     Ok(words) => words,
                     Err(source) => {
                         refused = refused.or(Some(Fault::States { id: block.id, source }));
@@ -129,7 +132,6 @@ impl Image {
                     }
                 };
                 for (word, state) in words {
-                    let word = first_word + word;
                     states.present.or_word(word, state.present);
                     states.discarded.or_word(word, state.discarded);
                     states.unchanged.or_word(word, state.unchanged);
@@ -181,27 +183,6 @@ impl Image {
         &self.states
     }
 
-    /// Reads the pages `range` of the block at index `at`, all of which it has, and checks each.
-    ///
-    /// # Errors
-    /// If they cannot be read, or one is damaged: which, and where.
-    pub fn read(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
-        self.read_pages(at, range, into).map_err(|fault| fault.of(&self.path))
-    }
-
-    fn read_pages(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), Fault> {
-        read_at(self.file.as_fd(), into, self.layout.page(at, range.first))?;
-        let mut sums = [0u32; EXTENT_PAGES as usize];
-        let parts = (range.first..range.end()).step_by(sums.len()).zip(into.chunks(sums.len() * PAGE_SIZE as usize));
-        for (first, pages) in parts {
-            let sums = &mut sums[..pages.len() / PAGE_SIZE as usize];
-            let bytes = zerocopy::IntoBytes::as_mut_bytes(&mut *sums);
-            read_at(self.file.as_fd(), bytes, self.layout.page_sum(at, first))?;
-            self.check_pages(at, first, pages, sums)?;
-        }
-        Ok(())
-    }
-
     /// Compares pages with their checksums.
     fn check_pages(&self, at: usize, first: u64, pages: &[u8], sums: &[u32]) -> Result<(), Fault> {
         for ((page, bytes), found) in (first..).zip(pages.chunks(PAGE_SIZE as usize)).zip(sums) {
@@ -212,18 +193,6 @@ impl Image {
             }
         }
         Ok(())
-    }
-
-    /// Checks the checksums of the pages of extent `extent` of the block at index `at`.
-    ///
-    /// # Errors
-    /// If they cannot be read, or are damaged.
-    pub fn check_sums(&self, at: usize, extent: u64) -> Result<(), ImageError> {
-        self.check_extent(at, extent).map_err(|fault| fault.of(&self.path))
-    }
-
-    fn check_extent(&self, at: usize, extent: u64) -> Result<(), Fault> {
-        self.sums_of(at, extent).map(drop)
     }
 
     /// The checksums of the pages of an extent, checked.

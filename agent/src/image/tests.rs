@@ -2,7 +2,9 @@ use super::test_support::{BLOCKS, Page, check, merged, pages, write, zero};
 use super::writer::Base;
 use super::*;
 use crate::error::chain as sentence;
+use pageferry_protocol::image::{Header, ImageId};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
 use proptest::prelude::*;
 use std::os::fd::AsFd;
 
@@ -35,7 +37,6 @@ proptest! {
             for (at, pages) in BLOCKS.into_iter().enumerate() {
                 let mut bytes = vec![0; (pages * PAGE_SIZE) as usize];
                 chain.read(at, PageRange::new(0, pages), &mut bytes)?;
-                (0..chain.newest().layout().extents(at)).try_for_each(|extent| chain.check_sums(at, extent))?;
             }
             chain.newest().state().map(drop)
         };
@@ -54,10 +55,8 @@ fn the_sum_of_an_extent_without_content_is_that_of_its_checksums_too() {
     let mut model = zero();
     model[1][600] = Page::Content(1);
     write(&path, &model, &Base::default(), 64);
-    let image = Image::open(&path).unwrap();
-    for (at, extents) in [1, 3].into_iter().enumerate() {
-        (0..extents).for_each(|extent| image.check_sums(at, extent).unwrap());
-    }
+    let report = verify::verify(&path, 1, 1, &|_, _| ());
+    assert!(report.errors.is_empty(), "{:?}", report.errors);
 }
 
 #[test]
@@ -78,6 +77,45 @@ fn states_that_are_damaged_are_called_so_whatever_they_came_to_say() {
     }
 }
 
+/// Makes the image at `path` say that it builds on `base`, or on none.
+fn rebase(path: &Path, base: ImageId) {
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut bytes = [0; 4096];
+    bytes::read_at(file.as_fd(), &mut bytes, 0).unwrap();
+    let header = Header { base, ..Header::from_bytes(&bytes).unwrap() };
+    bytes::write_at(file.as_fd(), &header.to_bytes(), 0).unwrap();
+}
+
+#[test]
+fn a_state_that_no_image_has_is_named_by_its_page_however_large_the_block() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    // Its states are read in two parts.
+    let (pages, odd) = ((1 << 22) + 64, (1 << 22) + 3);
+    let writer = ImageWriter::create(&path, &test_support::table(&[pages]), false, true).unwrap();
+    let bitmap = || MappedBitmap::private(pages).unwrap();
+    let (discarded, changed) = ([bitmap()], [bitmap()]);
+    changed[0].set(PageRange::new(0, odd));
+    changed[0].set(PageRange::new(odd + 1, pages - odd - 1));
+    let rest = writer::Rest { discarded: &discarded, changed: Some(&changed) };
+    writer.finish(rest, &Base { id: [7; 16], name: String::new() }, Vec::new(), None).unwrap();
+    rebase(&path, [0; 16]);
+    let error = sentence(&Image::open(&path).unwrap_err());
+    assert!(error.contains(&format!("page that is as in the base is {odd:#x}")), "{error}");
+}
+
+#[test]
+fn a_base_has_a_name_and_an_id_or_neither() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    for (name, id, shown) in [("full", [0; 16], "\"full\""), ("", [7; 16], "\"\"")] {
+        write(&path, &zero(), &Base { id, name: name.into() }, 64);
+        let error = sentence(&Image::open_contents(&path).unwrap_err());
+        assert!(error.contains(&format!("base name is {shown} and base id is ")), "{error}");
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
 #[test]
 fn an_image_that_builds_on_itself_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -85,11 +123,32 @@ fn an_image_that_builds_on_itself_is_refused() {
     let zero = zero();
     let id = write(&path("one"), &zero, &Base { id: [7; 16], name: "two".into() }, 64);
     let id = write(&path("two"), &zero, &Base { id, name: "one".into() }, 64);
-    let header = pageferry_protocol::image::Header { base: id, ..Image::open(&path("one")).unwrap().header().clone() };
-    let file = std::fs::OpenOptions::new().write(true).open(path("one")).unwrap();
-    bytes::write_at(file.as_fd(), &header.to_bytes(), 0).unwrap();
+    rebase(&path("one"), id);
     let error = Chain::open(&path("two")).unwrap_err();
     assert!(matches!(error.fault, Fault::Circle { id: found } if found == id), "{}", sentence(&error));
+}
+
+#[test]
+fn a_base_is_looked_for_where_the_increment_is_and_not_where_a_link_to_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let zero = zero();
+    std::fs::create_dir(path("images")).unwrap();
+    std::fs::create_dir(path("links")).unwrap();
+    let id = write(&path("images/full"), &zero, &Base::default(), 64);
+    std::os::unix::fs::symlink(path("images/full"), path("links/base")).unwrap();
+    std::os::unix::fs::symlink(path("images"), path("same")).unwrap();
+    for (of, base, expected) in [
+        ("images/one", "links/base", "full"),
+        ("images/one", "same/full", "full"),
+        ("same/one", "images/full", "full"),
+        ("links/one", "same/full", path("images/full").canonicalize().unwrap().to_str().unwrap()),
+    ] {
+        assert_eq!(chain::name_of_base(&path(base), &path(of)), expected, "{base} of {of}");
+    }
+    write(&path("images/one"), &zero, &Base { id, name: "full".into() }, 64);
+    std::os::unix::fs::symlink(path("images/one"), path("links/one")).unwrap();
+    check(&Chain::open(&path("links/one")).unwrap(), &zero);
 }
 
 #[test]

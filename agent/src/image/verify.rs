@@ -6,9 +6,9 @@
 
 use super::bytes::{data_in, read_at};
 use super::chain::images;
-use super::workers::{Extents, Progress, share};
+use super::workers::{Extents, Progress, at_once, share};
 use super::{Fault, Image, ImageError, PageBuffer};
-use crate::outgoing::zero::is_zero;
+use crate::memory::zero::is_zero;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE, SectionKind, checksum, extent_checksum};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -18,8 +18,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-/// Extents that are taken at once, one for each bit of a word: where the file has data is asked once for all.
-const GROUP: u64 = 64;
+/// Most extents that are taken at once, one for each bit of a word: where the file has data is asked once for all.
+const GROUP: usize = 64;
 /// Bytes of the checksums of an extent's pages.
 const SUMS_SIZE: u64 = EXTENT_PAGES * 4;
 
@@ -108,8 +108,14 @@ impl Check<'_> {
             let byte = self.image.header().section(SectionKind::VmmState).offset;
             self.findings.add(Place { image: self.number, byte }, error)?;
         }
-        let groups = self.extents.count.div_ceil(GROUP);
-        share(threads, groups, || PageBuffer::new(EXTENT_SIZE as usize), |buffer, group| self.group(buffer, group))
+        let size = at_once(self.extents.count as usize, threads, GROUP) as u64;
+        let groups = self.extents.count.div_ceil(size);
+        share(
+            threads,
+            groups,
+            || PageBuffer::new(EXTENT_SIZE as usize),
+            |buffer, group| self.group(buffer, group * size..self.extents.count.min((group + 1) * size)),
+        )
     }
 
     fn add(&self, byte: u64, fault: Fault) -> Result<(), Enough> {
@@ -156,8 +162,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn group(&self, buffer: &mut [u8], group: u64) -> Result<(), Enough> {
-        let numbers = group * GROUP..self.extents.count.min((group + 1) * GROUP);
+    /// Extents that lie together, no more than [`GROUP`].
+    fn group(&self, buffer: &mut [u8], numbers: Range<u64>) -> Result<(), Enough> {
         let data = self.with_data(EXTENT_SIZE, EXTENT_SIZE, &numbers)
             | self.with_data(self.image.layout().page_sums(), SUMS_SIZE, &numbers);
         let without_content = extent_checksum(&[0; EXTENT_PAGES as usize]);

@@ -11,6 +11,14 @@ pub fn processors() -> usize {
     available_parallelism().map_or(1, usize::from)
 }
 
+/// Claims that there are at least for each worker, so that none is left with the last of the work.
+const CLAIMS: usize = 4;
+
+/// How many of `items` items in a row a worker takes at once, of `workers` that share them: `most`, unless some of them would have little to do then, or nothing; at least 1.
+pub(crate) fn at_once(items: usize, workers: usize, most: usize) -> usize {
+    (items / workers.max(1) / CLAIMS).clamp(1, most)
+}
+
 /// How much is done of what there is to do, for whoever wants to see it.
 pub struct Progress<'a> {
     done: AtomicU64,
@@ -128,6 +136,19 @@ mod tests {
             done.sort_unstable();
             assert_eq!(done, (0..50).collect::<Vec<u64>>(), "{threads} threads");
         }
+    }
+
+    #[test]
+    fn each_worker_has_something_to_do() {
+        for workers in [1, 2, 7, 64] {
+            for items in (0..300).chain([100_000]) {
+                let at_once = at_once(items, workers, 32);
+                assert!((1..=32).contains(&at_once));
+                let claims = items.div_ceil(at_once);
+                assert!(claims >= items.min(CLAIMS * workers), "{items} items, {workers} workers: {claims} claims");
+            }
+        }
+        assert_eq!((at_once(100_000, 8, 32), at_once(0, 0, 32)), (32, 1));
     }
 
     #[test]

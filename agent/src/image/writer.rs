@@ -10,7 +10,7 @@ use super::bytes::{read_at, write_at};
 use super::new_file::NewFile;
 use super::sums::PageSums;
 use super::{Fault, ImageError, kernel};
-use crate::outgoing::zero::data_mask;
+use crate::memory::zero::data_mask;
 use pageferry_protocol::control::hook::PieceSize;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::{

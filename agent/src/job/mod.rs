@@ -260,14 +260,18 @@ impl Job {
         self.limiter.set_rate(bandwidth);
     }
 
-    /// Runs a populate, unless the last sync is near: what it marks would not be seen any more.
+    /// Runs a populate, unless the last sync is near, and what it marks would not be seen any more; or the memory is being restored, and is not the VMM's to change.
     ///
     /// # Errors
-    /// If it is.
+    /// Which of the two.
     pub fn unless_frozen<T>(&self, populate: impl FnOnce() -> T) -> Result<T, Frozen> {
         // Held while populating, so that the freeze waits for it.
         let state = self.state();
-        if state.frozen { Err(Frozen { job: self.id }) } else { Ok(populate()) }
+        match (state.frozen, self.kind) {
+            (false, _) => Ok(populate()),
+            (true, JobKind::Restore) => Err(Frozen::Restoring(self.id)),
+            (true, _) => Err(Frozen::PastLastSync(self.id)),
+        }
     }
 
     /// Refuses populates from now on.
@@ -282,10 +286,14 @@ impl Job {
 }
 
 /// A populate while a job cannot take it.
-#[derive(Debug, thiserror::Error)]
-#[error("job {job} is past its last sync: populate again if it ends with the guest here")]
-pub struct Frozen {
-    job: u64,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Frozen {
+    /// A migration, with this number.
+    #[error("job {0} is past its last sync: populate again if it ends with the guest here")]
+    PastLastSync(u64),
+    /// A restore, with this number.
+    #[error("job {0} restores the memory: populate again once the guest runs, or the restore has failed")]
+    Restoring(u64),
 }
 
 /// The guest's memory is not whole here.

@@ -129,6 +129,8 @@ pub struct GuestMemory {
     changes: AtomicU64,
     /// Hears of what discards have freed.
     freed: Mutex<Option<Arc<dyn Freed>>>,
+    /// See [`GuestMemory::note_discards`].
+    noted: Mutex<Option<Arc<Vec<MappedBitmap>>>>,
     /// What is still to come, while the guest runs before it is here.
     arriving: Mutex<Option<Arc<Arriving>>>,
 }
@@ -154,6 +156,7 @@ impl GuestMemory {
             marking: Marking::default(),
             changes: AtomicU64::new(0),
             freed: Mutex::default(),
+            noted: Mutex::default(),
             arriving: Mutex::default(),
         }
     }
@@ -176,6 +179,22 @@ impl GuestMemory {
     /// Who hears of what discards have freed.
     pub(super) fn freed(&self) -> Option<Arc<dyn Freed>> {
         self.freed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Discards note what they mark in `noted`, a bitmap of each block, from now on until [`GuestMemory::forget_discards`]: also what was discarded before, and what does not stay
+    /// discarded. To be called with `marking` held.
+    pub fn note_discards(&self, noted: Arc<Vec<MappedBitmap>>) {
+        *self.noted.lock().unwrap_or_else(PoisonError::into_inner) = Some(noted);
+    }
+
+    /// Nobody looks at `noted` any more. Somebody else may have had others noted since.
+    pub fn forget_discards(&self, noted: &Arc<Vec<MappedBitmap>>) {
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner).take_if(|current| Arc::ptr_eq(current, noted));
+    }
+
+    /// Where discards note what they mark.
+    pub(super) fn noted(&self) -> Option<Arc<Vec<MappedBitmap>>> {
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The blocks, in order of their GPA, as in the table. Their order is that of the workers' chunks, of the fence, and of images.

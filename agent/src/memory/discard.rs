@@ -11,6 +11,7 @@
 //! - `stray` is cleared before `discarded` is set: a worker that still saw the old stray bit has published its word, and the fence waits for it.
 //! - `marking` is held while these three are set, and while a fix-up judges a page and sets `stray`: or a page that is discarded once more between
 //!   the two would be stray again.
+//! - what [`GuestMemory::note_discards`] has noted is noted with `marking` held, too: whoever takes marks back with it held knows which of them are the VMM's word since.
 //! - `changes` is odd from before the first mark until after the last: whoever saw a mark, or what a populate wrote into the log, does not take the bitmaps
 //!   for unchanged.
 //! - what is still to be saved as it was is saved after the marks and before the punch; see [`super::capturing`];
@@ -62,7 +63,11 @@ impl GuestMemory {
         let _change = self.change();
         let mark = || {
             let mut changed = 0;
+            let noted = self.noted();
             for (index, range) in &checked {
+                if let Some(noted) = &noted {
+                    noted[*index].set(*range);
+                }
                 let block = &self.blocks()[*index];
                 block.unsettled.set(*range);
                 block.stray.clear(*range);

@@ -14,6 +14,7 @@
 //! - [`claims`]: how a fault and whoever takes its page agree on who answers;
 //! - [`arriving`]: the memory of a guest that runs before it is here: faults, placing, and discards meanwhile;
 //! - [`runs`]: runs of pages that lie near each other, made one;
+//! - [`zero`]: finding zero pages;
 //! - [`huge`]: writing to hugetlbfs, which only a mapping can;
 //! - [`bus_guard`]: survives a file that shrinks under a mapping (law 8).
 
@@ -33,6 +34,7 @@ pub mod mappings;
 pub mod marking;
 pub mod owed;
 pub mod runs;
+pub mod zero;
 
 pub use backing::{Backing, BackingError};
 pub use block::{Block, GuestMemory};

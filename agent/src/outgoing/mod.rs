@@ -7,7 +7,6 @@
 //! - [`pass`]: one walk over the dirty pages by all workers;
 //! - [`sender`]: reading pages and batching records (laws 1 and 7);
 //! - [`compress`]: compressing them, where that is wanted;
-//! - [`zero`]: finding zero pages;
 //! - [`converge`]: when to stop the guest;
 //! - [`handover`]: the stopped guest, and the line of law 9;
 //! - [`postcopy`]: the guest before its memory.
@@ -20,7 +19,6 @@ pub mod handover;
 pub mod pass;
 pub mod postcopy;
 pub mod sender;
-pub mod zero;
 
 use crate::hooks::HookError;
 use crate::job::pause::PausedGuest;

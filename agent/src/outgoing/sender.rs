@@ -4,10 +4,10 @@
 //! cache between reading, scanning, checksum and sending.
 
 use super::compress::Compressor;
-use super::zero::data_mask;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
 use crate::memory::fence::Reading;
+use crate::memory::zero::data_mask;
 use crate::transport::{Limiter, RecordWriter, StreamSocket};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;

@@ -10,6 +10,7 @@ use super::ground::Ground;
 use super::source::Source;
 use super::{VmmState, let_run};
 use crate::image::PageBuffer;
+use crate::image::workers::at_once;
 use crate::job::{Job, JobError, add, get};
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{self, Fill, HugeWindow};
@@ -27,7 +28,7 @@ use std::time::{Duration, Instant};
 
 /// Longest time between two looks at the workers.
 const LOOK: Duration = Duration::from_millis(200);
-/// Extents that a worker claims at once: 64 MiB in a row, as disks like them.
+/// Most extents that a worker claims at once: 64 MiB in a row, as disks like them.
 const STRETCH: usize = 32;
 /// Extents that the disk reads ahead for each worker.
 const AHEAD: usize = 4;
@@ -40,7 +41,7 @@ pub fn restore(
     job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: Ground<'_>, workers: u16,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
-    Filling::new(job, source)?.run(usize::from(workers))?;
+    Filling::new(job, source, workers.into())?.run(workers.into())?;
     state.load(job)?;
     let_run(job, &mut ground.taken)
 }
@@ -52,6 +53,8 @@ struct Filling<'a> {
     /// The extents with content: index of the block, and pages.
     extents: Vec<(usize, PageRange)>,
     next: AtomicUsize,
+    /// Extents that a worker claims at once.
+    stretch: usize,
     /// Pages with content.
     pages: u64,
     failed: AtomicBool,
@@ -73,7 +76,7 @@ impl Drop for Ending<'_> {
 }
 
 impl<'a> Filling<'a> {
-    fn new(job: &'a Job, source: &'a Source) -> Result<Self, JobError> {
+    fn new(job: &'a Job, source: &'a Source, workers: usize) -> Result<Self, JobError> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = event.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?;
         let mut extents = Vec::new();
@@ -91,7 +94,8 @@ impl<'a> Filling<'a> {
         }
         job.count(|counters| (counters.pass_pages, counters.remaining_pages) = (pages, pages));
         let (next, failed, ended) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
-        Ok(Self { job, source, extents, next, pages, failed, ended, event })
+        let stretch = at_once(extents.len(), workers, STRETCH);
+        Ok(Self { job, source, extents, next, stretch, pages, failed, ended, event })
     }
 
     /// Places all that the image has.
@@ -167,8 +171,8 @@ impl<'a> Filling<'a> {
         }
         let mut ahead = 1;
         if stretch.start >= stretch.end {
-            let first = self.next.fetch_add(STRETCH, Ordering::Relaxed);
-            *stretch = first..(first + STRETCH).min(self.extents.len());
+            let first = self.next.fetch_add(self.stretch, Ordering::Relaxed);
+            *stretch = first..(first + self.stretch).min(self.extents.len());
             ahead = AHEAD;
         }
         let next = stretch.next()?;

@@ -7,15 +7,16 @@ use super::source::Source;
 use crate::job::{Job, JobError, add};
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::DirtyPages;
-use pageferry_protocol::shm::MappingError;
+use pageferry_protocol::shm::{MappedBitmap, MappingError};
+use std::sync::Arc;
 
 /// Memory that is being filled. Unless the guest got it, it is empty again on drop.
 #[derive(Debug)]
 pub struct Ground<'a> {
     job: &'a Job,
     source: &'a Source,
-    /// What was discarded before.
-    before: DirtyPages,
+    /// What the VMM had discarded, and has since.
+    word: &'a Word,
     /// The guest has it, or may have.
     pub taken: bool,
 }
@@ -25,11 +26,11 @@ impl<'a> Ground<'a> {
     ///
     /// # Errors
     /// If a file cannot be emptied, or the job is cancelled.
-    pub fn clear(job: &'a Job, source: &'a Source, before: DirtyPages) -> Result<Self, JobError> {
-        let ground = Self { job, source, before, taken: false };
+    pub fn clear(job: &'a Job, source: &'a Source, word: &'a Word) -> Result<Self, JobError> {
+        let ground = Self { job, source, word, taken: false };
         for (at, block) in job.memory.blocks().iter().enumerate() {
             job.cancel.check()?;
-            block.backing.empty().map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
+            empty(block)?;
             let (discarded, present) = (source.discarded(at), source.present(at).count(block.all()));
             ground.mark(at, block);
             let gone = discarded.count(block.all());
@@ -41,13 +42,22 @@ impl<'a> Ground<'a> {
 }
 
 impl Ground<'_> {
+    /// Makes all memory holes once more, when missing pages are waited for from now on: what the VMM looked at between [`Ground::clear`] and then is a page of zeroes by now, and would be taken
+    /// for what was to come.
+    ///
+    /// # Errors
+    /// If a file cannot be emptied.
+    pub fn empty(&self) -> Result<(), JobError> {
+        self.job.memory.blocks().iter().try_for_each(|block| empty(block))
+    }
+
     /// What is discarded in the image is discarded, and what the VMM discarded since it asked for this. Nothing of the guest before is known to be stray.
     fn mark(&self, at: usize, block: &Block) {
-        let (before, discarded) = (self.before.block(at), self.source.discarded(at));
+        let (before, since, discarded) = (self.word.before.block(at), &self.word.since[at], self.source.discarded(at));
         // A discard that comes meanwhile has marked all of its pages before this, or marks them after it.
         let _marking = self.job.memory.marking.hold();
         for (word, bits) in before.nonzero_words(block.all()) {
-            block.discarded.take_bits(word, bits & !discarded.word(word));
+            block.discarded.take_bits(word, bits & !(discarded.word(word) | since.word(word)));
         }
         for (word, bits) in discarded.nonzero_words(block.all()) {
             block.discarded.or_word(word, bits);
@@ -60,15 +70,19 @@ impl Ground<'_> {
 
     /// As it was before, and what the VMM discarded since.
     fn unmark(&self, at: usize, block: &Block) {
-        let (before, discarded) = (self.before.block(at), self.source.discarded(at));
+        let (before, since, discarded) = (self.word.before.block(at), &self.word.since[at], self.source.discarded(at));
         let _marking = self.job.memory.marking.hold();
         for (word, bits) in discarded.nonzero_words(block.all()) {
-            block.discarded.take_bits(word, bits & !before.word(word));
+            block.discarded.take_bits(word, bits & !(before.word(word) | since.word(word)));
         }
         for (word, bits) in before.nonzero_words(block.all()) {
             block.discarded.or_word(word, bits);
         }
     }
+}
+
+fn empty(block: &Block) -> Result<(), JobError> {
+    block.backing.empty().map_err(|source| JobError::Backing { id: block.geometry.id, source })
 }
 
 impl Drop for Ground<'_> {
@@ -77,47 +91,55 @@ impl Drop for Ground<'_> {
             return;
         }
         for (at, block) in self.job.memory.blocks().iter().enumerate() {
-            if let Err(error) = block.backing.empty() {
-                log::warn!("block {}: {}", block.geometry.id, crate::error::chain(&error));
+            if let Err(error) = empty(block) {
+                log::warn!("{}", crate::error::chain(&error));
             }
             self.unmark(at, block);
         }
     }
 }
 
-/// What the VMM had discarded when it asked for a restore. What it discards after that is its own word, and stays.
+/// What the VMM had discarded when it asked for a restore, and what it discards from then on: also a page that it had discarded before, of which only that it did so again says that it is to stay
+/// discarded. It populates nothing meanwhile.
 #[derive(Debug)]
-pub enum Before {
-    /// This.
-    Known(DirtyPages),
-    /// What is discarded when the VMM has given its guest up: until then it is of that guest.
-    Later,
+pub struct Word {
+    memory: Arc<GuestMemory>,
+    before: DirtyPages,
+    since: Arc<Vec<MappedBitmap>>,
 }
 
-impl Before {
-    /// What is discarded now.
+impl Word {
+    /// What is discarded now was discarded before.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
-    pub fn now(memory: &GuestMemory) -> Result<DirtyPages, MappingError> {
+    pub fn from_now(memory: &Arc<GuestMemory>) -> Result<Self, MappingError> {
         let before = DirtyPages::none(memory)?;
-        let _marking = memory.marking.hold();
+        let since = memory.blocks().iter().map(|block| MappedBitmap::private(block.geometry.pages()));
+        let since = Arc::new(since.collect::<Result<Vec<_>, _>>()?);
+        let marking = memory.marking.hold();
         for (at, block) in memory.blocks().iter().enumerate() {
             for (word, bits) in block.discarded.nonzero_words(block.all()) {
                 before.block(at).or_word(word, bits);
             }
         }
-        Ok(before)
+        memory.note_discards(since.clone());
+        drop(marking);
+        Ok(Self { memory: memory.clone(), before, since })
     }
+}
 
-    pub(super) fn copy(&self, job: &Job) -> Result<DirtyPages, JobError> {
-        match self {
-            Self::Known(before) => {
-                let copy = DirtyPages::none(&job.memory)?;
-                copy.merge(before);
-                Ok(copy)
-            }
-            Self::Later => Ok(Self::now(&job.memory)?),
-        }
+impl Drop for Word {
+    fn drop(&mut self) {
+        self.memory.forget_discards(&self.since);
     }
+}
+
+/// From when on what the VMM discards is its own word on the memory that it gets.
+#[derive(Debug)]
+pub enum Before {
+    /// It has asked for the restore.
+    Known(Word),
+    /// From the moment on that the VMM has given its guest up: until then it is of that guest.
+    Later,
 }

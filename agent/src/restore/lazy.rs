@@ -12,7 +12,7 @@ use super::source::{RestoreError, Source};
 use super::supply::Supply;
 use super::working_set::{Plan, Record};
 use super::{VmmState, let_run};
-use crate::faults::{Registered, answer};
+use crate::faults::{Registered, Stop, answer};
 use crate::hooks::HookError;
 use crate::job::{Job, JobError};
 use crate::memory::arriving::Arriving;
@@ -20,7 +20,6 @@ use crate::memory::backing::BackingKind;
 use crate::memory::fence::MAX_READERS;
 use crate::memory::owed::Owed;
 use pageferry_protocol::control::job::{Phase, RestoreOptions};
-use rustix::event::EventfdFlags;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -39,6 +38,7 @@ pub fn restore(
     let unread = owed.copy()?;
     let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
+    ground.empty()?;
     let arriving = Arc::new(Arriving::new(&job.memory, Arc::new(owed), uffd, false, job.live.clone())?);
     job.owes(arriving.owed());
     job.memory.set_arriving(Some(arriving.clone()));
@@ -113,17 +113,18 @@ fn run(
     supply: &Supply<'_>, record: Option<&mut Record>, workers: usize,
     start: impl FnOnce() -> Result<Option<JobError>, JobError>,
 ) -> (bool, Result<(), JobError>) {
-    let stop = match rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK) {
+    let stop = match Stop::new() {
         Ok(stop) => stop,
-        Err(errno) => return (false, Err(JobError::Io { what: "make an event descriptor", source: errno.into() })),
+        Err(error) => return (false, Err(error)),
     };
     let (job, arriving) = (supply.job, supply.arriving);
     let mut asking = Asking::new(supply, record);
     std::thread::scope(|scope| {
-        let stop = stop.as_fd();
+        let (stopping, stop) = (stop.on_drop(), stop.as_fd());
         let no_thread = |source| JobError::Io { what: "start a thread", source };
         let builder = std::thread::Builder::new;
-        let faults = builder().spawn_scoped(scope, move || answer(job, arriving, &mut asking, stop));
+        let faults =
+            builder().spawn_scoped(scope, move || answer(job, arriving, &mut asking, stop, |error| supply.fail(error)));
         let faults = match faults {
             Ok(faults) => faults,
             Err(error) => return (false, Err(no_thread(error))),
@@ -152,8 +153,7 @@ fn run(
         if whole {
             arriving.unregister();
         }
-        // A full eventfd is readable already.
-        let _ = rustix::io::write(stop, &1u64.to_ne_bytes());
+        drop(stopping);
         let joined = threads.into_iter().map(std::thread::ScopedJoinHandle::join).fold(Ok(()), Result::and);
         let ended = faults.join().and(joined).map_err(|_| JobError::Panicked);
         (whole, outcome.and(ended).and(late.map_or(Ok(()), Err)))

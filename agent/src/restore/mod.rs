@@ -26,7 +26,7 @@ use crate::hooks::state_file_of;
 use crate::image::Image;
 use crate::job::{Job, JobError, micros};
 use crate::snapshot::checkpoint::SharedCheckpoint;
-use ground::{Before, Ground};
+use ground::{Before, Ground, Word};
 use pageferry_protocol::control::hook::{Hook, PieceSize};
 use pageferry_protocol::control::job::{Phase, RestoreMode, RestoreOptions};
 use source::Source;
@@ -45,7 +45,7 @@ pub struct Order {
     pub options: RestoreOptions,
     /// Somebody else than the VMM wants it, and the VMM is asked first.
     pub asks_first: bool,
-    /// What the VMM had discarded.
+    /// From when on discards are of the memory that is restored.
     pub before: Before,
     /// What is known of changes since the last image: nothing any more, once memory is another.
     pub checkpoint: SharedCheckpoint,
@@ -71,8 +71,15 @@ fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
     }
     order.checkpoint.end("a guest was restored");
     order.checkpoint.stop_idle();
-    let before = order.before.copy(job)?;
-    let ground = Ground::clear(job, &source, before)?;
+    let later;
+    let word = match &order.before {
+        Before::Known(word) => word,
+        Before::Later => {
+            later = Word::from_now(&job.memory)?;
+            &later
+        }
+    };
+    let ground = Ground::clear(job, &source, word)?;
     match plan {
         None => eager::restore(job, &source, &state, ground, order.options.workers),
         Some(plan) => lazy::restore(job, &source, &state, ground, plan, order.options.workers),

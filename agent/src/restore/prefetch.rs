@@ -5,9 +5,10 @@
 
 use super::supply::Supply;
 use crate::image::PageBuffer;
+use crate::image::chain::in_extents;
 use crate::job::{JobError, add};
 use crate::memory::runs::{NEAR, joined};
-use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
+use pageferry_protocol::image::EXTENT_SIZE;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -134,23 +135,5 @@ impl Reader<'_> {
             }
         }
         Ok(placed)
-    }
-}
-
-/// A run of pages, cut where extents end.
-pub fn in_extents(run: PageRange) -> impl Iterator<Item = PageRange> {
-    let extents = if run.is_empty() { 0..0 } else { run.first / EXTENT_PAGES..run.end().div_ceil(EXTENT_PAGES) };
-    extents.map(move |extent| PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES).intersection(&run))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_run_is_cut_where_extents_end() {
-        let parts: Vec<_> = in_extents(PageRange::new(500, 600)).collect();
-        assert_eq!(parts, [PageRange::new(500, 12), PageRange::new(512, 512), PageRange::new(1024, 76)]);
-        assert_eq!(in_extents(PageRange::new(5, 0)).count(), 0);
     }
 }

@@ -4,6 +4,7 @@
 //! differ, and so may the host pages: they are matters of this VMM, of which the guest does not know.
 
 use super::working_set::WorkingSetFault;
+use crate::image::blocks::{self, Difference};
 use crate::image::{Chain, Image, ImageError};
 use crate::memory::GuestMemory;
 use pageferry_protocol::memory::{BlockTable, PageRange};
@@ -78,29 +79,22 @@ pub enum RestoreError {
     },
 }
 
+impl From<Difference> for RestoreError {
+    fn from(difference: Difference) -> Self {
+        match difference {
+            Difference::Missing { id, name } => Self::Missing { id, name },
+            Difference::Surplus { id, name } => Self::Surplus { id, name },
+            Difference::Field { id, field, here, there: image } => Self::Field { id, field, here, image },
+        }
+    }
+}
+
 /// Compares the blocks of a VMM with those of an image.
 ///
 /// # Errors
 /// The first difference.
 pub fn compare(here: &BlockTable, image: &BlockTable) -> Result<(), RestoreError> {
-    for block in image.blocks() {
-        let (id, name) = (block.id, block.name.clone());
-        let Some(own) = here.get(id) else { return Err(RestoreError::Missing { id, name }) };
-        let hex = |value: u64| format!("{value:#x}");
-        let quoted = |name: &String| format!("{name:?}");
-        let fields = [
-            ("name", quoted(&own.name), quoted(&name)),
-            ("gpa", hex(own.gpa), hex(block.gpa)),
-            ("length", hex(own.length), hex(block.length)),
-        ];
-        if let Some((field, here, image)) = fields.into_iter().find(|(_, here, image)| here != image) {
-            return Err(RestoreError::Field { id, field, here, image });
-        }
-    }
-    match here.blocks().iter().find(|block| image.get(block.id).is_none()) {
-        Some(block) => Err(RestoreError::Surplus { id: block.id, name: block.name.clone() }),
-        None => Ok(()),
-    }
+    Ok(blocks::compare(here, image, false)?)
 }
 
 /// An image, seen from the VMM's memory: blocks are counted as there.

@@ -113,7 +113,8 @@ impl<'a> Supply<'a> {
         }
     }
 
-    fn fail(&self, error: JobError) {
+    /// All threads end, and so does the job, for the reason that is the first to be given. Not if all is over.
+    pub fn fail(&self, error: JobError) {
         if self.over.load(Ordering::Acquire) {
             return;
         }

@@ -3,15 +3,15 @@
 //! A restore for which there is no working set writes one: the host pages that the guest waited for, in that order. The next restore of the same image reads them ahead.
 //!
 //! What is at the path decides:
-//! - nothing: it is written when the job ends, if the guest ran;
+//! - nothing: it is written when the job ends, if the guest ran, unless something is there by then;
 //! - the working set of this image: it is read ahead, and never changed;
 //! - that of another image, or one that is damaged or empty: of no use, and the next would be of none either. It is ignored with a warning, and replaced when the job ends;
 //! - anything else, or what cannot be read: the restore is refused before anything is touched. It would have to be ignored for ever, or be overwritten.
 
-use super::prefetch::in_extents;
 use super::source::{RestoreError, Source};
 use crate::image::Fault;
 use crate::image::bytes::write_at;
+use crate::image::chain::in_extents;
 use crate::image::new_file::NewFile;
 use crate::memory::GuestMemory;
 use crate::memory::runs::{NEAR, joined};
@@ -44,8 +44,8 @@ pub enum Plan {
     None,
     /// These pages are read ahead, each piece in one extent: index of the block, and pages.
     Read(Vec<(usize, PageRange)>),
-    /// It is written here.
-    Write(PathBuf, ImageId),
+    /// It is written.
+    Write(Record),
 }
 
 impl Plan {
@@ -59,7 +59,9 @@ impl Plan {
         }
         let (path, image) = (PathBuf::from(path), source.newest().header().id);
         let refused = |source| RestoreError::WorkingSet { path: path.clone(), source };
-        let Some(bytes) = read(&path).map_err(refused)? else { return Ok(Self::Write(path, image)) };
+        let Some(bytes) = read(&path).map_err(refused)? else {
+            return Ok(Self::Write(Record::new(path, image, false)));
+        };
         if !bytes.is_empty() && !bytes.starts_with(&MAGIC) {
             return Err(refused(WorkingSetFault::Other(WorkingSetError::Magic)));
         }
@@ -72,7 +74,9 @@ impl Plan {
             },
         };
         log::warn!("working_set {} is ignored, and will be replaced: {useless}", path.display());
-        Ok(Self::Write(path, image))
+        // What was read is what is behind a link, and so is what is replaced.
+        let path = path.canonicalize().unwrap_or(path);
+        Ok(Self::Write(Record::new(path, image, true)))
     }
 
     /// What is read ahead, and what is written.
@@ -80,7 +84,7 @@ impl Plan {
         match self {
             Self::None => (Vec::new(), None),
             Self::Read(pieces) => (pieces, None),
-            Self::Write(path, image) => (Vec::new(), Some(Record { path, image, runs: Vec::new() })),
+            Self::Write(record) => (Vec::new(), Some(record)),
         }
     }
 }
@@ -135,15 +139,21 @@ fn pieces(set: &WorkingSet, memory: &GuestMemory) -> Result<Vec<(usize, PageRang
 }
 
 /// What the guest touches, as it does.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Record {
     path: PathBuf,
     image: ImageId,
+    /// What was there is of no use. What comes to be there meanwhile is not looked at, and not replaced: another restore's, most likely.
+    replace: bool,
     /// Index of the block, and pages.
     runs: Vec<(usize, PageRange)>,
 }
 
 impl Record {
+    fn new(path: PathBuf, image: ImageId, replace: bool) -> Self {
+        Self { path, image, replace, runs: Vec::new() }
+    }
+
     /// The guest waits for the pages `pages` of the block at index `at`.
     pub fn touched(&mut self, at: usize, pages: PageRange) {
         let room = self.runs.len() < MAX_RUNS;
@@ -168,7 +178,7 @@ impl Record {
     fn try_write(&self, memory: &GuestMemory) -> Result<(), Fault> {
         let named = |(at, run): &(usize, PageRange)| (memory.blocks()[*at].geometry.id, *run);
         let set = WorkingSet { image: self.image, runs: self.runs.iter().map(named).collect() };
-        let file = NewFile::create(&self.path, true)?;
+        let file = NewFile::create(&self.path, self.replace)?;
         write_at(file.as_fd(), &set.encode(), 0)?;
         file.finish()
     }

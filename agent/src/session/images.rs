@@ -3,7 +3,7 @@
 use super::own::Answer;
 use super::{Role, Session, check_fds, invalid};
 use crate::restore::Order;
-use crate::restore::ground::Before;
+use crate::restore::ground::{Before, Word};
 use crate::snapshot::Plan;
 use pageferry_protocol::control::job::{JobKind, OutgoingOptions, RestoreOptions, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::control::request::{ErrorCode, JobStarted, RemoteError};
@@ -52,7 +52,7 @@ impl Session {
         }
         let before = match asks_first {
             true => Before::Later,
-            false => Before::Known(Before::now(&self.memory).map_err(|error| invalid(&error))?),
+            false => Before::Known(Word::from_now(&self.memory).map_err(|error| invalid(&error))?),
         };
         let order = Order { path: path.into(), options, asks_first, before, checkpoint: self.checkpoint.clone() };
         self.run_job(&job, move |job| crate::restore::run(job, &order))?;

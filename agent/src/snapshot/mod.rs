@@ -19,7 +19,8 @@ pub mod prepare;
 pub mod protect;
 pub mod sweep;
 
-use crate::image::chain::{MAX_IMAGES, lineage};
+use crate::image::blocks::compare;
+use crate::image::chain::{MAX_IMAGES, lineage, name_of_base};
 use crate::image::writer::{Base, Rest};
 use crate::image::{Fault, ImageWriter};
 use crate::job::pause::{PausedGuest, SavedState};
@@ -90,13 +91,9 @@ fn find_base(job: &Job, plan: &Plan) -> Result<Base, JobError> {
     if let Some(image) = over {
         return Err(refused(Fault::OverBase { path: image.path().to_owned() }));
     }
-    if images[0].contents().table != *job.memory.table() {
-        return Err(refused(Fault::BaseBlocks { path: path.to_owned() }));
-    }
-    let folder = plan.path.parent().unwrap_or(Path::new("/"));
-    // Images that lie together can be moved together.
-    let name = path.strip_prefix(folder).unwrap_or(path);
-    Ok(Base { id: images[0].header().id, name: name.to_string_lossy().into_owned() })
+    compare(job.memory.table(), &images[0].contents().table, true)
+        .map_err(|source| refused(Fault::BaseBlocks { path: path.to_owned(), source }))?;
+    Ok(Base { id: images[0].header().id, name: name_of_base(path, &plan.path) })
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {

@@ -149,6 +149,38 @@ mod tests {
     }
 
     #[test]
+    fn the_bytes_are_those_of_the_example_in_the_documentation() {
+        let mut table = BlockTable::new();
+        let (ram, rom) = (("ram", 0, 0x40_0000, 0x20_0000), ("rom", 0x40_0000, 0x1000, 0x1000));
+        for (id, (name, gpa, length, granularity)) in [(3, ram), (4, rom)] {
+            table.insert(BlockGeometry { id, name: name.into(), gpa, length, granularity }, MAX_BLOCKS).unwrap();
+        }
+        let pieces = vec![PieceSize { name: "vcpu".into(), length: 5 }];
+        let contents = Contents { table, base_name: String::new(), pieces };
+        let bytes = [
+            &[2, 0, 0, 0][..],
+            &[3, 0, 0, 0, 0, 0, 0, 0],
+            &[0, 0, 0, 0, 0, 0, 0, 0],
+            &[0, 0, 0x40, 0, 0, 0, 0, 0],
+            &[0, 0, 0x20, 0, 0, 0, 0, 0],
+            b"\x03\0\0\0ram",
+            &[4, 0, 0, 0, 0, 0, 0, 0],
+            &[0, 0, 0x40, 0, 0, 0, 0, 0],
+            &[0, 0x10, 0, 0, 0, 0, 0, 0],
+            &[0, 0x10, 0, 0, 0, 0, 0, 0],
+            b"\x03\0\0\0rom",
+            &[0, 0, 0, 0],
+            &[1, 0, 0, 0],
+            &[5, 0, 0, 0, 0, 0, 0, 0],
+            b"\x04\0\0\0vcpu",
+        ]
+        .concat();
+        assert_eq!(bytes.len(), 0x6a);
+        assert_eq!(contents.encode(), bytes);
+        assert_eq!(Contents::decode(&bytes), Ok(contents));
+    }
+
+    #[test]
     fn numbers_and_names_beyond_the_limits_are_refused_by_field() {
         let long = |limit: usize| "n".repeat(limit + 1);
         let starts = |bytes: &[u8], start: &str| {

@@ -16,7 +16,7 @@
 //! | 144 | 24 | section: checksums of pages |
 //! | 168 | 24 | section: state of the VMM |
 //! | 192 | 3900 | zero |
-//! | 4092 | 4 | CRC-32C of bytes 0 to 4092 |
+//! | 4092 | 4 | CRC-32C of bytes 0 to 4091 |
 //!
 //! A section is its offset (8), its length in bytes (8), the CRC-32C of its bytes (4) and zero (4). That of the pages' checksums has none: each part of it is
 //! checked by the sum of its extent.

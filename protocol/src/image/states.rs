@@ -4,6 +4,7 @@
 //! it is zero. Both: it is as in the base, which only an increment has one of. Bits after the last page of a block are clear.
 
 use crate::control::codec::DecodeError;
+use crate::memory::PageRange;
 use crate::shm::bitmap::{WORD_BITS, word_mask};
 
 /// Bytes of 64 pages.
@@ -40,19 +41,20 @@ pub fn encode_states(words: impl IntoIterator<Item = StateWord>, into: &mut Vec<
     }
 }
 
-/// The states of a block of `pages` pages: the index of each word that is not all zero, and the word. `increment` says whether there is a base.
+/// The states of the pages `range` of a block, which begin with those of a word and end with the block, or with a word: the index in the block of each word that is not all zero, and the
+/// word. `increment` says whether there is a base.
 ///
 /// # Errors
 /// If the bytes are of another number of pages, or a bit is set that no page has, or a page is as in a base that there is none of.
 pub fn decode_states(
-    bytes: &[u8], pages: u64, increment: bool,
+    bytes: &[u8], range: PageRange, increment: bool,
 ) -> Result<impl Iterator<Item = (u64, StateWord)> + '_, DecodeError> {
     let refused = |field, value, allowed| Err(DecodeError::Value { field, value, allowed });
     let (words, rest) = bytes.as_chunks::<WORD_SIZE>();
-    if !rest.is_empty() || words.len() as u64 != pages.div_ceil(WORD_BITS) {
+    if !rest.is_empty() || words.len() as u64 != range.count.div_ceil(WORD_BITS) {
         return refused("length of the states", bytes.len() as u64, "16 bytes for each 64 pages");
     }
-    let last_valid = match pages % WORD_BITS {
+    let last_valid = match range.count % WORD_BITS {
         0 => u64::MAX,
         bits => word_mask(0, bits),
     };
@@ -64,10 +66,10 @@ pub fn decode_states(
         return refused("last word of the states", last, "no bit after the last page");
     }
     if !increment && let Some(at) = words.iter().position(|word| both(word) != 0) {
-        let page = at as u64 * WORD_BITS + u64::from(both(&words[at]).trailing_zeros());
+        let page = range.first + at as u64 * WORD_BITS + u64::from(both(&words[at]).trailing_zeros());
         return refused("page that is as in the base", page, "none, since the image has no base");
     }
-    let words = (0..).zip(words).filter(|(_, word)| **word != [0; WORD_SIZE]);
+    let words = (range.first / WORD_BITS..).zip(words).filter(|(_, word)| **word != [0; WORD_SIZE]);
     Ok(words.map(|(index, word)| (index, parse(word))))
 }
 
@@ -104,9 +106,9 @@ mod tests {
             encode_states(states.iter().copied(), &mut bytes);
             prop_assert_eq!(bytes.len() as u64, states_size(pages));
             let mut read = vec![StateWord::default(); words.len()];
-            decode_states(&bytes, pages, true).unwrap().for_each(|(index, word)| read[index as usize] = word);
+            decode_states(&bytes, PageRange::new(0, pages), true).unwrap().for_each(|(index, word)| read[index as usize] = word);
             prop_assert_eq!(read, states);
-            prop_assert!(decode_states(&bytes, pages + 64, true).is_err());
+            prop_assert!(decode_states(&bytes, PageRange::new(0, pages + 64), true).is_err());
         }
     }
 
@@ -114,9 +116,12 @@ mod tests {
     fn states_that_no_image_has_are_refused() {
         let mut bytes = Vec::new();
         encode_states([StateWord { unchanged: 4, ..StateWord::default() }], &mut bytes);
-        let error = decode_states(&bytes, 64, false).err().unwrap();
-        assert_eq!(error.to_string(), "page that is as in the base is 0x2, allowed: none, since the image has no base");
-        let error = decode_states(&bytes, 2, true).err().unwrap();
+        for (first, page) in [(0, "0x2"), (1 << 22, "0x400002")] {
+            let error = decode_states(&bytes, PageRange::new(first, 64), false).err().unwrap();
+            let expected = format!("page that is as in the base is {page}, allowed: none, since the image has no base");
+            assert_eq!(error.to_string(), expected);
+        }
+        let error = decode_states(&bytes, PageRange::new(0, 2), true).err().unwrap();
         assert_eq!(error.to_string(), "last word of the states is 0x4, allowed: no bit after the last page");
     }
 }

@@ -4,7 +4,7 @@ use super::Bench;
 use super::image::Image;
 use super::ours::{Side, migrate};
 use super::table::{Better, Table};
-use pageferry_agent::outgoing::zero::data_mask;
+use pageferry_agent::memory::zero::data_mask;
 use pageferry_client::OutgoingOptions;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::{Kind, RecordHeader};

@@ -155,7 +155,7 @@ fn states(bytes: &[u8], pages: u64, increment: bool) -> bool {
     let fits = whole
         && (0..pages).all(|page| increment || state(page) != (1, 1))
         && (pages..length * 4).all(|page| state(page) == (0, 0));
-    let decode = || decode_states(bytes, pages, increment).map(Iterator::collect::<Vec<_>>);
+    let decode = || decode_states(bytes, PageRange::new(0, pages), increment).map(Iterator::collect::<Vec<_>>);
     match within(fair(bytes), decode) {
         Ok(found) => {
             assert!(fits, "states of {pages} pages were taken");

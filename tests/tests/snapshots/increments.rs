@@ -1,6 +1,7 @@
 //! What may be built on what, and that nothing that changed is missing.
 
 use super::scene::{Scene, on, paused, tracked};
+use pageferry_agent::image::Chain;
 use pageferry_client::{BlockRange, Phase, Punch, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
@@ -78,6 +79,19 @@ fn write_protection_tells_what_changed() {
     let (status, one) = scene.saved("one", &on(&scene.path("full")));
     scene.check(&one);
     assert_eq!(status.counters.pages_sent, 3);
+}
+
+#[test]
+fn a_base_that_was_named_by_a_link_is_found_when_the_link_leads_elsewhere() {
+    let scene = Scene::full(200);
+    let link = scene.path("latest");
+    scene.saved("first", &tracked());
+    std::os::unix::fs::symlink("first", &link).unwrap();
+    scene.write(3, 30);
+    scene.saved("second", &on(&link));
+    std::fs::remove_file(&link).unwrap();
+    std::os::unix::fs::symlink("second", &link).unwrap();
+    scene.check(&Chain::open(&link).unwrap());
 }
 
 #[test]

@@ -9,6 +9,7 @@ pub mod map;
 
 use super::show;
 use crate::error::chain as sentence;
+use crate::image::ImageError;
 use crate::image::merge::merge;
 use crate::image::verify::verify;
 use crate::image::workers::processors;
@@ -130,7 +131,7 @@ fn run_verify(args: &VerifyArgs) -> Outcome {
             .iter()
             .map(|image| json!({ "path": text_of(image.path()), "id": id_text(&image.header().id) }));
         let object = json!({
-            "status": if errors.is_empty() { "good" } else { "damaged" },
+            "status": status(&report.errors),
             "images": images.collect::<Vec<_>>(),
             "pages": report.pages,
             "errors": errors,
@@ -154,6 +155,15 @@ fn run_verify(args: &VerifyArgs) -> Outcome {
         }
     }
     Ok(if errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// For machines: who throws damaged images away is not to throw away what could not be read.
+fn status(errors: &[ImageError]) -> &'static str {
+    match errors {
+        [] => "good",
+        errors if errors.iter().all(|error| error.fault.is_unreadable()) => "unreadable",
+        _ => "damaged",
+    }
 }
 
 fn run_merge(args: &MergeArgs) -> Outcome {

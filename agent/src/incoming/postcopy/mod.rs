@@ -18,7 +18,7 @@ pub mod recover;
 use super::accept::Accepted;
 use super::receive::Received;
 use super::{load, take_over};
-use crate::faults::{Registered, answer};
+use crate::faults::{Registered, Stop, answer};
 use crate::job::{Job, JobError};
 use crate::memory::arriving::Arriving;
 use crate::memory::owed::Owed;
@@ -26,7 +26,6 @@ use crate::transport::Listener;
 use arrive::Arrival;
 use faults::{Asking, Requests};
 use pageferry_protocol::control::job::Phase;
-use rustix::event::EventfdFlags;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -57,20 +56,21 @@ pub fn take_guest_first(
         listeners: listener.into_iter().collect(),
         requests: Requests::default(),
     };
-    let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    let stop = stop.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?;
+    let stop = Stop::new()?;
     std::thread::scope(|scope| {
         let mut asking = Asking::new(job, &arriving, guest.requests.clone());
-        let (arriving, stop) = (&*arriving, stop.as_fd());
-        let faults = scope.spawn(move || answer(job, arriving, &mut asking, stop));
+        let (arriving, stopping, stop) = (&*arriving, stop.on_drop(), stop.as_fd());
+        let faults = scope.spawn(move || {
+            // Whoever receives waits for the source, and hears of the end in no other way.
+            answer(job, arriving, &mut asking, stop, |_| job.cancel.force());
+        });
         let arrived = guest.run(accepted, received);
         // What is a hole now is zero for good, and nobody waits any more.
         registered.complete = arrived.is_ok();
         if registered.complete {
             arriving.unregister();
         }
-        // A full eventfd is readable already.
-        let _ = rustix::io::write(stop, &1u64.to_ne_bytes());
+        drop(stopping);
         faults.join().map_err(|_| JobError::Panicked)?;
         arrived
     })?;

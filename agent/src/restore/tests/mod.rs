@@ -10,12 +10,12 @@ use crate::hooks::Hooks;
 use crate::image::writer::{Base, Rest};
 use crate::image::{ImageWriter, PageBuffer};
 use crate::memory::{Backing, Block, GuestMemory};
-use crate::restore::ground::Before;
+use crate::restore::ground::{Before, Word};
 use pageferry_protocol::control::FrameSocket;
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::hook::encode_hook_reply;
 use pageferry_protocol::control::job::{JobKind, JobStatus, OutgoingOptions};
-use pageferry_protocol::control::request::Reply;
+use pageferry_protocol::control::request::{BlockRange, Reply};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::mapping::MappedWords;
@@ -190,11 +190,20 @@ impl Ram {
         }
     }
 
-    /// Nothing is left of what was tried; what was discarded before is so still.
-    fn check_empty(&self) {
-        for at in 0..self.memory.blocks().len() {
+    /// Nothing is left of what was tried; what was discarded before is so still, or has been since, and nothing else.
+    fn check_empty(&self, discarded: impl Fn(u32, u64) -> bool) {
+        for (at, block) in self.memory.blocks().iter().enumerate() {
             assert_eq!(self.allocated(at), []);
+            let id = block.geometry.id;
+            for page in 0..block.geometry.pages() {
+                assert_eq!(block.discarded.contains(page), discarded(id, page), "page {page} of block {id}");
+            }
         }
+    }
+
+    fn discard(&self, id: u32, range: PageRange) {
+        let range = BlockRange { block: id, offset: range.offset(), length: range.bytes() };
+        self.memory.discard(&[range], true).unwrap();
     }
 }
 

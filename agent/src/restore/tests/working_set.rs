@@ -92,6 +92,41 @@ fn that_of_another_image_is_replaced_and_what_is_none_is_left_alone() {
 }
 
 #[test]
+fn one_behind_a_link_is_replaced_there() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
+    let (set, link) = (folder.path().join("set"), folder.path().join("link"));
+    std::fs::write(&set, WorkingSet { image: [9; 16], runs: Vec::new() }.encode()).unwrap();
+    std::os::unix::fs::symlink("set", &link).unwrap();
+    let status = restore_from(&path, &ram, &touching(&ram), with(&link));
+    assert_eq!(status.phase, Phase::Completed);
+    assert_eq!(WorkingSet::decode(&std::fs::read(&set).unwrap()).unwrap().runs.len(), 5);
+    assert!(link.is_symlink());
+}
+
+#[test]
+fn what_comes_to_be_there_meanwhile_is_left_alone() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
+    let set = folder.path().join("set");
+    let its_set = set.clone();
+    let vmm = Vmm::new(&ram, move |ram, hook| {
+        if matches!(hook, Hook::LoadState { .. }) {
+            assert_eq!(ram.touch(0, 40), word_of(0, 40));
+            std::fs::write(&its_set, "somebody's").unwrap();
+        }
+        Ok(())
+    });
+    let status = restore_from(&path, &ram, &vmm, with(&set));
+    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    assert_eq!(std::fs::read(&set).unwrap(), b"somebody's");
+}
+
+#[test]
 fn one_that_cannot_be_written_is_no_reason_to_fail() {
     if !has_userfaultfd() {
         return;

@@ -169,7 +169,8 @@ counters! {
     /// Pages sent with their content. A page sent in two passes counts twice. Snapshot: pages whose content the image has. Restore: pages that were
     /// read from it and placed.
     pages_sent,
-    /// Allocated pages that were read and found to be zero, and holes that were sent as zero.
+    /// Allocated pages that were read and found to be zero, and holes that were sent as zero. Restore: pages that are zero in the image, and so holes from the start: nothing is done
+    /// for them.
     zero_pages,
     /// Pages told to the destination as discarded; or that are discarded in the image.
     discarded_pages,
@@ -204,7 +205,7 @@ counters! {
     requested_pages,
     /// Postcopy: pages that the source sent, or the destination took, without being asked.
     pushed_pages,
-    /// Postcopy: pages that the guest discarded while they remained, so that they need not come any more.
+    /// Postcopy and lazy restore: pages that the guest discarded while they remained, so that they need not come any more.
     dropped_pages,
     /// Postcopy: pages that the source freed since the destination has them.
     released_pages,
