@@ -1,5 +1,6 @@
 //! Files that fail, shrink, or are none.
 
+use crate::common::images::assert_right_or_missing;
 use crate::common::{At, lock};
 use crate::scene::{
     Guest, Host, PAGES, assert_completed, assert_failed, background, both, eager, endless, lazy, on, paused, slow,
@@ -44,16 +45,6 @@ fn assert_restores(guest: &Guest, path: &Path, bytes: &[u8], options: &RestoreOp
     assert_completed(&guest.restored(path, options));
     assert_eq!(guest.vmm.resumes(), resumes + 1);
     assert!(guest.bytes() == bytes, "the memory is not what was saved");
-}
-
-/// Where something is here, it is the right thing.
-#[track_caller]
-fn assert_right_or_missing(guest: &Guest, bytes: &[u8]) {
-    let here = guest.bytes();
-    let pages = here.chunks(PAGE_SIZE as usize).zip(bytes.chunks(PAGE_SIZE as usize)).enumerate();
-    for (page, (here, right)) in pages {
-        assert!(here == right || here.iter().all(|byte| *byte == 0), "page {page:#x} is wrong");
-    }
 }
 
 #[test]
@@ -198,7 +189,7 @@ fn an_image_that_is_cut_off_under_a_guest_that_runs_loses_it_and_nothing_wrong_i
         guest.hurry();
         assert_failed(&guest.wait(job), &["copy: the file ends at byte 0x"]);
         assert_eq!((guest.vmm.resumes(), guest.losses()), (1, 1));
-        assert_right_or_missing(&guest, &bytes);
+        assert_right_or_missing(guest.block(), &bytes, "cut off");
     }
     assert_restores(&Guest::new(&host, PAGES), &path, &bytes, &lazy());
 }

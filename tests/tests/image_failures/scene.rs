@@ -1,9 +1,10 @@
 //! An agent that is a process, a VMM in this one whose hooks follow a script, and folders for images.
 
-use crate::common::{PROGRAM, Peer, SOON, Vmm, VmmHooks, lock};
+pub use crate::common::images::{on, paused, tracked};
+use crate::common::{PROGRAM, Peer, SOON, Vmm, VmmHooks, images, lock};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    BlockRange, Client, Config, Error, JobStatus, Phase, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
+    BlockRange, Client, Config, Error, JobStatus, Phase, RestoreMode, RestoreOptions, SnapshotOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::{wait_for, wait_until};
@@ -219,9 +220,7 @@ impl Guest {
 
     /// All bytes of the first block.
     pub fn bytes(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.block().layout().length as usize];
-        self.block().read(0, &mut bytes).unwrap();
-        bytes
+        images::bytes_of(self.block())
     }
 
     pub fn snapshot(&self, path: &Path, options: &SnapshotOptions) -> u64 {
@@ -267,18 +266,7 @@ impl Guest {
     /// The memory is what the image says, byte for byte.
     #[track_caller]
     pub fn check(&self, chain: &Chain) {
-        for (at, geometry) in chain.table().blocks().iter().enumerate() {
-            let block = self.memory.block(geometry.id).unwrap();
-            let discarded = self.client.discarded(geometry.id).unwrap();
-            let mut saved = vec![0; PAGE_SIZE as usize];
-            for page in 0..geometry.pages() {
-                let (here, there) = (discarded.contains(page), chain.discarded(at).contains(page));
-                assert_eq!(here, there, "page {page:#x} of block {}: discarded", geometry.id);
-                chain.read(at, PageRange::new(page, 1), &mut saved).unwrap();
-                let same = here || saved == block.read_page(page).unwrap();
-                assert!(same, "page {page:#x} of block {}", geometry.id);
-            }
-        }
+        images::assert_saved(&self.memory, &self.client, chain);
     }
 
     pub fn is_hole(&self) -> bool {
@@ -306,19 +294,6 @@ pub fn assert_failed(status: &JobStatus, with: &[&str]) {
 
 pub fn background() -> SnapshotOptions {
     SnapshotOptions::default()
-}
-
-pub fn paused() -> SnapshotOptions {
-    SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() }
-}
-
-pub fn tracked(options: SnapshotOptions) -> SnapshotOptions {
-    SnapshotOptions { track: true, ..options }
-}
-
-/// An increment to the image at `base`.
-pub fn on(base: &Path, options: SnapshotOptions) -> SnapshotOptions {
-    SnapshotOptions { base: base.to_str().unwrap().to_owned(), ..options }
 }
 
 /// One that would take for ever, but for what does not wait for its turn.
