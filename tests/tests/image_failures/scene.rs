@@ -10,6 +10,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::{wait_for, wait_until};
 use pageferry_tests::memory::{BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::process::AgentProcess;
+use pageferry_tests::require;
 use pageferry_tests::tmpfs::{Tmpfs, View};
 use std::ffi::OsStr;
 use std::os::unix::process::CommandExt;
@@ -316,5 +317,12 @@ pub fn slow(options: RestoreOptions) -> RestoreOptions {
 
 /// The modes of a restore that this machine has.
 pub fn both() -> Vec<RestoreOptions> {
-    if pageferry_tests::require::uffd() { vec![eager(), lazy()] } else { vec![eager()] }
+    if require::uffd() { vec![eager(), lazy()] } else { vec![eager()] }
+}
+
+/// The byte of the image at which it cannot be written, as the error says.
+#[track_caller]
+pub fn byte_of(error: &str) -> u64 {
+    let (_, rest) = error.split_once("cannot write at byte 0x").unwrap_or_else(|| panic!("{error}"));
+    u64::from_str_radix(rest.split(':').next().unwrap(), 16).unwrap()
 }
