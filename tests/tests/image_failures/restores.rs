@@ -132,7 +132,8 @@ fn a_restore_that_is_cancelled_leaves_nothing_and_the_next_is_complete() {
     let host = Host::new();
     let path = image(&host);
     let guest = Guest::new(&host, PAGES);
-    for bandwidth in [1, 16 << 20, 128 << 20] {
+    // None of them ends by itself before the cancel, however slow the machine.
+    for bandwidth in [1, 64 << 10, 1 << 20] {
         let job = guest.restore(&path, &RestoreOptions { bandwidth, ..eager() });
         guest.reaches(Phase::Restoring);
         guest.client.cancel().unwrap();
