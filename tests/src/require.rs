@@ -87,9 +87,12 @@ fn try_uffd() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Says why a need is not met: by a line, or by failing the test.
+/// What was found of a need that only the test itself can look for; `None` if nothing was, which is said in a line.
+///
+/// # Panics
+/// If nothing was, and `PAGEFERRY_REQUIRE` names `need`.
 #[allow(clippy::panic)] // the one way to fail a test from a helper that every test calls
-fn met<T>(need: &str, found: Result<T, Box<dyn Error>>) -> Option<T> {
+pub fn met<T>(need: &str, found: Result<T, Box<dyn Error>>) -> Option<T> {
     let error = match found {
         Ok(found) => return Some(found),
         Err(error) => error,

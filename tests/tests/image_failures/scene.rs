@@ -83,7 +83,7 @@ impl Host {
         Self { agent, images: Folder { agents: folder_in(&home), view: None }, home }
     }
 
-    /// The agent may do no more than any user. `None` if there is none that could run it.
+    /// The agent may do no more than any user. `None` if this machine lacks the need `nobody`: the user of that name cannot run it.
     pub fn unprivileged() -> Option<Self> {
         const NOBODY: u32 = 65534;
         if !rustix::process::geteuid().is_root() {
@@ -94,13 +94,9 @@ impl Host {
         for folder in [home.path(), &agents] {
             std::os::unix::fs::chown(folder, Some(NOBODY), Some(NOBODY)).unwrap();
         }
-        match AgentProcess::start(Command::new(PROGRAM).uid(NOBODY).gid(NOBODY), home.path(), "agent") {
-            Ok(agent) => Some(Self { agent, images: Folder { agents, view: None }, home }),
-            Err(error) => {
-                eprintln!("skipped: an agent as nobody: {}", error.sentence());
-                None
-            }
-        }
+        let agent = AgentProcess::start(Command::new(PROGRAM).uid(NOBODY).gid(NOBODY), home.path(), "agent");
+        let agent = require::met("nobody", agent.map_err(Into::into))?;
+        Some(Self { agent, images: Folder { agents, view: None }, home })
     }
 
     /// The folder has room for this many bytes.
