@@ -50,11 +50,11 @@ fn an_increment_of_huge_pages_is_complete() {
     let Some(_pool) = require::hugetlb(COUNT + 1) else { return };
     let scene = scene();
     let tracked = SnapshotOptions { mode: SnapshotMode::Paused, track: true, ..SnapshotOptions::default() };
-    let (_, chain) = scene.saved("full", &tracked);
+    let (_, chain) = scene.saved("full", &tracked.clone());
     scene.check(&chain);
     scene.write(3, 99);
     scene.client().discard(&[BlockRange { block: 0, offset: 2 * HUGE_PAGE, length: HUGE_PAGE }], Punch::Yes).unwrap();
-    let (status, chain) = scene.saved("increment", &super::scene::on(&scene.path("full")));
+    let (status, chain) = scene.saved("increment", &super::scene::on(&scene.path("full"), tracked));
     scene.check(&chain);
     assert_eq!(status.counters.pages_sent, 1);
 }

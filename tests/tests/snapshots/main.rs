@@ -9,6 +9,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod aborts;
+#[path = "../common/mod.rs"]
+mod common;
 mod huge;
 mod increments;
 mod kvm;
