@@ -5,6 +5,7 @@ use crate::common::{Listening, images};
 use pageferry_agent::image::Chain;
 use pageferry_client::{Client, JobStatus, Phase, SnapshotOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::deadline::wait_until;
 use pageferry_tests::memory::{BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
@@ -77,6 +78,15 @@ impl Scene {
     #[track_caller]
     pub fn check(&self, chain: &Chain) {
         images::assert_saved(self.vmm.memory(), self.client(), chain);
+    }
+
+    /// Does to the first block what a vCPU does, on a thread of its own: if it waits in vain for the agent, the test fails and does not hang.
+    #[track_caller]
+    pub fn as_guest<T: Send + 'static>(&self, act: impl FnOnce(&TestBlock) -> T + Send + 'static) -> T {
+        let memory = self.vmm.memory().clone();
+        let acting = std::thread::spawn(move || act(&memory.blocks()[0]));
+        wait_until("the guest to come on", PATIENCE, || acting.is_finished()).unwrap();
+        acting.join().unwrap()
     }
 
     /// Writes to a page as the guest does, and marks it.
