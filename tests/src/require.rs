@@ -38,8 +38,8 @@ pub fn uffd() -> bool {
     met("uffd", try_uffd()).is_some()
 }
 
-/// `pages` free huge pages of 2 MiB, added to the kernel's pool as far as they are missing; `None` if it has no room for them. Nobody else in
-/// this process has huge pages until what is returned is dropped.
+/// `pages` free huge pages of 2 MiB, added to the kernel's pool as far as they are missing; `None` if it has no room for them. No other test,
+/// of this process or another, has huge pages until what is returned is dropped.
 ///
 /// # Panics
 /// If there is no room, and `PAGEFERRY_REQUIRE` names `hugetlb`.
