@@ -1,11 +1,11 @@
 //! What may be built on what, and that nothing that changed is missing.
 
 use super::scene::{Scene, on, paused, tracked};
-use pageferry_client::{BlockRange, Phase, Punch, SnapshotOptions};
+use pageferry_client::{BlockRange, ClearPages, DirtyLog, HookError, Phase, Punch, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
-use pageferry_tests::vmm::{Fault, HookName, PATIENCE, Tracker};
+use pageferry_tests::vmm::{Fault, HookName, HookTracker, PATIENCE, Tracker};
 
 fn range(first: u64, count: u64) -> [BlockRange; 1] {
     [BlockRange { block: 0, offset: first * PAGE_SIZE, length: count * PAGE_SIZE }]
@@ -138,4 +138,52 @@ fn what_changes_the_memory_or_the_trackers_ends_the_chain() {
     let job = scene.vmm.start_outgoing(&format!("unix:{}", nowhere.display()), &Default::default()).unwrap();
     assert_eq!(scene.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Failed);
     ended("a migration asked the trackers");
+}
+
+/// A tracker of which nothing is needed but that it can fail.
+struct Failing;
+
+impl HookTracker for Failing {
+    fn start(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn sync(&mut self, _: &DirtyLog) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn clear(&mut self, _: ClearPages<'_>) -> Result<(), HookError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_tracker_that_fails_ends_the_chain_since_what_it_knew_may_be_lost() {
+    for hook in [HookName::SyncTracker, HookName::ClearTracker] {
+        let scene = Scene::full(200);
+        scene.vmm.set_tracker(Tracker::Hooks(Box::new(Failing))).unwrap();
+        scene.saved("full", &tracked(paused()));
+        // It is asked to clear what it said, and only that.
+        scene.write(1, 10);
+        scene.vmm.inject(hook, Some(Fault::Fail("it is raining".into())));
+        scene.vmm.clear_record();
+        let status = scene.save("one", &on(&scene.path("full"), tracked(paused())));
+        assert!(status.error.contains("it is raining"), "{hook:?}: {}", status.error);
+        assert!(scene.vmm.record().calls.contains(&HookName::StopTracking), "{hook:?}: it is of no use any more");
+        scene.vmm.inject(hook, None);
+        let status = scene.save("one", &on(&scene.path("full"), tracked(paused())));
+        assert_eq!(status.phase, Phase::Failed);
+        assert!(status.error.contains("what changed since is not known: a tracker failed"), "{}", status.error);
+        assert_eq!(scene.files(), ["full"]);
+        // One of all begins anew.
+        scene.saved("whole", &tracked(paused()));
+        scene.write(2, 20);
+        let (status, chain) = scene.saved("two", &on(&scene.path("whole"), tracked(paused())));
+        scene.check(&chain);
+        assert_eq!(status.counters.pages_sent, 1);
+    }
 }
