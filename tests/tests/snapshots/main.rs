@@ -1,6 +1,7 @@
 //! Snapshots: what is in the image, and what becomes of the guest meanwhile.
 //!
 //! - [`kvm`]: a real guest that runs on;
+//! - [`operator`]: what an operator saves and restores from a command line;
 //! - [`bandwidth`]: the limit;
 //! - [`huge`]: guests on huge pages;
 //! - [`increments`]: what may be built on what;
@@ -16,5 +17,6 @@ mod common;
 mod huge;
 mod increments;
 mod kvm;
+mod operator;
 mod refusals;
 mod scene;
