@@ -3,8 +3,8 @@
 use crate::Error;
 use crate::deadline::wait_until;
 use crate::vmm::PATIENCE;
-use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
-use std::fs;
+use rustix::fs::{FallocateFlags, FlockOperation, MemfdFlags, fallocate, flock, ftruncate, memfd_create};
+use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -20,24 +20,28 @@ pub struct HugePages {
     added: u64,
     /// Pages that others had before.
     used: u64,
+    /// Locked for as long as it is open: other processes that run such tests wait.
+    _alone_here: File,
     _alone: MutexGuard<'static, ()>,
 }
 
 impl HugePages {
-    /// Makes sure that at least `pages` are free, and that no other test of this process takes them.
+    /// Makes sure that at least `pages` are free, and that no other test takes them, of this process or another.
     ///
     /// # Errors
     /// If there are fewer and the pool cannot grow.
     pub fn reserve(pages: u64) -> Result<Self, Error> {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone_here = File::open(POOL).map_err(Error::io(format!("open {POOL}")))?;
+        flock(&alone_here, FlockOperation::LockExclusive).map_err(Error::kernel("lock the pool of huge pages"))?;
         let (before, used) = (persistent()?, used()?);
         let missing = pages.saturating_sub(Self::free()?);
         if missing > 0 {
             resize(before + missing)?;
         }
         // The kernel adds as many as it finds room for.
-        let pool = Self { added: persistent()?.saturating_sub(before), used, _alone: alone };
+        let pool = Self { added: persistent()?.saturating_sub(before), used, _alone_here: alone_here, _alone: alone };
         let fd = hugetlb_memfd(pages * HUGE_PAGE).map_err(Error::kernel("create a memfd of huge pages"))?;
         fallocate(&fd, FallocateFlags::empty(), 0, pages * HUGE_PAGE)
             .map_err(Error::kernel("allocate huge pages; see /proc/sys/vm/nr_hugepages"))?;

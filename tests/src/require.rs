@@ -38,8 +38,8 @@ pub fn uffd() -> bool {
     met("uffd", try_uffd()).is_some()
 }
 
-/// `pages` free huge pages of 2 MiB, added to the kernel's pool as far as they are missing; `None` if it has no room for them. Nobody else in
-/// this process has huge pages until what is returned is dropped.
+/// `pages` free huge pages of 2 MiB, added to the kernel's pool as far as they are missing; `None` if it has no room for them. No other test,
+/// of this process or another, has huge pages until what is returned is dropped.
 ///
 /// # Panics
 /// If there is no room, and `PAGEFERRY_REQUIRE` names `hugetlb`.
@@ -87,9 +87,12 @@ fn try_uffd() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Says why a need is not met: by a line, or by failing the test.
+/// What was found of a need that only the test itself can look for; `None` if nothing was, which is said in a line.
+///
+/// # Panics
+/// If nothing was, and `PAGEFERRY_REQUIRE` names `need`.
 #[allow(clippy::panic)] // the one way to fail a test from a helper that every test calls
-fn met<T>(need: &str, found: Result<T, Box<dyn Error>>) -> Option<T> {
+pub fn met<T>(need: &str, found: Result<T, Box<dyn Error>>) -> Option<T> {
     let error = match found {
         Ok(found) => return Some(found),
         Err(error) => error,

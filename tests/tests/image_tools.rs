@@ -1,6 +1,10 @@
 //! What an operator does with images from a command line: look, check, fold, draw.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
+use common::PROGRAM;
+use common::images::flip;
 use pageferry_agent::image::writer::{Base, Rest};
 use pageferry_agent::image::{Chain, Image, ImageWriter};
 use pageferry_protocol::control::hook::PieceSize;
@@ -9,11 +13,9 @@ use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange
 use pageferry_protocol::shm::MappedBitmap;
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 const PAGES: u64 = 1024;
 
 /// An image of one block with these pages as content and the last 24 discarded; an increment if there is a base.
@@ -70,13 +72,6 @@ fn refused(folder: &Path, arguments: &[&str]) -> String {
     error
 }
 
-fn flip(path: &Path, at: u64) {
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).unwrap();
-    file.write_all_at(&[!byte[0]], at).unwrap();
-}
-
 #[test]
 fn an_image_is_shown_with_all_that_it_builds_on() {
     let folder = tempfile::tempdir().unwrap();
@@ -127,7 +122,7 @@ fn an_image_is_good_or_each_place_that_is_not_is_named() {
     assert_eq!((&report["status"], &report["pages"], &report["errors"]), (&json!("good"), &json!(24), &json!([])));
     let layout = Image::open(&folder.join("monday.img")).unwrap().layout().clone();
     let places = [layout.page(0, 90), layout.page(0, 101), layout.page(0, 115)];
-    places.into_iter().for_each(|at| flip(&folder.join("monday.img"), at));
+    places.into_iter().for_each(|at| flip(&folder.join("monday.img"), at, 0xff));
     let error = refused(folder, &["verify", "tuesday.img"]);
     assert!(error.contains("monday.img: block 3: page 0x") && error.ends_with("the image is damaged\n"), "{error}");
 
@@ -160,7 +155,7 @@ fn what_cannot_be_read_is_not_called_damaged() {
         assert_eq!(status(image), json!("unreadable"), "{image}");
     }
     let place = Image::open_contents(&folder.join("tuesday.img")).unwrap().layout().states();
-    flip(&folder.join("tuesday.img"), place);
+    flip(&folder.join("tuesday.img"), place, 0xff);
     assert_eq!(status("tuesday.img"), json!("damaged"));
 }
 

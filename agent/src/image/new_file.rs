@@ -15,6 +15,9 @@ use std::sync::{Mutex, PoisonError};
 /// Attempts to find a temporary name that is free.
 const ATTEMPTS: u32 = 100;
 
+/// Who may read and write it.
+const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+
 /// A file that is being written.
 #[derive(Debug)]
 pub struct NewFile {
@@ -46,30 +49,39 @@ impl NewFile {
             Ok(_) | Err(Errno::NOENT) => {}
             Err(source) => return Err(Fault::Kernel { what: "create a file in its folder", source }),
         }
-        let new = |file, temporary| Self {
-            file,
-            path: path.to_owned(),
-            folder: folder.to_owned(),
-            temporary: Mutex::new(temporary),
-            replace,
-        };
-        let mode = Mode::RUSR | Mode::WUSR;
-        match rustix::fs::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, mode) {
-            Ok(file) => return Ok(new(file, None)),
-            // The file system has no such files, or the kernel takes the folder for what is to be opened.
-            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {}
-            Err(source) => return Err(Fault::Kernel { what: "create a file in its folder", source }),
+        if let Some(file) = Self::unnamed(path, folder, replace)? {
+            return Ok(file);
         }
+        Self::named(path, folder, replace)
+    }
+
+    /// One without a name meanwhile; `None` where the file system knows no such files.
+    fn unnamed(path: &Path, folder: &Path, replace: bool) -> Result<Option<Self>, Fault> {
+        match rustix::fs::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, MODE) {
+            Ok(file) => Ok(Some(Self::of(file, path, folder, None, replace))),
+            // The file system has no such files, or the kernel takes the folder for what is to be opened.
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => Ok(None),
+            Err(source) => Err(Fault::Kernel { what: "create a file in its folder", source }),
+        }
+    }
+
+    /// One with a temporary name.
+    fn named(path: &Path, folder: &Path, replace: bool) -> Result<Self, Fault> {
         let mut attempts = names(path);
         loop {
             let name = attempts.next().ok_or_else(|| no_name(path))?;
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
-            match rustix::fs::open(&name, flags, mode) {
-                Ok(file) => return Ok(new(file, Some(name))),
+            match rustix::fs::open(&name, flags, MODE) {
+                Ok(file) => return Ok(Self::of(file, path, folder, Some(name), replace)),
                 Err(Errno::EXIST) => {}
                 Err(source) => return Err(Fault::Kernel { what: "create a file in its folder", source }),
             }
         }
+    }
+
+    fn of(file: OwnedFd, path: &Path, folder: &Path, temporary: Option<PathBuf>, replace: bool) -> Self {
+        let (path, folder) = (path.to_owned(), folder.to_owned());
+        Self { file, path, folder, temporary: Mutex::new(temporary), replace }
     }
 
     /// The name that it will have.
@@ -195,39 +207,84 @@ mod tests {
         names
     }
 
+    /// A file that has a temporary name, or none where the file system knows such files.
+    fn create(path: &Path, replace: bool, named: bool) -> NewFile {
+        let folder = path.parent().unwrap();
+        let unnamed = if named { None } else { NewFile::unnamed(path, folder, replace).unwrap() };
+        unnamed.unwrap_or_else(|| NewFile::named(path, folder, replace).unwrap())
+    }
+
+    fn has_name(file: &NewFile) -> bool {
+        file.temporary.lock().unwrap().is_some()
+    }
+
     #[test]
     fn it_is_there_whole_or_not_at_all() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("image");
-        let file = NewFile::create(&path, false).unwrap();
-        rustix::io::write(&file, b"half").unwrap();
-        drop(file);
-        assert_eq!(files(folder.path()), Vec::<String>::new());
-        let file = NewFile::create(&path, false).unwrap();
-        rustix::io::write(&file, b"whole").unwrap();
-        assert_eq!(files(folder.path()), Vec::<String>::new());
-        file.finish().unwrap();
-        assert_eq!(
-            (files(folder.path()), std::fs::read(&path).unwrap()),
-            (vec!["image".to_owned()], b"whole".to_vec())
-        );
+        for named in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("image");
+            let file = create(&path, false, named);
+            rustix::io::write(&file, b"half").unwrap();
+            drop(file);
+            assert_eq!(files(folder.path()), Vec::<String>::new());
+            let file = create(&path, false, named);
+            rustix::io::write(&file, b"whole").unwrap();
+            let meanwhile = files(folder.path());
+            let temporary = |name: &String| name.starts_with(".pageferry-") && name.ends_with(".part");
+            assert!(
+                meanwhile.len() == usize::from(has_name(&file)) && meanwhile.iter().all(temporary),
+                "{meanwhile:?}"
+            );
+            file.finish().unwrap();
+            drop(file);
+            assert_eq!(
+                (files(folder.path()), std::fs::read(&path).unwrap()),
+                (vec!["image".to_owned()], b"whole".to_vec())
+            );
+        }
     }
 
     #[test]
     fn what_is_there_is_replaced_only_if_that_is_wanted() {
+        for named in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("image");
+            let only = |content: &[u8]| {
+                assert_eq!(files(folder.path()), ["image"]);
+                assert_eq!(std::fs::read(&path).unwrap(), content);
+            };
+            let late = create(&path, false, named);
+            std::fs::write(&path, "old").unwrap();
+            assert!(matches!(NewFile::create(&path, false), Err(Fault::Exists)));
+            assert!(matches!(late.finish(), Err(Fault::Exists)));
+            drop(late);
+            only(b"old");
+            let file = create(&path, true, named);
+            rustix::io::write(&file, b"new").unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), b"old");
+            file.finish().unwrap();
+            drop(file);
+            only(b"new");
+        }
+    }
+
+    #[test]
+    fn a_temporary_name_that_is_taken_is_left_to_who_has_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
-        let late = NewFile::create(&path, false).unwrap();
+        let names: Vec<PathBuf> = names(&path).collect();
+        names[1..].iter().for_each(|name| std::fs::write(name, "other").unwrap());
+        let first = create(&path, true, true);
+        // One without a name needs one to take the place of another.
         std::fs::write(&path, "old").unwrap();
-        assert!(matches!(NewFile::create(&path, false), Err(Fault::Exists)));
-        assert!(matches!(late.finish(), Err(Fault::Exists)));
-        drop(late);
-        assert_eq!((files(folder.path()), std::fs::read(&path).unwrap()), (vec!["image".to_owned()], b"old".to_vec()));
-        let file = NewFile::create(&path, true).unwrap();
-        rustix::io::write(&file, b"new").unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"old");
-        file.finish().unwrap();
-        assert_eq!((files(folder.path()), std::fs::read(&path).unwrap()), (vec!["image".to_owned()], b"new".to_vec()));
+        assert!(matches!(NewFile::named(&path, folder.path(), true), Err(Fault::Temporary { .. })));
+        if let Some(file) = NewFile::unnamed(&path, folder.path(), true).unwrap() {
+            assert!(matches!(file.finish(), Err(Fault::Temporary { .. })));
+        }
+        first.finish().unwrap();
+        create(&path, true, false).finish().unwrap();
+        assert!(names[1..].iter().all(|name| std::fs::read(name).unwrap() == b"other"));
+        assert!(!names[0].exists() && std::fs::read(&path).unwrap().is_empty());
     }
 
     #[test]

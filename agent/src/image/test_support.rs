@@ -45,7 +45,7 @@ pub(crate) fn content(byte: u8) -> Vec<u8> {
     page
 }
 
-fn bitmaps(model: &[Vec<Page>], which: impl Fn(Page) -> bool) -> Vec<MappedBitmap> {
+pub(crate) fn bitmaps(model: &[Vec<Page>], which: impl Fn(Page) -> bool) -> Vec<MappedBitmap> {
     let of_block = |pages: &Vec<Page>| {
         let bitmap = MappedBitmap::private(pages.len() as u64).unwrap();
         let found = (0..).zip(pages).filter(|(_, page)| which(**page));

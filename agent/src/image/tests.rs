@@ -1,11 +1,13 @@
-use super::test_support::{BLOCKS, Page, check, merged, pages, write, zero};
-use super::writer::Base;
+use super::test_support::{BLOCKS, Page, bitmaps, check, content, merged, pages, table, write, zero};
+use super::writer::{Base, Rest};
 use super::*;
 use crate::error::chain as sentence;
+use pageferry_protocol::control::hook::PieceSize;
 use pageferry_protocol::image::{Header, ImageId};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use proptest::prelude::*;
+use rustix::io::Errno;
 use std::os::fd::AsFd;
 
 proptest! {
@@ -92,12 +94,12 @@ fn a_state_that_no_image_has_is_named_by_its_page_however_large_the_block() {
     let path = folder.path().join("image");
     // Its states are read in two parts.
     let (pages, odd) = ((1 << 22) + 64, (1 << 22) + 3);
-    let writer = ImageWriter::create(&path, &test_support::table(&[pages]), false, true).unwrap();
+    let writer = ImageWriter::create(&path, &table(&[pages]), false, true).unwrap();
     let bitmap = || MappedBitmap::private(pages).unwrap();
     let (discarded, changed) = ([bitmap()], [bitmap()]);
     changed[0].set(PageRange::new(0, odd));
     changed[0].set(PageRange::new(odd + 1, pages - odd - 1));
-    let rest = writer::Rest { discarded: &discarded, changed: Some(&changed) };
+    let rest = Rest { discarded: &discarded, changed: Some(&changed) };
     writer.finish(rest, &Base { id: [7; 16], name: String::new() }, Vec::new(), None).unwrap();
     rebase(&path, [0; 16]);
     let error = sentence(&Image::open(&path).unwrap_err());
@@ -174,4 +176,65 @@ fn a_chain_that_was_tampered_with_is_refused_with_what_is_wrong() {
         assert!(error.contains(expected), "{error}");
     }
     assert!(matches!(Chain::open(folder.path()).unwrap_err().fault, Fault::Kind));
+}
+
+/// Whether the page at `offset` of the file is in the page cache, if the file system tells.
+fn is_cached(file: &std::fs::File, offset: u64) -> Option<bool> {
+    let mut page = vec![0; PAGE_SIZE as usize];
+    let into = &mut [std::io::IoSliceMut::new(&mut page)];
+    match rustix::io::preadv2(file, into, offset, rustix::io::ReadWriteFlags::NOWAIT) {
+        Ok(count) => Some(count > 0),
+        Err(errno) => (errno == Errno::AGAIN).then_some(false),
+    }
+}
+
+/// Writes a large run and a small one of the second block, out of a buffer that begins `skewed` bytes after a page. Returns which of them are in the page cache after; or nothing
+/// if the file system keeps all of it there, as tmpfs does, or does not tell.
+fn cached(skewed: usize, cached: bool) -> Option<[bool; 2]> {
+    const LARGE: PageRange = PageRange { first: 600, count: 200 };
+    const SMALL: PageRange = PageRange { first: 100, count: 8 };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let mut model = zero();
+    [LARGE, SMALL].iter().for_each(|run| model[1][run.first as usize..run.end() as usize].fill(Page::Content(7)));
+    let writer = ImageWriter::create(&path, &table(&BLOCKS), false, cached).unwrap();
+    let possible = {
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::DIRECT | rustix::fs::OFlags::CREATE;
+        rustix::fs::open(folder.path().join("other"), flags, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR).is_ok()
+    };
+    assert_eq!(writer.is_direct(), possible && !cached);
+    let mut buffer = PageBuffer::new((LARGE.bytes() + PAGE_SIZE) as usize);
+    let bytes = &mut buffer[skewed..];
+    bytes.chunks_exact_mut(PAGE_SIZE as usize).for_each(|page| page.copy_from_slice(&content(7)));
+    for run in [LARGE, SMALL] {
+        assert_eq!(writer.put(1, run, &bytes[..run.bytes() as usize]).unwrap(), run.count);
+    }
+    let discarded = bitmaps(&model, |_| false);
+    let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::io::write(&state, b"devices!").unwrap();
+    let pieces = vec![PieceSize { name: "a".into(), length: 8 }];
+    let rest = Rest { discarded: &discarded, changed: None };
+    writer.finish(rest, &Base::default(), pieces, Some(state.as_fd())).unwrap();
+    let file = std::fs::File::open(&path).unwrap();
+    let layout = Image::open(&path).unwrap().layout().clone();
+    let found = [LARGE, SMALL].map(|run| is_cached(&file, layout.page(1, run.first)));
+    check(&Chain::open(&path).unwrap(), &model);
+    const TMPFS: i64 = 0x0102_1994;
+    let tells = possible && rustix::fs::fstatfs(&file).unwrap().f_type != TMPFS;
+    Some([found[0]?, found[1]?]).filter(|_| tells)
+}
+
+#[test]
+fn large_runs_go_past_the_page_cache_where_they_can() {
+    for (skewed, through, expected) in [
+        (0, false, [false, true]),
+        (0, true, [true, true]),
+        // A disk takes no such buffer: it is copied after all.
+        (1, false, [true, true]),
+    ] {
+        match cached(skewed, through) {
+            Some(found) => assert_eq!(found, expected, "buffer at {skewed}, cached {through}"),
+            None => eprintln!("skipped: the folder for temporary files is on no disk, or on one that does not tell"),
+        }
+    }
 }

@@ -126,10 +126,8 @@ fn main() {
         ("live", live::live),
         ("tracking", live::tracking),
     ];
-    if let Some(unknown) = cli.only.iter().find(|name| !parts.iter().any(|(part, _)| part == name)) {
-        eprintln!("--only {unknown}: write {}", parts.map(|(name, _)| name).join(", "));
-        std::process::exit(2);
-    }
+    check("only", &cli.only, &parts);
+    check("snapshots", &cli.snapshots, &snapshots::PARTS);
     let qemu = if cli.no_qemu || !cli.bench { None } else { qemu::Qemu::find() };
     let bench = Bench {
         folder: cli.folder,
@@ -160,6 +158,15 @@ fn main() {
     println!("{}", table.markdown());
     if let Some(path) = cli.json {
         std::fs::write(&path, table.json()).unwrap_or_else(|error| panic!("cannot write {}: {error}", path.display()));
+    }
+}
+
+/// Ends this if one of the parts that are `wanted` does not exist.
+fn check(flag: &str, wanted: &[String], parts: &[(&str, Part)]) {
+    if let Some(unknown) = wanted.iter().find(|name| !parts.iter().any(|(part, _)| part == name)) {
+        let known: Vec<&str> = parts.iter().map(|(name, _)| *name).collect();
+        eprintln!("--{flag} {unknown}: write {}", known.join(", "));
+        std::process::exit(2);
     }
 }
 

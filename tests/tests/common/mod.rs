@@ -2,6 +2,7 @@
 //!
 //! - [`model`]: the guest of the model tests;
 //! - [`blocks`]: the blocks of the model tests of snapshots and restores;
+//! - [`images`]: how images are asked for, what must hold of them, and damage to them;
 //! - [`ram`]: memory with stamps in its pages;
 //! - [`vmm`]: a VMM whose hooks follow a script;
 //! - [`side`]: such a VMM with its agent;
@@ -11,6 +12,7 @@
 
 mod agents;
 pub mod blocks;
+pub mod images;
 pub mod model;
 mod ram;
 mod relay;

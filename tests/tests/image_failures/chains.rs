@@ -1,5 +1,6 @@
 //! Increments whose base is another, or gone, and images of other guests: the VMM's memory is not touched, and the next restore is complete.
 
+use crate::common::images::bytes_of;
 use crate::scene::{Folder, Guest, Host, assert_completed, assert_failed, both, on, paused, tracked};
 use pageferry_client::{Config, RestoreOptions, Target};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -24,12 +25,7 @@ fn guest(host: &Host, layouts: Vec<BlockLayout>) -> Guest {
 }
 
 fn bytes(guest: &Guest) -> Vec<Vec<u8>> {
-    let of_block = |block: &pageferry_tests::memory::TestBlock| {
-        let mut bytes = vec![0; block.layout().length as usize];
-        block.read(0, &mut bytes).unwrap();
-        bytes
-    };
-    guest.memory.blocks().iter().map(of_block).collect()
+    guest.memory.blocks().iter().map(bytes_of).collect()
 }
 
 /// Refused, and nothing happened.

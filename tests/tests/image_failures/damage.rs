@@ -1,5 +1,6 @@
 //! A byte that is changed anywhere in an image, or an end that is missing: an error that names the place, or the right memory; never the wrong one.
 
+use crate::common::images::{self, flip};
 use crate::scene::{Guest, Host, assert_completed, both, eager, lazy, on, paused, tracked};
 use pageferry_agent::image::{Chain, Image};
 use pageferry_client::{Config, JobStatus, Phase, Punch, RestoreMode, RestoreOptions};
@@ -8,7 +9,6 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::BlockLayout;
 use pageferry_tests::random::Random;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 const PAGES: u64 = 1100;
@@ -30,21 +30,17 @@ type Content = Vec<(Vec<u8>, Vec<PageRange>)>;
 
 fn content(guest: &Guest) -> Content {
     let of_block = |block: &pageferry_tests::memory::TestBlock| {
-        let mut bytes = vec![0; block.layout().length as usize];
-        block.read(0, &mut bytes).unwrap();
         let discarded = guest.client.discarded(block.id()).unwrap();
-        (bytes, discarded.runs(discarded.all()).collect())
+        (images::bytes_of(block), discarded.runs(discarded.all()).collect())
     };
     guest.memory.blocks().iter().map(of_block).collect()
 }
 
 /// Where something is here it is right.
+#[track_caller]
 fn assert_right_or_missing(guest: &Guest, right: &Content, what: &str) {
-    for ((here, _), (right, _)) in content(guest).iter().zip(right) {
-        let pages = here.chunks(PAGE_SIZE as usize).zip(right.chunks(PAGE_SIZE as usize));
-        for (page, (here, right)) in pages.enumerate() {
-            assert!(here == right || here.iter().all(|byte| *byte == 0), "{what}: page {page:#x} is wrong");
-        }
+    for (block, (right, _)) in guest.memory.blocks().iter().zip(right) {
+        images::assert_right_or_missing(block, right, what);
     }
 }
 
@@ -157,14 +153,6 @@ fn places(image: &Image, random: &mut Random) -> Vec<u64> {
     places
 }
 
-/// Changes a bit of byte `at`.
-pub fn flip(path: &Path, at: u64, bit: u64) {
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).unwrap();
-    file.write_all_at(&[byte[0] ^ 1 << bit], at).unwrap();
-}
-
 struct Restoring<'a> {
     host: &'a Host,
     options: RestoreOptions,
@@ -229,11 +217,11 @@ fn a_byte_that_is_changed_anywhere_is_found_or_does_no_harm() {
         let mut restoring = Restoring::new(&images.host, options);
         for at in places(chain.newest(), &mut random) {
             let bit = random.below(8);
-            flip(&copy, at, bit);
+            flip(&copy, at, 1 << bit);
             let expected = expected(&chain, 0, at);
             let what = format!("byte {at:#x}, bit {bit}");
             restoring.check(&copy, &copy, &expected, &images.right[0], &what);
-            flip(&copy, at, bit);
+            flip(&copy, at, 1 << bit);
         }
         restoring.check(&copy, &copy, &Expected::Nothing, &images.right[0], "the same without damage");
     }
@@ -249,11 +237,11 @@ fn a_byte_that_is_changed_in_what_an_increment_builds_on_is_found_or_does_no_har
             let mut restoring = Restoring::new(&images.host, options.clone());
             for at in places(&chain.layers()[layer].image, &mut random).into_iter().step_by(2) {
                 let bit = random.below(8);
-                flip(path, at, bit);
+                flip(path, at, 1 << bit);
                 let what = format!("layer {layer}, byte {at:#x}, bit {bit}");
                 let expected = expected(&chain, layer, at);
                 restoring.check(&images.increment, path, &expected, &images.right[1], &what);
-                flip(path, at, bit);
+                flip(path, at, 1 << bit);
             }
             let (path, right) = (&images.increment, &images.right[1]);
             restoring.check(path, path, &Expected::Nothing, right, "the same without damage");
@@ -286,7 +274,7 @@ fn several_workers_and_a_limit_find_the_same() {
     let images = Images::new();
     let chain = Chain::open(&images.whole).unwrap();
     let place = chain.newest().layout().page(1, MORE - 1) + 5;
-    flip(&images.whole, place, 0);
+    flip(&images.whole, place, 1);
     let expected = expected(&chain, 0, place);
     assert!(matches!(&expected, Expected::Found(place) if place.contains("block 7: page 0x12b")));
     for workers in [1, 2, 8, 64] {
@@ -300,7 +288,7 @@ fn several_workers_and_a_limit_find_the_same() {
             }
         }
     }
-    flip(&images.whole, place, 0);
+    flip(&images.whole, place, 1);
     if both().len() == 2 {
         assert_completed(&guest(&images.host).restored(&images.whole, &lazy()));
     }

@@ -1,9 +1,10 @@
 //! Files that fail, shrink, or are none.
 
+use crate::common::images::assert_right_or_missing;
 use crate::common::{At, lock};
 use crate::scene::{
-    Guest, Host, PAGES, assert_completed, assert_failed, background, both, eager, endless, lazy, on, paused, slow,
-    tracked,
+    Guest, Host, PAGES, assert_completed, assert_failed, background, both, byte_of, eager, endless, lazy, on, paused,
+    slow, tracked,
 };
 use pageferry_agent::image::Chain;
 use pageferry_client::{Config, Phase, RestoreMode, RestoreOptions, SnapshotOptions};
@@ -46,16 +47,6 @@ fn assert_restores(guest: &Guest, path: &Path, bytes: &[u8], options: &RestoreOp
     assert!(guest.bytes() == bytes, "the memory is not what was saved");
 }
 
-/// Where something is here, it is the right thing.
-#[track_caller]
-fn assert_right_or_missing(guest: &Guest, bytes: &[u8]) {
-    let here = guest.bytes();
-    let pages = here.chunks(PAGE_SIZE as usize).zip(bytes.chunks(PAGE_SIZE as usize)).enumerate();
-    for (page, (here, right)) in pages {
-        assert!(here == right || here.iter().all(|byte| *byte == 0), "page {page:#x} is wrong");
-    }
-}
-
 #[test]
 fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
     let modes = if require::uffd() { vec![background(), paused()] } else { vec![paused()] };
@@ -63,16 +54,32 @@ fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
     let guest = Guest::new(&host, PAGES);
     guest.fill(0..1, 1);
     let base = host.images.path("base");
-    guest.saved(&host, "base", &tracked(paused()));
+    // Where the file ends while its pages are written.
+    let end = guest.saved(&host, "base", &tracked(paused())).newest().layout().contents();
     guest.fill(0..PAGES, 2);
     let before = host.images.bytes();
     for options in modes {
-        for (cached, limit) in [(false, 0), (false, FIRST + 1), (true, FIRST + 100 * PAGE_SIZE), (false, 9 << 20)] {
+        // The pages, and not what comes after them; nor then the first of it, nor the state of the VMM.
+        let (length, contents) = ("cannot set the length of the file", "cannot write at byte 0x");
+        for (cached, limit, why) in [
+            (false, 0, length),
+            (true, FIRST + 100 * PAGE_SIZE, length),
+            (false, end, contents),
+            (true, end, contents),
+            (false, end + PAGE_SIZE, contents),
+        ] {
             let options = SnapshotOptions { cached, ..options.clone() };
             for options in [options.clone(), on(&base, tracked(options))] {
                 host.agent.process().limit_files(Some(limit)).unwrap();
                 let status = guest.wait(guest.snapshot(&host.images.path("image"), &options));
-                assert_failed(&status, &["image: cannot set the length of the file", "File too large"]);
+                assert_failed(&status, &["image: cannot", why, "File too large"]);
+                if why == contents {
+                    assert_eq!(
+                        (status.counters.pages_sent, byte_of(&status.error)),
+                        (PAGES, limit),
+                        "all was captured"
+                    );
+                }
                 host.agent.process().limit_files(None).unwrap();
                 guest.assert_free();
                 assert!(host.images.bytes() == before, "{:?}", host.images.files());
@@ -101,7 +108,11 @@ fn a_file_that_may_not_be_written_from_here_on_fails_the_snapshot_and_not_the_ag
                 // Its length is as it will be; what is written past the limit is refused all the same.
                 host.agent.process().limit_files(Some(FIRST)).unwrap();
                 guest.hurry();
-                assert_failed(&guest.wait(job), &["image: cannot write", "File too large"]);
+                let status = guest.wait(job);
+                assert_failed(&status, &["image: cannot write", "File too large"]);
+                // What is written first, and not what comes after it and would be refused as well.
+                let byte = byte_of(&status.error);
+                assert!((FIRST..FIRST + PAGES * PAGE_SIZE).contains(&byte), "no page: {}", status.error);
                 host.agent.process().limit_files(None).unwrap();
                 guest.assert_free();
                 assert!(host.images.bytes() == before, "{:?}", host.images.files());
@@ -198,7 +209,7 @@ fn an_image_that_is_cut_off_under_a_guest_that_runs_loses_it_and_nothing_wrong_i
         guest.hurry();
         assert_failed(&guest.wait(job), &["copy: the file ends at byte 0x"]);
         assert_eq!((guest.vmm.resumes(), guest.losses()), (1, 1));
-        assert_right_or_missing(&guest, &bytes);
+        assert_right_or_missing(guest.block(), &bytes, "cut off");
     }
     assert_restores(&Guest::new(&host, PAGES), &path, &bytes, &lazy());
 }

@@ -1,7 +1,7 @@
 //! The VMM's own hooks wait for memory that an image would have, if it were not damaged: they get an error, and the VMM is told.
 
+use crate::common::images::flip;
 use crate::common::{At, SOON, Touch, lock};
-use crate::damage::flip;
 use crate::scene::{Guest, Host, PAGES, assert_completed, assert_failed, lazy, paused, slow};
 use pageferry_client::{Error, Ownership, RestoreOptions};
 use pageferry_tests::deadline::wait_until;
@@ -21,7 +21,7 @@ fn a_resume_that_waits_for_a_damaged_page_gets_an_error_and_the_vmm_is_told() {
     let host = Host::new();
     let chain = Guest::full(&host, PAGES).saved(&host, "image", &paused());
     let (path, at) = (host.images.seen("image"), chain.newest().layout().page(0, WANTED) + 9);
-    flip(&path, at, 3);
+    flip(&path, at, 1 << 3);
     let guest = Guest::new(&host, PAGES);
     let (mapping, (say, found)) = (guest.block().mapping().clone(), channel());
     guest.vmm.on(At::Resume, move || {
@@ -40,7 +40,7 @@ fn a_resume_that_waits_for_a_damaged_page_gets_an_error_and_the_vmm_is_told() {
     assert!(matches!(refused, Error::MemoryLost), "{refused:?}");
 
     // What helps is another image.
-    flip(&path, at, 3);
+    flip(&path, at, 1 << 3);
     guest.vmm.off(At::Resume);
     assert_completed(&guest.restored(&host.images.path("image"), &lazy()));
     assert!((0..PAGES).all(|page| guest.block().read_page(page).unwrap() == page_content(1, page)));

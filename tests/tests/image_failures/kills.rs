@@ -32,11 +32,35 @@ fn assert_whole_or_none(host: &Host, before: &[&str]) {
     }
 }
 
+/// What happens at so many moments hits jobs that are under way, and not only such as are over: else nothing was tried.
+#[derive(Debug, Default)]
+struct Hits {
+    moments: u64,
+    under_way: u64,
+}
+
+impl Hits {
+    /// At one of the moments the job was in this phase.
+    fn count(&mut self, phase: Phase) {
+        self.count_if(!phase.is_final());
+    }
+
+    fn count_if(&mut self, under_way: bool) {
+        self.moments += 1;
+        self.under_way += u64::from(under_way);
+    }
+
+    #[track_caller]
+    fn check(&self) {
+        assert!(self.under_way * 3 >= self.moments, "nearly all came too late: {self:?}");
+    }
+}
+
 /// Kills the agent at `count` moments of a snapshot.
 fn kill_agent_in_snapshots(seed: u64, count: u64, increment: bool, options: &SnapshotOptions) {
     let mut host = Host::new();
     let mut running = Running::new(&host);
-    let mut random = Random::new(seed);
+    let (mut random, mut hits) = (Random::new(seed), Hits::default());
     for index in 0..count {
         let mut options = SnapshotOptions { bandwidth: BANDWIDTH, ..options.clone() };
         let base = host.images.path("base");
@@ -54,6 +78,7 @@ fn kill_agent_in_snapshots(seed: u64, count: u64, increment: bool, options: &Sna
         moment.wait(|| running.vmm.client().status().unwrap());
         let phase = running.vmm.client().status().unwrap().phase;
         eprintln!("seed {seed}, {index}: {moment:?}, in phase {}", phase.name());
+        hits.count(phase);
         host.replace_agent();
         running.assert_runs_without_agent();
         assert_whole_or_none(&host, before);
@@ -72,6 +97,7 @@ fn kill_agent_in_snapshots(seed: u64, count: u64, increment: bool, options: &Sna
         std::fs::remove_file(host.images.path("next")).unwrap();
         running.assert_runs();
     }
+    hits.check();
     running.vmm.stop().unwrap();
     assert!(running.vmm.usage().check().unwrap() > 0);
     check_content(running.vmm.usage());
@@ -98,9 +124,9 @@ fn an_agent_that_is_killed_in_an_increment_leaves_a_whole_image_or_none() {
 /// The agent hangs at `count` moments of a snapshot, and wakes up when it was given up.
 fn hang_in_snapshots(seed: u64, count: u64, options: &SnapshotOptions) {
     let mut host = Host::new();
-    let config = Config { request_timeout: Duration::from_millis(300), ..Config::default() };
+    let config = Config { request_timeout: Duration::from_secs(2), ..Config::default() };
     let mut running = Running::with(&host, config);
-    let mut random = Random::new(seed);
+    let (mut random, mut hits) = (Random::new(seed), Hits::default());
     let options = SnapshotOptions { bandwidth: BANDWIDTH, ..options.clone() };
     for index in 0..count {
         let moment = Moment::any(&mut random);
@@ -108,6 +134,7 @@ fn hang_in_snapshots(seed: u64, count: u64, options: &SnapshotOptions) {
         moment.wait(|| running.vmm.client().status().unwrap());
         let phase = running.vmm.client().status().unwrap().phase;
         eprintln!("seed {seed}, {index}: {moment:?}, in phase {}", phase.name());
+        hits.count(phase);
         host.agent.process().freeze().unwrap();
         // Whatever it hangs in, the guest does not wait for it.
         running.assert_runs();
@@ -125,6 +152,7 @@ fn hang_in_snapshots(seed: u64, count: u64, options: &SnapshotOptions) {
         check_image(&host.images.path("next"));
         std::fs::remove_file(host.images.path("next")).unwrap();
     }
+    hits.check();
 }
 
 #[test]
@@ -147,15 +175,18 @@ fn an_agent_that_is_killed_as_it_replaces_an_image_leaves_one_of_the_two() {
 fn kill_agent_in_replacement(seed: u64, count: u64) {
     let mut host = Host::new();
     let mut running = Running::new(&host);
-    let mut random = Random::new(seed);
+    let (mut random, mut hits) = (Random::new(seed), Hits::default());
     let options = SnapshotOptions { replace: true, ..paused() };
     for index in 0..count {
         let job = running.vmm.start_snapshot(&host.images.path("image"), &options).unwrap();
         assert_completed(&running.vmm.wait_job(job, PATIENCE).unwrap());
         let moment = Moment::any(&mut random);
-        eprintln!("seed {seed}, {index}: {moment:?}");
-        running.vmm.start_snapshot(&host.images.path("image"), &options).unwrap();
+        let slow = SnapshotOptions { bandwidth: BANDWIDTH, ..options.clone() };
+        running.vmm.start_snapshot(&host.images.path("image"), &slow).unwrap();
         moment.wait(|| running.vmm.client().status().unwrap());
+        let phase = running.vmm.client().status().unwrap().phase;
+        eprintln!("seed {seed}, {index}: {moment:?}, in phase {}", phase.name());
+        hits.count(phase);
         host.replace_agent();
         running.assert_runs_without_agent();
         check_image(&host.images.path("image"));
@@ -165,6 +196,7 @@ fn kill_agent_in_replacement(seed: u64, count: u64) {
         running.vmm.clear_record();
         running.vmm.reattach(host.agent.socket()).unwrap();
     }
+    hits.check();
 }
 
 /// An image of a guest that writes.
@@ -190,7 +222,7 @@ fn assert_restores(vmm: &MockVmm, path: &Path, options: &RestoreOptions) {
 fn an_agent_that_is_killed_in_an_eager_restore_leaves_no_guest_and_the_next_restores_it() {
     let mut host = Host::new();
     let path = image(&host);
-    let mut random = Random::new(5);
+    let (mut random, mut hits) = (Random::new(5), Hits::default());
     let mut vmm = waiting(&host);
     for index in 0..8 {
         let moment = Moment::any(&mut random);
@@ -200,6 +232,7 @@ fn an_agent_that_is_killed_in_an_eager_restore_leaves_no_guest_and_the_next_rest
         moment.wait(|| vmm.client().status().unwrap());
         let phase = vmm.client().status().unwrap().phase;
         eprintln!("seed 5, {index}: {moment:?}, in phase {}", phase.name());
+        hits.count(phase);
         host.replace_agent();
         wait_until("the agent to be lost", PATIENCE, || vmm.record().agent_lost.is_some()).unwrap();
         let record = vmm.record();
@@ -210,6 +243,7 @@ fn an_agent_that_is_killed_in_an_eager_restore_leaves_no_guest_and_the_next_rest
         assert_restores(&vmm, &path, &eager());
         vmm.stop().unwrap();
     }
+    hits.check();
 }
 
 #[test]
@@ -247,7 +281,7 @@ fn an_agent_that_is_killed_after_the_guest_runs_that_it_restores_lazily_loses_it
     let mut host = Host::new();
     let path = image(&host);
     let saved = Chain::open(&path).unwrap();
-    let mut random = Random::new(6);
+    let (mut random, mut hits) = (Random::new(6), Hits::default());
     for index in 0..5 {
         let pages = random.below(2000);
         let vmm = waiting(&host);
@@ -258,8 +292,10 @@ fn an_agent_that_is_killed_after_the_guest_runs_that_it_restores_lazily_loses_it
         if index > 0 {
             Moment::Pages(pages).wait(|| vmm.client().status().unwrap());
         }
-        let whole = vmm.client().status().unwrap().phase == Phase::Completed;
-        eprintln!("seed 6, {index}: {pages} pages");
+        let phase = vmm.client().status().unwrap().phase;
+        let whole = phase == Phase::Completed;
+        eprintln!("seed 6, {index}: {pages} pages, in phase {}", phase.name());
+        hits.count(phase);
         host.replace_agent();
         wait_until("the agent to be lost", PATIENCE, || vmm.record().agent_lost.is_some()).unwrap();
         let record = vmm.record();
@@ -277,6 +313,7 @@ fn an_agent_that_is_killed_after_the_guest_runs_that_it_restores_lazily_loses_it
         drop(vmm);
         assert_restores(&waiting(&host), &path, &lazy());
     }
+    hits.check();
 }
 
 /// A VMM that is a process, on a memory that is a file.
@@ -352,7 +389,7 @@ fn a_vmm_that_is_killed_while_it_is_saved_leaves_a_whole_image_or_none_and_a_fre
     vmm.fill(1);
     let image = host.images.path("image");
     let to = image.to_str().unwrap();
-    let mut random = Random::new(7);
+    let (mut random, mut hits) = (Random::new(7), Hits::default());
     for index in 0..8 {
         let moment = Moment::any(&mut random);
         let mut more = vec!["--snapshot-to", to, "--bandwidth", "128M", "--write-rate", "2000"];
@@ -362,6 +399,7 @@ fn a_vmm_that_is_killed_while_it_is_saved_leaves_a_whole_image_or_none_and_a_fre
         let last = host.status().job;
         let phase = vmm.kill(vmm.start("source", &more), &moment, last);
         eprintln!("seed 7, {index}: {moment:?}: {}", phase.name());
+        hits.count_if(phase != Phase::Completed);
         let expected: &[&str] = if phase == Phase::Completed { &["image"] } else { &[] };
         assert_eq!(host.images.files(), expected);
         if phase == Phase::Completed {
@@ -372,6 +410,7 @@ fn a_vmm_that_is_killed_while_it_is_saved_leaves_a_whole_image_or_none_and_a_fre
         vmm.is_saved_in(&image);
         std::fs::remove_file(&image).unwrap();
     }
+    hits.check();
 }
 
 #[test]
@@ -395,7 +434,7 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
     source.saves_to(path);
     source.is_saved_in(&image);
     let vmm = Vmm::new(&host);
-    let mut random = Random::new(8);
+    let (mut random, mut hits) = (Random::new(8), Hits::default());
     for index in 0..8 {
         let lazy = index % 2 == 0 && require::uffd();
         vmm.fill(3);
@@ -409,12 +448,14 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
         let moment = Moment::any(&mut random);
         let phase = vmm.kill(process, &moment, last);
         eprintln!("seed 8, {index}: {moment:?}: {}", phase.name());
+        hits.count_if(phase != Phase::Completed);
         let told = operator.wait(PATIENCE).unwrap().success();
         assert_eq!(told, phase == Phase::Completed);
         let more: &[&str] = if lazy { &["--restore-from", path, "--lazy"] } else { &["--restore-from", path] };
         vmm.completes("destination", more);
         vmm.is_saved_in(&image);
     }
+    hits.check();
 }
 
 #[test]

@@ -1,14 +1,16 @@
 //! An agent that is a process, a VMM in this one whose hooks follow a script, and folders for images.
 
-use crate::common::{PROGRAM, Peer, SOON, Vmm, VmmHooks, lock};
+pub use crate::common::images::{on, paused, tracked};
+use crate::common::{PROGRAM, Peer, SOON, Vmm, VmmHooks, images, lock};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    BlockRange, Client, Config, Error, JobStatus, Phase, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
+    BlockRange, Client, Config, Error, JobStatus, Phase, RestoreMode, RestoreOptions, SnapshotOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::{wait_for, wait_until};
 use pageferry_tests::memory::{BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::process::AgentProcess;
+use pageferry_tests::require;
 use pageferry_tests::tmpfs::{Tmpfs, View};
 use std::ffi::OsStr;
 use std::os::unix::process::CommandExt;
@@ -81,7 +83,7 @@ impl Host {
         Self { agent, images: Folder { agents: folder_in(&home), view: None }, home }
     }
 
-    /// The agent may do no more than any user. `None` if there is none that could run it.
+    /// The agent may do no more than any user. `None` if this machine lacks the need `nobody`: the user of that name cannot run it.
     pub fn unprivileged() -> Option<Self> {
         const NOBODY: u32 = 65534;
         if !rustix::process::geteuid().is_root() {
@@ -92,13 +94,9 @@ impl Host {
         for folder in [home.path(), &agents] {
             std::os::unix::fs::chown(folder, Some(NOBODY), Some(NOBODY)).unwrap();
         }
-        match AgentProcess::start(Command::new(PROGRAM).uid(NOBODY).gid(NOBODY), home.path(), "agent") {
-            Ok(agent) => Some(Self { agent, images: Folder { agents, view: None }, home }),
-            Err(error) => {
-                eprintln!("skipped: an agent as nobody: {}", error.sentence());
-                None
-            }
-        }
+        let agent = AgentProcess::start(Command::new(PROGRAM).uid(NOBODY).gid(NOBODY), home.path(), "agent");
+        let agent = require::met("nobody", agent.map_err(Into::into))?;
+        Some(Self { agent, images: Folder { agents, view: None }, home })
     }
 
     /// The folder has room for this many bytes.
@@ -219,9 +217,7 @@ impl Guest {
 
     /// All bytes of the first block.
     pub fn bytes(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.block().layout().length as usize];
-        self.block().read(0, &mut bytes).unwrap();
-        bytes
+        images::bytes_of(self.block())
     }
 
     pub fn snapshot(&self, path: &Path, options: &SnapshotOptions) -> u64 {
@@ -267,18 +263,7 @@ impl Guest {
     /// The memory is what the image says, byte for byte.
     #[track_caller]
     pub fn check(&self, chain: &Chain) {
-        for (at, geometry) in chain.table().blocks().iter().enumerate() {
-            let block = self.memory.block(geometry.id).unwrap();
-            let discarded = self.client.discarded(geometry.id).unwrap();
-            let mut saved = vec![0; PAGE_SIZE as usize];
-            for page in 0..geometry.pages() {
-                let (here, there) = (discarded.contains(page), chain.discarded(at).contains(page));
-                assert_eq!(here, there, "page {page:#x} of block {}: discarded", geometry.id);
-                chain.read(at, PageRange::new(page, 1), &mut saved).unwrap();
-                let same = here || saved == block.read_page(page).unwrap();
-                assert!(same, "page {page:#x} of block {}", geometry.id);
-            }
-        }
+        images::assert_saved(&self.memory, &self.client, chain);
     }
 
     pub fn is_hole(&self) -> bool {
@@ -308,19 +293,6 @@ pub fn background() -> SnapshotOptions {
     SnapshotOptions::default()
 }
 
-pub fn paused() -> SnapshotOptions {
-    SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() }
-}
-
-pub fn tracked(options: SnapshotOptions) -> SnapshotOptions {
-    SnapshotOptions { track: true, ..options }
-}
-
-/// An increment to the image at `base`.
-pub fn on(base: &Path, options: SnapshotOptions) -> SnapshotOptions {
-    SnapshotOptions { base: base.to_str().unwrap().to_owned(), ..options }
-}
-
 /// One that would take for ever, but for what does not wait for its turn.
 pub fn endless(options: SnapshotOptions) -> SnapshotOptions {
     SnapshotOptions { bandwidth: 1, ..options }
@@ -341,5 +313,12 @@ pub fn slow(options: RestoreOptions) -> RestoreOptions {
 
 /// The modes of a restore that this machine has.
 pub fn both() -> Vec<RestoreOptions> {
-    if pageferry_tests::require::uffd() { vec![eager(), lazy()] } else { vec![eager()] }
+    if require::uffd() { vec![eager(), lazy()] } else { vec![eager()] }
+}
+
+/// The byte of the image at which it cannot be written, as the error says.
+#[track_caller]
+pub fn byte_of(error: &str) -> u64 {
+    let (_, rest) = error.split_once("cannot write at byte 0x").unwrap_or_else(|| panic!("{error}"));
+    u64::from_str_radix(rest.split(':').next().unwrap(), 16).unwrap()
 }

@@ -2,7 +2,7 @@
 
 use crate::common::SOON;
 use crate::scene::{
-    Guest, Host, PAGES, assert_completed, assert_failed, background, endless, lazy, on, paused, tracked,
+    Guest, Host, PAGES, assert_completed, assert_failed, background, byte_of, endless, lazy, on, paused, tracked,
 };
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{Phase, Punch, RestoreOptions, SnapshotMode, SnapshotOptions, Trackers};
@@ -25,12 +25,6 @@ fn modes() -> Vec<SnapshotOptions> {
 fn assert_nothing_happened(host: &Host, guest: &Guest, before: &[(String, Vec<u8>)]) {
     guest.assert_free();
     assert!(host.images.bytes() == before, "{:?} are not as they were", host.images.files());
-}
-
-/// The byte of the file that the error names.
-fn byte_of(error: &str) -> u64 {
-    let (_, rest) = error.split_once("cannot write at byte 0x").unwrap_or_else(|| panic!("{error}"));
-    u64::from_str_radix(rest.split(':').next().unwrap(), 16).unwrap()
 }
 
 #[test]

@@ -18,7 +18,7 @@ fn endless() -> SnapshotOptions {
 fn check_free(scene: &Scene) {
     assert!(scene.vmm.record().runs, "the guest runs");
     assert_eq!(scene.files(), Vec::<String>::new());
-    (0..PAGES).for_each(|page| scene.write(page, page));
+    scene.as_guest(|block| (0..PAGES).for_each(|page| block.store(page * PAGE_SIZE, page).unwrap()));
     let (_, chain) = scene.saved("again", &SnapshotOptions::default());
     scene.check(&chain);
 }

@@ -1,13 +1,17 @@
 //! Guests on huge pages: each is captured, and let go, as a whole.
 
-use super::scene::Scene;
-use pageferry_client::{BlockRange, Punch, SnapshotMode, SnapshotOptions};
-use pageferry_protocol::memory::PAGE_SIZE;
+use super::scene::{Scene, on, paused, tracked};
+use pageferry_agent::image::Chain;
+use pageferry_client::{BlockRange, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions, SnapshotOptions};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::huge_pages::HUGE_PAGE;
 use pageferry_tests::memory::{Backing, BlockLayout};
 use pageferry_tests::require;
+use pageferry_tests::vmm::PATIENCE;
 
 const COUNT: u64 = 6;
+/// Pages of a huge page.
+const HUGE: u64 = HUGE_PAGE / PAGE_SIZE;
 
 fn scene() -> Scene {
     let layout = BlockLayout {
@@ -18,7 +22,7 @@ fn scene() -> Scene {
     };
     let scene = Scene::new(vec![layout]);
     let touched = (0..COUNT).filter(|huge_page| *huge_page != 4);
-    touched.for_each(|huge_page| scene.write(huge_page * HUGE_PAGE / PAGE_SIZE + 3, huge_page + 1));
+    touched.for_each(|huge_page| scene.write(huge_page * HUGE + 3, huge_page + 1));
     scene
 }
 
@@ -33,15 +37,15 @@ fn a_guest_on_huge_pages_is_saved_while_it_writes() {
     // A page at a time, so that it writes into one that is not captured yet.
     let options = SnapshotOptions { workers: 1, bandwidth: 4 << 20, ..SnapshotOptions::default() };
     let started = scene.client().start_snapshot(&scene.path("image"), &options).unwrap();
-    scene.vmm.wait_phase(pageferry_client::Phase::Saving, pageferry_tests::vmm::PATIENCE).unwrap();
-    let last = (COUNT - 1) * HUGE_PAGE / PAGE_SIZE + 3;
+    scene.vmm.wait_phase(Phase::Saving, PATIENCE).unwrap();
+    let last = (COUNT - 1) * HUGE + 3;
     scene.write(last, 77);
-    let status = scene.client().wait(started.job, pageferry_tests::vmm::PATIENCE).unwrap();
-    assert_eq!((status.phase, &*status.error), (pageferry_client::Phase::Completed, ""));
-    assert!(status.counters.captured_pages >= HUGE_PAGE / PAGE_SIZE, "{:?}", status.counters);
+    let status = scene.client().wait(started.job, PATIENCE).unwrap();
+    assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+    assert!(status.counters.captured_pages >= HUGE, "{:?}", status.counters);
     // As of the moment before.
     scene.write(last, COUNT);
-    scene.check(&pageferry_agent::image::Chain::open(&scene.path("image")).unwrap());
+    scene.check(&Chain::open(&scene.path("image")).unwrap());
     assert_eq!(status.counters.pages_sent, COUNT - 2);
 }
 
@@ -49,12 +53,85 @@ fn a_guest_on_huge_pages_is_saved_while_it_writes() {
 fn an_increment_of_huge_pages_is_complete() {
     let Some(_pool) = require::hugetlb(COUNT + 1) else { return };
     let scene = scene();
-    let tracked = SnapshotOptions { mode: SnapshotMode::Paused, track: true, ..SnapshotOptions::default() };
-    let (_, chain) = scene.saved("full", &tracked);
+    let (_, chain) = scene.saved("full", &tracked(paused()));
     scene.check(&chain);
     scene.write(3, 99);
     scene.client().discard(&[BlockRange { block: 0, offset: 2 * HUGE_PAGE, length: HUGE_PAGE }], Punch::Yes).unwrap();
-    let (status, chain) = scene.saved("increment", &super::scene::on(&scene.path("full")));
+    let (status, chain) = scene.saved("increment", &on(&scene.path("full"), tracked(paused())));
     scene.check(&chain);
     assert_eq!(status.counters.pages_sent, 1);
+}
+
+/// A guest of eight huge pages, if it is on such.
+fn thin(backing: Backing) -> Scene {
+    let layout = BlockLayout { fd_offset: HUGE_PAGE, backing, ..BlockLayout::ram(8 * HUGE_PAGE) };
+    Scene::new(vec![layout])
+}
+
+/// The image `image` of a guest on small pages, in `scene`'s folder: in huge pages 0, 3, 6 and 7 page 77 holds something, and 100 to 199 of 0 are discarded; 1 and 5 are
+/// discarded, 4 is zero, and 2 is full.
+fn save_thin(scene: &Scene) -> Chain {
+    let guest = thin(Backing::Memfd);
+    [0, 3, 6, 7].into_iter().for_each(|huge| guest.write(huge * HUGE + 77, huge + 1));
+    guest.block().fill(PageRange::new(2 * HUGE, HUGE), 2).unwrap();
+    let whole = |huge: u64| BlockRange { block: 0, offset: huge * HUGE_PAGE, length: HUGE_PAGE };
+    let part = BlockRange { block: 0, offset: 100 * PAGE_SIZE, length: 100 * PAGE_SIZE };
+    guest.client().discard(&[part, whole(1), whole(5)], Punch::Yes).unwrap();
+    let job = guest.client().start_snapshot(&scene.path("image"), &paused()).unwrap().job;
+    let status = guest.client().wait(job, PATIENCE).unwrap();
+    assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+    Chain::open(&scene.path("image")).unwrap()
+}
+
+/// All that was saved is there, what was discarded of a huge page is zero, and only those are allocated that have to be.
+#[track_caller]
+fn check_restored(scene: &Scene, chain: &Chain, allocated: u64) {
+    scene.check(chain);
+    assert!((100..200).all(|page| scene.block().read_page(page).unwrap() == [0; PAGE_SIZE as usize]));
+    assert_eq!(scene.block().allocated().unwrap(), allocated * HUGE_PAGE);
+    assert!(scene.vmm.record().runs);
+}
+
+#[test]
+fn a_guest_is_restored_onto_huge_pages_and_only_those_with_content_are_allocated() {
+    let Some(_pool) = require::hugetlb(8) else { return };
+    let scene = thin(Backing::HugePages);
+    let chain = save_thin(&scene);
+    // What must not be there afterwards.
+    scene.block().fill(PageRange::new(4 * HUGE, 2 * HUGE), 9).unwrap();
+    for workers in [1, 3] {
+        let options = RestoreOptions { workers, ..RestoreOptions::default() };
+        let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
+        let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
+        assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+        assert_eq!(status.counters.pages_sent, 4 + HUGE);
+        check_restored(&scene, &chain, 5);
+    }
+}
+
+#[test]
+fn a_guest_on_huge_pages_waits_for_what_it_touches_and_gets_it_whole() {
+    let Some(_pool) = require::hugetlb(8) else { return };
+    if !require::uffd() {
+        return;
+    }
+    let scene = thin(Backing::HugePages);
+    let chain = save_thin(&scene);
+    scene.block().fill(PageRange::new(4 * HUGE, 2 * HUGE), 9).unwrap();
+    // What is not touched would take for ever.
+    let options = RestoreOptions { mode: RestoreMode::Lazy, workers: 1, bandwidth: 1, ..RestoreOptions::default() };
+    let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
+    scene.vmm.wait_phase(Phase::Prefetching, PATIENCE).unwrap();
+    let found = scene.as_guest(|block| {
+        let pages = [7 * HUGE + 77, 7 * HUGE + 78, 77, 78, 4 * HUGE + 5];
+        pages.map(|page| block.load(page * PAGE_SIZE).unwrap())
+    });
+    assert_eq!(found, [8, 0, 1, 0, 0]);
+    // The full one and others, one after another.
+    scene.client().set_parameters(&OutgoingOptions::default()).unwrap();
+    let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
+    assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+    assert!(status.counters.faults >= 2, "{:?}", status.counters);
+    // One that was touched, and was zero.
+    check_restored(&scene, &chain, 6);
 }

@@ -2,11 +2,11 @@
 
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_agent::image::Chain;
-use pageferry_client::{BlockRange, Phase, Punch, SnapshotOptions};
+use pageferry_client::{BlockRange, ClearPages, DirtyLog, HookError, Phase, Punch, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
-use pageferry_tests::vmm::Tracker;
+use pageferry_tests::vmm::{Fault, HookName, HookTracker, PATIENCE, Tracker};
 
 fn range(first: u64, count: u64) -> [BlockRange; 1] {
     [BlockRange { block: 0, offset: first * PAGE_SIZE, length: count * PAGE_SIZE }]
@@ -15,19 +15,19 @@ fn range(first: u64, count: u64) -> [BlockRange; 1] {
 #[test]
 fn an_increment_holds_what_changed_and_no_more() {
     let scene = Scene::full(1000);
-    let (_, full) = scene.saved("full", &tracked());
+    let (_, full) = scene.saved("full", &tracked(paused()));
     scene.check(&full);
     scene.write(7, 70);
     scene.write(700, 71);
     scene.client().discard(&range(100, 50), Punch::Yes).unwrap();
     scene.client().discard(&range(300, 50), Punch::Yes).unwrap();
     scene.client().populate(&range(320, 10)).unwrap();
-    let (status, one) = scene.saved("one", &on(&scene.path("full")));
+    let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(paused())));
     scene.check(&one);
     let counters = status.counters;
     assert_eq!((counters.pages_sent, counters.discarded_pages, counters.unchanged_pages), (2, 90, 898));
     // Nothing at all happened since.
-    let (status, two) = scene.saved("two", &on(&scene.path("one")));
+    let (status, two) = scene.saved("two", &on(&scene.path("one"), tracked(paused())));
     scene.check(&two);
     assert_eq!((status.counters.pages_sent, status.counters.unchanged_pages), (0, 910));
     // Read ahead by nobody: the base is as it was.
@@ -39,9 +39,9 @@ fn an_increment_holds_what_changed_and_no_more() {
 #[test]
 fn a_snapshot_without_tracking_leaves_the_next_increment_to_the_same_base() {
     let scene = Scene::full(200);
-    scene.saved("full", &tracked());
+    scene.saved("full", &tracked(paused()));
     scene.write(1, 10);
-    let differential = SnapshotOptions { track: false, ..on(&scene.path("full")) };
+    let differential = on(&scene.path("full"), paused());
     let (_, first) = scene.saved("first", &differential);
     scene.check(&first);
     scene.write(2, 20);
@@ -54,14 +54,14 @@ fn a_snapshot_without_tracking_leaves_the_next_increment_to_the_same_base() {
 #[test]
 fn a_failed_increment_puts_back_what_it_took() {
     let scene = Scene::full(200);
-    scene.saved("full", &tracked());
+    scene.saved("full", &tracked(paused()));
     scene.write(1, 10);
-    let error = scene.save("no/such/folder", &on(&scene.path("full"))).error;
+    let error = scene.save("no/such/folder", &on(&scene.path("full"), tracked(paused()))).error;
     assert!(error.contains("cannot create a file in its folder"), "{error}");
-    scene.fail_to_resume(&on(&scene.path("full")));
+    scene.fail_to_resume(&on(&scene.path("full"), tracked(paused())));
     assert_eq!(scene.files(), ["full"]);
     scene.write(2, 20);
-    let (status, one) = scene.saved("one", &on(&scene.path("full")));
+    let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(paused())));
     scene.check(&one);
     assert_eq!(status.counters.pages_sent, 2);
 }
@@ -73,10 +73,10 @@ fn write_protection_tells_what_changed() {
     }
     let scene = Scene::full(600);
     scene.vmm.set_tracker(Tracker::write_protect(scene.vmm.memory()).unwrap()).unwrap();
-    scene.saved("full", &tracked());
+    scene.saved("full", &tracked(paused()));
     // Not marked: the kernel knows.
     [5, 99, 500].into_iter().for_each(|page| scene.block().store(page * PAGE_SIZE, page).unwrap());
-    let (status, one) = scene.saved("one", &on(&scene.path("full")));
+    let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(paused())));
     scene.check(&one);
     assert_eq!(status.counters.pages_sent, 3);
 }
@@ -85,10 +85,10 @@ fn write_protection_tells_what_changed() {
 fn a_base_that_was_named_by_a_link_is_found_when_the_link_leads_elsewhere() {
     let scene = Scene::full(200);
     let link = scene.path("latest");
-    scene.saved("first", &tracked());
+    scene.saved("first", &tracked(paused()));
     std::os::unix::fs::symlink("first", &link).unwrap();
     scene.write(3, 30);
-    scene.saved("second", &on(&link));
+    scene.saved("second", &on(&link, tracked(paused())));
     std::fs::remove_file(&link).unwrap();
     std::os::unix::fs::symlink("second", &link).unwrap();
     scene.check(&Chain::open(&link).unwrap());
@@ -98,7 +98,7 @@ fn a_base_that_was_named_by_a_link_is_found_when_the_link_leads_elsewhere() {
 fn what_no_increment_can_be_built_on_is_refused_with_why() {
     let scene = Scene::full(200);
     let refused = |base: &str, expected: &str| {
-        let status = scene.save("increment", &on(&scene.path(base)));
+        let status = scene.save("increment", &on(&scene.path(base), tracked(paused())));
         assert_eq!(status.phase, Phase::Failed);
         assert!(status.error.contains(expected), "{}", status.error);
         assert!(!scene.path("increment").exists());
@@ -106,21 +106,21 @@ fn what_no_increment_can_be_built_on_is_refused_with_why() {
     refused("nothing", "nothing: cannot open it: No such file");
     scene.saved("untracked", &paused());
     refused("untracked", "no image was made here with track on: save all of it");
-    scene.saved("first", &tracked());
-    scene.saved("second", &tracked());
+    scene.saved("first", &tracked(paused()));
+    scene.saved("second", &tracked(paused()));
     refused("first", "and what changed is known since image");
     std::fs::write(scene.path("text"), vec![b'x'; 5000]).unwrap();
     refused("text", "not an image of pageferry");
     let other = Scene::full(300);
-    other.saved("other", &tracked());
+    other.saved("other", &tracked(paused()));
     std::fs::copy(other.path("other"), scene.path("other")).unwrap();
     refused("other", "is of other blocks than it is itself");
     // The chain is as good as before.
     scene.write(3, 30);
-    let (status, chain) = scene.saved("third", &on(&scene.path("second")));
+    let (status, chain) = scene.saved("third", &on(&scene.path("second"), tracked(paused())));
     scene.check(&chain);
     assert_eq!(status.counters.pages_sent, 1);
-    let over = SnapshotOptions { replace: true, ..on(&scene.path("third")) };
+    let over = SnapshotOptions { replace: true, ..on(&scene.path("third"), tracked(paused())) };
     let error = scene.save("second", &over).error;
     assert!(error.contains("which the increment builds on: choose another name"), "{error}");
 }
@@ -129,24 +129,72 @@ fn what_no_increment_can_be_built_on_is_refused_with_why() {
 fn what_changes_the_memory_or_the_trackers_ends_the_chain() {
     let scene = Scene::full(200);
     let ended = |why: &str| {
-        let status = scene.save("increment", &on(&scene.path("full")));
+        let status = scene.save("increment", &on(&scene.path("full"), tracked(paused())));
         assert!(status.error.contains(why), "{}", status.error);
         std::fs::remove_file(scene.path("full")).unwrap();
     };
-    scene.saved("full", &tracked());
+    scene.saved("full", &tracked(paused()));
     scene.vmm.set_tracker(Tracker::Log).unwrap();
     // One that fails meanwhile knows no more of it.
-    scene.fail_to_resume(&tracked());
+    scene.fail_to_resume(&tracked(paused()));
     ended("the trackers were changed");
-    scene.saved("full", &tracked());
+    scene.saved("full", &tracked(paused()));
     let more = BlockLayout { id: 1, name: "more".into(), gpa: 1 << 30, ..BlockLayout::ram(PAGE_SIZE) };
     let more = TestMemory::new(vec![more]).unwrap();
     more.block(1).unwrap().add_to(scene.client()).unwrap();
     scene.client().remove_block(1).unwrap();
     ended("blocks were added or removed");
-    scene.saved("full", &tracked());
+    scene.saved("full", &tracked(paused()));
     let nowhere = scene.path("nobody");
     let job = scene.vmm.start_outgoing(&format!("unix:{}", nowhere.display()), &Default::default()).unwrap();
-    assert_eq!(scene.vmm.wait_job(job, pageferry_tests::vmm::PATIENCE).unwrap().phase, Phase::Failed);
+    assert_eq!(scene.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Failed);
     ended("a migration asked the trackers");
+}
+
+/// A tracker of which nothing is needed but that it can fail.
+struct Failing;
+
+impl HookTracker for Failing {
+    fn start(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn sync(&mut self, _: &DirtyLog) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn clear(&mut self, _: ClearPages<'_>) -> Result<(), HookError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_tracker_that_fails_ends_the_chain_since_what_it_knew_may_be_lost() {
+    for hook in [HookName::SyncTracker, HookName::ClearTracker] {
+        let scene = Scene::full(200);
+        scene.vmm.set_tracker(Tracker::Hooks(Box::new(Failing))).unwrap();
+        scene.saved("full", &tracked(paused()));
+        // It is asked to clear what it said, and only that.
+        scene.write(1, 10);
+        scene.vmm.inject(hook, Some(Fault::Fail("it is raining".into())));
+        scene.vmm.clear_record();
+        let status = scene.save("one", &on(&scene.path("full"), tracked(paused())));
+        assert!(status.error.contains("it is raining"), "{hook:?}: {}", status.error);
+        assert!(scene.vmm.record().calls.contains(&HookName::StopTracking), "{hook:?}: it is of no use any more");
+        scene.vmm.inject(hook, None);
+        let status = scene.save("one", &on(&scene.path("full"), tracked(paused())));
+        assert_eq!(status.phase, Phase::Failed);
+        assert!(status.error.contains("what changed since is not known: a tracker failed"), "{}", status.error);
+        assert_eq!(scene.files(), ["full"]);
+        // One of all begins anew.
+        scene.saved("whole", &tracked(paused()));
+        scene.write(2, 20);
+        let (status, chain) = scene.saved("two", &on(&scene.path("whole"), tracked(paused())));
+        scene.check(&chain);
+        assert_eq!(status.counters.pages_sent, 1);
+    }
 }

@@ -3,12 +3,15 @@
 use super::scene::Scene;
 use pageferry_agent::image::Chain;
 use pageferry_client::{SnapshotMode, SnapshotOptions};
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::memory::PageRange;
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::guest::kvm::{KvmGuest, Progress, Sweep, check_consistent, counters};
+use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Progress, Sweep, check_consistent, counters};
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
 use pageferry_tests::vmm::{PATIENCE, Tracker};
+
+/// Page tables of a guest with such blocks.
+const TABLES: u64 = 3;
 
 fn layouts() -> Vec<BlockLayout> {
     let low = BlockLayout { fd_offset: 0x3000, ..BlockLayout::ram(8 << 20) };
@@ -41,14 +44,21 @@ fn save_again_and_again(mode: SnapshotMode) {
     wait_until("two sweeps", PATIENCE, || first() >= 2).unwrap();
 
     let mut options = SnapshotOptions { mode, track: true, ..SnapshotOptions::default() };
-    let (mut before, mut captured, mut unchanged) = (None, 0, 0);
+    let (mut before, mut captured) = (None, 0);
     for number in 0..4 {
         let name = format!("image{number}");
         let (status, chain) = scene.saved(&name, &options);
         let now = progress(&chain, &sweep);
         assert!(before.is_none_or(|before: Progress| (before.sweeps, before.pages) <= (now.sweeps, now.pages)));
         assert!(!chain.newest().state().unwrap().is_empty(), "the state of its vCPU");
-        (captured, unchanged) = (captured + status.counters.captured_pages, status.counters.unchanged_pages);
+        captured += status.counters.captured_pages;
+        // Its firmware is as in the base, but perhaps for the page tables, which its vCPU walks; what it swept meanwhile is not.
+        let unchanged = status.counters.unchanged_pages;
+        let expected = if number == 0 { 0..=0 } else { FIRMWARE_PAGES - TABLES..=sweep.pages() };
+        assert!(
+            expected.contains(&unchanged),
+            "image {number}: {unchanged} pages are as before, expected {expected:?}"
+        );
         let swept = first();
         wait_until("the guest to count on", PATIENCE, || first() != swept).unwrap();
         before = Some(now);
@@ -59,8 +69,6 @@ fn save_again_and_again(mode: SnapshotMode) {
     if mode == SnapshotMode::Background {
         assert!(captured > 0, "it wrote while it was saved");
     }
-    // What it does not write, its firmware among it, is as in the base.
-    assert!(unchanged < (16 << 20) / PAGE_SIZE);
 }
 
 #[test]

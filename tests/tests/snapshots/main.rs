@@ -1,6 +1,8 @@
 //! Snapshots: what is in the image, and what becomes of the guest meanwhile.
 //!
 //! - [`kvm`]: a real guest that runs on;
+//! - [`operator`]: what an operator saves and restores from a command line;
+//! - [`bandwidth`]: the limit;
 //! - [`huge`]: guests on huge pages;
 //! - [`increments`]: what may be built on what;
 //! - [`aborts`]: snapshots that do not come to their end;
@@ -9,8 +11,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod aborts;
+mod bandwidth;
+#[path = "../common/mod.rs"]
+mod common;
 mod huge;
 mod increments;
 mod kvm;
+mod operator;
 mod refusals;
 mod scene;

@@ -1,29 +1,196 @@
 //! What is refused, and the words for it.
 
-use super::scene::{Scene, paused};
-use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, SnapshotOptions};
+use super::scene::{Scene, on, paused, tracked};
+use crate::common::{PROGRAM, Peer};
+use pageferry_client::{
+    BlockRange, Error, IncomingOptions, OutgoingOptions, Ownership, Phase, Punch, RestoreMode, RestoreOptions,
+    SnapshotOptions, Target, Trackers,
+};
+use pageferry_protocol::control::job::JobKind;
+use pageferry_protocol::control::request::{ErrorCode, Request};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
 use pageferry_tests::vmm::{PATIENCE, Tracker};
 use std::path::Path;
+use std::process::Command;
+
+const PAGES: u64 = 2048;
+/// What is given back while the job runs, and the part of it that is used again.
+const GIVEN: BlockRange = BlockRange { block: 0, offset: (PAGES - 20) * PAGE_SIZE, length: 20 * PAGE_SIZE };
+const USED_AGAIN: BlockRange = BlockRange { length: 10 * PAGE_SIZE, ..GIVEN };
+
+/// A job that would take for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Slow {
+    Snapshot,
+    Eager,
+    Lazy,
+    Outgoing,
+}
+
+impl Slow {
+    fn start(self, scene: &Scene, there: &Scene) -> u64 {
+        let (image, bandwidth) = (scene.path("image"), 1);
+        let restores = |mode| {
+            let options = RestoreOptions { mode, bandwidth, ..RestoreOptions::default() };
+            scene.vmm.start_restore(&image, &options).unwrap()
+        };
+        let (job, phase) = match self {
+            Self::Snapshot => {
+                let options = SnapshotOptions { bandwidth, ..SnapshotOptions::default() };
+                (scene.vmm.start_snapshot(&scene.path("slow"), &options).unwrap(), Phase::Saving)
+            }
+            Self::Eager => (restores(RestoreMode::Eager), Phase::Restoring),
+            Self::Lazy => (restores(RestoreMode::Lazy), Phase::Prefetching),
+            Self::Outgoing => {
+                let (_, address) = there.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+                let options = OutgoingOptions { bandwidth, ..OutgoingOptions::default() };
+                (scene.vmm.start_outgoing(&address, &options).unwrap(), Phase::Passes)
+            }
+        };
+        assert_eq!(scene.vmm.wait_phase(phase, PATIENCE).unwrap().phase, phase);
+        job
+    }
+
+    fn kind(self) -> JobKind {
+        match self {
+            Self::Snapshot => JobKind::Snapshot,
+            Self::Eager | Self::Lazy => JobKind::Restore,
+            Self::Outgoing => JobKind::Outgoing,
+        }
+    }
+}
+
+/// The agent's code and sentence.
+#[track_caller]
+fn refused<T: std::fmt::Debug>(outcome: Result<T, Error>) -> (ErrorCode, String) {
+    match outcome.unwrap_err() {
+        Error::Refused { code, sentence } => (code, sentence),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What `docs/snapshots.md` says of what runs beside what.
+#[track_caller]
+fn check_beside(slow: Slow) {
+    eprintln!("{slow:?}");
+    let (scene, there) = (Scene::full(PAGES), Scene::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]));
+    scene.saved("base", &tracked(paused()));
+    scene.write(5, 5);
+    let (_, chain) = scene.saved("image", &on(&scene.path("base"), tracked(paused())));
+    scene.vmm.start().unwrap();
+    let job = slow.start(&scene, &there);
+    let client = scene.client();
+
+    // Another job, whoever asks for it.
+    let busy = |what: &str| {
+        let kind = slow.kind().name();
+        (ErrorCode::Busy, format!("{what}: job {job} ({kind}) is running; wait or cancel it"))
+    };
+    let text = |name: &str| scene.path(name).to_str().unwrap().to_owned();
+    let target = || Target::Address("unix:/nowhere".into());
+    let requests = [
+        Request::StartSnapshot { path: text("other"), options: paused() },
+        Request::StartRestore { path: text("image"), options: RestoreOptions::default() },
+        Request::StartOutgoing { target: "unix:/nowhere".into(), options: OutgoingOptions::default() },
+    ];
+    let mut operator = Peer::connect(scene.socket());
+    for request in requests {
+        let error = operator.ask(&request, Vec::new()).unwrap_err();
+        assert_eq!((error.code, error.sentence), busy("a job cannot be started"), "{request:?}");
+    }
+    let starts = [
+        client.start_snapshot(&scene.path("other"), &paused()),
+        client.start_outgoing(target(), &OutgoingOptions::default()),
+    ];
+    for started in starts {
+        // The client knows by itself that there is no guest to save or to send.
+        if slow == Slow::Eager {
+            assert!(matches!(started, Err(Error::NotOurs { ownership: Ownership::Awaiting })), "{started:?}");
+        } else {
+            assert_eq!(refused(started), busy("a job cannot be started"));
+        }
+    }
+    let before = client.ownership();
+    let restore = client.start_restore(&scene.path("image"), &RestoreOptions::default());
+    assert_eq!(refused(restore), busy("a job cannot be started"));
+    assert_eq!(refused(client.start_incoming(target(), &IncomingOptions::default())), busy("a job cannot be started"));
+    assert_eq!(client.ownership(), before, "what was refused changes nothing");
+
+    // Memory and trackers.
+    let more = BlockLayout { id: 1, name: "more".into(), gpa: 1 << 30, ..BlockLayout::ram(PAGE_SIZE) };
+    let more = TestMemory::new(vec![more]).unwrap();
+    let added = more.block(1).unwrap().add_to(client).unwrap_err().sentence();
+    assert!(added.contains(&busy("memory cannot be added").1), "{added}");
+    assert_eq!(refused(client.remove_block(0)), busy("memory cannot be removed"));
+    assert_eq!(refused(client.set_trackers(Trackers::default())), busy("the trackers cannot be changed"));
+
+    // Discards and populates.
+    assert_eq!(client.discard(&[GIVEN], Punch::Yes).unwrap(), 20);
+    assert!(scene.block().is_hole(PageRange::new(PAGES - 20, 20)).unwrap(), "acknowledged is freed");
+    if slow == Slow::Eager {
+        let (code, sentence) = refused(client.populate(&[USED_AGAIN]));
+        assert_eq!(code, ErrorCode::Busy);
+        assert!(sentence.contains("populate again if it ends with the guest here"), "{sentence}");
+    } else {
+        assert_eq!(client.populate(&[USED_AGAIN]).unwrap(), 10);
+    }
+
+    // Images, that which is read among them.
+    let tool = |arguments: &[&str]| {
+        let output = Command::new(PROGRAM).arg("image").args(arguments).current_dir(scene.folder.path()).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    };
+    tool(&["info", "image"]);
+    tool(&["verify", "image"]);
+    tool(&["merge", "image", "--into", "merged"]);
+    tool(&["merge", "image", "--into", "image", "--replace"]);
+
+    let status = client.status().unwrap();
+    assert_eq!((status.job, status.kind, status.phase.is_final()), (job, slow.kind(), false), "it goes on");
+    match slow {
+        Slow::Lazy => {
+            let late = (ErrorCode::State, "too late to cancel: the guest that is restored runs".to_owned());
+            assert_eq!(refused(client.cancel()), late);
+            client.set_parameters(&OutgoingOptions::default()).unwrap();
+            assert_eq!(client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
+            let mut saved = vec![0; PAGE_SIZE as usize];
+            for page in 0..PAGES - 20 {
+                chain.read(0, PageRange::new(page, 1), &mut saved).unwrap();
+                assert!(saved == scene.block().read_page(page).unwrap(), "page {page:#x}");
+            }
+        }
+        _ => {
+            client.cancel().unwrap();
+            assert_eq!(client.wait(job, PATIENCE).unwrap().phase, Phase::Cancelled);
+        }
+    }
+    // The agent is free, and what was discarded is.
+    let next = scene.vmm.start_restore(&scene.path("merged"), &RestoreOptions::default()).unwrap();
+    assert_eq!(client.wait(next, PATIENCE).unwrap().phase, Phase::Completed);
+    scene.saved("next", &paused());
+}
 
 #[test]
-fn a_second_job_is_refused_while_a_snapshot_runs() {
-    if !require::uffd() {
-        return;
+fn what_runs_beside_a_background_snapshot_does_and_what_does_not_is_refused() {
+    if require::uffd() {
+        check_beside(Slow::Snapshot);
     }
-    let scene = Scene::full(4096);
-    let endless = SnapshotOptions { bandwidth: 1, ..SnapshotOptions::default() };
-    let job = scene.client().start_snapshot(&scene.path("image"), &endless).unwrap().job;
-    // While an incoming migration is asked for, and until it is refused, the client lets nobody watch or pause the guest.
-    scene.vmm.wait_phase(Phase::Saving, PATIENCE).unwrap();
-    let refused = |error: String| assert!(error.contains("job 1 (snapshot) is running; wait or cancel it"), "{error}");
-    refused(scene.client().start_snapshot(&scene.path("other"), &paused()).unwrap_err().to_string());
-    refused(scene.vmm.start_outgoing("unix:/nowhere", &OutgoingOptions::default()).unwrap_err().sentence());
-    refused(scene.vmm.start_incoming("unix:/nowhere", &IncomingOptions::default()).unwrap_err().sentence());
-    refused(scene.client().remove_block(0).unwrap_err().to_string());
-    refused(scene.vmm.set_tracker(Tracker::Log).unwrap_err().sentence());
-    scene.client().cancel().unwrap();
-    assert_eq!(scene.client().wait(job, PATIENCE).unwrap().phase, Phase::Cancelled);
+}
+
+#[test]
+fn what_runs_beside_a_restore_does_and_what_does_not_is_refused() {
+    check_beside(Slow::Eager);
+    if require::uffd() {
+        check_beside(Slow::Lazy);
+    }
+}
+
+#[test]
+fn what_runs_beside_a_migration_does_and_what_does_not_is_refused() {
+    check_beside(Slow::Outgoing);
 }
 
 #[test]

@@ -1,19 +1,21 @@
 //! A VMM, its agent, and a folder for images.
 
+pub use crate::common::images::{on, paused, tracked};
+use crate::common::{Listening, images};
 use pageferry_agent::image::Chain;
-use pageferry_client::{Client, Config, JobStatus, Phase, SnapshotMode, SnapshotOptions};
+use pageferry_client::{Client, JobStatus, Phase, SnapshotOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_tests::in_process::InProcessAgent;
+use pageferry_tests::deadline::wait_until;
 use pageferry_tests::memory::{BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{Fault, HookName, MockVmm, PATIENCE, Tracker};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The VMM goes first.
 pub struct Scene {
     pub vmm: MockVmm,
-    _agent: InProcessAgent,
+    agent: Listening,
     pub folder: tempfile::TempDir,
 }
 
@@ -21,10 +23,9 @@ impl Scene {
     /// Blocks of these layouts, whose writes the guest marks itself.
     pub fn new(layouts: Vec<BlockLayout>) -> Self {
         let usage = Usage::new(Arc::new(TestMemory::new(layouts).unwrap())).unwrap();
-        let (agent, socket) = InProcessAgent::start().unwrap();
-        let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-        let vmm = MockVmm::new(client, channel, usage, Tracker::Log).unwrap();
-        Self { vmm, _agent: agent, folder: tempfile::tempdir().unwrap() }
+        let agent = Listening::new();
+        let vmm = MockVmm::connect(&agent.path, usage, Tracker::Log).unwrap();
+        Self { vmm, agent, folder: tempfile::tempdir().unwrap() }
     }
 
     /// One block of `pages` pages, all of which hold something.
@@ -40,6 +41,11 @@ impl Scene {
 
     pub fn client(&self) -> &Client {
         self.vmm.client()
+    }
+
+    /// Where operators find the agent.
+    pub fn socket(&self) -> &Path {
+        &self.agent.path
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -82,18 +88,16 @@ impl Scene {
     /// The memory is what the image says, byte for byte.
     #[track_caller]
     pub fn check(&self, chain: &Chain) {
-        for (at, geometry) in chain.table().blocks().iter().enumerate() {
-            let block = self.vmm.memory().block(geometry.id).unwrap();
-            let discarded = self.client().discarded(geometry.id).unwrap();
-            let mut saved = vec![0; PAGE_SIZE as usize];
-            for page in 0..geometry.pages() {
-                let (here, there) = (discarded.contains(page), chain.discarded(at).contains(page));
-                assert_eq!(here, there, "page {page:#x} of block {}: discarded", geometry.id);
-                chain.read(at, PageRange::new(page, 1), &mut saved).unwrap();
-                let same = here || saved == block.read_page(page).unwrap();
-                assert!(same, "page {page:#x} of block {}", geometry.id);
-            }
-        }
+        images::assert_saved(self.vmm.memory(), self.client(), chain);
+    }
+
+    /// Does to the first block what a vCPU does, on a thread of its own: if it waits in vain for the agent, the test fails and does not hang.
+    #[track_caller]
+    pub fn as_guest<T: Send + 'static>(&self, act: impl FnOnce(&TestBlock) -> T + Send + 'static) -> T {
+        let memory = self.vmm.memory().clone();
+        let acting = std::thread::spawn(move || act(&memory.blocks()[0]));
+        wait_until("the guest to come on", PATIENCE, || acting.is_finished()).unwrap();
+        acting.join().unwrap()
     }
 
     /// Writes to a page as the guest does, and marks it.
@@ -101,17 +105,4 @@ impl Scene {
         self.block().store(page * PAGE_SIZE, value).unwrap();
         self.block().mark(PageRange::new(page, 1));
     }
-}
-
-pub fn paused() -> SnapshotOptions {
-    SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() }
-}
-
-pub fn tracked() -> SnapshotOptions {
-    SnapshotOptions { track: true, ..paused() }
-}
-
-/// An increment to the image at `base`, on which the next may build.
-pub fn on(base: &std::path::Path) -> SnapshotOptions {
-    SnapshotOptions { base: base.to_str().unwrap().to_owned(), ..tracked() }
 }

@@ -1,7 +1,6 @@
 //! Restores into memory of this process, with a VMM that is a thread.
 
 mod eager;
-mod huge;
 mod lazy;
 mod working_set;
 
@@ -127,13 +126,9 @@ struct Ram {
 
 impl Ram {
     fn new(geometries: &[BlockGeometry]) -> Self {
-        Self::of(geometries, MemfdFlags::CLOEXEC)
-    }
-
-    fn of(geometries: &[BlockGeometry], flags: MemfdFlags) -> Self {
         let mut mappings = Vec::new();
         let block = |geometry: &BlockGeometry| {
-            let fd = rustix::fs::memfd_create("ram", flags).unwrap();
+            let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
             rustix::fs::ftruncate(&fd, geometry.length).unwrap();
             let mapping = MappedWords::shared(fd.as_fd(), 0, geometry.length).unwrap();
             let address = mapping.address_range().start as u64;

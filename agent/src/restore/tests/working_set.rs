@@ -1,4 +1,6 @@
 use super::*;
+use crate::restore::source::Source;
+use crate::restore::working_set::Plan;
 use pageferry_protocol::image::WorkingSet;
 
 const PAGES: u64 = 16 * 512;
@@ -134,4 +136,23 @@ fn one_that_cannot_be_written_is_no_reason_to_fail() {
     let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
     let status = restore_from(&path, &ram, &touching(&ram), with(&folder.path().join("no/such/folder")));
     assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+}
+
+#[test]
+fn it_is_read_in_few_pieces_in_the_order_of_the_file() {
+    let Saved { folder, path, ram } = Saved::new(&[2000, 300], |_, _| Page::Content);
+    let set = folder.path().join("set");
+    let image = Image::open(&path).unwrap().header().id;
+    let run = PageRange::new;
+    // As the guest touched them: single pages near each other, one far away, those of another block in between, and some across the end of an extent.
+    let touched = [(0, 80), (0, 71), (1, 7), (0, 1900), (0, 75), (0, 70), (1, 9)].map(|(id, page)| (id, run(page, 1)));
+    let runs = [&touched[..], &[(0, run(505, 10))]].concat();
+    std::fs::write(&set, WorkingSet { image, runs }.encode()).unwrap();
+    let source = Source::open(&path, &ram.memory).unwrap();
+    let Plan::Read(pieces) = Plan::of(set.to_str().unwrap(), &source, &ram.memory).unwrap() else { panic!() };
+    let expected = [(0, run(70, 11)), (0, run(505, 7)), (0, run(512, 3)), (0, run(1900, 1)), (1, run(7, 3))];
+    let at = |id: u32| ram.memory.find(id).unwrap().0;
+    let mut expected = expected.map(|(id, run)| (at(id), run));
+    expected.sort_unstable();
+    assert_eq!(pieces, expected);
 }

@@ -36,7 +36,7 @@ const LIMIT: Duration = Duration::from_secs(600);
 const ROOM: u64 = 10 * GIB;
 
 /// The parts of this part.
-const PARTS: [(&str, Part); 7] = [
+pub const PARTS: [(&str, Part); 7] = [
     ("save", save::to_disk),
     ("save-tmpfs", save::to_tmpfs),
     ("save-sparse", save::sparse),

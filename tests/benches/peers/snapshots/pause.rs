@@ -61,10 +61,12 @@ fn of_size(bench: &Bench, table: &mut Table, shelf: &Shelf, size: u64) {
     let _warm = WarmPool::new(&bench.folder, size);
     let mut vmms: Vec<_> = agents(bench).into_iter().map(|(who, program)| (who, Vmm::new(&image, &program))).collect();
     let mut rounds: Vec<_> = vmms.iter().map(|_| PACES.map(|_| Vec::new())).collect();
-    for _ in 0..bench.rounds {
+    // Who comes first changes, as in `save`.
+    for round in 0..bench.rounds {
         for (at, (_, pace)) in PACES.iter().enumerate() {
-            for ((_, vmm), rounds) in vmms.iter_mut().zip(&mut rounds) {
-                rounds[at].push(feel(vmm, &image, shelf, *pace));
+            let count = vmms.len();
+            for who in (0..count).map(|turn| (turn + round) % count) {
+                rounds[who][at].push(feel(&mut vmms[who].1, &image, shelf, *pace));
             }
         }
     }
@@ -156,8 +158,10 @@ pub fn sparse(bench: &Bench, table: &mut Table) {
         }
     }
     // Twice as many, since they are short and what differs is little.
-    for _ in 0..bench.rounds * 2 {
-        for (_, image, vmm, rounds) in &mut vmms {
+    for round in 0..bench.rounds * 2 {
+        let count = vmms.len();
+        for turn in 0..count {
+            let (_, image, vmm, rounds) = &mut vmms[(turn + round) % count];
             rounds.push(feel(vmm, image, &shelf, PACES[0].1));
         }
     }

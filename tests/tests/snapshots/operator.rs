@@ -1,0 +1,224 @@
+//! What an operator saves and restores from a command line, and what only the VMM may ask for.
+
+use super::scene::Scene;
+use crate::common::{PROGRAM, Peer, images};
+use pageferry_agent::image::Chain;
+use pageferry_client::{OutgoingOptions, Phase, SnapshotMode, SnapshotOptions, StatePiece};
+use pageferry_protocol::control::request::{ErrorCode, Request};
+use pageferry_protocol::image::WorkingSet;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::Error;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::guest::{Guest, IdleGuest};
+use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::process::{AgentProcess, Process};
+use pageferry_tests::require;
+use pageferry_tests::usage::Usage;
+use pageferry_tests::vmm::{HookName, MockVmm, PATIENCE, Tracker};
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+
+const PAGES: u64 = 4096;
+
+/// Runs the command in the folder of images, so that the names are relative; the agent runs elsewhere.
+fn run(scene: &Scene, command: &str, more: &[&str]) -> Output {
+    let mut program = Command::new(PROGRAM);
+    program.arg(command).arg("--socket").arg(scene.socket()).args(more).stdin(Stdio::null());
+    program.current_dir(scene.folder.path()).output().unwrap()
+}
+
+/// What became of the job.
+#[track_caller]
+fn last_object(output: &Output) -> Value {
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    serde_json::from_str(text.lines().last().unwrap_or_else(|| panic!("nothing printed: {output:?}"))).unwrap()
+}
+
+/// The same for a job that completes.
+#[track_caller]
+fn completes(scene: &Scene, command: &str, more: &[&str]) -> Value {
+    let output = run(scene, command, &[more, &["--json"]].concat());
+    assert!(output.status.success(), "{output:?}");
+    let job = last_object(&output);
+    assert_eq!((&job["status"], &job["kind"]), (&"completed".into(), &command.into()), "{job}");
+    job
+}
+
+#[test]
+fn an_operator_saves_a_guest_and_what_changed_since() {
+    let scene = Scene::full(PAGES);
+    scene.vmm.start().unwrap();
+    let full = completes(&scene, "snapshot", &["a", "--mode", "paused", "--track"]);
+    assert_eq!((&full["pages_sent"], &full["unchanged_pages"]), (&PAGES.into(), &0.into()));
+    // Where the first page is; on tmpfs all of it is there.
+    let past_the_cache = images::is_cached(&scene.path("a"), 2 << 20) == Some(false);
+    scene.write(7, 70);
+    let one = completes(&scene, "snapshot", &["b", "--base", "a", "--mode", "paused"]);
+    assert_eq!((&one["pages_sent"], &one["unchanged_pages"]), (&1.into(), &(PAGES - 1).into()));
+    let chain = Chain::open(&scene.path("b")).unwrap();
+    scene.check(&chain);
+    assert_eq!(chain.newest().contents().base_name, "a");
+
+    // It is there, and what is changed is saved to no other name.
+    scene.write(8, 80);
+    let output = run(&scene, "snapshot", &["b", "--mode", "paused", "--json"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let error = last_object(&output)["error"].as_str().unwrap().to_owned();
+    assert!(error.contains("the file exists: choose another name"), "{error}");
+    // Without --track the base is still the first.
+    let two = completes(&scene, "snapshot", &["b", "--base", "a", "--mode", "paused", "--replace"]);
+    assert_eq!(two["pages_sent"], 2);
+    scene.check(&Chain::open(&scene.path("b")).unwrap());
+    assert_eq!(scene.files(), ["a", "b"]);
+    assert!(scene.vmm.record().runs);
+
+    if require::uffd() {
+        let said = run(&scene, "snapshot", &["c", "--cached"]);
+        let said = (said.status.success(), String::from_utf8(said.stdout).unwrap());
+        assert!(said.0 && said.1.contains("pages saved        4096 (16.0 MiB)"), "{said:?}");
+        assert!(!past_the_cache || images::is_cached(&scene.path("c"), 2 << 20) == Some(true));
+        scene.check(&Chain::open(&scene.path("c")).unwrap());
+    }
+}
+
+/// Stays away from memory until it is to run, and then touches these pages first.
+struct Touching(Arc<TestMemory>);
+
+const TOUCHED: [u64; 3] = [700, 40, 3000];
+
+impl Guest for Touching {
+    fn start(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        TOUCHED.iter().try_for_each(|page| self.0.block(0)?.load(page * PAGE_SIZE).map(drop))
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, Error> {
+        Ok(Vec::new())
+    }
+
+    fn load_state(&mut self, _: &[StatePiece]) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+#[test]
+fn an_operator_restores_a_guest_and_has_what_it_touches_written_down() {
+    if !require::uffd() {
+        return;
+    }
+    let scene = Scene::full(PAGES);
+    completes(&scene, "snapshot", &["image"]);
+    let chain = Chain::open(&scene.path("image")).unwrap();
+    scene.block().fill(PageRange::new(0, PAGES), 9).unwrap();
+    // The VMM does not want one yet.
+    let output = run(&scene, "restore", &["image", "--json"]);
+    assert_eq!((output.status.code(), &last_object(&output)["status"]), (Some(1), &"failed".into()));
+
+    scene.vmm.take_restores();
+    let eager = completes(&scene, "restore", &["image"]);
+    assert_eq!((&eager["pages_sent"], &eager["faults"]), (&PAGES.into(), &0.into()));
+    scene.check(&chain);
+
+    scene.vmm.set_guest(Touching(scene.vmm.memory().clone()));
+    let lazy = completes(&scene, "restore", &["image", "--lazy", "--working-set", "touched"]);
+    assert_eq!((&lazy["pages_sent"], &lazy["working_set_pages"]), (&PAGES.into(), &0.into()));
+    assert!(lazy["faults"].as_u64().unwrap() > 0, "{lazy}");
+    scene.check(&chain);
+    let set = WorkingSet::decode(&std::fs::read(scene.path("touched")).unwrap()).unwrap();
+    assert_eq!(set.runs, TOUCHED.map(|page| (0, PageRange::new(page, 1))));
+    // The next time they come before the rest, whether it touches them or not.
+    scene.vmm.set_guest(IdleGuest);
+    let more = ["image", "--lazy", "--working-set", "touched", "--workers", "1"];
+    assert_eq!(completes(&scene, "restore", &more)["working_set_pages"], TOUCHED.len());
+    scene.check(&chain);
+}
+
+#[test]
+fn threads_and_the_limit_are_those_of_the_command_line() {
+    if !require::uffd() {
+        return;
+    }
+    /// Of 64 MiB, one for each thread; with a page in each extent.
+    const PIECES: u64 = 9;
+    const EXTENT: u64 = 512;
+    let home = tempfile::tempdir().unwrap();
+    let mut agent = AgentProcess::spawn(OsStr::new(PROGRAM), home.path(), "agent").unwrap();
+    let usage = Usage::new(Arc::new(TestMemory::new(vec![BlockLayout::ram(PIECES << 26)]).unwrap())).unwrap();
+    let pages = (0..(PIECES << 26) / PAGE_SIZE).step_by(EXTENT as usize);
+    pages.for_each(|page| usage.memory().block(0).unwrap().write(page * PAGE_SIZE, b"something").unwrap());
+    let vmm = MockVmm::connect(agent.socket(), usage, Tracker::Log).unwrap();
+    vmm.start().unwrap();
+    vmm.take_restores();
+    let socket = agent.socket().to_owned();
+    let command = |line: &[&str]| {
+        let mut command = Command::new(PROGRAM);
+        command.arg(line[0]).arg("--socket").arg(&socket).args(&line[1..]).current_dir(home.path());
+        Process::spawn("operator", &mut command).unwrap()
+    };
+    let threads = format!("/proc/{}/task", agent.process().id());
+    let threads = || std::fs::read_dir(&threads).unwrap().count();
+    let idle = threads();
+    assert!(command(&["snapshot", "image"]).wait(PATIENCE).unwrap().success());
+    for (line, phase, runs) in [
+        (vec!["snapshot", "other", "--mode", "paused"], Phase::Saving, false),
+        (vec!["snapshot", "other", "--mode", "background"], Phase::Saving, true),
+        (vec!["snapshot", "other"], Phase::Saving, true),
+        (vec!["restore", "image"], Phase::Restoring, false),
+        (vec!["restore", "image", "--lazy"], Phase::Prefetching, true),
+    ] {
+        eprintln!("{line:?}");
+        let last = vmm.client().status().unwrap().job;
+        // More than there are of all kinds if it has two, and no more than it has pieces to work on.
+        let mut operator = command(&[&line[..], &["--workers", "9", "--bandwidth", "1"]].concat());
+        let here = || vmm.client().status().is_ok_and(|status| status.job > last && status.phase >= phase);
+        wait_until("the job to be at work", PATIENCE, here).unwrap();
+        assert_eq!((vmm.client().status().unwrap().phase, vmm.record().runs), (phase, runs));
+        wait_until("its threads", PATIENCE, || threads() >= idle + 9).unwrap();
+        vmm.client().set_parameters(&OutgoingOptions::default()).unwrap();
+        assert!(operator.wait(PATIENCE).unwrap().success(), "{:?}", operator.lines());
+        wait_until("its threads to end", PATIENCE, || threads() == idle).unwrap();
+        // Of a restore there is none.
+        let _ = std::fs::remove_file(home.path().join("other"));
+    }
+}
+
+#[test]
+fn a_guest_that_the_vmm_has_stopped_is_saved_for_the_vmm_alone_and_stays_so() {
+    let scene = Scene::full(PAGES);
+    scene.vmm.start().unwrap();
+    let output = run(&scene, "snapshot", &["image", "--mode", "stopped"]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("\"stopped\": write background or paused"), "{said}");
+    let stopped = SnapshotOptions { mode: SnapshotMode::Stopped, track: true, ..SnapshotOptions::default() };
+    let path = scene.path("image").to_str().unwrap().to_owned();
+    let request = Request::StartSnapshot { path, options: stopped.clone() };
+    let refused = Peer::connect(scene.socket()).ask(&request, Vec::new()).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Denied);
+    assert!(refused.sentence.starts_with("mode is stopped, which only the VMM can ask for"), "{}", refused.sentence);
+    assert_eq!(scene.files(), Vec::<String>::new());
+
+    scene.vmm.stop().unwrap();
+    scene.vmm.clear_record();
+    let (status, chain) = scene.saved("image", &stopped);
+    scene.check(&chain);
+    assert_eq!(status.counters.pages_sent, PAGES);
+    scene.write(3, 3);
+    let base = SnapshotOptions { base: scene.path("image").to_str().unwrap().to_owned(), ..stopped };
+    let (status, chain) = scene.saved("next", &base);
+    scene.check(&chain);
+    assert_eq!(status.counters.pages_sent, 1);
+    let record = scene.vmm.record();
+    let asked = |hook: HookName| record.calls.contains(&hook);
+    assert!(asked(HookName::SaveState) && !asked(HookName::Pause) && !asked(HookName::Resume), "{:?}", record.calls);
+    assert!(!record.runs, "it is the VMM's to let it run");
+}
