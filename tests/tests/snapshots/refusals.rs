@@ -132,7 +132,7 @@ fn check_beside(slow: Slow) {
     if slow == Slow::Eager {
         let (code, sentence) = refused(client.populate(&[USED_AGAIN]));
         assert_eq!(code, ErrorCode::Busy);
-        assert!(sentence.contains("populate again if it ends with the guest here"), "{sentence}");
+        assert!(sentence.contains("restores the memory: populate again once the guest runs"), "{sentence}");
     } else {
         assert_eq!(client.populate(&[USED_AGAIN]).unwrap(), 10);
     }
