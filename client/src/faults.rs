@@ -31,7 +31,7 @@ use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
 use crate::registration::Registered;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
-use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, feature};
+use pageferry_protocol::userfault::{MAX_FAULTS, Poisoned, Register, feature};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
@@ -75,7 +75,7 @@ enum State {
 struct Poisoner {
     stop: OwnedFd,
     /// Returns the pages that it marked.
-    thread: JoinHandle<Vec<Addresses>>,
+    thread: JoinHandle<Vec<Poisoned>>,
 }
 
 impl Faults {
@@ -129,8 +129,9 @@ impl Faults {
             drop(stop);
             // While it is registered: so this is the mapping that was marked, and not another in its place.
             for page in thread.join().unwrap_or_default() {
+                let start = page.range().start;
                 if let Err(errno) = registered.uffd.forget_poison(page) {
-                    log::debug!("cannot clear a mark at {:#x}, unmapped by now? ({errno})", page.start);
+                    log::debug!("cannot clear a mark at {start:#x}, unmapped by now? ({errno})");
                 }
             }
         }
@@ -235,7 +236,7 @@ fn poison(registered: &Arc<Registered>) -> Result<Poisoner, Error> {
 
 /// Poisons the pages of the faults that come, for a while, and adds them to `marked`; false when it is to end, or cannot.
 fn answer(
-    registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAULTS], marked: &mut Vec<Addresses>,
+    registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAULTS], marked: &mut Vec<Poisoned>,
 ) -> bool {
     let until = Instant::now() + WAKE;
     while Instant::now() < until {
@@ -254,7 +255,7 @@ fn answer(
             let Some(page) = registered.page_of(*address) else { continue };
             // There may be a page by now, or another mark.
             match registered.uffd.poison(page) {
-                Ok(()) => marked.push(page),
+                Ok(page) => marked.push(page),
                 Err(_) => {
                     let _ = registered.uffd.wake(page);
                 }

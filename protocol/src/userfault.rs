@@ -293,8 +293,8 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// As [`Userfaultfd::copy`].
-    pub fn poison(&self, range: Addresses) -> Result<(), NotPlaced> {
-        self.fill::<UFFDIO_POISON>(range)
+    pub fn poison(&self, range: Addresses) -> Result<Poisoned, NotPlaced> {
+        self.fill::<UFFDIO_POISON>(range).map(|()| Poisoned(range))
     }
 
     /// Forgets that pages were [marked as lost](Userfaultfd::poison): they are missing again. Such a mark is in the page tables of this process alone, and stays there
@@ -302,9 +302,9 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// What the kernel said; ENOENT if no mapping is registered there.
-    pub fn forget_poison(&self, range: Addresses) -> Result<(), Errno> {
+    pub fn forget_poison(&self, Poisoned(range): Poisoned) -> Result<(), Errno> {
         // Of what is registered only: anything else that is mapped there by now is not to be touched.
-        match self.poison(range) {
+        match self.fill::<UFFDIO_POISON>(range) {
             Ok(()) | Err(NotPlaced { errno: Errno::EXIST, .. }) => {}
             Err(NotPlaced { errno, .. }) => return Err(errno),
         }
@@ -312,8 +312,8 @@ impl Userfaultfd {
             return Err(Errno::INVAL);
         };
         let start = std::ptr::with_exposed_provenance_mut(start);
-        // SAFETY: the kernel reads and writes none of it. The range is registered, so it is guest memory, a shared mapping of a file: what is dropped is how the pages
-        // are mapped, and they keep their content in the file. Not the plain advice, which locked mappings refuse.
+        // SAFETY: the kernel reads and writes none of it. All of the range was missing when it was marked, so nobody has a value there, and nobody could make one since: a touch is an error.
+        // The range is registered still, so it is the mapping that was marked: what is dropped is how its pages are mapped. Not the plain advice, which locked mappings refuse.
         unsafe { rustix::mm::madvise(start, length, rustix::mm::Advice::LinuxDontneedLocked) }
     }
 
@@ -394,6 +394,17 @@ impl Userfaultfd {
             count += 1;
         }
         Ok(count)
+    }
+}
+
+/// Pages that [`Userfaultfd::poison`] marked: they were missing.
+#[derive(Debug)]
+pub struct Poisoned(Addresses);
+
+impl Poisoned {
+    /// Where they are.
+    pub fn range(&self) -> Addresses {
+        self.0
     }
 }
 
