@@ -166,6 +166,9 @@ pub trait Hooks: Send {
     /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits until the page has come. Comes before the state is loaded. `read` and `write` of the file, and
     /// other mappings of it, as those of other processes, do not wait but find holes: nobody may use them meanwhile.
     ///
+    /// In an incoming migration nobody touches the memory before this has returned, not to look at it either: a page that is there by then, if only as zeroes, is taken to be newer than what
+    /// the source has of it. (A restore makes all of it holes once more.)
+    ///
     /// # Errors
     /// If this VMM cannot do that; the migration fails and the guest runs on at the source.
     fn memory_pending(&mut self) -> Result<(), HookError> {
