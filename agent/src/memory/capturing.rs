@@ -296,12 +296,13 @@ impl Capturing {
     }
 
     fn rescue_with(
-        &self, batch: &mut Option<Batch>, memory: &GuestMemory, at: usize, host_pages: PageRange,
+        &self, kept: &mut Option<Batch>, memory: &GuestMemory, at: usize, host_pages: PageRange,
     ) -> Result<u64, JobError> {
-        if batch.is_none() {
-            *batch = Some(self.batch(memory)?);
-        }
-        batch.as_mut().map_or(Ok(0), |batch| self.sweep(memory, SESSION, at, host_pages, batch))
+        let mut batch = kept.take().map_or_else(|| self.batch(memory), Ok)?;
+        let pages = self.sweep(memory, SESSION, at, host_pages, &mut batch)?;
+        // What one that failed holds is of no use to the next.
+        *kept = Some(batch);
+        Ok(pages)
     }
 
     /// The pages that a reader may be at when it has published word `word` of the block at index `at`.
