@@ -42,6 +42,8 @@ struct Buffers {
     /// The pool for each block.
     of_block: Vec<usize>,
     captured: Sender<Captured>,
+    /// How long one is waited for at most.
+    limit: Duration,
 }
 
 /// Buffers for host pages of one size.
@@ -76,7 +78,7 @@ pub fn start(job: &Arc<Job>, shared: &Arc<Shared>, stop: OwnedFd) -> Result<Join
     let builder = |name| Builder::new().name(format!("{name}-{}", job.id));
     let (answering, putting) = (builder("faults"), builder("captured"));
     let writer = putting.spawn(move || put(to_put, &give_back)).map_err(JobError::from_io("start a thread"))?;
-    let buffers = Buffers { pools, of_block, captured };
+    let buffers = Buffers { pools, of_block, captured, limit: job.options().hook_timeout };
     let answering = answering.spawn(move || {
         answer(&job, &shared, &stop, &buffers);
         drop(buffers);
@@ -161,7 +163,7 @@ fn answer_one(job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffe
     // What is not pending now never is again.
     let is_pending = || capturing.pending().block(page.0).bits().contains(page.1);
     let is_lost = || job.cancel.is_cancelled() || capturing.has_failed();
-    let bytes = buffer(free, job.options().hook_timeout, is_pending, is_lost).unwrap_or_else(|error| {
+    let bytes = buffer(free, buffers.limit, is_pending, is_lost).unwrap_or_else(|error| {
         capturing.fail(error);
         capturing.end();
         None
