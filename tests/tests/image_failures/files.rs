@@ -22,6 +22,19 @@ use std::sync::Arc;
 /// Where pages begin in an image.
 const FIRST: u64 = 2 << 20;
 
+/// The modes of a snapshot that this machine has, of those that an operator may ask for.
+fn modes() -> Vec<SnapshotOptions> {
+    if require::uffd() { vec![background(), paused()] } else { vec![paused()] }
+}
+
+/// The agent may write again; the guest runs, free of protection, and the images are those of before.
+#[track_caller]
+fn assert_nothing_happened(host: &mut Host, guest: &Guest, before: &[(String, Vec<u8>)]) {
+    host.agent.process().limit_files(None).unwrap();
+    guest.assert_free();
+    assert!(host.images.bytes() == before, "{:?}", host.images.files());
+}
+
 /// An image of a guest whose pages are all full, and what is in them.
 fn image(host: &Host, seed: u64) -> (PathBuf, Vec<u8>) {
     let name = format!("image{seed}");
@@ -49,7 +62,6 @@ fn assert_restores(guest: &Guest, path: &Path, bytes: &[u8], options: &RestoreOp
 
 #[test]
 fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
-    let modes = if require::uffd() { vec![background(), paused()] } else { vec![paused()] };
     let mut host = Host::new();
     let guest = Guest::new(&host, PAGES);
     guest.fill(0..1, 1);
@@ -58,7 +70,7 @@ fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
     let end = guest.saved(&host, "base", &tracked(paused())).newest().layout().contents();
     guest.fill(0..PAGES, 2);
     let before = host.images.bytes();
-    for options in modes {
+    for options in modes() {
         // The pages, and not what comes after them; nor then the first of it, nor the state of the VMM.
         let (length, contents) = ("cannot set the length of the file", "cannot write at byte 0x");
         for (cached, limit, why) in [
@@ -80,9 +92,7 @@ fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
                         "all was captured"
                     );
                 }
-                host.agent.process().limit_files(None).unwrap();
-                guest.assert_free();
-                assert!(host.images.bytes() == before, "{:?}", host.images.files());
+                assert_nothing_happened(&mut host, &guest, &before);
             }
         }
     }
@@ -92,14 +102,13 @@ fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
 
 #[test]
 fn a_file_that_may_not_be_written_from_here_on_fails_the_snapshot_and_not_the_agent() {
-    let modes = if require::uffd() { vec![background(), paused()] } else { vec![paused()] };
     let mut host = Host::new();
     let guest = Guest::full(&host, PAGES);
     let base = host.images.path("base");
     guest.saved(&host, "base", &tracked(paused()));
     guest.fill(0..PAGES, 2);
     let before = host.images.bytes();
-    for options in modes {
+    for options in modes() {
         for cached in [false, true] {
             let options = endless(SnapshotOptions { cached, ..options.clone() });
             for options in [options.clone(), on(&base, tracked(options))] {
@@ -113,9 +122,7 @@ fn a_file_that_may_not_be_written_from_here_on_fails_the_snapshot_and_not_the_ag
                 // What is written first, and not what comes after it and would be refused as well.
                 let byte = byte_of(&status.error);
                 assert!((FIRST..FIRST + PAGES * PAGE_SIZE).contains(&byte), "no page: {}", status.error);
-                host.agent.process().limit_files(None).unwrap();
-                guest.assert_free();
-                assert!(host.images.bytes() == before, "{:?}", host.images.files());
+                assert_nothing_happened(&mut host, &guest, &before);
             }
         }
     }
@@ -294,7 +301,7 @@ fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
 #[test]
 fn memory_that_is_cut_off_while_it_is_saved_is_named_and_the_guest_runs() {
     let host = Host::new();
-    for options in if require::uffd() { vec![background(), paused()] } else { vec![paused()] } {
+    for options in modes() {
         let fd: OwnedFd = unsealed_memfd("ram", PAGES * PAGE_SIZE, rustix::fs::MemfdFlags::empty()).unwrap();
         let file = Arc::new(File::from(fd));
         let layout = BlockLayout { backing: Backing::File(file.clone()), ..BlockLayout::ram(PAGES * PAGE_SIZE) };
