@@ -39,6 +39,6 @@ mod memory {
 #[path = "../../../agent/src/snapshot"]
 mod snapshot {
     pub(crate) use super::shm::bitmap;
-    #[allow(dead_code, unreachable_pub, reason = "as above")]
+    #[allow(dead_code, unreachable_pub, reason = "it is all of the agent's file")]
     pub(crate) mod ahead;
 }
