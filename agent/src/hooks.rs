@@ -3,14 +3,16 @@
 //! The answers carry the sequence number of their request, so one that comes after its deadline is told from the one that is
 //! waited for, and a VMM that was late once is not lost for good.
 
+use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::hook::{self, Hook, PieceSize};
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::RemoteError;
 use pageferry_protocol::control::{FrameSocket, SocketError};
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// Why a hook did not do what it should.
@@ -73,8 +75,17 @@ pub enum HookError {
 /// The socket for hooks. Any thread may ask; they take turns.
 #[derive(Debug)]
 pub struct Hooks {
+    /// There is a socket.
+    set: bool,
+    /// Held for as long as the VMM takes to answer.
     channel: Mutex<Channel>,
+    /// Events that were told while somebody waited for an answer. Whoever gives `channel` back
+    /// sends them, so that nobody who tells has to wait.
+    untold: Mutex<VecDeque<JobStatus>>,
 }
+
+/// Most events that wait; the oldest is dropped for a new one.
+const MAX_UNTOLD: usize = 64;
 
 #[derive(Debug)]
 struct Channel {
@@ -87,12 +98,13 @@ struct Channel {
 impl Hooks {
     /// Hooks that go to `socket`; every one fails if there is none.
     pub fn new(socket: Option<OwnedFd>) -> Self {
-        Self { channel: Mutex::new(Channel { socket: socket.map(FrameSocket::from), sequence: 0, late: false }) }
+        let (set, socket) = (socket.is_some(), socket.map(FrameSocket::from));
+        Self { set, channel: Mutex::new(Channel { socket, sequence: 0, late: false }), untold: Mutex::default() }
     }
 
     /// True if there is a VMM to ask.
     pub fn are_set(&self) -> bool {
-        self.lock().socket.is_some()
+        self.set
     }
 
     /// Asks, and waits for success.
@@ -109,6 +121,7 @@ impl Hooks {
     /// # Errors
     /// If there is none within `timeout`, or the VMM is late.
     pub fn undo(&self, hook: &Hook, timeout: Duration) -> Result<(), HookError> {
+        may_wait("ask the VMM by a hook");
         let late = self.lock().late;
         self.ask(hook, if late { Duration::ZERO } else { timeout })
     }
@@ -188,15 +201,26 @@ impl Hooks {
 
     /// Tells, without waiting: if the VMM does not listen, it misses this one.
     pub fn tell(&self, status: &JobStatus) {
-        let mut channel = self.lock();
-        channel.sequence += 1;
-        let event = Hook::Event { status: Box::new(status.clone()) };
-        let body = event.encode(channel.sequence);
-        if let Some(socket) = &channel.socket {
-            // A message this small is sent whole or not at all.
-            if let Err(error) = socket.send(&Frame::request(event.code(), body), Instant::now()) {
-                log::debug!("event not sent: {error}");
-            }
+        let mut untold = self.untold();
+        if untold.len() == MAX_UNTOLD {
+            untold.pop_front();
+        }
+        untold.push_back(status.clone());
+        drop(untold);
+        self.tell_untold();
+    }
+
+    /// Sends the events that wait, unless another thread has the socket: that one calls this when
+    /// it has given the socket back.
+    fn tell_untold(&self) {
+        // An event that comes after the last look finds the socket free, or another holder.
+        while !self.untold().is_empty() {
+            let mut channel = match self.channel.try_lock() {
+                Ok(channel) => channel,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => return,
+            };
+            channel.tell_all(self.untold());
         }
     }
 
@@ -207,9 +231,18 @@ impl Hooks {
     }
 
     fn exchange(&self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<Frame, HookError> {
+        may_wait("ask the VMM by a hook");
+        let answer = self.exchange_alone(hook, fds, timeout);
+        self.tell_untold();
+        answer
+    }
+
+    fn exchange_alone(&self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<Frame, HookError> {
         let deadline = Instant::now() + timeout;
         let name = hook.name();
         let channel = &mut *self.lock();
+        // What was told before this comes before it.
+        channel.tell_all(self.untold());
         channel.sequence += 1;
         let sequence = channel.sequence;
         let Some(socket) = &mut channel.socket else { return Err(HookError::None { hook: name }) };
@@ -231,6 +264,28 @@ impl Hooks {
 
     fn lock(&self) -> MutexGuard<'_, Channel> {
         self.channel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn untold(&self) -> MutexGuard<'_, VecDeque<JobStatus>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Channel {
+    fn tell_all(&mut self, mut untold: MutexGuard<'_, VecDeque<JobStatus>>) {
+        let events = std::mem::take(&mut *untold);
+        drop(untold);
+        for status in events {
+            self.sequence += 1;
+            let event = Hook::Event { status: Box::new(status) };
+            let body = event.encode(self.sequence);
+            if let Some(socket) = &self.socket {
+                // A message this small is sent whole or not at all.
+                if let Err(error) = socket.send(&Frame::request(event.code(), body), Instant::now()) {
+                    log::debug!("event not sent: {error}");
+                }
+            }
+        }
     }
 }
 

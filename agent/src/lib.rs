@@ -13,6 +13,7 @@
 //! - [`transport`]: addresses, sockets, records on them, the bandwidth limit;
 //! - [`session`]: what a VMM and its operator ask for;
 //! - [`server`], [`reactor`]: the sockets they ask on;
+//! - [`waiting`]: which code may wait;
 //! - [`cli`]: the command line.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
@@ -34,5 +35,6 @@ pub mod snapshot;
 pub mod stats;
 pub mod tracking;
 pub mod transport;
+pub mod waiting;
 
 pub use pageferry_protocol::error;

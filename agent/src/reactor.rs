@@ -28,7 +28,19 @@ impl Reactor {
     /// # Errors
     /// What the kernel said.
     pub fn add(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
-        let event = epoll::Event::new(epoll::Events::EPOLLIN, token);
+        self.watch(fd, epoll::Events::EPOLLIN, token)
+    }
+
+    /// Waits for the other side of the socket `fd` to hang up, and says so once.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn add_hangup(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        self.watch(fd, epoll::Events::EPOLLRDHUP | epoll::Events::EPOLLONESHOT, token)
+    }
+
+    fn watch(&mut self, fd: BorrowedFd<'_>, events: epoll::Events, token: u64) -> io::Result<()> {
+        let event = epoll::Event::new(events, token);
         epoll::ctl(self.epoll, epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
     }
 

@@ -20,10 +20,11 @@ use crate::hooks::Hooks;
 use crate::memory::GuestMemory;
 use crate::memory::owed::Owed;
 use crate::transport::Limiter;
+use crate::waiting::may_wait;
 use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase};
 use rustix::event::EventfdFlags;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A job, as the session and the job's threads see it.
@@ -47,6 +48,8 @@ pub struct Job {
     pub live: Arc<LiveCounters>,
     started: Instant,
     state: Mutex<State>,
+    /// The job entered a phase.
+    entered: Condvar,
     /// Readable for the session when something changed that is worth an event.
     notify: Arc<OwnedFd>,
 }
@@ -93,6 +96,7 @@ impl Job {
                 switch: false,
                 taken_up: false,
             }),
+            entered: Condvar::new(),
             notify,
         })
     }
@@ -134,7 +138,16 @@ impl Job {
     pub fn enter(&self, phase: Phase) {
         log::info!("job {}: {}", self.id, phase.name());
         self.state().status.phase = phase;
+        self.entered.notify_all();
         self.announce();
+    }
+
+    /// Waits until the job has ended; false if it has not within `timeout`.
+    pub fn wait_until_final(&self, timeout: Duration) -> bool {
+        may_wait("wait for the end of a job");
+        let runs = |state: &mut State| !state.status.phase.is_final();
+        let waited = self.entered.wait_timeout_while(self.state(), timeout, runs);
+        waited.unwrap_or_else(PoisonError::into_inner).0.status.phase.is_final()
     }
 
     /// Tells the VMM and all who watch how the job stands.
@@ -260,22 +273,29 @@ impl Job {
         self.limiter.set_rate(bandwidth);
     }
 
-    /// Runs a populate, unless the last sync is near, and what it marks would not be seen any more; or the memory is being restored, and is not the VMM's to change.
+    /// Runs a populate, whose caller holds [`GuestMemory::populating`], unless the last sync is near, and what it marks would not be seen any more; or the memory is being restored, and is not the VMM's to change.
     ///
     /// # Errors
     /// Which of the two.
     pub fn unless_frozen<T>(&self, populate: impl FnOnce() -> T) -> Result<T, Frozen> {
-        // Held while populating, so that the freeze waits for it.
-        let state = self.state();
-        match (state.frozen, self.kind) {
+        // Let go of before populating, which may wait: whoever asks how the job stands needs it.
+        let frozen = self.state().frozen;
+        match (frozen, self.kind) {
             (false, _) => Ok(populate()),
             (true, JobKind::Restore) => Err(Frozen::Restoring(self.id)),
             (true, _) => Err(Frozen::PastLastSync(self.id)),
         }
     }
 
-    /// Refuses populates from now on.
+    /// Refuses populates from now on, and waits for the one that is under way.
     pub fn freeze(&self) {
+        self.state().frozen = true;
+        drop(self.memory.populating());
+    }
+
+    /// The same for a job that has not started yet, asked for by the only one who populates: there
+    /// is nothing to wait for.
+    pub fn start_frozen(&self) {
         self.state().frozen = true;
     }
 

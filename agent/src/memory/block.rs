@@ -9,7 +9,7 @@ use super::marking::Marking;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A block of guest memory.
 #[derive(Debug)]
@@ -125,6 +125,8 @@ pub struct GuestMemory {
     /// Held while a discard or a populate marks, at the instant of a snapshot, and while a fix-up looks whether a discarded page was written since and marks it as stray: or it would mark what was
     /// discarded again meanwhile.
     pub marking: Marking<Capturing>,
+    /// See [`GuestMemory::populating`].
+    populating: Mutex<()>,
     /// See [`GuestMemory::changes`].
     changes: AtomicU64,
     /// Hears of what discards have freed.
@@ -154,11 +156,18 @@ impl GuestMemory {
             log,
             readers: Readers::new(MAX_READERS),
             marking: Marking::default(),
+            populating: Mutex::default(),
             changes: AtomicU64::new(0),
             freed: Mutex::default(),
             noted: Mutex::default(),
             arriving: Mutex::default(),
         }
+    }
+
+    /// Held by a populate from before it looks whether a job refuses it until its marks are set. A
+    /// job that refuses populates from now on takes it once, and so waits for the last of them.
+    pub fn populating(&self) -> MutexGuard<'_, ()> {
+        self.populating.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is still to come, if the guest runs before it is here.

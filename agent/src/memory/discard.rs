@@ -3,7 +3,7 @@
 //! Law 1: once [`GuestMemory::discard`] returned, nobody reads the pages until they are populated. Law 4: it cannot fail for pages that exist;
 //! law 6: it covers whole units only, and a populate rounds outward.
 //!
-//! Discards and populates come from one thread, the session's, while the job's thread syncs and its workers read. What each bitmap
+//! Discards and populates come from one thread, that of the VMM's connection, while the job's thread syncs and its workers read. What each bitmap
 //! means to them, and why the order below is right:
 //!
 //! - `unsettled` is set before `discarded`, and cleared only after the punch: a sync in between does not take what is still
@@ -23,6 +23,7 @@
 
 use super::block::{Block, GuestMemory};
 use super::capture_steps::before_punch;
+use crate::waiting::may_wait;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{PageRange, RangeError};
 use pageferry_protocol::shm::bitmap::WORD_BITS;
@@ -59,6 +60,7 @@ impl GuestMemory {
     /// # Errors
     /// If a range does not exist; nothing is changed then.
     pub fn discard(&self, ranges: &[BlockRange], punch: bool) -> Result<u64, DiscardError> {
+        may_wait("discard: readers, the disk of a snapshot, the file system");
         let checked = self.check(ranges, PageRange::inward)?;
         let _change = self.change();
         let mark = || {
@@ -120,6 +122,7 @@ impl GuestMemory {
     /// # Errors
     /// If a range does not exist; nothing is changed then.
     pub fn populate(&self, ranges: &[BlockRange]) -> Result<u64, DiscardError> {
+        may_wait("populate: the instant of a snapshot");
         let checked = self.check(ranges, PageRange::outward)?;
         let _change = self.change();
         let mut changed = 0;

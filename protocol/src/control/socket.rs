@@ -12,6 +12,7 @@ use rustix::net::{
 };
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -52,7 +53,8 @@ pub enum SocketError {
 /// A connected UNIX stream socket that carries frames. Reading is safe to continue after a timeout.
 #[derive(Debug)]
 pub struct FrameSocket {
-    fd: OwnedFd,
+    /// Shared with whoever may end the connection from another thread.
+    fd: Arc<OwnedFd>,
     header: FrameHeader,
     /// Bytes of the header and then of the body that have come.
     have: usize,
@@ -68,6 +70,12 @@ impl AsFd for FrameSocket {
 
 impl From<OwnedFd> for FrameSocket {
     fn from(fd: OwnedFd) -> Self {
+        Arc::new(fd).into()
+    }
+}
+
+impl From<Arc<OwnedFd>> for FrameSocket {
+    fn from(fd: Arc<OwnedFd>) -> Self {
         Self { fd, header: FrameHeader::new_zeroed(), have: 0, body: Vec::new(), fds: Vec::new() }
     }
 }
