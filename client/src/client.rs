@@ -14,13 +14,13 @@ use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{
     AddBlockReply, BLOCK_DISCARDED, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT,
 };
+use pageferry_protocol::control::unix_path::connect_unix;
 use pageferry_protocol::memory::BlockGeometry;
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How a client is set up.
 #[derive(Debug, Clone)]
@@ -104,9 +104,10 @@ impl Client {
     /// Connects to the agent that listens at `path`.
     ///
     /// # Errors
-    /// If nobody listens there, or the agent refuses or breaks the handshake.
+    /// If the path has more than 107 bytes, nobody listens there, an agent that hangs takes no connection
+    /// within [`Config::request_timeout`], or the agent refuses or breaks the handshake.
     pub fn connect(path: &Path, config: Config) -> Result<(Self, HookChannel), Error> {
-        Self::from_socket(connect(path)?, config)
+        Self::from_socket(connect(path, config.request_timeout)?, config)
     }
 
     /// Opens the protocol on a connected UNIX stream socket.
@@ -147,7 +148,7 @@ impl Client {
     /// # Errors
     /// As [`Client::connect`], and if the new agent refuses a block.
     pub fn reattach(&self, path: &Path) -> Result<HookChannel, Error> {
-        self.reattach_socket(connect(path)?)
+        self.reattach_socket(connect(path, self.request_timeout())?)
     }
 
     /// Gives up the agent, if it is not lost already, and hands the same dirty log, blocks, bitmaps of discarded pages and trackers to a
@@ -304,11 +305,9 @@ impl Client {
     }
 }
 
-fn connect(path: &Path) -> Result<OwnedFd, Error> {
-    match UnixStream::connect(path) {
-        Ok(stream) => Ok(stream.into()),
-        Err(source) => Err(Error::Connect { path: path.to_owned(), source }),
-    }
+/// An agent that hangs takes no connection, and is waited for no longer than for an answer.
+fn connect(path: &Path, timeout: Duration) -> Result<OwnedFd, Error> {
+    connect_unix(path, Instant::now() + timeout).map_err(|source| Error::Connect { path: path.to_owned(), source })
 }
 
 fn open(socket: OwnedFd, config: &Config, memory: &Memory) -> Result<(Control, OwnedFd), Error> {

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 /// The other end of a migration.
 #[derive(Debug)]
 pub enum Target {
-    /// `tcp:HOST:PORT` or `unix:PATH`: where to connect to, or to listen.
+    /// `tcp:HOST:PORT` or `unix:PATH`: where to connect to, or to listen. A path has at most 107 bytes.
+    /// To listen, it may be that of a socket that nobody listens on, and of no other file.
     Address(String),
     /// A connected stream socket, such as the one of [`PageStream::pair`](crate::PageStream::pair).
     Socket(OwnedFd),

@@ -7,10 +7,9 @@ use pageferry_protocol::control::codec::{DecodeError, Decoder};
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::job::{JobKind, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::control::request::{CONTROL_VERSION, HelloReply, JobStarted, Request, code, decode_reply};
+use pageferry_protocol::control::unix_path::connect_unix;
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use std::error::Error;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -31,9 +30,9 @@ struct Operator {
 
 impl Operator {
     fn connect(path: &Path) -> Result<Self, Box<dyn Error>> {
-        let stream = UnixStream::connect(path);
-        let stream = stream.map_err(|error| format!("no agent answers on {}: {error}", path.display()))?;
-        let mut operator = Self { socket: OwnedFd::from(stream).into() };
+        let socket = connect_unix(path, Instant::now() + TIMEOUT);
+        let socket = socket.map_err(|error| format!("no agent answers on {}: {error}", path.display()))?;
+        let mut operator = Self { socket: socket.into() };
         let hello = Request::Hello { version_min: CONTROL_VERSION, version_max: CONTROL_VERSION, features: 0 };
         operator.ask(&hello, HelloReply::decode)?;
         Ok(operator)

@@ -5,6 +5,7 @@
 //! connections waits again, for nobody but its own source, which knows the session's random number.
 
 use crate::job::{Job, JobError, add};
+use crate::server::backoff::{Backoff, PAUSE};
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::stream::hello::{
@@ -19,8 +20,6 @@ use std::time::{Duration, Instant};
 const MAX_PENDING: usize = 256;
 /// How long the job waits for a source at a stretch; it is cancelled rather than timed out.
 const LONG: Duration = Duration::from_secs(3600);
-/// Time between two attempts to accept a connection that waits and cannot be accepted.
-const RETRY: Duration = Duration::from_millis(100);
 /// The largest host page that postcopy places at once, in bytes.
 const MAX_HOST_PAGE: u64 = 2 << 20;
 
@@ -144,12 +143,13 @@ impl Lobby<'_> {
     fn wait(&mut self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<Option<Accepted>, JobError> {
         let timeout = self.job.options().peer_timeout;
         let only_one = matches!(self.wanted, Wanted::Guest) && self.listeners.is_empty();
+        let mut backoff = Backoff::default();
         loop {
             if self.poll(asked, until)? || until.is_some_and(|until| Instant::now() >= until) {
                 return Ok(None);
             }
             for listener in self.listeners {
-                self.take_connection(listener, timeout)?;
+                self.take_connection(listener, timeout, &mut backoff)?;
             }
             let mut kept = Vec::new();
             for mut connection in std::mem::take(&mut self.pending) {
@@ -215,7 +215,9 @@ impl Lobby<'_> {
         Ok(asked.is_some() && ready[0])
     }
 
-    fn take_connection(&mut self, listener: &Listener, timeout: Duration) -> Result<(), JobError> {
+    fn take_connection(
+        &mut self, listener: &Listener, timeout: Duration, backoff: &mut Backoff,
+    ) -> Result<(), JobError> {
         if !self.job.cancel.wait(&[(listener.as_fd(), PollFlags::IN)], Instant::now())?[0] {
             return Ok(());
         }
@@ -223,8 +225,8 @@ impl Lobby<'_> {
             Ok(fd) => fd,
             // It went away again, or we are out of descriptors and may have one in a moment.
             Err(error) => {
-                log::warn!("cannot accept a connection: {error}");
-                return self.job.cancel.sleep(RETRY);
+                backoff.failed(&error, Instant::now());
+                return self.job.cancel.sleep(PAUSE);
             }
         };
         if self.pending.len() >= MAX_PENDING {

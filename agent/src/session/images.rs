@@ -48,7 +48,7 @@ impl Session {
         let asks_first = role == Role::Operator;
         if !asks_first {
             // The guest is not here yet, and what it will hold is not the VMM's to change.
-            job.freeze();
+            job.start_frozen();
         }
         let before = match asks_first {
             true => Before::Later,

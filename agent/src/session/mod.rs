@@ -4,7 +4,11 @@
 //! - [`own`]: pageferry's requests;
 //! - [`images`]: those of them that start snapshots and restores;
 //! - [`registry`]: the blocks, the log, and what they may not be changed under;
+//! - [`shared`]: how the threads of all connections work on it at once;
 //! - this file: [`Session`], which all of them work on.
+//!
+//! A method of [`Session`] never waits: it runs under the lock. What can wait is a method of
+//! [`SharedSession`](shared::SharedSession), which holds the lock before and after.
 //!
 //! A session belongs to one connection, the VMM's, and ends with it: its job is cancelled, its memory forgotten. Operators come and go on
 //! connections of their own; they see and steer jobs, and cannot touch the memory.
@@ -12,13 +16,16 @@
 pub mod images;
 pub mod own;
 pub mod registry;
+pub mod shared;
 pub mod standard;
 
 use crate::hooks::Hooks;
 use crate::job::Job;
 use crate::memory::GuestMemory;
+use crate::session::shared::Past;
 use crate::snapshot::checkpoint::SharedCheckpoint;
 use crate::tracking::TrackerChoice;
+use crate::waiting::may_wait;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use std::os::fd::{AsFd, OwnedFd};
@@ -53,6 +60,10 @@ pub struct Session {
     standard: standard::Features,
     /// The agent is about to end.
     stopping: bool,
+    /// The VMM is being asked to resume the guest by force.
+    resuming: bool,
+    /// What is to be dropped when the session is not locked.
+    past: Vec<Past>,
 }
 
 /// The last job of an earlier session.
@@ -91,6 +102,8 @@ impl Session {
             notify,
             standard: standard::Features::default(),
             stopping: false,
+            resuming: false,
+            past: Vec::new(),
         }
     }
 
@@ -110,8 +123,10 @@ impl Session {
 
     /// The job that ended is over for good: it forbids nothing any more.
     fn settle(&mut self) {
-        if let Some((job, _)) = self.job.take() {
-            self.before = Earlier::Ended(Box::new(job.status()));
+        if let Some((job, thread)) = self.job.take() {
+            let ended = Earlier::Ended(Box::new(job.status()));
+            self.past.push(Past::Job(job, thread));
+            self.forget_before(ended);
         }
     }
 
@@ -120,7 +135,14 @@ impl Session {
         if let Earlier::Ending(job, _) = &self.before
             && job.status().phase.is_final()
         {
-            self.join_before();
+            let ended = Earlier::Ended(Box::new(job.status()));
+            self.forget_before(ended);
+        }
+    }
+
+    fn forget_before(&mut self, ended: Earlier) {
+        if let Earlier::Ending(job, thread) = std::mem::replace(&mut self.before, ended) {
+            self.past.push(Past::Job(job, thread));
         }
     }
 
@@ -225,23 +247,6 @@ impl Session {
         }
     }
 
-    /// Waits for the job's thread, after [`Session::end`] or a cancel.
-    pub fn join(&mut self) {
-        if let Some((job, thread)) = self.job.take() {
-            join(&job, thread);
-        }
-    }
-
-    fn join_before(&mut self) {
-        self.before = match std::mem::take(&mut self.before) {
-            Earlier::Ending(job, thread) => {
-                join(&job, thread);
-                Earlier::Ended(Box::new(job.status()))
-            }
-            other => other,
-        };
-    }
-
     /// Cancels the job, and takes no other.
     pub fn stop(&mut self) {
         self.stopping = true;
@@ -259,16 +264,18 @@ impl Session {
         self.running().is_none() && self.before.job().is_none_or(|job| job.status().phase.is_final())
     }
 
-    /// Cancels the job and lets it finish: what it has to undo in the VMM it undoes. One whose VMM is gone is waited for, too: it may be
-    /// about to send the commit.
-    pub fn wind_down(&mut self) {
-        self.stop();
-        self.join();
-        self.join_before();
+    /// The jobs whose threads have not been waited for.
+    fn take_jobs(&mut self) -> Vec<(Arc<Job>, Option<JoinHandle<()>>)> {
+        let mut jobs: Vec<_> = self.job.take().into_iter().collect();
+        if let Earlier::Ending(job, thread) = std::mem::take(&mut self.before) {
+            jobs.push((job, thread));
+        }
+        jobs
     }
 }
 
 fn join(job: &Job, thread: Option<JoinHandle<()>>) {
+    may_wait("wait for the thread of a job");
     if thread.is_some_and(|thread| thread.join().is_err()) {
         log::error!("job {} panicked", job.id);
     }

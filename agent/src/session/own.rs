@@ -1,14 +1,17 @@
 //! pageferry's own requests.
 
 use super::registry::NewBlock;
+use super::shared::SharedSession;
 use super::{Role, Session, check_fds, invalid, take_fds};
+use crate::hooks::Hooks;
 use crate::incoming::accept::Source;
 use crate::job::{self, Job, JobError};
 use crate::outgoing::connect::Target;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
-use crate::transport::Address;
 use crate::transport::address::check_socket;
+use crate::transport::{Address, Listener};
+use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
 use pageferry_protocol::control::hook::Hook;
@@ -24,17 +27,20 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a VMM may take to resume a guest that an operator forces.
-const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a VMM may take to resume a guest that an operator forces. Whoever asked waits 10 seconds
+/// for the answer, and is to read this one's reason.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long a paused job may take to end once it was told to give up.
+const ABANDON_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An answer whose fields are encoded already.
 pub(super) type Answer = Reply<Encoded>;
 /// Puts the fields of an answer into a body.
 pub(super) type Encoded = Box<dyn FnOnce(Encoder) -> Encoder>;
 
-impl Session {
+impl SharedSession {
     /// Answers one of our own requests.
-    pub fn handle_own(&mut self, role: Role, frame: Frame) -> Frame {
+    pub fn handle_own(&self, role: Role, frame: Frame) -> Frame {
         let code = frame.request;
         let answer = match Request::decode(code, &frame.body) {
             None => {
@@ -52,7 +58,7 @@ impl Session {
         Frame::reply(code, encode_reply(&unit, |(), encoder| fields.map_or(Encoder::new(), |fields| fields(encoder))))
     }
 
-    fn answer(&mut self, role: Role, request: Request, fds: Vec<OwnedFd>) -> Answer {
+    fn answer(&self, role: Role, request: Request, fds: Vec<OwnedFd>) -> Answer {
         if role == Role::Operator && touches_memory(&request) {
             let sentence = "only the connection that owns the memory may do this, and another one does";
             return Err(RemoteError::new(ErrorCode::Denied, sentence));
@@ -62,30 +68,30 @@ impl Session {
             Request::AddBlock { geometry, fd_offset, vmm_address, flags } => {
                 self.add_block(geometry, fd_offset, vmm_address, flags, fds)
             }
-            Request::RemoveBlock { id } => self.remove_block(id).map(|()| nothing()),
+            Request::RemoveBlock { id } => self.lock().remove_block(id).map(|()| nothing()),
             Request::Discard { flags, ranges } => self.discard(&ranges, flags & DISCARD_PUNCH != 0),
             Request::Populate { ranges } => self.populate(&ranges),
             Request::SetTrackers { sources } => self.set_trackers(sources, fds),
-            Request::StartOutgoing { target, options } => self.start_outgoing(&target, options, fds),
+            Request::StartOutgoing { target, options } => self.lock().start_outgoing(&target, options, fds),
             Request::StartIncoming { listen, options } => self.start_incoming(&listen, &options, fds),
-            Request::Cancel => self.cancel(),
-            Request::SetParameters { options } => self.set_parameters(&options),
+            Request::Cancel => self.lock().cancel(),
+            Request::SetParameters { options } => self.lock().set_parameters(&options),
             Request::QueryStatus => {
-                let status = self.report();
+                let status = self.lock().report();
                 Ok(Box::new(move |encoder| status.encode(encoder)))
             }
             // The server keeps the subscription; there is nothing for the session to do.
             Request::Subscribe { .. } => Ok(nothing()),
             Request::Resume { force } => self.resume(force),
-            Request::StartPostcopy => self.start_postcopy(),
-            Request::StartSnapshot { path, options } => self.start_snapshot(role, path, options, &fds),
-            Request::StartRestore { path, options } => self.start_restore(role, &path, options, &fds),
+            Request::StartPostcopy => self.lock().start_postcopy(),
+            Request::StartSnapshot { path, options } => self.lock().start_snapshot(role, path, options, &fds),
+            Request::StartRestore { path, options } => self.lock().start_restore(role, &path, options, &fds),
             Request::Recover { session, address, options } => self.recover(role, session, &address, options),
         }
     }
 
     fn add_block(
-        &mut self, geometry: BlockGeometry, fd_offset: u64, vmm_address: u64, flags: u32, fds: Vec<OwnedFd>,
+        &self, geometry: BlockGeometry, fd_offset: u64, vmm_address: u64, flags: u32, fds: Vec<OwnedFd>,
     ) -> Answer {
         let [memory, bitmap] = take_fds("add block", fds)?;
         let new = NewBlock { geometry, memory, fd_offset, vmm_address, bitmap: Some(bitmap) };
@@ -102,36 +108,138 @@ impl Session {
         Ok(Box::new(move |encoder| reply.encode(encoder)))
     }
 
-    fn discard(&mut self, ranges: &[BlockRange], punch: bool) -> Answer {
-        let changed_pages = self.memory.discard(ranges, punch).map_err(|error| invalid(&error))?;
+    fn discard(&self, ranges: &[BlockRange], punch: bool) -> Answer {
+        let memory = self.lock().memory.clone();
+        let changed_pages = memory.discard(ranges, punch).map_err(|error| invalid(&error))?;
         Ok(Box::new(move |encoder| RangesReply { changed_pages }.encode(encoder)))
     }
 
-    fn populate(&mut self, ranges: &[BlockRange]) -> Answer {
-        let populate = || self.memory.populate(ranges);
-        let populated = match &self.job {
-            Some((job, _)) => job.unless_frozen(populate).map_err(|busy| RemoteError::new(ErrorCode::Busy, busy))?,
+    fn populate(&self, ranges: &[BlockRange]) -> Answer {
+        let memory = self.lock().memory.clone();
+        let populating = memory.populating();
+        let job = self.lock().job.as_ref().map(|(job, _)| job.clone());
+        let populate = || memory.populate(ranges);
+        let populated = match job {
+            Some(job) => job.unless_frozen(populate).map_err(|busy| RemoteError::new(ErrorCode::Busy, busy))?,
             None => populate(),
         };
+        drop(populating);
         let changed_pages = populated.map_err(|error| invalid(&error))?;
         Ok(Box::new(move |encoder| RangesReply { changed_pages }.encode(encoder)))
     }
 
-    fn set_trackers(&mut self, sources: u32, fds: Vec<OwnedFd>) -> Answer {
-        self.check_idle("the trackers cannot be changed")?;
+    fn set_trackers(&self, sources: u32, fds: Vec<OwnedFd>) -> Answer {
+        self.lock().check_idle("the trackers cannot be changed")?;
         let scans = sources & TRACKER_WRITE_PROTECT != 0;
         check_fds("set trackers", &fds, usize::from(scans))?;
+        may_wait("look at the pagemap");
+        let pagemap = fds.into_iter().next().map(Pagemap::new).transpose().map_err(|error| invalid(&error))?;
+        let mut session = self.lock();
+        session.check_idle("the trackers cannot be changed")?;
         let hooks = sources & TRACKER_HOOKS != 0;
-        if hooks && !self.hooks.are_set() {
+        if hooks && !session.hooks.are_set() {
             let sentence = "sources: bit 0, hooks, needs a socket for hooks (SET_BACKEND_REQ_FD)";
             return Err(RemoteError::new(ErrorCode::State, sentence));
         }
-        let pagemap = fds.into_iter().next().map(Pagemap::new).transpose().map_err(|error| invalid(&error))?;
-        self.end_checkpoint("the trackers were changed");
-        self.trackers = TrackerChoice { hooks, pagemap: pagemap.map(Arc::new) };
+        session.end_checkpoint("the trackers were changed");
+        session.trackers = TrackerChoice { hooks, pagemap: pagemap.map(Arc::new) };
         Ok(nothing())
     }
 
+    fn start_incoming(&self, listen: &str, options: &IncomingOptions, fds: Vec<OwnedFd>) -> Answer {
+        self.lock().check_can_start()?;
+        let source = match socket_of(listen, fds)? {
+            Some(socket) => Source::Socket(socket),
+            None => Source::Listener(listen_at(&parse(listen)?)?),
+        };
+        let address = match &source {
+            Source::Listener(listener) => listener.address().to_owned(),
+            Source::Socket(_) => listen.to_owned(),
+        };
+        let IncomingOptions { peer_timeout, hook_timeout } = *options;
+        let options = OutgoingOptions { peer_timeout, hook_timeout, ..OutgoingOptions::default() };
+        // A job may have been started while this looked up a name.
+        let mut session = self.lock();
+        session.check_can_start()?;
+        let job = session.new_job(JobKind::Incoming, options)?;
+        // The guest is not here yet, and what it will hold is not the VMM's to change.
+        job.start_frozen();
+        // No tracker sees what the job writes.
+        session.end_checkpoint("a guest came by a migration");
+        let checkpoint = session.checkpoint.clone();
+        session.run_job(&job, move |job| {
+            checkpoint.stop_idle();
+            crate::incoming::run(job, source);
+        })?;
+        let reply = JobStarted { job: job.id, address };
+        Ok(Box::new(move |encoder| reply.encode(encoder)))
+    }
+
+    /// Has the job that is paused go on; or takes up one that another agent began.
+    fn recover(&self, role: Role, session: [u8; 16], address: &str, options: OutgoingOptions) -> Answer {
+        let given = match address {
+            "" => None,
+            text => Some(parse(text)?),
+        };
+        let paused = self.lock().paused();
+        let Some(job) = paused else {
+            return self.lock().take_up(role, session, given, options);
+        };
+        let (id, kind) = (job.id, job.kind);
+        let mut shown = address.to_owned();
+        let request = match (kind, given) {
+            (JobKind::Incoming, None) => {
+                let sentence = format!(
+                    "job {id} is the destination's: it listens where it did, and goes on when the source is recovered; give an address to have it listen there, too"
+                );
+                return Err(RemoteError::new(ErrorCode::State, sentence));
+            }
+            (JobKind::Incoming, Some(address)) => {
+                let listener = listen_at(&address)?;
+                listener.address().clone_into(&mut shown);
+                job::Request::Listen(listener)
+            }
+            (_, given) => job::Request::Connect(given),
+        };
+        // The source's job leaves its pause before the answer: so who sees it paused after that knows that it is paused again.
+        let leave = || {
+            if kind == JobKind::Outgoing {
+                job.enter(Phase::Recovering)
+            }
+        };
+        if !job.recovery.ask_after(request, leave) {
+            let sentence = format!("job {id} is being recovered, or was asked to already");
+            return Err(RemoteError::new(ErrorCode::Busy, sentence));
+        }
+        Ok(Box::new(move |encoder| JobStarted { job: id, address: shown }.encode(encoder)))
+    }
+
+    /// Law 9: after an unconfirmed commit only an operator who looked at both sides may resume the guest.
+    fn resume(&self, force: bool) -> Answer {
+        let abandoned = if force { self.lock().abandon_paused()? } else { None };
+        if let Some(job) = abandoned {
+            // It waits for nothing else, and is over at once.
+            if !job.wait_until_final(ABANDON_TIMEOUT) {
+                let sentence = format!("job {} was told to give up, and is still ending: try again", job.id);
+                return Err(RemoteError::new(ErrorCode::Busy, sentence));
+            }
+        }
+        let (hooks, job) = self.lock().begin_resume(force)?;
+        let asked = hooks.ask(&Hook::Resume { force }, RESUME_TIMEOUT);
+        let mut session = self.lock();
+        // The VMM may be gone meanwhile, and another be here.
+        if session.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
+            session.resuming = false;
+            if asked.is_ok() {
+                session.settle();
+            }
+        }
+        asked.map_err(|error| RemoteError::new(ErrorCode::Other, crate::error::chain(&error)))?;
+        Ok(nothing())
+    }
+}
+
+impl Session {
     pub(super) fn new_job(&mut self, kind: JobKind, options: OutgoingOptions) -> Result<Arc<Job>, RemoteError> {
         let id = self.jobs + 1;
         let job = Job::new(id, kind, self.memory.clone(), self.hooks.clone(), options, self.notify.clone());
@@ -143,11 +251,13 @@ impl Session {
     pub(super) fn run_job(
         &mut self, job: &Arc<Job>, run: impl FnOnce(&Arc<Job>) + Send + 'static,
     ) -> Result<(), RemoteError> {
-        // The one before has ended.
-        self.join();
-        let inner = job.clone();
+        let (inner, before) = (job.clone(), self.job.take());
         let run = move || {
             let _ended = Ended(&inner);
+            // It has ended, and its thread is about to.
+            if let Some((before, thread)) = before {
+                super::join(&before, thread);
+            }
             run(&inner);
         };
         let thread = std::thread::Builder::new().name(format!("job-{}", job.id)).spawn(run);
@@ -188,7 +298,7 @@ impl Session {
                 return Err(RemoteError::new(ErrorCode::Invalid, sentence));
             }
             Some(socket) => Target::Socket(socket),
-            None => Target::Address(Address::parse(target).map_err(|error| invalid(&error))?),
+            None => Target::Address(parse(target)?),
         };
         let job = self.new_job(JobKind::Outgoing, options)?;
         let (trackers, checkpoint) = (self.trackers.clone(), self.checkpoint.clone());
@@ -199,39 +309,6 @@ impl Session {
             crate::outgoing::run(job, destination, &trackers);
         })?;
         let reply = JobStarted { job: job.id, address: target.to_owned() };
-        Ok(Box::new(move |encoder| reply.encode(encoder)))
-    }
-
-    fn start_incoming(&mut self, listen: &str, options: &IncomingOptions, fds: Vec<OwnedFd>) -> Answer {
-        self.check_can_start()?;
-        let source = match socket_of(listen, fds)? {
-            Some(socket) => Source::Socket(socket),
-            None => {
-                let address = Address::parse(listen).map_err(|error| invalid(&error))?;
-                Source::Listener(
-                    address
-                        .listen()
-                        .map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))?,
-                )
-            }
-        };
-        let address = match &source {
-            Source::Listener(listener) => listener.address().to_owned(),
-            Source::Socket(_) => listen.to_owned(),
-        };
-        let IncomingOptions { peer_timeout, hook_timeout } = *options;
-        let job = self
-            .new_job(JobKind::Incoming, OutgoingOptions { peer_timeout, hook_timeout, ..OutgoingOptions::default() })?;
-        // The guest is not here yet, and what it will hold is not the VMM's to change.
-        job.freeze();
-        // No tracker sees what the job writes.
-        self.end_checkpoint("a guest came by a migration");
-        let checkpoint = self.checkpoint.clone();
-        self.run_job(&job, move |job| {
-            checkpoint.stop_idle();
-            crate::incoming::run(job, source);
-        })?;
-        let reply = JobStarted { job: job.id, address };
         Ok(Box::new(move |encoder| reply.encode(encoder)))
     }
 
@@ -288,46 +365,6 @@ impl Session {
         }
     }
 
-    /// Has the job that is paused go on; or takes up one that another agent began.
-    fn recover(&mut self, role: Role, session: [u8; 16], address: &str, options: OutgoingOptions) -> Answer {
-        let given = match address {
-            "" => None,
-            text => Some(Address::parse(text).map_err(|error| invalid(&error))?),
-        };
-        let Some(job) = self.paused() else {
-            return self.take_up(role, session, given, options);
-        };
-        let (id, kind) = (job.id, job.kind);
-        let mut shown = address.to_owned();
-        let request = match (kind, given) {
-            (JobKind::Incoming, None) => {
-                let sentence = format!(
-                    "job {id} is the destination's: it listens where it did, and goes on when the source is recovered; give an address to have it listen there, too"
-                );
-                return Err(RemoteError::new(ErrorCode::State, sentence));
-            }
-            (JobKind::Incoming, Some(address)) => {
-                let listener = address.listen();
-                let listener =
-                    listener.map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))?;
-                listener.address().clone_into(&mut shown);
-                job::Request::Listen(listener)
-            }
-            (_, given) => job::Request::Connect(given),
-        };
-        // The source's job leaves its pause before the answer: so who sees it paused after that knows that it is paused again.
-        let leave = || {
-            if kind == JobKind::Outgoing {
-                job.enter(Phase::Recovering)
-            }
-        };
-        if !job.recovery.ask_after(request, leave) {
-            let sentence = format!("job {id} is being recovered, or was asked to already");
-            return Err(RemoteError::new(ErrorCode::Busy, sentence));
-        }
-        Ok(Box::new(move |encoder| JobStarted { job: id, address: shown }.encode(encoder)))
-    }
-
     /// Goes on with a migration that another agent began for this guest, and left when it died.
     fn take_up(&mut self, role: Role, session: [u8; 16], address: Option<Address>, options: OutgoingOptions) -> Answer {
         self.check_takes_jobs()?;
@@ -353,43 +390,38 @@ impl Session {
         Ok(Box::new(move |encoder| JobStarted { job: id, address: shown }.encode(encoder)))
     }
 
-    /// Law 9: after an unconfirmed commit only an operator who looked at both sides may resume the guest.
-    fn resume(&mut self, force: bool) -> Answer {
-        if force {
-            if let Some((job, _)) = &self.job {
-                check_whole(job)?;
-            }
-            self.abandon_paused()?;
-            // It may have been on its way to a pause.
-            if let Some((job, _)) = &self.job {
-                check_whole(job)?;
-            }
+    /// Checks that the guest may be resumed by force, and that nobody is about to do so already:
+    /// whom to ask, and the job that handed the guest over.
+    fn begin_resume(&mut self, force: bool) -> Result<(Arc<Hooks>, Arc<Job>), RemoteError> {
+        // It may have been on its way to a pause.
+        if force && let Some((job, _)) = &self.job {
+            check_whole(job)?;
         }
         self.check_idle("the guest cannot be resumed")?;
-        let status = self.status();
-        let gone = status.kind == JobKind::Outgoing && matches!(status.phase, Phase::Unconfirmed | Phase::Completed);
-        if gone && !force {
-            let sentence =
-                "ownership of the guest was handed over: force is needed, and it must not run at the destination";
-            return Err(RemoteError::new(ErrorCode::State, sentence));
+        let refused = |sentence: &str| Err(RemoteError::new(ErrorCode::State, sentence));
+        let handed_over = self.job.as_ref().map(|(job, _)| job).filter(|job| {
+            job.kind == JobKind::Outgoing && matches!(job.status().phase, Phase::Unconfirmed | Phase::Completed)
+        });
+        let Some(job) = handed_over.cloned() else {
+            return refused("the guest was not handed over: the VMM resumes it by itself");
+        };
+        if !force {
+            return refused(
+                "ownership of the guest was handed over: force is needed, and it must not run at the destination",
+            );
         }
-        if !gone {
-            return Err(RemoteError::new(
-                ErrorCode::State,
-                "the guest was not handed over: the VMM resumes it by itself",
-            ));
+        if std::mem::replace(&mut self.resuming, true) {
+            return Err(RemoteError::new(ErrorCode::Busy, "the VMM is being asked to resume the guest already"));
         }
-        let asked = self.hooks.ask(&Hook::Resume { force }, RESUME_TIMEOUT);
-        asked.map_err(|error| RemoteError::new(ErrorCode::Other, crate::error::chain(&error)))?;
-        self.settle();
-        Ok(nothing())
+        Ok((self.hooks.clone(), job))
     }
-}
 
-impl Session {
-    /// A paused outgoing postcopy is given up.
-    fn abandon_paused(&mut self) -> Result<(), RemoteError> {
-        let Some(job) = self.paused().filter(|job| job.kind == JobKind::Outgoing) else { return Ok(()) };
+    /// A paused outgoing postcopy is given up, if there is one: the job, which is about to end.
+    fn abandon_paused(&mut self) -> Result<Option<Arc<Job>>, RemoteError> {
+        if let Some((job, _)) = &self.job {
+            check_whole(job)?;
+        }
+        let Some(job) = self.paused().filter(|job| job.kind == JobKind::Outgoing) else { return Ok(None) };
         if !self.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
             let sentence = format!(
                 "job {} is paused, and the VMM that handed the guest over is gone: nobody can resume it here, only recover it",
@@ -398,11 +430,7 @@ impl Session {
             return Err(RemoteError::new(ErrorCode::State, sentence));
         }
         job.recovery.ask(job::Request::Abandon);
-        // It waits for nothing else, and is over at once.
-        if let Some((job, thread)) = &mut self.job {
-            super::join(job, thread.take());
-        }
-        Ok(())
+        Ok(Some(job))
     }
 }
 
@@ -454,6 +482,14 @@ fn hello(min: u16, max: u16) -> Answer {
 fn socket_of(address: &str, fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>, RemoteError> {
     check_fds("start", &fds, usize::from(address == "fd"))?;
     fds.into_iter().next().map(check_socket).transpose().map_err(|error| invalid(&error))
+}
+
+fn parse(address: &str) -> Result<Address, RemoteError> {
+    Address::parse(address).map_err(|error| invalid(&error))
+}
+
+fn listen_at(address: &Address) -> Result<Listener, RemoteError> {
+    address.listen().map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))
 }
 
 fn nothing() -> Encoded {

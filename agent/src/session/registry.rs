@@ -1,8 +1,10 @@
 //! The blocks and the log of a session. The set that jobs see is replaced as a whole, and only while none runs.
 
+use super::shared::{Past, SharedSession};
 use super::{Session, invalid};
 use crate::memory::block::GuestLog;
 use crate::memory::{Backing, Block, GuestMemory};
+use crate::waiting::may_wait;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_MEM_SLOTS};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
@@ -24,23 +26,55 @@ pub struct NewBlock {
     pub bitmap: Option<OwnedFd>,
 }
 
-impl Session {
-    /// Adds blocks, all or none; returns them.
-    pub(super) fn add_blocks(&mut self, new: Vec<NewBlock>) -> Result<Vec<Arc<Block>>, RemoteError> {
-        self.check_idle("memory cannot be added")?;
-        let mut table = self.memory.table().clone();
-        let mut added = Vec::new();
-        for block in new {
+impl SharedSession {
+    /// Adds blocks, all or none; returns them. Their files are looked at without the lock: a file
+    /// system may take its time.
+    pub(super) fn add_blocks(&self, new: Vec<NewBlock>) -> Result<Vec<Arc<Block>>, RemoteError> {
+        let geometries: Vec<BlockGeometry> = new.iter().map(|block| block.geometry.clone()).collect();
+        self.lock().table_with(&geometries)?;
+        let made = new.into_iter().map(|block| {
             let id = block.geometry.id;
-            table.insert(block.geometry.clone(), MAX_MEM_SLOTS).map_err(|error| invalid(&error))?;
-            let made = make_block(block);
-            added.push(Arc::new(made.map_err(|mut error| {
+            make_block(block).map(Arc::new).map_err(|mut error| {
                 error.sentence = format!("block {id}: {}", error.sentence);
                 error
-            })?));
-        }
-        self.replace([self.memory.blocks(), &added].concat(), table);
+            })
+        });
+        let added = made.collect::<Result<Vec<_>, _>>()?;
+        // Only this connection changes blocks; a job may have been started meanwhile.
+        let mut session = self.lock();
+        let table = session.table_with(&geometries)?;
+        let blocks = [session.memory.blocks(), &added].concat();
+        session.replace(blocks, table);
         Ok(added)
+    }
+
+    /// Takes the log that lies in `length` bytes of `fd` from `offset`.
+    pub(super) fn set_log(&self, fd: OwnedFd, offset: u64, length: u64) -> Result<(), RemoteError> {
+        self.lock().check_idle("the log cannot be changed")?;
+        may_wait("map the dirty log");
+        let log = DirtyLog::walkable(fd, offset, length).map_err(|error| {
+            let RemoteError { code, sentence } = invalid(&error);
+            RemoteError::new(code, format!("log: {sentence}"))
+        })?;
+        let mut session = self.lock();
+        session.check_idle("the log cannot be changed")?;
+        session.end_checkpoint("the dirty log was replaced");
+        let log = Some(Arc::new(GuestLog::new(log)));
+        let (blocks, table) = (session.memory.blocks().to_vec(), session.memory.table().clone());
+        session.set_memory(GuestMemory::new(blocks, table, log));
+        Ok(())
+    }
+}
+
+impl Session {
+    /// The table of all blocks with these added to it.
+    fn table_with(&self, new: &[BlockGeometry]) -> Result<BlockTable, RemoteError> {
+        self.check_idle("memory cannot be added")?;
+        let mut table = self.memory.table().clone();
+        for geometry in new {
+            table.insert(geometry.clone(), MAX_MEM_SLOTS).map_err(|error| invalid(&error))?;
+        }
+        Ok(table)
     }
 
     /// Removes the block with this id.
@@ -62,26 +96,20 @@ impl Session {
         Ok(())
     }
 
-    /// Takes the log that lies in `length` bytes of `fd` from `offset`.
-    pub(super) fn set_log(&mut self, fd: OwnedFd, offset: u64, length: u64) -> Result<(), RemoteError> {
-        self.check_idle("the log cannot be changed")?;
-        let log = DirtyLog::walkable(fd, offset, length).map_err(|error| {
-            let RemoteError { code, sentence } = invalid(&error);
-            RemoteError::new(code, format!("log: {sentence}"))
-        })?;
-        self.end_checkpoint("the dirty log was replaced");
-        let log = Some(Arc::new(GuestLog::new(log)));
-        self.memory = Arc::new(GuestMemory::new(self.memory.blocks().to_vec(), self.memory.table().clone(), log));
-        Ok(())
-    }
-
     fn replace(&mut self, blocks: Vec<Arc<Block>>, table: BlockTable) {
         self.end_checkpoint("blocks were added or removed");
-        self.memory = Arc::new(GuestMemory::new(blocks, table, self.memory.log.clone()));
+        self.set_memory(GuestMemory::new(blocks, table, self.memory.log.clone()));
+    }
+
+    /// The memory from now on. The last reference to what was before may free a guest's memory.
+    pub(super) fn set_memory(&mut self, memory: GuestMemory) {
+        let before = std::mem::replace(&mut self.memory, Arc::new(memory));
+        self.past.push(Past::Memory(before));
     }
 }
 
 fn make_block(new: NewBlock) -> Result<Block, RemoteError> {
+    may_wait("look at a block's file");
     let NewBlock { geometry, memory, fd_offset, vmm_address, bitmap } = new;
     if fd_offset % pageferry_protocol::memory::PAGE_SIZE != 0 {
         let sentence = format!("fd_offset {fd_offset:#x} is not a multiple of the page size");

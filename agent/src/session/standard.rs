@@ -4,6 +4,7 @@
 //! success. Requests for virtqueues are refused, since there is no device here.
 
 use super::registry::NewBlock;
+use super::shared::SharedSession;
 use super::{Session, check_fds, take_fds};
 use crate::hooks::Hooks;
 use pageferry_protocol::control::frame::Frame;
@@ -78,9 +79,9 @@ impl Features {
     }
 }
 
-impl Session {
+impl SharedSession {
     /// Answers a standard request; `None` where the protocol has no answer.
-    pub fn handle_standard(&mut self, frame: Frame) -> Option<Frame> {
+    pub fn handle_standard(&self, frame: Frame) -> Option<Frame> {
         let awaited = Awaited::of(&frame);
         let code = frame.request;
         match self.standard_request(frame) {
@@ -90,7 +91,7 @@ impl Session {
         }
     }
 
-    fn standard_request(&mut self, frame: Frame) -> Result<Option<Vec<u8>>, RemoteError> {
+    fn standard_request(&self, frame: Frame) -> Result<Option<Vec<u8>>, RemoteError> {
         let number = |value: u64| Ok(Some(value.to_le_bytes().to_vec()));
         let malformed = |error| RemoteError::new(ErrorCode::Invalid, error);
         let Frame { request, body, fds, .. } = frame;
@@ -101,13 +102,13 @@ impl Session {
             FrontendReq::GET_FEATURES => number(Features::offered_virtio()),
             FrontendReq::SET_FEATURES => {
                 let value = decode_u64(&body).map_err(malformed)?;
-                self.standard.virtio = negotiate("features", value, Features::offered_virtio())?;
+                self.lock().standard.virtio = negotiate("features", value, Features::offered_virtio())?;
                 Ok(None)
             }
             FrontendReq::GET_PROTOCOL_FEATURES => number(Features::offered_protocol()),
             FrontendReq::SET_PROTOCOL_FEATURES => {
                 let value = decode_u64(&body).map_err(malformed)?;
-                self.standard.protocol = negotiate("protocol features", value, Features::offered_protocol())?;
+                self.lock().standard.protocol = negotiate("protocol features", value, Features::offered_protocol())?;
                 Ok(None)
             }
             FrontendReq::SET_OWNER | FrontendReq::RESET_OWNER => Ok(None),
@@ -125,7 +126,7 @@ impl Session {
             }
             FrontendReq::REM_MEM_REG => {
                 // The specification lets a front-end attach a descriptor; it says nothing more.
-                self.remove_region(decode_single_region(&body).map_err(malformed)?)?;
+                self.lock().remove_region(decode_single_region(&body).map_err(malformed)?)?;
                 Ok(None)
             }
             FrontendReq::SET_LOG_BASE => {
@@ -138,7 +139,7 @@ impl Session {
             FrontendReq::SET_LOG_FD => check_fds("SET_LOG_FD", &fds, 1).map(|()| None),
             FrontendReq::SET_BACKEND_REQ_FD => {
                 let [socket] = take_fds("SET_BACKEND_REQ_FD", fds)?;
-                self.set_hook_socket(socket)?;
+                self.lock().set_hook_socket(socket)?;
                 Ok(None)
             }
             _ => {
@@ -148,15 +149,17 @@ impl Session {
         }
     }
 
-    fn set_mem_table(&mut self, regions: &[Region], fds: Vec<OwnedFd>) -> Result<(), RemoteError> {
+    fn set_mem_table(&self, regions: &[Region], fds: Vec<OwnedFd>) -> Result<(), RemoteError> {
         check_fds("SET_MEM_TABLE", &fds, regions.len())?;
-        let before = self.memory.clone();
-        self.clear_blocks()?;
-        self.add_regions(regions, fds).inspect_err(|_| self.memory = before)
+        let mut session = self.lock();
+        let before = session.memory.clone();
+        session.clear_blocks()?;
+        drop(session);
+        self.add_regions(regions, fds).inspect_err(|_| self.lock().memory = before)
     }
 
-    fn add_regions(&mut self, regions: &[Region], fds: Vec<OwnedFd>) -> Result<(), RemoteError> {
-        let mut taken: Vec<u32> = self.memory.table().blocks().iter().map(|block| block.id).collect();
+    fn add_regions(&self, regions: &[Region], fds: Vec<OwnedFd>) -> Result<(), RemoteError> {
+        let mut taken: Vec<u32> = self.lock().memory.table().blocks().iter().map(|block| block.id).collect();
         let new = regions.iter().zip(fds).map(|(region, memory)| {
             // A front-end has no ids. The lowest that is free does: it is the same on two sides that add the same regions.
             let id = (0..).find(|id| !taken.contains(id)).unwrap_or_default();
@@ -173,7 +176,9 @@ impl Session {
         let new = new.collect();
         self.add_blocks(new).map(drop)
     }
+}
 
+impl Session {
     fn remove_region(&mut self, region: Region) -> Result<(), RemoteError> {
         let same = |block: &&BlockGeometry| block.gpa == region.gpa && block.length == region.length;
         match self.memory.table().blocks().iter().find(same).map(|block| block.id) {

@@ -1,16 +1,25 @@
 //! Where a stream goes or comes from.
 
 use super::TransportError;
+use super::resolve::{resolve, resolve_for};
+use super::unix_path::UnixPathListener;
 use crate::job::{Cancel, JobError};
+use crate::waiting::may_wait;
+use pageferry_protocol::control::unix_path::socket_address;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::addr::SocketAddrArg;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::io::ErrorKind;
+use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+/// How long a name is looked up to listen there. Whoever asked waits 10 seconds for the answer.
+pub const LISTEN_LOOKUP: Duration = Duration::from_secs(5);
+/// Time between two attempts to connect to a listener whose queue is full.
+const FULL_QUEUE_RETRY: Duration = Duration::from_millis(10);
 
 /// An address that a user writes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,34 +46,34 @@ impl Address {
         }
         match text.strip_prefix("unix:") {
             Some("") => Err(wrong("no path: use unix:PATH")),
-            Some(path) => Ok(Self::Unix(PathBuf::from(path))),
+            Some(path) => match socket_address(Path::new(path)) {
+                Ok(_) => Ok(Self::Unix(PathBuf::from(path))),
+                Err(error) => Err(wrong(&error.to_string())),
+            },
             None => Err(wrong("use tcp:HOST:PORT or unix:PATH")),
         }
     }
 
-    /// The socket addresses that the name stands for.
-    fn resolve(name: &str) -> Result<Vec<SocketAddr>, TransportError> {
-        let failed = |source| TransportError::Connect { what: "resolve", address: name.to_owned(), source };
-        Ok(name.to_socket_addrs().map_err(failed)?.collect())
-    }
-
-    /// Connects, giving up after `timeout` for each socket address that the name stands for.
+    /// Connects, giving up after `timeout` for the look-up of the name, and for each socket address that
+    /// it stands for.
     ///
     /// # Errors
     /// If nobody answers, or the job is cancelled meanwhile.
     pub fn connect(&self, timeout: Duration, cancel: &Cancel) -> Result<OwnedFd, JobError> {
+        may_wait("connect");
         let failed = |address: String| move |source| TransportError::Connect { what: "connect to", address, source };
         match self {
             Self::Unix(path) => {
                 let name = format!("unix:{}", path.display());
-                let address =
-                    rustix::net::SocketAddrUnix::new(path).map_err(|errno| failed(name.clone())(errno.into()))?;
+                let invalid = |error| failed(name.clone())(std::io::Error::new(ErrorKind::InvalidInput, error));
+                let address = socket_address(path).map_err(invalid)?;
                 connect_one(AddressFamily::UNIX, &address, |_| (), timeout, cancel)?
                     .map_err(|error| failed(name)(error).into())
             }
             Self::Tcp(name) => {
+                let addresses = resolve_for(cancel, name, timeout)?;
                 let mut last = std::io::Error::other("the name has no address");
-                for address in Self::resolve(name)? {
+                for address in addresses.map_err(unresolved(name))? {
                     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
                     let prepare = if address.ip().to_canonical().is_loopback() { unpace } else { |_: &OwnedFd| () };
                     match connect_one(family, &address, prepare, timeout, cancel)? {
@@ -77,26 +86,31 @@ impl Address {
         }
     }
 
-    /// Listens.
+    /// Listens. A name is looked up for at most [`LISTEN_LOOKUP`].
     ///
     /// # Errors
     /// If the address is taken or not ours.
     pub fn listen(&self) -> Result<Listener, TransportError> {
+        may_wait("listen");
         let failed = |address: String| move |source| TransportError::Connect { what: "listen on", address, source };
         match self {
             Self::Unix(path) => {
-                let socket = listen_unix(path).map_err(failed(format!("unix:{}", path.display())))?;
                 let address = format!("unix:{}", path.display());
-                Ok(Listener { socket: socket.into(), address, path: Some(path.clone()) })
+                let socket = UnixPathListener::bind(path).map_err(|error| failed(address.clone())(error.into()))?;
+                Ok(Listener { socket: Listening::Unix(socket), address })
             }
             Self::Tcp(name) => {
-                let socket =
-                    TcpListener::bind(Self::resolve(name)?.as_slice()).map_err(failed(format!("tcp:{name}")))?;
+                let addresses = resolve(name, LISTEN_LOOKUP).map_err(unresolved(name))?;
+                let socket = TcpListener::bind(addresses.as_slice()).map_err(failed(format!("tcp:{name}")))?;
                 let bound = socket.local_addr().map_err(failed(format!("tcp:{name}")))?;
-                Ok(Listener { socket: socket.into(), address: format!("tcp:{bound}"), path: None })
+                Ok(Listener { socket: Listening::Tcp(socket), address: format!("tcp:{bound}") })
             }
         }
     }
+}
+
+fn unresolved(name: &str) -> impl Fn(std::io::Error) -> TransportError {
+    move |source| TransportError::Connect { what: "resolve", address: name.to_owned(), source }
 }
 
 /// Connects one socket without blocking, so that a cancel is heard; it blocks afterwards. The outer error is the job's end.
@@ -109,57 +123,41 @@ fn connect_one(
         Err(errno) => return Ok(Err(errno.into())),
     };
     prepare(&socket);
-    match rustix::net::connect(&socket, address) {
+    let deadline = Instant::now() + timeout;
+    let mut connected = rustix::net::connect(&socket, address);
+    // The queue of a listener at a path is full: nothing tells when there is room.
+    while connected == Err(Errno::AGAIN) && Instant::now() < deadline {
+        cancel.sleep(FULL_QUEUE_RETRY)?;
+        connected = rustix::net::connect(&socket, address);
+    }
+    match connected {
         Ok(()) => {}
         Err(Errno::INPROGRESS) => {
-            let ready = cancel.wait(&[(socket.as_fd(), PollFlags::OUT)], Instant::now() + timeout)?;
+            let ready = cancel.wait(&[(socket.as_fd(), PollFlags::OUT)], deadline)?;
             if !ready.contains(&true) {
-                return Ok(Err(std::io::ErrorKind::TimedOut.into()));
+                return Ok(Err(ErrorKind::TimedOut.into()));
             }
             if let Err(errno) | Ok(Err(errno)) = rustix::net::sockopt::socket_error(&socket) {
                 return Ok(Err(errno.into()));
             }
         }
+        Err(Errno::AGAIN) => return Ok(Err(ErrorKind::TimedOut.into())),
         Err(errno) => return Ok(Err(errno.into())),
     }
     Ok(rustix::io::ioctl_fionbio(&socket, false).map(|()| socket).map_err(Into::into))
 }
 
-/// Listens on a path with mode 0600, in the place of a socket that nobody listens on any more.
-///
-/// # Errors
-/// What the kernel said; `AddrInUse` if someone listens there.
-pub fn listen_unix(path: &Path) -> std::io::Result<UnixListener> {
-    const BACKLOG: i32 = 128;
-    let address = rustix::net::SocketAddrUnix::new(path)?;
-    let bind = || -> std::io::Result<UnixListener> {
-        let flags = SocketFlags::CLOEXEC;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // The path gets the mode that the socket has when it is bound, so there is no moment at which others may connect. The process's
-        // mask would do as well, but is not this thread's alone.
-        rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(0o600))?;
-        rustix::net::bind(&socket, &address)?;
-        rustix::net::listen(&socket, BACKLOG)?;
-        Ok(socket.into())
-    };
-    match bind() {
-        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-            match UnixStream::connect(path) {
-                Err(refused) if refused.kind() == std::io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
-                _ => return Err(error),
-            }
-            bind()
-        }
-        bound => bound,
-    }
-}
-
-/// A listening socket; a path is removed on drop.
+/// A listening socket. A path is removed on drop, if it is still this socket's.
 #[derive(Debug)]
 pub struct Listener {
-    socket: OwnedFd,
+    socket: Listening,
     address: String,
-    path: Option<PathBuf>,
+}
+
+#[derive(Debug)]
+enum Listening {
+    Tcp(TcpListener),
+    Unix(UnixPathListener),
 }
 
 impl Listener {
@@ -173,21 +171,15 @@ impl Listener {
     /// # Errors
     /// What the kernel said.
     pub fn accept(&self) -> std::io::Result<OwnedFd> {
-        Ok(rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC)?)
+        Ok(rustix::net::accept_with(self, SocketFlags::CLOEXEC)?)
     }
 }
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // Someone else may have removed it.
-            let _ = std::fs::remove_file(path);
+        match &self.socket {
+            Listening::Tcp(socket) => socket.as_fd(),
+            Listening::Unix(socket) => socket.as_fd(),
         }
     }
 }
@@ -241,17 +233,5 @@ mod tests {
             let error = Address::parse(wrong).unwrap_err().to_string();
             assert!(error.contains(&format!("\"{wrong}\"")) && error.contains("use "), "{error}");
         }
-    }
-
-    #[test]
-    fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("socket");
-        drop(UnixListener::bind(&path).unwrap());
-        let listener = listen_unix(&path).unwrap();
-        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
-        assert_eq!(mode & 0o777, 0o600);
-        assert_eq!(listen_unix(&path).unwrap_err().kind(), std::io::ErrorKind::AddrInUse);
-        drop(listener);
     }
 }

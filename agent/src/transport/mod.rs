@@ -1,6 +1,8 @@
 //! Streams between agents.
 //!
 //! - [`address`]: `tcp:HOST:PORT`, `unix:PATH`, or a socket that the VMM hands over;
+//! - [`unix_path`]: who listens on a path, and who removes it;
+//! - [`resolve`]: name look-ups that end in time;
 //! - [`stream`]: a connected stream: records in and out, with deadlines;
 //! - [`queue`]: how much of a stream lies in the kernel's queues;
 //! - [`limiter`]: the bandwidth limit.
@@ -8,7 +10,9 @@
 pub mod address;
 pub mod limiter;
 pub mod queue;
+pub mod resolve;
 pub mod stream;
+pub mod unix_path;
 
 pub use address::{Address, Listener};
 pub use limiter::Limiter;

@@ -3,6 +3,7 @@
 //! - [`codec`]: reading and printing bodies field by field, each error naming the field;
 //! - [`frame`]: vhost-user's header, and the limits of a frame;
 //! - [`socket`]: sending and receiving frames with file descriptors over a UNIX stream socket;
+//! - [`unix_path`]: which paths sockets may have, and connecting to one;
 //! - [`request`]: pageferry's own requests from the VMM or operator to the agent;
 //! - [`job`]: what a job is started with, and how it stands;
 //! - [`hook`]: requests of the agent to the VMM;
@@ -16,6 +17,7 @@ pub mod request;
 pub mod socket;
 #[cfg(feature = "vhost-user")]
 pub mod standard;
+pub mod unix_path;
 
 pub use codec::{DecodeError, Decoder, Encoder};
 pub use frame::{Frame, FrameHeader};

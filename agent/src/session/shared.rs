@@ -1,0 +1,320 @@
+//! The session as the threads of all connections share it.
+//!
+//! Every connection has a thread of its own, which answers its requests in order. What a request
+//! has to wait for (a name server, the VMM, a file, a disk) it waits for on that thread, and
+//! *without* the session's lock: requests that can wait look at the session, let go of it, wait,
+//! and look again. So [`SharedSession::lock`] is held for moments only, other connections get
+//! their answers at once, and a debug build panics where code under the lock is about to wait.
+//!
+//! Memory is discarded, populated, added and removed by one connection alone, the VMM's, and so one
+//! request at a time, although these run without the lock.
+
+use super::{Role, Session};
+use crate::job::Job;
+use crate::session::join;
+use crate::waiting::{NoWait, may_wait};
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a new VMM waits for the last request of the one before, which is gone, to end.
+const CLAIM_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The session, the VMM's connection, and what waits for them.
+#[derive(Debug)]
+pub struct SharedSession {
+    state: Mutex<State>,
+    /// The VMM's connection ended, and its last request with it.
+    released: Condvar,
+    undertaker: Undertaker,
+}
+
+#[derive(Debug)]
+struct State {
+    session: Session,
+    owner: Option<Owner>,
+}
+
+/// The connection that owns the memory.
+#[derive(Debug)]
+struct Owner {
+    connection: u64,
+    socket: Arc<OwnedFd>,
+}
+
+impl Owner {
+    /// True if the VMM is gone, though its last request may still be under way.
+    fn is_gone(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut polled = [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::RDHUP)];
+        // Does not wait.
+        let polls = poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+        polls.is_ok() && !polled[0].revents().is_empty()
+    }
+}
+
+/// The locked session. Whoever holds this does not wait.
+pub struct Locked<'a> {
+    // In this order: what the session let go of is dropped after the lock is free.
+    state: MutexGuard<'a, State>,
+    _no_wait: NoWait,
+    undertaker: &'a Undertaker,
+}
+
+impl Deref for Locked<'_> {
+    type Target = Session;
+
+    fn deref(&self) -> &Session {
+        &self.state.session
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Session {
+        &mut self.state.session
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        for past in std::mem::take(&mut self.state.session.past) {
+            self.undertaker.bury(past);
+        }
+    }
+}
+
+impl SharedSession {
+    /// A session without memory and without a VMM, whose jobs wake `notify`.
+    ///
+    /// # Errors
+    /// If the kernel has no thread.
+    pub fn new(notify: Arc<OwnedFd>) -> std::io::Result<Self> {
+        let state = Mutex::new(State { session: Session::new(notify), owner: None });
+        Ok(Self { state, released: Condvar::new(), undertaker: Undertaker::start()? })
+    }
+
+    /// The session, for a moment.
+    pub fn lock(&self) -> Locked<'_> {
+        Locked { state: self.state(), _no_wait: NoWait::begin(), undertaker: &self.undertaker }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who the connection is. The first that hands over memory is the VMM. If the VMM before is
+    /// gone, and its last request is still under way, this waits for that: it may free memory that
+    /// the new one is about to use.
+    pub fn role(&self, connection: u64, socket: &Arc<OwnedFd>, takes_memory: bool) -> Role {
+        let mut state = self.state();
+        if takes_memory {
+            let deadline = Instant::now() + CLAIM_TIMEOUT;
+            let gone = |state: &State| {
+                state.owner.as_ref().is_some_and(|owner| owner.connection != connection && owner.is_gone())
+            };
+            while gone(&state) && Instant::now() < deadline {
+                may_wait("wait for the last request of a VMM that is gone");
+                let left = deadline.saturating_duration_since(Instant::now());
+                let waited = self.released.wait_timeout(state, left);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+            if state.owner.is_none() {
+                state.owner = Some(Owner { connection, socket: socket.clone() });
+            }
+        }
+        match &state.owner {
+            Some(owner) if owner.connection == connection => Role::Vmm,
+            _ => Role::Operator,
+        }
+    }
+
+    /// True if this connection is the VMM's.
+    pub fn is_owner(&self, connection: u64) -> bool {
+        self.state().owner.as_ref().is_some_and(|owner| owner.connection == connection)
+    }
+
+    /// The other side of a connection hung up; a request of it may still be under way. If it was
+    /// the VMM's, its job ends now: the request may wait for just that.
+    pub fn hung_up(&self, connection: u64) {
+        if self.is_owner(connection) {
+            self.lock().end();
+        }
+    }
+
+    /// A connection ended, and its last request with it.
+    pub fn release(&self, connection: u64) {
+        let mut locked = self.lock();
+        if locked.state.owner.as_ref().is_none_or(|owner| owner.connection != connection) {
+            return;
+        }
+        log::info!("the VMM is gone");
+        locked.state.owner = None;
+        // Its job ends on its own thread, with the memory it started with.
+        locked.end();
+        let next = locked.successor();
+        let before = std::mem::replace(&mut locked.state.session, next);
+        locked.past.push(Past::Session(Box::new(before)));
+        drop(locked);
+        self.released.notify_all();
+    }
+
+    /// Cancels the job and lets it finish: what it has to undo in the VMM it undoes. One whose VMM
+    /// is gone is waited for, too: it may be about to send the commit.
+    pub fn wind_down(&self) {
+        may_wait("wait for the jobs to end");
+        let mut locked = self.lock();
+        locked.stop();
+        let jobs = locked.take_jobs();
+        drop(locked);
+        for (job, thread) in jobs {
+            join(&job, thread);
+        }
+    }
+}
+
+/// What the session let go of. Dropping it may be the end of a thread, or free a guest's memory,
+/// and take any time.
+#[derive(Debug)]
+pub(super) enum Past {
+    /// A job that ended.
+    Job(Arc<Job>, Option<JoinHandle<()>>),
+    /// Blocks that were removed.
+    Memory(Arc<crate::memory::GuestMemory>),
+    /// The session of a VMM that is gone.
+    Session(Box<Session>),
+}
+
+/// The thread that drops what the session let go of. It waits for that thread when it is dropped.
+struct Undertaker {
+    past: Option<Sender<Past>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for Undertaker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Undertaker").finish_non_exhaustive()
+    }
+}
+
+impl Undertaker {
+    fn start() -> std::io::Result<Self> {
+        let (past, next) = channel();
+        let run = move || bury_all(next);
+        let thread = std::thread::Builder::new().name("session-past".into()).spawn(run)?;
+        Ok(Self { past: Some(past), thread: Some(thread) })
+    }
+
+    fn bury(&self, past: Past) {
+        // Fails only if the thread is gone; then it is dropped here.
+        let _ = self.past.as_ref().map(|sender| sender.send(past));
+    }
+}
+
+fn bury_all(next: Receiver<Past>) {
+    for past in next {
+        match past {
+            Past::Job(job, thread) => join(&job, thread),
+            Past::Memory(memory) => drop(memory),
+            Past::Session(session) => drop(session),
+        }
+    }
+}
+
+impl Drop for Undertaker {
+    fn drop(&mut self) {
+        self.past = None;
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the thread that drops what a session let go of panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_protocol::control::Frame;
+    use pageferry_protocol::control::request::{BlockRange, Request};
+    use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
+    use std::os::unix::net::UnixStream;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    const SIZE: u64 = 16 * PAGE_SIZE;
+
+    fn ask(session: &SharedSession, role: Role, request: &Request, fds: Vec<OwnedFd>) -> u32 {
+        let frame = Frame { request: request.code(), flags: 0, body: request.encode(), fds };
+        let reply = session.handle_own(role, frame);
+        u32::from_le_bytes(reply.body[..4].try_into().unwrap())
+    }
+
+    /// A session of one block.
+    fn session() -> SharedSession {
+        let session = SharedSession::new(crate::job::notifier().unwrap()).unwrap();
+        let memfd = |size| {
+            let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            rustix::fs::ftruncate(&fd, size).unwrap();
+            fd
+        };
+        let geometry = BlockGeometry { id: 1, name: "ram".into(), gpa: 0, length: SIZE, granularity: PAGE_SIZE };
+        let add = Request::AddBlock { geometry, fd_offset: 0, vmm_address: 0, flags: 0 };
+        assert_eq!(ask(&session, Role::Vmm, &add, vec![memfd(SIZE), memfd(4096)]), 0);
+        session
+    }
+
+    #[test]
+    fn a_discard_or_populate_that_waits_keeps_nobody_else_waiting() {
+        let session = session();
+        let ranges = vec![BlockRange { block: 1, offset: 0, length: SIZE }];
+        let memory = session.lock().memory.clone();
+        for request in [Request::Discard { flags: 1, ranges: ranges.clone() }, Request::Populate { ranges }] {
+            // As at the instant of a snapshot.
+            let instant = memory.marking.hold();
+            let changes = memory.changes();
+            std::thread::scope(|scope| {
+                let waiting = scope.spawn(|| ask(&session, Role::Vmm, &request, Vec::new()));
+                while memory.changes() == changes {
+                    std::thread::yield_now();
+                }
+                assert_eq!(ask(&session, Role::Operator, &Request::QueryStatus, Vec::new()), 0);
+                assert_ne!(ask(&session, Role::Operator, &Request::Cancel, Vec::new()), 0, "there is no job");
+                assert!(!waiting.is_finished());
+                drop(instant);
+                assert_eq!(waiting.join().unwrap(), 0);
+            });
+        }
+    }
+
+    #[test]
+    fn a_vmm_takes_over_when_the_last_request_of_the_one_before_has_ended_and_not_sooner() {
+        let session = session();
+        let pair = || UnixStream::pair().map(|(ours, theirs)| (Arc::new(OwnedFd::from(ours)), theirs)).unwrap();
+        let ((first, first_vmm), (second, _second_vmm)) = (pair(), pair());
+        assert_eq!(session.role(1, &first, false), Role::Operator);
+        assert_eq!(session.role(1, &first, true), Role::Vmm);
+        assert_eq!(session.role(2, &second, true), Role::Operator, "the first lives");
+        // It hangs up while a request of it is under way.
+        drop(first_vmm);
+        session.hung_up(1);
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| (session.role(2, &second, true), ended.load(Ordering::SeqCst)));
+            ended.store(true, Ordering::SeqCst);
+            session.release(1);
+            assert_eq!(next.join().unwrap(), (Role::Vmm, true));
+        });
+        assert!(session.lock().memory.blocks().is_empty(), "its memory is its own");
+        session.release(1);
+        assert_eq!(session.role(2, &second, false), Role::Vmm);
+    }
+
+    #[test]
+    #[should_panic(expected = "must not wait")]
+    fn code_that_waits_under_the_lock_panics_in_a_debug_build() {
+        let session = session();
+        let locked = session.lock();
+        let _ = locked.memory.discard(&[], false);
+    }
+}

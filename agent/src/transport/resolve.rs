@@ -1,0 +1,172 @@
+//! Name look-ups that end in time.
+//!
+//! The system's look-up cannot be given a deadline, and cannot be cancelled: with a name server that
+//! does not answer it takes 10 seconds and more. So it runs on a thread that nobody waits for longer
+//! than they want to. A look-up that is given up ends by itself; there are at most [`MAX_LOOKUPS`].
+
+use crate::job::{Cancel, JobError};
+use crate::waiting::may_wait;
+use pageferry_protocol::control::socket::wait;
+use rustix::event::PollFlags;
+use rustix::pipe::{PipeFlags, pipe_with};
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+/// Most look-ups at once, those that were given up among them.
+const MAX_LOOKUPS: usize = 16;
+
+static LOOKUPS: AtomicUsize = AtomicUsize::new(0);
+
+/// The system's look-up of `HOST:PORT`.
+fn look_up(name: &str) -> io::Result<Vec<SocketAddr>> {
+    Ok(name.to_socket_addrs()?.collect())
+}
+
+/// The socket addresses of `HOST:PORT`, after at most `timeout`.
+///
+/// # Errors
+/// What the look-up said, or that it took too long.
+pub fn resolve(name: &str, timeout: Duration) -> io::Result<Vec<SocketAddr>> {
+    resolve_by(look_up, name, timeout)
+}
+
+fn resolve_by(look_up: LookUp, name: &str, timeout: Duration) -> io::Result<Vec<SocketAddr>> {
+    let mut under_way = match Found::start(look_up, name)? {
+        Found::Now(addresses) => return Ok(addresses),
+        Found::Later(under_way) => under_way,
+    };
+    may_wait("look up a name");
+    let ready = wait(under_way.ready.as_fd(), PollFlags::IN, Instant::now() + timeout)?;
+    under_way.addresses(name, ready, timeout)
+}
+
+/// The same for a job. The outer error is the job's end.
+///
+/// # Errors
+/// If the job is cancelled meanwhile.
+pub fn resolve_for(cancel: &Cancel, name: &str, timeout: Duration) -> Result<io::Result<Vec<SocketAddr>>, JobError> {
+    resolve_for_by(look_up, cancel, name, timeout)
+}
+
+fn resolve_for_by(
+    look_up: LookUp, cancel: &Cancel, name: &str, timeout: Duration,
+) -> Result<io::Result<Vec<SocketAddr>>, JobError> {
+    let mut under_way = match Found::start(look_up, name) {
+        Ok(Found::Now(addresses)) => return Ok(Ok(addresses)),
+        Ok(Found::Later(under_way)) => under_way,
+        Err(error) => return Ok(Err(error)),
+    };
+    let ready = cancel.wait(&[(under_way.ready.as_fd(), PollFlags::IN)], Instant::now() + timeout)?;
+    Ok(under_way.addresses(name, ready == [true], timeout))
+}
+
+type LookUp = fn(&str) -> io::Result<Vec<SocketAddr>>;
+
+enum Found {
+    Now(Vec<SocketAddr>),
+    Later(UnderWay),
+}
+
+/// A look-up on a thread of its own.
+struct UnderWay {
+    /// Its other end is closed when the look-up has ended.
+    ready: OwnedFd,
+    result: Receiver<io::Result<Vec<SocketAddr>>>,
+}
+
+/// Counts a look-up, until its thread ends.
+struct Counted;
+
+impl Counted {
+    fn new() -> Option<Self> {
+        let more = |count| (count < MAX_LOOKUPS).then_some(count + 1);
+        LOOKUPS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok().then_some(Self)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        LOOKUPS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Found {
+    fn start(look_up: LookUp, name: &str) -> io::Result<Self> {
+        // A number needs no name server.
+        if let Ok(address) = name.parse() {
+            return Ok(Self::Now(vec![address]));
+        }
+        let Some(counted) = Counted::new() else {
+            return Err(io::Error::other(format!("{MAX_LOOKUPS} names are being looked up already")));
+        };
+        let (ready, ended) = pipe_with(PipeFlags::CLOEXEC)?;
+        let (send, result) = channel();
+        let name = name.to_owned();
+        let run = move || {
+            let _counted = counted;
+            // Fails if nobody waits any more.
+            let _ = send.send(look_up(&name));
+            drop(ended);
+        };
+        std::thread::Builder::new().name("look-up".into()).spawn(run)?;
+        Ok(Self::Later(UnderWay { ready, result }))
+    }
+}
+
+impl UnderWay {
+    fn addresses(&mut self, name: &str, ready: bool, timeout: Duration) -> io::Result<Vec<SocketAddr>> {
+        if !ready {
+            let sentence = format!("no answer from the name server within {timeout:?}");
+            return Err(io::Error::new(io::ErrorKind::TimedOut, sentence));
+        }
+        let ended = || io::Error::other(format!("the look-up of {name} ended without a result"));
+        match self.result.try_recv().map_err(|_| ended())?? {
+            addresses if addresses.is_empty() => Err(io::Error::other("the name has no address")),
+            addresses => Ok(addresses),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// Held by a look-up until the test lets it go.
+    static SERVER: Mutex<()> = Mutex::new(());
+
+    fn silent_server(_: &str) -> io::Result<Vec<SocketAddr>> {
+        let _answer = SERVER.lock();
+        Ok(Vec::new())
+    }
+
+    /// One test, since all look-ups of a process are counted together.
+    #[test]
+    fn a_look_up_ends_in_time_and_hears_a_cancel() {
+        for number in ["127.0.0.1:7", "[::1]:7"] {
+            let unused: LookUp = |_| Err(io::Error::other("looked up"));
+            assert_eq!(resolve_by(unused, number, Duration::ZERO).unwrap(), [number.parse().unwrap()]);
+        }
+        assert!(resolve("localhost:7", Duration::from_secs(60)).unwrap().iter().all(|found| found.port() == 7));
+
+        // A name server that does not answer.
+        let silent = SERVER.lock().unwrap();
+        let error = resolve_by(silent_server, "name:7", Duration::from_millis(20)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let cancel = Cancel::new().unwrap();
+        std::thread::scope(|scope| {
+            let job = scope.spawn(|| resolve_for_by(silent_server, &cancel, "name:7", Duration::from_secs(3600)));
+            cancel.cancel().unwrap();
+            assert!(matches!(job.join().unwrap(), Err(JobError::Cancelled)));
+        });
+        // They are bounded while they are under way.
+        let few = Duration::from_millis(1);
+        let refused = |_| resolve_by(silent_server, "name:7", few).unwrap_err().to_string().contains("already");
+        assert!((0..=MAX_LOOKUPS).any(refused));
+        drop(silent);
+    }
+}
