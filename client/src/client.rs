@@ -30,7 +30,7 @@ pub struct Config {
     pub log_covers: u64,
     /// How long the agent may take to answer a request, and to take an answer. It is lost if it takes longer. While it takes a background snapshot it
     /// answers a discard when it has saved what that covers: large ones are cut into requests with which a disk that saves 13 MiB in a second is in time, if this is at
-    /// least 80 milliseconds.
+    /// least 80 milliseconds. To listen at a name it looks that up for up to 5 seconds, so leave it more than those.
     pub request_timeout: Duration,
 }
 

@@ -140,6 +140,20 @@ impl Process {
         prlimit(Some(pid), Resource::Fsize, limit).map(drop).map_err(Error::kernel("limit the files of a process"))
     }
 
+    /// From now on it has no more than this many descriptors. Those that it has it keeps.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub fn limit_descriptors(&self, count: u64) -> Result<(), Error> {
+        use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
+        let pid = rustix::process::Pid::from_child(&self.child);
+        // It has the hard limit of this process, which started it.
+        let limit = Rlimit { current: Some(count), ..getrlimit(Resource::Nofile) };
+        prlimit(Some(pid), Resource::Nofile, limit)
+            .map(drop)
+            .map_err(Error::kernel("limit the descriptors of a process"))
+    }
+
     /// Resident memory in bytes, as the kernel counts it.
     ///
     /// # Errors

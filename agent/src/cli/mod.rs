@@ -1,6 +1,7 @@
 //! The command line: `pageferry agent`, and what an operator asks of one.
 //!
 //! - [`run_agent`]: the agent itself;
+//! - [`log_writer`]: its log;
 //! - [`operator`]: the requests;
 //! - [`snapshot`]: what snapshots and restores take;
 //! - [`image`]: images in files, for which no agent is asked;
@@ -10,6 +11,7 @@
 #![allow(clippy::print_stderr)]
 
 pub mod image;
+pub mod log_writer;
 pub mod operator;
 pub mod run_agent;
 pub mod show;
@@ -61,7 +63,8 @@ enum Command {
 /// How the agent is reached.
 #[derive(Debug, Args)]
 pub struct AgentArgs {
-    /// Listen on this UNIX socket, created with mode 0600.
+    /// Listen on this UNIX socket, created with mode 0600. A socket there that nobody listens on is
+    /// replaced; anything else is left as it is, and refused. At most 107 bytes.
     #[arg(long, value_name = "PATH", required_unless_present = "stdin")]
     pub socket: Option<PathBuf>,
     /// Standard input is a socket to the VMM; the agent ends with it.
@@ -263,8 +266,16 @@ where
         }
     };
     let default = if matches!(cli.command, Command::Agent(_)) { "info" } else { "warn" };
+    let mut logger = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default));
+    let mut log_end = None;
+    if matches!(cli.command, Command::Agent(_))
+        && let Ok((writer, end)) = log_writer::LogWriter::start(std::io::stderr())
+    {
+        logger.target(env_logger::Target::Pipe(Box::new(writer)));
+        log_end = Some(end);
+    }
     // A second call in one process finds it set up.
-    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default)).try_init();
+    let _ = logger.try_init();
     if let Err(error) = ignore_long_files() {
         log::warn!("a file that may not grow will end this process: {error}");
     }
@@ -281,6 +292,9 @@ where
         Command::Resume(args) => operator::resume(&args.operator, args.force),
         Command::Image(command) => image::run(&command),
     };
+    if let Some(end) = log_end {
+        end.finish();
+    }
     outcome.unwrap_or_else(|error| {
         eprintln!("pageferry: {}", crate::error::chain(&*error));
         ExitCode::FAILURE

@@ -1,0 +1,84 @@
+//! Connections that are idle, that never stop asking, and that do not read their answers.
+
+use crate::common::{Attached, Listening, Ram};
+use pageferry_client::Phase;
+use pageferry_protocol::control::Frame;
+use pageferry_protocol::control::frame::FrameHeader;
+use pageferry_protocol::control::request::Request;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use zerocopy::IntoBytes;
+
+/// Many requests for the status, one after the other.
+fn requests() -> Vec<u8> {
+    let Frame { request, flags, body, .. } = Frame::request(Request::QueryStatus.code(), Request::QueryStatus.encode());
+    [FrameHeader::new(request, flags, body.len()).as_bytes(), &body].concat().repeat(1000)
+}
+
+#[test]
+fn connections_that_never_read_their_answers_keep_nobody_from_theirs() {
+    let agent = Listening::new();
+    let deaf: Vec<_> = (0..4)
+        .map(|_| {
+            let mut stream = UnixStream::connect(&agent.path).unwrap();
+            // It takes requests until the answers fill the way back, and then no more.
+            stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+            while stream.write_all(&requests()).is_ok() {}
+            stream
+        })
+        .collect();
+    // The handshake alone has a deadline of 10 seconds for each request; the agent waited for 5 at each of them.
+    let vmm = Attached::new(&agent.path, Ram::odd(16));
+    for _ in 0..10 {
+        vmm.client.status().unwrap();
+        assert_eq!(agent.connect().status().phase, Phase::Idle);
+    }
+    drop(deaf);
+}
+
+#[test]
+fn connections_that_never_stop_asking_keep_nobody_from_their_answers() {
+    let agent = Listening::new();
+    let answered = AtomicU64::new(0);
+    let flood: Vec<_> = (0..2).map(|_| UnixStream::connect(&agent.path).unwrap()).collect();
+    std::thread::scope(|scope| {
+        for stream in &flood {
+            // Both end when the stream is shut down.
+            scope.spawn(move || while (&mut &*stream).write_all(&requests()).is_ok() {});
+            scope.spawn(|| {
+                let mut bytes = vec![0; 1 << 16];
+                while (&mut &*stream).read(&mut bytes).is_ok_and(|count| count > 0) {
+                    answered.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let vmm = Attached::new(&agent.path, Ram::odd(16));
+        let before = answered.load(Ordering::Relaxed);
+        for _ in 0..10 {
+            vmm.client.status().unwrap();
+            assert_eq!(agent.connect().status().phase, Phase::Idle);
+        }
+        while answered.load(Ordering::Relaxed) == before {
+            std::thread::yield_now();
+        }
+        flood.iter().for_each(|stream| stream.shutdown(std::net::Shutdown::Both).unwrap());
+    });
+}
+
+#[test]
+fn idle_connections_keep_out_neither_a_vmm_nor_an_operator() {
+    let agent = Listening::new();
+    let mut idle: Vec<_> = (0..200).map(|_| agent.connect()).collect();
+    let vmm = Attached::new(&agent.path, Ram::odd(16));
+    let mut operator = agent.connect();
+    assert_eq!(operator.status().phase, Phase::Idle);
+    // Those that ask something stay, and so does the VMM, however many come.
+    for _ in 0..200 {
+        idle.push(agent.connect());
+        assert_eq!(operator.status().phase, Phase::Idle);
+    }
+    vmm.client.status().unwrap();
+    assert!(idle[0].reply().is_err(), "the first that was silent made room");
+}

@@ -1,0 +1,152 @@
+//! What is at the path already, who else takes it, and how long it may be.
+
+use crate::common::{Attached, PROGRAM, Peer, Ram, SOON};
+use pageferry_client::{Client, Config, Error, IncomingOptions, Target};
+use pageferry_protocol::error::chain;
+use pageferry_tests::deadline::wait_for;
+use pageferry_tests::process::{AgentProcess, Process};
+use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsStr;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn agent_at(path: &Path) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.arg("agent").arg("--socket").arg(path);
+    command
+}
+
+fn spawn(folder: &Path, name: &str) -> AgentProcess {
+    AgentProcess::spawn(PROGRAM.as_ref(), folder, name).unwrap()
+}
+
+#[track_caller]
+fn assert_refused(output: &Output, words: &[&str]) {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{text}");
+    for word in words {
+        assert!(text.contains(word), "\"{word}\" is missing in: {text}");
+    }
+}
+
+#[test]
+fn an_agent_and_its_streams_replace_no_file_and_no_link() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("file"), "precious").unwrap();
+    std::os::unix::fs::symlink(at("file"), at("link")).unwrap();
+    drop(UnixListener::bind(at("stale")).unwrap());
+    std::os::unix::fs::symlink(at("stale"), at("to-stale")).unwrap();
+    let agent = spawn(folder.path(), "agent");
+    let vmm = Attached::new(agent.socket(), Ram::odd(16));
+    for (name, found) in [("file", "regular file"), ("link", "symbolic link"), ("to-stale", "symbolic link")] {
+        let sentence = format!("{} is a {found}, not a socket", at(name).display());
+        assert_refused(&agent_at(&at(name)).output().unwrap(), &[&sentence]);
+        let listen = Target::Address(format!("unix:{}", at(name).display()));
+        match vmm.client.start_incoming(listen, &IncomingOptions::default()) {
+            Err(Error::Refused { sentence: refused, .. }) => assert!(refused.contains(&sentence), "{refused}"),
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+    assert_eq!(std::fs::read_to_string(at("file")).unwrap(), "precious");
+    assert_eq!(std::fs::read_link(at("link")).unwrap(), at("file"));
+    assert_eq!(std::fs::read_link(at("to-stale")).unwrap(), at("stale"));
+    assert!(at("stale").exists());
+}
+
+#[test]
+fn an_agent_that_ends_leaves_the_path_to_the_one_that_took_it_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut first = spawn(folder.path(), "agent");
+    std::fs::remove_file(first.socket()).unwrap();
+    let mut second = spawn(folder.path(), "agent");
+    first.process().terminate().unwrap();
+    assert!(first.process().wait(SOON).unwrap().success());
+    Peer::connect(second.socket()).status();
+    second.process().terminate().unwrap();
+    assert!(second.process().wait(SOON).unwrap().success());
+    assert!(!second.socket().exists(), "its own path it removes");
+}
+
+#[test]
+fn of_agents_that_start_at_once_on_a_stale_path_one_listens_and_the_others_name_the_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("agent.sock");
+    drop(UnixListener::bind(&path).unwrap());
+    let mut agents: Vec<Process> =
+        (0..4).map(|number| Process::spawn(&format!("agent {number}"), &mut agent_at(&path)).unwrap()).collect();
+    for _ in 0..3 {
+        let ended = wait_for("an agent to be refused", SOON, || agents.iter_mut().position(|one| one.has_ended()));
+        let mut refused = agents.swap_remove(ended.unwrap());
+        assert!(!refused.wait(SOON).unwrap().success());
+        let text = refused.lines().join("\n");
+        assert!(text.contains("in use") && text.contains(path.to_str().unwrap()), "{text}");
+    }
+    agents[0].wait_for_line("listening on", SOON).unwrap();
+    Peer::connect(&path).status();
+}
+
+#[test]
+fn a_hangup_ends_an_agent_in_good_order_unless_it_was_told_to_ignore_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let hang_up = |agent: &mut AgentProcess| {
+        let pid = Pid::from_raw(agent.process().id().try_into().unwrap()).unwrap();
+        kill_process(pid, Signal::HUP).unwrap();
+    };
+    let mut agent = spawn(folder.path(), "agent");
+    agent.process().wait_for_line("listening on", SOON).unwrap();
+    hang_up(&mut agent);
+    assert!(agent.process().wait(SOON).unwrap().success());
+    assert!(!agent.socket().exists());
+
+    // As by nohup.
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\"", PROGRAM]);
+    let mut agent = AgentProcess::start(&mut command, folder.path(), "ignores").unwrap();
+    agent.process().wait_for_line("listening on", SOON).unwrap();
+    hang_up(&mut agent);
+    Peer::connect(agent.socket()).status();
+    agent.process().terminate().unwrap();
+    assert!(agent.process().wait(SOON).unwrap().success());
+}
+
+/// A path of `length` bytes.
+fn path_of(folder: &Path, length: usize) -> PathBuf {
+    folder.join("s".repeat(length - folder.as_os_str().len() - 1))
+}
+
+#[test]
+fn agent_client_operator_and_streams_take_the_same_paths_and_name_the_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let longest = path_of(folder.path(), 107);
+    let mut agent = Process::spawn("agent", &mut agent_at(&longest)).unwrap();
+    agent.wait_for_line("listening on", SOON).unwrap();
+    let vmm = Attached::new(&longest, Ram::odd(16));
+    let status = |path: &Path| Command::new(PROGRAM).arg("status").arg("--socket").arg(path).output().unwrap();
+    assert!(status(&longest).status.success());
+    let stream = path_of(folder.path(), 106);
+    let listen = |path: &Path| {
+        let listen = Target::Address(format!("unix:{}", path.display()));
+        vmm.client.start_incoming(listen, &IncomingOptions::default())
+    };
+    listen(&stream).unwrap();
+    UnixStream::connect(&stream).unwrap();
+    vmm.client.cancel().unwrap();
+
+    for length in [108, 109, 300] {
+        let path = path_of(folder.path(), length);
+        let limit = format!("has {length} bytes, allowed are 107");
+        assert_refused(&agent_at(&path).output().unwrap(), &[&limit]);
+        assert_refused(&status(&path), &[&limit]);
+        let refused = Client::connect(&path, Config::default()).unwrap_err();
+        assert!(chain(&refused).contains(&limit), "{}", chain(&refused));
+        assert!(listen(&path).unwrap_err().to_string().contains(&limit));
+        assert!(!path.exists());
+    }
+    assert_refused(&agent_at(Path::new("")).output().unwrap(), &["a value is required"]);
+    assert!(chain(&Client::connect(Path::new(""), Config::default()).unwrap_err()).contains("path is empty"));
+    let nul = Path::new(OsStr::new("\0abstract"));
+    assert!(chain(&Client::connect(nul, Config::default()).unwrap_err()).contains("a byte of zero"));
+    assert!(listen(nul).unwrap_err().to_string().contains("a byte of zero"));
+}
