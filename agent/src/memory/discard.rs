@@ -187,3 +187,6 @@ fn free(block: &Block, range: PageRange) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
