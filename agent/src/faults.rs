@@ -91,6 +91,9 @@ impl Drop for Stopping<'_> {
 
 /// Answers faults until `stop` is readable. A guest whose faults nobody answers hangs: if that comes to be, also by a panic, `fail` is told why, and is to end the job, so that the VMM hears that
 /// its memory is lost.
+///
+/// If the job is cancelled while the VMM loads its state, a VMM that waits for a page in that goes
+/// on at once ([`Arriving::let_go`]): the job's own thread waits for the VMM, and cannot tell it.
 pub fn answer(
     job: &Job, arriving: &Arriving, supplier: &mut impl Supplier, stop: BorrowedFd<'_>, fail: impl FnOnce(JobError),
 ) {
@@ -126,7 +129,18 @@ fn answer_all(
 ) -> Result<(), JobError> {
     let mut faults = [0; MAX_FAULTS];
     let mut failed = Vec::new();
-    while wait(arriving.uffd(), stop)? {
+    let mut cancelled = Some(job.cancel.fd());
+    loop {
+        match wait_for(arriving.uffd(), stop, cancelled)? {
+            Woken::Stopped => return Ok(()),
+            Woken::Cancelled => {
+                // Stays readable: there is nothing more to hear.
+                cancelled = None;
+                arriving.let_go();
+                continue;
+            }
+            Woken::Faults => {}
+        }
         let since = Instant::now();
         supplier.serve(|to_ask| read(job, arriving, &mut faults, since, to_ask, &mut failed))?;
         if !failed.is_empty() {
@@ -135,7 +149,6 @@ fn answer_all(
             failed.drain(..).for_each(|page| arriving.retry(page));
         }
     }
-    Ok(())
 }
 
 /// Waits for faults; false if `stop` is readable.
@@ -143,10 +156,25 @@ fn answer_all(
 /// # Errors
 /// If the kernel does not wait.
 pub fn wait(uffd: &Userfaultfd, stop: BorrowedFd<'_>) -> Result<bool, JobError> {
+    Ok(wait_for(uffd, stop, None)? == Woken::Faults)
+}
+
+/// What a thread that reads faults was woken by.
+#[derive(Debug, PartialEq, Eq)]
+enum Woken {
+    Faults,
+    Stopped,
+    Cancelled,
+}
+
+fn wait_for(uffd: &Userfaultfd, stop: BorrowedFd<'_>, cancelled: Option<BorrowedFd<'_>>) -> Result<Woken, JobError> {
+    let mut polled = vec![PollFd::new(uffd, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+    polled.extend(cancelled.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
     loop {
-        let mut polled = [PollFd::new(uffd, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
         match poll(&mut polled, None) {
-            Ok(_) => return Ok(polled[1].revents().is_empty()),
+            Ok(_) if !polled[1].revents().is_empty() => return Ok(Woken::Stopped),
+            Ok(_) if polled.get(2).is_some_and(|fd| !fd.revents().is_empty()) => return Ok(Woken::Cancelled),
+            Ok(_) => return Ok(Woken::Faults),
             Err(Errno::INTR) => {}
             Err(errno) => return Err(JobError::from_io("poll")(errno.into())),
         }
@@ -184,9 +212,10 @@ pub fn is_gone(error: &ArrivingError) -> bool {
 mod tests {
     use super::*;
     use crate::hooks::Hooks;
-    use crate::memory::GuestMemory;
     use crate::memory::owed::Owed;
+    use crate::memory::{GuestMemory, test_support};
     use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
+    use pageferry_protocol::memory::PAGE_SIZE;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::Arc;
 
@@ -241,5 +270,75 @@ mod tests {
             })
         }));
         assert!(outcome.is_err());
+    }
+
+    /// A guest of which one page is missing, and whose faults are answered; but nobody supplies
+    /// what is missing.
+    struct Waiting {
+        job: Job,
+        ram: test_support::Registered,
+        arriving: Arriving,
+        stop: Stop,
+    }
+
+    const MISSING: u64 = 3;
+
+    impl Waiting {
+        fn new() -> Option<Self> {
+            let ram = test_support::Registered::new(64)?;
+            let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
+            let options = OutgoingOptions::default();
+            let job = Job::new(1, JobKind::Incoming, ram.memory.clone(), hooks, options, notify).unwrap();
+            let owed = Owed::nothing(&ram.memory, &[PAGE_SIZE]).unwrap();
+            owed.add(0, 0, 1 << MISSING);
+            let (owed, uffd) = (Arc::new(owed), ram.for_agent());
+            let arriving = Arriving::new(&ram.memory, owed, uffd, false, job.live.clone()).unwrap();
+            Some(Self { job, ram, arriving, stop: Stop::new().unwrap() })
+        }
+
+        /// Runs `act` while a thread waits for the missing page; returns whether that thread went
+        /// on by itself.
+        fn goes_on(&self, act: impl FnOnce()) -> bool {
+            std::thread::scope(|scope| {
+                let (stopping, mut reads) = (self.stop.on_drop(), Reads);
+                scope.spawn(move || {
+                    let Self { job, arriving, stop, .. } = self;
+                    answer(job, arriving, &mut reads, stop.as_fd(), |error| panic!("{error}"));
+                });
+                let waits = scope.spawn(|| assert_eq!(self.ram.touch(MISSING), 0));
+                while self.arriving.waited_for(0).next().is_none() {
+                    std::thread::yield_now();
+                }
+                act();
+                // A fault that comes later is answered, so what came before it has been seen.
+                self.ram.touch(MISSING + 1);
+                let begun = Instant::now();
+                while !waits.is_finished() && begun.elapsed() < PATIENCE {
+                    std::thread::yield_now();
+                }
+                let went_on = waits.is_finished();
+                drop(stopping);
+                self.arriving.unregister();
+                went_on
+            })
+        }
+    }
+
+    /// Longer than it takes to go on, and short enough to wait for who does not.
+    const PATIENCE: Duration = Duration::from_secs(5);
+
+    #[test]
+    fn who_waits_for_a_page_while_the_state_is_loaded_goes_on_when_the_job_is_cancelled() {
+        let Some(waiting) = Waiting::new() else { return };
+        assert!(waiting.goes_on(|| waiting.job.cancel.cancel().unwrap()));
+        assert!(!waiting.arriving.loaded(), "what was loaded is worth nothing");
+        assert_eq!(waiting.ram.memory.blocks()[0].backing.allocated_pages(), 2, "only what was touched");
+    }
+
+    #[test]
+    fn who_waits_for_a_page_of_a_guest_that_runs_waits_on_when_its_job_ends() {
+        let Some(waiting) = Waiting::new() else { return };
+        assert!(waiting.arriving.loaded());
+        assert!(!waiting.goes_on(|| waiting.job.cancel.force()));
     }
 }

@@ -54,11 +54,6 @@ impl Registered {
             if let Err(errno) = self.uffd.unregister(*range) {
                 log::debug!("cannot unregister {:#x} + {:#x}, unmapped by now? ({errno})", range.start, range.length);
             }
-            // Taking back a registration for missing pages wakes those who wait there, one for writes does not (userfaultfd_unregister() in the kernel's
-            // fs/userfaultfd.c). After it, not before: who comes in between would wait for ever.
-            if let Err(errno) = self.uffd.wake(*range) {
-                log::warn!("cannot wake who waits at {:#x} + {:#x}: {errno}", range.start, range.length);
-            }
         }
     }
 

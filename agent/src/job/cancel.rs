@@ -2,7 +2,8 @@
 //!
 //! A job waits on its sockets, in `poll` beside [`Cancel::fd`], or in [`Cancel::sleep`]; cancelling shuts the sockets down and wakes the
 //! others. The line of law 9 is here: [`Cancel::cross_the_line`] and [`Cancel::cancel`] exclude each other, so a job is
-//! either cancelled before it gives up ownership, or not at all.
+//! either cancelled before it gives up ownership, or not at all. So do [`Cancel::end`] and
+//! [`Cancel::cancel`]: a job whose cancel was accepted ends as cancelled.
 
 use super::JobError;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
@@ -21,17 +22,23 @@ pub struct Cancel {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Ownership is being given up or was taken: there is no way back.
-    too_late: bool,
+    /// Why the job cannot be cancelled any more.
+    too_late: Option<TooLate>,
     sockets: Vec<OwnedFd>,
 }
 
 /// The job cannot be cancelled any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "too late to cancel: ownership of the guest has been handed over, so the migration can only be completed, or recovered if it is paused"
-)]
-pub struct TooLate;
+pub enum TooLate {
+    /// Ownership is being given up or was taken: there is no way back.
+    #[error(
+        "too late to cancel: ownership of the guest has been handed over, so the migration can only be completed, or recovered if it is paused"
+    )]
+    HandedOver,
+    /// It is known how the job ended.
+    #[error("no job is running: it has just ended")]
+    Ended,
+}
 
 impl Cancel {
     /// Not cancelled yet.
@@ -50,11 +57,11 @@ impl Cancel {
     /// Cancels the job.
     ///
     /// # Errors
-    /// If it crossed the line.
+    /// If it crossed the line, or has ended.
     pub fn cancel(&self) -> Result<(), TooLate> {
         let state = self.state();
-        if state.too_late {
-            return Err(TooLate);
+        if let Some(too_late) = state.too_late {
+            return Err(too_late);
         }
         self.stop(&state);
         Ok(())
@@ -105,9 +112,18 @@ impl Cancel {
         Ok(())
     }
 
-    /// Lets go of the sockets: the job has ended, and its peer must see them closed.
+    /// Lets go of the sockets: the peer must see them closed.
     pub fn release(&self) {
         self.state().sockets.clear();
+    }
+
+    /// The job has ended: no cancel is accepted any more, and the sockets are let go. Returns
+    /// whether the job was cancelled before.
+    pub fn end(&self) -> bool {
+        let mut state = self.state();
+        state.too_late = Some(TooLate::Ended);
+        state.sockets.clear();
+        self.is_cancelled()
     }
 
     /// Sleeps for `duration`.
@@ -149,13 +165,13 @@ impl Cancel {
     pub fn cross_the_line(&self) -> Result<(), JobError> {
         let mut state = self.state();
         self.check()?;
-        state.too_late = true;
+        state.too_late = Some(TooLate::HandedOver);
         Ok(())
     }
 
     /// The job did not give up ownership after all: it can be cancelled again.
     pub fn step_back(&self) {
-        self.state().too_late = false;
+        self.state().too_late = None;
     }
 }
 
@@ -180,7 +196,7 @@ mod tests {
     fn after_the_line_it_is_too_late() {
         let cancel = Cancel::new().unwrap();
         cancel.cross_the_line().unwrap();
-        assert_eq!(cancel.cancel(), Err(TooLate));
+        assert_eq!(cancel.cancel(), Err(TooLate::HandedOver));
         assert!(!cancel.is_cancelled());
         cancel.step_back();
         cancel.cancel().unwrap();

@@ -215,23 +215,19 @@ impl Job {
         }
     }
 
-    /// What became of the job, to whoever wants to know. A cancelled job fails in many ways, where it happened to be; what users want to read is that it was cancelled.
-    pub fn explain(&self, outcome: Result<(), JobError>) -> Result<(), JobError> {
-        match outcome {
-            Err(error) if self.cancel.is_cancelled() => {
-                if !matches!(error, JobError::Cancelled) {
-                    log::warn!("job {} was cancelled, and ended so: {}", self.id, crate::error::chain(&error));
-                }
+    /// Ends the job. A cancelled job fails in many ways, depending on where it was: users are
+    /// told that it was cancelled. Whether it was is decided here, once, together with what a
+    /// later cancel is told: a cancel that is accepted is how the job ends.
+    pub fn finish(&self, outcome: Result<(), JobError>) {
+        let outcome = match (self.cancel.end(), outcome) {
+            (true, Err(error)) if !matches!(error, JobError::Cancelled | JobError::Panicked) => {
+                let how = crate::error::chain(&error);
+                log::warn!("job {} was cancelled, and ended so: {how}", self.id);
                 Err(JobError::Cancelled)
             }
-            outcome => outcome,
-        }
-    }
-
-    /// Ends the job.
-    pub fn finish(&self, outcome: &Result<(), JobError>) {
-        self.cancel.release();
-        let (phase, error) = match outcome {
+            (_, outcome) => outcome,
+        };
+        let (phase, error) = match &outcome {
             Ok(()) => (Phase::Completed, String::new()),
             Err(error @ JobError::Cancelled) => (Phase::Cancelled, error.to_string()),
             Err(error @ (JobError::Unconfirmed { .. } | JobError::Stranded { .. })) => {
@@ -340,4 +336,53 @@ pub fn micros(duration: Duration) -> u64 {
 /// If the kernel has none.
 pub fn notifier() -> std::io::Result<Arc<OwnedFd>> {
     Ok(Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    /// The cancel comes just as the job fails. The window is a few instructions wide, so it takes
+    /// many jobs to meet it.
+    #[test]
+    fn a_cancel_that_is_accepted_is_how_the_job_ends() {
+        const JOBS: u64 = 20_000;
+        let (notify, start) = (notifier().unwrap(), Barrier::new(2));
+        let job = |id| {
+            let (memory, hooks) = (Arc::new(GuestMemory::default()), Arc::new(Hooks::new(None)));
+            let options = OutgoingOptions::default();
+            Job::new(id, JobKind::Outgoing, memory, hooks, options, notify.clone()).unwrap()
+        };
+        let next = Mutex::new(Arc::new(job(0)));
+        let mut otherwise = Vec::new();
+        std::thread::scope(|scope| {
+            // A panic in here would leave the other thread waiting.
+            let operator = scope.spawn(|| {
+                let mut otherwise = Vec::new();
+                for _ in 0..JOBS {
+                    start.wait();
+                    let job = next.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                    start.wait();
+                    let accepted = job.cancel.cancel();
+                    start.wait();
+                    let (expected, phase) = (accepted.map_or(Phase::Failed, |()| Phase::Cancelled), job.status().phase);
+                    if phase != expected {
+                        otherwise.push((accepted, phase));
+                    }
+                }
+                otherwise
+            });
+            for id in 1..=JOBS {
+                let job = Arc::new(job(id));
+                *next.lock().unwrap_or_else(PoisonError::into_inner) = job.clone();
+                start.wait();
+                start.wait();
+                job.finish(Err(JobError::Abandoned));
+                start.wait();
+            }
+            otherwise = operator.join().unwrap();
+        });
+        assert_eq!(otherwise, [], "what the cancel said, and how the job ended");
+    }
 }

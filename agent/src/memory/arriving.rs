@@ -503,7 +503,10 @@ impl Arriving {
         *load == Load::Done
     }
 
-    /// The connections broke. A VMM that still loads its state, and waits for what never comes, goes on: it could hear of the end in no other way.
+    /// The job has failed, or is cancelled. A VMM that still loads its state, and waits for what
+    /// never comes, goes on, and so does every other thread of it: the thread that answers the
+    /// agent's hooks may be the one that waits, or wait for one, and could hear of the end in no
+    /// other way. What they find is zero, of a guest that never runs here.
     pub fn let_go(&self) {
         let mut load = self.load();
         if *load == Load::UnderWay {
@@ -512,7 +515,8 @@ impl Arriving {
         }
     }
 
-    /// Ends it: the mappings are as they were, and who waits looks again.
+    /// Ends it: the mappings are as they were, and who waits looks again. Only if nothing is
+    /// missing, or no guest will ever run here: what is missing is zero from now on.
     pub fn unregister(&self) {
         for (at, mapping) in self.mappings.all().iter().enumerate() {
             let all = self.addresses(at, PageRange::new(0, mapping.length / mapping.unit));

@@ -69,3 +69,69 @@ impl Cursor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::test_support::memory;
+    use pageferry_protocol::shm::bitmap::WORD_BITS;
+    use std::collections::BTreeSet;
+
+    /// Pages of three blocks: the second is smaller than the largest piece, and the third is not.
+    const BLOCKS: [u64; 3] = [200, 72, 3000];
+    /// Pages of a host page of each block.
+    const UNITS: [u64; 3] = [1, 8, 4];
+
+    /// What is claimed next, found the slow way: from the page `next` on, counted over all blocks,
+    /// and again from the first.
+    fn expected(owed: &BTreeSet<u64>, next: u64, piece: u64) -> Option<(usize, PageRange)> {
+        let first = *owed.range(next..).next().or_else(|| owed.first())?;
+        let (mut at, mut start) = (0, 0);
+        while first >= start + BLOCKS[at] {
+            start += BLOCKS[at];
+            at += 1;
+        }
+        let (unit, host_page) = (UNITS[at], (first - start) / UNITS[at]);
+        let end = (host_page + piece.div_ceil(unit)).min(BLOCKS[at] / unit);
+        Some((at, PageRange::new(host_page, end - host_page)))
+    }
+
+    #[test]
+    fn what_is_claimed_follows_the_last_fault_and_the_last_claim_through_all_blocks() {
+        let memory = memory(&BLOCKS);
+        let starts = [0, 200, 272];
+        for hole in [0..0, 0..200, 150..400, 1000..3272] {
+            let owed = Owed::nothing(&memory, &UNITS.map(|unit| unit * PAGE_SIZE)).unwrap();
+            let mut model = BTreeSet::new();
+            for at in 0..3 {
+                for host_page in 0..BLOCKS[at] / UNITS[at] {
+                    let page = starts[at] + host_page * UNITS[at];
+                    if !hole.contains(&page) {
+                        owed.add(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
+                        model.extend(page..page + UNITS[at]);
+                    }
+                }
+            }
+            let cursor = Cursor::new(&memory);
+            let (mut next, mut piece) = (0, SMALLEST);
+            // The guest waits for pages in each block, also for the last of it.
+            let mut faults = [(2, 1500), (1, 72), (0, 64), (2, 3000), (0, 200), (1, 8)].into_iter();
+            for claims in 0.. {
+                if claims % 3 == 2
+                    && let Some((at, page)) = faults.next()
+                {
+                    cursor.fault(at, page);
+                    (next, piece) = (starts[at] + page, SMALLEST);
+                }
+                let claimed = cursor.claim(&owed);
+                assert_eq!(claimed, expected(&model, next, piece), "claim {claims}, {hole:?} is not owed");
+                let Some((at, range)) = claimed else { break };
+                let pages = owed.block(at).pages(range);
+                (pages.first..pages.end()).for_each(|page| _ = model.remove(&(starts[at] + page)));
+                owed.take_range(at, range, |_, _| ());
+                (next, piece) = (starts[at] + pages.end(), (piece * 2).min(LARGEST));
+            }
+            assert_eq!(owed.left(), 0);
+        }
+    }
+}

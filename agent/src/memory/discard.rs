@@ -190,3 +190,6 @@ fn free(block: &Block, range: PageRange) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

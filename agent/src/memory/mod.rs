@@ -34,6 +34,8 @@ pub mod mappings;
 pub mod marking;
 pub mod owed;
 pub mod runs;
+#[cfg(test)]
+pub(crate) mod test_support;
 pub mod zero;
 
 pub use backing::{Backing, BackingError};

@@ -212,24 +212,9 @@ pub(super) fn words_of(range: PageRange) -> impl Iterator<Item = (u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{Backing, Block};
-    use pageferry_protocol::memory::{BlockGeometry, BlockTable};
+    use crate::memory::test_support::memory;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
-    use std::sync::Arc;
-
-    fn memory(lengths: &[u64]) -> GuestMemory {
-        let mut gpa = 0;
-        let block = |(id, pages): (usize, &u64)| {
-            let length = pages * PAGE_SIZE;
-            let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-            rustix::fs::ftruncate(&fd, length).unwrap();
-            let geometry = BlockGeometry { id: id as u32, name: format!("{id}"), gpa, length, granularity: PAGE_SIZE };
-            gpa += length;
-            Arc::new(Block::new(geometry, Backing::new(fd, 0, length).unwrap(), 0, None).unwrap())
-        };
-        GuestMemory::new(lengths.iter().enumerate().map(block).collect(), BlockTable::new(), None)
-    }
 
     proptest! {
         #[test]

@@ -59,7 +59,7 @@ enum After {
 /// Migrates the guest of `job` to `target`, and ends the job.
 pub fn run(job: &Arc<Job>, target: Target, trackers: &TrackerChoice) {
     let outcome = migrate(job, target, trackers);
-    job.finish(&job.explain(outcome));
+    job.finish(outcome);
 }
 
 fn migrate(job: &Arc<Job>, target: Target, choice: &TrackerChoice) -> Result<(), JobError> {

@@ -63,6 +63,11 @@ pub fn restore(
         Ok(late)
     });
     registered.complete = whole;
+    // No guest ever runs here. Nobody waits for a page of it any more, before the VMM is asked for
+    // anything else: it may be waiting for one who does.
+    if !ground.taken {
+        arriving.unregister();
+    }
     drop(registered);
     if let Some(record) = record.filter(|_| ground.taken && whole) {
         record.write(&job.memory);

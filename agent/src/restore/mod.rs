@@ -54,7 +54,7 @@ pub struct Order {
 /// Restores a guest, and ends the job.
 pub fn run(job: &Arc<Job>, order: &Order) {
     let outcome = restore(job, order);
-    job.finish(&job.explain(outcome));
+    job.finish(outcome);
 }
 
 fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {

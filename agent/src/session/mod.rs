@@ -20,7 +20,7 @@ pub mod shared;
 pub mod standard;
 
 use crate::hooks::Hooks;
-use crate::job::Job;
+use crate::job::{Job, TooLate};
 use crate::memory::GuestMemory;
 use crate::session::shared::Past;
 use crate::snapshot::checkpoint::SharedCheckpoint;
@@ -228,7 +228,7 @@ impl Session {
     /// Ends the session: cancels the job, and wakes it if it waits for the VMM.
     pub fn end(&mut self) {
         if let Some(job) = self.running()
-            && job.cancel.cancel().is_err()
+            && job.cancel.cancel() == Err(TooLate::HandedOver)
         {
             match job.kind {
                 // The guest ran in the VMM, and is gone with it.

@@ -5,7 +5,7 @@ use super::shared::SharedSession;
 use super::{Role, Session, check_fds, invalid, take_fds};
 use crate::hooks::Hooks;
 use crate::incoming::accept::Source;
-use crate::job::{self, Job, JobError};
+use crate::job::{self, Job, JobError, TooLate};
 use crate::outgoing::connect::Target;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
@@ -316,12 +316,15 @@ impl Session {
         let Some(job) = self.steered() else {
             return Err(RemoteError::new(ErrorCode::NotFound, "no job is running"));
         };
-        job.cancel.cancel().map_err(|error| match job.kind {
-            JobKind::Restore => {
+        job.cancel.cancel().map_err(|error| match (error, job.kind) {
+            (TooLate::Ended, _) => RemoteError::new(ErrorCode::NotFound, error),
+            (TooLate::HandedOver, JobKind::Restore) => {
                 RemoteError::new(ErrorCode::State, "too late to cancel: the guest that is restored runs")
             }
-            JobKind::Snapshot => RemoteError::new(ErrorCode::State, "too late to cancel: the image is being completed"),
-            _ => RemoteError::new(ErrorCode::State, error),
+            (TooLate::HandedOver, JobKind::Snapshot) => {
+                RemoteError::new(ErrorCode::State, "too late to cancel: the image is being completed")
+            }
+            (TooLate::HandedOver, _) => RemoteError::new(ErrorCode::State, error),
         })?;
         Ok(nothing())
     }
@@ -440,7 +443,7 @@ struct Ended<'a>(&'a Job);
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
         if !self.0.status().phase.is_final() {
-            self.0.finish(&Err(JobError::Panicked));
+            self.0.finish(Err(JobError::Panicked));
         }
     }
 }

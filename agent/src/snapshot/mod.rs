@@ -61,7 +61,7 @@ struct Saved {
 /// Saves the guest of `job`, and ends the job.
 pub fn run(job: &Arc<Job>, plan: &Plan) {
     let outcome = save(job, plan);
-    job.finish(&job.explain(outcome));
+    job.finish(outcome);
 }
 
 fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {

@@ -337,3 +337,77 @@ impl LazyClear {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_protocol::control::FrameSocket;
+    use pageferry_protocol::control::frame::{FLAG_REPLY, Frame};
+    use pageferry_protocol::control::hook::encode_hook_reply;
+    use std::collections::BTreeSet;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::time::Instant;
+
+    /// What a VMM is asked to clear: the pages, and the first and the number of words of each hook.
+    fn cleared(bitmap: &MappedBitmap, range: PageRange) -> (BTreeSet<u64>, Vec<(u64, usize)>) {
+        let far = || Instant::now() + Duration::from_secs(60);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let vmm = std::thread::spawn(move || {
+            let mut socket = FrameSocket::from(OwnedFd::from(theirs));
+            let (mut pages, mut hooks) = (BTreeSet::new(), Vec::new());
+            while let Ok(Frame { request, body, .. }) = socket.recv(far()) {
+                let (sequence, hook) = Hook::decode(request, &body).unwrap().unwrap();
+                let Hook::ClearTracker { block: 5, first, bitmap } = hook else { panic!("{hook:?}") };
+                let set = |bit: &u64| bitmap[(bit / WORD_BITS) as usize] >> (bit % WORD_BITS) & 1 == 1;
+                pages.extend((0..bitmap.len() as u64 * WORD_BITS).filter(set).map(|bit| first + bit));
+                hooks.push((first, bitmap.len()));
+                let reply = encode_hook_reply(sequence, &Ok(()));
+                socket.send_parts(request, FLAG_REPLY, &reply, &[], far()).unwrap();
+            }
+            (pages, hooks)
+        });
+        let clear = LazyClear { hooks: Arc::new(Hooks::new(Some(ours.into()))), timeout: Duration::from_secs(60) };
+        clear.clear(5, bitmap, range).unwrap();
+        drop(clear);
+        vmm.join().unwrap()
+    }
+
+    /// Law 6: no page is cleared that is not given, and law 7: none is left out.
+    #[test]
+    fn a_lazy_clear_asks_for_the_pages_that_are_set_and_no_others() {
+        let pages = 3 * MAX_CLEAR_PAGES + 200;
+        let all = PageRange::new(0, pages);
+        let sparse = [0, 63, 64, 130, MAX_CLEAR_PAGES - 1, MAX_CLEAR_PAGES, 2 * MAX_CLEAR_PAGES + 5, pages - 1];
+        let ranges = [
+            all,
+            PageRange::new(64, 64),
+            PageRange::new(64, MAX_CLEAR_PAGES),
+            PageRange::new(128, 2 * MAX_CLEAR_PAGES),
+            PageRange::new(MAX_CLEAR_PAGES, pages - MAX_CLEAR_PAGES),
+            PageRange::new(256, 1024),
+        ];
+        let bitmap = MappedBitmap::private(pages).unwrap();
+        sparse.iter().for_each(|page| _ = bitmap.set(PageRange::new(*page, 1)));
+        for range in ranges {
+            let (found, hooks) = cleared(&bitmap, range);
+            let expected = sparse.iter().copied().filter(|page| (range.first..range.end()).contains(page));
+            assert_eq!(found, expected.collect(), "{range:?}");
+            let too_long = hooks.iter().find(|(_, words)| *words as u64 * WORD_BITS > MAX_CLEAR_PAGES);
+            assert_eq!(too_long, None, "a VMM takes no more at once");
+        }
+        bitmap.set(all);
+        let (found, hooks) = cleared(&bitmap, all);
+        assert_eq!(found.len() as u64, pages);
+        assert_eq!(hooks.len(), 4, "as few hooks as that takes");
+    }
+
+    #[test]
+    fn a_lazy_clear_sends_no_more_than_what_lies_between_the_first_and_the_last_page() {
+        let bitmap = MappedBitmap::private(1 << 16).unwrap();
+        bitmap.set(PageRange::new(1000, 1));
+        bitmap.set(PageRange::new(1100, 30));
+        assert_eq!(cleared(&bitmap, PageRange::new(0, 1 << 16)).1, [(960, 3)]);
+        assert_eq!(cleared(&bitmap, PageRange::new(1152, 1 << 15)).1, []);
+    }
+}

@@ -1,7 +1,7 @@
 //! The VMM's own hooks wait for memory that is missing, and its agent or the connections are gone.
 
 use crate::common::{At, SOON, WIRES, Wire, lock};
-use crate::scene::{SHORT, Scene, Side, WANTED, empty, postcopy, stamp_of, stamped};
+use crate::scene::{PAGES, SHORT, Scene, Side, WANTED, empty, postcopy, stamp_of, stamped};
 use pageferry_client::{HookError, IncomingOptions, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
@@ -141,32 +141,126 @@ fn assert_nothing_lost(scene: &Scene, losses: &[&str]) {
     assert_eq!(asked.losses, losses);
 }
 
+/// What ends a migration whose guest does not run at the destination yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Cut,
+    CancelAtDestination,
+    CancelAtSource,
+    SourceKilled,
+    DestinationStopped,
+}
+
+impl End {
+    const ALL: [Self; 5] =
+        [Self::Cut, Self::CancelAtDestination, Self::CancelAtSource, Self::SourceKilled, Self::DestinationStopped];
+
+    /// No hook is ever late: whoever waits goes on long before that.
+    fn scene(self) -> Scene {
+        let patient = OutgoingOptions { hook_timeout: Duration::from_secs(600), ..postcopy() };
+        let side = |far, ram| if far { Side::far(ram) } else { Side::near(ram) };
+        let source = side(self == Self::SourceKilled, stamped());
+        Scene::between(Wire::Unix, source, side(self == Self::DestinationStopped, empty()), &patient)
+    }
+
+    /// Has it happen, and waits until both sides know.
+    fn happen(self, scene: &mut Scene) {
+        match self {
+            Self::Cut => scene.relay.cut(),
+            Self::CancelAtDestination => scene.destination.client.cancel().unwrap(),
+            Self::CancelAtSource => scene.source.client.cancel().unwrap(),
+            Self::SourceKilled => scene.source.agent.kill(),
+            Self::DestinationStopped => scene.destination.agent.terminate(),
+        }
+        let Scene { relay, source, destination, outgoing, incoming } = scene;
+        if self == Self::DestinationStopped {
+            let there = destination.vmm.clone();
+            relay.pump("the end of the agent", || !lock(&there.asked).losses.is_empty());
+            assert!(destination.agent.ends_well());
+        } else {
+            relay.pump("the end at the destination", || destination.seen().phase.is_final());
+            let phase = destination.wait(*incoming).phase;
+            let expected = if self == Self::CancelAtDestination { Phase::Cancelled } else { Phase::Failed };
+            assert_eq!(phase, expected, "{self:?}");
+        }
+        if self == Self::SourceKilled {
+            let here = source.vmm.clone();
+            wait_until("the guest to run on", SOON, || !here.is_paused()).unwrap();
+        } else {
+            relay.pump("the end at the source", || source.seen().phase.is_final());
+            let phase = source.wait(*outgoing).phase;
+            let expected = if self == Self::CancelAtSource { Phase::Cancelled } else { Phase::Failed };
+            assert_eq!(phase, expected, "{self:?}");
+        }
+        assert!(!scene.source.vmm.is_paused());
+    }
+}
+
+/// When its job has ended, nobody waits any more, and the hooks are free: what was announced as
+/// missing is taken back by then.
+fn assert_free(scene: &Scene, end: End) {
+    let losses: &[_] = if end == End::DestinationStopped { &["agent"] } else { &[] };
+    assert_nothing_lost(scene, losses);
+    assert_eq!(scene.destination.vmm.resumes(), 0);
+    assert_eq!(scene.destination.client.ownership(), Ownership::Awaiting);
+}
+
 #[test]
-fn a_load_that_waits_goes_on_when_the_source_is_lost_and_the_next_migration_arrives() {
+fn a_load_that_waits_goes_on_whatever_ends_its_job_and_the_next_migration_arrives() {
     if !require::uffd() {
         return;
     }
-    // No hook is late: it goes on long before.
-    let patient = OutgoingOptions { hook_timeout: Duration::from_secs(600), ..postcopy() };
-    let mut scene = Scene::start(Wire::Unix, &patient);
-    let found = touches(&scene, At::LoadState);
-    let _request = scene.relay.until(|record| record.kind == Kind::Request);
-    scene.relay.cut();
-    assert_eq!(scene.destination.wait(scene.incoming).phase, Phase::Failed);
-    assert_eq!(scene.source.wait(scene.outgoing).phase, Phase::Failed);
-    assert!(!scene.source.vmm.is_paused());
-    assert_nothing_lost(&scene, &[]);
+    for end in End::ALL {
+        let mut scene = end.scene();
+        let (ram, (say, found)) = (scene.destination.ram.clone(), channel());
+        scene.destination.vmm.on(At::LoadState, move || {
+            // It does not know that the first was the last to be waited for.
+            let pages = std::iter::once(WANTED).chain(0..PAGES);
+            let stamps = pages.map(|page| ram.touch(page).found()).collect::<std::io::Result<Vec<u64>>>();
+            let _ = say.send(stamps);
+            Ok(())
+        });
+        let _request = scene.relay.until(|record| record.kind == Kind::Request);
+        end.happen(&mut scene);
+        assert_free(&scene, end);
+        let stamps = found.try_recv().unwrap().unwrap();
+        assert!(stamps.iter().all(|stamp| *stamp == 0), "{end:?}: {stamps:?}");
+        if matches!(end, End::SourceKilled | End::DestinationStopped) {
+            continue;
+        }
+        let OutgoingOptions { peer_timeout, hook_timeout, .. } = postcopy();
+        let incoming = scene.relay.listen(&scene.destination.client, &IncomingOptions { peer_timeout, hook_timeout });
+        let outgoing = scene.relay.send(&scene.source.client, &postcopy());
+        assert_eq!(scene.relay.finish(&scene.source.client, outgoing).phase, Phase::Completed);
+        assert_eq!(scene.relay.finish(&scene.destination.client, incoming).phase, Phase::Completed);
+        let stamps = found.recv_timeout(SOON).unwrap().unwrap();
+        assert!(stamps[1..].iter().zip(0..).all(|(stamp, page)| *stamp == stamp_of(page)), "{end:?}: {stamps:?}");
+        let asked = lock(&scene.destination.vmm.asked);
+        assert_eq!((asked.pending, asked.complete), (2, 2));
+        assert!(asked.losses.is_empty());
+    }
+}
 
-    let OutgoingOptions { peer_timeout, hook_timeout, .. } = patient;
-    let incoming = scene.relay.listen(&scene.destination.client, &IncomingOptions { peer_timeout, hook_timeout });
-    let outgoing = scene.relay.send(&scene.source.client, &patient);
-    assert_eq!(scene.relay.finish(&scene.source.client, outgoing).phase, Phase::Completed);
-    assert_eq!(scene.relay.finish(&scene.destination.client, incoming).phase, Phase::Completed);
-    let found = [(); 2].map(|()| found.recv_timeout(SOON).unwrap().unwrap());
-    assert_eq!(found, [0, stamp_of(WANTED)]);
-    let asked = lock(&scene.destination.vmm.asked);
-    assert_eq!((asked.pending, asked.complete), (2, 2));
-    assert!(asked.losses.is_empty());
+#[test]
+fn a_hook_that_waits_for_a_thread_that_waits_goes_on_whatever_ends_the_job_before_the_commit() {
+    if !require::uffd() {
+        return;
+    }
+    for end in End::ALL {
+        let mut scene = end.scene();
+        // The state is loaded by then. The hook does not touch memory itself: a device does.
+        let found = touches(&scene, At::phase(Phase::Committing));
+        let mut held = 0;
+        let _loaded = scene.relay.until(|record| record.kind == Kind::Loaded);
+        let _request = scene.relay.until(|record| {
+            held += u32::from(record.kind == Kind::Commit);
+            record.kind == Kind::Request
+        });
+        assert_eq!(held, 0, "the source does not know that the state is loaded");
+        end.happen(&mut scene);
+        assert_free(&scene, end);
+        assert_eq!(found.try_recv().unwrap().unwrap(), 0, "{end:?}");
+    }
 }
 
 #[test]

@@ -407,7 +407,9 @@ impl Attempt<'_> {
         let status = self.source.client.wait(outgoing, SOON).unwrap();
         if status.phase != Phase::Completed {
             let expected = if self.cancelled { Phase::Cancelled } else { Phase::Failed };
-            assert!(status.phase == expected && (self.cut || self.cancelled), "{status:?}");
+            let there = self.destination.client.status();
+            assert!(self.cut || self.cancelled, "nothing ended it: {status:?}, and the destination {there:?}");
+            assert_eq!(status.phase, expected, "{}, and the destination {there:?}", status.error);
             // It has failed by itself unless the source never got as far as to connect.
             let _ = self.destination.client.cancel();
             self.relay.cut_all();

@@ -37,6 +37,8 @@ pub struct Incomplete {
     /// Where its source may connect again.
     listeners: Vec<Listener>,
     requests: Requests,
+    /// The source gave the guest up: it runs here, or is about to.
+    ours: bool,
 }
 
 /// Lets the guest run, and receives what it is owed.
@@ -55,6 +57,7 @@ pub fn take_guest_first(
         session: accepted.session,
         listeners: listener.into_iter().collect(),
         requests: Requests::default(),
+        ours: false,
     };
     let stop = Stop::new()?;
     std::thread::scope(|scope| {
@@ -65,9 +68,10 @@ pub fn take_guest_first(
             answer(job, arriving, &mut asking, stop, |_| job.cancel.force());
         });
         let arrived = guest.run(accepted, received);
-        // What is a hole now is zero for good, and nobody waits any more.
         registered.complete = arrived.is_ok();
-        if registered.complete {
+        // What is a hole now is zero for good: all is here, or no guest ever runs here. Nobody waits
+        // any more, before the VMM is asked for anything else: it may be waiting for one who does.
+        if registered.complete || !guest.ours {
             arriving.unregister();
         }
         drop(stopping);
@@ -83,8 +87,7 @@ impl Incomplete {
     /// Loads the state, takes the guest over, and receives the rest, however often the connections are lost.
     fn run(&mut self, accepted: &mut Accepted, received: Received) -> Result<(), JobError> {
         self.requests.connect(&self.job, &self.arriving, &accepted.urgent);
-        let mut ours = false;
-        let job = self.job.clone();
+        let (job, mut ours) = (self.job.clone(), false);
         let outcome = Arrival::new(&job, &self.arriving, accepted).run(|primary, writer| {
             job.enter(Phase::Loading);
             load(&job, received)?;
@@ -95,6 +98,7 @@ impl Incomplete {
             job.enter(Phase::Postcopy);
             Ok(told?)
         });
+        self.ours = ours;
         match outcome {
             // Also if the VMM does not resume it: it is nowhere else, and a VMM that is late waits for memory, perhaps.
             Err(error) if ours => self.recover(accepted, error),

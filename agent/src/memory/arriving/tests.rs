@@ -1,32 +1,17 @@
 use super::*;
-use crate::memory::Backing;
-use crate::memory::Block;
+use crate::memory::test_support::{Registered, let_others_run, memfd, memory};
+use crate::stats::get;
 use pageferry_protocol::control::request::BlockRange;
-use pageferry_protocol::memory::{BlockGeometry, BlockTable};
-
-fn memfd(length: u64) -> OwnedFd {
-    let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    rustix::fs::ftruncate(&fd, length).unwrap();
-    fd
-}
 
 /// A block of which page 3 is owed. What stands for the userfaultfd is none, so whatever is placed fails.
 fn arriving() -> (Arc<GuestMemory>, Arc<Arriving>) {
-    let length = 64 * PAGE_SIZE;
-    let geometry = BlockGeometry { id: 0, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
-    let block = Block::new(geometry, Backing::new(memfd(length), 0, length).unwrap(), 0, None).unwrap();
-    let memory = GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None);
+    let memory = memory(&[64]);
     let owed = Owed::nothing(&memory, &[PAGE_SIZE]).unwrap();
     owed.add(0, 0, 1 << 3);
     let arriving = Arriving::new(&memory, Arc::new(owed), memfd(0), false, Arc::default()).unwrap();
     let arriving = Arc::new(arriving);
     memory.set_arriving(Some(arriving.clone()));
     (Arc::new(memory), arriving)
-}
-
-/// Gives another thread every chance to go too far.
-fn let_others_run() {
-    (0..1000).for_each(|_| yield_now());
 }
 
 #[test]
@@ -64,4 +49,108 @@ fn a_discard_frees_what_a_fault_that_was_read_before_it_still_places() {
         assert_eq!(discard.join().unwrap(), 1);
     });
     assert_eq!(block.backing.first_data(block.all()).unwrap(), None);
+}
+
+/// Pages with their number in the first word, plus `version`.
+fn content(pages: PageRange, version: u64) -> Vec<u8> {
+    let mut bytes = vec![0; pages.bytes() as usize];
+    for (page, bytes) in (pages.first..).zip(bytes.chunks_mut(PAGE_SIZE as usize)) {
+        bytes[..8].copy_from_slice(&(page + version).to_le_bytes());
+    }
+    bytes
+}
+
+/// Of a block that is registered: what it is owed arrives.
+fn registered(ram: &Registered, owed: PageRange) -> Arriving {
+    let all = Owed::nothing(&ram.memory, &[PAGE_SIZE]).unwrap();
+    words_of(owed).for_each(|(word, bits)| all.add(0, word, bits));
+    Arriving::new(&ram.memory, Arc::new(all), ram.for_agent(), true, Arc::default()).unwrap()
+}
+
+#[test]
+fn a_page_that_was_there_before_it_came_stays_and_all_others_come() {
+    const CAME: u64 = 1000;
+    const THERE: u64 = 5000;
+    for there in [&[][..], &[20], &[27], &[39], &[20, 21], &[24, 26, 27, 33], &[38, 39]] {
+        let Some(ram) = Registered::new(64) else { return };
+        let range = PageRange::new(20, 20);
+        let arriving = registered(&ram, range);
+        let backing = &ram.memory.blocks()[0].backing;
+        for page in there {
+            backing.write(page * PAGE_SIZE, &content(PageRange::new(*page, 1), THERE)).unwrap();
+        }
+        let used = arriving.arrive_pages(&ram.memory.readers, 0, 0, range, &content(range, CAME)).unwrap();
+        assert_eq!((used, arriving.owed.left()), (20, 0), "{there:?} were there");
+        for page in range.first..range.end() {
+            let version = if there.contains(&page) { THERE } else { CAME };
+            assert_eq!(ram.word(page), page + version, "page {page}, {there:?} were there");
+        }
+        assert_eq!(backing.allocated_pages(), 20);
+        assert_eq!(arriving.take_placed(0), [range]);
+    }
+}
+
+/// Zero is placed only where somebody waits for it, and counted wherever it came.
+#[test]
+fn zeroes_that_came_are_counted_as_what_they_were_wanted_for() {
+    let Some(ram) = Registered::new(200) else { return };
+    let owed = PageRange::new(10, 150);
+    let arriving = registered(&ram, owed);
+    let readers = &ram.memory.readers;
+    for page in [12, 13, 100] {
+        assert_eq!(arriving.fault(readers, (0, page), Instant::now()).unwrap(), Answer::Ask);
+        assert_eq!(arriving.fault(readers, (0, page), Instant::now()).unwrap(), Answer::Wait);
+    }
+    // 100 of these are owed, and come once.
+    for (used, left) in [(100, 50), (0, 50)] {
+        assert_eq!(arriving.arrive_zeroes(readers, 0, 0, PageRange::new(0, 110)).unwrap(), used);
+        assert_eq!(arriving.owed.left(), left);
+        let (faults, pushed) = (get(&arriving.live.faults), get(&arriving.live.pushed_pages));
+        assert_eq!((faults, pushed, get(&arriving.live.requested_pages)), (3, 97, 3));
+        assert_eq!(ram.memory.blocks()[0].backing.allocated_pages(), 3);
+    }
+    assert_eq!(arriving.take_placed(0), [PageRange::new(10, 100)]);
+    assert!([12, 13, 100].iter().all(|page| ram.touch(*page) == 0), "whoever touches them waits no more");
+    assert_eq!(arriving.arrive_zeroes(readers, 0, 0, PageRange::new(110, 90)).unwrap(), 50);
+    assert_eq!((arriving.owed.left(), get(&arriving.live.pushed_pages)), (0, 147));
+}
+
+/// What is counted is pages, also where host pages are larger: nobody waits, so nothing is placed.
+#[test]
+fn zeroes_and_drops_of_large_host_pages_are_counted_in_pages() {
+    let memory = memory(&[1024, 1024]);
+    let owed = Owed::nothing(&memory, &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
+    owed.add(1, 0, u64::MAX);
+    owed.add(1, 1, u64::MAX);
+    let arriving = Arriving::new(&memory, Arc::new(owed), memfd(0), true, Arc::default()).unwrap();
+    let live = &arriving.live;
+    assert_eq!(arriving.arrive_zeroes(&memory.readers, 0, 1, PageRange::new(60, 10)).unwrap(), 80);
+    assert_eq!((arriving.owed.left(), get(&live.pushed_pages)), (1024 - 80, 80));
+    assert_eq!(arriving.take_placed(1), [PageRange::new(480, 80)]);
+    // Of the host pages 64 to 99 those from 70 on are owed.
+    for _ in 0..2 {
+        arriving.drop_owed(1, PageRange::new(64 * 8, 36 * 8));
+        assert_eq!((arriving.owed.left(), get(&live.dropped_pages)), (1024 - 80 - 240, 240));
+    }
+    assert_eq!(arriving.take_dropped(1), [PageRange::new(560, 240)]);
+    assert_eq!((arriving.take_dropped(0), arriving.take_dropped(1)), (vec![], vec![]));
+    assert_eq!(get(&live.faults), 0);
+}
+
+/// The job's thread is woken when there is something to tell the source, or nothing more to come.
+#[test]
+fn whoever_follows_is_woken_by_a_drop_and_by_the_last_page() {
+    let memory = memory(&[128]);
+    let owed = Owed::nothing(&memory, &[PAGE_SIZE]).unwrap();
+    owed.add(0, 0, 0b111);
+    let arriving = Arriving::new(&memory, Arc::new(owed), memfd(0), false, Arc::default()).unwrap();
+    let woken = || rustix::io::read(arriving.event(), &mut [0; 8]).is_ok();
+    arriving.drop_owed(0, PageRange::new(3, 100));
+    assert!(!woken(), "nothing of it was owed");
+    arriving.drop_owed(0, PageRange::new(2, 5));
+    assert!(woken());
+    arriving.arrive_zeroes(&memory.readers, 0, 0, PageRange::new(1, 1)).unwrap();
+    assert!(!woken(), "one is still to come");
+    arriving.arrive_zeroes(&memory.readers, 0, 0, PageRange::new(0, 1)).unwrap();
+    assert!(woken());
 }

@@ -1,7 +1,5 @@
 use super::*;
-use crate::memory::Backing;
-use pageferry_protocol::memory::{BlockGeometry, BlockTable};
-use std::thread::yield_now;
+use crate::memory::test_support::{let_others_run, memory};
 
 const PAGES: u64 = 8;
 
@@ -17,21 +15,11 @@ impl Sink for Nowhere {
 
 /// A block of eight pages, of which page 3 is pending.
 fn capturing() -> (GuestMemory, Capturing) {
-    let length = PAGES * PAGE_SIZE;
-    let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    rustix::fs::ftruncate(&fd, length).unwrap();
-    let geometry = BlockGeometry { id: 0, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
-    let block = Block::new(geometry, Backing::new(fd, 0, length).unwrap(), 0, None).unwrap();
-    let memory = GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None);
+    let memory = memory(&[PAGES]);
     let pending = Owed::nothing(&memory, &[PAGE_SIZE]).unwrap();
     pending.add(0, 0, 1 << 3);
     let capturing = Capturing::new(&memory, Arc::new(pending), None, Arc::new(Nowhere), Arc::default());
     (memory, capturing)
-}
-
-/// Gives another thread every chance to go too far.
-fn let_others_run() {
-    (0..1000).for_each(|_| yield_now());
 }
 
 #[test]
@@ -56,4 +44,64 @@ fn what_is_pending_of_a_snapshot_that_failed_is_not_read_any_more() {
     // It may have been discarded, and nobody has saved it.
     assert_eq!(capturing.fault(&memory, (0, 3), &mut into).unwrap(), None);
     assert_eq!(capturing.pending.left(), 1);
+}
+
+/// Notes what is put at once.
+#[derive(Debug)]
+struct Notes {
+    likes: usize,
+    puts: Mutex<Vec<PageRange>>,
+}
+
+impl Sink for Notes {
+    fn put(&self, _: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
+        assert_eq!(bytes.len() as u64, range.bytes());
+        self.puts.lock().unwrap().push(range);
+        Ok(range.count)
+    }
+
+    fn batch(&self) -> usize {
+        self.likes
+    }
+}
+
+#[test]
+fn a_sink_gets_as_much_at_once_as_it_likes() {
+    const PAGES: u64 = 1024;
+    for words in [1, 3, 8] {
+        let memory = memory(&[PAGES]);
+        let pending = Owed::nothing(&memory, &[PAGE_SIZE]).unwrap();
+        (0..PAGES / WORD_BITS).for_each(|word| pending.add(0, word, u64::MAX));
+        let (likes, puts) = ((words * WORD_BITS * PAGE_SIZE) as usize, Mutex::default());
+        let sink = Arc::new(Notes { likes, puts });
+        let capturing = Capturing::new(&memory, Arc::new(pending), None, sink.clone(), Arc::default());
+        let mut batch = capturing.batch(&memory).unwrap();
+        assert_eq!(capturing.sweep(&memory, 0, 0, PageRange::new(0, PAGES), &mut batch).unwrap(), PAGES);
+        let puts = sink.puts.lock().unwrap();
+        let counts: Vec<u64> = puts.iter().map(|range| range.count).collect();
+        let (last, whole) = counts.split_last().unwrap();
+        assert!(whole.iter().all(|count| *count == words * WORD_BITS), "{words} words: {counts:?}");
+        assert_eq!(whole.iter().sum::<u64>() + last, PAGES);
+    }
+}
+
+/// What a sink likes if nothing else speaks for it, and what an image does.
+#[test]
+fn an_image_without_the_page_cache_is_written_in_larger_pieces() {
+    let likes = |sink: Arc<dyn Sink>| {
+        let memory = memory(&[PAGES]);
+        let pending = Arc::new(Owed::nothing(&memory, &[PAGE_SIZE]).unwrap());
+        Capturing::new(&memory, pending, None, sink, Arc::default()).batch(&memory).unwrap().full
+    };
+    assert_eq!(likes(Arc::new(Nowhere)), 1 << 20);
+    let folder = tempfile::tempdir().unwrap();
+    for cached in [false, true] {
+        let path = folder.path().join(format!("{cached}"));
+        let table = crate::image::test_support::table(&[PAGES]);
+        let writer = ImageWriter::create(&path, &table, false, cached).unwrap();
+        assert!(!(cached && writer.is_direct()));
+        // Not every file system can do without.
+        let expected = if writer.is_direct() { 2 << 20 } else { 1 << 20 };
+        assert_eq!(likes(Arc::new(writer)), expected, "cached: {cached}");
+    }
 }

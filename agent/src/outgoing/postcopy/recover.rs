@@ -27,7 +27,7 @@ const LONG: Duration = Duration::from_secs(3600);
 /// Goes on with a migration that another agent began, and ends the job.
 pub fn run(job: &Arc<Job>, session: SessionId, address: Address) {
     let outcome = take_up(job, session, address);
-    job.finish(&outcome);
+    job.finish(outcome);
 }
 
 fn take_up(job: &Arc<Job>, session: SessionId, address: Address) -> Result<(), JobError> {

@@ -8,6 +8,7 @@ use super::*;
 use crate::hooks::Hooks;
 use crate::image::writer::{Base, Rest};
 use crate::image::{ImageWriter, PageBuffer};
+use crate::memory::test_support::has_userfaultfd;
 use crate::memory::{Backing, Block, GuestMemory};
 use crate::restore::ground::{Before, Word};
 use pageferry_protocol::control::FrameSocket;
@@ -268,14 +269,6 @@ fn unregister(ram: &Ram, registered: Option<Userfaultfd>) -> Option<Userfaultfd>
     let uffd = registered?;
     ranges(ram).for_each(|range| uffd.unregister(range).unwrap());
     None
-}
-
-/// True if this process may have a userfaultfd.
-fn has_userfaultfd() -> bool {
-    let Err(error) = Userfaultfd::open(feature::MISSING_SHMEM) else { return true };
-    assert!(!std::env::var("PAGEFERRY_REQUIRE").unwrap_or_default().contains("uffd"), "{error}");
-    eprintln!("skipped: {error}");
-    false
 }
 
 fn new_job(ram: &Ram, vmm: &Vmm, bandwidth: u64) -> Arc<Job> {

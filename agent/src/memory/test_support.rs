@@ -1,0 +1,89 @@
+//! Guest memory for unit tests.
+
+use super::{Backing, Block, GuestMemory};
+use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
+use pageferry_protocol::shm::mapping::MappedWords;
+use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd, feature};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Blocks of so many pages, mapped nowhere, with their index as number.
+pub(crate) fn memory(pages: &[u64]) -> GuestMemory {
+    let block = |(id, pages): (u32, &u64)| {
+        let length = pages * PAGE_SIZE;
+        let backing = Backing::new(memfd(length), 0, length).unwrap();
+        Arc::new(Block::new(geometry(id, length), backing, 0, None).unwrap())
+    };
+    GuestMemory::new((0..).zip(pages).map(block).collect(), BlockTable::new(), None)
+}
+
+pub(crate) fn memfd(length: u64) -> OwnedFd {
+    let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, length).unwrap();
+    fd
+}
+
+fn geometry(id: u32, length: u64) -> BlockGeometry {
+    let (name, gpa) = (format!("{id}"), u64::from(id) << 40);
+    BlockGeometry { id, name, gpa, length, granularity: PAGE_SIZE }
+}
+
+/// A block whose mapping in this process is registered for missing pages.
+pub(crate) struct Registered {
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) uffd: Userfaultfd,
+    mapping: MappedWords,
+}
+
+impl Registered {
+    /// Of so many pages; `None` if this process may have no userfaultfd.
+    pub(crate) fn new(pages: u64) -> Option<Self> {
+        if !has_userfaultfd() {
+            return None;
+        }
+        let length = pages * PAGE_SIZE;
+        let fd = memfd(length);
+        let mapping = MappedWords::shared(fd.as_fd(), 0, length).unwrap();
+        let address = mapping.address_range().start as u64;
+        let backing = Backing::new(fd, 0, length).unwrap();
+        let block = Block::new(geometry(0, length), backing, address, None).unwrap();
+        let uffd = Userfaultfd::open(feature::MISSING_SHMEM).unwrap();
+        uffd.register(Addresses { start: address, length }, Register::Missing).unwrap();
+        let memory = GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None);
+        Some(Self { memory: Arc::new(memory), uffd, mapping })
+    }
+
+    /// A duplicate of the userfaultfd, as an agent gets it.
+    pub(crate) fn for_agent(&self) -> OwnedFd {
+        self.uffd.as_fd().try_clone_to_owned().unwrap()
+    }
+
+    /// Touches a page, as a guest does; returns its first word.
+    pub(crate) fn touch(&self, page: u64) -> u64 {
+        self.mapping[(page * PAGE_SIZE / 8) as usize].load(Ordering::Relaxed)
+    }
+
+    /// The first word of a page, by the file: nothing is touched.
+    pub(crate) fn word(&self, page: u64) -> u64 {
+        let mut word = [0; 8];
+        self.memory.blocks()[0].backing.read(page * PAGE_SIZE, &mut word).unwrap();
+        u64::from_le_bytes(word)
+    }
+}
+
+/// True if this process may have a userfaultfd.
+///
+/// # Panics
+/// If not, and `PAGEFERRY_REQUIRE` names `uffd`.
+pub(crate) fn has_userfaultfd() -> bool {
+    let Err(error) = Userfaultfd::open(feature::MISSING_SHMEM) else { return true };
+    assert!(!std::env::var("PAGEFERRY_REQUIRE").unwrap_or_default().contains("uffd"), "{error}");
+    eprintln!("skipped: {error}");
+    false
+}
+
+/// Gives another thread every chance to go too far.
+pub(crate) fn let_others_run() {
+    (0..1000).for_each(|_| std::thread::yield_now());
+}
