@@ -41,6 +41,8 @@ pub fn run(job: &Arc<Job>, source: Source) {
 fn receive_guest(job: &Arc<Job>, source: Source) -> Result<(), JobError> {
     job.enter(Phase::Connecting);
     let (mut accepted, listener) = accept::accept(job, source)?;
+    // Those that were refused before are of no interest any more.
+    job.note("");
     let outcome = take_guest(job, &mut accepted, listener);
     if let Err(error) = &outcome {
         say_error(&mut accepted, error);

@@ -314,7 +314,7 @@ impl JobError {
         move |source| Self::Io { what, source }
     }
 
-    /// How the peer is told.
+    /// How the peer is told. It learns nothing of this side's blocks that it does not know.
     pub fn to_remote(&self) -> RemoteError {
         let code = match self {
             Self::Cancelled => ErrorCode::State,
@@ -323,6 +323,10 @@ impl JobError {
             Self::Hook(_) | Self::Tracking(_) | Self::NotConverging { .. } | Self::Panicked => ErrorCode::Other,
             _ => ErrorCode::Invalid,
         };
-        RemoteError::new(code, crate::error::chain(self))
+        let sentence = match self {
+            Self::Table(mismatch) => mismatch.for_source(),
+            error => crate::error::chain(error),
+        };
+        RemoteError::new(code, sentence)
     }
 }

@@ -144,6 +144,18 @@ impl Job {
         let _ = rustix::io::write(&self.notify, &1u64.to_ne_bytes());
     }
 
+    /// Says in the status what an operator should know or do while the job goes on; empty for nothing.
+    /// Whoever watches is told if it is news.
+    pub fn note(&self, what: &str) {
+        let mut state = self.state();
+        if state.status.error == what {
+            return;
+        }
+        what.clone_into(&mut state.status.error);
+        drop(state);
+        self.announce();
+    }
+
     /// Says what is still to be sent, or to come, in postcopy.
     pub fn owes(&self, owed: &Arc<Owed>) {
         self.state().owed = Some(owed.clone());
