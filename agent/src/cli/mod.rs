@@ -98,13 +98,13 @@ pub struct OutgoingArgs {
     /// Number of connections.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub streams: u16,
-    /// How long the guest may stand still.
+    /// How long the guest may be paused for the last pass. With nothing dirty it is paused at once.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = parse_duration)]
     pub downtime_limit: Duration,
     /// Limit in bytes per second, with K, M, G or T; 0 is none.
     #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_size)]
     pub bandwidth: u64,
-    /// Passes after which the policy decides; 0 is no limit.
+    /// Passes after which the policy decides; 0 is no limit. Under keep-going more follow.
     #[arg(long, value_name = "PASSES", default_value_t = 30)]
     pub max_passes: u32,
     /// What to do if the passes do not converge.

@@ -34,6 +34,10 @@ use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Mode, Phase};
 use postcopy::Since;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Longest delay before a wait between passes sees that postcopy is asked for.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Everything that a running migration owns. Dropping it leaves the VMM as it was found: trackers off, throttle off.
 struct Migration {
@@ -121,7 +125,21 @@ impl Migration {
                 converge::Next::Pass => {}
                 converge::Next::Throttle(percent) => self.throttle(percent)?,
             }
+            self.rest()?;
         }
+    }
+
+    /// Waits before the next pass, unless somebody asks for postcopy meanwhile.
+    fn rest(&self) -> Result<(), JobError> {
+        let until = Instant::now() + self.pace.rest();
+        while !self.job.is_postcopy_asked() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            self.job.cancel.sleep(left.min(LOOK))?;
+        }
+        Ok(())
     }
 
     /// The stopped guest.
