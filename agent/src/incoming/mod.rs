@@ -118,7 +118,7 @@ fn load(job: &Job, received: Received) -> Result<(), JobError> {
 fn wait_commit(job: &Job, primary: &mut RecordReader) -> Result<(), JobError> {
     let options = job.options();
     // The source asks its VMM once more before it commits.
-    primary.socket().set_recv_timeout(options.peer_timeout + options.hook_timeout)?;
+    primary.set_patience(options.peer_timeout + options.hook_timeout);
     let record = primary.read()?;
     match record.kind {
         Kind::Commit => Ok(()),
@@ -135,7 +135,7 @@ fn say_error(accepted: &mut Accepted, error: &JobError) {
     if accepted.writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload).is_ok() {
         accepted.writer.socket().end();
         // Of a source that was silent until now nothing is to be read.
-        if !matches!(error, JobError::Transport(TransportError::Silent(_))) {
+        if !matches!(error, JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. })) {
             accepted.readers[0].drain(DRAIN);
         }
     }

@@ -291,6 +291,18 @@ pub enum JobError {
     /// An image cannot be restored into this VMM's memory.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// The hand-over of the paused guest took too long.
+    #[error(
+        "the hand-over was not done within {limit:?}, which is as long as the guest may be paused for it \
+         (peer_timeout, two hook_timeout, and ten times what the transfer should take): it runs on here"
+    )]
+    StopTooLong {
+        /// How long it may be paused.
+        limit: Duration,
+        /// What was under way.
+        #[source]
+        source: Box<JobError>,
+    },
     /// The VMM's state.
     #[error("state of the VMM: {0}")]
     State(String),

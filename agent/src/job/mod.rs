@@ -1,18 +1,21 @@
 //! What all jobs share.
 //!
 //! - [`cancel`]: stopping a job wherever it waits, and the line after which it cannot be stopped;
+//! - [`deadline`]: the time by which a hand-over must be done;
 //! - [`error`]: why a job failed;
 //! - [`pause`]: a guest that stands still meanwhile;
 //! - [`recovery`]: how a paused postcopy hears that it is to go on;
 //! - this file: [`Job`], what the session and the job's threads both see.
 
 pub mod cancel;
+pub mod deadline;
 pub mod error;
 pub mod pause;
 pub mod recovery;
 
 pub use crate::stats::{LiveCounters, add, get};
 pub use cancel::{Cancel, TooLate};
+pub use deadline::Deadline;
 pub use error::JobError;
 pub use recovery::{Recovery, Request};
 
@@ -41,6 +44,8 @@ pub struct Job {
     pub cancel: Cancel,
     /// Its bandwidth limit.
     pub limiter: Limiter,
+    /// The deadline of its stop, while its guest is paused for a hand-over.
+    pub stop: Deadline,
     /// How it hears that it is to go on while it is paused.
     pub recovery: Recovery,
     /// Figures that workers count.
@@ -81,6 +86,7 @@ impl Job {
             hooks,
             cancel: Cancel::new()?,
             limiter: Limiter::new(options.bandwidth),
+            stop: Deadline::default(),
             recovery: Recovery::new()?,
             live: Arc::default(),
             started: Instant::now(),
@@ -254,6 +260,11 @@ impl Job {
     /// The options as they are now.
     pub fn options(&self) -> OutgoingOptions {
         self.state().options.clone()
+    }
+
+    /// How long the VMM may take to answer a hook: less than the options say near the end of a stop.
+    pub fn hook_timeout(&self) -> Duration {
+        self.stop.cap_timeout(self.state().options.hook_timeout)
     }
 
     /// Changes what may be changed while it runs.

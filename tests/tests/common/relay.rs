@@ -256,6 +256,17 @@ impl Relay {
         to.write_all(&record.bytes()[..bytes]).unwrap();
     }
 
+    /// Passes a record on byte by byte, one every `interval`, until something comes about.
+    pub fn trickle(&self, record: &Passing, interval: Duration, mut until: impl FnMut() -> bool) {
+        let mut to = self.links[record.link].end(record.to_destination);
+        for byte in record.bytes() {
+            if until() || to.write_all(&[byte]).is_err() {
+                return;
+            }
+            std::thread::sleep(interval);
+        }
+    }
+
     /// Passes only the first `bytes` of a record on, and cuts all links.
     pub fn cut_in(&mut self, record: &Passing, bytes: usize) {
         self.pass_part(record, bytes);

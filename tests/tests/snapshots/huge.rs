@@ -2,7 +2,9 @@
 
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_agent::image::Chain;
-use pageferry_client::{BlockRange, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions, SnapshotOptions};
+use pageferry_client::{
+    BlockRange, MIN_BANDWIDTH, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions, SnapshotOptions,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::huge_pages::HUGE_PAGE;
 use pageferry_tests::memory::{Backing, BlockLayout};
@@ -119,7 +121,8 @@ fn a_guest_on_huge_pages_waits_for_what_it_touches_and_gets_it_whole() {
     let chain = save_thin(&scene);
     scene.block().fill(PageRange::new(4 * HUGE, 2 * HUGE), 9).unwrap();
     // What is not touched would take for ever.
-    let options = RestoreOptions { mode: RestoreMode::Lazy, workers: 1, bandwidth: 1, ..RestoreOptions::default() };
+    let options =
+        RestoreOptions { mode: RestoreMode::Lazy, workers: 1, bandwidth: MIN_BANDWIDTH, ..RestoreOptions::default() };
     let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
     scene.vmm.wait_phase(Phase::Prefetching, PATIENCE).unwrap();
     let found = scene.as_guest(|block| {

@@ -116,8 +116,8 @@ impl<'a> Arrival<'a> {
             for (index, reader) in urgent.iter_mut().enumerate() {
                 scope.spawn(move || {
                     // Nothing comes unless it is asked for.
-                    let outcome = reader.socket().wait_for_ever().map_err(JobError::from);
-                    line.check(outcome.and_then(|()| Stream::new(line, count + index, true).run(reader)));
+                    reader.wait_for_ever();
+                    line.check(Stream::new(line, count + index, true).run(reader));
                 });
             }
             let outcome = before(&mut readers[0], writer);
@@ -131,9 +131,8 @@ impl<'a> Arrival<'a> {
                     scope.spawn(move || {
                         crate::priority::step_back();
                         take_what_is_due(reader.socket().as_fd());
-                        let outcome = reader.socket().set_recv_timeout(line.job.options().peer_timeout);
-                        let outcome = outcome.map_err(JobError::from);
-                        line.check(outcome.and_then(|()| Stream::new(line, index, false).run(reader)));
+                        reader.set_patience(line.job.options().peer_timeout);
+                        line.check(Stream::new(line, index, false).run(reader));
                     });
                 }
                 line.check(tend(line, writer, count));
@@ -320,7 +319,7 @@ fn placer<'a>(line: &'a Line<'_>, worker: usize, at: usize) -> impl FnMut(Whole<
 pub fn say_complete(job: &Job, accepted: &mut Accepted) -> Result<(), JobError> {
     accepted.writer.write_plain(Kind::Complete, 0)?;
     let primary = &mut accepted.readers[0];
-    primary.socket().set_recv_timeout(job.options().peer_timeout)?;
+    primary.set_patience(job.options().peer_timeout);
     let record = primary.read()?;
     match record.kind {
         Kind::Complete => Ok(()),

@@ -164,7 +164,7 @@ impl Supply {
     /// Answers what is asked for on an urgent stream.
     fn answer(&self, line: &Line<'_>, stream: &mut Urgent) -> Result<(), JobError> {
         // Nothing comes while the guest finds what it needs.
-        stream.reader.socket().wait_for_ever()?;
+        stream.reader.wait_for_ever();
         let mut taken = Vec::new();
         loop {
             let record = stream.reader.read()?;
@@ -239,7 +239,7 @@ impl Supply {
     /// Reads the return path until the destination has everything.
     fn follow(&self, line: &Line<'_>, primary: &mut Primary) -> Result<(), JobError> {
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = self.job.options();
-        primary.reader.socket().set_recv_timeout(peer_timeout)?;
+        primary.reader.set_patience(peer_timeout);
         // Once all is sent, the destination owes an answer: it places what is on its way, and unregisters, before it gives it.
         let timeout = peer_timeout + 2 * hook_timeout;
         let mut due: Option<Instant> = None;
