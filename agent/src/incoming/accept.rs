@@ -11,7 +11,9 @@
 //! A socket that the VMM handed over is one connection: the job ends with it.
 
 use crate::job::{Job, JobError, add};
+use crate::memory::backing::BackingKind;
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamSocket, TransportError};
+use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::stream::hello::{
     Accept, FEATURE_POSTCOPY, FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER, compare, encode_error,
@@ -176,7 +178,7 @@ impl Lobby<'_> {
             while let Some(session) = complete_session(&self.pending) {
                 let belongs = |one: &Pending| one.hello.as_ref().is_some_and(|hello| hello.session == session);
                 let (mine, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending).into_iter().partition(belongs);
-                match establish(self.job, mine) {
+                match establish(self.job, self.wanted, mine) {
                     Ok(accepted) => {
                         let busy = JobError::State("another source was faster".into());
                         others.into_iter().for_each(|other| other.reject(&busy));
@@ -314,7 +316,7 @@ fn complete_session(pending: &[Pending]) -> Option<[u8; 16]> {
 
 /// Puts the streams in order, checks what the source wants, and lets a cancel reach them. A source that
 /// does not fit is told why.
-fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
+fn establish(job: &Job, wanted: Wanted, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
     streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     // What is offered on one stream alone is not offered.
@@ -323,7 +325,8 @@ fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError>
     let primary = streams.iter().find_map(|one| one.hello.clone());
     let Some(primary) = primary else { return Err(JobError::State("no stream".into())) };
     let checked = compare(&primary.blocks, job.memory.table()).map_err(JobError::from);
-    if let Err(error) = checked.and_then(|()| check_postcopy(job, offered)) {
+    let checked = checked.and_then(|()| check_writable(job)).and_then(|()| check_postcopy(job, offered, wanted));
+    if let Err(error) = checked {
         streams.into_iter().for_each(|stream| stream.reject(&error));
         return Err(error);
     }
@@ -341,19 +344,36 @@ fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError>
     Ok(Accepted { readers, urgent, writer, features: offered & FEATURES, session: primary.session, acknowledge })
 }
 
-/// What postcopy needs of the blocks here, if it is wanted.
-fn check_postcopy(job: &Job, features: u64) -> Result<(), JobError> {
+/// What a guest needs of the files here, whatever it moves by.
+fn check_writable(job: &Job) -> Result<(), JobError> {
+    match job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
+        Some(block) => Err(JobError::Sealed { id: block.geometry.id }),
+        None => Ok(()),
+    }
+}
+
+/// What postcopy needs of the blocks here, if it is wanted: checked before anything is sent, since a
+/// guest that is to run before its memory is here would be refused only after all passes. A table of all
+/// backings and modes is in docs/postcopy.md.
+fn check_postcopy(job: &Job, features: u64, wanted: Wanted) -> Result<(), JobError> {
     if features & FEATURE_POSTCOPY == 0 {
         return Ok(());
     }
     for block in job.memory.blocks() {
         let (id, size) = (block.geometry.id, block.backing.host_page_size());
+        if block.backing.kind() == BackingKind::File {
+            return Err(JobError::DiskPostcopy { id });
+        }
         if size > MAX_HOST_PAGE {
             return Err(JobError::HostPage { id, size, limit: MAX_HOST_PAGE });
         }
         if block.vmm_address == 0 {
             return Err(JobError::NotMapped { id });
         }
+    }
+    // A guest that is here has its mappings registered.
+    if matches!(wanted, Wanted::Guest) {
+        job.hooks.ask(&Hook::ProbeFaults, job.options().hook_timeout)?;
     }
     Ok(())
 }

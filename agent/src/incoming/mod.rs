@@ -132,7 +132,9 @@ fn say_error(accepted: &mut Accepted, error: &JobError) {
         return;
     }
     let payload = encode_error(&error.to_remote());
-    if accepted.writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload).is_ok() {
+    // A source that takes nothing need not know.
+    let writer = RecordWriter::new(accepted.writer.socket().hurried(DRAIN));
+    if writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload).is_ok() {
         accepted.writer.socket().end();
         // Of a source that was silent until now nothing is to be read.
         if !matches!(error, JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. })) {

@@ -154,7 +154,8 @@ impl Job {
     /// Whoever watches is told if it is news.
     pub fn note(&self, what: &str) {
         let mut state = self.state();
-        if state.status.error == what {
+        // Why a postcopy is paused is not to be lost.
+        if state.status.error == what || state.paused.is_some() || state.status.phase.is_final() {
             return;
         }
         what.clone_into(&mut state.status.error);

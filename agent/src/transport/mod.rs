@@ -69,7 +69,7 @@ pub enum TransportError {
         missing: usize,
     },
     /// The guest is paused for its hand-over, and may be no longer.
-    #[error("the guest was paused for as long as it may be")]
+    #[error("the peer had not answered, or not taken what was sent, when that time was over")]
     StopOver,
     /// A peer that is not known yet said something else first.
     #[error("{kind:?} record of {length:#x} bytes where a hello of at most {MAX_HELLO:#x} was expected")]

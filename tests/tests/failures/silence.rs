@@ -25,7 +25,8 @@ fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
         let started = Instant::now();
         let status = scene.assert_source_failed();
         // Whichever the source was at: waiting for an answer, or for room to send.
-        let words = ["was silent for 400ms", "did not take what was sent within 400ms"];
+        // On a busy machine the time for the whole stop may be over first.
+        let words = ["was silent for 400ms", "did not take what was sent within 400ms", "hand-over was not done"];
         assert!(words.iter().any(|words| status.error.contains(words)), "{wire:?}, {moment}: {}", status.error);
         assert!(started.elapsed() < BOUND);
         if moment != MOMENTS[0].0 {
@@ -82,7 +83,9 @@ fn a_destination_agent_that_hangs_is_an_error_within_the_timeout_and_the_guest_r
         let started = Instant::now();
         let status = scene.finish();
         assert_eq!(status.phase, Phase::Failed, "{moment}: {}", status.error);
-        assert!(status.error.contains("silent"), "{moment}: {}", status.error);
+        // On a busy machine the time for the whole stop may be over first.
+        let words = ["silent", "hand-over was not done"];
+        assert!(words.iter().any(|words| status.error.contains(words)), "{moment}: {}", status.error);
         assert!(started.elapsed() < BOUND);
         assert!(!scene.source.vmm.is_paused());
         migrates_next_time(&scene.source);
