@@ -26,7 +26,7 @@ fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
         let status = scene.assert_source_failed();
         // Whichever the source was at: waiting for an answer, or for room to send.
         // On a busy machine the time for the whole stop may be over first.
-        let words = ["was silent for 400ms", "did not take what was sent within 400ms", "hand-over was not done"];
+        let words = ["was silent for 1s", "did not take what was sent within 1s", "hand-over was not done"];
         assert!(words.iter().any(|words| status.error.contains(words)), "{wire:?}, {moment}: {}", status.error);
         assert!(started.elapsed() < BOUND);
         if moment != MOMENTS[0].0 {
@@ -130,7 +130,9 @@ fn a_peer_that_answers_byte_by_byte_does_not_keep_the_guest_paused() {
         // Each byte comes long before the timeout, and all of them long after it.
         scene.relay.trickle(&record, SHORT / 8, || scene.source.client.status().unwrap().phase.is_final());
         let status = scene.assert_source_failed();
-        assert!(status.error.contains("did not send a whole record within 400ms"), "{}", status.error);
+        // On a busy machine the time for the whole stop may be over first.
+        let words = ["did not send a whole record within 1s", "hand-over was not done"];
+        assert!(words.iter().any(|words| status.error.contains(words)), "{}", status.error);
         scene.assert_destination_failed();
         migrates_next_time(&scene.source);
     });
@@ -148,8 +150,9 @@ fn hooks_that_are_slow_one_after_another_have_one_deadline_for_the_whole_stop() 
     source.vmm.on(At::SaveState, slow);
     let destination = empty();
     destination.vmm.on(At::LoadState, slow);
-    // Each of the three is within its own timeout; the stop may take 8.4 s.
-    let options = OutgoingOptions { peer_timeout: SHORT, hook_timeout: Duration::from_secs(4), ..passes(1) };
+    // Each of the three is within its own timeout; the stop may take 8 s and a little.
+    let options =
+        OutgoingOptions { peer_timeout: Duration::from_millis(400), hook_timeout: Duration::from_secs(4), ..passes(1) };
     let mut relay = Relay::new();
     // The destination waits for the slow source.
     let incoming = relay.listen(&destination.client, &IncomingOptions::default());
