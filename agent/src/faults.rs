@@ -5,6 +5,7 @@
 
 use crate::job::{Job, JobError};
 use crate::memory::arriving::{Answer, Arriving, ArrivingError};
+use crate::memory::pool;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::userfault::{MAX_FAULTS, Userfaultfd};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
@@ -14,6 +15,9 @@ use std::time::{Duration, Instant};
 
 /// How long a fault that cannot be answered for want of memory waits until it is looked at again.
 pub const RETRY: Duration = Duration::from_millis(10);
+
+/// Shortest time between two reports that memory is missing.
+const SAY_AGAIN: Duration = Duration::from_secs(1);
 
 /// Index of a block, and a host page of it.
 pub type HostPage = (usize, u64);
@@ -124,11 +128,53 @@ impl<F: FnOnce(JobError)> Drop for Unanswered<F> {
     }
 }
 
+/// Says in the log and in the job's status that the guest waits for memory that the host does not have, and
+/// takes it back when it waits no more.
+#[derive(Debug)]
+pub struct Wants<'a> {
+    job: &'a Job,
+    /// When the status was last updated.
+    said: Option<Instant>,
+}
+
+impl<'a> Wants<'a> {
+    /// It waits for nothing.
+    pub fn new(job: &'a Job) -> Self {
+        Self { job, said: None }
+    }
+
+    /// It waits for a page of the block at index `at`.
+    pub fn memory(&mut self, at: usize) {
+        if self.said.is_some_and(|said| said.elapsed() < SAY_AGAIN) {
+            return;
+        }
+        self.said = Some(Instant::now());
+        let advice = pool::advice(&self.job.memory.blocks()[at]);
+        log::warn!("job {}: the guest waits: {advice}", self.job.id);
+        self.job.note(&format!("the guest waits: {advice}"));
+    }
+
+    /// It got what it waited for.
+    pub fn nothing(&mut self) {
+        if self.said.take().is_some() {
+            log::info!("job {}: there is memory again", self.job.id);
+            self.job.note("");
+        }
+    }
+}
+
+impl Drop for Wants<'_> {
+    fn drop(&mut self) {
+        self.nothing();
+    }
+}
+
 fn answer_all(
     job: &Job, arriving: &Arriving, supplier: &mut impl Supplier, stop: BorrowedFd<'_>,
 ) -> Result<(), JobError> {
     let mut faults = [0; MAX_FAULTS];
     let mut failed = Vec::new();
+    let mut wants = Wants::new(job);
     let mut cancelled = Some(job.cancel.fd());
     loop {
         match wait_for(arriving.uffd(), stop, cancelled)? {
@@ -143,10 +189,14 @@ fn answer_all(
         }
         let since = Instant::now();
         supplier.serve(|to_ask| read(job, arriving, &mut faults, since, to_ask, &mut failed))?;
-        if !failed.is_empty() {
-            // No memory, most likely. Whoever waits tries again.
-            std::thread::sleep(RETRY);
-            failed.drain(..).for_each(|page| arriving.retry(page));
+        match failed.first() {
+            None => wants.nothing(),
+            Some((at, _)) => {
+                wants.memory(*at);
+                // Whoever waits tries again.
+                std::thread::sleep(RETRY);
+                failed.drain(..).for_each(|page| arriving.retry(page));
+            }
         }
     }
 }
@@ -195,12 +245,17 @@ fn read(
             Ok(Answer::Here | Answer::Wait) => {}
             Err(error) if is_gone(&error) => return Err(error.into()),
             Err(error) => {
-                log::warn!("{}", crate::error::chain(&error));
+                log::debug!("{}", crate::error::chain(&error));
                 failed.push(page);
             }
         }
     }
     Ok(())
+}
+
+/// True if there may be memory later.
+pub fn lacks_memory(error: &ArrivingError) -> bool {
+    matches!(error, ArrivingError::Place { source: Errno::NOMEM | Errno::NOSPC, .. })
 }
 
 /// True if there is nobody any more who could wait.

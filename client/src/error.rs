@@ -123,6 +123,18 @@ pub enum Error {
         /// The block.
         id: u32,
     },
+    /// A mapping cannot be registered for missing pages.
+    #[error(
+        "block {id} cannot be registered for missing pages, which postcopy and lazy restore need: is it mapped at its \
+         vmm_address, from a memfd, tmpfs or hugetlbfs, and registered with no other userfaultfd, as by write-protect tracking?"
+    )]
+    Unregistrable {
+        /// The block.
+        id: u32,
+        /// What the kernel said.
+        #[source]
+        source: pageferry_protocol::userfault::UserfaultError,
+    },
     /// Userfaultfd is not to be had, or a mapping cannot be registered.
     #[error(transparent)]
     Userfault(#[from] pageferry_protocol::userfault::UserfaultError),

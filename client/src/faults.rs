@@ -41,6 +41,8 @@ use std::time::{Duration, Instant};
 
 /// How long the VMM has to stop its guest before those who wait for what never comes get an error: it may be one of them.
 const GRACE: Duration = Duration::from_secs(5);
+/// What a userfaultfd for missing pages must be able to do.
+const FEATURES: u64 = feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON;
 /// How often all who wait are woken once the agent is lost: one that is not dead may still read faults, and answers none.
 const WAKE: Duration = Duration::from_millis(250);
 
@@ -83,11 +85,20 @@ impl Faults {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Finds out whether [`Faults::register`] would work, without a trace: whoever touches a mapping meanwhile
+    /// waits for a moment.
+    pub(crate) fn probe(&self, memory: &Memory) -> Result<(), Error> {
+        // What is registered now is not asked for again; what is lost is unregistered before.
+        match &*self.state() {
+            State::Whole => Registered::all(memory, FEATURES, Register::Missing).map(drop),
+            State::Pending { .. } | State::Lost { .. } => Ok(()),
+        }
+    }
+
     /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for the agent.
     pub(crate) fn register(&self, memory: &Memory, client: WeakClient, link: Arc<Link>) -> Result<OwnedFd, Error> {
         self.forget();
-        let features = feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON;
-        let registered = Registered::all(memory, features, Register::Missing)?;
+        let registered = Registered::all(memory, FEATURES, Register::Missing)?;
         let for_agent = registered.duplicate()?;
         // The heartbeat may find the agent dead at once, and is to find the registration then.
         let mut state = self.state();

@@ -32,6 +32,7 @@ impl Registered {
                 (Register::WriteProtect, UserfaultError::Register { source: Errno::BUSY, .. }) => {
                     Error::RegisteredElsewhere { id }
                 }
+                (Register::Missing, source) => Error::Unregistrable { id, source },
                 (_, error) => error.into(),
             })?;
             registered.ranges.push(range);

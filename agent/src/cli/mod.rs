@@ -18,7 +18,7 @@ pub mod show;
 pub mod snapshot;
 
 use clap::{Args, Parser, Subcommand};
-use pageferry_protocol::control::job::{Compression, Mode, NonConvergence, OutgoingOptions};
+use pageferry_protocol::control::job::{Compression, MIN_BANDWIDTH, Mode, NonConvergence, OutgoingOptions};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -101,13 +101,13 @@ pub struct OutgoingArgs {
     /// Number of connections.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub streams: u16,
-    /// How long the guest may stand still.
+    /// How long the guest may be paused for the last pass. With nothing dirty it is paused at once.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = parse_duration)]
     pub downtime_limit: Duration,
-    /// Limit in bytes per second, with K, M, G or T; 0 is none.
-    #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_size)]
+    /// Limit in bytes per second, at least 64K, with K, M, G or T; 0 is none.
+    #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_bandwidth)]
     pub bandwidth: u64,
-    /// Passes after which the policy decides; 0 is no limit.
+    /// Passes after which the policy decides; 0 is no limit. Under keep-going more follow.
     #[arg(long, value_name = "PASSES", default_value_t = 30)]
     pub max_passes: u32,
     /// What to do if the passes do not converge.
@@ -132,7 +132,8 @@ pub struct OutgoingArgs {
     #[arg(long, value_name = "METHOD", default_value = "none", value_parser = parse_compression,
           help = "How pages are compressed: none, lz4, zstd or zstd:LEVEL, with a level of 1 to 19")]
     pub compress: Compression,
-    /// How long the peer may be silent.
+    /// How long the peer may be silent, or take for one record. The paused guest runs on here if its
+    /// hand-over takes longer than this, two hook timeouts, and ten times the expected transfer.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer.
@@ -218,6 +219,17 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     };
     let number = number.map_err(|_| format!("\"{text}\": write a number of bytes, with K, M, G or T, as 2G"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("\"{text}\" is more than 64 bits hold"))
+}
+
+/// Reads a bandwidth limit: [`parse_size`], and not too low.
+///
+/// # Errors
+/// What is allowed.
+pub fn parse_bandwidth(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        rate @ (0 | MIN_BANDWIDTH..) => Ok(rate),
+        _ => Err(format!("\"{text}\": write at least {}K, or 0 for no limit", MIN_BANDWIDTH >> 10)),
+    }
 }
 
 fn parse_policy(text: &str) -> Result<NonConvergence, String> {
@@ -316,6 +328,10 @@ mod tests {
         assert_eq!(parse_size("0x1000"), Ok(4096));
         for wrong in ["", "G", "-1", "99999999999T"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!((parse_bandwidth("0"), parse_bandwidth("64K")), (Ok(0), Ok(64 << 10)));
+        for wrong in ["1", "63K", "65535"] {
+            assert!(parse_bandwidth(wrong).unwrap_err().contains("at least 64K"), "{wrong}");
         }
     }
 

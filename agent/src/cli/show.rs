@@ -136,8 +136,8 @@ pub fn done(what: &str, json: bool) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Progress {
     bar: Option<ProgressBar>,
-    /// It was said that the job is paused, and why.
-    paused: bool,
+    /// The error of a job that goes on, or is paused, as it was last printed.
+    said: String,
 }
 
 impl Progress {
@@ -152,7 +152,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
         };
-        Self { bar: (!json).then(bar), paused: false }
+        Self { bar: (!json).then(bar), said: String::new() }
     }
 
     /// Shows a status.
@@ -164,12 +164,14 @@ impl Progress {
         let Some(bar) = &self.bar else {
             return if status.phase.is_final() { Ok(()) } else { print(status, true) };
         };
-        let pauses = status.phase == Phase::PostcopyPaused;
-        if pauses && !self.paused {
-            // Not by the bar, which hides where there is no terminal: whoever waits there is to know that it is for him to act.
-            bar.suspend(|| writeln!(io::stderr(), "job {} is paused: {}", status.job, status.error))?;
+        if status.phase.is_final() || status.error.is_empty() {
+            self.said.clear();
+        } else if status.error != self.said {
+            // Not by the bar, which hides where there is no terminal: the operator may have to act.
+            let state = if status.phase == Phase::PostcopyPaused { " is paused" } else { "" };
+            bar.suspend(|| writeln!(io::stderr(), "job {}{state}: {}", status.job, status.error))?;
+            self.said.clone_from(&status.error);
         }
-        self.paused = pauses;
         bar.set_length(counters.pass_pages.max(1));
         bar.set_position(counters.pass_pages_done.min(counters.pass_pages));
         if status.phase.is_postcopy() {

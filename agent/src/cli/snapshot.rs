@@ -1,6 +1,6 @@
 //! What `snapshot` and `restore` take on the command line.
 
-use super::{OperatorArgs, parse_duration, parse_size};
+use super::{OperatorArgs, parse_bandwidth, parse_duration};
 use clap::Args;
 use pageferry_protocol::control::job::{RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
 use std::io;
@@ -73,8 +73,8 @@ pub struct ImageArgs {
     /// Number of threads.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub workers: u16,
-    /// Limit in bytes per second, with K, M, G or T; 0 is none. What the guest waits for is not held back.
-    #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_size)]
+    /// Limit in bytes per second, at least 64K, with K, M, G or T; 0 is none. What the guest waits for is not held back.
+    #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_bandwidth)]
     pub bandwidth: u64,
     /// How long the VMM may take to answer.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]

@@ -1,12 +1,20 @@
 //! Waiting for the source's streams, and the handshake.
 //!
-//! Whoever can reach the address may connect. A stranger costs a descriptor and a small buffer until its time is up, and never the job: what
-//! does not say a proper hello is dropped, and the waiting goes on. The job is the first session whose streams are all there. A postcopy that lost its
+//! Whoever can reach the address may connect. A stranger costs a descriptor and a small buffer until
+//! its time is up, and never the job: what does not say a proper hello, or does not fit the memory
+//! here, is refused, and the waiting goes on. A source that is refused is told which field differs and
+//! its own value. What this side has goes to the log and to the status of the waiting job.
+//!
+//! The job is the first session whose streams are all there and which fits. A postcopy that lost its
 //! connections waits again, for nobody but its own source, which knows the session's random number.
+//!
+//! A socket that the VMM handed over is one connection: the job ends with it.
 
 use crate::job::{Job, JobError, add};
+use crate::memory::backing::BackingKind;
 use crate::server::backoff::{Backoff, PAUSE};
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamSocket, TransportError};
+use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::stream::hello::{
     Accept, FEATURE_POSTCOPY, FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER, compare, encode_error,
@@ -158,25 +166,40 @@ impl Lobby<'_> {
                     Err(error) if only_one => return Err(error),
                     Err(error) => {
                         log::warn!("a connection was dropped: {}", crate::error::chain(&error));
+                        if matches!(error, JobError::Hello(_)) {
+                            self.note(&error);
+                        }
                         connection.reject(&error);
                     }
                 }
             }
             self.pending = kept;
             self.drop_stale();
-            let Some(session) = complete_session(&self.pending) else { continue };
-            let belongs = |one: &Pending| one.hello.as_ref().is_some_and(|hello| hello.session == session);
-            let (mine, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending).into_iter().partition(belongs);
-            let busy = JobError::State("another source was faster".into());
-            others.into_iter().for_each(|other| other.reject(&busy));
-            match (establish(self.job, mine), self.wanted) {
-                (Ok(accepted), _) => return Ok(Some(accepted)),
-                (Err(error), Wanted::Guest) => return Err(error),
-                // The guest runs here: whatever is wrong with its source, it may come to itself.
-                (Err(error), Wanted::Session(_)) => {
-                    log::warn!("the source was refused: {}", crate::error::chain(&error));
+            while let Some(session) = complete_session(&self.pending) {
+                let belongs = |one: &Pending| one.hello.as_ref().is_some_and(|hello| hello.session == session);
+                let (mine, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending).into_iter().partition(belongs);
+                match establish(self.job, self.wanted, mine) {
+                    Ok(accepted) => {
+                        let busy = JobError::State("another source was faster".into());
+                        others.into_iter().for_each(|other| other.reject(&busy));
+                        return Ok(Some(accepted));
+                    }
+                    Err(error) if only_one => return Err(error),
+                    Err(error) => {
+                        log::warn!("a source was refused: {}", crate::error::chain(&error));
+                        self.note(&error);
+                        self.pending = others;
+                    }
                 }
             }
+        }
+    }
+
+    /// Tells the operator of the waiting job why a source was refused. In a paused postcopy the reason
+    /// of the pause stays.
+    fn note(&self, error: &JobError) {
+        if matches!(self.wanted, Wanted::Guest) {
+            self.job.note(&format!("a source was refused, the waiting goes on: {}", crate::error::chain(error)));
         }
     }
 
@@ -293,27 +316,28 @@ fn complete_session(pending: &[Pending]) -> Option<[u8; 16]> {
         .map(|hello| hello.session)
 }
 
-/// Puts the streams in order, checks what the source wants, and lets a cancel reach them.
-fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
+/// Puts the streams in order, checks what the source wants, and lets a cancel reach them. A source that
+/// does not fit is told why.
+fn establish(job: &Job, wanted: Wanted, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
     streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
-    for stream in &streams {
+    // What is offered on one stream alone is not offered.
+    let offered = streams.iter().filter_map(|one| one.hello.as_ref()).fold(u64::MAX, |all, hello| all & hello.features);
+    // The first hello is the primary's, and there is one.
+    let primary = streams.iter().find_map(|one| one.hello.clone());
+    let Some(primary) = primary else { return Err(JobError::State("no stream".into())) };
+    let checked = compare(&primary.blocks, job.memory.table()).map_err(JobError::from);
+    let checked = checked.and_then(|()| check_writable(job)).and_then(|()| check_postcopy(job, offered, wanted));
+    if let Err(error) = checked {
+        streams.into_iter().for_each(|stream| stream.reject(&error));
+        return Err(error);
+    }
+    let mut readers = Vec::with_capacity(streams.len());
+    for stream in streams {
         job.cancel.watch(stream.reader.socket().as_fd())?;
         let hello_bytes = stream.hello.as_ref().map_or(0, |hello| hello.encode().len());
         add(&job.live.wire_bytes, (pageferry_protocol::stream::RECORD_SIZE + hello_bytes) as u64);
-    }
-    // What is offered on one stream alone is not offered.
-    let offered = streams.iter().filter_map(|one| one.hello.as_ref()).fold(u64::MAX, |all, hello| all & hello.features);
-    let primary = streams.iter().find_map(|one| one.hello.clone());
-    let mut readers: Vec<RecordReader> = streams.into_iter().map(|one| one.reader).collect();
-    // The first hello is the primary's, and there is one.
-    let Some(primary) = primary else { return Err(JobError::State("no stream".into())) };
-    let checked = compare(&primary.blocks, job.memory.table()).map_err(JobError::from);
-    if let Err(error) = checked.and_then(|()| check_postcopy(job, offered)) {
-        for reader in readers {
-            send_reject(reader, &error.to_remote());
-        }
-        return Err(error);
+        readers.push(stream.reader);
     }
     // Less than all are urgent, says its decoder.
     let urgent = readers.split_off(readers.len().saturating_sub(usize::from(primary.urgent)).max(1));
@@ -322,19 +346,36 @@ fn establish(job: &Job, mut streams: Vec<Pending>) -> Result<Accepted, JobError>
     Ok(Accepted { readers, urgent, writer, features: offered & FEATURES, session: primary.session, acknowledge })
 }
 
-/// What postcopy needs of the blocks here, if it is wanted.
-fn check_postcopy(job: &Job, features: u64) -> Result<(), JobError> {
+/// What a guest needs of the files here, whatever it moves by.
+fn check_writable(job: &Job) -> Result<(), JobError> {
+    match job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
+        Some(block) => Err(JobError::Sealed { id: block.geometry.id }),
+        None => Ok(()),
+    }
+}
+
+/// What postcopy needs of the blocks here, if it is wanted: checked before anything is sent, since a
+/// guest that is to run before its memory is here would be refused only after all passes. A table of all
+/// backings and modes is in docs/postcopy.md.
+fn check_postcopy(job: &Job, features: u64, wanted: Wanted) -> Result<(), JobError> {
     if features & FEATURE_POSTCOPY == 0 {
         return Ok(());
     }
     for block in job.memory.blocks() {
         let (id, size) = (block.geometry.id, block.backing.host_page_size());
+        if block.backing.kind() == BackingKind::File {
+            return Err(JobError::DiskPostcopy { id });
+        }
         if size > MAX_HOST_PAGE {
             return Err(JobError::HostPage { id, size, limit: MAX_HOST_PAGE });
         }
         if block.vmm_address == 0 {
             return Err(JobError::NotMapped { id });
         }
+    }
+    // A guest that is here has its mappings registered.
+    if matches!(wanted, Wanted::Guest) {
+        job.hooks.ask(&Hook::ProbeFaults, job.options().hook_timeout)?;
     }
     Ok(())
 }

@@ -41,6 +41,8 @@ pub fn run(job: &Arc<Job>, source: Source) {
 fn receive_guest(job: &Arc<Job>, source: Source) -> Result<(), JobError> {
     job.enter(Phase::Connecting);
     let (mut accepted, listener) = accept::accept(job, source)?;
+    // Those that were refused before are of no interest any more.
+    job.note("");
     let outcome = take_guest(job, &mut accepted, listener);
     if let Err(error) = &outcome {
         say_error(&mut accepted, error);
@@ -116,7 +118,7 @@ fn load(job: &Job, received: Received) -> Result<(), JobError> {
 fn wait_commit(job: &Job, primary: &mut RecordReader) -> Result<(), JobError> {
     let options = job.options();
     // The source asks its VMM once more before it commits.
-    primary.socket().set_recv_timeout(options.peer_timeout + options.hook_timeout)?;
+    primary.set_patience(options.peer_timeout + options.hook_timeout);
     let record = primary.read()?;
     match record.kind {
         Kind::Commit => Ok(()),
@@ -130,10 +132,12 @@ fn say_error(accepted: &mut Accepted, error: &JobError) {
         return;
     }
     let payload = encode_error(&error.to_remote());
-    if accepted.writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload).is_ok() {
+    // A source that takes nothing need not know.
+    let writer = RecordWriter::new(accepted.writer.socket().hurried(DRAIN));
+    if writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload).is_ok() {
         accepted.writer.socket().end();
         // Of a source that was silent until now nothing is to be read.
-        if !matches!(error, JobError::Transport(TransportError::Silent(_))) {
+        if !matches!(error, JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. })) {
             accepted.readers[0].drain(DRAIN);
         }
     }

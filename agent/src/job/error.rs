@@ -3,8 +3,9 @@
 use crate::hooks::HookError;
 use crate::image::ImageError;
 use crate::incoming::decompress::DecompressError;
-use crate::memory::BackingError;
 use crate::memory::arriving::ArrivingError;
+use crate::memory::pool::ReserveError;
+use crate::memory::{BackingError, GuestMemory, pool};
 use crate::restore::RestoreError;
 use crate::tracking::TrackingError;
 use crate::transport::TransportError;
@@ -88,6 +89,32 @@ pub enum JobError {
     OnDisk {
         /// The block.
         id: u32,
+    },
+    /// The destination's memory is of a kind whose missing pages the kernel does not tell.
+    #[error(
+        "block {id} is a file on a disk at the destination, which userfaultfd cannot register: postcopy and hybrid take memfds, tmpfs and hugetlbfs; migrate with precopy"
+    )]
+    DiskPostcopy {
+        /// The block.
+        id: u32,
+    },
+    /// Nothing can be written to the file.
+    #[error("block {id} is sealed against writing (F_SEAL_WRITE or F_SEAL_FUTURE_WRITE): no guest can come into it")]
+    Sealed {
+        /// The block.
+        id: u32,
+    },
+    /// There are not enough huge pages for the guest.
+    #[error(transparent)]
+    HugePages(#[from] ReserveError),
+    /// A page could not be placed for want of memory.
+    #[error("{advice}")]
+    NoMemory {
+        /// What an operator can do.
+        advice: String,
+        /// What could not be done.
+        #[source]
+        source: ArrivingError,
     },
     /// A block is mapped nowhere at the destination.
     #[error("block {id} has no vmm_address at the destination, which postcopy needs")]
@@ -291,6 +318,18 @@ pub enum JobError {
     /// An image cannot be restored into this VMM's memory.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// The hand-over of the paused guest took too long.
+    #[error(
+        "the hand-over was not done within {limit:.1?}, which is as long as the guest may be paused for it \
+         (peer_timeout, two hook_timeout, and ten times what the transfer should take): it runs on here"
+    )]
+    StopTooLong {
+        /// How long it may be paused.
+        limit: Duration,
+        /// What was under way.
+        #[source]
+        source: Box<JobError>,
+    },
     /// The VMM's state.
     #[error("state of the VMM: {0}")]
     State(String),
@@ -314,15 +353,39 @@ impl JobError {
         move |source| Self::Io { what, source }
     }
 
-    /// How the peer is told.
+    /// A page of the block at index `at` could not be placed. If that is for want of memory, an operator
+    /// reads what to do.
+    pub fn not_placed(memory: &GuestMemory, at: usize, error: ArrivingError) -> Self {
+        if crate::faults::lacks_memory(&error) {
+            Self::NoMemory { advice: pool::advice(&memory.blocks()[at]), source: error }
+        } else {
+            Self::Arriving(error)
+        }
+    }
+
+    /// How the peer is told. It learns nothing of this side's blocks that it does not know.
     pub fn to_remote(&self) -> RemoteError {
         let code = match self {
             Self::Cancelled => ErrorCode::State,
-            Self::Compression(_) | Self::Mode(_) | Self::HostPage { .. } => ErrorCode::Unsupported,
-            Self::Backing { .. } | Self::Io { .. } | Self::Bitmap(_) | Self::Arriving(_) => ErrorCode::System,
+            Self::Compression(_)
+            | Self::Mode(_)
+            | Self::HostPage { .. }
+            | Self::DiskPostcopy { .. }
+            | Self::NotMapped { .. }
+            | Self::Sealed { .. } => ErrorCode::Unsupported,
+            Self::HugePages(_)
+            | Self::NoMemory { .. }
+            | Self::Backing { .. }
+            | Self::Io { .. }
+            | Self::Bitmap(_)
+            | Self::Arriving(_) => ErrorCode::System,
             Self::Hook(_) | Self::Tracking(_) | Self::NotConverging { .. } | Self::Panicked => ErrorCode::Other,
             _ => ErrorCode::Invalid,
         };
-        RemoteError::new(code, crate::error::chain(self))
+        let sentence = match self {
+            Self::Table(mismatch) => mismatch.for_source(),
+            error => crate::error::chain(error),
+        };
+        RemoteError::new(code, sentence)
     }
 }

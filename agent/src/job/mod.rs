@@ -1,18 +1,21 @@
 //! What all jobs share.
 //!
 //! - [`cancel`]: stopping a job wherever it waits, and the line after which it cannot be stopped;
+//! - [`deadline`]: the time by which a hand-over must be done;
 //! - [`error`]: why a job failed;
 //! - [`pause`]: a guest that stands still meanwhile;
 //! - [`recovery`]: how a paused postcopy hears that it is to go on;
 //! - this file: [`Job`], what the session and the job's threads both see.
 
 pub mod cancel;
+pub mod deadline;
 pub mod error;
 pub mod pause;
 pub mod recovery;
 
 pub use crate::stats::{LiveCounters, add, get};
 pub use cancel::{Cancel, TooLate};
+pub use deadline::Deadline;
 pub use error::JobError;
 pub use recovery::{Recovery, Request};
 
@@ -42,6 +45,8 @@ pub struct Job {
     pub cancel: Cancel,
     /// Its bandwidth limit.
     pub limiter: Limiter,
+    /// The deadline of its stop, while its guest is paused for a hand-over.
+    pub stop: Deadline,
     /// How it hears that it is to go on while it is paused.
     pub recovery: Recovery,
     /// Figures that workers count.
@@ -84,6 +89,7 @@ impl Job {
             hooks,
             cancel: Cancel::new()?,
             limiter: Limiter::new(options.bandwidth),
+            stop: Deadline::default(),
             recovery: Recovery::new()?,
             live: Arc::default(),
             started: Instant::now(),
@@ -155,6 +161,19 @@ impl Job {
         self.hooks.tell(&self.status());
         // A full eventfd is readable already.
         let _ = rustix::io::write(&self.notify, &1u64.to_ne_bytes());
+    }
+
+    /// Says in the status what an operator should know or do while the job goes on; empty for nothing.
+    /// Whoever watches is told if it is news.
+    pub fn note(&self, what: &str) {
+        let mut state = self.state();
+        // Why a postcopy is paused is not to be lost.
+        if state.status.error == what || state.paused.is_some() || state.status.phase.is_final() {
+            return;
+        }
+        what.clone_into(&mut state.status.error);
+        drop(state);
+        self.announce();
     }
 
     /// Says what is still to be sent, or to come, in postcopy.
@@ -251,6 +270,11 @@ impl Job {
     /// The options as they are now.
     pub fn options(&self) -> OutgoingOptions {
         self.state().options.clone()
+    }
+
+    /// How long the VMM may take to answer a hook: less than the options say near the end of a stop.
+    pub fn hook_timeout(&self) -> Duration {
+        self.stop.cap_timeout(self.state().options.hook_timeout)
     }
 
     /// Changes what may be changed while it runs.

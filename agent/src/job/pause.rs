@@ -23,19 +23,26 @@ pub struct PausedGuest {
     pub(crate) ours: bool,
 }
 
+impl SavedState {
+    /// Bytes of all pieces.
+    pub fn bytes(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.length).sum()
+    }
+}
+
 impl PausedGuest {
     /// Pauses the guest.
     pub fn pause(job: &Arc<Job>) -> Result<Self, JobError> {
         // Made before the answer: a pause that timed out may still happen, and must be undone.
         let paused = Self { job: job.clone(), asked: Instant::now(), ours: true };
-        job.hooks.ask(&Hook::Pause, job.options().hook_timeout)?;
+        job.hooks.ask(&Hook::Pause, job.hook_timeout())?;
         job.cancel.check()?;
         Ok(paused)
     }
 
     /// Has the VMM save its state. That may dirty memory, so the last sync comes after.
     pub fn save_state(&self) -> Result<SavedState, JobError> {
-        let (pieces, file) = self.job.hooks.save_state(self.job.options().hook_timeout)?;
+        let (pieces, file) = self.job.hooks.save_state(self.job.hook_timeout())?;
         Ok(SavedState { pieces, file })
     }
 

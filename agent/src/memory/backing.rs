@@ -5,7 +5,7 @@
 
 use super::extents::DataRuns;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -34,6 +34,7 @@ pub struct Backing {
     kind: BackingKind,
     host_page_size: u64,
     sealed: bool,
+    writable: bool,
 }
 
 /// Why a file cannot be, or is no longer, the memory of a block.
@@ -73,6 +74,16 @@ pub enum BackingError {
     Truncated {
         /// Where the access would have ended, in bytes from the start of the block.
         end: u64,
+    },
+    /// There is no huge page left.
+    #[error("no huge page of {} kB is free for byte {at:#x} of the block: raise {pool}/nr_hugepages", size >> 10)]
+    NoHugePage {
+        /// Where, in bytes from the start of the block.
+        at: u64,
+        /// Bytes of a huge page.
+        size: u64,
+        /// Where the kernel shows the pool.
+        pool: String,
     },
     /// The kernel refused.
     #[error("cannot {what} at byte {at:#x} of the block")]
@@ -118,8 +129,10 @@ impl Backing {
             }
         }
         // Only a memfd has seals; other files answer EINVAL and can always shrink.
-        let sealed = rustix::fs::fcntl_get_seals(&fd).is_ok_and(|seals| seals.contains(rustix::fs::SealFlags::SHRINK));
-        Ok(Self { fd, offset, length, kind, host_page_size, sealed })
+        let seals = rustix::fs::fcntl_get_seals(&fd).unwrap_or(SealFlags::empty());
+        let sealed = seals.contains(SealFlags::SHRINK);
+        let writable = !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);
+        Ok(Self { fd, offset, length, kind, host_page_size, sealed, writable })
     }
 
     /// What kind of file it is.
@@ -135,6 +148,12 @@ impl Backing {
     /// True if the file cannot shrink.
     pub fn is_sealed(&self) -> bool {
         self.sealed
+    }
+
+    /// True unless the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`): then no guest can
+    /// come into it, since nothing can be written to it or freed in it.
+    pub fn is_writable(&self) -> bool {
+        self.writable
     }
 
     /// True if [`Backing::first_data`] tells holes from data page by page.
@@ -285,7 +304,7 @@ impl Backing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{MemfdFlags, SealFlags, ftruncate, memfd_create};
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
     fn memfd(pages: u64) -> OwnedFd {
         let fd = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();

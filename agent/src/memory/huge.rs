@@ -1,8 +1,10 @@
-//! Writing to hugetlbfs, which has no `write`: one host page is mapped at a time.
+//! Writing to hugetlbfs, which has no `write`: one host page is mapped at a time. And reserving huge
+//! pages, which only a mapping does.
 #![allow(unsafe_code)]
 
 use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
+use pageferry_protocol::memory::PageRange;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// One host page of a file, mapped.
@@ -26,7 +28,10 @@ impl HugeWindow {
     fn map(backing: &Backing, byte: u64) -> Result<Self, BackingError> {
         let unit = backing.host_page_size();
         let at = byte / unit * unit;
-        let kernel = |source| BackingError::Kernel { what: "map a host page", at, source };
+        let kernel = |source| match source {
+            rustix::io::Errno::NOMEM => BackingError::NoHugePage { at, size: unit, pool: super::pool::folder(unit) },
+            source => BackingError::Kernel { what: "map a host page", at, source },
+        };
         let length = usize::try_from(unit).map_err(|_| kernel(rustix::io::Errno::INVAL))?;
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
         let start = unsafe {
@@ -85,6 +90,33 @@ pub fn write(backing: &Backing, window: &mut Option<HugeWindow>, at: u64, bytes:
         }
         done += count;
     }
+    Ok(())
+}
+
+/// Has the kernel reserve the huge pages of `range`, whole host pages, that are neither allocated nor
+/// reserved. Nothing is allocated. See [`super::pool`].
+///
+/// # Errors
+/// ENOMEM if the pool does not have so many.
+pub fn reserve(backing: &Backing, range: PageRange) -> Result<(), BackingError> {
+    let kernel = |source| BackingError::Kernel { what: "reserve huge pages", at: range.offset(), source };
+    let length = usize::try_from(range.bytes()).map_err(|_| kernel(rustix::io::Errno::INVAL))?;
+    // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists, and nobody
+    // can touch this one.
+    let start = unsafe {
+        mmap(
+            std::ptr::null_mut(),
+            length,
+            ProtFlags::empty(),
+            MapFlags::SHARED,
+            backing.fd(),
+            backing.file_offset(range.offset()),
+        )
+    };
+    let start = start.map_err(kernel)?;
+    // SAFETY: the mapping is ours, and nothing borrows from it.
+    let unmapped = unsafe { munmap(start, length) };
+    debug_assert!(unmapped.is_ok(), "munmap of our own mapping");
     Ok(())
 }
 

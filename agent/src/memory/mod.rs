@@ -13,6 +13,7 @@
 //! - [`capture_steps`]: how all who capture a page, write to it or free it agree;
 //! - [`claims`]: how a fault and whoever takes its page agree on who answers;
 //! - [`arriving`]: the memory of a guest that runs before it is here: faults, placing, and discards meanwhile;
+//! - [`pool`]: huge pages for a guest that runs before its memory is here;
 //! - [`runs`]: runs of pages that lie near each other, made one;
 //! - [`zero`]: finding zero pages;
 //! - [`huge`]: writing to hugetlbfs, which only a mapping can;
@@ -33,6 +34,7 @@ pub mod huge;
 pub mod mappings;
 pub mod marking;
 pub mod owed;
+pub mod pool;
 pub mod runs;
 #[cfg(test)]
 pub(crate) mod test_support;

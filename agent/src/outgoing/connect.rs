@@ -14,6 +14,9 @@ use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+/// How long the peer has to take our last words, and to say its own.
+pub const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// Where the guest goes.
 #[derive(Debug)]
 pub enum Target {
@@ -97,7 +100,7 @@ fn prepare(job: &Job, sockets: Vec<OwnedFd>) -> Result<Vec<StreamSocket>, JobErr
     let timeout = job.options().peer_timeout;
     let socket = |fd: OwnedFd| {
         job.cancel.watch(fd.as_fd())?;
-        Ok(StreamSocket::new(fd, timeout)?)
+        Ok(StreamSocket::with_stop(fd, timeout, &job.stop)?)
     };
     sockets.into_iter().map(socket).collect()
 }
@@ -218,7 +221,9 @@ impl Primary {
     /// Tells the destination why this side fails. Nobody may be in the middle of a record on this stream.
     pub fn say_error(&self, error: &RemoteError) {
         let payload = encode_error(error);
-        let sent = self.writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload);
+        // A peer that takes nothing need not know, and the guest may be paused until this returns.
+        let writer = RecordWriter::new(self.writer.socket().hurried(LAST_WORDS));
+        let sent = writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload);
         if let Err(TransportError::Kernel(error)) = sent {
             log::debug!("error not sent to the peer: {error}");
         }
@@ -227,7 +232,7 @@ impl Primary {
 
     /// What the destination said before the connection broke, if it came through.
     pub fn last_words(&mut self) -> Option<RemoteError> {
-        self.reader.socket().set_recv_timeout(Duration::from_millis(500)).ok()?;
+        self.reader.set_patience(LAST_WORDS);
         // At most the answers to the passes that are under way come before it.
         for _ in 0..8 {
             let record = self.reader.read().ok()?;

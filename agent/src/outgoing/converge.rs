@@ -1,7 +1,12 @@
 //! When to stop the guest.
 //!
-//! After each pass: the dirty pages over the measured bandwidth, plus the time a sync takes, is how long the guest would stand still. If that is
-//! within the limit, it is stopped. If it is not after as many passes as were allowed, the policy decides.
+//! After each pass the expected downtime is computed: the dirty pages over the measured bandwidth,
+//! plus the time of a sync. If it is within the limit, or nothing is dirty, the guest is stopped. If
+//! the passes that were allowed did not get there, the policy decides.
+//!
+//! A limit below the cost of a sync is reached only when nothing is dirty. Passes are short then, and
+//! one more of them changes little. So only the first [`QUICK_PASSES`] follow each other at once; a
+//! later one begins [`INTERVAL`] after the last one at the earliest.
 
 use crate::job::{JobError, micros};
 use pageferry_protocol::control::job::{Counters, Mode, NonConvergence, OutgoingOptions};
@@ -10,6 +15,10 @@ use std::time::Duration;
 
 /// A pass shorter than this says little of the bandwidth.
 const MEANINGFUL: u64 = 1 << 20;
+/// Passes that follow each other at once: they may shrink from one to the next.
+const QUICK_PASSES: u64 = 30;
+/// Shortest time between the starts of two later passes.
+const INTERVAL: Duration = Duration::from_millis(100);
 /// The throttle of the first step, and of each one more, in percent.
 const THROTTLE_STEP: u32 = 20;
 const THROTTLE_MORE: u32 = 10;
@@ -49,6 +58,11 @@ impl Pace {
         self.passes
     }
 
+    /// Bytes per second that the link carried; 0 if nothing was sent yet.
+    pub fn bandwidth(&self) -> u64 {
+        self.bandwidth
+    }
+
     /// How long the last sync took, with its fix-up.
     pub fn sync_time(&self) -> Duration {
         self.sync_time
@@ -75,6 +89,15 @@ impl Pace {
         }
     }
 
+    /// How long to wait before the next pass.
+    pub fn rest(&self) -> Duration {
+        if self.passes < QUICK_PASSES {
+            Duration::ZERO
+        } else {
+            INTERVAL.saturating_sub(self.pass_time + self.sync_time)
+        }
+    }
+
     /// Decides, with `remaining` dirty pages after the last sync.
     ///
     /// # Errors
@@ -83,7 +106,8 @@ impl Pace {
         self.dirty_rate = per_second(remaining, self.pass_time);
         self.expected = self.expect(remaining);
         let limit = options.downtime_limit;
-        if self.expected <= limit {
+        // With nothing left, another pass cannot make the downtime shorter.
+        if remaining == 0 || self.expected <= limit {
             return Ok(Next::Stop);
         }
         let switch_after = u64::from(options.switch_after);
@@ -174,6 +198,37 @@ mod tests {
             pace.passed(1 << 18, 1 << 30, Duration::from_secs(1));
             assert_eq!(pace.decide(&options(policy, 2), much).ok(), first);
         }
+    }
+
+    #[test]
+    fn with_nothing_left_the_guest_is_stopped_whatever_the_limit_is() {
+        let mut pace = pace();
+        pace.synced(Duration::from_millis(5));
+        let options = OutgoingOptions { downtime_limit: Duration::ZERO, ..options(NonConvergence::KeepGoing, 1) };
+        assert_eq!(pace.decide(&options, 0).unwrap(), Next::Stop);
+        assert_eq!(pace.decide(&options, 1).unwrap(), Next::Pass);
+    }
+
+    #[test]
+    fn a_limit_below_the_cost_of_a_sync_leaves_it_to_the_policy() {
+        let mut pace = pace();
+        pace.synced(Duration::from_millis(5));
+        let limit = |policy| OutgoingOptions { downtime_limit: Duration::from_millis(1), ..options(policy, 1) };
+        assert_eq!(pace.decide(&limit(NonConvergence::StopAnyway), 1).unwrap(), Next::Stop);
+        assert!(pace.decide(&limit(NonConvergence::Fail), 1).is_err());
+    }
+
+    #[test]
+    fn passes_that_go_on_and_on_wait_for_each_other() {
+        let mut pace = Pace::default();
+        for _ in 0..QUICK_PASSES {
+            assert_eq!(pace.rest(), Duration::ZERO);
+            pace.passed(1, 4128, Duration::from_millis(10));
+        }
+        pace.synced(Duration::from_millis(5));
+        assert_eq!(pace.rest(), INTERVAL - Duration::from_millis(15));
+        pace.passed(1 << 18, 1 << 30, Duration::from_secs(1));
+        assert_eq!(pace.rest(), Duration::ZERO);
     }
 
     #[test]

@@ -2,10 +2,12 @@
 
 use super::Migration;
 use super::connect::{Primary, SessionId};
+use crate::job::deadline::Stop;
 use crate::job::pause::{PausedGuest, SavedState};
 use crate::job::{Job, JobError, add, micros};
 use pageferry_protocol::control::hook::{Hook, PieceSize};
 use pageferry_protocol::control::job::OutgoingOptions;
+use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::payload::{StatePart, Totals};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::os::fd::OwnedFd;
@@ -32,11 +34,24 @@ impl PausedGuest {
     fn send_commit(&self, primary: &mut Primary) -> Result<(), JobError> {
         let bytes = primary.writer.write_plain(Kind::Commit, 0)?;
         add(&self.job.live.wire_bytes, bytes);
+        // The destination asks its VMM before it answers.
+        let options = self.job.options();
+        primary.reader.set_patience(options.peer_timeout + options.hook_timeout);
         primary.expect(Kind::Resumed, "the destination's confirmation").map(|_| ())
     }
 }
 
 impl Migration {
+    /// The guest may be paused for as long as it takes to send `bytes` and its dirty pages.
+    pub(super) fn expect_to_send(&self, stop: &mut Stop, bytes: u64) {
+        let options = self.job.options();
+        let (measured, limit) = (self.pace.bandwidth(), options.bandwidth);
+        // What was measured may be from before an operator set the limit.
+        let bandwidth = if limit == 0 || measured == 0 { measured.max(limit) } else { measured.min(limit) };
+        let pages = self.dirty.remaining().saturating_mul(PAGE_SIZE);
+        stop.expect(&options, bytes.saturating_add(pages), bandwidth);
+    }
+
     /// Sends the VMM's state on the primary.
     pub(super) fn send_state(&mut self, state: &SavedState) -> Result<(), JobError> {
         let mut offset = 0;
@@ -85,13 +100,15 @@ impl Migration {
     }
 }
 
-/// Waits until the destination has verified the totals and loaded the state.
-pub fn wait_loaded(job: &Job, primary: &mut Primary) -> Result<(), JobError> {
+/// Waits until the destination has verified the totals and loaded the state, which ends the stop as far
+/// as its deadline goes.
+pub fn wait_loaded(job: &Job, primary: &mut Primary, stop: &Stop) -> Result<(), JobError> {
     let options = job.options();
     // It verifies, registers and loads before it answers, so it has its hooks' time on top of the connection's.
     let patience = options.peer_timeout + 2 * options.hook_timeout;
-    primary.reader.socket().set_recv_timeout(patience)?;
+    primary.reader.set_patience(patience);
     primary.expect(Kind::Loaded, "that the destination has loaded the state")?;
+    stop.is_loaded();
     Ok(())
 }
 

@@ -21,6 +21,7 @@ pub mod postcopy;
 pub mod sender;
 
 use crate::hooks::HookError;
+use crate::job::deadline::Stop;
 use crate::job::pause::PausedGuest;
 use crate::job::{Job, JobError};
 use crate::tracking::{TrackerChoice, Trackers};
@@ -34,6 +35,10 @@ use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Mode, Phase};
 use postcopy::Since;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Longest delay before a wait between passes sees that postcopy is asked for.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Everything that a running migration owns. Dropping it leaves the VMM as it was found: trackers off, throttle off.
 struct Migration {
@@ -85,7 +90,7 @@ impl Migration {
             session,
             address,
             streams,
-            trackers: Trackers::new(choice, &job.hooks, options.hook_timeout),
+            trackers: Trackers::new(choice, &job.hooks, options.hook_timeout, &job.stop),
             dirty: DirtyState::new(&job.memory)?,
             pace: Pace::default(),
             throttled: false,
@@ -121,23 +126,45 @@ impl Migration {
                 converge::Next::Pass => {}
                 converge::Next::Throttle(percent) => self.throttle(percent)?,
             }
+            self.rest()?;
         }
+    }
+
+    /// Waits before the next pass, unless somebody asks for postcopy meanwhile.
+    fn rest(&self) -> Result<(), JobError> {
+        let until = Instant::now() + self.pace.rest();
+        while !self.job.is_postcopy_asked() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            self.job.cancel.sleep(left.min(LOOK))?;
+        }
+        Ok(())
     }
 
     /// The stopped guest.
     fn hand_over(&mut self) -> Result<(), JobError> {
         self.job.enter(Phase::Stopping);
         self.job.freeze();
+        let mut stop = Stop::begin(&self.job.stop, &self.job.options());
+        let outcome = self.hand_over_within(&mut stop);
+        outcome.map_err(|error| stop.explain(error))
+    }
+
+    fn hand_over_within(&mut self, stop: &mut Stop) -> Result<(), JobError> {
         let mut paused = PausedGuest::pause(&self.job)?;
         let state = paused.save_state()?;
+        self.expect_to_send(stop, state.bytes());
         self.send_state(&state)?;
         self.sync()?;
+        self.expect_to_send(stop, state.bytes());
         self.run_pass()?;
         // Discards that came during the last pass.
         self.send_discards()?;
         self.send_end(None)?;
         self.job.enter(Phase::Loading);
-        wait_loaded(&self.job, &mut self.streams.primary)?;
+        wait_loaded(&self.job, &mut self.streams.primary, stop)?;
         self.job.enter(Phase::Committing);
         paused.commit(&mut self.streams.primary, SessionId::default())
     }
@@ -168,7 +195,7 @@ impl Migration {
     fn explain(&mut self, error: JobError) -> JobError {
         match &error {
             // Who was silent for so long has said nothing that could still be on its way.
-            JobError::Transport(TransportError::Silent(_)) => error,
+            JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. }) => error,
             JobError::Transport(_) if !self.job.cancel.is_cancelled() => {
                 self.streams.primary.last_words().map_or(error, JobError::Peer)
             }

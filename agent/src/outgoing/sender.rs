@@ -171,10 +171,11 @@ impl PageSender {
             at..at + run.bytes() as usize
         };
         let flagged = [(data & !stray, 0), (data & stray, FLAG_STRAY)];
+        let portion = pass.limiter.portion();
         match &mut self.compressor {
             None => {
                 for (mask, flags) in flagged {
-                    for run in runs_of_word(first, mask) {
+                    for run in runs_of_word(first, mask).flat_map(|run| in_portions(run, portion)) {
                         let bytes = page_offset(&run);
                         let header = RecordHeader::new(Kind::Data, flags, block, run, bytes.len());
                         self.queue.push((header.sealed(&self.buffer[bytes.clone()]).to_wire(), bytes));
@@ -184,7 +185,7 @@ impl PageSender {
             Some(compressor) => {
                 compressor.begin(self.filled - start);
                 for (mask, flags) in flagged {
-                    for run in runs_of_word(first, mask) {
+                    for run in runs_of_word(first, mask).flat_map(|run| in_portions(run, portion)) {
                         let (bytes, flag) = compressor.add(&self.buffer[page_offset(&run)]);
                         let header = RecordHeader::new(Kind::Data, flags | flag, block, run, bytes.len());
                         let header = header.sealed(&compressor.output()[bytes.clone()]);
@@ -256,10 +257,28 @@ impl PageSender {
         if self.queue.is_empty() {
             return Ok(());
         }
-        let bytes = self.queue.iter().map(|(header, payload)| header.len() + payload.len()).sum::<usize>();
-        pass.limiter.wait(bytes, &pass.job.cancel)?;
-        let mut parts = Vec::with_capacity(self.queue.len() * 2);
-        for (header, payload) in &self.queue {
+        let mut from = 0;
+        while from < self.queue.len() {
+            from = self.flush_portion(pass, from)?;
+        }
+        self.queue.clear();
+        Ok(())
+    }
+
+    /// Sends what may be sent at once of what is queued, from the record at `from` on; returns the next.
+    fn flush_portion(&mut self, pass: &PassView<'_>, from: usize) -> Result<usize, JobError> {
+        let most = pass.limiter.portion().saturating_mul(PAGE_SIZE + RECORD_SIZE as u64);
+        let (mut bytes, mut to) = (0, from);
+        for (header, payload) in &self.queue[from..] {
+            let record = header.len() + payload.len();
+            if to > from && (bytes + record) as u64 > most {
+                break;
+            }
+            (bytes, to) = (bytes + record, to + 1);
+        }
+        pass.limiter.wait_to_send(bytes, &pass.job.cancel, self.writer.socket())?;
+        let mut parts = Vec::with_capacity((to - from) * 2);
+        for (header, payload) in &self.queue[from..to] {
             parts.push(IoSlice::new(header));
             if !payload.is_empty() {
                 parts.push(IoSlice::new(&self.buffer[payload.clone()]));
@@ -269,10 +288,8 @@ impl PageSender {
         self.broken = true;
         self.writer.socket().write_all(&mut parts)?;
         self.broken = false;
-        drop(parts);
-        self.queue.clear();
         add(&pass.job.live.wire_bytes, bytes as u64);
-        Ok(())
+        Ok(to)
     }
 
     /// Ends a pass on this stream.
@@ -298,6 +315,12 @@ impl PageSender {
     }
 }
 
+/// The run, in pieces of at most `most` pages.
+fn in_portions(run: PageRange, most: u64) -> impl Iterator<Item = PageRange> {
+    let step = most.clamp(1, WORD_BITS);
+    (run.first..run.end()).step_by(step as usize).map(move |first| PageRange::new(first, step.min(run.end() - first)))
+}
+
 /// Puts the lowest bits of `dense`, one for each bit of `places`, to where the bits of `places` are.
 fn spread(mut dense: u64, places: u64) -> u64 {
     let mut spread = 0;
@@ -316,6 +339,14 @@ fn spread(mut dense: u64, places: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_is_sent_in_the_portions_that_the_limit_leaves() {
+        let portions = |count, most| in_portions(PageRange::new(7, count), most).collect::<Vec<_>>();
+        assert_eq!(portions(5, u64::MAX), [PageRange::new(7, 5)]);
+        assert_eq!(portions(5, 2), [PageRange::new(7, 2), PageRange::new(9, 2), PageRange::new(11, 1)]);
+        assert_eq!(portions(2, 1), [PageRange::new(7, 1), PageRange::new(8, 1)]);
+    }
 
     #[test]
     fn spread_puts_bits_to_their_places() {

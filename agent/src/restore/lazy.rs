@@ -19,6 +19,8 @@ use crate::memory::arriving::Arriving;
 use crate::memory::backing::BackingKind;
 use crate::memory::fence::MAX_READERS;
 use crate::memory::owed::Owed;
+use crate::memory::pool;
+use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Phase, RestoreOptions};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -39,6 +41,8 @@ pub fn restore(
     let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
     ground.empty()?;
+    // What was freed has lost its reservation.
+    pool::reserve(&job.memory, &owed)?;
     let arriving = Arc::new(Arriving::new(&job.memory, Arc::new(owed), uffd, false, job.live.clone())?);
     job.owes(arriving.owed());
     job.memory.set_arriving(Some(arriving.clone()));
@@ -79,9 +83,12 @@ pub fn restore(
 ///
 /// # Errors
 /// If the memory is of the wrong kind, or what is at the path of the working set must not be overwritten.
-pub fn plan(job: &Job, source: &Source, options: &RestoreOptions) -> Result<Plan, RestoreError> {
+pub fn plan(job: &Job, source: &Source, options: &RestoreOptions) -> Result<Plan, JobError> {
     check(job)?;
-    Plan::of(&options.working_set, source, &job.memory)
+    let plan = Plan::of(&options.working_set, source, &job.memory)?;
+    pool::check_when_empty(&job.memory, &owe(job, source)?)?;
+    job.hooks.ask(&Hook::ProbeFaults, job.options().hook_timeout)?;
+    Ok(plan)
 }
 
 fn check(job: &Job) -> Result<(), RestoreError> {

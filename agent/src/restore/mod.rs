@@ -60,6 +60,9 @@ pub fn run(job: &Arc<Job>, order: &Order) {
 fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     let source = Source::open(&order.path, &job.memory)?;
+    if let Some(block) = job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
+        return Err(JobError::Sealed { id: block.geometry.id });
+    }
     let state = VmmState::read(source.newest())?;
     let plan = match order.options.mode {
         RestoreMode::Eager => None,

@@ -8,14 +8,13 @@
 use super::prefetch::{Gate, Pieces};
 use super::serve::Queue;
 use super::source::Source;
-use crate::faults::RETRY;
+use crate::faults::{RETRY, Wants, lacks_memory};
 use crate::job::{Job, JobError, add};
 use crate::memory::arriving::{Arriving, ArrivingError};
 use crate::memory::cursor::Cursor;
 use crate::memory::owed::Owed;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use rustix::event::PollFlags;
-use rustix::io::Errno;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -199,6 +198,7 @@ impl<'a> Supply<'a> {
     /// If the kernel refuses, and does not want to be asked later.
     pub fn place(&self, worker: usize, at: usize, range: PageRange, content: &[u8]) -> Result<u64, JobError> {
         let begun = Instant::now();
+        let mut wants = Wants::new(self.job);
         loop {
             match self.place_once(worker, at, range, content) {
                 Ok(pages) => {
@@ -206,11 +206,11 @@ impl<'a> Supply<'a> {
                     return Ok(pages);
                 }
                 Err(error) if lacks_memory(&error) && begun.elapsed() < NO_MEMORY && !self.has_ended() => {
-                    log::warn!("{}", crate::error::chain(&error));
+                    wants.memory(at);
                     // The guest waits meanwhile, and is not lost.
                     std::thread::sleep(RETRY);
                 }
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(JobError::not_placed(&self.job.memory, at, error)),
             }
         }
     }
@@ -225,9 +225,4 @@ impl<'a> Supply<'a> {
         let each = (host_pages.first..host_pages.end()).zip(content.chunks_exact(bytes));
         each.map(|(host_page, content)| self.arriving.arrive_host_page(readers, worker, at, host_page, content)).sum()
     }
-}
-
-/// True if there may be memory later.
-fn lacks_memory(error: &ArrivingError) -> bool {
-    matches!(error, ArrivingError::Place { source: Errno::NOMEM | Errno::NOSPC, .. })
 }

@@ -165,7 +165,7 @@ impl Changes {
             other => {
                 let ended = if let State::Ended(why) = other { Some(why) } else { None };
                 let timeout = job.options().hook_timeout;
-                uses(Trackers::new(&plan.trackers, &job.hooks, timeout), false, None, ended, dirty)
+                uses(Trackers::new(&plan.trackers, &job.hooks, timeout, &job.stop), false, None, ended, dirty)
             }
         };
         Ok(Self { shared, memory, uses: Some(uses) })

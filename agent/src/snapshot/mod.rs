@@ -66,6 +66,9 @@ pub fn run(job: &Arc<Job>, plan: &Plan) {
 
 fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
+    if plan.options.mode == SnapshotMode::Background {
+        Watch::check_memory(job)?;
+    }
     let base = find_base(job, plan)?;
     let SnapshotOptions { track, replace, cached, .. } = plan.options;
     let writer = Arc::new(ImageWriter::create(&plan.path, job.memory.table(), replace, cached)?);

@@ -98,8 +98,11 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Has the VMM register its mappings, and answers faults from now on.
-    pub fn begin(job: &Arc<Job>) -> Result<Self, JobError> {
+    /// Refuses memory that cannot be protected. To be called before anything is made for the image.
+    ///
+    /// # Errors
+    /// Which block it is, and what it can be saved with.
+    pub fn check_memory(job: &Job) -> Result<(), JobError> {
         for block in job.memory.blocks() {
             let (id, size) = (block.geometry.id, block.backing.host_page_size());
             if block.backing.kind() == BackingKind::File {
@@ -109,6 +112,11 @@ impl Watch {
                 return Err(JobError::LargeHostPage { id, size, limit: MAX_HOST_PAGE });
             }
         }
+        Ok(())
+    }
+
+    /// Has the VMM register its mappings, and answers faults from now on.
+    pub fn begin(job: &Arc<Job>) -> Result<Self, JobError> {
         let ahead = job.memory.blocks().iter();
         let ahead = ahead.map(|block| HostPages::none(block.geometry.pages(), block.backing.host_page_size()));
         let ahead = ahead.collect::<Result<_, _>>()?;

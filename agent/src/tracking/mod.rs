@@ -8,6 +8,7 @@
 pub mod pagemap;
 
 use crate::hooks::{HookError, Hooks};
+use crate::job::Deadline;
 use crate::memory::{Block, GuestMemory};
 use pageferry_protocol::control::hook::{Hook, MAX_CLEAR_PAGES};
 use pageferry_protocol::memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
@@ -150,16 +151,17 @@ pub struct Trackers {
 
 impl Trackers {
     /// The trackers that `choice` names, and the shared log.
-    pub fn new(choice: &TrackerChoice, hooks: &Arc<Hooks>, hook_timeout: Duration) -> Self {
+    /// A hook may take `timeout`, and no longer than until `stop`.
+    pub fn new(choice: &TrackerChoice, hooks: &Arc<Hooks>, timeout: Duration, stop: &Deadline) -> Self {
         let mut trackers: Vec<Box<dyn Tracker>> = Vec::new();
         if choice.hooks {
-            trackers.push(Box::new(HookTracker { hooks: hooks.clone(), timeout: hook_timeout, started: false }));
+            trackers.push(Box::new(HookTracker { hooks: hooks.clone(), timeout, stop: stop.clone(), started: false }));
         }
         if let Some(pagemap) = &choice.pagemap {
             trackers.push(Box::new(ScanTracker { pagemap: pagemap.clone() }));
         }
         trackers.push(Box::new(LogTracker));
-        let lazy = choice.hooks.then(|| LazyClear { hooks: hooks.clone(), timeout: hook_timeout });
+        let lazy = choice.hooks.then(|| LazyClear { hooks: hooks.clone(), timeout, stop: stop.clone() });
         Self { trackers, lazy, pagemap: choice.pagemap.clone() }
     }
 
@@ -246,6 +248,7 @@ impl Tracker for LogTracker {
 struct HookTracker {
     hooks: Arc<Hooks>,
     timeout: Duration,
+    stop: Deadline,
     started: bool,
 }
 
@@ -257,7 +260,7 @@ impl Tracker for HookTracker {
     }
 
     fn sync(&mut self, _memory: &GuestMemory, _dirty: &DirtyPages) -> Result<(), TrackingError> {
-        Ok(self.hooks.ask(&Hook::SyncTracker, self.timeout)?)
+        Ok(self.hooks.ask(&Hook::SyncTracker, self.stop.cap_timeout(self.timeout))?)
     }
 
     fn stop(&mut self) {
@@ -315,6 +318,7 @@ impl Tracker for ScanTracker {
 pub struct LazyClear {
     hooks: Arc<Hooks>,
     timeout: Duration,
+    stop: Deadline,
 }
 
 impl LazyClear {
@@ -331,7 +335,8 @@ impl LazyClear {
             let words = part.first / WORD_BITS..part.end().div_ceil(WORD_BITS);
             let mut bitmap: Vec<u64> = words.map(|word| bitmap.word(word)).collect();
             bitmap.truncate(bitmap.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1));
-            self.hooks.ask(&Hook::ClearTracker { block: id, first, bitmap }, self.timeout)?;
+            let timeout = self.stop.cap_timeout(self.timeout);
+            self.hooks.ask(&Hook::ClearTracker { block: id, first, bitmap }, timeout)?;
             rest = PageRange::new(part.end(), range.end().saturating_sub(part.end()));
         }
         Ok(())

@@ -9,7 +9,7 @@ use pageferry_protocol::control::unix_path::socket_address;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::addr::SocketAddrArg;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -137,7 +137,7 @@ fn connect_one(
             if !ready.contains(&true) {
                 return Ok(Err(ErrorKind::TimedOut.into()));
             }
-            if let Err(errno) | Ok(Err(errno)) = rustix::net::sockopt::socket_error(&socket) {
+            if let Err(errno) | Ok(Err(errno)) = sockopt::socket_error(&socket) {
                 return Ok(Err(errno.into()));
             }
         }
@@ -190,7 +190,7 @@ impl AsFd for Listener {
 /// What it is instead.
 pub fn check_socket(fd: OwnedFd) -> Result<OwnedFd, TransportError> {
     let wrong = |reason: &str| TransportError::Address { address: "fd".to_owned(), reason: reason.to_owned() };
-    match rustix::net::sockopt::socket_type(&fd) {
+    match sockopt::socket_type(&fd) {
         Ok(SocketType::STREAM) => {}
         Ok(_) => return Err(wrong("the socket is no stream socket")),
         Err(_) => return Err(wrong("the descriptor is no socket")),
@@ -201,15 +201,24 @@ pub fn check_socket(fd: OwnedFd) -> Result<OwnedFd, TransportError> {
     Ok(fd)
 }
 
-/// Sends small records at once on TCP, and notices a peer whose host is gone.
+/// Sends small records at once on TCP, and notices a peer whose host is gone within about twice
+/// `timeout`, also while this side has nothing to send or holds back for its bandwidth limit.
 ///
 /// # Errors
 /// What the kernel said.
-pub fn tune(fd: BorrowedFd<'_>) -> rustix::io::Result<()> {
-    let domain = rustix::net::sockopt::socket_domain(fd)?;
+pub fn tune(fd: BorrowedFd<'_>, timeout: Duration) -> rustix::io::Result<()> {
+    let domain = sockopt::socket_domain(fd)?;
     if domain == AddressFamily::INET || domain == AddressFamily::INET6 {
-        rustix::net::sockopt::set_tcp_nodelay(fd, true)?;
-        rustix::net::sockopt::set_socket_keepalive(fd, true)?;
+        sockopt::set_tcp_nodelay(fd, true)?;
+        sockopt::set_socket_keepalive(fd, true)?;
+        // A probe after half of the time, and three more until it is over; in whole seconds.
+        let seconds = |part: Duration| Duration::from_secs(part.as_secs().clamp(1, 3600));
+        sockopt::set_tcp_keepidle(fd, seconds(timeout / 2))?;
+        sockopt::set_tcp_keepintvl(fd, seconds(timeout / 6))?;
+        sockopt::set_tcp_keepcnt(fd, 3)?;
+        // The same for what was sent and is not acknowledged, which keeps the probes from being sent.
+        let unacknowledged = u32::try_from(2 * timeout.as_millis()).unwrap_or(u32::MAX);
+        sockopt::set_tcp_user_timeout(fd, unacknowledged.max(1000))?;
     }
     Ok(())
 }
@@ -218,7 +227,7 @@ pub fn tune(fd: BorrowedFd<'_>) -> rustix::io::Result<()> {
 /// guest, it only costs timers. Once connected it would stay.
 fn unpace(socket: &OwnedFd) {
     // Where the kernel does not offer this one, the default stays.
-    let _ = rustix::net::sockopt::set_tcp_congestion(socket, "reno");
+    let _ = sockopt::set_tcp_congestion(socket, "reno");
 }
 
 #[cfg(test)]

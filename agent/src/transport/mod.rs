@@ -56,9 +56,25 @@ pub enum TransportError {
     /// The peer is silent.
     #[error("the peer was silent for {0:?}")]
     Silent(Duration),
-    /// The peer takes nothing.
-    #[error("the peer took nothing for {0:?}")]
-    Stuck(Duration),
+    /// The peer began a record, and does not come to its end.
+    #[error("the peer did not send a whole record within {timeout:?}: {missing} bytes are missing")]
+    Slow {
+        /// How long it had, since the record began.
+        timeout: Duration,
+        /// Bytes that did not come, as far as is known.
+        missing: usize,
+    },
+    /// The peer takes nothing, or not enough.
+    #[error("the peer did not take what was sent within {timeout:?}: {missing} bytes are left")]
+    Stuck {
+        /// How long it had.
+        timeout: Duration,
+        /// Bytes that it did not take.
+        missing: usize,
+    },
+    /// The guest is paused for its hand-over, and may be no longer.
+    #[error("the peer had not answered, or not taken what was sent, when that time was over")]
+    StopOver,
     /// A peer that is not known yet said something else first.
     #[error("{kind:?} record of {length:#x} bytes where a hello of at most {MAX_HELLO:#x} was expected")]
     NoHello {

@@ -1,17 +1,23 @@
 //! A connected stream: records in and out, with deadlines.
 //!
-//! The socket blocks, and the kernel keeps the deadlines: a call that makes no progress for that long fails. Cancelling a job shuts the
-//! socket down, which ends any call at once (see [`crate::job::Cancel`]).
+//! A peer is given `timeout` to begin a record or an answer, and as long again until all of the record
+//! is here; for a write it has `timeout` to take all of what is written. So a peer that sends or takes
+//! a byte now and then gains nothing by it. While a guest is paused for a hand-over, every wait also ends
+//! with the deadline of the stop ([`Deadline`]).
+//!
+//! Nothing blocks but in `poll`. Cancelling a job shuts the socket down, which ends any wait at once (see
+//! [`crate::job::Cancel`]).
 
 use super::TransportError;
+use crate::job::Deadline;
 use pageferry_protocol::stream::hello::MAX_HELLO;
 use pageferry_protocol::stream::{Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, IoSlice};
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Most parts of one write; the kernel's `UIO_MAXIOV`.
 const MAX_PARTS: usize = 1024;
@@ -21,6 +27,7 @@ const MAX_PARTS: usize = 1024;
 pub struct StreamSocket {
     fd: Arc<OwnedFd>,
     timeout: Duration,
+    stop: Deadline,
 }
 
 impl StreamSocket {
@@ -29,30 +36,27 @@ impl StreamSocket {
     /// # Errors
     /// What the kernel said.
     pub fn new(fd: OwnedFd, timeout: Duration) -> Result<Self, TransportError> {
-        let kernel = |errno: Errno| TransportError::Kernel(errno.into());
-        super::address::tune(fd.as_fd()).map_err(kernel)?;
-        let socket = Self { fd: Arc::new(fd), timeout };
-        socket.set_recv_timeout(timeout)?;
-        set_socket_timeout(&socket.fd, Timeout::Send, Some(timeout)).map_err(kernel)?;
-        Ok(socket)
+        super::address::tune(fd.as_fd(), timeout).map_err(|errno| TransportError::Kernel(errno.into()))?;
+        Ok(Self { fd: Arc::new(fd), timeout, stop: Deadline::default() })
     }
 
-    /// Changes how long the peer may be silent.
+    /// The same, whose waits also end with `stop`.
     ///
     /// # Errors
     /// What the kernel said.
-    pub fn set_recv_timeout(&self, timeout: Duration) -> Result<(), TransportError> {
-        // Zero would be no deadline.
-        let timeout = timeout.max(Duration::from_micros(1));
-        set_socket_timeout(&self.fd, Timeout::Recv, Some(timeout)).map_err(|errno| TransportError::Kernel(errno.into()))
+    pub fn with_stop(fd: OwnedFd, timeout: Duration, stop: &Deadline) -> Result<Self, TransportError> {
+        Ok(Self { stop: stop.clone(), ..Self::new(fd, timeout)? })
     }
 
-    /// The peer may be silent for as long as it likes: it has nothing to say unless something happens.
-    ///
-    /// # Errors
-    /// What the kernel said.
-    pub fn wait_for_ever(&self) -> Result<(), TransportError> {
-        set_socket_timeout(&self.fd, Timeout::Recv, None).map_err(|errno| TransportError::Kernel(errno.into()))
+    /// The same socket, on which the peer has less time to take what is written.
+    #[must_use]
+    pub fn hurried(&self, timeout: Duration) -> Self {
+        Self { timeout: timeout.min(self.timeout), ..self.clone() }
+    }
+
+    /// The deadline of the stop, if the guest is paused.
+    pub fn stop(&self) -> &Deadline {
+        &self.stop
     }
 
     /// Ends both directions, and wakes who reads or writes.
@@ -76,34 +80,69 @@ impl StreamSocket {
     /// Writes all of `parts`.
     ///
     /// # Errors
-    /// If the peer is gone or takes nothing.
+    /// If the peer is gone, or has not taken all of it in time.
     pub fn write_all(&self, mut parts: &mut [IoSlice<'_>]) -> Result<(), TransportError> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let mut deadline = None;
         while !parts.is_empty() {
             let batch = parts.len().min(MAX_PARTS);
-            let sent = sendmsg(&self.fd, &parts[..batch], &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL);
-            match sent {
+            match sendmsg(&self.fd, &parts[..batch], &mut SendAncillaryBuffer::default(), flags) {
                 Ok(count) => IoSlice::advance_slices(&mut parts, count),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Err(TransportError::Stuck(self.timeout)),
+                Err(Errno::AGAIN) => {
+                    let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.timeout);
+                    if !self.wait(PollFlags::OUT, Some(deadline))? {
+                        let missing = parts.iter().map(|part| part.len()).sum();
+                        return Err(TransportError::Stuck { timeout: self.timeout, missing });
+                    }
+                }
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(TransportError::Closed),
+                Err(Errno::TIMEDOUT) => return Err(TransportError::Silent(self.timeout)),
                 Err(errno) => return Err(TransportError::Kernel(errno.into())),
             }
         }
         Ok(())
     }
 
-    fn read(&self, buffer: &mut [u8], flags: RecvFlags) -> Result<Option<usize>, TransportError> {
+    /// Reads what there is; `None` if there is nothing.
+    fn read(&self, buffer: &mut [u8]) -> Result<Option<usize>, TransportError> {
         loop {
-            match recv(&self.fd, &mut *buffer, flags) {
+            match recv(&self.fd, &mut *buffer, RecvFlags::DONTWAIT) {
                 Ok((_, count)) => return Ok(Some(count)),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::CONNRESET) => return Ok(Some(0)),
+                Err(Errno::TIMEDOUT) => return Err(TransportError::Silent(self.timeout)),
                 Err(errno) => return Err(TransportError::Kernel(errno.into())),
             }
         }
     }
+
+    /// Waits until the socket is ready for `events`; false if `deadline` came first.
+    fn wait(&self, events: PollFlags, deadline: Option<Instant>) -> Result<bool, TransportError> {
+        loop {
+            // A stop may begin while somebody waits here: no wait is longer than this.
+            let look = Instant::now() + LOOK;
+            let until = self.stop.cap(deadline.map_or(look, |deadline| deadline.min(look)));
+            let left = until.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).ok();
+            match poll(&mut [PollFd::new(&self.fd, events)], timeout.as_ref()) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(true),
+                Err(errno) => return Err(TransportError::Kernel(errno.into())),
+            }
+            if self.stop.has_passed() {
+                return Err(TransportError::StopOver);
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(false);
+            }
+        }
+    }
 }
+
+/// Longest delay before a wait sees that a stop has begun, or ended.
+const LOOK: Duration = Duration::from_secs(5);
 
 impl AsFd for StreamSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -169,20 +208,28 @@ impl ReceivedRecord<'_> {
 #[derive(Debug)]
 pub struct RecordReader {
     socket: StreamSocket,
+    /// How long the peer may be silent before it begins a record; `None` is for ever.
+    patience: Option<Duration>,
     buffer: Vec<u8>,
     start: usize,
     end: usize,
 }
 
-/// How a record is read.
+/// Who is read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum How {
-    /// Waits until all of it is here.
-    Wait,
-    /// Does not wait.
-    Look,
-    /// Does not wait, and takes nothing but a hello.
+enum Whose {
+    /// A peer whose hello was accepted.
+    Peer,
+    /// One that is not known yet: nothing but a hello is taken from it.
     Stranger,
+}
+
+/// What is in the buffer.
+enum Next {
+    /// A record, whole.
+    Record(Kind, RecordHeader),
+    /// So many bytes are missing, as far as is known by now.
+    Missing(usize),
 }
 
 /// Some of the records that the sender's batches make: larger ones save wake-ups, still larger ones leave the cache.
@@ -191,7 +238,8 @@ const BUFFER: usize = 1280 << 10;
 impl RecordReader {
     /// Reads from `socket`. The buffer comes with the first record.
     pub fn new(socket: StreamSocket) -> Self {
-        Self { socket, buffer: Vec::new(), start: 0, end: 0 }
+        let patience = Some(socket.timeout);
+        Self { socket, patience, buffer: Vec::new(), start: 0, end: 0 }
     }
 
     /// The socket.
@@ -199,14 +247,44 @@ impl RecordReader {
         &self.socket
     }
 
+    /// Changes how long the peer may be silent before it begins a record.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = Some(patience);
+    }
+
+    /// The peer may be silent for as long as it likes: it has nothing to say unless something happens.
+    pub fn wait_for_ever(&mut self) {
+        self.patience = None;
+    }
+
     /// The next record.
     ///
     /// # Errors
-    /// If it is malformed, or the peer is gone or silent.
+    /// If it is malformed, or the peer is gone, silent, or does not come to the end of the record.
     pub fn read(&mut self) -> Result<ReceivedRecord<'_>, TransportError> {
-        match self.poll_next(How::Wait)? {
-            Some((kind, header)) => Ok(self.take(kind, header)),
-            None => Err(TransportError::Silent(self.socket.timeout)),
+        let mut deadline = None;
+        loop {
+            let missing = match self.poll_next(Whose::Peer)? {
+                Next::Record(kind, header) => return Ok(self.take(kind, header)),
+                Next::Missing(missing) => missing,
+            };
+            let begun = self.end > self.start;
+            // Since when the record is waited for, or, once it has begun, since it has.
+            let wait = match deadline {
+                Some((deadline, of)) if of == begun => deadline,
+                _ => {
+                    let limit = if begun { Some(self.socket.timeout) } else { self.patience };
+                    let from_now = limit.map(|limit| Instant::now() + limit);
+                    deadline = Some((from_now, begun));
+                    from_now
+                }
+            };
+            if !self.socket.wait(PollFlags::IN, wait)? {
+                return Err(match self.patience {
+                    Some(patience) if !begun => TransportError::Silent(patience),
+                    _ => TransportError::Slow { timeout: self.socket.timeout, missing },
+                });
+            }
         }
     }
 
@@ -220,7 +298,10 @@ impl RecordReader {
     /// # Errors
     /// If it is malformed, or the peer is gone.
     pub fn try_read(&mut self) -> Result<Option<ReceivedRecord<'_>>, TransportError> {
-        Ok(self.poll_next(How::Look)?.map(|(kind, header)| self.take(kind, header)))
+        match self.poll_next(Whose::Peer)? {
+            Next::Record(kind, header) => Ok(Some(self.take(kind, header))),
+            Next::Missing(_) => Ok(None),
+        }
     }
 
     /// The payload of a hello if it is all here, without waiting. For a peer that is not known yet: it gets no more memory than the longest hello takes.
@@ -228,26 +309,32 @@ impl RecordReader {
     /// # Errors
     /// If it is no hello, or malformed, or the peer is gone.
     pub fn try_read_hello(&mut self) -> Result<Option<&[u8]>, TransportError> {
-        Ok(self.poll_next(How::Stranger)?.map(|(kind, header)| self.take(kind, header).payload))
+        match self.poll_next(Whose::Stranger)? {
+            Next::Record(kind, header) => Ok(Some(self.take(kind, header).payload)),
+            Next::Missing(_) => Ok(None),
+        }
     }
 
-    fn poll_next(&mut self, how: How) -> Result<Option<(Kind, RecordHeader)>, TransportError> {
-        if !self.fill(RECORD_SIZE, how)? {
-            return Ok(None);
+    /// The next record, if all of it is here by now. Does not wait.
+    fn poll_next(&mut self, whose: Whose) -> Result<Next, TransportError> {
+        let missing = self.fill(RECORD_SIZE, whose)?;
+        if missing > 0 {
+            return Ok(Next::Missing(missing));
         }
         let mut bytes = [0; RECORD_SIZE];
         bytes.copy_from_slice(&self.buffer[self.start..self.start + RECORD_SIZE]);
         let header = RecordHeader::from_wire(bytes);
         let kind = header.check()?;
-        if how == How::Stranger && (kind != Kind::Hello || header.payload_length() > MAX_HELLO) {
+        if whose == Whose::Stranger && (kind != Kind::Hello || header.payload_length() > MAX_HELLO) {
             return Err(TransportError::NoHello { kind, length: header.payload_length() });
         }
-        if !self.fill(RECORD_SIZE + header.payload_length(), how)? {
-            return Ok(None);
+        let missing = self.fill(RECORD_SIZE + header.payload_length(), whose)?;
+        if missing > 0 {
+            return Ok(Next::Missing(missing));
         }
         let payload = &self.buffer[self.start + RECORD_SIZE..self.start + RECORD_SIZE + header.payload_length()];
         header.verify(kind, payload)?;
-        Ok(Some((kind, header)))
+        Ok(Next::Record(kind, header))
     }
 
     fn take(&mut self, kind: Kind, header: RecordHeader) -> ReceivedRecord<'_> {
@@ -256,41 +343,42 @@ impl RecordReader {
         ReceivedRecord { kind, header, payload: &self.buffer[start..self.start] }
     }
 
-    /// Makes sure that `needed` bytes are in the buffer; `needed` was checked against the format's limits.
-    fn fill(&mut self, needed: usize, how: How) -> Result<bool, TransportError> {
+    /// Reads until `needed` bytes are in the buffer, or no more are there; returns how many are
+    /// missing. `needed` was checked against the format's limits.
+    fn fill(&mut self, needed: usize, whose: Whose) -> Result<usize, TransportError> {
         debug_assert!(needed <= RECORD_SIZE + MAX_PAYLOAD);
         if self.end - self.start >= needed {
-            return Ok(true);
+            return Ok(0);
         }
         if self.start + needed > self.buffer.len() {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
-            let size = if how == How::Stranger { needed.max(4096) } else { needed.max(BUFFER) };
+            let size = if whose == Whose::Stranger { needed.max(4096) } else { needed.max(BUFFER) };
             if self.buffer.len() < size {
                 self.buffer.resize(size, 0);
             }
         }
-        let flags = if how == How::Wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
         while self.end - self.start < needed {
-            match self.socket.read(&mut self.buffer[self.end..], flags)? {
-                None => return Ok(false),
+            let missing = needed - (self.end - self.start);
+            match self.socket.read(&mut self.buffer[self.end..])? {
+                None => return Ok(missing),
                 Some(0) if self.end == self.start => return Err(TransportError::Closed),
-                Some(0) => return Err(TransportError::Cut { missing: needed - (self.end - self.start) }),
+                Some(0) => return Err(TransportError::Cut { missing }),
                 Some(count) => self.end += count,
             }
         }
-        Ok(true)
+        Ok(0)
     }
 
     /// Reads and throws away what still comes until the peer closes or is silent, so that our last word is not lost to a reset.
     pub fn drain(&mut self, patience: Duration) {
-        let deadline = std::time::Instant::now() + patience;
-        let _ = self.socket.set_recv_timeout(patience);
+        let deadline = Instant::now() + patience;
         let mut scratch = vec![0; 64 << 10];
-        while std::time::Instant::now() < deadline {
-            match self.socket.read(&mut scratch, RecvFlags::empty()) {
+        while Instant::now() < deadline {
+            match self.socket.read(&mut scratch) {
                 Ok(Some(count)) if count > 0 => {}
+                Ok(None) if matches!(self.socket.wait(PollFlags::IN, Some(deadline)), Ok(true)) => {}
                 _ => return,
             }
         }
@@ -300,12 +388,81 @@ impl RecordReader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use crate::job::deadline::Stop;
+    use pageferry_protocol::control::job::OutgoingOptions;
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    fn pair_with(timeout: Duration) -> (UnixStream, RecordReader) {
+        let (theirs, ours) = UnixStream::pair().unwrap();
+        (theirs, RecordReader::new(StreamSocket::new(ours.into(), timeout).unwrap()))
+    }
 
     fn pair() -> (UnixStream, RecordReader) {
+        pair_with(Duration::from_secs(10))
+    }
+
+    /// Runs `test` beside a peer that does `step` again and again, each time well within any timeout.
+    fn beside(mut step: impl FnMut() + Send, test: impl FnOnce()) {
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    step();
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            });
+            test();
+            over.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn a_peer_that_sends_byte_by_byte_has_one_deadline_for_the_whole_record() {
+        let (mut theirs, mut reader) = pair_with(Duration::from_millis(300));
+        let header = RecordHeader::plain(Kind::State, 0, MAX_PAYLOAD).sealed(&[]).to_wire();
+        theirs.write_all(&header).unwrap();
+        // A million bytes at 50 a second would be hours.
+        beside(
+            || drop(theirs.write(&[0])),
+            || assert!(matches!(reader.read(), Err(TransportError::Slow { missing: 1.., .. }))),
+        );
+    }
+
+    #[test]
+    fn a_peer_that_takes_byte_by_byte_has_one_deadline_for_the_whole_write() {
+        let (theirs, reader) = pair_with(Duration::from_millis(300));
+        let mut taking = theirs.try_clone().unwrap();
+        let bytes = vec![0; 16 << 20];
+        beside(
+            || drop(taking.read(&mut [0; 4096])),
+            || {
+                let outcome = reader.socket().write_all(&mut [IoSlice::new(&bytes)]);
+                assert!(matches!(outcome, Err(TransportError::Stuck { missing: 1.., .. })), "{outcome:?}");
+            },
+        );
+    }
+
+    #[test]
+    fn the_deadline_of_a_stop_ends_every_wait() {
+        let none = OutgoingOptions {
+            peer_timeout: Duration::from_millis(100),
+            hook_timeout: Duration::ZERO,
+            ..OutgoingOptions::default()
+        };
+        let deadline = Deadline::default();
         let (theirs, ours) = UnixStream::pair().unwrap();
-        (theirs, RecordReader::new(StreamSocket::new(ours.into(), Duration::from_secs(10)).unwrap()))
+        let socket = StreamSocket::with_stop(ours.into(), Duration::from_secs(3600), &deadline).unwrap();
+        let mut reader = RecordReader::new(socket.clone());
+        let stop = Stop::begin(&deadline, &none);
+        assert!(matches!(reader.read(), Err(TransportError::StopOver)));
+        let outcome = socket.write_all(&mut [IoSlice::new(&vec![0; 16 << 20])]);
+        assert!(matches!(outcome, Err(TransportError::StopOver)), "{outcome:?}");
+        drop(stop);
+        // It does not outlive the stop.
+        (&theirs).write_all(&RecordHeader::plain(Kind::Loaded, 0, 0).sealed(&[]).to_wire()).unwrap();
+        assert_eq!(reader.read().unwrap().kind, Kind::Loaded);
     }
 
     #[test]

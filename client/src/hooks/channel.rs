@@ -365,6 +365,10 @@ impl HookChannel {
                 Ok(())
             }
             Hook::PrepareRestore { path } => self.prepare_restore(Path::new(&path), hooks),
+            Hook::ProbeFaults => {
+                let probed = self.parts.faults.probe(&self.parts.memory);
+                probed.map_err(|error| RemoteError::new(ErrorCode::Unsupported, chain(&error)))
+            }
             // Answered before it comes here.
             Hook::SaveState
             | Hook::Relinquish { .. }

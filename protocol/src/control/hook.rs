@@ -26,6 +26,7 @@ pub mod code {
     pub const WATCH_WRITES: u32 = 0x200d;
     pub const UNWATCH_WRITES: u32 = 0x200e;
     pub const PREPARE_RESTORE: u32 = 0x200f;
+    pub const PROBE_FAULTS: u32 = 0x2010;
 }
 
 /// Most pages of one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
@@ -92,6 +93,9 @@ pub enum Hook {
         /// Pages are freed as they arrive there, so that an agent that goes on cannot take the memory here for whole.
         release: bool,
     },
+    /// Can the mappings of all blocks be registered for missing pages? Asked before a guest is accepted that
+    /// may run before its memory is here, or before memory is given up for it. Nothing stays registered.
+    ProbeFaults,
     /// The guest is about to run before its memory is here: register the mappings of all blocks for missing pages. Answered by the userfaultfd
     /// as the descriptor.
     RegisterFaults,
@@ -131,6 +135,7 @@ impl Hook {
             Self::SaveState => code::SAVE_STATE,
             Self::LoadState { .. } => code::LOAD_STATE,
             Self::Relinquish { .. } => code::RELINQUISH,
+            Self::ProbeFaults => code::PROBE_FAULTS,
             Self::RegisterFaults => code::REGISTER_FAULTS,
             Self::UnregisterFaults { .. } => code::UNREGISTER_FAULTS,
             Self::WatchWrites => code::WATCH_WRITES,
@@ -153,6 +158,7 @@ impl Hook {
             Self::SaveState => "save state",
             Self::LoadState { .. } => "load state",
             Self::Relinquish { .. } => "relinquish",
+            Self::ProbeFaults => "probe faults",
             Self::RegisterFaults => "register faults",
             Self::UnregisterFaults { .. } => "unregister faults",
             Self::WatchWrites => "watch writes",
@@ -211,6 +217,7 @@ impl Hook {
             code::SAVE_STATE => Ok(Self::SaveState),
             code::LOAD_STATE => decode_pieces(decoder).map(|pieces| Self::LoadState { pieces }),
             code::RELINQUISH => decode_relinquish(decoder),
+            code::PROBE_FAULTS => Ok(Self::ProbeFaults),
             code::REGISTER_FAULTS => Ok(Self::RegisterFaults),
             code::UNREGISTER_FAULTS => {
                 decode_flag(decoder, "complete").map(|complete| Self::UnregisterFaults { complete })

@@ -263,6 +263,25 @@ pub enum TableMismatch {
     },
 }
 
+impl TableMismatch {
+    /// What the source may know: which field differs, and its own value. This side's values are for
+    /// its own log and operator, or whoever reaches the port could read the table field by field.
+    pub fn for_source(&self) -> String {
+        let here = "the destination's status and log say what it has";
+        match self {
+            Self::Count { source_count, .. } => {
+                format!("the source has {source_count} blocks, the destination another number: {here}")
+            }
+            Self::Missing { id, name } => {
+                format!("block {id} \"{name}\" of the source does not exist at the destination")
+            }
+            Self::Field { id, field, theirs, .. } => {
+                format!("block {id}: {field} is {theirs} at the source and differs at the destination: {here}")
+            }
+        }
+    }
+}
+
 /// Compares the tables of the source and of this side.
 ///
 /// # Errors
@@ -357,6 +376,8 @@ mod tests {
         assert_eq!(longer.to_string(), "block 1: length is 0x4000 at the source and 0x3000 here");
         assert!(matches!(compare(&table(&[2, 3, 1]), &ours), Err(TableMismatch::Missing { id: 2, .. })));
         assert!(matches!(compare(&table(&[2]), &ours), Err(TableMismatch::Count { source_count: 1, own_count: 2 })));
+        let told = longer.for_source();
+        assert!(told.starts_with("block 1: length is 0x4000 at the source") && !told.contains("0x3000"), "{told}");
     }
 
     #[test]

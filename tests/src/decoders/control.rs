@@ -251,6 +251,7 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::SaveState,
         Hook::LoadState { pieces },
         Hook::Relinquish { session: [7; 16], release: true },
+        Hook::ProbeFaults,
         Hook::RegisterFaults,
         Hook::UnregisterFaults { complete: true },
         Hook::WatchWrites,

@@ -2,7 +2,7 @@
 
 use crate::common::{Listening, Peer, SOON};
 use crate::geometry;
-use pageferry_client::{OutgoingOptions, Phase};
+use pageferry_client::{MIN_BANDWIDTH, OutgoingOptions, Phase, RestoreOptions, SnapshotOptions};
 use pageferry_protocol::control::SocketError;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{HEADER_SIZE, MAX_BODY};
@@ -238,5 +238,25 @@ fn an_operator_sees_the_jobs_and_cannot_touch_the_memory() {
         assert_eq!(error.code, ErrorCode::Denied);
         assert!(Instant::now() < deadline, "the old session does not end");
         std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_bandwidth_that_cannot_work_is_refused_with_the_least_that_can() {
+    let agent = Listening::new();
+    let mut vmm = owner(&agent);
+    for bandwidth in [1, MIN_BANDWIDTH - 1] {
+        let migration = OutgoingOptions { bandwidth, ..OutgoingOptions::default() };
+        let snapshot = SnapshotOptions { bandwidth, ..SnapshotOptions::default() };
+        let restore = RestoreOptions { bandwidth, ..RestoreOptions::default() };
+        for request in [
+            Request::StartOutgoing { target: "unix:/nowhere".into(), options: migration.clone() },
+            Request::SetParameters { options: migration },
+            Request::StartSnapshot { path: "/nowhere".into(), options: snapshot },
+            Request::StartRestore { path: "/nowhere".into(), options: restore },
+        ] {
+            let words = [format!("bandwidth is {bandwidth:#x}"), "at least 0x10000".to_owned()];
+            assert_refused(&mut vmm, &request, Vec::new(), &words.each_ref().map(String::as_str));
+        }
     }
 }

@@ -1,12 +1,15 @@
 //! The first record of a stream: strangers are dropped, and a source that does not fit is rejected in words.
 
+use crate::common::SOON;
 use crate::geometry;
 use crate::scene::{FakeSource, PAGES, Scene, hello};
-use pageferry_client::Phase;
+use pageferry_client::{IncomingOptions, JobStatus, Phase, Target};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
 use pageferry_protocol::stream::hello::{Accept, FEATURE_LZ4, FEATURE_POSTCOPY, FEATURE_ZSTD, FEATURES, HELLO_RECOVER};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
+use pageferry_tests::deadline::wait_until;
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 #[test]
@@ -113,29 +116,80 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
         blocks.into_iter().for_each(|block| table.insert(block, 8).unwrap());
         table
     };
-    let cases: [(BlockTable, &[&str]); 7] = [
-        (table(vec![BlockGeometry { name: "other".into(), ..right() }]), &["block 3", "name", "other", "block3"]),
-        (table(vec![BlockGeometry { gpa: 0x9000, ..right() }]), &["block 3", "gpa", "0x9000", "0x7000"]),
-        (table(vec![BlockGeometry { length: 0x1000, ..right() }]), &["block 3", "length", "0x1000", "0x28000"]),
-        (table(vec![BlockGeometry { granularity: 0x2000, ..right() }]), &["block 3", "granularity", "0x2000"]),
-        (table(vec![BlockGeometry { id: 4, ..right() }]), &["block 4", "does not exist"]),
-        (table(vec![]), &["0 blocks", "1"]),
-        (table(vec![right(), geometry(5, 0x100_0000, 0x1000)]), &["block 5", "does not exist"]),
+    // What both sides read, and what only this side's operator does.
+    let cases: [(BlockTable, &[&str], &str); 7] = [
+        (table(vec![BlockGeometry { name: "other".into(), ..right() }]), &["block 3", "name", "other"], "block3"),
+        (table(vec![BlockGeometry { gpa: 0x9000, ..right() }]), &["block 3", "gpa", "0x9000"], "0x7000"),
+        (table(vec![BlockGeometry { length: 0x1000, ..right() }]), &["block 3", "length", "0x1000"], "0x28000"),
+        (
+            table(vec![BlockGeometry { granularity: 0x2000, ..right() }]),
+            &["block 3", "granularity", "0x2000"],
+            "0x1000",
+        ),
+        (table(vec![BlockGeometry { id: 4, ..right() }]), &["block 4", "does not exist"], ""),
+        (table(vec![]), &["0 blocks"], "this side 1"),
+        (table(vec![right(), geometry(5, 0x100_0000, 0x1000)]), &["block 5", "does not exist"], ""),
     ];
     let scene = Scene::new();
-    for (blocks, words) in cases {
-        let job = scene.listen();
+    let job = scene.listen();
+    for (blocks, words, own) in cases {
         let mut source = FakeSource::connect(&scene);
         source.hello(&Hello { blocks, ..hello() });
         let sentence = source.sentence(Kind::Reject);
-        let status = scene.destination.wait(job);
-        assert_eq!(status.phase, Phase::Failed);
+        assert!(own.is_empty() || !sentence.contains(own), "a stranger reads the table: {sentence}");
+        // The job goes on waiting, and its operator reads why the source was refused.
+        let mut status = scene.destination.client.status().unwrap();
+        let noted = |status: &JobStatus| words.iter().all(|word| status.error.contains(word));
+        wait_until("the note", SOON, || {
+            status = scene.destination.client.status().unwrap();
+            noted(&status)
+        })
+        .unwrap_or_else(|_| panic!("{words:?} is missing in: {}", status.error));
+        assert_eq!((status.job, status.phase), (job, Phase::Connecting));
+        assert!(status.error.contains(own), "\"{own}\" is missing in: {}", status.error);
         for word in words {
             assert!(sentence.contains(word), "\"{word}\" is missing in: {sentence}");
-            assert!(status.error.contains(word), "\"{word}\" is missing in: {}", status.error);
         }
     }
+    scene.assert_takes_a_guest(job);
+    assert_eq!(scene.destination.client.status().unwrap().error, "", "what is over is not told any more");
+}
+
+#[test]
+fn a_source_that_does_not_fit_costs_no_descriptor_and_keeps_no_other_out() {
+    let scene = Scene::new();
+    let job = scene.listen();
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    // The primary of another source is there, and its second stream is not.
+    let mut half = FakeSource::connect(&scene);
+    half.hello(&Hello { streams: 2, session: [9; 16], ..hello() });
+    let before = open();
+    for _ in 0..300 {
+        let mut source = FakeSource::connect(&scene);
+        source.hello(&Hello { blocks: BlockTable::new(), ..hello() });
+        assert!(source.sentence(Kind::Reject).contains("0 blocks"));
+    }
+    wait_until("the connections closed", SOON, || open() < before + 150).unwrap();
+    let mut second = FakeSource::connect(&scene);
+    second.hello(&Hello { stream: 1, streams: 2, session: [9; 16], blocks: BlockTable::new(), ..hello() });
+    assert_eq!(half.next().0, Kind::Accept);
+    drop((half, second));
+    assert_eq!(scene.destination.wait(job).phase, Phase::Failed);
     scene.assert_takes_a_guest(scene.listen());
+}
+
+#[test]
+fn a_source_that_does_not_fit_ends_a_job_that_has_one_socket() {
+    let scene = Scene::new();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let job = scene.destination.client.start_incoming(Target::Socket(theirs.into()), &IncomingOptions::default());
+    let mut source = FakeSource { stream: ours };
+    source.hello(&Hello { blocks: BlockTable::new(), ..hello() });
+    let sentence = source.sentence(Kind::Reject);
+    assert!(sentence.contains("0 blocks"), "{sentence}");
+    let status = scene.destination.wait(job.unwrap().job);
+    assert_eq!(status.phase, Phase::Failed);
+    assert!(status.error.contains("this side 1"), "{}", status.error);
 }
 
 #[test]
@@ -150,7 +204,7 @@ fn postcopy_is_refused_by_name_where_the_memory_is_mapped_nowhere() {
     });
     let sentence = sources[0].sentence(Kind::Reject);
     assert!(sentence.contains("block 3 has no vmm_address"), "{sentence}");
-    assert_eq!(scene.destination.wait(job).phase, Phase::Failed);
+    scene.assert_takes_a_guest(job);
 }
 
 #[test]

@@ -37,7 +37,8 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs `running` passes over the running guest, and one over the stopped one.
+/// Runs `running` passes over the running guest, and one over the stopped one; fewer if nothing is
+/// dirty before.
 pub fn passes(running: u32) -> OutgoingOptions {
     OutgoingOptions {
         // Never met, so that as many passes run as the test wants.

@@ -82,14 +82,17 @@ impl Ram {
         Touch::of(self.mapping.clone().unwrap(), page)
     }
 
+    /// Where [`Ram::odd`] lies in the guest.
+    pub const ODD_GPA: u64 = 0x7000;
+
     /// A block at an odd place.
     pub fn odd(pages: u64) -> Self {
-        Self::new(3, 0x7000, pages, 0x5000)
+        Self::new(3, Self::ODD_GPA, pages, 0x5000)
     }
 
     /// The same, but its file can shrink.
     pub fn unsealed(pages: u64) -> Self {
-        Self::without_seal(3, 0x7000, pages, 0x5000)
+        Self::without_seal(3, Self::ODD_GPA, pages, 0x5000)
     }
 
     pub fn add_to(&self, client: &Client) {

@@ -1,7 +1,8 @@
 //! What stands between two agents, on the test's own thread.
 
 use super::SOON;
-use pageferry_client::{Client, IncomingOptions, JobStatus, OutgoingOptions, Target};
+use pageferry_client::{Client, DirtyLog, IncomingOptions, JobStatus, NonConvergence, OutgoingOptions, Target};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::{Hello, Kind, RECORD_SIZE, RecordHeader};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_linger, set_socket_timeout};
@@ -11,6 +12,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long the relay waits for a record before it lets its caller look around.
@@ -124,6 +126,24 @@ pub struct Relay {
     links: Vec<Link>,
     /// All that was passed on.
     pub seen: Vec<Passing>,
+    /// Keeps a guest busy that would be stopped before the passes that the test wants.
+    busy: Option<Busy>,
+}
+
+/// The guest's log, and how many passes find a page in it. It is the first of [`super::Ram::odd`].
+struct Busy {
+    log: Arc<DirtyLog>,
+    passes: u64,
+}
+
+impl Busy {
+    const PAGE: u64 = super::Ram::ODD_GPA / PAGE_SIZE;
+
+    fn write(&self, record: &Passing) {
+        if record.kind == Kind::PassDone && record.header.number() + 1 < self.passes {
+            self.log.mark(PageRange::new(Self::PAGE, 1));
+        }
+    }
 }
 
 impl Relay {
@@ -134,7 +154,7 @@ impl Relay {
     pub fn over(wire: Wire) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let listener = Listener::new(wire, &folder.path().join("relay"));
-        Self { folder, wire, listener, destination: String::new(), links: Vec::new(), seen: Vec::new() }
+        Self { folder, wire, listener, destination: String::new(), links: Vec::new(), seen: Vec::new(), busy: None }
     }
 
     /// Where the source goes.
@@ -165,8 +185,11 @@ impl Relay {
         started.job
     }
 
-    /// Has the source send its guest; returns its job.
-    pub fn send(&self, source: &Client, options: &OutgoingOptions) -> u64 {
+    /// Has the source send its guest; returns its job. Options of [`super::passes`] get the passes that
+    /// they name: the guest has a dirty page before each of them.
+    pub fn send(&mut self, source: &Client, options: &OutgoingOptions) -> u64 {
+        let wants_passes = options.downtime_limit.is_zero() && options.policy == NonConvergence::StopAnyway;
+        self.busy = wants_passes.then(|| Busy { log: source.log().clone(), passes: options.max_passes.into() });
         source.start_outgoing(Target::Address(self.address()), options).unwrap().job
     }
 
@@ -219,6 +242,9 @@ impl Relay {
     }
 
     pub fn pass(&mut self, record: Passing) {
+        if let Some(busy) = &self.busy {
+            busy.write(&record);
+        }
         let mut to = self.links[record.link].end(record.to_destination);
         // Whoever closed gets no more.
         let _ = to.write_all(&record.bytes());
@@ -228,6 +254,17 @@ impl Relay {
     fn pass_part(&self, record: &Passing, bytes: usize) {
         let mut to = self.links[record.link].end(record.to_destination);
         to.write_all(&record.bytes()[..bytes]).unwrap();
+    }
+
+    /// Passes a record on byte by byte, one every `interval`, until something comes about.
+    pub fn trickle(&self, record: &Passing, interval: Duration, mut until: impl FnMut() -> bool) {
+        let mut to = self.links[record.link].end(record.to_destination);
+        for byte in record.bytes() {
+            if until() || to.write_all(&[byte]).is_err() {
+                return;
+            }
+            std::thread::sleep(interval);
+        }
     }
 
     /// Passes only the first `bytes` of a record on, and cuts all links.

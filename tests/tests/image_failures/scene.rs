@@ -4,7 +4,7 @@ pub use crate::common::images::{on, paused, tracked};
 use crate::common::{PROGRAM, Peer, SOON, Vmm, VmmHooks, images, lock};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    BlockRange, Client, Config, Error, JobStatus, Phase, RestoreMode, RestoreOptions, SnapshotOptions,
+    BlockRange, Client, Config, Error, JobStatus, MIN_BANDWIDTH, Phase, RestoreMode, RestoreOptions, SnapshotOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::{wait_for, wait_until};
@@ -295,7 +295,7 @@ pub fn background() -> SnapshotOptions {
 
 /// One that would take for ever, but for what does not wait for its turn.
 pub fn endless(options: SnapshotOptions) -> SnapshotOptions {
-    SnapshotOptions { bandwidth: 1, ..options }
+    SnapshotOptions { bandwidth: MIN_BANDWIDTH, ..options }
 }
 
 pub fn eager() -> RestoreOptions {
@@ -308,7 +308,7 @@ pub fn lazy() -> RestoreOptions {
 
 /// One that would take for ever, but for what the guest touches.
 pub fn slow(options: RestoreOptions) -> RestoreOptions {
-    RestoreOptions { bandwidth: 1, ..options }
+    RestoreOptions { bandwidth: MIN_BANDWIDTH, ..options }
 }
 
 /// The modes of a restore that this machine has.

@@ -1,7 +1,7 @@
 //! Faults of many threads at once, and those that the kernel takes on behalf of a device.
 
 use crate::scene::{Move, Side, Switch, TRICKLE};
-use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Phase};
+use pageferry_client::{IncomingOptions, MIN_BANDWIDTH, Mode, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::IdleGuest;
@@ -164,8 +164,9 @@ fn a_page_whose_push_is_held_back_comes_when_it_is_asked_for() {
     let (source, destination) = (Side::small(8), Side::small(8));
     source.block(0).fill(source.block(0).all(), 7).unwrap();
     let (job, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
-    // The first piece may go, and the next not within the day: what the push has taken by then it never sends.
-    let options = OutgoingOptions { streams: 2, mode: Mode::Postcopy, bandwidth: 1, ..OutgoingOptions::default() };
+    // The push takes a minute for each of the pieces that it claims.
+    let options =
+        OutgoingOptions { streams: 2, mode: Mode::Postcopy, bandwidth: MIN_BANDWIDTH, ..OutgoingOptions::default() };
     let outgoing = source.vmm.start_outgoing(&address, &options).unwrap();
     destination.vmm.wait_phase(Phase::Postcopy, PATIENCE).unwrap();
     let memory = destination.vmm.memory().clone();

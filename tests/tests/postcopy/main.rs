@@ -5,6 +5,7 @@
 //! - [`faults`]: many at once, and those of system calls; [`arrivals`]: one that comes while its page is being placed;
 //! - [`discards`]: what is given away and taken back meanwhile; [`sparse`]: a large guest that gave most of it away;
 //! - [`release`]: memory that the source frees; [`shortage`]: a destination without memory;
+//! - [`refusals`]: memory that it cannot fill;
 //! - [`attempts`]: recoveries that fail half-way; [`watch`]: what is seen of one;
 //! - [`onwards`]: what comes after.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
@@ -15,6 +16,7 @@ mod discards;
 mod faults;
 mod kvm;
 mod onwards;
+mod refusals;
 mod release;
 mod scene;
 mod shortage;

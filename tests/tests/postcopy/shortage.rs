@@ -1,43 +1,104 @@
-//! A destination that runs out of huge pages while the guest runs there.
+//! A destination that has too few huge pages, before its guest runs and while it does.
 
-use crate::scene::{MIB, Move, Pages, Side, Switch, check_filled, fill, guest, memory};
-use pageferry_client::{OutgoingOptions, Phase};
+use crate::scene::{HUGE, MIB, Move, Pages, Side, Switch, check_filled, fill, guest, memory};
+use pageferry_client::{BlockRange, Phase, Punch};
+use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::Pattern;
 use pageferry_tests::huge_pages::{HUGE_PAGE, HugePages, hugetlb_memfd};
 use pageferry_tests::require;
 use pageferry_tests::vmm::PATIENCE;
 use rustix::fs::{FallocateFlags, fallocate};
+use std::os::fd::OwnedFd;
+
+/// Takes all huge pages but `left`, until it is dropped.
+fn take_all_but(left: u64) -> OwnedFd {
+    let others = HugePages::free().unwrap() - left;
+    let hog = hugetlb_memfd(others * HUGE_PAGE).unwrap();
+    fallocate(&hog, FallocateFlags::empty(), 0, others * HUGE_PAGE).unwrap();
+    hog
+}
 
 #[test]
-fn without_a_huge_page_left_the_postcopy_pauses_and_nothing_is_lost() {
+fn a_guest_does_not_move_where_there_are_too_few_huge_pages_for_it() {
+    if !require::uffd() {
+        return;
+    }
+    let Some(_pool) = require::hugetlb(10) else { return };
+    for switch in [Switch::AtOnce, Switch::AfterPasses(1)] {
+        let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
+        source.vmm.memory().blocks().iter().for_each(|block| fill(block, block.all(), 4));
+        let options = guest(Pattern::Uniform, 20_000);
+        let (wrote, writes) = (source.threads(&options), destination.threads(&options));
+        source.vmm.start().unwrap();
+        wait_until("writes", PATIENCE, || wrote() > 2000).unwrap();
+        // With passes the pages are allocated as they arrive, by name as well.
+        let hog = take_all_but(3);
+        let [outgoing, incoming] = Move::start(&source, &destination, switch.options(60 * MIB)).end();
+        for status in [&outgoing, &incoming] {
+            assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+            assert!(status.error.contains("nr_hugepages"), "{}", status.error);
+        }
+        // It runs on where it was.
+        assert!(source.vmm.record().runs && !destination.vmm.record().runs);
+        let before = wrote();
+        wait_until("more writes", PATIENCE, || wrote() > before + 100).unwrap();
+        drop(hog);
+
+        let migration = Move::start(&source, &destination, Switch::AtOnce.options(0));
+        migration.finish();
+        wait_until("writes there", PATIENCE, || writes() > 0).unwrap();
+        destination.vmm.stop().unwrap();
+        assert!(destination.vmm.usage().check().unwrap() > 1000);
+        destination.vmm.memory().blocks().iter().for_each(|block| check_filled(block, block.all(), 4));
+    }
+}
+
+#[test]
+fn huge_pages_that_are_owed_are_nobody_elses_once_the_guest_runs() {
     if !require::uffd() {
         return;
     }
     let Some(_pool) = require::hugetlb(10) else { return };
     let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
     source.vmm.memory().blocks().iter().for_each(|block| fill(block, block.all(), 4));
-    let options = guest(Pattern::Uniform, 20_000);
-    let (wrote, writes) = (source.threads(&options), destination.threads(&options));
-    source.vmm.start().unwrap();
-    wait_until("writes", PATIENCE, || wrote() > 2000).unwrap();
-    // All but three, which are not enough.
-    let others = HugePages::free().unwrap() - 3;
-    let hog = hugetlb_memfd(others * HUGE_PAGE).unwrap();
-    fallocate(&hog, FallocateFlags::empty(), 0, others * HUGE_PAGE).unwrap();
-
-    let migration = Move::start(&source, &destination, Switch::AtOnce.options(60 * MIB));
-    for side in [&source, &destination] {
-        let paused = || side.status().phase == Phase::PostcopyPaused;
-        wait_until("the pause", PATIENCE, paused).unwrap();
-    }
-    let why = destination.status().error;
-    assert!(why.contains("cannot be placed"), "{why}");
+    let migration = Move::start(&source, &destination, Switch::AtOnce.options(8 * MIB));
+    migration.until_postcopy();
+    let hog = take_all_but(0);
+    migration.hurry();
+    migration.finish();
     drop(hog);
-    source.client().recover(None, &OutgoingOptions::default()).unwrap();
-    let [_, incoming] = migration.finish();
-    assert!(writes() > 0 && incoming.counters.paused_us > 0);
-    destination.vmm.stop().unwrap();
-    assert!(destination.vmm.usage().check().unwrap() > 1000);
     destination.vmm.memory().blocks().iter().for_each(|block| check_filled(block, block.all(), 4));
+}
+
+#[test]
+fn a_guest_that_waits_for_a_huge_page_says_so_and_goes_on_when_there_is_one() {
+    if !require::uffd() {
+        return;
+    }
+    let Some(_pool) = require::hugetlb(10) else { return };
+    let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
+    source.vmm.memory().blocks().iter().for_each(|block| fill(block, block.all(), 4));
+    let migration = Move::start(&source, &destination, Switch::AtOnce.options(8 * MIB));
+    migration.until_postcopy();
+    // It gives a page away, whose reservation goes with it, and others take what is left.
+    let last = destination.block(1).pages() / HUGE - 1;
+    let given = BlockRange { block: 1, offset: last * HUGE_PAGE, length: HUGE_PAGE };
+    destination.block(1).store(last * HUGE_PAGE, 4).unwrap();
+    destination.client().discard(&[given], Punch::Yes).unwrap();
+    destination.client().populate(&[given]).unwrap();
+    let hog = take_all_but(0);
+    let memory = destination.vmm.memory().clone();
+    let touching = std::thread::spawn(move || {
+        memory.block(1).unwrap().store(last * HUGE * PAGE_SIZE, 5).unwrap();
+    });
+    wait_until("the status says it", PATIENCE, || destination.status().error.contains("nr_hugepages")).unwrap();
+    assert!(!touching.is_finished());
+    drop(hog);
+    wait_until("the page", PATIENCE, || touching.is_finished()).unwrap();
+    touching.join().unwrap();
+    migration.hurry();
+    let [_, incoming] = migration.finish();
+    assert_eq!(incoming.error, "");
+    assert_eq!(destination.block(1).load(last * HUGE * PAGE_SIZE).unwrap(), 5);
 }

@@ -1,7 +1,7 @@
 //! Snapshots that do not come to their end leave nothing behind: no file, no protection, a guest that runs.
 
 use super::scene::Scene;
-use pageferry_client::{BlockRange, JobStatus, Phase, Punch, SnapshotOptions};
+use pageferry_client::{BlockRange, JobStatus, MIN_BANDWIDTH, Phase, Punch, SnapshotOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::require;
 use pageferry_tests::vmm::{Fault, HookName, PATIENCE};
@@ -10,7 +10,7 @@ const PAGES: u64 = 4096;
 
 /// A snapshot that would take for ever.
 fn endless() -> SnapshotOptions {
-    SnapshotOptions { bandwidth: 1, ..SnapshotOptions::default() }
+    SnapshotOptions { bandwidth: MIN_BANDWIDTH, ..SnapshotOptions::default() }
 }
 
 /// Every page can be written, and nobody asks anyone about it.

@@ -2,12 +2,15 @@
 
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_agent::image::Chain;
-use pageferry_client::{BlockRange, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions, SnapshotOptions};
+use pageferry_client::{
+    BlockRange, MIN_BANDWIDTH, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions, SnapshotOptions,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_tests::huge_pages::HUGE_PAGE;
+use pageferry_tests::huge_pages::{HUGE_PAGE, HugePages, hugetlb_memfd};
 use pageferry_tests::memory::{Backing, BlockLayout};
 use pageferry_tests::require;
 use pageferry_tests::vmm::PATIENCE;
+use rustix::fs::{FallocateFlags, fallocate};
 
 const COUNT: u64 = 6;
 /// Pages of a huge page.
@@ -119,7 +122,8 @@ fn a_guest_on_huge_pages_waits_for_what_it_touches_and_gets_it_whole() {
     let chain = save_thin(&scene);
     scene.block().fill(PageRange::new(4 * HUGE, 2 * HUGE), 9).unwrap();
     // What is not touched would take for ever.
-    let options = RestoreOptions { mode: RestoreMode::Lazy, workers: 1, bandwidth: 1, ..RestoreOptions::default() };
+    let options =
+        RestoreOptions { mode: RestoreMode::Lazy, workers: 1, bandwidth: MIN_BANDWIDTH, ..RestoreOptions::default() };
     let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
     scene.vmm.wait_phase(Phase::Prefetching, PATIENCE).unwrap();
     let found = scene.as_guest(|block| {
@@ -134,4 +138,34 @@ fn a_guest_on_huge_pages_waits_for_what_it_touches_and_gets_it_whole() {
     assert!(status.counters.faults >= 2, "{:?}", status.counters);
     // One that was touched, and was zero.
     check_restored(&scene, &chain, 6);
+}
+
+#[test]
+fn a_lazy_restore_with_too_few_huge_pages_is_refused_before_memory_is_given_up() {
+    let Some(_pool) = require::hugetlb(8) else { return };
+    if !require::uffd() {
+        return;
+    }
+    let scene = thin(Backing::HugePages);
+    let chain = save_thin(&scene);
+    scene.block().fill(PageRange::new(4 * HUGE, 2 * HUGE), 9).unwrap();
+    // Five are needed; two are held here, and two are left.
+    let others = HugePages::free().unwrap() - 2;
+    let hog = hugetlb_memfd(others * HUGE_PAGE).unwrap();
+    fallocate(&hog, FallocateFlags::empty(), 0, others * HUGE_PAGE).unwrap();
+    let options = RestoreOptions { mode: RestoreMode::Lazy, ..RestoreOptions::default() };
+    let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
+    let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
+    assert_eq!(status.phase, Phase::Failed);
+    assert!(status.error.contains("nr_hugepages"), "{}", status.error);
+    assert_eq!(scene.block().allocated().unwrap(), 2 * HUGE_PAGE, "what the memory held is there");
+    drop(hog);
+    // With one more it fits, since what is held is freed.
+    let others = HugePages::free().unwrap() - 3;
+    let _hog = hugetlb_memfd(others * HUGE_PAGE).unwrap();
+    fallocate(&_hog, FallocateFlags::empty(), 0, others * HUGE_PAGE).unwrap();
+    let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
+    let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
+    assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+    check_restored(&scene, &chain, 5);
 }

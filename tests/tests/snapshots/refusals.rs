@@ -3,8 +3,8 @@
 use super::scene::{Scene, on, paused, tracked};
 use crate::common::{PROGRAM, Peer};
 use pageferry_client::{
-    BlockRange, Error, IncomingOptions, OutgoingOptions, Ownership, Phase, Punch, RestoreMode, RestoreOptions,
-    SnapshotOptions, Target, Trackers,
+    BlockRange, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Phase, Punch, RestoreMode,
+    RestoreOptions, SnapshotOptions, Target, Trackers,
 };
 use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::control::request::{ErrorCode, Request};
@@ -31,7 +31,7 @@ enum Slow {
 
 impl Slow {
     fn start(self, scene: &Scene, there: &Scene) -> u64 {
-        let (image, bandwidth) = (scene.path("image"), 1);
+        let (image, bandwidth) = (scene.path("image"), MIN_BANDWIDTH);
         let restores = |mode| {
             let options = RestoreOptions { mode, bandwidth, ..RestoreOptions::default() };
             scene.vmm.start_restore(&image, &options).unwrap()

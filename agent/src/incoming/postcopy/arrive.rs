@@ -60,9 +60,15 @@ impl Line<'_> {
         if self.over.load(Ordering::Acquire) {
             return;
         }
+        let mute = matches!(error, JobError::Transport(_) | JobError::Peer(_) | JobError::Cancelled);
         self.note(error);
         self.failed.store(true, Ordering::Release);
-        self.sockets.iter().for_each(StreamSocket::shut);
+        // The source is told why on the primary, when nobody else writes there any more.
+        let (primary, others) = self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
+        others.iter().for_each(StreamSocket::shut);
+        if let Some(primary) = primary {
+            if mute { primary.shut() } else { primary.stop_reading() }
+        }
         self.arriving.let_go();
         self.arriving.notify();
     }
@@ -116,8 +122,8 @@ impl<'a> Arrival<'a> {
             for (index, reader) in urgent.iter_mut().enumerate() {
                 scope.spawn(move || {
                     // Nothing comes unless it is asked for.
-                    let outcome = reader.socket().wait_for_ever().map_err(JobError::from);
-                    line.check(outcome.and_then(|()| Stream::new(line, count + index, true).run(reader)));
+                    reader.wait_for_ever();
+                    line.check(Stream::new(line, count + index, true).run(reader));
                 });
             }
             let outcome = before(&mut readers[0], writer);
@@ -131,9 +137,8 @@ impl<'a> Arrival<'a> {
                     scope.spawn(move || {
                         crate::priority::step_back();
                         take_what_is_due(reader.socket().as_fd());
-                        let outcome = reader.socket().set_recv_timeout(line.job.options().peer_timeout);
-                        let outcome = outcome.map_err(JobError::from);
-                        line.check(outcome.and_then(|()| Stream::new(line, index, false).run(reader)));
+                        reader.set_patience(line.job.options().peer_timeout);
+                        line.check(Stream::new(line, index, false).run(reader));
                     });
                 }
                 line.check(tend(line, writer, count));
@@ -253,7 +258,8 @@ impl<'a> Stream<'a> {
         let Line { job, arriving, .. } = self.line;
         let (readers, unit) = (&job.memory.readers, arriving.owed().block(at).unit());
         if unit == 1 {
-            arriving.arrive_pages(readers, self.index, at, range, pages)?;
+            let placed = arriving.arrive_pages(readers, self.index, at, range, pages);
+            placed.map_err(|error| JobError::not_placed(&job.memory, at, error))?;
         } else {
             let place = placer(self.line, self.index, at);
             self.assembly.add((at, block.geometry.id), unit, range, Some(pages), place)?;
@@ -270,7 +276,8 @@ impl<'a> Stream<'a> {
         let Line { job, arriving, .. } = self.line;
         let unit = arriving.owed().block(at).unit();
         if unit == 1 {
-            arriving.arrive_zeroes(&job.memory.readers, self.index, at, range)?;
+            let placed = arriving.arrive_zeroes(&job.memory.readers, self.index, at, range);
+            placed.map_err(|error| JobError::not_placed(&job.memory, at, error))?;
         } else {
             let place = placer(self.line, self.index, at);
             self.assembly.add((at, block.geometry.id), unit, range, None, place)?;
@@ -305,11 +312,11 @@ impl<'a> Stream<'a> {
 fn placer<'a>(line: &'a Line<'_>, worker: usize, at: usize) -> impl FnMut(Whole<'_>) -> Result<(), JobError> + 'a {
     let (arriving, readers) = (line.arriving, &line.job.memory.readers);
     move |whole| {
-        match whole {
-            Whole::Zeroes(range) => arriving.arrive_zeroes(readers, worker, at, range)?,
-            Whole::Content(host_page, bytes) => arriving.arrive_host_page(readers, worker, at, host_page, bytes)?,
+        let placed = match whole {
+            Whole::Zeroes(range) => arriving.arrive_zeroes(readers, worker, at, range),
+            Whole::Content(host_page, bytes) => arriving.arrive_host_page(readers, worker, at, host_page, bytes),
         };
-        Ok(())
+        placed.map(drop).map_err(|error| JobError::not_placed(&line.job.memory, at, error))
     }
 }
 
@@ -320,7 +327,7 @@ fn placer<'a>(line: &'a Line<'_>, worker: usize, at: usize) -> impl FnMut(Whole<
 pub fn say_complete(job: &Job, accepted: &mut Accepted) -> Result<(), JobError> {
     accepted.writer.write_plain(Kind::Complete, 0)?;
     let primary = &mut accepted.readers[0];
-    primary.socket().set_recv_timeout(job.options().peer_timeout)?;
+    primary.set_patience(job.options().peer_timeout);
     let record = primary.read()?;
     match record.kind {
         Kind::Complete => Ok(()),

@@ -22,6 +22,7 @@ use crate::faults::{Registered, Stop, answer};
 use crate::job::{Job, JobError};
 use crate::memory::arriving::Arriving;
 use crate::memory::owed::Owed;
+use crate::memory::pool;
 use crate::transport::Listener;
 use arrive::Arrival;
 use faults::{Asking, Requests};
@@ -45,6 +46,8 @@ pub struct Incomplete {
 pub fn take_guest_first(
     job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, owed: Owed, received: Received,
 ) -> Result<(), JobError> {
+    // The guest still runs at the source, which resumes it if this fails.
+    pool::reserve(&job.memory, &owed)?;
     let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
     let arriving = Arriving::new(&job.memory, Arc::new(owed), uffd, accepted.acknowledge, job.live.clone());

@@ -3,6 +3,7 @@
 //! The guest runs on, as far as it finds what it needs. The source connects to where it did before, or to where an operator has this side listen, too.
 
 use super::super::accept::{Accepted, accept_again};
+use super::super::say_error;
 use super::Incomplete;
 use super::arrive::{Arrival, say_complete};
 use crate::faults::is_gone;
@@ -23,6 +24,10 @@ impl Incomplete {
     pub(super) fn recover(&mut self, accepted: &mut Accepted, mut why: JobError) -> Result<(), JobError> {
         loop {
             self.requests.disconnect();
+            // It would read only that the connections closed.
+            if !matches!(why, JobError::Transport(_) | JobError::Cancelled) {
+                say_error(accepted, &why);
+            }
             accepted.sockets().iter().for_each(StreamSocket::shut);
             if let JobError::Arriving(error) = &why
                 && is_gone(error)

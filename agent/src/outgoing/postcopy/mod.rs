@@ -16,7 +16,9 @@ pub mod supply;
 use super::Migration;
 use super::handover::wait_loaded;
 use crate::job::JobError;
+use crate::job::deadline::Stop;
 use crate::job::pause::PausedGuest;
+use crate::memory::owed::Owed;
 use pageferry_protocol::control::job::Phase;
 use supply::Supply;
 
@@ -34,18 +36,15 @@ impl Migration {
     pub(super) fn hand_over_first(&mut self, since: Since) -> Result<(), JobError> {
         self.job.enter(Phase::Stopping);
         self.job.freeze();
+        let mut stop = Stop::begin(&self.job.stop, &self.job.options());
         let mut paused = PausedGuest::pause(&self.job)?;
-        let state = paused.save_state()?;
-        self.send_state(&state)?;
-        let owed = self.find_remaining(since)?;
-        self.send_remaining(&owed)?;
-        self.send_end(Some(owed.left()))?;
+        let owed = self.send_state_and_remaining(&paused, since, &mut stop).map_err(|error| stop.explain(error))?;
         let kept = owed.copy()?;
         let mut supply = Supply::new(&self.job, self.session, self.address.clone(), owed, Some(kept));
         let mut confirmed = false;
         let outcome = supply.serve(&mut self.streams, |primary| {
             supply.job.enter(Phase::Loading);
-            wait_loaded(&supply.job, primary)?;
+            wait_loaded(&supply.job, primary, &stop)?;
             supply.job.enter(Phase::Committing);
             paused.commit(primary, supply.session)?;
             confirmed = true;
@@ -54,7 +53,7 @@ impl Migration {
             Ok(())
         });
         match outcome {
-            Err(error) if paused.is_ours() => Err(error),
+            Err(error) if paused.is_ours() => Err(stop.explain(error)),
             // Another stream may have been the first to see what happened, and does not know what it means.
             Err(error) if !confirmed && !matches!(error, JobError::Unconfirmed { .. }) => {
                 supply.recover(JobError::Unconfirmed { source: Box::new(error) })
@@ -62,5 +61,18 @@ impl Migration {
             Err(error) => supply.recover(error),
             Ok(()) => Ok(()),
         }
+    }
+
+    fn send_state_and_remaining(
+        &mut self, paused: &PausedGuest, since: Since, stop: &mut Stop,
+    ) -> Result<Owed, JobError> {
+        let state = paused.save_state()?;
+        // Memory follows once the guest runs there.
+        self.expect_to_send(stop, state.bytes());
+        self.send_state(&state)?;
+        let owed = self.find_remaining(since)?;
+        self.send_remaining(&owed)?;
+        self.send_end(Some(owed.left()))?;
+        Ok(owed)
     }
 }

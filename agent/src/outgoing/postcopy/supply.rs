@@ -9,7 +9,7 @@
 //!
 //! If one stream fails, all do: connections are lost and made together.
 
-use super::super::connect::{Primary, SessionId, Streams, Urgent, unexpected};
+use super::super::connect::{LAST_WORDS, Primary, SessionId, Streams, Urgent, unexpected};
 use super::super::sender::{PageSender, PassView};
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
@@ -53,6 +53,8 @@ struct Line<'a> {
     failure: Mutex<Option<JobError>>,
     /// All is over, for better or worse: that a connection ends is no failure any more.
     over: AtomicBool,
+    /// The return path is read for what the destination says, also once a stream failed: it may say why.
+    following: AtomicBool,
     /// Streams that still push.
     pushing: AtomicUsize,
     /// Readable when none does.
@@ -71,7 +73,14 @@ impl Line<'_> {
             *failure = Some(error);
         }
         drop(failure);
-        self.shut();
+        if !self.following.load(Ordering::Acquire) {
+            return self.shut();
+        }
+        self.bulk.limiter.set_rate(0);
+        let (primary, others) = self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
+        others.iter().for_each(StreamSocket::shut);
+        // What it said before is still read.
+        primary.into_iter().for_each(StreamSocket::end);
     }
 
     fn failed(&self) -> bool {
@@ -124,6 +133,7 @@ impl Supply {
             sockets,
             failure: Mutex::default(),
             over: AtomicBool::new(false),
+            following: AtomicBool::new(false),
             pushing: AtomicUsize::new(senders.len()),
             pushed: pushed.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?,
             bulk: view(&self.limiter),
@@ -143,6 +153,7 @@ impl Supply {
             }
             let outcome = before(primary);
             if outcome.is_ok() {
+                line.following.store(true, Ordering::Release);
                 for sender in senders {
                     scope.spawn(move || line.check(self.push(line, sender)));
                 }
@@ -164,7 +175,7 @@ impl Supply {
     /// Answers what is asked for on an urgent stream.
     fn answer(&self, line: &Line<'_>, stream: &mut Urgent) -> Result<(), JobError> {
         // Nothing comes while the guest finds what it needs.
-        stream.reader.socket().wait_for_ever()?;
+        stream.reader.wait_for_ever();
         let mut taken = Vec::new();
         loop {
             let record = stream.reader.read()?;
@@ -239,10 +250,11 @@ impl Supply {
     /// Reads the return path until the destination has everything.
     fn follow(&self, line: &Line<'_>, primary: &mut Primary) -> Result<(), JobError> {
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = self.job.options();
-        primary.reader.socket().set_recv_timeout(peer_timeout)?;
+        primary.reader.set_patience(peer_timeout);
         // Once all is sent, the destination owes an answer: it places what is on its way, and unregisters, before it gives it.
         let timeout = peer_timeout + 2 * hook_timeout;
         let mut due: Option<Instant> = None;
+        let mut last_words: Option<Instant> = None;
         loop {
             while let Some(record) = primary.reader.try_read()? {
                 due = due.map(|_| Instant::now() + timeout);
@@ -262,11 +274,18 @@ impl Supply {
             if due.is_some_and(|due| Instant::now() >= due) {
                 return Err(TransportError::Silent(timeout).into());
             }
-            if !line.failed() {
+            let mut look = Instant::now() + LOOK;
+            if line.failed() {
+                // Another stream did. The destination may be about to say why.
+                let until = *last_words.get_or_insert_with(|| Instant::now() + LAST_WORDS);
+                if Instant::now() >= until {
+                    return Ok(());
+                }
+                look = look.min(until);
+            } else {
                 self.limiter.set_rate(self.job.options().bandwidth);
             }
             let socket = (primary.reader.socket().as_fd(), PollFlags::IN);
-            let look = Instant::now() + LOOK;
             if due.is_none() {
                 let ready = self.job.cancel.wait(&[socket, (line.pushed.as_fd(), PollFlags::IN)], look)?;
                 due = ready[1].then(|| Instant::now() + timeout);

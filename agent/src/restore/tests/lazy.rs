@@ -266,3 +266,18 @@ fn a_vmm_that_nothing_is_mapped_in_is_refused_before_anything_is_touched() {
     assert!(status.error.contains("block 0 has no vmm_address"), "{}", status.error);
     assert_eq!((vmm.asked().len(), ram.allocated(0).len()), (0, 1));
 }
+
+#[test]
+fn a_vmm_that_cannot_register_its_memory_keeps_what_it_holds() {
+    let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
+    let before = ram.allocated(0);
+    let vmm = Vmm::new(&ram, |_, hook| match hook {
+        Hook::ProbeFaults => Err(RemoteError::new(ErrorCode::Unsupported, "no userfaultfd here")),
+        _ => Ok(()),
+    });
+    let status = restore_from(&path, &ram, &vmm, lazily());
+    assert_eq!(status.phase, Phase::Failed);
+    assert!(status.error.contains("no userfaultfd here"), "{}", status.error);
+    assert_eq!(ram.allocated(0), before);
+    assert!(vmm.asked().is_empty(), "{:?}", vmm.asked());
+}

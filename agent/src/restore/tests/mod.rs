@@ -15,7 +15,7 @@ use pageferry_protocol::control::FrameSocket;
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::hook::encode_hook_reply;
 use pageferry_protocol::control::job::{JobKind, JobStatus, OutgoingOptions};
-use pageferry_protocol::control::request::{BlockRange, Reply};
+use pageferry_protocol::control::request::{BlockRange, ErrorCode, RemoteError, Reply};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::mapping::MappedWords;
@@ -225,7 +225,10 @@ impl Vmm {
                 if matches!(hook, Hook::Event { .. }) {
                     continue;
                 }
-                log.lock().unwrap().push(hook.name());
+                // Whether it could be restored lazily is asked before anything else, and changes nothing.
+                if !matches!(hook, Hook::ProbeFaults) {
+                    log.lock().unwrap().push(hook.name());
+                }
                 let reply = answer(&ram, &hook);
                 match hook {
                     Hook::RegisterFaults if reply.is_ok() => registered = Some(register(&ram)),

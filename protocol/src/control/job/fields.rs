@@ -1,6 +1,6 @@
 //! Fields that several kinds of jobs are started with.
 
-use super::MAX_STREAMS;
+use super::{MAX_STREAMS, MIN_BANDWIDTH};
 use crate::control::codec::{DecodeError, Decoder};
 use std::time::Duration;
 
@@ -8,6 +8,16 @@ pub(super) fn workers(decoder: &mut Decoder<'_>) -> Result<u16, DecodeError> {
     match decoder.u16("workers")? {
         value @ 1..=MAX_STREAMS => Ok(value),
         value => Err(DecodeError::Value { field: "workers", value: value.into(), allowed: "1 to 64" }),
+    }
+}
+
+pub(super) fn bandwidth(decoder: &mut Decoder<'_>) -> Result<u64, DecodeError> {
+    match decoder.u64("bandwidth")? {
+        value @ (0 | MIN_BANDWIDTH..) => Ok(value),
+        value => {
+            let allowed = "0 for no limit, or at least 0x10000 (64 KiB) bytes per second";
+            Err(DecodeError::Value { field: "bandwidth", value, allowed })
+        }
     }
 }
 

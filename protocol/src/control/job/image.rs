@@ -1,6 +1,6 @@
 //! What a snapshot and a restore are started with.
 
-use super::fields::{flag, micros, timeout, workers};
+use super::fields::{bandwidth, flag, micros, timeout, workers};
 use super::{MAX_ADDRESS, OutgoingOptions};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use std::path::{Path, PathBuf};
@@ -43,7 +43,7 @@ pub struct SnapshotOptions {
     pub mode: SnapshotMode,
     /// Threads that save, 1 to [`MAX_STREAMS`](super::MAX_STREAMS).
     pub workers: u16,
-    /// Limit in bytes per second; 0 is none. What the guest is about to write or discards is not held back by it.
+    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none. What the guest is about to write or discards is not held back by it.
     pub bandwidth: u64,
     /// Path of the image that it is an increment to; empty for one that stands alone. See [`SnapshotOptions::on`].
     pub base: String,
@@ -114,7 +114,7 @@ impl SnapshotOptions {
             track: flag(decoder, "track")?,
             replace: flag(decoder, "replace")?,
             cached: flag(decoder, "cached")?,
-            bandwidth: decoder.u64("bandwidth")?,
+            bandwidth: bandwidth(decoder)?,
             hook_timeout: timeout(decoder, "hook_timeout")?,
             base: decoder.text("base", MAX_ADDRESS)?.to_owned(),
         })
@@ -152,7 +152,7 @@ pub struct RestoreOptions {
     pub mode: RestoreMode,
     /// Threads that read, 1 to [`MAX_STREAMS`](super::MAX_STREAMS).
     pub workers: u16,
-    /// Limit in bytes per second; 0 is none. What the guest waits for is not held back by it.
+    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none. What the guest waits for is not held back by it.
     pub bandwidth: u64,
     /// With [`RestoreMode::Lazy`]: path of the working set. If the file is there, its pages are read ahead; if not, those that the guest touches first are
     /// written to it. Empty for none. See [`RestoreOptions::with_working_set`].
@@ -186,7 +186,7 @@ impl RestoreOptions {
         let options = Self {
             mode: RestoreMode::from_wire(decoder.u16("mode")?)?,
             workers: workers(decoder)?,
-            bandwidth: decoder.u64("bandwidth")?,
+            bandwidth: bandwidth(decoder)?,
             hook_timeout: timeout(decoder, "hook_timeout")?,
             working_set: decoder.text("working_set", MAX_ADDRESS)?.to_owned(),
         };

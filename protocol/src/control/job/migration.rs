@@ -1,7 +1,7 @@
 //! What a migration is started with.
 
 use super::MAX_STREAMS;
-use super::fields::{flag, micros, timeout};
+use super::fields::{bandwidth, flag, micros, timeout};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use std::time::Duration;
 
@@ -137,7 +137,8 @@ pub struct OutgoingOptions {
     pub streams: u16,
     /// How long the guest may stand still.
     pub downtime_limit: Duration,
-    /// Limit of all streams together in bytes per second; 0 is none.
+    /// Limit of all streams together in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH);
+    /// 0 is none.
     pub bandwidth: u64,
     /// Passes over running memory after which the policy decides; 0 is no limit.
     pub max_passes: u32,
@@ -154,7 +155,10 @@ pub struct OutgoingOptions {
     pub urgent_streams: u16,
     /// With postcopy: free each page here once the destination has it. The source can then not be resumed, even by force.
     pub release: bool,
-    /// How long the peer may be silent where it owes an answer or room to send.
+    /// How long the peer may be silent where an answer is due, take to send a record that it began, and
+    /// take to receive what is sent to it. A guest that is paused for its hand-over runs on here unless
+    /// the destination has loaded it within this, two `hook_timeout`, and ten times the time that the state
+    /// and the dirty pages should take at the measured bandwidth (1 MiB/s where nothing was measured).
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
@@ -206,7 +210,7 @@ impl OutgoingOptions {
         let release = flag(decoder, "release")?;
         let max_passes = decoder.u32("max_passes")?;
         let downtime_limit = Duration::from_micros(decoder.u64("downtime_limit")?);
-        let bandwidth = decoder.u64("bandwidth")?;
+        let bandwidth = bandwidth(decoder)?;
         let policy = NonConvergence::from_wire(decoder.u32("policy")?)?;
         let compression = Compression::from_wire(decoder.u16("compression")?, decoder.u16("compression_level")?)?;
         let peer_timeout = timeout(decoder, "peer_timeout")?;

@@ -242,7 +242,9 @@ pub struct JobStatus {
     pub phase: Phase,
     /// Its figures.
     pub counters: Counters,
-    /// Why it failed, or is paused; empty if it did not and is not.
+    /// Why it failed or is paused; or, while it goes on, what an operator should know: why an incoming
+    /// migration that still waits refused a source, what a guest in postcopy waits for. Empty if there is
+    /// nothing.
     pub error: String,
 }
 

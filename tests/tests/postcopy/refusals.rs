@@ -1,0 +1,87 @@
+//! Memory that postcopy cannot fill is refused when the source connects, and not when its guest is to move.
+
+use crate::scene::{Pages, Side, Switch, memory};
+use pageferry_client::{Client, Config, IncomingOptions, OutgoingOptions, Phase};
+use pageferry_protocol::memory::PageRange;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::in_process::InProcessAgent;
+use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
+use pageferry_tests::require;
+use pageferry_tests::usage::Usage;
+use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use std::sync::Arc;
+
+const MIB: u64 = 1 << 20;
+
+/// The source is refused in all modes with postcopy, with these words, before it sends a page; the
+/// destination waits on, its operator reads the same, and a precopy is taken, if the memory is good for that.
+fn refused_at_accept(source: &Side, destination: &MockVmm, words: &str, takes_precopy: bool) {
+    source.vmm.memory().blocks().iter().for_each(|block| block.fill(PageRange::new(0, 64), 7).unwrap());
+    let (incoming, address) = destination.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    for switch in [Switch::AtOnce, Switch::AfterPasses(1), Switch::OnRequest] {
+        let outgoing = source.vmm.start_outgoing(&address, &switch.options(0)).unwrap();
+        let status = source.vmm.wait_job(outgoing, PATIENCE).unwrap();
+        assert_eq!(status.phase, Phase::Failed, "{switch:?}");
+        assert!(status.error.contains(words), "{switch:?}: {}", status.error);
+        assert_eq!((status.counters.pages_sent, status.counters.passes), (0, 0));
+        let there = destination.client().status().unwrap();
+        assert_eq!((there.job, there.phase), (incoming, Phase::Connecting));
+        wait_until("the note", PATIENCE, || destination.client().status().unwrap().error.contains(words)).unwrap();
+    }
+    if takes_precopy {
+        let outgoing = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
+        assert_eq!(source.vmm.wait_job(outgoing, PATIENCE).unwrap().phase, Phase::Completed);
+        assert_eq!(destination.wait_job(incoming, PATIENCE).unwrap().phase, Phase::Completed);
+    } else {
+        destination.client().cancel().unwrap();
+    }
+}
+
+fn one_block(backing: Backing) -> Arc<TestMemory> {
+    Arc::new(TestMemory::new(vec![BlockLayout { backing, ..BlockLayout::ram(4 * MIB) }]).unwrap())
+}
+
+#[test]
+fn a_file_on_a_disk_takes_precopy_alone() {
+    let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    file.set_len(4 * MIB).unwrap();
+    let destination = Side::new(one_block(Backing::File(Arc::new(file))));
+    refused_at_accept(&Side::new(one_block(Backing::Memfd)), &destination.vmm, "block 0 is a file on a disk", true);
+}
+
+#[test]
+fn a_mapping_that_the_kernel_does_not_register_takes_precopy_alone() {
+    if !require::uffd() {
+        return;
+    }
+    // Write-protect tracking has it.
+    let memory = memory(Pages::Small, 4);
+    let tracker = Tracker::write_protect(&memory).unwrap();
+    let (agent, socket) = InProcessAgent::start().unwrap();
+    let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
+    let destination = MockVmm::new(client, channel, Usage::new(memory).unwrap(), tracker).unwrap();
+    let words = "block 0 cannot be registered for missing pages";
+    refused_at_accept(&Side::small(4), &destination, words, true);
+    drop(destination);
+    drop(agent);
+}
+
+#[test]
+fn memory_that_is_sealed_against_writing_takes_no_guest() {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+    let fd = memfd_create("sealed", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&fd, 4 * MIB).unwrap();
+    let file = Arc::new(std::fs::File::from(fd));
+    // Mapped before it is sealed, as a VMM does that wants nobody else to write.
+    let memory = one_block(Backing::File(file.clone()));
+    fcntl_add_seals(&file, SealFlags::FUTURE_WRITE).unwrap();
+    let destination = Side::new(memory);
+    let source = Side::new(one_block(Backing::Memfd));
+    refused_at_accept(&source, &destination.vmm, "block 0 is sealed against writing", false);
+    let (incoming, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let outgoing = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
+    let status = source.vmm.wait_job(outgoing, PATIENCE).unwrap();
+    assert!(status.error.contains("block 0 is sealed against writing"), "{}", status.error);
+    destination.client().cancel().unwrap();
+    assert_eq!(destination.vmm.wait_job(incoming, PATIENCE).unwrap().phase, Phase::Cancelled);
+}
