@@ -64,6 +64,7 @@ impl Session {
             }
             Request::RemoveBlock { id } => self.remove_block(id).map(|()| nothing()),
             Request::Discard { flags, ranges } => self.discard(&ranges, flags & DISCARD_PUNCH != 0),
+            Request::Free { ranges } => self.free(&ranges),
             Request::Populate { ranges } => self.populate(&ranges),
             Request::SetTrackers { sources } => self.set_trackers(sources, fds),
             Request::StartOutgoing { target, options } => self.start_outgoing(&target, options, fds),
@@ -104,6 +105,11 @@ impl Session {
 
     fn discard(&mut self, ranges: &[BlockRange], punch: bool) -> Answer {
         let changed_pages = self.memory.discard(ranges, punch).map_err(|error| invalid(&error))?;
+        Ok(Box::new(move |encoder| RangesReply { changed_pages }.encode(encoder)))
+    }
+
+    fn free(&mut self, ranges: &[BlockRange]) -> Answer {
+        let changed_pages = self.memory.free(ranges).map_err(|error| invalid(&error))?;
         Ok(Box::new(move |encoder| RangesReply { changed_pages }.encode(encoder)))
     }
 
@@ -428,6 +434,7 @@ fn touches_memory(request: &Request) -> bool {
         Request::AddBlock { .. }
             | Request::RemoveBlock { .. }
             | Request::Discard { .. }
+            | Request::Free { .. }
             | Request::Populate { .. }
             | Request::SetTrackers { .. }
             // The VMM must know that its memory is about to be filled, and by whom.
