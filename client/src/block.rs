@@ -124,6 +124,23 @@ impl Block {
         changed
     }
 
+    /// Frees without an agent. Returns how many pages that were: those that are not discarded.
+    ///
+    /// The next agent has to send them as zero, and knows of them only by the log. The marks come last: an agent that takes a mark while the
+    /// page is still there would send what it holds. A discarded page needs no mark: that it is discarded says it all.
+    pub(crate) fn free(&self, pages: PageRange, log: &DirtyLog) -> u64 {
+        self.punch(pages);
+        let mark =
+            |pages: PageRange| log.mark(PageRange::new(self.geometry.first_log_page() + pages.first, pages.count));
+        let mut next = pages.first;
+        for run in self.discarded.runs(pages) {
+            mark(PageRange::new(next, run.first - next));
+            next = run.end();
+        }
+        mark(PageRange::new(next, pages.end() - next));
+        pages.count - self.discarded.count(pages)
+    }
+
     /// Populates without an agent. Returns how many pages were discarded before.
     ///
     /// The next agent has to send these pages, and knows of them only by the log. The marks come last: an agent that takes a

@@ -1,4 +1,11 @@
-//! Discard and populate, with an agent and without.
+//! Discard, free and populate, with an agent and without.
+//!
+//! There are two kinds of memory that a guest gives back:
+//!
+//! | call | for | until when |
+//! | --- | --- | --- |
+//! | [`Client::discard`] | virtio-mem, memory that the VMM unplugs | a [`Client::populate`] |
+//! | [`Client::free`] | a balloon whose guest deflates by touching, free page reporting | the guest writes into it |
 //!
 //! A discard cannot fail (law 4). The agent does all of it, if there is one: only it knows which worker is reading the range right now.
 //! If there is none, or it is lost during the call, nobody reads guest memory any more, so the client marks the shared bitmap and frees
@@ -18,7 +25,7 @@ use pageferry_protocol::memory::PageRange;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Who frees the memory under a discarded range.
+/// Who frees the memory under a range that is discarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Punch {
     /// The agent, by `FALLOC_FL_PUNCH_HOLE`; the client if there is no agent. When the discard returns, the range is a hole.
@@ -40,6 +47,23 @@ fn most_discarded(request_timeout: Duration) -> u64 {
     1 << saved.ilog2()
 }
 
+/// How memory is given back.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    Discard(Punch),
+    Free,
+}
+
+impl Way {
+    fn request(self, ranges: Vec<BlockRange>) -> Request {
+        match self {
+            Self::Discard(Punch::Yes) => Request::Discard { flags: DISCARD_PUNCH, ranges },
+            Self::Discard(Punch::No) => Request::Discard { flags: 0, ranges },
+            Self::Free => Request::Free { ranges },
+        }
+    }
+}
+
 /// A range with its block, checked and rounded.
 struct Checked {
     range: BlockRange,
@@ -51,11 +75,33 @@ impl Client {
     /// Says that the content of these ranges is stale: it is not read, sent or populated until it is populated again. Rounds inward to
     /// the block's granularity. Call it after the guest gave the ranges back, and free them only when it returned.
     ///
+    /// For memory that the VMM unplugs, and plugs again by [`Client::populate`]. What the guest writes into it before that has no guarantee, and
+    /// is lost when it is moved or saved. Memory that the guest may use again without a word of the VMM is for [`Client::free`].
+    ///
     /// Returns the number of pages that were not discarded before. Of a block that is removed meanwhile, what is left of the ranges is left alone.
     ///
     /// # Errors
     /// Only if a range is no part of a block; nothing is discarded then.
     pub fn discard(&self, ranges: &[BlockRange], punch: Punch) -> Result<u64, Error> {
+        self.give_back(ranges, Way::Discard(punch))
+    }
+
+    /// Frees these ranges, which the guest gave back and may write into again at any time: free page reporting, and every balloon whose guest deflates by
+    /// touching. When it returns they are holes, which read as zero; they are not read, sent or allocated until the guest writes. What it writes then is ordinary memory: no
+    /// [`Client::populate`] is needed, and one does no harm. Rounds inward to the block's granularity.
+    ///
+    /// Call it after the guest gave the ranges back, and tell the guest that it is done only when it returned: what is written before that may be lost. Ranges that are discarded
+    /// stay discarded.
+    ///
+    /// Returns the number of pages that were freed: those that are not discarded. If the file system cannot free them they are as they were.
+    ///
+    /// # Errors
+    /// Only if a range is no part of a block; nothing is freed then.
+    pub fn free(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
+        self.give_back(ranges, Way::Free)
+    }
+
+    fn give_back(&self, ranges: &[BlockRange], way: Way) -> Result<u64, Error> {
         let most = most_discarded(self.request_timeout());
         let mut checked = Vec::new();
         for entry in self.check(ranges, Block::inward)? {
@@ -66,14 +112,14 @@ impl Client {
         while !rest.is_empty() {
             let mut session = self.session();
             let (batch, after) = rest.split_at(batch_length(&session, rest, most));
-            changed += self.discard_batch(&mut session, batch, punch == Punch::Yes);
+            changed += self.give_batch_back(&mut session, batch, way);
             rest = after;
         }
         Ok(changed)
     }
 
-    /// Discards what fits into one request.
-    fn discard_batch(&self, session: &mut Session, batch: &[Checked], punch: bool) -> u64 {
+    /// Gives back what fits into one request.
+    fn give_batch_back(&self, session: &mut Session, batch: &[Checked], way: Way) -> u64 {
         // Another block may have the id by now.
         let is_there = |entry: &&Checked| {
             self.memory().block(entry.range.block).is_some_and(|block| Arc::ptr_eq(&block, &entry.block))
@@ -82,15 +128,19 @@ impl Client {
         if batch.is_empty() {
             return 0;
         }
-        let request = Request::Discard { flags: if punch { DISCARD_PUNCH } else { 0 }, ranges };
-        match session.control.request(&request, &[], RangesReply::decode) {
+        match session.control.request(&way.request(ranges), &[], RangesReply::decode) {
             Ok(reply) => reply.changed_pages,
             Err(error) => {
                 if let Error::Refused { sentence, .. } = &error {
                     // It has no right to. It will see the marks, and finds holes where it still reads.
                     log::warn!("the agent refused a discard, the client does it: {sentence}");
                 }
-                batch.iter().map(|entry| entry.block.discard(entry.pages, punch)).sum()
+                let log = &self.memory().log;
+                let alone = |entry: &&Checked| match way {
+                    Way::Discard(punch) => entry.block.discard(entry.pages, punch == Punch::Yes),
+                    Way::Free => entry.block.free(entry.pages, log),
+                };
+                batch.iter().map(alone).sum()
             }
         }
     }

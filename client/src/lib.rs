@@ -1,7 +1,7 @@
 //! The thin library in the VMM.
 //!
 //! A VMM connects to its agent, or spawns one, and hands over its guest memory once, as file descriptors. From then on it says what the
-//! guest gave back ([`Client::discard`], [`Client::populate`]), answers a few hooks ([`Hooks`]), and starts and watches migrations.
+//! guest gave back ([`Client::free`], [`Client::discard`], [`Client::populate`]), answers a few hooks ([`Hooks`]), and starts and watches migrations.
 //!
 //! ```no_run
 //! use pageferry_client::{Client, Config, HookError, Hooks, OutgoingOptions, StatePiece, Target};
@@ -57,7 +57,7 @@
 //! # Rooms
 //!
 //! - `client`, `spawn`: connecting, blocks, trackers, and a new agent after a lost one; `control`: requests and answers;
-//! - `discards`: discard and populate, with an agent and without;
+//! - `discards`: discard, free and populate, with an agent and without;
 //! - `jobs`: migrations, snapshots, restores;
 //! - `hooks`: what the agent asks of the VMM; `ownership`: who may run the guest;
 //! - `memory`, `block`, `shared`: what survives the agent;

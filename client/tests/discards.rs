@@ -341,3 +341,42 @@ fn requests_are_the_smaller_the_less_time_the_agent_has() {
     let asked = agent.join().unwrap();
     assert_eq!(asked.len() as u64, MOST / (8 << 20));
 }
+
+#[test]
+fn living_agent_frees_and_the_client_keeps_its_hands_off() {
+    let (client, _hooks, agent) = client(|mut agent| {
+        agent.accept_block();
+        let (request, _) = agent.request().unwrap();
+        assert_eq!(request, Request::Free { ranges: vec![range(1, 0, 2), range(1, 4, 1)] });
+        agent.changed(&request, 3);
+    });
+    let memory = written(8);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    assert_eq!(client.free(&[range(1, 0, 2), range(1, 4, 1)]).unwrap(), 3);
+    assert!(discarded(&client, 1).is_empty() && logged(&client).is_empty());
+    assert_eq!(allocated_pages(&memory), 8);
+    agent.join().unwrap();
+}
+
+#[test]
+fn without_an_agent_a_free_punches_and_the_next_agent_hears_of_it_by_the_log() {
+    let (client, _hooks, agent) = client_with(impatient(), MAX_RANGES, |mut agent| {
+        agent.accept_block();
+        // It does not answer this one.
+        agent.request().unwrap();
+        assert!(agent.request().is_none());
+    });
+    let memory = written(16);
+    client.add_block(spec(1, 0x100000, &memory)).unwrap();
+    assert!(matches!(client.free(&[range(2, 0, 1)]), Err(Error::UnknownBlock { id: 2 })));
+    assert!(matches!(client.free(&[range(1, 0, 1), range(1, 16, 1)]), Err(Error::Range { block: 1, .. })));
+    assert_eq!(client.free(&[range(1, 0, 2)]).unwrap(), 2);
+    agent.join().unwrap();
+    assert_eq!(client.discard(&[range(1, 6, 2)], Punch::No).unwrap(), 2);
+    // Half a page at either end stays, and what is discarded stays discarded.
+    let ragged = BlockRange { block: 1, offset: 4 * PAGE + PAGE / 2, length: 5 * PAGE };
+    assert_eq!(client.free(&[ragged]).unwrap(), 2);
+    assert_eq!(discarded(&client, 1), [6, 7]);
+    assert_eq!(logged(&client), [0x100, 0x101, 0x105, 0x108]);
+    assert_eq!(allocated_pages(&memory), 10);
+}

@@ -1,4 +1,7 @@
-//! A balloon: takes runs of pages at random from the guest, which is a discard, and gives them back, which is a populate.
+//! A balloon: takes runs of pages at random from the guest and gives them back.
+//!
+//! What it takes is freed, and the guest gets it back without a word to the agent, as with free page reporting and with a balloon that deflates by touching. Or it is discarded,
+//! and populated before the guest gets it back, as a VMM does that keeps the book itself.
 
 use crate::Error;
 use crate::random::Random;
@@ -13,9 +16,18 @@ pub struct Balloon {
     client: Client,
     usage: Arc<Usage>,
     random: Random,
-    punch: Punch,
+    way: Way,
     /// What it holds.
     held: Vec<(u32, PageRange)>,
+}
+
+/// How the agent hears of what is taken and given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// It is freed; nothing is said of what is given back.
+    Free,
+    /// It is discarded, and populated.
+    Discard(Punch),
 }
 
 /// The byte range of pages of a block, as the client takes it.
@@ -30,8 +42,8 @@ pub fn is_busy(error: &pageferry_client::Error) -> bool {
 
 impl Balloon {
     /// An empty balloon.
-    pub fn new(client: Client, usage: Arc<Usage>, punch: Punch, seed: u64) -> Self {
-        Self { client, usage, random: Random::new(seed), punch, held: Vec::new() }
+    pub fn new(client: Client, usage: Arc<Usage>, way: Way, seed: u64) -> Self {
+        Self { client, usage, random: Random::new(seed), way, held: Vec::new() }
     }
 
     /// What it holds.
@@ -39,7 +51,7 @@ impl Balloon {
         &self.held
     }
 
-    /// Takes `runs` runs of up to `longest` pages, less where the guest has none to give. One discard tells of all of them. Returns the number of
+    /// Takes `runs` runs of up to `longest` pages, less where the guest has none to give. One request tells of all of them. Returns the number of
     /// pages that it took; none while the VMM is paused.
     ///
     /// # Errors
@@ -67,7 +79,10 @@ impl Balloon {
             }
         }
         let ranges: Vec<BlockRange> = taken.iter().map(|(block, run)| byte_range(*block, *run)).collect();
-        self.client.discard(&ranges, self.punch)?;
+        match self.way {
+            Way::Free => self.client.free(&ranges)?,
+            Way::Discard(punch) => self.client.discard(&ranges, punch)?,
+        };
         self.held.extend(&taken);
         Ok(taken.iter().map(|(_, run)| run.count).sum())
     }
@@ -88,7 +103,11 @@ impl Balloon {
             chosen.push(self.held.swap_remove(self.random.below(self.held.len() as u64) as usize));
         }
         let ranges: Vec<BlockRange> = chosen.iter().map(|(block, run)| byte_range(*block, *run)).collect();
-        match self.client.populate(&ranges) {
+        let populated = match self.way {
+            Way::Free => Ok(0),
+            Way::Discard(_) => self.client.populate(&ranges),
+        };
+        match populated {
             Ok(_) => {}
             Err(error) => {
                 self.held.extend(&chosen);

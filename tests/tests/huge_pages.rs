@@ -193,6 +193,46 @@ fn huge_pages_arrive_by_write_protection() {
     }
 }
 
+/// A file there does not tell its holes, and a write after the free must not be lost.
+#[test]
+fn freed_huge_pages_are_holes_until_they_are_written() {
+    if !require::uffd() {
+        return;
+    }
+    for by in [By::Log, By::WriteProtect] {
+        let Some(_pool) = require::hugetlb(2 * COUNT) else { return };
+        let (source, destination) = (Side::new(PAGE_SIZE, by), Side::new(PAGE_SIZE, By::Log));
+        let (block, client) = (source.block(), source.vmm.client().clone());
+        block.fill(PageRange::new(0, 6 * HUGE), 7).unwrap();
+        let free = |client: &Client, first: u64, count: u64| {
+            let range = PageRange::new(first * HUGE, count * HUGE);
+            let range = BlockRange { block: BLOCK, offset: range.offset(), length: range.bytes() };
+            assert_eq!(client.free(&[range]).unwrap(), count * HUGE);
+        };
+        // Before the start, and when all was sent; written again or not.
+        free(&client, 0, 2);
+        block.store(huge(1).offset() + 4096, 11).unwrap();
+        assert_eq!(source.allocated(), 5);
+        let memory = source.vmm.memory().clone();
+        source.vmm.before_pause(move || {
+            let block = memory.block(BLOCK)?;
+            write(block, by, huge(2), stale);
+            free(&client, 2, 2);
+            block.store(huge(3).offset() + 8192, 33)?;
+            if by == By::Log {
+                block.mark(PageRange::new(huge(3).first + 2, 1));
+            }
+            Ok(())
+        });
+        source.migrate_to(&destination, 2);
+        assert_eq!((source.allocated(), destination.allocated()), (4, 4), "1, 3, 4, 5");
+        let there = destination.block();
+        assert_eq!(there.read_word(huge(1).offset() + 4096).unwrap(), 11);
+        assert_eq!(there.read_word(huge(3).offset() + 8192).unwrap(), 33);
+        assert_eq!(there.read_page(huge(2).first + 5).unwrap(), zero(0));
+    }
+}
+
 #[test]
 fn a_discard_of_part_of_a_huge_page_rounds_inward_and_a_populate_outward() {
     for granularity in [PAGE_SIZE, HUGE_PAGE] {

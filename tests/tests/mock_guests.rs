@@ -3,7 +3,7 @@
 
 use pageferry_client::{Client, Config, IncomingOptions, NonConvergence, OutgoingOptions, Phase, Punch};
 use pageferry_protocol::memory::PAGE_SIZE;
-use pageferry_tests::balloon::Balloon;
+use pageferry_tests::balloon::{Balloon, Way};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::device::Device;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuest, ThreadGuestOptions};
@@ -96,7 +96,8 @@ fn migrate(source: &Side, options: &OutgoingOptions, mut meanwhile: impl FnMut()
 fn with_balloon_and_plug(path: Path, write_protect: bool, punch: Punch, seed: u64) {
     let source = Side::new(busy(path), 500, write_protect);
     let (client, usage) = (source.vmm.client().clone(), source.vmm.usage().clone());
-    let mut balloon = Balloon::new(client.clone(), usage.clone(), punch, seed);
+    let mut balloon = Balloon::new(client.clone(), usage.clone(), Way::Discard(punch), seed);
+    let mut freeing = Balloon::new(client.clone(), usage.clone(), Way::Free, seed + 100);
     let mut plug = Plug::new(client, usage.clone(), HOTPLUG, UNIT).unwrap();
     for unit in 0..4 {
         assert!(plug.plug(unit).unwrap());
@@ -104,7 +105,7 @@ fn with_balloon_and_plug(path: Path, write_protect: bool, punch: Punch, seed: u6
     source.vmm.start().unwrap();
     let block = usage.memory().block(HOTPLUG).unwrap();
     wait_until("writes into plugged memory", PATIENCE, || block.allocated().unwrap() > 20 * PAGE_SIZE).unwrap();
-    assert!(balloon.inflate(20, 30).unwrap() > 0);
+    assert!(balloon.inflate(20, 30).unwrap() > 0 && freeing.inflate(20, 30).unwrap() > 0);
 
     let mut step = 0;
     // The balloon dirties more than fits through: stop after some passes.
@@ -114,6 +115,8 @@ fn with_balloon_and_plug(path: Path, write_protect: bool, punch: Punch, seed: u6
         step += 1;
         balloon.inflate(3, 20).unwrap();
         balloon.deflate(3).unwrap();
+        freeing.inflate(3, 20).unwrap();
+        freeing.deflate(3).unwrap();
         match step % 20 {
             5 => drop(plug.unplug(2).unwrap()),
             15 => drop(plug.plug(2).unwrap()),

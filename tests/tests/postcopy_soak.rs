@@ -5,7 +5,7 @@
 
 use pageferry_client::{Client, Config, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, Punch};
 use pageferry_protocol::memory::PAGE_SIZE;
-use pageferry_tests::balloon::{Balloon, is_busy};
+use pageferry_tests::balloon::{Balloon, Way, is_busy};
 use pageferry_tests::deadline::{wait_for, wait_until};
 use pageferry_tests::device::Device;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuest, ThreadGuestOptions};
@@ -61,7 +61,8 @@ impl Side {
 
     /// Gives pages away and takes them back, until it is told to stop; adds to `given` what it gave away.
     fn balloon(&self, seed: u64, stop: &AtomicBool, given: &mut BTreeSet<(u32, u64)>) {
-        let mut balloon = Balloon::new(self.vmm.client().clone(), self.vmm.usage().clone(), Punch::Yes, seed);
+        let way = if seed.is_multiple_of(2) { Way::Free } else { Way::Discard(Punch::Yes) };
+        let mut balloon = Balloon::new(self.vmm.client().clone(), self.vmm.usage().clone(), way, seed);
         while !stop.load(Ordering::Relaxed) {
             balloon.inflate(2, 20).unwrap();
             let held = balloon.held().iter();

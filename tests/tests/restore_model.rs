@@ -1,4 +1,4 @@
-//! A restored guest finds what was saved, eager or lazy, whatever it touches, writes, discards and populates while its memory comes: against a model that is a map.
+//! A restored guest finds what was saved, eager or lazy, whatever it touches, writes, discards, frees and populates while its memory comes: against a model that is a map.
 //!
 //! A guest with random memory is saved, once or as an increment. Then it is restored again and again, from one image, several at once, into VMMs whose guests do random things as soon
 //! as they run, and discard before that. Nothing is allocated that was not allocated when it was saved, or touched since (law 2); what is discarded is a hole (law 3).
@@ -121,6 +121,14 @@ impl Side {
         block.mark(PageRange::new(page, 1));
     }
 
+    /// Frees pages: what is discarded stays so, and all else is zero until it is written.
+    fn free(&self, pages: (u32, PageRange), model: &mut Model) {
+        let discarded = |page: &Page| model.get(page) == Some(&Is::Discarded);
+        let freed: Vec<_> = pages_of(pages).filter(|page| !discarded(page)).collect();
+        assert_eq!(self.client.free(&range_of(pages)).unwrap(), freed.len() as u64);
+        model.extend(freed.into_iter().map(|page| (page, Is::Holds(0))));
+    }
+
     fn is_hole(&self, (id, page): Page) -> bool {
         self.memory.block(id).unwrap().is_hole(PageRange::new(page, 1)).unwrap()
     }
@@ -137,11 +145,12 @@ impl Side {
 fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
     for _ in 0..30 {
         let pages = some_pages(chance);
-        match chance.below(4) {
+        match chance.below(5) {
             0 => {
                 side.client.discard(&range_of(pages), Punch::Yes).unwrap();
                 model.extend(pages_of(pages).map(|page| (page, Is::Discarded)));
             }
+            4 => side.free(pages, model),
             1 => {
                 side.client.populate(&range_of(pages)).unwrap();
                 let gained = pages_of(pages).filter(|page| model.get(page) == Some(&Is::Discarded));
@@ -199,11 +208,22 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
     }
     let started = side.client.start_restore(Path::new(image), &options).unwrap();
     let mut touched = BTreeSet::new();
+    let discarded_before: BTreeSet<Page> = before.iter().flat_map(|pages| pages_of(*pages)).collect();
     // Its own word, whatever the image says of them.
     let again = before.into_iter().filter(|_| chance.one_in(2)).collect::<Vec<_>>();
     for pages in (0..chance.below(4)).map(|_| some_pages(&mut chance)).chain(again) {
         side.client.discard(&range_of(pages), Punch::Yes).unwrap();
         model.extend(pages_of(pages).map(|page| (page, Is::Discarded)));
+    }
+    // What is freed meanwhile does not come. That of a guest before which was discarded may still be so: it is left alone.
+    for pages in (0..chance.below(3)).map(|_| some_pages(&mut chance)) {
+        if pages_of(pages).any(|page| discarded_before.contains(&page)) {
+            continue;
+        }
+        side.client.free(&range_of(pages)).unwrap();
+        for page in pages_of(pages).filter(|page| model.get(page) != Some(&Is::Discarded)).collect::<Vec<_>>() {
+            model.insert(page, Is::Holds(0));
+        }
     }
     let runs = || side.record.runs.load(Ordering::SeqCst);
     wait_until("the guest to run", SOON, || runs() || side.client.status().is_ok_and(|status| status.phase.is_final()))
@@ -211,7 +231,14 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
     assert!(runs(), "{:?}", side.client.status());
     for _ in 0..60 {
         let pages = some_pages(&mut chance);
-        match chance.below(8) {
+        match chance.below(9) {
+            8 => {
+                side.free(pages, &mut model);
+                for page in pages_of(pages) {
+                    touched.remove(&page);
+                    assert!(side.is_hole(page), "acknowledged is freed: {page:?}");
+                }
+            }
             0 => {
                 side.client.discard(&range_of(pages), Punch::Yes).unwrap();
                 for page in pages_of(pages) {

@@ -1,8 +1,8 @@
-//! A background snapshot is a consistent cut: every page is as it was at the instant, none is later, whatever the guest writes, discards and populates meanwhile; and so is
+//! A background snapshot is a consistent cut: every page is as it was at the instant, none is later, whatever the guest writes, discards, frees and populates meanwhile; and so is
 //! each increment to it, also after attempts that were cancelled. Against a model that is a few maps.
 //!
-//! Threads write stamps, each into pages of its own, through the mapping that is protected, while another one discards and populates. When the VMM is asked to pause, what
-//! every page holds is written down: that is what the image has to say. What discards and populates are under way then may be in it or not.
+//! Threads write stamps, each into pages of its own, through the mapping that is protected, while another one discards, frees and populates. When the VMM is asked to pause, what
+//! every page holds is written down: that is what the image has to say. What discards, frees and populates are under way then may be in it or not.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -56,9 +56,9 @@ enum Is {
 struct Part {
     /// What is settled. A page that is not in it was never written.
     pages: BTreeMap<Page, Is>,
-    /// Discards and populates under way, or begun while the guest stood still: what else the page may be.
+    /// Discards, frees and populates under way, or begun while the guest stood still: what else the page may be.
     unsettled: BTreeMap<Page, BTreeSet<Is>>,
-    /// Pages that are being discarded or populated: nobody writes there.
+    /// Pages that are being discarded, freed or populated: nobody writes there.
     busy: BTreeSet<Page>,
 }
 
@@ -82,6 +82,10 @@ impl World {
         part.pages.get(&page).copied().unwrap_or(Is::Holds(0))
     }
 
+    fn is_hole(&self, page: Page) -> bool {
+        self.memory.block(page.0).unwrap().is_hole(PageRange::new(page.1, 1)).unwrap()
+    }
+
     /// A thread writes to a page of its own, unless the guest stands still.
     fn write(&self, chance: &mut Random, page: Page) {
         let mut part = self.part(page);
@@ -96,7 +100,7 @@ impl World {
         part.pages.insert(page, Is::Holds(stamp));
     }
 
-    /// Discards or populates pages: until that is acknowledged they may be either.
+    /// Discards, frees or populates pages: until that is acknowledged they may be either.
     fn change(&self, chance: &mut Random, client: &Client) {
         let layouts = layouts();
         let layout = &layouts[chance.below(layouts.len() as u64) as usize];
@@ -105,9 +109,17 @@ impl World {
         let longest = (pages - first).min(1 + chance.below(200));
         let range = PageRange::new(first, 1 + chance.below(longest));
         let all = || (range.first..range.end()).map(|page| (layout.id, page));
-        let discards = chance.one_in(2);
+        let way = chance.below(3);
         let after = |before: Is| match before {
-            _ if discards => Is::Discarded,
+            _ if way == 0 => Is::Discarded,
+            // What is discarded stays so.
+            before if way == 1 => {
+                if before == Is::Discarded {
+                    before
+                } else {
+                    Is::Holds(0)
+                }
+            }
             Is::Discarded => Is::Holds(0),
             holds @ Is::Holds(_) => holds,
         };
@@ -118,10 +130,14 @@ impl World {
             part.busy.insert(page);
         }
         let given = [BlockRange { block: layout.id, offset: range.offset(), length: range.bytes() }];
-        if discards {
-            client.discard(&given, Punch::Yes).unwrap();
-        } else {
-            client.populate(&given).unwrap();
+        match way {
+            0 => client.discard(&given, Punch::Yes).unwrap(),
+            1 => client.free(&given).unwrap(),
+            _ => client.populate(&given).unwrap(),
+        };
+        if way == 1 {
+            // Nobody writes there yet.
+            all().for_each(|page| assert!(self.is_hole(page), "page {page:?} was freed"));
         }
         for page in all() {
             let mut part = self.part(page);
@@ -208,7 +224,7 @@ fn check_guest(world: &World) {
         let block = world.memory.block(page.0).unwrap();
         match World::is(&part, page) {
             Is::Holds(stamp) => assert_eq!(block.read_word(page.1 * PAGE_SIZE).unwrap(), stamp, "page {page:?}"),
-            Is::Discarded => assert!(block.is_hole(PageRange::new(page.1, 1)).unwrap(), "page {page:?}"),
+            Is::Discarded => assert!(world.is_hole(page), "page {page:?}"),
         }
     }
 }

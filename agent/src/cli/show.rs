@@ -86,6 +86,7 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
                 ("passes", counters.passes.to_string()),
                 ("pages sent", pages(counters.pages_sent)),
                 ("zero pages", pages(counters.zero_pages)),
+                ("freed pages", pages(counters.freed_pages)),
                 ("discarded pages", pages(counters.discarded_pages)),
                 ("stray pages", pages(counters.stray_pages)),
                 ("on the wire", bytes(counters.wire_bytes)),

@@ -60,7 +60,7 @@ fn take_guest(job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener
     let received = receive::receive(job, accepted, &placer)?;
     verify(&received)?;
     if received.postcopy {
-        return postcopy::take_guest_first(job, accepted, listener, placer.into_owed(), received);
+        return postcopy::take_guest_first(job, accepted, listener, placer.into_remaining(), received);
     }
     job.enter(Phase::Loading);
     load(job, received)?;

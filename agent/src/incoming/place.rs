@@ -6,10 +6,15 @@
 //! On host pages larger than a page, several pages share one allocation: it is freed when none of them holds anything, and a part of it is
 //! zeroed by writing. There a lock per block keeps one stream from freeing what another is just filling; on small pages nothing is shared
 //! and there is no lock.
+//!
+//! The VMM may discard or free meanwhile. Whoever places holds [`GuestMemory::placing`] from before the write until the marks are set, and whoever gives
+//! back keeps that out: so what comes last holds. A page that came, and was then given back, is a hole; one that was given back, and then comes, is what came. It is never
+//! the hole of the one with the marks of the other.
 
 use crate::job::{Job, JobError, add};
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{Fill, HugeWindow};
+use crate::memory::noted::Listening;
 use crate::memory::owed::Owed;
 use crate::memory::{BackingError, Block, huge};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -28,6 +33,17 @@ pub struct Placer<'a> {
     blocks: Vec<Target>,
     /// What is to come after the guest runs.
     owed: Owed,
+    /// What the VMM gave back since it was announced.
+    given_back: Listening,
+}
+
+/// What is to come after the guest runs.
+#[derive(Debug)]
+pub struct Remaining {
+    /// These pages.
+    pub owed: Owed,
+    /// But for what the VMM gave back since they were announced.
+    pub given_back: Listening,
 }
 
 #[derive(Debug)]
@@ -41,21 +57,23 @@ struct Target {
 impl<'a> Placer<'a> {
     /// Makes all memory holes, and all of it populated.
     pub fn prepare(job: &'a Arc<Job>) -> Result<Self, JobError> {
+        let given_back = Listening::from_now(&job.memory, || ())?;
         let mut blocks = Vec::new();
         for block in job.memory.blocks() {
             job.cancel.check()?;
             let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            let _placing = job.memory.placing();
             block.backing.empty().map_err(failed)?;
             block.discarded.clear(block.all());
             blocks.push(Target { received: MappedBitmap::private(block.geometry.pages())?, window: Mutex::new(None) });
         }
         let host_pages: Vec<u64> = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
-        Ok(Self { job, blocks, owed: Owed::nothing(&job.memory, &host_pages)? })
+        Ok(Self { job, blocks, owed: Owed::nothing(&job.memory, &host_pages)?, given_back })
     }
 
     /// What is to come after the guest runs.
-    pub fn into_owed(self) -> Owed {
-        self.owed
+    pub fn into_remaining(self) -> Remaining {
+        Remaining { owed: self.owed, given_back: self.given_back }
     }
 
     /// The block of a record, with its index.
@@ -81,6 +99,7 @@ impl<'a> Placer<'a> {
         let (at, block) = self.block_of(header, range)?;
         let failed = |source| JobError::Backing { id: block.geometry.id, source };
         let target = &self.blocks[at];
+        let _placing = self.job.memory.placing();
         if block.backing.kind() == BackingKind::Hugetlb {
             let mut window = target.window.lock().unwrap_or_else(PoisonError::into_inner);
             target.received.set(range);
@@ -112,6 +131,7 @@ impl<'a> Placer<'a> {
     pub fn place_zero(&self, header: &RecordHeader) -> Result<(), JobError> {
         let range = header.range();
         let (at, block) = self.block_of(header, range)?;
+        let _placing = self.job.memory.placing();
         self.empty(at, block, range)?;
         self.mark(header, block);
         add(&self.job.live.zero_pages, range.count);
@@ -123,6 +143,7 @@ impl<'a> Placer<'a> {
     /// # Errors
     /// If the file cannot be punched.
     pub fn place_discard(&self, at: usize, block: &Block, run: PageRange) -> Result<(), JobError> {
+        let _placing = self.job.memory.placing();
         block.discarded.set(run);
         self.empty(at, block, run)?;
         add(&self.job.live.discarded_pages, run.count);
@@ -157,6 +178,8 @@ impl<'a> Placer<'a> {
     }
 
     fn expect_run(&self, at: usize, block: &Block, header: &RecordHeader, run: PageRange) -> Result<(), JobError> {
+        let _placing = self.job.memory.placing();
+        self.given_back.noted().forget(at, run);
         // What comes is populated, unless it comes along with what is, or was written after its discard, of which no other record tells.
         if header.flags() & FLAG_STRAY == 0 {
             block.discarded.clear(run);
@@ -209,3 +232,6 @@ fn empty_huge(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

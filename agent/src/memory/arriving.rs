@@ -13,6 +13,7 @@
 //! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, waits for faults that were read before,
 //!   frees it, and then answers those who requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back
 //!   (law 1), and no fault of before, whose touch an arrival may have served meanwhile, fills the hole again;
+//! - a **free** does the same but for the mark: the page is a hole then, and from the next touch on it is ordinary memory;
 //! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there finds it again.
 //!
 //! *Requested* is set before *owed* is looked at, and *owed* is taken before *requested* is looked at, with a sequentially consistent fence between
@@ -23,6 +24,7 @@ use super::GuestMemory;
 use super::claims::{Found, request, waited_for};
 use super::fence::Readers;
 use super::mappings::Mappings;
+use super::noted::Noted;
 use super::owed::{Owed, parts_of, words_of};
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -422,12 +424,25 @@ impl Arriving {
     /// What was discarded before discards knew of this need not come any more. To be called once they do ([`GuestMemory::set_arriving`]).
     pub fn drop_discarded(&self, memory: &GuestMemory) {
         for (at, block) in memory.blocks().iter().enumerate() {
-            let unit = self.owed.block(at).unit();
-            for run in block.discarded.runs(block.all()) {
-                // A host page of which a part is discarded comes all the same.
-                let (first, end) = (run.first.div_ceil(unit), run.end() / unit);
-                self.drop_owed(at, self.owed.block(at).pages(PageRange::new(first, end.saturating_sub(first))));
-            }
+            self.drop_whole(at, &block.discarded);
+        }
+    }
+
+    /// The same of what was given back since somebody listens.
+    pub fn drop_noted(&self, noted: &Noted) {
+        for at in 0..self.requested.len() {
+            self.drop_whole(at, noted.discarded(at));
+            self.drop_whole(at, noted.freed(at));
+        }
+    }
+
+    fn drop_whole(&self, at: usize, given_back: &MappedBitmap) {
+        let host_pages = self.owed.block(at);
+        let unit = host_pages.unit();
+        for run in given_back.runs(given_back.all()) {
+            // A host page of which a part is discarded comes all the same.
+            let (first, end) = (run.first.div_ceil(unit), run.end() / unit);
+            self.drop_owed(at, host_pages.pages(PageRange::new(first, end.saturating_sub(first))));
         }
     }
 

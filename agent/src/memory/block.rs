@@ -6,10 +6,11 @@ use super::bus_guard::GuardedRange;
 use super::capturing::Capturing;
 use super::fence::{MAX_READERS, Readers};
 use super::marking::Marking;
+use super::noted::Noted;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// A block of guest memory.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub struct Block {
     pub unsettled: MappedBitmap,
     /// Discarded pages that the guest wrote into after the discard, as a sync found: they migrate all the same.
     pub stray: MappedBitmap,
+    /// Pages that were freed, and that nobody has found written since. See [`super::freed`].
+    pub(super) freed: MappedBitmap,
 }
 
 /// Why a block cannot be taken.
@@ -58,7 +61,8 @@ impl Block {
         };
         let unsettled = MappedBitmap::private(pages)?;
         let stray = MappedBitmap::private(pages)?;
-        Ok(Self { guard, geometry, backing, vmm_address, discarded, unsettled, stray })
+        let freed = MappedBitmap::private(pages)?;
+        Ok(Self { guard, geometry, backing, vmm_address, discarded, unsettled, stray, freed })
     }
 
     /// All pages of the block.
@@ -131,8 +135,10 @@ pub struct GuestMemory {
     changes: AtomicU64,
     /// Hears of what discards have freed.
     freed: Mutex<Option<Arc<dyn Freed>>>,
-    /// See [`GuestMemory::note_discards`].
-    noted: Mutex<Option<Arc<Vec<MappedBitmap>>>>,
+    /// See [`super::noted`].
+    noted: Mutex<Option<Arc<Noted>>>,
+    /// See [`GuestMemory::placing`].
+    placing: RwLock<()>,
     /// What is still to come, while the guest runs before it is here.
     arriving: Mutex<Option<Arc<Arriving>>>,
 }
@@ -160,6 +166,7 @@ impl GuestMemory {
             changes: AtomicU64::new(0),
             freed: Mutex::default(),
             noted: Mutex::default(),
+            placing: RwLock::default(),
             arriving: Mutex::default(),
         }
     }
@@ -190,20 +197,30 @@ impl GuestMemory {
         self.freed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Discards note what they mark in `noted`, a bitmap of each block, from now on until [`GuestMemory::forget_discards`]: also what was discarded before, and what does not stay
-    /// discarded. To be called with `marking` held.
-    pub fn note_discards(&self, noted: Arc<Vec<MappedBitmap>>) {
-        *self.noted.lock().unwrap_or_else(PoisonError::into_inner) = Some(noted);
+    /// Who notes what is given back, from now on. To be called with `marking` held.
+    pub(super) fn note(&self, noted: Option<Arc<Noted>>) {
+        *self.noted.lock().unwrap_or_else(PoisonError::into_inner) = noted;
     }
 
-    /// Nobody looks at `noted` any more. Somebody else may have had others noted since.
-    pub fn forget_discards(&self, noted: &Arc<Vec<MappedBitmap>>) {
+    /// Nobody looks at `noted` any more. Somebody else may listen since.
+    pub(super) fn stop_noting(&self, noted: &Arc<Noted>) {
         self.noted.lock().unwrap_or_else(PoisonError::into_inner).take_if(|current| Arc::ptr_eq(current, noted));
     }
 
     /// Where discards note what they mark.
-    pub(super) fn noted(&self) -> Option<Arc<Vec<MappedBitmap>>> {
+    pub(super) fn noted(&self) -> Option<Arc<Noted>> {
         self.noted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// To be held while content that a peer sent is put into the files, from before the write until its pages
+    /// are marked: no page is discarded or freed in between. The page is either what came, or given back.
+    pub fn placing(&self) -> RwLockReadGuard<'_, ()> {
+        self.placing.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be held while pages are given back: nothing that came is between its write and its marks.
+    pub fn giving_back(&self) -> RwLockWriteGuard<'_, ()> {
+        self.placing.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The blocks, in order of their GPA, as in the table. Their order is that of the workers' chunks, of the fence, and of images.

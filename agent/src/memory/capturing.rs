@@ -305,6 +305,11 @@ impl Capturing {
         Ok(pages)
     }
 
+    /// Pages were freed, and are holes now: nothing of them is to be saved any more. See [`super::freed`].
+    pub(super) fn forget(&self, at: usize, range: PageRange) {
+        self.pending.take_range(at, self.pending.block(at).of(range), |_, _| ());
+    }
+
     /// The pages that a reader may be at when it has published word `word` of the block at index `at`.
     pub(super) fn published(&self, at: usize, word: u64) -> PageRange {
         self.pending.block(at).published(word)

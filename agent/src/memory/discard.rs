@@ -1,4 +1,5 @@
-//! Discarding and populating.
+//! Discarding and populating: memory that the VMM unplugs, until it says that it is plugged again. What the guest frees and then uses
+//! again without a word is in [`super::freed`], by the same steps.
 //!
 //! Law 1: once [`GuestMemory::discard`] returned, nobody reads the pages until they are populated. Law 4: it cannot fail for pages that exist;
 //! law 6: it covers whole units only, and a populate rounds outward.
@@ -11,7 +12,9 @@
 //! - `stray` is cleared before `discarded` is set: a worker that still saw the old stray bit has published its word, and the fence waits for it.
 //! - `marking` is held while these three are set, and while a fix-up judges a page and sets `stray`: or a page that is discarded once more between
 //!   the two would be stray again.
-//! - what [`GuestMemory::note_discards`] has noted is noted with `marking` held, too: whoever takes marks back with it held knows which of them are the VMM's word since.
+//! - what [`super::noted`] has of it is noted with `marking` held, too: whoever takes marks back with it held knows which of them are the VMM's word since.
+//! - [`GuestMemory::placing`] is kept out from before the marks until all is done. Whoever places what a peer sent takes marks back: between the marks and the punch
+//!   that would leave a page that is zero, and populated.
 //! - `changes` is odd from before the first mark until after the last: whoever saw a mark, or what a populate wrote into the log, does not take the bitmaps
 //!   for unchanged.
 //! - what is still to be saved as it was is saved after the marks and before the punch; see [`super::capturing`];
@@ -21,8 +24,10 @@
 //!   log the next time. It does both with `marking` held: at the instant of a snapshot, which is taken with it held, a page that was discarded since the base of an increment is
 //!   either discarded or in the log, and never as in the base.
 
+use super::arriving::Arriving;
 use super::block::{Block, GuestMemory};
 use super::capture_steps::before_punch;
+use super::capturing::Capturing;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{PageRange, RangeError};
@@ -52,7 +57,7 @@ pub enum DiscardError {
 }
 
 /// A checked range: index of the block, and its pages.
-type Checked = (usize, PageRange);
+pub(super) type Checked = (usize, PageRange);
 
 impl GuestMemory {
     /// Marks `ranges`, rounded inward, as discarded; with `punch` frees them. Returns how many pages were not discarded before.
@@ -62,13 +67,19 @@ impl GuestMemory {
     pub fn discard(&self, ranges: &[BlockRange], punch: bool) -> Result<u64, DiscardError> {
         may_wait("discard: readers, the disk of a snapshot, the file system");
         let checked = self.check(ranges, PageRange::inward)?;
+        let _giving_back = self.giving_back();
+        Ok(self.discard_checked(&checked, punch))
+    }
+
+    /// Discards pages. Nothing that came is between its write and its marks.
+    pub(super) fn discard_checked(&self, checked: &[Checked], punch: bool) -> u64 {
         let _change = self.change();
         let mark = || {
             let mut changed = 0;
             let noted = self.noted();
-            for (index, range) in &checked {
+            for (index, range) in checked {
                 if let Some(noted) = &noted {
-                    noted[*index].set(*range);
+                    noted.discarded(*index).set(*range);
                 }
                 let block = &self.blocks()[*index];
                 block.unsettled.set(*range);
@@ -77,43 +88,45 @@ impl GuestMemory {
             }
             changed
         };
-        let (changed, capturing) = self.marking.discard(mark);
-        let arriving = self.arriving();
+        self.give_back(checked, mark, || {
+            if punch {
+                for (index, range) in merged(checked) {
+                    punch_marked(&self.blocks()[index], range);
+                }
+            }
+        })
+    }
+
+    /// The steps of both kinds of discard: `mark` sets the marks, and `punch` frees the pages once they are in nobody's hands any more.
+    /// Returns what `mark` does.
+    pub(super) fn give_back<R>(&self, checked: &[Checked], mark: impl FnOnce() -> R, punch: impl FnOnce()) -> R {
+        let (marked, capturing) = self.marking.discard(mark);
+        let (arriving, capturing) = (self.arriving(), capturing.as_deref());
+        let arriving = arriving.as_deref();
         let drop_owed = || {
-            if let Some(arriving) = &arriving {
+            if let Some(arriving) = arriving {
                 checked.iter().for_each(|(index, range)| arriving.drop_owed(*index, *range));
             }
         };
         let rescue = || {
-            if let Some(capturing) = &capturing {
-                merged(&checked).for_each(|(index, range)| capturing.rescue(self, index, range));
+            if let Some(capturing) = capturing {
+                merged(checked).for_each(|(index, range)| capturing.rescue(self, index, range));
             }
             drop_owed();
         };
-        before_punch(&self.readers, rescue, |index, word| {
-            let read = match (&arriving, &capturing) {
-                (Some(arriving), _) => arriving.published(index, word),
-                (None, Some(capturing)) => capturing.published(index, word),
-                (None, None) => PageRange::new(word * WORD_BITS, WORD_BITS),
-            };
-            checked.iter().any(|(other, range)| *other == index && range.overlaps(&read))
-        });
+        before_punch(&self.readers, rescue, |index, word| may_read(checked, arriving, capturing, index, word));
         drop_owed();
-        if let Some(arriving) = &arriving {
+        if let Some(arriving) = arriving {
             arriving.wait_for_answers();
         }
-        if punch {
-            for (index, range) in merged(&checked) {
-                free(&self.blocks()[index], range);
-            }
-        }
+        punch();
         if let Some(freed) = self.freed() {
             checked.iter().for_each(|(index, range)| freed.freed(*index, *range));
         }
-        if let Some(arriving) = &arriving {
+        if let Some(arriving) = arriving {
             checked.iter().for_each(|(index, range)| arriving.answer_waiting(*index, *range));
         }
-        Ok(changed)
+        marked
     }
 
     /// Marks `ranges`, rounded outward, as populated. Returns how many pages were discarded before. They count as written: what the
@@ -147,7 +160,8 @@ impl GuestMemory {
         Ok(changed)
     }
 
-    fn check(
+    /// Finds the blocks of `ranges`, and rounds them.
+    pub(super) fn check(
         &self, ranges: &[BlockRange], round: fn(u64, u64, u64, u64) -> Result<PageRange, RangeError>,
     ) -> Result<Vec<Checked>, DiscardError> {
         let check_one = |(index, range): (usize, &BlockRange)| {
@@ -162,8 +176,20 @@ impl GuestMemory {
     }
 }
 
+/// True if whoever has published word `word` of the block at index `index` may be at a page of these ranges.
+pub(super) fn may_read(
+    checked: &[Checked], arriving: Option<&Arriving>, capturing: Option<&Capturing>, index: usize, word: u64,
+) -> bool {
+    let read = match (arriving, capturing) {
+        (Some(arriving), _) => arriving.published(index, word),
+        (None, Some(capturing)) => capturing.published(index, word),
+        (None, None) => PageRange::new(word * WORD_BITS, WORD_BITS),
+    };
+    checked.iter().any(|(other, range)| *other == index && range.overlaps(&read))
+}
+
 /// Ranges that touch, made one: a balloon gives pages back one by one, and the kernel, or the disk, is asked once.
-fn merged(ranges: &[Checked]) -> impl Iterator<Item = Checked> + '_ {
+pub(super) fn merged(ranges: &[Checked]) -> impl Iterator<Item = Checked> + '_ {
     let mut rest = ranges.iter().filter(|(_, range)| !range.is_empty()).peekable();
     std::iter::from_fn(move || {
         let (index, mut range) = *rest.next()?;
@@ -176,7 +202,7 @@ fn merged(ranges: &[Checked]) -> impl Iterator<Item = Checked> + '_ {
 
 /// Frees the backing of pages that are marked. A discard cannot fail (law 4): if the file system cannot punch, the pages stay allocated
 /// and unsettled, and are no less discarded.
-fn free(block: &Block, range: PageRange) {
+fn punch_marked(block: &Block, range: PageRange) {
     match block.backing.punch(range) {
         Ok(freed) if block.backing.tells_holes() => {
             block.unsettled.clear(freed);

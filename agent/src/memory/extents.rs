@@ -6,6 +6,7 @@
 
 use super::backing::{Backing, BackingError, BackingKind};
 use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 
 /// Pages of the shortest step through what is dense: 256 KiB.
 const MIN_STRIDE: u64 = 64;
@@ -43,6 +44,28 @@ impl<'a> DataRuns<'a> {
         let last = last.max(first + 1);
         self.rest = PageRange::new(last, end - last);
         Ok(Some(PageRange::new(first, last - first)))
+    }
+}
+
+impl Backing {
+    /// Those of the pages `pages` of word `word` that may be allocated. Asks the kernel for each run, and once more for each of its
+    /// pages that is: for a few pages that are likely to be holes.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn allocated(&self, word: u64, pages: u64) -> Result<u64, BackingError> {
+        if self.kind() == BackingKind::Hugetlb {
+            return Ok(pages);
+        }
+        let mut allocated = 0;
+        for run in runs_of_word(word * WORD_BITS, pages) {
+            let mut rest = run;
+            while let Some(page) = self.first_data(rest)? {
+                allocated |= 1 << (page - word * WORD_BITS);
+                rest = PageRange::new(page + 1, run.end() - page - 1);
+            }
+        }
+        Ok(allocated)
     }
 }
 

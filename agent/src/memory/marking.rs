@@ -49,6 +49,11 @@ impl<T> Marking<T> {
         *self.locked() = None;
     }
 
+    /// What is still to be saved as it was at the instant of a snapshot, if that is over. An instant that is under way is waited for.
+    pub fn after_the_instant(&self) -> Option<Arc<T>> {
+        self.discard(|| ()).1
+    }
+
     /// What is still to be saved as it was at the instant of a snapshot.
     fn capturing(&self) -> Option<Arc<T>> {
         self.locked().clone()

@@ -24,7 +24,6 @@ use crate::job::{JobError, add, micros};
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::{DirtyPages, Trackers};
 use pageferry_protocol::memory::PageRange;
-use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
@@ -120,16 +119,7 @@ fn written_since(block: &Block, word: u64, suspects: u64) -> Result<u64, JobErro
     if !block.backing.tells_holes() {
         return Ok(suspects);
     }
-    let mut allocated = 0;
-    for run in runs_of_word(word * WORD_BITS, suspects) {
-        let failed = |source| JobError::Backing { id: block.geometry.id, source };
-        let mut rest = run;
-        while let Some(page) = block.backing.first_data(rest).map_err(failed)? {
-            allocated |= 1 << (page - word * WORD_BITS);
-            rest = PageRange::new(page + 1, run.end() - page - 1);
-        }
-    }
-    Ok(allocated)
+    block.backing.allocated(word, suspects).map_err(|source| JobError::Backing { id: block.geometry.id, source })
 }
 
 impl Migration {

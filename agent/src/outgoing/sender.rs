@@ -109,10 +109,10 @@ impl PageSender {
     pub fn take_word(
         &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap, word: u64,
     ) -> Result<(), JobError> {
-        // Law 7: take the bits, then read. Law 1: publish, then look at the marks; see the fence.
+        // Law 7: take the bits, then read. Law 1: publish, then look at the marks, and at the holes; see the fence.
         let reading = pass.job.memory.readers.reading(self.index, at, word);
         let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
-        self.read_word(pass, block, word, send, stray, reading)
+        self.send_word(pass, block, word, send, stray, reading)
     }
 
     /// Postcopy: queues all of the pages `pages` of word `word`, which the caller has taken from what is owed. The destination waits for each of them, so those that
@@ -127,8 +127,23 @@ impl PageSender {
         let discarded = block.discarded.word(word) & pages;
         let stray = if discarded == 0 { 0 } else { block.stray.word(word) & discarded };
         let stale = discarded & !stray;
-        self.read_word(pass, block, word, pages & !stale, stray, reading)?;
+        self.send_word(pass, block, word, pages & !stale, stray, reading)?;
         self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, stale, stale);
+        Ok(())
+    }
+
+    /// Queues the pages `send` of a word, which are the caller's: those that were freed and are holes still as zero, unread, and what the others hold.
+    fn send_word(
+        &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64, reading: Reading<'_>,
+    ) -> Result<(), JobError> {
+        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let holes = block.known_holes(word, send).map_err(failed)?;
+        self.read_word(pass, block, word, send & !holes, stray, reading)?;
+        // Pass 0 starts from holes at the destination: there is nothing to say.
+        if holes != 0 && pass.send_zeros {
+            self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, holes, stray);
+            add(&pass.job.live.freed_pages, holes.count_ones().into());
+        }
         Ok(())
     }
 

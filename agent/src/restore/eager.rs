@@ -3,8 +3,8 @@
 //! The extents that the image has a page of are handed out by one counter, in stretches. A worker reads one into a buffer of its own, checks every page and the sum of the extent, and only then
 //! writes it into the file of the block. Meanwhile the disk reads what the workers come to next.
 //!
-//! What the VMM discards meanwhile stays so: a worker publishes the word of pages that it is about to write, and only then looks which of them are discarded. The discard
-//! waits for it, and punches (see [`crate::memory::fence`]).
+//! What the VMM discards or frees meanwhile stays so: a worker publishes the word of pages that it is about to write, and only then looks which of them were given back. The
+//! discard waits for it, and punches (see [`crate::memory::fence`]). No worker takes such a mark back.
 
 use super::ground::Ground;
 use super::source::Source;
@@ -14,6 +14,7 @@ use crate::image::workers::at_once;
 use crate::job::{Job, JobError, add, get};
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{self, Fill, HugeWindow};
+use crate::memory::noted::Noted;
 use crate::memory::{BackingError, Block};
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
@@ -41,7 +42,7 @@ pub fn restore(
     job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: Ground<'_>, workers: u16,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
-    Filling::new(job, source, workers.into())?.run(workers.into())?;
+    Filling::new(job, source, ground.word.since(), workers.into())?.run(workers.into())?;
     state.load(job)?;
     let_run(job, &mut ground.taken)
 }
@@ -50,6 +51,8 @@ pub fn restore(
 struct Filling<'a> {
     job: &'a Job,
     source: &'a Source,
+    /// What the VMM gave back meanwhile.
+    given_back: &'a Noted,
     /// The extents with content: index of the block, and pages.
     extents: Vec<(usize, PageRange)>,
     next: AtomicUsize,
@@ -76,7 +79,7 @@ impl Drop for Ending<'_> {
 }
 
 impl<'a> Filling<'a> {
-    fn new(job: &'a Job, source: &'a Source, workers: usize) -> Result<Self, JobError> {
+    fn new(job: &'a Job, source: &'a Source, given_back: &'a Noted, workers: usize) -> Result<Self, JobError> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = event.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?;
         let mut extents = Vec::new();
@@ -95,7 +98,7 @@ impl<'a> Filling<'a> {
         job.count(|counters| (counters.pass_pages, counters.remaining_pages) = (pages, pages));
         let (next, failed, ended) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
         let stretch = at_once(extents.len(), workers, STRETCH);
-        Ok(Self { job, source, extents, next, stretch, pages, failed, ended, event })
+        Ok(Self { job, source, given_back, extents, next, stretch, pages, failed, ended, event })
     }
 
     /// Places all that the image has.
@@ -190,7 +193,7 @@ impl<'a> Filling<'a> {
         let block: &Block = &self.job.memory.blocks()[at];
         for (word, present) in self.source.present(at).nonzero_words(extent) {
             let _placing = self.job.memory.readers.reading(index, at, word);
-            let pages = present & !block.discarded.word(word);
+            let pages = present & !(block.discarded.word(word) | self.given_back.freed(at).word(word));
             for run in runs_of_word(word * WORD_BITS, pages) {
                 let start = (run.first - extent.first) as usize * PAGE_SIZE as usize;
                 let written = window.write(at, block, run, &content[start..start + run.bytes() as usize]);

@@ -5,9 +5,10 @@
 
 use super::source::Source;
 use crate::job::{Job, JobError, add};
+use crate::memory::noted::{Listening, Noted};
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::DirtyPages;
-use pageferry_protocol::shm::{MappedBitmap, MappingError};
+use pageferry_protocol::shm::MappingError;
 use std::sync::Arc;
 
 /// Memory that is being filled. Unless the guest got it, it is empty again on drop.
@@ -15,8 +16,8 @@ use std::sync::Arc;
 pub struct Ground<'a> {
     job: &'a Job,
     source: &'a Source,
-    /// What the VMM had discarded, and has since.
-    word: &'a Word,
+    /// What the VMM had discarded, and what it gave back since.
+    pub word: &'a Word,
     /// The guest has it, or may have.
     pub taken: bool,
 }
@@ -53,7 +54,8 @@ impl Ground<'_> {
 
     /// What is discarded in the image is discarded, and what the VMM discarded since it asked for this. Nothing of the guest before is known to be stray.
     fn mark(&self, at: usize, block: &Block) {
-        let (before, since, discarded) = (self.word.before.block(at), &self.word.since[at], self.source.discarded(at));
+        let (before, since, discarded) =
+            (self.word.before.block(at), self.word.since().discarded(at), self.source.discarded(at));
         // A discard that comes meanwhile has marked all of its pages before this, or marks them after it.
         let _marking = self.job.memory.marking.hold();
         for (word, bits) in before.nonzero_words(block.all()) {
@@ -70,7 +72,8 @@ impl Ground<'_> {
 
     /// As it was before, and what the VMM discarded since.
     fn unmark(&self, at: usize, block: &Block) {
-        let (before, since, discarded) = (self.word.before.block(at), &self.word.since[at], self.source.discarded(at));
+        let (before, since, discarded) =
+            (self.word.before.block(at), self.word.since().discarded(at), self.source.discarded(at));
         let _marking = self.job.memory.marking.hold();
         for (word, bits) in discarded.nonzero_words(block.all()) {
             block.discarded.take_bits(word, bits & !(before.word(word) | since.word(word)));
@@ -99,13 +102,12 @@ impl Drop for Ground<'_> {
     }
 }
 
-/// What the VMM had discarded when it asked for a restore, and what it discards from then on: also a page that it had discarded before, of which only that it did so again says that it is to stay
-/// discarded. It populates nothing meanwhile.
+/// What the VMM had discarded when it asked for a restore, and what it gives back from then on: also a page that it had discarded before. That it discards such a page
+/// again is the only sign that the page is to stay discarded. It populates nothing meanwhile.
 #[derive(Debug)]
 pub struct Word {
-    memory: Arc<GuestMemory>,
     before: DirtyPages,
-    since: Arc<Vec<MappedBitmap>>,
+    since: Listening,
 }
 
 impl Word {
@@ -115,23 +117,19 @@ impl Word {
     /// If there is no memory for the bitmaps.
     pub fn from_now(memory: &Arc<GuestMemory>) -> Result<Self, MappingError> {
         let before = DirtyPages::none(memory)?;
-        let since = memory.blocks().iter().map(|block| MappedBitmap::private(block.geometry.pages()));
-        let since = Arc::new(since.collect::<Result<Vec<_>, _>>()?);
-        let marking = memory.marking.hold();
-        for (at, block) in memory.blocks().iter().enumerate() {
-            for (word, bits) in block.discarded.nonzero_words(block.all()) {
-                before.block(at).or_word(word, bits);
+        let since = Listening::from_now(memory, || {
+            for (at, block) in memory.blocks().iter().enumerate() {
+                for (word, bits) in block.discarded.nonzero_words(block.all()) {
+                    before.block(at).or_word(word, bits);
+                }
             }
-        }
-        memory.note_discards(since.clone());
-        drop(marking);
-        Ok(Self { memory: memory.clone(), before, since })
+        })?;
+        Ok(Self { before, since })
     }
-}
 
-impl Drop for Word {
-    fn drop(&mut self) {
-        self.memory.forget_discards(&self.since);
+    /// What the VMM gave back since then.
+    pub fn since(&self) -> &Noted {
+        self.since.noted()
     }
 }
 

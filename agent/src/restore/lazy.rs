@@ -47,6 +47,7 @@ pub fn restore(
     job.owes(arriving.owed());
     job.memory.set_arriving(Some(arriving.clone()));
     arriving.drop_discarded(&job.memory);
+    arriving.drop_noted(ground.word.since());
     let (pieces, mut record) = plan.parts();
     let supply = Supply::new(job, source, &arriving, unread, pieces, record.is_some());
     let workers = usize::from(workers).min(MAX_READERS - SERVERS);

@@ -259,10 +259,11 @@ fn takes_memory(code: u32) -> bool {
         FrontendReq::SET_LOG_FD,
         FrontendReq::SET_BACKEND_REQ_FD,
     ];
-    const OWN: [u32; 6] = [
+    const OWN: [u32; 7] = [
         request::code::ADD_BLOCK,
         request::code::REMOVE_BLOCK,
         request::code::DISCARD,
+        request::code::FREE,
         request::code::POPULATE,
         request::code::SET_TRACKERS,
         request::code::START_INCOMING,

@@ -70,6 +70,7 @@ impl SharedSession {
             }
             Request::RemoveBlock { id } => self.lock().remove_block(id).map(|()| nothing()),
             Request::Discard { flags, ranges } => self.discard(&ranges, flags & DISCARD_PUNCH != 0),
+            Request::Free { ranges } => self.free(&ranges),
             Request::Populate { ranges } => self.populate(&ranges),
             Request::SetTrackers { sources } => self.set_trackers(sources, fds),
             Request::StartOutgoing { target, options } => self.lock().start_outgoing(&target, options, fds),
@@ -111,6 +112,12 @@ impl SharedSession {
     fn discard(&self, ranges: &[BlockRange], punch: bool) -> Answer {
         let memory = self.lock().memory.clone();
         let changed_pages = memory.discard(ranges, punch).map_err(|error| invalid(&error))?;
+        Ok(Box::new(move |encoder| RangesReply { changed_pages }.encode(encoder)))
+    }
+
+    fn free(&self, ranges: &[BlockRange]) -> Answer {
+        let memory = self.lock().memory.clone();
+        let changed_pages = memory.free(ranges).map_err(|error| invalid(&error))?;
         Ok(Box::new(move |encoder| RangesReply { changed_pages }.encode(encoder)))
     }
 
@@ -459,6 +466,7 @@ fn touches_memory(request: &Request) -> bool {
         Request::AddBlock { .. }
             | Request::RemoveBlock { .. }
             | Request::Discard { .. }
+            | Request::Free { .. }
             | Request::Populate { .. }
             | Request::SetTrackers { .. }
             // The VMM must know that its memory is about to be filled, and by whom.

@@ -1,7 +1,7 @@
 //! What can be done before the instant, so that the guest stands still for a shorter time.
 //!
 //! To ask a file which of its pages are allocated takes two calls for every 4 MiB that are, and several for every hole. So all of it is asked while the guest runs, and at the instant only the
-//! holes once more, each with one call if it still is one. What was allocated is taken to be so still: if it was freed meanwhile it reads as zero, and if it was discarded that is known.
+//! holes once more, each with one call if it still is one. What was allocated is taken to be so still: if the VMM punched it by itself it reads as zero, and if it was discarded or freed that is known.
 //!
 //! The bitmaps that are filled at the instant have their memory by then, too.
 
@@ -70,7 +70,7 @@ impl Prepared {
                 allocated.set(run.map_err(failed)?);
             }
         }
-        Ok(())
+        block.take_known_holes(allocated).map_err(failed)
     }
 
     /// Has the kernel give the bitmaps the memory that they need for what is known now.

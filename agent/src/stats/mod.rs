@@ -18,6 +18,8 @@ pub struct LiveCounters {
     pub zero_pages: AtomicU64,
     /// See [`Counters::discarded_pages`].
     pub discarded_pages: AtomicU64,
+    /// See [`Counters::freed_pages`].
+    pub freed_pages: AtomicU64,
     /// See [`Counters::stray_pages`].
     pub stray_pages: AtomicU64,
     /// See [`Counters::wire_bytes`].
@@ -50,6 +52,7 @@ impl LiveCounters {
         counters.pages_sent = get(&self.pages_sent);
         counters.zero_pages = get(&self.zero_pages);
         counters.discarded_pages = get(&self.discarded_pages);
+        counters.freed_pages = get(&self.freed_pages);
         counters.stray_pages = get(&self.stray_pages);
         counters.wire_bytes = get(&self.wire_bytes);
         counters.pass_pages_done = get(&self.pass_pages_done);

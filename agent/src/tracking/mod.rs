@@ -222,6 +222,10 @@ impl Tracker for LogTracker {
     fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError> {
         let log = memory.log.as_ref().ok_or(TrackingError::NoLog)?;
         let covered = log.log.pages();
+        // What is in it is older than the start.
+        memory.blocks().iter().for_each(|block| {
+            log.log.bits().clear(block.log_pages());
+        });
         match memory.blocks().iter().find(|block| block.log_pages().end() > covered) {
             Some(block) => {
                 Err(TrackingError::ShortLog { covered, id: block.geometry.id, end: block.log_pages().end() })

@@ -26,6 +26,7 @@ pub mod code {
     pub const DISCARD: u32 = 0x1003;
     pub const POPULATE: u32 = 0x1004;
     pub const SET_TRACKERS: u32 = 0x1005;
+    pub const FREE: u32 = 0x1008;
     pub const START_OUTGOING: u32 = 0x1010;
     pub const START_INCOMING: u32 = 0x1011;
     pub const CANCEL: u32 = 0x1012;
@@ -52,7 +53,7 @@ pub const TRACKER_WRITE_PROTECT: u32 = 1 << 1;
 
 /// Bytes of a range on the wire.
 const RANGE_SIZE: usize = size_of::<WireRange>();
-/// Most ranges in one discard or populate.
+/// Most ranges in one discard, free or populate.
 pub const MAX_RANGES: usize = (MAX_BODY - 8) / RANGE_SIZE;
 
 /// A range of bytes in a block.
@@ -109,6 +110,13 @@ pub enum Request {
         /// [`DISCARD_PUNCH`].
         flags: u32,
         /// What is discarded; rounded inward.
+        ranges: Vec<BlockRange>,
+    },
+    /// The guest gave these ranges back and may write into them again at any time, without a populate.
+    /// The agent frees the backing before it answers. Answered by the number of pages that were freed:
+    /// those of the ranges that are not discarded.
+    Free {
+        /// What is freed; rounded inward.
         ranges: Vec<BlockRange>,
     },
     /// The guest is about to use these ranges. Answered by the number of pages that were discarded before.
@@ -193,6 +201,7 @@ impl Request {
             Self::AddBlock { .. } => code::ADD_BLOCK,
             Self::RemoveBlock { .. } => code::REMOVE_BLOCK,
             Self::Discard { .. } => code::DISCARD,
+            Self::Free { .. } => code::FREE,
             Self::Populate { .. } => code::POPULATE,
             Self::SetTrackers { .. } => code::SET_TRACKERS,
             Self::StartOutgoing { .. } => code::START_OUTGOING,
@@ -227,7 +236,7 @@ impl Request {
                 .text(&geometry.name),
             Self::RemoveBlock { id } => encoder.u32(*id),
             Self::Discard { flags, ranges } => encode_ranges(*flags, ranges),
-            Self::Populate { ranges } => encode_ranges(0, ranges),
+            Self::Free { ranges } | Self::Populate { ranges } => encode_ranges(0, ranges),
             Self::SetTrackers { sources } => encoder.u32(*sources),
             Self::StartOutgoing { target, options } => options.encode(encoder.text(target)),
             Self::StartIncoming { listen, options } => options.encode(encoder.text(listen)),
@@ -259,6 +268,7 @@ impl Request {
             code::REMOVE_BLOCK => decoder.u32("id").map(|id| Self::RemoveBlock { id }),
             code::DISCARD => decode_ranges(decoder, DISCARD_PUNCH, "bit 0, punch")
                 .map(|(flags, ranges)| Self::Discard { flags, ranges }),
+            code::FREE => decode_ranges(decoder, 0, "none").map(|(_, ranges)| Self::Free { ranges }),
             code::POPULATE => decode_ranges(decoder, 0, "none").map(|(_, ranges)| Self::Populate { ranges }),
             code::SET_TRACKERS => flags(
                 decoder,
@@ -476,7 +486,7 @@ reply_fields! {
         features: u64,
         /// Largest body that the agent takes, in bytes.
         max_body: u32,
-        /// Most ranges in one discard or populate.
+        /// Most ranges in one discard, free or populate.
         max_ranges: u32,
         /// Process id of the agent.
         pid: u32,
@@ -488,7 +498,7 @@ reply_fields! {
         /// 1 if the file cannot shrink under the agent (`F_SEAL_SHRINK`).
         sealed: u32,
     }
-    /// Answer to [`Request::Discard`] and [`Request::Populate`].
+    /// Answer to [`Request::Discard`], [`Request::Free`] and [`Request::Populate`].
     RangesReply {
         /// Pages whose state changed.
         changed_pages: u64,

@@ -132,6 +132,7 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
         Request::AddBlock { geometry, fd_offset: 0x5000, vmm_address: 1 << 47, flags: 1 },
         Request::RemoveBlock { id: 7 },
         Request::Discard { flags: DISCARD_PUNCH, ranges: vec![range(0, 0, 4096), range(1, 1 << 40, 1)] },
+        Request::Free { ranges: vec![range(3, 8192, 4096)] },
         Request::Populate { ranges: vec![range(2, 4096, u64::MAX)] },
         Request::SetTrackers { sources: TRACKER_HOOKS | TRACKER_WRITE_PROTECT },
         Request::StartOutgoing { target: "tcp:[::1]:7000".into(), options: options.clone() },

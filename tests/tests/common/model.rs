@@ -160,13 +160,20 @@ impl World {
 pub fn step(chance: &mut Random, world: &World, client: &Client) {
     let (id, range) = some_pages(chance);
     let given = ragged(chance, id, range);
-    let action = chance.below(10);
+    let action = chance.below(13);
     let punch = if chance.one_in(4) { Punch::No } else { Punch::Yes };
     let mut model = world.model.lock().unwrap();
     match action {
         0..5 if !model.paused => write(chance, &mut model, world, id, range),
         5..7 => discard(&mut model, world, client, given, pages_of(id, range), punch),
         7 | 8 => populate(&mut model, world, client, id, range),
+        10 | 11 => free(&mut model, world, client, given, pages_of(id, range)),
+        12 => {
+            // A tracker may say so of what was not written; of what is discarded and not freed that would be a stray write.
+            for page in pages_of(id, range).filter(|page| !model.discarded.contains(page)) {
+                world.memory.block(id).mark(PageRange::new(page.1, 1));
+            }
+        }
         9 => {
             // What a VMM may do with memory that it gave back.
             for page in pages_of(id, range).filter(|page| model.discarded.contains(page)).collect::<Vec<_>>() {
@@ -210,6 +217,24 @@ fn discard(
             model.allocated.remove(&page);
         }
     }
+}
+
+/// From now on the page is a hole, until the guest writes into it.
+fn free(model: &mut Model, world: &World, client: &Client, given: BlockRange, pages: impl Iterator<Item = Page>) {
+    let freed = client.free(&[given]).unwrap();
+    let mut expected = 0;
+    for page in pages {
+        assert!(world.memory.is_hole(page), "an acknowledged free has freed page {page:?}");
+        expected += u64::from(!model.discarded.contains(&page));
+        model.allocated.remove(&page);
+        let content = model.content.remove(&page);
+        // To free what is discarded is to discard it once more.
+        let stray = model.stray.remove(&page);
+        if model.paused {
+            model.late.entry(page).or_default().extend(content.into_iter().chain(stray.into_iter().flatten()));
+        }
+    }
+    assert_eq!(freed, expected);
 }
 
 /// Also tried while the guest stands still, when it may be refused.

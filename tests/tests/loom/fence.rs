@@ -1,6 +1,8 @@
-//! Model check of the fence between workers that read and discards that punch (laws 1 and 7): every interleaving of both.
+//! Model check of the fence between workers that read and discards that punch (laws 1 and 7): every interleaving of both. A page that is freed has no mark that a worker
+//! could see before the punch; there the fence comes after it, see `agent/src/memory/freed.rs`.
 
 use crate::memory::fence::Readers;
+use crate::shm::bitmap::Bitmap;
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
@@ -99,5 +101,67 @@ fn a_worker_that_is_seen_elsewhere_has_read_what_it_was_at() {
         page.discard();
         content.with_mut(|_| ());
         worker.join().unwrap();
+    });
+}
+
+/// A page that the guest frees: whether its file has a hole there, and the hint that it may.
+struct Freed {
+    readers: Readers,
+    hints: Bitmap<Vec<AtomicU64>>,
+    hole: AtomicU64,
+    /// The model fails if it is read while the guest, which was told that the free is done, writes.
+    content: UnsafeCell<()>,
+}
+
+/// Of word 5 of block 2.
+const BIT: u64 = 1 << 3;
+
+impl Freed {
+    fn new() -> Arc<Self> {
+        let hints = Bitmap::new((0..6).map(|_| AtomicU64::new(0)).collect(), 6 * 64);
+        Arc::new(Self { readers: Readers::new(1), hints, hole: AtomicU64::new(0), content: UnsafeCell::new(()) })
+    }
+
+    /// What a worker does. True if it read.
+    fn work(&self) -> bool {
+        let _reading = self.readers.reading(0, 2, 5);
+        let hint = self.hints.take_bits(5, BIT);
+        // The kernel's part is not split.
+        if hint != 0 && self.hole.load(Ordering::Acquire) != 0 {
+            self.hints.or_word(5, hint);
+            return false;
+        }
+        self.content.with(|_| ());
+        true
+    }
+
+    fn free(&self) {
+        self.readers.wait(|block, word| block == 2 && word == 5);
+        self.hole.fetch_or(1, Ordering::AcqRel);
+        self.hints.or_word(5, BIT);
+        self.readers.wait(|block, word| block == 2 && word == 5);
+    }
+}
+
+#[test]
+fn a_page_is_never_read_after_its_free_was_acknowledged_until_it_is_written() {
+    loom::model(|| {
+        let page = Freed::new();
+        let worker = {
+            let page = page.clone();
+            loom::thread::spawn(move || {
+                let first = page.work();
+                (first, page.work())
+            })
+        };
+        page.free();
+        // Acknowledged: a page that is about to be written is in nobody's hands.
+        page.content.with_mut(|_| ());
+        let (first, second) = worker.join().unwrap();
+        assert!(first || !second, "once it was found to be a hole it stays one");
+        assert!(!page.work());
+        // The guest writes: it is ordinary memory.
+        page.hole.store(0, Ordering::Release);
+        assert!(page.work() && page.hints.word(5) == 0);
     });
 }

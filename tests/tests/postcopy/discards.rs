@@ -3,7 +3,7 @@
 use crate::scene::{MIB, Move, SWITCHES, Side, Switch, guest};
 use pageferry_client::Punch;
 use pageferry_protocol::memory::PAGE_SIZE;
-use pageferry_tests::balloon::{Balloon, byte_range};
+use pageferry_tests::balloon::{Balloon, Way, byte_range};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::Pattern;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
@@ -28,8 +28,8 @@ fn side() -> Side {
     Side::new(Arc::new(TestMemory::new(vec![ram(0, "low"), ram(1, "high"), plugged]).unwrap()))
 }
 
-fn balloon(side: &Side, punch: Punch, seed: u64) -> Balloon {
-    Balloon::new(side.client().clone(), side.vmm.usage().clone(), punch, seed)
+fn balloon(side: &Side, way: Way, seed: u64) -> Balloon {
+    Balloon::new(side.client().clone(), side.vmm.usage().clone(), way, seed)
 }
 
 fn plug(side: &Side) -> Plug {
@@ -47,8 +47,9 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
         let options = guest(Pattern::Uniform, 20_000);
         let (wrote, writes) = (source.threads(&options), destination.threads(&options));
         // A page that was freed by the VMM is a hole, and one that was not has stale content: neither is to come.
-        let mut taken =
-            [(Punch::Yes, seed), (Punch::No, seed + 100)].map(|(punch, seed)| balloon(&source, punch, seed));
+        let mut taken = [(Punch::Yes, seed), (Punch::No, seed + 100)]
+            .map(|(punch, seed)| balloon(&source, Way::Discard(punch), seed));
+        let mut freed = balloon(&source, Way::Free, seed + 300);
         let mut plugged = plug(&source);
         source.fill(seed);
         for unit in 0..8 {
@@ -57,7 +58,7 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
         source.vmm.start().unwrap();
         wait_until("writes", PATIENCE, || wrote() > 2000).unwrap();
         taken.iter_mut().for_each(|balloon| assert!(balloon.inflate(10, 100).unwrap() > 0));
-        assert!(plugged.unplug(3).unwrap());
+        assert!(plugged.unplug(3).unwrap() && freed.inflate(10, 100).unwrap() > 0);
 
         // Quick passes, and then time for the balloon.
         let (client, slow) = (source.client().clone(), switch.options(4 * MIB));
@@ -68,15 +69,20 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
         } else {
             // During the passes, or when all of it remains.
             taken[0].inflate(3, 50).unwrap();
+            freed.inflate(3, 50).unwrap();
+            freed.deflate(5).unwrap();
         }
         migration.until_postcopy();
-        let mut there = balloon(&destination, Punch::Yes, seed + 200);
+        let mut there = balloon(&destination, Way::Discard(Punch::Yes), seed + 200);
+        let mut freeing = balloon(&destination, Way::Free, seed + 400);
         let mut plugged = plug(&destination);
         let client = destination.client();
         let mut held = taken.iter().flat_map(|balloon| balloon.held().iter().copied()).collect::<Vec<_>>();
         for round in 0..16 {
             there.inflate(6, 60).unwrap();
             there.deflate(2).unwrap();
+            freeing.inflate(6, 60).unwrap();
+            freeing.deflate(2).unwrap();
             if round % 2 == 0 {
                 assert!(plugged.unplug(round / 2).unwrap());
             } else {
@@ -97,6 +103,12 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
         wait_until("writes into what was taken back", PATIENCE, || writes() > before + 2000).unwrap();
         destination.vmm.stop().unwrap();
         destination.vmm.usage().check().unwrap();
+        for (block, run) in freeing.held() {
+            assert!(
+                destination.vmm.memory().block(*block).unwrap().is_hole(*run).unwrap(),
+                "block {block}: {run:?} was freed"
+            );
+        }
         for block in destination.vmm.memory().blocks() {
             let discarded = client.discarded(block.id()).unwrap();
             let runs: Vec<_> = discarded.runs(block.all()).collect();

@@ -46,7 +46,9 @@ enum Event {
     /// Discarded, and not freed if it holds something.
     Discard(Option<u64>),
     Populate,
-    /// Freed by the VMM.
+    /// Punched by the VMM.
+    Punch,
+    /// Freed, and the guest may use it.
     Free,
 }
 
@@ -296,10 +298,18 @@ impl Guest {
         cell.discarded = false;
     }
 
+    /// The page was freed: it is a hole until it is touched. To free what is discarded is to discard it once more.
+    pub fn frees(&mut self, page: Page) {
+        let cell = self.cells.get_mut(&page).unwrap();
+        cell.stray = false;
+        cell.story.push(Event::Free);
+        cell.freed();
+    }
+
     /// The VMM freed a discarded page by itself.
     pub fn freed(&mut self, page: Page) {
         let cell = self.cells.get_mut(&page).unwrap();
-        cell.story.push(Event::Free);
+        cell.story.push(Event::Punch);
         let to_come = if cell.stray { cell.values.clone() } else { BTreeSet::new() };
         cell.freed();
         cell.values.extend(to_come);

@@ -1,4 +1,4 @@
-//! Postcopy under any interleaving: a guest that writes, discards and populates at the source until it is stopped, and reads, writes, discards and populates at the
+//! Postcopy under any interleaving: a guest that writes, discards, frees and populates at the source until it is stopped, and reads, writes, discards, frees and populates at the
 //! destination before its memory is there, over connections that break at any moment and are made again, against a model that is a few maps.
 //!
 //! The memory of the destination is right page for page, nothing that is discarded is populated, nothing is requested twice, and the source never runs again after the
@@ -326,7 +326,13 @@ impl Attempt<'_> {
                 }
             }
             1 => populate(self.chance, guest, self.destination),
-            2 => free(self.chance, guest, self.destination),
+            2 => punch(self.chance, guest, self.destination),
+            3 => {
+                for page in free(self.chance, guest, self.destination) {
+                    self.relay.settle(page, guest.was_touched(page));
+                    self.owed.remove(&page);
+                }
+            }
             _ => {}
         }
     }
@@ -461,8 +467,18 @@ fn populate(chance: &mut Random, guest: &mut Guest, destination: &Destination) {
     pages_of(id, range).for_each(|page| guest.populated(page));
 }
 
+/// The guest gives pages back, and may use them again at once.
+fn free(chance: &mut Random, guest: &mut Guest, destination: &Destination) -> Vec<Page> {
+    let (id, range) = some_pages(chance);
+    let given = ragged(chance, id, range);
+    destination.client.free(&[given]).unwrap();
+    let pages: Vec<Page> = pages_of(id, range).collect();
+    pages.iter().for_each(|page| guest.frees(*page));
+    pages
+}
+
 /// What a VMM may do with memory that it gave back.
-fn free(chance: &mut Random, guest: &mut Guest, destination: &Destination) {
+fn punch(chance: &mut Random, guest: &mut Guest, destination: &Destination) {
     let (id, range) = some_pages(chance);
     for page in pages_of(id, range).filter(|page| guest.is_discarded(*page)).collect::<Vec<_>>() {
         destination.memory.punch(page);
@@ -540,6 +556,7 @@ fn run_case(seed: u64) {
     for _ in 0..20 {
         touch(&mut chance, &mut guest, &source.world);
         discard(&mut chance, &mut guest, &destination);
+        free(&mut chance, &mut guest, &destination);
         populate(&mut chance, &mut guest, &destination);
         guest.rest();
     }

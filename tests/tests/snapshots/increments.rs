@@ -37,6 +37,27 @@ fn an_increment_holds_what_changed_and_no_more() {
 }
 
 #[test]
+fn what_was_freed_since_the_base_is_zero_and_not_as_there() {
+    let scene = Scene::full(400);
+    scene.saved("full", &tracked(paused()));
+    scene.client().free(&range(100, 50)).unwrap();
+    scene.write(120, 7);
+    scene.write(200, 1);
+    scene.client().free(&range(200, 1)).unwrap();
+    let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(paused())));
+    scene.check(&one);
+    let counters = status.counters;
+    assert_eq!((counters.pages_sent, counters.discarded_pages, counters.unchanged_pages), (1, 0, 349));
+    let states = &one.newest().states()[0];
+    assert!(!states.unchanged.contains(100) && !states.present.contains(200) && states.present.contains(120));
+    // Once only, and it is ordinary memory again.
+    scene.write(101, 8);
+    let (status, two) = scene.saved("two", &on(&scene.path("one"), tracked(paused())));
+    scene.check(&two);
+    assert_eq!((status.counters.pages_sent, status.counters.unchanged_pages), (1, 399));
+}
+
+#[test]
 fn a_snapshot_without_tracking_leaves_the_next_increment_to_the_same_base() {
     let scene = Scene::full(200);
     scene.saved("full", &tracked(paused()));

@@ -16,12 +16,12 @@ pub mod faults;
 pub mod recover;
 
 use super::accept::Accepted;
+use super::place::Remaining;
 use super::receive::Received;
 use super::{load, take_over};
 use crate::faults::{Registered, Stop, answer};
 use crate::job::{Job, JobError};
 use crate::memory::arriving::Arriving;
-use crate::memory::owed::Owed;
 use crate::memory::pool;
 use crate::transport::Listener;
 use arrive::Arrival;
@@ -44,16 +44,18 @@ pub struct Incomplete {
 
 /// Lets the guest run, and receives what it is owed.
 pub fn take_guest_first(
-    job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, owed: Owed, received: Received,
+    job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, remaining: Remaining, received: Received,
 ) -> Result<(), JobError> {
     // The guest still runs at the source, which resumes it if this fails.
-    pool::reserve(&job.memory, &owed)?;
+    pool::reserve(&job.memory, &remaining.owed)?;
     let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
-    let arriving = Arriving::new(&job.memory, Arc::new(owed), uffd, accepted.acknowledge, job.live.clone());
+    let arriving = Arriving::new(&job.memory, Arc::new(remaining.owed), uffd, accepted.acknowledge, job.live.clone());
     let arriving = Arc::new(arriving?);
     job.owes(arriving.owed());
     job.memory.set_arriving(Some(arriving.clone()));
+    arriving.drop_noted(remaining.given_back.noted());
+    drop(remaining.given_back);
     let mut guest = Incomplete {
         job: job.clone(),
         arriving: arriving.clone(),

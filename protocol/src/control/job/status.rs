@@ -174,6 +174,8 @@ counters! {
     zero_pages,
     /// Pages told to the destination as discarded; or that are discarded in the image.
     discarded_pages,
+    /// Outgoing: of the zero pages, those that were not read, since the guest had freed them and not written since.
+    freed_pages,
     /// Pages sent although discarded, since the guest wrote into them afterwards.
     stray_pages,
     /// Bytes written to, or read from, all streams: headers, content and state; or the image.
@@ -205,7 +207,7 @@ counters! {
     requested_pages,
     /// Postcopy: pages that the source sent, or the destination took, without being asked.
     pushed_pages,
-    /// Postcopy and lazy restore: pages that the guest discarded while they remained, so that they need not come any more.
+    /// Postcopy and lazy restore: pages that the guest discarded or freed while they remained, so that they need not come any more.
     dropped_pages,
     /// Postcopy: pages that the source freed since the destination has them.
     released_pages,
@@ -221,7 +223,7 @@ counters! {
     fault_max_us,
     /// Snapshot: pages that were saved before their turn, since the guest was about to write there.
     captured_pages,
-    /// Snapshot: pages that were saved before their turn, since the guest discarded them.
+    /// Snapshot: pages that were saved before their turn, since the guest discarded or freed them.
     rescued_pages,
     /// Snapshot: pages that are as in the base.
     unchanged_pages,

@@ -90,6 +90,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         }),
         any::<u32>().prop_map(|id| Request::RemoveBlock { id }),
         (0u32..2, any_ranges()).prop_map(|(flags, ranges)| Request::Discard { flags, ranges }),
+        any_ranges().prop_map(|ranges| Request::Free { ranges }),
         any_ranges().prop_map(|ranges| Request::Populate { ranges }),
         (0u32..4).prop_map(|sources| Request::SetTrackers { sources }),
         (".{0,60}", any_options()).prop_map(|(target, options)| Request::StartOutgoing { target, options }),

@@ -1,0 +1,170 @@
+use super::*;
+use crate::image::ImageError;
+use crate::memory::Backing;
+use crate::memory::block::GuestLog;
+use crate::memory::capturing::{Capturing, Sink};
+use crate::memory::noted::Listening;
+use crate::memory::owed::Owed;
+use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
+use pageferry_protocol::shm::DirtyLog;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::yield_now;
+
+const PAGES: u64 = 150;
+/// Guest page of the first page.
+const FIRST: u64 = 3;
+
+fn memfd(length: u64) -> OwnedFd {
+    let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, length).unwrap();
+    fd
+}
+
+/// A block whose pages are all written.
+fn memory() -> Arc<GuestMemory> {
+    let length = PAGES * PAGE_SIZE;
+    let geometry = BlockGeometry { id: 7, name: "ram".into(), gpa: FIRST * PAGE_SIZE, length, granularity: PAGE_SIZE };
+    let block = Block::new(geometry, Backing::new(memfd(length), 0, length).unwrap(), 0, None).unwrap();
+    block.backing.write(0, &vec![5; length as usize]).unwrap();
+    let log = DirtyLog::map(memfd(4096).as_fd(), 0, 4096).unwrap();
+    Arc::new(GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), Some(Arc::new(GuestLog::new(log)))))
+}
+
+fn range(first: u64, count: u64) -> [BlockRange; 1] {
+    [BlockRange { block: 7, offset: first * PAGE_SIZE, length: count * PAGE_SIZE }]
+}
+
+fn holes(memory: &GuestMemory) -> Vec<u64> {
+    let backing = &memory.blocks()[0].backing;
+    (0..PAGES).filter(|page| backing.first_data(PageRange::new(*page, 1)).unwrap().is_none()).collect()
+}
+
+fn logged(memory: &GuestMemory) -> Vec<u64> {
+    let log = memory.log.as_ref().unwrap().log.bits();
+    (0..PAGES).filter(|page| log.contains(FIRST + page)).collect()
+}
+
+/// Gives another thread every chance to go too far.
+fn let_others_run() {
+    (0..1000).for_each(|_| yield_now());
+}
+
+#[test]
+fn a_freed_page_is_a_hole_and_dirty_and_one_that_is_discarded_stays_so() {
+    let memory = memory();
+    let block = &memory.blocks()[0];
+    memory.discard(&range(61, 2), true).unwrap();
+    block.backing.write(62 * PAGE_SIZE, &[1]).unwrap();
+    // Rounds inward, as a discard.
+    let ragged = BlockRange { offset: 59 * PAGE_SIZE + 1, length: 7 * PAGE_SIZE, ..range(0, 0)[0] };
+    assert_eq!(memory.free(&[ragged]).unwrap(), 4);
+    assert_eq!(holes(&memory), [60, 61, 62, 63, 64, 65]);
+    assert_eq!(logged(&memory), [60, 63, 64, 65]);
+    assert_eq!(block.discarded.runs(block.all()).collect::<Vec<_>>(), [PageRange::new(61, 2)]);
+    assert_eq!(block.unsettled.count(block.all()), 0);
+    assert!(memory.free(&[BlockRange { block: 8, ..range(0, 1)[0] }]).is_err());
+}
+
+#[test]
+fn a_hole_is_known_until_the_page_is_written() {
+    let memory = memory();
+    let block = &memory.blocks()[0];
+    memory.free(&range(60, 10)).unwrap();
+    block.backing.write(66 * PAGE_SIZE, &[1]).unwrap();
+    for _ in 0..2 {
+        assert_eq!(block.known_holes(0, u64::MAX).unwrap(), 0xf << 60);
+        assert_eq!(block.known_holes(1, 0x3d).unwrap(), 0x39);
+        assert_eq!(block.known_holes(1, u64::MAX).unwrap(), 0x3b);
+    }
+    // Who takes it out of what it takes for allocated finds the same.
+    let allocated = MappedBitmap::private(PAGES).unwrap();
+    allocated.set(allocated.all());
+    block.take_known_holes(&allocated).unwrap();
+    let left: Vec<_> = allocated.runs(allocated.all()).collect();
+    assert_eq!(left, [PageRange::new(0, 60), PageRange::new(66, 1), PageRange::new(70, 80)]);
+}
+
+#[test]
+fn a_free_waits_for_who_began_to_read_before_it() {
+    let memory = memory();
+    let reading = memory.readers.reading(3, 0, 1);
+    std::thread::scope(|scope| {
+        let free = scope.spawn(|| memory.free(&range(64, 1)).unwrap());
+        let_others_run();
+        assert!(!free.is_finished() && holes(&memory).is_empty());
+        drop(reading);
+        free.join().unwrap();
+    });
+    assert_eq!(holes(&memory), [64]);
+}
+
+#[test]
+fn who_listens_hears_of_what_was_freed() {
+    let memory = memory();
+    let listening = Listening::from_now(&memory, || ()).unwrap();
+    memory.discard(&range(3, 2), true).unwrap();
+    memory.free(&range(4, 2)).unwrap();
+    let runs = |bits: &MappedBitmap| bits.runs(bits.all()).collect::<Vec<_>>();
+    assert_eq!(runs(listening.noted().discarded(0)), [PageRange::new(3, 2)]);
+    assert_eq!(runs(listening.noted().freed(0)), [PageRange::new(5, 1)]);
+    drop(listening);
+    assert!(memory.noted().is_none());
+}
+
+/// Keeps the pages that are put, and counts those that are not zero.
+#[derive(Debug, Default)]
+struct Kept {
+    pages: Mutex<Vec<PageRange>>,
+    full: AtomicU64,
+}
+
+impl Sink for Kept {
+    fn put(&self, _: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
+        self.pages.lock().unwrap().push(range);
+        let full = bytes.chunks(PAGE_SIZE as usize).filter(|page| page[0] != 0).count() as u64;
+        self.full.fetch_add(full, Ordering::SeqCst);
+        Ok(full)
+    }
+}
+
+fn capture(memory: &GuestMemory, kept: &Arc<Kept>, pages: u64) -> Arc<Capturing> {
+    let pending = Owed::nothing(memory, &[PAGE_SIZE]).unwrap();
+    pending.add(0, 0, pages);
+    let capturing = Arc::new(Capturing::new(memory, Arc::new(pending), None, kept.clone(), Arc::default()));
+    memory.marking.instant(|| Ok::<_, ()>(capturing.clone())).unwrap();
+    capturing
+}
+
+#[test]
+fn what_is_freed_after_the_instant_is_saved_first() {
+    let memory = memory();
+    let kept = Arc::new(Kept::default());
+    let capturing = capture(&memory, &kept, 0b1111);
+    memory.free(&range(1, 2)).unwrap();
+    assert_eq!(*kept.pages.lock().unwrap(), [PageRange::new(1, 2)]);
+    assert_eq!((kept.full.load(Ordering::SeqCst), capturing.pending().left()), (2, 2));
+}
+
+#[test]
+fn what_is_freed_across_the_instant_is_not_saved_after_it() {
+    let memory = memory();
+    let kept = Arc::new(Kept::default());
+    let reading = memory.readers.reading(3, 0, 0);
+    let capturing = std::thread::scope(|scope| {
+        // It has looked for a snapshot, and found none.
+        let free = scope.spawn(|| memory.free(&range(1, 2)).unwrap());
+        let_others_run();
+        assert!(!free.is_finished());
+        let capturing = capture(&memory, &kept, 0b1111);
+        drop(reading);
+        free.join().unwrap();
+        capturing
+    });
+    assert_eq!(capturing.pending().block(0).bits().word(0), 0b1001);
+    let all = PageRange::new(0, 64);
+    let mut batch = capturing.batch(&memory).unwrap();
+    assert_eq!(capturing.sweep(&memory, 0, 0, all, &mut batch).unwrap(), 2);
+    assert_eq!(*kept.pages.lock().unwrap(), [PageRange::new(0, 1), PageRange::new(3, 1)]);
+}
