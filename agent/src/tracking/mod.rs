@@ -376,7 +376,8 @@ mod tests {
             }
             (pages, hooks)
         });
-        let clear = LazyClear { hooks: Arc::new(Hooks::new(Some(ours.into()))), timeout: Duration::from_secs(60) };
+        let hooks = Arc::new(Hooks::new(Some(ours.into())));
+        let clear = LazyClear { hooks, timeout: Duration::from_secs(60), stop: Deadline::default() };
         clear.clear(5, bitmap, range).unwrap();
         drop(clear);
         vmm.join().unwrap()
