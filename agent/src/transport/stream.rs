@@ -1,15 +1,16 @@
 //! A connected stream: records in and out, with deadlines.
 //!
-//! A peer is given `timeout` to begin a record or an answer, and as long again until all of the record
-//! is here; for a write it has `timeout` to take all of what is written. So a peer that sends or takes
-//! a byte now and then gains nothing by it. While a guest is paused for a hand-over, every wait also ends
-//! with the deadline of the stop ([`Deadline`]).
+//! A peer is given `timeout` to begin a record or an answer. From then on, and from when it first has no
+//! room for a write, it has `timeout` once more and the time that the bytes take at [`MIN_BANDWIDTH`]: so a
+//! slow link is none too slow, and a peer that sends or takes a byte now and then gains nothing by it. While
+//! a guest is paused for a hand-over, every wait also ends with the deadline of the stop ([`Deadline`]).
 //!
 //! Nothing blocks but in `poll`. Cancelling a job shuts the socket down, which ends any wait at once (see
 //! [`crate::job::Cancel`]).
 
 use super::TransportError;
 use crate::job::Deadline;
+use pageferry_protocol::control::job::MIN_BANDWIDTH;
 use pageferry_protocol::stream::hello::MAX_HELLO;
 use pageferry_protocol::stream::{Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -90,10 +91,13 @@ impl StreamSocket {
                 Ok(count) => IoSlice::advance_slices(&mut parts, count),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.timeout);
+                    let missing = parts.iter().map(|part| part.len()).sum();
+                    let (deadline, timeout) = *deadline.get_or_insert_with(|| {
+                        let timeout = self.time_for(missing);
+                        (Instant::now() + timeout, timeout)
+                    });
                     if !self.wait(PollFlags::OUT, Some(deadline))? {
-                        let missing = parts.iter().map(|part| part.len()).sum();
-                        return Err(TransportError::Stuck { timeout: self.timeout, missing });
+                        return Err(TransportError::Stuck { timeout, missing });
                     }
                 }
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(TransportError::Closed),
@@ -102,6 +106,11 @@ impl StreamSocket {
             }
         }
         Ok(())
+    }
+
+    /// How long the peer may take to send or to take so many bytes.
+    fn time_for(&self, bytes: usize) -> Duration {
+        self.timeout + Duration::from_secs_f64(bytes as f64 / MIN_BANDWIDTH as f64)
     }
 
     /// Reads what there is; `None` if there is nothing.
@@ -262,27 +271,24 @@ impl RecordReader {
     /// # Errors
     /// If it is malformed, or the peer is gone, silent, or does not come to the end of the record.
     pub fn read(&mut self) -> Result<ReceivedRecord<'_>, TransportError> {
-        let mut deadline = None;
+        // Since when the record is waited for, and since when it has begun.
+        let (mut asked, mut begun) = (None, None);
         loop {
             let missing = match self.poll_next(Whose::Peer)? {
                 Next::Record(kind, header) => return Ok(self.take(kind, header)),
                 Next::Missing(missing) => missing,
             };
-            let begun = self.end > self.start;
-            // Since when the record is waited for, or, once it has begun, since it has.
-            let wait = match deadline {
-                Some((deadline, of)) if of == begun => deadline,
-                _ => {
-                    let limit = if begun { Some(self.socket.timeout) } else { self.patience };
-                    let from_now = limit.map(|limit| Instant::now() + limit);
-                    deadline = Some((from_now, begun));
-                    from_now
-                }
+            let here = self.end - self.start;
+            let (since, limit) = if here == 0 {
+                (*asked.get_or_insert_with(Instant::now), self.patience)
+            } else {
+                (*begun.get_or_insert_with(Instant::now), Some(self.socket.time_for(here + missing)))
             };
-            if !self.socket.wait(PollFlags::IN, wait)? {
-                return Err(match self.patience {
-                    Some(patience) if !begun => TransportError::Silent(patience),
-                    _ => TransportError::Slow { timeout: self.socket.timeout, missing },
+            if !self.socket.wait(PollFlags::IN, limit.map(|limit| since + limit))? {
+                let timeout = limit.unwrap_or_default();
+                return Err(match here {
+                    0 => TransportError::Silent(timeout),
+                    _ => TransportError::Slow { timeout, missing },
                 });
             }
         }
@@ -421,9 +427,9 @@ mod tests {
     #[test]
     fn a_peer_that_sends_byte_by_byte_has_one_deadline_for_the_whole_record() {
         let (mut theirs, mut reader) = pair_with(Duration::from_millis(300));
-        let header = RecordHeader::plain(Kind::State, 0, MAX_PAYLOAD).sealed(&[]).to_wire();
+        let header = RecordHeader::plain(Kind::State, 0, 4096).sealed(&[]).to_wire();
         theirs.write_all(&header).unwrap();
-        // A million bytes at 50 a second would be hours.
+        // All of it at 50 bytes a second would be more than a minute.
         beside(
             || drop(theirs.write(&[0])),
             || assert!(matches!(reader.read(), Err(TransportError::Slow { missing: 1.., .. }))),
@@ -434,9 +440,10 @@ mod tests {
     fn a_peer_that_takes_byte_by_byte_has_one_deadline_for_the_whole_write() {
         let (theirs, reader) = pair_with(Duration::from_millis(300));
         let mut taking = theirs.try_clone().unwrap();
-        let bytes = vec![0; 16 << 20];
+        // Somewhat more than the queue holds: it would take minutes, and may take 8 seconds.
+        let bytes = vec![0; 512 << 10];
         beside(
-            || drop(taking.read(&mut [0; 4096])),
+            || drop(taking.read(&mut [0; 16])),
             || {
                 let outcome = reader.socket().write_all(&mut [IoSlice::new(&bytes)]);
                 assert!(matches!(outcome, Err(TransportError::Stuck { missing: 1.., .. })), "{outcome:?}");
