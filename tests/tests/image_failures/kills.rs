@@ -6,7 +6,7 @@ use crate::scene::{
     self, Guest, Host, assert_completed, assert_failed, background, eager, endless, lazy, on, paused, slow, tracked,
 };
 use pageferry_agent::image::Chain;
-use pageferry_client::{Config, Ownership, Phase, RestoreOptions, SnapshotOptions};
+use pageferry_client::{Config, MIN_BANDWIDTH, Ownership, Phase, RestoreOptions, SnapshotOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::Process;
@@ -285,7 +285,7 @@ fn an_agent_that_is_killed_after_the_guest_runs_that_it_restores_lazily_loses_it
     for index in 0..5 {
         let pages = random.below(2000);
         let vmm = waiting(&host);
-        let bandwidth = if index == 0 { 1 } else { BANDWIDTH / 4 };
+        let bandwidth = if index == 0 { MIN_BANDWIDTH } else { BANDWIDTH / 4 };
         vmm.start_restore(&path, &RestoreOptions { bandwidth, ..lazy() }).unwrap();
         let runs = |phase| phase == Phase::Prefetching || phase == Phase::Completed;
         wait_until("the guest to run", PATIENCE, || runs(vmm.client().status().unwrap().phase)).unwrap();

@@ -5,7 +5,7 @@ use crate::common::{At, PROGRAM, SOON, lock};
 use crate::scene::{
     Guest, Host, PAGES, assert_completed, assert_failed, background, both, eager, lazy, on, paused, slow, tracked,
 };
-use pageferry_client::{Error, HookError, Ownership, Phase, Punch, RestoreMode, RestoreOptions};
+use pageferry_client::{Error, HookError, MIN_BANDWIDTH, Ownership, Phase, Punch, RestoreMode, RestoreOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::random::{Random, page_content};
@@ -133,7 +133,7 @@ fn a_restore_that_is_cancelled_leaves_nothing_and_the_next_is_complete() {
     let path = image(&host);
     let guest = Guest::new(&host, PAGES);
     // None of them ends by itself before the cancel, however slow the machine.
-    for bandwidth in [1, 64 << 10, 1 << 20] {
+    for bandwidth in [MIN_BANDWIDTH, 1 << 20] {
         let job = guest.restore(&path, &RestoreOptions { bandwidth, ..eager() });
         guest.reaches(Phase::Restoring);
         guest.client.cancel().unwrap();

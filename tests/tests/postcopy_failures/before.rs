@@ -207,16 +207,20 @@ fn a_mapping_that_another_userfaultfd_has_fails_the_migration_by_its_address() {
     let range = Addresses { start: scene.destination.ram.address(), length: PAGES * PAGE_SIZE };
     other.register(range, Register::WriteProtect).unwrap();
     let (source, there) = (&scene.source, &scene.destination);
-    scene.relay.pump("the end", || source.seen().phase.is_final() && there.seen().phase.is_final());
-    for side in [source, there] {
-        let status = ended(side, Phase::Failed);
+    scene.relay.pump("the end", || source.seen().phase.is_final() && !there.seen().error.is_empty());
+    for status in [ended(source, Phase::Failed), there.seen()] {
         let address = format!("{:#x}", range.start);
-        for words in [&address, "missing pages", "busy"] {
+        for words in [&address, "block 3", "missing pages", "busy"] {
             assert!(status.error.contains(words), "{words}: {}", status.error);
         }
     }
+    // Nothing moved, and the destination waits for another.
+    assert!(scene.relay.seen.iter().all(|record| matches!(record.kind, Kind::Hello | Kind::Reject)));
+    assert_eq!(there.seen().phase, Phase::Connecting);
     assert_runs_here(source);
     other.unregister(range).unwrap();
+    there.client.cancel().unwrap();
+    ended(there, Phase::Cancelled);
     assert_nothing_there(there);
     assert_next_completes(source, there);
 }
@@ -229,9 +233,8 @@ fn a_destination_whose_block_is_mapped_nowhere_is_refused_by_name_before_anythin
     let unmapped = Side::near(crate::common::Ram::odd(PAGES));
     let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), unmapped, &postcopy());
     let (source, there) = (&scene.source, &scene.destination);
-    scene.relay.pump("the end", || source.seen().phase.is_final() && there.seen().phase.is_final());
-    for side in [source, there] {
-        let status = ended(side, Phase::Failed);
+    scene.relay.pump("the end", || source.seen().phase.is_final() && !there.seen().error.is_empty());
+    for status in [ended(source, Phase::Failed), there.seen()] {
         assert!(status.error.contains("block 3 has no vmm_address"), "{}", status.error);
     }
     assert!(scene.relay.seen.iter().all(|record| matches!(record.kind, Kind::Hello | Kind::Reject)));

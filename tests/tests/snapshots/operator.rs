@@ -178,7 +178,7 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
         eprintln!("{line:?}");
         let last = vmm.client().status().unwrap().job;
         // More than there are of all kinds if it has two, and no more than it has pieces to work on.
-        let mut operator = command(&[&line[..], &["--workers", "9", "--bandwidth", "1"]].concat());
+        let mut operator = command(&[&line[..], &["--workers", "9", "--bandwidth", "64K"]].concat());
         let here = || vmm.client().status().is_ok_and(|status| status.job > last && status.phase >= phase);
         wait_until("the job to be at work", PATIENCE, here).unwrap();
         assert_eq!((vmm.client().status().unwrap().phase, vmm.record().runs), (phase, runs));
