@@ -10,6 +10,7 @@ use pageferry_protocol::control::hook::{self, Hook, PieceSize};
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::RemoteError;
 use pageferry_protocol::control::{FrameSocket, SocketError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
@@ -77,6 +78,8 @@ pub enum HookError {
 pub struct Hooks {
     /// There is a socket.
     set: bool,
+    /// The socket once more, to look at while somebody waits for an answer.
+    watched: Option<OwnedFd>,
     /// Held for as long as the VMM takes to answer.
     channel: Mutex<Channel>,
     /// Events that were told while somebody waited for an answer. Whoever gives `channel` back
@@ -98,8 +101,24 @@ struct Channel {
 impl Hooks {
     /// Hooks that go to `socket`; every one fails if there is none.
     pub fn new(socket: Option<OwnedFd>) -> Self {
+        // Without a duplicate nobody can see that the VMM is there, and it counts as gone.
+        let watched = socket.as_ref().and_then(|socket| socket.try_clone().ok());
         let (set, socket) = (socket.is_some(), socket.map(FrameSocket::from));
-        Self { set, channel: Mutex::new(Channel { socket, sequence: 0, late: false }), untold: Mutex::default() }
+        let channel = Mutex::new(Channel { socket, sequence: 0, late: false });
+        Self { set, watched, channel, untold: Mutex::default() }
+    }
+
+    /// True if the VMM has not ended the connection, as far as the kernel knows now. Does not wait.
+    pub fn are_connected(&self) -> bool {
+        let Some(socket) = &self.watched else { return false };
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        loop {
+            match poll(&mut [PollFd::new(socket, PollFlags::RDHUP)], Some(&now)) {
+                Ok(ended) => return ended == 0,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return false,
+            }
+        }
     }
 
     /// True if there is a VMM to ask.

@@ -2,6 +2,7 @@
 //!
 //! What the guest's memory needs to survive the agent ([`Memory`]) is made here and handed to each agent in turn.
 
+use crate::agent_process::AgentProcess;
 use crate::block::{Block, BlockAdded, BlockSpec, errno};
 use crate::control::{Control, Link};
 use crate::error::Error;
@@ -9,6 +10,7 @@ use crate::faults::Faults;
 use crate::hooks::{HookChannel, Parts};
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
+use crate::shared::Fence;
 use crate::writes::Writes;
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{
@@ -61,6 +63,7 @@ pub struct Client {
 struct Inner {
     config: Config,
     memory: Arc<Memory>,
+    fence: Arc<Fence>,
     ownership: Arc<SharedOwnership>,
     faults: Arc<Faults>,
     writes: Arc<Writes>,
@@ -85,6 +88,8 @@ pub(crate) struct Session {
     pub(crate) control: Control,
     /// What a new agent has to be told about trackers.
     trackers: KeptTrackers,
+    /// Processes that were handed the guest's memory, and are not known to have ended.
+    processes: Vec<Arc<AgentProcess>>,
 }
 
 #[derive(Debug, Default)]
@@ -96,7 +101,33 @@ struct KeptTrackers {
 impl Drop for Inner {
     fn drop(&mut self) {
         let session = self.session.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // The agent is not killed: it ends its job by itself, or serves the next VMM.
         session.control.link().cut();
+    }
+}
+
+impl Session {
+    /// True if the agent is there, and says that it has no job, or none that runs.
+    fn has_ended_its_job(&mut self) -> bool {
+        let status = self.control.request(&Request::QueryStatus, &[], JobStatus::decode);
+        status.is_ok_and(|status| status.phase.is_final())
+    }
+
+    /// Sees to it that no process but that of `next` has the guest's memory from here any more.
+    fn end_processes(&mut self, next: Option<&AgentProcess>, timeout: Duration) -> Result<(), Error> {
+        let deadline = Instant::now() + timeout;
+        let mut outcome = Ok(());
+        let mut processes = Vec::new();
+        for process in std::mem::take(&mut self.processes) {
+            if next.is_some_and(|next| !process.has_ended() && next.is(&process)) {
+                processes.push(process);
+            } else if let Err(why) = process.end(deadline.saturating_duration_since(Instant::now())) {
+                outcome = Err(Error::AgentRuns { pid: process.pid(), waited: timeout, why });
+                processes.push(process);
+            }
+        }
+        self.processes = processes;
+        outcome
     }
 }
 
@@ -115,15 +146,26 @@ impl Client {
     /// # Errors
     /// If the agent refuses or breaks the handshake.
     pub fn from_socket(socket: OwnedFd, config: Config) -> Result<(Self, HookChannel), Error> {
-        let memory = Arc::new(Memory::new(config.log_covers)?);
-        let (control, hooks) = open(socket, &config, &memory)?;
-        let session = Mutex::new(Session { control, trackers: KeptTrackers::default() });
+        let (memory, fence) = (Arc::new(Memory::new(config.log_covers)?), Arc::new(Fence::new()?));
         let (ownership, faults, writes) = (Arc::new(SharedOwnership::new()), Arc::default(), Arc::default());
+        let (mut control, hooks) = Control::open(socket, &fence, &ownership, config.request_timeout)?;
+        control.hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)?;
+        let link = Arc::clone(control.link());
+        let processes = link.process().into_iter().cloned().collect();
+        let session = Mutex::new(Session { control, trackers: KeptTrackers::default(), processes });
         let client = Self {
-            inner: Arc::new(Inner { config, memory, ownership, faults, writes, session, turn: Mutex::default() }),
+            inner: Arc::new(Inner {
+                config,
+                memory,
+                fence,
+                ownership,
+                faults,
+                writes,
+                session,
+                turn: Mutex::default(),
+            }),
         };
-        let link = Arc::clone(client.session().control.link());
-        let channel = client.channel(hooks, link);
+        let channel = client.channel(hooks.ours, link);
         Ok((client, channel))
     }
 
@@ -154,28 +196,41 @@ impl Client {
     /// Gives up the agent, if it is not lost already, and hands the same dirty log, blocks, bitmaps of discarded pages and trackers to a
     /// new one. The old hook channel ends, which resumes a guest that was paused through it and is ours. Ownership stays as it is.
     ///
-    /// An agent that hung should be dead by now: it holds descriptors of the guest's memory and, if it was taking a background snapshot, the userfaultfd of that,
-    /// with which it could get in the way of the next snapshot if it woke up.
+    /// Before the new agent gets anything, the process of the old one has ended: it is killed (SIGKILL), also if it still sends the memory
+    /// of a guest that has left, which [`Client::recover`] then goes on with. Where the VMM may not kill it, since it belongs to another
+    /// user, its end is waited for. The new agent may be the process of the old one, which takes a new connection: then it is left
+    /// alive, and has ended all that it did for the old connection before it starts a job for the new one.
+    ///
+    /// An agent on threads of the VMM's own process cannot be killed: see to it that its threads have ended.
     ///
     /// # Errors
-    /// If the new agent refuses or breaks the handshake, or refuses a block. The client has no agent then.
+    /// If the new agent refuses or breaks the handshake, or refuses a block; or [`Error::AgentRuns`] if the process of the old one has not
+    /// ended within [`Config::request_timeout`]. The client has no agent then.
     pub fn reattach_socket(&self, socket: OwnedFd) -> Result<HookChannel, Error> {
+        let Inner { config, memory, fence, ownership, .. } = &*self.inner;
         let mut session = self.session();
-        if session.control.lost().is_none() {
-            session.control.lose("the VMM attached another".to_owned());
-        }
-        let (mut control, hooks) = open(socket, &self.inner.config, &self.inner.memory)?;
-        let handed_over =
-            self.inner.memory.all().iter().try_for_each(|block| send_block(&mut control, block, 0).map(drop)).and_then(
-                |()| if session.trackers.sources() == 0 { Ok(()) } else { session.trackers.send(&mut control) },
-            );
-        if let Err(error) = handed_over {
-            control.link().cut();
+        session.control.retire("the VMM attached another");
+        let (mut control, hooks) = Control::open(socket, fence, ownership, config.request_timeout)?;
+        let link = Arc::clone(control.link());
+        let process = link.process().cloned();
+        if let Err(error) = session.end_processes(process.as_deref(), config.request_timeout) {
+            control.retire("the agent before has not ended");
             return Err(error);
         }
-        let link = Arc::clone(control.link());
+        session.processes.extend(process);
+        let handed_over = control
+            .hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)
+            .and_then(|()| memory.all().iter().try_for_each(|block| send_block(&mut control, block, 0).map(drop)))
+            .and_then(|()| match session.trackers.sources() {
+                0 => Ok(()),
+                _ => session.trackers.send(&mut control),
+            });
+        if let Err(error) = handed_over {
+            control.retire("it refused what it was handed");
+            return Err(error);
+        }
         session.control = control;
-        Ok(self.channel(hooks, link))
+        Ok(self.channel(hooks.ours, link))
     }
 
     /// Adds a block of guest memory.
@@ -262,13 +317,42 @@ impl Client {
         self.inner.ownership.lock().ownership()
     }
 
-    /// Takes the guest by force: an operator's decision, who looked at both sides and knows that the destination does not run. Says
-    /// nothing to the agent and calls no hook: the VMM then resumes the guest by itself. In a postcopy with
+    /// Takes the guest by force: an operator's decision, who looked at both sides and knows that the destination does not run. Calls no
+    /// hook: the VMM then resumes the guest by itself. In a postcopy with
     /// [`release`](crate::OutgoingOptions::release) the memory here may not be whole any more: the agent's
     /// [`released_pages`](pageferry_protocol::control::job::Counters::released_pages) says so, and it refuses `resume --force`; this call does not.
-    pub fn take_by_force(&self) {
-        log::warn!("the guest is taken by force; ownership was {:?}", self.ownership());
+    ///
+    /// An agent that may still send the commit, or bring another guest into this memory, is given up and killed first, as by
+    /// [`Client::reattach_socket`]. Look at the destination *after* that, since a commit may be on its way until then: if in doubt, call
+    /// [`Client::end_agent`], look, and then call this; `docs/postcopy.md` has the order.
+    ///
+    /// # Errors
+    /// [`Error::AgentRuns`] if that agent has not ended within [`Config::request_timeout`]. Ownership is as it was then.
+    pub fn take_by_force(&self) -> Result<(), Error> {
+        let mut session = self.session();
+        let (ownership, under_way) = {
+            let machine = self.inner.ownership.lock();
+            (machine.ownership(), machine.is_under_way())
+        };
+        // Unless it says that its job is over.
+        if under_way && !session.has_ended_its_job() {
+            session.control.retire("the guest is taken by force");
+            session.end_processes(None, self.inner.config.request_timeout)?;
+        }
+        log::warn!("the guest is taken by force; ownership was {ownership:?}");
         self.inner.ownership.lock().take_by_force();
+        Ok(())
+    }
+
+    /// Gives the agent up and sees to its end, as [`Client::reattach_socket`] does, without another in its place. After it nothing that the
+    /// agent has not sent is sent any more, and nobody but the VMM changes the guest's memory.
+    ///
+    /// # Errors
+    /// [`Error::AgentRuns`] if its process has not ended within [`Config::request_timeout`].
+    pub fn end_agent(&self) -> Result<(), Error> {
+        let mut session = self.session();
+        session.control.retire("the VMM ended it");
+        session.end_processes(None, self.inner.config.request_timeout)
     }
 
     pub(crate) fn memory(&self) -> &Memory {
@@ -308,10 +392,6 @@ impl Client {
 /// An agent that hangs takes no connection, and is waited for no longer than for an answer.
 fn connect(path: &Path, timeout: Duration) -> Result<OwnedFd, Error> {
     connect_unix(path, Instant::now() + timeout).map_err(|source| Error::Connect { path: path.to_owned(), source })
-}
-
-fn open(socket: OwnedFd, config: &Config, memory: &Memory) -> Result<(Control, OwnedFd), Error> {
-    Control::open(socket, memory.log_fd.as_fd(), memory.log_bytes(), config.request_timeout)
 }
 
 fn send_block(control: &mut Control, block: &Block, flags: u32) -> Result<BlockAdded, Error> {

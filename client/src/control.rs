@@ -4,16 +4,21 @@
 //! hanging agent cannot keep the guest paused (law 8). There is no way back into step with a stream whose answers came too late,
 //! other than a new connection.
 
+use crate::agent_process::AgentProcess;
 use crate::error::Error;
+use crate::ownership::SharedOwnership;
+use crate::shared::Fence;
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
-use pageferry_protocol::control::request::{CONTROL_VERSION, HelloReply, MAX_RANGES, Request, code, decode_reply};
-use pageferry_protocol::control::{Frame, FrameSocket};
+use pageferry_protocol::control::request::{
+    CONTROL_VERSION, FEATURE_FENCE, HelloReply, MAX_RANGES, Request, code, decode_reply,
+};
+use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::chain;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// `VHOST_USER_SET_LOG_BASE`.
@@ -21,21 +26,103 @@ const SET_LOG_BASE: u32 = 6;
 /// `VHOST_USER_SET_BACKEND_REQ_FD`.
 const SET_BACKEND_REQ_FD: u32 = 21;
 
-/// One connection to an agent: what it takes to cut it from any thread, without a lock.
+/// One connection to an agent: what it takes to give the agent up from any thread, without a lock
+/// that anybody holds while waiting.
+///
+/// # The end of an agent
+///
+/// Whoever finds out that the agent is lost calls [`Link::cut`] or [`Link::give_up`]. Both first
+/// withdraw the agent's number from the fence word and then shut both sockets down, so an agent
+/// that wakes up finds one or the other. An agent that hangs, or breaks the protocol, is killed
+/// at once. One that closed the connection is about to end, as after SIGTERM, and is left to do so;
+/// if it has not when it matters, [`Link::settle`] kills it.
+///
+/// One agent is not killed: the one that the guest was given up to a migration with. The guest may
+/// run at the destination, and get its memory from that agent. [`Ownership`] stays `Relinquished`
+/// whether or not it lives, and it cannot send a commit that it has not sent yet, since it looks
+/// at the fence word before. An agent that hung between that look and the commit is why
+/// `take_by_force` and `reattach` kill it all the same, and wait for its end, before they go on.
+///
+/// [`Ownership`]: crate::Ownership
 #[derive(Debug)]
 pub(crate) struct Link {
-    /// Tells this connection from those before and after it.
+    /// Tells this connection from those before and after it. Also the number of its agent in the
+    /// fence word; counted from 1.
     pub(crate) id: u64,
     control: OwnedFd,
     hooks: OwnedFd,
+    fence: Arc<Fence>,
+    ownership: Arc<SharedOwnership>,
+    /// Known once the agent has answered the hello.
+    process: OnceLock<Arc<AgentProcess>>,
+    /// Somebody gave the agent up.
+    is_cut: AtomicBool,
+    /// Its end needs not be waited for any more.
+    is_settled: AtomicBool,
 }
 
+/// How long an agent that closed the connection may take to end.
+const GOOD_END: Duration = Duration::from_secs(2);
+
 impl Link {
-    /// Ends both channels for both sides. What came before can still be read.
-    pub(crate) fn cut(&self) {
+    /// Gives the agent up: it does not act for this VMM any more, and both channels end for both
+    /// sides. What came before can still be read. True if nobody has before.
+    pub(crate) fn cut(&self) -> bool {
+        let first = !self.is_cut.swap(true, Ordering::AcqRel);
+        self.fence.word.revoke(self.id);
         // Fails only where there is no connection any more.
         let _ = shutdown(&self.control, Shutdown::Both);
         self.cut_hooks();
+        first
+    }
+
+    /// Gives up an agent that hangs or breaks the protocol, and kills it, unless the guest may
+    /// depend on it elsewhere. Does not wait for its end.
+    pub(crate) fn give_up(&self) {
+        if self.cut() {
+            self.kill();
+        }
+    }
+
+    /// Kills the agent's process, unless the guest may depend on it elsewhere.
+    fn kill(&self) {
+        let Some(process) = self.process.get() else { return };
+        if self.ownership.lock().is_elsewhere() {
+            log::warn!("agent process {} is given up, and not killed: the guest may run elsewhere", process.pid());
+        } else if let Err(why) = process.kill() {
+            log::warn!("agent process {} is given up, and lives on: {why}", process.pid());
+        }
+    }
+
+    /// Before something is done as if there were no agent: waits until the one that was given up
+    /// has ended, which a kill brings about within milliseconds. Waits once, for `timeout` at most,
+    /// since nothing that cannot fail may wait for ever: a process that is killed, and that the
+    /// kernel keeps since a disk does not answer, does nothing of its own any more.
+    pub(crate) fn settle(&self, timeout: Duration) {
+        let Some(process) = self.process.get() else { return };
+        let nothing_to_do = || self.is_settled.load(Ordering::Acquire) || self.ownership.lock().is_elsewhere();
+        if nothing_to_do() || process.wait_for_end(Instant::now() + GOOD_END.min(timeout)) {
+            return;
+        }
+        // The VMM may have come back to it meanwhile.
+        if !nothing_to_do() {
+            self.kill();
+            if !process.wait_for_end(Instant::now() + timeout) {
+                log::warn!("agent process {} has not ended within {timeout:?}", process.pid());
+            }
+            self.is_settled.store(true, Ordering::Release);
+        }
+    }
+
+    /// The VMM gives the agent up by its own decision, and sees to its process by itself.
+    pub(crate) fn retire(&self) {
+        self.is_settled.store(true, Ordering::Release);
+        self.cut();
+    }
+
+    /// The agent's process, if the agent has answered the hello.
+    pub(crate) fn process(&self) -> Option<&Arc<AgentProcess>> {
+        self.process.get()
     }
 
     /// Both sockets, to see when they end: control, and hooks.
@@ -55,6 +142,13 @@ pub(crate) fn socket_pair() -> Result<(OwnedFd, OwnedFd), Error> {
         .map_err(Error::kernel("create a pair of sockets"))
 }
 
+/// Both ends of a hook channel.
+#[derive(Debug)]
+pub(crate) struct HookEnds {
+    pub(crate) ours: OwnedFd,
+    pub(crate) agents: OwnedFd,
+}
+
 /// The control socket, and whether it is of any use.
 #[derive(Debug)]
 pub(crate) struct Control {
@@ -67,46 +161,83 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// Opens the connection: hello, the dirty log, the hook channel. Returns our end of that, too.
+    /// Opens the connection with a hello, after which the agent's process is known. The agent has
+    /// nothing of the guest yet; see [`Control::hand_over`].
     pub(crate) fn open(
-        socket: OwnedFd, log: BorrowedFd<'_>, log_bytes: u64, timeout: Duration,
-    ) -> Result<(Self, OwnedFd), Error> {
-        static LINKS: AtomicU64 = AtomicU64::new(0);
-        let (hooks, agents_end) = socket_pair()?;
+        socket: OwnedFd, fence: &Arc<Fence>, ownership: &Arc<SharedOwnership>, timeout: Duration,
+    ) -> Result<(Self, HookEnds), Error> {
+        static LINKS: AtomicU64 = AtomicU64::new(1);
+        let (ours, agents) = socket_pair()?;
         let duplicate = |fd: &OwnedFd| {
             fd.try_clone()
                 .map_err(|source| Error::Kernel { what: "duplicate a socket", source: crate::block::errno(&source) })
         };
-        let link =
-            Link { id: LINKS.fetch_add(1, Ordering::Relaxed), control: duplicate(&socket)?, hooks: duplicate(&hooks)? };
+        let link = Link {
+            id: LINKS.fetch_add(1, Ordering::Relaxed),
+            control: duplicate(&socket)?,
+            hooks: duplicate(&ours)?,
+            fence: Arc::clone(fence),
+            ownership: Arc::clone(ownership),
+            process: OnceLock::new(),
+            is_cut: AtomicBool::new(false),
+            is_settled: AtomicBool::new(false),
+        };
         let mut control =
             Self { socket: socket.into(), link: Arc::new(link), timeout, max_ranges: MAX_RANGES, lost: None };
+        control.hello()?;
+        Ok((control, HookEnds { ours, agents }))
+    }
 
-        let hello = Request::Hello { version_min: CONTROL_VERSION, version_max: CONTROL_VERSION, features: 0 };
-        let reply = control.request(&hello, &[], HelloReply::decode)?;
+    fn hello(&mut self) -> Result<(), Error> {
+        let (version_min, version_max) = (CONTROL_VERSION, CONTROL_VERSION);
+        let hello = Request::Hello { version_min, version_max, features: FEATURE_FENCE, agent: self.link.id };
+        let asked = |errno| Error::kernel("ask for the sender of a message")(errno);
+        self.socket.ask_for_sender(true).map_err(asked)?;
+        let link = Arc::clone(&self.link);
+        let frame = self.round_trip(hello.code(), 0, &hello.encode(), &[link.fence.fd.as_fd()])?;
+        self.socket.ask_for_sender(false).map_err(asked)?;
+        let reply = match decode_reply(&frame.body, HelloReply::decode) {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(refused)) => return Err(Error::Refused { code: refused.code, sentence: refused.sentence }),
+            Err(malformed) => return Err(self.lose(malformed_answer(code::HELLO, &malformed))),
+        };
         if reply.version != CONTROL_VERSION {
-            return Err(control.lose(format!("version is {}, offered was {CONTROL_VERSION}", reply.version)));
+            return Err(self.lose(format!("version is {}, offered was {CONTROL_VERSION}", reply.version)));
         }
         if reply.max_ranges == 0 {
-            return Err(control.lose("max_ranges is 0".to_owned()));
+            return Err(self.lose("max_ranges is 0".to_owned()));
         }
-        control.max_ranges = MAX_RANGES.min(reply.max_ranges as usize);
+        if reply.features != FEATURE_FENCE {
+            let features = reply.features;
+            return Err(self.lose(format!("features is {features:#x}, expected is {FEATURE_FENCE:#x}, fence")));
+        }
+        let pidfd = <[OwnedFd; 1]>::try_from(frame.fds).map_err(|fds| {
+            self.lose(format!("the answer to hello has {} file descriptors, expected is 1, a pidfd", fds.len()))
+        })?;
+        let [pidfd] = pidfd;
+        // Set once, since a hello is sent once.
+        let _ = self.link.process.set(Arc::new(AgentProcess::new(pidfd, self.socket.sender(), reply.pid)));
+        self.max_ranges = MAX_RANGES.min(reply.max_ranges as usize);
+        Ok(())
+    }
 
+    /// From now on the agent acts for this VMM: gives it the dirty log and its end of the hook
+    /// channel. No other agent may be alive that did before.
+    pub(crate) fn hand_over(&mut self, log: BorrowedFd<'_>, log_bytes: u64, hooks: &OwnedFd) -> Result<(), Error> {
+        self.link.fence.word.admit(self.link.id);
         let body = Encoder::new().u64(log_bytes).u64(0).finish();
-        let taken = control.exchange(SET_LOG_BASE, 0, &body, &[log], |reply| {
+        let taken = self.exchange(SET_LOG_BASE, 0, &body, &[log], |reply| {
             Ok((reply.u64("mmap_size")?, reply.u64("mmap_offset")?))
         })?;
         if taken != (log_bytes, 0) {
             let (size, offset) = taken;
-            return Err(control.lose(format!(
+            return Err(self.lose(format!(
                 "it refused the dirty log of {log_bytes:#x} bytes: its answer is size {size:#x}, offset {offset:#x}"
             )));
         }
-        match control
-            .exchange(SET_BACKEND_REQ_FD, FLAG_NEED_REPLY, &[], &[agents_end.as_fd()], |reply| reply.u64("result"))?
-        {
-            0 => Ok((control, hooks)),
-            code => Err(control.lose(format!("it refused the hook channel with code {code}"))),
+        match self.exchange(SET_BACKEND_REQ_FD, FLAG_NEED_REPLY, &[], &[hooks.as_fd()], |reply| reply.u64("result"))? {
+            0 => Ok(()),
+            code => Err(self.lose(format!("it refused the hook channel with code {code}"))),
         }
     }
 
@@ -120,13 +251,42 @@ impl Control {
         self.lost.clone().map(|reason| Error::AgentLost { reason })
     }
 
-    /// Gives the agent up. Returns the error to hand out.
+    /// Gives up an agent that hangs or breaks the protocol. Returns the error to hand out.
     pub(crate) fn lose(&mut self, reason: String) -> Error {
         // First of all: somebody may wait for this, and the VMM's logger is not ours to rely on.
-        self.link.cut();
+        self.link.give_up();
+        self.lost_for(reason)
+    }
+
+    /// Gives the agent up without blame. What becomes of its process is the caller's to decide.
+    pub(crate) fn retire(&mut self, reason: &str) {
+        self.link.retire();
+        if self.lost.is_none() {
+            self.lost_for(reason.to_owned());
+        }
+    }
+
+    fn lost_for(&mut self, reason: String) -> Error {
         log::warn!("the agent is lost: {reason}");
         self.lost = Some(reason.clone());
         Error::AgentLost { reason }
+    }
+
+    /// The same after an error of the socket: an agent that ended the connection is about to end.
+    fn broken(&mut self, what: String, error: &SocketError) -> Error {
+        let reason = format!("{what}: {}", chain(error));
+        match error {
+            SocketError::Closed | SocketError::Cut { .. } => {
+                self.link.cut();
+                self.lost_for(reason)
+            }
+            _ => self.lose(reason),
+        }
+    }
+
+    /// Before something is done without the agent, which is lost.
+    pub(crate) fn settle(&self) {
+        self.link.settle(self.timeout);
     }
 
     /// Sends one of our requests and waits for its answer, whose fields `fields` reads.
@@ -162,7 +322,7 @@ impl Control {
         }
         let deadline = Instant::now() + self.timeout;
         if let Err(error) = self.socket.send_parts(request, flags, body, fds, deadline) {
-            return Err(self.lose(format!("cannot send request {request:#x}: {}", chain(&error))));
+            return Err(self.broken(format!("cannot send request {request:#x}"), &error));
         }
         loop {
             match self.socket.recv(deadline) {
@@ -174,7 +334,7 @@ impl Control {
                     return Err(self.lose(format!("request {request:#x} was answered by {found:#x}, flags {flags:#x}")));
                 }
                 Err(error) => {
-                    return Err(self.lose(format!("no answer to request {request:#x}: {}", chain(&error))));
+                    return Err(self.broken(format!("no answer to request {request:#x}"), &error));
                 }
             }
         }

@@ -8,8 +8,8 @@
 //! | [`Client::free`] | a balloon whose guest deflates by touching, free page reporting | the guest writes into it |
 //!
 //! A discard cannot fail (law 4). The agent does all of it, if there is one: only it knows which worker is reading the range right now.
-//! If there is none, or it is lost during the call, nobody reads guest memory any more, so the client marks the shared bitmap and frees
-//! the backing by itself. The next agent finds the marks.
+//! If there is none, or it is lost during the call, the client waits for the end of its process, which is killed: then nobody reads guest memory
+//! any more, or has a discard left to do, so the client marks the shared bitmap and frees the backing by itself. The next agent finds the marks.
 //!
 //! An agent that takes a background snapshot answers a discard only when it has saved what is discarded, at the speed of its disk. So one request covers no
 //! more than can be saved within the time that an answer may take.
@@ -131,9 +131,13 @@ impl Client {
         match session.control.request(&way.request(ranges), &[], RangesReply::decode) {
             Ok(reply) => reply.changed_pages,
             Err(error) => {
-                if let Error::Refused { sentence, .. } = &error {
+                match &error {
                     // It has no right to. It will see the marks, and finds holes where it still reads.
-                    log::warn!("the agent refused a discard, the client does it: {sentence}");
+                    Error::Refused { sentence, .. } => {
+                        log::warn!("the agent refused a discard, the client does it: {sentence}");
+                    }
+                    // It may be reading here (law 1), or about to do what it was asked.
+                    _ => session.control.settle(),
                 }
                 let log = &self.memory().log;
                 let alone = |entry: &&Checked| match way {
@@ -167,6 +171,8 @@ impl Client {
             changed += match session.control.request(&request, &[], RangesReply::decode) {
                 Ok(reply) => reply.changed_pages,
                 Err(Error::AgentLost { .. }) => {
+                    // It may be about to discard what the guest uses again from now on.
+                    session.control.settle();
                     batch.iter().map(|entry| entry.block.populate(entry.pages, &self.memory().log)).sum()
                 }
                 Err(refused) => {

@@ -24,6 +24,19 @@ pub enum Error {
         /// What happened, in words.
         reason: String,
     },
+    /// The process of an agent that was given up has not ended. Until it has, it could still take what the next agent has to find, or
+    /// send the commit of a guest: so no other agent is attached, and the guest is not taken by force.
+    #[error(
+        "process {pid}, the agent before, has not ended within {waited:?}: {why}; end it (kill -KILL {pid}) and try again"
+    )]
+    AgentRuns {
+        /// Its process id.
+        pid: u32,
+        /// How long was waited.
+        waited: Duration,
+        /// Why it lives, in words.
+        why: String,
+    },
     /// The agent refused the request.
     #[error("the agent refused ({code:?}): {sentence}")]
     Refused {

@@ -57,6 +57,7 @@
 //! # Rooms
 //!
 //! - `client`, `spawn`: connecting, blocks, trackers, and a new agent after a lost one; `control`: requests and answers;
+//! - `agent_process`: the process of an agent, and seeing to its end;
 //! - `discards`: discard, free and populate, with an agent and without;
 //! - `jobs`: migrations, snapshots, restores;
 //! - `hooks`: what the agent asks of the VMM; `ownership`: who may run the guest;
@@ -68,6 +69,7 @@
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+mod agent_process;
 mod block;
 mod client;
 mod control;

@@ -105,6 +105,17 @@ impl Machine {
         self.ownership
     }
 
+    /// True if the guest was given up, or perhaps: then the agent, even one that is lost, may be what the guest still gets its
+    /// memory from, wherever it runs.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        matches!(self.ownership, Ownership::Relinquished | Ownership::Gone)
+    }
+
+    /// True while an agent may still act on what it was allowed: send the commit, or bring a guest into the memory here.
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.asked_by.is_some()
+    }
+
     /// The VMM allowed that a guest is restored.
     pub(crate) fn await_guest(&mut self, link: u64) {
         self.ownership = Ownership::Awaiting;

@@ -8,7 +8,7 @@
 //! Nothing is missing but the snapshot. So the registration is taken back at once, which lifts all protection, and who waits writes and goes on (law 8). The agent,
 //! if it lives after all, finds that out when it next protects a page: nothing is registered there any more. But the kernel asks only whether a mapping is
 //! registered, not with which userfaultfd: once the next agent watches, one that was given up for hanging and wakes up again could protect, and lift, for a moment.
-//! So a VMM sees to it that such an agent is dead before it attaches the next ([`Client::reattach`](crate::Client::reattach)).
+//! So it is dead before the next is attached ([`Client::reattach`](crate::Client::reattach)).
 //!
 //! This must not take the thread of the hook channel, which may itself wait for a page, in a hook. So the heartbeat does it, too:
 //! whichever comes first.

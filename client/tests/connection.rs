@@ -206,7 +206,7 @@ fn refused_incoming_leaves_the_guest_ours() {
     assert_eq!(client.ownership(), Ownership::Awaiting);
     let outgoing = client.start_outgoing(listen(), &OutgoingOptions::default());
     assert!(matches!(outgoing, Err(Error::NotOurs { ownership: Ownership::Awaiting })));
-    client.take_by_force();
+    client.take_by_force().unwrap();
     assert_eq!(client.ownership(), Ownership::Ours);
     agent.join().unwrap();
 }

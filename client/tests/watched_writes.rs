@@ -336,7 +336,7 @@ fn watching_needs_mappings_and_a_guest_that_is_ours_and_is_not_watched() {
     let error = watched.attached.hook(&Hook::WatchWrites).unwrap_err();
     assert_eq!(error.code, ErrorCode::State);
     assert!(error.sentence.contains("Awaiting"), "{error}");
-    watched.attached.client.take_by_force();
+    watched.attached.client.take_by_force().unwrap();
 
     let Watched { mut attached, .. } = watched;
     let adding = attached.client.clone();

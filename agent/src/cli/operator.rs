@@ -33,7 +33,8 @@ impl Operator {
         let socket = connect_unix(path, Instant::now() + TIMEOUT);
         let socket = socket.map_err(|error| format!("no agent answers on {}: {error}", path.display()))?;
         let mut operator = Self { socket: socket.into() };
-        let hello = Request::Hello { version_min: CONTROL_VERSION, version_max: CONTROL_VERSION, features: 0 };
+        let (version_min, version_max) = (CONTROL_VERSION, CONTROL_VERSION);
+        let hello = Request::Hello { version_min, version_max, features: 0, agent: 0 };
         operator.ask(&hello, HelloReply::decode)?;
         Ok(operator)
     }

@@ -103,7 +103,23 @@ impl NewFile {
     /// # Errors
     /// If the file system refuses, or something has come to be there meanwhile and is not to be replaced. What is there is as it was then.
     pub fn finish(&self) -> Result<(), Fault> {
-        rustix::fs::fsync(&self.file).map_err(kernel("make the file safe"))?;
+        self.make_safe()?;
+        self.name()
+    }
+
+    /// Waits until all that was written is on the disk.
+    ///
+    /// # Errors
+    /// If the file system refuses.
+    pub fn make_safe(&self) -> Result<(), Fault> {
+        rustix::fs::fsync(&self.file).map_err(kernel("make the file safe"))
+    }
+
+    /// Gives it its name.
+    ///
+    /// # Errors
+    /// As [`NewFile::finish`].
+    pub fn name(&self) -> Result<(), Fault> {
         let mut named = self.temporary.lock().unwrap_or_else(PoisonError::into_inner);
         let temporary = match &*named {
             Some(name) => name.clone(),

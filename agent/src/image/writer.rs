@@ -187,7 +187,27 @@ impl ImageWriter {
     pub fn finish(
         &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
     ) -> Result<Totals, ImageError> {
+        let totals = self.complete(rest, base, pieces, state)?;
+        self.name()?;
+        Ok(totals)
+    }
+
+    /// As [`ImageWriter::finish`], but the name is left to [`ImageWriter::name`].
+    ///
+    /// # Errors
+    /// As [`ImageWriter::finish`].
+    pub fn complete(
+        &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
+    ) -> Result<Totals, ImageError> {
         self.write_rest(rest, base, pieces, state).map_err(|fault| fault.of(self.path()))
+    }
+
+    /// Gives an image that is complete its name.
+    ///
+    /// # Errors
+    /// If the file system refuses. What had the name is as it was then.
+    pub fn name(&self) -> Result<(), ImageError> {
+        self.file.name().map_err(|fault| fault.of(self.path()))
     }
 
     fn write_rest(
@@ -212,7 +232,7 @@ impl ImageWriter {
         write_at(self.file.as_fd(), &header.to_bytes(), 0)?;
         rustix::fs::ftruncate(&self.file, file_length).map_err(kernel("set the length of the file"))?;
         totals.bytes += totals.present * (PAGE_SIZE + 4) + length + vmm_state.length + HEADER_SIZE as u64;
-        self.file.finish()?;
+        self.file.make_safe()?;
         Ok(totals)
     }
 

@@ -60,7 +60,7 @@ impl<'a> Placer<'a> {
         let given_back = Listening::from_now(&job.memory, || ())?;
         let mut blocks = Vec::new();
         for block in job.memory.blocks() {
-            job.cancel.check()?;
+            job.check()?;
             let failed = |source| JobError::Backing { id: block.geometry.id, source };
             let _placing = job.memory.placing();
             block.backing.empty().map_err(failed)?;
@@ -81,6 +81,8 @@ impl<'a> Placer<'a> {
     /// # Errors
     /// If there is none, or the record's pages are not in it.
     pub fn block_of(&self, header: &RecordHeader, range: PageRange) -> Result<(usize, &'a Block), JobError> {
+        // Whoever has this memory now does not expect anything from here.
+        self.job.memory.current.check()?;
         let id = header.block();
         let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
         let pages = block.geometry.pages();

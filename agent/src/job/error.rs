@@ -12,6 +12,7 @@ use crate::transport::TransportError;
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::shm::MappingError;
+use pageferry_protocol::shm::fence::Replaced;
 use pageferry_protocol::stream::hello::{HelloError, TableMismatch};
 use rustix::io::Errno;
 use std::time::Duration;
@@ -22,6 +23,12 @@ pub enum JobError {
     /// The VMM or an operator cancelled it, or the VMM is gone.
     #[error("the VMM or an operator asked for it, or the VMM is gone")]
     Cancelled,
+    /// The VMM has another agent, or none.
+    #[error(transparent)]
+    Replaced(#[from] Replaced),
+    /// The VMM's connection ended before the guest, or its image, was handed over.
+    #[error("the connection to the VMM ended: nothing is handed over that it may not want any more")]
+    VmmGone,
     /// The commit was sent and never confirmed (law 9).
     #[error(
         "ownership of the guest was handed over, but the destination did not confirm that it runs: the guest stands still \
@@ -366,7 +373,7 @@ impl JobError {
     /// How the peer is told. It learns nothing of this side's blocks that it does not know.
     pub fn to_remote(&self) -> RemoteError {
         let code = match self {
-            Self::Cancelled => ErrorCode::State,
+            Self::Cancelled | Self::Replaced(_) | Self::VmmGone => ErrorCode::State,
             Self::Compression(_)
             | Self::Mode(_)
             | Self::HostPage { .. }

@@ -130,6 +130,25 @@ impl Job {
         status
     }
 
+    /// Goes on, unless the job was cancelled or the VMM has given this agent up.
+    ///
+    /// # Errors
+    /// Which of the two.
+    pub fn check(&self) -> Result<(), JobError> {
+        self.cancel.check()?;
+        Ok(self.memory.current.check()?)
+    }
+
+    /// Goes on if the VMM is there and still has this agent: to be asked right before what cannot
+    /// be taken back. The word alone is not enough, since a VMM that died changes it no more.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub fn check_wanted(&self) -> Result<(), JobError> {
+        self.memory.current.check()?;
+        if self.hooks.are_connected() { Ok(()) } else { Err(JobError::VmmGone) }
+    }
+
     /// How long it runs by now.
     pub fn elapsed(&self) -> Duration {
         self.started.elapsed()

@@ -4,6 +4,7 @@ use super::arriving::Arriving;
 use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
 use super::capturing::Capturing;
+use super::current::CurrentAgent;
 use super::fence::{MAX_READERS, Readers};
 use super::marking::Marking;
 use super::noted::Noted;
@@ -124,6 +125,8 @@ pub struct GuestMemory {
     table: BlockTable,
     /// The dirty log, if the VMM set one.
     pub log: Option<Arc<GuestLog>>,
+    /// Whether this agent may still act on this memory. Shared by all sets of one session.
+    pub current: Arc<CurrentAgent>,
     /// Who is reading what.
     pub readers: Readers,
     /// Held while a discard or a populate marks, at the instant of a snapshot, and while a fix-up looks whether a discarded page was written since and marks it as stray: or it would mark what was
@@ -160,6 +163,7 @@ impl GuestMemory {
             by_id,
             table,
             log,
+            current: Arc::default(),
             readers: Readers::new(MAX_READERS),
             marking: Marking::default(),
             populating: Mutex::default(),
@@ -175,6 +179,13 @@ impl GuestMemory {
     /// job that refuses populates from now on takes it once, and so waits for the last of them.
     pub fn populating(&self) -> MutexGuard<'_, ()> {
         self.populating.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same set, of a VMM that says in `current` which agent acts for it.
+    #[must_use]
+    pub fn of(mut self, current: Arc<CurrentAgent>) -> Self {
+        self.current = current;
+        self
     }
 
     /// What is still to come, if the guest runs before it is here.

@@ -1,6 +1,7 @@
 //! The guest's memory as the agent holds it.
 //!
 //! - [`backing`]: the file under a block: checked once, then only read, written and punched by offset, never mapped;
+//! - [`current`]: whether this agent still acts for its VMM;
 //! - [`extents`]: walking over what may be allocated in it;
 //! - [`block`]: a block with its bitmaps;
 //! - [`fence`]: keeps discards away from what a worker is reading (laws 1 and 7);
@@ -28,6 +29,7 @@ pub mod bus_guard;
 pub mod capture_steps;
 pub mod capturing;
 pub mod claims;
+pub mod current;
 pub mod cursor;
 pub mod discard;
 pub mod extents;

@@ -144,7 +144,7 @@ impl Migration {
     }
 
     fn ask_trackers(&mut self) -> Result<(), JobError> {
-        self.job.cancel.check()?;
+        self.job.check()?;
         let started = Instant::now();
         let memory = self.job.memory.clone();
         let changes = memory.changes();

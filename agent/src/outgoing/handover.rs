@@ -24,6 +24,9 @@ impl PausedGuest {
             self.job.cancel.step_back();
             return Err(error.into());
         }
+        // The VMM may have lost patience since it answered: then its operator may be about to run
+        // the guest. Nothing that waits may come between this look and the commit.
+        self.job.check_wanted()?;
         // ---- The line. Nothing after it resumes the guest here.
         self.ours = false;
         let confirmed = self.send_commit(primary);

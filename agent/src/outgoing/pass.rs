@@ -161,7 +161,7 @@ fn send_chunk(
 ) -> Result<(), JobError> {
     let mut hole = HoleFinder::new(block, chunk);
     for (word, _) in dirty.nonzero_words(chunk) {
-        pass.view.job.cancel.check()?;
+        pass.view.job.check()?;
         if hole.covers(word)? {
             sender.take_hole(&pass.view, block, dirty, word);
             continue;

@@ -154,7 +154,7 @@ impl<'a> Filling<'a> {
         let mut window = Window::default();
         let mut stretch = 0..0;
         while let Some((at, extent)) = self.claim(&mut stretch) {
-            self.job.cancel.check()?;
+            self.job.check()?;
             let pages = self.source.present(at).count(extent);
             let bytes = pages * PAGE_SIZE;
             self.job.limiter.wait(bytes as usize, &self.job.cancel)?;

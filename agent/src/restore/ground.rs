@@ -30,7 +30,7 @@ impl<'a> Ground<'a> {
     pub fn clear(job: &'a Job, source: &'a Source, word: &'a Word) -> Result<Self, JobError> {
         let ground = Self { job, source, word, taken: false };
         for (at, block) in job.memory.blocks().iter().enumerate() {
-            job.cancel.check()?;
+            job.check()?;
             empty(block)?;
             let (discarded, present) = (source.discarded(at), source.present(at).count(block.all()));
             ground.mark(at, block);

@@ -125,7 +125,7 @@ impl Reader<'_> {
         let mut placed = 0;
         for run in joined(runs.drain(..), NEAR / unread.unit()) {
             for range in in_extents(unread.pages(run)) {
-                supply.job.cancel.check()?;
+                supply.job.check()?;
                 supply.job.limiter.wait(range.bytes() as usize, &supply.job.cancel)?;
                 if supply.has_ended() {
                     return Ok(placed);

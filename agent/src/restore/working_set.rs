@@ -170,6 +170,10 @@ impl Record {
         if self.runs.is_empty() {
             return;
         }
+        if let Err(replaced) = memory.current.check() {
+            log::warn!("working_set {} is not written: {replaced}", self.path.display());
+            return;
+        }
         if let Err(error) = self.try_write(memory) {
             log::warn!("working_set {} is not written: {}", self.path.display(), crate::error::chain(&error));
         }

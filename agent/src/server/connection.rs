@@ -157,7 +157,7 @@ impl Connection {
             return None;
         }
         let session = &self.hub.session;
-        let takes_memory = takes_memory(frame.request);
+        let takes_memory = takes_memory(&frame);
         let role = session.role(self.line.token, &self.line.socket, takes_memory);
         if frame.request >= OWN_REQUESTS {
             let interval = match Request::decode(frame.request, &frame.body) {
@@ -247,8 +247,9 @@ fn refused_subscription(request: u32, errno: Errno) -> Frame {
     Frame::reply(request, request::encode_reply::<()>(&Err(error), |(), encoder| encoder))
 }
 
-/// True for requests that hand over memory, or what belongs to it: whoever sends one first is the VMM.
-fn takes_memory(code: u32) -> bool {
+/// True for requests that hand over memory, or what belongs to it: whoever sends one first is the VMM. A hello
+/// does if it brings the fence word, which only a VMM has.
+fn takes_memory(frame: &Frame) -> bool {
     use pageferry_protocol::control::standard::FrontendReq;
     const STANDARD: [FrontendReq; 7] = [
         FrontendReq::SET_OWNER,
@@ -268,5 +269,7 @@ fn takes_memory(code: u32) -> bool {
         request::code::SET_TRACKERS,
         request::code::START_INCOMING,
     ];
-    OWN.contains(&code) || STANDARD.iter().any(|standard| *standard as u32 == code)
+    let code = frame.request;
+    let fence = code == request::code::HELLO && !frame.fds.is_empty();
+    fence || OWN.contains(&code) || STANDARD.iter().any(|standard| *standard as u32 == code)
 }

@@ -6,6 +6,7 @@ use super::{Role, Session, check_fds, invalid, take_fds};
 use crate::hooks::Hooks;
 use crate::incoming::accept::Source;
 use crate::job::{self, Job, JobError, TooLate};
+use crate::memory::current::CurrentAgent;
 use crate::outgoing::connect::Target;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
@@ -19,11 +20,13 @@ use pageferry_protocol::control::job::{
     IncomingOptions, JobKind, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions, Phase,
 };
 use pageferry_protocol::control::request::{
-    AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted,
-    MAX_RANGES, RangesReply, RemoteError, Reply, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT, encode_reply,
+    AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, HelloReply,
+    JobStarted, MAX_RANGES, RangesReply, RemoteError, Reply, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT,
+    encode_reply,
 };
 use pageferry_protocol::memory::BlockGeometry;
-use std::os::fd::OwnedFd;
+use rustix::process::PidfdFlags;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,7 +45,18 @@ impl SharedSession {
     /// Answers one of our own requests.
     pub fn handle_own(&self, role: Role, frame: Frame) -> Frame {
         let code = frame.request;
+        let mut fds = Vec::new();
         let answer = match Request::decode(code, &frame.body) {
+            Some(Ok(Request::Hello { version_min, version_max, features, agent })) => {
+                self.hello(role, (version_min, version_max), features, agent, frame.fds, &mut fds)
+            }
+            // Of a VMM that gave this agent up only what it sent before can still be read here. It
+            // has done that by itself by now, and its guest may use what it discarded then.
+            Some(Ok(request)) if role == Role::Vmm => {
+                let memory = self.lock().memory.clone();
+                let current = memory.current.check().map_err(|replaced| RemoteError::new(ErrorCode::State, replaced));
+                current.and_then(|()| self.answer(role, request, frame.fds))
+            }
             None => {
                 let sentence = format!("request {code:#x} is unknown");
                 Err(RemoteError::new(ErrorCode::Unsupported, sentence))
@@ -55,7 +69,50 @@ impl SharedSession {
         }
         let mut fields = None;
         let unit = answer.map(|encoded| fields = Some(encoded));
-        Frame::reply(code, encode_reply(&unit, |(), encoder| fields.map_or(Encoder::new(), |fields| fields(encoder))))
+        let body = encode_reply(&unit, |(), encoder| fields.map_or(Encoder::new(), |fields| fields(encoder)));
+        Frame { fds, ..Frame::reply(code, body) }
+    }
+
+    /// Answers a hello; what is to go with the answer is put into `sent`.
+    fn hello(
+        &self, role: Role, (min, max): (u16, u16), features: u64, number: u64, fds: Vec<OwnedFd>,
+        sent: &mut Vec<OwnedFd>,
+    ) -> Answer {
+        if min > CONTROL_VERSION || max < CONTROL_VERSION {
+            let sentence = format!("version {min} to {max} offered, this agent speaks {CONTROL_VERSION}");
+            return Err(RemoteError::new(ErrorCode::Unsupported, sentence));
+        }
+        let features = features & FEATURE_FENCE;
+        check_fds("hello", &fds, usize::from(features != 0))?;
+        if let Some(fence) = fds.into_iter().next() {
+            sent.push(self.set_fence(role, &fence, number)?);
+        }
+        let reply = HelloReply {
+            version: CONTROL_VERSION,
+            features,
+            max_body: MAX_BODY as u32,
+            max_ranges: MAX_RANGES as u32,
+            pid: std::process::id(),
+        };
+        Ok(Box::new(move |encoder| reply.encode(encoder)))
+    }
+
+    /// From now on this agent acts for the VMM only while it is number `number` in the word that
+    /// lies in `fence`. Returns a pidfd of this process.
+    fn set_fence(&self, role: Role, fence: &OwnedFd, number: u64) -> Result<OwnedFd, RemoteError> {
+        if role == Role::Operator {
+            let sentence = "features: bit 0, fence, is for the connection that owns the memory, and another one does";
+            return Err(RemoteError::new(ErrorCode::Denied, sentence));
+        }
+        may_wait("map the fence word");
+        let failed = |errno| RemoteError::new(ErrorCode::System, format!("cannot open a pidfd of this agent: {errno}"));
+        let process = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).map_err(failed)?;
+        let current = CurrentAgent::fenced(fence.as_fd(), number).map_err(|error| {
+            let RemoteError { code, sentence } = invalid(&error);
+            RemoteError::new(code, format!("fence: {sentence}"))
+        })?;
+        self.lock().fence(current)?;
+        Ok(process)
     }
 
     fn answer(&self, role: Role, request: Request, fds: Vec<OwnedFd>) -> Answer {
@@ -64,7 +121,8 @@ impl SharedSession {
             return Err(RemoteError::new(ErrorCode::Denied, sentence));
         }
         match request {
-            Request::Hello { version_min, version_max, .. } => hello(version_min, version_max),
+            // Answered before it comes here.
+            Request::Hello { .. } => Ok(nothing()),
             Request::AddBlock { geometry, fd_offset, vmm_address, flags } => {
                 self.add_block(geometry, fd_offset, vmm_address, flags, fds)
             }
@@ -258,14 +316,18 @@ impl Session {
     pub(super) fn run_job(
         &mut self, job: &Arc<Job>, run: impl FnOnce(&Arc<Job>) + Send + 'static,
     ) -> Result<(), RemoteError> {
-        let (inner, before) = (job.clone(), self.job.take());
+        let (inner, before, last_vmms) = (job.clone(), self.job.take(), self.before.job().cloned());
         let run = move || {
             let _ended = Ended(&inner);
             // It has ended, and its thread is about to.
             if let Some((before, thread)) = before {
                 super::join(&before, thread);
             }
-            run(&inner);
+            // That of the VMM before, on the same memory perhaps, was cancelled and ends by itself.
+            match last_vmms.map_or(Ok(()), |last| wait_for_end(&last, &inner)) {
+                Ok(()) => run(&inner),
+                Err(error) => inner.finish(Err(error)),
+            }
         };
         let thread = std::thread::Builder::new().name(format!("job-{}", job.id)).spawn(run);
         let thread =
@@ -444,6 +506,16 @@ impl Session {
     }
 }
 
+/// Waits until the job `last` has ended, for the next one.
+fn wait_for_end(last: &Job, next: &Job) -> Result<(), JobError> {
+    /// Time between two looks whether the next was cancelled meanwhile.
+    const LOOK: Duration = Duration::from_millis(50);
+    while !last.wait_until_final(LOOK) {
+        next.cancel.check()?;
+    }
+    Ok(())
+}
+
 /// A job that panics has ended, too: on drop, if it has not said so itself.
 struct Ended<'a>(&'a Job);
 
@@ -472,21 +544,6 @@ fn touches_memory(request: &Request) -> bool {
             // The VMM must know that its memory is about to be filled, and by whom.
             | Request::StartIncoming { .. }
     )
-}
-
-fn hello(min: u16, max: u16) -> Answer {
-    if min > CONTROL_VERSION || max < CONTROL_VERSION {
-        let sentence = format!("version {min} to {max} offered, this agent speaks {CONTROL_VERSION}");
-        return Err(RemoteError::new(ErrorCode::Unsupported, sentence));
-    }
-    let reply = HelloReply {
-        version: CONTROL_VERSION,
-        features: 0,
-        max_body: MAX_BODY as u32,
-        max_ranges: MAX_RANGES as u32,
-        pid: std::process::id(),
-    };
-    Ok(Box::new(move |encoder| reply.encode(encoder)))
 }
 
 /// The socket that came for the address `fd`; none for any other address, with which none may come.

@@ -3,6 +3,7 @@
 use super::shared::{Past, SharedSession};
 use super::{Session, invalid};
 use crate::memory::block::GuestLog;
+use crate::memory::current::CurrentAgent;
 use crate::memory::{Backing, Block, GuestMemory};
 use crate::waiting::may_wait;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
@@ -96,6 +97,19 @@ impl Session {
         Ok(())
     }
 
+    /// From now on `current` says whether this agent may act.
+    pub(super) fn fence(&mut self, current: CurrentAgent) -> Result<(), RemoteError> {
+        self.check_idle("the fence cannot be set")?;
+        if self.memory.current.is_fenced() {
+            let sentence = "features: bit 0, fence, came with an earlier hello already";
+            return Err(RemoteError::new(ErrorCode::State, sentence));
+        }
+        let (blocks, table) = (self.memory.blocks().to_vec(), self.memory.table().clone());
+        let memory = GuestMemory::new(blocks, table, self.memory.log.clone());
+        self.memory = Arc::new(memory.of(Arc::new(current)));
+        Ok(())
+    }
+
     fn replace(&mut self, blocks: Vec<Arc<Block>>, table: BlockTable) {
         self.end_checkpoint("blocks were added or removed");
         self.set_memory(GuestMemory::new(blocks, table, self.memory.log.clone()));
@@ -103,6 +117,7 @@ impl Session {
 
     /// The memory from now on. The last reference to what was before may free a guest's memory.
     pub(super) fn set_memory(&mut self, memory: GuestMemory) {
+        let memory = memory.of(self.memory.current.clone());
         let before = std::mem::replace(&mut self.memory, Arc::new(memory));
         self.past.push(Past::Memory(before));
     }

@@ -142,6 +142,10 @@ fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut
         // What was captured for the last faults is put by now, or was not.
         as_of.capturing.check()?;
     }
+    // All memory was read. If the VMM has this agent now, it had it all the while, and the guest
+    // did not run on before: neither one that the VMM itself stopped, nor one whose writes nobody
+    // watched any more.
+    job.check_wanted()?;
     Ok(Saved { state: SavedState { pieces, file }, as_of })
 }
 
@@ -150,7 +154,11 @@ fn finish(job: &Job, writer: &ImageWriter, saved: &Saved, changes: &Changes, bas
     job.cancel.cross_the_line()?;
     let rest = Rest { discarded: saved.as_of.discarded.all(), changed: changes.changed().map(DirtyPages::all) };
     let SavedState { pieces, file } = &saved.state;
-    let totals = writer.finish(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
+    let totals = writer.complete(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
+    // The image is consistent, also if the VMM died meanwhile. But if the VMM has another agent by
+    // now, that one may have given the same name to a newer image.
+    job.memory.current.check()?;
+    writer.name()?;
     add(&job.live.discarded_pages, totals.discarded);
     job.count(|counters| counters.unchanged_pages = totals.unchanged);
     Ok(())

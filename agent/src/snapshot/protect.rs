@@ -182,7 +182,7 @@ impl Watch {
                 return Ok(());
             }
             // Of a large guest all of it takes seconds.
-            self.job.cancel.check()?;
+            self.job.check()?;
             self.check()?;
             count += run.count;
             ahead::protect(noted, run, || protection.protect(at, run))
@@ -208,8 +208,9 @@ impl Watch {
         }
         self.job.memory.set_freed(None);
         let unwatched = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout);
-        if unwatched.is_err() {
-            // Nobody answers faults in a moment.
+        // Nobody answers faults in a moment. But what a VMM that gave this agent up has taken back is
+        // lifted already, and what is protected there now the next agent has protected.
+        if unwatched.is_err() && self.job.memory.current.check().is_ok() {
             self.lift_all();
         }
         // A full eventfd is readable already.

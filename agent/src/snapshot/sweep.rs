@@ -45,7 +45,7 @@ impl Sweep<'_> {
         let (memory, pending) = (&self.job.memory, self.capturing.pending());
         let mut batch = self.capturing.batch(memory)?;
         while !self.failed.load(Ordering::Relaxed) {
-            self.job.cancel.check()?;
+            self.job.check()?;
             if self.capturing.has_failed() {
                 break;
             }

@@ -13,6 +13,7 @@ use crate::memory::{Block, GuestMemory};
 use pageferry_protocol::control::hook::{Hook, MAX_CLEAR_PAGES};
 use pageferry_protocol::memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
+use pageferry_protocol::shm::fence::Replaced;
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pagemap::Pagemap;
 use std::sync::Arc;
@@ -93,6 +94,9 @@ pub enum TrackingError {
         /// First guest page after the block.
         end: u64,
     },
+    /// The VMM has another agent, or none: the log and the protection are not this one's any more.
+    #[error(transparent)]
+    Replaced(#[from] Replaced),
     /// The file under the log, or under a discard bitmap, was truncated.
     #[error("the file under the {what} was truncated: what is {state} is unknown")]
     Lost {
@@ -170,6 +174,7 @@ impl Trackers {
     /// # Errors
     /// If one cannot start; call [`Trackers::stop`] even so.
     pub fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError> {
+        memory.current.check()?;
         self.trackers.iter_mut().try_for_each(|tracker| tracker.start(memory))
     }
 
@@ -237,6 +242,8 @@ impl Tracker for LogTracker {
     fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError> {
         let log = memory.log.as_ref().ok_or(TrackingError::NoLog)?;
         for (index, block) in memory.blocks().iter().enumerate() {
+            // What is taken here no other agent finds.
+            memory.current.check()?;
             log.log.drain_into(block.log_pages(), dirty.block(index));
         }
         if log.was_lost() {
@@ -289,6 +296,8 @@ impl ScanTracker {
             if base == 0 {
                 return Err(TrackingError::NotMapped { id });
             }
+            // Nor what is protected again here.
+            memory.current.check()?;
             let scanned = self.pagemap.scan(base, block.geometry.length, |start, end| {
                 let first = start.saturating_sub(base) >> PAGE_SHIFT;
                 let last = end.saturating_sub(base) >> PAGE_SHIFT;

@@ -105,6 +105,8 @@ impl HookChannel {
                 Ok(()) => {}
                 Err(SocketError::Closed | SocketError::Cut { .. }) => self.end(hooks),
                 Err(source) => {
+                    // It breaks the protocol.
+                    self.link.give_up();
                     self.end(hooks);
                     return Err(Error::HookChannel { source });
                 }
@@ -163,6 +165,10 @@ impl HookChannel {
             }
         }
         self.give_memory_up(hooks);
+        // The VMM may use the memory for something else from now on. Its guest runs already.
+        if self.parts.client.upgrade().is_some() {
+            self.link.settle(self.timeout);
+        }
         let ownership = self.parts.ownership.lock().ownership();
         hooks.agent_lost(ownership);
     }
@@ -393,7 +399,11 @@ impl HookChannel {
     fn watch(&self) -> Result<Heartbeat, Error> {
         let link = Arc::clone(&self.link);
         // The end of the hook channel is seen here anyway.
-        Heartbeat::start(self.parts.client.clone(), Arc::clone(&link), false, |_| false, move |_| link.cut())
+        // Whoever found that it hangs has it killed.
+        let cut = move |_| {
+            link.cut();
+        };
+        Heartbeat::start(self.parts.client.clone(), Arc::clone(&self.link), false, |_| false, cut)
     }
 
     fn resume(&mut self, force: bool, hooks: &mut dyn Hooks) -> Reply<()> {

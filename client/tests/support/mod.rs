@@ -9,12 +9,14 @@ use pageferry_client::{BlockSpec, Client, Config, Error, HookChannel, PageRange}
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::hook::{Hook, decode_hook_reply, reply_sequence};
 use pageferry_protocol::control::request::{
-    AddBlockReply, ErrorCode, HelloReply, JobStarted, MAX_RANGES, RangesReply, RemoteError, Reply, Request,
-    encode_reply,
+    AddBlockReply, ErrorCode, FEATURE_FENCE, HelloReply, JobStarted, MAX_RANGES, RangesReply, RemoteError, Reply,
+    Request, encode_reply,
 };
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
+use pageferry_protocol::shm::FenceView;
 use pageferry_protocol::userfault::{Userfaultfd, feature};
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
@@ -34,32 +36,60 @@ pub(crate) struct FakeAgent {
     pub(crate) control: FrameSocket,
     pub(crate) hooks: FrameSocket,
     pub(crate) log: OwnedFd,
+    pub(crate) fence: FenceView,
     next: u64,
 }
 
 pub(crate) fn hello_reply(max_ranges: usize) -> Vec<u8> {
-    let reply = HelloReply { version: 1, features: 0, max_body: 1 << 20, max_ranges: max_ranges as u32, pid: 1 };
+    let reply =
+        HelloReply { version: 1, features: FEATURE_FENCE, max_body: 1 << 20, max_ranges: max_ranges as u32, pid: 1 };
     encode_reply(&Ok(reply), HelloReply::encode)
+}
+
+/// A pidfd of this process, which is the fake agent's, too.
+pub(crate) fn own_process() -> OwnedFd {
+    pidfd_open(getpid(), PidfdFlags::empty()).unwrap()
 }
 
 impl FakeAgent {
     /// Plays the handshake.
     pub(crate) fn shake_hands(socket: OwnedFd, max_ranges: usize) -> Self {
+        Self::shake_hands_as(socket, max_ranges, own_process())
+    }
+
+    /// Plays the handshake, and says that `process` is the agent's.
+    pub(crate) fn shake_hands_as(socket: OwnedFd, max_ranges: usize, process: OwnedFd) -> Self {
+        let (control, fence) = Self::say_hello(socket, max_ranges, process);
+        Self::take_over(control, fence)
+    }
+
+    /// Plays the first part of the handshake, after which the agent has nothing but the fence word.
+    pub(crate) fn say_hello(socket: OwnedFd, max_ranges: usize, process: OwnedFd) -> (FrameSocket, FenceView) {
         let mut control = FrameSocket::from(socket);
         let hello = control.recv(soon()).unwrap();
-        let expected = Request::Hello { version_min: 1, version_max: 1, features: 0 };
-        assert_eq!(Request::decode(hello.request, &hello.body), Some(Ok(expected)));
-        control.send(&Frame::reply(hello.request, hello_reply(max_ranges)), soon()).unwrap();
+        let agent = match Request::decode(hello.request, &hello.body) {
+            Some(Ok(Request::Hello { version_min: 1, version_max: 1, features: FEATURE_FENCE, agent })) => agent,
+            other => panic!("{other:?}"),
+        };
+        let fence = FenceView::map(hello.fds[0].as_fd(), agent).unwrap();
+        assert!(fence.check().is_err(), "it has nothing yet");
+        let reply = Frame { fds: vec![process], ..Frame::reply(hello.request, hello_reply(max_ranges)) };
+        control.send(&reply, soon()).unwrap();
+        (control, fence)
+    }
 
+    /// Plays the rest of it.
+    pub(crate) fn take_over(mut control: FrameSocket, fence: FenceView) -> Self {
         let mut log = control.recv(soon()).unwrap();
         assert_eq!((log.request, log.body.len(), log.fds.len()), (6, 16, 1));
+        fence.check().unwrap();
         control.send(&Frame::reply(log.request, log.body.clone()), soon()).unwrap();
 
         let mut hooks = control.recv(soon()).unwrap();
         assert_eq!((hooks.request, hooks.body.len(), hooks.fds.len()), (21, 0, 1));
         assert!(hooks.needs_reply());
         control.send(&Frame::reply(hooks.request, 0u64.to_le_bytes().to_vec()), soon()).unwrap();
-        Self { control, hooks: hooks.fds.remove(0).into(), log: log.fds.remove(0), next: 0 }
+        Self { control, hooks: hooks.fds.remove(0).into(), log: log.fds.remove(0), fence, next: 0 }
     }
 
     /// The next request and its descriptors; `None` when the client ended the connection.

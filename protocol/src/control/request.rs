@@ -51,6 +51,11 @@ pub const TRACKER_HOOKS: u32 = 1 << 0;
 /// Tracker: write-protect scanning; the frame carries the VMM's `/proc/self/pagemap`.
 pub const TRACKER_WRITE_PROTECT: u32 = 1 << 1;
 
+/// Feature: the agent looks at the VMM's fence word (see [`crate::shm::fence`]) before it acts for
+/// the guest. The hello carries the word, and its answer a pidfd of the agent, so that the VMM can
+/// see to its end before another agent takes its place.
+pub const FEATURE_FENCE: u64 = 1 << 0;
+
 /// Bytes of a range on the wire.
 const RANGE_SIZE: usize = size_of::<WireRange>();
 /// Most ranges in one discard, free or populate.
@@ -79,14 +84,19 @@ struct WireRange {
 /// What a VMM or an operator asks of the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
-    /// Opens the own part of the protocol. Answered by [`HelloReply`].
+    /// Opens the own part of the protocol. Answered by [`HelloReply`], and with [`FEATURE_FENCE`]
+    /// by a pidfd of the agent.
     Hello {
         /// Lowest version the sender speaks.
         version_min: u16,
         /// Highest version the sender speaks.
         version_max: u16,
-        /// Feature bits the sender offers; none are defined yet.
+        /// Feature bits the sender offers: [`FEATURE_FENCE`].
         features: u64,
+        /// With [`FEATURE_FENCE`], which comes from a VMM: the number that the fence word holds
+        /// while this agent is the current one, from 1. The descriptor is the fence word's memfd.
+        /// 0, and no descriptor, without.
+        agent: u64,
     },
     /// Adds a block. Descriptors: the memory, then the bitmap of discarded pages (one bit per page, whole 64-bit words), which the
     /// VMM keeps and which is taken as it is. Answered by [`AddBlockReply`].
@@ -222,8 +232,9 @@ impl Request {
     pub fn encode(&self) -> Vec<u8> {
         let encoder = Encoder::new();
         match self {
-            Self::Hello { version_min, version_max, features } => {
-                encoder.u16(*version_min).u16(*version_max).u32(0).u64(*features)
+            Self::Hello { version_min, version_max, features, agent } => {
+                let encoder = encoder.u16(*version_min).u16(*version_max).u32(0).u64(*features);
+                if features & FEATURE_FENCE == 0 { encoder } else { encoder.u64(*agent) }
             }
             Self::AddBlock { geometry, fd_offset, vmm_address, flags } => encoder
                 .u32(geometry.id)
@@ -318,7 +329,15 @@ fn decode_hello(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
     let version_min = decoder.u16("version_min")?;
     let version_max = decoder.u16("version_max")?;
     decoder.u32("reserved")?;
-    Ok(Request::Hello { version_min, version_max, features: decoder.u64("features")? })
+    let features = decoder.u64("features")?;
+    let agent = match features & FEATURE_FENCE {
+        0 => 0,
+        _ => match decoder.u64("agent")? {
+            0 => return Err(DecodeError::Value { field: "agent", value: 0, allowed: "from 1" }),
+            number => number,
+        },
+    };
+    Ok(Request::Hello { version_min, version_max, features, agent })
 }
 
 fn decode_add_block(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {

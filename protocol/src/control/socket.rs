@@ -60,6 +60,8 @@ pub struct FrameSocket {
     have: usize,
     body: Vec<u8>,
     fds: Vec<OwnedFd>,
+    /// Process id of whoever sent what came last, if the kernel was asked to tell.
+    sender: Option<i32>,
 }
 
 impl AsFd for FrameSocket {
@@ -76,11 +78,28 @@ impl From<OwnedFd> for FrameSocket {
 
 impl From<Arc<OwnedFd>> for FrameSocket {
     fn from(fd: Arc<OwnedFd>) -> Self {
-        Self { fd, header: FrameHeader::new_zeroed(), have: 0, body: Vec::new(), fds: Vec::new() }
+        Self { fd, header: FrameHeader::new_zeroed(), have: 0, body: Vec::new(), fds: Vec::new(), sender: None }
     }
 }
 
 impl FrameSocket {
+    /// Has the kernel tell of what is sent from now on which process sent it (`SO_PASSCRED`), or
+    /// not any more.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn ask_for_sender(&self, ask: bool) -> Result<(), Errno> {
+        rustix::net::sockopt::set_socket_passcred(&self.fd, ask)
+    }
+
+    /// The process that sent the frame that came last, in this process's numbers; see
+    /// [`FrameSocket::ask_for_sender`]. The kernel vouches for it, but for a sender with
+    /// CAP_SYS_ADMIN, which may name another. It is no number of a process if the sender is not
+    /// visible from here, since it lives in another PID namespace.
+    pub fn sender(&self) -> Option<i32> {
+        self.sender
+    }
+
     /// The next frame if it is all here, without waiting.
     ///
     /// # Errors
@@ -183,7 +202,7 @@ impl FrameSocket {
     }
 
     fn read_some(&mut self, buffer: &mut [u8]) -> Result<Option<usize>, SocketError> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let missing = buffer.len();
         let received = loop {
@@ -200,8 +219,10 @@ impl FrameSocket {
             return Err(if self.have == 0 { SocketError::Closed } else { SocketError::Cut { missing } });
         };
         for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                self.fds.extend(fds);
+            match message {
+                RecvAncillaryMessage::ScmRights(fds) => self.fds.extend(fds),
+                RecvAncillaryMessage::ScmCredentials(sender) => self.sender = Some(sender.pid.as_raw_pid()),
+                _ => {}
             }
         }
         if self.fds.len() > MAX_FDS || received.flags.contains(rustix::net::ReturnFlags::CTRUNC) {
@@ -275,6 +296,19 @@ mod tests {
     }
 
     const FLAG: u32 = crate::control::frame::FLAG_NEED_REPLY;
+
+    #[test]
+    fn the_kernel_tells_who_sent_a_frame_with_descriptors_if_it_is_asked_to() {
+        let (a, mut b) = pair();
+        let file = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        a.send_parts(7, 0, b"before", &[], soon()).unwrap();
+        b.recv(soon()).unwrap();
+        assert_eq!(b.sender(), None);
+        b.ask_for_sender(true).unwrap();
+        a.send_parts(7, 0, b"after", &[file.as_fd()], soon()).unwrap();
+        assert_eq!(b.recv(soon()).unwrap().fds.len(), 1);
+        assert_eq!(b.sender(), Some(rustix::process::getpid().as_raw_pid()));
+    }
 
     #[test]
     fn a_frame_may_come_byte_by_byte_and_after_a_timeout() {

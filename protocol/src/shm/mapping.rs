@@ -9,7 +9,7 @@ use super::touched::Touched;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use std::ops::{Deref, Range};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Why memory for a bitmap could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +83,10 @@ impl MappedWords {
     /// # Errors
     /// If the file is shorter than that, the offset is not a multiple of the page size, or the kernel refuses.
     pub fn shared(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<Self, MappingError> {
+        Self::map_shared(fd, offset, length, ProtFlags::READ | ProtFlags::WRITE)
+    }
+
+    fn map_shared(fd: BorrowedFd<'_>, offset: u64, length: u64, protection: ProtFlags) -> Result<Self, MappingError> {
         if !offset.is_multiple_of(crate::memory::PAGE_SIZE) {
             return Err(MappingError::Offset { offset });
         }
@@ -93,9 +97,7 @@ impl MappedWords {
         }
         let bytes = addressable(length.next_multiple_of(8))?;
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
-        let start = unsafe {
-            mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, offset)
-        };
+        let start = unsafe { mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, offset) };
         let start = start.map_err(|source| MappingError::Kernel { length, source })?;
         Ok(Self { start: start.cast(), words: bytes / 8, touched: Touched::Unknown, offset })
     }
@@ -115,6 +117,31 @@ impl MappedWords {
     }
 }
 
+/// One word of shared memory that this process may only read, unmapped on drop.
+#[derive(Debug)]
+pub struct ReadOnlyWord(MappedWords);
+
+impl ReadOnlyWord {
+    /// The word at byte 0 of `fd`. The mapping cannot be written to, so a file that is sealed
+    /// against writing (`F_SEAL_FUTURE_WRITE`) can be mapped, too.
+    ///
+    /// # Errors
+    /// As [`MappedWords::shared`].
+    pub fn map(fd: BorrowedFd<'_>) -> Result<Self, MappingError> {
+        MappedWords::map_shared(fd, 0, 8, ProtFlags::READ).map(Self)
+    }
+
+    /// The value. Everything that its writer did before it stored the value is visible after this.
+    pub fn load(&self) -> u64 {
+        self.0[0].load(Ordering::Acquire)
+    }
+
+    /// The addresses of the mapping, for whoever guards it.
+    pub fn address_range(&self) -> Range<usize> {
+        self.0.address_range()
+    }
+}
+
 fn addressable(length: u64) -> Result<usize, MappingError> {
     match usize::try_from(length) {
         Ok(bytes) if bytes > 0 && bytes <= isize::MAX as usize => Ok(bytes),
@@ -126,8 +153,9 @@ impl Deref for MappedWords {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: `start` is page-aligned and mapped for `words` words until drop, readable and writable, and
-        // everything that reaches it, here or in another process, does so by atomic operations or the kernel's copies.
+        // SAFETY: `start` is page-aligned and mapped for `words` words until drop, readable, and writable but
+        // for a [`ReadOnlyWord`], which only loads. Everything that reaches it, here or in another process, does
+        // so by atomic operations or the kernel's copies.
         unsafe { std::slice::from_raw_parts(self.start, self.words) }
     }
 }

@@ -2,17 +2,20 @@
 //!
 //! - [`bitmap`]: [`Bitmap`], one bit per page, any number of threads and processes at once;
 //! - [`mapping`]: [`MappedWords`], the memory under a bitmap: anonymous, or a memfd that the VMM shares;
+//! - [`fence`]: which agent is the current one;
 //! - `touched`: which words were ever set, so that empty ones are not walked;
 //! - [`log`]: [`DirtyLog`], the bitmap over guest physical pages in vhost's log layout.
 
 pub mod bitmap;
+pub mod fence;
 pub mod log;
 pub mod mapping;
 mod touched;
 
 pub use bitmap::Bitmap;
+pub use fence::{FenceView, FenceWord};
 pub use log::DirtyLog;
-pub use mapping::{MappedWords, MappingError};
+pub use mapping::{MappedWords, MappingError, ReadOnlyWord};
 
 // `bitmap.rs` takes these from its parent, so that the model checker can put its own atomics in their place.
 use crate::memory::PageRange;

@@ -128,7 +128,8 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
     };
     let geometry = BlockGeometry { id: 3, name: "ram".into(), gpa: 0x7000, length: 1 << 30, granularity: 2 << 20 };
     let requests = [
-        Request::Hello { version_min: 1, version_max: 2, features: 3 },
+        Request::Hello { version_min: 1, version_max: 2, features: 2, agent: 0 },
+        Request::Hello { version_min: 1, version_max: 1, features: 3, agent: u64::MAX },
         Request::AddBlock { geometry, fd_offset: 0x5000, vmm_address: 1 << 47, flags: 1 },
         Request::RemoveBlock { id: 7 },
         Request::Discard { flags: DISCARD_PUNCH, ranges: vec![range(0, 0, 4096), range(1, 1 << 40, 1)] },

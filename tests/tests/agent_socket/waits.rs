@@ -156,7 +156,7 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
     let requests = || {
         let images = (SnapshotOptions::default(), RestoreOptions::default());
         vec![
-            Request::Hello { version_min: CONTROL_VERSION, version_max: CONTROL_VERSION, features: 0 },
+            Request::Hello { version_min: CONTROL_VERSION, version_max: CONTROL_VERSION, features: 0, agent: 0 },
             Request::Discard { flags: 1, ranges: vec![page] },
             Request::Populate { ranges: vec![page] },
             Request::SetTrackers { sources: 0 },

@@ -124,7 +124,7 @@ fn requests_that_are_unknown_or_malformed_are_refused_by_name_and_the_connection
         assert!(error.sentence.contains(word), "\"{word}\" is missing in: {error}");
         assert!(error.sentence.contains(&format!("{request:#x}")), "the request is missing in: {error}");
     }
-    let hello = Request::Hello { version_min: 7, version_max: 9, features: 0 };
+    let hello = Request::Hello { version_min: 7, version_max: 9, features: 0, agent: 0 };
     let error = assert_refused(&mut peer, &hello, Vec::new(), &["version 7 to 9"]);
     assert_eq!(error.code, ErrorCode::Unsupported);
     assert_eq!(discard(&mut peer, page(1, 0)).unwrap(), 1, "block 1 is still there");

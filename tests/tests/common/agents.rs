@@ -5,6 +5,7 @@ use pageferry_client::JobStatus;
 use pageferry_protocol::control::codec::{DecodeError, Decoder};
 use pageferry_protocol::control::request::{Reply, Request, decode_reply};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
+use pageferry_tests::deadline::wait_for;
 use pageferry_tests::process::{AgentProcess, Process};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -75,9 +76,25 @@ impl Agent {
         }
     }
 
+    /// Its process id. An agent that is no process has none.
+    pub fn id(&mut self) -> u32 {
+        self.process().id()
+    }
+
+    /// How its last job ended, as an operator sees it.
+    pub fn ended(&self) -> JobStatus {
+        let mut operator = Peer::connect(self.socket());
+        wait_for("the job's end", SOON, || Some(operator.status()).filter(|status| status.phase.is_final())).unwrap()
+    }
+
     /// The process hangs from now on. An agent that is none cannot.
     pub fn freeze(&mut self) {
         self.process().freeze().unwrap();
+    }
+
+    /// The process goes on after [`Agent::freeze`].
+    pub fn thaw(&mut self) {
+        self.process().thaw().unwrap();
     }
 
     /// Asks the process to end in good order.

@@ -121,7 +121,7 @@ fn an_image_of_another_geometry_is_refused_by_block_and_field() {
             // Its own image is as good as ever.
             let own = host.images.path("own");
             let before = bytes(&other);
-            other.client.take_by_force();
+            other.client.take_by_force().unwrap();
             other.saved(&host, "own", &paused());
             other.block().fill(other.block().all(), 33).unwrap();
             assert_completed(&other.restored(&own, &options));

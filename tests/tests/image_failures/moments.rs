@@ -76,9 +76,15 @@ impl Running {
 
 /// A VMM that waits for a guest such as [`Running`] has.
 pub fn waiting(host: &Host) -> MockVmm {
+    waiting_with(host, Config::default())
+}
+
+/// The same with another configuration.
+pub fn waiting_with(host: &Host, config: Config) -> MockVmm {
     let usage = usage();
     let guest = ThreadGuest::new(&usage, options(0)).unwrap();
-    let vmm = MockVmm::connect(host.agent.socket(), usage, Tracker::Log).unwrap();
+    let (client, channel) = Client::connect(host.agent.socket(), config).unwrap();
+    let vmm = MockVmm::new(client, channel, usage, Tracker::Log).unwrap();
     vmm.set_guest(guest);
     vmm
 }

@@ -75,10 +75,9 @@ fn any_ranges() -> impl Strategy<Value = Vec<BlockRange>> {
 
 fn any_request() -> impl Strategy<Value = Request> {
     prop_oneof![
-        (any::<u16>(), any::<u16>(), any::<u64>()).prop_map(|(version_min, version_max, features)| Request::Hello {
-            version_min,
-            version_max,
-            features
+        (any::<u16>(), any::<u16>(), any::<u64>(), 1u64..).prop_map(|(version_min, version_max, features, number)| {
+            let agent = if features & FEATURE_FENCE == 0 { 0 } else { number };
+            Request::Hello { version_min, version_max, features, agent }
         }),
         (any::<[u64; 5]>(), any::<u32>(), "[a-z]{1,255}", 0u32..2).prop_map(|(n, id, name, flags)| {
             Request::AddBlock {

@@ -1,0 +1,220 @@
+//! The process of an agent, and seeing to its end.
+//!
+//! A connection that is shut down ends nothing: an agent that hangs keeps its descriptors of the
+//! guest's memory and goes on when it wakes up. So an agent hands over a pidfd of itself when it
+//! is attached, and the client kills it by that before anybody else gets what it had.
+//!
+//! An agent may lie (law 8), and the client must not kill whatever process a liar names. The
+//! kernel tells which process sent the answer with the pidfd; only if that is the process of the
+//! pidfd the client kills it. Otherwise, and where the client has no right to, it waits for the
+//! end of the process.
+//!
+//! An agent on threads of the VMM's own process cannot be killed. Whoever runs one ends it before
+//! the next is attached: closes its connection, or has the client do so, and joins its threads.
+
+use pageferry_protocol::control::socket::wait;
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// `PID_FS_MAGIC` of the kernel's `linux/magic.h`. There each process has an inode of its own.
+const PID_FS_MAGIC: u64 = 0x5049_4446;
+
+/// Whose process it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    /// The agent's, says the kernel: it may be killed.
+    Agents,
+    /// The VMM's own.
+    Ours,
+    /// It is not known: the answer came from another process, or from one that is not visible.
+    Unknown,
+}
+
+/// A process that has, or had, the guest's memory as an agent.
+#[derive(Debug)]
+pub(crate) struct AgentProcess {
+    pidfd: OwnedFd,
+    /// As the agent says; as the kernel does, if it vouches for it.
+    pid: u32,
+    whose: Whose,
+    killed: AtomicBool,
+}
+
+impl AgentProcess {
+    /// The process of `pidfd`, which came with an answer that the process `sender` sent and that
+    /// says that its number is `claimed`.
+    pub(crate) fn new(pidfd: OwnedFd, sender: Option<i32>, claimed: u32) -> Self {
+        // A pidfd is bound to one process, also when that is gone and another has its number: so
+        // one look at the number is enough.
+        let is = |pid: Pid| is_of(&pidfd, pid);
+        let vouched = sender.filter(|sender| *sender > 0).and_then(Pid::from_raw).filter(|sender| is(*sender));
+        let whose = match vouched {
+            Some(pid) if pid == getpid() => Whose::Ours,
+            Some(_) => Whose::Agents,
+            None => Whose::Unknown,
+        };
+        let pid = vouched.map_or(claimed, |pid| pid.as_raw_pid().unsigned_abs());
+        Self { pidfd, pid, whose, killed: AtomicBool::new(false) }
+    }
+
+    /// Its number.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// True if the agent runs on threads of this process.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.whose == Whose::Ours
+    }
+
+    /// True if both are one process. Of two that are alive, that is; one that has ended is the same
+    /// as no other.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        match (identity(&self.pidfd), identity(&other.pidfd)) {
+            (Some(one), Some(other)) => one == other,
+            _ => self.whose != Whose::Unknown && other.whose != Whose::Unknown && self.pid == other.pid,
+        }
+    }
+
+    /// Kills it, unless it is the VMM's own, or perhaps not the agent's. Does not wait.
+    ///
+    /// # Errors
+    /// Why it cannot be killed, in words.
+    pub(crate) fn kill(&self) -> Result<(), String> {
+        match self.whose {
+            Whose::Ours => return Ok(()),
+            Whose::Unknown => return Err("the kernel does not confirm that it is the agent's".to_owned()),
+            Whose::Agents => {}
+        }
+        match pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            Ok(()) => {
+                if !self.killed.swap(true, Ordering::AcqRel) {
+                    log::warn!("agent process {} is killed: it was given up", self.pid);
+                }
+                Ok(())
+            }
+            // It is gone.
+            Err(Errno::SRCH) => Ok(()),
+            Err(Errno::PERM) => Err("it belongs to another user, and cannot be killed from here".to_owned()),
+            Err(errno) => Err(format!("it cannot be killed: {errno}")),
+        }
+    }
+
+    /// Waits until it has ended, for as long as this: then none of its descriptors is open any
+    /// more. True also at once if it is the VMM's own.
+    pub(crate) fn wait_for_end(&self, deadline: Instant) -> bool {
+        // Readable when all its threads are gone, also before anybody has waited for it.
+        self.is_ours() || wait(self.pidfd.as_fd(), PollFlags::IN, deadline) == Ok(true)
+    }
+
+    /// True if it has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        wait(self.pidfd.as_fd(), PollFlags::IN, Instant::now()) == Ok(true)
+    }
+
+    /// Sees to it that it has ended: kills it, and waits for its end. One that cannot be killed is
+    /// waited for, too.
+    ///
+    /// # Errors
+    /// Why it lives after `timeout`, in words.
+    pub(crate) fn end(&self, timeout: Duration) -> Result<(), String> {
+        if self.is_ours() || self.has_ended() {
+            return Ok(());
+        }
+        let killed = self.kill();
+        if self.wait_for_end(Instant::now() + timeout) {
+            return Ok(());
+        }
+        Err(killed.err().unwrap_or_else(|| "it was killed, and the kernel has not ended it yet".to_owned()))
+    }
+}
+
+/// What tells the process of a pidfd from all others, for good; `None` on kernels before 6.9.
+fn identity(pidfd: &OwnedFd) -> Option<(u64, u64)> {
+    let statfs = rustix::fs::fstatfs(pidfd).ok()?;
+    if statfs.f_type as u64 & 0xffff_ffff != PID_FS_MAGIC {
+        return None;
+    }
+    let stat = rustix::fs::fstat(pidfd).ok()?;
+    Some((stat.st_dev, stat.st_ino))
+}
+
+/// True if `pidfd` is of the process that has this number now.
+fn is_of(pidfd: &OwnedFd, pid: Pid) -> bool {
+    if let Some(own) = identity(pidfd) {
+        let other = pidfd_open(pid, PidfdFlags::empty());
+        return other.is_ok_and(|other| identity(&other) == Some(own));
+    }
+    // Older kernels tell by /proc, if it is mounted here.
+    let path = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let number = text.lines().find_map(|line| line.strip_prefix("Pid:")).and_then(|rest| rest.trim().parse().ok());
+    number.is_some_and(|number: i32| number > 0 && number == pid.as_raw_pid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command};
+
+    fn sleeper() -> Child {
+        Command::new("sleep").arg("1000").spawn().unwrap()
+    }
+
+    fn pidfd(child: &Child) -> OwnedFd {
+        pidfd_open(Pid::from_child(child), PidfdFlags::empty()).unwrap()
+    }
+
+    fn sent_by(child: &Child, sender: &Child) -> AgentProcess {
+        AgentProcess::new(pidfd(child), Some(sender.id() as i32), 1)
+    }
+
+    #[test]
+    fn a_process_that_hangs_is_killed_and_its_end_waited_for() {
+        let mut child = sleeper();
+        rustix::process::kill_process(Pid::from_child(&child), Signal::STOP).unwrap();
+        let process = sent_by(&child, &child);
+        assert_eq!((process.pid(), process.has_ended()), (child.id(), false));
+        // Nobody has waited for the child: it is gone for us all the same.
+        process.end(Duration::from_secs(60)).unwrap();
+        assert!(process.has_ended());
+        assert!(!child.wait().unwrap().success());
+        process.end(Duration::ZERO).unwrap();
+    }
+
+    #[test]
+    fn a_process_that_did_not_send_the_answer_is_not_killed_but_waited_for() {
+        let (mut victim, mut liar) = (sleeper(), sleeper());
+        for sender in [Some(liar.id() as i32), Some(0), None] {
+            let process = AgentProcess::new(pidfd(&victim), sender, 7);
+            assert_eq!(process.pid(), 7);
+            let error = process.end(Duration::ZERO).unwrap_err();
+            assert!(error.contains("does not confirm"), "{error}");
+            assert!(victim.try_wait().unwrap().is_none());
+        }
+        let process = sent_by(&victim, &liar);
+        victim.kill().unwrap();
+        process.end(Duration::from_secs(60)).unwrap();
+        victim.wait().unwrap();
+        liar.kill().unwrap();
+        liar.wait().unwrap();
+    }
+
+    #[test]
+    fn the_own_process_is_never_killed_and_needs_no_waiting() {
+        let own = || pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+        let process = AgentProcess::new(own(), Some(getpid().as_raw_pid()), 1);
+        assert!(process.is_ours());
+        process.kill().unwrap();
+        process.end(Duration::ZERO).unwrap();
+        assert!(process.is(&AgentProcess::new(own(), Some(getpid().as_raw_pid()), 1)));
+        let mut child = sleeper();
+        assert!(!process.is(&sent_by(&child, &child)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}

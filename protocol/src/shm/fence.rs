@@ -1,0 +1,142 @@
+//! The fence word: which agent of a VMM is the current one.
+//!
+//! The VMM's client numbers its agents from 1 and keeps one 64-bit word in a memfd that all of
+//! them map. The word holds the number of the agent that may act for the guest now, or 0 while
+//! there is none. Only the client writes it; the file is sealed so that an agent can only read it.
+//!
+//! The order at the client, whenever it gives an agent up:
+//!
+//! 1. the word: [`FenceWord::revoke`];
+//! 2. the connection is shut down;
+//! 3. the agent's process is killed, and its end is waited for;
+//! 4. only then the next agent gets the guest's memory, and [`FenceWord::admit`] its number.
+//!
+//! An agent that hung meanwhile finds out at its next look at the word and stops. The look alone
+//! is not enough: the agent may hang between the look and what it does next. Step 3 is what makes
+//! step 4 safe. The word covers the time until the agent is dead, and the agents that the client
+//! may not kill.
+
+use super::{MappedWords, MappingError, ReadOnlyWord};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes of the file under the word: one page.
+pub const FENCE_BYTES: u64 = crate::memory::PAGE_SIZE;
+
+/// What the word holds while no agent is current.
+pub const NO_AGENT: u64 = 0;
+
+/// The word, as the client holds it.
+#[derive(Debug)]
+pub struct FenceWord(MappedWords);
+
+impl FenceWord {
+    /// Maps the word at byte 0 of `fd`. To be called before the file is sealed against writing.
+    ///
+    /// # Errors
+    /// If the file is too short or cannot be mapped.
+    pub fn map(fd: BorrowedFd<'_>) -> Result<Self, MappingError> {
+        MappedWords::shared(fd, 0, 8).map(Self)
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        &self.0[0]
+    }
+
+    /// From now on the agent with this number is the current one.
+    pub fn admit(&self, number: u64) {
+        self.word().store(number, Ordering::SeqCst);
+    }
+
+    /// The agent with this number is not the current one any more. Changes nothing if another is.
+    /// True if it was.
+    pub fn revoke(&self, number: u64) -> bool {
+        self.word().compare_exchange(number, NO_AGENT, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// The number of the current agent, or [`NO_AGENT`].
+    pub fn current(&self) -> u64 {
+        self.word().load(Ordering::SeqCst)
+    }
+}
+
+/// The word, as an agent sees it.
+#[derive(Debug)]
+pub struct FenceView {
+    word: ReadOnlyWord,
+    number: u64,
+}
+
+/// This agent is not the VMM's current one any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "this agent was replaced: it is number {number} of its VMM, which {}",
+    match current { 0 => "has given it up".to_owned(), next => format!("has number {next} now") }
+)]
+pub struct Replaced {
+    /// This agent's number.
+    pub number: u64,
+    /// The number of the current one, or [`NO_AGENT`].
+    pub current: u64,
+}
+
+impl FenceView {
+    /// Maps the word at byte 0 of `fd`, for the agent with this number.
+    ///
+    /// # Errors
+    /// If the file is too short or cannot be mapped.
+    pub fn map(fd: BorrowedFd<'_>, number: u64) -> Result<Self, MappingError> {
+        Ok(Self { word: ReadOnlyWord::map(fd)?, number })
+    }
+
+    /// Goes on if this agent is still the current one.
+    ///
+    /// # Errors
+    /// If it is not.
+    #[inline]
+    pub fn check(&self) -> Result<(), Replaced> {
+        match self.word.load() {
+            current if current == self.number => Ok(()),
+            current => Err(Replaced { number: self.number, current }),
+        }
+    }
+
+    /// The addresses of the mapping, for whoever guards it.
+    pub fn address_range(&self) -> std::ops::Range<usize> {
+        self.word.address_range()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn an_agent_is_current_from_its_admission_until_it_is_revoked() {
+        let fd = memfd_create("fence", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, FENCE_BYTES).unwrap();
+        let word = FenceWord::map(fd.as_fd()).unwrap();
+        let [first, second] = [1, 2].map(|number| FenceView::map(fd.as_fd(), number).unwrap());
+        assert_eq!(first.check(), Err(Replaced { number: 1, current: NO_AGENT }));
+        word.admit(1);
+        assert_eq!(first.check(), Ok(()));
+        assert!(word.revoke(1) && !word.revoke(1));
+        let error = first.check().unwrap_err();
+        assert_eq!(error.to_string(), "this agent was replaced: it is number 1 of its VMM, which has given it up");
+        word.admit(2);
+        // A late word about the first does not touch the second.
+        assert!(!word.revoke(1));
+        assert_eq!((word.current(), second.check()), (2, Ok(())));
+        let error = first.check().unwrap_err();
+        assert_eq!(error.to_string(), "this agent was replaced: it is number 1 of its VMM, which has number 2 now");
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_is_refused() {
+        let fd = memfd_create("fence", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, 7).unwrap();
+        assert!(matches!(FenceView::map(fd.as_fd(), 1), Err(MappingError::Short { size: 7, .. })));
+    }
+}
