@@ -1,0 +1,174 @@
+//! An agent that was given up is out of the way before anybody takes its place, or the guest.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use pageferry_client::{Client, Config, Error, Ownership, Punch};
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::request::{FEATURE_FENCE, HelloReply, MAX_RANGES, encode_reply};
+use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
+use support::*;
+
+/// A process that a lying agent names as its own.
+struct Victim(Child);
+
+impl Victim {
+    fn new() -> Self {
+        Self(Command::new("sleep").arg("1000").spawn().unwrap())
+    }
+
+    fn pidfd(&self) -> OwnedFd {
+        pidfd_open(Pid::from_child(&self.0), PidfdFlags::empty()).unwrap()
+    }
+
+    fn lives(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// A client whose agent says that the process is the victim's.
+fn lied_to(victim: &Victim, config: Config) -> (Client, pageferry_client::HookChannel, FakeAgent) {
+    let (ours, agents) = UnixStream::pair().unwrap();
+    let process = victim.pidfd();
+    let agent = std::thread::spawn(move || FakeAgent::shake_hands_as(agents.into(), MAX_RANGES, process));
+    let (client, channel) = Client::from_socket(ours.into(), config).unwrap();
+    (client, channel, agent.join().unwrap())
+}
+
+#[test]
+fn an_agent_is_current_until_it_is_given_up_and_the_next_only_once_it_is_handed_the_memory() {
+    let (client, _channel, first) = client(|agent| agent);
+    let first = first.join().unwrap();
+    first.fence.check().unwrap();
+    let (ours, agents) = UnixStream::pair().unwrap();
+    let second = std::thread::spawn(move || {
+        let (control, fence) = FakeAgent::say_hello(agents.into(), MAX_RANGES, own_process());
+        // The word is withdrawn before anybody can see the connection end.
+        let replaced = first.fence.check().unwrap_err();
+        assert_eq!((replaced.number + 1, replaced.current), (fence.check().unwrap_err().number, 0));
+        (first, FakeAgent::take_over(control, fence))
+    });
+    let _channel = client.reattach_socket(ours.into()).unwrap();
+    let (mut first, second) = second.join().unwrap();
+    assert!(first.request().is_none());
+    assert!(first.fence.check().unwrap_err().current > 0);
+    drop(client);
+    assert_eq!(second.fence.check().unwrap_err().current, 0);
+}
+
+#[test]
+fn an_agent_that_hangs_or_is_cut_off_by_its_hooks_is_not_current_any_more() {
+    let (hangs, _channel, agent) = client_with(impatient(), MAX_RANGES, |agent| agent);
+    let agent = agent.join().unwrap();
+    assert_lost(hangs.status());
+    assert_eq!(agent.fence.check().unwrap_err().current, 0);
+
+    let (_client, mut channel, agent) = connected();
+    rustix::io::write(&agent.hooks, &[0xff; 12]).unwrap();
+    channel.dispatch(&mut Vmm::default()).unwrap_err();
+    assert_eq!(agent.fence.check().unwrap_err().current, 0);
+}
+
+#[test]
+fn no_agent_is_attached_while_the_process_of_the_one_before_lives() {
+    let mut victim = Victim::new();
+    let (client, _channel, mut first) = lied_to(&victim, impatient());
+    for _ in 0..2 {
+        let (ours, agents) = UnixStream::pair().unwrap();
+        let next = std::thread::spawn(move || {
+            let (mut control, fence) = FakeAgent::say_hello(agents.into(), MAX_RANGES, own_process());
+            // It gets nothing, and is no agent of this VMM.
+            assert!(matches!(control.recv(soon()), Err(SocketError::Closed)));
+            assert_eq!(fence.check().unwrap_err().current, 0);
+        });
+        let error = client.reattach_socket(ours.into()).unwrap_err();
+        assert!(matches!(&error, Error::AgentRuns { .. }), "{error:?}");
+        assert!(error.to_string().contains("does not confirm"), "{error}");
+        next.join().unwrap();
+        assert_lost(client.status());
+    }
+    // The kernel says that it is not the one that answered: it is not the client's to kill.
+    assert!(victim.lives());
+    assert!(first.request().is_none());
+    drop(victim);
+    let (ours, agents) = UnixStream::pair().unwrap();
+    let next = std::thread::spawn(move || FakeAgent::shake_hands(agents.into(), MAX_RANGES));
+    let _channel = client.reattach_socket(ours.into()).unwrap();
+    next.join().unwrap().fence.check().unwrap();
+}
+
+#[test]
+fn a_guest_is_not_taken_by_force_from_an_agent_that_may_still_send_the_commit() {
+    let mut victim = Victim::new();
+    let (client, channel, mut agent) = lied_to(&victim, impatient());
+    let hooks = channel.spawn(Vmm::default()).unwrap();
+    agent.hook(&Hook::Pause).unwrap();
+    agent.hook(&Hook::Relinquish { session: [0; 16], release: false }).unwrap();
+    for _ in 0..2 {
+        let error = client.take_by_force().unwrap_err();
+        assert!(matches!(error, Error::AgentRuns { .. }), "{error:?}");
+        assert_eq!(client.ownership(), Ownership::Relinquished);
+        assert_eq!(agent.fence.check().unwrap_err().current, 0);
+    }
+    assert!(victim.lives());
+    drop(victim);
+    client.end_agent().unwrap();
+    assert_eq!(client.ownership(), Ownership::Relinquished);
+    client.take_by_force().unwrap();
+    assert_eq!(client.ownership(), Ownership::Ours);
+    // Nobody but the one who took it resumes it.
+    assert!(!hooks.join().calls().contains(&"resume".to_owned()));
+}
+
+#[test]
+fn an_agent_without_a_fence_or_a_process_is_refused_by_name() {
+    let answered = |features, fds: fn() -> Vec<OwnedFd>| {
+        let (ours, agents) = UnixStream::pair().unwrap();
+        let agent = std::thread::spawn(move || {
+            let mut control = FrameSocket::from(OwnedFd::from(agents));
+            let hello = control.recv(soon()).unwrap();
+            let reply = HelloReply { version: 1, features, max_body: 1 << 20, max_ranges: 7, pid: 1 };
+            let body = encode_reply(&Ok(reply), HelloReply::encode);
+            let reply = Frame { fds: fds(), ..Frame::reply(hello.request, body) };
+            control.send(&reply, soon()).unwrap();
+        });
+        let error = Client::from_socket(ours.into(), Config::default()).unwrap_err();
+        agent.join().unwrap();
+        error.to_string()
+    };
+    let without = answered(0, Vec::new);
+    assert!(without.contains("features is 0x0, expected is 0x1, fence"), "{without}");
+    let none = answered(FEATURE_FENCE, Vec::new);
+    assert!(none.contains("0 file descriptors, expected is 1, a pidfd"), "{none}");
+    let two = answered(FEATURE_FENCE, || vec![own_process(), own_process()]);
+    assert!(two.contains("2 file descriptors"), "{two}");
+}
+
+/// What is done without an agent waits for the end of the one that was lost, but not for ever: a discard cannot fail.
+#[test]
+fn a_discard_without_an_agent_is_done_also_if_the_one_before_lives() {
+    let victim = Victim::new();
+    let (client, _channel, mut agent) = lied_to(&victim, impatient());
+    let accepts = std::thread::spawn(move || {
+        agent.accept_block();
+    });
+    let memory = written(4);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    accepts.join().unwrap();
+    let range = pageferry_client::BlockRange { block: 1, offset: PAGE, length: 2 * PAGE };
+    for changed in [2, 0] {
+        assert_eq!(client.discard(&[range], Punch::Yes).unwrap(), changed);
+    }
+    assert_eq!(allocated_pages(&memory), 2);
+}

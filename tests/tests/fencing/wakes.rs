@@ -1,0 +1,226 @@
+//! Agents that hang where it matters most, and wake up again.
+
+use crate::common::{Agent, At, Attached, Ram, Relay, SOON, Side, assert_same, config, lock, passes};
+use crate::{is_dead, state};
+use pageferry_client::{
+    Client, Config, Error, IncomingOptions, Ownership, Phase, SnapshotMode, SnapshotOptions, Target,
+};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_protocol::stream::Kind;
+use pageferry_tests::deadline::wait_until;
+use rustix::process::{Pid, Signal, kill_process};
+use std::path::PathBuf;
+use std::time::Duration;
+
+const PAGES: u64 = 200;
+/// A VMM waits no longer for its agent: long enough for a slow machine, where nothing hangs.
+const SHORT: Duration = Duration::from_secs(2);
+
+fn stamped() -> Ram {
+    let ram = Ram::odd(PAGES);
+    (0..PAGES).for_each(|page| ram.write(page, 1000 + page));
+    ram
+}
+
+fn empty() -> Side {
+    Side::new(Ram::odd(PAGES))
+}
+
+fn hasty(agent: &Agent, ram: Ram) -> Attached {
+    let config = Config { request_timeout: SHORT, ..config() };
+    let (client, channel) = Client::connect(agent.socket(), config).unwrap();
+    Attached::over(client, channel, ram)
+}
+
+fn is_logged(source: &Attached, page: u64) -> bool {
+    source.client.log().bits().contains(source.ram.gpa / PAGE_SIZE + page)
+}
+
+/// Stops a process, and returns when it stands still.
+fn freeze(pid: u32) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::STOP).unwrap();
+    let stat = PathBuf::from(format!("/proc/{pid}/stat"));
+    wait_until("the process to stop", SOON, || state(&stat) == Some('T')).unwrap();
+}
+
+/// Waits until the thread of the agent's job sleeps.
+fn wait_for_the_job_to_wait(pid: u32) {
+    let tasks = || std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten().map(|task| task.path());
+    let is_job = |task: &PathBuf| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("job-"));
+    let sleeps = || tasks().filter(is_job).any(|task| state(&task.join("stat")) == Some('S'));
+    wait_until("the job to wait", SOON, sleeps).unwrap();
+}
+
+/// The agent waits for its peer, hangs, and is replaced. Then it wakes up, and its peer answers, while the next agent sends the guest.
+#[test]
+fn an_agent_that_wakes_up_takes_no_dirty_page_from_its_successor() {
+    // What is looked for is a race: it came out in half of the rounds.
+    for round in 0..8 {
+        let mut first = Agent::spawn();
+        let source = Attached::new(first.socket(), stamped());
+        let (elsewhere, mut first_relay) = (empty(), Relay::new());
+        let waits_in_vain = first_relay.listen(&elsewhere.client, &IncomingOptions::default());
+        first_relay.send(&source.client, &passes(1));
+        let accept = first_relay.until(|record| record.kind == Kind::Accept);
+        first.freeze();
+
+        let second = Agent::spawn();
+        source.reattach(second.socket());
+        let (destination, mut relay) = (empty(), Relay::new());
+        let incoming = relay.listen(&destination.client, &IncomingOptions::default());
+        let outgoing = relay.send(&source.client, &passes(2));
+        let pass_done = relay.until(|record| record.is(Kind::PassDone, 0));
+        (10..20).for_each(|page| source.write(page, 5000 + page));
+        first_relay.pass(accept);
+        first.thaw();
+        let is_taken = || !(10..20).all(|page| is_logged(&source, page));
+        let over = || elsewhere.client.status().unwrap().phase.is_final();
+        first_relay.pump("the first agent to take what it can", || is_taken() || is_dead(first.id()) || over());
+
+        relay.pass(pass_done);
+        let status = relay.finish(&source.client, outgoing);
+        assert_eq!(status.phase, Phase::Completed, "round {round}: {}", status.error);
+        assert_eq!(destination.wait(incoming).phase, Phase::Completed);
+        assert_same(&source.ram, &destination.ram);
+        (10..20).for_each(|page| assert_eq!(destination.ram.stamp(page), 5000 + page, "round {round}, page {page}"));
+        // It is gone since before the second was handed anything.
+        assert!(is_dead(first.id()), "round {round}");
+        first_relay.cut();
+        assert_eq!(elsewhere.wait(waits_in_vain).phase, Phase::Failed);
+        assert_eq!(elsewhere.vmm.resumes(), 0);
+    }
+}
+
+/// The agent hangs after its VMM let it have the commit, and before it sends it.
+fn hangs_before_the_commit(then: impl FnOnce(&Attached, &mut Agent)) {
+    let mut agent = Agent::spawn();
+    let pid = agent.id();
+    let source = hasty(&agent, stamped());
+    // It asks for the line of law 9 right after this event, and waits for the answer. When that comes it stands still.
+    source.vmm.on(At::phase(Phase::Committing), move || {
+        wait_for_the_job_to_wait(pid);
+        freeze(pid);
+        Ok(())
+    });
+    let (destination, mut relay) = (empty(), Relay::new());
+    let incoming = relay.listen(&destination.client, &IncomingOptions::default());
+    relay.send(&source.client, &passes(1));
+    relay.pump("the line", || source.client.ownership() == Ownership::Relinquished);
+    then(&source, &mut agent);
+    // Whatever it sent would come before the end of its connection.
+    let commit = |relay: &Relay| relay.seen.iter().any(|record| record.kind == Kind::Commit);
+    let over = || destination.client.status().unwrap().phase.is_final();
+    relay.pump("the destination's end", over);
+    assert!(!commit(&relay), "a commit was sent");
+    assert_eq!(destination.wait(incoming).phase, Phase::Failed);
+    assert_eq!(destination.vmm.resumes(), 0, "two guests run");
+    assert_eq!(destination.client.ownership(), Ownership::Awaiting);
+}
+
+#[test]
+fn an_agent_that_was_given_up_before_it_sent_the_commit_does_not_send_it() {
+    hangs_before_the_commit(|source, agent| {
+        let lost = source.client.status().unwrap_err();
+        assert!(matches!(lost, Error::AgentLost { .. }), "{lost}");
+        // Its VMM cannot know whether the commit was sent: it may be needed, and is not killed.
+        assert_eq!(source.client.ownership(), Ownership::Relinquished);
+        agent.thaw();
+        let status = agent.ended();
+        assert_eq!(status.phase, Phase::Failed);
+        assert!(status.error.contains("this agent was replaced"), "{}", status.error);
+        assert!(source.vmm.is_paused());
+        // It has no job any more, and looking at it is what an operator does first.
+        source.client.take_by_force().unwrap();
+        assert_eq!(source.client.ownership(), Ownership::Ours);
+        assert_eq!(source.vmm.resumes(), 0, "the VMM does that");
+    });
+}
+
+#[test]
+fn a_guest_is_taken_by_force_only_from_an_agent_that_is_dead() {
+    for ends_first in [false, true] {
+        hangs_before_the_commit(|source, agent| {
+            if ends_first {
+                source.client.end_agent().unwrap();
+                assert!(is_dead(agent.id()));
+                assert_eq!(source.client.ownership(), Ownership::Relinquished);
+            }
+            source.client.take_by_force().unwrap();
+            assert_eq!(source.client.ownership(), Ownership::Ours);
+            assert!(is_dead(agent.id()));
+        });
+    }
+}
+
+#[test]
+fn a_new_agent_is_attached_only_when_the_one_that_may_send_the_commit_is_dead() {
+    hangs_before_the_commit(|source, agent| {
+        let next = Agent::spawn();
+        source.reattach(next.socket());
+        assert!(is_dead(agent.id()));
+        assert_eq!(source.client.ownership(), Ownership::Relinquished);
+        // It knows nothing of a commit, and has no say in it.
+        let nowhere = Target::Address("unix:/nowhere".into());
+        assert!(matches!(source.client.start_outgoing(nowhere, &passes(1)), Err(Error::NotOurs { .. })));
+        drop(next);
+    });
+}
+
+/// The VMM stopped its guest, and lets it run on when the agent is lost. Whatever the agent does then is not in an image.
+#[test]
+fn an_agent_that_was_given_up_gives_no_image_its_name() {
+    for mode in [SnapshotMode::Stopped, SnapshotMode::Paused] {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("image");
+        let mut agent = Agent::spawn();
+        let guest = hasty(&agent, stamped());
+        // All of it takes a second: the agent hangs in the middle.
+        let options = SnapshotOptions { mode, bandwidth: PAGES * PAGE_SIZE, ..SnapshotOptions::default() };
+        guest.client.start_snapshot(&image, &options).unwrap();
+        wait_until("the memory to be saved", SOON, || guest.client.status().unwrap().phase == Phase::Saving).unwrap();
+        freeze(agent.id());
+        guest.client.status().unwrap_err();
+        wait_until("the agent to be lost", SOON, || !lock(&guest.vmm.asked).losses.is_empty()).unwrap();
+        assert!(!guest.vmm.is_paused());
+        (0..PAGES).for_each(|page| guest.write(page, 7));
+        agent.thaw();
+        assert!(!agent.ends_well(), "it was killed as soon as it was lost");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        let next = Agent::spawn();
+        guest.reattach(next.socket());
+        let job = guest.client.start_snapshot(&image, &SnapshotOptions { bandwidth: 0, ..options }).unwrap().job;
+        let status = guest.wait(job);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    }
+}
+
+/// The process that an agent was lost in takes a new connection of its VMM: it is not killed, and the job of the old connection has ended
+/// before one of the new begins.
+#[test]
+fn a_vmm_may_come_back_to_the_process_of_its_agent() {
+    let mut agent = Agent::spawn();
+    let source = Attached::new(agent.socket(), stamped());
+    let (elsewhere, mut relay) = (empty(), Relay::new());
+    relay.listen(&elsewhere.client, &IncomingOptions::default());
+    relay.send(&source.client, &passes(1));
+    let _accept = relay.until(|record| record.kind == Kind::Accept);
+    source.reattach(agent.socket());
+    assert!(!is_dead(agent.id()));
+    crate::common::moves_to(&source, &empty());
+    source.client.end_agent().unwrap();
+    assert!(is_dead(agent.id()));
+}
+
+/// An agent that ends by itself is not killed on its way.
+#[test]
+fn an_agent_that_is_told_to_end_ends_well_while_its_vmm_discards() {
+    let mut agent = Agent::spawn();
+    let guest = Attached::new(agent.socket(), stamped());
+    agent.terminate();
+    let lost = || {
+        guest.client.discard(&[guest.ram.range(3, 1)], Default::default()).unwrap();
+        guest.client.status().is_err()
+    };
+    wait_until("the agent to be lost", SOON, lost).unwrap();
+    assert!(agent.ends_well());
+}

@@ -1,0 +1,226 @@
+//! The fence word alone. A VMM that the client library is not part of plays all of it, cuts nothing and kills nobody: what an agent does
+//! not do then it does not do since the word says so.
+
+use crate::common::{Listening, Peer, Ram, Relay, SOON, Side, passes};
+use pageferry_client::{IncomingOptions, JobStatus, Phase, SnapshotMode, SnapshotOptions};
+use pageferry_protocol::control::frame::FLAG_REPLY;
+use pageferry_protocol::control::hook::{Hook, encode_hook_reply, encode_state_reply};
+use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, Request};
+use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
+use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
+use pageferry_protocol::shm::fence::FENCE_BYTES;
+use pageferry_protocol::shm::{FenceWord, MappedBitmap};
+use pageferry_protocol::stream::Kind;
+use pageferry_tests::deadline::{wait_for, wait_until};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+const PAGES: u64 = 200;
+/// Of this agent.
+const NUMBER: u64 = 7;
+
+fn memfd(length: u64) -> OwnedFd {
+    let fd = memfd_create("shared", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, length).unwrap();
+    fd
+}
+
+fn hello(agent: u64) -> Request {
+    Request::Hello { version_min: 1, version_max: 1, features: FEATURE_FENCE, agent }
+}
+
+/// A VMM with one block, made of frames.
+struct RawVmm {
+    control: Peer,
+    word: Arc<FenceWord>,
+    log: OwnedFd,
+    ram: Ram,
+    hooks: Option<JoinHandle<()>>,
+}
+
+impl RawVmm {
+    /// Attached, with hooks that succeed. Before one of these is answered the agent is given up.
+    fn new(agent: &Listening, given_up_at: Option<u32>) -> Self {
+        let fence = memfd(FENCE_BYTES);
+        let word = Arc::new(FenceWord::map(fence.as_fd()).unwrap());
+        let mut control = agent.connect();
+        control.ask(&hello(NUMBER), vec![fence]).unwrap();
+        word.admit(NUMBER);
+        let log = memfd(PAGE_SIZE);
+        let body = [PAGE_SIZE.to_le_bytes(), 0u64.to_le_bytes()].concat();
+        let set_log = Frame { fds: vec![log.try_clone().unwrap()], ..Frame::request(6, body) };
+        control.socket.send(&set_log, Instant::now() + SOON).unwrap();
+        control.reply().unwrap();
+        let (ours, agents) = UnixStream::pair().unwrap();
+        let set_hooks = Frame { fds: vec![agents.into()], ..Frame::request(21, Vec::new()) };
+        control.socket.send(&set_hooks, Instant::now() + SOON).unwrap();
+        let ram = Ram::odd(PAGES);
+        (0..PAGES).for_each(|page| ram.write(page, 1000 + page));
+        let geometry = BlockGeometry {
+            id: ram.id,
+            name: "block3".into(),
+            gpa: ram.gpa,
+            length: PAGES * PAGE_SIZE,
+            granularity: PAGE_SIZE,
+        };
+        let add = Request::AddBlock { geometry, fd_offset: ram.fd_offset, vmm_address: 0, flags: 0 };
+        control.ask(&add, vec![ram.fd.try_clone().unwrap(), memfd(64)]).unwrap();
+        let given_up = word.clone();
+        let hooks = std::thread::spawn(move || answer_hooks(ours.into(), given_up_at, &given_up));
+        Self { control, word, log, ram, hooks: Some(hooks) }
+    }
+
+    /// How the job ended, as an operator of the agent sees it.
+    fn ended(agent: &Listening) -> JobStatus {
+        let mut operator = agent.connect();
+        wait_for("the job's end", SOON, || Some(operator.status()).filter(|status| status.phase.is_final())).unwrap()
+    }
+}
+
+impl Drop for RawVmm {
+    fn drop(&mut self) {
+        self.control.raw.shutdown(std::net::Shutdown::Both).unwrap();
+        if let Some(hooks) = self.hooks.take() {
+            hooks.join().unwrap();
+        }
+    }
+}
+
+fn answer_hooks(socket: OwnedFd, given_up_at: Option<u32>, word: &FenceWord) {
+    let mut socket = FrameSocket::from(socket);
+    loop {
+        let frame = match socket.recv(Instant::now() + 3 * SOON) {
+            Ok(frame) => frame,
+            Err(SocketError::Closed) => return,
+            Err(error) => panic!("{error}"),
+        };
+        if given_up_at == Some(frame.request) {
+            word.revoke(NUMBER);
+        }
+        let (sequence, hook) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
+        let body = match hook {
+            Hook::Event { .. } => continue,
+            Hook::SaveState => encode_state_reply(sequence, &Ok(Vec::new())),
+            _ => encode_hook_reply(sequence, &Ok(())),
+        };
+        socket.send_parts(frame.request, FLAG_REPLY, &body, &[], Instant::now() + SOON).unwrap();
+    }
+}
+
+#[track_caller]
+fn assert_replaced(status: &JobStatus) {
+    assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+    let said = format!("this agent was replaced: it is number {NUMBER} of its VMM, which has given it up");
+    assert!(status.error.contains(&said), "{}", status.error);
+}
+
+/// Given up in the middle of a migration, whatever the agent does next fails, and no commit leaves.
+#[test]
+fn a_migration_of_an_agent_that_was_given_up_fails_and_takes_no_mark_from_the_log() {
+    use pageferry_protocol::control::hook::code;
+    for given_up_at in [code::PAUSE, code::SAVE_STATE, code::RELINQUISH] {
+        let agent = Listening::new();
+        let mut vmm = RawVmm::new(&agent, Some(given_up_at));
+        let (destination, mut relay) = (Side::new(Ram::odd(PAGES)), Relay::new());
+        let incoming = relay.listen(&destination.client, &IncomingOptions::default());
+        let start = Request::StartOutgoing { target: relay.address(), options: passes(1) };
+        vmm.control.ask(&start, Vec::new()).unwrap();
+        // What is marked from here on is the next agent's.
+        let bits = MappedBitmap::shared(vmm.log.as_fd(), 8 * PAGE_SIZE).unwrap();
+        let mut marked = false;
+        let over = || destination.client.status().unwrap().phase.is_final();
+        relay.pump("the end", || {
+            if vmm.word.current() == 0 && !marked {
+                bits.set(bits.all());
+                marked = true;
+            }
+            over()
+        });
+        assert!(marked);
+        assert_replaced(&RawVmm::ended(&agent));
+        assert_eq!(bits.count(bits.all()), bits.pages(), "marks were taken");
+        assert!(relay.seen.iter().all(|record| record.kind != Kind::Commit), "a commit was sent");
+        assert_eq!(destination.wait(incoming).phase, Phase::Failed);
+        assert_eq!(destination.vmm.resumes(), 0);
+        drop(vmm);
+    }
+}
+
+#[test]
+fn a_snapshot_of_an_agent_that_was_given_up_leaves_no_image() {
+    use pageferry_protocol::control::hook::code;
+    let cases = [
+        (SnapshotMode::Stopped, code::SAVE_STATE),
+        (SnapshotMode::Paused, code::SAVE_STATE),
+        // All memory was read by then.
+        (SnapshotMode::Paused, code::RESUME),
+    ];
+    for (mode, given_up_at) in cases {
+        let agent = Listening::new();
+        let mut vmm = RawVmm::new(&agent, Some(given_up_at));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image").to_str().unwrap().to_owned();
+        let options = SnapshotOptions { mode, ..SnapshotOptions::default() };
+        vmm.control.ask(&Request::StartSnapshot { path, options }, Vec::new()).unwrap();
+        assert_replaced(&RawVmm::ended(&agent));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn what_a_vmm_asked_before_it_gave_the_agent_up_is_not_done_after() {
+    let agent = Listening::new();
+    let mut vmm = RawVmm::new(&agent, None);
+    let ranges = vec![BlockRange { block: vmm.ram.id, offset: 0, length: PAGE_SIZE }];
+    let discard = Request::Discard { flags: DISCARD_PUNCH, ranges: ranges.clone() };
+    vmm.word.revoke(NUMBER);
+    for request in [discard.clone(), Request::Populate { ranges }, Request::RemoveBlock { id: vmm.ram.id }] {
+        let error = vmm.control.ask(&request, Vec::new()).unwrap_err();
+        assert_eq!(error.code, ErrorCode::State);
+        assert!(error.sentence.contains("this agent was replaced"), "{error}");
+    }
+    assert_eq!(vmm.ram.stamp(0), 1000, "it was freed");
+    vmm.word.admit(NUMBER);
+    vmm.control.ask(&discard, Vec::new()).unwrap();
+    assert!(vmm.ram.is_hole(0));
+}
+
+#[test]
+fn a_fence_word_that_is_none_is_refused_by_name() {
+    let agent = Listening::new();
+    let mut vmm = RawVmm::new(&agent, None);
+    let refused = |peer: &mut Peer, request: &Request, fds, words: &[&str]| {
+        let error = peer.ask(request, fds).unwrap_err();
+        assert!(words.iter().all(|word| error.sentence.contains(word)), "{error}");
+        error.code
+    };
+    // Another's connection, and once more.
+    let mut other = agent.connect();
+    let code =
+        refused(&mut other, &hello(1), vec![memfd(FENCE_BYTES)], &["features: bit 0, fence", "another one does"]);
+    assert_eq!(code, ErrorCode::Denied);
+    let again = vec![memfd(FENCE_BYTES)];
+    assert_eq!(refused(&mut vmm.control, &hello(8), again, &["an earlier hello"]), ErrorCode::State);
+    drop(vmm);
+    let free = || {
+        let mut peer = agent.connect();
+        peer.ask(&Request::Resume { force: false }, Vec::new()).unwrap_err();
+        peer
+    };
+    wait_until("the agent to be free", SOON, || {
+        let error = free().ask(&hello(1), vec![memfd(7)]).unwrap_err();
+        error.sentence.contains("fence: file of 0x7 bytes is shorter")
+    })
+    .unwrap();
+    let mut peer = free();
+    assert_eq!(refused(&mut peer, &hello(1), Vec::new(), &["hello", "0 file descriptors"]), ErrorCode::Invalid);
+    let mut body = hello(1).encode();
+    let at = body.len() - 8;
+    body[at..].fill(0);
+    let error = peer.ask_raw(hello(1).code(), body, vec![memfd(FENCE_BYTES)]).unwrap_err();
+    assert!(error.sentence.contains("agent is 0x0, allowed: from 1"), "{error}");
+}
