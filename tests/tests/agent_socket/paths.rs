@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
 fn agent_at(path: &Path) -> Command {
     let mut command = Command::new(PROGRAM);
@@ -21,10 +21,13 @@ fn spawn(folder: &Path, name: &str) -> AgentProcess {
     AgentProcess::spawn(PROGRAM.as_ref(), folder, name).unwrap()
 }
 
+/// The command ends, and says why.
 #[track_caller]
-fn assert_refused(output: &Output, words: &[&str]) {
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success(), "{text}");
+fn assert_refused(command: &mut Command, words: &[&str]) {
+    let mut process = Process::spawn("refused", command).unwrap();
+    let status = process.wait(SOON).unwrap();
+    let text = process.lines().join("\n");
+    assert!(!status.success(), "{text}");
     for word in words {
         assert!(text.contains(word), "\"{word}\" is missing in: {text}");
     }
@@ -42,7 +45,7 @@ fn an_agent_and_its_streams_replace_no_file_and_no_link() {
     let vmm = Attached::new(agent.socket(), Ram::odd(16));
     for (name, found) in [("file", "regular file"), ("link", "symbolic link"), ("to-stale", "symbolic link")] {
         let sentence = format!("{} is a {found}, not a socket", at(name).display());
-        assert_refused(&agent_at(&at(name)).output().unwrap(), &[&sentence]);
+        assert_refused(&mut agent_at(&at(name)), &[&sentence]);
         let listen = Target::Address(format!("unix:{}", at(name).display()));
         match vmm.client.start_incoming(listen, &IncomingOptions::default()) {
             Err(Error::Refused { sentence: refused, .. }) => assert!(refused.contains(&sentence), "{refused}"),
@@ -123,8 +126,12 @@ fn agent_client_operator_and_streams_take_the_same_paths_and_name_the_limit() {
     let mut agent = Process::spawn("agent", &mut agent_at(&longest)).unwrap();
     agent.wait_for_line("listening on", SOON).unwrap();
     let vmm = Attached::new(&longest, Ram::odd(16));
-    let status = |path: &Path| Command::new(PROGRAM).arg("status").arg("--socket").arg(path).output().unwrap();
-    assert!(status(&longest).status.success());
+    let status = |path: &Path| {
+        let mut command = Command::new(PROGRAM);
+        command.arg("status").arg("--socket").arg(path);
+        command
+    };
+    assert!(status(&longest).status().unwrap().success());
     let stream = path_of(folder.path(), 106);
     let listen = |path: &Path| {
         let listen = Target::Address(format!("unix:{}", path.display()));
@@ -137,14 +144,14 @@ fn agent_client_operator_and_streams_take_the_same_paths_and_name_the_limit() {
     for length in [108, 109, 300] {
         let path = path_of(folder.path(), length);
         let limit = format!("has {length} bytes, allowed are 107");
-        assert_refused(&agent_at(&path).output().unwrap(), &[&limit]);
-        assert_refused(&status(&path), &[&limit]);
+        assert_refused(&mut agent_at(&path), &[&limit]);
+        assert_refused(&mut status(&path), &[&limit]);
         let refused = Client::connect(&path, Config::default()).unwrap_err();
         assert!(chain(&refused).contains(&limit), "{}", chain(&refused));
         assert!(listen(&path).unwrap_err().to_string().contains(&limit));
         assert!(!path.exists());
     }
-    assert_refused(&agent_at(Path::new("")).output().unwrap(), &["a value is required"]);
+    assert_refused(&mut agent_at(Path::new("")), &["a value is required"]);
     assert!(chain(&Client::connect(Path::new(""), Config::default()).unwrap_err()).contains("path is empty"));
     let nul = Path::new(OsStr::new("\0abstract"));
     assert!(chain(&Client::connect(nul, Config::default()).unwrap_err()).contains("a byte of zero"));

@@ -14,7 +14,7 @@ use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::AgentProcess;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -131,7 +131,7 @@ fn nobody_waits_for_a_log_that_nobody_reads() {
     let socket = folder.path().join("agent.sock");
     let mut command = Command::new(PROGRAM);
     let command = command.arg("agent").arg("--socket").arg(&socket).stderr(Stdio::piped()).stdout(Stdio::null());
-    let mut agent = command.spawn().unwrap();
+    let _agent = Killed(command.spawn().unwrap());
     wait_until("the agent to listen", SOON, || UnixStream::connect(&socket).is_ok()).unwrap();
     let mut operator = Peer::connect(&socket);
     // Each refusal is a line of some 100 bytes, and a pipe holds 64 KiB.
@@ -139,8 +139,17 @@ fn nobody_waits_for_a_log_that_nobody_reads() {
         operator.ask(&Request::Cancel, Vec::new()).unwrap_err();
     }
     assert_eq!(Peer::connect(&socket).status().phase, Phase::Idle);
-    agent.kill().unwrap();
-    agent.wait().unwrap();
+}
+
+/// A child whose output nobody reads. It is killed on drop.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Both fail only if it is gone already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// In a debug build a request that waits on the reactor's thread, or under the session's lock, panics, and its connection ends.
