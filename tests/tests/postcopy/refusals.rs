@@ -34,6 +34,7 @@ fn refused_at_accept(source: &Side, destination: &MockVmm, words: &str, takes_pr
         assert_eq!(destination.wait_job(incoming, PATIENCE).unwrap().phase, Phase::Completed);
     } else {
         destination.client().cancel().unwrap();
+        assert_eq!(destination.wait_job(incoming, PATIENCE).unwrap().phase, Phase::Cancelled);
     }
 }
 
