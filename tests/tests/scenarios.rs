@@ -513,3 +513,15 @@ fn what_is_freed_while_it_is_discarded_stays_discarded() {
     assert_freed(&scene, 120..130);
     assert_eq!((status.counters.discarded_pages, status.counters.stray_pages), (40, 0));
 }
+
+#[test]
+fn what_the_vmm_frees_when_the_last_pass_was_sent_is_a_hole_there_too() {
+    let mut scene = Scene::new();
+    scene.start(&passes(1));
+    // The guest stands still by then.
+    scene.after_pass(1, |source| free(source, 30, 70));
+    let status = scene.finish();
+    assert_freed(&scene, 30..100);
+    scene.assert_untouched((0..30).chain(100..PAGES));
+    assert_eq!(status.counters.freed_pages, 70);
+}

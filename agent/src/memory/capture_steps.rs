@@ -43,6 +43,13 @@ pub fn before_punch(readers: &Readers, rescue: impl FnOnce(), overlaps: impl Fn(
     readers.wait(overlaps);
 }
 
+/// Pages that are not marked, but freed, have been punched. `tell` says that they are holes, for whoever looks before they read; then all who may have looked before that have
+/// read. `overlaps` is given what `tell` returns.
+pub fn after_punch<T>(readers: &Readers, tell: impl FnOnce() -> T, overlaps: impl Fn(&T, usize, u64) -> bool) {
+    let told = tell();
+    readers.wait(|index, word| overlaps(&told, index, word));
+}
+
 /// Nothing is pending any more. Before all protection is given up, whoever took the last of it has read.
 pub fn before_the_end(readers: &Readers) {
     readers.wait(|_, _| true);

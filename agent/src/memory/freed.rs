@@ -35,7 +35,7 @@
 //!   to save is saved, and what is still to come of a guest in postcopy is dropped, before the punch.
 //! - The hint and the log come after the punch. Before it, a reader could take the hint, or a sync the mark,
 //!   find the page allocated, and send what is stale; nobody would look again.
-//! - Then the free waits for readers once more. There is no mark that a reader could have seen before the
+//! - Then the free waits for readers once more ([`after_punch`], which a model checker goes through). There is no mark that a reader could have seen before the
 //!   punch. One that published its word before this wait may have found the page allocated, and is waited for;
 //!   one that publishes later finds the hint and the hole. So nobody reads the page after the free is
 //!   acknowledged, until the guest has written it.
@@ -47,6 +47,7 @@
 
 use super::backing::{BackingError, BackingKind};
 use super::block::{Block, GuestMemory};
+use super::capture_steps::after_punch;
 use super::discard::{Checked, DiscardError, may_read, merged};
 use crate::waiting::may_wait;
 use pageferry_protocol::control::request::BlockRange;
@@ -99,17 +100,22 @@ impl GuestMemory {
             }
         };
         self.give_back(pages, note, || {
+            merged(pages).for_each(|(index, range)| self.blocks()[index].punch_freed(range));
+        });
+        let tell = || {
             for (index, range) in merged(pages) {
-                self.blocks()[index].punch_freed(range);
+                self.blocks()[index].hint_freed(range);
                 self.mark_log(index, range);
             }
+            let capturing = self.marking.after_the_instant();
+            if let Some(capturing) = &capturing {
+                merged(pages).for_each(|(index, range)| capturing.forget(index, range));
+            }
+            (self.arriving(), capturing)
+        };
+        after_punch(&self.readers, tell, |(arriving, capturing), index, word| {
+            may_read(pages, arriving.as_deref(), capturing.as_deref(), index, word)
         });
-        let capturing = self.marking.after_the_instant();
-        if let Some(capturing) = &capturing {
-            merged(pages).for_each(|(index, range)| capturing.forget(index, range));
-        }
-        let arriving = self.arriving();
-        self.readers.wait(|index, word| may_read(pages, arriving.as_deref(), capturing.as_deref(), index, word));
     }
 
     fn mark_log(&self, index: usize, range: PageRange) {
@@ -127,6 +133,10 @@ impl Block {
             let id = self.geometry.id;
             log::warn!("block {id}: freed pages stay allocated: {}", crate::error::chain(&error));
         }
+    }
+
+    /// Says that freed pages are holes, as far as the file tells.
+    fn hint_freed(&self, range: PageRange) {
         if self.backing.kind() != BackingKind::Hugetlb {
             self.freed.set(range);
         }
@@ -147,6 +157,11 @@ impl Block {
         let holes = hints & !*allocated.as_ref().unwrap_or(&0);
         self.freed.or_word(word, holes);
         allocated.map(|_| holes)
+    }
+
+    /// False if nothing was freed, or all of it was found written since.
+    pub fn may_have_known_holes(&self) -> bool {
+        self.freed.next_set(self.all()).is_some()
     }
 
     /// Takes those pages out of `pages` that were freed, and are holes still.

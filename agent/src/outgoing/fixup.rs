@@ -20,9 +20,10 @@
 //! Discards and populates go on meanwhile. See [`crate::memory::discard`] for why each interleaving is right.
 
 use super::Migration;
+use super::sender::PassView;
 use crate::job::{JobError, add, micros};
 use crate::memory::{Block, GuestMemory};
-use crate::tracking::{DirtyPages, Trackers};
+use crate::tracking::{DirtyPages, LogTracker, Tracker, Trackers};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
@@ -201,6 +202,21 @@ impl Migration {
             for part in runs.chunks(MAX_RUNS) {
                 self.send_runs(block.geometry.id, part)?;
             }
+        }
+        Ok(())
+    }
+
+    /// The guest stands still, and its last pass has arrived: tells the destination what the VMM freed since the
+    /// last sync. It would keep pages there that are holes here (law 2).
+    pub(super) fn send_late_frees(&mut self) -> Result<(), JobError> {
+        let job = self.job.clone();
+        if !job.memory.blocks().iter().any(|block| block.may_have_known_holes()) {
+            return Ok(());
+        }
+        LogTracker.sync(&job.memory, &self.dirty.pages)?;
+        let view = PassView { job: &job, limiter: &job.limiter, send_zeros: true };
+        for (at, block) in job.memory.blocks().iter().enumerate() {
+            self.streams.senders[0].send_known_holes(&view, block, self.dirty.pages.block(at))?;
         }
         Ok(())
     }

@@ -160,8 +160,9 @@ impl Migration {
         self.sync()?;
         self.expect_to_send(stop, state.bytes());
         self.run_pass()?;
-        // Discards that came during the last pass.
+        // Discards and frees that came during the last pass.
         self.send_discards()?;
+        self.send_late_frees()?;
         self.send_end(None)?;
         self.job.enter(Phase::Loading);
         wait_loaded(&self.job, &mut self.streams.primary, stop)?;

@@ -147,6 +147,22 @@ impl PageSender {
         Ok(())
     }
 
+    /// Sends those of the dirty pages of a block that were freed, and are holes still.
+    ///
+    /// # Errors
+    /// If the file cannot be asked, or the stream is broken.
+    pub fn send_known_holes(
+        &mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap,
+    ) -> Result<(), JobError> {
+        for (word, pages) in dirty.nonzero_words(block.all()) {
+            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            let holes = block.known_holes(word, pages & !block.discarded.word(word)).map_err(failed)?;
+            self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, holes, 0);
+            add(&pass.job.live.freed_pages, holes.count_ones().into());
+        }
+        self.flush(pass)
+    }
+
     /// Reads the pages `send` of a word and queues what they hold; `reading` ends when they are read.
     fn read_word(
         &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64, reading: Reading<'_>,

@@ -1,6 +1,7 @@
 //! Model check of the fence between workers that read and discards that punch (laws 1 and 7): every interleaving of both. A page that is freed has no mark that a worker
 //! could see before the punch; there the fence comes after it, see `agent/src/memory/freed.rs`.
 
+use crate::memory::capture_steps::{after_punch, before_punch};
 use crate::memory::fence::Readers;
 use crate::shm::bitmap::Bitmap;
 use loom::cell::UnsafeCell;
@@ -136,10 +137,9 @@ impl Freed {
     }
 
     fn free(&self) {
-        self.readers.wait(|block, word| block == 2 && word == 5);
+        before_punch(&self.readers, || (), |block, word| block == 2 && word == 5);
         self.hole.fetch_or(1, Ordering::AcqRel);
-        self.hints.or_word(5, BIT);
-        self.readers.wait(|block, word| block == 2 && word == 5);
+        after_punch(&self.readers, || self.hints.or_word(5, BIT), |_, block, word| block == 2 && word == 5);
     }
 }
 

@@ -168,3 +168,29 @@ fn what_is_freed_across_the_instant_is_not_saved_after_it() {
     assert_eq!(capturing.sweep(&memory, 0, 0, all, &mut batch).unwrap(), 2);
     assert_eq!(*kept.pages.lock().unwrap(), [PageRange::new(0, 1), PageRange::new(3, 1)]);
 }
+
+/// What was reserved and never written is told as a hole as well.
+#[test]
+fn a_file_on_a_disk_is_freed_as_far_as_it_punches() {
+    let file: OwnedFd = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap().into();
+    rustix::fs::ftruncate(&file, 8 * PAGE_SIZE).unwrap();
+    let geometry = BlockGeometry { id: 7, name: "ram".into(), gpa: 0, length: 8 * PAGE_SIZE, granularity: PAGE_SIZE };
+    let backing = Backing::new(file.try_clone().unwrap(), 0, 8 * PAGE_SIZE).unwrap();
+    if backing.punch(PageRange::new(0, 8)).is_err() {
+        eprintln!("skipped: the file system cannot punch");
+        return;
+    }
+    let block = Block::new(geometry, backing, 0, None).unwrap();
+    let memory = GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None);
+    let block = &memory.blocks()[0];
+    block.backing.write(0, &[5; 8 * PAGE_SIZE as usize]).unwrap();
+    assert_eq!(memory.free(&range(2, 4)).unwrap(), 4);
+    let mut bytes = [1; 4 * PAGE_SIZE as usize];
+    block.backing.read(2 * PAGE_SIZE, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 0));
+    // Where the file system does not tell, all is read.
+    let tells = block.backing.first_data(PageRange::new(2, 1)).unwrap().is_none();
+    assert_eq!(block.known_holes(0, u64::MAX).unwrap(), if tells { 0b11_1100 } else { 0 });
+    block.backing.write(3 * PAGE_SIZE, &[1]).unwrap();
+    assert_eq!(block.known_holes(0, u64::MAX).unwrap() & 0b1000, 0);
+}

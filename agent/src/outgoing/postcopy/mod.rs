@@ -72,6 +72,9 @@ impl Migration {
         self.send_state(&state)?;
         let owed = self.find_remaining(since)?;
         self.send_remaining(&owed)?;
+        if since == Since::Passes {
+            self.send_late_frees()?;
+        }
         self.send_end(Some(owed.left()))?;
         Ok(owed)
     }

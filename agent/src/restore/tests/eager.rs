@@ -212,7 +212,7 @@ fn an_operator_s_wish_is_the_vmm_s_to_refuse() {
 }
 
 #[test]
-fn what_is_discarded_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
+fn what_is_given_back_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
     let Saved { folder: _folder, path, ram } = Saved::new(&[4 * 512], |_, _| Page::Content);
     let vmm = Vmm::willing(&ram);
     // Slow enough that all but the first extent come after what is done here.
@@ -234,12 +234,21 @@ fn what_is_discarded_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
             let range = BlockRange { block: 0, offset: first * PAGE_SIZE, length: 100 * PAGE_SIZE };
             assert_eq!(ram.memory.discard(&[range], true).unwrap(), 100);
         }
+        for first in [300, 1800] {
+            let range = BlockRange { block: 0, offset: first * PAGE_SIZE, length: 100 * PAGE_SIZE };
+            assert_eq!(ram.memory.free(&[range]).unwrap(), 100);
+        }
         job.set_bandwidth(0);
         restoring.join().unwrap();
     });
     assert_eq!(job.status().phase, Phase::Completed);
     let discarded = |page: u64| (100..200).contains(&page) || (1600..1700).contains(&page);
-    ram.check(|_, page| (if discarded(page) { Page::Discarded } else { Page::Content }, 0));
+    let kind = |page: u64| match page {
+        _ if discarded(page) => Page::Discarded,
+        300..400 | 1800..1900 => Page::Zero,
+        _ => Page::Content,
+    };
+    ram.check(|_, page| (kind(page), 0));
 
     let job = new_job(&ram, &vmm, 2 << 20);
     std::thread::scope(|scope| {

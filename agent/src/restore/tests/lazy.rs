@@ -81,7 +81,7 @@ fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
 }
 
 #[test]
-fn what_is_discarded_before_it_came_never_comes() {
+fn what_is_given_back_before_it_came_never_comes() {
     if !has_userfaultfd() {
         return;
     }
@@ -91,6 +91,7 @@ fn what_is_discarded_before_it_came_never_comes() {
     let order =
         Order { path, options: lazily(), asks_first: false, before: Before::Later, checkpoint: Default::default() };
     let gone = |page: u64| (100..200).contains(&page) || (3000..3100).contains(&page);
+    let freed = |page: u64| (300..400).contains(&page) || (3200..3300).contains(&page);
     std::thread::scope(|scope| {
         let restoring = scope.spawn(|| run(&job, &order));
         while job.status().phase < Phase::Prefetching {
@@ -100,7 +101,7 @@ fn what_is_discarded_before_it_came_never_comes() {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 // Around what is discarded.
-                for page in (0..).map(|index| index * 61 % 4096).filter(|page| !gone(*page)) {
+                for page in (0..).map(|index| index * 61 % 4096).filter(|page| !gone(*page) && !freed(*page)) {
                     assert_eq!(ram.touch(0, page), word_of(0, page));
                     if stop.load(Ordering::Relaxed) {
                         return;
@@ -110,6 +111,8 @@ fn what_is_discarded_before_it_came_never_comes() {
             for first in (100..200).step_by(10).chain((3000..3100).step_by(10)) {
                 let range = BlockRange { block: 0, offset: first * PAGE_SIZE, length: 10 * PAGE_SIZE };
                 assert_eq!(ram.memory.discard(&[range], true).unwrap(), 10);
+                let range = BlockRange { offset: (first + 200) * PAGE_SIZE, ..range };
+                assert_eq!(ram.memory.free(&[range]).unwrap(), 10);
             }
             stop.store(true, Ordering::Relaxed);
         });
@@ -117,12 +120,20 @@ fn what_is_discarded_before_it_came_never_comes() {
         assert_eq!(ram.touch(0, 150), 0);
         let range = BlockRange { block: 0, offset: 150 * PAGE_SIZE, length: PAGE_SIZE };
         ram.memory.discard(&[range], true).unwrap();
+        assert_eq!(ram.touch(0, 350), 0);
+        let range = BlockRange { offset: 350 * PAGE_SIZE, ..range };
+        ram.memory.free(&[range]).unwrap();
         job.set_bandwidth(0);
         restoring.join().unwrap();
     });
     assert_eq!(job.status().phase, Phase::Completed);
     assert!(job.status().counters.dropped_pages > 0);
-    ram.check(|_, page| (if gone(page) { Page::Discarded } else { Page::Content }, 0));
+    let kind = |page: u64| match page {
+        _ if gone(page) => Page::Discarded,
+        _ if freed(page) => Page::Zero,
+        _ => Page::Content,
+    };
+    ram.check(|_, page| (kind(page), 0));
 }
 
 #[test]
