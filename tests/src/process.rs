@@ -111,13 +111,19 @@ impl Process {
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).map_err(Error::kernel("terminate a process"))
     }
 
-    /// Stops it where it is, without its knowing: it hangs from now on, until it is killed.
+    /// Stops it where it is, without its knowing: when this returns it hangs, until it is killed or goes on.
     ///
     /// # Errors
-    /// If it is gone.
+    /// If it is gone, or does not stop.
     pub fn freeze(&self) -> Result<(), Error> {
         let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::STOP).map_err(Error::kernel("stop a process"))
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).map_err(Error::kernel("stop a process"))?;
+        // The signal is only on its way, and each thread stops by itself.
+        let tasks = format!("/proc/{}/task", self.id());
+        wait_until(&format!("{} to stop", self.name), PATIENCE, || {
+            let tasks = std::fs::read_dir(&tasks).into_iter().flatten().flatten();
+            tasks.map(|task| task.path().join("stat")).all(|stat| !matches!(state(&stat), Some('R' | 'S' | 'D')))
+        })
     }
 
     /// Lets it go on after [`Process::freeze`].
@@ -175,6 +181,12 @@ impl Drop for Process {
             let _ = self.child.wait();
         }
     }
+}
+
+/// The state letter of a process or a thread, by its `stat` in /proc; `None` if it is gone.
+pub fn state(stat: &Path) -> Option<char> {
+    let stat = std::fs::read_to_string(stat).ok()?;
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
 fn collect(pipe: impl Read + Send + 'static, lines: Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {

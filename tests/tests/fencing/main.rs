@@ -17,13 +17,8 @@ mod scene;
 mod wakes;
 mod word;
 
+use pageferry_tests::process::state;
 use std::path::Path;
-
-/// The state letter of a process, or of one of its threads; `None` if it is gone.
-fn state(stat: &Path) -> Option<char> {
-    let stat = std::fs::read_to_string(stat).ok()?;
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
-}
 
 /// True if nothing of the process runs any more, whether or not anybody has waited for it.
 fn is_dead(pid: u32) -> bool {

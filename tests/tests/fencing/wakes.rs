@@ -1,13 +1,14 @@
 //! Agents that hang where it matters most, and wake up again.
 
 use crate::common::{Agent, At, Attached, Ram, Relay, SOON, Side, assert_same, config, lock, passes};
-use crate::{is_dead, state};
+use crate::is_dead;
 use pageferry_client::{
     Client, Config, Error, IncomingOptions, Ownership, Phase, SnapshotMode, SnapshotOptions, Target,
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::process::state;
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -36,7 +37,7 @@ fn is_logged(source: &Attached, page: u64) -> bool {
     source.client.log().bits().contains(source.ram.gpa / PAGE_SIZE + page)
 }
 
-/// Stops a process, and returns when it stands still.
+/// Stops a process that is in other hands, and returns when it stands still.
 fn freeze(pid: u32) {
     kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::STOP).unwrap();
     let stat = PathBuf::from(format!("/proc/{pid}/stat"));
@@ -178,7 +179,7 @@ fn an_agent_that_was_given_up_gives_no_image_its_name() {
         let options = SnapshotOptions { mode, bandwidth: PAGES * PAGE_SIZE, ..SnapshotOptions::default() };
         guest.client.start_snapshot(&image, &options).unwrap();
         wait_until("the memory to be saved", SOON, || guest.client.status().unwrap().phase == Phase::Saving).unwrap();
-        freeze(agent.id());
+        agent.freeze();
         guest.client.status().unwrap_err();
         wait_until("the agent to be lost", SOON, || !lock(&guest.vmm.asked).losses.is_empty()).unwrap();
         assert!(!guest.vmm.is_paused());
