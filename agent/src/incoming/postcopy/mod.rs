@@ -50,6 +50,9 @@ pub fn take_guest_first(
     pool::reserve(&job.memory, &remaining.owed)?;
     let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
+    // Whoever looked at a page since it was punched and before it was registered made a page of
+    // zeroes there, which nobody would miss.
+    remaining.owed.make_holes(&job.memory).map_err(|(id, source)| JobError::Backing { id, source })?;
     let arriving = Arriving::new(&job.memory, Arc::new(remaining.owed), uffd, accepted.acknowledge, job.live.clone());
     let arriving = Arc::new(arriving?);
     job.owes(arriving.owed());
