@@ -390,7 +390,7 @@ mod tests {
     /// many jobs to meet it.
     #[test]
     fn a_cancel_that_is_accepted_is_how_the_job_ends() {
-        const JOBS: u64 = 20_000;
+        const JOBS: u64 = 5_000;
         let (notify, start) = (notifier().unwrap(), Barrier::new(2));
         let job = |id| {
             let (memory, hooks) = (Arc::new(GuestMemory::default()), Arc::new(Hooks::new(None)));

@@ -4,7 +4,7 @@
 //! it, at the destination whoever places it, or drops it since the guest discarded it. Taking is one atomic step, so each host page is sent once and
 //! placed once, however many ask for it at once.
 
-use super::GuestMemory;
+use super::{BackingError, GuestMemory};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
@@ -178,6 +178,29 @@ impl Owed {
         }
     }
 
+    /// Makes holes of those host pages that are owed and hold something. Costs a look at the file for
+    /// each run of what is owed, and none where nothing lies behind it.
+    ///
+    /// # Errors
+    /// If a file cannot be asked, or not be punched: the block, and why.
+    pub fn make_holes(&self, memory: &GuestMemory) -> Result<(), (u32, BackingError)> {
+        for (at, block) in memory.blocks().iter().enumerate() {
+            let failed = |error| (block.geometry.id, error);
+            let (owed, mut rest) = (&self.blocks[at], block.all());
+            while let Some(host_page) = owed.bits.next_set(owed.of(rest)) {
+                let first = owed.pages(PageRange::new(host_page, 1)).first;
+                rest = PageRange::new(first, rest.end() - first);
+                let Some(page) = block.backing.first_data(rest).map_err(failed)? else { break };
+                let run = owed.pages(PageRange::new(page / owed.unit, 1));
+                if owed.bits.contains(page / owed.unit) {
+                    block.backing.punch(run).map_err(failed)?;
+                }
+                rest = PageRange::new(run.end(), rest.end() - run.end());
+            }
+        }
+        Ok(())
+    }
+
     /// The next host page that is owed from host page `from` of the block at index `at` on, over all blocks and again from the first.
     pub fn next(&self, at: usize, from: u64) -> Option<(usize, u64)> {
         let rest = |at: usize, from: u64| {
@@ -215,6 +238,35 @@ mod tests {
     use crate::memory::test_support::memory;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
+
+    #[test]
+    fn what_is_owed_becomes_a_hole_and_nothing_else_does() {
+        const PAGES: u64 = 600;
+        for unit in [1, 4] {
+            let memory = memory(&[PAGES, PAGES]);
+            let owed = Owed::nothing(&memory, &[unit * PAGE_SIZE; 2]).unwrap();
+            let is_owed =
+                |at: usize, page: u64| (at == 1 && (page / unit).is_multiple_of(3)) || (200..340).contains(&page);
+            let holds = |at: usize, page: u64| page.is_multiple_of(5 + at as u64) || (260..300).contains(&page);
+            for (at, block) in memory.blocks().iter().enumerate() {
+                for page in 0..PAGES {
+                    if is_owed(at, page) {
+                        owed.add_pages(at, page / 64, 1 << (page % 64));
+                    }
+                    if holds(at, page) {
+                        block.backing.write(page * PAGE_SIZE, &[1]).unwrap();
+                    }
+                }
+            }
+            owed.make_holes(&memory).unwrap();
+            for (at, block) in memory.blocks().iter().enumerate() {
+                for page in 0..PAGES {
+                    let data = block.backing.first_data(PageRange::new(page, 1)).unwrap().is_some();
+                    assert_eq!(data, holds(at, page) && !is_owed(at, page), "block {at}, page {page}, unit {unit}");
+                }
+            }
+        }
+    }
 
     proptest! {
         #[test]

@@ -166,8 +166,8 @@ pub trait Hooks: Send {
     /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits until the page has come. Comes before the state is loaded. `read` and `write` of the file, and
     /// other mappings of it, as those of other processes, do not wait but find holes: nobody may use them meanwhile.
     ///
-    /// In an incoming migration nobody touches the memory before this has returned, not to look at it either: a page that is there by then, if only as zeroes, is taken to be newer than what
-    /// the source has of it. (A restore makes all of it holes once more.)
+    /// Nobody writes to the memory before this has returned, and to look at it is of no use: what
+    /// is there by then, where something is still to come, is made a hole once more.
     ///
     /// # Errors
     /// If this VMM cannot do that; the migration fails and the guest runs on at the source.

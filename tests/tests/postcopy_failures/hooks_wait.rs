@@ -281,3 +281,23 @@ fn a_load_that_waits_goes_on_when_the_agent_is_lost() {
     assert_eq!(found.recv_timeout(SOON).unwrap().unwrap(), 0);
     assert_eq!(scene.destination.client.ownership(), Ownership::Awaiting);
 }
+
+/// Until the mappings are registered nobody waits: a look makes a page of zeroes, which must not be
+/// taken for what is still to come.
+#[test]
+fn what_the_vmm_looks_at_before_its_memory_is_registered_comes_all_the_same() {
+    if !require::uffd() {
+        return;
+    }
+    let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), Side::near(empty()), &postcopy());
+    let (ram, (say, found)) = (scene.destination.ram.clone(), channel());
+    // The last hook before the registration.
+    scene.destination.vmm.on(At::MemoryPending, move || {
+        for page in [0, WANTED, WANTED + 1] {
+            let _ = say.send(ram.touch(page).found());
+        }
+        Ok(())
+    });
+    scene.assert_completes();
+    assert!(found.try_iter().map(Result::unwrap).eq([0, 0, 0]));
+}

@@ -46,10 +46,14 @@ pub struct Incomplete {
 pub fn take_guest_first(
     job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, remaining: Remaining, received: Received,
 ) -> Result<(), JobError> {
-    // The guest still runs at the source, which resumes it if this fails.
-    pool::reserve(&job.memory, &remaining.owed)?;
     let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
+    // Whoever looked at a page since it was punched and before it was registered made a page of
+    // zeroes there, which nobody would miss.
+    remaining.owed.make_holes(&job.memory).map_err(|(id, source)| JobError::Backing { id, source })?;
+    // After that: a hole has no reservation. The guest is still the source's, which resumes it if
+    // this fails.
+    pool::reserve(&job.memory, &remaining.owed)?;
     let arriving = Arriving::new(&job.memory, Arc::new(remaining.owed), uffd, accepted.acknowledge, job.live.clone());
     let arriving = Arc::new(arriving?);
     job.owes(arriving.owed());
