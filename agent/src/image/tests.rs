@@ -3,6 +3,7 @@ use super::writer::{Base, Rest};
 use super::*;
 use crate::error::chain as sentence;
 use pageferry_protocol::control::hook::PieceSize;
+use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::image::{Header, ImageId};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -99,7 +100,7 @@ fn a_state_that_no_image_has_is_named_by_its_page_however_large_the_block() {
     let (discarded, changed) = ([bitmap()], [bitmap()]);
     changed[0].set(PageRange::new(0, odd));
     changed[0].set(PageRange::new(odd + 1, pages - odd - 1));
-    let rest = Rest { discarded: &discarded, changed: Some(&changed) };
+    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: Some(&changed) };
     writer.finish(rest, &Base { id: [7; 16], name: String::new() }, Vec::new(), None).unwrap();
     rebase(&path, [0; 16]);
     let error = sentence(&Image::open(&path).unwrap_err());
@@ -213,7 +214,7 @@ fn cached(skewed: usize, cached: bool) -> Option<[bool; 2]> {
     let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::io::write(&state, b"devices!").unwrap();
     let pieces = vec![PieceSize { name: "a".into(), length: 8 }];
-    let rest = Rest { discarded: &discarded, changed: None };
+    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: None };
     writer.finish(rest, &Base::default(), pieces, Some(state.as_fd())).unwrap();
     let file = std::fs::File::open(&path).unwrap();
     let layout = Image::open(&path).unwrap().layout().clone();

@@ -44,7 +44,7 @@ pub fn restore(
     job.enter(Phase::Restoring);
     Filling::new(job, source, ground.word.since(), workers.into())?.run(workers.into())?;
     state.load(job)?;
-    let_run(job, &mut ground.taken)
+    let_run(job, state.guest, &mut ground.taken)
 }
 
 /// What all workers share.
