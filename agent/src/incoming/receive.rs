@@ -237,6 +237,7 @@ impl<'a> Stream<'a> {
         }
         self.counted.passes += 1;
         self.barrier.arrive(|| {
+            self.placer.end_pass()?;
             self.job.count(|counters| counters.passes = number + 1);
             self.job.announce();
             Ok(self.writer.write_plain(Kind::PassDone, number).map(|_| ())?)

@@ -296,13 +296,13 @@ impl Default for IncomingOptions {
 
 impl IncomingOptions {
     pub(in crate::control) fn encode(&self, encoder: Encoder) -> Encoder {
-        encoder.u16(self.resume as u16).u64(micros(self.peer_timeout)).u64(micros(self.hook_timeout))
+        encoder.u64(micros(self.peer_timeout)).u64(micros(self.hook_timeout)).u16(self.resume as u16)
     }
 
     pub(in crate::control) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
-        let resume = resume(decoder)?;
         let peer_timeout = timeout(decoder, "peer_timeout")?;
         let hook_timeout = timeout(decoder, "hook_timeout")?;
+        let resume = resume(decoder)?;
         Ok(Self { resume, peer_timeout, hook_timeout })
     }
 }
