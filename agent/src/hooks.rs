@@ -6,7 +6,7 @@
 use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::control::frame::Frame;
-use pageferry_protocol::control::hook::{self, Hook, PieceSize};
+use pageferry_protocol::control::hook::{self, Hook, PieceSize, SavedState};
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::RemoteError;
 use pageferry_protocol::control::{FrameSocket, SocketError};
@@ -191,20 +191,21 @@ impl Hooks {
         Ok(fd)
     }
 
-    /// Asks for the VMM's state: the pieces, and the file they lie in one after another. The file is empty if there are none.
+    /// Asks for the VMM's state: the guest's run state and the pieces, and the file they lie in one after another. The file is empty if there are none.
     ///
     /// # Errors
     /// If there is none within `timeout`.
-    pub fn save_state(&self, timeout: Duration) -> Result<(Vec<PieceSize>, Option<OwnedFd>), HookError> {
+    pub fn save_state(&self, timeout: Duration) -> Result<(SavedState, Option<OwnedFd>), HookError> {
         let hook = Hook::SaveState.name();
         let reply = self.exchange(&Hook::SaveState, &[], timeout)?;
-        let pieces = match hook::decode_state_reply(&reply.body) {
-            Ok(Ok(pieces)) => pieces,
+        let saved = match hook::decode_state_reply(&reply.body) {
+            Ok(Ok(saved)) => saved,
             Ok(Err(error)) => return Err(HookError::Refused { hook, error }),
             Err(source) => return Err(HookError::Malformed { hook, source }),
         };
         let count = reply.fds.len();
         let file = reply.fds.into_iter().next();
+        let pieces = &saved.pieces;
         let expected = usize::from(pieces.iter().any(|piece| piece.length > 0));
         if count > 1 || count < expected {
             return Err(HookError::Fds { hook, count, expected });
@@ -215,7 +216,7 @@ impl Hooks {
         if length < expected {
             return Err(HookError::ShortState { hook, length, expected });
         }
-        Ok((pieces, file))
+        Ok((saved, file))
     }
 
     /// Tells, without waiting: if the VMM does not listen, it misses this one.
@@ -342,6 +343,7 @@ mod tests {
     use pageferry_protocol::control::FrameSocket;
     use pageferry_protocol::control::frame::FLAG_REPLY;
     use pageferry_protocol::control::hook::encode_state_reply;
+    use pageferry_protocol::control::job::RunState;
     use std::os::unix::net::UnixStream;
 
     /// What comes of a state of one piece of `length` bytes, in `file`.
@@ -352,7 +354,8 @@ mod tests {
             let mut socket = FrameSocket::from(OwnedFd::from(theirs));
             let frame = socket.recv(far()).unwrap();
             let (sequence, _) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
-            let body = encode_state_reply(sequence, &Ok(vec![PieceSize { name: "cpu".into(), length }]));
+            let pieces = vec![PieceSize { name: "cpu".into(), length }];
+            let body = encode_state_reply(sequence, &Ok(SavedState { guest: RunState::Running, pieces }));
             socket.send_parts(frame.request, FLAG_REPLY, &body, &[file.as_fd()], far()).unwrap();
         });
         let saved = Hooks::new(Some(ours.into())).save_state(Duration::from_secs(60));

@@ -102,7 +102,7 @@ pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
 pub use pageferry_protocol::control::job::{
     Compression, Counters, IncomingOptions, JobKind, JobStatus, MIN_BANDWIDTH, Mode, NonConvergence, NotUtf8,
-    OutgoingOptions, Phase, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
+    OutgoingOptions, Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState, SnapshotMode, SnapshotOptions,
 };
 pub use pageferry_protocol::control::request::{BlockRange, ErrorCode, JobStarted};
 pub use pageferry_protocol::memory::PageRange;

@@ -19,9 +19,13 @@
 //! about to refuse: so what a snapshot needs is still allowed then, unless a guest comes. The resume that ends the snapshot is not the one of the guest that is awaited, whose state
 //! is always loaded before.
 //!
+//! The run state is kept beside it. A guest that its operator has paused is paused once more by a job,
+//! and goes back to what it was when the job lets go of it: it is not run by a failure. A guest that a
+//! job has brought is what the agent says.
+//!
 //! The state machine does no I/O and calls no hook: it says what to do. The lock around it is held for a few instructions only.
 
-use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
+use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Whether the guest is this VMM's to run.
@@ -41,7 +45,7 @@ pub enum Ownership {
 /// What the pause and resume hooks did to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Pause {
-    /// As far as the hooks are concerned it runs.
+    /// No hook has paused it: it runs, or its operator has paused it.
     Running,
     /// A hook failed: it counts as not paused, but a resume that comes is passed on.
     Uncertain,
@@ -76,9 +80,9 @@ pub(crate) enum Forbidden {
 /// What to do about a resume hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Resume {
-    /// Call the VMM's resume.
-    Call,
-    /// It runs: just say so.
+    /// Tell the VMM that the guest is to be so.
+    To(RunState),
+    /// No hook has paused it: just say so.
     Already,
 }
 
@@ -87,6 +91,8 @@ pub(crate) enum Resume {
 pub(crate) struct Machine {
     ownership: Ownership,
     pause: Pause,
+    /// What the guest goes back to with the next resume, while `pause` is not [`Pause::Running`].
+    run_state: RunState,
     /// The connection whose agent may still say that the guest is to run here: while relinquished, that no commit left; while awaiting, that
     /// one arrived.
     asked_by: Option<u64>,
@@ -98,7 +104,14 @@ pub(crate) struct Machine {
 
 impl Machine {
     pub(crate) const fn new() -> Self {
-        Self { ownership: Ownership::Ours, pause: Pause::Running, asked_by: None, unanswered: false, awaited: 0 }
+        Self {
+            ownership: Ownership::Ours,
+            pause: Pause::Running,
+            run_state: RunState::Running,
+            asked_by: None,
+            unanswered: false,
+            awaited: 0,
+        }
     }
 
     pub(crate) fn ownership(&self) -> Ownership {
@@ -201,8 +214,15 @@ impl Machine {
         if self.is_here() { Ok(()) } else { Err(Forbidden::NotOursToSave(self.ownership)) }
     }
 
-    /// The VMM's pause returned.
-    pub(crate) fn paused(&mut self, link: u64, success: bool) {
+    /// The run state of a guest that a hook has paused, or may have: what it was before. `None` if no
+    /// hook has: then the VMM knows.
+    pub(crate) fn run_state_before_pause(&self) -> Option<RunState> {
+        (self.pause != Pause::Running).then_some(self.run_state)
+    }
+
+    /// The VMM's pause returned. The guest's run state was `before`.
+    pub(crate) fn paused(&mut self, link: u64, success: bool, before: RunState) {
+        self.run_state = before;
         self.pause = if success { Pause::Paused { link } } else { Pause::Uncertain };
     }
 
@@ -228,9 +248,11 @@ impl Machine {
         }
     }
 
-    /// The agent says that the guest is to run here. It knows that no commit left, or that one arrived; or an operator
+    /// The agent says that the guest is ours. It knows that no commit left, or that one arrived; or an operator
     /// takes it by force. Ownership turns before the VMM resumes the guest: if that fails, nobody else has it either.
-    pub(crate) fn resume(&mut self, link: u64, force: bool) -> Result<Resume, Forbidden> {
+    /// A guest that the agent has brought stays paused if `paused` says so; any other is as it was before
+    /// it was paused. An operator who forces it wants it to run.
+    pub(crate) fn resume(&mut self, link: u64, force: bool, paused: bool) -> Result<Resume, Forbidden> {
         let allowed = match self.ownership {
             Ownership::Ours => true,
             Ownership::Relinquished | Ownership::Awaiting => self.asked_by == Some(link),
@@ -241,13 +263,19 @@ impl Machine {
         }
         if self.ownership == Ownership::Awaiting && self.unanswered && !force {
             // Of the guest that is still here: whether another comes is not known yet.
-            return Ok(if self.pause == Pause::Running { Resume::Already } else { Resume::Call });
+            return Ok(self.run_state_before_pause().map_or(Resume::Already, Resume::To));
         }
-        let runs = self.ownership == Ownership::Ours && self.pause == Pause::Running;
+        let untouched = self.ownership == Ownership::Ours && self.pause == Pause::Running;
+        self.run_state = match self.ownership {
+            _ if force => RunState::Running,
+            Ownership::Awaiting if paused => RunState::Paused,
+            Ownership::Awaiting => RunState::Running,
+            _ => self.run_state,
+        };
         self.ownership = Ownership::Ours;
         self.asked_by = None;
         self.unanswered = false;
-        Ok(if runs && !force { Resume::Already } else { Resume::Call })
+        Ok(if untouched && !force { Resume::Already } else { Resume::To(self.run_state) })
     }
 
     /// The VMM's resume returned.
@@ -272,10 +300,11 @@ impl Machine {
         }
     }
 
-    /// The hook channel of this connection ended. True if the guest is to be resumed, since it was paused through that
-    /// channel and is ours.
-    pub(crate) fn closed(&mut self, link: u64) -> bool {
-        self.ownership == Ownership::Ours && self.pause == Pause::Paused { link }
+    /// The hook channel of this connection ended. Returns what the guest is to go back to, if it was paused
+    /// through that channel and is ours.
+    pub(crate) fn closed(&mut self, link: u64) -> Option<RunState> {
+        let paused = self.ownership == Ownership::Ours && self.pause == Pause::Paused { link };
+        paused.then_some(self.run_state)
     }
 
     /// The operator's decision. The VMM resumes the guest by itself.

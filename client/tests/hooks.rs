@@ -4,15 +4,16 @@
 mod support;
 
 use pageferry_client::{Dispatch, Error, HookError, Hooks, JobStatus, Ownership, Phase, RestoreOptions, StatePiece};
-use pageferry_protocol::control::hook::{Hook, PieceSize, code, decode_hook_reply, decode_state_reply, reply_sequence};
-use pageferry_protocol::control::job::JobKind;
+use pageferry_protocol::control::hook::{Hook, PieceSize, SavedState, code};
+use pageferry_protocol::control::hook::{decode_hook_reply, decode_state_reply, reply_sequence};
+use pageferry_protocol::control::job::{JobKind, RunState};
 use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES};
 use pageferry_protocol::control::{Frame, SocketError};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::channel;
 use support::*;
 
-const RESUME: Hook = Hook::Resume { force: false };
+const RESUME: Hook = Hook::Resume { force: false, paused: false };
 
 fn event(kind: JobKind, phase: Phase) -> Hook {
     Hook::Event { status: Box::new(JobStatus { job: 1, kind, phase, ..JobStatus::default() }) }
@@ -216,7 +217,7 @@ fn agent_that_dies_after_the_line_leaves_the_guest_standing_still() {
     assert_eq!(attached.refused(&Hook::Pause), ErrorCode::State);
     assert_eq!(attached.refused(&RESUME), ErrorCode::State);
     assert_eq!(attached.calls(), [""; 0]);
-    assert_eq!(attached.hook(&Hook::Resume { force: true }), Ok(()));
+    assert_eq!(attached.hook(&Hook::Resume { force: true, paused: false }), Ok(()));
     assert_eq!((attached.calls(), attached.client.ownership()), (vec!["resume".to_owned()], Ownership::Ours));
     attached.lose_agent();
 }
@@ -247,7 +248,8 @@ fn state_makes_the_round_trip() {
     ];
     let mut source = Attached::new(Vmm { state: state.clone(), ..Vmm::default() });
     let mut saved = source.agent.hook_frame(&Hook::SaveState, Vec::new());
-    let pieces = decode_state_reply(&saved.body).unwrap().unwrap();
+    let SavedState { guest, pieces } = decode_state_reply(&saved.body).unwrap().unwrap();
+    assert_eq!(guest, RunState::Running);
     source.lose_agent();
 
     let mut attached = Attached::new(Vmm::default());

@@ -21,7 +21,7 @@ use support::*;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, WriteVolatile};
 
 const PAGES: u64 = 8;
-const RESUME: Hook = Hook::Resume { force: false };
+const RESUME: Hook = Hook::Resume { force: false, paused: false };
 
 /// Guest memory that is mapped, all holes.
 #[derive(Clone)]

@@ -221,7 +221,7 @@ fn hook_that_waits(impatience: pageferry_client::Config, lose: impl FnOnce(FakeA
     assert_eq!(agent.hook(&Hook::Pause), Ok(()));
     let uffd = watch(&mut agent);
     uffd.protect(ram.all()).unwrap();
-    agent.send_hook(&Hook::Resume { force: false }, Vec::new());
+    agent.send_hook(&Hook::Resume { force: false, paused: false }, Vec::new());
     assert_waits_at(&uffd, ram.page(2));
     let _agent = lose(agent);
     let (say, ended) = channel_of_end(thread);
@@ -354,7 +354,7 @@ fn vmm_is_asked_before_writes_are_watched_and_told_when_they_are_not() {
     assert_eq!(watched.attached.calls(), ["watched"]);
     assert_eq!(watched.attached.refused(&Hook::WatchWrites), ErrorCode::State);
     assert_eq!(watched.attached.calls(), [""; 0], "of the one that is refused it hears nothing");
-    for hook in [Hook::Pause, Hook::Resume { force: false }, Hook::UnwatchWrites, Hook::UnwatchWrites] {
+    for hook in [Hook::Pause, Hook::Resume { force: false, paused: false }, Hook::UnwatchWrites, Hook::UnwatchWrites] {
         assert_eq!(watched.attached.hook(&hook), Ok(()), "{}", hook.name());
     }
     assert_eq!(watched.attached.calls(), ["pause", "resume", "unwatched"]);

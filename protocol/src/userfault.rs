@@ -229,6 +229,22 @@ impl Userfaultfd {
         Err(UserfaultError::Feature { missing: missing.join(", ") })
     }
 
+    /// Opens one for a process that places pages in a mapping of its own and never waits for a fault. Takes no
+    /// privilege: the kernel's own faults would not be told.
+    ///
+    /// # Errors
+    /// If the kernel has none.
+    pub fn open_for_placing() -> Result<Self, UserfaultError> {
+        /// `UFFD_USER_MODE_ONLY`, from the kernel's `linux/userfaultfd.h`.
+        const USER_MODE_ONLY: u32 = 1;
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+        let flags = flags | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
+        // SAFETY: an fd that is new gives power over no memory before something is registered with it.
+        let fd = unsafe { rustix::mm::userfaultfd(flags) }.map_err(|source| UserfaultError::Open { source })?;
+        handshake(&fd, feature::MISSING_SHMEM).map_err(|source| UserfaultError::Handshake { source })?;
+        Ok(Self { fd })
+    }
+
     /// Registers a mapping of the process that opened it.
     ///
     /// # Errors

@@ -5,12 +5,16 @@
 use crate::Error;
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Mounts a tmpfs of `$1` bytes at `$0`, and becomes what follows.
 const SCRIPT: &str = r#"mount -t tmpfs -o "size=$1" none "$0" && shift && exec "$@""#;
+
+/// Mounts a tmpfs with the options `$1` at `$0`, says so, and stays until its input ends.
+const HOLD: &str = r#"mount -t tmpfs -o "$1" none "$0" && echo mounted && exec cat"#;
 
 /// How a process gets one.
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +54,34 @@ impl Tmpfs {
         let mut command = Command::new("unshare");
         command.args([self.namespaces, "sh", "-c", SCRIPT]).arg(folder).arg(bytes.to_string()).arg(program);
         command
+    }
+}
+
+impl Tmpfs {
+    /// A file of `length` bytes on a tmpfs of its own that was mounted with `options`. It goes with the file.
+    ///
+    /// # Errors
+    /// If it cannot be mounted so.
+    pub fn file(&self, options: &str, length: u64) -> Result<File, Error> {
+        let folder = tempfile::tempdir().map_err(Error::io("make a folder"))?;
+        let mut command = Command::new("unshare");
+        command.args([self.namespaces, "sh", "-c", HOLD]).arg(folder.path()).arg(options);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(Error::io("run unshare"))?;
+        let mut said = String::new();
+        if let Some(output) = child.stdout.take() {
+            BufReader::new(output).read_line(&mut said).map_err(Error::io("hear of the mount"))?;
+        }
+        let opened = if said.trim() == "mounted" {
+            let view = View::of(child.id(), folder.path())?;
+            let file = File::options().read(true).write(true).create_new(true).open(view.path().join("ram"));
+            file.and_then(|file| file.set_len(length).map(|()| file)).map_err(Error::io("make a file on the tmpfs"))
+        } else {
+            Err(Error::Argument(format!("cannot mount a tmpfs with {options}")))
+        };
+        drop(child.stdin.take());
+        child.wait().map_err(Error::io("end unshare"))?;
+        opened
     }
 }
 

@@ -11,7 +11,7 @@ use pageferry_client::{
     ClearPages, Client, Config, DirtyLog, HookChannel, HookError, HookThread, Hooks, JobStatus, Ownership, Phase,
     StatePiece, Target, Trackers,
 };
-use pageferry_client::{IncomingOptions, OutgoingOptions, RestoreOptions, SnapshotOptions};
+use pageferry_client::{IncomingOptions, OutgoingOptions, RestoreOptions, RunState, SnapshotOptions};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -26,6 +26,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub enum HookName {
     Pause,
     Resume,
+    StayPaused,
     StartTracking,
     StopTracking,
     SyncTracker,
@@ -115,6 +116,8 @@ struct Parts {
     faults: Mutex<BTreeMap<HookName, Fault>>,
     fault_changed: Condvar,
     before_pause: Mutex<Option<BeforePause>>,
+    /// What its operator wants of the guest.
+    run_state: Mutex<RunState>,
     record: Mutex<Record>,
 }
 
@@ -202,7 +205,18 @@ impl Hooks for VmmHooks {
 
     fn resume(&mut self) -> Result<(), HookError> {
         self.0.called(HookName::Resume)?;
+        *lock(&self.0.run_state) = RunState::Running;
         Ok(self.0.run()?)
+    }
+
+    fn run_state(&mut self) -> RunState {
+        *lock(&self.0.run_state)
+    }
+
+    fn stay_paused(&mut self) -> Result<(), HookError> {
+        self.0.called(HookName::StayPaused)?;
+        *lock(&self.0.run_state) = RunState::Paused;
+        Ok(())
     }
 
     fn start_tracking(&mut self) -> Result<(), HookError> {
@@ -318,6 +332,7 @@ impl MockVmm {
             faults: Mutex::default(),
             fault_changed: Condvar::new(),
             before_pause: Mutex::default(),
+            run_state: Mutex::default(),
             record: Mutex::default(),
         });
         let hooks = Some(channel.spawn(VmmHooks(parts.clone()))?);
@@ -385,6 +400,29 @@ impl MockVmm {
     /// If they do not stop.
     pub fn stop(&self) -> Result<(), Error> {
         self.parts.stop()
+    }
+
+    /// Has the operator pause the guest: it is to stay so, whatever the agent does with it.
+    ///
+    /// # Errors
+    /// If it does not stop.
+    pub fn operator_pauses(&self) -> Result<(), Error> {
+        *lock(&self.parts.run_state) = RunState::Paused;
+        self.parts.stop()
+    }
+
+    /// Has the operator let the guest run again.
+    ///
+    /// # Errors
+    /// If it cannot run.
+    pub fn operator_resumes(&self) -> Result<(), Error> {
+        *lock(&self.parts.run_state) = RunState::Running;
+        self.parts.run()
+    }
+
+    /// What the operator wants of the guest, as far as the VMM knows.
+    pub fn run_state(&self) -> RunState {
+        *lock(&self.parts.run_state)
     }
 
     /// The client.

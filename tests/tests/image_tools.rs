@@ -8,6 +8,7 @@ use common::images::flip;
 use pageferry_agent::image::writer::{Base, Rest};
 use pageferry_agent::image::{Chain, Image, ImageWriter};
 use pageferry_protocol::control::hook::PieceSize;
+use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::image::{ImageId, id_text};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -29,7 +30,11 @@ fn write(folder: &Path, name: &str, content: PageRange, base: &Base) -> ImageId 
     discarded.set(PageRange::new(PAGES - 24, 24));
     changed.set(content);
     let changed = [changed];
-    let rest = Rest { discarded: &[discarded], changed: (base.id != ImageId::default()).then_some(&changed[..]) };
+    let rest = Rest {
+        guest: RunState::Running,
+        discarded: &[discarded],
+        changed: (base.id != ImageId::default()).then_some(&changed[..]),
+    };
     let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::io::write(&state, b"state").unwrap();
     let id = writer.id();

@@ -18,7 +18,9 @@ pub mod show;
 pub mod snapshot;
 
 use clap::{Args, Parser, Subcommand};
-use pageferry_protocol::control::job::{Compression, MIN_BANDWIDTH, Mode, NonConvergence, OutgoingOptions};
+use pageferry_protocol::control::job::{
+    Compression, MIN_BANDWIDTH, Mode, NonConvergence, OutgoingOptions, ResumePolicy,
+};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -128,6 +130,10 @@ pub struct OutgoingArgs {
     /// With postcopy: free each page at the source once the destination has it.
     #[arg(long)]
     pub release: bool,
+    /// Whether the guest runs at the destination.
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume,
+          help = "Whether the guest runs at the destination: auto, if it ran here; never, it stays paused there")]
+    pub resume: ResumePolicy,
     /// How pages are compressed.
     #[arg(long, value_name = "METHOD", default_value = "none", value_parser = parse_compression,
           help = "How pages are compressed: none, lz4, zstd or zstd:LEVEL, with a level of 1 to 19")]
@@ -157,6 +163,7 @@ impl From<OutgoingArgs> for OutgoingOptions {
             switch_after: args.switch_after,
             urgent_streams: args.urgent_streams,
             release: args.release,
+            resume: args.resume,
             peer_timeout: args.peer_timeout,
             hook_timeout: args.hook_timeout,
         }
@@ -242,6 +249,15 @@ fn parse_policy(text: &str) -> Result<NonConvergence, String> {
 fn parse_mode(text: &str) -> Result<Mode, String> {
     let found = Mode::NAMES.iter().find(|(name, _)| *name == text);
     found.map(|(_, mode)| *mode).ok_or_else(|| format!("\"{text}\": write precopy, postcopy or hybrid"))
+}
+
+/// Reads whether a guest is resumed where it arrives.
+///
+/// # Errors
+/// What is allowed.
+pub fn parse_resume(text: &str) -> Result<ResumePolicy, String> {
+    let found = ResumePolicy::NAMES.iter().find(|(name, _)| *name == text);
+    found.map(|(_, policy)| *policy).ok_or_else(|| format!("\"{text}\": write auto or never"))
 }
 
 fn parse_compression(text: &str) -> Result<Compression, String> {

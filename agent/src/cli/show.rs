@@ -1,7 +1,7 @@
 //! How a job is shown.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
+use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
 use pageferry_protocol::memory::PAGE_SIZE;
 use serde_json::{Map, Value, json};
 use std::io::{self, Write};
@@ -13,6 +13,7 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     object.insert("job".into(), json!(status.job));
     object.insert("kind".into(), json!(status.kind.name()));
     object.insert("status".into(), json!(status.phase.name()));
+    object.insert("guest".into(), json!(status.guest.map(RunState::name)));
     let error = if status.error.is_empty() { Value::Null } else { json!(status.error) };
     object.insert("error".into(), error);
     object.extend(status.counters.named().map(|(name, value)| (name.to_owned(), json!(value))));
@@ -44,6 +45,7 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     let pages = |count: u64| format!("{count} ({})", bytes(count * PAGE_SIZE));
     let mut lines =
         vec![("job", format!("{} {}", status.job, status.kind.name())), ("status", status.phase.name().to_owned())];
+    lines.extend(status.guest.map(|guest| ("guest", guest.name().to_owned())));
     let faults = [
         ("faults", counters.faults.to_string()),
         ("fault p50, p90", format!("{}, {}", time(counters.fault_p50_us), time(counters.fault_p90_us))),

@@ -1,8 +1,8 @@
 //! What `snapshot` and `restore` take on the command line.
 
-use super::{OperatorArgs, parse_bandwidth, parse_duration};
+use super::{OperatorArgs, parse_bandwidth, parse_duration, parse_resume};
 use clap::Args;
-use pageferry_protocol::control::job::{RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
+use pageferry_protocol::control::job::{RestoreMode, RestoreOptions, ResumePolicy, SnapshotMode, SnapshotOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -63,6 +63,10 @@ pub struct RestoreArgs {
     /// With --lazy: read ahead the pages that this file names; if it is not there, write to it which pages the guest touches first.
     #[arg(long, value_name = "FILE", requires = "lazy")]
     pub working_set: Option<PathBuf>,
+    /// Whether the guest runs once it is restored.
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume,
+          help = "Whether the guest runs once it is restored: auto, if it ran when it was saved; never, it stays paused")]
+    pub resume: ResumePolicy,
     #[command(flatten)]
     common: ImageArgs,
 }
@@ -99,7 +103,8 @@ impl TryFrom<RestoreArgs> for RestoreOptions {
         let ImageArgs { workers, bandwidth, hook_timeout } = args.common;
         let mode = if args.lazy { RestoreMode::Lazy } else { RestoreMode::Eager };
         let working_set = args.working_set.as_deref().map(from_root).transpose()?.unwrap_or_default();
-        Ok(Self { mode, workers, bandwidth, working_set, hook_timeout })
+        let resume = args.resume;
+        Ok(Self { mode, workers, bandwidth, working_set, resume, hook_timeout })
     }
 }
 

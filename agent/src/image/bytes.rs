@@ -26,7 +26,11 @@ pub fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(
 pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Result<(), Fault> {
     while !bytes.is_empty() {
         match rustix::io::pread(file, &mut *bytes, at) {
-            Ok(0) => return Err(Fault::Ends { at }),
+            Ok(0) => {
+                // Not where this read begins: that may lie far behind it.
+                let stat = rustix::fs::fstat(file).map_err(|source| Fault::At { what: "read", at, source })?;
+                return Err(Fault::Ends { end: u64::try_from(stat.st_size).unwrap_or(0), at });
+            }
             Ok(read) => {
                 bytes = &mut bytes[read..];
                 at += read as u64;

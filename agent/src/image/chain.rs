@@ -1,5 +1,8 @@
 //! An increment with the images that it builds on, down to one that stands alone.
 //!
+//! All images are opened by their contents first: who they are, and of which blocks. The states of their pages, which
+//! may be a gigabyte each, are read when all of that fits.
+//!
 //! Who is what is checked by identity: an increment names the id of its base, and a file that was replaced by another image has another.
 
 use super::blocks::compare;
@@ -41,8 +44,8 @@ impl Chain {
     /// # Errors
     /// If one of them is not there, is damaged, or is another than it should be.
     pub fn open(path: &Path) -> Result<Self, ImageError> {
-        let (images, opened) = images(path);
-        opened?;
+        let mut images = lineage(path)?;
+        read_states(&mut images)?;
         Self::fold(images).map_err(|fault| fault.of(path))
     }
 
@@ -151,7 +154,25 @@ impl Chain {
 
 /// The image at `path` and those that it builds on, the newest first, as far as they can be opened; and why no more of them.
 pub fn images(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
-    open_all(path, Image::open)
+    let (mut images, opened) = open_all(path);
+    let read = read_states(&mut images);
+    (images, read.and(opened))
+}
+
+/// Reads the states of all. If those of one cannot be read, it is left out, and so are those that it builds on.
+fn read_states(images: &mut Vec<Image>) -> Result<(), ImageError> {
+    let failed = images.iter_mut().enumerate().find_map(|(at, image)| Some((at, image.read_states().err()?)));
+    let Some((at, error)) = failed else { return Ok(()) };
+    images.truncate(at);
+    Err(as_base(images, error))
+}
+
+/// The error of an image that the last of `images` builds on, as one of that.
+fn as_base(images: &[Image], error: ImageError) -> ImageError {
+    match images.last() {
+        Some(last) => Fault::NoBase(Box::new(error)).of(last.path()),
+        None => error,
+    }
 }
 
 /// A run of pages, cut where extents end.
@@ -166,8 +187,8 @@ fn said(states: &States, all: PageRange) -> impl Iterator<Item = u64> + '_ {
     words.map(|(word, _)| word)
 }
 
-/// The base of the last of `images`, if it has one.
-fn next_base(images: &[Image], open: fn(&Path) -> Result<Image, ImageError>) -> Result<Option<Image>, ImageError> {
+/// The base of the last of `images`, if it has one: who it is, and that it is of the same blocks.
+fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
     let Some(last) = images.last().filter(|last| last.header().is_increment()) else { return Ok(None) };
     if images.len() == MAX_IMAGES {
         return Err(Fault::Chain(MAX_IMAGES).of(images[0].path()));
@@ -177,7 +198,7 @@ fn next_base(images: &[Image], open: fn(&Path) -> Result<Image, ImageError>) -> 
         return Err(Fault::Circle { id }.of(last.path()));
     }
     let path = base_path(last);
-    let base = open(&path).map_err(|error| Fault::NoBase(Box::new(error)).of(last.path()))?;
+    let base = Image::open_contents(&path).map_err(|error| as_base(images, error))?;
     let (found, expected) = (base.header().id, last.header().base);
     if found != expected {
         return Err(Fault::Base { path, found, expected }.of(last.path()));
@@ -192,15 +213,15 @@ fn next_base(images: &[Image], open: fn(&Path) -> Result<Image, ImageError>) -> 
 /// # Errors
 /// If one of them is not there, is damaged, or is another than it should be.
 pub fn lineage(path: &Path) -> Result<Vec<Image>, ImageError> {
-    let (images, opened) = open_all(path, Image::open_contents);
+    let (images, opened) = open_all(path);
     opened.map(|()| images)
 }
 
-fn open_all(path: &Path, open: fn(&Path) -> Result<Image, ImageError>) -> (Vec<Image>, Result<(), ImageError>) {
+fn open_all(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
     let mut images = Vec::new();
     let mut open_one = || -> Result<(), ImageError> {
-        images.push(open(path)?);
-        while let Some(base) = next_base(&images, open)? {
+        images.push(Image::open_contents(path)?);
+        while let Some(base) = next_base(&images)? {
             images.push(base);
         }
         Ok(())

@@ -36,7 +36,7 @@ pub fn merge(
     let writer = ImageWriter::create(into, chain.table(), replace, false)?.standing_for(newest.header());
     copy_pages(&chain, &writer, threads, show)?;
     let state = copy_state(newest)?;
-    let rest = Rest { discarded: chain.discards(), changed: None };
+    let rest = Rest { guest: newest.header().guest, discarded: chain.discards(), changed: None };
     let id = writer.id();
     let totals = writer.finish(rest, &Base::default(), newest.contents().pieces.clone(), Some(state.as_fd()))?;
     Ok(Merged { id, images: chain.layers().len(), totals })

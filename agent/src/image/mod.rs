@@ -36,7 +36,7 @@ use blocks::Difference;
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::image::contents::ContentsError;
 use pageferry_protocol::image::layout::TooLarge;
-use pageferry_protocol::image::{HeaderError, id_text};
+use pageferry_protocol::image::{HeaderError, SectionKind, id_text};
 use pageferry_protocol::shm::MappingError;
 use rustix::io::Errno;
 use std::path::{Path, PathBuf};
@@ -76,10 +76,47 @@ pub enum Fault {
         source: Errno,
     },
     /// The file ends where more was expected.
-    #[error("the file ends at byte {at:#x}, where more was expected: it is truncated")]
+    #[error("the file ends at byte {end:#x}, and more was to be read from byte {at:#x} on: it is truncated")]
     Ends {
+        /// Length of the file in bytes.
+        end: u64,
         /// In bytes from the start of the file.
         at: u64,
+    },
+    /// A page cannot be read.
+    #[error("block {id}: page {page:#x}, at byte {at:#x}")]
+    Page {
+        /// The block.
+        id: u32,
+        /// The page.
+        page: u64,
+        /// Where it lies, in bytes from the start of the file.
+        at: u64,
+        /// Why.
+        #[source]
+        source: Box<Fault>,
+    },
+    /// The checksums of an extent's pages cannot be read.
+    #[error("block {id}: checksums of pages {first:#x} + 0x200, at byte {at:#x}")]
+    PageSums {
+        /// The block.
+        id: u32,
+        /// First page of the extent.
+        first: u64,
+        /// Where the checksums lie, in bytes from the start of the file.
+        at: u64,
+        /// Why.
+        #[source]
+        source: Box<Fault>,
+    },
+    /// A section cannot be read.
+    #[error("section {section}")]
+    ReadSection {
+        /// Name of the section.
+        section: &'static str,
+        /// Why.
+        #[source]
+        source: Box<Fault>,
     },
     /// There is an image of that name.
     #[error("the file exists: choose another name, or have it replaced")]
@@ -279,8 +316,24 @@ impl Fault {
         match self {
             Self::Kernel { .. } | Self::At { .. } | Self::Kind | Self::Bitmap(_) => true,
             Self::NoBase(base) => base.fault.is_unreadable(),
+            Self::Page { source, .. } | Self::PageSums { source, .. } | Self::ReadSection { source, .. } => {
+                source.is_unreadable()
+            }
             _ => false,
         }
+    }
+
+    /// The byte of the file at which something could not be read; `None` if it is about something else.
+    fn byte(&self) -> Option<u64> {
+        match self {
+            Self::Ends { at, .. } | Self::At { at, .. } => Some(*at),
+            _ => None,
+        }
+    }
+
+    /// It is about this section.
+    fn in_section(self, section: SectionKind) -> Self {
+        Self::ReadSection { section: section.name(), source: Box::new(self) }
     }
 
     /// Of the image at `path`.

@@ -62,7 +62,7 @@ impl Image {
     /// What is wrong with it.
     pub fn open(path: &Path) -> Result<Self, ImageError> {
         let mut image = Self::open_contents(path)?;
-        image.read_states().map_err(|fault| fault.of(path))?;
+        image.read_states()?;
         Ok(image)
     }
 
@@ -96,7 +96,8 @@ impl Image {
             return Err(Fault::ContentsSize { length: section.length, limit: MAX_CONTENTS });
         }
         let mut bytes = vec![0; section.length as usize];
-        read_at(file.as_fd(), &mut bytes, section.offset)?;
+        let read = read_at(file.as_fd(), &mut bytes, section.offset);
+        read.map_err(|fault| fault.in_section(SectionKind::Contents))?;
         check_sum(SectionKind::Contents, section, checksum(&bytes))?;
         let contents = Contents::decode(&bytes)?;
         if header.is_increment() == contents.base_name.is_empty() {
@@ -108,7 +109,19 @@ impl Image {
         Ok(Self { path, file, header, contents, layout, states: Vec::new(), extent_sums: Vec::new() })
     }
 
-    fn read_states(&mut self) -> Result<(), Fault> {
+    /// Reads the states of its pages, if that was not done: up to a gigabyte. So whoever opens several images
+    /// opens the contents of all first, and compares those.
+    ///
+    /// # Errors
+    /// If they cannot be read, or are damaged.
+    pub fn read_states(&mut self) -> Result<(), ImageError> {
+        if self.states.is_empty() {
+            self.try_read_states().map_err(|fault| fault.of(&self.path))?;
+        }
+        Ok(())
+    }
+
+    fn try_read_states(&mut self) -> Result<(), Fault> {
         let section = self.header.section(SectionKind::States);
         let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
         let mut bytes = vec![0; PART.min(section.length as usize)];
@@ -120,7 +133,8 @@ impl Image {
             let (start, size) = (self.layout.states() + self.layout.states_of(at), states_size(block.pages()));
             for offset in (0..size).step_by(PART) {
                 let bytes = &mut bytes[..PART.min((size - offset) as usize)];
-                read_at(self.file.as_fd(), bytes, start + offset)?;
+                let read = read_at(self.file.as_fd(), bytes, start + offset);
+                read.map_err(|fault| fault.in_section(SectionKind::States))?;
                 digest.update(bytes);
                 let first = offset / 16 * 64;
                 let range = PageRange::new(first, (block.pages() - first).min(bytes.len() as u64 / 16 * 64));
@@ -147,7 +161,8 @@ impl Image {
         let section = self.header.section(SectionKind::ExtentSums);
         let mut sums = vec![0u32; self.layout.all_extents() as usize];
         let bytes = zerocopy::IntoBytes::as_mut_bytes(sums.as_mut_slice());
-        read_at(self.file.as_fd(), bytes, section.offset)?;
+        let read = read_at(self.file.as_fd(), bytes, section.offset);
+        read.map_err(|fault| fault.in_section(SectionKind::ExtentSums))?;
         check_sum(SectionKind::ExtentSums, section, checksum(bytes))?;
         (self.states, self.extent_sums) = (all, sums);
         Ok(())
@@ -195,12 +210,27 @@ impl Image {
         Ok(())
     }
 
+    /// Says of a fault in reading the pages `run` of the block at index `at` which page it is about.
+    pub(super) fn in_page(&self, at: usize, run: PageRange, source: Fault) -> Fault {
+        let start = self.layout.page(at, run.first);
+        let page = run.first + source.byte().unwrap_or(start).saturating_sub(start) / PAGE_SIZE;
+        let (id, at) = (self.contents.table.blocks()[at].id, self.layout.page(at, page));
+        Fault::Page { id, page, at, source: Box::new(source) }
+    }
+
+    /// Says of a fault in reading the checksums of the pages of an extent, of the block at index `at`, which they are.
+    pub(super) fn in_page_sums(&self, at: usize, extent: u64, source: Fault) -> Fault {
+        let (id, first) = (self.contents.table.blocks()[at].id, extent * EXTENT_PAGES);
+        Fault::PageSums { id, first, at: self.layout.page_sum(at, first), source: Box::new(source) }
+    }
+
     /// The checksums of the pages of an extent, checked.
     fn sums_of(&self, at: usize, extent: u64) -> Result<[u32; EXTENT_PAGES as usize], Fault> {
         let mut sums = [0u32; EXTENT_PAGES as usize];
         let first = extent * EXTENT_PAGES;
         let place = self.layout.page_sum(at, first);
-        read_at(self.file.as_fd(), zerocopy::IntoBytes::as_mut_bytes(&mut sums), place)?;
+        let read = read_at(self.file.as_fd(), zerocopy::IntoBytes::as_mut_bytes(&mut sums), place);
+        read.map_err(|fault| self.in_page_sums(at, extent, fault))?;
         let (found, computed) = (self.extent_sum(at, extent), extent_checksum(&sums));
         if found != computed {
             let id = self.contents.table.blocks()[at].id;
@@ -224,7 +254,8 @@ impl Image {
             for run in runs {
                 let start = (run.first - first) as usize * PAGE_SIZE as usize;
                 let pages = &mut into[start..start + run.bytes() as usize];
-                read_at(self.file.as_fd(), pages, self.layout.page(at, run.first))?;
+                let read = read_at(self.file.as_fd(), pages, self.layout.page(at, run.first));
+                read.map_err(|fault| self.in_page(at, run, fault))?;
                 let sums = match &known {
                     Some(sums) => sums,
                     None => known.insert(self.sums_of(at, extent)?),
@@ -276,7 +307,8 @@ impl Image {
             let mut bytes = vec![0; PART.min(section.length as usize)];
             for offset in (0..section.length).step_by(PART) {
                 let part = &mut bytes[..PART.min((section.length - offset) as usize)];
-                read_at(self.file.as_fd(), part, section.offset + offset)?;
+                let read = read_at(self.file.as_fd(), part, section.offset + offset);
+                read.map_err(|fault| fault.in_section(SectionKind::VmmState))?;
                 digest.update(part);
                 each(part)?;
             }

@@ -3,6 +3,7 @@
 use super::writer::{Base, Rest};
 use super::{Chain, ImageWriter, PageBuffer};
 use pageferry_protocol::control::hook::PieceSize;
+use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::image::ImageId;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -82,7 +83,7 @@ pub(crate) fn write(path: &Path, model: &[Vec<Page>], base: &Base, step: usize) 
     let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::io::write(&state, b"devices!").unwrap();
     let pieces = vec![PieceSize { name: "a".into(), length: 3 }, PieceSize { name: "b".into(), length: 5 }];
-    let rest = Rest { discarded: &discarded, changed };
+    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed };
     writer.finish(rest, base, pieces, Some(state.as_fd())).unwrap();
     id
 }

@@ -3,6 +3,7 @@ use super::writer::{Base, Rest};
 use super::*;
 use crate::error::chain as sentence;
 use pageferry_protocol::control::hook::PieceSize;
+use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::image::{Header, ImageId};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -99,7 +100,7 @@ fn a_state_that_no_image_has_is_named_by_its_page_however_large_the_block() {
     let (discarded, changed) = ([bitmap()], [bitmap()]);
     changed[0].set(PageRange::new(0, odd));
     changed[0].set(PageRange::new(odd + 1, pages - odd - 1));
-    let rest = Rest { discarded: &discarded, changed: Some(&changed) };
+    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: Some(&changed) };
     writer.finish(rest, &Base { id: [7; 16], name: String::new() }, Vec::new(), None).unwrap();
     rebase(&path, [0; 16]);
     let error = sentence(&Image::open(&path).unwrap_err());
@@ -178,6 +179,90 @@ fn a_chain_that_was_tampered_with_is_refused_with_what_is_wrong() {
     assert!(matches!(Chain::open(folder.path()).unwrap_err().fault, Fault::Kind));
 }
 
+#[test]
+fn an_image_that_is_cut_off_while_it_is_read_says_where_it_ends_and_what_is_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let mut pages = zero();
+    pages[1][0..600].fill(Page::Content(5));
+    let id = write(&path("full"), &pages, &Base::default(), 64);
+    let unchanged: Vec<_> = pages.iter().map(|block| vec![Page::Unchanged; block.len()]).collect();
+    write(&path("next"), &unchanged, &Base { id, name: "full".into() }, 64);
+    // Of an image that stands alone, and of the base of another.
+    for name in ["full", "next"] {
+        let chain = Chain::open(&path(name)).unwrap();
+        let (image, at) = (chain.layers().last().unwrap(), 1);
+        let (layout, block) = (image.image.layout(), image.image.contents().table.blocks()[at].id);
+        let file = std::fs::OpenOptions::new().write(true).open(path("full")).unwrap();
+        let length = file.metadata().unwrap().len();
+        let bytes = std::fs::read(path("full")).unwrap();
+        let mut into = vec![0; 512 * PAGE_SIZE as usize];
+        let mut cut_to = |end: u64, first: u64| {
+            file.set_len(end).unwrap();
+            let error = chain.read_extent(at, PageRange::new(first, 88), &mut into).unwrap_err();
+            std::fs::write(path("full"), &bytes).unwrap();
+            sentence(&error)
+        };
+        let (file_name, page) = (path("full").display().to_string(), |page| layout.page(at, page));
+        // In the middle of a page that is read, and long before the first of them.
+        for (end, missing) in [(page(540) + 70, 540), (page(3), 512), (4097, 512), (0, 512)] {
+            let expected = format!(
+                "image {file_name}: block {block}: page {missing:#x}, at byte {:#x}: the file ends at byte {end:#x}, ",
+                page(missing)
+            );
+            let error = cut_to(end, 512);
+            assert!(error.starts_with(&expected) && error.ends_with("it is truncated"), "{error}");
+        }
+        let sums = layout.page_sum(at, 512);
+        for end in [layout.page_sums(), sums + 9] {
+            let expected = format!(
+                "image {file_name}: block {block}: checksums of pages 0x200 + 0x200, at byte {sums:#x}: \
+                 the file ends at byte {end:#x}, "
+            );
+            let error = cut_to(end, 512);
+            assert!(error.starts_with(&expected), "{error}");
+        }
+        assert_eq!(std::fs::metadata(path("full")).unwrap().len(), length);
+    }
+}
+
+#[test]
+fn blocks_are_compared_before_states_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let pages = BLOCKS[0] * 2;
+    let writer = ImageWriter::create(&path("base"), &table(&[pages]), false, true).unwrap();
+    let discarded = [MappedBitmap::private(pages).unwrap()];
+    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: None };
+    writer.finish(rest, &Base::default(), Vec::new(), None).unwrap();
+    let states = Image::open(&path("base")).unwrap().layout().states();
+    // Who reads them finds that first.
+    let file = std::fs::OpenOptions::new().write(true).open(path("base")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7], states).unwrap();
+    let error = sentence(&Image::open(&path("base")).unwrap_err());
+    assert!(error.contains("section states of pages"), "{error}");
+    write(&path("next"), &zero(), &Base { id: writer.id(), name: "base".into() }, 64);
+
+    let blocks_differ = |error: &ImageError| {
+        let error = sentence(error);
+        assert!(error.contains("is of other blocks than it is itself"), "{error}");
+    };
+    blocks_differ(&Chain::open(&path("next")).unwrap_err());
+    blocks_differ(&chain::lineage(&path("next")).unwrap_err());
+    blocks_differ(&merge::merge(&path("next"), &path("merged"), false, 1, &|_, _| ()).unwrap_err());
+    let report = verify::verify(&path("next"), 1, 9, &|_, _| ());
+    assert_eq!((report.images.len(), report.errors.len()), (1, 1), "the increment itself is looked at");
+    blocks_differ(&report.errors[0]);
+    // Of the right blocks it is refused for its states, as what the increment builds on.
+    std::fs::remove_file(path("next")).unwrap();
+    let writer = ImageWriter::create(&path("next"), &table(&[pages]), false, true).unwrap();
+    let base = Base { id: Image::open_contents(&path("base")).unwrap().header().id, name: "base".into() };
+    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: Some(&discarded) };
+    writer.finish(rest, &base, Vec::new(), None).unwrap();
+    let error = sentence(&Chain::open(&path("next")).unwrap_err());
+    assert!(error.contains("its base cannot be used") && error.contains("section states of pages"), "{error}");
+}
+
 /// Whether the page at `offset` of the file is in the page cache, if the file system tells.
 fn is_cached(file: &std::fs::File, offset: u64) -> Option<bool> {
     let mut page = vec![0; PAGE_SIZE as usize];
@@ -213,7 +298,7 @@ fn cached(skewed: usize, cached: bool) -> Option<[bool; 2]> {
     let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::io::write(&state, b"devices!").unwrap();
     let pieces = vec![PieceSize { name: "a".into(), length: 8 }];
-    let rest = Rest { discarded: &discarded, changed: None };
+    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: None };
     writer.finish(rest, &Base::default(), pieces, Some(state.as_fd())).unwrap();
     let file = std::fs::File::open(&path).unwrap();
     let layout = Image::open(&path).unwrap().layout().clone();

@@ -194,7 +194,7 @@ impl Check<'_> {
         let mut sums = [0u32; EXTENT_PAGES as usize];
         let sums_at = layout.page_sum(at, pages.first);
         if let Err(fault) = read_at(self.image.file(), zerocopy::IntoBytes::as_mut_bytes(&mut sums), sums_at) {
-            return self.add(sums_at, fault);
+            return self.add(sums_at, self.image.in_page_sums(at, extent, fault));
         }
         let (found, computed) = (self.image.extent_sum(at, extent), extent_checksum(&sums));
         if found != computed {
@@ -219,7 +219,7 @@ impl Check<'_> {
         let bytes = &mut buffer[..run.bytes() as usize];
         let start = self.image.layout().page(at, run.first);
         if let Err(fault) = read_at(self.image.file(), bytes, start) {
-            return self.add(start, fault);
+            return self.add(start, self.image.in_page(at, run, fault));
         }
         for ((page, bytes), found) in (run.first..).zip(bytes.chunks(PAGE_SIZE as usize)).zip(sums) {
             let (found, computed) = (*found, checksum(bytes));
@@ -243,7 +243,7 @@ impl Check<'_> {
             for gap in gaps(present, PageRange::new(first, next.saturating_sub(first))) {
                 let (bytes, start) = (&mut buffer[..gap.bytes() as usize], layout.page(at, gap.first));
                 if let Err(fault) = read_at(self.image.file(), bytes, start) {
-                    self.add(start, fault)?;
+                    self.add(start, self.image.in_page(at, gap, fault))?;
                     continue;
                 }
                 let stuffed = (gap.first..).zip(bytes.chunks(PAGE_SIZE as usize)).filter(|(_, page)| !is_zero(page));

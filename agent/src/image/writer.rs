@@ -12,6 +12,7 @@ use super::sums::PageSums;
 use super::{Fault, ImageError, kernel};
 use crate::memory::zero::data_mask;
 use pageferry_protocol::control::hook::PieceSize;
+use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::{
     Contents, EXTENT_PAGES, Header, ImageId, Layout, Section, StateWord, checksum, encode_states, extent_checksum,
@@ -48,9 +49,11 @@ pub struct ImageWriter {
     taken: AtomicU64,
 }
 
-/// What an image says of its pages beside those that were put. Each list is in the order of the table.
+/// What an image says of its guest, and of its pages beside those that were put. Each list is in the order of the table.
 #[derive(Debug, Clone, Copy)]
 pub struct Rest<'a> {
+    /// Whether the guest ran, had nobody paused it to save it.
+    pub guest: RunState,
     /// Pages that are discarded. A page that was put is not.
     pub discarded: &'a [MappedBitmap],
     /// For an increment: pages that may have changed since the base; all others are as there, unless they are discarded.
@@ -228,7 +231,8 @@ impl ImageWriter {
         let file_length = vmm_state.offset + vmm_state.length;
         let taken = self.taken.load(Ordering::Relaxed);
         let sections = [contents_section, states, extent_sums, page_sums, vmm_state];
-        let header = Header { id: self.id, base: base.id, taken, file_length, sections };
+        let (id, base, guest) = (self.id, base.id, rest.guest);
+        let header = Header { id, base, taken, guest, file_length, sections };
         write_at(self.file.as_fd(), &header.to_bytes(), 0)?;
         rustix::fs::ftruncate(&self.file, file_length).map_err(kernel("set the length of the file"))?;
         totals.bytes += totals.present * (PAGE_SIZE + 4) + length + vmm_state.length + HEADER_SIZE as u64;

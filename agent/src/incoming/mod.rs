@@ -19,7 +19,7 @@ use crate::outgoing::connect::unexpected;
 use crate::transport::{Listener, RecordReader, RecordWriter, TransportError};
 use accept::{Accepted, Source};
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::job::Phase;
+use pageferry_protocol::control::job::{Phase, RunState};
 use pageferry_protocol::stream::hello::encode_error;
 use pageferry_protocol::stream::payload::Totals;
 use pageferry_protocol::stream::{Kind, RecordHeader};
@@ -59,20 +59,22 @@ fn take_guest(job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener
     job.enter(Phase::Passes);
     let received = receive::receive(job, accepted, &placer)?;
     verify(&received)?;
+    let guest = job.options().resume.apply(received.guest);
+    job.guest_is(guest);
     if received.postcopy {
-        return postcopy::take_guest_first(job, accepted, listener, placer.into_remaining(), received);
+        return postcopy::take_guest_first(job, accepted, listener, placer.into_remaining(), received, guest);
     }
     job.enter(Phase::Loading);
     load(job, received)?;
     // If the source was not told, it finds out by asking its operator.
-    let _ = take_over(job, &mut accepted.readers[0], &accepted.writer, &mut false)?;
+    let _ = take_over(job, &mut accepted.readers[0], &accepted.writer, guest, &mut false)?;
     Ok(())
 }
 
-/// The end of every incoming migration: says that the state is loaded, waits for the commit, and lets the guest run. Whether the source was told is in the
+/// The end of every incoming migration: says that the state is loaded, waits for the commit, and lets the guest run, or stay paused as `guest` says. Whether the source was told is in the
 /// inner result. `ours` becomes true at the line: from then on the guest is here, even if the VMM does not resume it, or not in time.
 fn take_over(
-    job: &Job, primary: &mut RecordReader, writer: &RecordWriter, ours: &mut bool,
+    job: &Job, primary: &mut RecordReader, writer: &RecordWriter, guest: RunState, ours: &mut bool,
 ) -> Result<Result<(), TransportError>, JobError> {
     writer.write_plain(Kind::Loaded, 0)?;
     job.enter(Phase::Committing);
@@ -82,10 +84,11 @@ fn take_over(
     *ours = true;
     // It may use its memory from the moment on that it runs.
     job.thaw();
-    job.hooks.ask(&Hook::Resume { force: false }, job.options().hook_timeout)?;
+    let resume = Hook::Resume { force: false, paused: guest.is_paused() };
+    job.hooks.ask(&resume, job.options().hook_timeout)?;
     let told = writer.write_plain(Kind::Resumed, 0).map(|_| ());
     if let Err(error) = &told {
-        log::warn!("the guest runs, but the source does not know: {}", crate::error::chain(error));
+        log::warn!("the guest is here, but the source does not know: {}", crate::error::chain(error));
     }
     Ok(told)
 }

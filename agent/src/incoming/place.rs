@@ -3,6 +3,8 @@
 //! The destination starts from holes, and a page is allocated only when its content comes (law 2). A page that turns zero or is discarded afterwards
 //! becomes a hole again (law 3). `received` says which pages may hold something: a zero or a discard of any other page costs nothing.
 //!
+//! Where a write would allocate more than it writes, pages are placed one by one; see [`crate::memory::small_pages`].
+//!
 //! On host pages larger than a page, several pages share one allocation: it is freed when none of them holds anything, and a part of it is
 //! zeroed by writing. There a lock per block keeps one stream from freeing what another is just filling; on small pages nothing is shared
 //! and there is no lock.
@@ -16,6 +18,7 @@ use crate::memory::backing::BackingKind;
 use crate::memory::huge::{Fill, HugeWindow};
 use crate::memory::noted::Listening;
 use crate::memory::owed::Owed;
+use crate::memory::small_pages::{self, SmallPages};
 use crate::memory::{BackingError, Block, huge};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -52,6 +55,8 @@ struct Target {
     received: MappedBitmap,
     /// The host page mapped last; hugetlbfs only.
     window: Mutex<Option<HugeWindow>>,
+    /// Where a write would allocate more than it writes.
+    small_pages: Option<SmallPages>,
 }
 
 impl<'a> Placer<'a> {
@@ -59,13 +64,15 @@ impl<'a> Placer<'a> {
     pub fn prepare(job: &'a Arc<Job>) -> Result<Self, JobError> {
         let given_back = Listening::from_now(&job.memory, || ())?;
         let mut blocks = Vec::new();
-        for block in job.memory.blocks() {
+        let small_pages = SmallPages::of(&job.memory);
+        for (block, small_pages) in job.memory.blocks().iter().zip(small_pages) {
             job.check()?;
             let failed = |source| JobError::Backing { id: block.geometry.id, source };
             let _placing = job.memory.placing();
             block.backing.empty().map_err(failed)?;
             block.discarded.clear(block.all());
-            blocks.push(Target { received: MappedBitmap::private(block.geometry.pages())?, window: Mutex::new(None) });
+            let received = MappedBitmap::private(block.geometry.pages())?;
+            blocks.push(Target { received, window: Mutex::new(None), small_pages });
         }
         let host_pages: Vec<u64> = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
         Ok(Self { job, blocks, owed: Owed::nothing(&job.memory, &host_pages)?, given_back })
@@ -74,6 +81,21 @@ impl<'a> Placer<'a> {
     /// What is to come after the guest runs.
     pub fn into_remaining(self) -> Remaining {
         Remaining { owed: self.owed, given_back: self.given_back }
+    }
+
+    /// All streams have ended a pass, and none has begun the next: frees what was allocated with huge pages and
+    /// does not hold anything.
+    ///
+    /// # Errors
+    /// If a file cannot be punched.
+    pub fn end_pass(&self) -> Result<(), JobError> {
+        for (target, block) in self.blocks.iter().zip(self.job.memory.blocks()) {
+            let Some(small_pages) = &target.small_pages else { continue };
+            self.job.check()?;
+            let settled = small_pages.settle(&block.backing, &target.received, &[]);
+            settled.map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
+        }
+        Ok(())
     }
 
     /// The block of a record, with its index.
@@ -108,7 +130,8 @@ impl<'a> Placer<'a> {
             huge::write(&block.backing, &mut window, range.offset(), Fill::Bytes(payload)).map_err(failed)?;
         } else {
             target.received.set(range);
-            block.backing.write(range.offset(), payload).map_err(failed)?;
+            let small_pages = target.small_pages.as_ref();
+            small_pages::write(small_pages, &block.backing, range.offset(), payload).map_err(failed)?;
         }
         self.mark(header, block);
         add(&self.job.live.pages_sent, range.count);

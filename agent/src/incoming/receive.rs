@@ -10,10 +10,11 @@ use crate::job::{Job, JobError, add};
 use crate::outgoing::connect::unexpected;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_protocol::control::hook::{MAX_PIECES, MAX_STATE};
+use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::stream::hello::FEATURE_POSTCOPY;
 use pageferry_protocol::stream::payload::{StatePart, Totals, decode_runs};
-use pageferry_protocol::stream::record::{FLAG_STRAY, FLAGS_COMPRESSED};
+use pageferry_protocol::stream::record::{FLAG_PAUSED, FLAG_STRAY, FLAGS_COMPRESSED};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -29,6 +30,8 @@ pub struct Received {
     pub state: Vec<(String, Vec<u8>)>,
     /// The guest runs before the rest of its memory comes.
     pub postcopy: bool,
+    /// What the guest is to be here, says the source.
+    pub guest: RunState,
 }
 
 /// Receives all passes on all streams.
@@ -79,6 +82,7 @@ fn combine(results: Vec<Result<StreamEnd, JobError>>) -> Result<Received, JobErr
                     counted: Totals::default(),
                     state: Vec::new(),
                     postcopy: end.postcopy,
+                    guest: end.guest,
                 });
                 received.counted = sum(&received.counted, &end.counted);
                 if index == 0 {
@@ -87,6 +91,10 @@ fn combine(results: Vec<Result<StreamEnd, JobError>>) -> Result<Received, JobErr
                 } else if end.postcopy != received.postcopy {
                     failure =
                         Some(JobError::State("one stream says that postcopy follows, another that it does not".into()));
+                } else if end.guest != received.guest {
+                    failure = Some(JobError::State(
+                        "one stream says that the guest stays paused, another that it runs".into(),
+                    ));
                 } else if let Err(error) = super::compare(&end.claimed, &end.counted) {
                     failure = Some(error);
                 }
@@ -126,6 +134,7 @@ struct StreamEnd {
     counted: Totals,
     state: Vec<(String, Vec<u8>)>,
     postcopy: bool,
+    guest: RunState,
 }
 
 /// One stream's reader.
@@ -183,10 +192,12 @@ impl<'a> Stream<'a> {
                             )));
                         }
                     };
+                    let paused = record.header.flags() & FLAG_PAUSED != 0;
+                    let guest = if paused { RunState::Paused } else { RunState::Running };
                     let claimed = Totals::decode(record.payload);
                     let claimed = claimed.map_err(|source| JobError::Payload { kind: "end", source })?;
                     let state = std::mem::take(&mut self.state).finish()?;
-                    return Ok(StreamEnd { claimed, counted: self.counted, state, postcopy });
+                    return Ok(StreamEnd { claimed, counted: self.counted, state, postcopy, guest });
                 }
                 kind => return Err(unexpected(kind, record.payload, "pages, the end of a pass, or the end")),
             }
@@ -226,6 +237,7 @@ impl<'a> Stream<'a> {
         }
         self.counted.passes += 1;
         self.barrier.arrive(|| {
+            self.placer.end_pass()?;
             self.job.count(|counters| counters.passes = number + 1);
             self.job.announce();
             Ok(self.writer.write_plain(Kind::PassDone, number).map(|_| ())?)

@@ -24,7 +24,7 @@ use crate::memory::GuestMemory;
 use crate::memory::owed::Owed;
 use crate::transport::Limiter;
 use crate::waiting::may_wait;
-use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase};
+use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase, RunState};
 use rustix::event::EventfdFlags;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -157,6 +157,11 @@ impl Job {
     /// Changes figures.
     pub fn count(&self, change: impl FnOnce(&mut Counters)) {
         change(&mut self.state().status.counters);
+    }
+
+    /// Says what the guest's run state is where the job brings it.
+    pub fn guest_is(&self, run_state: RunState) {
+        self.state().status.guest = Some(run_state);
     }
 
     /// Enters a phase, and tells the VMM and all who watch.
@@ -299,10 +304,10 @@ impl Job {
     /// Changes what may be changed while it runs.
     pub fn set_parameters(&self, new: &OutgoingOptions) {
         let mut state = self.state();
-        let OutgoingOptions { streams, compression, mode, urgent_streams, release, peer_timeout, hook_timeout, .. } =
-            state.options;
+        let OutgoingOptions { streams, compression, mode, urgent_streams, release, resume, .. } = state.options;
+        let OutgoingOptions { peer_timeout, hook_timeout, .. } = state.options;
         let kept = OutgoingOptions { streams, compression, mode, urgent_streams, release, ..new.clone() };
-        state.options = OutgoingOptions { peer_timeout, hook_timeout, ..kept };
+        state.options = OutgoingOptions { resume, peer_timeout, hook_timeout, ..kept };
         self.limiter.set_rate(new.bandwidth);
     }
 

@@ -1,24 +1,42 @@
-//! The guest stands still, for as long as somebody holds it.
+//! The guest is paused, for as long as somebody holds it. A guest that its operator had paused before stays
+//! so afterwards: its VMM knows that, whatever this process knows.
 
 use super::{Job, JobError, micros};
 use crate::hooks::HookError;
-use pageferry_protocol::control::hook::{Hook, PieceSize};
+use pageferry_protocol::control::hook::{self, Hook, PieceSize};
+use pageferry_protocol::control::job::RunState;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+/// The guest never left: its VMM knows what it goes back to.
+const GO_BACK: Hook = Hook::Resume { force: false, paused: false };
+
 /// The VMM's state as it hands it over: sizes, and the file.
 pub struct SavedState {
+    /// What the guest was before the job paused it.
+    pub guest: RunState,
     /// Names and lengths of the pieces.
     pub pieces: Vec<PieceSize>,
     /// The pieces one after another; none if they are empty.
     pub file: Option<OwnedFd>,
 }
 
-/// A guest that was asked to pause. It is resumed on drop, unless it was handed over: whatever fails on the way, the guest runs on.
+impl SavedState {
+    /// Has the VMM save its state. That may dirty memory, so the last sync comes after.
+    pub fn of(job: &Job) -> Result<Self, JobError> {
+        let (hook::SavedState { guest, pieces }, file) = job.hooks.save_state(job.hook_timeout())?;
+        job.guest_is(guest);
+        Ok(Self { guest, pieces, file })
+    }
+}
+
+/// A guest that was asked to pause. It is resumed on drop, unless it was handed over: whatever fails on the way, the guest goes on as before.
 pub struct PausedGuest {
     pub(crate) job: Arc<Job>,
     pub(crate) asked: Instant,
+    /// What it was before; not known until its state is saved.
+    before: RunState,
     /// It is to be resumed here. False once a commit may have gone out, or it runs.
     pub(crate) ours: bool,
 }
@@ -34,16 +52,25 @@ impl PausedGuest {
     /// Pauses the guest.
     pub fn pause(job: &Arc<Job>) -> Result<Self, JobError> {
         // Made before the answer: a pause that timed out may still happen, and must be undone.
-        let paused = Self { job: job.clone(), asked: Instant::now(), ours: true };
+        let (asked, before) = (Instant::now(), RunState::Running);
+        let paused = Self { job: job.clone(), asked, before, ours: true };
         job.hooks.ask(&Hook::Pause, job.hook_timeout())?;
         job.cancel.check()?;
         Ok(paused)
     }
 
-    /// Has the VMM save its state. That may dirty memory, so the last sync comes after.
-    pub fn save_state(&self) -> Result<SavedState, JobError> {
-        let (pieces, file) = self.job.hooks.save_state(self.job.hook_timeout())?;
-        Ok(SavedState { pieces, file })
+    /// As [`SavedState::of`].
+    pub fn save_state(&mut self) -> Result<SavedState, JobError> {
+        let saved = SavedState::of(&self.job)?;
+        self.before = saved.guest;
+        Ok(saved)
+    }
+
+    /// Counts how long the guest was paused. A guest that was paused before has lost no time.
+    pub(crate) fn count_downtime(&self) {
+        if !self.before.is_paused() {
+            self.job.count(|counters| counters.downtime_us = micros(self.asked.elapsed()));
+        }
     }
 
     /// True until the commit may have gone out: the guest can be resumed here.
@@ -51,14 +78,14 @@ impl PausedGuest {
         self.ours
     }
 
-    /// Lets it run on, and counts how long it stood still.
+    /// Lets it go on as before, and counts how long it was paused.
     ///
     /// # Errors
     /// If the VMM does not resume it. It was asked to once more then.
     pub fn resume(mut self) -> Result<(), JobError> {
-        self.job.hooks.ask(&Hook::Resume { force: false }, self.job.options().hook_timeout)?;
+        self.job.hooks.ask(&GO_BACK, self.job.options().hook_timeout)?;
         self.ours = false;
-        self.job.count(|counters| counters.downtime_us = micros(self.asked.elapsed()));
+        self.count_downtime();
         Ok(())
     }
 }
@@ -68,8 +95,8 @@ impl Drop for PausedGuest {
         if !self.ours {
             return;
         }
-        match self.job.hooks.undo(&Hook::Resume { force: false }, self.job.options().hook_timeout) {
-            Ok(()) => log::info!("job {}: the guest runs on", self.job.id),
+        match self.job.hooks.undo(&GO_BACK, self.job.options().hook_timeout) {
+            Ok(()) => log::info!("job {}: the guest is {} as before", self.job.id, self.before.name()),
             // The request is in the socket: a VMM that is late resumes the guest when it comes to it, one that lost us does so by itself.
             Err(HookError::Socket { source, .. }) => {
                 log::warn!("the VMM was asked to resume the guest, and is late: {source}")

@@ -5,7 +5,8 @@
 
 use super::extents::DataRuns;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use rustix::fs::{FallocateFlags, SealFlags, SeekFrom};
+use pageferry_protocol::userfault::UserfaultError;
+use rustix::fs::{FallocateFlags, OFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -47,8 +48,27 @@ pub enum BackingError {
         mode: u32,
     },
     /// The descriptor cannot both read and write.
-    #[error("memory fd is not open for reading and writing")]
-    Access,
+    #[error("memory fd is open {mode}, allowed: O_RDWR")]
+    Access {
+        /// How it is open.
+        mode: &'static str,
+    },
+    /// The descriptor has a flag with which the kernel does something else than what was asked.
+    #[error("memory fd is open with {flag}: {why}; allowed: O_RDWR without it")]
+    Flag {
+        /// The flag.
+        flag: &'static str,
+        /// What it would do.
+        why: &'static str,
+    },
+    /// It can only be mapped, such as memory of memfd_secret.
+    #[error(
+        "memory fd has no {what}: it is of a kind that can only be mapped; allowed: memfds, tmpfs, hugetlbfs, files on a disk"
+    )]
+    MapOnly {
+        /// The system call that it lacks.
+        what: &'static str,
+    },
     /// The file ends before the block does.
     #[error("file of {size:#x} bytes is shorter than fd_offset {offset:#x} + length {length:#x}")]
     Short {
@@ -85,6 +105,13 @@ pub enum BackingError {
         /// Where the kernel shows the pool.
         pool: String,
     },
+    /// It cannot be placed into by a userfaultfd.
+    #[error("cannot place single pages")]
+    Userfault {
+        /// What the kernel said.
+        #[source]
+        source: UserfaultError,
+    },
     /// The kernel refused.
     #[error("cannot {what} at byte {at:#x} of the block")]
     Kernel {
@@ -109,10 +136,7 @@ impl Backing {
         if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
             return Err(BackingError::Kind { mode: stat.st_mode });
         }
-        let access = rustix::fs::fcntl_getfl(&fd).map_err(kernel("get the flags"))?;
-        if !access.contains(rustix::fs::OFlags::RDWR) {
-            return Err(BackingError::Access);
-        }
+        check_flags(rustix::fs::fcntl_getfl(&fd).map_err(kernel("get the flags"))?)?;
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         if offset.checked_add(length).is_none_or(|end| end > size) {
             return Err(BackingError::Short { size, offset, length });
@@ -130,6 +154,7 @@ impl Backing {
         }
         // Only a memfd has seals; other files answer EINVAL and can always shrink.
         let seals = rustix::fs::fcntl_get_seals(&fd).unwrap_or(SealFlags::empty());
+        check_usable(&fd, kind)?;
         let sealed = seals.contains(SealFlags::SHRINK);
         let writable = !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);
         Ok(Self { fd, offset, length, kind, host_page_size, sealed, writable })
@@ -143,6 +168,15 @@ impl Backing {
     /// The allocation unit in bytes.
     pub fn host_page_size(&self) -> u64 {
         self.host_page_size
+    }
+
+    /// Bytes that a write into a hole allocates now: more than a page where tmpfs hands out huge pages, which it
+    /// tells as `st_blksize`. That can change with a mount, and with the kernel's setting for memfds.
+    pub fn write_unit(&self) -> u64 {
+        match self.kind {
+            BackingKind::Shmem => rustix::fs::fstat(&self.fd).map_or(PAGE_SIZE, |stat| stat.st_blksize as u64),
+            BackingKind::Hugetlb | BackingKind::File => self.host_page_size,
+        }
     }
 
     /// True if the file cannot shrink.
@@ -301,6 +335,45 @@ impl Backing {
     }
 }
 
+/// Refuses what `open` or `fcntl` has set on the descriptor, if reading, writing and punching at a place would
+/// not do what they say.
+fn check_flags(flags: OFlags) -> Result<(), BackingError> {
+    if flags.contains(OFlags::PATH) {
+        return Err(BackingError::Access { mode: "O_PATH" });
+    }
+    match flags & OFlags::ACCMODE {
+        OFlags::RDWR => {}
+        OFlags::RDONLY => return Err(BackingError::Access { mode: "O_RDONLY" }),
+        OFlags::WRONLY => return Err(BackingError::Access { mode: "O_WRONLY" }),
+        _ => return Err(BackingError::Access { mode: "with access mode 3" }),
+    }
+    let refused = [
+        (OFlags::APPEND, "O_APPEND", "Linux then writes at the end of the file, wherever pwrite is to"),
+        (
+            OFlags::DIRECT,
+            "O_DIRECT",
+            "it passes by the pages that the guest has mapped, and takes aligned buffers only",
+        ),
+    ];
+    match refused.into_iter().find(|(flag, ..)| flags.contains(*flag)) {
+        Some((_, flag, why)) => Err(BackingError::Flag { flag, why }),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a file that has no `read` or `write`, whatever the descriptor says. Reads and writes no byte of it.
+/// A memfd that is sealed against writing has both; see [`Backing::is_writable`].
+fn check_usable(fd: &OwnedFd, kind: BackingKind) -> Result<(), BackingError> {
+    // Of no bytes: says only whether the file system has the call at all.
+    if rustix::io::pread(fd, &mut [0u8; 0][..], 0).is_err() {
+        return Err(BackingError::MapOnly { what: "read" });
+    }
+    if kind != BackingKind::Hugetlb && rustix::io::pwrite(fd, &[], 0).is_err() {
+        return Err(BackingError::MapOnly { what: "write" });
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,8 +399,48 @@ mod tests {
         assert!(matches!(Backing::new(pipe, 0, 0), Err(BackingError::Kind { .. })));
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(PAGE_SIZE).unwrap();
-        let read_only = std::fs::File::open(file.path()).unwrap();
-        assert!(matches!(Backing::new(read_only.into(), 0, PAGE_SIZE), Err(BackingError::Access)));
+    }
+
+    #[test]
+    fn a_descriptor_that_would_not_do_what_it_is_asked_is_refused_by_name() {
+        use rustix::fs::{Mode, open};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ram");
+        std::fs::write(&path, [0; PAGE_SIZE as usize]).unwrap();
+        // A memfd is opened once more by its name here.
+        let kept = memfd(1);
+        let shmem = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&kept));
+        let refused = |path: &str, flags| {
+            let fd = open(path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap();
+            Backing::new(fd, 0, PAGE_SIZE).map(|_| ()).map_err(|error| error.to_string())
+        };
+        for path in [path.to_str().unwrap(), &shmem] {
+            for (flags, named) in [
+                (OFlags::RDWR | OFlags::APPEND, "memory fd is open with O_APPEND: "),
+                (OFlags::PATH, "memory fd is open O_PATH, allowed: O_RDWR"),
+                (OFlags::RDONLY, "memory fd is open O_RDONLY, allowed: O_RDWR"),
+                (OFlags::WRONLY, "memory fd is open O_WRONLY, allowed: O_RDWR"),
+                (OFlags::ACCMODE, "memory fd is open with access mode 3, allowed: O_RDWR"),
+            ] {
+                let error = refused(path, flags).unwrap_err();
+                assert!(error.starts_with(named), "{path} {flags:?}: {error}");
+            }
+            assert_eq!(
+                refused(path, OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOATIME),
+                Ok(()),
+                "these change nothing"
+            );
+        }
+        // Not every file system takes it, but who sets it by fcntl may have it on any.
+        let direct = memfd(1);
+        if rustix::fs::fcntl_setfl(&direct, OFlags::DIRECT).is_ok() {
+            let error = Backing::new(direct, 0, PAGE_SIZE).unwrap_err().to_string();
+            assert!(error.starts_with("memory fd is open with O_DIRECT: "), "{error}");
+        }
+        // What was set after it was made counts as well.
+        let append = memfd(1);
+        rustix::fs::fcntl_setfl(&append, OFlags::APPEND).unwrap();
+        assert!(matches!(Backing::new(append, 0, PAGE_SIZE), Err(BackingError::Flag { flag: "O_APPEND", .. })));
     }
 
     #[test]

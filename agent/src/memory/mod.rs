@@ -1,6 +1,6 @@
 //! The guest's memory as the agent holds it.
 //!
-//! - [`backing`]: the file under a block: checked once, then only read, written and punched by offset, never mapped;
+//! - [`backing`]: the file under a block: checked once, then only read, written and punched by offset, never read or written by a mapping;
 //! - [`current`]: whether this agent still acts for its VMM;
 //! - [`extents`]: walking over what may be allocated in it;
 //! - [`block`]: a block with its bitmaps;
@@ -20,6 +20,7 @@
 //! - [`runs`]: runs of pages that lie near each other, made one;
 //! - [`zero`]: finding zero pages;
 //! - [`huge`]: writing to hugetlbfs, which only a mapping can;
+//! - [`small_pages`]: placing on a tmpfs that would allocate huge pages for it;
 //! - [`bus_guard`]: survives a file that shrinks under a mapping (law 8).
 
 pub mod arriving;
@@ -42,6 +43,7 @@ pub mod noted;
 pub mod owed;
 pub mod pool;
 pub mod runs;
+pub mod small_pages;
 #[cfg(test)]
 pub(crate) mod test_support;
 pub mod zero;

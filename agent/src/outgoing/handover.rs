@@ -4,11 +4,12 @@ use super::Migration;
 use super::connect::{Primary, SessionId};
 use crate::job::deadline::Stop;
 use crate::job::pause::{PausedGuest, SavedState};
-use crate::job::{Job, JobError, add, micros};
+use crate::job::{Job, JobError, add};
 use pageferry_protocol::control::hook::{Hook, PieceSize};
-use pageferry_protocol::control::job::OutgoingOptions;
-use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_protocol::control::job::{OutgoingOptions, RunState};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::payload::{StatePart, Totals};
+use pageferry_protocol::stream::record::FLAG_PAUSED;
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::os::fd::OwnedFd;
 
@@ -30,7 +31,7 @@ impl PausedGuest {
         // ---- The line. Nothing after it resumes the guest here.
         self.ours = false;
         let confirmed = self.send_commit(primary);
-        self.job.count(|counters| counters.downtime_us = micros(self.asked.elapsed()));
+        self.count_downtime();
         confirmed.map_err(|source| JobError::Unconfirmed { source: Box::new(source) })
     }
 
@@ -53,6 +54,13 @@ impl Migration {
         let bandwidth = if limit == 0 || measured == 0 { measured.max(limit) } else { measured.min(limit) };
         let pages = self.dirty.remaining().saturating_mul(PAGE_SIZE);
         stop.expect(&options, bytes.saturating_add(pages), bandwidth);
+    }
+
+    /// What the guest is to be at the destination, which its own operator may have wanted otherwise.
+    pub(super) fn run_state_there(&self, state: &SavedState) -> RunState {
+        let arrives = self.job.options().resume.apply(state.guest);
+        self.job.guest_is(arrives);
+        arrives
     }
 
     /// Sends the VMM's state on the primary.
@@ -85,7 +93,8 @@ impl Migration {
     }
 
     /// Tells each stream's totals, and on the primary those of all; with `remaining` pages, if it is given, postcopy follows.
-    pub(super) fn send_end(&mut self, remaining: Option<u64>) -> Result<(), JobError> {
+    /// The guest is to be as `arrives` says.
+    pub(super) fn send_end(&mut self, remaining: Option<u64>, arrives: RunState) -> Result<(), JobError> {
         let job = self.job.clone();
         let mut sum = Totals { remaining_pages: remaining.unwrap_or(0), ..Totals::default() };
         for sender in self.streams.senders.iter_mut().rev() {
@@ -96,8 +105,9 @@ impl Migration {
             sum.passes = sender.totals.passes;
             let is_primary = sender.is_primary();
             let payload = if is_primary { sum } else { sender.totals }.encode();
-            let number = u64::from(remaining.is_some());
-            sender.write(&job, RecordHeader::plain(Kind::End, number, payload.len()), &payload)?;
+            let number = PageRange::new(u64::from(remaining.is_some()), 0);
+            let flags = if arrives.is_paused() { FLAG_PAUSED } else { 0 };
+            sender.write(&job, RecordHeader::new(Kind::End, flags, 0, number, payload.len()), &payload)?;
         }
         Ok(())
     }

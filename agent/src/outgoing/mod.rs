@@ -155,6 +155,7 @@ impl Migration {
     fn hand_over_within(&mut self, stop: &mut Stop) -> Result<(), JobError> {
         let mut paused = PausedGuest::pause(&self.job)?;
         let state = paused.save_state()?;
+        let arrives = self.run_state_there(&state);
         self.expect_to_send(stop, state.bytes());
         self.send_state(&state)?;
         self.sync()?;
@@ -163,7 +164,7 @@ impl Migration {
         // Discards and frees that came during the last pass.
         self.send_discards()?;
         self.send_late_frees()?;
-        self.send_end(None)?;
+        self.send_end(None, arrives)?;
         self.job.enter(Phase::Loading);
         wait_loaded(&self.job, &mut self.streams.primary, stop)?;
         self.job.enter(Phase::Committing);

@@ -15,6 +15,7 @@ use crate::job::{Job, JobError, add, get};
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{self, Fill, HugeWindow};
 use crate::memory::noted::Noted;
+use crate::memory::small_pages::{self, SmallPages};
 use crate::memory::{BackingError, Block};
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
@@ -44,7 +45,7 @@ pub fn restore(
     job.enter(Phase::Restoring);
     Filling::new(job, source, ground.word.since(), workers.into())?.run(workers.into())?;
     state.load(job)?;
-    let_run(job, &mut ground.taken)
+    let_run(job, state.guest, &mut ground.taken)
 }
 
 /// What all workers share.
@@ -56,6 +57,8 @@ struct Filling<'a> {
     /// The extents with content: index of the block, and pages.
     extents: Vec<(usize, PageRange)>,
     next: AtomicUsize,
+    /// Of each block, where a write would allocate more than it writes.
+    small_pages: Vec<Option<SmallPages>>,
     /// Extents that a worker claims at once.
     stretch: usize,
     /// Pages with content.
@@ -98,7 +101,8 @@ impl<'a> Filling<'a> {
         job.count(|counters| (counters.pass_pages, counters.remaining_pages) = (pages, pages));
         let (next, failed, ended) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
         let stretch = at_once(extents.len(), workers, STRETCH);
-        Ok(Self { job, source, given_back, extents, next, stretch, pages, failed, ended, event })
+        let small_pages = SmallPages::of(&job.memory);
+        Ok(Self { job, source, given_back, extents, next, small_pages, stretch, pages, failed, ended, event })
     }
 
     /// Places all that the image has.
@@ -115,7 +119,21 @@ impl<'a> Filling<'a> {
             let joined = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
             joined.fold(Ok(()), Result::and).and(followed)
         })?;
+        self.settle()?;
         self.job.count(|counters| counters.remaining_pages = 0);
+        Ok(())
+    }
+
+    /// Frees what was allocated with huge pages and does not hold anything. The workers have ended.
+    fn settle(&self) -> Result<(), JobError> {
+        for (at, small_pages) in self.small_pages.iter().enumerate() {
+            let Some(small_pages) = small_pages else { continue };
+            self.job.check()?;
+            let block = &self.job.memory.blocks()[at];
+            let gone = [&block.discarded, self.given_back.freed(at)];
+            let settled = small_pages.settle(&block.backing, self.source.present(at), &gone);
+            settled.map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
+        }
         Ok(())
     }
 
@@ -191,12 +209,14 @@ impl<'a> Filling<'a> {
         &self, index: usize, at: usize, extent: PageRange, content: &[u8], window: &mut Window,
     ) -> Result<(), JobError> {
         let block: &Block = &self.job.memory.blocks()[at];
+        let small_pages = self.small_pages[at].as_ref();
         for (word, present) in self.source.present(at).nonzero_words(extent) {
             let _placing = self.job.memory.readers.reading(index, at, word);
             let pages = present & !(block.discarded.word(word) | self.given_back.freed(at).word(word));
             for run in runs_of_word(word * WORD_BITS, pages) {
                 let start = (run.first - extent.first) as usize * PAGE_SIZE as usize;
-                let written = window.write(at, block, run, &content[start..start + run.bytes() as usize]);
+                let content = &content[start..start + run.bytes() as usize];
+                let written = window.write(at, block, run, content, small_pages);
                 written.map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
             }
             add(&self.job.live.pages_sent, u64::from(pages.count_ones()));
@@ -210,9 +230,11 @@ impl<'a> Filling<'a> {
 struct Window(Option<(usize, Option<HugeWindow>)>);
 
 impl Window {
-    fn write(&mut self, at: usize, block: &Block, run: PageRange, content: &[u8]) -> Result<(), BackingError> {
+    fn write(
+        &mut self, at: usize, block: &Block, run: PageRange, content: &[u8], small_pages: Option<&SmallPages>,
+    ) -> Result<(), BackingError> {
         if block.backing.kind() != BackingKind::Hugetlb {
-            return block.backing.write(run.offset(), content);
+            return small_pages::write(small_pages, &block.backing, run.offset(), content);
         }
         let (_, window) = match &mut self.0 {
             Some(mapped) if mapped.0 == at => mapped,

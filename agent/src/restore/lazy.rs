@@ -59,7 +59,7 @@ pub fn restore(
         if supply.has_ended() {
             return Err(JobError::State("the guest was not resumed, since its memory will not come".into()));
         }
-        let late = match let_run(job, &mut ground.taken) {
+        let late = match let_run(job, state.guest, &mut ground.taken) {
             // It may be waiting for memory, and its guest may run.
             Err(error @ JobError::Hook(HookError::Socket { .. })) => Some(error),
             resumed => resumed.map(|()| None)?,

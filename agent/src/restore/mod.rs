@@ -28,7 +28,7 @@ use crate::job::{Job, JobError, micros};
 use crate::snapshot::checkpoint::SharedCheckpoint;
 use ground::{Before, Ground, Word};
 use pageferry_protocol::control::hook::{Hook, PieceSize};
-use pageferry_protocol::control::job::{Phase, RestoreMode, RestoreOptions};
+use pageferry_protocol::control::job::{Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState};
 use source::Source;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -63,7 +63,8 @@ fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
     if let Some(block) = job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
         return Err(JobError::Sealed { id: block.geometry.id });
     }
-    let state = VmmState::read(source.newest())?;
+    let state = VmmState::read(source.newest(), order.options.resume)?;
+    job.guest_is(state.guest);
     let plan = match order.options.mode {
         RestoreMode::Eager => None,
         RestoreMode::Lazy => Some(lazy::plan(job, &source, &order.options)?),
@@ -102,16 +103,19 @@ fn ask(job: &Job, order: &Order) -> Result<(), JobError> {
 /// The state that the VMM will be given: read, and found to be whole, before its memory is touched.
 #[derive(Debug)]
 pub struct VmmState {
+    /// What the guest is to be once it is here.
+    guest: RunState,
     pieces: Vec<PieceSize>,
     file: OwnedFd,
 }
 
 impl VmmState {
-    fn read(image: &Image) -> Result<Self, JobError> {
+    fn read(image: &Image, resume: ResumePolicy) -> Result<Self, JobError> {
         let bytes = image.state()?;
         let file = state_file_of([bytes.as_slice()]);
         let file = file.map_err(|errno| JobError::Io { what: "make a file of the state", source: errno.into() })?;
-        Ok(Self { pieces: image.contents().pieces.clone(), file })
+        let guest = resume.apply(image.header().guest);
+        Ok(Self { guest, pieces: image.contents().pieces.clone(), file })
     }
 
     /// Gives it to the VMM.
@@ -123,14 +127,15 @@ impl VmmState {
     }
 }
 
-/// Lets the guest run. `ours` becomes true at the line: from then on it may run, even if the VMM does not say so, or not in time.
-fn let_run(job: &Job, ours: &mut bool) -> Result<(), JobError> {
+/// Lets the guest run, or stay paused as `guest` says. `ours` becomes true at the line: from then on it may run, even if the VMM does not say so, or not in time.
+fn let_run(job: &Job, guest: RunState, ours: &mut bool) -> Result<(), JobError> {
     // ---- The line: it is not cancelled any more, and its memory is its own.
     job.cancel.cross_the_line()?;
     *ours = true;
     // It may use its memory from the moment on that it runs.
     job.thaw();
-    job.hooks.ask(&Hook::Resume { force: false }, job.options().hook_timeout)?;
+    let resume = Hook::Resume { force: false, paused: guest.is_paused() };
+    job.hooks.ask(&resume, job.options().hook_timeout)?;
     let running = micros(job.elapsed());
     job.count(|counters| counters.running_us = running);
     Ok(())

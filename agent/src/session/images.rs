@@ -42,8 +42,8 @@ impl Session {
         if !options.working_set.is_empty() {
             check_path("working_set", &options.working_set)?;
         }
-        let RestoreOptions { hook_timeout, bandwidth, .. } = options;
-        let given = OutgoingOptions { hook_timeout, bandwidth, ..OutgoingOptions::default() };
+        let RestoreOptions { resume, hook_timeout, bandwidth, .. } = options;
+        let given = OutgoingOptions { resume, hook_timeout, bandwidth, ..OutgoingOptions::default() };
         let job = self.new_job(JobKind::Restore, given)?;
         let asks_first = role == Role::Operator;
         if !asks_first {

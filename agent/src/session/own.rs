@@ -221,8 +221,8 @@ impl SharedSession {
             Source::Listener(listener) => listener.address().to_owned(),
             Source::Socket(_) => listen.to_owned(),
         };
-        let IncomingOptions { peer_timeout, hook_timeout } = *options;
-        let options = OutgoingOptions { peer_timeout, hook_timeout, ..OutgoingOptions::default() };
+        let IncomingOptions { resume, peer_timeout, hook_timeout } = *options;
+        let options = OutgoingOptions { resume, peer_timeout, hook_timeout, ..OutgoingOptions::default() };
         // A job may have been started while this looked up a name.
         let mut session = self.lock();
         session.check_can_start()?;
@@ -290,7 +290,7 @@ impl SharedSession {
             }
         }
         let (hooks, job) = self.lock().begin_resume(force)?;
-        let asked = hooks.ask(&Hook::Resume { force }, RESUME_TIMEOUT);
+        let asked = hooks.ask(&Hook::Resume { force, paused: false }, RESUME_TIMEOUT);
         let mut session = self.lock();
         // The VMM may be gone meanwhile, and another be here.
         if session.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {

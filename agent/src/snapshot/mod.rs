@@ -123,7 +123,10 @@ fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut
         SnapshotMode::Background | SnapshotMode::Paused => Some(PausedGuest::pause(job)?),
     };
     // It may write memory as devices come to rest, and what it writes belongs to it.
-    let (pieces, file) = job.hooks.save_state(job.options().hook_timeout)?;
+    let state = match &mut paused {
+        Some(paused) => paused.save_state()?,
+        None => SavedState::of(job)?,
+    };
     changes.look(job)?;
     let as_of = AsOfNow::take(job, writer, watch.as_ref(), changes, prepared)?;
     if watch.is_some()
@@ -146,14 +149,15 @@ fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut
     // did not run on before: neither one that the VMM itself stopped, nor one whose writes nobody
     // watched any more.
     job.check_wanted()?;
-    Ok(Saved { state: SavedState { pieces, file }, as_of })
+    Ok(Saved { state, as_of })
 }
 
 fn finish(job: &Job, writer: &ImageWriter, saved: &Saved, changes: &Changes, base: &Base) -> Result<(), JobError> {
     // ---- The line: from here on the image comes to be, and may have its name before a cancel is heard.
     job.cancel.cross_the_line()?;
-    let rest = Rest { discarded: saved.as_of.discarded.all(), changed: changes.changed().map(DirtyPages::all) };
-    let SavedState { pieces, file } = &saved.state;
+    let SavedState { guest, pieces, file } = &saved.state;
+    let (discarded, changed) = (saved.as_of.discarded.all(), changes.changed().map(DirtyPages::all));
+    let rest = Rest { guest: *guest, discarded, changed };
     let totals = writer.complete(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
     // The image is consistent, also if the VMM died meanwhile. But if the VMM has another agent by
     // now, that one may have given the same name to a newer image.

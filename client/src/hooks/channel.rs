@@ -2,7 +2,7 @@
 //!
 //! An agent may be broken or lie (law 8): an unknown hook, a malformed one, or one that is not allowed now gets an error as its answer. What
 //! cannot be followed any more, and the end of the connection, are the end of the agent: the guest is resumed if it was paused through this
-//! channel and is ours.
+//! channel and is ours; if its operator had paused it before, it stays paused.
 //!
 //! An agent that hangs keeps its sockets open. So while the guest stands still for it, a [heartbeat](crate::heartbeat) finds that out and cuts the link, which is the
 //! end here. Only before the line of law 9: after it nothing is gained by giving an agent up, which may still say that no commit left.
@@ -17,8 +17,9 @@ use crate::heartbeat::Heartbeat;
 use crate::memory::Memory;
 use crate::ownership::{Forbidden, Migration, Ownership, Resume, SharedOwnership};
 use crate::writes::Writes;
-use pageferry_protocol::control::hook::{self, Hook, PieceSize, encode_hook_reply, encode_state_reply, reply_sequence};
-use pageferry_protocol::control::job::JobStatus;
+use pageferry_protocol::control::hook::{self, Hook, PieceSize, SavedState};
+use pageferry_protocol::control::hook::{encode_hook_reply, encode_state_reply, reply_sequence};
+use pageferry_protocol::control::job::{JobStatus, RunState};
 use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::control::socket::wait;
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
@@ -155,12 +156,10 @@ impl HookChannel {
         self.parts.writes.lost(self.link.id);
         // Before the guest is resumed: then all of it may be.
         self.tell_unwatched(hooks);
-        let resume = self.parts.ownership.lock().closed(self.link.id);
-        if resume {
-            log::warn!("the agent is lost while the guest is paused: resuming it");
-            let resumed = hooks.resume();
-            self.parts.ownership.lock().resumed(resumed.is_ok());
-            if let Err(error) = resumed {
+        let goes_back = self.parts.ownership.lock().closed(self.link.id);
+        if let Some(run_state) = goes_back {
+            log::warn!("the agent is lost while it had the guest paused: it is {} again", run_state.name());
+            if let Err(error) = self.go_back(run_state, hooks) {
                 log::error!("cannot resume the guest: {error}");
             }
         }
@@ -171,6 +170,23 @@ impl HookChannel {
         }
         let ownership = self.parts.ownership.lock().ownership();
         hooks.agent_lost(ownership);
+    }
+
+    /// The guest is as it was before it was paused, or as it is to be where it arrived.
+    fn go_back(&self, run_state: RunState, hooks: &mut dyn Hooks) -> Result<(), HookError> {
+        let done = match run_state {
+            RunState::Running => hooks.resume(),
+            RunState::Paused => hooks.stay_paused(),
+        };
+        self.parts.ownership.lock().resumed(done.is_ok());
+        done
+    }
+
+    /// The guest's run state, apart from a pause of ours.
+    fn run_state(&self, hooks: &mut dyn Hooks) -> RunState {
+        // The VMM is asked without the lock.
+        let known = self.parts.ownership.lock().run_state_before_pause();
+        known.unwrap_or_else(|| hooks.run_state())
     }
 
     /// If memory is missing, it never comes.
@@ -333,10 +349,12 @@ impl HookChannel {
 
     fn save_state(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
         // Also here: a guest that the VMM stopped by itself is paused by no hook.
-        let saved = self.check_whole();
-        match saved.and_then(|()| hooks.save_state().and_then(|pieces| write_pieces(&pieces)).map_err(failed)) {
-            Ok((sizes, file)) => {
-                self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &Ok(sizes)), &[file.as_fd()])
+        let whole = self.check_whole();
+        let guest = self.run_state(hooks);
+        match whole.and_then(|()| hooks.save_state().and_then(|pieces| write_pieces(&pieces)).map_err(failed)) {
+            Ok((pieces, file)) => {
+                let saved = Ok(SavedState { guest, pieces });
+                self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &saved), &[file.as_fd()])
             }
             Err(error) => {
                 log::warn!("hook save state: {error}");
@@ -354,7 +372,7 @@ impl HookChannel {
     fn call(&mut self, hook: Hook, fds: &[OwnedFd], hooks: &mut dyn Hooks) -> Reply<()> {
         match hook {
             Hook::Pause => self.pause(hooks),
-            Hook::Resume { force } => self.resume(force, hooks),
+            Hook::Resume { force, paused } => self.resume(force, paused, hooks),
             Hook::StartTracking => hooks.start_tracking().map_err(failed),
             Hook::StopTracking => hooks.stop_tracking().map_err(failed),
             Hook::SyncTracker => hooks.sync_tracker(&self.parts.memory.log).map_err(failed),
@@ -389,8 +407,9 @@ impl HookChannel {
         self.check_whole()?;
         // First: no guest stands still without it, and none for the time that it takes.
         let heartbeat = self.watch().map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
+        let before = self.run_state(hooks);
         let paused = hooks.pause();
-        self.parts.ownership.lock().paused(self.link.id, paused.is_ok());
+        self.parts.ownership.lock().paused(self.link.id, paused.is_ok(), before);
         self.paused = paused.is_ok().then_some(heartbeat);
         paused.map_err(failed)
     }
@@ -406,13 +425,12 @@ impl HookChannel {
         Heartbeat::start(self.parts.client.clone(), Arc::clone(&self.link), false, |_| false, cut)
     }
 
-    fn resume(&mut self, force: bool, hooks: &mut dyn Hooks) -> Reply<()> {
-        let decided = self.parts.ownership.lock().resume(self.link.id, force).map_err(forbidden)?;
+    fn resume(&mut self, force: bool, paused: bool, hooks: &mut dyn Hooks) -> Reply<()> {
+        let decided = self.parts.ownership.lock().resume(self.link.id, force, paused).map_err(forbidden)?;
         match decided {
             Resume::Already => Ok(()),
-            Resume::Call => {
-                let resumed = hooks.resume();
-                self.parts.ownership.lock().resumed(resumed.is_ok());
+            Resume::To(run_state) => {
+                let resumed = self.go_back(run_state, hooks);
                 if resumed.is_ok() {
                     self.paused = None;
                 }

@@ -11,7 +11,7 @@ pub(crate) use channel::Parts;
 pub use channel::{Dispatch, HookChannel, HookThread};
 
 use crate::ownership::Ownership;
-use pageferry_protocol::control::job::JobStatus;
+use pageferry_protocol::control::job::{JobStatus, RunState};
 use pageferry_protocol::shm::DirtyLog;
 use std::path::Path;
 
@@ -73,6 +73,18 @@ pub struct ClearPages<'a> {
 /// Each hook has a deadline, by default 10 seconds, after which the agent gives up and the migration fails. Hooks are called one at a time, in
 /// the order that the agent asked in. They may use the [`Client`](crate::Client), but must not wait for a job.
 pub trait Hooks: Send {
+    /// Whether the guest runs, as far as its operator is concerned: [`RunState::Paused`] if an operator has paused it, or
+    /// has not started it yet. A pause by [`Hooks::pause`] does not count. Called just before that, and before
+    /// [`Hooks::save_state`] of a guest that the VMM has stopped by itself for a snapshot of mode
+    /// [`Stopped`](crate::SnapshotMode::Stopped).
+    ///
+    /// A guest that is paused is moved and saved as one that runs is, and is paused afterwards, here and where it arrives:
+    /// [`Hooks::stay_paused`] is then called in place of [`Hooks::resume`]. An operator who wants to change the run state between
+    /// the pause and that has to wait for it.
+    fn run_state(&mut self) -> RunState {
+        RunState::Running
+    }
+
     /// Stops the guest and all that writes its memory: vCPUs, emulated devices, other back-ends. When it returns, every write is in the
     /// trackers or will be after the next sync.
     ///
@@ -82,12 +94,24 @@ pub trait Hooks: Send {
 
     /// Lets the guest run: at the source after a failure, at the destination after the commit, after a restore, and when a snapshot needs it to stand still no more, but for one of
     /// mode [`Stopped`](crate::SnapshotMode::Stopped). Also called when the agent dies while the guest is paused and still ours. May be called for a guest that runs.
+    /// Not called for a guest that stays paused: see [`Hooks::stay_paused`].
     ///
     /// While writes are watched ([`Hooks::writes_watched`]) other processes that write guest memory, such as vhost-user back-ends, are not resumed with it.
     ///
     /// # Errors
     /// If the guest cannot run.
     fn resume(&mut self) -> Result<(), HookError>;
+
+    /// The guest is this VMM's, and stays paused. Called in place of [`Hooks::resume`] for a guest that its operator had
+    /// paused ([`Hooks::run_state`]), or that is not to run where it arrives ([`ResumePolicy::Never`](crate::ResumePolicy::Never)). From now on it
+    /// is the operator's to resume, by the VMM's own means. What [`Hooks::pause`] has stopped besides the vCPUs, and would
+    /// run beside a paused guest, may run again.
+    ///
+    /// # Errors
+    /// As for [`Hooks::resume`].
+    fn stay_paused(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
 
     /// Starts the VMM's own tracker.
     ///
@@ -211,7 +235,8 @@ pub trait Hooks: Send {
         let _ = status;
     }
 
-    /// The agent is lost; nothing more comes. A guest that was paused and is ours was resumed just before.
+    /// The agent is lost; nothing more comes. A guest that the agent had paused and is ours was resumed just before, or left
+    /// paused ([`Hooks::stay_paused`]) if its operator had paused it.
     fn agent_lost(&mut self, ownership: Ownership) {
         let _ = ownership;
     }

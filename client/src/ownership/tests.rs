@@ -1,7 +1,11 @@
 use super::*;
 
+use RunState::{Paused, Running};
+
 const LINK: u64 = 7;
 const OTHER: u64 = 8;
+const RUN: Resume = Resume::To(Running);
+const STAY: Resume = Resume::To(Paused);
 
 const OWNERSHIPS: [Ownership; 4] = [Ownership::Ours, Ownership::Relinquished, Ownership::Gone, Ownership::Awaiting];
 const PAUSES: [Pause; 4] =
@@ -12,7 +16,16 @@ fn all() -> impl Iterator<Item = Machine> {
     OWNERSHIPS.into_iter().flat_map(|ownership| {
         PAUSES.into_iter().flat_map(move |pause| {
             [None, Some(LINK), Some(OTHER)].into_iter().flat_map(move |asked_by| {
-                [false, true].map(|unanswered| Machine { ownership, pause, asked_by, unanswered, awaited: 0 })
+                [false, true].into_iter().flat_map(move |unanswered| {
+                    [Running, Paused].map(|run_state| Machine {
+                        ownership,
+                        pause,
+                        run_state,
+                        asked_by,
+                        unanswered,
+                        awaited: 0,
+                    })
+                })
             })
         })
     })
@@ -31,7 +44,7 @@ fn status(kind: JobKind, phase: Phase) -> JobStatus {
 fn relinquished() -> Machine {
     let mut machine = Machine::new();
     machine.pause().unwrap();
-    machine.paused(LINK, true);
+    machine.paused(LINK, true, Running);
     machine.relinquish(LINK).unwrap();
     machine
 }
@@ -60,11 +73,14 @@ fn resume_without_force_is_for_who_was_asked() {
             Ownership::Relinquished | Ownership::Awaiting => before.asked_by == Some(LINK),
             Ownership::Gone => false,
         };
-        match machine.resume(LINK, false) {
+        match machine.resume(LINK, false, false) {
             Ok(what) => {
                 assert!(allowed, "{before:?}");
                 let runs = is_here(before) && before.pause == Pause::Running;
-                assert_eq!(what, if runs { Resume::Already } else { Resume::Call }, "{before:?}");
+                // The one that is awaited runs; one that was paused here goes back to what it was.
+                let comes = before.ownership == Ownership::Awaiting && !before.unanswered;
+                let goal = Resume::To(if comes { Running } else { before.run_state });
+                assert_eq!(what, if runs { Resume::Already } else { goal }, "{before:?}");
                 if before.ownership == Ownership::Awaiting && before.unanswered {
                     assert_eq!(machine, before, "it is the guest before the one that is awaited");
                 } else {
@@ -83,11 +99,11 @@ fn resume_without_force_is_for_who_was_asked() {
 fn resume_by_force_always_calls_the_vmm() {
     for before in all() {
         let mut machine = before;
-        assert_eq!(machine.resume(OTHER, true), Ok(Resume::Call), "{before:?}");
+        assert_eq!(machine.resume(OTHER, true, false), Ok(RUN), "{before:?}");
         assert_eq!(machine.ownership, Ownership::Ours, "{before:?}");
         machine.resumed(true);
         assert_eq!(machine.pause, Pause::Running);
-        assert_eq!(machine.resume(LINK, false), Ok(Resume::Already));
+        assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
     }
 }
 
@@ -99,7 +115,7 @@ fn only_a_guest_that_is_here_is_paused_and_an_attempt_ends_the_say_of_the_one_be
         if is_here(before) {
             assert_eq!(machine, before);
         } else {
-            assert!(machine.resume(LINK, false).is_err(), "{before:?}");
+            assert!(machine.resume(LINK, false, false).is_err(), "{before:?}");
             assert_eq!(machine.ownership, before.ownership);
         }
     }
@@ -110,7 +126,7 @@ fn the_end_of_the_agent_resumes_only_what_it_paused_and_is_ours() {
     for before in all() {
         let mut machine = before;
         let resumes = before.ownership == Ownership::Ours && before.pause == Pause::Paused { link: LINK };
-        assert_eq!(machine.closed(LINK), resumes, "{before:?}");
+        assert_eq!(machine.closed(LINK), resumes.then_some(before.run_state), "{before:?}");
         assert_eq!(machine, before);
     }
 }
@@ -175,18 +191,18 @@ fn the_resume_that_ends_a_snapshot_is_not_the_one_of_the_guest_that_is_awaited()
     for accepted in [true, false] {
         let mut machine = Machine::new();
         machine.pause().unwrap();
-        machine.paused(LINK, true);
+        machine.paused(LINK, true, Running);
         let kept = machine.ask_for_guest(LINK);
-        assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
+        assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
         machine.resumed(true);
         assert_eq!(machine.ownership(), Ownership::Awaiting);
         if accepted {
             machine.await_answered();
             machine.load_state(LINK).unwrap();
-            assert_eq!(machine.resume(LINK, false), Ok(Resume::Call), "the guest that came");
+            assert_eq!(machine.resume(LINK, false, false), Ok(RUN), "the guest that came");
         } else {
             machine.await_refused(kept);
-            assert_eq!(machine.resume(LINK, false), Ok(Resume::Already));
+            assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
         }
         assert_eq!(machine.ownership(), Ownership::Ours);
     }
@@ -202,9 +218,9 @@ fn a_snapshot_goes_on_until_the_agent_accepts_to_bring_a_guest_or_brings_it() {
         if !is_here(before) {
             continue;
         }
-        assert!(asked.relinquish(LINK).is_err() && !asked.closed(LINK), "{before:?}");
-        asked.paused(LINK, true);
-        assert!(asked.relinquish(LINK).is_err() && !asked.closed(LINK), "half of another guest may be here");
+        assert!(asked.relinquish(LINK).is_err() && asked.closed(LINK).is_none(), "{before:?}");
+        asked.paused(LINK, true, Running);
+        assert!(asked.relinquish(LINK).is_err() && asked.closed(LINK).is_none(), "half of another guest may be here");
 
         let mut answered = asked;
         answered.await_answered();
@@ -217,7 +233,7 @@ fn a_snapshot_goes_on_until_the_agent_accepts_to_bring_a_guest_or_brings_it() {
         }
         // The one who has no say changes nothing.
         let mut other = asked;
-        assert!(other.load_state(OTHER).is_err() && other.resume(OTHER, false).is_err());
+        assert!(other.load_state(OTHER).is_err() && other.resume(OTHER, false, false).is_err());
         assert_eq!(other, asked);
     }
 }
@@ -242,13 +258,13 @@ fn an_operator_restores_over_any_guest_but_one_that_may_return() {
         if allowed {
             machine.await_guest(LINK);
             assert!(machine.load_state(LINK).is_ok() && machine.load_state(OTHER).is_err(), "{before:?}");
-            assert!(!machine.closed(LINK), "nobody runs what is half restored");
+            assert_eq!(machine.closed(LINK), None, "nobody runs what is half restored");
             for phase in [Phase::Failed, Phase::Cancelled, Phase::Completed] {
                 machine.event(&status(JobKind::Restore, phase));
                 assert_eq!(machine.ownership(), Ownership::Awaiting, "{before:?}");
             }
-            assert_eq!(machine.resume(OTHER, false), Err(Forbidden::ForceOnly(Ownership::Awaiting)));
-            assert_eq!(machine.resume(LINK, false), Ok(Resume::Call), "{before:?}");
+            assert_eq!(machine.resume(OTHER, false, false), Err(Forbidden::ForceOnly(Ownership::Awaiting)));
+            assert_eq!(machine.resume(LINK, false, false), Ok(RUN), "{before:?}");
         }
     }
 }
@@ -272,43 +288,89 @@ fn take_by_force_is_like_new() {
 fn an_agent_that_dies_before_the_line_leaves_the_guest_here() {
     let mut machine = Machine::new();
     machine.pause().unwrap();
-    machine.paused(LINK, true);
-    assert!(machine.closed(LINK));
+    machine.paused(LINK, true, Running);
+    assert_eq!(machine.closed(LINK), Some(Running));
 
     let mut machine = relinquished();
     machine.relinquish_unanswered(LINK);
-    assert!(machine.closed(LINK), "the agent never had the answer");
+    assert_eq!(machine.closed(LINK), Some(Running), "the agent never had the answer");
 }
 
 #[test]
 fn an_agent_that_dies_after_the_line_leaves_it_standing_still() {
     let mut machine = relinquished();
-    assert!(!machine.closed(LINK));
+    assert_eq!(machine.closed(LINK), None);
     assert_eq!(machine.ownership(), Ownership::Relinquished);
-    assert!(machine.resume(OTHER, false).is_err(), "a new agent knows nothing of that commit");
-    assert_eq!(machine.resume(OTHER, true), Ok(Resume::Call));
+    assert!(machine.resume(OTHER, false, false).is_err(), "a new agent knows nothing of that commit");
+    assert_eq!(machine.resume(OTHER, true, false), Ok(RUN));
 }
 
 #[test]
 fn a_pause_that_failed_counts_as_not_paused_but_resume_is_passed_on() {
     let mut machine = Machine::new();
-    machine.paused(LINK, false);
-    assert!(!machine.closed(LINK));
+    machine.paused(LINK, false, Running);
+    assert_eq!(machine.closed(LINK), None);
     assert!(machine.relinquish(LINK).is_err());
-    assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
+    assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
 }
 
 #[test]
 fn a_resume_that_failed_is_tried_again() {
     let mut machine = Machine::new();
     machine.await_guest(LINK);
-    assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
+    assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
     machine.resumed(false);
-    assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
+    assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
 
     let mut machine = Machine::new();
-    machine.paused(LINK, true);
-    assert_eq!(machine.resume(LINK, false), Ok(Resume::Call));
+    machine.paused(LINK, true, Running);
+    assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
     machine.resumed(false);
-    assert!(machine.closed(LINK), "the end of the agent tries again");
+    assert_eq!(machine.closed(LINK), Some(Running), "the end of the agent tries again");
+}
+
+#[test]
+fn a_guest_that_its_operator_paused_goes_back_to_that_whoever_lets_go_of_it() {
+    let mut machine = Machine::new();
+    assert_eq!(machine.run_state_before_pause(), None, "its VMM knows");
+    machine.pause().unwrap();
+    machine.paused(LINK, true, Paused);
+    assert_eq!(machine.run_state_before_pause(), Some(Paused));
+    assert_eq!(machine.closed(LINK), Some(Paused), "the agent died");
+    let mut given_up = machine;
+    given_up.relinquish(LINK).unwrap();
+    // A failure, before the line and after it, and whatever the agent says of it.
+    for mut machine in [machine, given_up] {
+        assert_eq!(machine.resume(LINK, false, false), Ok(STAY));
+        assert_eq!(machine.ownership(), Ownership::Ours);
+        machine.resumed(true);
+        assert_eq!(machine.run_state_before_pause(), None);
+        assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
+    }
+    assert_eq!(given_up.resume(OTHER, true, false), Ok(RUN), "an operator who forces it wants it to run");
+}
+
+#[test]
+fn a_pause_that_failed_does_not_run_a_guest_that_was_paused() {
+    let mut machine = Machine::new();
+    machine.paused(LINK, false, Paused);
+    assert_eq!(machine.run_state_before_pause(), Some(Paused), "a second attempt does not ask again");
+    assert_eq!(machine.resume(LINK, false, false), Ok(STAY));
+}
+
+#[test]
+fn a_guest_that_comes_is_what_the_agent_says_and_not_what_the_one_before_was() {
+    for before in all() {
+        for paused in [false, true] {
+            let mut machine = before;
+            machine.await_guest(LINK);
+            let goal = if paused { STAY } else { RUN };
+            assert_eq!(machine.resume(LINK, false, paused), Ok(goal), "{before:?}");
+            assert_eq!(machine.ownership(), Ownership::Ours);
+            machine.resumed(false);
+            assert_eq!(machine.resume(LINK, false, false), Ok(goal), "it is tried again: {before:?}");
+            machine.resumed(true);
+            assert_eq!(machine.resume(LINK, false, paused), Ok(Resume::Already));
+        }
+    }
 }

@@ -4,8 +4,8 @@
 //! one that is waited for. The VMM answers in the order of the requests.
 
 use super::codec::{DecodeError, Decoder, Encoder};
-use super::job::{JobStatus, MAX_ADDRESS};
-use super::request::{RemoteError, Reply, decode_reply, encode_reply};
+use super::job::{JobStatus, MAX_ADDRESS, RunState};
+use super::request::{Reply, decode_reply, encode_reply};
 
 /// Hook codes.
 pub mod code {
@@ -53,10 +53,14 @@ pub struct PieceSize {
 pub enum Hook {
     /// Stop the guest and all that writes its memory.
     Pause,
-    /// Let the guest run: at the source after a failure, at the destination after the commit.
+    /// The guest is this VMM's. One that never left is as it was before the pause: it runs, unless its
+    /// operator had paused it. One that a job has brought runs, unless it is to stay paused.
     Resume {
         /// An operator forces it although ownership was given up (law 9).
         force: bool,
+        /// A guest that a job has brought stays paused. Of one that never left this says nothing:
+        /// its VMM knows what it was.
+        paused: bool,
     },
     /// Start the VMM's own tracker (KVM's dirty log).
     StartTracking,
@@ -78,7 +82,7 @@ pub enum Hook {
         /// 0 to 99.
         percent: u32,
     },
-    /// Hand over the state of the VMM and its devices. Answered by [`PieceSize`]s, and a file as the descriptor.
+    /// Hand over the state of the VMM and its devices. Answered by a [`SavedState`], and a file as the descriptor.
     SaveState,
     /// Take the state; a file comes as the descriptor.
     LoadState {
@@ -172,7 +176,7 @@ impl Hook {
     pub fn encode(&self, sequence: u64) -> Vec<u8> {
         let encoder = Encoder::new().u64(sequence);
         match self {
-            Self::Resume { force } => encoder.u32(u32::from(*force)),
+            Self::Resume { force, paused } => encoder.u32(u32::from(*force)).u32(u32::from(*paused)),
             Self::ClearTracker { block, first, bitmap } => {
                 let encoder = encoder.u32(*block).u32(bitmap.len() as u32).u64(*first);
                 bitmap.iter().fold(encoder, |encoder, word| encoder.u64(*word))
@@ -204,7 +208,7 @@ impl Hook {
     fn decode_fields(hook: u32, decoder: &mut Decoder<'_>) -> Option<Result<Self, DecodeError>> {
         Some(match hook {
             code::PAUSE => Ok(Self::Pause),
-            code::RESUME => decode_flag(decoder, "force").map(|force| Self::Resume { force }),
+            code::RESUME => decode_resume(decoder),
             code::START_TRACKING => Ok(Self::StartTracking),
             code::STOP_TRACKING => Ok(Self::StopTracking),
             code::SYNC_TRACKER => Ok(Self::SyncTracker),
@@ -236,6 +240,11 @@ impl Hook {
 fn decode_relinquish(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
     let session = decoder.array("session")?;
     Ok(Hook::Relinquish { session, release: decode_flag(decoder, "release")? })
+}
+
+fn decode_resume(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
+    let force = decode_flag(decoder, "force")?;
+    Ok(Hook::Resume { force, paused: decode_flag(decoder, "paused")? })
 }
 
 fn decode_flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<bool, DecodeError> {
@@ -294,10 +303,19 @@ pub fn encode_hook_reply(sequence: u64, reply: &Reply<()>) -> Vec<u8> {
     body
 }
 
+/// What [`Hook::SaveState`] is answered with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SavedState {
+    /// Whether the guest ran, had no job paused it.
+    pub guest: RunState,
+    /// The pieces in the file that comes with the answer.
+    pub pieces: Vec<PieceSize>,
+}
+
 /// The body of an answer to [`Hook::SaveState`].
-pub fn encode_state_reply(sequence: u64, reply: &Reply<Vec<PieceSize>>) -> Vec<u8> {
+pub fn encode_state_reply(sequence: u64, reply: &Reply<SavedState>) -> Vec<u8> {
     let mut body = sequence.to_le_bytes().to_vec();
-    body.extend(encode_reply(reply, |pieces, encoder| encode_pieces(pieces, encoder)));
+    body.extend(encode_reply(reply, |saved, encoder| encode_pieces(&saved.pieces, encoder.u32(saved.guest as u32))));
     body
 }
 
@@ -321,8 +339,14 @@ pub fn decode_hook_reply(body: &[u8]) -> Result<Reply<()>, DecodeError> {
 ///
 /// # Errors
 /// If it is malformed; the VMM's error is in the inner result.
-pub fn decode_state_reply(body: &[u8]) -> Result<Result<Vec<PieceSize>, RemoteError>, DecodeError> {
-    decode_reply(after_sequence(body)?, decode_pieces)
+pub fn decode_state_reply(body: &[u8]) -> Result<Reply<SavedState>, DecodeError> {
+    decode_reply(after_sequence(body)?, |decoder| {
+        let value = decoder.u32("guest")?;
+        let allowed = "0 running, 1 paused";
+        let unknown = DecodeError::Value { field: "guest", value: value.into(), allowed };
+        let guest = RunState::from_wire(value).ok_or(unknown)?;
+        Ok(SavedState { guest, pieces: decode_pieces(decoder)? })
+    })
 }
 
 fn after_sequence(body: &[u8]) -> Result<&[u8], DecodeError> {
@@ -334,14 +358,17 @@ fn after_sequence(body: &[u8]) -> Result<&[u8], DecodeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::request::ErrorCode;
+    use crate::control::request::{ErrorCode, RemoteError};
 
     #[test]
     fn answers_carry_the_number_of_their_hook() {
         let pieces = vec![PieceSize { name: "vcpu".into(), length: 5 }, PieceSize { name: String::new(), length: 0 }];
-        let reply = encode_state_reply(9, &Ok(pieces.clone()));
-        assert_eq!(reply_sequence(&reply), Ok(9));
-        assert_eq!(decode_state_reply(&reply), Ok(Ok(pieces)));
+        for guest in [RunState::Running, RunState::Paused] {
+            let saved = SavedState { guest, pieces: pieces.clone() };
+            let reply = encode_state_reply(9, &Ok(saved.clone()));
+            assert_eq!(reply_sequence(&reply), Ok(9));
+            assert_eq!(decode_state_reply(&reply), Ok(Ok(saved)));
+        }
         let error = RemoteError::new(ErrorCode::Other, "no");
         assert_eq!(decode_hook_reply(&encode_hook_reply(9, &Err(error.clone()))), Ok(Err(error)));
     }
@@ -365,6 +392,7 @@ mod tests {
         let body = |before: &[u8]| Encoder::new().u64(1).bytes(before).u32(2).finish();
         for (code, before, field) in [
             (code::RESUME, &[][..], "force"),
+            (code::RESUME, &[1, 0, 0, 0], "paused"),
             (code::UNREGISTER_FAULTS, &[], "complete"),
             (code::RELINQUISH, &[7; 16], "release"),
         ] {

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 0 | 8 | magic, `PFimage` and a zero byte |
 //! | 8 | 4 | version, 1 |
-//! | 12 | 4 | zero |
+//! | 12 | 4 | run state of the guest: 0 running, 1 paused by its operator |
 //! | 16 | 8 | features: what a reader must know to read it; none are defined |
 //! | 24 | 16 | id |
 //! | 40 | 16 | id of the base; zeroes for an image that stands alone |
@@ -22,6 +22,7 @@
 //! checked by the sum of its extent.
 
 use super::{ImageId, checksum};
+use crate::control::job::RunState;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -92,7 +93,7 @@ struct WireSection {
 struct WireHeader {
     magic: [u8; 8],
     version: U32,
-    zero: U32,
+    guest: U32,
     features: U64,
     id: ImageId,
     base: ImageId,
@@ -128,6 +129,12 @@ pub enum HeaderError {
         /// As written.
         found: u32,
     },
+    /// The guest neither ran nor was paused.
+    #[error("header: run state is {found}, allowed: 0 running, 1 paused")]
+    Guest {
+        /// As written.
+        found: u32,
+    },
     /// It needs what this program does not know.
     #[error("header: features are {found:#x}, this program knows {FEATURES:#x}")]
     Features {
@@ -157,6 +164,8 @@ pub struct Header {
     pub base: ImageId,
     /// When the guest was so, in seconds since 1970.
     pub taken: u64,
+    /// Whether the guest ran then, had the snapshot not paused it.
+    pub guest: RunState,
     /// In bytes.
     pub file_length: u64,
     /// In the order of [`SectionKind::ALL`].
@@ -185,7 +194,7 @@ impl Header {
         let mut wire = WireHeader {
             magic: MAGIC,
             version: VERSION.into(),
-            zero: 0.into(),
+            guest: (self.guest as u32).into(),
             features: FEATURES.into(),
             id: self.id,
             base: self.base,
@@ -218,6 +227,8 @@ impl Header {
         if wire.features.get() & !FEATURES != 0 {
             return Err(HeaderError::Features { found: wire.features.get() });
         }
+        let found = wire.guest.get();
+        let guest = RunState::from_wire(found).ok_or(HeaderError::Guest { found })?;
         let section = |section: WireSection| Section {
             offset: section.offset.get(),
             length: section.length.get(),
@@ -229,7 +240,7 @@ impl Header {
                 return Err(HeaderError::Section { section: kind.name(), offset, length, file_length });
             }
         }
-        Ok(Self { id: wire.id, base: wire.base, taken: wire.taken.get(), file_length, sections })
+        Ok(Self { id: wire.id, base: wire.base, taken: wire.taken.get(), guest, file_length, sections })
     }
 }
 
@@ -240,7 +251,8 @@ mod tests {
 
     fn header() -> Header {
         let section = Section { offset: 4096, length: 10, checksum: 7 };
-        Header { id: [1; 16], base: [2; 16], taken: 5, file_length: 9000, sections: [section; 5] }
+        let guest = RunState::Paused;
+        Header { id: [1; 16], base: [2; 16], taken: 5, guest, file_length: 9000, sections: [section; 5] }
     }
 
     proptest! {
@@ -251,6 +263,15 @@ mod tests {
             bytes[at] ^= change;
             prop_assert!(Header::from_bytes(&bytes).is_err());
         }
+    }
+
+    #[test]
+    fn a_run_state_that_no_guest_has_is_refused() {
+        let mut bytes: [u8; HEADER_SIZE] = header().to_bytes().try_into().unwrap();
+        bytes[12] = 2;
+        let sum = checksum(&bytes[..CHECKED]);
+        bytes[CHECKED..].copy_from_slice(&sum.to_le_bytes());
+        assert_eq!(Header::from_bytes(&bytes), Err(HeaderError::Guest { found: 2 }));
     }
 
     #[test]

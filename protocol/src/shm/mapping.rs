@@ -6,6 +6,7 @@
 
 use super::bitmap::Words;
 use super::touched::Touched;
+use rustix::fs::OFlags;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use std::ops::{Deref, Range};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -24,6 +25,9 @@ pub enum MappingError {
         /// Length of the mapping in bytes.
         length: u64,
     },
+    /// The descriptor cannot both read and write, as whoever shares the bitmap must.
+    #[error("fd is not open for reading and writing (O_RDWR)")]
+    Access,
     /// The offset is not a multiple of the page size.
     #[error("offset {offset:#x} is not a multiple of the page size")]
     Offset {
@@ -81,8 +85,14 @@ impl MappedWords {
     /// multiple of 8 is rounded up: the rest lies in the same page of the file and reads as zero.
     ///
     /// # Errors
-    /// If the file is shorter than that, the offset is not a multiple of the page size, or the kernel refuses.
+    /// If the descriptor cannot both read and write, the file is shorter than that, the offset is not a multiple
+    /// of the page size, or the kernel refuses.
     pub fn shared(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<Self, MappingError> {
+        let flags = rustix::fs::fcntl_getfl(fd).map_err(|source| MappingError::Kernel { length, source })?;
+        // All else that may be set on it, such as O_APPEND, changes nothing for a mapping.
+        if flags.contains(OFlags::PATH) || flags & OFlags::ACCMODE != OFlags::RDWR {
+            return Err(MappingError::Access);
+        }
         Self::map_shared(fd, offset, length, ProtFlags::READ | ProtFlags::WRITE)
     }
 
@@ -90,7 +100,8 @@ impl MappedWords {
         if !offset.is_multiple_of(crate::memory::PAGE_SIZE) {
             return Err(MappingError::Offset { offset });
         }
-        let stat = rustix::fs::fstat(fd).map_err(|source| MappingError::Kernel { length, source })?;
+        let kernel = |source| MappingError::Kernel { length, source };
+        let stat = rustix::fs::fstat(fd).map_err(kernel)?;
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         if offset.checked_add(length).is_none_or(|end| end > size) {
             return Err(MappingError::Short { size, offset, length });
@@ -98,8 +109,7 @@ impl MappedWords {
         let bytes = addressable(length.next_multiple_of(8))?;
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
         let start = unsafe { mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, offset) };
-        let start = start.map_err(|source| MappingError::Kernel { length, source })?;
-        Ok(Self { start: start.cast(), words: bytes / 8, touched: Touched::Unknown, offset })
+        Ok(Self { start: start.map_err(kernel)?.cast(), words: bytes / 8, touched: Touched::Unknown, offset })
     }
 
     /// The same for a shared mapping, and a walk over it asks `file`, which it is of, for its holes instead of reading them: that would be

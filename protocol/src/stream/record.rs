@@ -36,6 +36,9 @@ pub const FLAG_ZSTD: u16 = 1 << 2;
 /// The flags of a payload that is compressed; a record has one of them at most.
 pub const FLAGS_COMPRESSED: u16 = FLAG_LZ4 | FLAG_ZSTD;
 
+/// Flag of [`Kind::End`]: the guest stays paused at the destination. Its operator had paused it, or wants it so.
+pub const FLAG_PAUSED: u16 = 1 << 3;
+
 /// What a record is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
@@ -55,7 +58,7 @@ pub enum Kind {
     /// Pages that are still to come after the commit. The payload is a bitmap of the pages that the header names; see [`super::payload`].
     Remaining = 6,
     /// Nothing more comes on this stream but, on the primary, the commit. The payload is the totals of the stream. The number is 1 if postcopy
-    /// follows, in which more pages come and then another end.
+    /// follows, in which more pages come and then another end. [`FLAG_PAUSED`] on the one before the commit says that the guest stays paused.
     End = 7,
     /// The source gave up ownership.
     Commit = 8,
@@ -70,7 +73,7 @@ pub enum Kind {
     PassDone = 0x103,
     /// The destination verified the totals and loaded the state.
     Loaded = 0x104,
-    /// The destination's guest runs.
+    /// The destination's guest runs, or is there and stays paused.
     Resumed = 0x105,
     /// The sender failed: the payload says why. Either direction; nothing comes after it.
     Error = 0x106,
@@ -237,6 +240,7 @@ impl RecordHeader {
         let known = match kind {
             Kind::Data => FLAG_STRAY | FLAGS_COMPRESSED,
             Kind::Zero | Kind::Remaining => FLAG_STRAY,
+            Kind::End => FLAG_PAUSED,
             _ => 0,
         };
         let compressed = flags & FLAGS_COMPRESSED;

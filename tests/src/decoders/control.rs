@@ -6,10 +6,11 @@ use super::{choice, refused, same};
 use pageferry_client::{BlockRange, Compression, IncomingOptions, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FLAG_REPLY, HEADER_SIZE, MAX_BODY, VERSION};
 use pageferry_protocol::control::hook::{
-    self, Hook, PieceSize, decode_hook_reply, decode_state_reply, encode_hook_reply, encode_state_reply, reply_sequence,
+    self, Hook, PieceSize, SavedState, decode_hook_reply, decode_state_reply, encode_hook_reply, encode_state_reply,
+    reply_sequence,
 };
 use pageferry_protocol::control::job::{
-    JobKind, Mode, NonConvergence, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
+    JobKind, Mode, NonConvergence, RestoreMode, RestoreOptions, RunState, SnapshotMode, SnapshotOptions,
 };
 use pageferry_protocol::control::request::{
     AddBlockReply, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted, OWN_REQUESTS, RangesReply, RemoteError, Reply,
@@ -216,7 +217,7 @@ pub fn reply_seeds() -> Vec<Vec<u8>> {
         encode_reply(&Ok(status()), JobStatus::encode),
         encode_reply(&Reply::<()>::Err(error.clone()), |(), encoder| encoder),
         encode_hook_reply(40, &Err(error)),
-        encode_state_reply(41, &Ok(pieces)),
+        encode_state_reply(41, &Ok(SavedState { guest: RunState::Paused, pieces })),
     ];
     (0..).zip(bodies).map(|(kind, body)| [vec![kind], body].concat()).collect()
 }
@@ -244,7 +245,7 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
     let pieces = vec![PieceSize { name: "vcpu".into(), length: 1 << 30 }, PieceSize { name: String::new(), length: 0 }];
     let hooks = [
         Hook::Pause,
-        Hook::Resume { force: true },
+        Hook::Resume { force: true, paused: true },
         Hook::StartTracking,
         Hook::StopTracking,
         Hook::SyncTracker,

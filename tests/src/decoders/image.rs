@@ -5,6 +5,7 @@ use super::heap::{fair, within};
 use super::{choice, refused, same};
 use pageferry_protocol::control::Decoder;
 use pageferry_protocol::control::hook::{MAX_PIECES, MAX_STATE, PieceSize};
+use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::image::header::{HEADER_SIZE, MAGIC, VERSION};
 use pageferry_protocol::image::states::states_size;
 use pageferry_protocol::image::working_set::MAX_RUNS;
@@ -46,6 +47,7 @@ pub fn image_header(data: &[u8]) -> bool {
     };
     let fits = bytes[..8] == MAGIC
         && number::<4>(&bytes, 8) == u128::from(VERSION)
+        && number::<4>(&bytes, 12) <= 1
         && number::<8>(&bytes, 16) == 0
         && number::<4>(&bytes, HEADER_SIZE - 4) == u128::from(checksum(&bytes[..HEADER_SIZE - 4]))
         && (72..192).step_by(24).all(lies_in_the_file);
@@ -54,7 +56,6 @@ pub fn image_header(data: &[u8]) -> bool {
             assert!(fits, "{header:x?} was taken");
             assert_eq!(header.is_increment(), bytes[40..56] != [0; 16]);
             // What is written as zero, and not looked at.
-            bytes[12..16].fill(0);
             (72..192).step_by(24).for_each(|at| bytes[at + 20..at + 24].fill(0));
             bytes[192..].fill(0);
             seal(&mut bytes);
@@ -78,8 +79,15 @@ pub fn image_header_seeds() -> Vec<Vec<u8>> {
         section(0x80_0000, 0x1800),
         section(0x80_5000, 5),
     ];
-    let full = Header { id: [1; 16], base: [0; 16], taken: 1_700_000_000, file_length: 0x80_5005, sections };
-    let increment = Header { id: [2; 16], base: [1; 16], ..full.clone() };
+    let full = Header {
+        id: [1; 16],
+        base: [0; 16],
+        taken: 1_700_000_000,
+        guest: RunState::Running,
+        file_length: 0x80_5005,
+        sections,
+    };
+    let increment = Header { id: [2; 16], base: [1; 16], guest: RunState::Paused, ..full.clone() };
     let edges = Header { sections: [section(u64::MAX, 0); 5], file_length: u64::MAX, ..full.clone() };
     // The fields, and padding that is added again.
     let short = [&full, &increment, &edges].map(|header| [&[SEALED], &header.to_bytes()[..192]].concat());

@@ -1,7 +1,8 @@
 //! The options of `mock_vmm`.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry_agent::cli::{OutgoingArgs, parse_duration, parse_size};
+use pageferry_agent::cli::{OutgoingArgs, parse_duration, parse_resume, parse_size};
+use pageferry_client::ResumePolicy;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -58,6 +59,9 @@ pub struct SourceArgs {
     /// Pages that the guest writes per second, at random among those that are allocated in the file at the start and not discarded.
     #[arg(long, value_name = "PAGES_PER_SECOND", default_value_t = 0)]
     pub write_rate: u64,
+    /// The operator has paused the guest: it is moved or saved so.
+    #[arg(long)]
+    pub start_paused: bool,
     /// Who finds the guest's writes: the guest marks the shared dirty log, or the agent scans the mapping by userfaultfd.
     #[arg(long, value_enum, default_value_t = TrackerName::Log)]
     pub tracker: TrackerName,
@@ -101,6 +105,9 @@ pub struct DestinationArgs {
     /// With --lazy: read ahead the pages that this file names; if it is not there, write to it which pages the guest touches first.
     #[arg(long, value_name = "FILE", requires = "lazy")]
     pub working_set: Option<PathBuf>,
+    /// Whether the guest is given the go: auto, if it ran before; never, it stays paused.
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume)]
+    pub resume: ResumePolicy,
     /// How long an operator may take.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     pub wait_for: Duration,

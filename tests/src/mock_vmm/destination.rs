@@ -7,7 +7,7 @@ use crate::deadline::wait_for;
 use crate::guest::threads::{ThreadGuest, ThreadGuestOptions};
 use crate::usage::Usage;
 use crate::vmm::{MockVmm, Tracker};
-use pageferry_client::{IncomingOptions, Phase, RestoreMode, RestoreOptions};
+use pageferry_client::{IncomingOptions, Phase, RestoreMode, RestoreOptions, RunState};
 use pageferry_protocol::control::job::JobKind;
 
 /// Hands over the memory and waits for a guest, or restores one. What the source's guest wrote is compared with what came: before the commit, or in postcopy when all is here.
@@ -29,7 +29,11 @@ pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
         record.words_checked = vmm.usage().check()?;
         record.allocated_at_load = Some(vmm.memory().allocated()?);
     }
-    if status.phase == Phase::Completed && !record.runs {
+    let stays_paused = status.guest == Some(RunState::Paused);
+    if status.phase == Phase::Completed && record.runs == stays_paused {
+        if stays_paused {
+            return Err(Error::Mismatch("the guest was to stay paused, and was resumed".into()));
+        }
         return Err(Error::Mismatch("the job completed, but the guest was not resumed".into()));
     }
     log::info!("{} words of the guest's ledger were compared", record.words_checked);
@@ -40,13 +44,14 @@ pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
 fn start(vmm: &MockVmm, arguments: &DestinationArgs) -> Result<u64, Error> {
     // On standard error: with --json, standard output has one object only.
     if let Some(listen) = &arguments.listen {
-        let (job, address) = vmm.start_incoming(listen, &IncomingOptions::default())?;
+        let (job, address) =
+            vmm.start_incoming(listen, &IncomingOptions { resume: arguments.resume, ..IncomingOptions::default() })?;
         eprintln!("listening at {address}");
         return Ok(job);
     }
     if let Some(image) = &arguments.restore_from {
         let mode = if arguments.lazy { RestoreMode::Lazy } else { RestoreMode::Eager };
-        let options = RestoreOptions { mode, ..RestoreOptions::default() };
+        let options = RestoreOptions { mode, resume: arguments.resume, ..RestoreOptions::default() };
         let options = match &arguments.working_set {
             Some(file) => options.with_working_set(file).map_err(pageferry_client::Error::from)?,
             None => options,

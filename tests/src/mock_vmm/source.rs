@@ -35,7 +35,11 @@ pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
     Discards { client: vmm.client().clone(), usage: usage.clone(), punch, pending: arguments.discard.clone() }
         .make()?;
     vmm.set_guest(guest);
-    vmm.start()?;
+    if arguments.start_paused {
+        vmm.operator_pauses()?;
+    } else {
+        vmm.start()?;
+    }
 
     let pending = arguments.discard_during.clone();
     let during = Discards { client: vmm.client().clone(), usage, punch, pending };

@@ -180,9 +180,22 @@ fn descriptors_that_are_no_memory_are_refused() {
     assert_refused(&mut peer, &request, vec![socket.into(), memfd(4096)], &["block 2", "not a regular file"]);
     let memory = memfd(0x1000);
     let own = format!("/proc/self/fd/{}", memory.as_raw_fd());
-    for flags in [OFlags::RDONLY, OFlags::WRONLY] {
-        let half = rustix::fs::open(&own, flags | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        assert_refused(&mut peer, &request, vec![half, memfd(4096)], &["block 2", "reading and writing"]);
+    let opened = |path: &str, flags| rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    for (flags, name) in [
+        (OFlags::RDONLY, "O_RDONLY"),
+        (OFlags::WRONLY, "O_WRONLY"),
+        (OFlags::PATH, "O_PATH"),
+        // Linux writes at the end of such a file, wherever it is told to.
+        (OFlags::RDWR | OFlags::APPEND, "O_APPEND"),
+    ] {
+        let wrong = opened(&own, flags);
+        assert_refused(&mut peer, &request, vec![wrong, memfd(4096)], &["block 2", "memory fd", name]);
+    }
+    let whole = memfd(4096);
+    let bitmap = format!("/proc/self/fd/{}", whole.as_raw_fd());
+    for flags in [OFlags::RDONLY, OFlags::WRONLY, OFlags::PATH] {
+        let wrong = vec![memfd(0x1000), opened(&bitmap, flags)];
+        assert_refused(&mut peer, &request, wrong, &["block 2", "discard bitmap", "O_RDWR"]);
     }
     assert_refused(&mut peer, &request, vec![memfd(0x1000), memfd(0)], &["block 2", "discard bitmap", "shorter"]);
     assert_refused(&mut peer, &Request::RemoveBlock { id: 5 }, Vec::new(), &["block 5"]);

@@ -49,7 +49,8 @@ impl Scene {
     pub fn start_with(wire: Wire, source: Side, destination: Side, options: &OutgoingOptions) -> Self {
         let mut relay = Relay::over(wire);
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = *options;
-        let incoming = relay.listen(&destination.client, &IncomingOptions { peer_timeout, hook_timeout });
+        let incoming = relay
+            .listen(&destination.client, &IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() });
         let outgoing = relay.send(&source.client, options);
         Self { relay, source, destination: Some(destination), outgoing, incoming }
     }

@@ -78,7 +78,8 @@ fn migration(mode: Mode, random: &mut Random) -> OutgoingOptions {
 }
 
 fn waits() -> IncomingOptions {
-    IncomingOptions { peer_timeout: Duration::from_secs(3), hook_timeout: Duration::from_secs(3) }
+    let (peer_timeout, hook_timeout) = (Duration::from_secs(3), Duration::from_secs(3));
+    IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() }
 }
 
 fn address(folder: &Path, name: &str) -> String {

@@ -2,9 +2,9 @@
 //! not do then it does not do since the word says so.
 
 use crate::common::{Listening, Peer, Ram, Relay, SOON, Side, passes};
-use pageferry_client::{IncomingOptions, JobStatus, Phase, SnapshotMode, SnapshotOptions};
+use pageferry_client::{IncomingOptions, JobStatus, Phase, RunState, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::control::frame::FLAG_REPLY;
-use pageferry_protocol::control::hook::{Hook, encode_hook_reply, encode_state_reply};
+use pageferry_protocol::control::hook::{Hook, SavedState, encode_hook_reply, encode_state_reply};
 use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, Request};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
@@ -104,7 +104,10 @@ fn answer_hooks(socket: OwnedFd, given_up_at: Option<u32>, word: &FenceWord) {
         let (sequence, hook) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
         let body = match hook {
             Hook::Event { .. } => continue,
-            Hook::SaveState => encode_state_reply(sequence, &Ok(Vec::new())),
+            Hook::SaveState => {
+                let saved = SavedState { guest: RunState::Running, pieces: Vec::new() };
+                encode_state_reply(sequence, &Ok(saved))
+            }
             _ => encode_hook_reply(sequence, &Ok(())),
         };
         socket.send_parts(frame.request, FLAG_REPLY, &body, &[], Instant::now() + SOON).unwrap();

@@ -163,7 +163,8 @@ fn an_image_that_is_cut_off_while_all_of_it_is_read_fails_the_restore() {
         File::options().write(true).open(&copy).unwrap().set_len(length).unwrap();
         guest.hurry();
         let status = guest.wait(job);
-        assert_failed(&status, &["copy: the file ends at byte 0x", "it is truncated"]);
+        let ends = format!("the file ends at byte {length:#x}, ");
+        assert_failed(&status, &["copy: block 0: ", " at byte 0x", &ends, "it is truncated"]);
         assert!(guest.is_hole(), "{length:#x}");
         assert_eq!(guest.vmm.resumes(), 0);
     }
@@ -190,7 +191,8 @@ fn an_image_that_is_cut_off_before_a_guest_runs_that_it_is_read_for_leaves_none(
             Ok(())
         });
         let status = guest.restored(&copy, &lazy());
-        assert_failed(&status, &["copy: the file ends at byte 0x"]);
+        let ends = format!("the file ends at byte {length:#x}, ");
+        assert_failed(&status, &["copy: block 0: ", " at byte 0x", &ends]);
         assert!(guest.is_hole(), "{length:#x}");
         assert_eq!((guest.vmm.resumes(), guest.losses()), (0, 0));
         guest.vmm.off(At::LoadState);
@@ -214,7 +216,8 @@ fn an_image_that_is_cut_off_under_a_guest_that_runs_loses_it_and_nothing_wrong_i
         guest.reaches(Phase::Prefetching);
         File::options().write(true).open(&copy).unwrap().set_len(length).unwrap();
         guest.hurry();
-        assert_failed(&guest.wait(job), &["copy: the file ends at byte 0x"]);
+        let ends = format!("the file ends at byte {length:#x}, ");
+        assert_failed(&guest.wait(job), &["copy: block 0: ", " at byte 0x", &ends]);
         assert_eq!((guest.vmm.resumes(), guest.losses()), (1, 1));
         assert_right_or_missing(guest.block(), &bytes, "cut off");
     }

@@ -229,7 +229,10 @@ fn a_load_that_waits_goes_on_whatever_ends_its_job_and_the_next_migration_arrive
             continue;
         }
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = postcopy();
-        let incoming = scene.relay.listen(&scene.destination.client, &IncomingOptions { peer_timeout, hook_timeout });
+        let incoming = scene.relay.listen(
+            &scene.destination.client,
+            &IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() },
+        );
         let outgoing = scene.relay.send(&scene.source.client, &postcopy());
         assert_eq!(scene.relay.finish(&scene.source.client, outgoing).phase, Phase::Completed);
         assert_eq!(scene.relay.finish(&scene.destination.client, incoming).phase, Phase::Completed);

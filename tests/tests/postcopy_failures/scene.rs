@@ -131,7 +131,8 @@ impl Scene {
         let mut relay = Relay::over(wire);
         source.client.discard(&[source.ram.range(DISCARDED, 1)], Punch::Yes).unwrap();
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = *options;
-        let incoming = relay.listen(&destination.client, &IncomingOptions { peer_timeout, hook_timeout });
+        let incoming = relay
+            .listen(&destination.client, &IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() });
         let outgoing = relay.send(&source.client, options);
         Self { relay, source, destination, outgoing, incoming }
     }

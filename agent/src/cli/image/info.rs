@@ -69,6 +69,7 @@ fn to_json(newest: &Image, images: &[Image], error: Option<&ImageError>) -> Map<
     object.insert("id".into(), json!(id_text(&header.id)));
     object.insert("base".into(), json!(base));
     object.insert("taken".into(), json!(header.taken));
+    object.insert("guest".into(), json!(header.guest.name()));
     object.insert("taken_utc".into(), json!(utc(header.taken)));
     object.insert("file_bytes".into(), json!(header.file_length));
     object.insert("disk_bytes".into(), json!(disk_bytes(newest)));
@@ -99,6 +100,7 @@ fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
     line("version", format!("{VERSION}, features {FEATURES:#x}"));
     line("id", id_text(&header.id));
     line("taken", utc(header.taken));
+    line("guest", header.guest.name().to_owned());
     if header.is_increment() {
         line("base", format!("{} {}", id_text(&header.base), contents.base_name.escape_debug()));
     }

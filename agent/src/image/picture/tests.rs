@@ -2,6 +2,7 @@ use super::*;
 use crate::image::chain::images;
 use crate::image::test_support::{Model, Page, merged, pages, write, zero};
 use crate::image::writer::Base;
+use pageferry_protocol::control::job::RunState;
 use proptest::prelude::*;
 
 /// The pages of a cell, counted one by one.
@@ -100,7 +101,7 @@ fn a_picture_is_no_larger_than_it_may_be() {
     writer.put(2, PageRange::new(0, 1), &[1; 4096]).unwrap();
     let bitmaps = table.blocks().iter().map(|block| pageferry_protocol::shm::MappedBitmap::private(block.pages()));
     let discarded: Vec<_> = bitmaps.map(Result::unwrap).collect();
-    let rest = crate::image::writer::Rest { discarded: &discarded, changed: None };
+    let rest = crate::image::writer::Rest { guest: RunState::Running, discarded: &discarded, changed: None };
     writer.finish(rest, &Base::default(), vec![], None).unwrap();
     let image = Image::open(&path).unwrap();
     for width in [0, 1, 1024, u32::MAX] {

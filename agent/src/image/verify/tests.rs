@@ -169,6 +169,26 @@ fn a_file_of_another_length_is_refused() {
 }
 
 #[test]
+fn a_file_that_is_cut_off_while_it_is_checked_is_named_with_its_length_and_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = image(&folder);
+    let layout = Image::open(&path).unwrap().layout().clone();
+    let end = layout.page(1, 1099) + 9;
+    // The pages of the first extent are done by then; those of the last are not.
+    let cut = |done: u64, _: u64| {
+        if done > 0 && path.metadata().unwrap().len() > end {
+            open(&path).set_len(end).unwrap();
+        }
+    };
+    let report = verify(&path, 1, 9, &cut);
+    let errors: Vec<String> = report.errors.iter().map(|error| sentence(error)).collect();
+    let ends = format!("the file ends at byte {end:#x}, ");
+    assert!(!errors.is_empty() && errors.iter().all(|error| error.contains(&ends)), "{errors:?}");
+    let sums = format!("block 6: checksums of pages 0x400 + 0x200, at byte {:#x}: ", layout.page_sum(1, 1024));
+    assert!(errors.iter().any(|error| error.contains(&sums)), "{errors:?}");
+}
+
+#[test]
 fn what_is_put_after_the_end_is_found_though_the_header_counts_it_in() {
     let folder = tempfile::tempdir().unwrap();
     let path = image(&folder);

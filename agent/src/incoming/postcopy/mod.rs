@@ -26,7 +26,7 @@ use crate::memory::pool;
 use crate::transport::Listener;
 use arrive::Arrival;
 use faults::{Asking, Requests};
-use pageferry_protocol::control::job::Phase;
+use pageferry_protocol::control::job::{Phase, RunState};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -42,9 +42,10 @@ pub struct Incomplete {
     ours: bool,
 }
 
-/// Lets the guest run, and receives what it is owed.
+/// Lets the guest run, or stay paused as `guest_is` says, and receives what it is owed.
 pub fn take_guest_first(
     job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, remaining: Remaining, received: Received,
+    guest_is: RunState,
 ) -> Result<(), JobError> {
     let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
@@ -76,7 +77,7 @@ pub fn take_guest_first(
             // Whoever receives waits for the source, and hears of the end in no other way.
             answer(job, arriving, &mut asking, stop, |_| job.cancel.force());
         });
-        let arrived = guest.run(accepted, received);
+        let arrived = guest.run(accepted, received, guest_is);
         registered.complete = arrived.is_ok();
         // What is a hole now is zero for good: all is here, or no guest ever runs here. Nobody waits
         // any more, before the VMM is asked for anything else: it may be waiting for one who does.
@@ -94,7 +95,7 @@ pub fn take_guest_first(
 
 impl Incomplete {
     /// Loads the state, takes the guest over, and receives the rest, however often the connections are lost.
-    fn run(&mut self, accepted: &mut Accepted, received: Received) -> Result<(), JobError> {
+    fn run(&mut self, accepted: &mut Accepted, received: Received, guest_is: RunState) -> Result<(), JobError> {
         self.requests.connect(&self.job, &self.arriving, &accepted.urgent);
         let (job, mut ours) = (self.job.clone(), false);
         let outcome = Arrival::new(&job, &self.arriving, accepted).run(|primary, writer| {
@@ -103,7 +104,7 @@ impl Incomplete {
             if !self.arriving.loaded() {
                 return Err(JobError::State("the connections broke while the VMM loaded its state".into()));
             }
-            let told = take_over(&job, primary, writer, &mut ours)?;
+            let told = take_over(&job, primary, writer, guest_is, &mut ours)?;
             job.enter(Phase::Postcopy);
             Ok(told?)
         });

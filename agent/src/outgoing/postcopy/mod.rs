@@ -38,7 +38,7 @@ impl Migration {
         self.job.freeze();
         let mut stop = Stop::begin(&self.job.stop, &self.job.options());
         let mut paused = PausedGuest::pause(&self.job)?;
-        let owed = self.send_state_and_remaining(&paused, since, &mut stop).map_err(|error| stop.explain(error))?;
+        let owed = self.send_state_and_remaining(&mut paused, since, &mut stop).map_err(|error| stop.explain(error))?;
         let kept = owed.copy()?;
         let mut supply = Supply::new(&self.job, self.session, self.address.clone(), owed, Some(kept));
         let mut confirmed = false;
@@ -64,9 +64,10 @@ impl Migration {
     }
 
     fn send_state_and_remaining(
-        &mut self, paused: &PausedGuest, since: Since, stop: &mut Stop,
+        &mut self, paused: &mut PausedGuest, since: Since, stop: &mut Stop,
     ) -> Result<Owed, JobError> {
         let state = paused.save_state()?;
+        let arrives = self.run_state_there(&state);
         // Memory follows once the guest runs there.
         self.expect_to_send(stop, state.bytes());
         self.send_state(&state)?;
@@ -75,7 +76,7 @@ impl Migration {
         if since == Since::Passes {
             self.send_late_frees()?;
         }
-        self.send_end(Some(owed.left()))?;
+        self.send_end(Some(owed.left()), arrives)?;
         Ok(owed)
     }
 }

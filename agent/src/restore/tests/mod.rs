@@ -97,7 +97,9 @@ fn write_image(
     let changed = (*base != Base::default()).then_some(changed.as_slice());
     let pieces = vec![PieceSize { name: "devices".into(), length: 3 }];
     let state = state_file_of([&b"abc"[..]]).unwrap();
-    writer.finish(Rest { discarded: &discarded, changed }, base, pieces, Some(state.as_fd())).unwrap();
+    writer
+        .finish(Rest { guest: RunState::Running, discarded: &discarded, changed }, base, pieces, Some(state.as_fd()))
+        .unwrap();
     Base { id, name: path.to_str().unwrap().into() }
 }
 

@@ -1,6 +1,6 @@
 //! Fields that several kinds of jobs are started with.
 
-use super::{MAX_STREAMS, MIN_BANDWIDTH};
+use super::{MAX_STREAMS, MIN_BANDWIDTH, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder};
 use std::time::Duration;
 
@@ -26,6 +26,10 @@ pub(super) fn flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<boo
         value @ 0..=1 => Ok(value == 1),
         value => Err(DecodeError::Value { field, value: value.into(), allowed: "0 or 1" }),
     }
+}
+
+pub(super) fn resume(decoder: &mut Decoder<'_>) -> Result<ResumePolicy, DecodeError> {
+    ResumePolicy::from_wire(decoder.u16("resume")?)
 }
 
 pub(super) fn micros(duration: Duration) -> u64 {

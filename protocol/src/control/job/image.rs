@@ -1,7 +1,7 @@
 //! What a snapshot and a restore are started with.
 
-use super::fields::{bandwidth, flag, micros, timeout, workers};
-use super::{MAX_ADDRESS, OutgoingOptions};
+use super::fields::{bandwidth, flag, micros, resume, timeout, workers};
+use super::{MAX_ADDRESS, OutgoingOptions, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -157,6 +157,8 @@ pub struct RestoreOptions {
     /// With [`RestoreMode::Lazy`]: path of the working set. If the file is there, its pages are read ahead; if not, those that the guest touches first are
     /// written to it. Empty for none. See [`RestoreOptions::with_working_set`].
     pub working_set: String,
+    /// Whether the guest is resumed once it is here.
+    pub resume: ResumePolicy,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
 }
@@ -164,7 +166,8 @@ pub struct RestoreOptions {
 impl Default for RestoreOptions {
     fn default() -> Self {
         let SnapshotOptions { workers, bandwidth, hook_timeout, .. } = SnapshotOptions::default();
-        Self { mode: RestoreMode::Eager, workers, bandwidth, working_set: String::new(), hook_timeout }
+        let (mode, resume) = (RestoreMode::Eager, ResumePolicy::Auto);
+        Self { mode, workers, bandwidth, working_set: String::new(), resume, hook_timeout }
     }
 }
 
@@ -178,7 +181,7 @@ impl RestoreOptions {
     }
 
     pub(in crate::control) fn encode(&self, encoder: Encoder) -> Encoder {
-        let encoder = encoder.u16(self.mode as u16).u16(self.workers).u64(self.bandwidth);
+        let encoder = encoder.u16(self.mode as u16).u16(self.workers).u16(self.resume as u16).u64(self.bandwidth);
         encoder.u64(micros(self.hook_timeout)).text(&self.working_set)
     }
 
@@ -186,6 +189,7 @@ impl RestoreOptions {
         let options = Self {
             mode: RestoreMode::from_wire(decoder.u16("mode")?)?,
             workers: workers(decoder)?,
+            resume: resume(decoder)?,
             bandwidth: bandwidth(decoder)?,
             hook_timeout: timeout(decoder, "hook_timeout")?,
             working_set: decoder.text("working_set", MAX_ADDRESS)?.to_owned(),

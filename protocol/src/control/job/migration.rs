@@ -1,7 +1,7 @@
 //! What a migration is started with.
 
-use super::MAX_STREAMS;
-use super::fields::{bandwidth, flag, micros, timeout};
+use super::fields::{bandwidth, flag, micros, resume, timeout};
+use super::{MAX_STREAMS, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use std::time::Duration;
 
@@ -130,7 +130,7 @@ impl Compression {
     }
 }
 
-/// Options of an outgoing migration. All but the mode, the streams, the compression, the release and the timeouts can be changed while it runs.
+/// Options of an outgoing migration. All but the mode, the streams, the compression, the release, the resume and the timeouts can be changed while it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutgoingOptions {
     /// Number of connections, 1 to [`MAX_STREAMS`]. A target that is one handed-over descriptor has one.
@@ -155,6 +155,8 @@ pub struct OutgoingOptions {
     pub urgent_streams: u16,
     /// With postcopy: free each page here once the destination has it. The source can then not be resumed, even by force.
     pub release: bool,
+    /// Whether the guest is resumed at the destination. At the source a failure always leaves it as it was.
+    pub resume: ResumePolicy,
     /// How long the peer may be silent where an answer is due, take to send a record that it began, and
     /// take to receive what is sent to it. A guest that is paused for its hand-over runs on here unless
     /// the destination has loaded it within this, two `hook_timeout`, and ten times the time that the state
@@ -177,6 +179,7 @@ impl Default for OutgoingOptions {
             switch_after: 0,
             urgent_streams: 2,
             release: false,
+            resume: ResumePolicy::Auto,
             peer_timeout: Duration::from_secs(30),
             hook_timeout: Duration::from_secs(10),
         }
@@ -192,6 +195,7 @@ impl OutgoingOptions {
             .u32(self.switch_after)
             .u16(self.urgent_streams)
             .u16(u16::from(self.release))
+            .u16(self.resume as u16)
             .u32(self.max_passes)
             .u64(micros(self.downtime_limit))
             .u64(self.bandwidth)
@@ -208,6 +212,7 @@ impl OutgoingOptions {
         let switch_after = decoder.u32("switch_after")?;
         let urgent_streams = decoder.u16("urgent_streams")?;
         let release = flag(decoder, "release")?;
+        let resume = resume(decoder)?;
         let max_passes = decoder.u32("max_passes")?;
         let downtime_limit = Duration::from_micros(decoder.u64("downtime_limit")?);
         let bandwidth = bandwidth(decoder)?;
@@ -229,6 +234,7 @@ impl OutgoingOptions {
             switch_after,
             urgent_streams,
             release,
+            resume,
             peer_timeout,
             hook_timeout,
         };
@@ -273,6 +279,8 @@ impl OutgoingOptions {
 /// Options of an incoming migration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IncomingOptions {
+    /// Whether the guest is resumed here. It stays paused, too, if the source says so.
+    pub resume: ResumePolicy,
     /// How long the source may be silent once it is connected.
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer a hook.
@@ -281,19 +289,20 @@ pub struct IncomingOptions {
 
 impl Default for IncomingOptions {
     fn default() -> Self {
-        let OutgoingOptions { peer_timeout, hook_timeout, .. } = OutgoingOptions::default();
-        Self { peer_timeout, hook_timeout }
+        let OutgoingOptions { resume, peer_timeout, hook_timeout, .. } = OutgoingOptions::default();
+        Self { resume, peer_timeout, hook_timeout }
     }
 }
 
 impl IncomingOptions {
     pub(in crate::control) fn encode(&self, encoder: Encoder) -> Encoder {
-        encoder.u64(micros(self.peer_timeout)).u64(micros(self.hook_timeout))
+        encoder.u64(micros(self.peer_timeout)).u64(micros(self.hook_timeout)).u16(self.resume as u16)
     }
 
     pub(in crate::control) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
         let peer_timeout = timeout(decoder, "peer_timeout")?;
         let hook_timeout = timeout(decoder, "hook_timeout")?;
-        Ok(Self { peer_timeout, hook_timeout })
+        let resume = resume(decoder)?;
+        Ok(Self { resume, peer_timeout, hook_timeout })
     }
 }

@@ -3,15 +3,18 @@
 //! - [`migration`]: what a migration is started with;
 //! - [`image`]: what a snapshot and a restore are;
 //! - `fields`: what these have in common on the wire;
+//! - [`run_state`]: whether a guest runs, and is to run where it arrives;
 //! - [`status`]: what a job is, and how it stands.
 
 mod fields;
 pub mod image;
 pub mod migration;
+pub mod run_state;
 pub mod status;
 
 pub use image::{NotUtf8, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
 pub use migration::{Compression, IncomingOptions, Mode, NonConvergence, OutgoingOptions};
+pub use run_state::{ResumePolicy, RunState};
 pub use status::{Counters, JobKind, JobStatus, Phase};
 
 /// Most streams of one migration, and most threads of a snapshot or a restore.

@@ -1,6 +1,6 @@
 //! What a job is, and how it stands.
 
-use super::MAX_SENTENCE;
+use super::{MAX_SENTENCE, RunState};
 use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
 
 /// What a job is.
@@ -188,7 +188,8 @@ counters! {
     pass_pages_done,
     /// Microseconds since the job started; stands when it ends.
     total_us,
-    /// Microseconds from asking the VMM to pause until the destination said that its guest runs. Snapshot: until the VMM said so.
+    /// Microseconds from asking the VMM to pause until the destination said that its guest runs, or stays paused as it was asked to. Snapshot: until the VMM said so. Zero of a guest that its
+    /// operator had paused before.
     downtime_us,
     /// Microseconds that the guest would stand still if it were stopped now.
     expected_downtime_us,
@@ -229,7 +230,7 @@ counters! {
     unchanged_pages,
     /// Restore: pages of the working set that were read ahead.
     working_set_pages,
-    /// Restore: microseconds from the request until the VMM said that its guest runs.
+    /// Restore: microseconds from the request until the VMM said that its guest runs, or has it and leaves it paused.
     running_us,
 }
 
@@ -242,6 +243,8 @@ pub struct JobStatus {
     pub kind: JobKind,
     /// Where it stands.
     pub phase: Phase,
+    /// The run state that the guest has where the job brings it, or that its image says; `None` until that is known.
+    pub guest: Option<RunState>,
     /// Its figures.
     pub counters: Counters,
     /// Why it failed or is paused; or, while it goes on, what an operator should know: why an incoming
@@ -253,7 +256,9 @@ pub struct JobStatus {
 impl JobStatus {
     /// Adds the fields to a body.
     pub fn encode(&self, encoder: Encoder) -> Encoder {
-        let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32);
+        // Zero while it is not known.
+        let guest = self.guest.map_or(0, |guest| guest as u32 + 1);
+        let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32).u32(guest);
         self.counters.encode(encoder).text(clip(&self.error, MAX_SENTENCE))
     }
 
@@ -266,8 +271,21 @@ impl JobStatus {
             job: decoder.u64("job")?,
             kind: JobKind::from_wire(decoder.u32("kind")?)?,
             phase: Phase::from_wire(decoder.u32("phase")?)?,
+            guest: decode_guest(decoder)?,
             counters: Counters::decode(decoder)?,
             error: decoder.text("error", MAX_SENTENCE)?.to_owned(),
         })
+    }
+}
+
+fn decode_guest(decoder: &mut Decoder<'_>) -> Result<Option<RunState>, DecodeError> {
+    let value = decoder.u32("guest")?;
+    match value.checked_sub(1).map(RunState::from_wire) {
+        None => Ok(None),
+        Some(Some(guest)) => Ok(Some(guest)),
+        Some(None) => {
+            let allowed = "0 not known, 1 running, 2 paused";
+            Err(DecodeError::Value { field: "guest", value: value.into(), allowed })
+        }
     }
 }

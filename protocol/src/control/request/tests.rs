@@ -1,8 +1,13 @@
 use super::*;
 use crate::control::job::{
-    Compression, Counters, JobKind, JobStatus, Mode, NonConvergence, Phase, RestoreMode, SnapshotMode,
+    Compression, Counters, JobKind, JobStatus, Mode, NonConvergence, Phase, RestoreMode, ResumePolicy, RunState,
+    SnapshotMode,
 };
 use proptest::prelude::*;
+
+fn any_resume() -> impl Strategy<Value = ResumePolicy> {
+    prop::sample::select(ResumePolicy::NAMES.map(|(_, policy)| policy).to_vec())
+}
 
 fn any_options() -> impl Strategy<Value = OutgoingOptions> {
     let policy = prop::sample::select(NonConvergence::NAMES.map(|(_, policy)| policy).to_vec());
@@ -12,10 +17,15 @@ fn any_options() -> impl Strategy<Value = OutgoingOptions> {
         (1..=Compression::MAX_LEVEL).prop_map(Compression::Zstd),
     ];
     let mode = prop::sample::select(Mode::NAMES.map(|(_, mode)| mode).to_vec());
-    let postcopy = (mode, any::<u32>(), any::<bool>());
+    let postcopy = (mode, any::<u32>(), any::<bool>(), any_resume());
     let numbers = (1u16..=32, 0u64..1 << 40, any::<u64>(), any::<u32>(), 1u64..1 << 30);
     (numbers, policy, compression, postcopy).prop_map(
-        |((streams, downtime, bandwidth, max_passes, timeout), policy, compression, (mode, switch_after, release))| {
+        |(
+            (streams, downtime, bandwidth, max_passes, timeout),
+            policy,
+            compression,
+            (mode, switch_after, release, resume),
+        )| {
             OutgoingOptions {
                 streams,
                 downtime_limit: Duration::from_micros(downtime),
@@ -27,6 +37,7 @@ fn any_options() -> impl Strategy<Value = OutgoingOptions> {
                 switch_after,
                 urgent_streams: 33 - streams,
                 release,
+                resume,
                 peer_timeout: Duration::from_micros(timeout),
                 hook_timeout: Duration::from_micros(timeout + 1),
             }
@@ -53,8 +64,9 @@ fn any_snapshot() -> impl Strategy<Value = SnapshotOptions> {
 
 fn any_restore() -> impl Strategy<Value = RestoreOptions> {
     let mode = prop::sample::select(RestoreMode::NAMES.map(|(_, mode)| mode).to_vec());
-    (mode, 1u16..=64, any::<u64>(), 1u64..1 << 30, ".{0,60}").prop_map(
-        |(mode, workers, bandwidth, timeout, working_set)| RestoreOptions {
+    (mode, 1u16..=64, any::<u64>(), 1u64..1 << 30, ".{0,60}", any_resume()).prop_map(
+        |(mode, workers, bandwidth, timeout, working_set, resume)| RestoreOptions {
+            resume,
             mode,
             workers,
             bandwidth,
@@ -228,12 +240,17 @@ fn a_path_of_an_image_that_is_too_long_is_refused_by_field() {
 #[test]
 fn a_status_survives_the_wire() {
     let counters = Counters { passes: 3, throttle_percent: 99, wire_bytes: u64::MAX, ..Counters::default() };
-    let status =
-        JobStatus { job: 7, kind: JobKind::Outgoing, phase: Phase::Unconfirmed, counters, error: "gone".into() };
-    let body = status.encode(Encoder::new()).finish();
-    let mut decoder = Decoder::new(&body);
-    assert_eq!(JobStatus::decode(&mut decoder).unwrap(), status);
-    decoder.finish().unwrap();
+    for guest in [None, Some(RunState::Running), Some(RunState::Paused)] {
+        let (kind, phase, error) = (JobKind::Outgoing, Phase::Unconfirmed, "gone".into());
+        let status = JobStatus { job: 7, kind, phase, guest, counters, error };
+        let body = status.encode(Encoder::new()).finish();
+        let mut decoder = Decoder::new(&body);
+        assert_eq!(JobStatus::decode(&mut decoder).unwrap(), status);
+        decoder.finish().unwrap();
+    }
+    let unknown = Encoder::new().u64(7).u32(1).u32(4).u32(3).finish();
+    let error = JobStatus::decode(&mut Decoder::new(&unknown)).unwrap_err().to_string();
+    assert_eq!(error, "guest is 0x3, allowed: 0 not known, 1 running, 2 paused");
 }
 
 #[test]

@@ -1,0 +1,150 @@
+//! Memory on a tmpfs that hands out huge pages for small writes: what arrives there, or is restored,
+//! allocates nothing that the source had not.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::images::paused;
+use common::{Listening, passes};
+use pageferry_client::{BlockRange, IncomingOptions, Mode, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
+use pageferry_tests::require;
+use pageferry_tests::tmpfs::Tmpfs;
+use pageferry_tests::usage::Usage;
+use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use std::sync::Arc;
+
+/// Pages of a huge page.
+const HUGE: u64 = 512;
+const PAGES: u64 = 20 * HUGE;
+
+/// A VMM on an agent. The VMM goes first.
+struct Side {
+    vmm: MockVmm,
+    _agent: Listening,
+}
+
+impl Side {
+    fn new(fd_offset: u64, backing: Backing) -> Self {
+        let agent = Listening::new();
+        let ram = BlockLayout { fd_offset, backing, ..BlockLayout::ram(PAGES * PAGE_SIZE) };
+        let usage = Usage::new(Arc::new(TestMemory::new(vec![ram]).unwrap())).unwrap();
+        let vmm = MockVmm::connect(&agent.path, usage, Tracker::Log).unwrap();
+        Self { vmm, _agent: agent }
+    }
+
+    /// In a memfd, which allocates page by page.
+    fn source() -> Self {
+        let side = Self::new(0, Backing::Memfd);
+        let runs = [
+            // One page of a huge page.
+            PageRange::new(5, 1),
+            // A huge page that begins densely, and is not.
+            PageRange::new(HUGE, 200),
+            // A whole one, and one that is discarded in part.
+            PageRange::new(2 * HUGE, 2 * HUGE),
+            // Across the border of two.
+            PageRange::new(6 * HUGE - 10, 90),
+        ];
+        for run in runs {
+            side.block().fill(run, 3).unwrap();
+        }
+        // One page of each of the rest.
+        for huge_page in 8..PAGES / HUGE {
+            side.block().fill(PageRange::new(huge_page * HUGE + huge_page, 1), 4).unwrap();
+        }
+        let discarded = PageRange::new(3 * HUGE + 100, 50);
+        let range = BlockRange { block: 0, offset: discarded.offset(), length: discarded.bytes() };
+        side.vmm.client().discard(&[range], Punch::Yes).unwrap();
+        side.vmm.start().unwrap();
+        side
+    }
+
+    /// On a tmpfs that is mounted with `huge`; not aligned to its huge pages if `odd`.
+    fn on(tmpfs: Tmpfs, huge: &str, odd: bool) -> Self {
+        let fd_offset = if odd { 3 * PAGE_SIZE } else { 0 };
+        let options = format!("size=256M,huge={huge}");
+        let file = tmpfs.file(&options, fd_offset + PAGES * PAGE_SIZE).unwrap();
+        // Else there is nothing to be seen.
+        let side = Self::new(fd_offset, Backing::File(Arc::new(file)));
+        side.block().write(0, &[1]).unwrap();
+        let allocated = side.block().allocated().unwrap();
+        assert!(allocated > PAGE_SIZE, "this kernel does not hand out huge pages for small writes: {allocated:#x}");
+        side.block().punch(side.block().all()).unwrap();
+        side
+    }
+
+    fn block(&self) -> &TestBlock {
+        self.vmm.memory().block(0).unwrap()
+    }
+
+    /// It holds what the other does, and has allocated nothing that the other has not.
+    #[track_caller]
+    fn assert_no_more_than(&self, source: &Side, what: &str) {
+        for page in 0..PAGES {
+            assert_eq!(
+                self.block().read_page(page).unwrap(),
+                source.block().read_page(page).unwrap(),
+                "{what}: page {page:#x}"
+            );
+        }
+        let pages = |side: &Side| side.block().extents().unwrap();
+        let there = pages(source);
+        let surplus = |run: &PageRange| !there.iter().any(|have| have.intersection(run) == *run);
+        let more: Vec<PageRange> = pages(self).into_iter().filter(surplus).collect();
+        assert!(more.is_empty(), "{what}: allocated here alone: {more:x?}");
+    }
+}
+
+/// The ways of a tmpfs to hand out huge pages, aligned and not.
+fn ways() -> Vec<(Tmpfs, &'static str, bool)> {
+    let Some(tmpfs) = require::tmpfs() else { return Vec::new() };
+    vec![(tmpfs, "always", false), (tmpfs, "within_size", false), (tmpfs, "always", true)]
+}
+
+#[test]
+fn a_guest_that_arrives_on_huge_pages_takes_no_more_than_it_did() {
+    for (tmpfs, huge, odd) in ways() {
+        let precopy = passes(2);
+        let mut options = vec![precopy.clone(), OutgoingOptions { streams: 3, ..precopy.clone() }];
+        if require::uffd() {
+            options.push(OutgoingOptions { mode: Mode::Hybrid, switch_after: 1, ..precopy.clone() });
+            options.push(OutgoingOptions { mode: Mode::Postcopy, ..precopy });
+        }
+        for options in options {
+            let what = format!("{huge}, {odd}, {:?} with {} streams", options.mode, options.streams);
+            let (from, to) = (Side::source(), Side::on(tmpfs, huge, odd));
+            let (incoming, address) = to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+            let outgoing = from.vmm.start_outgoing(&address, &options).unwrap();
+            for (side, job) in [(&from, outgoing), (&to, incoming)] {
+                let status = side.vmm.wait_job(job, PATIENCE).unwrap();
+                assert_eq!(status.phase, Phase::Completed, "{what}: {}", status.error);
+            }
+            to.assert_no_more_than(&from, &what);
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_is_restored_on_huge_pages_takes_no_more_than_it_did() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    let from = Side::source();
+    let status = from.vmm.wait_job(from.vmm.start_snapshot(&image, &paused()).unwrap(), PATIENCE).unwrap();
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    for (tmpfs, huge, odd) in ways() {
+        let mut modes = vec![RestoreMode::Eager];
+        if require::uffd() {
+            modes.push(RestoreMode::Lazy);
+        }
+        for mode in modes {
+            let what = format!("{huge}, {odd}, {mode:?}");
+            let to = Side::on(tmpfs, huge, odd);
+            let options = RestoreOptions { mode, ..RestoreOptions::default() };
+            let status = to.vmm.wait_job(to.vmm.start_restore(&image, &options).unwrap(), PATIENCE).unwrap();
+            assert_eq!(status.phase, Phase::Completed, "{what}: {}", status.error);
+            to.assert_no_more_than(&from, &what);
+        }
+    }
+}
