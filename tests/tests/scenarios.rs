@@ -284,7 +284,7 @@ fn write_under_kvm(side: &Side, page: u64, stamp: u64) {
 fn stale_bits_in_kvms_log_do_not_bring_discarded_pages_back() {
     const STALE: u64 = 0xdead_0000_beef;
     let mut scene = Scene::new();
-    scene.source.client.set_trackers(Trackers { hooks: true, pagemap: None }).unwrap();
+    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
     for page in 0..PAGES {
         write_under_kvm(&scene.source, page, if (70..130).contains(&page) { STALE } else { 1000 + page });
     }
@@ -307,7 +307,7 @@ fn stale_bits_in_kvms_log_do_not_bring_discarded_pages_back() {
 #[test]
 fn a_clear_that_straddles_a_discarded_range_loses_no_write_of_its_neighbours() {
     let mut scene = Scene::new();
-    scene.source.client.set_trackers(Trackers { hooks: true, pagemap: None }).unwrap();
+    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
     let (ram, first) = (scene.source.ram.clone(), scene.source.ram.gpa / PAGE_SIZE);
     let clears = Arc::new(Mutex::new(0u64));
     let (counted, vmm) = (clears.clone(), Arc::downgrade(&scene.source.vmm));

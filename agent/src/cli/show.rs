@@ -15,6 +15,7 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     object.insert("status".into(), json!(status.phase.name()));
     let error = if status.error.is_empty() { Value::Null } else { json!(status.error) };
     object.insert("error".into(), error);
+    object.insert("trackers".into(), json!(status.trackers.names().collect::<Vec<_>>()));
     object.extend(status.counters.named().map(|(name, value)| (name.to_owned(), json!(value))));
     object
 }
@@ -42,8 +43,11 @@ pub fn time(micros: u64) -> String {
 pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     let counters = &status.counters;
     let pages = |count: u64| format!("{count} ({})", bytes(count * PAGE_SIZE));
-    let mut lines =
-        vec![("job", format!("{} {}", status.job, status.kind.name())), ("status", status.phase.name().to_owned())];
+    let mut lines = vec![
+        ("job", format!("{} {}", status.job, status.kind.name())),
+        ("status", status.phase.name().to_owned()),
+        ("trackers", status.trackers.to_string()),
+    ];
     let faults = [
         ("faults", counters.faults.to_string()),
         ("fault p50, p90", format!("{}, {}", time(counters.fault_p50_us), time(counters.fault_p90_us))),
@@ -118,7 +122,8 @@ pub fn print(status: &JobStatus, json: bool) -> io::Result<()> {
     if json {
         writeln!(out, "{}", Value::Object(to_json(status)))
     } else if status.phase == Phase::Idle {
-        writeln!(out, "no job was started yet")
+        writeln!(out, "no job was started yet")?;
+        writeln!(out, "{:18} {}", "trackers", status.trackers)
     } else {
         table(status).iter().try_for_each(|(name, value)| writeln!(out, "{name:18} {value}"))
     }
@@ -265,7 +270,7 @@ mod tests {
     #[test]
     fn json_has_every_figure_under_its_own_name() {
         let object = to_json(&JobStatus::default());
-        for name in ["status", "error", "passes", "pages_sent", "wire_bytes", "downtime_us"] {
+        for name in ["status", "error", "trackers", "passes", "pages_sent", "wire_bytes", "downtime_us"] {
             assert!(object.contains_key(name), "{name}");
         }
     }

@@ -1,6 +1,7 @@
 //! What a job is, and how it stands.
 
 use super::MAX_SENTENCE;
+use crate::control::Trackers;
 use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
 
 /// What a job is.
@@ -242,6 +243,8 @@ pub struct JobStatus {
     pub kind: JobKind,
     /// Where it stands.
     pub phase: Phase,
+    /// The trackers that the VMM has declared; the empty set if it has declared none.
+    pub trackers: Trackers,
     /// Its figures.
     pub counters: Counters,
     /// Why it failed or is paused; or, while it goes on, what an operator should know: why an incoming
@@ -253,7 +256,7 @@ pub struct JobStatus {
 impl JobStatus {
     /// Adds the fields to a body.
     pub fn encode(&self, encoder: Encoder) -> Encoder {
-        let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32);
+        let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32).u32(self.trackers.bits());
         self.counters.encode(encoder).text(clip(&self.error, MAX_SENTENCE))
     }
 
@@ -266,6 +269,7 @@ impl JobStatus {
             job: decoder.u64("job")?,
             kind: JobKind::from_wire(decoder.u32("kind")?)?,
             phase: Phase::from_wire(decoder.u32("phase")?)?,
+            trackers: Trackers::from_wire("trackers", decoder.u32("trackers")?)?,
             counters: Counters::decode(decoder)?,
             error: decoder.text("error", MAX_SENTENCE)?.to_owned(),
         })
