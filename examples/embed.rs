@@ -5,7 +5,7 @@
 
 use pageferry_client::{
     BlockRange, Client, Config, HookError, HookThread, Hooks, IncomingOptions, LogBitmap, OutgoingOptions, Phase,
-    Punch, StatePiece, Target,
+    Punch, StatePiece, Target, Trackers,
 };
 use std::error::Error;
 use std::process::{Child, Command, ExitCode};
@@ -56,6 +56,8 @@ fn attach(vm: Vm, memory: &GuestMemoryMmap<LogBitmap>) -> Result<(Client, HookTh
     let (client, channel, child) =
         Client::spawn(agent.args(["agent", "--stdin"]).env("RUST_LOG", "warn"), Config::default())?;
     client.add_guest_memory(memory)?;
+    // Who writes? Here only devices do, and `LogBitmap` marks them. With vCPUs: `Trackers::HOOKS` (KVM's dirty log) or `Trackers::WRITE_PROTECT`.
+    client.set_trackers(Trackers::LOG_IS_COMPLETE)?;
     Ok((client, channel.spawn(vm)?, child))
 }
 

@@ -8,7 +8,7 @@ use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::hook::{self, Hook, PieceSize, SavedState};
 use pageferry_protocol::control::job::JobStatus;
-use pageferry_protocol::control::request::RemoteError;
+use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::VecDeque;
@@ -35,6 +35,14 @@ pub enum HookError {
         hook: &'static str,
         /// What the VMM said.
         error: RemoteError,
+    },
+    /// The VMM's code panicked. Its client caught it.
+    #[error("hook \"{hook}\" panicked in the VMM: {message}")]
+    Panicked {
+        /// What was asked.
+        hook: &'static str,
+        /// The message of the panic.
+        message: String,
     },
     /// The answer is malformed.
     #[error("hook \"{hook}\" was answered wrongly")]
@@ -154,7 +162,7 @@ impl Hooks {
         let reply = self.exchange(hook, fds, timeout)?;
         match hook::decode_hook_reply(&reply.body) {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(HookError::Refused { hook: name, error }),
+            Ok(Err(error)) => Err(refused(name, error)),
             Err(source) => Err(HookError::Malformed { hook: name, source }),
         }
     }
@@ -179,7 +187,7 @@ impl Hooks {
         let (name, reply) = (hook.name(), self.exchange(hook, &[], timeout)?);
         match hook::decode_hook_reply(&reply.body) {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(HookError::Refused { hook: name, error }),
+            Ok(Err(error)) => return Err(refused(name, error)),
             Err(source) => return Err(HookError::Malformed { hook: name, source }),
         }
         let wrong = |fds: Vec<OwnedFd>| HookError::Fds { hook: name, count: fds.len(), expected: 1 };
@@ -200,7 +208,7 @@ impl Hooks {
         let reply = self.exchange(&Hook::SaveState, &[], timeout)?;
         let saved = match hook::decode_state_reply(&reply.body) {
             Ok(Ok(saved)) => saved,
-            Ok(Err(error)) => return Err(HookError::Refused { hook, error }),
+            Ok(Err(error)) => return Err(refused(hook, error)),
             Err(source) => return Err(HookError::Malformed { hook, source }),
         };
         let count = reply.fds.len();
@@ -306,6 +314,13 @@ impl Channel {
                 }
             }
         }
+    }
+}
+
+fn refused(hook: &'static str, error: RemoteError) -> HookError {
+    match error.code {
+        ErrorCode::Panicked => HookError::Panicked { hook, message: error.sentence },
+        _ => HookError::Refused { hook, error },
     }
 }
 

@@ -1,23 +1,23 @@
-//! The handle of an agent: connecting, blocks, trackers, and a new agent after a lost one.
+//! The handle of an agent: connecting, and a new agent after a lost one.
 //!
 //! What the guest's memory needs to survive the agent ([`Memory`]) is made here and handed to each agent in turn.
 
 use crate::agent_process::AgentProcess;
-use crate::block::{Block, BlockAdded, BlockSpec, errno};
+use crate::blocks::send_block;
 use crate::control::{Control, Link};
 use crate::error::Error;
 use crate::faults::Faults;
+use crate::heartbeat::{Ends, Heartbeat};
 use crate::hooks::{HookChannel, Parts};
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
 use crate::shared::Fence;
+use crate::tracking::active::Tracking;
+use crate::tracking::declared::Declared;
 use crate::writes::Writes;
 use pageferry_protocol::control::job::JobStatus;
-use pageferry_protocol::control::request::{
-    AddBlockReply, BLOCK_DISCARDED, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT,
-};
+use pageferry_protocol::control::request::Request;
 use pageferry_protocol::control::unix_path::connect_unix;
-use pageferry_protocol::memory::BlockGeometry;
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -30,25 +30,32 @@ pub struct Config {
     /// Bytes of guest physical address space that the dirty log covers, from address zero. The default of 4 TiB takes a memfd of 128 MiB,
     /// which is sparse: it costs memory only where guest pages are dirty. No block can lie outside.
     pub log_covers: u64,
-    /// How long the agent may take to answer a request, and to take an answer. It is lost if it takes longer. While it takes a background snapshot it
-    /// answers a discard when it has saved what that covers: large ones are cut into requests with which a disk that saves 13 MiB in a second is in time, if this is at
-    /// least 80 milliseconds. To listen at a name it looks that up for up to 5 seconds, so leave it more than those.
+    /// How long the agent may take to answer a request, and to take an answer. It is lost if it takes longer. While it takes a snapshot it
+    /// answers a discard when it has saved what that covers: large ones are cut into requests with which a disk that saves 13 MiB in a second is in time, if this and
+    /// `stall_timeout` are at least 80 milliseconds. To listen at a name it looks that up for up to 5 seconds, so leave it more than those.
     pub request_timeout: Duration,
+    /// The same, while the agent holds up a guest that can go on without it: a background snapshot watches its writes, or it is paused
+    /// by a hook and not given up. `request_timeout` if that is shorter. An agent that hangs is found within this time and half a second then, and the
+    /// guest goes on. The agent answers at any time, however busy its jobs are; what this has to cover is a machine that gives the agent no
+    /// processor for a while. A false alarm costs the job.
+    ///
+    /// A guest whose memory is still to come (postcopy, lazy restore) cannot go on without its agent, and a false alarm would cost the guest. So there
+    /// `request_timeout` counts.
+    pub stall_timeout: Duration,
+    /// Time between two signs of life of the agent while nothing waits for it. An idle agent that hangs is found within this time and
+    /// `request_timeout`, and [`Hooks::agent_lost`](crate::Hooks::agent_lost) is called.
+    pub heartbeat: Duration,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { log_covers: 4 << 40, request_timeout: Duration::from_secs(10) }
+        Self {
+            log_covers: 4 << 40,
+            request_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(3),
+            heartbeat: Duration::from_secs(5),
+        }
     }
-}
-
-/// Which trackers report the guest's writes, beside the shared log.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Trackers<'a> {
-    /// The VMM answers the sync and clear hooks: KVM's dirty log.
-    pub hooks: bool,
-    /// Write-protect scanning through this `/proc/self/pagemap` of the VMM. Duplicated.
-    pub pagemap: Option<BorrowedFd<'a>>,
 }
 
 /// The VMM's side of an agent. Clones are the same client; any thread may use any of them.
@@ -67,6 +74,7 @@ struct Inner {
     ownership: Arc<SharedOwnership>,
     faults: Arc<Faults>,
     writes: Arc<Writes>,
+    tracking: Arc<Tracking>,
     session: Mutex<Session>,
     /// Who is next to have the session. The session's own lock goes to whoever is there when it is given back, which is the one who gave it back and wants it again.
     turn: Mutex<()>,
@@ -87,15 +95,11 @@ impl WeakClient {
 pub(crate) struct Session {
     pub(crate) control: Control,
     /// What a new agent has to be told about trackers.
-    trackers: KeptTrackers,
+    pub(crate) trackers: Declared,
     /// Processes that were handed the guest's memory, and are not known to have ended.
     processes: Vec<Arc<AgentProcess>>,
-}
-
-#[derive(Debug, Default)]
-struct KeptTrackers {
-    hooks: bool,
-    pagemap: Option<OwnedFd>,
+    /// Watches over the agent while nothing else does. None only while a client is made.
+    _heartbeat: Option<Heartbeat>,
 }
 
 impl Drop for Inner {
@@ -147,30 +151,39 @@ impl Client {
     /// If the agent refuses or breaks the handshake.
     pub fn from_socket(socket: OwnedFd, config: Config) -> Result<(Self, HookChannel), Error> {
         let (memory, fence) = (Arc::new(Memory::new(config.log_covers)?), Arc::new(Fence::new()?));
-        let (ownership, faults, writes) = (Arc::new(SharedOwnership::new()), Arc::default(), Arc::default());
+        let ownership = Arc::new(SharedOwnership::new());
+        let (faults, writes, tracking) = (Arc::default(), Arc::default(), Arc::default());
         let (mut control, hooks) = Control::open(socket, &fence, &ownership, config.request_timeout)?;
         control.hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)?;
         let link = Arc::clone(control.link());
         let processes = link.process().into_iter().cloned().collect();
-        let session = Mutex::new(Session { control, trackers: KeptTrackers::default(), processes });
-        let client = Self {
-            inner: Arc::new(Inner {
-                config,
-                memory,
-                fence,
-                ownership,
-                faults,
-                writes,
-                session,
-                turn: Mutex::default(),
-            }),
-        };
+        let session = Session { control, trackers: Declared::default(), processes, _heartbeat: None };
+        let (session, turn) = (Mutex::new(session), Mutex::default());
+        let inner = Inner { config, memory, fence, ownership, faults, writes, tracking, session, turn };
+        let client = Self { inner: Arc::new(inner) };
+        client.session()._heartbeat = Some(client.watch_idle(&link)?);
         let channel = client.channel(hooks.ours, link);
         Ok((client, channel))
     }
 
+    /// Finds out that the agent hangs while nobody asks it anything. The hook channel tells the VMM.
+    fn watch_idle(&self, link: &Arc<Link>) -> Result<Heartbeat, Error> {
+        let (weak, ended) = (WeakClient(Arc::downgrade(&self.inner)), Arc::clone(link));
+        let interval = self.inner.config.heartbeat;
+        Heartbeat::start(
+            weak,
+            Arc::clone(link),
+            interval,
+            Ends::Control,
+            |_| false,
+            move |_| {
+                ended.cut();
+            },
+        )
+    }
+
     fn channel(&self, hooks: OwnedFd, link: Arc<Link>) -> HookChannel {
-        let Inner { config, memory, ownership, faults, writes, .. } = &*self.inner;
+        let Inner { config, memory, ownership, faults, writes, tracking, .. } = &*self.inner;
         HookChannel::new(
             hooks,
             link,
@@ -179,6 +192,7 @@ impl Client {
                 ownership: Arc::clone(ownership),
                 faults: Arc::clone(faults),
                 writes: Arc::clone(writes),
+                tracking: Arc::clone(tracking),
                 client: WeakClient(Arc::downgrade(&self.inner)),
             },
             config.request_timeout,
@@ -190,7 +204,7 @@ impl Client {
     /// # Errors
     /// As [`Client::connect`], and if the new agent refuses a block.
     pub fn reattach(&self, path: &Path) -> Result<HookChannel, Error> {
-        self.reattach_socket(connect(path, self.request_timeout())?)
+        self.reattach_socket(connect(path, self.inner.config.request_timeout)?)
     }
 
     /// Gives up the agent, if it is not lost already, and hands the same dirty log, blocks, bitmaps of discarded pages and trackers to a
@@ -221,80 +235,17 @@ impl Client {
         let handed_over = control
             .hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)
             .and_then(|()| memory.all().iter().try_for_each(|block| send_block(&mut control, block, 0).map(drop)))
-            .and_then(|()| match session.trackers.sources() {
-                0 => Ok(()),
-                _ => session.trackers.send(&mut control),
-            });
-        if let Err(error) = handed_over {
-            control.retire("it refused what it was handed");
-            return Err(error);
+            .and_then(|()| session.trackers.send(&mut control))
+            .and_then(|()| self.watch_idle(&link));
+        match handed_over {
+            Ok(heartbeat) => session._heartbeat = Some(heartbeat),
+            Err(error) => {
+                control.retire("it refused what it was handed");
+                return Err(error);
+            }
         }
         session.control = control;
         Ok(self.channel(hooks.ours, link))
-    }
-
-    /// Adds a block of guest memory.
-    ///
-    /// # Errors
-    /// If the block is not valid, overlaps another, lies outside the dirty log, or the agent refuses it or is lost.
-    pub fn add_block(&self, spec: BlockSpec<'_>) -> Result<BlockAdded, Error> {
-        let geometry = BlockGeometry {
-            id: spec.id,
-            name: spec.name.to_owned(),
-            gpa: spec.gpa,
-            length: spec.length,
-            granularity: spec.granularity,
-        };
-        let mut session = self.session();
-        if let Some(lost) = session.control.lost() {
-            return Err(lost);
-        }
-        self.memory().reserve(&geometry)?;
-        let flags = if spec.discarded { BLOCK_DISCARDED } else { 0 };
-        let added = Block::new(geometry, &spec).and_then(|block| {
-            let added = send_block(&mut session.control, &block, flags)?;
-            self.memory().insert(Arc::new(block));
-            Ok(added)
-        });
-        if added.is_err() {
-            self.memory().forget(spec.id);
-        }
-        added
-    }
-
-    /// Removes a block. Without an agent it is only forgotten here, so that no later agent is handed it.
-    ///
-    /// # Errors
-    /// If there is no such block, or the agent refuses because a job needs it.
-    pub fn remove_block(&self, id: u32) -> Result<(), Error> {
-        let mut session = self.session();
-        if self.memory().block(id).is_none() {
-            return Err(Error::UnknownBlock { id });
-        }
-        match session.control.request(&Request::RemoveBlock { id }, &[], |_| Ok(())) {
-            Err(refused @ Error::Refused { .. }) => Err(refused),
-            Ok(()) | Err(_) => {
-                self.memory().forget(id);
-                Ok(())
-            }
-        }
-    }
-
-    /// Says which trackers report the guest's writes. The shared log always does.
-    ///
-    /// # Errors
-    /// If the agent refuses, as it does while a job runs, or is lost.
-    pub fn set_trackers(&self, trackers: Trackers<'_>) -> Result<(), Error> {
-        let pagemap = trackers
-            .pagemap
-            .map(|fd| fd.try_clone_to_owned())
-            .transpose()
-            .map_err(|source| Error::Kernel { what: "duplicate the pagemap", source: errno(&source) })?;
-        let kept = KeptTrackers { hooks: trackers.hooks, pagemap };
-        let mut session = self.session();
-        kept.send(&mut session.control)?;
-        session.trackers = kept;
-        Ok(())
     }
 
     /// The dirty log. Whoever writes guest memory marks it *after* the write.
@@ -369,52 +320,42 @@ impl Client {
 
     /// Asks the agent for a sign of life, unless somebody is asking it something already: how its last job stands. If it owes one, the connection is cut.
     pub(crate) fn ask_for_life(&self) -> Option<JobStatus> {
+        // Nothing is gained by giving an agent up that may still say that no commit left.
+        if self.ownership() == Ownership::Relinquished {
+            return None;
+        }
         let mut session = match self.inner.session.try_lock() {
             Ok(session) => session,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
+        session.control.set_timeout(self.patience());
         // Also a refusal is one.
         session.control.request(&Request::QueryStatus, &[], JobStatus::decode).ok()
     }
 
-    pub(crate) fn request_timeout(&self) -> Duration {
-        self.inner.config.request_timeout
+    /// How long the agent may take to answer now.
+    pub(crate) fn patience(&self) -> Duration {
+        let Inner { config, ownership, writes, .. } = &*self.inner;
+        let held_up = writes.are_watched() || ownership.lock().waits_for_agent();
+        if held_up { self.least_patience() } else { config.request_timeout }
+    }
+
+    /// The same at its least.
+    pub(crate) fn least_patience(&self) -> Duration {
+        self.inner.config.request_timeout.min(self.inner.config.stall_timeout)
     }
 
     /// What the agent is asked through. Whoever gives it back and wants it again comes after those who wait for it.
     pub(crate) fn session(&self) -> MutexGuard<'_, Session> {
         let _turn = self.inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.inner.session.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut session = self.inner.session.lock().unwrap_or_else(PoisonError::into_inner);
+        session.control.set_timeout(self.patience());
+        session
     }
 }
 
 /// An agent that hangs takes no connection, and is waited for no longer than for an answer.
 fn connect(path: &Path, timeout: Duration) -> Result<OwnedFd, Error> {
     connect_unix(path, Instant::now() + timeout).map_err(|source| Error::Connect { path: path.to_owned(), source })
-}
-
-fn send_block(control: &mut Control, block: &Block, flags: u32) -> Result<BlockAdded, Error> {
-    let request = Request::AddBlock {
-        geometry: block.geometry.clone(),
-        fd_offset: block.fd_offset,
-        vmm_address: block.vmm_address,
-        flags,
-    };
-    let reply =
-        control.request(&request, &[block.memory.as_fd(), block.discarded_fd.as_fd()], AddBlockReply::decode)?;
-    Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
-}
-
-impl KeptTrackers {
-    fn sources(&self) -> u32 {
-        let hooks = if self.hooks { TRACKER_HOOKS } else { 0 };
-        let scanning = if self.pagemap.is_some() { TRACKER_WRITE_PROTECT } else { 0 };
-        hooks | scanning
-    }
-
-    fn send(&self, control: &mut Control) -> Result<(), Error> {
-        let fds: Vec<BorrowedFd<'_>> = self.pagemap.iter().map(AsFd::as_fd).collect();
-        control.request(&Request::SetTrackers { sources: self.sources() }, &fds, |_| Ok(()))
-    }
 }

@@ -130,6 +130,23 @@ impl Link {
         [self.control.as_fd(), self.hooks.as_fd()]
     }
 
+    /// A connection to nobody, and the far ends of its channels.
+    #[cfg(test)]
+    pub(crate) fn for_test() -> (Self, [OwnedFd; 2]) {
+        let ((control, far_control), (hooks, far_hooks)) = (socket_pair().unwrap(), socket_pair().unwrap());
+        let link = Self {
+            id: 1,
+            control,
+            hooks,
+            fence: Arc::new(Fence::new().unwrap()),
+            ownership: Arc::new(SharedOwnership::new()),
+            process: OnceLock::new(),
+            is_cut: AtomicBool::new(false),
+            is_settled: AtomicBool::new(false),
+        };
+        (link, [far_control, far_hooks])
+    }
+
     /// Ends the hook channel for both sides.
     pub(crate) fn cut_hooks(&self) {
         let _ = shutdown(&self.hooks, Shutdown::Both);
@@ -244,6 +261,11 @@ impl Control {
     /// The connection.
     pub(crate) fn link(&self) -> &Arc<Link> {
         &self.link
+    }
+
+    /// How long the agent may take from now on to answer a request.
+    pub(crate) fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
     }
 
     /// Why the agent is lost; `None` if it is not, as far as is known.

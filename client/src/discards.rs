@@ -20,10 +20,11 @@
 use crate::block::Block;
 use crate::client::{Client, Session};
 use crate::error::Error;
-use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, RangesReply, Request};
+use crate::ownership::Ownership;
+use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, ErrorCode, RangesReply, Request};
 use pageferry_protocol::memory::PageRange;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Who frees the memory under a range that is discarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -35,15 +36,18 @@ pub enum Punch {
     No,
 }
 
+/// Time between two tries of [`Client::populate_within`].
+const LOOK: Duration = Duration::from_millis(5);
+
 /// Bytes that a disk saves in a second, if it is busy with other things.
 const SAVED_PER_SECOND: u128 = 13 << 20;
 
 /// Most bytes that one request discards, but for blocks whose unit is larger: what can be saved before the agent counts as lost. A power of two.
-fn most_discarded(request_timeout: Duration) -> u64 {
+fn most_discarded(patience: Duration) -> u64 {
     const LEAST: u128 = 1 << 20;
     // Nor does anybody else who wants to ask something wait for more.
     const MOST: u128 = 128 << 20;
-    let saved = (SAVED_PER_SECOND * request_timeout.as_millis() / 1000).clamp(LEAST, MOST);
+    let saved = (SAVED_PER_SECOND * patience.as_millis() / 1000).clamp(LEAST, MOST);
     1 << saved.ilog2()
 }
 
@@ -102,7 +106,7 @@ impl Client {
     }
 
     fn give_back(&self, ranges: &[BlockRange], way: Way) -> Result<u64, Error> {
-        let most = most_discarded(self.request_timeout());
+        let most = most_discarded(self.least_patience());
         let mut checked = Vec::new();
         for entry in self.check(ranges, Block::inward)? {
             cut(entry, most, &mut checked)?;
@@ -155,11 +159,22 @@ impl Client {
     /// Returns the number of pages that were discarded before.
     ///
     /// # Errors
-    /// If a range is no part of a block, or the agent refuses ([`Error::Refused`], with the code `Busy` if a job is in the way). Nothing is populated
-    /// then. A lost agent is no error: the client does it.
+    /// - [`Error::GuestGone`] if the guest has left by a migration: its memory here is not in use any
+    ///   more, and trying again does not help;
+    /// - [`Error::Refused`] with the code `Busy` if a job is in the way for a while: the last pass of
+    ///   a migration, or a guest that is on its way here ([`Client::populate_within`] waits for that);
+    /// - if a range is no part of a block, or the agent refuses for another reason.
+    ///
+    /// Nothing is populated then. A lost agent is no error: the client does it.
     pub fn populate(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
         let checked = self.check(ranges, Block::outward)?;
         let mut session = self.session();
+        let ownership = self.shared_ownership().lock();
+        if ownership.is_gone(session.control.link().id) {
+            let sentence = format!("ownership is {:?}", ownership.ownership());
+            return Err(Error::GuestGone { sentence });
+        }
+        drop(ownership);
         let mut changed = 0;
         // Runs that this call populated. One batch is all or nothing by itself, so only more than one needs them.
         let mut undo: Vec<BlockRange> = Vec::new();
@@ -170,7 +185,7 @@ impl Client {
             let request = Request::Populate { ranges: batch.iter().map(|entry| entry.range).collect() };
             changed += match session.control.request(&request, &[], RangesReply::decode) {
                 Ok(reply) => reply.changed_pages,
-                Err(Error::AgentLost { .. }) => {
+                Err(Error::AgentLost { .. }) if !self.is_given_up() => {
                     // It may be about to discard what the guest uses again from now on.
                     session.control.settle();
                     batch.iter().map(|entry| entry.block.populate(entry.pages, &self.memory().log)).sum()
@@ -179,12 +194,42 @@ impl Client {
                     drop(session);
                     // They were stale a moment ago, and nobody was told that they are not.
                     self.discard(&undo, Punch::No)?;
-                    return Err(refused);
+                    return Err(match refused {
+                        Error::Refused { code: ErrorCode::Gone, sentence } => Error::GuestGone { sentence },
+                        Error::AgentLost { reason } => {
+                            Error::GuestGone { sentence: format!("it was given up, and its agent is lost: {reason}") }
+                        }
+                        refused => refused,
+                    });
                 }
             };
             undo.extend(discarded);
         }
         Ok(changed)
+    }
+
+    /// As [`Client::populate`], and waits for at most `patience` while a job is in the way.
+    ///
+    /// Nothing else of the client is held up meanwhile. Do not call it on a thread that a hook waits
+    /// for: the job that is in the way may need that hook.
+    ///
+    /// # Errors
+    /// As [`Client::populate`]; the code is `Busy` only if the job was in the way for all of that time.
+    pub fn populate_within(&self, ranges: &[BlockRange], patience: Duration) -> Result<u64, Error> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let outcome = self.populate(ranges);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !matches!(outcome, Err(Error::Refused { code: ErrorCode::Busy, .. })) || left.is_zero() {
+                return outcome;
+            }
+            std::thread::sleep(LOOK.min(left));
+        }
+    }
+
+    /// True if the guest was given up, and perhaps has left.
+    fn is_given_up(&self) -> bool {
+        matches!(self.ownership(), Ownership::Relinquished | Ownership::Gone)
     }
 
     /// Finds the blocks and rounds all ranges, before anything is changed.

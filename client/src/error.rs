@@ -121,16 +121,19 @@ pub enum Error {
         /// The region's guest physical address.
         gpa: u64,
     },
-    /// A block is mapped nowhere, so the guest cannot run before its memory is here, nor while it is saved.
-    #[error("block {id} has no vmm_address, which postcopy, lazy restore and background snapshots need")]
+    /// A block is mapped nowhere, so its mapping can be registered with no userfaultfd.
+    #[error(
+        "block {id} has no vmm_address, which postcopy, lazy restore, background snapshots and write-protect tracking need"
+    )]
     NotMapped {
         /// The block.
         id: u32,
     },
-    /// A mapping has another use, which leaves no room for watching writes.
+    /// A mapping is registered with a userfaultfd that is not the client's, or while its memory is
+    /// still missing. The client switches between its own uses by itself.
     #[error(
-        "block {id} is registered with another userfaultfd: a background snapshot cannot run while write-protect tracking or \
-         missing-page faults are registered on the mapping; use mode paused"
+        "block {id} is registered with another userfaultfd already, and a mapping can have only one: background \
+         snapshots, write-protect tracking, postcopy and lazy restore need it (a snapshot of mode paused does not)"
     )]
     RegisteredElsewhere {
         /// The block.
@@ -151,6 +154,33 @@ pub enum Error {
     /// Userfaultfd is not to be had, or a mapping cannot be registered.
     #[error(transparent)]
     Userfault(#[from] pageferry_protocol::userfault::UserfaultError),
+    /// The set of trackers is empty.
+    #[error("no tracker is named; if every writer marks the dirty log, that is Trackers::LOG_IS_COMPLETE")]
+    NoTracker,
+    /// The guest has left, so there is nothing to populate here. Trying again does not help.
+    #[error("the guest is gone from here: {sentence}")]
+    GuestGone {
+        /// For people: by what job, or how.
+        sentence: String,
+    },
+    /// The client itself panicked: a defect of this library. The agent counts as lost.
+    #[error("the hook channel panicked, and the agent was given up: {message}")]
+    Panicked {
+        /// The message of the panic.
+        message: String,
+    },
+    /// The file under a block ends before the block.
+    #[error("block {id}: fd_offset {fd_offset:#x} + length {length:#x} ends after its file, which has {size:#x} bytes")]
+    ShortFile {
+        /// The block.
+        id: u32,
+        /// Where the block begins in its file, in bytes.
+        fd_offset: u64,
+        /// The block's length in bytes.
+        length: u64,
+        /// The file's size in bytes.
+        size: u64,
+    },
     /// There is no migration to recover.
     #[error("ownership is {ownership:?}, and no migration is known that could be recovered")]
     NothingToRecover {

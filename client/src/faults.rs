@@ -26,10 +26,11 @@
 use crate::client::WeakClient;
 use crate::control::Link;
 use crate::error::Error;
-use crate::heartbeat::Heartbeat;
+use crate::heartbeat::{BUSY, Ends, Heartbeat};
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
 use crate::registration::Registered;
+use crate::threads::{caught, start};
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::userfault::{MAX_FAULTS, Poisoned, Register, feature};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -199,7 +200,7 @@ impl Faults {
 fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
     let (weak, id) = (client.clone(), link.id);
     // A VMM without a hook channel may still have an agent that places pages.
-    Heartbeat::start(client, link, false, will_not_come, move |stopped| {
+    Heartbeat::start(client, link, BUSY, Ends::Control, will_not_come, move |stopped| {
         if let Some(client) = weak.upgrade() {
             client.faults().let_go(id, client.shared_ownership());
         }
@@ -235,14 +236,16 @@ fn poison(registered: &Arc<Registered>) -> Result<Poisoner, Error> {
             for range in &registered.ranges {
                 let _ = registered.uffd.wake(*range);
             }
-            if !answer(&registered, &stopped, &mut faults, &mut marked) {
-                break;
+            match caught(|| answer(&registered, &stopped, &mut faults, &mut marked)) {
+                Ok(true) => {}
+                Ok(false) => break,
+                // Whoever waits at a page has nobody else, so it goes on.
+                Err(panic) => log::error!("answering who touches a missing page panicked: {panic}"),
             }
         }
         marked
     };
-    let thread = std::thread::Builder::new().name("pageferry-poison".into()).spawn(run);
-    thread.map(|thread| Poisoner { stop, thread }).map_err(|source| Error::Thread { source })
+    Ok(Poisoner { stop, thread: start("pageferry-poison", run)? })
 }
 
 /// Poisons the pages of the faults that come, for a while, and adds them to `marked`; false when it is to end, or cannot.

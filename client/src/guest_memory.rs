@@ -23,7 +23,7 @@ impl Client {
         for (id, region) in (0..).zip(memory.iter()) {
             if let Err(error) = self.add_region(id, region) {
                 for id in ids {
-                    // Refused only if a job runs, which then already has the block.
+                    // Nobody has used them yet, and a job that was started in between is of no use without the rest.
                     let _ = self.remove_block(id);
                 }
                 return Err(error);

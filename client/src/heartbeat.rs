@@ -1,20 +1,39 @@
-//! Whether the agent lives, found out by a thread of its own: while somebody may wait for the agent at a page of guest memory, nobody else can be relied on
-//! to look. The threads of the VMM may be the ones that wait, that of the hook channel among them. And while the guest is paused for the agent, nobody may have a
-//! reason to.
+//! Watches whether the agent lives, on a thread of its own.
 //!
-//! An agent that dies is found at once, by the end of the connection. One that hangs is asked for a sign of life once a second, and is given up like any
-//! other that owes an answer for too long ([`Config::request_timeout`](crate::Config::request_timeout)), which ends the connection, too.
+//! Other threads cannot be relied on to look: while memory of the guest is missing, or protected,
+//! each of them may wait for the agent at a page, that of the hook channel among them. While the
+//! guest is paused, or nothing happens at all, no thread may have a reason to look.
+//!
+//! An agent that dies is found at once, by the end of the connection. One that hangs is asked for a
+//! sign of life in every interval: how its last job stands. If it owes the answer for too long the
+//! client gives it up, as for any other request, which ends the connection.
+//!
+//! | while | interval | patience |
+//! | --- | --- | --- |
+//! | memory is protected, or the guest is paused for the agent | [`BUSY`] | the shorter of [`Config::stall_timeout`] and [`Config::request_timeout`] |
+//! | memory is missing | [`BUSY`] | [`Config::request_timeout`] |
+//! | otherwise | [`Config::heartbeat`] | [`Config::request_timeout`] |
+//!
+//! Without an agent a guest goes on that is paused, or that waits to write. One whose memory is
+//! missing is lost, so a false alarm is worse there than a longer wait.
 //!
 //! # What this thread may wait for
 //!
-//! For the agent, until that deadline; for nobody else. Above all not for the lock of the session, under which a VMM's thread may wait: it is tried, and a beat is
-//! left out where it is held. Nothing is lost by that, since whoever holds it asks the agent something, so the answer is a sign of life, and the lack of one is found there.
-//! Those requests come to their end without guest memory: what is sent is encoded on the heap, the bitmaps of discarded pages and the log are
-//! files of their own, and freeing a range of guest memory faults at none of its pages.
+//! For the agent, until that deadline; for nobody else. Above all not for the lock of the session,
+//! under which a VMM's thread may wait: it is tried, and a beat is left out where it is held.
+//! Nothing is lost by that, since whoever holds it asks the agent something: the answer is a sign of
+//! life, and the lack of one is found there, with the same patience. Those requests come to their
+//! end without guest memory: what is sent is encoded on the heap, the bitmaps of discarded pages and
+//! the log are files of their own, and freeing a range of guest memory faults at none of its pages.
+//!
+//! [`Config::stall_timeout`]: crate::Config::stall_timeout
+//! [`Config::heartbeat`]: crate::Config::heartbeat
+//! [`Config::request_timeout`]: crate::Config::request_timeout
 
 use crate::client::WeakClient;
 use crate::control::Link;
 use crate::error::Error;
+use crate::threads::{caught, start};
 use pageferry_protocol::control::job::JobStatus;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -22,8 +41,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Time between two signs of life of the agent.
-const HEARTBEAT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// Time between two signs of life while somebody may wait for the agent.
+pub(crate) const BUSY: Duration = Duration::from_millis(500);
 
 /// The thread. Dropping this ends it.
 #[derive(Debug)]
@@ -44,45 +63,103 @@ impl Stopped {
     }
 }
 
+/// Which end of a connection is the end of the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ends {
+    /// That of the control channel. A VMM without a hook channel may still have an agent.
+    Control,
+    /// That of either channel.
+    Either,
+}
+
 impl Heartbeat {
-    /// Starts the thread, which calls `lost` when the connection ends: the control channel, and with `hooks` already when the hook channel does. Also when `is_lost` says so
-    /// of how the job of an agent that lives stands. They may be called before this returns.
+    /// Starts the thread, which calls `lost` when the connection ends, or when `is_lost` says so of
+    /// how the job of a living agent stands. Also if the thread itself panics: then the connection
+    /// is cut first. Both may be called before this returns.
     ///
     /// # Errors
     /// If the thread cannot be started.
     pub(crate) fn start(
-        client: WeakClient, link: Arc<Link>, hooks: bool, is_lost: impl Fn(&JobStatus) -> bool + Send + 'static,
+        client: WeakClient, link: Arc<Link>, interval: Duration, ends: Ends,
+        is_lost: impl Fn(&JobStatus) -> bool + Send + 'static, lost: impl FnOnce(Stopped) + Send + 'static,
+    ) -> Result<Self, Error> {
+        let look = move || {
+            // A client that is dropped cuts the link.
+            let status = client.upgrade().and_then(|client| client.ask_for_life());
+            status.is_some_and(|status| is_lost(&status))
+        };
+        Self::watch(link, interval, ends, look, lost)
+    }
+
+    fn watch(
+        link: Arc<Link>, interval: Duration, ends: Ends, look: impl Fn() -> bool + Send + 'static,
         lost: impl FnOnce(Stopped) + Send + 'static,
     ) -> Result<Self, Error> {
         let (stopped, stop) =
             rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(Error::kernel("make a pipe"))?;
         let stopped = Stopped(stopped);
         let run = move || {
-            while let Some(alive) = beat(&stopped, &link.ends()[..if hooks { 2 } else { 1 }]) {
-                if !alive {
-                    return lost(stopped);
+            let watched = caught(|| {
+                let ends = &link.ends()[..if ends == Ends::Either { 2 } else { 1 }];
+                while let Some(alive) = beat(&stopped, ends, interval) {
+                    if !alive || look() {
+                        return true;
+                    }
                 }
-                // A client that is dropped cuts the link.
-                let status = client.upgrade().and_then(|client| client.ask_for_life());
-                if status.is_some_and(|status| is_lost(&status)) {
-                    return lost(stopped);
-                }
+                false
+            });
+            let is_lost = watched.unwrap_or_else(|panic| {
+                log::error!("the watch over the agent panicked, so the agent is given up: {panic}");
+                link.cut();
+                true
+            });
+            if is_lost && let Err(panic) = caught(|| lost(stopped)) {
+                log::error!("the end of the watch over the agent panicked: {panic}");
+                link.cut();
             }
         };
-        let thread = std::thread::Builder::new().name("pageferry-watch".into()).spawn(run);
-        thread.map(|_| Self { _stop: stop }).map_err(|source| Error::Thread { source })
+        start("pageferry-watch", run).map(|_| Self { _stop: stop })
     }
 }
 
 /// Waits for the time between two beats: false if one of these sockets ended, `None` if the thread is to.
-fn beat(stopped: &Stopped, ends: &[BorrowedFd<'_>]) -> Option<bool> {
+fn beat(stopped: &Stopped, ends: &[BorrowedFd<'_>], interval: Duration) -> Option<bool> {
     let mut polled = vec![PollFd::new(&stopped.0, PollFlags::IN)];
     // Not for reading: answers are for whoever asked.
     polled.extend(ends.iter().map(|end| PollFd::from_borrowed_fd(*end, PollFlags::RDHUP)));
-    match poll(&mut polled, Some(&HEARTBEAT)) {
+    // Cannot fail but for intervals of more than 292 billion years, which are as good as none.
+    let interval = Timespec::try_from(interval).ok();
+    match poll(&mut polled, interval.as_ref()) {
         Ok(0) | Err(Errno::INTR) => Some(true),
         Ok(_) if !polled[0].revents().is_empty() => None,
         // Nothing can be told any more without poll, and it counts as the end.
         Ok(_) | Err(_) => Some(false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_watch_that_panics_gives_the_agent_up_and_says_so() {
+        let (link, far) = Link::for_test();
+        let (say, heard) = channel();
+        let watch = Heartbeat::watch(
+            Arc::new(link),
+            Duration::from_millis(1),
+            Ends::Either,
+            || panic!("a defect"),
+            move |_| say.send(()).unwrap(),
+        )
+        .unwrap();
+        heard.recv_timeout(Duration::from_secs(60)).expect("that it is heard of");
+        // Both channels have ended for the agent, too.
+        for socket in &far {
+            let mut polled = [PollFd::new(socket, PollFlags::RDHUP)];
+            assert_eq!(poll(&mut polled, Some(&Timespec { tv_sec: 60, tv_nsec: 0 })), Ok(1));
+        }
+        drop(watch);
     }
 }

@@ -4,7 +4,7 @@
 //! guest gave back ([`Client::free`], [`Client::discard`], [`Client::populate`]), answers a few hooks ([`Hooks`]), and starts and watches migrations.
 //!
 //! ```no_run
-//! use pageferry_client::{Client, Config, HookError, Hooks, OutgoingOptions, StatePiece, Target};
+//! use pageferry_client::{Client, Config, HookError, Hooks, OutgoingOptions, StatePiece, Target, Trackers};
 //! # fn guest_memory() -> vm_memory::GuestMemoryMmap<pageferry_client::LogBitmap> { unimplemented!() }
 //!
 //! struct Vmm;
@@ -28,10 +28,24 @@
 //! let (client, channel) = Client::connect("/run/vm1/pageferry.sock".as_ref(), Config::default())?;
 //! let hooks = channel.spawn(Vmm)?;
 //! client.add_guest_memory(&guest_memory())?;
+//! client.set_trackers(Trackers::WRITE_PROTECT)?; // who reports what the guest writes; see below
 //! let job = client.start_outgoing(Target::Address("tcp:10.0.0.2:4444".into()), &OutgoingOptions::default())?.job;
 //! let status = client.wait(job, std::time::Duration::from_secs(600))?;
 //! # Ok(()) }
 //! ```
+//!
+//! # Who writes must be said
+//!
+//! The devices of a VMM on [`GuestMemoryMmap<LogBitmap>`](LogBitmap) mark the shared dirty log by
+//! themselves. What vCPUs write only a tracker knows, and no default can guess which one there is. So
+//! a VMM declares it, once, with [`Client::set_trackers`]. Until then no migration by passes, no
+//! increment and no snapshot with `track` starts.
+//!
+//! | declared | what the VMM does for it |
+//! | --- | --- |
+//! | [`Trackers::HOOKS`] | answers the hooks to start, sync, clear and stop; `tracking::kvm` (feature `kvm`) does it for KVM's dirty log |
+//! | [`Trackers::WRITE_PROTECT`] | nothing but `BlockSpec::vmm_address`; Linux 6.7 |
+//! | [`Trackers::LOG_IS_COMPLETE`] | has every writer mark the log, vCPUs among them |
 //!
 //! # Snapshots and restore
 //!
@@ -56,14 +70,16 @@
 //!
 //! # Rooms
 //!
-//! - `client`, `spawn`: connecting, blocks, trackers, and a new agent after a lost one; `control`: requests and answers;
+//! - `client`, `spawn`: connecting, and a new agent after a lost one; `control`: requests and answers;
 //! - `agent_process`: the process of an agent, and seeing to its end;
+//! - `blocks`: adding and removing memory; `tracking`: who reports the guest's writes;
 //! - `discards`: discard, free and populate, with an agent and without;
 //! - `jobs`: migrations, snapshots, restores;
 //! - `hooks`: what the agent asks of the VMM; `ownership`: who may run the guest;
 //! - `memory`, `block`, `shared`: what survives the agent;
 //! - `faults`: pages that are missing while the guest runs already; `writes`: pages that are not saved yet while it runs on; `registration`: the mappings that
 //!   are registered for both; `heartbeat`: whether the agent lives;
+//! - `threads`: the client's own threads, none of which ends silently;
 //! - `page_stream`: migrations over the VMM's own transport;
 //! - `vm_memory_bitmap`, `guest_memory` (feature `vm-memory`): for VMMs built on that crate.
 #![deny(unsafe_code)]
@@ -71,6 +87,7 @@
 
 mod agent_process;
 mod block;
+mod blocks;
 mod client;
 mod control;
 mod discards;
@@ -87,19 +104,21 @@ mod page_stream;
 mod registration;
 mod shared;
 mod spawn;
+mod threads;
 pub mod tracking;
 #[cfg(feature = "vm-memory")]
 mod vm_memory_bitmap;
 mod writes;
 
 pub use block::{BlockAdded, BlockSpec};
-pub use client::{Client, Config, Trackers};
+pub use client::{Client, Config};
 pub use discards::Punch;
 pub use error::{Error, PathError};
 pub use hooks::{ClearPages, Dispatch, HookChannel, HookError, HookThread, Hooks, StatePiece};
 pub use jobs::Target;
 pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
+pub use pageferry_protocol::control::Trackers;
 pub use pageferry_protocol::control::job::{
     Compression, Counters, IncomingOptions, JobKind, JobStatus, MIN_BANDWIDTH, Mode, NonConvergence, NotUtf8,
     OutgoingOptions, Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState, SnapshotMode, SnapshotOptions,

@@ -300,6 +300,22 @@ impl Machine {
         }
     }
 
+    /// True if the guest is paused for the agent, and can still be resumed here without it: it must
+    /// not stay paused for an agent that hangs.
+    pub(crate) fn waits_for_agent(&self) -> bool {
+        self.is_here() && matches!(self.pause, Pause::Paused { .. })
+    }
+
+    /// True if the guest has left, or was given up by an agent that is not the one of this
+    /// connection: it comes back by force only.
+    pub(crate) fn is_gone(&self, link: u64) -> bool {
+        match self.ownership {
+            Ownership::Gone => true,
+            Ownership::Relinquished => self.asked_by != Some(link),
+            Ownership::Ours | Ownership::Awaiting => false,
+        }
+    }
+
     /// The hook channel of this connection ended. Returns what the guest is to go back to, if it was paused
     /// through that channel and is ours.
     pub(crate) fn closed(&mut self, link: u64) -> Option<RunState> {

@@ -16,7 +16,7 @@
 use crate::client::WeakClient;
 use crate::control::Link;
 use crate::error::Error;
-use crate::heartbeat::Heartbeat;
+use crate::heartbeat::{BUSY, Ends, Heartbeat};
 use crate::memory::Memory;
 use crate::registration::Registered;
 use pageferry_protocol::userfault::{Register, feature};
@@ -58,7 +58,8 @@ impl Writes {
         let heartbeat = Heartbeat::start(
             client,
             link,
-            true,
+            BUSY,
+            Ends::Either,
             |_| false,
             move |_| {
                 if let Some(writes) = weak.upgrade() {
@@ -68,6 +69,11 @@ impl Writes {
         )?;
         *watched = Some(Watched { _registered: registered, _heartbeat: heartbeat, link: id });
         Ok(Some(for_agent))
+    }
+
+    /// True while writes are watched.
+    pub(crate) fn are_watched(&self) -> bool {
+        self.watched().is_some()
     }
 
     /// Takes the registration of this connection's agent back, if it has one. True if it had.

@@ -7,12 +7,10 @@ use pageferry_client::{
     Client, Config, Error, ErrorCode, IncomingOptions, OutgoingOptions, Ownership, Phase, Target, Trackers,
 };
 use pageferry_protocol::control::job::{JobKind, JobStatus};
-use pageferry_protocol::control::request::{
-    BLOCK_DISCARDED, MAX_RANGES, RemoteError, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT, code, encode_reply,
-};
+use pageferry_protocol::control::request::{BLOCK_DISCARDED, MAX_RANGES, RemoteError, Request, code, encode_reply};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -68,7 +66,7 @@ fn nobody_at_the_path_is_an_error_that_names_it() {
 
 #[test]
 fn log_and_bitmaps_are_sealed_at_their_size() {
-    let config = Config { log_covers: (1 << 30) + 1, ..Config::default() };
+    let config = Config { log_covers: (1 << 30) + 1, ..quiet() };
     let (client, _hooks, agent) = client_with(config, MAX_RANGES, |mut agent| {
         let (_, mut fds) = agent.accept_block();
         (agent, fds.remove(1))
@@ -104,7 +102,7 @@ fn refusal_surfaces_code_and_sentence_and_the_agent_stays() {
 
 #[test]
 fn blocks_are_checked_before_the_agent_sees_them() {
-    let config = Config { log_covers: 1 << 30, ..Config::default() };
+    let config = Config { log_covers: 1 << 30, ..quiet() };
     let (client, _hooks, agent) = client_with(config, MAX_RANGES, |mut agent| {
         agent.accept_block();
         assert!(agent.request().is_none(), "nothing else was asked");
@@ -131,8 +129,6 @@ fn silent_agent_is_lost_and_later_calls_fail_at_once() {
     let before = Instant::now();
     assert_lost(client.status());
     assert_lost(client.cancel());
-    assert_lost(client.set_trackers(Trackers::default()));
-    assert_lost(client.add_block(spec(1, 0, &written(1))));
     assert_lost(client.start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default()));
     assert_eq!(client.ownership(), Ownership::Ours, "nothing was sent");
     assert_lost(client.start_outgoing(Target::Address("tcp:[::]:0".into()), &OutgoingOptions::default()));
@@ -174,7 +170,7 @@ fn wait_ends_with_the_job_and_refuses_another_and_gives_up_in_time() {
 fn requests_carry_their_descriptors() {
     let (client, _hooks, agent) = client(|mut agent| {
         let (request, fds) = agent.request().unwrap();
-        let sources = TRACKER_HOOKS | TRACKER_WRITE_PROTECT;
+        let sources = Trackers::HOOKS | Trackers::WRITE_PROTECT;
         assert_eq!((&request, fds.len()), (&Request::SetTrackers { sources }, 1));
         agent.done(&request);
         let (request, fds) = agent.request().unwrap();
@@ -182,8 +178,7 @@ fn requests_carry_their_descriptors() {
         assert_eq!(fds.len(), 1);
         agent.started(&request);
     });
-    let file = written(1);
-    client.set_trackers(Trackers { hooks: true, pagemap: Some(file.as_fd()) }).unwrap();
+    client.set_trackers(Trackers::HOOKS | Trackers::WRITE_PROTECT).unwrap();
     let started = client.start_outgoing(Target::Socket(written(1)), &OutgoingOptions::default()).unwrap();
     assert_eq!((started.job, started.address.as_str()), (1, "here"));
     let long = Target::Address("x".repeat(5000));
@@ -225,7 +220,7 @@ fn new_agent_is_handed_the_same_log_blocks_bitmaps_and_trackers() {
     let (low, high) = (written(4), written(2));
     client.add_block(pageferry_client::BlockSpec { discarded: true, ..spec(2, 0, &low) }).unwrap();
     client.add_block(spec(1, 0x10000, &high)).unwrap();
-    client.set_trackers(Trackers { hooks: true, pagemap: None }).unwrap();
+    client.set_trackers(Trackers::HOOKS).unwrap();
     // The first agent is gone; what happens now is in memory that it does not own.
     let (log, mut requests, mut files, trackers) = first.join().unwrap();
     client.populate(&[range(2, 0, 1)]).unwrap();
@@ -298,4 +293,84 @@ fn spawned_program_that_does_not_answer_is_killed() {
 
 fn range(block: u32, first: u64, count: u64) -> pageferry_client::BlockRange {
     pageferry_client::BlockRange { block, offset: first * PAGE, length: count * PAGE }
+}
+
+#[test]
+fn what_is_said_without_an_agent_is_handed_to_the_next() {
+    let (client, _hooks, agent) = client(drop);
+    agent.join().unwrap();
+    assert_lost(client.status());
+    let (low, high) = (written(4), written(2));
+    let added = client.add_block(pageferry_client::BlockSpec { discarded: true, ..spec(2, 0, &low) }).unwrap();
+    assert_eq!((added.host_page_size, added.sealed), (4096, false));
+    client.add_block(spec(1, 0x10000, &high)).unwrap();
+    let short =
+        client.add_block(pageferry_client::BlockSpec { fd_offset: PAGE, ..spec(3, 0x90000, &high) }).unwrap_err();
+    assert!(matches!(short, Error::ShortFile { id: 3, size: 0x2000, .. }), "{short}");
+    client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
+    assert_eq!(client.trackers(), Trackers::LOG_IS_COMPLETE);
+    assert!(matches!(client.set_trackers(Trackers::default()), Err(Error::NoTracker)));
+    client.populate(&[range(2, 0, 1)]).unwrap();
+
+    let (ours, agents) = UnixStream::pair().unwrap();
+    let second = std::thread::spawn(move || {
+        let mut agent = FakeAgent::shake_hands(agents.into(), MAX_RANGES);
+        let blocks = [agent.accept_block().0, agent.accept_block().0];
+        let (request, _) = agent.request().unwrap();
+        agent.done(&request);
+        (blocks, request)
+    });
+    let _hooks = client.reattach_socket(ours.into()).unwrap();
+    let (blocks, trackers) = second.join().unwrap();
+    let ids = blocks.map(|request| match request {
+        Request::AddBlock { geometry, .. } => geometry.id,
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(ids, [1, 2]);
+    assert_eq!(trackers, Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE });
+    assert_eq!(discarded(&client, 2), [1, 2, 3]);
+}
+
+#[test]
+fn removal_cancels_what_is_in_its_way_and_waits_for_its_end() {
+    let (client, _hooks, agent) = client(|mut agent| {
+        agent.accept_block();
+        for cancelled in [Ok(()), Err((ErrorCode::State, "too late")), Err((ErrorCode::NotFound, "no job is running"))]
+        {
+            let (request, _) = agent.request().unwrap();
+            assert_eq!(request, Request::RemoveBlock { id: 1 });
+            agent.refuse(&request, ErrorCode::Busy, "job 1 is running");
+            let (request, _) = agent.request().unwrap();
+            assert_eq!(request, Request::Cancel);
+            match cancelled {
+                Ok(()) => agent.done(&request),
+                Err((code, sentence)) => agent.refuse(&request, code, sentence),
+            }
+        }
+        let (request, _) = agent.request().unwrap();
+        assert_eq!(request, Request::RemoveBlock { id: 1 });
+        agent.done(&request);
+    });
+    client.add_block(spec(1, 0, &written(1))).unwrap();
+    client.remove_block(1).unwrap();
+    assert!(client.discarded(1).is_none());
+    agent.join().unwrap();
+}
+
+#[test]
+fn idle_agent_that_hangs_is_noticed_though_nobody_asks_it_anything() {
+    let config = Config { heartbeat: Duration::from_millis(50), ..impatient() };
+    let (client, channel, agent) = client_with(config, MAX_RANGES, |mut agent| {
+        for _ in 0..2 {
+            let (request, _) = agent.request().unwrap();
+            assert_eq!(request, Request::QueryStatus);
+            agent.reply(&request, &Ok(JobStatus::default()), JobStatus::encode);
+        }
+        agent
+    });
+    let hooks = channel.spawn(Vmm::default()).unwrap();
+    // It holds its sockets.
+    let _agent = agent.join().unwrap();
+    assert_eq!(hooks.join().calls(), ["lost Ours"]);
+    assert_lost(client.status());
 }

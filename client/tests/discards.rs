@@ -4,6 +4,7 @@
 mod support;
 
 use pageferry_client::{BlockRange, BlockSpec, Config, Error, ErrorCode, JobStatus, MappedBitmap, PageRange, Punch};
+use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::request::{AddBlockReply, DISCARD_PUNCH, MAX_RANGES, Request, code};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -91,7 +92,7 @@ fn silent_agent_does_not_keep_a_discard_from_happening() {
 
 #[test]
 fn agent_that_closes_in_the_middle_leaves_the_rest_to_the_client() {
-    let (client, _hooks, agent) = client_with(Config::default(), 2, |mut agent| {
+    let (client, _hooks, agent) = client_with(quiet(), 2, |mut agent| {
         agent.accept_block();
         let (request, _) = agent.request().unwrap();
         assert!(matches!(&request, Request::Discard { ranges, .. } if ranges.len() == 2));
@@ -161,7 +162,7 @@ fn discard_that_cannot_free_is_no_error() {
 
 #[test]
 fn busy_populate_surfaces_and_changes_nothing() {
-    let (client, _hooks, agent) = client_with(Config::default(), 2, |mut agent| {
+    let (client, _hooks, agent) = client_with(quiet(), 2, |mut agent| {
         let (_, fds) = agent.accept_block();
         let bitmap = MappedBitmap::shared(fds[1].as_fd(), 8).unwrap();
         // The first batch populates, the second is refused, and what the first did is taken back.
@@ -188,7 +189,7 @@ fn busy_populate_surfaces_and_changes_nothing() {
 }
 
 /// What one request discards at most.
-const MOST: u64 = 128 << 20;
+const MOST: u64 = 32 << 20;
 
 /// A memfd of so many times that, all holes.
 fn sparse(times: u64) -> OwnedFd {
@@ -286,7 +287,7 @@ fn unit_larger_than_a_request_is_not_cut() {
 #[test]
 fn nobody_waits_for_the_whole_of_a_large_discard_and_a_block_in_the_place_of_another_is_left_alone() {
     let (started, starts) = std::sync::mpsc::channel();
-    let (client, _hooks, agent) = client_with(Config::default(), 1, move |mut agent| {
+    let (client, _hooks, agent) = client_with(quiet(), 1, move |mut agent| {
         agent.accept_block();
         let mut seen = Vec::new();
         while let Some((request, _)) = agent.request() {
@@ -329,7 +330,7 @@ fn nobody_waits_for_the_whole_of_a_large_discard_and_a_block_in_the_place_of_ano
 
 #[test]
 fn requests_are_the_smaller_the_less_time_the_agent_has() {
-    let hasty = Config { request_timeout: Duration::from_secs(1), ..Config::default() };
+    let hasty = Config { request_timeout: Duration::from_secs(1), ..quiet() };
     let (client, _hooks, agent) = client_with(hasty, MAX_RANGES, |mut agent| {
         agent.accept_block();
         requests_until(&mut agent, PAGE, usize::MAX)
@@ -379,4 +380,59 @@ fn without_an_agent_a_free_punches_and_the_next_agent_hears_of_it_by_the_log() {
     assert_eq!(discarded(&client, 1), [6, 7]);
     assert_eq!(logged(&client), [0x100, 0x101, 0x105, 0x108]);
     assert_eq!(allocated_pages(&memory), 10);
+}
+
+#[test]
+fn populate_of_a_guest_that_left_says_so_and_busy_is_for_what_passes() {
+    let (client, _hooks, agent) = client(|mut agent| {
+        agent.accept_block();
+        let mut refuse = |code| {
+            let (request, _) = agent.request().unwrap();
+            assert!(matches!(request, Request::Populate { .. }), "{request:?}");
+            agent.refuse(&request, code, "why");
+        };
+        refuse(ErrorCode::Gone);
+        refuse(ErrorCode::Busy);
+        refuse(ErrorCode::Busy);
+        refuse(ErrorCode::Busy);
+        let (request, _) = agent.request().unwrap();
+        agent.changed(&request, 1);
+        agent
+    });
+    client.add_block(spec(1, 0, &written(4))).unwrap();
+    let gone = client.populate_within(&[range(1, 0, 1)], LONG).unwrap_err();
+    assert!(matches!(&gone, Error::GuestGone { sentence } if sentence == "why"), "{gone}");
+    let busy = client.populate_within(&[range(1, 0, 1)], Duration::ZERO).unwrap_err();
+    assert!(matches!(busy, Error::Refused { code: ErrorCode::Busy, .. }), "{busy}");
+    assert_eq!(client.populate_within(&[range(1, 0, 1)], LONG).unwrap(), 1);
+    drop(agent.join().unwrap());
+}
+
+#[test]
+fn populate_of_a_guest_that_was_given_up_is_refused_without_an_agent_and_with_another() {
+    let mut attached = Attached::new(Vmm::default());
+    attached.add_block(0, 4);
+    for hook in [Hook::Pause, Hook::Relinquish { session: [7; 16], release: false }] {
+        assert_eq!(attached.hook(&hook), Ok(()), "{}", hook.name());
+    }
+    let (client, _vmm) = attached.lose_agent();
+    let refused = || {
+        let gone = client.populate(&[range(2, 0, 1)]).unwrap_err();
+        assert!(matches!(gone, Error::GuestGone { .. }), "{gone}");
+    };
+    refused();
+    let (ours, agents) = std::os::unix::net::UnixStream::pair().unwrap();
+    let second = std::thread::spawn(move || {
+        let mut agent = FakeAgent::shake_hands(agents.into(), MAX_RANGES);
+        agent.accept_block();
+        agent
+    });
+    let _hooks = client.reattach_socket(ours.into()).unwrap();
+    let _agent = second.join().unwrap();
+    refused();
+    client.take_by_force();
+    let populating = client.clone();
+    let populated = std::thread::spawn(move || populating.populate(&[range(2, 0, 1)]));
+    drop(_agent);
+    populated.join().unwrap().unwrap();
 }

@@ -3,7 +3,9 @@
 
 mod support;
 
-use pageferry_client::{Dispatch, Error, HookError, Hooks, JobStatus, Ownership, Phase, RestoreOptions, StatePiece};
+use pageferry_client::{
+    Dispatch, Error, HookError, Hooks, JobStatus, Ownership, Phase, RestoreOptions, StatePiece, Trackers,
+};
 use pageferry_protocol::control::hook::{Hook, PieceSize, SavedState, code};
 use pageferry_protocol::control::hook::{decode_hook_reply, decode_state_reply, reply_sequence};
 use pageferry_protocol::control::job::{JobKind, RunState};
@@ -14,6 +16,8 @@ use std::sync::mpsc::channel;
 use support::*;
 
 const RESUME: Hook = Hook::Resume { force: false, paused: false };
+const START: Hook = Hook::StartTracking { sources: Trackers::HOOKS };
+const STOP: Hook = Hook::StopTracking { sources: Trackers::HOOKS };
 
 fn event(kind: JobKind, phase: Phase) -> Hook {
     Hook::Event { status: Box::new(JobStatus { job: 1, kind, phase, ..JobStatus::default() }) }
@@ -23,7 +27,7 @@ fn event(kind: JobKind, phase: Phase) -> Hook {
 fn every_hook_reaches_the_vmm_and_is_answered() {
     let mut attached = Attached::new(Vmm::default());
     attached.add_block(0x100000, 100);
-    for hook in [Hook::StartTracking, Hook::SyncTracker, Hook::Throttle { percent: 30 }, Hook::StopTracking] {
+    for hook in [START, Hook::SyncTracker, Hook::Throttle { percent: 30 }, STOP] {
         assert_eq!(attached.hook(&hook), Ok(()), "{}", hook.name());
     }
     assert_eq!(logged(&attached.client), [5]);
@@ -48,7 +52,7 @@ fn every_hook_reaches_the_vmm_and_is_answered() {
     assert_eq!(attached.hook(&RESUME), Ok(()));
     assert_eq!(attached.calls(), [""; 0], "it runs");
     let (_client, vmm) = attached.lose_agent();
-    assert_eq!(vmm.calls(), ["lost Ours"]);
+    assert_eq!(vmm.calls(), ["throttle 0", "lost Ours"], "nobody else would let it go");
 }
 
 #[test]
@@ -85,7 +89,7 @@ fn unknown_and_malformed_hooks_get_an_error_and_the_channel_lives() {
     // Neither of these is answered.
     attached.agent.hooks.send(&Frame::request(code::EVENT, vec![1, 2, 3]), soon()).unwrap();
     attached.agent.hooks.send(&Frame::reply(code::PAUSE, vec![1, 2, 3]), soon()).unwrap();
-    assert_eq!(attached.hook(&Hook::StartTracking), Ok(()));
+    assert_eq!(attached.hook(&START), Ok(()));
     assert_eq!(attached.calls(), ["start"]);
     attached.lose_agent();
 }
@@ -412,4 +416,83 @@ fn client_dropped_while_the_guest_is_paused_resumes_it() {
     drop(attached.client);
     let vmm = attached.thread.join();
     assert_eq!(vmm.calls(), ["pause", "resume", "lost Ours"]);
+}
+
+/// A pause that comes after it shows that the channel lives.
+#[test]
+fn a_hook_that_panics_fails_by_name_and_the_channel_lives() {
+    let panics = "save,start,watched,event,unwatched,throttle,panicked: event";
+    let mut attached = Attached::new(Vmm { panics, ..Vmm::default() });
+    attached.add_block(0, 8);
+    assert_eq!(attached.hook(&Hook::Pause), Ok(()));
+    let saved = attached.agent.hook_frame(&Hook::SaveState, Vec::new());
+    let error = decode_state_reply(&saved.body).unwrap().unwrap_err();
+    assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Panicked, "vCPU 3 is gone"));
+    for hook in [START, Hook::WatchWrites, Hook::Throttle { percent: 30 }] {
+        assert_eq!(attached.refused(&hook), ErrorCode::Panicked, "{}", hook.name());
+    }
+    // One that is not answered; the VMM panics once more as it is told.
+    attached.agent.send_hook(&event(JobKind::Outgoing, Phase::Failed), Vec::new());
+    assert_eq!(attached.hook(&RESUME), Ok(()));
+    let told = "panicked: save state: vCPU 3 is gone";
+    let calls = attached.calls();
+    assert_eq!(calls[..3], ["pause", "save", told]);
+    assert_eq!(calls.last().unwrap(), "resume");
+    assert_eq!(attached.hook(&Hook::Pause), Ok(()));
+    let (client, vmm) = attached.lose_agent();
+    assert_eq!(client.ownership(), Ownership::Ours);
+    let calls = vmm.calls();
+    assert!(calls.starts_with(&["pause".into(), "resume".into()]), "{calls:?}");
+    assert!(calls.contains(&"throttle 0".into()), "a start that panicked may have started: {calls:?}");
+    assert!(calls.contains(&"stop".into()), "{calls:?}");
+    assert_eq!(calls.last().unwrap(), "lost Ours");
+}
+
+#[test]
+fn a_hook_that_panics_at_the_end_of_the_agent_keeps_nothing_else_from_happening() {
+    let mut attached = Attached::new(Vmm { panics: "resume,stop,lost", ..Vmm::default() });
+    assert_eq!(attached.hook(&START), Ok(()));
+    assert_eq!(attached.hook(&Hook::Pause), Ok(()));
+    let (_client, vmm) = attached.lose_agent();
+    let expected = [
+        "start",
+        "pause",
+        "resume",
+        "panicked: resume: vCPU 3 is gone",
+        "stop",
+        "panicked: stop tracking: vCPU 3 is gone",
+        "lost Ours",
+        "panicked: agent lost: vCPU 3 is gone",
+    ];
+    assert_eq!(vmm.calls(), expected);
+}
+
+#[test]
+fn an_agent_that_dies_while_it_tracks_and_throttles_leaves_neither_on() {
+    let mut attached = Attached::new(Vmm::default());
+    for hook in [START, Hook::Throttle { percent: 30 }] {
+        assert_eq!(attached.hook(&hook), Ok(()), "{}", hook.name());
+    }
+    let (_client, vmm) = attached.lose_agent();
+    assert_eq!(vmm.calls(), ["start", "throttle 30", "stop", "throttle 0", "lost Ours"]);
+}
+
+#[test]
+fn the_end_of_an_agent_does_not_stop_what_the_next_one_has_started() {
+    let (client, mut old, mut first) = connected();
+    let mut vmm = Vmm::default();
+    first.send_hook(&START, Vec::new());
+    assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Open);
+    let (ours, agents) = UnixStream::pair().unwrap();
+    let second = std::thread::spawn(move || FakeAgent::shake_hands(agents.into(), MAX_RANGES));
+    let mut new = client.reattach_socket(ours.into()).unwrap();
+    let mut second = second.join().unwrap();
+    second.send_hook(&START, Vec::new());
+    assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Open);
+    // It comes late.
+    assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
+    assert_eq!(vmm.calls(), ["start", "start", "lost Ours"]);
+    drop(second);
+    assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
+    assert_eq!(vmm.calls(), ["stop", "lost Ours"]);
 }

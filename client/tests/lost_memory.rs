@@ -302,6 +302,10 @@ fn hook_that_waits(
     agent.reply(&request, &Ok(status), JobStatus::encode);
     end(&mut agent, uffd, &ram);
     let first = heard.recv_timeout(LONG).expect("the hook waits for ever");
+    // Both hooks are answered before the agent goes, or its end could come before the second one.
+    for hook in [RESUME, Hook::UnregisterFaults { complete: true }] {
+        assert_eq!(agent.hooks.recv(soon()).unwrap().request, hook.code());
+    }
     drop(agent);
     thread.join();
     std::iter::once(first).chain(heard).collect()

@@ -3,10 +3,12 @@
 
 mod support;
 
-use pageferry_client::{BlockSpec, Client, ErrorCode, HookError, Hooks, MappedBitmap, Ownership, StatePiece};
+use pageferry_client::{
+    BlockSpec, Client, Config, ErrorCode, HookError, Hooks, MappedBitmap, Ownership, StatePiece, Trackers,
+};
 use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
 use pageferry_protocol::control::request::MAX_RANGES;
-use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, Userfaultfd};
+use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, UserfaultError, Userfaultfd};
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -209,7 +211,7 @@ impl Hooks for Writes {
 }
 
 /// Has the hook channel's own thread wait for a page, on an agent that is `lost` then.
-fn hook_that_waits(impatience: pageferry_client::Config, lose: impl FnOnce(FakeAgent) -> Option<FakeAgent>) {
+fn hook_that_waits(impatience: Config, lose: impl FnOnce(FakeAgent) -> Option<FakeAgent>) {
     if uffd().is_none() {
         return;
     }
@@ -243,7 +245,7 @@ fn channel_of_end<H: Send + 'static>(thread: pageferry_client::HookThread<H>) ->
 
 #[test]
 fn hook_that_waits_to_write_is_let_go_when_the_agent_dies() {
-    hook_that_waits(pageferry_client::Config::default(), |agent| {
+    hook_that_waits(quiet(), |agent| {
         drop(agent);
         None
     });
@@ -257,7 +259,7 @@ fn hook_that_waits_to_write_is_let_go_when_the_agent_hangs() {
 
 #[test]
 fn hook_that_waits_to_write_is_let_go_when_the_agent_gives_up_its_hooks() {
-    hook_that_waits(pageferry_client::Config::default(), |agent| {
+    hook_that_waits(quiet(), |agent| {
         agent.hooks.shutdown();
         Some(agent)
     });
@@ -312,8 +314,9 @@ fn mapping_that_another_userfaultfd_has_is_refused_with_what_to_do() {
     add_block(&attached.client, &mut attached.agent, &second, 2);
     other.register(second.all(), Register::WriteProtect).unwrap();
     let error = attached.hook(&Hook::WatchWrites).unwrap_err();
-    let expected = "block 2 is registered with another userfaultfd: a background snapshot cannot run while write-protect \
-                    tracking or missing-page faults are registered on the mapping; use mode paused";
+    let expected = "block 2 is registered with another userfaultfd already, and a mapping can have only one: background \
+                    snapshots, write-protect tracking, postcopy and lazy restore need it (a snapshot of mode paused \
+                    does not)";
     assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::System, expected));
     other.register(first.all(), Register::WriteProtect).expect("that nothing is left registered");
 
@@ -388,4 +391,96 @@ fn vmm_hears_that_writes_are_not_watched_after_all() {
     assert_eq!(attached.refused(&Hook::WatchWrites), ErrorCode::System);
     assert_eq!(attached.calls(), ["watched", "unwatched"]);
     attached.lose_agent();
+}
+
+const SCAN: Hook = Hook::StartTracking { sources: Trackers::WRITE_PROTECT };
+const NO_SCAN: Hook = Hook::StopTracking { sources: Trackers::WRITE_PROTECT };
+
+/// True if nobody has the mapping, which stays so.
+fn is_free(ram: &Ram) -> bool {
+    let other = uffd().unwrap();
+    match other.register(ram.all(), Register::WriteProtect) {
+        Ok(()) => true,
+        Err(UserfaultError::Register { source: rustix::io::Errno::BUSY, .. }) => false,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// A VMM with a mapped block; `None` where there is no userfaultfd.
+fn tracked() -> Option<(Attached, Ram)> {
+    uffd()?;
+    let mut attached = Attached::new(Vmm::default());
+    let ram = Ram::new();
+    add_block(&attached.client, &mut attached.agent, &ram, 2);
+    Some((attached, ram))
+}
+
+#[test]
+fn watching_takes_the_mappings_from_write_protect_tracking_and_gives_them_back() {
+    let Some((mut attached, ram)) = tracked() else { return };
+    assert!(is_free(&ram), "nothing is registered before the agent tracks");
+    assert_eq!(attached.hook(&SCAN), Ok(()));
+    assert!(!is_free(&ram));
+    let watched = watch(&mut attached.agent);
+    watched.protect(ram.all()).unwrap();
+    let done = ram.writer(3);
+    assert_waits_at(&watched, ram.page(3));
+    assert_eq!(attached.hook(&Hook::UnwatchWrites), Ok(()));
+    done.recv_timeout(SOON).unwrap();
+    assert!(!is_free(&ram), "it is tracked again");
+    // And once more, as it is stopped meanwhile.
+    drop(watch(&mut attached.agent));
+    assert_eq!(attached.hook(&NO_SCAN), Ok(()));
+    assert_eq!(attached.hook(&Hook::UnwatchWrites), Ok(()));
+    assert!(is_free(&ram));
+    assert_eq!(attached.calls(), ["watched", "unwatched", "watched", "unwatched"], "the VMM's own tracker is none");
+    attached.lose_agent();
+}
+
+#[test]
+fn agent_that_dies_while_it_scans_leaves_nothing_registered() {
+    for watches in [false, true] {
+        let Some((mut attached, ram)) = tracked() else { return };
+        assert_eq!(attached.hook(&SCAN), Ok(()));
+        if watches {
+            drop(watch(&mut attached.agent));
+        }
+        let (_client, _vmm) = attached.lose_agent();
+        assert!(is_free(&ram), "watches: {watches}");
+    }
+}
+
+#[test]
+fn refused_watch_leaves_write_protect_tracking_as_it_was() {
+    let Some((mut attached, ram)) = tracked() else { return };
+    assert_eq!(attached.hook(&SCAN), Ok(()));
+    let client = attached.client.clone();
+    let added = spawn(move || client.add_block(spec(3, 3 << 20, &written(1))).unwrap());
+    attached.agent.accept_block();
+    added.join().unwrap();
+    assert_eq!(attached.refused(&Hook::WatchWrites), ErrorCode::System, "block 3 is mapped nowhere");
+    // Nor can it be tracked any more, and that is for the agent to find out.
+    assert_eq!(attached.hook(&NO_SCAN), Ok(()));
+    assert!(is_free(&ram));
+    assert!(attached.hook(&SCAN).unwrap_err().sentence.contains("block 3 has no vmm_address"));
+    assert!(is_free(&ram), "all or none");
+    attached.lose_agent();
+}
+
+#[test]
+fn agent_that_hangs_while_writes_wait_is_given_far_less_time_than_any_other() {
+    // A writer would wait for two minutes.
+    let config =
+        Config { request_timeout: Duration::from_secs(120), stall_timeout: Duration::from_millis(500), ..quiet() };
+    let (client, channel, agent) = client_with(config, MAX_RANGES, |agent| agent);
+    let attached = Attached::over(client, channel, agent.join().unwrap(), Vmm::default());
+    let Some(watched) = Watched::over(attached) else { return };
+    let done = watched.writer(1);
+    done.recv_timeout(SOON).expect("the writer to go on");
+    watched.assert_unwatched();
+    let Watched { attached, .. } = watched;
+    let Attached { client, agent, thread, .. } = attached;
+    assert_lost(client.status());
+    assert_eq!(thread.join().calls().last().unwrap(), "lost Ours");
+    drop(agent);
 }

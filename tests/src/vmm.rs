@@ -6,7 +6,6 @@ use crate::device::Device;
 use crate::guest::{Guest, IdleGuest};
 use crate::memory::TestMemory;
 use crate::usage::Usage;
-use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{
     ClearPages, Client, Config, DirtyLog, HookChannel, HookError, HookThread, Hooks, JobStatus, Ownership, Phase,
     StatePiece, Target, Trackers,
@@ -41,6 +40,8 @@ pub enum HookName {
 pub enum Fault {
     /// It fails with this sentence, and does nothing.
     Fail(String),
+    /// It panics with this message, and does nothing.
+    Panic(String),
     /// It does what it should, but only after this time.
     Slow(Duration),
     /// It does not answer until the fault is taken away or the VMM is dropped, and then fails.
@@ -83,18 +84,7 @@ pub enum Tracker {
     /// One that the VMM reads.
     Hooks(Box<dyn HookTracker>),
     /// The agent scans the VMM's mapping.
-    WriteProtect(WriteProtect),
-}
-
-impl Tracker {
-    /// The agent scans the mapping of `memory` for what was written.
-    ///
-    /// # Errors
-    /// If the kernel lacks it or does not allow it.
-    pub fn write_protect(memory: &TestMemory) -> Result<Self, Error> {
-        let ranges: Vec<_> = memory.blocks().iter().map(|block| (block.address(), block.layout().length)).collect();
-        Ok(Self::WriteProtect(WriteProtect::register(&ranges)?))
-    }
+    WriteProtect,
 }
 
 impl std::fmt::Debug for Tracker {
@@ -102,7 +92,7 @@ impl std::fmt::Debug for Tracker {
         formatter.write_str(match self {
             Self::Log => "Log",
             Self::Hooks(_) => "Hooks",
-            Self::WriteProtect(_) => "WriteProtect",
+            Self::WriteProtect => "WriteProtect",
         })
     }
 }
@@ -139,6 +129,8 @@ pub struct Record {
     pub allocated_at_load: Option<u64>,
     /// Words that were compared with the ledgers when the state was loaded.
     pub words_checked: u64,
+    /// The hooks that panicked, and their messages.
+    pub panics: Vec<(String, String)>,
     /// Set when the agent was lost.
     pub agent_lost: Option<Ownership>,
     /// An operator may have a guest restored.
@@ -162,6 +154,7 @@ impl Parts {
         match fault {
             None => Ok(()),
             Some(Fault::Fail(sentence)) => Err(HookError::new(sentence)),
+            Some(Fault::Panic(message)) => panics(message),
             Some(Fault::Slow(duration)) => {
                 std::thread::sleep(duration);
                 Ok(())
@@ -189,6 +182,12 @@ impl Parts {
         lock(&self.record).runs = false;
         Ok(())
     }
+}
+
+/// What a defect of a VMM does: the client has to live with it.
+#[allow(clippy::panic, reason = "the fault that a test asked for")]
+fn panics(message: String) -> Result<(), HookError> {
+    std::panic::panic_any(message)
 }
 
 /// The hooks of a mock VMM.
@@ -306,6 +305,10 @@ impl Hooks for VmmHooks {
         lock(&self.0.record).events.push(status.clone());
     }
 
+    fn hook_panicked(&mut self, hook: &'static str, message: &str) {
+        lock(&self.0.record).panics.push((hook.to_owned(), message.to_owned()));
+    }
+
     fn agent_lost(&mut self, ownership: Ownership) {
         lock(&self.0.record).agent_lost = Some(ownership);
     }
@@ -361,15 +364,15 @@ impl MockVmm {
         Ok(())
     }
 
-    /// Tells the agent of another tracker.
+    /// Declares another tracker.
     ///
     /// # Errors
     /// If it refuses.
     pub fn set_tracker(&self, tracker: Tracker) -> Result<(), Error> {
         let trackers = match &tracker {
-            Tracker::Log => Trackers::default(),
-            Tracker::Hooks(_) => Trackers { hooks: true, pagemap: None },
-            Tracker::WriteProtect(registered) => Trackers { hooks: false, pagemap: Some(registered.pagemap()) },
+            Tracker::Log => Trackers::LOG_IS_COMPLETE,
+            Tracker::Hooks(_) => Trackers::HOOKS,
+            Tracker::WriteProtect => Trackers::WRITE_PROTECT,
         };
         self.client.set_trackers(trackers)?;
         *lock(&self.parts.tracker) = tracker;

@@ -51,7 +51,7 @@ impl Side {
         let memory = Arc::new(TestMemory::new(vec![layout]).unwrap());
         let tracker = match by {
             By::Log => Tracker::Log,
-            By::WriteProtect => Tracker::write_protect(&memory).unwrap(),
+            By::WriteProtect => Tracker::WriteProtect,
         };
         let (agent, socket) = InProcessAgent::start().unwrap();
         let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();

@@ -91,6 +91,6 @@ fn a_guest_tracked_by_kvms_dirty_log_counts_on() {
 #[test]
 fn a_guest_tracked_by_write_protection_counts_on() {
     if require::kvm() && require::uffd() {
-        migrate_with(|_, memory| Tracker::write_protect(memory).unwrap());
+        migrate_with(|_, _| Tracker::WriteProtect);
     }
 }

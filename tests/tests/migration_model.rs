@@ -115,6 +115,7 @@ fn side(hooks: impl Hooks + 'static, memory: &Memory) -> Side {
     let (client, channel) = Client::from_socket(socket, config).unwrap();
     channel.spawn(hooks).unwrap();
     memory.add_to(&client);
+    client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
     Side { client, _agent: agent }
 }
 

@@ -45,7 +45,7 @@ impl Side {
     fn new(guest: ThreadGuestOptions, device_rate: u64, write_protect: bool) -> Self {
         let memory = memory();
         let usage = Usage::new(memory.clone()).unwrap();
-        let tracker = if write_protect { Tracker::write_protect(&memory).unwrap() } else { Tracker::Log };
+        let tracker = if write_protect { Tracker::WriteProtect } else { Tracker::Log };
         let (agent, socket) = InProcessAgent::start().unwrap();
         let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
         let vmm = MockVmm::new(client, channel, usage.clone(), tracker).unwrap();

@@ -56,7 +56,7 @@ fn text(bytes: &[u8]) -> String {
 fn an_operator_migrates_a_guest_and_reads_how_it_went_even_after_the_vmm_left() {
     let folder = tempfile::tempdir().unwrap();
     let (source, destination) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
-    assert_eq!(text(&source.run("status", &[]).stdout), "no job was started yet\n");
+    assert_eq!(text(&source.run("status", &[]).stdout), "no job was started yet\ntrackers           log-is-complete\n");
     source.vmm.ram.write(17, 1234);
     let address = format!("unix:{}", folder.path().join("stream").display());
     let listen = Target::Address(address.clone());

@@ -29,6 +29,7 @@ impl Side {
         channel.spawn(Still).unwrap();
         let memory = TestMemory::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]).unwrap();
         memory.add_to(&client).unwrap();
+        client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
         Self { client, memory, _agent: agent }
     }
 

@@ -108,6 +108,7 @@ impl Side {
         let record = Arc::new(Record::default());
         channel.spawn(Vmm(record.clone())).unwrap();
         memory.add_to(&client).unwrap();
+        client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
         Self { memory, client, record, _agent: agent }
     }
 

@@ -284,7 +284,7 @@ fn write_under_kvm(side: &Side, page: u64, stamp: u64) {
 fn stale_bits_in_kvms_log_do_not_bring_discarded_pages_back() {
     const STALE: u64 = 0xdead_0000_beef;
     let mut scene = Scene::new();
-    scene.source.client.set_trackers(Trackers { hooks: true, pagemap: None }).unwrap();
+    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
     for page in 0..PAGES {
         write_under_kvm(&scene.source, page, if (70..130).contains(&page) { STALE } else { 1000 + page });
     }
@@ -307,7 +307,7 @@ fn stale_bits_in_kvms_log_do_not_bring_discarded_pages_back() {
 #[test]
 fn a_clear_that_straddles_a_discarded_range_loses_no_write_of_its_neighbours() {
     let mut scene = Scene::new();
-    scene.source.client.set_trackers(Trackers { hooks: true, pagemap: None }).unwrap();
+    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
     let (ram, first) = (scene.source.ram.clone(), scene.source.ram.gpa / PAGE_SIZE);
     let clears = Arc::new(Mutex::new(0u64));
     let (counted, vmm) = (clears.clone(), Arc::downgrade(&scene.source.vmm));
@@ -376,7 +376,7 @@ fn an_idle_guest_moves_under_a_downtime_limit_of_zero() {
 #[test]
 fn passes_that_a_limit_of_zero_keeps_going_are_no_busy_loop() {
     let scene = Scene::new();
-    scene.source.client.set_trackers(Trackers { hooks: true, pagemap: None }).unwrap();
+    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
     let busy = scene.source.ram.gpa / PAGE_SIZE + 9;
     write_under_kvm(&scene.source, 9, 9);
     *lock(&scene.source.vmm.on_clear) = Some(Box::new(move |kvm, given| {
@@ -474,7 +474,7 @@ fn a_free_of_what_was_sent_makes_a_hole_and_what_is_written_into_it_later_arrive
 fn stale_bits_in_kvms_log_do_not_bring_freed_pages_back_and_a_write_after_the_free_is_not_lost() {
     const STALE: u64 = 0xdead_0000_beef;
     let mut scene = Scene::new();
-    scene.source.client.set_trackers(Trackers { hooks: true, pagemap: None }).unwrap();
+    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
     scene.start(&passes(4));
     scene.after_pass(0, |source| {
         (70..130).for_each(|page| write_under_kvm(source, page, STALE));

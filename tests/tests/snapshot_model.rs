@@ -251,6 +251,7 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
     let (client, channel) = Client::from_socket(socket, config).unwrap();
     let hooks = channel.spawn(Vmm(world.clone())).unwrap();
     world.memory.add_to(&client).unwrap();
+    client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         struct Over<'a>(&'a AtomicBool);

@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_protocol::control::codec::Decoder;
+use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, RangesReply, Reply, Request, decode_reply};
-use pageferry_protocol::control::{Frame, FrameSocket};
+use pageferry_protocol::control::{Frame, FrameSocket, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::in_process::InProcessAgent;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -48,10 +49,20 @@ impl Stock {
         Self { frontend, own, _agent: agent }
     }
 
-    fn ask(&mut self, request: &Request) -> Reply<u64> {
+    fn answer(&mut self, request: &Request) -> Frame {
         self.own.send(&Frame::request(request.code(), request.encode()), Instant::now() + SOON).unwrap();
         let reply = self.own.recv(Instant::now() + SOON).unwrap();
         assert!(reply.is_reply() && reply.request == request.code());
+        reply
+    }
+
+    fn trackers(&mut self) -> Trackers {
+        let reply = self.answer(&Request::QueryStatus);
+        decode_reply(&reply.body, JobStatus::decode).unwrap().unwrap().trackers
+    }
+
+    fn ask(&mut self, request: &Request) -> Reply<u64> {
+        let reply = self.answer(request);
         let pages = |decoder: &mut Decoder<'_>| RangesReply::decode(decoder).map(|reply| reply.changed_pages);
         decode_reply(&reply.body, pages).unwrap()
     }
@@ -119,6 +130,12 @@ fn hand_over(need_reply: bool) {
     let log = memfd(0x10_000 + 0x80_000);
     let log_at = VhostUserDirtyLogRegion { mmap_size: 0x80_000, mmap_offset: 0x10_000, mmap_handle: log.as_raw_fd() };
     stock.frontend.set_log_base(0, Some(log_at)).unwrap();
+
+    // By VHOST_F_LOG_ALL a front-end has its back-ends log. It says nothing of its vCPUs.
+    assert_eq!(stock.trackers(), Trackers::default());
+    let declared = Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE };
+    assert!(stock.answer(&declared).body.iter().all(|byte| *byte == 0), "success");
+    assert_eq!(stock.trackers(), Trackers::LOG_IS_COMPLETE);
 
     // The regions lie where they should: a discard frees the right pages of the right file, and no other.
     assert_eq!(stock.discard(0, 2, 3).unwrap(), 3);

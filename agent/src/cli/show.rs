@@ -16,6 +16,7 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     object.insert("guest".into(), json!(status.guest.map(RunState::name)));
     let error = if status.error.is_empty() { Value::Null } else { json!(status.error) };
     object.insert("error".into(), error);
+    object.insert("trackers".into(), json!(status.trackers.names().collect::<Vec<_>>()));
     object.extend(status.counters.named().map(|(name, value)| (name.to_owned(), json!(value))));
     object
 }
@@ -46,6 +47,7 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     let mut lines =
         vec![("job", format!("{} {}", status.job, status.kind.name())), ("status", status.phase.name().to_owned())];
     lines.extend(status.guest.map(|guest| ("guest", guest.name().to_owned())));
+    lines.push(("trackers", status.trackers.to_string()));
     let faults = [
         ("faults", counters.faults.to_string()),
         ("fault p50, p90", format!("{}, {}", time(counters.fault_p50_us), time(counters.fault_p90_us))),
@@ -120,7 +122,8 @@ pub fn print(status: &JobStatus, json: bool) -> io::Result<()> {
     if json {
         writeln!(out, "{}", Value::Object(to_json(status)))
     } else if status.phase == Phase::Idle {
-        writeln!(out, "no job was started yet")
+        writeln!(out, "no job was started yet")?;
+        writeln!(out, "{:18} {}", "trackers", status.trackers)
     } else {
         table(status).iter().try_for_each(|(name, value)| writeln!(out, "{name:18} {value}"))
     }
@@ -267,7 +270,7 @@ mod tests {
     #[test]
     fn json_has_every_figure_under_its_own_name() {
         let object = to_json(&JobStatus::default());
-        for name in ["status", "error", "passes", "pages_sent", "wire_bytes", "downtime_us"] {
+        for name in ["status", "error", "trackers", "passes", "pages_sent", "wire_bytes", "downtime_us"] {
             assert!(object.contains_key(name), "{name}");
         }
     }

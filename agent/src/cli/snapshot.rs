@@ -26,10 +26,10 @@ pub struct SnapshotArgs {
     #[arg(long, value_name = "MODE", default_value = "background", value_parser = parse_mode,
           help = "What becomes of the guest: background, it runs on; paused, it stands still until its memory is saved")]
     pub mode: SnapshotMode,
-    /// Save only what changed since this image, which the last snapshot with --track made.
+    /// Save only what changed since this image, which the last snapshot with --track made. The VMM must have declared its trackers (see status).
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
-    /// Keep track of what is written from now on, so that the next snapshot can be an increment to this one.
+    /// Keep track of what is written from now on, so that the next snapshot can be an increment to this one. The VMM must have declared its trackers (see status).
     #[arg(long)]
     pub track: bool,
     /// Replace an image of that name, once the new one is complete.

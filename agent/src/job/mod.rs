@@ -24,7 +24,9 @@ use crate::memory::GuestMemory;
 use crate::memory::owed::Owed;
 use crate::transport::Limiter;
 use crate::waiting::may_wait;
+use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase, RunState};
+use pageferry_protocol::control::request::ErrorCode;
 use rustix::event::EventfdFlags;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -105,6 +107,13 @@ impl Job {
             entered: Condvar::new(),
             notify,
         })
+    }
+
+    /// The same job, of a VMM that has declared these trackers.
+    #[must_use]
+    pub fn tracked_by(self, declared: Trackers) -> Self {
+        self.state().status.trackers = declared;
+        self
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -323,10 +332,15 @@ impl Job {
     /// Which of the two.
     pub fn unless_frozen<T>(&self, populate: impl FnOnce() -> T) -> Result<T, Frozen> {
         // Let go of before populating, which may wait: whoever asks how the job stands needs it.
-        let frozen = self.state().frozen;
+        let (frozen, phase) = {
+            let state = self.state();
+            (state.frozen, state.status.phase)
+        };
+        let gone = phase.is_postcopy() || matches!(phase, Phase::Completed | Phase::Unconfirmed);
         match (frozen, self.kind) {
             (false, _) => Ok(populate()),
             (true, JobKind::Restore) => Err(Frozen::Restoring(self.id)),
+            (true, JobKind::Outgoing) if gone => Err(Frozen::Gone(self.id, phase.name())),
             (true, _) => Err(Frozen::PastLastSync(self.id)),
         }
     }
@@ -355,9 +369,22 @@ pub enum Frozen {
     /// A migration, with this number.
     #[error("job {0} is past its last sync: populate again if it ends with the guest here")]
     PastLastSync(u64),
+    /// The guest left by a migration, with this number, which is in the phase of this name.
+    #[error("the guest is gone: job {0} ({1}) has handed it over, and its memory here is not in use any more")]
+    Gone(u64, &'static str),
     /// A restore, with this number.
     #[error("job {0} restores the memory: populate again once the guest runs, or the restore has failed")]
     Restoring(u64),
+}
+
+impl Frozen {
+    /// Whether it is of use to try again.
+    pub fn code(self) -> ErrorCode {
+        match self {
+            Self::Gone(..) => ErrorCode::Gone,
+            Self::PastLastSync(_) | Self::Restoring(_) => ErrorCode::Busy,
+        }
+    }
 }
 
 /// The guest's memory is not whole here.

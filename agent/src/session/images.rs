@@ -24,6 +24,13 @@ impl Session {
             let sentence = "mode is stopped, which only the VMM can ask for: it has stopped its guest then; paused stops it for as long as it takes";
             return Err(RemoteError::new(ErrorCode::Denied, sentence));
         }
+        let without = "a snapshot with neither needs no tracker";
+        if !options.base.is_empty() {
+            self.check_declared("base, an increment,", without)?;
+        }
+        if options.track {
+            self.check_declared("track", without)?;
+        }
         let SnapshotOptions { bandwidth, hook_timeout, .. } = options;
         let job = OutgoingOptions { bandwidth, hook_timeout, ..OutgoingOptions::default() };
         let job = self.new_job(JobKind::Snapshot, job)?;

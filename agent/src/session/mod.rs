@@ -114,11 +114,13 @@ impl Session {
 
     /// The same for those who ask: if this VMM has had no job yet, that of the one before.
     pub fn report(&self) -> JobStatus {
-        match (&self.job, &self.before) {
+        let status = match (&self.job, &self.before) {
             (None, Earlier::Ending(job, _)) => job.status(),
             (None, Earlier::Ended(status)) => (**status).clone(),
             _ => self.status(),
-        }
+        };
+        // Not those of the job: whoever asks wants to know what the next one would go by.
+        JobStatus { trackers: self.trackers.declared, ..status }
     }
 
     /// The job that ended is over for good: it forbids nothing any more.

@@ -13,6 +13,7 @@ use crate::tracking::pagemap::Pagemap;
 use crate::transport::address::check_socket;
 use crate::transport::{Address, Listener};
 use crate::waiting::may_wait;
+use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
 use pageferry_protocol::control::hook::Hook;
@@ -21,8 +22,7 @@ use pageferry_protocol::control::job::{
 };
 use pageferry_protocol::control::request::{
     AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, HelloReply,
-    JobStarted, MAX_RANGES, RangesReply, RemoteError, Reply, Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT,
-    encode_reply,
+    JobStarted, MAX_RANGES, RangesReply, RemoteError, Reply, Request, encode_reply,
 };
 use pageferry_protocol::memory::BlockGeometry;
 use rustix::process::PidfdFlags;
@@ -64,8 +64,11 @@ impl SharedSession {
             Some(Err(error)) => Err(RemoteError::new(ErrorCode::Invalid, format!("request {code:#x}: {error}"))),
             Some(Ok(request)) => self.answer(role, request, frame.fds),
         };
-        if let Err(error) = &answer {
-            log::info!("request {code:#x} refused: {error}");
+        match &answer {
+            // It passes, and whoever waits for that asks again and again.
+            Err(error) if error.code == ErrorCode::Busy => log::debug!("request {code:#x} refused: {error}"),
+            Err(error) => log::info!("request {code:#x} refused: {error}"),
+            Ok(_) => {}
         }
         let mut fields = None;
         let unit = answer.map(|encoded| fields = Some(encoded));
@@ -185,7 +188,7 @@ impl SharedSession {
         let job = self.lock().job.as_ref().map(|(job, _)| job.clone());
         let populate = || memory.populate(ranges);
         let populated = match job {
-            Some(job) => job.unless_frozen(populate).map_err(|busy| RemoteError::new(ErrorCode::Busy, busy))?,
+            Some(job) => job.unless_frozen(populate).map_err(|frozen| RemoteError::new(frozen.code(), frozen))?,
             None => populate(),
         };
         drop(populating);
@@ -193,21 +196,21 @@ impl SharedSession {
         Ok(Box::new(move |encoder| RangesReply { changed_pages }.encode(encoder)))
     }
 
-    fn set_trackers(&self, sources: u32, fds: Vec<OwnedFd>) -> Answer {
+    fn set_trackers(&self, sources: Trackers, fds: Vec<OwnedFd>) -> Answer {
         self.lock().check_idle("the trackers cannot be changed")?;
-        let scans = sources & TRACKER_WRITE_PROTECT != 0;
+        let scans = sources.contains(Trackers::WRITE_PROTECT);
         check_fds("set trackers", &fds, usize::from(scans))?;
         may_wait("look at the pagemap");
         let pagemap = fds.into_iter().next().map(Pagemap::new).transpose().map_err(|error| invalid(&error))?;
         let mut session = self.lock();
         session.check_idle("the trackers cannot be changed")?;
-        let hooks = sources & TRACKER_HOOKS != 0;
-        if hooks && !session.hooks.are_set() {
-            let sentence = "sources: bit 0, hooks, needs a socket for hooks (SET_BACKEND_REQ_FD)";
+        let asked = scans || sources.contains(Trackers::HOOKS);
+        if asked && !session.hooks.are_set() {
+            let sentence = format!("sources: {sources} needs a socket for hooks (SET_BACKEND_REQ_FD)");
             return Err(RemoteError::new(ErrorCode::State, sentence));
         }
         session.end_checkpoint("the trackers were changed");
-        session.trackers = TrackerChoice { hooks, pagemap: pagemap.map(Arc::new) };
+        session.trackers = TrackerChoice { declared: sources, pagemap: pagemap.map(Arc::new) };
         Ok(nothing())
     }
 
@@ -308,7 +311,9 @@ impl Session {
     pub(super) fn new_job(&mut self, kind: JobKind, options: OutgoingOptions) -> Result<Arc<Job>, RemoteError> {
         let id = self.jobs + 1;
         let job = Job::new(id, kind, self.memory.clone(), self.hooks.clone(), options, self.notify.clone());
-        let job = job.map_err(|error| RemoteError::new(ErrorCode::System, format!("cannot make a job: {error}")))?;
+        let job = job
+            .map(|job| job.tracked_by(self.trackers.declared))
+            .map_err(|error| RemoteError::new(ErrorCode::System, format!("cannot make a job: {error}")))?;
         self.jobs = id;
         Ok(Arc::new(job))
     }
@@ -351,9 +356,26 @@ impl Session {
         Ok(())
     }
 
+    /// Refuses a job that relies on dirty pages while the VMM has not said who reports them: a
+    /// default would lose writes.
+    pub(super) fn check_declared(&self, what: &str, instead: &str) -> Result<(), RemoteError> {
+        if self.trackers.declared.is_declared() {
+            return Ok(());
+        }
+        let sentence = format!(
+            "{what} relies on dirty pages, and the VMM has declared no tracker: it must say who reports the guest's \
+             writes (Client::set_trackers), or that every writer marks the dirty log (log-is-complete); {instead}"
+        );
+        Err(RemoteError::new(ErrorCode::State, sentence))
+    }
+
     fn start_outgoing(&mut self, target: &str, options: OutgoingOptions, fds: Vec<OwnedFd>) -> Answer {
         self.check_can_start()?;
         options.check_start().map_err(|error| invalid(&error))?;
+        if options.mode != Mode::Postcopy {
+            let what = format!("mode {}", options.mode.name());
+            self.check_declared(&what, "mode postcopy needs no tracker")?;
+        }
         let destination = match socket_of(target, fds)? {
             Some(_) if options.mode.may_postcopy() => {
                 let mode = options.mode.name();

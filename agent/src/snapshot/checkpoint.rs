@@ -7,6 +7,10 @@
 //! A tracker whose sync does not clear by itself is cleared as soon as it was asked (law 7: nothing of that was read yet), once while the guest runs, so that little is left
 //! for the pause.
 //!
+//! While a background snapshot watches writes it has the mappings that write-protect scanning needs:
+//! that tracker is suspended, and reports all pages afterwards. The next increment then holds all
+//! that is allocated: more than it must, and never less.
+//!
 //! Discarded pages need no fix-up here: whatever the trackers say of them, an image says that they are discarded. Whoever populates them has marked the log.
 
 use super::{Plan, is_increment};
@@ -81,6 +85,13 @@ impl SharedCheckpoint {
     pub fn stop_idle(&self) {
         let idle = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
         idle.into_iter().for_each(|mut trackers| trackers.stop());
+    }
+
+    /// The checkpoint's trackers, if one is kept.
+    fn with_kept(&self, change: impl FnOnce(&mut Trackers)) {
+        if let State::Kept(checkpoint) = &mut *self.lock() {
+            change(&mut checkpoint.trackers);
+        }
     }
 
     fn take(&self) -> State {
@@ -192,6 +203,23 @@ impl Changes {
             uses.dirty.merge(&fresh);
         }
         Ok(())
+    }
+
+    /// A watch of writes is about to take the VMM's mappings from a tracker that needs them for
+    /// itself. Also where this snapshot asks no tracker, and a checkpoint is kept for a later one.
+    pub fn suspend(&mut self) {
+        match &mut self.uses {
+            Some(uses) => uses.trackers.suspend(),
+            None => self.shared.with_kept(Trackers::suspend),
+        }
+    }
+
+    /// The watch is over, or was none.
+    pub fn resume(&mut self) {
+        match &mut self.uses {
+            Some(uses) => uses.trackers.resume(),
+            None => self.shared.with_kept(Trackers::resume),
+        }
     }
 
     /// What is to be saved of an increment, as far as is known; `None` if all is.

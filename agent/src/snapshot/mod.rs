@@ -74,6 +74,8 @@ fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
     let writer = Arc::new(ImageWriter::create(&plan.path, job.memory.table(), replace, cached)?);
     let mut changes = Changes::begin(job, plan, base.id, track)?;
     let captured = capture(job, plan, &writer, &mut changes);
+    // The watch of writes, if there was one, ended with it.
+    changes.resume();
     let outcome = captured.and_then(|saved| finish(job, &writer, &saved, &changes, &base));
     changes.end(outcome.is_ok().then(|| writer.id()));
     outcome
@@ -109,7 +111,10 @@ fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut
     job.enter(Phase::Protecting);
     changes.look(job)?;
     let mut watch = match plan.options.mode {
-        SnapshotMode::Background => Some(Watch::begin(job)?),
+        SnapshotMode::Background => {
+            changes.suspend();
+            Some(Watch::begin(job)?)
+        }
         SnapshotMode::Paused | SnapshotMode::Stopped => None,
     };
     let prepared = Prepared::new(job, watch.is_some())?;

@@ -10,6 +10,7 @@ pub mod pagemap;
 use crate::hooks::{HookError, Hooks};
 use crate::job::Deadline;
 use crate::memory::{Block, GuestMemory};
+use pageferry_protocol::control::Trackers as Declared;
 use pageferry_protocol::control::hook::{Hook, MAX_CLEAR_PAGES};
 use pageferry_protocol::memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
@@ -134,14 +135,22 @@ pub trait Tracker: Send {
 
     /// Stops to report. Called on failure, too, and possibly without a start.
     fn stop(&mut self);
+
+    /// From now on a background snapshot uses the VMM's mappings, and a tracker that needs them for
+    /// itself sees nothing. Until it sees again, and at the first sync after that, it must report
+    /// every page.
+    fn suspend(&mut self) {}
+
+    /// The mappings are free again.
+    fn resume(&mut self) {}
 }
 
-/// Which trackers the VMM wants, beside the shared log.
+/// Which trackers the VMM has declared, beside the shared log.
 #[derive(Debug, Clone, Default)]
 pub struct TrackerChoice {
-    /// The VMM's own tracker, by hooks.
-    pub hooks: bool,
-    /// Write-protect scanning through this pagemap.
+    /// All of them; the empty set if it has not said yet who reports the guest's writes.
+    pub declared: Declared,
+    /// The pagemap that write-protect scanning goes by.
     pub pagemap: Option<Arc<Pagemap>>,
 }
 
@@ -158,14 +167,16 @@ impl Trackers {
     /// A hook may take `timeout`, and no longer than until `stop`.
     pub fn new(choice: &TrackerChoice, hooks: &Arc<Hooks>, timeout: Duration, stop: &Deadline) -> Self {
         let mut trackers: Vec<Box<dyn Tracker>> = Vec::new();
-        if choice.hooks {
+        let by_hooks = choice.declared.contains(Declared::HOOKS);
+        if by_hooks {
             trackers.push(Box::new(HookTracker { hooks: hooks.clone(), timeout, stop: stop.clone(), started: false }));
         }
         if let Some(pagemap) = &choice.pagemap {
-            trackers.push(Box::new(ScanTracker { pagemap: pagemap.clone() }));
+            let (hooks, pagemap) = (hooks.clone(), pagemap.clone());
+            trackers.push(Box::new(ScanTracker::new(hooks, timeout, pagemap)));
         }
         trackers.push(Box::new(LogTracker));
-        let lazy = choice.hooks.then(|| LazyClear { hooks: hooks.clone(), timeout, stop: stop.clone() });
+        let lazy = by_hooks.then(|| LazyClear { hooks: hooks.clone(), timeout, stop: stop.clone() });
         Self { trackers, lazy, pagemap: choice.pagemap.clone() }
     }
 
@@ -190,6 +201,16 @@ impl Trackers {
     /// Stops all of them.
     pub fn stop(&mut self) {
         self.trackers.iter_mut().for_each(|tracker| tracker.stop());
+    }
+
+    /// A background snapshot is about to use the VMM's mappings: see [`Tracker::suspend`].
+    pub fn suspend(&mut self) {
+        self.trackers.iter_mut().for_each(|tracker| tracker.suspend());
+    }
+
+    /// It does not any more.
+    pub fn resume(&mut self) {
+        self.trackers.iter_mut().for_each(|tracker| tracker.resume());
     }
 
     /// Those of the pages `pages` of word `word` of which a report may mean a neighbour: write-protect scanning counts all of a transparent
@@ -267,7 +288,7 @@ impl Tracker for HookTracker {
     fn start(&mut self, _memory: &GuestMemory) -> Result<(), TrackingError> {
         // Set before it is known: a start that timed out may still happen.
         self.started = true;
-        Ok(self.hooks.ask(&Hook::StartTracking, self.timeout)?)
+        Ok(self.hooks.ask(&Hook::StartTracking { sources: Declared::HOOKS }, self.timeout)?)
     }
 
     fn sync(&mut self, _memory: &GuestMemory, _dirty: &DirtyPages) -> Result<(), TrackingError> {
@@ -276,19 +297,35 @@ impl Tracker for HookTracker {
 
     fn stop(&mut self) {
         if std::mem::take(&mut self.started)
-            && let Err(error) = self.hooks.undo(&Hook::StopTracking, self.timeout)
+            && let Err(error) = self.hooks.undo(&Hook::StopTracking { sources: Declared::HOOKS }, self.timeout)
         {
             log::warn!("the VMM's tracker stays on: {}", crate::error::chain(&error));
         }
     }
 }
 
-/// Write-protect scanning: each sync reports the written pages of the VMM's mapping and protects them again.
+/// Write-protect scanning: each sync reports the written pages of the VMM's mapping and protects
+/// them again.
+///
+/// The VMM registers its mappings when this starts. A mapping can be registered with one
+/// userfaultfd only, so a background snapshot takes them over for its time. What is written then is
+/// not seen by any scan, so all pages count as written.
 struct ScanTracker {
+    hooks: Arc<Hooks>,
+    timeout: Duration,
     pagemap: Arc<Pagemap>,
+    started: bool,
+    /// A snapshot has the mappings.
+    suspended: bool,
+    /// A snapshot had them since the last sync.
+    missed: bool,
 }
 
 impl ScanTracker {
+    fn new(hooks: Arc<Hooks>, timeout: Duration, pagemap: Arc<Pagemap>) -> Self {
+        Self { hooks, timeout, pagemap, started: false, suspended: false, missed: false }
+    }
+
     fn scan(&self, memory: &GuestMemory, found: impl Fn(usize, PageRange)) -> Result<(), TrackingError> {
         for (index, block) in memory.blocks().iter().enumerate() {
             let id = block.geometry.id;
@@ -311,17 +348,46 @@ impl ScanTracker {
 
 impl Tracker for ScanTracker {
     fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError> {
+        // Set before it is known: a start that timed out may still happen.
+        self.started = true;
+        self.hooks.ask(&Hook::StartTracking { sources: Declared::WRITE_PROTECT }, self.timeout)?;
         // Protects what is mapped; what that reports is older than the start.
         self.scan(memory, |_, _| {})
     }
 
     fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError> {
+        if self.missed {
+            for (index, block) in memory.blocks().iter().enumerate() {
+                dirty.block(index).set(block.all());
+            }
+        }
+        if self.suspended {
+            return Ok(());
+        }
         self.scan(memory, |index, range| {
             dirty.block(index).set(range);
-        })
+        })?;
+        self.missed = false;
+        Ok(())
     }
 
-    fn stop(&mut self) {}
+    fn stop(&mut self) {
+        let hook = Hook::StopTracking { sources: Declared::WRITE_PROTECT };
+        if std::mem::take(&mut self.started)
+            && let Err(error) = self.hooks.undo(&hook, self.timeout)
+        {
+            log::warn!("the VMM's mappings stay registered: {}", crate::error::chain(&error));
+        }
+    }
+
+    fn suspend(&mut self) {
+        self.suspended = true;
+        self.missed = true;
+    }
+
+    fn resume(&mut self) {
+        self.suspended = false;
+    }
 }
 
 /// Clears pages in a tracker whose sync does not (law 7): a worker does so for a chunk right before it first reads there.

@@ -7,16 +7,20 @@
 //! An agent that hangs keeps its sockets open. So while the guest stands still for it, a [heartbeat](crate::heartbeat) finds that out and cuts the link, which is the
 //! end here. Only before the line of law 9: after it nothing is gained by giving an agent up, which may still say that no commit left.
 
+use super::guarded::Guarded;
 use super::state::{read_pieces, write_pieces};
 use super::{ClearPages, HookError, Hooks};
 use crate::client::WeakClient;
 use crate::control::Link;
 use crate::error::Error;
 use crate::faults::Faults;
-use crate::heartbeat::Heartbeat;
+use crate::heartbeat::{BUSY, Ends, Heartbeat};
 use crate::memory::Memory;
 use crate::ownership::{Forbidden, Migration, Ownership, Resume, SharedOwnership};
+use crate::threads::{caught, start};
+use crate::tracking::active::Tracking;
 use crate::writes::Writes;
+use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::hook::{self, Hook, PieceSize, SavedState};
 use pageferry_protocol::control::hook::{encode_hook_reply, encode_state_reply, reply_sequence};
 use pageferry_protocol::control::job::{JobStatus, RunState};
@@ -60,6 +64,8 @@ pub struct HookChannel {
     paused: Option<Heartbeat>,
     /// The VMM was told that writes are watched, and not yet that they are not.
     watching: bool,
+    /// The VMM was asked to hold the guest back, and not yet to let it go.
+    throttled: bool,
 }
 
 /// What a channel shares with its client.
@@ -69,6 +75,7 @@ pub(crate) struct Parts {
     pub(crate) ownership: Arc<SharedOwnership>,
     pub(crate) faults: Arc<Faults>,
     pub(crate) writes: Arc<Writes>,
+    pub(crate) tracking: Arc<Tracking>,
     pub(crate) client: WeakClient,
 }
 
@@ -83,19 +90,41 @@ impl Drop for HookChannel {
         // The link keeps a duplicate, so closing alone would leave the agent waiting for its deadline.
         self.link.cut_hooks();
         self.parts.writes.lost(self.link.id);
+        self.parts.tracking.stop_scanning(self.link.id);
     }
 }
 
 impl HookChannel {
     pub(crate) fn new(socket: OwnedFd, link: Arc<Link>, parts: Parts, timeout: Duration) -> Self {
-        Self { socket: socket.into(), link, parts, timeout, closed: false, paused: None, watching: false }
+        Self {
+            socket: socket.into(),
+            link,
+            parts,
+            timeout,
+            closed: false,
+            paused: None,
+            watching: false,
+            throttled: false,
+        }
     }
 
-    /// Answers every hook that is pending, without waiting for more.
+    /// Answers every hook that is pending, without waiting for more. A hook that panics fails; see [`Hooks::hook_panicked`].
     ///
     /// # Errors
     /// If the agent broke the protocol; it is lost then, as if it had closed the channel. Only reported once.
     pub fn dispatch(&mut self, hooks: &mut dyn Hooks) -> Result<Dispatch, Error> {
+        let hooks = &mut Guarded(hooks);
+        match caught(|| self.dispatch_pending(hooks)) {
+            Ok(dispatched) => dispatched,
+            // Not of a hook, but a defect here. Whatever it was, the guest is not to stay paused.
+            Err(message) => {
+                self.end(hooks);
+                Err(Error::Panicked { message })
+            }
+        }
+    }
+
+    fn dispatch_pending(&mut self, hooks: &mut dyn Hooks) -> Result<Dispatch, Error> {
         while !self.closed {
             let handled = match self.socket.try_recv() {
                 Ok(Some(frame)) => self.handle(frame, hooks),
@@ -124,7 +153,7 @@ impl HookChannel {
         const A_WHILE: Duration = Duration::from_secs(3600);
         while self.dispatch(hooks)? == Dispatch::Open {
             if let Err(errno) = wait(self.socket.as_fd(), PollFlags::IN, Instant::now() + A_WHILE) {
-                self.end(hooks);
+                self.end(&mut Guarded(hooks));
                 return Err(Error::HookChannel { source: errno.into() });
             }
         }
@@ -142,8 +171,7 @@ impl HookChannel {
             }
             hooks
         };
-        let thread = std::thread::Builder::new().name("pageferry-hooks".into()).spawn(run);
-        Ok(HookThread { thread: thread.map_err(|source| Error::Thread { source })? })
+        Ok(HookThread { thread: start("pageferry-hooks", run)? })
     }
 
     /// The end of the agent, or of its right to be heard.
@@ -163,6 +191,7 @@ impl HookChannel {
                 log::error!("cannot resume the guest: {error}");
             }
         }
+        self.stop_what_it_started(hooks);
         self.give_memory_up(hooks);
         // The VMM may use the memory for something else from now on. Its guest runs already.
         if self.parts.client.upgrade().is_some() {
@@ -187,6 +216,19 @@ impl HookChannel {
         // The VMM is asked without the lock.
         let known = self.parts.ownership.lock().run_state_before_pause();
         known.unwrap_or_else(|| hooks.run_state())
+    }
+
+    /// The VMM's tracker, and what holds its guest back: nobody else would undo them.
+    fn stop_what_it_started(&mut self, hooks: &mut dyn Hooks) {
+        let stopped = self.parts.tracking.lost(self.link.id, || hooks.stop_tracking());
+        if let Err(error) = stopped {
+            log::warn!("the agent is lost, and the VMM's tracker stays on: {error}");
+        }
+        if std::mem::take(&mut self.throttled)
+            && let Err(error) = hooks.throttle(0)
+        {
+            log::warn!("the agent is lost, and the guest stays throttled: {error}");
+        }
     }
 
     /// If memory is missing, it never comes.
@@ -307,13 +349,17 @@ impl HookChannel {
         }
         hooks.writes_watched().map_err(failed)?;
         self.watching = true;
-        let Parts { memory, client, writes, .. } = &self.parts;
+        let Parts { memory, client, writes, tracking, .. } = &self.parts;
+        tracking.suspend();
         let watched = match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
             Ok(Some(for_agent)) => Ok(for_agent),
             Ok(None) => Err(already()),
             Err(error) => Err(RemoteError::new(ErrorCode::System, chain(&error))),
         };
         if watched.is_err() {
+            if !writes.are_watched() {
+                tracking.resume(memory);
+            }
             // Announced, and not to be.
             self.tell_unwatched(hooks);
         }
@@ -373,18 +419,25 @@ impl HookChannel {
         match hook {
             Hook::Pause => self.pause(hooks),
             Hook::Resume { force, paused } => self.resume(force, paused, hooks),
-            Hook::StartTracking => hooks.start_tracking().map_err(failed),
-            Hook::StopTracking => hooks.stop_tracking().map_err(failed),
+            Hook::StartTracking { sources } => self.start_tracking(sources, hooks),
+            Hook::StopTracking { sources } => self.stop_tracking(sources, hooks),
             Hook::SyncTracker => hooks.sync_tracker(&self.parts.memory.log).map_err(failed),
             Hook::ClearTracker { block, first, bitmap } => self.clear_tracker(block, first, bitmap, hooks),
-            Hook::Throttle { percent } => hooks.throttle(percent).map_err(failed),
+            Hook::Throttle { percent } => {
+                self.throttled |= percent > 0;
+                hooks.throttle(percent).map_err(failed)?;
+                self.throttled = percent > 0;
+                Ok(())
+            }
             Hook::LoadState { pieces } => self.load_state(pieces, fds, hooks),
             Hook::UnregisterFaults { complete } => {
                 self.unregister_faults(complete, hooks);
                 Ok(())
             }
             Hook::UnwatchWrites => {
-                self.parts.writes.unwatch(self.link.id);
+                if self.parts.writes.unwatch(self.link.id) {
+                    self.parts.tracking.resume(&self.parts.memory);
+                }
                 self.tell_unwatched(hooks);
                 Ok(())
             }
@@ -400,6 +453,29 @@ impl HookChannel {
             | Hook::WatchWrites
             | Hook::Event { .. } => Ok(()),
         }
+    }
+
+    fn start_tracking(&self, sources: Trackers, hooks: &mut dyn Hooks) -> Reply<()> {
+        let (tracking, link) = (&self.parts.tracking, self.link.id);
+        if sources.contains(Trackers::HOOKS) {
+            tracking.start_hooks(link, || hooks.start_tracking()).map_err(failed)?;
+        }
+        if sources.contains(Trackers::WRITE_PROTECT) {
+            let started = tracking.start_scanning(link, &self.parts.memory);
+            started.map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
+        }
+        Ok(())
+    }
+
+    fn stop_tracking(&self, sources: Trackers, hooks: &mut dyn Hooks) -> Reply<()> {
+        let (tracking, link) = (&self.parts.tracking, self.link.id);
+        if sources.contains(Trackers::WRITE_PROTECT) {
+            tracking.stop_scanning(link);
+        }
+        if sources.contains(Trackers::HOOKS) {
+            tracking.stop_hooks(link, || hooks.stop_tracking()).map_err(failed)?;
+        }
+        Ok(())
     }
 
     fn pause(&mut self, hooks: &mut dyn Hooks) -> Reply<()> {
@@ -422,7 +498,8 @@ impl HookChannel {
         let cut = move |_| {
             link.cut();
         };
-        Heartbeat::start(self.parts.client.clone(), Arc::clone(&self.link), false, |_| false, cut)
+        let client = self.parts.client.clone();
+        Heartbeat::start(client, Arc::clone(&self.link), BUSY, Ends::Control, |_| false, cut)
     }
 
     fn resume(&mut self, force: bool, paused: bool, hooks: &mut dyn Hooks) -> Reply<()> {
@@ -482,7 +559,8 @@ impl HookChannel {
 }
 
 fn failed(error: HookError) -> RemoteError {
-    RemoteError::new(ErrorCode::Other, error)
+    let code = if error.is_panic() { ErrorCode::Panicked } else { ErrorCode::Other };
+    RemoteError::new(code, error)
 }
 
 fn forbidden(error: Forbidden) -> RemoteError {
@@ -501,8 +579,7 @@ impl<H> HookThread<H> {
         self.thread.is_finished()
     }
 
-    /// Waits for the end of the agent, and returns the hooks. Drop the client first, or this waits for the agent to die. A panic of
-    /// a hook goes on here.
+    /// Waits for the end of the agent, and returns the hooks. Drop the client first, or this waits for the agent to die.
     pub fn join(self) -> H {
         match self.thread.join() {
             Ok(hooks) => hooks,

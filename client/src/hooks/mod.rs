@@ -2,9 +2,11 @@
 //!
 //! - [`Hooks`]: what a VMM implements;
 //! - [`channel`]: the socket that the requests come on, and how they are answered;
+//! - [`guarded`]: the edge where a panic of a hook becomes an error;
 //! - [`state`]: the file that the VMM's own state travels in.
 
 mod channel;
+mod guarded;
 mod state;
 
 pub(crate) use channel::Parts;
@@ -19,12 +21,22 @@ use std::path::Path;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HookError {
     sentence: String,
+    panic: bool,
 }
 
 impl HookError {
     /// A failure with this sentence.
     pub fn new(sentence: impl std::fmt::Display) -> Self {
-        Self { sentence: sentence.to_string() }
+        Self { sentence: sentence.to_string(), panic: false }
+    }
+
+    /// The failure of a hook that panicked with this message.
+    pub(crate) fn panicked(message: String) -> Self {
+        Self { sentence: message, panic: true }
+    }
+
+    pub(crate) fn is_panic(&self) -> bool {
+        self.panic
     }
 
     /// The sentence.
@@ -42,7 +54,7 @@ impl std::fmt::Display for HookError {
 /// The error's text and those of its sources. `HookError` is no `std::error::Error` itself, since it could not have this then.
 impl<E: std::error::Error> From<E> for HookError {
     fn from(error: E) -> Self {
-        Self { sentence: pageferry_protocol::error::chain(&error) }
+        Self { sentence: pageferry_protocol::error::chain(&error), panic: false }
     }
 }
 
@@ -72,6 +84,11 @@ pub struct ClearPages<'a> {
 ///
 /// Each hook has a deadline, by default 10 seconds, after which the agent gives up and the migration fails. Hooks are called one at a time, in
 /// the order that the agent asked in. They may use the [`Client`](crate::Client), but must not wait for a job.
+///
+/// A hook that panics is caught, and fails: the job fails and says so, and a guest that was paused is
+/// resumed. What the hook had changed before is as the panic left it, so the VMM is told by
+/// [`Hooks::hook_panicked`]. In a program that is built with `panic = "abort"` nothing can be caught:
+/// the VMM ends with its guest.
 pub trait Hooks: Send {
     /// Whether the guest runs, as far as its operator is concerned: [`RunState::Paused`] if an operator has paused it, or
     /// has not started it yet. A pause by [`Hooks::pause`] does not count. Called just before that, and before
@@ -113,7 +130,7 @@ pub trait Hooks: Send {
         Ok(())
     }
 
-    /// Starts the VMM's own tracker.
+    /// Starts the VMM's own tracker. Called for [`Trackers::HOOKS`](crate::Trackers::HOOKS) only. A tracker that is on already starts anew.
     ///
     /// # Errors
     /// If it does not start; the migration fails.
@@ -121,7 +138,7 @@ pub trait Hooks: Send {
         Ok(())
     }
 
-    /// Stops the VMM's own tracker.
+    /// Stops the VMM's own tracker. Also called when the agent is lost that had it started.
     ///
     /// # Errors
     /// If it does not stop.
@@ -206,7 +223,7 @@ pub trait Hooks: Send {
     /// is lost, and can be neither sent nor saved. Stop it: a vCPU that waits for a page in KVM_RUN is interrupted by a signal, as when it is paused (on x86). Do not wait for other threads, which are not.
     ///
     /// Who still touches a missing page when this returned gets SIGBUS, or EFAULT from the kernel; until then it waits, but five seconds at most. Comes at once when
-    /// the agent dies or finds damage, and within [`Config::request_timeout`](crate::Config::request_timeout) and a second if it hangs. A hook that waits for a page itself
+    /// the agent dies or finds damage, and within [`Config::request_timeout`](crate::Config::request_timeout) and half a second if it hangs. A hook that waits for a page itself
     /// is let go by those five seconds, and this comes after it.
     fn memory_lost(&mut self) {
         log::error!("memory of the guest is missing and will not come: it cannot go on");
@@ -229,6 +246,12 @@ pub trait Hooks: Send {
     /// if the guest is still paused, only with the guest. After [`Client::reattach`](crate::Client::reattach) it comes by the old channel, so that one has to end before a snapshot
     /// is asked of the new agent.
     fn writes_unwatched(&mut self) {}
+
+    /// A hook panicked, the one of this name, and was caught. Who can tell what is left of the VMM's state
+    /// may say so in a log, save what there is, or end the process. A panic in here is caught as well.
+    fn hook_panicked(&mut self, hook: &'static str, message: &str) {
+        let _ = (hook, message);
+    }
 
     /// Something to know about a job.
     fn event(&mut self, status: &JobStatus) {

@@ -1,4 +1,7 @@
-//! Write protection of the VMM's own mapping: the tracker that needs no hook and no KVM.
+//! Write protection of the VMM's own mapping: the tracker that needs no code of the VMM and no KVM.
+//!
+//! A client does this by itself for `Trackers::WRITE_PROTECT`; [`WriteProtect`] is for those who scan
+//! without a client.
 //!
 //! The mapping is registered with a userfaultfd in asynchronous write-protect mode: the first write to a protected page
 //! lifts the protection inside of the kernel, nobody is woken, and the page counts as written until it is protected again.
@@ -7,7 +10,8 @@
 //! Seen are the writes of vCPUs and of the VMM that go through this mapping. Not seen are `write()` to the file, and other
 //! mappings of it: those writers mark the shared log.
 
-use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd, feature};
+use super::active::SCANNING;
+use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,6 +33,11 @@ pub enum UffdError {
     },
 }
 
+/// The pagemap of this process.
+pub(crate) fn open_pagemap() -> rustix::io::Result<OwnedFd> {
+    rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+}
+
 /// Mappings of this process whose first writes are kept track of. Dropping it ends that, and lifts the protection.
 #[derive(Debug)]
 pub struct WriteProtect {
@@ -43,9 +52,8 @@ impl WriteProtect {
     /// # Errors
     /// If userfaultfd is not allowed or too old, or a mapping cannot be registered; then none is left registered.
     pub fn register(ranges: &[(u64, u64)]) -> Result<Self, UffdError> {
-        let uffd = Userfaultfd::open(feature::WP_HUGETLBFS_SHMEM | feature::WP_UNPOPULATED | feature::WP_ASYNC)?;
-        let pagemap = rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|source| UffdError::Pagemap { source })?;
+        let uffd = Userfaultfd::open(SCANNING)?;
+        let pagemap = open_pagemap().map_err(|source| UffdError::Pagemap { source })?;
         let mut this = Self { uffd, pagemap, registered: Vec::with_capacity(ranges.len()) };
         for &(start, length) in ranges {
             let range = Addresses { start, length };

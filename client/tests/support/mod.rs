@@ -168,12 +168,17 @@ pub(crate) fn client_with<T: Send + 'static>(
 pub(crate) fn client<T: Send + 'static>(
     script: impl FnOnce(FakeAgent) -> T + Send + 'static,
 ) -> (Client, HookChannel, JoinHandle<T>) {
-    client_with(Config::default(), MAX_RANGES, script)
+    client_with(quiet(), MAX_RANGES, script)
+}
+
+/// An idle agent is asked nothing: the next request is the test's.
+pub(crate) fn quiet() -> Config {
+    Config { heartbeat: Duration::from_secs(3600), ..Config::default() }
 }
 
 /// For agents that are to be too slow. Long enough for a handshake on a busy machine.
 pub(crate) fn impatient() -> Config {
-    Config { request_timeout: Duration::from_millis(500), ..Config::default() }
+    Config { request_timeout: Duration::from_millis(500), ..quiet() }
 }
 
 /// A memfd of so many pages, all written.

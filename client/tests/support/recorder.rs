@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex};
 pub(crate) struct Vmm {
     pub(crate) calls: Arc<Mutex<Vec<String>>>,
     pub(crate) fails: &'static str,
+    /// Starts of those that panic, by commas.
+    pub(crate) panics: &'static str,
     pub(crate) state: Vec<StatePiece>,
 }
 
@@ -18,7 +20,9 @@ impl Vmm {
     fn called(&self, what: impl Into<String>) -> Result<(), HookError> {
         let what = what.into();
         let fails = !self.fails.is_empty() && what.starts_with(self.fails);
-        self.calls.lock().unwrap().push(what);
+        self.calls.lock().unwrap().push(what.clone());
+        let panics = self.panics.split(',').any(|start| !start.is_empty() && what.starts_with(start));
+        assert!(!panics, "vCPU 3 is gone");
         if fails { Err(HookError::new("vCPU 3 does not stop")) } else { Ok(()) }
     }
 
@@ -69,6 +73,9 @@ impl Hooks for Vmm {
     }
     fn event(&mut self, status: &JobStatus) {
         self.called(format!("event {}", status.phase.name())).unwrap();
+    }
+    fn hook_panicked(&mut self, hook: &'static str, message: &str) {
+        self.called(format!("panicked: {hook}: {message}")).unwrap();
     }
     fn agent_lost(&mut self, ownership: Ownership) {
         self.called(format!("lost {ownership:?}")).unwrap();

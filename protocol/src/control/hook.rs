@@ -3,6 +3,7 @@
 //! Every body starts with a sequence number, which the answer repeats: so an answer that comes after its deadline is told from the
 //! one that is waited for. The VMM answers in the order of the requests.
 
+use super::Trackers;
 use super::codec::{DecodeError, Decoder, Encoder};
 use super::job::{JobStatus, MAX_ADDRESS, RunState};
 use super::request::{Reply, decode_reply, encode_reply};
@@ -62,10 +63,17 @@ pub enum Hook {
         /// its VMM knows what it was.
         paused: bool,
     },
-    /// Start the VMM's own tracker (KVM's dirty log).
-    StartTracking,
-    /// Stop it.
-    StopTracking,
+    /// Start these trackers: the VMM's own one (KVM's dirty log), or the registration of its
+    /// mappings that write-protect scanning needs.
+    StartTracking {
+        /// [`Trackers::HOOKS`], [`Trackers::WRITE_PROTECT`], or both.
+        sources: Trackers,
+    },
+    /// Stop them.
+    StopTracking {
+        /// The same.
+        sources: Trackers,
+    },
     /// Set the bits of all pages that the VMM's tracker knows as dirty in the shared log.
     SyncTracker,
     /// Clear these pages in the VMM's tracker, so that their next write is reported.
@@ -131,8 +139,8 @@ impl Hook {
         match self {
             Self::Pause => code::PAUSE,
             Self::Resume { .. } => code::RESUME,
-            Self::StartTracking => code::START_TRACKING,
-            Self::StopTracking => code::STOP_TRACKING,
+            Self::StartTracking { .. } => code::START_TRACKING,
+            Self::StopTracking { .. } => code::STOP_TRACKING,
             Self::SyncTracker => code::SYNC_TRACKER,
             Self::ClearTracker { .. } => code::CLEAR_TRACKER,
             Self::Throttle { .. } => code::THROTTLE,
@@ -154,8 +162,8 @@ impl Hook {
         match self {
             Self::Pause => "pause",
             Self::Resume { .. } => "resume",
-            Self::StartTracking => "start tracking",
-            Self::StopTracking => "stop tracking",
+            Self::StartTracking { .. } => "start tracking",
+            Self::StopTracking { .. } => "stop tracking",
             Self::SyncTracker => "sync tracker",
             Self::ClearTracker { .. } => "clear tracker",
             Self::Throttle { .. } => "throttle",
@@ -181,6 +189,7 @@ impl Hook {
                 let encoder = encoder.u32(*block).u32(bitmap.len() as u32).u64(*first);
                 bitmap.iter().fold(encoder, |encoder, word| encoder.u64(*word))
             }
+            Self::StartTracking { sources } | Self::StopTracking { sources } => encoder.u32(sources.bits()),
             Self::Throttle { percent } => encoder.u32(*percent),
             Self::LoadState { pieces } => encode_pieces(pieces, encoder),
             Self::Event { status } => status.encode(encoder),
@@ -209,8 +218,8 @@ impl Hook {
         Some(match hook {
             code::PAUSE => Ok(Self::Pause),
             code::RESUME => decode_resume(decoder),
-            code::START_TRACKING => Ok(Self::StartTracking),
-            code::STOP_TRACKING => Ok(Self::StopTracking),
+            code::START_TRACKING => decode_sources(decoder).map(|sources| Self::StartTracking { sources }),
+            code::STOP_TRACKING => decode_sources(decoder).map(|sources| Self::StopTracking { sources }),
             code::SYNC_TRACKER => Ok(Self::SyncTracker),
             code::CLEAR_TRACKER => decode_clear(decoder),
             code::THROTTLE => match decoder.u32("percent") {
@@ -252,6 +261,10 @@ fn decode_flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<bool, D
         value @ 0..=1 => Ok(value == 1),
         value => Err(DecodeError::Value { field, value: value.into(), allowed: "0 or 1" }),
     }
+}
+
+fn decode_sources(decoder: &mut Decoder<'_>) -> Result<Trackers, DecodeError> {
+    Trackers::from_wire("sources", decoder.u32("sources")?)
 }
 
 fn decode_clear(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {

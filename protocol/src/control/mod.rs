@@ -6,6 +6,7 @@
 //! - [`unix_path`]: which paths sockets may have, and connecting to one;
 //! - [`request`]: pageferry's own requests from the VMM or operator to the agent;
 //! - [`job`]: what a job is started with, and how it stands;
+//! - [`trackers`]: who reports the guest's writes;
 //! - [`hook`]: requests of the agent to the VMM;
 //! - [`standard`] (feature `vhost-user`): the part of vhost-user that hands over memory.
 
@@ -17,8 +18,10 @@ pub mod request;
 pub mod socket;
 #[cfg(feature = "vhost-user")]
 pub mod standard;
+pub mod trackers;
 pub mod unix_path;
 
 pub use codec::{DecodeError, Decoder, Encoder};
 pub use frame::{Frame, FrameHeader};
 pub use socket::{FrameSocket, SocketError};
+pub use trackers::Trackers;

@@ -3,6 +3,7 @@
 //! Each is answered by a frame with the same code and the reply flag: a result code (0 is success), then what the request returns, or
 //! a sentence that names the field and the value. See [`Reply`].
 
+use super::Trackers;
 use super::codec::{DecodeError, Decoder, Encoder, clip};
 use super::frame::MAX_BODY;
 use super::job::{IncomingOptions, MAX_ADDRESS, MAX_SENTENCE, OutgoingOptions, RestoreOptions, SnapshotOptions};
@@ -46,10 +47,6 @@ pub mod code {
 pub const BLOCK_DISCARDED: u32 = 1 << 0;
 /// Flag of a discard: the agent frees the backing with `FALLOC_FL_PUNCH_HOLE`.
 pub const DISCARD_PUNCH: u32 = 1 << 0;
-/// Tracker: the VMM answers the sync and clear hooks (KVM's dirty log).
-pub const TRACKER_HOOKS: u32 = 1 << 0;
-/// Tracker: write-protect scanning; the frame carries the VMM's `/proc/self/pagemap`.
-pub const TRACKER_WRITE_PROTECT: u32 = 1 << 1;
 
 /// Feature: the agent looks at the VMM's fence word (see [`crate::shm::fence`]) before it acts for
 /// the guest. The hello carries the word, and its answer a pidfd of the agent, so that the VMM can
@@ -134,10 +131,11 @@ pub enum Request {
         /// What is populated; rounded outward.
         ranges: Vec<BlockRange>,
     },
-    /// Which trackers report the guest's writes, beside the shared log.
+    /// Who reports the guest's writes. Until a VMM has said so, the agent starts no job that relies
+    /// on dirty pages. Descriptor: with [`Trackers::WRITE_PROTECT`] the VMM's `/proc/self/pagemap`.
     SetTrackers {
-        /// [`TRACKER_HOOKS`], [`TRACKER_WRITE_PROTECT`].
-        sources: u32,
+        /// At least one.
+        sources: Trackers,
     },
     /// Starts to send the guest. Answered by [`JobStarted`].
     StartOutgoing {
@@ -248,7 +246,7 @@ impl Request {
             Self::RemoveBlock { id } => encoder.u32(*id),
             Self::Discard { flags, ranges } => encode_ranges(*flags, ranges),
             Self::Free { ranges } | Self::Populate { ranges } => encode_ranges(0, ranges),
-            Self::SetTrackers { sources } => encoder.u32(*sources),
+            Self::SetTrackers { sources } => encoder.u32(sources.bits()),
             Self::StartOutgoing { target, options } => options.encode(encoder.text(target)),
             Self::StartIncoming { listen, options } => options.encode(encoder.text(listen)),
             Self::StartSnapshot { path, options } => options.encode(encoder.text(path)),
@@ -281,13 +279,7 @@ impl Request {
                 .map(|(flags, ranges)| Self::Discard { flags, ranges }),
             code::FREE => decode_ranges(decoder, 0, "none").map(|(_, ranges)| Self::Free { ranges }),
             code::POPULATE => decode_ranges(decoder, 0, "none").map(|(_, ranges)| Self::Populate { ranges }),
-            code::SET_TRACKERS => flags(
-                decoder,
-                "sources",
-                TRACKER_HOOKS | TRACKER_WRITE_PROTECT,
-                "bit 0, hooks, and bit 1, write-protect",
-            )
-            .map(|sources| Self::SetTrackers { sources }),
+            code::SET_TRACKERS => decode_trackers(decoder).map(|sources| Self::SetTrackers { sources }),
             code::START_OUTGOING => decoder.text("target", MAX_ADDRESS).and_then(|target| {
                 let options = OutgoingOptions::decode(decoder)?;
                 Ok(Self::StartOutgoing { target: target.to_owned(), options })
@@ -357,6 +349,15 @@ fn decode_add_block(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
     })
 }
 
+fn decode_trackers(decoder: &mut Decoder<'_>) -> Result<Trackers, DecodeError> {
+    let sources = Trackers::from_wire("sources", decoder.u32("sources")?)?;
+    if sources.is_declared() {
+        return Ok(sources);
+    }
+    let allowed = "at least one tracker; bit 2, log-is-complete, if every writer marks the shared log";
+    Err(DecodeError::Value { field: "sources", value: 0, allowed })
+}
+
 fn decode_recover(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
     let session = decoder.array("session")?;
     let address = decoder.text("address", MAX_ADDRESS)?.to_owned();
@@ -417,15 +418,28 @@ pub enum ErrorCode {
     Denied = 7,
     /// The other side failed in a way it has no code for.
     Other = 8,
+    /// The guest is not here any more: it was handed over. Trying again does not help.
+    Gone = 9,
+    /// The VMM's code panicked in a hook.
+    Panicked = 10,
 }
 
 impl ErrorCode {
     /// The code with this number; [`ErrorCode::Other`] if there is none.
     pub fn from_wire(value: u32) -> Self {
-        [Self::Invalid, Self::State, Self::Busy, Self::NotFound, Self::Unsupported, Self::System, Self::Denied]
-            .into_iter()
-            .find(|code| *code as u32 == value)
-            .unwrap_or(Self::Other)
+        const CODES: [ErrorCode; 10] = [
+            ErrorCode::Invalid,
+            ErrorCode::State,
+            ErrorCode::Busy,
+            ErrorCode::NotFound,
+            ErrorCode::Unsupported,
+            ErrorCode::System,
+            ErrorCode::Denied,
+            ErrorCode::Other,
+            ErrorCode::Gone,
+            ErrorCode::Panicked,
+        ];
+        CODES.into_iter().find(|code| *code as u32 == value).unwrap_or(Self::Other)
     }
 }
 

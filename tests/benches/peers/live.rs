@@ -312,7 +312,7 @@ fn run(source: &Image, destination: &Image, kind: Kind, case: &Case, measured: &
         }
         match kind {
             Kind::Log => Ok(Tracker::Log),
-            Kind::Uffd | Kind::KvmUffd => Tracker::write_protect(memory),
+            Kind::Uffd | Kind::KvmUffd => Ok(Tracker::WriteProtect),
             Kind::Kvm => {
                 let log = kvm.as_ref().map(KvmGuest::dirty_log).transpose();
                 let log = log.map_err(|error| Error::Memory(error.to_string()))?;

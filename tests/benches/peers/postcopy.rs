@@ -127,6 +127,7 @@ impl Side {
         let (sender, resumed) = self::channel();
         channel.spawn(Stateless(sender)).unwrap();
         memory.add_to(&client).unwrap();
+        client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
         Self { client, memory, resumed, _agent: agent, _folder: folder }
     }
 }

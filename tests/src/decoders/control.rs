@@ -3,7 +3,7 @@
 
 use super::heap::{fair, within};
 use super::{choice, refused, same};
-use pageferry_client::{BlockRange, Compression, IncomingOptions, JobStatus, OutgoingOptions, Phase};
+use pageferry_client::{BlockRange, Compression, IncomingOptions, JobStatus, OutgoingOptions, Phase, Trackers};
 use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FLAG_REPLY, HEADER_SIZE, MAX_BODY, VERSION};
 use pageferry_protocol::control::hook::{
     self, Hook, PieceSize, SavedState, decode_hook_reply, decode_state_reply, encode_hook_reply, encode_state_reply,
@@ -14,7 +14,7 @@ use pageferry_protocol::control::job::{
 };
 use pageferry_protocol::control::request::{
     AddBlockReply, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted, OWN_REQUESTS, RangesReply, RemoteError, Reply,
-    Request, TRACKER_HOOKS, TRACKER_WRITE_PROTECT, decode_reply, encode_reply,
+    Request, decode_reply, encode_reply,
 };
 use pageferry_protocol::control::standard::{Region, decode_log, decode_mem_table, decode_single_region, decode_u64};
 use pageferry_protocol::control::{DecodeError, Decoder, Encoder, FrameHeader, FrameSocket, SocketError};
@@ -136,7 +136,7 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
         Request::Discard { flags: DISCARD_PUNCH, ranges: vec![range(0, 0, 4096), range(1, 1 << 40, 1)] },
         Request::Free { ranges: vec![range(3, 8192, 4096)] },
         Request::Populate { ranges: vec![range(2, 4096, u64::MAX)] },
-        Request::SetTrackers { sources: TRACKER_HOOKS | TRACKER_WRITE_PROTECT },
+        Request::SetTrackers { sources: Trackers::HOOKS | Trackers::WRITE_PROTECT },
         Request::StartOutgoing { target: "tcp:[::1]:7000".into(), options: options.clone() },
         Request::StartIncoming { listen: "unix:/run/ü".into(), options: IncomingOptions::default() },
         Request::Cancel,
@@ -246,8 +246,8 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
     let hooks = [
         Hook::Pause,
         Hook::Resume { force: true, paused: true },
-        Hook::StartTracking,
-        Hook::StopTracking,
+        Hook::StartTracking { sources: Trackers::HOOKS },
+        Hook::StopTracking { sources: Trackers::HOOKS | Trackers::WRITE_PROTECT },
         Hook::SyncTracker,
         Hook::ClearTracker { block: 3, first: 128, bitmap: vec![1, u64::MAX] },
         Hook::Throttle { percent: 99 },

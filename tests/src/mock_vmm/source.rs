@@ -25,7 +25,7 @@ pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
     let before = memory.allocated()?;
     let (tracker, path) = match arguments.tracker {
         TrackerName::Log => (Tracker::Log, Path::MappingAndLog),
-        TrackerName::Uffd => (Tracker::write_protect(&memory)?, Path::Mapping),
+        TrackerName::Uffd => (Tracker::WriteProtect, Path::Mapping),
     };
     let usage = Usage::new(memory.clone())?;
     let guest = guest(&usage, arguments.write_rate, path)?;

@@ -1,7 +1,7 @@
 //! Requests that wait for a name server, a VMM, a full queue, while others are answered.
 
 use crate::common::{At, Attached, Listening, PROGRAM, Peer, Ram, Relay, SOON, Side, Wire, passes};
-use pageferry_client::{Error, IncomingOptions, Ownership, Phase, Target};
+use pageferry_client::{Error, IncomingOptions, Ownership, Phase, Target, Trackers};
 use pageferry_protocol::control::Frame;
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::job::{IncomingOptions as WireIncoming, OutgoingOptions};
@@ -168,7 +168,7 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
             Request::Hello { version_min: CONTROL_VERSION, version_max: CONTROL_VERSION, features: 0, agent: 0 },
             Request::Discard { flags: 1, ranges: vec![page] },
             Request::Populate { ranges: vec![page] },
-            Request::SetTrackers { sources: 0 },
+            Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE },
             Request::StartOutgoing { target: "tcp:localhost:1".into(), options: options() },
             Request::StartOutgoing { target: format!("unix:{}", at("nobody")), options: options() },
             Request::StartIncoming { listen: "tcp:localhost:0".into(), options: WireIncoming::default() },
@@ -213,6 +213,7 @@ fn hand_over(peer: &mut Peer, id: u32) -> UnixStream {
     let geometry = BlockGeometry { id, name: "ram".into(), gpa: 0, length: 0x1_0000, granularity: PAGE_SIZE };
     let add = Request::AddBlock { geometry, fd_offset: 0, vmm_address: 0, flags: 0 };
     peer.ask(&add, vec![memfd(0x1_0000), memfd(4096)]).unwrap();
+    peer.ask(&Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE }, Vec::new()).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     // VHOST_USER_SET_BACKEND_REQ_FD.
     let frame = Frame { request: 21, flags: FLAG_NEED_REPLY, body: Vec::new(), fds: vec![theirs.into()] };

@@ -2,7 +2,7 @@
 
 use crate::common::{Listening, Peer, SOON};
 use crate::geometry;
-use pageferry_client::{MIN_BANDWIDTH, OutgoingOptions, Phase, RestoreOptions, SnapshotOptions};
+use pageferry_client::{MIN_BANDWIDTH, OutgoingOptions, Phase, RestoreOptions, SnapshotOptions, Trackers};
 use pageferry_protocol::control::SocketError;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{HEADER_SIZE, MAX_BODY};
@@ -233,7 +233,7 @@ fn an_operator_sees_the_jobs_and_cannot_touch_the_memory() {
         (Request::RemoveBlock { id: 1 }, Vec::new()),
         (Request::Discard { flags: 1, ranges: vec![page(1, 0)] }, Vec::new()),
         (Request::Populate { ranges: vec![page(1, 0)] }, Vec::new()),
-        (Request::SetTrackers { sources: 0 }, Vec::new()),
+        (Request::SetTrackers { sources: Trackers::HOOKS }, Vec::new()),
     ];
     for (request, fds) in forbidden {
         let error = operator.ask(&request, fds).unwrap_err();

@@ -1,7 +1,9 @@
 //! A VMM with its memory on an agent.
 
 use super::{Ram, SOON, Vmm, VmmHooks, assert_same, passes};
-use pageferry_client::{Client, Config, HookChannel, IncomingOptions, JobStatus, OutgoingOptions, Phase, Target};
+use pageferry_client::{
+    Client, Config, HookChannel, IncomingOptions, JobStatus, OutgoingOptions, Phase, Target, Trackers,
+};
 use pageferry_tests::in_process::InProcessAgent;
 use std::ops::Deref;
 use std::path::Path;
@@ -25,6 +27,7 @@ impl Attached {
         let vmm = Vmm::new();
         channel.spawn(VmmHooks(vmm.clone())).unwrap();
         ram.add_to(&client);
+        client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
         Self { client, vmm, ram: Arc::new(ram) }
     }
 

@@ -34,7 +34,7 @@ fn after_the_pause() -> [Hang; 5] {
 /// A source with a tracker of its own, in which a page is dirty at every sync.
 fn tracked() -> Side {
     let source = filled();
-    source.client.set_trackers(Trackers { hooks: true, pagemap: None }).unwrap();
+    source.client.set_trackers(Trackers::HOOKS).unwrap();
     let busy = source.ram.gpa / PAGE_SIZE + 9;
     lock(&source.vmm.kvm).dirty.insert(busy);
     *lock(&source.vmm.on_clear) = Some(Box::new(move |kvm, given| {

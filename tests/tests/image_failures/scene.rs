@@ -170,6 +170,7 @@ impl Guest {
         let vmm = Vmm::new();
         channel.spawn(VmmHooks(vmm.clone())).unwrap();
         memory.add_to(&client).unwrap();
+        client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
         Self { client, vmm, memory }
     }
 

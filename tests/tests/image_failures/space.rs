@@ -4,7 +4,6 @@ use crate::common::SOON;
 use crate::scene::{
     Guest, Host, PAGES, assert_completed, assert_failed, background, byte_of, endless, lazy, on, paused, tracked,
 };
-use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{Phase, Punch, RestoreOptions, SnapshotMode, SnapshotOptions, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
@@ -184,8 +183,7 @@ fn what_only_the_kernel_knows_of_is_not_lost_by_a_full_file_system() {
     let host = Host::cramped(tmpfs, ROOM);
     let guest = Guest::new(&host, PAGES);
     guest.fill(0..100, 1);
-    let tracker = WriteProtect::register(&[(guest.block().address(), PAGES * PAGE_SIZE)]).unwrap();
-    guest.client.set_trackers(Trackers { hooks: false, pagemap: Some(tracker.pagemap()) }).unwrap();
+    guest.client.set_trackers(Trackers::WRITE_PROTECT).unwrap();
     let base = host.images.path("base");
     guest.saved(&host, "base", &tracked(paused()));
     // Through the mapping, and not marked.

@@ -78,7 +78,7 @@ fn a_guest_tracked_by_kvms_dirty_log_goes_after_its_passes() {
 #[test]
 fn a_guest_tracked_by_write_protection_goes_after_its_passes() {
     if require::kvm() && require::uffd() {
-        moves(Pages::Small, Switch::AfterPasses(2), |_, memory| Tracker::write_protect(memory).unwrap());
+        moves(Pages::Small, Switch::AfterPasses(2), |_, _| Tracker::WriteProtect);
     }
 }
 
@@ -90,5 +90,5 @@ fn a_guest_under_kvm_on_huge_pages_goes_at_once_and_after_its_passes() {
     let Some(_pool) = require::hugetlb(2 * (2 * 4 + 1)) else { return };
     moves(Pages::Huge, Switch::AtOnce, |_, _| Tracker::Log);
     moves(Pages::Huge, Switch::AfterPasses(2), |guest, _| Tracker::Hooks(Box::new(guest.dirty_log().unwrap())));
-    moves(Pages::Huge, Switch::AfterPasses(2), |_, memory| Tracker::write_protect(memory).unwrap());
+    moves(Pages::Huge, Switch::AfterPasses(2), |_, _| Tracker::WriteProtect);
 }

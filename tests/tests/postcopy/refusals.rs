@@ -1,6 +1,7 @@
 //! Memory that postcopy cannot fill is refused when the source connects, and not when its guest is to move.
 
 use crate::scene::{Pages, Side, Switch, memory};
+use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{Client, Config, IncomingOptions, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PageRange;
 use pageferry_tests::deadline::wait_until;
@@ -55,16 +56,18 @@ fn a_mapping_that_the_kernel_does_not_register_takes_precopy_alone() {
     if !require::uffd() {
         return;
     }
-    // Write-protect tracking has it.
+    // The VMM itself has it registered.
     let memory = memory(Pages::Small, 4);
-    let tracker = Tracker::write_protect(&memory).unwrap();
+    let ranges: Vec<_> = memory.blocks().iter().map(|block| (block.address(), block.layout().length)).collect();
+    let registered = WriteProtect::register(&ranges).unwrap();
     let (agent, socket) = InProcessAgent::start().unwrap();
     let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-    let destination = MockVmm::new(client, channel, Usage::new(memory).unwrap(), tracker).unwrap();
+    let destination = MockVmm::new(client, channel, Usage::new(memory).unwrap(), Tracker::Log).unwrap();
     let words = "block 0 cannot be registered for missing pages";
     refused_at_accept(&Side::small(4), &destination, words, true);
     drop(destination);
     drop(agent);
+    drop(registered);
 }
 
 #[test]

@@ -75,7 +75,7 @@ fn what_write_protection_finds_is_still_to_come() {
     for switch in SWITCHES {
         eprintln!("{switch:?}");
         let (source, destination) = (Side::small(8), Side::small(8));
-        source.vmm.set_tracker(Tracker::write_protect(source.vmm.memory()).unwrap()).unwrap();
+        source.vmm.set_tracker(Tracker::WriteProtect).unwrap();
         let options = ThreadGuestOptions { path: Path::Mapping, ..guest(Pattern::Uniform, 20_000) };
         moves(&source, &destination, switch, &options);
     }

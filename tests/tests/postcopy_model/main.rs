@@ -112,6 +112,7 @@ impl Source {
         let (client, channel) = Client::connect(&agent.path, config()).unwrap();
         channel.spawn(SourceHooks(world.clone())).unwrap();
         world.memory.add_to(&client);
+        client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
         Self { client, world, agent }
     }
 

@@ -93,13 +93,42 @@ fn write_protection_tells_what_changed() {
         return;
     }
     let scene = Scene::full(600);
-    scene.vmm.set_tracker(Tracker::write_protect(scene.vmm.memory()).unwrap()).unwrap();
+    scene.vmm.set_tracker(Tracker::WriteProtect).unwrap();
     scene.saved("full", &tracked(paused()));
     // Not marked: the kernel knows.
     [5, 99, 500].into_iter().for_each(|page| scene.block().store(page * PAGE_SIZE, page).unwrap());
     let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(paused())));
     scene.check(&one);
     assert_eq!(status.counters.pages_sent, 3);
+}
+
+#[test]
+fn an_increment_after_a_background_snapshot_under_write_protection_holds_every_write() {
+    if !require::uffd() {
+        return;
+    }
+    let background = SnapshotOptions::default();
+    let scene = Scene::full(600);
+    scene.vmm.set_tracker(Tracker::WriteProtect).unwrap();
+    // Not marked: the kernel knows, but while the snapshot has the mappings.
+    let write = |page: u64, value: u64| scene.block().store(page * PAGE_SIZE, value).unwrap();
+    scene.saved("full", &tracked(background.clone()));
+    write(5, 50);
+    scene.saved("aside", &background);
+    write(99, 51);
+    let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(background.clone())));
+    scene.check(&one);
+    assert_eq!(status.counters.pages_sent, 600, "who wrote what is not known");
+    write(7, 52);
+    scene.fail_to_resume(&on(&scene.path("one"), tracked(background)));
+    write(8, 53);
+    let (_, two) = scene.saved("two", &on(&scene.path("one"), tracked(paused())));
+    scene.check(&two);
+    // From here on it is known again.
+    write(500, 54);
+    let (status, three) = scene.saved("three", &on(&scene.path("two"), tracked(paused())));
+    scene.check(&three);
+    assert_eq!(status.counters.pages_sent, 1);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What a job is, and how it stands.
 
 use super::{MAX_SENTENCE, RunState};
+use crate::control::Trackers;
 use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
 
 /// What a job is.
@@ -245,6 +246,8 @@ pub struct JobStatus {
     pub phase: Phase,
     /// The run state that the guest has where the job brings it, or that its image says; `None` until that is known.
     pub guest: Option<RunState>,
+    /// The trackers that the VMM has declared; the empty set if it has declared none.
+    pub trackers: Trackers,
     /// Its figures.
     pub counters: Counters,
     /// Why it failed or is paused; or, while it goes on, what an operator should know: why an incoming
@@ -259,6 +262,7 @@ impl JobStatus {
         // Zero while it is not known.
         let guest = self.guest.map_or(0, |guest| guest as u32 + 1);
         let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32).u32(guest);
+        let encoder = encoder.u32(self.trackers.bits());
         self.counters.encode(encoder).text(clip(&self.error, MAX_SENTENCE))
     }
 
@@ -272,6 +276,7 @@ impl JobStatus {
             kind: JobKind::from_wire(decoder.u32("kind")?)?,
             phase: Phase::from_wire(decoder.u32("phase")?)?,
             guest: decode_guest(decoder)?,
+            trackers: Trackers::from_wire("trackers", decoder.u32("trackers")?)?,
             counters: Counters::decode(decoder)?,
             error: decoder.text("error", MAX_SENTENCE)?.to_owned(),
         })

@@ -103,7 +103,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         (0u32..2, any_ranges()).prop_map(|(flags, ranges)| Request::Discard { flags, ranges }),
         any_ranges().prop_map(|ranges| Request::Free { ranges }),
         any_ranges().prop_map(|ranges| Request::Populate { ranges }),
-        (0u32..4).prop_map(|sources| Request::SetTrackers { sources }),
+        (1u32..8).prop_map(|bits| Request::SetTrackers { sources: Trackers::from_wire("sources", bits).unwrap() }),
         (".{0,60}", any_options()).prop_map(|(target, options)| Request::StartOutgoing { target, options }),
         any_options().prop_map(|options| Request::SetParameters { options }),
         (10u64..3_600_000).prop_map(|ms| Request::Subscribe { interval: Duration::from_millis(ms) }),
@@ -240,9 +240,10 @@ fn a_path_of_an_image_that_is_too_long_is_refused_by_field() {
 #[test]
 fn a_status_survives_the_wire() {
     let counters = Counters { passes: 3, throttle_percent: 99, wire_bytes: u64::MAX, ..Counters::default() };
+    let trackers = Trackers::HOOKS | Trackers::WRITE_PROTECT;
     for guest in [None, Some(RunState::Running), Some(RunState::Paused)] {
         let (kind, phase, error) = (JobKind::Outgoing, Phase::Unconfirmed, "gone".into());
-        let status = JobStatus { job: 7, kind, phase, guest, counters, error };
+        let status = JobStatus { job: 7, kind, phase, guest, trackers, counters, error };
         let body = status.encode(Encoder::new()).finish();
         let mut decoder = Decoder::new(&body);
         assert_eq!(JobStatus::decode(&mut decoder).unwrap(), status);

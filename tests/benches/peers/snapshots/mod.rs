@@ -129,6 +129,7 @@ impl Vmm {
         let guest = Roamer::new(&memory);
         channel.spawn(Roams(guest.clone())).unwrap();
         memory.add_to(&client).unwrap();
+        client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
         let new = Self { client, memory, guest, agent, _folder: folder };
         new.touch();
         new

@@ -1,0 +1,124 @@
+//! Adding and removing blocks, with an agent and without.
+//!
+//! The blocks belong to the VMM. An agent that is lost changes nothing about them: blocks that are
+//! added then are handed to the next one, as discards are. A job that runs keeps the blocks that it
+//! started with; a removal cancels it and waits for its end, since a guest that resets does not wait
+//! for a migration.
+
+use crate::block::{Block, BlockAdded, BlockSpec};
+use crate::client::Client;
+use crate::control::Control;
+use crate::error::Error;
+use pageferry_protocol::control::request::{AddBlockReply, BLOCK_DISCARDED, ErrorCode, Request};
+use pageferry_protocol::memory::BlockGeometry;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+/// Longest wait of a removal for the job that it has cancelled.
+const REMOVAL: Duration = Duration::from_secs(60);
+/// Time between two looks whether that job has ended.
+const LOOK: Duration = Duration::from_millis(5);
+
+impl Client {
+    /// Adds a block of guest memory. Without an agent it is kept for the next one.
+    ///
+    /// # Errors
+    /// If the block is not valid, overlaps another, lies outside the dirty log or its file, or the
+    /// agent refuses it, as it does while a job runs.
+    pub fn add_block(&self, spec: BlockSpec<'_>) -> Result<BlockAdded, Error> {
+        let geometry = BlockGeometry {
+            id: spec.id,
+            name: spec.name.to_owned(),
+            gpa: spec.gpa,
+            length: spec.length,
+            granularity: spec.granularity,
+        };
+        // Held to the end: a new agent gets the block in `reattach` or here, and never both.
+        let mut session = self.session();
+        self.memory().reserve(&geometry)?;
+        let flags = if spec.discarded { BLOCK_DISCARDED } else { 0 };
+        let added = Block::new(geometry, &spec).and_then(|block| {
+            let added = match send_block(&mut session.control, &block, flags) {
+                Err(Error::AgentLost { .. }) => block.describe()?,
+                sent => sent?,
+            };
+            self.memory().insert(std::sync::Arc::new(block));
+            Ok(added)
+        });
+        if added.is_err() {
+            self.memory().forget(spec.id);
+        }
+        added
+    }
+
+    /// Removes a block. A job that runs is cancelled first, whoever started it, and this waits until
+    /// it has ended; one that can be cancelled no more is waited for. So when this returns, no agent
+    /// uses the memory any more. Without an agent the block is only forgotten here, so that no later
+    /// agent is handed it.
+    ///
+    /// The end of a job may take hooks, a resume of the guest among them. So no hook may wait for
+    /// the thread that calls this, such as the one of a vCPU that pauses; if one does, the job ends
+    /// when that hook has missed its deadline.
+    ///
+    /// # Errors
+    /// If there is no such block, or a job is still in the way after 60 seconds: [`Error::Refused`]
+    /// with the code `Busy`. Nothing is removed then.
+    pub fn remove_block(&self, id: u32) -> Result<(), Error> {
+        let deadline = Instant::now() + REMOVAL;
+        loop {
+            let mut session = self.session();
+            if self.memory().block(id).is_none() {
+                return Err(Error::UnknownBlock { id });
+            }
+            match session.control.request(&Request::RemoveBlock { id }, &[], |_| Ok(())) {
+                Err(Error::Refused { code: ErrorCode::Busy, .. }) if Instant::now() < deadline => {
+                    // Refused if it is too late, or the job has just ended: then it is only waited for.
+                    let _ = session.control.request(&Request::Cancel, &[], |_| Ok(()));
+                }
+                Err(Error::AgentLost { .. }) => {
+                    // It may be reading there (law 1).
+                    session.control.settle();
+                    self.memory().forget(id);
+                    return Ok(());
+                }
+                Err(refused) => return Err(refused),
+                Ok(()) => {
+                    self.memory().forget(id);
+                    return Ok(());
+                }
+            }
+            // Others may ask meanwhile, the hooks among them.
+            drop(session);
+            std::thread::sleep(LOOK);
+        }
+    }
+}
+
+/// Hands a block to an agent.
+pub(crate) fn send_block(control: &mut Control, block: &Block, flags: u32) -> Result<BlockAdded, Error> {
+    let request = Request::AddBlock {
+        geometry: block.geometry.clone(),
+        fd_offset: block.fd_offset,
+        vmm_address: block.vmm_address,
+        flags,
+    };
+    let reply =
+        control.request(&request, &[block.memory.as_fd(), block.discarded_fd.as_fd()], AddBlockReply::decode)?;
+    Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
+}
+
+impl Block {
+    /// What an agent would say about the block, which has none yet.
+    fn describe(&self) -> Result<BlockAdded, Error> {
+        let stat = rustix::fs::fstat(&self.memory).map_err(Error::kernel("look at the file under a block"))?;
+        let (id, length, fd_offset) = (self.geometry.id, self.geometry.length, self.fd_offset);
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        if fd_offset.checked_add(length).is_none_or(|end| end > size) {
+            return Err(Error::ShortFile { id, fd_offset, length, size });
+        }
+        // Only memfds have seals; any other file can shrink.
+        let seals = rustix::fs::fcntl_get_seals(&self.memory).unwrap_or(rustix::fs::SealFlags::empty());
+        let sealed = seals.contains(rustix::fs::SealFlags::SHRINK);
+        Ok(BlockAdded { host_page_size: self.host_page_size(), sealed })
+    }
+}

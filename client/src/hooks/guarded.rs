@@ -1,0 +1,126 @@
+//! The edge between the client and the VMM's hooks: a panic of a hook goes no further.
+//!
+//! The thread of the hook channel is the one that resumes a paused guest when the agent is lost. If
+//! a hook panicked through it, the guest would stay paused for good. So each call is caught here: a
+//! hook that answers fails with [`ErrorCode::Panicked`] and the message, which fails the job by
+//! name, and the agent then has the guest resumed. The VMM is told by [`Hooks::hook_panicked`].
+
+use super::{ClearPages, HookError, Hooks, StatePiece};
+use crate::ownership::Ownership;
+use crate::threads::caught;
+use pageferry_protocol::control::job::{JobStatus, RunState};
+use pageferry_protocol::shm::DirtyLog;
+use std::path::Path;
+
+#[cfg(doc)]
+use pageferry_protocol::control::request::ErrorCode;
+
+/// Hooks whose panics are errors.
+pub(super) struct Guarded<'a>(pub(super) &'a mut dyn Hooks);
+
+impl Guarded<'_> {
+    fn call<T>(
+        &mut self, hook: &'static str, call: impl FnOnce(&mut dyn Hooks) -> Result<T, HookError>,
+    ) -> Result<T, HookError> {
+        caught(|| call(self.0)).unwrap_or_else(|message| {
+            self.report(hook, &message);
+            Err(HookError::panicked(message))
+        })
+    }
+
+    /// A hook that cannot fail.
+    fn tell(&mut self, hook: &'static str, tell: impl FnOnce(&mut dyn Hooks)) {
+        if let Err(message) = caught(|| tell(self.0)) {
+            self.report(hook, &message);
+        }
+    }
+
+    fn report(&mut self, hook: &'static str, message: &str) {
+        log::error!("hook \"{hook}\" panicked in the VMM: {message}");
+        if let Err(again) = caught(|| self.0.hook_panicked(hook, message)) {
+            log::error!("hook \"hook panicked\" panicked, too: {again}");
+        }
+    }
+}
+
+impl Hooks for Guarded<'_> {
+    fn run_state(&mut self) -> RunState {
+        caught(|| self.0.run_state()).unwrap_or_else(|message| {
+            self.report("run state", &message);
+            // The default of a VMM that does not say it: a guest must not stay paused for a panic.
+            RunState::Running
+        })
+    }
+
+    fn stay_paused(&mut self) -> Result<(), HookError> {
+        self.call("stay paused", |hooks| hooks.stay_paused())
+    }
+
+    fn pause(&mut self) -> Result<(), HookError> {
+        self.call("pause", |hooks| hooks.pause())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.call("resume", |hooks| hooks.resume())
+    }
+
+    fn start_tracking(&mut self) -> Result<(), HookError> {
+        self.call("start tracking", |hooks| hooks.start_tracking())
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), HookError> {
+        self.call("stop tracking", |hooks| hooks.stop_tracking())
+    }
+
+    fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        self.call("sync tracker", |hooks| hooks.sync_tracker(log))
+    }
+
+    fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        self.call("clear tracker", |hooks| hooks.clear_tracker(pages))
+    }
+
+    fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
+        self.call("throttle", |hooks| hooks.throttle(percent))
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        self.call("save state", |hooks| hooks.save_state())
+    }
+
+    fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
+        self.call("load state", |hooks| hooks.load_state(state))
+    }
+
+    fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
+        self.call("prepare restore", |hooks| hooks.prepare_restore(image))
+    }
+
+    fn memory_pending(&mut self) -> Result<(), HookError> {
+        self.call("memory pending", |hooks| hooks.memory_pending())
+    }
+
+    fn memory_complete(&mut self) {
+        self.tell("memory complete", |hooks| hooks.memory_complete());
+    }
+
+    fn memory_lost(&mut self) {
+        self.tell("memory lost", |hooks| hooks.memory_lost());
+    }
+
+    fn writes_watched(&mut self) -> Result<(), HookError> {
+        self.call("writes watched", |hooks| hooks.writes_watched())
+    }
+
+    fn writes_unwatched(&mut self) {
+        self.tell("writes unwatched", |hooks| hooks.writes_unwatched());
+    }
+
+    fn event(&mut self, status: &JobStatus) {
+        self.tell("event", |hooks| hooks.event(status));
+    }
+
+    fn agent_lost(&mut self, ownership: Ownership) {
+        self.tell("agent lost", |hooks| hooks.agent_lost(ownership));
+    }
+}
