@@ -26,7 +26,7 @@ fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
         let status = scene.assert_source_failed();
         // Whichever the source was at: waiting for an answer, or for room to send.
         // On a busy machine the time for the whole stop may be over first.
-        let words = ["was silent for 1s", "did not take what was sent within 1", "hand-over was not done"];
+        let words = ["was silent for ", "did not take what was sent within", "hand-over was not done"];
         assert!(words.iter().any(|words| status.error.contains(words)), "{wire:?}, {moment}: {}", status.error);
         assert!(started.elapsed() < BOUND);
         if moment != MOMENTS[0].0 {
