@@ -57,7 +57,7 @@ pub enum TransportError {
     #[error("the peer was silent for {0:?}")]
     Silent(Duration),
     /// The peer began a record, and does not come to its end.
-    #[error("the peer did not send a whole record within {timeout:?}: {missing} bytes are missing")]
+    #[error("the peer did not send a whole record within {timeout:.1?}: {missing} bytes are missing")]
     Slow {
         /// How long it had, since the record began.
         timeout: Duration,
@@ -65,7 +65,7 @@ pub enum TransportError {
         missing: usize,
     },
     /// The peer takes nothing, or not enough.
-    #[error("the peer did not take what was sent within {timeout:?}: {missing} bytes are left")]
+    #[error("the peer did not take what was sent within {timeout:.1?}: {missing} bytes are left")]
     Stuck {
         /// How long it had.
         timeout: Duration,

@@ -26,7 +26,7 @@ fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
         let status = scene.assert_source_failed();
         // Whichever the source was at: waiting for an answer, or for room to send.
         // On a busy machine the time for the whole stop may be over first.
-        let words = ["was silent for ", "did not take what was sent within 1", "hand-over was not done"];
+        let words = ["was silent for ", "did not take what was sent within", "hand-over was not done"];
         assert!(words.iter().any(|words| status.error.contains(words)), "{wire:?}, {moment}: {}", status.error);
         assert!(started.elapsed() < BOUND);
         if moment != MOMENTS[0].0 {
@@ -141,7 +141,7 @@ fn a_peer_that_answers_byte_by_byte_does_not_keep_the_guest_paused() {
 #[test]
 fn hooks_that_are_slow_one_after_another_have_one_deadline_for_the_whole_stop() {
     let source = filled();
-    source.client.set_trackers(Trackers::HOOKS).unwrap();
+    source.client.set_trackers(Trackers { hooks: true, pagemap: None }).unwrap();
     let slow = || {
         std::thread::sleep(Duration::from_secs(3));
         Ok(())
