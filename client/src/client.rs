@@ -170,9 +170,16 @@ impl Client {
     fn watch_idle(&self, link: &Arc<Link>) -> Result<Heartbeat, Error> {
         let (weak, ended) = (WeakClient(Arc::downgrade(&self.inner)), Arc::clone(link));
         let interval = self.inner.config.heartbeat;
-        Heartbeat::start(weak, Arc::clone(link), interval, Ends::Control, |_| false, move |_| {
-            ended.cut();
-        })
+        Heartbeat::start(
+            weak,
+            Arc::clone(link),
+            interval,
+            Ends::Control,
+            |_| false,
+            move |_| {
+                ended.cut();
+            },
+        )
     }
 
     fn channel(&self, hooks: OwnedFd, link: Arc<Link>) -> HookChannel {

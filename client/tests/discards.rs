@@ -430,7 +430,7 @@ fn populate_of_a_guest_that_was_given_up_is_refused_without_an_agent_and_with_an
     let _hooks = client.reattach_socket(ours.into()).unwrap();
     let _agent = second.join().unwrap();
     refused();
-    client.take_by_force();
+    client.take_by_force().unwrap();
     let populating = client.clone();
     let populated = std::thread::spawn(move || populating.populate(&[range(2, 0, 1)]));
     drop(_agent);
