@@ -141,7 +141,7 @@ fn a_peer_that_answers_byte_by_byte_does_not_keep_the_guest_paused() {
 #[test]
 fn hooks_that_are_slow_one_after_another_have_one_deadline_for_the_whole_stop() {
     let source = filled();
-    source.client.set_trackers(Trackers { hooks: true, pagemap: None }).unwrap();
+    source.client.set_trackers(Trackers::HOOKS).unwrap();
     let slow = || {
         std::thread::sleep(Duration::from_secs(3));
         Ok(())
