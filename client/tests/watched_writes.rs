@@ -4,10 +4,10 @@
 mod support;
 
 use pageferry_client::{
-    BlockSpec, Client, Config, ErrorCode, HookError, Hooks, MappedBitmap, Ownership, StatePiece, Trackers,
+    BlockSpec, Client, Config, ErrorCode, HookError, Hooks, JobStatus, MappedBitmap, Ownership, StatePiece, Trackers,
 };
 use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
-use pageferry_protocol::control::request::MAX_RANGES;
+use pageferry_protocol::control::request::{MAX_RANGES, Request};
 use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, UserfaultError, Userfaultfd};
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, OwnedFd};
@@ -339,7 +339,13 @@ fn watching_needs_mappings_and_a_guest_that_is_ours_and_is_not_watched() {
     let error = watched.attached.hook(&Hook::WatchWrites).unwrap_err();
     assert_eq!(error.code, ErrorCode::State);
     assert!(error.sentence.contains("Awaiting"), "{error}");
-    watched.attached.client.take_by_force().unwrap();
+    // The agent says that its job is over, so it stays.
+    let taking = watched.attached.client.clone();
+    let taken = spawn(move || taking.take_by_force());
+    let (request, _) = watched.attached.agent.request().unwrap();
+    assert_eq!(request, Request::QueryStatus);
+    watched.attached.agent.reply(&request, &Ok(JobStatus::default()), JobStatus::encode);
+    taken.join().unwrap().unwrap();
 
     let Watched { mut attached, .. } = watched;
     let adding = attached.client.clone();
