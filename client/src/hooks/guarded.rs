@@ -124,3 +124,24 @@ impl Hooks for Guarded<'_> {
         self.tell("agent lost", |hooks| hooks.agent_lost(ownership));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    /// The names of the hooks in a source file, in order.
+    fn hooks(source: &str) -> Vec<&str> {
+        let names = source.lines().filter_map(|line| line.strip_prefix("    fn ")?.split_once("(&mut self"));
+        let mut names: Vec<_> = names.map(|(name, _)| name).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// One that is forgotten here would be its default, and never reach the VMM.
+    #[test]
+    fn every_hook_is_passed_on() {
+        let guarded = hooks(include_str!("guarded.rs"));
+        // That one is how the VMM hears of a panic, and nobody else calls it.
+        let all = hooks(include_str!("mod.rs")).into_iter().filter(|name| *name != "hook_panicked");
+        let missing: Vec<_> = all.filter(|name| !guarded.contains(name)).collect();
+        assert!(missing.is_empty(), "not passed on to the VMM: {missing:?}");
+    }
+}

@@ -2,7 +2,7 @@
 //! not do then it does not do since the word says so.
 
 use crate::common::{Listening, Peer, Ram, Relay, SOON, Side, passes};
-use pageferry_client::{IncomingOptions, JobStatus, Phase, RunState, SnapshotMode, SnapshotOptions};
+use pageferry_client::{IncomingOptions, JobStatus, Phase, RunState, SnapshotMode, SnapshotOptions, Trackers};
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::hook::{Hook, SavedState, encode_hook_reply, encode_state_reply};
 use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, Request};
@@ -69,6 +69,7 @@ impl RawVmm {
         };
         let add = Request::AddBlock { geometry, fd_offset: ram.fd_offset, vmm_address: 0, flags: 0 };
         control.ask(&add, vec![ram.fd.try_clone().unwrap(), memfd(64)]).unwrap();
+        control.ask(&Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE }, Vec::new()).unwrap();
         let given_up = word.clone();
         let hooks = std::thread::spawn(move || answer_hooks(ours.into(), given_up_at, &given_up));
         Self { control, word, log, ram, hooks: Some(hooks) }
