@@ -100,6 +100,9 @@ impl Side {
 /// The ways of a tmpfs to hand out huge pages, aligned and not.
 fn ways() -> Vec<(Tmpfs, &'static str, bool)> {
     let Some(tmpfs) = require::tmpfs() else { return Vec::new() };
+    // Or khugepaged would fill holes of what the VMM has mapped, at any moment. What is written is given
+    // huge pages all the same.
+    rustix::thread::disable_transparent_huge_pages(true).unwrap();
     vec![(tmpfs, "always", false), (tmpfs, "within_size", false), (tmpfs, "always", true)]
 }
 
