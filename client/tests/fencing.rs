@@ -56,7 +56,8 @@ fn an_agent_is_current_until_it_is_given_up_and_the_next_only_once_it_is_handed_
         let (control, fence) = FakeAgent::say_hello(agents.into(), MAX_RANGES, own_process());
         // The word is withdrawn before anybody can see the connection end.
         let replaced = first.fence.check().unwrap_err();
-        assert_eq!((replaced.number + 1, replaced.current), (fence.check().unwrap_err().number, 0));
+        // The next one is admitted at any moment from here on.
+        assert!([0, replaced.number + 1].contains(&replaced.current), "{replaced:?}");
         (first, FakeAgent::take_over(control, fence))
     });
     let _channel = client.reattach_socket(ours.into()).unwrap();

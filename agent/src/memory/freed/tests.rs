@@ -152,9 +152,13 @@ fn what_is_freed_across_the_instant_is_not_saved_after_it() {
     let memory = memory();
     let kept = Arc::new(Kept::default());
     let reading = memory.readers.reading(3, 0, 0);
+    let listening = Listening::from_now(&memory, || ()).unwrap();
     let capturing = std::thread::scope(|scope| {
         // It has looked for a snapshot, and found none.
         let free = scope.spawn(|| memory.free(&range(1, 2)).unwrap());
+        while listening.noted().freed(0).count(PageRange::new(0, 64)) < 2 {
+            yield_now();
+        }
         let_others_run();
         assert!(!free.is_finished());
         let capturing = capture(&memory, &kept, 0b1111);

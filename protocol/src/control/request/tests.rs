@@ -212,14 +212,14 @@ fn what_a_restore_cannot_be_started_with_is_refused_by_field() {
     assert_eq!(refused(2, &[65, 0]), "workers is 0x41, allowed: 1 to 64");
     for value in [0, 24 * 3600 * 1_000_000 + 1, u64::MAX] {
         let error = format!("hook_timeout is {value:#x}, allowed: 1 microsecond to 24 hours");
-        assert_eq!(refused(12, &value.to_le_bytes()), error);
+        assert_eq!(refused(14, &value.to_le_bytes()), error);
     }
     let lazy = |length| {
         let working_set = "w".repeat(length);
         restore(RestoreOptions { mode: RestoreMode::Lazy, working_set, ..RestoreOptions::default() })
     };
     assert!(refused_with(lazy(MAX_ADDRESS + 1), 0, &[]).starts_with("working_set is 0x1001, allowed: "));
-    assert_eq!(refused_with(lazy(1), 24, &[0xff]), "working_set is not UTF-8");
+    assert_eq!(refused_with(lazy(1), 26, &[0xff]), "working_set is not UTF-8");
     assert_eq!(refused_with(lazy(1), 0, &[0, 0]), "mode is 0x0, allowed: 1 lazy with a working_set");
 }
 
