@@ -53,10 +53,9 @@ fn an_agent_is_current_until_it_is_given_up_and_the_next_only_once_it_is_handed_
     first.fence.check().unwrap();
     let (ours, agents) = UnixStream::pair().unwrap();
     let second = std::thread::spawn(move || {
+        // Until it has answered it is not the current one.
         let (control, fence) = FakeAgent::say_hello(agents.into(), MAX_RANGES, own_process());
-        // The word is withdrawn before anybody can see the connection end.
-        let replaced = first.fence.check().unwrap_err();
-        assert_eq!((replaced.number + 1, replaced.current), (fence.check().unwrap_err().number, 0));
+        first.fence.check().unwrap_err();
         (first, FakeAgent::take_over(control, fence))
     });
     let _channel = client.reattach_socket(ours.into()).unwrap();
