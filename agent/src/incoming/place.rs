@@ -9,7 +9,7 @@
 //! zeroed by writing. There a lock per block keeps one stream from freeing what another is just filling; on small pages nothing is shared
 //! and there is no lock.
 //!
-//! The VMM may discard or free meanwhile. Whoever places holds [`GuestMemory::placing`] from before the write until the marks are set, and whoever gives
+//! The VMM may discard or free meanwhile. Whoever places holds [`GuestMemory::placing`](crate::memory::GuestMemory::placing) from before the write until the marks are set, and whoever gives
 //! back keeps that out: so what comes last holds. A page that came, and was then given back, is a hole; one that was given back, and then comes, is what came. It is never
 //! the hole of the one with the marks of the other.
 

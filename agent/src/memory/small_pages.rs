@@ -8,7 +8,7 @@
 //! registers the mapping with a userfaultfd of its own, and places by that. The mapping is never
 //! touched: no fault is taken, and a file that shrinks is an error of the call, not SIGBUS.
 //!
-//! A guest that fills its huge pages keeps them: where the first [`DENSE`] bytes of a huge page come
+//! A guest that fills its huge pages keeps them: where the first `DENSE` bytes of a huge page come
 //! at once, it is *opened*, and all that comes for it is written. What did not come is punched by
 //! [`SmallPages::settle`], when nobody places: at the end of each pass. Until then an opened huge
 //! page takes at most eight times what has come for it.

@@ -5,8 +5,8 @@
 //! the passes that were allowed did not get there, the policy decides.
 //!
 //! A limit below the cost of a sync is reached only when nothing is dirty. Passes are short then, and
-//! one more of them changes little. So only the first [`QUICK_PASSES`] follow each other at once; a
-//! later one begins [`INTERVAL`] after the last one at the earliest.
+//! one more of them changes little. So only the first `QUICK_PASSES` follow each other at once; a
+//! later one begins `INTERVAL` after the last one at the earliest.
 
 use crate::job::{JobError, micros};
 use pageferry_protocol::control::job::{Counters, Mode, NonConvergence, OutgoingOptions};

@@ -1,6 +1,6 @@
 //! The sockets that VMMs and operators ask on.
 //!
-//! - [`connection`]: one connection, on a thread of its own: requests in, answers and events out;
+//! - `connection`: one connection, on a thread of its own: requests in, answers and events out;
 //! - [`backoff`]: when a connection cannot be accepted;
 //! - this file: the reactor's thread.
 //!
@@ -8,7 +8,7 @@
 //! the other side of a connection hung up. It never waits for anything else ([`crate::waiting`]).
 //! A connection that breaks the framing ends, and nothing else does.
 //!
-//! There are at most [`MAX_CONNECTIONS`] connections. When there is no place left for a new one,
+//! There are at most `MAX_CONNECTIONS` connections. When there is no place left for a new one,
 //! the connection that has been silent for longest makes room, but never the VMM's and none whose
 //! request is under way. So idle connections keep out neither a VMM nor an operator.
 

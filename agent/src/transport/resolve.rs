@@ -2,7 +2,7 @@
 //!
 //! The system's look-up cannot be given a deadline, and cannot be cancelled: with a name server that
 //! does not answer it takes 10 seconds and more. So it runs on a thread that nobody waits for longer
-//! than they want to. A look-up that is given up ends by itself; there are at most [`MAX_LOOKUPS`].
+//! than they want to. A look-up that is given up ends by itself; there are at most `MAX_LOOKUPS`.
 
 use crate::job::{Cancel, JobError};
 use crate::waiting::may_wait;

@@ -13,7 +13,7 @@
 //!   A crash in between leaves a socket that nobody listens on, which the next start replaces.
 //!
 //! Somebody who may open the folder can hold that lock for ever. Then a start is refused after
-//! [`LOCK_TIMEOUT`], and an end leaves its path behind, to be replaced by the next start.
+//! `LOCK_TIMEOUT`, and an end leaves its path behind, to be replaced by the next start.
 
 use crate::waiting::may_wait;
 use pageferry_protocol::control::unix_path::socket_address;

@@ -6,7 +6,7 @@ use pageferry_client::{IncomingOptions, JobStatus, Phase, RunState, SnapshotMode
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::hook::{Hook, SavedState, encode_hook_reply, encode_state_reply};
 use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, Request};
-use pageferry_protocol::control::{Frame, FrameSocket, SocketError, Trackers};
+use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
 use pageferry_protocol::shm::fence::FENCE_BYTES;
 use pageferry_protocol::shm::{FenceWord, MappedBitmap};
