@@ -38,11 +38,14 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use wire::{Passing, Relay};
 
 /// Set in what a VMM writes into memory that its guest gave back.
 const OTHERS: u64 = 1 << 63;
+
+/// Longest time for an attempt in which something is sent all the time.
+const LONGEST: Duration = Duration::from_secs(300);
 
 /// What the destination's VMM was asked.
 #[derive(Default)]
@@ -176,7 +179,7 @@ impl Plan {
             urgent_streams: 1 + chance.below(2) as u16,
             mode,
             // Never met, so that as many passes run as the case wants.
-            downtime_limit: std::time::Duration::ZERO,
+            downtime_limit: Duration::ZERO,
             switch_after: if way == 1 { passes } else { 0 },
             max_passes: if way == 2 { passes } else { 0 },
             policy: if way == 2 { NonConvergence::Postcopy } else { NonConvergence::KeepGoing },
@@ -228,10 +231,10 @@ struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// Passes a record on, or a part of it, or none.
-    fn pump(&mut self) {
+    /// Passes a record on, or a part of it, or none; true if there was one.
+    fn pump(&mut self) -> bool {
         self.relay.accept();
-        let Some(record) = self.relay.next(self.chance) else { return };
+        let Some(record) = self.relay.next(self.chance) else { return false };
         // A destination that is done waits long for a source that does not answer.
         if self.cuts > 0 && !self.complete && self.chance.one_in(40) {
             self.cuts -= 1;
@@ -246,10 +249,11 @@ impl Attempt<'_> {
                 1 => self.relay.cut_any(self.chance),
                 _ => {}
             }
-            return;
+            return true;
         }
         self.look(&record);
         self.relay.pass(&record);
+        true
     }
 
     fn look(&mut self, record: &Passing) {
@@ -365,9 +369,13 @@ impl Attempt<'_> {
 
     fn run(mut self, incoming: u64, outgoing: u64) -> Outcome {
         let cancel_at = if self.chance.one_in(4) { self.chance.below(300) } else { u64::MAX };
-        let deadline = Instant::now() + SOON;
+        let started = Instant::now();
+        let mut deadline = started + SOON;
         for round in 0.. {
-            self.pump();
+            // On a busy machine an attempt takes its time. Stuck is one in which nothing is sent.
+            if self.pump() {
+                deadline = started + LONGEST.min(started.elapsed() + SOON);
+            }
             if !self.committed && self.chance.one_in(4) {
                 self.at_source();
             }
