@@ -176,13 +176,16 @@ fn the_guest_moves_before_its_memory_from_the_start_and_after_passes() {
     if !require::uffd() {
         return;
     }
-    for (more, passes) in [(&["--mode", "postcopy"][..], 0), (&["--mode", "hybrid", "--switch-after", "2"][..], 2)] {
+    // Before a postcopy from the start the guest writes nothing: its pages are released at the source
+    // as they arrive, so what arrived can be compared only with what was there from the beginning.
+    let postcopy = &["--mode", "postcopy", "--write-rate", "0"][..];
+    let hybrid = &["--mode", "hybrid", "--switch-after", "2", "--write-rate", "1000000"][..];
+    for (more, passes) in [(postcopy, 0), (hybrid, 2)] {
         let bench = Bench::new();
         let (from, to) = (bench.file("from"), bench.file("to"));
         let here = prepare(&from);
         // Never met, so that it is the switch that ends the passes.
-        let options =
-            [more, &["--downtime-limit", "0ms", "--write-rate", "1000000", "--discard", "4M+2M", "--release"]].concat();
+        let options = [more, &["--downtime-limit", "0ms", "--discard", "4M+2M", "--release"]].concat();
         let [(sent, source), (received, destination)] = bench.migrate(&from, &to, &options);
         assert!(sent && received, "{source} {destination}");
         assert_eq!(source["passes"], passes, "{source}");
