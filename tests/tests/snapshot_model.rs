@@ -299,7 +299,8 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
                 // It may be too late, which is for the agent to say.
                 let _ = client.cancel();
             }
-            let status = client.wait(started.job, SOON).unwrap();
+            // An fsync waits for all that others have written to the same disk.
+            let status = client.wait(started.job, 4 * SOON).unwrap();
             aside.captured.fetch_add(status.counters.captured_pages, Ordering::Relaxed);
             aside.rescued.fetch_add(status.counters.rescued_pages, Ordering::Relaxed);
             match status.phase {
