@@ -12,7 +12,7 @@
 
 use crate::job::{Job, JobError, add};
 use crate::memory::backing::BackingKind;
-use crate::server::backoff::{Backoff, PAUSE};
+use crate::transport::backoff::{Backoff, PAUSE};
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};

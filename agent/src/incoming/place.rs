@@ -68,9 +68,13 @@ impl<'a> Placer<'a> {
         for (block, small_pages) in job.memory.blocks().iter().zip(small_pages) {
             job.check()?;
             let failed = |source| JobError::Backing { id: block.geometry.id, source };
-            let _placing = job.memory.placing();
+            // In this order: what the VMM discards from now on stays marked. A large block takes
+            // seconds to empty, and a discard must not wait for that.
+            {
+                let _placing = job.memory.placing();
+                block.discarded.clear(block.all());
+            }
             block.backing.empty().map_err(failed)?;
-            block.discarded.clear(block.all());
             let received = MappedBitmap::private(block.geometry.pages())?;
             blocks.push(Target { received, window: Mutex::new(None), small_pages });
         }

@@ -1,7 +1,6 @@
 //! The sockets that VMMs and operators ask on.
 //!
 //! - `connection`: one connection, on a thread of its own: requests in, answers and events out;
-//! - [`backoff`]: when a connection cannot be accepted;
 //! - this file: the reactor's thread.
 //!
 //! The reactor's thread takes new connections, signals, and the news that a job changed or that
@@ -12,14 +11,13 @@
 //! the connection that has been silent for longest makes room, but never the VMM's and none whose
 //! request is under way. So idle connections keep out neither a VMM nor an operator.
 
-pub mod backoff;
 mod connection;
 
 use crate::reactor::Reactor;
 use crate::session::shared::SharedSession;
+use crate::transport::backoff::{self, Backoff};
 use crate::transport::unix_path::UnixPathListener;
 use crate::waiting::{NoWait, may_wait};
-use backoff::Backoff;
 use connection::{Connection, Line};
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeMap;

@@ -22,7 +22,7 @@ pub mod standard;
 use crate::hooks::Hooks;
 use crate::job::{Job, TooLate};
 use crate::memory::GuestMemory;
-use crate::session::shared::Past;
+use crate::session::shared::Retired;
 use crate::snapshot::checkpoint::SharedCheckpoint;
 use crate::tracking::TrackerChoice;
 use crate::waiting::may_wait;
@@ -63,7 +63,7 @@ pub struct Session {
     /// The VMM is being asked to resume the guest by force.
     resuming: bool,
     /// What is to be dropped when the session is not locked.
-    past: Vec<Past>,
+    retired: Vec<Retired>,
 }
 
 /// The last job of an earlier session.
@@ -103,7 +103,7 @@ impl Session {
             standard: standard::Features::default(),
             stopping: false,
             resuming: false,
-            past: Vec::new(),
+            retired: Vec::new(),
         }
     }
 
@@ -127,7 +127,7 @@ impl Session {
     fn settle(&mut self) {
         if let Some((job, thread)) = self.job.take() {
             let ended = Earlier::Ended(Box::new(job.status()));
-            self.past.push(Past::Job(job, thread));
+            self.retired.push(Retired::Job(job, thread));
             self.forget_before(ended);
         }
     }
@@ -144,7 +144,7 @@ impl Session {
 
     fn forget_before(&mut self, ended: Earlier) {
         if let Earlier::Ending(job, thread) = std::mem::replace(&mut self.before, ended) {
-            self.past.push(Past::Job(job, thread));
+            self.retired.push(Retired::Job(job, thread));
         }
     }
 

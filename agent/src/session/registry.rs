@@ -1,6 +1,6 @@
 //! The blocks and the log of a session. The set that jobs see is replaced as a whole, and only while none runs.
 
-use super::shared::{Past, SharedSession};
+use super::shared::{Retired, SharedSession};
 use super::{Session, invalid};
 use crate::memory::block::GuestLog;
 use crate::memory::current::CurrentAgent;
@@ -119,7 +119,7 @@ impl Session {
     pub(super) fn set_memory(&mut self, memory: GuestMemory) {
         let memory = memory.of(self.memory.current.clone());
         let before = std::mem::replace(&mut self.memory, Arc::new(memory));
-        self.past.push(Past::Memory(before));
+        self.retired.push(Retired::Memory(before));
     }
 }
 

@@ -30,7 +30,7 @@ pub struct SharedSession {
     state: Mutex<State>,
     /// The VMM's connection ended, and its last request with it.
     released: Condvar,
-    undertaker: Undertaker,
+    drop_thread: DropThread,
 }
 
 #[derive(Debug)]
@@ -62,7 +62,7 @@ pub struct Locked<'a> {
     // In this order: what the session let go of is dropped after the lock is free.
     state: MutexGuard<'a, State>,
     _no_wait: NoWait,
-    undertaker: &'a Undertaker,
+    drop_thread: &'a DropThread,
 }
 
 impl Deref for Locked<'_> {
@@ -81,8 +81,8 @@ impl DerefMut for Locked<'_> {
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        for past in std::mem::take(&mut self.state.session.past) {
-            self.undertaker.bury(past);
+        for retired in std::mem::take(&mut self.state.session.retired) {
+            self.drop_thread.drop_there(retired);
         }
     }
 }
@@ -94,12 +94,12 @@ impl SharedSession {
     /// If the kernel has no thread.
     pub fn new(notify: Arc<OwnedFd>) -> std::io::Result<Self> {
         let state = Mutex::new(State { session: Session::new(notify), owner: None });
-        Ok(Self { state, released: Condvar::new(), undertaker: Undertaker::start()? })
+        Ok(Self { state, released: Condvar::new(), drop_thread: DropThread::start()? })
     }
 
     /// The session, for a moment.
     pub fn lock(&self) -> Locked<'_> {
-        Locked { state: self.state(), _no_wait: NoWait::begin(), undertaker: &self.undertaker }
+        Locked { state: self.state(), _no_wait: NoWait::begin(), drop_thread: &self.drop_thread }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -157,7 +157,7 @@ impl SharedSession {
         locked.end();
         let next = locked.successor();
         let before = std::mem::replace(&mut locked.state.session, next);
-        locked.past.push(Past::Session(Box::new(before)));
+        locked.retired.push(Retired::Session(Box::new(before)));
         drop(locked);
         self.released.notify_all();
     }
@@ -179,7 +179,7 @@ impl SharedSession {
 /// What the session let go of. Dropping it may be the end of a thread, or free a guest's memory,
 /// and take any time.
 #[derive(Debug)]
-pub(super) enum Past {
+pub(super) enum Retired {
     /// A job that ended.
     Job(Arc<Job>, Option<JoinHandle<()>>),
     /// Blocks that were removed.
@@ -189,44 +189,44 @@ pub(super) enum Past {
 }
 
 /// The thread that drops what the session let go of. It waits for that thread when it is dropped.
-struct Undertaker {
-    past: Option<Sender<Past>>,
+struct DropThread {
+    retired: Option<Sender<Retired>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl fmt::Debug for Undertaker {
+impl fmt::Debug for DropThread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Undertaker").finish_non_exhaustive()
+        f.debug_struct("DropThread").finish_non_exhaustive()
     }
 }
 
-impl Undertaker {
+impl DropThread {
     fn start() -> std::io::Result<Self> {
-        let (past, next) = channel();
-        let run = move || bury_all(next);
-        let thread = std::thread::Builder::new().name("session-past".into()).spawn(run)?;
-        Ok(Self { past: Some(past), thread: Some(thread) })
+        let (retired, next) = channel();
+        let run = move || drop_all(next);
+        let thread = std::thread::Builder::new().name("session-drop".into()).spawn(run)?;
+        Ok(Self { retired: Some(retired), thread: Some(thread) })
     }
 
-    fn bury(&self, past: Past) {
+    fn drop_there(&self, retired: Retired) {
         // Fails only if the thread is gone; then it is dropped here.
-        let _ = self.past.as_ref().map(|sender| sender.send(past));
+        let _ = self.retired.as_ref().map(|sender| sender.send(retired));
     }
 }
 
-fn bury_all(next: Receiver<Past>) {
-    for past in next {
-        match past {
-            Past::Job(job, thread) => join(&job, thread),
-            Past::Memory(memory) => drop(memory),
-            Past::Session(session) => drop(session),
+fn drop_all(next: Receiver<Retired>) {
+    for retired in next {
+        match retired {
+            Retired::Job(job, thread) => join(&job, thread),
+            Retired::Memory(memory) => drop(memory),
+            Retired::Session(session) => drop(session),
         }
     }
 }
 
-impl Drop for Undertaker {
+impl Drop for DropThread {
     fn drop(&mut self) {
-        self.past = None;
+        self.retired = None;
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("the thread that drops what a session let go of panicked");
         }

@@ -2,12 +2,14 @@
 //!
 //! - [`address`]: `tcp:HOST:PORT`, `unix:PATH`, or a socket that the VMM hands over;
 //! - [`unix_path`]: who listens on a path, and who removes it;
+//! - [`backoff`]: what a listener does when it cannot accept a connection;
 //! - [`resolve`]: name look-ups that end in time;
 //! - [`stream`]: a connected stream: records in and out, with deadlines;
 //! - [`queue`]: how much of a stream lies in the kernel's queues;
 //! - [`limiter`]: the bandwidth limit.
 
 pub mod address;
+pub mod backoff;
 pub mod limiter;
 pub mod queue;
 pub mod resolve;

@@ -135,7 +135,11 @@ impl UnixPathListener {
                 Ok(socket) => {
                     let made = rustix::fs::lstat(path).map_err(kernel("look at the socket that was just made"))?;
                     let made = Self { socket, path: path.to_owned(), inode: Inode::of(&made) };
-                    rustix::net::listen(&made.socket, BACKLOG).map_err(kernel("listen"))?;
+                    if let Err(errno) = rustix::net::listen(&made.socket, BACKLOG) {
+                        // The drop of `made` removes the path, and takes the lock for that.
+                        drop(lock);
+                        return Err(kernel("listen")(errno));
+                    }
                     return Ok(made);
                 }
                 Err(Errno::ADDRINUSE) => {}
