@@ -61,6 +61,18 @@ impl Agents {
     }
 }
 
+impl Drop for Agents {
+    /// A round that fails says what its agents said.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let hosts = [("hit", &mut self.hit), ("other", &mut self.other), ("next", &mut self.next)];
+            for (name, host) in hosts {
+                eprintln!("the agent \"{name}\":\n{}", host.agent.process().lines().join("\n"));
+            }
+        }
+    }
+}
+
 /// Nobody waits longer for an agent that hangs: long enough for one that is only slow.
 fn patient() -> Config {
     Config { request_timeout: Duration::from_secs(3), ..Config::default() }
@@ -181,9 +193,10 @@ fn hit_source(mode: Mode, how: Hit, random: &mut Random) -> Phase {
         (Ownership::Relinquished | Ownership::Gone, Phase::Completed) => assert_moved(&source, &destination),
         (Ownership::Relinquished, Phase::PostcopyPaused) => {
             let recovered = source.client().recover(Some(&to), &options).unwrap().job;
-            let status = source.wait_job(recovered, PATIENCE);
-            let status = status.unwrap_or_else(|error| panic!("{error}: {:?}", destination.client().status()));
-            assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+            let ended = source.wait_job(recovered, PATIENCE);
+            let (here, there) = (source.client().status(), destination.client().status());
+            let ended = ended.unwrap_or_else(|error| panic!("{error}:\n{here:?}\n{there:?}"));
+            assert_eq!(ended.phase, Phase::Completed, "{here:?}\n{there:?}");
             assert_eq!(destination.wait_job(incoming, PATIENCE).unwrap().phase, Phase::Completed);
             assert_moved(&source, &destination);
         }
