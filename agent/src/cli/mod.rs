@@ -139,7 +139,8 @@ pub struct OutgoingArgs {
           help = "How pages are compressed: none, lz4, zstd or zstd:LEVEL, with a level of 1 to 19")]
     pub compress: Compression,
     /// How long the peer may be silent, or take for one record. The paused guest runs on here if its
-    /// hand-over takes longer than this, two hook timeouts, and ten times the expected transfer.
+    /// hand-over takes longer than this, two hook timeouts, and ten times the transfer of what must
+    /// go before it at the measured bandwidth (or that transfer once, at 1 MiB/s, if none was measured).
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer.

@@ -65,9 +65,11 @@ impl Stop {
     }
 
     /// How long a guest may be paused that has `bytes` to send over a link that carried `bandwidth` bytes
-    /// per second, 0 if that was not measured: `peer_timeout` and two `hook_timeout`, and ten times the
-    /// time that the bytes should take. A link that was not measured is expected to carry 1 MiB/s, and
-    /// none is expected to carry less than [`MIN_BANDWIDTH`].
+    /// per second, 0 if that was not measured: `peer_timeout` and two `hook_timeout`, and
+    ///
+    /// - measured: ten times what the bytes should take at that bandwidth, which counts as at least
+    ///   [`MIN_BANDWIDTH`];
+    /// - not measured: once what they take at 1 MiB/s, which is slow enough without a factor.
     pub fn limit(options: &OutgoingOptions, bytes: u64, bandwidth: u64) -> Duration {
         let (rate, slack) = match bandwidth {
             0 => (UNMEASURED, 1),
@@ -82,6 +84,12 @@ impl Stop {
     pub fn expect(&mut self, options: &OutgoingOptions, bytes: u64, bandwidth: u64) {
         self.limit = Self::limit(options, bytes, bandwidth);
         self.deadline.set(Some(self.started + self.limit));
+    }
+
+    /// How long the guest may be paused, as far as is known by now.
+    #[cfg(test)]
+    pub fn allowed(&self) -> Duration {
+        self.limit
     }
 
     /// What to report if the hand-over failed with `error`.
@@ -108,6 +116,16 @@ impl Drop for Stop {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hooks::{HookError, Hooks};
+    use crate::job::pause::{PausedGuest, SavedState};
+    use crate::job::{Job, notifier};
+    use crate::memory::test_support::memory;
+    use crate::tracking::{DirtyPages, TrackerChoice, Trackers, TrackingError};
+    use pageferry_protocol::control::Trackers as Declared;
+    use pageferry_protocol::control::job::JobKind;
+    use pageferry_protocol::memory::PageRange;
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc::channel;
 
     fn options() -> OutgoingOptions {
         let (peer_timeout, hook_timeout) = (Duration::from_secs(30), Duration::from_secs(10));
@@ -142,5 +160,53 @@ mod tests {
         assert!(matches!(stop.explain(JobError::Cancelled), JobError::StopTooLong { .. }));
         drop(stop);
         assert!(!deadline.has_passed());
+    }
+
+    /// What a hook of a stop comes to whose deadline is over, and whose VMM never answers.
+    fn asked(hook: fn(&Arc<Job>) -> Option<JobError>) -> Option<JobError> {
+        let (ours, _vmm) = UnixStream::pair().unwrap();
+        let (memory, hooks) = (Arc::new(memory(&[64])), Arc::new(Hooks::new(Some(ours.into()))));
+        let for_ever = OutgoingOptions { hook_timeout: Duration::from_secs(1 << 20), ..options() };
+        let job = Job::new(1, JobKind::Outgoing, memory, hooks, for_ever, notifier().unwrap());
+        let job = Arc::new(job.unwrap());
+        let none = OutgoingOptions { peer_timeout: Duration::ZERO, hook_timeout: Duration::ZERO, ..options() };
+        let _stop = Stop::begin(&job.stop, &none);
+        let (say, answer) = channel();
+        std::thread::spawn(move || say.send(hook(&job)));
+        answer.recv_timeout(Duration::from_secs(60)).expect("the hook waits longer than the stop may take")
+    }
+
+    fn trackers(job: &Job) -> Trackers {
+        let choice = TrackerChoice { declared: Declared::HOOKS, pagemap: None };
+        Trackers::new(&choice, &job.hooks, job.options().hook_timeout, &job.stop)
+    }
+
+    #[test]
+    fn no_hook_of_a_stop_is_waited_for_once_its_deadline_is_over() {
+        let late = |error: Option<JobError>, name: &str| {
+            let error = error.unwrap();
+            let (JobError::Hook(error) | JobError::Tracking(TrackingError::Hook(error))) = error else {
+                panic!("{error}")
+            };
+            assert!(matches!(error, HookError::Socket { hook, .. } if hook == name), "{name}: {error}");
+        };
+        late(asked(|job| PausedGuest::pause(job).err()), "pause");
+        late(asked(|job| SavedState::of(job).err()), "save state");
+        late(
+            asked(|job| {
+                let dirty = DirtyPages::none(&job.memory).unwrap();
+                trackers(job).sync(&job.memory, &dirty).err().map(JobError::from)
+            }),
+            "sync tracker",
+        );
+        late(
+            asked(|job| {
+                let (dirty, range) = (DirtyPages::none(&job.memory).unwrap(), PageRange::new(0, 64));
+                dirty.block(0).set(range);
+                let trackers = trackers(job);
+                trackers.lazy_clear().unwrap().clear(0, dirty.block(0), range).err().map(JobError::from)
+            }),
+            "clear tracker",
+        );
     }
 }

@@ -328,7 +328,8 @@ pub enum JobError {
     /// The hand-over of the paused guest took too long.
     #[error(
         "the hand-over was not done within {limit:.1?}, which is as long as the guest may be paused for it \
-         (peer_timeout, two hook_timeout, and ten times what the transfer should take): it runs on here"
+         (peer_timeout, two hook_timeout, and ten times what the transfer should take at the measured bandwidth, \
+         or what it takes at 1 MiB/s where none was measured): it runs on here"
     )]
     StopTooLong {
         /// How long it may be paused.

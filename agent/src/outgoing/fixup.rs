@@ -44,7 +44,7 @@ pub struct DirtyState {
     settling: DirtyPages,
     /// Pages whose bit the fix-up dropped.
     dropped: DirtyPages,
-    remaining: u64,
+    pub(super) remaining: u64,
     /// See [`GuestMemory::changes`]: when the unsettled pages were last taken, and when the destination was last told.
     settled_at: u64,
     told_at: u64,

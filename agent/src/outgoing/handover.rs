@@ -46,14 +46,24 @@ impl PausedGuest {
 }
 
 impl Migration {
-    /// The guest may be paused for as long as it takes to send `bytes` and its dirty pages.
-    pub(super) fn expect_to_send(&self, stop: &mut Stop, bytes: u64) {
+    /// The guest may be paused for as long as it takes to send its state and its dirty pages.
+    pub(super) fn expect_state_and_pages(&self, stop: &mut Stop, state: &SavedState) {
+        let pages = self.dirty.remaining().saturating_mul(PAGE_SIZE);
+        self.expect_to_send(stop, state.bytes().saturating_add(pages));
+    }
+
+    /// The guest may be paused for as long as it takes to send its state: in postcopy the pages
+    /// follow once it runs.
+    pub(super) fn expect_state(&self, stop: &mut Stop, state: &SavedState) {
+        self.expect_to_send(stop, state.bytes());
+    }
+
+    fn expect_to_send(&self, stop: &mut Stop, bytes: u64) {
         let options = self.job.options();
         let (measured, limit) = (self.pace.bandwidth(), options.bandwidth);
         // What was measured may be from before an operator set the limit.
         let bandwidth = if limit == 0 || measured == 0 { measured.max(limit) } else { measured.min(limit) };
-        let pages = self.dirty.remaining().saturating_mul(PAGE_SIZE);
-        stop.expect(&options, bytes.saturating_add(pages), bandwidth);
+        stop.expect(&options, bytes, bandwidth);
     }
 
     /// What the guest is to be at the destination, which its own operator may have wanted otherwise.
@@ -139,4 +149,58 @@ fn read_exactly(file: &OwnedFd, buffer: &mut [u8], start: u64) -> Result<(), Job
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hooks::Hooks;
+    use crate::job::notifier;
+    use crate::memory::test_support::memory;
+    use crate::outgoing::connect::Streams;
+    use crate::outgoing::converge::Pace;
+    use crate::outgoing::fixup::DirtyState;
+    use crate::tracking::{TrackerChoice, Trackers};
+    use crate::transport::{RecordReader, RecordWriter, StreamSocket};
+    use pageferry_protocol::control::job::JobKind;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    /// A migration of a guest with so many dirty pages, over a link that carried 4 MiB/s.
+    fn migration(pages: u64) -> Migration {
+        let (memory, hooks) = (Arc::new(memory(&[pages])), Arc::new(Hooks::new(None)));
+        let job = Job::new(1, JobKind::Outgoing, memory, hooks, OutgoingOptions::default(), notifier().unwrap());
+        let job = Arc::new(job.unwrap());
+        let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let socket = StreamSocket::with_stop(socket.into(), Duration::ZERO, &job.stop).unwrap();
+        let primary = Primary { writer: RecordWriter::new(socket.clone()), reader: RecordReader::new(socket) };
+        let streams = Streams { primary, senders: Vec::new(), urgent: Vec::new(), host_pages: Vec::new() };
+        let choice = TrackerChoice::default();
+        let mut pace = Pace::default();
+        pace.passed(1024, 4 << 20, Duration::from_secs(1));
+        let mut dirty = DirtyState::new(&job.memory).unwrap();
+        dirty.remaining = pages;
+        Migration {
+            trackers: Trackers::new(&choice, &job.hooks, Duration::ZERO, &job.stop),
+            session: SessionId::default(),
+            address: None,
+            throttled: false,
+            streams,
+            dirty,
+            pace,
+            job,
+        }
+    }
+
+    #[test]
+    fn a_guest_that_goes_before_its_memory_is_not_given_the_time_of_its_memory() {
+        let migration = migration(4096);
+        let (piece, options) = (PieceSize { name: "vcpu".into(), length: 8 << 20 }, migration.job.options());
+        let state = SavedState { guest: RunState::Running, pieces: vec![piece], file: None };
+        let mut stop = Stop::begin(&migration.job.stop, &options);
+        migration.expect_state(&mut stop, &state);
+        assert_eq!(stop.allowed(), Stop::limit(&options, 8 << 20, 4 << 20));
+        migration.expect_state_and_pages(&mut stop, &state);
+        assert_eq!(stop.allowed(), Stop::limit(&options, (8 << 20) + 4096 * PAGE_SIZE, 4 << 20));
+    }
 }

@@ -156,10 +156,10 @@ impl Migration {
         let mut paused = PausedGuest::pause(&self.job)?;
         let state = paused.save_state()?;
         let arrives = self.run_state_there(&state);
-        self.expect_to_send(stop, state.bytes());
+        self.expect_state_and_pages(stop, &state);
         self.send_state(&state)?;
         self.sync()?;
-        self.expect_to_send(stop, state.bytes());
+        self.expect_state_and_pages(stop, &state);
         self.run_pass()?;
         // Discards and frees that came during the last pass.
         self.send_discards()?;

@@ -68,8 +68,7 @@ impl Migration {
     ) -> Result<Owed, JobError> {
         let state = paused.save_state()?;
         let arrives = self.run_state_there(&state);
-        // Memory follows once the guest runs there.
-        self.expect_to_send(stop, state.bytes());
+        self.expect_state(stop, &state);
         self.send_state(&state)?;
         let owed = self.find_remaining(since)?;
         self.send_remaining(&owed)?;

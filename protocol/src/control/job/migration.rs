@@ -159,8 +159,9 @@ pub struct OutgoingOptions {
     pub resume: ResumePolicy,
     /// How long the peer may be silent where an answer is due, take to send a record that it began, and
     /// take to receive what is sent to it. A guest that is paused for its hand-over runs on here unless
-    /// the destination has loaded it within this, two `hook_timeout`, and ten times the time that the state
-    /// and the dirty pages should take at the measured bandwidth (1 MiB/s where nothing was measured).
+    /// the destination has loaded it within this, two `hook_timeout`, and the time for the state and, in
+    /// precopy, the dirty pages: ten times what they should take at the measured bandwidth, or once what
+    /// they take at 1 MiB/s where nothing was measured.
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
