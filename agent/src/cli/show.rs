@@ -14,6 +14,8 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     object.insert("kind".into(), json!(status.kind.name()));
     object.insert("status".into(), json!(status.phase.name()));
     object.insert("guest".into(), json!(status.guest.map(RunState::name)));
+    let arrived = (status.kind == JobKind::Incoming).then_some(status.arrived);
+    object.insert("arrived".into(), json!(arrived));
     let error = if status.error.is_empty() { Value::Null } else { json!(status.error) };
     object.insert("error".into(), error);
     object.insert("trackers".into(), json!(status.trackers.names().collect::<Vec<_>>()));
@@ -47,6 +49,10 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     let mut lines =
         vec![("job", format!("{} {}", status.job, status.kind.name())), ("status", status.phase.name().to_owned())];
     lines.extend(status.guest.map(|guest| ("guest", guest.name().to_owned())));
+    if status.kind == JobKind::Incoming {
+        let arrived = if status.arrived { "yes: the guest is this VMM's" } else { "no: the guest is not here" };
+        lines.push(("guest arrived", arrived.to_owned()));
+    }
     lines.push(("trackers", status.trackers.to_string()));
     let faults = [
         ("faults", counters.faults.to_string()),
@@ -270,7 +276,7 @@ mod tests {
     #[test]
     fn json_has_every_figure_under_its_own_name() {
         let object = to_json(&JobStatus::default());
-        for name in ["status", "error", "trackers", "passes", "pages_sent", "wire_bytes", "downtime_us"] {
+        for name in ["status", "arrived", "error", "trackers", "passes", "pages_sent", "wire_bytes", "downtime_us"] {
             assert!(object.contains_key(name), "{name}");
         }
     }

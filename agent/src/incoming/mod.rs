@@ -82,10 +82,13 @@ fn take_over(
     // ---- The line: the guest is ours. It is resumed whatever becomes of the connection.
     job.cancel.cross_the_line()?;
     *ours = true;
+    job.guest_arrived();
     // It may use its memory from the moment on that it runs.
     job.thaw();
     let resume = Hook::Resume { force: false, paused: guest.is_paused() };
-    job.hooks.ask(&resume, job.options().hook_timeout)?;
+    let resumed = job.hooks.ask(&resume, job.options().hook_timeout);
+    // An operator who reads that the job failed must not take the guest for one that did not come.
+    resumed.map_err(|source| JobError::NotResumed { source })?;
     let told = writer.write_plain(Kind::Resumed, 0).map(|_| ());
     if let Err(error) = &told {
         log::warn!("the guest is here, but the source does not know: {}", crate::error::chain(error));

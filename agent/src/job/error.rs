@@ -298,6 +298,15 @@ pub enum JobError {
         #[source]
         source: BackingError,
     },
+    /// Incoming: the commit arrived, and the VMM did not resume the guest, or not in time.
+    #[error(
+        "the guest arrived, and belongs to the destination's VMM, which can resume it at any time; resuming it failed"
+    )]
+    NotResumed {
+        /// What the VMM said.
+        #[source]
+        source: HookError,
+    },
     /// A hook.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -387,7 +396,11 @@ impl JobError {
             | Self::Io { .. }
             | Self::Bitmap(_)
             | Self::Arriving(_) => ErrorCode::System,
-            Self::Hook(_) | Self::Tracking(_) | Self::NotConverging { .. } | Self::Panicked => ErrorCode::Other,
+            Self::Hook(_)
+            | Self::NotResumed { .. }
+            | Self::Tracking(_)
+            | Self::NotConverging { .. }
+            | Self::Panicked => ErrorCode::Other,
             _ => ErrorCode::Invalid,
         };
         let sentence = match self {

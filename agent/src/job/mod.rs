@@ -173,6 +173,11 @@ impl Job {
         self.state().status.guest = Some(run_state);
     }
 
+    /// Says that the guest is here from now on: the source gave it up to this side.
+    pub fn guest_arrived(&self) {
+        self.state().status.arrived = true;
+    }
+
     /// Enters a phase, and tells the VMM and all who watch.
     pub fn enter(&self, phase: Phase) {
         log::info!("job {}: {}", self.id, phase.name());

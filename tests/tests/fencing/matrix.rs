@@ -201,6 +201,8 @@ fn hit_source(mode: Mode, how: Hit, random: &mut Random) -> Phase {
             assert_moved(&source, &destination);
         }
         (Ownership::Relinquished, _) => {
+            assert_eq!(destination.client().ownership(), Ownership::Awaiting, "it arrived: {there:?}");
+            assert!(!there.arrived, "{there:?}");
             assert!(!destination.record().runs && !source.record().runs);
             drop(destination);
             force(&mut source, agents.next.agent.socket());

@@ -1,5 +1,6 @@
 //! What a job is, and how it stands.
 
+use super::fields::flag;
 use super::{MAX_SENTENCE, RunState};
 use crate::control::Trackers;
 use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
@@ -246,6 +247,9 @@ pub struct JobStatus {
     pub phase: Phase,
     /// The run state that the guest has where the job brings it, or that its image says; `None` until that is known.
     pub guest: Option<RunState>,
+    /// Incoming: the source's commit arrived, so the guest is this VMM's, however the job goes on or
+    /// ends: also if resuming it failed, or its memory was lost since.
+    pub arrived: bool,
     /// The trackers that the VMM has declared; the empty set if it has declared none.
     pub trackers: Trackers,
     /// Its figures.
@@ -262,7 +266,7 @@ impl JobStatus {
         // Zero while it is not known.
         let guest = self.guest.map_or(0, |guest| guest as u32 + 1);
         let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32).u32(guest);
-        let encoder = encoder.u32(self.trackers.bits());
+        let encoder = encoder.u16(self.arrived.into()).u32(self.trackers.bits());
         self.counters.encode(encoder).text(clip(&self.error, MAX_SENTENCE))
     }
 
@@ -276,6 +280,7 @@ impl JobStatus {
             kind: JobKind::from_wire(decoder.u32("kind")?)?,
             phase: Phase::from_wire(decoder.u32("phase")?)?,
             guest: decode_guest(decoder)?,
+            arrived: flag(decoder, "arrived")?,
             trackers: Trackers::from_wire("trackers", decoder.u32("trackers")?)?,
             counters: Counters::decode(decoder)?,
             error: decoder.text("error", MAX_SENTENCE)?.to_owned(),

@@ -243,7 +243,7 @@ fn a_status_survives_the_wire() {
     let trackers = Trackers::HOOKS | Trackers::WRITE_PROTECT;
     for guest in [None, Some(RunState::Running), Some(RunState::Paused)] {
         let (kind, phase, error) = (JobKind::Outgoing, Phase::Unconfirmed, "gone".into());
-        let status = JobStatus { job: 7, kind, phase, guest, trackers, counters, error };
+        let status = JobStatus { job: 7, kind, phase, guest, arrived: guest.is_some(), trackers, counters, error };
         let body = status.encode(Encoder::new()).finish();
         let mut decoder = Decoder::new(&body);
         assert_eq!(JobStatus::decode(&mut decoder).unwrap(), status);
