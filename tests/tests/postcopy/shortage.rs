@@ -1,8 +1,8 @@
 //! A destination that has too few huge pages, before its guest runs and while it does.
 
-use crate::scene::{HUGE, MIB, Move, Pages, Side, Switch, check_filled, fill, guest, memory};
-use pageferry_client::{BlockRange, Phase, Punch};
-use pageferry_protocol::memory::PAGE_SIZE;
+use crate::scene::{HUGE, MIB, Move, Pages, Side, Switch, TRICKLE, check_filled, fill, guest, memory, plausible};
+use pageferry_client::{BlockRange, OutgoingOptions, Phase, Punch};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::Pattern;
 use pageferry_tests::huge_pages::{HUGE_PAGE, HugePages, hugetlb_memfd};
@@ -62,7 +62,7 @@ fn huge_pages_that_are_owed_are_nobody_elses_once_the_guest_runs() {
     let Some(_pool) = require::hugetlb(10) else { return };
     let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
     source.vmm.memory().blocks().iter().for_each(|block| fill(block, block.all(), 4));
-    let migration = Move::start(&source, &destination, Switch::AtOnce.options(8 * MIB));
+    let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
     migration.until_postcopy();
     let hog = take_all_but(0);
     migration.hurry();
@@ -79,7 +79,7 @@ fn a_guest_that_waits_for_a_huge_page_says_so_and_goes_on_when_there_is_one() {
     let Some(_pool) = require::hugetlb(10) else { return };
     let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
     source.vmm.memory().blocks().iter().for_each(|block| fill(block, block.all(), 4));
-    let migration = Move::start(&source, &destination, Switch::AtOnce.options(8 * MIB));
+    let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
     migration.until_postcopy();
     // It gives a page away, whose reservation goes with it, and others take what is left.
     let last = destination.block(1).pages() / HUGE - 1;
@@ -101,4 +101,47 @@ fn a_guest_that_waits_for_a_huge_page_says_so_and_goes_on_when_there_is_one() {
     let [_, incoming] = migration.finish();
     assert_eq!(incoming.error, "");
     assert_eq!(destination.block(1).load(last * HUGE * PAGE_SIZE).unwrap(), 5);
+}
+
+#[test]
+fn a_page_that_came_and_cannot_be_placed_pauses_both_sides_and_recover_goes_on() {
+    if !require::uffd() {
+        return;
+    }
+    let Some(_pool) = require::hugetlb(10) else { return };
+    let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
+    source.vmm.memory().blocks().iter().for_each(|block| fill(block, block.all(), 4));
+    let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
+    migration.until_postcopy();
+    // The page is reserved. Whoever fills it by its file and frees it again uses that up; then
+    // others take all that is left.
+    let last = destination.block(1).pages() / HUGE - 1;
+    let file = destination.block(1).file();
+    let place = destination.block(1).layout().fd_offset + last * HUGE_PAGE;
+    fallocate(file, FallocateFlags::empty(), place, HUGE_PAGE).unwrap();
+    destination.block(1).punch(PageRange::new(last * HUGE, HUGE)).unwrap();
+    let hog = take_all_but(0);
+    let memory = destination.vmm.memory().clone();
+    let touching = std::thread::spawn(move || {
+        memory.block(1).unwrap().store(last * HUGE * PAGE_SIZE, 5).unwrap();
+    });
+    // It is asked for, it comes, and there is no room for it.
+    for side in [&source, &destination] {
+        let paused = || side.status().phase == Phase::PostcopyPaused;
+        wait_until("the pause", PATIENCE, paused).unwrap();
+        let why = side.status().error;
+        assert!(why.contains("cannot be placed") && why.contains("nr_hugepages"), "{why}");
+    }
+    assert!(!touching.is_finished());
+    drop(hog);
+    source.client().recover(None, &OutgoingOptions::default()).unwrap();
+    touching.join().unwrap();
+    migration.hurry();
+    for status in migration.end() {
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert!(status.counters.paused_us > 0);
+        plausible(&status);
+    }
+    assert_eq!(destination.block(1).load(last * HUGE * PAGE_SIZE).unwrap(), 5);
+    destination.vmm.memory().blocks().iter().for_each(|block| check_filled(block, block.all(), 4));
 }
