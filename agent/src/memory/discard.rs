@@ -90,11 +90,31 @@ impl GuestMemory {
         };
         self.give_back(checked, mark, || {
             if punch {
-                for (index, range) in merged(checked) {
-                    punch_marked(&self.blocks()[index], range);
-                }
+                self.punch_marked(checked);
             }
         })
+    }
+
+    /// Frees pages that are discarded, and sets no mark. A job that fills the memory may have found
+    /// meanwhile that they are not discarded any more; then they are freed.
+    pub(super) fn free_discarded(&self, checked: &[Checked]) {
+        let _change = self.change();
+        let mark = || {
+            let noted = self.noted();
+            for (index, range) in checked {
+                if let Some(noted) = &noted {
+                    noted.freed(*index).set(*range);
+                }
+                let block = &self.blocks()[*index];
+                block.unsettled.set(*range);
+                block.stray.clear(*range);
+            }
+        };
+        self.give_back(checked, mark, || self.punch_marked(checked));
+    }
+
+    fn punch_marked(&self, checked: &[Checked]) {
+        merged(checked).for_each(|(index, range)| punch_marked(&self.blocks()[index], range));
     }
 
     /// The steps of both kinds of discard: `mark` sets the marks, and `punch` frees the pages once they are in nobody's hands any more.

@@ -14,7 +14,8 @@
 //!
 //! Both happen as well if there is no agent: the client does them, and the next agent finds them.
 //!
-//! A page that is discarded stays discarded: to free it is to discard it once more.
+//! A page that is discarded stays discarded, and is punched once more. While a restore fills the memory, what
+//! was discarded of the guest before does not count: a page of it that is freed is freed, as any other.
 //!
 //! # Holes that are known
 //!
@@ -56,7 +57,7 @@ use pageferry_protocol::shm::MappedBitmap;
 
 impl GuestMemory {
     /// Frees `ranges`, rounded inward. Returns how many pages that are; those that are discarded are none of
-    /// them, and are discarded once more. If the file system cannot punch, the pages are as they were.
+    /// them, stay discarded, and are punched once more. If the file system cannot punch, the pages are as they were.
     ///
     /// # Errors
     /// If a range does not exist; nothing is changed then.
@@ -66,7 +67,7 @@ impl GuestMemory {
         let _giving_back = self.giving_back();
         let (discarded, freed) = self.by_kind(&checked);
         if !discarded.is_empty() {
-            self.discard_checked(&discarded, true);
+            self.free_discarded(&discarded);
         }
         if !freed.is_empty() {
             self.free_checked(&freed);
