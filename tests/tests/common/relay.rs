@@ -293,6 +293,23 @@ impl Relay {
         }
     }
 
+    /// The same; `None` if `over` says that the jobs ended before, since a timeout of theirs was too
+    /// short for this machine.
+    pub fn until_unless(
+        &mut self, mut over: impl FnMut() -> bool, mut wanted: impl FnMut(&Passing) -> bool,
+    ) -> Option<Passing> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            match self.next() {
+                Some(record) if wanted(&record) => return Some(record),
+                Some(record) => self.pass(record),
+                // Nothing is on its way any more.
+                None if over() => return None,
+                None => assert!(Instant::now() < deadline, "the record did not come"),
+            }
+        }
+    }
+
     /// Passes everything on until something comes about.
     pub fn pump(&mut self, what: &str, mut until: impl FnMut() -> bool) {
         let deadline = Instant::now() + SOON;

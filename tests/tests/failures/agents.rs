@@ -1,10 +1,9 @@
 //! Agents that end or are killed, before the commit.
 
 use crate::common::{Agent, Attached, Listening, Relay, SOON, Wire, moves_to, passes};
-use crate::scene::{BOUND, FarScene, MOMENTS, Moment, at_every_moment, empty, stamped};
+use crate::scene::{FarScene, MOMENTS, Moment, at_every_moment, empty, stamped};
 use pageferry_client::{IncomingOptions, Ownership, Phase, Punch};
 use pageferry_tests::deadline::wait_until;
-use std::time::Instant;
 
 /// The source's agent dies at this moment; the VMM goes on without it, and with the next one.
 fn lose_the_source_agent(agent: fn() -> Agent, wire: Wire, (moment, is_there): Moment) {
@@ -18,7 +17,6 @@ fn lose_the_source_agent(agent: fn() -> Agent, wire: Wire, (moment, is_there): M
     let _record = relay.until(is_there);
     client.discard(&[ram.range(20, 10)], Punch::Yes).unwrap();
 
-    let started = Instant::now();
     first.end();
     wait_until("the agent to be lost", SOON, || client.status().is_err()).unwrap();
     wait_until("the guest to run", SOON, || !vmm.is_paused()).unwrap();
@@ -31,7 +29,6 @@ fn lose_the_source_agent(agent: fn() -> Agent, wire: Wire, (moment, is_there): M
         assert_eq!(destination.wait(incoming).phase, Phase::Failed);
         assert_eq!(destination.vmm.resumes(), 0);
     }
-    assert!(started.elapsed() < BOUND);
     // Discards go on without an agent.
     assert_eq!(client.discard(&[ram.range(25, 10)], Punch::Yes).unwrap(), 5);
     assert!((20..35).all(|page| ram.is_hole(page)));
@@ -61,11 +58,9 @@ fn a_destination_agent_that_is_killed_leaves_the_guest_running_at_the_source_alo
     at_every_moment("destination agent killed", |wire, (_, is_there)| {
         let mut scene = FarScene::start(wire, &passes(2));
         let _record = scene.relay.until(is_there);
-        let started = Instant::now();
         scene.agent.kill();
         let status = scene.finish();
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
-        assert!(started.elapsed() < BOUND);
         let FarScene { source, there, .. } = &scene;
         assert!(!source.vmm.is_paused());
         wait_until("the agent to be lost", SOON, || there.client.status().is_err()).unwrap();

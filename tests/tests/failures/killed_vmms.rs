@@ -1,7 +1,7 @@
 //! VMMs as processes, killed alone: their agents survive, end the job, let go of the memory and serve the next VMM.
 
 use crate::common::{Listening, PROGRAM, Peer, Relay, SOON, WIRES, Wire};
-use crate::scene::{BOUND, MOMENTS, Moment};
+use crate::scene::{MOMENTS, Moment};
 use pageferry_client::{Error, IncomingOptions, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::Kind;
@@ -17,7 +17,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
 
 const PAGES: u64 = 256;
 const SIZE: u64 = PAGES * PAGE_SIZE;
@@ -141,7 +140,6 @@ fn a_source_vmm_that_is_killed_ends_its_job_and_both_agents_serve_the_next() {
         let incoming = relay.listen(destination.client(), &IncomingOptions::default());
         let mut source = here.source(&relay.address());
         let record = relay.until(is_there);
-        let started = Instant::now();
         source.kill().unwrap();
         here.assert_agent_is_free();
         if moment == MOMENTS[0].0 {
@@ -155,7 +153,6 @@ fn a_source_vmm_that_is_killed_ends_its_job_and_both_agents_serve_the_next() {
             assert!(!status.error.is_empty());
         }
         assert!(!destination.record().runs);
-        assert!(started.elapsed() < BOUND);
         moves(&running(here.agent.socket()), &destination);
     });
 }
@@ -189,14 +186,12 @@ fn a_destination_vmm_that_is_killed_leaves_the_guest_running_and_its_agent_serve
         let mut destination = there.destination(&mut relay);
         let outgoing = relay.send(source.client(), &OutgoingOptions::default());
         let _record = relay.until(is_there);
-        let started = Instant::now();
         destination.kill().unwrap();
         let status = relay.finish(source.client(), outgoing);
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
         assert!(!status.error.is_empty());
         assert!(source.record().runs);
         there.assert_agent_is_free();
-        assert!(started.elapsed() < BOUND);
         moves(&source, &vmm(there.agent.socket(), 0));
     });
 }

@@ -1,15 +1,10 @@
 //! A migration through a relay, and the moments at which it is interrupted.
 
-use crate::common::{Agent, Attached, Passing, Ram, Relay, Side, WIRES, Wire, moves_to};
+use crate::common::{Agent, Attached, Passing, Ram, Relay, Side, TooEarly, WIRES, Wire, moves_to};
 use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
-use std::time::Duration;
 
 pub const PAGES: u64 = 200;
-/// A deadline that a test waits for. A step that goes well takes less even on a busy machine.
-pub const SHORT: Duration = Duration::from_secs(1);
-/// Within this, a deadline of [`SHORT`] was kept, on a machine with other things to do.
-pub const BOUND: Duration = Duration::from_secs(20);
 
 /// Memory whose page `n` holds the stamp `1000 + n`.
 pub fn stamped() -> Ram {
@@ -64,6 +59,12 @@ impl Scene {
         self.relay.finish(&self.source.client, self.outgoing)
     }
 
+    /// Passes everything on until a record comes that is wanted, which is held back.
+    pub fn reach(&mut self, wanted: impl FnMut(&Passing) -> bool) -> Result<Passing, TooEarly> {
+        let source = &self.source;
+        reach(&mut self.relay, source, wanted)
+    }
+
     /// The destination's VMM and agent are gone.
     pub fn kill_destination(&mut self) {
         self.relay.reset();
@@ -84,7 +85,7 @@ impl Scene {
     pub fn assert_destination_failed(&self) -> JobStatus {
         let status = self.destination().wait(self.incoming);
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
-        assert!(!status.error.is_empty());
+        assert!(!status.error.is_empty() && !status.arrived, "{status:?}");
         assert_eq!(self.destination().vmm.resumes(), 0);
         assert_ne!(self.destination().client.ownership(), Ownership::Ours);
         status
@@ -136,6 +137,17 @@ impl FarScene {
     pub fn finish(&mut self) -> JobStatus {
         self.relay.finish(&self.source.client, self.outgoing)
     }
+
+    /// As [`Scene::reach`].
+    pub fn reach(&mut self, wanted: impl FnMut(&Passing) -> bool) -> Result<Passing, TooEarly> {
+        reach(&mut self.relay, &self.source, wanted)
+    }
+}
+
+fn reach(relay: &mut Relay, source: &Attached, wanted: impl FnMut(&Passing) -> bool) -> Result<Passing, TooEarly> {
+    let over = || source.client.status().unwrap().phase.is_final();
+    let record = relay.until_unless(over, wanted);
+    record.ok_or_else(|| TooEarly(source.client.status().unwrap().error))
 }
 
 /// Runs `test` for every moment and over every wire.

@@ -1,12 +1,11 @@
 //! A source VMM that goes while its agent stays: within this process. [`crate::killed_vmms`] has those that are killed.
 
 use crate::common::{Attached, Listening, PROGRAM, Relay, SOON, migrates_next_time, passes};
-use crate::scene::{BOUND, MOMENTS, at_every_moment, empty, stamped};
+use crate::scene::{MOMENTS, at_every_moment, empty, stamped};
 use pageferry_client::{IncomingOptions, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::process::Process;
 use std::process::Command;
-use std::time::Instant;
 
 #[test]
 fn a_vmm_that_dies_ends_its_migration_and_the_agent_serves_the_next() {
@@ -18,7 +17,6 @@ fn a_vmm_that_dies_ends_its_migration_and_the_agent_serves_the_next() {
         let incoming = relay.listen(&destination.client, &IncomingOptions::default());
         relay.send(&source.client, &passes(2));
         let record = relay.until(is_there);
-        let started = Instant::now();
         drop(source);
         if moment != MOMENTS[0].0 {
             relay.pass(record);
@@ -26,7 +24,6 @@ fn a_vmm_that_dies_ends_its_migration_and_the_agent_serves_the_next() {
             assert_eq!(status.phase, Phase::Failed, "{}", status.error);
             assert_eq!(destination.vmm.resumes(), 0);
         }
-        assert!(started.elapsed() < BOUND);
         migrates_next_time(&Attached::new(&agent.path, stamped()));
     });
 }

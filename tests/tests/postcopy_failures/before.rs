@@ -2,7 +2,7 @@
 
 use crate::common::{At, Attached, Passing, Relay, SOON, WIRES, Wire, at_once, lock};
 use crate::scene::{
-    PAGES, SHORT, Scene, Side, WANTED, assert_arrived, assert_not_registered, empty, postcopy, stamp_of, stamped,
+    PAGES, Scene, Side, TIMEOUT, WANTED, assert_arrived, assert_not_registered, empty, postcopy, stamp_of, stamped,
 };
 use pageferry_client::{Error, HookError, IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase, Target};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -176,7 +176,7 @@ fn a_hook_that_fails_or_never_answers_leaves_the_guest_running_and_the_destinati
         if !never {
             vmm.on(at, || Err(HookError::new("the fan is on fire")));
         }
-        let options = OutgoingOptions { hook_timeout: if never { SHORT } else { SOON }, ..postcopy() };
+        let options = OutgoingOptions { hook_timeout: if never { TIMEOUT } else { SOON }, ..postcopy() };
         let mut scene = Scene::between(Wire::Unix, source, destination, &options);
         let (source, there) = (&scene.source, &scene.destination);
         scene.relay.pump("the end", || source.seen().phase.is_final() && there.seen().phase.is_final());

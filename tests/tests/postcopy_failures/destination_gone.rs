@@ -1,7 +1,7 @@
 //! The destination's agent or its VMM is killed, or hangs, while the guest runs there and waits for its memory.
 
 use crate::common::{Agent, SOON, WIRES, Wire, lock, moves_to};
-use crate::scene::{PAGES, SHORT, Scene, Side, WANTED_TOO, empty, postcopy, stamped};
+use crate::scene::{PAGES, Scene, Side, TIMEOUT, WANTED_TOO, empty, postcopy, stamped};
 use pageferry_client::{Mode, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
@@ -59,7 +59,7 @@ fn a_destination_agent_that_hangs_is_given_up_within_the_timeout_and_the_memory_
     if !require::uffd() {
         return;
     }
-    let destination = Side::hasty(Agent::spawn(), empty(), SHORT);
+    let destination = Side::hasty(Agent::spawn(), empty(), TIMEOUT);
     let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), destination, &postcopy());
     let (_request, touch) = scene.until_runs();
     scene.destination.agent.freeze();

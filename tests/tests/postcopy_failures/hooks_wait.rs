@@ -1,7 +1,7 @@
 //! The VMM's own hooks wait for memory that is missing, and its agent or the connections are gone.
 
-use crate::common::{At, SOON, WIRES, Wire, lock};
-use crate::scene::{PAGES, SHORT, Scene, Side, WANTED, empty, postcopy, stamp_of, stamped};
+use crate::common::{At, SOON, WIRES, Wire, at_once, lock};
+use crate::scene::{PAGES, Scene, Side, TIMEOUT, WANTED, empty, postcopy, stamp_of, stamped};
 use pageferry_client::{HookError, IncomingOptions, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
@@ -19,8 +19,8 @@ fn touches(scene: &Scene, at: At) -> Receiver<std::io::Result<u64>> {
     found
 }
 
-fn short() -> OutgoingOptions {
-    OutgoingOptions { hook_timeout: SHORT, ..postcopy() }
+fn hasty() -> OutgoingOptions {
+    OutgoingOptions { hook_timeout: TIMEOUT, ..postcopy() }
 }
 
 /// The guest runs at the destination, all of it is there, and nobody was told otherwise.
@@ -37,8 +37,8 @@ fn a_resume_that_waits_for_memory_when_the_connections_break_gets_it_by_the_reco
     if !require::uffd() {
         return;
     }
-    for wire in WIRES {
-        let mut scene = Scene::start(wire, &short());
+    at_once(&WIRES, |&wire| {
+        let mut scene = Scene::start(wire, &hasty());
         let found = touches(&scene, At::Resume);
         let _request = scene.relay.until(|record| record.kind == Kind::Request);
         scene.relay.cut();
@@ -47,7 +47,7 @@ fn a_resume_that_waits_for_memory_when_the_connections_break_gets_it_by_the_reco
         assert!(found.try_recv().is_err(), "it waits");
         assert_goes_on(&mut scene);
         assert_eq!(found.recv().unwrap().unwrap(), stamp_of(WANTED));
-    }
+    });
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn a_resume_that_is_late_or_fails_does_not_lose_the_memory() {
         return;
     }
     for fails in [false, true] {
-        let mut scene = Scene::start(Wire::Unix, &short());
+        let mut scene = Scene::start(Wire::Unix, &hasty());
         let there = scene.destination.vmm.clone();
         let hold = if fails {
             there.on(At::Resume, || Err(HookError::new("the vCPUs do not start")));
@@ -65,7 +65,8 @@ fn a_resume_that_is_late_or_fails_does_not_lose_the_memory() {
             Some(there.block(At::Resume))
         };
         let (_, destination) = scene.assert_paused();
-        assert!(destination.error.contains("hook \"resume\""), "{}", destination.error);
+        assert!(destination.error.contains("resuming it failed: hook \"resume\""), "{}", destination.error);
+        assert!(destination.arrived, "{destination:?}");
         assert_eq!(scene.destination.client.ownership(), Ownership::Ours, "it is nowhere else");
         there.off(At::Resume);
         drop(hold);
@@ -82,7 +83,7 @@ fn a_load_that_waits_for_memory_of_a_silent_source_is_let_go() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::start(Wire::Unix, &short());
+    let mut scene = Scene::start(Wire::Unix, &hasty());
     let found = touches(&scene, At::LoadState);
     let _request = scene.relay.until(|record| record.kind == Kind::Request);
     let status = scene.destination.reaches(Phase::Failed);

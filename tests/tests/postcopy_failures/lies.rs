@@ -3,7 +3,7 @@
 //! The lies are told by the relay, in place of a true record.
 
 use crate::common::{Passing, Wire, read_record};
-use crate::scene::{DISCARDED, HOLES, PAGES, SHORT, Scene, URGENT, WANTED, WANTED_TOO, postcopy, stamp_of};
+use crate::scene::{DISCARDED, HOLES, PAGES, Scene, TIMEOUT, URGENT, WANTED, WANTED_TOO, postcopy, stamp_of};
 use pageferry_client::{OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::hello::{Accept, decode_error};
@@ -46,7 +46,7 @@ fn what_a_destination_says_it_has_is_checked_before_it_is_believed() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::start(Wire::Unix, &OutgoingOptions { peer_timeout: SHORT, ..postcopy() });
+    let mut scene = Scene::start(Wire::Unix, &OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() });
     let touch = scene.until_cut();
     let received =
         |first, count, words: &[u64]| about(Kind::Received, BLOCK, first, count, encode_bitmap(words.iter().copied()));
@@ -108,7 +108,7 @@ fn a_stranger_is_not_taken_for_the_source_of_a_paused_postcopy() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::start(Wire::Unix, &OutgoingOptions { peer_timeout: SHORT, ..postcopy() });
+    let mut scene = Scene::start(Wire::Unix, &OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() });
     let touch = scene.until_cut();
     let place = scene.relay.place();
     let connect = || UnixStream::connect(place.strip_prefix("unix:").unwrap()).unwrap();
@@ -137,7 +137,7 @@ fn a_stranger_is_not_taken_for_the_source_of_a_paused_postcopy() {
     assert_says(&answer_to(primary, &[]).unwrap(), &["0 blocks"]);
     still_paused(&scene);
     let few = Hello { flags: recover, ..session };
-    assert_says(&answer_to(connect(), &record(&few)).unwrap(), &["silent for 400ms"]);
+    assert_says(&answer_to(connect(), &record(&few)).unwrap(), &["silent for "]);
     still_paused(&scene);
     // One that is waited for still does not keep the true source out.
     let mut waits = connect();

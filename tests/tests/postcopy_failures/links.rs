@@ -1,7 +1,7 @@
 //! A connection is lost after the guest came to run: both sides pause, say why, and go on when they are recovered.
 
-use crate::common::{Passing, Relay, SOON, Touch, WIRES, Wire, lock};
-use crate::scene::{DISCARDED, HOLES, SHORT, Scene, Side, URGENT, WANTED, postcopy, run, stamp_of};
+use crate::common::{Passing, Relay, SOON, Touch, WIRES, Wire, at_once, lock};
+use crate::scene::{DISCARDED, HOLES, Scene, Side, TIMEOUT, URGENT, WANTED, postcopy, run, stamp_of};
 use pageferry_client::{OutgoingOptions, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
@@ -174,7 +174,7 @@ fn a_link_that_is_lost_at_the_last_words_costs_nothing() {
     if !require::uffd() {
         return;
     }
-    for wire in WIRES {
+    at_once(&WIRES, |&wire| {
         // The source does not know that all is there, and comes to ask.
         let mut scene = Scene::start(wire, &postcopy());
         let complete = scene.relay.until(|record| record.kind == Kind::Complete && !record.to_destination);
@@ -184,10 +184,10 @@ fn a_link_that_is_lost_at_the_last_words_costs_nothing() {
         scene.recover();
         scene.assert_completes();
         // The destination does not know that the source knows, and does not wait for ever.
-        let options = OutgoingOptions { peer_timeout: SHORT, ..postcopy() };
+        let options = OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() };
         let mut scene = Scene::start(wire, &options);
         let complete = scene.relay.until(|record| record.kind == Kind::Complete && record.to_destination);
         scene.relay.cut_in(&complete, 0);
         scene.assert_completes();
-    }
+    });
 }

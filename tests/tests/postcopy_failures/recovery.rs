@@ -1,7 +1,7 @@
 //! A second failure while the first is recovered: both sides are paused again, and the next attempt succeeds.
 
 use crate::common::{Passing, WIRES};
-use crate::scene::{SHORT, Scene, WANTED, postcopy, run, stamp_of};
+use crate::scene::{Scene, TIMEOUT, WANTED, postcopy, run, stamp_of};
 use pageferry_client::{OutgoingOptions, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::require;
@@ -83,12 +83,12 @@ fn a_destination_that_says_nothing_to_a_recovery_leaves_it_paused() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::start(crate::common::Wire::Unix, &OutgoingOptions { peer_timeout: SHORT, ..postcopy() });
+    let mut scene = Scene::start(crate::common::Wire::Unix, &OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() });
     let touch = scene.until_cut();
     scene.recover();
     let _hello = scene.relay.until(|record| record.kind == Kind::Hello);
     let status = scene.source.reaches(Phase::PostcopyPaused);
-    assert!(status.error.contains("silent for 400ms"), "{}", status.error);
+    assert!(status.error.contains("silent for "), "{}", status.error);
     scene.relay.cut();
     scene.recover();
     scene.assert_completes();
