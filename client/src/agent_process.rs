@@ -12,6 +12,7 @@
 //! An agent on threads of the VMM's own process cannot be killed. Whoever runs one ends it before
 //! the next is attached: closes its connection, or has the client do so, and joins its threads.
 
+use crate::patience::deadline;
 use pageferry_protocol::control::socket::wait;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -38,6 +39,9 @@ enum Whose {
 #[derive(Debug)]
 pub(crate) struct AgentProcess {
     pidfd: OwnedFd,
+    /// The process that sent the answer, if the kernel does not say that both are one. It has the
+    /// guest's memory, too, as far as is known.
+    sender: Option<OwnedFd>,
     /// As the agent says; as the kernel does, if it vouches for it.
     pid: u32,
     whose: Whose,
@@ -47,7 +51,14 @@ pub(crate) struct AgentProcess {
 impl AgentProcess {
     /// The process of `pidfd`, which came with an answer that the process `sender` sent and that
     /// says that its number is `claimed`.
-    pub(crate) fn new(pidfd: OwnedFd, sender: Option<i32>, claimed: u32) -> Self {
+    ///
+    /// # Errors
+    /// In words, if the descriptor is no pidfd: most others can be read at once, which of a pidfd
+    /// would say that its process has ended.
+    pub(crate) fn new(pidfd: OwnedFd, sender: Option<i32>, claimed: u32) -> Result<Self, String> {
+        if identity(&pidfd).is_none() && pid_line(&pidfd).is_none() {
+            return Err("its file descriptor is no pidfd".to_owned());
+        }
         // A pidfd is bound to one process, also when that is gone and another has its number: so
         // one look at the number is enough.
         let is = |pid: Pid| is_of(&pidfd, pid);
@@ -58,7 +69,11 @@ impl AgentProcess {
             None => Whose::Unknown,
         };
         let pid = vouched.map_or(claimed, |pid| pid.as_raw_pid().unsigned_abs());
-        Self { pidfd, pid, whose, killed: AtomicBool::new(false) }
+        let other = sender.filter(|sender| whose == Whose::Unknown && *sender > 0).and_then(Pid::from_raw);
+        // The VMM's own end cannot be waited for.
+        let other = other.filter(|pid| *pid != getpid());
+        let sender = other.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        Ok(Self { pidfd, sender, pid, whose, killed: AtomicBool::new(false) })
     }
 
     /// Its number.
@@ -107,13 +122,18 @@ impl AgentProcess {
     /// Waits until it has ended, for as long as this: then none of its descriptors is open any
     /// more. True also at once if it is the VMM's own.
     pub(crate) fn wait_for_end(&self, deadline: Instant) -> bool {
-        // Readable when all its threads are gone, also before anybody has waited for it.
-        self.is_ours() || wait(self.pidfd.as_fd(), PollFlags::IN, deadline) == Ok(true)
+        self.is_ours() || self.ends_until(deadline)
     }
 
     /// True if it has ended.
     pub(crate) fn has_ended(&self) -> bool {
-        wait(self.pidfd.as_fd(), PollFlags::IN, Instant::now()) == Ok(true)
+        self.ends_until(Instant::now())
+    }
+
+    fn ends_until(&self, deadline: Instant) -> bool {
+        // Readable when all its threads are gone, also before anybody has waited for it.
+        let mut processes = std::iter::once(&self.pidfd).chain(&self.sender);
+        processes.all(|process| wait(process.as_fd(), PollFlags::IN, deadline) == Ok(true))
     }
 
     /// Sees to it that it has ended: kills it, and waits for its end. One that cannot be killed is
@@ -126,7 +146,7 @@ impl AgentProcess {
             return Ok(());
         }
         let killed = self.kill();
-        if self.wait_for_end(Instant::now() + timeout) {
+        if self.wait_for_end(deadline(timeout)) {
             return Ok(());
         }
         Err(killed.err().unwrap_or_else(|| "it was killed, and the kernel has not ended it yet".to_owned()))
@@ -149,11 +169,15 @@ fn is_of(pidfd: &OwnedFd, pid: Pid) -> bool {
         let other = pidfd_open(pid, PidfdFlags::empty());
         return other.is_ok_and(|other| identity(&other) == Some(own));
     }
-    // Older kernels tell by /proc, if it is mounted here.
+    pid_line(pidfd).is_some_and(|number| number > 0 && number == pid.as_raw_pid())
+}
+
+/// What older kernels say of a pidfd in /proc, if that is mounted here: the number of its process, or
+/// one that is no number of a process if that has ended; `None` of any other descriptor.
+fn pid_line(pidfd: &OwnedFd) -> Option<i32> {
     let path = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let number = text.lines().find_map(|line| line.strip_prefix("Pid:")).and_then(|rest| rest.trim().parse().ok());
-    number.is_some_and(|number: i32| number > 0 && number == pid.as_raw_pid())
+    let text = std::fs::read_to_string(path).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("Pid:")).and_then(|rest| rest.trim().parse().ok())
 }
 
 #[cfg(test)]
@@ -170,7 +194,7 @@ mod tests {
     }
 
     fn sent_by(child: &Child, sender: &Child) -> AgentProcess {
-        AgentProcess::new(pidfd(child), Some(sender.id() as i32), 1)
+        AgentProcess::new(pidfd(child), Some(sender.id() as i32), 1).unwrap()
     }
 
     #[test]
@@ -190,7 +214,7 @@ mod tests {
     fn a_process_that_did_not_send_the_answer_is_not_killed_but_waited_for() {
         let (mut victim, mut liar) = (sleeper(), sleeper());
         for sender in [Some(liar.id() as i32), Some(0), None] {
-            let process = AgentProcess::new(pidfd(&victim), sender, 7);
+            let process = AgentProcess::new(pidfd(&victim), sender, 7).unwrap();
             assert_eq!(process.pid(), 7);
             let error = process.end(Duration::ZERO).unwrap_err();
             assert!(error.contains("does not confirm"), "{error}");
@@ -198,20 +222,32 @@ mod tests {
         }
         let process = sent_by(&victim, &liar);
         victim.kill().unwrap();
-        process.end(Duration::from_secs(60)).unwrap();
         victim.wait().unwrap();
+        assert!(!process.has_ended(), "whoever sent the answer lives, and may have the memory");
         liar.kill().unwrap();
+        process.end(Duration::from_secs(60)).unwrap();
         liar.wait().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_pidfd_is_refused() {
+        let files = [std::fs::File::open("/dev/null").unwrap(), std::fs::File::open("/proc/self/stat").unwrap()];
+        let (pipe, _other_end) = rustix::pipe::pipe().unwrap();
+        for fd in files.map(OwnedFd::from).into_iter().chain([pipe]) {
+            let error = AgentProcess::new(fd, Some(getpid().as_raw_pid()), 1).unwrap_err();
+            assert_eq!(error, "its file descriptor is no pidfd");
+        }
     }
 
     #[test]
     fn the_own_process_is_never_killed_and_needs_no_waiting() {
         let own = || pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
-        let process = AgentProcess::new(own(), Some(getpid().as_raw_pid()), 1);
+        let this = || AgentProcess::new(own(), Some(getpid().as_raw_pid()), 1).unwrap();
+        let process = this();
         assert!(process.is_ours());
         process.kill().unwrap();
         process.end(Duration::ZERO).unwrap();
-        assert!(process.is(&AgentProcess::new(own(), Some(getpid().as_raw_pid()), 1)));
+        assert!(process.is(&this()));
         let mut child = sleeper();
         assert!(!process.is(&sent_by(&child, &child)));
         child.kill().unwrap();

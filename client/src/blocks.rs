@@ -6,18 +6,17 @@
 //! for a migration.
 
 use crate::block::{Block, BlockAdded, BlockSpec};
-use crate::client::Client;
+use crate::busy::while_busy;
+use crate::client::{Client, Lost};
 use crate::control::Control;
 use crate::error::Error;
 use pageferry_protocol::control::request::{AddBlockReply, BLOCK_DISCARDED, ErrorCode, Request};
 use pageferry_protocol::memory::BlockGeometry;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Longest wait of a removal for the job that it has cancelled.
 const REMOVAL: Duration = Duration::from_secs(60);
-/// Time between two looks whether that job has ended.
-const LOOK: Duration = Duration::from_millis(5);
 
 impl Client {
     /// Adds a block of guest memory. Without an agent it is kept for the next one.
@@ -61,36 +60,36 @@ impl Client {
     /// when that hook has missed its deadline.
     ///
     /// # Errors
-    /// If there is no such block, or a job is still in the way after 60 seconds: [`Error::Refused`]
-    /// with the code `Busy`. Nothing is removed then.
+    /// - If there is no such block;
+    /// - [`Error::Refused`] with the code `Busy` if a job is still in the way after 60 seconds;
+    /// - [`Error::AgentRuns`] if the agent is lost and lives on: it may still read this memory. So it
+    ///   is if the guest may run elsewhere and depends on the agent ([`Client::end_agent`] ends it), or
+    ///   if the VMM may not kill it.
+    ///
+    /// Nothing is removed then.
     pub fn remove_block(&self, id: u32) -> Result<(), Error> {
-        let deadline = Instant::now() + REMOVAL;
-        loop {
+        while_busy(REMOVAL, || {
             let mut session = self.session();
             if self.memory().block(id).is_none() {
                 return Err(Error::UnknownBlock { id });
             }
             match session.control.request(&Request::RemoveBlock { id }, &[], |_| Ok(())) {
-                Err(Error::Refused { code: ErrorCode::Busy, .. }) if Instant::now() < deadline => {
+                Err(busy @ Error::Refused { code: ErrorCode::Busy, .. }) => {
                     // Refused if it is too late, or the job has just ended: then it is only waited for.
                     let _ = session.control.request(&Request::Cancel, &[], |_| Ok(()));
+                    return Err(busy);
                 }
-                Err(Error::AgentLost { .. }) => {
-                    // It may be reading there (law 1).
-                    session.control.settle();
-                    self.memory().forget(id);
-                    return Ok(());
-                }
+                // It may be reading there (law 1).
+                Err(Error::AgentLost { .. }) => match session.settle()? {
+                    Lost::Ended => {}
+                    Lost::Spared => return Err(session.runs("the guest may run elsewhere, and depends on it")),
+                },
                 Err(refused) => return Err(refused),
-                Ok(()) => {
-                    self.memory().forget(id);
-                    return Ok(());
-                }
+                Ok(()) => {}
             }
-            // Others may ask meanwhile, the hooks among them.
-            drop(session);
-            std::thread::sleep(LOOK);
-        }
+            self.memory().forget(id);
+            Ok(())
+        })
     }
 }
 

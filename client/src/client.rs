@@ -11,6 +11,7 @@ use crate::heartbeat::{Ends, Heartbeat};
 use crate::hooks::{HookChannel, Parts};
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
+use crate::patience::{self, Patience, deadline};
 use crate::shared::Fence;
 use crate::tracking::active::Tracking;
 use crate::tracking::declared::Declared;
@@ -75,9 +76,22 @@ struct Inner {
     faults: Arc<Faults>,
     writes: Arc<Writes>,
     tracking: Arc<Tracking>,
+    patience: Patience,
     session: Mutex<Session>,
     /// Who is next to have the session. The session's own lock goes to whoever is there when it is given back, which is the one who gave it back and wants it again.
     turn: Mutex<()>,
+}
+
+/// How long an agent that closed the connection may take to end.
+const GOOD_END: Duration = Duration::from_secs(2);
+
+/// What became of an agent that is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lost {
+    /// It has ended: no process but the VMM's has the guest's memory from here.
+    Ended,
+    /// The guest may run elsewhere, and depend on it. It may still read the memory here.
+    Spared,
 }
 
 /// A client that does not keep the connection.
@@ -98,6 +112,10 @@ pub(crate) struct Session {
     pub(crate) trackers: Declared,
     /// Processes that were handed the guest's memory, and are not known to have ended.
     processes: Vec<Arc<AgentProcess>>,
+    /// Nothing that cannot fail waits for the end of these any more.
+    is_waited_for: bool,
+    /// Longest wait for the end of a process.
+    timeout: Duration,
     /// Watches over the agent while nothing else does. None only while a client is made.
     _heartbeat: Option<Heartbeat>,
 }
@@ -117,9 +135,39 @@ impl Session {
         status.is_ok_and(|status| status.phase.is_final())
     }
 
+    /// Before something is done as if there were no agent, which is lost: kills its process, unless
+    /// the guest may depend on it elsewhere, and waits for its end, which takes milliseconds. One that
+    /// closed the connection is about to end by itself, and has a moment for that.
+    ///
+    /// # Errors
+    /// [`Error::AgentRuns`] if it lives on: the VMM may not kill it, or the kernel keeps it. Calls
+    /// after the first do not wait again.
+    pub(crate) fn settle(&mut self) -> Result<Lost, Error> {
+        self.processes.retain(|process| !process.has_ended());
+        if self.processes.is_empty() {
+            return Ok(Lost::Ended);
+        }
+        if self.control.link().is_spared() {
+            return Ok(Lost::Spared);
+        }
+        let timeout = if self.is_waited_for { Duration::ZERO } else { self.timeout };
+        let good_end = deadline(GOOD_END.min(timeout));
+        self.processes.retain(|process| !process.wait_for_end(good_end));
+        self.is_waited_for = true;
+        let ended = self.end_processes(None, timeout);
+        ended.inspect_err(|error| log::warn!("{error}"))?;
+        Ok(Lost::Ended)
+    }
+
+    /// The error that says that an agent that was given up lives on.
+    pub(crate) fn runs(&self, why: &str) -> Error {
+        let pid = self.processes.first().map_or(0, |process| process.pid());
+        Error::AgentRuns { pid, waited: Duration::ZERO, why: why.to_owned() }
+    }
+
     /// Sees to it that no process but that of `next` has the guest's memory from here any more.
     fn end_processes(&mut self, next: Option<&AgentProcess>, timeout: Duration) -> Result<(), Error> {
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline(timeout);
         let mut outcome = Ok(());
         let mut processes = Vec::new();
         for process in std::mem::take(&mut self.processes) {
@@ -148,18 +196,29 @@ impl Client {
     /// Opens the protocol on a connected UNIX stream socket.
     ///
     /// # Errors
-    /// If the agent refuses or breaks the handshake.
+    /// If a time of the configuration is shorter than a millisecond, or the agent refuses or breaks the
+    /// handshake.
     pub fn from_socket(socket: OwnedFd, config: Config) -> Result<(Self, HookChannel), Error> {
+        patience::check(&config)?;
         let (memory, fence) = (Arc::new(Memory::new(config.log_covers)?), Arc::new(Fence::new()?));
         let ownership = Arc::new(SharedOwnership::new());
         let (faults, writes, tracking) = (Arc::default(), Arc::default(), Arc::default());
-        let (mut control, hooks) = Control::open(socket, &fence, &ownership, config.request_timeout)?;
+        let patience = Patience::new(&config, &ownership, &writes);
+        let (mut control, hooks) = Control::open(socket, &fence, &ownership, patience.clone())?;
         control.hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)?;
+        control.use_it();
         let link = Arc::clone(control.link());
         let processes = link.process().into_iter().cloned().collect();
-        let session = Session { control, trackers: Declared::default(), processes, _heartbeat: None };
+        let session = Session {
+            control,
+            trackers: Declared::default(),
+            processes,
+            is_waited_for: false,
+            timeout: config.request_timeout,
+            _heartbeat: None,
+        };
         let (session, turn) = (Mutex::new(session), Mutex::default());
-        let inner = Inner { config, memory, fence, ownership, faults, writes, tracking, session, turn };
+        let inner = Inner { config, memory, fence, ownership, faults, writes, tracking, patience, session, turn };
         let client = Self { inner: Arc::new(inner) };
         client.session()._heartbeat = Some(client.watch_idle(&link)?);
         let channel = client.channel(hooks.ours, link);
@@ -221,17 +280,22 @@ impl Client {
     /// If the new agent refuses or breaks the handshake, or refuses a block; or [`Error::AgentRuns`] if the process of the old one has not
     /// ended within [`Config::request_timeout`]. The client has no agent then.
     pub fn reattach_socket(&self, socket: OwnedFd) -> Result<HookChannel, Error> {
-        let Inner { config, memory, fence, ownership, .. } = &*self.inner;
+        let Inner { memory, fence, ownership, patience, .. } = &*self.inner;
         let mut session = self.session();
         session.control.retire("the VMM attached another");
-        let (mut control, hooks) = Control::open(socket, fence, ownership, config.request_timeout)?;
+        let (mut control, hooks) = Control::open(socket, fence, ownership, patience.clone())?;
         let link = Arc::clone(control.link());
         let process = link.process().cloned();
-        if let Err(error) = session.end_processes(process.as_deref(), config.request_timeout) {
+        let timeout = session.timeout;
+        if let Err(error) = session.end_processes(process.as_deref(), timeout) {
             control.retire("the agent before has not ended");
             return Err(error);
         }
-        session.processes.extend(process);
+        if let Some(process) = process {
+            session.processes.retain(|other| !other.is(&process));
+            session.processes.push(process);
+        }
+        session.is_waited_for = false;
         let handed_over = control
             .hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)
             .and_then(|()| memory.all().iter().try_for_each(|block| send_block(&mut control, block, 0).map(drop)))
@@ -244,6 +308,7 @@ impl Client {
                 return Err(error);
             }
         }
+        control.use_it();
         session.control = control;
         Ok(self.channel(hooks.ours, link))
     }
@@ -281,14 +346,12 @@ impl Client {
     /// [`Error::AgentRuns`] if that agent has not ended within [`Config::request_timeout`]. Ownership is as it was then.
     pub fn take_by_force(&self) -> Result<(), Error> {
         let mut session = self.session();
-        let (ownership, under_way) = {
-            let machine = self.inner.ownership.lock();
-            (machine.ownership(), machine.is_under_way())
-        };
+        let ownership = self.ownership();
         // Unless it says that its job is over.
-        if under_way && !session.has_ended_its_job() {
+        if ownership != Ownership::Ours && !session.has_ended_its_job() {
             session.control.retire("the guest is taken by force");
-            session.end_processes(None, self.inner.config.request_timeout)?;
+            let timeout = session.timeout;
+            session.end_processes(None, timeout)?;
         }
         log::warn!("the guest is taken by force; ownership was {ownership:?}");
         self.inner.ownership.lock().take_by_force();
@@ -303,7 +366,8 @@ impl Client {
     pub fn end_agent(&self) -> Result<(), Error> {
         let mut session = self.session();
         session.control.retire("the VMM ended it");
-        session.end_processes(None, self.inner.config.request_timeout)
+        let timeout = session.timeout;
+        session.end_processes(None, timeout)
     }
 
     pub(crate) fn memory(&self) -> &Memory {
@@ -329,33 +393,23 @@ impl Client {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
-        session.control.set_timeout(self.patience());
         // Also a refusal is one.
         session.control.request(&Request::QueryStatus, &[], JobStatus::decode).ok()
     }
 
-    /// How long the agent may take to answer now.
-    pub(crate) fn patience(&self) -> Duration {
-        let Inner { config, ownership, writes, .. } = &*self.inner;
-        let held_up = writes.are_watched() || ownership.lock().waits_for_agent();
-        if held_up { self.least_patience() } else { config.request_timeout }
-    }
-
-    /// The same at its least.
-    pub(crate) fn least_patience(&self) -> Duration {
-        self.inner.config.request_timeout.min(self.inner.config.stall_timeout)
+    /// How long the agent may take.
+    pub(crate) fn patience(&self) -> &Patience {
+        &self.inner.patience
     }
 
     /// What the agent is asked through. Whoever gives it back and wants it again comes after those who wait for it.
     pub(crate) fn session(&self) -> MutexGuard<'_, Session> {
         let _turn = self.inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut session = self.inner.session.lock().unwrap_or_else(PoisonError::into_inner);
-        session.control.set_timeout(self.patience());
-        session
+        self.inner.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// An agent that hangs takes no connection, and is waited for no longer than for an answer.
 fn connect(path: &Path, timeout: Duration) -> Result<OwnedFd, Error> {
-    connect_unix(path, Instant::now() + timeout).map_err(|source| Error::Connect { path: path.to_owned(), source })
+    connect_unix(path, deadline(timeout)).map_err(|source| Error::Connect { path: path.to_owned(), source })
 }

@@ -6,7 +6,9 @@
 
 use crate::agent_process::AgentProcess;
 use crate::error::Error;
+use crate::heartbeat::BUSY;
 use crate::ownership::SharedOwnership;
+use crate::patience::{Patience, deadline};
 use crate::shared::Fence;
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
@@ -17,8 +19,8 @@ use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::chain;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// `VHOST_USER_SET_LOG_BASE`.
@@ -35,7 +37,7 @@ const SET_BACKEND_REQ_FD: u32 = 21;
 /// withdraw the agent's number from the fence word and then shut both sockets down, so an agent
 /// that wakes up finds one or the other. An agent that hangs, or breaks the protocol, is killed
 /// at once. One that closed the connection is about to end, as after SIGTERM, and is left to do so;
-/// if it has not when it matters, [`Link::settle`] kills it.
+/// if it has not when it matters, [`Session::settle`] kills it.
 ///
 /// One agent is not killed: the one that the guest was given up to a migration with. The guest may
 /// run at the destination, and get its memory from that agent. [`Ownership`] stays `Relinquished`
@@ -44,6 +46,7 @@ const SET_BACKEND_REQ_FD: u32 = 21;
 /// `take_by_force` and `reattach` kill it all the same, and wait for its end, before they go on.
 ///
 /// [`Ownership`]: crate::Ownership
+/// [`Session::settle`]: crate::client::Session::settle
 #[derive(Debug)]
 pub(crate) struct Link {
     /// Tells this connection from those before and after it. Also the number of its agent in the
@@ -55,69 +58,80 @@ pub(crate) struct Link {
     ownership: Arc<SharedOwnership>,
     /// Known once the agent has answered the hello.
     process: OnceLock<Arc<AgentProcess>>,
-    /// Somebody gave the agent up.
-    is_cut: AtomicBool,
-    /// Its end needs not be waited for any more.
-    is_settled: AtomicBool,
+    fate: Mutex<Fate>,
 }
 
-/// How long an agent that closed the connection may take to end.
-const GOOD_END: Duration = Duration::from_secs(2);
+/// What was decided about an agent. It only ever moves on, from the first to the last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Fate {
+    /// It acts for this VMM.
+    Attached,
+    /// It is lost: it hangs, broke the protocol, or closed the connection.
+    GivenUp,
+    /// The VMM decided to do without it, and sees to its process by itself. The VMM may come back
+    /// to the same process by another connection: so no other thread kills it from now on.
+    Retired,
+}
 
 impl Link {
     /// Gives the agent up: it does not act for this VMM any more, and both channels end for both
-    /// sides. What came before can still be read. True if nobody has before.
-    pub(crate) fn cut(&self) -> bool {
-        let first = !self.is_cut.swap(true, Ordering::AcqRel);
-        self.fence.word.revoke(self.id);
-        // Fails only where there is no connection any more.
-        let _ = shutdown(&self.control, Shutdown::Both);
-        self.cut_hooks();
-        first
+    /// sides. What came before can still be read.
+    pub(crate) fn cut(&self) {
+        self.decide(Fate::GivenUp);
+    }
+
+    /// True if somebody gave the agent up.
+    pub(crate) fn is_cut(&self) -> bool {
+        *self.fate() > Fate::Attached
     }
 
     /// Gives up an agent that hangs or breaks the protocol, and kills it, unless the guest may
     /// depend on it elsewhere. Does not wait for its end.
     pub(crate) fn give_up(&self) {
-        if self.cut() {
-            self.kill();
+        if self.decide(Fate::GivenUp) != Fate::Attached {
+            return;
         }
-    }
-
-    /// Kills the agent's process, unless the guest may depend on it elsewhere.
-    fn kill(&self) {
         let Some(process) = self.process.get() else { return };
         if self.ownership.lock().is_elsewhere() {
             log::warn!("agent process {} is given up, and not killed: the guest may run elsewhere", process.pid());
-        } else if let Err(why) = process.kill() {
+            return;
+        }
+        let killed = {
+            let fate = self.fate();
+            if *fate == Fate::GivenUp { process.kill() } else { Ok(()) }
+        };
+        if let Err(why) = killed {
             log::warn!("agent process {} is given up, and lives on: {why}", process.pid());
         }
     }
 
-    /// Before something is done as if there were no agent: waits until the one that was given up
-    /// has ended, which a kill brings about within milliseconds. Waits once, for `timeout` at most,
-    /// since nothing that cannot fail may wait for ever: a process that is killed, and that the
-    /// kernel keeps since a disk does not answer, does nothing of its own any more.
-    pub(crate) fn settle(&self, timeout: Duration) {
-        let Some(process) = self.process.get() else { return };
-        let nothing_to_do = || self.is_settled.load(Ordering::Acquire) || self.ownership.lock().is_elsewhere();
-        if nothing_to_do() || process.wait_for_end(Instant::now() + GOOD_END.min(timeout)) {
-            return;
-        }
-        // The VMM may have come back to it meanwhile.
-        if !nothing_to_do() {
-            self.kill();
-            if !process.wait_for_end(Instant::now() + timeout) {
-                log::warn!("agent process {} has not ended within {timeout:?}", process.pid());
-            }
-            self.is_settled.store(true, Ordering::Release);
-        }
+    /// The VMM gives the agent up by its own decision, and sees to its process by itself. When this
+    /// returns no other thread kills it.
+    pub(crate) fn retire(&self) {
+        self.decide(Fate::Retired);
     }
 
-    /// The VMM gives the agent up by its own decision, and sees to its process by itself.
-    pub(crate) fn retire(&self) {
-        self.is_settled.store(true, Ordering::Release);
-        self.cut();
+    /// True if the agent is lost and lives on, since the guest may depend on it elsewhere, and the
+    /// VMM has not decided otherwise.
+    pub(crate) fn is_spared(&self) -> bool {
+        *self.fate() < Fate::Retired && self.ownership.lock().is_elsewhere()
+    }
+
+    /// Returns what was decided before.
+    fn decide(&self, next: Fate) -> Fate {
+        let mut fate = self.fate();
+        let before = *fate;
+        *fate = before.max(next);
+        self.fence.word.revoke(self.id);
+        // Fails only where there is no connection any more.
+        let _ = shutdown(&self.control, Shutdown::Both);
+        self.cut_hooks();
+        before
+    }
+
+    /// Held for moments: nothing is waited for, asked or logged under it.
+    fn fate(&self) -> MutexGuard<'_, Fate> {
+        self.fate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The agent's process, if the agent has answered the hello.
@@ -141,8 +155,7 @@ impl Link {
             fence: Arc::new(Fence::new().unwrap()),
             ownership: Arc::new(SharedOwnership::new()),
             process: OnceLock::new(),
-            is_cut: AtomicBool::new(false),
-            is_settled: AtomicBool::new(false),
+            fate: Mutex::new(Fate::Attached),
         };
         (link, [far_control, far_hooks])
     }
@@ -171,7 +184,9 @@ pub(crate) struct HookEnds {
 pub(crate) struct Control {
     socket: FrameSocket,
     link: Arc<Link>,
-    timeout: Duration,
+    patience: Patience,
+    /// What it may hold up counts for its patience.
+    is_in_use: bool,
     /// Most ranges that the agent takes in one request.
     pub(crate) max_ranges: usize,
     lost: Option<String>,
@@ -181,7 +196,7 @@ impl Control {
     /// Opens the connection with a hello, after which the agent's process is known. The agent has
     /// nothing of the guest yet; see [`Control::hand_over`].
     pub(crate) fn open(
-        socket: OwnedFd, fence: &Arc<Fence>, ownership: &Arc<SharedOwnership>, timeout: Duration,
+        socket: OwnedFd, fence: &Arc<Fence>, ownership: &Arc<SharedOwnership>, patience: Patience,
     ) -> Result<(Self, HookEnds), Error> {
         static LINKS: AtomicU64 = AtomicU64::new(1);
         let (ours, agents) = socket_pair()?;
@@ -196,11 +211,16 @@ impl Control {
             fence: Arc::clone(fence),
             ownership: Arc::clone(ownership),
             process: OnceLock::new(),
-            is_cut: AtomicBool::new(false),
-            is_settled: AtomicBool::new(false),
+            fate: Mutex::new(Fate::Attached),
         };
-        let mut control =
-            Self { socket: socket.into(), link: Arc::new(link), timeout, max_ranges: MAX_RANGES, lost: None };
+        let mut control = Self {
+            socket: socket.into(),
+            link: Arc::new(link),
+            patience,
+            is_in_use: false,
+            max_ranges: MAX_RANGES,
+            lost: None,
+        };
         control.hello()?;
         Ok((control, HookEnds { ours, agents }))
     }
@@ -232,8 +252,10 @@ impl Control {
             self.lose(format!("the answer to hello has {} file descriptors, expected is 1, a pidfd", fds.len()))
         })?;
         let [pidfd] = pidfd;
+        let process = AgentProcess::new(pidfd, self.socket.sender(), reply.pid);
+        let process = process.map_err(|why| self.lose(format!("the answer to hello: {why}")))?;
         // Set once, since a hello is sent once.
-        let _ = self.link.process.set(Arc::new(AgentProcess::new(pidfd, self.socket.sender(), reply.pid)));
+        let _ = self.link.process.set(Arc::new(process));
         self.max_ranges = MAX_RANGES.min(reply.max_ranges as usize);
         Ok(())
     }
@@ -263,9 +285,15 @@ impl Control {
         &self.link
     }
 
-    /// How long the agent may take from now on to answer a request.
-    pub(crate) fn set_timeout(&mut self, timeout: Duration) {
-        self.timeout = timeout;
+    /// The hand-over is complete. From now on the agent may hold up the guest, and is waited for
+    /// with the patience that this leaves.
+    pub(crate) fn use_it(&mut self) {
+        self.is_in_use = true;
+    }
+
+    /// How long the agent may take to answer now.
+    fn patience(&self) -> Duration {
+        if self.is_in_use { self.patience.now() } else { self.patience.most() }
     }
 
     /// Why the agent is lost; `None` if it is not, as far as is known.
@@ -306,11 +334,6 @@ impl Control {
         }
     }
 
-    /// Before something is done without the agent, which is lost.
-    pub(crate) fn settle(&self) {
-        self.link.settle(self.timeout);
-    }
-
     /// Sends one of our requests and waits for its answer, whose fields `fields` reads.
     ///
     /// # Errors
@@ -342,22 +365,33 @@ impl Control {
         if let Some(lost) = self.lost() {
             return Err(lost);
         }
-        let deadline = Instant::now() + self.timeout;
-        if let Err(error) = self.socket.send_parts(request, flags, body, fds, deadline) {
+        let asked = Instant::now();
+        if let Err(error) = self.socket.send_parts(request, flags, body, fds, deadline(self.patience())) {
             return Err(self.broken(format!("cannot send request {request:#x}"), &error));
         }
         loop {
-            match self.socket.recv(deadline) {
-                // What a subscriber gets. We never subscribe, and need not care who did.
-                Ok(frame) if frame.request == code::EVENT && !frame.is_reply() => {}
-                Ok(frame) if frame.request == request && frame.is_reply() => return Ok(frame),
-                Ok(frame) => {
+            let (patience, waited) = (self.patience(), asked.elapsed());
+            // Not longer than that at once: what depends on the agent may change meanwhile.
+            let look = deadline(patience.saturating_sub(waited).min(BUSY));
+            let received = match self.socket.recv(look) {
+                Err(SocketError::Timeout { .. }) => None,
+                // What a subscriber gets. We never subscribe, and need not care who did. An agent
+                // that sends nothing else owes its answer all the same.
+                Ok(frame) if frame.request == code::EVENT && !frame.is_reply() => None,
+                received => Some(received),
+            };
+            match received {
+                None if waited < patience => {}
+                None => {
+                    let error = SocketError::Timeout { what: "frame", waited };
+                    return Err(self.broken(format!("no answer to request {request:#x}"), &error));
+                }
+                Some(Ok(frame)) if frame.request == request && frame.is_reply() => return Ok(frame),
+                Some(Ok(frame)) => {
                     let (found, flags) = (frame.request, frame.flags);
                     return Err(self.lose(format!("request {request:#x} was answered by {found:#x}, flags {flags:#x}")));
                 }
-                Err(error) => {
-                    return Err(self.broken(format!("no answer to request {request:#x}"), &error));
-                }
+                Some(Err(error)) => return Err(self.broken(format!("no answer to request {request:#x}"), &error)),
             }
         }
     }

@@ -7,9 +7,12 @@
 //! | [`Client::discard`] | virtio-mem, memory that the VMM unplugs | a [`Client::populate`] |
 //! | [`Client::free`] | a balloon whose guest deflates by touching, free page reporting | the guest writes into it |
 //!
-//! A discard cannot fail (law 4). The agent does all of it, if there is one: only it knows which worker is reading the range right now.
-//! If there is none, or it is lost during the call, the client waits for the end of its process, which is killed: then nobody reads guest memory
-//! any more, or has a discard left to do, so the client marks the shared bitmap and frees the backing by itself. The next agent finds the marks.
+//! A discard cannot fail (law 4). The agent does all of it, if there is one: only it knows which
+//! worker is reading the range right now. If there is none, or it is lost during the call, the client
+//! waits for the end of its process, which is killed: then nobody reads guest memory any more, or has
+//! a discard left to do, so the client marks the shared bitmap and frees the backing by itself. The
+//! next agent finds the marks. A process that cannot be killed may have a discard left to do. So as
+//! long as it lives nothing is given to the guest to be used: populating and freeing fail by name.
 //!
 //! An agent that takes a background snapshot answers a discard only when it has saved what is discarded, at the speed of its disk. So one request covers no
 //! more than can be saved within the time that an answer may take.
@@ -18,13 +21,14 @@
 //! end; a discard for one request, each of which is complete in itself. So nobody waits for the whole of a large one.
 
 use crate::block::Block;
+use crate::busy::while_busy;
 use crate::client::{Client, Session};
 use crate::error::Error;
 use crate::ownership::Ownership;
 use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, ErrorCode, RangesReply, Request};
 use pageferry_protocol::memory::PageRange;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Who frees the memory under a range that is discarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -35,9 +39,6 @@ pub enum Punch {
     /// The VMM, after the discard returned. Until it does, what the guest wrote before cannot be told from what it writes after.
     No,
 }
-
-/// Time between two tries of [`Client::populate_within`].
-const LOOK: Duration = Duration::from_millis(5);
 
 /// Bytes that a disk saves in a second, if it is busy with other things.
 const SAVED_PER_SECOND: u128 = 13 << 20;
@@ -100,57 +101,77 @@ impl Client {
     /// Returns the number of pages that were freed: those that are not discarded. If the file system cannot free them they are as they were.
     ///
     /// # Errors
-    /// Only if a range is no part of a block; nothing is freed then.
+    /// If a range is no part of a block; nothing is freed then. Or [`Error::AgentRuns`] if the agent is
+    /// lost, and its process lives on: it may free the ranges later, under the guest. So do not tell the
+    /// guest that it is done before this was called again with success.
     pub fn free(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
         self.give_back(ranges, Way::Free)
     }
 
     fn give_back(&self, ranges: &[BlockRange], way: Way) -> Result<u64, Error> {
-        let most = most_discarded(self.least_patience());
-        let mut checked = Vec::new();
-        for entry in self.check(ranges, Block::inward)? {
-            cut(entry, most, &mut checked)?;
-        }
+        let pieces = self.pieces(ranges)?;
         let mut changed = 0;
-        let mut rest = checked.as_slice();
+        let mut rest = pieces.as_slice();
         while !rest.is_empty() {
-            let mut session = self.session();
-            let (batch, after) = rest.split_at(batch_length(&session, rest, most));
-            changed += self.give_batch_back(&mut session, batch, way);
+            let (done, after) = self.give_some_back(&mut self.session(), rest, way)?;
+            changed += done;
             rest = after;
         }
         Ok(changed)
     }
 
+    /// What is to be given back, in pieces each of which fits into one request.
+    fn pieces(&self, ranges: &[BlockRange]) -> Result<Vec<Checked>, Error> {
+        let most = most_discarded(self.patience().least());
+        let mut pieces = Vec::new();
+        for entry in self.check(ranges, Block::inward)? {
+            cut(entry, most, &mut pieces)?;
+        }
+        Ok(pieces)
+    }
+
+    /// Gives back as many of the pieces as fit into one request. Returns how many pages that changed,
+    /// and the other pieces.
+    fn give_some_back<'a>(
+        &self, session: &mut Session, pieces: &'a [Checked], way: Way,
+    ) -> Result<(u64, &'a [Checked]), Error> {
+        let most = most_discarded(self.patience().least());
+        let (batch, after) = pieces.split_at(batch_length(session, pieces, most));
+        Ok((self.give_batch_back(session, batch, way)?, after))
+    }
+
     /// Gives back what fits into one request.
-    fn give_batch_back(&self, session: &mut Session, batch: &[Checked], way: Way) -> u64 {
+    fn give_batch_back(&self, session: &mut Session, batch: &[Checked], way: Way) -> Result<u64, Error> {
         // Another block may have the id by now.
         let is_there = |entry: &&Checked| {
             self.memory().block(entry.range.block).is_some_and(|block| Arc::ptr_eq(&block, &entry.block))
         };
         let (batch, ranges): (Vec<_>, Vec<_>) = batch.iter().filter(is_there).map(|entry| (entry, entry.range)).unzip();
         if batch.is_empty() {
-            return 0;
+            return Ok(0);
         }
         match session.control.request(&way.request(ranges), &[], RangesReply::decode) {
-            Ok(reply) => reply.changed_pages,
-            Err(error) => {
-                match &error {
-                    // It has no right to. It will see the marks, and finds holes where it still reads.
-                    Error::Refused { sentence, .. } => {
-                        log::warn!("the agent refused a discard, the client does it: {sentence}");
-                    }
-                    // It may be reading here (law 1), or about to do what it was asked.
-                    _ => session.control.settle(),
+            Ok(reply) => return Ok(reply.changed_pages),
+            // It has no right to. It will see the marks, and finds holes where it still reads.
+            Err(Error::Refused { sentence, .. }) if !session.control.link().is_cut() => {
+                log::warn!("the agent refused a discard, the client does it: {sentence}");
+            }
+            // It was given up, or is now. It may be reading here (law 1), or about to do what it was
+            // asked. A discard goes on even if it lives: that no page is used again before it has ended
+            // is seen to by whoever populates. Nobody populates what is freed.
+            Err(_) => {
+                let settled = session.settle();
+                if let Way::Free = way {
+                    settled?;
                 }
-                let log = &self.memory().log;
-                let alone = |entry: &&Checked| match way {
-                    Way::Discard(punch) => entry.block.discard(entry.pages, punch == Punch::Yes),
-                    Way::Free => entry.block.free(entry.pages, log),
-                };
-                batch.iter().map(alone).sum()
             }
         }
+        let log = &self.memory().log;
+        let alone = |entry: &&Checked| match way {
+            Way::Discard(punch) => entry.block.discard(entry.pages, punch == Punch::Yes),
+            Way::Free => entry.block.free(entry.pages, log),
+        };
+        Ok(batch.iter().map(alone).sum())
     }
 
     /// Says that the guest is about to use these ranges. Rounds outward to the block's granularity. The guest may use them when it
@@ -163,9 +184,11 @@ impl Client {
     ///   more, and trying again does not help;
     /// - [`Error::Refused`] with the code `Busy` if a job is in the way for a while: the last pass of
     ///   a migration, or a guest that is on its way here ([`Client::populate_within`] waits for that);
+    /// - [`Error::AgentRuns`] if the agent is lost, and its process lives on, since the VMM may not kill
+    ///   it or the kernel keeps it: it may still carry out a discard that it was asked for;
     /// - if a range is no part of a block, or the agent refuses for another reason.
     ///
-    /// Nothing is populated then. A lost agent is no error: the client does it.
+    /// Nothing is populated then. A lost agent that has ended is no error: the client does it.
     pub fn populate(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
         let checked = self.check(ranges, Block::outward)?;
         let mut session = self.session();
@@ -183,29 +206,47 @@ impl Client {
         for batch in batches {
             let discarded = if many { discarded_runs(batch) } else { Vec::new() };
             let request = Request::Populate { ranges: batch.iter().map(|entry| entry.range).collect() };
-            changed += match session.control.request(&request, &[], RangesReply::decode) {
-                Ok(reply) => reply.changed_pages,
-                Err(Error::AgentLost { .. }) if !self.is_given_up() => {
-                    // It may be about to discard what the guest uses again from now on.
-                    session.control.settle();
-                    batch.iter().map(|entry| entry.block.populate(entry.pages, &self.memory().log)).sum()
-                }
-                Err(refused) => {
-                    drop(session);
-                    // They were stale a moment ago, and nobody was told that they are not.
-                    self.discard(&undo, Punch::No)?;
-                    return Err(match refused {
-                        Error::Refused { code: ErrorCode::Gone, sentence } => Error::GuestGone { sentence },
-                        Error::AgentLost { reason } => {
-                            Error::GuestGone { sentence: format!("it was given up, and its agent is lost: {reason}") }
-                        }
-                        refused => refused,
-                    });
+            changed += match self.populate_batch(&mut session, &request, batch) {
+                Ok(changed) => changed,
+                Err(error) => {
+                    // They were stale a moment ago, and nobody was told that they are not. Still
+                    // under the lock: nobody else has populated any of them.
+                    if let Err(undone) = self.discard_again(&mut session, &undo) {
+                        log::error!("what a populate that failed had populated stays so: {undone}");
+                    }
+                    return Err(error);
                 }
             };
             undo.extend(discarded);
         }
         Ok(changed)
+    }
+
+    /// Discards what a populate that failed had populated.
+    fn discard_again(&self, session: &mut Session, ranges: &[BlockRange]) -> Result<(), Error> {
+        let pieces = self.pieces(ranges)?;
+        let mut rest = pieces.as_slice();
+        while !rest.is_empty() {
+            rest = self.give_some_back(session, rest, Way::Discard(Punch::No))?.1;
+        }
+        Ok(())
+    }
+
+    /// Populates what is in one request: all of it, or nothing.
+    fn populate_batch(&self, session: &mut Session, request: &Request, batch: &[Checked]) -> Result<u64, Error> {
+        match session.control.request(request, &[], RangesReply::decode) {
+            Ok(reply) => Ok(reply.changed_pages),
+            Err(Error::AgentLost { .. }) if !self.is_given_up() => {
+                // It may be about to discard what the guest uses again from now on.
+                session.settle()?;
+                Ok(batch.iter().map(|entry| entry.block.populate(entry.pages, &self.memory().log)).sum())
+            }
+            Err(Error::AgentLost { reason }) => {
+                Err(Error::GuestGone { sentence: format!("it was given up, and its agent is lost: {reason}") })
+            }
+            Err(Error::Refused { code: ErrorCode::Gone, sentence }) => Err(Error::GuestGone { sentence }),
+            Err(refused) => Err(refused),
+        }
     }
 
     /// As [`Client::populate`], and waits for at most `patience` while a job is in the way.
@@ -216,15 +257,7 @@ impl Client {
     /// # Errors
     /// As [`Client::populate`]; the code is `Busy` only if the job was in the way for all of that time.
     pub fn populate_within(&self, ranges: &[BlockRange], patience: Duration) -> Result<u64, Error> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let outcome = self.populate(ranges);
-            let left = deadline.saturating_duration_since(Instant::now());
-            if !matches!(outcome, Err(Error::Refused { code: ErrorCode::Busy, .. })) || left.is_zero() {
-                return outcome;
-            }
-            std::thread::sleep(LOOK.min(left));
-        }
+        while_busy(patience, || self.populate(ranges))
     }
 
     /// True if the guest was given up, and perhaps has left.

@@ -24,8 +24,10 @@ pub enum Error {
         /// What happened, in words.
         reason: String,
     },
-    /// The process of an agent that was given up has not ended. Until it has, it could still take what the next agent has to find, or
-    /// send the commit of a guest: so no other agent is attached, and the guest is not taken by force.
+    /// The process of an agent that was given up has not ended. Until it has, it could still take
+    /// what the next agent has to find, send the commit of a guest, read memory, or carry out a
+    /// discard that it was asked for. So no other agent is attached, the guest is not taken by
+    /// force, and nothing is freed, populated or removed.
     #[error(
         "process {pid}, the agent before, has not ended within {waited:?}: {why}; end it (kill -KILL {pid}) and try again"
     )]
@@ -36,6 +38,16 @@ pub enum Error {
         waited: Duration,
         /// Why it lives, in words.
         why: String,
+    },
+    /// A time of the configuration is too short.
+    #[error("{field} is {value:?}, allowed are {shortest:?} and more")]
+    TooShort {
+        /// Its name in [`Config`](crate::Config).
+        field: &'static str,
+        /// What it is.
+        value: Duration,
+        /// The shortest that is allowed.
+        shortest: Duration,
     },
     /// The agent refused the request.
     #[error("the agent refused ({code:?}): {sentence}")]
@@ -63,9 +75,11 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    /// A thread for the hooks cannot be started.
-    #[error("cannot start a thread for the hooks")]
+    /// A thread of the client cannot be started.
+    #[error("cannot start the thread {name}")]
     Thread {
+        /// Its name.
+        name: String,
         /// What the kernel said.
         #[source]
         source: std::io::Error,

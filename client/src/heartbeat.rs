@@ -8,14 +8,8 @@
 //! sign of life in every interval: how its last job stands. If it owes the answer for too long the
 //! client gives it up, as for any other request, which ends the connection.
 //!
-//! | while | interval | patience |
-//! | --- | --- | --- |
-//! | memory is protected, or the guest is paused for the agent | [`BUSY`] | the shorter of [`Config::stall_timeout`] and [`Config::request_timeout`] |
-//! | memory is missing | [`BUSY`] | [`Config::request_timeout`] |
-//! | otherwise | [`Config::heartbeat`] | [`Config::request_timeout`] |
-//!
-//! Without an agent a guest goes on that is paused, or that waits to write. One whose memory is
-//! missing is lost, so a false alarm is worse there than a longer wait.
+//! The interval is [`BUSY`] while memory is protected or missing, or the guest is paused for the
+//! agent, and else [`Config::heartbeat`]. How long the answer may take, [`crate::patience`] says.
 //!
 //! # What this thread may wait for
 //!
@@ -26,9 +20,7 @@
 //! end without guest memory: what is sent is encoded on the heap, the bitmaps of discarded pages and
 //! the log are files of their own, and freeing a range of guest memory faults at none of its pages.
 //!
-//! [`Config::stall_timeout`]: crate::Config::stall_timeout
 //! [`Config::heartbeat`]: crate::Config::heartbeat
-//! [`Config::request_timeout`]: crate::Config::request_timeout
 
 use crate::client::WeakClient;
 use crate::control::Link;

@@ -88,6 +88,7 @@
 mod agent_process;
 mod block;
 mod blocks;
+mod busy;
 mod client;
 mod control;
 mod discards;
@@ -101,6 +102,7 @@ mod jobs;
 mod memory;
 mod ownership;
 mod page_stream;
+mod patience;
 mod registration;
 mod shared;
 mod spawn;

@@ -124,11 +124,6 @@ impl Machine {
         matches!(self.ownership, Ownership::Relinquished | Ownership::Gone)
     }
 
-    /// True while an agent may still act on what it was allowed: send the commit, or bring a guest into the memory here.
-    pub(crate) fn is_under_way(&self) -> bool {
-        self.asked_by.is_some()
-    }
-
     /// The VMM allowed that a guest is restored.
     pub(crate) fn await_guest(&mut self, link: u64) {
         self.ownership = Ownership::Awaiting;

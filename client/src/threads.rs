@@ -17,7 +17,7 @@ use std::thread::{Builder, JoinHandle};
 pub(crate) fn start<T: Send + 'static>(
     name: &str, run: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, Error> {
-    Builder::new().name(name.to_owned()).spawn(run).map_err(|source| Error::Thread { source })
+    Builder::new().name(name.to_owned()).spawn(run).map_err(|source| Error::Thread { name: name.to_owned(), source })
 }
 
 /// Runs `run`; a panic becomes its message. The state that it worked on is as the panic left it:

@@ -428,11 +428,14 @@ fn populate_of_a_guest_that_was_given_up_is_refused_without_an_agent_and_with_an
         agent
     });
     let _hooks = client.reattach_socket(ours.into()).unwrap();
-    let _agent = second.join().unwrap();
+    let mut agent = second.join().unwrap();
     refused();
+    let idle = std::thread::spawn(move || {
+        let (request, _) = agent.request().expect("a question for its job");
+        agent.reply(&request, &Ok(JobStatus::default()), JobStatus::encode);
+    });
     client.take_by_force().unwrap();
-    let populating = client.clone();
-    let populated = std::thread::spawn(move || populating.populate(&[range(2, 0, 1)]));
-    drop(_agent);
-    populated.join().unwrap().unwrap();
+    idle.join().unwrap();
+    // That agent has ended by now.
+    client.populate(&[range(2, 0, 1)]).unwrap();
 }

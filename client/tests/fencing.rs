@@ -156,9 +156,11 @@ fn an_agent_without_a_fence_or_a_process_is_refused_by_name() {
     assert!(two.contains("2 file descriptors"), "{two}");
 }
 
-/// What is done without an agent waits for the end of the one that was lost, but not for ever: a discard cannot fail.
+/// What is done without an agent waits for the end of the one that was lost. A discard cannot fail,
+/// so it goes on in the end. What would let the guest use memory that a late discard of that agent
+/// destroys fails by name, until its process has ended.
 #[test]
-fn a_discard_without_an_agent_is_done_also_if_the_one_before_lives() {
+fn while_the_process_of_a_lost_agent_lives_memory_is_discarded_and_not_freed_populated_or_removed() {
     let victim = Victim::new();
     let (client, _channel, mut agent) = lied_to(&victim, impatient());
     let accepts = std::thread::spawn(move || {
@@ -172,4 +174,85 @@ fn a_discard_without_an_agent_is_done_also_if_the_one_before_lives() {
         assert_eq!(client.discard(&[range], Punch::Yes).unwrap(), changed);
     }
     assert_eq!(allocated_pages(&memory), 2);
+    let last = pageferry_client::BlockRange { block: 1, offset: 3 * PAGE, length: PAGE };
+    let runs = |outcome: Result<u64, Error>| matches!(outcome, Err(Error::AgentRuns { .. }));
+    assert!(runs(client.populate(&[range])) && runs(client.free(&[last])));
+    assert!(runs(client.remove_block(1).map(|()| 0)));
+    assert_eq!(client.discarded(1).unwrap().count(pageferry_protocol::memory::PageRange::new(0, 4)), 2);
+    assert_eq!(allocated_pages(&memory), 2, "what was to be freed is there");
+    drop(victim);
+    assert_eq!(client.populate(&[range]).unwrap(), 2);
+    assert_eq!(client.free(&[last]).unwrap(), 1);
+    client.remove_block(1).unwrap();
+}
+
+/// A new agent that refuses the connection changes nothing about the old one: it may still read.
+#[test]
+fn an_agent_that_was_given_up_for_another_that_refuses_is_still_waited_for() {
+    let victim = Victim::new();
+    let (client, _channel, mut agent) = lied_to(&victim, impatient());
+    let accepts = std::thread::spawn(move || {
+        agent.accept_block();
+        agent
+    });
+    let memory = written(4);
+    client.add_block(spec(1, 0, &memory)).unwrap();
+    let _agent = accepts.join().unwrap();
+    let (ours, refuses) = UnixStream::pair().unwrap();
+    drop(refuses);
+    assert_lost(client.reattach_socket(ours.into()));
+    let error = client.remove_block(1).unwrap_err();
+    assert!(matches!(error, Error::AgentRuns { .. }), "{error:?}");
+    drop(victim);
+    client.remove_block(1).unwrap();
+}
+
+/// A guest that was given up may run elsewhere and get its memory from an agent that is lost to its
+/// VMM: that agent is not killed, and still reads the memory here.
+#[test]
+fn memory_of_a_guest_that_may_run_elsewhere_is_not_removed_while_its_lost_agent_lives() {
+    let victim = Victim::new();
+    let (client, channel, mut agent) = lied_to(&victim, impatient());
+    let hooks = channel.spawn(Vmm::default()).unwrap();
+    let memory = written(4);
+    let agent = std::thread::scope(|scope| {
+        let accepts = scope.spawn(move || {
+            agent.accept_block();
+            agent
+        });
+        client.add_block(spec(1, 0, &memory)).unwrap();
+        accepts.join().unwrap()
+    });
+    let mut agent = agent;
+    agent.hook(&Hook::Pause).unwrap();
+    agent.hook(&Hook::Relinquish { session: [0; 16], release: false }).unwrap();
+    drop(agent);
+    let error = client.remove_block(1).unwrap_err().to_string();
+    assert!(error.contains("the guest may run elsewhere, and depends on it"), "{error}");
+    drop(victim);
+    client.remove_block(1).unwrap();
+    hooks.join();
+}
+
+#[test]
+fn an_agent_that_says_everything_but_its_answer_is_lost_in_time() {
+    let (client, _channel, agent) = client_with(impatient(), MAX_RANGES, |mut agent| {
+        agent.request().expect("status");
+        // Until nobody listens any more.
+        let event = Frame::request(pageferry_protocol::control::request::code::EVENT, Vec::new());
+        while agent.control.send(&event, soon()).is_ok() {}
+    });
+    assert_lost(client.status());
+    agent.join().unwrap();
+}
+
+#[test]
+fn a_process_whose_descriptor_is_no_pidfd_is_no_agent() {
+    let (ours, agents) = UnixStream::pair().unwrap();
+    let agent = std::thread::spawn(move || {
+        FakeAgent::say_hello(agents.into(), MAX_RANGES, std::fs::File::open("/dev/null").unwrap().into())
+    });
+    let error = Client::from_socket(ours.into(), Config::default()).unwrap_err().to_string();
+    assert!(error.contains("its file descriptor is no pidfd"), "{error}");
+    let _ = agent.join();
 }

@@ -36,6 +36,10 @@ const RESUME_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long a paused job may take to end once it was told to give up.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a VMM that comes back waits for the end of its last job. It waits 10 seconds for the
+/// answer.
+const LAST_JOB_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// An answer whose fields are encoded already.
 pub(super) type Answer = Reply<Encoded>;
 /// Puts the fields of an answer into a body.
@@ -107,6 +111,7 @@ impl SharedSession {
             let sentence = "features: bit 0, fence, is for the connection that owns the memory, and another one does";
             return Err(RemoteError::new(ErrorCode::Denied, sentence));
         }
+        self.wait_for_last_job()?;
         may_wait("map the fence word");
         let failed = |errno| RemoteError::new(ErrorCode::System, format!("cannot open a pidfd of this agent: {errno}"));
         let process = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).map_err(failed)?;
@@ -116,6 +121,23 @@ impl SharedSession {
         })?;
         self.lock().fence(current)?;
         Ok(process)
+    }
+
+    /// A VMM that comes back to this process believes that nobody reads or writes its memory any more
+    /// for the connection before: waits until the job of that one has ended. A guest that was handed
+    /// over is elsewhere, and its job goes on.
+    fn wait_for_last_job(&self) -> Result<(), RemoteError> {
+        let last = self.lock().before.job().filter(|job| job.cancel.is_cancelled()).cloned();
+        match last {
+            Some(job) if !job.wait_until_final(LAST_JOB_TIMEOUT) => {
+                let sentence = format!(
+                    "job {} of the VMM's connection before is still ending: try again, or use another agent",
+                    job.id
+                );
+                Err(RemoteError::new(ErrorCode::Busy, sentence))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn answer(&self, role: Role, request: Request, fds: Vec<OwnedFd>) -> Answer {

@@ -237,8 +237,10 @@ impl Drop for DropThread {
 mod tests {
     use super::*;
     use pageferry_protocol::control::Frame;
-    use pageferry_protocol::control::request::{BlockRange, Request};
+    use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
+    use pageferry_protocol::control::request::{BlockRange, FEATURE_FENCE, Request};
     use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
+    use pageferry_protocol::shm::fence::FENCE_BYTES;
     use std::os::unix::net::UnixStream;
     use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -308,6 +310,42 @@ mod tests {
         assert!(session.lock().memory.blocks().is_empty(), "its memory is its own");
         session.release(1);
         assert_eq!(session.role(2, &second, false), Role::Vmm);
+    }
+
+    /// Its old job may be reading, or writing, memory that it discards by the new connection.
+    #[test]
+    fn a_vmm_that_comes_back_is_answered_when_its_last_job_has_ended() {
+        let session = session();
+        let (ours, _vmm) = UnixStream::pair().unwrap();
+        let ours = Arc::new(OwnedFd::from(ours));
+        assert_eq!(session.role(1, &ours, true), Role::Vmm);
+        let (end, ends) = channel::<()>();
+        let job = {
+            let mut locked = session.lock();
+            let job = locked.new_job(JobKind::Snapshot, OutgoingOptions::default()).unwrap();
+            let run = move |job: &Arc<Job>| {
+                let _ = ends.recv();
+                job.finish(Ok(()));
+            };
+            locked.run_job(&job, run).unwrap();
+            job
+        };
+        session.hung_up(1);
+        session.release(1);
+        let fence = rustix::fs::memfd_create("fence", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fence, FENCE_BYTES).unwrap();
+        let hello = Request::Hello { version_min: 1, version_max: 1, features: FEATURE_FENCE, agent: 2 };
+        std::thread::scope(|scope| {
+            let back = scope.spawn(|| {
+                let code = ask(&session, Role::Vmm, &hello, vec![fence]);
+                (code, job.status().phase.is_final())
+            });
+            while !job.cancel.is_cancelled() {
+                std::thread::yield_now();
+            }
+            drop(end);
+            assert_eq!(back.join().unwrap(), (0, true));
+        });
     }
 
     #[test]

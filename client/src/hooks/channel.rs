@@ -193,10 +193,6 @@ impl HookChannel {
         }
         self.stop_what_it_started(hooks);
         self.give_memory_up(hooks);
-        // The VMM may use the memory for something else from now on. Its guest runs already.
-        if self.parts.client.upgrade().is_some() {
-            self.link.settle(self.timeout);
-        }
         let ownership = self.parts.ownership.lock().ownership();
         hooks.agent_lost(ownership);
     }

@@ -258,7 +258,9 @@ pub trait Hooks: Send {
         let _ = status;
     }
 
-    /// The agent is lost; nothing more comes. A guest that the agent had paused and is ours was resumed just before, or left
+    /// The agent is lost; nothing more comes. Its process may live for a moment, and read guest memory:
+    /// [`Client::remove_block`](crate::Client::remove_block) and
+    /// [`Client::end_agent`](crate::Client::end_agent) wait for its end. A guest that the agent had paused and is ours was resumed just before, or left
     /// paused ([`Hooks::stay_paused`]) if its operator had paused it.
     fn agent_lost(&mut self, ownership: Ownership) {
         let _ = ownership;
