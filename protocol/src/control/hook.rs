@@ -263,8 +263,15 @@ fn decode_flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<bool, D
     }
 }
 
+/// The trackers that can be started and stopped: not none, and no writer that marks the log.
 fn decode_sources(decoder: &mut Decoder<'_>) -> Result<Trackers, DecodeError> {
-    Trackers::from_wire("sources", decoder.u32("sources")?)
+    const STARTABLE: u32 = Trackers::HOOKS.bits() | Trackers::WRITE_PROTECT.bits();
+    let value = decoder.u32("sources")?;
+    if value == 0 || value & !STARTABLE != 0 {
+        let allowed = "bit 0, hooks, bit 1, write-protect, or both";
+        return Err(DecodeError::Value { field: "sources", value: value.into(), allowed });
+    }
+    Trackers::from_wire("sources", value)
 }
 
 fn decode_clear(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
@@ -398,6 +405,22 @@ mod tests {
             Hook::decode(code::LOAD_STATE, &pieces).unwrap(),
             Err(DecodeError::Value { field: "length of a piece", .. })
         ));
+    }
+
+    #[test]
+    fn only_trackers_that_can_be_started_are_started_and_stopped() {
+        for code in [code::START_TRACKING, code::STOP_TRACKING] {
+            let decode = |bits| Hook::decode(code, &Encoder::new().u64(1).u32(bits).finish()).unwrap();
+            for bits in 1..=3 {
+                assert_eq!(decode(bits).unwrap().1.encode(1)[8..], bits.to_le_bytes());
+            }
+            let log = Trackers::LOG_IS_COMPLETE.bits();
+            for value in [0, log, log | Trackers::HOOKS.bits(), 1 << 3, u32::MAX] {
+                let allowed = "bit 0, hooks, bit 1, write-protect, or both";
+                let refused = DecodeError::Value { field: "sources", value: value.into(), allowed };
+                assert_eq!(decode(value), Err(refused));
+            }
+        }
     }
 
     #[test]
