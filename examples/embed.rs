@@ -1,11 +1,11 @@
-//! The least that a VMM has to write to be migrated: four hooks, and its memory handed over once.
+//! The least that a VMM has to write to be migrated: five hooks, and its memory handed over once.
 //!
 //! Two VMMs in one process, each with an agent of its own. `cargo run --example embed`
 #![allow(clippy::print_stdout)]
 
 use pageferry_client::{
     BlockRange, Client, Config, HookError, HookThread, Hooks, IncomingOptions, LogBitmap, OutgoingOptions, Phase,
-    Punch, StatePiece, Target, Trackers,
+    Punch, RunState, StatePiece, Target, Trackers,
 };
 use std::error::Error;
 use std::process::{Child, Command, ExitCode};
@@ -21,6 +21,10 @@ struct Vm {
 }
 
 impl Hooks for Vm {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running) // nobody pauses it here; otherwise: Paused, if its operator has
+    }
+
     fn pause(&mut self) -> Result<(), HookError> {
         self.runs = false; // here: stop the vCPUs and whatever else writes guest memory
         Ok(())

@@ -4,12 +4,15 @@
 //! guest gave back ([`Client::free`], [`Client::discard`], [`Client::populate`]), answers a few hooks ([`Hooks`]), and starts and watches migrations.
 //!
 //! ```no_run
-//! use pageferry_client::{Client, Config, HookError, Hooks, OutgoingOptions, StatePiece, Target, Trackers};
+//! use pageferry_client::{Client, Config, HookError, Hooks, OutgoingOptions, RunState, StatePiece, Target, Trackers};
 //! # fn guest_memory() -> vm_memory::GuestMemoryMmap<pageferry_client::LogBitmap> { unimplemented!() }
 //!
 //! struct Vmm;
 //!
 //! impl Hooks for Vmm {
+//!     fn run_state(&mut self) -> Result<RunState, HookError> {
+//!         Ok(RunState::Running) // or Paused, if its operator has paused it
+//!     }
 //!     fn pause(&mut self) -> Result<(), HookError> {
 //!         Ok(()) // stop the vCPUs and the devices
 //!     }

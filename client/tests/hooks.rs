@@ -376,6 +376,9 @@ fn restore_over_a_guest_that_may_return_is_refused_before_the_vmm_is_asked() {
 struct Least;
 
 impl Hooks for Least {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
     fn pause(&mut self) -> Result<(), HookError> {
         Ok(())
     }
@@ -495,4 +498,32 @@ fn the_end_of_an_agent_does_not_stop_what_the_next_one_has_started() {
     drop(second);
     assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
     assert_eq!(vmm.calls(), ["stop", "lost Ours"]);
+}
+
+#[test]
+fn a_vmm_that_panics_when_it_is_asked_for_the_run_state_is_not_paused_and_not_saved() {
+    let mut attached = Attached::new(Vmm { panics: "run state", run_state: RunState::Paused, ..Vmm::default() });
+    let error = attached.hook(&Hook::Pause).unwrap_err();
+    assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Panicked, "run state: vCPU 3 is gone"));
+    let saved = attached.agent.hook_frame(&Hook::SaveState, Vec::new());
+    let error = decode_state_reply(&saved.body).unwrap().unwrap_err();
+    assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Panicked, "run state: vCPU 3 is gone"));
+    let told = "panicked: run state: vCPU 3 is gone";
+    let (_client, vmm) = attached.lose_agent();
+    assert_eq!(vmm.calls(), [told, told, "lost Ours"], "the operator's pause stands");
+}
+
+#[test]
+fn a_vmm_that_declares_a_tracker_and_has_none_fails_before_a_write_is_lost() {
+    let (_client, mut channel, mut agent) = connected();
+    for (hook, name) in [(START, "start_tracking"), (Hook::SyncTracker, "sync_tracker")] {
+        agent.send_hook(&hook, Vec::new());
+        channel.dispatch(&mut Least).unwrap();
+        let error = decode_hook_reply(&agent.hooks.recv(soon()).unwrap().body).unwrap().unwrap_err();
+        assert!(error.sentence.contains("Trackers::HOOKS") && error.sentence.contains(name), "{error}");
+    }
+    // To stop what never was is fine, as is the tracker that needs no hook.
+    agent.send_hook(&STOP, Vec::new());
+    channel.dispatch(&mut Least).unwrap();
+    assert_eq!(decode_hook_reply(&agent.hooks.recv(soon()).unwrap().body), Ok(Ok(())));
 }

@@ -5,7 +5,7 @@ mod support;
 
 use pageferry_client::{
     BlockSpec, Client, Counters, Error, HookError, Hooks, IncomingOptions, JobKind, JobStatus, OutgoingOptions,
-    Ownership, Phase, RestoreOptions, SnapshotMode, SnapshotOptions, StatePiece, Target,
+    Ownership, Phase, RestoreOptions, RunState, SnapshotMode, SnapshotOptions, StatePiece, Target,
 };
 use pageferry_protocol::control::hook::{Hook, decode_hook_reply, decode_state_reply};
 use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES, RemoteError, Request};
@@ -258,6 +258,9 @@ enum Heard {
 }
 
 impl Hooks for Touches {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
     fn pause(&mut self) -> Result<(), HookError> {
         Ok(())
     }

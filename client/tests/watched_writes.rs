@@ -4,7 +4,8 @@
 mod support;
 
 use pageferry_client::{
-    BlockSpec, Client, Config, ErrorCode, HookError, Hooks, JobStatus, MappedBitmap, Ownership, StatePiece, Trackers,
+    BlockSpec, Client, Config, ErrorCode, HookError, Hooks, JobStatus, MappedBitmap, Ownership, RunState, StatePiece,
+    Trackers,
 };
 use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
 use pageferry_protocol::control::request::{MAX_RANGES, Request};
@@ -195,6 +196,9 @@ fn dead_agent_lets_go_who_waits_to_write() {
 struct Writes(Ram);
 
 impl Hooks for Writes {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
     fn pause(&mut self) -> Result<(), HookError> {
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Files as guest memory, for tests that need no more of a VMM than that.
 
 use crate::Error;
-use pageferry_client::{BlockSpec, Client, HookChannel, HookError, Hooks, StatePiece, Trackers};
+use pageferry_client::{BlockSpec, Client, HookChannel, HookError, Hooks, RunState, StatePiece, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
@@ -96,6 +96,10 @@ impl Still {
 }
 
 impl Hooks for Still {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
     fn pause(&mut self) -> Result<(), HookError> {
         Ok(())
     }

@@ -208,8 +208,8 @@ impl Hooks for VmmHooks {
         Ok(self.0.run()?)
     }
 
-    fn run_state(&mut self) -> RunState {
-        *lock(&self.0.run_state)
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(*lock(&self.0.run_state))
     }
 
     fn stay_paused(&mut self) -> Result<(), HookError> {

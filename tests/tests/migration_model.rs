@@ -10,7 +10,7 @@ mod common;
 use common::model::{LOG_COVERS, Memory, Model, SourceHooks, World, all_pages, keep_busy, step};
 use pageferry_client::{
     Client, Compression, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence, OutgoingOptions, Phase,
-    StatePiece, Target,
+    RunState, StatePiece, Target,
 };
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
 use pageferry_tests::in_process::InProcessAgent;
@@ -32,6 +32,10 @@ struct Arrived {
 struct Destination(Arc<Mutex<Arrived>>);
 
 impl Hooks for Destination {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
     fn pause(&mut self) -> Result<(), HookError> {
         Err(HookError::new("this is the destination"))
     }

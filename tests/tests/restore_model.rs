@@ -8,7 +8,7 @@ mod common;
 
 use common::blocks::{self, LOG_COVERS, Page};
 use pageferry_client::{
-    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RestoreMode, RestoreOptions, SnapshotMode,
+    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RestoreMode, RestoreOptions, RunState, SnapshotMode,
     SnapshotOptions, StatePiece,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -68,6 +68,10 @@ struct Record {
 struct Vmm(Arc<Record>);
 
 impl Hooks for Vmm {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
     fn pause(&mut self) -> Result<(), HookError> {
         Ok(())
     }

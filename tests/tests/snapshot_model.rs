@@ -10,7 +10,7 @@ mod common;
 use common::blocks::{self, LOG_COVERS, Page};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, SnapshotMode, SnapshotOptions, StatePiece,
+    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RunState, SnapshotMode, SnapshotOptions, StatePiece,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::in_process::InProcessAgent;
@@ -178,6 +178,10 @@ impl World {
 struct Vmm(Arc<World>);
 
 impl Hooks for Vmm {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
     fn pause(&mut self) -> Result<(), HookError> {
         self.0.pause();
         Ok(())

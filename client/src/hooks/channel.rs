@@ -208,10 +208,10 @@ impl HookChannel {
     }
 
     /// The guest's run state, apart from a pause of ours.
-    fn run_state(&self, hooks: &mut dyn Hooks) -> RunState {
+    fn run_state(&self, hooks: &mut dyn Hooks) -> Result<RunState, HookError> {
         // The VMM is asked without the lock.
         let known = self.parts.ownership.lock().run_state_before_pause();
-        known.unwrap_or_else(|| hooks.run_state())
+        known.map_or_else(|| hooks.run_state(), Ok)
     }
 
     /// The VMM's tracker, and what holds its guest back: nobody else would undo them.
@@ -391,10 +391,13 @@ impl HookChannel {
 
     fn save_state(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
         // Also here: a guest that the VMM stopped by itself is paused by no hook.
-        let whole = self.check_whole();
-        let guest = self.run_state(hooks);
-        match whole.and_then(|()| hooks.save_state().and_then(|pieces| write_pieces(&pieces)).map_err(failed)) {
-            Ok((pieces, file)) => {
+        let saved = self.check_whole().and_then(|()| {
+            let guest = self.run_state(hooks).map_err(no_run_state)?;
+            let (pieces, file) = hooks.save_state().and_then(|pieces| write_pieces(&pieces)).map_err(failed)?;
+            Ok((guest, pieces, file))
+        });
+        match saved {
+            Ok((guest, pieces, file)) => {
                 let saved = Ok(SavedState { guest, pieces });
                 self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &saved), &[file.as_fd()])
             }
@@ -479,7 +482,7 @@ impl HookChannel {
         self.check_whole()?;
         // First: no guest stands still without it, and none for the time that it takes.
         let heartbeat = self.watch().map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
-        let before = self.run_state(hooks);
+        let before = self.run_state(hooks).map_err(no_run_state)?;
         let paused = hooks.pause();
         self.parts.ownership.lock().paused(self.link.id, paused.is_ok(), before);
         self.paused = paused.is_ok().then_some(heartbeat);
@@ -552,6 +555,12 @@ impl HookChannel {
         let log_first_page = block.geometry.first_log_page() + first;
         hooks.clear_tracker(ClearPages { block: id, first, bitmap: &bitmap, log_first_page }).map_err(failed)
     }
+}
+
+/// A hook that needs the guest's run state, which the VMM does not know.
+fn no_run_state(error: HookError) -> RemoteError {
+    let code = failed(error.clone()).code;
+    RemoteError::new(code, format!("run state: {error}"))
 }
 
 fn failed(error: HookError) -> RemoteError {

@@ -44,12 +44,8 @@ impl Guarded<'_> {
 }
 
 impl Hooks for Guarded<'_> {
-    fn run_state(&mut self) -> RunState {
-        caught(|| self.0.run_state()).unwrap_or_else(|message| {
-            self.report("run state", &message);
-            // The default of a VMM that does not say it: a guest must not stay paused for a panic.
-            RunState::Running
-        })
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        self.call("run state", |hooks| hooks.run_state())
     }
 
     fn stay_paused(&mut self) -> Result<(), HookError> {

@@ -80,7 +80,8 @@ pub struct ClearPages<'a> {
     pub log_first_page: u64,
 }
 
-/// What a VMM does for its agent. Only pausing, resuming and the state have no default.
+/// What a VMM does for its agent. The run state, pausing, resuming and the state have no default: a
+/// wrong guess would run a guest that its operator had paused, or lose it.
 ///
 /// Each hook has a deadline, by default 10 seconds, after which the agent gives up and the migration fails. Hooks are called one at a time, in
 /// the order that the agent asked in. They may use the [`Client`](crate::Client), but must not wait for a job.
@@ -98,9 +99,10 @@ pub trait Hooks: Send {
     /// A guest that is paused is moved and saved as one that runs is, and is paused afterwards, here and where it arrives:
     /// [`Hooks::stay_paused`] is then called in place of [`Hooks::resume`]. An operator who wants to change the run state between
     /// the pause and that has to wait for it.
-    fn run_state(&mut self) -> RunState {
-        RunState::Running
-    }
+    ///
+    /// # Errors
+    /// If the VMM cannot tell. The guest is not paused then, and the migration or snapshot fails.
+    fn run_state(&mut self) -> Result<RunState, HookError>;
 
     /// Stops the guest and all that writes its memory: vCPUs, emulated devices, other back-ends. When it returns, every write is in the
     /// trackers or will be after the next sync.
@@ -133,9 +135,10 @@ pub trait Hooks: Send {
     /// Starts the VMM's own tracker. Called for [`Trackers::HOOKS`](crate::Trackers::HOOKS) only. A tracker that is on already starts anew.
     ///
     /// # Errors
-    /// If it does not start; the migration fails.
+    /// If it does not start, and by default: whoever declares a tracker has to have one. The migration
+    /// fails.
     fn start_tracking(&mut self) -> Result<(), HookError> {
-        Ok(())
+        Err(no_tracker("start_tracking"))
     }
 
     /// Stops the VMM's own tracker. Also called when the agent is lost that had it started.
@@ -146,16 +149,18 @@ pub trait Hooks: Send {
         Ok(())
     }
 
-    /// Marks in `log` what the VMM's own tracker knows as dirty.
+    /// Marks in `log` what the VMM's own tracker knows as dirty. Called for
+    /// [`Trackers::HOOKS`](crate::Trackers::HOOKS) only.
     ///
     /// # Errors
-    /// If the tracker cannot be read; the migration fails.
+    /// If the tracker cannot be read, and by default; the migration fails.
     fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
         let _ = log;
-        Ok(())
+        Err(no_tracker("sync_tracker"))
     }
 
     /// Clears pages in the VMM's own tracker, so that their next write is reported. When it returns, it must be so.
+    /// The default is for a tracker that is cleared by each sync.
     ///
     /// # Errors
     /// If the tracker cannot be changed; the migration fails.
@@ -265,4 +270,12 @@ pub trait Hooks: Send {
     fn agent_lost(&mut self, ownership: Ownership) {
         let _ = ownership;
     }
+}
+
+/// Why a tracker that the VMM declared, and does not implement, is no tracker: each write that the
+/// guest makes would be lost.
+fn no_tracker(hook: &str) -> HookError {
+    HookError::new(format!(
+        "this VMM declared Trackers::HOOKS, a tracker of its own, and does not implement Hooks::{hook}"
+    ))
 }

@@ -22,7 +22,8 @@ use super::image::{Image, WarmPool, full_guest};
 use super::table::{Better, Table, median};
 use floor::Floor;
 use pageferry_client::{
-    Client, Config, HookError, Hooks, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, StatePiece, Target,
+    Client, Config, HookError, Hooks, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, RunState, StatePiece,
+    Target,
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
@@ -100,6 +101,10 @@ struct Side {
 struct Stateless(Sender<()>);
 
 impl Hooks for Stateless {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
     fn pause(&mut self) -> Result<(), HookError> {
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The guest of the model tests at the source: memory in odd blocks, what the guest and its VMM do, and what must be so, kept naively.
 
-use pageferry_client::{BlockRange, Client, HookError, Hooks, Punch, StatePiece};
+use pageferry_client::{BlockRange, Client, HookError, Hooks, Punch, RunState, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::files;
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
@@ -283,6 +283,10 @@ fn populate(model: &mut Model, world: &World, client: &Client, id: u32, range: P
 pub struct SourceHooks(pub Arc<World>);
 
 impl Hooks for SourceHooks {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
     fn pause(&mut self) -> Result<(), HookError> {
         self.0.model.lock().unwrap().paused = true;
         Ok(())

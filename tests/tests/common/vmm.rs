@@ -1,7 +1,7 @@
 //! A VMM whose hooks follow a script.
 
 use super::lock;
-use pageferry_client::{ClearPages, DirtyLog, HookError, Hooks, JobStatus, Ownership, Phase, StatePiece};
+use pageferry_client::{ClearPages, DirtyLog, HookError, Hooks, JobStatus, Ownership, Phase, RunState, StatePiece};
 use pageferry_protocol::memory::PageRange;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -125,6 +125,10 @@ impl Vmm {
 pub struct VmmHooks(pub Arc<Vmm>);
 
 impl Hooks for VmmHooks {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
     fn pause(&mut self) -> Result<(), HookError> {
         self.0.run(At::Pause)?;
         let mut asked = lock(&self.0.asked);

@@ -23,7 +23,7 @@ use common::{Listening, Peer, SOON};
 use guest::Guest;
 use pageferry_client::{
     Client, Compression, Config, Error, HookError, Hooks, IncomingOptions, Mode, NonConvergence, OutgoingOptions,
-    Ownership, Phase, Punch, StatePiece, Target,
+    Ownership, Phase, Punch, RunState, StatePiece, Target,
 };
 use pageferry_protocol::control::request::{ErrorCode, Request};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -65,6 +65,10 @@ struct DestinationHooks {
 }
 
 impl Hooks for DestinationHooks {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
     fn pause(&mut self) -> Result<(), HookError> {
         Err(HookError::new("this is the destination"))
     }

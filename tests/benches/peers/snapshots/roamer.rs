@@ -2,7 +2,7 @@
 //!
 //! As a vCPU, and unlike the guests that keep a ledger, it leaves at the next write when it is to pause, and has no state to save: what is measured is the agent's part.
 
-use pageferry_client::{HookError, Hooks, StatePiece};
+use pageferry_client::{HookError, Hooks, RunState, StatePiece};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::gate::Gate;
 use pageferry_tests::memory::TestMemory;
@@ -160,6 +160,10 @@ impl Drop for Running {
 pub struct Roams(pub Roamer);
 
 impl Hooks for Roams {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
     fn pause(&mut self) -> Result<(), HookError> {
         let guest = &self.0.0;
         lock(&guest.pause).0 = Some(Instant::now());
