@@ -263,6 +263,7 @@ impl Control {
     /// From now on the agent acts for this VMM: gives it the dirty log and its end of the hook
     /// channel. No other agent may be alive that did before.
     pub(crate) fn hand_over(&mut self, log: BorrowedFd<'_>, log_bytes: u64, hooks: &OwnedFd) -> Result<(), Error> {
+        self.link.ownership.lock().admit(self.link.id);
         self.link.fence.word.admit(self.link.id);
         let body = Encoder::new().u64(log_bytes).u64(0).finish();
         let taken = self.exchange(SET_LOG_BASE, 0, &body, &[log], |reply| {

@@ -113,6 +113,11 @@ impl Faults {
         matches!(*self.state(), State::Pending { .. })
     }
 
+    /// The same, if it is the agent of this connection that places them.
+    pub(crate) fn pending_by(&self, of: u64) -> bool {
+        matches!(*self.state(), State::Pending { link, .. } if link == of)
+    }
+
     /// True if nothing is missing: only then is what the memory holds the guest's.
     pub(crate) fn is_whole(&self) -> bool {
         matches!(*self.state(), State::Whole)
@@ -156,7 +161,7 @@ impl Faults {
     fn let_go(&self, of: u64, ownership: &SharedOwnership) {
         if let State::Pending { registered, link, .. } = &*self.state()
             && *link == of
-            && ownership.lock().forgo()
+            && ownership.lock().forgo(of)
         {
             registered.unregister();
         }

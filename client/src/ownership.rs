@@ -24,6 +24,17 @@
 //! job has brought is what the agent says.
 //!
 //! The state machine does no I/O and calls no hook: it says what to do. The lock around it is held for a few instructions only.
+//!
+//! # Two agents at once
+//!
+//! After a reattach the hook channel of the old agent may still have requests to handle, and its end
+//! to deal with, on a thread of its own. Two rules keep it from harming the next agent:
+//!
+//! - The hook that a decision leads to is called under the [turn](SharedOwnership::turn), and the
+//!   machine hears the result before the turn ends. So no guest is resumed for the old agent after
+//!   the next one has paused it.
+//! - The machine knows the current agent. What an earlier one asks to begin is refused
+//!   ([`Forbidden::Replaced`]); its word about a guest that it had is still heard.
 
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -47,13 +58,27 @@ pub enum Ownership {
 enum Pause {
     /// No hook has paused it: it runs, or its operator has paused it.
     Running,
-    /// A hook failed: it counts as not paused, but a resume that comes is passed on.
-    Uncertain,
+    /// A hook of this connection failed halfway: part of the guest may be paused. It counts as not
+    /// paused, but it is resumed like one that is, also when the agent is lost.
+    Uncertain {
+        /// The connection.
+        link: u64,
+    },
     /// Paused by the agent on this connection.
     Paused {
         /// The connection.
         link: u64,
     },
+}
+
+impl Pause {
+    /// The connection that a hook paused the guest for, or perhaps did.
+    fn link(self) -> Option<u64> {
+        match self {
+            Self::Running => None,
+            Self::Uncertain { link } | Self::Paused { link } => Some(link),
+        }
+    }
 }
 
 /// A hook that is not allowed now, in words for the agent.
@@ -75,6 +100,8 @@ pub(crate) enum Forbidden {
     NotAwaited(Ownership),
     #[error("ownership is {0:?}: only force resumes the guest here")]
     ForceOnly(Ownership),
+    #[error("another agent was attached in place of this one: nothing more begins for it")]
+    Replaced,
 }
 
 /// What to do about a resume hook.
@@ -100,6 +127,10 @@ pub(crate) struct Machine {
     unanswered: bool,
     /// How often a guest was awaited. Tells who asked for the one that is.
     awaited: u64,
+    /// The connection of the current agent. Later ones have larger numbers.
+    agent: u64,
+    /// The migration that the guest was given up to last.
+    migration: Migration,
 }
 
 impl Machine {
@@ -111,7 +142,20 @@ impl Machine {
             asked_by: None,
             unanswered: false,
             awaited: 0,
+            agent: 0,
+            migration: Migration { session: [0; 16], release: false },
         }
+    }
+
+    /// The agent of this connection is the current one from now on. To be called before it can ask
+    /// anything.
+    pub(crate) fn admit(&mut self, link: u64) {
+        self.agent = link;
+    }
+
+    /// Refuses to begin anything for an agent that was replaced.
+    fn check_current(&self, link: u64) -> Result<(), Forbidden> {
+        if link < self.agent { Err(Forbidden::Replaced) } else { Ok(()) }
     }
 
     pub(crate) fn ownership(&self) -> Ownership {
@@ -124,8 +168,15 @@ impl Machine {
         matches!(self.ownership, Ownership::Relinquished | Ownership::Gone)
     }
 
-    /// The VMM allowed that a guest is restored.
-    pub(crate) fn await_guest(&mut self, link: u64) {
+    /// The VMM allowed that a guest is restored. Refused if the agent was replaced while the VMM
+    /// thought about it: the next one may already bring another guest.
+    pub(crate) fn await_guest(&mut self, link: u64) -> Result<(), Forbidden> {
+        self.check_current(link)?;
+        self.expect_guest(link);
+        Ok(())
+    }
+
+    fn expect_guest(&mut self, link: u64) {
         self.ownership = Ownership::Awaiting;
         self.asked_by = Some(link);
         self.unanswered = false;
@@ -136,7 +187,7 @@ impl Machine {
     /// [`Machine::await_answered`] follows.
     pub(crate) fn ask_for_guest(&mut self, link: u64) -> Machine {
         let before = *self;
-        self.await_guest(link);
+        self.expect_guest(link);
         self.unanswered = before.is_here();
         before
     }
@@ -166,7 +217,8 @@ impl Machine {
 
     /// The agent asks, for an operator, whether a guest may be restored here. To be called before the VMM is asked, which then decides. Not while the guest may
     /// have to run here again: it would be gone, and nowhere else.
-    pub(crate) fn prepare_restore(&self) -> Result<(), Forbidden> {
+    pub(crate) fn prepare_restore(&self, link: u64) -> Result<(), Forbidden> {
+        self.check_current(link)?;
         match self.ownership {
             Ownership::Ours | Ownership::Gone | Ownership::Awaiting => Ok(()),
             Ownership::Relinquished => Err(Forbidden::MayReturn),
@@ -175,6 +227,7 @@ impl Machine {
 
     /// The agent brings the state of a guest. Only the one that was asked may: nobody else's guest is to overwrite ours.
     pub(crate) fn load_state(&mut self, link: u64) -> Result<(), Forbidden> {
+        self.check_current(link)?;
         match self.ownership {
             Ownership::Awaiting if self.asked_by == Some(link) => {
                 self.unanswered = false;
@@ -184,10 +237,11 @@ impl Machine {
         }
     }
 
-    /// The agent that was to bring a guest is lost: from now on it cannot have it run any more. False if it has already.
-    pub(crate) fn forgo(&mut self) -> bool {
+    /// The agent of this connection is lost, which was to bring a guest: from now on it cannot have it run any more. False if it has already.
+    pub(crate) fn forgo(&mut self, link: u64) -> bool {
         let awaiting = self.ownership == Ownership::Awaiting;
-        if awaiting {
+        // The next agent may bring another.
+        if awaiting && self.asked_by == Some(link) {
             self.asked_by = None;
             self.unanswered = false;
         }
@@ -196,7 +250,8 @@ impl Machine {
 
     /// The agent asks for a pause. Only a guest that is ours can be paused; that it is asked for is the beginning of another attempt, which
     /// will end with a resume if it fails.
-    pub(crate) fn pause(&mut self) -> Result<(), Forbidden> {
+    pub(crate) fn pause(&mut self, link: u64) -> Result<(), Forbidden> {
+        self.check_current(link)?;
         if self.is_here() {
             return Ok(());
         }
@@ -205,7 +260,8 @@ impl Machine {
     }
 
     /// The agent asks to watch the guest's writes. Elsewhere it writes, or nowhere.
-    pub(crate) fn watch_writes(&self) -> Result<(), Forbidden> {
+    pub(crate) fn watch_writes(&self, link: u64) -> Result<(), Forbidden> {
+        self.check_current(link)?;
         if self.is_here() { Ok(()) } else { Err(Forbidden::NotOursToSave(self.ownership)) }
     }
 
@@ -218,21 +274,30 @@ impl Machine {
     /// The VMM's pause returned. The guest's run state was `before`.
     pub(crate) fn paused(&mut self, link: u64, success: bool, before: RunState) {
         self.run_state = before;
-        self.pause = if success { Pause::Paused { link } } else { Pause::Uncertain };
+        self.pause = if success { Pause::Paused { link } } else { Pause::Uncertain { link } };
     }
 
-    /// The agent asks for the line of law 9. To be called before it is answered.
-    pub(crate) fn relinquish(&mut self, link: u64) -> Result<(), Forbidden> {
+    /// The agent asks for the line of law 9, for this migration. To be called before it is answered.
+    /// A refusal changes nothing: another migration may be under way.
+    pub(crate) fn relinquish(&mut self, link: u64, migration: Migration) -> Result<(), Forbidden> {
+        self.check_current(link)?;
         match (self.ownership, self.pause) {
-            (Ownership::Relinquished, _) if self.asked_by == Some(link) => Ok(()),
+            (Ownership::Relinquished, _) if self.asked_by == Some(link) => {}
             (Ownership::Ours, Pause::Paused { link: paused_by }) if paused_by == link => {
                 self.ownership = Ownership::Relinquished;
                 self.asked_by = Some(link);
-                Ok(())
             }
-            (Ownership::Ours, _) => Err(Forbidden::NotPaused),
-            (other, _) => Err(Forbidden::NothingToGive(other)),
+            (Ownership::Ours, _) => return Err(Forbidden::NotPaused),
+            (other, _) => return Err(Forbidden::NothingToGive(other)),
         }
+        self.migration = migration;
+        Ok(())
+    }
+
+    /// The migration that the guest was given up to; `None` if it was not, or not to one that could be recovered.
+    fn migration(&self) -> Option<Migration> {
+        let recoverable = self.ownership == Ownership::Relinquished && self.migration.session != [0; 16];
+        recoverable.then_some(self.migration)
     }
 
     /// The answer to relinquish could not be sent whole. So the agent does not have it, and no commit can leave.
@@ -247,7 +312,13 @@ impl Machine {
     /// takes it by force. Ownership turns before the VMM resumes the guest: if that fails, nobody else has it either.
     /// A guest that the agent has brought stays paused if `paused` says so; any other is as it was before
     /// it was paused. An operator who forces it wants it to run.
+    ///
+    /// A guest that a later agent has paused is not for an earlier one to resume, nor may an earlier
+    /// one force anything: its operator got no answer, and has to ask again.
     pub(crate) fn resume(&mut self, link: u64, force: bool, paused: bool) -> Result<Resume, Forbidden> {
+        if force {
+            self.check_current(link)?;
+        }
         let allowed = match self.ownership {
             Ownership::Ours => true,
             Ownership::Relinquished | Ownership::Awaiting => self.asked_by == Some(link),
@@ -255,6 +326,9 @@ impl Machine {
         };
         if !allowed && !force {
             return Err(Forbidden::ForceOnly(self.ownership));
+        }
+        if self.is_here() && !force && self.pause.link().is_some_and(|paused_by| paused_by > link) {
+            return Ok(Resume::Already);
         }
         if self.ownership == Ownership::Awaiting && self.unanswered && !force {
             // Of the guest that is still here: whether another comes is not known yet.
@@ -273,19 +347,21 @@ impl Machine {
         Ok(if untouched && !force { Resume::Already } else { Resume::To(self.run_state) })
     }
 
-    /// The VMM's resume returned.
-    pub(crate) fn resumed(&mut self, success: bool) {
+    /// The VMM's resume for this connection returned.
+    pub(crate) fn resumed(&mut self, link: u64, success: bool) {
         match (success, self.pause) {
             (true, _) => self.pause = Pause::Running,
-            (false, Pause::Running) => self.pause = Pause::Uncertain,
+            (false, Pause::Running) => self.pause = Pause::Uncertain { link },
             // Still paused: a resume, or the end of the agent, tries again.
             (false, _) => {}
         }
     }
 
-    /// The agent reports how a job stands.
-    pub(crate) fn event(&mut self, status: &JobStatus) {
-        if status.kind != JobKind::Outgoing || self.ownership != Ownership::Relinquished {
+    /// The agent of this connection reports how a job stands. One before the agent that the guest
+    /// was given up to knows nothing of that migration.
+    pub(crate) fn event(&mut self, link: u64, status: &JobStatus) {
+        let is_of_before = self.asked_by.is_some_and(|asked_by| asked_by > link);
+        if status.kind != JobKind::Outgoing || self.ownership != Ownership::Relinquished || is_of_before {
             return;
         }
         match status.phase {
@@ -295,10 +371,10 @@ impl Machine {
         }
     }
 
-    /// True if the guest is paused for the agent, and can still be resumed here without it: it must
-    /// not stay paused for an agent that hangs.
+    /// True if the guest is paused for the agent, or may be, and can still be resumed here without
+    /// it: it must not stay paused for an agent that hangs.
     pub(crate) fn waits_for_agent(&self) -> bool {
-        self.is_here() && matches!(self.pause, Pause::Paused { .. })
+        self.is_here() && self.pause != Pause::Running
     }
 
     /// True if the guest has left, or was given up by an agent that is not the one of this
@@ -311,25 +387,18 @@ impl Machine {
         }
     }
 
-    /// The hook channel of this connection ended. Returns what the guest is to go back to, if it was paused
-    /// through that channel and is ours.
-    pub(crate) fn closed(&mut self, link: u64) -> Option<RunState> {
-        let paused = self.ownership == Ownership::Ours && self.pause == Pause::Paused { link };
-        paused.then_some(self.run_state)
+    /// The hook channel of this connection ended. Returns what the guest is to go back to, if it was
+    /// paused through that channel, or may have been, and is ours. Through an earlier one, too: its
+    /// end may have come while another guest was awaited, which the agent refused later.
+    pub(crate) fn closed(&self, link: u64) -> Option<RunState> {
+        let paused = self.pause.link().is_some_and(|paused_by| paused_by <= link);
+        (self.ownership == Ownership::Ours && paused).then_some(self.run_state)
     }
 
     /// The operator's decision. The VMM resumes the guest by itself.
     pub(crate) fn take_by_force(&mut self) {
-        *self = Self { awaited: self.awaited, ..Self::new() };
+        *self = Self { awaited: self.awaited, agent: self.agent, ..Self::new() };
     }
-}
-
-/// The state machine that a client and its hook channels share.
-#[derive(Debug)]
-pub(crate) struct SharedOwnership {
-    machine: Mutex<Machine>,
-    /// The migration that the guest was given up to last.
-    migration: Mutex<Migration>,
 }
 
 /// What an agent has to know that goes on with a migration which another one began.
@@ -341,9 +410,20 @@ pub(crate) struct Migration {
     pub(crate) release: bool,
 }
 
+/// The state machine that a client and its hook channels share.
+#[derive(Debug)]
+pub(crate) struct SharedOwnership {
+    machine: Mutex<Machine>,
+    turn: Mutex<()>,
+}
+
+/// The right to call the VMM's hooks that pause, resume or replace the guest.
+#[derive(Debug)]
+pub(crate) struct Turn<'a>(#[expect(dead_code, reason = "held, not looked at")] MutexGuard<'a, ()>);
+
 impl SharedOwnership {
     pub(crate) fn new() -> Self {
-        Self { machine: Mutex::new(Machine::new()), migration: Mutex::default() }
+        Self { machine: Mutex::new(Machine::new()), turn: Mutex::new(()) }
     }
 
     /// The machine. Never hold it while calling a hook or the agent.
@@ -351,15 +431,19 @@ impl SharedOwnership {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The guest is about to be given up to this migration.
-    pub(crate) fn keep(&self, migration: Migration) {
-        *self.migration.lock().unwrap_or_else(PoisonError::into_inner) = migration;
+    /// Waits until no other hook channel of this client is between a decision about the guest and
+    /// the end of the VMM's hook that it leads to. Hold it from the decision until the machine has
+    /// the hook's result.
+    ///
+    /// Only hook channels take it, and before any other lock. A hook may use the client while it is
+    /// held, so nobody may wait for it who holds the session.
+    pub(crate) fn turn(&self) -> Turn<'_> {
+        Turn(self.turn.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The migration that the guest was given up to; `None` if it was not, or not to one that could be recovered.
     pub(crate) fn migration(&self) -> Option<Migration> {
-        let migration = *self.migration.lock().unwrap_or_else(PoisonError::into_inner);
-        (self.lock().ownership() == Ownership::Relinquished && migration.session != [0; 16]).then_some(migration)
+        self.lock().migration()
     }
 }
 

@@ -17,6 +17,7 @@ use crate::client::WeakClient;
 use crate::control::Link;
 use crate::error::Error;
 use crate::heartbeat::{BUSY, Ends, Heartbeat};
+use crate::hooks::HookError;
 use crate::memory::Memory;
 use crate::registration::Registered;
 use pageferry_protocol::userfault::{Register, feature};
@@ -25,7 +26,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The registration, if there is one. Shared by a client and its hook channels.
 #[derive(Debug, Default)]
-pub(crate) struct Writes(Mutex<Option<Watched>>);
+pub(crate) struct Writes {
+    watched: Mutex<Option<Watched>>,
+    /// The connection for which the VMM was told that writes are watched, and not yet that they are
+    /// not. Held while the VMM is told: never by the heartbeat, which must not wait for a hook.
+    announced: Mutex<Option<u64>>,
+}
 
 #[derive(Debug)]
 struct Watched {
@@ -37,7 +43,34 @@ struct Watched {
 
 impl Writes {
     fn watched(&self) -> MutexGuard<'_, Option<Watched>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn announced(&self) -> MutexGuard<'_, Option<u64>> {
+        self.announced.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the VMM by `tell` that the agent of this connection watches writes. False, and nothing
+    /// is told, if this agent, or a later one, does already. One that takes over from an earlier
+    /// agent tells it again; the end of the earlier one is not told then.
+    pub(crate) fn announce(&self, link: u64, tell: impl FnOnce() -> Result<(), HookError>) -> Result<bool, HookError> {
+        let mut announced = self.announced();
+        if announced.is_some_and(|by| by >= link) {
+            return Ok(false);
+        }
+        tell()?;
+        *announced = Some(link);
+        Ok(true)
+    }
+
+    /// Tells the VMM by `tell` that writes are not watched any more, if it is this connection's
+    /// agent that watched them.
+    pub(crate) fn withdraw(&self, link: u64, tell: impl FnOnce()) {
+        // The lock is held while it is told: who announces next comes after it.
+        let mut announced = self.announced();
+        if announced.take_if(|by| *by == link).is_some() {
+            tell();
+        }
     }
 
     /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for the agent; `None` if this one, or one after it, has it already.

@@ -11,6 +11,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
+use std::time::Duration;
 use support::*;
 
 /// A process that a lying agent names as its own.
@@ -255,4 +256,19 @@ fn a_process_whose_descriptor_is_no_pidfd_is_no_agent() {
     let error = Client::from_socket(ours.into(), Config::default()).unwrap_err().to_string();
     assert!(error.contains("its file descriptor is no pidfd"), "{error}");
     let _ = agent.join();
+}
+
+#[test]
+fn the_vmm_hears_that_its_agent_is_lost_before_the_process_of_that_one_has_ended() {
+    let victim = Victim::new();
+    // Whoever waited for the end of the process would wait for an hour.
+    let patient = Config { request_timeout: Duration::from_secs(3600), ..quiet() };
+    let (client, channel, agent) = lied_to(&victim, patient);
+    let mut attached = Attached::over(client, channel, agent, Vmm::default());
+    assert_eq!(attached.hook(&Hook::Pause), Ok(()));
+    let (says, lost) = std::sync::mpsc::channel();
+    std::thread::spawn(move || says.send(attached.lose_agent().1.calls()));
+    let calls = lost.recv_timeout(Duration::from_secs(60)).expect("the channel waits for the process");
+    assert_eq!(calls, ["pause", "resume", "lost Ours"]);
+    drop(victim);
 }

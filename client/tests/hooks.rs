@@ -4,14 +4,14 @@
 mod support;
 
 use pageferry_client::{
-    Dispatch, Error, HookError, Hooks, JobStatus, Ownership, Phase, RestoreOptions, StatePiece, Trackers,
+    Dispatch, Error, HookError, Hooks, JobStatus, OutgoingOptions, Ownership, Phase, RestoreOptions, StatePiece,
+    Trackers,
 };
 use pageferry_protocol::control::hook::{Hook, PieceSize, SavedState, code};
 use pageferry_protocol::control::hook::{decode_hook_reply, decode_state_reply, reply_sequence};
 use pageferry_protocol::control::job::{JobKind, RunState};
-use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES};
+use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES, Request};
 use pageferry_protocol::control::{Frame, SocketError};
-use std::os::unix::net::UnixStream;
 use std::sync::mpsc::channel;
 use support::*;
 
@@ -214,10 +214,8 @@ fn agent_that_dies_after_the_line_leaves_the_guest_standing_still() {
     assert_eq!(vmm.calls(), ["pause", "lost Relinquished"]);
 
     // A new agent may watch it stand still, but not resume it, unless an operator says so.
-    let (ours, agents) = UnixStream::pair().unwrap();
-    let second = std::thread::spawn(move || FakeAgent::shake_hands(agents.into(), MAX_RANGES));
-    let channel = client.reattach_socket(ours.into()).unwrap();
-    let mut attached = Attached::over(client, channel, second.join().unwrap(), vmm);
+    let (channel, second) = attach_next(&client);
+    let mut attached = Attached::over(client, channel, second, vmm);
     assert_eq!(attached.refused(&Hook::Pause), ErrorCode::State);
     assert_eq!(attached.refused(&RESUME), ErrorCode::State);
     assert_eq!(attached.calls(), [""; 0]);
@@ -481,23 +479,47 @@ fn an_agent_that_dies_while_it_tracks_and_throttles_leaves_neither_on() {
 }
 
 #[test]
-fn the_end_of_an_agent_does_not_stop_what_the_next_one_has_started() {
-    let (client, mut old, mut first) = connected();
-    let mut vmm = Vmm::default();
-    first.send_hook(&START, Vec::new());
-    assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Open);
-    let (ours, agents) = UnixStream::pair().unwrap();
-    let second = std::thread::spawn(move || FakeAgent::shake_hands(agents.into(), MAX_RANGES));
-    let mut new = client.reattach_socket(ours.into()).unwrap();
-    let mut second = second.join().unwrap();
-    second.send_hook(&START, Vec::new());
-    assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Open);
-    // It comes late.
-    assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
-    assert_eq!(vmm.calls(), ["start", "start", "lost Ours"]);
-    drop(second);
-    assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
-    assert_eq!(vmm.calls(), ["stop", "lost Ours"]);
+fn a_relinquish_that_is_refused_does_not_change_the_migration_that_can_be_recovered() {
+    let mut attached = Attached::new(Vmm::default());
+    assert_eq!(attached.hook(&Hook::Pause), Ok(()));
+    assert_eq!(attached.hook(&Hook::Relinquish { session: [1; 16], release: true }), Ok(()));
+    let (client, vmm) = attached.lose_agent();
+    let (channel, second) = attach_next(&client);
+    let mut attached = Attached::over(client, channel, second, vmm);
+    assert_eq!(attached.refused(&Hook::Relinquish { session: [2; 16], release: false }), ErrorCode::State);
+    let recovering = attached.client.clone();
+    let recovered = std::thread::spawn(move || recovering.recover(None, &OutgoingOptions::default()).map(drop));
+    let (request, _) = attached.agent.request().unwrap();
+    let Request::Recover { session, options, .. } = &request else { panic!("{request:?}") };
+    assert_eq!((*session, options.release), ([1; 16], true));
+    attached.agent.started(&request);
+    recovered.join().unwrap().unwrap();
+    attached.lose_agent();
+}
+
+#[test]
+fn a_pause_that_failed_or_panicked_is_undone_when_the_agent_dies() {
+    let vmms = [Vmm { fails: "pause", ..Vmm::default() }, Vmm { panics: "pause", ..Vmm::default() }];
+    for vmm in vmms {
+        let mut attached = Attached::new(vmm);
+        assert!(attached.hook(&Hook::Pause).is_err());
+        let (client, vmm) = attached.lose_agent();
+        let calls = vmm.calls();
+        assert_eq!(
+            (&calls[0], &calls[calls.len() - 2..]),
+            (&"pause".into(), &["resume".into(), "lost Ours".into()][..])
+        );
+        assert_eq!(client.ownership(), Ownership::Ours);
+    }
+}
+
+#[test]
+fn an_agent_that_hangs_after_a_pause_that_failed_is_found_as_after_one_that_did_not() {
+    let (client, channel, agent) = client_with(impatient(), MAX_RANGES, |agent| agent);
+    let vmm = Vmm { fails: "pause", ..Vmm::default() };
+    let mut attached = Attached::over(client, channel, agent.join().unwrap(), vmm);
+    assert!(attached.hook(&Hook::Pause).is_err());
+    assert_eq!(given_up(attached), ["pause", "resume", "lost Ours"]);
 }
 
 #[test]
@@ -517,13 +539,13 @@ fn a_vmm_that_panics_when_it_is_asked_for_the_run_state_is_not_paused_and_not_sa
 fn a_vmm_that_declares_a_tracker_and_has_none_fails_before_a_write_is_lost() {
     let (_client, mut channel, mut agent) = connected();
     for (hook, name) in [(START, "start_tracking"), (Hook::SyncTracker, "sync_tracker")] {
-        agent.send_hook(&hook, Vec::new());
+        queue(&mut agent, std::slice::from_ref(&hook));
         channel.dispatch(&mut Least).unwrap();
         let error = decode_hook_reply(&agent.hooks.recv(soon()).unwrap().body).unwrap().unwrap_err();
         assert!(error.sentence.contains("Trackers::HOOKS") && error.sentence.contains(name), "{error}");
     }
     // To stop what never was is fine, as is the tracker that needs no hook.
-    agent.send_hook(&STOP, Vec::new());
+    queue(&mut agent, &[STOP]);
     channel.dispatch(&mut Least).unwrap();
     assert_eq!(decode_hook_reply(&agent.hooks.recv(soon()).unwrap().body), Ok(Ok(())));
 }

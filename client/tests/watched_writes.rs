@@ -4,8 +4,8 @@
 mod support;
 
 use pageferry_client::{
-    BlockSpec, Client, Config, ErrorCode, HookError, Hooks, JobStatus, MappedBitmap, Ownership, RunState, StatePiece,
-    Trackers,
+    BlockSpec, Client, Config, Dispatch, ErrorCode, HookError, Hooks, JobStatus, MappedBitmap, Ownership, RunState,
+    StatePiece, Trackers,
 };
 use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
 use pageferry_protocol::control::request::{MAX_RANGES, Request};
@@ -307,6 +307,35 @@ fn new_agent_watches_what_the_last_one_did() {
     assert_waits_at(&uffd, ram.page(1));
     attached.lose_agent();
     done.recv_timeout(SOON).unwrap();
+}
+
+#[test]
+fn the_end_of_an_agent_lets_nothing_go_that_stands_still_for_the_next_one() {
+    if uffd().is_none() {
+        return;
+    }
+    let (client, mut old, mut first) = connected();
+    let ram = Ram::new();
+    add_block(&client, &mut first, &ram, 2);
+    let mut vmm = Vmm::default();
+    first.send_hook(&Hook::WatchWrites, Vec::new());
+    assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Open);
+    let (ours, agents) = UnixStream::pair().unwrap();
+    let second = spawn(move || {
+        let mut agent = FakeAgent::shake_hands(agents.into(), MAX_RANGES);
+        agent.accept_block();
+        agent
+    });
+    let mut new = client.reattach_socket(ours.into()).unwrap();
+    let mut second = second.join().unwrap();
+    second.send_hook(&Hook::WatchWrites, Vec::new());
+    assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Open);
+    // It comes late.
+    assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
+    assert_eq!(vmm.calls(), ["watched", "watched", "lost Ours"]);
+    drop(second);
+    assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
+    assert_eq!(vmm.calls(), ["unwatched", "lost Ours"]);
 }
 
 #[test]

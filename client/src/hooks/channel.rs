@@ -7,6 +7,7 @@
 //! An agent that hangs keeps its sockets open. So while the guest stands still for it, a [heartbeat](crate::heartbeat) finds that out and cuts the link, which is the
 //! end here. Only before the line of law 9: after it nothing is gained by giving an agent up, which may still say that no commit left.
 
+use super::end::is_last_word;
 use super::guarded::Guarded;
 use super::state::{read_pieces, write_pieces};
 use super::{ClearPages, HookError, Hooks};
@@ -16,7 +17,7 @@ use crate::error::Error;
 use crate::faults::Faults;
 use crate::heartbeat::{BUSY, Ends, Heartbeat};
 use crate::memory::Memory;
-use crate::ownership::{Forbidden, Migration, Ownership, Resume, SharedOwnership};
+use crate::ownership::{Forbidden, Migration, Resume, SharedOwnership};
 use crate::threads::{caught, start};
 use crate::tracking::active::Tracking;
 use crate::writes::Writes;
@@ -55,17 +56,13 @@ pub enum Dispatch {
 #[derive(Debug)]
 pub struct HookChannel {
     socket: FrameSocket,
-    link: Arc<Link>,
-    parts: Parts,
+    pub(super) link: Arc<Link>,
+    pub(super) parts: Parts,
     /// How long the agent may take to make room for an answer.
     timeout: Duration,
-    closed: bool,
-    /// While the guest is paused and the agent has not asked for the line of law 9.
-    paused: Option<Heartbeat>,
-    /// The VMM was told that writes are watched, and not yet that they are not.
-    watching: bool,
-    /// The VMM was asked to hold the guest back, and not yet to let it go.
-    throttled: bool,
+    pub(super) closed: bool,
+    /// While the guest is paused, or may be, and the agent has not asked for the line of law 9.
+    pub(super) paused: Option<Heartbeat>,
 }
 
 /// What a channel shares with its client.
@@ -96,16 +93,7 @@ impl Drop for HookChannel {
 
 impl HookChannel {
     pub(crate) fn new(socket: OwnedFd, link: Arc<Link>, parts: Parts, timeout: Duration) -> Self {
-        Self {
-            socket: socket.into(),
-            link,
-            parts,
-            timeout,
-            closed: false,
-            paused: None,
-            watching: false,
-            throttled: false,
-        }
+        Self { socket: socket.into(), link, parts, timeout, closed: false, paused: None }
     }
 
     /// Answers every hook that is pending, without waiting for more. A hook that panics fails; see [`Hooks::hook_panicked`].
@@ -174,36 +162,14 @@ impl HookChannel {
         Ok(HookThread { thread: start("pageferry-hooks", run)? })
     }
 
-    /// The end of the agent, or of its right to be heard.
-    fn end(&mut self, hooks: &mut dyn Hooks) {
-        self.closed = true;
-        self.paused = None;
-        // Whatever the reason was, an agent without hooks has no business with our memory.
-        self.link.cut();
-        // Before anything is called: it may write.
-        self.parts.writes.lost(self.link.id);
-        // Before the guest is resumed: then all of it may be.
-        self.tell_unwatched(hooks);
-        let goes_back = self.parts.ownership.lock().closed(self.link.id);
-        if let Some(run_state) = goes_back {
-            log::warn!("the agent is lost while it had the guest paused: it is {} again", run_state.name());
-            if let Err(error) = self.go_back(run_state, hooks) {
-                log::error!("cannot resume the guest: {error}");
-            }
-        }
-        self.stop_what_it_started(hooks);
-        self.give_memory_up(hooks);
-        let ownership = self.parts.ownership.lock().ownership();
-        hooks.agent_lost(ownership);
-    }
-
-    /// The guest is as it was before it was paused, or as it is to be where it arrived.
-    fn go_back(&self, run_state: RunState, hooks: &mut dyn Hooks) -> Result<(), HookError> {
+    /// The guest is as it was before it was paused, or as it is to be where it arrived. The caller
+    /// has the turn.
+    pub(super) fn go_back(&self, run_state: RunState, hooks: &mut dyn Hooks) -> Result<(), HookError> {
         let done = match run_state {
             RunState::Running => hooks.resume(),
             RunState::Paused => hooks.stay_paused(),
         };
-        self.parts.ownership.lock().resumed(done.is_ok());
+        self.parts.ownership.lock().resumed(self.link.id, done.is_ok());
         done
     }
 
@@ -212,34 +178,6 @@ impl HookChannel {
         // The VMM is asked without the lock.
         let known = self.parts.ownership.lock().run_state_before_pause();
         known.map_or_else(|| hooks.run_state(), Ok)
-    }
-
-    /// The VMM's tracker, and what holds its guest back: nobody else would undo them.
-    fn stop_what_it_started(&mut self, hooks: &mut dyn Hooks) {
-        let stopped = self.parts.tracking.lost(self.link.id, || hooks.stop_tracking());
-        if let Err(error) = stopped {
-            log::warn!("the agent is lost, and the VMM's tracker stays on: {error}");
-        }
-        if std::mem::take(&mut self.throttled)
-            && let Err(error) = hooks.throttle(0)
-        {
-            log::warn!("the agent is lost, and the guest stays throttled: {error}");
-        }
-    }
-
-    /// If memory is missing, it never comes.
-    fn give_memory_up(&self, hooks: &mut dyn Hooks) {
-        if !self.parts.faults.is_news(self.link.id) {
-            return;
-        }
-        if self.parts.ownership.lock().ownership() == Ownership::Ours {
-            hooks.memory_lost();
-            self.parts.faults.give_up(self.link.id, true);
-        } else {
-            // The guest never ran here.
-            self.parts.faults.unregister();
-            hooks.memory_complete();
-        }
     }
 
     /// Handles one frame. An error means that the answer could not be sent.
@@ -257,6 +195,12 @@ impl HookChannel {
                 Err(RemoteError::new(ErrorCode::Unsupported, sentence))
             }
         };
+        let decoded = decoded.and_then(|hook| {
+            if !is_last_word(&hook) {
+                self.check_alive()?;
+            }
+            Ok(hook)
+        });
         match decoded {
             Ok(Hook::Event { status }) => {
                 self.event(&status, hooks);
@@ -291,14 +235,13 @@ impl HookChannel {
     }
 
     fn event(&self, status: &JobStatus, hooks: &mut dyn Hooks) {
-        self.parts.ownership.lock().event(status);
+        self.parts.ownership.lock().event(self.link.id, status);
         hooks.event(status);
     }
 
     /// The line of law 9: turned before the answer leaves, turned back only if the agent cannot have the answer.
     fn relinquish(&mut self, sequence: u64, migration: Migration) -> Result<(), SocketError> {
-        self.parts.ownership.keep(migration);
-        let reply = self.parts.ownership.lock().relinquish(self.link.id).map_err(forbidden);
+        let reply = self.parts.ownership.lock().relinquish(self.link.id, migration).map_err(forbidden);
         if let Err(error) = &reply {
             log::warn!("hook relinquish: {error}");
         }
@@ -313,6 +256,7 @@ impl HookChannel {
     }
 
     fn register_faults(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
+        let turn = self.parts.ownership.turn();
         // As for the state: nobody else's guest is to come into our memory.
         let allowed = self.parts.ownership.lock().load_state(self.link.id).map_err(forbidden);
         let registered = allowed.and_then(|()| {
@@ -328,44 +272,39 @@ impl HookChannel {
                 RemoteError::new(ErrorCode::System, chain(&error))
             })
         });
+        drop(turn);
         self.answer_with_userfaultfd(&Hook::RegisterFaults, sequence, registered)
     }
 
-    fn watch_writes(&mut self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
+    fn watch_writes(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
         let watched = self.watched(hooks);
         self.answer_with_userfaultfd(&Hook::WatchWrites, sequence, watched)
     }
 
-    fn watched(&mut self, hooks: &mut dyn Hooks) -> Reply<OwnedFd> {
-        self.parts.ownership.lock().watch_writes().map_err(forbidden)?;
+    fn watched(&self, hooks: &mut dyn Hooks) -> Reply<OwnedFd> {
+        let Parts { memory, client, ownership, writes, tracking, .. } = &self.parts;
+        let link = self.link.id;
+        ownership.lock().watch_writes(link).map_err(forbidden)?;
         self.check_whole()?;
         let already = || RemoteError::new(ErrorCode::State, "writes are watched already");
-        if self.watching {
+        if !writes.announce(link, || hooks.writes_watched()).map_err(failed)? {
             return Err(already());
         }
-        hooks.writes_watched().map_err(failed)?;
-        self.watching = true;
-        let Parts { memory, client, writes, tracking, .. } = &self.parts;
-        tracking.suspend();
-        let watched = match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
-            Ok(Some(for_agent)) => Ok(for_agent),
-            Ok(None) => Err(already()),
-            Err(error) => Err(RemoteError::new(ErrorCode::System, chain(&error))),
-        };
+        let watched = tracking.suspend(link).map_err(RemoteError::from).and_then(|()| {
+            match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
+                Ok(Some(for_agent)) => Ok(for_agent),
+                Ok(None) => Err(already()),
+                Err(error) => Err(RemoteError::new(ErrorCode::System, chain(&error))),
+            }
+        });
         if watched.is_err() {
             if !writes.are_watched() {
                 tracking.resume(memory);
             }
             // Announced, and not to be.
-            self.tell_unwatched(hooks);
+            writes.withdraw(link, || hooks.writes_unwatched());
         }
         watched
-    }
-
-    fn tell_unwatched(&mut self, hooks: &mut dyn Hooks) {
-        if std::mem::take(&mut self.watching) {
-            hooks.writes_unwatched();
-        }
     }
 
     fn answer_with_userfaultfd(&self, hook: &Hook, sequence: u64, made: Reply<OwnedFd>) -> Result<(), SocketError> {
@@ -381,10 +320,12 @@ impl HookChannel {
     }
 
     fn unregister_faults(&self, complete: bool, hooks: &mut dyn Hooks) {
-        if complete && self.parts.faults.pending() {
+        let turn = self.parts.ownership.turn();
+        if complete && self.parts.faults.pending_by(self.link.id) {
             self.parts.faults.unregister();
             hooks.memory_complete();
         } else {
+            drop(turn);
             self.give_memory_up(hooks);
         }
     }
@@ -420,13 +361,14 @@ impl HookChannel {
             Hook::Resume { force, paused } => self.resume(force, paused, hooks),
             Hook::StartTracking { sources } => self.start_tracking(sources, hooks),
             Hook::StopTracking { sources } => self.stop_tracking(sources, hooks),
-            Hook::SyncTracker => hooks.sync_tracker(&self.parts.memory.log).map_err(failed),
+            Hook::SyncTracker => {
+                let log = &self.parts.memory.log;
+                self.parts.tracking.use_hooks(self.link.id, || hooks.sync_tracker(log).map_err(failed))
+            }
             Hook::ClearTracker { block, first, bitmap } => self.clear_tracker(block, first, bitmap, hooks),
             Hook::Throttle { percent } => {
-                self.throttled |= percent > 0;
-                hooks.throttle(percent).map_err(failed)?;
-                self.throttled = percent > 0;
-                Ok(())
+                let throttle = || hooks.throttle(percent).map_err(failed);
+                self.parts.tracking.throttle(self.link.id, percent, throttle)
             }
             Hook::LoadState { pieces } => self.load_state(pieces, fds, hooks),
             Hook::UnregisterFaults { complete } => {
@@ -437,7 +379,7 @@ impl HookChannel {
                 if self.parts.writes.unwatch(self.link.id) {
                     self.parts.tracking.resume(&self.parts.memory);
                 }
-                self.tell_unwatched(hooks);
+                self.parts.writes.withdraw(self.link.id, || hooks.writes_unwatched());
                 Ok(())
             }
             Hook::PrepareRestore { path } => self.prepare_restore(Path::new(&path), hooks),
@@ -457,11 +399,10 @@ impl HookChannel {
     fn start_tracking(&self, sources: Trackers, hooks: &mut dyn Hooks) -> Reply<()> {
         let (tracking, link) = (&self.parts.tracking, self.link.id);
         if sources.contains(Trackers::HOOKS) {
-            tracking.start_hooks(link, || hooks.start_tracking()).map_err(failed)?;
+            tracking.start_hooks(link, || hooks.start_tracking().map_err(failed))?;
         }
         if sources.contains(Trackers::WRITE_PROTECT) {
-            let started = tracking.start_scanning(link, &self.parts.memory);
-            started.map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
+            tracking.start_scanning(link, &self.parts.memory)?;
         }
         Ok(())
     }
@@ -478,14 +419,16 @@ impl HookChannel {
     }
 
     fn pause(&mut self, hooks: &mut dyn Hooks) -> Reply<()> {
-        self.parts.ownership.lock().pause().map_err(forbidden)?;
+        let _turn = self.parts.ownership.turn();
+        self.parts.ownership.lock().pause(self.link.id).map_err(forbidden)?;
         self.check_whole()?;
         // First: no guest stands still without it, and none for the time that it takes.
         let heartbeat = self.watch().map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
         let before = self.run_state(hooks).map_err(no_run_state)?;
         let paused = hooks.pause();
         self.parts.ownership.lock().paused(self.link.id, paused.is_ok(), before);
-        self.paused = paused.is_ok().then_some(heartbeat);
+        // Also if it failed: it may have stopped a part of the guest.
+        self.paused = Some(heartbeat);
         paused.map_err(failed)
     }
 
@@ -502,6 +445,7 @@ impl HookChannel {
     }
 
     fn resume(&mut self, force: bool, paused: bool, hooks: &mut dyn Hooks) -> Reply<()> {
+        let _turn = self.parts.ownership.turn();
         let decided = self.parts.ownership.lock().resume(self.link.id, force, paused).map_err(forbidden)?;
         match decided {
             Resume::Already => Ok(()),
@@ -517,14 +461,16 @@ impl HookChannel {
 
     /// Ownership turns before the answer leaves, as when the VMM itself starts a restore.
     fn prepare_restore(&self, image: &Path, hooks: &mut dyn Hooks) -> Reply<()> {
-        self.parts.ownership.lock().prepare_restore().map_err(forbidden)?;
+        let _turn = self.parts.ownership.turn();
+        self.parts.ownership.lock().prepare_restore(self.link.id).map_err(forbidden)?;
         hooks.prepare_restore(image).map_err(failed)?;
-        self.parts.ownership.lock().await_guest(self.link.id);
+        self.parts.ownership.lock().await_guest(self.link.id).map_err(forbidden)?;
         self.parts.faults.forget();
         Ok(())
     }
 
     fn load_state(&self, pieces: Vec<PieceSize>, fds: &[OwnedFd], hooks: &mut dyn Hooks) -> Reply<()> {
+        let _turn = self.parts.ownership.turn();
         self.parts.ownership.lock().load_state(self.link.id).map_err(forbidden)?;
         let [file] = fds else {
             let sentence = format!("load state came with {} file descriptors, expected 1", fds.len());
@@ -553,7 +499,8 @@ impl HookChannel {
             *last &= (1 << (pages % 64)) - 1;
         }
         let log_first_page = block.geometry.first_log_page() + first;
-        hooks.clear_tracker(ClearPages { block: id, first, bitmap: &bitmap, log_first_page }).map_err(failed)
+        let pages = ClearPages { block: id, first, bitmap: &bitmap, log_first_page };
+        self.parts.tracking.use_hooks(self.link.id, || hooks.clear_tracker(pages).map_err(failed))
     }
 }
 

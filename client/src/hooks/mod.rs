@@ -2,10 +2,12 @@
 //!
 //! - [`Hooks`]: what a VMM implements;
 //! - [`channel`]: the socket that the requests come on, and how they are answered;
+//! - [`end`]: the end of the agent, and what is undone then;
 //! - [`guarded`]: the edge where a panic of a hook becomes an error;
 //! - [`state`]: the file that the VMM's own state travels in.
 
 mod channel;
+mod end;
 mod guarded;
 mod state;
 
@@ -86,6 +88,12 @@ pub struct ClearPages<'a> {
 /// Each hook has a deadline, by default 10 seconds, after which the agent gives up and the migration fails. Hooks are called one at a time, in
 /// the order that the agent asked in. They may use the [`Client`](crate::Client), but must not wait for a job.
 ///
+/// After [`Client::reattach`](crate::Client::reattach) there are two hook channels for a while. Hooks
+/// that pause, resume or replace the guest take turns between them, and so do those of the tracker.
+/// So a hook must not wait for another channel, such as by [`HookThread::join`]; `agent_lost` may.
+/// What a lost agent had asked and was not called yet is refused, unless it ends something or says
+/// whose the guest is.
+///
 /// A hook that panics is caught, and fails: the job fails and says so, and a guest that was paused is
 /// resumed. What the hook had changed before is as the panic left it, so the VMM is told by
 /// [`Hooks::hook_panicked`]. In a program that is built with `panic = "abort"` nothing can be caught:
@@ -108,11 +116,12 @@ pub trait Hooks: Send {
     /// trackers or will be after the next sync.
     ///
     /// # Errors
-    /// If the guest does not stop. It counts as running then.
+    /// If the guest does not stop. Nothing relies on its pause then; it is resumed all the same, since
+    /// a part of it may have stopped.
     fn pause(&mut self) -> Result<(), HookError>;
 
     /// Lets the guest run: at the source after a failure, at the destination after the commit, after a restore, and when a snapshot needs it to stand still no more, but for one of
-    /// mode [`Stopped`](crate::SnapshotMode::Stopped). Also called when the agent dies while the guest is paused and still ours. May be called for a guest that runs.
+    /// mode [`Stopped`](crate::SnapshotMode::Stopped). Also called when the agent dies while the guest is paused, or a pause of it failed, and it is still ours. May be called for a guest that runs.
     /// Not called for a guest that stays paused: see [`Hooks::stay_paused`].
     ///
     /// While writes are watched ([`Hooks::writes_watched`]) other processes that write guest memory, such as vhost-user back-ends, are not resumed with it.
@@ -248,8 +257,8 @@ pub trait Hooks: Send {
     }
 
     /// No write is watched any more, after [`Hooks::writes_watched`]: the snapshot has ended, however it did, or its agent is lost. What stood still for it goes on, but
-    /// if the guest is still paused, only with the guest. After [`Client::reattach`](crate::Client::reattach) it comes by the old channel, so that one has to end before a snapshot
-    /// is asked of the new agent.
+    /// if the guest is still paused, only with the guest. After [`Client::reattach`](crate::Client::reattach) it comes by the old channel, unless the new agent watches writes by then:
+    /// that one announces it once more by [`Hooks::writes_watched`], and ends it.
     fn writes_unwatched(&mut self) {}
 
     /// A hook panicked, the one of this name, and was caught. Who can tell what is left of the VMM's state
@@ -263,10 +272,12 @@ pub trait Hooks: Send {
         let _ = status;
     }
 
-    /// The agent is lost; nothing more comes. Its process may live for a moment, and read guest memory:
+    /// The agent is lost; nothing more comes. A guest that the agent had paused and is ours was resumed
+    /// just before, or left paused ([`Hooks::stay_paused`]) if its operator had paused it.
+    ///
+    /// Its process may live for a moment yet, and read guest memory.
     /// [`Client::remove_block`](crate::Client::remove_block) and
-    /// [`Client::end_agent`](crate::Client::end_agent) wait for its end. A guest that the agent had paused and is ours was resumed just before, or left
-    /// paused ([`Hooks::stay_paused`]) if its operator had paused it.
+    /// [`Client::end_agent`](crate::Client::end_agent) wait for its end.
     fn agent_lost(&mut self, ownership: Ownership) {
         let _ = ownership;
     }

@@ -3,13 +3,21 @@ use super::*;
 use RunState::{Paused, Running};
 
 const LINK: u64 = 7;
+/// The agent that is attached next.
 const OTHER: u64 = 8;
 const RUN: Resume = Resume::To(Running);
 const STAY: Resume = Resume::To(Paused);
 
 const OWNERSHIPS: [Ownership; 4] = [Ownership::Ours, Ownership::Relinquished, Ownership::Gone, Ownership::Awaiting];
-const PAUSES: [Pause; 4] =
-    [Pause::Running, Pause::Uncertain, Pause::Paused { link: LINK }, Pause::Paused { link: OTHER }];
+const PAUSES: [Pause; 5] = [
+    Pause::Running,
+    Pause::Uncertain { link: LINK },
+    Pause::Uncertain { link: OTHER },
+    Pause::Paused { link: LINK },
+    Pause::Paused { link: OTHER },
+];
+/// A migration that can be recovered.
+const MIGRATION: Migration = Migration { session: [1; 16], release: true };
 
 /// Every state there is, also those that no run comes to.
 fn all() -> impl Iterator<Item = Machine> {
@@ -24,6 +32,8 @@ fn all() -> impl Iterator<Item = Machine> {
                         asked_by,
                         unanswered,
                         awaited: 0,
+                        agent: 0,
+                        migration: Migration::default(),
                     })
                 })
             })
@@ -43,9 +53,9 @@ fn status(kind: JobKind, phase: Phase) -> JobStatus {
 /// A source up to the answer of relinquish.
 fn relinquished() -> Machine {
     let mut machine = Machine::new();
-    machine.pause().unwrap();
+    machine.pause(LINK).unwrap();
     machine.paused(LINK, true, Running);
-    machine.relinquish(LINK).unwrap();
+    machine.relinquish(LINK, MIGRATION).unwrap();
     machine
 }
 
@@ -58,9 +68,12 @@ fn relinquish_needs_a_guest_that_is_ours_and_was_paused_by_that_agent() {
             Ownership::Relinquished => before.asked_by == Some(LINK),
             Ownership::Gone | Ownership::Awaiting => false,
         };
-        assert_eq!(machine.relinquish(LINK).is_ok(), allowed, "{before:?}");
+        assert_eq!(machine.relinquish(LINK, MIGRATION).is_ok(), allowed, "{before:?}");
         let after = if allowed { Ownership::Relinquished } else { before.ownership };
         assert_eq!((machine.ownership, machine.pause), (after, before.pause), "{before:?}");
+        if !allowed {
+            assert_eq!(machine, before, "a refusal changes nothing, the migration under way among it");
+        }
     }
 }
 
@@ -76,13 +89,16 @@ fn resume_without_force_is_for_who_was_asked() {
         match machine.resume(LINK, false, false) {
             Ok(what) => {
                 assert!(allowed, "{before:?}");
-                let runs = is_here(before) && before.pause == Pause::Running;
+                // Or the agent that is attached next has paused it.
+                let runs = is_here(before) && before.pause.link() != Some(LINK);
                 // The one that is awaited runs; one that was paused here goes back to what it was.
                 let comes = before.ownership == Ownership::Awaiting && !before.unanswered;
                 let goal = Resume::To(if comes { Running } else { before.run_state });
                 assert_eq!(what, if runs { Resume::Already } else { goal }, "{before:?}");
                 if before.ownership == Ownership::Awaiting && before.unanswered {
                     assert_eq!(machine, before, "it is the guest before the one that is awaited");
+                } else if what == Resume::Already {
+                    assert_eq!(machine.pause, before.pause, "{before:?}");
                 } else {
                     assert_eq!(machine.ownership, Ownership::Ours, "{before:?}");
                 }
@@ -101,7 +117,7 @@ fn resume_by_force_always_calls_the_vmm() {
         let mut machine = before;
         assert_eq!(machine.resume(OTHER, true, false), Ok(RUN), "{before:?}");
         assert_eq!(machine.ownership, Ownership::Ours, "{before:?}");
-        machine.resumed(true);
+        machine.resumed(LINK, true);
         assert_eq!(machine.pause, Pause::Running);
         assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
     }
@@ -111,7 +127,7 @@ fn resume_by_force_always_calls_the_vmm() {
 fn only_a_guest_that_is_here_is_paused_and_an_attempt_ends_the_say_of_the_one_before() {
     for before in all() {
         let mut machine = before;
-        assert_eq!(machine.pause().is_ok(), is_here(before), "{before:?}");
+        assert_eq!(machine.pause(LINK).is_ok(), is_here(before), "{before:?}");
         if is_here(before) {
             assert_eq!(machine, before);
         } else {
@@ -124,8 +140,8 @@ fn only_a_guest_that_is_here_is_paused_and_an_attempt_ends_the_say_of_the_one_be
 #[test]
 fn the_end_of_the_agent_resumes_only_what_it_paused_and_is_ours() {
     for before in all() {
-        let mut machine = before;
-        let resumes = before.ownership == Ownership::Ours && before.pause == Pause::Paused { link: LINK };
+        let machine = before;
+        let resumes = before.ownership == Ownership::Ours && before.pause.link() == Some(LINK);
         assert_eq!(machine.closed(LINK), resumes.then_some(before.run_state), "{before:?}");
         assert_eq!(machine, before);
     }
@@ -146,8 +162,10 @@ fn only_an_event_of_an_outgoing_job_moves_a_guest_that_was_given_up() {
         for kind in [JobKind::None, JobKind::Outgoing, JobKind::Incoming, JobKind::Snapshot, JobKind::Restore] {
             for phase in phases {
                 let mut machine = before;
-                machine.event(&status(kind, phase));
-                let given = kind == JobKind::Outgoing && before.ownership == Ownership::Relinquished;
+                machine.event(LINK, &status(kind, phase));
+                // An agent from before the one that asked for the line speaks of something else.
+                let is_of_before = before.asked_by == Some(OTHER);
+                let given = kind == JobKind::Outgoing && before.ownership == Ownership::Relinquished && !is_of_before;
                 let expected = match phase {
                     Phase::Completed if given => Machine { ownership: Ownership::Gone, ..before },
                     Phase::Unconfirmed if given => Machine { asked_by: None, ..before },
@@ -175,7 +193,7 @@ fn a_guest_that_is_refused_does_not_give_back_what_an_operator_s_restore_took() 
     for before in all() {
         let mut machine = before;
         let kept = machine.ask_for_guest(LINK);
-        machine.await_guest(LINK);
+        machine.await_guest(LINK).unwrap();
         let allowed = machine;
         machine.await_refused(kept);
         assert_eq!(machine, allowed, "{before:?}");
@@ -190,11 +208,11 @@ fn a_guest_that_is_refused_does_not_give_back_what_an_operator_s_restore_took() 
 fn the_resume_that_ends_a_snapshot_is_not_the_one_of_the_guest_that_is_awaited() {
     for accepted in [true, false] {
         let mut machine = Machine::new();
-        machine.pause().unwrap();
+        machine.pause(LINK).unwrap();
         machine.paused(LINK, true, Running);
         let kept = machine.ask_for_guest(LINK);
         assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
-        machine.resumed(true);
+        machine.resumed(LINK, true);
         assert_eq!(machine.ownership(), Ownership::Awaiting);
         if accepted {
             machine.await_answered();
@@ -213,14 +231,17 @@ fn a_snapshot_goes_on_until_the_agent_accepts_to_bring_a_guest_or_brings_it() {
     for before in all() {
         let mut asked = before;
         asked.ask_for_guest(LINK);
-        assert_eq!(asked.watch_writes().is_ok(), is_here(before), "{before:?}");
-        assert_eq!(asked.pause().is_ok(), is_here(before), "{before:?}");
+        assert_eq!(asked.watch_writes(LINK).is_ok(), is_here(before), "{before:?}");
+        assert_eq!(asked.pause(LINK).is_ok(), is_here(before), "{before:?}");
         if !is_here(before) {
             continue;
         }
-        assert!(asked.relinquish(LINK).is_err() && asked.closed(LINK).is_none(), "{before:?}");
+        assert!(asked.relinquish(LINK, MIGRATION).is_err() && asked.closed(LINK).is_none(), "{before:?}");
         asked.paused(LINK, true, Running);
-        assert!(asked.relinquish(LINK).is_err() && asked.closed(LINK).is_none(), "half of another guest may be here");
+        assert!(
+            asked.relinquish(LINK, MIGRATION).is_err() && asked.closed(LINK).is_none(),
+            "half of another guest may be here"
+        );
 
         let mut answered = asked;
         answered.await_answered();
@@ -228,8 +249,8 @@ fn a_snapshot_goes_on_until_the_agent_accepts_to_bring_a_guest_or_brings_it() {
         brought.load_state(LINK).unwrap();
         for mut machine in [answered, brought] {
             assert_eq!(machine.ownership, Ownership::Awaiting);
-            assert_eq!(machine.watch_writes(), Err(Forbidden::NotOursToSave(Ownership::Awaiting)));
-            assert_eq!(machine.pause(), Err(Forbidden::NotOurs(Ownership::Awaiting)));
+            assert_eq!(machine.watch_writes(LINK), Err(Forbidden::NotOursToSave(Ownership::Awaiting)));
+            assert_eq!(machine.pause(LINK), Err(Forbidden::NotOurs(Ownership::Awaiting)));
         }
         // The one who has no say changes nothing.
         let mut other = asked;
@@ -253,14 +274,14 @@ fn an_operator_restores_over_any_guest_but_one_that_may_return() {
     for before in all() {
         let mut machine = before;
         let allowed = before.ownership != Ownership::Relinquished;
-        assert_eq!(machine.prepare_restore().is_ok(), allowed, "{before:?}");
+        assert_eq!(machine.prepare_restore(LINK).is_ok(), allowed, "{before:?}");
         assert_eq!(machine, before, "the VMM is still to be asked");
         if allowed {
-            machine.await_guest(LINK);
+            machine.await_guest(LINK).unwrap();
             assert!(machine.load_state(LINK).is_ok() && machine.load_state(OTHER).is_err(), "{before:?}");
             assert_eq!(machine.closed(LINK), None, "nobody runs what is half restored");
             for phase in [Phase::Failed, Phase::Cancelled, Phase::Completed] {
-                machine.event(&status(JobKind::Restore, phase));
+                machine.event(LINK, &status(JobKind::Restore, phase));
                 assert_eq!(machine.ownership(), Ownership::Awaiting, "{before:?}");
             }
             assert_eq!(machine.resume(OTHER, false, false), Err(Forbidden::ForceOnly(Ownership::Awaiting)));
@@ -272,7 +293,7 @@ fn an_operator_restores_over_any_guest_but_one_that_may_return() {
 #[test]
 fn writes_are_watched_only_of_a_guest_that_is_here() {
     for before in all() {
-        assert_eq!(before.watch_writes().is_ok(), is_here(before), "{before:?}");
+        assert_eq!(before.watch_writes(LINK).is_ok(), is_here(before), "{before:?}");
     }
 }
 
@@ -287,7 +308,7 @@ fn take_by_force_is_like_new() {
 #[test]
 fn an_agent_that_dies_before_the_line_leaves_the_guest_here() {
     let mut machine = Machine::new();
-    machine.pause().unwrap();
+    machine.pause(LINK).unwrap();
     machine.paused(LINK, true, Running);
     assert_eq!(machine.closed(LINK), Some(Running));
 
@@ -305,27 +326,32 @@ fn an_agent_that_dies_after_the_line_leaves_it_standing_still() {
     assert_eq!(machine.resume(OTHER, true, false), Ok(RUN));
 }
 
+/// A pause that failed may have stopped a part of the guest: two of four vCPUs, its devices. So it is
+/// no ground to give the guest up, and still something to undo, by the agent or by its end.
 #[test]
-fn a_pause_that_failed_counts_as_not_paused_but_resume_is_passed_on() {
+fn a_pause_that_failed_counts_as_not_paused_and_is_undone_like_one_that_did_not() {
     let mut machine = Machine::new();
     machine.paused(LINK, false, Running);
-    assert_eq!(machine.closed(LINK), None);
-    assert!(machine.relinquish(LINK).is_err());
+    assert!(machine.relinquish(LINK, MIGRATION).is_err());
+    assert!(machine.waits_for_agent(), "an agent that hangs is found as soon as for a guest that is paused");
+    assert_eq!(machine.closed(LINK), Some(Running), "the agent died");
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
+    machine.resumed(LINK, true);
+    assert_eq!((machine.closed(LINK), machine.waits_for_agent()), (None, false));
 }
 
 #[test]
 fn a_resume_that_failed_is_tried_again() {
     let mut machine = Machine::new();
-    machine.await_guest(LINK);
+    machine.await_guest(LINK).unwrap();
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
-    machine.resumed(false);
+    machine.resumed(LINK, false);
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
 
     let mut machine = Machine::new();
     machine.paused(LINK, true, Running);
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
-    machine.resumed(false);
+    machine.resumed(LINK, false);
     assert_eq!(machine.closed(LINK), Some(Running), "the end of the agent tries again");
 }
 
@@ -333,17 +359,17 @@ fn a_resume_that_failed_is_tried_again() {
 fn a_guest_that_its_operator_paused_goes_back_to_that_whoever_lets_go_of_it() {
     let mut machine = Machine::new();
     assert_eq!(machine.run_state_before_pause(), None, "its VMM knows");
-    machine.pause().unwrap();
+    machine.pause(LINK).unwrap();
     machine.paused(LINK, true, Paused);
     assert_eq!(machine.run_state_before_pause(), Some(Paused));
     assert_eq!(machine.closed(LINK), Some(Paused), "the agent died");
     let mut given_up = machine;
-    given_up.relinquish(LINK).unwrap();
+    given_up.relinquish(LINK, MIGRATION).unwrap();
     // A failure, before the line and after it, and whatever the agent says of it.
     for mut machine in [machine, given_up] {
         assert_eq!(machine.resume(LINK, false, false), Ok(STAY));
         assert_eq!(machine.ownership(), Ownership::Ours);
-        machine.resumed(true);
+        machine.resumed(LINK, true);
         assert_eq!(machine.run_state_before_pause(), None);
         assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
     }
@@ -360,17 +386,93 @@ fn a_pause_that_failed_does_not_run_a_guest_that_was_paused() {
 
 #[test]
 fn a_guest_that_comes_is_what_the_agent_says_and_not_what_the_one_before_was() {
-    for before in all() {
+    // The next agent pauses nothing while this one brings a guest.
+    for before in all().filter(|before| before.pause.link() != Some(OTHER)) {
         for paused in [false, true] {
             let mut machine = before;
-            machine.await_guest(LINK);
+            machine.await_guest(LINK).unwrap();
             let goal = if paused { STAY } else { RUN };
             assert_eq!(machine.resume(LINK, false, paused), Ok(goal), "{before:?}");
             assert_eq!(machine.ownership(), Ownership::Ours);
-            machine.resumed(false);
+            machine.resumed(LINK, false);
             assert_eq!(machine.resume(LINK, false, false), Ok(goal), "it is tried again: {before:?}");
-            machine.resumed(true);
+            machine.resumed(LINK, true);
             assert_eq!(machine.resume(LINK, false, paused), Ok(Resume::Already));
         }
     }
+}
+
+#[test]
+fn an_agent_that_was_replaced_begins_nothing_and_changes_nothing() {
+    for before in all() {
+        let mut machine = Machine { agent: OTHER, ..before };
+        let kept = machine;
+        assert_eq!(machine.pause(LINK), Err(Forbidden::Replaced));
+        assert_eq!(machine.prepare_restore(LINK), Err(Forbidden::Replaced));
+        assert_eq!(machine.await_guest(LINK), Err(Forbidden::Replaced), "the VMM was asked before it was replaced");
+        assert_eq!(machine.load_state(LINK), Err(Forbidden::Replaced));
+        assert_eq!(machine.watch_writes(LINK), Err(Forbidden::Replaced));
+        assert_eq!(machine.relinquish(LINK, MIGRATION), Err(Forbidden::Replaced));
+        assert_eq!(machine.resume(LINK, true, false), Err(Forbidden::Replaced));
+        assert_eq!(machine, kept);
+        // Its word about a guest that it had is heard.
+        let mut unreplaced = before;
+        assert_eq!(machine.resume(LINK, false, false), unreplaced.resume(LINK, false, false), "{before:?}");
+        assert_eq!(machine, Machine { agent: OTHER, ..unreplaced });
+    }
+}
+
+#[test]
+fn the_agent_before_does_not_resume_what_the_next_one_has_paused() {
+    for success in [true, false] {
+        let mut machine = Machine::new();
+        machine.admit(LINK);
+        machine.pause(LINK).unwrap();
+        machine.paused(LINK, true, Paused);
+        machine.admit(OTHER);
+        machine.pause(OTHER).unwrap();
+        machine.paused(OTHER, success, machine.run_state_before_pause().unwrap());
+        assert_eq!(machine.closed(LINK), None);
+        assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
+        assert_eq!(machine.closed(OTHER), Some(Paused), "as its operator had it before either");
+        assert_eq!(machine.relinquish(OTHER, MIGRATION).is_ok(), success);
+    }
+}
+
+#[test]
+fn the_end_of_the_agent_before_takes_nothing_from_the_guest_that_the_next_one_brings() {
+    let mut machine = Machine::new();
+    machine.admit(LINK);
+    machine.ask_for_guest(LINK);
+    machine.await_answered();
+    machine.admit(OTHER);
+    machine.ask_for_guest(OTHER);
+    machine.await_answered();
+    assert!(machine.forgo(LINK), "who waits for its memory is let go all the same");
+    assert_eq!(machine.load_state(OTHER), Ok(()));
+    assert_eq!(machine.resume(OTHER, false, false), Ok(RUN));
+}
+
+#[test]
+fn a_guest_that_is_paused_while_another_is_refused_does_not_stay_paused_for_good() {
+    let mut machine = Machine::new();
+    machine.admit(LINK);
+    machine.paused(LINK, true, Running);
+    machine.admit(OTHER);
+    let before = machine.ask_for_guest(OTHER);
+    assert_eq!(machine.closed(LINK), None, "half of another guest may be here");
+    machine.await_refused(before);
+    assert_eq!(machine.closed(OTHER), Some(Running));
+    assert_eq!(machine.resume(OTHER, false, false), Ok(RUN));
+}
+
+#[test]
+fn a_refused_relinquish_leaves_the_migration_under_way_as_it_was() {
+    let mut machine = relinquished();
+    assert_eq!(machine.migration(), Some(MIGRATION));
+    let another = Migration { session: [2; 16], release: false };
+    assert!(machine.relinquish(OTHER, another).is_err());
+    assert_eq!(machine.migration(), Some(MIGRATION));
+    machine.take_by_force();
+    assert_eq!(machine.migration(), None);
 }

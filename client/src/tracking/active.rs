@@ -1,21 +1,27 @@
-//! What an agent has started to track and has not stopped yet.
+//! What an agent has started beside a running guest and has not stopped yet.
 //!
-//! Two things in the VMM must not outlive the agent that asked for them: the VMM's own tracker
-//! ([`Hooks::start_tracking`](crate::Hooks::start_tracking)), and the registration of the mappings
-//! that write-protect scanning goes by. Both cost the guest a fault for each page that it writes,
-//! and the registration keeps every other userfaultfd away.
+//! Three things in the VMM must not outlive the agent that asked for them: the VMM's own tracker
+//! ([`Hooks::start_tracking`](crate::Hooks::start_tracking)), the registration of the mappings that
+//! write-protect scanning goes by, and a throttle ([`Hooks::throttle`](crate::Hooks::throttle)).
+//! The trackers cost the guest a fault for each page that it writes, and the registration keeps
+//! every other userfaultfd away.
 //!
 //! A mapping can be registered with one userfaultfd at a time, and scanning
 //! (`UFFD_FEATURE_WP_ASYNC`) and background snapshots (write faults that wait) need different ones.
 //! So while writes are watched the registration is *suspended*, and made again afterwards. What is
 //! written meanwhile no scan can see; the agent knows, and takes all pages for written.
 //!
-//! The lock is held while the VMM's tracker is started or stopped. After a reattach the end of the
-//! old channel comes on a thread of its own: it must not stop what the new agent has just started.
+//! The lock is held while the VMM's hook is called. After a reattach the old channel may still have
+//! requests to handle, and its end comes on a thread of its own. It must not stop what the new agent
+//! has started, start it for itself, or clear pages in a tracker that the new agent reads. So each
+//! thing is recorded with the connection that started it, and an earlier connection is refused
+//! ([`Replaced`]).
 
 use crate::error::Error;
 use crate::memory::Memory;
 use crate::registration::Registered;
+use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
+use pageferry_protocol::error::chain;
 use pageferry_protocol::userfault::{Register, feature};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -31,6 +37,8 @@ struct State {
     /// The connection whose agent has started the VMM's own tracker.
     hooks: Option<u64>,
     scanning: Option<Scanning>,
+    /// The connection whose agent has the guest throttled.
+    throttled: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -41,17 +49,44 @@ struct Scanning {
     registered: Option<Registered>,
 }
 
+/// The agent of a later connection has started this meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("another agent was attached in place of this one, and has started {0} itself")]
+pub(crate) struct Replaced(&'static str);
+
+impl Replaced {
+    /// Refuses what `link` asks, if a later connection has started `what`.
+    fn check(what: &'static str, started_by: Option<u64>, link: u64) -> Result<(), Self> {
+        if started_by.is_some_and(|by| by > link) { Err(Self(what)) } else { Ok(()) }
+    }
+}
+
+impl From<Replaced> for RemoteError {
+    fn from(replaced: Replaced) -> Self {
+        Self::new(ErrorCode::State, replaced)
+    }
+}
+
 impl Tracking {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The agent of this connection has the VMM's own tracker started, by `start`.
-    pub(crate) fn start_hooks<E>(&self, link: u64, start: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+    pub(crate) fn start_hooks(&self, link: u64, start: impl FnOnce() -> Reply<()>) -> Reply<()> {
         let mut state = self.state();
+        Replaced::check("the VMM's tracker", state.hooks, link)?;
         // Before it is known: a start that failed may have started something.
         state.hooks = Some(link);
         start()
+    }
+
+    /// The agent of this connection reads the VMM's own tracker, or clears pages in it, by `call`.
+    /// What one agent clears the next one does not see.
+    pub(crate) fn use_hooks(&self, link: u64, call: impl FnOnce() -> Reply<()>) -> Reply<()> {
+        let state = self.state();
+        Replaced::check("the VMM's tracker", state.hooks, link)?;
+        call()
     }
 
     /// The agent of this connection has it stopped, by `stop`.
@@ -64,12 +99,30 @@ impl Tracking {
         stop()
     }
 
+    /// The agent of this connection has the guest throttled, by `throttle`; by 0 percent to let it
+    /// go.
+    pub(crate) fn throttle(&self, link: u64, percent: u32, throttle: impl FnOnce() -> Reply<()>) -> Reply<()> {
+        let mut state = self.state();
+        Replaced::check("to throttle the guest", state.throttled, link)?;
+        if percent > 0 {
+            // Before it is known, as for the tracker.
+            state.throttled = Some(link);
+        }
+        throttle()?;
+        if percent == 0 {
+            state.throttled = None;
+        }
+        Ok(())
+    }
+
     /// Registers the mappings of all blocks for the agent of this connection to scan. Where they are
     /// registered already that one goes first: nothing is protected then.
-    pub(crate) fn start_scanning(&self, link: u64, memory: &Memory) -> Result<(), Error> {
+    pub(crate) fn start_scanning(&self, link: u64, memory: &Memory) -> Reply<()> {
         let mut state = self.state();
+        Replaced::check("write-protect scanning", state.scanning_by(), link)?;
         state.scanning = None;
-        state.scanning = Some(Scanning { link, registered: Some(register(memory)?) });
+        let registered = register(memory).map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
+        state.scanning = Some(Scanning { link, registered: Some(registered) });
         Ok(())
     }
 
@@ -79,11 +132,15 @@ impl Tracking {
         self.state().scanning.take_if(|scanning| scanning.link == link);
     }
 
-    /// Takes the registration back for a while, if there is one.
-    pub(crate) fn suspend(&self) {
-        if let Some(scanning) = &mut self.state().scanning {
+    /// Takes the registration back for a while, if there is one, since the agent of this connection
+    /// watches writes.
+    pub(crate) fn suspend(&self, link: u64) -> Result<(), Replaced> {
+        let mut state = self.state();
+        Replaced::check("write-protect scanning", state.scanning_by(), link)?;
+        if let Some(scanning) = &mut state.scanning {
             scanning.registered = None;
         }
+        Ok(())
     }
 
     /// Registers again what was suspended.
@@ -94,7 +151,7 @@ impl Tracking {
             Ok(registered) => scanning.registered = Some(registered),
             // The agent's next scan finds mappings that are not registered, and fails by that.
             Err(error) => {
-                let error = pageferry_protocol::error::chain(&error);
+                let error = chain(&error);
                 log::warn!("write-protect tracking ends, the mappings cannot be registered again: {error}");
             }
         }
@@ -110,8 +167,77 @@ impl Tracking {
             None => Ok(()),
         }
     }
+
+    /// The agent of this connection is lost: a throttle of its own is lifted by `let_go`.
+    pub(crate) fn lost_throttle<E>(&self, link: u64, let_go: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let mut state = self.state();
+        match state.throttled.take_if(|by| *by == link) {
+            Some(_) => let_go(),
+            None => Ok(()),
+        }
+    }
+}
+
+impl State {
+    fn scanning_by(&self) -> Option<u64> {
+        self.scanning.as_ref().map(|scanning| scanning.link)
+    }
 }
 
 fn register(memory: &Memory) -> Result<Registered, Error> {
     Registered::all(memory, SCANNING, Register::WriteProtect)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: u64 = 7;
+    const NEW: u64 = 8;
+
+    fn nothing() -> Reply<()> {
+        Ok(())
+    }
+
+    fn not_called() -> Reply<()> {
+        panic!("the VMM is called for an agent that was replaced")
+    }
+
+    #[test]
+    fn what_the_next_agent_has_started_the_one_before_neither_starts_nor_clears_nor_stops() {
+        let tracking = Tracking::default();
+        tracking.start_hooks(OLD, nothing).unwrap();
+        tracking.start_hooks(NEW, nothing).unwrap();
+        tracking.throttle(NEW, 30, nothing).unwrap();
+        for refused in [
+            tracking.start_hooks(OLD, not_called),
+            tracking.use_hooks(OLD, not_called),
+            tracking.throttle(OLD, 0, not_called),
+        ] {
+            assert_eq!(refused.unwrap_err().code, ErrorCode::State);
+        }
+        tracking.stop_hooks(OLD, not_called).unwrap();
+        tracking.lost(OLD, not_called).unwrap();
+        tracking.lost_throttle(OLD, not_called).unwrap();
+        let mut calls = 0;
+        let mut called = || {
+            calls += 1;
+            nothing()
+        };
+        tracking.lost(NEW, &mut called).unwrap();
+        tracking.lost_throttle(NEW, &mut called).unwrap();
+        assert_eq!(calls, 2);
+    }
+
+    #[test]
+    fn the_agent_before_takes_no_registration_from_the_scan_of_the_next_one() {
+        let tracking = Tracking::default();
+        tracking.state().scanning = Some(Scanning { link: NEW, registered: None });
+        let memory = Memory::new(1 << 30).unwrap();
+        assert_eq!(tracking.start_scanning(OLD, &memory).unwrap_err().code, ErrorCode::State);
+        assert_eq!(tracking.suspend(OLD), Err(Replaced("write-protect scanning")));
+        tracking.stop_scanning(OLD);
+        assert_eq!(tracking.state().scanning_by(), Some(NEW));
+        tracking.suspend(NEW).unwrap();
+    }
 }

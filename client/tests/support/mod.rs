@@ -3,7 +3,7 @@
 
 mod recorder;
 
-pub(crate) use recorder::{Attached, Vmm, connected};
+pub(crate) use recorder::{Attached, Vmm, attach_next, connected, queue};
 
 use pageferry_client::{BlockSpec, Client, Config, Error, HookChannel, PageRange};
 use pageferry_protocol::control::codec::Encoder;

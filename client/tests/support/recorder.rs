@@ -151,3 +151,18 @@ impl Attached {
         (self.client, self.thread.join())
     }
 }
+
+/// Attaches another agent in place of the one before.
+pub(crate) fn attach_next(client: &Client) -> (HookChannel, FakeAgent) {
+    let (ours, agents) = UnixStream::pair().unwrap();
+    let next = std::thread::spawn(move || FakeAgent::shake_hands(agents.into(), MAX_RANGES));
+    let channel = client.reattach_socket(ours.into()).unwrap();
+    (channel, next.join().unwrap())
+}
+
+/// Has the agent send these and wait for nothing: nobody may have read them by its end.
+pub(crate) fn queue(agent: &mut FakeAgent, hooks: &[Hook]) {
+    for hook in hooks {
+        agent.send_hook(hook, Vec::new());
+    }
+}
