@@ -3,15 +3,13 @@
 use crate::error::Error;
 use crate::shared::sealed_memfd;
 use pageferry_protocol::control::request::BlockRange;
-use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE, PageRange};
+use pageferry_protocol::memory::file::MemoryFile;
+use pageferry_protocol::memory::{BlockGeometry, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, bitmap_bytes};
-use rustix::fs::{FallocateFlags, fallocate, fstatfs};
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
-
-/// `statfs.f_type` of hugetlbfs (`include/uapi/linux/magic.h`).
-const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// A block of guest memory, as the VMM describes it.
 #[derive(Debug, Clone, Copy)]
@@ -45,16 +43,6 @@ pub struct BlockAdded {
     pub sealed: bool,
 }
 
-/// The backing's allocation unit in bytes.
-pub(crate) fn host_page_size(memory: BorrowedFd<'_>) -> Result<u64, Error> {
-    let stat = fstatfs(memory).map_err(Error::kernel("look at the file under a block"))?;
-    // The field's type differs between architectures; the magic is 32 bits on all.
-    if stat.f_type as u64 & 0xffff_ffff == HUGETLBFS_MAGIC {
-        return Ok(stat.f_bsize as u64);
-    }
-    Ok(PAGE_SIZE.max(rustix::param::page_size() as u64))
-}
-
 /// A block that was added.
 #[derive(Debug)]
 pub(crate) struct Block {
@@ -62,7 +50,7 @@ pub(crate) struct Block {
     pub(crate) memory: OwnedFd,
     pub(crate) fd_offset: u64,
     pub(crate) vmm_address: u64,
-    host_page_size: u64,
+    file: MemoryFile,
     /// The bitmap of discarded pages: the file, for the agent, and our mapping of it.
     pub(crate) discarded_fd: OwnedFd,
     pub(crate) discarded: Arc<MappedBitmap>,
@@ -71,6 +59,9 @@ pub(crate) struct Block {
 impl Block {
     /// Makes the bitmap and keeps a duplicate of the file. `geometry` is checked.
     pub(crate) fn new(geometry: BlockGeometry, spec: &BlockSpec<'_>) -> Result<Self, Error> {
+        // The agent checks the same. Without one nobody else does before the next one is attached.
+        let file = MemoryFile::check(spec.memory, spec.fd_offset, spec.length)
+            .map_err(|source| Error::Memory { id: spec.id, source })?;
         let pages = geometry.pages();
         let discarded_fd = sealed_memfd("pageferry-discarded", bitmap_bytes(pages))?;
         let discarded = MappedBitmap::shared(std::os::fd::AsFd::as_fd(&discarded_fd), pages)
@@ -84,7 +75,7 @@ impl Block {
             .map_err(|source| Error::Kernel { what: "duplicate the file under a block", source: errno(&source) })?;
         Ok(Self {
             geometry,
-            host_page_size: host_page_size(spec.memory)?,
+            file,
             memory,
             fd_offset: spec.fd_offset,
             vmm_address: spec.vmm_address,
@@ -95,12 +86,17 @@ impl Block {
 
     /// The backing's allocation unit in bytes.
     pub(crate) fn host_page_size(&self) -> u64 {
-        self.host_page_size
+        self.file.host_page_size
+    }
+
+    /// What an agent would say about the block.
+    pub(crate) fn added(&self) -> BlockAdded {
+        BlockAdded { host_page_size: self.file.host_page_size, sealed: self.file.sealed }
     }
 
     /// What discards and populates are rounded to, in bytes, here and in the agent: a part of a host page cannot be freed.
     pub(crate) fn discard_unit(&self) -> u64 {
-        self.geometry.granularity.max(self.host_page_size)
+        self.geometry.granularity.max(self.file.host_page_size)
     }
 
     /// The pages that a discard of `range` covers whole (law 6).
@@ -154,8 +150,8 @@ impl Block {
     /// Frees the whole host pages of `pages`. A discard cannot fail (law 4), so a failure is only logged: the content is stale
     /// all the same, it just takes memory.
     fn punch(&self, pages: PageRange) {
-        let start = (self.fd_offset + pages.offset()).next_multiple_of(self.host_page_size);
-        let end = (self.fd_offset + pages.offset() + pages.bytes()) / self.host_page_size * self.host_page_size;
+        let start = (self.fd_offset + pages.offset()).next_multiple_of(self.host_page_size());
+        let end = (self.fd_offset + pages.offset() + pages.bytes()) / self.host_page_size() * self.host_page_size();
         if start >= end {
             return;
         }
@@ -177,27 +173,4 @@ impl Block {
 /// The error number in a `std::io::Error` that came from the kernel.
 pub(crate) fn errno(error: &std::io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rustix::fs::{MemfdFlags, memfd_create};
-    use std::os::fd::AsFd;
-
-    #[test]
-    fn host_page_size_is_that_of_the_backing() {
-        let plain = memfd_create("plain", MemfdFlags::CLOEXEC).unwrap();
-        assert_eq!(host_page_size(plain.as_fd()).unwrap(), rustix::param::page_size() as u64);
-        match memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) {
-            Ok(huge) => assert_eq!(host_page_size(huge.as_fd()).unwrap(), 2 << 20),
-            Err(errno) => {
-                assert!(
-                    !std::env::var("PAGEFERRY_REQUIRE").unwrap_or_default().contains("hugetlb"),
-                    "PAGEFERRY_REQUIRE names hugetlb: {errno}"
-                );
-                eprintln!("skipped: no huge pages of 2 MiB here: {errno}");
-            }
-        }
-    }
 }

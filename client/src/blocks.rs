@@ -38,7 +38,7 @@ impl Client {
         let flags = if spec.discarded { BLOCK_DISCARDED } else { 0 };
         let added = Block::new(geometry, &spec).and_then(|block| {
             let added = match send_block(&mut session.control, &block, flags) {
-                Err(Error::AgentLost { .. }) => block.describe()?,
+                Err(Error::AgentLost { .. }) => block.added(),
                 sent => sent?,
             };
             self.memory().insert(std::sync::Arc::new(block));
@@ -104,20 +104,4 @@ pub(crate) fn send_block(control: &mut Control, block: &Block, flags: u32) -> Re
     let reply =
         control.request(&request, &[block.memory.as_fd(), block.discarded_fd.as_fd()], AddBlockReply::decode)?;
     Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
-}
-
-impl Block {
-    /// What an agent would say about the block, which has none yet.
-    fn describe(&self) -> Result<BlockAdded, Error> {
-        let stat = rustix::fs::fstat(&self.memory).map_err(Error::kernel("look at the file under a block"))?;
-        let (id, length, fd_offset) = (self.geometry.id, self.geometry.length, self.fd_offset);
-        let size = u64::try_from(stat.st_size).unwrap_or(0);
-        if fd_offset.checked_add(length).is_none_or(|end| end > size) {
-            return Err(Error::ShortFile { id, fd_offset, length, size });
-        }
-        // Only memfds have seals; any other file can shrink.
-        let seals = rustix::fs::fcntl_get_seals(&self.memory).unwrap_or(rustix::fs::SealFlags::empty());
-        let sealed = seals.contains(rustix::fs::SealFlags::SHRINK);
-        Ok(BlockAdded { host_page_size: self.host_page_size(), sealed })
-    }
 }

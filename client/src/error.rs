@@ -7,6 +7,7 @@ use crate::ownership::Ownership;
 use pageferry_protocol::control::SocketError;
 use pageferry_protocol::control::job::NotUtf8;
 use pageferry_protocol::control::request::ErrorCode;
+use pageferry_protocol::memory::file::MemoryFileError;
 use pageferry_protocol::memory::{GeometryError, RangeError};
 use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::stream::RecordError;
@@ -183,17 +184,14 @@ pub enum Error {
         /// The message of the panic.
         message: String,
     },
-    /// The file under a block ends before the block.
-    #[error("block {id}: fd_offset {fd_offset:#x} + length {length:#x} ends after its file, which has {size:#x} bytes")]
-    ShortFile {
+    /// A file cannot be guest memory.
+    #[error("block {id}")]
+    Memory {
         /// The block.
         id: u32,
-        /// Where the block begins in its file, in bytes.
-        fd_offset: u64,
-        /// The block's length in bytes.
-        length: u64,
-        /// The file's size in bytes.
-        size: u64,
+        /// What is wrong with the file.
+        #[source]
+        source: MemoryFileError,
     },
     /// There is no migration to recover.
     #[error("ownership is {ownership:?}, and no migration is known that could be recovered")]

@@ -1,10 +1,10 @@
 //! All blocks at once, from a [`GuestMemoryMmap`].
 
-use crate::block::{BlockSpec, host_page_size};
+use crate::block::BlockSpec;
 use crate::client::Client;
 use crate::error::Error;
 use crate::vm_memory_bitmap::AttachLog;
-use pageferry_protocol::memory::pages_in;
+use pageferry_protocol::memory::{PAGE_SIZE, pages_in};
 use std::os::fd::AsFd;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
@@ -53,7 +53,7 @@ impl Client {
             memory,
             fd_offset: file.start(),
             vmm_address: mapping.as_ptr() as u64,
-            granularity: host_page_size(memory)?,
+            granularity: PAGE_SIZE,
             discarded: false,
         })
         .map(drop)

@@ -7,7 +7,7 @@ use pageferry_client::{BlockRange, BlockSpec, Config, Error, ErrorCode, JobStatu
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::request::{AddBlockReply, DISCARD_PUNCH, MAX_RANGES, Request, code};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 use support::*;
 
@@ -151,10 +151,11 @@ fn discard_that_cannot_free_is_no_error() {
     let (client, _hooks, agent) = client(|mut agent| {
         agent.accept_block();
     });
-    let memory = written(2);
-    let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
-    let read_only = OwnedFd::from(std::fs::File::open(path).unwrap());
-    client.add_block(spec(1, 0, &read_only)).unwrap();
+    let memory = memfd_create("sealed", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&memory, 2 * PAGE).unwrap();
+    assert_eq!(rustix::io::pwrite(&memory, &[0x5a; 2 * PAGE as usize], 0), Ok(2 * PAGE as usize));
+    rustix::fs::fcntl_add_seals(&memory, rustix::fs::SealFlags::WRITE).unwrap();
+    client.add_block(spec(1, 0, &memory)).unwrap();
     agent.join().unwrap();
     assert_eq!(client.discard(&[range(1, 0, 1)], Punch::Yes).unwrap(), 1);
     assert_eq!((discarded(&client, 1), allocated_pages(&memory)), (vec![0], 2));

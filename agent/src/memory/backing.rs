@@ -4,27 +4,14 @@
 //! was truncated is a short read and not SIGBUS (law 8), and no page fault is taken.
 
 use super::extents::DataRuns;
+use pageferry_protocol::memory::file::{MemoryFile, MemoryFileError};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+
+pub use pageferry_protocol::memory::file::BackingKind;
 use pageferry_protocol::userfault::UserfaultError;
-use rustix::fs::{FallocateFlags, OFlags, SealFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-
-/// `f_type` of hugetlbfs, from the kernel's `linux/magic.h`.
-const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
-/// `f_type` of tmpfs, and thereby of a memfd, from the kernel's `linux/magic.h`.
-const TMPFS_MAGIC: u64 = 0x0102_1994;
-
-/// What kind of file it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BackingKind {
-    /// A memfd or a file on tmpfs: has holes, and tells them.
-    Shmem,
-    /// hugetlbfs: no `write`, and does not tell its holes.
-    Hugetlb,
-    /// A file on a disk: holes as far as the file system tells them.
-    File,
-}
 
 /// A part of a file, checked.
 #[derive(Debug)]
@@ -32,63 +19,15 @@ pub struct Backing {
     fd: OwnedFd,
     offset: u64,
     length: u64,
-    kind: BackingKind,
-    host_page_size: u64,
-    sealed: bool,
-    writable: bool,
+    file: MemoryFile,
 }
 
 /// Why a file cannot be, or is no longer, the memory of a block.
 #[derive(Debug, thiserror::Error)]
 pub enum BackingError {
-    /// Not a file of memory.
-    #[error("memory fd is not a regular file or memfd (mode {mode:#o})")]
-    Kind {
-        /// `st_mode`.
-        mode: u32,
-    },
-    /// The descriptor cannot both read and write.
-    #[error("memory fd is open {mode}, allowed: O_RDWR")]
-    Access {
-        /// How it is open.
-        mode: &'static str,
-    },
-    /// The descriptor has a flag with which the kernel does something else than what was asked.
-    #[error("memory fd is open with {flag}: {why}; allowed: O_RDWR without it")]
-    Flag {
-        /// The flag.
-        flag: &'static str,
-        /// What it would do.
-        why: &'static str,
-    },
-    /// It can only be mapped, such as memory of memfd_secret.
-    #[error(
-        "memory fd has no {what}: it is of a kind that can only be mapped; allowed: memfds, tmpfs, hugetlbfs, files on a disk"
-    )]
-    MapOnly {
-        /// The system call that it lacks.
-        what: &'static str,
-    },
-    /// The file ends before the block does.
-    #[error("file of {size:#x} bytes is shorter than fd_offset {offset:#x} + length {length:#x}")]
-    Short {
-        /// Size of the file in bytes.
-        size: u64,
-        /// Offset of the block in bytes.
-        offset: u64,
-        /// Length of the block in bytes.
-        length: u64,
-    },
-    /// `fd_offset` or the length does not fit the host pages.
-    #[error("{field} {value:#x} is not a multiple of the host page size {host_page_size:#x}")]
-    Unaligned {
-        /// Name of the field.
-        field: &'static str,
-        /// Its value.
-        value: u64,
-        /// The backing's allocation unit in bytes.
-        host_page_size: u64,
-    },
+    /// It cannot be the memory of a block.
+    #[error(transparent)]
+    File(#[from] MemoryFileError),
     /// Reading or writing met the end of the file.
     #[error("file was truncated: it ends before byte {end:#x} of the block")]
     Truncated {
@@ -131,68 +70,43 @@ impl Backing {
     /// # Errors
     /// What is wrong with the file.
     pub fn new(fd: OwnedFd, offset: u64, length: u64) -> Result<Self, BackingError> {
-        let kernel = |what| move |source| BackingError::Kernel { what, at: 0, source };
-        let stat = rustix::fs::fstat(&fd).map_err(kernel("fstat"))?;
-        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
-            return Err(BackingError::Kind { mode: stat.st_mode });
-        }
-        check_flags(rustix::fs::fcntl_getfl(&fd).map_err(kernel("get the flags"))?)?;
-        let size = u64::try_from(stat.st_size).unwrap_or(0);
-        if offset.checked_add(length).is_none_or(|end| end > size) {
-            return Err(BackingError::Short { size, offset, length });
-        }
-        let statfs = rustix::fs::fstatfs(&fd).map_err(kernel("fstatfs"))?;
-        let (kind, host_page_size) = match statfs.f_type as u64 {
-            HUGETLBFS_MAGIC => (BackingKind::Hugetlb, statfs.f_bsize as u64),
-            TMPFS_MAGIC => (BackingKind::Shmem, PAGE_SIZE),
-            _ => (BackingKind::File, PAGE_SIZE),
-        };
-        for (field, value) in [("fd_offset", offset), ("length", length)] {
-            if value % host_page_size != 0 {
-                return Err(BackingError::Unaligned { field, value, host_page_size });
-            }
-        }
-        // Only a memfd has seals; other files answer EINVAL and can always shrink.
-        let seals = rustix::fs::fcntl_get_seals(&fd).unwrap_or(SealFlags::empty());
-        check_usable(&fd, kind)?;
-        let sealed = seals.contains(SealFlags::SHRINK);
-        let writable = !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);
-        Ok(Self { fd, offset, length, kind, host_page_size, sealed, writable })
+        let file = MemoryFile::check(fd.as_fd(), offset, length)?;
+        Ok(Self { fd, offset, length, file })
     }
 
     /// What kind of file it is.
     pub fn kind(&self) -> BackingKind {
-        self.kind
+        self.file.kind
     }
 
     /// The allocation unit in bytes.
     pub fn host_page_size(&self) -> u64 {
-        self.host_page_size
+        self.file.host_page_size
     }
 
     /// Bytes that a write into a hole allocates now: more than a page where tmpfs hands out huge pages, which it
     /// tells as `st_blksize`. That can change with a mount, and with the kernel's setting for memfds.
     pub fn write_unit(&self) -> u64 {
-        match self.kind {
+        match self.file.kind {
             BackingKind::Shmem => rustix::fs::fstat(&self.fd).map_or(PAGE_SIZE, |stat| stat.st_blksize as u64),
-            BackingKind::Hugetlb | BackingKind::File => self.host_page_size,
+            BackingKind::Hugetlb | BackingKind::File => self.file.host_page_size,
         }
     }
 
     /// True if the file cannot shrink.
     pub fn is_sealed(&self) -> bool {
-        self.sealed
+        self.file.sealed
     }
 
     /// True unless the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`): then no guest can
     /// come into it, since nothing can be written to it or freed in it.
     pub fn is_writable(&self) -> bool {
-        self.writable
+        self.file.writable
     }
 
     /// True if [`Backing::first_data`] tells holes from data page by page.
     pub fn tells_holes(&self) -> bool {
-        self.kind == BackingKind::Shmem
+        self.file.kind == BackingKind::Shmem
     }
 
     /// The file.
@@ -245,7 +159,7 @@ impl Backing {
     /// Writing past the end would make a truncated file grow again, with a guest that has lost its mapping. A
     /// sealed file needs no look.
     fn check_size(&self, end: u64) -> Result<(), BackingError> {
-        if self.sealed {
+        if self.file.sealed {
             return Ok(());
         }
         let stat =
@@ -261,7 +175,7 @@ impl Backing {
     /// # Errors
     /// If the kernel or the file system refuses.
     pub fn punch(&self, range: PageRange) -> Result<PageRange, BackingError> {
-        let unit = self.host_page_size / PAGE_SIZE;
+        let unit = self.file.host_page_size / PAGE_SIZE;
         let first = range.first.next_multiple_of(unit);
         let inner = PageRange::new(first, (range.end() / unit * unit).saturating_sub(first));
         if inner.is_empty() {
@@ -294,7 +208,7 @@ impl Backing {
         if range.is_empty() {
             return Ok(None);
         }
-        if self.kind == BackingKind::Hugetlb {
+        if self.file.kind == BackingKind::Hugetlb {
             return Ok(Some(range.first));
         }
         let start = self.offset + range.offset();
@@ -335,49 +249,10 @@ impl Backing {
     }
 }
 
-/// Refuses what `open` or `fcntl` has set on the descriptor, if reading, writing and punching at a place would
-/// not do what they say.
-fn check_flags(flags: OFlags) -> Result<(), BackingError> {
-    if flags.contains(OFlags::PATH) {
-        return Err(BackingError::Access { mode: "O_PATH" });
-    }
-    match flags & OFlags::ACCMODE {
-        OFlags::RDWR => {}
-        OFlags::RDONLY => return Err(BackingError::Access { mode: "O_RDONLY" }),
-        OFlags::WRONLY => return Err(BackingError::Access { mode: "O_WRONLY" }),
-        _ => return Err(BackingError::Access { mode: "with access mode 3" }),
-    }
-    let refused = [
-        (OFlags::APPEND, "O_APPEND", "Linux then writes at the end of the file, wherever pwrite is to"),
-        (
-            OFlags::DIRECT,
-            "O_DIRECT",
-            "it passes by the pages that the guest has mapped, and takes aligned buffers only",
-        ),
-    ];
-    match refused.into_iter().find(|(flag, ..)| flags.contains(*flag)) {
-        Some((_, flag, why)) => Err(BackingError::Flag { flag, why }),
-        None => Ok(()),
-    }
-}
-
-/// Refuses a file that has no `read` or `write`, whatever the descriptor says. Reads and writes no byte of it.
-/// A memfd that is sealed against writing has both; see [`Backing::is_writable`].
-fn check_usable(fd: &OwnedFd, kind: BackingKind) -> Result<(), BackingError> {
-    // Of no bytes: says only whether the file system has the call at all.
-    if rustix::io::pread(fd, &mut [0u8; 0][..], 0).is_err() {
-        return Err(BackingError::MapOnly { what: "read" });
-    }
-    if kind != BackingKind::Hugetlb && rustix::io::pwrite(fd, &[], 0).is_err() {
-        return Err(BackingError::MapOnly { what: "write" });
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::fs::{MemfdFlags, SealFlags, ftruncate, memfd_create};
 
     fn memfd(pages: u64) -> OwnedFd {
         let fd = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
@@ -387,60 +262,6 @@ mod tests {
 
     fn blocks(fd: impl AsFd) -> u64 {
         rustix::fs::fstat(fd).unwrap().st_blocks as u64 / 8
-    }
-
-    #[test]
-    fn a_file_that_cannot_hold_the_block_is_refused_with_its_size() {
-        let error = Backing::new(memfd(4), 0x1000, 4 * PAGE_SIZE).unwrap_err();
-        assert_eq!(error.to_string(), "file of 0x4000 bytes is shorter than fd_offset 0x1000 + length 0x4000");
-        assert!(matches!(Backing::new(memfd(4), u64::MAX, 2), Err(BackingError::Short { .. })));
-        assert!(matches!(Backing::new(memfd(4), 1, PAGE_SIZE), Err(BackingError::Unaligned { .. })));
-        let (pipe, _write) = rustix::pipe::pipe().unwrap();
-        assert!(matches!(Backing::new(pipe, 0, 0), Err(BackingError::Kind { .. })));
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(PAGE_SIZE).unwrap();
-    }
-
-    #[test]
-    fn a_descriptor_that_would_not_do_what_it_is_asked_is_refused_by_name() {
-        use rustix::fs::{Mode, open};
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("ram");
-        std::fs::write(&path, [0; PAGE_SIZE as usize]).unwrap();
-        // A memfd is opened once more by its name here.
-        let kept = memfd(1);
-        let shmem = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&kept));
-        let refused = |path: &str, flags| {
-            let fd = open(path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap();
-            Backing::new(fd, 0, PAGE_SIZE).map(|_| ()).map_err(|error| error.to_string())
-        };
-        for path in [path.to_str().unwrap(), &shmem] {
-            for (flags, named) in [
-                (OFlags::RDWR | OFlags::APPEND, "memory fd is open with O_APPEND: "),
-                (OFlags::PATH, "memory fd is open O_PATH, allowed: O_RDWR"),
-                (OFlags::RDONLY, "memory fd is open O_RDONLY, allowed: O_RDWR"),
-                (OFlags::WRONLY, "memory fd is open O_WRONLY, allowed: O_RDWR"),
-                (OFlags::ACCMODE, "memory fd is open with access mode 3, allowed: O_RDWR"),
-            ] {
-                let error = refused(path, flags).unwrap_err();
-                assert!(error.starts_with(named), "{path} {flags:?}: {error}");
-            }
-            assert_eq!(
-                refused(path, OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOATIME),
-                Ok(()),
-                "these change nothing"
-            );
-        }
-        // Not every file system takes it, but who sets it by fcntl may have it on any.
-        let direct = memfd(1);
-        if rustix::fs::fcntl_setfl(&direct, OFlags::DIRECT).is_ok() {
-            let error = Backing::new(direct, 0, PAGE_SIZE).unwrap_err().to_string();
-            assert!(error.starts_with("memory fd is open with O_DIRECT: "), "{error}");
-        }
-        // What was set after it was made counts as well.
-        let append = memfd(1);
-        rustix::fs::fcntl_setfl(&append, OFlags::APPEND).unwrap();
-        assert!(matches!(Backing::new(append, 0, PAGE_SIZE), Err(BackingError::Flag { flag: "O_APPEND", .. })));
     }
 
     #[test]
