@@ -116,14 +116,7 @@ impl Process {
     /// # Errors
     /// If it is gone, or does not stop.
     pub fn freeze(&self) -> Result<(), Error> {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::STOP).map_err(Error::kernel("stop a process"))?;
-        // The signal is only on its way, and each thread stops by itself.
-        let tasks = format!("/proc/{}/task", self.id());
-        wait_until(&format!("{} to stop", self.name), PATIENCE, || {
-            let tasks = std::fs::read_dir(&tasks).into_iter().flatten().flatten();
-            tasks.map(|task| task.path().join("stat")).all(|stat| !matches!(state(&stat), Some('R' | 'S' | 'D')))
-        })
+        freeze(self.id())
     }
 
     /// Lets it go on after [`Process::freeze`].
@@ -181,6 +174,21 @@ impl Drop for Process {
             let _ = self.child.wait();
         }
     }
+}
+
+/// Stops a process that may be in other hands, and returns when all of its threads stand still.
+///
+/// # Errors
+/// If it is gone, or does not stop.
+pub fn freeze(id: u32) -> Result<(), Error> {
+    let pid = i32::try_from(id).ok().and_then(rustix::process::Pid::from_raw);
+    let pid = pid.ok_or_else(|| Error::Argument(format!("{id} is no process")))?;
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).map_err(Error::kernel("stop a process"))?;
+    // The signal is only on its way, and each thread stops by itself.
+    wait_until(&format!("process {id} to stop"), PATIENCE, || {
+        let tasks = std::fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten();
+        tasks.map(|task| task.path().join("stat")).all(|stat| !matches!(state(&stat), Some('R' | 'S' | 'D')))
+    })
 }
 
 /// The state letter of a process or a thread, by its `stat` in /proc; `None` if it is gone.

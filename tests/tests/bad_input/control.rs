@@ -1,6 +1,6 @@
 //! The control socket: requests that are refused by field and value, and connections that end.
 
-use crate::common::{Listening, Peer, SOON};
+use crate::common::{Listening, Peer, SOON, memfd};
 use crate::geometry;
 use pageferry_client::{MIN_BANDWIDTH, OutgoingOptions, Phase, RestoreOptions, SnapshotOptions, Trackers};
 use pageferry_protocol::control::SocketError;
@@ -8,7 +8,7 @@ use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{HEADER_SIZE, MAX_BODY};
 use pageferry_protocol::control::request::{BlockRange, ErrorCode, OWN_REQUESTS, RemoteError, Reply, Request, code};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
-use rustix::fs::{MemfdFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -37,12 +37,6 @@ fn assert_dropped(peer: &mut Peer) {
 fn discard(peer: &mut Peer, range: BlockRange) -> Reply<u64> {
     let body = peer.ask(&Request::Discard { flags: 0, ranges: vec![range] }, Vec::new())?;
     Ok(u64::from_le_bytes(body.try_into().unwrap()))
-}
-
-fn memfd(size: u64) -> OwnedFd {
-    let fd = rustix::fs::memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
-    rustix::fs::ftruncate(&fd, size).unwrap();
-    fd
 }
 
 fn add_block(geometry: BlockGeometry, fd_offset: u64) -> Request {

@@ -3,6 +3,8 @@
 //! - [`model`]: the guest of the model tests;
 //! - [`blocks`]: the blocks of the model tests of snapshots and restores;
 //! - [`images`]: how images are asked for, what must hold of them, and damage to them;
+//! - [`image_scene`]: an agent that is a process, a VMM in this one, and folders for images;
+//! - [`moments`]: moments at which processes are killed, and guests that never stop writing;
 //! - [`ram`]: memory with stamps in its pages;
 //! - [`vmm`]: a VMM whose hooks follow a script;
 //! - [`side`]: such a VMM with its agent;
@@ -12,8 +14,10 @@
 
 mod agents;
 pub mod blocks;
+pub mod image_scene;
 pub mod images;
 pub mod model;
+pub mod moments;
 mod ram;
 mod relay;
 mod side;
@@ -26,6 +30,7 @@ pub use side::{Attached, Side, arrives_at, config, migrates_next_time, moves_to}
 pub use vmm::{Asked, At, KvmLog, Vmm, VmmHooks};
 
 use pageferry_client::{NonConvergence, OutgoingOptions};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -59,6 +64,11 @@ pub fn with_more_time(scene: impl Fn(Duration) -> Result<(), TooEarly>) {
 /// The error is the one that the scene is about.
 pub fn says(error: &str, words: &[&str]) -> Result<(), TooEarly> {
     if words.iter().any(|words| error.contains(words)) { Ok(()) } else { Err(TooEarly(error.to_owned())) }
+}
+
+/// A memfd of so many bytes.
+pub fn memfd(size: u64) -> OwnedFd {
+    pageferry_tests::files::memfd(size).unwrap()
 }
 
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

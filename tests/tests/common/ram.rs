@@ -90,6 +90,12 @@ impl Ram {
         Self::new(3, Self::ODD_GPA, pages, 0x5000)
     }
 
+    /// The same memory, whose page `n` holds the stamp `1000 + n`.
+    pub fn stamped(self) -> Self {
+        (0..self.pages).for_each(|page| self.write(page, 1000 + page));
+        self
+    }
+
     /// The same, but its file can shrink.
     pub fn unsealed(pages: u64) -> Self {
         Self::without_seal(3, Self::ODD_GPA, pages, 0x5000)

@@ -8,9 +8,7 @@ pub const PAGES: u64 = 200;
 
 /// Memory whose page `n` holds the stamp `1000 + n`.
 pub fn stamped() -> Ram {
-    let ram = Ram::odd(PAGES);
-    stamp(&ram);
-    ram
+    Ram::odd(PAGES).stamped()
 }
 
 pub fn stamp(ram: &Ram) {

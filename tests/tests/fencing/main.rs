@@ -8,12 +8,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod matrix;
-#[allow(dead_code, reason = "the tests of images use the rest of it")]
-#[path = "../image_failures/moments.rs"]
-mod moments;
-#[allow(dead_code, unused_imports, reason = "the tests of images use the rest of it")]
-#[path = "../image_failures/scene.rs"]
-mod scene;
 mod wakes;
 mod word;
 

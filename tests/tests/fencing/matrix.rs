@@ -11,9 +11,9 @@
 //! PAGEFERRY_KILL_ROUNDS=5000 cargo test -p pageferry-tests --test fencing matrix -- --nocapture
 //! ```
 
+use crate::common::image_scene::Host;
+use crate::common::moments::{BANDWIDTH, Moment, Running, check_content, check_image, waiting};
 use crate::is_dead;
-use crate::moments::{BANDWIDTH, Moment, Running, check_content, check_image, waiting};
-use crate::scene::Host;
 use pageferry_client::{
     Config, IncomingOptions, Mode, OutgoingOptions, Ownership, Phase, RestoreOptions, SnapshotMode, SnapshotOptions,
 };
@@ -73,9 +73,15 @@ impl Drop for Agents {
     }
 }
 
-/// Nobody waits longer for an agent that hangs: long enough for one that is only slow.
+/// Nobody waits longer for an agent that hangs: long enough for one that is only slow, since a round
+/// in which it is woken has to complete.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time until a job has noticed that its peer hangs: its stop may take `peer_timeout` and two
+/// `hook_timeout`.
+const SETTLED: Duration = Duration::from_secs(90);
+
 fn patient() -> Config {
-    Config { request_timeout: Duration::from_secs(3), ..Config::default() }
+    Config { request_timeout: TIMEOUT, ..Config::default() }
 }
 
 fn migration(mode: Mode, random: &mut Random) -> OutgoingOptions {
@@ -84,15 +90,14 @@ fn migration(mode: Mode, random: &mut Random) -> OutgoingOptions {
         streams: 2,
         switch_after: u32::from(mode == Mode::Hybrid),
         bandwidth: if random.one_in(4) { 0 } else { BANDWIDTH },
-        peer_timeout: Duration::from_secs(3),
-        hook_timeout: Duration::from_secs(3),
+        peer_timeout: TIMEOUT,
+        hook_timeout: TIMEOUT,
         ..OutgoingOptions::default()
     }
 }
 
 fn waits() -> IncomingOptions {
-    let (peer_timeout, hook_timeout) = (Duration::from_secs(3), Duration::from_secs(3));
-    IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() }
+    IncomingOptions { peer_timeout: TIMEOUT, hook_timeout: TIMEOUT, ..IncomingOptions::default() }
 }
 
 fn address(folder: &Path, name: &str) -> String {
@@ -182,7 +187,7 @@ fn hit_source(mode: Mode, how: Hit, random: &mut Random) -> Phase {
     // The agent is dead, so nothing new comes from here: now the operator looks at the destination.
     let settled = |phase: Phase| phase.is_final() || phase == Phase::PostcopyPaused;
     let look = || Some(destination.client().status().unwrap()).filter(|status| settled(status.phase));
-    let there = wait_for("the destination to settle", PATIENCE, look).unwrap();
+    let there = wait_for("the destination to settle", SETTLED, look).unwrap();
     match (source.client().ownership(), there.phase) {
         (Ownership::Ours, phase) => {
             assert_ne!(phase, Phase::Completed);
@@ -233,7 +238,7 @@ fn hit_destination(mode: Mode, how: Hit, random: &mut Random) -> Phase {
     }
     let settled = |phase: Phase| phase.is_final() || phase == Phase::PostcopyPaused;
     let look = || Some(source.client().status().unwrap()).filter(|status| settled(status.phase));
-    let here = wait_for("the source to settle", PATIENCE, look).unwrap();
+    let here = wait_for("the source to settle", SETTLED, look).unwrap();
     let (ownership, there) = (source.client().ownership(), destination.client().ownership());
     let lost = || destination.record().memory_lost.is_some();
     match (ownership, there) {
@@ -266,7 +271,7 @@ fn is_lost(vmm: &MockVmm, lost: impl Fn() -> bool) -> bool {
 }
 
 fn waiting_patiently(host: &Host) -> MockVmm {
-    crate::moments::waiting_with(host, patient())
+    crate::common::moments::waiting_with(host, patient())
 }
 
 /// The agent is hit while it saves the guest.
@@ -408,5 +413,6 @@ fn whenever_an_agent_is_killed_or_hangs_one_guest_runs_and_its_memory_is_whole()
         eprintln!("{what}: {rounds} rounds, {under_way} of them while the job ran");
     }
     let under_way: u64 = done.values().map(|[_, under_way]| under_way).sum();
-    assert!(under_way * 3 >= rounds, "nearly all came too late: {under_way} of {rounds}");
+    // Of a few rounds, all may have come too late.
+    assert!(rounds < 50 || under_way * 3 >= rounds, "nearly all came too late: {under_way} of {rounds}");
 }

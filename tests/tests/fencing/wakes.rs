@@ -8,19 +8,17 @@ use pageferry_client::{
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::process::state;
-use rustix::process::{Pid, Signal, kill_process};
+use pageferry_tests::process;
 use std::path::PathBuf;
 use std::time::Duration;
 
 const PAGES: u64 = 200;
-/// A VMM waits no longer for its agent: long enough for a slow machine, where nothing hangs.
-const SHORT: Duration = Duration::from_secs(2);
+/// A VMM waits no longer for its agent: longer than a busy machine takes where nothing hangs, since a
+/// handshake has no more.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 fn stamped() -> Ram {
-    let ram = Ram::odd(PAGES);
-    (0..PAGES).for_each(|page| ram.write(page, 1000 + page));
-    ram
+    Ram::odd(PAGES).stamped()
 }
 
 fn empty() -> Side {
@@ -28,7 +26,7 @@ fn empty() -> Side {
 }
 
 fn hasty(agent: &Agent, ram: Ram) -> Attached {
-    let config = Config { request_timeout: SHORT, ..config() };
+    let config = Config { request_timeout: TIMEOUT, ..config() };
     let (client, channel) = Client::connect(agent.socket(), config).unwrap();
     Attached::over(client, channel, ram)
 }
@@ -37,19 +35,14 @@ fn is_logged(source: &Attached, page: u64) -> bool {
     source.client.log().bits().contains(source.ram.gpa / PAGE_SIZE + page)
 }
 
-/// Stops a process that is in other hands, and returns when it stands still.
-fn freeze(pid: u32) {
-    kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::STOP).unwrap();
-    let stat = PathBuf::from(format!("/proc/{pid}/stat"));
-    wait_until("the process to stop", SOON, || state(&stat) == Some('T')).unwrap();
-}
-
-/// Waits until the thread of the agent's job sleeps.
-fn wait_for_the_job_to_wait(pid: u32) {
+/// Waits until the thread of the agent's job has asked its VMM, and polls for the answer. Between its
+/// event and that it polls for nothing else; for a lock or a log it would wait elsewhere in the
+/// kernel.
+fn wait_for_the_question(pid: u32) {
     let tasks = || std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten().map(|task| task.path());
     let is_job = |task: &PathBuf| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("job-"));
-    let sleeps = || tasks().filter(is_job).any(|task| state(&task.join("stat")) == Some('S'));
-    wait_until("the job to wait", SOON, sleeps).unwrap();
+    let polls = |task: PathBuf| std::fs::read_to_string(task.join("wchan")).is_ok_and(|at| at.contains("poll"));
+    wait_until("the job to ask", SOON, || tasks().filter(is_job).any(polls)).unwrap();
 }
 
 /// The agent waits for its peer, hangs, and is replaced. Then it wakes up, and its peer answers, while the next agent sends the guest.
@@ -99,8 +92,8 @@ fn hangs_before_the_commit(then: impl FnOnce(&Attached, &mut Agent)) {
     let source = hasty(&agent, stamped());
     // It asks for the line of law 9 right after this event, and waits for the answer. When that comes it stands still.
     source.vmm.on(At::phase(Phase::Committing), move || {
-        wait_for_the_job_to_wait(pid);
-        freeze(pid);
+        wait_for_the_question(pid);
+        process::freeze(pid).unwrap();
         Ok(())
     });
     let (destination, mut relay) = (empty(), Relay::new());

@@ -1,10 +1,10 @@
 //! The fence word alone. A VMM that the client library is not part of plays all of it, cuts nothing and kills nobody: what an agent does
 //! not do then it does not do since the word says so.
 
-use crate::common::{Listening, Peer, Ram, Relay, SOON, Side, passes};
+use crate::common::{Listening, Peer, Ram, Relay, SOON, Side, memfd, passes};
 use pageferry_client::{IncomingOptions, JobStatus, Phase, RunState, SnapshotMode, SnapshotOptions, Trackers};
 use pageferry_protocol::control::frame::FLAG_REPLY;
-use pageferry_protocol::control::hook::{Hook, SavedState, encode_hook_reply, encode_state_reply};
+use pageferry_protocol::control::hook::{Hook, PieceSize, SavedState, encode_hook_reply, encode_state_reply};
 use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, Request};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
@@ -12,22 +12,17 @@ use pageferry_protocol::shm::fence::FENCE_BYTES;
 use pageferry_protocol::shm::{FenceWord, MappedBitmap};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::{wait_for, wait_until};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 const PAGES: u64 = 200;
 /// Of this agent.
 const NUMBER: u64 = 7;
-
-fn memfd(length: u64) -> OwnedFd {
-    let fd = memfd_create("shared", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, length).unwrap();
-    fd
-}
 
 fn hello(agent: u64) -> Request {
     Request::Hello { version_min: 1, version_max: 1, features: FEATURE_FENCE, agent }
@@ -39,12 +34,19 @@ struct RawVmm {
     word: Arc<FenceWord>,
     log: OwnedFd,
     ram: Ram,
+    /// It has answered to a resume.
+    resumed: Arc<AtomicBool>,
     hooks: Option<JoinHandle<()>>,
 }
 
 impl RawVmm {
     /// Attached, with hooks that succeed. Before one of these is answered the agent is given up.
     fn new(agent: &Listening, given_up_at: Option<u32>) -> Self {
+        Self::with_state(agent, given_up_at, 0)
+    }
+
+    /// The same, and its own state has so many bytes.
+    fn with_state(agent: &Listening, given_up_at: Option<u32>, state: u64) -> Self {
         let fence = memfd(FENCE_BYTES);
         let word = Arc::new(FenceWord::map(fence.as_fd()).unwrap());
         let mut control = agent.connect();
@@ -58,8 +60,7 @@ impl RawVmm {
         let (ours, agents) = UnixStream::pair().unwrap();
         let set_hooks = Frame { fds: vec![agents.into()], ..Frame::request(21, Vec::new()) };
         control.socket.send(&set_hooks, Instant::now() + SOON).unwrap();
-        let ram = Ram::odd(PAGES);
-        (0..PAGES).for_each(|page| ram.write(page, 1000 + page));
+        let ram = Ram::odd(PAGES).stamped();
         let geometry = BlockGeometry {
             id: ram.id,
             name: "block3".into(),
@@ -70,9 +71,10 @@ impl RawVmm {
         let add = Request::AddBlock { geometry, fd_offset: ram.fd_offset, vmm_address: 0, flags: 0 };
         control.ask(&add, vec![ram.fd.try_clone().unwrap(), memfd(64)]).unwrap();
         control.ask(&Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE }, Vec::new()).unwrap();
-        let given_up = word.clone();
-        let hooks = std::thread::spawn(move || answer_hooks(ours.into(), given_up_at, &given_up));
-        Self { control, word, log, ram, hooks: Some(hooks) }
+        let (given_up, resumed) = (word.clone(), Arc::new(AtomicBool::new(false)));
+        let told = resumed.clone();
+        let hooks = std::thread::spawn(move || answer_hooks(ours.into(), given_up_at, state, &given_up, &told));
+        Self { control, word, log, ram, resumed, hooks: Some(hooks) }
     }
 
     /// How the job ended, as an operator of the agent sees it.
@@ -91,7 +93,8 @@ impl Drop for RawVmm {
     }
 }
 
-fn answer_hooks(socket: OwnedFd, given_up_at: Option<u32>, word: &FenceWord) {
+fn answer_hooks(socket: OwnedFd, given_up_at: Option<u32>, state: u64, word: &FenceWord, resumed: &AtomicBool) {
+    let file = memfd(state);
     let mut socket = FrameSocket::from(socket);
     loop {
         let frame = match socket.recv(Instant::now() + 3 * SOON) {
@@ -103,15 +106,17 @@ fn answer_hooks(socket: OwnedFd, given_up_at: Option<u32>, word: &FenceWord) {
             word.revoke(NUMBER);
         }
         let (sequence, hook) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
-        let body = match hook {
+        let (body, fds) = match hook {
             Hook::Event { .. } => continue,
             Hook::SaveState => {
-                let saved = SavedState { guest: RunState::Running, pieces: Vec::new() };
-                encode_state_reply(sequence, &Ok(saved))
+                let pieces = if state == 0 { vec![] } else { vec![PieceSize { name: "cpu".into(), length: state }] };
+                let fds = if state == 0 { vec![] } else { vec![file.as_fd()] };
+                (encode_state_reply(sequence, &Ok(SavedState { guest: RunState::Running, pieces })), fds)
             }
-            _ => encode_hook_reply(sequence, &Ok(())),
+            _ => (encode_hook_reply(sequence, &Ok(())), vec![]),
         };
-        socket.send_parts(frame.request, FLAG_REPLY, &body, &[], Instant::now() + SOON).unwrap();
+        socket.send_parts(frame.request, FLAG_REPLY, &body, &fds, Instant::now() + SOON).unwrap();
+        resumed.fetch_or(matches!(hook, Hook::Resume { .. }), Ordering::SeqCst);
     }
 }
 
@@ -173,6 +178,75 @@ fn a_snapshot_of_an_agent_that_was_given_up_leaves_no_image() {
         assert_replaced(&RawVmm::ended(&agent));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
+}
+
+/// Bytes of the image that the agent, which is in this process, writes in this folder; `None` if it does not. It has no
+/// name yet.
+fn written_in(folder: &Path) -> Option<u64> {
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().flatten().map(|entry| entry.path());
+    let is_there = |fd: &PathBuf| std::fs::read_link(fd).is_ok_and(|file| file.starts_with(folder) && file != folder);
+    // It may be closed meanwhile.
+    descriptors.filter(is_there).find_map(|fd| std::fs::metadata(fd).ok()).map(|file| file.len())
+}
+
+/// A snapshot that is under way in `folder`, of a VMM with so much state.
+fn saving(agent: &Listening, folder: &Path, given_up_at: Option<u32>, state: u64) -> RawVmm {
+    let mut vmm = RawVmm::with_state(agent, given_up_at, state);
+    let path = folder.join("image").to_str().unwrap().to_owned();
+    let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
+    vmm.control.ask(&Request::StartSnapshot { path, options }, Vec::new()).unwrap();
+    vmm
+}
+
+/// The agent looks when all memory was read. If it did not, it would go on with the image, and be the current
+/// agent again when it gives it its name.
+#[test]
+fn an_image_whose_agent_was_given_up_before_the_last_page_is_not_completed() {
+    let agent = Listening::new();
+    let folder = tempfile::tempdir().unwrap();
+    // The guest runs on from its resume.
+    let resume = pageferry_protocol::control::hook::code::RESUME;
+    let vmm = saving(&agent, folder.path(), Some(resume), 16 << 20);
+    wait_until("the agent to be given up", SOON, || vmm.word.current() == 0).unwrap();
+    let (before, mut operator) = (written_in(folder.path()), agent.connect());
+    wait_until("the job's end", SOON, || {
+        if written_in(folder.path()) != before {
+            vmm.word.admit(NUMBER);
+        }
+        operator.status().phase.is_final()
+    })
+    .unwrap();
+    assert_replaced(&RawVmm::ended(&agent));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// The agent looks once more right before the name: here it is given up while it writes what comes after the
+/// last page.
+#[test]
+fn an_image_whose_agent_was_given_up_after_the_last_page_gets_no_name() {
+    // The more state there is, the more time to give the agent up.
+    for state in [64 << 20, 256 << 20, 768 << 20] {
+        let agent = Listening::new();
+        let folder = tempfile::tempdir().unwrap();
+        let vmm = saving(&agent, folder.path(), None, state);
+        let wait_for_resume = || vmm.resumed.load(Ordering::SeqCst);
+        wait_until("the guest to run", SOON, wait_for_resume).unwrap();
+        let before = written_in(folder.path());
+        let written = || written_in(folder.path()) > before;
+        while !written() && !agent.connect().status().phase.is_final() {
+            std::thread::yield_now();
+        }
+        vmm.word.revoke(NUMBER);
+        let status = RawVmm::ended(&agent);
+        if status.phase == Phase::Completed {
+            eprintln!("it was given up too late, with {state:#x} bytes of state");
+            continue;
+        }
+        assert_replaced(&status);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        return;
+    }
+    panic!("it was given up too late with all sizes of state");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Increments whose base is another, or gone, and images of other guests: the VMM's memory is not touched, and the next restore is complete.
 
+use crate::common::image_scene::{Folder, Guest, Host, assert_completed, assert_failed, both, on, paused, tracked};
 use crate::common::images::bytes_of;
-use crate::scene::{Folder, Guest, Host, assert_completed, assert_failed, both, on, paused, tracked};
 use pageferry_client::{Config, RestoreOptions, Target};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::memory::BlockLayout;

@@ -1,7 +1,7 @@
 //! A byte that is changed anywhere in an image, or an end that is missing: an error that names the place, or the right memory; never the wrong one.
 
+use crate::common::image_scene::{Guest, Host, assert_completed, both, eager, lazy, on, paused, tracked};
 use crate::common::images::{self, flip};
-use crate::scene::{Guest, Host, assert_completed, both, eager, lazy, on, paused, tracked};
 use pageferry_agent::image::{Chain, Image};
 use pageferry_client::{Config, JobStatus, Phase, Punch, RestoreMode, RestoreOptions};
 use pageferry_protocol::image::SectionKind;

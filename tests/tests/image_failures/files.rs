@@ -1,11 +1,11 @@
 //! Files that fail, shrink, or are none.
 
-use crate::common::images::assert_right_or_missing;
-use crate::common::{At, lock};
-use crate::scene::{
+use crate::common::image_scene::{
     Guest, Host, PAGES, assert_completed, assert_failed, background, both, byte_of, eager, endless, lazy, on, paused,
     slow, tracked,
 };
+use crate::common::images::assert_right_or_missing;
+use crate::common::{At, lock};
 use pageferry_agent::image::Chain;
 use pageferry_client::{Config, Phase, RestoreMode, RestoreOptions, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;

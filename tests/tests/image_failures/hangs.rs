@@ -1,7 +1,9 @@
 //! Agents that hang, and are killed when they are given up.
 
+use crate::common::image_scene::{
+    Guest, Host, PAGES, assert_completed, background, eager, endless, lazy, on, paused, slow, tracked,
+};
 use crate::common::{SOON, lock};
-use crate::scene::{Guest, Host, PAGES, assert_completed, background, eager, endless, lazy, on, paused, slow, tracked};
 use pageferry_client::{Ownership, Phase, RestoreMode, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
@@ -9,8 +11,9 @@ use pageferry_tests::random::page_content;
 use pageferry_tests::require;
 use std::time::Duration;
 
-/// The VMM waits no longer for its agent: long enough for a slow machine, where nothing hangs.
-const SHORT: Duration = Duration::from_secs(2);
+/// The VMM waits no longer for its agent: longer than a busy machine takes where nothing hangs, since
+/// a handshake has no more.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The agent was killed, and nothing is left of its job. Another takes its place.
 fn replace(host: &mut Host, before: &[(String, Vec<u8>)]) {
@@ -25,7 +28,7 @@ fn an_agent_that_hangs_in_a_snapshot_is_given_up_and_the_guest_writes_everywhere
     for options in modes {
         for increment in [false, true] {
             let mut host = Host::new();
-            let guest = Guest::hasty(&host, PAGES, SHORT);
+            let guest = Guest::hasty(&host, PAGES, TIMEOUT);
             let base = host.images.path("base");
             guest.saved(&host, "base", &tracked(paused()));
             guest.fill(0..PAGES, 2);
@@ -55,7 +58,7 @@ fn an_agent_that_hangs_is_given_up_while_threads_wait_to_write() {
         return;
     }
     let mut host = Host::new();
-    let guest = Guest::hasty(&host, PAGES, SHORT);
+    let guest = Guest::hasty(&host, PAGES, TIMEOUT);
     guest.snapshot(&host.images.path("image"), &endless(background()));
     guest.reaches(Phase::Saving);
     host.agent.process().freeze().unwrap();
@@ -89,7 +92,7 @@ fn an_agent_that_hangs_in_a_restore_is_given_up_and_the_next_is_complete() {
         source.saved(&host, "source", &SnapshotOptions { mode: SnapshotMode::Paused, ..background() });
         drop(source);
         let (path, before) = (host.images.path("source"), host.images.bytes());
-        let guest = Guest::hasty(&host, PAGES, SHORT);
+        let guest = Guest::hasty(&host, PAGES, TIMEOUT);
         let runs = options.mode == RestoreMode::Lazy;
         guest.restore(&path, &slow(options.clone()));
         guest.reaches(if runs { Phase::Prefetching } else { Phase::Restoring });

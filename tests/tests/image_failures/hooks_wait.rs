@@ -1,8 +1,8 @@
 //! The VMM's own hooks wait for memory that an image would have, if it were not damaged: they get an error, and the VMM is told.
 
+use crate::common::image_scene::{Guest, Host, PAGES, assert_completed, assert_failed, lazy, paused, slow};
 use crate::common::images::flip;
 use crate::common::{At, SOON, Touch, lock};
-use crate::scene::{Guest, Host, PAGES, assert_completed, assert_failed, lazy, paused, slow};
 use pageferry_client::{Error, Ownership, RestoreOptions};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::random::page_content;

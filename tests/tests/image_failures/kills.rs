@@ -1,10 +1,10 @@
 //! Agents and VMMs that are killed at any moment, and agents that hang at any.
 
-use crate::common::{PROGRAM, lock};
-use crate::moments::{BANDWIDTH, Moment, PAGES, Running, check_content, check_image, waiting};
-use crate::scene::{
+use crate::common::image_scene::{
     self, Guest, Host, assert_completed, assert_failed, background, eager, endless, lazy, on, paused, slow, tracked,
 };
+use crate::common::moments::{BANDWIDTH, Moment, PAGES, Running, check_content, check_image, waiting};
+use crate::common::{PROGRAM, lock};
 use pageferry_agent::image::Chain;
 use pageferry_client::{Config, MIN_BANDWIDTH, Ownership, Phase, RestoreOptions, SnapshotOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -462,7 +462,7 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
 fn an_agent_that_is_told_to_end_leaves_no_image_and_no_protection() {
     for options in if require::uffd() { vec![background(), paused()] } else { vec![paused()] } {
         let mut host = Host::new();
-        let guest = Guest::full(&host, scene::PAGES);
+        let guest = Guest::full(&host, image_scene::PAGES);
         guest.snapshot(&host.images.path("image"), &endless(options));
         guest.reaches(Phase::Saving);
         host.agent.process().terminate().unwrap();
@@ -476,7 +476,7 @@ fn an_agent_that_is_told_to_end_leaves_no_image_and_no_protection() {
 #[test]
 fn an_agent_that_is_told_to_end_undoes_a_restore_or_brings_it_to_its_end() {
     let mut host = Host::new();
-    let guest = Guest::full(&host, scene::PAGES);
+    let guest = Guest::full(&host, image_scene::PAGES);
     let (path, right) = (host.images.path("image"), guest.bytes());
     guest.saved(&host, "image", &paused());
     guest.restore(&path, &slow(eager()));

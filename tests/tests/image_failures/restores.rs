@@ -1,10 +1,10 @@
 //! What comes between while a guest is restored: discards, populates, cancels, and what the VMM says of it.
 
-use crate::common::images::flip;
-use crate::common::{At, PROGRAM, SOON, lock};
-use crate::scene::{
+use crate::common::image_scene::{
     Guest, Host, PAGES, assert_completed, assert_failed, background, both, eager, lazy, on, paused, slow, tracked,
 };
+use crate::common::images::flip;
+use crate::common::{At, PROGRAM, SOON, lock};
 use pageferry_client::{Error, HookError, MIN_BANDWIDTH, Ownership, Phase, Punch, RestoreMode, RestoreOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;

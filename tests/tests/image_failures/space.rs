@@ -1,7 +1,7 @@
 //! A file system that is full.
 
 use crate::common::SOON;
-use crate::scene::{
+use crate::common::image_scene::{
     Guest, Host, PAGES, assert_completed, assert_failed, background, byte_of, endless, lazy, on, paused, tracked,
 };
 use pageferry_client::{Phase, Punch, RestoreOptions, SnapshotMode, SnapshotOptions, Trackers};

@@ -5,6 +5,7 @@ use crate::memory::block::GuestLog;
 use crate::memory::capturing::{Capturing, Sink};
 use crate::memory::noted::Listening;
 use crate::memory::owed::Owed;
+use crate::memory::test_support::{let_others_run, memfd};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
 use pageferry_protocol::shm::DirtyLog;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,12 +16,6 @@ use std::thread::yield_now;
 const PAGES: u64 = 150;
 /// Guest page of the first page.
 const FIRST: u64 = 3;
-
-fn memfd(length: u64) -> OwnedFd {
-    let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    rustix::fs::ftruncate(&fd, length).unwrap();
-    fd
-}
 
 /// A block whose pages are all written.
 fn memory() -> Arc<GuestMemory> {
@@ -44,11 +39,6 @@ fn holes(memory: &GuestMemory) -> Vec<u64> {
 fn logged(memory: &GuestMemory) -> Vec<u64> {
     let log = memory.log.as_ref().unwrap().log.bits();
     (0..PAGES).filter(|page| log.contains(FIRST + page)).collect()
-}
-
-/// Gives another thread every chance to go too far.
-fn let_others_run() {
-    (0..1000).for_each(|_| yield_now());
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! An agent that is a process, a VMM in this one whose hooks follow a script, and folders for images.
 
-pub use crate::common::images::{on, paused, tracked};
-use crate::common::{PROGRAM, Peer, SOON, Vmm, VmmHooks, images, lock};
+pub use super::images::{on, paused, tracked};
+use super::{PROGRAM, Peer, SOON, Vmm, VmmHooks, images, lock};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
     BlockRange, Client, Config, Error, JobStatus, MIN_BANDWIDTH, Phase, RestoreMode, RestoreOptions, SnapshotOptions,

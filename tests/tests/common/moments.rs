@@ -1,6 +1,6 @@
 //! Guests that never stop writing, moments by chance, and what must hold of an image that was made of such a guest.
 
-use crate::scene::Host;
+use super::image_scene::Host;
 use pageferry_agent::image::Chain;
 use pageferry_client::{Client, Config, JobStatus, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
