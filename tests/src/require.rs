@@ -9,15 +9,18 @@
 //! ```
 //!
 //! A need that is not met prints `skipped: why`. Where the environment variable `PAGEFERRY_REQUIRE` names it (comma
-//! separated: `kvm,uffd,hugetlb,thp,tmpfs`), the test fails instead: a machine that is meant to run everything must not skip in silence.
+//! separated: `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,net,disk`), the test fails instead: a machine that is meant to run everything must not skip in silence.
 
 use crate::huge_pages::HugePages;
-use crate::tmpfs::Tmpfs;
+use crate::tmpfs::{Tmpfs, hands_out_huge_pages};
 use kvm_ioctls::{Cap, Kvm};
 use pageferry_agent::tracking::pagemap::Pagemap;
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_protocol::error::chain;
 use std::error::Error;
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
 
 /// Name of the variable that turns skipping into failing.
 pub const VARIABLE: &str = "PAGEFERRY_REQUIRE";
@@ -61,6 +64,58 @@ pub fn thp() -> bool {
 /// If there is none, and `PAGEFERRY_REQUIRE` names `tmpfs`.
 pub fn tmpfs() -> Option<Tmpfs> {
     met("tmpfs", Tmpfs::find().map_err(Into::into))
+}
+
+/// The same, where a tmpfs that is mounted with `huge=always` hands out huge pages for small writes.
+///
+/// # Panics
+/// If there is none, and `PAGEFERRY_REQUIRE` names `huge-tmpfs`.
+pub fn huge_tmpfs() -> Option<Tmpfs> {
+    let tmpfs = tmpfs()?;
+    let tried = tmpfs.file("size=16M,huge=always", 4 << 20).and_then(|file| hands_out_huge_pages(&file));
+    met("huge-tmpfs", tried.map(|()| tmpfs).map_err(Into::into))
+}
+
+/// A file of `length` bytes in `folder`, which is to be on a disk.
+///
+/// # Panics
+/// If it is not, and `PAGEFERRY_REQUIRE` names `disk`.
+pub fn file_on_disk(folder: &Path, length: u64) -> Option<File> {
+    met("disk", try_file_on_disk(folder, length))
+}
+
+fn try_file_on_disk(folder: &Path, length: u64) -> Result<File, Box<dyn Error>> {
+    /// `TMPFS_MAGIC` of `linux/magic.h`.
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    let file = tempfile::tempfile_in(folder)?;
+    if rustix::fs::fstatfs(&file)?.f_type as u64 == TMPFS_MAGIC {
+        return Err(format!("{} is a tmpfs", folder.display()).into());
+    }
+    file.set_len(length)?;
+    Ok(file)
+}
+
+/// What `unshare` is to do so that a process has a network, and mounts, of its own: who is root needs no user namespace, unless that is all its
+/// container gives it. There are `sh`, `ip` and `mount` then.
+///
+/// # Panics
+/// If nothing works, and `PAGEFERRY_REQUIRE` names `net`.
+pub fn net_namespace() -> Option<&'static str> {
+    met("net", try_net_namespace())
+}
+
+fn try_net_namespace() -> Result<&'static str, Box<dyn Error>> {
+    let script = "ip link set lo up && ip route add default dev lo && mount --bind /dev/null /etc/resolv.conf";
+    let mut said = String::new();
+    for namespaces in ["-mn", "-Urmn"] {
+        let output = Command::new("unshare").args([namespaces, "sh", "-c", script]).output();
+        let output = output.map_err(|error| format!("run unshare: {error}"))?;
+        if output.status.success() {
+            return Ok(namespaces);
+        }
+        said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    }
+    Err(said.into())
 }
 
 fn try_thp() -> Result<(), Box<dyn Error>> {

@@ -3,12 +3,16 @@
 //! It is mounted in a mount namespace of the process's own, if need be in a user namespace, so that it takes no privilege, nobody else sees it, and it goes with the process.
 
 use crate::Error;
+use pageferry_protocol::memory::PAGE_SIZE;
+use rustix::fs::{FallocateFlags, fallocate};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 /// Mounts a tmpfs of `$1` bytes at `$0`, and becomes what follows.
 const SCRIPT: &str = r#"mount -t tmpfs -o "size=$1" none "$0" && shift && exec "$@""#;
@@ -68,21 +72,48 @@ impl Tmpfs {
         command.args([self.namespaces, "sh", "-c", HOLD]).arg(folder.path()).arg(options);
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(Error::io("run unshare"))?;
-        let mut said = String::new();
-        if let Some(output) = child.stdout.take() {
-            BufReader::new(output).read_line(&mut said).map_err(Error::io("hear of the mount"))?;
-        }
-        let opened = if said.trim() == "mounted" {
-            let view = View::of(child.id(), folder.path())?;
-            let file = File::options().read(true).write(true).create_new(true).open(view.path().join("ram"));
-            file.and_then(|file| file.set_len(length).map(|()| file)).map_err(Error::io("make a file on the tmpfs"))
-        } else {
-            Err(Error::Argument(format!("cannot mount a tmpfs with {options}")))
-        };
+        let opened = file_on_mount(&mut child, folder.path(), options, length);
+        // Whatever came of it.
         drop(child.stdin.take());
         child.wait().map_err(Error::io("end unshare"))?;
         opened
     }
+}
+
+/// Makes a file where `child` has mounted its tmpfs.
+fn file_on_mount(child: &mut Child, folder: &Path, options: &str, length: u64) -> Result<File, Error> {
+    let mut said = String::new();
+    if let Some(output) = child.stdout.take() {
+        BufReader::new(output).read_line(&mut said).map_err(Error::io("hear of the mount"))?;
+    }
+    if said.trim() != "mounted" {
+        return Err(Error::Argument(format!("cannot mount a tmpfs with {options}")));
+    }
+    let view = View::of(child.id(), folder)?;
+    let file = File::options().read(true).write(true).create_new(true).open(view.path().join("ram"));
+    file.and_then(|file| file.set_len(length).map(|()| file)).map_err(Error::io("make a file on the tmpfs"))
+}
+
+/// Sees to it that a small write into this empty file allocates more than it writes, and empties it again.
+///
+/// # Errors
+/// If it does not, even after the kernel was asked to make free memory contiguous.
+pub fn hands_out_huge_pages(file: &File) -> Result<(), Error> {
+    let mut allocated = 0;
+    for _ in 0..10 {
+        file.write_at(&[1], 0).map_err(Error::io("write to a file on a tmpfs"))?;
+        let length = file.metadata().map_err(Error::io("look at a file on a tmpfs"))?;
+        allocated = length.blocks() * 512;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(file, flags, 0, length.len()).map_err(Error::kernel("empty a file on a tmpfs"))?;
+        if allocated > PAGE_SIZE {
+            return Ok(());
+        }
+        // Only root may. Whoever may not waits for the kernel to do it by itself.
+        let _ = std::fs::write("/proc/sys/vm/compact_memory", "1");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    Err(Error::Argument(format!("a write of one byte allocates {allocated:#x} bytes, and no huge page")))
 }
 
 impl View {

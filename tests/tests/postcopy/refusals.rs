@@ -10,6 +10,7 @@ use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
 use pageferry_tests::require;
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use std::path::Path;
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
@@ -45,8 +46,7 @@ fn one_block(backing: Backing) -> Arc<TestMemory> {
 
 #[test]
 fn a_file_on_a_disk_takes_precopy_alone() {
-    let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    file.set_len(4 * MIB).unwrap();
+    let Some(file) = require::file_on_disk(Path::new(env!("CARGO_TARGET_TMPDIR")), 4 * MIB) else { return };
     let destination = Side::new(one_block(Backing::File(Arc::new(file))));
     refused_at_accept(&Side::new(one_block(Backing::Memfd)), &destination.vmm, "block 0 is a file on a disk", true);
 }
