@@ -3,15 +3,17 @@
 
 use pageferry_client::{
     BlockRange, Client, Config, Error, ErrorCode, IncomingOptions, Mode, OutgoingOptions, Ownership, Phase, Punch,
-    SnapshotMode, SnapshotOptions, Target, Trackers,
+    RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions, Target, Trackers,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::files::Still;
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::require;
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{Fault, HookName, MockVmm, PATIENCE, Tracker};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 const PAGES: u64 = 4096;
@@ -153,6 +155,85 @@ fn a_guest_resets_while_it_is_moved_and_while_it_is_saved() {
     }
     assert!(source.vmm.record().runs);
     assert_eq!(source.client().ownership(), Ownership::Ours);
+}
+
+/// Bytes per second at which no job here ends by itself.
+const SLOW: u64 = 64 << 10;
+
+#[test]
+fn a_vmm_resets_while_it_waits_for_a_guest_and_while_one_is_restored() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = saved(folder.path());
+    let side = Side::new();
+    let waits = || side.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap().0;
+    let restored = || {
+        let options = RestoreOptions { mode: RestoreMode::Eager, bandwidth: SLOW, ..RestoreOptions::default() };
+        let job = side.vmm.start_restore(&image, &options).unwrap();
+        side.vmm.wait_phase(Phase::Restoring, PATIENCE).unwrap();
+        job
+    };
+    for start in [&waits as &dyn Fn() -> u64, &restored] {
+        let job = start();
+        side.client().remove_block(0).unwrap();
+        let status = side.client().status().unwrap();
+        assert_eq!((status.job, status.phase), (job, Phase::Cancelled), "{}", status.error);
+        assert_eq!(side.client().ownership(), Ownership::Awaiting);
+        side.vmm.memory().block(0).unwrap().add_to(side.client()).unwrap();
+    }
+    // Nothing of it is in the way of the next guest.
+    let job = side.vmm.start_restore(&image, &RestoreOptions::default()).unwrap();
+    assert_eq!(side.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
+}
+
+/// An image of a guest whose memory is full.
+fn saved(folder: &Path) -> PathBuf {
+    let (image, source) = (folder.join("image"), Side::full());
+    let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
+    let job = source.vmm.start_snapshot(&image, &options).unwrap();
+    assert_eq!(source.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
+    image
+}
+
+/// Has both remove their memory while a job of theirs is past its line, then `hurry`: the job is waited for.
+fn removes_when_the_job_is_done(sides: &[&Side], phase: Phase, hurry: impl FnOnce()) {
+    std::thread::scope(|scope| {
+        for side in sides {
+            side.vmm.wait_phase(phase, PATIENCE).unwrap();
+        }
+        let removals: Vec<_> = sides.iter().map(|side| scope.spawn(|| side.client().remove_block(0))).collect();
+        for (side, removal) in sides.iter().zip(&removals) {
+            // It asked for a cancel, and was refused: the job goes on.
+            assert_eq!(side.client().status().unwrap().phase, phase);
+            assert!(!removal.is_finished());
+        }
+        hurry();
+        for (side, removal) in sides.iter().zip(removals) {
+            removal.join().unwrap().unwrap();
+            let status = side.client().status().unwrap();
+            assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        }
+    });
+}
+
+#[test]
+fn memory_is_removed_when_the_job_that_nothing_cancels_any_more_is_done() {
+    if !require::uffd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = saved(folder.path());
+    let lazy = Side::new();
+    let options = RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
+    lazy.vmm.start_restore(&image, &options).unwrap();
+    let hurry = || lazy.client().set_parameters(&OutgoingOptions::default()).unwrap();
+    removes_when_the_job_is_done(&[&lazy], Phase::Prefetching, hurry);
+
+    let (source, destination) = (Side::full(), Side::new());
+    let (_, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let options = OutgoingOptions { mode: Mode::Postcopy, bandwidth: SLOW, ..OutgoingOptions::default() };
+    source.vmm.start_outgoing(&address, &options).unwrap();
+    let hurry = || source.client().set_parameters(&OutgoingOptions { bandwidth: 0, ..options.clone() }).unwrap();
+    removes_when_the_job_is_done(&[&source, &destination], Phase::Postcopy, hurry);
 }
 
 #[test]
