@@ -312,19 +312,19 @@ fn an_operator_sees_and_says_what_the_guest_is_to_be() {
     let to = Side::empty();
     to.vmm.take_restores();
     let restored = printed(&["restore", "--socket", to.agent.socket().to_str().unwrap(), image, "--resume", "never"]);
-    assert_eq!(restored["guest"], "paused");
+    assert_eq!(restored["run_state"], "paused");
     to.assert_stays_paused();
 
     let to = Side::empty();
     let (_, address) = to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     let socket = from.agent.socket().to_str().unwrap();
     let moved = printed(&["migrate", "--socket", socket, "--to", &address, "--resume", "never"]);
-    assert_eq!(moved["guest"], "paused");
+    assert_eq!(moved["run_state"], "paused");
     wait_until("the end there", PATIENCE, || to.vmm.client().status().unwrap().phase.is_final()).unwrap();
     to.assert_stays_paused();
     let status = Command::new(PROGRAM).args(["status", "--socket", socket]).output().unwrap();
     let lines = String::from_utf8(status.stdout).unwrap();
-    assert!(lines.lines().any(|line| line.split_whitespace().eq(["guest", "paused"])), "{lines}");
+    assert!(lines.lines().any(|line| line.split_whitespace().eq(["guest", "is", "to", "be", "paused"])), "{lines}");
     let output =
         Command::new(PROGRAM).args(["migrate", "--socket", socket, "--to", &address, "--resume", "always"]).output();
     let said = String::from_utf8(output.unwrap().stderr).unwrap();

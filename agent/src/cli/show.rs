@@ -13,7 +13,7 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     object.insert("job".into(), json!(status.job));
     object.insert("kind".into(), json!(status.kind.name()));
     object.insert("status".into(), json!(status.phase.name()));
-    object.insert("guest".into(), json!(status.guest.map(RunState::name)));
+    object.insert("run_state".into(), json!(status.guest.map(RunState::name)));
     let arrived = (status.kind == JobKind::Incoming).then_some(status.arrived);
     object.insert("arrived".into(), json!(arrived));
     let error = if status.error.is_empty() { Value::Null } else { json!(status.error) };
@@ -48,7 +48,8 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     let pages = |count: u64| format!("{count} ({})", bytes(count * PAGE_SIZE));
     let mut lines =
         vec![("job", format!("{} {}", status.job, status.kind.name())), ("status", status.phase.name().to_owned())];
-    lines.extend(status.guest.map(|guest| ("guest", guest.name().to_owned())));
+    // Not where it is, or whether it runs just now: it may stand still for its hand-over.
+    lines.extend(status.guest.map(|guest| ("guest is to be", guest.name().to_owned())));
     if status.kind == JobKind::Incoming {
         let arrived = if status.arrived { "yes: the guest is this VMM's" } else { "no: the guest is not here" };
         lines.push(("guest arrived", arrived.to_owned()));

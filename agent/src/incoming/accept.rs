@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 
 /// Most connections that have not become a session yet.
 const MAX_PENDING: usize = 256;
+/// How long a connection that was refused may take to read why.
+const FAREWELL: Duration = Duration::from_millis(50);
 /// How long the job waits for a source at a stretch; it is cancelled rather than timed out.
 const LONG: Duration = Duration::from_secs(3600);
 /// The largest host page that postcopy places at once, in bytes.
@@ -119,14 +121,13 @@ pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>),
     let timeout = job.options().peer_timeout;
     match source {
         Source::Listener(listener) => {
-            let accepted =
-                Lobby { job, listeners: &[&listener], wanted: Wanted::Guest, pending: Vec::new() }.wait(None, None)?;
+            let accepted = Lobby::new(job, &[&listener], Wanted::Guest, Vec::new()).wait(None, None)?;
             // Without a descriptor to look at it ends with a session only.
             accepted.map_or(Err(JobError::Cancelled), |accepted| Ok((accepted, Some(listener))))
         }
         Source::Socket(fd) => {
             let pending = vec![Pending::new(fd, timeout)?];
-            let accepted = Lobby { job, listeners: &[], wanted: Wanted::Guest, pending }.wait(None, None)?;
+            let accepted = Lobby::new(job, &[], Wanted::Guest, pending).wait(None, None)?;
             accepted.map_or(Err(JobError::Cancelled), |accepted| Ok((accepted, None)))
         }
     }
@@ -136,7 +137,7 @@ pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>),
 pub fn accept_again(
     job: &Job, listeners: &[&Listener], session: [u8; 16], asked: Option<BorrowedFd<'_>>, until: Option<Instant>,
 ) -> Result<Option<Accepted>, JobError> {
-    Lobby { job, listeners, wanted: Wanted::Session(session), pending: Vec::new() }.wait(asked, until)
+    Lobby::new(job, listeners, Wanted::Session(session), Vec::new()).wait(asked, until)
 }
 
 /// Where connections wait until they are a session.
@@ -145,9 +146,15 @@ struct Lobby<'a> {
     listeners: &'a [&'a Listener],
     wanted: Wanted,
     pending: Vec<Pending>,
+    /// Those that were refused, while they may still read why. Nobody waits for them.
+    leaving: Vec<Leaving>,
 }
 
-impl Lobby<'_> {
+impl<'a> Lobby<'a> {
+    fn new(job: &'a Job, listeners: &'a [&'a Listener], wanted: Wanted, pending: Vec<Pending>) -> Self {
+        Self { job, listeners, wanted, pending, leaving: Vec::new() }
+    }
+
     fn wait(&mut self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<Option<Accepted>, JobError> {
         let timeout = self.job.options().peer_timeout;
         let only_one = matches!(self.wanted, Wanted::Guest) && self.listeners.is_empty();
@@ -169,29 +176,51 @@ impl Lobby<'_> {
                         if matches!(error, JobError::Hello(_)) {
                             self.note(&error);
                         }
-                        connection.reject(&error);
+                        self.reject(connection, &error);
                     }
                 }
             }
             self.pending = kept;
+            self.leaving.retain_mut(Leaving::may_read);
             self.drop_stale();
             while let Some(session) = complete_session(&self.pending) {
                 let belongs = |one: &Pending| one.hello.as_ref().is_some_and(|hello| hello.session == session);
                 let (mine, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending).into_iter().partition(belongs);
-                match establish(self.job, self.wanted, mine) {
-                    Ok(accepted) => {
+                match check_session(self.job, self.wanted, &mine) {
+                    Ok(offer) => {
+                        let accepted = establish(self.job, offer, mine)?;
                         let busy = JobError::State("another source was faster".into());
-                        others.into_iter().for_each(|other| other.reject(&busy));
+                        others.into_iter().for_each(|other| self.reject(other, &busy));
                         return Ok(Some(accepted));
                     }
-                    Err(error) if only_one => return Err(error),
                     Err(error) => {
+                        mine.into_iter().for_each(|stream| self.reject(stream, &error));
+                        if only_one {
+                            self.leaving.iter_mut().for_each(Leaving::wait);
+                            return Err(error);
+                        }
                         log::warn!("a source was refused: {}", crate::error::chain(&error));
                         self.note(&error);
                         self.pending = others;
                     }
                 }
             }
+        }
+    }
+
+    /// Tells a connection why it is refused. It may be gone, or speak another language.
+    fn reject(&mut self, refused: Pending, error: &JobError) {
+        let remote = error.to_remote();
+        let code = if matches!(error, JobError::Hello(_)) { ErrorCode::Unsupported } else { remote.code };
+        let payload = encode_error(&RemoteError::new(code, remote.sentence));
+        let writer = RecordWriter::new(refused.reader.socket().clone());
+        if writer.write(RecordHeader::plain(Kind::Reject, 0, payload.len()), &payload).is_ok() {
+            writer.socket().end();
+            // All of one source, at least.
+            if self.leaving.len() >= MAX_PENDING {
+                self.leaving.remove(0);
+            }
+            self.leaving.push(Leaving { reader: refused.reader, until: Instant::now() + FAREWELL });
         }
     }
 
@@ -227,7 +256,8 @@ impl Lobby<'_> {
     /// Waits until someone connects or says something, or the time of the oldest connection is up; true if it was asked for something else.
     fn poll(&self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<bool, JobError> {
         let timeout = self.job.options().peer_timeout;
-        let oldest = self.pending.iter().map(|one| one.since + timeout).chain(until).min();
+        let leaving = self.leaving.iter().map(|one| one.until);
+        let oldest = self.pending.iter().map(|one| one.since + timeout).chain(leaving).chain(until).min();
         let mut fds: Vec<(BorrowedFd<'_>, PollFlags)> = Vec::new();
         fds.extend(asked.map(|fd| (fd, PollFlags::IN)));
         fds.extend(self.listeners.iter().map(|listener| (listener.as_fd(), PollFlags::IN)));
@@ -276,32 +306,38 @@ impl Pending {
         if self.since.elapsed() >= timeout {
             return Err(TransportError::Silent(timeout).into());
         }
-        if self.hello.is_some() {
-            let gone = job.cancel.wait(&[(self.reader.socket().as_fd(), PollFlags::RDHUP)], Instant::now())?[0];
-            return if gone { Err(TransportError::Closed.into()) } else { Ok(()) };
-        }
-        if let Some(payload) = self.reader.try_read_hello()? {
+        if self.hello.is_none()
+            && let Some(payload) = self.reader.try_read_hello()?
+        {
             let hello = Hello::decode(payload)?;
             wanted.check(&hello)?;
             self.hello = Some(hello);
         }
+        if self.hello.is_some() {
+            // Also one whose hello was read just now: it may have given up long ago.
+            let gone = job.cancel.wait(&[(self.reader.socket().as_fd(), PollFlags::RDHUP)], Instant::now())?[0];
+            return if gone { Err(TransportError::Closed.into()) } else { Ok(()) };
+        }
         Ok(())
-    }
-
-    fn reject(self, error: &JobError) {
-        let remote = error.to_remote();
-        let code = if matches!(error, JobError::Hello(_)) { ErrorCode::Unsupported } else { remote.code };
-        send_reject(self.reader, &RemoteError::new(code, remote.sentence));
     }
 }
 
-fn send_reject(mut reader: RecordReader, error: &RemoteError) {
-    let payload = encode_error(error);
-    let writer = RecordWriter::new(reader.socket().clone());
-    // It may be gone, or speak another language.
-    if writer.write(RecordHeader::plain(Kind::Reject, 0, payload.len()), &payload).is_ok() {
-        writer.socket().end();
-        reader.drain(Duration::from_millis(50));
+/// A connection that was refused. If it were closed with something unread the kernel would reset it,
+/// and the refusal might be lost.
+struct Leaving {
+    reader: RecordReader,
+    until: Instant,
+}
+
+impl Leaving {
+    /// Throws away what came; false if there is no need to wait for more.
+    fn may_read(&mut self) -> bool {
+        Instant::now() < self.until && self.reader.discard_some()
+    }
+
+    /// The same for all that comes.
+    fn wait(&mut self) {
+        self.reader.drain(self.until.saturating_duration_since(Instant::now()));
     }
 }
 
@@ -316,22 +352,31 @@ fn complete_session(pending: &[Pending]) -> Option<[u8; 16]> {
         .map(|hello| hello.session)
 }
 
-/// Puts the streams in order, checks what the source wants, and lets a cancel reach them. A source that
-/// does not fit is told why.
-fn establish(job: &Job, wanted: Wanted, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
+/// What a source offers.
+struct Offer {
+    /// The hello of its primary.
+    primary: Hello,
+    /// What is offered on one stream alone is not offered.
+    features: u64,
+}
+
+/// Checks what a source wants, whose streams are all there.
+fn check_session(job: &Job, wanted: Wanted, streams: &[Pending]) -> Result<Offer, JobError> {
+    let hellos = || streams.iter().filter_map(|one| one.hello.as_ref());
+    let features = hellos().fold(u64::MAX, |all, hello| all & hello.features);
+    let primary = hellos().min_by_key(|hello| hello.stream);
+    let Some(primary) = primary.cloned() else { return Err(JobError::State("no stream".into())) };
+    compare(&primary.blocks, job.memory.table())?;
+    check_writable(job)?;
+    check_postcopy(job, features, wanted)?;
+    Ok(Offer { primary, features })
+}
+
+/// Puts the streams in order, and lets a cancel reach them.
+fn establish(job: &Job, offer: Offer, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
+    let Offer { primary, features: offered } = offer;
     streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
-    // What is offered on one stream alone is not offered.
-    let offered = streams.iter().filter_map(|one| one.hello.as_ref()).fold(u64::MAX, |all, hello| all & hello.features);
-    // The first hello is the primary's, and there is one.
-    let primary = streams.iter().find_map(|one| one.hello.clone());
-    let Some(primary) = primary else { return Err(JobError::State("no stream".into())) };
-    let checked = compare(&primary.blocks, job.memory.table()).map_err(JobError::from);
-    let checked = checked.and_then(|()| check_writable(job)).and_then(|()| check_postcopy(job, offered, wanted));
-    if let Err(error) = checked {
-        streams.into_iter().for_each(|stream| stream.reject(&error));
-        return Err(error);
-    }
     let mut readers = Vec::with_capacity(streams.len());
     for stream in streams {
         job.cancel.watch(stream.reader.socket().as_fd())?;
@@ -378,4 +423,53 @@ fn check_postcopy(job: &Job, features: u64, wanted: Wanted) -> Result<(), JobErr
         job.hooks.ask(&Hook::ProbeFaults, job.options().hook_timeout)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hooks::Hooks;
+    use crate::memory::GuestMemory;
+    use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
+    use pageferry_protocol::memory::BlockTable;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    fn job() -> Job {
+        let memory = Arc::new(GuestMemory::new(Vec::new(), BlockTable::new(), None));
+        let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
+        Job::new(1, JobKind::Incoming, memory, hooks, OutgoingOptions::default(), notify).unwrap()
+    }
+
+    /// Its streams are all there, and would be taken for a session that ends the whole job.
+    #[test]
+    fn a_source_that_said_hello_and_went_away_is_no_source() {
+        let job = job();
+        for goes in [false, true] {
+            let (mut theirs, ours) = UnixStream::pair().unwrap();
+            let mut pending = Pending::new(ours.into(), Duration::from_secs(60)).unwrap();
+            let (version_min, version_max) = (STREAM_VERSION, STREAM_VERSION);
+            let (session, blocks) = ([7; 16], BlockTable::new());
+            let hello = Hello {
+                version_min,
+                version_max,
+                features: 0,
+                session,
+                stream: 0,
+                streams: 1,
+                urgent: 0,
+                flags: 0,
+                blocks,
+            };
+            let payload = hello.encode();
+            let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).sealed(&payload);
+            theirs.write_all(&header.to_wire()).unwrap();
+            theirs.write_all(&payload).unwrap();
+            let _stays = (!goes).then_some(theirs);
+            let advanced = pending.advance(&job, Wanted::Guest);
+            assert!(pending.hello.is_some());
+            assert_eq!(matches!(advanced, Err(JobError::Transport(TransportError::Closed))), goes, "{advanced:?}");
+        }
+    }
 }

@@ -298,10 +298,8 @@ pub enum JobError {
         #[source]
         source: BackingError,
     },
-    /// Incoming: the commit arrived, and the VMM did not resume the guest, or not in time.
-    #[error(
-        "the guest arrived, and belongs to the destination's VMM, which can resume it at any time; resuming it failed"
-    )]
+    /// The guest is in the VMM, by a commit or a restore, and the VMM did not resume it, or not in time.
+    #[error("the guest is here, and belongs to the VMM, which can resume it at any time; resuming it failed")]
     NotResumed {
         /// What the VMM said.
         #[source]

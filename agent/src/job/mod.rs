@@ -178,6 +178,13 @@ impl Job {
         self.state().status.arrived = true;
     }
 
+    /// Says that the guest, of which nobody knew where it is, was resumed here by force.
+    pub fn taken_back(&self) {
+        let mut state = self.state();
+        state.status.phase = Phase::Failed;
+        state.status.error = format!("the guest was resumed here by force; before that: {}", state.status.error);
+    }
+
     /// Enters a phase, and tells the VMM and all who watch.
     pub fn enter(&self, phase: Phase) {
         log::info!("job {}: {}", self.id, phase.name());

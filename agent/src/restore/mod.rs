@@ -135,7 +135,9 @@ fn let_run(job: &Job, guest: RunState, ours: &mut bool) -> Result<(), JobError> 
     // It may use its memory from the moment on that it runs.
     job.thaw();
     let resume = Hook::Resume { force: false, paused: guest.is_paused() };
-    job.hooks.ask(&resume, job.options().hook_timeout)?;
+    // An operator who reads that the job failed must not take the guest for one that is not there.
+    let resumed = job.hooks.ask(&resume, job.options().hook_timeout);
+    resumed.map_err(|source| JobError::NotResumed { source })?;
     let running = micros(job.elapsed());
     job.count(|counters| counters.running_us = running);
     Ok(())

@@ -321,10 +321,17 @@ impl SharedSession {
         if session.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
             session.resuming = false;
             if asked.is_ok() {
+                job.taken_back();
                 session.settle();
             }
         }
-        asked.map_err(|error| RemoteError::new(ErrorCode::Other, crate::error::chain(&error)))?;
+        asked.map_err(|error| {
+            let sentence = format!(
+                "the VMM did not say that the guest is resumed, and may resume it yet: {}",
+                crate::error::chain(&error)
+            );
+            RemoteError::new(ErrorCode::Other, sentence)
+        })?;
         Ok(nothing())
     }
 }
@@ -521,6 +528,12 @@ impl Session {
         let Some(job) = handed_over.cloned() else {
             return refused("the guest was not handed over: the VMM resumes it by itself");
         };
+        if job.status().phase == Phase::Completed {
+            return refused(
+                "the destination has confirmed that the guest is there, so it is not resumed here, also not by force; \
+                 if that host is lost for good the VMM can take the guest back by itself (Client::take_by_force)",
+            );
+        }
         if !force {
             return refused(
                 "ownership of the guest was handed over: force is needed, and it must not run at the destination",

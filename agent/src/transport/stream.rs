@@ -377,6 +377,12 @@ impl RecordReader {
         Ok(0)
     }
 
+    /// Throws away some of what came, without waiting; false if the peer closed.
+    pub fn discard_some(&mut self) -> bool {
+        let mut scratch = vec![0; 64 << 10];
+        !matches!(self.socket.read(&mut scratch), Ok(Some(0)) | Err(_))
+    }
+
     /// Reads and throws away what still comes until the peer closes or is silent, so that our last word is not lost to a reset.
     pub fn drain(&mut self, patience: Duration) {
         let deadline = Instant::now() + patience;

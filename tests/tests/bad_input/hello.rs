@@ -1,9 +1,9 @@
 //! The first record of a stream: strangers are dropped, and a source that does not fit is rejected in words.
 
-use crate::common::SOON;
+use crate::common::{Ram, SOON, Side, passes};
 use crate::geometry;
 use crate::scene::{FakeSource, PAGES, Scene, hello};
-use pageferry_client::{IncomingOptions, JobStatus, Phase, Target};
+use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Phase, Target};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
 use pageferry_protocol::stream::hello::{Accept, FEATURE_LZ4, FEATURE_POSTCOPY, FEATURE_ZSTD, FEATURES, HELLO_RECOVER};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
@@ -51,6 +51,28 @@ fn a_silent_stranger_does_not_keep_the_right_source_out() {
     assert!(slow.sentence(Kind::Reject).contains("silent"));
     let _other = FakeSource::connect(&scene);
     scene.assert_takes_a_guest(job);
+}
+
+/// Each of them stays to read its refusal. If the destination waited for them one after another the right
+/// source would give up long before its turn.
+#[test]
+fn a_crowd_of_sources_that_do_not_fit_keeps_the_right_one_waiting_for_nobody() {
+    let scene = Scene::new();
+    let job = scene.listen();
+    let crowd: Vec<FakeSource> = (0..200)
+        .map(|number: u8| {
+            let mut source = FakeSource::connect(&scene);
+            source.hello(&Hello { session: [number; 16], blocks: BlockTable::new(), ..hello() });
+            source
+        })
+        .collect();
+    let source = Side::new(Ram::odd(PAGES));
+    let options = OutgoingOptions { peer_timeout: Duration::from_secs(5), ..passes(1) };
+    let outgoing = source.send(&scene.path(), &options);
+    let status = source.wait(outgoing);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(scene.destination.wait(job).phase, Phase::Completed);
+    drop(crowd);
 }
 
 #[test]

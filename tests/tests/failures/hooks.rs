@@ -122,7 +122,7 @@ fn a_resume_at_the_destination_that_never_answers_leaves_the_guest_to_the_destin
             assert_eq!(there.phase, Phase::Failed);
             // An operator who looks here must not take the guest for one that did not come.
             assert!(there.arrived, "{there:?}");
-            for words in ["the guest arrived", "resuming it failed", "\"resume\""] {
+            for words in ["the guest is here", "resuming it failed", "\"resume\""] {
                 assert!(there.error.contains(words), "{}", there.error);
             }
             assert_stands_still(&scene.source);

@@ -1,6 +1,6 @@
 //! After the commit: the source's guest stands still, whoever dies and whoever asks.
 
-use crate::common::{Agent, Attached, Listening, Passing, Relay, SOON, Side, WIRES, Wire, passes};
+use crate::common::{Agent, Attached, Listening, Passing, Relay, SOON, Side, WIRES, Wire, moves_to, passes};
 use crate::scene::{FarScene, Scene, empty, stamped};
 use pageferry_client::{Error, ErrorCode, IncomingOptions, Ownership, Phase, Target};
 use pageferry_protocol::control::request::Request;
@@ -66,6 +66,10 @@ fn a_link_that_dies_after_the_commit_leaves_a_guest_that_only_force_resumes() {
         assert_eq!(source.vmm.resumes(), 1);
         assert!(!source.vmm.is_paused());
         assert_eq!(source.client.ownership(), Ownership::Ours);
+        // The next operator reads that this was decided.
+        let status = source.client.status().unwrap();
+        assert_eq!(status.phase, Phase::Failed);
+        assert!(status.error.starts_with("the guest was resumed here by force; before that: "), "{}", status.error);
     }
 }
 
@@ -85,6 +89,18 @@ fn after_the_commit_neither_the_end_of_the_agent_nor_a_resume_runs_the_guest_at_
     drop(agent);
     assert!(vmm.is_paused());
     assert_eq!(vmm.resumes(), 0);
+}
+
+#[test]
+fn a_guest_whose_arrival_is_confirmed_is_not_resumed_here_by_force() {
+    let agent = Listening::new();
+    let source = Attached::new(&agent.path, stamped());
+    let destination = empty();
+    moves_to(&source, &destination);
+    let refused = agent.connect().ask(&Request::Resume { force: true }, Vec::new()).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::State);
+    assert!(refused.sentence.contains("the destination has confirmed"), "{refused}");
+    assert_eq!(source.vmm.resumes(), 0);
 }
 
 #[test]
