@@ -104,6 +104,15 @@ impl Backing {
         self.file.writable
     }
 
+    /// The number of pages of the block that are allocated: known only of a memfd or a file on tmpfs, and only if the block is
+    /// all of it.
+    pub fn exactly_allocated_pages(&self) -> Option<u64> {
+        let stat = rustix::fs::fstat(&self.fd).ok()?;
+        let is_all = self.offset == 0 && u64::try_from(stat.st_size) == Ok(self.length);
+        // The kernel counts in units of 512 bytes on every file system.
+        (self.kind() == BackingKind::Shmem && is_all).then_some(stat.st_blocks as u64 * 512 / PAGE_SIZE)
+    }
+
     /// True if [`Backing::first_data`] tells holes from data page by page.
     pub fn tells_holes(&self) -> bool {
         self.file.kind == BackingKind::Shmem

@@ -25,6 +25,11 @@ impl Noted {
         Ok(Self { discarded: bitmaps()?, freed: bitmaps()? })
     }
 
+    /// True if nothing of this block was given back.
+    pub fn is_empty(&self, at: usize) -> bool {
+        [&self.discarded[at], &self.freed[at]].iter().all(|pages| pages.next_set(pages.all()).is_none())
+    }
+
     /// Pages that were discarded: also those that were discarded before, and that did not stay so.
     pub fn discarded(&self, at: usize) -> &MappedBitmap {
         &self.discarded[at]

@@ -4,7 +4,7 @@
 //! it, at the destination whoever places it, or drops it since the guest discarded it. Taking is one atomic step, so each host page is sent once and
 //! placed once, however many ask for it at once.
 
-use super::{BackingError, GuestMemory};
+use super::{BackingError, Block, GuestMemory};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
@@ -178,25 +178,22 @@ impl Owed {
         }
     }
 
-    /// Makes holes of those host pages that are owed and hold something. Costs a look at the file for
-    /// each run of what is owed, and none where nothing lies behind it.
+    /// Makes holes of those host pages of a block that are owed and hold something. Costs a look at the
+    /// file for each run of what is owed, about a microsecond, and none where nothing lies behind it.
     ///
     /// # Errors
-    /// If a file cannot be asked, or not be punched: the block, and why.
-    pub fn make_holes(&self, memory: &GuestMemory) -> Result<(), (u32, BackingError)> {
-        for (at, block) in memory.blocks().iter().enumerate() {
-            let failed = |error| (block.geometry.id, error);
-            let (owed, mut rest) = (&self.blocks[at], block.all());
-            while let Some(host_page) = owed.bits.next_set(owed.of(rest)) {
-                let first = owed.pages(PageRange::new(host_page, 1)).first;
-                rest = PageRange::new(first, rest.end() - first);
-                let Some(page) = block.backing.first_data(rest).map_err(failed)? else { break };
-                let run = owed.pages(PageRange::new(page / owed.unit, 1));
-                if owed.bits.contains(page / owed.unit) {
-                    block.backing.punch(run).map_err(failed)?;
-                }
-                rest = PageRange::new(run.end(), rest.end() - run.end());
+    /// If the file cannot be asked, or not be punched.
+    pub fn make_holes(&self, at: usize, block: &Block) -> Result<(), BackingError> {
+        let (owed, mut rest) = (&self.blocks[at], block.all());
+        while let Some(host_page) = owed.bits.next_set(owed.of(rest)) {
+            let first = owed.pages(PageRange::new(host_page, 1)).first;
+            rest = PageRange::new(first, rest.end() - first);
+            let Some(page) = block.backing.first_data(rest)? else { break };
+            let run = owed.pages(PageRange::new(page / owed.unit, 1));
+            if owed.bits.contains(page / owed.unit) {
+                block.backing.punch(run)?;
             }
+            rest = PageRange::new(run.end(), rest.end() - run.end());
         }
         Ok(())
     }
@@ -258,7 +255,9 @@ mod tests {
                     }
                 }
             }
-            owed.make_holes(&memory).unwrap();
+            for (at, block) in memory.blocks().iter().enumerate() {
+                owed.make_holes(at, block).unwrap();
+            }
             for (at, block) in memory.blocks().iter().enumerate() {
                 for page in 0..PAGES {
                     let data = block.backing.first_data(PageRange::new(page, 1)).unwrap().is_some();

@@ -107,8 +107,32 @@ fn what_is_given_back_after_it_was_announced_as_remaining_need_not_come() {
     assert_eq!(placer.expect_remaining(&header, &0b11_1100u64.to_le_bytes()).unwrap(), 4);
     free(4);
     memory.discard(&given_back(), true).unwrap();
-    let Remaining { owed, given_back } = placer.into_remaining();
+    let Remaining { owed, given_back, .. } = placer.into_remaining();
     let noted = given_back.noted();
     let pages = |bits: &MappedBitmap| bits.word(0);
     assert_eq!((owed.left(), pages(noted.freed(0)), pages(noted.discarded(0))), (4, 1 << 4, 1 << 5));
+}
+
+/// What is owed is a hole, whatever was looked at, and however many pages the file has.
+#[test]
+fn what_is_owed_is_a_hole_also_if_the_file_has_as_many_pages_as_came() {
+    for (touched, given) in [(&[][..], false), (&[2][..], false), (&[2, 3], false), (&[2][..], true)] {
+        let memory = memory();
+        let job = job(&memory);
+        let placer = Placer::prepare(&job).unwrap();
+        let block = &memory.blocks()[0];
+        placer.place_data(&header(Kind::Data, PAGE_SIZE as usize), &[5; PAGE_SIZE as usize]).unwrap();
+        let remaining = RecordHeader::new(Kind::Remaining, 0, 7, PageRange::new(0, PAGES), 8);
+        assert_eq!(placer.expect_remaining(&remaining, &0b1100u64.to_le_bytes()).unwrap(), 2);
+        for page in touched {
+            block.backing.write(page * PAGE_SIZE, &[0]).unwrap();
+        }
+        if given {
+            // One page less, so there are as many as came.
+            memory.free(&given_back()).unwrap();
+        }
+        placer.into_remaining().make_holes(&memory).unwrap();
+        let data: Vec<PageRange> = block.backing.data_runs(block.all()).collect::<Result<_, _>>().unwrap();
+        assert_eq!(data, if given { vec![] } else { vec![PAGE] }, "touched {touched:?}");
+    }
 }

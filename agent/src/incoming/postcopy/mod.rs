@@ -49,9 +49,7 @@ pub fn take_guest_first(
 ) -> Result<(), JobError> {
     let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
-    // Whoever looked at a page since it was punched and before it was registered made a page of
-    // zeroes there, which nobody would miss.
-    remaining.owed.make_holes(&job.memory).map_err(|(id, source)| JobError::Backing { id, source })?;
+    remaining.make_holes(&job.memory)?;
     // After that: a hole has no reservation. The guest is still the source's, which resumes it if
     // this fails.
     pool::reserve(&job.memory, &remaining.owed)?;
