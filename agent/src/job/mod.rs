@@ -28,6 +28,7 @@ use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase, RunState};
 use pageferry_protocol::control::request::ErrorCode;
 use rustix::event::EventfdFlags;
+use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -297,6 +298,9 @@ impl Job {
             Err(error @ (JobError::Unconfirmed { .. } | JobError::Stranded { .. })) => {
                 (Phase::Unconfirmed, crate::error::chain(error))
             }
+            Err(error) if is_of_ended_vmm(error) => {
+                (Phase::Failed, format!("the VMM is gone: {}", crate::error::chain(error)))
+            }
             Err(error) => (Phase::Failed, crate::error::chain(error)),
         };
         if !error.is_empty() {
@@ -375,6 +379,17 @@ impl Job {
     }
 }
 
+/// True if the kernel refused something since the process is gone, or has ended, whose memory it was
+/// asked for: that of the VMM.
+fn is_of_ended_vmm(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.any(|cause| {
+        let io = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        let errno = cause.downcast_ref::<Errno>().copied().or(io.map(Errno::from_raw_os_error));
+        errno == Some(Errno::SRCH)
+    })
+}
+
 /// A populate while a job cannot take it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Frozen {
@@ -429,6 +444,23 @@ pub fn notifier() -> std::io::Result<Arc<OwnedFd>> {
 mod tests {
     use super::*;
     use std::sync::Barrier;
+
+    #[test]
+    fn a_process_that_the_kernel_does_not_find_is_called_the_vmm() {
+        let ended = |error: JobError| {
+            let (memory, hooks) = (Arc::new(GuestMemory::default()), Arc::new(Hooks::new(None)));
+            let (options, notify) = (OutgoingOptions::default(), notifier().unwrap());
+            let job = Job::new(1, JobKind::Snapshot, memory, hooks, options, notify).unwrap();
+            job.finish(Err(error));
+            job.status().error
+        };
+        let gone = ended(JobError::Protection { id: 3, source: Errno::SRCH });
+        assert!(gone.starts_with("the VMM is gone: block 3"), "{gone}");
+        let gone = ended(JobError::Io { what: "read", source: Errno::SRCH.into() });
+        assert!(gone.starts_with("the VMM is gone: cannot read"), "{gone}");
+        let other = ended(JobError::Protection { id: 3, source: Errno::INVAL });
+        assert!(other.starts_with("block 3"), "{other}");
+    }
 
     /// The cancel comes just as the job fails. The window is a few instructions wide, so it takes
     /// many jobs to meet it.
