@@ -133,6 +133,14 @@ mod tests {
         assert_eq!(Limiter::new(400 << 20).portion(), 10 << 10);
     }
 
+    /// Waits until the second of two waits. If it never does, the test fails as it looks at the outcome.
+    fn until_waiting(limiter: &Limiter) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while limiter.clock.load(Ordering::Relaxed) < u64::from(u32::MAX) && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+    }
+
     #[test]
     fn who_waits_to_send_hears_that_the_peer_is_gone() {
         let (limiter, cancel) = (Limiter::new(1), Cancel::new().unwrap());
@@ -142,9 +150,7 @@ mod tests {
         limiter.wait(1 << 20, &cancel).unwrap();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| limiter.wait_to_send(1, &cancel, &socket));
-            while limiter.clock.load(Ordering::Relaxed) < u64::from(u32::MAX) {
-                std::thread::yield_now();
-            }
+            until_waiting(&limiter);
             drop(theirs);
             assert!(matches!(waiting.join().unwrap(), Err(JobError::Transport(TransportError::Closed))));
         });
@@ -157,9 +163,7 @@ mod tests {
         limiter.wait(1 << 20, &cancel).unwrap();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| limiter.wait(1, &cancel));
-            while limiter.clock.load(Ordering::Relaxed) < u64::from(u32::MAX) {
-                std::thread::yield_now();
-            }
+            until_waiting(&limiter);
             limiter.set_rate(0);
             waiting.join().unwrap().unwrap();
         });

@@ -1,10 +1,11 @@
 //! Connections that are idle, that never stop asking, and that do not read their answers.
 
-use crate::common::{Attached, Listening, Ram};
+use crate::common::{Attached, Listening, Ram, SOON};
 use pageferry_client::Phase;
 use pageferry_protocol::control::Frame;
 use pageferry_protocol::control::frame::FrameHeader;
 use pageferry_protocol::control::request::Request;
+use pageferry_tests::deadline::wait_until;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,10 +61,11 @@ fn connections_that_never_stop_asking_keep_nobody_from_their_answers() {
             vmm.client.status().unwrap();
             assert_eq!(agent.connect().status().phase, Phase::Idle);
         }
-        while answered.load(Ordering::Relaxed) == before {
-            std::thread::yield_now();
-        }
+        let more = || answered.load(Ordering::Relaxed) > before;
+        let outcome = wait_until("those that never stop asking to be answered, too", SOON, more);
+        // Before anything fails: the threads end with it.
         flood.iter().for_each(|stream| stream.shutdown(std::net::Shutdown::Both).unwrap());
+        outcome.unwrap();
     });
 }
 

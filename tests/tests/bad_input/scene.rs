@@ -1,6 +1,6 @@
 //! A destination that waits for a guest, and a source that says whatever it likes.
 
-use crate::common::{Ram, SOON, Side, arrives_at, read_record};
+use crate::common::{Agent, Attached, Listening, Ram, SOON, Side, arrives_at, read_record};
 use crate::geometry;
 use pageferry_client::IncomingOptions;
 use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
@@ -101,12 +101,24 @@ pub fn hello() -> Hello {
 /// A destination that waits for a guest.
 pub struct Scene {
     pub folder: tempfile::TempDir,
-    pub destination: Side,
+    pub destination: Attached,
+    // After the VMM: it is waited for.
+    pub agent: Agent,
 }
 
 impl Scene {
     pub fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), destination: Side::new(Ram::odd(PAGES)) }
+        Self::on(Agent::Stopped(Listening::new()))
+    }
+
+    /// On an agent that is a process.
+    pub fn far() -> Self {
+        Self::on(Agent::spawn())
+    }
+
+    fn on(agent: Agent) -> Self {
+        let destination = Attached::new(agent.socket(), Ram::odd(PAGES));
+        Self { folder: tempfile::tempdir().unwrap(), destination, agent }
     }
 
     pub fn path(&self) -> PathBuf {

@@ -141,6 +141,29 @@ fn a_migration_is_recovered_over_another_address() {
 }
 
 #[test]
+fn a_destination_listens_for_its_source_at_no_path_that_is_a_file() {
+    if !require::uffd() {
+        return;
+    }
+    let mut scene = Scene::start(Wire::Unix, &postcopy());
+    let touch = scene.until_cut();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    std::fs::write(&path, "precious").unwrap();
+    let (address, says) = (format!("unix:{}", path.display()), format!("{} is a regular file", path.display()));
+    let refused = scene.destination.client.recover(Some(&address), &OutgoingOptions::default()).unwrap_err();
+    assert!(refused.to_string().contains(&says), "{refused}");
+    let output = scene.destination.run("recover", &["--address", &address]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(String::from_utf8(output.stderr).unwrap().contains(&says));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    assert_eq!(scene.destination.seen().phase, Phase::PostcopyPaused);
+    scene.recover();
+    scene.assert_completes();
+    assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
+}
+
+#[test]
 fn an_operator_recovers_over_another_address_from_both_command_lines() {
     if !require::uffd() {
         return;
