@@ -40,7 +40,7 @@ fn what_is_no_page_stream_is_dropped_and_the_right_source_is_still_taken() {
 #[test]
 fn a_silent_stranger_does_not_keep_the_right_source_out() {
     let scene = Scene::new();
-    let job = scene.listen_for(Duration::from_secs(1));
+    let job = scene.listen_for(Duration::from_secs(5));
     let mut silent = FakeSource::connect(&scene);
     let mut slow = FakeSource::connect(&scene);
     let bytes = hello().encode();

@@ -28,7 +28,7 @@ fn a_resume_that_waits_for_a_damaged_page_gets_an_error_and_the_vmm_is_told() {
         let _ = say.send(Touch::of(mapping.clone(), WANTED).found());
         Ok(())
     });
-    let options = RestoreOptions { hook_timeout: Duration::from_secs(1), ..slow(lazy()) };
+    let options = RestoreOptions { hook_timeout: Duration::from_secs(5), ..slow(lazy()) };
     let status = guest.restored(&host.images.path("image"), &options);
     assert_failed(&status, &["block 0: page 0x2bc", "checksum"]);
     let error = found.recv_timeout(SOON).unwrap().unwrap_err();

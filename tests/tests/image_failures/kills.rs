@@ -124,7 +124,7 @@ fn an_agent_that_is_killed_in_an_increment_leaves_a_whole_image_or_none() {
 /// The agent hangs at `count` moments of a snapshot, and is killed when it is given up.
 fn hang_in_snapshots(seed: u64, count: u64, options: &SnapshotOptions) {
     let mut host = Host::new();
-    let config = Config { request_timeout: Duration::from_secs(2), ..Config::default() };
+    let config = Config { request_timeout: Duration::from_secs(5), ..Config::default() };
     let mut running = Running::with(&host, config);
     let (mut random, mut hits) = (Random::new(seed), Hits::default());
     let options = SnapshotOptions { bandwidth: BANDWIDTH, ..options.clone() };
