@@ -430,6 +430,7 @@ mod tests {
     use super::*;
     use crate::hooks::Hooks;
     use crate::memory::GuestMemory;
+    use crate::memory::test_support::gigantic;
     use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
     use pageferry_protocol::memory::BlockTable;
     use std::io::Write;
@@ -471,5 +472,13 @@ mod tests {
             assert!(pending.hello.is_some());
             assert_eq!(matches!(advanced, Err(JobError::Transport(TransportError::Closed))), goes, "{advanced:?}");
         }
+    }
+
+    #[test]
+    fn host_pages_that_cannot_be_placed_at_once_take_precopy_alone() {
+        let job = gigantic();
+        check_postcopy(&job, 0, Wanted::Guest).unwrap();
+        let error = check_postcopy(&job, FEATURE_POSTCOPY, Wanted::Guest).unwrap_err();
+        assert!(matches!(error, JobError::HostPage { id: 0, size: 0x4000_0000, limit: 0x20_0000 }), "{error}");
     }
 }

@@ -74,6 +74,13 @@ impl Backing {
         Ok(Self { fd, offset, length, file })
     }
 
+    /// The same, taken for hugetlbfs with host pages of `size` bytes, of which a machine may have none.
+    #[cfg(test)]
+    pub(crate) fn with_huge_pages(self, size: u64) -> Self {
+        let file = MemoryFile { kind: BackingKind::Hugetlb, host_page_size: size, ..self.file };
+        Self { file, ..self }
+    }
+
     /// What kind of file it is.
     pub fn kind(&self) -> BackingKind {
         self.file.kind

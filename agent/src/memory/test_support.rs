@@ -1,6 +1,9 @@
 //! Guest memory for unit tests.
 
 use super::{Backing, Block, GuestMemory};
+use crate::hooks::Hooks;
+use crate::job::{Job, notifier};
+use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
 use pageferry_protocol::shm::mapping::MappedWords;
 use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd, feature};
@@ -16,6 +19,16 @@ pub(crate) fn memory(pages: &[u64]) -> GuestMemory {
         Arc::new(Block::new(geometry(id, length), backing, 0, None).unwrap())
     };
     GuestMemory::new((0..).zip(pages).map(block).collect(), BlockTable::new(), None)
+}
+
+/// A job of a VMM without hooks, whose memory is one host page of 1 GiB, as far as it is told.
+pub(crate) fn gigantic() -> Arc<Job> {
+    let length = 1 << 30;
+    let backing = Backing::new(memfd(length), 0, length).unwrap().with_huge_pages(length);
+    let block = Block::new(geometry(0, length), backing, length, None).unwrap();
+    let memory = Arc::new(GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None));
+    let (hooks, options) = (Arc::new(Hooks::new(None)), OutgoingOptions::default());
+    Arc::new(Job::new(1, JobKind::Incoming, memory, hooks, options, notifier().unwrap()).unwrap())
 }
 
 pub(crate) fn memfd(length: u64) -> OwnedFd {

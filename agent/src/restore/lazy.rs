@@ -172,3 +172,15 @@ fn run(
         (whole, outcome.and(ended).and(late.map_or(Ok(()), Err)))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::test_support::gigantic;
+
+    #[test]
+    fn host_pages_that_cannot_be_placed_at_once_are_restored_eagerly() {
+        let error = check(&gigantic()).unwrap_err().to_string();
+        assert!(error.contains("block 0") && error.contains("0x40000000") && error.contains("eager"), "{error}");
+    }
+}

@@ -258,3 +258,15 @@ impl Drop for Unwatch<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::test_support::gigantic;
+
+    #[test]
+    fn host_pages_that_cannot_be_captured_at_once_are_saved_in_mode_paused() {
+        let error = Watch::check_memory(&gigantic()).unwrap_err().to_string();
+        assert!(error.contains("block 0") && error.contains("0x40000000") && error.contains("mode paused"), "{error}");
+    }
+}
