@@ -126,12 +126,13 @@ fn a_page_that_came_and_cannot_be_placed_pauses_both_sides_and_recover_goes_on()
         memory.block(1).unwrap().store(last * HUGE * PAGE_SIZE, 5).unwrap();
     });
     // It is asked for, it comes, and there is no room for it.
-    for side in [&source, &destination] {
+    let errors = [&source, &destination].map(|side| {
         let paused = || side.status().phase == Phase::PostcopyPaused;
         wait_until("the pause", PATIENCE, paused).unwrap();
-        let why = side.status().error;
-        assert!(why.contains("cannot be placed") && why.contains("nr_hugepages"), "{why}");
-    }
+        side.status().error
+    });
+    let says = |why: &String| why.contains("cannot be placed") && why.contains("nr_hugepages");
+    assert!(errors.iter().all(says), "{errors:#?}");
     assert!(!touching.is_finished());
     drop(hog);
     source.client().recover(None, &OutgoingOptions::default()).unwrap();

@@ -61,8 +61,13 @@ impl Line<'_> {
             return;
         }
         let mute = matches!(error, JobError::Transport(_) | JobError::Peer(_) | JobError::Cancelled);
+        let is_first = !self.failed.swap(true, Ordering::AcqRel);
         self.note(error);
-        self.failed.store(true, Ordering::Release);
+        if !is_first {
+            // Most often what the first one did to this stream. It must not end the primary, on which the source is
+            // to be told of the first.
+            return;
+        }
         // The source is told why on the primary, when nobody else writes there any more.
         let (primary, others) = self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
         others.iter().for_each(StreamSocket::shut);
