@@ -6,8 +6,9 @@ mod common;
 use common::{Attached, PROGRAM, Peer, Ram, SOON, config, moves_to, passes};
 use pageferry_client::{Client, Error, IncomingOptions, Ownership, Phase, Target};
 use pageferry_tests::deadline::{wait_for, wait_until};
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 const PAGES: u64 = 100;
 
@@ -97,4 +98,23 @@ fn a_spawned_agent_whose_vmm_goes_during_a_job_ends_the_job_and_itself() {
     destination.listen(&folder.path().join("guest"), &IncomingOptions::default());
     drop(destination);
     assert!(end(agent).success());
+}
+
+#[test]
+fn a_standard_input_that_is_no_connection_is_refused_by_what_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(folder.path().join("listens")).unwrap();
+    let open = |path: &Path| Stdio::from(std::fs::File::open(path).unwrap());
+    for (stdin, found) in [
+        (open(folder.path()), "a folder,"),
+        (open(Path::new(PROGRAM)), "a file,"),
+        (Stdio::null(), "a device (/dev/null, or it is closed),"),
+        (Stdio::from(OwnedFd::from(listener)), "a socket that listens,"),
+    ] {
+        let ended = Command::new(PROGRAM).args(["agent", "--stdin"]).stdin(stdin).output().unwrap();
+        let said = String::from_utf8(ended.stderr).unwrap();
+        let expected = format!("--stdin: standard input is {found} allowed is a connected UNIX stream socket");
+        assert!(said.contains(&expected), "{said}");
+        assert_eq!(ended.status.code(), Some(2), "as for any other bad input");
+    }
 }

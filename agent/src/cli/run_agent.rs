@@ -2,10 +2,11 @@
 
 use super::AgentArgs;
 use crate::server::Server;
+use crate::transport::unix_socket::not_connected;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::error::Error;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
@@ -25,11 +26,38 @@ fn is_ignored(signal: i32) -> bool {
     ignored >> (signal - 1) & 1 == 1
 }
 
+/// Exit code for a command line that cannot be served, as clap has it.
+const BAD_INPUT: u8 = 2;
+
+/// The connection that the VMM left to this process as its standard input.
+fn inherited() -> Result<OwnedFd, String> {
+    let stdin = std::io::stdin();
+    match not_connected(stdin.as_fd()) {
+        Some(found) => {
+            // This is what the Rust library opens in the place of one that is closed.
+            let null = rustix::fs::fstat(&stdin).ok().map(|stat| stat.st_rdev) == Some(rustix::fs::makedev(1, 3));
+            let closed = if null { " (/dev/null, or it is closed)" } else { "" };
+            Err(format!("--stdin: standard input is {found}{closed}, allowed is a connected UNIX stream socket"))
+        }
+        None => {
+            let socket = stdin.as_fd().try_clone_to_owned();
+            socket.map_err(|error| format!("--stdin: cannot duplicate the socket: {error}"))
+        }
+    }
+}
+
 /// Serves until the VMM is gone or a signal comes.
 ///
 /// # Errors
 /// If it cannot listen, or the kernel refuses otherwise.
 pub fn run(args: &AgentArgs) -> Result<ExitCode, Box<dyn Error>> {
+    let inherited = match args.stdin.then(inherited).transpose() {
+        Ok(inherited) => inherited,
+        Err(sentence) => {
+            eprintln!("pageferry: {sentence}");
+            return Ok(ExitCode::from(BAD_INPUT));
+        }
+    };
     allow_descriptors();
     let mut server = Server::new()?;
     let (signals, wake) = UnixStream::pair()?;
@@ -43,8 +71,8 @@ pub fn run(args: &AgentArgs) -> Result<ExitCode, Box<dyn Error>> {
         server.listen(path).map_err(failed)?;
         log::info!("listening on {}", path.display());
     }
-    if args.stdin {
-        server.inherit(std::io::stdin().as_fd().try_clone_to_owned()?)?;
+    if let Some(socket) = inherited {
+        server.inherit(socket)?;
     }
     server.run()?;
     Ok(ExitCode::SUCCESS)

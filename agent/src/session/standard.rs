@@ -7,6 +7,7 @@ use super::registry::NewBlock;
 use super::shared::SharedSession;
 use super::{Session, check_fds, take_fds};
 use crate::hooks::Hooks;
+use crate::transport::unix_socket::not_connected;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::control::standard::{
@@ -41,10 +42,15 @@ pub enum Awaited {
 impl Awaited {
     /// What the front-end waits for after `frame`.
     pub fn of(frame: &Frame) -> Self {
+        Self::after(frame.request, frame.needs_reply(), !frame.fds.is_empty())
+    }
+
+    /// The same of a request from its parts: `has_fds` if it was sent with descriptors.
+    pub fn after(request: u32, needs_reply: bool, has_fds: bool) -> Self {
         // A log without a descriptor has no answer, whatever was negotiated.
-        if frame.request == FrontendReq::SET_LOG_BASE as u32 && !frame.fds.is_empty() {
+        if request == FrontendReq::SET_LOG_BASE as u32 && has_fds {
             Self::Log
-        } else if frame.needs_reply() || frame.request == FrontendReq::GET_VRING_BASE as u32 {
+        } else if needs_reply || request == FrontendReq::GET_VRING_BASE as u32 {
             Self::Acknowledgement
         } else {
             Self::Nothing
@@ -139,6 +145,7 @@ impl SharedSession {
             FrontendReq::SET_LOG_FD => check_fds("SET_LOG_FD", &fds, 1).map(|()| None),
             FrontendReq::SET_BACKEND_REQ_FD => {
                 let [socket] = take_fds("SET_BACKEND_REQ_FD", fds)?;
+                check_hook_socket(&socket)?;
                 self.lock().set_hook_socket(socket)?;
                 Ok(None)
             }
@@ -198,6 +205,15 @@ impl Session {
         self.hooks = Arc::new(Hooks::new(Some(socket)));
         Ok(())
     }
+}
+
+/// Refuses what cannot carry hooks: its VMM would be asked, and never answer.
+fn check_hook_socket(socket: &OwnedFd) -> Result<(), RemoteError> {
+    not_connected(socket).map_or(Ok(()), |found| {
+        let sentence =
+            format!("SET_BACKEND_REQ_FD: the descriptor is {found}, allowed is a connected UNIX stream socket");
+        Err(RemoteError::new(ErrorCode::Invalid, sentence))
+    })
 }
 
 fn negotiate(what: &str, value: u64, offered: u64) -> Result<u64, RemoteError> {

@@ -15,6 +15,7 @@ pub mod queue;
 pub mod resolve;
 pub mod stream;
 pub mod unix_path;
+pub mod unix_socket;
 
 pub use address::{Address, Listener};
 pub use limiter::Limiter;

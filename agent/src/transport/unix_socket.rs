@@ -1,0 +1,70 @@
+//! What a descriptor is that should be a connected UNIX stream socket.
+
+use rustix::net::{AddressFamily, SocketType, sockopt};
+use std::os::fd::AsFd;
+
+/// What `fd` is instead of a connected UNIX stream socket; `None` if it is one.
+pub fn not_connected(fd: impl AsFd) -> Option<&'static str> {
+    let fd = fd.as_fd();
+    match sockopt::socket_type(fd) {
+        Ok(SocketType::STREAM) => {}
+        Ok(_) => return Some("a socket that is no stream socket"),
+        Err(_) => return Some(kind(fd)),
+    }
+    if !matches!(sockopt::socket_domain(fd), Ok(AddressFamily::UNIX)) {
+        return Some("a socket that is no UNIX socket");
+    }
+    if sockopt::socket_acceptconn(fd) == Ok(true) {
+        return Some("a socket that listens");
+    }
+    // It fails as well once the other side has closed it.
+    if rustix::net::getpeername(fd).is_err() {
+        return Some("a socket that is not connected");
+    }
+    None
+}
+
+/// What it is if it is no socket.
+fn kind(fd: impl AsFd) -> &'static str {
+    use rustix::fs::FileType;
+    match rustix::fs::fstat(fd).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+        Ok(FileType::RegularFile) => "a file",
+        Ok(FileType::Directory) => "a folder",
+        Ok(FileType::Fifo) => "a pipe",
+        Ok(FileType::CharacterDevice) => "a device",
+        Ok(_) => "no socket",
+        Err(_) => "not open",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{SocketFlags, socket_with};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+
+    #[test]
+    fn anything_but_a_connected_unix_stream_socket_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert_eq!(not_connected(&ours), None);
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let unconnected = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let open = |path: &str| OwnedFd::from(std::fs::File::open(path).unwrap());
+        let file = OwnedFd::from(std::fs::File::create(folder.path().join("file")).unwrap());
+        for (fd, found) in [
+            (file, "a file"),
+            (open("/"), "a folder"),
+            (open("/dev/null"), "a device"),
+            (rustix::pipe::pipe().unwrap().0, "a pipe"),
+            (UnixDatagram::pair().unwrap().0.into(), "a socket that is no stream socket"),
+            (TcpStream::connect(tcp.local_addr().unwrap()).unwrap().into(), "a socket that is no UNIX socket"),
+            (UnixListener::bind(folder.path().join("listens")).unwrap().into(), "a socket that listens"),
+            (unconnected, "a socket that is not connected"),
+        ] {
+            assert_eq!(not_connected(&fd), Some(found));
+        }
+    }
+}
