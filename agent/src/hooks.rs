@@ -1,7 +1,11 @@
 //! What the agent asks of the VMM, each with a deadline.
 //!
-//! The answers carry the sequence number of their request, so one that comes after its deadline is told from the one that is
-//! waited for, and a VMM that was late once is not lost for good.
+//! The answers carry the sequence number of their request, so one that comes after its deadline is
+//! told from the one that is waited for, and a VMM that was late once is not lost for good.
+//!
+//! The channel is broken once the two sides may not agree where the next frame begins: after a
+//! request that was sent in part, or bytes that are no frame. It is shut down then, and every later
+//! hook fails at once with the reason. The VMM sees the end and attaches another agent.
 
 use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::DecodeError;
@@ -73,6 +77,14 @@ pub enum HookError {
         /// Bytes of the pieces.
         expected: u64,
     },
+    /// The channel broke in an earlier hook.
+    #[error("hook \"{hook}\": the socket for hooks is broken since an earlier one: {reason}")]
+    Broken {
+        /// What was to be asked.
+        hook: &'static str,
+        /// What broke it.
+        reason: String,
+    },
     /// The VMM set no socket for hooks.
     #[error("hook \"{hook}\": the VMM has set no socket for hooks (SET_BACKEND_REQ_FD)")]
     None {
@@ -102,6 +114,8 @@ const MAX_UNTOLD: usize = 64;
 struct Channel {
     socket: Option<FrameSocket>,
     sequence: u64,
+    /// Why the socket is of no use any more.
+    broken: Option<String>,
     /// The VMM owes the answer to a hook whose deadline is over. It answers in order, so nothing after that is answered sooner.
     late: bool,
 }
@@ -112,7 +126,7 @@ impl Hooks {
         // Without a duplicate nobody can see that the VMM is there, and it counts as gone.
         let watched = socket.as_ref().and_then(|socket| socket.try_clone().ok());
         let (set, socket) = (socket.is_some(), socket.map(FrameSocket::from));
-        let channel = Mutex::new(Channel { socket, sequence: 0, late: false });
+        let channel = Mutex::new(Channel { socket, sequence: 0, broken: None, late: false });
         Self { set, watched, channel, untold: Mutex::default() }
     }
 
@@ -273,17 +287,24 @@ impl Hooks {
         channel.tell_all(self.untold());
         channel.sequence += 1;
         let sequence = channel.sequence;
-        let Some(socket) = &mut channel.socket else { return Err(HookError::None { hook: name }) };
-        let failed = |source| HookError::Socket { hook: name, source };
         log::debug!("hook \"{name}\" {sequence}");
-        socket.send_parts(hook.code(), 0, &hook.encode(sequence), fds, deadline).map_err(failed)?;
+        let socket = channel.socket(name)?;
+        let sent = socket.send_parts(hook.code(), 0, &hook.encode(sequence), fds, deadline);
+        sent.map_err(|source| channel.failed(name, source))?;
         channel.late = true;
         loop {
-            let reply = socket.recv(deadline).map_err(failed)?;
+            let (reply, lost_fds) = match channel.socket(name)?.recv(deadline) {
+                Ok(reply) => (reply, false),
+                Err(SocketError::LostFds { frame }) => (*frame, true),
+                Err(source) => return Err(channel.failed(name, source)),
+            };
             let answered = hook::reply_sequence(&reply.body);
             let answered = answered.map_err(|source| HookError::Malformed { hook: name, source })?;
             if reply.is_reply() && answered == sequence {
                 channel.late = false;
+                if lost_fds {
+                    return Err(channel.failed(name, SocketError::LostFds { frame: Box::new(reply) }));
+                }
                 return Ok(reply);
             }
             log::info!("an answer to hook {answered} came after its deadline");
@@ -300,6 +321,30 @@ impl Hooks {
 }
 
 impl Channel {
+    /// The socket, for the hook `hook`.
+    fn socket(&mut self, hook: &'static str) -> Result<&mut FrameSocket, HookError> {
+        match (&mut self.socket, &self.broken) {
+            (Some(socket), _) => Ok(socket),
+            (None, Some(reason)) => Err(HookError::Broken { hook, reason: reason.clone() }),
+            (None, None) => Err(HookError::None { hook }),
+        }
+    }
+
+    /// What the hook `hook` fails with. If the socket is not in step any more, it ends here.
+    fn failed(&mut self, hook: &'static str, source: SocketError) -> HookError {
+        self.break_after(&source);
+        HookError::Socket { hook, source }
+    }
+
+    fn break_after(&mut self, error: &SocketError) {
+        if !error.leaves_in_step()
+            && let Some(socket) = self.socket.take()
+        {
+            self.broken = Some(crate::error::chain(error));
+            socket.shutdown();
+        }
+    }
+
     fn tell_all(&mut self, mut untold: MutexGuard<'_, VecDeque<JobStatus>>) {
         let events = std::mem::take(&mut *untold);
         drop(untold);
@@ -307,11 +352,11 @@ impl Channel {
             self.sequence += 1;
             let event = Hook::Event { status: Box::new(status) };
             let body = event.encode(self.sequence);
-            if let Some(socket) = &self.socket {
-                // A message this small is sent whole or not at all.
-                if let Err(error) = socket.send(&Frame::request(event.code(), body), Instant::now()) {
-                    log::debug!("event not sent: {error}");
-                }
+            let Some(socket) = &self.socket else { continue };
+            // A message this small is sent whole or not at all.
+            if let Err(error) = socket.send(&Frame::request(event.code(), body), Instant::now()) {
+                log::debug!("event not sent: {error}");
+                self.break_after(&error);
             }
         }
     }
@@ -386,5 +431,47 @@ mod tests {
         assert_eq!(error, "hook \"save state\" was answered with pieces of 6 bytes together, and a file of 5");
         let (pipe, _writer) = rustix::pipe::pipe().unwrap();
         assert!(saved(6, pipe).unwrap_err().ends_with("a file of 0"));
+    }
+
+    #[test]
+    fn a_hook_that_is_sent_in_part_ends_the_channel_and_every_later_hook_says_why() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let hooks = Hooks::new(Some(ours.into()));
+        let large = Hook::LoadState {
+            pieces: (0..4000).map(|piece| PieceSize { name: format!("{piece:0>200}"), length: 0 }).collect(),
+        };
+        // Nobody reads it.
+        let error = hooks.ask(&large, Duration::ZERO).unwrap_err();
+        let half = matches!(&error, HookError::Socket { source: SocketError::HalfSent { .. }, .. });
+        assert!(half, "{}", crate::error::chain(&error));
+        for _ in 0..2 {
+            let error = hooks.ask(&Hook::Pause, Duration::from_secs(3600)).unwrap_err().to_string();
+            assert!(error.contains("broken since an earlier one: the connection took"), "{error}");
+        }
+        assert!(!hooks.are_connected());
+        // What the VMM reads is part of the request, and then the end.
+        let mut vmm = FrameSocket::from(OwnedFd::from(theirs));
+        let error = vmm.recv(Instant::now() + Duration::from_secs(60)).unwrap_err();
+        assert!(matches!(error, SocketError::Cut { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_hook_that_is_not_answered_in_time_leaves_the_channel_as_it_is() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let hooks = Hooks::new(Some(ours.into()));
+        let error = hooks.ask(&Hook::Pause, Duration::ZERO).unwrap_err();
+        assert!(matches!(error, HookError::Socket { source: SocketError::Timeout { .. }, .. }));
+        let far = || Instant::now() + Duration::from_secs(60);
+        let vmm = std::thread::spawn(move || {
+            let mut socket = FrameSocket::from(OwnedFd::from(theirs));
+            for _ in 0..2 {
+                let frame = socket.recv(far()).unwrap();
+                let (sequence, _) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
+                let body = hook::encode_hook_reply(sequence, &Ok(()));
+                socket.send_parts(frame.request, FLAG_REPLY, &body, &[], far()).unwrap();
+            }
+        });
+        hooks.ask(&Hook::Pause, Duration::from_secs(60)).unwrap();
+        vmm.join().unwrap();
     }
 }

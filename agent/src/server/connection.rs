@@ -22,6 +22,13 @@ use std::time::{Duration, Instant};
 /// How long a client may leave its answers unread.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a request may take to come, from its first byte to its last, unless the VMM sends it.
+/// The descriptors of a request that is not complete are open in this process.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// There is no answer under way.
+const NOT_SENDING: u64 = u64::MAX;
+
 /// What the reactor knows of a connection.
 #[derive(Debug)]
 pub(super) struct Line {
@@ -32,6 +39,9 @@ pub(super) struct Line {
     heard: AtomicU64,
     /// A request is being answered.
     busy: AtomicBool,
+    /// Microseconds from `opened` to when the thread began to send the answer that it is sending;
+    /// [`NOT_SENDING`] if it sends none.
+    sending: AtomicU64,
     /// It was told to end.
     closed: AtomicBool,
     /// Wakes the thread for an event; there is one only once it was subscribed to events.
@@ -46,9 +56,15 @@ impl Line {
             opened: Instant::now(),
             heard: AtomicU64::new(0),
             busy: AtomicBool::new(false),
+            sending: AtomicU64::new(NOT_SENDING),
             closed: AtomicBool::new(false),
             wake: OnceLock::new(),
         }
+    }
+
+    /// When the connection was made.
+    pub(super) fn opened(&self) -> Instant {
+        self.opened
     }
 
     /// When the last request came, or the connection.
@@ -58,6 +74,31 @@ impl Line {
 
     pub(super) fn is_busy(&self) -> bool {
         self.busy.load(Ordering::Relaxed)
+    }
+
+    /// How long the answer that is being sent has been waiting for the other side to read.
+    pub(super) fn unread_for(&self) -> Option<Duration> {
+        let since = self.sending.load(Ordering::Relaxed);
+        let since = (since != NOT_SENDING).then(|| self.opened + Duration::from_micros(since))?;
+        Some(since.elapsed())
+    }
+
+    fn age(&self) -> u64 {
+        u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(NOT_SENDING - 1)
+    }
+
+    fn begin_request(&self) {
+        self.busy.store(true, Ordering::Relaxed);
+        self.heard.store(self.age(), Ordering::Relaxed);
+    }
+
+    fn begin_answer(&self) {
+        self.sending.store(self.age(), Ordering::Relaxed);
+    }
+
+    fn end_request(&self) {
+        self.sending.store(NOT_SENDING, Ordering::Relaxed);
+        self.busy.store(false, Ordering::Relaxed);
     }
 
     pub(super) fn is_subscribed(&self) -> bool {
@@ -101,6 +142,8 @@ pub(super) struct Connection {
     line: Arc<Line>,
     socket: FrameSocket,
     subscription: Option<Subscription>,
+    /// When the frame began that is not complete.
+    frame_began: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -112,7 +155,7 @@ struct Subscription {
 impl Connection {
     pub(super) fn new(hub: Arc<Hub>, line: Arc<Line>) -> Self {
         let socket = FrameSocket::from(line.socket.clone());
-        Self { hub, line, socket, subscription: None }
+        Self { hub, line, socket, subscription: None, frame_began: None }
     }
 
     /// Serves until the connection ends.
@@ -134,20 +177,51 @@ impl Connection {
                 self.take_wake();
             }
             self.send_event_if_due()?;
-            match received? {
-                Some(frame) => self.serve_request(frame)?,
-                None => self.wait()?,
+            if !matches!(received, Ok(None)) {
+                self.frame_began = None;
+            }
+            match received {
+                Ok(Some(frame)) => self.serve_request(frame)?,
+                Ok(None) => self.wait()?,
+                Err(error @ SocketError::LostFds { .. }) => self.refuse_request(error)?,
+                Err(error) => return Err(error),
             }
         }
     }
 
     fn serve_request(&mut self, frame: Frame) -> Result<(), SocketError> {
-        self.line.busy.store(true, Ordering::Relaxed);
-        let heard = u64::try_from(self.line.opened.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.line.heard.store(heard, Ordering::Relaxed);
+        self.line.begin_request();
         let reply = self.answer(frame);
-        let sent = reply.map_or(Ok(()), |reply| self.socket.send(&reply, Instant::now() + SEND_TIMEOUT));
-        self.line.busy.store(false, Ordering::Relaxed);
+        self.send_answer(reply)
+    }
+
+    /// Answers a request whose descriptors did not arrive.
+    fn refuse_request(&mut self, error: SocketError) -> Result<(), SocketError> {
+        let sentence = error.to_string();
+        let SocketError::LostFds { frame } = error else { return Err(error) };
+        if frame.is_reply() {
+            log::warn!("{sentence}");
+            return Ok(());
+        }
+        self.line.begin_request();
+        let error = RemoteError::new(ErrorCode::System, sentence);
+        let reply = if frame.request >= OWN_REQUESTS {
+            log::warn!("request {:#x} refused: {error}", frame.request);
+            Some(refused(frame.request, error))
+        } else {
+            Awaited::after(frame.request, frame.needs_reply(), true).refusal(frame.request, &error)
+        };
+        self.send_answer(reply)
+    }
+
+    fn send_answer(&mut self, reply: Option<Frame>) -> Result<(), SocketError> {
+        let Some(reply) = reply else {
+            self.line.end_request();
+            return Ok(());
+        };
+        self.line.begin_answer();
+        let sent = self.socket.send(&reply, Instant::now() + SEND_TIMEOUT);
+        self.line.end_request();
         sent
     }
 
@@ -188,7 +262,9 @@ impl Connection {
 
     /// Waits for the next request, or for the time of an event.
     fn wait(&mut self) -> Result<(), SocketError> {
-        let due = self.subscription.as_ref().map(|one| one.due.saturating_duration_since(Instant::now()));
+        let ends = self.end_of_frame()?;
+        let due = self.subscription.as_ref().map(|one| one.due).into_iter().chain(ends).min();
+        let due = due.map(|due| due.saturating_duration_since(Instant::now()));
         let timeout = due.and_then(|due| Timespec::try_from(due).ok());
         let mut polled = vec![PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)];
         polled.extend(self.line.wake.get().map(|wake| PollFd::new(wake, PollFlags::IN)));
@@ -200,6 +276,22 @@ impl Connection {
             self.take_wake();
         }
         Ok(())
+    }
+
+    /// When the frame has to be complete that has begun.
+    fn end_of_frame(&mut self) -> Result<Option<Instant>, SocketError> {
+        if !self.socket.is_inside_frame() {
+            return Ok(None);
+        }
+        let now = Instant::now();
+        let began = *self.frame_began.get_or_insert(now);
+        if self.hub.session.is_owner(self.line.token) {
+            return Ok(None);
+        }
+        if now < began + FRAME_TIMEOUT {
+            return Ok(Some(began + FRAME_TIMEOUT));
+        }
+        Err(SocketError::Timeout { what: "end of a request that had begun", waited: now - began })
     }
 
     /// A job changed: the event is due now.
@@ -243,7 +335,10 @@ impl Drop for Ended<'_> {
 }
 
 fn refused_subscription(request: u32, errno: Errno) -> Frame {
-    let error = RemoteError::new(ErrorCode::System, format!("cannot make an event descriptor: {errno}"));
+    refused(request, RemoteError::new(ErrorCode::System, format!("cannot make an event descriptor: {errno}")))
+}
+
+fn refused(request: u32, error: RemoteError) -> Frame {
     Frame::reply(request, request::encode_reply::<()>(&Err(error), |(), encoder| encoder))
 }
 

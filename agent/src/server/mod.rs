@@ -7,9 +7,12 @@
 //! the other side of a connection hung up. It never waits for anything else ([`crate::waiting`]).
 //! A connection that breaks the framing ends, and nothing else does.
 //!
-//! There are at most `MAX_CONNECTIONS` connections. When there is no place left for a new one,
-//! the connection that has been silent for longest makes room, but never the VMM's and none whose
-//! request is under way. So idle connections keep out neither a VMM nor an operator.
+//! There are at most `MAX_CONNECTIONS` connections. When there is no place left for a new one, a
+//! connection makes room that has not read its answer for a moment, else the one that has been
+//! silent for longest. The new one waits for that, and those behind it wait in the listener's
+//! queue. If nobody makes room within a moment, since all keep asking, the oldest connection does.
+//! The VMM's connection never makes room. So neither connections that are idle nor those that flood
+//! the agent keep out a VMM or an operator for long.
 
 mod connection;
 
@@ -36,6 +39,11 @@ const FIRST_CONNECTION: u64 = 16;
 const MAX_CONNECTIONS: usize = 128;
 /// How long the end of the agent waits for the requests that are under way.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection makes room for a new one if it has been silent, or has not read its answer, for
+/// this long. A new one waits for such a connection for this long, too.
+const MOMENT: Duration = Duration::from_millis(100);
+/// Time between two looks for a connection that makes room.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Serves one VM.
 #[derive(Debug)]
@@ -45,6 +53,8 @@ pub struct Server {
     backoff: Backoff,
     /// No connection is accepted before this.
     accept_again: Option<Instant>,
+    /// A new connection that waits for a place since then.
+    waiting: Option<(OwnedFd, Instant)>,
     connections: BTreeMap<u64, (Arc<Line>, JoinHandle<()>)>,
     next_token: u64,
     hub: Arc<Hub>,
@@ -87,6 +97,7 @@ impl Server {
             listener: None,
             backoff: Backoff::default(),
             accept_again: None,
+            waiting: None,
             connections: BTreeMap::new(),
             next_token: FIRST_CONNECTION,
             hub: Arc::new(Hub { session, notify, ended: Mutex::default() }),
@@ -191,22 +202,33 @@ impl Server {
                 return;
             }
         }
-        if !self.make_room() {
-            let sentence = "all connections have a request under way: one more is refused";
-            return self.backoff.failed(&io::Error::other(sentence), Instant::now());
+        self.admit(accepted, Instant::now());
+    }
+
+    /// Serves a connection that is waiting for a place since then, or lets it wait on.
+    fn admit(&mut self, socket: OwnedFd, since: Instant) {
+        if !self.make_room(since.elapsed() >= MOMENT) {
+            self.waiting = Some((socket, since));
+            return self.accept_after(LOOK);
         }
-        if let Err(error) = self.add_connection(accepted) {
+        if let Err(error) = self.add_connection(socket) {
             self.pause_accepting(&error);
         }
     }
 
     /// The process has no room for another connection: it has some again in a moment, or never.
     fn pause_accepting(&mut self, error: &io::Error) {
-        let now = Instant::now();
-        self.backoff.failed(error, now);
+        self.backoff.failed(error, Instant::now());
+        self.accept_after(backoff::PAUSE);
+    }
+
+    /// Leaves new connections in the listener's queue for this long.
+    fn accept_after(&mut self, pause: Duration) {
         if let Some(listener) = &self.listener {
-            self.reactor.remove(listener.as_fd());
-            self.accept_again = Some(now + backoff::PAUSE);
+            if self.accept_again.is_none() {
+                self.reactor.remove(listener.as_fd());
+            }
+            self.accept_again = Some(Instant::now() + pause);
         }
     }
 
@@ -214,27 +236,49 @@ impl Server {
         if self.accept_again.is_none_or(|due| due > Instant::now()) {
             return;
         }
-        self.accept_again = None;
-        if let Some(listener) = &self.listener
-            && let Err(error) = self.reactor.add(listener.as_fd(), LISTENER)
-        {
-            self.pause_accepting(&error);
+        if let Some((socket, since)) = self.waiting.take() {
+            self.admit(socket, since);
+            if self.waiting.is_some() {
+                return;
+            }
+        }
+        let Some(listener) = &self.listener else { return };
+        match self.reactor.add(listener.as_fd(), LISTENER) {
+            Ok(()) => self.accept_again = None,
+            Err(error) => self.pause_accepting(&error),
         }
     }
 
-    /// Makes sure that there is a place for one more connection; false if there cannot be one.
-    fn make_room(&mut self) -> bool {
+    /// Makes sure that there is a place for one more connection; false if there is none now. If
+    /// `anyone` may make room, there is one but for the VMM's connection.
+    fn make_room(&mut self, anyone: bool) -> bool {
         let open = || self.connections.values().map(|(line, _)| line).filter(|line| !line.is_closed());
         if open().count() < max_connections() {
             return true;
         }
-        let may_go = |line: &&Arc<Line>| {
-            !line.is_busy() && self.inherited != Some(line.token) && !self.hub.session.is_owner(line.token)
-        };
+        let may_go = |line: &&Arc<Line>| self.inherited != Some(line.token) && !self.hub.session.is_owner(line.token);
+        let now = Instant::now();
+        let unread = |line: &Arc<Line>| line.unread_for().filter(|unread| *unread >= MOMENT);
+        let silent = |line: &Arc<Line>| !line.is_busy() && now.saturating_duration_since(line.last_heard()) >= MOMENT;
+        let unread_longest =
+            open().filter(may_go).filter(|line| unread(line).is_some()).max_by_key(|line| unread(line));
         // Who watches a job may have nothing to say for long.
-        let first_to_go = open().filter(may_go).min_by_key(|line| (line.is_subscribed(), line.last_heard()));
-        let Some(line) = first_to_go else { return false };
-        log::warn!("more than {} connections: connection {} ends, the silent one", max_connections(), line.token);
+        let silent_longest = || {
+            let silent = open().filter(may_go).filter(|line| silent(line));
+            silent.min_by_key(|line| (line.is_subscribed(), line.last_heard()))
+        };
+        let oldest =
+            || open().filter(may_go).filter(|_| anyone).min_by_key(|line| (line.is_subscribed(), line.opened()));
+        let (line, why) = if let Some(line) = unread_longest {
+            (line, "it does not read its answers")
+        } else if let Some(line) = silent_longest() {
+            (line, "it is silent for longest")
+        } else if let Some(line) = oldest() {
+            (line, "it is the oldest")
+        } else {
+            return false;
+        };
+        log::warn!("more than {} connections: connection {} ends, {why}", max_connections(), line.token);
         line.close();
         true
     }

@@ -39,15 +39,48 @@ pub enum SocketError {
     /// The header is not valid.
     #[error(transparent)]
     Header(#[from] HeaderError),
+    /// The connection ended, or took no more, inside a frame that this side was sending.
+    #[error("the connection took {sent} of the {total} bytes of a frame")]
+    HalfSent {
+        /// Bytes that were sent.
+        sent: usize,
+        /// Bytes of the frame.
+        total: usize,
+        /// What stopped it.
+        #[source]
+        source: Box<SocketError>,
+    },
     /// More descriptors than a frame may carry.
     #[error("{count} file descriptors with one frame, allowed are {MAX_FDS}")]
     TooManyFds {
         /// How many came, at least.
         count: usize,
     },
+    /// The kernel could not give this process all descriptors of a frame. The frame was read to its
+    /// end, so the next one can be received.
+    #[error(
+        "file descriptors of request {:#x} did not arrive ({} did): this process is out of file \
+         descriptors (RLIMIT_NOFILE)", frame.request, frame.fds.len()
+    )]
+    LostFds {
+        /// The frame, with the descriptors that did arrive.
+        frame: Box<Frame>,
+    },
     /// The kernel refused.
     #[error("socket error")]
     Kernel(#[from] Errno),
+}
+
+impl SocketError {
+    /// True if the socket can still be used: both sides agree where the next frame begins.
+    pub fn leaves_in_step(&self) -> bool {
+        match self {
+            Self::Timeout { .. } | Self::LostFds { .. } | Self::Kernel(_) => true,
+            Self::Closed | Self::Cut { .. } | Self::HalfSent { .. } | Self::Header(_) | Self::TooManyFds { .. } => {
+                false
+            }
+        }
+    }
 }
 
 /// A connected UNIX stream socket that carries frames. Reading is safe to continue after a timeout.
@@ -60,6 +93,8 @@ pub struct FrameSocket {
     have: usize,
     body: Vec<u8>,
     fds: Vec<OwnedFd>,
+    /// Descriptors of the frame that is being read did not arrive.
+    lost_fds: bool,
     /// Process id of whoever sent what came last, if the kernel was asked to tell.
     sender: Option<i32>,
 }
@@ -78,7 +113,15 @@ impl From<OwnedFd> for FrameSocket {
 
 impl From<Arc<OwnedFd>> for FrameSocket {
     fn from(fd: Arc<OwnedFd>) -> Self {
-        Self { fd, header: FrameHeader::new_zeroed(), have: 0, body: Vec::new(), fds: Vec::new(), sender: None }
+        Self {
+            fd,
+            header: FrameHeader::new_zeroed(),
+            have: 0,
+            body: Vec::new(),
+            fds: Vec::new(),
+            lost_fds: false,
+            sender: None,
+        }
     }
 }
 
@@ -100,10 +143,17 @@ impl FrameSocket {
         self.sender
     }
 
+    /// True if part of a frame has come, and not yet its end.
+    pub fn is_inside_frame(&self) -> bool {
+        self.have > 0
+    }
+
     /// The next frame if it is all here, without waiting.
     ///
     /// # Errors
-    /// If the connection ended or the header is wrong; the socket is of no use then.
+    /// [`SocketError::LostFds`] in place of a frame whose descriptors did not all arrive: the next
+    /// call reads the next frame. If the connection ended or the header is wrong; the socket is of
+    /// no use then.
     pub fn try_recv(&mut self) -> Result<Option<Frame>, SocketError> {
         loop {
             if self.have < HEADER_SIZE {
@@ -125,12 +175,16 @@ impl FrameSocket {
                 self.have += read;
             } else {
                 self.have = 0;
-                return Ok(Some(Frame {
+                let frame = Frame {
                     request: self.header.request.get(),
                     flags: self.header.flags.get() & !3,
                     body: std::mem::take(&mut self.body),
                     fds: std::mem::take(&mut self.fds),
-                }));
+                };
+                if std::mem::take(&mut self.lost_fds) {
+                    return Err(SocketError::LostFds { frame: Box::new(frame) });
+                }
+                return Ok(Some(frame));
             }
         }
     }
@@ -154,8 +208,8 @@ impl FrameSocket {
     /// Sends a frame whole, waiting for room until `deadline`.
     ///
     /// # Errors
-    /// If the connection ended or there is no room in time. If part of the frame was sent by then, the other side will see
-    /// the connection cut: drop the socket.
+    /// If the connection ended or there is no room in time. [`SocketError::HalfSent`] if part of
+    /// the frame was sent by then: drop the socket.
     pub fn send(&self, frame: &Frame, deadline: Instant) -> Result<(), SocketError> {
         let fds: Vec<BorrowedFd<'_>> = frame.fds.iter().map(AsFd::as_fd).collect();
         self.send_parts(frame.request, frame.flags, &frame.body, &fds, deadline)
@@ -176,6 +230,10 @@ impl FrameSocket {
         }
         let total = HEADER_SIZE + body.len();
         let mut sent = 0;
+        let failed = |sent: usize, error: SocketError| match sent {
+            0 => error,
+            _ => SocketError::HalfSent { sent, total, source: Box::new(error) },
+        };
         while sent < total {
             let head = &header.as_bytes()[sent.min(HEADER_SIZE)..];
             let tail = &body[sent.saturating_sub(HEADER_SIZE)..];
@@ -184,12 +242,14 @@ impl FrameSocket {
                 Ok(count) => sent += count,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    if !wait(self.fd.as_fd(), PollFlags::OUT, deadline)? {
-                        return Err(SocketError::Timeout { what: "room to send", waited: started.elapsed() });
+                    let room = wait(self.fd.as_fd(), PollFlags::OUT, deadline);
+                    if !room.map_err(|errno| failed(sent, errno.into()))? {
+                        let waited = started.elapsed();
+                        return Err(failed(sent, SocketError::Timeout { what: "room to send", waited }));
                     }
                 }
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(SocketError::Closed),
-                Err(errno) => return Err(errno.into()),
+                Err(errno) => return Err(failed(sent, errno.into())),
             }
         }
         Ok(())
@@ -225,9 +285,13 @@ impl FrameSocket {
                 _ => {}
             }
         }
-        if self.fds.len() > MAX_FDS || received.flags.contains(rustix::net::ReturnFlags::CTRUNC) {
-            return Err(SocketError::TooManyFds { count: self.fds.len() + 1 });
+        let cut = received.flags.contains(rustix::net::ReturnFlags::CTRUNC);
+        // The buffer holds as many as a frame may carry, so it was full if more were sent.
+        if self.fds.len() > MAX_FDS || (cut && self.fds.len() == MAX_FDS) {
+            return Err(SocketError::TooManyFds { count: self.fds.len().max(MAX_FDS + 1) });
         }
+        // The bytes that came with them are consumed: the frame is read to its end all the same.
+        self.lost_fds |= cut;
         match received.bytes {
             0 if self.have == 0 => Err(SocketError::Closed),
             0 => Err(SocketError::Cut { missing }),
@@ -332,5 +396,31 @@ mod tests {
         let (a, mut b) = pair();
         rustix::io::write(&a, FrameHeader::new(5, 0, u32::MAX as usize).as_bytes()).unwrap();
         assert!(matches!(b.recv(soon()), Err(SocketError::Header(HeaderError::Size { request: 5, .. }))));
+    }
+
+    #[test]
+    fn more_descriptors_than_a_frame_may_carry_are_refused() {
+        let (a, mut b) = pair();
+        let file = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let bytes = FrameHeader::new(5, 0, 0);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS + 1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [file.as_fd(); MAX_FDS + 1];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        sendmsg(&a, &[IoSlice::new(bytes.as_bytes())], &mut control, SendFlags::empty()).unwrap();
+        let error = b.recv(soon()).unwrap_err();
+        assert!(matches!(error, SocketError::TooManyFds { count: 33 }), "{error}");
+    }
+
+    #[test]
+    fn a_frame_that_is_sent_in_part_says_so() {
+        let (a, _b) = pair();
+        let error = a.send_parts(5, 0, &vec![0; crate::control::frame::MAX_BODY], &[], Instant::now()).unwrap_err();
+        assert!(matches!(&error, SocketError::HalfSent { sent, .. } if *sent > 0), "{error}");
+        assert!(!error.leaves_in_step());
+        // And one of which nothing is sent leaves the socket in step.
+        while a.send_parts(6, 0, &[], &[], Instant::now()).is_ok() {}
+        let error = a.send_parts(6, 0, &[], &[], Instant::now()).unwrap_err();
+        assert!(matches!(error, SocketError::Timeout { .. }) && error.leaves_in_step(), "{error}");
     }
 }

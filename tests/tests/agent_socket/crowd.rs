@@ -8,7 +8,7 @@ use pageferry_protocol::control::request::Request;
 use pageferry_tests::deadline::wait_until;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use zerocopy::IntoBytes;
 
@@ -83,4 +83,50 @@ fn idle_connections_keep_out_neither_a_vmm_nor_an_operator() {
     }
     vmm.client.status().unwrap();
     assert!(idle[0].reply().is_err(), "the first that was silent made room");
+}
+
+#[test]
+fn more_connections_than_there_are_places_that_never_read_keep_out_neither_a_vmm_nor_an_operator() {
+    let agent = Listening::new();
+    let stop = AtomicBool::new(false);
+    let deaf = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..160 {
+            scope.spawn(|| {
+                let requests = requests();
+                while !stop.load(Ordering::Relaxed) {
+                    let Ok(mut stream) = UnixStream::connect(&agent.path) else { continue };
+                    stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+                    // Until the agent ends it: it takes no more, as its answers are not read.
+                    while !stop.load(Ordering::Relaxed) {
+                        match stream.write_all(&requests) {
+                            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                                deaf.fetch_add(1, Ordering::Relaxed);
+                            }
+                            Err(_) => break,
+                            Ok(()) => {}
+                        }
+                    }
+                }
+            });
+        }
+        let _stop = OnDrop(|| stop.store(true, Ordering::Relaxed));
+        while deaf.load(Ordering::Relaxed) < 200 {
+            std::thread::yield_now();
+        }
+        let vmm = Attached::new(&agent.path, Ram::odd(16));
+        for _ in 0..20 {
+            assert_eq!(agent.connect().status().phase, Phase::Idle);
+            vmm.client.status().unwrap();
+        }
+    });
+}
+
+/// Calls it also if a check fails.
+struct OnDrop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
 }

@@ -3,12 +3,14 @@
 //! - [`paths`]: what is at the path already, who else takes it, and how long it may be;
 //! - [`crowd`]: connections that are idle, that never stop asking, that do not read their answers;
 //! - [`waits`]: requests that wait for a name server, a VMM, a full queue, while others are answered;
-//! - [`descriptors`]: a process that is out of descriptors.
+//! - [`descriptors`]: a process that is out of descriptors;
+//! - [`frames`]: requests without their descriptors, or without an end.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "../common/mod.rs"]
 mod common;
 mod crowd;
 mod descriptors;
+mod frames;
 mod paths;
 mod waits;

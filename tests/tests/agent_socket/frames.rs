@@ -1,0 +1,94 @@
+//! Requests that do not come whole: without their descriptors, or without their end.
+
+use crate::common::{Attached, Listening, PROGRAM, Peer, Ram, SOON};
+use pageferry_client::Phase;
+use pageferry_protocol::control::Frame;
+use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FrameHeader};
+use pageferry_protocol::control::request::{ErrorCode, Request};
+use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
+use pageferry_tests::process::AgentProcess;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+use zerocopy::IntoBytes;
+
+fn memfd(size: u64) -> OwnedFd {
+    let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, size).unwrap();
+    fd
+}
+
+fn add_block(id: u32) -> Request {
+    let gpa = u64::from(id) << 30;
+    let geometry = BlockGeometry { id, name: format!("ram{id}"), gpa, length: 0x1_0000, granularity: PAGE_SIZE };
+    Request::AddBlock { geometry, fd_offset: 0, vmm_address: 0, flags: 0 }
+}
+
+#[test]
+fn a_request_whose_descriptors_do_not_arrive_is_answered_and_the_vmm_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut agent = AgentProcess::spawn(PROGRAM.as_ref(), folder.path(), "agent").unwrap();
+    let mut vmm = Peer::connect(agent.socket());
+    vmm.ask(&add_block(0), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
+    // The three standard ones are open, so there is no room for any other.
+    agent.process().limit_descriptors(3).unwrap();
+
+    let refused = vmm.ask(&add_block(1), vec![memfd(0x1_0000), memfd(4096)]).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::System);
+    assert!(refused.sentence.contains("out of file descriptors (RLIMIT_NOFILE)"), "{refused}");
+    // VHOST_USER_SET_BACKEND_REQ_FD, whose answer is a number.
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    let frame = Frame { request: 21, flags: FLAG_NEED_REPLY, body: Vec::new(), fds: vec![theirs.into()] };
+    vmm.socket.send(&frame, Instant::now() + SOON).unwrap();
+    assert_ne!(vmm.reply().unwrap().body, [0; 8]);
+    assert_eq!(vmm.status().phase, Phase::Idle);
+
+    agent.process().limit_descriptors(1024).unwrap();
+    vmm.ask(&add_block(1), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
+    // It is the owner still.
+    let denied = Peer::connect(agent.socket()).ask(&add_block(2), vec![memfd(0x1_0000), memfd(4096)]);
+    assert_eq!(denied.unwrap_err().code, ErrorCode::Denied);
+}
+
+#[test]
+fn a_request_that_does_not_end_ends_its_connection_unless_it_is_the_vmms() {
+    let agent = Listening::new();
+    let mut vmm = Peer::connect(&agent.path);
+    vmm.ask(&add_block(0), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
+    let header = FrameHeader::new(Request::QueryStatus.code(), 0, 4);
+    vmm.raw.write_all(&header.as_bytes()[..7]).unwrap();
+    let mut operator = UnixStream::connect(&agent.path).unwrap();
+    operator.set_read_timeout(Some(SOON)).unwrap();
+    operator.write_all(header.as_bytes()).unwrap();
+    let began = Instant::now();
+    // One that sends byte after byte has no more time.
+    let mut slow = Peer::connect(&agent.path);
+    slow.raw.write_all(&header.as_bytes()[..1]).unwrap();
+    assert_eq!(operator.read(&mut [0]).unwrap(), 0, "the connection ended");
+    assert!(began.elapsed().as_secs() >= 9);
+    assert!(slow.reply().is_err());
+    // What the VMM began it may end.
+    vmm.raw.write_all(&header.as_bytes()[7..]).unwrap();
+    vmm.raw.write_all(&[0; 4]).unwrap();
+    vmm.reply().unwrap();
+    assert_eq!(vmm.status().phase, Phase::Idle);
+}
+
+#[test]
+fn only_a_connected_unix_stream_socket_is_taken_for_hooks() {
+    let agent = Listening::new();
+    let vmm = Attached::new(&agent.path, Ram::odd(16));
+    let mut other = Peer::connect(&agent.path);
+    drop(vmm);
+    other.ask(&add_block(0), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
+    let mut set = |fd: OwnedFd| {
+        let frame = Frame { request: 21, flags: FLAG_NEED_REPLY, body: Vec::new(), fds: vec![fd] };
+        other.socket.send(&frame, Instant::now() + SOON).unwrap();
+        other.reply().unwrap().body != [0; 8]
+    };
+    assert!(set(memfd(4096)));
+    assert!(set(std::fs::File::open("/dev/zero").unwrap().into()));
+    assert!(set(std::os::unix::net::UnixDatagram::pair().unwrap().0.into()));
+    assert!(!set(UnixStream::pair().unwrap().0.into()));
+}
