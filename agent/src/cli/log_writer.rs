@@ -2,13 +2,14 @@
 //!
 //! Standard error may be a pipe whose reader hangs, or a file on a slow disk. A thread of its own
 //! writes to it; everyone else only puts a line into a queue. When that is full, lines are dropped,
-//! and the log says how many.
+//! and the log says how many. It also says what a [`Limit`] left out.
 
+use super::log_limit::{Limit, WINDOW};
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
 
 /// Most lines that wait to be written.
 const QUEUE: usize = 1024;
@@ -31,15 +32,15 @@ pub struct LogWriter {
 pub struct LogEnd(SyncSender<Entry>);
 
 impl LogWriter {
-    /// Starts the thread that writes to `output`.
+    /// Starts the thread that writes to `output`, and says what `limit` left out.
     ///
     /// # Errors
     /// If the kernel has no thread.
-    pub fn start(output: impl Write + Send + 'static) -> io::Result<(Self, LogEnd)> {
+    pub fn start(output: impl Write + Send + 'static, limit: Limit) -> io::Result<(Self, LogEnd)> {
         let (queue, entries) = sync_channel(QUEUE);
         let dropped = Arc::new(AtomicU64::new(0));
         let counted = dropped.clone();
-        std::thread::Builder::new().name("log".into()).spawn(move || write_all(output, &entries, &counted))?;
+        std::thread::Builder::new().name("log".into()).spawn(move || write_all(output, &entries, &counted, &limit))?;
         Ok((Self { queue: queue.clone(), dropped }, LogEnd(queue)))
     }
 }
@@ -68,15 +69,28 @@ impl LogEnd {
     }
 }
 
-fn write_all(mut output: impl Write, entries: &Receiver<Entry>, dropped: &AtomicU64) {
-    for entry in entries {
+fn write_all(mut output: impl Write, entries: &Receiver<Entry>, dropped: &AtomicU64, limit: &Limit) {
+    let mut said = Instant::now();
+    loop {
+        let entry = entries.recv_timeout(WINDOW);
+        let end = matches!(entry, Ok(Entry::Finish(_)) | Err(RecvTimeoutError::Disconnected));
         // There is nowhere to say that the log cannot be written.
+        if let Ok(Entry::Line(line)) = &entry {
+            let _ = output.write_all(line);
+        }
+        if end || said.elapsed() >= WINDOW {
+            said = Instant::now();
+            for left_out in limit.left_out(said, end) {
+                let _ = writeln!(output, "{left_out}");
+            }
+        }
         match entry {
-            Entry::Line(line) => drop(output.write_all(&line)),
-            Entry::Finish(written) => {
+            Ok(Entry::Finish(written)) => {
                 let _ = output.flush();
                 let _ = written.send(());
             }
+            Err(RecvTimeoutError::Disconnected) => return,
+            Ok(Entry::Line(_)) | Err(RecvTimeoutError::Timeout) => {}
         }
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
@@ -112,7 +126,7 @@ mod tests {
     fn a_log_that_nobody_reads_keeps_nobody_waiting_and_says_what_it_dropped() {
         let (release, start) = channel::<()>();
         let (written, lines) = channel();
-        let (mut log, end) = LogWriter::start(Slow { start, written }).unwrap();
+        let (mut log, end) = LogWriter::start(Slow { start, written }, Limit::default()).unwrap();
         for number in 0..2 * QUEUE {
             log.write_all(format!("{number}\n").as_bytes()).unwrap();
         }
@@ -129,7 +143,7 @@ mod tests {
         let (release, start) = channel::<()>();
         drop(release);
         let (written, lines) = channel();
-        let (mut log, end) = LogWriter::start(Slow { start, written }).unwrap();
+        let (mut log, end) = LogWriter::start(Slow { start, written }, Limit::default()).unwrap();
         log.write_all(b"last\n").unwrap();
         end.finish();
         assert_eq!(lines.try_recv().unwrap(), "last\n");

@@ -11,6 +11,7 @@
 #![allow(clippy::print_stderr)]
 
 pub mod image;
+pub mod log_limit;
 pub mod log_writer;
 pub mod operator;
 pub mod run_agent;
@@ -297,14 +298,22 @@ where
     let default = if matches!(cli.command, Command::Agent(_)) { "info" } else { "warn" };
     let mut logger = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default));
     let mut log_end = None;
+    let limit = log_limit::Limit::default();
     if matches!(cli.command, Command::Agent(_))
-        && let Ok((writer, end)) = log_writer::LogWriter::start(std::io::stderr())
+        && let Ok((writer, end)) = log_writer::LogWriter::start(std::io::stderr(), limit.clone())
     {
         logger.target(env_logger::Target::Pipe(Box::new(writer)));
+        let logger = logger.build();
+        let level = logger.filter();
+        // A second call in one process finds it set up.
+        if log::set_boxed_logger(Box::new(log_limit::Limited::new(logger, limit))).is_ok() {
+            log::set_max_level(level);
+        }
         log_end = Some(end);
+    } else {
+        // The same.
+        let _ = logger.try_init();
     }
-    // A second call in one process finds it set up.
-    let _ = logger.try_init();
     if let Err(error) = ignore_long_files() {
         log::warn!("a file that may not grow will end this process: {error}");
     }

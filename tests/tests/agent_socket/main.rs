@@ -4,7 +4,8 @@
 //! - [`crowd`]: connections that are idle, that never stop asking, that do not read their answers;
 //! - [`waits`]: requests that wait for a name server, a VMM, a full queue, while others are answered;
 //! - [`descriptors`]: a process that is out of descriptors;
-//! - [`frames`]: requests without their descriptors, or without an end.
+//! - [`frames`]: requests without their descriptors, or without an end;
+//! - [`log`]: who asks for nonsense.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "../common/mod.rs"]
@@ -12,5 +13,6 @@ mod common;
 mod crowd;
 mod descriptors;
 mod frames;
+mod log;
 mod paths;
 mod waits;

@@ -1,0 +1,22 @@
+//! Who asks for nonsense does not fill the log.
+
+use crate::common::{PROGRAM, Peer, SOON};
+use pageferry_tests::process::AgentProcess;
+use std::time::Instant;
+
+#[test]
+fn requests_that_are_refused_do_not_fill_the_log_and_it_says_how_many_lines_are_left_out() {
+    const REQUESTS: usize = 5000;
+    let folder = tempfile::tempdir().unwrap();
+    let mut agent = AgentProcess::spawn(PROGRAM.as_ref(), folder.path(), "agent").unwrap();
+    let (mut peer, began) = (Peer::connect(agent.socket()), Instant::now());
+    for _ in 0..REQUESTS {
+        peer.ask_raw(0x1fff, Vec::new(), Vec::new()).unwrap_err();
+    }
+    // The log says so within the next second, also if nothing more is logged.
+    agent.process().wait_for_line("more lines from", SOON).unwrap();
+    let refused = agent.process().lines().iter().filter(|line| line.contains("request 0x1fff refused")).count();
+    // 20 in a second, and each second that began.
+    let most = 20 * (began.elapsed().as_secs() as usize + 2);
+    assert!((20..=most).contains(&refused), "{refused}");
+}
