@@ -17,7 +17,10 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     let arrived = (status.kind == JobKind::Incoming).then_some(status.arrived);
     object.insert("arrived".into(), json!(arrived));
     let error = if status.error.is_empty() { Value::Null } else { json!(status.error) };
+    let completed = status.phase == Phase::Completed;
+    let (error, warning) = if completed { (Value::Null, error) } else { (error, Value::Null) };
     object.insert("error".into(), error);
+    object.insert("warning".into(), warning);
     object.insert("trackers".into(), json!(status.trackers.names().collect::<Vec<_>>()));
     object.extend(status.counters.named().map(|(name, value)| (name.to_owned(), json!(value))));
     object
@@ -115,7 +118,8 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
         }
     }
     if !status.error.is_empty() {
-        lines.push(("error", status.error.clone()));
+        let label = if status.phase == Phase::Completed { "warning" } else { "error" };
+        lines.push((label, status.error.clone()));
     }
     lines
 }

@@ -121,6 +121,25 @@ pub enum Fault {
     /// There is an image of that name.
     #[error("the file exists: choose another name, or have it replaced")]
     Exists,
+    /// What is there is something else, and not replaced.
+    #[error(
+        "the file is not {kind}, and so it is not replaced: it begins with \"{}\", not with \"{}\"",
+        found.escape_ascii(), expected.escape_ascii()
+    )]
+    OtherKind {
+        /// What may be replaced, with an article.
+        kind: &'static str,
+        /// What that begins with.
+        expected: &'static [u8],
+        /// What the file begins with.
+        found: Vec<u8>,
+    },
+    /// It would take the place of the guest's memory.
+    #[error("the file is the memory of block {id}: choose another name")]
+    Memory {
+        /// The block.
+        id: u32,
+    },
     /// No temporary name is free beside it.
     #[error(
         "{} and {others} more like it are left over from what had this process's number before, or are being written: remove those that are left over",

@@ -5,6 +5,8 @@
 
 use super::bytes::write_at;
 use super::{Fault, ImageError, kernel};
+use pageferry_protocol::image::header::MAGIC;
+use pageferry_protocol::image::working_set;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -18,6 +20,41 @@ const ATTEMPTS: u32 = 100;
 /// Who may read and write it.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
+/// What a file holds, as its first bytes say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileKind {
+    /// Its name, with an article.
+    name: &'static str,
+    magic: &'static [u8],
+}
+
+impl FileKind {
+    /// An image of a guest.
+    pub const IMAGE: Self = Self { name: "an image", magic: &MAGIC };
+    /// A picture of one.
+    pub const PNG: Self = Self { name: "a PNG picture", magic: b"\x89PNG\r\n\x1a\n" };
+    /// The working set of a restore.
+    pub const WORKING_SET: Self = Self { name: "a working set", magic: &working_set::MAGIC };
+
+    /// Refuses to replace what is at `path` if it is of another kind: it is somebody's.
+    fn check(self, path: &Path) -> Result<(), Fault> {
+        let failed = |source| Fault::Kernel { what: "read what is there, which is to be replaced", source };
+        // Not a link, and nothing that a reader would wait for.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW;
+        let file = match rustix::fs::open(path, flags, Mode::empty()) {
+            Err(Errno::NOENT) => return Ok(()),
+            file => file.map_err(failed)?,
+        };
+        let mut found = vec![0; self.magic.len()];
+        let length = rustix::io::pread(&file, &mut found, 0).map_err(failed)?;
+        if found[..length] == *self.magic {
+            return Ok(());
+        }
+        found.truncate(length);
+        Err(Fault::OtherKind { kind: self.name, expected: self.magic, found })
+    }
+}
+
 /// A file that is being written.
 #[derive(Debug)]
 pub struct NewFile {
@@ -27,15 +64,19 @@ pub struct NewFile {
     folder: PathBuf,
     /// The name that it has meanwhile.
     temporary: Mutex<Option<PathBuf>>,
-    replace: bool,
+    /// It may take the place of a file of this kind.
+    replace: Option<FileKind>,
 }
 
 impl NewFile {
-    /// A file that will be at `path`. With `replace` it takes the place of the file that is there; never of anything else, such as a folder, a device or a link.
+    /// A file that will be at `path`. With `replace` it takes the place of a file of the same kind
+    /// that is there; never of anything else, such as another file, a folder, a device or a link.
     ///
     /// # Errors
-    /// If something is there and is not to be replaced, the name is none of a file, or the folder cannot be written to: as far as that can be told before anything is written.
-    pub fn create(path: &Path, replace: bool) -> Result<Self, Fault> {
+    /// If something is there and is not to be replaced, the name is none of a file, or the folder
+    /// cannot be written to: as far as that can be told before anything is written.
+    pub fn create(path: &Path, kind: FileKind, replace: bool) -> Result<Self, Fault> {
+        let replace = replace.then_some(kind);
         let (Some(folder), Some(name), true) = (path.parent(), path.file_name(), path.is_absolute()) else {
             return Err(Fault::Path);
         };
@@ -45,8 +86,8 @@ impl NewFile {
         }
         match rustix::fs::lstat(path) {
             Ok(stat) if !FileType::from_raw_mode(stat.st_mode).is_file() => return Err(Fault::Kind),
-            Ok(_) if !replace => return Err(Fault::Exists),
-            Ok(_) | Err(Errno::NOENT) => {}
+            Ok(_) => replace.ok_or(Fault::Exists)?.check(path)?,
+            Err(Errno::NOENT) => {}
             Err(source) => return Err(Fault::Kernel { what: "create a file in its folder", source }),
         }
         if let Some(file) = Self::unnamed(path, folder, replace)? {
@@ -56,7 +97,7 @@ impl NewFile {
     }
 
     /// One without a name meanwhile; `None` where the file system knows no such files.
-    fn unnamed(path: &Path, folder: &Path, replace: bool) -> Result<Option<Self>, Fault> {
+    fn unnamed(path: &Path, folder: &Path, replace: Option<FileKind>) -> Result<Option<Self>, Fault> {
         match rustix::fs::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, MODE) {
             Ok(file) => Ok(Some(Self::of(file, path, folder, None, replace))),
             // The file system has no such files, or the kernel takes the folder for what is to be opened.
@@ -66,7 +107,7 @@ impl NewFile {
     }
 
     /// One with a temporary name.
-    fn named(path: &Path, folder: &Path, replace: bool) -> Result<Self, Fault> {
+    fn named(path: &Path, folder: &Path, replace: Option<FileKind>) -> Result<Self, Fault> {
         let mut attempts = names(path);
         loop {
             let name = attempts.next().ok_or_else(|| no_name(path))?;
@@ -79,7 +120,7 @@ impl NewFile {
         }
     }
 
-    fn of(file: OwnedFd, path: &Path, folder: &Path, temporary: Option<PathBuf>, replace: bool) -> Self {
+    fn of(file: OwnedFd, path: &Path, folder: &Path, temporary: Option<PathBuf>, replace: Option<FileKind>) -> Self {
         let (path, folder) = (path.to_owned(), folder.to_owned());
         Self { file, path, folder, temporary: Mutex::new(temporary), replace }
     }
@@ -125,14 +166,18 @@ impl NewFile {
             Some(name) => name.clone(),
             // One that takes nobody's place needs no other name first, which would stay behind if this process were killed between the two.
             None if self.link_as(&self.path)? => return self.make_name_safe(),
-            None if self.replace => named.insert(self.link()?).clone(),
+            None if self.replace.is_some() => named.insert(self.link()?).clone(),
             None => return Err(Fault::Exists),
         };
-        let flags = if self.replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
+        let flags = match self.replace {
+            // Once more: something else may have come to be there.
+            Some(kind) => kind.check(&self.path).map(|()| RenameFlags::empty())?,
+            None => RenameFlags::NOREPLACE,
+        };
         match rustix::fs::renameat_with(CWD, &temporary, CWD, &self.path, flags) {
             Ok(()) => {}
             // The file system does not know the flag: the look at the start must do.
-            Err(Errno::INVAL | Errno::NOSYS) if !self.replace && self.path.symlink_metadata().is_err() => {
+            Err(Errno::INVAL | Errno::NOSYS) if self.replace.is_none() && self.path.symlink_metadata().is_err() => {
                 rustix::fs::rename(&temporary, &self.path).map_err(kernel("name the file"))?;
             }
             Err(Errno::EXIST) => return Err(Fault::Exists),
@@ -171,13 +216,13 @@ impl NewFile {
     }
 }
 
-/// A file of these bytes at `path`. With `replace` it takes the place of what is there.
+/// A file of these bytes at `path`. With `replace` it takes the place of one of the same kind.
 ///
 /// # Errors
 /// If something is there and is not to be replaced, or the file system refuses. What is there is as it was then.
-pub fn write_new(path: &Path, bytes: &[u8], replace: bool) -> Result<(), ImageError> {
+pub fn write_new(path: &Path, bytes: &[u8], kind: FileKind, replace: bool) -> Result<(), ImageError> {
     let write = || {
-        let file = NewFile::create(path, replace)?;
+        let file = NewFile::create(path, kind, replace)?;
         write_at(file.as_fd(), bytes, 0)?;
         file.finish()
     };
@@ -225,10 +270,13 @@ mod tests {
 
     /// A file that has a temporary name, or none where the file system knows such files.
     fn create(path: &Path, replace: bool, named: bool) -> NewFile {
+        let replace = replace.then_some(KIND);
         let folder = path.parent().unwrap();
         let unnamed = if named { None } else { NewFile::unnamed(path, folder, replace).unwrap() };
         unnamed.unwrap_or_else(|| NewFile::named(path, folder, replace).unwrap())
     }
+
+    const KIND: FileKind = FileKind { name: "a poem", magic: b"o" };
 
     fn has_name(file: &NewFile) -> bool {
         file.temporary.lock().unwrap().is_some()
@@ -271,7 +319,7 @@ mod tests {
             };
             let late = create(&path, false, named);
             std::fs::write(&path, "old").unwrap();
-            assert!(matches!(NewFile::create(&path, false), Err(Fault::Exists)));
+            assert!(matches!(NewFile::create(&path, KIND, false), Err(Fault::Exists)));
             assert!(matches!(late.finish(), Err(Fault::Exists)));
             drop(late);
             only(b"old");
@@ -293,14 +341,42 @@ mod tests {
         let first = create(&path, true, true);
         // One without a name needs one to take the place of another.
         std::fs::write(&path, "old").unwrap();
-        assert!(matches!(NewFile::named(&path, folder.path(), true), Err(Fault::Temporary { .. })));
-        if let Some(file) = NewFile::unnamed(&path, folder.path(), true).unwrap() {
+        assert!(matches!(NewFile::named(&path, folder.path(), Some(KIND)), Err(Fault::Temporary { .. })));
+        if let Some(file) = NewFile::unnamed(&path, folder.path(), Some(KIND)).unwrap() {
             assert!(matches!(file.finish(), Err(Fault::Temporary { .. })));
         }
+        rustix::io::write(&first, b"o").unwrap();
         first.finish().unwrap();
         create(&path, true, false).finish().unwrap();
         assert!(names[1..].iter().all(|name| std::fs::read(name).unwrap() == b"other"));
         assert!(!names[0].exists() && std::fs::read(&path).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_file_of_another_kind_is_never_replaced_and_that_is_told_at_once() {
+        for named in [false, true] {
+            for kind in [FileKind::IMAGE, FileKind::PNG, FileKind::WORKING_SET] {
+                let folder = tempfile::tempdir().unwrap();
+                let path = folder.path().join("file");
+                for other in [&b"precious"[..], b"", &kind.magic[..3]] {
+                    std::fs::write(&path, other).unwrap();
+                    let error = NewFile::create(&path, kind, true).unwrap_err().to_string();
+                    assert!(error.starts_with(&format!("the file is not {}", kind.name)), "{error}");
+                    assert_eq!(std::fs::read(&path).unwrap(), other);
+                }
+                // It comes to be there while the new one is written.
+                std::fs::write(&path, kind.magic).unwrap();
+                drop(NewFile::create(&path, kind, true).unwrap());
+                let late = match named {
+                    true => NewFile::named(&path, folder.path(), Some(kind)).unwrap(),
+                    false => NewFile::create(&path, kind, true).unwrap(),
+                };
+                std::fs::write(&path, "precious").unwrap();
+                assert!(matches!(late.finish(), Err(Fault::OtherKind { .. })));
+                drop(late);
+                assert_eq!((files(folder.path()).len(), std::fs::read(&path).unwrap()), (1, b"precious".to_vec()));
+            }
+        }
     }
 
     #[test]
@@ -315,13 +391,13 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         for path in [&link, &nowhere, &inner, &socket, Path::new("/dev/null")] {
             for replace in [false, true] {
-                assert!(matches!(NewFile::create(path, replace), Err(Fault::Kind)), "{}", path.display());
+                assert!(matches!(NewFile::create(path, KIND, replace), Err(Fault::Kind)), "{}", path.display());
             }
         }
         for (path, errno) in
             [(folder.path().join("n".repeat(256)), Errno::NAMETOOLONG), (image.join("x"), Errno::NOTDIR)]
         {
-            let refused = NewFile::create(&path, true).unwrap_err();
+            let refused = NewFile::create(&path, KIND, true).unwrap_err();
             assert!(matches!(refused, Fault::Kernel { source, .. } if source == errno), "{refused}");
         }
         assert_eq!(files(folder.path()), ["image", "inner", "link", "nowhere", "socket"]);
@@ -332,7 +408,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
         std::fs::write(&path, "old").unwrap();
-        let file = NewFile::create(&path, true).unwrap();
+        let file = NewFile::create(&path, KIND, true).unwrap();
         names(&path).for_each(|name| std::fs::write(name, "left over").unwrap());
         let error = file.finish().unwrap_err().to_string();
         let first = names(&path).next().unwrap();
@@ -343,8 +419,8 @@ mod tests {
     #[test]
     fn a_path_that_is_no_file_from_the_root_is_refused() {
         for path in ["image", "/", "/tmp/..", "/tmp/image/", "/tmp/image/."] {
-            assert!(matches!(NewFile::create(Path::new(path), true), Err(Fault::Path)), "{path}");
+            assert!(matches!(NewFile::create(Path::new(path), KIND, true), Err(Fault::Path)), "{path}");
         }
-        assert!(matches!(NewFile::create(Path::new("/no/such/folder"), true), Err(Fault::Kernel { .. })));
+        assert!(matches!(NewFile::create(Path::new("/no/such/folder"), KIND, true), Err(Fault::Kernel { .. })));
     }
 }

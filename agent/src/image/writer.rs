@@ -7,7 +7,7 @@
 //! through it, since the disk takes its time for each.
 
 use super::bytes::{read_at, write_at};
-use super::new_file::NewFile;
+use super::new_file::{FileKind, NewFile};
 use super::sums::PageSums;
 use super::{Fault, ImageError, kernel};
 use crate::memory::zero::data_mask;
@@ -95,7 +95,7 @@ impl ImageWriter {
 
     fn new(path: &Path, table: &BlockTable, replace: bool, cached: bool) -> Result<Self, Fault> {
         let layout = Layout::new(table)?;
-        let file = NewFile::create(path, replace)?;
+        let file = NewFile::create(path, FileKind::IMAGE, replace)?;
         let direct = if cached { None } else { file.direct() };
         let present = table.blocks().iter().map(|block| MappedBitmap::private(block.pages()));
         let present = present.collect::<Result<_, _>>()?;

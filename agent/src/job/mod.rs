@@ -76,6 +76,8 @@ struct State {
     switch: bool,
     /// It goes on with what another agent began.
     taken_up: bool,
+    /// What did not succeed beside what the job is for; empty for nothing.
+    warning: String,
 }
 
 impl Job {
@@ -104,6 +106,7 @@ impl Job {
                 paused: None,
                 switch: false,
                 taken_up: false,
+                warning: String::new(),
             }),
             entered: Condvar::new(),
             notify,
@@ -222,6 +225,13 @@ impl Job {
         self.announce();
     }
 
+    /// Says what did not succeed beside what the job is for: in the log now, and in the status once
+    /// the job has completed.
+    pub fn warn(&self, what: String) {
+        log::warn!("job {}: {what}", self.id);
+        self.state().warning = what;
+    }
+
     /// Says what is still to be sent, or to come, in postcopy.
     pub fn owes(&self, owed: &Arc<Owed>) {
         self.state().owed = Some(owed.clone());
@@ -293,7 +303,7 @@ impl Job {
             (_, outcome) => outcome,
         };
         let (phase, error) = match &outcome {
-            Ok(()) => (Phase::Completed, String::new()),
+            Ok(()) => (Phase::Completed, std::mem::take(&mut self.state().warning)),
             Err(error @ JobError::Cancelled) => (Phase::Cancelled, error.to_string()),
             Err(error @ (JobError::Unconfirmed { .. } | JobError::Stranded { .. })) => {
                 (Phase::Unconfirmed, crate::error::chain(error))
@@ -303,7 +313,7 @@ impl Job {
             }
             Err(error) => (Phase::Failed, crate::error::chain(error)),
         };
-        if !error.is_empty() {
+        if outcome.is_err() {
             log::error!("job {} {}: {error}", self.id, phase.name());
         }
         let mut state = self.state();

@@ -10,6 +10,7 @@ use super::marking::Marking;
 use super::noted::Noted;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -260,6 +261,16 @@ impl GuestMemory {
     /// The geometries.
     pub fn table(&self) -> &BlockTable {
         &self.table
+    }
+
+    /// The block whose memory is the file at `path`, if there is one.
+    pub fn block_in(&self, path: &Path) -> Option<u32> {
+        let found = rustix::fs::stat(path).ok()?;
+        let is_it = |block: &&Arc<Block>| {
+            let stat = rustix::fs::fstat(block.backing.fd());
+            stat.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == (found.st_dev, found.st_ino))
+        };
+        self.blocks.iter().find(is_it).map(|block| block.geometry.id)
     }
 
     /// The block with this id, and its index.

@@ -74,8 +74,10 @@ pub fn restore(
         arriving.unregister();
     }
     drop(registered);
-    if let Some(record) = record.filter(|_| ground.taken && whole) {
-        record.write(&job.memory);
+    if let Some(record) = record.filter(|_| ground.taken && whole)
+        && let Some(not_written) = record.write(&job.memory)
+    {
+        job.warn(not_written);
     }
     outcome
 }

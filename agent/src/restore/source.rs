@@ -12,7 +12,7 @@ use pageferry_protocol::shm::MappedBitmap;
 use std::path::{Path, PathBuf};
 
 /// Why an image cannot be restored into the memory of a VMM.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
     /// The VMM has no such block.
     #[error(

@@ -5,14 +5,19 @@
 //! What is at the path decides:
 //! - nothing: it is written when the job ends, if the guest ran, unless something is there by then;
 //! - the working set of this image: it is read ahead, and never changed;
-//! - that of another image, or one that is damaged or empty: of no use, and the next would be of none either. It is ignored with a warning, and replaced when the job ends;
-//! - anything else, or what cannot be read: the restore is refused before anything is touched. It would have to be ignored for ever, or be overwritten.
+//! - that of another image, or one that is damaged: of no use, and the next would be of none either.
+//!   It is ignored with a warning, and replaced when the job ends;
+//! - anything else, also an empty file, or what cannot be read: the restore is refused before
+//!   anything is touched. It would have to be ignored for ever, or be overwritten.
+//!
+//! The restore is refused as well if the file could not be written, as far as that can be told
+//! before. If it cannot be written at the end, the job completes, and its status says why.
 
 use super::source::{RestoreError, Source};
 use crate::image::Fault;
 use crate::image::bytes::write_at;
 use crate::image::chain::in_extents;
-use crate::image::new_file::NewFile;
+use crate::image::new_file::{FileKind, NewFile};
 use crate::memory::GuestMemory;
 use crate::memory::runs::{NEAR, joined};
 use pageferry_protocol::image::working_set::{MAGIC, MAX_RUNS, MAX_SIZE, WorkingSetError};
@@ -24,7 +29,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 /// Why what is at the path cannot be used, and must not be replaced.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum WorkingSetFault {
     /// It cannot be read.
     #[error("it cannot be read")]
@@ -35,6 +40,12 @@ pub enum WorkingSetFault {
     /// It is something else.
     #[error("it is not to be overwritten")]
     Other(#[source] WorkingSetError),
+    /// It is empty.
+    #[error("it is empty, which is no working set: remove it, or choose another name")]
+    Empty,
+    /// It is not there, and cannot be written.
+    #[error("it could not be written")]
+    Write(#[source] Box<Fault>),
 }
 
 /// What is to be done about the working set.
@@ -60,9 +71,12 @@ impl Plan {
         let (path, image) = (PathBuf::from(path), source.newest().header().id);
         let refused = |source| RestoreError::WorkingSet { path: path.clone(), source };
         let Some(bytes) = read(&path).map_err(refused)? else {
-            return Ok(Self::Write(Record::new(path, image, false)));
+            return Ok(Self::Write(Record::new(path.clone(), image, false).checked().map_err(refused)?));
         };
-        if !bytes.is_empty() && !bytes.starts_with(&MAGIC) {
+        if bytes.is_empty() {
+            return Err(refused(WorkingSetFault::Empty));
+        }
+        if !bytes.starts_with(&MAGIC) {
             return Err(refused(WorkingSetFault::Other(WorkingSetError::Magic)));
         }
         let useless = match WorkingSet::decode(&bytes) {
@@ -75,8 +89,8 @@ impl Plan {
         };
         log::warn!("working_set {} is ignored, and will be replaced: {useless}", path.display());
         // What was read is what is behind a link, and so is what is replaced.
-        let path = path.canonicalize().unwrap_or(path);
-        Ok(Self::Write(Record::new(path, image, true)))
+        let behind = path.canonicalize().unwrap_or_else(|_| path.clone());
+        Ok(Self::Write(Record::new(behind, image, true).checked().map_err(refused)?))
     }
 
     /// What is read ahead, and what is written.
@@ -154,6 +168,16 @@ impl Record {
         Self { path, image, replace, runs: Vec::new() }
     }
 
+    /// The same, if the file can be written as far as that can be told now.
+    fn checked(self) -> Result<Self, WorkingSetFault> {
+        self.create().map(|_| self).map_err(|fault| WorkingSetFault::Write(fault.into()))
+    }
+
+    /// The file, which has its name when it is complete.
+    fn create(&self) -> Result<NewFile, Fault> {
+        NewFile::create(&self.path, FileKind::WORKING_SET, self.replace)
+    }
+
     /// The guest waits for the pages `pages` of the block at index `at`.
     pub fn touched(&mut self, at: usize, pages: PageRange) {
         let room = self.runs.len() < MAX_RUNS;
@@ -164,25 +188,23 @@ impl Record {
         }
     }
 
-    /// Writes it. That it cannot be written is no reason for a restore to fail.
-    pub fn write(self, memory: &GuestMemory) {
-        // A guest that touched nothing says nothing of the next.
-        if self.runs.is_empty() {
-            return;
-        }
-        if let Err(replaced) = memory.current.check() {
-            log::warn!("working_set {} is not written: {replaced}", self.path.display());
-            return;
-        }
-        if let Err(error) = self.try_write(memory) {
-            log::warn!("working_set {} is not written: {}", self.path.display(), crate::error::chain(&error));
-        }
+    /// Writes it. That it cannot be written is no reason for a restore to fail: this returns why.
+    pub fn write(self, memory: &GuestMemory) -> Option<String> {
+        let why = if self.runs.is_empty() {
+            // It says nothing of the next.
+            "the guest waited for no page".to_owned()
+        } else if let Err(replaced) = memory.current.check() {
+            replaced.to_string()
+        } else {
+            crate::error::chain(&self.try_write(memory).err()?)
+        };
+        Some(format!("working_set {} is not written: {why}", self.path.display()))
     }
 
     fn try_write(&self, memory: &GuestMemory) -> Result<(), Fault> {
         let named = |(at, run): &(usize, PageRange)| (memory.blocks()[*at].geometry.id, *run);
         let set = WorkingSet { image: self.image, runs: self.runs.iter().map(named).collect() };
-        let file = NewFile::create(&self.path, self.replace)?;
+        let file = self.create()?;
         write_at(file.as_fd(), &set.encode(), 0)?;
         file.finish()
     }

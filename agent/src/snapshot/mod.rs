@@ -69,6 +69,9 @@ fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
     if plan.options.mode == SnapshotMode::Background {
         Watch::check_memory(job)?;
     }
+    if let Some(id) = job.memory.block_in(&plan.path) {
+        return Err(Fault::Memory { id }.of(&plan.path).into());
+    }
     let base = find_base(job, plan)?;
     let SnapshotOptions { track, replace, cached, .. } = plan.options;
     let writer = Arc::new(ImageWriter::create(&plan.path, job.memory.table(), replace, cached)?);

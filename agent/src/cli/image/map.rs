@@ -2,7 +2,7 @@
 
 use super::{ImageArgs, Outcome, absolute, info, text_of};
 use crate::cli::show;
-use crate::image::new_file::write_new;
+use crate::image::new_file::{FileKind, write_new};
 use crate::image::picture::{Colour, MAX_WIDTH, Picture, Tally, View, pages_per_cell};
 use crate::image::{Chain, Image};
 use clap::Args;
@@ -95,7 +95,7 @@ fn write_picture(
     args: &MapArgs, view: &View<'_>, file: PathBuf,
 ) -> Result<(PathBuf, Picture), Box<dyn std::error::Error>> {
     let picture = Picture::paint(view, args.width.unwrap_or(1024));
-    write_new(&file, &picture.png()?, args.replace)?;
+    write_new(&file, &picture.png()?, FileKind::PNG, args.replace)?;
     Ok((file, picture))
 }
 

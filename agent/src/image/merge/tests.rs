@@ -90,7 +90,7 @@ fn nothing_is_written_of_a_chain_that_is_damaged() {
     let path = |name: &str| folder.path().join(name);
     let id = write(&path("full"), &some(700, Page::Content(1)), &Base::default(), 64);
     write(&path("one"), &some(700, Page::Unchanged), &base(id, "full"), 64);
-    std::fs::write(path("there"), "as it was").unwrap();
+    std::fs::write(path("there"), "PFimage\0as it was").unwrap();
     let image = Image::open(&path("full")).unwrap();
     let state = Image::open(&path("one")).unwrap();
     let state = state.header().section(pageferry_protocol::image::SectionKind::VmmState).offset;
@@ -110,7 +110,7 @@ fn nothing_is_written_of_a_chain_that_is_damaged() {
         write_at(file.as_fd(), &byte, at).unwrap();
     }
     let names = std::fs::read_dir(folder.path()).unwrap().count();
-    assert_eq!((names, std::fs::read(path("there")).unwrap()), (3, b"as it was".to_vec()));
+    assert_eq!((names, std::fs::read(path("there")).unwrap()), (3, b"PFimage\0as it was".to_vec()));
     let damage = merge(&path("one"), &path("new"), false, 2, &quiet);
     assert_eq!(damage.unwrap().totals.present, 700, "and whole once it is mended");
 }

@@ -70,7 +70,7 @@ fn that_of_another_image_is_replaced_and_what_is_none_is_left_alone() {
     let of_other = WorkingSet { image: [9; 16], runs: vec![(0, PageRange::new(0, 100))] };
     let outside = WorkingSet { image, runs: vec![(0, PageRange::new(PAGES - 1, 2))] };
     let damaged = of_other.encode()[..50].to_vec();
-    for useless in [of_other.encode(), outside.encode(), damaged, Vec::new()] {
+    for useless in [of_other.encode(), outside.encode(), damaged] {
         std::fs::write(&set, useless).unwrap();
         let status = restore_from(&path, &ram, &touching(&ram), with(&set));
         assert_eq!((status.phase, status.counters.working_set_pages), (Phase::Completed, 0));
@@ -124,18 +124,44 @@ fn what_comes_to_be_there_meanwhile_is_left_alone() {
         Ok(())
     });
     let status = restore_from(&path, &ram, &vmm, with(&set));
-    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    assert_eq!(status.phase, Phase::Completed);
+    assert!(status.error.contains("is not written: the file exists"), "{}", status.error);
     assert_eq!(std::fs::read(&set).unwrap(), b"somebody's");
 }
 
 #[test]
-fn one_that_cannot_be_written_is_no_reason_to_fail() {
+fn one_that_cannot_be_written_is_refused_before_anything_is_touched() {
     if !has_userfaultfd() {
         return;
     }
     let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
-    let status = restore_from(&path, &ram, &touching(&ram), with(&folder.path().join("no/such/folder")));
-    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    let (nowhere, empty) = (folder.path().join("nowhere"), folder.path().join("empty"));
+    std::os::unix::fs::symlink("none", &nowhere).unwrap();
+    std::fs::write(&empty, "").unwrap();
+    for (set, why) in [
+        (folder.path().join("no/such/folder"), "it could not be written: cannot create a file in its folder: No such"),
+        (nowhere, "it could not be written: it is not a regular file"),
+        (empty, "it is empty, which is no working set"),
+    ] {
+        let vmm = touching(&ram);
+        let status = restore_from(&path, &ram, &vmm, with(&set));
+        assert_eq!((status.phase, vmm.asked().len()), (Phase::Failed, 0));
+        let expected = format!("working_set is {}: {why}", set.display());
+        assert!(status.error.contains(&expected), "{}", status.error);
+    }
+}
+
+#[test]
+fn one_of_a_guest_that_waited_for_nothing_is_not_written_and_the_status_says_so() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
+    let set = folder.path().join("set");
+    let status = restore_from(&path, &ram, &Vmm::new(&ram, |_, _| Ok(())), with(&set));
+    let expected = format!("working_set {} is not written: the guest waited for no page", set.display());
+    assert_eq!((status.phase, status.error), (Phase::Completed, expected));
+    assert!(!set.exists());
 }
 
 #[test]

@@ -255,8 +255,8 @@ pub struct JobStatus {
     /// Its figures.
     pub counters: Counters,
     /// Why it failed or is paused; or, while it goes on, what an operator should know: why an incoming
-    /// migration that still waits refused a source, what a guest in postcopy waits for. Empty if there is
-    /// nothing.
+    /// migration that still waits refused a source, what a guest in postcopy waits for. Of a job that
+    /// completed it is a warning: what did not succeed besides. Empty if there is nothing.
     pub error: String,
 }
 
