@@ -77,6 +77,12 @@ pub enum HookError {
         /// Bytes of the pieces.
         expected: u64,
     },
+    /// The file with the VMM's state cannot be read.
+    #[error("hook \"{hook}\" was answered with a file that is not open for reading")]
+    UnreadableState {
+        /// What was asked.
+        hook: &'static str,
+    },
     /// The channel broke in an earlier hook.
     #[error("hook \"{hook}\": the socket for hooks is broken since an earlier one: {reason}")]
     Broken {
@@ -233,6 +239,9 @@ impl Hooks {
             return Err(HookError::Fds { hook, count, expected });
         }
         // Now, and not when all memory was sent or saved.
+        if file.as_ref().is_some_and(|file| !is_readable(file)) {
+            return Err(HookError::UnreadableState { hook });
+        }
         let length = file.as_ref().and_then(|file| rustix::fs::fstat(file).ok()).map_or(0, |stat| stat.st_size as u64);
         let expected = pieces.iter().fold(0u64, |sum, piece| sum.saturating_add(piece.length));
         if length < expected {
@@ -362,6 +371,13 @@ impl Channel {
     }
 }
 
+/// True if the file is open for reading, which one with O_PATH or O_WRONLY is not.
+fn is_readable(file: &OwnedFd) -> bool {
+    use rustix::fs::OFlags;
+    let flags = rustix::fs::fcntl_getfl(file);
+    flags.is_ok_and(|flags| !flags.contains(OFlags::PATH) && flags & OFlags::RWMODE != OFlags::WRONLY)
+}
+
 fn refused(hook: &'static str, error: RemoteError) -> HookError {
     match error.code {
         ErrorCode::Panicked => HookError::Panicked { hook, message: error.sentence },
@@ -429,6 +445,14 @@ mod tests {
         assert_eq!(saved(5, five()), Ok(()));
         let error = saved(6, five()).unwrap_err();
         assert_eq!(error, "hook \"save state\" was answered with pieces of 6 bytes together, and a file of 5");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        std::fs::write(&path, "12345").unwrap();
+        for flags in [rustix::fs::OFlags::PATH, rustix::fs::OFlags::WRONLY] {
+            let file = rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).unwrap();
+            let error = saved(5, file).unwrap_err();
+            assert_eq!(error, "hook \"save state\" was answered with a file that is not open for reading");
+        }
         let (pipe, _writer) = rustix::pipe::pipe().unwrap();
         assert!(saved(6, pipe).unwrap_err().ends_with("a file of 0"));
     }

@@ -204,3 +204,29 @@ fn a_map_is_drawn_in_letters_where_there_is_no_terminal_or_into_a_file() {
     let map = object(folder, &["map", "monday.img", "--png", "tuesday.png", "--replace", "--json"]);
     assert_eq!((&map["picture"]["width"], &map["picture"]["pages_per_pixel"]), (&json!(32), &json!(1)));
 }
+
+#[test]
+fn what_is_of_another_kind_is_never_replaced_and_an_empty_file_is_no_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    chain(folder);
+    let image = std::fs::read(folder.join("monday.img")).unwrap();
+    std::fs::write(folder.join("letter"), "precious").unwrap();
+    for (arguments, kind) in [
+        (&["map", "monday.img", "--png", "monday.img", "--replace"][..], "a PNG picture"),
+        (&["map", "monday.img", "--png", "letter", "--replace"], "a PNG picture"),
+        (&["merge", "tuesday.img", "--into", "letter", "--replace"], "an image"),
+    ] {
+        let output = run(folder, arguments);
+        let error = text(&output.stderr);
+        assert!(!output.status.success() && error.contains(&format!("the file is not {kind}, and so")), "{error}");
+    }
+    assert_eq!(std::fs::read(folder.join("monday.img")).unwrap(), image);
+    assert_eq!(std::fs::read(folder.join("letter")).unwrap(), b"precious");
+    // A picture takes the place of a picture.
+    assert!(run(folder, &["map", "monday.img", "--png", "picture"]).status.success());
+    assert!(run(folder, &["map", "monday.img", "--png", "picture", "--replace"]).status.success());
+    std::fs::write(folder.join("empty"), "").unwrap();
+    let error = text(&run(folder, &["info", "empty"]).stderr);
+    assert!(error.contains("the file has 0 bytes, and an image begins with a header of 4096"), "{error}");
+}

@@ -135,6 +135,33 @@ fn what_goes_wrong_is_one_sentence_on_standard_error_and_a_status() {
 }
 
 #[test]
+fn a_target_that_is_no_destination_and_a_time_that_is_too_long_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, other) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "other"));
+    let control = format!("unix:{}", other.agent.socket().display());
+    let output = source.run("migrate", &["--to", &control, "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let error = last_object(&output)["error"].as_str().unwrap().to_owned();
+    assert!(error.contains("no destination that waits for a guest (a control socket is none)"), "{error}");
+    assert!(!source.vmm.vmm.is_paused());
+    let output = source.run("migrate", &["--to", &control, "--peer-timeout", "1e9s"]);
+    let error = text(&output.stderr);
+    assert!(error.contains("peer_timeout is 1000000000 s, allowed: 1 microsecond to 24 hours"), "{error}");
+}
+
+#[test]
+fn an_agent_that_is_stopped_is_named_with_its_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), "agent").unwrap();
+    agent.process().freeze().unwrap();
+    let output = Command::new(PROGRAM).args(["status", "--socket"]).arg(agent.socket()).output().unwrap();
+    agent.process().thaw().unwrap();
+    let error = text(&output.stderr);
+    let expected = format!("the agent on {} has not answered for 1", agent.socket().display());
+    assert!(error.contains(&expected) && error.contains("s: it is stopped, or hangs"), "{error}");
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_panic() {
     let folder = tempfile::tempdir().unwrap();
     let source = Side::new(folder.path(), "source");

@@ -10,7 +10,7 @@ use pageferry_protocol::control::request::{CONTROL_VERSION, HelloReply, JobStart
 use pageferry_protocol::control::unix_path::connect_unix;
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -26,13 +26,15 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A connection to an agent.
 struct Operator {
     socket: FrameSocket,
+    /// Where the agent listens.
+    path: PathBuf,
 }
 
 impl Operator {
     fn connect(path: &Path) -> Result<Self, Box<dyn Error>> {
         let socket = connect_unix(path, Instant::now() + TIMEOUT);
         let socket = socket.map_err(|error| format!("no agent answers on {}: {error}", path.display()))?;
-        let mut operator = Self { socket: socket.into() };
+        let mut operator = Self { socket: socket.into(), path: path.to_owned() };
         let (version_min, version_max) = (CONTROL_VERSION, CONTROL_VERSION);
         let hello = Request::Hello { version_min, version_max, features: 0, agent: 0 };
         operator.ask(&hello, HelloReply::decode)?;
@@ -43,9 +45,10 @@ impl Operator {
         &mut self, request: &Request, fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
     ) -> Result<T, Box<dyn Error>> {
         let deadline = Instant::now() + TIMEOUT;
-        self.socket.send(&Frame::request(request.code(), request.encode()), deadline)?;
+        let sent = self.socket.send(&Frame::request(request.code(), request.encode()), deadline);
+        sent.map_err(|error| self.failed(error))?;
         loop {
-            let reply = self.socket.recv(deadline)?;
+            let reply = self.socket.recv(deadline).map_err(|error| self.failed(error))?;
             // Events may come between.
             if reply.is_reply() && reply.request == request.code() {
                 return Ok(decode_reply(&reply.body, fields)??);
@@ -53,11 +56,23 @@ impl Operator {
         }
     }
 
+    /// What went wrong, and with which agent.
+    fn failed(&self, error: SocketError) -> Box<dyn Error> {
+        let path = self.path.display();
+        match error {
+            SocketError::Timeout { waited, .. } => {
+                let waited = waited.as_secs();
+                format!("the agent on {path} has not answered for {waited} s: it is stopped, or hangs").into()
+            }
+            error => format!("the agent on {path}: {}", crate::error::chain(&error)).into(),
+        }
+    }
+
     fn next_event(&mut self) -> Result<JobStatus, Box<dyn Error>> {
         loop {
             let frame = match self.socket.recv(Instant::now() + PATIENCE) {
                 Err(SocketError::Closed) => return Err("the agent ended".into()),
-                frame => frame?,
+                frame => frame.map_err(|error| self.failed(error))?,
             };
             if frame.request == code::EVENT {
                 return Ok(JobStatus::decode(&mut Decoder::new(&frame.body))?);

@@ -32,7 +32,7 @@ pub struct SnapshotArgs {
     /// Keep track of what is written from now on, so that the next snapshot can be an increment to this one. The VMM must have declared its trackers (see status).
     #[arg(long)]
     pub track: bool,
-    /// Replace an image of that name, once the new one is complete.
+    /// Replace an image of that name, once the new one is complete; any other file is refused.
     #[arg(long)]
     pub replace: bool,
     /// Write through the page cache, for those who restore from the image soon.
@@ -60,7 +60,8 @@ pub struct RestoreArgs {
     /// Let the guest run at once; its memory follows, what it touches before all.
     #[arg(long)]
     pub lazy: bool,
-    /// With --lazy: read ahead the pages that this file names; if it is not there, write to it which pages the guest touches first.
+    /// With --lazy: read ahead the pages that this file names; if it is not there, write to it which
+    /// pages the guest touches first. Any file but a working set is refused.
     #[arg(long, value_name = "FILE", requires = "lazy")]
     pub working_set: Option<PathBuf>,
     /// Whether the guest runs once it is restored.

@@ -35,6 +35,7 @@ pub use writer::ImageWriter;
 use blocks::Difference;
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::image::contents::ContentsError;
+use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::layout::TooLarge;
 use pageferry_protocol::image::{HeaderError, SectionKind, id_text};
 use pageferry_protocol::shm::MappingError;
@@ -157,6 +158,15 @@ pub enum Fault {
     /// The file's name says no folder, or no name, or is that of a folder.
     #[error("path is not that of a file, from the root")]
     Path,
+    /// There is no room for a header.
+    #[error(
+        "the file has {found} bytes, and an image begins with a header of {HEADER_SIZE}: it is \
+         truncated, or no image"
+    )]
+    NoHeader {
+        /// Bytes of the file.
+        found: u64,
+    },
     /// The file ends too early, or too late.
     #[error("the file has {found:#x} bytes, its header says {expected:#x}: it is {}", if found < expected { "truncated" } else { "damaged" })]
     Length {

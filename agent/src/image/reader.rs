@@ -83,7 +83,7 @@ impl Image {
         }
         let found = u64::try_from(stat.st_size).unwrap_or(0);
         if found < HEADER_SIZE as u64 {
-            return Err(Fault::Length { found, expected: HEADER_SIZE as u64 });
+            return Err(Fault::NoHeader { found });
         }
         let mut bytes = [0; HEADER_SIZE];
         read_at(file.as_fd(), &mut bytes, 0)?;

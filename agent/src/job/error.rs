@@ -332,6 +332,16 @@ pub enum JobError {
     /// An image cannot be restored into this VMM's memory.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// What the source connected to ended the connection in place of an answer.
+    #[error(
+        "what listens at the target ended the connection without an answer to the hello: it is no \
+         destination that waits for a guest (a control socket is none)"
+    )]
+    NoDestination {
+        /// How it ended.
+        #[source]
+        source: TransportError,
+    },
     /// The hand-over of the paused guest took too long.
     #[error(
         "the hand-over was not done within {limit:.1?}, which is as long as the guest may be paused for it \

@@ -109,7 +109,7 @@ fn shake_hands(job: &Job, sockets: Vec<StreamSocket>, session: SessionId, flags:
     let options = job.options();
     say_hello(job, &options, &sockets, session, flags)?;
     let mut reader = RecordReader::new(sockets[0].clone());
-    let accept = wait_accept(&mut reader)?;
+    let accept = wait_accept(&mut reader).map_err(no_destination)?;
     let primary = Primary { writer: RecordWriter::new(sockets[0].clone()), reader };
     let host_pages = in_order(job, &accept.host_pages);
     let mut streams = Streams { primary, senders: Vec::new(), urgent: Vec::new(), host_pages };
@@ -190,6 +190,17 @@ fn wait_accept(reader: &mut RecordReader) -> Result<Accept, JobError> {
         Kind::Accept => Accept::decode(record.payload).map_err(|source| JobError::Payload { kind: "accept", source }),
         Kind::Reject => Err(JobError::Rejected(decode_remote(record.payload)?)),
         _ => Err(unexpected(record.kind, record.payload, "an accept or reject")),
+    }
+}
+
+/// The error for a connection that ended before the hello was answered. Every destination that is
+/// waiting answers it.
+fn no_destination(error: JobError) -> JobError {
+    match error {
+        JobError::Transport(source @ (TransportError::Closed | TransportError::Cut { .. })) => {
+            JobError::NoDestination { source }
+        }
+        error => error,
     }
 }
 

@@ -32,12 +32,50 @@ pub enum DecodeError {
         /// What is allowed, in words.
         allowed: &'static str,
     },
+    /// The time is none of those allowed.
+    #[error("{field} is {}, allowed: {allowed}", time(*micros))]
+    Time {
+        /// The field.
+        field: &'static str,
+        /// Its value in microseconds.
+        micros: u64,
+        /// What is allowed, in words.
+        allowed: &'static str,
+    },
+    /// The text is too long.
+    #[error("{field} has {length} bytes, allowed are {limit}")]
+    TextLength {
+        /// The field.
+        field: &'static str,
+        /// Bytes of the text.
+        length: u32,
+        /// Most bytes that it may have.
+        limit: usize,
+    },
+    /// The same value twice, where each is to be another.
+    #[error("{field} is {value:?} twice, each is to be another")]
+    Twice {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: String,
+    },
     /// The text is not UTF-8.
     #[error("{field} is not UTF-8")]
     Text {
         /// The field.
         field: &'static str,
     },
+}
+
+/// A time in the largest unit in which it is a whole number.
+fn time(micros: u64) -> String {
+    match micros {
+        0 => "0 s".to_owned(),
+        _ if micros.is_multiple_of(1_000_000) => format!("{} s", micros / 1_000_000),
+        _ if micros.is_multiple_of(1000) => format!("{} ms", micros / 1000),
+        _ => format!("{micros} µs"),
+    }
 }
 
 /// Reads the fields of a body, front to back.
@@ -120,11 +158,7 @@ impl<'a> Decoder<'a> {
     pub fn text(&mut self, field: &'static str, limit: usize) -> Result<&'a str, DecodeError> {
         let length = self.u32(field)?;
         if length as usize > limit {
-            return Err(DecodeError::Value {
-                field,
-                value: u64::from(length),
-                allowed: "a length within the limit of the field",
-            });
+            return Err(DecodeError::TextLength { field, length, limit });
         }
         let bytes = self.bytes(field, length as usize)?;
         std::str::from_utf8(bytes).map_err(|_| DecodeError::Text { field })
@@ -240,11 +274,26 @@ mod tests {
         );
         assert_eq!(Decoder::new(&[0; 3]).finish(), Err(DecodeError::Long { extra: 3 }));
         let huge = Encoder::new().u32(u32::MAX).finish();
-        assert!(matches!(Decoder::new(&huge).text("name", 255), Err(DecodeError::Value { field: "name", .. })));
+        let error = Decoder::new(&huge).text("name", 255).unwrap_err().to_string();
+        assert_eq!(error, "name has 4294967295 bytes, allowed are 255");
         let lying = Encoder::new().u32(200).finish();
         assert!(matches!(Decoder::new(&lying).text("name", 255), Err(DecodeError::Short { field: "name", .. })));
         let broken = Encoder::new().u32(1).u8(0xff).finish();
         assert_eq!(Decoder::new(&broken).text("name", 255), Err(DecodeError::Text { field: "name" }));
+    }
+
+    #[test]
+    fn a_time_is_named_as_a_user_writes_it() {
+        let named = [
+            (0, "0 s"),
+            (1_000_000_000_000_000, "1000000000 s"),
+            (1_500_000, "1500 ms"),
+            (86_400_000_001, "86400000001 µs"),
+        ];
+        for (micros, expected) in named {
+            let error = DecodeError::Time { field: "peer_timeout", micros, allowed: "any" }.to_string();
+            assert_eq!(error, format!("peer_timeout is {expected}, allowed: any"));
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::Trackers;
 use super::codec::{DecodeError, Decoder, Encoder};
 use super::job::{JobStatus, MAX_ADDRESS, RunState};
 use super::request::{Reply, decode_reply, encode_reply};
+use std::collections::BTreeSet;
 
 /// Hook codes.
 pub mod code {
@@ -303,7 +304,7 @@ pub(crate) fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>,
     if count as usize > MAX_PIECES {
         return Err(DecodeError::Value { field: "pieces", value: count.into(), allowed: "at most 1024" });
     }
-    let mut total = 0u64;
+    let (mut total, mut names) = (0u64, BTreeSet::new());
     let mut piece = |_| {
         let length = decoder.u64("length of a piece")?;
         total = total.saturating_add(length);
@@ -311,7 +312,12 @@ pub(crate) fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>,
             let allowed = "1 GiB in all pieces together";
             return Err(DecodeError::Value { field: "length of a piece", value: length, allowed });
         }
-        Ok(PieceSize { name: decoder.text("name of a piece", MAX_PIECE_NAME)?.to_owned(), length })
+        let name = decoder.text("name of a piece", MAX_PIECE_NAME)?;
+        // Whoever loads them finds a piece by its name.
+        if !names.insert(name) {
+            return Err(DecodeError::Twice { field: "name of a piece", value: name.to_owned() });
+        }
+        Ok(PieceSize { name: name.to_owned(), length })
     };
     (0..count).map(&mut piece).collect()
 }
@@ -435,5 +441,13 @@ mod tests {
             let refused = Hook::decode(code, &body(before)).unwrap().unwrap_err();
             assert_eq!(refused, DecodeError::Value { field, value: 2, allowed: "0 or 1" });
         }
+    }
+
+    #[test]
+    fn two_pieces_of_one_name_are_refused_by_it() {
+        let pieces = ["cpu", "disk", "cpu"].map(|name| PieceSize { name: name.into(), length: 1 });
+        let saved = SavedState { guest: RunState::Running, pieces: pieces.to_vec() };
+        let error = decode_state_reply(&encode_state_reply(1, &Ok(saved))).unwrap_err();
+        assert_eq!(error.to_string(), "name of a piece is \"cpu\" twice, each is to be another");
     }
 }

@@ -109,7 +109,13 @@ mod tests {
     fn any_contents() -> impl Strategy<Value = Contents> {
         let blocks = prop::collection::vec((0u64..3, 1u64..1 << 20, 0u32..20, ".{0,40}"), 0..8);
         let piece = (".{0,60}", 0u64..1 << 25).prop_map(|(name, length)| PieceSize { name, length });
-        (blocks, ".{0,80}", prop::collection::vec(piece, 0..8)).prop_map(|(blocks, base_name, pieces)| Contents {
+        let pieces = prop::collection::vec(piece, 0..8).prop_map(|mut pieces| {
+            // No two have one name.
+            pieces.sort_by(|one: &PieceSize, other| one.name.cmp(&other.name));
+            pieces.dedup_by(|one, other| one.name == other.name);
+            pieces
+        });
+        (blocks, ".{0,80}", pieces).prop_map(|(blocks, base_name, pieces)| Contents {
             table: table(blocks),
             base_name,
             pieces,
@@ -188,15 +194,18 @@ mod tests {
             assert!(error.starts_with(start), "{error}");
         };
         starts(&Encoder::new().u32(513).finish(), "blocks is 0x201, allowed: at most 512");
-        starts(&blocks(&[block(0, 0, &long(MAX_NAME))]), "name is 0x100, allowed: ");
-        starts(&Encoder::new().u32(0).text(&long(MAX_BASE_NAME)).finish(), "base name is 0x1001, allowed: ");
+        starts(&blocks(&[block(0, 0, &long(MAX_NAME))]), "name has 256 bytes, allowed are 255");
+        starts(
+            &Encoder::new().u32(0).text(&long(MAX_BASE_NAME)).finish(),
+            "base name has 4097 bytes, allowed are 4096",
+        );
         starts(&pieces(1025, &[]), "pieces is 0x401, allowed: at most 1024");
-        starts(&pieces(1, &[(0, &long(MAX_PIECE_NAME))]), "name of a piece is 0x100, allowed: ");
+        starts(&pieces(1, &[(0, &long(MAX_PIECE_NAME))]), "name of a piece has 256 bytes, allowed are 255");
         for lengths in [[MAX_STATE, 1], [7, MAX_STATE - 6], [1, u64::MAX]] {
             let error = format!("length of a piece is {:#x}, allowed: 1 GiB in all pieces together", lengths[1]);
             starts(&pieces(2, &lengths.map(|length| (length, ""))), &error);
         }
-        assert!(Contents::decode(&pieces(2, &[(MAX_STATE - 1, ""), (1, "")])).is_ok());
+        assert!(Contents::decode(&pieces(2, &[(MAX_STATE - 1, "a"), (1, "b")])).is_ok());
     }
 
     #[test]

@@ -78,7 +78,8 @@ impl Report {
             fault_us: [fault_p50_us, fault_p99_us, fault_max_us],
             paused_ms: milliseconds(status.counters.paused_us),
             status: status.phase.name().to_owned(),
-            error: status.error.clone(),
+            // Of a job that completed it is a warning.
+            error: if status.phase == Phase::Completed { String::new() } else { status.error.clone() },
             passes,
             pages_sent,
             zero_pages,

@@ -107,7 +107,7 @@ fn requests_that_are_unknown_or_malformed_are_refused_by_name_and_the_connection
         (code::DISCARD, Encoder::new().u32(6).u32(0).finish(), "flags is 0x6"),
         (code::ADD_BLOCK, vec![0; 47], "field"),
         (code::SUBSCRIBE, Encoder::new().u32(1).finish(), "interval is 0x1"),
-        (code::START_INCOMING, Encoder::new().text("unix:/x").u64(0).u64(1).finish(), "peer_timeout is 0x0"),
+        (code::START_INCOMING, Encoder::new().text("unix:/x").u64(0).u64(1).finish(), "peer_timeout is 0 s"),
         (code::START_OUTGOING, compressed(3, 0), "compression is 0x3, allowed: 0 none, 1 lz4, 2 zstd"),
         (code::START_OUTGOING, compressed(2, 20), "compression_level is 0x14, allowed: 1 to 19 with zstd"),
         (code::START_OUTGOING, Encoder::new().u32(u32::MAX).finish(), "target"),

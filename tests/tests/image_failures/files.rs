@@ -265,7 +265,7 @@ fn what_is_no_image_is_refused_by_name_and_the_memory_is_left_alone() {
     let before = guest.bytes();
     for options in both() {
         for (path, why) in [
-            (empty.clone(), "the file has 0x0 bytes"),
+            (empty.clone(), "the file has 0 bytes"),
             (fifo.clone(), ""),
             (folder.clone(), ""),
             ("/dev/zero".into(), ""),

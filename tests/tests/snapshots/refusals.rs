@@ -12,6 +12,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
 use pageferry_tests::vmm::{PATIENCE, Tracker};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
 
@@ -207,6 +208,25 @@ fn an_image_that_is_there_is_replaced_only_on_request() {
     let status = scene.client().start_snapshot(Path::new("/"), &paused()).unwrap();
     let status = scene.client().wait(status.job, PATIENCE).unwrap();
     assert!(status.error.contains("path is not that of a file, from the root"), "{}", status.error);
+}
+
+#[test]
+fn what_is_no_image_and_the_guests_memory_are_never_replaced() {
+    let scene = Scene::full(100);
+    let replace = SnapshotOptions { replace: true, ..paused() };
+    std::fs::write(scene.path("letter"), "precious").unwrap();
+    let status = scene.save("letter", &replace);
+    assert!(status.error.contains("the file is not an image, and so it is not replaced"), "{}", status.error);
+    assert_eq!(
+        (scene.files(), std::fs::read(scene.path("letter")).unwrap()),
+        (vec!["letter".into()], b"precious".to_vec())
+    );
+    // Even if the guest's memory begins as an image does.
+    scene.saved("image", &paused());
+    let memory = format!("/proc/self/fd/{}", scene.block().file().as_raw_fd());
+    let started = scene.client().start_snapshot(Path::new(&memory), &replace).unwrap();
+    let status = scene.client().wait(started.job, PATIENCE).unwrap();
+    assert!(status.error.contains("the file is the memory of block 0: choose another name"), "{}", status.error);
 }
 
 #[test]

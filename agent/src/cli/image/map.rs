@@ -38,7 +38,7 @@ pub struct MapArgs {
     /// Write the picture to this file, in PNG, instead of drawing it here.
     #[arg(long, value_name = "FILE")]
     png: Option<PathBuf>,
-    /// Replace the file if it is there.
+    /// Replace the PNG file if it is there; any other file is refused.
     #[arg(long, requires = "png")]
     replace: bool,
 }

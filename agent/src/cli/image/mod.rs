@@ -82,7 +82,8 @@ pub struct MergeArgs {
     /// The new image.
     #[arg(long, value_name = "NEW")]
     into: PathBuf,
-    /// Replace what is there, once the new image is whole. It may be an image of the chain.
+    /// Replace the image that is there, once the new one is whole. It may be one of the chain; any
+    /// file that is no image is refused.
     #[arg(long)]
     replace: bool,
     #[command(flatten)]

@@ -40,6 +40,6 @@ pub(super) fn timeout(decoder: &mut Decoder<'_>, field: &'static str) -> Result<
     const LONGEST: u64 = 24 * 3600 * 1_000_000;
     match decoder.u64(field)? {
         value @ 1..=LONGEST => Ok(Duration::from_micros(value)),
-        value => Err(DecodeError::Value { field, value, allowed: "1 microsecond to 24 hours" }),
+        micros => Err(DecodeError::Time { field, micros, allowed: "1 microsecond to 24 hours" }),
     }
 }

@@ -194,12 +194,12 @@ fn what_a_snapshot_cannot_be_started_with_is_refused_by_field() {
         assert_eq!(refused(at, &[2, 0]), format!("{field} is 0x2, allowed: 0 or 1"));
         assert_eq!(refused(at, &[0, 1]), format!("{field} is 0x100, allowed: 0 or 1"));
     }
-    for value in [0, 24 * 3600 * 1_000_000 + 1, u64::MAX] {
-        let error = format!("hook_timeout is {value:#x}, allowed: 1 microsecond to 24 hours");
+    for (value, named) in [(0, "0 s"), (25 * 3600 * 1_000_000, "90000 s"), (u64::MAX, "18446744073709551615 µs")] {
+        let error = format!("hook_timeout is {named}, allowed: 1 microsecond to 24 hours");
         assert_eq!(refused(18, &value.to_le_bytes()), error);
     }
     let based = |length| snapshot(SnapshotOptions { base: "b".repeat(length), ..SnapshotOptions::default() });
-    assert!(refused_with(based(MAX_ADDRESS + 1), 0, &[]).starts_with("base is 0x1001, allowed: "));
+    assert!(refused_with(based(MAX_ADDRESS + 1), 0, &[]).starts_with("base has 4097 bytes, allowed are 4096"));
     assert_eq!(refused_with(based(1), 30, &[0xff]), "base is not UTF-8");
 }
 
@@ -210,15 +210,15 @@ fn what_a_restore_cannot_be_started_with_is_refused_by_field() {
     assert_eq!(refused(0, &[2, 0]), "mode is 0x2, allowed: 0 eager, 1 lazy");
     assert_eq!(refused(2, &[0, 0]), "workers is 0x0, allowed: 1 to 64");
     assert_eq!(refused(2, &[65, 0]), "workers is 0x41, allowed: 1 to 64");
-    for value in [0, 24 * 3600 * 1_000_000 + 1, u64::MAX] {
-        let error = format!("hook_timeout is {value:#x}, allowed: 1 microsecond to 24 hours");
+    for (value, named) in [(0, "0 s"), (25 * 3600 * 1_000_000, "90000 s"), (u64::MAX, "18446744073709551615 µs")] {
+        let error = format!("hook_timeout is {named}, allowed: 1 microsecond to 24 hours");
         assert_eq!(refused(14, &value.to_le_bytes()), error);
     }
     let lazy = |length| {
         let working_set = "w".repeat(length);
         restore(RestoreOptions { mode: RestoreMode::Lazy, working_set, ..RestoreOptions::default() })
     };
-    assert!(refused_with(lazy(MAX_ADDRESS + 1), 0, &[]).starts_with("working_set is 0x1001, allowed: "));
+    assert!(refused_with(lazy(MAX_ADDRESS + 1), 0, &[]).starts_with("working_set has 4097 bytes, allowed are 4096"));
     assert_eq!(refused_with(lazy(1), 26, &[0xff]), "working_set is not UTF-8");
     assert_eq!(refused_with(lazy(1), 0, &[0, 0]), "mode is 0x0, allowed: 1 lazy with a working_set");
 }
@@ -233,7 +233,7 @@ fn a_path_of_an_image_that_is_too_long_is_refused_by_field() {
     ];
     for request in requests {
         let error = Request::decode(request.code(), &request.encode()).unwrap().unwrap_err().to_string();
-        assert!(error.starts_with("path is 0x1001, allowed: "), "{error}");
+        assert!(error.starts_with("path has 4097 bytes, allowed are 4096"), "{error}");
     }
 }
 
