@@ -1,10 +1,13 @@
 //! Requests that do not come whole: without their descriptors, or without their end.
 
+use super::waits::hand_over;
 use crate::common::{Attached, Listening, PROGRAM, Peer, Ram, SOON};
 use pageferry_client::Phase;
-use pageferry_protocol::control::Frame;
 use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FrameHeader};
+use pageferry_protocol::control::hook::{Hook, PieceSize, SavedState, encode_hook_reply, encode_state_reply};
+use pageferry_protocol::control::job::{RunState, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::control::request::{ErrorCode, Request};
+use pageferry_protocol::control::{Frame, FrameSocket};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
 use pageferry_tests::process::AgentProcess;
 use std::io::{Read, Write};
@@ -91,4 +94,43 @@ fn only_a_connected_unix_stream_socket_is_taken_for_hooks() {
     assert!(set(std::fs::File::open("/dev/zero").unwrap().into()));
     assert!(set(std::os::unix::net::UnixDatagram::pair().unwrap().0.into()));
     assert!(!set(UnixStream::pair().unwrap().0.into()));
+}
+
+#[test]
+fn a_hook_whose_answer_loses_its_descriptor_fails_by_that_name_and_the_next_one_is_answered() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut agent = AgentProcess::spawn(PROGRAM.as_ref(), folder.path(), "agent").unwrap();
+    let mut vmm = Peer::connect(agent.socket());
+    let mut hooks = FrameSocket::from(OwnedFd::from(hand_over(&mut vmm, 0)));
+    let path = folder.path().join("image").to_str().unwrap().to_owned();
+    let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
+    let snapshot = Request::StartSnapshot { path, options };
+    // The VMM's state comes with a descriptor, for which there is no room the first time.
+    for descriptors in [3, 1024] {
+        vmm.ask(&snapshot, Vec::new()).unwrap();
+        let status = loop {
+            let frame = hooks.recv(Instant::now() + SOON).unwrap();
+            let (sequence, hook) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
+            let (body, fds) = match hook {
+                Hook::Event { status } if status.phase.is_final() => break status,
+                Hook::Event { .. } => continue,
+                Hook::SaveState => {
+                    let pieces = vec![PieceSize { name: "cpu".into(), length: 5 }];
+                    let saved = SavedState { guest: RunState::Running, pieces };
+                    agent.process().limit_descriptors(descriptors).unwrap();
+                    (encode_state_reply(sequence, &Ok(saved)), vec![memfd(5)])
+                }
+                _ => (encode_hook_reply(sequence, &Ok(())), Vec::new()),
+            };
+            hooks.send(&Frame { fds, ..Frame::reply(frame.request, body) }, Instant::now() + SOON).unwrap();
+        };
+        if descriptors == 3 {
+            assert_eq!(status.phase, Phase::Failed);
+            let named = status.error.contains("hook \"save state\"") && status.error.contains("(RLIMIT_NOFILE)");
+            assert!(named, "{}", status.error);
+            agent.process().limit_descriptors(1024).unwrap();
+        } else {
+            assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+        }
+    }
 }

@@ -208,7 +208,7 @@ fn geometry(id: u32) -> BlockGeometry {
 }
 
 /// Makes `peer` the VMM of a small guest; returns its end of the socket for hooks.
-fn hand_over(peer: &mut Peer, id: u32) -> UnixStream {
+pub(super) fn hand_over(peer: &mut Peer, id: u32) -> UnixStream {
     let add = Request::AddBlock { geometry: geometry(id), fd_offset: 0, vmm_address: 0, flags: 0 };
     peer.ask(&add, vec![memfd(0x1_0000), memfd(4096)]).unwrap();
     peer.ask(&Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE }, Vec::new()).unwrap();
