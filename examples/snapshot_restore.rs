@@ -174,7 +174,7 @@ fn saved(name: &str, report: &Value, image: &Path) -> Result<Table, Error> {
 fn restored_table(name: &str, report: &Value) -> Table {
     println!("{name}:");
     let mut table = Table::default();
-    table.row("the guest ran after", time(report, "running_ms"));
+    table.row("the guest was there after", time(report, "running_ms"));
     table.row("all of its memory was there after", time(report, "total_ms"));
     table.row("pages restored", pages(number(report, "pages_sent")));
     table.row("of them read ahead by the working set", pages(number(report, "working_set_pages")));

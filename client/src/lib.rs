@@ -47,14 +47,15 @@
 //! | declared | what the VMM does for it |
 //! | --- | --- |
 //! | [`Trackers::HOOKS`] | answers the hooks to start, sync, clear and stop; `tracking::kvm` (feature `kvm`) does it for KVM's dirty log |
-//! | [`Trackers::WRITE_PROTECT`] | nothing but `BlockSpec::vmm_address`; Linux 6.7 |
+//! | [`Trackers::WRITE_PROTECT`] | sets `BlockSpec::vmm_address`; needs Linux 6.7, and the right to use userfaultfd (CAP_SYS_PTRACE, `vm.unprivileged_userfaultfd`, or `/dev/userfaultfd`), as background snapshots, postcopy and lazy restore do |
 //! | [`Trackers::LOG_IS_COMPLETE`] | has every writer mark the log, vCPUs among them |
 //!
 //! # Snapshots and restore
 //!
 //! [`Client::start_snapshot`] saves the guest into an image, by the same hooks as a migration: pause, save state, resume. In the background, which is the default, the
 //! guest stands still only for a moment, and then runs on while its memory is saved: who writes into a page that is not saved yet waits until it is. If the agent is lost
-//! meanwhile, so is the snapshot, and nobody waits any more. [`Client::start_restore`] fills the memory of a VMM that has no guest, or forgets it, and is otherwise like an
+//! meanwhile, so is the snapshot, and nobody waits any more. A VMM whose guest has moved away needs a new
+//! agent ([`Client::reattach`]) before it takes another guest. [`Client::start_restore`] fills the memory of a VMM that has no guest, or forgets it, and is otherwise like an
 //! incoming migration: load state, resume. A restore that an operator asks for comes by [`Hooks::prepare_restore`], and is refused unless the VMM says otherwise.
 //!
 //! ```no_run
@@ -71,7 +72,9 @@
 //! # Ok(()) }
 //! ```
 //!
-//! # Rooms
+//! # Where things are
+//!
+//! Names such as `one-owner` are the rules that `docs/invariants.md` explains.
 //!
 //! - `client`, `spawn`: connecting, and a new agent after a lost one; `control`: requests and answers;
 //! - `agent_process`: the process of an agent, and seeing to its end;

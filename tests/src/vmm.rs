@@ -345,11 +345,14 @@ impl MockVmm {
         Ok(vmm)
     }
 
-    /// The same, with the agent that listens at `socket`.
+    /// The same, with the agent that listens at `socket`, or does within a few seconds: it may have
+    /// been started just now.
     ///
     /// # Errors
     /// If there is none, or it refuses.
     pub fn connect(socket: &Path, usage: Arc<Usage>, tracker: Tracker) -> Result<Self, Error> {
+        // Whether it listens in the end the client says best.
+        let _ = crate::deadline::wait_until("the agent's socket", Duration::from_secs(5), || socket.exists());
         let (client, channel) = Client::connect(socket, Config::default())?;
         Self::new(client, channel, usage, tracker)
     }

@@ -44,7 +44,8 @@ enum Command {
     Status(OperatorArgs),
     /// Show a job's progress until it ends; the exit status is 0 only if it completed.
     Watch(OperatorArgs),
-    /// Migrate the guest to another agent, and watch.
+    /// Migrate the guest to another agent, which listens already, and watch. Ctrl-C ends the watching
+    /// and not the job: use cancel.
     Migrate(MigrateArgs),
     /// Save the guest into an image, and watch.
     Snapshot(snapshot::SnapshotCommand),
@@ -66,7 +67,7 @@ enum Command {
 /// How the agent is reached.
 #[derive(Debug, Args)]
 pub struct AgentArgs {
-    /// Listen on this UNIX socket, created with mode 0600. A socket there that nobody listens on is
+    /// Listen on this UNIX socket, created with mode 0600. Only the agent's own user and root may connect. A socket there that nobody listens on is
     /// replaced; anything else is left as it is, and refused. At most 107 bytes.
     #[arg(long, value_name = "PATH", required_unless_present = "stdin")]
     pub socket: Option<PathBuf>,

@@ -116,6 +116,14 @@ impl Operator {
     }
 }
 
+/// An address as the agent takes it, which may run in another folder.
+fn address_from_root(address: &str) -> std::io::Result<String> {
+    match address.strip_prefix("unix:") {
+        Some(path) if !path.is_empty() => Ok(format!("unix:{}", from_root(Path::new(path))?)),
+        _ => Ok(address.to_owned()),
+    }
+}
+
 fn exit_code(status: &JobStatus) -> ExitCode {
     if status.phase == Phase::Completed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
@@ -143,7 +151,7 @@ pub fn watch(args: &OperatorArgs) -> Outcome {
 /// # Errors
 /// If the agent does not answer, or refuses.
 pub fn migrate(args: &OperatorArgs, target: &str, options: &OutgoingOptions) -> Outcome {
-    start(args, &Request::StartOutgoing { target: target.to_owned(), options: options.clone() })
+    start(args, &Request::StartOutgoing { target: address_from_root(target)?, options: options.clone() })
 }
 
 /// `pageferry snapshot`
@@ -199,7 +207,7 @@ pub fn postcopy(args: &OperatorArgs) -> Outcome {
 /// If the agent does not answer, or refuses.
 pub fn recover(args: &OperatorArgs, address: Option<&str>) -> Outcome {
     let mut operator = Operator::connect(&args.socket)?;
-    let address = address.unwrap_or_default().to_owned();
+    let address = address.map(address_from_root).transpose()?.unwrap_or_default();
     let request = Request::Recover { session: [0; 16], address, options: OutgoingOptions::default() };
     let started = operator.ask(&request, JobStarted::decode)?;
     operator.watch_recovery(started.job, args.json)

@@ -45,14 +45,25 @@ pub fn time(micros: u64) -> String {
     }
 }
 
+/// Where the guest of a job is, and what it is to be there, or is to go back to.
+fn guest_line(status: &JobStatus, guest: RunState) -> String {
+    let place = match (status.kind, status.phase) {
+        (JobKind::Outgoing, Phase::Completed) => "at the destination",
+        (JobKind::Outgoing, phase) if phase.is_postcopy() => "at the destination, or on its way there",
+        (JobKind::Outgoing, Phase::Unconfirmed) => "paused here, or at the destination: nobody knows",
+        (JobKind::Incoming, _) if !status.arrived => "at the source",
+        _ => "here",
+    };
+    format!("{place}; when it goes on it is {}", guest.name())
+}
+
 /// The lines that `status` prints, name and value.
 pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     let counters = &status.counters;
     let pages = |count: u64| format!("{count} ({})", bytes(count * PAGE_SIZE));
     let mut lines =
         vec![("job", format!("{} {}", status.job, status.kind.name())), ("status", status.phase.name().to_owned())];
-    // Not where it is, or whether it runs just now: it may stand still for its hand-over.
-    lines.extend(status.guest.map(|guest| ("guest is to be", guest.name().to_owned())));
+    lines.extend(status.guest.map(|guest| ("guest", guest_line(status, guest))));
     if status.kind == JobKind::Incoming {
         let arrived = if status.arrived { "yes: the guest is this VMM's" } else { "no: the guest is not here" };
         lines.push(("guest arrived", arrived.to_owned()));
@@ -90,7 +101,7 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
                 ("discarded pages", pages(counters.discarded_pages)),
                 ("remaining", pages(counters.remaining_pages)),
                 ("working set", pages(counters.working_set_pages)),
-                ("guest ran after", time(counters.running_us)),
+                ("guest was there after", time(counters.running_us)),
                 ("total", time(counters.total_us)),
             ]);
             lines.extend(faults.into_iter().chain(fetched).filter(|_| any_faults));
@@ -113,7 +124,8 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
                 ("downtime", time(counters.downtime_us)),
                 ("total", time(counters.total_us)),
             ]);
-            let more = [("released here", pages(counters.released_pages)), ("paused", time(counters.paused_us))];
+            let more =
+                [("released here", pages(counters.released_pages)), ("without connection", time(counters.paused_us))];
             lines.extend(faults.into_iter().chain(fetched).chain(more).filter(|_| any_faults));
         }
     }

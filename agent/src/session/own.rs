@@ -304,7 +304,7 @@ impl SharedSession {
         Ok(Box::new(move |encoder| JobStarted { job: id, address: shown }.encode(encoder)))
     }
 
-    /// Law 9: after an unconfirmed commit only an operator who looked at both sides may resume the guest.
+    /// `one-owner`: after an unconfirmed commit only an operator who looked at both sides may resume the guest.
     fn resume(&self, force: bool) -> Answer {
         let abandoned = if force { self.lock().abandon_paused()? } else { None };
         if let Some(job) = abandoned {
@@ -519,6 +519,14 @@ impl Session {
         // It may have been on its way to a pause.
         if force && let Some((job, _)) = &self.job {
             check_whole(job)?;
+        }
+        if let Some(job) = self.paused().filter(|_| !force) {
+            let sentence = format!(
+                "job {} is paused in postcopy: recover it; if its destination is gone for good, resume by force, \
+                 after the steps of docs/postcopy.md, \"When the source is unconfirmed\"",
+                job.id
+            );
+            return Err(RemoteError::new(ErrorCode::State, sentence));
         }
         self.check_idle("the guest cannot be resumed")?;
         let refused = |sentence: &str| Err(RemoteError::new(ErrorCode::State, sentence));
