@@ -4,7 +4,7 @@
 //! guest's memory and goes on when it wakes up. So an agent hands over a pidfd of itself when it
 //! is attached, and the client kills it by that before anybody else gets what it had.
 //!
-//! An agent may lie (law 8), and the client must not kill whatever process a liar names. The
+//! An agent may lie (`vmm-survives`), and the client must not kill whatever process a liar names. The
 //! kernel tells which process sent the answer with the pidfd; only if that is the process of the
 //! pidfd the client kills it. Otherwise, and where the client has no right to, it waits for the
 //! end of the process.

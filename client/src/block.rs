@@ -1,4 +1,4 @@
-//! One block as the client keeps it: enough to hand it to a new agent, and to discard in it without one (law 4).
+//! One block as the client keeps it: enough to hand it to a new agent, and to discard in it without one (`discard-cannot-fail`).
 
 use crate::error::Error;
 use crate::shared::sealed_memfd;
@@ -99,13 +99,13 @@ impl Block {
         self.geometry.granularity.max(self.file.host_page_size)
     }
 
-    /// The pages that a discard of `range` covers whole (law 6).
+    /// The pages that a discard of `range` covers whole (`round-safely`).
     pub(crate) fn inward(&self, range: &BlockRange) -> Result<PageRange, Error> {
         PageRange::inward(range.offset, range.length, self.discard_unit(), self.geometry.length)
             .map_err(|source| Error::Range { block: range.block, source })
     }
 
-    /// The pages that a populate of `range` touches (law 6).
+    /// The pages that a populate of `range` touches (`round-safely`).
     pub(crate) fn outward(&self, range: &BlockRange) -> Result<PageRange, Error> {
         PageRange::outward(range.offset, range.length, self.discard_unit(), self.geometry.length)
             .map_err(|source| Error::Range { block: range.block, source })
@@ -147,7 +147,7 @@ impl Block {
         changed
     }
 
-    /// Frees the whole host pages of `pages`. A discard cannot fail (law 4), so a failure is only logged: the content is stale
+    /// Frees the whole host pages of `pages`. A discard cannot fail (`discard-cannot-fail`), so a failure is only logged: the content is stale
     /// all the same, it just takes memory.
     fn punch(&self, pages: PageRange) {
         let start = (self.fd_offset + pages.offset()).next_multiple_of(self.host_page_size());

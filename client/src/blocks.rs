@@ -79,7 +79,7 @@ impl Client {
                     let _ = session.control.request(&Request::Cancel, &[], |_| Ok(()));
                     return Err(busy);
                 }
-                // It may be reading there (law 1).
+                // It may be reading there (`never-read`).
                 Err(Error::AgentLost { .. }) => match session.settle()? {
                     Lost::Ended => {}
                     Lost::Spared => return Err(session.runs("the guest may run elsewhere, and depends on it")),

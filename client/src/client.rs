@@ -328,7 +328,7 @@ impl Client {
         self.memory().block(id).map(|block| Arc::clone(&block.discarded))
     }
 
-    /// Whether the guest is this VMM's to run (law 9).
+    /// Whether the guest is this VMM's to run (`one-owner`).
     pub fn ownership(&self) -> Ownership {
         self.inner.ownership.lock().ownership()
     }

@@ -1,7 +1,7 @@
 //! Requests to the agent and its answers, one at a time, over the control socket.
 //!
 //! Whoever breaks the protocol or its deadline is lost, for good: the socket is shut down, and so is the hook channel, so that a
-//! hanging agent cannot keep the guest paused (law 8). There is no way back into step with a stream whose answers came too late,
+//! hanging agent cannot keep the guest paused (`vmm-survives`). There is no way back into step with a stream whose answers came too late,
 //! other than a new connection.
 
 use crate::agent_process::AgentProcess;

@@ -7,7 +7,7 @@
 //! | [`Client::discard`] | virtio-mem, memory that the VMM unplugs | a [`Client::populate`] |
 //! | [`Client::free`] | a balloon whose guest deflates by touching, free page reporting | the guest writes into it |
 //!
-//! A discard cannot fail (law 4). The agent does all of it, if there is one: only it knows which
+//! A discard cannot fail (`discard-cannot-fail`). The agent does all of it, if there is one: only it knows which
 //! worker is reading the range right now. If there is none, or it is lost during the call, the client
 //! waits for the end of its process, which is killed: then nobody reads guest memory any more, or has
 //! a discard left to do, so the client marks the shared bitmap and frees the backing by itself. The
@@ -156,7 +156,7 @@ impl Client {
             Err(Error::Refused { sentence, .. }) if !session.control.link().is_cut() => {
                 log::warn!("the agent refused a discard, the client does it: {sentence}");
             }
-            // It was given up, or is now. It may be reading here (law 1), or about to do what it was
+            // It was given up, or is now. It may be reading here (`never-read`), or about to do what it was
             // asked. A discard goes on even if it lives: that no page is used again before it has ended
             // is seen to by whoever populates. Nobody populates what is freed.
             Err(_) => {

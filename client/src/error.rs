@@ -1,6 +1,6 @@
 //! What can go wrong, seen from the VMM.
 //!
-//! Law 8: none of these stops the guest. Before the switchover an error of this library means that a migration does not
+//! `vmm-survives`: none of these stops the guest. Before the switchover an error of this library means that a migration does not
 //! happen, never that the guest is lost.
 
 use crate::ownership::Ownership;

@@ -1,4 +1,4 @@
-//! Who may run the guest: law 9, seen from the VMM, in one place.
+//! Who may run the guest: `one-owner`, seen from the VMM, in one place.
 //!
 //! The destination never runs before it received the commit; the source never runs after it may have been sent. The agent
 //! asks for the turn of that line with the relinquish hook; between its answer and the agent's word that no commit left
@@ -277,7 +277,7 @@ impl Machine {
         self.pause = if success { Pause::Paused { link } } else { Pause::Uncertain { link } };
     }
 
-    /// The agent asks for the line of law 9, for this migration. To be called before it is answered.
+    /// The agent asks for the line of `one-owner`, for this migration. To be called before it is answered.
     /// A refusal changes nothing: another migration may be under way.
     pub(crate) fn relinquish(&mut self, link: u64, migration: Migration) -> Result<(), Forbidden> {
         self.check_current(link)?;

@@ -5,7 +5,7 @@
 //!
 //! # If the agent dies in between
 //!
-//! Nothing is missing but the snapshot. So the registration is taken back at once, which lifts all protection, and who waits writes and goes on (law 8). The agent,
+//! Nothing is missing but the snapshot. So the registration is taken back at once, which lifts all protection, and who waits writes and goes on (`vmm-survives`). The agent,
 //! if it lives after all, finds that out when it next protects a page: nothing is registered there any more. But the kernel asks only whether a mapping is
 //! registered, not with which userfaultfd: once the next agent watches, one that was given up for hanging and wakes up again could protect, and lift, for a moment.
 //! So it is dead before the next is attached ([`Client::reattach`](crate::Client::reattach)).

@@ -1,7 +1,7 @@
 //! Guest memory of a mock VMM: several blocks on memfds, files or huge pages, at any file offset.
 //!
 //! The guest and the devices write through the mapping. Whoever prepares or checks content uses `pread` and `pwrite` on the file instead: a
-//! look through the mapping would allocate the holes that it finds (law 2), and the check would spoil what it checks.
+//! look through the mapping would allocate the holes that it finds (`never-populate`), and the check would spoil what it checks.
 
 use crate::Error;
 use crate::files;

@@ -1,4 +1,4 @@
-//! What has to hold after a migration (laws 2 and 3 of the design), checked on the files under the memory of both sides.
+//! What has to hold after a migration (`never-populate` and `same-memory`), checked on the files under the memory of both sides.
 
 use crate::Error;
 use crate::memory::{TestBlock, TestMemory};

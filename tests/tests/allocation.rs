@@ -1,4 +1,4 @@
-//! Law 2 at scale: a guest of 64 GiB or 1 TiB that uses 1 GiB costs 1 GiB, on the wire, at both sides, and in the agents.
+//! `never-populate` at scale: a guest of 64 GiB or 1 TiB that uses 1 GiB costs 1 GiB, on the wire, at both sides, and in the agents.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_client::{BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Target};

@@ -1,4 +1,4 @@
-//! Laws 1 to 4 under any interleaving: random writes, discards, populates and punches between the records of a migration over several
+//! `never-read`, `never-populate`, `same-memory` and `discard-cannot-fail` under any interleaving: random writes, discards, populates and punches between the records of a migration over several
 //! streams, cancelled and tried again, against a model that is a few maps.
 //!
 //! A relay stands between the two agents and passes one record at a time; between two of them the guest does something. What
@@ -201,7 +201,7 @@ fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Cl
         }
         assert_eq!(destination.discarded(page.0).unwrap().contains(page.1), discarded, "destination's, page {page:?}");
         match (discarded, model.stray.get(&page)) {
-            // Law 3.
+            // `same-memory`.
             (false, _) => assert_eq!(to.stamp(page), model.content.get(&page).copied().unwrap_or(0), "page {page:?}"),
             (true, None) => assert!(to.is_hole(page), "discarded page {page:?} is no hole"),
             (true, Some(stamps)) => {
@@ -209,7 +209,7 @@ fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Cl
             }
         }
     }
-    // Law 2.
+    // `never-populate`.
     let allocated = from.allocated();
     assert_eq!(allocated, model.allocated, "pages allocated at the source");
     let there = to.allocated();

@@ -1,7 +1,7 @@
 //! A restored guest finds what was saved, eager or lazy, whatever it touches, writes, discards, frees and populates while its memory comes: against a model that is a map.
 //!
 //! A guest with random memory is saved, once or as an increment. Then it is restored again and again, from one image, several at once, into VMMs whose guests do random things as soon
-//! as they run, and discard before that. Nothing is allocated that was not allocated when it was saved, or touched since (law 2); what is discarded is a hole (law 3).
+//! as they run, and discard before that. Nothing is allocated that was not allocated when it was saved, or touched since (`never-populate`); what is discarded is a hole (`same-memory`).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -291,7 +291,7 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
             }
         }
     }
-    // Law 2.
+    // `never-populate`.
     let more: Vec<_> =
         side.allocated().into_iter().filter(|page| !allocated.contains(page) && !touched.contains(page)).collect();
     assert!(more.is_empty(), "allocated, and were not: {more:?}");

@@ -3,9 +3,9 @@
 //! - [`accept`]: waiting for the source's streams, and the handshake;
 //! - [`receive`]: reading each stream, and the barrier between passes;
 //! - [`decompress`]: compressed pages;
-//! - [`place`]: pages into the files (laws 2 and 3);
+//! - [`place`]: pages into the files (`never-populate` and `same-memory`);
 //! - [`postcopy`]: the guest before its memory;
-//! - this file: the phases, and the end: verify, load, wait for the commit, resume (law 9).
+//! - this file: the phases, and the end: verify, load, wait for the commit, resume (`one-owner`).
 
 pub mod accept;
 pub mod decompress;

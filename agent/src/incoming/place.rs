@@ -1,7 +1,7 @@
 //! Pages into the files.
 //!
-//! The destination starts from holes, and a page is allocated only when its content comes (law 2). A page that turns zero or is discarded afterwards
-//! becomes a hole again (law 3). `received` says which pages may hold something: a zero or a discard of any other page costs nothing.
+//! The destination starts from holes, and a page is allocated only when its content comes (`never-populate`). A page that turns zero or is discarded afterwards
+//! becomes a hole again (`same-memory`). `received` says which pages may hold something: a zero or a discard of any other page costs nothing.
 //!
 //! Where a write would allocate more than it writes, pages are placed one by one; see [`crate::memory::small_pages`].
 //!

@@ -1,7 +1,7 @@
 //! Stopping a job wherever it waits.
 //!
 //! A job waits on its sockets, in `poll` beside [`Cancel::fd`], or in [`Cancel::sleep`]; cancelling shuts the sockets down and wakes the
-//! others. The line of law 9 is here: [`Cancel::cross_the_line`] and [`Cancel::cancel`] exclude each other, so a job is
+//! others. The line of `one-owner` is here: [`Cancel::cross_the_line`] and [`Cancel::cancel`] exclude each other, so a job is
 //! either cancelled before it gives up ownership, or not at all. So do [`Cancel::end`] and
 //! [`Cancel::cancel`]: a job whose cancel was accepted ends as cancelled.
 
@@ -158,7 +158,7 @@ impl Cancel {
         }
     }
 
-    /// The line of law 9: from here on the job cannot be cancelled.
+    /// The line of `one-owner`: from here on the job cannot be cancelled.
     ///
     /// # Errors
     /// If it was cancelled before.

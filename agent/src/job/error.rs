@@ -29,7 +29,7 @@ pub enum JobError {
     /// The VMM's connection ended before the guest, or its image, was handed over.
     #[error("the connection to the VMM ended: nothing is handed over that it may not want any more")]
     VmmGone,
-    /// The commit was sent and never confirmed (law 9).
+    /// The commit was sent and never confirmed (`one-owner`).
     #[error(
         "ownership of the guest was handed over, but the destination did not confirm that it runs: the guest stands still \
          here; look at both sides before you resume it by force"

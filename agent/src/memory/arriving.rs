@@ -9,10 +9,10 @@
 //! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once. Else it waits for arrivals that took it before (the fence),
 //!   looks again, since one may have failed, and answers here: zero, unless there is a page by now. Without the wait zero would come before the content that was taken and not placed yet;
 //! - an **arrival** publishes it, takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
-//!   allocated that the guest does not touch (law 2);
+//!   allocated that the guest does not touch (`never-populate`);
 //! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, waits for faults that were read before,
 //!   frees it, and then answers those who requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back
-//!   (law 1), and no fault of before, whose touch an arrival may have served meanwhile, fills the hole again;
+//!   (`never-read`), and no fault of before, whose touch an arrival may have served meanwhile, fills the hole again;
 //! - a **free** does the same but for the mark: the page is a hole then, and from the next touch on it is ordinary memory;
 //! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there finds it again.
 //!

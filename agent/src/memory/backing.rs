@@ -1,7 +1,7 @@
 //! The file under a block.
 //!
-//! Nothing here maps guest memory. Reading is `pread`: a hole reads as zero without being allocated (law 2), a file that
-//! was truncated is a short read and not SIGBUS (law 8), and no page fault is taken.
+//! Nothing here maps guest memory. Reading is `pread`: a hole reads as zero without being allocated (`never-populate`), a file that
+//! was truncated is a short read and not SIGBUS (`vmm-survives`), and no page fault is taken.
 
 use super::extents::DataRuns;
 use pageferry_protocol::memory::file::{MemoryFile, MemoryFileError};

@@ -1,4 +1,4 @@
-//! Survives a file that shrinks under a mapping (law 8).
+//! Survives a file that shrinks under a mapping (`vmm-survives`).
 //!
 //! The agent maps files that belong to the VMM: the dirty log, discard bitmaps, host pages of hugetlbfs. If the VMM truncates one, the next
 //! access is SIGBUS. The handler here puts zero pages in the place of a guarded mapping and notes that it was lost; whoever uses the mapping asks

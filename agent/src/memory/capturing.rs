@@ -9,7 +9,7 @@
 //! - a **write fault**: publishes, takes and reads the page; or, if it is not pending, waits for those who may be reading it. Then it lifts the protection, and the guest
 //!   writes. So no write comes before the page was read;
 //! - a **discard**: has marked the page, captures what is pending of it as any worker, and waits for all who took before. Only then it is freed, and the discard
-//!   acknowledged: nobody reads it later (law 1). A populate has nothing to capture: what was discarded at the instant is not pending, and is saved as discarded.
+//!   acknowledged: nobody reads it later (`never-read`). A populate has nothing to capture: what was discarded at the instant is not pending, and is saved as discarded.
 //!
 //! The marks of discards and the set of pending pages are made under one lock ([`GuestMemory::marking`]): a discard either comes before the instant, or finds what is pending.
 //!
@@ -277,7 +277,7 @@ impl Capturing {
         Ok((taken != 0).then_some(pages))
     }
 
-    /// A discard of `range` has set its marks: what is pending of it is captured now. It cannot fail (law 4): the snapshot does.
+    /// A discard of `range` has set its marks: what is pending of it is captured now. It cannot fail (`discard-cannot-fail`): the snapshot does.
     pub(super) fn rescue(&self, memory: &GuestMemory, at: usize, range: PageRange) {
         let host_pages = self.pending.block(at).of(range);
         // Most discards, of what is not pending, cost nothing.

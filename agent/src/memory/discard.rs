@@ -1,8 +1,8 @@
 //! Discarding and populating: memory that the VMM unplugs, until it says that it is plugged again. What the guest frees and then uses
 //! again without a word is in [`super::freed`], by the same steps.
 //!
-//! Law 1: once [`GuestMemory::discard`] returned, nobody reads the pages until they are populated. Law 4: it cannot fail for pages that exist;
-//! law 6: it covers whole units only, and a populate rounds outward.
+//! `never-read`: once [`GuestMemory::discard`] returned, nobody reads the pages until they are populated. `discard-cannot-fail`: it cannot fail for pages that exist;
+//! `round-safely`: it covers whole units only, and a populate rounds outward.
 //!
 //! Discards and populates come from one thread, that of the VMM's connection, while the job's thread syncs and its workers read. What each bitmap
 //! means to them, and why the order below is right:
@@ -220,7 +220,7 @@ pub(super) fn merged(ranges: &[Checked]) -> impl Iterator<Item = Checked> + '_ {
     })
 }
 
-/// Frees the backing of pages that are marked. A discard cannot fail (law 4): if the file system cannot punch, the pages stay allocated
+/// Frees the backing of pages that are marked. A discard cannot fail (`discard-cannot-fail`): if the file system cannot punch, the pages stay allocated
 /// and unsettled, and are no less discarded.
 fn punch_marked(block: &Block, range: PageRange) {
     match block.backing.punch(range) {

@@ -1,4 +1,4 @@
-//! Keeps a discard away from what a worker is reading, without a lock in the worker's loop (laws 1 and 7).
+//! Keeps a discard away from what a worker is reading, without a lock in the worker's loop (`never-read` and `clear-then-read`).
 //!
 //! A worker publishes the word of pages that it is about to read, and only then looks whether they are discarded; a discard
 //! marks the pages, and only then looks who is reading. Both put a sequentially consistent fence between their store and

@@ -128,7 +128,7 @@ impl GuestMemory {
 }
 
 impl Block {
-    /// A free cannot fail (law 4): if the file system cannot punch, nothing has happened to the pages.
+    /// A free cannot fail (`discard-cannot-fail`): if the file system cannot punch, nothing has happened to the pages.
     fn punch_freed(&self, range: PageRange) {
         if let Err(error) = self.backing.punch(range) {
             let id = self.geometry.id;

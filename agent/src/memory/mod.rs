@@ -4,8 +4,8 @@
 //! - [`current`]: whether this agent still acts for its VMM;
 //! - [`extents`]: walking over what may be allocated in it;
 //! - [`block`]: a block with its bitmaps;
-//! - [`fence`]: keeps discards away from what a worker is reading (laws 1 and 7);
-//! - [`discard`]: discarding and populating (laws 1, 4 and 6);
+//! - [`fence`]: keeps discards away from what a worker is reading (`never-read` and `clear-then-read`);
+//! - [`discard`]: discarding and populating (`never-read`, `discard-cannot-fail` and `round-safely`);
 //! - [`freed`]: the other kind of discard: memory that the guest frees, and uses again without a word;
 //! - [`noted`]: what the VMM gave back while a job fills the memory;
 //! - [`marking`]: what comes first, the marks of a discard or the instant of a snapshot;
@@ -21,7 +21,7 @@
 //! - [`zero`]: finding zero pages;
 //! - [`huge`]: writing to hugetlbfs, which only a mapping can;
 //! - [`small_pages`]: placing on a tmpfs that would allocate huge pages for it;
-//! - [`bus_guard`]: survives a file that shrinks under a mapping (law 8).
+//! - [`bus_guard`]: survives a file that shrinks under a mapping (`vmm-survives`).
 
 pub mod arriving;
 pub mod backing;

@@ -2,7 +2,7 @@
 //!
 //! On a tmpfs that is mounted with `huge=always` or `huge=within_size`, and in a memfd while
 //! `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says so, a `write` of one page into a hole
-//! allocates a huge page: 2 MiB, of which the source may have had 4 KiB (law 2).
+//! allocates a huge page: 2 MiB, of which the source may have had 4 KiB (`never-populate`).
 //!
 //! `UFFDIO_COPY` allocates single pages on every shared memory. So the agent maps the block,
 //! registers the mapping with a userfaultfd of its own, and places by that. The mapping is never

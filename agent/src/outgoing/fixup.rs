@@ -1,4 +1,4 @@
-//! Asking the trackers, and clearing what is discarded. Law 5 lives here.
+//! Asking the trackers, and clearing what is discarded. `fix-up-after-sync` lives here.
 //!
 //! # On dirty bits of discarded pages
 //!
@@ -207,7 +207,7 @@ impl Migration {
     }
 
     /// The guest stands still, and its last pass has arrived: tells the destination what the VMM freed since the
-    /// last sync. It would keep pages there that are holes here (law 2).
+    /// last sync. It would keep pages there that are holes here (`never-populate`).
     pub(super) fn send_late_frees(&mut self) -> Result<(), JobError> {
         let job = self.job.clone();
         if !job.memory.blocks().iter().any(|block| block.may_have_known_holes()) {

@@ -1,4 +1,4 @@
-//! The stopped guest, and the line of law 9: the source never runs after it sent the commit, and always can before.
+//! The stopped guest, and the line of `one-owner`: the source never runs after it sent the commit, and always can before.
 
 use super::Migration;
 use super::connect::{Primary, SessionId};

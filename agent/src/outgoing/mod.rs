@@ -3,12 +3,12 @@
 //! [`run`] is the list of its phases; each takes what the last one returned.
 //!
 //! - [`connect`]: connections and the handshake;
-//! - [`fixup`]: asking the trackers, and clearing what is discarded (law 5);
+//! - [`fixup`]: asking the trackers, and clearing what is discarded (`fix-up-after-sync`);
 //! - [`pass`]: one walk over the dirty pages by all workers;
-//! - [`sender`]: reading pages and batching records (laws 1 and 7);
+//! - [`sender`]: reading pages and batching records (`never-read` and `clear-then-read`);
 //! - [`compress`]: compressing them, where that is wanted;
 //! - [`converge`]: when to stop the guest;
-//! - [`handover`]: the stopped guest, and the line of law 9;
+//! - [`handover`]: the stopped guest, and the line of `one-owner`;
 //! - [`postcopy`]: the guest before its memory.
 
 pub mod compress;

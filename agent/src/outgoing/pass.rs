@@ -128,7 +128,7 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
             find_allocated(block, dirty, pass.dirty.told.block(at), chunk)?;
         }
         if let Some(lazy) = pass.lazy {
-            // Law 7 for a tracker whose sync does not clear: before the first read in the chunk.
+            // `clear-then-read` for a tracker whose sync does not clear: before the first read in the chunk.
             lazy.clear(block.geometry.id, dirty, chunk)?;
         }
         send_chunk(pass, sender, (at, block), dirty, chunk)?;

@@ -61,7 +61,7 @@ struct TakenWord {
 }
 
 impl TakenWord {
-    /// Laws 1 and 7 for one word: takes the bits, and leaves out what is discarded.
+    /// `never-read` and `clear-then-read` for one word: takes the bits, and leaves out what is discarded.
     fn take(pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64) -> Self {
         let taken = dirty.take_word(word);
         add(&pass.job.live.pass_pages_done, u64::from(taken.count_ones()));
@@ -109,7 +109,7 @@ impl PageSender {
     pub fn take_word(
         &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap, word: u64,
     ) -> Result<(), JobError> {
-        // Law 7: take the bits, then read. Law 1: publish, then look at the marks, and at the holes; see the fence.
+        // `clear-then-read`: take the bits, then read. `never-read`: publish, then look at the marks, and at the holes; see the fence.
         let reading = pass.job.memory.readers.reading(self.index, at, word);
         let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
         self.send_word(pass, block, word, send, stray, reading)

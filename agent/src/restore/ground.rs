@@ -1,6 +1,6 @@
 //! The memory before anything is in it, and again if it comes to nothing.
 //!
-//! A restore starts from holes, whatever the memory held, and allocates no page that the image has no content of (law 2). What is discarded in the image is discarded here. What
+//! A restore starts from holes, whatever the memory held, and allocates no page that the image has no content of (`never-populate`). What is discarded in the image is discarded here. What
 //! the VMM discards from then on is its own word, and stays.
 
 use super::source::Source;

@@ -204,7 +204,7 @@ impl Session {
         Ok(())
     }
 
-    /// Refuses a job while it is not known, or known not to be so, that the guest is here (law 9).
+    /// Refuses a job while it is not known, or known not to be so, that the guest is here (`one-owner`).
     fn check_ours(&self) -> Result<(), RemoteError> {
         let JobStatus { job, kind, phase, .. } = self.status();
         match (kind, phase) {

@@ -4,7 +4,7 @@
 //! trackers were asked. The next snapshot asks them again, at its own instant, takes what has gathered, and leaves a checkpoint of its own. If it fails, what it took is put back:
 //! the checkpoint then says the same as before.
 //!
-//! A tracker whose sync does not clear by itself is cleared as soon as it was asked (law 7: nothing of that was read yet), once while the guest runs, so that little is left
+//! A tracker whose sync does not clear by itself is cleared as soon as it was asked (`clear-then-read`: nothing of that was read yet), once while the guest runs, so that little is left
 //! for the pause.
 //!
 //! While a background snapshot watches writes it has the mappings that write-protect scanning needs:

@@ -390,9 +390,9 @@ impl Tracker for ScanTracker {
     }
 }
 
-/// Clears pages in a tracker whose sync does not (law 7): a worker does so for a chunk right before it first reads there.
+/// Clears pages in a tracker whose sync does not (`clear-then-read`): a worker does so for a chunk right before it first reads there.
 ///
-/// Exactly the given pages are cleared and no more, so nothing is lost for their neighbours (law 6).
+/// Exactly the given pages are cleared and no more, so nothing is lost for their neighbours (`round-safely`).
 #[derive(Debug)]
 pub struct LazyClear {
     hooks: Arc<Hooks>,
@@ -458,7 +458,7 @@ mod tests {
         vmm.join().unwrap()
     }
 
-    /// Law 6: no page is cleared that is not given, and law 7: none is left out.
+    /// `round-safely`: no page is cleared that is not given, and `clear-then-read`: none is left out.
     #[test]
     fn a_lazy_clear_asks_for_the_pages_that_are_set_and_no_others() {
         let pages = 3 * MAX_CLEAR_PAGES + 200;

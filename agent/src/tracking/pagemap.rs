@@ -2,7 +2,7 @@
 //!
 //! The VMM registers its mapping for asynchronous write protection and passes its `/proc/self/pagemap`. One `PAGEMAP_SCAN`
 //! both reports the pages that were written since they were last protected and protects them again, each page in one
-//! step: a write is in this scan or in the next (law 7). It allocates page tables in the VMM, and never a page (law 2).
+//! step: a write is in this scan or in the next (`clear-then-read`). It allocates page tables in the VMM, and never a page (`never-populate`).
 //!
 //! "Written" is to the kernel whatever is not protected. So the first scan reports every page that the VMM's mapping has, and pages
 //! that have never been touched may come with them where they share a page table (2 MiB of addresses) with one that has: once,

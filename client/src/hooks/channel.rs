@@ -1,11 +1,11 @@
-//! The hook channel: reads the agent's requests, turns the line of law 9 where they say so, calls the VMM, answers.
+//! The hook channel: reads the agent's requests, turns the line of `one-owner` where they say so, calls the VMM, answers.
 //!
-//! An agent may be broken or lie (law 8): an unknown hook, a malformed one, or one that is not allowed now gets an error as its answer. What
+//! An agent may be broken or lie (`vmm-survives`): an unknown hook, a malformed one, or one that is not allowed now gets an error as its answer. What
 //! cannot be followed any more, and the end of the connection, are the end of the agent: the guest is resumed if it was paused through this
 //! channel and is ours; if its operator had paused it before, it stays paused.
 //!
 //! An agent that hangs keeps its sockets open. So while the guest stands still for it, a [heartbeat](crate::heartbeat) finds that out and cuts the link, which is the
-//! end here. Only before the line of law 9: after it nothing is gained by giving an agent up, which may still say that no commit left.
+//! end here. Only before the line of `one-owner`: after it nothing is gained by giving an agent up, which may still say that no commit left.
 
 use super::end::is_last_word;
 use super::guarded::Guarded;
@@ -61,7 +61,7 @@ pub struct HookChannel {
     /// How long the agent may take to make room for an answer.
     timeout: Duration,
     pub(super) closed: bool,
-    /// While the guest is paused, or may be, and the agent has not asked for the line of law 9.
+    /// While the guest is paused, or may be, and the agent has not asked for the line of `one-owner`.
     pub(super) paused: Option<Heartbeat>,
 }
 
@@ -239,7 +239,7 @@ impl HookChannel {
         hooks.event(status);
     }
 
-    /// The line of law 9: turned before the answer leaves, turned back only if the agent cannot have the answer.
+    /// The line of `one-owner`: turned before the answer leaves, turned back only if the agent cannot have the answer.
     fn relinquish(&mut self, sequence: u64, migration: Migration) -> Result<(), SocketError> {
         let reply = self.parts.ownership.lock().relinquish(self.link.id, migration).map_err(forbidden);
         if let Err(error) = &reply {

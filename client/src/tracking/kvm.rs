@@ -2,8 +2,8 @@
 //!
 //! The log is used with manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), which splits what the plain log does in
 //! one step. [`KvmDirtyLog::sync`] only reads: a page stays dirty in KVM, and is reported again, until
-//! [`KvmDirtyLog::clear`] takes its bit and protects it. The agent clears right before it reads (law 7), chunk by chunk,
-//! and clears discarded ranges after the sync (law 5).
+//! [`KvmDirtyLog::clear`] takes its bit and protects it. The agent clears right before it reads (`clear-then-read`), chunk by chunk,
+//! and clears discarded ranges after the sync (`fix-up-after-sync`).
 //!
 //! `KVM_DIRTY_LOG_INITIALLY_SET` is left off on purpose. With it the log starts as all ones, and every page that nobody
 //! clears is reported at every sync: also holes, which no pass ever touches, and discarded pages, which could no longer be told

@@ -58,7 +58,7 @@ pub enum Hook {
     /// The guest is this VMM's. One that never left is as it was before the pause: it runs, unless its
     /// operator had paused it. One that a job has brought runs, unless it is to stay paused.
     Resume {
-        /// An operator forces it although ownership was given up (law 9).
+        /// An operator forces it although ownership was given up (`one-owner`).
         force: bool,
         /// A guest that a job has brought stays paused. Of one that never left this says nothing:
         /// its VMM knows what it was.
@@ -99,7 +99,7 @@ pub enum Hook {
         pieces: Vec<PieceSize>,
     },
     /// The agent is about to give up ownership: from the answer on, the VMM must not resume the guest by itself, not even
-    /// when it loses the agent (law 9).
+    /// when it loses the agent (`one-owner`).
     Relinquish {
         /// What another agent needs to recover a postcopy that this one leaves behind; zeroes if there will be none.
         session: [u8; 16],

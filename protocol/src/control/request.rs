@@ -165,7 +165,7 @@ pub enum Request {
         /// Time between two of them.
         interval: Duration,
     },
-    /// Resumes the guest by the VMM after a commit that was never confirmed (law 9). Only for an operator who looked at both sides.
+    /// Resumes the guest by the VMM after a commit that was never confirmed (`one-owner`). Only for an operator who looked at both sides.
     Resume {
         /// Must be true: says that the operator knows that the destination does not run.
         force: bool,

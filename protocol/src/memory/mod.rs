@@ -1,6 +1,6 @@
 //! Pages, page ranges and blocks: the units that everything else is counted in.
 //!
-//! - [`range`]: [`PageRange`] and the rounding of discards and populates (law 6);
+//! - [`range`]: [`PageRange`] and the rounding of discards and populates (`round-safely`);
 //! - [`file`]: what the file under guest memory must be;
 //! - [`geometry`]: what a block is and when a set of blocks is valid.
 

@@ -1,6 +1,6 @@
 //! Ranges of pages within one block, and how byte ranges become page ranges.
 //!
-//! Law 6 lives here: a discard rounds *inward*, so that a partly covered page still migrates; a populate rounds
+//! `round-safely` lives here: a discard rounds *inward*, so that a partly covered page still migrates; a populate rounds
 //! *outward*, so that a partly covered page is safe to use.
 
 use super::{PAGE_SHIFT, PAGE_SIZE};
@@ -88,7 +88,7 @@ impl PageRange {
         }
     }
 
-    /// The whole units of `unit` bytes that lie inside `offset..offset + length` (law 6: discards).
+    /// The whole units of `unit` bytes that lie inside `offset..offset + length` (`round-safely`: discards).
     ///
     /// `unit` is a power of two and a multiple of the page size: a block's discard granularity. Where the block ends
     /// before a unit does, the rest of the block counts as a whole unit. The result may be empty.
@@ -104,7 +104,7 @@ impl PageRange {
         Ok(Self::new(first, last.saturating_sub(first)))
     }
 
-    /// The units of `unit` bytes that touch `offset..offset + length`, cut at the end of the block (law 6: populates).
+    /// The units of `unit` bytes that touch `offset..offset + length`, cut at the end of the block (`round-safely`: populates).
     ///
     /// # Errors
     /// If the bytes are not inside a block of `block_length` bytes.

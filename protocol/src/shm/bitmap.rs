@@ -4,7 +4,7 @@
 //!
 //! Every change is one atomic read-modify-write per word and none is split, so no bit is ever lost: a bit that is set
 //! while another thread takes the word is either in what that thread took or still in the bitmap afterwards.
-//! [`Bitmap::take_word`] is sequentially consistent, since law 7 (clear, then read) needs the taking to come before
+//! [`Bitmap::take_word`] is sequentially consistent, since `clear-then-read` (clear, then read) needs the taking to come before
 //! the reading that follows, and setters release what they wrote before. Scans skip words that they load as zero: whoever must see
 //! a bit has to be ordered after its setter by other means (the pause of the guest, or the pass after).
 //!

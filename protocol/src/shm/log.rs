@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Read as little-endian 64-bit words that is bit `page % 64` of word `page / 64`, so one atomic operation handles 64 pages.
-//! Whoever writes guest memory sets the bit *after* the write; whoever migrates takes the bit *before* the read (law 7).
+//! Whoever writes guest memory sets the bit *after* the write; whoever migrates takes the bit *before* the read (`clear-then-read`).
 
 use super::bitmap::WORD_BITS;
 use super::{Bitmap, MappedBitmap, MappedWords, MappingError};

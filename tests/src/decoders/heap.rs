@@ -1,4 +1,4 @@
-//! How much memory a decoder takes at its peak: no more than the bytes it was given account for (law 8).
+//! How much memory a decoder takes at its peak: no more than the bytes it was given account for (`vmm-survives`).
 //!
 //! Counts only where the program has [`CountingHeap`] as its allocator, as the test and the fuzz targets do.
 #![allow(unsafe_code)]

@@ -83,7 +83,7 @@ pub fn geometry_seeds() -> Vec<Vec<u8>> {
     vec![pair, busy.concat(), many.concat(), last]
 }
 
-/// A discard covers whole units inside of the bytes, as many as there are, and a populate all that the bytes touch (law 6); and ranges of any
+/// A discard covers whole units inside of the bytes, as many as there are, and a populate all that the bytes touch (`round-safely`); and ranges of any
 /// numbers meet without wrapping around.
 pub fn range(data: &[u8]) -> bool {
     let mut numbers = Decoder::new(data);

@@ -1,7 +1,7 @@
 //! Agents that are killed, or hang and wake up, at any moment of any job, with a model beside: guests whose every write is in a ledger, which
 //! travels with the guest's state.
 //!
-//! After each round exactly one VMM may run the guest, its memory is what the ledger says (law 3), and nobody but that one ran it (law 9);
+//! After each round exactly one VMM may run the guest, its memory is what the ledger says (`same-memory`), and nobody but that one ran it (`one-owner`);
 //! there is a whole image or none; and the next agent moves, saves or restores the guest at once, while the one before may wake up.
 //!
 //! `PAGEFERRY_KILL_ROUNDS` says how many rounds; without it there is one of each job. `PAGEFERRY_KILL_KIND`, such as `Source(Postcopy)`, leaves

@@ -90,7 +90,7 @@ fn hangs_before_the_commit(then: impl FnOnce(&Attached, &mut Agent)) {
     let mut agent = Agent::spawn();
     let pid = agent.id();
     let source = hasty(&agent, stamped());
-    // It asks for the line of law 9 right after this event, and waits for the answer. When that comes it stands still.
+    // It asks for the line of `one-owner` right after this event, and waits for the answer. When that comes it stands still.
     source.vmm.on(At::phase(Phase::Committing), move || {
         wait_for_the_question(pid);
         process::freeze(pid).unwrap();

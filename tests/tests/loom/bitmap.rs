@@ -1,6 +1,6 @@
 //! The lock-free parts of the bitmap under the model checker: every interleaving, and every value that the memory orders let a load see.
 //!
-//! `bitmap.rs` is compiled here a second time, with loom's atomics in the place of the standard ones. Laws 1 to 3 of the design rest on what is
+//! `bitmap.rs` is compiled here a second time, with loom's atomics in the place of the standard ones. `never-read`, `never-populate` and `same-memory` rest on what is
 //! checked here: no bit is lost, none is handed out twice, and whoever takes a bit sees what was written before it was set.
 
 use crate::shm::bitmap::Bitmap;
@@ -124,7 +124,7 @@ fn what_is_written_before_a_bit_is_set_is_seen_after_it_is_taken() {
         let memory = Arc::new(AtomicU64::new(0));
         let guest = write(&dirty, page(3), &memory, 7);
         if dirty.take_word(0) != 0 {
-            assert_eq!(memory.load(Ordering::Relaxed), 7, "clear, then read (law 7)");
+            assert_eq!(memory.load(Ordering::Relaxed), 7, "clear, then read (`clear-then-read`)");
         }
         guest.join().unwrap();
     });

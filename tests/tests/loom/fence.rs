@@ -1,4 +1,4 @@
-//! Model check of the fence between workers that read and discards that punch (laws 1 and 7): every interleaving of both. A page that is freed has no mark that a worker
+//! Model check of the fence between workers that read and discards that punch (`never-read` and `clear-then-read`): every interleaving of both. A page that is freed has no mark that a worker
 //! could see before the punch; there the fence comes after it, see `agent/src/memory/freed.rs`.
 
 use crate::memory::capture_steps::{after_punch, before_punch};

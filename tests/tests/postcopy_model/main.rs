@@ -274,7 +274,7 @@ impl Attempt<'_> {
         }
     }
 
-    /// Law 1: what a VMM keeps in memory that its guest gave back is never read, unless the guest was given it back.
+    /// `never-read`: what a VMM keeps in memory that its guest gave back is never read, unless the guest was given it back.
     fn look_at_data(&self, record: &Passing) {
         let model = self.source.world.model.lock().unwrap();
         for (page, bytes) in record.pages().zip(record.payload.chunks(PAGE_SIZE as usize)) {

@@ -11,7 +11,7 @@ fn page(block: u32, page: u64) -> BlockRange {
     BlockRange { block, offset: page * PAGE_SIZE, length: PAGE_SIZE }
 }
 
-/// Law 1, where nothing is captured and nothing arrives: a worker of a pass reads.
+/// `never-read`, where nothing is captured and nothing arrives: a worker of a pass reads.
 #[test]
 fn a_discard_waits_for_whoever_reads_its_pages() {
     let memory = memory(&[PAGES, PAGES]);

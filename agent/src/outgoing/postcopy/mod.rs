@@ -3,7 +3,7 @@
 //! - [`remaining`]: what the destination is still owed when the guest stops, and telling it;
 //! - [`supply`]: sending that, on all streams at once, until the destination has it;
 //! - [`recover`]: after a lost connection;
-//! - this file: the phases, and the line of law 9.
+//! - this file: the phases, and the line of `one-owner`.
 //!
 //! The destination may touch memory as soon as it loads the state of its devices, so what it asks for is answered from before the commit on. If anything fails until
 //! then, the guest runs on here, and what was sent is worth nothing. After the commit nothing but its memory is left of the guest here, and it is kept until the
