@@ -71,14 +71,22 @@ impl LogEnd {
 
 fn write_all(mut output: impl Write, entries: &Receiver<Entry>, dropped: &AtomicU64, limit: &Limit) {
     let mut said = Instant::now();
+    // A line is left out only after others of its place were written within the same second. So when
+    // nothing was written for a second, and all was said, there is nothing to wake up for.
+    let mut quiet = false;
     loop {
-        let entry = entries.recv_timeout(WINDOW);
+        let entry = if quiet {
+            entries.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        } else {
+            entries.recv_timeout(WINDOW)
+        };
+        quiet = matches!(entry, Err(RecvTimeoutError::Timeout));
         let end = matches!(entry, Ok(Entry::Finish(_)) | Err(RecvTimeoutError::Disconnected));
         // There is nowhere to say that the log cannot be written.
         if let Ok(Entry::Line(line)) = &entry {
             let _ = output.write_all(line);
         }
-        if end || said.elapsed() >= WINDOW {
+        if end || quiet || said.elapsed() >= WINDOW {
             said = Instant::now();
             for left_out in limit.left_out(said, end) {
                 let _ = writeln!(output, "{left_out}");

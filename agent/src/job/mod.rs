@@ -404,9 +404,7 @@ fn is_of_ended_vmm(error: &(dyn std::error::Error + 'static)) -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Frozen {
     /// A migration, with this number.
-    #[error(
-        "job {0} is past its last sync, or waits for a guest: populate again when the guest runs here"
-    )]
+    #[error("job {0} is past its last sync, or waits for a guest: populate again when the guest runs here")]
     PastLastSync(u64),
     /// The guest left by a migration, with this number, which is in the phase of this name.
     #[error("the guest is gone: job {0} ({1}) has handed it over, and its memory here is not in use any more")]

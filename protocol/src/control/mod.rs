@@ -3,6 +3,7 @@
 //! - [`codec`]: reading and printing bodies field by field, each error naming the field;
 //! - [`frame`]: vhost-user's header, and the limits of a frame;
 //! - [`socket`]: sending and receiving frames with file descriptors over a UNIX stream socket;
+//! - `receive`: the system call that receives, with descriptors and the sender's process;
 //! - [`unix_path`]: which paths sockets may have, and connecting to one;
 //! - [`request`]: pageferry's own requests from the VMM or operator to the agent;
 //! - [`job`]: what a job is started with, and how it stands;
@@ -14,6 +15,7 @@ pub mod codec;
 pub mod frame;
 pub mod hook;
 pub mod job;
+mod receive;
 pub mod request;
 pub mod socket;
 #[cfg(feature = "vhost-user")]

@@ -4,12 +4,10 @@
 //! belong to the frame being read, and a frame may arrive in any number of pieces. It holds no lock and starts no thread.
 
 use super::frame::{Frame, FrameHeader, HEADER_SIZE, HeaderError, MAX_FDS};
+use super::receive::receive;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, IoSlice, IoSliceMut};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
-};
+use rustix::io::{Errno, IoSlice};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -262,12 +260,9 @@ impl FrameSocket {
     }
 
     fn read_some(&mut self, buffer: &mut [u8]) -> Result<Option<usize>, SocketError> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
         let missing = buffer.len();
         let received = loop {
-            let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-            match recvmsg(&self.fd, &mut [IoSliceMut::new(buffer)], &mut control, flags) {
+            match receive(self.fd.as_fd(), buffer) {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::CONNRESET) => break None,
@@ -278,20 +273,14 @@ impl FrameSocket {
         let Some(received) = received else {
             return Err(if self.have == 0 { SocketError::Closed } else { SocketError::Cut { missing } });
         };
-        for message in control.drain() {
-            match message {
-                RecvAncillaryMessage::ScmRights(fds) => self.fds.extend(fds),
-                RecvAncillaryMessage::ScmCredentials(sender) => self.sender = Some(sender.pid.as_raw_pid()),
-                _ => {}
-            }
-        }
-        let cut = received.flags.contains(rustix::net::ReturnFlags::CTRUNC);
+        self.fds.extend(received.fds);
+        self.sender = received.sender.or(self.sender);
         // The buffer holds as many as a frame may carry, so it was full if more were sent.
-        if self.fds.len() > MAX_FDS || (cut && self.fds.len() == MAX_FDS) {
+        if self.fds.len() > MAX_FDS || (received.cut && self.fds.len() == MAX_FDS) {
             return Err(SocketError::TooManyFds { count: self.fds.len().max(MAX_FDS + 1) });
         }
         // The bytes that came with them are consumed: the frame is read to its end all the same.
-        self.lost_fds |= cut;
+        self.lost_fds |= received.cut;
         match received.bytes {
             0 if self.have == 0 => Err(SocketError::Closed),
             0 => Err(SocketError::Cut { missing }),
