@@ -1,10 +1,10 @@
 //! A limit for what one place in the code may log.
 //!
 //! Whoever reaches a socket of the agent can have it log: by requests that it refuses, by
-//! connections that it drops. So each call of a log macro gets [`LINES`] lines per [`WINDOW`]; the
+//! connections that it drops. So each call of a log macro gets `LINES` lines per [`WINDOW`]; the
 //! rest is counted, and the log says how many lines are left out.
 //!
-//! Errors are never left out, and neither is what [`JOBS`] logs: how a job went and ended. Nor are
+//! Errors are never left out, and neither is what `JOBS` logs: how a job went and ended. Nor are
 //! debug and trace lines, which are off unless somebody asks for all of them.
 
 use std::collections::BTreeMap;

@@ -1,7 +1,7 @@
 //! Pages, page ranges and blocks: the units that everything else is counted in.
 //!
 //! - [`range`]: [`PageRange`] and the rounding of discards and populates (`round-safely`);
-//! - [`file`]: what the file under guest memory must be;
+//! - [`mod@file`]: what the file under guest memory must be;
 //! - [`geometry`]: what a block is and when a set of blocks is valid.
 
 pub mod file;
