@@ -4,8 +4,8 @@
 #![allow(clippy::print_stdout)]
 
 use pageferry_client::{
-    BlockRange, Client, Config, HookError, HookThread, Hooks, IncomingOptions, LogBitmap, OutgoingOptions, Phase,
-    Punch, RunState, StatePiece, Target, Trackers,
+    BlockRange, Client, Config, HookError, HookThread, Hooks, IncomingOptions, LogBitmap,
+    OutgoingOptions, Phase, Punch, RunState, StatePiece, Target, Trackers,
 };
 use std::error::Error;
 use std::process::{Child, Command, ExitCode};
@@ -14,7 +14,8 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 const SIZE: usize = 64 << 20;
 
-/// A virtual machine, as small as it gets: it runs or it does not, and all of its state is one number.
+/// A virtual machine, as small as it gets: it runs or it does not, and all of its state is one
+/// number.
 struct Vm {
     runs: bool,
     register: u64,
@@ -46,21 +47,31 @@ impl Hooks for Vm {
     }
 }
 
-/// Guest memory lives in a file, so that the agent can be given it. `LogBitmap` marks every write of an emulated device as dirty.
+/// Guest memory lives in a file, so that the agent can be given it. `LogBitmap` marks every write
+/// of an emulated device as dirty.
 fn guest_memory() -> Result<GuestMemoryMmap<LogBitmap>, Box<dyn Error>> {
-    let file = std::fs::File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC)?);
+    let file =
+        std::fs::File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC)?);
     file.set_len(SIZE as u64)?;
-    Ok(GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), SIZE, Some(FileOffset::new(file, 0)))])?)
+    Ok(GuestMemoryMmap::from_ranges_with_files([(
+        GuestAddress(0),
+        SIZE,
+        Some(FileOffset::new(file, 0)),
+    )])?)
 }
 
 /// Starts an agent and hands the memory over.
-fn attach(vm: Vm, memory: &GuestMemoryMmap<LogBitmap>) -> Result<(Client, HookThread<Vm>, Child), Box<dyn Error>> {
-    // In a VMM: Command::new("pageferry"). This example is its own agent, so that nothing has to be installed.
+fn attach(
+    vm: Vm, memory: &GuestMemoryMmap<LogBitmap>,
+) -> Result<(Client, HookThread<Vm>, Child), Box<dyn Error>> {
+    // In a VMM: Command::new("pageferry"). This example is its own agent, so that nothing has to be
+    // installed.
     let mut agent = Command::new(std::env::current_exe()?);
     let (client, channel, child) =
         Client::spawn(agent.args(["agent", "--stdin"]).env("RUST_LOG", "warn"), Config::default())?;
     client.add_guest_memory(memory)?;
-    // Who writes? Here only devices do, and `LogBitmap` marks them. With vCPUs: `Trackers::HOOKS` (KVM's dirty log) or `Trackers::WRITE_PROTECT`.
+    // Who writes? Here only devices do, and `LogBitmap` marks them. With vCPUs: `Trackers::HOOKS`
+    // (KVM's dirty log) or `Trackers::WRITE_PROTECT`.
     client.set_trackers(Trackers::LOG_IS_COMPLETE)?;
     Ok((client, channel.spawn(vm)?, child))
 }
@@ -71,16 +82,19 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     }
     let (here, there) = (guest_memory()?, guest_memory()?);
     let (source, source_hooks, mut source_agent) = attach(Vm { runs: true, register: 42 }, &here)?;
-    let (destination, destination_hooks, mut destination_agent) = attach(Vm { runs: false, register: 0 }, &there)?;
+    let (destination, destination_hooks, mut destination_agent) =
+        attach(Vm { runs: false, register: 0 }, &there)?;
 
-    // A device writes; then the guest gives 16 MiB back, and the agent frees them. They will not travel.
+    // A device writes; then the guest gives 16 MiB back, and the agent frees them. They will not
+    // travel.
     here.write_slice(b"hello", GuestAddress(0x1000))?;
     here.write_slice(b"stale", GuestAddress(32 << 20))?;
     source.discard(&[BlockRange { block: 0, offset: 32 << 20, length: 16 << 20 }], Punch::Yes)?;
 
     let listen = Target::Address("tcp:127.0.0.1:0".into());
     let listening = destination.start_incoming(listen, &IncomingOptions::default())?;
-    let job = source.start_outgoing(Target::Address(listening.address), &OutgoingOptions::default())?.job;
+    let job =
+        source.start_outgoing(Target::Address(listening.address), &OutgoingOptions::default())?.job;
     let status = source.wait(job, Duration::from_secs(60))?;
     if status.phase != Phase::Completed {
         return Err(format!("the migration {}: {}", status.phase.name(), status.error).into());
@@ -94,8 +108,12 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let (old, new) = (source_hooks.join(), destination_hooks.join());
     let ended = source_agent.wait()?.success() && destination_agent.wait()?.success();
     let counters = status.counters;
-    println!("{} pages sent, the guest stood still for {} us", counters.pages_sent, counters.downtime_us);
-    let right = words == [*b"hello", [0; 5]] && !old.runs && new.runs && new.register == 42 && ended;
+    println!(
+        "{} pages sent, the guest stood still for {} us",
+        counters.pages_sent, counters.downtime_us
+    );
+    let right =
+        words == [*b"hello", [0; 5]] && !old.runs && new.runs && new.register == 42 && ended;
     println!("{}", if right { "the guest runs at the destination" } else { "something is wrong" });
     Ok(if right { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

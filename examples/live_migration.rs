@@ -1,13 +1,18 @@
-//! A running guest moves from one VMM to another: two agents and two VMMs, each a process of its own.
+//! A running guest moves from one VMM to another: two agents and two VMMs, each a process of its
+//! own.
 //!
 //! `cargo run --release --example live_migration`
 //!
-//! The guest has 1 GiB. It writes into a part of it all the time; another part has content that stands still, and the rest was never touched. 128 MiB are
-//! given back before the migration, 64 MiB while it runs. Afterwards the result is checked, and the exit status is 0 only if all of it is right.
+//! The guest has 1 GiB. It writes into a part of it all the time; another part has content that
+//! stands still, and the rest was never touched. 128 MiB are given back before the migration, 64
+//! MiB while it runs. Afterwards the result is checked, and the exit status is 0 only if all of it
+//! is right.
 #![allow(clippy::print_stdout)]
 
 use clap::{Parser, Subcommand};
-use pageferry_client::{BlockRange, IncomingOptions, Mode, NonConvergence, OutgoingOptions, Phase, Punch};
+use pageferry_client::{
+    BlockRange, IncomingOptions, Mode, NonConvergence, OutgoingOptions, Phase, Punch,
+};
 use pageferry_examples::counting::{BUSY, COUNTING, Expected, RAM, SEED, SIZE, mebibytes};
 use pageferry_examples::show::{MIB, in_folder, mib, number, pages, program, report_of, time};
 use pageferry_examples::table::Table;
@@ -40,7 +45,8 @@ const DURING: PageRange = mebibytes(512, 64);
 #[derive(Debug, Parser)]
 #[command(name = "live_migration")]
 struct Cli {
-    /// What moves first: precopy, its memory; postcopy, the guest; hybrid, its memory for two passes, then the guest.
+    /// What moves first: precopy, its memory; postcopy, the guest; hybrid, its memory for two
+    /// passes, then the guest.
     #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = parse_mode)]
     mode: Mode,
     #[command(subcommand)]
@@ -80,11 +86,16 @@ fn main() -> ExitCode {
 /// Starts everything, waits, checks, and shows what happened.
 fn show(mode: Mode) -> Result<(), Error> {
     let (here, there) = (guest_memory()?, guest_memory()?);
-    println!("preparing a guest of {} MiB, {} MiB of them with content", SIZE / MIB, STILL.bytes() / MIB);
+    println!(
+        "preparing a guest of {} MiB, {} MiB of them with content",
+        SIZE / MIB,
+        STILL.bytes() / MIB
+    );
     here.block(RAM)?.fill(STILL, SEED)?;
     let before = here.allocated()?;
 
-    let [source, destination] = in_folder(|program, folder| migrate(program, folder, &here, &there, mode))?;
+    let [source, destination] =
+        in_folder(|program, folder| migrate(program, folder, &here, &there, mode))?;
     table(&source, before, &here, &there)?;
     if mode.may_postcopy() {
         print!("{}", faults(&destination));
@@ -135,7 +146,11 @@ fn migrate(
 
 /// The memory that was prepared, as one VMM uses it.
 fn open(path: &Path) -> Result<Arc<Usage>, Error> {
-    let file = File::options().read(true).write(true).open(path).map_err(Error::io("open the guest's memory"))?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(Error::io("open the guest's memory"))?;
     let layout = BlockLayout { backing: Backing::File(Arc::new(file)), ..BlockLayout::ram(SIZE) };
     Usage::new(Arc::new(TestMemory::new(vec![layout])?))
 }
@@ -164,16 +179,32 @@ fn source(socket: &Path, memory: &Path, to: &str, mode: Mode) -> Result<Value, E
     };
     vmm.before_pause(during.clone());
     // The guest stops for good after a few passes, however slow this machine is.
-    let options = OutgoingOptions { policy: NonConvergence::StopAnyway, max_passes: 8, ..OutgoingOptions::default() };
+    let options = OutgoingOptions {
+        policy: NonConvergence::StopAnyway,
+        max_passes: 8,
+        ..OutgoingOptions::default()
+    };
     let options = match mode {
         // Never met, so that it is the switch that ends the passes.
-        Mode::Hybrid => OutgoingOptions { mode, switch_after: 2, downtime_limit: Duration::ZERO, ..options },
+        Mode::Hybrid => {
+            OutgoingOptions { mode, switch_after: 2, downtime_limit: Duration::ZERO, ..options }
+        }
         _ => OutgoingOptions { mode, ..options },
     };
     let job = vmm.start_outgoing(to, &options)?;
-    let status = watch(&vmm, job, true, |status| if status.phase == Phase::Passes { during() } else { Ok(()) })?;
+    let status =
+        watch(
+            &vmm,
+            job,
+            true,
+            |status| if status.phase == Phase::Passes { during() } else { Ok(()) },
+        )?;
     if status.phase != Phase::Completed {
-        return Err(Error::Mismatch(format!("the migration {}: {}", status.phase.name(), status.error)));
+        return Err(Error::Mismatch(format!(
+            "the migration {}: {}",
+            status.phase.name(),
+            status.error
+        )));
     }
     Ok(json!(Report::new(&status)))
 }
@@ -197,16 +228,23 @@ fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Erro
     })?;
     let meanwhile = began.map(|began| first().map(|now| now.wrapping_sub(began))).transpose()?;
     if status.phase != Phase::Completed {
-        return Err(Error::Mismatch(format!("the migration {}: {}", status.phase.name(), status.error)));
+        return Err(Error::Mismatch(format!(
+            "the migration {}: {}",
+            status.phase.name(),
+            status.error
+        )));
     }
     // How far it was is known to the source: the two are compared at the end.
     let guest = COUNTING.counts_on(&vmm, &guest, 0)?;
-    Ok(json!({ "guest": guest, "kvm": kvm, "sweeps_meanwhile": meanwhile, "report": Report::new(&status) }))
+    Ok(
+        json!({ "guest": guest, "kvm": kvm, "sweeps_meanwhile": meanwhile, "report": Report::new(&status) }),
+    )
 }
 
 /// All that stood still is the same here and there; what was given back is a hole there.
 fn check(here: &TestMemory, there: &TestMemory) -> Result<Compared, Error> {
-    let discarded = MappedBitmap::private(pages_in(SIZE)).map_err(|error| Error::Memory(error.to_string()))?;
+    let discarded =
+        MappedBitmap::private(pages_in(SIZE)).map_err(|error| Error::Memory(error.to_string()))?;
     discarded.set(BEFORE);
     discarded.set(DURING);
     let stands_still = |page| page < FIRMWARE_PAGES || page >= BUSY.end();
@@ -218,13 +256,16 @@ fn went_on(left_with: u32, came_to: u32) -> Result<(), Error> {
     if came_to > left_with {
         return Ok(());
     }
-    Err(Error::Mismatch(format!("the guest left with counter {left_with}, and came to {came_to} at the destination")))
+    Err(Error::Mismatch(format!(
+        "the guest left with counter {left_with}, and came to {came_to} at the destination"
+    )))
 }
 
 /// What a guest that ran before its memory was there had to wait for.
 fn faults(destination: &Value) -> Table {
     let report = &destination["report"];
-    let micros = |index: usize| format!("{} us", report["fault_us"][index].as_u64().unwrap_or_default());
+    let micros =
+        |index: usize| format!("{} us", report["fault_us"][index].as_u64().unwrap_or_default());
     let mut table = Table::default();
     table.row("pages that the guest waited for", number(report, "requested_pages"));
     table.row("pages that came before it did", number(report, "pushed_pages"));
@@ -239,7 +280,9 @@ fn faults(destination: &Value) -> Table {
 
 fn parse_mode(text: &str) -> Result<Mode, String> {
     let found = Mode::NAMES.iter().find(|(name, _)| *name == text);
-    found.map(|(_, mode)| *mode).ok_or_else(|| format!("\"{text}\": write precopy, postcopy or hybrid"))
+    found
+        .map(|(_, mode)| *mode)
+        .ok_or_else(|| format!("\"{text}\": write precopy, postcopy or hybrid"))
 }
 
 fn table(report: &Value, before: u64, here: &TestMemory, there: &TestMemory) -> Result<(), Error> {
@@ -253,7 +296,10 @@ fn table(report: &Value, before: u64, here: &TestMemory, there: &TestMemory) -> 
     table.row("took", time(report, "total_ms"));
     table.row("the guest stood still for", time(report, "downtime_ms"));
     table.row("allocated before", mib(before));
-    table.row("allocated here and there", format!("{} and {}", mib(here.allocated()?), mib(there.allocated()?)));
+    table.row(
+        "allocated here and there",
+        format!("{} and {}", mib(here.allocated()?), mib(there.allocated()?)),
+    );
     print!("{table}");
     Ok(())
 }

@@ -1,16 +1,22 @@
-//! A running guest is saved, killed, and restored: an agent and a VMM to save it, and an agent and a VMM for each restore, each a process of its own.
+//! A running guest is saved, killed, and restored: an agent and a VMM to save it, and an agent and
+//! a VMM for each restore, each a process of its own.
 //!
 //! `cargo run --release --example snapshot_restore`
 //!
-//! The guest has 1 GiB. It writes into a part of it all the time; another part has content that stands still, and the rest was never touched. It is saved while it runs, and again as an
-//! increment. Then its VMM and the agent are killed. It is restored lazily: it runs at once, and its memory follows from the images. That is done twice, and the second time what it
-//! touched first is read ahead. Afterwards the result is checked, and the exit status is 0 only if all of it is right.
+//! The guest has 1 GiB. It writes into a part of it all the time; another part has content that
+//! stands still, and the rest was never touched. It is saved while it runs, and again as an
+//! increment. Then its VMM and the agent are killed. It is restored lazily: it runs at once, and
+//! its memory follows from the images. That is done twice, and the second time what it touched
+//! first is read ahead. Afterwards the result is checked, and the exit status is 0 only if all of
+//! it is right.
 #![allow(clippy::print_stdout)]
 
 use clap::{Parser, Subcommand};
 use pageferry_client::{BlockRange, Phase, Punch, RestoreMode, RestoreOptions, SnapshotOptions};
 use pageferry_examples::counting::{BUSY, COUNTING, RAM, SEED, SIZE, mebibytes};
-use pageferry_examples::show::{LIMIT, MIB, in_folder, mib, number, pages, parse, program, report_of, time};
+use pageferry_examples::show::{
+    LIMIT, MIB, in_folder, mib, number, pages, parse, program, report_of, time,
+};
 use pageferry_examples::table::Table;
 use pageferry_protocol::memory::{PageRange, pages_in};
 use pageferry_protocol::shm::MappedBitmap;
@@ -52,7 +58,9 @@ fn main() -> ExitCode {
     program(|| match Cli::parse().process {
         None => in_folder(save_and_restore),
         Some(Role::Save { socket, folder }) => save(&socket, &folder),
-        Some(Role::Restore { socket, folder }) => restore(&socket, &folder).map(|report| println!("{report}")),
+        Some(Role::Restore { socket, folder }) => {
+            restore(&socket, &folder).map(|report| println!("{report}"))
+        }
     })
 }
 
@@ -60,10 +68,17 @@ fn main() -> ExitCode {
 fn save_and_restore(program: &Path, folder: &Path) -> Result<(), Error> {
     let run = |role: &str, name: &str| -> Result<(AgentProcess, Process), Error> {
         let agent = AgentProcess::spawn(program.as_os_str(), folder, name)?;
-        let vmm = Process::spawn_visible(role, Command::new(program).arg(role).arg(agent.socket()).arg(folder))?;
+        let vmm = Process::spawn_visible(
+            role,
+            Command::new(program).arg(role).arg(agent.socket()).arg(folder),
+        )?;
         Ok((agent, vmm))
     };
-    println!("preparing a guest of {} MiB, {} MiB of them with content", SIZE / MIB, STILL.bytes() / MIB);
+    println!(
+        "preparing a guest of {} MiB, {} MiB of them with content",
+        SIZE / MIB,
+        STILL.bytes() / MIB
+    );
     let (mut agent, mut vmm) = run("save", "saving")?;
     let mut report = |name: &str| -> Result<Value, Error> {
         let line = vmm.wait_for_line(name, LIMIT)?;
@@ -90,13 +105,16 @@ fn save_and_restore(program: &Path, folder: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// What the guest touched first the last time, when it had `faults`, was there before it touched it.
+/// What the guest touched first the last time, when it had `faults`, was there before it touched
+/// it.
 fn read_ahead(faults: u64, report: &Value) -> Result<(), Error> {
     let (pages, now) = (number(report, "working_set_pages"), number(report, "faults"));
     if pages > 0 && 3 * now <= faults {
         return Ok(());
     }
-    let found = format!("{pages} pages were read ahead by the working set, and {now} faults are left of {faults}");
+    let found = format!(
+        "{pages} pages were read ahead by the working set, and {now} faults are left of {faults}"
+    );
     Err(Error::Mismatch(format!("{found}: expected is a third at most")))
 }
 
@@ -111,7 +129,11 @@ fn save(socket: &Path, folder: &Path) -> Result<(), Error> {
         let job = vmm.start_snapshot(&folder.join(name), options)?;
         let status = watch(&vmm, job, true, |_| Ok(()))?;
         if status.phase != Phase::Completed {
-            return Err(Error::Mismatch(format!("the snapshot {}: {}", status.phase.name(), status.error)));
+            return Err(Error::Mismatch(format!(
+                "the snapshot {}: {}",
+                status.phase.name(),
+                status.error
+            )));
         }
         println!("{name} {}", json!(Report::new(&status)));
         Ok(())
@@ -133,23 +155,31 @@ fn restore(socket: &Path, folder: &Path) -> Result<Value, Error> {
     let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
     let guest = COUNTING.expect(&vmm)?;
     let options = RestoreOptions { mode: RestoreMode::Lazy, ..RestoreOptions::default() };
-    let options = options.with_working_set(&folder.join("working-set")).map_err(pageferry_client::Error::from)?;
+    let options = options
+        .with_working_set(&folder.join("working-set"))
+        .map_err(pageferry_client::Error::from)?;
     let image = folder.join("increment");
     let counted = COUNTING.first_in(&image)?;
     let job = vmm.start_restore(&image, &options)?;
     let status = watch(&vmm, job, true, |_| Ok(()))?;
     if status.phase != Phase::Completed {
-        return Err(Error::Mismatch(format!("the restore {}: {}", status.phase.name(), status.error)));
+        return Err(Error::Mismatch(format!(
+            "the restore {}: {}",
+            status.phase.name(),
+            status.error
+        )));
     }
     let guest = COUNTING.counts_on(&vmm, &guest, counted)?;
     let reference = TestMemory::ram(SIZE)?;
     reference.block(RAM)?.fill(STILL, SEED)?;
-    let discarded = MappedBitmap::private(pages_in(SIZE)).map_err(|error| Error::Memory(error.to_string()))?;
+    let discarded =
+        MappedBitmap::private(pages_in(SIZE)).map_err(|error| Error::Memory(error.to_string()))?;
     discarded.set(GIVEN_BACK);
     let stands_still = |page: u64| page >= BUSY.end();
     // What is busy is allocated here alone: it is not compared, and its holes are not looked for.
     reference.block(RAM)?.fill(BUSY, SEED)?;
-    let compared = same_block(reference.block(RAM)?, &discarded, usage.memory().block(RAM)?, stands_still)?;
+    let compared =
+        same_block(reference.block(RAM)?, &discarded, usage.memory().block(RAM)?, stands_still)?;
     let memory = format!(
         "{} pages are as they were saved, {} discarded pages are holes, and nothing more is allocated",
         compared.equal, compared.discarded
@@ -159,7 +189,8 @@ fn restore(socket: &Path, folder: &Path) -> Result<Value, Error> {
 
 fn saved(name: &str, report: &Value, image: &Path) -> Result<Table, Error> {
     use std::os::unix::fs::MetadataExt;
-    let file = std::fs::metadata(image).map_err(Error::io(format!("look at {}", image.display())))?;
+    let file =
+        std::fs::metadata(image).map_err(Error::io(format!("look at {}", image.display())))?;
     println!("{name}:");
     let mut table = Table::default();
     table.row("pages saved", pages(number(report, "pages_sent")));
@@ -179,6 +210,9 @@ fn restored_table(name: &str, report: &Value) -> Table {
     table.row("pages restored", pages(number(report, "pages_sent")));
     table.row("of them read ahead by the working set", pages(number(report, "working_set_pages")));
     table.row("faults", number(report, "faults"));
-    table.row("99 of 100 of them took at most", format!("{} us", report["fault_us"][1].as_u64().unwrap_or_default()));
+    table.row(
+        "99 of 100 of them took at most",
+        format!("{} us", report["fault_us"][1].as_u64().unwrap_or_default()),
+    );
     table
 }

@@ -1,7 +1,9 @@
 //! What a guest waits for that runs before its memory is here.
 //!
-//! One thread reads the faults, as many at once as there are, and waits for nothing but faults, and pages that are being placed: what it can answer it answers, and for the rest it
-//! asks a [`Supplier`]: the source of a migration, or the threads that read an image. See [`crate::memory::arriving`] for what happens to a page.
+//! One thread reads the faults, as many at once as there are, and waits for nothing but faults, and
+//! pages that are being placed: what it can answer it answers, and for the rest it asks a
+//! [`Supplier`]: the source of a migration, or the threads that read an image. See
+//! [`crate::memory::arriving`] for what happens to a page.
 
 use crate::job::{Job, JobError};
 use crate::memory::arriving::{Answer, Arriving, ArrivingError};
@@ -24,14 +26,18 @@ pub type HostPage = (usize, u64);
 
 /// Who has what is missing.
 pub trait Supplier {
-    /// Runs `read`, which adds the host pages that are to be asked for, each for the first time; then asks for them.
+    /// Runs `read`, which adds the host pages that are to be asked for, each for the first time;
+    /// then asks for them.
     ///
     /// # Errors
     /// What `read` says.
-    fn serve(&mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>) -> Result<(), JobError>;
+    fn serve(
+        &mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
+    ) -> Result<(), JobError>;
 }
 
-/// The VMM's mappings are registered; taken back on drop. If memory is missing then, the VMM is told, and its guest is lost.
+/// The VMM's mappings are registered; taken back on drop. If memory is missing then, the VMM is
+/// told, and its guest is lost.
 #[derive(Debug)]
 pub struct Registered<'a> {
     job: &'a Job,
@@ -40,7 +46,8 @@ pub struct Registered<'a> {
 }
 
 impl<'a> Registered<'a> {
-    /// To be made before the VMM is asked: a registration that timed out may still happen, and must be undone.
+    /// To be made before the VMM is asked: a registration that timed out may still happen, and must
+    /// be undone.
     pub fn new(job: &'a Job) -> Self {
         Self { job, complete: false }
     }
@@ -71,7 +78,10 @@ impl Stop {
     /// If the kernel has no event descriptor.
     pub fn new() -> Result<Self, JobError> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        event.map(Self).map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })
+        event.map(Self).map_err(|errno| JobError::Io {
+            what: "make an event descriptor",
+            source: errno.into(),
+        })
     }
 
     /// To be had before the thread is started, within the scope that waits for it.
@@ -93,19 +103,25 @@ impl Drop for Stopping<'_> {
     }
 }
 
-/// Answers faults until `stop` is readable. A guest whose faults nobody answers hangs: if that comes to be, also by a panic, `fail` is told why, and is to end the job, so that the VMM hears that
-/// its memory is lost.
+/// Answers faults until `stop` is readable. A guest whose faults nobody answers hangs: if that
+/// comes to be, also by a panic, `fail` is told why, and is to end the job, so that the VMM hears
+/// that its memory is lost.
 ///
 /// If the job is cancelled while the VMM loads its state, a VMM that waits for a page in that goes
 /// on at once ([`Arriving::let_go`]): the job's own thread waits for the VMM, and cannot tell it.
 pub fn answer(
-    job: &Job, arriving: &Arriving, supplier: &mut impl Supplier, stop: BorrowedFd<'_>, fail: impl FnOnce(JobError),
+    job: &Job, arriving: &Arriving, supplier: &mut impl Supplier, stop: BorrowedFd<'_>,
+    fail: impl FnOnce(JobError),
 ) {
     let mut unanswered = Unanswered(Some(fail));
     match answer_all(job, arriving, supplier, stop) {
         Ok(()) => unanswered.0 = None,
         Err(error) => {
-            log::error!("job {}: faults are not answered any more: {}", job.id, crate::error::chain(&error));
+            log::error!(
+                "job {}: faults are not answered any more: {}",
+                job.id,
+                crate::error::chain(&error)
+            );
             unanswered.fail(error);
         }
     }
@@ -128,8 +144,8 @@ impl<F: FnOnce(JobError)> Drop for Unanswered<F> {
     }
 }
 
-/// Says in the log and in the job's status that the guest waits for memory that the host does not have, and
-/// takes it back when it waits no more.
+/// Says in the log and in the job's status that the guest waits for memory that the host does not
+/// have, and takes it back when it waits no more.
 #[derive(Debug)]
 pub struct Wants<'a> {
     job: &'a Job,
@@ -217,13 +233,18 @@ enum Woken {
     Cancelled,
 }
 
-fn wait_for(uffd: &Userfaultfd, stop: BorrowedFd<'_>, cancelled: Option<BorrowedFd<'_>>) -> Result<Woken, JobError> {
-    let mut polled = vec![PollFd::new(uffd, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+fn wait_for(
+    uffd: &Userfaultfd, stop: BorrowedFd<'_>, cancelled: Option<BorrowedFd<'_>>,
+) -> Result<Woken, JobError> {
+    let mut polled =
+        vec![PollFd::new(uffd, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
     polled.extend(cancelled.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
     loop {
         match poll(&mut polled, None) {
             Ok(_) if !polled[1].revents().is_empty() => return Ok(Woken::Stopped),
-            Ok(_) if polled.get(2).is_some_and(|fd| !fd.revents().is_empty()) => return Ok(Woken::Cancelled),
+            Ok(_) if polled.get(2).is_some_and(|fd| !fd.revents().is_empty()) => {
+                return Ok(Woken::Cancelled);
+            }
             Ok(_) => return Ok(Woken::Faults),
             Err(Errno::INTR) => {}
             Err(errno) => return Err(JobError::from_io("poll")(errno.into())),
@@ -233,8 +254,8 @@ fn wait_for(uffd: &Userfaultfd, stop: BorrowedFd<'_>, cancelled: Option<Borrowed
 
 /// Reads the faults that there are, and answers what can be answered.
 fn read(
-    job: &Job, arriving: &Arriving, faults: &mut [u64; MAX_FAULTS], since: Instant, to_ask: &mut Vec<HostPage>,
-    failed: &mut Vec<HostPage>,
+    job: &Job, arriving: &Arriving, faults: &mut [u64; MAX_FAULTS], since: Instant,
+    to_ask: &mut Vec<HostPage>, failed: &mut Vec<HostPage>,
 ) -> Result<(), JobError> {
     let _answering = arriving.answering();
     let count = arriving.uffd().read_faults(faults).map_err(ArrivingError::Read)?;
@@ -277,7 +298,9 @@ mod tests {
     struct Panics;
 
     impl Supplier for Panics {
-        fn serve(&mut self, _: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>) -> Result<(), JobError> {
+        fn serve(
+            &mut self, _: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
+        ) -> Result<(), JobError> {
             std::panic::resume_unwind(Box::new("as if by a defect"));
         }
     }
@@ -285,7 +308,9 @@ mod tests {
     struct Reads;
 
     impl Supplier for Reads {
-        fn serve(&mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>) -> Result<(), JobError> {
+        fn serve(
+            &mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
+        ) -> Result<(), JobError> {
             read(&mut Vec::new())
         }
     }
@@ -294,9 +319,19 @@ mod tests {
     fn why(mut supplier: impl Supplier) -> Option<JobError> {
         let memory = Arc::new(GuestMemory::default());
         let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
-        let job = Job::new(1, JobKind::Restore, memory.clone(), hooks, OutgoingOptions::default(), notify).unwrap();
-        let (folder, owed) = (std::fs::File::open("/").unwrap(), Arc::new(Owed::nothing(&memory, &[]).unwrap()));
-        let arriving = Arriving::new(&memory, owed, folder.into(), false, job.live.clone()).unwrap();
+        let job = Job::new(
+            1,
+            JobKind::Restore,
+            memory.clone(),
+            hooks,
+            OutgoingOptions::default(),
+            notify,
+        )
+        .unwrap();
+        let (folder, owed) =
+            (std::fs::File::open("/").unwrap(), Arc::new(Owed::nothing(&memory, &[]).unwrap()));
+        let arriving =
+            Arriving::new(&memory, owed, folder.into(), false, job.live.clone()).unwrap();
         let (stop, mut why) = (Stop::new().unwrap(), None);
         let _ = catch_unwind(AssertUnwindSafe(|| {
             answer(&job, &arriving, &mut supplier, stop.as_fd(), |error| why = Some(error));
@@ -343,7 +378,8 @@ mod tests {
             let ram = test_support::Registered::new(64)?;
             let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
             let options = OutgoingOptions::default();
-            let job = Job::new(1, JobKind::Incoming, ram.memory.clone(), hooks, options, notify).unwrap();
+            let job =
+                Job::new(1, JobKind::Incoming, ram.memory.clone(), hooks, options, notify).unwrap();
             let owed = Owed::nothing(&ram.memory, &[PAGE_SIZE]).unwrap();
             owed.add(0, 0, 1 << MISSING);
             let (owed, uffd) = (Arc::new(owed), ram.for_agent());
@@ -387,7 +423,11 @@ mod tests {
         let Some(waiting) = Waiting::new() else { return };
         assert!(waiting.goes_on(|| waiting.job.cancel.cancel().unwrap()));
         assert!(!waiting.arriving.loaded(), "what was loaded is worth nothing");
-        assert_eq!(waiting.ram.memory.blocks()[0].backing.allocated_pages(), 2, "only what was touched");
+        assert_eq!(
+            waiting.ram.memory.blocks()[0].backing.allocated_pages(),
+            2,
+            "only what was touched"
+        );
     }
 
     #[test]

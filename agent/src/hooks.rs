@@ -68,7 +68,9 @@ pub enum HookError {
         expected: usize,
     },
     /// The file with the VMM's state does not hold all of it.
-    #[error("hook \"{hook}\" was answered with pieces of {expected} bytes together, and a file of {length}")]
+    #[error(
+        "hook \"{hook}\" was answered with pieces of {expected} bytes together, and a file of {length}"
+    )]
     ShortState {
         /// What was asked.
         hook: &'static str,
@@ -122,7 +124,8 @@ struct Channel {
     sequence: u64,
     /// Why the socket is of no use any more.
     broken: Option<String>,
-    /// The VMM owes the answer to a hook whose deadline is over. It answers in order, so nothing after that is answered sooner.
+    /// The VMM owes the answer to a hook whose deadline is over. It answers in order, so nothing
+    /// after that is answered sooner.
     late: bool,
 }
 
@@ -162,8 +165,9 @@ impl Hooks {
         self.ask_with(hook, &[], timeout)
     }
 
-    /// Asks for what undoes an earlier hook, and waits for success. A VMM that is late already is not waited for once more: it comes to
-    /// this, too, when it comes to itself, and the job ends meanwhile.
+    /// Asks for what undoes an earlier hook, and waits for success. A VMM that is late already is
+    /// not waited for once more: it comes to this, too, when it comes to itself, and the job ends
+    /// meanwhile.
     ///
     /// # Errors
     /// If there is none within `timeout`, or the VMM is late.
@@ -177,7 +181,9 @@ impl Hooks {
     ///
     /// # Errors
     /// If there is none within `timeout`.
-    pub fn ask_with(&self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<(), HookError> {
+    pub fn ask_with(
+        &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration,
+    ) -> Result<(), HookError> {
         let name = hook.name();
         let reply = self.exchange(hook, fds, timeout)?;
         match hook::decode_hook_reply(&reply.body) {
@@ -210,7 +216,8 @@ impl Hooks {
             Ok(Err(error)) => return Err(refused(name, error)),
             Err(source) => return Err(HookError::Malformed { hook: name, source }),
         }
-        let wrong = |fds: Vec<OwnedFd>| HookError::Fds { hook: name, count: fds.len(), expected: 1 };
+        let wrong =
+            |fds: Vec<OwnedFd>| HookError::Fds { hook: name, count: fds.len(), expected: 1 };
         let [fd] = <[OwnedFd; 1]>::try_from(reply.fds).map_err(wrong)?;
         // Whoever reads it must not wait there. If this fails so does the reading.
         if let Err(errno) = rustix::io::ioctl_fionbio(&fd, true) {
@@ -219,11 +226,14 @@ impl Hooks {
         Ok(fd)
     }
 
-    /// Asks for the VMM's state: the guest's run state and the pieces, and the file they lie in one after another. The file is empty if there are none.
+    /// Asks for the VMM's state: the guest's run state and the pieces, and the file they lie in one
+    /// after another. The file is empty if there are none.
     ///
     /// # Errors
     /// If there is none within `timeout`.
-    pub fn save_state(&self, timeout: Duration) -> Result<(SavedState, Option<OwnedFd>), HookError> {
+    pub fn save_state(
+        &self, timeout: Duration,
+    ) -> Result<(SavedState, Option<OwnedFd>), HookError> {
         let hook = Hook::SaveState.name();
         let reply = self.exchange(&Hook::SaveState, &[], timeout)?;
         let saved = match hook::decode_state_reply(&reply.body) {
@@ -242,7 +252,10 @@ impl Hooks {
         if file.as_ref().is_some_and(|file| !is_readable(file)) {
             return Err(HookError::UnreadableState { hook });
         }
-        let length = file.as_ref().and_then(|file| rustix::fs::fstat(file).ok()).map_or(0, |stat| stat.st_size as u64);
+        let length = file
+            .as_ref()
+            .and_then(|file| rustix::fs::fstat(file).ok())
+            .map_or(0, |stat| stat.st_size as u64);
         let expected = pieces.iter().fold(0u64, |sum, piece| sum.saturating_add(piece.length));
         if length < expected {
             return Err(HookError::ShortState { hook, length, expected });
@@ -281,14 +294,18 @@ impl Hooks {
         let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
     }
 
-    fn exchange(&self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<Frame, HookError> {
+    fn exchange(
+        &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration,
+    ) -> Result<Frame, HookError> {
         may_wait("ask the VMM by a hook");
         let answer = self.exchange_alone(hook, fds, timeout);
         self.tell_untold();
         answer
     }
 
-    fn exchange_alone(&self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<Frame, HookError> {
+    fn exchange_alone(
+        &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration,
+    ) -> Result<Frame, HookError> {
         let deadline = Instant::now() + timeout;
         let name = hook.name();
         let channel = &mut *self.lock();
@@ -308,11 +325,14 @@ impl Hooks {
                 Err(source) => return Err(channel.failed(name, source)),
             };
             let answered = hook::reply_sequence(&reply.body);
-            let answered = answered.map_err(|source| HookError::Malformed { hook: name, source })?;
+            let answered =
+                answered.map_err(|source| HookError::Malformed { hook: name, source })?;
             if reply.is_reply() && answered == sequence {
                 channel.late = false;
                 if lost_fds {
-                    return Err(channel.failed(name, SocketError::LostFds { frame: Box::new(reply) }));
+                    return Err(
+                        channel.failed(name, SocketError::LostFds { frame: Box::new(reply) })
+                    );
                 }
                 return Ok(reply);
             }
@@ -375,7 +395,9 @@ impl Channel {
 fn is_readable(file: &OwnedFd) -> bool {
     use rustix::fs::OFlags;
     let flags = rustix::fs::fcntl_getfl(file);
-    flags.is_ok_and(|flags| !flags.contains(OFlags::PATH) && flags & OFlags::RWMODE != OFlags::WRONLY)
+    flags.is_ok_and(|flags| {
+        !flags.contains(OFlags::PATH) && flags & OFlags::RWMODE != OFlags::WRONLY
+    })
 }
 
 fn refused(hook: &'static str, error: RemoteError) -> HookError {
@@ -389,9 +411,13 @@ fn refused(hook: &'static str, error: RemoteError) -> HookError {
 ///
 /// # Errors
 /// What the kernel said.
-pub fn state_file(pieces: &[(String, Vec<u8>)]) -> Result<(Vec<PieceSize>, OwnedFd), rustix::io::Errno> {
+pub fn state_file(
+    pieces: &[(String, Vec<u8>)],
+) -> Result<(Vec<PieceSize>, OwnedFd), rustix::io::Errno> {
     let file = state_file_of(pieces.iter().map(|(_, bytes)| bytes.as_slice()))?;
-    let sizes = pieces.iter().map(|(name, bytes)| PieceSize { name: name.clone(), length: bytes.len() as u64 });
+    let sizes = pieces
+        .iter()
+        .map(|(name, bytes)| PieceSize { name: name.clone(), length: bytes.len() as u64 });
     Ok((sizes.collect(), file))
 }
 
@@ -399,7 +425,9 @@ pub fn state_file(pieces: &[(String, Vec<u8>)]) -> Result<(Vec<PieceSize>, Owned
 ///
 /// # Errors
 /// What the kernel said.
-pub fn state_file_of<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Result<OwnedFd, rustix::io::Errno> {
+pub fn state_file_of<'a>(
+    parts: impl IntoIterator<Item = &'a [u8]>,
+) -> Result<OwnedFd, rustix::io::Errno> {
     let fd = rustix::fs::memfd_create("pageferry-state", rustix::fs::MemfdFlags::CLOEXEC)?;
     let mut offset = 0;
     for part in parts {
@@ -431,7 +459,8 @@ mod tests {
             let frame = socket.recv(far()).unwrap();
             let (sequence, _) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
             let pieces = vec![PieceSize { name: "cpu".into(), length }];
-            let body = encode_state_reply(sequence, &Ok(SavedState { guest: RunState::Running, pieces }));
+            let body =
+                encode_state_reply(sequence, &Ok(SavedState { guest: RunState::Running, pieces }));
             socket.send_parts(frame.request, FLAG_REPLY, &body, &[file.as_fd()], far()).unwrap();
         });
         let saved = Hooks::new(Some(ours.into())).save_state(Duration::from_secs(60));
@@ -444,14 +473,20 @@ mod tests {
         let five = || state_file_of([&b"12345"[..]]).unwrap();
         assert_eq!(saved(5, five()), Ok(()));
         let error = saved(6, five()).unwrap_err();
-        assert_eq!(error, "hook \"save state\" was answered with pieces of 6 bytes together, and a file of 5");
+        assert_eq!(
+            error,
+            "hook \"save state\" was answered with pieces of 6 bytes together, and a file of 5"
+        );
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state");
         std::fs::write(&path, "12345").unwrap();
         for flags in [rustix::fs::OFlags::PATH, rustix::fs::OFlags::WRONLY] {
             let file = rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).unwrap();
             let error = saved(5, file).unwrap_err();
-            assert_eq!(error, "hook \"save state\" was answered with a file that is not open for reading");
+            assert_eq!(
+                error,
+                "hook \"save state\" was answered with a file that is not open for reading"
+            );
         }
         let (pipe, _writer) = rustix::pipe::pipe().unwrap();
         assert!(saved(6, pipe).unwrap_err().ends_with("a file of 0"));
@@ -462,7 +497,9 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let hooks = Hooks::new(Some(ours.into()));
         let large = Hook::LoadState {
-            pieces: (0..4000).map(|piece| PieceSize { name: format!("{piece:0>200}"), length: 0 }).collect(),
+            pieces: (0..4000)
+                .map(|piece| PieceSize { name: format!("{piece:0>200}"), length: 0 })
+                .collect(),
         };
         // Nobody reads it.
         let error = hooks.ask(&large, Duration::ZERO).unwrap_err();

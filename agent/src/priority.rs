@@ -1,9 +1,12 @@
 //! What nobody waits for steps back behind what somebody does.
 //!
-//! While a guest runs before its memory is there, the threads that push and place the rest of it are never idle, and run on the processors that the guest, and the threads
-//! that fetch what it waits for, wake up on. At the same priority each of these would wait for a time slice of the others.
+//! While a guest runs before its memory is there, the threads that push and place the rest of it
+//! are never idle, and run on the processors that the guest, and the threads that fetch what it
+//! waits for, wake up on. At the same priority each of these would wait for a time slice of the
+//! others.
 
-/// Nice value of who steps back: it gets a tenth of a processor that others want all of, and all of one that nobody wants.
+/// Nice value of who steps back: it gets a tenth of a processor that others want all of, and all of
+/// one that nobody wants.
 const NICE: i32 = 10;
 
 /// The calling thread, which somebody started for this, does what nobody waits for.

@@ -20,7 +20,10 @@ impl Reactor {
     /// # Errors
     /// What the kernel said.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { epoll: epoll::create(true)?, ready: vec![epoll::Event::new(epoll::Events::empty(), 0); BATCH] })
+        Ok(Self {
+            epoll: epoll::create(true)?,
+            ready: vec![epoll::Event::new(epoll::Events::empty(), 0); BATCH],
+        })
     }
 
     /// Waits for `fd` to be readable from now on, until it is closed or removed.
@@ -44,7 +47,8 @@ impl Reactor {
         epoll::ctl(self.epoll, epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
     }
 
-    /// Waits no more for `fd`. A descriptor of which a duplicate lives elsewhere must be removed before it is closed.
+    /// Waits no more for `fd`. A descriptor of which a duplicate lives elsewhere must be removed
+    /// before it is closed.
     pub fn remove(&mut self, fd: BorrowedFd<'_>) {
         let event = epoll::Event::new(epoll::Events::empty(), 0);
         // Fails only if it was never added.
@@ -57,8 +61,9 @@ impl Reactor {
     /// What the kernel said.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Vec<u64>> {
         // Rounded up, so that a timer is not polled in its last millisecond.
-        let millis =
-            timeout.map_or(-1, |timeout| i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
+        let millis = timeout.map_or(-1, |timeout| {
+            i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+        });
         match epoll::wait(self.epoll, millis, &mut self.ready) {
             Ok(count) => Ok(self.ready[..count].iter().map(|event| event.data).collect()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Vec::new()),

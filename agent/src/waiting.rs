@@ -42,7 +42,10 @@ impl Drop for NoWait {
 /// # Panics
 /// In a debug build, if the calling thread must not wait.
 pub fn may_wait(what: &str) {
-    debug_assert!(FORBIDDEN.with(Cell::get) == 0, "this thread must not wait, and is about to: {what}");
+    debug_assert!(
+        FORBIDDEN.with(Cell::get) == 0,
+        "this thread must not wait, and is about to: {what}"
+    );
 }
 
 #[cfg(test)]

@@ -4,9 +4,9 @@
 //! guest's memory and goes on when it wakes up. So an agent hands over a pidfd of itself when it
 //! is attached, and the client kills it by that before anybody else gets what it had.
 //!
-//! An agent may lie (`vmm-survives`), and the client must not kill whatever process a liar names. The
-//! kernel tells which process sent the answer with the pidfd; only if that is the process of the
-//! pidfd the client kills it. Otherwise, and where the client has no right to, it waits for the
+//! An agent may lie (`vmm-survives`), and the client must not kill whatever process a liar names.
+//! The kernel tells which process sent the answer with the pidfd; only if that is the process of
+//! the pidfd the client kills it. Otherwise, and where the client has no right to, it waits for the
 //! end of the process.
 //!
 //! An agent on threads of the VMM's own process cannot be killed. Whoever runs one ends it before
@@ -62,14 +62,18 @@ impl AgentProcess {
         // A pidfd is bound to one process, also when that is gone and another has its number: so
         // one look at the number is enough.
         let is = |pid: Pid| is_of(&pidfd, pid);
-        let vouched = sender.filter(|sender| *sender > 0).and_then(Pid::from_raw).filter(|sender| is(*sender));
+        let vouched = sender
+            .filter(|sender| *sender > 0)
+            .and_then(Pid::from_raw)
+            .filter(|sender| is(*sender));
         let whose = match vouched {
             Some(pid) if pid == getpid() => Whose::Ours,
             Some(_) => Whose::Agents,
             None => Whose::Unknown,
         };
         let pid = vouched.map_or(claimed, |pid| pid.as_raw_pid().unsigned_abs());
-        let other = sender.filter(|sender| whose == Whose::Unknown && *sender > 0).and_then(Pid::from_raw);
+        let other =
+            sender.filter(|sender| whose == Whose::Unknown && *sender > 0).and_then(Pid::from_raw);
         // The VMM's own end cannot be waited for.
         let other = other.filter(|pid| *pid != getpid());
         let sender = other.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
@@ -91,7 +95,11 @@ impl AgentProcess {
     pub(crate) fn is(&self, other: &Self) -> bool {
         match (identity(&self.pidfd), identity(&other.pidfd)) {
             (Some(one), Some(other)) => one == other,
-            _ => self.whose != Whose::Unknown && other.whose != Whose::Unknown && self.pid == other.pid,
+            _ => {
+                self.whose != Whose::Unknown
+                    && other.whose != Whose::Unknown
+                    && self.pid == other.pid
+            }
         }
     }
 
@@ -102,7 +110,9 @@ impl AgentProcess {
     pub(crate) fn kill(&self) -> Result<(), String> {
         match self.whose {
             Whose::Ours => return Ok(()),
-            Whose::Unknown => return Err("the kernel does not confirm that it is the agent's".to_owned()),
+            Whose::Unknown => {
+                return Err("the kernel does not confirm that it is the agent's".to_owned());
+            }
             Whose::Agents => {}
         }
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
@@ -114,7 +124,9 @@ impl AgentProcess {
             }
             // It is gone.
             Err(Errno::SRCH) => Ok(()),
-            Err(Errno::PERM) => Err("it belongs to another user, and cannot be killed from here".to_owned()),
+            Err(Errno::PERM) => {
+                Err("it belongs to another user, and cannot be killed from here".to_owned())
+            }
             Err(errno) => Err(format!("it cannot be killed: {errno}")),
         }
     }
@@ -149,7 +161,9 @@ impl AgentProcess {
         if self.wait_for_end(deadline(timeout)) {
             return Ok(());
         }
-        Err(killed.err().unwrap_or_else(|| "it was killed, and the kernel has not ended it yet".to_owned()))
+        Err(killed
+            .err()
+            .unwrap_or_else(|| "it was killed, and the kernel has not ended it yet".to_owned()))
     }
 }
 
@@ -172,12 +186,14 @@ fn is_of(pidfd: &OwnedFd, pid: Pid) -> bool {
     pid_line(pidfd).is_some_and(|number| number > 0 && number == pid.as_raw_pid())
 }
 
-/// What older kernels say of a pidfd in /proc, if that is mounted here: the number of its process, or
-/// one that is no number of a process if that has ended; `None` of any other descriptor.
+/// What older kernels say of a pidfd in /proc, if that is mounted here: the number of its process,
+/// or one that is no number of a process if that has ended; `None` of any other descriptor.
 fn pid_line(pidfd: &OwnedFd) -> Option<i32> {
     let path = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
     let text = std::fs::read_to_string(path).ok()?;
-    text.lines().find_map(|line| line.strip_prefix("Pid:")).and_then(|rest| rest.trim().parse().ok())
+    text.lines()
+        .find_map(|line| line.strip_prefix("Pid:"))
+        .and_then(|rest| rest.trim().parse().ok())
 }
 
 #[cfg(test)]
@@ -231,7 +247,10 @@ mod tests {
 
     #[test]
     fn what_is_no_pidfd_is_refused() {
-        let files = [std::fs::File::open("/dev/null").unwrap(), std::fs::File::open("/proc/self/stat").unwrap()];
+        let files = [
+            std::fs::File::open("/dev/null").unwrap(),
+            std::fs::File::open("/proc/self/stat").unwrap(),
+        ];
         let (pipe, _other_end) = rustix::pipe::pipe().unwrap();
         for fd in files.map(OwnedFd::from).into_iter().chain([pipe]) {
             let error = AgentProcess::new(fd, Some(getpid().as_raw_pid()), 1).unwrap_err();

@@ -1,4 +1,5 @@
-//! One block as the client keeps it: enough to hand it to a new agent, and to discard in it without one (`discard-cannot-fail`).
+//! One block as the client keeps it: enough to hand it to a new agent, and to discard in it without
+//! one (`discard-cannot-fail`).
 
 use crate::error::Error;
 use crate::shared::sealed_memfd;
@@ -26,9 +27,11 @@ pub struct BlockSpec<'a> {
     pub memory: BorrowedFd<'a>,
     /// Where the block begins in that file, in bytes.
     pub fd_offset: u64,
-    /// Where the VMM has it mapped; 0 if nowhere. Write-protect scanning, postcopy, lazy restore and background snapshots need it.
+    /// Where the VMM has it mapped; 0 if nowhere. Write-protect scanning, postcopy, lazy restore
+    /// and background snapshots need it.
     pub vmm_address: u64,
-    /// Unit of discards and populates in bytes: a power of two, at least 4096. Where the host page is larger, that is the unit.
+    /// Unit of discards and populates in bytes: a power of two, at least 4096. Where the host page
+    /// is larger, that is the unit.
     pub granularity: u64,
     /// True if all of it is discarded at first, as in a virtio-mem device; else it is populated.
     pub discarded: bool,
@@ -69,10 +72,10 @@ impl Block {
         if spec.discarded {
             discarded.set(discarded.all());
         }
-        let memory = spec
-            .memory
-            .try_clone_to_owned()
-            .map_err(|source| Error::Kernel { what: "duplicate the file under a block", source: errno(&source) })?;
+        let memory = spec.memory.try_clone_to_owned().map_err(|source| Error::Kernel {
+            what: "duplicate the file under a block",
+            source: errno(&source),
+        })?;
         Ok(Self {
             geometry,
             file,
@@ -94,7 +97,8 @@ impl Block {
         BlockAdded { host_page_size: self.file.host_page_size, sealed: self.file.sealed }
     }
 
-    /// What discards and populates are rounded to, in bytes, here and in the agent: a part of a host page cannot be freed.
+    /// What discards and populates are rounded to, in bytes, here and in the agent: a part of a
+    /// host page cannot be freed.
     pub(crate) fn discard_unit(&self) -> u64 {
         self.geometry.granularity.max(self.file.host_page_size)
     }
@@ -111,7 +115,8 @@ impl Block {
             .map_err(|source| Error::Range { block: range.block, source })
     }
 
-    /// Discards without an agent: marks, then frees if asked. Returns how many pages were not discarded before.
+    /// Discards without an agent: marks, then frees if asked. Returns how many pages were not
+    /// discarded before.
     pub(crate) fn discard(&self, pages: PageRange, punch: bool) -> u64 {
         let changed = self.discarded.set(pages);
         if punch {
@@ -122,12 +127,14 @@ impl Block {
 
     /// Frees without an agent. Returns how many pages that were: those that are not discarded.
     ///
-    /// The next agent has to send them as zero, and knows of them only by the log. The marks come last: an agent that takes a mark while the
-    /// page is still there would send what it holds. A discarded page needs no mark: that it is discarded says it all.
+    /// The next agent has to send them as zero, and knows of them only by the log. The marks come
+    /// last: an agent that takes a mark while the page is still there would send what it holds. A
+    /// discarded page needs no mark: that it is discarded says it all.
     pub(crate) fn free(&self, pages: PageRange, log: &DirtyLog) -> u64 {
         self.punch(pages);
-        let mark =
-            |pages: PageRange| log.mark(PageRange::new(self.geometry.first_log_page() + pages.first, pages.count));
+        let mark = |pages: PageRange| {
+            log.mark(PageRange::new(self.geometry.first_log_page() + pages.first, pages.count))
+        };
         let mut next = pages.first;
         for run in self.discarded.runs(pages) {
             mark(PageRange::new(next, run.first - next));
@@ -139,19 +146,20 @@ impl Block {
 
     /// Populates without an agent. Returns how many pages were discarded before.
     ///
-    /// The next agent has to send these pages, and knows of them only by the log. The marks come last: an agent that takes a
-    /// mark while the page still counts as discarded would drop it.
+    /// The next agent has to send these pages, and knows of them only by the log. The marks come
+    /// last: an agent that takes a mark while the page still counts as discarded would drop it.
     pub(crate) fn populate(&self, pages: PageRange, log: &DirtyLog) -> u64 {
         let changed = self.discarded.clear(pages);
         log.mark(PageRange::new(self.geometry.first_log_page() + pages.first, pages.count));
         changed
     }
 
-    /// Frees the whole host pages of `pages`. A discard cannot fail (`discard-cannot-fail`), so a failure is only logged: the content is stale
-    /// all the same, it just takes memory.
+    /// Frees the whole host pages of `pages`. A discard cannot fail (`discard-cannot-fail`), so a
+    /// failure is only logged: the content is stale all the same, it just takes memory.
     fn punch(&self, pages: PageRange) {
         let start = (self.fd_offset + pages.offset()).next_multiple_of(self.host_page_size());
-        let end = (self.fd_offset + pages.offset() + pages.bytes()) / self.host_page_size() * self.host_page_size();
+        let end = (self.fd_offset + pages.offset() + pages.bytes()) / self.host_page_size()
+            * self.host_page_size();
         if start >= end {
             return;
         }
@@ -162,7 +170,9 @@ impl Block {
                 Err(Errno::INTR) => {}
                 Err(errno) => {
                     let (name, bytes) = (&self.geometry.name, end - start);
-                    log::warn!("block {name}: cannot free {bytes:#x} bytes at file offset {start:#x}: {errno}");
+                    log::warn!(
+                        "block {name}: cannot free {bytes:#x} bytes at file offset {start:#x}: {errno}"
+                    );
                     return;
                 }
             }

@@ -2,8 +2,8 @@
 //!
 //! The blocks belong to the VMM. An agent that is lost changes nothing about them: blocks that are
 //! added then are handed to the next one, as discards are. A job that runs keeps the blocks that it
-//! started with; a removal cancels it and waits for its end, since a guest that resets does not wait
-//! for a migration.
+//! started with; a removal cancels it and waits for its end, since a guest that resets does not
+//! wait for a migration.
 
 use crate::block::{Block, BlockAdded, BlockSpec};
 use crate::busy::while_busy;
@@ -50,10 +50,10 @@ impl Client {
         added
     }
 
-    /// Removes a block. A job that runs is cancelled first, whoever started it, and this waits until
-    /// it has ended; one that can be cancelled no more is waited for. So when this returns, no agent
-    /// uses the memory any more. Without an agent the block is only forgotten here, so that no later
-    /// agent is handed it.
+    /// Removes a block. A job that runs is cancelled first, whoever started it, and this waits
+    /// until it has ended; one that can be cancelled no more is waited for. So when this returns,
+    /// no agent uses the memory any more. Without an agent the block is only forgotten here, so
+    /// that no later agent is handed it.
     ///
     /// The end of a job may take hooks, a resume of the guest among them. So no hook may wait for
     /// the thread that calls this, such as the one of a vCPU that pauses; if one does, the job ends
@@ -62,9 +62,9 @@ impl Client {
     /// # Errors
     /// - If there is no such block;
     /// - [`Error::Refused`] with the code `Busy` if a job is still in the way after 60 seconds;
-    /// - [`Error::AgentRuns`] if the agent is lost and lives on: it may still read this memory. So it
-    ///   is if the guest may run elsewhere and depends on the agent ([`Client::end_agent`] ends it), or
-    ///   if the VMM may not kill it.
+    /// - [`Error::AgentRuns`] if the agent is lost and lives on: it may still read this memory. So
+    ///   it is if the guest may run elsewhere and depends on the agent ([`Client::end_agent`] ends
+    ///   it), or if the VMM may not kill it.
     ///
     /// Nothing is removed then.
     pub fn remove_block(&self, id: u32) -> Result<(), Error> {
@@ -75,14 +75,17 @@ impl Client {
             }
             match session.control.request(&Request::RemoveBlock { id }, &[], |_| Ok(())) {
                 Err(busy @ Error::Refused { code: ErrorCode::Busy, .. }) => {
-                    // Refused if it is too late, or the job has just ended: then it is only waited for.
+                    // Refused if it is too late, or the job has just ended: then it is only waited
+                    // for.
                     let _ = session.control.request(&Request::Cancel, &[], |_| Ok(()));
                     return Err(busy);
                 }
                 // It may be reading there (`never-read`).
                 Err(Error::AgentLost { .. }) => match session.settle()? {
                     Lost::Ended => {}
-                    Lost::Spared => return Err(session.runs("the guest may run elsewhere, and depends on it")),
+                    Lost::Spared => {
+                        return Err(session.runs("the guest may run elsewhere, and depends on it"));
+                    }
                 },
                 Err(refused) => return Err(refused),
                 Ok(()) => {}
@@ -94,14 +97,19 @@ impl Client {
 }
 
 /// Hands a block to an agent.
-pub(crate) fn send_block(control: &mut Control, block: &Block, flags: u32) -> Result<BlockAdded, Error> {
+pub(crate) fn send_block(
+    control: &mut Control, block: &Block, flags: u32,
+) -> Result<BlockAdded, Error> {
     let request = Request::AddBlock {
         geometry: block.geometry.clone(),
         fd_offset: block.fd_offset,
         vmm_address: block.vmm_address,
         flags,
     };
-    let reply =
-        control.request(&request, &[block.memory.as_fd(), block.discarded_fd.as_fd()], AddBlockReply::decode)?;
+    let reply = control.request(
+        &request,
+        &[block.memory.as_fd(), block.discarded_fd.as_fd()],
+        AddBlockReply::decode,
+    )?;
     Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
 }

@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_millis(5);
 
 /// Runs `ask` until it returns anything but that a job is in the way, for `patience` at most and at
-/// least once. Between two tries nothing of the client is held, so others may ask meanwhile, the hooks
-/// among them.
+/// least once. Between two tries nothing of the client is held, so others may ask meanwhile, the
+/// hooks among them.
 ///
 /// # Errors
 /// Those of `ask`; the code is `Busy` if the job was in the way all the time.
-pub(crate) fn while_busy<T>(patience: Duration, mut ask: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+pub(crate) fn while_busy<T>(
+    patience: Duration, mut ask: impl FnMut() -> Result<T, Error>,
+) -> Result<T, Error> {
     let deadline = deadline(patience);
     loop {
         let outcome = ask();

@@ -1,6 +1,7 @@
 //! The handle of an agent: connecting, and a new agent after a lost one.
 //!
-//! What the guest's memory needs to survive the agent ([`Memory`]) is made here and handed to each agent in turn.
+//! What the guest's memory needs to survive the agent ([`Memory`]) is made here and handed to each
+//! agent in turn.
 
 use crate::agent_process::AgentProcess;
 use crate::blocks::send_block;
@@ -28,23 +29,28 @@ use std::time::{Duration, Instant};
 /// How a client is set up.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Bytes of guest physical address space that the dirty log covers, from address zero. The default of 4 TiB takes a memfd of 128 MiB,
-    /// which is sparse: it costs memory only where guest pages are dirty. No block can lie outside.
+    /// Bytes of guest physical address space that the dirty log covers, from address zero. The
+    /// default of 4 TiB takes a memfd of 128 MiB, which is sparse: it costs memory only where guest
+    /// pages are dirty. No block can lie outside.
     pub log_covers: u64,
-    /// How long the agent may take to answer a request, and to take an answer. It is lost if it takes longer. While it takes a snapshot it
-    /// answers a discard when it has saved what that covers: large ones are cut into requests with which a disk that saves 13 MiB in a second is in time, if this and
-    /// `stall_timeout` are at least 80 milliseconds. To listen at a name it looks that up for up to 5 seconds, so leave it more than those.
+    /// How long the agent may take to answer a request, and to take an answer. It is lost if it
+    /// takes longer. While it takes a snapshot it answers a discard when it has saved what that
+    /// covers: large ones are cut into requests with which a disk that saves 13 MiB in a second is
+    /// in time, if this and `stall_timeout` are at least 80 milliseconds. To listen at a name it
+    /// looks that up for up to 5 seconds, so leave it more than those.
     pub request_timeout: Duration,
-    /// The same, while the agent holds up a guest that can go on without it: a background snapshot watches its writes, or it is paused
-    /// by a hook and not given up. `request_timeout` if that is shorter. An agent that hangs is found within this time and half a second then, and the
-    /// guest goes on. The agent answers at any time, however busy its jobs are; what this has to cover is a machine that gives the agent no
-    /// processor for a while. A false alarm costs the job.
+    /// The same, while the agent holds up a guest that can go on without it: a background snapshot
+    /// watches its writes, or it is paused by a hook and not given up. `request_timeout` if that is
+    /// shorter. An agent that hangs is found within this time and half a second then, and the guest
+    /// goes on. The agent answers at any time, however busy its jobs are; what this has to cover is
+    /// a machine that gives the agent no processor for a while. A false alarm costs the job.
     ///
-    /// A guest whose memory is still to come (postcopy, lazy restore) cannot go on without its agent, and a false alarm would cost the guest. So there
-    /// `request_timeout` counts.
+    /// A guest whose memory is still to come (postcopy, lazy restore) cannot go on without its
+    /// agent, and a false alarm would cost the guest. So there `request_timeout` counts.
     pub stall_timeout: Duration,
-    /// Time between two signs of life of the agent while nothing waits for it. An idle agent that hangs is found within this time and
-    /// `request_timeout`, and [`Hooks::agent_lost`](crate::Hooks::agent_lost) is called.
+    /// Time between two signs of life of the agent while nothing waits for it. An idle agent that
+    /// hangs is found within this time and `request_timeout`, and
+    /// [`Hooks::agent_lost`](crate::Hooks::agent_lost) is called.
     pub heartbeat: Duration,
 }
 
@@ -61,7 +67,8 @@ impl Default for Config {
 
 /// The VMM's side of an agent. Clones are the same client; any thread may use any of them.
 ///
-/// Requests go one at a time. When the last clone is dropped, the connection ends, and with it the hook channel.
+/// Requests go one at a time. When the last clone is dropped, the connection ends, and with it the
+/// hook channel.
 #[derive(Debug, Clone)]
 pub struct Client {
     inner: Arc<Inner>,
@@ -78,7 +85,8 @@ struct Inner {
     tracking: Arc<Tracking>,
     patience: Patience,
     session: Mutex<Session>,
-    /// Who is next to have the session. The session's own lock goes to whoever is there when it is given back, which is the one who gave it back and wants it again.
+    /// Who is next to have the session. The session's own lock goes to whoever is there when it is
+    /// given back, which is the one who gave it back and wants it again.
     turn: Mutex<()>,
 }
 
@@ -136,8 +144,8 @@ impl Session {
     }
 
     /// Before something is done as if there were no agent, which is lost: kills its process, unless
-    /// the guest may depend on it elsewhere, and waits for its end, which takes milliseconds. One that
-    /// closed the connection is about to end by itself, and has a moment for that.
+    /// the guest may depend on it elsewhere, and waits for its end, which takes milliseconds. One
+    /// that closed the connection is about to end by itself, and has a moment for that.
     ///
     /// # Errors
     /// [`Error::AgentRuns`] if it lives on: the VMM may not kill it, or the kernel keeps it. Calls
@@ -166,14 +174,17 @@ impl Session {
     }
 
     /// Sees to it that no process but that of `next` has the guest's memory from here any more.
-    fn end_processes(&mut self, next: Option<&AgentProcess>, timeout: Duration) -> Result<(), Error> {
+    fn end_processes(
+        &mut self, next: Option<&AgentProcess>, timeout: Duration,
+    ) -> Result<(), Error> {
         let deadline = deadline(timeout);
         let mut outcome = Ok(());
         let mut processes = Vec::new();
         for process in std::mem::take(&mut self.processes) {
             if next.is_some_and(|next| !process.has_ended() && next.is(&process)) {
                 processes.push(process);
-            } else if let Err(why) = process.end(deadline.saturating_duration_since(Instant::now())) {
+            } else if let Err(why) = process.end(deadline.saturating_duration_since(Instant::now()))
+            {
                 outcome = Err(Error::AgentRuns { pid: process.pid(), waited: timeout, why });
                 processes.push(process);
             }
@@ -187,8 +198,8 @@ impl Client {
     /// Connects to the agent that listens at `path`.
     ///
     /// # Errors
-    /// If the path has more than 107 bytes, nobody listens there, an agent that hangs takes no connection
-    /// within [`Config::request_timeout`], or the agent refuses or breaks the handshake.
+    /// If the path has more than 107 bytes, nobody listens there, an agent that hangs takes no
+    /// connection within [`Config::request_timeout`], or the agent refuses or breaks the handshake.
     pub fn connect(path: &Path, config: Config) -> Result<(Self, HookChannel), Error> {
         Self::from_socket(connect(path, config.request_timeout)?, config)
     }
@@ -196,8 +207,8 @@ impl Client {
     /// Opens the protocol on a connected UNIX stream socket.
     ///
     /// # Errors
-    /// If a time of the configuration is shorter than a millisecond, or the agent refuses or breaks the
-    /// handshake.
+    /// If a time of the configuration is shorter than a millisecond, or the agent refuses or breaks
+    /// the handshake.
     pub fn from_socket(socket: OwnedFd, config: Config) -> Result<(Self, HookChannel), Error> {
         patience::check(&config)?;
         let (memory, fence) = (Arc::new(Memory::new(config.log_covers)?), Arc::new(Fence::new()?));
@@ -218,14 +229,26 @@ impl Client {
             _heartbeat: None,
         };
         let (session, turn) = (Mutex::new(session), Mutex::default());
-        let inner = Inner { config, memory, fence, ownership, faults, writes, tracking, patience, session, turn };
+        let inner = Inner {
+            config,
+            memory,
+            fence,
+            ownership,
+            faults,
+            writes,
+            tracking,
+            patience,
+            session,
+            turn,
+        };
         let client = Self { inner: Arc::new(inner) };
         client.session()._heartbeat = Some(client.watch_idle(&link)?);
         let channel = client.channel(hooks.ours, link);
         Ok((client, channel))
     }
 
-    /// Finds out that the agent hangs while nobody asks it anything. The hook channel tells the VMM.
+    /// Finds out that the agent hangs while nobody asks it anything. The hook channel tells the
+    /// VMM.
     fn watch_idle(&self, link: &Arc<Link>) -> Result<Heartbeat, Error> {
         let (weak, ended) = (WeakClient(Arc::downgrade(&self.inner)), Arc::clone(link));
         let interval = self.inner.config.heartbeat;
@@ -266,19 +289,24 @@ impl Client {
         self.reattach_socket(connect(path, self.inner.config.request_timeout)?)
     }
 
-    /// Gives up the agent, if it is not lost already, and hands the same dirty log, blocks, bitmaps of discarded pages and trackers to a
-    /// new one. The old hook channel ends, which resumes a guest that was paused through it and is ours. Ownership stays as it is.
+    /// Gives up the agent, if it is not lost already, and hands the same dirty log, blocks, bitmaps
+    /// of discarded pages and trackers to a new one. The old hook channel ends, which resumes a
+    /// guest that was paused through it and is ours. Ownership stays as it is.
     ///
-    /// Before the new agent gets anything, the process of the old one has ended: it is killed (SIGKILL), also if it still sends the memory
-    /// of a guest that has left, which [`Client::recover`] then goes on with. Where the VMM may not kill it, since it belongs to another
-    /// user, its end is waited for. The new agent may be the process of the old one, which takes a new connection: then it is left
-    /// alive, and has ended all that it did for the old connection before it starts a job for the new one.
+    /// Before the new agent gets anything, the process of the old one has ended: it is killed
+    /// (SIGKILL), also if it still sends the memory of a guest that has left, which
+    /// [`Client::recover`] then goes on with. Where the VMM may not kill it, since it belongs to
+    /// another user, its end is waited for. The new agent may be the process of the old one, which
+    /// takes a new connection: then it is left alive, and has ended all that it did for the old
+    /// connection before it starts a job for the new one.
     ///
-    /// An agent on threads of the VMM's own process cannot be killed: see to it that its threads have ended.
+    /// An agent on threads of the VMM's own process cannot be killed: see to it that its threads
+    /// have ended.
     ///
     /// # Errors
-    /// If the new agent refuses or breaks the handshake, or refuses a block; or [`Error::AgentRuns`] if the process of the old one has not
-    /// ended within [`Config::request_timeout`]. The client has no agent then.
+    /// If the new agent refuses or breaks the handshake, or refuses a block; or
+    /// [`Error::AgentRuns`] if the process of the old one has not ended within
+    /// [`Config::request_timeout`]. The client has no agent then.
     pub fn reattach_socket(&self, socket: OwnedFd) -> Result<HookChannel, Error> {
         let Inner { memory, fence, ownership, patience, .. } = &*self.inner;
         let mut session = self.session();
@@ -298,7 +326,12 @@ impl Client {
         session.is_waited_for = false;
         let handed_over = control
             .hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)
-            .and_then(|()| memory.all().iter().try_for_each(|block| send_block(&mut control, block, 0).map(drop)))
+            .and_then(|()| {
+                memory
+                    .all()
+                    .iter()
+                    .try_for_each(|block| send_block(&mut control, block, 0).map(drop))
+            })
             .and_then(|()| session.trackers.send(&mut control))
             .and_then(|()| self.watch_idle(&link));
         match handed_over {
@@ -318,7 +351,8 @@ impl Client {
         &self.memory().log
     }
 
-    /// The dirty log's memfd, in vhost's layout from byte 0, for `VHOST_USER_SET_LOG_BASE` of the VMM's other back-ends.
+    /// The dirty log's memfd, in vhost's layout from byte 0, for `VHOST_USER_SET_LOG_BASE` of the
+    /// VMM's other back-ends.
     pub fn log_fd(&self) -> BorrowedFd<'_> {
         self.memory().log_fd.as_fd()
     }
@@ -333,17 +367,21 @@ impl Client {
         self.inner.ownership.lock().ownership()
     }
 
-    /// Takes the guest by force: an operator's decision, who looked at both sides and knows that the destination does not run. Calls no
-    /// hook: the VMM then resumes the guest by itself. In a postcopy with
-    /// [`release`](crate::OutgoingOptions::release) the memory here may not be whole any more: the agent's
-    /// [`released_pages`](pageferry_protocol::control::job::Counters::released_pages) says so, and it refuses `resume --force`; this call does not.
+    /// Takes the guest by force: an operator's decision, who looked at both sides and knows that
+    /// the destination does not run. Calls no hook: the VMM then resumes the guest by itself. In a
+    /// postcopy with [`release`](crate::OutgoingOptions::release) the memory here may not be whole
+    /// any more: the agent's
+    /// [`released_pages`](pageferry_protocol::control::job::Counters::released_pages) says so, and
+    /// it refuses `resume --force`; this call does not.
     ///
-    /// An agent that may still send the commit, or bring another guest into this memory, is given up and killed first, as by
-    /// [`Client::reattach_socket`]. Look at the destination *after* that, since a commit may be on its way until then: if in doubt, call
-    /// [`Client::end_agent`], look, and then call this; `docs/postcopy.md` has the order.
+    /// An agent that may still send the commit, or bring another guest into this memory, is given
+    /// up and killed first, as by [`Client::reattach_socket`]. Look at the destination *after*
+    /// that, since a commit may be on its way until then: if in doubt, call [`Client::end_agent`],
+    /// look, and then call this; `docs/postcopy.md` has the order.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if that agent has not ended within [`Config::request_timeout`]. Ownership is as it was then.
+    /// [`Error::AgentRuns`] if that agent has not ended within [`Config::request_timeout`].
+    /// Ownership is as it was then.
     pub fn take_by_force(&self) -> Result<(), Error> {
         let mut session = self.session();
         let ownership = self.ownership();
@@ -358,8 +396,9 @@ impl Client {
         Ok(())
     }
 
-    /// Gives the agent up and sees to its end, as [`Client::reattach_socket`] does, without another in its place. After it nothing that the
-    /// agent has not sent is sent any more, and nobody but the VMM changes the guest's memory.
+    /// Gives the agent up and sees to its end, as [`Client::reattach_socket`] does, without another
+    /// in its place. After it nothing that the agent has not sent is sent any more, and nobody but
+    /// the VMM changes the guest's memory.
     ///
     /// # Errors
     /// [`Error::AgentRuns`] if its process has not ended within [`Config::request_timeout`].
@@ -382,7 +421,8 @@ impl Client {
         &self.inner.ownership
     }
 
-    /// Asks the agent for a sign of life, unless somebody is asking it something already: how its last job stands. If it owes one, the connection is cut.
+    /// Asks the agent for a sign of life, unless somebody is asking it something already: how its
+    /// last job stands. If it owes one, the connection is cut.
     pub(crate) fn ask_for_life(&self) -> Option<JobStatus> {
         // Nothing is gained by giving an agent up that may still say that no commit left.
         if self.ownership() == Ownership::Relinquished {
@@ -402,7 +442,8 @@ impl Client {
         &self.inner.patience
     }
 
-    /// What the agent is asked through. Whoever gives it back and wants it again comes after those who wait for it.
+    /// What the agent is asked through. Whoever gives it back and wants it again comes after those
+    /// who wait for it.
     pub(crate) fn session(&self) -> MutexGuard<'_, Session> {
         let _turn = self.inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.inner.session.lock().unwrap_or_else(PoisonError::into_inner)
@@ -411,5 +452,6 @@ impl Client {
 
 /// An agent that hangs takes no connection, and is waited for no longer than for an answer.
 fn connect(path: &Path, timeout: Duration) -> Result<OwnedFd, Error> {
-    connect_unix(path, deadline(timeout)).map_err(|source| Error::Connect { path: path.to_owned(), source })
+    connect_unix(path, deadline(timeout))
+        .map_err(|source| Error::Connect { path: path.to_owned(), source })
 }

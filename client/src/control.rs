@@ -1,8 +1,9 @@
 //! Requests to the agent and its answers, one at a time, over the control socket.
 //!
-//! Whoever breaks the protocol or its deadline is lost, for good: the socket is shut down, and so is the hook channel, so that a
-//! hanging agent cannot keep the guest paused (`vmm-survives`). There is no way back into step with a stream whose answers came too late,
-//! other than a new connection.
+//! Whoever breaks the protocol or its deadline is lost, for good: the socket is shut down, and so
+//! is the hook channel, so that a hanging agent cannot keep the guest paused (`vmm-survives`).
+//! There is no way back into step with a stream whose answers came too late, other than a new
+//! connection.
 
 use crate::agent_process::AgentProcess;
 use crate::error::Error;
@@ -93,7 +94,10 @@ impl Link {
         }
         let Some(process) = self.process.get() else { return };
         if self.ownership.lock().is_elsewhere() {
-            log::warn!("agent process {} is given up, and not killed: the guest may run elsewhere", process.pid());
+            log::warn!(
+                "agent process {} is given up, and not killed: the guest may run elsewhere",
+                process.pid()
+            );
             return;
         }
         let killed = {
@@ -147,7 +151,8 @@ impl Link {
     /// A connection to nobody, and the far ends of its channels.
     #[cfg(test)]
     pub(crate) fn for_test() -> (Self, [OwnedFd; 2]) {
-        let ((control, far_control), (hooks, far_hooks)) = (socket_pair().unwrap(), socket_pair().unwrap());
+        let ((control, far_control), (hooks, far_hooks)) =
+            (socket_pair().unwrap(), socket_pair().unwrap());
         let link = Self {
             id: 1,
             control,
@@ -201,8 +206,10 @@ impl Control {
         static LINKS: AtomicU64 = AtomicU64::new(1);
         let (ours, agents) = socket_pair()?;
         let duplicate = |fd: &OwnedFd| {
-            fd.try_clone()
-                .map_err(|source| Error::Kernel { what: "duplicate a socket", source: crate::block::errno(&source) })
+            fd.try_clone().map_err(|source| Error::Kernel {
+                what: "duplicate a socket",
+                source: crate::block::errno(&source),
+            })
         };
         let link = Link {
             id: LINKS.fetch_add(1, Ordering::Relaxed),
@@ -227,7 +234,12 @@ impl Control {
 
     fn hello(&mut self) -> Result<(), Error> {
         let (version_min, version_max) = (CONTROL_VERSION, CONTROL_VERSION);
-        let hello = Request::Hello { version_min, version_max, features: FEATURE_FENCE, agent: self.link.id };
+        let hello = Request::Hello {
+            version_min,
+            version_max,
+            features: FEATURE_FENCE,
+            agent: self.link.id,
+        };
         let asked = |errno| Error::kernel("ask for the sender of a message")(errno);
         self.socket.ask_for_sender(true).map_err(asked)?;
         let link = Arc::clone(&self.link);
@@ -235,21 +247,30 @@ impl Control {
         self.socket.ask_for_sender(false).map_err(asked)?;
         let reply = match decode_reply(&frame.body, HelloReply::decode) {
             Ok(Ok(reply)) => reply,
-            Ok(Err(refused)) => return Err(Error::Refused { code: refused.code, sentence: refused.sentence }),
+            Ok(Err(refused)) => {
+                return Err(Error::Refused { code: refused.code, sentence: refused.sentence });
+            }
             Err(malformed) => return Err(self.lose(malformed_answer(code::HELLO, &malformed))),
         };
         if reply.version != CONTROL_VERSION {
-            return Err(self.lose(format!("version is {}, offered was {CONTROL_VERSION}", reply.version)));
+            return Err(
+                self.lose(format!("version is {}, offered was {CONTROL_VERSION}", reply.version))
+            );
         }
         if reply.max_ranges == 0 {
             return Err(self.lose("max_ranges is 0".to_owned()));
         }
         if reply.features != FEATURE_FENCE {
             let features = reply.features;
-            return Err(self.lose(format!("features is {features:#x}, expected is {FEATURE_FENCE:#x}, fence")));
+            return Err(self.lose(format!(
+                "features is {features:#x}, expected is {FEATURE_FENCE:#x}, fence"
+            )));
         }
         let pidfd = <[OwnedFd; 1]>::try_from(frame.fds).map_err(|fds| {
-            self.lose(format!("the answer to hello has {} file descriptors, expected is 1, a pidfd", fds.len()))
+            self.lose(format!(
+                "the answer to hello has {} file descriptors, expected is 1, a pidfd",
+                fds.len()
+            ))
         })?;
         let [pidfd] = pidfd;
         let process = AgentProcess::new(pidfd, self.socket.sender(), reply.pid);
@@ -262,7 +283,9 @@ impl Control {
 
     /// From now on the agent acts for this VMM: gives it the dirty log and its end of the hook
     /// channel. No other agent may be alive that did before.
-    pub(crate) fn hand_over(&mut self, log: BorrowedFd<'_>, log_bytes: u64, hooks: &OwnedFd) -> Result<(), Error> {
+    pub(crate) fn hand_over(
+        &mut self, log: BorrowedFd<'_>, log_bytes: u64, hooks: &OwnedFd,
+    ) -> Result<(), Error> {
         self.link.ownership.lock().admit(self.link.id);
         self.link.fence.word.admit(self.link.id);
         let body = Encoder::new().u64(log_bytes).u64(0).finish();
@@ -275,7 +298,13 @@ impl Control {
                 "it refused the dirty log of {log_bytes:#x} bytes: its answer is size {size:#x}, offset {offset:#x}"
             )));
         }
-        match self.exchange(SET_BACKEND_REQ_FD, FLAG_NEED_REPLY, &[], &[hooks.as_fd()], |reply| reply.u64("result"))? {
+        match self.exchange(
+            SET_BACKEND_REQ_FD,
+            FLAG_NEED_REPLY,
+            &[],
+            &[hooks.as_fd()],
+            |reply| reply.u64("result"),
+        )? {
             0 => Ok(()),
             code => Err(self.lose(format!("it refused the hook channel with code {code}"))),
         }
@@ -346,7 +375,9 @@ impl Control {
         let frame = self.round_trip(request.code(), 0, &request.encode(), fds)?;
         match decode_reply(&frame.body, fields) {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(refused)) => Err(Error::Refused { code: refused.code, sentence: refused.sentence }),
+            Ok(Err(refused)) => {
+                Err(Error::Refused { code: refused.code, sentence: refused.sentence })
+            }
             Err(malformed) => Err(self.lose(malformed_answer(request.code(), &malformed))),
         }
     }
@@ -362,12 +393,16 @@ impl Control {
         value.map_err(|malformed| self.lose(malformed_answer(request, &malformed)))
     }
 
-    fn round_trip(&mut self, request: u32, flags: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Frame, Error> {
+    fn round_trip(
+        &mut self, request: u32, flags: u32, body: &[u8], fds: &[BorrowedFd<'_>],
+    ) -> Result<Frame, Error> {
         if let Some(lost) = self.lost() {
             return Err(lost);
         }
         let asked = Instant::now();
-        if let Err(error) = self.socket.send_parts(request, flags, body, fds, deadline(self.patience())) {
+        if let Err(error) =
+            self.socket.send_parts(request, flags, body, fds, deadline(self.patience()))
+        {
             return Err(self.broken(format!("cannot send request {request:#x}"), &error));
         }
         loop {
@@ -387,12 +422,18 @@ impl Control {
                     let error = SocketError::Timeout { what: "frame", waited };
                     return Err(self.broken(format!("no answer to request {request:#x}"), &error));
                 }
-                Some(Ok(frame)) if frame.request == request && frame.is_reply() => return Ok(frame),
+                Some(Ok(frame)) if frame.request == request && frame.is_reply() => {
+                    return Ok(frame);
+                }
                 Some(Ok(frame)) => {
                     let (found, flags) = (frame.request, frame.flags);
-                    return Err(self.lose(format!("request {request:#x} was answered by {found:#x}, flags {flags:#x}")));
+                    return Err(self.lose(format!(
+                        "request {request:#x} was answered by {found:#x}, flags {flags:#x}"
+                    )));
                 }
-                Some(Err(error)) => return Err(self.broken(format!("no answer to request {request:#x}"), &error)),
+                Some(Err(error)) => {
+                    return Err(self.broken(format!("no answer to request {request:#x}"), &error));
+                }
             }
         }
     }

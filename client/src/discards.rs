@@ -7,25 +7,31 @@
 //! | [`Client::discard`] | virtio-mem, memory that the VMM unplugs | a [`Client::populate`] |
 //! | [`Client::free`] | a balloon whose guest deflates by touching, free page reporting | the guest writes into it |
 //!
-//! A discard cannot fail (`discard-cannot-fail`). The agent does all of it, if there is one: only it knows which
-//! worker is reading the range right now. If there is none, or it is lost during the call, the client
-//! waits for the end of its process, which is killed: then nobody reads guest memory any more, or has
-//! a discard left to do, so the client marks the shared bitmap and frees the backing by itself. The
-//! next agent finds the marks. A process that cannot be killed may have a discard left to do. So as
-//! long as it lives nothing is given to the guest to be used: populating and freeing fail by name.
+//! A discard cannot fail (`discard-cannot-fail`). The agent does all of it, if there is one: only
+//! it knows which worker is reading the range right now. If there is none, or it is lost during the
+//! call, the client waits for the end of its process, which is killed: then nobody reads guest
+//! memory any more, or has a discard left to do, so the client marks the shared bitmap and frees
+//! the backing by itself. The next agent finds the marks. A process that cannot be killed may have
+//! a discard left to do. So as long as it lives nothing is given to the guest to be used:
+//! populating and freeing fail by name.
 //!
-//! An agent that takes a background snapshot answers a discard only when it has saved what is discarded, at the speed of its disk. So one request covers no
-//! more than can be saved within the time that an answer may take.
+//! An agent that takes a background snapshot answers a discard only when it has saved what is
+//! discarded, at the speed of its disk. So one request covers no more than can be saved within the
+//! time that an answer may take.
 //!
-//! Both hold the session's lock for as long as it matters that no new agent is attached in the middle of what is done without one: a populate, which is all or nothing, to its
-//! end; a discard for one request, each of which is complete in itself. So nobody waits for the whole of a large one.
+//! Both hold the session's lock for as long as it matters that no new agent is attached in the
+//! middle of what is done without one: a populate, which is all or nothing, to its end; a discard
+//! for one request, each of which is complete in itself. So nobody waits for the whole of a large
+//! one.
 
 use crate::block::Block;
 use crate::busy::while_busy;
 use crate::client::{Client, Session};
 use crate::error::Error;
 use crate::ownership::Ownership;
-use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, ErrorCode, RangesReply, Request};
+use pageferry_protocol::control::request::{
+    BlockRange, DISCARD_PUNCH, ErrorCode, RangesReply, Request,
+};
 use pageferry_protocol::memory::PageRange;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,17 +39,20 @@ use std::time::Duration;
 /// Who frees the memory under a range that is discarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Punch {
-    /// The agent, by `FALLOC_FL_PUNCH_HOLE`; the client if there is no agent. When the discard returns, the range is a hole.
+    /// The agent, by `FALLOC_FL_PUNCH_HOLE`; the client if there is no agent. When the discard
+    /// returns, the range is a hole.
     #[default]
     Yes,
-    /// The VMM, after the discard returned. Until it does, what the guest wrote before cannot be told from what it writes after.
+    /// The VMM, after the discard returned. Until it does, what the guest wrote before cannot be
+    /// told from what it writes after.
     No,
 }
 
 /// Bytes that a disk saves in a second, if it is busy with other things.
 const SAVED_PER_SECOND: u128 = 13 << 20;
 
-/// Most bytes that one request discards, but for blocks whose unit is larger: what can be saved before the agent counts as lost. A power of two.
+/// Most bytes that one request discards, but for blocks whose unit is larger: what can be saved
+/// before the agent counts as lost. A power of two.
 fn most_discarded(patience: Duration) -> u64 {
     const LEAST: u128 = 1 << 20;
     // Nor does anybody else who wants to ask something wait for more.
@@ -77,13 +86,16 @@ struct Checked {
 }
 
 impl Client {
-    /// Says that the content of these ranges is stale: it is not read, sent or populated until it is populated again. Rounds inward to
-    /// the block's granularity. Call it after the guest gave the ranges back, and free them only when it returned.
+    /// Says that the content of these ranges is stale: it is not read, sent or populated until it
+    /// is populated again. Rounds inward to the block's granularity. Call it after the guest gave
+    /// the ranges back, and free them only when it returned.
     ///
-    /// For memory that the VMM unplugs, and plugs again by [`Client::populate`]. What the guest writes into it before that has no guarantee, and
-    /// is lost when it is moved or saved. Memory that the guest may use again without a word of the VMM is for [`Client::free`].
+    /// For memory that the VMM unplugs, and plugs again by [`Client::populate`]. What the guest
+    /// writes into it before that has no guarantee, and is lost when it is moved or saved. Memory
+    /// that the guest may use again without a word of the VMM is for [`Client::free`].
     ///
-    /// Returns the number of pages that were not discarded before. Of a block that is removed meanwhile, what is left of the ranges is left alone.
+    /// Returns the number of pages that were not discarded before. Of a block that is removed
+    /// meanwhile, what is left of the ranges is left alone.
     ///
     /// # Errors
     /// Only if a range is no part of a block; nothing is discarded then.
@@ -91,19 +103,23 @@ impl Client {
         self.give_back(ranges, Way::Discard(punch))
     }
 
-    /// Frees these ranges, which the guest gave back and may write into again at any time: free page reporting, and every balloon whose guest deflates by
-    /// touching. When it returns they are holes, which read as zero; they are not read, sent or allocated until the guest writes. What it writes then is ordinary memory: no
-    /// [`Client::populate`] is needed, and one does no harm. Rounds inward to the block's granularity.
+    /// Frees these ranges, which the guest gave back and may write into again at any time: free
+    /// page reporting, and every balloon whose guest deflates by touching. When it returns they are
+    /// holes, which read as zero; they are not read, sent or allocated until the guest writes. What
+    /// it writes then is ordinary memory: no [`Client::populate`] is needed, and one does no harm.
+    /// Rounds inward to the block's granularity.
     ///
-    /// Call it after the guest gave the ranges back, and tell the guest that it is done only when it returned: what is written before that may be lost. Ranges that are discarded
-    /// stay discarded.
+    /// Call it after the guest gave the ranges back, and tell the guest that it is done only when
+    /// it returned: what is written before that may be lost. Ranges that are discarded stay
+    /// discarded.
     ///
-    /// Returns the number of pages that were freed: those that are not discarded. If the file system cannot free them they are as they were.
+    /// Returns the number of pages that were freed: those that are not discarded. If the file
+    /// system cannot free them they are as they were.
     ///
     /// # Errors
-    /// If a range is no part of a block; nothing is freed then. Or [`Error::AgentRuns`] if the agent is
-    /// lost, and its process lives on: it may free the ranges later, under the guest. So do not tell the
-    /// guest that it is done before this was called again with success.
+    /// If a range is no part of a block; nothing is freed then. Or [`Error::AgentRuns`] if the
+    /// agent is lost, and its process lives on: it may free the ranges later, under the guest. So
+    /// do not tell the guest that it is done before this was called again with success.
     pub fn free(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
         self.give_back(ranges, Way::Free)
     }
@@ -130,8 +146,8 @@ impl Client {
         Ok(pieces)
     }
 
-    /// Gives back as many of the pieces as fit into one request. Returns how many pages that changed,
-    /// and the other pieces.
+    /// Gives back as many of the pieces as fit into one request. Returns how many pages that
+    /// changed, and the other pieces.
     fn give_some_back<'a>(
         &self, session: &mut Session, pieces: &'a [Checked], way: Way,
     ) -> Result<(u64, &'a [Checked]), Error> {
@@ -141,12 +157,17 @@ impl Client {
     }
 
     /// Gives back what fits into one request.
-    fn give_batch_back(&self, session: &mut Session, batch: &[Checked], way: Way) -> Result<u64, Error> {
+    fn give_batch_back(
+        &self, session: &mut Session, batch: &[Checked], way: Way,
+    ) -> Result<u64, Error> {
         // Another block may have the id by now.
         let is_there = |entry: &&Checked| {
-            self.memory().block(entry.range.block).is_some_and(|block| Arc::ptr_eq(&block, &entry.block))
+            self.memory()
+                .block(entry.range.block)
+                .is_some_and(|block| Arc::ptr_eq(&block, &entry.block))
         };
-        let (batch, ranges): (Vec<_>, Vec<_>) = batch.iter().filter(is_there).map(|entry| (entry, entry.range)).unzip();
+        let (batch, ranges): (Vec<_>, Vec<_>) =
+            batch.iter().filter(is_there).map(|entry| (entry, entry.range)).unzip();
         if batch.is_empty() {
             return Ok(0);
         }
@@ -156,9 +177,9 @@ impl Client {
             Err(Error::Refused { sentence, .. }) if !session.control.link().is_cut() => {
                 log::warn!("the agent refused a discard, the client does it: {sentence}");
             }
-            // It was given up, or is now. It may be reading here (`never-read`), or about to do what it was
-            // asked. A discard goes on even if it lives: that no page is used again before it has ended
-            // is seen to by whoever populates. Nobody populates what is freed.
+            // It was given up, or is now. It may be reading here (`never-read`), or about to do
+            // what it was asked. A discard goes on even if it lives: that no page is used again
+            // before it has ended is seen to by whoever populates. Nobody populates what is freed.
             Err(_) => {
                 let settled = session.settle();
                 if let Way::Free = way {
@@ -174,18 +195,19 @@ impl Client {
         Ok(batch.iter().map(alone).sum())
     }
 
-    /// Says that the guest is about to use these ranges. Rounds outward to the block's granularity. The guest may use them when it
-    /// returned with success.
+    /// Says that the guest is about to use these ranges. Rounds outward to the block's granularity.
+    /// The guest may use them when it returned with success.
     ///
     /// Returns the number of pages that were discarded before.
     ///
     /// # Errors
-    /// - [`Error::GuestGone`] if the guest has left by a migration: its memory here is not in use any
-    ///   more, and trying again does not help;
-    /// - [`Error::Refused`] with the code `Busy` if a job is in the way for a while: the last pass of
-    ///   a migration, or a guest that is on its way here ([`Client::populate_within`] waits for that);
-    /// - [`Error::AgentRuns`] if the agent is lost, and its process lives on, since the VMM may not kill
-    ///   it or the kernel keeps it: it may still carry out a discard that it was asked for;
+    /// - [`Error::GuestGone`] if the guest has left by a migration: its memory here is not in use
+    ///   any more, and trying again does not help;
+    /// - [`Error::Refused`] with the code `Busy` if a job is in the way for a while: the last pass
+    ///   of a migration, or a guest that is on its way here ([`Client::populate_within`] waits for
+    ///   that);
+    /// - [`Error::AgentRuns`] if the agent is lost, and its process lives on, since the VMM may not
+    ///   kill it or the kernel keeps it: it may still carry out a discard that it was asked for;
     /// - if a range is no part of a block, or the agent refuses for another reason.
     ///
     /// Nothing is populated then. A lost agent that has ended is no error: the client does it.
@@ -199,13 +221,15 @@ impl Client {
         }
         drop(ownership);
         let mut changed = 0;
-        // Runs that this call populated. One batch is all or nothing by itself, so only more than one needs them.
+        // Runs that this call populated. One batch is all or nothing by itself, so only more than
+        // one needs them.
         let mut undo: Vec<BlockRange> = Vec::new();
         let batches = batches(&session, &checked);
         let many = batches.len() > 1;
         for batch in batches {
             let discarded = if many { discarded_runs(batch) } else { Vec::new() };
-            let request = Request::Populate { ranges: batch.iter().map(|entry| entry.range).collect() };
+            let request =
+                Request::Populate { ranges: batch.iter().map(|entry| entry.range).collect() };
             changed += match self.populate_batch(&mut session, &request, batch) {
                 Ok(changed) => changed,
                 Err(error) => {
@@ -233,29 +257,37 @@ impl Client {
     }
 
     /// Populates what is in one request: all of it, or nothing.
-    fn populate_batch(&self, session: &mut Session, request: &Request, batch: &[Checked]) -> Result<u64, Error> {
+    fn populate_batch(
+        &self, session: &mut Session, request: &Request, batch: &[Checked],
+    ) -> Result<u64, Error> {
         match session.control.request(request, &[], RangesReply::decode) {
             Ok(reply) => Ok(reply.changed_pages),
             Err(Error::AgentLost { .. }) if !self.is_given_up() => {
                 // It may be about to discard what the guest uses again from now on.
                 session.settle()?;
-                Ok(batch.iter().map(|entry| entry.block.populate(entry.pages, &self.memory().log)).sum())
+                Ok(batch
+                    .iter()
+                    .map(|entry| entry.block.populate(entry.pages, &self.memory().log))
+                    .sum())
             }
-            Err(Error::AgentLost { reason }) => {
-                Err(Error::GuestGone { sentence: format!("it was given up, and its agent is lost: {reason}") })
+            Err(Error::AgentLost { reason }) => Err(Error::GuestGone {
+                sentence: format!("it was given up, and its agent is lost: {reason}"),
+            }),
+            Err(Error::Refused { code: ErrorCode::Gone, sentence }) => {
+                Err(Error::GuestGone { sentence })
             }
-            Err(Error::Refused { code: ErrorCode::Gone, sentence }) => Err(Error::GuestGone { sentence }),
             Err(refused) => Err(refused),
         }
     }
 
     /// As [`Client::populate`], and waits for at most `patience` while a job is in the way.
     ///
-    /// Nothing else of the client is held up meanwhile. Do not call it on a thread that a hook waits
-    /// for: the job that is in the way may need that hook.
+    /// Nothing else of the client is held up meanwhile. Do not call it on a thread that a hook
+    /// waits for: the job that is in the way may need that hook.
     ///
     /// # Errors
-    /// As [`Client::populate`]; the code is `Busy` only if the job was in the way for all of that time.
+    /// As [`Client::populate`]; the code is `Busy` only if the job was in the way for all of that
+    /// time.
     pub fn populate_within(&self, ranges: &[BlockRange], patience: Duration) -> Result<u64, Error> {
         while_busy(patience, || self.populate(ranges))
     }
@@ -267,10 +299,12 @@ impl Client {
 
     /// Finds the blocks and rounds all ranges, before anything is changed.
     fn check(
-        &self, ranges: &[BlockRange], round: impl Fn(&Block, &BlockRange) -> Result<PageRange, Error>,
+        &self, ranges: &[BlockRange],
+        round: impl Fn(&Block, &BlockRange) -> Result<PageRange, Error>,
     ) -> Result<Vec<Checked>, Error> {
         let check = |range: &BlockRange| {
-            let block = self.memory().block(range.block).ok_or(Error::UnknownBlock { id: range.block })?;
+            let block =
+                self.memory().block(range.block).ok_or(Error::UnknownBlock { id: range.block })?;
             let pages = round(&block, range)?;
             Ok(Checked { range: *range, block, pages })
         };
@@ -282,7 +316,8 @@ fn batches<'a>(session: &Session, checked: &'a [Checked]) -> std::slice::Chunks<
     checked.chunks(session.control.max_ranges)
 }
 
-/// Cuts a range that is too large for one request, where no unit is cut: so the pieces round inward to what the whole does.
+/// Cuts a range that is too large for one request, where no unit is cut: so the pieces round inward
+/// to what the whole does.
 fn cut(entry: Checked, most: u64, into: &mut Vec<Checked>) -> Result<(), Error> {
     let BlockRange { block: id, offset, length } = entry.range;
     // Both are powers of two.
@@ -296,7 +331,11 @@ fn cut(entry: Checked, most: u64, into: &mut Vec<Checked>) -> Result<(), Error> 
     while start < end {
         let stop = (start / step * step).saturating_add(step).min(end);
         let range = BlockRange { block: id, offset: start, length: stop - start };
-        into.push(Checked { range, pages: entry.block.inward(&range)?, block: Arc::clone(&entry.block) });
+        into.push(Checked {
+            range,
+            pages: entry.block.inward(&range)?,
+            block: Arc::clone(&entry.block),
+        });
         start = stop;
     }
     Ok(())
@@ -316,7 +355,8 @@ fn batch_length(session: &Session, ranges: &[Checked], most: u64) -> usize {
 fn discarded_runs(batch: &[Checked]) -> Vec<BlockRange> {
     let runs = |entry: &Checked| {
         let block = entry.range.block;
-        let range = |run: PageRange| BlockRange { block, offset: run.offset(), length: run.bytes() };
+        let range =
+            |run: PageRange| BlockRange { block, offset: run.offset(), length: run.bytes() };
         entry.block.discarded.runs(entry.pages).map(range).collect::<Vec<_>>()
     };
     batch.iter().flat_map(runs).collect()

@@ -1,7 +1,7 @@
 //! What can go wrong, seen from the VMM.
 //!
-//! `vmm-survives`: none of these stops the guest. Before the switchover an error of this library means that a migration does not
-//! happen, never that the guest is lost.
+//! `vmm-survives`: none of these stops the guest. Before the switchover an error of this library
+//! means that a migration does not happen, never that the guest is lost.
 
 use crate::ownership::Ownership;
 use pageferry_protocol::control::SocketError;
@@ -18,8 +18,8 @@ use std::time::Duration;
 /// An error of the client library.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The agent died, hung, or broke the protocol. It stays so until [`Client::reattach`](crate::Client::reattach);
-    /// discards and populates go on without it.
+    /// The agent died, hung, or broke the protocol. It stays so until
+    /// [`Client::reattach`](crate::Client::reattach); discards and populates go on without it.
     #[error("the agent is lost: {reason}")]
     AgentLost {
         /// What happened, in words.
@@ -111,7 +111,9 @@ pub enum Error {
     #[error(transparent)]
     Geometry(#[from] GeometryError),
     /// The block ends after what the dirty log covers.
-    #[error("block {id}: gpa {gpa:#x} + length {length:#x} ends outside the dirty log, which covers {covers:#x} bytes")]
+    #[error(
+        "block {id}: gpa {gpa:#x} + length {length:#x} ends outside the dirty log, which covers {covers:#x} bytes"
+    )]
     OutsideLog {
         /// The block.
         id: u32,
@@ -170,7 +172,9 @@ pub enum Error {
     #[error(transparent)]
     Userfault(#[from] pageferry_protocol::userfault::UserfaultError),
     /// The set of trackers is empty.
-    #[error("no tracker is named; if every writer marks the dirty log, that is Trackers::LOG_IS_COMPLETE")]
+    #[error(
+        "no tracker is named; if every writer marks the dirty log, that is Trackers::LOG_IS_COMPLETE"
+    )]
     NoTracker,
     /// The guest has left, so there is nothing to populate here. Trying again does not help.
     #[error("the guest is gone from here: {sentence}")]
@@ -205,13 +209,17 @@ pub enum Error {
         /// Who has it instead.
         ownership: Ownership,
     },
-    /// The guest ran before its memory was here, and what was missing never came: what could be sent or saved of it is not what it was.
+    /// The guest ran before its memory was here, and what was missing never came: what could be
+    /// sent or saved of it is not what it was.
     #[error(
         "memory of this guest is missing, since its agent was lost or its image was damaged before all was here: restore it again"
     )]
     MemoryLost,
     /// The address is longer than the protocol carries.
-    #[error("address of {length} bytes, allowed are {}", pageferry_protocol::control::job::MAX_ADDRESS)]
+    #[error(
+        "address of {length} bytes, allowed are {}",
+        pageferry_protocol::control::job::MAX_ADDRESS
+    )]
     Address {
         /// Length of the address in bytes.
         length: usize,
@@ -292,7 +300,10 @@ pub enum PathError {
     #[error("the path from the root is not UTF-8")]
     NotUtf8,
     /// It is longer than the protocol carries.
-    #[error("the path from the root has {length} bytes, allowed are {}", pageferry_protocol::control::job::MAX_ADDRESS)]
+    #[error(
+        "the path from the root has {length} bytes, allowed are {}",
+        pageferry_protocol::control::job::MAX_ADDRESS
+    )]
     Long {
         /// Length of the path from the root in bytes.
         length: usize,

@@ -1,25 +1,33 @@
 //! The guest's missing pages, while it runs before its memory is here: postcopy, seen from the VMM.
 //!
-//! The agent asks for the registration before the guest's state is loaded. From then on a touch of a page that is not here waits until the
-//! agent has placed it. When all is here the registration is taken back, and holes are plain holes again.
+//! The agent asks for the registration before the guest's state is loaded. From then on a touch of
+//! a page that is not here waits until the agent has placed it. When all is here the registration
+//! is taken back, and holes are plain holes again.
 //!
 //! # If the agent dies in between
 //!
-//! What was missing then never comes: the guest cannot go on. Nobody may take the missing pages for zero, so the mappings stay registered, and who touches
-//! them waits. The VMM is told at once ([`Hooks::memory_lost`](crate::Hooks::memory_lost)) and stops its guest. When the hook has returned, or after five seconds,
-//! whoever still waits, such as the thread of a device, gets SIGBUS instead of waiting for ever, page by page as they are touched. The five seconds are for a
-//! VMM whose hooks wait themselves: for a page, so that they do not hear of the end, or for a thread that waits for one.
+//! What was missing then never comes: the guest cannot go on. Nobody may take the missing pages for
+//! zero, so the mappings stay registered, and who touches them waits. The VMM is told at once
+//! ([`Hooks::memory_lost`](crate::Hooks::memory_lost)) and stops its guest. When the hook has
+//! returned, or after five seconds, whoever still waits, such as the thread of a device, gets
+//! SIGBUS instead of waiting for ever, page by page as they are touched. The five seconds are for a
+//! VMM whose hooks wait themselves: for a page, so that they do not hear of the end, or for a
+//! thread that waits for one.
 //!
-//! If no guest has run here yet, none is lost: who waits goes on, and what is missing is zero, of a guest that never runs here.
+//! If no guest has run here yet, none is lost: who waits goes on, and what is missing is zero, of a
+//! guest that never runs here.
 //!
-//! What was lost concerns that guest only. As soon as another is awaited here, nobody gets an error any more: the registration is taken back, and so are the marks in
-//! the page tables, which would outlive it, whatever the new guest's memory holds there.
+//! What was lost concerns that guest only. As soon as another is awaited here, nobody gets an error
+//! any more: the registration is taken back, and so are the marks in the page tables, which would
+//! outlive it, whatever the new guest's memory holds there.
 //!
-//! Until then that guest is neither sent nor saved: a page that is missing is a hole of the file, which would travel as zero. Without an agent's word it is not known which those are, so
-//! this looks no closer than at the state: see [`Faults::is_whole`].
+//! Until then that guest is neither sent nor saved: a page that is missing is a hole of the file,
+//! which would travel as zero. Without an agent's word it is not known which those are, so this
+//! looks no closer than at the state: see [`Faults::is_whole`].
 //!
-//! An agent that lives, but whose image turns out to be damaged, says so by the hook channel. It may be in vain, if a hook waits for one of the pages that never come: so how its job
-//! stands is looked at, too.
+//! An agent that lives, but whose image turns out to be damaged, says so by the hook channel. It
+//! may be in vain, if a hook waits for one of the pages that never come: so how its job stands is
+//! looked at, too.
 //!
 //! How a lost agent is found: see [`heartbeat`](crate::heartbeat).
 
@@ -40,11 +48,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long the VMM has to stop its guest before those who wait for what never comes get an error: it may be one of them.
+/// How long the VMM has to stop its guest before those who wait for what never comes get an error:
+/// it may be one of them.
 const GRACE: Duration = Duration::from_secs(5);
 /// What a userfaultfd for missing pages must be able to do.
 const FEATURES: u64 = feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON;
-/// How often all who wait are woken once the agent is lost: one that is not dead may still read faults, and answers none.
+/// How often all who wait are woken once the agent is lost: one that is not dead may still read
+/// faults, and answers none.
 const WAKE: Duration = Duration::from_millis(250);
 
 /// The registration, if there is one. Shared by a client and its hook channels.
@@ -86,8 +96,8 @@ impl Faults {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Finds out whether [`Faults::register`] would work, without a trace: whoever touches a mapping meanwhile
-    /// waits for a moment.
+    /// Finds out whether [`Faults::register`] would work, without a trace: whoever touches a
+    /// mapping meanwhile waits for a moment.
     pub(crate) fn probe(&self, memory: &Memory) -> Result<(), Error> {
         // What is registered now is not asked for again; what is lost is unregistered before.
         match &*self.state() {
@@ -96,8 +106,11 @@ impl Faults {
         }
     }
 
-    /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for the agent.
-    pub(crate) fn register(&self, memory: &Memory, client: WeakClient, link: Arc<Link>) -> Result<OwnedFd, Error> {
+    /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for
+    /// the agent.
+    pub(crate) fn register(
+        &self, memory: &Memory, client: WeakClient, link: Arc<Link>,
+    ) -> Result<OwnedFd, Error> {
         self.forget();
         let registered = Registered::all(memory, FEATURES, Register::Missing)?;
         let for_agent = registered.duplicate()?;
@@ -135,7 +148,8 @@ impl Faults {
         drop(before);
     }
 
-    /// Another guest is to come here: what the one before lost is no more. When this returns nobody gets an error for a page that is missing.
+    /// Another guest is to come here: what the one before lost is no more. When this returns nobody
+    /// gets an error for a page that is missing.
     pub(crate) fn forget(&self) {
         let mut state = self.state();
         if !matches!(*state, State::Lost { .. }) {
@@ -144,7 +158,8 @@ impl Faults {
         let State::Lost { registered, poisoner, .. } = std::mem::take(&mut *state) else { return };
         if let Some(Poisoner { stop, thread }) = poisoner {
             drop(stop);
-            // While it is registered: so this is the mapping that was marked, and not another in its place.
+            // While it is registered: so this is the mapping that was marked, and not another in
+            // its place.
             for page in thread.join().unwrap_or_default() {
                 let start = page.range().start;
                 if let Err(errno) = registered.uffd.forget_poison(page) {
@@ -156,8 +171,9 @@ impl Faults {
         drop(registered);
     }
 
-    /// The agent is lost. If no guest has run here none will, and who waits for memory goes on: a device that loads its state does so on the thread of the hook
-    /// channel, which hears of the end only after that.
+    /// The agent is lost. If no guest has run here none will, and who waits for memory goes on: a
+    /// device that loads its state does so on the thread of the hook channel, which hears of the
+    /// end only after that.
     fn let_go(&self, of: u64, ownership: &SharedOwnership) {
         if let State::Pending { registered, link, .. } = &*self.state()
             && *link == of
@@ -167,7 +183,8 @@ impl Faults {
         }
     }
 
-    /// True if memory is missing that never comes, now that the agent of this connection is lost, and the VMM is to be told.
+    /// True if memory is missing that never comes, now that the agent of this connection is lost,
+    /// and the VMM is to be told.
     pub(crate) fn is_news(&self, of: u64) -> bool {
         match *self.state() {
             State::Pending { link, .. } | State::Lost { told: false, link, .. } => link == of,
@@ -175,8 +192,9 @@ impl Faults {
         }
     }
 
-    /// Answers who touches what is missing with SIGBUS from now on, as long as the client lives. To be called when the guest was stopped, of which the VMM was
-    /// told, or had time enough to be. Nothing happens if the memory is not that of this connection's agent any more.
+    /// Answers who touches what is missing with SIGBUS from now on, as long as the client lives. To
+    /// be called when the guest was stopped, of which the VMM was told, or had time enough to be.
+    /// Nothing happens if the memory is not that of this connection's agent any more.
     pub(crate) fn give_up(&self, of: u64, is_told: bool) {
         let mut state = self.state();
         if !matches!(*state, State::Pending { link, .. } | State::Lost { link, .. } if link == of) {
@@ -214,7 +232,9 @@ fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
             && let Some(client) = weak.upgrade()
             && client.ownership() == Ownership::Ours
         {
-            log::error!("memory is lost, and the VMM has not stopped its guest: who waits for a page gets SIGBUS");
+            log::error!(
+                "memory is lost, and the VMM has not stopped its guest: who waits for a page gets SIGBUS"
+            );
             client.faults().give_up(id, false);
         }
     })
@@ -223,21 +243,23 @@ fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
 /// True if the job that was to bring the memory ended without all of it.
 fn will_not_come(status: &JobStatus) -> bool {
     let brings = matches!(status.kind, JobKind::Incoming | JobKind::Restore);
-    // One that failed may have all of it here, such as when the VMM is late to say that its guest runs.
+    // One that failed may have all of it here, such as when the VMM is late to say that its guest
+    // runs.
     let failed = status.phase.is_final() && status.phase != Phase::Completed;
     brings && failed && status.counters.remaining_pages > 0
 }
 
 /// Starts the thread that poisons what is touched until what is returned is dropped.
 fn poison(registered: &Arc<Registered>) -> Result<Poisoner, Error> {
-    let (stopped, stop) =
-        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(Error::kernel("make a pipe"))?;
+    let (stopped, stop) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map_err(Error::kernel("make a pipe"))?;
     let weak = Arc::downgrade(registered);
     let run = move || {
         let mut faults = [0; MAX_FAULTS];
         let mut marked = Vec::new();
         while let Some(registered) = weak.upgrade() {
-            // Who waits already was read by the agent, and has to come again. What is unmapped by now nobody waits for.
+            // Who waits already was read by the agent, and has to come again. What is unmapped by
+            // now nobody waits for.
             for range in &registered.ranges {
                 let _ = registered.uffd.wake(*range);
             }
@@ -253,13 +275,16 @@ fn poison(registered: &Arc<Registered>) -> Result<Poisoner, Error> {
     Ok(Poisoner { stop, thread: start("pageferry-poison", run)? })
 }
 
-/// Poisons the pages of the faults that come, for a while, and adds them to `marked`; false when it is to end, or cannot.
+/// Poisons the pages of the faults that come, for a while, and adds them to `marked`; false when it
+/// is to end, or cannot.
 fn answer(
-    registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAULTS], marked: &mut Vec<Poisoned>,
+    registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAULTS],
+    marked: &mut Vec<Poisoned>,
 ) -> bool {
     let until = Instant::now() + WAKE;
     while Instant::now() < until {
-        let mut polled = [PollFd::new(&registered.uffd, PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
+        let mut polled =
+            [PollFd::new(&registered.uffd, PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
         let wake = Timespec { tv_sec: 0, tv_nsec: i64::from(WAKE.subsec_nanos()) };
         match poll(&mut polled, Some(&wake)) {
             Ok(0) | Err(Errno::INTR) => continue,

@@ -10,11 +10,13 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 impl Client {
-    /// Adds every region of `memory` as a block, and attaches its bitmap to the dirty log. Returns the ids of the blocks: 0, 1, ... in order
-    /// of the guest physical address. They are named `ram@` and that address in hexadecimal; their granularity is their host page size.
+    /// Adds every region of `memory` as a block, and attaches its bitmap to the dirty log. Returns
+    /// the ids of the blocks: 0, 1, ... in order of the guest physical address. They are named
+    /// `ram@` and that address in hexadecimal; their granularity is their host page size.
     ///
     /// # Errors
-    /// If a region has no file, its bitmap is attached to another log, or for the reasons of [`Client::add_block`]. No block is added then.
+    /// If a region has no file, its bitmap is attached to another log, or for the reasons of
+    /// [`Client::add_block`]. No block is added then.
     pub fn add_guest_memory<B>(&self, memory: &GuestMemoryMmap<B>) -> Result<Vec<u32>, Error>
     where
         B: Bitmap + AttachLog + 'static,
@@ -23,7 +25,8 @@ impl Client {
         for (id, region) in (0..).zip(memory.iter()) {
             if let Err(error) = self.add_region(id, region) {
                 for id in ids {
-                    // Nobody has used them yet, and a job that was started in between is of no use without the rest.
+                    // Nobody has used them yet, and a job that was started in between is of no use
+                    // without the rest.
                     let _ = self.remove_block(id);
                 }
                 return Err(error);

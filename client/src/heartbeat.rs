@@ -15,10 +15,11 @@
 //!
 //! For the agent, until that deadline; for nobody else. Above all not for the lock of the session,
 //! under which a VMM's thread may wait: it is tried, and a beat is left out where it is held.
-//! Nothing is lost by that, since whoever holds it asks the agent something: the answer is a sign of
-//! life, and the lack of one is found there, with the same patience. Those requests come to their
-//! end without guest memory: what is sent is encoded on the heap, the bitmaps of discarded pages and
-//! the log are files of their own, and freeing a range of guest memory faults at none of its pages.
+//! Nothing is lost by that, since whoever holds it asks the agent something: the answer is a sign
+//! of life, and the lack of one is found there, with the same patience. Those requests come to
+//! their end without guest memory: what is sent is encoded on the heap, the bitmaps of discarded
+//! pages and the log are files of their own, and freeing a range of guest memory faults at none of
+//! its pages.
 //!
 //! [`Config::heartbeat`]: crate::Config::heartbeat
 
@@ -51,7 +52,8 @@ impl Stopped {
     pub(crate) fn within(&self, time: Duration) -> bool {
         let deadline = std::time::Instant::now() + time;
         // Its other end is never written to, only closed.
-        pageferry_protocol::control::socket::wait(self.0.as_fd(), PollFlags::IN, deadline) != Ok(false)
+        pageferry_protocol::control::socket::wait(self.0.as_fd(), PollFlags::IN, deadline)
+            != Ok(false)
     }
 }
 
@@ -73,7 +75,8 @@ impl Heartbeat {
     /// If the thread cannot be started.
     pub(crate) fn start(
         client: WeakClient, link: Arc<Link>, interval: Duration, ends: Ends,
-        is_lost: impl Fn(&JobStatus) -> bool + Send + 'static, lost: impl FnOnce(Stopped) + Send + 'static,
+        is_lost: impl Fn(&JobStatus) -> bool + Send + 'static,
+        lost: impl FnOnce(Stopped) + Send + 'static,
     ) -> Result<Self, Error> {
         let look = move || {
             // A client that is dropped cuts the link.
@@ -87,8 +90,8 @@ impl Heartbeat {
         link: Arc<Link>, interval: Duration, ends: Ends, look: impl Fn() -> bool + Send + 'static,
         lost: impl FnOnce(Stopped) + Send + 'static,
     ) -> Result<Self, Error> {
-        let (stopped, stop) =
-            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(Error::kernel("make a pipe"))?;
+        let (stopped, stop) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map_err(Error::kernel("make a pipe"))?;
         let stopped = Stopped(stopped);
         let run = move || {
             let watched = caught(|| {
@@ -114,7 +117,8 @@ impl Heartbeat {
     }
 }
 
-/// Waits for the time between two beats: false if one of these sockets ended, `None` if the thread is to.
+/// Waits for the time between two beats: false if one of these sockets ended, `None` if the thread
+/// is to.
 fn beat(stopped: &Stopped, ends: &[BorrowedFd<'_>], interval: Duration) -> Option<bool> {
     let mut polled = vec![PollFd::new(&stopped.0, PollFlags::IN)];
     // Not for reading: answers are for whoever asked.

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 /// The other end of a migration.
 #[derive(Debug)]
 pub enum Target {
-    /// `tcp:HOST:PORT` or `unix:PATH`: where to connect to, or to listen. A path has at most 107 bytes.
-    /// To listen, it may be that of a socket that nobody listens on, and of no other file.
+    /// `tcp:HOST:PORT` or `unix:PATH`: where to connect to, or to listen. A path has at most 107
+    /// bytes. To listen, it may be that of a socket that nobody listens on, and of no other file.
     Address(String),
     /// A connected stream socket, such as the one of [`PageStream::pair`](crate::PageStream::pair).
     Socket(OwnedFd),
@@ -25,7 +25,9 @@ impl Target {
     /// As it travels: the text, and the descriptor if there is one.
     fn parts(&self) -> Result<(String, Option<BorrowedFd<'_>>), Error> {
         match self {
-            Self::Address(address) if address.len() > MAX_ADDRESS => Err(Error::Address { length: address.len() }),
+            Self::Address(address) if address.len() > MAX_ADDRESS => {
+                Err(Error::Address { length: address.len() })
+            }
             Self::Address(address) => Ok((address.clone(), None)),
             Self::Socket(socket) => Ok(("fd".to_owned(), Some(socket.as_fd()))),
         }
@@ -38,37 +40,54 @@ const POLL: Duration = Duration::from_millis(5);
 const FIRST_POLL: Duration = Duration::from_micros(200);
 
 impl Client {
-    /// Starts to send the guest. Returns at once; the rest comes by hooks, [`Client::status`] and [`Client::wait`].
+    /// Starts to send the guest. Returns at once; the rest comes by hooks, [`Client::status`] and
+    /// [`Client::wait`].
     ///
     /// # Errors
-    /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), or the agent refuses or is lost.
-    pub fn start_outgoing(&self, target: Target, options: &OutgoingOptions) -> Result<JobStarted, Error> {
+    /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), or the agent
+    /// refuses or is lost.
+    pub fn start_outgoing(
+        &self, target: Target, options: &OutgoingOptions,
+    ) -> Result<JobStarted, Error> {
         self.check_ours()?;
         let (text, socket) = target.parts()?;
         let request = Request::StartOutgoing { target: text, options: options.clone() };
         self.session().control.request(&request, socket.as_slice(), JobStarted::decode)
     }
 
-    /// Starts to wait for a guest. From now on the guest is not ours, until the source's commit came and the agent has it resumed. The VMM
-    /// must not run a guest in this memory meanwhile.
+    /// Starts to wait for a guest. From now on the guest is not ours, until the source's commit
+    /// came and the agent has it resumed. The VMM must not run a guest in this memory meanwhile.
     ///
     /// # Errors
-    /// If the agent refuses, which leaves the ownership as it was, or is lost, which does not if the request may have arrived.
-    pub fn start_incoming(&self, listen: Target, options: &IncomingOptions) -> Result<JobStarted, Error> {
+    /// If the agent refuses, which leaves the ownership as it was, or is lost, which does not if
+    /// the request may have arrived.
+    pub fn start_incoming(
+        &self, listen: Target, options: &IncomingOptions,
+    ) -> Result<JobStarted, Error> {
         let (text, socket) = listen.parts()?;
-        self.start_awaited(&Request::StartIncoming { listen: text, options: options.clone() }, socket.as_slice())
+        self.start_awaited(
+            &Request::StartIncoming { listen: text, options: options.clone() },
+            socket.as_slice(),
+        )
     }
 
-    /// Starts to save the guest into an image. Returns at once, as [`Client::start_outgoing`] does. Paths are taken from the current directory, here and in the options.
+    /// Starts to save the guest into an image. Returns at once, as [`Client::start_outgoing`] does.
+    /// Paths are taken from the current directory, here and in the options.
     ///
-    /// In the mode [`Background`](crate::SnapshotMode::Background), while the job runs, whoever writes through the mappings that were handed over as
-    /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits a moment where the page is not saved yet. `write` to the file, and other mappings of it, as those of
-    /// other processes, do not wait, and what they write may be in the image: such devices stand still meanwhile, of which the VMM is told by
-    /// [`Hooks::writes_watched`](crate::Hooks::writes_watched), or the mode is [`Paused`](crate::SnapshotMode::Paused).
+    /// In the mode [`Background`](crate::SnapshotMode::Background), while the job runs, whoever
+    /// writes through the mappings that were handed over as
+    /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits a moment where the page is
+    /// not saved yet. `write` to the file, and other mappings of it, as those of other processes,
+    /// do not wait, and what they write may be in the image: such devices stand still meanwhile, of
+    /// which the VMM is told by [`Hooks::writes_watched`](crate::Hooks::writes_watched), or the
+    /// mode is [`Paused`](crate::SnapshotMode::Paused).
     ///
     /// # Errors
-    /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), a path is none that can be sent, or the agent refuses or is lost.
-    pub fn start_snapshot(&self, image: &Path, options: &SnapshotOptions) -> Result<JobStarted, Error> {
+    /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), a path is none
+    /// that can be sent, or the agent refuses or is lost.
+    pub fn start_snapshot(
+        &self, image: &Path, options: &SnapshotOptions,
+    ) -> Result<JobStarted, Error> {
         self.check_ours()?;
         let base = optional_path("base", &options.base)?;
         let options = SnapshotOptions { base, ..options.clone() };
@@ -76,15 +95,22 @@ impl Client {
         self.session().control.request(&request, &[], JobStarted::decode)
     }
 
-    /// Starts to restore a guest from an image. From now on the guest is not ours, until the agent has the restored one resumed; if the job fails, it stays so.
-    /// The VMM must not run a guest in this memory meanwhile. Paths are taken from the current directory, here and in the options.
+    /// Starts to restore a guest from an image. From now on the guest is not ours, until the agent
+    /// has the restored one resumed; if the job fails, it stays so. The VMM must not run a guest in
+    /// this memory meanwhile. Paths are taken from the current directory, here and in the options.
     ///
     /// # Errors
-    /// If a path is none that can be sent, or the agent refuses, which leaves the ownership as it was; or it is lost, which does not if the request may have arrived.
-    pub fn start_restore(&self, image: &Path, options: &RestoreOptions) -> Result<JobStarted, Error> {
+    /// If a path is none that can be sent, or the agent refuses, which leaves the ownership as it
+    /// was; or it is lost, which does not if the request may have arrived.
+    pub fn start_restore(
+        &self, image: &Path, options: &RestoreOptions,
+    ) -> Result<JobStarted, Error> {
         let working_set = optional_path("working_set", &options.working_set)?;
         let options = RestoreOptions { working_set, ..options.clone() };
-        self.start_awaited(&Request::StartRestore { path: absolute_path("image", image)?, options }, &[])
+        self.start_awaited(
+            &Request::StartRestore { path: absolute_path("image", image)?, options },
+            &[],
+        )
     }
 
     fn check_ours(&self) -> Result<(), Error> {
@@ -96,7 +122,9 @@ impl Client {
     }
 
     /// Starts a job that brings a guest.
-    fn start_awaited(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<JobStarted, Error> {
+    fn start_awaited(
+        &self, request: &Request, fds: &[BorrowedFd<'_>],
+    ) -> Result<JobStarted, Error> {
         let mut session = self.session();
         if let Some(lost) = session.control.lost() {
             return Err(lost);
@@ -122,7 +150,8 @@ impl Client {
         self.session().control.request(&Request::Cancel, &[], |_| Ok(()))
     }
 
-    /// Has the outgoing migration of mode [`Mode::Hybrid`](crate::Mode::Hybrid) that runs switch to postcopy, after the pass that it is in.
+    /// Has the outgoing migration of mode [`Mode::Hybrid`](crate::Mode::Hybrid) that runs switch to
+    /// postcopy, after the pass that it is in.
     ///
     /// # Errors
     /// If no such migration runs, it is past its passes, or the agent is lost.
@@ -132,20 +161,25 @@ impl Client {
 
     /// Connects a paused postcopy again. Returns at once, as [`Client::start_outgoing`] does.
     ///
-    /// At the source: to `address`, or where it went before. Also to be called when the source's agent was lost in postcopy and a new one
-    /// [attached](Client::reattach): that one then needs an address, and `options` say how; the job that is paused in an agent keeps its own.
+    /// At the source: to `address`, or where it went before. Also to be called when the source's
+    /// agent was lost in postcopy and a new one [attached](Client::reattach): that one then needs
+    /// an address, and `options` say how; the job that is paused in an agent keeps its own.
     ///
-    /// At the destination: has the job listen at `address`, too; where it listened before it does anyway, so this is only needed if the network changed.
+    /// At the destination: has the job listen at `address`, too; where it listened before it does
+    /// anyway, so this is only needed if the network changed.
     ///
     /// # Errors
     /// If there is nothing to recover, or the agent refuses or is lost.
-    pub fn recover(&self, address: Option<&str>, options: &OutgoingOptions) -> Result<JobStarted, Error> {
+    pub fn recover(
+        &self, address: Option<&str>, options: &OutgoingOptions,
+    ) -> Result<JobStarted, Error> {
         let address = address.unwrap_or_default();
         if address.len() > MAX_ADDRESS {
             return Err(Error::Address { length: address.len() });
         }
         let ownership = self.ownership();
-        let Migration { session, release } = match (self.shared_ownership().migration(), ownership) {
+        let Migration { session, release } = match (self.shared_ownership().migration(), ownership)
+        {
             (Some(migration), _) => migration,
             // The destination's, which is paused in its agent or not at all.
             (None, Ownership::Ours) => Migration::default(),
@@ -157,8 +191,9 @@ impl Client {
         self.session().control.request(&request, &[], JobStarted::decode)
     }
 
-    /// Changes the limits of the job that runs: of an outgoing migration all that can be changed later; of a snapshot ([`SnapshotOptions`]) or a restore
-    /// ([`RestoreOptions`]) the bandwidth alone. The rest is ignored.
+    /// Changes the limits of the job that runs: of an outgoing migration all that can be changed
+    /// later; of a snapshot ([`SnapshotOptions`]) or a restore ([`RestoreOptions`]) the bandwidth
+    /// alone. The rest is ignored.
     ///
     /// # Errors
     /// If no such job runs, a value is not allowed, or the agent is lost.
@@ -177,8 +212,9 @@ impl Client {
 
     /// Waits until the job ended, however it did: see the phase and the error of what is returned.
     ///
-    /// Asks every 5 ms, and sooner at first, for jobs that are short. Nothing that matters waits for this: the guest is stopped, resumed and given up by hooks, and a status costs the
-    /// agent microseconds. A subscription would need a thread that reads this socket at all times.
+    /// Asks every 5 ms, and sooner at first, for jobs that are short. Nothing that matters waits
+    /// for this: the guest is stopped, resumed and given up by hooks, and a status costs the agent
+    /// microseconds. A subscription would need a thread that reads this socket at all times.
     ///
     /// # Errors
     /// If the job did not end within `timeout`, is not the agent's last, or the agent is lost.
@@ -204,9 +240,12 @@ impl Client {
 /// A path as it travels: from the root, since the agent's current directory is another.
 fn absolute_path(what: &'static str, path: &Path) -> Result<String, Error> {
     let refused = |source| Error::Path { what, path: path.to_owned(), source };
-    let absolute = std::path::absolute(path).map_err(|source| refused(PathError::Absolute { source }))?;
+    let absolute =
+        std::path::absolute(path).map_err(|source| refused(PathError::Absolute { source }))?;
     match absolute.into_os_string().into_string() {
-        Ok(text) if text.len() > MAX_ADDRESS => Err(refused(PathError::Long { length: text.len() })),
+        Ok(text) if text.len() > MAX_ADDRESS => {
+            Err(refused(PathError::Long { length: text.len() }))
+        }
         Ok(text) => Ok(text),
         Err(_) => Err(refused(PathError::NotUtf8)),
     }

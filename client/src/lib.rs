@@ -1,11 +1,15 @@
 //! The thin library in the VMM.
 //!
-//! A VMM connects to its agent, or spawns one, and hands over its guest memory once, as file descriptors. From then on it says what the
-//! guest gave back ([`Client::free`], [`Client::discard`], [`Client::populate`]), answers a few hooks ([`Hooks`]), and starts and watches migrations.
+//! A VMM connects to its agent, or spawns one, and hands over its guest memory once, as file
+//! descriptors. From then on it says what the guest gave back ([`Client::free`],
+//! [`Client::discard`], [`Client::populate`]), answers a few hooks ([`Hooks`]), and starts and
+//! watches migrations.
 //!
 //! ```no_run
-//! use pageferry_client::{Client, Config, HookError, Hooks, OutgoingOptions, RunState, StatePiece, Target, Trackers};
-//! # fn guest_memory() -> vm_memory::GuestMemoryMmap<pageferry_client::LogBitmap> { unimplemented!() }
+//! use pageferry_client::{Client, Config, HookError, Hooks, OutgoingOptions};
+//! use pageferry_client::{RunState, StatePiece, Target, Trackers};
+//! # use pageferry_client::LogBitmap;
+//! # fn guest_memory() -> vm_memory::GuestMemoryMmap<LogBitmap> { unimplemented!() }
 //!
 //! struct Vmm;
 //!
@@ -32,7 +36,8 @@
 //! let hooks = channel.spawn(Vmm)?;
 //! client.add_guest_memory(&guest_memory())?;
 //! client.set_trackers(Trackers::WRITE_PROTECT)?; // who reports what the guest writes; see below
-//! let job = client.start_outgoing(Target::Address("tcp:10.0.0.2:4444".into()), &OutgoingOptions::default())?.job;
+//! let to = Target::Address("tcp:10.0.0.2:4444".into());
+//! let job = client.start_outgoing(to, &OutgoingOptions::default())?.job;
 //! let status = client.wait(job, std::time::Duration::from_secs(600))?;
 //! # Ok(()) }
 //! ```
@@ -40,8 +45,8 @@
 //! # Who writes must be said
 //!
 //! The devices of a VMM on [`GuestMemoryMmap<LogBitmap>`](LogBitmap) mark the shared dirty log by
-//! themselves. What vCPUs write only a tracker knows, and no default can guess which one there is. So
-//! a VMM declares it, once, with [`Client::set_trackers`]. Until then no migration by passes, no
+//! themselves. What vCPUs write only a tracker knows, and no default can guess which one there is.
+//! So a VMM declares it, once, with [`Client::set_trackers`]. Until then no migration by passes, no
 //! increment and no snapshot with `track` starts.
 //!
 //! | declared | what the VMM does for it |
@@ -52,11 +57,15 @@
 //!
 //! # Snapshots and restore
 //!
-//! [`Client::start_snapshot`] saves the guest into an image, by the same hooks as a migration: pause, save state, resume. In the background, which is the default, the
-//! guest stands still only for a moment, and then runs on while its memory is saved: who writes into a page that is not saved yet waits until it is. If the agent is lost
-//! meanwhile, so is the snapshot, and nobody waits any more. A VMM whose guest has moved away needs a new
-//! agent ([`Client::reattach`]) before it takes another guest. [`Client::start_restore`] fills the memory of a VMM that has no guest, or forgets it, and is otherwise like an
-//! incoming migration: load state, resume. A restore that an operator asks for comes by [`Hooks::prepare_restore`], and is refused unless the VMM says otherwise.
+//! [`Client::start_snapshot`] saves the guest into an image, by the same hooks as a migration:
+//! pause, save state, resume. In the background, which is the default, the guest stands still only
+//! for a moment, and then runs on while its memory is saved: who writes into a page that is not
+//! saved yet waits until it is. If the agent is lost meanwhile, so is the snapshot, and nobody
+//! waits any more. A VMM whose guest has moved away needs a new agent ([`Client::reattach`]) before
+//! it takes another guest. [`Client::start_restore`] fills the memory of a VMM that has no guest,
+//! or forgets it, and is otherwise like an incoming migration: load state, resume. A restore that
+//! an operator asks for comes by [`Hooks::prepare_restore`], and is refused unless the VMM says
+//! otherwise.
 //!
 //! ```no_run
 //! use pageferry_client::{Client, RestoreMode, RestoreOptions, SnapshotOptions};
@@ -76,15 +85,17 @@
 //!
 //! Names such as `one-owner` are the rules that `docs/invariants.md` explains.
 //!
-//! - `client`, `spawn`: connecting, and a new agent after a lost one; `control`: requests and answers;
+//! - `client`, `spawn`: connecting, and a new agent after a lost one; `control`: requests and
+//!   answers;
 //! - `agent_process`: the process of an agent, and seeing to its end;
 //! - `blocks`: adding and removing memory; `tracking`: who reports the guest's writes;
 //! - `discards`: discard, free and populate, with an agent and without;
 //! - `jobs`: migrations, snapshots, restores;
 //! - `hooks`: what the agent asks of the VMM; `ownership`: who may run the guest;
 //! - `memory`, `block`, `shared`: what survives the agent;
-//! - `faults`: pages that are missing while the guest runs already; `writes`: pages that are not saved yet while it runs on; `registration`: the mappings that
-//!   are registered for both; `heartbeat`: whether the agent lives;
+//! - `faults`: pages that are missing while the guest runs already; `writes`: pages that are not
+//!   saved yet while it runs on; `registration`: the mappings that are registered for both;
+//!   `heartbeat`: whether the agent lives;
 //! - `threads`: the client's own threads, none of which ends silently;
 //! - `page_stream`: migrations over the VMM's own transport;
 //! - `vm_memory_bitmap`, `guest_memory` (feature `vm-memory`): for VMMs built on that crate.
@@ -128,8 +139,9 @@ pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
 pub use pageferry_protocol::control::Trackers;
 pub use pageferry_protocol::control::job::{
-    Compression, Counters, IncomingOptions, JobKind, JobStatus, MIN_BANDWIDTH, Mode, NonConvergence, NotUtf8,
-    OutgoingOptions, Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState, SnapshotMode, SnapshotOptions,
+    Compression, Counters, IncomingOptions, JobKind, JobStatus, MIN_BANDWIDTH, Mode,
+    NonConvergence, NotUtf8, OutgoingOptions, Phase, RestoreMode, RestoreOptions, ResumePolicy,
+    RunState, SnapshotMode, SnapshotOptions,
 };
 pub use pageferry_protocol::control::request::{BlockRange, ErrorCode, JobStarted};
 pub use pageferry_protocol::memory::PageRange;

@@ -1,9 +1,10 @@
-//! The guest's memory as the client keeps it: the dirty log and the blocks. All of it survives the agent.
+//! The guest's memory as the client keeps it: the dirty log and the blocks. All of it survives the
+//! agent.
 //!
 //! # Locks
 //!
-//! The control socket's lock comes before this one. This one is held only to look something up or to put it in, never while
-//! waiting for anything, so the hook channel may take it at any time.
+//! The control socket's lock comes before this one. This one is held only to look something up or
+//! to put it in, never while waiting for anything, so the hook channel may take it at any time.
 
 use crate::block::Block;
 use crate::error::Error;
@@ -37,9 +38,14 @@ impl Memory {
         // Whole pages of log: a page holds 32,768 bits, which is 128 MiB of guest.
         let length = covers.div_ceil(PAGE_SIZE).div_ceil(8).max(1).next_multiple_of(PAGE_SIZE);
         let log_fd = sealed_memfd("pageferry-log", length)?;
-        let log =
-            DirtyLog::map(log_fd.as_fd(), 0, length).map_err(|source| Error::Mapping { what: "dirty log", source })?;
-        Ok(Self { log_fd, covers: log.pages() * PAGE_SIZE, log: Arc::new(log), blocks: Mutex::default() })
+        let log = DirtyLog::map(log_fd.as_fd(), 0, length)
+            .map_err(|source| Error::Mapping { what: "dirty log", source })?;
+        Ok(Self {
+            log_fd,
+            covers: log.pages() * PAGE_SIZE,
+            log: Arc::new(log),
+            blocks: Mutex::default(),
+        })
     }
 
     /// Bytes of the log's file.

@@ -1,9 +1,11 @@
 //! Who may run the guest: `one-owner`, seen from the VMM, in one place.
 //!
-//! The destination never runs before it received the commit; the source never runs after it may have been sent. The agent
-//! asks for the turn of that line with the relinquish hook; between its answer and the agent's word that no commit left
-//! (a resume hook), nobody but an operator may resume the guest, not even when the agent dies. That word counts only from the
-//! agent that asked, and only until its job ended or another began: a new agent, or a new attempt, knows nothing of that commit.
+//! The destination never runs before it received the commit; the source never runs after it may
+//! have been sent. The agent asks for the turn of that line with the relinquish hook; between its
+//! answer and the agent's word that no commit left (a resume hook), nobody but an operator may
+//! resume the guest, not even when the agent dies. That word counts only from the agent that asked,
+//! and only until its job ended or another began: a new agent, or a new attempt, knows nothing of
+//! that commit.
 //!
 //! ```text
 //!            relinquish                outgoing completed
@@ -11,24 +13,27 @@
 //!    ^  ^------ resume ---------'                          |
 //!    |                                                     |
 //!    +-- resume ---- Awaiting <---- start incoming --------+--- (from any)
-//!                       ^---------- start restore ---------+--- (from any, if the VMM starts it; an operator's not from Relinquished)
+//!                       ^---------- start restore ---------+--- (from any; if an operator
+//!                                                          starts it, not from Relinquished)
 //!    take by force, resume by force: Ours from any
 //! ```
 //!
-//! A guest is awaited as soon as it is asked for, since it may come sooner than the agent's answer. Until that comes, the agent may also be in the middle of a snapshot, and
-//! about to refuse: so what a snapshot needs is still allowed then, unless a guest comes. The resume that ends the snapshot is not the one of the guest that is awaited, whose state
-//! is always loaded before.
+//! A guest is awaited as soon as it is asked for, since it may come sooner than the agent's answer.
+//! Until that comes, the agent may also be in the middle of a snapshot, and about to refuse: so
+//! what a snapshot needs is still allowed then, unless a guest comes. The resume that ends the
+//! snapshot is not the one of the guest that is awaited, whose state is always loaded before.
 //!
-//! The run state is kept beside it. A guest that its operator has paused is paused once more by a job,
-//! and goes back to what it was when the job lets go of it: it is not run by a failure. A guest that a
-//! job has brought is what the agent says.
+//! The run state is kept beside it. A guest that its operator has paused is paused once more by a
+//! job, and goes back to what it was when the job lets go of it: it is not run by a failure. A
+//! guest that a job has brought is what the agent says.
 //!
-//! The state machine does no I/O and calls no hook: it says what to do. The lock around it is held for a few instructions only.
+//! The state machine does no I/O and calls no hook: it says what to do. The lock around it is held
+//! for a few instructions only.
 //!
 //! # Two agents at once
 //!
-//! After a reattach the hook channel of the old agent may still have requests to handle, and its end
-//! to deal with, on a thread of its own. Two rules keep it from harming the next agent:
+//! After a reattach the hook channel of the old agent may still have requests to handle, and its
+//! end to deal with, on a thread of its own. Two rules keep it from harming the next agent:
 //!
 //! - The hook that a decision leads to is called under the [turn](SharedOwnership::turn), and the
 //!   machine hears the result before the turn ends. So no guest is resumed for the old agent after
@@ -44,8 +49,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub enum Ownership {
     /// This VMM may run the guest.
     Ours,
-    /// Given up, or perhaps given up: the guest stands still here, and must. [`Client::take_by_force`](crate::Client::take_by_force) is for an
-    /// operator who knows that the destination does not run.
+    /// Given up, or perhaps given up: the guest stands still here, and must.
+    /// [`Client::take_by_force`](crate::Client::take_by_force) is for an operator who knows that
+    /// the destination does not run.
     Relinquished,
     /// The destination confirmed that it runs the guest.
     Gone,
@@ -120,10 +126,11 @@ pub(crate) struct Machine {
     pause: Pause,
     /// What the guest goes back to with the next resume, while `pause` is not [`Pause::Running`].
     run_state: RunState,
-    /// The connection whose agent may still say that the guest is to run here: while relinquished, that no commit left; while awaiting, that
-    /// one arrived.
+    /// The connection whose agent may still say that the guest is to run here: while relinquished,
+    /// that no commit left; while awaiting, that one arrived.
     asked_by: Option<u64>,
-    /// While awaiting: the agent has neither answered nor brought anything, and the guest was ours before.
+    /// While awaiting: the agent has neither answered nor brought anything, and the guest was ours
+    /// before.
     unanswered: bool,
     /// How often a guest was awaited. Tells who asked for the one that is.
     awaited: u64,
@@ -162,8 +169,8 @@ impl Machine {
         self.ownership
     }
 
-    /// True if the guest was given up, or perhaps: then the agent, even one that is lost, may be what the guest still gets its
-    /// memory from, wherever it runs.
+    /// True if the guest was given up, or perhaps: then the agent, even one that is lost, may be
+    /// what the guest still gets its memory from, wherever it runs.
     pub(crate) fn is_elsewhere(&self) -> bool {
         matches!(self.ownership, Ownership::Relinquished | Ownership::Gone)
     }
@@ -183,8 +190,8 @@ impl Machine {
         self.awaited += 1;
     }
 
-    /// A guest is about to be asked for, by an incoming migration or a restore. Returns what to hand to [`Machine::await_refused`]; otherwise
-    /// [`Machine::await_answered`] follows.
+    /// A guest is about to be asked for, by an incoming migration or a restore. Returns what to
+    /// hand to [`Machine::await_refused`]; otherwise [`Machine::await_answered`] follows.
     pub(crate) fn ask_for_guest(&mut self, link: u64) -> Machine {
         let before = *self;
         self.expect_guest(link);
@@ -192,7 +199,8 @@ impl Machine {
         before
     }
 
-    /// The agent refused it: what was before holds, unless something else happened meanwhile, such as that the VMM allowed an operator's restore.
+    /// The agent refused it: what was before holds, unless something else happened meanwhile, such
+    /// as that the VMM allowed an operator's restore.
     pub(crate) fn await_refused(&mut self, before: Machine) {
         if self.ownership == Ownership::Awaiting && self.awaited == before.awaited + 1 {
             self.ownership = before.ownership;
@@ -215,8 +223,9 @@ impl Machine {
         }
     }
 
-    /// The agent asks, for an operator, whether a guest may be restored here. To be called before the VMM is asked, which then decides. Not while the guest may
-    /// have to run here again: it would be gone, and nowhere else.
+    /// The agent asks, for an operator, whether a guest may be restored here. To be called before
+    /// the VMM is asked, which then decides. Not while the guest may have to run here again: it
+    /// would be gone, and nowhere else.
     pub(crate) fn prepare_restore(&self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         match self.ownership {
@@ -225,7 +234,8 @@ impl Machine {
         }
     }
 
-    /// The agent brings the state of a guest. Only the one that was asked may: nobody else's guest is to overwrite ours.
+    /// The agent brings the state of a guest. Only the one that was asked may: nobody else's guest
+    /// is to overwrite ours.
     pub(crate) fn load_state(&mut self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         match self.ownership {
@@ -237,7 +247,8 @@ impl Machine {
         }
     }
 
-    /// The agent of this connection is lost, which was to bring a guest: from now on it cannot have it run any more. False if it has already.
+    /// The agent of this connection is lost, which was to bring a guest: from now on it cannot have
+    /// it run any more. False if it has already.
     pub(crate) fn forgo(&mut self, link: u64) -> bool {
         let awaiting = self.ownership == Ownership::Awaiting;
         // The next agent may bring another.
@@ -248,8 +259,8 @@ impl Machine {
         awaiting
     }
 
-    /// The agent asks for a pause. Only a guest that is ours can be paused; that it is asked for is the beginning of another attempt, which
-    /// will end with a resume if it fails.
+    /// The agent asks for a pause. Only a guest that is ours can be paused; that it is asked for is
+    /// the beginning of another attempt, which will end with a resume if it fails.
     pub(crate) fn pause(&mut self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         if self.is_here() {
@@ -265,8 +276,8 @@ impl Machine {
         if self.is_here() { Ok(()) } else { Err(Forbidden::NotOursToSave(self.ownership)) }
     }
 
-    /// The run state of a guest that a hook has paused, or may have: what it was before. `None` if no
-    /// hook has: then the VMM knows.
+    /// The run state of a guest that a hook has paused, or may have: what it was before. `None` if
+    /// no hook has: then the VMM knows.
     pub(crate) fn run_state_before_pause(&self) -> Option<RunState> {
         (self.pause != Pause::Running).then_some(self.run_state)
     }
@@ -277,8 +288,8 @@ impl Machine {
         self.pause = if success { Pause::Paused { link } } else { Pause::Uncertain { link } };
     }
 
-    /// The agent asks for the line of `one-owner`, for this migration. To be called before it is answered.
-    /// A refusal changes nothing: another migration may be under way.
+    /// The agent asks for the line of `one-owner`, for this migration. To be called before it is
+    /// answered. A refusal changes nothing: another migration may be under way.
     pub(crate) fn relinquish(&mut self, link: u64, migration: Migration) -> Result<(), Forbidden> {
         self.check_current(link)?;
         match (self.ownership, self.pause) {
@@ -294,13 +305,16 @@ impl Machine {
         Ok(())
     }
 
-    /// The migration that the guest was given up to; `None` if it was not, or not to one that could be recovered.
+    /// The migration that the guest was given up to; `None` if it was not, or not to one that could
+    /// be recovered.
     fn migration(&self) -> Option<Migration> {
-        let recoverable = self.ownership == Ownership::Relinquished && self.migration.session != [0; 16];
+        let recoverable =
+            self.ownership == Ownership::Relinquished && self.migration.session != [0; 16];
         recoverable.then_some(self.migration)
     }
 
-    /// The answer to relinquish could not be sent whole. So the agent does not have it, and no commit can leave.
+    /// The answer to relinquish could not be sent whole. So the agent does not have it, and no
+    /// commit can leave.
     pub(crate) fn relinquish_unanswered(&mut self, link: u64) {
         if self.ownership == Ownership::Relinquished && self.asked_by == Some(link) {
             self.ownership = Ownership::Ours;
@@ -308,14 +322,17 @@ impl Machine {
         }
     }
 
-    /// The agent says that the guest is ours. It knows that no commit left, or that one arrived; or an operator
-    /// takes it by force. Ownership turns before the VMM resumes the guest: if that fails, nobody else has it either.
-    /// A guest that the agent has brought stays paused if `paused` says so; any other is as it was before
-    /// it was paused. An operator who forces it wants it to run.
+    /// The agent says that the guest is ours. It knows that no commit left, or that one arrived; or
+    /// an operator takes it by force. Ownership turns before the VMM resumes the guest: if that
+    /// fails, nobody else has it either. A guest that the agent has brought stays paused if
+    /// `paused` says so; any other is as it was before it was paused. An operator who forces it
+    /// wants it to run.
     ///
-    /// A guest that a later agent has paused is not for an earlier one to resume, nor may an earlier
-    /// one force anything: its operator got no answer, and has to ask again.
-    pub(crate) fn resume(&mut self, link: u64, force: bool, paused: bool) -> Result<Resume, Forbidden> {
+    /// A guest that a later agent has paused is not for an earlier one to resume, nor may an
+    /// earlier one force anything: its operator got no answer, and has to ask again.
+    pub(crate) fn resume(
+        &mut self, link: u64, force: bool, paused: bool,
+    ) -> Result<Resume, Forbidden> {
         if force {
             self.check_current(link)?;
         }
@@ -361,7 +378,10 @@ impl Machine {
     /// was given up to knows nothing of that migration.
     pub(crate) fn event(&mut self, link: u64, status: &JobStatus) {
         let is_of_before = self.asked_by.is_some_and(|asked_by| asked_by > link);
-        if status.kind != JobKind::Outgoing || self.ownership != Ownership::Relinquished || is_of_before {
+        if status.kind != JobKind::Outgoing
+            || self.ownership != Ownership::Relinquished
+            || is_of_before
+        {
             return;
         }
         match status.phase {
@@ -387,9 +407,9 @@ impl Machine {
         }
     }
 
-    /// The hook channel of this connection ended. Returns what the guest is to go back to, if it was
-    /// paused through that channel, or may have been, and is ours. Through an earlier one, too: its
-    /// end may have come while another guest was awaited, which the agent refused later.
+    /// The hook channel of this connection ended. Returns what the guest is to go back to, if it
+    /// was paused through that channel, or may have been, and is ours. Through an earlier one, too:
+    /// its end may have come while another guest was awaited, which the agent refused later.
     pub(crate) fn closed(&self, link: u64) -> Option<RunState> {
         let paused = self.pause.link().is_some_and(|paused_by| paused_by <= link);
         (self.ownership == Ownership::Ours && paused).then_some(self.run_state)
@@ -441,7 +461,8 @@ impl SharedOwnership {
         Turn(self.turn.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The migration that the guest was given up to; `None` if it was not, or not to one that could be recovered.
+    /// The migration that the guest was given up to; `None` if it was not, or not to one that could
+    /// be recovered.
     pub(crate) fn migration(&self) -> Option<Migration> {
         self.lock().migration()
     }

@@ -1,8 +1,9 @@
-//! The page stream in the VMM's own hands: a VMM that has its own transport between hosts relays records instead of letting the agents
-//! connect to each other.
+//! The page stream in the VMM's own hands: a VMM that has its own transport between hosts relays
+//! records instead of letting the agents connect to each other.
 //!
-//! One end of a [`PageStream::pair`] goes to the agent as [`Target::Socket`](crate::Target::Socket). What [`PageStream::recv`] yields has to
-//! come out of the other host's [`PageStream::send`], in order, and the same in the other direction.
+//! One end of a [`PageStream::pair`] goes to the agent as
+//! [`Target::Socket`](crate::Target::Socket). What [`PageStream::recv`] yields has to come out of
+//! the other host's [`PageStream::send`], in order, and the same in the other direction.
 
 use crate::control::socket_pair;
 use crate::error::Error;
@@ -27,7 +28,9 @@ impl Record {
     ///
     /// # Errors
     /// If the flags or the length of the payload do not fit the kind.
-    pub fn from_parts(kind: Kind, flags: u16, block: u32, range: PageRange, payload: &[u8]) -> Result<Self, Error> {
+    pub fn from_parts(
+        kind: Kind, flags: u16, block: u32, range: PageRange, payload: &[u8],
+    ) -> Result<Self, Error> {
         let header = RecordHeader::new(kind, flags, block, range, payload.len()).sealed(payload);
         header.check()?;
         let mut bytes = header.to_wire().to_vec();
@@ -35,8 +38,8 @@ impl Record {
         Ok(Self { kind, header, bytes })
     }
 
-    /// Reads the next record; `None` if the stream ends before it. The header is checked before the payload is allocated, and the
-    /// checksum afterwards.
+    /// Reads the next record; `None` if the stream ends before it. The header is checked before the
+    /// payload is allocated, and the checksum afterwards.
     ///
     /// # Errors
     /// If the record is not valid, the stream ends inside of it, or `from` cannot be read.
@@ -252,7 +255,10 @@ mod tests {
 
         let received = ours.recv().unwrap().unwrap();
         assert_eq!(received, there);
-        assert_eq!((received.kind(), received.block(), received.range()), (Kind::Data, 3, PageRange::new(9, 2)));
+        assert_eq!(
+            (received.kind(), received.block(), received.range()),
+            (Kind::Data, 3, PageRange::new(9, 2))
+        );
         assert_eq!(received.payload(), &there.as_bytes()[RECORD_SIZE..]);
         assert_eq!(agent.recv().unwrap().unwrap().number(), 4);
 
@@ -283,7 +289,10 @@ mod tests {
             Err(Error::Record(RecordError::Checksum { kind: Kind::Data, .. }))
         ));
         for cut in [1, RECORD_SIZE - 1, RECORD_SIZE, RECORD_SIZE + 1] {
-            assert!(matches!(Record::read_from(&mut &bytes[..cut]), Err(Error::Cut)), "cut at {cut}");
+            assert!(
+                matches!(Record::read_from(&mut &bytes[..cut]), Err(Error::Cut)),
+                "cut at {cut}"
+            );
         }
         assert!(Record::read_from(&mut &bytes[..0]).unwrap().is_none());
     }

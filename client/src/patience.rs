@@ -39,7 +39,11 @@ pub(crate) fn deadline(time: Duration) -> Instant {
 /// Which one, and what is allowed.
 pub(crate) fn check(config: &Config) -> Result<(), Error> {
     let Config { request_timeout, stall_timeout, heartbeat, log_covers: _ } = *config;
-    let times = [("request_timeout", request_timeout), ("stall_timeout", stall_timeout), ("heartbeat", heartbeat)];
+    let times = [
+        ("request_timeout", request_timeout),
+        ("stall_timeout", stall_timeout),
+        ("heartbeat", heartbeat),
+    ];
     match times.into_iter().find(|(_, time)| *time < SHORTEST) {
         Some((field, value)) => Err(Error::TooShort { field, value, shortest: SHORTEST }),
         None => Ok(()),
@@ -56,7 +60,9 @@ pub(crate) struct Patience {
 }
 
 impl Patience {
-    pub(crate) fn new(config: &Config, ownership: &Arc<SharedOwnership>, writes: &Arc<Writes>) -> Self {
+    pub(crate) fn new(
+        config: &Config, ownership: &Arc<SharedOwnership>, writes: &Arc<Writes>,
+    ) -> Self {
         Self {
             request_timeout: config.request_timeout,
             least: config.request_timeout.min(config.stall_timeout),
@@ -103,7 +109,10 @@ mod tests {
         ];
         for (field, config) in configs {
             let error = check(&config).unwrap_err().to_string();
-            assert!(error.starts_with(field) && error.ends_with("allowed are 1ms and more"), "{error}");
+            assert!(
+                error.starts_with(field) && error.ends_with("allowed are 1ms and more"),
+                "{error}"
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The mappings of all blocks, registered with a userfaultfd: for pages that are missing, or for writes into pages that are protected.
+//! The mappings of all blocks, registered with a userfaultfd: for pages that are missing, or for
+//! writes into pages that are protected.
 
 use crate::error::Error;
 use crate::memory::Memory;
@@ -18,7 +19,8 @@ impl Registered {
     /// Opens a userfaultfd with these features and registers the mappings of all blocks.
     ///
     /// # Errors
-    /// If a block is mapped nowhere, userfaultfd is not to be had, or a mapping cannot be registered; then none is left registered.
+    /// If a block is mapped nowhere, userfaultfd is not to be had, or a mapping cannot be
+    /// registered; then none is left registered.
     pub(crate) fn all(memory: &Memory, features: u64, what: Register) -> Result<Self, Error> {
         let uffd = Userfaultfd::open(features)?;
         let mut registered = Self { uffd, ranges: Vec::new(), host_pages: Vec::new() };
@@ -44,23 +46,33 @@ impl Registered {
     /// A duplicate of the userfaultfd, for the agent.
     pub(crate) fn duplicate(&self) -> Result<OwnedFd, Error> {
         let duplicate = self.uffd.as_fd().try_clone_to_owned();
-        let errno = |source| Error::Kernel { what: "duplicate a userfaultfd", source: crate::block::errno(&source) };
+        let errno = |source| Error::Kernel {
+            what: "duplicate a userfaultfd",
+            source: crate::block::errno(&source),
+        };
         duplicate.map_err(errno)
     }
 
-    /// Takes the registration back, which lifts all protection, and wakes who waits. Whoever holds a duplicate of the userfaultfd can do nothing with these
-    /// mappings any more.
+    /// Takes the registration back, which lifts all protection, and wakes who waits. Whoever holds
+    /// a duplicate of the userfaultfd can do nothing with these mappings any more.
     pub(crate) fn unregister(&self) {
         for range in &self.ranges {
             if let Err(errno) = self.uffd.unregister(*range) {
-                log::debug!("cannot unregister {:#x} + {:#x}, unmapped by now? ({errno})", range.start, range.length);
+                log::debug!(
+                    "cannot unregister {:#x} + {:#x}, unmapped by now? ({errno})",
+                    range.start,
+                    range.length
+                );
             }
         }
     }
 
     /// The host page of an address.
     pub(crate) fn page_of(&self, address: u64) -> Option<Addresses> {
-        let at = self.ranges.iter().position(|range| (range.start..range.start + range.length).contains(&address))?;
+        let at = self
+            .ranges
+            .iter()
+            .position(|range| (range.start..range.start + range.length).contains(&address))?;
         let unit = self.host_pages[at];
         Some(Addresses { start: address / unit * unit, length: unit })
     }

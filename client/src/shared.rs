@@ -1,6 +1,7 @@
 //! Memory that survives the agent: memfds that the client makes, maps, and hands over.
 //!
-//! They are sealed at their size, so that neither side can turn the other's access into SIGBUS by truncating the file.
+//! They are sealed at their size, so that neither side can turn the other's access into SIGBUS by
+//! truncating the file.
 
 use crate::error::Error;
 use pageferry_protocol::shm::FenceWord;
@@ -40,7 +41,8 @@ impl Fence {
     /// If the kernel refuses.
     pub(crate) fn new() -> Result<Self, Error> {
         let fd = sized_memfd("pageferry-fence", FENCE_BYTES)?;
-        let word = FenceWord::map(fd.as_fd()).map_err(|source| Error::Mapping { what: "fence word", source })?;
+        let word = FenceWord::map(fd.as_fd())
+            .map_err(|source| Error::Mapping { what: "fence word", source })?;
         // After the mapping, which stays writable.
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
         fcntl_add_seals(&fd, seals).map_err(Error::kernel("seal a memfd"))?;

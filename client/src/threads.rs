@@ -1,4 +1,5 @@
-//! The client's own threads, and code of the VMM that runs on them: a panic never ends one silently.
+//! The client's own threads, and code of the VMM that runs on them: a panic never ends one
+//! silently.
 //!
 //! A thread of the client that is gone may leave a guest paused, or somebody who waits for a page,
 //! with nobody to look. So what runs on such a thread is *caught*, and whoever starts it says what
@@ -17,7 +18,10 @@ use std::thread::{Builder, JoinHandle};
 pub(crate) fn start<T: Send + 'static>(
     name: &str, run: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, Error> {
-    Builder::new().name(name.to_owned()).spawn(run).map_err(|source| Error::Thread { name: name.to_owned(), source })
+    Builder::new()
+        .name(name.to_owned())
+        .spawn(run)
+        .map_err(|source| Error::Thread { name: name.to_owned(), source })
 }
 
 /// Runs `run`; a panic becomes its message. The state that it worked on is as the panic left it:

@@ -1,8 +1,9 @@
-//! The dirty log as a [`vm_memory::bitmap::Bitmap`]: a VMM built on `GuestMemoryMmap<LogBitmap>` marks every write of its devices by that
-//! type parameter.
+//! The dirty log as a [`vm_memory::bitmap::Bitmap`]: a VMM built on `GuestMemoryMmap<LogBitmap>`
+//! marks every write of its devices by that type parameter.
 //!
-//! A [`LogBitmap`] is made with its region and knows nothing of a log until [`Client::add_guest_memory`](crate::Client::add_guest_memory)
-//! attaches it. Writes before that are marked nowhere, and need not be: pass 0 of a migration sends everything.
+//! A [`LogBitmap`] is made with its region and knows nothing of a log until
+//! [`Client::add_guest_memory`](crate::Client::add_guest_memory) attaches it. Writes before that
+//! are marked nowhere, and need not be: pass 0 of a migration sends everything.
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 use pageferry_protocol::shm::DirtyLog;
@@ -97,7 +98,8 @@ impl Bitmap for LogSlice<'_> {
 
 /// A region's bitmap that may have a place in the dirty log.
 pub trait AttachLog {
-    /// Gives it its place: `first` is the page number in the guest of the region's first page. False if it has another.
+    /// Gives it its place: `first` is the page number in the guest of the region's first page.
+    /// False if it has another.
     #[must_use]
     fn attach_log(&self, log: &Arc<DirtyLog>, first: u64) -> bool;
 }

@@ -1,17 +1,22 @@
 //! The guest's writes into pages that are not saved yet: a background snapshot, seen from the VMM.
 //!
-//! The agent asks for the registration while the guest runs, protects the memory, and has the guest paused for a moment: what its memory is then is saved. Who writes into a protected
-//! page, a vCPU or a thread of the VMM, waits until the agent has saved it. When all is saved the registration is taken back.
+//! The agent asks for the registration while the guest runs, protects the memory, and has the guest
+//! paused for a moment: what its memory is then is saved. Who writes into a protected page, a vCPU
+//! or a thread of the VMM, waits until the agent has saved it. When all is saved the registration
+//! is taken back.
 //!
 //! # If the agent dies in between
 //!
-//! Nothing is missing but the snapshot. So the registration is taken back at once, which lifts all protection, and who waits writes and goes on (`vmm-survives`). The agent,
-//! if it lives after all, finds that out when it next protects a page: nothing is registered there any more. But the kernel asks only whether a mapping is
-//! registered, not with which userfaultfd: once the next agent watches, one that was given up for hanging and wakes up again could protect, and lift, for a moment.
-//! So it is dead before the next is attached ([`Client::reattach`](crate::Client::reattach)).
+//! Nothing is missing but the snapshot. So the registration is taken back at once, which lifts all
+//! protection, and who waits writes and goes on (`vmm-survives`). The agent, if it lives after all,
+//! finds that out when it next protects a page: nothing is registered there any more. But the
+//! kernel asks only whether a mapping is registered, not with which userfaultfd: once the next
+//! agent watches, one that was given up for hanging and wakes up again could protect, and lift, for
+//! a moment. So it is dead before the next is attached
+//! ([`Client::reattach`](crate::Client::reattach)).
 //!
-//! This must not take the thread of the hook channel, which may itself wait for a page, in a hook. So the heartbeat does it, too:
-//! whichever comes first.
+//! This must not take the thread of the hook channel, which may itself wait for a page, in a hook.
+//! So the heartbeat does it, too: whichever comes first.
 
 use crate::client::WeakClient;
 use crate::control::Link;
@@ -37,7 +42,8 @@ pub(crate) struct Writes {
 struct Watched {
     _registered: Registered,
     _heartbeat: Heartbeat,
-    /// The connection whose agent saves what is about to be written. Later ones have larger numbers.
+    /// The connection whose agent saves what is about to be written. Later ones have larger
+    /// numbers.
     link: u64,
 }
 
@@ -53,7 +59,9 @@ impl Writes {
     /// Tells the VMM by `tell` that the agent of this connection watches writes. False, and nothing
     /// is told, if this agent, or a later one, does already. One that takes over from an earlier
     /// agent tells it again; the end of the earlier one is not told then.
-    pub(crate) fn announce(&self, link: u64, tell: impl FnOnce() -> Result<(), HookError>) -> Result<bool, HookError> {
+    pub(crate) fn announce(
+        &self, link: u64, tell: impl FnOnce() -> Result<(), HookError>,
+    ) -> Result<bool, HookError> {
         let mut announced = self.announced();
         if announced.is_some_and(|by| by >= link) {
             return Ok(false);
@@ -73,11 +81,13 @@ impl Writes {
         }
     }
 
-    /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for the agent; `None` if this one, or one after it, has it already.
+    /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for
+    /// the agent; `None` if this one, or one after it, has it already.
     pub(crate) fn watch(
         self: &Arc<Self>, memory: &Memory, client: WeakClient, link: Arc<Link>,
     ) -> Result<Option<OwnedFd>, Error> {
-        // Kept until the end: the heartbeat may find the agent dead at once, and is to find the registration then.
+        // Kept until the end: the heartbeat may find the agent dead at once, and is to find the
+        // registration then.
         let mut watched = self.watched();
         let id = link.id;
         if watched.as_ref().is_some_and(|watched| watched.link >= id) {
@@ -85,7 +95,8 @@ impl Writes {
         }
         // An agent before this one, whose end its own heartbeat is just finding.
         *watched = None;
-        let registered = Registered::all(memory, feature::WP_HUGETLBFS_SHMEM, Register::WriteProtect)?;
+        let registered =
+            Registered::all(memory, feature::WP_HUGETLBFS_SHMEM, Register::WriteProtect)?;
         let for_agent = registered.duplicate()?;
         let weak = Arc::downgrade(self);
         let heartbeat = Heartbeat::start(
@@ -118,7 +129,9 @@ impl Writes {
     /// The same, since the agent is lost.
     pub(crate) fn lost(&self, link: u64) {
         if self.unwatch(link) {
-            log::warn!("the agent is lost while writes were watched: its snapshot is, too, and the guest runs on");
+            log::warn!(
+                "the agent is lost while writes were watched: its snapshot is, too, and the guest runs on"
+            );
         }
     }
 }

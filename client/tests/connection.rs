@@ -4,10 +4,13 @@
 mod support;
 
 use pageferry_client::{
-    Client, Config, Error, ErrorCode, IncomingOptions, OutgoingOptions, Ownership, Phase, Target, Trackers,
+    Client, Config, Error, ErrorCode, IncomingOptions, OutgoingOptions, Ownership, Phase, Target,
+    Trackers,
 };
 use pageferry_protocol::control::job::{JobKind, JobStatus};
-use pageferry_protocol::control::request::{BLOCK_DISCARDED, MAX_RANGES, RemoteError, Request, code, encode_reply};
+use pageferry_protocol::control::request::{
+    BLOCK_DISCARDED, MAX_RANGES, RemoteError, Request, code, encode_reply,
+};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use std::os::fd::OwnedFd;
@@ -39,7 +42,10 @@ fn hello_answered_by(answer: impl FnOnce(u32) -> Frame + Send + 'static) -> Erro
 #[test]
 fn refused_hello_surfaces_the_agents_sentence() {
     let error = hello_answered_by(|request| {
-        let refused = Err::<(), _>(RemoteError::new(ErrorCode::Unsupported, "version 1 to 1 offered, spoken is 7"));
+        let refused = Err::<(), _>(RemoteError::new(
+            ErrorCode::Unsupported,
+            "version 1 to 1 offered, spoken is 7",
+        ));
         Frame::reply(request, encode_reply(&refused, |(), encoder| encoder))
     });
     assert!(matches!(&error, Error::Refused { code: ErrorCode::Unsupported, .. }), "{error:?}");
@@ -78,7 +84,10 @@ fn log_and_bitmaps_are_sealed_at_their_size() {
     assert_eq!(identity(&agent.log), identity(&client.log_fd().try_clone_to_owned().unwrap()));
     assert_eq!(fstat(&bitmap).unwrap().st_size, 16);
     for fd in [&agent.log, &bitmap] {
-        assert_eq!(fcntl_get_seals(fd).unwrap(), SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL);
+        assert_eq!(
+            fcntl_get_seals(fd).unwrap(),
+            SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL
+        );
     }
 }
 
@@ -86,12 +95,18 @@ fn log_and_bitmaps_are_sealed_at_their_size() {
 fn refusal_surfaces_code_and_sentence_and_the_agent_stays() {
     let (client, _hooks, agent) = client(|mut agent| {
         let (request, _) = agent.request().unwrap();
-        agent.refuse(&request, ErrorCode::System, "block 1: length 0x3000 is over the file's 0x2000");
+        agent.refuse(
+            &request,
+            ErrorCode::System,
+            "block 1: length 0x3000 is over the file's 0x2000",
+        );
         agent.accept_block();
     });
     let memory = written(2);
     match client.add_block(spec(1, 0, &memory)) {
-        Err(Error::Refused { code: ErrorCode::System, sentence }) => assert!(sentence.contains("0x2000")),
+        Err(Error::Refused { code: ErrorCode::System, sentence }) => {
+            assert!(sentence.contains("0x2000"))
+        }
         other => panic!("{other:?}"),
     }
     assert!(client.discarded(1).is_none());
@@ -129,15 +144,24 @@ fn silent_agent_is_lost_and_later_calls_fail_at_once() {
     let before = Instant::now();
     assert_lost(client.status());
     assert_lost(client.cancel());
-    assert_lost(client.start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default()));
+    assert_lost(
+        client.start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default()),
+    );
     assert_eq!(client.ownership(), Ownership::Ours, "nothing was sent");
-    assert_lost(client.start_outgoing(Target::Address("tcp:[::]:0".into()), &OutgoingOptions::default()));
+    assert_lost(
+        client.start_outgoing(Target::Address("tcp:[::]:0".into()), &OutgoingOptions::default()),
+    );
     assert!(before.elapsed() < Duration::from_secs(5));
 }
 
 #[test]
 fn events_between_request_and_answer_are_skipped() {
-    let status = JobStatus { job: 3, kind: JobKind::Outgoing, phase: Phase::Completed, ..JobStatus::default() };
+    let status = JobStatus {
+        job: 3,
+        kind: JobKind::Outgoing,
+        phase: Phase::Completed,
+        ..JobStatus::default()
+    };
     let expected = status.clone();
     let (client, _hooks, agent) = client(move |mut agent| {
         let (request, _) = agent.request().unwrap();
@@ -162,7 +186,10 @@ fn wait_ends_with_the_job_and_refuses_another_and_gives_up_in_time() {
     });
     assert_eq!(client.wait(1, Duration::from_secs(10)).unwrap().phase, Phase::Failed);
     assert!(matches!(client.wait(2, Duration::ZERO), Err(Error::UnknownJob { job: 2, last: 1 })));
-    assert!(matches!(client.wait(1, Duration::ZERO), Err(Error::Unfinished { job: 1, phase: "passes", .. })));
+    assert!(matches!(
+        client.wait(1, Duration::ZERO),
+        Err(Error::Unfinished { job: 1, phase: "passes", .. })
+    ));
     agent.join().unwrap();
 }
 
@@ -179,10 +206,14 @@ fn requests_carry_their_descriptors() {
         agent.started(&request);
     });
     client.set_trackers(Trackers::HOOKS | Trackers::WRITE_PROTECT).unwrap();
-    let started = client.start_outgoing(Target::Socket(written(1)), &OutgoingOptions::default()).unwrap();
+    let started =
+        client.start_outgoing(Target::Socket(written(1)), &OutgoingOptions::default()).unwrap();
     assert_eq!((started.job, started.address.as_str()), (1, "here"));
     let long = Target::Address("x".repeat(5000));
-    assert!(matches!(client.start_outgoing(long, &OutgoingOptions::default()), Err(Error::Address { length: 5000 })));
+    assert!(matches!(
+        client.start_outgoing(long, &OutgoingOptions::default()),
+        Err(Error::Address { length: 5000 })
+    ));
     agent.join().unwrap();
 }
 
@@ -212,7 +243,8 @@ fn new_agent_is_handed_the_same_log_blocks_bitmaps_and_trackers() {
         let mut added: Vec<_> = (0..2).map(|_| agent.accept_block()).collect();
         let (request, _) = agent.request().unwrap();
         agent.done(&request);
-        let files: Vec<_> = added.iter_mut().map(|(_, fds)| fds.iter().map(identity).collect::<Vec<_>>()).collect();
+        let files: Vec<_> =
+            added.iter_mut().map(|(_, fds)| fds.iter().map(identity).collect::<Vec<_>>()).collect();
         let requests: Vec<_> = added.into_iter().map(|(request, _)| request).collect();
         (identity(&agent.log), requests, files, request)
     };
@@ -227,7 +259,8 @@ fn new_agent_is_handed_the_same_log_blocks_bitmaps_and_trackers() {
     client.discard(&[range(1, 1, 1)], Default::default()).unwrap();
 
     let (ours, agents) = UnixStream::pair().unwrap();
-    let second = std::thread::spawn(move || script(FakeAgent::shake_hands(agents.into(), MAX_RANGES)));
+    let second =
+        std::thread::spawn(move || script(FakeAgent::shake_hands(agents.into(), MAX_RANGES)));
     let new_hooks = client.reattach_socket(ours.into()).unwrap();
     let again = second.join().unwrap();
 
@@ -278,7 +311,8 @@ fn last_clone_of_the_client_ends_the_connection() {
 
 #[test]
 fn spawned_program_that_ends_at_once_is_noticed_by_its_end() {
-    // Were its end of the socket still open here, there would be nothing to notice until the time of a request is over.
+    // Were its end of the socket still open here, there would be nothing to notice until the time
+    // of a request is over.
     let error = Client::spawn(&mut Command::new("true"), Config::default()).unwrap_err();
     assert!(error.to_string().contains("the other side closed the connection"), "{error}");
 }
@@ -287,7 +321,8 @@ fn spawned_program_that_ends_at_once_is_noticed_by_its_end() {
 fn spawned_program_that_does_not_answer_is_killed() {
     let error = Client::spawn(Command::new("sleep").arg("1000"), impatient()).unwrap_err();
     assert_lost(Err::<(), _>(error));
-    let error = Client::spawn(&mut Command::new("/nonexistent/pageferry"), Config::default()).unwrap_err();
+    let error =
+        Client::spawn(&mut Command::new("/nonexistent/pageferry"), Config::default()).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/pageferry"), "{error}");
 }
 
@@ -301,13 +336,19 @@ fn what_is_said_without_an_agent_is_handed_to_the_next() {
     agent.join().unwrap();
     assert_lost(client.status());
     let (low, high) = (written(4), written(2));
-    let added = client.add_block(pageferry_client::BlockSpec { discarded: true, ..spec(2, 0, &low) }).unwrap();
+    let added = client
+        .add_block(pageferry_client::BlockSpec { discarded: true, ..spec(2, 0, &low) })
+        .unwrap();
     assert_eq!((added.host_page_size, added.sealed), (4096, false));
     client.add_block(spec(1, 0x10000, &high)).unwrap();
-    let short =
-        client.add_block(pageferry_client::BlockSpec { fd_offset: PAGE, ..spec(3, 0x90000, &high) }).unwrap_err();
+    let short = client
+        .add_block(pageferry_client::BlockSpec { fd_offset: PAGE, ..spec(3, 0x90000, &high) })
+        .unwrap_err();
     let short = pageferry_protocol::error::chain(&short);
-    assert_eq!(short, "block 3: file of 0x2000 bytes is shorter than fd_offset 0x1000 + length 0x2000");
+    assert_eq!(
+        short,
+        "block 3: file of 0x2000 bytes is shorter than fd_offset 0x1000 + length 0x2000"
+    );
     let append = written(2);
     rustix::fs::fcntl_setfl(&append, rustix::fs::OFlags::APPEND).unwrap();
     let append = client.add_block(spec(3, 0x90000, &append)).unwrap_err();
@@ -340,8 +381,11 @@ fn what_is_said_without_an_agent_is_handed_to_the_next() {
 fn removal_cancels_what_is_in_its_way_and_waits_for_its_end() {
     let (client, _hooks, agent) = client(|mut agent| {
         agent.accept_block();
-        for cancelled in [Ok(()), Err((ErrorCode::State, "too late")), Err((ErrorCode::NotFound, "no job is running"))]
-        {
+        for cancelled in [
+            Ok(()),
+            Err((ErrorCode::State, "too late")),
+            Err((ErrorCode::NotFound, "no job is running")),
+        ] {
             let (request, _) = agent.request().unwrap();
             assert_eq!(request, Request::RemoveBlock { id: 1 });
             agent.refuse(&request, ErrorCode::Busy, "job 1 is running");

@@ -3,9 +3,13 @@
 
 mod support;
 
-use pageferry_client::{BlockRange, BlockSpec, Config, Error, ErrorCode, JobStatus, MappedBitmap, PageRange, Punch};
+use pageferry_client::{
+    BlockRange, BlockSpec, Config, Error, ErrorCode, JobStatus, MappedBitmap, PageRange, Punch,
+};
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::request::{AddBlockReply, DISCARD_PUNCH, MAX_RANGES, Request, code};
+use pageferry_protocol::control::request::{
+    AddBlockReply, DISCARD_PUNCH, MAX_RANGES, Request, code,
+};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -21,7 +25,10 @@ fn living_agent_does_it_all() {
         agent.accept_block();
         for (flags, answer) in [(DISCARD_PUNCH, 3), (0, 0)] {
             let (request, _) = agent.request().unwrap();
-            assert_eq!(request, Request::Discard { flags, ranges: vec![range(1, 0, 2), range(1, 4, 1)] });
+            assert_eq!(
+                request,
+                Request::Discard { flags, ranges: vec![range(1, 0, 2), range(1, 4, 1)] }
+            );
             agent.changed(&request, answer);
         }
         let (request, _) = agent.request().unwrap();
@@ -54,7 +61,9 @@ fn wrong_ranges_are_refused_before_anything_happens() {
         ([range(1, 0, 1), range(1, 4, 1)], false),
         ([range(1, 0, 1), wrapping], false),
     ] {
-        for error in [client.discard(&ranges, Punch::Yes), client.populate(&ranges)].map(Result::unwrap_err) {
+        for error in
+            [client.discard(&ranges, Punch::Yes), client.populate(&ranges)].map(Result::unwrap_err)
+        {
             let names_it = match error {
                 Error::UnknownBlock { id } => unknown && id == 3,
                 Error::Range { block, .. } => !unknown && block == 1,
@@ -129,7 +138,9 @@ fn offset_in_the_file_and_granularity_count() {
     });
     let memory = written(16);
     let (fd_offset, length, granularity) = (4 * PAGE, 10 * PAGE, 4 * PAGE);
-    client.add_block(BlockSpec { fd_offset, length, granularity, ..spec(1, 0x100000, &memory) }).unwrap();
+    client
+        .add_block(BlockSpec { fd_offset, length, granularity, ..spec(1, 0x100000, &memory) })
+        .unwrap();
     agent.join().unwrap();
     // Pages 4 to 7 are a whole unit, and so is what is left at the end.
     assert_eq!(client.discard(&[range(1, 3, 7)], Punch::Yes).unwrap(), 6);
@@ -182,7 +193,9 @@ fn busy_populate_surfaces_and_changes_nothing() {
     client.discarded(1).unwrap().set(PageRange::new(1, 3));
     let ranges: Vec<BlockRange> = (0..4).map(|first| range(1, first, 1)).collect();
     match client.populate(&ranges) {
-        Err(Error::Refused { code: ErrorCode::Busy, sentence }) => assert!(sentence.contains("job 4")),
+        Err(Error::Refused { code: ErrorCode::Busy, sentence }) => {
+            assert!(sentence.contains("job 4"))
+        }
         other => panic!("{other:?}"),
     }
     assert_eq!(discarded(&client, 1), [1, 2, 3]);
@@ -199,7 +212,8 @@ fn sparse(times: u64) -> OwnedFd {
     fd
 }
 
-/// What an agent that counts pages as it should is asked to discard, until it is dropped after so many requests.
+/// What an agent that counts pages as it should is asked to discard, until it is dropped after so
+/// many requests.
 fn requests_until(agent: &mut FakeAgent, unit: u64, most: usize) -> Vec<Vec<(u64, u64)>> {
     let mut asked = Vec::new();
     while asked.len() < most
@@ -207,7 +221,8 @@ fn requests_until(agent: &mut FakeAgent, unit: u64, most: usize) -> Vec<Vec<(u64
     {
         let Request::Discard { ranges, .. } = &request else { panic!("{request:?}") };
         let inward = |range: &BlockRange| {
-            let (start, end) = (range.offset.next_multiple_of(unit), (range.offset + range.length) / unit * unit);
+            let (start, end) =
+                (range.offset.next_multiple_of(unit), (range.offset + range.length) / unit * unit);
             end.saturating_sub(start) / PAGE
         };
         agent.changed(&request, ranges.iter().map(inward).sum());
@@ -265,7 +280,10 @@ fn large_discard_is_the_same_without_an_agent_and_when_it_dies_in_the_middle() {
         // This agent only said so.
         let first = [MOST / 2 / PAGE + 1, MOST / PAGE, 2 * MOST / PAGE][answers];
         let end = (3 * MOST + MOST / 2) / PAGE;
-        assert_eq!(bitmap.runs(bitmap.all()).collect::<Vec<_>>(), [PageRange::new(first, end - first)]);
+        assert_eq!(
+            bitmap.runs(bitmap.all()).collect::<Vec<_>>(),
+            [PageRange::new(first, end - first)]
+        );
         agent.join().unwrap();
     }
 }
@@ -282,11 +300,15 @@ fn unit_larger_than_a_request_is_not_cut() {
     assert_eq!(client.discard(&[range], Punch::No).unwrap(), 4 * MOST / PAGE);
     drop(client);
     let asked = agent.join().unwrap();
-    assert_eq!(asked, [vec![(PAGE, 2 * MOST - PAGE)], vec![(2 * MOST, 2 * MOST)], vec![(4 * MOST, 2 * MOST)]]);
+    assert_eq!(
+        asked,
+        [vec![(PAGE, 2 * MOST - PAGE)], vec![(2 * MOST, 2 * MOST)], vec![(4 * MOST, 2 * MOST)]]
+    );
 }
 
 #[test]
-fn nobody_waits_for_the_whole_of_a_large_discard_and_a_block_in_the_place_of_another_is_left_alone() {
+fn nobody_waits_for_the_whole_of_a_large_discard_and_a_block_in_the_place_of_another_is_left_alone()
+{
     let (started, starts) = std::sync::mpsc::channel();
     let (client, _hooks, agent) = client_with(quiet(), 1, move |mut agent| {
         agent.accept_block();
@@ -294,7 +316,9 @@ fn nobody_waits_for_the_whole_of_a_large_discard_and_a_block_in_the_place_of_ano
         while let Some((request, _)) = agent.request() {
             match &request {
                 Request::Discard { .. } => agent.changed(&request, 0),
-                Request::QueryStatus => agent.reply(&request, &Ok(JobStatus::default()), JobStatus::encode),
+                Request::QueryStatus => {
+                    agent.reply(&request, &Ok(JobStatus::default()), JobStatus::encode)
+                }
                 Request::AddBlock { .. } => {
                     let added = AddBlockReply { host_page_size: 4096, sealed: 1 };
                     agent.reply(&request, &Ok(added), AddBlockReply::encode);
@@ -313,7 +337,9 @@ fn nobody_waits_for_the_whole_of_a_large_discard_and_a_block_in_the_place_of_ano
     let memory = written(8);
     client.add_block(spec(1, 0, &memory)).unwrap();
     let discarding = client.clone();
-    let discard = std::thread::spawn(move || discarding.discard(&vec![range(1, 0, 1); 100_000], Punch::No).unwrap());
+    let discard = std::thread::spawn(move || {
+        discarding.discard(&vec![range(1, 0, 1); 100_000], Punch::No).unwrap()
+    });
     starts.recv().unwrap();
     client.status().unwrap();
     client.remove_block(1).unwrap();
@@ -322,10 +348,17 @@ fn nobody_waits_for_the_whole_of_a_large_discard_and_a_block_in_the_place_of_ano
     client.cancel().unwrap();
     drop(client);
     let seen = agent.join().unwrap();
-    let expected =
-        [code::DISCARD, code::QUERY_STATUS, code::DISCARD, code::REMOVE_BLOCK, code::ADD_BLOCK, code::CANCEL];
+    let expected = [
+        code::DISCARD,
+        code::QUERY_STATUS,
+        code::DISCARD,
+        code::REMOVE_BLOCK,
+        code::ADD_BLOCK,
+        code::CANCEL,
+    ];
     // The one in the middle may be missing: both others waited already.
-    let without_it = [code::DISCARD, code::QUERY_STATUS, code::REMOVE_BLOCK, code::ADD_BLOCK, code::CANCEL];
+    let without_it =
+        [code::DISCARD, code::QUERY_STATUS, code::REMOVE_BLOCK, code::ADD_BLOCK, code::CANCEL];
     assert!(seen == expected || seen == without_it, "{seen:x?}");
 }
 
@@ -338,7 +371,10 @@ fn requests_are_the_smaller_the_less_time_the_agent_has() {
     });
     let memory = sparse(1);
     client.add_block(spec(1, 0, &memory)).unwrap();
-    assert_eq!(client.discard(&[BlockRange { block: 1, offset: 0, length: MOST }], Punch::No).unwrap(), MOST / PAGE);
+    assert_eq!(
+        client.discard(&[BlockRange { block: 1, offset: 0, length: MOST }], Punch::No).unwrap(),
+        MOST / PAGE
+    );
     drop(client);
     let asked = agent.join().unwrap();
     assert_eq!(asked.len() as u64, MOST / (8 << 20));
@@ -371,7 +407,10 @@ fn without_an_agent_a_free_punches_and_the_next_agent_hears_of_it_by_the_log() {
     let memory = written(16);
     client.add_block(spec(1, 0x100000, &memory)).unwrap();
     assert!(matches!(client.free(&[range(2, 0, 1)]), Err(Error::UnknownBlock { id: 2 })));
-    assert!(matches!(client.free(&[range(1, 0, 1), range(1, 16, 1)]), Err(Error::Range { block: 1, .. })));
+    assert!(matches!(
+        client.free(&[range(1, 0, 1), range(1, 16, 1)]),
+        Err(Error::Range { block: 1, .. })
+    ));
     assert_eq!(client.free(&[range(1, 0, 2)]).unwrap(), 2);
     agent.join().unwrap();
     assert_eq!(client.discard(&[range(1, 6, 2)], Punch::No).unwrap(), 2);

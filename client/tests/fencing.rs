@@ -42,7 +42,8 @@ impl Drop for Victim {
 fn lied_to(victim: &Victim, config: Config) -> (Client, pageferry_client::HookChannel, FakeAgent) {
     let (ours, agents) = UnixStream::pair().unwrap();
     let process = victim.pidfd();
-    let agent = std::thread::spawn(move || FakeAgent::shake_hands_as(agents.into(), MAX_RANGES, process));
+    let agent =
+        std::thread::spawn(move || FakeAgent::shake_hands_as(agents.into(), MAX_RANGES, process));
     let (client, channel) = Client::from_socket(ours.into(), config).unwrap();
     (client, channel, agent.join().unwrap())
 }
@@ -89,7 +90,8 @@ fn no_agent_is_attached_while_the_process_of_the_one_before_lives() {
     for _ in 0..2 {
         let (ours, agents) = UnixStream::pair().unwrap();
         let next = std::thread::spawn(move || {
-            let (mut control, fence) = FakeAgent::say_hello(agents.into(), MAX_RANGES, own_process());
+            let (mut control, fence) =
+                FakeAgent::say_hello(agents.into(), MAX_RANGES, own_process());
             // It gets nothing, and is no agent of this VMM.
             assert!(matches!(control.recv(soon()), Err(SocketError::Closed)));
             assert_eq!(fence.check().unwrap_err().current, 0);
@@ -140,7 +142,8 @@ fn an_agent_without_a_fence_or_a_process_is_refused_by_name() {
         let agent = std::thread::spawn(move || {
             let mut control = FrameSocket::from(OwnedFd::from(agents));
             let hello = control.recv(soon()).unwrap();
-            let reply = HelloReply { version: 1, features, max_body: 1 << 20, max_ranges: 7, pid: 1 };
+            let reply =
+                HelloReply { version: 1, features, max_body: 1 << 20, max_ranges: 7, pid: 1 };
             let body = encode_reply(&Ok(reply), HelloReply::encode);
             let reply = Frame { fds: fds(), ..Frame::reply(hello.request, body) };
             control.send(&reply, soon()).unwrap();
@@ -161,7 +164,8 @@ fn an_agent_without_a_fence_or_a_process_is_refused_by_name() {
 /// so it goes on in the end. What would let the guest use memory that a late discard of that agent
 /// destroys fails by name, until its process has ended.
 #[test]
-fn while_the_process_of_a_lost_agent_lives_memory_is_discarded_and_not_freed_populated_or_removed() {
+fn while_the_process_of_a_lost_agent_lives_memory_is_discarded_and_not_freed_populated_or_removed()
+{
     let victim = Victim::new();
     let (client, _channel, mut agent) = lied_to(&victim, impatient());
     let accepts = std::thread::spawn(move || {
@@ -179,7 +183,10 @@ fn while_the_process_of_a_lost_agent_lives_memory_is_discarded_and_not_freed_pop
     let runs = |outcome: Result<u64, Error>| matches!(outcome, Err(Error::AgentRuns { .. }));
     assert!(runs(client.populate(&[range])) && runs(client.free(&[last])));
     assert!(runs(client.remove_block(1).map(|()| 0)));
-    assert_eq!(client.discarded(1).unwrap().count(pageferry_protocol::memory::PageRange::new(0, 4)), 2);
+    assert_eq!(
+        client.discarded(1).unwrap().count(pageferry_protocol::memory::PageRange::new(0, 4)),
+        2
+    );
     assert_eq!(allocated_pages(&memory), 2, "what was to be freed is there");
     drop(victim);
     assert_eq!(client.populate(&[range]).unwrap(), 2);
@@ -251,7 +258,11 @@ fn an_agent_that_says_everything_but_its_answer_is_lost_in_time() {
 fn a_process_whose_descriptor_is_no_pidfd_is_no_agent() {
     let (ours, agents) = UnixStream::pair().unwrap();
     let agent = std::thread::spawn(move || {
-        FakeAgent::say_hello(agents.into(), MAX_RANGES, std::fs::File::open("/dev/null").unwrap().into())
+        FakeAgent::say_hello(
+            agents.into(),
+            MAX_RANGES,
+            std::fs::File::open("/dev/null").unwrap().into(),
+        )
     });
     let error = Client::from_socket(ours.into(), Config::default()).unwrap_err().to_string();
     assert!(error.contains("its file descriptor is no pidfd"), "{error}");
@@ -268,7 +279,8 @@ fn the_vmm_hears_that_its_agent_is_lost_before_the_process_of_that_one_has_ended
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
     let (says, lost) = std::sync::mpsc::channel();
     std::thread::spawn(move || says.send(attached.lose_agent().1.calls()));
-    let calls = lost.recv_timeout(Duration::from_secs(60)).expect("the channel waits for the process");
+    let calls =
+        lost.recv_timeout(Duration::from_secs(60)).expect("the channel waits for the process");
     assert_eq!(calls, ["pause", "resume", "lost Ours"]);
     drop(victim);
 }

@@ -10,7 +10,9 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use support::*;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory,
+};
 
 const LOW: u64 = 0x10_0000;
 const HIGH: u64 = 0x40_0000;
@@ -19,7 +21,10 @@ const HIGH: u64 = 0x40_0000;
 fn memory<B: NewBitmap>(file: &OwnedFd) -> GuestMemoryMmap<B> {
     let at = |offset| Some(FileOffset::new(file.try_clone().unwrap().into(), offset));
     let pages = |count: usize| count * 4096;
-    let ranges = [(GuestAddress(HIGH), pages(5), at(8 * PAGE)), (GuestAddress(LOW), pages(70), at(13 * PAGE))];
+    let ranges = [
+        (GuestAddress(HIGH), pages(5), at(8 * PAGE)),
+        (GuestAddress(LOW), pages(70), at(13 * PAGE)),
+    ];
     GuestMemoryMmap::from_ranges_with_files(sorted(ranges)).unwrap()
 }
 
@@ -47,7 +52,8 @@ fn added() -> (Client, HookChannel, GuestMemoryMmap<LogBitmap>) {
 
 #[test]
 fn regions_are_blocks_in_order_of_their_address() {
-    let (client, _hooks, agent) = client(|mut agent| [agent.accept_block().0, agent.accept_block().0]);
+    let (client, _hooks, agent) =
+        client(|mut agent| [agent.accept_block().0, agent.accept_block().0]);
     let memory = memory::<()>(&written(100));
     assert_eq!(client.add_guest_memory(&memory).unwrap(), [0, 1]);
     let places = agent.join().unwrap().map(|request| match request {

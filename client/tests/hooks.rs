@@ -4,8 +4,8 @@
 mod support;
 
 use pageferry_client::{
-    Dispatch, Error, HookError, Hooks, JobStatus, OutgoingOptions, Ownership, Phase, RestoreOptions, StatePiece,
-    Trackers,
+    Dispatch, Error, HookError, Hooks, JobStatus, OutgoingOptions, Ownership, Phase,
+    RestoreOptions, StatePiece, Trackers,
 };
 use pageferry_protocol::control::hook::{Hook, PieceSize, SavedState, code};
 use pageferry_protocol::control::hook::{decode_hook_reply, decode_state_reply, reply_sequence};
@@ -60,9 +60,16 @@ fn failing_hook_is_answered_with_its_sentence() {
     let mut attached = Attached::new(Vmm { fails: "pause", ..Vmm::default() });
     let error = attached.hook(&Hook::Pause).unwrap_err();
     assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Other, "vCPU 3 does not stop"));
-    assert_eq!(attached.refused(&Hook::Relinquish { session: [0; 16], release: false }), ErrorCode::State);
+    assert_eq!(
+        attached.refused(&Hook::Relinquish { session: [0; 16], release: false }),
+        ErrorCode::State
+    );
     assert_eq!(attached.hook(&RESUME), Ok(()));
-    assert_eq!(attached.calls(), ["pause", "resume"], "a resume is passed on, though the guest counts as running");
+    assert_eq!(
+        attached.calls(),
+        ["pause", "resume"],
+        "a resume is passed on, though the guest counts as running"
+    );
     attached.lose_agent();
 }
 
@@ -80,7 +87,8 @@ fn unknown_and_malformed_hooks_get_an_error_and_the_channel_lives() {
     let (sequence, unknown, sentence) = ask(Frame::request(0x2fff, 9u64.to_le_bytes().to_vec()));
     assert_eq!((sequence, unknown), (9, ErrorCode::Unsupported));
     assert!(sentence.contains("0x2fff"), "{sentence}");
-    let (sequence, malformed, _) = ask(Frame::request(code::THROTTLE, [9u64.to_le_bytes(), [0xff; 8]].concat()));
+    let (sequence, malformed, _) =
+        ask(Frame::request(code::THROTTLE, [9u64.to_le_bytes(), [0xff; 8]].concat()));
     assert_eq!((sequence, malformed), (9, ErrorCode::Invalid));
     let (_, short, _) = ask(Frame::request(code::PAUSE, vec![1, 2, 3]));
     assert_eq!(short, ErrorCode::Invalid);
@@ -115,7 +123,8 @@ fn hooks_sent_at_once_are_answered_in_order_by_one_dispatch() {
         (hook.code(), sequence)
     });
     assert_eq!(channel.dispatch(&mut vmm).unwrap(), Dispatch::Open);
-    // The agent waited too long for the first; it can tell its answer from the others by the number.
+    // The agent waited too long for the first; it can tell its answer from the others by the
+    // number.
     for (request, sequence) in sequences {
         let answer = agent.hooks.recv(soon()).unwrap();
         assert_eq!((answer.request, reply_sequence(&answer.body)), (request, Ok(sequence)));
@@ -190,8 +199,10 @@ fn hanging_agent_does_not_keep_the_guest_paused_though_nobody_asks_it_anything()
 #[test]
 fn silent_agent_is_not_given_up_where_the_guest_runs_or_may_run_elsewhere() {
     let relinquish = Hook::Relinquish { session: [0; 16], release: false };
-    let silent = [vec![Hook::Pause, RESUME], vec![Hook::Pause, relinquish.clone()]].map(|hooks| silent_after(&hooks));
-    // These two were silent before the first one that hangs, and the second hangs only when the first was found: that is how long it takes, and as long again.
+    let silent = [vec![Hook::Pause, RESUME], vec![Hook::Pause, relinquish.clone()]]
+        .map(|hooks| silent_after(&hooks));
+    // These two were silent before the first one that hangs, and the second hangs only when the
+    // first was found: that is how long it takes, and as long again.
     for _ in 0..2 {
         given_up(silent_after(&[Hook::Pause]));
     }
@@ -206,7 +217,11 @@ fn silent_agent_is_not_given_up_where_the_guest_runs_or_may_run_elsewhere() {
 #[test]
 fn agent_that_dies_after_the_line_leaves_the_guest_standing_still() {
     let mut attached = Attached::new(Vmm::default());
-    assert_eq!(attached.refused(&Hook::Relinquish { session: [0; 16], release: false }), ErrorCode::State, "it runs");
+    assert_eq!(
+        attached.refused(&Hook::Relinquish { session: [0; 16], release: false }),
+        ErrorCode::State,
+        "it runs"
+    );
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
     assert_eq!(attached.hook(&Hook::Relinquish { session: [0; 16], release: false }), Ok(()));
     assert_eq!(attached.client.ownership(), Ownership::Relinquished);
@@ -220,7 +235,10 @@ fn agent_that_dies_after_the_line_leaves_the_guest_standing_still() {
     assert_eq!(attached.refused(&RESUME), ErrorCode::State);
     assert_eq!(attached.calls(), [""; 0]);
     assert_eq!(attached.hook(&Hook::Resume { force: true, paused: false }), Ok(()));
-    assert_eq!((attached.calls(), attached.client.ownership()), (vec!["resume".to_owned()], Ownership::Ours));
+    assert_eq!(
+        (attached.calls(), attached.client.ownership()),
+        (vec!["resume".to_owned()], Ownership::Ours)
+    );
     attached.lose_agent();
 }
 
@@ -301,10 +319,16 @@ fn refused_guest_is_not_in_the_way_of_the_snapshot_that_runs() {
         let mut attached = Attached::new(Vmm::default());
         let starting = attached.client.clone();
         let started = std::thread::spawn(move || {
-            starting.start_restore(std::path::Path::new("/images/golden"), &RestoreOptions::default()).map(drop)
+            starting
+                .start_restore(std::path::Path::new("/images/golden"), &RestoreOptions::default())
+                .map(drop)
         });
         let (request, _) = attached.agent.request().unwrap();
-        assert_eq!(attached.client.ownership(), Ownership::Awaiting, "the guest may come sooner than the answer");
+        assert_eq!(
+            attached.client.ownership(),
+            Ownership::Awaiting,
+            "the guest may come sooner than the answer"
+        );
         assert_eq!(attached.hook(&Hook::Pause), Ok(()));
         if refused {
             attached.agent.refuse(&request, ErrorCode::Busy, "a snapshot runs");
@@ -337,14 +361,23 @@ fn restore_that_the_vmm_allows_makes_it_await_a_guest_of_that_agent() {
     assert_eq!(attached.hook(&prepare_restore()), Ok(()), "another attempt");
     assert_eq!(attached.hook(&RESUME), Ok(()));
     assert_eq!(attached.client.ownership(), Ownership::Ours);
-    let expected =
-        ["pause", "prepare restore /images/golden", "event cancelled", "prepare restore /images/golden", "resume"];
+    let expected = [
+        "pause",
+        "prepare restore /images/golden",
+        "event cancelled",
+        "prepare restore /images/golden",
+        "resume",
+    ];
     assert_eq!(attached.calls(), expected);
 
     assert_eq!(attached.hook(&prepare_restore()), Ok(()));
     let (client, vmm) = attached.lose_agent();
     assert_eq!(client.ownership(), Ownership::Awaiting);
-    assert_eq!(vmm.calls(), ["prepare restore /images/golden", "lost Awaiting"], "nobody runs what is half restored");
+    assert_eq!(
+        vmm.calls(),
+        ["prepare restore /images/golden", "lost Awaiting"],
+        "nobody runs what is half restored"
+    );
 }
 
 #[test]
@@ -365,7 +398,10 @@ fn restore_over_a_guest_that_may_return_is_refused_before_the_vmm_is_asked() {
         assert_eq!(attached.hook(&hook), Ok(()), "{}", hook.name());
     }
     assert_eq!(attached.refused(&prepare_restore()), ErrorCode::State);
-    assert_eq!((attached.calls(), attached.client.ownership()), (vec!["pause".to_owned()], Ownership::Relinquished));
+    assert_eq!(
+        (attached.calls(), attached.client.ownership()),
+        (vec!["pause".to_owned()], Ownership::Relinquished)
+    );
     assert_eq!(attached.hook(&RESUME), Ok(()), "and the agent that asked for the line has its say");
     attached.lose_agent();
 }
@@ -444,7 +480,10 @@ fn a_hook_that_panics_fails_by_name_and_the_channel_lives() {
     assert_eq!(client.ownership(), Ownership::Ours);
     let calls = vmm.calls();
     assert!(calls.starts_with(&["pause".into(), "resume".into()]), "{calls:?}");
-    assert!(calls.contains(&"throttle 0".into()), "a start that panicked may have started: {calls:?}");
+    assert!(
+        calls.contains(&"throttle 0".into()),
+        "a start that panicked may have started: {calls:?}"
+    );
     assert!(calls.contains(&"stop".into()), "{calls:?}");
     assert_eq!(calls.last().unwrap(), "lost Ours");
 }
@@ -486,9 +525,13 @@ fn a_relinquish_that_is_refused_does_not_change_the_migration_that_can_be_recove
     let (client, vmm) = attached.lose_agent();
     let (channel, second) = attach_next(&client);
     let mut attached = Attached::over(client, channel, second, vmm);
-    assert_eq!(attached.refused(&Hook::Relinquish { session: [2; 16], release: false }), ErrorCode::State);
+    assert_eq!(
+        attached.refused(&Hook::Relinquish { session: [2; 16], release: false }),
+        ErrorCode::State
+    );
     let recovering = attached.client.clone();
-    let recovered = std::thread::spawn(move || recovering.recover(None, &OutgoingOptions::default()).map(drop));
+    let recovered =
+        std::thread::spawn(move || recovering.recover(None, &OutgoingOptions::default()).map(drop));
     let (request, _) = attached.agent.request().unwrap();
     let Request::Recover { session, options, .. } = &request else { panic!("{request:?}") };
     assert_eq!((*session, options.release), ([1; 16], true));
@@ -499,7 +542,8 @@ fn a_relinquish_that_is_refused_does_not_change_the_migration_that_can_be_recove
 
 #[test]
 fn a_pause_that_failed_or_panicked_is_undone_when_the_agent_dies() {
-    let vmms = [Vmm { fails: "pause", ..Vmm::default() }, Vmm { panics: "pause", ..Vmm::default() }];
+    let vmms =
+        [Vmm { fails: "pause", ..Vmm::default() }, Vmm { panics: "pause", ..Vmm::default() }];
     for vmm in vmms {
         let mut attached = Attached::new(vmm);
         assert!(attached.hook(&Hook::Pause).is_err());
@@ -524,12 +568,19 @@ fn an_agent_that_hangs_after_a_pause_that_failed_is_found_as_after_one_that_did_
 
 #[test]
 fn a_vmm_that_panics_when_it_is_asked_for_the_run_state_is_not_paused_and_not_saved() {
-    let mut attached = Attached::new(Vmm { panics: "run state", run_state: RunState::Paused, ..Vmm::default() });
+    let mut attached =
+        Attached::new(Vmm { panics: "run state", run_state: RunState::Paused, ..Vmm::default() });
     let error = attached.hook(&Hook::Pause).unwrap_err();
-    assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Panicked, "run state: vCPU 3 is gone"));
+    assert_eq!(
+        (error.code, error.sentence.as_str()),
+        (ErrorCode::Panicked, "run state: vCPU 3 is gone")
+    );
     let saved = attached.agent.hook_frame(&Hook::SaveState, Vec::new());
     let error = decode_state_reply(&saved.body).unwrap().unwrap_err();
-    assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Panicked, "run state: vCPU 3 is gone"));
+    assert_eq!(
+        (error.code, error.sentence.as_str()),
+        (ErrorCode::Panicked, "run state: vCPU 3 is gone")
+    );
     let told = "panicked: run state: vCPU 3 is gone";
     let (_client, vmm) = attached.lose_agent();
     assert_eq!(vmm.calls(), [told, told, "lost Ours"], "the operator's pause stands");
@@ -541,8 +592,12 @@ fn a_vmm_that_declares_a_tracker_and_has_none_fails_before_a_write_is_lost() {
     for (hook, name) in [(START, "start_tracking"), (Hook::SyncTracker, "sync_tracker")] {
         queue(&mut agent, std::slice::from_ref(&hook));
         channel.dispatch(&mut Least).unwrap();
-        let error = decode_hook_reply(&agent.hooks.recv(soon()).unwrap().body).unwrap().unwrap_err();
-        assert!(error.sentence.contains("Trackers::HOOKS") && error.sentence.contains(name), "{error}");
+        let error =
+            decode_hook_reply(&agent.hooks.recv(soon()).unwrap().body).unwrap().unwrap_err();
+        assert!(
+            error.sentence.contains("Trackers::HOOKS") && error.sentence.contains(name),
+            "{error}"
+        );
     }
     // To stop what never was is fine, as is the tracker that needs no hook.
     queue(&mut agent, &[STOP]);

@@ -3,7 +3,9 @@
 
 mod support;
 
-use pageferry_client::{Error, ErrorCode, Ownership, PathError, RestoreMode, RestoreOptions, SnapshotOptions};
+use pageferry_client::{
+    Error, ErrorCode, Ownership, PathError, RestoreMode, RestoreOptions, SnapshotOptions,
+};
 use pageferry_protocol::control::request::Request;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -11,7 +13,11 @@ use std::path::{Path, PathBuf};
 use support::*;
 
 fn lazy(working_set: &str) -> RestoreOptions {
-    RestoreOptions { mode: RestoreMode::Lazy, working_set: working_set.into(), ..RestoreOptions::default() }
+    RestoreOptions {
+        mode: RestoreMode::Lazy,
+        working_set: working_set.into(),
+        ..RestoreOptions::default()
+    }
 }
 
 fn on(base: &str) -> SnapshotOptions {
@@ -50,23 +56,31 @@ fn agent_is_told_paths_from_the_root() {
 
 #[test]
 fn path_that_cannot_be_told_is_refused_before_anything_happens() {
-    let (client, _hooks, agent) = client(|mut agent| assert!(agent.request().is_none(), "nothing was asked"));
+    let (client, _hooks, agent) =
+        client(|mut agent| assert!(agent.request().is_none(), "nothing was asked"));
     let long = format!("/{}", "x".repeat(5000));
     let no_text = PathBuf::from(OsStr::from_bytes(b"/images/\xff"));
     let plain = Path::new("/images/one");
     let snapshot = |image: &Path, base: &str| client.start_snapshot(image, &on(base)).unwrap_err();
-    let restore = |image: &Path, working_set: &str| client.start_restore(image, &lazy(working_set)).unwrap_err();
+    let restore = |image: &Path, working_set: &str| {
+        client.start_restore(image, &lazy(working_set)).unwrap_err()
+    };
     for (error, whose) in [
         (snapshot(long.as_ref(), ""), "image"),
         (snapshot(plain, &long), "base"),
         (restore(long.as_ref(), ""), "image"),
         (restore(plain, &long), "working_set"),
     ] {
-        let Error::Path { what, source: PathError::Long { length: 5001 }, .. } = error else { panic!("{error:?}") };
+        let Error::Path { what, source: PathError::Long { length: 5001 }, .. } = error else {
+            panic!("{error:?}")
+        };
         assert_eq!(what, whose);
     }
     for error in [snapshot(&no_text, ""), restore(&no_text, "")] {
-        assert!(matches!(error, Error::Path { what: "image", source: PathError::NotUtf8, .. }), "{error:?}");
+        assert!(
+            matches!(error, Error::Path { what: "image", source: PathError::NotUtf8, .. }),
+            "{error:?}"
+        );
     }
     for (option, whose) in [
         (SnapshotOptions::default().on(&no_text).unwrap_err(), "base"),
@@ -74,7 +88,10 @@ fn path_that_cannot_be_told_is_refused_before_anything_happens() {
     ] {
         assert_eq!(option.to_string(), format!(r#"{whose} "/images/\xFF" is not UTF-8"#));
         let error = Error::from(option);
-        assert!(matches!(&error, Error::Path { what, source: PathError::NotUtf8, .. } if *what == whose), "{error:?}");
+        assert!(
+            matches!(&error, Error::Path { what, source: PathError::NotUtf8, .. } if *what == whose),
+            "{error:?}"
+        );
     }
     assert_eq!(SnapshotOptions::default().on(plain).unwrap(), on("/images/one"));
     let error = snapshot(Path::new(""), "");

@@ -4,8 +4,9 @@
 mod support;
 
 use pageferry_client::{
-    BlockSpec, Client, Counters, Error, HookError, Hooks, IncomingOptions, JobKind, JobStatus, OutgoingOptions,
-    Ownership, Phase, RestoreOptions, RunState, SnapshotMode, SnapshotOptions, StatePiece, Target,
+    BlockSpec, Client, Counters, Error, HookError, Hooks, IncomingOptions, JobKind, JobStatus,
+    OutgoingOptions, Ownership, Phase, RestoreOptions, RunState, SnapshotMode, SnapshotOptions,
+    StatePiece, Target,
 };
 use pageferry_protocol::control::hook::{Hook, decode_hook_reply, decode_state_reply};
 use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES, RemoteError, Request};
@@ -41,7 +42,13 @@ impl Ram {
     }
 
     fn empty(&self) {
-        fallocate(&*self.memory, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, PAGES * PAGE).unwrap();
+        fallocate(
+            &*self.memory,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            0,
+            PAGES * PAGE,
+        )
+        .unwrap();
     }
 
     fn address(&self) -> u64 {
@@ -83,7 +90,9 @@ impl Touch {
     #[track_caller]
     fn found(self) -> Option<u64> {
         let found = self.outcome.recv_timeout(LONG);
-        found.unwrap_or_else(|error| panic!("whoever touches page {} waits for ever: {error}", self.page))
+        found.unwrap_or_else(|error| {
+            panic!("whoever touches page {} waits for ever: {error}", self.page)
+        })
     }
 }
 
@@ -104,13 +113,16 @@ fn userfaultfd(agent: &mut FakeAgent, hook: &Hook) -> Userfaultfd {
 fn add_block(client: &Client, agent: &mut FakeAgent, ram: &Ram) {
     let (adding, block) = (client.clone(), ram.clone());
     let added = spawn(move || {
-        adding.add_block(BlockSpec { vmm_address: block.address(), ..spec(2, 0, &block.memory) }).unwrap();
+        adding
+            .add_block(BlockSpec { vmm_address: block.address(), ..spec(2, 0, &block.memory) })
+            .unwrap();
     });
     agent.accept_block();
     added.join().unwrap();
 }
 
-/// A guest whose agent died before its memory was here, and the next agent. `None` where there is no userfaultfd.
+/// A guest whose agent died before its memory was here, and the next agent. `None` where there is
+/// no userfaultfd.
 fn lost() -> Option<(Attached, Ram)> {
     uffd()?;
     let mut attached = Attached::new(Vmm::default());
@@ -134,7 +146,8 @@ fn lost() -> Option<(Attached, Ram)> {
     Some((Attached::over(client, channel, second.join().unwrap(), vmm), ram))
 }
 
-/// The memory is whole, for as long as nobody says otherwise, and can be registered for another guest.
+/// The memory is whole, for as long as nobody says otherwise, and can be registered for another
+/// guest.
 fn assert_forgotten(attached: &mut Attached, ram: &Ram) {
     // 5 was never touched.
     assert_eq!([3, 5, 7].map(|page| ram.found(page)), [Some(0); 3]);
@@ -163,11 +176,16 @@ fn a_guest_that_an_operator_restores_finds_no_page_of_the_one_before_lost() {
     attached.lose_agent();
 }
 
-/// What a client that asks for a guest is told by its agent, which does `meanwhile` before it answers.
-fn asked(attached: &mut Attached, accepted: bool, meanwhile: impl FnOnce(&mut FakeAgent)) -> Result<(), Error> {
+/// What a client that asks for a guest is told by its agent, which does `meanwhile` before it
+/// answers.
+fn asked(
+    attached: &mut Attached, accepted: bool, meanwhile: impl FnOnce(&mut FakeAgent),
+) -> Result<(), Error> {
     let starting: Client = attached.client.clone();
     let started = spawn(move || {
-        starting.start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default()).map(drop)
+        starting
+            .start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default())
+            .map(drop)
     });
     let (request, _) = attached.agent.request().unwrap();
     meanwhile(&mut attached.agent);
@@ -209,7 +227,9 @@ fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
         let options = SnapshotOptions { mode, ..SnapshotOptions::default() };
         client.start_snapshot("/images/one".as_ref(), &options)
     };
-    let send = || client.start_outgoing(Target::Address("tcp:[::1]:1".into()), &OutgoingOptions::default());
+    let send = || {
+        client.start_outgoing(Target::Address("tcp:[::1]:1".into()), &OutgoingOptions::default())
+    };
     // The agent is asked nothing: its next request is another.
     for error in [
         snapshot(SnapshotMode::Background).unwrap_err(),
@@ -236,7 +256,8 @@ fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
     assert_eq!(attached.hook(&Hook::UnregisterFaults { complete: true }), Ok(()));
     assert_eq!(attached.hook(&RESUME), Ok(()));
     let starting = client.clone();
-    let started = spawn(move || starting.start_snapshot("/images/one".as_ref(), &SnapshotOptions::default()));
+    let started =
+        spawn(move || starting.start_snapshot("/images/one".as_ref(), &SnapshotOptions::default()));
     let (request, _) = attached.agent.request().unwrap();
     assert!(matches!(request, Request::StartSnapshot { .. }), "{request:?}");
     attached.agent.started(&request);
@@ -248,7 +269,8 @@ fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
     attached.lose_agent();
 }
 
-/// A VMM that touches page 3 when it resumes its guest, and says what it found and when its memory is lost.
+/// A VMM that touches page 3 when it resumes its guest, and says what it found and when its memory
+/// is lost.
 struct Touches(Ram, std::sync::mpsc::Sender<Heard>);
 
 #[derive(Debug, PartialEq, Eq)]
@@ -280,7 +302,8 @@ impl Hooks for Touches {
     }
 }
 
-/// Has the thread of the hook channel wait for a page of a restore that ends so, with an agent that lives on; returns what the VMM heard.
+/// Has the thread of the hook channel wait for a page of a restore that ends so, with an agent that
+/// lives on; returns what the VMM heard.
 fn hook_that_waits(
     phase: Phase, remaining_pages: u64, end: impl FnOnce(&mut FakeAgent, Userfaultfd, &Ram),
 ) -> Vec<Heard> {
@@ -290,7 +313,9 @@ fn hook_that_waits(
     let thread = hooks.spawn(Touches(ram.clone(), says)).unwrap();
     add_block(&client, &mut agent, &ram);
     let starting = client.clone();
-    let started = spawn(move || starting.start_restore("/images/one".as_ref(), &RestoreOptions::default()).unwrap());
+    let started = spawn(move || {
+        starting.start_restore("/images/one".as_ref(), &RestoreOptions::default()).unwrap()
+    });
     let (request, _) = agent.request().unwrap();
     agent.started(&request);
     started.join().unwrap();

@@ -5,7 +5,8 @@
 mod support;
 
 use pageferry_client::{
-    Dispatch, HookError, Hooks, IncomingOptions, JobStatus, Ownership, Phase, StatePiece, Target, Trackers,
+    Dispatch, HookError, Hooks, IncomingOptions, JobStatus, Ownership, Phase, StatePiece, Target,
+    Trackers,
 };
 use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
 use pageferry_protocol::control::job::{JobKind, RunState};
@@ -48,7 +49,11 @@ impl Hooks for SlowToResume {
         let until = Instant::now() + Duration::from_millis(500);
         while Instant::now() < until {
             let calls = self.0.calls.lock().unwrap().clone();
-            assert_eq!(calls.last().map(String::as_str), Some("resume"), "something was called meanwhile");
+            assert_eq!(
+                calls.last().map(String::as_str),
+                Some("resume"),
+                "something was called meanwhile"
+            );
             std::thread::sleep(Duration::from_millis(1));
         }
         self.0.calls.lock().unwrap().push("resumed".to_owned());
@@ -153,7 +158,9 @@ fn the_last_word_of_an_agent_does_not_complete_the_memory_that_the_next_one_brin
     let (mut new, mut second) = attach_next(&client);
     let starting = client.clone();
     let started = std::thread::spawn(move || {
-        starting.start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default()).unwrap()
+        starting
+            .start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default())
+            .unwrap()
     });
     let (request, _) = second.request().unwrap();
     second.started(&request);
@@ -178,12 +185,21 @@ fn the_last_word_of_an_agent_that_died_or_was_replaced_is_heard() {
         queue(&mut first, &[Hook::Pause, RELINQUISH]);
         assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Open);
         assert_eq!(client.ownership(), Ownership::Relinquished);
-        let status = JobStatus { job: 1, kind: JobKind::Outgoing, phase: Phase::Failed, ..JobStatus::default() };
+        let status = JobStatus {
+            job: 1,
+            kind: JobKind::Outgoing,
+            phase: Phase::Failed,
+            ..JobStatus::default()
+        };
         queue(&mut first, &[Hook::Event { status: Box::new(status) }, RESUME]);
         let next = replaced.then(|| attach_next(&client));
         drop(first);
         assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
-        assert_eq!(vmm.calls(), ["pause", "event failed", "resume", "lost Ours"], "replaced: {replaced}");
+        assert_eq!(
+            vmm.calls(),
+            ["pause", "event failed", "resume", "lost Ours"],
+            "replaced: {replaced}"
+        );
         assert_eq!(client.ownership(), Ownership::Ours);
         drop(next);
     }

@@ -1,11 +1,12 @@
-//! Writes into pages that are not saved yet: they wait for the agent, and for nobody when it is gone.
+//! Writes into pages that are not saved yet: they wait for the agent, and for nobody when it is
+//! gone.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
 
 use pageferry_client::{
-    BlockSpec, Client, Config, Dispatch, ErrorCode, HookError, Hooks, JobStatus, MappedBitmap, Ownership, RunState,
-    StatePiece, Trackers,
+    BlockSpec, Client, Config, Dispatch, ErrorCode, HookError, Hooks, JobStatus, MappedBitmap,
+    Ownership, RunState, StatePiece, Trackers,
 };
 use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
 use pageferry_protocol::control::request::{MAX_RANGES, Request};
@@ -87,7 +88,11 @@ fn watch(agent: &mut FakeAgent) -> Userfaultfd {
 
 /// Waits until somebody waits at this page, and nowhere else.
 fn assert_waits_at(uffd: &Userfaultfd, page: Addresses) {
-    assert_eq!(pageferry_protocol::control::socket::wait(uffd.as_fd(), PollFlags::IN, soon()), Ok(true), "a fault");
+    assert_eq!(
+        pageferry_protocol::control::socket::wait(uffd.as_fd(), PollFlags::IN, soon()),
+        Ok(true),
+        "a fault"
+    );
     let mut faults = [0; MAX_FAULTS];
     assert_eq!(uffd.read_faults(&mut faults), Ok(1));
     assert_eq!(faults[0] / PAGE * PAGE, page.start);
@@ -125,7 +130,11 @@ impl Watched {
 
     fn assert_unwatched(&self) {
         self.ram.write(0);
-        assert_eq!(self.uffd.protect(self.ram.all()), Err(rustix::io::Errno::NOENT), "how an agent finds it out");
+        assert_eq!(
+            self.uffd.protect(self.ram.all()),
+            Err(rustix::io::Errno::NOENT),
+            "how an agent finds it out"
+        );
     }
 }
 
@@ -187,7 +196,10 @@ fn dead_agent_lets_go_who_waits_to_write() {
     assert_eq!(uffd.protect(ram.all()), Err(rustix::io::Errno::NOENT));
     assert_eq!(
         (client.ownership(), vmm.calls()),
-        (Ownership::Ours, vec!["watched".to_owned(), "unwatched".to_owned(), "lost Ours".to_owned()]),
+        (
+            Ownership::Ours,
+            vec!["watched".to_owned(), "unwatched".to_owned(), "lost Ours".to_owned()]
+        ),
         "it runs on"
     );
 }
@@ -238,7 +250,9 @@ fn hook_that_waits(impatience: Config, lose: impl FnOnce(FakeAgent) -> Option<Fa
     assert_eq!(client.ownership(), Ownership::Ours);
 }
 
-fn channel_of_end<H: Send + 'static>(thread: pageferry_client::HookThread<H>) -> (JoinHandle<()>, Receiver<()>) {
+fn channel_of_end<H: Send + 'static>(
+    thread: pageferry_client::HookThread<H>,
+) -> (JoinHandle<()>, Receiver<()>) {
     let (say, ended) = channel();
     let joining = spawn(move || {
         thread.join();
@@ -300,7 +314,8 @@ fn new_agent_watches_what_the_last_one_did() {
     done.recv_timeout(SOON).unwrap();
     assert_eq!(old.protect(ram.all()), Err(rustix::io::Errno::NOENT));
     drop(old);
-    let mut attached = Attached::over(attached.client, channel, second.join().unwrap(), Vmm::default());
+    let mut attached =
+        Attached::over(attached.client, channel, second.join().unwrap(), Vmm::default());
     let uffd = watch(&mut attached.agent);
     uffd.protect(ram.all()).unwrap();
     let done = ram.writer(1);
@@ -396,7 +411,12 @@ fn vmm_is_asked_before_writes_are_watched_and_told_when_they_are_not() {
     assert_eq!(watched.attached.calls(), ["watched"]);
     assert_eq!(watched.attached.refused(&Hook::WatchWrites), ErrorCode::State);
     assert_eq!(watched.attached.calls(), [""; 0], "of the one that is refused it hears nothing");
-    for hook in [Hook::Pause, Hook::Resume { force: false, paused: false }, Hook::UnwatchWrites, Hook::UnwatchWrites] {
+    for hook in [
+        Hook::Pause,
+        Hook::Resume { force: false, paused: false },
+        Hook::UnwatchWrites,
+        Hook::UnwatchWrites,
+    ] {
         assert_eq!(watched.attached.hook(&hook), Ok(()), "{}", hook.name());
     }
     assert_eq!(watched.attached.calls(), ["pause", "resume", "unwatched"]);
@@ -472,7 +492,11 @@ fn watching_takes_the_mappings_from_write_protect_tracking_and_gives_them_back()
     assert_eq!(attached.hook(&NO_SCAN), Ok(()));
     assert_eq!(attached.hook(&Hook::UnwatchWrites), Ok(()));
     assert!(is_free(&ram));
-    assert_eq!(attached.calls(), ["watched", "unwatched", "watched", "unwatched"], "the VMM's own tracker is none");
+    assert_eq!(
+        attached.calls(),
+        ["watched", "unwatched", "watched", "unwatched"],
+        "the VMM's own tracker is none"
+    );
     attached.lose_agent();
 }
 
@@ -497,7 +521,11 @@ fn refused_watch_leaves_write_protect_tracking_as_it_was() {
     let added = spawn(move || client.add_block(spec(3, 3 << 20, &written(1))).unwrap());
     attached.agent.accept_block();
     added.join().unwrap();
-    assert_eq!(attached.refused(&Hook::WatchWrites), ErrorCode::System, "block 3 is mapped nowhere");
+    assert_eq!(
+        attached.refused(&Hook::WatchWrites),
+        ErrorCode::System,
+        "block 3 is mapped nowhere"
+    );
     // Nor can it be tracked any more, and that is for the agent to find out.
     assert_eq!(attached.hook(&NO_SCAN), Ok(()));
     assert!(is_free(&ram));
@@ -509,8 +537,11 @@ fn refused_watch_leaves_write_protect_tracking_as_it_was() {
 #[test]
 fn agent_that_hangs_while_writes_wait_is_given_far_less_time_than_any_other() {
     // A writer would wait for two minutes.
-    let config =
-        Config { request_timeout: Duration::from_secs(120), stall_timeout: Duration::from_millis(500), ..quiet() };
+    let config = Config {
+        request_timeout: Duration::from_secs(120),
+        stall_timeout: Duration::from_millis(500),
+        ..quiet()
+    };
     let (client, channel, agent) = client_with(config, MAX_RANGES, |agent| agent);
     let attached = Attached::over(client, channel, agent.join().unwrap(), Vmm::default());
     let Some(watched) = Watched::over(attached) else { return };

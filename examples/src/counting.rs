@@ -1,4 +1,5 @@
-//! A guest that counts in its pages for ever, so that anyone can tell later whether all of it came: a real one under KVM, or threads where KVM is not to be had.
+//! A guest that counts in its pages for ever, so that anyone can tell later whether all of it came:
+//! a real one under KVM, or threads where KVM is not to be had.
 
 use pageferry_agent::image::Chain;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
@@ -52,9 +53,13 @@ impl Counting {
     }
 
     fn threads(&self, usage: &Arc<Usage>) -> Result<ThreadGuest, Error> {
-        let busy: PageSet = [(RAM, PageRange::new(FIRMWARE_PAGES, self.pages()))].into_iter().collect();
+        let busy: PageSet =
+            [(RAM, PageRange::new(FIRMWARE_PAGES, self.pages()))].into_iter().collect();
         let (rate, path) = (Some(50_000), Path::MappingAndLog);
-        ThreadGuest::new(usage, ThreadGuestOptions { rate, pages: Some(busy), path, ..Default::default() })
+        ThreadGuest::new(
+            usage,
+            ThreadGuestOptions { rate, pages: Some(busy), path, ..Default::default() },
+        )
     }
 
     /// Starts one. Returns what it is, in words.
@@ -117,12 +122,15 @@ impl Counting {
         Ok(u32::from_le_bytes([page[0], page[1], page[2], page[3]]))
     }
 
-    /// Lets the one that came go on, stops it, and looks at its counters. `counted` is what that of the first page was when it stood still, as far as is known. Returns
-    /// what was found, in words.
+    /// Lets the one that came go on, stops it, and looks at its counters. `counted` is what that of
+    /// the first page was when it stood still, as far as is known. Returns what was found, in
+    /// words.
     ///
     /// # Errors
     /// If it does not go on from there, or a counter is wrong.
-    pub fn counts_on(&self, vmm: &MockVmm, guest: &Expected, counted: u32) -> Result<String, Error> {
+    pub fn counts_on(
+        &self, vmm: &MockVmm, guest: &Expected, counted: u32,
+    ) -> Result<String, Error> {
         match guest {
             Expected::Kvm => self.counts_on_in_kvm(vmm, counted),
             Expected::Threads(writes) => counts_on_in_threads(vmm, writes),
@@ -133,7 +141,9 @@ impl Counting {
     fn counts_on_in_kvm(&self, vmm: &MockVmm, counted: u32) -> Result<String, Error> {
         let came_with = self.first(vmm.memory())?;
         if came_with < counted {
-            return Err(Error::Mismatch(format!("the guest counted to {counted}, and came with {came_with}")));
+            return Err(Error::Mismatch(format!(
+                "the guest counted to {counted}, and came with {came_with}"
+            )));
         }
         deadline::wait_until("three more sweeps of the guest", PATIENCE, || {
             self.first(vmm.memory()).is_ok_and(|sweeps| sweeps.wrapping_sub(came_with) >= 3)

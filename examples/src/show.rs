@@ -1,6 +1,7 @@
 //! The processes of an example, and what they say.
 //!
-//! Each example is one program that is the agent, or a VMM, in the processes that it starts. A VMM prints a line of JSON at its end.
+//! Each example is one program that is the agent, or a VMM, in the processes that it starts. A VMM
+//! prints a line of JSON at its end.
 
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::Error;
@@ -32,13 +33,17 @@ pub fn program(run: impl FnOnce() -> Result<(), Error>) -> ExitCode {
     }
 }
 
-/// Gives `work` this program, and a folder that is there for as long as it runs, and no longer, also if it panics. Ctrl-C leaves it.
+/// Gives `work` this program, and a folder that is there for as long as it runs, and no longer,
+/// also if it panics. Ctrl-C leaves it.
 ///
 /// # Errors
 /// If there is none, or of `work`.
 pub fn in_folder<T>(work: impl FnOnce(&Path, &Path) -> Result<T, Error>) -> Result<T, Error> {
     let program = std::env::current_exe().map_err(Error::io("find this program"))?;
-    let folder = tempfile::Builder::new().prefix("pageferry-").tempdir().map_err(Error::io("make a folder"))?;
+    let folder = tempfile::Builder::new()
+        .prefix("pageferry-")
+        .tempdir()
+        .map_err(Error::io("make a folder"))?;
     let outcome = work(&program, folder.path())?;
     folder.close().map_err(Error::io("remove a folder"))?;
     Ok(outcome)
@@ -62,7 +67,8 @@ pub fn report_of(vmm: &mut Process) -> Result<Value, Error> {
 /// # Errors
 /// If it is not JSON.
 pub fn parse(text: &str) -> Result<Value, Error> {
-    serde_json::from_str(text).map_err(|error| Error::Mismatch(format!("a VMM says \"{text}\": {error}")))
+    serde_json::from_str(text)
+        .map_err(|error| Error::Mismatch(format!("a VMM says \"{text}\": {error}")))
 }
 
 /// A number of a report; 0 if it has none of that name.

@@ -18,6 +18,8 @@ impl Table {
 impl Display for Table {
     fn fmt(&self, formatter: &mut Formatter<'_>) -> std::fmt::Result {
         let width = self.rows.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
-        self.rows.iter().try_for_each(|(name, value)| writeln!(formatter, "  {name:width$}  {value}"))
+        self.rows
+            .iter()
+            .try_for_each(|(name, value)| writeln!(formatter, "  {name:width$}  {value}"))
     }
 }

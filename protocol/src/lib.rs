@@ -1,10 +1,11 @@
 //! Wire and shared-memory formats of pageferry.
 //!
-//! This crate parses and prints bytes. It holds no policy and starts no threads, and both the agent and the
-//! client build on it:
+//! This crate parses and prints bytes. It holds no policy and starts no threads, and both the agent
+//! and the client build on it:
 //!
 //! - [`memory`]: pages, ranges, rounding (`round-safely`) and the geometry of blocks;
-//! - [`shm`]: bitmaps of atomic words, in private or shared memory, and the dirty log in vhost layout;
+//! - [`shm`]: bitmaps of atomic words, in private or shared memory, and the dirty log in vhost
+//!   layout;
 //! - [`control`]: the socket between a VMM and its agent: vhost-user framing, requests and hooks;
 //! - [`stream`]: the page stream between two agents, or between an agent and a VMM;
 //! - [`image`]: the memory of a guest in a file;

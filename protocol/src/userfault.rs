@@ -1,9 +1,12 @@
-//! The kernel's userfaultfd: all numbers and layouts of it in one place, for the client, which opens and registers, and the agent, which answers.
+//! The kernel's userfaultfd: all numbers and layouts of it in one place, for the client, which
+//! opens and registers, and the agent, which answers.
 //!
-//! A descriptor belongs to the address space that opened it, whoever holds it: so the agent places pages in the VMM's mapping by the descriptor that
-//! the VMM made. Placing fills what is missing and never changes a page that is there.
+//! A descriptor belongs to the address space that opened it, whoever holds it: so the agent places
+//! pages in the VMM's mapping by the descriptor that the VMM made. Placing fills what is missing
+//! and never changes a page that is there.
 //!
-//! Numbers and layouts: `linux/userfaultfd.h`; semantics: `Documentation/admin-guide/mm/userfaultfd.rst`, and `ioctl_userfaultfd(2)`.
+//! Numbers and layouts: `linux/userfaultfd.h`; semantics:
+//! `Documentation/admin-guide/mm/userfaultfd.rst`, and `ioctl_userfaultfd(2)`.
 #![allow(unsafe_code)]
 
 use rustix::fs::{Mode, OFlags};
@@ -42,7 +45,8 @@ pub mod feature {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Register {
-    /// A touch of a page that does not exist waits until somebody places it (`UFFDIO_REGISTER_MODE_MISSING`).
+    /// A touch of a page that does not exist waits until somebody places it
+    /// (`UFFDIO_REGISTER_MODE_MISSING`).
     Missing = 1 << 0,
     /// Writes into protected pages (`UFFDIO_REGISTER_MODE_WP`).
     WriteProtect = 1 << 1,
@@ -168,7 +172,8 @@ pub enum UserfaultError {
         #[source]
         source: Errno,
     },
-    /// A mapping could not be registered: no mapping there, not of memory, not aligned to its page size, or registered elsewhere.
+    /// A mapping could not be registered: no mapping there, not of memory, not aligned to its page
+    /// size, or registered elsewhere.
     #[error("cannot register {address:#x} + {length:#x} for {purpose}")]
     Register {
         /// Address of the mapping.
@@ -188,7 +193,8 @@ pub enum UserfaultError {
 pub struct NotPlaced {
     /// Bytes that were placed before.
     pub done: u64,
-    /// Why the next was not: EEXIST if there is a page, ESRCH if the process is gone, ENOENT if nothing is registered there.
+    /// Why the next was not: EEXIST if there is a page, ESRCH if the process is gone, ENOENT if
+    /// nothing is registered there.
     pub errno: Errno,
 }
 
@@ -220,17 +226,19 @@ impl Userfaultfd {
         let uffd = open()?;
         let Err(source) = handshake(&uffd, features) else { return Ok(Self { fd: uffd }) };
         // One handshake per fd: a second one asks what there is.
-        let offered = handshake(&open()?, 0).map_err(|source| UserfaultError::Handshake { source })?;
+        let offered =
+            handshake(&open()?, 0).map_err(|source| UserfaultError::Handshake { source })?;
         let lacks = |bit: &u64| features & bit != 0 && offered & bit == 0;
-        let missing: Vec<&str> = FEATURE_NAMES.iter().filter(|(_, bit)| lacks(bit)).map(|(name, _)| *name).collect();
+        let missing: Vec<&str> =
+            FEATURE_NAMES.iter().filter(|(_, bit)| lacks(bit)).map(|(name, _)| *name).collect();
         if missing.is_empty() {
             return Err(UserfaultError::Handshake { source });
         }
         Err(UserfaultError::Feature { missing: missing.join(", ") })
     }
 
-    /// Opens one for a process that places pages in a mapping of its own and never waits for a fault. Takes no
-    /// privilege: the kernel's own faults would not be told.
+    /// Opens one for a process that places pages in a mapping of its own and never waits for a
+    /// fault. Takes no privilege: the kernel's own faults would not be told.
     ///
     /// # Errors
     /// If the kernel has none.
@@ -239,9 +247,12 @@ impl Userfaultfd {
         const USER_MODE_ONLY: u32 = 1;
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
         let flags = flags | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
-        // SAFETY: an fd that is new gives power over no memory before something is registered with it.
-        let fd = unsafe { rustix::mm::userfaultfd(flags) }.map_err(|source| UserfaultError::Open { source })?;
-        handshake(&fd, feature::MISSING_SHMEM).map_err(|source| UserfaultError::Handshake { source })?;
+        // SAFETY: an fd that is new gives power over no memory before something is registered with
+        // it.
+        let fd = unsafe { rustix::mm::userfaultfd(flags) }
+            .map_err(|source| UserfaultError::Open { source })?;
+        handshake(&fd, feature::MISSING_SHMEM)
+            .map_err(|source| UserfaultError::Handshake { source })?;
         Ok(Self { fd })
     }
 
@@ -252,9 +263,16 @@ impl Userfaultfd {
     pub fn register(&self, range: Addresses, what: Register) -> Result<(), UserfaultError> {
         let mut register = UffdioRegister { range, mode: what as u64, ioctls: 0 };
         let purpose = if what == Register::Missing { "missing pages" } else { "write protection" };
-        // SAFETY: the struct is the one of this number. A registered mapping holds the same memory as before.
-        unsafe { ioctl(&self.fd, Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }
-            .map_err(|source| UserfaultError::Register { address: range.start, length: range.length, purpose, source })
+        // SAFETY: the struct is the one of this number. A registered mapping holds the same memory
+        // as before.
+        unsafe { ioctl(&self.fd, Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }.map_err(
+            |source| UserfaultError::Register {
+                address: range.start,
+                length: range.length,
+                purpose,
+                source,
+            },
+        )
     }
 
     /// Takes a registration back, and wakes who waits there.
@@ -282,7 +300,8 @@ impl Userfaultfd {
         unsafe { ioctl(&self.fd, Setter::<UFFDIO_WAKE, _>::new(range)) }
     }
 
-    /// Places `bytes`, whole host pages, at the address `to` and those after it, each page at once, and wakes who waits for them.
+    /// Places `bytes`, whole host pages, at the address `to` and those after it, each page at once,
+    /// and wakes who waits for them.
     ///
     /// # Errors
     /// If a page is there already, or cannot be placed. Those before it were.
@@ -291,10 +310,12 @@ impl Userfaultfd {
         let mut changing = Changing::default();
         while done < bytes.len() {
             let rest = &bytes[done..];
-            let (dst, src, len) = (to + done as u64, rest.as_ptr().expose_provenance() as u64, rest.len() as u64);
+            let (dst, src, len) =
+                (to + done as u64, rest.as_ptr().expose_provenance() as u64, rest.len() as u64);
             let mut arg = UffdioCopy { dst, src, len, ..UffdioCopy::default() };
-            // SAFETY: the struct is the one of this number, and `src` is valid for `len` bytes. The kernel writes only pages that did not exist, so it
-            // changes nothing that anyone has seen.
+            // SAFETY: the struct is the one of this number, and `src` is valid for `len` bytes. The
+            // kernel writes only pages that did not exist, so it changes nothing that anyone has
+            // seen.
             let outcome = unsafe { ioctl(&self.fd, Updater::<UFFDIO_COPY, _>::new(&mut arg)) };
             let more = usize::try_from(arg.copy).unwrap_or(0);
             done += more;
@@ -312,7 +333,8 @@ impl Userfaultfd {
         self.fill::<UFFDIO_ZEROPAGE>(range)
     }
 
-    /// Marks missing pages as lost: whoever touches them gets SIGBUS, or EFAULT from the kernel, instead of waiting.
+    /// Marks missing pages as lost: whoever touches them gets SIGBUS, or EFAULT from the kernel,
+    /// instead of waiting.
     ///
     /// # Errors
     /// As [`Userfaultfd::copy`].
@@ -320,30 +342,38 @@ impl Userfaultfd {
         self.fill::<UFFDIO_POISON>(range).map(|()| Poisoned(range))
     }
 
-    /// Forgets that pages were [marked as lost](Userfaultfd::poison): they are missing again. Such a mark is in the page tables of this process alone, and stays there
-    /// when the registration ends, and when the file under it is written or gets a hole. Only for mappings of this process, that are registered still.
+    /// Forgets that pages were [marked as lost](Userfaultfd::poison): they are missing again. Such
+    /// a mark is in the page tables of this process alone, and stays there when the registration
+    /// ends, and when the file under it is written or gets a hole. Only for mappings of this
+    /// process, that are registered still.
     ///
     /// # Errors
     /// What the kernel said; ENOENT if no mapping is registered there.
     pub fn forget_poison(&self, Poisoned(range): Poisoned) -> Result<(), Errno> {
-        // Of what is registered only: anything else that is mapped there by now is not to be touched.
+        // Of what is registered only: anything else that is mapped there by now is not to be
+        // touched.
         match self.fill::<UFFDIO_POISON>(range) {
             Ok(()) | Err(NotPlaced { errno: Errno::EXIST, .. }) => {}
             Err(NotPlaced { errno, .. }) => return Err(errno),
         }
-        let (Ok(start), Ok(length)) = (usize::try_from(range.start), usize::try_from(range.length)) else {
+        let (Ok(start), Ok(length)) = (usize::try_from(range.start), usize::try_from(range.length))
+        else {
             return Err(Errno::INVAL);
         };
         let start = std::ptr::with_exposed_provenance_mut(start);
-        // SAFETY: the kernel reads and writes none of it. All of the range was missing when it was marked, so nobody has a value there, and nobody could make one since: a touch is an error.
-        // The range is registered still, so it is the mapping that was marked: what is dropped is how its pages are mapped. Not the plain advice, which locked mappings refuse.
+        // SAFETY: the kernel reads and writes none of it. All of the range was missing when it was
+        // marked, so nobody has a value there, and nobody could make one since: a touch is an
+        // error. The range is registered still, so it is the mapping that was marked: what is
+        // dropped is how its pages are mapped. Not the plain advice, which locked mappings refuse.
         unsafe { rustix::mm::madvise(start, length, rustix::mm::Advice::LinuxDontneedLocked) }
     }
 
-    /// Protects pages that are registered for it: who writes there waits until the protection is lifted.
+    /// Protects pages that are registered for it: who writes there waits until the protection is
+    /// lifted.
     ///
     /// # Errors
-    /// What the kernel said; ENOENT if the registration is gone. Some of the pages may be protected then.
+    /// What the kernel said; ENOENT if the registration is gone. Some of the pages may be protected
+    /// then.
     pub fn protect(&self, range: Addresses) -> Result<(), Errno> {
         self.write_protect(range, MODE_WP)
     }
@@ -360,7 +390,8 @@ impl Userfaultfd {
         let mut changing = Changing::default();
         loop {
             let mut arg = UffdioWriteProtect { range, mode };
-            // SAFETY: the struct is the one of this number. What is protected or not holds the same content as before.
+            // SAFETY: the struct is the one of this number. What is protected or not holds the same
+            // content as before.
             match unsafe { ioctl(&self.fd, Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut arg)) } {
                 Ok(()) => return Ok(()),
                 Err(errno) => changing.go_on(errno, false)?,
@@ -368,8 +399,9 @@ impl Userfaultfd {
         }
     }
 
-    /// True if the file under a host page has it. For hugetlbfs, where a page that cannot be placed for want of memory may count as being there already
-    /// (`EEXIST`): the kernel finds the page in the file and maps it, or has none to map.
+    /// True if the file under a host page has it. For hugetlbfs, where a page that cannot be placed
+    /// for want of memory may count as being there already (`EEXIST`): the kernel finds the page in
+    /// the file and maps it, or has none to map.
     ///
     /// # Errors
     /// What the kernel said, if it is neither.
@@ -387,16 +419,20 @@ impl Userfaultfd {
         while done < range.length {
             let rest = Addresses { start: range.start + done, length: range.length - done };
             let mut arg = UffdioFill { range: rest, ..UffdioFill::default() };
-            // SAFETY: the struct is the one of both numbers. Only pages that did not exist are filled or marked.
+            // SAFETY: the struct is the one of both numbers. Only pages that did not exist are
+            // filled or marked.
             let outcome = unsafe { ioctl(&self.fd, Updater::<OPCODE, _>::new(&mut arg)) };
             let more = u64::try_from(arg.filled).unwrap_or(0);
             done += more;
-            outcome.or_else(|errno| changing.go_on(errno, more > 0)).map_err(|errno| NotPlaced { done, errno })?;
+            outcome
+                .or_else(|errno| changing.go_on(errno, more > 0))
+                .map_err(|errno| NotPlaced { done, errno })?;
         }
         Ok(())
     }
 
-    /// Reads the faults that nobody has read yet: their addresses, as many as `into` holds. Returns how many; 0 if there are none.
+    /// Reads the faults that nobody has read yet: their addresses, as many as `into` holds. Returns
+    /// how many; 0 if there are none.
     ///
     /// # Errors
     /// What the kernel said.
@@ -412,7 +448,8 @@ impl Userfaultfd {
         };
         let mut count = 0;
         // No other event was asked for.
-        for message in messages.iter().take(read).filter(|message| message.event == EVENT_PAGEFAULT) {
+        for message in messages.iter().take(read).filter(|message| message.event == EVENT_PAGEFAULT)
+        {
             into[count] = message.address;
             count += 1;
         }
@@ -434,7 +471,8 @@ impl Poisoned {
 /// Most faults of one [`Userfaultfd::read_faults`].
 pub const MAX_FAULTS: usize = 64;
 
-/// How often in a row a call is tried again that comes to nothing since the mappings are just changing.
+/// How often in a row a call is tried again that comes to nothing since the mappings are just
+/// changing.
 const CHANGING: u32 = 10_000;
 
 /// Calls in a row that came to nothing.
@@ -442,8 +480,9 @@ const CHANGING: u32 = 10_000;
 struct Changing(u32);
 
 impl Changing {
-    /// Whether a call is tried again: the kernel stops it where the mappings are just changing, until whoever asked for events of that has read them. Where nobody reads them it is
-    /// not this thread that waits for ever.
+    /// Whether a call is tried again: the kernel stops it where the mappings are just changing,
+    /// until whoever asked for events of that has read them. Where nobody reads them it is not this
+    /// thread that waits for ever.
     fn go_on(&mut self, errno: Errno, progress: bool) -> Result<(), Errno> {
         match errno {
             Errno::INTR => {}
@@ -481,7 +520,8 @@ fn open() -> Result<OwnedFd, UserfaultError> {
 
 /// The way for processes that are not privileged but may open the device (Linux 6.1).
 fn open_by_device(flags: UserfaultfdFlags) -> Result<OwnedFd, Errno> {
-    let device = rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let device =
+        rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     // SAFETY: the argument is a number, and the return value a new fd.
     unsafe { ioctl(device, NewUserfaultfd(flags.bits())) }
 }
@@ -529,7 +569,8 @@ mod tests {
         assert_eq!(size_of::<UffdMsg>(), 32);
     }
 
-    /// Nobody reads that a range is being removed: whoever removes it waits for that, and nobody else does.
+    /// Nobody reads that a range is being removed: whoever removes it waits for that, and nobody
+    /// else does.
     #[test]
     fn mappings_that_stay_in_a_change_are_not_waited_for_for_ever() {
         const EVENT_REMOVE: u64 = 1 << 3;
@@ -548,8 +589,11 @@ mod tests {
         std::thread::scope(|scope| {
             let remover = scope.spawn(move || {
                 let pointer = std::ptr::with_exposed_provenance_mut(pointer);
-                // SAFETY: the range is mapped as long as this thread runs, and what it holds is of no interest.
-                unsafe { rustix::mm::madvise(pointer, LENGTH as usize, rustix::mm::Advice::LinuxRemove) }
+                // SAFETY: the range is mapped as long as this thread runs, and what it holds is of
+                // no interest.
+                unsafe {
+                    rustix::mm::madvise(pointer, LENGTH as usize, rustix::mm::Advice::LinuxRemove)
+                }
             });
             // Until the remover is there.
             while uffd.protect(all).is_ok() {}
@@ -589,7 +633,8 @@ mod tests {
                 }
             });
             for round in 1..=ROUNDS {
-                let hole = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+                let hole =
+                    rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
                 rustix::fs::fallocate(&fd, hole, 0, LENGTH).unwrap();
                 let uffd = match Userfaultfd::open(feature::MISSING_SHMEM) {
                     Ok(uffd) => uffd,
@@ -633,7 +678,9 @@ mod tests {
                 return;
             }
         };
-        let error = uffd.register(Addresses { start: 0x1000, length: 0x3000 }, Register::Missing).unwrap_err();
+        let error = uffd
+            .register(Addresses { start: 0x1000, length: 0x3000 }, Register::Missing)
+            .unwrap_err();
         assert_eq!(error.to_string(), "cannot register 0x1000 + 0x3000 for missing pages");
         let placed = uffd.copy(0x1000, &[0; 4096]).unwrap_err();
         assert_eq!((placed.done, placed.errno), (0, Errno::NOENT));

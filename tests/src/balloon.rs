@@ -1,7 +1,8 @@
 //! A balloon: takes runs of pages at random from the guest and gives them back.
 //!
-//! What it takes is freed, and the guest gets it back without a word to the agent, as with free page reporting and with a balloon that deflates by touching. Or it is discarded,
-//! and populated before the guest gets it back, as a VMM does that keeps the book itself.
+//! What it takes is freed, and the guest gets it back without a word to the agent, as with free
+//! page reporting and with a balloon that deflates by touching. Or it is discarded, and populated
+//! before the guest gets it back, as a VMM does that keeps the book itself.
 
 use crate::Error;
 use crate::random::Random;
@@ -51,8 +52,9 @@ impl Balloon {
         &self.held
     }
 
-    /// Takes `runs` runs of up to `longest` pages, less where the guest has none to give. One request tells of all of them. Returns the number of
-    /// pages that it took; none while the VMM is paused.
+    /// Takes `runs` runs of up to `longest` pages, less where the guest has none to give. One
+    /// request tells of all of them. Returns the number of pages that it took; none while the VMM
+    /// is paused.
     ///
     /// # Errors
     /// If the client refuses, which it never should.
@@ -66,10 +68,14 @@ impl Balloon {
         let blocks = usage.memory().blocks();
         let mut taken = Vec::new();
         for _ in 0..runs {
-            let Some(block) = blocks.get(self.random.below(blocks.len() as u64) as usize) else { break };
+            let Some(block) = blocks.get(self.random.below(blocks.len() as u64) as usize) else {
+                break;
+            };
             let unit = block.layout().granularity / pageferry_protocol::memory::PAGE_SIZE;
             let first = self.random.below(block.pages()) / unit * unit;
-            let count = (1 + self.random.below(longest.max(1))).next_multiple_of(unit).min(block.pages() - first);
+            let count = (1 + self.random.below(longest.max(1)))
+                .next_multiple_of(unit)
+                .min(block.pages() - first);
             let wanted = PageRange::new(first, count);
             // Pages that are held already are in no run.
             let usable = usage.usable(block.id())?;
@@ -78,7 +84,8 @@ impl Balloon {
                 taken.push((block.id(), run));
             }
         }
-        let ranges: Vec<BlockRange> = taken.iter().map(|(block, run)| byte_range(*block, *run)).collect();
+        let ranges: Vec<BlockRange> =
+            taken.iter().map(|(block, run)| byte_range(*block, *run)).collect();
         match self.way {
             Way::Free => self.client.free(&ranges)?,
             Way::Discard(punch) => self.client.discard(&ranges, punch)?,
@@ -87,8 +94,9 @@ impl Balloon {
         Ok(taken.iter().map(|(_, run)| run.count).sum())
     }
 
-    /// Gives back up to `runs` of the runs that it holds, chosen at random. Returns the number of pages that were given back: none if the agent is
-    /// busy, which is no error, or the VMM is paused.
+    /// Gives back up to `runs` of the runs that it holds, chosen at random. Returns the number of
+    /// pages that were given back: none if the agent is busy, which is no error, or the VMM is
+    /// paused.
     ///
     /// # Errors
     /// If the agent refuses for another reason.
@@ -102,7 +110,8 @@ impl Balloon {
         for _ in 0..runs.min(self.held.len()) {
             chosen.push(self.held.swap_remove(self.random.below(self.held.len() as u64) as usize));
         }
-        let ranges: Vec<BlockRange> = chosen.iter().map(|(block, run)| byte_range(*block, *run)).collect();
+        let ranges: Vec<BlockRange> =
+            chosen.iter().map(|(block, run)| byte_range(*block, *run)).collect();
         let populated = match self.way {
             Way::Free => Ok(0),
             Way::Discard(_) => self.client.populate(&ranges),

@@ -10,7 +10,9 @@ const LOOK: Duration = Duration::from_millis(2);
 ///
 /// # Errors
 /// If it did not come in time.
-pub fn wait_for<T>(what: &str, timeout: Duration, mut found: impl FnMut() -> Option<T>) -> Result<T, Error> {
+pub fn wait_for<T>(
+    what: &str, timeout: Duration, mut found: impl FnMut() -> Option<T>,
+) -> Result<T, Error> {
     let started = Instant::now();
     loop {
         if let Some(value) = found() {
@@ -27,6 +29,8 @@ pub fn wait_for<T>(what: &str, timeout: Duration, mut found: impl FnMut() -> Opt
 ///
 /// # Errors
 /// If it did not come true in time.
-pub fn wait_until(what: &str, timeout: Duration, mut holds: impl FnMut() -> bool) -> Result<(), Error> {
+pub fn wait_until(
+    what: &str, timeout: Duration, mut holds: impl FnMut() -> bool,
+) -> Result<(), Error> {
     wait_for(what, timeout, || holds().then_some(()))
 }

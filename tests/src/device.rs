@@ -1,6 +1,7 @@
 //! An emulated device: a thread of the VMM that writes into guest memory through vm-memory.
 //!
-//! KVM's dirty log does not see such writes; they reach the dirty log by the memory's type parameter, [`pageferry_client::LogBitmap`].
+//! KVM's dirty log does not see such writes; they reach the dirty log by the memory's type
+//! parameter, [`pageferry_client::LogBitmap`].
 
 use crate::Error;
 use crate::guest::Guest;
@@ -8,7 +9,8 @@ use crate::guest::threads::{ThreadGuest, ThreadGuestOptions};
 use crate::usage::{Path, Usage};
 use std::sync::Arc;
 
-/// A device that writes into pages at random, at a rate. It is paused and resumed as a guest is, and keeps a ledger of its own.
+/// A device that writes into pages at random, at a rate. It is paused and resumed as a guest is,
+/// and keeps a ledger of its own.
 #[derive(Debug)]
 pub struct Device {
     thread: ThreadGuest,
@@ -19,7 +21,9 @@ impl Device {
     ///
     /// # Errors
     /// If there is no memory for its ledger.
-    pub fn new(usage: &Arc<Usage>, name: &str, writes_per_second: u64, seed: u64) -> Result<Self, Error> {
+    pub fn new(
+        usage: &Arc<Usage>, name: &str, writes_per_second: u64, seed: u64,
+    ) -> Result<Self, Error> {
         let options = ThreadGuestOptions {
             threads: 1,
             rate: Some(writes_per_second),

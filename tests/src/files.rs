@@ -1,7 +1,9 @@
 //! Files as guest memory, for tests that need no more of a VMM than that.
 
 use crate::Error;
-use pageferry_client::{BlockSpec, Client, HookChannel, HookError, Hooks, RunState, StatePiece, Trackers};
+use pageferry_client::{
+    BlockSpec, Client, HookChannel, HookError, Hooks, RunState, StatePiece, Trackers,
+};
 use pageferry_protocol::memory::PAGE_SIZE;
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
@@ -50,7 +52,8 @@ pub fn is_hole(fd: impl AsFd, offset: u64) -> Result<bool, Error> {
     }
 }
 
-/// The block of a file from its start to `length`: populated, discarded by the page, at guest address 0, and mapped nowhere.
+/// The block of a file from its start to `length`: populated, discarded by the page, at guest
+/// address 0, and mapped nowhere.
 pub fn block<'a>(id: u32, name: &'a str, memory: BorrowedFd<'a>, length: u64) -> BlockSpec<'a> {
     BlockSpec {
         id,
@@ -71,10 +74,15 @@ pub fn block<'a>(id: u32, name: &'a str, memory: BorrowedFd<'a>, length: u64) ->
 /// If the kernel refuses, or regions overlap.
 pub fn mapped(regions: &[(u64, u64)]) -> Result<GuestMemoryMmap<()>, Error> {
     let region = |&(gpa, length): &(u64, u64)| {
-        Ok((GuestAddress(gpa), length as usize, Some(FileOffset::new(File::from(memfd(length)?), 0))))
+        Ok((
+            GuestAddress(gpa),
+            length as usize,
+            Some(FileOffset::new(File::from(memfd(length)?), 0)),
+        ))
     };
     let regions = regions.iter().map(region).collect::<Result<Vec<_>, Error>>()?;
-    GuestMemoryMmap::from_ranges_with_files(regions).map_err(|error| Error::Memory(error.to_string()))
+    GuestMemoryMmap::from_ranges_with_files(regions)
+        .map_err(|error| Error::Memory(error.to_string()))
 }
 
 /// The hooks of a VMM whose guest stands still and has no state: its memory is all there is.
@@ -86,7 +94,9 @@ impl Still {
     ///
     /// # Errors
     /// If the agent refuses.
-    pub fn hand_over(client: &Client, channel: HookChannel, memory: impl AsFd, length: u64) -> Result<(), Error> {
+    pub fn hand_over(
+        client: &Client, channel: HookChannel, memory: impl AsFd, length: u64,
+    ) -> Result<(), Error> {
         channel.spawn(Self)?;
         client.add_block(block(0, "ram", memory.as_fd(), length))?;
         // Nobody writes, so the log has all that is written.

@@ -1,7 +1,7 @@
 //! Stopping threads for certain: what a pause hook needs of the threads that write guest memory.
 //!
-//! A worker passes the gate for every small batch of work. Closing it returns when no worker is inside any more, so whoever closed it knows that
-//! nothing is written until it opens it again.
+//! A worker passes the gate for every small batch of work. Closing it returns when no worker is
+//! inside any more, so whoever closed it knows that nothing is written until it opens it again.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -32,7 +32,8 @@ impl Gate {
     /// Waits until the gate is open and goes in; `None` when the gate ended.
     pub fn enter(&self) -> Option<Pass<'_>> {
         let closed = |state: &mut State| !state.open && !state.ended;
-        let mut state = self.changed.wait_while(self.lock(), closed).unwrap_or_else(PoisonError::into_inner);
+        let mut state =
+            self.changed.wait_while(self.lock(), closed).unwrap_or_else(PoisonError::into_inner);
         if state.ended {
             return None;
         }

@@ -1,9 +1,12 @@
-//! Huge pages of 2 MiB, which the kernel keeps apart from all other memory: a pool, and files made of it.
+//! Huge pages of 2 MiB, which the kernel keeps apart from all other memory: a pool, and files made
+//! of it.
 
 use crate::Error;
 use crate::deadline::wait_until;
 use crate::vmm::PATIENCE;
-use rustix::fs::{FallocateFlags, FlockOperation, MemfdFlags, fallocate, flock, ftruncate, memfd_create};
+use rustix::fs::{
+    FallocateFlags, FlockOperation, MemfdFlags, fallocate, flock, ftruncate, memfd_create,
+};
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -26,7 +29,8 @@ pub struct HugePages {
 }
 
 impl HugePages {
-    /// Makes sure that at least `pages` are free, and that no other test takes them, of this process or another.
+    /// Makes sure that at least `pages` are free, and that no other test takes them, of this
+    /// process or another.
     ///
     /// # Errors
     /// If there are fewer and the pool cannot grow.
@@ -34,15 +38,22 @@ impl HugePages {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let alone_here = File::open(POOL).map_err(Error::io(format!("open {POOL}")))?;
-        flock(&alone_here, FlockOperation::LockExclusive).map_err(Error::kernel("lock the pool of huge pages"))?;
+        flock(&alone_here, FlockOperation::LockExclusive)
+            .map_err(Error::kernel("lock the pool of huge pages"))?;
         let (before, used) = (persistent()?, used()?);
         let missing = pages.saturating_sub(Self::free()?);
         if missing > 0 {
             resize(before + missing)?;
         }
         // The kernel adds as many as it finds room for.
-        let pool = Self { added: persistent()?.saturating_sub(before), used, _alone_here: alone_here, _alone: alone };
-        let fd = hugetlb_memfd(pages * HUGE_PAGE).map_err(Error::kernel("create a memfd of huge pages"))?;
+        let pool = Self {
+            added: persistent()?.saturating_sub(before),
+            used,
+            _alone_here: alone_here,
+            _alone: alone,
+        };
+        let fd = hugetlb_memfd(pages * HUGE_PAGE)
+            .map_err(Error::kernel("create a memfd of huge pages"))?;
         fallocate(&fd, FallocateFlags::empty(), 0, pages * HUGE_PAGE)
             .map_err(Error::kernel("allocate huge pages; see /proc/sys/vm/nr_hugepages"))?;
         Ok(pool)
@@ -60,7 +71,9 @@ impl HugePages {
 impl Drop for HugePages {
     fn drop(&mut self) {
         // What a thread that is just ending still maps would stay in the pool for good.
-        let given_back = wait_until("huge pages given back", PATIENCE, || used().is_ok_and(|used| used <= self.used));
+        let given_back = wait_until("huge pages given back", PATIENCE, || {
+            used().is_ok_and(|used| used <= self.used)
+        });
         let shrunk = match self.added {
             0 => Ok(()),
             added => persistent().and_then(|now| resize(now.saturating_sub(added))),

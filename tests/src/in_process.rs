@@ -21,7 +21,8 @@ impl InProcessAgent {
         let (ours, theirs) = UnixStream::pair()?;
         let mut server = Server::new()?;
         server.inherit(theirs.into())?;
-        let thread = std::thread::Builder::new().name("agent".into()).spawn(move || server.run())?;
+        let thread =
+            std::thread::Builder::new().name("agent".into()).spawn(move || server.run())?;
         Ok((Self { thread: Some(thread) }, ours.into()))
     }
 }

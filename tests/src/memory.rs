@@ -1,7 +1,8 @@
 //! Guest memory of a mock VMM: several blocks on memfds, files or huge pages, at any file offset.
 //!
-//! The guest and the devices write through the mapping. Whoever prepares or checks content uses `pread` and `pwrite` on the file instead: a
-//! look through the mapping would allocate the holes that it finds (`never-populate`), and the check would spoil what it checks.
+//! The guest and the devices write through the mapping. Whoever prepares or checks content uses
+//! `pread` and `pwrite` on the file instead: a look through the mapping would allocate the holes
+//! that it finds (`never-populate`), and the check would spoil what it checks.
 
 use crate::Error;
 use crate::files;
@@ -16,7 +17,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileMemory};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileMemory,
+};
 
 /// Bytes of a buffer that memory is read, written or compared through.
 const BUFFER: u64 = 1 << 20;
@@ -27,7 +30,8 @@ pub enum Backing {
     /// A memfd of its own, sealed against shrinking, as large as `fd_offset + length`.
     #[default]
     Memfd,
-    /// A memfd of its own on hugetlbfs with pages of [`HUGE_PAGE`](crate::huge_pages::HUGE_PAGE) bytes.
+    /// A memfd of its own on hugetlbfs with pages of [`HUGE_PAGE`](crate::huge_pages::HUGE_PAGE)
+    /// bytes.
     HugePages,
     /// This file as it is: never truncated, extended or sealed. Several blocks may share it.
     File(Arc<File>),
@@ -94,8 +98,10 @@ impl TestMemory {
         let blocks = layouts.into_iter().map(TestBlock::new).collect::<Result<Vec<_>, _>>()?;
         let mut regions = blocks.iter().map(TestBlock::region).collect::<Result<Vec<_>, _>>()?;
         regions.sort_by_key(|(gpa, _)| *gpa);
-        let guest = GuestMemoryMmap::from_arc_regions(regions.into_iter().map(|(_, region)| region).collect())
-            .map_err(|error| Error::Memory(error.to_string()))?;
+        let guest = GuestMemoryMmap::from_arc_regions(
+            regions.into_iter().map(|(_, region)| region).collect(),
+        )
+        .map_err(|error| Error::Memory(error.to_string()))?;
         Ok(Self { blocks, guest })
     }
 
@@ -140,7 +146,8 @@ impl TestMemory {
     pub fn allocated(&self) -> Result<u64, Error> {
         let mut files = BTreeMap::new();
         for block in &self.blocks {
-            let stat = rustix::fs::fstat(&block.file).map_err(Error::kernel("look at the memory's file"))?;
+            let stat = rustix::fs::fstat(&block.file)
+                .map_err(Error::kernel("look at the memory's file"))?;
             files.insert((stat.st_dev, stat.st_ino), stat.st_blocks as u64 * 512);
         }
         Ok(files.values().sum())
@@ -149,21 +156,27 @@ impl TestMemory {
 
 impl TestBlock {
     fn new(layout: BlockLayout) -> Result<Self, Error> {
-        let needed = layout
-            .fd_offset
-            .checked_add(layout.length)
-            .ok_or_else(|| Error::Argument(format!("fd offset {:#x} overflows", layout.fd_offset)))?;
+        let needed = layout.fd_offset.checked_add(layout.length).ok_or_else(|| {
+            Error::Argument(format!("fd offset {:#x} overflows", layout.fd_offset))
+        })?;
         let file = match &layout.backing {
             Backing::Memfd => sealed(&layout.name, needed, MemfdFlags::empty())?,
-            Backing::HugePages => sealed(&layout.name, needed, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?,
+            Backing::HugePages => {
+                sealed(&layout.name, needed, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?
+            }
             Backing::File(file) => file.clone(),
         };
         // vm-memory does not look, and a mapping past the end is SIGBUS.
-        let size = rustix::fs::fstat(&file).map_err(Error::kernel("look at the memory's file"))?.st_size as u64;
+        let size = rustix::fs::fstat(&file)
+            .map_err(Error::kernel("look at the memory's file"))?
+            .st_size as u64;
         if size < needed {
-            return Err(Error::Argument(format!("the memory's file has {size:#x} bytes, the block needs {needed:#x}")));
+            return Err(Error::Argument(format!(
+                "the memory's file has {size:#x} bytes, the block needs {needed:#x}"
+            )));
         }
-        let length = usize::try_from(layout.length).map_err(|error| Error::Memory(error.to_string()))?;
+        let length =
+            usize::try_from(layout.length).map_err(|error| Error::Memory(error.to_string()))?;
         let duplicate = file.try_clone().map_err(Error::io("duplicate the memory's file"))?;
         let mapping = MmapRegion::from_file(FileOffset::new(duplicate, layout.fd_offset), length)
             .map_err(|error| Error::Memory(error.to_string()))?;
@@ -240,11 +253,13 @@ impl TestBlock {
     /// # Errors
     /// If the kernel refuses.
     pub fn allocated(&self) -> Result<u64, Error> {
-        let stat = rustix::fs::fstat(&self.file).map_err(Error::kernel("look at the memory's file"))?;
+        let stat =
+            rustix::fs::fstat(&self.file).map_err(Error::kernel("look at the memory's file"))?;
         Ok(stat.st_blocks as u64 * 512)
     }
 
-    /// The pages that are allocated, as far as the file system tells: runs in order. On huge pages everything counts as allocated.
+    /// The pages that are allocated, as far as the file system tells: runs in order. On huge pages
+    /// everything counts as allocated.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -259,9 +274,12 @@ impl TestBlock {
             let data = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
                 Ok(data) => data.min(end),
                 Err(Errno::NXIO) => break,
-                Err(source) => return Err(Error::Kernel { what: "look for allocated pages", source }),
+                Err(source) => {
+                    return Err(Error::Kernel { what: "look for allocated pages", source });
+                }
             };
-            let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(data)).map_err(Error::kernel("look for holes"))?;
+            let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(data))
+                .map_err(Error::kernel("look for holes"))?;
             let hole = hole.min(end).max(data);
             if hole > data {
                 let first = pages_in(data - start);
@@ -318,7 +336,8 @@ impl TestBlock {
         Ok(u64::from_le_bytes(word))
     }
 
-    /// Writes `bytes` at `offset` of the block, behind the back of all trackers: for content that is there before anything starts.
+    /// Writes `bytes` at `offset` of the block, behind the back of all trackers: for content that
+    /// is there before anything starts.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -326,13 +345,20 @@ impl TestBlock {
         if matches!(self.layout.backing, Backing::HugePages) {
             // hugetlbfs has no write.
             let at = usize::try_from(offset).map_err(|error| Error::Memory(error.to_string()))?;
-            let slice = self.mapping.get_slice(at, bytes.len()).map_err(|error| Error::Memory(error.to_string()))?;
+            let slice = self
+                .mapping
+                .get_slice(at, bytes.len())
+                .map_err(|error| Error::Memory(error.to_string()))?;
             slice.copy_from(bytes);
             return Ok(());
         }
         let mut done = 0;
         while done < bytes.len() {
-            match rustix::io::pwrite(&self.file, &bytes[done..], self.layout.fd_offset + offset + done as u64) {
+            match rustix::io::pwrite(
+                &self.file,
+                &bytes[done..],
+                self.layout.fd_offset + offset + done as u64,
+            ) {
                 Ok(count) => done += count,
                 Err(Errno::INTR) => {}
                 Err(source) => return Err(Error::Kernel { what: "write guest memory", source }),
@@ -363,8 +389,13 @@ impl TestBlock {
     /// If the kernel refuses.
     pub fn punch(&self, pages: PageRange) -> Result<(), Error> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.file, flags, self.layout.fd_offset + pages.offset(), pages.bytes())
-            .map_err(Error::kernel("punch a hole into guest memory"))
+        rustix::fs::fallocate(
+            &self.file,
+            flags,
+            self.layout.fd_offset + pages.offset(),
+            pages.bytes(),
+        )
+        .map_err(Error::kernel("punch a hole into guest memory"))
     }
 
     /// Stores a word as a vCPU does: through the mapping, and not marked in the dirty log.
@@ -373,22 +404,30 @@ impl TestBlock {
     /// If `offset` is outside the block or no multiple of 8.
     pub fn store(&self, offset: u64, value: u64) -> Result<(), Error> {
         let at = usize::try_from(offset).map_err(|error| Error::Memory(error.to_string()))?;
-        let word = self.mapping.get_atomic_ref::<AtomicU64>(at).map_err(|error| Error::Memory(error.to_string()))?;
+        let word = self
+            .mapping
+            .get_atomic_ref::<AtomicU64>(at)
+            .map_err(|error| Error::Memory(error.to_string()))?;
         word.store(value, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Loads a word as a vCPU does: through the mapping, so that a hole becomes a page, and a missing page is waited for.
+    /// Loads a word as a vCPU does: through the mapping, so that a hole becomes a page, and a
+    /// missing page is waited for.
     ///
     /// # Errors
     /// If `offset` is outside the block or no multiple of 8.
     pub fn load(&self, offset: u64) -> Result<u64, Error> {
         let at = usize::try_from(offset).map_err(|error| Error::Memory(error.to_string()))?;
-        let word = self.mapping.get_atomic_ref::<AtomicU64>(at).map_err(|error| Error::Memory(error.to_string()))?;
+        let word = self
+            .mapping
+            .get_atomic_ref::<AtomicU64>(at)
+            .map_err(|error| Error::Memory(error.to_string()))?;
         Ok(word.load(Ordering::Relaxed))
     }
 
-    /// Marks `pages` in the dirty log, as whoever wrote there without another tracker has to, after the write.
+    /// Marks `pages` in the dirty log, as whoever wrote there without another tracker has to, after
+    /// the write.
     pub fn mark(&self, pages: PageRange) {
         self.mapping.bitmap().mark_dirty(pages.offset() as usize, pages.bytes() as usize);
     }

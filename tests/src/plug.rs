@@ -1,4 +1,5 @@
-//! A source of discards like virtio-mem: a block whose memory is plugged and unplugged in units, and starts unplugged.
+//! A source of discards like virtio-mem: a block whose memory is plugged and unplugged in units,
+//! and starts unplugged.
 
 use crate::Error;
 use crate::balloon::{byte_range, is_busy};
@@ -20,7 +21,8 @@ pub struct Plug {
 }
 
 impl Plug {
-    /// The device of a block that was added as discarded, with units of `unit` bytes, all of them unplugged.
+    /// The device of a block that was added as discarded, with units of `unit` bytes, all of them
+    /// unplugged.
     ///
     /// # Errors
     /// If there is no such block, or `unit` is not a multiple of the block's granularity.
@@ -45,7 +47,8 @@ impl Plug {
         &self.plugged
     }
 
-    /// Plugs a unit. False if the agent is busy, or the VMM is paused: the guest's request is then answered so, and it asks again.
+    /// Plugs a unit. False if the agent is busy, or the VMM is paused: the guest's request is then
+    /// answered so, and it asks again.
     ///
     /// # Errors
     /// If the agent refuses for another reason.

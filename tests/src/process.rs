@@ -31,7 +31,8 @@ impl Process {
         Self::collecting(name, command.stderr(Stdio::piped()))
     }
 
-    /// The same, but what it prints on standard error goes where this process's goes, such as a terminal.
+    /// The same, but what it prints on standard error goes where this process's goes, such as a
+    /// terminal.
     ///
     /// # Errors
     /// If it cannot be started.
@@ -73,7 +74,13 @@ impl Process {
             let ended = self.has_ended();
             find(self).map(Some).or_else(|| ended.then_some(None))
         })?
-        .ok_or_else(|| Error::Mismatch(format!("{} ended without {what}:\n{}", self.name, self.lines().join("\n"))))
+        .ok_or_else(|| {
+            Error::Mismatch(format!(
+                "{} ended without {what}:\n{}",
+                self.name,
+                self.lines().join("\n")
+            ))
+        })
     }
 
     /// True if it ended and all that it printed is there.
@@ -108,10 +115,12 @@ impl Process {
     /// If it is gone.
     pub fn terminate(&self) -> Result<(), Error> {
         let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).map_err(Error::kernel("terminate a process"))
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)
+            .map_err(Error::kernel("terminate a process"))
     }
 
-    /// Stops it where it is, without its knowing: when this returns it hangs, until it is killed or goes on.
+    /// Stops it where it is, without its knowing: when this returns it hangs, until it is killed or
+    /// goes on.
     ///
     /// # Errors
     /// If it is gone, or does not stop.
@@ -125,10 +134,12 @@ impl Process {
     /// If it is gone.
     pub fn thaw(&self) -> Result<(), Error> {
         let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::CONT).map_err(Error::kernel("let a process go on"))
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT)
+            .map_err(Error::kernel("let a process go on"))
     }
 
-    /// From now on it cannot make a file longer than this, as on a file system that takes no longer ones; `None` is no limit.
+    /// From now on it cannot make a file longer than this, as on a file system that takes no longer
+    /// ones; `None` is no limit.
     ///
     /// # Errors
     /// If it is gone.
@@ -136,7 +147,9 @@ impl Process {
         use rustix::process::{Resource, Rlimit, prlimit};
         let pid = rustix::process::Pid::from_child(&self.child);
         let limit = Rlimit { current: bytes, maximum: None };
-        prlimit(Some(pid), Resource::Fsize, limit).map(drop).map_err(Error::kernel("limit the files of a process"))
+        prlimit(Some(pid), Resource::Fsize, limit)
+            .map(drop)
+            .map_err(Error::kernel("limit the files of a process"))
     }
 
     /// From now on it has no more than this many descriptors. Those that it has it keeps.
@@ -161,8 +174,11 @@ impl Process {
         let path = format!("/proc/{}/status", self.id());
         let status = std::fs::read_to_string(&path).map_err(Error::io(format!("read {path}")))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kibibytes = line.and_then(|line| line.trim().trim_end_matches(" kB").trim().parse::<u64>().ok());
-        kibibytes.map(|count| count * 1024).ok_or_else(|| Error::Argument(format!("{path} has no VmRSS")))
+        let kibibytes =
+            line.and_then(|line| line.trim().trim_end_matches(" kB").trim().parse::<u64>().ok());
+        kibibytes
+            .map(|count| count * 1024)
+            .ok_or_else(|| Error::Argument(format!("{path} has no VmRSS")))
     }
 }
 
@@ -183,11 +199,14 @@ impl Drop for Process {
 pub fn freeze(id: u32) -> Result<(), Error> {
     let pid = i32::try_from(id).ok().and_then(rustix::process::Pid::from_raw);
     let pid = pid.ok_or_else(|| Error::Argument(format!("{id} is no process")))?;
-    rustix::process::kill_process(pid, rustix::process::Signal::STOP).map_err(Error::kernel("stop a process"))?;
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP)
+        .map_err(Error::kernel("stop a process"))?;
     // The signal is only on its way, and each thread stops by itself.
     wait_until(&format!("process {id} to stop"), PATIENCE, || {
         let tasks = std::fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten();
-        tasks.map(|task| task.path().join("stat")).all(|stat| !matches!(state(&stat), Some('R' | 'S' | 'D')))
+        tasks
+            .map(|task| task.path().join("stat"))
+            .all(|stat| !matches!(state(&stat), Some('R' | 'S' | 'D')))
     })
 }
 
@@ -234,7 +253,10 @@ impl AgentProcess {
             process.has_ended() || UnixStream::connect(&socket).is_ok()
         });
         if process.has_ended() || listening.is_err() {
-            return Err(Error::Mismatch(format!("{name} does not listen:\n{}", process.lines().join("\n"))));
+            return Err(Error::Mismatch(format!(
+                "{name} does not listen:\n{}",
+                process.lines().join("\n")
+            )));
         }
         Ok(Self { process, socket })
     }

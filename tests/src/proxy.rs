@@ -1,4 +1,5 @@
-//! A wire that can be cut: stands between two agents, copies bytes, and closes connections when it is told to.
+//! A wire that can be cut: stands between two agents, copies bytes, and closes connections when it
+//! is told to.
 
 use crate::Error;
 use std::io::{Read, Write};
@@ -84,7 +85,8 @@ impl Proxy {
         self.shared.lock().links.len()
     }
 
-    /// Pieces of what the source says that were passed on since the last [`Proxy::limit`]: at least one of each connection that said something.
+    /// Pieces of what the source says that were passed on since the last [`Proxy::limit`]: at least
+    /// one of each connection that said something.
     pub fn passed(&self) -> u64 {
         self.shared.lock().passed
     }
@@ -94,7 +96,8 @@ impl Proxy {
         self.shared.lock().links.drain(..).for_each(|link| link.close());
     }
 
-    /// Closes one connection, that of this number modulo how many there are. False if there is none.
+    /// Closes one connection, that of this number modulo how many there are. False if there is
+    /// none.
     pub fn cut_one(&self, number: u64) -> bool {
         let mut state = self.shared.lock();
         let count = state.links.len() as u64;
@@ -104,7 +107,8 @@ impl Proxy {
         count > 0
     }
 
-    /// So many more connections are passed on, and those after them are closed at once; `None` is no limit.
+    /// So many more connections are passed on, and those after them are closed at once; `None` is
+    /// no limit.
     pub fn limit(&self, connections: Option<u64>) {
         let mut state = self.shared.lock();
         state.left = connections;
@@ -134,7 +138,8 @@ impl Drop for Proxy {
 fn accept(listener: &TcpListener, destination: &str, shared: &Arc<Shared>) {
     while let Ok((source, _)) = listener.accept() {
         let waits = |state: &mut State| state.held && !state.ended;
-        let mut state = shared.changed.wait_while(shared.lock(), waits).unwrap_or_else(PoisonError::into_inner);
+        let mut state =
+            shared.changed.wait_while(shared.lock(), waits).unwrap_or_else(PoisonError::into_inner);
         if state.ended {
             return;
         }
@@ -144,7 +149,9 @@ fn accept(listener: &TcpListener, destination: &str, shared: &Arc<Shared>) {
         if !passed {
             continue;
         }
-        if let Err(error) = TcpStream::connect(destination).and_then(|destination| join(source, destination, shared)) {
+        if let Err(error) = TcpStream::connect(destination)
+            .and_then(|destination| join(source, destination, shared))
+        {
             // The source sees its connection end.
             log::debug!("proxy: {error}");
         }

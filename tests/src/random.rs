@@ -20,7 +20,10 @@ impl Random {
     }
 
     /// The next number.
-    #[expect(clippy::should_implement_trait, reason = "it never ends, so it is no iterator worth having")]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it never ends, so it is no iterator worth having"
+    )]
     pub fn next(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut word = self.state;
@@ -53,7 +56,8 @@ impl Random {
     }
 }
 
-/// Text of repeating words with varying numbers, different for each `page`: like what guests hold, about a quarter as large when compressed.
+/// Text of repeating words with varying numbers, different for each `page`: like what guests hold,
+/// about a quarter as large when compressed.
 pub fn page_text(page: u64) -> [u8; PAGE_SIZE as usize] {
     const WORDS: [&str; 8] = [
         "kernel: ",

@@ -8,8 +8,9 @@
 //! let Some(_pool) = require::hugetlb(4) else { return };
 //! ```
 //!
-//! A need that is not met prints `skipped: why`. Where the environment variable `PAGEFERRY_REQUIRE` names it (comma
-//! separated: `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,net,disk`), the test fails instead: a machine that is meant to run everything must not skip in silence.
+//! A need that is not met prints `skipped: why`. Where the environment variable `PAGEFERRY_REQUIRE`
+//! names it (comma separated: `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,net,disk`), the test fails
+//! instead: a machine that is meant to run everything must not skip in silence.
 
 use crate::huge_pages::HugePages;
 use crate::tmpfs::{Tmpfs, hands_out_huge_pages};
@@ -41,8 +42,9 @@ pub fn uffd() -> bool {
     met("uffd", try_uffd()).is_some()
 }
 
-/// `pages` free huge pages of 2 MiB, added to the kernel's pool as far as they are missing; `None` if it has no room for them. No other test,
-/// of this process or another, has huge pages until what is returned is dropped.
+/// `pages` free huge pages of 2 MiB, added to the kernel's pool as far as they are missing; `None`
+/// if it has no room for them. No other test, of this process or another, has huge pages until what
+/// is returned is dropped.
 ///
 /// # Panics
 /// If there is no room, and `PAGEFERRY_REQUIRE` names `hugetlb`.
@@ -50,7 +52,8 @@ pub fn hugetlb(pages: u64) -> Option<HugePages> {
     met("hugetlb", HugePages::reserve(pages).map_err(Into::into))
 }
 
-/// True if the kernel gives shared memory transparent huge pages without being asked for each mapping.
+/// True if the kernel gives shared memory transparent huge pages without being asked for each
+/// mapping.
 ///
 /// # Panics
 /// If not, and `PAGEFERRY_REQUIRE` names `thp`.
@@ -66,13 +69,15 @@ pub fn tmpfs() -> Option<Tmpfs> {
     met("tmpfs", Tmpfs::find().map_err(Into::into))
 }
 
-/// The same, where a tmpfs that is mounted with `huge=always` hands out huge pages for small writes.
+/// The same, where a tmpfs that is mounted with `huge=always` hands out huge pages for small
+/// writes.
 ///
 /// # Panics
 /// If there is none, and `PAGEFERRY_REQUIRE` names `huge-tmpfs`.
 pub fn huge_tmpfs() -> Option<Tmpfs> {
     let tmpfs = tmpfs()?;
-    let tried = tmpfs.file("size=16M,huge=always", 4 << 20).and_then(|file| hands_out_huge_pages(&file));
+    let tried =
+        tmpfs.file("size=16M,huge=always", 4 << 20).and_then(|file| hands_out_huge_pages(&file));
     met("huge-tmpfs", tried.map(|()| tmpfs).map_err(Into::into))
 }
 
@@ -95,8 +100,9 @@ fn try_file_on_disk(folder: &Path, length: u64) -> Result<File, Box<dyn Error>> 
     Ok(file)
 }
 
-/// What `unshare` is to do so that a process has a network, and mounts, of its own: who is root needs no user namespace, unless that is all its
-/// container gives it. There are `sh`, `ip` and `mount` then.
+/// What `unshare` is to do so that a process has a network, and mounts, of its own: who is root
+/// needs no user namespace, unless that is all its container gives it. There are `sh`, `ip` and
+/// `mount` then.
 ///
 /// # Panics
 /// If nothing works, and `PAGEFERRY_REQUIRE` names `net`.
@@ -142,7 +148,8 @@ fn try_uffd() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// What was found of a need that only the test itself can look for; `None` if nothing was, which is said in a line.
+/// What was found of a need that only the test itself can look for; `None` if nothing was, which is
+/// said in a line.
 ///
 /// # Panics
 /// If nothing was, and `PAGEFERRY_REQUIRE` names `need`.

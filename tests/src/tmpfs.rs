@@ -1,6 +1,7 @@
 //! A small file system for one process: full soon, without harm to anybody else.
 //!
-//! It is mounted in a mount namespace of the process's own, if need be in a user namespace, so that it takes no privilege, nobody else sees it, and it goes with the process.
+//! It is mounted in a mount namespace of the process's own, if need be in a user namespace, so that
+//! it takes no privilege, nobody else sees it, and it goes with the process.
 
 use crate::Error;
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -23,11 +24,13 @@ const HOLD: &str = r#"mount -t tmpfs -o "$1" none "$0" && echo mounted && exec c
 /// How a process gets one.
 #[derive(Debug, Clone, Copy)]
 pub struct Tmpfs {
-    /// What `unshare` is to do: who is root needs no user namespace, unless that is all its container gives it.
+    /// What `unshare` is to do: who is root needs no user namespace, unless that is all its
+    /// container gives it.
     namespaces: &'static str,
 }
 
-/// The folder of another process where its tmpfs is, seen from here, also after the end of that process.
+/// The folder of another process where its tmpfs is, seen from here, also after the end of that
+/// process.
 #[derive(Debug)]
 pub struct View {
     folder: File,
@@ -43,7 +46,10 @@ impl Tmpfs {
         let mut said = String::new();
         for namespaces in ["-m", "-Urm"] {
             let found = Self { namespaces };
-            let output = found.command(folder.path(), 1 << 16, OsStr::new("true")).stdin(Stdio::null()).output();
+            let output = found
+                .command(folder.path(), 1 << 16, OsStr::new("true"))
+                .stdin(Stdio::null())
+                .output();
             let output = output.map_err(Error::io("run unshare"))?;
             if output.status.success() {
                 return Ok(found);
@@ -56,13 +62,18 @@ impl Tmpfs {
     /// A command that runs `program` where `folder`, which is there, is a tmpfs of `bytes` bytes.
     pub fn command(&self, folder: &Path, bytes: u64, program: &OsStr) -> Command {
         let mut command = Command::new("unshare");
-        command.args([self.namespaces, "sh", "-c", SCRIPT]).arg(folder).arg(bytes.to_string()).arg(program);
+        command
+            .args([self.namespaces, "sh", "-c", SCRIPT])
+            .arg(folder)
+            .arg(bytes.to_string())
+            .arg(program);
         command
     }
 }
 
 impl Tmpfs {
-    /// A file of `length` bytes on a tmpfs of its own that was mounted with `options`. It goes with the file.
+    /// A file of `length` bytes on a tmpfs of its own that was mounted with `options`. It goes with
+    /// the file.
     ///
     /// # Errors
     /// If it cannot be mounted so.
@@ -70,8 +81,11 @@ impl Tmpfs {
         let folder = tempfile::tempdir().map_err(Error::io("make a folder"))?;
         let mut command = Command::new("unshare");
         command.args([self.namespaces, "sh", "-c", HOLD]).arg(folder.path()).arg(options);
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(Error::io("run unshare"))?;
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(Error::io("run unshare"))?;
         let opened = file_on_mount(&mut child, folder.path(), options, length);
         // Whatever came of it.
         drop(child.stdin.take());
@@ -81,7 +95,9 @@ impl Tmpfs {
 }
 
 /// Makes a file where `child` has mounted its tmpfs.
-fn file_on_mount(child: &mut Child, folder: &Path, options: &str, length: u64) -> Result<File, Error> {
+fn file_on_mount(
+    child: &mut Child, folder: &Path, options: &str, length: u64,
+) -> Result<File, Error> {
     let mut said = String::new();
     if let Some(output) = child.stdout.take() {
         BufReader::new(output).read_line(&mut said).map_err(Error::io("hear of the mount"))?;
@@ -90,11 +106,14 @@ fn file_on_mount(child: &mut Child, folder: &Path, options: &str, length: u64) -
         return Err(Error::Argument(format!("cannot mount a tmpfs with {options}")));
     }
     let view = View::of(child.id(), folder)?;
-    let file = File::options().read(true).write(true).create_new(true).open(view.path().join("ram"));
-    file.and_then(|file| file.set_len(length).map(|()| file)).map_err(Error::io("make a file on the tmpfs"))
+    let file =
+        File::options().read(true).write(true).create_new(true).open(view.path().join("ram"));
+    file.and_then(|file| file.set_len(length).map(|()| file))
+        .map_err(Error::io("make a file on the tmpfs"))
 }
 
-/// Sees to it that a small write into this empty file allocates more than it writes, and empties it again.
+/// Sees to it that a small write into this empty file allocates more than it writes, and empties it
+/// again.
 ///
 /// # Errors
 /// If it does not, even after the kernel was asked to make free memory contiguous.
@@ -105,7 +124,8 @@ pub fn hands_out_huge_pages(file: &File) -> Result<(), Error> {
         let length = file.metadata().map_err(Error::io("look at a file on a tmpfs"))?;
         allocated = length.blocks() * 512;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(file, flags, 0, length.len()).map_err(Error::kernel("empty a file on a tmpfs"))?;
+        fallocate(file, flags, 0, length.len())
+            .map_err(Error::kernel("empty a file on a tmpfs"))?;
         if allocated > PAGE_SIZE {
             return Ok(());
         }
@@ -113,7 +133,9 @@ pub fn hands_out_huge_pages(file: &File) -> Result<(), Error> {
         let _ = std::fs::write("/proc/sys/vm/compact_memory", "1");
         std::thread::sleep(Duration::from_millis(200));
     }
-    Err(Error::Argument(format!("a write of one byte allocates {allocated:#x} bytes, and no huge page")))
+    Err(Error::Argument(format!(
+        "a write of one byte allocates {allocated:#x} bytes, and no huge page"
+    )))
 }
 
 impl View {
@@ -136,7 +158,8 @@ impl View {
     /// # Errors
     /// If the kernel does not say.
     pub fn free(&self) -> Result<u64, Error> {
-        let found = rustix::fs::fstatvfs(&self.folder).map_err(Error::kernel("look at a file system"))?;
+        let found =
+            rustix::fs::fstatvfs(&self.folder).map_err(Error::kernel("look at a file system"))?;
         Ok(found.f_bfree * found.f_frsize)
     }
 }

@@ -1,11 +1,12 @@
 //! Which pages may be written right now, and what was written into them.
 //!
-//! A guest does not write into memory that it gave to the balloon, and a device does not either. So everything that writes passes through
-//! [`Writer::touch`], which holds the fence for reading, while the balloon gives pages up under the fence for writing: when it tells the agent of the
+//! A guest does not write into memory that it gave to the balloon, and a device does not either. So
+//! everything that writes passes through [`Writer::touch`], which holds the fence for reading,
+//! while the balloon gives pages up under the fence for writing: when it tells the agent of the
 //! discard, no writer is on its way into those pages any more.
 //!
-//! Every writer has a [`Ledger`]: a word of its own in every page, and the value that this word must have. A page that is given up is
-//! forgotten by all ledgers, since its content is stale then.
+//! Every writer has a [`Ledger`]: a word of its own in every page, and the value that this word
+//! must have. A page that is given up is forgotten by all ledgers, since its content is stale then.
 
 use crate::Error;
 use crate::memory::TestMemory;
@@ -26,14 +27,17 @@ pub struct Usage {
     memory: Arc<TestMemory>,
     /// By block id: the pages that may be written.
     usable: BTreeMap<u32, MappedBitmap>,
-    /// Held for reading while a page is looked up and written, for writing while pages are given up.
+    /// Held for reading while a page is looked up and written, for writing while pages are given
+    /// up.
     fence: RwLock<()>,
     ledgers: Mutex<Vec<Arc<Ledger>>>,
-    /// Whether the VMM is paused, and its state, of which the pages in use are a part, may be on its way.
+    /// Whether the VMM is paused, and its state, of which the pages in use are a part, may be on
+    /// its way.
     frozen: Mutex<bool>,
 }
 
-/// What one writer wrote: how often it wrote into each page, which is also the value of its word there.
+/// What one writer wrote: how often it wrote into each page, which is also the value of its word
+/// there.
 #[derive(Debug)]
 pub struct Ledger {
     name: String,
@@ -52,8 +56,10 @@ struct Counts {
 
 impl Counts {
     fn new(pages: u64) -> Result<Self, Error> {
-        let known = MappedBitmap::private(pages).map_err(|error| Error::Memory(error.to_string()))?;
-        let words = MappedWords::anonymous(pages).map_err(|error| Error::Memory(error.to_string()))?;
+        let known =
+            MappedBitmap::private(pages).map_err(|error| Error::Memory(error.to_string()))?;
+        let words =
+            MappedWords::anonymous(pages).map_err(|error| Error::Memory(error.to_string()))?;
         Ok(Self { known, words })
     }
 
@@ -101,7 +107,8 @@ impl Usage {
     pub fn new(memory: Arc<TestMemory>) -> Result<Arc<Self>, Error> {
         let mut usable = BTreeMap::new();
         for block in memory.blocks() {
-            let bitmap = MappedBitmap::private(block.pages()).map_err(|error| Error::Memory(error.to_string()))?;
+            let bitmap = MappedBitmap::private(block.pages())
+                .map_err(|error| Error::Memory(error.to_string()))?;
             if !block.layout().discarded {
                 bitmap.set(bitmap.all());
             }
@@ -133,7 +140,8 @@ impl Usage {
         self.usable.get(&block).ok_or(Error::NoBlock(block))
     }
 
-    /// A writer with a word of its own in every page. `name` tells its ledger from the others in the VMM's state.
+    /// A writer with a word of its own in every page. `name` tells its ledger from the others in
+    /// the VMM's state.
     ///
     /// # Errors
     /// If the pages have no room for more writers.
@@ -152,12 +160,14 @@ impl Usage {
         Ok(Writer { usage: self.clone(), ledger, path })
     }
 
-    /// Changes which pages are in use, unless the VMM is paused: a balloon does not inflate then, and `None` is returned. The pause waits for
-    /// what has begun.
+    /// Changes which pages are in use, unless the VMM is paused: a balloon does not inflate then,
+    /// and `None` is returned. The pause waits for what has begun.
     ///
     /// # Errors
     /// Those of `change`.
-    pub fn while_running<T>(&self, change: impl FnOnce() -> Result<T, Error>) -> Result<Option<T>, Error> {
+    pub fn while_running<T>(
+        &self, change: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<Option<T>, Error> {
         let frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
         if *frozen { Ok(None) } else { change().map(Some) }
     }
@@ -190,7 +200,8 @@ impl Usage {
         Ok(())
     }
 
-    /// The pages in use and all ledgers, as state that travels with the VMM. Nobody may write meanwhile.
+    /// The pages in use and all ledgers, as state that travels with the VMM. Nobody may write
+    /// meanwhile.
     pub fn save(&self) -> Vec<StatePiece> {
         let unusable = self.usable.iter().flat_map(|(block, bitmap)| {
             clear_runs(bitmap).flat_map(move |run| [u64::from(*block), run.first, run.count])
@@ -218,14 +229,17 @@ impl Usage {
                     self.usable(block_id(piece, block)?)?.clear(PageRange::new(first, count));
                 }
             }
-            if let Some(ledger) = self.ledgers().iter().find(|ledger| piece.name == ledger.piece_name()) {
+            if let Some(ledger) =
+                self.ledgers().iter().find(|ledger| piece.name == ledger.piece_name())
+            {
                 ledger.load(piece)?;
             }
         }
         Ok(())
     }
 
-    /// Compares every ledger with memory; nobody may write meanwhile. Reads by `pread` only. Returns the number of words that were compared.
+    /// Compares every ledger with memory; nobody may write meanwhile. Reads by `pread` only.
+    /// Returns the number of words that were compared.
     ///
     /// # Errors
     /// The first word that is wrong.
@@ -298,7 +312,8 @@ impl Ledger {
 }
 
 impl Writer {
-    /// Counts the page up, if it may be written now. One thread only may write a page with the same ledger.
+    /// Counts the page up, if it may be written now. One thread only may write a page with the same
+    /// ledger.
     ///
     /// # Errors
     /// If the page does not exist.
@@ -363,6 +378,8 @@ fn triples(piece: &StatePiece) -> Result<impl Iterator<Item = [u64; 3]> + '_, Er
 }
 
 fn block_id(piece: &StatePiece, block: u64) -> Result<u32, Error> {
-    u32::try_from(block)
-        .map_err(|_| Error::State { name: piece.name.clone(), reason: format!("block {block:#x} is not here") })
+    u32::try_from(block).map_err(|_| Error::State {
+        name: piece.name.clone(),
+        reason: format!("block {block:#x} is not here"),
+    })
 }

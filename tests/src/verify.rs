@@ -1,4 +1,5 @@
-//! What has to hold after a migration (`never-populate` and `same-memory`), checked on the files under the memory of both sides.
+//! What has to hold after a migration (`never-populate` and `same-memory`), checked on the files
+//! under the memory of both sides.
 
 use crate::Error;
 use crate::memory::{TestBlock, TestMemory};
@@ -25,11 +26,14 @@ impl std::ops::AddAssign for Compared {
     }
 }
 
-/// Compares all blocks while both guests stand still. What is discarded is taken from the source's client.
+/// Compares all blocks while both guests stand still. What is discarded is taken from the source's
+/// client.
 ///
 /// # Errors
 /// The first page that is not as it has to be.
-pub fn same_memory(source: &TestMemory, client: &Client, destination: &TestMemory) -> Result<Compared, Error> {
+pub fn same_memory(
+    source: &TestMemory, client: &Client, destination: &TestMemory,
+) -> Result<Compared, Error> {
     let mut compared = Compared::default();
     for block in source.blocks() {
         let discarded = client.discarded(block.id()).ok_or(Error::NoBlock(block.id()))?;
@@ -43,7 +47,8 @@ pub fn same_memory(source: &TestMemory, client: &Client, destination: &TestMemor
 /// # Errors
 /// The first page that is not as it has to be.
 pub fn same_block(
-    source: &TestBlock, discarded: &MappedBitmap, destination: &TestBlock, stands_still: impl Fn(u64) -> bool,
+    source: &TestBlock, discarded: &MappedBitmap, destination: &TestBlock,
+    stands_still: impl Fn(u64) -> bool,
 ) -> Result<Compared, Error> {
     let id = source.id();
     let ours = source.extents()?;
@@ -51,7 +56,9 @@ pub fn same_block(
     let theirs = if tells_holes(destination) { destination.extents()? } else { Vec::new() };
     for run in &theirs {
         if let Some(page) = discarded.next_set(*run) {
-            return Err(Error::Mismatch(format!("block {id}, page {page:#x}: discarded, but the destination has it")));
+            return Err(Error::Mismatch(format!(
+                "block {id}, page {page:#x}: discarded, but the destination has it"
+            )));
         }
         if let Some(page) = first_outside(*run, &ours).filter(|page| stands_still(*page)) {
             return Err(Error::Mismatch(format!(
@@ -60,11 +67,14 @@ pub fn same_block(
         }
     }
     let mut equal = 0;
-    // Where the source has a hole, the destination has one, too, or was just refused: only the source's extents have content.
+    // Where the source has a hole, the destination has one, too, or was just refused: only the
+    // source's extents have content.
     for run in &ours {
         for first in (run.first..run.end()).step_by(STEP as usize) {
             let pages = PageRange::new(first, STEP.min(run.end() - first));
-            equal += compare(source, destination, pages, |page| !discarded.contains(page) && stands_still(page))?;
+            equal += compare(source, destination, pages, |page| {
+                !discarded.contains(page) && stands_still(page)
+            })?;
         }
     }
     Ok(Compared { equal, discarded: discarded.count(discarded.all()) })

@@ -1,4 +1,5 @@
-//! A mock VMM: memory, a guest, devices and a client, behind hooks that record what they are asked and fail on demand.
+//! A mock VMM: memory, a guest, devices and a client, behind hooks that record what they are asked
+//! and fail on demand.
 
 use crate::Error;
 use crate::deadline::wait_for;
@@ -7,10 +8,12 @@ use crate::guest::{Guest, IdleGuest};
 use crate::memory::TestMemory;
 use crate::usage::Usage;
 use pageferry_client::{
-    ClearPages, Client, Config, DirtyLog, HookChannel, HookError, HookThread, Hooks, JobStatus, Ownership, Phase,
-    StatePiece, Target, Trackers,
+    ClearPages, Client, Config, DirtyLog, HookChannel, HookError, HookThread, Hooks, JobStatus,
+    Ownership, Phase, StatePiece, Target, Trackers,
 };
-use pageferry_client::{IncomingOptions, OutgoingOptions, RestoreOptions, RunState, SnapshotOptions};
+use pageferry_client::{
+    IncomingOptions, OutgoingOptions, RestoreOptions, RunState, SnapshotOptions,
+};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -125,7 +128,8 @@ pub struct Record {
     pub throttle: u32,
     /// Whether the guest runs.
     pub runs: bool,
-    /// Bytes that were allocated when the state was loaded: at the destination, before its guest writes anything.
+    /// Bytes that were allocated when the state was loaded: at the destination, before its guest
+    /// writes anything.
     pub allocated_at_load: Option<u64>,
     /// Words that were compared with the ledgers when the state was loaded.
     pub words_checked: u64,
@@ -160,7 +164,9 @@ impl Parts {
                 Ok(())
             }
             Some(Fault::Never) => {
-                let held = |faults: &mut BTreeMap<HookName, Fault>| faults.get(&name) == Some(&Fault::Never);
+                let held = |faults: &mut BTreeMap<HookName, Fault>| {
+                    faults.get(&name) == Some(&Fault::Never)
+                };
                 drop(self.fault_changed.wait_while(lock(&self.faults), held));
                 Err(HookError::new("the fault was taken away"))
             }
@@ -264,7 +270,8 @@ impl Hooks for VmmHooks {
         Ok(state)
     }
 
-    /// Compares what the source says it wrote with the memory that came, before anything runs; in postcopy it has not come yet.
+    /// Compares what the source says it wrote with the memory that came, before anything runs; in
+    /// postcopy it has not come yet.
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
         self.0.called(HookName::LoadState)?;
         self.0.usage.load(&state)?;
@@ -272,7 +279,8 @@ impl Hooks for VmmHooks {
         if lock(&self.0.record).memory_pending {
             return Ok(());
         }
-        let (words_checked, allocated) = (self.0.usage.check()?, self.0.usage.memory().allocated()?);
+        let (words_checked, allocated) =
+            (self.0.usage.check()?, self.0.usage.memory().allocated()?);
         let mut record = lock(&self.0.record);
         record.words_checked = words_checked;
         record.allocated_at_load = Some(allocated);
@@ -281,7 +289,10 @@ impl Hooks for VmmHooks {
 
     fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
         if !lock(&self.0.record).takes_restores {
-            return Err(HookError::new(format!("this VMM does not wait for a guest, such as {}", image.display())));
+            return Err(HookError::new(format!(
+                "this VMM does not wait for a guest, such as {}",
+                image.display()
+            )));
         }
         Ok(self.0.stop()?)
     }
@@ -322,11 +333,14 @@ pub struct MockVmm {
 }
 
 impl MockVmm {
-    /// Hands `usage`'s memory to the agent behind `client`. The guest is [`IdleGuest`] until [`MockVmm::set_guest`].
+    /// Hands `usage`'s memory to the agent behind `client`. The guest is [`IdleGuest`] until
+    /// [`MockVmm::set_guest`].
     ///
     /// # Errors
     /// If the agent refuses a block or the tracker.
-    pub fn new(client: Client, channel: HookChannel, usage: Arc<Usage>, tracker: Tracker) -> Result<Self, Error> {
+    pub fn new(
+        client: Client, channel: HookChannel, usage: Arc<Usage>, tracker: Tracker,
+    ) -> Result<Self, Error> {
         let parts = Arc::new(Parts {
             usage,
             guest: Mutex::new(Box::new(IdleGuest)),
@@ -352,7 +366,9 @@ impl MockVmm {
     /// If there is none, or it refuses.
     pub fn connect(socket: &Path, usage: Arc<Usage>, tracker: Tracker) -> Result<Self, Error> {
         // Whether it listens in the end the client says best.
-        let _ = crate::deadline::wait_until("the agent's socket", Duration::from_secs(5), || socket.exists());
+        let _ = crate::deadline::wait_until("the agent's socket", Duration::from_secs(5), || {
+            socket.exists()
+        });
         let (client, channel) = Client::connect(socket, Config::default())?;
         Self::new(client, channel, usage, tracker)
     }
@@ -457,7 +473,8 @@ impl MockVmm {
         self.parts.fault_changed.notify_all();
     }
 
-    /// Does this once, when the agent asks for the pause and the guest still runs: the last moment of a migration's passes.
+    /// Does this once, when the agent asks for the pause and the guest still runs: the last moment
+    /// of a migration's passes.
     pub fn before_pause(&self, last_minute: impl FnOnce() -> Result<(), Error> + Send + 'static) {
         *lock(&self.parts.before_pause) = Some(Box::new(last_minute));
     }
@@ -486,11 +503,14 @@ impl MockVmm {
         Ok(self.client.start_outgoing(Target::Address(target.to_owned()), options)?.job)
     }
 
-    /// Starts an incoming migration; returns the number of the job and the address with the port that was chosen.
+    /// Starts an incoming migration; returns the number of the job and the address with the port
+    /// that was chosen.
     ///
     /// # Errors
     /// If the agent refuses.
-    pub fn start_incoming(&self, listen: &str, options: &IncomingOptions) -> Result<(u64, String), Error> {
+    pub fn start_incoming(
+        &self, listen: &str, options: &IncomingOptions,
+    ) -> Result<(u64, String), Error> {
         let started = self.client.start_incoming(Target::Address(listen.to_owned()), options)?;
         Ok((started.job, started.address))
     }

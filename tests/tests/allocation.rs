@@ -1,7 +1,10 @@
-//! `never-populate` at scale: a guest of 64 GiB or 1 TiB that uses 1 GiB costs 1 GiB, on the wire, at both sides, and in the agents.
+//! `never-populate` at scale: a guest of 64 GiB or 1 TiB that uses 1 GiB costs 1 GiB, on the wire,
+//! at both sides, and in the agents.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use pageferry_client::{BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Target};
+use pageferry_client::{
+    BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Target,
+};
 use pageferry_protocol::shm::bitmap_bytes;
 use pageferry_tests::files::{Still, memfd};
 use pageferry_tests::process::AgentProcess;
@@ -38,14 +41,18 @@ fn resident(agent: &mut AgentProcess) -> u64 {
     agent.process().resident_bytes().unwrap()
 }
 
-/// Migrates a guest of `size` bytes that uses `used`, with `discarded` bytes of it discarded but left allocated.
+/// Migrates a guest of `size` bytes that uses `used`, with `discarded` bytes of it discarded but
+/// left allocated.
 fn migrate(size: u64, used: u64, discarded: u64) {
     let folder = tempfile::tempdir().unwrap();
-    let mut agents =
-        ["source", "destination"].map(|name| AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), name).unwrap());
+    let mut agents = ["source", "destination"]
+        .map(|name| AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), name).unwrap());
     let memories = [memfd(size).unwrap(), memfd(size).unwrap()];
     for offset in extents(size, used) {
-        assert_eq!(rustix::io::pwrite(&memories[0], &content(offset), offset).unwrap(), EXTENT as usize);
+        assert_eq!(
+            rustix::io::pwrite(&memories[0], &content(offset), offset).unwrap(),
+            EXTENT as usize
+        );
     }
     let clients = [0, 1].map(|side| {
         let config = Config { log_covers: size, ..Config::default() };
@@ -61,8 +68,9 @@ fn migrate(size: u64, used: u64, discarded: u64) {
     let before = allocated(&memories[0]);
     assert_eq!(before, used);
 
-    let incoming =
-        clients[1].start_incoming(Target::Address("tcp:127.0.0.1:0".into()), &IncomingOptions::default()).unwrap();
+    let incoming = clients[1]
+        .start_incoming(Target::Address("tcp:127.0.0.1:0".into()), &IncomingOptions::default())
+        .unwrap();
     let options = OutgoingOptions { streams: 2, ..OutgoingOptions::default() };
     let outgoing = clients[0].start_outgoing(Target::Address(incoming.address), &options).unwrap();
     let status: JobStatus = clients[0].wait(outgoing.job, SOON).unwrap();
@@ -70,13 +78,20 @@ fn migrate(size: u64, used: u64, discarded: u64) {
 
     let sent = used - discarded;
     let wire = status.counters.wire_bytes;
-    assert!(wire >= sent && wire < sent + sent / 100 + (64 << 10), "{wire} bytes on the wire for {sent}");
+    assert!(
+        wire >= sent && wire < sent + sent / 100 + (64 << 10),
+        "{wire} bytes on the wire for {sent}"
+    );
     assert_eq!(allocated(&memories[0]), before, "allocated at the source");
     assert_eq!(allocated(&memories[1]), sent, "allocated at the destination");
     for (index, offset) in extents(size, used).enumerate().step_by(37) {
         let mut bytes = vec![0; EXTENT as usize];
         assert_eq!(rustix::io::pread(&memories[1], &mut bytes, offset).unwrap(), bytes.len());
-        let expected = if (index as u64) < discarded / EXTENT { vec![0; bytes.len()] } else { content(offset) };
+        let expected = if (index as u64) < discarded / EXTENT {
+            vec![0; bytes.len()]
+        } else {
+            content(offset)
+        };
         assert!(bytes == expected, "the extent at {offset:#x}");
     }
     let limit = (64 << 20) + BITMAPS * bitmap_bytes(size / 4096);

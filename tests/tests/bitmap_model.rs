@@ -24,8 +24,7 @@ enum Step {
 }
 
 fn any_range() -> impl Strategy<Value = PageRange> {
-    let first =
-        prop_oneof![8 => 0..MOST_PAGES + 70, 1 => Just(u64::MAX), 1 => (0..MOST_PAGES / 64).prop_map(|w| w * 64)];
+    let first = prop_oneof![8 => 0..MOST_PAGES + 70, 1 => Just(u64::MAX), 1 => (0..MOST_PAGES / 64).prop_map(|w| w * 64)];
     let count = prop_oneof![8 => 0u64..200, 1 => Just(u64::MAX), 1 => (0u64..4).prop_map(|words| words * 64)];
     (first, count).prop_map(|(first, count)| PageRange::new(first, count))
 }
@@ -81,11 +80,13 @@ fn apply_to_model(model: &mut BTreeSet<u64>, pages: u64, step: &Step) -> Option<
         Step::TakeWord(index) => apply_to_model(model, pages, &Step::TakeBits(index, u64::MAX)),
         Step::TakeBits(index, mask) => {
             let taken = word_of(model, index) & mask;
-            model.retain(|page| !(page / WORD_BITS == index && mask >> (page % WORD_BITS) & 1 == 1));
+            model
+                .retain(|page| !(page / WORD_BITS == index && mask >> (page % WORD_BITS) & 1 == 1));
             Some(taken)
         }
         Step::OrWord(index, bits) => {
-            let newly: BTreeSet<u64> = pages_of(index * WORD_BITS, bits, pages).difference(model).copied().collect();
+            let newly: BTreeSet<u64> =
+                pages_of(index * WORD_BITS, bits, pages).difference(model).copied().collect();
             model.extend(&newly);
             Some(word_of(&newly, index))
         }
@@ -123,7 +124,9 @@ fn runs_in(set: impl Iterator<Item = u64>) -> Vec<PageRange> {
 }
 
 /// Every way to ask, over `range`.
-fn check_questions(bitmap: &Bits, model: &BTreeSet<u64>, range: PageRange) -> Result<(), TestCaseError> {
+fn check_questions(
+    bitmap: &Bits, model: &BTreeSet<u64>, range: PageRange,
+) -> Result<(), TestCaseError> {
     let asked = pages_in(range, bitmap.pages());
     let set: BTreeSet<u64> = asked.intersection(model).copied().collect();
     prop_assert_eq!(bitmap.count(range), set.len() as u64);
@@ -148,7 +151,8 @@ proptest! {
         steps in prop::collection::vec(any_step(), 0..30),
         ranges in prop::collection::vec(any_range(), 1..6),
     ) {
-        // The last word, and one more that the bitmap does not use, hold what someone else wrote past the end.
+        // The last word, and one more that the bitmap does not use, hold what someone else wrote
+        // past the end.
         let used = pages.div_ceil(64);
         let past_the_end = if pages.is_multiple_of(64) { 0 } else { garbage << (pages % 64) };
         let word = |index| AtomicU64::new(if index == used { garbage } else if index + 1 == used { past_the_end } else { 0 });

@@ -1,4 +1,5 @@
-//! Pages that travel compressed: smaller on the wire, the same at the destination, and refused by name where something is wrong with them.
+//! Pages that travel compressed: smaller on the wire, the same at the destination, and refused by
+//! name where something is wrong with them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -18,8 +19,11 @@ use std::os::unix::net::UnixListener;
 const PAGES: u64 = 200;
 const BYTES: usize = PAGE_SIZE as usize;
 /// Both, and a level that is not the one without a level.
-const METHODS: [(Compression, u16); 3] =
-    [(Compression::Lz4, FLAG_LZ4), (Compression::Zstd(1), FLAG_ZSTD), (Compression::Zstd(7), FLAG_ZSTD)];
+const METHODS: [(Compression, u16); 3] = [
+    (Compression::Lz4, FLAG_LZ4),
+    (Compression::Zstd(1), FLAG_ZSTD),
+    (Compression::Zstd(7), FLAG_ZSTD),
+];
 
 fn write(side: &Side, page: u64, content: &[u8; BYTES]) {
     let ram = &side.ram;
@@ -72,7 +76,12 @@ impl Scene {
     }
 
     fn flags(&self) -> Vec<u16> {
-        self.relay.seen.iter().filter(|record| record.kind == Kind::Data).map(|record| record.header.flags()).collect()
+        self.relay
+            .seen
+            .iter()
+            .filter(|record| record.kind == Kind::Data)
+            .map(|record| record.header.flags())
+            .collect()
     }
 }
 
@@ -95,8 +104,16 @@ fn text_is_smaller_on_the_wire_and_arrives_the_same() {
         scene.relay.pass(record);
         let counters = scene.finish().counters;
         assert_eq!(counters.pages_sent, PAGES + PAGES.div_ceil(17));
-        assert!(counters.wire_bytes < plain.wire_bytes / 2, "{compression:?}: {} bytes", counters.wire_bytes);
-        assert!(scene.flags().iter().all(|flags| *flags == flag), "{compression:?}: {:?}", scene.flags());
+        assert!(
+            counters.wire_bytes < plain.wire_bytes / 2,
+            "{compression:?}: {} bytes",
+            counters.wire_bytes
+        );
+        assert!(
+            scene.flags().iter().all(|flags| *flags == flag),
+            "{compression:?}: {:?}",
+            scene.flags()
+        );
     }
 }
 
@@ -132,7 +149,9 @@ fn a_stray_page_is_compressed_too_and_stays_discarded() {
 
 #[test]
 fn the_compression_stays_as_the_migration_was_started() {
-    for (started, changed) in [(Compression::None, Compression::Lz4), (Compression::Lz4, Compression::Zstd(3))] {
+    for (started, changed) in
+        [(Compression::None, Compression::Lz4), (Compression::Lz4, Compression::Zstd(3))]
+    {
         let mut scene = Scene::start(text(), &with(started));
         let record = scene.relay.until(|record| record.is(Kind::PassDone, 0));
         scene.source.client.set_parameters(&with(changed)).unwrap();
@@ -151,14 +170,19 @@ fn pack(compression: Compression, bytes: &[u8]) -> Vec<u8> {
     compressor.output().to_vec()
 }
 
-/// Replaces the first compressed record by what `tamper` makes of it: both jobs fail with all `words`, the guest runs on, and the next attempt succeeds.
+/// Replaces the first compressed record by what `tamper` makes of it: both jobs fail with all
+/// `words`, the guest runs on, and the next attempt succeeds.
 #[track_caller]
-fn assert_refused(compression: Compression, words: &[&str], tamper: impl Fn(&Passing) -> (u16, Vec<u8>)) {
+fn assert_refused(
+    compression: Compression, words: &[&str], tamper: impl Fn(&Passing) -> (u16, Vec<u8>),
+) {
     let mut scene = Scene::start(text(), &OutgoingOptions { compression, ..passes(1) });
     let mut record = scene.relay.until(|record| record.kind == Kind::Data);
     let (flags, payload) = tamper(&record);
     let block = record.header.block();
-    record.header = RecordHeader::new(Kind::Data, flags, block, record.header.range(), payload.len()).sealed(&payload);
+    record.header =
+        RecordHeader::new(Kind::Data, flags, block, record.header.range(), payload.len())
+            .sealed(&payload);
     record.payload = payload;
     scene.relay.pass(record);
     let status = scene.relay.finish(&scene.source.client, scene.jobs.0);
@@ -166,7 +190,11 @@ fn assert_refused(compression: Compression, words: &[&str], tamper: impl Fn(&Pas
     for (side, status) in [("source", &status), ("destination", &there)] {
         assert_eq!(status.phase, Phase::Failed, "{side}");
         for word in words {
-            assert!(status.error.contains(word), "\"{word}\" is missing at the {side}: {}", status.error);
+            assert!(
+                status.error.contains(word),
+                "\"{word}\" is missing at the {side}: {}",
+                status.error
+            );
         }
     }
     assert!(!scene.source.vmm.is_paused(), "the guest runs on");
@@ -216,9 +244,10 @@ fn a_flag_that_was_not_negotiated_fails_both_jobs_by_name_and_the_guest_runs_on(
 
 #[test]
 fn a_destination_that_does_not_take_the_compression_ends_the_attempt_before_tracking_starts() {
-    for (compression, offered, others) in
-        [(Compression::Lz4, FEATURE_LZ4, FEATURE_ZSTD), (Compression::Zstd(3), FEATURE_ZSTD, FEATURE_LZ4)]
-    {
+    for (compression, offered, others) in [
+        (Compression::Lz4, FEATURE_LZ4, FEATURE_ZSTD),
+        (Compression::Zstd(3), FEATURE_ZSTD, FEATURE_LZ4),
+    ] {
         for accepted in [0, others] {
             let source = text();
             source.vmm.on(At::StartTracking, || panic!("tracking starts"));
@@ -230,7 +259,9 @@ fn a_destination_that_does_not_take_the_compression_ends_the_attempt_before_trac
             stream.set_read_timeout(Some(SOON)).unwrap();
             let (kind, _, payload) = read_record(&stream).unwrap();
             assert_eq!((kind, Hello::decode(&payload).unwrap().features), (Kind::Hello, offered));
-            let payload = Accept { version: STREAM_VERSION, features: accepted, host_pages: Vec::new() }.encode();
+            let payload =
+                Accept { version: STREAM_VERSION, features: accepted, host_pages: Vec::new() }
+                    .encode();
             let header = RecordHeader::plain(Kind::Accept, 0, payload.len()).sealed(&payload);
             stream.write_all(&[header.to_wire().as_slice(), &payload].concat()).unwrap();
             let (kind, _, payload) = read_record(&stream).unwrap();
@@ -238,7 +269,10 @@ fn a_destination_that_does_not_take_the_compression_ends_the_attempt_before_trac
             let status = source.wait(job);
             assert_eq!(status.phase, Phase::Failed);
             for sentence in [&status.error, &decode_error(&payload).unwrap().sentence] {
-                assert!(sentence.contains(&format!("compression is {}", compression.name())), "{sentence}");
+                assert!(
+                    sentence.contains(&format!("compression is {}", compression.name())),
+                    "{sentence}"
+                );
             }
             assert!(!lock(&source.vmm.asked).tracking);
             source.vmm.off(At::StartTracking);
@@ -250,7 +284,9 @@ fn a_destination_that_does_not_take_the_compression_ends_the_attempt_before_trac
 #[test]
 fn random_pages_arrive_whatever_the_compression() {
     let mut random = Random::new(9);
-    for compression in [Compression::None, Compression::Lz4, Compression::Zstd(1), Compression::Zstd(19)] {
+    for compression in
+        [Compression::None, Compression::Lz4, Compression::Zstd(1), Compression::Zstd(19)]
+    {
         let source = Side::new(Ram::odd(PAGES));
         for page in (0..PAGES).filter(|page| page % 3 != 1) {
             // Noise up to somewhere, and zeroes behind it.

@@ -1,5 +1,5 @@
-//! Every decoder on thousands of inputs, the same ones every time. What has to hold of them is in `pageferry_tests::decoders`, which the fuzz
-//! targets share.
+//! Every decoder on thousands of inputs, the same ones every time. What has to hold of them is in
+//! `pageferry_tests::decoders`, which the fuzz targets share.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_tests::decoders::heap::{CountingHeap, counts};
@@ -18,7 +18,11 @@ fn no_bytes_make_a_decoder_panic_take_too_much_memory_or_misread() {
     assert!(counts(), "what decoding takes is measured");
     for target in &TARGETS {
         let hammered = hammer(target, ROUNDS);
-        assert!(hammered.accepted > ROUNDS / 50, "{} refuses nearly all: {hammered:?}", target.name);
+        assert!(
+            hammered.accepted > ROUNDS / 50,
+            "{} refuses nearly all: {hammered:?}",
+            target.name
+        );
         assert!(hammered.refused > ROUNDS / 50, "{} accepts nearly all: {hammered:?}", target.name);
     }
 }
@@ -26,7 +30,8 @@ fn no_bytes_make_a_decoder_panic_take_too_much_memory_or_misread() {
 #[test]
 fn every_decoder_has_a_fuzz_target() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/fuzz_targets");
-    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<_> =
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     let mut names: Vec<_> = TARGETS.iter().map(|target| target.name).collect();
     files.sort();
     names.sort_unstable();

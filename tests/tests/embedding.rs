@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_client::{
-    BlockRange, Client, Config, Error, ErrorCode, IncomingOptions, Mode, OutgoingOptions, Ownership, Phase, Punch,
-    RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions, Target, Trackers,
+    BlockRange, Client, Config, Error, ErrorCode, IncomingOptions, Mode, OutgoingOptions,
+    Ownership, Phase, Punch, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions, Target,
+    Trackers,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
@@ -80,7 +81,10 @@ fn what_relies_on_dirty_pages_is_refused_until_the_vmm_has_declared_its_trackers
         ("base", client.start_snapshot(&image, &increment)),
     ] {
         let sentence = refused(ErrorCode::State, outcome);
-        assert!(sentence.starts_with(what) && sentence.contains("declared no tracker"), "{sentence}");
+        assert!(
+            sentence.starts_with(what) && sentence.contains("declared no tracker"),
+            "{sentence}"
+        );
     }
     assert_eq!(client.status().unwrap().trackers, Trackers::default());
 
@@ -94,7 +98,10 @@ fn what_relies_on_dirty_pages_is_refused_until_the_vmm_has_declared_its_trackers
     assert_eq!(client.status().unwrap().trackers, Trackers::LOG_IS_COMPLETE);
     let again = SnapshotOptions { replace: true, ..tracked };
     assert_eq!(ends(client.start_snapshot(&image, &again).unwrap().job), Phase::Completed);
-    assert_eq!(ends(client.start_outgoing(nowhere(), &of(Mode::Precopy)).unwrap().job), Phase::Failed);
+    assert_eq!(
+        ends(client.start_outgoing(nowhere(), &of(Mode::Precopy)).unwrap().job),
+        Phase::Failed
+    );
 }
 
 #[test]
@@ -104,7 +111,8 @@ fn a_hook_that_panics_fails_the_job_by_name_and_the_guest_runs_on() {
     for (hook, name) in [(HookName::SaveState, "save state"), (HookName::Pause, "pause")] {
         source.vmm.inject(hook, Some(Fault::Panic("vCPU 3 is gone".into())));
         let destination = Side::new();
-        let (_, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+        let (_, address) =
+            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
         let migration = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
         let expected = format!("hook \"{name}\" panicked in the VMM: vCPU 3 is gone");
         let status = source.vmm.wait_job(migration, PATIENCE).unwrap();
@@ -116,7 +124,11 @@ fn a_hook_that_panics_fails_the_job_by_name_and_the_guest_runs_on() {
 
         let record = source.vmm.record();
         assert!(record.runs && record.calls.last() == Some(&HookName::Resume), "{record:?}");
-        assert_eq!(record.panics, vec![(name.to_owned(), "vCPU 3 is gone".to_owned()); 2], "the VMM is told");
+        assert_eq!(
+            record.panics,
+            vec![(name.to_owned(), "vCPU 3 is gone".to_owned()); 2],
+            "the VMM is told"
+        );
         source.vmm.inject(hook, None);
         source.vmm.clear_record();
     }
@@ -140,7 +152,8 @@ fn a_guest_resets_while_it_is_moved_and_while_it_is_saved() {
     };
     let destination = Side::new();
     let moved = || {
-        let (_, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+        let (_, address) =
+            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
         let options = OutgoingOptions { bandwidth: slow, ..OutgoingOptions::default() };
         let job = source.vmm.start_outgoing(&address, &options).unwrap();
         source.vmm.wait_phase(Phase::Passes, PATIENCE).unwrap();
@@ -165,9 +178,14 @@ fn a_vmm_resets_while_it_waits_for_a_guest_and_while_one_is_restored() {
     let folder = tempfile::tempdir().unwrap();
     let image = saved(folder.path());
     let side = Side::new();
-    let waits = || side.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap().0;
+    let waits =
+        || side.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap().0;
     let restored = || {
-        let options = RestoreOptions { mode: RestoreMode::Eager, bandwidth: SLOW, ..RestoreOptions::default() };
+        let options = RestoreOptions {
+            mode: RestoreMode::Eager,
+            bandwidth: SLOW,
+            ..RestoreOptions::default()
+        };
         let job = side.vmm.start_restore(&image, &options).unwrap();
         side.vmm.wait_phase(Phase::Restoring, PATIENCE).unwrap();
         job
@@ -194,13 +212,15 @@ fn saved(folder: &Path) -> PathBuf {
     image
 }
 
-/// Has both remove their memory while a job of theirs is past its line, then `hurry`: the job is waited for.
+/// Has both remove their memory while a job of theirs is past its line, then `hurry`: the job is
+/// waited for.
 fn removes_when_the_job_is_done(sides: &[&Side], phase: Phase, hurry: impl FnOnce()) {
     std::thread::scope(|scope| {
         for side in sides {
             side.vmm.wait_phase(phase, PATIENCE).unwrap();
         }
-        let removals: Vec<_> = sides.iter().map(|side| scope.spawn(|| side.client().remove_block(0))).collect();
+        let removals: Vec<_> =
+            sides.iter().map(|side| scope.spawn(|| side.client().remove_block(0))).collect();
         for (side, removal) in sides.iter().zip(&removals) {
             // It asked for a cancel, and was refused: the job goes on.
             assert_eq!(side.client().status().unwrap().phase, phase);
@@ -223,16 +243,24 @@ fn memory_is_removed_when_the_job_that_nothing_cancels_any_more_is_done() {
     let folder = tempfile::tempdir().unwrap();
     let image = saved(folder.path());
     let lazy = Side::new();
-    let options = RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
+    let options =
+        RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
     lazy.vmm.start_restore(&image, &options).unwrap();
     let hurry = || lazy.client().set_parameters(&OutgoingOptions::default()).unwrap();
     removes_when_the_job_is_done(&[&lazy], Phase::Prefetching, hurry);
 
     let (source, destination) = (Side::full(), Side::new());
-    let (_, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
-    let options = OutgoingOptions { mode: Mode::Postcopy, bandwidth: SLOW, ..OutgoingOptions::default() };
+    let (_, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let options =
+        OutgoingOptions { mode: Mode::Postcopy, bandwidth: SLOW, ..OutgoingOptions::default() };
     source.vmm.start_outgoing(&address, &options).unwrap();
-    let hurry = || source.client().set_parameters(&OutgoingOptions { bandwidth: 0, ..options.clone() }).unwrap();
+    let hurry = || {
+        source
+            .client()
+            .set_parameters(&OutgoingOptions { bandwidth: 0, ..options.clone() })
+            .unwrap()
+    };
     removes_when_the_job_is_done(&[&source, &destination], Phase::Postcopy, hurry);
 }
 
@@ -241,11 +269,13 @@ fn a_populate_after_the_guest_has_left_says_that_it_is_gone() {
     let (source, destination) = (Side::full(), Side::new());
     let page = [BlockRange { block: 0, offset: 0, length: PAGE_SIZE }];
     source.client().discard(&page, Punch::Yes).unwrap();
-    let (_, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (_, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     refused(ErrorCode::Busy, destination.client().populate(&page));
     let job = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
     assert_eq!(source.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
-    wait_until("the guest to be gone", PATIENCE, || source.client().ownership() == Ownership::Gone).unwrap();
+    wait_until("the guest to be gone", PATIENCE, || source.client().ownership() == Ownership::Gone)
+        .unwrap();
     let gone = source.client().populate_within(&page, PATIENCE).unwrap_err();
     assert!(matches!(gone, Error::GuestGone { .. }), "{gone}");
     // Here it is, and nothing is in the way for long.

@@ -63,16 +63,23 @@ fn a_store_through_the_mapping_is_in_the_file_at_its_offset() {
 fn a_file_that_is_too_short_is_refused() {
     let file = tempfile::tempfile().unwrap();
     file.set_len((1 << 20) - 1).unwrap();
-    let layout = BlockLayout { backing: Backing::File(Arc::new(file)), ..BlockLayout::ram(1 << 20) };
+    let layout =
+        BlockLayout { backing: Backing::File(Arc::new(file)), ..BlockLayout::ram(1 << 20) };
     let error = TestMemory::new(vec![layout]).unwrap_err();
     assert!(error.to_string().contains("0xfffff"), "{error}");
 }
 
 #[test]
 fn a_paused_guest_writes_nothing_and_its_ledger_is_right() {
-    for pattern in [Pattern::Sequential, Pattern::Uniform, Pattern::Hot { pages_percent: 10, writes_percent: 90 }] {
+    for pattern in [
+        Pattern::Sequential,
+        Pattern::Uniform,
+        Pattern::Hot { pages_percent: 10, writes_percent: 90 },
+    ] {
         let usage = Usage::new(Arc::new(memory())).unwrap();
-        let mut guest = ThreadGuest::new(&usage, ThreadGuestOptions { pattern, ..busy(Path::Mapping) }).unwrap();
+        let mut guest =
+            ThreadGuest::new(&usage, ThreadGuestOptions { pattern, ..busy(Path::Mapping) })
+                .unwrap();
         guest.start().unwrap();
         wait_until("10000 writes", SOON, || guest.writes() > 10_000).unwrap();
         guest.pause().unwrap();
@@ -156,7 +163,9 @@ fn a_rate_is_kept() {
 #[test]
 fn numbered_pages_are_found_in_their_blocks() {
     let set: PageSet =
-        [(3, PageRange::new(5, 2)), (1, PageRange::new(0, 0)), (9, PageRange::new(8, 1))].into_iter().collect();
+        [(3, PageRange::new(5, 2)), (1, PageRange::new(0, 0)), (9, PageRange::new(8, 1))]
+            .into_iter()
+            .collect();
     assert_eq!(set.pages(), 3);
     let pages: Vec<_> = (0..5).map(|number| set.page(number)).collect();
     assert_eq!(pages, [Some((3, 5)), Some((3, 6)), Some((9, 8)), None, None]);
@@ -176,7 +185,9 @@ fn each_way_to_differ_is_found() {
     let full = |destination: &TestMemory| destination.block(0).unwrap().fill(pages, 1).unwrap();
 
     assert_eq!(check(&full).unwrap().equal, 20);
-    let missing = check(&|destination| destination.block(0).unwrap().fill(PageRange::new(10, 19), 1).unwrap());
+    let missing = check(&|destination| {
+        destination.block(0).unwrap().fill(PageRange::new(10, 19), 1).unwrap()
+    });
     assert!(missing.unwrap_err().to_string().contains("page 0x1d"));
     let more = check(&|destination| {
         full(destination);

@@ -1,7 +1,10 @@
-//! Guests on huge pages. There a host page holds 512 pages: it is allocated and freed as a whole, has no `write`, and does not tell its holes.
+//! Guests on huge pages. There a host page holds 512 pages: it is allocated and freed as a whole,
+//! has no `write`, and does not tell its holes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use pageferry_client::{BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch};
+use pageferry_client::{
+    BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::huge_pages::{HUGE_PAGE, HugePages, hugetlb_memfd};
@@ -82,7 +85,8 @@ impl Side {
     /// Migrates to `destination`.
     fn move_to(&self, destination: &Side, streams: u16) -> JobStatus {
         let options = OutgoingOptions { streams, ..OutgoingOptions::default() };
-        let (_, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+        let (_, address) =
+            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
         let job = self.vmm.start_outgoing(&address, &options).unwrap();
         let status = self.vmm.wait_job(job, PATIENCE).unwrap();
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
@@ -108,11 +112,18 @@ fn huge_is_discarded(side: &Side, index: u64) -> bool {
 }
 
 fn discard(client: &Client, pages: PageRange, punch: Punch) -> u64 {
-    client.discard(&[BlockRange { block: BLOCK, offset: pages.offset(), length: pages.bytes() }], punch).unwrap()
+    client
+        .discard(
+            &[BlockRange { block: BLOCK, offset: pages.offset(), length: pages.bytes() }],
+            punch,
+        )
+        .unwrap()
 }
 
 /// Fills pages as the guest does; the log is marked where nothing else tells of it.
-fn write(block: &TestBlock, by: By, pages: PageRange, fill: impl Fn(u64) -> [u8; PAGE_SIZE as usize]) {
+fn write(
+    block: &TestBlock, by: By, pages: PageRange, fill: impl Fn(u64) -> [u8; PAGE_SIZE as usize],
+) {
     for page in pages.first..pages.end() {
         block.write(page * PAGE_SIZE, &fill(page)).unwrap();
     }
@@ -146,7 +157,8 @@ fn all_kinds(by: By, streams: u16) {
     // 5: discarded in part, which changes nothing.
     block.fill(huge(5), 7).unwrap();
     assert_eq!(discard(client, PageRange::new(5 * HUGE + 10, 20), Punch::Yes), 0);
-    // 6: discarded when it was sent. 7: zeroed when it was sent. 8: written for the first time when the rest was sent.
+    // 6: discarded when it was sent. 7: zeroed when it was sent. 8: written for the first time when
+    // the rest was sent.
     block.fill(huge(6), 7).unwrap();
     block.fill(huge(7), 7).unwrap();
     assert_eq!(source.allocated(), 6);
@@ -237,7 +249,8 @@ fn freed_huge_pages_are_holes_until_they_are_written() {
 fn a_discard_of_part_of_a_huge_page_rounds_inward_and_a_populate_outward() {
     for granularity in [PAGE_SIZE, HUGE_PAGE] {
         let Some(_pool) = require::hugetlb(2 * COUNT) else { return };
-        let (source, destination) = (Side::new(granularity, By::Log), Side::new(granularity, By::Log));
+        let (source, destination) =
+            (Side::new(granularity, By::Log), Side::new(granularity, By::Log));
         source.block().fill(PageRange::new(0, 4 * HUGE), 3).unwrap();
         let client = source.vmm.client();
         assert_eq!(discard(client, PageRange::new(1, HUGE - 1), Punch::Yes), 0);
@@ -251,15 +264,20 @@ fn a_discard_of_part_of_a_huge_page_rounds_inward_and_a_populate_outward() {
         assert_eq!(client.populate(&[one_byte]).unwrap(), HUGE);
         source.migrate_to(&destination, 1);
         assert_eq!(destination.allocated(), 2);
-        assert_eq!([0, 1, 2, 3].map(|index| huge_is_discarded(&destination, index)), [false, true, false, false]);
+        assert_eq!(
+            [0, 1, 2, 3].map(|index| huge_is_discarded(&destination, index)),
+            [false, true, false, false]
+        );
     }
 }
 
 #[test]
 fn what_small_pages_discard_is_zero_in_huge_ones_and_freed_where_nothing_is_left() {
     let Some(_pool) = require::hugetlb(COUNT) else { return };
-    let (source, destination) =
-        (Side::on(Backing::Memfd, PAGE_SIZE, By::Log), Side::on(Backing::HugePages, PAGE_SIZE, By::Log));
+    let (source, destination) = (
+        Side::on(Backing::Memfd, PAGE_SIZE, By::Log),
+        Side::on(Backing::HugePages, PAGE_SIZE, By::Log),
+    );
     source.block().fill(PageRange::new(0, 3 * HUGE), 5).unwrap();
     // When all was sent: a part of 0, the end of 1 and all of 2.
     let late = [PageRange::new(10, 20), PageRange::new(2 * HUGE - 7, 7), huge(2)];
@@ -274,7 +292,11 @@ fn what_small_pages_discard_is_zero_in_huge_ones_and_freed_where_nothing_is_left
     assert_eq!(destination.allocated(), 2);
     for page in late.iter().flat_map(|pages| pages.first..pages.end()) {
         assert!(destination.is_discarded(page));
-        assert_eq!(destination.block().read_page(page).unwrap(), zero(page), "page {page} is stale");
+        assert_eq!(
+            destination.block().read_page(page).unwrap(),
+            zero(page),
+            "page {page} is stale"
+        );
     }
 }
 
@@ -284,7 +306,8 @@ fn a_write_into_a_discarded_huge_page_is_a_stray_one() {
         return;
     }
     let Some(_pool) = require::hugetlb(2 * COUNT) else { return };
-    let (source, destination) = (Side::new(HUGE_PAGE, By::WriteProtect), Side::new(HUGE_PAGE, By::Log));
+    let (source, destination) =
+        (Side::new(HUGE_PAGE, By::WriteProtect), Side::new(HUGE_PAGE, By::Log));
     source.block().fill(huge(0), 3).unwrap();
     discard(source.vmm.client(), huge(2), Punch::Yes);
     let memory = source.vmm.memory().clone();
@@ -306,7 +329,8 @@ fn a_destination_without_huge_pages_is_an_error_and_the_guest_stays() {
     let hog = hugetlb_memfd(others * HUGE_PAGE).unwrap();
     fallocate(&hog, FallocateFlags::empty(), 0, others * HUGE_PAGE).unwrap();
     source.vmm.start().unwrap();
-    let (there, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (there, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     let job = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
     let status = source.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Failed);
@@ -323,8 +347,10 @@ fn a_write_beside_discarded_pages_of_a_transparent_huge_page_does_not_bring_them
     if !(require::thp() && require::uffd()) {
         return;
     }
-    let (source, destination) =
-        (Side::on(Backing::Memfd, PAGE_SIZE, By::WriteProtect), Side::on(Backing::Memfd, PAGE_SIZE, By::Log));
+    let (source, destination) = (
+        Side::on(Backing::Memfd, PAGE_SIZE, By::WriteProtect),
+        Side::on(Backing::Memfd, PAGE_SIZE, By::Log),
+    );
     let block = source.block();
     block.store(0, 1).unwrap();
     assert_eq!(block.allocated().unwrap(), HUGE_PAGE, "one fault gives all of it");
@@ -333,7 +359,8 @@ fn a_write_beside_discarded_pages_of_a_transparent_huge_page_does_not_bring_them
     assert_eq!(discard(source.vmm.client(), PageRange::new(10, 10), Punch::No), 10);
     let memory = source.vmm.memory().clone();
     source.vmm.before_pause(move || memory.block(BLOCK)?.store(5 * PAGE_SIZE, 4711));
-    // The destination's kernel, too, allocates all of it for the first page: what is discarded is zero there, and no hole.
+    // The destination's kernel, too, allocates all of it for the first page: what is discarded is
+    // zero there, and no hole.
     let status = source.move_to(&destination, 1);
     assert_eq!(status.counters.stray_pages, 0);
     let there = |page: u64| destination.block().read_word(page * PAGE_SIZE).unwrap();

@@ -1,12 +1,14 @@
-//! Memory on a tmpfs that hands out huge pages for small writes: what arrives there, or is restored,
-//! allocates nothing that the source had not.
+//! Memory on a tmpfs that hands out huge pages for small writes: what arrives there, or is
+//! restored, allocates nothing that the source had not.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
 use common::images::paused;
 use common::{Listening, passes};
-use pageferry_client::{BlockRange, IncomingOptions, Mode, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions};
+use pageferry_client::{
+    BlockRange, IncomingOptions, Mode, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::require;
@@ -61,8 +63,8 @@ impl Side {
         side
     }
 
-    /// On a tmpfs that is mounted with `huge`; not aligned to its huge pages if `odd`. `None` if the kernel has no
-    /// huge pages to hand out now.
+    /// On a tmpfs that is mounted with `huge`; not aligned to its huge pages if `odd`. `None` if
+    /// the kernel has no huge pages to hand out now.
     fn on(tmpfs: Tmpfs, huge: &str, odd: bool) -> Option<Self> {
         let fd_offset = if odd { 3 * PAGE_SIZE } else { 0 };
         let options = format!("size=256M,huge={huge}");
@@ -97,8 +99,8 @@ impl Side {
 /// The ways of a tmpfs to hand out huge pages, aligned and not.
 fn ways() -> Vec<(Tmpfs, &'static str, bool)> {
     let Some(tmpfs) = require::huge_tmpfs() else { return Vec::new() };
-    // Or khugepaged would fill holes of what the VMM has mapped, at any moment. What is written is given
-    // huge pages all the same.
+    // Or khugepaged would fill holes of what the VMM has mapped, at any moment. What is written is
+    // given huge pages all the same.
     rustix::thread::disable_transparent_huge_pages(true).unwrap();
     vec![(tmpfs, "always", false), (tmpfs, "within_size", false), (tmpfs, "always", true)]
 }
@@ -109,14 +111,20 @@ fn a_guest_that_arrives_on_huge_pages_takes_no_more_than_it_did() {
         let precopy = passes(2);
         let mut options = vec![precopy.clone(), OutgoingOptions { streams: 3, ..precopy.clone() }];
         if require::uffd() {
-            options.push(OutgoingOptions { mode: Mode::Hybrid, switch_after: 1, ..precopy.clone() });
+            options.push(OutgoingOptions {
+                mode: Mode::Hybrid,
+                switch_after: 1,
+                ..precopy.clone()
+            });
             options.push(OutgoingOptions { mode: Mode::Postcopy, ..precopy });
         }
         for options in options {
-            let what = format!("{huge}, {odd}, {:?} with {} streams", options.mode, options.streams);
+            let what =
+                format!("{huge}, {odd}, {:?} with {} streams", options.mode, options.streams);
             let Some(to) = Side::on(tmpfs, huge, odd) else { continue };
             let from = Side::source();
-            let (incoming, address) = to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+            let (incoming, address) =
+                to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
             let outgoing = from.vmm.start_outgoing(&address, &options).unwrap();
             for (side, job) in [(&from, outgoing), (&to, incoming)] {
                 let status = side.vmm.wait_job(job, PATIENCE).unwrap();
@@ -132,7 +140,8 @@ fn a_guest_that_is_restored_on_huge_pages_takes_no_more_than_it_did() {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image");
     let from = Side::source();
-    let status = from.vmm.wait_job(from.vmm.start_snapshot(&image, &paused()).unwrap(), PATIENCE).unwrap();
+    let status =
+        from.vmm.wait_job(from.vmm.start_snapshot(&image, &paused()).unwrap(), PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
     for (tmpfs, huge, odd) in ways() {
         let mut modes = vec![RestoreMode::Eager];
@@ -143,7 +152,8 @@ fn a_guest_that_is_restored_on_huge_pages_takes_no_more_than_it_did() {
             let what = format!("{huge}, {odd}, {mode:?}");
             let Some(to) = Side::on(tmpfs, huge, odd) else { continue };
             let options = RestoreOptions { mode, ..RestoreOptions::default() };
-            let status = to.vmm.wait_job(to.vmm.start_restore(&image, &options).unwrap(), PATIENCE).unwrap();
+            let status =
+                to.vmm.wait_job(to.vmm.start_restore(&image, &options).unwrap(), PATIENCE).unwrap();
             assert_eq!(status.phase, Phase::Completed, "{what}: {}", status.error);
             to.assert_no_more_than(&from, &what);
         }

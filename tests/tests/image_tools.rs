@@ -19,14 +19,18 @@ use std::process::{Command, Output};
 
 const PAGES: u64 = 1024;
 
-/// An image of one block with these pages as content and the last 24 discarded; an increment if there is a base.
+/// An image of one block with these pages as content and the last 24 discarded; an increment if
+/// there is a base.
 fn write(folder: &Path, name: &str, content: PageRange, base: &Base) -> ImageId {
     let mut table = BlockTable::new();
     let (length, granularity) = (PAGES * PAGE_SIZE, PAGE_SIZE);
-    table.insert(BlockGeometry { id: 3, name: "ram".into(), gpa: 1 << 30, length, granularity }, 512).unwrap();
+    table
+        .insert(BlockGeometry { id: 3, name: "ram".into(), gpa: 1 << 30, length, granularity }, 512)
+        .unwrap();
     let writer = ImageWriter::create(&folder.join(name), &table, false, false).unwrap();
     writer.put(0, content, &vec![7; content.bytes() as usize]).unwrap();
-    let (discarded, changed) = (MappedBitmap::private(PAGES).unwrap(), MappedBitmap::private(PAGES).unwrap());
+    let (discarded, changed) =
+        (MappedBitmap::private(PAGES).unwrap(), MappedBitmap::private(PAGES).unwrap());
     discarded.set(PageRange::new(PAGES - 24, 24));
     changed.set(content);
     let changed = [changed];
@@ -46,7 +50,15 @@ fn write(folder: &Path, name: &str, content: PageRange, base: &Base) -> ImageId 
 /// An increment of 8 pages on a full image of 16 others.
 fn chain(folder: &Path) -> [ImageId; 2] {
     let base = write(folder, "monday.img", PageRange::new(100, 16), &Base::default());
-    [base, write(folder, "tuesday.img", PageRange::new(0, 8), &Base { id: base, name: "monday.img".into() })]
+    [
+        base,
+        write(
+            folder,
+            "tuesday.img",
+            PageRange::new(0, 8),
+            &Base { id: base, name: "monday.img".into() },
+        ),
+    ]
 }
 
 /// Runs the command in the folder, so that the names are relative.
@@ -73,7 +85,10 @@ fn refused(folder: &Path, arguments: &[&str]) -> String {
     let output = run(folder, arguments);
     assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
     let error = text(&output.stderr);
-    assert!(error.starts_with("pageferry: ") && error.lines().count() == 1, "{arguments:?}: {error}");
+    assert!(
+        error.starts_with("pageferry: ") && error.lines().count() == 1,
+        "{arguments:?}: {error}"
+    );
     error
 }
 
@@ -87,7 +102,8 @@ fn an_image_is_shown_with_all_that_it_builds_on() {
     assert_eq!(shown["base"]["id"], json!(id_text(&base)));
     assert_eq!(shown["chain"][1]["path"], json!(folder.join("monday.img").to_str().unwrap()));
     let counts = |value: &Value| {
-        ["present", "zero", "discarded", "unchanged"].map(|name| value[format!("{name}_pages")].as_u64().unwrap())
+        ["present", "zero", "discarded", "unchanged"]
+            .map(|name| value[format!("{name}_pages")].as_u64().unwrap())
     };
     assert_eq!(counts(&shown["blocks"][0]), [8, 0, 24, 992]);
     assert_eq!((counts(&shown), counts(&shown["chain"][1])), ([8, 0, 24, 992], [16, 984, 24, 0]));
@@ -104,7 +120,11 @@ fn an_image_is_shown_with_all_that_it_builds_on() {
         "state of the VMM   5 B, 1 piece".into(),
         // What is in a file is not for the terminal to obey.
         "                   vcpu\\u{1b}[31m (5 B)".into(),
-        format!("builds on          {}, id {}", folder.join("monday.img").display(), id_text(&base)),
+        format!(
+            "builds on          {}, id {}",
+            folder.join("monday.img").display(),
+            id_text(&base)
+        ),
     ] {
         assert!(shown.lines().any(|found| found == line), "{line}:\n{shown}");
     }
@@ -114,7 +134,10 @@ fn an_image_is_shown_with_all_that_it_builds_on() {
     assert_eq!(output.status.code(), Some(1));
     let shown: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(shown["error"].as_str().unwrap().contains("monday.img: cannot open it"), "{shown}");
-    assert!(refused(folder, &["info", "nothing.img"]).contains("nothing.img: cannot open it: No such file"));
+    assert!(
+        refused(folder, &["info", "nothing.img"])
+            .contains("nothing.img: cannot open it: No such file")
+    );
 }
 
 #[test]
@@ -122,14 +145,23 @@ fn an_image_is_good_or_each_place_that_is_not_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     chain(folder);
-    assert_eq!(good(folder, &["verify", "tuesday.img"]), "all is well: 2 images, 24 pages with content (96.0 KiB)\n");
+    assert_eq!(
+        good(folder, &["verify", "tuesday.img"]),
+        "all is well: 2 images, 24 pages with content (96.0 KiB)\n"
+    );
     let report = object(folder, &["verify", "tuesday.img", "--json", "--threads", "1"]);
-    assert_eq!((&report["status"], &report["pages"], &report["errors"]), (&json!("good"), &json!(24), &json!([])));
+    assert_eq!(
+        (&report["status"], &report["pages"], &report["errors"]),
+        (&json!("good"), &json!(24), &json!([]))
+    );
     let layout = Image::open(&folder.join("monday.img")).unwrap().layout().clone();
     let places = [layout.page(0, 90), layout.page(0, 101), layout.page(0, 115)];
     places.into_iter().for_each(|at| flip(&folder.join("monday.img"), at, 0xff));
     let error = refused(folder, &["verify", "tuesday.img"]);
-    assert!(error.contains("monday.img: block 3: page 0x") && error.ends_with("the image is damaged\n"), "{error}");
+    assert!(
+        error.contains("monday.img: block 3: page 0x") && error.ends_with("the image is damaged\n"),
+        "{error}"
+    );
 
     let output = run(folder, &["verify", "tuesday.img", "--all"]);
     assert_eq!((output.status.code(), output.stdout), (Some(1), vec![]));
@@ -141,7 +173,10 @@ fn an_image_is_good_or_each_place_that_is_not_is_named() {
     let output = run(folder, &["verify", "tuesday.img", "--all", "--json"]);
     assert_eq!(output.status.code(), Some(1));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((&report["status"], report["errors"].as_array().unwrap().len()), (&json!("damaged"), 3));
+    assert_eq!(
+        (&report["status"], report["errors"].as_array().unwrap().len()),
+        (&json!("damaged"), 3)
+    );
 }
 
 #[test]
@@ -172,14 +207,19 @@ fn a_chain_is_folded_in_place_and_what_builds_on_it_goes_on() {
     write(folder, "wednesday.img", PageRange::new(4, 8), &Base { id, name: "tuesday.img".into() });
     let error = refused(folder, &["merge", "tuesday.img", "--into", "tuesday.img"]);
     assert!(error.contains("the file exists"), "{error}");
-    let merged = object(folder, &["merge", "tuesday.img", "--into", "tuesday.img", "--replace", "--json"]);
-    let found = ["status", "id", "images", "present_pages", "discarded_pages"].map(|name| merged[name].clone());
+    let merged =
+        object(folder, &["merge", "tuesday.img", "--into", "tuesday.img", "--replace", "--json"]);
+    let found = ["status", "id", "images", "present_pages", "discarded_pages"]
+        .map(|name| merged[name].clone());
     assert_eq!(found, [json!("merged"), json!(id_text(&id)), json!(2), json!(24), json!(24)]);
     std::fs::remove_file(folder.join("monday.img")).unwrap();
     assert!(good(folder, &["verify", "wednesday.img"]).starts_with("all is well: 2 images"));
     let chain = Chain::open(&folder.join("wednesday.img")).unwrap();
     assert_eq!(chain.present(0).count(chain.present(0).all()), 12 + 16);
-    assert!(good(folder, &["merge", "wednesday.img", "--into", "whole.img"]).starts_with("merged 2 images into "));
+    assert!(
+        good(folder, &["merge", "wednesday.img", "--into", "whole.img"])
+            .starts_with("merged 2 images into ")
+    );
 }
 
 #[test]
@@ -190,19 +230,33 @@ fn a_map_is_drawn_in_letters_where_there_is_no_terminal_or_into_a_file() {
     let drawn = good(folder, &["map", "tuesday.img", "--width", "64", "--height", "1"]);
     let lines: Vec<&str> = drawn.lines().collect();
     assert_eq!(lines[0], "# changed   + some changed   . zero   - discarded   = as in the base");
-    assert!(lines[2].starts_with("block 3 ram, 4.0 MiB, a cell is 64.0 KiB: changed 0.8 %"), "{drawn}");
+    assert!(
+        lines[2].starts_with("block 3 ram, 4.0 MiB, a cell is 64.0 KiB: changed 0.8 %"),
+        "{drawn}"
+    );
     assert_eq!(lines[3], format!("0x00000040000000  #{}--", "=".repeat(61)));
     let drawn = good(folder, &["map", "tuesday.img", "--whole", "--width", "64", "--height", "1"]);
-    assert_eq!(drawn.lines().last().unwrap(), format!("0x00000040000000  #.....#+{}-", ".".repeat(55)));
+    assert_eq!(
+        drawn.lines().last().unwrap(),
+        format!("0x00000040000000  #.....#+{}-", ".".repeat(55))
+    );
     let map = object(folder, &["map", "tuesday.img", "--width", "4", "--height", "1", "--json"]);
     let cells = json!([[8, 0, 0, 248], [0, 0, 0, 256], [0, 0, 0, 256], [0, 0, 24, 232]]);
-    assert_eq!((&map["blocks"][0]["pages_per_cell"], &map["blocks"][0]["cells"]), (&json!(256), &cells));
+    assert_eq!(
+        (&map["blocks"][0]["pages_per_cell"], &map["blocks"][0]["cells"]),
+        (&json!(256), &cells)
+    );
 
     good(folder, &["map", "tuesday.img", "--png", "tuesday.png"]);
     assert!(std::fs::read(folder.join("tuesday.png")).unwrap().starts_with(b"\x89PNG\r\n\x1a\n"));
-    assert!(refused(folder, &["map", "monday.img", "--png", "tuesday.png"]).contains("the file exists"));
+    assert!(
+        refused(folder, &["map", "monday.img", "--png", "tuesday.png"]).contains("the file exists")
+    );
     let map = object(folder, &["map", "monday.img", "--png", "tuesday.png", "--replace", "--json"]);
-    assert_eq!((&map["picture"]["width"], &map["picture"]["pages_per_pixel"]), (&json!(32), &json!(1)));
+    assert_eq!(
+        (&map["picture"]["width"], &map["picture"]["pages_per_pixel"]),
+        (&json!(32), &json!(1))
+    );
 }
 
 #[test]
@@ -219,7 +273,10 @@ fn what_is_of_another_kind_is_never_replaced_and_an_empty_file_is_no_image() {
     ] {
         let output = run(folder, arguments);
         let error = text(&output.stderr);
-        assert!(!output.status.success() && error.contains(&format!("the file is not {kind}, and so")), "{error}");
+        assert!(
+            !output.status.success() && error.contains(&format!("the file is not {kind}, and so")),
+            "{error}"
+        );
     }
     assert_eq!(std::fs::read(folder.join("monday.img")).unwrap(), image);
     assert_eq!(std::fs::read(folder.join("letter")).unwrap(), b"precious");
@@ -228,5 +285,8 @@ fn what_is_of_another_kind_is_never_replaced_and_an_empty_file_is_no_image() {
     assert!(run(folder, &["map", "monday.img", "--png", "picture", "--replace"]).status.success());
     std::fs::write(folder.join("empty"), "").unwrap();
     let error = text(&run(folder, &["info", "empty"]).stderr);
-    assert!(error.contains("the file has 0 bytes, and an image begins with a header of 4096"), "{error}");
+    assert!(
+        error.contains("the file has 0 bytes, and an image begins with a header of 4096"),
+        "{error}"
+    );
 }

@@ -1,4 +1,5 @@
-//! The KVM guest of the harness: it does what the scenario tests build on, and the trackers see all of it.
+//! The KVM guest of the harness: it does what the scenario tests build on, and the trackers see all
+//! of it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use pageferry_agent::tracking::pagemap::Pagemap;
@@ -6,7 +7,9 @@ use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::DirtyLog;
 use pageferry_tests::files::{mapped, memfd};
-use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, GuestError, KvmGuest, Sweep, check_consistent, counters};
+use pageferry_tests::guest::kvm::{
+    FIRMWARE_PAGES, GuestError, KvmGuest, Sweep, check_consistent, counters,
+};
 use pageferry_tests::require;
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -65,7 +68,8 @@ fn a_guest_sweeps_all_of_its_regions_also_above_4_gib() {
     if !require::kvm() {
         return;
     }
-    let memory = memory(&[(5 * PAGE_SIZE, 3 * MIB), (64 * MIB, MIB), ((6 << 30) + 7 * PAGE_SIZE, 2 * MIB)]);
+    let memory =
+        memory(&[(5 * PAGE_SIZE, 3 * MIB), (64 * MIB, MIB), ((6 << 30) + 7 * PAGE_SIZE, 2 * MIB)]);
     let sweep = Sweep::all(&memory);
     let mut guest = booted(&memory, sweep.clone());
     guest.run_for_sweeps(3, LONG).unwrap();
@@ -98,7 +102,11 @@ fn a_saved_guest_goes_on_where_it_stood_in_another_vm() {
     guest.run_for_sweeps(5, LONG).unwrap();
     let progress = check_consistent(counters(&destination, &sweep).unwrap()).unwrap();
     assert!(progress.sweeps >= stopped.sweeps + 4, "{progress:?} after {stopped:?}");
-    assert_eq!(check_consistent(counters(&source, &sweep).unwrap()).unwrap(), stopped, "the source stands still");
+    assert_eq!(
+        check_consistent(counters(&source, &sweep).unwrap()).unwrap(),
+        stopped,
+        "the source stands still"
+    );
 }
 
 #[test]
@@ -138,8 +146,17 @@ fn what_the_guest_cannot_do_is_refused() {
         return;
     }
     let memory = memory(&[(0, 2 * MIB), (4 * MIB, MIB)]);
-    for range in [(0, 1), (15 * PAGE_SIZE, 2), (MIB, 257), (3 * MIB, 1), (MIB + 1, 1), (MIB, 0), (MIB, u64::MAX)] {
-        let error = KvmGuest::new(memory.clone(), Sweep { ranges: vec![range], spins: 0 }).unwrap_err();
+    for range in [
+        (0, 1),
+        (15 * PAGE_SIZE, 2),
+        (MIB, 257),
+        (3 * MIB, 1),
+        (MIB + 1, 1),
+        (MIB, 0),
+        (MIB, u64::MAX),
+    ] {
+        let error =
+            KvmGuest::new(memory.clone(), Sweep { ranges: vec![range], spins: 0 }).unwrap_err();
         assert!(matches!(error, GuestError::Range { gpa, .. } if gpa == range.0), "{error}");
     }
     let mut guest = booted(&memory, Sweep::all(&memory));
@@ -158,7 +175,10 @@ fn spins_slow_the_guest_down_and_can_be_changed_while_it_stands() {
     // 2,032 pages of at least 4 ms each.
     let mut guest = booted(&memory, Sweep::all(&memory).spins(1 << 24));
     guest.resume().unwrap();
-    assert!(matches!(guest.wait_for_sweeps(1, Duration::from_millis(100)), Err(GuestError::Slow { .. })));
+    assert!(matches!(
+        guest.wait_for_sweeps(1, Duration::from_millis(100)),
+        Err(GuestError::Slow { .. })
+    ));
     guest.pause().unwrap();
     guest.set_spins(0).unwrap();
     guest.resume().unwrap();
@@ -189,7 +209,8 @@ fn both_trackers_report_all_pages_that_changed_between_two_pauses_and_few_others
 
     let kvm = guest.dirty_log().unwrap();
     kvm.start().unwrap();
-    let mappings: Vec<(u64, u64)> = guest.slots().iter().map(|slot| (slot.userspace_addr, slot.length)).collect();
+    let mappings: Vec<(u64, u64)> =
+        guest.slots().iter().map(|slot| (slot.userspace_addr, slot.length)).collect();
     let write_protect = WriteProtect::register(&mappings).unwrap();
     let pagemap = Pagemap::new(write_protect.pagemap().try_clone_to_owned().unwrap()).unwrap();
     let slots = guest.slots().to_vec();
@@ -197,7 +218,11 @@ fn both_trackers_report_all_pages_that_changed_between_two_pauses_and_few_others
         let mut pages = BTreeSet::new();
         for slot in &slots {
             let page = |address: u64| (slot.gpa + address - slot.userspace_addr) / PAGE_SIZE;
-            pagemap.scan(slot.userspace_addr, slot.length, |start, end| pages.extend(page(start)..page(end))).unwrap();
+            pagemap
+                .scan(slot.userspace_addr, slot.length, |start, end| {
+                    pages.extend(page(start)..page(end))
+                })
+                .unwrap();
         }
         pages
     };
@@ -206,7 +231,8 @@ fn both_trackers_report_all_pages_that_changed_between_two_pauses_and_few_others
     let log_length = (80 * MIB / PAGE_SIZE / 8).next_multiple_of(PAGE_SIZE);
     let mut before = bytes(&memory);
     for turn in 0..6 {
-        // From wherever the guest stands to a page a quarter, or three, further on: part of the memory, or nearly all.
+        // From wherever the guest stands to a page a quarter, or three, further on: part of the
+        // memory, or nearly all.
         let stood = check_consistent(counters(&memory, guest.sweep()).unwrap()).unwrap().pages;
         let target = (stood + addresses.len() / 4 * (1 + turn % 3)) % addresses.len();
         guest.resume().unwrap();
@@ -219,24 +245,37 @@ fn both_trackers_report_all_pages_that_changed_between_two_pauses_and_few_others
             .zip(before.iter().zip(&after))
             .flat_map(|(slot, (before, after))| {
                 let pages = before.chunks(PAGE_SIZE as usize).zip(after.chunks(PAGE_SIZE as usize));
-                pages.enumerate().filter(|(_, (a, b))| a != b).map(|(page, _)| slot.gpa / PAGE_SIZE + page as u64)
+                pages
+                    .enumerate()
+                    .filter(|(_, (a, b))| a != b)
+                    .map(|(page, _)| slot.gpa / PAGE_SIZE + page as u64)
             })
             .collect();
 
         let log = DirtyLog::map(memfd(log_length).unwrap().as_fd(), 0, log_length).unwrap();
         kvm.sync(&log).unwrap();
-        let by_kvm: BTreeSet<u64> =
-            log.bits().runs(PageRange::new(0, log.pages())).flat_map(|run| run.first..run.end()).collect();
+        let by_kvm: BTreeSet<u64> = log
+            .bits()
+            .runs(PageRange::new(0, log.pages()))
+            .flat_map(|run| run.first..run.end())
+            .collect();
         let words: Vec<u64> = (0..log.pages() / 64).map(|index| log.bits().word(index)).collect();
         kvm.clear(0, &words).unwrap();
         let by_scan = scan();
 
-        assert!(changed.len() >= addresses.len() / 4, "turn {turn}: {} pages changed", changed.len());
+        assert!(
+            changed.len() >= addresses.len() / 4,
+            "turn {turn}: {} pages changed",
+            changed.len()
+        );
         for (tracker, reported) in [("KVM's log", &by_kvm), ("the scan", &by_scan)] {
             let missed: Vec<_> = changed.difference(reported).collect();
             assert!(missed.is_empty(), "turn {turn}: {tracker} missed {missed:x?}");
             let others: Vec<_> = reported.difference(&changed).collect();
-            assert!(others.len() as u64 <= FIRMWARE_PAGES, "turn {turn}: {tracker} also reported {others:x?}");
+            assert!(
+                others.len() as u64 <= FIRMWARE_PAGES,
+                "turn {turn}: {tracker} also reported {others:x?}"
+            );
         }
         before = after;
     }

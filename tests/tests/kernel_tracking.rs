@@ -20,7 +20,9 @@ use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
 
 type Memory = GuestMemoryMmap<()>;
 
@@ -57,7 +59,8 @@ impl Tracked {
     fn over(fd: OwnedFd, length: u64) -> Self {
         let file = File::from(fd);
         let backing = Some(FileOffset::new(file.try_clone().unwrap(), 0));
-        let memory = Memory::from_ranges_with_files([(GuestAddress(0), length as usize, backing)]).unwrap();
+        let memory =
+            Memory::from_ranges_with_files([(GuestAddress(0), length as usize, backing)]).unwrap();
         let address = memory.get_host_address(GuestAddress(0)).unwrap() as u64;
         let write_protect = WriteProtect::register(&[(address, length)]).unwrap();
         let pagemap = Pagemap::new(write_protect.pagemap().try_clone_to_owned().unwrap()).unwrap();
@@ -85,7 +88,13 @@ impl Tracked {
     }
 
     fn punch(&self, offset: u64, length: u64) {
-        fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length).unwrap();
+        fallocate(
+            &self.file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            length,
+        )
+        .unwrap();
     }
 }
 
@@ -93,7 +102,11 @@ impl Tracked {
 fn a_write_through_the_mapping_is_reported_exactly_once() {
     let Some(tracked) = Tracked::new(2048) else { return };
     (0..2048).for_each(|page| tracked.write(page));
-    assert_eq!(tracked.scan(), Vec::from_iter(0..2048), "what exists at the start counts as written");
+    assert_eq!(
+        tracked.scan(),
+        Vec::from_iter(0..2048),
+        "what exists at the start counts as written"
+    );
     assert_eq!(tracked.scan(), [0; 0]);
     for page in [0, 7, 8, 511, 512, 2047] {
         tracked.write(page);
@@ -174,17 +187,23 @@ fn writes_around_the_mapping_are_not_seen_and_need_the_shared_log() {
 fn no_write_is_lost_while_scans_run() {
     const PAGES: u64 = 512;
     let Some(tracked) = Tracked::new(PAGES) else { return };
-    let counter = |page: u64| -> u32 { tracked.memory.load(GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap() };
+    let counter = |page: u64| -> u32 {
+        tracked.memory.load(GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap()
+    };
     let stop = AtomicBool::new(false);
     let mut copy = vec![0; PAGES as usize];
-    // Scans that found something: so many that they met the writer everywhere, however the two take turns.
+    // Scans that found something: so many that they met the writer everywhere, however the two take
+    // turns.
     let mut found = 0u32;
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             let mut random = Random::new(1);
             while !stop.load(Ordering::Relaxed) {
                 let page = random.below(PAGES);
-                tracked.memory.store(counter(page) + 1, GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap();
+                tracked
+                    .memory
+                    .store(counter(page) + 1, GuestAddress(page * PAGE_SIZE), Ordering::SeqCst)
+                    .unwrap();
             }
         });
         while found < 1000 {
@@ -221,7 +240,10 @@ fn huge_pages_are_reported_whole_and_none_is_allocated() {
     tracked.write(2 * HUGE + 5);
     let blocks = tracked.blocks();
     let first = tracked.scan();
-    assert!((0..HUGE).chain(2 * HUGE..3 * HUGE).all(|page| first.binary_search(&page).is_ok()), "{first:?}");
+    assert!(
+        (0..HUGE).chain(2 * HUGE..3 * HUGE).all(|page| first.binary_search(&page).is_ok()),
+        "{first:?}"
+    );
     tracked.scan();
     assert_eq!(tracked.scan(), [0; 0]);
     assert_eq!(tracked.blocks(), blocks);
@@ -238,7 +260,8 @@ fn huge_pages_are_reported_whole_and_none_is_allocated() {
 const CHILD: &str = "PAGEFERRY_TEST_TRACKED_CHILD";
 const CHILD_PAGES: u64 = 300;
 
-/// Not a test of its own: the VMM of `a_scan_works_from_another_process`, told by its standard input which page to write.
+/// Not a test of its own: the VMM of `a_scan_works_from_another_process`, told by its standard
+/// input which page to write.
 #[test]
 fn tracked_child() {
     if std::env::var_os(CHILD).is_none() {
@@ -275,10 +298,12 @@ fn a_scan_works_from_another_process() {
         }
     };
     let address: u64 = answer("mapped").parse().unwrap();
-    let pagemap = Pagemap::new(File::open(format!("/proc/{}/pagemap", child.id())).unwrap().into()).unwrap();
+    let pagemap =
+        Pagemap::new(File::open(format!("/proc/{}/pagemap", child.id())).unwrap().into()).unwrap();
     let scan = || {
         let mut pages = Vec::new();
-        let found = |start, end| pages.extend((start - address) / PAGE_SIZE..(end - address) / PAGE_SIZE);
+        let found =
+            |start, end| pages.extend((start - address) / PAGE_SIZE..(end - address) / PAGE_SIZE);
         pagemap.scan(address, CHILD_PAGES * PAGE_SIZE, found).unwrap();
         pages
     };
@@ -307,15 +332,21 @@ fn shared_log(memory: &Memory) -> DirtyLog {
     DirtyLog::map(memfd(length).unwrap().as_fd(), 0, length).unwrap()
 }
 
-/// The pages that KVM holds as dirty, by a log that is empty before. The guest's code is left out: KVM may call a page dirty
-/// when it first maps it writable, though the guest only reads it.
+/// The pages that KVM holds as dirty, by a log that is empty before. The guest's code is left out:
+/// KVM may call a page dirty when it first maps it writable, though the guest only reads it.
 fn synced(kvm: &KvmDirtyLog, memory: &Memory) -> BTreeSet<u64> {
     let log = shared_log(memory);
     kvm.sync(&log).unwrap();
     let bits = log.bits();
     let first = memory.iter().next().unwrap().start_addr().0 / PAGE_SIZE + FIRMWARE_PAGES;
-    assert_eq!(bits.count(PageRange::new(0, first - FIRMWARE_PAGES)), 0, "nothing is marked below the slots");
-    bits.runs(PageRange::new(first, bits.pages() - first)).flat_map(|run| run.first..run.end()).collect()
+    assert_eq!(
+        bits.count(PageRange::new(0, first - FIRMWARE_PAGES)),
+        0,
+        "nothing is marked below the slots"
+    );
+    bits.runs(PageRange::new(first, bits.pages() - first))
+        .flat_map(|run| run.first..run.end())
+        .collect()
 }
 
 /// A guest that writes to exactly the pages of `ranges` (GPA, pages), in each [`round`].
@@ -338,12 +369,17 @@ fn kvm_sync_reports_what_the_guest_wrote_since_the_start_and_clears_nothing() {
         return;
     }
     let memory = memory(&[(0, 1 << 20)]);
-    let (mut guest, swept) = guest(&memory, &[(20 * PAGE_SIZE, 3), (90 * PAGE_SIZE, 70), (255 * PAGE_SIZE, 1)]);
+    let (mut guest, swept) =
+        guest(&memory, &[(20 * PAGE_SIZE, 3), (90 * PAGE_SIZE, 70), (255 * PAGE_SIZE, 1)]);
     round(&mut guest);
     let kvm = guest.dirty_log().unwrap();
     assert!(kvm.sync(&shared_log(&memory)).is_err(), "the log is not started");
     kvm.start().unwrap();
-    assert_eq!(synced(&kvm, &memory), BTreeSet::new(), "what was written before the start is not dirty");
+    assert_eq!(
+        synced(&kvm, &memory),
+        BTreeSet::new(),
+        "what was written before the start is not dirty"
+    );
     round(&mut guest);
     assert_eq!(synced(&kvm, &memory), swept);
     assert_eq!(synced(&kvm, &memory), swept, "the sync cleared nothing");
@@ -366,11 +402,13 @@ fn a_clear_that_straddles_a_discarded_range_loses_no_neighbours_write() {
     kvm.start().unwrap();
     round(&mut guest);
 
-    // Discarded are pages 70..130, which begin and end inside of a word. The chunk is all of it, and only they are asked for.
+    // Discarded are pages 70..130, which begin and end inside of a word. The chunk is all of it,
+    // and only they are asked for.
     let mut bitmap = [0u64; 4];
     (70..130).for_each(|page| bitmap[page / 64] |= 1 << (page % 64));
     kvm.clear(0, &bitmap).unwrap();
-    let expected: BTreeSet<u64> = swept.iter().copied().filter(|page| !(70..130).contains(page)).collect();
+    let expected: BTreeSet<u64> =
+        swept.iter().copied().filter(|page| !(70..130).contains(page)).collect();
     assert_eq!(synced(&kvm, &memory), expected);
 
     // And the other way around: all but the discarded ones.
@@ -389,12 +427,14 @@ fn kvm_clears_exactly_what_it_is_asked_for_wherever_slots_begin_and_end() {
     if !require::kvm() {
         return;
     }
-    // Slots that begin and end at no multiple of 64 pages, next to each other and with a gap; the last one is small.
+    // Slots that begin and end at no multiple of 64 pages, next to each other and with a gap; the
+    // last one is small.
     let slots = [(5, 137), (142, 70), (300, 200), (1000, 3)];
     let memory = memory(&slots.map(|(first, pages)| (first * PAGE_SIZE, pages * PAGE_SIZE)));
     let mut ranges = slots;
     ranges[0] = (5 + FIRMWARE_PAGES, 137 - FIRMWARE_PAGES);
-    let (mut guest, swept) = guest(&memory, &ranges.map(|(first, pages)| (first * PAGE_SIZE, pages)));
+    let (mut guest, swept) =
+        guest(&memory, &ranges.map(|(first, pages)| (first * PAGE_SIZE, pages)));
     let kvm = guest.dirty_log().unwrap();
     kvm.start().unwrap();
 
@@ -402,12 +442,17 @@ fn kvm_clears_exactly_what_it_is_asked_for_wherever_slots_begin_and_end() {
     let mut next = move || random.next();
     for turn in 0..60 {
         round(&mut guest);
-        assert_eq!(synced(&kvm, &memory), swept, "turn {turn}: every page is written in every round");
+        assert_eq!(
+            synced(&kvm, &memory),
+            swept,
+            "turn {turn}: every page is written in every round"
+        );
         let mut expected = swept.clone();
         for _ in 0..4 {
             let first = next() % 1100;
-            let bitmap: Vec<u64> =
-                (0..next() % 12).map(|_| [next(), next() & next() & next(), 0, !0][next() as usize % 4]).collect();
+            let bitmap: Vec<u64> = (0..next() % 12)
+                .map(|_| [next(), next() & next() & next(), 0, !0][next() as usize % 4])
+                .collect();
             kvm.clear(first, &bitmap).unwrap();
             for (index, word) in bitmap.iter().enumerate() {
                 (0..64).filter(|bit| word >> bit & 1 == 1).for_each(|bit| {

@@ -1,4 +1,5 @@
-//! A real guest under KVM migrates while it writes, with either tracker, and counts on at the destination.
+//! A real guest under KVM migrates while it writes, with either tracker, and counts on at the
+//! destination.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_client::{Client, Config, IncomingOptions, NonConvergence, OutgoingOptions, Phase};
@@ -16,7 +17,8 @@ use std::sync::Arc;
 /// The firmware lies in the first block; the sweep goes through both.
 fn memory() -> Arc<TestMemory> {
     let low = BlockLayout { fd_offset: 0x3000, ..BlockLayout::ram(8 << 20) };
-    let high = BlockLayout { id: 1, name: "high".into(), gpa: 64 << 20, ..BlockLayout::ram(8 << 20) };
+    let high =
+        BlockLayout { id: 1, name: "high".into(), gpa: 64 << 20, ..BlockLayout::ram(8 << 20) };
     Arc::new(TestMemory::new(vec![low, high]).unwrap())
 }
 
@@ -56,10 +58,16 @@ fn migrate_with(tracker: impl FnOnce(&KvmGuest, &TestMemory) -> Tracker) {
     let last = || *source.counters().last().unwrap();
     wait_until("two sweeps", PATIENCE, || last() >= 2).unwrap();
 
-    let (_, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (_, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     let (max_passes, policy) = (5, NonConvergence::StopAnyway);
-    let options =
-        OutgoingOptions { streams: 2, bandwidth: 100 << 20, max_passes, policy, ..OutgoingOptions::default() };
+    let options = OutgoingOptions {
+        streams: 2,
+        bandwidth: 100 << 20,
+        max_passes,
+        policy,
+        ..OutgoingOptions::default()
+    };
     let job = source.vmm.start_outgoing(&address, &options).unwrap();
     let status = source.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
@@ -78,7 +86,8 @@ fn migrate_with(tracker: impl FnOnce(&KvmGuest, &TestMemory) -> Tracker) {
     // The guest does not write its firmware.
     let [here, there] = [&source, &destination].map(|side| side.vmm.memory().block(0).unwrap());
     let discarded = source.vmm.client().discarded(0).unwrap();
-    same_block(here, &discarded, there, |page| PageRange::new(0, FIRMWARE_PAGES).end() > page).unwrap();
+    same_block(here, &discarded, there, |page| PageRange::new(0, FIRMWARE_PAGES).end() > page)
+        .unwrap();
 }
 
 #[test]

@@ -1,16 +1,17 @@
-//! `never-read`, `never-populate`, `same-memory` and `discard-cannot-fail` under any interleaving: random writes, discards, populates and punches between the records of a migration over several
+//! `never-read`, `never-populate`, `same-memory` and `discard-cannot-fail` under any interleaving:
+//! random writes, discards, populates and punches between the records of a migration over several
 //! streams, cancelled and tried again, against a model that is a few maps.
 //!
-//! A relay stands between the two agents and passes one record at a time; between two of them the guest does something. What
-//! it does follows from the seed that a failure prints.
+//! A relay stands between the two agents and passes one record at a time; between two of them the
+//! guest does something. What it does follows from the seed that a failure prints.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
 use common::model::{LOG_COVERS, Memory, Model, SourceHooks, World, all_pages, keep_busy, step};
 use pageferry_client::{
-    Client, Compression, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence, OutgoingOptions, Phase,
-    RunState, StatePiece, Target,
+    Client, Compression, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence,
+    OutgoingOptions, Phase, RunState, StatePiece, Target,
 };
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
 use pageferry_tests::in_process::InProcessAgent;
@@ -108,7 +109,8 @@ impl Relay {
     }
 }
 
-/// A VMM with its agent; fields drop in order, so the connection closes before the agent is waited for.
+/// A VMM with its agent; fields drop in order, so the connection closes before the agent is waited
+/// for.
 struct Side {
     client: Client,
     _agent: InProcessAgent,
@@ -126,7 +128,8 @@ fn side(hooks: impl Hooks + 'static, memory: &Memory) -> Side {
 
 /// Migrates once, with the guest at work; returns how the source's job ended.
 fn attempt(
-    chance: &mut Random, world: &World, source: &Client, destination: &Client, folder: &std::path::Path,
+    chance: &mut Random, world: &World, source: &Client, destination: &Client,
+    folder: &std::path::Path,
 ) -> JobStatus {
     let path = folder.join("destination");
     let relay_path = folder.join("relay");
@@ -177,7 +180,12 @@ fn attempt(
         if source.status().unwrap().phase.is_final() {
             break;
         }
-        assert!(Instant::now() < deadline, "stuck: {:?} {:?}", source.status(), destination.status());
+        assert!(
+            Instant::now() < deadline,
+            "stuck: {:?} {:?}",
+            source.status(),
+            destination.status()
+        );
     }
     let status = source.wait(outgoing.job, SOON).unwrap();
     drop(relay);
@@ -192,17 +200,32 @@ fn attempt(
 fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Client, to: &Memory) {
     for page in all_pages() {
         let discarded = model.discarded.contains(&page);
-        assert_eq!(source.discarded(page.0).unwrap().contains(page.1), discarded, "source's bitmap, page {page:?}");
+        assert_eq!(
+            source.discarded(page.0).unwrap().contains(page.1),
+            discarded,
+            "source's bitmap, page {page:?}"
+        );
         if let Some(before) = model.late.get(&page) {
             // What it held when it was given back came, or nothing.
             let stamp = to.stamp(page);
-            assert!(to.is_hole(page) || before.contains(&stamp), "page {page:?}: {stamp}, allowed: {before:?}");
+            assert!(
+                to.is_hole(page) || before.contains(&stamp),
+                "page {page:?}: {stamp}, allowed: {before:?}"
+            );
             continue;
         }
-        assert_eq!(destination.discarded(page.0).unwrap().contains(page.1), discarded, "destination's, page {page:?}");
+        assert_eq!(
+            destination.discarded(page.0).unwrap().contains(page.1),
+            discarded,
+            "destination's, page {page:?}"
+        );
         match (discarded, model.stray.get(&page)) {
             // `same-memory`.
-            (false, _) => assert_eq!(to.stamp(page), model.content.get(&page).copied().unwrap_or(0), "page {page:?}"),
+            (false, _) => assert_eq!(
+                to.stamp(page),
+                model.content.get(&page).copied().unwrap_or(0),
+                "page {page:?}"
+            ),
             (true, None) => assert!(to.is_hole(page), "discarded page {page:?} is no hole"),
             (true, Some(stamps)) => {
                 assert!(to.is_hole(page) || stamps.contains(&to.stamp(page)), "stray page {page:?}")
@@ -236,7 +259,8 @@ fn run_case(seed: u64) {
         step(&mut chance, &world, &source.client);
     }
     for attempts in 1.. {
-        let status = attempt(&mut chance, &world, &source.client, &destination.client, folder.path());
+        let status =
+            attempt(&mut chance, &world, &source.client, &destination.client, folder.path());
         let model = world.model.lock().unwrap();
         if status.phase == Phase::Completed {
             assert!(model.paused, "the source runs on after the commit");

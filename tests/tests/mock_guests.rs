@@ -1,7 +1,10 @@
-//! Guests of threads with devices, a balloon and a plugged memory device migrate; hooks that misbehave do not cost the guest.
+//! Guests of threads with devices, a balloon and a plugged memory device migrate; hooks that
+//! misbehave do not cost the guest.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use pageferry_client::{Client, Config, IncomingOptions, NonConvergence, OutgoingOptions, Phase, Punch};
+use pageferry_client::{
+    Client, Config, IncomingOptions, NonConvergence, OutgoingOptions, Phase, Punch,
+};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::balloon::{Balloon, Way};
 use pageferry_tests::deadline::wait_until;
@@ -29,7 +32,8 @@ struct Side {
 /// Two blocks at odd places, and one that is plugged in units.
 fn memory() -> Arc<TestMemory> {
     let ram = BlockLayout { fd_offset: 0x7000, ..BlockLayout::ram(8 << 20) };
-    let high = BlockLayout { id: 3, name: "high".into(), gpa: 1 << 32, ..BlockLayout::ram(4 << 20) };
+    let high =
+        BlockLayout { id: 3, name: "high".into(), gpa: 1 << 32, ..BlockLayout::ram(4 << 20) };
     let hotplug = BlockLayout {
         id: HOTPLUG,
         name: "hotplug".into(),
@@ -54,7 +58,8 @@ impl Side {
         Self { vmm, _agent: agent }
     }
 
-    /// With a guest that takes over the counts but writes nothing, so that the two memories can be compared.
+    /// With a guest that takes over the counts but writes nothing, so that the two memories can be
+    /// compared.
     fn destination() -> Self {
         Self::new(ThreadGuestOptions { rate: Some(0), ..ThreadGuestOptions::default() }, 0, false)
     }
@@ -62,7 +67,13 @@ impl Side {
 
 fn busy(path: Path) -> ThreadGuestOptions {
     let pattern = Pattern::Hot { pages_percent: 10, writes_percent: 80 };
-    ThreadGuestOptions { threads: 3, rate: Some(5_000), pattern, path, ..ThreadGuestOptions::default() }
+    ThreadGuestOptions {
+        threads: 3,
+        rate: Some(5_000),
+        pattern,
+        path,
+        ..ThreadGuestOptions::default()
+    }
 }
 
 /// For a hook that hangs: longer than a busy machine takes for one that does not.
@@ -73,7 +84,8 @@ fn hasty() -> OutgoingOptions {
 /// Migrates while `meanwhile` is called again and again; checks the result.
 fn migrate(source: &Side, options: &OutgoingOptions, mut meanwhile: impl FnMut()) {
     let destination = Side::destination();
-    let (_, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (_, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     let job = source.vmm.start_outgoing(&address, options).unwrap();
     let started = Instant::now();
     let status = loop {
@@ -105,13 +117,22 @@ fn with_balloon_and_plug(path: Path, write_protect: bool, punch: Punch, seed: u6
     }
     source.vmm.start().unwrap();
     let block = usage.memory().block(HOTPLUG).unwrap();
-    wait_until("writes into plugged memory", PATIENCE, || block.allocated().unwrap() > 20 * PAGE_SIZE).unwrap();
+    wait_until("writes into plugged memory", PATIENCE, || {
+        block.allocated().unwrap() > 20 * PAGE_SIZE
+    })
+    .unwrap();
     assert!(balloon.inflate(20, 30).unwrap() > 0 && freeing.inflate(20, 30).unwrap() > 0);
 
     let mut step = 0;
     // The balloon dirties more than fits through: stop after some passes.
     let (max_passes, policy) = (6, NonConvergence::StopAnyway);
-    let options = OutgoingOptions { streams: 3, bandwidth: 20 << 20, max_passes, policy, ..OutgoingOptions::default() };
+    let options = OutgoingOptions {
+        streams: 3,
+        bandwidth: 20 << 20,
+        max_passes,
+        policy,
+        ..OutgoingOptions::default()
+    };
     migrate(&source, &options, || {
         step += 1;
         balloon.inflate(3, 20).unwrap();
@@ -151,7 +172,10 @@ fn a_hook_that_fails_or_hangs_ends_the_migration_but_not_the_guest() {
     for hook in [HookName::Pause, HookName::SaveState] {
         for fault in [Fault::Fail("not today".into()), Fault::Never] {
             let destination = Side::destination();
-            let (_, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+            let (_, address) = destination
+                .vmm
+                .start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default())
+                .unwrap();
             source.vmm.inject(hook, Some(fault.clone()));
             let job = source.vmm.start_outgoing(&address, &hasty()).unwrap();
             let status = source.vmm.wait_job(job, PATIENCE).unwrap();
@@ -173,7 +197,8 @@ fn state_that_does_not_load_leaves_the_guest_at_the_source() {
     source.vmm.start().unwrap();
     let destination = Side::destination();
     destination.vmm.inject(HookName::LoadState, Some(Fault::Fail("no such device".into())));
-    let (there, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (there, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     let job = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
     let status = source.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Failed);

@@ -26,7 +26,8 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-        let agent = |name| AgentProcess::spawn(OsStr::new(PROGRAM), directory.path(), name).unwrap();
+        let agent =
+            |name| AgentProcess::spawn(OsStr::new(PROGRAM), directory.path(), name).unwrap();
         let (source, destination) = (agent("source"), agent("destination"));
         Self { directory, source, destination }
     }
@@ -50,14 +51,21 @@ impl Bench {
         [&mut sender, &mut receiver].map(|process| {
             let status = process.wait(PATIENCE).unwrap();
             let lines = process.lines();
-            let object = lines.iter().find(|line| line.starts_with('{')).unwrap_or_else(|| panic!("{lines:?}"));
+            let object = lines
+                .iter()
+                .find(|line| line.starts_with('{'))
+                .unwrap_or_else(|| panic!("{lines:?}"));
             (status.success(), serde_json::from_str(object).unwrap())
         })
     }
 
     fn vmm(&self, side: &str, socket: &Path, memory: &Path) -> Command {
         let mut command = Command::new(PROGRAM);
-        command.args(["mock-vmm", side, "--json", "--size", "64M", "--socket"]).arg(socket).arg("--memory").arg(memory);
+        command
+            .args(["mock-vmm", side, "--json", "--size", "64M", "--socket"])
+            .arg(socket)
+            .arg("--memory")
+            .arg(memory);
         command
     }
 }
@@ -70,7 +78,10 @@ fn open(path: &Path) -> TestMemory {
 
 fn assert_same(source: &TestBlock, destination: &TestBlock, pages: PageRange) {
     for page in pages.first..pages.end() {
-        assert!(source.read_page(page).unwrap() == destination.read_page(page).unwrap(), "page {page:#x}");
+        assert!(
+            source.read_page(page).unwrap() == destination.read_page(page).unwrap(),
+            "page {page:#x}"
+        );
     }
 }
 
@@ -91,12 +102,19 @@ fn what_is_allocated_arrives_and_nothing_else_is_allocated() {
     let [(sent, ours), (received, theirs)] = bench.migrate(&here, &there, &[]);
     assert!(sent && received, "{ours} {theirs}");
     let destination = open(&there);
-    assert_same(source.block(0).unwrap(), destination.block(0).unwrap(), PageRange::new(0, SIZE / PAGE_SIZE));
+    assert_same(
+        source.block(0).unwrap(),
+        destination.block(0).unwrap(),
+        PageRange::new(0, SIZE / PAGE_SIZE),
+    );
     assert_eq!(destination.allocated().unwrap(), 16 << 20);
     let fields = |name: &str| ours[name].as_u64().unwrap();
     assert_eq!(ours["status"], "completed");
     assert_eq!((fields("pages_sent"), fields("discarded_pages")), (4096, 0));
-    assert_eq!((fields("source_allocated_before"), fields("source_allocated_after")), (16 << 20, 16 << 20));
+    assert_eq!(
+        (fields("source_allocated_before"), fields("source_allocated_after")),
+        (16 << 20, 16 << 20)
+    );
     assert_eq!(theirs["destination_allocated"], 16 << 20);
     assert!(ours["destination_allocated"].is_null() && theirs["source_allocated_before"].is_null());
     assert!(fields("wire_bytes") < (16 << 20) * 101 / 100);
@@ -107,14 +125,16 @@ fn discards_before_and_during_are_holes_there_and_stay_allocated_here_without_pu
     let bench = Bench::new();
     let (here, there) = (bench.file("here"), bench.file("there"));
     let source = prepare(&here);
-    let discards = ["--no-punch", "--discard", "1M+1M", "--discard", "33M+2050K", "--discard-during", "4M+1M"];
+    let discards =
+        ["--no-punch", "--discard", "1M+1M", "--discard", "33M+2050K", "--discard-during", "4M+1M"];
     let [(sent, ours), (received, theirs)] = bench.migrate(&here, &there, &discards);
     assert!(sent && received, "{ours} {theirs}");
     assert_eq!(ours["source_allocated_after"], 16 << 20, "stale bytes stay");
     let destination = open(&there);
     let block = destination.block(0).unwrap();
     // 2050 KiB end in the middle of a page, which still migrates.
-    let discarded = [PageRange::new(256, 256), PageRange::new(8448, 512), PageRange::new(1024, 256)];
+    let discarded =
+        [PageRange::new(256, 256), PageRange::new(8448, 512), PageRange::new(1024, 256)];
     for pages in discarded {
         assert!(block.is_hole(pages).unwrap(), "{pages:?}");
     }
@@ -129,7 +149,8 @@ fn a_guest_that_writes_arrives_as_it_stopped_with_either_tracker() {
         let bench = Bench::new();
         let (here, there) = (bench.file("here"), bench.file("there"));
         let source = prepare(&here);
-        let more = ["--write-rate", "2000", "--tracker", tracker, "--streams", "3", "--bandwidth", "40M"];
+        let more =
+            ["--write-rate", "2000", "--tracker", tracker, "--streams", "3", "--bandwidth", "40M"];
         let [(sent, ours), (received, theirs)] = bench.migrate(&here, &there, &more);
         if tracker == "uffd" && !sent && ours["error"].as_str().unwrap().contains("userfaultfd") {
             eprintln!("skipped: {ours}");
@@ -138,7 +159,11 @@ fn a_guest_that_writes_arrives_as_it_stopped_with_either_tracker() {
         assert!(sent && received, "{tracker}: {ours} {theirs}");
         assert!(ours["passes"].as_u64().unwrap() > 1, "{tracker}: {ours}");
         let destination = open(&there);
-        assert_same(source.block(0).unwrap(), destination.block(0).unwrap(), PageRange::new(0, SIZE / PAGE_SIZE));
+        assert_same(
+            source.block(0).unwrap(),
+            destination.block(0).unwrap(),
+            PageRange::new(0, SIZE / PAGE_SIZE),
+        );
         assert_eq!(theirs["destination_allocated"], 16 << 20, "{tracker}");
     }
 }
@@ -153,7 +178,8 @@ fn a_migration_to_nobody_fails_with_a_sentence_and_a_status() {
     let mut source = Process::spawn("source VMM", &mut source).unwrap();
     assert!(!source.wait(PATIENCE).unwrap().success());
     let lines = source.lines();
-    let object: Value = serde_json::from_str(lines.iter().find(|line| line.starts_with('{')).unwrap()).unwrap();
+    let object: Value =
+        serde_json::from_str(lines.iter().find(|line| line.starts_with('{')).unwrap()).unwrap();
     assert_eq!(object["status"], "failed");
     assert!(object["error"].as_str().unwrap().contains("/nonexistent/stream"), "{object}");
 }
@@ -176,8 +202,9 @@ fn the_guest_moves_before_its_memory_from_the_start_and_after_passes() {
     if !require::uffd() {
         return;
     }
-    // Before a postcopy from the start the guest writes nothing: its pages are released at the source
-    // as they arrive, so what arrived can be compared only with what was there from the beginning.
+    // Before a postcopy from the start the guest writes nothing: its pages are released at the
+    // source as they arrive, so what arrived can be compared only with what was there from the
+    // beginning.
     let postcopy = &["--mode", "postcopy", "--write-rate", "0"][..];
     let hybrid = &["--mode", "hybrid", "--switch-after", "2", "--write-rate", "1000000"][..];
     for (more, passes) in [(postcopy, 0), (hybrid, 2)] {
@@ -185,11 +212,13 @@ fn the_guest_moves_before_its_memory_from_the_start_and_after_passes() {
         let (from, to) = (bench.file("from"), bench.file("to"));
         let here = prepare(&from);
         // Never met, so that it is the switch that ends the passes.
-        let options = [more, &["--downtime-limit", "0ms", "--discard", "4M+2M", "--release"]].concat();
+        let options =
+            [more, &["--downtime-limit", "0ms", "--discard", "4M+2M", "--release"]].concat();
         let [(sent, source), (received, destination)] = bench.migrate(&from, &to, &options);
         assert!(sent && received, "{source} {destination}");
         assert_eq!(source["passes"], passes, "{source}");
-        let [requested, pushed] = ["requested_pages", "pushed_pages"].map(|name| source[name].as_u64().unwrap());
+        let [requested, pushed] =
+            ["requested_pages", "pushed_pages"].map(|name| source[name].as_u64().unwrap());
         let allocated = destination["destination_allocated"].as_u64().unwrap();
         assert!(allocated <= 14 << 20, "{allocated:#x} bytes for 14 MiB");
         let there = open(&to);

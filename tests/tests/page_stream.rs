@@ -1,11 +1,14 @@
-//! The page stream over a transport of the VMM's own: each VMM takes its agent's records and carries them over a pipe between them, as
-//! plain bytes in both directions; and an agent that is handed a connected socket.
+//! The page stream over a transport of the VMM's own: each VMM takes its agent's records and
+//! carries them over a pipe between them, as plain bytes in both directions; and an agent that is
+//! handed a connected socket.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
 use common::{Ram, Side, assert_same};
-use pageferry_client::{BlockRange, IncomingOptions, OutgoingOptions, PageStream, Phase, Punch, Record, Target};
+use pageferry_client::{
+    BlockRange, IncomingOptions, OutgoingOptions, PageStream, Phase, Punch, Record, Target,
+};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
 use std::io::Write;
@@ -19,12 +22,14 @@ fn sides() -> (Side, Side) {
     for page in (0..PAGES).step_by(3) {
         source.ram.write(page, 5000 + page);
     }
-    let discard = BlockRange { block: source.ram.id, offset: 30 * PAGE_SIZE, length: 60 * PAGE_SIZE };
+    let discard =
+        BlockRange { block: source.ram.id, offset: 30 * PAGE_SIZE, length: 60 * PAGE_SIZE };
     source.client.discard(&[discard], Punch::Yes).unwrap();
     (source, Side::new(Ram::odd(PAGES)))
 }
 
-/// One VMM's part: from its agent to the wire, and from the wire to its agent. Returns the kinds that its agent sent.
+/// One VMM's part: from its agent to the wire, and from the wire to its agent. Returns the kinds
+/// that its agent sent.
 fn carry(stream: PageStream, wire: UnixStream) -> [JoinHandle<Vec<Kind>>; 2] {
     let (mut from_agent, mut to_agent) = stream.split();
     let (mut wire_out, mut wire_in) = (wire.try_clone().unwrap(), wire);
@@ -58,11 +63,22 @@ fn records_carried_by_the_vmms_migrate_the_guest() {
     let carriers = [carry(source_stream, one), carry(destination_stream, other)];
 
     let options = IncomingOptions::default();
-    let incoming = destination.client.start_incoming(Target::Socket(destination_socket), &options).unwrap().job;
+    let incoming = destination
+        .client
+        .start_incoming(Target::Socket(destination_socket), &options)
+        .unwrap()
+        .job;
     let options = OutgoingOptions::default();
-    let outgoing = source.client.start_outgoing(Target::Socket(source_socket), &options).unwrap().job;
+    let outgoing =
+        source.client.start_outgoing(Target::Socket(source_socket), &options).unwrap().job;
     let (sent, received) = (source.wait(outgoing), destination.wait(incoming));
-    assert_eq!((sent.phase, received.phase), (Phase::Completed, Phase::Completed), "{} {}", sent.error, received.error);
+    assert_eq!(
+        (sent.phase, received.phase),
+        (Phase::Completed, Phase::Completed),
+        "{} {}",
+        sent.error,
+        received.error
+    );
     assert_same(&source.ram, &destination.ram);
     assert_eq!(sent.counters.discarded_pages, 60);
 
@@ -79,12 +95,21 @@ fn records_carried_by_the_vmms_migrate_the_guest() {
 fn two_agents_that_share_a_socket_pair_migrate_the_guest() {
     let (source, destination) = sides();
     let (one, other) = UnixStream::pair().unwrap();
-    let incoming =
-        destination.client.start_incoming(Target::Socket(other.into()), &IncomingOptions::default()).unwrap().job;
+    let incoming = destination
+        .client
+        .start_incoming(Target::Socket(other.into()), &IncomingOptions::default())
+        .unwrap()
+        .job;
     let options = OutgoingOptions::default();
     let outgoing = source.client.start_outgoing(Target::Socket(one.into()), &options).unwrap().job;
     let (sent, received) = (source.wait(outgoing), destination.wait(incoming));
-    assert_eq!((sent.phase, received.phase), (Phase::Completed, Phase::Completed), "{} {}", sent.error, received.error);
+    assert_eq!(
+        (sent.phase, received.phase),
+        (Phase::Completed, Phase::Completed),
+        "{} {}",
+        sent.error,
+        received.error
+    );
     assert_same(&source.ram, &destination.ram);
 }
 
@@ -96,6 +121,9 @@ fn a_socket_takes_one_stream_and_must_be_connected() {
     let error = source.client.start_outgoing(Target::Socket(one.into()), &options).unwrap_err();
     assert!(error.to_string().contains("streams is 2"), "{error}");
     let file = rustix::fs::memfd_create("no socket", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let error = source.client.start_outgoing(Target::Socket(file), &OutgoingOptions::default()).unwrap_err();
+    let error = source
+        .client
+        .start_outgoing(Target::Socket(file), &OutgoingOptions::default())
+        .unwrap_err();
     assert!(error.to_string().contains("no socket"), "{error}");
 }

@@ -1,7 +1,8 @@
-//! The table of docs/postcopy.md, cell by cell: what each kind of memory takes, and with which words what
-//! does not work is refused.
+//! The table of docs/postcopy.md, cell by cell: what each kind of memory takes, and with which
+//! words what does not work is refused.
 //!
-//! Host pages of 1 GiB are no row here, since few machines have one to spare: their checks have unit tests.
+//! Host pages of 1 GiB are no row here, since few machines have one to spare: their checks have
+//! unit tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -9,8 +10,8 @@ mod common;
 use common::{SOON, Vmm, VmmHooks, config, passes};
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{
-    BlockSpec, Client, Error, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, RestoreMode, RestoreOptions,
-    SnapshotMode, SnapshotOptions, Target, Trackers,
+    BlockSpec, Client, Error, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase,
+    RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions, Target, Trackers,
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::files;
@@ -73,12 +74,15 @@ fn file(row: Row) -> Option<File> {
 impl Place {
     fn new(row: Row) -> Option<Self> {
         let file = file(row)?;
-        let mapping = MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), LENGTH as usize).unwrap();
+        let mapping =
+            MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), LENGTH as usize)
+                .unwrap();
         let address = mapping.as_ptr() as u64;
         if row == Row::Sealed {
             fcntl_add_seals(&file, SealFlags::FUTURE_WRITE).unwrap();
         }
-        let registered = (row == Row::Registered).then(|| WriteProtect::register(&[(address, LENGTH)]).unwrap());
+        let registered =
+            (row == Row::Registered).then(|| WriteProtect::register(&[(address, LENGTH)]).unwrap());
         let (agent, socket) = InProcessAgent::start().unwrap();
         let (client, channel) = Client::from_socket(socket, config()).unwrap();
         channel.spawn(VmmHooks(Vmm::new())).unwrap();
@@ -150,7 +154,13 @@ fn cell(row: Row, column: Column) -> Option<Result<(), String>> {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image");
     let saved = || Place::full(Row::Memfd).unwrap().snapshot(&image, SnapshotMode::Paused).unwrap();
-    let came = |mode| Some(moves(&Place::full(Row::Memfd)?, &Place::new(row)?, &OutgoingOptions { mode, ..passes(1) }));
+    let came = |mode| {
+        Some(moves(
+            &Place::full(Row::Memfd)?,
+            &Place::new(row)?,
+            &OutgoingOptions { mode, ..passes(1) },
+        ))
+    };
     let restored = |mode| {
         saved();
         let place = Place::new(row)?;

@@ -1,4 +1,5 @@
-//! A recovery that breaks in its handshake leaves nothing at the destination that spoils the next one.
+//! A recovery that breaks in its handshake leaves nothing at the destination that spoils the next
+//! one.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -51,7 +52,12 @@ fn streams_of_a_recovery_that_broke_are_no_part_of_the_next() {
     source.memory.blocks()[0].fill(PageRange::new(0, PAGES), 7).unwrap();
     let mut relay = Relay::new();
     let incoming = relay.listen(&destination.client, &IncomingOptions::default());
-    let options = OutgoingOptions { streams: 2, urgent_streams: 1, mode: Mode::Postcopy, ..OutgoingOptions::default() };
+    let options = OutgoingOptions {
+        streams: 2,
+        urgent_streams: 1,
+        mode: Mode::Postcopy,
+        ..OutgoingOptions::default()
+    };
     let outgoing = relay.send(&source.client, &options);
     relay.until(|record| record.kind == Kind::Resumed);
     relay.cut();
@@ -70,7 +76,8 @@ fn streams_of_a_recovery_that_broke_are_no_part_of_the_next() {
     assert_eq!(relay.finish(&source.client, outgoing).phase, Phase::Completed);
     assert_eq!(relay.finish(&destination.client, incoming).phase, Phase::Completed);
     for page in 0..PAGES {
-        let [from, to] = [&source, &destination].map(|side| side.memory.blocks()[0].read_page(page).unwrap());
+        let [from, to] =
+            [&source, &destination].map(|side| side.memory.blocks()[0].read_page(page).unwrap());
         assert_eq!(from, to, "page {page}");
     }
 }

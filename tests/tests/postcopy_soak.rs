@@ -1,9 +1,12 @@
-//! A hundred lost connections: guests and a balloon at work while the wire between the agents is cut again and again, at any moment, recovered each time.
+//! A hundred lost connections: guests and a balloon at work while the wire between the agents is
+//! cut again and again, at any moment, recovered each time.
 //!
 //! The seed is printed; `PAGEFERRY_SEED` sets it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use pageferry_client::{Client, Config, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, Punch};
+use pageferry_client::{
+    Client, Config, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, Punch,
+};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::balloon::{Balloon, Way, is_busy};
 use pageferry_tests::deadline::{wait_for, wait_until};
@@ -37,7 +40,8 @@ struct Side {
 impl Side {
     fn new(seed: u64) -> Self {
         let low = BlockLayout { fd_offset: 0x3000, ..BlockLayout::ram(16 * MIB) };
-        let high = BlockLayout { id: 1, name: "high".into(), gpa: 1 << 30, ..BlockLayout::ram(16 * MIB) };
+        let high =
+            BlockLayout { id: 1, name: "high".into(), gpa: 1 << 30, ..BlockLayout::ram(16 * MIB) };
         let usage = Usage::new(Arc::new(TestMemory::new(vec![low, high]).unwrap())).unwrap();
         let (agent, socket) = InProcessAgent::start().unwrap();
         let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
@@ -59,14 +63,18 @@ impl Side {
         self.vmm.client().status().unwrap()
     }
 
-    /// Gives pages away and takes them back, until it is told to stop; adds to `given` what it gave away.
+    /// Gives pages away and takes them back, until it is told to stop; adds to `given` what it gave
+    /// away.
     fn balloon(&self, seed: u64, stop: &AtomicBool, given: &mut BTreeSet<(u32, u64)>) {
         let way = if seed.is_multiple_of(2) { Way::Free } else { Way::Discard(Punch::Yes) };
-        let mut balloon = Balloon::new(self.vmm.client().clone(), self.vmm.usage().clone(), way, seed);
+        let mut balloon =
+            Balloon::new(self.vmm.client().clone(), self.vmm.usage().clone(), way, seed);
         while !stop.load(Ordering::Relaxed) {
             balloon.inflate(2, 20).unwrap();
             let held = balloon.held().iter();
-            given.extend(held.flat_map(|(block, run)| (run.first..run.end()).map(|page| (*block, page))));
+            given.extend(
+                held.flat_map(|(block, run)| (run.first..run.end()).map(|page| (*block, page))),
+            );
             balloon.deflate(1).unwrap();
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -84,7 +92,9 @@ impl Drop for Stop<'_> {
 }
 
 /// Cuts the wire, and has it recovered, so often, or until all is there; returns how often.
-fn cut_and_recover(source: &Side, proxy: &Proxy, options: &OutgoingOptions, random: &mut Random) -> u64 {
+fn cut_and_recover(
+    source: &Side, proxy: &Proxy, options: &OutgoingOptions, random: &mut Random,
+) -> u64 {
     let mut cuts = 0;
     while cuts < CUTS_EACH {
         // At any moment: of the transfer, and of the recovery of the last cut.
@@ -129,7 +139,9 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
     let mut random = Random::new(seed);
     let mut source = Side::new(seed);
     for block in source.vmm.memory().blocks() {
-        (0..block.pages()).for_each(|page| block.write(page * PAGE_SIZE + STAMP, &(page + 1).to_le_bytes()).unwrap());
+        (0..block.pages()).for_each(|page| {
+            block.write(page * PAGE_SIZE + STAMP, &(page + 1).to_le_bytes()).unwrap()
+        });
     }
     source.vmm.start().unwrap();
     let mut cuts = 0;
@@ -155,13 +167,18 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
             scope.spawn(|| destination.balloon(seed ^ cuts, &stop, &mut given));
             let _stop = Stop(&stop);
             let count = recover();
-            // The rest comes at once; refused if it is there by now, or while it is being recovered.
-            let _ = source.vmm.client().set_parameters(&OutgoingOptions { bandwidth: 0, ..options.clone() });
+            // The rest comes at once; refused if it is there by now, or while it is being
+            // recovered.
+            let _ = source
+                .vmm
+                .client()
+                .set_parameters(&OutgoingOptions { bandwidth: 0, ..options.clone() });
             let both = [(&source, outgoing), (&destination, incoming)];
             let ended = both.map(|(side, job)| side.vmm.wait_job(job, PATIENCE));
             for status in ended {
-                let status =
-                    status.unwrap_or_else(|error| panic!("{error}: {:?} {:?}", source.status(), destination.status()));
+                let status = status.unwrap_or_else(|error| {
+                    panic!("{error}: {:?} {:?}", source.status(), destination.status())
+                });
                 assert_eq!(status.phase, Phase::Completed, "{}", status.error);
                 assert_eq!(status.counters.remaining_pages, 0);
             }
@@ -175,12 +192,20 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
         for block in destination.vmm.memory().blocks() {
             let discarded = destination.vmm.client().discarded(block.id()).unwrap();
             for run in discarded.runs(block.all()) {
-                assert!(block.is_hole(run).unwrap(), "block {}: {run:?} was given away", block.id());
+                assert!(
+                    block.is_hole(run).unwrap(),
+                    "block {}: {run:?} was given away",
+                    block.id()
+                );
             }
             for page in 0..block.pages() {
                 let stamp = block.read_word(page * PAGE_SIZE + STAMP).unwrap();
                 let zero = stamp == 0 && given.contains(&(block.id(), page));
-                assert!(zero || stamp == page + 1, "block {}, page {page:#x} holds {stamp}", block.id());
+                assert!(
+                    zero || stamp == page + 1,
+                    "block {}, page {page:#x} holds {stamp}",
+                    block.id()
+                );
             }
         }
         destination.vmm.start().unwrap();

@@ -1,15 +1,18 @@
-//! A restored guest finds what was saved, eager or lazy, whatever it touches, writes, discards, frees and populates while its memory comes: against a model that is a map.
+//! A restored guest finds what was saved, eager or lazy, whatever it touches, writes, discards,
+//! frees and populates while its memory comes: against a model that is a map.
 //!
-//! A guest with random memory is saved, once or as an increment. Then it is restored again and again, from one image, several at once, into VMMs whose guests do random things as soon
-//! as they run, and discard before that. Nothing is allocated that was not allocated when it was saved, or touched since (`never-populate`); what is discarded is a hole (`same-memory`).
+//! A guest with random memory is saved, once or as an increment. Then it is restored again and
+//! again, from one image, several at once, into VMMs whose guests do random things as soon as they
+//! run, and discard before that. Nothing is allocated that was not allocated when it was saved, or
+//! touched since (`never-populate`); what is discarded is a hole (`same-memory`).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
 use common::blocks::{self, LOG_COVERS, Page};
 use pageferry_client::{
-    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RestoreMode, RestoreOptions, RunState, SnapshotMode,
-    SnapshotOptions, StatePiece,
+    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RestoreMode, RestoreOptions,
+    RunState, SnapshotMode, SnapshotOptions, StatePiece,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
@@ -95,7 +98,8 @@ impl Hooks for Vmm {
     }
 }
 
-/// A VMM with its agent; fields drop in order, so the connection closes before the agent is waited for.
+/// A VMM with its agent; fields drop in order, so the connection closes before the agent is waited
+/// for.
 struct Side {
     memory: TestMemory,
     client: Client,
@@ -163,7 +167,10 @@ fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
                 model.extend(gained);
             }
             _ => {
-                for page in pages_of(pages).filter(|page| model.get(page) != Some(&Is::Discarded)).collect::<Vec<_>>() {
+                for page in pages_of(pages)
+                    .filter(|page| model.get(page) != Some(&Is::Discarded))
+                    .collect::<Vec<_>>()
+                {
                     let value = if chance.one_in(6) { 0 } else { chance.below(u64::MAX) };
                     side.store(page, value);
                     model.insert(page, Is::Holds(value));
@@ -175,7 +182,8 @@ fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
 
 /// Saves it, perhaps again and again. Returns the name of the last image.
 fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> String {
-    let mut options = SnapshotOptions { mode: SnapshotMode::Paused, track: true, ..SnapshotOptions::default() };
+    let mut options =
+        SnapshotOptions { mode: SnapshotMode::Paused, track: true, ..SnapshotOptions::default() };
     for number in 0..1 + chance.below(3) {
         fill(chance, side, model);
         let path = folder.join(format!("image{number}"));
@@ -188,11 +196,15 @@ fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> S
 }
 
 /// Restores into a VMM whose guest does things meanwhile.
-fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mode: RestoreMode, working_set: &str) {
+fn restore(
+    seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mode: RestoreMode,
+    working_set: &str,
+) {
     let (mut chance, side, mut model) = (Random::new(seed), Side::new(), saved.clone());
     // What an earlier guest left there.
     (0..50).for_each(|_| side.store((9, chance.below(1177)), u64::MAX));
-    // What was discarded of that guest says nothing of the one that comes, unless it is discarded once more.
+    // What was discarded of that guest says nothing of the one that comes, unless it is discarded
+    // once more.
     let before: Vec<_> = (0..chance.below(4)).map(|_| some_pages(&mut chance)).collect();
     for pages in &before {
         side.client.discard(&range_of(*pages), Punch::Yes).unwrap();
@@ -209,7 +221,13 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
         // Reserved and never written: it looks like a hole, and is none.
         let reserve = rustix::fs::FallocateFlags::KEEP_SIZE;
         let block = side.memory.block(2).unwrap();
-        rustix::fs::fallocate(block.file(), reserve, block.layout().fd_offset, block.layout().length).unwrap();
+        rustix::fs::fallocate(
+            block.file(),
+            reserve,
+            block.layout().fd_offset,
+            block.layout().length,
+        )
+        .unwrap();
     }
     let started = side.client.start_restore(Path::new(image), &options).unwrap();
     let mut touched = BTreeSet::new();
@@ -219,17 +237,22 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
         side.client.discard(&range_of(pages), Punch::Yes).unwrap();
         model.extend(pages_of(pages).map(|page| (page, Is::Discarded)));
     }
-    // What is freed meanwhile does not come. It is ordinary memory, also where the guest before had it discarded;
-    // unless the image says that it is discarded, or the VMM did meanwhile.
+    // What is freed meanwhile does not come. It is ordinary memory, also where the guest before had
+    // it discarded; unless the image says that it is discarded, or the VMM did meanwhile.
     for pages in (0..chance.below(6)).map(|_| some_pages(&mut chance)) {
         side.client.free(&range_of(pages)).unwrap();
-        for page in pages_of(pages).filter(|page| model.get(page) != Some(&Is::Discarded)).collect::<Vec<_>>() {
+        for page in pages_of(pages)
+            .filter(|page| model.get(page) != Some(&Is::Discarded))
+            .collect::<Vec<_>>()
+        {
             model.insert(page, Is::Holds(0));
         }
     }
     let runs = || side.record.runs.load(Ordering::SeqCst);
-    wait_until("the guest to run", SOON, || runs() || side.client.status().is_ok_and(|status| status.phase.is_final()))
-        .unwrap();
+    wait_until("the guest to run", SOON, || {
+        runs() || side.client.status().is_ok_and(|status| status.phase.is_final())
+    })
+    .unwrap();
     assert!(runs(), "{:?}", side.client.status());
     for _ in 0..60 {
         let pages = some_pages(&mut chance);
@@ -251,12 +274,18 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
             }
             1 => {
                 side.client.populate(&range_of(pages)).unwrap();
-                for page in pages_of(pages).filter(|page| model.get(page) == Some(&Is::Discarded)).collect::<Vec<_>>() {
+                for page in pages_of(pages)
+                    .filter(|page| model.get(page) == Some(&Is::Discarded))
+                    .collect::<Vec<_>>()
+                {
                     model.insert(page, Is::Holds(0));
                 }
             }
             2..5 => {
-                for page in pages_of(pages).filter(|page| model.get(page) != Some(&Is::Discarded)).collect::<Vec<_>>() {
+                for page in pages_of(pages)
+                    .filter(|page| model.get(page) != Some(&Is::Discarded))
+                    .collect::<Vec<_>>()
+                {
                     let value = chance.below(u64::MAX);
                     side.store(page, value);
                     model.insert(page, Is::Holds(value));
@@ -264,8 +293,13 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
                 }
             }
             _ => {
-                for page in pages_of(pages).filter(|page| model.get(page) != Some(&Is::Discarded)).collect::<Vec<_>>() {
-                    let Some(Is::Holds(expected)) = model.get(&page).or(Some(&Is::Holds(0))) else { continue };
+                for page in pages_of(pages)
+                    .filter(|page| model.get(page) != Some(&Is::Discarded))
+                    .collect::<Vec<_>>()
+                {
+                    let Some(Is::Holds(expected)) = model.get(&page).or(Some(&Is::Holds(0))) else {
+                        continue;
+                    };
                     assert_eq!(side.load(page), *expected, "page {page:?} as it is touched");
                     touched.insert(page);
                 }
@@ -276,7 +310,10 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
     let status = side.client.wait(started.job, SOON).unwrap();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
     assert!(!side.record.lost.load(Ordering::SeqCst));
-    assert_eq!(*side.record.state.lock().unwrap(), [StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }]);
+    assert_eq!(
+        *side.record.state.lock().unwrap(),
+        [StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }]
+    );
     for layout in layouts() {
         let block = side.memory.block(layout.id).unwrap();
         let discarded = side.client.discarded(layout.id).unwrap();
@@ -286,14 +323,21 @@ fn restore(seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mo
             match is {
                 Is::Discarded => assert!(side.is_hole(page), "discarded page {page:?} is no hole"),
                 Is::Holds(value) => {
-                    assert_eq!(block.read_word(page.1 * PAGE_SIZE + 16).unwrap(), value, "page {page:?}");
+                    assert_eq!(
+                        block.read_word(page.1 * PAGE_SIZE + 16).unwrap(),
+                        value,
+                        "page {page:?}"
+                    );
                 }
             }
         }
     }
     // `never-populate`.
-    let more: Vec<_> =
-        side.allocated().into_iter().filter(|page| !allocated.contains(page) && !touched.contains(page)).collect();
+    let more: Vec<_> = side
+        .allocated()
+        .into_iter()
+        .filter(|page| !allocated.contains(page) && !touched.contains(page))
+        .collect();
     assert!(more.is_empty(), "allocated, and were not: {more:?}");
 }
 
@@ -313,7 +357,8 @@ fn run_case(seed: u64, mode: RestoreMode) {
     for _ in 0..2 {
         std::thread::scope(|scope| {
             for vmm in 0..VMMS {
-                let (image, model, allocated, working_set) = (&image, &model, &allocated, &working_set);
+                let (image, model, allocated, working_set) =
+                    (&image, &model, &allocated, &working_set);
                 let seed = chance.below(u64::MAX) ^ vmm;
                 scope.spawn(move || restore(seed, image, model, allocated, mode, working_set));
             }
@@ -324,7 +369,10 @@ fn run_case(seed: u64, mode: RestoreMode) {
 
 fn cases() -> ProptestConfig {
     ProptestConfig {
-        cases: std::env::var("PAGEFERRY_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(12),
+        cases: std::env::var("PAGEFERRY_CASES")
+            .ok()
+            .and_then(|cases| cases.parse().ok())
+            .unwrap_or(12),
         max_shrink_iters: 0,
         failure_persistence: None,
         ..ProptestConfig::default()

@@ -8,8 +8,8 @@ use common::images::{on, paused, tracked};
 use common::{Agent, PROGRAM, passes};
 use pageferry_agent::image::{Chain, Image, merge};
 use pageferry_client::{
-    IncomingOptions, JobStatus, MIN_BANDWIDTH, Mode, OutgoingOptions, Ownership, Phase, RestoreMode, RestoreOptions,
-    ResumePolicy, RunState, SnapshotMode, SnapshotOptions,
+    IncomingOptions, JobStatus, MIN_BANDWIDTH, Mode, OutgoingOptions, Ownership, Phase,
+    RestoreMode, RestoreOptions, ResumePolicy, RunState, SnapshotMode, SnapshotOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
@@ -34,7 +34,9 @@ struct Side {
 impl Side {
     fn on(agent: Agent) -> Self {
         let memory = TestMemory::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]).unwrap();
-        let vmm = MockVmm::connect(agent.socket(), Usage::new(Arc::new(memory)).unwrap(), Tracker::Log).unwrap();
+        let vmm =
+            MockVmm::connect(agent.socket(), Usage::new(Arc::new(memory)).unwrap(), Tracker::Log)
+                .unwrap();
         Self { vmm, agent, folder: tempfile::tempdir().unwrap() }
     }
 
@@ -69,7 +71,11 @@ impl Side {
     #[track_caller]
     fn assert_stays_paused(&self) {
         let calls = self.vmm.record().calls;
-        assert_eq!((self.asked(HookName::StayPaused), self.asked(HookName::Resume)), (1, 0), "{calls:?}");
+        assert_eq!(
+            (self.asked(HookName::StayPaused), self.asked(HookName::Resume)),
+            (1, 0),
+            "{calls:?}"
+        );
         assert_eq!((self.vmm.record().runs, self.vmm.run_state()), (false, RunState::Paused));
         assert_eq!(self.vmm.client().ownership(), Ownership::Ours);
     }
@@ -78,7 +84,11 @@ impl Side {
     #[track_caller]
     fn assert_runs(&self) {
         let calls = self.vmm.record().calls;
-        assert_eq!((self.asked(HookName::StayPaused), self.asked(HookName::Resume)), (0, 1), "{calls:?}");
+        assert_eq!(
+            (self.asked(HookName::StayPaused), self.asked(HookName::Resume)),
+            (0, 1),
+            "{calls:?}"
+        );
         assert!(self.vmm.record().runs);
         assert_eq!(self.vmm.client().ownership(), Ownership::Ours);
     }
@@ -86,18 +96,26 @@ impl Side {
     #[track_caller]
     fn assert_holds_what(&self, other: &Side) {
         for page in 0..PAGES {
-            assert_eq!(self.block().read_page(page).unwrap(), other.block().read_page(page).unwrap(), "page {page:#x}");
+            assert_eq!(
+                self.block().read_page(page).unwrap(),
+                other.block().read_page(page).unwrap(),
+                "page {page:#x}"
+            );
         }
     }
 
     #[track_caller]
     fn saves(&self, image: &Path, options: &SnapshotOptions) -> JobStatus {
-        completed(self.vmm.wait_job(self.vmm.start_snapshot(image, options).unwrap(), PATIENCE).unwrap())
+        completed(
+            self.vmm.wait_job(self.vmm.start_snapshot(image, options).unwrap(), PATIENCE).unwrap(),
+        )
     }
 
     #[track_caller]
     fn restores(&self, image: &Path, options: &RestoreOptions) -> JobStatus {
-        completed(self.vmm.wait_job(self.vmm.start_restore(image, options).unwrap(), PATIENCE).unwrap())
+        completed(
+            self.vmm.wait_job(self.vmm.start_restore(image, options).unwrap(), PATIENCE).unwrap(),
+        )
     }
 }
 
@@ -109,11 +127,16 @@ fn completed(status: JobStatus) -> JobStatus {
 
 /// Moves the guest; returns how the jobs ended, that of the source first.
 #[track_caller]
-fn moves(from: &Side, to: &Side, outgoing: &OutgoingOptions, resume: ResumePolicy) -> [JobStatus; 2] {
+fn moves(
+    from: &Side, to: &Side, outgoing: &OutgoingOptions, resume: ResumePolicy,
+) -> [JobStatus; 2] {
     let incoming = IncomingOptions { resume, ..IncomingOptions::default() };
     let (incoming, address) = to.vmm.start_incoming("tcp:127.0.0.1:0", &incoming).unwrap();
     let outgoing = from.vmm.start_outgoing(&address, outgoing).unwrap();
-    let ended = [from.vmm.wait_job(outgoing, PATIENCE).unwrap(), to.vmm.wait_job(incoming, PATIENCE).unwrap()];
+    let ended = [
+        from.vmm.wait_job(outgoing, PATIENCE).unwrap(),
+        to.vmm.wait_job(incoming, PATIENCE).unwrap(),
+    ];
     assert_eq!(ended[0].phase, ended[1].phase, "{} {}", ended[0].error, ended[1].error);
     ended
 }
@@ -132,13 +155,22 @@ fn a_paused_guest_is_paused_where_it_arrives_and_runs_when_its_operator_says_so(
         let (from, to) = (Side::full(RunState::Paused), Side::empty());
         let ended = moves(&from, &to, &options, ResumePolicy::Auto);
         for status in ended {
-            assert_eq!(completed(status.clone()).guest, Some(RunState::Paused), "{:?}", options.mode);
+            assert_eq!(
+                completed(status.clone()).guest,
+                Some(RunState::Paused),
+                "{:?}",
+                options.mode
+            );
             assert_eq!(status.counters.downtime_us, 0, "no job has cost it any time");
         }
         to.assert_stays_paused();
         to.assert_holds_what(&from);
         assert_eq!(from.vmm.client().ownership(), Ownership::Gone);
-        assert_eq!((from.asked(HookName::StayPaused), from.asked(HookName::Resume)), (0, 0), "it is not here");
+        assert_eq!(
+            (from.asked(HookName::StayPaused), from.asked(HookName::Resume)),
+            (0, 0),
+            "it is not here"
+        );
         to.vmm.operator_resumes().unwrap();
         // And as one that runs it goes on.
         let next = Side::empty();
@@ -154,7 +186,8 @@ fn a_paused_guest_is_paused_where_it_arrives_and_runs_when_its_operator_says_so(
 #[test]
 fn a_guest_that_ran_is_paused_where_it_arrives_if_either_side_wants_it() {
     for options in ways() {
-        for (at_source, there) in [(ResumePolicy::Never, ResumePolicy::Auto), (ResumePolicy::Auto, ResumePolicy::Never)]
+        for (at_source, there) in
+            [(ResumePolicy::Never, ResumePolicy::Auto), (ResumePolicy::Auto, ResumePolicy::Never)]
         {
             let (from, to) = (Side::full(RunState::Running), Side::empty());
             let options = OutgoingOptions { resume: at_source, ..options.clone() };
@@ -182,7 +215,8 @@ fn a_paused_guest_whose_move_fails_or_is_cancelled_stays_paused_and_can_be_moved
             let (from, to) = (Side::full(RunState::Paused), Side::empty());
             let spoiled = if *hook == HookName::LoadState { &to } else { &from };
             spoiled.vmm.inject(*hook, Some(fault.clone()));
-            let (incoming, address) = to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+            let (incoming, address) =
+                to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
             let outgoing = from.vmm.start_outgoing(&address, &options).unwrap();
             let ended = || from.vmm.client().status().unwrap().phase.is_final();
             wait_until("the hook", PATIENCE, || spoiled.asked(*hook) > 0).unwrap();
@@ -193,10 +227,17 @@ fn a_paused_guest_whose_move_fails_or_is_cancelled_stays_paused_and_can_be_moved
             wait_until("the end", PATIENCE, ended).unwrap();
             spoiled.vmm.inject(*hook, None);
             let status = from.vmm.wait_job(outgoing, PATIENCE).unwrap();
-            assert!(matches!(status.phase, Phase::Failed | Phase::Cancelled), "{hook:?}: {status:?}");
+            assert!(
+                matches!(status.phase, Phase::Failed | Phase::Cancelled),
+                "{hook:?}: {status:?}"
+            );
             from.assert_stays_paused();
             to.vmm.wait_job(incoming, PATIENCE).unwrap();
-            assert_eq!((to.asked(HookName::StayPaused), to.asked(HookName::Resume)), (0, 0), "it is not here");
+            assert_eq!(
+                (to.asked(HookName::StayPaused), to.asked(HookName::Resume)),
+                (0, 0),
+                "it is not here"
+            );
 
             from.vmm.clear_record();
             let next = Side::empty();
@@ -264,7 +305,8 @@ fn an_image_of_a_guest_that_ran_brings_one_that_runs_unless_its_operator_wants_i
     for mode in modes {
         for resume in [ResumePolicy::Auto, ResumePolicy::Never] {
             let to = Side::empty();
-            let status = to.restores(&image, &RestoreOptions { mode, resume, ..RestoreOptions::default() });
+            let status =
+                to.restores(&image, &RestoreOptions { mode, resume, ..RestoreOptions::default() });
             if resume == ResumePolicy::Never {
                 assert_eq!(status.guest, Some(RunState::Paused));
                 to.assert_stays_paused();
@@ -311,24 +353,37 @@ fn an_operator_sees_and_says_what_the_guest_is_to_be() {
     assert_eq!(printed(&["image", "info", image])["guest"], "running");
     let to = Side::empty();
     to.vmm.take_restores();
-    let restored = printed(&["restore", "--socket", to.agent.socket().to_str().unwrap(), image, "--resume", "never"]);
+    let restored = printed(&[
+        "restore",
+        "--socket",
+        to.agent.socket().to_str().unwrap(),
+        image,
+        "--resume",
+        "never",
+    ]);
     assert_eq!(restored["run_state"], "paused");
     to.assert_stays_paused();
 
     let to = Side::empty();
-    let (_, address) = to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (_, address) =
+        to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     let socket = from.agent.socket().to_str().unwrap();
     let moved = printed(&["migrate", "--socket", socket, "--to", &address, "--resume", "never"]);
     assert_eq!(moved["run_state"], "paused");
-    wait_until("the end there", PATIENCE, || to.vmm.client().status().unwrap().phase.is_final()).unwrap();
+    wait_until("the end there", PATIENCE, || to.vmm.client().status().unwrap().phase.is_final())
+        .unwrap();
     to.assert_stays_paused();
     let status = Command::new(PROGRAM).args(["status", "--socket", socket]).output().unwrap();
     let lines = String::from_utf8(status.stdout).unwrap();
-    let says =
-        |line: &str| line.starts_with("guest ") && line.contains("at the destination") && line.ends_with("paused");
+    let says = |line: &str| {
+        line.starts_with("guest ")
+            && line.contains("at the destination")
+            && line.ends_with("paused")
+    };
     assert!(lines.lines().any(says), "{lines}");
-    let output =
-        Command::new(PROGRAM).args(["migrate", "--socket", socket, "--to", &address, "--resume", "always"]).output();
+    let output = Command::new(PROGRAM)
+        .args(["migrate", "--socket", socket, "--to", &address, "--resume", "always"])
+        .output();
     let said = String::from_utf8(output.unwrap().stderr).unwrap();
     assert!(said.contains("\"always\": write auto or never"), "{said}");
 }

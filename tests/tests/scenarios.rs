@@ -1,10 +1,13 @@
-//! What discards do at every moment of a migration, and what dirty bits older than a discard do not do.
+//! What discards do at every moment of a migration, and what dirty bits older than a discard do not
+//! do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
 use common::{Passing, Ram, Relay, SOON, Side, assert_same, lock, passes};
-use pageferry_client::{BlockRange, Counters, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Trackers};
+use pageferry_client::{
+    BlockRange, Counters, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Trackers,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::Kind;
 use pageferry_protocol::stream::record::FLAG_STRAY;
@@ -43,7 +46,8 @@ impl Scene {
         self.jobs = Some((outgoing, incoming));
     }
 
-    /// Runs until `pass` has arrived at the destination and the source does not know yet; then does `what`.
+    /// Runs until `pass` has arrived at the destination and the source does not know yet; then does
+    /// `what`.
     fn after_pass(&mut self, pass: u64, what: impl FnOnce(&Side)) {
         let record = self.relay.until(|record| record.is(Kind::PassDone, pass));
         what(&self.source);
@@ -74,7 +78,10 @@ impl Scene {
         let bitmap = self.destination.client.discarded(self.destination.ram.id).unwrap();
         for page in pages {
             assert!(bitmap.contains(page), "page {page} is not discarded at the destination");
-            assert!(self.destination.ram.is_hole(page), "page {page} is no hole at the destination");
+            assert!(
+                self.destination.ram.is_hole(page),
+                "page {page} is no hole at the destination"
+            );
         }
     }
 
@@ -99,7 +106,8 @@ fn populate(side: &Side, first: u64, count: u64) {
 
 /// True if the payload of the record has this stamp at the start of a page.
 fn has_stamp(record: &Passing, stamp: u64) -> bool {
-    record.kind == Kind::Data && record.payload.chunks(PAGE_SIZE as usize).any(|page| page[..8] == stamp.to_le_bytes())
+    record.kind == Kind::Data
+        && record.payload.chunks(PAGE_SIZE as usize).any(|page| page[..8] == stamp.to_le_bytes())
 }
 
 #[test]
@@ -203,7 +211,11 @@ fn a_stray_page_that_the_vmm_punched_by_itself_becomes_a_hole_at_the_destination
             source.client.log().mark(PageRange::new(log_page(STRAY), 1));
         });
         let status = scene.finish();
-        let carried: Vec<_> = scene.carried(STRAY).iter().map(|record| (record.kind, record.header.flags())).collect();
+        let carried: Vec<_> = scene
+            .carried(STRAY)
+            .iter()
+            .map(|record| (record.kind, record.header.flags()))
+            .collect();
         assert_eq!(carried, [(Kind::Data, FLAG_STRAY), (Kind::Zero, FLAG_STRAY)]);
         scene.assert_discarded(STRAY..STRAY + 2);
         assert_eq!(status.counters.stray_pages, 2);
@@ -223,13 +235,18 @@ fn a_discard_at_an_offset_rounds_inward_and_the_pages_it_covers_in_part_migrate(
     // From the start of page 120 to one byte before the end of page 129; and less than a page.
     let ends_early = BlockRange { block: id, offset: 120 * PAGE_SIZE, length: 10 * PAGE_SIZE - 1 };
     let tiny = BlockRange { block: id, offset: 140 * PAGE_SIZE + 1, length: PAGE_SIZE };
-    scene.after_pass(0, |source| assert_eq!(source.client.discard(&[ends_early, tiny], Punch::Yes).unwrap(), 9));
+    scene.after_pass(0, |source| {
+        assert_eq!(source.client.discard(&[ends_early, tiny], Punch::Yes).unwrap(), 9)
+    });
     let status = scene.finish();
     scene.assert_discarded(51..90);
     scene.assert_discarded(120..129);
     scene.assert_untouched((0..51).chain(90..120).chain(129..PAGES));
     assert_eq!(status.counters.discarded_pages, 39 + 9);
-    assert!((51..90).all(|page| scene.carried(page).is_empty()), "a page discarded before the start is never sent");
+    assert!(
+        (51..90).all(|page| scene.carried(page).is_empty()),
+        "a page discarded before the start is never sent"
+    );
 }
 
 #[test]
@@ -241,17 +258,24 @@ fn dirty_bits_older_than_the_start_do_not_bring_discarded_pages_back() {
     }
     scene.discard(80, 20, Punch::No);
     scene.discard(100, 20, Punch::Yes);
-    // Written behind the tracker's back by nobody: the bits of the log are all older than the discards.
+    // Written behind the tracker's back by nobody: the bits of the log are all older than the
+    // discards.
     scene.start(&passes(3));
     scene.after_pass(0, |_| {});
     scene.after_pass(1, |_| {});
     let status = scene.finish();
-    assert!(!scene.relay.seen.iter().any(|record| has_stamp(record, STALE)), "stale content was sent");
+    assert!(
+        !scene.relay.seen.iter().any(|record| has_stamp(record, STALE)),
+        "stale content was sent"
+    );
     assert!((80..120).all(|page| scene.carried(page).is_empty()));
     scene.assert_discarded(80..120);
     scene.assert_untouched((0..80).chain(120..PAGES));
     assert_eq!(status.counters.stray_pages, 0);
-    assert!((80..100).all(|page| scene.source.ram.stamp(page) == STALE), "the source's pages were not touched");
+    assert!(
+        (80..100).all(|page| scene.source.ram.stamp(page) == STALE),
+        "the source's pages were not touched"
+    );
 }
 
 #[test]
@@ -267,7 +291,10 @@ fn dirty_bits_older_than_a_discard_during_the_migration_do_not_bring_its_pages_b
         discard(source, 100, 20, Punch::Yes);
     });
     let status = scene.finish();
-    assert!(!scene.relay.seen.iter().any(|record| has_stamp(record, STALE)), "stale content was sent");
+    assert!(
+        !scene.relay.seen.iter().any(|record| has_stamp(record, STALE)),
+        "stale content was sent"
+    );
     scene.assert_discarded(80..120);
     scene.assert_untouched((0..80).chain(120..PAGES));
     assert_eq!(status.counters.stray_pages, 0);
@@ -286,7 +313,11 @@ fn stale_bits_in_kvms_log_do_not_bring_discarded_pages_back() {
     let mut scene = Scene::new();
     scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
     for page in 0..PAGES {
-        write_under_kvm(&scene.source, page, if (70..130).contains(&page) { STALE } else { 1000 + page });
+        write_under_kvm(
+            &scene.source,
+            page,
+            if (70..130).contains(&page) { STALE } else { 1000 + page },
+        );
     }
     scene.discard(70, 30, Punch::No);
     scene.discard(100, 30, Punch::Yes);
@@ -297,7 +328,10 @@ fn stale_bits_in_kvms_log_do_not_bring_discarded_pages_back() {
         write_under_kvm(source, 130, 1130);
     });
     let status = scene.finish();
-    assert!(!scene.relay.seen.iter().any(|record| has_stamp(record, STALE)), "stale content was sent");
+    assert!(
+        !scene.relay.seen.iter().any(|record| has_stamp(record, STALE)),
+        "stale content was sent"
+    );
     assert!((70..130).all(|page| scene.carried(page).is_empty()));
     scene.assert_discarded(70..130);
     scene.assert_untouched((0..70).chain(130..PAGES));
@@ -315,7 +349,8 @@ fn a_clear_that_straddles_a_discarded_range_loses_no_write_of_its_neighbours() {
         let mut count = lock(&counted);
         *count += 1;
         let runs = vmm.upgrade().is_some_and(|vmm| !vmm.is_paused());
-        // Right before the clear takes hold, and right after, both neighbours of the discarded range are written, and more.
+        // Right before the clear takes hold, and right after, both neighbours of the discarded
+        // range are written, and more.
         let write = |page: u64, stamp: u64, kvm: &mut common::KvmLog| {
             ram.write(page, stamp);
             kvm.dirty.insert(first + page);
@@ -410,7 +445,10 @@ fn free(side: &Side, first: u64, count: u64) {
 fn assert_freed(scene: &Scene, pages: std::ops::Range<u64>) {
     let bitmap = scene.destination.client.discarded(scene.destination.ram.id).unwrap();
     for page in pages {
-        assert!(scene.destination.ram.is_hole(page) && scene.source.ram.is_hole(page), "page {page} is no hole");
+        assert!(
+            scene.destination.ram.is_hole(page) && scene.source.ram.is_hole(page),
+            "page {page} is no hole"
+        );
         assert!(!bitmap.contains(page), "page {page} is discarded at the destination");
     }
 }
@@ -463,11 +501,21 @@ fn a_free_of_what_was_sent_makes_a_hole_and_what_is_written_into_it_later_arrive
     assert_freed(&scene, 30..41);
     assert_freed(&scene, 43..91);
     scene.assert_untouched((0..30).chain(100..PAGES));
-    assert!(!scene.relay.seen.iter().any(|record| [1, 2, 5].iter().any(|stale| has_stamp(record, *stale))), "stale");
+    assert!(
+        !scene
+            .relay
+            .seen
+            .iter()
+            .any(|record| [1, 2, 5].iter().any(|stale| has_stamp(record, *stale))),
+        "stale"
+    );
     // 69 after pass 0; 40 once more.
     assert_eq!((status.counters.freed_pages, status.counters.discarded_pages), (69 + 1, 0));
     // Told once each: of the word that 40 is in only that page.
-    assert_eq!(scene.carried(35).iter().map(|record| record.kind).collect::<Vec<_>>(), [Kind::Data, Kind::Zero]);
+    assert_eq!(
+        scene.carried(35).iter().map(|record| record.kind).collect::<Vec<_>>(),
+        [Kind::Data, Kind::Zero]
+    );
 }
 
 #[test]
@@ -485,7 +533,10 @@ fn stale_bits_in_kvms_log_do_not_bring_freed_pages_back_and_a_write_after_the_fr
     scene.after_pass(1, |source| write_under_kvm(source, 101, 4712));
     scene.after_pass(2, |_| {});
     let status = scene.finish();
-    assert!(!scene.relay.seen.iter().any(|record| has_stamp(record, STALE)), "stale content was sent");
+    assert!(
+        !scene.relay.seen.iter().any(|record| has_stamp(record, STALE)),
+        "stale content was sent"
+    );
     assert_same(&scene.source.ram, &scene.destination.ram);
     assert_eq!((scene.destination.ram.stamp(100), scene.destination.ram.stamp(101)), (4711, 4712));
     assert_freed(&scene, 70..100);

@@ -1,8 +1,11 @@
-//! A background snapshot is a consistent cut: every page is as it was at the instant, none is later, whatever the guest writes, discards, frees and populates meanwhile; and so is
-//! each increment to it, also after attempts that were cancelled. Against a model that is a few maps.
+//! A background snapshot is a consistent cut: every page is as it was at the instant, none is
+//! later, whatever the guest writes, discards, frees and populates meanwhile; and so is each
+//! increment to it, also after attempts that were cancelled. Against a model that is a few maps.
 //!
-//! Threads write stamps, each into pages of its own, through the mapping that is protected, while another one discards, frees and populates. When the VMM is asked to pause, what
-//! every page holds is written down: that is what the image has to say. What discards, frees and populates are under way then may be in it or not.
+//! Threads write stamps, each into pages of its own, through the mapping that is protected, while
+//! another one discards, frees and populates. When the VMM is asked to pause, what every page holds
+//! is written down: that is what the image has to say. What discards, frees and populates are under
+//! way then may be in it or not.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -10,7 +13,8 @@ mod common;
 use common::blocks::{self, LOG_COVERS, Page};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RunState, SnapshotMode, SnapshotOptions, StatePiece,
+    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RunState, SnapshotMode,
+    SnapshotOptions, StatePiece,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::in_process::InProcessAgent;
@@ -35,7 +39,9 @@ fn layouts() -> Vec<BlockLayout> {
 }
 
 fn all_pages() -> impl Iterator<Item = Page> {
-    layouts().into_iter().flat_map(|layout| (0..layout.length / PAGE_SIZE).map(move |page| (layout.id, page)))
+    layouts()
+        .into_iter()
+        .flat_map(|layout| (0..layout.length / PAGE_SIZE).map(move |page| (layout.id, page)))
 }
 
 /// Whose page it is.
@@ -56,7 +62,8 @@ enum Is {
 struct Part {
     /// What is settled. A page that is not in it was never written.
     pages: BTreeMap<Page, Is>,
-    /// Discards, frees and populates under way, or begun while the guest stood still: what else the page may be.
+    /// Discards, frees and populates under way, or begun while the guest stood still: what else the
+    /// page may be.
     unsettled: BTreeMap<Page, BTreeSet<Is>>,
     /// Pages that are being discarded, freed or populated: nobody writes there.
     busy: BTreeSet<Page>,
@@ -89,10 +96,14 @@ impl World {
     /// A thread writes to a page of its own, unless the guest stands still.
     fn write(&self, chance: &mut Random, page: Page) {
         let mut part = self.part(page);
-        if self.paused.load(Ordering::SeqCst) || Self::is(&part, page) == Is::Discarded || part.busy.contains(&page) {
+        if self.paused.load(Ordering::SeqCst)
+            || Self::is(&part, page) == Is::Discarded
+            || part.busy.contains(&page)
+        {
             return;
         }
-        let stamp = if chance.one_in(8) { 0 } else { self.stamp.fetch_add(1, Ordering::SeqCst) + 1 };
+        let stamp =
+            if chance.one_in(8) { 0 } else { self.stamp.fetch_add(1, Ordering::SeqCst) + 1 };
         let block = self.memory.block(page.0).unwrap();
         block.store(page.1 * PAGE_SIZE, stamp).unwrap();
         block.store((page.1 + 1) * PAGE_SIZE - 8, stamp).unwrap();
@@ -129,7 +140,8 @@ impl World {
             part.unsettled.entry(page).or_default().extend([before, after(before)]);
             part.busy.insert(page);
         }
-        let given = [BlockRange { block: layout.id, offset: range.offset(), length: range.bytes() }];
+        let given =
+            [BlockRange { block: layout.id, offset: range.offset(), length: range.bytes() }];
         match way {
             0 => client.discard(&given, Punch::Yes).unwrap(),
             1 => client.free(&given).unwrap(),
@@ -211,10 +223,19 @@ fn check_cut(cut: &Cut, path: &Path) {
             let (head, tail) = (&bytes[..8], &bytes[PAGE_SIZE as usize - 8..]);
             assert_eq!(head, tail, "page {page:#x} of block {} is torn", block.id);
             let stamp = u64::from_le_bytes(head.try_into().unwrap());
-            let is = if chain.discarded(at).contains(page) { Is::Discarded } else { Is::Holds(stamp) };
+            let is =
+                if chain.discarded(at).contains(page) { Is::Discarded } else { Is::Holds(stamp) };
             let may = &cut[&(block.id, page)];
-            assert!(may.contains(&is), "page {page:#x} of block {}: is {is:?}, may be {may:?}", block.id);
-            assert!(is != Is::Discarded || stamp == 0, "page {page:#x} of block {}: discarded, and {stamp}", block.id);
+            assert!(
+                may.contains(&is),
+                "page {page:#x} of block {}: is {is:?}, may be {may:?}",
+                block.id
+            );
+            assert!(
+                is != Is::Discarded || stamp == 0,
+                "page {page:#x} of block {}: discarded, and {stamp}",
+                block.id
+            );
         }
     }
     let state = chain.newest().state().unwrap();
@@ -227,7 +248,9 @@ fn check_guest(world: &World) {
         let part = world.part(page);
         let block = world.memory.block(page.0).unwrap();
         match World::is(&part, page) {
-            Is::Holds(stamp) => assert_eq!(block.read_word(page.1 * PAGE_SIZE).unwrap(), stamp, "page {page:?}"),
+            Is::Holds(stamp) => {
+                assert_eq!(block.read_word(page.1 * PAGE_SIZE).unwrap(), stamp, "page {page:?}")
+            }
             Is::Discarded => assert!(world.is_hole(page), "page {page:?}"),
         }
     }
@@ -293,8 +316,13 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
                 base: base.clone(),
                 track: true,
                 cached: chance.one_in(2),
-                // Half of those that the guest runs beside last as long as it takes to write and discard into what is not saved yet: some 100 ms.
-                bandwidth: if seed.is_multiple_of(2) && mode == SnapshotMode::Background { SLOW } else { 0 },
+                // Half of those that the guest runs beside last as long as it takes to write and
+                // discard into what is not saved yet: some 100 ms.
+                bandwidth: if seed.is_multiple_of(2) && mode == SnapshotMode::Background {
+                    SLOW
+                } else {
+                    0
+                },
                 ..SnapshotOptions::default()
             };
             let started = client.start_snapshot(&path, &options).unwrap();
@@ -326,7 +354,10 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
 
 fn cases() -> ProptestConfig {
     ProptestConfig {
-        cases: std::env::var("PAGEFERRY_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(60),
+        cases: std::env::var("PAGEFERRY_CASES")
+            .ok()
+            .and_then(|cases| cases.parse().ok())
+            .unwrap_or(60),
         max_shrink_iters: 0,
         failure_persistence: None,
         ..ProptestConfig::default()

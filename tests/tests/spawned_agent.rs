@@ -1,4 +1,5 @@
-//! An agent that the VMM starts by itself, as `pageferry agent --stdin`: it serves that VMM alone, and ends with it.
+//! An agent that the VMM starts by itself, as `pageferry agent --stdin`: it serves that VMM alone,
+//! and ends with it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
@@ -46,7 +47,8 @@ fn spawned_agents_migrate_the_guest_and_end_with_their_clients() {
     let (source, agent_here) = spawned(stamped(), None);
     let (destination, agent_there) = spawned(Ram::odd(PAGES), None);
     moves_to(&source, &destination);
-    wait_until("the guest to be gone", SOON, || source.client.ownership() == Ownership::Gone).unwrap();
+    wait_until("the guest to be gone", SOON, || source.client.ownership() == Ownership::Gone)
+        .unwrap();
     assert_eq!(destination.client.ownership(), Ownership::Ours);
     // Each ends when the last clone of its client does.
     let clone = source.client.clone();
@@ -113,7 +115,8 @@ fn a_standard_input_that_is_no_connection_is_refused_by_what_it_is() {
     ] {
         let ended = Command::new(PROGRAM).args(["agent", "--stdin"]).stdin(stdin).output().unwrap();
         let said = String::from_utf8(ended.stderr).unwrap();
-        let expected = format!("--stdin: standard input is {found} allowed is a connected UNIX stream socket");
+        let expected =
+            format!("--stdin: standard input is {found} allowed is a connected UNIX stream socket");
         assert!(said.contains(&expected), "{said}");
         assert_eq!(ended.status.code(), Some(2), "as for any other bad input");
     }

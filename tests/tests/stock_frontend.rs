@@ -1,22 +1,28 @@
-//! A stock vhost-user front-end hands its memory over: the agent speaks the standard part of the protocol as the vhost crate does.
+//! A stock vhost-user front-end hands its memory over: the agent speaks the standard part of the
+//! protocol as the vhost crate does.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_protocol::control::codec::Decoder;
 use pageferry_protocol::control::job::JobStatus;
-use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, RangesReply, Reply, Request, decode_reply};
+use pageferry_protocol::control::request::{
+    BlockRange, DISCARD_PUNCH, RangesReply, Reply, Request, decode_reply,
+};
 use pageferry_protocol::control::{Frame, FrameSocket, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::in_process::InProcessAgent;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 use vhost::vhost_user::{Error as UserError, Frontend, VhostUserFrontend};
 use vhost::{Error, VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// A front-end with its agent; fields drop in order, so the connection closes before the agent is waited for.
+/// A front-end with its agent; fields drop in order, so the connection closes before the agent is
+/// waited for.
 struct Stock {
     frontend: Frontend,
     /// The same connection, for pageferry's own requests between the front-end's.
@@ -50,7 +56,9 @@ impl Stock {
     }
 
     fn answer(&mut self, request: &Request) -> Frame {
-        self.own.send(&Frame::request(request.code(), request.encode()), Instant::now() + SOON).unwrap();
+        self.own
+            .send(&Frame::request(request.code(), request.encode()), Instant::now() + SOON)
+            .unwrap();
         let reply = self.own.recv(Instant::now() + SOON).unwrap();
         assert!(reply.is_reply() && reply.request == request.code());
         reply
@@ -63,12 +71,17 @@ impl Stock {
 
     fn ask(&mut self, request: &Request) -> Reply<u64> {
         let reply = self.answer(request);
-        let pages = |decoder: &mut Decoder<'_>| RangesReply::decode(decoder).map(|reply| reply.changed_pages);
+        let pages = |decoder: &mut Decoder<'_>| {
+            RangesReply::decode(decoder).map(|reply| reply.changed_pages)
+        };
         decode_reply(&reply.body, pages).unwrap()
     }
 
     fn discard(&mut self, block: u32, first: u64, count: u64) -> Reply<u64> {
-        self.ask(&Request::Discard { flags: DISCARD_PUNCH, ranges: vec![pages(block, first, count)] })
+        self.ask(&Request::Discard {
+            flags: DISCARD_PUNCH,
+            ranges: vec![pages(block, first, count)],
+        })
     }
 
     fn populate(&mut self, block: u32, first: u64, count: u64) -> Reply<u64> {
@@ -116,7 +129,8 @@ fn assert_refused<T: std::fmt::Debug>(outcome: Result<T, Error>) {
     }
 }
 
-/// Everything that a front-end does to hand its memory over, and what the agent does with it afterwards.
+/// Everything that a front-end does to hand its memory over, and what the agent does with it
+/// afterwards.
 fn hand_over(need_reply: bool) {
     let mut stock = Stock::new(need_reply);
     assert_eq!(stock.frontend.get_max_mem_slots().unwrap(), 509);
@@ -128,7 +142,11 @@ fn hand_over(need_reply: bool) {
     let third = region(&high, 0x2_0000_0000, 4, 0x20_000);
     stock.frontend.add_mem_region(&third).unwrap();
     let log = memfd(0x10_000 + 0x80_000);
-    let log_at = VhostUserDirtyLogRegion { mmap_size: 0x80_000, mmap_offset: 0x10_000, mmap_handle: log.as_raw_fd() };
+    let log_at = VhostUserDirtyLogRegion {
+        mmap_size: 0x80_000,
+        mmap_offset: 0x10_000,
+        mmap_handle: log.as_raw_fd(),
+    };
     stock.frontend.set_log_base(0, Some(log_at)).unwrap();
 
     // By VHOST_F_LOG_ALL a front-end has its back-ends log. It says nothing of its vCPUs.
@@ -137,10 +155,12 @@ fn hand_over(need_reply: bool) {
     assert!(stock.answer(&declared).body.iter().all(|byte| *byte == 0), "success");
     assert_eq!(stock.trackers(), Trackers::LOG_IS_COMPLETE);
 
-    // The regions lie where they should: a discard frees the right pages of the right file, and no other.
+    // The regions lie where they should: a discard frees the right pages of the right file, and no
+    // other.
     assert_eq!(stock.discard(0, 2, 3).unwrap(), 3);
     assert_eq!(stock.discard(2, 1, 1).unwrap(), 1);
-    let holes = |fd: &OwnedFd| (0..0x40).filter(|page| is_hole(fd, page * PAGE_SIZE)).collect::<Vec<u64>>();
+    let holes =
+        |fd: &OwnedFd| (0..0x40).filter(|page| is_hole(fd, page * PAGE_SIZE)).collect::<Vec<u64>>();
     assert_eq!(holes(&low), [3 + 2, 3 + 3, 3 + 4]);
     assert_eq!(holes(&high), [0x20 + 1]);
 
@@ -190,7 +210,11 @@ fn a_region_that_is_larger_than_its_file_is_refused_and_the_session_goes_on() {
     stock.frontend.set_mem_table(&[region(&ram, 0, 15, 0x1000)]).unwrap();
     assert_refused(stock.frontend.add_mem_region(&region(&ram, 0x100_000, 16, 0x1000)));
     assert_refused(stock.frontend.set_mem_table(&[region(&ram, 0x100_000, 17, 0)]));
-    assert_eq!(stock.discard(0, 14, 1).unwrap(), 1, "a table that is refused leaves the one before in force");
+    assert_eq!(
+        stock.discard(0, 14, 1).unwrap(),
+        1,
+        "a table that is refused leaves the one before in force"
+    );
     stock.frontend.add_mem_region(&region(&ram, 0x100_000, 15, 0x1000)).unwrap();
     assert_eq!(stock.discard(1, 0, 15).unwrap(), 15);
 }
@@ -216,14 +240,19 @@ fn a_log_that_does_not_fit_is_refused_and_the_session_goes_on() {
         let ram = memfd(0x10_000);
         stock.frontend.set_mem_table(&[region(&ram, 0, 16, 0)]).unwrap();
         let log = memfd(0x1000);
-        let log_of = |mmap_size| VhostUserDirtyLogRegion { mmap_size, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
+        let log_of = |mmap_size| VhostUserDirtyLogRegion {
+            mmap_size,
+            mmap_offset: 0,
+            mmap_handle: log.as_raw_fd(),
+        };
         // The answer is a log of no size, which the front-end finds out by itself.
         match stock.frontend.set_log_base(0, Some(log_of(0x2000))) {
             Err(Error::VhostUserProtocol(UserError::InvalidMessage)) => {}
             other => panic!("not refused by an answer: {other:?}"),
         }
-        // Without a file there is nothing to log into, and no answer that could be taken for another's. (With acknowledgements there is
-        // one, which this front-end forgets to wait for.)
+        // Without a file there is nothing to log into, and no answer that could be taken for
+        // another's. (With acknowledgements there is one, which this front-end forgets to wait
+        // for.)
         if !need_reply {
             stock.frontend.set_log_base(0x1000, None).unwrap();
         }

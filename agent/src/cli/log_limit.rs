@@ -43,7 +43,10 @@ pub struct LeftOut {
 impl fmt::Display for LeftOut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { place: Place { file, line }, lines } = self;
-        write!(f, "{lines} more lines from {file}:{line} were left out: at most {LINES} a second are written")
+        write!(
+            f,
+            "{lines} more lines from {file}:{line} were left out: at most {LINES} a second are written"
+        )
     }
 }
 
@@ -60,11 +63,17 @@ impl Limit {
     fn takes(&self, record: &log::Record<'_>, now: Instant) -> bool {
         let limited = matches!(record.level(), log::Level::Warn | log::Level::Info);
         let of_a_job = record.module_path().is_some_and(|path| path.starts_with(JOBS));
-        let (true, false, Some(file), Some(line)) = (limited, of_a_job, record.file_static(), record.line()) else {
+        let (true, false, Some(file), Some(line)) =
+            (limited, of_a_job, record.file_static(), record.line())
+        else {
             return true;
         };
         let mut places = self.places();
-        let window = places.entry(Place { file, line }).or_insert(Window { began: now, lines: 0, left_out: 0 });
+        let window = places.entry(Place { file, line }).or_insert(Window {
+            began: now,
+            lines: 0,
+            left_out: 0,
+        });
         // One with lines left out ends when the log has said so.
         if window.left_out == 0 && now.saturating_duration_since(window.began) >= WINDOW {
             *window = Window { began: now, lines: 0, left_out: 0 };
@@ -144,8 +153,10 @@ mod tests {
         assert_eq!(taken, 20);
         assert!(warn(2, 500), "another place has lines of its own");
         assert!(limit.left_out(at(999), false).is_empty(), "the second is not over");
-        let said: Vec<String> = limit.left_out(at(1000), false).iter().map(LeftOut::to_string).collect();
-        let sentence = "980 more lines from src/server.rs:1 were left out: at most 20 a second are written";
+        let said: Vec<String> =
+            limit.left_out(at(1000), false).iter().map(LeftOut::to_string).collect();
+        let sentence =
+            "980 more lines from src/server.rs:1 were left out: at most 20 a second are written";
         assert_eq!(said, [sentence]);
         assert!(warn(1, 1001) && limit.left_out(at(5000), true).is_empty());
         // The end does not wait for the second to be over.

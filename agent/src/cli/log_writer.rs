@@ -40,7 +40,9 @@ impl LogWriter {
         let (queue, entries) = sync_channel(QUEUE);
         let dropped = Arc::new(AtomicU64::new(0));
         let counted = dropped.clone();
-        std::thread::Builder::new().name("log".into()).spawn(move || write_all(output, &entries, &counted, &limit))?;
+        std::thread::Builder::new()
+            .name("log".into())
+            .spawn(move || write_all(output, &entries, &counted, &limit))?;
         Ok((Self { queue: queue.clone(), dropped }, LogEnd(queue)))
     }
 }
@@ -69,10 +71,12 @@ impl LogEnd {
     }
 }
 
-fn write_all(mut output: impl Write, entries: &Receiver<Entry>, dropped: &AtomicU64, limit: &Limit) {
+fn write_all(
+    mut output: impl Write, entries: &Receiver<Entry>, dropped: &AtomicU64, limit: &Limit,
+) {
     let mut said = Instant::now();
-    // A line is left out only after others of its place were written within the same second. So when
-    // nothing was written for a second, and all was said, there is nothing to wake up for.
+    // A line is left out only after others of its place were written within the same second. So
+    // when nothing was written for a second, and all was said, there is nothing to wake up for.
     let mut quiet = false;
     loop {
         let entry = if quiet {
@@ -102,7 +106,8 @@ fn write_all(mut output: impl Write, entries: &Receiver<Entry>, dropped: &Atomic
         }
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            let _ = writeln!(output, "{lost} lines of the log were dropped: nobody read them in time");
+            let _ =
+                writeln!(output, "{lost} lines of the log were dropped: nobody read them in time");
         }
     }
 }

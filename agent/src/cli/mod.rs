@@ -44,8 +44,8 @@ enum Command {
     Status(OperatorArgs),
     /// Show a job's progress until it ends; the exit status is 0 only if it completed.
     Watch(OperatorArgs),
-    /// Migrate the guest to another agent, which listens already, and watch. Ctrl-C ends the watching
-    /// and not the job: use cancel.
+    /// Migrate the guest to another agent, which listens already, and watch. Ctrl-C ends the
+    /// watching and not the job: use cancel.
     Migrate(MigrateArgs),
     /// Save the guest into an image, and watch.
     Snapshot(snapshot::SnapshotCommand),
@@ -67,8 +67,9 @@ enum Command {
 /// How the agent is reached.
 #[derive(Debug, Args)]
 pub struct AgentArgs {
-    /// Listen on this UNIX socket, created with mode 0600. Only the agent's own user and root may connect. A socket there that nobody listens on is
-    /// replaced; anything else is left as it is, and refused. At most 107 bytes.
+    /// Listen on this UNIX socket, created with mode 0600. Only the agent's own user and root may
+    /// connect. A socket there that nobody listens on is replaced; anything else is left as it is,
+    /// and refused. At most 107 bytes.
     #[arg(long, value_name = "PATH", required_unless_present = "stdin")]
     pub socket: Option<PathBuf>,
     /// Standard input is a socket to the VMM; the agent ends with it.
@@ -140,9 +141,10 @@ pub struct OutgoingArgs {
     #[arg(long, value_name = "METHOD", default_value = "none", value_parser = parse_compression,
           help = "How pages are compressed: none, lz4, zstd or zstd:LEVEL, with a level of 1 to 19")]
     pub compress: Compression,
-    /// How long the peer may be silent, or take for one record. The paused guest runs on here if its
-    /// hand-over takes longer than this, two hook timeouts, and ten times the transfer of what must
-    /// go before it at the measured bandwidth (or that transfer once, at 1 MiB/s, if none was measured).
+    /// How long the peer may be silent, or take for one record. The paused guest runs on here if
+    /// its hand-over takes longer than this, two hook timeouts, and ten times the transfer of what
+    /// must go before it at the measured bandwidth (or that transfer once, at 1 MiB/s, if none was
+    /// measured).
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer.
@@ -178,7 +180,8 @@ impl From<OutgoingArgs> for OutgoingOptions {
 pub struct RecoverArgs {
     #[command(flatten)]
     operator: OperatorArgs,
-    /// At the source: where the destination's agent listens, if not where it did. At the destination: listen here, too.
+    /// At the source: where the destination's agent listens, if not where it did. At the
+    /// destination: listen here, too.
     #[arg(long, value_name = "ADDRESS")]
     address: Option<String>,
 }
@@ -207,7 +210,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "h" => 3600.0,
         _ => return Err(format!("\"{text}\": write a number and us, ms, s, m or h, as 300ms")),
     };
-    let number: f64 = digits.parse().map_err(|_| format!("\"{text}\": \"{digits}\" is not a number"))?;
+    let number: f64 =
+        digits.parse().map_err(|_| format!("\"{text}\": \"{digits}\" is not a number"))?;
     Duration::try_from_secs_f64(number * unit).map_err(|error| format!("\"{text}\": {error}"))
 }
 
@@ -227,7 +231,8 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         Some(hex) => u64::from_str_radix(hex, 16),
         None => digits.parse(),
     };
-    let number = number.map_err(|_| format!("\"{text}\": write a number of bytes, with K, M, G or T, as 2G"))?;
+    let number = number
+        .map_err(|_| format!("\"{text}\": write a number of bytes, with K, M, G or T, as 2G"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("\"{text}\" is more than 64 bits hold"))
 }
 
@@ -251,7 +256,9 @@ fn parse_policy(text: &str) -> Result<NonConvergence, String> {
 
 fn parse_mode(text: &str) -> Result<Mode, String> {
     let found = Mode::NAMES.iter().find(|(name, _)| *name == text);
-    found.map(|(_, mode)| *mode).ok_or_else(|| format!("\"{text}\": write precopy, postcopy or hybrid"))
+    found
+        .map(|(_, mode)| *mode)
+        .ok_or_else(|| format!("\"{text}\": write precopy, postcopy or hybrid"))
 }
 
 /// Reads whether a guest is resumed where it arrives.
@@ -270,14 +277,18 @@ fn parse_compression(text: &str) -> Result<Compression, String> {
         ("zstd", _) => Ok(Compression::Zstd(Compression::DEFAULT_LEVEL)),
         (_, Some(level)) => match level.parse() {
             Ok(level @ 1..=Compression::MAX_LEVEL) => Ok(Compression::Zstd(level)),
-            _ => Err(format!("\"{text}\": \"{level}\" is no level from 1 to {}", Compression::MAX_LEVEL)),
+            _ => Err(format!(
+                "\"{text}\": \"{level}\" is no level from 1 to {}",
+                Compression::MAX_LEVEL
+            )),
         },
         _ => Err(format!("\"{text}\": write none, lz4, zstd or zstd:LEVEL")),
     }
 }
 
-/// A write beyond the limit of a file's size (`ulimit -f`) is an error for whoever writes, and no signal that ends the process: an agent would leave a guest behind, and others half a
-/// file. Not by ignoring the signal, which children would inherit.
+/// A write beyond the limit of a file's size (`ulimit -f`) is an error for whoever writes, and no
+/// signal that ends the process: an agent would leave a guest behind, and others half a file. Not
+/// by ignoring the signal, which children would inherit.
 fn ignore_long_files() -> std::io::Result<()> {
     signal_hook::flag::register(libc::SIGXFSZ, Arc::default()).map(drop)
 }
@@ -297,7 +308,8 @@ where
         }
     };
     let default = if matches!(cli.command, Command::Agent(_)) { "info" } else { "warn" };
-    let mut logger = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default));
+    let mut logger =
+        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default));
     let mut log_end = None;
     let limit = log_limit::Limit::default();
     if matches!(cli.command, Command::Agent(_))
@@ -349,7 +361,10 @@ mod tests {
         assert_eq!(parse_duration("300ms"), Ok(Duration::from_millis(300)));
         assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
         for wrong in ["", "3", "ms", "-1s", "1e99h"] {
-            assert!(parse_duration(wrong).unwrap_err().contains(&format!("\"{wrong}\"")), "{wrong}");
+            assert!(
+                parse_duration(wrong).unwrap_err().contains(&format!("\"{wrong}\"")),
+                "{wrong}"
+            );
         }
         assert_eq!(parse_size("2G"), Ok(2 << 30));
         assert_eq!(parse_size("0x1000"), Ok(4096));
@@ -368,8 +383,13 @@ mod tests {
         assert_eq!(parse_compression("lz4"), Ok(Compression::Lz4));
         assert_eq!(parse_compression("zstd"), Ok(Compression::Zstd(1)));
         assert_eq!(parse_compression("zstd:19"), Ok(Compression::Zstd(19)));
-        for wrong in ["", "gzip", "lz4:1", "zstd:", "zstd:0", "zstd:20", "zstd:-1", "zstd:257", "ZSTD"] {
-            assert!(parse_compression(wrong).unwrap_err().contains(&format!("\"{wrong}\"")), "{wrong}");
+        for wrong in
+            ["", "gzip", "lz4:1", "zstd:", "zstd:0", "zstd:20", "zstd:-1", "zstd:257", "ZSTD"]
+        {
+            assert!(
+                parse_compression(wrong).unwrap_err().contains(&format!("\"{wrong}\"")),
+                "{wrong}"
+            );
         }
     }
 

@@ -6,7 +6,9 @@ use super::snapshot::{RestoreCommand, SnapshotCommand, from_root};
 use pageferry_protocol::control::codec::{DecodeError, Decoder};
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::job::{JobKind, JobStatus, OutgoingOptions, Phase};
-use pageferry_protocol::control::request::{CONTROL_VERSION, HelloReply, JobStarted, Request, code, decode_reply};
+use pageferry_protocol::control::request::{
+    CONTROL_VERSION, HelloReply, JobStarted, Request, code, decode_reply,
+};
 use pageferry_protocol::control::unix_path::connect_unix;
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use std::error::Error;
@@ -33,7 +35,8 @@ struct Operator {
 impl Operator {
     fn connect(path: &Path) -> Result<Self, Box<dyn Error>> {
         let socket = connect_unix(path, Instant::now() + TIMEOUT);
-        let socket = socket.map_err(|error| format!("no agent answers on {}: {error}", path.display()))?;
+        let socket =
+            socket.map_err(|error| format!("no agent answers on {}: {error}", path.display()))?;
         let mut operator = Self { socket: socket.into(), path: path.to_owned() };
         let (version_min, version_max) = (CONTROL_VERSION, CONTROL_VERSION);
         let hello = Request::Hello { version_min, version_max, features: 0, agent: 0 };
@@ -42,7 +45,8 @@ impl Operator {
     }
 
     fn ask<T>(
-        &mut self, request: &Request, fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
+        &mut self, request: &Request,
+        fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
     ) -> Result<T, Box<dyn Error>> {
         let deadline = Instant::now() + TIMEOUT;
         let sent = self.socket.send(&Frame::request(request.code(), request.encode()), deadline);
@@ -62,7 +66,10 @@ impl Operator {
         match error {
             SocketError::Timeout { waited, .. } => {
                 let waited = waited.as_secs();
-                format!("the agent on {path} has not answered for {waited} s: it is stopped, or hangs").into()
+                format!(
+                    "the agent on {path} has not answered for {waited} s: it is stopped, or hangs"
+                )
+                .into()
             }
             error => format!("the agent on {path}: {}", crate::error::chain(&error)).into(),
         }
@@ -85,7 +92,8 @@ impl Operator {
         self.watch_until(job, json, false)
     }
 
-    /// The same for a job that was asked to recover: it ends with the pause that comes after that, too.
+    /// The same for a job that was asked to recover: it ends with the pause that comes after that,
+    /// too.
     fn watch_recovery(&mut self, job: u64, json: bool) -> Outcome {
         self.watch_until(Some(job), json, true)
     }
@@ -100,12 +108,17 @@ impl Operator {
                 Some(job) if status.job < job => continue,
                 // Its end came and went between two events.
                 Some(job) if status.job > job => {
-                    return Err(format!("job {job} was followed by job {} before its end was seen", status.job).into());
+                    return Err(format!(
+                        "job {job} was followed by job {} before its end was seen",
+                        status.job
+                    )
+                    .into());
                 }
                 _ => {}
             }
             progress.show(&status)?;
-            // The source's job was on its way before the request was answered. The destination's stays paused until its source comes.
+            // The source's job was on its way before the request was answered. The destination's
+            // stays paused until its source comes.
             recovered |= status.kind == JobKind::Outgoing || status.phase != Phase::PostcopyPaused;
             let paused = status.phase == Phase::PostcopyPaused && recovered;
             if status.phase.is_final() || (recovery && paused) {
@@ -151,7 +164,10 @@ pub fn watch(args: &OperatorArgs) -> Outcome {
 /// # Errors
 /// If the agent does not answer, or refuses.
 pub fn migrate(args: &OperatorArgs, target: &str, options: &OutgoingOptions) -> Outcome {
-    start(args, &Request::StartOutgoing { target: address_from_root(target)?, options: options.clone() })
+    start(
+        args,
+        &Request::StartOutgoing { target: address_from_root(target)?, options: options.clone() },
+    )
 }
 
 /// `pageferry snapshot`
@@ -208,7 +224,8 @@ pub fn postcopy(args: &OperatorArgs) -> Outcome {
 pub fn recover(args: &OperatorArgs, address: Option<&str>) -> Outcome {
     let mut operator = Operator::connect(&args.socket)?;
     let address = address.map(address_from_root).transpose()?.unwrap_or_default();
-    let request = Request::Recover { session: [0; 16], address, options: OutgoingOptions::default() };
+    let request =
+        Request::Recover { session: [0; 16], address, options: OutgoingOptions::default() };
     let started = operator.ask(&request, JobStarted::decode)?;
     operator.watch_recovery(started.job, args.json)
 }

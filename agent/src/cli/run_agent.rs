@@ -10,7 +10,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
-/// Each block, stream and stranger is a descriptor, and 509 blocks alone come close to the usual soft limit of 1024.
+/// Each block, stream and stranger is a descriptor, and 509 blocks alone come close to the usual
+/// soft limit of 1024.
 fn allow_descriptors() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(errno) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
@@ -35,9 +36,12 @@ fn inherited() -> Result<OwnedFd, String> {
     match not_connected(stdin.as_fd()) {
         Some(found) => {
             // This is what the Rust library opens in the place of one that is closed.
-            let null = rustix::fs::fstat(&stdin).ok().map(|stat| stat.st_rdev) == Some(rustix::fs::makedev(1, 3));
+            let null = rustix::fs::fstat(&stdin).ok().map(|stat| stat.st_rdev)
+                == Some(rustix::fs::makedev(1, 3));
             let closed = if null { " (/dev/null, or it is closed)" } else { "" };
-            Err(format!("--stdin: standard input is {found}{closed}, allowed is a connected UNIX stream socket"))
+            Err(format!(
+                "--stdin: standard input is {found}{closed}, allowed is a connected UNIX stream socket"
+            ))
         }
         None => {
             let socket = stdin.as_fd().try_clone_to_owned();
@@ -67,7 +71,8 @@ pub fn run(args: &AgentArgs) -> Result<ExitCode, Box<dyn Error>> {
     }
     server.stop_on(signals.into())?;
     if let Some(path) = &args.socket {
-        let failed = |error| format!("cannot listen on {}: {}", path.display(), crate::error::chain(&error));
+        let failed =
+            |error| format!("cannot listen on {}: {}", path.display(), crate::error::chain(&error));
         server.listen(path).map_err(failed)?;
         log::info!("listening on {}", path.display());
     }

@@ -29,7 +29,9 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
 /// Bytes for people.
 pub fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let step = (0..UNITS.len() - 1).find(|step| count >> (10 * (step + 1)) == 0).unwrap_or(UNITS.len() - 1);
+    let step = (0..UNITS.len() - 1)
+        .find(|step| count >> (10 * (step + 1)) == 0)
+        .unwrap_or(UNITS.len() - 1);
     match step {
         0 => format!("{count} B"),
         _ => format!("{:.1} {}", count as f64 / (1u64 << (10 * step)) as f64, UNITS[step]),
@@ -49,8 +51,12 @@ pub fn time(micros: u64) -> String {
 fn guest_line(status: &JobStatus, guest: RunState) -> String {
     let place = match (status.kind, status.phase) {
         (JobKind::Outgoing, Phase::Completed) => "at the destination",
-        (JobKind::Outgoing, phase) if phase.is_postcopy() => "at the destination, or on its way there",
-        (JobKind::Outgoing, Phase::Unconfirmed) => "paused here, or at the destination: nobody knows",
+        (JobKind::Outgoing, phase) if phase.is_postcopy() => {
+            "at the destination, or on its way there"
+        }
+        (JobKind::Outgoing, Phase::Unconfirmed) => {
+            "paused here, or at the destination: nobody knows"
+        }
         (JobKind::Incoming, _) if !status.arrived => "at the source",
         _ => "here",
     };
@@ -61,18 +67,30 @@ fn guest_line(status: &JobStatus, guest: RunState) -> String {
 pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     let counters = &status.counters;
     let pages = |count: u64| format!("{count} ({})", bytes(count * PAGE_SIZE));
-    let mut lines =
-        vec![("job", format!("{} {}", status.job, status.kind.name())), ("status", status.phase.name().to_owned())];
+    let mut lines = vec![
+        ("job", format!("{} {}", status.job, status.kind.name())),
+        ("status", status.phase.name().to_owned()),
+    ];
     lines.extend(status.guest.map(|guest| ("guest", guest_line(status, guest))));
     if status.kind == JobKind::Incoming {
-        let arrived = if status.arrived { "yes: the guest is this VMM's" } else { "no: the guest is not here" };
+        let arrived = if status.arrived {
+            "yes: the guest is this VMM's"
+        } else {
+            "no: the guest is not here"
+        };
         lines.push(("guest arrived", arrived.to_owned()));
     }
     lines.push(("trackers", status.trackers.to_string()));
     let faults = [
         ("faults", counters.faults.to_string()),
-        ("fault p50, p90", format!("{}, {}", time(counters.fault_p50_us), time(counters.fault_p90_us))),
-        ("fault p99, most", format!("{}, {}", time(counters.fault_p99_us), time(counters.fault_max_us))),
+        (
+            "fault p50, p90",
+            format!("{}, {}", time(counters.fault_p50_us), time(counters.fault_p90_us)),
+        ),
+        (
+            "fault p99, most",
+            format!("{}, {}", time(counters.fault_p99_us), time(counters.fault_max_us)),
+        ),
     ];
     let fetched = [
         ("requested", pages(counters.requested_pages)),
@@ -124,8 +142,10 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
                 ("downtime", time(counters.downtime_us)),
                 ("total", time(counters.total_us)),
             ]);
-            let more =
-                [("released here", pages(counters.released_pages)), ("without connection", time(counters.paused_us))];
+            let more = [
+                ("released here", pages(counters.released_pages)),
+                ("without connection", time(counters.paused_us)),
+            ];
             lines.extend(faults.into_iter().chain(fetched).chain(more).filter(|_| any_faults));
         }
     }
@@ -175,7 +195,9 @@ impl Progress {
         let bar = || {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
             // The template is a constant; if it were wrong the bar would be plain.
-            if let Ok(style) = ProgressStyle::with_template("{prefix:24} {bar:30} {percent:>3}% {msg}") {
+            if let Ok(style) =
+                ProgressStyle::with_template("{prefix:24} {bar:30} {percent:>3}% {msg}")
+            {
                 bar.set_style(style);
             }
             bar.enable_steady_tick(Duration::from_millis(200));
@@ -250,7 +272,8 @@ impl Progress {
     }
 }
 
-/// Pages of a snapshot or a restore that need nothing more done for them. Those that are zero in an image are no work for a restore: they are holes from the start.
+/// Pages of a snapshot or a restore that need nothing more done for them. Those that are zero in an
+/// image are no work for a restore: they are holes from the start.
 fn done_of_image(status: &JobStatus) -> u64 {
     let counters = &status.counters;
     let zero = if status.kind == JobKind::Restore { 0 } else { counters.zero_pages };
@@ -275,7 +298,8 @@ mod tests {
 
     #[test]
     fn what_is_zero_is_work_for_a_snapshot_and_none_for_a_restore() {
-        let counters = Counters { pages_sent: 3, zero_pages: 500, dropped_pages: 2, ..Counters::default() };
+        let counters =
+            Counters { pages_sent: 3, zero_pages: 500, dropped_pages: 2, ..Counters::default() };
         let status = |kind| JobStatus { kind, counters, ..JobStatus::default() };
         assert_eq!(done_of_image(&status(JobKind::Snapshot)), 505);
         assert_eq!(done_of_image(&status(JobKind::Restore)), 5);
@@ -293,7 +317,16 @@ mod tests {
     #[test]
     fn json_has_every_figure_under_its_own_name() {
         let object = to_json(&JobStatus::default());
-        for name in ["status", "arrived", "error", "trackers", "passes", "pages_sent", "wire_bytes", "downtime_us"] {
+        for name in [
+            "status",
+            "arrived",
+            "error",
+            "trackers",
+            "passes",
+            "pages_sent",
+            "wire_bytes",
+            "downtime_us",
+        ] {
             assert!(object.contains_key(name), "{name}");
         }
     }

@@ -2,7 +2,9 @@
 
 use super::{OperatorArgs, parse_bandwidth, parse_duration, parse_resume};
 use clap::Args;
-use pageferry_protocol::control::job::{RestoreMode, RestoreOptions, ResumePolicy, SnapshotMode, SnapshotOptions};
+use pageferry_protocol::control::job::{
+    RestoreMode, RestoreOptions, ResumePolicy, SnapshotMode, SnapshotOptions,
+};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -26,10 +28,12 @@ pub struct SnapshotArgs {
     #[arg(long, value_name = "MODE", default_value = "background", value_parser = parse_mode,
           help = "What becomes of the guest: background, it runs on; paused, it stands still until its memory is saved")]
     pub mode: SnapshotMode,
-    /// Save only what changed since this image, which the last snapshot with --track made. The VMM must have declared its trackers (see status).
+    /// Save only what changed since this image, which the last snapshot with --track made. The VMM
+    /// must have declared its trackers (see status).
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
-    /// Keep track of what is written from now on, so that the next snapshot can be an increment to this one. The VMM must have declared its trackers (see status).
+    /// Keep track of what is written from now on, so that the next snapshot can be an increment to
+    /// this one. The VMM must have declared its trackers (see status).
     #[arg(long)]
     pub track: bool,
     /// Replace an image of that name, once the new one is complete; any other file is refused.
@@ -60,8 +64,8 @@ pub struct RestoreArgs {
     /// Let the guest run at once; its memory follows, what it touches before all.
     #[arg(long)]
     pub lazy: bool,
-    /// With --lazy: read ahead the pages that this file names; if it is not there, write to it which
-    /// pages the guest touches first. Any file but a working set is refused.
+    /// With --lazy: read ahead the pages that this file names; if it is not there, write to it
+    /// which pages the guest touches first. Any file but a working set is refused.
     #[arg(long, value_name = "FILE", requires = "lazy")]
     pub working_set: Option<PathBuf>,
     /// Whether the guest runs once it is restored.
@@ -78,7 +82,8 @@ pub struct ImageArgs {
     /// Number of threads.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub workers: u16,
-    /// Limit in bytes per second, at least 64K, with K, M, G or T; 0 is none. What the guest waits for is not held back.
+    /// Limit in bytes per second, at least 64K, with K, M, G or T; 0 is none. What the guest waits
+    /// for is not held back.
     #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_bandwidth)]
     pub bandwidth: u64,
     /// How long the VMM may take to answer.
@@ -103,7 +108,8 @@ impl TryFrom<RestoreArgs> for RestoreOptions {
     fn try_from(args: RestoreArgs) -> io::Result<Self> {
         let ImageArgs { workers, bandwidth, hook_timeout } = args.common;
         let mode = if args.lazy { RestoreMode::Lazy } else { RestoreMode::Eager };
-        let working_set = args.working_set.as_deref().map(from_root).transpose()?.unwrap_or_default();
+        let working_set =
+            args.working_set.as_deref().map(from_root).transpose()?.unwrap_or_default();
         let resume = args.resume;
         Ok(Self { mode, workers, bandwidth, working_set, resume, hook_timeout })
     }
@@ -123,6 +129,8 @@ pub fn from_root(path: &Path) -> io::Result<String> {
 
 fn parse_mode(text: &str) -> Result<SnapshotMode, String> {
     // A guest that the VMM has stopped is the VMM's to ask for.
-    let found = SnapshotMode::NAMES.iter().find(|(name, mode)| *name == text && *mode != SnapshotMode::Stopped);
+    let found = SnapshotMode::NAMES
+        .iter()
+        .find(|(name, mode)| *name == text && *mode != SnapshotMode::Stopped);
     found.map(|(_, mode)| *mode).ok_or_else(|| format!("\"{text}\": write background or paused"))
 }

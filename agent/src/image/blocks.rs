@@ -1,4 +1,5 @@
-//! Two sets of blocks that are to be the same: those of a VMM and of an image, or of an increment and of its base.
+//! Two sets of blocks that are to be the same: those of a VMM and of an image, or of an increment
+//! and of its base.
 
 use pageferry_protocol::memory::BlockTable;
 
@@ -35,7 +36,8 @@ pub enum Difference {
     },
 }
 
-/// Compares two sets of blocks: names, places and lengths; with `all` also what discards are rounded to, of which a guest does not know.
+/// Compares two sets of blocks: names, places and lengths; with `all` also what discards are
+/// rounded to, of which a guest does not know.
 ///
 /// # Errors
 /// The first difference.
@@ -72,7 +74,13 @@ mod tests {
         let mut table = BlockTable::new();
         for (id, granularity) in blocks {
             let (name, gpa) = (format!("ram{id}"), u64::from(*id) << 30);
-            let block = BlockGeometry { id: *id, name, gpa, length: 16 * PAGE_SIZE, granularity: *granularity };
+            let block = BlockGeometry {
+                id: *id,
+                name,
+                gpa,
+                length: 16 * PAGE_SIZE,
+                granularity: *granularity,
+            };
             table.insert(block, 512).unwrap();
         }
         table
@@ -87,6 +95,9 @@ mod tests {
         assert_eq!(sentence(large), "block 2: granularity is 0x1000, and 0x200000 in the base");
         assert_eq!(compare(&here, &table(large), false), Ok(()));
         assert_eq!(sentence(&[(1, 0x1000)]), "block 2 \"ram2\" is not in the base");
-        assert_eq!(sentence(&[(1, 0x1000), (2, 0x1000), (3, 0x1000)]), "block 3 \"ram3\" is in the base alone");
+        assert_eq!(
+            sentence(&[(1, 0x1000), (2, 0x1000), (3, 0x1000)]),
+            "block 3 \"ram3\" is in the base alone"
+        );
     }
 }

@@ -28,7 +28,11 @@ pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Resul
         match rustix::io::pread(file, &mut *bytes, at) {
             Ok(0) => {
                 // Not where this read begins: that may lie far behind it.
-                let stat = rustix::fs::fstat(file).map_err(|source| Fault::At { what: "read", at, source })?;
+                let stat = rustix::fs::fstat(file).map_err(|source| Fault::At {
+                    what: "read",
+                    at,
+                    source,
+                })?;
                 return Err(Fault::Ends { end: u64::try_from(stat.st_size).unwrap_or(0), at });
             }
             Ok(read) => {
@@ -42,7 +46,8 @@ pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Resul
     Ok(())
 }
 
-/// Where the file has data in `range`, in order; the rest is holes. Where the file system cannot tell, all of it counts as data.
+/// Where the file has data in `range`, in order; the rest is holes. Where the file system cannot
+/// tell, all of it counts as data.
 pub(super) fn data_in(file: BorrowedFd<'_>, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let mut next = range.start;
     std::iter::from_fn(move || {

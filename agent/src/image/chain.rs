@@ -1,9 +1,10 @@
 //! An increment with the images that it builds on, down to one that stands alone.
 //!
-//! All images are opened by their contents first: who they are, and of which blocks. The states of their pages, which
-//! may be a gigabyte each, are read when all of that fits.
+//! All images are opened by their contents first: who they are, and of which blocks. The states of
+//! their pages, which may be a gigabyte each, are read when all of that fits.
 //!
-//! Who is what is checked by identity: an increment names the id of its base, and a file that was replaced by another image has another.
+//! Who is what is checked by identity: an increment names the id of its base, and a file that was
+//! replaced by another image has another.
 
 use super::blocks::compare;
 use super::reader::States;
@@ -34,7 +35,8 @@ pub struct Chain {
 pub struct Layer {
     /// The image.
     pub image: Image,
-    /// The pages of each block whose content is taken from it: those that no newer one says anything of.
+    /// The pages of each block whose content is taken from it: those that no newer one says
+    /// anything of.
     pub pages: Vec<MappedBitmap>,
 }
 
@@ -52,7 +54,11 @@ impl Chain {
     fn fold(images: Vec<Image>) -> Result<Self, Fault> {
         let table = images[0].contents().table.clone();
         let bitmaps = || -> Result<Vec<MappedBitmap>, Fault> {
-            Ok(table.blocks().iter().map(|block| MappedBitmap::private(block.pages())).collect::<Result<_, _>>()?)
+            Ok(table
+                .blocks()
+                .iter()
+                .map(|block| MappedBitmap::private(block.pages()))
+                .collect::<Result<_, _>>()?)
         };
         let (discarded, present) = (bitmaps()?, bitmaps()?);
         let mut layers = Vec::with_capacity(images.len());
@@ -61,7 +67,8 @@ impl Chain {
         }
         for at in 0..table.blocks().len() {
             let all = present[at].all();
-            // All that an increment says nothing of is looked for in its base: there is no way around looking at each word. One that stands alone is mostly zero.
+            // All that an increment says nothing of is looked for in its base: there is no way
+            // around looking at each word. One that stands alone is mostly zero.
             let words: Box<dyn Iterator<Item = u64>> = match &layers[..] {
                 [only] => Box::new(said(&only.image.states()[at], all)),
                 _ => Box::new(0..all.count.div_ceil(WORD_BITS)),
@@ -128,12 +135,15 @@ impl Chain {
         Ok(())
     }
 
-    /// Reads those of the pages `range`, which lie in one extent of the block at index `at`, that have content; the places of the others in `into` are left as they are.
-    /// Checks the sum of the extent, too, in each image that it is read from.
+    /// Reads those of the pages `range`, which lie in one extent of the block at index `at`, that
+    /// have content; the places of the others in `into` are left as they are. Checks the sum of the
+    /// extent, too, in each image that it is read from.
     ///
     /// # Errors
     /// If one cannot be read, or is damaged.
-    pub fn read_extent(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
+    pub fn read_extent(
+        &self, at: usize, range: PageRange, into: &mut [u8],
+    ) -> Result<(), ImageError> {
         let extent = (at, range.first / EXTENT_PAGES);
         for layer in &self.layers {
             let mut runs = layer.pages[at].runs(range).peekable();
@@ -144,24 +154,31 @@ impl Chain {
         Ok(())
     }
 
-    /// Has the disk read what is to be read of the pages `range`, which lie in one extent, if it is not in memory. Nobody waits for it.
+    /// Has the disk read what is to be read of the pages `range`, which lie in one extent, if it is
+    /// not in memory. Nobody waits for it.
     pub fn will_need(&self, at: usize, range: PageRange) {
         for layer in &self.layers {
-            joined(layer.pages[at].runs(range), NEAR).for_each(|run| layer.image.will_need(at, run));
+            joined(layer.pages[at].runs(range), NEAR)
+                .for_each(|run| layer.image.will_need(at, run));
         }
     }
 }
 
-/// The image at `path` and those that it builds on, the newest first, as far as they can be opened; and why no more of them.
+/// The image at `path` and those that it builds on, the newest first, as far as they can be opened;
+/// and why no more of them.
 pub fn images(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
     let (mut images, opened) = open_all(path);
     let read = read_states(&mut images);
     (images, read.and(opened))
 }
 
-/// Reads the states of all. If those of one cannot be read, it is left out, and so are those that it builds on.
+/// Reads the states of all. If those of one cannot be read, it is left out, and so are those that
+/// it builds on.
 fn read_states(images: &mut Vec<Image>) -> Result<(), ImageError> {
-    let failed = images.iter_mut().enumerate().find_map(|(at, image)| Some((at, image.read_states().err()?)));
+    let failed = images
+        .iter_mut()
+        .enumerate()
+        .find_map(|(at, image)| Some((at, image.read_states().err()?)));
     let Some((at, error)) = failed else { return Ok(()) };
     images.truncate(at);
     Err(as_base(images, error))
@@ -177,8 +194,13 @@ fn as_base(images: &[Image], error: ImageError) -> ImageError {
 
 /// A run of pages, cut where extents end.
 pub fn in_extents(run: PageRange) -> impl Iterator<Item = PageRange> {
-    let extents = if run.is_empty() { 0..0 } else { run.first / EXTENT_PAGES..run.end().div_ceil(EXTENT_PAGES) };
-    extents.map(move |extent| PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES).intersection(&run))
+    let extents = if run.is_empty() {
+        0..0
+    } else {
+        run.first / EXTENT_PAGES..run.end().div_ceil(EXTENT_PAGES)
+    };
+    extents
+        .map(move |extent| PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES).intersection(&run))
 }
 
 /// The words of a block with a page that is not zero; some twice.
@@ -189,7 +211,9 @@ fn said(states: &States, all: PageRange) -> impl Iterator<Item = u64> + '_ {
 
 /// The base of the last of `images`, if it has one: who it is, and that it is of the same blocks.
 fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
-    let Some(last) = images.last().filter(|last| last.header().is_increment()) else { return Ok(None) };
+    let Some(last) = images.last().filter(|last| last.header().is_increment()) else {
+        return Ok(None);
+    };
     if images.len() == MAX_IMAGES {
         return Err(Fault::Chain(MAX_IMAGES).of(images[0].path()));
     }
@@ -208,7 +232,8 @@ fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
     Ok(Some(base))
 }
 
-/// The image at `path` and all that it builds on, the newest first, as [`Image::open_contents`] opens them: who they are, and not what is in them.
+/// The image at `path` and all that it builds on, the newest first, as [`Image::open_contents`]
+/// opens them: who they are, and not what is in them.
 ///
 /// # Errors
 /// If one of them is not there, is damaged, or is another than it should be.
@@ -230,7 +255,8 @@ fn open_all(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
     (images, opened)
 }
 
-/// Where the base of an increment is: its name is a path from the folder of the increment's file, whatever link leads there.
+/// Where the base of an increment is: its name is a path from the folder of the increment's file,
+/// whatever link leads there.
 pub fn base_path(image: &Image) -> PathBuf {
     let file = file_of(image.path());
     file.parent().unwrap_or(Path::new("")).join(&image.contents().base_name)
@@ -241,7 +267,8 @@ fn file_of(path: &Path) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 
-/// What an increment at `path` calls its base at `base`: images that lie together can be moved together, and a link that leads to another image later leads nobody astray.
+/// What an increment at `path` calls its base at `base`: images that lie together can be moved
+/// together, and a link that leads to another image later leads nobody astray.
 pub fn name_of_base(base: &Path, path: &Path) -> String {
     let (file, folder) = (file_of(base), file_of(path.parent().unwrap_or(Path::new("/"))));
     // What is not UTF-8 cannot be written down: the link can.
@@ -256,7 +283,10 @@ mod tests {
     #[test]
     fn a_run_is_cut_where_extents_end() {
         let parts: Vec<_> = in_extents(PageRange::new(500, 600)).collect();
-        assert_eq!(parts, [PageRange::new(500, 12), PageRange::new(512, 512), PageRange::new(1024, 76)]);
+        assert_eq!(
+            parts,
+            [PageRange::new(500, 12), PageRange::new(512, 512), PageRange::new(1024, 76)]
+        );
         assert_eq!(in_extents(PageRange::new(5, 0)).count(), 0);
     }
 }

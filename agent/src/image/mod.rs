@@ -77,7 +77,9 @@ pub enum Fault {
         source: Errno,
     },
     /// The file ends where more was expected.
-    #[error("the file ends at byte {end:#x}, and more was to be read from byte {at:#x} on: it is truncated")]
+    #[error(
+        "the file ends at byte {end:#x}, and more was to be read from byte {at:#x} on: it is truncated"
+    )]
     Ends {
         /// Length of the file in bytes.
         end: u64,
@@ -179,7 +181,9 @@ pub enum Fault {
     #[error(transparent)]
     Header(#[from] HeaderError),
     /// A section lies elsewhere than the blocks say.
-    #[error("section {section} is {offset:#x} + {length:#x}, expected is {expected_offset:#x} + {expected_length:#x}")]
+    #[error(
+        "section {section} is {offset:#x} + {length:#x}, expected is {expected_offset:#x} + {expected_length:#x}"
+    )]
     Section {
         /// Name of the section.
         section: &'static str,
@@ -276,7 +280,9 @@ pub enum Fault {
         at: u64,
     },
     /// There is something where nothing belongs, outside of the pages.
-    #[error("byte {at:#x}, {place}, is zero in an image, and this file has data there: the image is damaged")]
+    #[error(
+        "byte {at:#x}, {place}, is zero in an image, and this file has data there: the image is damaged"
+    )]
     Stray {
         /// What is to be there.
         place: &'static str,
@@ -340,19 +346,21 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// True if the image, or one that it builds on, could not be looked at: whether something is wrong with what is in it is not known.
+    /// True if the image, or one that it builds on, could not be looked at: whether something is
+    /// wrong with what is in it is not known.
     pub fn is_unreadable(&self) -> bool {
         match self {
             Self::Kernel { .. } | Self::At { .. } | Self::Kind | Self::Bitmap(_) => true,
             Self::NoBase(base) => base.fault.is_unreadable(),
-            Self::Page { source, .. } | Self::PageSums { source, .. } | Self::ReadSection { source, .. } => {
-                source.is_unreadable()
-            }
+            Self::Page { source, .. }
+            | Self::PageSums { source, .. }
+            | Self::ReadSection { source, .. } => source.is_unreadable(),
             _ => false,
         }
     }
 
-    /// The byte of the file at which something could not be read; `None` if it is about something else.
+    /// The byte of the file at which something could not be read; `None` if it is about something
+    /// else.
     fn byte(&self) -> Option<u64> {
         match self {
             Self::Ends { at, .. } | Self::At { at, .. } => Some(*at),

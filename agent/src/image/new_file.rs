@@ -1,7 +1,9 @@
 //! A file that is there whole, or not at all.
 //!
-//! It has no name while it is written, where the file system knows such files, so that nothing is left of it whatever kills this process. Elsewhere it has a
-//! temporary name in the same folder, which is taken away if it is not finished. When it is finished and safe on the disk, it gets its name in one step.
+//! It has no name while it is written, where the file system knows such files, so that nothing is
+//! left of it whatever kills this process. Elsewhere it has a temporary name in the same folder,
+//! which is taken away if it is not finished. When it is finished and safe on the disk, it gets its
+//! name in one step.
 
 use super::bytes::write_at;
 use super::{Fault, ImageError, kernel};
@@ -38,7 +40,8 @@ impl FileKind {
 
     /// Refuses to replace what is at `path` if it is of another kind: it is somebody's.
     fn check(self, path: &Path) -> Result<(), Fault> {
-        let failed = |source| Fault::Kernel { what: "read what is there, which is to be replaced", source };
+        let failed =
+            |source| Fault::Kernel { what: "read what is there, which is to be replaced", source };
         // Not a link, and nothing that a reader would wait for.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW;
         let file = match rustix::fs::open(path, flags, Mode::empty()) {
@@ -77,7 +80,9 @@ impl NewFile {
     /// cannot be written to: as far as that can be told before anything is written.
     pub fn create(path: &Path, kind: FileKind, replace: bool) -> Result<Self, Fault> {
         let replace = replace.then_some(kind);
-        let (Some(folder), Some(name), true) = (path.parent(), path.file_name(), path.is_absolute()) else {
+        let (Some(folder), Some(name), true) =
+            (path.parent(), path.file_name(), path.is_absolute())
+        else {
             return Err(Fault::Path);
         };
         // Not if it ends in `/` or `/.`, which is a folder's name.
@@ -85,10 +90,14 @@ impl NewFile {
             return Err(Fault::Path);
         }
         match rustix::fs::lstat(path) {
-            Ok(stat) if !FileType::from_raw_mode(stat.st_mode).is_file() => return Err(Fault::Kind),
+            Ok(stat) if !FileType::from_raw_mode(stat.st_mode).is_file() => {
+                return Err(Fault::Kind);
+            }
             Ok(_) => replace.ok_or(Fault::Exists)?.check(path)?,
             Err(Errno::NOENT) => {}
-            Err(source) => return Err(Fault::Kernel { what: "create a file in its folder", source }),
+            Err(source) => {
+                return Err(Fault::Kernel { what: "create a file in its folder", source });
+            }
         }
         if let Some(file) = Self::unnamed(path, folder, replace)? {
             return Ok(file);
@@ -97,10 +106,13 @@ impl NewFile {
     }
 
     /// One without a name meanwhile; `None` where the file system knows no such files.
-    fn unnamed(path: &Path, folder: &Path, replace: Option<FileKind>) -> Result<Option<Self>, Fault> {
+    fn unnamed(
+        path: &Path, folder: &Path, replace: Option<FileKind>,
+    ) -> Result<Option<Self>, Fault> {
         match rustix::fs::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, MODE) {
             Ok(file) => Ok(Some(Self::of(file, path, folder, None, replace))),
-            // The file system has no such files, or the kernel takes the folder for what is to be opened.
+            // The file system has no such files, or the kernel takes the folder for what is to be
+            // opened.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => Ok(None),
             Err(source) => Err(Fault::Kernel { what: "create a file in its folder", source }),
         }
@@ -115,12 +127,17 @@ impl NewFile {
             match rustix::fs::open(&name, flags, MODE) {
                 Ok(file) => return Ok(Self::of(file, path, folder, Some(name), replace)),
                 Err(Errno::EXIST) => {}
-                Err(source) => return Err(Fault::Kernel { what: "create a file in its folder", source }),
+                Err(source) => {
+                    return Err(Fault::Kernel { what: "create a file in its folder", source });
+                }
             }
         }
     }
 
-    fn of(file: OwnedFd, path: &Path, folder: &Path, temporary: Option<PathBuf>, replace: Option<FileKind>) -> Self {
+    fn of(
+        file: OwnedFd, path: &Path, folder: &Path, temporary: Option<PathBuf>,
+        replace: Option<FileKind>,
+    ) -> Self {
         let (path, folder) = (path.to_owned(), folder.to_owned());
         Self { file, path, folder, temporary: Mutex::new(temporary), replace }
     }
@@ -132,7 +149,12 @@ impl NewFile {
 
     /// The file once more, past the page cache; `None` where the file system cannot.
     pub fn direct(&self) -> Option<OwnedFd> {
-        rustix::fs::open(self.by_descriptor(), OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty()).ok()
+        rustix::fs::open(
+            self.by_descriptor(),
+            OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .ok()
     }
 
     fn by_descriptor(&self) -> String {
@@ -142,7 +164,8 @@ impl NewFile {
     /// Makes it safe, and gives it its name.
     ///
     /// # Errors
-    /// If the file system refuses, or something has come to be there meanwhile and is not to be replaced. What is there is as it was then.
+    /// If the file system refuses, or something has come to be there meanwhile and is not to be
+    /// replaced. What is there is as it was then.
     pub fn finish(&self) -> Result<(), Fault> {
         self.make_safe()?;
         self.name()
@@ -164,7 +187,8 @@ impl NewFile {
         let mut named = self.temporary.lock().unwrap_or_else(PoisonError::into_inner);
         let temporary = match &*named {
             Some(name) => name.clone(),
-            // One that takes nobody's place needs no other name first, which would stay behind if this process were killed between the two.
+            // One that takes nobody's place needs no other name first, which would stay behind if
+            // this process were killed between the two.
             None if self.link_as(&self.path)? => return self.make_name_safe(),
             None if self.replace.is_some() => named.insert(self.link()?).clone(),
             None => return Err(Fault::Exists),
@@ -177,7 +201,9 @@ impl NewFile {
         match rustix::fs::renameat_with(CWD, &temporary, CWD, &self.path, flags) {
             Ok(()) => {}
             // The file system does not know the flag: the look at the start must do.
-            Err(Errno::INVAL | Errno::NOSYS) if self.replace.is_none() && self.path.symlink_metadata().is_err() => {
+            Err(Errno::INVAL | Errno::NOSYS)
+                if self.replace.is_none() && self.path.symlink_metadata().is_err() =>
+            {
                 rustix::fs::rename(&temporary, &self.path).map_err(kernel("name the file"))?;
             }
             Err(Errno::EXIST) => return Err(Fault::Exists),
@@ -187,11 +213,16 @@ impl NewFile {
         self.make_name_safe()
     }
 
-    /// The file is there, whatever comes of this: what is not certain otherwise is that it is after the machine loses power.
+    /// The file is there, whatever comes of this: what is not certain otherwise is that it is after
+    /// the machine loses power.
     fn make_name_safe(&self) -> Result<(), Fault> {
-        let folder = rustix::fs::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let folder =
+            rustix::fs::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         if let Err(errno) = folder.and_then(rustix::fs::fsync) {
-            log::warn!("{} is there, and may be gone if the machine loses power: {errno}", self.path.display());
+            log::warn!(
+                "{} is there, and may be gone if the machine loses power: {errno}",
+                self.path.display()
+            );
         }
         Ok(())
     }
@@ -219,8 +250,11 @@ impl NewFile {
 /// A file of these bytes at `path`. With `replace` it takes the place of one of the same kind.
 ///
 /// # Errors
-/// If something is there and is not to be replaced, or the file system refuses. What is there is as it was then.
-pub fn write_new(path: &Path, bytes: &[u8], kind: FileKind, replace: bool) -> Result<(), ImageError> {
+/// If something is there and is not to be replaced, or the file system refuses. What is there is as
+/// it was then.
+pub fn write_new(
+    path: &Path, bytes: &[u8], kind: FileKind, replace: bool,
+) -> Result<(), ImageError> {
     let write = || {
         let file = NewFile::create(path, kind, replace)?;
         write_at(file.as_fd(), bytes, 0)?;
@@ -229,7 +263,8 @@ pub fn write_new(path: &Path, bytes: &[u8], kind: FileKind, replace: bool) -> Re
     write().map_err(|fault: Fault| fault.of(path))
 }
 
-/// Temporary names beside `path`. They are no longer than the longest name of a file, whatever that of `path` is.
+/// Temporary names beside `path`. They are no longer than the longest name of a file, whatever that
+/// of `path` is.
 fn names(path: &Path) -> impl Iterator<Item = PathBuf> {
     let folder = path.parent().map(Path::to_owned).unwrap_or_default();
     let process = std::process::id();
@@ -294,7 +329,8 @@ mod tests {
             let file = create(&path, false, named);
             rustix::io::write(&file, b"whole").unwrap();
             let meanwhile = files(folder.path());
-            let temporary = |name: &String| name.starts_with(".pageferry-") && name.ends_with(".part");
+            let temporary =
+                |name: &String| name.starts_with(".pageferry-") && name.ends_with(".part");
             assert!(
                 meanwhile.len() == usize::from(has_name(&file)) && meanwhile.iter().all(temporary),
                 "{meanwhile:?}"
@@ -341,7 +377,10 @@ mod tests {
         let first = create(&path, true, true);
         // One without a name needs one to take the place of another.
         std::fs::write(&path, "old").unwrap();
-        assert!(matches!(NewFile::named(&path, folder.path(), Some(KIND)), Err(Fault::Temporary { .. })));
+        assert!(matches!(
+            NewFile::named(&path, folder.path(), Some(KIND)),
+            Err(Fault::Temporary { .. })
+        ));
         if let Some(file) = NewFile::unnamed(&path, folder.path(), Some(KIND)).unwrap() {
             assert!(matches!(file.finish(), Err(Fault::Temporary { .. })));
         }
@@ -361,7 +400,10 @@ mod tests {
                 for other in [&b"precious"[..], b"", &kind.magic[..3]] {
                     std::fs::write(&path, other).unwrap();
                     let error = NewFile::create(&path, kind, true).unwrap_err().to_string();
-                    assert!(error.starts_with(&format!("the file is not {}", kind.name)), "{error}");
+                    assert!(
+                        error.starts_with(&format!("the file is not {}", kind.name)),
+                        "{error}"
+                    );
                     assert_eq!(std::fs::read(&path).unwrap(), other);
                 }
                 // It comes to be there while the new one is written.
@@ -374,7 +416,10 @@ mod tests {
                 std::fs::write(&path, "precious").unwrap();
                 assert!(matches!(late.finish(), Err(Fault::OtherKind { .. })));
                 drop(late);
-                assert_eq!((files(folder.path()).len(), std::fs::read(&path).unwrap()), (1, b"precious".to_vec()));
+                assert_eq!(
+                    (files(folder.path()).len(), std::fs::read(&path).unwrap()),
+                    (1, b"precious".to_vec())
+                );
             }
         }
     }
@@ -391,14 +436,22 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         for path in [&link, &nowhere, &inner, &socket, Path::new("/dev/null")] {
             for replace in [false, true] {
-                assert!(matches!(NewFile::create(path, KIND, replace), Err(Fault::Kind)), "{}", path.display());
+                assert!(
+                    matches!(NewFile::create(path, KIND, replace), Err(Fault::Kind)),
+                    "{}",
+                    path.display()
+                );
             }
         }
-        for (path, errno) in
-            [(folder.path().join("n".repeat(256)), Errno::NAMETOOLONG), (image.join("x"), Errno::NOTDIR)]
-        {
+        for (path, errno) in [
+            (folder.path().join("n".repeat(256)), Errno::NAMETOOLONG),
+            (image.join("x"), Errno::NOTDIR),
+        ] {
             let refused = NewFile::create(&path, KIND, true).unwrap_err();
-            assert!(matches!(refused, Fault::Kernel { source, .. } if source == errno), "{refused}");
+            assert!(
+                matches!(refused, Fault::Kernel { source, .. } if source == errno),
+                "{refused}"
+            );
         }
         assert_eq!(files(folder.path()), ["image", "inner", "link", "nowhere", "socket"]);
     }
@@ -419,8 +472,14 @@ mod tests {
     #[test]
     fn a_path_that_is_no_file_from_the_root_is_refused() {
         for path in ["image", "/", "/tmp/..", "/tmp/image/", "/tmp/image/."] {
-            assert!(matches!(NewFile::create(Path::new(path), KIND, true), Err(Fault::Path)), "{path}");
+            assert!(
+                matches!(NewFile::create(Path::new(path), KIND, true), Err(Fault::Path)),
+                "{path}"
+            );
         }
-        assert!(matches!(NewFile::create(Path::new("/no/such/folder"), KIND, true), Err(Fault::Kernel { .. })));
+        assert!(matches!(
+            NewFile::create(Path::new("/no/such/folder"), KIND, true),
+            Err(Fault::Kernel { .. })
+        ));
     }
 }

@@ -8,8 +8,10 @@ use std::ops::{Deref, DerefMut};
 /// What the kernel may give in one piece.
 const HUGE: usize = 2 << 20;
 
-/// Bytes that begin at a multiple of the page size, as writing past the page cache needs them; those of 2 MiB and more at a multiple of that, and in huge pages, if the kernel has any. A
-/// disk then gets them in few pieces: of single pages a request holds no more than some 254, whatever it may hold in bytes.
+/// Bytes that begin at a multiple of the page size, as writing past the page cache needs them;
+/// those of 2 MiB and more at a multiple of that, and in huge pages, if the kernel has any. A disk
+/// then gets them in few pieces: of single pages a request holds no more than some 254, whatever it
+/// may hold in bytes.
 #[derive(Debug)]
 pub struct PageBuffer {
     mapping: *mut u8,
@@ -41,15 +43,21 @@ impl PageBuffer {
     /// # Errors
     /// If the kernel has no memory for it.
     pub fn try_new(length: usize) -> Result<Self, MappingError> {
-        let mapped = if length >= HUGE { length.next_multiple_of(HUGE) + HUGE } else { length.max(1) };
+        let mapped =
+            if length >= HUGE { length.next_multiple_of(HUGE) + HUGE } else { length.max(1) };
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
-        let mapping = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped, protection, MapFlags::PRIVATE) };
-        let mapping = mapping.map_err(|errno| MappingError::Kernel { length: mapped as u64, source: errno })?;
+        let mapping =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), mapped, protection, MapFlags::PRIVATE) };
+        let mapping = mapping
+            .map_err(|errno| MappingError::Kernel { length: mapped as u64, source: errno })?;
         let start = if length >= HUGE { mapping.align_offset(HUGE).min(HUGE) } else { 0 };
         if length >= HUGE {
-            // SAFETY: the range lies in the mapping, and only how the kernel provides it changes. Where it does not know the advice all is as before.
-            let _ = unsafe { madvise(mapping.byte_add(start), length / HUGE * HUGE, Advice::LinuxHugepage) };
+            // SAFETY: the range lies in the mapping, and only how the kernel provides it changes.
+            // Where it does not know the advice all is as before.
+            let _ = unsafe {
+                madvise(mapping.byte_add(start), length / HUGE * HUGE, Advice::LinuxHugepage)
+            };
         }
         Ok(Self { mapping: mapping.cast(), mapped, start, length })
     }
@@ -59,7 +67,8 @@ impl Deref for PageBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the bytes are mapped and readable until drop, and nobody writes them while `self` is borrowed.
+        // SAFETY: the bytes are mapped and readable until drop, and nobody writes them while `self`
+        // is borrowed.
         unsafe { std::slice::from_raw_parts(self.mapping.add(self.start), self.length) }
     }
 }

@@ -99,7 +99,10 @@ impl Tally {
     pub fn colour(&self, increment: bool) -> Colour {
         let pages = self.pages().max(1);
         let mixed = |channel: usize| {
-            let sum: u64 = self.kinds(increment).map(|(kind, count)| u64::from(kind.colour()[channel]) * count).sum();
+            let sum: u64 = self
+                .kinds(increment)
+                .map(|(kind, count)| u64::from(kind.colour()[channel]) * count)
+                .sum();
             // A mean of bytes is one.
             ((sum + pages / 2) / pages) as u8
         };
@@ -159,7 +162,8 @@ impl View<'_> {
     /// The block at index `at`, `per_cell` pages after the others; the last cell may be of fewer.
     pub fn cells(&self, at: usize, per_cell: u64) -> impl Iterator<Item = Tally> + '_ {
         let (per_cell, pages) = (per_cell.max(1), self.table().blocks()[at].pages());
-        (0..pages.div_ceil(per_cell)).map(move |cell| self.tally(at, PageRange::new(cell * per_cell, per_cell)))
+        (0..pages.div_ceil(per_cell))
+            .map(move |cell| self.tally(at, PageRange::new(cell * per_cell, per_cell)))
     }
 }
 
@@ -192,7 +196,9 @@ impl Picture {
         let width = width.min(square.max(MIN_WIDTH)).clamp(1, MAX_WIDTH);
         let rows = |pages: u64, per_pixel: u64| pages.div_ceil(per_pixel).div_ceil(width.into());
         let gaps = GAP * (blocks.len() as u64).saturating_sub(1);
-        let height = |per_pixel| gaps + blocks.iter().map(|block| rows(block.pages(), per_pixel)).sum::<u64>();
+        let height = |per_pixel| {
+            gaps + blocks.iter().map(|block| rows(block.pages(), per_pixel)).sum::<u64>()
+        };
         // With as many blocks as there can be, of one row each, there is room to spare.
         let mut pages_per_pixel = 1;
         while height(pages_per_pixel) > u64::from(MAX_HEIGHT) {
@@ -202,7 +208,8 @@ impl Picture {
         let mut pixels = vec![BACKGROUND; width as usize * height as usize];
         let mut next = 0;
         for (at, block) in blocks.iter().enumerate() {
-            let cells = view.cells(at, pages_per_pixel).map(|cell| cell.colour(view.is_increment()));
+            let cells =
+                view.cells(at, pages_per_pixel).map(|cell| cell.colour(view.is_increment()));
             pixels[next..].iter_mut().zip(cells).for_each(|(pixel, colour)| *pixel = colour);
             next += (rows(block.pages(), pages_per_pixel) + GAP) as usize * width as usize;
         }

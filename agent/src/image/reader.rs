@@ -1,7 +1,8 @@
-//! Reading an image. Nothing of it is believed that is not checked: the header by itself, the sections by the header, a page by its checksum, and that by the sum
-//! of its extent.
+//! Reading an image. Nothing of it is believed that is not checked: the header by itself, the
+//! sections by the header, a page by its checksum, and that by the sum of its extent.
 //!
-//! It is only ever read, and through the page cache: guests that are restored from one image share what is read.
+//! It is only ever read, and through the page cache: guests that are restored from one image share
+//! what is read.
 
 use super::bytes::read_at;
 use super::{Fault, ImageError, kernel};
@@ -9,7 +10,8 @@ use pageferry_protocol::image::contents::MAX_CONTENTS;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::states::states_size;
 use pageferry_protocol::image::{
-    Contents, EXTENT_PAGES, Header, Layout, Section, SectionKind, StateWord, checksum, decode_states, extent_checksum,
+    Contents, EXTENT_PAGES, Header, Layout, Section, SectionKind, StateWord, checksum,
+    decode_states, extent_checksum,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -66,7 +68,8 @@ impl Image {
         Ok(image)
     }
 
-    /// Opens the image at `path` without the states of its pages: it knows of no page that it has content of.
+    /// Opens the image at `path` without the states of its pages: it knows of no page that it has
+    /// content of.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -75,7 +78,11 @@ impl Image {
     }
 
     fn read_contents(path: &Path) -> Result<Self, Fault> {
-        let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty());
+        let file = rustix::fs::open(
+            path,
+            OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
+            Mode::empty(),
+        );
         let file = file.map_err(kernel("open it"))?;
         let stat = rustix::fs::fstat(&file).map_err(kernel("look at it"))?;
         if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
@@ -106,11 +113,19 @@ impl Image {
         let layout = Layout::new(&contents.table)?;
         check_places(&header, &contents, &layout)?;
         let path = path.to_owned();
-        Ok(Self { path, file, header, contents, layout, states: Vec::new(), extent_sums: Vec::new() })
+        Ok(Self {
+            path,
+            file,
+            header,
+            contents,
+            layout,
+            states: Vec::new(),
+            extent_sums: Vec::new(),
+        })
     }
 
-    /// Reads the states of its pages, if that was not done: up to a gigabyte. So whoever opens several images
-    /// opens the contents of all first, and compares those.
+    /// Reads the states of its pages, if that was not done: up to a gigabyte. So whoever opens
+    /// several images opens the contents of all first, and compares those.
     ///
     /// # Errors
     /// If they cannot be read, or are damaged.
@@ -130,14 +145,18 @@ impl Image {
         for (at, block) in self.contents.table.blocks().iter().enumerate() {
             let bitmap = || MappedBitmap::private(block.pages());
             let states = States { present: bitmap()?, discarded: bitmap()?, unchanged: bitmap()? };
-            let (start, size) = (self.layout.states() + self.layout.states_of(at), states_size(block.pages()));
+            let (start, size) =
+                (self.layout.states() + self.layout.states_of(at), states_size(block.pages()));
             for offset in (0..size).step_by(PART) {
                 let bytes = &mut bytes[..PART.min((size - offset) as usize)];
                 let read = read_at(self.file.as_fd(), bytes, start + offset);
                 read.map_err(|fault| fault.in_section(SectionKind::States))?;
                 digest.update(bytes);
                 let first = offset / 16 * 64;
-                let range = PageRange::new(first, (block.pages() - first).min(bytes.len() as u64 / 16 * 64));
+                let range = PageRange::new(
+                    first,
+                    (block.pages() - first).min(bytes.len() as u64 / 16 * 64),
+                );
                 let words = match decode_states(bytes, range, self.header.is_increment()) {
                     Ok(words) => words,
                     Err(source) => {
@@ -153,7 +172,8 @@ impl Image {
             }
             all.push(states);
         }
-        // First: states that are damaged say nothing, and states that are not and make no sense are somebody's mistake.
+        // First: states that are damaged say nothing, and states that are not and make no sense are
+        // somebody's mistake.
         check_sum(SectionKind::States, section, digest.finalize() as u32)?;
         if let Some(fault) = refused {
             return Err(fault);
@@ -210,7 +230,8 @@ impl Image {
         Ok(())
     }
 
-    /// Says of a fault in reading the pages `run` of the block at index `at` which page it is about.
+    /// Says of a fault in reading the pages `run` of the block at index `at` which page it is
+    /// about.
     pub(super) fn in_page(&self, at: usize, run: PageRange, source: Fault) -> Fault {
         let start = self.layout.page(at, run.first);
         let page = run.first + source.byte().unwrap_or(start).saturating_sub(start) / PAGE_SIZE;
@@ -218,7 +239,8 @@ impl Image {
         Fault::Page { id, page, at, source: Box::new(source) }
     }
 
-    /// Says of a fault in reading the checksums of the pages of an extent, of the block at index `at`, which they are.
+    /// Says of a fault in reading the checksums of the pages of an extent, of the block at index
+    /// `at`, which they are.
     pub(super) fn in_page_sums(&self, at: usize, extent: u64, source: Fault) -> Fault {
         let (id, first) = (self.contents.table.blocks()[at].id, extent * EXTENT_PAGES);
         Fault::PageSums { id, first, at: self.layout.page_sum(at, first), source: Box::new(source) }
@@ -239,13 +261,15 @@ impl Image {
         Ok(sums)
     }
 
-    /// Reads the pages `runs` of the block at index `at`, all of which it has and all of which lie in extent `extent`, each to its place in `into`, which begins with
-    /// page `first`. Checks each, and the sum of the extent, whose checksums are read once.
+    /// Reads the pages `runs` of the block at index `at`, all of which it has and all of which lie
+    /// in extent `extent`, each to its place in `into`, which begins with page `first`. Checks
+    /// each, and the sum of the extent, whose checksums are read once.
     ///
     /// # Errors
     /// If they cannot be read, or something is damaged: what, and where.
     pub fn read_extent(
-        &self, (at, extent): (usize, u64), runs: impl IntoIterator<Item = PageRange>, first: u64, into: &mut [u8],
+        &self, (at, extent): (usize, u64), runs: impl IntoIterator<Item = PageRange>, first: u64,
+        into: &mut [u8],
     ) -> Result<(), ImageError> {
         let read = || {
             // The disk reads them while this thread waits for the pages.
@@ -260,14 +284,20 @@ impl Image {
                     Some(sums) => sums,
                     None => known.insert(self.sums_of(at, extent)?),
                 };
-                self.check_pages(at, run.first, pages, &sums[(run.first % EXTENT_PAGES) as usize..])?;
+                self.check_pages(
+                    at,
+                    run.first,
+                    pages,
+                    &sums[(run.first % EXTENT_PAGES) as usize..],
+                )?;
             }
             Ok(())
         };
         read().map_err(|fault: Fault| fault.of(&self.path))
     }
 
-    /// Has the disk read the pages `range`, within one extent, if they are not in memory. Nobody waits for it.
+    /// Has the disk read the pages `range`, within one extent, if they are not in memory. Nobody
+    /// waits for it.
     pub fn will_need(&self, at: usize, range: PageRange) {
         self.will_need_bytes(self.layout.page(at, range.first), range.bytes());
     }
@@ -277,7 +307,8 @@ impl Image {
         let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
     }
 
-    /// The checksum, as written, of the checksums of the pages of extent `extent` of the block at index `at`.
+    /// The checksum, as written, of the checksums of the pages of extent `extent` of the block at
+    /// index `at`.
     pub fn extent_sum(&self, at: usize, extent: u64) -> u32 {
         self.extent_sums[self.layout.extent(at, extent) as usize]
     }
@@ -288,7 +319,8 @@ impl Image {
     /// If they cannot be read, or are damaged.
     pub fn state(&self) -> Result<Vec<u8>, ImageError> {
         // No longer than the contents say, which are within the limit.
-        let mut bytes = Vec::with_capacity(self.header.section(SectionKind::VmmState).length as usize);
+        let mut bytes =
+            Vec::with_capacity(self.header.section(SectionKind::VmmState).length as usize);
         self.state_parts(|part| {
             bytes.extend_from_slice(part);
             Ok(())
@@ -296,11 +328,14 @@ impl Image {
         Ok(bytes)
     }
 
-    /// The same, handed out part by part. All of it is checked only in the end: until then nobody may rely on it.
+    /// The same, handed out part by part. All of it is checked only in the end: until then nobody
+    /// may rely on it.
     ///
     /// # Errors
     /// If they cannot be read, or are damaged; and those of `each`.
-    pub fn state_parts(&self, mut each: impl FnMut(&[u8]) -> Result<(), Fault>) -> Result<(), ImageError> {
+    pub fn state_parts(
+        &self, mut each: impl FnMut(&[u8]) -> Result<(), Fault>,
+    ) -> Result<(), ImageError> {
         let section = self.header.section(SectionKind::VmmState);
         let mut read = || {
             let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
@@ -318,7 +353,8 @@ impl Image {
     }
 }
 
-/// The sections lie where the blocks and the state have them lie, or one could be taken for another.
+/// The sections lie where the blocks and the state have them lie, or one could be taken for
+/// another.
 fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result<(), Fault> {
     let found = header.section(SectionKind::Contents);
     let state = (found.offset + found.length).next_multiple_of(PAGE_SIZE);
@@ -335,7 +371,13 @@ fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result
         let Section { offset, length, .. } = section;
         if (offset, length) != (expected_offset, expected_length) {
             let section = kind.name();
-            return Err(Fault::Section { section, offset, length, expected_offset, expected_length });
+            return Err(Fault::Section {
+                section,
+                offset,
+                length,
+                expected_offset,
+                expected_length,
+            });
         }
     }
     Ok(())

@@ -1,7 +1,9 @@
 //! Checksums of pages, on their way into a new image.
 //!
-//! They gather here and are written many at once. To write them with their pages, a kilobyte for each megabyte, is dear out of proportion: a write through the page cache has the file for
-//! itself, so it waits for all that goes past it, and what comes next waits for it. Two threads would write pages by turns.
+//! They gather here and are written many at once. To write them with their pages, a kilobyte for
+//! each megabyte, is dear out of proportion: a write through the page cache has the file for
+//! itself, so it waits for all that goes past it, and what comes next waits for it. Two threads
+//! would write pages by turns.
 
 use super::Fault;
 use super::bytes::write_at;

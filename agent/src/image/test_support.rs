@@ -32,8 +32,13 @@ pub(crate) fn table(blocks: &[u64]) -> BlockTable {
     let mut table = BlockTable::new();
     for (id, pages) in (5..).zip(blocks) {
         let gpa = u64::from(id) << 30;
-        let block =
-            BlockGeometry { id, name: format!("ram{id}"), gpa, length: pages * PAGE_SIZE, granularity: PAGE_SIZE };
+        let block = BlockGeometry {
+            id,
+            name: format!("ram{id}"),
+            gpa,
+            length: pages * PAGE_SIZE,
+            granularity: PAGE_SIZE,
+        };
         table.insert(block, 512).unwrap();
     }
     table
@@ -62,14 +67,18 @@ pub(crate) fn bitmaps(model: &[Vec<Page>], which: impl Fn(Page) -> bool) -> Vec<
 pub(crate) fn write(path: &Path, model: &[Vec<Page>], base: &Base, step: usize) -> ImageId {
     let writer = ImageWriter::create(path, &table(&BLOCKS), false, step.is_multiple_of(2)).unwrap();
     let put = |at: usize, odd: usize| {
-        for (index, pages) in model[at].chunks(step).enumerate().filter(|(index, _)| index % 2 == odd) {
+        for (index, pages) in
+            model[at].chunks(step).enumerate().filter(|(index, _)| index % 2 == odd)
+        {
             let mut bytes = PageBuffer::new(pages.len() * PAGE_SIZE as usize);
             for (page, into) in pages.iter().zip(bytes.chunks_mut(PAGE_SIZE as usize)) {
                 if let Page::Content(byte) = page {
                     into.copy_from_slice(&content(*byte));
                 }
             }
-            writer.put(at, PageRange::new((index * step) as u64, pages.len() as u64), &bytes).unwrap();
+            writer
+                .put(at, PageRange::new((index * step) as u64, pages.len() as u64), &bytes)
+                .unwrap();
         }
     };
     std::thread::scope(|scope| {
@@ -82,7 +91,8 @@ pub(crate) fn write(path: &Path, model: &[Vec<Page>], base: &Base, step: usize) 
     let changed = (base.id != ImageId::default()).then_some(changed.as_slice());
     let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::io::write(&state, b"devices!").unwrap();
-    let pieces = vec![PieceSize { name: "a".into(), length: 3 }, PieceSize { name: "b".into(), length: 5 }];
+    let pieces =
+        vec![PieceSize { name: "a".into(), length: 3 }, PieceSize { name: "b".into(), length: 5 }];
     let rest = Rest { guest: RunState::Running, discarded: &discarded, changed };
     writer.finish(rest, base, pieces, Some(state.as_fd())).unwrap();
     id
@@ -94,9 +104,18 @@ pub(crate) fn check(chain: &Chain, model: &[Vec<Page>]) {
         let mut bytes = vec![9; pages.len() * PAGE_SIZE as usize];
         chain.read(at, PageRange::new(0, pages.len() as u64), &mut bytes).unwrap();
         for ((page, model), bytes) in (0..).zip(pages).zip(bytes.chunks(PAGE_SIZE as usize)) {
-            assert_eq!(chain.discarded(at).contains(page), *model == Page::Discarded, "page {page}");
-            assert_eq!(chain.present(at).contains(page), matches!(model, Page::Content(_)), "page {page}");
-            let expected = if let Page::Content(byte) = model { content(*byte) } else { vec![0; bytes.len()] };
+            assert_eq!(
+                chain.discarded(at).contains(page),
+                *model == Page::Discarded,
+                "page {page}"
+            );
+            assert_eq!(
+                chain.present(at).contains(page),
+                matches!(model, Page::Content(_)),
+                "page {page}"
+            );
+            let expected =
+                if let Page::Content(byte) = model { content(*byte) } else { vec![0; bytes.len()] };
             assert!(bytes == expected, "page {page} of block {at}");
         }
     }
@@ -114,7 +133,8 @@ pub(crate) fn pages(base: bool) -> impl Strategy<Value = Model> {
     // Runs, as memory has them.
     let block = move |pages: u64| {
         prop::collection::vec((any::<u8>(), 0u8..8, 1usize..90), 40).prop_map(move |runs| {
-            let runs = runs.into_iter().flat_map(|(byte, kind, count)| vec![page(byte, kind); count]);
+            let runs =
+                runs.into_iter().flat_map(|(byte, kind, count)| vec![page(byte, kind); count]);
             runs.chain(std::iter::repeat(Page::Zero)).take(pages as usize).collect::<Vec<_>>()
         })
     };
@@ -123,8 +143,13 @@ pub(crate) fn pages(base: bool) -> impl Strategy<Value = Model> {
 
 /// The model of the guest that an increment and its base are of.
 pub(crate) fn merged(newer: &[Vec<Page>], older: &[Vec<Page>]) -> Model {
-    let page = |(newer, older): (&Page, &Page)| if *newer == Page::Unchanged { *older } else { *newer };
-    newer.iter().zip(older).map(|(newer, older)| newer.iter().zip(older).map(page).collect()).collect()
+    let page =
+        |(newer, older): (&Page, &Page)| if *newer == Page::Unchanged { *older } else { *newer };
+    newer
+        .iter()
+        .zip(older)
+        .map(|(newer, older)| newer.iter().zip(older).map(page).collect())
+        .collect()
 }
 
 /// A guest of which nothing was ever used.

@@ -1,4 +1,6 @@
-use super::test_support::{BLOCKS, Page, bitmaps, check, content, merged, pages, table, write, zero};
+use super::test_support::{
+    BLOCKS, Page, bitmaps, check, content, merged, pages, table, write, zero,
+};
 use super::writer::{Base, Rest};
 use super::*;
 use crate::error::chain as sentence;
@@ -66,7 +68,8 @@ fn the_sum_of_an_extent_without_content_is_that_of_its_checksums_too() {
 fn states_that_are_damaged_are_called_so_whatever_they_came_to_say() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
-    let model = vec![vec![Page::Discarded; BLOCKS[0] as usize], vec![Page::Zero; BLOCKS[1] as usize]];
+    let model =
+        vec![vec![Page::Discarded; BLOCKS[0] as usize], vec![Page::Zero; BLOCKS[1] as usize]];
     write(&path, &model, &Base::default(), 64);
     let at = Image::open(&path).unwrap().layout().states() as usize;
     let mut bytes = std::fs::read(&path).unwrap();
@@ -75,7 +78,10 @@ fn states_that_are_damaged_are_called_so_whatever_they_came_to_say() {
         bytes[at] ^= 1;
         std::fs::write(&path, &bytes).unwrap();
         let error = sentence(&Image::open(&path).unwrap_err());
-        assert!(error.contains("section states of pages") && error.ends_with("the image is damaged"), "{error}");
+        assert!(
+            error.contains("section states of pages") && error.ends_with("the image is damaged"),
+            "{error}"
+        );
         bytes[at] ^= 1;
     }
 }
@@ -128,7 +134,11 @@ fn an_image_that_builds_on_itself_is_refused() {
     let id = write(&path("two"), &zero, &Base { id, name: "one".into() }, 64);
     rebase(&path("one"), id);
     let error = Chain::open(&path("two")).unwrap_err();
-    assert!(matches!(error.fault, Fault::Circle { id: found } if found == id), "{}", sentence(&error));
+    assert!(
+        matches!(error.fault, Fault::Circle { id: found } if found == id),
+        "{}",
+        sentence(&error)
+    );
 }
 
 #[test]
@@ -251,16 +261,24 @@ fn blocks_are_compared_before_states_are_read() {
     blocks_differ(&chain::lineage(&path("next")).unwrap_err());
     blocks_differ(&merge::merge(&path("next"), &path("merged"), false, 1, &|_, _| ()).unwrap_err());
     let report = verify::verify(&path("next"), 1, 9, &|_, _| ());
-    assert_eq!((report.images.len(), report.errors.len()), (1, 1), "the increment itself is looked at");
+    assert_eq!(
+        (report.images.len(), report.errors.len()),
+        (1, 1),
+        "the increment itself is looked at"
+    );
     blocks_differ(&report.errors[0]);
     // Of the right blocks it is refused for its states, as what the increment builds on.
     std::fs::remove_file(path("next")).unwrap();
     let writer = ImageWriter::create(&path("next"), &table(&[pages]), false, true).unwrap();
-    let base = Base { id: Image::open_contents(&path("base")).unwrap().header().id, name: "base".into() };
+    let base =
+        Base { id: Image::open_contents(&path("base")).unwrap().header().id, name: "base".into() };
     let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: Some(&discarded) };
     writer.finish(rest, &base, Vec::new(), None).unwrap();
     let error = sentence(&Chain::open(&path("next")).unwrap_err());
-    assert!(error.contains("its base cannot be used") && error.contains("section states of pages"), "{error}");
+    assert!(
+        error.contains("its base cannot be used") && error.contains("section states of pages"),
+        "{error}"
+    );
 }
 
 /// Whether the page at `offset` of the file is in the page cache, if the file system tells.
@@ -273,19 +291,28 @@ fn is_cached(file: &std::fs::File, offset: u64) -> Option<bool> {
     }
 }
 
-/// Writes a large run and a small one of the second block, out of a buffer that begins `skewed` bytes after a page. Returns which of them are in the page cache after; or nothing
-/// if the file system keeps all of it there, as tmpfs does, or does not tell.
+/// Writes a large run and a small one of the second block, out of a buffer that begins `skewed`
+/// bytes after a page. Returns which of them are in the page cache after; or nothing if the file
+/// system keeps all of it there, as tmpfs does, or does not tell.
 fn cached(skewed: usize, cached: bool) -> Option<[bool; 2]> {
     const LARGE: PageRange = PageRange { first: 600, count: 200 };
     const SMALL: PageRange = PageRange { first: 100, count: 8 };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     let mut model = zero();
-    [LARGE, SMALL].iter().for_each(|run| model[1][run.first as usize..run.end() as usize].fill(Page::Content(7)));
+    [LARGE, SMALL]
+        .iter()
+        .for_each(|run| model[1][run.first as usize..run.end() as usize].fill(Page::Content(7)));
     let writer = ImageWriter::create(&path, &table(&BLOCKS), false, cached).unwrap();
     let possible = {
-        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::DIRECT | rustix::fs::OFlags::CREATE;
-        rustix::fs::open(folder.path().join("other"), flags, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR).is_ok()
+        let flags =
+            rustix::fs::OFlags::RDWR | rustix::fs::OFlags::DIRECT | rustix::fs::OFlags::CREATE;
+        rustix::fs::open(
+            folder.path().join("other"),
+            flags,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        )
+        .is_ok()
     };
     assert_eq!(writer.is_direct(), possible && !cached);
     let mut buffer = PageBuffer::new((LARGE.bytes() + PAGE_SIZE) as usize);
@@ -319,7 +346,9 @@ fn large_runs_go_past_the_page_cache_where_they_can() {
     ] {
         match cached(skewed, through) {
             Some(found) => assert_eq!(found, expected, "buffer at {skewed}, cached {through}"),
-            None => eprintln!("skipped: the folder for temporary files is on no disk, or on one that does not tell"),
+            None => eprintln!(
+                "skipped: the folder for temporary files is on no disk, or on one that does not tell"
+            ),
         }
     }
 }

@@ -1,8 +1,11 @@
-//! Checking all of an image, and of those that it builds on: what is there is as its checksums say, and nothing else is there.
+//! Checking all of an image, and of those that it builds on: what is there is as its checksums say,
+//! and nothing else is there.
 //!
-//! What opens an image has checked its header, contents, states and the checksums of extents. What is left are the pages and their checksums, the state of the
-//! VMM, and what no part of the file covers. That is a hole, or zero: data there would be mapped into a guest which has none, or come from a writer that is wrong.
-//! The file system is asked where it has data, so that it takes as long as the data is, not as long as the guest.
+//! What opens an image has checked its header, contents, states and the checksums of extents. What
+//! is left are the pages and their checksums, the state of the VMM, and what no part of the file
+//! covers. That is a hole, or zero: data there would be mapped into a guest which has none, or come
+//! from a writer that is wrong. The file system is asked where it has data, so that it takes as
+//! long as the data is, not as long as the guest.
 
 use super::bytes::{data_in, read_at};
 use super::chain::images;
@@ -10,7 +13,9 @@ use super::workers::{Extents, Progress, at_once, share};
 use super::{Fault, Image, ImageError, PageBuffer};
 use crate::memory::zero::is_zero;
 use pageferry_protocol::image::header::HEADER_SIZE;
-use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE, SectionKind, checksum, extent_checksum};
+use pageferry_protocol::image::{
+    EXTENT_PAGES, EXTENT_SIZE, SectionKind, checksum, extent_checksum,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::word_mask;
@@ -18,7 +23,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-/// Most extents that are taken at once, one for each bit of a word: where the file has data is asked once for all.
+/// Most extents that are taken at once, one for each bit of a word: where the file has data is
+/// asked once for all.
 const GROUP: usize = 64;
 /// Bytes of the checksums of an extent's pages.
 const SUMS_SIZE: u64 = EXTENT_PAGES * 4;
@@ -30,14 +36,18 @@ pub struct Report {
     pub images: Vec<Image>,
     /// Pages that were compared with their checksums.
     pub pages: u64,
-    /// What is wrong, in the order of the images and of their bytes. All is well only if there is nothing.
+    /// What is wrong, in the order of the images and of their bytes. All is well only if there is
+    /// nothing.
     pub errors: Vec<ImageError>,
     /// There are as many errors as were wanted: there may be more.
     pub cut: bool,
 }
 
-/// Checks the image at `path` and all that it builds on, on so many threads, until `most` errors are found. `show` is told the pages that are done, and all.
-pub fn verify(path: &Path, threads: usize, most: usize, show: &(dyn Fn(u64, u64) + Sync)) -> Report {
+/// Checks the image at `path` and all that it builds on, on so many threads, until `most` errors
+/// are found. `show` is told the pages that are done, and all.
+pub fn verify(
+    path: &Path, threads: usize, most: usize, show: &(dyn Fn(u64, u64) + Sync),
+) -> Report {
     let (images, opened) = images(path);
     let findings = Findings { found: Mutex::default(), most: most.max(1) };
     let total = images.iter().map(pages_with_content).sum();
@@ -49,7 +59,8 @@ pub fn verify(path: &Path, threads: usize, most: usize, show: &(dyn Fn(u64, u64)
         }
         for (number, image) in images.iter().enumerate() {
             let (findings, progress) = (&findings, &progress);
-            Check { image, number, extents: Extents::of(image), findings, progress }.all(threads)?;
+            Check { image, number, extents: Extents::of(image), findings, progress }
+                .all(threads)?;
         }
         Ok(())
     };
@@ -114,7 +125,9 @@ impl Check<'_> {
             threads,
             groups,
             || PageBuffer::new(EXTENT_SIZE as usize),
-            |buffer, group| self.group(buffer, group * size..self.extents.count.min((group + 1) * size)),
+            |buffer, group| {
+                self.group(buffer, group * size..self.extents.count.min((group + 1) * size))
+            },
         )
     }
 
@@ -138,14 +151,19 @@ impl Check<'_> {
             ("after the states of pages", between(States, ExtentSums)),
             ("after the checksums of extents", between(ExtentSums, Contents)),
             ("after the contents", between(Contents, VmmState)),
-            ("after the state of the VMM", last.offset + last.length..self.image.header().file_length),
+            (
+                "after the state of the VMM",
+                last.offset + last.length..self.image.header().file_length,
+            ),
         ];
         let mut buffer = PageBuffer::new(EXTENT_SIZE as usize);
         places.into_iter().try_for_each(|(place, bytes)| self.nothing(&mut buffer, place, bytes))
     }
 
     /// The bytes are zero.
-    fn nothing(&self, buffer: &mut [u8], place: &'static str, bytes: Range<u64>) -> Result<(), Enough> {
+    fn nothing(
+        &self, buffer: &mut [u8], place: &'static str, bytes: Range<u64>,
+    ) -> Result<(), Enough> {
         for data in data_in(self.image.file(), bytes) {
             for start in data.clone().step_by(buffer.len()) {
                 let part = &mut buffer[..(EXTENT_SIZE.min(data.end - start)) as usize];
@@ -169,7 +187,10 @@ impl Check<'_> {
         let without_content = extent_checksum(&[0; EXTENT_PAGES as usize]);
         for number in numbers.clone() {
             let (at, extent) = self.extents.locate(number);
-            let present = self.image.states()[at].present.next_set(self.extents.pages((at, extent))).is_some();
+            let present = self.image.states()[at]
+                .present
+                .next_set(self.extents.pages((at, extent)))
+                .is_some();
             let empty = data & (1 << (number - numbers.start)) == 0 && !present;
             if !empty || self.image.extent_sum(at, extent) != without_content {
                 self.extent(buffer, at, extent)?;
@@ -178,7 +199,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Those of at most 64 extents, as bits, of which the file has data, where each of all has `size` bytes, the first from byte `start` on.
+    /// Those of at most 64 extents, as bits, of which the file has data, where each of all has
+    /// `size` bytes, the first from byte `start` on.
     fn with_data(&self, start: u64, size: u64, numbers: &Range<u64>) -> u64 {
         let bytes = start + numbers.start * size..start + numbers.end * size;
         data_in(self.image.file(), bytes.clone()).fold(0, |mask, data| {
@@ -193,14 +215,21 @@ impl Check<'_> {
         let pages = PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES);
         let mut sums = [0u32; EXTENT_PAGES as usize];
         let sums_at = layout.page_sum(at, pages.first);
-        if let Err(fault) = read_at(self.image.file(), zerocopy::IntoBytes::as_mut_bytes(&mut sums), sums_at) {
+        if let Err(fault) =
+            read_at(self.image.file(), zerocopy::IntoBytes::as_mut_bytes(&mut sums), sums_at)
+        {
             return self.add(sums_at, self.image.in_page_sums(at, extent, fault));
         }
         let (found, computed) = (self.image.extent_sum(at, extent), extent_checksum(&sums));
         if found != computed {
-            self.add(sums_at, Fault::ExtentSum { id, first: pages.first, at: sums_at, found, computed })?;
+            self.add(
+                sums_at,
+                Fault::ExtentSum { id, first: pages.first, at: sums_at, found, computed },
+            )?;
         }
-        let sums_of = |range: &PageRange| &sums[(range.first - pages.first) as usize..][..range.count as usize];
+        let sums_of = |range: &PageRange| {
+            &sums[(range.first - pages.first) as usize..][..range.count as usize]
+        };
         for run in present.runs(pages) {
             self.content(buffer, (at, id), run, sums_of(&run))?;
             self.progress.add(run.count);
@@ -215,13 +244,16 @@ impl Check<'_> {
     }
 
     /// Pages that are present are as their checksums say.
-    fn content(&self, buffer: &mut [u8], (at, id): (usize, u32), run: PageRange, sums: &[u32]) -> Result<(), Enough> {
+    fn content(
+        &self, buffer: &mut [u8], (at, id): (usize, u32), run: PageRange, sums: &[u32],
+    ) -> Result<(), Enough> {
         let bytes = &mut buffer[..run.bytes() as usize];
         let start = self.image.layout().page(at, run.first);
         if let Err(fault) = read_at(self.image.file(), bytes, start) {
             return self.add(start, self.image.in_page(at, run, fault));
         }
-        for ((page, bytes), found) in (run.first..).zip(bytes.chunks(PAGE_SIZE as usize)).zip(sums) {
+        for ((page, bytes), found) in (run.first..).zip(bytes.chunks(PAGE_SIZE as usize)).zip(sums)
+        {
             let (found, computed) = (*found, checksum(bytes));
             if found != computed {
                 let at = self.image.layout().page(at, page);
@@ -231,22 +263,29 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Pages of an extent that are not present, and those that its block does not have, are holes or zero.
-    fn holes(&self, buffer: &mut [u8], (at, id): (usize, u32), pages: PageRange) -> Result<(), Enough> {
+    /// Pages of an extent that are not present, and those that its block does not have, are holes
+    /// or zero.
+    fn holes(
+        &self, buffer: &mut [u8], (at, id): (usize, u32), pages: PageRange,
+    ) -> Result<(), Enough> {
         let (layout, present) = (self.image.layout(), &self.image.states()[at].present);
         let start = layout.page(at, pages.first);
         let mut next = pages.first;
         for data in data_in(self.image.file(), start..start + EXTENT_SIZE) {
-            // The file system may tell data from holes in smaller units than pages: no page is looked at twice.
+            // The file system may tell data from holes in smaller units than pages: no page is
+            // looked at twice.
             let first = next.max(pages.first + (data.start - start) / PAGE_SIZE);
             next = pages.first + (data.end - start).div_ceil(PAGE_SIZE);
             for gap in gaps(present, PageRange::new(first, next.saturating_sub(first))) {
-                let (bytes, start) = (&mut buffer[..gap.bytes() as usize], layout.page(at, gap.first));
+                let (bytes, start) =
+                    (&mut buffer[..gap.bytes() as usize], layout.page(at, gap.first));
                 if let Err(fault) = read_at(self.image.file(), bytes, start) {
                     self.add(start, self.image.in_page(at, gap, fault))?;
                     continue;
                 }
-                let stuffed = (gap.first..).zip(bytes.chunks(PAGE_SIZE as usize)).filter(|(_, page)| !is_zero(page));
+                let stuffed = (gap.first..)
+                    .zip(bytes.chunks(PAGE_SIZE as usize))
+                    .filter(|(_, page)| !is_zero(page));
                 for (page, _) in stuffed {
                     let at = layout.page(at, page);
                     self.add(at, Fault::Stuffed { id, page, at })?;

@@ -14,7 +14,8 @@ pub fn processors() -> usize {
 /// Claims that there are at least for each worker, so that none is left with the last of the work.
 const CLAIMS: usize = 4;
 
-/// How many of `items` items in a row a worker takes at once, of `workers` that share them: `most`, unless some of them would have little to do then, or nothing; at least 1.
+/// How many of `items` items in a row a worker takes at once, of `workers` that share them: `most`,
+/// unless some of them would have little to do then, or nothing; at least 1.
 pub(crate) fn at_once(items: usize, workers: usize, most: usize) -> usize {
     (items / workers.max(1) / CLAIMS).clamp(1, most)
 }
@@ -28,12 +29,16 @@ pub struct Progress<'a> {
 
 impl std::fmt::Debug for Progress<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Progress").field("done", &self.done).field("total", &self.total).finish_non_exhaustive()
+        f.debug_struct("Progress")
+            .field("done", &self.done)
+            .field("total", &self.total)
+            .finish_non_exhaustive()
     }
 }
 
 impl<'a> Progress<'a> {
-    /// Of `total` pages. `show` is called by all threads, with the pages that are done and all; not always in order.
+    /// Of `total` pages. `show` is called by all threads, with the pages that are done and all; not
+    /// always in order.
     pub fn new(total: u64, show: &'a (dyn Fn(u64, u64) + Sync)) -> Self {
         Self { done: AtomicU64::new(0), total, show }
     }
@@ -50,15 +55,17 @@ impl<'a> Progress<'a> {
     }
 }
 
-/// Does `work` for each of `items` items, in no order, on this thread and as many more as make `threads`. Each has something of its own, made by `new`. The first
-/// error that is met ends all.
+/// Does `work` for each of `items` items, in no order, on this thread and as many more as make
+/// `threads`. Each has something of its own, made by `new`. The first error that is met ends all.
 ///
 /// # Errors
 /// One of those of `work`.
 pub(super) fn share<Own, E: Send>(
-    threads: usize, items: u64, new: impl Fn() -> Own + Sync, work: impl Fn(&mut Own, u64) -> Result<(), E> + Sync,
+    threads: usize, items: u64, new: impl Fn() -> Own + Sync,
+    work: impl Fn(&mut Own, u64) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
-    // Who takes an item adds one: nobody else has it. What the items do to each other is not ordered by it.
+    // Who takes an item adds one: nobody else has it. What the items do to each other is not
+    // ordered by it.
     let next = AtomicU64::new(0);
     let run = || {
         let mut own = new();
@@ -106,7 +113,8 @@ impl Extents {
         Self { first, pages, count: layout.all_extents() }
     }
 
-    /// The block that extent `number` is of, as an index of the table, and which of its extents it is.
+    /// The block that extent `number` is of, as an index of the table, and which of its extents it
+    /// is.
     pub(super) fn locate(&self, number: u64) -> (usize, u64) {
         let at = self.first.partition_point(|first| *first <= number).saturating_sub(1);
         (at, number - self.first[at])
@@ -114,7 +122,8 @@ impl Extents {
 
     /// The pages of that extent that the block has.
     pub(super) fn pages(&self, (at, extent): (usize, u64)) -> PageRange {
-        PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES).intersection(&PageRange::new(0, self.pages[at]))
+        PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES)
+            .intersection(&PageRange::new(0, self.pages[at]))
     }
 }
 
@@ -145,7 +154,10 @@ mod tests {
                 let at_once = at_once(items, workers, 32);
                 assert!((1..=32).contains(&at_once));
                 let claims = items.div_ceil(at_once);
-                assert!(claims >= items.min(CLAIMS * workers), "{items} items, {workers} workers: {claims} claims");
+                assert!(
+                    claims >= items.min(CLAIMS * workers),
+                    "{items} items, {workers} workers: {claims} claims"
+                );
             }
         }
         assert_eq!((at_once(100_000, 8, 32), at_once(0, 0, 32)), (32, 1));
@@ -163,6 +175,9 @@ mod tests {
         };
         assert_eq!(share(1, u64::MAX, || (), work), Err(10));
         assert_eq!(done.into_inner(), 10);
-        assert_eq!(share(4, 1 << 40, || (), |_: &mut (), item| if item > 100 { Err(()) } else { Ok(()) }), Err(()));
+        assert_eq!(
+            share(4, 1 << 40, || (), |_: &mut (), item| if item > 100 { Err(()) } else { Ok(()) }),
+            Err(())
+        );
     }
 }

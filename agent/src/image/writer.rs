@@ -1,10 +1,11 @@
 //! Writing a new image.
 //!
-//! Any number of threads put pages, each page at its own place, in any order. Each page is put once. What is zero is not written. When all are there, one
-//! thread finishes the image.
+//! Any number of threads put pages, each page at its own place, in any order. Each page is put
+//! once. What is zero is not written. When all are there, one thread finishes the image.
 //!
-//! Large runs go past the page cache, where the file system can: the memory of a guest would push out of it what is of more use, and is on its way to the disk at once. Small ones go
-//! through it, since the disk takes its time for each.
+//! Large runs go past the page cache, where the file system can: the memory of a guest would push
+//! out of it what is of more use, and is on its way to the disk at once. Small ones go through it,
+//! since the disk takes its time for each.
 
 use super::bytes::{read_at, write_at};
 use super::new_file::{FileKind, NewFile};
@@ -15,7 +16,8 @@ use pageferry_protocol::control::hook::PieceSize;
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::{
-    Contents, EXTENT_PAGES, Header, ImageId, Layout, Section, StateWord, checksum, encode_states, extent_checksum,
+    Contents, EXTENT_PAGES, Header, ImageId, Layout, Section, StateWord, checksum, encode_states,
+    extent_checksum,
 };
 use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -49,14 +51,16 @@ pub struct ImageWriter {
     taken: AtomicU64,
 }
 
-/// What an image says of its guest, and of its pages beside those that were put. Each list is in the order of the table.
+/// What an image says of its guest, and of its pages beside those that were put. Each list is in
+/// the order of the table.
 #[derive(Debug, Clone, Copy)]
 pub struct Rest<'a> {
     /// Whether the guest ran, had nobody paused it to save it.
     pub guest: RunState,
     /// Pages that are discarded. A page that was put is not.
     pub discarded: &'a [MappedBitmap],
-    /// For an increment: pages that may have changed since the base; all others are as there, unless they are discarded.
+    /// For an increment: pages that may have changed since the base; all others are as there,
+    /// unless they are discarded.
     pub changed: Option<&'a [MappedBitmap]>,
 }
 
@@ -85,11 +89,15 @@ pub struct Totals {
 }
 
 impl ImageWriter {
-    /// An image of these blocks that will be at `path`. With `replace` it takes the place of what is there; with `cached` all of it goes through the page cache.
+    /// An image of these blocks that will be at `path`. With `replace` it takes the place of what
+    /// is there; with `cached` all of it goes through the page cache.
     ///
     /// # Errors
-    /// If something is there and is not to be replaced, the folder cannot be written to, or the blocks are too large.
-    pub fn create(path: &Path, table: &BlockTable, replace: bool, cached: bool) -> Result<Self, ImageError> {
+    /// If something is there and is not to be replaced, the folder cannot be written to, or the
+    /// blocks are too large.
+    pub fn create(
+        path: &Path, table: &BlockTable, replace: bool, cached: bool,
+    ) -> Result<Self, ImageError> {
         Self::new(path, table, replace, cached).map_err(|fault| fault.of(path))
     }
 
@@ -100,12 +108,14 @@ impl ImageWriter {
         let present = table.blocks().iter().map(|block| MappedBitmap::private(block.pages()));
         let present = present.collect::<Result<_, _>>()?;
         // Writes that do not make the file longer can go on at once.
-        rustix::fs::ftruncate(&file, layout.contents()).map_err(kernel("set the length of the file"))?;
+        rustix::fs::ftruncate(&file, layout.contents())
+            .map_err(kernel("set the length of the file"))?;
         let (sums, id, taken) = (PageSums::default(), new_id()?, AtomicU64::new(now()));
         Ok(Self { file, direct, layout, table: table.clone(), present, sums, id, taken })
     }
 
-    /// It will be the same guest at the same instant as the image with this header, which it can stand in for: it gets the id and the time of that.
+    /// It will be the same guest at the same instant as the image with this header, which it can
+    /// stand in for: it gets the id and the time of that.
     #[must_use]
     pub fn standing_for(self, header: &Header) -> Self {
         Self { id: header.id, taken: header.taken.into(), ..self }
@@ -131,14 +141,16 @@ impl ImageWriter {
         self.file.path()
     }
 
-    /// Puts the pages `range` of the block at index `at` of the table, which nobody has put before. Returns how many are not zero.
+    /// Puts the pages `range` of the block at index `at` of the table, which nobody has put before.
+    /// Returns how many are not zero.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
         let mut data = PageRange::new(range.first, 0);
         let mut put = 0;
-        for (first, pages) in (range.first..).step_by(64).zip(bytes.chunks(64 * PAGE_SIZE as usize)) {
+        for (first, pages) in (range.first..).step_by(64).zip(bytes.chunks(64 * PAGE_SIZE as usize))
+        {
             for run in runs_of_word(first, data_mask(pages)) {
                 put += run.count;
                 if run.first == data.end() {
@@ -153,7 +165,9 @@ impl ImageWriter {
         Ok(put)
     }
 
-    fn put_run(&self, at: usize, range: PageRange, run: PageRange, bytes: &[u8]) -> Result<(), ImageError> {
+    fn put_run(
+        &self, at: usize, range: PageRange, run: PageRange, bytes: &[u8],
+    ) -> Result<(), ImageError> {
         if run.is_empty() {
             return Ok(());
         }
@@ -161,12 +175,16 @@ impl ImageWriter {
         let bytes = &bytes[start..start + run.bytes() as usize];
         let mut sums = [0u32; EXTENT_PAGES as usize];
         let failed = |fault: Fault| fault.of(self.path());
-        let parts = (run.first..run.end()).step_by(sums.len()).zip(bytes.chunks(sums.len() * PAGE_SIZE as usize));
+        let parts = (run.first..run.end())
+            .step_by(sums.len())
+            .zip(bytes.chunks(sums.len() * PAGE_SIZE as usize));
         for (first, pages) in parts {
             let each = pages.chunks(PAGE_SIZE as usize).map(checksum);
             let count = sums.iter_mut().zip(each).map(|(sum, value)| *sum = value).count();
             let sums = zerocopy::IntoBytes::as_bytes(&sums[..count]);
-            self.sums.add(self.file.as_fd(), self.layout.page_sum(at, first), sums).map_err(failed)?;
+            self.sums
+                .add(self.file.as_fd(), self.layout.page_sum(at, first), sums)
+                .map_err(failed)?;
         }
         let (place, cached) = (self.layout.page(at, run.first), self.file.as_fd());
         let written = match self.direct.as_ref().filter(|_| bytes.len() >= DIRECT) {
@@ -183,10 +201,12 @@ impl ImageWriter {
         Ok(())
     }
 
-    /// Writes all else, makes the file safe, and gives it its name, once all pages were put. `state` holds the pieces one after another; none if there are none.
+    /// Writes all else, makes the file safe, and gives it its name, once all pages were put.
+    /// `state` holds the pieces one after another; none if there are none.
     ///
     /// # Errors
-    /// If the file cannot be written, or the state not be read. Nothing is left of the image then, and what had its name is as it was.
+    /// If the file cannot be written, or the state not be read. Nothing is left of the image then,
+    /// and what had its name is as it was.
     pub fn finish(
         &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
     ) -> Result<Totals, ImageError> {
@@ -225,17 +245,26 @@ impl ImageWriter {
         write_at(self.file.as_fd(), &bytes, offset)?;
         let length = bytes.len() as u64;
         let contents_section = Section { offset, length, checksum: checksum(&bytes) };
-        let vmm_state =
-            self.write_state((offset + length).next_multiple_of(PAGE_SIZE), contents.state_size(), state)?;
-        let page_sums = Section { offset: self.layout.page_sums(), length: self.layout.page_sums_size(), checksum: 0 };
+        let vmm_state = self.write_state(
+            (offset + length).next_multiple_of(PAGE_SIZE),
+            contents.state_size(),
+            state,
+        )?;
+        let page_sums = Section {
+            offset: self.layout.page_sums(),
+            length: self.layout.page_sums_size(),
+            checksum: 0,
+        };
         let file_length = vmm_state.offset + vmm_state.length;
         let taken = self.taken.load(Ordering::Relaxed);
         let sections = [contents_section, states, extent_sums, page_sums, vmm_state];
         let (id, base, guest) = (self.id, base.id, rest.guest);
         let header = Header { id, base, taken, guest, file_length, sections };
         write_at(self.file.as_fd(), &header.to_bytes(), 0)?;
-        rustix::fs::ftruncate(&self.file, file_length).map_err(kernel("set the length of the file"))?;
-        totals.bytes += totals.present * (PAGE_SIZE + 4) + length + vmm_state.length + HEADER_SIZE as u64;
+        rustix::fs::ftruncate(&self.file, file_length)
+            .map_err(kernel("set the length of the file"))?;
+        totals.bytes +=
+            totals.present * (PAGE_SIZE + 4) + length + vmm_state.length + HEADER_SIZE as u64;
         self.file.make_safe()?;
         Ok(totals)
     }
@@ -256,7 +285,10 @@ impl ImageWriter {
                     let unchanged = valid & !(present | discarded | changed);
                     StateWord { present, discarded, unchanged }
                 };
-                encode_states(part.clone().map(word).inspect(|state| totals.add(state)), &mut out.bytes);
+                encode_states(
+                    part.clone().map(word).inspect(|state| totals.add(state)),
+                    &mut out.bytes,
+                );
                 out.flush()?;
             }
             totals.zero += block.pages();
@@ -266,7 +298,8 @@ impl ImageWriter {
         Ok((out.section(), totals))
     }
 
-    /// The sums are read back from the file: to keep them in memory would take a thousandth of the guest's.
+    /// The sums are read back from the file: to keep them in memory would take a thousandth of the
+    /// guest's.
     fn write_extent_sums(&self) -> Result<(Section, u64), Fault> {
         let mut out = Sequence::new(self.file.as_fd(), self.layout.extent_sums());
         let mut sums = [0u32; EXTENT_PAGES as usize];
@@ -294,7 +327,9 @@ impl ImageWriter {
         Ok((out.section(), written))
     }
 
-    fn write_state(&self, offset: u64, length: u64, state: Option<BorrowedFd<'_>>) -> Result<Section, Fault> {
+    fn write_state(
+        &self, offset: u64, length: u64, state: Option<BorrowedFd<'_>>,
+    ) -> Result<Section, Fault> {
         let mut out = Sequence::new(self.file.as_fd(), offset);
         let mut done = 0;
         while let Some(state) = state.filter(|_| done < length) {
@@ -317,7 +352,10 @@ impl Totals {
 
 /// The bits of word `word` that stand for a page of a block of `pages` pages.
 fn present_mask(pages: u64, word: u64) -> u64 {
-    pageferry_protocol::shm::bitmap::word_mask(0, pages.saturating_sub(word * WORD_BITS).min(WORD_BITS))
+    pageferry_protocol::shm::bitmap::word_mask(
+        0,
+        pages.saturating_sub(word * WORD_BITS).min(WORD_BITS),
+    )
 }
 
 /// A section that is written from its start to its end.
@@ -334,7 +372,13 @@ struct Sequence<'a> {
 impl<'a> Sequence<'a> {
     fn new(file: BorrowedFd<'a>, offset: u64) -> Self {
         let digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
-        Self { file, section: Section { offset, ..Section::default() }, digest, bytes: Vec::new(), written: 0 }
+        Self {
+            file,
+            section: Section { offset, ..Section::default() },
+            digest,
+            bytes: Vec::new(),
+            written: 0,
+        }
     }
 
     /// Zeroes stay holes: of a guest that is mostly empty they are most of it.
@@ -366,7 +410,9 @@ fn new_id() -> Result<ImageId, Fault> {
     let mut id = ImageId::default();
     let flags = rustix::fs::OFlags::CLOEXEC;
     let random = rustix::fs::open("/dev/urandom", flags, rustix::fs::Mode::empty());
-    random.and_then(|random| rustix::io::read(random, &mut id)).map_err(kernel("get random bytes"))?;
+    random
+        .and_then(|random| rustix::io::read(random, &mut id))
+        .map_err(kernel("get random bytes"))?;
     // Zeroes stand for none.
     id[0] |= 1;
     Ok(id)

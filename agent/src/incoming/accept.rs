@@ -1,12 +1,14 @@
 //! Waiting for the source's streams, and the handshake.
 //!
-//! Whoever can reach the address may connect. A stranger costs a descriptor and a small buffer until
-//! its time is up, and never the job: what does not say a proper hello, or does not fit the memory
-//! here, is refused, and the waiting goes on. A source that is refused is told which field differs and
-//! its own value. What this side has goes to the log and to the status of the waiting job.
+//! Whoever can reach the address may connect. A stranger costs a descriptor and a small buffer
+//! until its time is up, and never the job: what does not say a proper hello, or does not fit the
+//! memory here, is refused, and the waiting goes on. A source that is refused is told which field
+//! differs and its own value. What this side has goes to the log and to the status of the waiting
+//! job.
 //!
-//! The job is the first session whose streams are all there and which fits. A postcopy that lost its
-//! connections waits again, for nobody but its own source, which knows the session's random number.
+//! The job is the first session whose streams are all there and which fits. A postcopy that lost
+//! its connections waits again, for nobody but its own source, which knows the session's random
+//! number.
 //!
 //! A socket that the VMM handed over is one connection: the job ends with it.
 
@@ -68,9 +70,11 @@ impl Accepted {
     /// Accepts the guest.
     pub fn say_accept(&self, job: &Job) -> Result<(), TransportError> {
         let size = |id: u32| job.memory.find(id).map(|(_, block)| block.backing.host_page_size());
-        let sizes = || job.memory.table().blocks().iter().filter_map(|block| size(block.id)).collect();
+        let sizes =
+            || job.memory.table().blocks().iter().filter_map(|block| size(block.id)).collect();
         let host_pages = if self.may_postcopy() { sizes() } else { Vec::new() };
-        let payload = Accept { version: STREAM_VERSION, features: self.features, host_pages }.encode();
+        let payload =
+            Accept { version: STREAM_VERSION, features: self.features, host_pages }.encode();
         self.writer.write(RecordHeader::plain(Kind::Accept, 0, payload.len()), &payload)?;
         Ok(())
     }
@@ -104,24 +108,26 @@ impl Wanted {
             Self::Guest if recovers => {
                 Err(JobError::State("no migration is paused here that could be recovered".into()))
             }
-            Self::Session(session) if !recovers || hello.session != session => {
-                Err(JobError::State("a migration is paused here, and this is not its source".into()))
-            }
+            Self::Session(session) if !recovers || hello.session != session => Err(
+                JobError::State("a migration is paused here, and this is not its source".into()),
+            ),
             // Without it there would be nobody to ask.
-            Self::Session(_) if hello.features & FEATURE_POSTCOPY == 0 => {
-                Err(JobError::State("a postcopy is paused here, and its source does not offer that any more".into()))
-            }
+            Self::Session(_) if hello.features & FEATURE_POSTCOPY == 0 => Err(JobError::State(
+                "a postcopy is paused here, and its source does not offer that any more".into(),
+            )),
             _ => Ok(()),
         }
     }
 }
 
-/// Waits for all streams of a session, and checks that its blocks are ours. Returns the listener, too: a postcopy needs it again if it loses its connections.
+/// Waits for all streams of a session, and checks that its blocks are ours. Returns the listener,
+/// too: a postcopy needs it again if it loses its connections.
 pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>), JobError> {
     let timeout = job.options().peer_timeout;
     match source {
         Source::Listener(listener) => {
-            let accepted = Lobby::new(job, &[&listener], Wanted::Guest, Vec::new()).wait(None, None)?;
+            let accepted =
+                Lobby::new(job, &[&listener], Wanted::Guest, Vec::new()).wait(None, None)?;
             // Without a descriptor to look at it ends with a session only.
             accepted.map_or(Err(JobError::Cancelled), |accepted| Ok((accepted, Some(listener))))
         }
@@ -133,9 +139,11 @@ pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>),
     }
 }
 
-/// Waits for the source of `session` to connect again; `None` if `asked` became readable, or it was `until`, before.
+/// Waits for the source of `session` to connect again; `None` if `asked` became readable, or it was
+/// `until`, before.
 pub fn accept_again(
-    job: &Job, listeners: &[&Listener], session: [u8; 16], asked: Option<BorrowedFd<'_>>, until: Option<Instant>,
+    job: &Job, listeners: &[&Listener], session: [u8; 16], asked: Option<BorrowedFd<'_>>,
+    until: Option<Instant>,
 ) -> Result<Option<Accepted>, JobError> {
     Lobby::new(job, listeners, Wanted::Session(session), Vec::new()).wait(asked, until)
 }
@@ -151,11 +159,15 @@ struct Lobby<'a> {
 }
 
 impl<'a> Lobby<'a> {
-    fn new(job: &'a Job, listeners: &'a [&'a Listener], wanted: Wanted, pending: Vec<Pending>) -> Self {
+    fn new(
+        job: &'a Job, listeners: &'a [&'a Listener], wanted: Wanted, pending: Vec<Pending>,
+    ) -> Self {
         Self { job, listeners, wanted, pending, leaving: Vec::new() }
     }
 
-    fn wait(&mut self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<Option<Accepted>, JobError> {
+    fn wait(
+        &mut self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>,
+    ) -> Result<Option<Accepted>, JobError> {
         let timeout = self.job.options().peer_timeout;
         let only_one = matches!(self.wanted, Wanted::Guest) && self.listeners.is_empty();
         let mut backoff = Backoff::default();
@@ -184,8 +196,11 @@ impl<'a> Lobby<'a> {
             self.leaving.retain_mut(Leaving::may_read);
             self.drop_stale();
             while let Some(session) = complete_session(&self.pending) {
-                let belongs = |one: &Pending| one.hello.as_ref().is_some_and(|hello| hello.session == session);
-                let (mine, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending).into_iter().partition(belongs);
+                let belongs = |one: &Pending| {
+                    one.hello.as_ref().is_some_and(|hello| hello.session == session)
+                };
+                let (mine, others): (Vec<_>, Vec<_>) =
+                    std::mem::take(&mut self.pending).into_iter().partition(belongs);
                 match check_session(self.job, self.wanted, &mine) {
                     Ok(offer) => {
                         let accepted = establish(self.job, offer, mine)?;
@@ -211,7 +226,8 @@ impl<'a> Lobby<'a> {
     /// Tells a connection why it is refused. It may be gone, or speak another language.
     fn reject(&mut self, refused: Pending, error: &JobError) {
         let remote = error.to_remote();
-        let code = if matches!(error, JobError::Hello(_)) { ErrorCode::Unsupported } else { remote.code };
+        let code =
+            if matches!(error, JobError::Hello(_)) { ErrorCode::Unsupported } else { remote.code };
         let payload = encode_error(&RemoteError::new(code, remote.sentence));
         let writer = RecordWriter::new(refused.reader.socket().clone());
         if writer.write(RecordHeader::plain(Kind::Reject, 0, payload.len()), &payload).is_ok() {
@@ -224,23 +240,30 @@ impl<'a> Lobby<'a> {
         }
     }
 
-    /// Tells the operator of the waiting job why a source was refused. In a paused postcopy the reason
-    /// of the pause stays.
+    /// Tells the operator of the waiting job why a source was refused. In a paused postcopy the
+    /// reason of the pause stays.
     fn note(&self, error: &JobError) {
         if matches!(self.wanted, Wanted::Guest) {
-            self.job.note(&format!("a source was refused, the waiting goes on: {}", crate::error::chain(error)));
+            self.job.note(&format!(
+                "a source was refused, the waiting goes on: {}",
+                crate::error::chain(error)
+            ));
         }
     }
 
-    /// Drops the connections of a source that has connected anew since: of an attempt the primary is the first to connect. Or what is left of an attempt that
-    /// failed would be taken for a part of the next.
+    /// Drops the connections of a source that has connected anew since: of an attempt the primary
+    /// is the first to connect. Or what is left of an attempt that failed would be taken for a part
+    /// of the next.
     fn drop_stale(&mut self) {
         let mut later: Vec<[u8; 16]> = Vec::new();
         let mut kept = Vec::new();
         for one in std::mem::take(&mut self.pending).into_iter().rev() {
             if let Some(hello) = &one.hello {
                 if later.contains(&hello.session) {
-                    log::info!("stream {} of an attempt to connect that is over was dropped", hello.stream);
+                    log::info!(
+                        "stream {} of an attempt to connect that is over was dropped",
+                        hello.stream
+                    );
                     continue;
                 }
                 if hello.stream == 0 {
@@ -253,16 +276,21 @@ impl<'a> Lobby<'a> {
         self.pending = kept;
     }
 
-    /// Waits until someone connects or says something, or the time of the oldest connection is up; true if it was asked for something else.
-    fn poll(&self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>) -> Result<bool, JobError> {
+    /// Waits until someone connects or says something, or the time of the oldest connection is up;
+    /// true if it was asked for something else.
+    fn poll(
+        &self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>,
+    ) -> Result<bool, JobError> {
         let timeout = self.job.options().peer_timeout;
         let leaving = self.leaving.iter().map(|one| one.until);
-        let oldest = self.pending.iter().map(|one| one.since + timeout).chain(leaving).chain(until).min();
+        let oldest =
+            self.pending.iter().map(|one| one.since + timeout).chain(leaving).chain(until).min();
         let mut fds: Vec<(BorrowedFd<'_>, PollFlags)> = Vec::new();
         fds.extend(asked.map(|fd| (fd, PollFlags::IN)));
         fds.extend(self.listeners.iter().map(|listener| (listener.as_fd(), PollFlags::IN)));
         // Those that said hello have nothing more to say, but may go away.
-        let events = |one: &Pending| if one.hello.is_none() { PollFlags::IN } else { PollFlags::RDHUP };
+        let events =
+            |one: &Pending| if one.hello.is_none() { PollFlags::IN } else { PollFlags::RDHUP };
         fds.extend(self.pending.iter().map(|one| (one.reader.socket().as_fd(), events(one))));
         let ready = self.job.cancel.wait(&fds, oldest.unwrap_or_else(|| Instant::now() + LONG))?;
         Ok(asked.is_some() && ready[0])
@@ -283,7 +311,9 @@ impl<'a> Lobby<'a> {
             }
         };
         if self.pending.len() >= MAX_PENDING {
-            log::warn!("more than {MAX_PENDING} connections without a session: the oldest is dropped");
+            log::warn!(
+                "more than {MAX_PENDING} connections without a session: the oldest is dropped"
+            );
             self.pending.remove(0);
         }
         match Pending::new(fd, timeout) {
@@ -297,7 +327,11 @@ impl<'a> Lobby<'a> {
 
 impl Pending {
     fn new(fd: OwnedFd, timeout: Duration) -> Result<Self, JobError> {
-        Ok(Self { reader: RecordReader::new(StreamSocket::new(fd, timeout)?), since: Instant::now(), hello: None })
+        Ok(Self {
+            reader: RecordReader::new(StreamSocket::new(fd, timeout)?),
+            since: Instant::now(),
+            hello: None,
+        })
     }
 
     /// Reads the hello as far as it is here.
@@ -315,15 +349,17 @@ impl Pending {
         }
         if self.hello.is_some() {
             // Also one whose hello was read just now: it may have given up long ago.
-            let gone = job.cancel.wait(&[(self.reader.socket().as_fd(), PollFlags::RDHUP)], Instant::now())?[0];
+            let gone = job
+                .cancel
+                .wait(&[(self.reader.socket().as_fd(), PollFlags::RDHUP)], Instant::now())?[0];
             return if gone { Err(TransportError::Closed.into()) } else { Ok(()) };
         }
         Ok(())
     }
 }
 
-/// A connection that was refused. If it were closed with something unread the kernel would reset it,
-/// and the refusal might be lost.
+/// A connection that was refused. If it were closed with something unread the kernel would reset
+/// it, and the refusal might be lost.
 struct Leaving {
     reader: RecordReader,
     until: Instant,
@@ -346,7 +382,9 @@ fn complete_session(pending: &[Pending]) -> Option<[u8; 16]> {
     let hellos = || pending.iter().filter_map(|one| one.hello.as_ref());
     hellos()
         .find(|hello| {
-            let have = |stream| hellos().any(|other| other.session == hello.session && other.stream == stream);
+            let have = |stream| {
+                hellos().any(|other| other.session == hello.session && other.stream == stream)
+            };
             (0..hello.streams).all(have)
         })
         .map(|hello| hello.session)
@@ -385,10 +423,18 @@ fn establish(job: &Job, offer: Offer, mut streams: Vec<Pending>) -> Result<Accep
         readers.push(stream.reader);
     }
     // Less than all are urgent, says its decoder.
-    let urgent = readers.split_off(readers.len().saturating_sub(usize::from(primary.urgent)).max(1));
+    let urgent =
+        readers.split_off(readers.len().saturating_sub(usize::from(primary.urgent)).max(1));
     let writer = RecordWriter::new(readers[0].socket().clone());
     let acknowledge = primary.flags & HELLO_ACKNOWLEDGE != 0;
-    Ok(Accepted { readers, urgent, writer, features: offered & FEATURES, session: primary.session, acknowledge })
+    Ok(Accepted {
+        readers,
+        urgent,
+        writer,
+        features: offered & FEATURES,
+        session: primary.session,
+        acknowledge,
+    })
 }
 
 /// What a guest needs of the files here, whatever it moves by.
@@ -399,9 +445,9 @@ fn check_writable(job: &Job) -> Result<(), JobError> {
     }
 }
 
-/// What postcopy needs of the blocks here, if it is wanted: checked before anything is sent, since a
-/// guest that is to run before its memory is here would be refused only after all passes. A table of all
-/// backings and modes is in docs/postcopy.md.
+/// What postcopy needs of the blocks here, if it is wanted: checked before anything is sent, since
+/// a guest that is to run before its memory is here would be refused only after all passes. A table
+/// of all backings and modes is in docs/postcopy.md.
 fn check_postcopy(job: &Job, features: u64, wanted: Wanted) -> Result<(), JobError> {
     if features & FEATURE_POSTCOPY == 0 {
         return Ok(());
@@ -470,7 +516,11 @@ mod tests {
             let _stays = (!goes).then_some(theirs);
             let advanced = pending.advance(&job, Wanted::Guest);
             assert!(pending.hello.is_some());
-            assert_eq!(matches!(advanced, Err(JobError::Transport(TransportError::Closed))), goes, "{advanced:?}");
+            assert_eq!(
+                matches!(advanced, Err(JobError::Transport(TransportError::Closed))),
+                goes,
+                "{advanced:?}"
+            );
         }
     }
 
@@ -479,6 +529,9 @@ mod tests {
         let job = gigantic();
         check_postcopy(&job, 0, Wanted::Guest).unwrap();
         let error = check_postcopy(&job, FEATURE_POSTCOPY, Wanted::Guest).unwrap_err();
-        assert!(matches!(error, JobError::HostPage { id: 0, size: 0x4000_0000, limit: 0x20_0000 }), "{error}");
+        assert!(
+            matches!(error, JobError::HostPage { id: 0, size: 0x4000_0000, limit: 0x20_0000 }),
+            "{error}"
+        );
     }
 }

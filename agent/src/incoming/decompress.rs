@@ -1,7 +1,8 @@
 //! Compressed pages, one stream's part.
 //!
-//! What comes out is bounded by the page count of the record, which its header was checked for, whatever the payload claims: the buffer is exactly as large as
-//! the pages, and what would not fit is an error.
+//! What comes out is bounded by the page count of the record, which its header was checked for,
+//! whatever the payload claims: the buffer is exactly as large as the pages, and what would not fit
+//! is an error.
 
 use crate::job::JobError;
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -34,7 +35,9 @@ pub enum DecompressError {
         expected: usize,
     },
     /// More bytes than the pages have, or garbage.
-    #[error("{length:#x} bytes of {method} cannot be decompressed to {expected:#x} bytes: {reason}")]
+    #[error(
+        "{length:#x} bytes of {method} cannot be decompressed to {expected:#x} bytes: {reason}"
+    )]
     Broken {
         /// What the payload is said to be.
         method: &'static str,
@@ -59,19 +62,25 @@ pub struct Decompressor {
 }
 
 impl Decompressor {
-    /// For a stream on which `features` were negotiated. It takes no memory before the first compressed record.
+    /// For a stream on which `features` were negotiated. It takes no memory before the first
+    /// compressed record.
     pub fn new(features: u64) -> Self {
         Self { features, ..Self::default() }
     }
 
-    /// The content of the pages of a record with a checked header that has one of the flags for compression.
+    /// The content of the pages of a record with a checked header that has one of the flags for
+    /// compression.
     ///
     /// # Errors
     /// If it was not negotiated, or the payload does not hold exactly these pages.
     pub fn unpack(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<&[u8], JobError> {
         let range = header.range();
-        let failed =
-            |source| JobError::Compressed { id: header.block(), first: range.first, count: range.count, source };
+        let failed = |source| JobError::Compressed {
+            id: header.block(),
+            first: range.first,
+            count: range.count,
+            source,
+        };
         let (flag, feature, method) = if header.flags() & FLAG_LZ4 != 0 {
             (FLAG_LZ4, FEATURE_LZ4, "lz4")
         } else {
@@ -86,19 +95,23 @@ impl Decompressor {
             self.buffer.resize(expected, 0);
         }
         let length = payload.len();
-        let broken = |reason: String| failed(DecompressError::Broken { method, length, expected, reason });
+        let broken =
+            |reason: String| failed(DecompressError::Broken { method, length, expected, reason });
         let pages = &mut self.buffer[..expected];
         let found = if flag == FLAG_LZ4 {
-            lz4_flex::block::decompress_into(payload, pages).map_err(|error| broken(error.to_string()))?
+            lz4_flex::block::decompress_into(payload, pages)
+                .map_err(|error| broken(error.to_string()))?
         } else {
-            let context = match &mut self.zstd {
-                Some(context) => context,
-                none => none.insert(
-                    zstd::bulk::Decompressor::new()
-                        .map_err(|source| JobError::Io { what: "make a zstd decompressor", source })?,
-                ),
-            };
-            context.decompress_to_buffer(payload, pages).map_err(|error| broken(error.to_string()))?
+            let context =
+                match &mut self.zstd {
+                    Some(context) => context,
+                    none => none.insert(zstd::bulk::Decompressor::new().map_err(|source| {
+                        JobError::Io { what: "make a zstd decompressor", source }
+                    })?),
+                };
+            context
+                .decompress_to_buffer(payload, pages)
+                .map_err(|error| broken(error.to_string()))?
         };
         if found != expected {
             return Err(failed(DecompressError::Short { method, length, found, expected }));
@@ -130,7 +143,11 @@ mod tests {
     }
 
     fn pack(flag: u16, bytes: &[u8]) -> Vec<u8> {
-        if flag == FLAG_LZ4 { lz4_flex::block::compress(bytes) } else { zstd::bulk::compress(bytes, 1).unwrap() }
+        if flag == FLAG_LZ4 {
+            lz4_flex::block::compress(bytes)
+        } else {
+            zstd::bulk::compress(bytes, 1).unwrap()
+        }
     }
 
     #[track_caller]
@@ -146,11 +163,17 @@ mod tests {
         for (flag, method) in [(FLAG_LZ4, "lz4"), (FLAG_ZSTD, "zstd")] {
             let short = refused(flag, 2, &pack(flag, &[7; 8191]));
             assert!(short.contains("pages 0x9 + 0x2 of block 3"), "{short}");
-            assert!(short.contains(&format!("of {method} hold 0x1fff bytes, expected 0x2000")), "{short}");
+            assert!(
+                short.contains(&format!("of {method} hold 0x1fff bytes, expected 0x2000")),
+                "{short}"
+            );
             // 64 MiB in few bytes.
             for much in [4097, 8192, 64 << 20] {
                 let bomb = refused(flag, 1, &pack(flag, &vec![7; much]));
-                assert!(bomb.contains(&format!("of {method} cannot be decompressed to 0x1000 bytes")), "{bomb}");
+                assert!(
+                    bomb.contains(&format!("of {method} cannot be decompressed to 0x1000 bytes")),
+                    "{bomb}"
+                );
             }
             let garbage = refused(flag, 2, &[0xff; 100]);
             assert!(garbage.contains("0x64 bytes of"), "{garbage}");

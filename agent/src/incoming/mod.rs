@@ -29,7 +29,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long the source's last records are still read after this side failed, so that it gets to know why.
+/// How long the source's last records are still read after this side failed, so that it gets to
+/// know why.
 const DRAIN: Duration = Duration::from_millis(500);
 
 /// Waits for a guest on `source`, takes it, and ends the job.
@@ -50,7 +51,9 @@ fn receive_guest(job: &Arc<Job>, source: Source) -> Result<(), JobError> {
     outcome
 }
 
-fn take_guest(job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>) -> Result<(), JobError> {
+fn take_guest(
+    job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>,
+) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     // Only a postcopy is ever connected again.
     let listener = listener.filter(|_| accepted.may_postcopy());
@@ -62,7 +65,14 @@ fn take_guest(job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener
     let guest = job.options().resume.apply(received.guest);
     job.guest_is(guest);
     if received.postcopy {
-        return postcopy::take_guest_first(job, accepted, listener, placer.into_remaining(), received, guest);
+        return postcopy::take_guest_first(
+            job,
+            accepted,
+            listener,
+            placer.into_remaining(),
+            received,
+            guest,
+        );
     }
     job.enter(Phase::Loading);
     load(job, received)?;
@@ -71,8 +81,10 @@ fn take_guest(job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener
     Ok(())
 }
 
-/// The end of every incoming migration: says that the state is loaded, waits for the commit, and lets the guest run, or stay paused as `guest` says. Whether the source was told is in the
-/// inner result. `ours` becomes true at the line: from then on the guest is here, even if the VMM does not resume it, or not in time.
+/// The end of every incoming migration: says that the state is loaded, waits for the commit, and
+/// lets the guest run, or stay paused as `guest` says. Whether the source was told is in the inner
+/// result. `ours` becomes true at the line: from then on the guest is here, even if the VMM does
+/// not resume it, or not in time.
 fn take_over(
     job: &Job, primary: &mut RecordReader, writer: &RecordWriter, guest: RunState, ours: &mut bool,
 ) -> Result<Result<(), TransportError>, JobError> {
@@ -91,7 +103,10 @@ fn take_over(
     resumed.map_err(|source| JobError::NotResumed { source })?;
     let told = writer.write_plain(Kind::Resumed, 0).map(|_| ());
     if let Err(error) = &told {
-        log::warn!("the guest is here, but the source does not know: {}", crate::error::chain(error));
+        log::warn!(
+            "the guest is here, but the source does not know: {}",
+            crate::error::chain(error)
+        );
     }
     Ok(told)
 }
@@ -115,8 +130,8 @@ pub fn compare(theirs: &Totals, own: &Totals) -> Result<(), JobError> {
 
 fn load(job: &Job, received: Received) -> Result<(), JobError> {
     let file = state_file(&received.state);
-    let (pieces, file) =
-        file.map_err(|errno| JobError::Io { what: "make a file of the state", source: errno.into() })?;
+    let (pieces, file) = file
+        .map_err(|errno| JobError::Io { what: "make a file of the state", source: errno.into() })?;
     job.hooks.ask_with(&Hook::LoadState { pieces }, &[file.as_fd()], job.options().hook_timeout)?;
     Ok(())
 }
@@ -143,7 +158,10 @@ fn say_error(accepted: &mut Accepted, error: &JobError) {
     if writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload).is_ok() {
         accepted.writer.socket().end();
         // Of a source that was silent until now nothing is to be read.
-        if !matches!(error, JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. })) {
+        if !matches!(
+            error,
+            JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. })
+        ) {
             accepted.readers[0].drain(DRAIN);
         }
     }

@@ -1,17 +1,23 @@
 //! Pages into the files.
 //!
-//! The destination starts from holes, and a page is allocated only when its content comes (`never-populate`). A page that turns zero or is discarded afterwards
-//! becomes a hole again (`same-memory`). `received` says which pages may hold something: a zero or a discard of any other page costs nothing.
+//! The destination starts from holes, and a page is allocated only when its content comes
+//! (`never-populate`). A page that turns zero or is discarded afterwards becomes a hole again
+//! (`same-memory`). `received` says which pages may hold something: a zero or a discard of any
+//! other page costs nothing.
 //!
-//! Where a write would allocate more than it writes, pages are placed one by one; see [`crate::memory::small_pages`].
+//! Where a write would allocate more than it writes, pages are placed one by one; see
+//! [`crate::memory::small_pages`].
 //!
-//! On host pages larger than a page, several pages share one allocation: it is freed when none of them holds anything, and a part of it is
-//! zeroed by writing. There a lock per block keeps one stream from freeing what another is just filling; on small pages nothing is shared
-//! and there is no lock.
+//! On host pages larger than a page, several pages share one allocation: it is freed when none of
+//! them holds anything, and a part of it is zeroed by writing. There a lock per block keeps one
+//! stream from freeing what another is just filling; on small pages nothing is shared and there is
+//! no lock.
 //!
-//! The VMM may discard or free meanwhile. Whoever places holds [`GuestMemory::placing`](crate::memory::GuestMemory::placing) from before the write until the marks are set, and whoever gives
-//! back keeps that out: so what comes last holds. A page that came, and was then given back, is a hole; one that was given back, and then comes, is what came. It is never
-//! the hole of the one with the marks of the other.
+//! The VMM may discard or free meanwhile. Whoever places holds
+//! [`GuestMemory::placing`](crate::memory::GuestMemory::placing) from before the write until the
+//! marks are set, and whoever gives back keeps that out: so what comes last holds. A page that
+//! came, and was then given back, is a hole; one that was given back, and then comes, is what came.
+//! It is never the hole of the one with the marks of the other.
 
 use crate::job::{Job, JobError, add};
 use crate::memory::backing::BackingKind;
@@ -52,12 +58,13 @@ pub struct Remaining {
 }
 
 impl Remaining {
-    /// Makes holes of what is owed and holds something. Whoever looked at a page since it was punched
-    /// and before missing pages are waited for made a page of zeroes there, which nobody would miss.
+    /// Makes holes of what is owed and holds something. Whoever looked at a page since it was
+    /// punched and before missing pages are waited for made a page of zeroes there, which nobody
+    /// would miss.
     ///
-    /// The guest is paused meanwhile, and to look at each run that is owed costs 0.1 s for 100,000 of
-    /// them. So a file that has as many pages as came is not looked at, unless the VMM gave something
-    /// back: then a page more and a page less would be the same number.
+    /// The guest is paused meanwhile, and to look at each run that is owed costs 0.1 s for 100,000
+    /// of them. So a file that has as many pages as came is not looked at, unless the VMM gave
+    /// something back: then a page more and a page less would be the same number.
     ///
     /// # Errors
     /// If a file cannot be asked, or not be punched.
@@ -102,18 +109,20 @@ impl<'a> Placer<'a> {
             let received = MappedBitmap::private(block.geometry.pages())?;
             blocks.push(Target { received, window: Mutex::new(None), small_pages });
         }
-        let host_pages: Vec<u64> = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
+        let host_pages: Vec<u64> =
+            job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
         Ok(Self { job, blocks, owed: Owed::nothing(&job.memory, &host_pages)?, given_back })
     }
 
     /// What is to come after the guest runs.
     pub fn into_remaining(self) -> Remaining {
-        let came = self.blocks.iter().map(|target| target.received.count(target.received.all())).collect();
+        let came =
+            self.blocks.iter().map(|target| target.received.count(target.received.all())).collect();
         Remaining { owed: self.owed, given_back: self.given_back, came }
     }
 
-    /// All streams have ended a pass, and none has begun the next: frees what was allocated with huge pages and
-    /// does not hold anything.
+    /// All streams have ended a pass, and none has begun the next: frees what was allocated with
+    /// huge pages and does not hold anything.
     ///
     /// # Errors
     /// If a file cannot be punched.
@@ -131,7 +140,9 @@ impl<'a> Placer<'a> {
     ///
     /// # Errors
     /// If there is none, or the record's pages are not in it.
-    pub fn block_of(&self, header: &RecordHeader, range: PageRange) -> Result<(usize, &'a Block), JobError> {
+    pub fn block_of(
+        &self, header: &RecordHeader, range: PageRange,
+    ) -> Result<(usize, &'a Block), JobError> {
         // Whoever has this memory now does not expect anything from here.
         self.job.memory.current.check()?;
         let id = header.block();
@@ -156,11 +167,13 @@ impl<'a> Placer<'a> {
         if block.backing.kind() == BackingKind::Hugetlb {
             let mut window = target.window.lock().unwrap_or_else(PoisonError::into_inner);
             target.received.set(range);
-            huge::write(&block.backing, &mut window, range.offset(), Fill::Bytes(payload)).map_err(failed)?;
+            huge::write(&block.backing, &mut window, range.offset(), Fill::Bytes(payload))
+                .map_err(failed)?;
         } else {
             target.received.set(range);
             let small_pages = target.small_pages.as_ref();
-            small_pages::write(small_pages, &block.backing, range.offset(), payload).map_err(failed)?;
+            small_pages::write(small_pages, &block.backing, range.offset(), payload)
+                .map_err(failed)?;
         }
         self.mark(header, block);
         add(&self.job.live.pages_sent, range.count);
@@ -231,10 +244,13 @@ impl<'a> Placer<'a> {
         Ok(pages)
     }
 
-    fn expect_run(&self, at: usize, block: &Block, header: &RecordHeader, run: PageRange) -> Result<(), JobError> {
+    fn expect_run(
+        &self, at: usize, block: &Block, header: &RecordHeader, run: PageRange,
+    ) -> Result<(), JobError> {
         let _placing = self.job.memory.placing();
         self.given_back.noted().forget(at, run);
-        // What comes is populated, unless it comes along with what is, or was written after its discard, of which no other record tells.
+        // What comes is populated, unless it comes along with what is, or was written after its
+        // discard, of which no other record tells.
         if header.flags() & FLAG_STRAY == 0 {
             block.discarded.clear(run);
         } else {
@@ -256,7 +272,9 @@ impl<'a> Placer<'a> {
     }
 }
 
-fn empty_small(block: &Block, received: &MappedBitmap, range: PageRange) -> Result<(), BackingError> {
+fn empty_small(
+    block: &Block, received: &MappedBitmap, range: PageRange,
+) -> Result<(), BackingError> {
     let mut rest = range;
     while let Some(run) = received.runs(rest).next() {
         received.clear(run);

@@ -1,7 +1,8 @@
 //! Reading each stream, and the barrier between passes.
 //!
-//! A stream that has ended a pass waits until all have: so nothing of the next pass is applied before, and which version of a page is the last
-//! is never in doubt, whatever stream it came on. If one stream fails, the barrier opens for the others with an error.
+//! A stream that has ended a pass waits until all have: so nothing of the next pass is applied
+//! before, and which version of a page is the last is never in doubt, whatever stream it came on.
+//! If one stream fails, the barrier opens for the others with an error.
 
 use super::accept::Accepted;
 use super::decompress::Decompressor;
@@ -35,13 +36,15 @@ pub struct Received {
 }
 
 /// Receives all passes on all streams.
-pub fn receive(job: &Job, accepted: &mut Accepted, placer: &Placer<'_>) -> Result<Received, JobError> {
+pub fn receive(
+    job: &Job, accepted: &mut Accepted, placer: &Placer<'_>,
+) -> Result<Received, JobError> {
     let barrier = Barrier::new(accepted.readers.len());
     let (writer, features) = (&accepted.writer, accepted.features);
     let secondaries: Vec<StreamSocket> =
         accepted.readers.iter().skip(1).map(|reader| reader.socket().clone()).collect();
-    // Wakes the other streams of a job that has failed. The primary is left to read on: whatever comes next on it wakes it,
-    // and the source's last records must be read for ours to reach it.
+    // Wakes the other streams of a job that has failed. The primary is left to read on: whatever
+    // comes next on it wakes it, and the source's last records must be read for ours to reach it.
     let wake = || {
         for socket in &secondaries {
             let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Read);
@@ -70,7 +73,8 @@ pub fn receive(job: &Job, accepted: &mut Accepted, placer: &Placer<'_>) -> Resul
     combine(results)
 }
 
-/// Puts the streams' results together. Of several errors the one that is no consequence of another is reported.
+/// Puts the streams' results together. Of several errors the one that is no consequence of another
+/// is reported.
 fn combine(results: Vec<Result<StreamEnd, JobError>>) -> Result<Received, JobError> {
     let mut received: Option<Received> = None;
     let mut failure: Option<JobError> = None;
@@ -89,8 +93,9 @@ fn combine(results: Vec<Result<StreamEnd, JobError>>) -> Result<Received, JobErr
                     received.claimed = end.claimed;
                     received.state = end.state;
                 } else if end.postcopy != received.postcopy {
-                    failure =
-                        Some(JobError::State("one stream says that postcopy follows, another that it does not".into()));
+                    failure = Some(JobError::State(
+                        "one stream says that postcopy follows, another that it does not".into(),
+                    ));
                 } else if end.guest != received.guest {
                     failure = Some(JobError::State(
                         "one stream says that the guest stays paused, another that it runs".into(),
@@ -152,10 +157,11 @@ struct Stream<'a> {
 
 impl<'a> Stream<'a> {
     fn new(
-        job: &'a Job, placer: &'a Placer<'a>, barrier: &'a Barrier, writer: &'a RecordWriter, index: usize,
-        features: u64,
+        job: &'a Job, placer: &'a Placer<'a>, barrier: &'a Barrier, writer: &'a RecordWriter,
+        index: usize, features: u64,
     ) -> Self {
-        let (decompressor, may_postcopy) = (Decompressor::new(features), features & FEATURE_POSTCOPY != 0);
+        let (decompressor, may_postcopy) =
+            (Decompressor::new(features), features & FEATURE_POSTCOPY != 0);
         let (counted, state) = (Totals::default(), StateCollector::default());
         Self { job, placer, barrier, writer, index, decompressor, may_postcopy, counted, state }
     }
@@ -180,7 +186,8 @@ impl<'a> Stream<'a> {
                 Kind::Discard if self.index == 0 => self.discard(&record.header, record.payload)?,
                 Kind::State if self.index == 0 => self.state.add(record.payload)?,
                 Kind::Remaining if self.index == 0 && self.may_postcopy => {
-                    self.counted.remaining_pages += self.placer.expect_remaining(&record.header, record.payload)?;
+                    self.counted.remaining_pages +=
+                        self.placer.expect_remaining(&record.header, record.payload)?;
                 }
                 Kind::End => {
                     let postcopy = match record.header.number() {
@@ -195,18 +202,34 @@ impl<'a> Stream<'a> {
                     let paused = record.header.flags() & FLAG_PAUSED != 0;
                     let guest = if paused { RunState::Paused } else { RunState::Running };
                     let claimed = Totals::decode(record.payload);
-                    let claimed = claimed.map_err(|source| JobError::Payload { kind: "end", source })?;
+                    let claimed =
+                        claimed.map_err(|source| JobError::Payload { kind: "end", source })?;
                     let state = std::mem::take(&mut self.state).finish()?;
-                    return Ok(StreamEnd { claimed, counted: self.counted, state, postcopy, guest });
+                    return Ok(StreamEnd {
+                        claimed,
+                        counted: self.counted,
+                        state,
+                        postcopy,
+                        guest,
+                    });
                 }
-                kind => return Err(unexpected(kind, record.payload, "pages, the end of a pass, or the end")),
+                kind => {
+                    return Err(unexpected(
+                        kind,
+                        record.payload,
+                        "pages, the end of a pass, or the end",
+                    ));
+                }
             }
         }
     }
 
     fn data(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
-        let pages =
-            if header.flags() & FLAGS_COMPRESSED == 0 { payload } else { self.decompressor.unpack(header, payload)? };
+        let pages = if header.flags() & FLAGS_COMPRESSED == 0 {
+            payload
+        } else {
+            self.decompressor.unpack(header, payload)?
+        };
         self.placer.place_data(header, pages)?;
         self.counted.data_pages += header.range().count;
         self.count_stray(header);
@@ -263,7 +286,12 @@ struct BarrierState {
 
 impl Barrier {
     fn new(streams: usize) -> Self {
-        Self { streams, failed: AtomicBool::new(false), state: Mutex::default(), opened: Condvar::new() }
+        Self {
+            streams,
+            failed: AtomicBool::new(false),
+            state: Mutex::default(),
+            opened: Condvar::new(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, BarrierState> {
@@ -298,7 +326,11 @@ impl Barrier {
     }
 
     fn check(&self) -> Result<(), JobError> {
-        if self.failed.load(Ordering::Relaxed) { Err(JobError::State(OTHER_FAILED.into())) } else { Ok(()) }
+        if self.failed.load(Ordering::Relaxed) {
+            Err(JobError::State(OTHER_FAILED.into()))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -313,7 +345,8 @@ struct StateCollector {
 
 impl StateCollector {
     fn add(&mut self, payload: &[u8]) -> Result<(), JobError> {
-        let part = StatePart::decode(payload).map_err(|source| JobError::Payload { kind: "state", source })?;
+        let part = StatePart::decode(payload)
+            .map_err(|source| JobError::Payload { kind: "state", source })?;
         self.total += part.bytes.len() as u64;
         if self.total > MAX_STATE {
             return Err(JobError::State(format!("more than {MAX_STATE} bytes came")));
@@ -321,10 +354,15 @@ impl StateCollector {
         let count = self.pieces.len();
         match self.pieces.last_mut() {
             Some((name, bytes)) if (bytes.len() as u64) < self.expected => {
-                if name != part.name || part.length != self.expected || part.offset != bytes.len() as u64 {
+                if name != part.name
+                    || part.length != self.expected
+                    || part.offset != bytes.len() as u64
+                {
                     let (found, at) = (part.name, part.offset);
-                    let message =
-                        format!("part of \"{found}\" at {at} where {} of \"{name}\" was expected", bytes.len());
+                    let message = format!(
+                        "part of \"{found}\" at {at} where {} of \"{name}\" was expected",
+                        bytes.len()
+                    );
                     return Err(JobError::State(message));
                 }
                 bytes.extend_from_slice(part.bytes);
@@ -344,7 +382,8 @@ impl StateCollector {
     fn finish(self) -> Result<Vec<(String, Vec<u8>)>, JobError> {
         match self.pieces.last() {
             Some((name, bytes)) if (bytes.len() as u64) < self.expected => {
-                let message = format!("\"{name}\" ends after {} of {} bytes", bytes.len(), self.expected);
+                let message =
+                    format!("\"{name}\" ends after {} of {} bytes", bytes.len(), self.expected);
                 Err(JobError::State(message))
             }
             _ => Ok(self.pieces),
@@ -363,8 +402,12 @@ mod tests {
     #[test]
     fn state_comes_together_from_its_parts() {
         let mut collector = StateCollector::default();
-        for payload in [part("a", 3, 0, b"12"), part("a", 3, 2, b"3"), part("empty", 0, 0, b""), part("b", 1, 0, b"4")]
-        {
+        for payload in [
+            part("a", 3, 0, b"12"),
+            part("a", 3, 2, b"3"),
+            part("empty", 0, 0, b""),
+            part("b", 1, 0, b"4"),
+        ] {
             collector.add(&payload).unwrap();
         }
         let expected = [("a", &b"123"[..]), ("empty", b""), ("b", b"4")];

@@ -1,8 +1,9 @@
 //! Stopping a job wherever it waits.
 //!
-//! A job waits on its sockets, in `poll` beside [`Cancel::fd`], or in [`Cancel::sleep`]; cancelling shuts the sockets down and wakes the
-//! others. The line of `one-owner` is here: [`Cancel::cross_the_line`] and [`Cancel::cancel`] exclude each other, so a job is
-//! either cancelled before it gives up ownership, or not at all. So do [`Cancel::end`] and
+//! A job waits on its sockets, in `poll` beside [`Cancel::fd`], or in [`Cancel::sleep`]; cancelling
+//! shuts the sockets down and wakes the others. The line of `one-owner` is here:
+//! [`Cancel::cross_the_line`] and [`Cancel::cancel`] exclude each other, so a job is either
+//! cancelled before it gives up ownership, or not at all. So do [`Cancel::end`] and
 //! [`Cancel::cancel`]: a job whose cancel was accepted ends as cancelled.
 
 use super::JobError;
@@ -67,7 +68,8 @@ impl Cancel {
         Ok(())
     }
 
-    /// Ends the job wherever it is, even past the line: its VMM is gone, and nothing that it does is of use to anyone.
+    /// Ends the job wherever it is, even past the line: its VMM is gone, and nothing that it does
+    /// is of use to anyone.
     pub fn force(&self) {
         self.stop(&self.state());
     }
@@ -105,7 +107,8 @@ impl Cancel {
     /// # Errors
     /// If it is cancelled already, or the descriptor cannot be duplicated.
     pub fn watch(&self, socket: BorrowedFd<'_>) -> Result<(), JobError> {
-        let duplicate = socket.try_clone_to_owned().map_err(JobError::from_io("duplicate a socket"))?;
+        let duplicate =
+            socket.try_clone_to_owned().map_err(JobError::from_io("duplicate a socket"))?;
         let mut state = self.state();
         self.check()?;
         state.sockets.push(duplicate);
@@ -135,11 +138,14 @@ impl Cancel {
         self.wait(&[], deadline).map(|_| ())
     }
 
-    /// Waits until one of `fds` is ready, and tells which; false for all if the deadline came first.
+    /// Waits until one of `fds` is ready, and tells which; false for all if the deadline came
+    /// first.
     ///
     /// # Errors
     /// If the job is cancelled meanwhile.
-    pub fn wait(&self, fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant) -> Result<Vec<bool>, JobError> {
+    pub fn wait(
+        &self, fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant,
+    ) -> Result<Vec<bool>, JobError> {
         loop {
             let mut polled = vec![PollFd::from_borrowed_fd(self.event.as_fd(), PollFlags::IN)];
             polled.extend(fds.iter().map(|(fd, events)| PollFd::from_borrowed_fd(*fd, *events)));

@@ -1,10 +1,10 @@
 //! The time by which the hand-over of a paused guest must be done.
 //!
 //! A guest that is paused for a migration waits for its VMM's hooks, for its destination, and for a
-//! peer that may take or send a byte now and then. Each of these waits has a limit of its own, and a
-//! peer that makes a little progress within each of them could hold the guest for ever. So the whole
-//! stop, from the pause to the destination's LOADED, has one deadline, and every wait ends with it. The
-//! migration fails then, and the guest runs on at the source.
+//! peer that may take or send a byte now and then. Each of these waits has a limit of its own, and
+//! a peer that makes a little progress within each of them could hold the guest for ever. So the
+//! whole stop, from the pause to the destination's LOADED, has one deadline, and every wait ends
+//! with it. The migration fails then, and the guest runs on at the source.
 //!
 //! See [`Stop::limit`] for what the limit is.
 
@@ -18,7 +18,8 @@ const SLACK: u32 = 10;
 /// Bytes per second that a link is expected to carry as long as nothing was measured.
 const UNMEASURED: u64 = 1 << 20;
 
-/// The deadline of a job's stop, if its guest is paused for a hand-over. Clones are the same deadline.
+/// The deadline of a job's stop, if its guest is paused for a hand-over. Clones are the same
+/// deadline.
 #[derive(Debug, Clone, Default)]
 pub struct Deadline(Arc<Mutex<Option<Instant>>>);
 
@@ -47,8 +48,8 @@ impl Deadline {
     }
 }
 
-/// The stop of a guest for its hand-over. On drop its deadline is lifted: what resumes the guest must
-/// not be cut short by it.
+/// The stop of a guest for its hand-over. On drop its deadline is lifted: what resumes the guest
+/// must not be cut short by it.
 #[derive(Debug)]
 pub struct Stop {
     deadline: Deadline,
@@ -64,8 +65,8 @@ impl Stop {
         Self { deadline: deadline.clone(), started, limit }
     }
 
-    /// How long a guest may be paused that has `bytes` to send over a link that carried `bandwidth` bytes
-    /// per second, 0 if that was not measured: `peer_timeout` and two `hook_timeout`, and
+    /// How long a guest may be paused that has `bytes` to send over a link that carried `bandwidth`
+    /// bytes per second, 0 if that was not measured: `peer_timeout` and two `hook_timeout`, and
     ///
     /// - measured: ten times what the bytes should take at that bandwidth, which counts as at least
     ///   [`MIN_BANDWIDTH`];
@@ -154,7 +155,11 @@ mod tests {
         stop.expect(&options(), 1 << 50, 1 << 20);
         assert_eq!(deadline.cap(far), far);
         drop(stop);
-        let none = OutgoingOptions { peer_timeout: Duration::ZERO, hook_timeout: Duration::ZERO, ..options() };
+        let none = OutgoingOptions {
+            peer_timeout: Duration::ZERO,
+            hook_timeout: Duration::ZERO,
+            ..options()
+        };
         let stop = Stop::begin(&deadline, &none);
         assert!(deadline.has_passed() && deadline.cap_timeout(Duration::from_secs(9)).is_zero());
         assert!(matches!(stop.explain(JobError::Cancelled), JobError::StopTooLong { .. }));
@@ -169,11 +174,17 @@ mod tests {
         let for_ever = OutgoingOptions { hook_timeout: Duration::from_secs(1 << 20), ..options() };
         let job = Job::new(1, JobKind::Outgoing, memory, hooks, for_ever, notifier().unwrap());
         let job = Arc::new(job.unwrap());
-        let none = OutgoingOptions { peer_timeout: Duration::ZERO, hook_timeout: Duration::ZERO, ..options() };
+        let none = OutgoingOptions {
+            peer_timeout: Duration::ZERO,
+            hook_timeout: Duration::ZERO,
+            ..options()
+        };
         let _stop = Stop::begin(&job.stop, &none);
         let (say, answer) = channel();
         std::thread::spawn(move || say.send(hook(&job)));
-        answer.recv_timeout(Duration::from_secs(60)).expect("the hook waits longer than the stop may take")
+        answer
+            .recv_timeout(Duration::from_secs(60))
+            .expect("the hook waits longer than the stop may take")
     }
 
     fn trackers(job: &Job) -> Trackers {
@@ -185,10 +196,14 @@ mod tests {
     fn no_hook_of_a_stop_is_waited_for_once_its_deadline_is_over() {
         let late = |error: Option<JobError>, name: &str| {
             let error = error.unwrap();
-            let (JobError::Hook(error) | JobError::Tracking(TrackingError::Hook(error))) = error else {
+            let (JobError::Hook(error) | JobError::Tracking(TrackingError::Hook(error))) = error
+            else {
                 panic!("{error}")
             };
-            assert!(matches!(error, HookError::Socket { hook, .. } if hook == name), "{name}: {error}");
+            assert!(
+                matches!(error, HookError::Socket { hook, .. } if hook == name),
+                "{name}: {error}"
+            );
         };
         late(asked(|job| PausedGuest::pause(job).err()), "pause");
         late(asked(|job| SavedState::of(job).err()), "save state");
@@ -201,10 +216,16 @@ mod tests {
         );
         late(
             asked(|job| {
-                let (dirty, range) = (DirtyPages::none(&job.memory).unwrap(), PageRange::new(0, 64));
+                let (dirty, range) =
+                    (DirtyPages::none(&job.memory).unwrap(), PageRange::new(0, 64));
                 dirty.block(0).set(range);
                 let trackers = trackers(job);
-                trackers.lazy_clear().unwrap().clear(0, dirty.block(0), range).err().map(JobError::from)
+                trackers
+                    .lazy_clear()
+                    .unwrap()
+                    .clear(0, dirty.block(0), range)
+                    .err()
+                    .map(JobError::from)
             }),
             "clear tracker",
         );

@@ -27,7 +27,9 @@ pub enum JobError {
     #[error(transparent)]
     Replaced(#[from] Replaced),
     /// The VMM's connection ended before the guest, or its image, was handed over.
-    #[error("the connection to the VMM ended: nothing is handed over that it may not want any more")]
+    #[error(
+        "the connection to the VMM ended: nothing is handed over that it may not want any more"
+    )]
     VmmGone,
     /// The commit was sent and never confirmed (`one-owner`).
     #[error(
@@ -106,7 +108,9 @@ pub enum JobError {
         id: u32,
     },
     /// Nothing can be written to the file.
-    #[error("block {id} is sealed against writing (F_SEAL_WRITE or F_SEAL_FUTURE_WRITE): no guest can come into it")]
+    #[error(
+        "block {id} is sealed against writing (F_SEAL_WRITE or F_SEAL_FUTURE_WRITE): no guest can come into it"
+    )]
     Sealed {
         /// The block.
         id: u32,
@@ -142,7 +146,9 @@ pub enum JobError {
         pages: u64,
     },
     /// The destination's memory is of other pages than it was.
-    #[error("recovery: host pages of block {id} are {size:#x} bytes at the destination, and were {expected:#x} before")]
+    #[error(
+        "recovery: host pages of block {id} are {size:#x} bytes at the destination, and were {expected:#x} before"
+    )]
     OtherHostPage {
         /// The block.
         id: u32,
@@ -174,7 +180,9 @@ pub enum JobError {
         expected: u64,
     },
     /// A host page came in pieces that do not belong together.
-    #[error("record for pages {first:#x} + {count:#x} of block {id} before host page {open:#x} was whole")]
+    #[error(
+        "record for pages {first:#x} + {count:#x} of block {id} before host page {open:#x} was whole"
+    )]
     Torn {
         /// The block.
         id: u32,
@@ -259,7 +267,9 @@ pub enum JobError {
         own: u64,
     },
     /// The destination does not know the compression that is wanted.
-    #[error("compression is {0}, which the destination does not take: migrate with one that it takes, or with none")]
+    #[error(
+        "compression is {0}, which the destination does not take: migrate with one that it takes, or with none"
+    )]
     Compression(&'static str),
     /// A record whose pages are compressed.
     #[error("data record for pages {first:#x} + {count:#x} of block {id}")]
@@ -278,7 +288,9 @@ pub enum JobError {
     #[error(transparent)]
     Image(#[from] ImageError),
     /// The protection of a background snapshot is gone, or cannot be had.
-    #[error("block {id}: memory cannot be protected, or is not any more: the VMM may have taken the registration back")]
+    #[error(
+        "block {id}: memory cannot be protected, or is not any more: the VMM may have taken the registration back"
+    )]
     Protection {
         /// The block.
         id: u32,
@@ -298,8 +310,11 @@ pub enum JobError {
         #[source]
         source: BackingError,
     },
-    /// The guest is in the VMM, by a commit or a restore, and the VMM did not resume it, or not in time.
-    #[error("the guest is here, and belongs to the VMM, which can resume it at any time; resuming it failed")]
+    /// The guest is in the VMM, by a commit or a restore, and the VMM did not resume it, or not in
+    /// time.
+    #[error(
+        "the guest is here, and belongs to the VMM, which can resume it at any time; resuming it failed"
+    )]
     NotResumed {
         /// What the VMM said.
         #[source]
@@ -378,8 +393,8 @@ impl JobError {
         move |source| Self::Io { what, source }
     }
 
-    /// A page of the block at index `at` could not be placed. If that is for want of memory, an operator
-    /// reads what to do.
+    /// A page of the block at index `at` could not be placed. If that is for want of memory, an
+    /// operator reads what to do.
     pub fn not_placed(memory: &GuestMemory, at: usize, error: ArrivingError) -> Self {
         if crate::faults::lacks_memory(&error) {
             Self::NoMemory { advice: pool::advice(&memory.blocks()[at]), source: error }

@@ -25,7 +25,9 @@ use crate::memory::owed::Owed;
 use crate::transport::Limiter;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::Trackers;
-use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase, RunState};
+use pageferry_protocol::control::job::{
+    Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase, RunState,
+};
 use pageferry_protocol::control::request::ErrorCode;
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
@@ -83,8 +85,8 @@ struct State {
 impl Job {
     /// A job that starts now.
     pub fn new(
-        id: u64, kind: JobKind, memory: Arc<GuestMemory>, hooks: Arc<Hooks>, options: OutgoingOptions,
-        notify: Arc<OwnedFd>,
+        id: u64, kind: JobKind, memory: Arc<GuestMemory>, hooks: Arc<Hooks>,
+        options: OutgoingOptions, notify: Arc<OwnedFd>,
     ) -> std::io::Result<Self> {
         let status = JobStatus { job: id, kind, phase: Phase::Connecting, ..JobStatus::default() };
         Ok(Self {
@@ -186,7 +188,8 @@ impl Job {
     pub fn taken_back(&self) {
         let mut state = self.state();
         state.status.phase = Phase::Failed;
-        state.status.error = format!("the guest was resumed here by force; before that: {}", state.status.error);
+        state.status.error =
+            format!("the guest was resumed here by force; before that: {}", state.status.error);
     }
 
     /// Enters a phase, and tells the VMM and all who watch.
@@ -212,8 +215,8 @@ impl Job {
         let _ = rustix::io::write(&self.notify, &1u64.to_ne_bytes());
     }
 
-    /// Says in the status what an operator should know or do while the job goes on; empty for nothing.
-    /// Whoever watches is told if it is news.
+    /// Says in the status what an operator should know or do while the job goes on; empty for
+    /// nothing. Whoever watches is told if it is news.
     pub fn note(&self, what: &str) {
         let mut state = self.state();
         // Why a postcopy is paused is not to be lost.
@@ -237,7 +240,8 @@ impl Job {
         self.state().owed = Some(owed.clone());
     }
 
-    /// A connection of a postcopy was lost, or could not be made again: it waits until somebody has it recovered.
+    /// A connection of a postcopy was lost, or could not be made again: it waits until somebody has
+    /// it recovered.
     pub fn pause(&self, why: &JobError) {
         let why = crate::error::chain(why);
         log::error!("job {} is paused in postcopy, to be recovered: {why}", self.id);
@@ -259,7 +263,8 @@ impl Job {
         self.enter(Phase::Postcopy);
     }
 
-    /// Asks for the switch to postcopy after the pass that runs. False if the job is not of mode hybrid, or past its passes.
+    /// Asks for the switch to postcopy after the pass that runs. False if the job is not of mode
+    /// hybrid, or past its passes.
     pub fn ask_postcopy(&self) -> bool {
         let mut state = self.state();
         let possible = state.options.mode == Mode::Hybrid && state.status.phase <= Phase::Passes;
@@ -277,7 +282,8 @@ impl Job {
         self.state().taken_up = true;
     }
 
-    /// Refuses to have the guest run from its memory here, when that is not whole any more, or may not be.
+    /// Refuses to have the guest run from its memory here, when that is not whole any more, or may
+    /// not be.
     ///
     /// # Errors
     /// If pages were released, or an agent that began the job may have done so.
@@ -320,7 +326,8 @@ impl Job {
         state.status.counters.total_us = micros(self.started.elapsed());
         state.status.error = error;
         // A guest that was handed over, or perhaps was, is not this side's to change any more.
-        let here = self.kind == JobKind::Incoming || matches!(phase, Phase::Failed | Phase::Cancelled);
+        let here =
+            self.kind == JobKind::Incoming || matches!(phase, Phase::Failed | Phase::Cancelled);
         state.frozen = state.frozen && !here;
         drop(state);
         self.enter(phase);
@@ -331,7 +338,8 @@ impl Job {
         self.state().options.clone()
     }
 
-    /// How long the VMM may take to answer a hook: less than the options say near the end of a stop.
+    /// How long the VMM may take to answer a hook: less than the options say near the end of a
+    /// stop.
     pub fn hook_timeout(&self) -> Duration {
         self.stop.cap_timeout(self.state().options.hook_timeout)
     }
@@ -339,20 +347,25 @@ impl Job {
     /// Changes what may be changed while it runs.
     pub fn set_parameters(&self, new: &OutgoingOptions) {
         let mut state = self.state();
-        let OutgoingOptions { streams, compression, mode, urgent_streams, release, resume, .. } = state.options;
+        let OutgoingOptions { streams, compression, mode, urgent_streams, release, resume, .. } =
+            state.options;
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = state.options;
-        let kept = OutgoingOptions { streams, compression, mode, urgent_streams, release, ..new.clone() };
+        let kept =
+            OutgoingOptions { streams, compression, mode, urgent_streams, release, ..new.clone() };
         state.options = OutgoingOptions { resume, peer_timeout, hook_timeout, ..kept };
         self.limiter.set_rate(new.bandwidth);
     }
 
-    /// Changes the limit of the bandwidth, which is all that may be changed of a job that is no migration.
+    /// Changes the limit of the bandwidth, which is all that may be changed of a job that is no
+    /// migration.
     pub fn set_bandwidth(&self, bandwidth: u64) {
         self.state().options.bandwidth = bandwidth;
         self.limiter.set_rate(bandwidth);
     }
 
-    /// Runs a populate, whose caller holds [`GuestMemory::populating`], unless the last sync is near, and what it marks would not be seen any more; or the memory is being restored, and is not the VMM's to change.
+    /// Runs a populate, whose caller holds [`GuestMemory::populating`], unless the last sync is
+    /// near, and what it marks would not be seen any more; or the memory is being restored, and is
+    /// not the VMM's to change.
     ///
     /// # Errors
     /// Which of the two.
@@ -389,8 +402,8 @@ impl Job {
     }
 }
 
-/// True if the kernel refused something since the process is gone, or has ended, whose memory it was
-/// asked for: that of the VMM.
+/// True if the kernel refused something since the process is gone, or has ended, whose memory it
+/// was asked for: that of the VMM.
 fn is_of_ended_vmm(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut causes = std::iter::successors(Some(error), |error| error.source());
     causes.any(|cause| {
@@ -404,13 +417,19 @@ fn is_of_ended_vmm(error: &(dyn std::error::Error + 'static)) -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Frozen {
     /// A migration, with this number.
-    #[error("job {0} is past its last sync, or waits for a guest: populate again when the guest runs here")]
+    #[error(
+        "job {0} is past its last sync, or waits for a guest: populate again when the guest runs here"
+    )]
     PastLastSync(u64),
     /// The guest left by a migration, with this number, which is in the phase of this name.
-    #[error("the guest is gone: job {0} ({1}) has handed it over, and its memory here is not in use any more")]
+    #[error(
+        "the guest is gone: job {0} ({1}) has handed it over, and its memory here is not in use any more"
+    )]
     Gone(u64, &'static str),
     /// A restore, with this number.
-    #[error("job {0} restores the memory: populate again once the guest runs, or the restore has failed")]
+    #[error(
+        "job {0} restores the memory: populate again once the guest runs, or the restore has failed"
+    )]
     Restoring(u64),
 }
 
@@ -495,7 +514,8 @@ mod tests {
                     start.wait();
                     let accepted = job.cancel.cancel();
                     start.wait();
-                    let (expected, phase) = (accepted.map_or(Phase::Failed, |()| Phase::Cancelled), job.status().phase);
+                    let (expected, phase) =
+                        (accepted.map_or(Phase::Failed, |()| Phase::Cancelled), job.status().phase);
                     if phase != expected {
                         otherwise.push((accepted, phase));
                     }

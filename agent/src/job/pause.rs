@@ -1,5 +1,5 @@
-//! The guest is paused, for as long as somebody holds it. A guest that its operator had paused before stays
-//! so afterwards: its VMM knows that, whatever this process knows.
+//! The guest is paused, for as long as somebody holds it. A guest that its operator had paused
+//! before stays so afterwards: its VMM knows that, whatever this process knows.
 
 use super::{Job, JobError, micros};
 use crate::hooks::HookError;
@@ -25,13 +25,15 @@ pub struct SavedState {
 impl SavedState {
     /// Has the VMM save its state. That may dirty memory, so the last sync comes after.
     pub fn of(job: &Job) -> Result<Self, JobError> {
-        let (hook::SavedState { guest, pieces }, file) = job.hooks.save_state(job.hook_timeout())?;
+        let (hook::SavedState { guest, pieces }, file) =
+            job.hooks.save_state(job.hook_timeout())?;
         job.guest_is(guest);
         Ok(Self { guest, pieces, file })
     }
 }
 
-/// A guest that was asked to pause. It is resumed on drop, unless it was handed over: whatever fails on the way, the guest goes on as before.
+/// A guest that was asked to pause. It is resumed on drop, unless it was handed over: whatever
+/// fails on the way, the guest goes on as before.
 pub struct PausedGuest {
     pub(crate) job: Arc<Job>,
     pub(crate) asked: Instant,
@@ -96,12 +98,17 @@ impl Drop for PausedGuest {
             return;
         }
         match self.job.hooks.undo(&GO_BACK, self.job.options().hook_timeout) {
-            Ok(()) => log::info!("job {}: the guest is {} as before", self.job.id, self.before.name()),
-            // The request is in the socket: a VMM that is late resumes the guest when it comes to it, one that lost us does so by itself.
+            Ok(()) => {
+                log::info!("job {}: the guest is {} as before", self.job.id, self.before.name())
+            }
+            // The request is in the socket: a VMM that is late resumes the guest when it comes to
+            // it, one that lost us does so by itself.
             Err(HookError::Socket { source, .. }) => {
                 log::warn!("the VMM was asked to resume the guest, and is late: {source}")
             }
-            Err(error) => log::error!("the VMM did not resume the guest: {}", crate::error::chain(&error)),
+            Err(error) => {
+                log::error!("the VMM did not resume the guest: {}", crate::error::chain(&error))
+            }
         }
     }
 }

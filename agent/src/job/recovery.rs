@@ -1,7 +1,8 @@
 //! How a paused postcopy hears that it is to go on.
 //!
-//! The session asks, on its own thread; the job waits in `poll` beside [`Recovery::fd`]. What is asked while the job is not paused is refused, so nothing is
-//! left behind that would surprise a later pause.
+//! The session asks, on its own thread; the job waits in `poll` beside [`Recovery::fd`]. What is
+//! asked while the job is not paused is refused, so nothing is left behind that would surprise a
+//! later pause.
 
 use crate::transport::{Address, Listener};
 use rustix::event::EventfdFlags;
@@ -48,7 +49,8 @@ impl Recovery {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks. False if the job is not paused, or was asked already; [`Request::Abandon`] holds for the next pause, too.
+    /// Asks. False if the job is not paused, or was asked already; [`Request::Abandon`] holds for
+    /// the next pause, too.
     pub fn ask(&self, request: Request) -> bool {
         self.ask_after(request, || ())
     }
@@ -69,7 +71,8 @@ impl Recovery {
         true
     }
 
-    /// The job is paused from now on, and asks [`Recovery::take`] when [`Recovery::fd`] is readable.
+    /// The job is paused from now on, and asks [`Recovery::take`] when [`Recovery::fd`] is
+    /// readable.
     pub fn pause(&self) {
         self.state().paused = true;
     }

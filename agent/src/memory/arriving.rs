@@ -2,23 +2,33 @@
 //!
 //! # Who does what to a host page
 //!
-//! The mapping of the VMM is registered for missing pages, so a touch of one becomes a fault that waits. A host page is in one of two states: *owed*,
-//! its content is still to come; or not, and then, once whoever took it has placed it, it is what the file says: content, or a hole that reads as zero. Four act on
-//! it at once, without a lock:
+//! The mapping of the VMM is registered for missing pages, so a touch of one becomes a fault that
+//! waits. A host page is in one of two states: *owed*, its content is still to come; or not, and
+//! then, once whoever took it has placed it, it is what the file says: content, or a hole that
+//! reads as zero. Four act on it at once, without a lock:
 //!
-//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is asked, once. Else it waits for arrivals that took it before (the fence),
-//!   looks again, since one may have failed, and answers here: zero, unless there is a page by now. Without the wait zero would come before the content that was taken and not placed yet;
-//! - an **arrival** publishes it, takes it (see [`Owed`]), then places what came, atomically for whoever waits. Zero is placed only if it is requested, so that nothing is
-//!   allocated that the guest does not touch (`never-populate`);
-//! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the fence), takes it once more, waits for faults that were read before,
-//!   frees it, and then answers those who requested it: zero. What the source still sends of it is thrown away. So a discarded page never gets its stale bytes back
-//!   (`never-read`), and no fault of before, whose touch an arrival may have served meanwhile, fills the hole again;
-//! - a **free** does the same but for the mark: the page is a hole then, and from the next touch on it is ordinary memory;
-//! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there finds it again.
+//! - a **fault** marks it as *requested*, then looks whether it is owed. If it is, the source is
+//!   asked, once. Else it waits for arrivals that took it before (the fence), looks again, since
+//!   one may have failed, and answers here: zero, unless there is a page by now. Without the wait
+//!   zero would come before the content that was taken and not placed yet;
+//! - an **arrival** publishes it, takes it (see [`Owed`]), then places what came, atomically for
+//!   whoever waits. Zero is placed only if it is requested, so that nothing is allocated that the
+//!   guest does not touch (`never-populate`);
+//! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the
+//!   fence), takes it once more, waits for faults that were read before, frees it, and then answers
+//!   those who requested it: zero. What the source still sends of it is thrown away. So a discarded
+//!   page never gets its stale bytes back (`never-read`), and no fault of before, whose touch an
+//!   arrival may have served meanwhile, fills the hole again;
+//! - a **free** does the same but for the mark: the page is a hole then, and from the next touch on
+//!   it is ordinary memory;
+//! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there
+//!   finds it again.
 //!
-//! *Requested* is set before *owed* is looked at, and *owed* is taken before *requested* is looked at, with a sequentially consistent fence between
-//! the two on both sides: so of a fault and an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer, it is with
-//! zero, the kernel refuses the second page, and all are woken. The steps are in [`super::claims`], and a model checker goes through all orders of them.
+//! *Requested* is set before *owed* is looked at, and *owed* is taken before *requested* is looked
+//! at, with a sequentially consistent fence between the two on both sides: so of a fault and an
+//! arrival, or a discard, at least one sees the other, and nobody waits for ever. If both answer,
+//! it is with zero, the kernel refuses the second page, and all are woken. The steps are in
+//! [`super::claims`], and a model checker goes through all orders of them.
 
 use super::GuestMemory;
 use super::claims::{Found, request, waited_for};
@@ -49,7 +59,8 @@ pub enum ArrivingError {
         id: u32,
         /// Index of the host page in the block.
         host_page: u64,
-        /// What the kernel said: ENOMEM or ENOSPC if there is no memory, ENOENT if the VMM has nothing mapped there, ESRCH if it is gone.
+        /// What the kernel said: ENOMEM or ENOSPC if there is no memory, ENOENT if the VMM has
+        /// nothing mapped there, ESRCH if it is gone.
         #[source]
         source: Errno,
     },
@@ -84,9 +95,11 @@ pub struct Arriving {
     owed: Arc<Owed>,
     /// Host pages that the guest waits for.
     requested: Vec<MappedBitmap>,
-    /// Host pages that were discarded while they were owed, and of which the source was not told yet.
+    /// Host pages that were discarded while they were owed, and of which the source was not told
+    /// yet.
     dropped: Vec<MappedBitmap>,
-    /// Host pages that were placed, and of which the source was not told yet; none if it does not want to know.
+    /// Host pages that were placed, and of which the source was not told yet; none if it does not
+    /// want to know.
     placed: Option<Vec<MappedBitmap>>,
     uffd: Userfaultfd,
     mappings: Mappings,
@@ -113,7 +126,8 @@ impl Drop for Answering<'_> {
 /// How far the VMM is with its state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Load {
-    /// Its devices may be touching what is missing. The source has not been told that it may give the guest up, so the guest cannot come to run.
+    /// Its devices may be touching what is missing. The source has not been told that it may give
+    /// the guest up, so the guest cannot come to run.
     UnderWay,
     /// What is missing never comes, and was made zero: what was loaded is worth nothing.
     LetGo,
@@ -122,19 +136,26 @@ enum Load {
 }
 
 impl Arriving {
-    /// `owed` of `memory` is to come; `uffd` was registered for the mappings of all its blocks. With `acknowledge` the source is told what was placed.
+    /// `owed` of `memory` is to come; `uffd` was registered for the mappings of all its blocks.
+    /// With `acknowledge` the source is told what was placed.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps, or no descriptor.
     pub fn new(
-        memory: &GuestMemory, owed: Arc<Owed>, uffd: OwnedFd, acknowledge: bool, live: Arc<LiveCounters>,
+        memory: &GuestMemory, owed: Arc<Owed>, uffd: OwnedFd, acknowledge: bool,
+        live: Arc<LiveCounters>,
     ) -> Result<Self, ArrivingError> {
         let bitmaps = || -> Result<Vec<_>, MappingError> {
             let bitmap = |at: usize| MappedBitmap::private(owed.block(at).bits().pages());
             (0..memory.blocks().len()).map(bitmap).collect()
         };
         let mappings = Mappings::of(memory);
-        let huge = mappings.all().iter().map(|mapping| mapping.unit).filter(|unit| *unit > PAGE_SIZE).max();
+        let huge = mappings
+            .all()
+            .iter()
+            .map(|mapping| mapping.unit)
+            .filter(|unit| *unit > PAGE_SIZE)
+            .max();
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self {
             requested: bitmaps()?,
@@ -181,7 +202,8 @@ impl Arriving {
         self.mappings.addresses(at, host_pages)
     }
 
-    /// To be held from before faults are read until they are answered, as far as that is done here, and no longer: discards wait for it.
+    /// To be held from before faults are read until they are answered, as far as that is done here,
+    /// and no longer: discards wait for it.
     pub fn answering(&self) -> Answering<'_> {
         self.answering.fetch_add(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
@@ -211,7 +233,8 @@ impl Arriving {
             let pages = owed.pages(PageRange::new(host_page, 1));
             readers.wait(|index, word| index == at && self.published(at, word).overlaps(&pages));
         };
-        let Found { fresh, owed: is_owed } = request(&self.requested[at], owed.bits(), host_page, note, in_flight);
+        let Found { fresh, owed: is_owed } =
+            request(&self.requested[at], owed.bits(), host_page, note, in_flight);
         if is_owed {
             if !fresh {
                 return Ok(Answer::Wait);
@@ -236,7 +259,8 @@ impl Arriving {
         self.live.latency.answered(key(at, host_page));
     }
 
-    /// Content came of the pages `range`, each of which is a host page. `worker` is the caller's own number.
+    /// Content came of the pages `range`, each of which is a host page. `worker` is the caller's
+    /// own number.
     ///
     /// # Errors
     /// If the kernel refuses: what was not placed is owed still.
@@ -309,8 +333,11 @@ impl Arriving {
         Ok(used)
     }
 
-    /// Makes owed again what was taken of word `word` and not placed: the host page that failed, and those after it. To be called within the fence.
-    fn give_back(&self, at: usize, word: u64, taken: u64, (host_page, source): Failed) -> ArrivingError {
+    /// Makes owed again what was taken of word `word` and not placed: the host page that failed,
+    /// and those after it. To be called within the fence.
+    fn give_back(
+        &self, at: usize, word: u64, taken: u64, (host_page, source): Failed,
+    ) -> ArrivingError {
         self.owed.add(at, word, taken & !word_mask(0, host_page - word * WORD_BITS));
         ArrivingError::Place { id: self.mappings.all()[at].id, host_page, source }
     }
@@ -321,15 +348,22 @@ impl Arriving {
         let mut rest = run;
         while !rest.is_empty() {
             let range = self.addresses(at, rest);
-            let Err(NotPlaced { done, errno }) = self.uffd.copy(range.start, content) else { return Ok(()) };
+            let Err(NotPlaced { done, errno }) = self.uffd.copy(range.start, content) else {
+                return Ok(());
+            };
             let placed = done / unit;
             rest = PageRange::new(rest.first + placed, rest.count - placed);
             if errno != Errno::EXIST {
                 return Err((rest.first, errno));
             }
             self.is_there(at, rest.first)?;
-            // The VMM wrote there behind our back, by the file or another mapping: what it wrote is newer than what came.
-            log::warn!("block {}: host page {:#x} was there before it came", self.mappings.all()[at].id, rest.first);
+            // The VMM wrote there behind our back, by the file or another mapping: what it wrote is
+            // newer than what came.
+            log::warn!(
+                "block {}: host page {:#x} was there before it came",
+                self.mappings.all()[at].id,
+                rest.first
+            );
             self.wake(at, rest.first);
             rest = PageRange::new(rest.first + 1, rest.count - 1);
             content = &content[(done + unit) as usize..];
@@ -357,8 +391,9 @@ impl Arriving {
         }
     }
 
-    /// Fails if the kernel said that a host page is there already, and it is not: of hugetlbfs it says so when it has no page left. What came would be
-    /// thrown away, and zero put in its place as soon as there is one.
+    /// Fails if the kernel said that a host page is there already, and it is not: of hugetlbfs it
+    /// says so when it has no page left. What came would be thrown away, and zero put in its place
+    /// as soon as there is one.
     fn is_there(&self, at: usize, host_page: u64) -> Result<(), Failed> {
         if self.mappings.all()[at].unit == PAGE_SIZE {
             return Ok(());
@@ -385,7 +420,8 @@ impl Arriving {
         move |(host_page, source)| ArrivingError::Place { id, host_page, source }
     }
 
-    /// Host pages that were taken are answered: counts, and remembers what the source is to be told.
+    /// Host pages that were taken are answered: counts, and remembers what the source is to be
+    /// told.
     fn answered(&self, at: usize, word: u64, bits: u64) {
         if bits == 0 {
             return;
@@ -413,7 +449,10 @@ impl Arriving {
         let mut any = false;
         self.owed.take_range(at, host_pages, |word, bits| {
             self.dropped[at].or_word(word, bits);
-            add(&self.live.dropped_pages, u64::from(bits.count_ones()) * self.owed.block(at).unit());
+            add(
+                &self.live.dropped_pages,
+                u64::from(bits.count_ones()) * self.owed.block(at).unit(),
+            );
             any = true;
         });
         if any {
@@ -421,7 +460,8 @@ impl Arriving {
         }
     }
 
-    /// What was discarded before discards knew of this need not come any more. To be called once they do ([`GuestMemory::set_arriving`]).
+    /// What was discarded before discards knew of this need not come any more. To be called once
+    /// they do ([`GuestMemory::set_arriving`]).
     pub fn drop_discarded(&self, memory: &GuestMemory) {
         for (at, block) in memory.blocks().iter().enumerate() {
             self.drop_whole(at, &block.discarded);
@@ -455,7 +495,8 @@ impl Arriving {
                 for host_page in run.first..run.end() {
                     match self.place_zero(at, host_page) {
                         Ok(()) => self.fault_answered(at, host_page),
-                        // A discard cannot fail. Who waits touches it again when it is woken, and the fault has it from there.
+                        // A discard cannot fail. Who waits touches it again when it is woken, and
+                        // the fault has it from there.
                         Err(failed) => {
                             log::warn!("{}", crate::error::chain(&self.failed(at)(failed)));
                             self.wake(at, host_page);
@@ -466,7 +507,8 @@ impl Arriving {
         });
     }
 
-    /// The pages that a worker may be placing when it has published word `word` of the block at index `at`: that word, or the host page that it is in.
+    /// The pages that a worker may be placing when it has published word `word` of the block at
+    /// index `at`: that word, or the host page that it is in.
     pub(super) fn published(&self, at: usize, word: u64) -> PageRange {
         self.owed.block(at).published(word)
     }
@@ -476,7 +518,8 @@ impl Arriving {
         self.take_runs(at, &self.dropped[at])
     }
 
-    /// Runs of pages that were placed since the last time; none if the source does not want to know.
+    /// Runs of pages that were placed since the last time; none if the source does not want to
+    /// know.
     pub fn take_placed(&self, at: usize) -> Vec<PageRange> {
         self.placed.as_ref().map_or_else(Vec::new, |placed| self.take_runs(at, &placed[at]))
     }
@@ -495,7 +538,8 @@ impl Arriving {
         runs
     }
 
-    /// The host pages that are owed and that the guest waits for: what the source is asked for when a lost connection is back.
+    /// The host pages that are owed and that the guest waits for: what the source is asked for when
+    /// a lost connection is back.
     pub fn waited_for(&self, at: usize) -> impl Iterator<Item = u64> + '_ {
         let requested = &self.requested[at];
         requested.nonzero_words(requested.all()).flat_map(move |(word, bits)| {
@@ -508,7 +552,8 @@ impl Arriving {
         self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The VMM has loaded its state. False if what it found was let go meanwhile: the guest must not run then.
+    /// The VMM has loaded its state. False if what it found was let go meanwhile: the guest must
+    /// not run then.
     #[must_use]
     pub fn loaded(&self) -> bool {
         let mut load = self.load();
@@ -536,7 +581,12 @@ impl Arriving {
         for (at, mapping) in self.mappings.all().iter().enumerate() {
             let all = self.addresses(at, PageRange::new(0, mapping.length / mapping.unit));
             if let Err(errno) = self.uffd.unregister(all) {
-                log::warn!("block {}: cannot unregister {:#x} + {:#x}: {errno}", mapping.id, all.start, all.length);
+                log::warn!(
+                    "block {}: cannot unregister {:#x} + {:#x}: {errno}",
+                    mapping.id,
+                    all.start,
+                    all.length
+                );
             }
         }
     }

@@ -1,7 +1,8 @@
 //! The file under a block.
 //!
-//! Nothing here maps guest memory. Reading is `pread`: a hole reads as zero without being allocated (`never-populate`), a file that
-//! was truncated is a short read and not SIGBUS (`vmm-survives`), and no page fault is taken.
+//! Nothing here maps guest memory. Reading is `pread`: a hole reads as zero without being allocated
+//! (`never-populate`), a file that was truncated is a short read and not SIGBUS (`vmm-survives`),
+//! and no page fault is taken.
 
 use super::extents::DataRuns;
 use pageferry_protocol::memory::file::{MemoryFile, MemoryFileError};
@@ -74,7 +75,8 @@ impl Backing {
         Ok(Self { fd, offset, length, file })
     }
 
-    /// The same, taken for hugetlbfs with host pages of `size` bytes, of which a machine may have none.
+    /// The same, taken for hugetlbfs with host pages of `size` bytes, of which a machine may have
+    /// none.
     #[cfg(test)]
     pub(crate) fn with_huge_pages(self, size: u64) -> Self {
         let file = MemoryFile { kind: BackingKind::Hugetlb, host_page_size: size, ..self.file };
@@ -91,11 +93,14 @@ impl Backing {
         self.file.host_page_size
     }
 
-    /// Bytes that a write into a hole allocates now: more than a page where tmpfs hands out huge pages, which it
-    /// tells as `st_blksize`. That can change with a mount, and with the kernel's setting for memfds.
+    /// Bytes that a write into a hole allocates now: more than a page where tmpfs hands out huge
+    /// pages, which it tells as `st_blksize`. That can change with a mount, and with the kernel's
+    /// setting for memfds.
     pub fn write_unit(&self) -> u64 {
         match self.file.kind {
-            BackingKind::Shmem => rustix::fs::fstat(&self.fd).map_or(PAGE_SIZE, |stat| stat.st_blksize as u64),
+            BackingKind::Shmem => {
+                rustix::fs::fstat(&self.fd).map_or(PAGE_SIZE, |stat| stat.st_blksize as u64)
+            }
             BackingKind::Hugetlb | BackingKind::File => self.file.host_page_size,
         }
     }
@@ -105,19 +110,20 @@ impl Backing {
         self.file.sealed
     }
 
-    /// True unless the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`): then no guest can
-    /// come into it, since nothing can be written to it or freed in it.
+    /// True unless the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`): then
+    /// no guest can come into it, since nothing can be written to it or freed in it.
     pub fn is_writable(&self) -> bool {
         self.file.writable
     }
 
-    /// The number of pages of the block that are allocated: known only of a memfd or a file on tmpfs, and only if the block is
-    /// all of it.
+    /// The number of pages of the block that are allocated: known only of a memfd or a file on
+    /// tmpfs, and only if the block is all of it.
     pub fn exactly_allocated_pages(&self) -> Option<u64> {
         let stat = rustix::fs::fstat(&self.fd).ok()?;
         let is_all = self.offset == 0 && u64::try_from(stat.st_size) == Ok(self.length);
         // The kernel counts in units of 512 bytes on every file system.
-        (self.kind() == BackingKind::Shmem && is_all).then_some(stat.st_blocks as u64 * 512 / PAGE_SIZE)
+        (self.kind() == BackingKind::Shmem && is_all)
+            .then_some(stat.st_blocks as u64 * 512 / PAGE_SIZE)
     }
 
     /// True if [`Backing::first_data`] tells holes from data page by page.
@@ -172,21 +178,25 @@ impl Backing {
         Ok(())
     }
 
-    /// Writing past the end would make a truncated file grow again, with a guest that has lost its mapping. A
-    /// sealed file needs no look.
+    /// Writing past the end would make a truncated file grow again, with a guest that has lost its
+    /// mapping. A sealed file needs no look.
     fn check_size(&self, end: u64) -> Result<(), BackingError> {
         if self.file.sealed {
             return Ok(());
         }
-        let stat =
-            rustix::fs::fstat(&self.fd).map_err(|source| BackingError::Kernel { what: "fstat", at: end, source })?;
+        let stat = rustix::fs::fstat(&self.fd).map_err(|source| BackingError::Kernel {
+            what: "fstat",
+            at: end,
+            source,
+        })?;
         if (stat.st_size as u64) < self.offset + end {
             return Err(BackingError::Truncated { end });
         }
         Ok(())
     }
 
-    /// Frees the host pages that lie wholly in `range`; returns what was freed, which may be less than asked on large host pages.
+    /// Frees the host pages that lie wholly in `range`; returns what was freed, which may be less
+    /// than asked on large host pages.
     ///
     /// # Errors
     /// If the kernel or the file system refuses.
@@ -199,16 +209,28 @@ impl Backing {
         }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         loop {
-            match rustix::fs::fallocate(&self.fd, flags, self.offset + inner.offset(), inner.bytes()) {
+            match rustix::fs::fallocate(
+                &self.fd,
+                flags,
+                self.offset + inner.offset(),
+                inner.bytes(),
+            ) {
                 Ok(()) => return Ok(inner),
                 Err(Errno::INTR) => {}
-                Err(source) => return Err(BackingError::Kernel { what: "punch a hole", at: inner.offset(), source }),
+                Err(source) => {
+                    return Err(BackingError::Kernel {
+                        what: "punch a hole",
+                        at: inner.offset(),
+                        source,
+                    });
+                }
             }
         }
     }
 
-    /// Makes a hole of all of it. Also where it seems to be one: what was reserved (`fallocate`) and never written is told as a hole, and is there, so that a touch of it
-    /// would not be missed.
+    /// Makes a hole of all of it. Also where it seems to be one: what was reserved (`fallocate`)
+    /// and never written is told as a hole, and is there, so that a touch of it would not be
+    /// missed.
     ///
     /// # Errors
     /// If the kernel or the file system refuses.
@@ -216,7 +238,8 @@ impl Backing {
         self.punch(PageRange::new(0, self.length / PAGE_SIZE)).map(|_| ())
     }
 
-    /// The first page in `range` that may be allocated; `None` if all of it is a hole. Where the file does not tell its holes this is the first of `range`.
+    /// The first page in `range` that may be allocated; `None` if all of it is a hole. Where the
+    /// file does not tell its holes this is the first of `range`.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -232,14 +255,16 @@ impl Backing {
             Ok(data) if data < start + range.bytes() => Ok(Some((data - self.offset) / PAGE_SIZE)),
             Ok(_) => Ok(None),
             // No data from here to the end of the file; which must not have come nearer.
-            Err(Errno::NXIO) => self.check_size(range.end().min(self.length / PAGE_SIZE) * PAGE_SIZE).map(|()| None),
+            Err(Errno::NXIO) => {
+                self.check_size(range.end().min(self.length / PAGE_SIZE) * PAGE_SIZE).map(|()| None)
+            }
             Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(range.first)),
             Err(source) => Err(BackingError::Kernel { what: "seek", at: range.offset(), source }),
         }
     }
 
-    /// The first page of `range` that is a hole, or its end. The kernel looks at every page before it, also at those after `range`: only for
-    /// where a hole is near.
+    /// The first page of `range` that is a hole, or its end. The kernel looks at every page before
+    /// it, also at those after `range`: only for where a hole is near.
     pub(super) fn first_hole(&self, range: PageRange) -> Result<u64, BackingError> {
         match rustix::fs::seek(&self.fd, SeekFrom::Hole(self.offset + range.offset())) {
             Ok(hole) => Ok(((hole - self.offset) / PAGE_SIZE).clamp(range.first, range.end())),
@@ -248,9 +273,11 @@ impl Backing {
         }
     }
 
-    /// About how many pages are allocated: those of the whole file, of which the block may be a part.
+    /// About how many pages are allocated: those of the whole file, of which the block may be a
+    /// part.
     pub fn allocated_pages(&self) -> u64 {
-        let blocks = rustix::fs::fstat(&self.fd).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0));
+        let blocks = rustix::fs::fstat(&self.fd)
+            .map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0));
         (blocks * 512).min(self.length) / PAGE_SIZE
     }
 
@@ -293,7 +320,11 @@ mod tests {
         ftruncate(&copy, 4 * PAGE_SIZE).unwrap();
         assert!(matches!(backing.read(0, &mut buffer), Err(BackingError::Truncated { .. })));
         assert!(matches!(backing.write(6 * PAGE_SIZE, &[1]), Err(BackingError::Truncated { .. })));
-        assert_eq!(rustix::fs::fstat(&copy).unwrap().st_size as u64, 4 * PAGE_SIZE, "writing must not make it grow");
+        assert_eq!(
+            rustix::fs::fstat(&copy).unwrap().st_size as u64,
+            4 * PAGE_SIZE,
+            "writing must not make it grow"
+        );
     }
 
     #[test]
@@ -306,7 +337,8 @@ mod tests {
         for page in [15, 18, 19, 25, 48] {
             rustix::io::pwrite(&copy, &[1], page * PAGE_SIZE).unwrap();
         }
-        let runs: Vec<PageRange> = backing.data_runs(PageRange::new(0, 32)).collect::<Result<_, _>>().unwrap();
+        let runs: Vec<PageRange> =
+            backing.data_runs(PageRange::new(0, 32)).collect::<Result<_, _>>().unwrap();
         assert_eq!(runs, [PageRange::new(2, 2), PageRange::new(9, 1)]);
         assert_eq!(backing.punch(PageRange::new(3, 10)).unwrap(), PageRange::new(3, 10));
         assert_eq!(backing.first_data(PageRange::new(3, 29)).unwrap(), None);

@@ -27,10 +27,12 @@ pub struct Block {
     pub vmm_address: u64,
     /// One bit per discarded page. Shared with the VMM, which keeps it if this process dies.
     pub discarded: MappedBitmap,
-    /// Discarded pages whose backing does not tell a stray write from what was there before: those that were discarded without being
-    /// punched, since the last sync. See [`crate::outgoing::fixup`].
+    /// Discarded pages whose backing does not tell a stray write from what was there before: those
+    /// that were discarded without being punched, since the last sync. See
+    /// [`crate::outgoing::fixup`].
     pub unsettled: MappedBitmap,
-    /// Discarded pages that the guest wrote into after the discard, as a sync found: they migrate all the same.
+    /// Discarded pages that the guest wrote into after the discard, as a sync found: they migrate
+    /// all the same.
     pub stray: MappedBitmap,
     /// Pages that were freed, and that nobody has found written since. See [`super::freed`].
     pub(super) freed: MappedBitmap,
@@ -53,7 +55,8 @@ impl Block {
     /// # Errors
     /// If there is no memory for its bitmaps.
     pub fn new(
-        geometry: BlockGeometry, backing: Backing, vmm_address: u64, discarded: Option<MappedBitmap>,
+        geometry: BlockGeometry, backing: Backing, vmm_address: u64,
+        discarded: Option<MappedBitmap>,
     ) -> Result<Self, BlockError> {
         let pages = geometry.pages();
         let guard = discarded.as_ref().map(|bitmap| GuardedRange::of(bitmap.storage()));
@@ -72,8 +75,9 @@ impl Block {
         PageRange::new(0, self.geometry.pages())
     }
 
-    /// What discards and populates are rounded to, in bytes: no less than a host page. A part of one cannot be freed, and a tracker that tells
-    /// host pages could not tell a write beside it from a stray one into it.
+    /// What discards and populates are rounded to, in bytes: no less than a host page. A part of
+    /// one cannot be freed, and a tracker that tells host pages could not tell a write beside it
+    /// from a stray one into it.
     pub fn discard_unit(&self) -> u64 {
         self.geometry.granularity.max(self.backing.host_page_size())
     }
@@ -113,11 +117,13 @@ impl GuestLog {
 
 /// Hears of what discards have freed.
 pub trait Freed: std::fmt::Debug + Send + Sync {
-    /// The pages `range` of the block at index `at` were freed, and the discard, or the populate after it, is not acknowledged yet.
+    /// The pages `range` of the block at index `at` were freed, and the discard, or the populate
+    /// after it, is not acknowledged yet.
     fn freed(&self, at: usize, range: PageRange);
 }
 
-/// The memory of a guest at one moment. A job holds on to the set it started with, and the set is not changed while one does.
+/// The memory of a guest at one moment. A job holds on to the set it started with, and the set is
+/// not changed while one does.
 #[derive(Debug)]
 pub struct GuestMemory {
     blocks: Vec<Arc<Block>>,
@@ -130,8 +136,9 @@ pub struct GuestMemory {
     pub current: Arc<CurrentAgent>,
     /// Who is reading what.
     pub readers: Readers,
-    /// Held while a discard or a populate marks, at the instant of a snapshot, and while a fix-up looks whether a discarded page was written since and marks it as stray: or it would mark what was
-    /// discarded again meanwhile.
+    /// Held while a discard or a populate marks, at the instant of a snapshot, and while a fix-up
+    /// looks whether a discarded page was written since and marks it as stray: or it would mark
+    /// what was discarded again meanwhile.
     pub marking: Marking<Capturing>,
     /// See [`GuestMemory::populating`].
     populating: Mutex<()>,
@@ -157,7 +164,8 @@ impl GuestMemory {
     /// The set of `blocks`, whose geometries are those of `table`.
     pub fn new(mut blocks: Vec<Arc<Block>>, table: BlockTable, log: Option<Arc<GuestLog>>) -> Self {
         blocks.sort_by_key(|block| block.geometry.gpa);
-        let mut by_id: Vec<(u32, usize)> = blocks.iter().map(|block| block.geometry.id).zip(0..).collect();
+        let mut by_id: Vec<(u32, usize)> =
+            blocks.iter().map(|block| block.geometry.id).zip(0..).collect();
         by_id.sort_unstable();
         Self {
             blocks,
@@ -216,7 +224,10 @@ impl GuestMemory {
 
     /// Nobody looks at `noted` any more. Somebody else may listen since.
     pub(super) fn stop_noting(&self, noted: &Arc<Noted>) {
-        self.noted.lock().unwrap_or_else(PoisonError::into_inner).take_if(|current| Arc::ptr_eq(current, noted));
+        self.noted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take_if(|current| Arc::ptr_eq(current, noted));
     }
 
     /// Where discards note what they mark.
@@ -224,8 +235,9 @@ impl GuestMemory {
         self.noted.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// To be held while content that a peer sent is put into the files, from before the write until its pages
-    /// are marked: no page is discarded or freed in between. The page is either what came, or given back.
+    /// To be held while content that a peer sent is put into the files, from before the write until
+    /// its pages are marked: no page is discarded or freed in between. The page is either what
+    /// came, or given back.
     pub fn placing(&self) -> RwLockReadGuard<'_, ()> {
         self.placing.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -235,7 +247,8 @@ impl GuestMemory {
         self.placing.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The blocks, in order of their GPA, as in the table. Their order is that of the workers' chunks, of the fence, and of images.
+    /// The blocks, in order of their GPA, as in the table. Their order is that of the workers'
+    /// chunks, of the fence, and of images.
     pub fn blocks(&self) -> &[Arc<Block>] {
         &self.blocks
     }
@@ -247,8 +260,8 @@ impl GuestMemory {
         Change { memory: self }
     }
 
-    /// How far the discards and populates have come: odd while one is under way. Who has walked the bitmaps and asked before that need not walk again
-    /// while [`GuestMemory::is_unchanged`].
+    /// How far the discards and populates have come: odd while one is under way. Who has walked the
+    /// bitmaps and asked before that need not walk again while [`GuestMemory::is_unchanged`].
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }

@@ -1,8 +1,10 @@
 //! Survives a file that shrinks under a mapping (`vmm-survives`).
 //!
-//! The agent maps files that belong to the VMM: the dirty log, discard bitmaps, host pages of hugetlbfs. If the VMM truncates one, the next
-//! access is SIGBUS. The handler here puts zero pages in the place of a guarded mapping and notes that it was lost; whoever uses the mapping asks
-//! [`GuardedRange::was_lost`] before trusting what it read. SIGBUS anywhere else ends the process as before.
+//! The agent maps files that belong to the VMM: the dirty log, discard bitmaps, host pages of
+//! hugetlbfs. If the VMM truncates one, the next access is SIGBUS. The handler here puts zero pages
+//! in the place of a guarded mapping and notes that it was lost; whoever uses the mapping asks
+//! [`GuardedRange::was_lost`] before trusting what it read. SIGBUS anywhere else ends the process
+//! as before.
 #![allow(unsafe_code)]
 
 use pageferry_protocol::shm::MappedWords;
@@ -45,7 +47,8 @@ impl GuardedRange {
         Self::new(words.address_range())
     }
 
-    /// Guards the mapping at `addresses`. If there is no room left, which takes thousands of mappings, it stays unguarded.
+    /// Guards the mapping at `addresses`. If there is no room left, which takes thousands of
+    /// mappings, it stays unguarded.
     pub(super) fn new(addresses: Range<usize>) -> Self {
         static INSTALL: Once = Once::new();
         INSTALL.call_once(|| {
@@ -81,8 +84,11 @@ impl Drop for GuardedRange {
 }
 
 /// Runs in a signal handler: atomics and one system call, nothing else.
-extern "C" fn on_sigbus(_signal: libc::c_int, details: *mut libc::siginfo_t, _context: *mut libc::c_void) {
-    // SAFETY: the kernel hands a valid siginfo to an SA_SIGINFO handler, and SIGBUS fills its address.
+extern "C" fn on_sigbus(
+    _signal: libc::c_int, details: *mut libc::siginfo_t, _context: *mut libc::c_void,
+) {
+    // SAFETY: the kernel hands a valid siginfo to an SA_SIGINFO handler, and SIGBUS fills its
+    // address.
     let address = unsafe { (*details).si_addr() } as usize;
     for entry in &ENTRIES {
         let end = entry.end.load(Ordering::Acquire);
@@ -92,10 +98,12 @@ extern "C" fn on_sigbus(_signal: libc::c_int, details: *mut libc::siginfo_t, _co
         }
         entry.lost.store(true, Ordering::Release);
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
-        // SAFETY: the range is a mapping of ours, which its owner keeps for as long as it is registered, and whose content is gone.
-        // Its users reach it by atomics or copies only, to which zero is a valid value.
-        let replaced =
-            unsafe { mmap_anonymous(start as *mut _, end - start, ProtFlags::READ | ProtFlags::WRITE, flags) };
+        // SAFETY: the range is a mapping of ours, which its owner keeps for as long as it is
+        // registered, and whose content is gone. Its users reach it by atomics or copies only, to
+        // which zero is a valid value.
+        let replaced = unsafe {
+            mmap_anonymous(start as *mut _, end - start, ProtFlags::READ | ProtFlags::WRITE, flags)
+        };
         if replaced.is_ok() {
             return;
         }

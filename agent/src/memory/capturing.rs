@@ -1,23 +1,31 @@
-//! The memory of a guest as it was at one instant, while it is being saved and the guest, perhaps, runs on.
+//! The memory of a guest as it was at one instant, while it is being saved and the guest, perhaps,
+//! runs on.
 //!
 //! # Who does what to a page
 //!
-//! At the instant nobody writes. Every page that has content then is *pending*, and protected if the guest is to run on. Each pending page is captured once, by whoever *takes* it (see
+//! At the instant nobody writes. Every page that has content then is *pending*, and protected if
+//! the guest is to run on. Each pending page is captured once, by whoever *takes* it (see
 //! [`Owed`]): reads it, then lifts its protection. Three do, at once and without a lock:
 //!
 //! - a **worker** that sweeps: publishes the word in the fence, takes, reads, and lifts;
-//! - a **write fault**: publishes, takes and reads the page; or, if it is not pending, waits for those who may be reading it. Then it lifts the protection, and the guest
-//!   writes. So no write comes before the page was read;
-//! - a **discard**: has marked the page, captures what is pending of it as any worker, and waits for all who took before. Only then it is freed, and the discard
-//!   acknowledged: nobody reads it later (`never-read`). A populate has nothing to capture: what was discarded at the instant is not pending, and is saved as discarded.
+//! - a **write fault**: publishes, takes and reads the page; or, if it is not pending, waits for
+//!   those who may be reading it. Then it lifts the protection, and the guest writes. So no write
+//!   comes before the page was read;
+//! - a **discard**: has marked the page, captures what is pending of it as any worker, and waits
+//!   for all who took before. Only then it is freed, and the discard acknowledged: nobody reads it
+//!   later (`never-read`). A populate has nothing to capture: what was discarded at the instant is
+//!   not pending, and is saved as discarded.
 //!
-//! The marks of discards and the set of pending pages are made under one lock ([`GuestMemory::marking`]): a discard either comes before the instant, or finds what is pending.
+//! The marks of discards and the set of pending pages are made under one lock
+//! ([`GuestMemory::marking`]): a discard either comes before the instant, or finds what is pending.
 //!
-//! These steps are in [`super::capture_steps`], and a model checker goes through all orders of them. When nothing is pending any more, whoever took the last of it has to have read it
-//! before the registration is taken back.
+//! These steps are in [`super::capture_steps`], and a model checker goes through all orders of
+//! them. When nothing is pending any more, whoever took the last of it has to have read it before
+//! the registration is taken back.
 //!
-//! What was read counts only if the protection was there until then. A VMM that loses patience unregisters its mappings, and the lifting that follows each reading fails:
-//! then the snapshot does.
+//! What was read counts only if the protection was there until then. A VMM that loses patience
+//! unregisters its mappings, and the lifting that follows each reading fails: then the snapshot
+//! does.
 
 use super::capture_steps::{before_the_end, before_write, capture};
 use super::cursor::Cursor;
@@ -36,12 +44,14 @@ use rustix::io::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes that are read before they are put, where nothing speaks for more: they stay in the processor's cache until then.
+/// Bytes that are read before they are put, where nothing speaks for more: they stay in the
+/// processor's cache until then.
 pub const BATCH: usize = 1 << 20;
 
 /// Takes what is captured.
 pub trait Sink: std::fmt::Debug + Send + Sync {
-    /// Takes the pages `range` of the block at index `at`, none of which came before. Returns how many are not zero.
+    /// Takes the pages `range` of the block at index `at`, none of which came before. Returns how
+    /// many are not zero.
     ///
     /// # Errors
     /// If it cannot.
@@ -59,7 +69,8 @@ impl Sink for ImageWriter {
     }
 
     fn batch(&self) -> usize {
-        // A disk that is written to without the page cache has no more to do at once than the workers give it.
+        // A disk that is written to without the page cache has no more to do at once than the
+        // workers give it.
         if self.is_direct() { 2 * BATCH } else { BATCH }
     }
 }
@@ -79,7 +90,9 @@ impl Protection {
     /// # Errors
     /// If they are not registered any more, or the kernel refuses.
     pub fn protect(&self, at: usize, host_pages: PageRange) -> Result<(), JobError> {
-        self.uffd.protect(self.mappings.addresses(at, host_pages)).map_err(|source| self.failed(at, source))
+        self.uffd
+            .protect(self.mappings.addresses(at, host_pages))
+            .map_err(|source| self.failed(at, source))
     }
 
     /// Lifts the protection of host pages, and wakes who waits to write there.
@@ -87,7 +100,9 @@ impl Protection {
     /// # Errors
     /// As for [`Protection::protect`].
     pub fn lift(&self, at: usize, host_pages: PageRange) -> Result<(), JobError> {
-        self.uffd.lift(self.mappings.addresses(at, host_pages)).map_err(|source| self.failed(at, source))
+        self.uffd
+            .lift(self.mappings.addresses(at, host_pages))
+            .map_err(|source| self.failed(at, source))
     }
 
     fn failed(&self, at: usize, source: Errno) -> JobError {
@@ -98,7 +113,8 @@ impl Protection {
 /// The memory of a guest as it was at one instant.
 #[derive(Debug)]
 pub struct Capturing {
-    /// What is not captured yet. Its unit is the host page of the mapping if it is protected, and a page if not.
+    /// What is not captured yet. Its unit is the host page of the mapping if it is protected, and a
+    /// page if not.
     pending: Arc<Owed>,
     /// None if the guest stands still.
     protection: Option<Arc<Protection>>,
@@ -109,7 +125,8 @@ pub struct Capturing {
     failed: AtomicBool,
     /// Nothing is to be captured any more: all was, or the snapshot is lost.
     over: AtomicBool,
-    /// What a discard captures with, from the first one that has something to capture on; held while it captures and puts.
+    /// What a discard captures with, from the first one that has something to capture on; held
+    /// while it captures and puts.
     rescuing: Mutex<Option<Batch>>,
     /// Where the workers go on.
     pub cursor: Cursor,
@@ -131,7 +148,12 @@ impl Batch {
     fn new(memory: &GuestMemory, bytes: usize) -> Result<Self, MappingError> {
         let largest = memory.blocks().iter().map(|block| block.backing.host_page_size()).max();
         let part = largest.unwrap_or(PAGE_SIZE).clamp(WORD_BITS * PAGE_SIZE, 2 << 20) as usize;
-        Ok(Self { buffer: PageBuffer::try_new(bytes + part)?, full: bytes, filled: 0, runs: Vec::new() })
+        Ok(Self {
+            buffer: PageBuffer::try_new(bytes + part)?,
+            full: bytes,
+            filled: 0,
+            runs: Vec::new(),
+        })
     }
 
     fn is_full(&self) -> bool {
@@ -142,10 +164,15 @@ impl Batch {
         let start = self.filled;
         let bytes = pages.bytes() as usize;
         let failed = |source| JobError::Backing { id: block.geometry.id, source };
-        block.backing.read(pages.offset(), &mut self.buffer[start..start + bytes]).map_err(failed)?;
+        block
+            .backing
+            .read(pages.offset(), &mut self.buffer[start..start + bytes])
+            .map_err(failed)?;
         self.filled += bytes;
         match self.runs.last_mut() {
-            Some((last_at, last, _)) if *last_at == at && last.end() == pages.first => last.count += pages.count,
+            Some((last_at, last, _)) if *last_at == at && last.end() == pages.first => {
+                last.count += pages.count
+            }
             _ => self.runs.push((at, pages, start)),
         }
         Ok(())
@@ -155,12 +182,15 @@ impl Batch {
 impl Capturing {
     /// `pending` is to be captured into `sink`.
     pub fn new(
-        memory: &GuestMemory, pending: Arc<Owed>, protection: Option<Arc<Protection>>, sink: Arc<dyn Sink>,
-        live: Arc<LiveCounters>,
+        memory: &GuestMemory, pending: Arc<Owed>, protection: Option<Arc<Protection>>,
+        sink: Arc<dyn Sink>, live: Arc<LiveCounters>,
     ) -> Self {
         let (failure, failed) = (Mutex::default(), AtomicBool::new(false));
-        let (over, rescuing, cursor) =
-            (AtomicBool::new(false), Mutex::default(), Cursor::with_pieces(memory, BATCH as u64 / PAGE_SIZE));
+        let (over, rescuing, cursor) = (
+            AtomicBool::new(false),
+            Mutex::default(),
+            Cursor::with_pieces(memory, BATCH as u64 / PAGE_SIZE),
+        );
         Self { pending, protection, sink, live, failure, failed, over, rescuing, cursor }
     }
 
@@ -177,7 +207,8 @@ impl Capturing {
         &self.pending
     }
 
-    /// Worker `worker` captures what is pending of the host pages `range`. Returns how many pages that was.
+    /// Worker `worker` captures what is pending of the host pages `range`. Returns how many pages
+    /// that was.
     ///
     /// # Errors
     /// If it cannot be read or put, or the protection is gone.
@@ -195,9 +226,11 @@ impl Capturing {
         Ok(pages)
     }
 
-    /// Takes and reads the host pages `mask` of word `word`, as far as they are pending. Returns how many pages that were.
+    /// Takes and reads the host pages `mask` of word `word`, as far as they are pending. Returns
+    /// how many pages that were.
     fn read(
-        &self, memory: &GuestMemory, worker: usize, (at, word, mask): (usize, u64, u64), batch: &mut Batch,
+        &self, memory: &GuestMemory, worker: usize, (at, word, mask): (usize, u64, u64),
+        batch: &mut Batch,
     ) -> Result<u64, JobError> {
         let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
         let first = (word * WORD_BITS + u64::from(mask.trailing_zeros())) * host_pages.unit();
@@ -242,8 +275,10 @@ impl Capturing {
         Ok(())
     }
 
-    /// The guest is about to write to a host page: it is captured first, into `into`, if nobody has yet, and the protection lifted, even if it cannot be read: the snapshot is lost
-    /// then, and the guest need not wait for its end. Returns its pages if they are in `into`, and are to be put.
+    /// The guest is about to write to a host page: it is captured first, into `into`, if nobody has
+    /// yet, and the protection lifted, even if it cannot be read: the snapshot is lost then, and
+    /// the guest need not wait for its end. Returns its pages if they are in `into`, and are to be
+    /// put.
     ///
     /// # Errors
     /// If it cannot be read, or the protection is gone.
@@ -253,13 +288,21 @@ impl Capturing {
         let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
         let pages = host_pages.pages(PageRange::new(host_page, 1));
         let take = || {
-            // Nothing is, of a snapshot that failed: discards do not wait for that any more, but for those who took before.
+            // Nothing is, of a snapshot that failed: discards do not wait for that any more, but
+            // for those who took before.
             let wanted = !self.over.load(Ordering::Acquire);
-            if wanted { self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS)) } else { 0 }
+            if wanted {
+                self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS))
+            } else {
+                0
+            }
         };
         let read = |_| {
             let failed = |source| JobError::Backing { id: block.geometry.id, source };
-            block.backing.read(pages.offset(), &mut into[..pages.bytes() as usize]).map_err(failed)?;
+            block
+                .backing
+                .read(pages.offset(), &mut into[..pages.bytes() as usize])
+                .map_err(failed)?;
             add(&self.live.captured_pages, pages.count);
             self.cursor.fault(at, pages.end());
             Ok(())
@@ -269,7 +312,8 @@ impl Capturing {
             add(&self.live.faults, 1);
             let Some(protection) = &self.protection else { return Ok(()) };
             let lifted = protection.lift(at, PageRange::new(host_page, 1));
-            // At the end the registration is taken back while this thread still reads faults; whoever waited has been woken.
+            // At the end the registration is taken back while this thread still reads faults;
+            // whoever waited has been woken.
             if self.over.load(Ordering::Acquire) { Ok(()) } else { lifted }
         };
         let place = (FAULTS, at, pages.first / WORD_BITS);
@@ -277,7 +321,8 @@ impl Capturing {
         Ok((taken != 0).then_some(pages))
     }
 
-    /// A discard of `range` has set its marks: what is pending of it is captured now. It cannot fail (`discard-cannot-fail`): the snapshot does.
+    /// A discard of `range` has set its marks: what is pending of it is captured now. It cannot
+    /// fail (`discard-cannot-fail`): the snapshot does.
     pub(super) fn rescue(&self, memory: &GuestMemory, at: usize, range: PageRange) {
         let host_pages = self.pending.block(at).of(range);
         // Most discards, of what is not pending, cost nothing.
@@ -305,17 +350,20 @@ impl Capturing {
         Ok(pages)
     }
 
-    /// Pages were freed, and are holes now: nothing of them is to be saved any more. See [`super::freed`].
+    /// Pages were freed, and are holes now: nothing of them is to be saved any more. See
+    /// [`super::freed`].
     pub(super) fn forget(&self, at: usize, range: PageRange) {
         self.pending.take_range(at, self.pending.block(at).of(range), |_, _| ());
     }
 
-    /// The pages that a reader may be at when it has published word `word` of the block at index `at`.
+    /// The pages that a reader may be at when it has published word `word` of the block at index
+    /// `at`.
     pub(super) fn published(&self, at: usize, word: u64) -> PageRange {
         self.pending.block(at).published(word)
     }
 
-    /// All that was pending was taken: returns when a discard that took some of it has put it, too, and a fault that took some has read it. The protection is not needed any more.
+    /// All that was pending was taken: returns when a discard that took some of it has put it, too,
+    /// and a fault that took some has read it. The protection is not needed any more.
     ///
     /// # Errors
     /// As [`Capturing::check`].
@@ -326,7 +374,8 @@ impl Capturing {
         self.check()
     }
 
-    /// No fault takes a page from now on. To be called before discards are not told of this any more ([`Marking::end`](super::marking::Marking::end)): they wait for those who took before.
+    /// No fault takes a page from now on. To be called before discards are not told of this any
+    /// more ([`Marking::end`](super::marking::Marking::end)): they wait for those who took before.
     pub fn end(&self) {
         self.over.store(true, Ordering::Release);
     }

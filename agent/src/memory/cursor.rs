@@ -1,8 +1,9 @@
 //! What is pushed, or read ahead, next.
 //!
-//! A guest that touched a page will touch those after it soon. So it goes on behind the last fault, in small pieces, so that the next fault need not wait
-//! behind a large one; and as long as there is no fault the pieces grow. All who do it share one cursor: two atomics, no lock. They may claim pieces that overlap, since what
-//! they work on is what they take from [`Owed`].
+//! A guest that touched a page will touch those after it soon. So it goes on behind the last fault,
+//! in small pieces, so that the next fault need not wait behind a large one; and as long as there
+//! is no fault the pieces grow. All who do it share one cursor: two atomics, no lock. They may
+//! claim pieces that overlap, since what they work on is what they take from [`Owed`].
 
 use super::GuestMemory;
 use super::owed::Owed;
@@ -40,7 +41,12 @@ impl Cursor {
             *next += block.geometry.pages();
             Some(start)
         });
-        Self { next: AtomicU64::new(0), piece: AtomicU64::new(smallest), smallest, starts: starts.collect() }
+        Self {
+            next: AtomicU64::new(0),
+            piece: AtomicU64::new(smallest),
+            smallest,
+            starts: starts.collect(),
+        }
     }
 
     /// The guest waits for the page before page `page` of the block at index `at`.
@@ -49,7 +55,8 @@ impl Cursor {
         self.next.store(self.starts[at] + page, Ordering::Relaxed);
     }
 
-    /// Claims the next piece: the index of its block, and its host pages. `None` if nothing is owed any more.
+    /// Claims the next piece: the index of its block, and its host pages. `None` if nothing is owed
+    /// any more.
     pub fn claim(&self, owed: &Owed) -> Option<(usize, PageRange)> {
         loop {
             let next = self.next.load(Ordering::Relaxed);
@@ -63,7 +70,12 @@ impl Cursor {
             // A fault that comes in between has moved it, and wins.
             if self.next.compare_exchange(next, end, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
                 let larger = (piece * 2).min(LARGEST);
-                let _ = self.piece.compare_exchange(piece, larger, Ordering::Relaxed, Ordering::Relaxed);
+                let _ = self.piece.compare_exchange(
+                    piece,
+                    larger,
+                    Ordering::Relaxed,
+                    Ordering::Relaxed,
+                );
                 return Some((at, range));
             }
         }
@@ -124,7 +136,11 @@ mod tests {
                     (next, piece) = (starts[at] + page, SMALLEST);
                 }
                 let claimed = cursor.claim(&owed);
-                assert_eq!(claimed, expected(&model, next, piece), "claim {claims}, {hole:?} is not owed");
+                assert_eq!(
+                    claimed,
+                    expected(&model, next, piece),
+                    "claim {claims}, {hole:?} is not owed"
+                );
                 let Some((at, range)) = claimed else { break };
                 let pages = owed.block(at).pages(range);
                 (pages.first..pages.end()).for_each(|page| _ = model.remove(&(starts[at] + page)));

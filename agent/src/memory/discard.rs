@@ -1,28 +1,37 @@
-//! Discarding and populating: memory that the VMM unplugs, until it says that it is plugged again. What the guest frees and then uses
-//! again without a word is in [`super::freed`], by the same steps.
+//! Discarding and populating: memory that the VMM unplugs, until it says that it is plugged again.
+//! What the guest frees and then uses again without a word is in [`super::freed`], by the same
+//! steps.
 //!
-//! `never-read`: once [`GuestMemory::discard`] returned, nobody reads the pages until they are populated. `discard-cannot-fail`: it cannot fail for pages that exist;
-//! `round-safely`: it covers whole units only, and a populate rounds outward.
+//! `never-read`: once [`GuestMemory::discard`] returned, nobody reads the pages until they are
+//! populated. `discard-cannot-fail`: it cannot fail for pages that exist; `round-safely`: it covers
+//! whole units only, and a populate rounds outward.
 //!
-//! Discards and populates come from one thread, that of the VMM's connection, while the job's thread syncs and its workers read. What each bitmap
-//! means to them, and why the order below is right:
+//! Discards and populates come from one thread, that of the VMM's connection, while the job's
+//! thread syncs and its workers read. What each bitmap means to them, and why the order below is
+//! right:
 //!
-//! - `unsettled` is set before `discarded`, and cleared only after the punch: a sync in between does not take what is still
-//!   allocated for a stray write.
-//! - `stray` is cleared before `discarded` is set: a worker that still saw the old stray bit has published its word, and the fence waits for it.
-//! - `marking` is held while these three are set, and while a fix-up judges a page and sets `stray`: or a page that is discarded once more between
-//!   the two would be stray again.
-//! - what [`super::noted`] has of it is noted with `marking` held, too: whoever takes marks back with it held knows which of them are the VMM's word since.
-//! - [`GuestMemory::placing`] is kept out from before the marks until all is done. Whoever places what a peer sent takes marks back: between the marks and the punch
-//!   that would leave a page that is zero, and populated.
-//! - `changes` is odd from before the first mark until after the last: whoever saw a mark, or what a populate wrote into the log, does not take the bitmaps
-//!   for unchanged.
-//! - what is still to be saved as it was is saved after the marks and before the punch; see [`super::capturing`];
-//! - what is still to come of a guest in postcopy is dropped after the marks and again behind the fence, before the punch, and so are faults waited for that were
-//!   read before; see [`super::arriving`];
-//! - a populate clears `discarded` first and marks the log after: a sync that comes between them may drop the pages, and finds them in the
-//!   log the next time. It does both with `marking` held: at the instant of a snapshot, which is taken with it held, a page that was discarded since the base of an increment is
-//!   either discarded or in the log, and never as in the base.
+//! - `unsettled` is set before `discarded`, and cleared only after the punch: a sync in between
+//!   does not take what is still allocated for a stray write.
+//! - `stray` is cleared before `discarded` is set: a worker that still saw the old stray bit has
+//!   published its word, and the fence waits for it.
+//! - `marking` is held while these three are set, and while a fix-up judges a page and sets
+//!   `stray`: or a page that is discarded once more between the two would be stray again.
+//! - what [`super::noted`] has of it is noted with `marking` held, too: whoever takes marks back
+//!   with it held knows which of them are the VMM's word since.
+//! - [`GuestMemory::placing`] is kept out from before the marks until all is done. Whoever places
+//!   what a peer sent takes marks back: between the marks and the punch that would leave a page
+//!   that is zero, and populated.
+//! - `changes` is odd from before the first mark until after the last: whoever saw a mark, or what
+//!   a populate wrote into the log, does not take the bitmaps for unchanged.
+//! - what is still to be saved as it was is saved after the marks and before the punch; see
+//!   [`super::capturing`];
+//! - what is still to come of a guest in postcopy is dropped after the marks and again behind the
+//!   fence, before the punch, and so are faults waited for that were read before; see
+//!   [`super::arriving`];
+//! - a populate clears `discarded` first and marks the log after: a sync that comes between them
+//!   may drop the pages, and finds them in the log the next time. It does both with `marking` held:
+//!   at the instant of a snapshot, which is taken with it held, a page that was discarded since the
+//!   base of an increment is either discarded or in the log, and never as in the base.
 
 use super::arriving::Arriving;
 use super::block::{Block, GuestMemory};
@@ -60,7 +69,8 @@ pub enum DiscardError {
 pub(super) type Checked = (usize, PageRange);
 
 impl GuestMemory {
-    /// Marks `ranges`, rounded inward, as discarded; with `punch` frees them. Returns how many pages were not discarded before.
+    /// Marks `ranges`, rounded inward, as discarded; with `punch` frees them. Returns how many
+    /// pages were not discarded before.
     ///
     /// # Errors
     /// If a range does not exist; nothing is changed then.
@@ -117,9 +127,11 @@ impl GuestMemory {
         merged(checked).for_each(|(index, range)| punch_marked(&self.blocks()[index], range));
     }
 
-    /// The steps of both kinds of discard: `mark` sets the marks, and `punch` frees the pages once they are in nobody's hands any more.
-    /// Returns what `mark` does.
-    pub(super) fn give_back<R>(&self, checked: &[Checked], mark: impl FnOnce() -> R, punch: impl FnOnce()) -> R {
+    /// The steps of both kinds of discard: `mark` sets the marks, and `punch` frees the pages once
+    /// they are in nobody's hands any more. Returns what `mark` does.
+    pub(super) fn give_back<R>(
+        &self, checked: &[Checked], mark: impl FnOnce() -> R, punch: impl FnOnce(),
+    ) -> R {
         let (marked, capturing) = self.marking.discard(mark);
         let (arriving, capturing) = (self.arriving(), capturing.as_deref());
         let arriving = arriving.as_deref();
@@ -134,7 +146,9 @@ impl GuestMemory {
             }
             drop_owed();
         };
-        before_punch(&self.readers, rescue, |index, word| may_read(checked, arriving, capturing, index, word));
+        before_punch(&self.readers, rescue, |index, word| {
+            may_read(checked, arriving, capturing, index, word)
+        });
         drop_owed();
         if let Some(arriving) = arriving {
             arriving.wait_for_answers();
@@ -149,8 +163,8 @@ impl GuestMemory {
         marked
     }
 
-    /// Marks `ranges`, rounded outward, as populated. Returns how many pages were discarded before. They count as written: what the
-    /// destination has of them, if anything, is stale.
+    /// Marks `ranges`, rounded outward, as populated. Returns how many pages were discarded before.
+    /// They count as written: what the destination has of them, if anything, is stale.
     ///
     /// # Errors
     /// If a range does not exist; nothing is changed then.
@@ -182,7 +196,8 @@ impl GuestMemory {
 
     /// Finds the blocks of `ranges`, and rounds them.
     pub(super) fn check(
-        &self, ranges: &[BlockRange], round: fn(u64, u64, u64, u64) -> Result<PageRange, RangeError>,
+        &self, ranges: &[BlockRange],
+        round: fn(u64, u64, u64, u64) -> Result<PageRange, RangeError>,
     ) -> Result<Vec<Checked>, DiscardError> {
         let check_one = |(index, range): (usize, &BlockRange)| {
             let id = range.block;
@@ -196,9 +211,11 @@ impl GuestMemory {
     }
 }
 
-/// True if whoever has published word `word` of the block at index `index` may be at a page of these ranges.
+/// True if whoever has published word `word` of the block at index `index` may be at a page of
+/// these ranges.
 pub(super) fn may_read(
-    checked: &[Checked], arriving: Option<&Arriving>, capturing: Option<&Capturing>, index: usize, word: u64,
+    checked: &[Checked], arriving: Option<&Arriving>, capturing: Option<&Capturing>, index: usize,
+    word: u64,
 ) -> bool {
     let read = match (arriving, capturing) {
         (Some(arriving), _) => arriving.published(index, word),
@@ -208,31 +225,39 @@ pub(super) fn may_read(
     checked.iter().any(|(other, range)| *other == index && range.overlaps(&read))
 }
 
-/// Ranges that touch, made one: a balloon gives pages back one by one, and the kernel, or the disk, is asked once.
+/// Ranges that touch, made one: a balloon gives pages back one by one, and the kernel, or the disk,
+/// is asked once.
 pub(super) fn merged(ranges: &[Checked]) -> impl Iterator<Item = Checked> + '_ {
     let mut rest = ranges.iter().filter(|(_, range)| !range.is_empty()).peekable();
     std::iter::from_fn(move || {
         let (index, mut range) = *rest.next()?;
-        while let Some((_, next)) = rest.next_if(|(other, next)| *other == index && next.first == range.end()) {
+        while let Some((_, next)) =
+            rest.next_if(|(other, next)| *other == index && next.first == range.end())
+        {
             range.count += next.count;
         }
         Some((index, range))
     })
 }
 
-/// Frees the backing of pages that are marked. A discard cannot fail (`discard-cannot-fail`): if the file system cannot punch, the pages stay allocated
-/// and unsettled, and are no less discarded.
+/// Frees the backing of pages that are marked. A discard cannot fail (`discard-cannot-fail`): if
+/// the file system cannot punch, the pages stay allocated and unsettled, and are no less discarded.
 fn punch_marked(block: &Block, range: PageRange) {
     match block.backing.punch(range) {
         Ok(freed) if block.backing.tells_holes() => {
             block.unsettled.clear(freed);
         }
-        // A sync that came between the marks and the punch took the mark, and its successor finds what the punch did to the mapping.
+        // A sync that came between the marks and the punch took the mark, and its successor finds
+        // what the punch did to the mapping.
         Ok(_) => {
             block.unsettled.set(range);
         }
         Err(error) => {
-            log::warn!("block {}: discarded pages stay allocated: {}", block.geometry.id, crate::error::chain(&error));
+            log::warn!(
+                "block {}: discarded pages stay allocated: {}",
+                block.geometry.id,
+                crate::error::chain(&error)
+            );
         }
     }
 }

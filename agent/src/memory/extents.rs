@@ -1,8 +1,9 @@
 //! Walking over what may be allocated, at a cost that follows what is found.
 //!
-//! The kernel looks for the end of a run page by page and knows no limit, so to ask for it in a large run takes milliseconds per GiB, each
-//! time. So if a page a step further on is data, everything up to it is taken for data, holes between them included: they read as
-//! zero. If it is not, the end is near, and asked for.
+//! The kernel looks for the end of a run page by page and knows no limit, so to ask for it in a
+//! large run takes milliseconds per GiB, each time. So if a page a step further on is data,
+//! everything up to it is taken for data, holes between them included: they read as zero. If it is
+//! not, the end is near, and asked for.
 
 use super::backing::{Backing, BackingError, BackingKind};
 use pageferry_protocol::memory::PageRange;
@@ -30,10 +31,12 @@ impl<'a> DataRuns<'a> {
     }
 
     fn find(&mut self) -> Result<Option<PageRange>, BackingError> {
-        let first = if self.dense { Some(self.rest.first) } else { self.backing.first_data(self.rest)? };
+        let first =
+            if self.dense { Some(self.rest.first) } else { self.backing.first_data(self.rest)? };
         let end = self.rest.end();
         let Some(first) = first.filter(|first| *first < end) else { return Ok(None) };
-        // Perhaps after the end of the range, and of the file: what is asked is how far the kernel has to look.
+        // Perhaps after the end of the range, and of the file: what is asked is how far the kernel
+        // has to look.
         let beyond = first + self.stride;
         self.dense = self.backing.kind() == BackingKind::Hugetlb
             || self.backing.first_data(PageRange::new(beyond, 1))? == Some(beyond);
@@ -48,8 +51,9 @@ impl<'a> DataRuns<'a> {
 }
 
 impl Backing {
-    /// Those of the pages `pages` of word `word` that may be allocated. Asks the kernel for each run, and once more for each of its
-    /// pages that is: for a few pages that are likely to be holes.
+    /// Those of the pages `pages` of word `word` that may be allocated. Asks the kernel for each
+    /// run, and once more for each of its pages that is: for a few pages that are likely to be
+    /// holes.
     ///
     /// # Errors
     /// If the kernel refuses.

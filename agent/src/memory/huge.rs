@@ -1,5 +1,5 @@
-//! Writing to hugetlbfs, which has no `write`: one host page is mapped at a time. And reserving huge
-//! pages, which only a mapping does.
+//! Writing to hugetlbfs, which has no `write`: one host page is mapped at a time. And reserving
+//! huge pages, which only a mapping does.
 #![allow(unsafe_code)]
 
 use super::backing::{Backing, BackingError};
@@ -29,7 +29,9 @@ impl HugeWindow {
         let unit = backing.host_page_size();
         let at = byte / unit * unit;
         let kernel = |source| match source {
-            rustix::io::Errno::NOMEM => BackingError::NoHugePage { at, size: unit, pool: super::pool::folder(unit) },
+            rustix::io::Errno::NOMEM => {
+                BackingError::NoHugePage { at, size: unit, pool: super::pool::folder(unit) }
+            }
             source => BackingError::Kernel { what: "map a host page", at, source },
         };
         let length = usize::try_from(unit).map_err(|_| kernel(rustix::io::Errno::INVAL))?;
@@ -45,7 +47,12 @@ impl HugeWindow {
             )
         };
         let start: *mut u8 = start.map_err(kernel)?.cast();
-        Ok(Self { guard: GuardedRange::new(start as usize..start as usize + length), start, length, at })
+        Ok(Self {
+            guard: GuardedRange::new(start as usize..start as usize + length),
+            start,
+            length,
+            at,
+        })
     }
 
     fn covers(&self, byte: u64) -> bool {
@@ -61,11 +68,14 @@ impl Drop for HugeWindow {
     }
 }
 
-/// Writes `bytes` to byte `at` of a block on hugetlbfs, or zeroes as many as `None` stands for, keeping the last host page mapped in `window`.
+/// Writes `bytes` to byte `at` of a block on hugetlbfs, or zeroes as many as `None` stands for,
+/// keeping the last host page mapped in `window`.
 ///
 /// # Errors
 /// If a host page cannot be mapped, or the file was truncated.
-pub fn write(backing: &Backing, window: &mut Option<HugeWindow>, at: u64, bytes: Fill<'_>) -> Result<(), BackingError> {
+pub fn write(
+    backing: &Backing, window: &mut Option<HugeWindow>, at: u64, bytes: Fill<'_>,
+) -> Result<(), BackingError> {
     let mut done = 0;
     while done < bytes.len() {
         let byte = at + done as u64;
@@ -76,12 +86,15 @@ pub fn write(backing: &Backing, window: &mut Option<HugeWindow>, at: u64, bytes:
         let Some(window) = window else { continue };
         let offset = (byte - window.at) as usize;
         let count = (bytes.len() - done).min(window.length - offset);
-        // SAFETY: `offset + count` lies within the mapping, whose pages the guard replaces if the file lost them; the guest's memory is
-        // shared with other processes, but a copy of bytes has no invalid values, and the guest does not run while it is placed.
+        // SAFETY: `offset + count` lies within the mapping, whose pages the guard replaces if the
+        // file lost them; the guest's memory is shared with other processes, but a copy of bytes
+        // has no invalid values, and the guest does not run while it is placed.
         unsafe {
             let target = window.start.add(offset);
             match bytes {
-                Fill::Bytes(bytes) => std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), target, count),
+                Fill::Bytes(bytes) => {
+                    std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), target, count)
+                }
                 Fill::Zero(_) => std::ptr::write_bytes(target, 0, count),
             }
         }
@@ -93,16 +106,17 @@ pub fn write(backing: &Backing, window: &mut Option<HugeWindow>, at: u64, bytes:
     Ok(())
 }
 
-/// Has the kernel reserve the huge pages of `range`, whole host pages, that are neither allocated nor
-/// reserved. Nothing is allocated. See [`super::pool`].
+/// Has the kernel reserve the huge pages of `range`, whole host pages, that are neither allocated
+/// nor reserved. Nothing is allocated. See [`super::pool`].
 ///
 /// # Errors
 /// ENOMEM if the pool does not have so many.
 pub fn reserve(backing: &Backing, range: PageRange) -> Result<(), BackingError> {
-    let kernel = |source| BackingError::Kernel { what: "reserve huge pages", at: range.offset(), source };
+    let kernel =
+        |source| BackingError::Kernel { what: "reserve huge pages", at: range.offset(), source };
     let length = usize::try_from(range.bytes()).map_err(|_| kernel(rustix::io::Errno::INVAL))?;
-    // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists, and nobody
-    // can touch this one.
+    // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists, and
+    // nobody can touch this one.
     let start = unsafe {
         mmap(
             std::ptr::null_mut(),

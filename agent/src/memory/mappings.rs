@@ -41,7 +41,9 @@ impl Mappings {
 
     /// The block and host page of an address in the VMM; `None` if it is none of the guest's.
     pub fn locate(&self, address: u64) -> Option<(usize, u64)> {
-        let found = |mapping: &Mapping| address.checked_sub(mapping.start).is_some_and(|at| at < mapping.length);
+        let found = |mapping: &Mapping| {
+            address.checked_sub(mapping.start).is_some_and(|at| at < mapping.length)
+        };
         let at = self.0.iter().position(found)?;
         Some((at, (address - self.0[at].start) / self.0[at].unit))
     }
@@ -49,7 +51,8 @@ impl Mappings {
     /// Where host pages of the block at index `at` are.
     pub fn addresses(&self, at: usize, host_pages: PageRange) -> Addresses {
         let mapping = &self.0[at];
-        let (start, length) = (mapping.start + host_pages.first * mapping.unit, host_pages.count * mapping.unit);
+        let (start, length) =
+            (mapping.start + host_pages.first * mapping.unit, host_pages.count * mapping.unit);
         Addresses { start, length }
     }
 }

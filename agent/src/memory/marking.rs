@@ -1,8 +1,11 @@
-//! The lock that decides what comes first: the marks of a discard or a populate, or the instant of a snapshot.
+//! The lock that decides what comes first: the marks of a discard or a populate, or the instant of
+//! a snapshot.
 //!
-//! Marks are set with it held, all of them or none, and the instant is taken with it held. A discard looks for a snapshot after its marks: so either its marks come before the instant, and
-//! the snapshot saves the pages as discarded; or the discard finds the snapshot, and has it save them first. What a populate takes out of the discarded pages and puts into the
-//! dirty log is in one of the two at the instant. A model checker goes through the orders.
+//! Marks are set with it held, all of them or none, and the instant is taken with it held. A
+//! discard looks for a snapshot after its marks: so either its marks come before the instant, and
+//! the snapshot saves the pages as discarded; or the discard finds the snapshot, and has it save
+//! them first. What a populate takes out of the discarded pages and puts into the dirty log is in
+//! one of the two at the instant. A model checker goes through the orders.
 
 use super::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,7 +28,8 @@ impl<T> Marking<T> {
         self.marks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets the marks of a discard by `mark`. Returns with it what then is to be saved before it is freed.
+    /// Sets the marks of a discard by `mark`. Returns with it what then is to be saved before it is
+    /// freed.
     pub fn discard<R>(&self, mark: impl FnOnce() -> R) -> (R, Option<Arc<T>>) {
         let marks = self.hold();
         let marked = mark();
@@ -33,7 +37,8 @@ impl<T> Marking<T> {
         (marked, self.capturing())
     }
 
-    /// The instant: `find` finds out what is to be saved as of now. From now on discards save what they discard.
+    /// The instant: `find` finds out what is to be saved as of now. From now on discards save what
+    /// they discard.
     ///
     /// # Errors
     /// What `find` returns; there was no instant then.
@@ -49,7 +54,8 @@ impl<T> Marking<T> {
         *self.locked() = None;
     }
 
-    /// What is still to be saved as it was at the instant of a snapshot, if that is over. An instant that is under way is waited for.
+    /// What is still to be saved as it was at the instant of a snapshot, if that is over. An
+    /// instant that is under way is waited for.
     pub fn after_the_instant(&self) -> Option<Arc<T>> {
         self.discard(|| ()).1
     }

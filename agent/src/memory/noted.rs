@@ -1,9 +1,10 @@
 //! What the VMM gave back since a job began to listen.
 //!
-//! A job that fills memory changes the marks of discards itself, so the marks do not tell it what the VMM
-//! said meanwhile; and a page that is freed has no mark at all. So each discard and each free also notes
-//! its pages here, if somebody listens. They are noted with [`GuestMemory::marking`] held, and before the
-//! fence: a worker that published its word first either sees the note, or is waited for.
+//! A job that fills memory changes the marks of discards itself, so the marks do not tell it what
+//! the VMM said meanwhile; and a page that is freed has no mark at all. So each discard and each
+//! free also notes its pages here, if somebody listens. They are noted with
+//! [`GuestMemory::marking`] held, and before the fence: a worker that published its word first
+//! either sees the note, or is waited for.
 
 use super::GuestMemory;
 use pageferry_protocol::memory::PageRange;
@@ -20,14 +21,20 @@ pub struct Noted {
 impl Noted {
     fn none(memory: &GuestMemory) -> Result<Self, MappingError> {
         let bitmaps = || -> Result<Vec<_>, MappingError> {
-            memory.blocks().iter().map(|block| MappedBitmap::private(block.geometry.pages())).collect()
+            memory
+                .blocks()
+                .iter()
+                .map(|block| MappedBitmap::private(block.geometry.pages()))
+                .collect()
         };
         Ok(Self { discarded: bitmaps()?, freed: bitmaps()? })
     }
 
     /// True if nothing of this block was given back.
     pub fn is_empty(&self, at: usize) -> bool {
-        [&self.discarded[at], &self.freed[at]].iter().all(|pages| pages.next_set(pages.all()).is_none())
+        [&self.discarded[at], &self.freed[at]]
+            .iter()
+            .all(|pages| pages.next_set(pages.all()).is_none())
     }
 
     /// Pages that were discarded: also those that were discarded before, and that did not stay so.
@@ -55,7 +62,8 @@ pub struct Listening {
 }
 
 impl Listening {
-    /// From now on what is given back is noted. `now` runs at that moment: marks are set before it or after it.
+    /// From now on what is given back is noted. `now` runs at that moment: marks are set before it
+    /// or after it.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.

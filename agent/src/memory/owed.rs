@@ -1,8 +1,9 @@
 //! Pages that are still to come, or to be sent: what a guest in postcopy is owed.
 //!
-//! The unit is the destination's host page: it is placed whole or not at all. A host page is owed until somebody *takes* it: at the source whoever sends
-//! it, at the destination whoever places it, or drops it since the guest discarded it. Taking is one atomic step, so each host page is sent once and
-//! placed once, however many ask for it at once.
+//! The unit is the destination's host page: it is placed whole or not at all. A host page is owed
+//! until somebody *takes* it: at the source whoever sends it, at the destination whoever places it,
+//! or drops it since the guest discarded it. Taking is one atomic step, so each host page is sent
+//! once and placed once, however many ask for it at once.
 
 use super::{BackingError, Block, GuestMemory};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -87,7 +88,8 @@ impl HostPages {
         })
     }
 
-    /// The pages that a worker may be at when it has published word `word` in the fence: that word, or the host page that it is in.
+    /// The pages that a worker may be at when it has published word `word` in the fence: that word,
+    /// or the host page that it is in.
     pub fn published(&self, word: u64) -> PageRange {
         let size = self.unit.max(WORD_BITS);
         PageRange::new(word * WORD_BITS / size * size, size)
@@ -104,7 +106,9 @@ impl HostPages {
         }
         let units = WORD_BITS / self.unit;
         let bit = |at: u64| self.bits.contains(first / self.unit + at);
-        let pages = (0..units).filter(|at| bit(*at)).map(|at| word_mask(at * self.unit, (at + 1) * self.unit));
+        let pages = (0..units)
+            .filter(|at| bit(*at))
+            .map(|at| word_mask(at * self.unit, (at + 1) * self.unit));
         pages.fold(0, |word, pages| word | pages)
     }
 }
@@ -116,8 +120,9 @@ impl Owed {
     /// If there is no memory for the bitmaps.
     pub fn nothing(memory: &GuestMemory, host_pages: &[u64]) -> Result<Self, MappingError> {
         let blocks = memory.blocks().iter().zip(host_pages);
-        let blocks =
-            blocks.map(|(block, size)| HostPages::none(block.geometry.pages(), *size)).collect::<Result<_, _>>()?;
+        let blocks = blocks
+            .map(|(block, size)| HostPages::none(block.geometry.pages(), *size))
+            .collect::<Result<_, _>>()?;
         Ok(Self { blocks, left: AtomicU64::new(0) })
     }
 
@@ -130,7 +135,10 @@ impl Owed {
         let blocks = self.blocks.iter().map(nothing).collect::<Result<_, _>>()?;
         let copy = Self { blocks, left: AtomicU64::new(0) };
         for (at, block) in self.blocks.iter().enumerate() {
-            block.bits.nonzero_words(block.bits.all()).for_each(|(word, bits)| copy.add(at, word, bits));
+            block
+                .bits
+                .nonzero_words(block.bits.all())
+                .for_each(|(word, bits)| copy.add(at, word, bits));
         }
         Ok(copy)
     }
@@ -156,16 +164,19 @@ impl Owed {
         self.blocks[at].touched(word, bits).for_each(|(word, bits)| self.add(at, word, bits));
     }
 
-    /// Takes those of the host pages `bits` of word `word` that are owed: they are the caller's now.
+    /// Takes those of the host pages `bits` of word `word` that are owed: they are the caller's
+    /// now.
     pub fn take(&self, at: usize, word: u64, bits: u64) -> u64 {
         let taken = self.blocks[at].bits.take_bits(word, bits);
         if taken != 0 {
-            self.left.fetch_sub(u64::from(taken.count_ones()) * self.blocks[at].unit, Ordering::SeqCst);
+            self.left
+                .fetch_sub(u64::from(taken.count_ones()) * self.blocks[at].unit, Ordering::SeqCst);
         }
         taken
     }
 
-    /// Takes what is owed of the host pages `range`; hands out each word that had any, and its bits.
+    /// Takes what is owed of the host pages `range`; hands out each word that had any, and its
+    /// bits.
     pub fn take_range(&self, at: usize, range: PageRange, mut taken: impl FnMut(u64, u64)) {
         // Each word once more by an atomic step: others take, too.
         for (word, _) in self.blocks[at].bits.nonzero_words(range) {
@@ -178,8 +189,9 @@ impl Owed {
         }
     }
 
-    /// Makes holes of those host pages of a block that are owed and hold something. Costs a look at the
-    /// file for each run of what is owed, about a microsecond, and none where nothing lies behind it.
+    /// Makes holes of those host pages of a block that are owed and hold something. Costs a look at
+    /// the file for each run of what is owed, about a microsecond, and none where nothing lies
+    /// behind it.
     ///
     /// # Errors
     /// If the file cannot be asked, or not be punched.
@@ -198,30 +210,39 @@ impl Owed {
         Ok(())
     }
 
-    /// The next host page that is owed from host page `from` of the block at index `at` on, over all blocks and again from the first.
+    /// The next host page that is owed from host page `from` of the block at index `at` on, over
+    /// all blocks and again from the first.
     pub fn next(&self, at: usize, from: u64) -> Option<(usize, u64)> {
         let rest = |at: usize, from: u64| {
             let bits = &self.blocks[at].bits;
-            bits.next_set(PageRange::new(from, bits.pages().saturating_sub(from))).map(|page| (at, page))
+            bits.next_set(PageRange::new(from, bits.pages().saturating_sub(from)))
+                .map(|page| (at, page))
         };
         let count = self.blocks.len();
         rest(at, from).or_else(|| (1..=count).find_map(|step| rest((at + step) % count, 0)))
     }
 }
 
-/// The host pages of `range` that are published at once: a word of them, or one that is larger than a word of pages.
+/// The host pages of `range` that are published at once: a word of them, or one that is larger than
+/// a word of pages.
 pub(super) fn parts_of(range: PageRange, unit: u64) -> impl Iterator<Item = (u64, u64)> {
     words_of(range).flat_map(move |(word, mask)| {
         let alone = if unit == 1 { 0 } else { mask };
         let whole = (unit == 1).then_some((word, mask));
-        let each = (0..WORD_BITS).filter(move |bit| alone >> bit & 1 == 1).map(move |bit| (word, 1 << bit));
+        let each = (0..WORD_BITS)
+            .filter(move |bit| alone >> bit & 1 == 1)
+            .map(move |bit| (word, 1 << bit));
         whole.into_iter().chain(each)
     })
 }
 
 /// The words that `range` touches, and its bits in each.
 pub(super) fn words_of(range: PageRange) -> impl Iterator<Item = (u64, u64)> {
-    let words = if range.is_empty() { 0..0 } else { range.first / WORD_BITS..range.end().div_ceil(WORD_BITS) };
+    let words = if range.is_empty() {
+        0..0
+    } else {
+        range.first / WORD_BITS..range.end().div_ceil(WORD_BITS)
+    };
     words.map(move |word| {
         let first = word * WORD_BITS;
         let part = range.intersection(&PageRange::new(first, WORD_BITS));
@@ -242,9 +263,12 @@ mod tests {
         for unit in [1, 4] {
             let memory = memory(&[PAGES, PAGES]);
             let owed = Owed::nothing(&memory, &[unit * PAGE_SIZE; 2]).unwrap();
-            let is_owed =
-                |at: usize, page: u64| (at == 1 && (page / unit).is_multiple_of(3)) || (200..340).contains(&page);
-            let holds = |at: usize, page: u64| page.is_multiple_of(5 + at as u64) || (260..300).contains(&page);
+            let is_owed = |at: usize, page: u64| {
+                (at == 1 && (page / unit).is_multiple_of(3)) || (200..340).contains(&page)
+            };
+            let holds = |at: usize, page: u64| {
+                page.is_multiple_of(5 + at as u64) || (260..300).contains(&page)
+            };
             for (at, block) in memory.blocks().iter().enumerate() {
                 for page in 0..PAGES {
                     if is_owed(at, page) {
@@ -261,7 +285,11 @@ mod tests {
             for (at, block) in memory.blocks().iter().enumerate() {
                 for page in 0..PAGES {
                     let data = block.backing.first_data(PageRange::new(page, 1)).unwrap().is_some();
-                    assert_eq!(data, holds(at, page) && !is_owed(at, page), "block {at}, page {page}, unit {unit}");
+                    assert_eq!(
+                        data,
+                        holds(at, page) && !is_owed(at, page),
+                        "block {at}, page {page}, unit {unit}"
+                    );
                 }
             }
         }

@@ -1,19 +1,19 @@
 //! Huge pages for a guest that runs before its memory is here.
 //!
-//! The kernel keeps huge pages in a pool per size. If the pool runs out while the guest runs, the guest
-//! waits in a fault, and nobody can help it but an operator. So what is missing is reserved before the
-//! guest moves ([`reserve`]), by the kernel's own account: to map a part of a hugetlbfs file shared reserves
-//! the pages of that part which are neither allocated nor reserved yet, or fails, and the reservation
-//! stays with the file when the mapping goes (`hugetlb_reserve_pages()` in the kernel's `mm/hugetlb.c`). So
-//! it is right for a VMM that has mapped its memory with a reservation, for one that has not
-//! (`MAP_NORESERVE`, the default of vm-memory), and for one that has freed pages since, which drops the
-//! reservation of those pages.
+//! The kernel keeps huge pages in a pool per size. If the pool runs out while the guest runs, the
+//! guest waits in a fault, and nobody can help it but an operator. So what is missing is reserved
+//! before the guest moves ([`reserve`]), by the kernel's own account: to map a part of a hugetlbfs
+//! file shared reserves the pages of that part which are neither allocated nor reserved yet, or
+//! fails, and the reservation stays with the file when the mapping goes (`hugetlb_reserve_pages()`
+//! in the kernel's `mm/hugetlb.c`). So it is right for a VMM that has mapped its memory with a
+//! reservation, for one that has not (`MAP_NORESERVE`, the default of vm-memory), and for one that
+//! has freed pages since, which drops the reservation of those pages.
 //!
-//! What is reserved and never allocated stays with the file until the VMM closes it: another attempt uses
-//! it.
+//! What is reserved and never allocated stays with the file until the VMM closes it: another
+//! attempt uses it.
 //!
-//! A reservation does not say on which NUMA node. A VMM that binds its memory to one node can still run
-//! out, and so can one whose control group has a limit. See [`advice`] for what is said then.
+//! A reservation does not say on which NUMA node. A VMM that binds its memory to one node can still
+//! run out, and so can one whose control group has a limit. See [`advice`] for what is said then.
 
 use super::backing::{BackingError, BackingKind};
 use super::huge;
@@ -81,21 +81,29 @@ pub fn reserve(memory: &GuestMemory, owed: &Owed) -> Result<(), ReserveError> {
     Ok(())
 }
 
-/// Refuses what will not fit once all that the blocks hold now is freed. For memory that still has a
-/// guest, which is not to be given up for nothing.
+/// Refuses what will not fit once all that the blocks hold now is freed. For memory that still has
+/// a guest, which is not to be given up for nothing.
 ///
 /// # Errors
 /// If the pool does not have as many huge pages as are owed.
 pub fn check_when_empty(memory: &GuestMemory, owed: &Owed) -> Result<(), ReserveError> {
-    let hugetlb =
-        || memory.blocks().iter().enumerate().filter(|(_, block)| block.backing.kind() == BackingKind::Hugetlb);
+    let hugetlb = || {
+        memory
+            .blocks()
+            .iter()
+            .enumerate()
+            .filter(|(_, block)| block.backing.kind() == BackingKind::Hugetlb)
+    };
     let mut sizes: Vec<u64> = hugetlb().map(|(_, block)| block.backing.host_page_size()).collect();
     sizes.sort_unstable();
     sizes.dedup();
     let fits = |size: u64| {
         let of_size = || hugetlb().filter(|(_, block)| block.backing.host_page_size() == size);
-        let needed: u64 = of_size().map(|(at, _)| owed.block(at).bits().count(owed.block(at).bits().all())).sum();
-        let held: u64 = of_size().map(|(at, block)| block.backing.allocated_pages() / owed.block(at).unit()).sum();
+        let needed: u64 =
+            of_size().map(|(at, _)| owed.block(at).bits().count(owed.block(at).bits().all())).sum();
+        let held: u64 = of_size()
+            .map(|(at, block)| block.backing.allocated_pages() / owed.block(at).unit())
+            .sum();
         needed <= unreserved(size) + held
     };
     if sizes.into_iter().all(fits) {
@@ -131,8 +139,8 @@ pub(super) fn folder(size: u64) -> String {
     format!("/sys/kernel/mm/hugepages/hugepages-{}kB", size >> 10)
 }
 
-/// Huge pages of this size that anyone can have: free ones that are not reserved, and those that the kernel may
-/// still make beyond the pool.
+/// Huge pages of this size that anyone can have: free ones that are not reserved, and those that
+/// the kernel may still make beyond the pool.
 fn unreserved(size: u64) -> u64 {
     let figure = |name: &str| -> u64 {
         let text = std::fs::read_to_string(format!("{}/{name}", folder(size)));

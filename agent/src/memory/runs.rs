@@ -1,12 +1,16 @@
-//! Runs of pages that lie near each other, made one: a disk reads a little more at once sooner than twice.
+//! Runs of pages that lie near each other, made one: a disk reads a little more at once sooner than
+//! twice.
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 
 /// Pages between two runs that are read together all the same: 64 KiB.
 pub const NEAR: u64 = (64 << 10) / PAGE_SIZE;
 
-/// The runs, in the order of their first pages, with those made one between which there are at most `gap` pages.
-pub fn joined(runs: impl IntoIterator<Item = PageRange>, gap: u64) -> impl Iterator<Item = PageRange> {
+/// The runs, in the order of their first pages, with those made one between which there are at most
+/// `gap` pages.
+pub fn joined(
+    runs: impl IntoIterator<Item = PageRange>, gap: u64,
+) -> impl Iterator<Item = PageRange> {
     let mut rest = runs.into_iter().filter(|run| !run.is_empty()).peekable();
     std::iter::from_fn(move || {
         let mut run = rest.next()?;

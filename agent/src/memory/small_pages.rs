@@ -47,8 +47,8 @@ unsafe impl Send for SmallPages {}
 unsafe impl Sync for SmallPages {}
 
 impl SmallPages {
-    /// For each block of `memory`, in order: how to place in it, where a write would allocate more than
-    /// it writes; `None` elsewhere, and where the kernel has no userfaultfd for that.
+    /// For each block of `memory`, in order: how to place in it, where a write would allocate more
+    /// than it writes; `None` elsewhere, and where the kernel has no userfaultfd for that.
     pub fn of(memory: &GuestMemory) -> Vec<Option<Self>> {
         memory.blocks().iter().map(|block| Self::of_block(block)).collect()
     }
@@ -62,7 +62,9 @@ impl SmallPages {
             Ok(small_pages) => Some(small_pages),
             Err(error) => {
                 let (id, why) = (block.geometry.id, crate::error::chain(&error));
-                log::warn!("block {id}: its file system hands out huge pages, so more is allocated than comes: {why}");
+                log::warn!(
+                    "block {id}: its file system hands out huge pages, so more is allocated than comes: {why}"
+                );
                 None
             }
         }
@@ -70,11 +72,15 @@ impl SmallPages {
 
     fn new(backing: &Backing, huge_page: u64) -> Result<Self, BackingError> {
         let kernel = |source| BackingError::Kernel { what: "map it for placing", at: 0, source };
-        let uffd = Userfaultfd::open_for_placing().map_err(|source| BackingError::Userfault { source })?;
+        let uffd =
+            Userfaultfd::open_for_placing().map_err(|source| BackingError::Userfault { source })?;
         let length = usize::try_from(backing.length()).map_err(|_| kernel(Errno::NOMEM))?;
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        let (access, flags) =
+            (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
-        let start = unsafe { mmap(std::ptr::null_mut(), length, access, flags, backing.fd(), backing.file_offset(0)) };
+        let start = unsafe {
+            mmap(std::ptr::null_mut(), length, access, flags, backing.fd(), backing.file_offset(0))
+        };
         let into_first = backing.file_offset(0) % huge_page;
         let huge_pages = (into_first + backing.length()).div_ceil(huge_page);
         let start = start.map_err(kernel)?;
@@ -129,22 +135,27 @@ impl SmallPages {
         let end = self.end_of(number);
         let begins = byte + self.huge_page == end;
         // What of it is outside of the block is not ours to punch.
-        let opens = begins && length >= DENSE.min(self.huge_page as usize) && end <= self.length as u64;
+        let opens =
+            begins && length >= DENSE.min(self.huge_page as usize) && end <= self.length as u64;
         if opens {
             self.opened.set(PageRange::new(number, 1));
         }
         opens
     }
 
-    /// Frees what was allocated with the huge pages that are open, and does not hold anything: pages that are not
-    /// `filled`, or are in one of `gone`. Nobody may be placing meanwhile. Closes them.
+    /// Frees what was allocated with the huge pages that are open, and does not hold anything:
+    /// pages that are not `filled`, or are in one of `gone`. Nobody may be placing meanwhile.
+    /// Closes them.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn settle(&self, backing: &Backing, filled: &MappedBitmap, gone: &[&MappedBitmap]) -> Result<(), BackingError> {
+    pub fn settle(
+        &self, backing: &Backing, filled: &MappedBitmap, gone: &[&MappedBitmap],
+    ) -> Result<(), BackingError> {
         let mut numbers = Vec::new();
         self.opened.take(self.opened.all(), |word, bits| {
-            numbers.extend(runs_of_word(word * WORD_BITS, bits).flat_map(|run| run.first..run.end()));
+            numbers
+                .extend(runs_of_word(word * WORD_BITS, bits).flat_map(|run| run.first..run.end()));
         });
         for number in numbers {
             let count = self.huge_page / PAGE_SIZE;
@@ -171,15 +182,20 @@ impl SmallPages {
             let byte = at + done as u64;
             match errno {
                 Errno::EXIST => {
-                    let rest = PageRange::new(byte / PAGE_SIZE, (bytes.len() - done) as u64 / PAGE_SIZE);
+                    let rest =
+                        PageRange::new(byte / PAGE_SIZE, (bytes.len() - done) as u64 / PAGE_SIZE);
                     // One at least: reserved pages are told as holes, and are there.
                     let there = backing.first_hole(rest)?.saturating_sub(rest.first).max(1);
                     let part = &bytes[done..done + (there * PAGE_SIZE) as usize];
                     backing.write(byte, part)?;
                     done += part.len();
                 }
-                Errno::FAULT => return Err(BackingError::Truncated { end: at + bytes.len() as u64 }),
-                source => return Err(BackingError::Kernel { what: "place pages", at: byte, source }),
+                Errno::FAULT => {
+                    return Err(BackingError::Truncated { end: at + bytes.len() as u64 });
+                }
+                source => {
+                    return Err(BackingError::Kernel { what: "place pages", at: byte, source });
+                }
             }
         }
         Ok(())
@@ -198,7 +214,9 @@ impl Drop for SmallPages {
 ///
 /// # Errors
 /// If the file was truncated, or the kernel refuses.
-pub fn write(small_pages: Option<&SmallPages>, backing: &Backing, at: u64, bytes: &[u8]) -> Result<(), BackingError> {
+pub fn write(
+    small_pages: Option<&SmallPages>, backing: &Backing, at: u64, bytes: &[u8],
+) -> Result<(), BackingError> {
     match small_pages {
         Some(small_pages) => small_pages.write(backing, at, bytes),
         None => backing.write(at, bytes),
@@ -214,12 +232,15 @@ mod tests {
     const HUGE: u64 = 2 << 20;
     const PAGES: u64 = HUGE / PAGE_SIZE;
 
-    /// Three huge pages and a bit, as on a file system that hands them out; and how it is placed there.
+    /// Three huge pages and a bit, as on a file system that hands them out; and how it is placed
+    /// there.
     fn block(offset: u64) -> (Block, SmallPages) {
-        let (fd, length) = (memfd_create("ram", MemfdFlags::CLOEXEC).unwrap(), 3 * HUGE + 9 * PAGE_SIZE);
+        let (fd, length) =
+            (memfd_create("ram", MemfdFlags::CLOEXEC).unwrap(), 3 * HUGE + 9 * PAGE_SIZE);
         ftruncate(&fd, offset + length).unwrap();
         let backing = Backing::new(fd, offset, length).unwrap();
-        let geometry = BlockGeometry { id: 1, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
+        let geometry =
+            BlockGeometry { id: 1, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
         let small_pages = SmallPages::new(&backing, HUGE).unwrap();
         (Block::new(geometry, backing, 0, None).unwrap(), small_pages)
     }
@@ -241,7 +262,10 @@ mod tests {
             // Over pages that are there, holes, and the end of a huge page.
             small_pages.write(&block.backing, 4 * PAGE_SIZE, &bytes(2, 4)).unwrap();
             small_pages.write(&block.backing, HUGE - 2 * PAGE_SIZE, &bytes(3, 4)).unwrap();
-            assert_eq!(allocated(&block), pages(&[PageRange::new(4, 4), PageRange::new(PAGES - 2, 4)]));
+            assert_eq!(
+                allocated(&block),
+                pages(&[PageRange::new(4, 4), PageRange::new(PAGES - 2, 4)])
+            );
             let mut found = bytes(0, 1);
             for (page, value) in [(4, 2), (5, 2), (7, 2), (PAGES - 1, 3), (PAGES + 1, 3), (8, 0)] {
                 block.backing.read(page * PAGE_SIZE, &mut found).unwrap();
@@ -249,7 +273,13 @@ mod tests {
             }
             // Reserved: told as a hole, and there.
             let place = block.backing.file_offset(20 * PAGE_SIZE);
-            rustix::fs::fallocate(block.backing.fd(), rustix::fs::FallocateFlags::empty(), place, PAGE_SIZE).unwrap();
+            rustix::fs::fallocate(
+                block.backing.fd(),
+                rustix::fs::FallocateFlags::empty(),
+                place,
+                PAGE_SIZE,
+            )
+            .unwrap();
             small_pages.write(&block.backing, 19 * PAGE_SIZE, &bytes(4, 3)).unwrap();
             block.backing.read(20 * PAGE_SIZE, &mut found).unwrap();
             assert_eq!(found[0], 4);

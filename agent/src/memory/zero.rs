@@ -3,8 +3,9 @@
 use pageferry_protocol::memory::PAGE_SIZE;
 use zerocopy::FromBytes;
 
-/// True if all of `page` is zero. Or-ing whole words in blocks runs at memory speed where a search for the first byte that is not zero
-/// does not; a page that begins with data, as most do, is told by its first block.
+/// True if all of `page` is zero. Or-ing whole words in blocks runs at memory speed where a search
+/// for the first byte that is not zero does not; a page that begins with data, as most do, is told
+/// by its first block.
 pub fn is_zero(page: &[u8]) -> bool {
     page.chunks(512).all(|block| match <[u64]>::ref_from_bytes(block) {
         Ok(words) => words.iter().fold(0, |sum, word| sum | word) == 0,

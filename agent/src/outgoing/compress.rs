@@ -1,7 +1,8 @@
 //! Compressing the content of pages, one worker's part.
 //!
-//! Each run of pages is compressed by itself: the receiver can place it without having seen any other. What does not shrink enough travels as it is,
-//! so that the receiver need not spend time on it.
+//! Each run of pages is compressed by itself: the receiver can place it without having seen any
+//! other. What does not shrink enough travels as it is, so that the receiver need not spend time on
+//! it.
 
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use pageferry_protocol::control::job::Compression;
@@ -12,7 +13,8 @@ use std::ops::Range;
 /// A run is worth sending compressed if that saves at least one part in so many.
 const WORTH: usize = 16;
 
-/// Compresses runs of pages one after another into a buffer of its own, which is kept as the contexts are.
+/// Compresses runs of pages one after another into a buffer of its own, which is kept as the
+/// contexts are.
 pub struct Compressor {
     method: Method,
     output: Vec<u8>,
@@ -41,14 +43,16 @@ impl Compressor {
     /// Forgets what was added; the runs that come have at most `bytes` together.
     pub fn begin(&mut self, bytes: usize) {
         // Room for the worst that can come of the last run, behind what the others take at most.
-        let needed = bytes + get_maximum_output_size(bytes).max(zstd::zstd_safe::compress_bound(bytes));
+        let needed =
+            bytes + get_maximum_output_size(bytes).max(zstd::zstd_safe::compress_bound(bytes));
         if self.output.len() < needed {
             self.output.resize(needed, 0);
         }
         self.filled = 0;
     }
 
-    /// Adds a run of pages. Returns where in [`Self::output`] its payload lies, and the flag that the record needs.
+    /// Adds a run of pages. Returns where in [`Self::output`] its payload lies, and the flag that
+    /// the record needs.
     pub fn add(&mut self, pages: &[u8]) -> (Range<usize>, u16) {
         let start = self.filled;
         let room = &mut self.output[start..];
@@ -56,7 +60,8 @@ impl Compressor {
             Method::Lz4(table) => (compress_into_with_table(pages, room, table).ok(), FLAG_LZ4),
             Method::Zstd(context) => (context.compress_to_buffer(pages, room).ok(), FLAG_ZSTD),
         };
-        // A compressor that fails costs the shrinking, not the migration: the content itself is always right.
+        // A compressor that fails costs the shrinking, not the migration: the content itself is
+        // always right.
         let (length, flag) = match compressed {
             Some(length) if length <= pages.len() - pages.len() / WORTH => (length, flag),
             _ => {
@@ -77,7 +82,11 @@ impl Compressor {
 impl fmt::Debug for Compressor {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let method = if matches!(self.method, Method::Lz4(_)) { "lz4" } else { "zstd" };
-        formatter.debug_struct("Compressor").field("method", &method).field("filled", &self.filled).finish()
+        formatter
+            .debug_struct("Compressor")
+            .field("method", &method)
+            .field("filled", &self.filled)
+            .finish()
     }
 }
 
@@ -111,23 +120,34 @@ mod tests {
     #[test]
     fn what_is_added_comes_back_and_what_does_not_shrink_is_left_as_it_is() {
         let runs = [text(1), noise(3), text(50), vec![7; 8 * PAGE], noise(1), vec![0; PAGE]];
-        for compression in [Compression::Lz4, Compression::Zstd(1), Compression::Zstd(Compression::MAX_LEVEL)] {
+        for compression in
+            [Compression::Lz4, Compression::Zstd(1), Compression::Zstd(Compression::MAX_LEVEL)]
+        {
             let mut compressor = Compressor::new(compression).unwrap().unwrap();
             let mut decompressor = Decompressor::new(FEATURES);
             for round in 0..3 {
                 compressor.begin(runs.iter().map(Vec::len).sum());
                 let added: Vec<_> = runs.iter().map(|run| compressor.add(run)).collect();
-                assert_eq!(compressor.output().len(), added.iter().map(|(bytes, _)| bytes.len()).sum::<usize>());
+                assert_eq!(
+                    compressor.output().len(),
+                    added.iter().map(|(bytes, _)| bytes.len()).sum::<usize>()
+                );
                 for (run, (bytes, flag)) in runs.iter().zip(added) {
                     let payload = &compressor.output()[bytes];
                     let range = PageRange::new(round, (run.len() / PAGE) as u64);
                     let header = RecordHeader::new(Kind::Data, flag, 3, range, payload.len());
                     assert_eq!(header.check(), Ok(Kind::Data), "{compression:?}");
                     if flag == 0 {
-                        assert!(payload == run && run[..] == noise(run.len() / PAGE)[..], "{compression:?}");
+                        assert!(
+                            payload == run && run[..] == noise(run.len() / PAGE)[..],
+                            "{compression:?}"
+                        );
                     } else {
                         assert!(payload.len() <= run.len() - run.len() / WORTH);
-                        assert!(decompressor.unpack(&header, payload).unwrap() == run, "{compression:?}");
+                        assert!(
+                            decompressor.unpack(&header, payload).unwrap() == run,
+                            "{compression:?}"
+                        );
                     }
                 }
             }

@@ -8,7 +8,8 @@ use pageferry_protocol::control::job::{Compression, OutgoingOptions, Phase};
 use pageferry_protocol::control::request::RemoteError;
 use pageferry_protocol::memory::BlockTable;
 use pageferry_protocol::stream::hello::{
-    Accept, FEATURE_POSTCOPY, HELLO_ACKNOWLEDGE, HELLO_RECOVER, decode_error, encode_error, feature_of,
+    Accept, FEATURE_POSTCOPY, HELLO_ACKNOWLEDGE, HELLO_RECOVER, decode_error, encode_error,
+    feature_of,
 };
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use std::os::fd::{AsFd, OwnedFd};
@@ -38,7 +39,8 @@ pub struct Streams {
     pub senders: Vec<PageSender>,
     /// For the pages that a guest in postcopy waits for.
     pub urgent: Vec<Urgent>,
-    /// The destination's host page sizes in bytes, in the order of the blocks; empty without postcopy.
+    /// The destination's host page sizes in bytes, in the order of the blocks; empty without
+    /// postcopy.
     pub host_pages: Vec<u64>,
 }
 
@@ -63,9 +65,11 @@ pub struct Urgent {
 /// Random bytes that tell a migration from others, and nobody guesses.
 pub fn new_session() -> Result<SessionId, JobError> {
     let mut session = [0; 16];
-    let random = |errno: rustix::io::Errno| JobError::Io { what: "get random bytes", source: errno.into() };
+    let random =
+        |errno: rustix::io::Errno| JobError::Io { what: "get random bytes", source: errno.into() };
     let file =
-        rustix::fs::open("/dev/urandom", rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty()).map_err(random)?;
+        rustix::fs::open("/dev/urandom", rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())
+            .map_err(random)?;
     rustix::io::read(file, &mut session).map_err(random)?;
     // Zeroes stand for none.
     session[0] |= 1;
@@ -105,7 +109,9 @@ fn prepare(job: &Job, sockets: Vec<OwnedFd>) -> Result<Vec<StreamSocket>, JobErr
     sockets.into_iter().map(socket).collect()
 }
 
-fn shake_hands(job: &Job, sockets: Vec<StreamSocket>, session: SessionId, flags: u16) -> Result<Streams, JobError> {
+fn shake_hands(
+    job: &Job, sockets: Vec<StreamSocket>, session: SessionId, flags: u16,
+) -> Result<Streams, JobError> {
     let options = job.options();
     say_hello(job, &options, &sockets, session, flags)?;
     let mut reader = RecordReader::new(sockets[0].clone());
@@ -115,7 +121,8 @@ fn shake_hands(job: &Job, sockets: Vec<StreamSocket>, session: SessionId, flags:
     let mut streams = Streams { primary, senders: Vec::new(), urgent: Vec::new(), host_pages };
     for (index, socket) in sockets.into_iter().enumerate() {
         if index < usize::from(options.streams) {
-            let compressor = Compressor::new(options.compression).map_err(JobError::from_io("make a compressor"))?;
+            let compressor = Compressor::new(options.compression)
+                .map_err(JobError::from_io("make a compressor"))?;
             streams.senders.push(PageSender::new(index, socket, compressor));
         } else {
             // Compressing would take longer than it saves: somebody waits.
@@ -132,7 +139,8 @@ fn shake_hands(job: &Job, sockets: Vec<StreamSocket>, session: SessionId, flags:
     }
 }
 
-/// What comes in the order of the table, in that of the memory's blocks; empty if it is not of all blocks.
+/// What comes in the order of the table, in that of the memory's blocks; empty if it is not of all
+/// blocks.
 fn in_order(job: &Job, host_pages: &[u64]) -> Vec<u64> {
     let table = job.memory.table().blocks();
     if host_pages.len() != table.len() {
@@ -149,7 +157,9 @@ fn wanted_features(options: &OutgoingOptions) -> u64 {
 }
 
 /// What the source needs and the destination does not have.
-fn missing_feature(job: &Job, options: &OutgoingOptions, accepted: u64, host_pages: &[u64]) -> Option<JobError> {
+fn missing_feature(
+    job: &Job, options: &OutgoingOptions, accepted: u64, host_pages: &[u64],
+) -> Option<JobError> {
     let lacks = wanted_features(options) & !accepted;
     if options.compression != Compression::None && lacks & feature_of(options.compression) != 0 {
         return Some(JobError::Compression(options.compression.name()));
@@ -187,7 +197,8 @@ fn say_hello(
 fn wait_accept(reader: &mut RecordReader) -> Result<Accept, JobError> {
     let record = reader.read()?;
     match record.kind {
-        Kind::Accept => Accept::decode(record.payload).map_err(|source| JobError::Payload { kind: "accept", source }),
+        Kind::Accept => Accept::decode(record.payload)
+            .map_err(|source| JobError::Payload { kind: "accept", source }),
         Kind::Reject => Err(JobError::Rejected(decode_remote(record.payload)?)),
         _ => Err(unexpected(record.kind, record.payload, "an accept or reject")),
     }
@@ -229,7 +240,8 @@ impl Primary {
         Ok(record.header.number())
     }
 
-    /// Tells the destination why this side fails. Nobody may be in the middle of a record on this stream.
+    /// Tells the destination why this side fails. Nobody may be in the middle of a record on this
+    /// stream.
     pub fn say_error(&self, error: &RemoteError) {
         let payload = encode_error(error);
         // A peer that takes nothing need not know, and the guest may be paused until this returns.

@@ -1,12 +1,12 @@
 //! When to stop the guest.
 //!
 //! After each pass the expected downtime is computed: the dirty pages over the measured bandwidth,
-//! plus the time of a sync. If it is within the limit, or nothing is dirty, the guest is stopped. If
-//! the passes that were allowed did not get there, the policy decides.
+//! plus the time of a sync. If it is within the limit, or nothing is dirty, the guest is stopped.
+//! If the passes that were allowed did not get there, the policy decides.
 //!
-//! A limit below the cost of a sync is reached only when nothing is dirty. Passes are short then, and
-//! one more of them changes little. So only the first `QUICK_PASSES` follow each other at once; a
-//! later one begins `INTERVAL` after the last one at the earliest.
+//! A limit below the cost of a sync is reached only when nothing is dirty. Passes are short then,
+//! and one more of them changes little. So only the first `QUICK_PASSES` follow each other at once;
+//! a later one begins `INTERVAL` after the last one at the earliest.
 
 use crate::job::{JobError, micros};
 use pageferry_protocol::control::job::{Counters, Mode, NonConvergence, OutgoingOptions};
@@ -122,13 +122,19 @@ impl Pace {
             NonConvergence::StopAnyway => Ok(Next::Stop),
             NonConvergence::Postcopy => Ok(Next::Postcopy),
             NonConvergence::Throttle => {
-                self.throttle =
-                    if self.throttle == 0 { THROTTLE_STEP } else { (self.throttle + THROTTLE_MORE).min(99) };
+                self.throttle = if self.throttle == 0 {
+                    THROTTLE_STEP
+                } else {
+                    (self.throttle + THROTTLE_MORE).min(99)
+                };
                 Ok(Next::Throttle(self.throttle))
             }
-            NonConvergence::Fail => {
-                Err(JobError::NotConverging { passes: self.passes, remaining, expected: self.expected, limit })
-            }
+            NonConvergence::Fail => Err(JobError::NotConverging {
+                passes: self.passes,
+                remaining,
+                expected: self.expected,
+                limit,
+            }),
         }
     }
 
@@ -160,7 +166,12 @@ mod tests {
     use super::*;
 
     fn options(policy: NonConvergence, max_passes: u32) -> OutgoingOptions {
-        OutgoingOptions { policy, max_passes, downtime_limit: Duration::from_millis(100), ..OutgoingOptions::default() }
+        OutgoingOptions {
+            policy,
+            max_passes,
+            downtime_limit: Duration::from_millis(100),
+            ..OutgoingOptions::default()
+        }
     }
 
     /// After one pass of 1 GiB in a second.
@@ -204,7 +215,10 @@ mod tests {
     fn with_nothing_left_the_guest_is_stopped_whatever_the_limit_is() {
         let mut pace = pace();
         pace.synced(Duration::from_millis(5));
-        let options = OutgoingOptions { downtime_limit: Duration::ZERO, ..options(NonConvergence::KeepGoing, 1) };
+        let options = OutgoingOptions {
+            downtime_limit: Duration::ZERO,
+            ..options(NonConvergence::KeepGoing, 1)
+        };
         assert_eq!(pace.decide(&options, 0).unwrap(), Next::Stop);
         assert_eq!(pace.decide(&options, 1).unwrap(), Next::Pass);
     }
@@ -213,7 +227,10 @@ mod tests {
     fn a_limit_below_the_cost_of_a_sync_leaves_it_to_the_policy() {
         let mut pace = pace();
         pace.synced(Duration::from_millis(5));
-        let limit = |policy| OutgoingOptions { downtime_limit: Duration::from_millis(1), ..options(policy, 1) };
+        let limit = |policy| OutgoingOptions {
+            downtime_limit: Duration::from_millis(1),
+            ..options(policy, 1)
+        };
         assert_eq!(pace.decide(&limit(NonConvergence::StopAnyway), 1).unwrap(), Next::Stop);
         assert!(pace.decide(&limit(NonConvergence::Fail), 1).is_err());
     }

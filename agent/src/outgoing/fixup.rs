@@ -2,22 +2,29 @@
 //!
 //! # On dirty bits of discarded pages
 //!
-//! A dirty bit in a discarded range means one of two things. Either the guest wrote *before* the discard, and the bit is stale: following it
-//! would read memory that was given back. Or it wrote *after*, into memory that it had promised not to use: a stray write, which migrates, as it does
-//! with QEMU, since a guest that does so may rely on it. The tracker cannot tell the two apart, but the backing can: the discard
-//! punched the page, so if it is allocated at the sync, something wrote to it since.
+//! A dirty bit in a discarded range means one of two things. Either the guest wrote *before* the
+//! discard, and the bit is stale: following it would read memory that was given back. Or it wrote
+//! *after*, into memory that it had promised not to use: a stray write, which migrates, as it does
+//! with QEMU, since a guest that does so may rely on it. The tracker cannot tell the two apart, but
+//! the backing can: the discard punched the page, so if it is allocated at the sync, something
+//! wrote to it since.
 //!
-//! That holds only for pages that were punched, on a backing that tells its holes. All others are *unsettled* until a sync has come
-//! and gone: whatever that sync reports of them may be older than the discard and is dropped; what the next one reports is not.
+//! That holds only for pages that were punched, on a backing that tells its holes. All others are
+//! *unsettled* until a sync has come and gone: whatever that sync reports of them may be older than
+//! the discard and is dropped; what the next one reports is not.
 //!
-//! Nor is a report believed that may mean a neighbour: write-protect scanning tells no page of a transparent huge page from the others.
+//! Nor is a report believed that may mean a neighbour: write-protect scanning tells no page of a
+//! transparent huge page from the others.
 //!
-//! The fix-up comes after the sync. Before it, the sync would bring the stale bits back. And what it drops is dropped in the VMM's tracker, too, if that
-//! one does not clear by itself; otherwise the same stale bit would return with every sync, and be taken for a stray write at the next.
+//! The fix-up comes after the sync. Before it, the sync would bring the stale bits back. And what
+//! it drops is dropped in the VMM's tracker, too, if that one does not clear by itself; otherwise
+//! the same stale bit would return with every sync, and be taken for a stray write at the next.
 //!
-//! At the first sync all discarded pages are dropped: nothing before the start of the tracker is known.
+//! At the first sync all discarded pages are dropped: nothing before the start of the tracker is
+//! known.
 //!
-//! Discards and populates go on meanwhile. See [`crate::memory::discard`] for why each interleaving is right.
+//! Discards and populates go on meanwhile. See [`crate::memory::discard`] for why each interleaving
+//! is right.
 
 use super::Migration;
 use super::sender::PassView;
@@ -45,7 +52,8 @@ pub struct DirtyState {
     /// Pages whose bit the fix-up dropped.
     dropped: DirtyPages,
     pub(super) remaining: u64,
-    /// See [`GuestMemory::changes`]: when the unsettled pages were last taken, and when the destination was last told.
+    /// See [`GuestMemory::changes`]: when the unsettled pages were last taken, and when the
+    /// destination was last told.
     settled_at: u64,
     told_at: u64,
     /// There is something in `settling`.
@@ -83,7 +91,8 @@ impl DirtyState {
         &mut self, memory: &GuestMemory, at: usize, trackers: &Trackers, first_sync: bool,
     ) -> Result<(), JobError> {
         let block = &memory.blocks()[at];
-        let (dirty, settling, dropped) = (self.pages.block(at), self.settling.block(at), self.dropped.block(at));
+        let (dirty, settling, dropped) =
+            (self.pages.block(at), self.settling.block(at), self.dropped.block(at));
         let mut any = false;
         // What is dirty is little; what is discarded may be most of the guest.
         for (word, dirty_pages) in dirty.nonzero_words(block.all()) {
@@ -98,7 +107,8 @@ impl DirtyState {
             let mut stray = 0;
             if !first_sync {
                 let written = written_since(block, word, suspects & !unsure & !known)?;
-                // Where the tracker may mean a neighbour the discard is believed: what is discarded is not read on a suspicion.
+                // Where the tracker may mean a neighbour the discard is believed: what is discarded
+                // is not read on a suspicion.
                 stray = known | written & !trackers.vague(block, word, written)?;
             }
             self.found_stray |= block.stray.or_word(word, stray) != 0;
@@ -120,11 +130,15 @@ fn written_since(block: &Block, word: u64, suspects: u64) -> Result<u64, JobErro
     if !block.backing.tells_holes() {
         return Ok(suspects);
     }
-    block.backing.allocated(word, suspects).map_err(|source| JobError::Backing { id: block.geometry.id, source })
+    block
+        .backing
+        .allocated(word, suspects)
+        .map_err(|source| JobError::Backing { id: block.geometry.id, source })
 }
 
 impl Migration {
-    /// Starts the trackers. What they report by now is older than the start, and pass 0 adds all that is allocated, chunk by chunk.
+    /// Starts the trackers. What they report by now is older than the start, and pass 0 adds all
+    /// that is allocated, chunk by chunk.
     pub(super) fn start_tracking(&mut self) -> Result<(), JobError> {
         let memory = self.job.memory.clone();
         for block in memory.blocks() {
@@ -134,7 +148,8 @@ impl Migration {
         self.ask_trackers()?;
         self.clear_discarded(true)?;
         // For whoever watches: what pass 0 will find is known when it has.
-        self.dirty.remaining = memory.blocks().iter().map(|block| block.backing.allocated_pages()).sum();
+        self.dirty.remaining =
+            memory.blocks().iter().map(|block| block.backing.allocated_pages()).sum();
         Ok(())
     }
 
@@ -152,7 +167,8 @@ impl Migration {
         if !memory.is_unchanged(self.dirty.settled_at) {
             for (at, block) in memory.blocks().iter().enumerate() {
                 let settling = self.dirty.settling.block(at);
-                // Only what is still waiting for its first sync; what a discard that is under way sets after this is looked at where it is.
+                // Only what is still waiting for its first sync; what a discard that is under way
+                // sets after this is looked at where it is.
                 block.unsettled.take(block.all(), |word, bits| {
                     settling.or_word(word, bits);
                 });
@@ -184,11 +200,13 @@ impl Migration {
         Ok(())
     }
 
-    /// Tells the destination what is discarded and what it does not know yet; stray pages are none of it. Comes before the pages of a pass.
+    /// Tells the destination what is discarded and what it does not know yet; stray pages are none
+    /// of it. Comes before the pages of a pass.
     pub(super) fn send_discards(&mut self) -> Result<(), JobError> {
         let memory = self.job.memory.clone();
         let changes = memory.changes();
-        // With neither discards nor populates nor stray pages since the last time there is no news, and the fix-up has left no dirty page that was told.
+        // With neither discards nor populates nor stray pages since the last time there is no news,
+        // and the fix-up has left no dirty page that was told.
         if memory.is_unchanged(self.dirty.told_at) && !self.dirty.found_stray {
             return Ok(());
         }
@@ -206,8 +224,8 @@ impl Migration {
         Ok(())
     }
 
-    /// The guest stands still, and its last pass has arrived: tells the destination what the VMM freed since the
-    /// last sync. It would keep pages there that are holes here (`never-populate`).
+    /// The guest stands still, and its last pass has arrived: tells the destination what the VMM
+    /// freed since the last sync. It would keep pages there that are holes here (`never-populate`).
     pub(super) fn send_late_frees(&mut self) -> Result<(), JobError> {
         let job = self.job.clone();
         if !job.memory.blocks().iter().any(|block| block.may_have_known_holes()) {
@@ -224,7 +242,8 @@ impl Migration {
     fn send_runs(&mut self, block: u32, runs: &[PageRange]) -> Result<(), JobError> {
         let payload = encode_runs(runs);
         let pages: u64 = runs.iter().map(|run| run.count).sum();
-        let header = RecordHeader::new(Kind::Discard, 0, block, PageRange::new(0, pages), payload.len());
+        let header =
+            RecordHeader::new(Kind::Discard, 0, block, PageRange::new(0, pages), payload.len());
         let primary = &mut self.streams.senders[0];
         primary.write(&self.job, header, &payload)?;
         primary.totals.discarded_pages += pages;
@@ -235,8 +254,10 @@ impl Migration {
 
 /// Sets in `news` what is discarded and was not told, and keeps in `told` only what still holds.
 ///
-/// What is told, now or before, is not sent in the pass that follows, even if it is populated meanwhile: the two records would travel on
-/// different streams, and the destination would hold content that this side takes for told. The populate has marked the log, so the pass after has it.
+/// What is told, now or before, is not sent in the pass that follows, even if it is populated
+/// meanwhile: the two records would travel on different streams, and the destination would hold
+/// content that this side takes for told. The populate has marked the log, so the pass after has
+/// it.
 fn find_news(block: &Block, told: &MappedBitmap, news: &MappedBitmap, dirty: &MappedBitmap) {
     for (word, known) in told.nonzero_words(block.all()) {
         let holds = block.discarded.word(word) & !block.stray.word(word);

@@ -1,4 +1,5 @@
-//! The stopped guest, and the line of `one-owner`: the source never runs after it sent the commit, and always can before.
+//! The stopped guest, and the line of `one-owner`: the source never runs after it sent the commit,
+//! and always can before.
 
 use super::Migration;
 use super::connect::{Primary, SessionId};
@@ -14,13 +15,15 @@ use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::os::fd::OwnedFd;
 
 impl PausedGuest {
-    /// Gives up ownership, and waits until the destination runs. `session` is what the VMM is to keep, so that another agent can recover; zeroes if
-    /// nothing will be left to recover.
+    /// Gives up ownership, and waits until the destination runs. `session` is what the VMM is to
+    /// keep, so that another agent can recover; zeroes if nothing will be left to recover.
     pub fn commit(&mut self, primary: &mut Primary, session: SessionId) -> Result<(), JobError> {
-        // From here on a cancel is refused, and the VMM does not resume the guest by itself, even if it loses this process.
+        // From here on a cancel is refused, and the VMM does not resume the guest by itself, even
+        // if it loses this process.
         self.job.cancel.cross_the_line()?;
         let OutgoingOptions { release, hook_timeout, .. } = self.job.options();
-        if let Err(error) = self.job.hooks.ask(&Hook::Relinquish { session, release }, hook_timeout) {
+        if let Err(error) = self.job.hooks.ask(&Hook::Relinquish { session, release }, hook_timeout)
+        {
             // No commit was sent: the guest is still ours, and the drop says so to the VMM.
             self.job.cancel.step_back();
             return Err(error.into());
@@ -62,11 +65,13 @@ impl Migration {
         let options = self.job.options();
         let (measured, limit) = (self.pace.bandwidth(), options.bandwidth);
         // What was measured may be from before an operator set the limit.
-        let bandwidth = if limit == 0 || measured == 0 { measured.max(limit) } else { measured.min(limit) };
+        let bandwidth =
+            if limit == 0 || measured == 0 { measured.max(limit) } else { measured.min(limit) };
         stop.expect(&options, bytes, bandwidth);
     }
 
-    /// What the guest is to be at the destination, which its own operator may have wanted otherwise.
+    /// What the guest is to be at the destination, which its own operator may have wanted
+    /// otherwise.
     pub(super) fn run_state_there(&self, state: &SavedState) -> RunState {
         let arrives = self.job.options().resume.apply(state.guest);
         self.job.guest_is(arrives);
@@ -83,7 +88,9 @@ impl Migration {
         Ok(())
     }
 
-    fn send_piece(&mut self, piece: &PieceSize, file: Option<&OwnedFd>, start: u64) -> Result<(), JobError> {
+    fn send_piece(
+        &mut self, piece: &PieceSize, file: Option<&OwnedFd>, start: u64,
+    ) -> Result<(), JobError> {
         let mut buffer = vec![0; StatePart::MAX_BYTES.min(piece.length as usize)];
         let mut offset = 0;
         loop {
@@ -92,7 +99,8 @@ impl Migration {
             if let Some(file) = file {
                 read_exactly(file, bytes, start + offset)?;
             }
-            let payload = StatePart { name: &piece.name, length: piece.length, offset, bytes }.encode();
+            let payload =
+                StatePart { name: &piece.name, length: piece.length, offset, bytes }.encode();
             let header = RecordHeader::plain(Kind::State, 0, payload.len());
             self.streams.senders[0].write(&self.job, header, &payload)?;
             offset += count as u64;
@@ -102,9 +110,11 @@ impl Migration {
         }
     }
 
-    /// Tells each stream's totals, and on the primary those of all; with `remaining` pages, if it is given, postcopy follows.
-    /// The guest is to be as `arrives` says.
-    pub(super) fn send_end(&mut self, remaining: Option<u64>, arrives: RunState) -> Result<(), JobError> {
+    /// Tells each stream's totals, and on the primary those of all; with `remaining` pages, if it
+    /// is given, postcopy follows. The guest is to be as `arrives` says.
+    pub(super) fn send_end(
+        &mut self, remaining: Option<u64>, arrives: RunState,
+    ) -> Result<(), JobError> {
         let job = self.job.clone();
         let mut sum = Totals { remaining_pages: remaining.unwrap_or(0), ..Totals::default() };
         for sender in self.streams.senders.iter_mut().rev() {
@@ -117,17 +127,22 @@ impl Migration {
             let payload = if is_primary { sum } else { sender.totals }.encode();
             let number = PageRange::new(u64::from(remaining.is_some()), 0);
             let flags = if arrives.is_paused() { FLAG_PAUSED } else { 0 };
-            sender.write(&job, RecordHeader::new(Kind::End, flags, 0, number, payload.len()), &payload)?;
+            sender.write(
+                &job,
+                RecordHeader::new(Kind::End, flags, 0, number, payload.len()),
+                &payload,
+            )?;
         }
         Ok(())
     }
 }
 
-/// Waits until the destination has verified the totals and loaded the state, which ends the stop as far
-/// as its deadline goes.
+/// Waits until the destination has verified the totals and loaded the state, which ends the stop as
+/// far as its deadline goes.
 pub fn wait_loaded(job: &Job, primary: &mut Primary, stop: &Stop) -> Result<(), JobError> {
     let options = job.options();
-    // It verifies, registers and loads before it answers, so it has its hooks' time on top of the connection's.
+    // It verifies, registers and loads before it answers, so it has its hooks' time on top of the
+    // connection's.
     let patience = options.peer_timeout + 2 * options.hook_timeout;
     primary.reader.set_patience(patience);
     primary.expect(Kind::Loaded, "that the destination has loaded the state")?;
@@ -140,12 +155,17 @@ fn read_exactly(file: &OwnedFd, buffer: &mut [u8], start: u64) -> Result<(), Job
     while done < buffer.len() {
         match rustix::io::pread(file, &mut buffer[done..], start + done as u64) {
             Ok(0) => {
-                let message = format!("the VMM's file ends at byte {:#x}, before its pieces do", start + done as u64);
+                let message = format!(
+                    "the VMM's file ends at byte {:#x}, before its pieces do",
+                    start + done as u64
+                );
                 return Err(JobError::State(message));
             }
             Ok(count) => done += count,
             Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(JobError::Io { what: "read the VMM's state", source: errno.into() }),
+            Err(errno) => {
+                return Err(JobError::Io { what: "read the VMM's state", source: errno.into() });
+            }
         }
     }
     Ok(())
@@ -169,12 +189,23 @@ mod tests {
     /// A migration of a guest with so many dirty pages, over a link that carried 4 MiB/s.
     fn migration(pages: u64) -> Migration {
         let (memory, hooks) = (Arc::new(memory(&[pages])), Arc::new(Hooks::new(None)));
-        let job = Job::new(1, JobKind::Outgoing, memory, hooks, OutgoingOptions::default(), notifier().unwrap());
+        let job = Job::new(
+            1,
+            JobKind::Outgoing,
+            memory,
+            hooks,
+            OutgoingOptions::default(),
+            notifier().unwrap(),
+        );
         let job = Arc::new(job.unwrap());
         let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
         let socket = StreamSocket::with_stop(socket.into(), Duration::ZERO, &job.stop).unwrap();
-        let primary = Primary { writer: RecordWriter::new(socket.clone()), reader: RecordReader::new(socket) };
-        let streams = Streams { primary, senders: Vec::new(), urgent: Vec::new(), host_pages: Vec::new() };
+        let primary = Primary {
+            writer: RecordWriter::new(socket.clone()),
+            reader: RecordReader::new(socket),
+        };
+        let streams =
+            Streams { primary, senders: Vec::new(), urgent: Vec::new(), host_pages: Vec::new() };
         let choice = TrackerChoice::default();
         let mut pace = Pace::default();
         pace.passed(1024, 4 << 20, Duration::from_secs(1));
@@ -195,7 +226,8 @@ mod tests {
     #[test]
     fn a_guest_that_goes_before_its_memory_is_not_given_the_time_of_its_memory() {
         let migration = migration(4096);
-        let (piece, options) = (PieceSize { name: "vcpu".into(), length: 8 << 20 }, migration.job.options());
+        let (piece, options) =
+            (PieceSize { name: "vcpu".into(), length: 8 << 20 }, migration.job.options());
         let state = SavedState { guest: RunState::Running, pieces: vec![piece], file: None };
         let mut stop = Stop::begin(&migration.job.stop, &options);
         migration.expect_state(&mut stop, &state);

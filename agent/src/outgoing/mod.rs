@@ -40,7 +40,8 @@ use std::time::{Duration, Instant};
 /// Longest delay before a wait between passes sees that postcopy is asked for.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Everything that a running migration owns. Dropping it leaves the VMM as it was found: trackers off, throttle off.
+/// Everything that a running migration owns. Dropping it leaves the VMM as it was found: trackers
+/// off, throttle off.
 struct Migration {
     job: Arc<Job>,
     session: SessionId,
@@ -82,7 +83,8 @@ fn migrate(job: &Arc<Job>, target: Target, choice: &TrackerChoice) -> Result<(),
 
 impl Migration {
     fn new(
-        job: &Arc<Job>, session: SessionId, address: Option<Address>, streams: Streams, choice: &TrackerChoice,
+        job: &Arc<Job>, session: SessionId, address: Option<Address>, streams: Streams,
+        choice: &TrackerChoice,
     ) -> Result<Self, JobError> {
         let options = job.options();
         Ok(Self {
@@ -116,7 +118,8 @@ impl Migration {
             self.run_pass()?;
             self.sync()?;
             let next = self.pace.decide(&self.job.options(), self.dirty.remaining());
-            // Whoever asks for the switch does so before the policy has its way, but not before the memory fits the limit.
+            // Whoever asks for the switch does so before the policy has its way, but not before the
+            // memory fits the limit.
             if self.job.is_postcopy_asked() && !matches!(next, Ok(converge::Next::Stop)) {
                 return Ok(After::Guest);
             }
@@ -182,7 +185,8 @@ impl Migration {
         Ok(())
     }
 
-    /// Leaves the VMM as it was found. The guest itself was resumed, if it was to be, when the [`PausedGuest`] went.
+    /// Leaves the VMM as it was found. The guest itself was resumed, if it was to be, when the
+    /// [`PausedGuest`] went.
     fn clean_up(&mut self) {
         let timeout = self.job.options().hook_timeout;
         if std::mem::take(&mut self.throttled)
@@ -201,7 +205,10 @@ impl Migration {
             JobError::Transport(_) if !self.job.cancel.is_cancelled() => {
                 self.streams.primary.last_words().map_or(error, JobError::Peer)
             }
-            JobError::Unconfirmed { .. } | JobError::Stranded { .. } | JobError::Peer(_) | JobError::Cancelled => error,
+            JobError::Unconfirmed { .. }
+            | JobError::Stranded { .. }
+            | JobError::Peer(_)
+            | JobError::Cancelled => error,
             _ => {
                 self.streams.say_error(&error.to_remote());
                 error

@@ -1,7 +1,8 @@
 //! One walk over the dirty pages by all workers.
 //!
-//! The memory is cut into chunks, and the workers claim them by one atomic counter: there is no thread that scans for the others. Each takes bits, reads,
-//! scans and sends on its own stream. A worker that is slow, or whose stream is, claims fewer chunks.
+//! The memory is cut into chunks, and the workers claim them by one atomic counter: there is no
+//! thread that scans for the others. Each takes bits, reads, scans and sends on its own stream. A
+//! worker that is slow, or whose stream is, claims fewer chunks.
 
 use super::Migration;
 use super::fixup::DirtyState;
@@ -16,7 +17,8 @@ use pageferry_protocol::stream::Kind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Pages of a chunk: 64 MiB. Also the unit in which a lazy tracker is cleared; no larger than one clear hook can carry.
+/// Pages of a chunk: 64 MiB. Also the unit in which a lazy tracker is cleared; no larger than one
+/// clear hook can carry.
 const CHUNK_PAGES: u64 = (64 << 20) / PAGE_SIZE;
 const _: () = assert!(CHUNK_PAGES <= pageferry_protocol::control::hook::MAX_CLEAR_PAGES);
 /// Words of zero pages after which a worker asks where the next data is, instead of reading on.
@@ -104,9 +106,11 @@ fn run_workers(pass: &Pass<'_>, senders: &mut [PageSender]) -> Result<(), JobErr
     // The job's own thread is the primary's worker: with one stream no thread is started.
     let Some((primary, others)) = senders.split_first_mut() else { return Ok(()) };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = others.iter_mut().map(|sender| scope.spawn(move || work(pass, sender))).collect();
+        let threads: Vec<_> =
+            others.iter_mut().map(|sender| scope.spawn(move || work(pass, sender))).collect();
         let first = work(pass, primary);
-        let rest = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
+        let rest =
+            threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
         rest.fold(first, |outcome, other| outcome.and(other))
     })
 }
@@ -128,7 +132,8 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
             find_allocated(block, dirty, pass.dirty.told.block(at), chunk)?;
         }
         if let Some(lazy) = pass.lazy {
-            // `clear-then-read` for a tracker whose sync does not clear: before the first read in the chunk.
+            // `clear-then-read` for a tracker whose sync does not clear: before the first read in
+            // the chunk.
             lazy.clear(block.geometry.id, dirty, chunk)?;
         }
         send_chunk(pass, sender, (at, block), dirty, chunk)?;
@@ -136,11 +141,12 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
     Ok(())
 }
 
-/// What pass 0 has to send of a chunk, made dirty: what is allocated, and what was not told to the destination as discarded before the pass. What was told is
-/// none of it even if it is populated meanwhile; see `find_news`.
+/// What pass 0 has to send of a chunk, made dirty: what is allocated, and what was not told to the
+/// destination as discarded before the pass. What was told is none of it even if it is populated
+/// meanwhile; see `find_news`.
 ///
-/// The holes need not be sent, since the destination starts from holes. A hole that is written after the walk here came by is reported by a tracker,
-/// since all of them were started before.
+/// The holes need not be sent, since the destination starts from holes. A hole that is written
+/// after the walk here came by is reported by a tracker, since all of them were started before.
 pub(super) fn find_allocated(
     block: &Block, dirty: &MappedBitmap, told: &MappedBitmap, chunk: PageRange,
 ) -> Result<(), JobError> {
@@ -150,14 +156,18 @@ pub(super) fn find_allocated(
         for word in run.first / WORD_BITS..run.end().div_ceil(WORD_BITS) {
             let first = word * WORD_BITS;
             let pages = run.intersection(&PageRange::new(first, WORD_BITS));
-            dirty.or_word(word, word_mask(pages.first - first, pages.end() - first) & !told.word(word));
+            dirty.or_word(
+                word,
+                word_mask(pages.first - first, pages.end() - first) & !told.word(word),
+            );
         }
     }
     Ok(())
 }
 
 fn send_chunk(
-    pass: &Pass<'_>, sender: &mut PageSender, (at, block): (usize, &Block), dirty: &MappedBitmap, chunk: PageRange,
+    pass: &Pass<'_>, sender: &mut PageSender, (at, block): (usize, &Block), dirty: &MappedBitmap,
+    chunk: PageRange,
 ) -> Result<(), JobError> {
     let mut hole = HoleFinder::new(block, chunk);
     for (word, _) in dirty.nonzero_words(chunk) {
@@ -173,9 +183,11 @@ fn send_chunk(
     sender.flush(&pass.view)
 }
 
-/// Finds large holes among dirty pages, as a populate of much memory makes them: one seek instead of reading gigabytes of zeroes.
+/// Finds large holes among dirty pages, as a populate of much memory makes them: one seek instead
+/// of reading gigabytes of zeroes.
 ///
-/// What it finds holds for the pass: a page that is written after the seek is reported by the next sync, since the tracker was cleared before.
+/// What it finds holds for the pass: a page that is written after the seek is reported by the next
+/// sync, since the tracker was cleared before.
 struct HoleFinder<'a> {
     block: &'a Block,
     chunk: PageRange,

@@ -1,7 +1,9 @@
-//! One worker's side of a stream: reads pages into a buffer, finds the zero ones, and sends records in batches.
+//! One worker's side of a stream: reads pages into a buffer, finds the zero ones, and sends records
+//! in batches.
 //!
-//! The buffer holds one word of pages (256 KiB) or more before it is sent: large enough that the system calls do not show, small enough to stay in the
-//! cache between reading, scanning, checksum and sending.
+//! The buffer holds one word of pages (256 KiB) or more before it is sent: large enough that the
+//! system calls do not show, small enough to stay in the cache between reading, scanning, checksum
+//! and sending.
 
 use super::compress::Compressor;
 use crate::job::{Job, JobError, add};
@@ -61,7 +63,8 @@ struct TakenWord {
 }
 
 impl TakenWord {
-    /// `never-read` and `clear-then-read` for one word: takes the bits, and leaves out what is discarded.
+    /// `never-read` and `clear-then-read` for one word: takes the bits, and leaves out what is
+    /// discarded.
     fn take(pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64) -> Self {
         let taken = dirty.take_word(word);
         add(&pass.job.live.pass_pages_done, u64::from(taken.count_ones()));
@@ -107,16 +110,19 @@ impl PageSender {
     /// # Errors
     /// If the file cannot be read or the stream is broken.
     pub fn take_word(
-        &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap, word: u64,
+        &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap,
+        word: u64,
     ) -> Result<(), JobError> {
-        // `clear-then-read`: take the bits, then read. `never-read`: publish, then look at the marks, and at the holes; see the fence.
+        // `clear-then-read`: take the bits, then read. `never-read`: publish, then look at the
+        // marks, and at the holes; see the fence.
         let reading = pass.job.memory.readers.reading(self.index, at, word);
         let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
         self.send_word(pass, block, word, send, stray, reading)
     }
 
-    /// Postcopy: queues all of the pages `pages` of word `word`, which the caller has taken from what is owed. The destination waits for each of them, so those that
-    /// were discarded meanwhile go as zeroes: unread, like any other.
+    /// Postcopy: queues all of the pages `pages` of word `word`, which the caller has taken from
+    /// what is owed. The destination waits for each of them, so those that were discarded meanwhile
+    /// go as zeroes: unread, like any other.
     ///
     /// # Errors
     /// If the file cannot be read or the stream is broken.
@@ -132,9 +138,11 @@ impl PageSender {
         Ok(())
     }
 
-    /// Queues the pages `send` of a word, which are the caller's: those that were freed and are holes still as zero, unread, and what the others hold.
+    /// Queues the pages `send` of a word, which are the caller's: those that were freed and are
+    /// holes still as zero, unread, and what the others hold.
     fn send_word(
-        &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64, reading: Reading<'_>,
+        &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64,
+        reading: Reading<'_>,
     ) -> Result<(), JobError> {
         let failed = |source| JobError::Backing { id: block.geometry.id, source };
         let holes = block.known_holes(word, send).map_err(failed)?;
@@ -156,16 +164,19 @@ impl PageSender {
     ) -> Result<(), JobError> {
         for (word, pages) in dirty.nonzero_words(block.all()) {
             let failed = |source| JobError::Backing { id: block.geometry.id, source };
-            let holes = block.known_holes(word, pages & !block.discarded.word(word)).map_err(failed)?;
+            let holes =
+                block.known_holes(word, pages & !block.discarded.word(word)).map_err(failed)?;
             self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, holes, 0);
             add(&pass.job.live.freed_pages, holes.count_ones().into());
         }
         self.flush(pass)
     }
 
-    /// Reads the pages `send` of a word and queues what they hold; `reading` ends when they are read.
+    /// Reads the pages `send` of a word and queues what they hold; `reading` ends when they are
+    /// read.
     fn read_word(
-        &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64, reading: Reading<'_>,
+        &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64,
+        reading: Reading<'_>,
     ) -> Result<(), JobError> {
         if self.buffer.is_empty() {
             self.buffer = vec![0; BATCH + WORD_BYTES];
@@ -184,15 +195,22 @@ impl PageSender {
         if self.filled >= BATCH { self.flush(pass) } else { Ok(()) }
     }
 
-    /// Takes the dirty pages of word `word` of the block, which lie in a hole: they are zero, and nothing need be read to know.
-    pub fn take_hole(&mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64) {
+    /// Takes the dirty pages of word `word` of the block, which lie in a hole: they are zero, and
+    /// nothing need be read to know.
+    pub fn take_hole(
+        &mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64,
+    ) {
         let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
         self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, send, stray);
     }
 
-    /// Queues records for the pages `send` of a word, whose bytes lie in the buffer from `start`, one after another.
-    fn queue_word(&mut self, pass: &PassView<'_>, block: u32, first: u64, send: u64, stray: u64, start: usize) {
-        // Bit n of `dense` is the n-th page that was read; spread it to the pages' places in the word.
+    /// Queues records for the pages `send` of a word, whose bytes lie in the buffer from `start`,
+    /// one after another.
+    fn queue_word(
+        &mut self, pass: &PassView<'_>, block: u32, first: u64, send: u64, stray: u64, start: usize,
+    ) {
+        // Bit n of `dense` is the n-th page that was read; spread it to the pages' places in the
+        // word.
         let dense = data_mask(&self.buffer[start..self.filled]);
         let data = if send == u64::MAX { dense } else { spread(dense, send) };
         let page_offset = |run: &PageRange| {
@@ -209,7 +227,8 @@ impl PageSender {
                     for run in runs_of_word(first, mask).flat_map(|run| in_portions(run, portion)) {
                         let bytes = page_offset(&run);
                         let header = RecordHeader::new(Kind::Data, flags, block, run, bytes.len());
-                        self.queue.push((header.sealed(&self.buffer[bytes.clone()]).to_wire(), bytes));
+                        self.queue
+                            .push((header.sealed(&self.buffer[bytes.clone()]).to_wire(), bytes));
                     }
                 }
             }
@@ -218,12 +237,14 @@ impl PageSender {
                 for (mask, flags) in flagged {
                     for run in runs_of_word(first, mask).flat_map(|run| in_portions(run, portion)) {
                         let (bytes, flag) = compressor.add(&self.buffer[page_offset(&run)]);
-                        let header = RecordHeader::new(Kind::Data, flags | flag, block, run, bytes.len());
+                        let header =
+                            RecordHeader::new(Kind::Data, flags | flag, block, run, bytes.len());
                         let header = header.sealed(&compressor.output()[bytes.clone()]);
                         self.queue.push((header.to_wire(), start + bytes.start..start + bytes.end));
                     }
                 }
-                // To where the pages were: what is left of the buffer takes more words before it is sent.
+                // To where the pages were: what is left of the buffer takes more words before it is
+                // sent.
                 let packed = compressor.output();
                 self.buffer[start..start + packed.len()].copy_from_slice(packed);
                 self.filled = start + packed.len();
@@ -240,8 +261,11 @@ impl PageSender {
         }
     }
 
-    /// Queues the zero pages `zero` of a word; those in `stray`, too, are flagged and counted as that.
-    fn queue_zero_pages(&mut self, pass: &PassView<'_>, block: u32, first: u64, zero: u64, stray: u64) {
+    /// Queues the zero pages `zero` of a word; those in `stray`, too, are flagged and counted as
+    /// that.
+    fn queue_zero_pages(
+        &mut self, pass: &PassView<'_>, block: u32, first: u64, zero: u64, stray: u64,
+    ) {
         add(&pass.job.live.zero_pages, u64::from(zero.count_ones()));
         add(&pass.job.live.stray_pages, u64::from((zero & stray).count_ones()));
         if !pass.send_zeros {
@@ -274,7 +298,10 @@ impl PageSender {
     pub fn end_zeros(&mut self) {
         if let Some((block, flags, run)) = self.zeros.take() {
             self.totals.zero_pages += run.count;
-            self.queue.push((RecordHeader::new(Kind::Zero, flags, block, run, 0).sealed(&[]).to_wire(), 0..0));
+            self.queue.push((
+                RecordHeader::new(Kind::Zero, flags, block, run, 0).sealed(&[]).to_wire(),
+                0..0,
+            ));
         }
     }
 
@@ -296,7 +323,8 @@ impl PageSender {
         Ok(())
     }
 
-    /// Sends what may be sent at once of what is queued, from the record at `from` on; returns the next.
+    /// Sends what may be sent at once of what is queued, from the record at `from` on; returns the
+    /// next.
     fn flush_portion(&mut self, pass: &PassView<'_>, from: usize) -> Result<usize, JobError> {
         let most = pass.limiter.portion().saturating_mul(PAGE_SIZE + RECORD_SIZE as u64);
         let (mut bytes, mut to) = (0, from);
@@ -337,7 +365,9 @@ impl PageSender {
     ///
     /// # Errors
     /// If the stream is broken.
-    pub fn write(&mut self, job: &Job, header: RecordHeader, payload: &[u8]) -> Result<(), JobError> {
+    pub fn write(
+        &mut self, job: &Job, header: RecordHeader, payload: &[u8],
+    ) -> Result<(), JobError> {
         self.broken = true;
         let bytes = self.writer.write(header, payload)?;
         self.broken = false;
@@ -349,10 +379,13 @@ impl PageSender {
 /// The run, in pieces of at most `most` pages.
 fn in_portions(run: PageRange, most: u64) -> impl Iterator<Item = PageRange> {
     let step = most.clamp(1, WORD_BITS);
-    (run.first..run.end()).step_by(step as usize).map(move |first| PageRange::new(first, step.min(run.end() - first)))
+    (run.first..run.end())
+        .step_by(step as usize)
+        .map(move |first| PageRange::new(first, step.min(run.end() - first)))
 }
 
-/// Puts the lowest bits of `dense`, one for each bit of `places`, to where the bits of `places` are.
+/// Puts the lowest bits of `dense`, one for each bit of `places`, to where the bits of `places`
+/// are.
 fn spread(mut dense: u64, places: u64) -> u64 {
     let mut spread = 0;
     let mut rest = places;
@@ -373,9 +406,13 @@ mod tests {
 
     #[test]
     fn a_run_is_sent_in_the_portions_that_the_limit_leaves() {
-        let portions = |count, most| in_portions(PageRange::new(7, count), most).collect::<Vec<_>>();
+        let portions =
+            |count, most| in_portions(PageRange::new(7, count), most).collect::<Vec<_>>();
         assert_eq!(portions(5, u64::MAX), [PageRange::new(7, 5)]);
-        assert_eq!(portions(5, 2), [PageRange::new(7, 2), PageRange::new(9, 2), PageRange::new(11, 1)]);
+        assert_eq!(
+            portions(5, 2),
+            [PageRange::new(7, 2), PageRange::new(9, 2), PageRange::new(11, 1)]
+        );
         assert_eq!(portions(2, 1), [PageRange::new(7, 1), PageRange::new(8, 1)]);
     }
 

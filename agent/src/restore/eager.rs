@@ -1,10 +1,12 @@
 //! All memory first, then the guest.
 //!
-//! The extents that the image has a page of are handed out by one counter, in stretches. A worker reads one into a buffer of its own, checks every page and the sum of the extent, and only then
+//! The extents that the image has a page of are handed out by one counter, in stretches. A worker
+//! reads one into a buffer of its own, checks every page and the sum of the extent, and only then
 //! writes it into the file of the block. Meanwhile the disk reads what the workers come to next.
 //!
-//! What the VMM discards or frees meanwhile stays so: a worker publishes the word of pages that it is about to write, and only then looks which of them were given back. The
-//! discard waits for it, and punches (see [`crate::memory::fence`]). No worker takes such a mark back.
+//! What the VMM discards or frees meanwhile stays so: a worker publishes the word of pages that it
+//! is about to write, and only then looks which of them were given back. The discard waits for it,
+//! and punches (see [`crate::memory::fence`]). No worker takes such a mark back.
 
 use super::ground::Ground;
 use super::source::Source;
@@ -38,7 +40,8 @@ const AHEAD: usize = 4;
 /// Fills the memory, loads the state, and lets the guest run.
 ///
 /// # Errors
-/// What went wrong. The guest does not run then, and its memory is empty; unless it failed as the VMM was to resume it.
+/// What went wrong. The guest does not run then, and its memory is empty; unless it failed as the
+/// VMM was to resume it.
 pub fn restore(
     job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: Ground<'_>, workers: u16,
 ) -> Result<(), JobError> {
@@ -82,41 +85,61 @@ impl Drop for Ending<'_> {
 }
 
 impl<'a> Filling<'a> {
-    fn new(job: &'a Job, source: &'a Source, given_back: &'a Noted, workers: usize) -> Result<Self, JobError> {
+    fn new(
+        job: &'a Job, source: &'a Source, given_back: &'a Noted, workers: usize,
+    ) -> Result<Self, JobError> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let event = event.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?;
+        let event = event.map_err(|errno| JobError::Io {
+            what: "make an event descriptor",
+            source: errno.into(),
+        })?;
         let mut extents = Vec::new();
         let mut pages = 0;
         for (at, block) in job.memory.blocks().iter().enumerate() {
             let present = source.present(at);
             let mut rest = block.all();
             while let Some(page) = present.next_set(rest) {
-                let extent =
-                    PageRange::new(page / EXTENT_PAGES * EXTENT_PAGES, EXTENT_PAGES).intersection(&block.all());
+                let extent = PageRange::new(page / EXTENT_PAGES * EXTENT_PAGES, EXTENT_PAGES)
+                    .intersection(&block.all());
                 extents.push((at, extent));
                 pages += present.count(extent);
                 rest = PageRange::new(extent.end(), block.geometry.pages() - extent.end());
             }
         }
         job.count(|counters| (counters.pass_pages, counters.remaining_pages) = (pages, pages));
-        let (next, failed, ended) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
+        let (next, failed, ended) =
+            (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
         let stretch = at_once(extents.len(), workers, STRETCH);
         let small_pages = SmallPages::of(&job.memory);
-        Ok(Self { job, source, given_back, extents, next, small_pages, stretch, pages, failed, ended, event })
+        Ok(Self {
+            job,
+            source,
+            given_back,
+            extents,
+            next,
+            small_pages,
+            stretch,
+            pages,
+            failed,
+            ended,
+            event,
+        })
     }
 
     /// Places all that the image has.
     fn run(&self, workers: usize) -> Result<(), JobError> {
         let workers = workers.min(self.extents.len());
         std::thread::scope(|scope| {
-            let spawn = |index| std::thread::Builder::new().spawn_scoped(scope, move || self.work(index));
+            let spawn =
+                |index| std::thread::Builder::new().spawn_scoped(scope, move || self.work(index));
             let threads: Vec<_> = (0..workers).map_while(|index| spawn(index).ok()).collect();
             if threads.is_empty() && workers > 0 {
                 // Where there is no other thread to be had, this one does it all.
                 return self.work(0);
             }
             let followed = self.follow(threads.len());
-            let joined = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
+            let joined =
+                threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
             joined.fold(Ok(()), Result::and).and(followed)
         })?;
         self.settle()?;
@@ -199,7 +222,9 @@ impl<'a> Filling<'a> {
         let next = stretch.next()?;
         // The first time for all that is to be ahead, and then for one more each time.
         let until = (next + 1 + AHEAD).min(stretch.end);
-        for (at, extent) in self.extents.get(until.saturating_sub(ahead).max(next + 1)..until).unwrap_or_default() {
+        for (at, extent) in
+            self.extents.get(until.saturating_sub(ahead).max(next + 1)..until).unwrap_or_default()
+        {
             self.source.will_need(*at, *extent);
         }
         Some(self.extents[next])
@@ -212,7 +237,8 @@ impl<'a> Filling<'a> {
         let small_pages = self.small_pages[at].as_ref();
         for (word, present) in self.source.present(at).nonzero_words(extent) {
             let _placing = self.job.memory.readers.reading(index, at, word);
-            let pages = present & !(block.discarded.word(word) | self.given_back.freed(at).word(word));
+            let pages =
+                present & !(block.discarded.word(word) | self.given_back.freed(at).word(word));
             for run in runs_of_word(word * WORD_BITS, pages) {
                 let start = (run.first - extent.first) as usize * PAGE_SIZE as usize;
                 let content = &content[start..start + run.bytes() as usize];
@@ -231,7 +257,8 @@ struct Window(Option<(usize, Option<HugeWindow>)>);
 
 impl Window {
     fn write(
-        &mut self, at: usize, block: &Block, run: PageRange, content: &[u8], small_pages: Option<&SmallPages>,
+        &mut self, at: usize, block: &Block, run: PageRange, content: &[u8],
+        small_pages: Option<&SmallPages>,
     ) -> Result<(), BackingError> {
         if block.backing.kind() != BackingKind::Hugetlb {
             return small_pages::write(small_pages, &block.backing, run.offset(), content);

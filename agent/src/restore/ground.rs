@@ -1,7 +1,8 @@
 //! The memory before anything is in it, and again if it comes to nothing.
 //!
-//! A restore starts from holes, whatever the memory held, and allocates no page that the image has no content of (`never-populate`). What is discarded in the image is discarded here. What
-//! the VMM discards from then on is its own word, and stays.
+//! A restore starts from holes, whatever the memory held, and allocates no page that the image has
+//! no content of (`never-populate`). What is discarded in the image is discarded here. What the VMM
+//! discards from then on is its own word, and stays.
 
 use super::source::Source;
 use crate::job::{Job, JobError, add};
@@ -32,7 +33,8 @@ impl<'a> Ground<'a> {
         for (at, block) in job.memory.blocks().iter().enumerate() {
             job.check()?;
             empty(block)?;
-            let (discarded, present) = (source.discarded(at), source.present(at).count(block.all()));
+            let (discarded, present) =
+                (source.discarded(at), source.present(at).count(block.all()));
             ground.mark(at, block);
             let gone = discarded.count(block.all());
             add(&job.live.discarded_pages, gone);
@@ -43,8 +45,9 @@ impl<'a> Ground<'a> {
 }
 
 impl Ground<'_> {
-    /// Makes all memory holes once more, when missing pages are waited for from now on: what the VMM looked at between [`Ground::clear`] and then is a page of zeroes by now, and would be taken
-    /// for what was to come.
+    /// Makes all memory holes once more, when missing pages are waited for from now on: what the
+    /// VMM looked at between [`Ground::clear`] and then is a page of zeroes by now, and would be
+    /// taken for what was to come.
     ///
     /// # Errors
     /// If a file cannot be emptied.
@@ -52,11 +55,16 @@ impl Ground<'_> {
         self.job.memory.blocks().iter().try_for_each(|block| empty(block))
     }
 
-    /// What is discarded in the image is discarded, and what the VMM discarded since it asked for this. Nothing of the guest before is known to be stray.
+    /// What is discarded in the image is discarded, and what the VMM discarded since it asked for
+    /// this. Nothing of the guest before is known to be stray.
     fn mark(&self, at: usize, block: &Block) {
-        let (before, since, discarded) =
-            (self.word.before.block(at), self.word.since().discarded(at), self.source.discarded(at));
-        // A discard that comes meanwhile has marked all of its pages before this, or marks them after it.
+        let (before, since, discarded) = (
+            self.word.before.block(at),
+            self.word.since().discarded(at),
+            self.source.discarded(at),
+        );
+        // A discard that comes meanwhile has marked all of its pages before this, or marks them
+        // after it.
         let _marking = self.job.memory.marking.hold();
         for (word, bits) in before.nonzero_words(block.all()) {
             block.discarded.take_bits(word, bits & !(discarded.word(word) | since.word(word)));
@@ -72,8 +80,11 @@ impl Ground<'_> {
 
     /// As it was before, and what the VMM discarded since.
     fn unmark(&self, at: usize, block: &Block) {
-        let (before, since, discarded) =
-            (self.word.before.block(at), self.word.since().discarded(at), self.source.discarded(at));
+        let (before, since, discarded) = (
+            self.word.before.block(at),
+            self.word.since().discarded(at),
+            self.source.discarded(at),
+        );
         let _marking = self.job.memory.marking.hold();
         for (word, bits) in discarded.nonzero_words(block.all()) {
             block.discarded.take_bits(word, bits & !(before.word(word) | since.word(word)));
@@ -102,8 +113,9 @@ impl Drop for Ground<'_> {
     }
 }
 
-/// What the VMM had discarded when it asked for a restore, and what it gives back from then on: also a page that it had discarded before. That it discards such a page
-/// again is the only sign that the page is to stay discarded. It populates nothing meanwhile.
+/// What the VMM had discarded when it asked for a restore, and what it gives back from then on:
+/// also a page that it had discarded before. That it discards such a page again is the only sign
+/// that the page is to stay discarded. It populates nothing meanwhile.
 #[derive(Debug)]
 pub struct Word {
     before: DirtyPages,

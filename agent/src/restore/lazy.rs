@@ -1,10 +1,13 @@
 //! The guest first, and its memory behind it: postcopy from a file.
 //!
-//! All memory is holes, and what the image has content of is owed. The VMM registers its mappings for missing pages before it loads its state, since its devices may touch memory as
-//! they load. From then on what is touched is read at once, checked, and placed; and the rest follows by itself. See [`crate::memory::arriving`] for what happens to a page, and
-//! to one that is discarded meanwhile.
+//! All memory is holes, and what the image has content of is owed. The VMM registers its mappings
+//! for missing pages before it loads its state, since its devices may touch memory as they load.
+//! From then on what is touched is read at once, checked, and placed; and the rest follows by
+//! itself. See [`crate::memory::arriving`] for what happens to a page, and to one that is discarded
+//! meanwhile.
 //!
-//! If the image is damaged, or cannot be read, the guest cannot go on: if it runs already, the VMM is told that memory is lost, as when a postcopy can never complete.
+//! If the image is damaged, or cannot be read, the guest cannot go on: if it runs already, the VMM
+//! is told that memory is lost, as when a postcopy can never complete.
 
 use super::ground::Ground;
 use super::serve::{Asking, SERVERS};
@@ -33,7 +36,8 @@ const MAX_HOST_PAGE: u64 = 2 << 20;
 /// # Errors
 /// What went wrong. If the guest does not run then, its memory is empty; if it does, it is lost.
 pub fn restore(
-    job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: Ground<'_>, plan: Plan, workers: u16,
+    job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: Ground<'_>, plan: Plan,
+    workers: u16,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
     let owed = owe(job, source)?;
@@ -43,7 +47,8 @@ pub fn restore(
     ground.empty()?;
     // What was freed has lost its reservation.
     pool::reserve(&job.memory, &owed)?;
-    let arriving = Arc::new(Arriving::new(&job.memory, Arc::new(owed), uffd, false, job.live.clone())?);
+    let arriving =
+        Arc::new(Arriving::new(&job.memory, Arc::new(owed), uffd, false, job.live.clone())?);
     job.owes(arriving.owed());
     job.memory.set_arriving(Some(arriving.clone()));
     arriving.drop_discarded(&job.memory);
@@ -54,10 +59,14 @@ pub fn restore(
     let (whole, outcome) = run(&supply, record.as_mut(), workers, || {
         state.load(job)?;
         if !arriving.loaded() {
-            return Err(JobError::State("what the VMM waited for as it loaded its state did not come".into()));
+            return Err(JobError::State(
+                "what the VMM waited for as it loaded its state did not come".into(),
+            ));
         }
         if supply.has_ended() {
-            return Err(JobError::State("the guest was not resumed, since its memory will not come".into()));
+            return Err(JobError::State(
+                "the guest was not resumed, since its memory will not come".into(),
+            ));
         }
         let late = match let_run(job, state.guest, &mut ground.taken) {
             // It may be waiting for memory, and its guest may run.
@@ -85,7 +94,8 @@ pub fn restore(
 /// What can be told before anything is touched, and what is to be done about the working set.
 ///
 /// # Errors
-/// If the memory is of the wrong kind, or what is at the path of the working set must not be overwritten.
+/// If the memory is of the wrong kind, or what is at the path of the working set must not be
+/// overwritten.
 pub fn plan(job: &Job, source: &Source, options: &RestoreOptions) -> Result<Plan, JobError> {
     check(job)?;
     let plan = Plan::of(&options.working_set, source, &job.memory)?;
@@ -112,7 +122,8 @@ fn check(job: &Job) -> Result<(), RestoreError> {
 
 /// What the image has content of is owed, in whole host pages.
 fn owe(job: &Job, source: &Source) -> Result<Owed, JobError> {
-    let host_pages: Vec<u64> = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
+    let host_pages: Vec<u64> =
+        job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
     let owed = Owed::nothing(&job.memory, &host_pages)?;
     for (at, block) in job.memory.blocks().iter().enumerate() {
         for (word, bits) in source.present(at).nonzero_words(block.all()) {
@@ -122,8 +133,9 @@ fn owe(job: &Job, source: &Source) -> Result<Owed, JobError> {
     Ok(owed)
 }
 
-/// Answers what is touched while `start` has the guest run, and until all is here. Returns whether it is, and what became of the job. The VMM may be late to say that its guest
-/// runs: `start` returns how, then, and that is what becomes of the job, with all its memory.
+/// Answers what is touched while `start` has the guest run, and until all is here. Returns whether
+/// it is, and what became of the job. The VMM may be late to say that its guest runs: `start`
+/// returns how, then, and that is what becomes of the job, with all its memory.
 fn run(
     supply: &Supply<'_>, record: Option<&mut Record>, workers: usize,
     start: impl FnOnce() -> Result<Option<JobError>, JobError>,
@@ -138,8 +150,9 @@ fn run(
         let (stopping, stop) = (stop.on_drop(), stop.as_fd());
         let no_thread = |source| JobError::Io { what: "start a thread", source };
         let builder = std::thread::Builder::new;
-        let faults =
-            builder().spawn_scoped(scope, move || answer(job, arriving, &mut asking, stop, |error| supply.fail(error)));
+        let faults = builder().spawn_scoped(scope, move || {
+            answer(job, arriving, &mut asking, stop, |error| supply.fail(error))
+        });
         let faults = match faults {
             Ok(faults) => faults,
             Err(error) => return (false, Err(no_thread(error))),
@@ -148,7 +161,9 @@ fn run(
         let mut refused = None;
         for index in 0..SERVERS + workers {
             let work = move || {
-                supply.check(|| if index < SERVERS { supply.serve(index) } else { supply.prefetch(index) });
+                supply.check(|| {
+                    if index < SERVERS { supply.serve(index) } else { supply.prefetch(index) }
+                });
             };
             match builder().spawn_scoped(scope, work) {
                 Ok(thread) => threads.push(thread),
@@ -169,7 +184,8 @@ fn run(
             arriving.unregister();
         }
         drop(stopping);
-        let joined = threads.into_iter().map(std::thread::ScopedJoinHandle::join).fold(Ok(()), Result::and);
+        let joined =
+            threads.into_iter().map(std::thread::ScopedJoinHandle::join).fold(Ok(()), Result::and);
         let ended = faults.join().and(joined).map_err(|_| JobError::Panicked);
         (whole, outcome.and(ended).and(late.map_or(Ok(()), Err)))
     })
@@ -183,6 +199,9 @@ mod tests {
     #[test]
     fn host_pages_that_cannot_be_placed_at_once_are_restored_eagerly() {
         let error = check(&gigantic()).unwrap_err().to_string();
-        assert!(error.contains("block 0") && error.contains("0x40000000") && error.contains("eager"), "{error}");
+        assert!(
+            error.contains("block 0") && error.contains("0x40000000") && error.contains("eager"),
+            "{error}"
+        );
     }
 }

@@ -10,8 +10,10 @@
 //! - [`working_set`]: what a guest touched first, for the next time;
 //! - this file: the phases, and the line after which the guest runs.
 //!
-//! Nothing is touched before the image is known to be whole, as far as that can be told without its pages, and of the same blocks. What is read of it is checked before it is
-//! placed. What fails before the guest runs leaves the memory empty, so that the next attempt starts clean; the image is never written to.
+//! Nothing is touched before the image is known to be whole, as far as that can be told without its
+//! pages, and of the same blocks. What is read of it is checked before it is placed. What fails
+//! before the guest runs leaves the memory empty, so that the next attempt starts clean; the image
+//! is never written to.
 
 pub mod eager;
 pub mod ground;
@@ -28,7 +30,9 @@ use crate::job::{Job, JobError, micros};
 use crate::snapshot::checkpoint::SharedCheckpoint;
 use ground::{Before, Ground, Word};
 use pageferry_protocol::control::hook::{Hook, PieceSize};
-use pageferry_protocol::control::job::{Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState};
+use pageferry_protocol::control::job::{
+    Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState,
+};
 use source::Source;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -69,7 +73,8 @@ fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
         RestoreMode::Eager => None,
         RestoreMode::Lazy => Some(lazy::plan(job, &source, &order.options)?),
     };
-    // Not for what comes to nothing, as far as that can be told before: the VMM gives its guest up for it.
+    // Not for what comes to nothing, as far as that can be told before: the VMM gives its guest up
+    // for it.
     if order.asks_first {
         ask(job, order)?;
     }
@@ -113,7 +118,10 @@ impl VmmState {
     fn read(image: &Image, resume: ResumePolicy) -> Result<Self, JobError> {
         let bytes = image.state()?;
         let file = state_file_of([bytes.as_slice()]);
-        let file = file.map_err(|errno| JobError::Io { what: "make a file of the state", source: errno.into() })?;
+        let file = file.map_err(|errno| JobError::Io {
+            what: "make a file of the state",
+            source: errno.into(),
+        })?;
         let guest = resume.apply(image.header().guest);
         Ok(Self { guest, pieces: image.contents().pieces.clone(), file })
     }
@@ -127,7 +135,8 @@ impl VmmState {
     }
 }
 
-/// Lets the guest run, or stay paused as `guest` says. `ours` becomes true at the line: from then on it may run, even if the VMM does not say so, or not in time.
+/// Lets the guest run, or stay paused as `guest` says. `ours` becomes true at the line: from then
+/// on it may run, even if the VMM does not say so, or not in time.
 fn let_run(job: &Job, guest: RunState, ours: &mut bool) -> Result<(), JobError> {
     // ---- The line: it is not cancelled any more, and its memory is its own.
     job.cancel.cross_the_line()?;

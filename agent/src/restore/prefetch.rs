@@ -1,7 +1,8 @@
 //! What nobody waits for yet.
 //!
-//! The working set comes first: from before the VMM loads its state, at the priority of all else, in the order of the file. All workers do it. What is left comes when the guest
-//! runs, follows its faults, and steps back behind whatever is waited for.
+//! The working set comes first: from before the VMM loads its state, at the priority of all else,
+//! in the order of the file. All workers do it. What is left comes when the guest runs, follows its
+//! faults, and steps back behind whatever is waited for.
 
 use super::supply::Supply;
 use crate::image::PageBuffer;
@@ -82,8 +83,12 @@ impl Supply<'_> {
     /// # Errors
     /// If the image cannot be read, or is damaged, or a page cannot be placed.
     pub fn prefetch(&self, worker: usize) -> Result<(), JobError> {
-        let mut reader =
-            Reader { supply: self, worker, buffer: PageBuffer::new(EXTENT_SIZE as usize), runs: Vec::new() };
+        let mut reader = Reader {
+            supply: self,
+            worker,
+            buffer: PageBuffer::new(EXTENT_SIZE as usize),
+            runs: Vec::new(),
+        };
         while !self.has_ended()
             && let Some((at, pages)) = self.pieces.claim()
         {
@@ -114,7 +119,8 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Reads and places what is unread, and still owed, of the host pages `host_pages`. Returns how many pages that were.
+    /// Reads and places what is unread, and still owed, of the host pages `host_pages`. Returns how
+    /// many pages that were.
     fn fetch(&mut self, at: usize, host_pages: PageRange) -> Result<u64, JobError> {
         let Self { supply, worker, buffer, runs } = self;
         let (unread, owed) = (supply.unread.block(at), supply.arriving.owed().block(at));

@@ -1,9 +1,11 @@
 //! What the guest waits for.
 //!
-//! One thread reads the faults, and never a disk. It hands what is owed to a few others, which read it from the image while the next fault comes.
+//! One thread reads the faults, and never a disk. It hands what is owed to a few others, which read
+//! it from the image while the next fault comes.
 //!
-//! A guest that has touched one page and then one near it will touch those around them: so what is unread within 64 KiB is read with the second, which is placed first. With the
-//! first it would cost a guest that jumps about twice the time for each page, from a disk and from memory.
+//! A guest that has touched one page and then one near it will touch those around them: so what is
+//! unread within 64 KiB is read with the second, which is placed first. With the first it would
+//! cost a guest that jumps about twice the time for each page, from a disk and from memory.
 
 use super::supply::Supply;
 use super::working_set::Record;
@@ -83,7 +85,9 @@ impl<'a> Asking<'a> {
 }
 
 impl Supplier for Asking<'_> {
-    fn serve(&mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>) -> Result<(), JobError> {
+    fn serve(
+        &mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
+    ) -> Result<(), JobError> {
         read(&mut self.pages)?;
         for (at, host_page) in self.pages.drain(..) {
             self.supply.queue.push((at, host_page));
@@ -108,7 +112,11 @@ impl Supply<'_> {
         while let Some((at, host_page)) = self.queue.next() {
             let unit = self.unread.block(at).unit();
             let wanted = PageRange::new(host_page * unit, unit);
-            let range = if unit == 1 { self.claim_around(at, host_page) } else { self.claim(at, host_page) };
+            let range = if unit == 1 {
+                self.claim_around(at, host_page)
+            } else {
+                self.claim(at, host_page)
+            };
             let content = self.read(at, range, &mut buffer)?;
             let start = ((wanted.first - range.first) * PAGE_SIZE) as usize;
             self.place(worker, at, wanted, &content[start..start + wanted.bytes() as usize])?;
@@ -124,18 +132,23 @@ impl Supply<'_> {
         self.unread.block(at).pages(PageRange::new(host_page, 1))
     }
 
-    /// A page; and what is unread around it, if something there was read before: then the guest is at work around here. While what it touches is written down only
-    /// the disk reads what is around, since a page that is placed untouched would be missing in the record.
+    /// A page; and what is unread around it, if something there was read before: then the guest is
+    /// at work around here. While what it touches is written down only the disk reads what is
+    /// around, since a page that is placed untouched would be missing in the record.
     fn claim_around(&self, at: usize, page: u64) -> PageRange {
         let (word, first) = (page / WORD_BITS, page / NEAR * NEAR % WORD_BITS);
         let (unread, present) = (self.unread.block(at).bits(), self.source.present(at));
         let (around, itself) = (word_mask(first, first + NEAR), 1 << (page % WORD_BITS));
-        let before = page.checked_sub(1).is_some_and(|before| present.contains(before) && !unread.contains(before));
+        let before = page
+            .checked_sub(1)
+            .is_some_and(|before| present.contains(before) && !unread.contains(before));
         let read = present.word(word) & !unread.word(word) & around & !itself;
         let wanted = if before || read != 0 { around } else { itself };
-        let claimed = itself | self.unread.take(at, word, if self.recording { itself } else { wanted });
+        let claimed =
+            itself | self.unread.take(at, word, if self.recording { itself } else { wanted });
         let range = |bits: u64| {
-            let (first, end) = (u64::from(bits.trailing_zeros()), WORD_BITS - u64::from(bits.leading_zeros()));
+            let (first, end) =
+                (u64::from(bits.trailing_zeros()), WORD_BITS - u64::from(bits.leading_zeros()));
             PageRange::new(word * WORD_BITS + first, end - first)
         };
         if self.recording {

@@ -1,7 +1,9 @@
-//! What is restored from: an image with those that it builds on, and which of its blocks goes into which of the VMM's.
+//! What is restored from: an image with those that it builds on, and which of its blocks goes into
+//! which of the VMM's.
 //!
-//! A block is known by its id. Its name, place and length must be those in the image, or the guest would find itself in another machine. What discards are rounded to may
-//! differ, and so may the host pages: they are matters of this VMM, of which the guest does not know.
+//! A block is known by its id. Its name, place and length must be those in the image, or the guest
+//! would find itself in another machine. What discards are rounded to may differ, and so may the
+//! host pages: they are matters of this VMM, of which the guest does not know.
 
 use super::working_set::WorkingSetFault;
 use crate::image::blocks::{self, Difference};
@@ -35,7 +37,9 @@ pub enum RestoreError {
         name: String,
     },
     /// A host page is too large for a lazy restore.
-    #[error("block {id}: the host page size is {size:#x}, a lazy restore takes at most {limit:#x}: restore it eagerly")]
+    #[error(
+        "block {id}: the host page size is {size:#x}, a lazy restore takes at most {limit:#x}: restore it eagerly"
+    )]
     HostPage {
         /// The block.
         id: u32,
@@ -45,7 +49,9 @@ pub enum RestoreError {
         limit: u64,
     },
     /// The memory is of a kind whose missing pages the kernel does not tell.
-    #[error("block {id} is a file on a disk, and a lazy restore takes memfds, tmpfs and hugetlbfs: restore it eagerly")]
+    #[error(
+        "block {id} is a file on a disk, and a lazy restore takes memfds, tmpfs and hugetlbfs: restore it eagerly"
+    )]
     OnDisk {
         /// The block.
         id: u32,
@@ -84,7 +90,9 @@ impl From<Difference> for RestoreError {
         match difference {
             Difference::Missing { id, name } => Self::Missing { id, name },
             Difference::Surplus { id, name } => Self::Surplus { id, name },
-            Difference::Field { id, field, here, there: image } => Self::Field { id, field, here, image },
+            Difference::Field { id, field, here, there: image } => {
+                Self::Field { id, field, here, image }
+            }
         }
     }
 }
@@ -101,7 +109,8 @@ pub fn compare(here: &BlockTable, image: &BlockTable) -> Result<(), RestoreError
 #[derive(Debug)]
 pub struct Source {
     chain: Chain,
-    /// The index in the image of each block of the memory: the VMM may have added them in any order.
+    /// The index in the image of each block of the memory: the VMM may have added them in any
+    /// order.
     order: Vec<usize>,
 }
 
@@ -136,7 +145,8 @@ impl Source {
         self.chain.discarded(self.order[at])
     }
 
-    /// Reads those of the pages `range`, which lie in one extent of a block, that have content, each to its place in `into`, and checks them.
+    /// Reads those of the pages `range`, which lie in one extent of a block, that have content,
+    /// each to its place in `into`, and checks them.
     ///
     /// # Errors
     /// If one cannot be read, or is damaged: which, and where.
@@ -144,7 +154,8 @@ impl Source {
         self.chain.read_extent(self.order[at], range, into)
     }
 
-    /// Has the disk read what is to be read of the pages `range`, which lie in one extent. Nobody waits for it.
+    /// Has the disk read what is to be read of the pages `range`, which lie in one extent. Nobody
+    /// waits for it.
     pub fn will_need(&self, at: usize, range: PageRange) {
         self.chain.will_need(self.order[at], range);
     }
@@ -159,7 +170,13 @@ mod tests {
         let mut table = BlockTable::new();
         for (id, name, gpa, pages) in blocks {
             let (gpa, length) = (gpa * PAGE_SIZE, pages * PAGE_SIZE);
-            let block = BlockGeometry { id: *id, name: (*name).into(), gpa, length, granularity: PAGE_SIZE };
+            let block = BlockGeometry {
+                id: *id,
+                name: (*name).into(),
+                gpa,
+                length,
+                granularity: PAGE_SIZE,
+            };
             table.insert(block, 512).unwrap();
         }
         table
@@ -168,7 +185,9 @@ mod tests {
     #[test]
     fn a_difference_is_named_by_block_and_field() {
         let image = table(&[(1, "low", 0, 16), (2, "high", 64, 32)]);
-        let refused = |blocks: &[(u32, &str, u64, u64)]| compare(&table(blocks), &image).unwrap_err().to_string();
+        let refused = |blocks: &[(u32, &str, u64, u64)]| {
+            compare(&table(blocks), &image).unwrap_err().to_string()
+        };
         let expected = [
             (
                 "block 2: length is 0x10000 in this VMM, and 0x20000 in the image",
@@ -187,7 +206,8 @@ mod tests {
             assert_eq!(refused(blocks), sentence);
         }
         assert!(
-            refused(&[(1, "low", 0, 16), (3, "high", 64, 32)]).contains("block 2 \"high\" of the image does not exist")
+            refused(&[(1, "low", 0, 16), (3, "high", 64, 32)])
+                .contains("block 2 \"high\" of the image does not exist")
         );
         let more = [(1, "low", 0, 16), (2, "high", 64, 32), (7, "hot", 128, 1)];
         assert!(refused(&more).contains("block 7 \"hot\" of this VMM is not in the image"));

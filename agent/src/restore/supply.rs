@@ -1,7 +1,9 @@
 //! Reading and placing what is owed, for all threads of a lazy restore.
 //!
-//! A page is *unread* until somebody begins to read it: so the threads that read ahead do not read what another does. Who reads for a fault does so whether the page is unread or not,
-//! since it may be on its way behind megabytes. *Owed* it is until it is placed, or discarded, whatever was read of it: see [`crate::memory::arriving`].
+//! A page is *unread* until somebody begins to read it: so the threads that read ahead do not read
+//! what another does. Who reads for a fault does so whether the page is unread or not, since it may
+//! be on its way behind megabytes. *Owed* it is until it is placed, or discarded, whatever was read
+//! of it: see [`crate::memory::arriving`].
 //!
 //! If one thread fails, all do.
 
@@ -49,7 +51,8 @@ pub struct Supply<'a> {
     pub pieces: Pieces,
     /// Shut until what is not of the working set may be read ahead.
     pub gate: Gate,
-    /// What the guest touches is being written down: nothing is placed that it does not touch, until it has come to rest.
+    /// What the guest touches is being written down: nothing is placed that it does not touch,
+    /// until it has come to rest.
     pub recording: bool,
     /// When the guest last waited for something, in nanoseconds from the start.
     touched: AtomicU64,
@@ -64,8 +67,8 @@ pub struct Supply<'a> {
 impl<'a> Supply<'a> {
     /// Of all that is owed, which is `unread` by now. `pieces` are read ahead of all else.
     pub fn new(
-        job: &'a Job, source: &'a Source, arriving: &'a Arriving, unread: Owed, pieces: Vec<(usize, PageRange)>,
-        recording: bool,
+        job: &'a Job, source: &'a Source, arriving: &'a Arriving, unread: Owed,
+        pieces: Vec<(usize, PageRange)>, recording: bool,
     ) -> Self {
         Self {
             job,
@@ -112,7 +115,8 @@ impl<'a> Supply<'a> {
         }
     }
 
-    /// All threads end, and so does the job, for the reason that is the first to be given. Not if all is over.
+    /// All threads end, and so does the job, for the reason that is the first to be given. Not if
+    /// all is over.
     pub fn fail(&self, error: JobError) {
         if self.over.load(Ordering::Acquire) {
             return;
@@ -120,7 +124,8 @@ impl<'a> Supply<'a> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         self.failed.store(true, Ordering::Release);
         self.release();
-        // A VMM that still loads its state, and waits for what never comes, goes on: it could hear of the end in no other way.
+        // A VMM that still loads its state, and waits for what never comes, goes on: it could hear
+        // of the end in no other way.
         self.arriving.let_go();
         self.arriving.notify();
     }
@@ -156,7 +161,8 @@ impl<'a> Supply<'a> {
                 return Ok(());
             }
             if self.arriving.owed().left() == 0 {
-                // Whoever took the last of it may still be placing it, and would have to give it back if that failed.
+                // Whoever took the last of it may still be placing it, and would have to give it
+                // back if that failed.
                 self.job.memory.readers.wait(|_, _| true);
                 if self.arriving.owed().left() == 0 {
                     return Ok(());
@@ -167,7 +173,9 @@ impl<'a> Supply<'a> {
                 self.gate.open();
             }
             let look = if rests { LOOK } else { LOOK_FOR_REST };
-            self.job.cancel.wait(&[(self.arriving.event(), PollFlags::IN)], Instant::now() + look)?;
+            self.job
+                .cancel
+                .wait(&[(self.arriving.event(), PollFlags::IN)], Instant::now() + look)?;
         }
     }
 
@@ -176,12 +184,15 @@ impl<'a> Supply<'a> {
         touched.max(running).elapsed() >= REST || running.elapsed() >= PATIENCE
     }
 
-    /// Reads the pages `range`, which lie in one extent and are whole host pages, into the start of `buffer`, and checks them. Those that have no content are zero if
-    /// the host page is larger than a page; else nobody is owed them, and what lies in their place is nothing.
+    /// Reads the pages `range`, which lie in one extent and are whole host pages, into the start of
+    /// `buffer`, and checks them. Those that have no content are zero if the host page is larger
+    /// than a page; else nobody is owed them, and what lies in their place is nothing.
     ///
     /// # Errors
     /// If one cannot be read, or is damaged: which, and where.
-    pub fn read<'b>(&self, at: usize, range: PageRange, buffer: &'b mut [u8]) -> Result<&'b [u8], JobError> {
+    pub fn read<'b>(
+        &self, at: usize, range: PageRange, buffer: &'b mut [u8],
+    ) -> Result<&'b [u8], JobError> {
         let content = &mut buffer[..range.bytes() as usize];
         let pages = self.source.present(at).count(range);
         if pages < range.count && self.arriving.owed().block(at).unit() > 1 {
@@ -192,11 +203,14 @@ impl<'a> Supply<'a> {
         Ok(content)
     }
 
-    /// Places those of the pages `range`, whole host pages, that are owed. `worker` is the caller's own number. Returns how many pages that were.
+    /// Places those of the pages `range`, whole host pages, that are owed. `worker` is the caller's
+    /// own number. Returns how many pages that were.
     ///
     /// # Errors
     /// If the kernel refuses, and does not want to be asked later.
-    pub fn place(&self, worker: usize, at: usize, range: PageRange, content: &[u8]) -> Result<u64, JobError> {
+    pub fn place(
+        &self, worker: usize, at: usize, range: PageRange, content: &[u8],
+    ) -> Result<u64, JobError> {
         let begun = Instant::now();
         let mut wants = Wants::new(self.job);
         loop {
@@ -205,7 +219,9 @@ impl<'a> Supply<'a> {
                     add(&self.job.live.pages_sent, pages);
                     return Ok(pages);
                 }
-                Err(error) if lacks_memory(&error) && begun.elapsed() < NO_MEMORY && !self.has_ended() => {
+                Err(error)
+                    if lacks_memory(&error) && begun.elapsed() < NO_MEMORY && !self.has_ended() =>
+                {
                     wants.memory(at);
                     // The guest waits meanwhile, and is not lost.
                     std::thread::sleep(RETRY);
@@ -215,7 +231,9 @@ impl<'a> Supply<'a> {
         }
     }
 
-    fn place_once(&self, worker: usize, at: usize, range: PageRange, content: &[u8]) -> Result<u64, ArrivingError> {
+    fn place_once(
+        &self, worker: usize, at: usize, range: PageRange, content: &[u8],
+    ) -> Result<u64, ArrivingError> {
         let (readers, owed) = (&self.job.memory.readers, self.arriving.owed().block(at));
         if owed.unit() == 1 {
             return self.arriving.arrive_pages(readers, worker, at, range, content);
@@ -223,6 +241,9 @@ impl<'a> Supply<'a> {
         let host_pages = owed.of(range);
         let bytes = (owed.unit() * PAGE_SIZE) as usize;
         let each = (host_pages.first..host_pages.end()).zip(content.chunks_exact(bytes));
-        each.map(|(host_page, content)| self.arriving.arrive_host_page(readers, worker, at, host_page, content)).sum()
+        each.map(|(host_page, content)| {
+            self.arriving.arrive_host_page(readers, worker, at, host_page, content)
+        })
+        .sum()
     }
 }

@@ -1,12 +1,13 @@
 //! What a guest touched first, for the next time that it is restored.
 //!
-//! A restore for which there is no working set writes one: the host pages that the guest waited for, in that order. The next restore of the same image reads them ahead.
+//! A restore for which there is no working set writes one: the host pages that the guest waited
+//! for, in that order. The next restore of the same image reads them ahead.
 //!
 //! What is at the path decides:
 //! - nothing: it is written when the job ends, if the guest ran, unless something is there by then;
 //! - the working set of this image: it is read ahead, and never changed;
-//! - that of another image, or one that is damaged: of no use, and the next would be of none either.
-//!   It is ignored with a warning, and replaced when the job ends;
+//! - that of another image, or one that is damaged: of no use, and the next would be of none
+//!   either. It is ignored with a warning, and replaced when the job ends;
 //! - anything else, also an empty file, or what cannot be read: the restore is refused before
 //!   anything is touched. It would have to be ignored for ever, or be overwritten.
 //!
@@ -35,7 +36,9 @@ pub enum WorkingSetFault {
     #[error("it cannot be read")]
     Read(#[source] Errno),
     /// It is no file, or too long.
-    #[error("it is no working set: it is no file, or has {0:#x} bytes, and one has at most {MAX_SIZE:#x}")]
+    #[error(
+        "it is no working set: it is no file, or has {0:#x} bytes, and one has at most {MAX_SIZE:#x}"
+    )]
     Kind(u64),
     /// It is something else.
     #[error("it is not to be overwritten")]
@@ -71,7 +74,9 @@ impl Plan {
         let (path, image) = (PathBuf::from(path), source.newest().header().id);
         let refused = |source| RestoreError::WorkingSet { path: path.clone(), source };
         let Some(bytes) = read(&path).map_err(refused)? else {
-            return Ok(Self::Write(Record::new(path.clone(), image, false).checked().map_err(refused)?));
+            return Ok(Self::Write(
+                Record::new(path.clone(), image, false).checked().map_err(refused)?,
+            ));
         };
         if bytes.is_empty() {
             return Err(refused(WorkingSetFault::Empty));
@@ -105,7 +110,11 @@ impl Plan {
 
 /// The file's bytes; `None` if there is no file.
 fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFault> {
-    let file = match rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty()) {
+    let file = match rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
+        Mode::empty(),
+    ) {
         Ok(file) => file,
         Err(Errno::NOENT) => return Ok(None),
         Err(errno) => return Err(WorkingSetFault::Read(errno)),
@@ -130,7 +139,8 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFault> {
     Ok(Some(bytes))
 }
 
-/// A working set in the pieces that it is read in: in the order of the file, those made one that lie near each other. Or why it is none of this memory.
+/// A working set in the pieces that it is read in: in the order of the file, those made one that
+/// lie near each other. Or why it is none of this memory.
 fn pieces(set: &WorkingSet, memory: &GuestMemory) -> Result<Vec<(usize, PageRange)>, String> {
     let mut runs = Vec::with_capacity(set.runs.len());
     for (id, run) in &set.runs {
@@ -147,7 +157,10 @@ fn pieces(set: &WorkingSet, memory: &GuestMemory) -> Result<Vec<(usize, PageRang
     runs.sort_unstable();
     let of_block = |runs: &[(usize, PageRange)]| {
         let at = runs[0].0;
-        joined(runs.iter().map(|(_, run)| *run), NEAR).flat_map(in_extents).map(|piece| (at, piece)).collect::<Vec<_>>()
+        joined(runs.iter().map(|(_, run)| *run), NEAR)
+            .flat_map(in_extents)
+            .map(|piece| (at, piece))
+            .collect::<Vec<_>>()
     };
     Ok(runs.chunk_by(|(one, _), (other, _)| one == other).flat_map(of_block).collect())
 }
@@ -157,7 +170,8 @@ fn pieces(set: &WorkingSet, memory: &GuestMemory) -> Result<Vec<(usize, PageRang
 pub struct Record {
     path: PathBuf,
     image: ImageId,
-    /// What was there is of no use. What comes to be there meanwhile is not looked at, and not replaced: another restore's, most likely.
+    /// What was there is of no use. What comes to be there meanwhile is not looked at, and not
+    /// replaced: another restore's, most likely.
     replace: bool,
     /// Index of the block, and pages.
     runs: Vec<(usize, PageRange)>,
@@ -182,7 +196,9 @@ impl Record {
     pub fn touched(&mut self, at: usize, pages: PageRange) {
         let room = self.runs.len() < MAX_RUNS;
         match self.runs.last_mut() {
-            Some((last_at, last)) if *last_at == at && last.end() == pages.first => last.count += pages.count,
+            Some((last_at, last)) if *last_at == at && last.end() == pages.first => {
+                last.count += pages.count
+            }
             _ if room => self.runs.push((at, pages)),
             _ => {}
         }

@@ -296,7 +296,10 @@ impl Connection {
 
     /// A job changed: the event is due now.
     fn take_wake(&mut self) {
-        let (Some(wake), Some(subscription)) = (self.line.wake.get(), &mut self.subscription) else { return };
+        let (Some(wake), Some(subscription)) = (self.line.wake.get(), &mut self.subscription)
+        else {
+            return;
+        };
         let mut count = [0; 8];
         if rustix::io::read(wake, &mut count).is_ok() {
             subscription.due = Instant::now();
@@ -305,7 +308,9 @@ impl Connection {
 
     fn send_event_if_due(&mut self) -> Result<(), SocketError> {
         let now = Instant::now();
-        let Some(subscription) = self.subscription.as_mut().filter(|one| one.due <= now) else { return Ok(()) };
+        let Some(subscription) = self.subscription.as_mut().filter(|one| one.due <= now) else {
+            return Ok(());
+        };
         subscription.due = now + subscription.interval;
         let status = self.hub.session.lock().report();
         let event = Frame::request(request::code::EVENT, status.encode(Encoder::new()).finish());
@@ -335,15 +340,18 @@ impl Drop for Ended<'_> {
 }
 
 fn refused_subscription(request: u32, errno: Errno) -> Frame {
-    refused(request, RemoteError::new(ErrorCode::System, format!("cannot make an event descriptor: {errno}")))
+    refused(
+        request,
+        RemoteError::new(ErrorCode::System, format!("cannot make an event descriptor: {errno}")),
+    )
 }
 
 fn refused(request: u32, error: RemoteError) -> Frame {
     Frame::reply(request, request::encode_reply::<()>(&Err(error), |(), encoder| encoder))
 }
 
-/// True for requests that hand over memory, or what belongs to it: whoever sends one first is the VMM. A hello
-/// does if it brings the fence word, which only a VMM has.
+/// True for requests that hand over memory, or what belongs to it: whoever sends one first is the
+/// VMM. A hello does if it brings the fence word, which only a VMM has.
 fn takes_memory(frame: &Frame) -> bool {
     use pageferry_protocol::control::standard::FrontendReq;
     const STANDARD: [FrontendReq; 7] = [

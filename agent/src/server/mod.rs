@@ -110,7 +110,8 @@ impl Server {
     /// Listens on `path`.
     ///
     /// # Errors
-    /// What the kernel said, or what there is at the path; `AddrInUse` if another agent listens there.
+    /// What the kernel said, or what there is at the path; `AddrInUse` if another agent listens
+    /// there.
     pub fn listen(&mut self, path: &Path) -> io::Result<()> {
         let listener = UnixPathListener::bind(path)?;
         listener.set_nonblocking()?;
@@ -138,7 +139,8 @@ impl Server {
         Ok(())
     }
 
-    /// Serves until a signal comes or the inherited connection ends. A job that runs is cancelled and undone first; a postcopy is finished, if it is not paused.
+    /// Serves until a signal comes or the inherited connection ends. A job that runs is cancelled
+    /// and undone first; a postcopy is finished, if it is not paused.
     ///
     /// # Errors
     /// If the reactor fails.
@@ -170,8 +172,9 @@ impl Server {
         }
     }
 
-    /// A signal came: what runs is ended, and what cannot be is brought to its end. Until then everybody is answered: a VMM whose guest waits for memory takes
-    /// an agent that does not answer for dead.
+    /// A signal came: what runs is ended, and what cannot be is brought to its end. Until then
+    /// everybody is answered: a VMM whose guest waits for memory takes an agent that does not
+    /// answer for dead.
     fn stop(&mut self) {
         self.stopping = true;
         if let Some(signals) = self.signals.take() {
@@ -252,23 +255,34 @@ impl Server {
     /// Makes sure that there is a place for one more connection; false if there is none now. If
     /// `anyone` may make room, there is one but for the VMM's connection.
     fn make_room(&mut self, anyone: bool) -> bool {
-        let open = || self.connections.values().map(|(line, _)| line).filter(|line| !line.is_closed());
+        let open =
+            || self.connections.values().map(|(line, _)| line).filter(|line| !line.is_closed());
         if open().count() < max_connections() {
             return true;
         }
-        let may_go = |line: &&Arc<Line>| self.inherited != Some(line.token) && !self.hub.session.is_owner(line.token);
+        let may_go = |line: &&Arc<Line>| {
+            self.inherited != Some(line.token) && !self.hub.session.is_owner(line.token)
+        };
         let now = Instant::now();
         let unread = |line: &Arc<Line>| line.unread_for().filter(|unread| *unread >= MOMENT);
-        let silent = |line: &Arc<Line>| !line.is_busy() && now.saturating_duration_since(line.last_heard()) >= MOMENT;
-        let unread_longest =
-            open().filter(may_go).filter(|line| unread(line).is_some()).max_by_key(|line| unread(line));
+        let silent = |line: &Arc<Line>| {
+            !line.is_busy() && now.saturating_duration_since(line.last_heard()) >= MOMENT
+        };
+        let unread_longest = open()
+            .filter(may_go)
+            .filter(|line| unread(line).is_some())
+            .max_by_key(|line| unread(line));
         // Who watches a job may have nothing to say for long.
         let silent_longest = || {
             let silent = open().filter(may_go).filter(|line| silent(line));
             silent.min_by_key(|line| (line.is_subscribed(), line.last_heard()))
         };
-        let oldest =
-            || open().filter(may_go).filter(|_| anyone).min_by_key(|line| (line.is_subscribed(), line.opened()));
+        let oldest = || {
+            open()
+                .filter(may_go)
+                .filter(|_| anyone)
+                .min_by_key(|line| (line.is_subscribed(), line.opened()))
+        };
         let (line, why) = if let Some(line) = unread_longest {
             (line, "it does not read its answers")
         } else if let Some(line) = silent_longest() {
@@ -278,7 +292,11 @@ impl Server {
         } else {
             return false;
         };
-        log::warn!("more than {} connections: connection {} ends, {why}", max_connections(), line.token);
+        log::warn!(
+            "more than {} connections: connection {} ends, {why}",
+            max_connections(),
+            line.token
+        );
         line.close();
         true
     }
@@ -313,7 +331,8 @@ impl Server {
     }
 
     fn forget_ended(&mut self) {
-        let ended = std::mem::take(&mut *self.hub.ended.lock().unwrap_or_else(PoisonError::into_inner));
+        let ended =
+            std::mem::take(&mut *self.hub.ended.lock().unwrap_or_else(PoisonError::into_inner));
         for token in ended {
             if let Some((line, _thread)) = self.connections.remove(&token) {
                 // The thread is at its end; nobody needs to wait for it.

@@ -5,7 +5,9 @@ use super::{Role, Session, check_fds, invalid};
 use crate::restore::Order;
 use crate::restore::ground::{Before, Word};
 use crate::snapshot::Plan;
-use pageferry_protocol::control::job::{JobKind, OutgoingOptions, RestoreOptions, SnapshotMode, SnapshotOptions};
+use pageferry_protocol::control::job::{
+    JobKind, OutgoingOptions, RestoreOptions, SnapshotMode, SnapshotOptions,
+};
 use pageferry_protocol::control::request::{ErrorCode, JobStarted, RemoteError};
 use std::os::fd::OwnedFd;
 
@@ -42,7 +44,9 @@ impl Session {
     }
 
     /// Starts to restore a guest.
-    pub(super) fn start_restore(&mut self, role: Role, path: &str, options: RestoreOptions, fds: &[OwnedFd]) -> Answer {
+    pub(super) fn start_restore(
+        &mut self, role: Role, path: &str, options: RestoreOptions, fds: &[OwnedFd],
+    ) -> Answer {
         self.check_can_start()?;
         check_fds("start restore", fds, 0)?;
         check_path("path", path)?;
@@ -50,7 +54,8 @@ impl Session {
             check_path("working_set", &options.working_set)?;
         }
         let RestoreOptions { resume, hook_timeout, bandwidth, .. } = options;
-        let given = OutgoingOptions { resume, hook_timeout, bandwidth, ..OutgoingOptions::default() };
+        let given =
+            OutgoingOptions { resume, hook_timeout, bandwidth, ..OutgoingOptions::default() };
         let job = self.new_job(JobKind::Restore, given)?;
         let asks_first = role == Role::Operator;
         if !asks_first {
@@ -61,7 +66,13 @@ impl Session {
             true => Before::Later,
             false => Before::Known(Word::from_now(&self.memory).map_err(|error| invalid(&error))?),
         };
-        let order = Order { path: path.into(), options, asks_first, before, checkpoint: self.checkpoint.clone() };
+        let order = Order {
+            path: path.into(),
+            options,
+            asks_first,
+            before,
+            checkpoint: self.checkpoint.clone(),
+        };
         self.run_job(&job, move |job| crate::restore::run(job, &order))?;
         let reply = JobStarted { job: job.id, address: path.to_owned() };
         Ok(Box::new(move |encoder| reply.encode(encoder)))
@@ -73,5 +84,8 @@ fn check_path(field: &str, path: &str) -> Result<(), RemoteError> {
     if path.starts_with('/') && !path.contains('\0') {
         return Ok(());
     }
-    Err(RemoteError::new(ErrorCode::Invalid, format!("{field} is {path:?}, expected is a path from the root")))
+    Err(RemoteError::new(
+        ErrorCode::Invalid,
+        format!("{field} is {path:?}, expected is a path from the root"),
+    ))
 }

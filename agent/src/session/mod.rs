@@ -10,8 +10,9 @@
 //! A method of [`Session`] never waits: it runs under the lock. What can wait is a method of
 //! [`SharedSession`](shared::SharedSession), which holds the lock before and after.
 //!
-//! A session belongs to one connection, the VMM's, and ends with it: its job is cancelled, its memory forgotten. Operators come and go on
-//! connections of their own; they see and steer jobs, and cannot touch the memory.
+//! A session belongs to one connection, the VMM's, and ends with it: its job is cancelled, its
+//! memory forgotten. Operators come and go on connections of their own; they see and steer jobs,
+//! and cannot touch the memory.
 
 pub mod images;
 pub mod own;
@@ -154,7 +155,12 @@ impl Session {
             Some((job, thread)) => Earlier::Ending(job, thread),
             None => std::mem::take(&mut self.before),
         };
-        let mut next = Self { before, jobs: self.jobs, stopping: self.stopping, ..Self::new(self.notify.clone()) };
+        let mut next = Self {
+            before,
+            jobs: self.jobs,
+            stopping: self.stopping,
+            ..Self::new(self.notify.clone())
+        };
         next.job_changed();
         next
     }
@@ -169,17 +175,21 @@ impl Session {
         self.running().or_else(|| self.before.job().filter(|job| !job.status().phase.is_final()))
     }
 
-    /// The job that is paused in postcopy, if there is one; it may be that of a VMM that is gone, whose memory it still holds.
+    /// The job that is paused in postcopy, if there is one; it may be that of a VMM that is gone,
+    /// whose memory it still holds.
     fn paused(&self) -> Option<Arc<Job>> {
         let mut jobs = self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.before.job());
         jobs.find(|job| job.status().phase == Phase::PostcopyPaused).cloned()
     }
 
-    /// Refuses jobs when the agent is about to end, or still has the guest of a VMM that is gone: the next job would take the place of that one, which
-    /// nobody could recover any more.
+    /// Refuses jobs when the agent is about to end, or still has the guest of a VMM that is gone:
+    /// the next job would take the place of that one, which nobody could recover any more.
     fn check_takes_jobs(&self) -> Result<(), RemoteError> {
         if self.stopping {
-            return Err(RemoteError::new(ErrorCode::Busy, "the agent is about to end, and takes no job any more"));
+            return Err(RemoteError::new(
+                ErrorCode::Busy,
+                "the agent is about to end, and takes no job any more",
+            ));
         }
         // One that is cancelled ends by itself, and nobody asks for it.
         if let Some(job) = self.before.job().filter(|job| !job.cancel.is_cancelled()) {
@@ -198,13 +208,18 @@ impl Session {
     /// Refuses what a running job, or a guest that was handed over, forbids.
     fn check_idle(&self, what: &str) -> Result<(), RemoteError> {
         if let Some(job) = self.running() {
-            let sentence = format!("{what}: job {} ({}) is running; wait or cancel it", job.id, job.kind.name());
+            let sentence = format!(
+                "{what}: job {} ({}) is running; wait or cancel it",
+                job.id,
+                job.kind.name()
+            );
             return Err(RemoteError::new(ErrorCode::Busy, sentence));
         }
         Ok(())
     }
 
-    /// Refuses a job while it is not known, or known not to be so, that the guest is here (`one-owner`).
+    /// Refuses a job while it is not known, or known not to be so, that the guest is here
+    /// (`one-owner`).
     fn check_ours(&self) -> Result<(), RemoteError> {
         let JobStatus { job, kind, phase, .. } = self.status();
         match (kind, phase) {
@@ -214,16 +229,18 @@ impl Session {
                     "job {job} handed the guest over and was not confirmed: resume it by force first, if it does not run there"
                 ),
             )),
-            (JobKind::Outgoing, Phase::Completed) => {
-                Err(RemoteError::new(ErrorCode::State, format!("job {job} has moved the guest away: it is not here")))
-            }
+            (JobKind::Outgoing, Phase::Completed) => Err(RemoteError::new(
+                ErrorCode::State,
+                format!("job {job} has moved the guest away: it is not here"),
+            )),
             _ => Ok(()),
         }
     }
 
     /// The memory or the trackers change: increments to the last image are not possible any more.
     fn end_checkpoint(&self, why: &str) {
-        // The next job stops the trackers, and not this thread: the VMM may have to answer from the one that waits for our own answer.
+        // The next job stops the trackers, and not this thread: the VMM may have to answer from the
+        // one that waits for our own answer.
         self.checkpoint.end(why);
     }
 
@@ -236,11 +253,18 @@ impl Session {
                 // The guest ran in the VMM, and is gone with it.
                 JobKind::Incoming | JobKind::Restore => job.cancel.force(),
                 JobKind::Snapshot => {
-                    log::info!("job {}: the VMM is gone; the image is whole, and gets its name", job.id);
+                    log::info!(
+                        "job {}: the VMM is gone; the image is whole, and gets its name",
+                        job.id
+                    );
                 }
-                // It runs elsewhere, or is about to, and needs its memory, which is here whether the VMM is or not.
+                // It runs elsewhere, or is about to, and needs its memory, which is here whether
+                // the VMM is or not.
                 JobKind::Outgoing | JobKind::None => {
-                    log::warn!("job {}: the VMM is gone after its guest was handed over; the job goes on", job.id);
+                    log::warn!(
+                        "job {}: the VMM is gone after its guest was handed over; the job goes on",
+                        job.id
+                    );
                 }
             }
         }
@@ -255,7 +279,8 @@ impl Session {
         if let Some(job) = self.running() {
             let _ = job.cancel.cancel();
         }
-        // A postcopy goes on to its end, which it cannot reach without its connections: then nobody will come to recover it.
+        // A postcopy goes on to its end, which it cannot reach without its connections: then nobody
+        // will come to recover it.
         for job in self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.before.job()) {
             job.recovery.ask(crate::job::Request::Abandon);
         }
@@ -263,7 +288,8 @@ impl Session {
 
     /// True if no job runs, not even one whose VMM is gone.
     pub fn is_idle(&self) -> bool {
-        self.running().is_none() && self.before.job().is_none_or(|job| job.status().phase.is_final())
+        self.running().is_none()
+            && self.before.job().is_none_or(|job| job.status().phase.is_final())
     }
 
     /// The jobs whose threads have not been waited for.
@@ -302,6 +328,7 @@ fn take_fds<const N: usize>(request: &str, fds: Vec<OwnedFd>) -> Result<[OwnedFd
 }
 
 fn wrong_fds(request: &str, count: usize, expected: usize) -> RemoteError {
-    let sentence = format!("{request}: {count} file descriptors came with it, expected are {expected}");
+    let sentence =
+        format!("{request}: {count} file descriptors came with it, expected are {expected}");
     RemoteError::new(ErrorCode::Invalid, sentence)
 }

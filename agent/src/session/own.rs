@@ -21,8 +21,9 @@ use pageferry_protocol::control::job::{
     IncomingOptions, JobKind, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions, Phase,
 };
 use pageferry_protocol::control::request::{
-    AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, HelloReply,
-    JobStarted, MAX_RANGES, RangesReply, RemoteError, Reply, Request, encode_reply,
+    AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode,
+    FEATURE_FENCE, HelloReply, JobStarted, MAX_RANGES, RangesReply, RemoteError, Reply, Request,
+    encode_reply,
 };
 use pageferry_protocol::memory::BlockGeometry;
 use rustix::process::PidfdFlags;
@@ -30,8 +31,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a VMM may take to resume a guest that an operator forces. Whoever asked waits 10 seconds
-/// for the answer, and is to read this one's reason.
+/// How long a VMM may take to resume a guest that an operator forces. Whoever asked waits 10
+/// seconds for the answer, and is to read this one's reason.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long a paused job may take to end once it was told to give up.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(5);
@@ -58,25 +59,34 @@ impl SharedSession {
             // has done that by itself by now, and its guest may use what it discarded then.
             Some(Ok(request)) if role == Role::Vmm => {
                 let memory = self.lock().memory.clone();
-                let current = memory.current.check().map_err(|replaced| RemoteError::new(ErrorCode::State, replaced));
+                let current = memory
+                    .current
+                    .check()
+                    .map_err(|replaced| RemoteError::new(ErrorCode::State, replaced));
                 current.and_then(|()| self.answer(role, request, frame.fds))
             }
             None => {
                 let sentence = format!("request {code:#x} is unknown");
                 Err(RemoteError::new(ErrorCode::Unsupported, sentence))
             }
-            Some(Err(error)) => Err(RemoteError::new(ErrorCode::Invalid, format!("request {code:#x}: {error}"))),
+            Some(Err(error)) => {
+                Err(RemoteError::new(ErrorCode::Invalid, format!("request {code:#x}: {error}")))
+            }
             Some(Ok(request)) => self.answer(role, request, frame.fds),
         };
         match &answer {
             // It passes, and whoever waits for that asks again and again.
-            Err(error) if error.code == ErrorCode::Busy => log::debug!("request {code:#x} refused: {error}"),
+            Err(error) if error.code == ErrorCode::Busy => {
+                log::debug!("request {code:#x} refused: {error}")
+            }
             Err(error) => log::info!("request {code:#x} refused: {error}"),
             Ok(_) => {}
         }
         let mut fields = None;
         let unit = answer.map(|encoded| fields = Some(encoded));
-        let body = encode_reply(&unit, |(), encoder| fields.map_or(Encoder::new(), |fields| fields(encoder)));
+        let body = encode_reply(&unit, |(), encoder| {
+            fields.map_or(Encoder::new(), |fields| fields(encoder))
+        });
         Frame { fds, ..Frame::reply(code, body) }
     }
 
@@ -86,7 +96,8 @@ impl SharedSession {
         sent: &mut Vec<OwnedFd>,
     ) -> Answer {
         if min > CONTROL_VERSION || max < CONTROL_VERSION {
-            let sentence = format!("version {min} to {max} offered, this agent speaks {CONTROL_VERSION}");
+            let sentence =
+                format!("version {min} to {max} offered, this agent speaks {CONTROL_VERSION}");
             return Err(RemoteError::new(ErrorCode::Unsupported, sentence));
         }
         let features = features & FEATURE_FENCE;
@@ -113,8 +124,14 @@ impl SharedSession {
         }
         self.wait_for_last_job()?;
         may_wait("map the fence word");
-        let failed = |errno| RemoteError::new(ErrorCode::System, format!("cannot open a pidfd of this agent: {errno}"));
-        let process = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).map_err(failed)?;
+        let failed = |errno| {
+            RemoteError::new(
+                ErrorCode::System,
+                format!("cannot open a pidfd of this agent: {errno}"),
+            )
+        };
+        let process = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())
+            .map_err(failed)?;
         let current = CurrentAgent::fenced(fence.as_fd(), number).map_err(|error| {
             let RemoteError { code, sentence } = invalid(&error);
             RemoteError::new(code, format!("fence: {sentence}"))
@@ -123,9 +140,9 @@ impl SharedSession {
         Ok(process)
     }
 
-    /// A VMM that comes back to this process believes that nobody reads or writes its memory any more
-    /// for the connection before: waits until the job of that one has ended. A guest that was handed
-    /// over is elsewhere, and its job goes on.
+    /// A VMM that comes back to this process believes that nobody reads or writes its memory any
+    /// more for the connection before: waits until the job of that one has ended. A guest that was
+    /// handed over is elsewhere, and its job goes on.
     fn wait_for_last_job(&self) -> Result<(), RemoteError> {
         let last = self.lock().before.job().filter(|job| job.cancel.is_cancelled()).cloned();
         match last {
@@ -142,7 +159,8 @@ impl SharedSession {
 
     fn answer(&self, role: Role, request: Request, fds: Vec<OwnedFd>) -> Answer {
         if role == Role::Operator && touches_memory(&request) {
-            let sentence = "only the connection that owns the memory may do this, and another one does";
+            let sentence =
+                "only the connection that owns the memory may do this, and another one does";
             return Err(RemoteError::new(ErrorCode::Denied, sentence));
         }
         match request {
@@ -156,8 +174,12 @@ impl SharedSession {
             Request::Free { ranges } => self.free(&ranges),
             Request::Populate { ranges } => self.populate(&ranges),
             Request::SetTrackers { sources } => self.set_trackers(sources, fds),
-            Request::StartOutgoing { target, options } => self.lock().start_outgoing(&target, options, fds),
-            Request::StartIncoming { listen, options } => self.start_incoming(&listen, &options, fds),
+            Request::StartOutgoing { target, options } => {
+                self.lock().start_outgoing(&target, options, fds)
+            }
+            Request::StartIncoming { listen, options } => {
+                self.start_incoming(&listen, &options, fds)
+            }
             Request::Cancel => self.lock().cancel(),
             Request::SetParameters { options } => self.lock().set_parameters(&options),
             Request::QueryStatus => {
@@ -168,14 +190,21 @@ impl SharedSession {
             Request::Subscribe { .. } => Ok(nothing()),
             Request::Resume { force } => self.resume(force),
             Request::StartPostcopy => self.lock().start_postcopy(),
-            Request::StartSnapshot { path, options } => self.lock().start_snapshot(role, path, options, &fds),
-            Request::StartRestore { path, options } => self.lock().start_restore(role, &path, options, &fds),
-            Request::Recover { session, address, options } => self.recover(role, session, &address, options),
+            Request::StartSnapshot { path, options } => {
+                self.lock().start_snapshot(role, path, options, &fds)
+            }
+            Request::StartRestore { path, options } => {
+                self.lock().start_restore(role, &path, options, &fds)
+            }
+            Request::Recover { session, address, options } => {
+                self.recover(role, session, &address, options)
+            }
         }
     }
 
     fn add_block(
-        &self, geometry: BlockGeometry, fd_offset: u64, vmm_address: u64, flags: u32, fds: Vec<OwnedFd>,
+        &self, geometry: BlockGeometry, fd_offset: u64, vmm_address: u64, flags: u32,
+        fds: Vec<OwnedFd>,
     ) -> Answer {
         let [memory, bitmap] = take_fds("add block", fds)?;
         let new = NewBlock { geometry, memory, fd_offset, vmm_address, bitmap: Some(bitmap) };
@@ -210,7 +239,9 @@ impl SharedSession {
         let job = self.lock().job.as_ref().map(|(job, _)| job.clone());
         let populate = || memory.populate(ranges);
         let populated = match job {
-            Some(job) => job.unless_frozen(populate).map_err(|frozen| RemoteError::new(frozen.code(), frozen))?,
+            Some(job) => job
+                .unless_frozen(populate)
+                .map_err(|frozen| RemoteError::new(frozen.code(), frozen))?,
             None => populate(),
         };
         drop(populating);
@@ -223,12 +254,18 @@ impl SharedSession {
         let scans = sources.contains(Trackers::WRITE_PROTECT);
         check_fds("set trackers", &fds, usize::from(scans))?;
         may_wait("look at the pagemap");
-        let pagemap = fds.into_iter().next().map(Pagemap::new).transpose().map_err(|error| invalid(&error))?;
+        let pagemap = fds
+            .into_iter()
+            .next()
+            .map(Pagemap::new)
+            .transpose()
+            .map_err(|error| invalid(&error))?;
         let mut session = self.lock();
         session.check_idle("the trackers cannot be changed")?;
         let asked = scans || sources.contains(Trackers::HOOKS);
         if asked && !session.hooks.are_set() {
-            let sentence = format!("sources: {sources} needs a socket for hooks (SET_BACKEND_REQ_FD)");
+            let sentence =
+                format!("sources: {sources} needs a socket for hooks (SET_BACKEND_REQ_FD)");
             return Err(RemoteError::new(ErrorCode::State, sentence));
         }
         session.end_checkpoint("the trackers were changed");
@@ -247,7 +284,8 @@ impl SharedSession {
             Source::Socket(_) => listen.to_owned(),
         };
         let IncomingOptions { resume, peer_timeout, hook_timeout } = *options;
-        let options = OutgoingOptions { resume, peer_timeout, hook_timeout, ..OutgoingOptions::default() };
+        let options =
+            OutgoingOptions { resume, peer_timeout, hook_timeout, ..OutgoingOptions::default() };
         // A job may have been started while this looked up a name.
         let mut session = self.lock();
         session.check_can_start()?;
@@ -266,7 +304,9 @@ impl SharedSession {
     }
 
     /// Has the job that is paused go on; or takes up one that another agent began.
-    fn recover(&self, role: Role, session: [u8; 16], address: &str, options: OutgoingOptions) -> Answer {
+    fn recover(
+        &self, role: Role, session: [u8; 16], address: &str, options: OutgoingOptions,
+    ) -> Answer {
         let given = match address {
             "" => None,
             text => Some(parse(text)?),
@@ -291,7 +331,8 @@ impl SharedSession {
             }
             (_, given) => job::Request::Connect(given),
         };
-        // The source's job leaves its pause before the answer: so who sees it paused after that knows that it is paused again.
+        // The source's job leaves its pause before the answer: so who sees it paused after that
+        // knows that it is paused again.
         let leave = || {
             if kind == JobKind::Outgoing {
                 job.enter(Phase::Recovering)
@@ -304,13 +345,15 @@ impl SharedSession {
         Ok(Box::new(move |encoder| JobStarted { job: id, address: shown }.encode(encoder)))
     }
 
-    /// `one-owner`: after an unconfirmed commit only an operator who looked at both sides may resume the guest.
+    /// `one-owner`: after an unconfirmed commit only an operator who looked at both sides may
+    /// resume the guest.
     fn resume(&self, force: bool) -> Answer {
         let abandoned = if force { self.lock().abandon_paused()? } else { None };
         if let Some(job) = abandoned {
             // It waits for nothing else, and is over at once.
             if !job.wait_until_final(ABANDON_TIMEOUT) {
-                let sentence = format!("job {} was told to give up, and is still ending: try again", job.id);
+                let sentence =
+                    format!("job {} was told to give up, and is still ending: try again", job.id);
                 return Err(RemoteError::new(ErrorCode::Busy, sentence));
             }
         }
@@ -337,12 +380,21 @@ impl SharedSession {
 }
 
 impl Session {
-    pub(super) fn new_job(&mut self, kind: JobKind, options: OutgoingOptions) -> Result<Arc<Job>, RemoteError> {
+    pub(super) fn new_job(
+        &mut self, kind: JobKind, options: OutgoingOptions,
+    ) -> Result<Arc<Job>, RemoteError> {
         let id = self.jobs + 1;
-        let job = Job::new(id, kind, self.memory.clone(), self.hooks.clone(), options, self.notify.clone());
-        let job = job
-            .map(|job| job.tracked_by(self.trackers.declared))
-            .map_err(|error| RemoteError::new(ErrorCode::System, format!("cannot make a job: {error}")))?;
+        let job = Job::new(
+            id,
+            kind,
+            self.memory.clone(),
+            self.hooks.clone(),
+            options,
+            self.notify.clone(),
+        );
+        let job = job.map(|job| job.tracked_by(self.trackers.declared)).map_err(|error| {
+            RemoteError::new(ErrorCode::System, format!("cannot make a job: {error}"))
+        })?;
         self.jobs = id;
         Ok(Arc::new(job))
     }
@@ -364,8 +416,9 @@ impl Session {
             }
         };
         let thread = std::thread::Builder::new().name(format!("job-{}", job.id)).spawn(run);
-        let thread =
-            thread.map_err(|error| RemoteError::new(ErrorCode::System, format!("cannot start a thread: {error}")))?;
+        let thread = thread.map_err(|error| {
+            RemoteError::new(ErrorCode::System, format!("cannot start a thread: {error}"))
+        })?;
         self.job = Some((job.clone(), Some(thread)));
         Ok(())
     }
@@ -378,8 +431,7 @@ impl Session {
             return Err(RemoteError::new(ErrorCode::State, "there is no memory: add blocks first"));
         }
         if !self.hooks.are_set() {
-            let sentence =
-                "the VMM has set no socket for hooks (SET_BACKEND_REQ_FD): the guest could not be paused or resumed";
+            let sentence = "the VMM has set no socket for hooks (SET_BACKEND_REQ_FD): the guest could not be paused or resumed";
             return Err(RemoteError::new(ErrorCode::State, sentence));
         }
         Ok(())
@@ -398,7 +450,9 @@ impl Session {
         Err(RemoteError::new(ErrorCode::State, sentence))
     }
 
-    fn start_outgoing(&mut self, target: &str, options: OutgoingOptions, fds: Vec<OwnedFd>) -> Answer {
+    fn start_outgoing(
+        &mut self, target: &str, options: OutgoingOptions, fds: Vec<OwnedFd>,
+    ) -> Answer {
         self.check_can_start()?;
         options.check_start().map_err(|error| invalid(&error))?;
         if options.mode != Mode::Postcopy {
@@ -408,13 +462,15 @@ impl Session {
         let destination = match socket_of(target, fds)? {
             Some(_) if options.mode.may_postcopy() => {
                 let mode = options.mode.name();
-                let sentence =
-                    format!("mode is {mode}, a target that is a descriptor is one connection, and takes precopy only");
+                let sentence = format!(
+                    "mode is {mode}, a target that is a descriptor is one connection, and takes precopy only"
+                );
                 return Err(RemoteError::new(ErrorCode::Invalid, sentence));
             }
             Some(socket) if options.streams != 1 => {
                 drop(socket);
-                let sentence = format!("streams is {}, a target that is a descriptor has 1", options.streams);
+                let sentence =
+                    format!("streams is {}, a target that is a descriptor has 1", options.streams);
                 return Err(RemoteError::new(ErrorCode::Invalid, sentence));
             }
             Some(socket) => Target::Socket(socket),
@@ -438,12 +494,14 @@ impl Session {
         };
         job.cancel.cancel().map_err(|error| match (error, job.kind) {
             (TooLate::Ended, _) => RemoteError::new(ErrorCode::NotFound, error),
-            (TooLate::HandedOver, JobKind::Restore) => {
-                RemoteError::new(ErrorCode::State, "too late to cancel: the guest that is restored runs")
-            }
-            (TooLate::HandedOver, JobKind::Snapshot) => {
-                RemoteError::new(ErrorCode::State, "too late to cancel: the image is being completed")
-            }
+            (TooLate::HandedOver, JobKind::Restore) => RemoteError::new(
+                ErrorCode::State,
+                "too late to cancel: the guest that is restored runs",
+            ),
+            (TooLate::HandedOver, JobKind::Snapshot) => RemoteError::new(
+                ErrorCode::State,
+                "too late to cancel: the image is being completed",
+            ),
             (TooLate::HandedOver, _) => RemoteError::new(ErrorCode::State, error),
         })?;
         Ok(nothing())
@@ -489,7 +547,10 @@ impl Session {
     }
 
     /// Goes on with a migration that another agent began for this guest, and left when it died.
-    fn take_up(&mut self, role: Role, session: [u8; 16], address: Option<Address>, options: OutgoingOptions) -> Answer {
+    fn take_up(
+        &mut self, role: Role, session: [u8; 16], address: Option<Address>,
+        options: OutgoingOptions,
+    ) -> Answer {
         self.check_takes_jobs()?;
         self.check_idle("no job is paused")?;
         if session == [0; 16] || role == Role::Operator {
@@ -506,10 +567,15 @@ impl Session {
         let mode = if options.mode.may_postcopy() { options.mode } else { Mode::Postcopy };
         let urgent_streams = options.urgent_streams.clamp(1, MAX_STREAMS - 1);
         let streams = options.streams.min(MAX_STREAMS - urgent_streams);
-        let job = self.new_job(JobKind::Outgoing, OutgoingOptions { mode, streams, urgent_streams, ..options })?;
+        let job = self.new_job(
+            JobKind::Outgoing,
+            OutgoingOptions { mode, streams, urgent_streams, ..options },
+        )?;
         job.takes_up();
         let (id, shown) = (job.id, format!("{address:?}"));
-        self.run_job(&job, move |job| crate::outgoing::postcopy::recover::run(job, session, address))?;
+        self.run_job(&job, move |job| {
+            crate::outgoing::postcopy::recover::run(job, session, address)
+        })?;
         Ok(Box::new(move |encoder| JobStarted { job: id, address: shown }.encode(encoder)))
     }
 
@@ -531,7 +597,8 @@ impl Session {
         self.check_idle("the guest cannot be resumed")?;
         let refused = |sentence: &str| Err(RemoteError::new(ErrorCode::State, sentence));
         let handed_over = self.job.as_ref().map(|(job, _)| job).filter(|job| {
-            job.kind == JobKind::Outgoing && matches!(job.status().phase, Phase::Unconfirmed | Phase::Completed)
+            job.kind == JobKind::Outgoing
+                && matches!(job.status().phase, Phase::Unconfirmed | Phase::Completed)
         });
         let Some(job) = handed_over.cloned() else {
             return refused("the guest was not handed over: the VMM resumes it by itself");
@@ -548,7 +615,10 @@ impl Session {
             );
         }
         if std::mem::replace(&mut self.resuming, true) {
-            return Err(RemoteError::new(ErrorCode::Busy, "the VMM is being asked to resume the guest already"));
+            return Err(RemoteError::new(
+                ErrorCode::Busy,
+                "the VMM is being asked to resume the guest already",
+            ));
         }
         Ok((self.hooks.clone(), job))
     }
@@ -558,7 +628,9 @@ impl Session {
         if let Some((job, _)) = &self.job {
             check_whole(job)?;
         }
-        let Some(job) = self.paused().filter(|job| job.kind == JobKind::Outgoing) else { return Ok(None) };
+        let Some(job) = self.paused().filter(|job| job.kind == JobKind::Outgoing) else {
+            return Ok(None);
+        };
         if !self.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
             let sentence = format!(
                 "job {} is paused, and the VMM that handed the guest over is gone: nobody can resume it here, only recover it",
@@ -622,7 +694,9 @@ fn parse(address: &str) -> Result<Address, RemoteError> {
 }
 
 fn listen_at(address: &Address) -> Result<Listener, RemoteError> {
-    address.listen().map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))
+    address
+        .listen()
+        .map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))
 }
 
 fn nothing() -> Encoded {

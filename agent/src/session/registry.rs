@@ -1,4 +1,5 @@
-//! The blocks and the log of a session. The set that jobs see is replaced as a whole, and only while none runs.
+//! The blocks and the log of a session. The set that jobs see is replaced as a whole, and only
+//! while none runs.
 
 use super::shared::{Retired, SharedSession};
 use super::{Session, invalid};
@@ -31,7 +32,8 @@ impl SharedSession {
     /// Adds blocks, all or none; returns them. Their files are looked at without the lock: a file
     /// system may take its time.
     pub(super) fn add_blocks(&self, new: Vec<NewBlock>) -> Result<Vec<Arc<Block>>, RemoteError> {
-        let geometries: Vec<BlockGeometry> = new.iter().map(|block| block.geometry.clone()).collect();
+        let geometries: Vec<BlockGeometry> =
+            new.iter().map(|block| block.geometry.clone()).collect();
         self.lock().table_with(&geometries)?;
         let made = new.into_iter().map(|block| {
             let id = block.geometry.id;
@@ -83,9 +85,13 @@ impl Session {
         self.check_idle("memory cannot be removed")?;
         let mut table = self.memory.table().clone();
         if table.remove(id).is_none() {
-            return Err(RemoteError::new(ErrorCode::NotFound, format!("block {id} does not exist")));
+            return Err(RemoteError::new(
+                ErrorCode::NotFound,
+                format!("block {id} does not exist"),
+            ));
         }
-        let blocks = self.memory.blocks().iter().filter(|block| block.geometry.id != id).cloned().collect();
+        let blocks =
+            self.memory.blocks().iter().filter(|block| block.geometry.id != id).cloned().collect();
         self.replace(blocks, table);
         Ok(())
     }
@@ -130,9 +136,13 @@ fn make_block(new: NewBlock) -> Result<Block, RemoteError> {
         let sentence = format!("fd_offset {fd_offset:#x} is not a multiple of the page size");
         return Err(RemoteError::new(ErrorCode::Invalid, sentence));
     }
-    let backing = Backing::new(memory, fd_offset, geometry.length).map_err(|error| invalid(&error))?;
+    let backing =
+        Backing::new(memory, fd_offset, geometry.length).map_err(|error| invalid(&error))?;
     if !backing.is_sealed() {
-        log::debug!("block {}: the file has no F_SEAL_SHRINK; if it shrinks, migrations of it fail", geometry.id);
+        log::debug!(
+            "block {}: the file has no F_SEAL_SHRINK; if it shrinks, migrations of it fail",
+            geometry.id
+        );
     }
     let pages = geometry.pages();
     let bitmap = bitmap.map(|fd| MappedBitmap::walkable(fd, pages)).transpose();

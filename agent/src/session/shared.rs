@@ -114,7 +114,10 @@ impl SharedSession {
         if takes_memory {
             let deadline = Instant::now() + CLAIM_TIMEOUT;
             let gone = |state: &State| {
-                state.owner.as_ref().is_some_and(|owner| owner.connection != connection && owner.is_gone())
+                state
+                    .owner
+                    .as_ref()
+                    .is_some_and(|owner| owner.connection != connection && owner.is_gone())
             };
             while gone(&state) && Instant::now() < deadline {
                 may_wait("wait for the last request of a VMM that is gone");
@@ -260,7 +263,13 @@ mod tests {
             rustix::fs::ftruncate(&fd, size).unwrap();
             fd
         };
-        let geometry = BlockGeometry { id: 1, name: "ram".into(), gpa: 0, length: SIZE, granularity: PAGE_SIZE };
+        let geometry = BlockGeometry {
+            id: 1,
+            name: "ram".into(),
+            gpa: 0,
+            length: SIZE,
+            granularity: PAGE_SIZE,
+        };
         let add = Request::AddBlock { geometry, fd_offset: 0, vmm_address: 0, flags: 0 };
         assert_eq!(ask(&session, Role::Vmm, &add, vec![memfd(SIZE), memfd(4096)]), 0);
         session
@@ -271,7 +280,9 @@ mod tests {
         let session = session();
         let ranges = vec![BlockRange { block: 1, offset: 0, length: SIZE }];
         let memory = session.lock().memory.clone();
-        for request in [Request::Discard { flags: 1, ranges: ranges.clone() }, Request::Populate { ranges }] {
+        for request in
+            [Request::Discard { flags: 1, ranges: ranges.clone() }, Request::Populate { ranges }]
+        {
             // As at the instant of a snapshot.
             let instant = memory.marking.hold();
             let changes = memory.changes();
@@ -281,7 +292,11 @@ mod tests {
                     std::thread::yield_now();
                 }
                 assert_eq!(ask(&session, Role::Operator, &Request::QueryStatus, Vec::new()), 0);
-                assert_ne!(ask(&session, Role::Operator, &Request::Cancel, Vec::new()), 0, "there is no job");
+                assert_ne!(
+                    ask(&session, Role::Operator, &Request::Cancel, Vec::new()),
+                    0,
+                    "there is no job"
+                );
                 assert!(!waiting.is_finished());
                 drop(instant);
                 assert_eq!(waiting.join().unwrap(), 0);
@@ -292,7 +307,11 @@ mod tests {
     #[test]
     fn a_vmm_takes_over_when_the_last_request_of_the_one_before_has_ended_and_not_sooner() {
         let session = session();
-        let pair = || UnixStream::pair().map(|(ours, theirs)| (Arc::new(OwnedFd::from(ours)), theirs)).unwrap();
+        let pair = || {
+            UnixStream::pair()
+                .map(|(ours, theirs)| (Arc::new(OwnedFd::from(ours)), theirs))
+                .unwrap()
+        };
         let ((first, first_vmm), (second, _second_vmm)) = (pair(), pair());
         assert_eq!(session.role(1, &first, false), Role::Operator);
         assert_eq!(session.role(1, &first, true), Role::Vmm);
@@ -302,7 +321,8 @@ mod tests {
         session.hung_up(1);
         let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let next = scope.spawn(|| (session.role(2, &second, true), ended.load(Ordering::SeqCst)));
+            let next =
+                scope.spawn(|| (session.role(2, &second, true), ended.load(Ordering::SeqCst)));
             ended.store(true, Ordering::SeqCst);
             session.release(1);
             assert_eq!(next.join().unwrap(), (Role::Vmm, true));
@@ -334,7 +354,8 @@ mod tests {
         session.release(1);
         let fence = rustix::fs::memfd_create("fence", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fence, FENCE_BYTES).unwrap();
-        let hello = Request::Hello { version_min: 1, version_max: 1, features: FEATURE_FENCE, agent: 2 };
+        let hello =
+            Request::Hello { version_min: 1, version_max: 1, features: FEATURE_FENCE, agent: 2 };
         std::thread::scope(|scope| {
             let back = scope.spawn(|| {
                 let code = ask(&session, Role::Vmm, &hello, vec![fence]);

@@ -1,7 +1,9 @@
-//! The requests of vhost-user, by which any front-end can hand over its memory. Numbers, layouts and meaning are the specification's.
+//! The requests of vhost-user, by which any front-end can hand over its memory. Numbers, layouts
+//! and meaning are the specification's.
 //!
-//! What has an answer of its own gets it; anything else is answered if the front-end asked for that (`REPLY_ACK`): zero is
-//! success. Requests for virtqueues are refused, since there is no device here.
+//! What has an answer of its own gets it; anything else is answered if the front-end asked for that
+//! (`REPLY_ACK`): zero is success. Requests for virtqueues are refused, since there is no device
+//! here.
 
 use super::registry::NewBlock;
 use super::shared::SharedSession;
@@ -11,8 +13,8 @@ use crate::transport::unix_socket::not_connected;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::control::standard::{
-    FrontendReq, Region, VhostUserProtocolFeatures, VhostUserVirtioFeatures, decode_log, decode_mem_table,
-    decode_single_region, decode_u64,
+    FrontendReq, Region, VhostUserProtocolFeatures, VhostUserVirtioFeatures, decode_log,
+    decode_mem_table, decode_single_region, decode_u64,
 };
 use pageferry_protocol::memory::{BlockGeometry, MAX_MEM_SLOTS, PAGE_SIZE};
 use std::os::fd::OwnedFd;
@@ -64,7 +66,8 @@ impl Awaited {
         match self {
             Self::Nothing => None,
             Self::Acknowledgement => Some(Frame::reply(code, number.to_vec())),
-            // A log of no size, which no front-end can take for success; the code where its offset was.
+            // A log of no size, which no front-end can take for success; the code where its offset
+            // was.
             Self::Log => Some(Frame::reply(code, [[0; 8], number].concat())),
         }
     }
@@ -92,7 +95,8 @@ impl SharedSession {
         let code = frame.request;
         match self.standard_request(frame) {
             Ok(Some(body)) => Some(Frame::reply(code, body)),
-            Ok(None) => (awaited == Awaited::Acknowledgement).then(|| Frame::reply(code, 0u64.to_le_bytes().to_vec())),
+            Ok(None) => (awaited == Awaited::Acknowledgement)
+                .then(|| Frame::reply(code, 0u64.to_le_bytes().to_vec())),
             Err(error) => awaited.refusal(code, &error),
         }
     }
@@ -102,19 +106,24 @@ impl SharedSession {
         let malformed = |error| RemoteError::new(ErrorCode::Invalid, error);
         let Frame { request, body, fds, .. } = frame;
         let Ok(code) = FrontendReq::try_from(request) else {
-            return Err(RemoteError::new(ErrorCode::Unsupported, format!("request {request} is unknown")));
+            return Err(RemoteError::new(
+                ErrorCode::Unsupported,
+                format!("request {request} is unknown"),
+            ));
         };
         match code {
             FrontendReq::GET_FEATURES => number(Features::offered_virtio()),
             FrontendReq::SET_FEATURES => {
                 let value = decode_u64(&body).map_err(malformed)?;
-                self.lock().standard.virtio = negotiate("features", value, Features::offered_virtio())?;
+                self.lock().standard.virtio =
+                    negotiate("features", value, Features::offered_virtio())?;
                 Ok(None)
             }
             FrontendReq::GET_PROTOCOL_FEATURES => number(Features::offered_protocol()),
             FrontendReq::SET_PROTOCOL_FEATURES => {
                 let value = decode_u64(&body).map_err(malformed)?;
-                self.lock().standard.protocol = negotiate("protocol features", value, Features::offered_protocol())?;
+                self.lock().standard.protocol =
+                    negotiate("protocol features", value, Features::offered_protocol())?;
                 Ok(None)
             }
             FrontendReq::SET_OWNER | FrontendReq::RESET_OWNER => Ok(None),
@@ -150,7 +159,9 @@ impl SharedSession {
                 Ok(None)
             }
             _ => {
-                let sentence = format!("{code:?}: this is no device, it has no virtqueues and no configuration");
+                let sentence = format!(
+                    "{code:?}: this is no device, it has no virtqueues and no configuration"
+                );
                 Err(RemoteError::new(ErrorCode::Unsupported, sentence))
             }
         }
@@ -166,9 +177,11 @@ impl SharedSession {
     }
 
     fn add_regions(&self, regions: &[Region], fds: Vec<OwnedFd>) -> Result<(), RemoteError> {
-        let mut taken: Vec<u32> = self.lock().memory.table().blocks().iter().map(|block| block.id).collect();
+        let mut taken: Vec<u32> =
+            self.lock().memory.table().blocks().iter().map(|block| block.id).collect();
         let new = regions.iter().zip(fds).map(|(region, memory)| {
-            // A front-end has no ids. The lowest that is free does: it is the same on two sides that add the same regions.
+            // A front-end has no ids. The lowest that is free does: it is the same on two sides
+            // that add the same regions.
             let id = (0..).find(|id| !taken.contains(id)).unwrap_or_default();
             taken.push(id);
             let geometry = BlockGeometry {
@@ -178,7 +191,13 @@ impl SharedSession {
                 length: region.length,
                 granularity: PAGE_SIZE,
             };
-            NewBlock { geometry, memory, fd_offset: region.fd_offset, vmm_address: region.vmm_address, bitmap: None }
+            NewBlock {
+                geometry,
+                memory,
+                fd_offset: region.fd_offset,
+                vmm_address: region.vmm_address,
+                bitmap: None,
+            }
         });
         let new = new.collect();
         self.add_blocks(new).map(drop)
@@ -187,11 +206,13 @@ impl SharedSession {
 
 impl Session {
     fn remove_region(&mut self, region: Region) -> Result<(), RemoteError> {
-        let same = |block: &&BlockGeometry| block.gpa == region.gpa && block.length == region.length;
+        let same =
+            |block: &&BlockGeometry| block.gpa == region.gpa && block.length == region.length;
         match self.memory.table().blocks().iter().find(same).map(|block| block.id) {
             Some(id) => self.remove_block(id),
             None => {
-                let sentence = format!("no region at {:#x} of {:#x} bytes", region.gpa, region.length);
+                let sentence =
+                    format!("no region at {:#x} of {:#x} bytes", region.gpa, region.length);
                 Err(RemoteError::new(ErrorCode::NotFound, sentence))
             }
         }
@@ -199,7 +220,9 @@ impl Session {
 
     fn set_hook_socket(&mut self, socket: OwnedFd) -> Result<(), RemoteError> {
         self.check_idle("the socket for hooks cannot be changed")?;
-        let failed = |error| RemoteError::new(ErrorCode::System, format!("cannot duplicate the socket: {error}"));
+        let failed = |error| {
+            RemoteError::new(ErrorCode::System, format!("cannot duplicate the socket: {error}"))
+        };
         self.end_checkpoint("the socket for hooks was replaced");
         self.hook_socket = Some(socket.try_clone().map_err(failed)?);
         self.hooks = Arc::new(Hooks::new(Some(socket)));

@@ -1,17 +1,21 @@
 //! What changed since the last image, so that the next can be an increment.
 //!
-//! A snapshot that is to be followed by increments leaves its trackers on, and a *checkpoint*: the id of its image, and the pages that were written since its instant, as far as the
-//! trackers were asked. The next snapshot asks them again, at its own instant, takes what has gathered, and leaves a checkpoint of its own. If it fails, what it took is put back:
-//! the checkpoint then says the same as before.
+//! A snapshot that is to be followed by increments leaves its trackers on, and a *checkpoint*: the
+//! id of its image, and the pages that were written since its instant, as far as the trackers were
+//! asked. The next snapshot asks them again, at its own instant, takes what has gathered, and
+//! leaves a checkpoint of its own. If it fails, what it took is put back: the checkpoint then says
+//! the same as before.
 //!
-//! A tracker whose sync does not clear by itself is cleared as soon as it was asked (`clear-then-read`: nothing of that was read yet), once while the guest runs, so that little is left
-//! for the pause.
+//! A tracker whose sync does not clear by itself is cleared as soon as it was asked
+//! (`clear-then-read`: nothing of that was read yet), once while the guest runs, so that little is
+//! left for the pause.
 //!
-//! While a background snapshot watches writes it has the mappings that write-protect scanning needs:
-//! that tracker is suspended, and reports all pages afterwards. The next increment then holds all
-//! that is allocated: more than it must, and never less.
+//! While a background snapshot watches writes it has the mappings that write-protect scanning
+//! needs: that tracker is suspended, and reports all pages afterwards. The next increment then
+//! holds all that is allocated: more than it must, and never less.
 //!
-//! Discarded pages need no fix-up here: whatever the trackers say of them, an image says that they are discarded. Whoever populates them has marked the log.
+//! Discarded pages need no fix-up here: whatever the trackers say of them, an image says that they
+//! are discarded. Whoever populates them has marked the log.
 
 use super::{Plan, is_increment};
 use crate::job::{Job, JobError};
@@ -68,12 +72,16 @@ impl SharedCheckpoint {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What comes next uses the trackers, or changes the memory: from now on nothing is known. Asks nobody: the trackers are stopped by [`SharedCheckpoint::stop_idle`].
+    /// What comes next uses the trackers, or changes the memory: from now on nothing is known. Asks
+    /// nobody: the trackers are stopped by [`SharedCheckpoint::stop_idle`].
     pub fn end(&self, why: &str) {
         let mut state = self.lock();
         match std::mem::take(&mut *state) {
             State::Kept(checkpoint) => {
-                log::info!("no increment to image {} is possible any more: {why}", id_text(&checkpoint.id));
+                log::info!(
+                    "no increment to image {} is possible any more: {why}",
+                    id_text(&checkpoint.id)
+                );
                 *state = State::Ended(why.to_owned());
                 self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(checkpoint.trackers);
             }
@@ -130,7 +138,8 @@ struct Uses {
 }
 
 impl Changes {
-    /// For a snapshot that builds on the image `base`, if that is one, and on which the next may build with `track`.
+    /// For a snapshot that builds on the image `base`, if that is one, and on which the next may
+    /// build with `track`.
     pub fn begin(job: &Job, plan: &Plan, base: ImageId, track: bool) -> Result<Self, JobError> {
         let (shared, memory) = (plan.checkpoint.clone(), job.memory.clone());
         shared.stop_idle();
@@ -163,20 +172,31 @@ impl Changes {
                 );
                 return refused(State::Kept(kept), sentence);
             }
-            State::Kept(Checkpoint { id, dirty, trackers }) => uses(trackers, true, Some(id), None, dirty),
+            State::Kept(Checkpoint { id, dirty, trackers }) => {
+                uses(trackers, true, Some(id), None, dirty)
+            }
             other if increment => {
                 let why = match &other {
                     State::Ended(why) => why.clone(),
                     State::Taken => "a snapshot ended by a defect".to_owned(),
                     _ => "no image was made here with track on".to_owned(),
                 };
-                let sentence = format!("base is image {}, and what changed since is not known: {why}", id_text(&base));
+                let sentence = format!(
+                    "base is image {}, and what changed since is not known: {why}",
+                    id_text(&base)
+                );
                 return refused(other, sentence);
             }
             other => {
                 let ended = if let State::Ended(why) = other { Some(why) } else { None };
                 let timeout = job.options().hook_timeout;
-                uses(Trackers::new(&plan.trackers, &job.hooks, timeout, &job.stop), false, None, ended, dirty)
+                uses(
+                    Trackers::new(&plan.trackers, &job.hooks, timeout, &job.stop),
+                    false,
+                    None,
+                    ended,
+                    dirty,
+                )
             }
         };
         Ok(Self { shared, memory, uses: Some(uses) })
@@ -228,8 +248,9 @@ impl Changes {
         Some(uses.at_instant.as_ref().unwrap_or(&uses.dirty))
     }
 
-    /// The instant is now: what comes later is for the next image. Returns what is to be saved of an increment. To be called with
-    /// [`GuestMemory::marking`] held: what was populated until now is in the log, and is looked for there once more.
+    /// The instant is now: what comes later is for the next image. Returns what is to be saved of
+    /// an increment. To be called with [`GuestMemory::marking`] held: what was populated until now
+    /// is in the log, and is looked for there once more.
     pub fn cut(&mut self, later: DirtyPages) -> Result<Option<&DirtyPages>, JobError> {
         let Some(uses) = &mut self.uses else { return Ok(None) };
         let mut dirty = std::mem::replace(&mut uses.dirty, later);
@@ -261,7 +282,9 @@ impl Changes {
             }
         };
         let state = match id {
-            Some(id) if !uses.broken => State::Kept(Checkpoint { id, dirty: uses.dirty, trackers: uses.trackers }),
+            Some(id) if !uses.broken => {
+                State::Kept(Checkpoint { id, dirty: uses.dirty, trackers: uses.trackers })
+            }
             id => {
                 uses.trackers.stop();
                 match (id, uses.ended) {

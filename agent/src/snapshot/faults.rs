@@ -1,8 +1,10 @@
 //! Writes of the guest that runs on.
 //!
-//! One thread reads the faults, and answers them at once: it captures the page into a buffer of its own, and lets the writer go on. A second one puts what was captured into the image:
-//! whoever waits to write does not wait for a disk. Between them go a fixed number of buffers; a guest that writes faster than the disk waits for one, but no longer than its VMM has
-//! patience: a disk that hangs loses the snapshot, and not the guest.
+//! One thread reads the faults, and answers them at once: it captures the page into a buffer of its
+//! own, and lets the writer go on. A second one puts what was captured into the image: whoever
+//! waits to write does not wait for a disk. Between them go a fixed number of buffers; a guest that
+//! writes faster than the disk waits for one, but no longer than its VMM has patience: a disk that
+//! hangs loses the snapshot, and not the guest.
 
 use super::protect::{Mode, Shared};
 use crate::faults::wait;
@@ -63,11 +65,14 @@ impl Pool {
     }
 }
 
-/// Starts both threads. They answer faults until `stop` is readable, and end when all that was captured is put.
+/// Starts both threads. They answer faults until `stop` is readable, and end when all that was
+/// captured is put.
 ///
 /// # Errors
 /// If there is no thread to be had, or no memory for the buffers.
-pub fn start(job: &Arc<Job>, shared: &Arc<Shared>, stop: OwnedFd) -> Result<JoinHandle<()>, JobError> {
+pub fn start(
+    job: &Arc<Job>, shared: &Arc<Shared>, stop: OwnedFd,
+) -> Result<JoinHandle<()>, JobError> {
     let (job, shared) = (job.clone(), shared.clone());
     let host_pages = || job.memory.blocks().iter().map(|block| block.backing.host_page_size());
     let sizes: BTreeSet<u64> = host_pages().collect();
@@ -77,7 +82,9 @@ pub fn start(job: &Arc<Job>, shared: &Arc<Shared>, stop: OwnedFd) -> Result<Join
     let (captured, to_put) = channel();
     let builder = |name| Builder::new().name(format!("{name}-{}", job.id));
     let (answering, putting) = (builder("faults"), builder("captured"));
-    let writer = putting.spawn(move || put(to_put, &give_back)).map_err(JobError::from_io("start a thread"))?;
+    let writer = putting
+        .spawn(move || put(to_put, &give_back))
+        .map_err(JobError::from_io("start a thread"))?;
     let buffers = Buffers { pools, of_block, captured, limit: job.options().hook_timeout };
     let answering = answering.spawn(move || {
         answer(&job, &shared, &stop, &buffers);
@@ -129,12 +136,15 @@ fn fail(mode: &Mode, error: JobError) {
     }
 }
 
-fn answer_all(job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers) -> Result<(), JobError> {
+fn answer_all(
+    job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers,
+) -> Result<(), JobError> {
     let uffd = &shared.protection.uffd;
     let mut faults = [0; MAX_FAULTS];
     while wait(uffd, stop.as_fd())? {
         let since = Instant::now();
-        // Before they are read: what is read is answered before anyone who waits for the lock goes on.
+        // Before they are read: what is read is answered before anyone who waits for the lock goes
+        // on.
         let mode = shared.mode();
         let read = uffd.read_faults(&mut faults);
         let count = read.map_err(|errno| JobError::from_io("read faults")(errno.into()))?;
@@ -153,7 +163,9 @@ fn answer_all(job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers) -> 
     Ok(())
 }
 
-fn answer_one(job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffers: &Buffers) -> Result<(), JobError> {
+fn answer_one(
+    job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffers: &Buffers,
+) -> Result<(), JobError> {
     let capturing = match mode {
         Mode::Ahead => return shared.let_through(page),
         Mode::Capturing(capturing) => capturing,
@@ -182,10 +194,12 @@ fn answer_one(job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffe
     captured.map(|_| ())
 }
 
-/// A buffer for a page that is pending. Whoever waits to write waits for it, if the disk is slower than the writes; but not for a snapshot that is lost anyway, nor for a disk that
-/// takes nothing for `limit`.
+/// A buffer for a page that is pending. Whoever waits to write waits for it, if the disk is slower
+/// than the writes; but not for a snapshot that is lost anyway, nor for a disk that takes nothing
+/// for `limit`.
 fn buffer(
-    free: &Receiver<PageBuffer>, limit: Duration, is_pending: impl Fn() -> bool, is_lost: impl Fn() -> bool,
+    free: &Receiver<PageBuffer>, limit: Duration, is_pending: impl Fn() -> bool,
+    is_lost: impl Fn() -> bool,
 ) -> Result<Option<PageBuffer>, JobError> {
     let since = Instant::now();
     while is_pending() {
@@ -207,13 +221,15 @@ mod tests {
     fn a_buffer_is_waited_for_while_the_page_is_wanted_and_the_vmm_has_patience() {
         let pool = Pool::new(8 << 20).unwrap();
         let (long, short) = (Duration::from_secs(3600), LOOK * 3);
-        let taken: Vec<_> = (0..4).map(|_| buffer(&pool.free, short, || true, || true).unwrap().unwrap()).collect();
+        let taken: Vec<_> =
+            (0..4).map(|_| buffer(&pool.free, short, || true, || true).unwrap().unwrap()).collect();
         assert!(taken.iter().all(|bytes| bytes.len() == 8 << 20));
         assert!(buffer(&pool.free, long, || false, || true).unwrap().is_none());
         assert!(matches!(buffer(&pool.free, long, || true, || true), Err(JobError::Cancelled)));
         let error = buffer(&pool.free, short, || true, || false).unwrap_err().to_string();
         assert!(
-            error.contains("nothing was written to the image for 60ms") && error.contains("hook_timeout"),
+            error.contains("nothing was written to the image for 60ms")
+                && error.contains("hook_timeout"),
             "{error}"
         );
         let Pool { free, to_free } = pool;

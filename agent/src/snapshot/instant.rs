@@ -1,7 +1,8 @@
 //! What there is to save, as of one moment.
 //!
-//! The guest stands still. Discards go on, and find either that the moment has not come, and what they discard is saved as discarded, or that it was, and save what they discard
-//! first: both happen under one lock ([`GuestMemory::marking`](crate::memory::GuestMemory::marking)).
+//! The guest stands still. Discards go on, and find either that the moment has not come, and what
+//! they discard is saved as discarded, or that it was, and save what they discard first: both
+//! happen under one lock ([`GuestMemory::marking`](crate::memory::GuestMemory::marking)).
 
 use super::checkpoint::Changes;
 use super::prepare::Prepared;
@@ -24,12 +25,19 @@ pub struct AsOfNow {
 impl AsOfNow {
     /// Takes the moment. What the guest writes after it is reported, if there is a `watch`.
     pub fn take(
-        job: &Arc<Job>, writer: &Arc<ImageWriter>, watch: Option<&Watch>, changes: &mut Changes, mut prepared: Prepared,
+        job: &Arc<Job>, writer: &Arc<ImageWriter>, watch: Option<&Watch>, changes: &mut Changes,
+        mut prepared: Prepared,
     ) -> Result<Self, JobError> {
         let memory = &job.memory;
         let pending = &prepared.pending;
         let protection = watch.map(Watch::protection);
-        let capturing = Arc::new(Capturing::new(memory, pending.clone(), protection, writer.clone(), job.live.clone()));
+        let capturing = Arc::new(Capturing::new(
+            memory,
+            pending.clone(),
+            protection,
+            writer.clone(),
+            job.live.clone(),
+        ));
         job.owes(pending);
         // No fault of before is being answered any more: it would lift what is protected here.
         let mut mode = watch.map(Watch::hold);
@@ -41,7 +49,9 @@ impl AsOfNow {
                 for (word, bits) in block.discarded.nonzero_words(block.all()) {
                     prepared.discarded.block(at).or_word(word, bits);
                 }
-                prepared.to_save(at, changed, |word, pages| prepared.pending.add_pages(at, word, pages))?;
+                prepared.to_save(at, changed, |word, pages| {
+                    prepared.pending.add_pages(at, word, pages)
+                })?;
                 if let Some(watch) = watch {
                     watch.protect_rest(at, prepared.pending.block(at).bits())?;
                 }

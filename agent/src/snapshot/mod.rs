@@ -110,7 +110,9 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
 }
 
 /// Captures the memory and the VMM's state as of one moment.
-fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut Changes) -> Result<Saved, JobError> {
+fn capture(
+    job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut Changes,
+) -> Result<Saved, JobError> {
     job.enter(Phase::Protecting);
     changes.look(job)?;
     let mut watch = match plan.options.mode {
@@ -160,11 +162,15 @@ fn capture(job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut
     Ok(Saved { state, as_of })
 }
 
-fn finish(job: &Job, writer: &ImageWriter, saved: &Saved, changes: &Changes, base: &Base) -> Result<(), JobError> {
-    // ---- The line: from here on the image comes to be, and may have its name before a cancel is heard.
+fn finish(
+    job: &Job, writer: &ImageWriter, saved: &Saved, changes: &Changes, base: &Base,
+) -> Result<(), JobError> {
+    // ---- The line: from here on the image comes to be, and may have its name before a cancel is
+    // heard.
     job.cancel.cross_the_line()?;
     let SavedState { guest, pieces, file } = &saved.state;
-    let (discarded, changed) = (saved.as_of.discarded.all(), changes.changed().map(DirtyPages::all));
+    let (discarded, changed) =
+        (saved.as_of.discarded.all(), changes.changed().map(DirtyPages::all));
     let rest = Rest { guest: *guest, discarded, changed };
     let totals = writer.complete(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
     // The image is consistent, also if the VMM died meanwhile. But if the VMM has another agent by

@@ -1,7 +1,10 @@
 //! What can be done before the instant, so that the guest stands still for a shorter time.
 //!
-//! To ask a file which of its pages are allocated takes two calls for every 4 MiB that are, and several for every hole. So all of it is asked while the guest runs, and at the instant only the
-//! holes once more, each with one call if it still is one. What was allocated is taken to be so still: if the VMM punched it by itself it reads as zero, and if it was discarded or freed that is known.
+//! To ask a file which of its pages are allocated takes two calls for every 4 MiB that are, and
+//! several for every hole. So all of it is asked while the guest runs, and at the instant only the
+//! holes once more, each with one call if it still is one. What was allocated is taken to be so
+//! still: if the VMM punched it by itself it reads as zero, and if it was discarded or freed that
+//! is known.
 //!
 //! The bitmaps that are filled at the instant have their memory by then, too.
 
@@ -30,7 +33,8 @@ impl Prepared {
     /// Nothing is known yet. If the guest is to run on, its host pages are what is captured.
     pub fn new(job: &Job, runs_on: bool) -> Result<Self, JobError> {
         let memory = job.memory.clone();
-        let host_page = |block: &Arc<Block>| if runs_on { block.backing.host_page_size() } else { PAGE_SIZE };
+        let host_page =
+            |block: &Arc<Block>| if runs_on { block.backing.host_page_size() } else { PAGE_SIZE };
         let host_pages: Vec<u64> = memory.blocks().iter().map(host_page).collect();
         let pending = Arc::new(Owed::nothing(&memory, &host_pages)?);
         let none = || DirtyPages::none(&memory);
@@ -38,8 +42,9 @@ impl Prepared {
         Ok(Self { memory, allocated, discarded, later, pending })
     }
 
-    /// Asks which pages of the block at index `at` are allocated of those that were not the last time. Hands out the pages that are to be saved, word by word:
-    /// allocated, as far as that is told, not discarded, and changed, if that is asked for.
+    /// Asks which pages of the block at index `at` are allocated of those that were not the last
+    /// time. Hands out the pages that are to be saved, word by word: allocated, as far as that is
+    /// told, not discarded, and changed, if that is asked for.
     pub fn to_save(
         &self, at: usize, changed: Option<&DirtyPages>, mut found: impl FnMut(u64, u64),
     ) -> Result<(), JobError> {
@@ -48,7 +53,10 @@ impl Prepared {
         let mut discards = block.discarded.nonzero_words(block.all()).peekable();
         for (word, allocated) in allocated.nonzero_words(allocated.all()) {
             while discards.next_if(|(discarded, _)| *discarded < word).is_some() {}
-            let discarded = discards.peek().filter(|(discarded, _)| *discarded == word).map_or(0, |(_, bits)| *bits);
+            let discarded = discards
+                .peek()
+                .filter(|(discarded, _)| *discarded == word)
+                .map_or(0, |(_, bits)| *bits);
             let wanted = changed.map_or(u64::MAX, |changed| changed.block(at).word(word));
             let bits = allocated & wanted & !discarded;
             if bits != 0 {

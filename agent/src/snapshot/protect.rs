@@ -1,11 +1,14 @@
 //! Memory is protected against writes, so that the guest can run on while it is saved.
 //!
-//! To protect a page costs some 70 ns, that is 18 ms for each GiB, and the guest would stand still for all of it. So nearly all of it is done *ahead*, while the guest runs: who writes
-//! into what is protected has the protection lifted, and that is noted. When the guest then stands still only what was lifted or allocated meanwhile is left. A guest that writes
-//! a lot is slowed down by its faults, so there is never much.
+//! To protect a page costs some 70 ns, that is 18 ms for each GiB, and the guest would stand still
+//! for all of it. So nearly all of it is done *ahead*, while the guest runs: who writes into what
+//! is protected has the protection lifted, and that is noted. When the guest then stands still only
+//! what was lifted or allocated meanwhile is left. A guest that writes a lot is slowed down by its
+//! faults, so there is never much.
 //!
-//! What is noted is the set `ahead`, of host pages that are protected for sure. The order in which pages are noted and protected makes it so (see [`super::ahead`]): a page that is in
-//! the set when the guest stands still, and no fault is being answered, is protected.
+//! What is noted is the set `ahead`, of host pages that are protected for sure. The order in which
+//! pages are noted and protected makes it so (see [`super::ahead`]): a page that is in the set when
+//! the guest stands still, and no fault is being answered, is protected.
 
 use super::ahead;
 use super::faults;
@@ -118,17 +121,25 @@ impl Watch {
     /// Has the VMM register its mappings, and answers faults from now on.
     pub fn begin(job: &Arc<Job>) -> Result<Self, JobError> {
         let ahead = job.memory.blocks().iter();
-        let ahead = ahead.map(|block| HostPages::none(block.geometry.pages(), block.backing.host_page_size()));
+        let ahead = ahead
+            .map(|block| HostPages::none(block.geometry.pages(), block.backing.host_page_size()));
         let ahead = ahead.collect::<Result<_, _>>()?;
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let stop = stop.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?;
+        let stop = stop.map_err(|errno| JobError::Io {
+            what: "make an event descriptor",
+            source: errno.into(),
+        })?;
         let end = stop.try_clone().map_err(JobError::from_io("duplicate an event descriptor"))?;
         let timeout = job.options().hook_timeout;
         let undo = Unwatch { job, armed: true };
         let uffd: Userfaultfd = job.hooks.watch_writes(timeout)?.into();
         let protection = Arc::new(Protection { uffd, mappings: Mappings::of(&job.memory) });
-        let shared =
-            Arc::new(Shared { protection, mode: Mutex::new(Mode::Ahead), ahead, failed: AtomicBool::new(false) });
+        let shared = Arc::new(Shared {
+            protection,
+            mode: Mutex::new(Mode::Ahead),
+            ahead,
+            failed: AtomicBool::new(false),
+        });
         let thread = faults::start(job, &shared, end)?;
         undo.disarm();
         job.memory.set_freed(Some(shared.clone()));
@@ -154,13 +165,16 @@ impl Watch {
     }
 
     /// Protects what is to be saved, while the guest runs. `changed` is what an increment is of.
-    pub fn protect_ahead(&self, prepared: &Prepared, changed: Option<&DirtyPages>) -> Result<(), JobError> {
+    pub fn protect_ahead(
+        &self, prepared: &Prepared, changed: Option<&DirtyPages>,
+    ) -> Result<(), JobError> {
         let memory = &self.job.memory;
         for _ in 0..WALKS {
             let mut left = 0;
             for at in 0..memory.blocks().len() {
                 let unit = self.shared.ahead[at].unit();
-                let wanted = HostPages::none(memory.blocks()[at].geometry.pages(), unit * PAGE_SIZE)?;
+                let wanted =
+                    HostPages::none(memory.blocks()[at].geometry.pages(), unit * PAGE_SIZE)?;
                 prepared.to_save(at, changed, |word, pages| wanted.add_pages(word, pages))?;
                 left += self.protect_rest(at, wanted.bits())? * unit;
             }
@@ -208,8 +222,8 @@ impl Watch {
         }
         self.job.memory.set_freed(None);
         let unwatched = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout);
-        // Nobody answers faults in a moment. But what a VMM that gave this agent up has taken back is
-        // lifted already, and what is protected there now the next agent has protected.
+        // Nobody answers faults in a moment. But what a VMM that gave this agent up has taken back
+        // is lifted already, and what is protected there now the next agent has protected.
         if unwatched.is_err() && self.job.memory.current.check().is_ok() {
             self.lift_all();
         }
@@ -252,7 +266,8 @@ impl Unwatch<'_> {
 impl Drop for Unwatch<'_> {
     fn drop(&mut self) {
         if self.armed
-            && let Err(error) = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout)
+            && let Err(error) =
+                self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout)
         {
             log::debug!("{}", crate::error::chain(&error));
         }
@@ -267,6 +282,11 @@ mod tests {
     #[test]
     fn host_pages_that_cannot_be_captured_at_once_are_saved_in_mode_paused() {
         let error = Watch::check_memory(&gigantic()).unwrap_err().to_string();
-        assert!(error.contains("block 0") && error.contains("0x40000000") && error.contains("mode paused"), "{error}");
+        assert!(
+            error.contains("block 0")
+                && error.contains("0x40000000")
+                && error.contains("mode paused"),
+            "{error}"
+        );
     }
 }

@@ -1,7 +1,8 @@
 //! All that nobody writes to is captured, by any number of workers.
 //!
-//! They go on behind the last fault: a guest that writes to a page will write to those after it soon, and need not wait for them then. Their pieces are of a megabyte at
-//! least, and grow while it is quiet.
+//! They go on behind the last fault: a guest that writes to a page will write to those after it
+//! soon, and need not wait for them then. Their pieces are of a megabyte at least, and grow while
+//! it is quiet.
 
 use crate::job::{Job, JobError};
 use crate::memory::capturing::Capturing;
@@ -18,7 +19,8 @@ pub fn run(job: &Job, capturing: &Capturing, workers: usize) -> Result<(), JobEr
         let spawn = |worker| Builder::new().spawn_scoped(scope, move || sweep.work(worker)).ok();
         let threads: Vec<_> = (1..workers).map_while(spawn).collect();
         let first = sweep.work(0);
-        let rest = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
+        let rest =
+            threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
         rest.fold(first, |outcome, other| outcome.and(other))
     })?;
     // Here and not in a worker: only the first who asks is told why.
@@ -51,9 +53,14 @@ impl Sweep<'_> {
             }
             let Some((at, range)) = self.capturing.cursor.claim(pending) else { break };
             let pages = self.capturing.sweep(memory, worker, at, range, &mut batch)?;
-            // After it was done: a piece that is paid for first would be claimed by others meanwhile. Who waits for its turn hears that others failed: a guest may wait for
-            // the end of it; or that nothing is left.
-            let over = || self.failed.load(Ordering::Relaxed) || self.capturing.has_failed() || pending.left() == 0;
+            // After it was done: a piece that is paid for first would be claimed by others
+            // meanwhile. Who waits for its turn hears that others failed: a guest may wait for the
+            // end of it; or that nothing is left.
+            let over = || {
+                self.failed.load(Ordering::Relaxed)
+                    || self.capturing.has_failed()
+                    || pending.left() == 0
+            };
             self.job.limiter.wait_unless((pages * PAGE_SIZE) as usize, &self.job.cancel, over)?;
         }
         Ok(())

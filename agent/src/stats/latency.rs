@@ -1,7 +1,8 @@
 //! How long faults waited, from the moment that they were read.
 //!
-//! A histogram of atomic counters, and a small table of the faults that wait, without a lock or an allocation: a fault is read by one thread and answered by
-//! another. The table has room for more faults than guests have processors; where two would share a place the second is not timed.
+//! A histogram of atomic counters, and a small table of the faults that wait, without a lock or an
+//! allocation: a fault is read by one thread and answered by another. The table has room for more
+//! faults than guests have processors; where two would share a place the second is not timed.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -22,7 +23,8 @@ pub struct Latency {
     max: AtomicU64,
 }
 
-/// A fault that waits: its key plus one, and when it was read in nanoseconds from the start. A place is free while the key is 0.
+/// A fault that waits: its key plus one, and when it was read in nanoseconds from the start. A
+/// place is free while the key is 0.
 #[derive(Debug, Default)]
 struct Waiting {
     key: AtomicU64,
@@ -78,9 +80,11 @@ impl Latency {
         self.max.fetch_max(micros, Ordering::Relaxed);
     }
 
-    /// Microseconds below which half, 90 of 100 and 99 of 100 of the faults stayed, and the most; zeroes if there was none.
+    /// Microseconds below which half, 90 of 100 and 99 of 100 of the faults stayed, and the most;
+    /// zeroes if there was none.
     pub fn summary(&self) -> [u64; 4] {
-        let counts: Vec<u64> = self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).collect();
+        let counts: Vec<u64> =
+            self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).collect();
         let total: u64 = counts.iter().sum();
         let max = self.max.load(Ordering::Relaxed);
         let quantile = |percent: u64| {
@@ -142,7 +146,8 @@ mod tests {
     fn a_fault_is_timed_once_from_when_it_was_read() {
         let latency = Latency::default();
         assert_eq!(latency.summary(), [0; 4]);
-        let since = Instant::now().checked_sub(Duration::from_millis(30)).unwrap_or_else(Instant::now);
+        let since =
+            Instant::now().checked_sub(Duration::from_millis(30)).unwrap_or_else(Instant::now);
         let latency = Latency { start: since, ..latency };
         latency.waits(7, since);
         latency.waits(7, Instant::now());
@@ -150,6 +155,9 @@ mod tests {
         latency.answered(7);
         latency.answered(8);
         assert!(latency.summary()[3] >= 30_000);
-        assert_eq!(latency.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).sum::<u64>(), 1);
+        assert_eq!(
+            latency.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).sum::<u64>(),
+            1
+        );
     }
 }

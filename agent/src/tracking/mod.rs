@@ -3,7 +3,8 @@
 //! - [`pagemap`]: write-protect scanning of the VMM's mapping, from this process;
 //! - this file: the three trackers of the design behind one trait, and how they are asked together.
 //!
-//! The order of a sync matters: the hooks put KVM's bits into the shared log, so the log is drained after them.
+//! The order of a sync matters: the hooks put KVM's bits into the shared log, so the log is drained
+//! after them.
 
 pub mod pagemap;
 
@@ -165,18 +166,26 @@ pub struct Trackers {
 impl Trackers {
     /// The trackers that `choice` names, and the shared log.
     /// A hook may take `timeout`, and no longer than until `stop`.
-    pub fn new(choice: &TrackerChoice, hooks: &Arc<Hooks>, timeout: Duration, stop: &Deadline) -> Self {
+    pub fn new(
+        choice: &TrackerChoice, hooks: &Arc<Hooks>, timeout: Duration, stop: &Deadline,
+    ) -> Self {
         let mut trackers: Vec<Box<dyn Tracker>> = Vec::new();
         let by_hooks = choice.declared.contains(Declared::HOOKS);
         if by_hooks {
-            trackers.push(Box::new(HookTracker { hooks: hooks.clone(), timeout, stop: stop.clone(), started: false }));
+            trackers.push(Box::new(HookTracker {
+                hooks: hooks.clone(),
+                timeout,
+                stop: stop.clone(),
+                started: false,
+            }));
         }
         if let Some(pagemap) = &choice.pagemap {
             let (hooks, pagemap) = (hooks.clone(), pagemap.clone());
             trackers.push(Box::new(ScanTracker::new(hooks, timeout, pagemap)));
         }
         trackers.push(Box::new(LogTracker));
-        let lazy = by_hooks.then(|| LazyClear { hooks: hooks.clone(), timeout, stop: stop.clone() });
+        let lazy =
+            by_hooks.then(|| LazyClear { hooks: hooks.clone(), timeout, stop: stop.clone() });
         Self { trackers, lazy, pagemap: choice.pagemap.clone() }
     }
 
@@ -213,13 +222,16 @@ impl Trackers {
         self.trackers.iter_mut().for_each(|tracker| tracker.resume());
     }
 
-    /// Those of the pages `pages` of word `word` of which a report may mean a neighbour: write-protect scanning counts all of a transparent
-    /// huge page as written if any of it was.
+    /// Those of the pages `pages` of word `word` of which a report may mean a neighbour:
+    /// write-protect scanning counts all of a transparent huge page as written if any of it was.
     ///
     /// # Errors
     /// If the scan fails.
     pub fn vague(&self, block: &Block, word: u64, pages: u64) -> Result<u64, TrackingError> {
-        let Some(pagemap) = self.pagemap.as_ref().filter(|_| pages != 0 && block.backing.host_page_size() == PAGE_SIZE)
+        let Some(pagemap) = self
+            .pagemap
+            .as_ref()
+            .filter(|_| pages != 0 && block.backing.host_page_size() == PAGE_SIZE)
         else {
             return Ok(0);
         };
@@ -231,7 +243,9 @@ impl Trackers {
             let run = PageRange::new((from - start) >> PAGE_SHIFT, (to - from) >> PAGE_SHIFT);
             huge |= word_mask(run.first, run.end());
         };
-        pagemap.huge(start, range.bytes(), found).map_err(|source| TrackingError::Scan { id, source })?;
+        pagemap
+            .huge(start, range.bytes(), found)
+            .map_err(|source| TrackingError::Scan { id, source })?;
         Ok(huge & pages)
     }
 
@@ -253,9 +267,11 @@ impl Tracker for LogTracker {
             log.log.bits().clear(block.log_pages());
         });
         match memory.blocks().iter().find(|block| block.log_pages().end() > covered) {
-            Some(block) => {
-                Err(TrackingError::ShortLog { covered, id: block.geometry.id, end: block.log_pages().end() })
-            }
+            Some(block) => Err(TrackingError::ShortLog {
+                covered,
+                id: block.geometry.id,
+                end: block.log_pages().end(),
+            }),
             None => Ok(()),
         }
     }
@@ -297,7 +313,8 @@ impl Tracker for HookTracker {
 
     fn stop(&mut self) {
         if std::mem::take(&mut self.started)
-            && let Err(error) = self.hooks.undo(&Hook::StopTracking { sources: Declared::HOOKS }, self.timeout)
+            && let Err(error) =
+                self.hooks.undo(&Hook::StopTracking { sources: Declared::HOOKS }, self.timeout)
         {
             log::warn!("the VMM's tracker stays on: {}", crate::error::chain(&error));
         }
@@ -326,7 +343,9 @@ impl ScanTracker {
         Self { hooks, timeout, pagemap, started: false, suspended: false, missed: false }
     }
 
-    fn scan(&self, memory: &GuestMemory, found: impl Fn(usize, PageRange)) -> Result<(), TrackingError> {
+    fn scan(
+        &self, memory: &GuestMemory, found: impl Fn(usize, PageRange),
+    ) -> Result<(), TrackingError> {
         for (index, block) in memory.blocks().iter().enumerate() {
             let id = block.geometry.id;
             let base = block.vmm_address;
@@ -390,9 +409,11 @@ impl Tracker for ScanTracker {
     }
 }
 
-/// Clears pages in a tracker whose sync does not (`clear-then-read`): a worker does so for a chunk right before it first reads there.
+/// Clears pages in a tracker whose sync does not (`clear-then-read`): a worker does so for a chunk
+/// right before it first reads there.
 ///
-/// Exactly the given pages are cleared and no more, so nothing is lost for their neighbours (`round-safely`).
+/// Exactly the given pages are cleared and no more, so nothing is lost for their neighbours
+/// (`round-safely`).
 #[derive(Debug)]
 pub struct LazyClear {
     hooks: Arc<Hooks>,
@@ -401,7 +422,8 @@ pub struct LazyClear {
 }
 
 impl LazyClear {
-    /// Clears those pages of `range`, in the block with this id, that are set in `bitmap`. `range` begins at a multiple of 64.
+    /// Clears those pages of `range`, in the block with this id, that are set in `bitmap`. `range`
+    /// begins at a multiple of 64.
     ///
     /// # Errors
     /// If the VMM does not.
@@ -442,9 +464,14 @@ mod tests {
             let (mut pages, mut hooks) = (BTreeSet::new(), Vec::new());
             while let Ok(Frame { request, body, .. }) = socket.recv(far()) {
                 let (sequence, hook) = Hook::decode(request, &body).unwrap().unwrap();
-                let Hook::ClearTracker { block: 5, first, bitmap } = hook else { panic!("{hook:?}") };
-                let set = |bit: &u64| bitmap[(bit / WORD_BITS) as usize] >> (bit % WORD_BITS) & 1 == 1;
-                pages.extend((0..bitmap.len() as u64 * WORD_BITS).filter(set).map(|bit| first + bit));
+                let Hook::ClearTracker { block: 5, first, bitmap } = hook else {
+                    panic!("{hook:?}")
+                };
+                let set =
+                    |bit: &u64| bitmap[(bit / WORD_BITS) as usize] >> (bit % WORD_BITS) & 1 == 1;
+                pages.extend(
+                    (0..bitmap.len() as u64 * WORD_BITS).filter(set).map(|bit| first + bit),
+                );
                 hooks.push((first, bitmap.len()));
                 let reply = encode_hook_reply(sequence, &Ok(()));
                 socket.send_parts(request, FLAG_REPLY, &reply, &[], far()).unwrap();
@@ -452,18 +479,29 @@ mod tests {
             (pages, hooks)
         });
         let hooks = Arc::new(Hooks::new(Some(ours.into())));
-        let clear = LazyClear { hooks, timeout: Duration::from_secs(60), stop: Deadline::default() };
+        let clear =
+            LazyClear { hooks, timeout: Duration::from_secs(60), stop: Deadline::default() };
         clear.clear(5, bitmap, range).unwrap();
         drop(clear);
         vmm.join().unwrap()
     }
 
-    /// `round-safely`: no page is cleared that is not given, and `clear-then-read`: none is left out.
+    /// `round-safely`: no page is cleared that is not given, and `clear-then-read`: none is left
+    /// out.
     #[test]
     fn a_lazy_clear_asks_for_the_pages_that_are_set_and_no_others() {
         let pages = 3 * MAX_CLEAR_PAGES + 200;
         let all = PageRange::new(0, pages);
-        let sparse = [0, 63, 64, 130, MAX_CLEAR_PAGES - 1, MAX_CLEAR_PAGES, 2 * MAX_CLEAR_PAGES + 5, pages - 1];
+        let sparse = [
+            0,
+            63,
+            64,
+            130,
+            MAX_CLEAR_PAGES - 1,
+            MAX_CLEAR_PAGES,
+            2 * MAX_CLEAR_PAGES + 5,
+            pages - 1,
+        ];
         let ranges = [
             all,
             PageRange::new(64, 64),
@@ -476,9 +514,11 @@ mod tests {
         sparse.iter().for_each(|page| _ = bitmap.set(PageRange::new(*page, 1)));
         for range in ranges {
             let (found, hooks) = cleared(&bitmap, range);
-            let expected = sparse.iter().copied().filter(|page| (range.first..range.end()).contains(page));
+            let expected =
+                sparse.iter().copied().filter(|page| (range.first..range.end()).contains(page));
             assert_eq!(found, expected.collect(), "{range:?}");
-            let too_long = hooks.iter().find(|(_, words)| *words as u64 * WORD_BITS > MAX_CLEAR_PAGES);
+            let too_long =
+                hooks.iter().find(|(_, words)| *words as u64 * WORD_BITS > MAX_CLEAR_PAGES);
             assert_eq!(too_long, None, "a VMM takes no more at once");
         }
         bitmap.set(all);

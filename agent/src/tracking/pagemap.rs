@@ -1,15 +1,20 @@
-//! Write-protect scanning: which pages of the VMM's mapping were written, asked of the kernel from the agent's process.
+//! Write-protect scanning: which pages of the VMM's mapping were written, asked of the kernel from
+//! the agent's process.
 //!
-//! The VMM registers its mapping for asynchronous write protection and passes its `/proc/self/pagemap`. One `PAGEMAP_SCAN`
-//! both reports the pages that were written since they were last protected and protects them again, each page in one
-//! step: a write is in this scan or in the next (`clear-then-read`). It allocates page tables in the VMM, and never a page (`never-populate`).
+//! The VMM registers its mapping for asynchronous write protection and passes its
+//! `/proc/self/pagemap`. One `PAGEMAP_SCAN` both reports the pages that were written since they
+//! were last protected and protects them again, each page in one step: a write is in this scan or
+//! in the next (`clear-then-read`). It allocates page tables in the VMM, and never a page
+//! (`never-populate`).
 //!
-//! "Written" is to the kernel whatever is not protected. So the first scan reports every page that the VMM's mapping has, and pages
-//! that have never been touched may come with them where they share a page table (2 MiB of addresses) with one that has: once,
-//! since the scan protects them, too. An entry that the kernel dropped, to reclaim its page, counts as written as well, if it was.
-//! All of these err on the side of sending a page once more.
+//! "Written" is to the kernel whatever is not protected. So the first scan reports every page that
+//! the VMM's mapping has, and pages that have never been touched may come with them where they
+//! share a page table (2 MiB of addresses) with one that has: once, since the scan protects them,
+//! too. An entry that the kernel dropped, to reclaim its page, counts as written as well, if it
+//! was. All of these err on the side of sending a page once more.
 //!
-//! Numbers and layouts: `linux/fs.h`; semantics: `Documentation/admin-guide/mm/pagemap.rst`. Linux 6.7.
+//! Numbers and layouts: `linux/fs.h`; semantics: `Documentation/admin-guide/mm/pagemap.rst`. Linux
+//! 6.7.
 #![allow(unsafe_code)]
 
 use rustix::io::Errno;
@@ -18,7 +23,8 @@ use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
-/// Runs of written pages that one call of the kernel can report: 96 KiB. A run costs 24 bytes, however long it is.
+/// Runs of written pages that one call of the kernel can report: 96 KiB. A run costs 24 bytes,
+/// however long it is.
 const REGIONS: usize = 4096;
 
 /// `PAGE_IS_WRITTEN`. Asked for alone, it is the kernel's fast path.
@@ -41,7 +47,8 @@ struct What {
 }
 
 /// Written pages, which are protected again.
-const WRITTEN: What = What { category: PAGE_IS_WRITTEN, flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC };
+const WRITTEN: What =
+    What { category: PAGE_IS_WRITTEN, flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC };
 /// Pages that share an entry with others.
 const HUGE: What = What { category: PAGE_IS_HUGE, flags: 0 };
 
@@ -81,7 +88,9 @@ const PAGEMAP_SCAN: Opcode = opcode::read_write::<ScanArg>(b'f', 16);
 #[derive(Debug, thiserror::Error)]
 pub enum PagemapError {
     /// The fd is of a file that is not in /proc.
-    #[error("not a pagemap: the fd is of a file system of type {kind:#x}, not of /proc ({PROC_SUPER_MAGIC:#x})")]
+    #[error(
+        "not a pagemap: the fd is of a file system of type {kind:#x}, not of /proc ({PROC_SUPER_MAGIC:#x})"
+    )]
     NotProc {
         /// `f_type` of the file system.
         kind: u64,
@@ -102,7 +111,9 @@ pub enum PagemapError {
         length: u64,
     },
     /// A mapping in the range is not registered for asynchronous write protection.
-    #[error("the mapping in {start:#x}..{end:#x} is not registered with a userfaultfd for WP_ASYNC")]
+    #[error(
+        "the mapping in {start:#x}..{end:#x} is not registered with a userfaultfd for WP_ASYNC"
+    )]
     NotRegistered {
         /// Where the scan began.
         start: u64,
@@ -143,7 +154,8 @@ impl Pagemap {
     /// Takes the pagemap that a VMM passed.
     ///
     /// # Errors
-    /// If the fd is of anything else, or the kernel cannot scan. Whose pagemap it is cannot be told.
+    /// If the fd is of anything else, or the kernel cannot scan. Whose pagemap it is cannot be
+    /// told.
     pub fn new(fd: OwnedFd) -> Result<Self, PagemapError> {
         let statfs = rustix::fs::fstatfs(&fd).map_err(|source| PagemapError::NoScan { source })?;
         // The type of the field differs between architectures.
@@ -154,41 +166,56 @@ impl Pagemap {
         }
         // An empty range: the kernel checks the arguments, and walks nothing.
         let mut regions = vec![PageRegion::default(); REGIONS];
-        scan_once(fd.as_fd(), 0, 0, WRITTEN, &mut regions).map_err(|source| PagemapError::NoScan { source })?;
+        scan_once(fd.as_fd(), 0, 0, WRITTEN, &mut regions)
+            .map_err(|source| PagemapError::NoScan { source })?;
         Ok(Self { fd, regions: Mutex::new(regions) })
     }
 
-    /// Reports and protects the pages that were written in `length` bytes from `address` of the VMM: `found` gets the runs in
-    /// ascending order, as first address and address after the last. Addresses where the VMM has no mapping are passed over in
-    /// silence; so is everything once the VMM has exited.
+    /// Reports and protects the pages that were written in `length` bytes from `address` of the
+    /// VMM: `found` gets the runs in ascending order, as first address and address after the last.
+    /// Addresses where the VMM has no mapping are passed over in silence; so is everything once the
+    /// VMM has exited.
     ///
     /// # Errors
-    /// If something in the range is not registered, or not a user address. After an error pages may have been protected without
-    /// being reported: whoever goes on has to take the whole range as written.
-    pub fn scan(&self, address: u64, length: u64, found: impl FnMut(u64, u64)) -> Result<(), PagemapError> {
+    /// If something in the range is not registered, or not a user address. After an error pages may
+    /// have been protected without being reported: whoever goes on has to take the whole range as
+    /// written.
+    pub fn scan(
+        &self, address: u64, length: u64, found: impl FnMut(u64, u64),
+    ) -> Result<(), PagemapError> {
         self.walk(address, length, WRITTEN, found)
     }
 
-    /// Finds the pages that the VMM has mapped by an entry for 2 MiB: [`Pagemap::scan`] cannot tell one such page from its neighbours. Changes nothing.
+    /// Finds the pages that the VMM has mapped by an entry for 2 MiB: [`Pagemap::scan`] cannot tell
+    /// one such page from its neighbours. Changes nothing.
     ///
     /// # Errors
     /// As [`Pagemap::scan`].
-    pub fn huge(&self, address: u64, length: u64, found: impl FnMut(u64, u64)) -> Result<(), PagemapError> {
+    pub fn huge(
+        &self, address: u64, length: u64, found: impl FnMut(u64, u64),
+    ) -> Result<(), PagemapError> {
         self.walk(address, length, HUGE, found)
     }
 
-    fn walk(&self, address: u64, length: u64, what: What, mut found: impl FnMut(u64, u64)) -> Result<(), PagemapError> {
+    fn walk(
+        &self, address: u64, length: u64, what: What, mut found: impl FnMut(u64, u64),
+    ) -> Result<(), PagemapError> {
         let end = address.checked_add(length).ok_or(PagemapError::Range { address, length })?;
         let mut regions = self.regions.lock().unwrap_or_else(PoisonError::into_inner);
         let mut start = address;
         while start < end {
-            let (count, walk_end) = match scan_once(self.fd.as_fd(), start, end, what, &mut regions) {
+            let (count, walk_end) = match scan_once(self.fd.as_fd(), start, end, what, &mut regions)
+            {
                 Ok(scanned) => scanned,
-                // The VMM has exited: some kernels say so, others walk over the nothing that it left.
+                // The VMM has exited: some kernels say so, others walk over the nothing that it
+                // left.
                 Err(Errno::SRCH) => return Ok(()),
-                Err(Errno::FAULT | Errno::INVAL) => return Err(PagemapError::Range { address, length }),
+                Err(Errno::FAULT | Errno::INVAL) => {
+                    return Err(PagemapError::Range { address, length });
+                }
                 Err(Errno::PERM) => return Err(PagemapError::NotRegistered { start, end }),
-                // EINTR comes to a thread that is being killed, and to no other: nothing to be tried again.
+                // EINTR comes to a thread that is being killed, and to no other: nothing to be
+                // tried again.
                 Err(source) => return Err(PagemapError::Scan { start, end, source }),
             };
             for region in &regions[..count] {
@@ -219,8 +246,9 @@ fn scan_once(
         return_mask: what.category,
         ..ScanArg::default()
     };
-    // SAFETY: the struct is the one of this number; the kernel writes it, and at most `vec_len` regions at `vec`, which
-    // both live through the call. Protection is changed in the VMM, where it changes no access's outcome.
+    // SAFETY: the struct is the one of this number; the kernel writes it, and at most `vec_len`
+    // regions at `vec`, which both live through the call. Protection is changed in the VMM, where
+    // it changes no access's outcome.
     let count = unsafe { ioctl(pagemap, Scan(&mut arg)) }?;
     // Never more than there is room for; the slice is not to depend on that.
     Ok((usize::try_from(count).unwrap_or(0).min(regions.len()), arg.walk_end))
@@ -229,7 +257,8 @@ fn scan_once(
 /// `PAGEMAP_SCAN`: the struct is updated, and the return value is the number of regions.
 struct Scan<'a>(&'a mut ScanArg);
 
-// SAFETY: the number takes a pointer to the struct, and writes nothing but that and what its `vec` points to.
+// SAFETY: the number takes a pointer to the struct, and writes nothing but that and what its `vec`
+// points to.
 unsafe impl Ioctl for Scan<'_> {
     type Output = IoctlOutput;
     const IS_MUTATING: bool = true;
@@ -242,7 +271,9 @@ unsafe impl Ioctl for Scan<'_> {
         std::ptr::from_mut(self.0).cast()
     }
 
-    unsafe fn output_from_ptr(output: IoctlOutput, _: *mut c_void) -> rustix::io::Result<IoctlOutput> {
+    unsafe fn output_from_ptr(
+        output: IoctlOutput, _: *mut c_void,
+    ) -> rustix::io::Result<IoctlOutput> {
         Ok(output)
     }
 }
@@ -258,7 +289,9 @@ mod tests {
 
     /// The pagemap of this process, unless the kernel is older than the scan.
     fn own() -> Option<Pagemap> {
-        Pagemap::new(open("/proc/self/pagemap")).inspect_err(|error| eprintln!("skipped: {error}")).ok()
+        Pagemap::new(open("/proc/self/pagemap"))
+            .inspect_err(|error| eprintln!("skipped: {error}"))
+            .ok()
     }
 
     #[test]
@@ -270,7 +303,8 @@ mod tests {
 
     #[test]
     fn an_fd_of_something_else_is_refused() {
-        let memfd = rustix::fs::memfd_create("not a pagemap", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let memfd =
+            rustix::fs::memfd_create("not a pagemap", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         assert!(matches!(Pagemap::new(memfd), Err(PagemapError::NotProc { .. })));
         assert!(matches!(Pagemap::new(open("/dev/null")), Err(PagemapError::NotProc { .. })));
         assert!(matches!(Pagemap::new(open("/proc/self/maps")), Err(PagemapError::NoScan { .. })));
@@ -281,9 +315,14 @@ mod tests {
     #[test]
     fn addresses_that_no_process_has_are_refused() {
         let Some(pagemap) = own() else { return };
-        for (address, length) in [(0x1001, 0x1000), (u64::MAX - 0xfff, 0x2000), (1 << 63, 0x1000), (0x1000, 1 << 63)] {
+        for (address, length) in
+            [(0x1001, 0x1000), (u64::MAX - 0xfff, 0x2000), (1 << 63, 0x1000), (0x1000, 1 << 63)]
+        {
             let error = pagemap.scan(address, length, |_, _| ()).unwrap_err();
-            assert!(matches!(error, PagemapError::Range { .. }), "{address:#x} + {length:#x}: {error}");
+            assert!(
+                matches!(error, PagemapError::Range { .. }),
+                "{address:#x} + {length:#x}: {error}"
+            );
         }
     }
 

@@ -36,9 +36,14 @@ impl Address {
     /// # Errors
     /// What is wrong with it.
     pub fn parse(text: &str) -> Result<Self, TransportError> {
-        let wrong = |reason: &str| TransportError::Address { address: text.to_owned(), reason: reason.to_owned() };
+        let wrong = |reason: &str| TransportError::Address {
+            address: text.to_owned(),
+            reason: reason.to_owned(),
+        };
         if let Some(rest) = text.strip_prefix("tcp:") {
-            let Some((host, port)) = rest.rsplit_once(':') else { return Err(wrong("no port: use tcp:HOST:PORT")) };
+            let Some((host, port)) = rest.rsplit_once(':') else {
+                return Err(wrong("no port: use tcp:HOST:PORT"));
+            };
             if host.is_empty() || port.parse::<u16>().is_err() {
                 return Err(wrong("use tcp:HOST:PORT with a port of 0 to 65535"));
             }
@@ -54,18 +59,22 @@ impl Address {
         }
     }
 
-    /// Connects, giving up after `timeout` for the look-up of the name, and for each socket address that
-    /// it stands for.
+    /// Connects, giving up after `timeout` for the look-up of the name, and for each socket address
+    /// that it stands for.
     ///
     /// # Errors
     /// If nobody answers, or the job is cancelled meanwhile.
     pub fn connect(&self, timeout: Duration, cancel: &Cancel) -> Result<OwnedFd, JobError> {
         may_wait("connect");
-        let failed = |address: String| move |source| TransportError::Connect { what: "connect to", address, source };
+        let failed = |address: String| {
+            move |source| TransportError::Connect { what: "connect to", address, source }
+        };
         match self {
             Self::Unix(path) => {
                 let name = format!("unix:{}", path.display());
-                let invalid = |error| failed(name.clone())(std::io::Error::new(ErrorKind::InvalidInput, error));
+                let invalid = |error| {
+                    failed(name.clone())(std::io::Error::new(ErrorKind::InvalidInput, error))
+                };
                 let address = socket_address(path).map_err(invalid)?;
                 connect_one(AddressFamily::UNIX, &address, |_| (), timeout, cancel)?
                     .map_err(|error| failed(name)(error).into())
@@ -74,8 +83,13 @@ impl Address {
                 let addresses = resolve_for(cancel, name, timeout)?;
                 let mut last = std::io::Error::other("the name has no address");
                 for address in addresses.map_err(unresolved(name))? {
-                    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-                    let prepare = if address.ip().to_canonical().is_loopback() { unpace } else { |_: &OwnedFd| () };
+                    let family =
+                        if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+                    let prepare = if address.ip().to_canonical().is_loopback() {
+                        unpace
+                    } else {
+                        |_: &OwnedFd| ()
+                    };
                     match connect_one(family, &address, prepare, timeout, cancel)? {
                         Ok(socket) => return Ok(socket),
                         Err(error) => last = error,
@@ -92,16 +106,20 @@ impl Address {
     /// If the address is taken or not ours.
     pub fn listen(&self) -> Result<Listener, TransportError> {
         may_wait("listen");
-        let failed = |address: String| move |source| TransportError::Connect { what: "listen on", address, source };
+        let failed = |address: String| {
+            move |source| TransportError::Connect { what: "listen on", address, source }
+        };
         match self {
             Self::Unix(path) => {
                 let address = format!("unix:{}", path.display());
-                let socket = UnixPathListener::bind(path).map_err(|error| failed(address.clone())(error.into()))?;
+                let socket = UnixPathListener::bind(path)
+                    .map_err(|error| failed(address.clone())(error.into()))?;
                 Ok(Listener { socket: Listening::Unix(socket), address })
             }
             Self::Tcp(name) => {
                 let addresses = resolve(name, LISTEN_LOOKUP).map_err(unresolved(name))?;
-                let socket = TcpListener::bind(addresses.as_slice()).map_err(failed(format!("tcp:{name}")))?;
+                let socket = TcpListener::bind(addresses.as_slice())
+                    .map_err(failed(format!("tcp:{name}")))?;
                 let bound = socket.local_addr().map_err(failed(format!("tcp:{name}")))?;
                 Ok(Listener { socket: Listening::Tcp(socket), address: format!("tcp:{bound}") })
             }
@@ -113,9 +131,11 @@ fn unresolved(name: &str) -> impl Fn(std::io::Error) -> TransportError {
     move |source| TransportError::Connect { what: "resolve", address: name.to_owned(), source }
 }
 
-/// Connects one socket without blocking, so that a cancel is heard; it blocks afterwards. The outer error is the job's end.
+/// Connects one socket without blocking, so that a cancel is heard; it blocks afterwards. The outer
+/// error is the job's end.
 fn connect_one(
-    family: AddressFamily, address: &impl SocketAddrArg, prepare: fn(&OwnedFd), timeout: Duration, cancel: &Cancel,
+    family: AddressFamily, address: &impl SocketAddrArg, prepare: fn(&OwnedFd), timeout: Duration,
+    cancel: &Cancel,
 ) -> Result<std::io::Result<OwnedFd>, JobError> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = match rustix::net::socket_with(family, SocketType::STREAM, flags, None) {
@@ -189,7 +209,10 @@ impl AsFd for Listener {
 /// # Errors
 /// What it is instead.
 pub fn check_socket(fd: OwnedFd) -> Result<OwnedFd, TransportError> {
-    let wrong = |reason: &str| TransportError::Address { address: "fd".to_owned(), reason: reason.to_owned() };
+    let wrong = |reason: &str| TransportError::Address {
+        address: "fd".to_owned(),
+        reason: reason.to_owned(),
+    };
     match sockopt::socket_type(&fd) {
         Ok(SocketType::STREAM) => {}
         Ok(_) => return Err(wrong("the socket is no stream socket")),
@@ -216,15 +239,17 @@ pub fn tune(fd: BorrowedFd<'_>, timeout: Duration) -> rustix::io::Result<()> {
         sockopt::set_tcp_keepidle(fd, seconds(timeout / 2))?;
         sockopt::set_tcp_keepintvl(fd, seconds(timeout / 6))?;
         sockopt::set_tcp_keepcnt(fd, 3)?;
-        // The same for what was sent and is not acknowledged, which keeps the probes from being sent.
+        // The same for what was sent and is not acknowledged, which keeps the probes from being
+        // sent.
         let unacknowledged = u32::try_from(2 * timeout.as_millis()).unwrap_or(u32::MAX);
         sockopt::set_tcp_user_timeout(fd, unacknowledged.max(1000))?;
     }
     Ok(())
 }
 
-/// Takes the pacing from a TCP socket that is not connected yet: as BBR's, it is for links, and between two processes of one machine, as when a VMM is replaced under its
-/// guest, it only costs timers. Once connected it would stay.
+/// Takes the pacing from a TCP socket that is not connected yet: as BBR's, it is for links, and
+/// between two processes of one machine, as when a VMM is replaced under its guest, it only costs
+/// timers. Once connected it would stay.
 fn unpace(socket: &OwnedFd) {
     // Where the kernel does not offer this one, the default stays.
     let _ = sockopt::set_tcp_congestion(socket, "reno");
@@ -238,7 +263,9 @@ mod tests {
     fn addresses_are_read_or_refused_with_the_reason() {
         assert_eq!(Address::parse("tcp:[::1]:70").unwrap(), Address::Tcp("[::1]:70".into()));
         assert_eq!(Address::parse("unix:/a b").unwrap(), Address::Unix("/a b".into()));
-        for wrong in ["", "tcp:", "tcp:host", "tcp::1", "tcp:host:70000", "unix:", "fd:3", "localhost:1"] {
+        for wrong in
+            ["", "tcp:", "tcp:host", "tcp::1", "tcp:host:70000", "unix:", "fd:3", "localhost:1"]
+        {
             let error = Address::parse(wrong).unwrap_err().to_string();
             assert!(error.contains(&format!("\"{wrong}\"")) && error.contains("use "), "{error}");
         }

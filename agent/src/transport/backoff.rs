@@ -23,7 +23,9 @@ impl Backoff {
     pub fn failed(&mut self, error: &dyn std::error::Error, now: Instant) {
         if let Some(unlogged) = self.line_is_due(now) {
             let error = crate::error::chain(error);
-            log::warn!("cannot accept a connection: {error} ({unlogged} more failures since the last such line)");
+            log::warn!(
+                "cannot accept a connection: {error} ({unlogged} more failures since the last such line)"
+            );
         }
     }
 

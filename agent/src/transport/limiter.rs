@@ -1,11 +1,11 @@
 //! The bandwidth limit of all streams together.
 //!
-//! A virtual clock: each sender moves it on by the time that its bytes take, and waits until real time has
-//! caught up. No lock, and no thread of its own.
+//! A virtual clock: each sender moves it on by the time that its bytes take, and waits until real
+//! time has caught up. No lock, and no thread of its own.
 //!
-//! A sender that waits here still sees that its peer closes the connection, and that the stop of the guest
-//! is over. Under a low limit it sends little at a time ([`Limiter::portion`]), so that it waits for a
-//! moment and not for hours, and the peer hears from it often.
+//! A sender that waits here still sees that its peer closes the connection, and that the stop of
+//! the guest is over. Under a low limit it sends little at a time ([`Limiter::portion`]), so that
+//! it waits for a moment and not for hours, and the peer hears from it often.
 
 use super::{StreamSocket, TransportError};
 use crate::job::{Cancel, JobError};
@@ -40,7 +40,8 @@ impl Limiter {
         Self { start: Instant::now(), rate: AtomicU64::new(rate), clock: AtomicU64::new(0) }
     }
 
-    /// Changes the limit. What was let through under the old one is forgotten: who waits for it goes on.
+    /// Changes the limit. What was let through under the old one is forgotten: who waits for it
+    /// goes on.
     pub fn set_rate(&self, rate: u64) {
         if self.rate.swap(rate, Ordering::Relaxed) != rate {
             self.clock.store(self.now(), Ordering::Relaxed);
@@ -71,8 +72,11 @@ impl Limiter {
     /// Waits until `bytes` may be sent on `socket`.
     ///
     /// # Errors
-    /// If the job is cancelled meanwhile, the peer closes the connection, or the stop of the guest is over.
-    pub fn wait_to_send(&self, bytes: usize, cancel: &Cancel, socket: &StreamSocket) -> Result<(), JobError> {
+    /// If the job is cancelled meanwhile, the peer closes the connection, or the stop of the guest
+    /// is over.
+    pub fn wait_to_send(
+        &self, bytes: usize, cancel: &Cancel, socket: &StreamSocket,
+    ) -> Result<(), JobError> {
         self.wait_with(bytes, |left| {
             let until = socket.stop().cap(Instant::now() + left);
             if cancel.wait(&[(socket.as_fd(), PollFlags::RDHUP)], until)?[0] {
@@ -89,7 +93,9 @@ impl Limiter {
     ///
     /// # Errors
     /// If the job is cancelled meanwhile.
-    pub fn wait_unless(&self, bytes: usize, cancel: &Cancel, over: impl Fn() -> bool) -> Result<(), JobError> {
+    pub fn wait_unless(
+        &self, bytes: usize, cancel: &Cancel, over: impl Fn() -> bool,
+    ) -> Result<(), JobError> {
         self.wait_with(bytes, |left| {
             if over() {
                 return Ok(true);
@@ -99,7 +105,8 @@ impl Limiter {
         })
     }
 
-    /// Waits in short pieces, each by `wait`, which returns true if the rest need not be waited for.
+    /// Waits in short pieces, each by `wait`, which returns true if the rest need not be waited
+    /// for.
     fn wait_with(
         &self, bytes: usize, mut wait: impl FnMut(Duration) -> Result<bool, JobError>,
     ) -> Result<(), JobError> {
@@ -114,7 +121,8 @@ impl Limiter {
         let due = self.clock.fetch_add(cost, Ordering::Relaxed);
         loop {
             let left = Duration::from_nanos(due.saturating_sub(self.now()));
-            if left.is_zero() || self.rate.load(Ordering::Relaxed) != rate || wait(left.min(LOOK))? {
+            if left.is_zero() || self.rate.load(Ordering::Relaxed) != rate || wait(left.min(LOOK))?
+            {
                 return Ok(());
             }
         }
@@ -133,10 +141,13 @@ mod tests {
         assert_eq!(Limiter::new(400 << 20).portion(), 10 << 10);
     }
 
-    /// Waits until the second of two waits. If it never does, the test fails as it looks at the outcome.
+    /// Waits until the second of two waits. If it never does, the test fails as it looks at the
+    /// outcome.
     fn until_waiting(limiter: &Limiter) {
         let deadline = Instant::now() + Duration::from_secs(60);
-        while limiter.clock.load(Ordering::Relaxed) < u64::from(u32::MAX) && Instant::now() < deadline {
+        while limiter.clock.load(Ordering::Relaxed) < u64::from(u32::MAX)
+            && Instant::now() < deadline
+        {
             std::thread::yield_now();
         }
     }
@@ -152,7 +163,10 @@ mod tests {
             let waiting = scope.spawn(|| limiter.wait_to_send(1, &cancel, &socket));
             until_waiting(&limiter);
             drop(theirs);
-            assert!(matches!(waiting.join().unwrap(), Err(JobError::Transport(TransportError::Closed))));
+            assert!(matches!(
+                waiting.join().unwrap(),
+                Err(JobError::Transport(TransportError::Closed))
+            ));
         });
     }
 

@@ -60,7 +60,9 @@ pub enum TransportError {
     #[error("the peer was silent for {0:?}")]
     Silent(Duration),
     /// The peer began a record, and does not come to its end.
-    #[error("the peer did not send a whole record within {timeout:.1?}: {missing} bytes are missing")]
+    #[error(
+        "the peer did not send a whole record within {timeout:.1?}: {missing} bytes are missing"
+    )]
     Slow {
         /// How long it had, since the record began.
         timeout: Duration,
@@ -79,7 +81,9 @@ pub enum TransportError {
     #[error("the peer had not answered, or not taken what was sent, when that time was over")]
     StopOver,
     /// A peer that is not known yet said something else first.
-    #[error("{kind:?} record of {length:#x} bytes where a hello of at most {MAX_HELLO:#x} was expected")]
+    #[error(
+        "{kind:?} record of {length:#x} bytes where a hello of at most {MAX_HELLO:#x} was expected"
+    )]
     NoHello {
         /// What came.
         kind: Kind,

@@ -1,8 +1,11 @@
 //! How much of a bulk stream lies in the kernel's queues while a guest waits for pages.
 //!
-//! In passes a deep queue costs nothing. In postcopy all that was queued before a page has to be placed before it, at the destination's pace: ten megabytes are ten milliseconds, and the
-//! processors that place them are those that the guest and its urgent pages need. So the source keeps little that is not sent yet (`TCP_NOTSENT_LOWAT`, which leaves
-//! alone what is in flight), and the destination takes no more than the round trip needs to keep the link busy. On other sockets than TCP the queues are small.
+//! In passes a deep queue costs nothing. In postcopy all that was queued before a page has to be
+//! placed before it, at the destination's pace: ten megabytes are ten milliseconds, and the
+//! processors that place them are those that the guest and its urgent pages need. So the source
+//! keeps little that is not sent yet (`TCP_NOTSENT_LOWAT`, which leaves alone what is in flight),
+//! and the destination takes no more than the round trip needs to keep the link busy. On other
+//! sockets than TCP the queues are small.
 //!
 //! Numbers and layouts: `linux/tcp.h`; meaning: `tcp(7)`.
 #![allow(unsafe_code)]
@@ -17,7 +20,8 @@ use std::time::Duration;
 const NOT_SENT: libc::c_int = 128 << 10;
 /// Least that the destination takes into its queue, in bytes.
 const LEAST: u64 = 128 << 10;
-/// Where the kernel says how large a queue it lets a program have. Left alone, queues grow beyond that.
+/// Where the kernel says how large a queue it lets a program have. Left alone, queues grow beyond
+/// that.
 const LIMIT: &str = "/proc/sys/net/core/rmem_max";
 /// Bytes per second that a link is expected to carry at most: what one stream of ours places.
 const FASTEST: u64 = 1 << 30;
@@ -42,11 +46,13 @@ pub fn send_what_is_fresh(socket: BorrowedFd<'_>) {
     }
 }
 
-/// Takes no more into the queue of a stream that this side receives on than its round trip needs. A long one is left to the kernel: the link would starve under what
-/// a program may ask for, and a fault waits for the round trip more than for the queue.
+/// Takes no more into the queue of a stream that this side receives on than its round trip needs. A
+/// long one is left to the kernel: the link would starve under what a program may ask for, and a
+/// fault waits for the round trip more than for the queue.
 pub fn take_what_is_due(socket: BorrowedFd<'_>) {
     let Some(round_trip) = is_tcp(socket).then(|| round_trip(socket)).flatten() else { return };
-    let limit = std::fs::read_to_string(LIMIT).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    let limit =
+        std::fs::read_to_string(LIMIT).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
     let Some(size) = queue_of(round_trip, limit) else { return };
     if let Err(errno) = set_socket_recv_buffer_size(socket, size) {
         log::debug!("SO_RCVBUF: {errno}");
@@ -78,7 +84,8 @@ fn round_trip(socket: BorrowedFd<'_>) -> Option<Duration> {
             &raw mut length,
         )
     };
-    // SAFETY: zeroes are a valid value of this struct of numbers, and so is whatever the kernel wrote over them.
+    // SAFETY: zeroes are a valid value of this struct of numbers, and so is whatever the kernel
+    // wrote over them.
     let about = unsafe { about.assume_init() };
     // The receiver's own estimate, where it has one, is that of the direction that counts.
     (got == 0).then(|| Duration::from_micros(u64::from(about.tcpi_rtt.max(1))))

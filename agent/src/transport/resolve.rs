@@ -1,8 +1,9 @@
 //! Name look-ups that end in time.
 //!
-//! The system's look-up cannot be given a deadline, and cannot be cancelled: with a name server that
-//! does not answer it takes 10 seconds and more. So it runs on a thread that nobody waits for longer
-//! than they want to. A look-up that is given up ends by itself; there are at most `MAX_LOOKUPS`.
+//! The system's look-up cannot be given a deadline, and cannot be cancelled: with a name server
+//! that does not answer it takes 10 seconds and more. So it runs on a thread that nobody waits for
+//! longer than they want to. A look-up that is given up ends by itself; there are at most
+//! `MAX_LOOKUPS`.
 
 use crate::job::{Cancel, JobError};
 use crate::waiting::may_wait;
@@ -48,7 +49,9 @@ fn resolve_by(look_up: LookUp, name: &str, timeout: Duration) -> io::Result<Vec<
 ///
 /// # Errors
 /// If the job is cancelled meanwhile.
-pub fn resolve_for(cancel: &Cancel, name: &str, timeout: Duration) -> Result<io::Result<Vec<SocketAddr>>, JobError> {
+pub fn resolve_for(
+    cancel: &Cancel, name: &str, timeout: Duration,
+) -> Result<io::Result<Vec<SocketAddr>>, JobError> {
     resolve_for_by(look_up, cancel, name, timeout)
 }
 
@@ -60,7 +63,8 @@ fn resolve_for_by(
         Ok(Found::Later(under_way)) => under_way,
         Err(error) => return Ok(Err(error)),
     };
-    let ready = cancel.wait(&[(under_way.ready.as_fd(), PollFlags::IN)], Instant::now() + timeout)?;
+    let ready =
+        cancel.wait(&[(under_way.ready.as_fd(), PollFlags::IN)], Instant::now() + timeout)?;
     Ok(under_way.addresses(name, ready == [true], timeout))
 }
 
@@ -101,7 +105,9 @@ impl Found {
             return Ok(Self::Now(vec![address]));
         }
         let Some(counted) = Counted::new() else {
-            return Err(io::Error::other(format!("{MAX_LOOKUPS} names are being looked up already")));
+            return Err(io::Error::other(format!(
+                "{MAX_LOOKUPS} names are being looked up already"
+            )));
         };
         let (ready, ended) = pipe_with(PipeFlags::CLOEXEC)?;
         let (send, result) = channel();
@@ -118,7 +124,9 @@ impl Found {
 }
 
 impl UnderWay {
-    fn addresses(&mut self, name: &str, ready: bool, timeout: Duration) -> io::Result<Vec<SocketAddr>> {
+    fn addresses(
+        &mut self, name: &str, ready: bool, timeout: Duration,
+    ) -> io::Result<Vec<SocketAddr>> {
         if !ready {
             let sentence = format!("no answer from the name server within {timeout:?}");
             return Err(io::Error::new(io::ErrorKind::TimedOut, sentence));
@@ -149,9 +157,17 @@ mod tests {
     fn a_look_up_ends_in_time_and_hears_a_cancel() {
         for number in ["127.0.0.1:7", "[::1]:7"] {
             let unused: LookUp = |_| Err(io::Error::other("looked up"));
-            assert_eq!(resolve_by(unused, number, Duration::ZERO).unwrap(), [number.parse().unwrap()]);
+            assert_eq!(
+                resolve_by(unused, number, Duration::ZERO).unwrap(),
+                [number.parse().unwrap()]
+            );
         }
-        assert!(resolve("localhost:7", Duration::from_secs(60)).unwrap().iter().all(|found| found.port() == 7));
+        assert!(
+            resolve("localhost:7", Duration::from_secs(60))
+                .unwrap()
+                .iter()
+                .all(|found| found.port() == 7)
+        );
 
         // A name server that does not answer.
         let silent = SERVER.lock().unwrap();
@@ -159,13 +175,17 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         let cancel = Cancel::new().unwrap();
         std::thread::scope(|scope| {
-            let job = scope.spawn(|| resolve_for_by(silent_server, &cancel, "name:7", Duration::from_secs(3600)));
+            let job = scope.spawn(|| {
+                resolve_for_by(silent_server, &cancel, "name:7", Duration::from_secs(3600))
+            });
             cancel.cancel().unwrap();
             assert!(matches!(job.join().unwrap(), Err(JobError::Cancelled)));
         });
         // They are bounded while they are under way.
         let few = Duration::from_millis(1);
-        let refused = |_| resolve_by(silent_server, "name:7", few).unwrap_err().to_string().contains("already");
+        let refused = |_| {
+            resolve_by(silent_server, "name:7", few).unwrap_err().to_string().contains("already")
+        };
         assert!((0..=MAX_LOOKUPS).any(refused));
         drop(silent);
     }

@@ -1,12 +1,13 @@
 //! A connected stream: records in and out, with deadlines.
 //!
-//! A peer is given `timeout` to begin a record or an answer. From then on, and from when it first has no
-//! room for a write, it has `timeout` once more and the time that the bytes take at [`MIN_BANDWIDTH`]: so a
-//! slow link is none too slow, and a peer that sends or takes a byte now and then gains nothing by it. While
-//! a guest is paused for a hand-over, every wait also ends with the deadline of the stop ([`Deadline`]).
+//! A peer is given `timeout` to begin a record or an answer. From then on, and from when it first
+//! has no room for a write, it has `timeout` once more and the time that the bytes take at
+//! [`MIN_BANDWIDTH`]: so a slow link is none too slow, and a peer that sends or takes a byte now
+//! and then gains nothing by it. While a guest is paused for a hand-over, every wait also ends with
+//! the deadline of the stop ([`Deadline`]).
 //!
-//! Nothing blocks but in `poll`. Cancelling a job shuts the socket down, which ends any wait at once (see
-//! [`crate::job::Cancel`]).
+//! Nothing blocks but in `poll`. Cancelling a job shuts the socket down, which ends any wait at
+//! once (see [`crate::job::Cancel`]).
 
 use super::TransportError;
 use crate::job::Deadline;
@@ -37,7 +38,8 @@ impl StreamSocket {
     /// # Errors
     /// What the kernel said.
     pub fn new(fd: OwnedFd, timeout: Duration) -> Result<Self, TransportError> {
-        super::address::tune(fd.as_fd(), timeout).map_err(|errno| TransportError::Kernel(errno.into()))?;
+        super::address::tune(fd.as_fd(), timeout)
+            .map_err(|errno| TransportError::Kernel(errno.into()))?;
         Ok(Self { fd: Arc::new(fd), timeout, stop: Deadline::default() })
     }
 
@@ -45,7 +47,9 @@ impl StreamSocket {
     ///
     /// # Errors
     /// What the kernel said.
-    pub fn with_stop(fd: OwnedFd, timeout: Duration, stop: &Deadline) -> Result<Self, TransportError> {
+    pub fn with_stop(
+        fd: OwnedFd, timeout: Duration, stop: &Deadline,
+    ) -> Result<Self, TransportError> {
         Ok(Self { stop: stop.clone(), ..Self::new(fd, timeout)? })
     }
 
@@ -66,7 +70,8 @@ impl StreamSocket {
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
     }
 
-    /// Ends the receiving side, and wakes who reads. On a UNIX socket the peer can send no more, on TCP it does not notice.
+    /// Ends the receiving side, and wakes who reads. On a UNIX socket the peer can send no more, on
+    /// TCP it does not notice.
     pub fn stop_reading(&self) {
         // Fails only if it is not connected any more.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Read);
@@ -241,7 +246,8 @@ enum Next {
     Missing(usize),
 }
 
-/// Some of the records that the sender's batches make: larger ones save wake-ups, still larger ones leave the cache.
+/// Some of the records that the sender's batches make: larger ones save wake-ups, still larger ones
+/// leave the cache.
 const BUFFER: usize = 1280 << 10;
 
 impl RecordReader {
@@ -261,7 +267,8 @@ impl RecordReader {
         self.patience = Some(patience);
     }
 
-    /// The peer may be silent for as long as it likes: it has nothing to say unless something happens.
+    /// The peer may be silent for as long as it likes: it has nothing to say unless something
+    /// happens.
     pub fn wait_for_ever(&mut self) {
         self.patience = None;
     }
@@ -282,7 +289,10 @@ impl RecordReader {
             let (since, limit) = if here == 0 {
                 (*asked.get_or_insert_with(Instant::now), self.patience)
             } else {
-                (*begun.get_or_insert_with(Instant::now), Some(self.socket.time_for(here + missing)))
+                (
+                    *begun.get_or_insert_with(Instant::now),
+                    Some(self.socket.time_for(here + missing)),
+                )
             };
             if !self.socket.wait(PollFlags::IN, limit.map(|limit| since + limit))? {
                 let timeout = limit.unwrap_or_default();
@@ -310,7 +320,8 @@ impl RecordReader {
         }
     }
 
-    /// The payload of a hello if it is all here, without waiting. For a peer that is not known yet: it gets no more memory than the longest hello takes.
+    /// The payload of a hello if it is all here, without waiting. For a peer that is not known yet:
+    /// it gets no more memory than the longest hello takes.
     ///
     /// # Errors
     /// If it is no hello, or malformed, or the peer is gone.
@@ -331,14 +342,16 @@ impl RecordReader {
         bytes.copy_from_slice(&self.buffer[self.start..self.start + RECORD_SIZE]);
         let header = RecordHeader::from_wire(bytes);
         let kind = header.check()?;
-        if whose == Whose::Stranger && (kind != Kind::Hello || header.payload_length() > MAX_HELLO) {
+        if whose == Whose::Stranger && (kind != Kind::Hello || header.payload_length() > MAX_HELLO)
+        {
             return Err(TransportError::NoHello { kind, length: header.payload_length() });
         }
         let missing = self.fill(RECORD_SIZE + header.payload_length(), whose)?;
         if missing > 0 {
             return Ok(Next::Missing(missing));
         }
-        let payload = &self.buffer[self.start + RECORD_SIZE..self.start + RECORD_SIZE + header.payload_length()];
+        let payload = &self.buffer
+            [self.start + RECORD_SIZE..self.start + RECORD_SIZE + header.payload_length()];
         header.verify(kind, payload)?;
         Ok(Next::Record(kind, header))
     }
@@ -383,14 +396,16 @@ impl RecordReader {
         !matches!(self.socket.read(&mut scratch), Ok(Some(0)) | Err(_))
     }
 
-    /// Reads and throws away what still comes until the peer closes or is silent, so that our last word is not lost to a reset.
+    /// Reads and throws away what still comes until the peer closes or is silent, so that our last
+    /// word is not lost to a reset.
     pub fn drain(&mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         let mut scratch = vec![0; 64 << 10];
         while Instant::now() < deadline {
             match self.socket.read(&mut scratch) {
                 Ok(Some(count)) if count > 0 => {}
-                Ok(None) if matches!(self.socket.wait(PollFlags::IN, Some(deadline)), Ok(true)) => {}
+                Ok(None) if matches!(self.socket.wait(PollFlags::IN, Some(deadline)), Ok(true)) => {
+                }
                 _ => return,
             }
         }
@@ -415,7 +430,8 @@ mod tests {
         pair_with(Duration::from_secs(10))
     }
 
-    /// Runs `test` beside a peer that does `step` again and again, each time well within any timeout.
+    /// Runs `test` beside a peer that does `step` again and again, each time well within any
+    /// timeout.
     fn beside(mut step: impl FnMut() + Send, test: impl FnOnce()) {
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -452,7 +468,10 @@ mod tests {
             || drop(taking.read(&mut [0; 16])),
             || {
                 let outcome = reader.socket().write_all(&mut [IoSlice::new(&bytes)]);
-                assert!(matches!(outcome, Err(TransportError::Stuck { missing: 1.., .. })), "{outcome:?}");
+                assert!(
+                    matches!(outcome, Err(TransportError::Stuck { missing: 1.., .. })),
+                    "{outcome:?}"
+                );
             },
         );
     }
@@ -466,7 +485,8 @@ mod tests {
         };
         let deadline = Deadline::default();
         let (theirs, ours) = UnixStream::pair().unwrap();
-        let socket = StreamSocket::with_stop(ours.into(), Duration::from_secs(3600), &deadline).unwrap();
+        let socket =
+            StreamSocket::with_stop(ours.into(), Duration::from_secs(3600), &deadline).unwrap();
         let mut reader = RecordReader::new(socket.clone());
         let stop = Stop::begin(&deadline, &none);
         assert!(matches!(reader.read(), Err(TransportError::StopOver)));
@@ -474,7 +494,9 @@ mod tests {
         assert!(matches!(outcome, Err(TransportError::StopOver)), "{outcome:?}");
         drop(stop);
         // It does not outlive the stop.
-        (&theirs).write_all(&RecordHeader::plain(Kind::Loaded, 0, 0).sealed(&[]).to_wire()).unwrap();
+        (&theirs)
+            .write_all(&RecordHeader::plain(Kind::Loaded, 0, 0).sealed(&[]).to_wire())
+            .unwrap();
         assert_eq!(reader.read().unwrap().kind, Kind::Loaded);
     }
 

@@ -5,12 +5,13 @@
 //!
 //! - Only a socket on which nobody listens is ever replaced. A regular file, a symbolic link, a
 //!   folder, or a socket that somebody listens on is refused and left as it is.
-//! - Whoever listens removes the path at its end, but only if the path is still its own socket: same
-//!   device, same inode. The inode cannot be used again while the socket is open.
+//! - Whoever listens removes the path at its end, but only if the path is still its own socket:
+//!   same device, same inode. The inode cannot be used again while the socket is open.
 //! - Looking, removing and listening are one step for all agents: they hold a lock (`flock`) on the
-//!   folder meanwhile. The kernel drops it with the process, and it leaves no file behind. So of two
-//!   agents that start at the same instant one listens, and the other is told that the path is taken.
-//!   A crash in between leaves a socket that nobody listens on, which the next start replaces.
+//!   folder meanwhile. The kernel drops it with the process, and it leaves no file behind. So of
+//!   two agents that start at the same instant one listens, and the other is told that the path is
+//!   taken. A crash in between leaves a socket that nobody listens on, which the next start
+//!   replaces.
 //!
 //! Somebody who may open the folder can hold that lock for ever. Then a start is refused after
 //! `LOCK_TIMEOUT`, and an end leaves its path behind, to be replaced by the next start.
@@ -53,8 +54,8 @@ pub enum UnixPathError {
         /// What it is.
         found: &'static str,
     },
-    /// Another process holds the lock on the folder, or this one cannot take it and there is a socket
-    /// to be replaced.
+    /// Another process holds the lock on the folder, or this one cannot take it and there is a
+    /// socket to be replaced.
     #[error(
         "{} cannot be taken safely, since the folder {} cannot be locked: \
          remove the path if it exists and nobody listens there, or use another folder",
@@ -133,7 +134,8 @@ impl UnixPathListener {
         for _ in 0..ATTEMPTS {
             match bind_new(&address) {
                 Ok(socket) => {
-                    let made = rustix::fs::lstat(path).map_err(kernel("look at the socket that was just made"))?;
+                    let made = rustix::fs::lstat(path)
+                        .map_err(kernel("look at the socket that was just made"))?;
                     let made = Self { socket, path: path.to_owned(), inode: Inode::of(&made) };
                     if let Err(errno) = rustix::net::listen(&made.socket, BACKLOG) {
                         // The drop of `made` removes the path, and takes the lock for that.
@@ -153,7 +155,9 @@ impl UnixPathListener {
             }
             match rustix::fs::unlink(path) {
                 Ok(()) | Err(Errno::NOENT) => {}
-                Err(errno) => return Err(kernel("remove the socket that nobody listens on")(errno)),
+                Err(errno) => {
+                    return Err(kernel("remove the socket that nobody listens on")(errno));
+                }
             }
         }
         Err(UnixPathError::InUse(path.to_owned()))
@@ -192,7 +196,10 @@ impl Drop for UnixPathListener {
                 log::info!("{} is not this process's any more, and stays", self.path.display());
             }
             (Ok(_), Err(Errno::WOULDBLOCK)) => {
-                log::info!("{} stays: another process holds the lock on its folder", self.path.display());
+                log::info!(
+                    "{} stays: another process holds the lock on its folder",
+                    self.path.display()
+                );
             }
             // Where this process cannot lock the folder no agent replaces a path in it.
             (Ok(_), _) => {
@@ -212,7 +219,12 @@ fn kernel(what: &'static str) -> impl Fn(Errno) -> UnixPathError {
 
 /// A socket at a path that did not exist. Nobody can connect before it listens.
 fn bind_new(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     // The path gets the mode that the socket has when it is bound, so there is no moment at which
     // others may connect. The process's mask would do as well, but is not this thread's alone.
     rustix::fs::fchmod(&socket, Mode::from_raw_mode(0o600))?;
@@ -248,7 +260,9 @@ fn check_nobody_listens(path: &Path) -> Result<(), UnixPathError> {
     match rustix::net::connect(&socket, &socket_address(path)?) {
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(()),
         // It listens, its queue is full, or it is a socket of another type.
-        Ok(()) | Err(Errno::AGAIN | Errno::INPROGRESS | Errno::PROTOTYPE) => Err(UnixPathError::InUse(path.to_owned())),
+        Ok(()) | Err(Errno::AGAIN | Errno::INPROGRESS | Errno::PROTOTYPE) => {
+            Err(UnixPathError::InUse(path.to_owned()))
+        }
         Err(errno) => Err(kernel("find out whether somebody listens there")(errno)),
     }
 }
@@ -262,7 +276,11 @@ fn folder_of(path: &Path) -> &Path {
 
 /// Locks the folder until the descriptor is dropped.
 fn lock(folder: &Path, deadline: Instant) -> Result<OwnedFd, Errno> {
-    let folder = rustix::fs::open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let folder = rustix::fs::open(
+        folder,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
     loop {
         match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(folder),
@@ -301,7 +319,9 @@ mod tests {
         std::fs::write(at("file"), "precious").unwrap();
         std::fs::create_dir(at("folder")).unwrap();
         drop(UnixListener::bind(at("stale")).unwrap());
-        for (link, target) in [("to-file", "file"), ("to-stale", "stale"), ("to-nothing", "nothing")] {
+        for (link, target) in
+            [("to-file", "file"), ("to-stale", "stale"), ("to-nothing", "nothing")]
+        {
             std::os::unix::fs::symlink(at(target), at(link)).unwrap();
         }
         rustix::fs::mknodat(rustix::fs::CWD, at("pipe"), FileType::Fifo, Mode::RUSR, 0).unwrap();
@@ -315,8 +335,15 @@ mod tests {
         ] {
             let before = rustix::fs::lstat(at(name)).unwrap();
             let error = UnixPathListener::bind(&at(name)).unwrap_err().to_string();
-            assert_eq!(error, format!("{} is a {found}, not a socket: it is left as it is", at(name).display()));
-            assert_eq!(Inode::of(&before), Inode::of(&rustix::fs::lstat(at(name)).unwrap()), "{name}");
+            assert_eq!(
+                error,
+                format!("{} is a {found}, not a socket: it is left as it is", at(name).display())
+            );
+            assert_eq!(
+                Inode::of(&before),
+                Inode::of(&rustix::fs::lstat(at(name)).unwrap()),
+                "{name}"
+            );
         }
         assert_eq!(std::fs::read_to_string(at("file")).unwrap(), "precious");
         assert!(at("stale").exists() && !at("nothing").exists());
@@ -338,7 +365,8 @@ mod tests {
                 let threads: Vec<_> = (0..STARTS).map(|_| scope.spawn(start)).collect();
                 threads.into_iter().map(|thread| thread.join().unwrap()).collect()
             });
-            let (mut listening, refused): (Vec<_>, Vec<_>) = started.into_iter().partition(Result::is_ok);
+            let (mut listening, refused): (Vec<_>, Vec<_>) =
+                started.into_iter().partition(Result::is_ok);
             assert_eq!(listening.len(), 1);
             for error in refused {
                 let error = io::Error::from(error.unwrap_err());

@@ -51,7 +51,9 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         assert_eq!(not_connected(&ours), None);
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
-        let unconnected = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let unconnected =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .unwrap();
         let open = |path: &str| OwnedFd::from(std::fs::File::open(path).unwrap());
         let file = OwnedFd::from(std::fs::File::create(folder.path().join("file")).unwrap());
         for (fd, found) in [
@@ -60,8 +62,14 @@ mod tests {
             (open("/dev/null"), "a device"),
             (rustix::pipe::pipe().unwrap().0, "a pipe"),
             (UnixDatagram::pair().unwrap().0.into(), "a socket that is no stream socket"),
-            (TcpStream::connect(tcp.local_addr().unwrap()).unwrap().into(), "a socket that is no UNIX socket"),
-            (UnixListener::bind(folder.path().join("listens")).unwrap().into(), "a socket that listens"),
+            (
+                TcpStream::connect(tcp.local_addr().unwrap()).unwrap().into(),
+                "a socket that is no UNIX socket",
+            ),
+            (
+                UnixListener::bind(folder.path().join("listens")).unwrap().into(),
+                "a socket that listens",
+            ),
             (unconnected, "a socket that is not connected"),
         ] {
             assert_eq!(not_connected(&fd), Some(found));

@@ -1,11 +1,15 @@
-//! The hook channel: reads the agent's requests, turns the line of `one-owner` where they say so, calls the VMM, answers.
+//! The hook channel: reads the agent's requests, turns the line of `one-owner` where they say so,
+//! calls the VMM, answers.
 //!
-//! An agent may be broken or lie (`vmm-survives`): an unknown hook, a malformed one, or one that is not allowed now gets an error as its answer. What
-//! cannot be followed any more, and the end of the connection, are the end of the agent: the guest is resumed if it was paused through this
+//! An agent may be broken or lie (`vmm-survives`): an unknown hook, a malformed one, or one that is
+//! not allowed now gets an error as its answer. What cannot be followed any more, and the end of
+//! the connection, are the end of the agent: the guest is resumed if it was paused through this
 //! channel and is ours; if its operator had paused it before, it stays paused.
 //!
-//! An agent that hangs keeps its sockets open. So while the guest stands still for it, a [heartbeat](crate::heartbeat) finds that out and cuts the link, which is the
-//! end here. Only before the line of `one-owner`: after it nothing is gained by giving an agent up, which may still say that no commit left.
+//! An agent that hangs keeps its sockets open. So while the guest stands still for it, a
+//! [heartbeat](crate::heartbeat) finds that out and cuts the link, which is the end here. Only
+//! before the line of `one-owner`: after it nothing is gained by giving an agent up, which may
+//! still say that no commit left.
 
 use super::end::is_last_word;
 use super::guarded::Guarded;
@@ -49,8 +53,9 @@ pub enum Dispatch {
     Closed,
 }
 
-/// The VMM's end of the hook channel. Either [`spawn`](HookChannel::spawn) a thread for it, or poll it ([`AsFd`], level-triggered, for
-/// reading) in an event loop and [`dispatch`](HookChannel::dispatch).
+/// The VMM's end of the hook channel. Either [`spawn`](HookChannel::spawn) a thread for it, or poll
+/// it ([`AsFd`], level-triggered, for reading) in an event loop and
+/// [`dispatch`](HookChannel::dispatch).
 ///
 /// Dropping it leaves the agent without hooks: no migration can succeed then.
 #[derive(Debug)]
@@ -61,7 +66,8 @@ pub struct HookChannel {
     /// How long the agent may take to make room for an answer.
     timeout: Duration,
     pub(super) closed: bool,
-    /// While the guest is paused, or may be, and the agent has not asked for the line of `one-owner`.
+    /// While the guest is paused, or may be, and the agent has not asked for the line of
+    /// `one-owner`.
     pub(super) paused: Option<Heartbeat>,
 }
 
@@ -84,7 +90,8 @@ impl AsFd for HookChannel {
 
 impl Drop for HookChannel {
     fn drop(&mut self) {
-        // The link keeps a duplicate, so closing alone would leave the agent waiting for its deadline.
+        // The link keeps a duplicate, so closing alone would leave the agent waiting for its
+        // deadline.
         self.link.cut_hooks();
         self.parts.writes.lost(self.link.id);
         self.parts.tracking.stop_scanning(self.link.id);
@@ -96,10 +103,12 @@ impl HookChannel {
         Self { socket: socket.into(), link, parts, timeout, closed: false, paused: None }
     }
 
-    /// Answers every hook that is pending, without waiting for more. A hook that panics fails; see [`Hooks::hook_panicked`].
+    /// Answers every hook that is pending, without waiting for more. A hook that panics fails; see
+    /// [`Hooks::hook_panicked`].
     ///
     /// # Errors
-    /// If the agent broke the protocol; it is lost then, as if it had closed the channel. Only reported once.
+    /// If the agent broke the protocol; it is lost then, as if it had closed the channel. Only
+    /// reported once.
     pub fn dispatch(&mut self, hooks: &mut dyn Hooks) -> Result<Dispatch, Error> {
         let hooks = &mut Guarded(hooks);
         match caught(|| self.dispatch_pending(hooks)) {
@@ -148,7 +157,8 @@ impl HookChannel {
         Ok(())
     }
 
-    /// Starts a thread that answers hooks until the agent is lost, or the last clone of the client is dropped.
+    /// Starts a thread that answers hooks until the agent is lost, or the last clone of the client
+    /// is dropped.
     ///
     /// # Errors
     /// If the thread cannot be started.
@@ -164,7 +174,9 @@ impl HookChannel {
 
     /// The guest is as it was before it was paused, or as it is to be where it arrived. The caller
     /// has the turn.
-    pub(super) fn go_back(&self, run_state: RunState, hooks: &mut dyn Hooks) -> Result<(), HookError> {
+    pub(super) fn go_back(
+        &self, run_state: RunState, hooks: &mut dyn Hooks,
+    ) -> Result<(), HookError> {
         let done = match run_state {
             RunState::Running => hooks.resume(),
             RunState::Paused => hooks.stay_paused(),
@@ -207,7 +219,9 @@ impl HookChannel {
                 Ok(())
             }
             Ok(Hook::SaveState) => self.save_state(sequence, hooks),
-            Ok(Hook::Relinquish { session, release }) => self.relinquish(sequence, Migration { session, release }),
+            Ok(Hook::Relinquish { session, release }) => {
+                self.relinquish(sequence, Migration { session, release })
+            }
             Ok(Hook::RegisterFaults) => self.register_faults(sequence, hooks),
             Ok(Hook::WatchWrites) => self.watch_writes(sequence, hooks),
             Ok(other) => {
@@ -239,9 +253,11 @@ impl HookChannel {
         hooks.event(status);
     }
 
-    /// The line of `one-owner`: turned before the answer leaves, turned back only if the agent cannot have the answer.
+    /// The line of `one-owner`: turned before the answer leaves, turned back only if the agent
+    /// cannot have the answer.
     fn relinquish(&mut self, sequence: u64, migration: Migration) -> Result<(), SocketError> {
-        let reply = self.parts.ownership.lock().relinquish(self.link.id, migration).map_err(forbidden);
+        let reply =
+            self.parts.ownership.lock().relinquish(self.link.id, migration).map_err(forbidden);
         if let Err(error) = &reply {
             log::warn!("hook relinquish: {error}");
         }
@@ -261,11 +277,17 @@ impl HookChannel {
         let allowed = self.parts.ownership.lock().load_state(self.link.id).map_err(forbidden);
         let registered = allowed.and_then(|()| {
             if self.parts.faults.pending() {
-                return Err(RemoteError::new(ErrorCode::State, "the mappings are registered already"));
+                return Err(RemoteError::new(
+                    ErrorCode::State,
+                    "the mappings are registered already",
+                ));
             }
             hooks.memory_pending().map_err(failed)?;
-            let registered =
-                self.parts.faults.register(&self.parts.memory, self.parts.client.clone(), Arc::clone(&self.link));
+            let registered = self.parts.faults.register(
+                &self.parts.memory,
+                self.parts.client.clone(),
+                Arc::clone(&self.link),
+            );
             registered.map_err(|error| {
                 // Announced, and not to be: nothing is missing after all.
                 hooks.memory_complete();
@@ -290,12 +312,12 @@ impl HookChannel {
         if !writes.announce(link, || hooks.writes_watched()).map_err(failed)? {
             return Err(already());
         }
-        let watched = tracking.suspend(link).map_err(RemoteError::from).and_then(|()| {
-            match writes.watch(memory, client.clone(), Arc::clone(&self.link)) {
-                Ok(Some(for_agent)) => Ok(for_agent),
-                Ok(None) => Err(already()),
-                Err(error) => Err(RemoteError::new(ErrorCode::System, chain(&error))),
-            }
+        let watched = tracking.suspend(link).map_err(RemoteError::from).and_then(|()| match writes
+            .watch(memory, client.clone(), Arc::clone(&self.link))
+        {
+            Ok(Some(for_agent)) => Ok(for_agent),
+            Ok(None) => Err(already()),
+            Err(error) => Err(RemoteError::new(ErrorCode::System, chain(&error))),
         });
         if watched.is_err() {
             if !writes.are_watched() {
@@ -307,7 +329,9 @@ impl HookChannel {
         watched
     }
 
-    fn answer_with_userfaultfd(&self, hook: &Hook, sequence: u64, made: Reply<OwnedFd>) -> Result<(), SocketError> {
+    fn answer_with_userfaultfd(
+        &self, hook: &Hook, sequence: u64, made: Reply<OwnedFd>,
+    ) -> Result<(), SocketError> {
         let (reply, fd) = match made {
             Ok(fd) => (Ok(()), Some(fd)),
             Err(error) => {
@@ -334,13 +358,18 @@ impl HookChannel {
         // Also here: a guest that the VMM stopped by itself is paused by no hook.
         let saved = self.check_whole().and_then(|()| {
             let guest = self.run_state(hooks).map_err(no_run_state)?;
-            let (pieces, file) = hooks.save_state().and_then(|pieces| write_pieces(&pieces)).map_err(failed)?;
+            let (pieces, file) =
+                hooks.save_state().and_then(|pieces| write_pieces(&pieces)).map_err(failed)?;
             Ok((guest, pieces, file))
         });
         match saved {
             Ok((guest, pieces, file)) => {
                 let saved = Ok(SavedState { guest, pieces });
-                self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &saved), &[file.as_fd()])
+                self.answer(
+                    hook::code::SAVE_STATE,
+                    &encode_state_reply(sequence, &saved),
+                    &[file.as_fd()],
+                )
             }
             Err(error) => {
                 log::warn!("hook save state: {error}");
@@ -351,7 +380,11 @@ impl HookChannel {
 
     /// Nobody takes what is missing for zero: it is neither sent nor saved.
     fn check_whole(&self) -> Reply<()> {
-        if self.parts.faults.is_whole() { Ok(()) } else { Err(RemoteError::new(ErrorCode::State, Error::MemoryLost)) }
+        if self.parts.faults.is_whole() {
+            Ok(())
+        } else {
+            Err(RemoteError::new(ErrorCode::State, Error::MemoryLost))
+        }
     }
 
     /// The hooks whose answer is success or an error.
@@ -363,9 +396,13 @@ impl HookChannel {
             Hook::StopTracking { sources } => self.stop_tracking(sources, hooks),
             Hook::SyncTracker => {
                 let log = &self.parts.memory.log;
-                self.parts.tracking.use_hooks(self.link.id, || hooks.sync_tracker(log).map_err(failed))
+                self.parts
+                    .tracking
+                    .use_hooks(self.link.id, || hooks.sync_tracker(log).map_err(failed))
             }
-            Hook::ClearTracker { block, first, bitmap } => self.clear_tracker(block, first, bitmap, hooks),
+            Hook::ClearTracker { block, first, bitmap } => {
+                self.clear_tracker(block, first, bitmap, hooks)
+            }
             Hook::Throttle { percent } => {
                 let throttle = || hooks.throttle(percent).map_err(failed);
                 self.parts.tracking.throttle(self.link.id, percent, throttle)
@@ -423,7 +460,8 @@ impl HookChannel {
         self.parts.ownership.lock().pause(self.link.id).map_err(forbidden)?;
         self.check_whole()?;
         // First: no guest stands still without it, and none for the time that it takes.
-        let heartbeat = self.watch().map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
+        let heartbeat =
+            self.watch().map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
         let before = self.run_state(hooks).map_err(no_run_state)?;
         let paused = hooks.pause();
         self.parts.ownership.lock().paused(self.link.id, paused.is_ok(), before);
@@ -446,7 +484,8 @@ impl HookChannel {
 
     fn resume(&mut self, force: bool, paused: bool, hooks: &mut dyn Hooks) -> Reply<()> {
         let _turn = self.parts.ownership.turn();
-        let decided = self.parts.ownership.lock().resume(self.link.id, force, paused).map_err(forbidden)?;
+        let decided =
+            self.parts.ownership.lock().resume(self.link.id, force, paused).map_err(forbidden)?;
         match decided {
             Resume::Already => Ok(()),
             Resume::To(run_state) => {
@@ -469,11 +508,14 @@ impl HookChannel {
         Ok(())
     }
 
-    fn load_state(&self, pieces: Vec<PieceSize>, fds: &[OwnedFd], hooks: &mut dyn Hooks) -> Reply<()> {
+    fn load_state(
+        &self, pieces: Vec<PieceSize>, fds: &[OwnedFd], hooks: &mut dyn Hooks,
+    ) -> Reply<()> {
         let _turn = self.parts.ownership.turn();
         self.parts.ownership.lock().load_state(self.link.id).map_err(forbidden)?;
         let [file] = fds else {
-            let sentence = format!("load state came with {} file descriptors, expected 1", fds.len());
+            let sentence =
+                format!("load state came with {} file descriptors, expected 1", fds.len());
             return Err(RemoteError::new(ErrorCode::Invalid, sentence));
         };
         // The answer to the VMM that asked for this guest may still be on its way.
@@ -481,15 +523,23 @@ impl HookChannel {
         read_pieces(pieces, file.as_fd()).and_then(|state| hooks.load_state(state)).map_err(failed)
     }
 
-    fn clear_tracker(&self, id: u32, first: u64, mut bitmap: Vec<u64>, hooks: &mut dyn Hooks) -> Reply<()> {
+    fn clear_tracker(
+        &self, id: u32, first: u64, mut bitmap: Vec<u64>, hooks: &mut dyn Hooks,
+    ) -> Reply<()> {
         let Some(block) = self.parts.memory.block(id) else {
-            return Err(RemoteError::new(ErrorCode::NotFound, format!("block {id} does not exist")));
+            return Err(RemoteError::new(
+                ErrorCode::NotFound,
+                format!("block {id} does not exist"),
+            ));
         };
         let pages = block.geometry.pages();
         let words = words_for(pages);
         let end = (first / 64).saturating_add(bitmap.len() as u64);
         if end > words {
-            let sentence = format!("block {id}: {} words from page {first:#x} for {pages:#x} pages", bitmap.len());
+            let sentence = format!(
+                "block {id}: {} words from page {first:#x} for {pages:#x} pages",
+                bitmap.len()
+            );
             return Err(RemoteError::new(ErrorCode::Invalid, sentence));
         }
         if let Some(last) = bitmap.last_mut()
@@ -531,7 +581,8 @@ impl<H> HookThread<H> {
         self.thread.is_finished()
     }
 
-    /// Waits for the end of the agent, and returns the hooks. Drop the client first, or this waits for the agent to die.
+    /// Waits for the end of the agent, and returns the hooks. Drop the client first, or this waits
+    /// for the agent to die.
     pub fn join(self) -> H {
         match self.thread.join() {
             Ok(hooks) => hooks,

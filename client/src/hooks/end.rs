@@ -3,8 +3,8 @@
 //! An agent that dies, hangs or breaks the protocol leaves a guest that may be paused, throttled or
 //! tracked for it, and memory that waits for it. [`HookChannel::end`] undoes all of that.
 //!
-//! The next agent may be attached by then. So each thing is undone only if it is still this agent's:
-//! [`ownership`](crate::ownership), [`tracking::active`](crate::tracking::active) and
+//! The next agent may be attached by then. So each thing is undone only if it is still this
+//! agent's: [`ownership`](crate::ownership), [`tracking::active`](crate::tracking::active) and
 //! [`writes`](crate::writes) know whose it is.
 //!
 //! Requests that an agent sent before its end can be read after it. Those that begin something are
@@ -19,8 +19,9 @@ use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 impl HookChannel {
-    /// The end of the agent, or of its right to be heard. Waits for nothing but the VMM's own hooks:
-    /// the agent's process may live for a moment yet, and whoever needs its end waits for that.
+    /// The end of the agent, or of its right to be heard. Waits for nothing but the VMM's own
+    /// hooks: the agent's process may live for a moment yet, and whoever needs its end waits for
+    /// that.
     pub(super) fn end(&mut self, hooks: &mut dyn Hooks) {
         self.closed = true;
         self.paused = None;
@@ -47,9 +48,14 @@ impl HookChannel {
         drop(turn);
         match done {
             Ok(()) => {
-                log::warn!("the agent is lost while it had the guest paused: it is {} again", run_state.name());
+                log::warn!(
+                    "the agent is lost while it had the guest paused: it is {} again",
+                    run_state.name()
+                );
             }
-            Err(error) => log::error!("the agent is lost, and the guest cannot be resumed: {error}"),
+            Err(error) => {
+                log::error!("the agent is lost, and the guest cannot be resumed: {error}")
+            }
         }
     }
 
@@ -85,14 +91,17 @@ impl HookChannel {
     /// Refuses what an agent asks that was given up, or is gone: nobody would end what begins now.
     /// Requests of such an agent can still be read after its end.
     ///
-    /// It may be given up right after this. What it has begun by then ends with this channel, and the
-    /// [ownership](crate::ownership) keeps it apart from what the next agent begins.
+    /// It may be given up right after this. What it has begun by then ends with this channel, and
+    /// the [ownership](crate::ownership) keeps it apart from what the next agent begins.
     pub(super) fn check_alive(&self) -> Reply<()> {
         let mut ends = self.link.ends().map(|end| PollFd::from_borrowed_fd(end, PollFlags::RDHUP));
         match poll(&mut ends, Some(&Timespec::default())) {
             // Nothing is known to have ended.
             Ok(0) | Err(_) => Ok(()),
-            Ok(_) => Err(RemoteError::new(ErrorCode::State, "this agent was given up: nothing more begins for it")),
+            Ok(_) => Err(RemoteError::new(
+                ErrorCode::State,
+                "this agent was given up: nothing more begins for it",
+            )),
         }
     }
 }

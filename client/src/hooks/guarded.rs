@@ -125,7 +125,9 @@ impl Hooks for Guarded<'_> {
 mod tests {
     /// The names of the hooks in a source file, in order.
     fn hooks(source: &str) -> Vec<&str> {
-        let names = source.lines().filter_map(|line| line.strip_prefix("    fn ")?.split_once("(&mut self"));
+        let names = source
+            .lines()
+            .filter_map(|line| line.strip_prefix("    fn ")?.split_once("(&mut self"));
         let mut names: Vec<_> = names.map(|(name, _)| name).collect();
         names.sort_unstable();
         names

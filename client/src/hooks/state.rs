@@ -1,4 +1,5 @@
-//! The VMM's state as it travels: a memfd with the pieces one after another, and a list of names and lengths.
+//! The VMM's state as it travels: a memfd with the pieces one after another, and a list of names
+//! and lengths.
 
 use super::{HookError, StatePiece};
 use pageferry_protocol::control::hook::{MAX_PIECE_NAME, MAX_PIECES, MAX_STATE, PieceSize};
@@ -9,11 +10,16 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 /// Writes the pieces into a file, if they are within the limits of the protocol.
 pub(super) fn write_pieces(pieces: &[StatePiece]) -> Result<(Vec<PieceSize>, OwnedFd), HookError> {
     if pieces.len() > MAX_PIECES {
-        return Err(HookError::new(format!("{} pieces of state, allowed are {MAX_PIECES}", pieces.len())));
+        return Err(HookError::new(format!(
+            "{} pieces of state, allowed are {MAX_PIECES}",
+            pieces.len()
+        )));
     }
     let total: u64 = pieces.iter().map(|piece| piece.bytes.len() as u64).sum();
     if total > MAX_STATE {
-        return Err(HookError::new(format!("{total:#x} bytes of state, allowed are {MAX_STATE:#x}")));
+        return Err(HookError::new(format!(
+            "{total:#x} bytes of state, allowed are {MAX_STATE:#x}"
+        )));
     }
     let file = memfd_create("pageferry-state", MemfdFlags::CLOEXEC)?;
     let mut offset = 0;
@@ -21,7 +27,9 @@ pub(super) fn write_pieces(pieces: &[StatePiece]) -> Result<(Vec<PieceSize>, Own
     for piece in pieces {
         if piece.name.len() > MAX_PIECE_NAME {
             let length = piece.name.len();
-            return Err(HookError::new(format!("name of a piece of {length} bytes, allowed are {MAX_PIECE_NAME}")));
+            return Err(HookError::new(format!(
+                "name of a piece of {length} bytes, allowed are {MAX_PIECE_NAME}"
+            )));
         }
         write_all(&file, &piece.bytes, offset)?;
         let length = piece.bytes.len() as u64;
@@ -31,12 +39,17 @@ pub(super) fn write_pieces(pieces: &[StatePiece]) -> Result<(Vec<PieceSize>, Own
     Ok((sizes, file))
 }
 
-/// Reads the pieces from a file. The lengths are within the limits of the protocol; the file is asked before anything is allocated.
-pub(super) fn read_pieces(sizes: Vec<PieceSize>, file: BorrowedFd<'_>) -> Result<Vec<StatePiece>, HookError> {
+/// Reads the pieces from a file. The lengths are within the limits of the protocol; the file is
+/// asked before anything is allocated.
+pub(super) fn read_pieces(
+    sizes: Vec<PieceSize>, file: BorrowedFd<'_>,
+) -> Result<Vec<StatePiece>, HookError> {
     let total: u64 = sizes.iter().map(|piece| piece.length).sum();
     let size = u64::try_from(fstat(file)?.st_size).unwrap_or(0);
     if total > size {
-        return Err(HookError::new(format!("pieces of {total:#x} bytes in a file of {size:#x} bytes")));
+        return Err(HookError::new(format!(
+            "pieces of {total:#x} bytes in a file of {size:#x} bytes"
+        )));
     }
     let mut offset = 0;
     let mut pieces = Vec::with_capacity(sizes.len());
@@ -64,10 +77,14 @@ fn write_all(file: &OwnedFd, mut bytes: &[u8], mut offset: u64) -> Result<(), Ho
     Ok(())
 }
 
-fn read_exact(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut offset: u64) -> Result<(), HookError> {
+fn read_exact(
+    file: BorrowedFd<'_>, mut bytes: &mut [u8], mut offset: u64,
+) -> Result<(), HookError> {
     while !bytes.is_empty() {
         match pread(file, &mut *bytes, offset) {
-            Ok(0) => return Err(HookError::new(format!("the file of the state ends at {offset:#x}"))),
+            Ok(0) => {
+                return Err(HookError::new(format!("the file of the state ends at {offset:#x}")));
+            }
             Ok(read) => {
                 bytes = &mut bytes[read..];
                 offset += read as u64;
@@ -114,6 +131,9 @@ mod tests {
         let (_, file) = write_pieces(&[piece("a", &[1; 100])]).unwrap();
         let lying = vec![PieceSize { name: "a".into(), length: MAX_STATE }];
         let error = read_pieces(lying, file.as_fd()).unwrap_err();
-        assert!(error.sentence().contains("0x40000000") && error.sentence().contains("0x64"), "{error:?}");
+        assert!(
+            error.sentence().contains("0x40000000") && error.sentence().contains("0x64"),
+            "{error:?}"
+        );
     }
 }

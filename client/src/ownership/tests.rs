@@ -8,7 +8,8 @@ const OTHER: u64 = 8;
 const RUN: Resume = Resume::To(Running);
 const STAY: Resume = Resume::To(Paused);
 
-const OWNERSHIPS: [Ownership; 4] = [Ownership::Ours, Ownership::Relinquished, Ownership::Gone, Ownership::Awaiting];
+const OWNERSHIPS: [Ownership; 4] =
+    [Ownership::Ours, Ownership::Relinquished, Ownership::Gone, Ownership::Awaiting];
 const PAUSES: [Pause; 5] = [
     Pause::Running,
     Pause::Uncertain { link: LINK },
@@ -43,7 +44,8 @@ fn all() -> impl Iterator<Item = Machine> {
 
 /// Ours, or asked to be given up for another, without an answer.
 fn is_here(machine: Machine) -> bool {
-    machine.ownership == Ownership::Ours || machine.ownership == Ownership::Awaiting && machine.unanswered
+    machine.ownership == Ownership::Ours
+        || machine.ownership == Ownership::Awaiting && machine.unanswered
 }
 
 fn status(kind: JobKind, phase: Phase) -> JobStatus {
@@ -72,7 +74,10 @@ fn relinquish_needs_a_guest_that_is_ours_and_was_paused_by_that_agent() {
         let after = if allowed { Ownership::Relinquished } else { before.ownership };
         assert_eq!((machine.ownership, machine.pause), (after, before.pause), "{before:?}");
         if !allowed {
-            assert_eq!(machine, before, "a refusal changes nothing, the migration under way among it");
+            assert_eq!(
+                machine, before,
+                "a refusal changes nothing, the migration under way among it"
+            );
         }
     }
 }
@@ -159,13 +164,21 @@ fn only_an_event_of_an_outgoing_job_moves_a_guest_that_was_given_up() {
         Phase::Unconfirmed,
     ];
     for before in all() {
-        for kind in [JobKind::None, JobKind::Outgoing, JobKind::Incoming, JobKind::Snapshot, JobKind::Restore] {
+        for kind in [
+            JobKind::None,
+            JobKind::Outgoing,
+            JobKind::Incoming,
+            JobKind::Snapshot,
+            JobKind::Restore,
+        ] {
             for phase in phases {
                 let mut machine = before;
                 machine.event(LINK, &status(kind, phase));
                 // An agent from before the one that asked for the line speaks of something else.
                 let is_of_before = before.asked_by == Some(OTHER);
-                let given = kind == JobKind::Outgoing && before.ownership == Ownership::Relinquished && !is_of_before;
+                let given = kind == JobKind::Outgoing
+                    && before.ownership == Ownership::Relinquished
+                    && !is_of_before;
                 let expected = match phase {
                     Phase::Completed if given => Machine { ownership: Ownership::Gone, ..before },
                     Phase::Unconfirmed if given => Machine { asked_by: None, ..before },
@@ -236,7 +249,10 @@ fn a_snapshot_goes_on_until_the_agent_accepts_to_bring_a_guest_or_brings_it() {
         if !is_here(before) {
             continue;
         }
-        assert!(asked.relinquish(LINK, MIGRATION).is_err() && asked.closed(LINK).is_none(), "{before:?}");
+        assert!(
+            asked.relinquish(LINK, MIGRATION).is_err() && asked.closed(LINK).is_none(),
+            "{before:?}"
+        );
         asked.paused(LINK, true, Running);
         assert!(
             asked.relinquish(LINK, MIGRATION).is_err() && asked.closed(LINK).is_none(),
@@ -249,7 +265,10 @@ fn a_snapshot_goes_on_until_the_agent_accepts_to_bring_a_guest_or_brings_it() {
         brought.load_state(LINK).unwrap();
         for mut machine in [answered, brought] {
             assert_eq!(machine.ownership, Ownership::Awaiting);
-            assert_eq!(machine.watch_writes(LINK), Err(Forbidden::NotOursToSave(Ownership::Awaiting)));
+            assert_eq!(
+                machine.watch_writes(LINK),
+                Err(Forbidden::NotOursToSave(Ownership::Awaiting))
+            );
             assert_eq!(machine.pause(LINK), Err(Forbidden::NotOurs(Ownership::Awaiting)));
         }
         // The one who has no say changes nothing.
@@ -278,13 +297,19 @@ fn an_operator_restores_over_any_guest_but_one_that_may_return() {
         assert_eq!(machine, before, "the VMM is still to be asked");
         if allowed {
             machine.await_guest(LINK).unwrap();
-            assert!(machine.load_state(LINK).is_ok() && machine.load_state(OTHER).is_err(), "{before:?}");
+            assert!(
+                machine.load_state(LINK).is_ok() && machine.load_state(OTHER).is_err(),
+                "{before:?}"
+            );
             assert_eq!(machine.closed(LINK), None, "nobody runs what is half restored");
             for phase in [Phase::Failed, Phase::Cancelled, Phase::Completed] {
                 machine.event(LINK, &status(JobKind::Restore, phase));
                 assert_eq!(machine.ownership(), Ownership::Awaiting, "{before:?}");
             }
-            assert_eq!(machine.resume(OTHER, false, false), Err(Forbidden::ForceOnly(Ownership::Awaiting)));
+            assert_eq!(
+                machine.resume(OTHER, false, false),
+                Err(Forbidden::ForceOnly(Ownership::Awaiting))
+            );
             assert_eq!(machine.resume(LINK, false, false), Ok(RUN), "{before:?}");
         }
     }
@@ -322,18 +347,24 @@ fn an_agent_that_dies_after_the_line_leaves_it_standing_still() {
     let mut machine = relinquished();
     assert_eq!(machine.closed(LINK), None);
     assert_eq!(machine.ownership(), Ownership::Relinquished);
-    assert!(machine.resume(OTHER, false, false).is_err(), "a new agent knows nothing of that commit");
+    assert!(
+        machine.resume(OTHER, false, false).is_err(),
+        "a new agent knows nothing of that commit"
+    );
     assert_eq!(machine.resume(OTHER, true, false), Ok(RUN));
 }
 
-/// A pause that failed may have stopped a part of the guest: two of four vCPUs, its devices. So it is
-/// no ground to give the guest up, and still something to undo, by the agent or by its end.
+/// A pause that failed may have stopped a part of the guest: two of four vCPUs, its devices. So it
+/// is no ground to give the guest up, and still something to undo, by the agent or by its end.
 #[test]
 fn a_pause_that_failed_counts_as_not_paused_and_is_undone_like_one_that_did_not() {
     let mut machine = Machine::new();
     machine.paused(LINK, false, Running);
     assert!(machine.relinquish(LINK, MIGRATION).is_err());
-    assert!(machine.waits_for_agent(), "an agent that hangs is found as soon as for a guest that is paused");
+    assert!(
+        machine.waits_for_agent(),
+        "an agent that hangs is found as soon as for a guest that is paused"
+    );
     assert_eq!(machine.closed(LINK), Some(Running), "the agent died");
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
     machine.resumed(LINK, true);
@@ -373,14 +404,22 @@ fn a_guest_that_its_operator_paused_goes_back_to_that_whoever_lets_go_of_it() {
         assert_eq!(machine.run_state_before_pause(), None);
         assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
     }
-    assert_eq!(given_up.resume(OTHER, true, false), Ok(RUN), "an operator who forces it wants it to run");
+    assert_eq!(
+        given_up.resume(OTHER, true, false),
+        Ok(RUN),
+        "an operator who forces it wants it to run"
+    );
 }
 
 #[test]
 fn a_pause_that_failed_does_not_run_a_guest_that_was_paused() {
     let mut machine = Machine::new();
     machine.paused(LINK, false, Paused);
-    assert_eq!(machine.run_state_before_pause(), Some(Paused), "a second attempt does not ask again");
+    assert_eq!(
+        machine.run_state_before_pause(),
+        Some(Paused),
+        "a second attempt does not ask again"
+    );
     assert_eq!(machine.resume(LINK, false, false), Ok(STAY));
 }
 
@@ -395,7 +434,11 @@ fn a_guest_that_comes_is_what_the_agent_says_and_not_what_the_one_before_was() {
             assert_eq!(machine.resume(LINK, false, paused), Ok(goal), "{before:?}");
             assert_eq!(machine.ownership(), Ownership::Ours);
             machine.resumed(LINK, false);
-            assert_eq!(machine.resume(LINK, false, false), Ok(goal), "it is tried again: {before:?}");
+            assert_eq!(
+                machine.resume(LINK, false, false),
+                Ok(goal),
+                "it is tried again: {before:?}"
+            );
             machine.resumed(LINK, true);
             assert_eq!(machine.resume(LINK, false, paused), Ok(Resume::Already));
         }
@@ -409,7 +452,11 @@ fn an_agent_that_was_replaced_begins_nothing_and_changes_nothing() {
         let kept = machine;
         assert_eq!(machine.pause(LINK), Err(Forbidden::Replaced));
         assert_eq!(machine.prepare_restore(LINK), Err(Forbidden::Replaced));
-        assert_eq!(machine.await_guest(LINK), Err(Forbidden::Replaced), "the VMM was asked before it was replaced");
+        assert_eq!(
+            machine.await_guest(LINK),
+            Err(Forbidden::Replaced),
+            "the VMM was asked before it was replaced"
+        );
         assert_eq!(machine.load_state(LINK), Err(Forbidden::Replaced));
         assert_eq!(machine.watch_writes(LINK), Err(Forbidden::Replaced));
         assert_eq!(machine.relinquish(LINK, MIGRATION), Err(Forbidden::Replaced));
@@ -417,7 +464,11 @@ fn an_agent_that_was_replaced_begins_nothing_and_changes_nothing() {
         assert_eq!(machine, kept);
         // Its word about a guest that it had is heard.
         let mut unreplaced = before;
-        assert_eq!(machine.resume(LINK, false, false), unreplaced.resume(LINK, false, false), "{before:?}");
+        assert_eq!(
+            machine.resume(LINK, false, false),
+            unreplaced.resume(LINK, false, false),
+            "{before:?}"
+        );
         assert_eq!(machine, Machine { agent: OTHER, ..unreplaced });
     }
 }

@@ -12,9 +12,9 @@
 //! written meanwhile no scan can see; the agent knows, and takes all pages for written.
 //!
 //! The lock is held while the VMM's hook is called. After a reattach the old channel may still have
-//! requests to handle, and its end comes on a thread of its own. It must not stop what the new agent
-//! has started, start it for itself, or clear pages in a tracker that the new agent reads. So each
-//! thing is recorded with the connection that started it, and an earlier connection is refused
+//! requests to handle, and its end comes on a thread of its own. It must not stop what the new
+//! agent has started, start it for itself, or clear pages in a tracker that the new agent reads. So
+//! each thing is recorded with the connection that started it, and an earlier connection is refused
 //! ([`Replaced`]).
 
 use crate::error::Error;
@@ -26,7 +26,8 @@ use pageferry_protocol::userfault::{Register, feature};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Features that write-protect scanning needs.
-pub(crate) const SCANNING: u64 = feature::WP_HUGETLBFS_SHMEM | feature::WP_UNPOPULATED | feature::WP_ASYNC;
+pub(crate) const SCANNING: u64 =
+    feature::WP_HUGETLBFS_SHMEM | feature::WP_UNPOPULATED | feature::WP_ASYNC;
 
 /// Shared by a client and its hook channels.
 #[derive(Debug, Default)]
@@ -90,7 +91,9 @@ impl Tracking {
     }
 
     /// The agent of this connection has it stopped, by `stop`.
-    pub(crate) fn stop_hooks<E>(&self, link: u64, stop: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+    pub(crate) fn stop_hooks<E>(
+        &self, link: u64, stop: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
         let mut state = self.state();
         if state.hooks.is_some_and(|by| by != link) {
             return Ok(());
@@ -101,7 +104,9 @@ impl Tracking {
 
     /// The agent of this connection has the guest throttled, by `throttle`; by 0 percent to let it
     /// go.
-    pub(crate) fn throttle(&self, link: u64, percent: u32, throttle: impl FnOnce() -> Reply<()>) -> Reply<()> {
+    pub(crate) fn throttle(
+        &self, link: u64, percent: u32, throttle: impl FnOnce() -> Reply<()>,
+    ) -> Reply<()> {
         let mut state = self.state();
         Replaced::check("to throttle the guest", state.throttled, link)?;
         if percent > 0 {
@@ -115,13 +120,14 @@ impl Tracking {
         Ok(())
     }
 
-    /// Registers the mappings of all blocks for the agent of this connection to scan. Where they are
-    /// registered already that one goes first: nothing is protected then.
+    /// Registers the mappings of all blocks for the agent of this connection to scan. Where they
+    /// are registered already that one goes first: nothing is protected then.
     pub(crate) fn start_scanning(&self, link: u64, memory: &Memory) -> Reply<()> {
         let mut state = self.state();
         Replaced::check("write-protect scanning", state.scanning_by(), link)?;
         state.scanning = None;
-        let registered = register(memory).map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
+        let registered =
+            register(memory).map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
         state.scanning = Some(Scanning { link, registered: Some(registered) });
         Ok(())
     }
@@ -146,13 +152,19 @@ impl Tracking {
     /// Registers again what was suspended.
     pub(crate) fn resume(&self, memory: &Memory) {
         let mut state = self.state();
-        let Some(scanning) = state.scanning.as_mut().filter(|scanning| scanning.registered.is_none()) else { return };
+        let Some(scanning) =
+            state.scanning.as_mut().filter(|scanning| scanning.registered.is_none())
+        else {
+            return;
+        };
         match register(memory) {
             Ok(registered) => scanning.registered = Some(registered),
             // The agent's next scan finds mappings that are not registered, and fails by that.
             Err(error) => {
                 let error = chain(&error);
-                log::warn!("write-protect tracking ends, the mappings cannot be registered again: {error}");
+                log::warn!(
+                    "write-protect tracking ends, the mappings cannot be registered again: {error}"
+                );
             }
         }
     }
@@ -169,7 +181,9 @@ impl Tracking {
     }
 
     /// The agent of this connection is lost: a throttle of its own is lifted by `let_go`.
-    pub(crate) fn lost_throttle<E>(&self, link: u64, let_go: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+    pub(crate) fn lost_throttle<E>(
+        &self, link: u64, let_go: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
         let mut state = self.state();
         match state.throttled.take_if(|by| *by == link) {
             Some(_) => let_go(),

@@ -37,8 +37,8 @@ impl Client {
     /// wrong guess would lose writes. Postcopy from the start and other snapshots need none.
     ///
     /// For [`Trackers::WRITE_PROTECT`] the client registers the mappings of all blocks
-    /// ([`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address)) with a userfaultfd while the agent
-    /// scans, and takes the registration back for the time of a background snapshot.
+    /// ([`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address)) with a userfaultfd while the
+    /// agent scans, and takes the registration back for the time of a background snapshot.
     ///
     /// The declaration is kept for every later agent. Without an agent it is only kept.
     ///

@@ -1,22 +1,25 @@
 //! KVM's dirty log as a tracker: what the client does on the agent's sync and clear hooks.
 //!
-//! The log is used with manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), which splits what the plain log does in
-//! one step. [`KvmDirtyLog::sync`] only reads: a page stays dirty in KVM, and is reported again, until
-//! [`KvmDirtyLog::clear`] takes its bit and protects it. The agent clears right before it reads (`clear-then-read`), chunk by chunk,
-//! and clears discarded ranges after the sync (`fix-up-after-sync`).
+//! The log is used with manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), which splits what
+//! the plain log does in one step. [`KvmDirtyLog::sync`] only reads: a page stays dirty in KVM, and
+//! is reported again, until [`KvmDirtyLog::clear`] takes its bit and protects it. The agent clears
+//! right before it reads (`clear-then-read`), chunk by chunk, and clears discarded ranges after the
+//! sync (`fix-up-after-sync`).
 //!
-//! `KVM_DIRTY_LOG_INITIALLY_SET` is left off on purpose. With it the log starts as all ones, and every page that nobody
-//! clears is reported at every sync: also holes, which no pass ever touches, and discarded pages, which could no longer be told
-//! from stray writes. Without it a bit means "written since the start". The price is that [`KvmDirtyLog::start`]
-//! write-protects what the guest has mapped all at once instead of chunk by chunk.
+//! `KVM_DIRTY_LOG_INITIALLY_SET` is left off on purpose. With it the log starts as all ones, and
+//! every page that nobody clears is reported at every sync: also holes, which no pass ever touches,
+//! and discarded pages, which could no longer be told from stray writes. Without it a bit means
+//! "written since the start". The price is that [`KvmDirtyLog::start`] write-protects what the
+//! guest has mapped all at once instead of chunk by chunk.
 //!
-//! Numbers and layouts: `linux/kvm.h`; semantics: `Documentation/virt/kvm/api.rst` sections 4.8, 4.117, 7.18.
+//! Numbers and layouts: `linux/kvm.h`; semantics: `Documentation/virt/kvm/api.rst` sections 4.8,
+//! 4.117, 7.18.
 #![allow(unsafe_code)]
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVMIO,
-    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
+    kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, pages_in};
 use pageferry_protocol::shm::DirtyLog;
@@ -143,16 +146,18 @@ pub struct KvmDirtyLog {
 }
 
 impl KvmDirtyLog {
-    /// Makes the dirty log of `vm` a manual one; call it before anything else turns on dirty logging. `slots` are those to track:
-    /// the VM keeps all its slots as they are until [`Self::start`].
+    /// Makes the dirty log of `vm` a manual one; call it before anything else turns on dirty
+    /// logging. `slots` are those to track: the VM keeps all its slots as they are until
+    /// [`Self::start`].
     ///
-    /// `vm` is the VM's fd: a `kvm_ioctls::VmFd`, or whatever else holds one. It is duplicated, so the VM lives on until
-    /// this is dropped.
+    /// `vm` is the VM's fd: a `kvm_ioctls::VmFd`, or whatever else holds one. It is duplicated, so
+    /// the VM lives on until this is dropped.
     ///
     /// # Safety
-    /// `slots` are slots that the VM has, with the memory and the flags that it has them with, and they stay so until this is
-    /// dropped: drop it before a slot is deleted or changed. A slot that the VM does not have would be made, and give the guest
-    /// whatever is at its `userspace_addr`; one that was made anew and larger would have KVM write more log than there is room for.
+    /// `slots` are slots that the VM has, with the memory and the flags that it has them with, and
+    /// they stay so until this is dropped: drop it before a slot is deleted or changed. A slot that
+    /// the VM does not have would be made, and give the guest whatever is at its `userspace_addr`;
+    /// one that was made anew and larger would have KVM write more log than there is room for.
     ///
     /// # Errors
     /// If `vm` is no VM, its KVM has no manual protection, or a slot is not one that KVM can have.
@@ -161,15 +166,18 @@ impl KvmDirtyLog {
         if fd < 0 {
             return Err(KvmLogError::NotAVm { fd, source: Errno::BADF });
         }
-        // SAFETY: `vm` holds the fd open and is borrowed until after the call; a type that lies gets EBADF.
+        // SAFETY: `vm` holds the fd open and is borrowed until after the call; a type that lies
+        // gets EBADF.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
         let not_a_vm = |source| KvmLogError::NotAVm { fd, source };
         let vm = rustix::io::fcntl_dupfd_cloexec(borrowed, 3).map_err(not_a_vm)?;
         slots.iter().try_for_each(check_slot)?;
 
         // SAFETY: KVM_CHECK_EXTENSION takes the capability by value and touches no memory.
-        let supported = unsafe { call(&vm, CHECK_EXTENSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 as usize as *mut c_void) }
-            .map_err(not_a_vm)? as u32;
+        let supported = unsafe {
+            call(&vm, CHECK_EXTENSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 as usize as *mut c_void)
+        }
+        .map_err(not_a_vm)? as u32;
         if supported & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
             return Err(KvmLogError::Unsupported { supported });
         }
@@ -191,7 +199,8 @@ impl KvmDirtyLog {
         &self.slots
     }
 
-    /// Starts logging on all slots, with nothing dirty. Returns with every page protected, so that each write after it is logged.
+    /// Starts logging on all slots, with nothing dirty. Returns with every page protected, so that
+    /// each write after it is logged.
     ///
     /// # Errors
     /// If KVM refuses a slot; then no slot is left logging.
@@ -223,7 +232,8 @@ impl KvmDirtyLog {
     /// Marks in `log` every page that KVM holds as dirty. Clears nothing in KVM.
     ///
     /// # Errors
-    /// If a slot does not log. What the slots before it had to say is in `log`, where it does no harm.
+    /// If a slot does not log. What the slots before it had to say is in `log`, where it does no
+    /// harm.
     pub fn sync(&self, log: &DirtyLog) -> Result<(), KvmLogError> {
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         for slot in &self.slots {
@@ -236,9 +246,10 @@ impl KvmDirtyLog {
         Ok(())
     }
 
-    /// Clears in KVM the pages whose bit is set in `bitmap`, bit 0 of which is guest page `first` (`gpa / 4096`), and protects
-    /// them: their next write is logged. Other pages keep their bit, also those that share a word of KVM's bitmap with
-    /// one that is cleared. Pages that are in no slot are passed over.
+    /// Clears in KVM the pages whose bit is set in `bitmap`, bit 0 of which is guest page `first`
+    /// (`gpa / 4096`), and protects them: their next write is logged. Other pages keep their bit,
+    /// also those that share a word of KVM's bitmap with one that is cleared. Pages that are in no
+    /// slot are passed over.
     ///
     /// # Errors
     /// If a slot does not log. The pages of the slots before it are then cleared.
@@ -252,11 +263,15 @@ impl KvmDirtyLog {
             if from >= to {
                 continue;
             }
-            // In the slot's own words: KVM wants a first page that is a multiple of 64 within the slot.
+            // In the slot's own words: KVM wants a first page that is a multiple of 64 within the
+            // slot.
             let words = (from - slot_first) / WORD_PAGES..(to - slot_first).div_ceil(WORD_PAGES);
             let bits = &mut scratch[..(words.end - words.start) as usize];
             for (bits, index) in bits.iter_mut().zip(words.clone()) {
-                *bits = bits_at(bitmap, i128::from(slot_first + index * WORD_PAGES) - i128::from(first));
+                *bits = bits_at(
+                    bitmap,
+                    i128::from(slot_first + index * WORD_PAGES) - i128::from(first),
+                );
             }
             let Some(skip) = bits.iter().position(|word| *word != 0) else { continue };
             let used = bits.len() - bits.iter().rev().take_while(|word| **word == 0).count();
@@ -273,21 +288,32 @@ impl KvmDirtyLog {
             memory_size: slot.length,
             userspace_addr: slot.userspace_addr,
         };
-        // SAFETY: the kernel reads the struct, which lives through the call. The slot is there already, with this memory (`new`).
+        // SAFETY: the kernel reads the struct, which lives through the call. The slot is there
+        // already, with this memory (`new`).
         unsafe { call(&self.vm, SET_USER_MEMORY_REGION, (&raw mut region).cast()) }
             .map(drop)
-            .map_err(|source| KvmLogError::Flags { slot: slot.slot, flags, gpa: slot.gpa, length: slot.length, source })
+            .map_err(|source| KvmLogError::Flags {
+                slot: slot.slot,
+                flags,
+                gpa: slot.gpa,
+                length: slot.length,
+                source,
+            })
     }
 
-    /// `words` has one bit for each page of the slot, rounded up to whole words: that is how much KVM writes.
+    /// `words` has one bit for each page of the slot, rounded up to whole words: that is how much
+    /// KVM writes.
     fn fetch(&self, slot: &KvmSlot, words: &mut [u64]) -> Result<(), KvmLogError> {
         debug_assert_eq!(words.len() as u64, slot.pages().div_ceil(WORD_PAGES));
         let mut request = kvm_dirty_log {
             slot: slot.slot,
             padding1: 0,
-            __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: words.as_mut_ptr().cast() },
+            __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: words.as_mut_ptr().cast(),
+            },
         };
-        // SAFETY: KVM writes one bit for each page of the slot, rounded up to whole words, and its slot has our length (`new`).
+        // SAFETY: KVM writes one bit for each page of the slot, rounded up to whole words, and its
+        // slot has our length (`new`).
         unsafe { call(&self.vm, GET_DIRTY_LOG, (&raw mut request).cast()) }
             .map(drop)
             .map_err(|source| KvmLogError::Fetch { slot: slot.slot, source })
@@ -302,7 +328,9 @@ impl KvmDirtyLog {
             slot: slot.slot,
             num_pages: pages as u32, // at most MAX_SLOT_PAGES
             first_page: first,
-            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: bits.as_mut_ptr().cast() },
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: bits.as_mut_ptr().cast(),
+            },
         };
         // SAFETY: KVM reads `num_pages` bits, rounded up to whole words: no more than `bits` has.
         unsafe { call(&self.vm, CLEAR_DIRTY_LOG, (&raw mut request).cast()) }
@@ -314,17 +342,26 @@ impl KvmDirtyLog {
 fn check_slot(slot: &KvmSlot) -> Result<(), KvmLogError> {
     let bad = |field, value| Err(KvmLogError::Slot { slot: slot.slot, field, value });
     match slot {
-        _ if !slot.gpa.is_multiple_of(PAGE_SIZE) || slot.gpa.checked_add(slot.length).is_none() => bad("gpa", slot.gpa),
-        _ if !slot.length.is_multiple_of(PAGE_SIZE) || slot.length == 0 => bad("length", slot.length),
+        _ if !slot.gpa.is_multiple_of(PAGE_SIZE) || slot.gpa.checked_add(slot.length).is_none() => {
+            bad("gpa", slot.gpa)
+        }
+        _ if !slot.length.is_multiple_of(PAGE_SIZE) || slot.length == 0 => {
+            bad("length", slot.length)
+        }
         _ if slot.pages() > MAX_SLOT_PAGES => bad("length", slot.length),
-        _ if !slot.userspace_addr.is_multiple_of(PAGE_SIZE) => bad("userspace_addr", slot.userspace_addr),
+        _ if !slot.userspace_addr.is_multiple_of(PAGE_SIZE) => {
+            bad("userspace_addr", slot.userspace_addr)
+        }
         _ => Ok(()),
     }
 }
 
-/// The 64 bits of `bitmap` from bit `at`, which may lie before its start or after its end: what is outside is zero.
+/// The 64 bits of `bitmap` from bit `at`, which may lie before its start or after its end: what is
+/// outside is zero.
 fn bits_at(bitmap: &[u64], at: i128) -> u64 {
-    let word = |index: i128| usize::try_from(index).ok().and_then(|index| bitmap.get(index)).copied().unwrap_or(0);
+    let word = |index: i128| {
+        usize::try_from(index).ok().and_then(|index| bitmap.get(index)).copied().unwrap_or(0)
+    };
     let (index, shift) = (at.div_euclid(64), at.rem_euclid(64) as u32);
     if shift == 0 { word(index) } else { word(index) >> shift | word(index + 1) << (64 - shift) }
 }
@@ -342,7 +379,8 @@ struct Call {
     argument: *mut c_void,
 }
 
-// SAFETY: number and argument are handed through as they are; whoever makes a `Call` answers for the pair.
+// SAFETY: number and argument are handed through as they are; whoever makes a `Call` answers for
+// the pair.
 unsafe impl Ioctl for Call {
     type Output = IoctlOutput;
     const IS_MUTATING: bool = true;
@@ -355,14 +393,18 @@ unsafe impl Ioctl for Call {
         self.argument
     }
 
-    unsafe fn output_from_ptr(output: IoctlOutput, _: *mut c_void) -> rustix::io::Result<IoctlOutput> {
+    unsafe fn output_from_ptr(
+        output: IoctlOutput, _: *mut c_void,
+    ) -> rustix::io::Result<IoctlOutput> {
         Ok(output)
     }
 }
 
 /// # Safety
 /// `argument` is what `opcode` takes, and the memory that it leads to is valid through the call.
-unsafe fn call(vm: &OwnedFd, opcode: Opcode, argument: *mut c_void) -> rustix::io::Result<IoctlOutput> {
+unsafe fn call(
+    vm: &OwnedFd, opcode: Opcode, argument: *mut c_void,
+) -> rustix::io::Result<IoctlOutput> {
     // SAFETY: as the caller says.
     unsafe { rustix::ioctl::ioctl(vm, Call { opcode, argument }) }
 }
@@ -386,7 +428,10 @@ mod tests {
         let file = rustix::fs::memfd_create("file", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         // SAFETY: there are no slots.
         let error = unsafe { KvmDirtyLog::new(&file, Vec::new()) }.unwrap_err();
-        assert!(matches!(error, KvmLogError::NotAVm { fd, .. } if fd == file.as_raw_fd()), "{error}");
+        assert!(
+            matches!(error, KvmLogError::NotAVm { fd, .. } if fd == file.as_raw_fd()),
+            "{error}"
+        );
         // SAFETY: there are no slots.
         let error = unsafe { KvmDirtyLog::new(&-1, Vec::new()) }.unwrap_err();
         assert!(matches!(error, KvmLogError::NotAVm { fd: -1, .. }), "{error}");
@@ -394,7 +439,8 @@ mod tests {
 
     #[test]
     fn slots_that_kvm_cannot_have_are_refused_by_field() {
-        let good = KvmSlot { slot: 3, gpa: 0x1000, length: 0x2000, userspace_addr: 0x7000, flags: 0 };
+        let good =
+            KvmSlot { slot: 3, gpa: 0x1000, length: 0x2000, userspace_addr: 0x7000, flags: 0 };
         assert!(check_slot(&good).is_ok());
         for (field, bad) in [
             ("gpa", KvmSlot { gpa: 0x10, ..good }),
@@ -405,7 +451,10 @@ mod tests {
             ("userspace_addr", KvmSlot { userspace_addr: 1, ..good }),
         ] {
             let error = check_slot(&bad).unwrap_err();
-            assert!(matches!(error, KvmLogError::Slot { slot: 3, field: named, .. } if named == field), "{error}");
+            assert!(
+                matches!(error, KvmLogError::Slot { slot: 3, field: named, .. } if named == field),
+                "{error}"
+            );
         }
     }
 

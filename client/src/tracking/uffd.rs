@@ -1,14 +1,15 @@
 //! Write protection of the VMM's own mapping: the tracker that needs no code of the VMM and no KVM.
 //!
-//! A client does this by itself for `Trackers::WRITE_PROTECT`; [`WriteProtect`] is for those who scan
-//! without a client.
+//! A client does this by itself for `Trackers::WRITE_PROTECT`; [`WriteProtect`] is for those who
+//! scan without a client.
 //!
-//! The mapping is registered with a userfaultfd in asynchronous write-protect mode: the first write to a protected page
-//! lifts the protection inside of the kernel, nobody is woken, and the page counts as written until it is protected again.
-//! The agent does both, reading and protecting, with `PAGEMAP_SCAN` on the `/proc/self/pagemap` that it is passed.
+//! The mapping is registered with a userfaultfd in asynchronous write-protect mode: the first write
+//! to a protected page lifts the protection inside of the kernel, nobody is woken, and the page
+//! counts as written until it is protected again. The agent does both, reading and protecting, with
+//! `PAGEMAP_SCAN` on the `/proc/self/pagemap` that it is passed.
 //!
-//! Seen are the writes of vCPUs and of the VMM that go through this mapping. Not seen are `write()` to the file, and other
-//! mappings of it: those writers mark the shared log.
+//! Seen are the writes of vCPUs and of the VMM that go through this mapping. Not seen are `write()`
+//! to the file, and other mappings of it: those writers mark the shared log.
 
 use super::active::SCANNING;
 use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd};
@@ -38,7 +39,8 @@ pub(crate) fn open_pagemap() -> rustix::io::Result<OwnedFd> {
     rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Mappings of this process whose first writes are kept track of. Dropping it ends that, and lifts the protection.
+/// Mappings of this process whose first writes are kept track of. Dropping it ends that, and lifts
+/// the protection.
 #[derive(Debug)]
 pub struct WriteProtect {
     uffd: Userfaultfd,
@@ -47,10 +49,12 @@ pub struct WriteProtect {
 }
 
 impl WriteProtect {
-    /// Registers mappings, each given by its address and length in bytes. Nothing is protected by that: the first scan is.
+    /// Registers mappings, each given by its address and length in bytes. Nothing is protected by
+    /// that: the first scan is.
     ///
     /// # Errors
-    /// If userfaultfd is not allowed or too old, or a mapping cannot be registered; then none is left registered.
+    /// If userfaultfd is not allowed or too old, or a mapping cannot be registered; then none is
+    /// left registered.
     pub fn register(ranges: &[(u64, u64)]) -> Result<Self, UffdError> {
         let uffd = Userfaultfd::open(SCANNING)?;
         let pagemap = open_pagemap().map_err(|source| UffdError::Pagemap { source })?;
@@ -63,8 +67,9 @@ impl WriteProtect {
         Ok(this)
     }
 
-    /// The pagemap of this process, to be passed to the agent. Whoever holds it can see which pages of this process exist, and can
-    /// protect those that are registered; it gives no access to their content.
+    /// The pagemap of this process, to be passed to the agent. Whoever holds it can see which pages
+    /// of this process exist, and can protect those that are registered; it gives no access to
+    /// their content.
     pub fn pagemap(&self) -> BorrowedFd<'_> {
         self.pagemap.as_fd()
     }
@@ -75,7 +80,11 @@ impl Drop for WriteProtect {
         // Closing the fd would do, but not where a forked child still holds a copy.
         for range in &self.registered {
             if let Err(error) = self.uffd.unregister(*range) {
-                log::debug!("cannot unregister {:#x} + {:#x}, unmapped by now? ({error})", range.start, range.length);
+                log::debug!(
+                    "cannot unregister {:#x} + {:#x}, unmapped by now? ({error})",
+                    range.start,
+                    range.length
+                );
             }
         }
     }
@@ -89,7 +98,10 @@ mod tests {
     fn what_is_not_mapped_is_refused_with_its_numbers() {
         match WriteProtect::register(&[(0x1000, 0x3000)]).unwrap_err() {
             UffdError::Userfault(error @ UserfaultError::Register { .. }) => {
-                assert_eq!(error.to_string(), "cannot register 0x1000 + 0x3000 for write protection");
+                assert_eq!(
+                    error.to_string(),
+                    "cannot register 0x1000 + 0x3000 for write protection"
+                );
             }
             other => eprintln!("skipped: {other}"),
         }

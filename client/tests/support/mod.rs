@@ -9,8 +9,8 @@ use pageferry_client::{BlockSpec, Client, Config, Error, HookChannel, PageRange}
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::hook::{Hook, decode_hook_reply, reply_sequence};
 use pageferry_protocol::control::request::{
-    AddBlockReply, ErrorCode, FEATURE_FENCE, HelloReply, JobStarted, MAX_RANGES, RangesReply, RemoteError, Reply,
-    Request, encode_reply,
+    AddBlockReply, ErrorCode, FEATURE_FENCE, HelloReply, JobStarted, MAX_RANGES, RangesReply,
+    RemoteError, Reply, Request, encode_reply,
 };
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::shm::FenceView;
@@ -41,8 +41,13 @@ pub(crate) struct FakeAgent {
 }
 
 pub(crate) fn hello_reply(max_ranges: usize) -> Vec<u8> {
-    let reply =
-        HelloReply { version: 1, features: FEATURE_FENCE, max_body: 1 << 20, max_ranges: max_ranges as u32, pid: 1 };
+    let reply = HelloReply {
+        version: 1,
+        features: FEATURE_FENCE,
+        max_body: 1 << 20,
+        max_ranges: max_ranges as u32,
+        pid: 1,
+    };
     encode_reply(&Ok(reply), HelloReply::encode)
 }
 
@@ -64,16 +69,24 @@ impl FakeAgent {
     }
 
     /// Plays the first part of the handshake, after which the agent has nothing but the fence word.
-    pub(crate) fn say_hello(socket: OwnedFd, max_ranges: usize, process: OwnedFd) -> (FrameSocket, FenceView) {
+    pub(crate) fn say_hello(
+        socket: OwnedFd, max_ranges: usize, process: OwnedFd,
+    ) -> (FrameSocket, FenceView) {
         let mut control = FrameSocket::from(socket);
         let hello = control.recv(soon()).unwrap();
         let agent = match Request::decode(hello.request, &hello.body) {
-            Some(Ok(Request::Hello { version_min: 1, version_max: 1, features: FEATURE_FENCE, agent })) => agent,
+            Some(Ok(Request::Hello {
+                version_min: 1,
+                version_max: 1,
+                features: FEATURE_FENCE,
+                agent,
+            })) => agent,
             other => panic!("{other:?}"),
         };
         let fence = FenceView::map(hello.fds[0].as_fd(), agent).unwrap();
         assert!(fence.check().is_err(), "it has nothing yet");
-        let reply = Frame { fds: vec![process], ..Frame::reply(hello.request, hello_reply(max_ranges)) };
+        let reply =
+            Frame { fds: vec![process], ..Frame::reply(hello.request, hello_reply(max_ranges)) };
         control.send(&reply, soon()).unwrap();
         (control, fence)
     }
@@ -98,11 +111,14 @@ impl FakeAgent {
             Err(SocketError::Closed) => return None,
             received => received.unwrap(),
         };
-        let request = Request::decode(frame.request, &frame.body).expect("one of ours").expect("well-formed");
+        let request =
+            Request::decode(frame.request, &frame.body).expect("one of ours").expect("well-formed");
         Some((request, frame.fds))
     }
 
-    pub(crate) fn reply<T>(&self, request: &Request, reply: &Reply<T>, fields: impl FnOnce(&T, Encoder) -> Encoder) {
+    pub(crate) fn reply<T>(
+        &self, request: &Request, reply: &Reply<T>, fields: impl FnOnce(&T, Encoder) -> Encoder,
+    ) {
         let frame = Frame::reply(request.code(), encode_reply(reply, fields));
         self.control.send(&frame, soon()).unwrap();
     }
@@ -128,7 +144,11 @@ impl FakeAgent {
         let (request, fds) = self.request().expect("add block");
         assert!(matches!(request, Request::AddBlock { .. }), "{request:?}");
         assert_eq!(fds.len(), 2);
-        self.reply(&request, &Ok(AddBlockReply { host_page_size: 4096, sealed: 1 }), AddBlockReply::encode);
+        self.reply(
+            &request,
+            &Ok(AddBlockReply { host_page_size: 4096, sealed: 1 }),
+            AddBlockReply::encode,
+        );
         (request, fds)
     }
 
@@ -160,7 +180,8 @@ pub(crate) fn client_with<T: Send + 'static>(
     config: Config, max_ranges: usize, script: impl FnOnce(FakeAgent) -> T + Send + 'static,
 ) -> (Client, HookChannel, JoinHandle<T>) {
     let (ours, agents) = UnixStream::pair().unwrap();
-    let agent = std::thread::spawn(move || script(FakeAgent::shake_hands(agents.into(), max_ranges)));
+    let agent =
+        std::thread::spawn(move || script(FakeAgent::shake_hands(agents.into(), max_ranges)));
     let (client, channel) = Client::from_socket(ours.into(), config).unwrap();
     (client, channel, agent)
 }
@@ -185,7 +206,10 @@ pub(crate) fn impatient() -> Config {
 pub(crate) fn written(pages: u64) -> OwnedFd {
     let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&fd, pages * PAGE).unwrap();
-    assert_eq!(rustix::io::pwrite(&fd, &vec![0x5a; (pages * PAGE) as usize], 0), Ok((pages * PAGE) as usize));
+    assert_eq!(
+        rustix::io::pwrite(&fd, &vec![0x5a; (pages * PAGE) as usize], 0),
+        Ok((pages * PAGE) as usize)
+    );
     fd
 }
 
@@ -197,7 +221,17 @@ pub(crate) fn spec(id: u32, gpa: u64, memory: &OwnedFd) -> BlockSpec<'_> {
     let length = fstat(memory).unwrap().st_size as u64;
     let memory = memory.as_fd();
     let name = ["zero", "one", "two", "three"][id as usize];
-    BlockSpec { id, name, gpa, length, memory, fd_offset: 0, vmm_address: 0, granularity: PAGE, discarded: false }
+    BlockSpec {
+        id,
+        name,
+        gpa,
+        length,
+        memory,
+        fd_offset: 0,
+        vmm_address: 0,
+        granularity: PAGE,
+        discarded: false,
+    }
 }
 
 /// A userfaultfd for write protection; `None`, and why, where there is none.
@@ -206,7 +240,10 @@ pub(crate) fn uffd() -> Option<Userfaultfd> {
         Ok(uffd) => Some(uffd),
         Err(error) => {
             let required = std::env::var("PAGEFERRY_REQUIRE").unwrap_or_default();
-            assert!(!required.split(',').any(|name| name.trim() == "uffd"), "PAGEFERRY_REQUIRE names uffd: {error}");
+            assert!(
+                !required.split(',').any(|name| name.trim() == "uffd"),
+                "PAGEFERRY_REQUIRE names uffd: {error}"
+            );
             eprintln!("skipped: uffd: {error}");
             None
         }

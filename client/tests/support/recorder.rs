@@ -1,7 +1,9 @@
 //! A VMM that writes down which hooks are called, on a fake agent.
 
 use super::*;
-use pageferry_client::{ClearPages, DirtyLog, HookError, HookThread, Hooks, IncomingOptions, JobStatus};
+use pageferry_client::{
+    ClearPages, DirtyLog, HookError, HookThread, Hooks, IncomingOptions, JobStatus,
+};
 use pageferry_client::{Ownership, RunState, StatePiece, Target};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -22,7 +24,8 @@ impl Vmm {
         let what = what.into();
         let fails = !self.fails.is_empty() && what.starts_with(self.fails);
         self.calls.lock().unwrap().push(what.clone());
-        let panics = self.panics.split(',').any(|start| !start.is_empty() && what.starts_with(start));
+        let panics =
+            self.panics.split(',').any(|start| !start.is_empty() && what.starts_with(start));
         assert!(!panics, "vCPU 3 is gone");
         if fails { Err(HookError::new("vCPU 3 does not stop")) } else { Ok(()) }
     }
@@ -55,7 +58,10 @@ impl Hooks for Vmm {
         self.called("sync")
     }
     fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
-        self.called(format!("clear {} {} {:x?} {:#x}", pages.block, pages.first, pages.bitmap, pages.log_first_page))
+        self.called(format!(
+            "clear {} {} {:x?} {:#x}",
+            pages.block, pages.first, pages.bitmap, pages.log_first_page
+        ))
     }
     fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
         self.called(format!("throttle {percent}"))
@@ -116,7 +122,8 @@ impl Attached {
     /// Hands over a block of so many pages, with the id 2.
     pub(crate) fn add_block(&mut self, gpa: u64, pages: u64) {
         let adding = self.client.clone();
-        let added = std::thread::spawn(move || adding.add_block(spec(2, gpa, &written(pages))).unwrap());
+        let added =
+            std::thread::spawn(move || adding.add_block(spec(2, gpa, &written(pages))).unwrap());
         self.agent.accept_block();
         added.join().unwrap();
     }
@@ -125,7 +132,9 @@ impl Attached {
     pub(crate) fn start_incoming(&mut self) {
         let starting = self.client.clone();
         let started = std::thread::spawn(move || {
-            starting.start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default()).unwrap()
+            starting
+                .start_incoming(Target::Address("tcp:[::]:0".into()), &IncomingOptions::default())
+                .unwrap()
         });
         let (request, _) = self.agent.request().unwrap();
         self.agent.started(&request);

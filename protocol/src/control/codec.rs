@@ -1,7 +1,8 @@
 //! Bodies as sequences of little-endian fields.
 //!
-//! A [`Decoder`] never allocates by a length that it has not compared with the bytes at hand, and [`Decoder::finish`]
-//! refuses a body that is longer than its type, so a reader cannot overlook what a newer peer meant.
+//! A [`Decoder`] never allocates by a length that it has not compared with the bytes at hand, and
+//! [`Decoder::finish`] refuses a body that is longer than its type, so a reader cannot overlook
+//! what a newer peer meant.
 
 /// Why a body is not what its type says.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -277,9 +278,15 @@ mod tests {
         let error = Decoder::new(&huge).text("name", 255).unwrap_err().to_string();
         assert_eq!(error, "name has 4294967295 bytes, allowed are 255");
         let lying = Encoder::new().u32(200).finish();
-        assert!(matches!(Decoder::new(&lying).text("name", 255), Err(DecodeError::Short { field: "name", .. })));
+        assert!(matches!(
+            Decoder::new(&lying).text("name", 255),
+            Err(DecodeError::Short { field: "name", .. })
+        ));
         let broken = Encoder::new().u32(1).u8(0xff).finish();
-        assert_eq!(Decoder::new(&broken).text("name", 255), Err(DecodeError::Text { field: "name" }));
+        assert_eq!(
+            Decoder::new(&broken).text("name", 255),
+            Err(DecodeError::Text { field: "name" })
+        );
     }
 
     #[test]
@@ -291,7 +298,8 @@ mod tests {
             (86_400_000_001, "86400000001 µs"),
         ];
         for (micros, expected) in named {
-            let error = DecodeError::Time { field: "peer_timeout", micros, allowed: "any" }.to_string();
+            let error =
+                DecodeError::Time { field: "peer_timeout", micros, allowed: "any" }.to_string();
             assert_eq!(error, format!("peer_timeout is {expected}, allowed: any"));
         }
     }

@@ -1,6 +1,7 @@
 //! vhost-user's frame: `request u32, flags u32, size u32`, then `size` bytes of body.
 //!
-//! Layout and flags: vhost-user specification, section "Header". File descriptors travel with the first byte.
+//! Layout and flags: vhost-user specification, section "Header". File descriptors travel with the
+//! first byte.
 
 use std::os::fd::OwnedFd;
 use zerocopy::little_endian::U32;
@@ -10,7 +11,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const VERSION: u32 = 1;
 /// Flag: this frame answers a request.
 pub const FLAG_REPLY: u32 = 1 << 2;
-/// Flag: the sender wants an answer even where the request has none of its own (`VHOST_USER_PROTOCOL_F_REPLY_ACK`).
+/// Flag: the sender wants an answer even where the request has none of its own
+/// (`VHOST_USER_PROTOCOL_F_REPLY_ACK`).
 pub const FLAG_NEED_REPLY: u32 = 1 << 3;
 
 /// Largest body of any frame, in bytes. Holds 43,690 ranges of a discard.
@@ -22,7 +24,9 @@ pub const MAX_FDS: usize = 32;
 pub const HEADER_SIZE: usize = 12;
 
 /// The header on the wire.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct FrameHeader {
     /// Request code: vhost-user's own below 0x1000, pageferry's from there.
@@ -57,7 +61,11 @@ pub enum HeaderError {
 impl FrameHeader {
     /// The header of a frame with these fields and the current version.
     pub fn new(request: u32, flags: u32, size: usize) -> Self {
-        Self { request: request.into(), flags: (flags | VERSION).into(), size: (size as u32).into() }
+        Self {
+            request: request.into(),
+            flags: (flags | VERSION).into(),
+            size: (size as u32).into(),
+        }
     }
 
     /// Checks version and size.

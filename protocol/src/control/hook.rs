@@ -1,7 +1,9 @@
-//! Hooks: requests of the agent to the VMM, on the socket that the VMM hands over with `VHOST_USER_SET_BACKEND_REQ_FD`.
+//! Hooks: requests of the agent to the VMM, on the socket that the VMM hands over with
+//! `VHOST_USER_SET_BACKEND_REQ_FD`.
 //!
-//! Every body starts with a sequence number, which the answer repeats: so an answer that comes after its deadline is told from the
-//! one that is waited for. The VMM answers in the order of the requests.
+//! Every body starts with a sequence number, which the answer repeats: so an answer that comes
+//! after its deadline is told from the one that is waited for. The VMM answers in the order of the
+//! requests.
 
 use super::Trackers;
 use super::codec::{DecodeError, Decoder, Encoder};
@@ -40,8 +42,8 @@ pub const MAX_PIECE_NAME: usize = 255;
 /// Most bytes of state in all pieces together: 1 GiB.
 pub const MAX_STATE: u64 = 1 << 30;
 
-/// A piece of the VMM's state: its name, and how many bytes it takes in the file that comes with the frame. The pieces lie one after
-/// another in that file.
+/// A piece of the VMM's state: its name, and how many bytes it takes in the file that comes with
+/// the frame. The pieces lie one after another in that file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PieceSize {
     /// Chosen by the VMM.
@@ -55,8 +57,8 @@ pub struct PieceSize {
 pub enum Hook {
     /// Stop the guest and all that writes its memory.
     Pause,
-    /// The guest is this VMM's. One that never left is as it was before the pause: it runs, unless its
-    /// operator had paused it. One that a job has brought runs, unless it is to stay paused.
+    /// The guest is this VMM's. One that never left is as it was before the pause: it runs, unless
+    /// its operator had paused it. One that a job has brought runs, unless it is to stay paused.
     Resume {
         /// An operator forces it although ownership was given up (`one-owner`).
         force: bool,
@@ -91,38 +93,44 @@ pub enum Hook {
         /// 0 to 99.
         percent: u32,
     },
-    /// Hand over the state of the VMM and its devices. Answered by a [`SavedState`], and a file as the descriptor.
+    /// Hand over the state of the VMM and its devices. Answered by a [`SavedState`], and a file as
+    /// the descriptor.
     SaveState,
     /// Take the state; a file comes as the descriptor.
     LoadState {
         /// The pieces in the file.
         pieces: Vec<PieceSize>,
     },
-    /// The agent is about to give up ownership: from the answer on, the VMM must not resume the guest by itself, not even
-    /// when it loses the agent (`one-owner`).
+    /// The agent is about to give up ownership: from the answer on, the VMM must not resume the
+    /// guest by itself, not even when it loses the agent (`one-owner`).
     Relinquish {
-        /// What another agent needs to recover a postcopy that this one leaves behind; zeroes if there will be none.
+        /// What another agent needs to recover a postcopy that this one leaves behind; zeroes if
+        /// there will be none.
         session: [u8; 16],
-        /// Pages are freed as they arrive there, so that an agent that goes on cannot take the memory here for whole.
+        /// Pages are freed as they arrive there, so that an agent that goes on cannot take the
+        /// memory here for whole.
         release: bool,
     },
-    /// Can the mappings of all blocks be registered for missing pages? Asked before a guest is accepted that
-    /// may run before its memory is here, or before memory is given up for it. Nothing stays registered.
+    /// Can the mappings of all blocks be registered for missing pages? Asked before a guest is
+    /// accepted that may run before its memory is here, or before memory is given up for it.
+    /// Nothing stays registered.
     ProbeFaults,
-    /// The guest is about to run before its memory is here: register the mappings of all blocks for missing pages. Answered by the userfaultfd
-    /// as the descriptor.
+    /// The guest is about to run before its memory is here: register the mappings of all blocks for
+    /// missing pages. Answered by the userfaultfd as the descriptor.
     RegisterFaults,
     /// The memory is all here, or will never come: unregister them.
     UnregisterFaults {
-        /// All of it is here. If not, what is missing must not be taken for zero: the guest is not to run.
+        /// All of it is here. If not, what is missing must not be taken for zero: the guest is not
+        /// to run.
         complete: bool,
     },
-    /// A snapshot is about to protect memory against writes: register the mappings of all blocks for write protection. Answered by the userfaultfd
-    /// as the descriptor.
+    /// A snapshot is about to protect memory against writes: register the mappings of all blocks
+    /// for write protection. Answered by the userfaultfd as the descriptor.
     WatchWrites,
     /// The snapshot needs no protection any more: unregister them.
     UnwatchWrites,
-    /// An operator wants a guest to be restored from an image: may this VMM's memory be filled, and its guest, if it has one, be given up?
+    /// An operator wants a guest to be restored from an image: may this VMM's memory be filled, and
+    /// its guest, if it has one, be given up?
     PrepareRestore {
         /// Path of the image.
         path: String,
@@ -185,16 +193,22 @@ impl Hook {
     pub fn encode(&self, sequence: u64) -> Vec<u8> {
         let encoder = Encoder::new().u64(sequence);
         match self {
-            Self::Resume { force, paused } => encoder.u32(u32::from(*force)).u32(u32::from(*paused)),
+            Self::Resume { force, paused } => {
+                encoder.u32(u32::from(*force)).u32(u32::from(*paused))
+            }
             Self::ClearTracker { block, first, bitmap } => {
                 let encoder = encoder.u32(*block).u32(bitmap.len() as u32).u64(*first);
                 bitmap.iter().fold(encoder, |encoder, word| encoder.u64(*word))
             }
-            Self::StartTracking { sources } | Self::StopTracking { sources } => encoder.u32(sources.bits()),
+            Self::StartTracking { sources } | Self::StopTracking { sources } => {
+                encoder.u32(sources.bits())
+            }
             Self::Throttle { percent } => encoder.u32(*percent),
             Self::LoadState { pieces } => encode_pieces(pieces, encoder),
             Self::Event { status } => status.encode(encoder),
-            Self::Relinquish { session, release } => encoder.bytes(session).u32(u32::from(*release)),
+            Self::Relinquish { session, release } => {
+                encoder.bytes(session).u32(u32::from(*release))
+            }
             Self::UnregisterFaults { complete } => encoder.u32(u32::from(*complete)),
             Self::PrepareRestore { path } => encoder.text(path),
             _ => encoder,
@@ -219,13 +233,21 @@ impl Hook {
         Some(match hook {
             code::PAUSE => Ok(Self::Pause),
             code::RESUME => decode_resume(decoder),
-            code::START_TRACKING => decode_sources(decoder).map(|sources| Self::StartTracking { sources }),
-            code::STOP_TRACKING => decode_sources(decoder).map(|sources| Self::StopTracking { sources }),
+            code::START_TRACKING => {
+                decode_sources(decoder).map(|sources| Self::StartTracking { sources })
+            }
+            code::STOP_TRACKING => {
+                decode_sources(decoder).map(|sources| Self::StopTracking { sources })
+            }
             code::SYNC_TRACKER => Ok(Self::SyncTracker),
             code::CLEAR_TRACKER => decode_clear(decoder),
             code::THROTTLE => match decoder.u32("percent") {
                 Ok(percent @ 0..=99) => Ok(Self::Throttle { percent }),
-                Ok(value) => Err(DecodeError::Value { field: "percent", value: value.into(), allowed: "0 to 99" }),
+                Ok(value) => Err(DecodeError::Value {
+                    field: "percent",
+                    value: value.into(),
+                    allowed: "0 to 99",
+                }),
                 Err(error) => Err(error),
             },
             code::SAVE_STATE => Ok(Self::SaveState),
@@ -238,10 +260,12 @@ impl Hook {
             }
             code::WATCH_WRITES => Ok(Self::WatchWrites),
             code::UNWATCH_WRITES => Ok(Self::UnwatchWrites),
-            code::PREPARE_RESTORE => {
-                decoder.text("path", MAX_ADDRESS).map(|path| Self::PrepareRestore { path: path.to_owned() })
+            code::PREPARE_RESTORE => decoder
+                .text("path", MAX_ADDRESS)
+                .map(|path| Self::PrepareRestore { path: path.to_owned() }),
+            code::EVENT => {
+                JobStatus::decode(decoder).map(|status| Self::Event { status: Box::new(status) })
             }
-            code::EVENT => JobStatus::decode(decoder).map(|status| Self::Event { status: Box::new(status) }),
             _ => return None,
         })
     }
@@ -280,19 +304,34 @@ fn decode_clear(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
     let words = decoder.u32("words")?;
     let first = decoder.u64("first")?;
     if u64::from(words) * 64 > MAX_CLEAR_PAGES {
-        return Err(DecodeError::Value { field: "words", value: words.into(), allowed: "at most 4096" });
+        return Err(DecodeError::Value {
+            field: "words",
+            value: words.into(),
+            allowed: "at most 4096",
+        });
     }
     if first % 64 != 0 {
-        return Err(DecodeError::Value { field: "first", value: first, allowed: "multiples of 64" });
+        return Err(DecodeError::Value {
+            field: "first",
+            value: first,
+            allowed: "multiples of 64",
+        });
     }
     let bytes = decoder.bytes("bitmap", words as usize * 8)?;
     let (words, _) = bytes.as_chunks::<8>();
-    Ok(Hook::ClearTracker { block, first, bitmap: words.iter().map(|word| u64::from_le_bytes(*word)).collect() })
+    Ok(Hook::ClearTracker {
+        block,
+        first,
+        bitmap: words.iter().map(|word| u64::from_le_bytes(*word)).collect(),
+    })
 }
 
-/// The pieces as they travel, and as they are in an image: their number (4 bytes), and for each its length (8) and name.
+/// The pieces as they travel, and as they are in an image: their number (4 bytes), and for each its
+/// length (8) and name.
 pub(crate) fn encode_pieces(pieces: &[PieceSize], encoder: Encoder) -> Encoder {
-    pieces.iter().fold(encoder.u32(pieces.len() as u32), |encoder, piece| encoder.u64(piece.length).text(&piece.name))
+    pieces.iter().fold(encoder.u32(pieces.len() as u32), |encoder, piece| {
+        encoder.u64(piece.length).text(&piece.name)
+    })
 }
 
 /// What [`encode_pieces`] wrote.
@@ -302,7 +341,11 @@ pub(crate) fn encode_pieces(pieces: &[PieceSize], encoder: Encoder) -> Encoder {
 pub(crate) fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>, DecodeError> {
     let count = decoder.u32("pieces")?;
     if count as usize > MAX_PIECES {
-        return Err(DecodeError::Value { field: "pieces", value: count.into(), allowed: "at most 1024" });
+        return Err(DecodeError::Value {
+            field: "pieces",
+            value: count.into(),
+            allowed: "at most 1024",
+        });
     }
     let (mut total, mut names) = (0u64, BTreeSet::new());
     let mut piece = |_| {
@@ -341,7 +384,9 @@ pub struct SavedState {
 /// The body of an answer to [`Hook::SaveState`].
 pub fn encode_state_reply(sequence: u64, reply: &Reply<SavedState>) -> Vec<u8> {
     let mut body = sequence.to_le_bytes().to_vec();
-    body.extend(encode_reply(reply, |saved, encoder| encode_pieces(&saved.pieces, encoder.u32(saved.guest as u32))));
+    body.extend(encode_reply(reply, |saved, encoder| {
+        encode_pieces(&saved.pieces, encoder.u32(saved.guest as u32))
+    }));
     body
 }
 
@@ -388,7 +433,10 @@ mod tests {
 
     #[test]
     fn answers_carry_the_number_of_their_hook() {
-        let pieces = vec![PieceSize { name: "vcpu".into(), length: 5 }, PieceSize { name: String::new(), length: 0 }];
+        let pieces = vec![
+            PieceSize { name: "vcpu".into(), length: 5 },
+            PieceSize { name: String::new(), length: 0 },
+        ];
         for guest in [RunState::Running, RunState::Paused] {
             let saved = SavedState { guest, pieces: pieces.clone() };
             let reply = encode_state_reply(9, &Ok(saved.clone()));
@@ -416,7 +464,8 @@ mod tests {
     #[test]
     fn only_trackers_that_can_be_started_are_started_and_stopped() {
         for code in [code::START_TRACKING, code::STOP_TRACKING] {
-            let decode = |bits| Hook::decode(code, &Encoder::new().u64(1).u32(bits).finish()).unwrap();
+            let decode =
+                |bits| Hook::decode(code, &Encoder::new().u64(1).u32(bits).finish()).unwrap();
             for bits in 1..=3 {
                 assert_eq!(decode(bits).unwrap().1.encode(1)[8..], bits.to_le_bytes());
             }

@@ -24,7 +24,8 @@ pub(super) struct Received {
     pub(super) bytes: usize,
     /// Descriptors that came with them.
     pub(super) fds: Vec<OwnedFd>,
-    /// Process id of the sender, if the kernel tells (`SO_PASSCRED`); 0 if it is not visible from here.
+    /// Process id of the sender, if the kernel tells (`SO_PASSCRED`); 0 if it is not visible from
+    /// here.
     pub(super) sender: Option<i32>,
     /// Control messages were cut off: there were too many, or this process is out of descriptors.
     pub(super) cut: bool,
@@ -51,7 +52,8 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Recei
     let Ok(bytes) = usize::try_from(bytes) else {
         return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
     };
-    let mut received = Received { bytes, cut: message.msg_flags & libc::MSG_CTRUNC != 0, ..Received::default() };
+    let mut received =
+        Received { bytes, cut: message.msg_flags & libc::MSG_CTRUNC != 0, ..Received::default() };
     // SAFETY: the kernel has filled in the space and its length.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     // SAFETY: it is null at the end, or points to a whole header in `control`.
@@ -62,8 +64,11 @@ pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Recei
         match (header.cmsg_level, header.cmsg_type) {
             (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
                 for at in 0..length / size_of::<RawFd>() {
-                    // SAFETY: that many descriptors are there, and each is this process's from now on.
-                    let fd = unsafe { OwnedFd::from_raw_fd(data.cast::<RawFd>().add(at).read_unaligned()) };
+                    // SAFETY: that many descriptors are there, and each is this process's from now
+                    // on.
+                    let fd = unsafe {
+                        OwnedFd::from_raw_fd(data.cast::<RawFd>().add(at).read_unaligned())
+                    };
                     received.fds.push(fd);
                 }
             }

@@ -1,12 +1,15 @@
-//! pageferry's own requests, from a VMM or an operator to the agent. Codes from 0x1000, clear of vhost-user's.
+//! pageferry's own requests, from a VMM or an operator to the agent. Codes from 0x1000, clear of
+//! vhost-user's.
 //!
-//! Each is answered by a frame with the same code and the reply flag: a result code (0 is success), then what the request returns, or
-//! a sentence that names the field and the value. See [`Reply`].
+//! Each is answered by a frame with the same code and the reply flag: a result code (0 is success),
+//! then what the request returns, or a sentence that names the field and the value. See [`Reply`].
 
 use super::Trackers;
 use super::codec::{DecodeError, Decoder, Encoder, clip};
 use super::frame::MAX_BODY;
-use super::job::{IncomingOptions, MAX_ADDRESS, MAX_SENTENCE, OutgoingOptions, RestoreOptions, SnapshotOptions};
+use super::job::{
+    IncomingOptions, MAX_ADDRESS, MAX_SENTENCE, OutgoingOptions, RestoreOptions, SnapshotOptions,
+};
 use crate::memory::BlockGeometry;
 use crate::memory::geometry::MAX_NAME;
 use std::time::Duration;
@@ -39,7 +42,8 @@ pub mod code {
     pub const RECOVER: u32 = 0x1018;
     pub const START_SNAPSHOT: u32 = 0x1019;
     pub const START_RESTORE: u32 = 0x101a;
-    /// Not a request: what a subscriber gets, the [`super::JobStatus`](crate::control::job::JobStatus) as the body.
+    /// Not a request: what a subscriber gets, the
+    /// [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
 }
 
@@ -95,8 +99,9 @@ pub enum Request {
         /// 0, and no descriptor, without.
         agent: u64,
     },
-    /// Adds a block. Descriptors: the memory, then the bitmap of discarded pages (one bit per page, whole 64-bit words), which the
-    /// VMM keeps and which is taken as it is. Answered by [`AddBlockReply`].
+    /// Adds a block. Descriptors: the memory, then the bitmap of discarded pages (one bit per page,
+    /// whole 64-bit words), which the VMM keeps and which is taken as it is. Answered by
+    /// [`AddBlockReply`].
     AddBlock {
         /// Id, name, place, granularity.
         geometry: BlockGeometry,
@@ -112,21 +117,23 @@ pub enum Request {
         /// The block.
         id: u32,
     },
-    /// The content of these ranges is stale from now on. Answered by the number of pages that were not discarded before.
+    /// The content of these ranges is stale from now on. Answered by the number of pages that were
+    /// not discarded before.
     Discard {
         /// [`DISCARD_PUNCH`].
         flags: u32,
         /// What is discarded; rounded inward.
         ranges: Vec<BlockRange>,
     },
-    /// The guest gave these ranges back and may write into them again at any time, without a populate.
-    /// The agent frees the backing before it answers. Answered by the number of pages that were freed:
-    /// those of the ranges that are not discarded.
+    /// The guest gave these ranges back and may write into them again at any time, without a
+    /// populate. The agent frees the backing before it answers. Answered by the number of pages
+    /// that were freed: those of the ranges that are not discarded.
     Free {
         /// What is freed; rounded inward.
         ranges: Vec<BlockRange>,
     },
-    /// The guest is about to use these ranges. Answered by the number of pages that were discarded before.
+    /// The guest is about to use these ranges. Answered by the number of pages that were discarded
+    /// before.
     Populate {
         /// What is populated; rounded outward.
         ranges: Vec<BlockRange>,
@@ -155,30 +162,37 @@ pub enum Request {
     Cancel,
     /// Changes limits of the job that runs.
     SetParameters {
-        /// What to change; what can only be set at the start is ignored. Of a snapshot or a restore that is all but the bandwidth, which is taken as it is here.
+        /// What to change; what can only be set at the start is ignored. Of a snapshot or a restore
+        /// that is all but the bandwidth, which is taken as it is here.
         options: OutgoingOptions,
     },
-    /// Asks how the job stands that runs or ran last. Answered by a [`JobStatus`](super::job::JobStatus).
+    /// Asks how the job stands that runs or ran last. Answered by a
+    /// [`JobStatus`](super::job::JobStatus).
     QueryStatus,
-    /// Asks for a status in every interval, and at every change of phase, as [`code::EVENT`] frames.
+    /// Asks for a status in every interval, and at every change of phase, as [`code::EVENT`]
+    /// frames.
     Subscribe {
         /// Time between two of them.
         interval: Duration,
     },
-    /// Resumes the guest by the VMM after a commit that was never confirmed (`one-owner`). Only for an operator who looked at both sides.
+    /// Resumes the guest by the VMM after a commit that was never confirmed (`one-owner`). Only for
+    /// an operator who looked at both sides.
     Resume {
         /// Must be true: says that the operator knows that the destination does not run.
         force: bool,
     },
-    /// Has the outgoing migration that runs, of mode hybrid, switch to postcopy after the pass that it is in.
+    /// Has the outgoing migration that runs, of mode hybrid, switch to postcopy after the pass that
+    /// it is in.
     StartPostcopy,
     /// Connects a paused postcopy again. Answered by [`JobStarted`].
     ///
-    /// At the source: of the job that is paused, or, with a session, of one that another agent began for this guest. At the destination: has the paused job
-    /// listen somewhere else; where it listened before it does anyway.
+    /// At the source: of the job that is paused, or, with a session, of one that another agent
+    /// began for this guest. At the destination: has the paused job listen somewhere else; where it
+    /// listened before it does anyway.
     Recover {
-        /// What tells the migration from others, as it came with [`Hook::Relinquish`](crate::control::hook::Hook::Relinquish); zeroes for the one
-        /// that is paused here.
+        /// What tells the migration from others, as it came with
+        /// [`Hook::Relinquish`](crate::control::hook::Hook::Relinquish); zeroes for the one that is
+        /// paused here.
         session: [u8; 16],
         /// Where to connect to, or to listen; empty for where it was before.
         address: String,
@@ -192,7 +206,8 @@ pub enum Request {
         /// How.
         options: SnapshotOptions,
     },
-    /// Starts to restore a guest from an image, and those that it builds on. Answered by [`JobStarted`].
+    /// Starts to restore a guest from an image, and those that it builds on. Answered by
+    /// [`JobStarted`].
     StartRestore {
         /// Path of the image, from the root.
         path: String,
@@ -252,9 +267,13 @@ impl Request {
             Self::StartSnapshot { path, options } => options.encode(encoder.text(path)),
             Self::StartRestore { path, options } => options.encode(encoder.text(path)),
             Self::SetParameters { options } => options.encode(encoder),
-            Self::Subscribe { interval } => encoder.u32(u32::try_from(interval.as_millis()).unwrap_or(u32::MAX)),
+            Self::Subscribe { interval } => {
+                encoder.u32(u32::try_from(interval.as_millis()).unwrap_or(u32::MAX))
+            }
             Self::Resume { force } => encoder.u32(u32::from(*force)),
-            Self::Recover { session, address, options } => options.encode(encoder.bytes(session).text(address)),
+            Self::Recover { session, address, options } => {
+                options.encode(encoder.bytes(session).text(address))
+            }
             Self::Cancel | Self::QueryStatus | Self::StartPostcopy => encoder,
         }
         .finish()
@@ -277,9 +296,15 @@ impl Request {
             code::REMOVE_BLOCK => decoder.u32("id").map(|id| Self::RemoveBlock { id }),
             code::DISCARD => decode_ranges(decoder, DISCARD_PUNCH, "bit 0, punch")
                 .map(|(flags, ranges)| Self::Discard { flags, ranges }),
-            code::FREE => decode_ranges(decoder, 0, "none").map(|(_, ranges)| Self::Free { ranges }),
-            code::POPULATE => decode_ranges(decoder, 0, "none").map(|(_, ranges)| Self::Populate { ranges }),
-            code::SET_TRACKERS => decode_trackers(decoder).map(|sources| Self::SetTrackers { sources }),
+            code::FREE => {
+                decode_ranges(decoder, 0, "none").map(|(_, ranges)| Self::Free { ranges })
+            }
+            code::POPULATE => {
+                decode_ranges(decoder, 0, "none").map(|(_, ranges)| Self::Populate { ranges })
+            }
+            code::SET_TRACKERS => {
+                decode_trackers(decoder).map(|sources| Self::SetTrackers { sources })
+            }
             code::START_OUTGOING => decoder.text("target", MAX_ADDRESS).and_then(|target| {
                 let options = OutgoingOptions::decode(decoder)?;
                 Ok(Self::StartOutgoing { target: target.to_owned(), options })
@@ -289,10 +314,14 @@ impl Request {
                 Ok(Self::StartIncoming { listen: listen.to_owned(), options })
             }),
             code::CANCEL => Ok(Self::Cancel),
-            code::SET_PARAMETERS => OutgoingOptions::decode(decoder).map(|options| Self::SetParameters { options }),
+            code::SET_PARAMETERS => {
+                OutgoingOptions::decode(decoder).map(|options| Self::SetParameters { options })
+            }
             code::QUERY_STATUS => Ok(Self::QueryStatus),
             code::SUBSCRIBE => decode_subscribe(decoder),
-            code::RESUME => flags(decoder, "force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 }),
+            code::RESUME => {
+                flags(decoder, "force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })
+            }
             code::START_POSTCOPY => Ok(Self::StartPostcopy),
             code::RECOVER => decode_recover(decoder),
             code::START_SNAPSHOT => decoder.text("path", MAX_ADDRESS).and_then(|path| {
@@ -354,7 +383,8 @@ fn decode_trackers(decoder: &mut Decoder<'_>) -> Result<Trackers, DecodeError> {
     if sources.is_declared() {
         return Ok(sources);
     }
-    let allowed = "at least one tracker; bit 2, log-is-complete, if every writer marks the shared log";
+    let allowed =
+        "at least one tracker; bit 2, log-is-complete, if every writer marks the shared log";
     Err(DecodeError::Value { field: "sources", value: 0, allowed })
 }
 
@@ -366,10 +396,14 @@ fn decode_recover(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
 
 fn decode_subscribe(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
     match decoder.u32("interval")? {
-        value @ 10..=3_600_000 => Ok(Request::Subscribe { interval: Duration::from_millis(value.into()) }),
-        value => {
-            Err(DecodeError::Value { field: "interval", value: value.into(), allowed: "10 to 3600000 milliseconds" })
+        value @ 10..=3_600_000 => {
+            Ok(Request::Subscribe { interval: Duration::from_millis(value.into()) })
         }
+        value => Err(DecodeError::Value {
+            field: "interval",
+            value: value.into(),
+            allowed: "10 to 3600000 milliseconds",
+        }),
     }
 }
 
@@ -385,7 +419,11 @@ fn decode_ranges(
     let flags = flags(decoder, "flags", known, allowed)?;
     let count = decoder.u32("count")? as usize;
     if count > MAX_RANGES {
-        return Err(DecodeError::Value { field: "count", value: count as u64, allowed: "at most 43690 ranges" });
+        return Err(DecodeError::Value {
+            field: "count",
+            value: count as u64,
+            allowed: "at most 43690 ranges",
+        });
     }
     let bytes = decoder.bytes("ranges", count * RANGE_SIZE)?;
     let ranges = <[WireRange]>::ref_from_bytes(bytes).map_err(|_| DecodeError::Short {
@@ -393,8 +431,11 @@ fn decode_ranges(
         needed: count * RANGE_SIZE,
         left: bytes.len(),
     })?;
-    let range =
-        |wire: &WireRange| BlockRange { block: wire.block.get(), offset: wire.offset.get(), length: wire.length.get() };
+    let range = |wire: &WireRange| BlockRange {
+        block: wire.block.get(),
+        offset: wire.offset.get(),
+        length: wire.length.get(),
+    };
     Ok((flags, ranges.iter().map(range).collect()))
 }
 
@@ -467,7 +508,9 @@ pub type Reply<T> = Result<T, RemoteError>;
 pub fn encode_reply<T>(reply: &Reply<T>, fields: impl FnOnce(&T, Encoder) -> Encoder) -> Vec<u8> {
     match reply {
         Ok(value) => fields(value, Encoder::new().u32(0)).finish(),
-        Err(error) => Encoder::new().u32(error.code as u32).text(clip(&error.sentence, MAX_SENTENCE)).finish(),
+        Err(error) => {
+            Encoder::new().u32(error.code as u32).text(clip(&error.sentence, MAX_SENTENCE)).finish()
+        }
     }
 }
 
@@ -481,7 +524,10 @@ pub fn decode_reply<T>(
     let mut decoder = Decoder::new(body);
     let reply = match decoder.u32("result")? {
         0 => Ok(fields(&mut decoder)?),
-        code => Err(RemoteError::new(ErrorCode::from_wire(code), decoder.text("sentence", MAX_SENTENCE)?)),
+        code => Err(RemoteError::new(
+            ErrorCode::from_wire(code),
+            decoder.text("sentence", MAX_SENTENCE)?,
+        )),
     };
     decoder.finish()?;
     Ok(reply)
@@ -543,7 +589,8 @@ reply_fields! {
 pub struct JobStarted {
     /// Number of the job.
     pub job: u64,
-    /// Incoming: where it listens, with the port that the kernel chose. Outgoing: the target. Snapshot and restore: the image.
+    /// Incoming: where it listens, with the port that the kernel chose. Outgoing: the target.
+    /// Snapshot and restore: the image.
     pub address: String,
 }
 
@@ -558,7 +605,10 @@ impl JobStarted {
     /// # Errors
     /// The field that is wrong.
     pub fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
-        Ok(Self { job: decoder.u64("job")?, address: decoder.text("address", MAX_ADDRESS)?.to_owned() })
+        Ok(Self {
+            job: decoder.u64("job")?,
+            address: decoder.text("address", MAX_ADDRESS)?.to_owned(),
+        })
     }
 }
 

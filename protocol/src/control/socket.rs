@@ -1,7 +1,8 @@
 //! Frames with file descriptors over a UNIX stream socket.
 //!
-//! A [`FrameSocket`] reads exactly a header and then exactly its body, never past a frame: so the descriptors that arrive
-//! belong to the frame being read, and a frame may arrive in any number of pieces. It holds no lock and starts no thread.
+//! A [`FrameSocket`] reads exactly a header and then exactly its body, never past a frame: so the
+//! descriptors that arrive belong to the frame being read, and a frame may arrive in any number of
+//! pieces. It holds no lock and starts no thread.
 
 use super::frame::{Frame, FrameHeader, HEADER_SIZE, HeaderError, MAX_FDS};
 use super::receive::receive;
@@ -74,9 +75,11 @@ impl SocketError {
     pub fn leaves_in_step(&self) -> bool {
         match self {
             Self::Timeout { .. } | Self::LostFds { .. } | Self::Kernel(_) => true,
-            Self::Closed | Self::Cut { .. } | Self::HalfSent { .. } | Self::Header(_) | Self::TooManyFds { .. } => {
-                false
-            }
+            Self::Closed
+            | Self::Cut { .. }
+            | Self::HalfSent { .. }
+            | Self::Header(_)
+            | Self::TooManyFds { .. } => false,
         }
     }
 }
@@ -190,7 +193,8 @@ impl FrameSocket {
     /// The next frame, waiting for it until `deadline`.
     ///
     /// # Errors
-    /// As [`FrameSocket::try_recv`], and [`SocketError::Timeout`]; reading may go on after that one.
+    /// As [`FrameSocket::try_recv`], and [`SocketError::Timeout`]; reading may go on after that
+    /// one.
     pub fn recv(&mut self, deadline: Instant) -> Result<Frame, SocketError> {
         let started = Instant::now();
         loop {
@@ -243,7 +247,10 @@ impl FrameSocket {
                     let room = wait(self.fd.as_fd(), PollFlags::OUT, deadline);
                     if !room.map_err(|errno| failed(sent, errno.into()))? {
                         let waited = started.elapsed();
-                        return Err(failed(sent, SocketError::Timeout { what: "room to send", waited }));
+                        return Err(failed(
+                            sent,
+                            SocketError::Timeout { what: "room to send", waited },
+                        ));
                     }
                 }
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(SocketError::Closed),
@@ -253,7 +260,8 @@ impl FrameSocket {
         Ok(())
     }
 
-    /// Ends the connection for both sides, whoever else holds the descriptor. Wakes whoever waits on it.
+    /// Ends the connection for both sides, whoever else holds the descriptor. Wakes whoever waits
+    /// on it.
     pub fn shutdown(&self) {
         // Fails only if it is not connected any more, which is what we want.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
@@ -271,7 +279,11 @@ impl FrameSocket {
             }
         };
         let Some(received) = received else {
-            return Err(if self.have == 0 { SocketError::Closed } else { SocketError::Cut { missing } });
+            return Err(if self.have == 0 {
+                SocketError::Closed
+            } else {
+                SocketError::Cut { missing }
+            });
         };
         self.fds.extend(received.fds);
         self.sender = received.sender.or(self.sender);
@@ -289,7 +301,9 @@ impl FrameSocket {
     }
 }
 
-fn send_some(socket: BorrowedFd<'_>, parts: &[IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
+fn send_some(
+    socket: BorrowedFd<'_>, parts: &[IoSlice<'_>], fds: &[BorrowedFd<'_>],
+) -> Result<usize, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
@@ -321,7 +335,9 @@ mod tests {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
     fn pair() -> (FrameSocket, FrameSocket) {
-        let (a, b) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let (a, b) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .unwrap();
         (a.into(), b.into())
     }
 
@@ -369,7 +385,10 @@ mod tests {
         let mut bytes = FrameHeader::new(5, 0, 3).as_bytes().to_vec();
         bytes.extend_from_slice(b"abc");
         for (index, byte) in bytes.iter().enumerate() {
-            assert!(matches!(b.recv(Instant::now()), Err(SocketError::Timeout { .. })), "byte {index}");
+            assert!(
+                matches!(b.recv(Instant::now()), Err(SocketError::Timeout { .. })),
+                "byte {index}"
+            );
             rustix::io::write(&a, &[*byte]).unwrap();
         }
         assert_eq!(b.recv(soon()).unwrap().body, b"abc");
@@ -384,7 +403,10 @@ mod tests {
 
         let (a, mut b) = pair();
         rustix::io::write(&a, FrameHeader::new(5, 0, u32::MAX as usize).as_bytes()).unwrap();
-        assert!(matches!(b.recv(soon()), Err(SocketError::Header(HeaderError::Size { request: 5, .. }))));
+        assert!(matches!(
+            b.recv(soon()),
+            Err(SocketError::Header(HeaderError::Size { request: 5, .. }))
+        ));
     }
 
     #[test]
@@ -404,7 +426,9 @@ mod tests {
     #[test]
     fn a_frame_that_is_sent_in_part_says_so() {
         let (a, _b) = pair();
-        let error = a.send_parts(5, 0, &vec![0; crate::control::frame::MAX_BODY], &[], Instant::now()).unwrap_err();
+        let error = a
+            .send_parts(5, 0, &vec![0; crate::control::frame::MAX_BODY], &[], Instant::now())
+            .unwrap_err();
         assert!(matches!(&error, SocketError::HalfSent { sent, .. } if *sent > 0), "{error}");
         assert!(!error.leaves_in_step());
         // And one of which nothing is sent leaves the socket in step.

@@ -1,7 +1,10 @@
-//! The part of vhost-user that hands over memory: codes, feature bits, and the payloads, which are the vhost crate's.
+//! The part of vhost-user that hands over memory: codes, feature bits, and the payloads, which are
+//! the vhost crate's.
 
 use super::codec::{DecodeError, Decoder};
-pub use vhost::vhost_user::message::{FrontendReq, VhostUserLog, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+pub use vhost::vhost_user::message::{
+    FrontendReq, VhostUserLog, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 
 /// A memory region of `VHOST_USER_SET_MEM_TABLE`, `ADD_MEM_REG` or `REM_MEM_REG`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +37,11 @@ pub fn decode_mem_table(body: &[u8]) -> Result<Vec<Region>, DecodeError> {
     let count = decoder.u32("num_regions")?;
     decoder.u32("padding")?;
     if count as usize > super::frame::MAX_FDS {
-        return Err(DecodeError::Value { field: "num_regions", value: count.into(), allowed: "at most 32" });
+        return Err(DecodeError::Value {
+            field: "num_regions",
+            value: count.into(),
+            allowed: "at most 32",
+        });
     }
     let regions = (0..count).map(|_| decode_region(&mut decoder)).collect::<Result<Vec<_>, _>>()?;
     decoder.finish()?;
@@ -70,7 +77,10 @@ pub fn decode_u64(body: &[u8]) -> Result<u64, DecodeError> {
 /// The field that is wrong.
 pub fn decode_log(body: &[u8]) -> Result<VhostUserLog, DecodeError> {
     let mut decoder = Decoder::new(body);
-    let log = VhostUserLog { mmap_size: decoder.u64("mmap_size")?, mmap_offset: decoder.u64("mmap_offset")? };
+    let log = VhostUserLog {
+        mmap_size: decoder.u64("mmap_size")?,
+        mmap_offset: decoder.u64("mmap_offset")?,
+    };
     decoder.finish()?;
     Ok(log)
 }

@@ -27,8 +27,11 @@ impl Trackers {
     pub const LOG_IS_COMPLETE: Self = Self(1 << 2);
 
     /// All of them with the names that users see.
-    const NAMES: [(Self, &'static str); 3] =
-        [(Self::HOOKS, "hooks"), (Self::WRITE_PROTECT, "write-protect"), (Self::LOG_IS_COMPLETE, "log-is-complete")];
+    const NAMES: [(Self, &'static str); 3] = [
+        (Self::HOOKS, "hooks"),
+        (Self::WRITE_PROTECT, "write-protect"),
+        (Self::LOG_IS_COMPLETE, "log-is-complete"),
+    ];
 
     /// The set as it travels.
     pub const fn bits(self) -> u32 {

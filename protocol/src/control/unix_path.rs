@@ -1,7 +1,7 @@
 //! Paths of UNIX sockets: which are allowed, and connecting to one.
 //!
-//! Agent and client take the same paths. The kernel would take one byte more than [`MAX_SOCKET_PATH`]
-//! from whoever listens, and then nobody could name the path to connect to it.
+//! Agent and client take the same paths. The kernel would take one byte more than
+//! [`MAX_SOCKET_PATH`] from whoever listens, and then nobody could name the path to connect to it.
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -23,8 +23,8 @@ pub enum SocketPathError {
     /// There is none.
     #[error("the socket's path is empty")]
     Empty,
-    /// The kernel would end it there; at the start it would mean an abstract address, which everybody
-    /// may connect to.
+    /// The kernel would end it there; at the start it would mean an abstract address, which
+    /// everybody may connect to.
     #[error("socket path {0:?} has a byte of zero, which no path has")]
     Nul(PathBuf),
     /// It does not fit.
@@ -53,7 +53,8 @@ pub fn socket_address(path: &Path) -> Result<SocketAddrUnix, SocketPathError> {
 /// # Errors
 /// If the path is not allowed, nobody listens there, or the listener takes no connection in time.
 pub fn connect_unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
-    let address = socket_address(path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+    let address =
+        socket_address(path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
     // A connect that waits would wait without an end for a listener that hangs.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -94,7 +95,8 @@ mod tests {
             let path = path_of(folder.path(), length);
             let error = connect_unix(&path, Instant::now()).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
-            let expected = format!("socket path {} has {length} bytes, allowed are 107", path.display());
+            let expected =
+                format!("socket path {} has {length} bytes, allowed are 107", path.display());
             assert_eq!(error.to_string(), expected);
         }
         assert_eq!(socket_address(Path::new("")), Err(SocketPathError::Empty));
@@ -107,7 +109,9 @@ mod tests {
     fn a_listener_that_takes_no_connection_is_waited_for_until_the_deadline_only() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let socket =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .unwrap();
         rustix::net::bind(&socket, &socket_address(&path).unwrap()).unwrap();
         rustix::net::listen(&socket, 0).unwrap();
         let _fills_the_queue = UnixStream::connect(&path).unwrap();

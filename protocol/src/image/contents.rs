@@ -1,8 +1,12 @@
-//! What an image holds, apart from its pages: the blocks, the base of an increment, and the pieces of the VMM's state.
+//! What an image holds, apart from its pages: the blocks, the base of an increment, and the pieces
+//! of the VMM's state.
 //!
-//! Little-endian numbers one after another: the number of blocks (4 bytes), and for each its id (4), zero (4), GPA (8), length (8), granularity (8) and name; the
-//! base's name; the number of pieces of state (4), and for each its length (8) and name. A name is its length (4) and that many bytes of UTF-8. The blocks are in the
-//! order of their GPA, which is that of their pages in the file; any other order is refused. The base's name is a path from the image's own folder, or one from the root; empty if there is none.
+//! Little-endian numbers one after another: the number of blocks (4 bytes), and for each its id
+//! (4), zero (4), GPA (8), length (8), granularity (8) and name; the base's name; the number of
+//! pieces of state (4), and for each its length (8) and name. A name is its length (4) and that
+//! many bytes of UTF-8. The blocks are in the order of their GPA, which is that of their pages in
+//! the file; any other order is refused. The base's name is a path from the image's own folder, or
+//! one from the root; empty if there is none.
 
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use crate::control::hook::{PieceSize, decode_pieces, encode_pieces};
@@ -40,7 +44,12 @@ impl Contents {
     /// The bytes.
     pub fn encode(&self) -> Vec<u8> {
         let block = |encoder: Encoder, block: &BlockGeometry| {
-            let encoder = encoder.u32(block.id).u32(0).u64(block.gpa).u64(block.length).u64(block.granularity);
+            let encoder = encoder
+                .u32(block.id)
+                .u32(0)
+                .u64(block.gpa)
+                .u64(block.length)
+                .u64(block.granularity);
             encoder.text(&block.name)
         };
         let encoder = Encoder::new().u32(self.table.blocks().len() as u32);
@@ -56,14 +65,20 @@ impl Contents {
         let mut decoder = Decoder::new(bytes);
         let count = decoder.u32("blocks")?;
         if count as usize > MAX_BLOCKS {
-            return Err(DecodeError::Value { field: "blocks", value: count.into(), allowed: "at most 512" }.into());
+            return Err(DecodeError::Value {
+                field: "blocks",
+                value: count.into(),
+                allowed: "at most 512",
+            }
+            .into());
         }
         let mut table = BlockTable::new();
         for _ in 0..count {
             let id = decoder.u32("id")?;
             decoder.u32("zero")?;
             let (gpa, length) = (decoder.u64("gpa")?, decoder.u64("length")?);
-            // Another order would be sorted by the table, and put the pages elsewhere than whoever wrote it did.
+            // Another order would be sorted by the table, and put the pages elsewhere than whoever
+            // wrote it did.
             if table.blocks().last().is_some_and(|last: &BlockGeometry| gpa < last.gpa) {
                 let allowed = "at least that of the block before";
                 return Err(DecodeError::Value { field: "gpa", value: gpa, allowed }.into());
@@ -96,7 +111,9 @@ mod tests {
     /// One block after another, each at some distance from the one before.
     fn table(blocks: Vec<(u64, u64, u32, String)>) -> BlockTable {
         let (mut table, mut gpa) = (BlockTable::new(), 0);
-        for ((distance, pages, shift, name), id) in blocks.into_iter().zip((0..1000).rev().step_by(7)) {
+        for ((distance, pages, shift, name), id) in
+            blocks.into_iter().zip((0..1000).rev().step_by(7))
+        {
             gpa += distance * PAGE_SIZE;
             let (name, length) = (format!("{name}{id}"), pages * PAGE_SIZE);
             let block = BlockGeometry { id, name, gpa, length, granularity: PAGE_SIZE << shift };
@@ -108,7 +125,8 @@ mod tests {
 
     fn any_contents() -> impl Strategy<Value = Contents> {
         let blocks = prop::collection::vec((0u64..3, 1u64..1 << 20, 0u32..20, ".{0,40}"), 0..8);
-        let piece = (".{0,60}", 0u64..1 << 25).prop_map(|(name, length)| PieceSize { name, length });
+        let piece =
+            (".{0,60}", 0u64..1 << 25).prop_map(|(name, length)| PieceSize { name, length });
         let pieces = prop::collection::vec(piece, 0..8).prop_map(|mut pieces| {
             // No two have one name.
             pieces.sort_by(|one: &PieceSize, other| one.name.cmp(&other.name));
@@ -151,7 +169,10 @@ mod tests {
 
     fn pieces(count: u32, pieces: &[(u64, &str)]) -> Vec<u8> {
         let encoder = Encoder::new().u32(0).text("").u32(count);
-        pieces.iter().fold(encoder, |encoder, (length, name)| encoder.u64(*length).text(name)).finish()
+        pieces
+            .iter()
+            .fold(encoder, |encoder, (length, name)| encoder.u64(*length).text(name))
+            .finish()
     }
 
     #[test]
@@ -159,7 +180,12 @@ mod tests {
         let mut table = BlockTable::new();
         let (ram, rom) = (("ram", 0, 0x40_0000, 0x20_0000), ("rom", 0x40_0000, 0x1000, 0x1000));
         for (id, (name, gpa, length, granularity)) in [(3, ram), (4, rom)] {
-            table.insert(BlockGeometry { id, name: name.into(), gpa, length, granularity }, MAX_BLOCKS).unwrap();
+            table
+                .insert(
+                    BlockGeometry { id, name: name.into(), gpa, length, granularity },
+                    MAX_BLOCKS,
+                )
+                .unwrap();
         }
         let pieces = vec![PieceSize { name: "vcpu".into(), length: 5 }];
         let contents = Contents { table, base_name: String::new(), pieces };
@@ -200,9 +226,15 @@ mod tests {
             "base name has 4097 bytes, allowed are 4096",
         );
         starts(&pieces(1025, &[]), "pieces is 0x401, allowed: at most 1024");
-        starts(&pieces(1, &[(0, &long(MAX_PIECE_NAME))]), "name of a piece has 256 bytes, allowed are 255");
+        starts(
+            &pieces(1, &[(0, &long(MAX_PIECE_NAME))]),
+            "name of a piece has 256 bytes, allowed are 255",
+        );
         for lengths in [[MAX_STATE, 1], [7, MAX_STATE - 6], [1, u64::MAX]] {
-            let error = format!("length of a piece is {:#x}, allowed: 1 GiB in all pieces together", lengths[1]);
+            let error = format!(
+                "length of a piece is {:#x}, allowed: 1 GiB in all pieces together",
+                lengths[1]
+            );
             starts(&pieces(2, &lengths.map(|length| (length, ""))), &error);
         }
         assert!(Contents::decode(&pieces(2, &[(MAX_STATE - 1, "a"), (1, "b")])).is_ok());
@@ -215,7 +247,10 @@ mod tests {
         unnamed.truncate(unnamed.len() - 4);
         assert_eq!(invalid([vec![1, 0, 0, 0], unnamed].concat()), "name is not UTF-8");
         assert_eq!(invalid(vec![0; 4]), "base name is not UTF-8");
-        assert_eq!(invalid(Encoder::new().u32(0).text("").u32(1).u64(0).finish()), "name of a piece is not UTF-8");
+        assert_eq!(
+            invalid(Encoder::new().u32(0).text("").u32(1).u64(0).finish()),
+            "name of a piece is not UTF-8"
+        );
     }
 
     #[test]
@@ -232,7 +267,10 @@ mod tests {
 
     #[test]
     fn a_count_of_more_than_the_bytes_hold_is_refused_where_they_end() {
-        assert_eq!(refused(&Encoder::new().u32(512).finish()), "body ends in field id: 4 bytes needed, 0 left");
+        assert_eq!(
+            refused(&Encoder::new().u32(512).finish()),
+            "body ends in field id: 4 bytes needed, 0 left"
+        );
         let one_of_many = [vec![0, 2, 0, 0], block(0, 0, "ram")].concat();
         assert_eq!(refused(&one_of_many), "body ends in field id: 4 bytes needed, 0 left");
         let error = refused(&pieces(1024, &[(5, "vcpu")]));
@@ -253,7 +291,10 @@ mod tests {
         });
         let mut table = BlockTable::new();
         blocks.for_each(|block| table.insert(block, MAX_BLOCKS).unwrap());
-        let piece = |id| PieceSize { name: name(id, MAX_PIECE_NAME), length: MAX_STATE / MAX_PIECES as u64 };
+        let piece = |id| PieceSize {
+            name: name(id, MAX_PIECE_NAME),
+            length: MAX_STATE / MAX_PIECES as u64,
+        };
         let pieces: Vec<PieceSize> = (0..MAX_PIECES).map(piece).collect();
         let contents = Contents { table, base_name: name(0, MAX_BASE_NAME), pieces };
         let bytes = contents.encode();

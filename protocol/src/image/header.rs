@@ -18,8 +18,8 @@
 //! | 192 | 3900 | zero |
 //! | 4092 | 4 | CRC-32C of bytes 0 to 4091 |
 //!
-//! A section is its offset (8), its length in bytes (8), the CRC-32C of its bytes (4) and zero (4). That of the pages' checksums has none: each part of it is
-//! checked by the sum of its extent.
+//! A section is its offset (8), its length in bytes (8), the CRC-32C of its bytes (4) and zero (4).
+//! That of the pages' checksums has none: each part of it is checked by the sum of its extent.
 
 use super::{ImageId, checksum};
 use crate::control::job::RunState;
@@ -54,7 +54,8 @@ pub enum SectionKind {
 
 impl SectionKind {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Contents, Self::States, Self::ExtentSums, Self::PageSums, Self::VmmState];
+    pub const ALL: [Self; 5] =
+        [Self::Contents, Self::States, Self::ExtentSums, Self::PageSums, Self::VmmState];
 
     /// The name in errors.
     pub fn name(self) -> &'static str {
@@ -110,13 +111,17 @@ const _: () = assert!(size_of::<WireHeader>() == HEADER_SIZE);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     /// It is something else.
-    #[error("the file is not an image of pageferry: it begins with {found:02x?}, not with {MAGIC:02x?}")]
+    #[error(
+        "the file is not an image of pageferry: it begins with {found:02x?}, not with {MAGIC:02x?}"
+    )]
     Magic {
         /// Its first bytes.
         found: [u8; 8],
     },
     /// It is damaged.
-    #[error("header: checksum is {found:#010x}, that of its bytes is {computed:#010x}: the image is damaged")]
+    #[error(
+        "header: checksum is {found:#010x}, that of its bytes is {computed:#010x}: the image is damaged"
+    )]
     Checksum {
         /// As written.
         found: u32,
@@ -142,7 +147,9 @@ pub enum HeaderError {
         found: u64,
     },
     /// A section does not lie in the file.
-    #[error("header: section {section} is {offset:#x} + {length:#x}, in a file of {file_length:#x} bytes")]
+    #[error(
+        "header: section {section} is {offset:#x} + {length:#x}, in a file of {file_length:#x} bytes"
+    )]
     Section {
         /// Name of the section.
         section: &'static str,
@@ -236,11 +243,25 @@ impl Header {
         };
         let (sections, file_length) = (wire.sections.map(section), wire.file_length.get());
         for (kind, Section { offset, length, .. }) in SectionKind::ALL.into_iter().zip(sections) {
-            if offset < HEADER_SIZE as u64 || offset.checked_add(length).is_none_or(|end| end > file_length) {
-                return Err(HeaderError::Section { section: kind.name(), offset, length, file_length });
+            if offset < HEADER_SIZE as u64
+                || offset.checked_add(length).is_none_or(|end| end > file_length)
+            {
+                return Err(HeaderError::Section {
+                    section: kind.name(),
+                    offset,
+                    length,
+                    file_length,
+                });
             }
         }
-        Ok(Self { id: wire.id, base: wire.base, taken: wire.taken.get(), guest, file_length, sections })
+        Ok(Self {
+            id: wire.id,
+            base: wire.base,
+            taken: wire.taken.get(),
+            guest,
+            file_length,
+            sections,
+        })
     }
 }
 
@@ -252,7 +273,14 @@ mod tests {
     fn header() -> Header {
         let section = Section { offset: 4096, length: 10, checksum: 7 };
         let guest = RunState::Paused;
-        Header { id: [1; 16], base: [2; 16], taken: 5, guest, file_length: 9000, sections: [section; 5] }
+        Header {
+            id: [1; 16],
+            base: [2; 16],
+            taken: 5,
+            guest,
+            file_length: 9000,
+            sections: [section; 5],
+        }
     }
 
     proptest! {
@@ -281,7 +309,12 @@ mod tests {
             header.sections[4] = Section { offset, length, checksum: 0 };
             let bytes: [u8; HEADER_SIZE] = header.to_bytes().try_into().unwrap();
             let error = Header::from_bytes(&bytes).unwrap_err();
-            let expected = HeaderError::Section { section: "state of the VMM", offset, length, file_length: 9000 };
+            let expected = HeaderError::Section {
+                section: "state of the VMM",
+                offset,
+                length,
+                file_length: 9000,
+            };
             assert_eq!(error, expected);
         }
     }

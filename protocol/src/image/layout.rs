@@ -1,8 +1,10 @@
-//! Where pages and sections lie in an image. All but the ends of the contents and of the VMM's state follows from the lengths of the blocks, so images of the same
-//! blocks have each page at the same place.
+//! Where pages and sections lie in an image. All but the ends of the contents and of the VMM's
+//! state follows from the lengths of the blocks, so images of the same blocks have each page at the
+//! same place.
 //!
-//! The header is followed, from 2 MiB on, by the blocks in the order of the table, each rounded up to whole extents; then by the sections, in the order
-//! pages' checksums, states, extents' checksums, contents, VMM state, each from a multiple of 4 KiB on.
+//! The header is followed, from 2 MiB on, by the blocks in the order of the table, each rounded up
+//! to whole extents; then by the sections, in the order pages' checksums, states, extents'
+//! checksums, contents, VMM state, each from a multiple of 4 KiB on.
 
 use super::states::states_size;
 use super::{EXTENT_PAGES, EXTENT_SIZE, MAX_MEMORY};
@@ -53,7 +55,12 @@ impl Layout {
         let mut blocks = Vec::with_capacity(table.blocks().len());
         for block in table.blocks() {
             let data = EXTENT_SIZE * (1 + extents);
-            blocks.push(Place { pages: block.pages(), data, extents_before: extents, states_before: states });
+            blocks.push(Place {
+                pages: block.pages(),
+                data,
+                extents_before: extents,
+                states_before: states,
+            });
             extents += block.pages().div_ceil(EXTENT_PAGES);
             states += states_size(block.pages());
         }
@@ -80,7 +87,8 @@ impl Layout {
         (self.page_sums - EXTENT_SIZE) / EXTENT_SIZE
     }
 
-    /// The number of extent `extent` of the block at index `at` among those of all blocks: its place among the extents' checksums.
+    /// The number of extent `extent` of the block at index `at` among those of all blocks: its
+    /// place among the extents' checksums.
     pub fn extent(&self, at: usize, extent: u64) -> u64 {
         self.blocks[at].extents_before + extent
     }
@@ -140,7 +148,13 @@ mod tests {
         let mut table = BlockTable::new();
         let mut gpa = 0;
         for (id, length) in (0..).zip(lengths) {
-            let block = BlockGeometry { id, name: format!("{id}"), gpa, length: *length, granularity: PAGE_SIZE };
+            let block = BlockGeometry {
+                id,
+                name: format!("{id}"),
+                gpa,
+                length: *length,
+                granularity: PAGE_SIZE,
+            };
             table.insert(block, 512).unwrap();
             gpa += length;
         }
@@ -149,9 +163,16 @@ mod tests {
 
     #[test]
     fn places_follow_from_the_blocks_and_do_not_overlap() {
-        let layout = Layout::new(&table(&[PAGE_SIZE, 3 * EXTENT_SIZE + PAGE_SIZE, EXTENT_SIZE])).unwrap();
-        assert_eq!((layout.page(0, 0), layout.page(1, 0), layout.page(2, 1)), (2 << 20, 4 << 20, (12 << 20) + 4096));
-        assert_eq!((layout.extents(0), layout.extents(1), layout.extents(2), layout.all_extents()), (1, 4, 1, 6));
+        let layout =
+            Layout::new(&table(&[PAGE_SIZE, 3 * EXTENT_SIZE + PAGE_SIZE, EXTENT_SIZE])).unwrap();
+        assert_eq!(
+            (layout.page(0, 0), layout.page(1, 0), layout.page(2, 1)),
+            (2 << 20, 4 << 20, (12 << 20) + 4096)
+        );
+        assert_eq!(
+            (layout.extents(0), layout.extents(1), layout.extents(2), layout.all_extents()),
+            (1, 4, 1, 6)
+        );
         assert_eq!((layout.extent(1, 0), layout.extent(2, 0)), (1, 5));
         assert_eq!(layout.page_sums(), 14 << 20);
         assert_eq!(layout.page_sum(1, 3), (14 << 20) + (512 + 3) * 4);
@@ -165,10 +186,16 @@ mod tests {
     #[test]
     fn the_example_of_the_document_is_right() {
         let layout = Layout::new(&table(&[2 * EXTENT_SIZE, PAGE_SIZE])).unwrap();
-        assert_eq!((layout.page(0, 0), layout.page(0, 5), layout.page(1, 0)), (0x20_0000, 0x20_5000, 0x60_0000));
+        assert_eq!(
+            (layout.page(0, 0), layout.page(0, 5), layout.page(1, 0)),
+            (0x20_0000, 0x20_5000, 0x60_0000)
+        );
         assert_eq!((layout.page_sums(), layout.page_sums_size()), (0x80_0000, 0x1800));
         assert_eq!((layout.page_sum(0, 5), layout.page_sum(1, 0)), (0x80_0014, 0x80_1000));
-        assert_eq!((layout.states(), layout.states_size(), layout.states_of(1)), (0x80_2000, 0x110, 0x100));
+        assert_eq!(
+            (layout.states(), layout.states_size(), layout.states_of(1)),
+            (0x80_2000, 0x110, 0x100)
+        );
         assert_eq!((layout.extent_sums(), layout.extent_sums_size()), (0x80_3000, 0xc));
         assert_eq!(layout.contents(), 0x80_4000);
     }

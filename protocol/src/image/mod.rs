@@ -1,4 +1,5 @@
-//! Images: the memory of a guest, and the state of its VMM, in a file. `docs/image.md` describes the file byte by byte.
+//! Images: the memory of a guest, and the state of its VMM, in a file. `docs/image.md` describes
+//! the file byte by byte.
 //!
 //! - [`header`]: the first 4 KiB, which say where all else lies, and check it;
 //! - [`layout`]: where the pages and the sections lie, which follows from the blocks alone;
@@ -6,9 +7,10 @@
 //! - [`states`]: two bits for each page: content, zero, discarded, or as in the base;
 //! - [`working_set`]: the file beside an image that remembers what a restored guest touched first.
 //!
-//! A page has a fixed place in the file, so several writers need no index, a page can be written again, and a block can be mapped. What is not there
-//! is a hole. Each page has a checksum of its own, so that one that is restored alone can be checked; the checksums of an extent, 2 MiB of pages,
-//! are checked by a sum of theirs, and all else by the header, and that by itself.
+//! A page has a fixed place in the file, so several writers need no index, a page can be written
+//! again, and a block can be mapped. What is not there is a hole. Each page has a checksum of its
+//! own, so that one that is restored alone can be checked; the checksums of an extent, 2 MiB of
+//! pages, are checked by a sum of theirs, and all else by the header, and that by itself.
 
 pub mod contents;
 pub mod header;
@@ -28,7 +30,8 @@ use crate::memory::PAGE_SIZE;
 pub const EXTENT_SIZE: u64 = 2 << 20;
 /// Pages of an extent.
 pub const EXTENT_PAGES: u64 = EXTENT_SIZE / PAGE_SIZE;
-/// Most bytes of memory in one image: 16 TiB. With what else is in the image, that is a little more than a file of ext4 with blocks of 4 KiB holds.
+/// Most bytes of memory in one image: 16 TiB. With what else is in the image, that is a little more
+/// than a file of ext4 with blocks of 4 KiB holds.
 pub const MAX_MEMORY: u64 = 16 << 40;
 
 /// What tells an image from all others.
@@ -45,7 +48,8 @@ pub fn checksum(bytes: &[u8]) -> u32 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
-/// The checksum of an extent: that of the checksums of all its [`EXTENT_PAGES`] pages, in order, zero for pages without content and after the end of the block.
+/// The checksum of an extent: that of the checksums of all its [`EXTENT_PAGES`] pages, in order,
+/// zero for pages without content and after the end of the block.
 pub fn extent_checksum(pages: &[u32]) -> u32 {
     let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
     digest.update(zerocopy::IntoBytes::as_bytes(pages));

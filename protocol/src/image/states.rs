@@ -1,7 +1,8 @@
 //! What an image says of each page.
 //!
-//! 64 pages take 16 bytes: two words, whose bits n are of page n. First word set: the image has the page's content. Second: the page is discarded. Neither:
-//! it is zero. Both: it is as in the base, which only an increment has one of. Bits after the last page of a block are clear.
+//! 64 pages take 16 bytes: two words, whose bits n are of page n. First word set: the image has the
+//! page's content. Second: the page is discarded. Neither: it is zero. Both: it is as in the base,
+//! which only an increment has one of. Bits after the last page of a block are clear.
 
 use crate::control::codec::DecodeError;
 use crate::memory::PageRange;
@@ -41,11 +42,13 @@ pub fn encode_states(words: impl IntoIterator<Item = StateWord>, into: &mut Vec<
     }
 }
 
-/// The states of the pages `range` of a block, which begin with those of a word and end with the block, or with a word: the index in the block of each word that is not all zero, and the
-/// word. `increment` says whether there is a base.
+/// The states of the pages `range` of a block, which begin with those of a word and end with the
+/// block, or with a word: the index in the block of each word that is not all zero, and the word.
+/// `increment` says whether there is a base.
 ///
 /// # Errors
-/// If the bytes are of another number of pages, or a bit is set that no page has, or a page is as in a base that there is none of.
+/// If the bytes are of another number of pages, or a bit is set that no page has, or a page is as
+/// in a base that there is none of.
 pub fn decode_states(
     bytes: &[u8], range: PageRange, increment: bool,
 ) -> Result<impl Iterator<Item = (u64, StateWord)> + '_, DecodeError> {
@@ -66,7 +69,8 @@ pub fn decode_states(
         return refused("last word of the states", last, "no bit after the last page");
     }
     if !increment && let Some(at) = words.iter().position(|word| both(word) != 0) {
-        let page = range.first + at as u64 * WORD_BITS + u64::from(both(&words[at]).trailing_zeros());
+        let page =
+            range.first + at as u64 * WORD_BITS + u64::from(both(&words[at]).trailing_zeros());
         return refused("page that is as in the base", page, "none, since the image has no base");
     }
     let words = (range.first / WORD_BITS..).zip(words).filter(|(_, word)| **word != [0; WORD_SIZE]);
@@ -118,10 +122,15 @@ mod tests {
         encode_states([StateWord { unchanged: 4, ..StateWord::default() }], &mut bytes);
         for (first, page) in [(0, "0x2"), (1 << 22, "0x400002")] {
             let error = decode_states(&bytes, PageRange::new(first, 64), false).err().unwrap();
-            let expected = format!("page that is as in the base is {page}, allowed: none, since the image has no base");
+            let expected = format!(
+                "page that is as in the base is {page}, allowed: none, since the image has no base"
+            );
             assert_eq!(error.to_string(), expected);
         }
         let error = decode_states(&bytes, PageRange::new(0, 2), true).err().unwrap();
-        assert_eq!(error.to_string(), "last word of the states is 0x4, allowed: no bit after the last page");
+        assert_eq!(
+            error.to_string(),
+            "last word of the states is 0x4, allowed: no bit after the last page"
+        );
     }
 }

@@ -1,7 +1,9 @@
-//! The file beside an image that remembers which pages a restored guest touched, and in which order.
+//! The file beside an image that remembers which pages a restored guest touched, and in which
+//! order.
 //!
-//! Its magic, `PFwkset` and a zero byte (8 bytes); version, 1 (4); the number of runs (4); the id of the image (16); the runs, each a block (4), zero (4), its first page (8) and
-//! their number (8), in the order of the first touch; the CRC-32C of all before it (4).
+//! Its magic, `PFwkset` and a zero byte (8 bytes); version, 1 (4); the number of runs (4); the id
+//! of the image (16); the runs, each a block (4), zero (4), its first page (8) and their number
+//! (8), in the order of the first touch; the CRC-32C of all before it (4).
 
 use super::{ImageId, checksum};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
@@ -52,7 +54,8 @@ impl WorkingSet {
     /// The bytes. Runs after [`MAX_RUNS`] are left out.
     pub fn encode(&self) -> Vec<u8> {
         let runs = &self.runs[..self.runs.len().min(MAX_RUNS)];
-        let head = Encoder::new().bytes(&MAGIC).u32(VERSION).u32(runs.len() as u32).bytes(&self.image);
+        let head =
+            Encoder::new().bytes(&MAGIC).u32(VERSION).u32(runs.len() as u32).bytes(&self.image);
         let run = |encoder: Encoder, (block, range): &(u32, PageRange)| {
             encoder.u32(*block).u32(0).u64(range.first).u64(range.count)
         };
@@ -78,7 +81,12 @@ impl WorkingSet {
         }
         let version = decoder.u32("version")?;
         if version != VERSION {
-            return Err(DecodeError::Value { field: "version", value: version.into(), allowed: "1" }.into());
+            return Err(DecodeError::Value {
+                field: "version",
+                value: version.into(),
+                allowed: "1",
+            }
+            .into());
         }
         let count = decoder.u32("runs")?;
         let image = decoder.array("image")?;
@@ -105,12 +113,19 @@ mod tests {
     fn any_working_set() -> impl Strategy<Value = WorkingSet> {
         let run = (any::<u32>(), any::<u64>(), any::<u64>());
         let run = run.prop_map(|(block, first, count)| (block, PageRange::new(first, count)));
-        (any::<ImageId>(), prop::collection::vec(run, 0..40)).prop_map(|(image, runs)| WorkingSet { image, runs })
+        (any::<ImageId>(), prop::collection::vec(run, 0..40))
+            .prop_map(|(image, runs)| WorkingSet { image, runs })
     }
 
     /// A file that says it has `count` runs, with a checksum that is right.
     fn sealed(version: u32, count: u32, runs: &[u8]) -> Vec<u8> {
-        let mut bytes = Encoder::new().bytes(&MAGIC).u32(version).u32(count).bytes(&[7; 16]).bytes(runs).finish();
+        let mut bytes = Encoder::new()
+            .bytes(&MAGIC)
+            .u32(version)
+            .u32(count)
+            .bytes(&[7; 16])
+            .bytes(runs)
+            .finish();
         bytes.extend_from_slice(&checksum(&bytes).to_le_bytes());
         bytes
     }
@@ -135,7 +150,10 @@ mod tests {
         let runs = (0..=MAX_RUNS as u64).map(|first| (0, PageRange::new(first, 1))).collect();
         let bytes = WorkingSet { image: [7; 16], runs }.encode();
         assert_eq!(bytes.len() as u64, MAX_SIZE);
-        assert_eq!(WorkingSet::decode(&bytes).unwrap().runs.last(), Some(&(0, PageRange::new(MAX_RUNS as u64 - 1, 1))));
+        assert_eq!(
+            WorkingSet::decode(&bytes).unwrap().runs.last(),
+            Some(&(0, PageRange::new(MAX_RUNS as u64 - 1, 1)))
+        );
     }
 
     #[test]
@@ -155,20 +173,30 @@ mod tests {
             let error = WorkingSet::decode(&sealed(VERSION, count, runs)).unwrap_err();
             let allowed = "at most 2^20, and as many as the file holds";
             assert_eq!(error.to_string(), "working set");
-            assert_eq!(error.source().unwrap().to_string(), format!("runs is {count:#x}, allowed: {allowed}"));
+            assert_eq!(
+                error.source().unwrap().to_string(),
+                format!("runs is {count:#x}, allowed: {allowed}")
+            );
         }
     }
 
     #[test]
     fn what_is_something_else_is_told_from_what_is_damaged_or_newer() {
         assert_eq!(WorkingSet::decode(b"PFimage\0"), Err(WorkingSetError::Magic));
-        let field = |bytes: &[u8]| WorkingSet::decode(bytes).unwrap_err().source().unwrap().to_string();
+        let field =
+            |bytes: &[u8]| WorkingSet::decode(bytes).unwrap_err().source().unwrap().to_string();
         assert_eq!(field(b"PF"), "body ends in field magic: 8 bytes needed, 2 left");
-        assert_eq!(field(&sealed(VERSION, 0, &[])[..HEAD]), "body ends in field checksum: 4 bytes needed, 0 left");
+        assert_eq!(
+            field(&sealed(VERSION, 0, &[])[..HEAD]),
+            "body ends in field checksum: 4 bytes needed, 0 left"
+        );
         assert_eq!(field(&sealed(2, 0, &[])), "version is 0x2, allowed: 1");
         let mut bytes = sealed(VERSION, 0, &[]);
         let computed = checksum(&bytes[..HEAD]);
         bytes[HEAD] ^= 1;
-        assert_eq!(WorkingSet::decode(&bytes), Err(WorkingSetError::Checksum { found: computed ^ 1, computed }));
+        assert_eq!(
+            WorkingSet::decode(&bytes),
+            Err(WorkingSetError::Checksum { found: computed ^ 1, computed })
+        );
     }
 }

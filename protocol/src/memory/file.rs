@@ -31,8 +31,8 @@ pub struct MemoryFile {
     pub host_page_size: u64,
     /// True if the file cannot shrink (`F_SEAL_SHRINK`).
     pub sealed: bool,
-    /// True unless the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`): then no guest can
-    /// come into it, since nothing can be written to it or freed in it.
+    /// True unless the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`): then
+    /// no guest can come into it, since nothing can be written to it or freed in it.
     pub writable: bool,
 }
 
@@ -135,8 +135,8 @@ impl MemoryFile {
     }
 }
 
-/// Refuses what `open` or `fcntl` has set on the descriptor, if reading, writing and punching at a place would
-/// not do what they say.
+/// Refuses what `open` or `fcntl` has set on the descriptor, if reading, writing and punching at a
+/// place would not do what they say.
 fn check_flags(flags: OFlags) -> Result<(), MemoryFileError> {
     if flags.contains(OFlags::PATH) {
         return Err(MemoryFileError::Access { mode: "O_PATH" });
@@ -148,7 +148,11 @@ fn check_flags(flags: OFlags) -> Result<(), MemoryFileError> {
         _ => return Err(MemoryFileError::Access { mode: "with access mode 3" }),
     }
     let refused = [
-        (OFlags::APPEND, "O_APPEND", "Linux then writes at the end of the file, wherever pwrite is to"),
+        (
+            OFlags::APPEND,
+            "O_APPEND",
+            "Linux then writes at the end of the file, wherever pwrite is to",
+        ),
         (
             OFlags::DIRECT,
             "O_DIRECT",
@@ -161,8 +165,8 @@ fn check_flags(flags: OFlags) -> Result<(), MemoryFileError> {
     }
 }
 
-/// Refuses a file that has no `read` or `write`, whatever the descriptor says. Reads and writes no byte of it.
-/// A memfd that is sealed against writing has both; see [`MemoryFile::writable`].
+/// Refuses a file that has no `read` or `write`, whatever the descriptor says. Reads and writes no
+/// byte of it. A memfd that is sealed against writing has both; see [`MemoryFile::writable`].
 fn check_usable(fd: BorrowedFd<'_>, kind: BackingKind) -> Result<(), MemoryFileError> {
     // Of no bytes: says only whether the file system has the call at all.
     if rustix::io::pread(fd, &mut [0u8; 0][..], 0).is_err() {
@@ -193,7 +197,8 @@ mod tests {
     #[test]
     fn host_page_size_is_that_of_the_file() {
         assert_eq!(check(&memfd(1), 0, PAGE_SIZE).unwrap().host_page_size, PAGE_SIZE);
-        match memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) {
+        match memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)
+        {
             Ok(huge) => assert_eq!(check(&huge, 0, 0).unwrap().host_page_size, 2 << 20),
             Err(errno) => {
                 assert!(
@@ -208,7 +213,10 @@ mod tests {
     #[test]
     fn a_file_that_cannot_hold_the_block_is_refused_with_its_size() {
         let error = check(&memfd(4), 0x1000, 4 * PAGE_SIZE).unwrap_err();
-        assert_eq!(error.to_string(), "file of 0x4000 bytes is shorter than fd_offset 0x1000 + length 0x4000");
+        assert_eq!(
+            error.to_string(),
+            "file of 0x4000 bytes is shorter than fd_offset 0x1000 + length 0x4000"
+        );
         assert!(matches!(check(&memfd(4), u64::MAX, 2), Err(MemoryFileError::Short { .. })));
         assert!(matches!(check(&memfd(4), 1, PAGE_SIZE), Err(MemoryFileError::Unaligned { .. })));
         let (pipe, _write) = rustix::pipe::pipe().unwrap();
@@ -256,6 +264,9 @@ mod tests {
         // What was set after it was made counts as well.
         let append = memfd(1);
         rustix::fs::fcntl_setfl(&append, OFlags::APPEND).unwrap();
-        assert!(matches!(check(&append, 0, PAGE_SIZE), Err(MemoryFileError::Flag { flag: "O_APPEND", .. })));
+        assert!(matches!(
+            check(&append, 0, PAGE_SIZE),
+            Err(MemoryFileError::Flag { flag: "O_APPEND", .. })
+        ));
     }
 }

@@ -1,6 +1,7 @@
 //! What a block is, and which sets of blocks are valid.
 //!
-//! The same check runs wherever a set of blocks is formed: when a VMM adds a block, and when a peer's table arrives.
+//! The same check runs wherever a set of blocks is formed: when a VMM adds a block, and when a
+//! peer's table arrives.
 
 use super::{PAGE_SIZE, pages_in};
 
@@ -14,10 +15,12 @@ pub const MAX_MEM_SLOTS: usize = 509;
 /// Longest name of a block in bytes of UTF-8.
 pub const MAX_NAME: usize = 255;
 
-/// Largest block: 2^50 bytes. Keeps every page index within the 40 bits that the agent's fence packs it into.
+/// Largest block: 2^50 bytes. Keeps every page index within the 40 bits that the agent's fence
+/// packs it into.
 pub const MAX_BLOCK_LENGTH: u64 = 1 << 50;
 
-/// Where a block lies in the guest, and the units that it is discarded in. Says nothing of its backing.
+/// Where a block lies in the guest, and the units that it is discarded in. Says nothing of its
+/// backing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockGeometry {
     /// Chosen by the VMM, unique among its blocks, the same on source and destination.
@@ -28,7 +31,8 @@ pub struct BlockGeometry {
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Unit of discards and populates in bytes: a power of two, at least a page. Where the backing's host page is larger, that is the unit.
+    /// Unit of discards and populates in bytes: a power of two, at least a page. Where the
+    /// backing's host page is larger, that is the unit.
     pub granularity: u64,
 }
 
@@ -76,7 +80,9 @@ pub enum GeometryError {
         length: u64,
     },
     /// The granularity is no power of two, or less than a page.
-    #[error("block {id}: granularity {granularity:#x} is not a power of two of at least {PAGE_SIZE:#x}")]
+    #[error(
+        "block {id}: granularity {granularity:#x} is not a power of two of at least {PAGE_SIZE:#x}"
+    )]
     Granularity {
         /// The block.
         id: u32,
@@ -110,7 +116,9 @@ pub enum GeometryError {
         other: u32,
     },
     /// Two blocks share guest addresses.
-    #[error("block {id}: {gpa:#x} + {length:#x} overlaps block {other} at {other_gpa:#x} + {other_length:#x}")]
+    #[error(
+        "block {id}: {gpa:#x} + {length:#x} overlaps block {other} at {other_gpa:#x} + {other_length:#x}"
+    )]
     Overlap {
         /// The block.
         id: u32,
@@ -135,7 +143,8 @@ pub enum GeometryError {
     },
 }
 
-/// A valid set of blocks: ids and names unique, no two of them overlapping. Kept in order of the GPA.
+/// A valid set of blocks: ids and names unique, no two of them overlapping. Kept in order of the
+/// GPA.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BlockTable {
     blocks: Vec<BlockGeometry>,
@@ -243,25 +252,42 @@ mod tests {
         }
         let order: Vec<u32> = table.blocks().iter().map(|block| block.id).collect();
         assert_eq!(order, [2, 3, 1]);
-        assert!(matches!(refused(&mut table, block(4, 0x9000, 0x1000)), GeometryError::TooMany { limit: 3, .. }));
+        assert!(matches!(
+            refused(&mut table, block(4, 0x9000, 0x1000)),
+            GeometryError::TooMany { limit: 3, .. }
+        ));
     }
 
     #[test]
     fn what_breaks_a_rule_is_refused_with_its_numbers() {
         let mut table = BlockTable::new();
         table.insert(block(1, 0x10000, 0x10000), 3).unwrap();
-        for (gpa, length) in [(0x8000, 0x9000), (0x1f000, 0x1000), (0x14000, 0x1000), (0x8000, 0x20000)] {
+        for (gpa, length) in
+            [(0x8000, 0x9000), (0x1f000, 0x1000), (0x14000, 0x1000), (0x8000, 0x20000)]
+        {
             let error = refused(&mut table, block(2, gpa, length));
             assert!(matches!(error, GeometryError::Overlap { other: 1, .. }), "{error}");
             assert!(error.to_string().contains(&format!("{gpa:#x}")), "{error}");
         }
-        assert!(matches!(refused(&mut table, block(1, 0, 0x1000)), GeometryError::DuplicateId { .. }));
+        assert!(matches!(
+            refused(&mut table, block(1, 0, 0x1000)),
+            GeometryError::DuplicateId { .. }
+        ));
         let twin = BlockGeometry { name: "ram1".into(), ..block(2, 0, 0x1000) };
         assert!(matches!(refused(&mut table, twin), GeometryError::DuplicateName { other: 1, .. }));
-        assert!(matches!(refused(&mut table, block(2, 0x10, 0x1000)), GeometryError::Unaligned { field: "gpa", .. }));
-        assert!(matches!(refused(&mut table, block(2, 0, 0x10)), GeometryError::Unaligned { field: "length", .. }));
+        assert!(matches!(
+            refused(&mut table, block(2, 0x10, 0x1000)),
+            GeometryError::Unaligned { field: "gpa", .. }
+        ));
+        assert!(matches!(
+            refused(&mut table, block(2, 0, 0x10)),
+            GeometryError::Unaligned { field: "length", .. }
+        ));
         assert!(matches!(refused(&mut table, block(2, 0, 0)), GeometryError::Length { .. }));
-        assert!(matches!(refused(&mut table, block(2, !0xfff, 0x2000)), GeometryError::Overflow { .. }));
+        assert!(matches!(
+            refused(&mut table, block(2, !0xfff, 0x2000)),
+            GeometryError::Overflow { .. }
+        ));
         let odd = BlockGeometry { granularity: 0x3000, ..block(2, 0, 0x1000) };
         assert!(matches!(refused(&mut table, odd), GeometryError::Granularity { .. }));
         let unnamed = BlockGeometry { name: String::new(), ..block(2, 0, 0x1000) };

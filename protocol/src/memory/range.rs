@@ -1,11 +1,12 @@
 //! Ranges of pages within one block, and how byte ranges become page ranges.
 //!
-//! `round-safely` lives here: a discard rounds *inward*, so that a partly covered page still migrates; a populate rounds
-//! *outward*, so that a partly covered page is safe to use.
+//! `round-safely` lives here: a discard rounds *inward*, so that a partly covered page still
+//! migrates; a populate rounds *outward*, so that a partly covered page is safe to use.
 
 use super::{PAGE_SHIFT, PAGE_SIZE};
 
-/// A run of pages within one block: `count` pages from page index `first`, which is relative to the block.
+/// A run of pages within one block: `count` pages from page index `first`, which is relative to the
+/// block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct PageRange {
     /// Index of the first page, relative to the start of the block.
@@ -26,7 +27,9 @@ pub enum RangeError {
         length: u64,
     },
     /// The range ends after the block.
-    #[error("range offset {offset:#x} + length {length:#x} ends outside the block of {block_length:#x} bytes")]
+    #[error(
+        "range offset {offset:#x} + length {length:#x} ends outside the block of {block_length:#x} bytes"
+    )]
     Outside {
         /// Offset in bytes within the block.
         offset: u64,
@@ -48,7 +51,8 @@ impl PageRange {
         Self { first, count }
     }
 
-    /// The first page after the range. Saturates, so that a lying peer's numbers cannot wrap around.
+    /// The first page after the range. Saturates, so that a lying peer's numbers cannot wrap
+    /// around.
     pub const fn end(&self) -> u64 {
         self.first.saturating_add(self.count)
     }
@@ -88,14 +92,18 @@ impl PageRange {
         }
     }
 
-    /// The whole units of `unit` bytes that lie inside `offset..offset + length` (`round-safely`: discards).
+    /// The whole units of `unit` bytes that lie inside `offset..offset + length` (`round-safely`:
+    /// discards).
     ///
-    /// `unit` is a power of two and a multiple of the page size: a block's discard granularity. Where the block ends
-    /// before a unit does, the rest of the block counts as a whole unit. The result may be empty.
+    /// `unit` is a power of two and a multiple of the page size: a block's discard granularity.
+    /// Where the block ends before a unit does, the rest of the block counts as a whole unit. The
+    /// result may be empty.
     ///
     /// # Errors
     /// If the bytes are not inside a block of `block_length` bytes.
-    pub fn inward(offset: u64, length: u64, unit: u64, block_length: u64) -> Result<Self, RangeError> {
+    pub fn inward(
+        offset: u64, length: u64, unit: u64, block_length: u64,
+    ) -> Result<Self, RangeError> {
         let end = checked_end(offset, length, block_length)?;
         debug_assert!(unit.is_power_of_two() && unit >= PAGE_SIZE);
         let start = offset.checked_next_multiple_of(unit).unwrap_or(block_length);
@@ -104,11 +112,14 @@ impl PageRange {
         Ok(Self::new(first, last.saturating_sub(first)))
     }
 
-    /// The units of `unit` bytes that touch `offset..offset + length`, cut at the end of the block (`round-safely`: populates).
+    /// The units of `unit` bytes that touch `offset..offset + length`, cut at the end of the block
+    /// (`round-safely`: populates).
     ///
     /// # Errors
     /// If the bytes are not inside a block of `block_length` bytes.
-    pub fn outward(offset: u64, length: u64, unit: u64, block_length: u64) -> Result<Self, RangeError> {
+    pub fn outward(
+        offset: u64, length: u64, unit: u64, block_length: u64,
+    ) -> Result<Self, RangeError> {
         let end = checked_end(offset, length, block_length)?;
         debug_assert!(unit.is_power_of_two() && unit >= PAGE_SIZE);
         if length == 0 {
@@ -166,7 +177,10 @@ mod tests {
     fn a_range_outside_the_block_names_its_numbers() {
         let error = PageRange::inward(BLOCK, 4096, PAGE_SIZE, BLOCK).unwrap_err();
         assert!(error.to_string().contains("0x1000000"), "{error}");
-        assert!(matches!(PageRange::outward(u64::MAX, 2, PAGE_SIZE, BLOCK), Err(RangeError::Overflow { .. })));
+        assert!(matches!(
+            PageRange::outward(u64::MAX, 2, PAGE_SIZE, BLOCK),
+            Err(RangeError::Overflow { .. })
+        ));
     }
 
     proptest! {

@@ -2,11 +2,13 @@
 //!
 //! # Orders
 //!
-//! Every change is one atomic read-modify-write per word and none is split, so no bit is ever lost: a bit that is set
-//! while another thread takes the word is either in what that thread took or still in the bitmap afterwards.
-//! [`Bitmap::take_word`] is sequentially consistent, since `clear-then-read` (clear, then read) needs the taking to come before
-//! the reading that follows, and setters release what they wrote before. Scans skip words that they load as zero: whoever must see
-//! a bit has to be ordered after its setter by other means (the pause of the guest, or the pass after).
+//! Every change is one atomic read-modify-write per word and none is split, so no bit is ever lost:
+//! a bit that is set while another thread takes the word is either in what that thread took or
+//! still in the bitmap afterwards. [`Bitmap::take_word`] is sequentially consistent, since
+//! `clear-then-read` (clear, then read) needs the taking to come before the reading that follows,
+//! and setters release what they wrote before. Scans skip words that they load as zero: whoever
+//! must see a bit has to be ordered after its setter by other means (the pause of the guest, or the
+//! pass after).
 //!
 //! Bits past the last page may be set by whoever shares the memory, and are never reported.
 
@@ -19,7 +21,8 @@ pub const WORD_BITS: u64 = 64;
 
 /// Memory that holds the words of a bitmap, and perhaps knows which of them were never set.
 pub trait Words: Deref<Target = [AtomicU64]> {
-    /// The first run of words in `span` of which any may be other than zero; `None` if there is none.
+    /// The first run of words in `span` of which any may be other than zero; `None` if there is
+    /// none.
     fn next_touched(&self, span: Range<u64>) -> Option<Range<u64>> {
         (!span.is_empty()).then_some(span)
     }
@@ -98,7 +101,8 @@ impl<W: Words> Bitmap<W> {
         self.word_ref(index).map_or(0, |word| word.load(Ordering::Acquire) & self.valid(index))
     }
 
-    /// Takes and clears the word that covers pages `64 * index ..`. A word that is zero is only loaded.
+    /// Takes and clears the word that covers pages `64 * index ..`. A word that is zero is only
+    /// loaded.
     pub fn take_word(&self, index: u64) -> u64 {
         self.take_bits(index, u64::MAX)
     }
@@ -110,10 +114,15 @@ impl<W: Words> Bitmap<W> {
         if word.load(Ordering::Relaxed) & mask == 0 {
             return 0;
         }
-        if mask == u64::MAX { word.swap(0, Ordering::SeqCst) } else { word.fetch_and(!mask, Ordering::SeqCst) & mask }
+        if mask == u64::MAX {
+            word.swap(0, Ordering::SeqCst)
+        } else {
+            word.fetch_and(!mask, Ordering::SeqCst) & mask
+        }
     }
 
-    /// Sets the bits of `bits` in the word that covers pages `64 * index ..`; returns those that were clear before.
+    /// Sets the bits of `bits` in the word that covers pages `64 * index ..`; returns those that
+    /// were clear before.
     pub fn or_word(&self, index: u64, bits: u64) -> u64 {
         let bits = bits & self.valid(index);
         match self.word_ref(index) {
@@ -125,14 +134,18 @@ impl<W: Words> Bitmap<W> {
     #[inline]
     fn set_bits(&self, index: u64, word: &AtomicU64, bits: u64) -> u64 {
         // An exchange is one instruction, where a fetch-or whose result is wanted is a loop.
-        let before =
-            if bits == u64::MAX { word.swap(bits, Ordering::AcqRel) } else { word.fetch_or(bits, Ordering::AcqRel) };
+        let before = if bits == u64::MAX {
+            word.swap(bits, Ordering::AcqRel)
+        } else {
+            word.fetch_or(bits, Ordering::AcqRel)
+        };
         // After the bit: whoever is told that the word was touched finds it.
         self.words.touched(index);
         bits & !before
     }
 
-    /// Sets 64 pages from any page `first`, which need not be the first of a word, by the bits of `bits`.
+    /// Sets 64 pages from any page `first`, which need not be the first of a word, by the bits of
+    /// `bits`.
     pub fn or_at(&self, first: u64, bits: u64) {
         let (index, shift) = (first / WORD_BITS, first % WORD_BITS);
         self.or_word(index, bits << shift);
@@ -147,17 +160,22 @@ impl<W: Words> Bitmap<W> {
         let range = range.intersection(&self.all());
         let Some(words) = self.words.get(span.start as usize..span.end as usize) else { return 0 };
         let each = (span.start..).zip(words);
-        each.map(|(index, word)| u64::from(self.set_bits(index, word, mask_of(&range, index)).count_ones())).sum()
+        each.map(|(index, word)| {
+            u64::from(self.set_bits(index, word, mask_of(&range, index)).count_ones())
+        })
+        .sum()
     }
 
-    /// Clears all pages of `range`; returns how many were set before. Words without such a page are only loaded.
+    /// Clears all pages of `range`; returns how many were set before. Words without such a page are
+    /// only loaded.
     pub fn clear(&self, range: PageRange) -> u64 {
         let mut cleared = 0;
         self.take(range, |_, bits| cleared += u64::from(bits.count_ones()));
         cleared
     }
 
-    /// Takes and clears all pages of `range`; hands out each word that had any: its index and the bits taken.
+    /// Takes and clears all pages of `range`; hands out each word that had any: its index and the
+    /// bits taken.
     pub fn take(&self, range: PageRange, mut found: impl FnMut(u64, u64)) {
         for (index, _) in self.nonzero_words(range) {
             let bits = self.take_bits(index, mask_of(&range, index));
@@ -201,7 +219,13 @@ impl<W: Words> Bitmap<W> {
         let span = self.word_span(&range);
         // To ask what was touched costs more than to read a few words.
         let until = if span.end - span.start < FEW_WORDS { span.end } else { span.start };
-        NonzeroWords { bitmap: self, range: range.intersection(&self.all()), next: span.start, until, end: span.end }
+        NonzeroWords {
+            bitmap: self,
+            range: range.intersection(&self.all()),
+            next: span.start,
+            until,
+            end: span.end,
+        }
     }
 }
 
@@ -229,10 +253,12 @@ impl<W: Words> Iterator for NonzeroWords<'_, W> {
         while self.next < self.end {
             if self.next >= self.until {
                 let touched = self.bitmap.words.next_touched(self.next..self.end);
-                (self.next, self.until) = touched.map_or((self.end, self.end), |words| (words.start, words.end));
+                (self.next, self.until) =
+                    touched.map_or((self.end, self.end), |words| (words.start, words.end));
                 continue;
             }
-            let rest = self.bitmap.words.get(self.next as usize..self.until as usize).unwrap_or_default();
+            let rest =
+                self.bitmap.words.get(self.next as usize..self.until as usize).unwrap_or_default();
             let Some(skipped) = zero_words(rest) else {
                 self.next = self.until;
                 continue;
@@ -251,7 +277,9 @@ impl<W: Words> Iterator for NonzeroWords<'_, W> {
 /// How many words are zero before the first that is not; `None` if all are.
 fn zero_words(words: &[AtomicU64]) -> Option<usize> {
     let (groups, _) = words.as_chunks::<GROUP>();
-    let any = |group: &[AtomicU64; GROUP]| group.iter().fold(0, |any, word| any | word.load(Ordering::Relaxed)) != 0;
+    let any = |group: &[AtomicU64; GROUP]| {
+        group.iter().fold(0, |any, word| any | word.load(Ordering::Relaxed)) != 0
+    };
     let skipped = groups.iter().position(any).unwrap_or(groups.len()) * GROUP;
     let rest = words[skipped..].iter().position(|word| word.load(Ordering::Relaxed) != 0)?;
     Some(skipped + rest)

@@ -124,13 +124,19 @@ mod tests {
         assert_eq!(first.check(), Ok(()));
         assert!(word.revoke(1) && !word.revoke(1));
         let error = first.check().unwrap_err();
-        assert_eq!(error.to_string(), "this agent was replaced: it is number 1 of its VMM, which has given it up");
+        assert_eq!(
+            error.to_string(),
+            "this agent was replaced: it is number 1 of its VMM, which has given it up"
+        );
         word.admit(2);
         // A late word about the first does not touch the second.
         assert!(!word.revoke(1));
         assert_eq!((word.current(), second.check()), (2, Ok(())));
         let error = first.check().unwrap_err();
-        assert_eq!(error.to_string(), "this agent was replaced: it is number 1 of its VMM, which has number 2 now");
+        assert_eq!(
+            error.to_string(),
+            "this agent was replaced: it is number 1 of its VMM, which has number 2 now"
+        );
     }
 
     #[test]

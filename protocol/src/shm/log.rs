@@ -1,11 +1,13 @@
-//! The dirty log: one bit per guest physical page, in the layout that vhost defines for `VHOST_USER_SET_LOG_BASE`:
+//! The dirty log: one bit per guest physical page, in the layout that vhost defines for
+//! `VHOST_USER_SET_LOG_BASE`:
 //!
 //! ```text
 //! page = gpa / 4096;  log[page / 8] |= 1 << (page % 8)
 //! ```
 //!
-//! Read as little-endian 64-bit words that is bit `page % 64` of word `page / 64`, so one atomic operation handles 64 pages.
-//! Whoever writes guest memory sets the bit *after* the write; whoever migrates takes the bit *before* the read (`clear-then-read`).
+//! Read as little-endian 64-bit words that is bit `page % 64` of word `page / 64`, so one atomic
+//! operation handles 64 pages. Whoever writes guest memory sets the bit *after* the write; whoever
+//! migrates takes the bit *before* the read (`clear-then-read`).
 
 use super::bitmap::WORD_BITS;
 use super::{Bitmap, MappedBitmap, MappedWords, MappingError};
@@ -52,8 +54,9 @@ impl DirtyLog {
         self.bits.set(pages);
     }
 
-    /// Takes the bits of the guest pages `pages` and sets them in `into`, whose page 0 is `pages.first`. Bits of other guest pages, even
-    /// in the same word, stay. Returns how many bits were taken.
+    /// Takes the bits of the guest pages `pages` and sets them in `into`, whose page 0 is
+    /// `pages.first`. Bits of other guest pages, even in the same word, stay. Returns how many bits
+    /// were taken.
     pub fn drain_into(&self, pages: PageRange, into: &MappedBitmap) -> u64 {
         let mut taken = 0;
         self.drain(pages, |first, bits| {
@@ -63,7 +66,8 @@ impl DirtyLog {
         taken
     }
 
-    /// Takes the bits of `pages` and hands them out, 64 at most at a time: the page (relative to `pages.first`) of bit 0, and the bits.
+    /// Takes the bits of `pages` and hands them out, 64 at most at a time: the page (relative to
+    /// `pages.first`) of bit 0, and the bits.
     fn drain(&self, pages: PageRange, mut found: impl FnMut(u64, u64)) {
         self.bits.take(pages, |index, bits| {
             let word_first = index * WORD_BITS;

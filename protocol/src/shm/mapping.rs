@@ -1,7 +1,8 @@
 //! The memory under a bitmap: anonymous pages, or a memfd shared between a VMM and its agent.
 //!
-//! A file that shrinks under its mapping turns an access into SIGBUS, so the file's size is checked first and
-//! the side that does not trust the other asks for `F_SEAL_SHRINK` or guards the mapping (see the agent's bus guard).
+//! A file that shrinks under its mapping turns an access into SIGBUS, so the file's size is checked
+//! first and the side that does not trust the other asks for `F_SEAL_SHRINK` or guards the mapping
+//! (see the agent's bus guard).
 #![allow(unsafe_code)]
 
 use super::bitmap::Words;
@@ -61,7 +62,8 @@ pub struct MappedWords {
     offset: u64,
 }
 
-// SAFETY: the memory is only reached as atomics, which any thread may use, and stays mapped until drop.
+// SAFETY: the memory is only reached as atomics, which any thread may use, and stays mapped until
+// drop.
 unsafe impl Send for MappedWords {}
 // SAFETY: as above.
 unsafe impl Sync for MappedWords {}
@@ -76,19 +78,28 @@ impl MappedWords {
         let bytes = addressable(length)?;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
-        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags) };
+        let start = unsafe {
+            mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags)
+        };
         let start = start.map_err(|source| MappingError::Kernel { length, source })?;
-        Ok(Self { start: start.cast(), words: bytes / 8, touched: Touched::summary(bytes as u64 / 8), offset: 0 })
+        Ok(Self {
+            start: start.cast(),
+            words: bytes / 8,
+            touched: Touched::summary(bytes as u64 / 8),
+            offset: 0,
+        })
     }
 
-    /// The words of `length` bytes of `fd` from `offset`, shared with everyone who maps the file. A length that is no
-    /// multiple of 8 is rounded up: the rest lies in the same page of the file and reads as zero.
+    /// The words of `length` bytes of `fd` from `offset`, shared with everyone who maps the file. A
+    /// length that is no multiple of 8 is rounded up: the rest lies in the same page of the file
+    /// and reads as zero.
     ///
     /// # Errors
-    /// If the descriptor cannot both read and write, the file is shorter than that, the offset is not a multiple
-    /// of the page size, or the kernel refuses.
+    /// If the descriptor cannot both read and write, the file is shorter than that, the offset is
+    /// not a multiple of the page size, or the kernel refuses.
     pub fn shared(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<Self, MappingError> {
-        let flags = rustix::fs::fcntl_getfl(fd).map_err(|source| MappingError::Kernel { length, source })?;
+        let flags = rustix::fs::fcntl_getfl(fd)
+            .map_err(|source| MappingError::Kernel { length, source })?;
         // All else that may be set on it, such as O_APPEND, changes nothing for a mapping.
         if flags.contains(OFlags::PATH) || flags & OFlags::ACCMODE != OFlags::RDWR {
             return Err(MappingError::Access);
@@ -96,7 +107,9 @@ impl MappedWords {
         Self::map_shared(fd, offset, length, ProtFlags::READ | ProtFlags::WRITE)
     }
 
-    fn map_shared(fd: BorrowedFd<'_>, offset: u64, length: u64, protection: ProtFlags) -> Result<Self, MappingError> {
+    fn map_shared(
+        fd: BorrowedFd<'_>, offset: u64, length: u64, protection: ProtFlags,
+    ) -> Result<Self, MappingError> {
         if !offset.is_multiple_of(crate::memory::PAGE_SIZE) {
             return Err(MappingError::Offset { offset });
         }
@@ -108,12 +121,18 @@ impl MappedWords {
         }
         let bytes = addressable(length.next_multiple_of(8))?;
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
-        let start = unsafe { mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, offset) };
-        Ok(Self { start: start.map_err(kernel)?.cast(), words: bytes / 8, touched: Touched::Unknown, offset })
+        let start =
+            unsafe { mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, offset) };
+        Ok(Self {
+            start: start.map_err(kernel)?.cast(),
+            words: bytes / 8,
+            touched: Touched::Unknown,
+            offset,
+        })
     }
 
-    /// The same for a shared mapping, and a walk over it asks `file`, which it is of, for its holes instead of reading them: that would be
-    /// slower, and allocate them.
+    /// The same for a shared mapping, and a walk over it asks `file`, which it is of, for its holes
+    /// instead of reading them: that would be slower, and allocate them.
     #[must_use]
     pub fn asking(mut self, file: OwnedFd) -> Self {
         self.touched = Touched::file(file, self.offset);
@@ -163,9 +182,9 @@ impl Deref for MappedWords {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: `start` is page-aligned and mapped for `words` words until drop, readable, and writable but
-        // for a [`ReadOnlyWord`], which only loads. Everything that reaches it, here or in another process, does
-        // so by atomic operations or the kernel's copies.
+        // SAFETY: `start` is page-aligned and mapped for `words` words until drop, readable, and
+        // writable but for a [`ReadOnlyWord`], which only loads. Everything that reaches it, here
+        // or in another process, does so by atomic operations or the kernel's copies.
         unsafe { std::slice::from_raw_parts(self.start, self.words) }
     }
 }

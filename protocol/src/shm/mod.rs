@@ -1,7 +1,8 @@
 //! Bitmaps of atomic words, in private memory or in memory shared between a VMM and its agent.
 //!
 //! - [`bitmap`]: [`Bitmap`], one bit per page, any number of threads and processes at once;
-//! - [`mapping`]: [`MappedWords`], the memory under a bitmap: anonymous, or a memfd that the VMM shares;
+//! - [`mapping`]: [`MappedWords`], the memory under a bitmap: anonymous, or a memfd that the VMM
+//!   shares;
 //! - [`fence`]: which agent is the current one;
 //! - `touched`: which words were ever set, so that empty ones are not walked;
 //! - [`log`]: [`DirtyLog`], the bitmap over guest physical pages in vhost's log layout.
@@ -17,7 +18,8 @@ pub use fence::{FenceView, FenceWord};
 pub use log::DirtyLog;
 pub use mapping::{MappedWords, MappingError, ReadOnlyWord};
 
-// `bitmap.rs` takes these from its parent, so that the model checker can put its own atomics in their place.
+// `bitmap.rs` takes these from its parent, so that the model checker can put its own atomics in
+// their place.
 use crate::memory::PageRange;
 mod sync {
     pub(super) use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,7 +29,8 @@ mod sync {
 pub type MappedBitmap = Bitmap<MappedWords>;
 
 impl MappedBitmap {
-    /// An all-clear bitmap of `pages` bits in private memory, which costs nothing until it is touched.
+    /// An all-clear bitmap of `pages` bits in private memory, which costs nothing until it is
+    /// touched.
     ///
     /// # Errors
     /// If the kernel has no address space or memory for it.
@@ -43,7 +46,8 @@ impl MappedBitmap {
         Ok(Bitmap::new(MappedWords::shared(fd, 0, words_for(pages) * 8)?, pages))
     }
 
-    /// The same, and walks over it ask the file for its holes; for whoever walks bitmaps of large guests.
+    /// The same, and walks over it ask the file for its holes; for whoever walks bitmaps of large
+    /// guests.
     ///
     /// # Errors
     /// As [`MappedBitmap::shared`].

@@ -1,8 +1,10 @@
-//! Which words of a bitmap were ever set, so that the bitmap of a guest that is mostly empty is not walked from end to end.
+//! Which words of a bitmap were ever set, so that the bitmap of a guest that is mostly empty is not
+//! walked from end to end.
 //!
-//! A guest of 1 TiB has bitmaps of 32 MiB each, and a sync with its fix-up walks several, some of them with the guest stopped. Memory that is
-//! ours keeps a summary: one bit for each 4 KiB of words. Memory that is shared is asked of its file: whoever else writes there knows nothing of a summary, but
-//! what was never written is a hole. Neither is ever cleared: it says "may be set".
+//! A guest of 1 TiB has bitmaps of 32 MiB each, and a sync with its fix-up walks several, some of
+//! them with the guest stopped. Memory that is ours keeps a summary: one bit for each 4 KiB of
+//! words. Memory that is shared is asked of its file: whoever else writes there knows nothing of a
+//! summary, but what was never written is a hole. Neither is ever cleared: it says "may be set".
 
 use super::bitmap::WORD_BITS;
 use rustix::fs::SeekFrom;
@@ -75,7 +77,8 @@ impl Touched {
 fn find(summary: &[AtomicU64], range: Range<u64>, view: impl Fn(u64) -> u64) -> Option<u64> {
     let mut at = range.start;
     while at < range.end {
-        let word = view(summary[(at / WORD_BITS) as usize].load(Ordering::Acquire)) >> (at % WORD_BITS);
+        let word =
+            view(summary[(at / WORD_BITS) as usize].load(Ordering::Acquire)) >> (at % WORD_BITS);
         if word != 0 {
             return Some(at + u64::from(word.trailing_zeros())).filter(|found| *found < range.end);
         }
@@ -84,7 +87,8 @@ fn find(summary: &[AtomicU64], range: Range<u64>, view: impl Fn(u64) -> u64) -> 
     None
 }
 
-/// The first run of words in `span` that are no hole; all of it if the file does not tell, or was cut off: whoever reads it finds that out.
+/// The first run of words in `span` that are no hole; all of it if the file does not tell, or was
+/// cut off: whoever reads it finds that out.
 fn extent(file: &OwnedFd, offset: u64, span: Range<u64>) -> Option<Range<u64>> {
     let data = match rustix::fs::seek(file, SeekFrom::Data(offset + span.start * WORD)) {
         Ok(data) => (data - offset) / WORD,
@@ -102,7 +106,8 @@ fn extent(file: &OwnedFd, offset: u64, span: Range<u64>) -> Option<Range<u64>> {
 
 /// True if the file is as long as that.
 fn holds(file: &OwnedFd, length: u64) -> bool {
-    rustix::fs::fstat(file).is_ok_and(|stat| u64::try_from(stat.st_size).is_ok_and(|size| size >= length))
+    rustix::fs::fstat(file)
+        .is_ok_and(|stat| u64::try_from(stat.st_size).is_ok_and(|size| size >= length))
 }
 
 #[cfg(test)]
@@ -116,7 +121,11 @@ mod tests {
         let mut runs: Vec<Range<u64>> = Vec::new();
         let mut at = span.start;
         while let Some(run) = touched.next(at..span.end) {
-            assert!(at <= run.start && run.start < run.end && run.end <= span.end, "{run:?} of {at}..{}", span.end);
+            assert!(
+                at <= run.start && run.start < run.end && run.end <= span.end,
+                "{run:?} of {at}..{}",
+                span.end
+            );
             at = run.end;
             runs.push(run);
         }

@@ -1,7 +1,8 @@
 //! How a stream opens.
 //!
-//! The source sends a [`Hello`] on every stream; the one on the primary carries the block table. The destination answers on the
-//! primary, once all streams are there, with [`Accept`] or with a code and a sentence.
+//! The source sends a [`Hello`] on every stream; the one on the primary carries the block table.
+//! The destination answers on the primary, once all streams are there, with [`Accept`] or with a
+//! code and a sentence.
 
 use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
 use crate::control::job::{Compression, MAX_SENTENCE, MAX_STREAMS};
@@ -56,7 +57,8 @@ pub struct Hello {
     pub stream: u16,
     /// How many there are.
     pub streams: u16,
-    /// How many of them, the last ones, are urgent: for the pages that a guest in postcopy waits for, and nothing else.
+    /// How many of them, the last ones, are urgent: for the pages that a guest in postcopy waits
+    /// for, and nothing else.
     pub urgent: u16,
     /// [`HELLO_RECOVER`], [`HELLO_ACKNOWLEDGE`].
     pub flags: u16,
@@ -104,7 +106,12 @@ impl Hello {
             .blocks()
             .iter()
             .fold(encoder, |encoder, block| {
-                encoder.u32(block.id).u64(block.gpa).u64(block.length).u64(block.granularity).text(&block.name)
+                encoder
+                    .u32(block.id)
+                    .u64(block.gpa)
+                    .u64(block.length)
+                    .u64(block.granularity)
+                    .text(&block.name)
             })
             .finish()
     }
@@ -130,12 +137,20 @@ impl Hello {
         let stream = decoder.u16("stream")?;
         let streams = decoder.u16("streams")?;
         if streams == 0 || streams > MAX_STREAMS {
-            return Err(DecodeError::Value { field: "streams", value: streams.into(), allowed: "1 to 64" }.into());
+            return Err(DecodeError::Value {
+                field: "streams",
+                value: streams.into(),
+                allowed: "1 to 64",
+            }
+            .into());
         }
         if stream >= streams {
-            return Err(
-                DecodeError::Value { field: "stream", value: stream.into(), allowed: "less than streams" }.into()
-            );
+            return Err(DecodeError::Value {
+                field: "stream",
+                value: stream.into(),
+                allowed: "less than streams",
+            }
+            .into());
         }
         let features = decoder.u64("features")?;
         let mut session = [0; 16];
@@ -143,7 +158,9 @@ impl Hello {
         let urgent = decoder.u16("urgent")?;
         if urgent >= streams || (urgent == 0 && features & FEATURE_POSTCOPY != 0) {
             let allowed = "less than streams, and at least 1 with postcopy";
-            return Err(DecodeError::Value { field: "urgent", value: urgent.into(), allowed }.into());
+            return Err(
+                DecodeError::Value { field: "urgent", value: urgent.into(), allowed }.into()
+            );
         }
         let flags = decoder.u16("flags")?;
         if flags & !(HELLO_RECOVER | HELLO_ACKNOWLEDGE) != 0 {
@@ -152,7 +169,12 @@ impl Hello {
         }
         let count = decoder.u32("blocks")?;
         if count as usize > MAX_BLOCKS {
-            return Err(DecodeError::Value { field: "blocks", value: count.into(), allowed: "at most 512" }.into());
+            return Err(DecodeError::Value {
+                field: "blocks",
+                value: count.into(),
+                allowed: "at most 512",
+            }
+            .into());
         }
         let mut blocks = BlockTable::new();
         for _ in 0..count {
@@ -166,7 +188,17 @@ impl Hello {
             blocks.insert(block, MAX_BLOCKS)?;
         }
         decoder.finish()?;
-        Ok(Self { version_min, version_max, features, session, stream, streams, urgent, flags, blocks })
+        Ok(Self {
+            version_min,
+            version_max,
+            features,
+            session,
+            stream,
+            streams,
+            urgent,
+            flags,
+            blocks,
+        })
     }
 }
 
@@ -177,14 +209,16 @@ pub struct Accept {
     pub version: u16,
     /// The features that may be used: those offered that the destination knows.
     pub features: u64,
-    /// The destination's host page size in bytes for each block, in the order of the table: in postcopy whole host pages remain. Empty without postcopy.
+    /// The destination's host page size in bytes for each block, in the order of the table: in
+    /// postcopy whole host pages remain. Empty without postcopy.
     pub host_pages: Vec<u64>,
 }
 
 impl Accept {
     /// The payload.
     pub fn encode(&self) -> Vec<u8> {
-        let encoder = Encoder::new().u16(self.version).u64(self.features).u32(self.host_pages.len() as u32);
+        let encoder =
+            Encoder::new().u16(self.version).u64(self.features).u32(self.host_pages.len() as u32);
         self.host_pages.iter().fold(encoder, |encoder, size| encoder.u64(*size)).finish()
     }
 
@@ -196,16 +230,28 @@ impl Accept {
         let mut decoder = Decoder::new(payload);
         let version = decoder.u16("version")?;
         if version != STREAM_VERSION {
-            return Err(DecodeError::Value { field: "version", value: version.into(), allowed: "1" });
+            return Err(DecodeError::Value {
+                field: "version",
+                value: version.into(),
+                allowed: "1",
+            });
         }
         let features = decoder.u64("features")?;
         let count = decoder.u32("host_pages")?;
         if count as usize > MAX_BLOCKS {
-            return Err(DecodeError::Value { field: "host_pages", value: count.into(), allowed: "at most 512" });
+            return Err(DecodeError::Value {
+                field: "host_pages",
+                value: count.into(),
+                allowed: "at most 512",
+            });
         }
         let host_page = |_| match decoder.u64("host page")? {
             size if size.is_power_of_two() && size >= PAGE_SIZE => Ok(size),
-            value => Err(DecodeError::Value { field: "host page", value, allowed: "powers of two from 4096" }),
+            value => Err(DecodeError::Value {
+                field: "host page",
+                value,
+                allowed: "powers of two from 4096",
+            }),
         };
         let host_pages = (0..count).map(host_page).collect::<Result<_, _>>()?;
         decoder.finish()?;
@@ -270,13 +316,17 @@ impl TableMismatch {
         let here = "the destination's status and log say what it has";
         match self {
             Self::Count { source_count, .. } => {
-                format!("the source has {source_count} blocks, the destination another number: {here}")
+                format!(
+                    "the source has {source_count} blocks, the destination another number: {here}"
+                )
             }
             Self::Missing { id, name } => {
                 format!("block {id} \"{name}\" of the source does not exist at the destination")
             }
             Self::Field { id, field, theirs, .. } => {
-                format!("block {id}: {field} is {theirs} at the source and differs at the destination: {here}")
+                format!(
+                    "block {id}: {field} is {theirs} at the source and differs at the destination: {here}"
+                )
             }
         }
     }
@@ -298,7 +348,9 @@ pub fn compare(theirs: &BlockTable, own: &BlockTable) -> Result<(), TableMismatc
             ("length", hex(block.length), hex(here.length)),
             ("granularity", hex(block.granularity), hex(here.granularity)),
         ];
-        if let Some((field, theirs, own)) = fields.into_iter().find(|(_, theirs, own)| theirs != own) {
+        if let Some((field, theirs, own)) =
+            fields.into_iter().find(|(_, theirs, own)| theirs != own)
+        {
             return Err(TableMismatch::Field { id: block.id, field, theirs, own });
         }
     }
@@ -319,7 +371,13 @@ mod tests {
         let mut gpa = 0;
         for (id, length) in lengths.iter().enumerate() {
             let name = format!("ram{id}");
-            let block = BlockGeometry { id: id as u32, name, gpa, length: length * 4096, granularity: 4096 };
+            let block = BlockGeometry {
+                id: id as u32,
+                name,
+                gpa,
+                length: length * 4096,
+                granularity: 4096,
+            };
             gpa += length * 4096;
             table.insert(block, MAX_BLOCKS).unwrap();
         }
@@ -328,7 +386,17 @@ mod tests {
 
     fn hello(blocks: BlockTable) -> Hello {
         let (session, flags) = ([7; 16], HELLO_RECOVER);
-        Hello { version_min: 1, version_max: 3, features: 4, session, stream: 0, streams: 4, urgent: 2, flags, blocks }
+        Hello {
+            version_min: 1,
+            version_max: 3,
+            features: 4,
+            session,
+            stream: 0,
+            streams: 4,
+            urgent: 2,
+            flags,
+            blocks,
+        }
     }
 
     #[test]
@@ -343,7 +411,12 @@ mod tests {
         for id in 0..MAX_BLOCKS as u32 {
             let name = format!("{id:0>MAX_NAME$}");
             let gpa = u64::from(id) * 4096;
-            blocks.insert(BlockGeometry { id, name, gpa, length: 4096, granularity: 4096 }, MAX_BLOCKS).unwrap();
+            blocks
+                .insert(
+                    BlockGeometry { id, name, gpa, length: 4096, granularity: 4096 },
+                    MAX_BLOCKS,
+                )
+                .unwrap();
         }
         assert_eq!(hello(blocks).encode().len(), MAX_HELLO);
     }
@@ -356,16 +429,28 @@ mod tests {
         let version = Hello { version_min: 2, ..hello(table(&[1])) }.encode();
         assert_eq!(Hello::decode(&version), Err(HelloError::Version { min: 2, max: 3 }));
         let stream = Hello { stream: 4, ..hello(table(&[])) }.encode();
-        assert!(matches!(Hello::decode(&stream), Err(HelloError::Decode(DecodeError::Value { field: "stream", .. }))));
+        assert!(matches!(
+            Hello::decode(&stream),
+            Err(HelloError::Decode(DecodeError::Value { field: "stream", .. }))
+        ));
         for urgent in [0, 4, u16::MAX] {
             let wrong = Hello { urgent, ..hello(table(&[])) }.encode();
             let refused = Hello::decode(&wrong);
-            assert!(matches!(refused, Err(HelloError::Decode(DecodeError::Value { field: "urgent", .. }))), "{urgent}");
+            assert!(
+                matches!(
+                    refused,
+                    Err(HelloError::Decode(DecodeError::Value { field: "urgent", .. }))
+                ),
+                "{urgent}"
+            );
         }
         let mut overlap = hello(table(&[1, 1])).encode();
         let second_gpa = overlap.len() - (4 + 4) - 8 - 8 - 8;
         overlap[second_gpa..second_gpa + 8].fill(0);
-        assert!(matches!(Hello::decode(&overlap), Err(HelloError::Blocks(GeometryError::Overlap { .. }))));
+        assert!(matches!(
+            Hello::decode(&overlap),
+            Err(HelloError::Blocks(GeometryError::Overlap { .. }))
+        ));
     }
 
     #[test]
@@ -374,10 +459,19 @@ mod tests {
         compare(&ours, &ours.clone()).unwrap();
         let longer = compare(&table(&[2, 4]), &ours).unwrap_err();
         assert_eq!(longer.to_string(), "block 1: length is 0x4000 at the source and 0x3000 here");
-        assert!(matches!(compare(&table(&[2, 3, 1]), &ours), Err(TableMismatch::Missing { id: 2, .. })));
-        assert!(matches!(compare(&table(&[2]), &ours), Err(TableMismatch::Count { source_count: 1, own_count: 2 })));
+        assert!(matches!(
+            compare(&table(&[2, 3, 1]), &ours),
+            Err(TableMismatch::Missing { id: 2, .. })
+        ));
+        assert!(matches!(
+            compare(&table(&[2]), &ours),
+            Err(TableMismatch::Count { source_count: 1, own_count: 2 })
+        ));
         let told = longer.for_source();
-        assert!(told.starts_with("block 1: length is 0x4000 at the source") && !told.contains("0x3000"), "{told}");
+        assert!(
+            told.starts_with("block 1: length is 0x4000 at the source") && !told.contains("0x3000"),
+            "{told}"
+        );
     }
 
     #[test]
@@ -385,8 +479,12 @@ mod tests {
         let accept = Accept { version: 1, features: 4, host_pages: vec![4096, 2 << 20] };
         assert_eq!(Accept::decode(&accept.encode()), Ok(accept.clone()));
         for size in [0, 1, 2048, 4097, u64::MAX] {
-            let refused = Accept::decode(&Accept { host_pages: vec![4096, size], ..accept.clone() }.encode());
-            assert!(matches!(refused, Err(DecodeError::Value { field: "host page", .. })), "{size}");
+            let refused =
+                Accept::decode(&Accept { host_pages: vec![4096, size], ..accept.clone() }.encode());
+            assert!(
+                matches!(refused, Err(DecodeError::Value { field: "host page", .. })),
+                "{size}"
+            );
         }
     }
 

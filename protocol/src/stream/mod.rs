@@ -1,6 +1,8 @@
-//! The page stream: what travels between two agents, or between an agent and a VMM. A reader needs nothing but the bytes.
+//! The page stream: what travels between two agents, or between an agent and a VMM. A reader needs
+//! nothing but the bytes.
 //!
-//! Everything on a stream, in both directions, is a *record*: a header of 32 bytes and a payload. See `docs/page-stream.md`.
+//! Everything on a stream, in both directions, is a *record*: a header of 32 bytes and a payload.
+//! See `docs/page-stream.md`.
 //!
 //! - [`record`]: the header, its limits and its checksum;
 //! - [`hello`]: how a stream opens: versions, the block table, accept or reject;
@@ -8,9 +10,10 @@
 //!
 //! # Order
 //!
-//! A pass ends with a barrier record on every stream, and the receiver applies nothing of a pass before all streams ended the one
-//! before. So within one pass no two records may speak of the same page, and the last pass that speaks of it is right. Discards found at a
-//! sync go out before the pages of the pass that follows, and no page of theirs is in it.
+//! A pass ends with a barrier record on every stream, and the receiver applies nothing of a pass
+//! before all streams ended the one before. So within one pass no two records may speak of the same
+//! page, and the last pass that speaks of it is right. Discards found at a sync go out before the
+//! pages of the pass that follows, and no page of theirs is in it.
 
 pub mod hello;
 pub mod payload;

@@ -12,7 +12,8 @@ const RUN_SIZE: usize = 16;
 pub const MAX_RUNS: usize = 65_536;
 const _: () = assert!(MAX_RUNS * RUN_SIZE <= MAX_PAYLOAD);
 
-/// Most pages in the bitmap of one remaining or received record: 4 GiB of memory, 128 KiB of payload.
+/// Most pages in the bitmap of one remaining or received record: 4 GiB of memory, 128 KiB of
+/// payload.
 pub const MAX_BITMAP_PAGES: u64 = 1 << 20;
 
 /// The payload of a remaining or received record about whole words of pages.
@@ -20,11 +21,12 @@ pub fn encode_bitmap(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
     words.into_iter().fold(Encoder::new(), Encoder::u64).finish()
 }
 
-/// The words of the bitmap in a remaining or received record about the pages `range` of a block of `block_pages` pages: the index of each word in
-/// the block's bitmap, and its bits.
+/// The words of the bitmap in a remaining or received record about the pages `range` of a block of
+/// `block_pages` pages: the index of each word in the block's bitmap, and its bits.
 ///
 /// # Errors
-/// If the range does not begin with a word, is empty, too long or outside the block, or the payload has another length than it, or a bit after its end.
+/// If the range does not begin with a word, is empty, too long or outside the block, or the payload
+/// has another length than it, or a bit after its end.
 pub fn decode_bitmap(
     payload: &[u8], range: PageRange, block_pages: u64,
 ) -> Result<impl Iterator<Item = (u64, u64)> + '_, DecodeError> {
@@ -36,7 +38,11 @@ pub fn decode_bitmap(
         return refused("page count", range.count, "1 to 2^20 in a bitmap");
     }
     if payload.len() as u64 != range.count.div_ceil(WORD_BITS) * 8 {
-        return refused("payload length", payload.len() as u64, "one bit for each page, in whole words");
+        return refused(
+            "payload length",
+            payload.len() as u64,
+            "one bit for each page, in whole words",
+        );
     }
     let (words, _) = payload.as_chunks::<8>();
     let last = words.last().map_or(0, |word| u64::from_le_bytes(*word));
@@ -59,7 +65,9 @@ pub fn encode_runs(runs: &[PageRange]) -> Vec<u8> {
 ///
 /// # Errors
 /// If the payload is no whole number of runs, or a run is empty or lies outside the block.
-pub fn decode_runs(payload: &[u8], block_pages: u64) -> Result<impl Iterator<Item = PageRange> + '_, DecodeError> {
+pub fn decode_runs(
+    payload: &[u8], block_pages: u64,
+) -> Result<impl Iterator<Item = PageRange> + '_, DecodeError> {
     if !payload.len().is_multiple_of(RUN_SIZE) {
         return Err(DecodeError::Value {
             field: "payload length",
@@ -74,7 +82,9 @@ pub fn decode_runs(payload: &[u8], block_pages: u64) -> Result<impl Iterator<Ite
     let runs = || {
         payload.chunks_exact(RUN_SIZE).map(|run| {
             let (first, count) = run.split_at(8);
-            let number = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |sum, byte| sum << 8 | u64::from(*byte));
+            let number = |bytes: &[u8]| {
+                bytes.iter().rev().fold(0u64, |sum, byte| sum << 8 | u64::from(*byte))
+            };
             PageRange::new(number(first), number(count))
         })
     };
@@ -95,7 +105,8 @@ pub struct StatePart<'a> {
     pub name: &'a str,
     /// Length of the whole piece in bytes.
     pub length: u64,
-    /// Where this part begins in it. Parts of a piece come in order and without gaps; an empty piece is one empty part.
+    /// Where this part begins in it. Parts of a piece come in order and without gaps; an empty
+    /// piece is one empty part.
     pub offset: u64,
     /// The bytes.
     pub bytes: &'a [u8],
@@ -118,13 +129,21 @@ impl<'a> StatePart<'a> {
         let mut decoder = Decoder::new(payload);
         let length = decoder.u64("length")?;
         if length > MAX_STATE {
-            return Err(DecodeError::Value { field: "length", value: length, allowed: "at most 1 GiB" });
+            return Err(DecodeError::Value {
+                field: "length",
+                value: length,
+                allowed: "at most 1 GiB",
+            });
         }
         let offset = decoder.u64("offset")?;
         let name = decoder.text("name", MAX_PIECE_NAME)?;
         let bytes = decoder.remainder();
         if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > length) {
-            return Err(DecodeError::Value { field: "offset", value: offset, allowed: "parts within the piece" });
+            return Err(DecodeError::Value {
+                field: "offset",
+                value: offset,
+                allowed: "parts within the piece",
+            });
         }
         Ok(Self { name, length, offset, bytes })
     }
@@ -194,8 +213,14 @@ mod tests {
         assert!(decode_runs(&encode_runs(&runs), 15).unwrap().eq(runs));
         let part = StatePart { name: "vcpu0", length: 9, offset: 4, bytes: b"12345" };
         assert_eq!(StatePart::decode(&part.encode()), Ok(part));
-        let totals =
-            Totals { data_pages: 1, zero_pages: 2, discarded_pages: 3, stray_pages: 4, passes: 5, remaining_pages: 6 };
+        let totals = Totals {
+            data_pages: 1,
+            zero_pages: 2,
+            discarded_pages: 3,
+            stray_pages: 4,
+            passes: 5,
+            remaining_pages: 6,
+        };
         assert_eq!(Totals::decode(&totals.encode()), Ok(totals));
     }
 
@@ -220,11 +245,19 @@ mod tests {
 
     #[test]
     fn what_lies_outside_is_refused() {
-        for run in [PageRange::new(15, 1), PageRange::new(0, 16), PageRange::new(3, 0), PageRange::new(u64::MAX, 2)] {
+        for run in [
+            PageRange::new(15, 1),
+            PageRange::new(0, 16),
+            PageRange::new(3, 0),
+            PageRange::new(u64::MAX, 2),
+        ] {
             assert!(decode_runs(&encode_runs(&[run]), 15).is_err(), "{run:?}");
         }
         assert!(decode_runs(&[0; 15], 15).is_err());
         let part = StatePart { name: "x", length: 3, offset: 1, bytes: b"123" };
-        assert!(matches!(StatePart::decode(&part.encode()), Err(DecodeError::Value { field: "offset", .. })));
+        assert!(matches!(
+            StatePart::decode(&part.encode()),
+            Err(DecodeError::Value { field: "offset", .. })
+        ));
     }
 }

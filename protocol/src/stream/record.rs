@@ -25,18 +25,22 @@ pub const MAX_PAYLOAD: usize = 4 << 20;
 /// Most pages in one [`Kind::Data`] record.
 pub const MAX_DATA_PAGES: u64 = MAX_PAYLOAD as u64 / PAGE_SIZE;
 
-/// Flag of [`Kind::Data`], [`Kind::Zero`] and [`Kind::Remaining`]: the page is discarded, and comes all the same, since the guest wrote into it afterwards,
-/// or since it shares a host page with others. It stays discarded.
+/// Flag of [`Kind::Data`], [`Kind::Zero`] and [`Kind::Remaining`]: the page is discarded, and comes
+/// all the same, since the guest wrote into it afterwards, or since it shares a host page with
+/// others. It stays discarded.
 pub const FLAG_STRAY: u16 = 1 << 0;
 
-/// Flag of [`Kind::Data`]: the payload is the pages' content compressed as one LZ4 block. Needs [`super::hello::FEATURE_LZ4`].
+/// Flag of [`Kind::Data`]: the payload is the pages' content compressed as one LZ4 block. Needs
+/// [`super::hello::FEATURE_LZ4`].
 pub const FLAG_LZ4: u16 = 1 << 1;
-/// Flag of [`Kind::Data`]: the payload is the pages' content compressed with Zstandard. Needs [`super::hello::FEATURE_ZSTD`].
+/// Flag of [`Kind::Data`]: the payload is the pages' content compressed with Zstandard. Needs
+/// [`super::hello::FEATURE_ZSTD`].
 pub const FLAG_ZSTD: u16 = 1 << 2;
 /// The flags of a payload that is compressed; a record has one of them at most.
 pub const FLAGS_COMPRESSED: u16 = FLAG_LZ4 | FLAG_ZSTD;
 
-/// Flag of [`Kind::End`]: the guest stays paused at the destination. Its operator had paused it, or wants it so.
+/// Flag of [`Kind::End`]: the guest stays paused at the destination. Its operator had paused it, or
+/// wants it so.
 pub const FLAG_PAUSED: u16 = 1 << 3;
 
 /// What a record is.
@@ -55,14 +59,17 @@ pub enum Kind {
     PassEnd = 4,
     /// A part of a named piece of the VMM's state.
     State = 5,
-    /// Pages that are still to come after the commit. The payload is a bitmap of the pages that the header names; see [`super::payload`].
+    /// Pages that are still to come after the commit. The payload is a bitmap of the pages that the
+    /// header names; see [`super::payload`].
     Remaining = 6,
-    /// Nothing more comes on this stream but, on the primary, the commit. The payload is the totals of the stream. The number is 1 if postcopy
-    /// follows, in which more pages come and then another end. [`FLAG_PAUSED`] on the one before the commit says that the guest stays paused.
+    /// Nothing more comes on this stream but, on the primary, the commit. The payload is the totals
+    /// of the stream. The number is 1 if postcopy follows, in which more pages come and then
+    /// another end. [`FLAG_PAUSED`] on the one before the commit says that the guest stays paused.
     End = 7,
     /// The source gave up ownership.
     Commit = 8,
-    /// Postcopy: the destination has all pages. Each side says so to the other, the destination first; nothing comes after it.
+    /// Postcopy: the destination has all pages. Each side says so to the other, the destination
+    /// first; nothing comes after it.
     Complete = 9,
 
     /// Answer to [`Kind::Hello`]: the version and features that are used.
@@ -79,9 +86,11 @@ pub enum Kind {
     Error = 0x106,
     /// Postcopy, on an urgent stream: the guest waits for these pages.
     Request = 0x107,
-    /// Postcopy, when it is recovered: which pages the destination needs no more. The payload is a bitmap of the pages that the header names.
+    /// Postcopy, when it is recovered: which pages the destination needs no more. The payload is a
+    /// bitmap of the pages that the header names.
     Received = 0x108,
-    /// Postcopy, where the source asked for it: runs of pages that are placed. The payload lists them as those of a discard.
+    /// Postcopy, where the source asked for it: runs of pages that are placed. The payload lists
+    /// them as those of a discard.
     Placed = 0x109,
 }
 
@@ -115,7 +124,9 @@ impl Kind {
 }
 
 /// The header on the wire.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct RecordHeader {
     kind: U16,
@@ -150,7 +161,9 @@ pub enum RecordError {
         length: u32,
     },
     /// The payload length does not fit the page count.
-    #[error("{kind:?} record: payload length {length:#x} for {count} pages, expected {expected:#x}")]
+    #[error(
+        "{kind:?} record: payload length {length:#x} for {count} pages, expected {expected:#x}"
+    )]
     Length {
         /// The record's kind.
         kind: Kind,
@@ -188,7 +201,9 @@ pub enum RecordError {
 
 impl RecordHeader {
     /// The header of a record about the pages `range` of `block`, with its checksum still to come.
-    pub fn new(kind: Kind, flags: u16, block: u32, range: PageRange, payload_length: usize) -> Self {
+    pub fn new(
+        kind: Kind, flags: u16, block: u32, range: PageRange, payload_length: usize,
+    ) -> Self {
         Self {
             kind: (kind as u16).into(),
             flags: flags.into(),
@@ -200,7 +215,8 @@ impl RecordHeader {
         }
     }
 
-    /// The header of a record that is not about pages, with `number` where others have their first page.
+    /// The header of a record that is not about pages, with `number` where others have their first
+    /// page.
     pub fn plain(kind: Kind, number: u64, payload_length: usize) -> Self {
         Self::new(kind, 0, 0, PageRange::new(number, 0), payload_length)
     }
@@ -253,9 +269,15 @@ impl RecordHeader {
         }
         let count = self.page_count.get();
         if compressed != 0 {
-            // What does not shrink is sent as it is, so this bounds both what is read and what it becomes.
-            let fits = (1..=MAX_DATA_PAGES).contains(&count) && (1..count * PAGE_SIZE).contains(&u64::from(length));
-            return if fits { Ok(kind) } else { Err(RecordError::Compressed { kind, length, count }) };
+            // What does not shrink is sent as it is, so this bounds both what is read and what it
+            // becomes.
+            let fits = (1..=MAX_DATA_PAGES).contains(&count)
+                && (1..count * PAGE_SIZE).contains(&u64::from(length));
+            return if fits {
+                Ok(kind)
+            } else {
+                Err(RecordError::Compressed { kind, length, count })
+            };
         }
         let expected = match kind {
             Kind::Data => Some(count.saturating_mul(PAGE_SIZE)),
@@ -324,7 +346,9 @@ mod tests {
     #[test]
     fn a_sealed_record_verifies_and_any_flipped_bit_does_not() {
         let payload = vec![7u8; PAGE_SIZE as usize];
-        let header = RecordHeader::new(Kind::Data, FLAG_STRAY, 3, PageRange::new(9, 1), payload.len()).sealed(&payload);
+        let header =
+            RecordHeader::new(Kind::Data, FLAG_STRAY, 3, PageRange::new(9, 1), payload.len())
+                .sealed(&payload);
         assert_eq!(header.check(), Ok(Kind::Data));
         assert_eq!(RecordHeader::from_wire(header.to_wire()), header);
         header.verify(Kind::Data, &payload).unwrap();
@@ -356,13 +380,22 @@ mod tests {
 
     #[test]
     fn compressed_pages_are_fewer_bytes_than_they_have_and_within_the_limit() {
-        let header = |kind, flags, count, length| RecordHeader::new(kind, flags, 0, PageRange::new(7, count), length);
+        let header = |kind, flags, count, length| {
+            RecordHeader::new(kind, flags, 0, PageRange::new(7, count), length)
+        };
         for flag in [FLAG_LZ4, FLAG_ZSTD, FLAG_LZ4 | FLAG_STRAY, FLAG_ZSTD | FLAG_STRAY] {
-            for (count, length) in [(1, 1), (1, 4095), (2, 8191), (MAX_DATA_PAGES, MAX_PAYLOAD - 1)] {
-                assert_eq!(header(Kind::Data, flag, count, length).check(), Ok(Kind::Data), "{count} {length}");
+            for (count, length) in [(1, 1), (1, 4095), (2, 8191), (MAX_DATA_PAGES, MAX_PAYLOAD - 1)]
+            {
+                assert_eq!(
+                    header(Kind::Data, flag, count, length).check(),
+                    Ok(Kind::Data),
+                    "{count} {length}"
+                );
             }
             let beyond = MAX_DATA_PAGES + 1;
-            for (count, length) in [(1, 0), (1, 4096), (2, 8192), (0, 0), (0, 1), (beyond, 100), (u64::MAX, 100)] {
+            for (count, length) in
+                [(1, 0), (1, 4096), (2, 8192), (0, 0), (0, 1), (beyond, 100), (u64::MAX, 100)]
+            {
                 let refused = header(Kind::Data, flag, count, length).check();
                 assert_eq!(
                     refused,

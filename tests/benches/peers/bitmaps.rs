@@ -1,4 +1,5 @@
-//! Bitmaps beside vm-memory's `AtomicBitmap`, which counts bits one by one, and beside the memory's own speed.
+//! Bitmaps beside vm-memory's `AtomicBitmap`, which counts bits one by one, and beside the memory's
+//! own speed.
 
 use super::Bench;
 use super::table::{Better, Table};
@@ -34,7 +35,10 @@ fn theirs(size: u64) -> AtomicBitmap {
 }
 
 /// Two ways to do the same, in turns.
-fn race(table: &mut Table, work: &str, rounds: usize, mut ours: impl FnMut() -> f64, mut theirs: impl FnMut() -> f64) {
+fn race(
+    table: &mut Table, work: &str, rounds: usize, mut ours: impl FnMut() -> f64,
+    mut theirs: impl FnMut() -> f64,
+) {
     let (mut own, mut other) = (Vec::new(), Vec::new());
     // The first of each warms up.
     for round in 0..=rounds {
@@ -90,7 +94,8 @@ fn mark(bench: &Bench, table: &mut Table, rounds: usize) {
     );
 }
 
-/// `every`: one page in so many is dirty before each harvest; 0 is none, but all were before the first.
+/// `every`: one page in so many is dirty before each harvest; 0 is none, but all were before the
+/// first.
 fn harvest(table: &mut Table, size: u64, work: &str, every: Option<u64>, rounds: usize) {
     let (log, theirs) = (log(size), theirs(size));
     let pages = PageRange::new(0, size / PAGE_SIZE);
@@ -141,7 +146,9 @@ fn runs(bench: &Bench, table: &mut Table, rounds: usize) {
         rounds.min(10),
         || {
             micros(|| {
-                black_box(bitmap.runs(all).map(|run| run.first ^ run.count).fold(0, |sum, run| sum ^ run));
+                black_box(
+                    bitmap.runs(all).map(|run| run.first ^ run.count).fold(0, |sum, run| sum ^ run),
+                );
             })
         },
         || {

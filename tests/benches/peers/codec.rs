@@ -1,4 +1,5 @@
-//! What the agent does with every byte, beside the memory's own speed; and what an agent costs that does nothing.
+//! What the agent does with every byte, beside the memory's own speed; and what an agent costs that
+//! does nothing.
 
 use super::Bench;
 use super::image::Image;
@@ -43,7 +44,8 @@ pub fn codec(bench: &Bench, table: &mut Table) {
     ];
     for _ in 0..bench.rounds {
         rows[0].1.push(speed(large, 1, || to.copy_from_slice(black_box(&from))));
-        let scan = |bytes: &[u8]| bytes.chunks(BUFFER).map(data_mask).fold(0, |any, mask| any | mask);
+        let scan =
+            |bytes: &[u8]| bytes.chunks(BUFFER).map(data_mask).fold(0, |any, mask| any | mask);
         rows[1].1.push(speed(large, 1, || {
             black_box(scan(black_box(&from)));
         }));
@@ -97,7 +99,11 @@ fn idle(bench: &Bench, table: &mut Table) {
     std::thread::sleep(time);
     let used = side.processor_time() - before;
     table.add("an idle agent", "processor time in 2 s", "ms", &[used], String::new());
-    let done = migrate(side, Side::new(&Image::new(&bench.folder, "idle-there", 1 << 30)), &OutgoingOptions::default());
+    let done = migrate(
+        side,
+        Side::new(&Image::new(&bench.folder, "idle-there", 1 << 30)),
+        &OutgoingOptions::default(),
+    );
     table.add(
         "an idle agent",
         "peak memory, empty guest of 1 GiB",

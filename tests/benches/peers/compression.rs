@@ -14,8 +14,10 @@ const OURS: [(&str, Compression); 3] = [
     ("pageferry, 2, lz4", Compression::Lz4),
     ("pageferry, 2, zstd:1", Compression::Zstd(1)),
 ];
-const QEMUS: [(&str, Mode); 2] =
-    [("QEMU, multifd 2, none", Mode::multifd(2)), ("QEMU, multifd 2, zstd:1", Mode { channels: 2, zstd: 1 })];
+const QEMUS: [(&str, Mode); 2] = [
+    ("QEMU, multifd 2, none", Mode::multifd(2)),
+    ("QEMU, multifd 2, zstd:1", Mode { channels: 2, zstd: 1 }),
+];
 
 /// The rates of one mover, and how much went over the wire the last time.
 #[derive(Default)]
@@ -49,7 +51,11 @@ pub fn compression(bench: &Bench, table: &mut Table) {
     for _ in 0..bench.rounds {
         for ((_, compression), samples) in OURS.iter().zip(&mut ours) {
             destination.clear();
-            let options = OutgoingOptions { streams: 2, compression: *compression, ..OutgoingOptions::default() };
+            let options = OutgoingOptions {
+                streams: 2,
+                compression: *compression,
+                ..OutgoingOptions::default()
+            };
             let done = migrate(Side::new(&source), Side::new(&destination), &options);
             assert_eq!(done.status.counters.pages_sent, size / 4096);
             samples.add(size, done.time, done.status.counters.wire_bytes);
@@ -65,9 +71,12 @@ pub fn compression(bench: &Bench, table: &mut Table) {
     if bench.qemu.is_some() {
         QEMUS.iter().zip(&qemus).for_each(|((who, _), samples)| samples.print(table, who, size));
     }
-    for (who, with) in
-        [(OURS[1].0, OURS[0].0), (OURS[2].0, OURS[0].0), (OURS[0].0, QEMUS[0].0), (OURS[2].0, QEMUS[1].0)]
-    {
+    for (who, with) in [
+        (OURS[1].0, OURS[0].0),
+        (OURS[2].0, OURS[0].0),
+        (OURS[0].0, QEMUS[0].0),
+        (OURS[2].0, QEMUS[1].0),
+    ] {
         table.compare(WORK, who, with, Better::More);
     }
 }

@@ -46,7 +46,9 @@ fn movers(bench: &Bench) -> Vec<Mover> {
         if takes_part("floor") {
             movers.push(mover(format!("floor, {streams}"), How::Floor(streams)));
         }
-        if let Some((name, mode)) = QEMU_MODES.get(index).filter(|_| takes_part("qemu") && bench.qemu.is_some()) {
+        if let Some((name, mode)) =
+            QEMU_MODES.get(index).filter(|_| takes_part("qemu") && bench.qemu.is_some())
+        {
             movers.push(mover((*name).into(), How::Qemu(*mode)));
         }
     }
@@ -65,7 +67,8 @@ pub fn full(bench: &Bench, table: &mut Table) {
             destination.clear();
             let time = match mover.how {
                 How::Pageferry(streams) => {
-                    let done = migrate(Side::new(&source), Side::new(&destination), &options(streams));
+                    let done =
+                        migrate(Side::new(&source), Side::new(&destination), &options(streams));
                     assert_eq!(done.status.counters.pages_sent, size / 4096);
                     mover.moved.push(done.clone());
                     done.time
@@ -95,8 +98,13 @@ pub fn full(bench: &Bench, table: &mut Table) {
 }
 
 fn peaks(moved: &[Moved]) -> String {
-    let most = |of: fn(&Moved) -> u64| moved.iter().map(of).max().unwrap_or_default() as f64 / MIB as f64;
-    format!("agents' peaks {:.1} and {:.1} MiB", most(|one| one.source_peak), most(|one| one.destination_peak))
+    let most =
+        |of: fn(&Moved) -> u64| moved.iter().map(of).max().unwrap_or_default() as f64 / MIB as f64;
+    format!(
+        "agents' peaks {:.1} and {:.1} MiB",
+        most(|one| one.source_peak),
+        most(|one| one.destination_peak)
+    )
 }
 
 /// What is allocated in a sparse guest.
@@ -119,7 +127,11 @@ pub fn sparse(bench: &Bench, table: &mut Table) {
     let _warm = WarmPool::new(&bench.folder, size * 2);
     let cases = [
         Sparse { work: "sparse: nothing of 8 GiB allocated", content: vec![], discarded: vec![] },
-        Sparse { work: "sparse: 1 of 8 GiB allocated", content: pieces().collect(), discarded: vec![] },
+        Sparse {
+            work: "sparse: 1 of 8 GiB allocated",
+            content: pieces().collect(),
+            discarded: vec![],
+        },
         Sparse {
             work: "sparse: 8 GiB allocated, 7 of them discarded",
             content: vec![(0, size)],
@@ -131,7 +143,9 @@ pub fn sparse(bench: &Bench, table: &mut Table) {
     }
 }
 
-fn sparse_case(bench: &Bench, table: &mut Table, case: &Sparse, source: &Image, destination: &Image) {
+fn sparse_case(
+    bench: &Bench, table: &mut Table, case: &Sparse, source: &Image, destination: &Image,
+) {
     let restore = || {
         source.clear();
         case.content.iter().for_each(|(start, length)| source.fill(*start, *length));
@@ -160,7 +174,8 @@ fn sparse_case(bench: &Bench, table: &mut Table, case: &Sparse, source: &Image, 
         // QEMU needs up to half a minute for one, and does not vary that much.
         if let Some(qemu) = bench.qemu.as_ref().filter(|_| round < 2) {
             destination.clear();
-            qemus.push(qemu.migrate(source, destination, Mode::multifd(2)).time.as_secs_f64() * 1e3);
+            qemus
+                .push(qemu.migrate(source, destination, Mode::multifd(2)).time.as_secs_f64() * 1e3);
             remarks[1] = allocated(before);
             restore();
         }
@@ -196,9 +211,19 @@ pub fn huge(bench: &Bench, table: &mut Table) {
     ];
     let mut guests = kinds.map(|(who, size, pieces, discarded)| {
         let source = Image::new(&bench.folder, &format!("source-{size}-{discarded}"), size);
-        let destination = Image::new(&bench.folder, &format!("destination-{size}-{discarded}"), size);
+        let destination =
+            Image::new(&bench.folder, &format!("destination-{size}-{discarded}"), size);
         (0..pieces).for_each(|piece| source.fill(size / pieces * piece, content / pieces));
-        Huge { who, pieces, discarded, source, destination, times: vec![], syncs: vec![], moved: vec![] }
+        Huge {
+            who,
+            pieces,
+            discarded,
+            source,
+            destination,
+            times: vec![],
+            syncs: vec![],
+            moved: vec![],
+        }
     });
     let _warm = WarmPool::new(&bench.folder, content * 4);
     for _ in 0..bench.rounds {
@@ -225,6 +250,12 @@ pub fn huge(bench: &Bench, table: &mut Table) {
         table.compare(WORK, guest.who, guests[0].who, Better::Less);
     }
     for guest in &guests {
-        table.add("huge: the last sync, with its fix-up", guest.who, "ms", &guest.syncs, String::new());
+        table.add(
+            "huge: the last sync, with its fix-up",
+            guest.who,
+            "ms",
+            &guest.syncs,
+            String::new(),
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Discards: how many a second are acknowledged, and how long one takes while the agent migrates at full speed.
+//! Discards: how many a second are acknowledged, and how long one takes while the agent migrates at
+//! full speed.
 
 use super::Bench;
 use super::image::{Image, full_guest};
@@ -34,7 +35,9 @@ fn batches(bench: &Bench, table: &mut Table) {
     ] {
         let mut times = Vec::new();
         for _ in 0..bench.rounds {
-            side.client.populate(&[BlockRange { block: 0, offset: 0, length: image.size }]).unwrap();
+            side.client
+                .populate(&[BlockRange { block: 0, offset: 0, length: image.size }])
+                .unwrap();
             if allocated {
                 image.fill(0, image.size);
             }
@@ -72,10 +75,12 @@ fn single(bench: &Bench, table: &mut Table) {
         let listen = Target::Address("tcp:127.0.0.1:0".into());
         let incoming = to.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
         let options = OutgoingOptions { streams: 2, ..OutgoingOptions::default() };
-        let job = from.client.start_outgoing(Target::Address(incoming.address), &options).unwrap().job;
+        let job =
+            from.client.start_outgoing(Target::Address(incoming.address), &options).unwrap().job;
         while !from.client.status().unwrap().phase.is_final() {
             during.push(discard());
-            // A guest gives pages back now and then; without a pause this would be a bench of batches of one.
+            // A guest gives pages back now and then; without a pause this would be a bench of
+            // batches of one.
             std::thread::sleep(Duration::from_micros(500));
         }
         assert_eq!(from.client.wait(job, Duration::from_secs(60)).unwrap().phase, Phase::Completed);

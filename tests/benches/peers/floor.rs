@@ -1,4 +1,5 @@
-//! The plainest program that does the work: reads, sends, receives, writes. No zero pages, no checksum, no records, no passes.
+//! The plainest program that does the work: reads, sends, receives, writes. No zero pages, no
+//! checksum, no records, no passes.
 
 use super::image::Image;
 use std::io::{Read, Write};

@@ -33,7 +33,12 @@ impl Image {
 
     /// The same file once more, for someone else to look at.
     pub fn again(other: &Self) -> Self {
-        Self { path: other.path.clone(), file: other.file.try_clone().unwrap(), size: other.size, owned: false }
+        Self {
+            path: other.path.clone(),
+            file: other.file.try_clone().unwrap(),
+            size: other.size,
+            owned: false,
+        }
     }
 
     /// Zeroes the first bytes of all pages, where a guest counts.
@@ -57,14 +62,22 @@ impl Image {
     /// Fills all of it with text, which compresses.
     pub fn fill_text(&self) {
         for at in (0..self.size).step_by(BUFFER) {
-            let part: Vec<u8> = (at / 4096..(at + BUFFER as u64).min(self.size) / 4096).flat_map(page_text).collect();
+            let part: Vec<u8> = (at / 4096..(at + BUFFER as u64).min(self.size) / 4096)
+                .flat_map(page_text)
+                .collect();
             self.file.write_all_at(&part, at).unwrap();
         }
     }
 
     /// Frees a range.
     pub fn punch(&self, start: u64, length: u64) {
-        fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, length).unwrap();
+        fallocate(
+            &self.file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            start,
+            length,
+        )
+        .unwrap();
     }
 
     /// Frees all of it.
@@ -80,16 +93,19 @@ impl Image {
 
 /// A guest full of content, a place for it to go to, and warm memory for that place.
 pub fn full_guest(folder: &Path, size: u64) -> (Image, Image, WarmPool) {
-    let (source, destination) = (Image::new(folder, "source", size), Image::new(folder, "destination", size));
+    let (source, destination) =
+        (Image::new(folder, "source", size), Image::new(folder, "destination", size));
     source.fill(0, size);
     (source, destination, WarmPool::new(folder, size * 2))
 }
 
 /// Free memory that stays warm.
 ///
-/// In a virtual machine the first touch of a page comes from the host underneath and is dear, and free page reporting gives large free
-/// blocks back to the host all the time: a run that allocates 2 GiB takes once or twice as long as chance will have it. So for as long as this lives, one page
-/// of every few is held. What is free between them has been touched, is too small to be reported, and is what the kernel allocates first.
+/// In a virtual machine the first touch of a page comes from the host underneath and is dear, and
+/// free page reporting gives large free blocks back to the host all the time: a run that allocates
+/// 2 GiB takes once or twice as long as chance will have it. So for as long as this lives, one page
+/// of every few is held. What is free between them has been touched, is too small to be reported,
+/// and is what the kernel allocates first.
 #[derive(Debug)]
 pub struct WarmPool {
     _held: Image,

@@ -1,4 +1,5 @@
-//! A guest that writes while it moves: how long it takes, how long the guest stands still, and what the guest itself feels of it.
+//! A guest that writes while it moves: how long it takes, how long the guest stands still, and what
+//! the guest itself feels of it.
 
 use super::Bench;
 use super::floor;
@@ -88,7 +89,9 @@ struct Wanted {
 }
 
 impl Sweeper {
-    fn new(memory: &Arc<TestMemory>, pages: PageRange, rate: u64, marks: bool, writes: &Arc<AtomicU64>) -> Self {
+    fn new(
+        memory: &Arc<TestMemory>, pages: PageRange, rate: u64, marks: bool, writes: &Arc<AtomicU64>,
+    ) -> Self {
         let shared = Arc::new(Shared {
             memory: memory.clone(),
             pages,
@@ -205,7 +208,9 @@ fn map(image: &Image) -> Arc<TestMemory> {
 }
 
 impl Side {
-    fn new(image: &Image, tracker: impl FnOnce(&TestMemory) -> Result<Tracker, Error>) -> Result<Self, Error> {
+    fn new(
+        image: &Image, tracker: impl FnOnce(&TestMemory) -> Result<Tracker, Error>,
+    ) -> Result<Self, Error> {
         let folder = tempfile::tempdir().unwrap();
         let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), "agent")?;
         let memory = map(image);
@@ -218,7 +223,8 @@ impl Side {
 /// Counts a writer's writes while it runs.
 type Count = Box<dyn Fn() -> u64>;
 
-/// How far a vCPU has come, from the counters that it leaves: those before the place it is at are one ahead of those after it.
+/// How far a vCPU has come, from the counters that it leaves: those before the place it is at are
+/// one ahead of those after it.
 fn sweeps_of(image: &Image, pages: PageRange) -> u64 {
     let counter = |page: u64| {
         let mut bytes = [0; 4];
@@ -240,7 +246,8 @@ fn rate_of(count: &Count, time: Duration) -> f64 {
     (count() - before) as f64 / started.elapsed().as_secs_f64()
 }
 
-/// How often a vCPU spins after each page to write `rate` pages a second, given what it does at 10,000.
+/// How often a vCPU spins after each page to write `rate` pages a second, given what it does at
+/// 10,000.
 fn spins_for(rate: u64, at_ten_thousand: f64) -> u32 {
     if rate == 0 { 0 } else { (at_ten_thousand * 10_000.0 / rate as f64) as u32 }
 }
@@ -270,7 +277,9 @@ pub fn live(bench: &Bench, table: &mut Table) {
     floor::copy(&source, &destination, 1);
     destination.clear();
     let link = size as f64 / PAGE_SIZE as f64 / floor::copy(&source, &destination, 1).as_secs_f64();
-    table.note(format!("live: 100% of the link is {link:.0} pages/s, that of a plain copy through one socket"));
+    table.note(format!(
+        "live: 100% of the link is {link:.0} pages/s, that of a plain copy through one socket"
+    ));
     let all = PageRange::new(FIRMWARE_PAGES, size / PAGE_SIZE - FIRMWARE_PAGES);
     let mut cases: Vec<Case> = [10, 50, 90]
         .map(|percent| Case {
@@ -280,7 +289,11 @@ pub fn live(bench: &Bench, table: &mut Table) {
         })
         .into();
     let hot = PageRange::new(FIRMWARE_PAGES, all.count / 16);
-    cases.push(Case { name: "a hot set of 128 MiB, as fast as it can".into(), pages: hot, rate: 0 });
+    cases.push(Case {
+        name: "a hot set of 128 MiB, as fast as it can".into(),
+        pages: hot,
+        rate: 0,
+    });
     for kind in Kind::ALL {
         for case in &cases {
             let mut measured = Measured::default();
@@ -303,7 +316,9 @@ pub fn live(bench: &Bench, table: &mut Table) {
     }
 }
 
-fn run(source: &Image, destination: &Image, kind: Kind, case: &Case, measured: &mut Measured) -> Result<(), Error> {
+fn run(
+    source: &Image, destination: &Image, kind: Kind, case: &Case, measured: &mut Measured,
+) -> Result<(), Error> {
     destination.clear();
     let mut kvm: Option<KvmGuest> = None;
     let from = Side::new(source, |memory| {
@@ -316,7 +331,9 @@ fn run(source: &Image, destination: &Image, kind: Kind, case: &Case, measured: &
             Kind::Kvm => {
                 let log = kvm.as_ref().map(KvmGuest::dirty_log).transpose();
                 let log = log.map_err(|error| Error::Memory(error.to_string()))?;
-                Ok(log.map_or(Tracker::Log, |log| Tracker::Hooks(Box::new(log) as Box<dyn HookTracker>)))
+                Ok(log.map_or(Tracker::Log, |log| {
+                    Tracker::Hooks(Box::new(log) as Box<dyn HookTracker>)
+                }))
             }
         }
     })?;
@@ -328,7 +345,13 @@ fn run(source: &Image, destination: &Image, kind: Kind, case: &Case, measured: &
         }
         None => {
             let writes = Arc::new(AtomicU64::new(0));
-            from.vmm.set_guest(Sweeper::new(&from.memory, case.pages, case.rate, kind == Kind::Log, &writes));
+            from.vmm.set_guest(Sweeper::new(
+                &from.memory,
+                case.pages,
+                case.rate,
+                kind == Kind::Log,
+                &writes,
+            ));
             Box::new(move || writes.load(Ordering::Relaxed))
         }
     };
@@ -344,7 +367,10 @@ fn run(source: &Image, destination: &Image, kind: Kind, case: &Case, measured: &
     to.vmm.set_guest(IdleGuest);
     let (_, address) = to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default())?;
     let (writes, started) = (count(), Instant::now());
-    let job = from.vmm.start_outgoing(&address, &OutgoingOptions { max_passes: 0, ..OutgoingOptions::default() })?;
+    let job = from.vmm.start_outgoing(
+        &address,
+        &OutgoingOptions { max_passes: 0, ..OutgoingOptions::default() },
+    )?;
     let status = from.vmm.wait_job(job, LIMIT)?;
     let total = started.elapsed();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
@@ -363,7 +389,8 @@ fn run(source: &Image, destination: &Image, kind: Kind, case: &Case, measured: &
 }
 
 fn vcpu(image: &Image, memory: &TestMemory, case: &Case) -> Result<KvmGuest, Error> {
-    let sweep = Sweep { ranges: vec![(case.pages.first * PAGE_SIZE, case.pages.count)], spins: 10_000 };
+    let sweep =
+        Sweep { ranges: vec![(case.pages.first * PAGE_SIZE, case.pages.count)], spins: 10_000 };
     let mut guest = KvmGuest::new(memory.guest().clone(), sweep)?;
     guest.boot()?;
     let file = Image::again(image);
@@ -376,7 +403,8 @@ fn vcpu(image: &Image, memory: &TestMemory, case: &Case) -> Result<KvmGuest, Err
     Ok(guest)
 }
 
-/// How a vCPU's sweeps slow down when its writes are tracked and asked for, as often as passes are short or long, and nothing is sent.
+/// How a vCPU's sweeps slow down when its writes are tracked and asked for, as often as passes are
+/// short or long, and nothing is sent.
 pub fn tracking(bench: &Bench, table: &mut Table) {
     for period in [100, 1000] {
         tracking_alone(bench, table, Duration::from_millis(period / bench.shrink.min(10)));
@@ -384,7 +412,10 @@ pub fn tracking(bench: &Bench, table: &mut Table) {
 }
 
 fn tracking_alone(bench: &Bench, table: &mut Table, period: Duration) {
-    let work = &format!("tracking alone: a vCPU that sweeps 256 MiB, asked every {} ms", period.as_millis());
+    let work = &format!(
+        "tracking alone: a vCPU that sweeps 256 MiB, asked every {} ms",
+        period.as_millis()
+    );
     let size = GIB / 4 / bench.shrink.min(16);
     let image = Image::new(&bench.folder, "tracked", size);
     image.fill(0, size);
@@ -418,10 +449,11 @@ fn tracking_alone(bench: &Bench, table: &mut Table, period: Duration) {
         for (who, rates) in &mut rates {
             guest.pause().unwrap();
             let mut kvm = (*who == "KVM's log").then(|| guest.dirty_log().unwrap());
-            let registered = (*who == "write protection").then(|| WriteProtect::register(&[(address, size)]).unwrap());
-            let pagemap = registered
-                .as_ref()
-                .map(|registered| Pagemap::new(registered.pagemap().try_clone_to_owned().unwrap()).unwrap());
+            let registered = (*who == "write protection")
+                .then(|| WriteProtect::register(&[(address, size)]).unwrap());
+            let pagemap = registered.as_ref().map(|registered| {
+                Pagemap::new(registered.pagemap().try_clone_to_owned().unwrap()).unwrap()
+            });
             if let Some(kvm) = &mut kvm {
                 KvmDirtyLog::start(kvm).unwrap();
             }
@@ -431,7 +463,8 @@ fn tracking_alone(bench: &Bench, table: &mut Table, period: Duration) {
                 std::thread::sleep(period);
                 if let Some(kvm) = &mut kvm {
                     KvmDirtyLog::sync(kvm, &log).unwrap();
-                    let words: Vec<u64> = (0..size / PAGE_SIZE / 64).map(|word| log.bits().take_word(word)).collect();
+                    let words: Vec<u64> =
+                        (0..size / PAGE_SIZE / 64).map(|word| log.bits().take_word(word)).collect();
                     KvmDirtyLog::clear(kvm, 0, &words).unwrap();
                 }
                 if let Some(pagemap) = &pagemap {

@@ -1,7 +1,9 @@
-//! pageferry beside what a user would pick instead: QEMU, and the plainest program that copies the same bytes.
+//! pageferry beside what a user would pick instead: QEMU, and the plainest program that copies the
+//! same bytes.
 //!
-//! `cargo bench -p pageferry-tests --bench peers` runs everything and prints one table; `-- --help` says what can be chosen. What is compared
-//! runs interleaved, on the same images, onto memory that was touched and punched before. The figures are medians; ratios are what counts.
+//! `cargo bench -p pageferry-tests --bench peers` runs everything and prints one table; `-- --help`
+//! says what can be chosen. What is compared runs interleaved, on the same images, onto memory that
+//! was touched and punched before. The figures are medians; ratios are what counts.
 //!
 //! - [`table`]: the figures, and how they are printed;
 //! - [`image`]: guest memory as a file, prepared once and shared by all;
@@ -45,8 +47,8 @@ use table::Table;
 #[derive(Debug, Parser)]
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
-    /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking, postcopy, snapshots,
-    /// bitmaps, discards, bytes.
+    /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking,
+    /// postcopy, snapshots, bitmaps, discards, bytes.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -58,7 +60,8 @@ struct Cli {
     /// Where `snapshots` writes images: a folder on a disk with 10 GiB free.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     disk: PathBuf,
-    /// In `snapshots`, do only these: save, save-tmpfs, save-sparse, pause, pause-sparse, restore, restore-lazy.
+    /// In `snapshots`, do only these: save, save-tmpfs, save-sparse, pause, pause-sparse, restore,
+    /// restore-lazy.
     #[arg(long, value_delimiter = ',')]
     snapshots: Vec<String>,
     /// In `snapshots`, measure the agents of these builds of pageferry-test-process, too.
@@ -76,7 +79,8 @@ struct Cli {
     /// Leave QEMU out even if it is installed.
     #[arg(long)]
     no_qemu: bool,
-    /// Given by `cargo bench`; without it everything is tiny, and `live` and `tracking` are left out: a test that the bench works.
+    /// Given by `cargo bench`; without it everything is tiny, and `live` and `tracking` are left
+    /// out: a test that the bench works.
     #[arg(long, hide = true)]
     bench: bool,
     /// Be the other process of `postcopy`'s floor, which is told what to do over this socket.
@@ -142,7 +146,12 @@ fn main() {
     };
     let mut table = Table::default();
     table.note(machine());
-    table.note(bench.qemu.as_ref().map_or("skipped: no qemu-system-x86_64".to_owned(), |qemu| qemu.version.clone()));
+    table.note(
+        bench
+            .qemu
+            .as_ref()
+            .map_or("skipped: no qemu-system-x86_64".to_owned(), |qemu| qemu.version.clone()),
+    );
     for (name, part) in parts {
         // A test is over soon, and writers need their time.
         let wanted = if cli.only.is_empty() {
@@ -157,7 +166,8 @@ fn main() {
     }
     println!("{}", table.markdown());
     if let Some(path) = cli.json {
-        std::fs::write(&path, table.json()).unwrap_or_else(|error| panic!("cannot write {}: {error}", path.display()));
+        std::fs::write(&path, table.json())
+            .unwrap_or_else(|error| panic!("cannot write {}: {error}", path.display()));
     }
 }
 
@@ -175,5 +185,9 @@ fn machine() -> String {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpus.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
-    format!("{cores} cores ({}), Linux {}", model.trim_start_matches([' ', '\t', ':']), release.trim())
+    format!(
+        "{cores} cores ({}), Linux {}",
+        model.trim_start_matches([' ', '\t', ':']),
+        release.trim()
+    )
 }

@@ -1,7 +1,9 @@
 //! Two agents as processes, with a VMM whose guest stands still.
 
 use super::image::Image;
-use pageferry_client::{BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Target};
+use pageferry_client::{
+    BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Target,
+};
 use pageferry_tests::files::Still;
 use pageferry_tests::process::AgentProcess;
 use std::ffi::OsStr;
@@ -45,7 +47,10 @@ impl Side {
 
     /// Discards without freeing.
     pub fn discard(&self, ranges: &[(u64, u64)]) {
-        let ranges: Vec<_> = ranges.iter().map(|&(offset, length)| BlockRange { block: 0, offset, length }).collect();
+        let ranges: Vec<_> = ranges
+            .iter()
+            .map(|&(offset, length)| BlockRange { block: 0, offset, length })
+            .collect();
         self.client.discard(&ranges, Punch::No).unwrap();
     }
 

@@ -1,18 +1,22 @@
-//! Postcopy: how long a guest waits for a page that is not there, from the outside: from its touch to its going on.
+//! Postcopy: how long a guest waits for a page that is not there, from the outside: from its touch
+//! to its going on.
 //!
-//! Beside it, in the same run, is the [`floor`]: a fault that another process answers, and a question and its answer over a socket. In between are the four
-//! wake-ups that no such path can do without: of who reads the fault, of the source, of who receives, and of the guest.
+//! Beside it, in the same run, is the [`floor`]: a fault that another process answers, and a
+//! question and its answer over a socket. In between are the four wake-ups that no such path can do
+//! without: of who reads the fault, of the source, of who receives, and of the guest.
 //!
 //! What is measured:
 //!
 //! - *quiet*: the push is held back, so that a fault has the machine for itself;
-//! - *pushing*: the push runs at full speed, and the guest touches pages in random order from its first moment until all is here;
+//! - *pushing*: the push runs at full speed, and the guest touches pages in random order from its
+//!   first moment until all is here;
 //! - *in order*: the same, one page after the other, as far as the push leaves any missing;
 //! - *huge*: quiet, on huge pages of 2 MiB, which are placed whole.
 //!
 //! QEMU does the first two in [`qemu_guest`], if it is there.
 //!
-//! A touch counts as a fault if the page was a hole just before it; on huge pages, whose files do not tell their holes, if it took longer than touching what is there does.
+//! A touch counts as a fault if the page was a hole just before it; on huge pages, whose files do
+//! not tell their holes, if it took longer than touching what is there does.
 
 pub mod floor;
 pub mod qemu_guest;
@@ -22,8 +26,8 @@ use super::image::{Image, WarmPool, full_guest};
 use super::table::{Better, Table, median};
 use floor::Floor;
 use pageferry_client::{
-    Client, Config, HookError, Hooks, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, RunState, StatePiece,
-    Target,
+    Client, Config, HookError, Hooks, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase,
+    RunState, StatePiece, Target,
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
@@ -159,13 +163,21 @@ struct Arrived {
 }
 
 impl Running {
-    fn start(source: Arc<TestMemory>, destination: Arc<TestMemory>, streams: u16, bandwidth: u64) -> Self {
+    fn start(
+        source: Arc<TestMemory>, destination: Arc<TestMemory>, streams: u16, bandwidth: u64,
+    ) -> Self {
         let (from, to) = (Side::new(source), Side::new(destination));
         let listen = Target::Address("tcp:127.0.0.1:0".into());
         let incoming = to.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
-        let options = OutgoingOptions { streams, bandwidth, mode: Mode::Postcopy, ..OutgoingOptions::default() };
+        let options = OutgoingOptions {
+            streams,
+            bandwidth,
+            mode: Mode::Postcopy,
+            ..OutgoingOptions::default()
+        };
         let since = Instant::now();
-        let job = from.client.start_outgoing(Target::Address(incoming.address), &options).unwrap().job;
+        let job =
+            from.client.start_outgoing(Target::Address(incoming.address), &options).unwrap().job;
         to.resumed.recv_timeout(LIMIT).unwrap();
         Self { from, to, job, options, since }
     }
@@ -180,7 +192,10 @@ impl Running {
         let status = self.from.client.wait(self.job, LIMIT).unwrap();
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
         let time = self.since.elapsed();
-        wait_until("the destination's end", LIMIT, || self.to.client.status().unwrap().phase.is_final()).unwrap();
+        wait_until("the destination's end", LIMIT, || {
+            self.to.client.status().unwrap().phase.is_final()
+        })
+        .unwrap();
         Arrived { time, status: self.to.client.status().unwrap() }
     }
 }
@@ -194,14 +209,22 @@ struct Felt {
 }
 
 impl Felt {
-    /// Touches a host page, which must hold what the source's does, and counts it as a fault if it was a hole.
+    /// Touches a host page, which must hold what the source's does, and counts it as a fault if it
+    /// was a hole.
     fn touch(&mut self, running: &Running, offset: u64) {
         let block = &running.to.memory.blocks()[0];
         let tells_holes = !matches!(block.layout().backing, Backing::HugePages);
         let was_hole = tells_holes && is_hole(block.file(), offset).unwrap();
         let time = touch(block, offset);
-        assert_eq!(block.read_word(offset).unwrap(), running.from.memory.blocks()[0].read_word(offset).unwrap());
-        if was_hole || !tells_holes && time > NO_FAULT { self.times.push(time) } else { self.there += 1 }
+        assert_eq!(
+            block.read_word(offset).unwrap(),
+            running.from.memory.blocks()[0].read_word(offset).unwrap()
+        );
+        if was_hole || !tells_holes && time > NO_FAULT {
+            self.times.push(time)
+        } else {
+            self.there += 1
+        }
     }
 }
 
@@ -220,7 +243,9 @@ impl Rounds {
 
     /// Medians of a figure of each round, in words.
     fn middle(&self, figure: impl Fn(&JobStatus) -> u64) -> f64 {
-        median(&self.arrived.iter().map(|arrived| figure(&arrived.status) as f64).collect::<Vec<_>>())
+        median(
+            &self.arrived.iter().map(|arrived| figure(&arrived.status) as f64).collect::<Vec<_>>(),
+        )
     }
 
     fn add_rows(&self, table: &mut Table, work: &str, who: &str) {
@@ -239,7 +264,8 @@ impl Rounds {
             self.middle(|status| status.counters.fault_max_us),
         ];
         for ((name, part), own) in QUANTILES.into_iter().zip(own) {
-            let samples: Vec<f64> = self.felt.iter().map(|felt| felt.times.quantile(part)).collect();
+            let samples: Vec<f64> =
+                self.felt.iter().map(|felt| felt.times.quantile(part)).collect();
             let more = if part == 500 { format!("; {counted}") } else { String::new() };
             let remark = format!("{own:.0} by the agent's count{more}");
             let who = format!("{who}, {name}");
@@ -249,7 +275,8 @@ impl Rounds {
     }
 
     fn add_times(&self, table: &mut Table, work: &str, who: &str) {
-        let times: Vec<f64> = self.arrived.iter().map(|arrived| arrived.time.as_secs_f64() * 1e3).collect();
+        let times: Vec<f64> =
+            self.arrived.iter().map(|arrived| arrived.time.as_secs_f64() * 1e3).collect();
         table.add(work, &format!("{who}, all there"), "ms", &times, String::new());
     }
 }
@@ -260,7 +287,11 @@ fn add_floor(table: &mut Table, work: &str, floors: &[Floor]) {
         let half = |of: fn(&Floor) -> &Times| {
             median(&floors.iter().map(|floor| of(floor).quantile(part)).collect::<Vec<f64>>())
         };
-        let remark = format!("fault {:.1} + socket {:.1}", half(|floor| &floor.fault), half(|floor| &floor.socket));
+        let remark = format!(
+            "fault {:.1} + socket {:.1}",
+            half(|floor| &floor.fault),
+            half(|floor| &floor.socket)
+        );
         table.add(work, &format!("floor, {name}"), "us", &samples, remark);
     }
 }
@@ -299,8 +330,12 @@ fn small_pages(bench: &Bench, table: &mut Table) {
         }
         quiet.add(felt, running.finish());
 
-        for (&streams, (pushing, in_order)) in streams.iter().zip(pushing.iter_mut().zip(&mut in_order)) {
-            for (order, rounds) in [(shuffled(pages, round), pushing), ((0..pages).collect(), in_order)] {
+        for (&streams, (pushing, in_order)) in
+            streams.iter().zip(pushing.iter_mut().zip(&mut in_order))
+        {
+            for (order, rounds) in
+                [(shuffled(pages, round), pushing), ((0..pages).collect(), in_order)]
+            {
                 destination.clear();
                 let running = Running::start(map(&source), map(&destination), streams, 0);
                 let mut felt = Felt::default();
@@ -324,7 +359,8 @@ fn small_pages(bench: &Bench, table: &mut Table) {
     for (streams, (pushing, in_order)) in streams.iter().zip(pushing.iter().zip(&in_order)) {
         for (order, rounds) in [("in random order", pushing), ("in order", in_order)] {
             let who = format!("{order}, {streams}");
-            let per_gib = |felt: &Felt| felt.times.0.len() as f64 * GIB as f64 / (pages * PAGE_SIZE) as f64;
+            let per_gib =
+                |felt: &Felt| felt.times.0.len() as f64 * GIB as f64 / (pages * PAGE_SIZE) as f64;
             let faults: Vec<f64> = rounds.felt.iter().map(per_gib).collect();
             table.add(work, &format!("{who}, faults"), "per GiB", &faults, String::new());
             rounds.add_times(table, work, &who);
@@ -345,7 +381,9 @@ fn qemu(bench: &Bench, table: &mut Table) {
         }
     }
     for ((who, _), rounds) in ways.iter().zip(&rounds) {
-        let middle = |figure: &dyn Fn(&qemu_guest::Qemu) -> f64| median(&rounds.iter().map(figure).collect::<Vec<_>>());
+        let middle = |figure: &dyn Fn(&qemu_guest::Qemu) -> f64| {
+            median(&rounds.iter().map(figure).collect::<Vec<_>>())
+        };
         for (name, part) in QUANTILES {
             let samples: Vec<f64> = rounds.iter().map(|moved| moved.times.quantile(part)).collect();
             let remark = format!(

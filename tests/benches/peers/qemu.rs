@@ -1,4 +1,5 @@
-//! QEMU, driven by QMP: a guest under TCG whose memory is a shared file, prepared as everyone's. It is paused where nothing is to happen in it.
+//! QEMU, driven by QMP: a guest under TCG whose memory is a shared file, prepared as everyone's. It
+//! is paused where nothing is to happen in it.
 
 use super::image::Image;
 use pageferry_tests::deadline::wait_for;
@@ -60,7 +61,12 @@ impl Qemu {
     /// Moves the guest.
     pub fn migrate(&self, source: &Image, destination: &Image, mode: Mode) -> Took {
         let folder = tempfile::tempdir().unwrap();
-        let mut to = Machine::start(folder.path(), "destination", destination, &["-S", "-incoming", "defer"]);
+        let mut to = Machine::start(
+            folder.path(),
+            "destination",
+            destination,
+            &["-S", "-incoming", "defer"],
+        );
         let mut from = Machine::start(folder.path(), "source", source, &["-S"]);
         for machine in [&mut to, &mut from] {
             machine.set_up(mode);
@@ -103,19 +109,35 @@ impl Machine {
     /// Starts it; `more` are more of its arguments.
     pub fn start(folder: &Path, name: &str, image: &Image, more: &[&str]) -> Self {
         let socket = folder.join(name);
-        let memory =
-            format!("memory-backend-file,id=ram,size={},mem-path={},share=on", image.size, image.path.display());
+        let memory = format!(
+            "memory-backend-file,id=ram,size={},mem-path={},share=on",
+            image.size,
+            image.path.display()
+        );
         let mut command = Command::new(PROGRAM);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]);
-        command.args(["-machine", "q35,memory-backend=ram", "-m", &format!("{}M", image.size >> 20)]);
-        command.args(["-object", &memory, "-qmp", &format!("unix:{},server=on,wait=off", socket.display())]).args(more);
+        command.args([
+            "-machine",
+            "q35,memory-backend=ram",
+            "-m",
+            &format!("{}M", image.size >> 20),
+        ]);
+        command
+            .args([
+                "-object",
+                &memory,
+                "-qmp",
+                &format!("unix:{},server=on,wait=off", socket.display()),
+            ])
+            .args(more);
         let mut process = Process::spawn(name, &mut command).unwrap();
         let stream = wait_for("QEMU's control socket", PATIENCE, || {
             assert!(!process.has_ended(), "QEMU ended: {:?}", process.lines());
             UnixStream::connect(&socket).ok()
         })
         .unwrap();
-        let mut machine = Self { writer: stream.try_clone().unwrap(), reader: BufReader::new(stream), process };
+        let mut machine =
+            Self { writer: stream.try_clone().unwrap(), reader: BufReader::new(stream), process };
         machine.read();
         machine.execute("qmp_capabilities", json!({}));
         machine

@@ -49,9 +49,18 @@ impl Table {
     }
 
     /// Adds a figure.
-    pub fn add(&mut self, work: &str, who: &str, unit: &'static str, samples: &[f64], remark: String) {
+    pub fn add(
+        &mut self, work: &str, who: &str, unit: &'static str, samples: &[f64], remark: String,
+    ) {
         let (work, who) = (work.to_owned(), who.to_owned());
-        self.rows.push(Row { work, who, unit, samples: samples.to_vec(), ratios: Vec::new(), remark });
+        self.rows.push(Row {
+            work,
+            who,
+            unit,
+            samples: samples.to_vec(),
+            ratios: Vec::new(),
+            remark,
+        });
     }
 
     /// Compares a figure with another of the same work: how many times as good it is.
@@ -67,14 +76,17 @@ impl Table {
         }
     }
 
-    /// The same, but the middle of what each round says by itself: where the machine changes from round to round, and alike for all.
+    /// The same, but the middle of what each round says by itself: where the machine changes from
+    /// round to round, and alike for all.
     pub fn compare_rounds(&mut self, work: &str, who: &str, with: &str, better: Better) {
         let samples = |who: &str| {
             let row = self.rows.iter().find(|row| row.work == work && row.who == who)?;
             Some(row.samples.clone())
         };
         let (Some(own), Some(other)) = (samples(who), samples(with)) else { return };
-        let ratio = |(own, other): (&f64, &f64)| if better == Better::More { own / other } else { other / own };
+        let ratio = |(own, other): (&f64, &f64)| {
+            if better == Better::More { own / other } else { other / own }
+        };
         let ratios: Vec<f64> = own.iter().zip(&other).map(ratio).collect();
         if let Some(row) = self.rows.iter_mut().find(|row| row.work == work && row.who == who) {
             row.ratios.push((with.to_owned(), median(&ratios)));
@@ -95,7 +107,8 @@ impl Table {
         for row in &self.rows {
             let low = row.samples.iter().copied().fold(f64::INFINITY, f64::min);
             let high = row.samples.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let ratios: Vec<String> = row.ratios.iter().map(|(with, ratio)| format!("{ratio:.2} x {with}")).collect();
+            let ratios: Vec<String> =
+                row.ratios.iter().map(|(with, ratio)| format!("{ratio:.2} x {with}")).collect();
             let _ = writeln!(
                 text,
                 "| {} | {} | {} | {} | {} | {} | {} | {} |",

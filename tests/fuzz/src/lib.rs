@@ -1,4 +1,5 @@
-//! What every fuzz target is made of: one function of `pageferry_tests::decoders`, with the memory that it takes counted.
+//! What every fuzz target is made of: one function of `pageferry_tests::decoders`, with the memory
+//! that it takes counted.
 
 pub use libfuzzer_sys::fuzz_target;
 pub use pageferry_tests::decoders;

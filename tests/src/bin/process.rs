@@ -1,5 +1,5 @@
-//! Agent or mock VMM as a process of its own, for the scenario tests: `agent ...` as in `pageferry agent ...`, `mock-vmm ...` as in the example
-//! `mock_vmm`.
+//! Agent or mock VMM as a process of its own, for the scenario tests: `agent ...` as in
+//! `pageferry agent ...`, `mock-vmm ...` as in the example `mock_vmm`.
 #![deny(unsafe_code)]
 
 use pageferry_tests::{agent, mock_vmm};

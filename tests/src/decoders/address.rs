@@ -26,7 +26,13 @@ pub fn address(data: &[u8]) -> bool {
 
 /// One of each kind.
 pub fn address_seeds() -> Vec<Vec<u8>> {
-    ["tcp:[::1]:70", "tcp:host.example:65535", "tcp:10.0.0.2:0", "unix:/run/vm 1/peer.sock", "unix:x"]
-        .map(|text| text.as_bytes().to_vec())
-        .into()
+    [
+        "tcp:[::1]:70",
+        "tcp:host.example:65535",
+        "tcp:10.0.0.2:0",
+        "unix:/run/vm 1/peer.sock",
+        "unix:x",
+    ]
+    .map(|text| text.as_bytes().to_vec())
+    .into()
 }

@@ -3,21 +3,30 @@
 
 use super::heap::{fair, within};
 use super::{choice, refused, same};
-use pageferry_client::{BlockRange, Compression, IncomingOptions, JobStatus, OutgoingOptions, Phase, Trackers};
-use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FLAG_REPLY, HEADER_SIZE, MAX_BODY, VERSION};
+use pageferry_client::{
+    BlockRange, Compression, IncomingOptions, JobStatus, OutgoingOptions, Phase, Trackers,
+};
+use pageferry_protocol::control::frame::{
+    FLAG_NEED_REPLY, FLAG_REPLY, HEADER_SIZE, MAX_BODY, VERSION,
+};
 use pageferry_protocol::control::hook::{
-    self, Hook, PieceSize, SavedState, decode_hook_reply, decode_state_reply, encode_hook_reply, encode_state_reply,
-    reply_sequence,
+    self, Hook, PieceSize, SavedState, decode_hook_reply, decode_state_reply, encode_hook_reply,
+    encode_state_reply, reply_sequence,
 };
 use pageferry_protocol::control::job::{
-    JobKind, Mode, NonConvergence, RestoreMode, RestoreOptions, RunState, SnapshotMode, SnapshotOptions,
+    JobKind, Mode, NonConvergence, RestoreMode, RestoreOptions, RunState, SnapshotMode,
+    SnapshotOptions,
 };
 use pageferry_protocol::control::request::{
-    AddBlockReply, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted, OWN_REQUESTS, RangesReply, RemoteError, Reply,
-    Request, decode_reply, encode_reply,
+    AddBlockReply, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted, OWN_REQUESTS, RangesReply,
+    RemoteError, Reply, Request, decode_reply, encode_reply,
 };
-use pageferry_protocol::control::standard::{Region, decode_log, decode_mem_table, decode_single_region, decode_u64};
-use pageferry_protocol::control::{DecodeError, Decoder, Encoder, FrameHeader, FrameSocket, SocketError};
+use pageferry_protocol::control::standard::{
+    Region, decode_log, decode_mem_table, decode_single_region, decode_u64,
+};
+use pageferry_protocol::control::{
+    DecodeError, Decoder, Encoder, FrameHeader, FrameSocket, SocketError,
+};
 use pageferry_protocol::memory::BlockGeometry;
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -61,13 +70,17 @@ pub fn control_frame(data: &[u8]) -> bool {
                 return frames > 0;
             }
             Err(SocketError::Cut { missing }) => {
-                let size = FrameHeader::read_from_prefix(rest).map_or(0, |(header, _)| header.size.get() as usize);
+                let size = FrameHeader::read_from_prefix(rest)
+                    .map_or(0, |(header, _)| header.size.get() as usize);
                 assert_eq!(rest.len() + missing, HEADER_SIZE + size);
                 return false;
             }
             Err(SocketError::Header(error)) => {
                 let (header, _) = FrameHeader::read_from_prefix(rest).expect("a whole header");
-                assert!(header.flags.get() & 3 != VERSION || header.size.get() as usize > MAX_BODY, "{error}");
+                assert!(
+                    header.flags.get() & 3 != VERSION || header.size.get() as usize > MAX_BODY,
+                    "{error}"
+                );
                 return false;
             }
             Err(error) => assert_eq!(error.to_string(), "", "only the bytes can be wrong"),
@@ -80,11 +93,14 @@ pub fn frame_seeds() -> Vec<Vec<u8>> {
     let frame = |request: u32, flags: u32, body: &[u8]| {
         [FrameHeader::new(request, flags, body.len()).as_bytes(), body].concat()
     };
-    let many = [frame(1, 0, &[]), frame(37, FLAG_NEED_REPLY, &[7; 40]), frame(0x1003, FLAG_REPLY, b"x")].concat();
+    let many =
+        [frame(1, 0, &[]), frame(37, FLAG_NEED_REPLY, &[7; 40]), frame(0x1003, FLAG_REPLY, b"x")]
+            .concat();
     vec![frame(0x1000, !3, &[1, 0, 1, 0, 0, 0, 0, 0]), many, frame(5, 0, &[9; 9000])]
 }
 
-/// Checks what came of a body whose encoding has the same length: reserved fields may hold anything.
+/// Checks what came of a body whose encoding has the same length: reserved fields may hold
+/// anything.
 fn checked<T: PartialEq + std::fmt::Debug>(
     body: &[u8], decode: impl Fn(&[u8]) -> Result<T, DecodeError>, encode: impl Fn(&T) -> Vec<u8>,
 ) -> bool {
@@ -116,7 +132,11 @@ pub fn request(data: &[u8]) -> bool {
 /// All requests.
 pub fn request_seeds() -> Vec<Vec<u8>> {
     let range = |block, offset, length| BlockRange { block, offset, length };
-    let options = OutgoingOptions { policy: NonConvergence::Throttle, streams: 64, ..OutgoingOptions::default() };
+    let options = OutgoingOptions {
+        policy: NonConvergence::Throttle,
+        streams: 64,
+        ..OutgoingOptions::default()
+    };
     let compressed = |compression| OutgoingOptions { compression, ..options.clone() };
     let policy = NonConvergence::Postcopy;
     let hybrid = OutgoingOptions {
@@ -127,20 +147,35 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
         release: true,
         ..OutgoingOptions::default()
     };
-    let geometry = BlockGeometry { id: 3, name: "ram".into(), gpa: 0x7000, length: 1 << 30, granularity: 2 << 20 };
+    let geometry = BlockGeometry {
+        id: 3,
+        name: "ram".into(),
+        gpa: 0x7000,
+        length: 1 << 30,
+        granularity: 2 << 20,
+    };
     let requests = [
         Request::Hello { version_min: 1, version_max: 2, features: 2, agent: 0 },
         Request::Hello { version_min: 1, version_max: 1, features: 3, agent: u64::MAX },
         Request::AddBlock { geometry, fd_offset: 0x5000, vmm_address: 1 << 47, flags: 1 },
         Request::RemoveBlock { id: 7 },
-        Request::Discard { flags: DISCARD_PUNCH, ranges: vec![range(0, 0, 4096), range(1, 1 << 40, 1)] },
+        Request::Discard {
+            flags: DISCARD_PUNCH,
+            ranges: vec![range(0, 0, 4096), range(1, 1 << 40, 1)],
+        },
         Request::Free { ranges: vec![range(3, 8192, 4096)] },
         Request::Populate { ranges: vec![range(2, 4096, u64::MAX)] },
         Request::SetTrackers { sources: Trackers::HOOKS | Trackers::WRITE_PROTECT },
         Request::StartOutgoing { target: "tcp:[::1]:7000".into(), options: options.clone() },
-        Request::StartIncoming { listen: "unix:/run/ü".into(), options: IncomingOptions::default() },
+        Request::StartIncoming {
+            listen: "unix:/run/ü".into(),
+            options: IncomingOptions::default(),
+        },
         Request::Cancel,
-        Request::StartOutgoing { target: "unix:/run/a".into(), options: compressed(Compression::Lz4) },
+        Request::StartOutgoing {
+            target: "unix:/run/a".into(),
+            options: compressed(Compression::Lz4),
+        },
         Request::SetParameters { options: compressed(Compression::Zstd(Compression::MAX_LEVEL)) },
         Request::QueryStatus,
         Request::Subscribe { interval: Duration::from_millis(10) },
@@ -169,20 +204,34 @@ fn image_requests() -> Vec<Request> {
         ..SnapshotOptions::default()
     };
     let working_set = "/images/monday.ws".into();
-    let lazy = RestoreOptions { mode: RestoreMode::Lazy, workers: 64, working_set, ..RestoreOptions::default() };
+    let lazy = RestoreOptions {
+        mode: RestoreMode::Lazy,
+        workers: 64,
+        working_set,
+        ..RestoreOptions::default()
+    };
     let snapshots = SnapshotMode::NAMES.into_iter().flat_map(|(_, mode)| {
-        [SnapshotOptions { mode, ..full.clone() }, SnapshotOptions { mode, ..SnapshotOptions::default() }]
+        [
+            SnapshotOptions { mode, ..full.clone() },
+            SnapshotOptions { mode, ..SnapshotOptions::default() },
+        ]
     });
-    let restores = RestoreMode::NAMES.map(|(_, mode)| RestoreOptions { mode, ..RestoreOptions::default() });
+    let restores =
+        RestoreMode::NAMES.map(|(_, mode)| RestoreOptions { mode, ..RestoreOptions::default() });
     let snapshots = snapshots.map(|options| Request::StartSnapshot { path: path(), options });
-    let restores = restores.into_iter().chain([lazy]).map(|options| Request::StartRestore { path: path(), options });
+    let restores = restores
+        .into_iter()
+        .chain([lazy])
+        .map(|options| Request::StartRestore { path: path(), options });
     snapshots.chain(restores).collect()
 }
 
 type DecodeFields<T> = fn(&mut Decoder<'_>) -> Result<T, DecodeError>;
 type EncodeFields<T> = fn(&T, Encoder) -> Encoder;
 
-fn answer<T: PartialEq + std::fmt::Debug>(body: &[u8], decode: DecodeFields<T>, encode: EncodeFields<T>) -> bool {
+fn answer<T: PartialEq + std::fmt::Debug>(
+    body: &[u8], decode: DecodeFields<T>, encode: EncodeFields<T>,
+) -> bool {
     checked(body, |body| decode_reply(body, decode), |reply| encode_reply(reply, encode))
 }
 
@@ -206,12 +255,19 @@ pub fn reply(data: &[u8]) -> bool {
 /// A success of each kind, and errors.
 pub fn reply_seeds() -> Vec<Vec<u8>> {
     let error = RemoteError::new(ErrorCode::Busy, "block 3 is in use");
-    let hello = HelloReply { version: 1, features: 0, max_body: 1 << 20, max_ranges: 43_690, pid: 77 };
+    let hello =
+        HelloReply { version: 1, features: 0, max_body: 1 << 20, max_ranges: 43_690, pid: 77 };
     let started = JobStarted { job: 9, address: "tcp:127.0.0.1:4444".into() };
-    let pieces = vec![PieceSize { name: "vcpu".into(), length: 5 }, PieceSize { name: String::new(), length: 0 }];
+    let pieces = vec![
+        PieceSize { name: "vcpu".into(), length: 5 },
+        PieceSize { name: String::new(), length: 0 },
+    ];
     let bodies = [
         encode_reply(&Ok(hello), HelloReply::encode),
-        encode_reply(&Ok(AddBlockReply { host_page_size: 2 << 20, sealed: 1 }), AddBlockReply::encode),
+        encode_reply(
+            &Ok(AddBlockReply { host_page_size: 2 << 20, sealed: 1 }),
+            AddBlockReply::encode,
+        ),
         encode_reply(&Ok(RangesReply { changed_pages: 512 }), RangesReply::encode),
         encode_reply(&Ok(started), JobStarted::encode),
         encode_reply(&Ok(status()), JobStatus::encode),
@@ -223,7 +279,13 @@ pub fn reply_seeds() -> Vec<Vec<u8>> {
 }
 
 fn status() -> JobStatus {
-    JobStatus { job: 7, kind: JobKind::Outgoing, phase: Phase::Failed, error: "gone".into(), ..JobStatus::default() }
+    JobStatus {
+        job: 7,
+        kind: JobKind::Outgoing,
+        phase: Phase::Failed,
+        error: "gone".into(),
+        ..JobStatus::default()
+    }
 }
 
 /// A hook is the one that its code says, with its number, and says the same when it is sent on.
@@ -242,7 +304,10 @@ pub fn hook(data: &[u8]) -> bool {
 
 /// All hooks.
 pub fn hook_seeds() -> Vec<Vec<u8>> {
-    let pieces = vec![PieceSize { name: "vcpu".into(), length: 1 << 30 }, PieceSize { name: String::new(), length: 0 }];
+    let pieces = vec![
+        PieceSize { name: "vcpu".into(), length: 1 << 30 },
+        PieceSize { name: String::new(), length: 0 },
+    ];
     let hooks = [
         Hook::Pause,
         Hook::Resume { force: true, paused: true },
@@ -262,7 +327,10 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::PrepareRestore { path: "/images/mönday.img".into() },
         Hook::Event { status: Box::new(status()) },
     ];
-    (9..).zip(hooks).map(|(sequence, hook)| [vec![hook.code() as u8], hook.encode(sequence)].concat()).collect()
+    (9..)
+        .zip(hooks)
+        .map(|(sequence, hook)| [vec![hook.code() as u8], hook.encode(sequence)].concat())
+        .collect()
 }
 
 fn print_region(encoder: Encoder, region: &Region) -> Encoder {
@@ -278,10 +346,13 @@ pub fn standard(data: &[u8]) -> bool {
     let (kind, body) = choice(data);
     match kind {
         0 => checked(body, decode_mem_table, |table| print_table(table)),
-        1 => checked(body, decode_single_region, |region| print_region(Encoder::new().u64(0), region).finish()),
+        1 => checked(body, decode_single_region, |region| {
+            print_region(Encoder::new().u64(0), region).finish()
+        }),
         2 => checked(body, decode_u64, |value| value.to_le_bytes().to_vec()),
         3 => {
-            let numbers = |body: &[u8]| decode_log(body).map(|log| (log.mmap_size, log.mmap_offset));
+            let numbers =
+                |body: &[u8]| decode_log(body).map(|log| (log.mmap_size, log.mmap_offset));
             checked(body, numbers, |(size, offset)| Encoder::new().u64(*size).u64(*offset).finish())
         }
         _ => false,
@@ -290,7 +361,12 @@ pub fn standard(data: &[u8]) -> bool {
 
 /// A table of the most regions, one region, and numbers.
 pub fn standard_seeds() -> Vec<Vec<u8>> {
-    let region = |at: u64| Region { gpa: at << 30, length: 1 << 30, vmm_address: at << 40, fd_offset: at << 12 };
+    let region = |at: u64| Region {
+        gpa: at << 30,
+        length: 1 << 30,
+        vmm_address: at << 40,
+        fd_offset: at << 12,
+    };
     let table = |count: u64| print_table(&(0..count).map(region).collect::<Vec<_>>());
     let single = print_region(Encoder::new().u64(0), &region(3)).finish();
     let log = Encoder::new().u64(1 << 20).u64(4096).finish();

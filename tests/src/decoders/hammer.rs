@@ -1,4 +1,5 @@
-//! Inputs by the thousands, the same ones every time: noise, and accepted inputs with something wrong.
+//! Inputs by the thousands, the same ones every time: noise, and accepted inputs with something
+//! wrong.
 
 use super::Target;
 use crate::random::Random;
@@ -8,7 +9,8 @@ const NOISE: u64 = 300;
 /// Bytes of an input that failed to be shown; all of it comes again with the next run.
 const SHOWN: usize = 400;
 /// Numbers at which decoders go wrong.
-const EDGES: [u64; 10] = [0, 1, 0xff, 0x7fff_ffff, 0xffff_ffff, 1 << 32, 1 << 50, 1 << 63, u64::MAX - 4095, u64::MAX];
+const EDGES: [u64; 10] =
+    [0, 1, 0xff, 0x7fff_ffff, 0xffff_ffff, 1 << 32, 1 << 50, 1 << 63, u64::MAX - 4095, u64::MAX];
 
 /// How many inputs were taken, and how many were not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -28,11 +30,15 @@ pub fn hammer(target: &Target, rounds: u64) -> Hammered {
     for seed in &seeds {
         assert!(shown(target, seed), "{} refuses its own seed {seed:02x?}", target.name);
     }
-    let name = target.name.bytes().fold(0, |hash: u64, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+    let name = target
+        .name
+        .bytes()
+        .fold(0, |hash: u64, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
     let mut random = Random::new(name);
     let mut hammered = Hammered::default();
     for _ in 0..rounds {
-        let input = if random.percent(20) { noise(&mut random) } else { mutated(&mut random, &seeds) };
+        let input =
+            if random.percent(20) { noise(&mut random) } else { mutated(&mut random, &seeds) };
         match shown(target, &input) {
             true => hammered.accepted += 1,
             false => hammered.refused += 1,
@@ -90,7 +96,8 @@ fn mutate(random: &mut Random, bytes: &mut Vec<u8>, seeds: &[Vec<u8>]) {
         4 if bytes.len() < 4096 => bytes.extend_from_within(..),
         // A number at the edge of something, of any width.
         5 | 6 if !bytes.is_empty() => {
-            let number = pick(random, &EDGES).map_or(0, |edge| edge.wrapping_add(random.below(3)).wrapping_sub(1));
+            let number = pick(random, &EDGES)
+                .map_or(0, |edge| edge.wrapping_add(random.below(3)).wrapping_sub(1));
             let width = (1usize << random.below(4)).min(bytes.len() - at);
             bytes[at..at + width].copy_from_slice(&number.to_le_bytes()[..width]);
         }

@@ -1,6 +1,8 @@
-//! How much memory a decoder takes at its peak: no more than the bytes it was given account for (`vmm-survives`).
+//! How much memory a decoder takes at its peak: no more than the bytes it was given account for
+//! (`vmm-survives`).
 //!
-//! Counts only where the program has [`CountingHeap`] as its allocator, as the test and the fuzz targets do.
+//! Counts only where the program has [`CountingHeap`] as its allocator, as the test and the fuzz
+//! targets do.
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -11,7 +13,8 @@ use std::cell::Cell;
 pub struct CountingHeap;
 
 thread_local! {
-    // Of this thread alone, and without a destructor: so that it may be used inside of the allocator.
+    // Of this thread alone, and without a destructor: so that it may be used inside of the
+    // allocator.
     static HELD: Cell<isize> = const { Cell::new(0) };
     static PEAK: Cell<isize> = const { Cell::new(0) };
 }
@@ -78,7 +81,8 @@ pub fn within<T>(limit: usize, decode: impl FnOnce() -> T) -> T {
     decoded
 }
 
-/// Bytes that decoding `input` may take: a value is a few times larger than its fields on the wire, and a vector that grows is there twice.
+/// Bytes that decoding `input` may take: a value is a few times larger than its fields on the wire,
+/// and a vector that grows is there twice.
 pub fn fair(input: &[u8]) -> usize {
     4096 + 16 * input.len()
 }

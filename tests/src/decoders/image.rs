@@ -30,8 +30,9 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> u128 {
     bytes[at..at + N].iter().rev().fold(0, |number, byte| number << 8 | u128::from(*byte))
 }
 
-/// A header is taken exactly if a reader of the table would, and says the same when it is written again. Bytes that are missing at its end are
-/// zero, so that most of what is changed is not padding.
+/// A header is taken exactly if a reader of the table would, and says the same when it is written
+/// again. Bytes that are missing at its end are zero, so that most of what is changed is not
+/// padding.
 pub fn image_header(data: &[u8]) -> bool {
     let (how, data) = choice(data);
     let mut bytes = [0; HEADER_SIZE];
@@ -88,9 +89,11 @@ pub fn image_header_seeds() -> Vec<Vec<u8>> {
         sections,
     };
     let increment = Header { id: [2; 16], base: [1; 16], guest: RunState::Paused, ..full.clone() };
-    let edges = Header { sections: [section(u64::MAX, 0); 5], file_length: u64::MAX, ..full.clone() };
+    let edges =
+        Header { sections: [section(u64::MAX, 0); 5], file_length: u64::MAX, ..full.clone() };
     // The fields, and padding that is added again.
-    let short = [&full, &increment, &edges].map(|header| [&[SEALED], &header.to_bytes()[..192]].concat());
+    let short =
+        [&full, &increment, &edges].map(|header| [&[SEALED], &header.to_bytes()[..192]].concat());
     let whole = [full, increment].map(|header| [&[0], header.to_bytes().as_slice()].concat());
     [short.as_slice(), &whole].concat()
 }
@@ -101,7 +104,9 @@ pub fn image_contents(data: &[u8]) -> bool {
         Ok(contents) => {
             let blocks = contents.table.blocks();
             assert!(blocks.len() <= MAX_BLOCKS && contents.pieces.len() <= MAX_PIECES);
-            assert!(blocks.is_sorted_by_key(|block| block.gpa) && contents.state_size() <= MAX_STATE);
+            assert!(
+                blocks.is_sorted_by_key(|block| block.gpa) && contents.state_size() <= MAX_STATE
+            );
             let mut bytes = data.to_vec();
             // What is written as zero, and not looked at, in each block.
             blocks.iter().fold(4, |at, block| {
@@ -126,11 +131,17 @@ pub fn image_contents_seeds() -> Vec<Vec<u8>> {
     };
     let table = |blocks: &[BlockGeometry]| {
         let mut table = BlockTable::new();
-        blocks.iter().for_each(|block| table.insert(block.clone(), MAX_BLOCKS).expect("blocks that are apart"));
+        blocks.iter().for_each(|block| {
+            table.insert(block.clone(), MAX_BLOCKS).expect("blocks that are apart")
+        });
         table
     };
-    let pieces = vec![PieceSize { name: "vcpu".into(), length: 5 }, PieceSize { name: String::new(), length: 1 << 29 }];
-    let blocks = table(&[block(3, 0, 1 << 30), block(0, 1 << 30, PAGE_SIZE), block(9, 4 << 30, 1 << 40)]);
+    let pieces = vec![
+        PieceSize { name: "vcpu".into(), length: 5 },
+        PieceSize { name: String::new(), length: 1 << 29 },
+    ];
+    let blocks =
+        table(&[block(3, 0, 1 << 30), block(0, 1 << 30, PAGE_SIZE), block(9, 4 << 30, 1 << 40)]);
     let increment = table(&[block(1, 1 << 40, 2 << 20)]);
     [
         Contents::default(),
@@ -144,8 +155,9 @@ pub fn image_contents_seeds() -> Vec<Vec<u8>> {
 /// The image builds on another.
 const INCREMENT: u8 = 1 << 0;
 
-/// States are taken exactly if a reader of single bits would, for any number of pages, and are what it reads. Accepted if they are for the
-/// number of pages that is chosen first, which is one that so many bytes can be of.
+/// States are taken exactly if a reader of single bits would, for any number of pages, and are what
+/// it reads. Accepted if they are for the number of pages that is chosen first, which is one that
+/// so many bytes can be of.
 pub fn image_states(data: &[u8]) -> bool {
     let (how, data) = choice(data);
     let (cut, bytes) = choice(data);
@@ -156,14 +168,18 @@ pub fn image_states(data: &[u8]) -> bool {
 }
 
 fn states(bytes: &[u8], pages: u64, increment: bool) -> bool {
-    let bit = |page: u64, half: u64| bytes[(page / 64 * 16 + half * 8 + page % 64 / 8) as usize] >> (page % 8) & 1;
+    let bit = |page: u64, half: u64| {
+        bytes[(page / 64 * 16 + half * 8 + page % 64 / 8) as usize] >> (page % 8) & 1
+    };
     let state = |page| (bit(page, 0), bit(page, 1));
     let length = bytes.len() as u64;
     let whole = u128::from(length) == u128::from(pages).div_ceil(64) * 16;
     let fits = whole
         && (0..pages).all(|page| increment || state(page) != (1, 1))
         && (pages..length * 4).all(|page| state(page) == (0, 0));
-    let decode = || decode_states(bytes, PageRange::new(0, pages), increment).map(Iterator::collect::<Vec<_>>);
+    let decode = || {
+        decode_states(bytes, PageRange::new(0, pages), increment).map(Iterator::collect::<Vec<_>>)
+    };
     match within(fair(bytes), decode) {
         Ok(found) => {
             assert!(fits, "states of {pages} pages were taken");
@@ -176,8 +192,10 @@ fn states(bytes: &[u8], pages: u64, increment: bool) -> bool {
             for page in 0..pages {
                 let word = words[(page / 64) as usize];
                 let of = |set: u64| set >> (page % 64) & 1 == 1;
-                let found = [word.present, word.discarded, word.unchanged, word.zero(u64::MAX)].map(of);
-                let expected = [(1, 0), (0, 1), (1, 1), (0, 0)].map(|expected| state(page) == expected);
+                let found =
+                    [word.present, word.discarded, word.unchanged, word.zero(u64::MAX)].map(of);
+                let expected =
+                    [(1, 0), (0, 1), (1, 1), (0, 0)].map(|expected| state(page) == expected);
                 assert_eq!(found, expected, "page {page} of {pages}");
             }
             let mut again = Vec::new();
@@ -238,10 +256,15 @@ pub fn working_set(data: &[u8]) -> bool {
     }
 }
 
-/// No run, one, and several; with the checksum that they have, and one that follows what is changed.
+/// No run, one, and several; with the checksum that they have, and one that follows what is
+/// changed.
 pub fn working_set_seeds() -> Vec<Vec<u8>> {
     let run = |block, first, count| (block, PageRange::new(first, count));
-    let sets = [vec![], vec![run(3, 0, 1)], vec![run(0, 512, 8), run(7, 0, 1 << 40), run(0, u64::MAX, u64::MAX)]];
+    let sets = [
+        vec![],
+        vec![run(3, 0, 1)],
+        vec![run(0, 512, 8), run(7, 0, 1 << 40), run(0, u64::MAX, u64::MAX)],
+    ];
     let seeds = sets.map(|runs| WorkingSet { image: [7; 16], runs }.encode());
     let seed = |how: u8| seeds.iter().map(move |bytes| [&[how], bytes.as_slice()].concat());
     seed(0).chain(seed(SEALED)).collect()

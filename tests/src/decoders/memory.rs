@@ -1,4 +1,5 @@
-//! Ranges and blocks: the rules that a peer's numbers meet, against models that count in wider numbers.
+//! Ranges and blocks: the rules that a peer's numbers meet, against models that count in wider
+//! numbers.
 
 use super::heap::{fair, within};
 use pageferry_protocol::control::{Decoder, Encoder};
@@ -14,7 +15,8 @@ const REMOVE: u8 = 1 << 1;
 
 /// A table takes a block exactly if the model does, and is unchanged if it does not.
 pub fn geometry(data: &[u8]) -> bool {
-    let (mut steps, mut table, mut model) = (Decoder::new(data), BlockTable::new(), Vec::<BlockGeometry>::new());
+    let (mut steps, mut table, mut model) =
+        (Decoder::new(data), BlockTable::new(), Vec::<BlockGeometry>::new());
     while let Some((flags, block)) = step(&mut steps) {
         let id = block.id;
         if flags & REMOVE != 0 {
@@ -22,13 +24,17 @@ pub fn geometry(data: &[u8]) -> bool {
             assert_eq!(table.remove(id), expected);
             continue;
         }
-        let fits = alone(&block) && model.len() < LIMIT && model.iter().all(|other| get_along(&block, other));
+        let fits = alone(&block)
+            && model.len() < LIMIT
+            && model.iter().all(|other| get_along(&block, other));
         match within(fair(data), || table.insert(block.clone(), LIMIT)) {
             Ok(()) => {
                 assert!(fits, "{block:x?} was taken beside {model:x?}");
                 model.push(block);
             }
-            Err(error) => assert!(!fits && error.to_string().contains(&id.to_string()), "{block:x?}: {error}"),
+            Err(error) => {
+                assert!(!fits && error.to_string().contains(&id.to_string()), "{block:x?}: {error}")
+            }
         }
         model.sort_by_key(|block| block.gpa);
         assert_eq!(table.blocks(), model);
@@ -78,13 +84,15 @@ pub fn geometry_seeds() -> Vec<Vec<u8>> {
         step(SMALL | REMOVE, 1, 0, 0, 0),
         step(0, 1, 1, 0, PAGE_SIZE),
     ];
-    let many = (0..12).map(|id| step(SMALL, id, 1 + u16::from(id), u64::from(id) * 5, 5)).collect::<Vec<_>>();
+    let many = (0..12)
+        .map(|id| step(SMALL, id, 1 + u16::from(id), u64::from(id) * 5, 5))
+        .collect::<Vec<_>>();
     let last = step(0, 1, 1, u64::MAX - (2 * PAGE_SIZE - 1), PAGE_SIZE);
     vec![pair, busy.concat(), many.concat(), last]
 }
 
-/// A discard covers whole units inside of the bytes, as many as there are, and a populate all that the bytes touch (`round-safely`); and ranges of any
-/// numbers meet without wrapping around.
+/// A discard covers whole units inside of the bytes, as many as there are, and a populate all that
+/// the bytes touch (`round-safely`); and ranges of any numbers meet without wrapping around.
 pub fn range(data: &[u8]) -> bool {
     let mut numbers = Decoder::new(data);
     let [a, b, c, d] = [0; 4].map(|_| numbers.u64("number").unwrap_or(0));
@@ -96,13 +104,19 @@ pub fn range(data: &[u8]) -> bool {
 }
 
 fn rounding(offset: u64, length: u64, unit: u64, block: u64) -> bool {
-    let (inward, outward) =
-        (PageRange::inward(offset, length, unit, block), PageRange::outward(offset, length, unit, block));
+    let (inward, outward) = (
+        PageRange::inward(offset, length, unit, block),
+        PageRange::outward(offset, length, unit, block),
+    );
     let end = u128::from(offset) + u128::from(length);
     if end > u128::from(block) {
         for refused in [inward, outward] {
-            let error = refused.map_or_else(|error| error.to_string(), |range| format!("{range:?} was taken"));
-            assert!(error.contains(&format!("{offset:#x}")) && error.contains(&format!("{length:#x}")), "{error}");
+            let error = refused
+                .map_or_else(|error| error.to_string(), |range| format!("{range:?} was taken"));
+            assert!(
+                error.contains(&format!("{offset:#x}")) && error.contains(&format!("{length:#x}")),
+                "{error}"
+            );
         }
         return false;
     }
@@ -112,7 +126,10 @@ fn rounding(offset: u64, length: u64, unit: u64, block: u64) -> bool {
     assert!(outward.fits(block / PAGE_SIZE), "{outward:?} is outside of the block");
     if !inward.is_empty() {
         let (start, stop) = bytes(inward);
-        assert!(whole(start) && whole(stop) && offset <= start && stop <= end, "{inward:?} is not inside of the bytes");
+        assert!(
+            whole(start) && whole(stop) && offset <= start && stop <= end,
+            "{inward:?} is not inside of the bytes"
+        );
         assert!(start - offset < unit && end - stop < unit, "{inward:?} leaves out a whole unit");
     } else {
         let next = offset.next_multiple_of(unit);
@@ -120,7 +137,10 @@ fn rounding(offset: u64, length: u64, unit: u64, block: u64) -> bool {
     }
     if length > 0 {
         let (start, stop) = bytes(outward);
-        assert!(whole(start) && whole(stop) && start <= offset && end <= stop, "{outward:?} misses a byte");
+        assert!(
+            whole(start) && whole(stop) && start <= offset && end <= stop,
+            "{outward:?} misses a byte"
+        );
         assert!(offset - start < unit && stop - end < unit, "{outward:?} is too large");
     } else {
         assert!(outward.is_empty());
@@ -138,12 +158,19 @@ fn meet(one: PageRange, other: PageRange) {
     assert_eq!(u128::from(common.count), shared, "{one:?} and {other:?}");
     assert_eq!(one.overlaps(&other), shared > 0, "{one:?} and {other:?}");
     assert_eq!(other.intersection(&one).count, common.count);
-    assert_eq!(one.fits(other.first), end(one) <= u128::from(other.first), "{one:?} in {:#x} pages", other.first);
+    assert_eq!(
+        one.fits(other.first),
+        end(one) <= u128::from(other.first),
+        "{one:?} in {:#x} pages",
+        other.first
+    );
 }
 
 /// Aligned and not, at both ends of a block.
 pub fn range_seeds() -> Vec<Vec<u8>> {
-    let seed = |[a, b, c, d]: [u64; 4], unit: u8| Encoder::new().u64(a).u64(b).u64(c).u64(d).u8(unit).finish();
+    let seed = |[a, b, c, d]: [u64; 4], unit: u8| {
+        Encoder::new().u64(a).u64(b).u64(c).u64(d).u8(unit).finish()
+    };
     vec![
         seed([0, 1 << 24, 1 << 24, 3], 0),
         seed([1, 4096, 1 << 24, 3], 0),

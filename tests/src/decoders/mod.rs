@@ -1,13 +1,18 @@
 //! What every decoder has to do with any bytes at all.
 //!
-//! A [`Target`] is an ordinary function over bytes. It panics if a decoder does, if decoding takes more memory than the bytes account for, or
-//! if what was decoded is not what the bytes say: it is encoded again, and compared with the bytes where the encoding is unique, or with the
-//! value where fields are reserved or order is free. Where a naive model is at hand, the decoder has to agree with it on what to refuse.
+//! A [`Target`] is an ordinary function over bytes. It panics if a decoder does, if decoding takes
+//! more memory than the bytes account for, or if what was decoded is not what the bytes say: it is
+//! encoded again, and compared with the bytes where the encoding is unique, or with the value where
+//! fields are reserved or order is free. Where a naive model is at hand, the decoder has to agree
+//! with it on what to refuse.
 //!
-//! The same functions run twice: as a normal test over thousands of repeatable inputs ([`hammer()`]), and under libFuzzer (`tests/fuzz`).
+//! The same functions run twice: as a normal test over thousands of repeatable inputs
+//! ([`hammer()`]), and under libFuzzer (`tests/fuzz`).
 //!
-//! - [`control`]: frames, requests, replies, hooks, vhost-user's own bodies; [`stream`]: what travels between agents;
-//! - [`image`]: the file of a guest that is saved; [`memory`]: ranges and blocks; [`address`](mod@address): what a user writes;
+//! - [`control`]: frames, requests, replies, hooks, vhost-user's own bodies; [`stream`]: what
+//!   travels between agents;
+//! - [`image`]: the file of a guest that is saved; [`memory`]: ranges and blocks;
+//!   [`address`](mod@address): what a user writes;
 //! - [`heap`]: how much memory a decoder takes; [`mod@hammer`]: random and mutated inputs.
 
 pub mod address;
@@ -40,10 +45,18 @@ pub const TARGETS: [Target; 16] = [
     Target { name: "standard", run: control::standard, seeds: control::standard_seeds },
     Target { name: "hello", run: stream::hello, seeds: stream::hello_seeds },
     Target { name: "record", run: stream::record, seeds: stream::record_seeds },
-    Target { name: "record_stream", run: stream::record_stream, seeds: stream::record_stream_seeds },
+    Target {
+        name: "record_stream",
+        run: stream::record_stream,
+        seeds: stream::record_stream_seeds,
+    },
     Target { name: "payload", run: stream::payload, seeds: stream::payload_seeds },
     Target { name: "image_header", run: image::image_header, seeds: image::image_header_seeds },
-    Target { name: "image_contents", run: image::image_contents, seeds: image::image_contents_seeds },
+    Target {
+        name: "image_contents",
+        run: image::image_contents,
+        seeds: image::image_contents_seeds,
+    },
     Target { name: "image_states", run: image::image_states, seeds: image::image_states_seeds },
     Target { name: "working_set", run: image::working_set, seeds: image::working_set_seeds },
     Target { name: "geometry", run: memory::geometry, seeds: memory::geometry_seeds },
@@ -56,7 +69,8 @@ fn choice(bytes: &[u8]) -> (u8, &[u8]) {
     bytes.split_first().map_or((0, bytes), |(first, rest)| (*first, rest))
 }
 
-/// Fails unless two values that should be one are. An error on either side is shown as the user would see it.
+/// Fails unless two values that should be one are. An error on either side is shown as the user
+/// would see it.
 #[track_caller]
 fn same<T: PartialEq + std::fmt::Debug>(again: T, value: T) {
     assert_eq!(again, value, "what was decoded is encoded to something else");

@@ -13,12 +13,15 @@ use pageferry_protocol::control::request::{ErrorCode, RemoteError};
 use pageferry_protocol::control::{DecodeError, Decoder};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_BLOCKS, PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::hello::{
-    Accept, FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER, MAX_HELLO, compare, decode_error, encode_error,
+    Accept, FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER, MAX_HELLO, compare, decode_error,
+    encode_error,
 };
 use pageferry_protocol::stream::payload::{
     MAX_BITMAP_PAGES, StatePart, Totals, decode_bitmap, decode_runs, encode_bitmap, encode_runs,
 };
-use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_STRAY, FLAG_ZSTD, FLAGS_COMPRESSED, MAX_DATA_PAGES};
+use pageferry_protocol::stream::record::{
+    FLAG_LZ4, FLAG_STRAY, FLAG_ZSTD, FLAGS_COMPRESSED, MAX_DATA_PAGES,
+};
 use pageferry_protocol::stream::{Hello, Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
 use std::time::Duration;
 
@@ -54,7 +57,10 @@ pub fn hello(data: &[u8]) -> bool {
 }
 
 /// Checks a payload that has one encoding only.
-fn exact<T>(payload: &[u8], decode: impl Fn(&[u8]) -> Result<T, DecodeError>, encode: impl Fn(&T) -> Vec<u8>) -> bool {
+fn exact<T>(
+    payload: &[u8], decode: impl Fn(&[u8]) -> Result<T, DecodeError>,
+    encode: impl Fn(&T) -> Vec<u8>,
+) -> bool {
     match within(fair(payload), || decode(payload)) {
         Ok(value) => {
             assert_eq!(encode(&value), payload);
@@ -68,7 +74,13 @@ fn exact<T>(payload: &[u8], decode: impl Fn(&[u8]) -> Result<T, DecodeError>, en
 pub fn hello_seeds() -> Vec<Vec<u8>> {
     let mut blocks = BlockTable::new();
     for (id, gpa) in [(3u32, 0u64), (0, 1 << 40), (9, 4 << 30)] {
-        let block = BlockGeometry { id, name: format!("ram{id}"), gpa, length: 1 << 30, granularity: PAGE_SIZE };
+        let block = BlockGeometry {
+            id,
+            name: format!("ram{id}"),
+            gpa,
+            length: 1 << 30,
+            granularity: PAGE_SIZE,
+        };
         blocks.insert(block, MAX_BLOCKS).expect("blocks that are apart");
     }
     let hello = |stream, blocks| {
@@ -86,9 +98,17 @@ pub fn hello_seeds() -> Vec<Vec<u8>> {
         };
         hello.encode()
     };
-    let refusal = RemoteError::new(ErrorCode::Invalid, "block 3: length is 0x4000 at the source and 0x3000 here");
+    let refusal = RemoteError::new(
+        ErrorCode::Invalid,
+        "block 3: length is 0x4000 at the source and 0x3000 here",
+    );
     let accept = Accept { version: 1, features: 6, host_pages: vec![PAGE_SIZE, 2 << 20] }.encode();
-    let payloads = [(0, hello(0, blocks)), (0, hello(3, BlockTable::new())), (1, accept), (2, encode_error(&refusal))];
+    let payloads = [
+        (0, hello(0, blocks)),
+        (0, hello(3, BlockTable::new())),
+        (1, accept),
+        (2, encode_error(&refusal)),
+    ];
     payloads.map(|(kind, payload)| [vec![kind], payload].concat()).into()
 }
 
@@ -113,9 +133,14 @@ pub fn record(data: &[u8]) -> bool {
     if kind == Kind::Data {
         assert!(range.count <= MAX_DATA_PAGES);
         let length = length as u64;
-        assert!(if compressed == 0 { length == range.bytes() } else { length > 0 && length < range.bytes() });
+        assert!(if compressed == 0 {
+            length == range.bytes()
+        } else {
+            length > 0 && length < range.bytes()
+        });
     }
-    let rebuilt = RecordHeader::new(kind, header.flags(), header.block(), range, length).sealed(payload);
+    let rebuilt =
+        RecordHeader::new(kind, header.flags(), header.block(), range, length).sealed(payload);
     assert_eq!(rebuilt.verify(kind, payload), Ok(()));
     assert_eq!(header.verify(kind, payload).is_ok(), rebuilt == header, "one checksum is right");
     rebuilt.check().is_ok()
@@ -135,7 +160,9 @@ pub fn record_seeds() -> Vec<Vec<u8>> {
         Kind::Received => sealed(kind, 0, PageRange::new(0, 64), &[0x55; 8]),
         Kind::Request => sealed(kind, 0, PageRange::new(5, 512), &[]),
         Kind::PassEnd | Kind::PassDone => sealed(kind, 0, PageRange::new(5, 0), &[]),
-        Kind::Commit | Kind::Loaded | Kind::Resumed | Kind::Complete => sealed(kind, 0, PageRange::default(), &[]),
+        Kind::Commit | Kind::Loaded | Kind::Resumed | Kind::Complete => {
+            sealed(kind, 0, PageRange::default(), &[])
+        }
         _ => sealed(kind, 0, PageRange::default(), b"something of its own"),
     };
     let mut seeds: Vec<_> = Kind::ALL.map(seed).into();
@@ -160,8 +187,8 @@ const WAITING: u8 = 1 << 0;
 /// The checksums are made right first, so that the rest of the checks is reached.
 const SEALED: u8 = 1 << 1;
 
-/// A socket gives the records that the bytes are, and then says why there are no more. A stranger can say hello only, and gets no more
-/// memory than a hello takes.
+/// A socket gives the records that the bytes are, and then says why there are no more. A stranger
+/// can say hello only, and gets no more memory than a hello takes.
 pub fn record_stream(data: &[u8]) -> bool {
     let (how, bytes) = choice(data);
     let mut bytes = bytes[..bytes.len().min(MOST)].to_vec();
@@ -242,7 +269,8 @@ pub fn record_stream_seeds() -> Vec<Vec<u8>> {
         .into()
 }
 
-/// The payloads that are not pages. The runs are of a block of as many pages as the first number says.
+/// The payloads that are not pages. The runs are of a block of as many pages as the first number
+/// says.
 pub fn payload(data: &[u8]) -> bool {
     let (kind, payload) = choice(data);
     match kind {
@@ -264,14 +292,16 @@ pub fn payload(data: &[u8]) -> bool {
         4 => pages(FLAG_ZSTD, payload),
         5 => {
             let mut decoder = Decoder::new(payload);
-            let [first, count, pages] = ["first", "count", "pages"].map(|field| decoder.u64(field).unwrap_or(0));
+            let [first, count, pages] =
+                ["first", "count", "pages"].map(|field| decoder.u64(field).unwrap_or(0));
             bitmap(decoder.remainder(), PageRange::new(first, count), pages)
         }
         _ => false,
     }
 }
 
-/// Compressed pages: the first byte says how many more than one. What comes out is as large as they are, and takes no more memory than that.
+/// Compressed pages: the first byte says how many more than one. What comes out is as large as they
+/// are, and takes no more memory than that.
 fn pages(flag: u16, bytes: &[u8]) -> bool {
     let (more, payload) = choice(bytes);
     let range = PageRange::new(9, 1 + u64::from(more));
@@ -281,7 +311,9 @@ fn pages(flag: u16, bytes: &[u8]) -> bool {
     }
     assert_eq!(header.flags() & FLAGS_COMPRESSED, flag);
     let mut decompressor = Decompressor::new(FEATURES);
-    match within(fair(payload) + range.bytes() as usize, || decompressor.unpack(&header, payload).map(<[u8]>::len)) {
+    match within(fair(payload) + range.bytes() as usize, || {
+        decompressor.unpack(&header, payload).map(<[u8]>::len)
+    }) {
         Ok(length) => {
             assert_eq!(length as u64, range.bytes());
             true
@@ -316,14 +348,19 @@ fn bitmap(payload: &[u8], range: PageRange, pages: u64) -> bool {
     let words: Vec<u64> = words.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
     let inside = u128::from(range.first) + u128::from(range.count) <= u128::from(pages);
     let whole = rest.is_empty() && words.len() as u64 == range.count.div_ceil(64);
-    let set = (0..words.len() as u64 * 64).filter(|bit| words[(bit / 64) as usize] >> (bit % 64) & 1 == 1);
+    let set = (0..words.len() as u64 * 64)
+        .filter(|bit| words[(bit / 64) as usize] >> (bit % 64) & 1 == 1);
     let ends = set.max().is_none_or(|last| last < range.count);
     let some = range.count > 0 && range.count <= MAX_BITMAP_PAGES;
     let fits = inside && whole && ends && some && range.first.is_multiple_of(64);
-    match within(fair(payload), || decode_bitmap(payload, range, pages).map(Iterator::collect::<Vec<_>>)) {
+    match within(fair(payload), || {
+        decode_bitmap(payload, range, pages).map(Iterator::collect::<Vec<_>>)
+    }) {
         Ok(found) => {
             assert!(fits, "{range:?} of {pages} pages in {} bytes was taken", payload.len());
-            assert!(found.iter().map(|(index, _)| *index).eq((range.first / 64..).take(words.len())));
+            assert!(
+                found.iter().map(|(index, _)| *index).eq((range.first / 64..).take(words.len()))
+            );
             assert_eq!(encode_bitmap(found.into_iter().map(|(_, bits)| bits)), payload);
             true
         }
@@ -350,7 +387,8 @@ pub fn payload_seeds() -> Vec<Vec<u8>> {
     let totals = totals.encode();
     let runs = [1000u64.to_le_bytes().to_vec(), runs].concat();
     let [lz4, zstd] = [FLAG_LZ4, FLAG_ZSTD].map(|flag| [vec![4], packed(flag, 5)].concat());
-    let numbers = |numbers: [u64; 3]| numbers.into_iter().flat_map(u64::to_le_bytes).collect::<Vec<u8>>();
+    let numbers =
+        |numbers: [u64; 3]| numbers.into_iter().flat_map(u64::to_le_bytes).collect::<Vec<u8>>();
     let bitmap = [numbers([64, 130, 194]), encode_bitmap([5, u64::MAX, 0b11])].concat();
     [(0, runs), (1, part), (1, empty), (2, totals), (3, lz4), (4, zstd), (5, bitmap)]
         .map(|(kind, payload)| [vec![kind], payload].concat())

@@ -36,7 +36,8 @@ pub trait Guest: Send {
     /// If the state cannot be had.
     fn save_state(&mut self) -> Result<Vec<StatePiece>, Error>;
 
-    /// Takes the state of another guest of its kind, before it starts. Pieces that are not its own are left alone.
+    /// Takes the state of another guest of its kind, before it starts. Pieces that are not its own
+    /// are left alone.
     ///
     /// # Errors
     /// If a piece is missing or malformed.

@@ -1,7 +1,8 @@
 //! Guests made of threads, each a vCPU that counts up a word of the pages that it visits.
 //!
-//! Pages are divided among the threads, so every page has one writer, and what a page must hold is known exactly once the guest is paused. The counts
-//! travel with the VMM's state ([`Usage::save`]), so the destination goes on counting where the source stopped.
+//! Pages are divided among the threads, so every page has one writer, and what a page must hold is
+//! known exactly once the guest is paused. The counts travel with the VMM's state
+//! ([`Usage::save`]), so the destination goes on counting where the source stopped.
 
 use super::Guest;
 use crate::Error;
@@ -130,12 +131,15 @@ impl ThreadGuest {
     ///
     /// # Errors
     /// If there is no memory for its ledger.
-    pub fn named(usage: &Arc<Usage>, name: &str, options: ThreadGuestOptions) -> Result<Self, Error> {
+    pub fn named(
+        usage: &Arc<Usage>, name: &str, options: ThreadGuestOptions,
+    ) -> Result<Self, Error> {
         if options.threads == 0 {
             return Err(Error::Argument("a guest of 0 threads".into()));
         }
         let writer = usage.writer(name, options.path)?;
-        let all = || usage.memory().blocks().iter().map(|block| (block.id(), block.all())).collect();
+        let all =
+            || usage.memory().blocks().iter().map(|block| (block.id(), block.all())).collect();
         let pages = options.pages.clone().unwrap_or_else(all);
         let (throttle, writes) = (AtomicU32::new(0), AtomicU64::new(0));
         let shared = Shared { options, pages, writer, gate: Gate::default(), throttle, writes };
@@ -156,12 +160,15 @@ impl ThreadGuest {
 
 impl Guest for ThreadGuest {
     fn start(&mut self) -> Result<(), Error> {
-        let count = if self.shared.options.rate == Some(0) { 0 } else { self.shared.options.threads };
+        let count =
+            if self.shared.options.rate == Some(0) { 0 } else { self.shared.options.threads };
         while (self.threads.len() as u64) < count {
             let number = self.threads.len() as u64;
             let shared = self.shared.clone();
             let thread = std::thread::Builder::new().name(format!("guest-{number}"));
-            let thread = thread.spawn(move || run(&shared, number)).map_err(Error::io("start a guest's thread"))?;
+            let thread = thread
+                .spawn(move || run(&shared, number))
+                .map_err(Error::io("start a guest's thread"))?;
             self.threads.push(thread);
         }
         self.shared.gate.open();
@@ -217,7 +224,8 @@ fn run(shared: &Shared, thread: u64) {
     }
 }
 
-/// One thread's way through its share of the pages: those whose number is `thread` modulo the number of threads.
+/// One thread's way through its share of the pages: those whose number is `thread` modulo the
+/// number of threads.
 struct Walk<'a> {
     shared: &'a Shared,
     thread: u64,
@@ -231,9 +239,13 @@ struct Walk<'a> {
 impl<'a> Walk<'a> {
     fn new(shared: &'a Shared, thread: u64) -> Self {
         let options = &shared.options;
-        let share = (shared.pages.pages() + options.threads - 1).saturating_sub(thread) / options.threads;
-        // At low rates a batch is what is due in the longest time outside, so that the writes are spread evenly.
-        let due = options.rate.map(|rate| rate * LONGEST_IDLE.as_millis() as u64 / 1000 / options.threads);
+        let share =
+            (shared.pages.pages() + options.threads - 1).saturating_sub(thread) / options.threads;
+        // At low rates a batch is what is due in the longest time outside, so that the writes are
+        // spread evenly.
+        let due = options
+            .rate
+            .map(|rate| rate * LONGEST_IDLE.as_millis() as u64 / 1000 / options.threads);
         let batch = due.unwrap_or(BATCH).clamp(1, BATCH);
         Self { shared, thread, share, next: 0, batch, random: Random::derive(options.seed, thread) }
     }
@@ -248,10 +260,16 @@ impl<'a> Walk<'a> {
             Pattern::Uniform => self.random.below(share),
             Pattern::Hot { pages_percent, writes_percent } => {
                 let hot = (share * pages_percent / 100).clamp(1, share.max(1));
-                if self.random.percent(writes_percent) { self.random.below(hot) } else { self.random.below(share) }
+                if self.random.percent(writes_percent) {
+                    self.random.below(hot)
+                } else {
+                    self.random.below(share)
+                }
             }
         };
-        let Some((block, page)) = self.shared.pages.page(number * self.shared.options.threads + self.thread) else {
+        let Some((block, page)) =
+            self.shared.pages.page(number * self.shared.options.threads + self.thread)
+        else {
             return Ok(());
         };
         if self.shared.writer.touch(block, page)? {
@@ -260,13 +278,15 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// How long to stay outside after a batch that took `worked`, to keep the rate and to be held back as told.
+    /// How long to stay outside after a batch that took `worked`, to keep the rate and to be held
+    /// back as told.
     fn pause_after(&self, worked: Duration) -> Duration {
         let options = &self.shared.options;
         let held_back = f64::from(self.shared.throttle.load(Ordering::Relaxed)) / 100.0;
         let seconds = match options.rate {
             Some(rate) => {
-                let due = self.batch as f64 * options.threads as f64 / (rate.max(1) as f64 * (1.0 - held_back));
+                let due = self.batch as f64 * options.threads as f64
+                    / (rate.max(1) as f64 * (1.0 - held_back));
                 (due - worked.as_secs_f64()).max(0.0)
             }
             None => worked.as_secs_f64() * held_back / (1.0 - held_back),

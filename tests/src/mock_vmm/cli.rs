@@ -6,7 +6,8 @@ use pageferry_client::ResumePolicy;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// A VMM without a virtual machine: hands a file to an agent as guest memory, writes into it at a set rate, and migrates, saves or restores it.
+/// A VMM without a virtual machine: hands a file to an agent as guest memory, writes into it at a
+/// set rate, and migrates, saves or restores it.
 #[derive(Debug, Parser)]
 #[command(name = "mock_vmm", version, about, max_term_width = 100)]
 pub struct Cli {
@@ -20,7 +21,8 @@ pub struct Cli {
 pub enum Command {
     /// Run a guest and migrate it away, or save it.
     Source(SourceArgs),
-    /// Wait for a guest, or restore one. It is verified and given the go, but does not write, so that the two files can be compared.
+    /// Wait for a guest, or restore one. It is verified and given the go, but does not write, so
+    /// that the two files can be compared.
     Destination(DestinationArgs),
 }
 
@@ -56,23 +58,28 @@ pub struct SourceArgs {
     /// Tell the agent of the discards, but leave the stale bytes allocated in the file.
     #[arg(long)]
     pub no_punch: bool,
-    /// Pages that the guest writes per second, at random among those that are allocated in the file at the start and not discarded.
+    /// Pages that the guest writes per second, at random among those that are allocated in the file
+    /// at the start and not discarded.
     #[arg(long, value_name = "PAGES_PER_SECOND", default_value_t = 0)]
     pub write_rate: u64,
     /// The operator has paused the guest: it is moved or saved so.
     #[arg(long)]
     pub start_paused: bool,
-    /// Who finds the guest's writes: the guest marks the shared dirty log, or the agent scans the mapping by userfaultfd.
+    /// Who finds the guest's writes: the guest marks the shared dirty log, or the agent scans the
+    /// mapping by userfaultfd.
     #[arg(long, value_enum, default_value_t = TrackerName::Log)]
     pub tracker: TrackerName,
-    /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH. Without this and --snapshot-to the guest runs for 60 seconds, or --run-for, for an
-    /// operator who has it saved or migrated.
+    /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH. Without this and
+    /// --snapshot-to the guest runs for 60 seconds, or --run-for, for an operator who has it saved
+    /// or migrated.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "snapshot_to")]
     pub to: Option<String>,
-    /// Save the guest into this image instead of migrating it. Of the options of a migration --bandwidth and --hook-timeout count.
+    /// Save the guest into this image instead of migrating it. Of the options of a migration
+    /// --bandwidth and --hook-timeout count.
     #[arg(long, value_name = "FILE")]
     pub snapshot_to: Option<PathBuf>,
-    /// With --snapshot-to: an image that has the name already is replaced, once the new one is complete.
+    /// With --snapshot-to: an image that has the name already is replaced, once the new one is
+    /// complete.
     #[arg(long, requires = "snapshot_to")]
     pub replace: bool,
     /// With --snapshot-to: the guest stands still until its memory is saved.
@@ -92,8 +99,9 @@ pub struct DestinationArgs {
     /// What both sides need.
     #[command(flatten)]
     pub common: Common,
-    /// Where the destination's agent listens for the source's: tcp:HOST:PORT or unix:PATH. Without this and --restore-from it waits for an operator who has
-    /// a guest restored, for 60 seconds, or --wait-for.
+    /// Where the destination's agent listens for the source's: tcp:HOST:PORT or unix:PATH. Without
+    /// this and --restore-from it waits for an operator who has a guest restored, for 60 seconds,
+    /// or --wait-for.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "restore_from")]
     pub listen: Option<String>,
     /// Restore a guest from this image instead of waiting for one.
@@ -102,7 +110,8 @@ pub struct DestinationArgs {
     /// With --restore-from: give the guest the go at once; its memory follows.
     #[arg(long, requires = "restore_from")]
     pub lazy: bool,
-    /// With --lazy: read ahead the pages that this file names; if it is not there, write to it which pages the guest touches first.
+    /// With --lazy: read ahead the pages that this file names; if it is not there, write to it
+    /// which pages the guest touches first.
     #[arg(long, value_name = "FILE", requires = "lazy")]
     pub working_set: Option<PathBuf>,
     /// Whether the guest is given the go: auto, if it ran before; never, it stays paused.
@@ -136,8 +145,9 @@ pub struct ByteRange {
 /// # Errors
 /// What is allowed.
 pub fn parse_range(text: &str) -> Result<ByteRange, String> {
-    let (offset, length) =
-        text.split_once('+').ok_or_else(|| format!("\"{text}\": write OFFSET+LENGTH, as 256M+64M"))?;
+    let (offset, length) = text
+        .split_once('+')
+        .ok_or_else(|| format!("\"{text}\": write OFFSET+LENGTH, as 256M+64M"))?;
     Ok(ByteRange { offset: parse_size(offset)?, length: parse_size(length)? })
 }
 

@@ -10,15 +10,20 @@ use crate::vmm::{MockVmm, Tracker};
 use pageferry_client::{IncomingOptions, Phase, RestoreMode, RestoreOptions, RunState};
 use pageferry_protocol::control::job::JobKind;
 
-/// Hands over the memory and waits for a guest, or restores one. What the source's guest wrote is compared with what came: before the commit, or in postcopy when all is here.
+/// Hands over the memory and waits for a guest, or restores one. What the source's guest wrote is
+/// compared with what came: before the commit, or in postcopy when all is here.
 ///
 /// # Errors
-/// If it does not get as far as a job, or the agent is lost. A job that fails is no error but a report.
+/// If it does not get as far as a job, or the agent is lost. A job that fails is no error but a
+/// report.
 pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
     let memory = super::memory(&arguments.common)?;
     let usage = Usage::new(memory)?;
     // It takes over the ledger and stands still.
-    let guest = ThreadGuest::new(&usage, ThreadGuestOptions { rate: Some(0), ..ThreadGuestOptions::default() })?;
+    let guest = ThreadGuest::new(
+        &usage,
+        ThreadGuestOptions { rate: Some(0), ..ThreadGuestOptions::default() },
+    )?;
     let vmm = MockVmm::connect(&arguments.common.socket, usage, Tracker::Log)?;
     vmm.set_guest(guest);
     let job = start(&vmm, arguments)?;
@@ -44,14 +49,17 @@ pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
 fn start(vmm: &MockVmm, arguments: &DestinationArgs) -> Result<u64, Error> {
     // On standard error: with --json, standard output has one object only.
     if let Some(listen) = &arguments.listen {
-        let (job, address) =
-            vmm.start_incoming(listen, &IncomingOptions { resume: arguments.resume, ..IncomingOptions::default() })?;
+        let (job, address) = vmm.start_incoming(
+            listen,
+            &IncomingOptions { resume: arguments.resume, ..IncomingOptions::default() },
+        )?;
         eprintln!("listening at {address}");
         return Ok(job);
     }
     if let Some(image) = &arguments.restore_from {
         let mode = if arguments.lazy { RestoreMode::Lazy } else { RestoreMode::Eager };
-        let options = RestoreOptions { mode, resume: arguments.resume, ..RestoreOptions::default() };
+        let options =
+            RestoreOptions { mode, resume: arguments.resume, ..RestoreOptions::default() };
         let options = match &arguments.working_set {
             Some(file) => options.with_working_set(file).map_err(pageferry_client::Error::from)?,
             None => options,
@@ -63,7 +71,9 @@ fn start(vmm: &MockVmm, arguments: &DestinationArgs) -> Result<u64, Error> {
     vmm.take_restores();
     eprintln!("waiting for a restore");
     wait_for("a restore", arguments.wait_for, || match vmm.client().status() {
-        Ok(status) if status.kind == JobKind::Restore && status.job > before => Some(Ok(status.job)),
+        Ok(status) if status.kind == JobKind::Restore && status.job > before => {
+            Some(Ok(status.job))
+        }
         Ok(_) => None,
         Err(error) => Some(Err(error.into())),
     })?

@@ -1,11 +1,13 @@
-//! The command line `mock_vmm source|destination`: the parts of a migration, a snapshot or a restore, driven by hand.
+//! The command line `mock_vmm source|destination`: the parts of a migration, a snapshot or a
+//! restore, driven by hand.
 //!
 //! - [`cli`]: its options;
 //! - [`source`], [`destination`]: the two sides;
 //! - [`report`]: what they print at the end.
 //!
-//! The guest's memory is a sparse file that exists already, used as it is: never truncated, and where it has holes never read through the
-//! mapping. So anyone can prepare the content, and compare the two files and what is allocated in them afterwards.
+//! The guest's memory is a sparse file that exists already, used as it is: never truncated, and
+//! where it has holes never read through the mapping. So anyone can prepare the content, and
+//! compare the two files and what is allocated in them afterwards.
 #![allow(clippy::print_stdout)]
 
 pub mod cli;
@@ -21,10 +23,13 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-/// Runs `mock_vmm` with these arguments, the program's name not among them. Success is a migration that was verified and
-/// committed, a snapshot whose image is complete, or a restore that was verified.
+/// Runs `mock_vmm` with these arguments, the program's name not among them. Success is a migration
+/// that was verified and committed, a snapshot whose image is complete, or a restore that was
+/// verified.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
-    let cli = match cli::Cli::try_parse_from(std::iter::once(OsString::from("mock_vmm")).chain(arguments)) {
+    let cli = match cli::Cli::try_parse_from(
+        std::iter::once(OsString::from("mock_vmm")).chain(arguments),
+    ) {
         Ok(cli) => cli,
         Err(error) => {
             // Fails only if there is nowhere to print to.
@@ -32,10 +37,13 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).try_init();
+    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .try_init();
     let (json, report) = match &cli.command {
         cli::Command::Source(arguments) => (arguments.common.json, source::run(arguments)),
-        cli::Command::Destination(arguments) => (arguments.common.json, destination::run(arguments)),
+        cli::Command::Destination(arguments) => {
+            (arguments.common.json, destination::run(arguments))
+        }
     };
     let report = report.unwrap_or_else(|error| Report::failed(&error));
     if json {
@@ -51,6 +59,7 @@ fn memory(common: &cli::Common) -> Result<Arc<TestMemory>, Error> {
     let path = common.memory.display();
     let file = std::fs::OpenOptions::new().read(true).write(true).open(&common.memory);
     let file = file.map_err(Error::io(format!("open {path}")))?;
-    let layout = BlockLayout { backing: Backing::File(Arc::new(file)), ..BlockLayout::ram(common.size) };
+    let layout =
+        BlockLayout { backing: Backing::File(Arc::new(file)), ..BlockLayout::ram(common.size) };
     Ok(Arc::new(TestMemory::new(vec![layout])?))
 }

@@ -10,7 +10,8 @@ use std::time::Duration;
 /// Time between two looks at the job.
 pub(super) const LOOK: Duration = Duration::from_millis(2);
 
-/// The end of a migration, seen from one side. What that side cannot know is `None`, and `null` in JSON.
+/// The end of a migration, seen from one side. What that side cannot know is `None`, and `null` in
+/// JSON.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
     /// Name of the job's last phase: `completed`, or what became of it instead.
@@ -51,7 +52,8 @@ pub struct Report {
     pub dropped_pages: u64,
     /// Postcopy: pages that the source freed since the destination has them.
     pub released_pages: u64,
-    /// Postcopy: how long half of the faults took at most, in microseconds; 99 of 100; and the slowest.
+    /// Postcopy: how long half of the faults took at most, in microseconds; 99 of 100; and the
+    /// slowest.
     pub fault_us: [u64; 3],
     /// Postcopy: milliseconds without a connection.
     pub paused_ms: f64,
@@ -66,8 +68,18 @@ pub struct Report {
 impl Report {
     /// From how the job stands.
     pub fn new(status: &JobStatus) -> Self {
-        let Counters { passes, pages_sent, zero_pages, discarded_pages, stray_pages, wire_bytes, .. } = status.counters;
-        let Counters { faults, requested_pages, pushed_pages, dropped_pages, released_pages, .. } = status.counters;
+        let Counters {
+            passes,
+            pages_sent,
+            zero_pages,
+            discarded_pages,
+            stray_pages,
+            wire_bytes,
+            ..
+        } = status.counters;
+        let Counters {
+            faults, requested_pages, pushed_pages, dropped_pages, released_pages, ..
+        } = status.counters;
         let Counters { fault_p50_us, fault_p99_us, fault_max_us, .. } = status.counters;
         Self {
             faults,
@@ -79,7 +91,11 @@ impl Report {
             paused_ms: milliseconds(status.counters.paused_us),
             status: status.phase.name().to_owned(),
             // Of a job that completed it is a warning.
-            error: if status.phase == Phase::Completed { String::new() } else { status.error.clone() },
+            error: if status.phase == Phase::Completed {
+                String::new()
+            } else {
+                status.error.clone()
+            },
             passes,
             pages_sent,
             zero_pages,
@@ -150,15 +166,29 @@ impl std::fmt::Display for Report {
             )?;
             if self.faults > 0 {
                 let [p50, p99, max] = self.fault_us;
-                write!(formatter, "; {} faults, p50 {p50} us, p99 {p99} us, most {max} us", self.faults)?;
+                write!(
+                    formatter,
+                    "; {} faults, p50 {p50} us, p99 {p99} us, most {max} us",
+                    self.faults
+                )?;
             }
         }
         if self.captured_pages + self.rescued_pages > 0 {
             let (captured, rescued) = (self.captured_pages, self.rescued_pages);
-            write!(formatter, "\nsaved before their turn: {captured} pages for writes, {rescued} for discards")?;
+            write!(
+                formatter,
+                "\nsaved before their turn: {captured} pages for writes, {rescued} for discards"
+            )?;
         }
-        if let (Some(before), Some(after)) = (self.source_allocated_before, self.source_allocated_after) {
-            write!(formatter, "\nallocated at the source: {} before, {} after", mebibytes(before), mebibytes(after))?;
+        if let (Some(before), Some(after)) =
+            (self.source_allocated_before, self.source_allocated_after)
+        {
+            write!(
+                formatter,
+                "\nallocated at the source: {} before, {} after",
+                mebibytes(before),
+                mebibytes(after)
+            )?;
         }
         if let Some(allocated) = self.destination_allocated {
             write!(formatter, "\nallocated at the destination: {}", mebibytes(allocated))?;
@@ -167,7 +197,8 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// Watches a job until it ended, with a progress bar if standard error is a terminal. `seen` is called with every look at it.
+/// Watches a job until it ended, with a progress bar if standard error is a terminal. `seen` is
+/// called with every look at it.
 ///
 /// # Errors
 /// If the agent is lost, or what `seen` says.

@@ -7,7 +7,9 @@ use crate::guest::threads::{PageSet, ThreadGuest, ThreadGuestOptions};
 use crate::memory::TestMemory;
 use crate::usage::{Path, Usage};
 use crate::vmm::{MockVmm, Tracker};
-use pageferry_client::{BlockRange, Client, JobStatus, OutgoingOptions, Phase, Punch, SnapshotMode, SnapshotOptions};
+use pageferry_client::{
+    BlockRange, Client, JobStatus, OutgoingOptions, Phase, Punch, SnapshotMode, SnapshotOptions,
+};
 use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::memory::PageRange;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,10 +18,12 @@ use std::time::Instant;
 /// The id of the only block.
 const RAM: u32 = 0;
 
-/// Hands over the memory, discards, runs the guest, and migrates or saves it, or has an operator do so.
+/// Hands over the memory, discards, runs the guest, and migrates or saves it, or has an operator do
+/// so.
 ///
 /// # Errors
-/// If it does not get as far as a job, or the agent is lost. A job that fails is no error but a report.
+/// If it does not get as far as a job, or the agent is lost. A job that fails is no error but a
+/// report.
 pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
     let memory = super::memory(&arguments.common)?;
     let before = memory.allocated()?;
@@ -32,8 +36,13 @@ pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
     let vmm = MockVmm::connect(&arguments.common.socket, usage.clone(), tracker)?;
     let punch = if arguments.no_punch { Punch::No } else { Punch::Yes };
 
-    Discards { client: vmm.client().clone(), usage: usage.clone(), punch, pending: arguments.discard.clone() }
-        .make()?;
+    Discards {
+        client: vmm.client().clone(),
+        usage: usage.clone(),
+        punch,
+        pending: arguments.discard.clone(),
+    }
+    .make()?;
     vmm.set_guest(guest);
     if arguments.start_paused {
         vmm.operator_pauses()?;
@@ -75,12 +84,18 @@ fn start(vmm: &MockVmm, arguments: &SourceArgs) -> Result<Option<u64>, Error> {
     let Some(image) = &arguments.snapshot_to else { return Ok(None) };
     let OutgoingOptions { bandwidth, hook_timeout, .. } = outgoing;
     let mode = if arguments.paused { SnapshotMode::Paused } else { SnapshotMode::Background };
-    let options =
-        SnapshotOptions { mode, bandwidth, hook_timeout, replace: arguments.replace, ..SnapshotOptions::default() };
+    let options = SnapshotOptions {
+        mode,
+        bandwidth,
+        hook_timeout,
+        replace: arguments.replace,
+        ..SnapshotOptions::default()
+    };
     vmm.start_snapshot(image, &options).map(Some)
 }
 
-/// Runs the guest for a while, or until an operator has migrated it away. Returns how the last job ended.
+/// Runs the guest for a while, or until an operator has migrated it away. Returns how the last job
+/// ended.
 fn serve(vmm: &MockVmm, arguments: &SourceArgs) -> Result<JobStatus, Error> {
     // What the agent did for a VMM before this one.
     let before = vmm.client().status()?.job;
@@ -88,7 +103,9 @@ fn serve(vmm: &MockVmm, arguments: &SourceArgs) -> Result<JobStatus, Error> {
     let until = Instant::now() + arguments.run_for;
     loop {
         let status = vmm.client().status()?;
-        let gone = status.job > before && status.kind == JobKind::Outgoing && status.phase == Phase::Completed;
+        let gone = status.job > before
+            && status.kind == JobKind::Outgoing
+            && status.phase == Phase::Completed;
         if gone || (Instant::now() >= until && status.phase.is_final()) {
             return Ok(status);
         }
@@ -102,7 +119,10 @@ fn guest(usage: &Arc<Usage>, rate: u64, path: Path) -> Result<ThreadGuest, Error
     if rate > 0 && pages.pages() == 0 {
         log::warn!("nothing is allocated in the file, so the guest has nothing to write into");
     }
-    ThreadGuest::new(usage, ThreadGuestOptions { rate: Some(rate), pages: Some(pages), path, ..Default::default() })
+    ThreadGuest::new(
+        usage,
+        ThreadGuestOptions { rate: Some(rate), pages: Some(pages), path, ..Default::default() },
+    )
 }
 
 fn extents(memory: &TestMemory) -> Result<Vec<PageRange>, Error> {
@@ -128,7 +148,11 @@ impl Discards {
             let pages = pages.map_err(|error| Error::Argument(format!("discard: {error}")))?;
             self.usage.give_up(RAM, pages)?;
         }
-        let ranges = pending.iter().map(|range| BlockRange { block: RAM, offset: range.offset, length: range.length });
+        let ranges = pending.iter().map(|range| BlockRange {
+            block: RAM,
+            offset: range.offset,
+            length: range.length,
+        });
         self.client.discard(&ranges.collect::<Vec<_>>(), self.punch)?;
         Ok(())
     }

@@ -14,7 +14,8 @@ use zerocopy::IntoBytes;
 
 /// Many requests for the status, one after the other.
 fn requests() -> Vec<u8> {
-    let Frame { request, flags, body, .. } = Frame::request(Request::QueryStatus.code(), Request::QueryStatus.encode());
+    let Frame { request, flags, body, .. } =
+        Frame::request(Request::QueryStatus.code(), Request::QueryStatus.encode());
     [FrameHeader::new(request, flags, body.len()).as_bytes(), &body].concat().repeat(1000)
 }
 
@@ -30,7 +31,8 @@ fn connections_that_never_read_their_answers_keep_nobody_from_theirs() {
             stream
         })
         .collect();
-    // The handshake alone has a deadline of 10 seconds for each request; the agent waited for 5 at each of them.
+    // The handshake alone has a deadline of 10 seconds for each request; the agent waited for 5 at
+    // each of them.
     let vmm = Attached::new(&agent.path, Ram::odd(16));
     for _ in 0..10 {
         vmm.client.status().unwrap();

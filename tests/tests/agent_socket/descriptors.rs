@@ -27,7 +27,12 @@ fn an_agent_that_is_out_of_descriptors_neither_spins_nor_fills_the_log_and_serve
     let waiting: Vec<_> = (0..20).map(|_| UnixStream::connect(agent.socket()).unwrap()).collect();
     agent.process().wait_for_line("cannot accept a connection", SOON).unwrap();
     let failures = |agent: &mut AgentProcess| {
-        agent.process().lines().iter().filter(|line| line.contains("cannot accept a connection")).count()
+        agent
+            .process()
+            .lines()
+            .iter()
+            .filter(|line| line.contains("cannot accept a connection"))
+            .count()
     };
     let (lines, before) = (failures(&mut agent), ticks(pid));
     std::thread::sleep(Duration::from_secs(3));

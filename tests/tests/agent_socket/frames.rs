@@ -4,7 +4,9 @@ use super::waits::hand_over;
 use crate::common::{Attached, Listening, PROGRAM, Peer, Ram, SOON};
 use pageferry_client::Phase;
 use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FrameHeader};
-use pageferry_protocol::control::hook::{Hook, PieceSize, SavedState, encode_hook_reply, encode_state_reply};
+use pageferry_protocol::control::hook::{
+    Hook, PieceSize, SavedState, encode_hook_reply, encode_state_reply,
+};
 use pageferry_protocol::control::job::{RunState, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::control::request::{ErrorCode, Request};
 use pageferry_protocol::control::{Frame, FrameSocket};
@@ -24,7 +26,13 @@ fn memfd(size: u64) -> OwnedFd {
 
 fn add_block(id: u32) -> Request {
     let gpa = u64::from(id) << 30;
-    let geometry = BlockGeometry { id, name: format!("ram{id}"), gpa, length: 0x1_0000, granularity: PAGE_SIZE };
+    let geometry = BlockGeometry {
+        id,
+        name: format!("ram{id}"),
+        gpa,
+        length: 0x1_0000,
+        granularity: PAGE_SIZE,
+    };
     Request::AddBlock { geometry, fd_offset: 0, vmm_address: 0, flags: 0 }
 }
 
@@ -42,7 +50,8 @@ fn a_request_whose_descriptors_do_not_arrive_is_answered_and_the_vmm_stays() {
     assert!(refused.sentence.contains("out of file descriptors (RLIMIT_NOFILE)"), "{refused}");
     // VHOST_USER_SET_BACKEND_REQ_FD, whose answer is a number.
     let (_ours, theirs) = UnixStream::pair().unwrap();
-    let frame = Frame { request: 21, flags: FLAG_NEED_REPLY, body: Vec::new(), fds: vec![theirs.into()] };
+    let frame =
+        Frame { request: 21, flags: FLAG_NEED_REPLY, body: Vec::new(), fds: vec![theirs.into()] };
     vmm.socket.send(&frame, Instant::now() + SOON).unwrap();
     assert_ne!(vmm.reply().unwrap().body, [0; 8]);
     assert_eq!(vmm.status().phase, Phase::Idle);
@@ -50,7 +59,8 @@ fn a_request_whose_descriptors_do_not_arrive_is_answered_and_the_vmm_stays() {
     agent.process().limit_descriptors(1024).unwrap();
     vmm.ask(&add_block(1), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
     // It is the owner still.
-    let denied = Peer::connect(agent.socket()).ask(&add_block(2), vec![memfd(0x1_0000), memfd(4096)]);
+    let denied =
+        Peer::connect(agent.socket()).ask(&add_block(2), vec![memfd(0x1_0000), memfd(4096)]);
     assert_eq!(denied.unwrap_err().code, ErrorCode::Denied);
 }
 
@@ -122,11 +132,14 @@ fn a_hook_whose_answer_loses_its_descriptor_fails_by_that_name_and_the_next_one_
                 }
                 _ => (encode_hook_reply(sequence, &Ok(())), Vec::new()),
             };
-            hooks.send(&Frame { fds, ..Frame::reply(frame.request, body) }, Instant::now() + SOON).unwrap();
+            hooks
+                .send(&Frame { fds, ..Frame::reply(frame.request, body) }, Instant::now() + SOON)
+                .unwrap();
         };
         if descriptors == 3 {
             assert_eq!(status.phase, Phase::Failed);
-            let named = status.error.contains("hook \"save state\"") && status.error.contains("(RLIMIT_NOFILE)");
+            let named = status.error.contains("hook \"save state\"")
+                && status.error.contains("(RLIMIT_NOFILE)");
             assert!(named, "{}", status.error);
             agent.process().limit_descriptors(1024).unwrap();
         } else {

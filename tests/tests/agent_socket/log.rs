@@ -15,7 +15,12 @@ fn requests_that_are_refused_do_not_fill_the_log_and_it_says_how_many_lines_are_
     }
     // The log says so within the next second, also if nothing more is logged.
     agent.process().wait_for_line("more lines from", SOON).unwrap();
-    let refused = agent.process().lines().iter().filter(|line| line.contains("request 0x1fff refused")).count();
+    let refused = agent
+        .process()
+        .lines()
+        .iter()
+        .filter(|line| line.contains("request 0x1fff refused"))
+        .count();
     // 20 in a second, and each second that began.
     let most = 20 * (began.elapsed().as_secs() as usize + 2);
     assert!((20..=most).contains(&refused), "{refused}");

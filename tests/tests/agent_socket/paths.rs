@@ -43,12 +43,16 @@ fn an_agent_and_its_streams_replace_no_file_and_no_link() {
     std::os::unix::fs::symlink(at("stale"), at("to-stale")).unwrap();
     let agent = spawn(folder.path(), "agent");
     let vmm = Attached::new(agent.socket(), Ram::odd(16));
-    for (name, found) in [("file", "regular file"), ("link", "symbolic link"), ("to-stale", "symbolic link")] {
+    for (name, found) in
+        [("file", "regular file"), ("link", "symbolic link"), ("to-stale", "symbolic link")]
+    {
         let sentence = format!("{} is a {found}, not a socket", at(name).display());
         assert_refused(&mut agent_at(&at(name)), &[&sentence]);
         let listen = Target::Address(format!("unix:{}", at(name).display()));
         match vmm.client.start_incoming(listen, &IncomingOptions::default()) {
-            Err(Error::Refused { sentence: refused, .. }) => assert!(refused.contains(&sentence), "{refused}"),
+            Err(Error::Refused { sentence: refused, .. }) => {
+                assert!(refused.contains(&sentence), "{refused}")
+            }
             other => panic!("not refused: {other:?}"),
         }
     }
@@ -77,10 +81,13 @@ fn of_agents_that_start_at_once_on_a_stale_path_one_listens_and_the_others_name_
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("agent.sock");
     drop(UnixListener::bind(&path).unwrap());
-    let mut agents: Vec<Process> =
-        (0..4).map(|number| Process::spawn(&format!("agent {number}"), &mut agent_at(&path)).unwrap()).collect();
+    let mut agents: Vec<Process> = (0..4)
+        .map(|number| Process::spawn(&format!("agent {number}"), &mut agent_at(&path)).unwrap())
+        .collect();
     for _ in 0..3 {
-        let ended = wait_for("an agent to be refused", SOON, || agents.iter_mut().position(|one| one.has_ended()));
+        let ended = wait_for("an agent to be refused", SOON, || {
+            agents.iter_mut().position(|one| one.has_ended())
+        });
         let mut refused = agents.swap_remove(ended.unwrap());
         assert!(!refused.wait(SOON).unwrap().success());
         let text = refused.lines().join("\n");
@@ -152,8 +159,13 @@ fn agent_client_operator_and_streams_take_the_same_paths_and_name_the_limit() {
         assert!(!path.exists());
     }
     assert_refused(&mut agent_at(Path::new("")), &["a value is required"]);
-    assert!(chain(&Client::connect(Path::new(""), Config::default()).unwrap_err()).contains("path is empty"));
+    assert!(
+        chain(&Client::connect(Path::new(""), Config::default()).unwrap_err())
+            .contains("path is empty")
+    );
     let nul = Path::new(OsStr::new("\0abstract"));
-    assert!(chain(&Client::connect(nul, Config::default()).unwrap_err()).contains("a byte of zero"));
+    assert!(
+        chain(&Client::connect(nul, Config::default()).unwrap_err()).contains("a byte of zero")
+    );
     assert!(listen(nul).unwrap_err().to_string().contains("a byte of zero"));
 }

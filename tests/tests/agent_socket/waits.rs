@@ -1,12 +1,16 @@
 //! Requests that wait for a name server, a VMM, a full queue, while others are answered.
 
-use crate::common::{At, Attached, Listening, PROGRAM, Peer, Ram, Relay, SOON, Side, Wire, memfd, passes};
+use crate::common::{
+    At, Attached, Listening, PROGRAM, Peer, Ram, Relay, SOON, Side, Wire, memfd, passes,
+};
 use pageferry_client::{Error, IncomingOptions, Ownership, Phase, Target, Trackers};
 use pageferry_protocol::control::Frame;
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::job::{IncomingOptions as WireIncoming, OutgoingOptions};
 use pageferry_protocol::control::job::{RestoreOptions, SnapshotOptions};
-use pageferry_protocol::control::request::{BlockRange, CONTROL_VERSION, OWN_REQUESTS, Request, code};
+use pageferry_protocol::control::request::{
+    BlockRange, CONTROL_VERSION, OWN_REQUESTS, Request, code,
+};
 use pageferry_protocol::control::unix_path::socket_address;
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
 use pageferry_protocol::stream::Kind;
@@ -32,7 +36,8 @@ fn everybody_is_answered_while_a_vmm_is_asked_to_resume() {
     relay.cut();
     assert_eq!(source.wait(outgoing).phase, Phase::Unconfirmed);
 
-    let (asked, release) = (std::sync::Arc::new(AtomicBool::new(false)), std::sync::mpsc::channel::<()>());
+    let (asked, release) =
+        (std::sync::Arc::new(AtomicBool::new(false)), std::sync::mpsc::channel::<()>());
     let (told, (release, released)) = (asked.clone(), release);
     source.vmm.on(At::Resume, move || {
         told.store(true, Ordering::Relaxed);
@@ -41,7 +46,8 @@ fn everybody_is_answered_while_a_vmm_is_asked_to_resume() {
         Ok(())
     });
     std::thread::scope(|scope| {
-        let resume = scope.spawn(|| agent.connect().ask(&Request::Resume { force: true }, Vec::new()));
+        let resume =
+            scope.spawn(|| agent.connect().ask(&Request::Resume { force: true }, Vec::new()));
         wait_until("the VMM to be asked", SOON, || asked.load(Ordering::Relaxed)).unwrap();
         assert_eq!(source.client.status().unwrap().phase, Phase::Unconfirmed);
         assert_eq!(agent.connect().status().phase, Phase::Unconfirmed);
@@ -61,7 +67,12 @@ fn a_path_whose_listener_has_a_full_queue_is_in_use_and_costs_the_vmm_nothing() 
     let vmm = Attached::new(&agent.path, Ram::odd(16));
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("full");
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    );
     let socket = socket.unwrap();
     rustix::net::bind(&socket, &socket_address(&path).unwrap()).unwrap();
     rustix::net::listen(&socket, 0).unwrap();
@@ -74,7 +85,8 @@ fn a_path_whose_listener_has_a_full_queue_is_in_use_and_costs_the_vmm_nothing() 
     vmm.client.status().unwrap();
 }
 
-/// A command that runs the agent where the name server never answers; none where that cannot be had.
+/// A command that runs the agent where the name server never answers; none where that cannot be
+/// had.
 fn without_names(folder: &std::path::Path) -> Option<Command> {
     let resolv = folder.join("resolv.conf");
     std::fs::write(&resolv, "nameserver 10.255.255.1\noptions timeout:30\n").unwrap();
@@ -95,8 +107,12 @@ fn a_name_server_that_does_not_answer_costs_one_request_its_answer_and_nobody_el
     let agent = AgentProcess::start(&mut command, folder.path(), "agent").unwrap();
     let vmm = Attached::new(agent.socket(), Ram::odd(16));
     std::thread::scope(|scope| {
-        let listen =
-            || vmm.client.start_incoming(Target::Address("tcp:name.invalid:7".into()), &IncomingOptions::default());
+        let listen = || {
+            vmm.client.start_incoming(
+                Target::Address("tcp:name.invalid:7".into()),
+                &IncomingOptions::default(),
+            )
+        };
         let listening = scope.spawn(listen);
         let mut operator = Peer::connect(agent.socket());
         let mut answers = 0;
@@ -114,7 +130,11 @@ fn a_name_server_that_does_not_answer_costs_one_request_its_answer_and_nobody_el
         }
     });
     // The VMM still has its agent; a job that looks up a name hears a cancel.
-    let job = vmm.client.start_outgoing(Target::Address("tcp:name.invalid:7".into()), &passes(1)).unwrap().job;
+    let job = vmm
+        .client
+        .start_outgoing(Target::Address("tcp:name.invalid:7".into()), &passes(1))
+        .unwrap()
+        .job;
     vmm.client.cancel().unwrap();
     assert_eq!(vmm.wait(job).phase, Phase::Cancelled);
 }
@@ -124,7 +144,12 @@ fn nobody_waits_for_a_log_that_nobody_reads() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("agent.sock");
     let mut command = Command::new(PROGRAM);
-    let command = command.arg("agent").arg("--socket").arg(&socket).stderr(Stdio::piped()).stdout(Stdio::null());
+    let command = command
+        .arg("agent")
+        .arg("--socket")
+        .arg(&socket)
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null());
     let _agent = Killed(command.spawn().unwrap());
     wait_until("the agent to listen", SOON, || UnixStream::connect(&socket).is_ok()).unwrap();
     let mut operator = Peer::connect(&socket);
@@ -146,7 +171,8 @@ impl Drop for Killed {
     }
 }
 
-/// In a debug build a request that waits on the reactor's thread, or under the session's lock, panics, and its connection ends.
+/// In a debug build a request that waits on the reactor's thread, or under the session's lock,
+/// panics, and its connection ends.
 #[test]
 fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
     let agent = Listening::new();
@@ -159,23 +185,47 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
     let requests = || {
         let images = (SnapshotOptions::default(), RestoreOptions::default());
         vec![
-            Request::Hello { version_min: CONTROL_VERSION, version_max: CONTROL_VERSION, features: 0, agent: 0 },
-            Request::AddBlock { geometry: geometry(block + 1), fd_offset: 0, vmm_address: 0, flags: 0 },
+            Request::Hello {
+                version_min: CONTROL_VERSION,
+                version_max: CONTROL_VERSION,
+                features: 0,
+                agent: 0,
+            },
+            Request::AddBlock {
+                geometry: geometry(block + 1),
+                fd_offset: 0,
+                vmm_address: 0,
+                flags: 0,
+            },
             Request::Discard { flags: 1, ranges: vec![page] },
             Request::Free { ranges: vec![page] },
             Request::Populate { ranges: vec![page] },
             Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE },
             Request::StartOutgoing { target: "tcp:localhost:1".into(), options: options() },
             Request::StartOutgoing { target: format!("unix:{}", at("nobody")), options: options() },
-            Request::StartIncoming { listen: "tcp:localhost:0".into(), options: WireIncoming::default() },
+            Request::StartIncoming {
+                listen: "tcp:localhost:0".into(),
+                options: WireIncoming::default(),
+            },
             Request::Cancel,
-            Request::StartIncoming { listen: format!("unix:{}", at("stream")), options: WireIncoming::default() },
+            Request::StartIncoming {
+                listen: format!("unix:{}", at("stream")),
+                options: WireIncoming::default(),
+            },
             Request::SetParameters { options: options() },
             Request::QueryStatus,
             Request::Subscribe { interval: Duration::from_millis(10) },
             Request::StartPostcopy,
-            Request::Recover { session: [0; 16], address: "tcp:localhost:0".into(), options: options() },
-            Request::Recover { session: [7; 16], address: "tcp:localhost:0".into(), options: options() },
+            Request::Recover {
+                session: [0; 16],
+                address: "tcp:localhost:0".into(),
+                options: options(),
+            },
+            Request::Recover {
+                session: [7; 16],
+                address: "tcp:localhost:0".into(),
+                options: options(),
+            },
             Request::Cancel,
             Request::StartSnapshot { path: at("image"), options: images.0 },
             Request::StartRestore { path: at("image"), options: images.1 },
@@ -204,7 +254,13 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
 }
 
 fn geometry(id: u32) -> BlockGeometry {
-    BlockGeometry { id, name: format!("ram{id}"), gpa: u64::from(id) << 20, length: 0x1_0000, granularity: PAGE_SIZE }
+    BlockGeometry {
+        id,
+        name: format!("ram{id}"),
+        gpa: u64::from(id) << 20,
+        length: 0x1_0000,
+        granularity: PAGE_SIZE,
+    }
 }
 
 /// Makes `peer` the VMM of a small guest; returns its end of the socket for hooks.
@@ -214,7 +270,8 @@ pub(super) fn hand_over(peer: &mut Peer, id: u32) -> UnixStream {
     peer.ask(&Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE }, Vec::new()).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     // VHOST_USER_SET_BACKEND_REQ_FD.
-    let frame = Frame { request: 21, flags: FLAG_NEED_REPLY, body: Vec::new(), fds: vec![theirs.into()] };
+    let frame =
+        Frame { request: 21, flags: FLAG_NEED_REPLY, body: Vec::new(), fds: vec![theirs.into()] };
     peer.socket.send(&frame, Instant::now() + SOON).unwrap();
     assert_eq!(peer.reply().unwrap().body, [0; 8]);
     ours

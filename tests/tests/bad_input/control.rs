@@ -2,11 +2,15 @@
 
 use crate::common::{Listening, Peer, SOON, memfd};
 use crate::geometry;
-use pageferry_client::{MIN_BANDWIDTH, OutgoingOptions, Phase, RestoreOptions, SnapshotOptions, Trackers};
+use pageferry_client::{
+    MIN_BANDWIDTH, OutgoingOptions, Phase, RestoreOptions, SnapshotOptions, Trackers,
+};
 use pageferry_protocol::control::SocketError;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{HEADER_SIZE, MAX_BODY};
-use pageferry_protocol::control::request::{BlockRange, ErrorCode, OWN_REQUESTS, RemoteError, Reply, Request, code};
+use pageferry_protocol::control::request::{
+    BlockRange, ErrorCode, OWN_REQUESTS, RemoteError, Reply, Request, code,
+};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
@@ -16,7 +20,9 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 #[track_caller]
-fn assert_refused(peer: &mut Peer, request: &Request, fds: Vec<OwnedFd>, words: &[&str]) -> RemoteError {
+fn assert_refused(
+    peer: &mut Peer, request: &Request, fds: Vec<OwnedFd>, words: &[&str],
+) -> RemoteError {
     let error = peer.ask(request, fds).unwrap_err();
     for word in words {
         assert!(error.sentence.contains(word), "\"{word}\" is missing in: {error}");
@@ -63,8 +69,14 @@ fn owner(agent: &Listening) -> Peer {
 fn a_header_that_breaks_the_framing_ends_its_connection_and_nothing_else() {
     let agent = Listening::new();
     let mut vmm = owner(&agent);
-    let header = |request: u32, flags: u32, size: u32| Encoder::new().u32(request).u32(flags).u32(size).finish();
-    for bytes in [header(code::HELLO, 2, 0), header(code::HELLO, 1, MAX_BODY as u32 + 1), header(1, 1, u32::MAX)] {
+    let header = |request: u32, flags: u32, size: u32| {
+        Encoder::new().u32(request).u32(flags).u32(size).finish()
+    };
+    for bytes in [
+        header(code::HELLO, 2, 0),
+        header(code::HELLO, 1, MAX_BODY as u32 + 1),
+        header(1, 1, u32::MAX),
+    ] {
         assert_eq!(bytes.len(), HEADER_SIZE);
         let mut stranger = agent.connect();
         stranger.raw.write_all(&bytes).unwrap();
@@ -107,16 +119,31 @@ fn requests_that_are_unknown_or_malformed_are_refused_by_name_and_the_connection
         (code::DISCARD, Encoder::new().u32(6).u32(0).finish(), "flags is 0x6"),
         (code::ADD_BLOCK, vec![0; 47], "field"),
         (code::SUBSCRIBE, Encoder::new().u32(1).finish(), "interval is 0x1"),
-        (code::START_INCOMING, Encoder::new().text("unix:/x").u64(0).u64(1).finish(), "peer_timeout is 0 s"),
-        (code::START_OUTGOING, compressed(3, 0), "compression is 0x3, allowed: 0 none, 1 lz4, 2 zstd"),
-        (code::START_OUTGOING, compressed(2, 20), "compression_level is 0x14, allowed: 1 to 19 with zstd"),
+        (
+            code::START_INCOMING,
+            Encoder::new().text("unix:/x").u64(0).u64(1).finish(),
+            "peer_timeout is 0 s",
+        ),
+        (
+            code::START_OUTGOING,
+            compressed(3, 0),
+            "compression is 0x3, allowed: 0 none, 1 lz4, 2 zstd",
+        ),
+        (
+            code::START_OUTGOING,
+            compressed(2, 20),
+            "compression_level is 0x14, allowed: 1 to 19 with zstd",
+        ),
         (code::START_OUTGOING, Encoder::new().u32(u32::MAX).finish(), "target"),
     ];
     for (request, body, word) in cases {
         let error = peer.ask_raw(request, body, Vec::new()).unwrap_err();
         assert_eq!(error.code, ErrorCode::Invalid, "{error}");
         assert!(error.sentence.contains(word), "\"{word}\" is missing in: {error}");
-        assert!(error.sentence.contains(&format!("{request:#x}")), "the request is missing in: {error}");
+        assert!(
+            error.sentence.contains(&format!("{request:#x}")),
+            "the request is missing in: {error}"
+        );
     }
     let hello = Request::Hello { version_min: 7, version_max: 9, features: 0, agent: 0 };
     let error = assert_refused(&mut peer, &hello, Vec::new(), &["version 7 to 9"]);
@@ -129,7 +156,8 @@ fn blocks_that_are_not_valid_are_refused_by_field_and_value_and_leave_the_others
     let agent = Listening::new();
     let mut peer = owner(&agent);
     let size = 0x1_0000;
-    let named = |geometry: BlockGeometry, name: &str| BlockGeometry { name: name.to_owned(), ..geometry };
+    let named =
+        |geometry: BlockGeometry, name: &str| BlockGeometry { name: name.to_owned(), ..geometry };
     let unit = |geometry: BlockGeometry, granularity| BlockGeometry { granularity, ..geometry };
     let cases: Vec<(Request, &[&str])> = vec![
         (add_block(geometry(2, 0x1_f000, 0x2000), 0), &["block 2", "overlaps block 1", "0x1f000"]),
@@ -138,14 +166,32 @@ fn blocks_that_are_not_valid_are_refused_by_field_and_value_and_leave_the_others
         (add_block(geometry(2, 0x4_0000, 0x1001), 0), &["block 2", "length 0x1001"]),
         (add_block(geometry(2, 0x4_0000, 0x1000), 0x10), &["block 2", "fd_offset 0x10"]),
         (add_block(geometry(2, 0x4_0000, 0), 0), &["block 2", "length 0x0"]),
-        (add_block(geometry(2, u64::MAX - 0xfff, 0x2000), 0), &["block 2", "overflows", "0xfffffffffffff000"]),
+        (
+            add_block(geometry(2, u64::MAX - 0xfff, 0x2000), 0),
+            &["block 2", "overflows", "0xfffffffffffff000"],
+        ),
         (add_block(geometry(2, 0, u64::MAX - 0xfff), 0), &["block 2", "length 0xfffffffffffff000"]),
-        (add_block(geometry(2, 0x4_0000, 0x1_1000), 0), &["block 2", "0x10000 bytes is shorter", "0x11000"]),
-        (add_block(geometry(2, 0x4_0000, 0x1_0000), 0x1000), &["block 2", "0x10000 bytes is shorter", "0x1000"]),
-        (add_block(geometry(2, 0x4_0000, 0x1000), u64::MAX - 0xfff), &["block 2", "0xfffffffffffff000"]),
-        (add_block(unit(geometry(2, 0x4_0000, 0x1000), 0x3000), 0), &["block 2", "granularity 0x3000"]),
+        (
+            add_block(geometry(2, 0x4_0000, 0x1_1000), 0),
+            &["block 2", "0x10000 bytes is shorter", "0x11000"],
+        ),
+        (
+            add_block(geometry(2, 0x4_0000, 0x1_0000), 0x1000),
+            &["block 2", "0x10000 bytes is shorter", "0x1000"],
+        ),
+        (
+            add_block(geometry(2, 0x4_0000, 0x1000), u64::MAX - 0xfff),
+            &["block 2", "0xfffffffffffff000"],
+        ),
+        (
+            add_block(unit(geometry(2, 0x4_0000, 0x1000), 0x3000), 0),
+            &["block 2", "granularity 0x3000"],
+        ),
         (add_block(geometry(1, 0x4_0000, 0x1000), 0), &["block 1", "id is taken"]),
-        (add_block(named(geometry(2, 0x4_0000, 0x1000), "block1"), 0), &["block 2", "name \"block1\" is taken"]),
+        (
+            add_block(named(geometry(2, 0x4_0000, 0x1000), "block1"), 0),
+            &["block 2", "name \"block1\" is taken"],
+        ),
         (add_block(named(geometry(2, 0x4_0000, 0x1000), ""), 0), &["block 2", "name of 0 bytes"]),
     ];
     for (request, words) in cases {
@@ -153,7 +199,9 @@ fn blocks_that_are_not_valid_are_refused_by_field_and_value_and_leave_the_others
         assert_eq!(error.code, ErrorCode::Invalid, "{error}");
     }
     // None of them left anything behind.
-    assert!(discard(&mut peer, page(2, 0)).unwrap_err().sentence.contains("block 2 does not exist"));
+    assert!(
+        discard(&mut peer, page(2, 0)).unwrap_err().sentence.contains("block 2 does not exist")
+    );
     peer.ask(&add_block(geometry(2, 0x4_0000, size), 0), fds(size)).unwrap();
     assert_eq!(discard(&mut peer, page(1, 15)).unwrap(), 1);
     assert_eq!(discard(&mut peer, page(2, 15)).unwrap(), 1);
@@ -169,12 +217,23 @@ fn descriptors_that_are_no_memory_are_refused() {
         assert_refused(&mut peer, &request, wrong, &["add block", &count.to_string(), "2"]);
     }
     let (pipe, _writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).unwrap();
-    assert_refused(&mut peer, &request, vec![pipe, memfd(4096)], &["block 2", "not a regular file"]);
+    assert_refused(
+        &mut peer,
+        &request,
+        vec![pipe, memfd(4096)],
+        &["block 2", "not a regular file"],
+    );
     let (socket, _other) = UnixStream::pair().unwrap();
-    assert_refused(&mut peer, &request, vec![socket.into(), memfd(4096)], &["block 2", "not a regular file"]);
+    assert_refused(
+        &mut peer,
+        &request,
+        vec![socket.into(), memfd(4096)],
+        &["block 2", "not a regular file"],
+    );
     let memory = memfd(0x1000);
     let own = format!("/proc/self/fd/{}", memory.as_raw_fd());
-    let opened = |path: &str, flags| rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let opened =
+        |path: &str, flags| rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap();
     for (flags, name) in [
         (OFlags::RDONLY, "O_RDONLY"),
         (OFlags::WRONLY, "O_WRONLY"),
@@ -183,7 +242,12 @@ fn descriptors_that_are_no_memory_are_refused() {
         (OFlags::RDWR | OFlags::APPEND, "O_APPEND"),
     ] {
         let wrong = opened(&own, flags);
-        assert_refused(&mut peer, &request, vec![wrong, memfd(4096)], &["block 2", "memory fd", name]);
+        assert_refused(
+            &mut peer,
+            &request,
+            vec![wrong, memfd(4096)],
+            &["block 2", "memory fd", name],
+        );
     }
     let whole = memfd(4096);
     let bitmap = format!("/proc/self/fd/{}", whole.as_raw_fd());
@@ -191,7 +255,12 @@ fn descriptors_that_are_no_memory_are_refused() {
         let wrong = vec![memfd(0x1000), opened(&bitmap, flags)];
         assert_refused(&mut peer, &request, wrong, &["block 2", "discard bitmap", "O_RDWR"]);
     }
-    assert_refused(&mut peer, &request, vec![memfd(0x1000), memfd(0)], &["block 2", "discard bitmap", "shorter"]);
+    assert_refused(
+        &mut peer,
+        &request,
+        vec![memfd(0x1000), memfd(0)],
+        &["block 2", "discard bitmap", "shorter"],
+    );
     assert_refused(&mut peer, &Request::RemoveBlock { id: 5 }, Vec::new(), &["block 5"]);
     assert_eq!(discard(&mut peer, page(1, 0)).unwrap(), 1);
 }
@@ -203,15 +272,35 @@ fn ranges_outside_of_blocks_change_nothing() {
     let good = page(1, 4);
     let bad: [(BlockRange, &[&str]); 4] = [
         (page(1, 16), &["range 1", "block 1", "0x10000"]),
-        (BlockRange { block: 1, offset: 0xf000, length: 0x1001 }, &["range 1", "block 1", "0x1001"]),
-        (BlockRange { block: 1, offset: u64::MAX - 10, length: 20 }, &["range 1", "block 1", "overflows"]),
+        (
+            BlockRange { block: 1, offset: 0xf000, length: 0x1001 },
+            &["range 1", "block 1", "0x1001"],
+        ),
+        (
+            BlockRange { block: 1, offset: u64::MAX - 10, length: 20 },
+            &["range 1", "block 1", "overflows"],
+        ),
         (page(6, 0), &["range 1", "block 6 does not exist"]),
     ];
     for (range, words) in bad {
-        assert_refused(&mut peer, &Request::Discard { flags: 1, ranges: vec![good, range] }, Vec::new(), words);
-        assert_refused(&mut peer, &Request::Populate { ranges: vec![good, range] }, Vec::new(), words);
+        assert_refused(
+            &mut peer,
+            &Request::Discard { flags: 1, ranges: vec![good, range] },
+            Vec::new(),
+            words,
+        );
+        assert_refused(
+            &mut peer,
+            &Request::Populate { ranges: vec![good, range] },
+            Vec::new(),
+            words,
+        );
     }
-    assert_eq!(discard(&mut peer, good).unwrap(), 1, "it was not discarded by any of the requests that were refused");
+    assert_eq!(
+        discard(&mut peer, good).unwrap(),
+        1,
+        "it was not discarded by any of the requests that were refused"
+    );
     let populate = Request::Populate { ranges: vec![good, page(1, 16)] };
     assert_refused(&mut peer, &populate, Vec::new(), &["range 1"]);
     assert_eq!(discard(&mut peer, good).unwrap(), 0, "it was not populated either");
@@ -234,7 +323,11 @@ fn an_operator_sees_the_jobs_and_cannot_touch_the_memory() {
         assert_eq!(error.code, ErrorCode::Denied, "{error}");
     }
     assert_eq!(operator.status().phase, Phase::Idle);
-    assert_eq!(discard(&mut vmm, page(1, 0)).unwrap(), 1, "what the operator asked for was not done");
+    assert_eq!(
+        discard(&mut vmm, page(1, 0)).unwrap(),
+        1,
+        "what the operator asked for was not done"
+    );
     drop(operator);
     assert_eq!(discard(&mut vmm, page(1, 1)).unwrap(), 1);
     // When the VMM is gone, another may come.

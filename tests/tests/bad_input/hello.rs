@@ -1,11 +1,14 @@
-//! The first record of a stream: strangers are dropped, and a source that does not fit is rejected in words.
+//! The first record of a stream: strangers are dropped, and a source that does not fit is rejected
+//! in words.
 
 use crate::common::{Ram, SOON, Side, passes};
 use crate::geometry;
 use crate::scene::{FakeSource, PAGES, Scene, hello};
 use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Phase, Target};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
-use pageferry_protocol::stream::hello::{Accept, FEATURE_LZ4, FEATURE_POSTCOPY, FEATURE_ZSTD, FEATURES, HELLO_RECOVER};
+use pageferry_protocol::stream::hello::{
+    Accept, FEATURE_LZ4, FEATURE_POSTCOPY, FEATURE_ZSTD, FEATURES, HELLO_RECOVER,
+};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
 use pageferry_tests::deadline::wait_until;
 use std::io::{Read, Write};
@@ -24,7 +27,8 @@ fn what_is_no_page_stream_is_dropped_and_the_right_source_is_still_taken() {
         let _ = stranger.stream.shutdown(std::net::Shutdown::Write);
         stranger.stream.read_to_end(&mut rest).unwrap();
     }
-    // One that claims a large hello, one that begins with another record, and one that goes at once.
+    // One that claims a large hello, one that begins with another record, and one that goes at
+    // once.
     let mut stranger = FakeSource::connect(&scene);
     let header = RecordHeader::plain(Kind::Hello, 0, u32::MAX as usize).sealed(&[]).to_wire();
     stranger.stream.write_all(&header).unwrap();
@@ -53,8 +57,8 @@ fn a_silent_stranger_does_not_keep_the_right_source_out() {
     scene.assert_takes_a_guest(job);
 }
 
-/// Each of them stays to read its refusal. If the destination waited for them one after another the right
-/// source would give up long before its turn.
+/// Each of them stays to read its refusal. If the destination waited for them one after another the
+/// right source would give up long before its turn.
 #[test]
 fn a_crowd_of_sources_that_do_not_fit_keeps_the_right_one_waiting_for_nobody() {
     let scene = Scene::new();
@@ -105,7 +109,9 @@ fn of_the_features_that_are_offered_those_are_accepted_that_are_known() {
     // A block that is mapped nowhere cannot be filled while the guest runs.
     const KNOWN: u64 = FEATURES & !FEATURE_POSTCOPY;
     let all = !FEATURE_POSTCOPY;
-    for (offered, known) in [(0, 0), (FEATURE_LZ4, FEATURE_LZ4), (newer, FEATURE_ZSTD), (all, KNOWN)] {
+    for (offered, known) in
+        [(0, 0), (FEATURE_LZ4, FEATURE_LZ4), (newer, FEATURE_ZSTD), (all, KNOWN)]
+    {
         let job = scene.listen();
         let mut source = FakeSource::connect(&scene);
         source.hello(&Hello { features: offered, ..hello() });
@@ -140,9 +146,21 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
     };
     // What both sides read, and what only this side's operator does.
     let cases: [(BlockTable, &[&str], &str); 7] = [
-        (table(vec![BlockGeometry { name: "other".into(), ..right() }]), &["block 3", "name", "other"], "block3"),
-        (table(vec![BlockGeometry { gpa: 0x9000, ..right() }]), &["block 3", "gpa", "0x9000"], "0x7000"),
-        (table(vec![BlockGeometry { length: 0x1000, ..right() }]), &["block 3", "length", "0x1000"], "0x28000"),
+        (
+            table(vec![BlockGeometry { name: "other".into(), ..right() }]),
+            &["block 3", "name", "other"],
+            "block3",
+        ),
+        (
+            table(vec![BlockGeometry { gpa: 0x9000, ..right() }]),
+            &["block 3", "gpa", "0x9000"],
+            "0x7000",
+        ),
+        (
+            table(vec![BlockGeometry { length: 0x1000, ..right() }]),
+            &["block 3", "length", "0x1000"],
+            "0x28000",
+        ),
         (
             table(vec![BlockGeometry { granularity: 0x2000, ..right() }]),
             &["block 3", "granularity", "0x2000"],
@@ -158,7 +176,10 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
         let mut source = FakeSource::connect(&scene);
         source.hello(&Hello { blocks, ..hello() });
         let sentence = source.sentence(Kind::Reject);
-        assert!(own.is_empty() || !sentence.contains(own), "a stranger reads the table: {sentence}");
+        assert!(
+            own.is_empty() || !sentence.contains(own),
+            "a stranger reads the table: {sentence}"
+        );
         // The job goes on waiting, and its operator reads why the source was refused.
         let mut status = scene.destination.client.status().unwrap();
         let noted = |status: &JobStatus| words.iter().all(|word| status.error.contains(word));
@@ -174,7 +195,11 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
         }
     }
     scene.assert_takes_a_guest(job);
-    assert_eq!(scene.destination.client.status().unwrap().error, "", "what is over is not told any more");
+    assert_eq!(
+        scene.destination.client.status().unwrap().error,
+        "",
+        "what is over is not told any more"
+    );
 }
 
 #[test]
@@ -195,7 +220,13 @@ fn a_source_that_does_not_fit_costs_no_descriptor_and_keeps_no_other_out() {
     // The agent may not have taken the first one when they were counted.
     wait_until("the connections closed", SOON, || open() < before + 10).unwrap();
     let mut second = FakeSource::connect(&scene);
-    second.hello(&Hello { stream: 1, streams: 2, session: [9; 16], blocks: BlockTable::new(), ..hello() });
+    second.hello(&Hello {
+        stream: 1,
+        streams: 2,
+        session: [9; 16],
+        blocks: BlockTable::new(),
+        ..hello()
+    });
     assert_eq!(half.next().0, Kind::Accept);
     drop((half, second));
     assert_eq!(scene.destination.wait(job).phase, Phase::Failed);
@@ -206,7 +237,10 @@ fn a_source_that_does_not_fit_costs_no_descriptor_and_keeps_no_other_out() {
 fn a_source_that_does_not_fit_ends_a_job_that_has_one_socket() {
     let scene = Scene::new();
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let job = scene.destination.client.start_incoming(Target::Socket(theirs.into()), &IncomingOptions::default());
+    let job = scene
+        .destination
+        .client
+        .start_incoming(Target::Socket(theirs.into()), &IncomingOptions::default());
     let mut source = FakeSource { stream: ours };
     source.hello(&Hello { blocks: BlockTable::new(), ..hello() });
     let sentence = source.sentence(Kind::Reject);
@@ -223,7 +257,14 @@ fn postcopy_is_refused_by_name_where_the_memory_is_mapped_nowhere() {
     let mut sources = [0u16, 1].map(|stream| {
         let mut source = FakeSource::connect(&scene);
         let blocks = if stream == 0 { hello().blocks } else { BlockTable::new() };
-        source.hello(&Hello { features: FEATURE_POSTCOPY, stream, streams: 2, urgent: 1, blocks, ..hello() });
+        source.hello(&Hello {
+            features: FEATURE_POSTCOPY,
+            stream,
+            streams: 2,
+            urgent: 1,
+            blocks,
+            ..hello()
+        });
         source
     });
     let sentence = sources[0].sentence(Kind::Reject);

@@ -1,5 +1,5 @@
-//! Bad input on the control socket and on the page stream: an error that names the field, the end of one request, one connection or one
-//! job, and of nothing else.
+//! Bad input on the control socket and on the page stream: an error that names the field, the end
+//! of one request, one connection or one job, and of nothing else.
 //!
 //! - [`control`]: requests on the control socket;
 //! - [`hello`]: the first record of a stream;

@@ -1,4 +1,5 @@
-//! The records after the hello: each that is wrong fails the job by the field, and the next job takes a guest.
+//! The records after the hello: each that is wrong fails the job by the field, and the next job
+//! takes a guest.
 
 use crate::common::lock;
 use crate::scene::{FakeSource, PAGES, Scene, hello};
@@ -9,7 +10,8 @@ use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_STRAY, FLAG_ZSTD};
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
 use std::io::Write;
 
-/// A source that does `what` after its hello makes the job fail with an error that has `words`, and the next job takes a guest.
+/// A source that does `what` after its hello makes the job fail with an error that has `words`, and
+/// the next job takes a guest.
 #[track_caller]
 fn assert_fails(words: &[&str], what: impl FnOnce(&mut FakeSource)) {
     let scene = Scene::new();
@@ -33,7 +35,9 @@ fn assert_fails(words: &[&str], what: impl FnOnce(&mut FakeSource)) {
 fn records_about_pages_that_do_not_exist_fail_the_job() {
     assert_fails(&["block 99", "does not exist"], |source| source.data(99, 0, 1));
     assert_fails(&["block 3", "0x26", "0x3", "0x28"], |source| source.data(3, PAGES - 2, 3));
-    let zero = |first: u64, count: u64| RecordHeader::new(Kind::Zero, 0, 3, PageRange::new(first, count), 0);
+    let zero = |first: u64, count: u64| {
+        RecordHeader::new(Kind::Zero, 0, 3, PageRange::new(first, count), 0)
+    };
     assert_fails(&["block 3", "0x28"], |source| source.send(zero(PAGES, 1), &[]));
     assert_fails(&["block 3", "0xffffffffffffffff"], |source| source.send(zero(1, u64::MAX), &[]));
     for run in [PageRange::new(PAGES, 1), PageRange::new(5, 0), PageRange::new(u64::MAX, 2)] {
@@ -52,14 +56,18 @@ fn records_whose_form_is_wrong_fail_the_job() {
         source.send(RecordHeader::plain(Kind::State, 0, (4 << 20) + 1), &[]);
     });
     assert_fails(&["payload length 0xffffffff"], |source| {
-        source.send(RecordHeader::new(Kind::Data, 0, 3, PageRange::new(0, 1), u32::MAX as usize), &[]);
+        source.send(
+            RecordHeader::new(Kind::Data, 0, 3, PageRange::new(0, 1), u32::MAX as usize),
+            &[],
+        );
     });
     assert_fails(&["payload length 0x10", "1 pages"], |source| {
         source.send(RecordHeader::new(Kind::Data, 0, 3, PageRange::new(0, 1), 16), &[0; 16]);
     });
     assert_fails(&["checksum"], |source| {
         let payload = vec![1; PAGE_SIZE as usize];
-        let header = RecordHeader::new(Kind::Data, 0, 3, PageRange::new(0, 1), payload.len()).sealed(&payload);
+        let header = RecordHeader::new(Kind::Data, 0, 3, PageRange::new(0, 1), payload.len())
+            .sealed(&payload);
         source.stream.write_all(&header.to_wire()).unwrap();
         source.stream.write_all(&[2; PAGE_SIZE as usize]).unwrap();
     });
@@ -75,11 +83,14 @@ fn records_whose_form_is_wrong_fail_the_job() {
     assert_fails(&["Commit"], |source| source.send(RecordHeader::plain(Kind::Commit, 0, 0), &[]));
     assert_fails(&["cut inside a record", "4000 bytes"], |source| {
         let payload = vec![1; PAGE_SIZE as usize];
-        let header = RecordHeader::new(Kind::Data, 0, 3, PageRange::new(0, 1), payload.len()).sealed(&payload);
+        let header = RecordHeader::new(Kind::Data, 0, 3, PageRange::new(0, 1), payload.len())
+            .sealed(&payload);
         source.stream.write_all(&header.to_wire()).unwrap();
         source.stream.write_all(&payload[..96]).unwrap();
     });
-    assert_fails(&["cut inside a record"], |source| source.stream.write_all(&[1; RECORD_SIZE / 2]).unwrap());
+    assert_fails(&["cut inside a record"], |source| {
+        source.stream.write_all(&[1; RECORD_SIZE / 2]).unwrap()
+    });
     assert_fails(&["closed the connection"], |_| {});
 }
 
@@ -93,7 +104,10 @@ fn compressed_pages_that_were_not_negotiated_or_do_not_fit_fail_the_job() {
     };
     // The hello of this source offers nothing.
     assert_fails(&["block 3", "flag 0x2, lz4, was not negotiated"], data(FLAG_LZ4, 1, 100));
-    assert_fails(&["block 3", "flag 0x4, zstd, was not negotiated"], data(FLAG_ZSTD | FLAG_STRAY, 1, 100));
+    assert_fails(
+        &["block 3", "flag 0x4, zstd, was not negotiated"],
+        data(FLAG_ZSTD | FLAG_STRAY, 1, 100),
+    );
     assert_fails(&["flags 0x6", "exclude each other"], data(FLAG_LZ4 | FLAG_ZSTD, 1, 100));
     assert_fails(&["payload length 0x1000 for 1 compressed pages"], data(FLAG_ZSTD, 1, 4096));
     assert_fails(&["payload length 0x0 for 1 compressed pages"], data(FLAG_LZ4, 1, 0));
@@ -106,8 +120,14 @@ fn compressed_pages_that_were_not_negotiated_or_do_not_fit_fail_the_job() {
 
 #[test]
 fn a_wrong_count_fails_the_job() {
-    let whole =
-        Totals { data_pages: 2, zero_pages: 0, discarded_pages: 0, stray_pages: 0, passes: 1, remaining_pages: 0 };
+    let whole = Totals {
+        data_pages: 2,
+        zero_pages: 0,
+        discarded_pages: 0,
+        stray_pages: 0,
+        passes: 1,
+        remaining_pages: 0,
+    };
     let sent = |source: &mut FakeSource| {
         source.data(3, 0, 2);
         source.end_pass(0);
@@ -115,7 +135,10 @@ fn a_wrong_count_fails_the_job() {
     let wrong = [
         (Totals { data_pages: 3, ..whole }, ["data_pages", "is 3", "2 here"]),
         (Totals { zero_pages: 5, ..whole }, ["zero_pages", "is 5", "0 here"]),
-        (Totals { discarded_pages: u64::MAX, ..whole }, ["discarded_pages", "18446744073709551615", "0 here"]),
+        (
+            Totals { discarded_pages: u64::MAX, ..whole },
+            ["discarded_pages", "18446744073709551615", "0 here"],
+        ),
         (Totals { stray_pages: 1, ..whole }, ["stray_pages", "is 1", "0 here"]),
         (Totals { passes: 2, ..whole }, ["passes", "is 2", "1 here"]),
     ];

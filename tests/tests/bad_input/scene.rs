@@ -47,7 +47,10 @@ impl FakeSource {
 
     pub fn data(&mut self, block: u32, first: u64, count: u64) {
         let payload = vec![9; (count * PAGE_SIZE) as usize];
-        self.send(RecordHeader::new(Kind::Data, 0, block, PageRange::new(first, count), payload.len()), &payload);
+        self.send(
+            RecordHeader::new(Kind::Data, 0, block, PageRange::new(first, count), payload.len()),
+            &payload,
+        );
     }
 
     pub fn end_pass(&mut self, number: u64) {
@@ -130,7 +133,8 @@ impl Scene {
     }
 
     pub fn listen_for(&self, peer_timeout: Duration) -> u64 {
-        self.destination.listen(&self.path(), &IncomingOptions { peer_timeout, ..IncomingOptions::default() })
+        self.destination
+            .listen(&self.path(), &IncomingOptions { peer_timeout, ..IncomingOptions::default() })
     }
 
     /// The job that waits still takes a guest from a proper source.

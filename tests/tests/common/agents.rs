@@ -84,7 +84,10 @@ impl Agent {
     /// How its last job ended, as an operator sees it.
     pub fn ended(&self) -> JobStatus {
         let mut operator = Peer::connect(self.socket());
-        wait_for("the job's end", SOON, || Some(operator.status()).filter(|status| status.phase.is_final())).unwrap()
+        wait_for("the job's end", SOON, || {
+            Some(operator.status()).filter(|status| status.phase.is_final())
+        })
+        .unwrap()
     }
 
     /// The process hangs from now on. An agent that is none cannot.
@@ -142,7 +145,8 @@ impl Peer {
         let reply = self.reply().unwrap();
         assert!(reply.is_reply());
         assert_eq!(reply.request, request);
-        decode_reply(&reply.body, |decoder| Ok::<_, DecodeError>(decoder.remainder().to_vec())).unwrap()
+        decode_reply(&reply.body, |decoder| Ok::<_, DecodeError>(decoder.remainder().to_vec()))
+            .unwrap()
     }
 
     pub fn ask(&mut self, request: &Request, fds: Vec<OwnedFd>) -> Reply<Vec<u8>> {

@@ -9,7 +9,8 @@ pub type Page = (u32, u64);
 /// Bytes of guest address space that the log has to cover for them.
 pub const LOG_COVERS: u64 = 1 << 30;
 
-/// Blocks at odd places, and not in the order of their place in the guest; the largest has `largest` pages, more than 512.
+/// Blocks at odd places, and not in the order of their place in the guest; the largest has
+/// `largest` pages, more than 512.
 pub fn layouts(largest: u64) -> Vec<BlockLayout> {
     let block = |id: u32, gpa: u64, pages: u64, fd_offset: u64| BlockLayout {
         id,
@@ -18,5 +19,9 @@ pub fn layouts(largest: u64) -> Vec<BlockLayout> {
         fd_offset,
         ..BlockLayout::ram(pages * PAGE_SIZE)
     };
-    vec![block(7, 0x3000, 150, 0x5000), block(2, 0x1000_0000, 64, 0), block(9, 0x200_1000, largest, 0x1000)]
+    vec![
+        block(7, 0x3000, 150, 0x5000),
+        block(2, 0x1000_0000, 64, 0),
+        block(9, 0x200_1000, largest, 0x1000),
+    ]
 }

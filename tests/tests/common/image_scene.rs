@@ -1,10 +1,12 @@
-//! An agent that is a process, a VMM in this one whose hooks follow a script, and folders for images.
+//! An agent that is a process, a VMM in this one whose hooks follow a script, and folders for
+//! images.
 
 pub use super::images::{on, paused, tracked};
 use super::{PROGRAM, Peer, SOON, Vmm, VmmHooks, images, lock};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    BlockRange, Client, Config, Error, JobStatus, MIN_BANDWIDTH, Phase, RestoreMode, RestoreOptions, SnapshotOptions,
+    BlockRange, Client, Config, Error, JobStatus, MIN_BANDWIDTH, Phase, RestoreMode,
+    RestoreOptions, SnapshotOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::{wait_for, wait_until};
@@ -42,14 +44,18 @@ impl Folder {
     /// The names of all that is in it.
     pub fn files(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.seen("")).unwrap();
-        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }
 
     /// Names and bytes of all that is in it.
     pub fn bytes(&self) -> Vec<(String, Vec<u8>)> {
-        self.files().into_iter().map(|name| (name.clone(), std::fs::read(self.seen(&name)).unwrap())).collect()
+        self.files()
+            .into_iter()
+            .map(|name| (name.clone(), std::fs::read(self.seen(&name)).unwrap()))
+            .collect()
     }
 
     pub fn free(&self) -> u64 {
@@ -83,7 +89,8 @@ impl Host {
         Self { agent, images: Folder { agents: folder_in(&home), view: None }, home }
     }
 
-    /// The agent may do no more than any user. `None` if this machine lacks the need `nobody`: the user of that name cannot run it.
+    /// The agent may do no more than any user. `None` if this machine lacks the need `nobody`: the
+    /// user of that name cannot run it.
     pub fn unprivileged() -> Option<Self> {
         const NOBODY: u32 = 65534;
         if !rustix::process::geteuid().is_root() {
@@ -94,7 +101,11 @@ impl Host {
         for folder in [home.path(), &agents] {
             std::os::unix::fs::chown(folder, Some(NOBODY), Some(NOBODY)).unwrap();
         }
-        let agent = AgentProcess::start(Command::new(PROGRAM).uid(NOBODY).gid(NOBODY), home.path(), "agent");
+        let agent = AgentProcess::start(
+            Command::new(PROGRAM).uid(NOBODY).gid(NOBODY),
+            home.path(),
+            "agent",
+        );
         let agent = require::met("nobody", agent.map_err(Into::into))?;
         Some(Self { agent, images: Folder { agents, view: None }, home })
     }
@@ -123,7 +134,10 @@ impl Host {
     /// How the last job ended, as an operator sees it.
     pub fn ended(&self) -> JobStatus {
         let mut operator = Peer::connect(self.agent.socket());
-        wait_for("the job's end", SOON, || Some(operator.status()).filter(|status| status.phase.is_final())).unwrap()
+        wait_for("the job's end", SOON, || {
+            Some(operator.status()).filter(|status| status.phase.is_final())
+        })
+        .unwrap()
     }
 }
 
@@ -176,7 +190,11 @@ impl Guest {
 
     /// Goes on with the agent that is there now.
     pub fn reattach(&self, host: &Host) {
-        self.client.reattach(host.agent.socket()).unwrap().spawn(VmmHooks(self.vmm.clone())).unwrap();
+        self.client
+            .reattach(host.agent.socket())
+            .unwrap()
+            .spawn(VmmHooks(self.vmm.clone()))
+            .unwrap();
     }
 
     pub fn block(&self) -> &TestBlock {
@@ -196,7 +214,8 @@ impl Guest {
         self.block().mark(PageRange::new(page, 1));
     }
 
-    /// Every page can be written through the mapping, and nobody is asked about it. What it holds stays.
+    /// Every page can be written through the mapping, and nobody is asked about it. What it holds
+    /// stays.
     #[track_caller]
     pub fn assert_free(&self) {
         assert!(!self.vmm.is_paused(), "the guest stands still");
@@ -213,7 +232,11 @@ impl Guest {
     }
 
     pub fn range(&self, first: u64, count: u64) -> BlockRange {
-        BlockRange { block: self.block().id(), offset: first * PAGE_SIZE, length: count * PAGE_SIZE }
+        BlockRange {
+            block: self.block().id(),
+            offset: first * PAGE_SIZE,
+            length: count * PAGE_SIZE,
+        }
     }
 
     /// All bytes of the first block.
@@ -255,7 +278,12 @@ impl Guest {
 
     /// Waits until the job is in this phase.
     pub fn reaches(&self, phase: Phase) -> JobStatus {
-        let seen = || self.client.status().ok().filter(|status| status.phase == phase || status.phase.is_final());
+        let seen = || {
+            self.client
+                .status()
+                .ok()
+                .filter(|status| status.phase == phase || status.phase.is_final())
+        };
         let status = wait_for(phase.name(), SOON, seen).unwrap();
         assert_eq!(status.phase, phase, "{}", status.error);
         status
@@ -320,6 +348,7 @@ pub fn both() -> Vec<RestoreOptions> {
 /// The byte of the image at which it cannot be written, as the error says.
 #[track_caller]
 pub fn byte_of(error: &str) -> u64 {
-    let (_, rest) = error.split_once("cannot write at byte 0x").unwrap_or_else(|| panic!("{error}"));
+    let (_, rest) =
+        error.split_once("cannot write at byte 0x").unwrap_or_else(|| panic!("{error}"));
     u64::from_str_radix(rest.split(':').next().unwrap(), 16).unwrap()
 }

@@ -55,14 +55,19 @@ pub fn assert_right_or_missing(block: &TestBlock, right: &[u8], what: &str) {
     let pages = here.chunks(PAGE_SIZE as usize).zip(right.chunks(PAGE_SIZE as usize));
     for (page, (here, right)) in pages.enumerate() {
         let missing = here.iter().all(|byte| *byte == 0);
-        assert!(missing || here == right, "{what}: page {page:#x} of block {} is wrong", block.id());
+        assert!(
+            missing || here == right,
+            "{what}: page {page:#x} of block {} is wrong",
+            block.id()
+        );
     }
 }
 
 /// Whether the byte at `at` of the file is in the page cache, if the file system tells.
 pub fn is_cached(path: &Path, at: u64) -> Option<bool> {
     let (file, mut byte) = (File::open(path).unwrap(), [0]);
-    match rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT) {
+    match rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT)
+    {
         Ok(count) => Some(count > 0),
         Err(errno) => (errno == Errno::AGAIN).then_some(false),
     }

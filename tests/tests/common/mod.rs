@@ -8,7 +8,8 @@
 //! - [`ram`]: memory with stamps in its pages;
 //! - [`vmm`]: a VMM whose hooks follow a script;
 //! - [`side`]: such a VMM with its agent;
-//! - [`relay`]: what stands between two agents and passes one record at a time, so that a test decides what happens between any two of them;
+//! - [`relay`]: what stands between two agents and passes one record at a time, so that a test
+//!   decides what happens between any two of them;
 //! - [`agents`]: agents that listen, that end, that are killed, and connections to them.
 #![allow(dead_code, unreachable_pub, unused_imports)]
 
@@ -39,8 +40,8 @@ use std::time::Duration;
 /// than any timeout of [`with_more_time`] is waited for.
 pub const SOON: Duration = Duration::from_secs(60);
 
-/// The scene did not get to what it is about before a timeout was over, or another one was over first.
-/// So it proves nothing.
+/// The scene did not get to what it is about before a timeout was over, or another one was over
+/// first. So it proves nothing.
 #[derive(Debug)]
 pub struct TooEarly(pub String);
 
@@ -63,7 +64,11 @@ pub fn with_more_time(scene: impl Fn(Duration) -> Result<(), TooEarly>) {
 
 /// The error is the one that the scene is about.
 pub fn says(error: &str, words: &[&str]) -> Result<(), TooEarly> {
-    if words.iter().any(|words| error.contains(words)) { Ok(()) } else { Err(TooEarly(error.to_owned())) }
+    if words.iter().any(|words| error.contains(words)) {
+        Ok(())
+    } else {
+        Err(TooEarly(error.to_owned()))
+    }
 }
 
 /// A memfd of so many bytes.

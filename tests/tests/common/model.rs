@@ -1,4 +1,5 @@
-//! The guest of the model tests at the source: memory in odd blocks, what the guest and its VMM do, and what must be so, kept naively.
+//! The guest of the model tests at the source: memory in odd blocks, what the guest and its VMM do,
+//! and what must be so, kept naively.
 
 use pageferry_client::{BlockRange, Client, HookError, Hooks, Punch, RunState, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -51,7 +52,8 @@ pub fn whole(id: u32, range: PageRange) -> BlockRange {
     BlockRange { block: id, offset: range.offset(), length: range.bytes() }
 }
 
-/// The same pages, perhaps with a part of a page on either side, which changes nothing for a discard.
+/// The same pages, perhaps with a part of a page on either side, which changes nothing for a
+/// discard.
 pub fn ragged(chance: &mut Random, id: u32, range: PageRange) -> BlockRange {
     let pages = layouts().iter().find(|layout| layout.id == id).unwrap().pages;
     let mut exact = whole(id, range);
@@ -96,7 +98,11 @@ impl Memory {
 
     pub fn stamp(&self, (id, page): Page) -> u64 {
         let bytes = self.block(id).read_page(page).unwrap();
-        assert!(bytes[8..].iter().all(|byte| *byte == 0), "page {:?} holds more than its stamp", (id, page));
+        assert!(
+            bytes[8..].iter().all(|byte| *byte == 0),
+            "page {:?} holds more than its stamp",
+            (id, page)
+        );
         u64::from_le_bytes(bytes[..8].try_into().unwrap())
     }
 
@@ -120,10 +126,11 @@ pub struct Model {
     /// What the guest last wrote, for pages that it may use.
     pub content: BTreeMap<Page, u64>,
     pub discarded: BTreeSet<Page>,
-    /// Discarded pages written afterwards, with all that was written: the last of it may arrive or not, and if the VMM then freed the page
-    /// behind the agent's back, an earlier write may stay.
+    /// Discarded pages written afterwards, with all that was written: the last of it may arrive or
+    /// not, and if the VMM then freed the page behind the agent's back, an earlier write may stay.
     pub stray: BTreeMap<Page, Vec<u64>>,
-    /// Pages discarded while the guest stood still, with what they held before: the destination may or may not know.
+    /// Pages discarded while the guest stood still, with what they held before: the destination may
+    /// or may not know.
     pub late: BTreeMap<Page, Vec<u64>>,
     /// Pages with an allocation at the source.
     pub allocated: BTreeSet<Page>,
@@ -137,14 +144,16 @@ impl Model {
         self.next_stamp
     }
 
-    /// The guest runs at the source, or runs on: what was discarded while it stood still is now simply discarded.
+    /// The guest runs at the source, or runs on: what was discarded while it stood still is now
+    /// simply discarded.
     pub fn runs(&mut self) {
         self.paused = false;
         self.late.clear();
     }
 }
 
-/// The source: its memory, and what must be so. The model's lock makes pausing and the guest's steps exclude each other.
+/// The source: its memory, and what must be so. The model's lock makes pausing and the guest's
+/// steps exclude each other.
 pub struct World {
     pub memory: Memory,
     pub model: Mutex<Model>,
@@ -169,17 +178,21 @@ pub fn step(chance: &mut Random, world: &World, client: &Client) {
         7 | 8 => populate(&mut model, world, client, id, range),
         10 | 11 => free(&mut model, world, client, given, pages_of(id, range)),
         12 => {
-            // A tracker may report what was not written. Of a discarded page that is still allocated
-            // that is a stray write; of one that was punched it is an old report, which counts for
-            // nothing.
-            let is_stray = |page: &Page| model.discarded.contains(page) && model.allocated.contains(page);
+            // A tracker may report what was not written. Of a discarded page that is still
+            // allocated that is a stray write; of one that was punched it is an old report, which
+            // counts for nothing.
+            let is_stray =
+                |page: &Page| model.discarded.contains(page) && model.allocated.contains(page);
             for page in pages_of(id, range).filter(|page| !is_stray(page)) {
                 world.memory.block(id).mark(PageRange::new(page.1, 1));
             }
         }
         9 => {
             // What a VMM may do with memory that it gave back.
-            for page in pages_of(id, range).filter(|page| model.discarded.contains(page)).collect::<Vec<_>>() {
+            for page in pages_of(id, range)
+                .filter(|page| model.discarded.contains(page))
+                .collect::<Vec<_>>()
+            {
                 world.memory.punch(page);
                 model.allocated.remove(&page);
             }
@@ -214,8 +227,8 @@ fn write(chance: &mut Random, model: &mut Model, world: &World, id: u32, range: 
 }
 
 fn discard(
-    model: &mut Model, world: &World, client: &Client, given: BlockRange, pages: impl Iterator<Item = Page>,
-    punch: Punch,
+    model: &mut Model, world: &World, client: &Client, given: BlockRange,
+    pages: impl Iterator<Item = Page>, punch: Punch,
 ) {
     client.discard(&[given], punch).unwrap();
     for page in pages {
@@ -223,7 +236,11 @@ fn discard(
         let stray = model.stray.remove(&page);
         model.discarded.insert(page);
         if model.paused {
-            model.late.entry(page).or_default().extend(content.into_iter().chain(stray.into_iter().flatten()));
+            model
+                .late
+                .entry(page)
+                .or_default()
+                .extend(content.into_iter().chain(stray.into_iter().flatten()));
         }
         if punch == Punch::Yes {
             assert!(world.memory.is_hole(page), "an acknowledged discard has freed page {page:?}");
@@ -233,7 +250,10 @@ fn discard(
 }
 
 /// From now on the page is a hole, until the guest writes into it.
-fn free(model: &mut Model, world: &World, client: &Client, given: BlockRange, pages: impl Iterator<Item = Page>) {
+fn free(
+    model: &mut Model, world: &World, client: &Client, given: BlockRange,
+    pages: impl Iterator<Item = Page>,
+) {
     let freed = client.free(&[given]).unwrap();
     let mut expected = 0;
     for page in pages {
@@ -244,7 +264,11 @@ fn free(model: &mut Model, world: &World, client: &Client, given: BlockRange, pa
         // To free what is discarded is to discard it once more.
         let stray = model.stray.remove(&page);
         if model.paused {
-            model.late.entry(page).or_default().extend(content.into_iter().chain(stray.into_iter().flatten()));
+            model
+                .late
+                .entry(page)
+                .or_default()
+                .extend(content.into_iter().chain(stray.into_iter().flatten()));
         }
     }
     assert_eq!(freed, expected);
@@ -252,7 +276,8 @@ fn free(model: &mut Model, world: &World, client: &Client, given: BlockRange, pa
 
 /// Also tried while the guest stands still, when it may be refused.
 fn populate(model: &mut Model, world: &World, client: &Client, id: u32, range: PageRange) {
-    let gained: Vec<Page> = pages_of(id, range).filter(|page| model.discarded.contains(page)).collect();
+    let gained: Vec<Page> =
+        pages_of(id, range).filter(|page| model.discarded.contains(page)).collect();
     match client.populate(&[whole(id, range)]) {
         Ok(changed) => {
             assert_eq!(changed, gained.len() as u64);
@@ -269,7 +294,10 @@ fn populate(model: &mut Model, world: &World, client: &Client, id: u32, range: P
         }
         Err(error) => {
             let why = error.to_string();
-            assert!(why.contains("past its last sync") || why.contains("the guest is gone"), "{why}");
+            assert!(
+                why.contains("past its last sync") || why.contains("the guest is gone"),
+                "{why}"
+            );
             let bitmap = client.discarded(id).unwrap();
             for page in pages_of(id, range) {
                 let before = model.discarded.contains(&page);

@@ -1,4 +1,5 @@
-//! Guests that never stop writing, moments by chance, and what must hold of an image that was made of such a guest.
+//! Guests that never stop writing, moments by chance, and what must hold of an image that was made
+//! of such a guest.
 
 use super::image_scene::Host;
 use pageferry_agent::image::Chain;
@@ -55,7 +56,8 @@ impl Running {
 
     /// The agent is lost, and the guest runs on, and can write everywhere.
     pub fn assert_runs_without_agent(&self) {
-        wait_until("the agent to be lost", PATIENCE, || self.vmm.record().agent_lost.is_some()).unwrap();
+        wait_until("the agent to be lost", PATIENCE, || self.vmm.record().agent_lost.is_some())
+            .unwrap();
         self.assert_runs();
     }
 
@@ -89,7 +91,8 @@ pub fn waiting_with(host: &Host, config: Config) -> MockVmm {
     vmm
 }
 
-/// The image is whole, and one moment of its guest: each page holds what the guest says that it wrote there, and all that it did not write to is as it was from the start.
+/// The image is whole, and one moment of its guest: each page holds what the guest says that it
+/// wrote there, and all that it did not write to is as it was from the start.
 #[track_caller]
 pub fn check_image(path: &Path) {
     let chain = Chain::open(path).unwrap();
@@ -121,7 +124,10 @@ pub fn check_content(usage: &Usage) {
     let block = usage.memory().block(0).unwrap();
     for page in 0..FILLED {
         let (found, right) = (block.read_page(page).unwrap(), page_content(1, page));
-        assert!(found[8..2048] == right[8..2048] && found[2056..] == right[2056..], "page {page:#x}");
+        assert!(
+            found[8..2048] == right[8..2048] && found[2056..] == right[2056..],
+            "page {page:#x}"
+        );
     }
 }
 
@@ -132,7 +138,8 @@ pub enum Moment {
     Pages(u64),
     /// So long after it was started.
     After(Duration),
-    /// So long after all pages that hold something were, while the rest is written and made safe, or loaded.
+    /// So long after all pages that hold something were, while the rest is written and made safe,
+    /// or loaded.
     Last(Duration),
 }
 
@@ -163,7 +170,8 @@ impl Moment {
                 let come = || {
                     let status = status();
                     let counters = status.counters;
-                    let done = (counters.pages_sent + counters.zero_pages).max(counters.pass_pages_done);
+                    let done =
+                        (counters.pages_sent + counters.zero_pages).max(counters.pass_pages_done);
                     status.phase.is_final() || done >= *pages
                 };
                 wait_until("the moment", PATIENCE, come).unwrap();

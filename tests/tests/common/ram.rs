@@ -61,14 +61,16 @@ impl Ram {
     }
 
     fn without_seal(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
-        let fd = files::unsealed_memfd("ram", fd_offset + pages * PAGE_SIZE, MemfdFlags::empty()).unwrap();
+        let fd = files::unsealed_memfd("ram", fd_offset + pages * PAGE_SIZE, MemfdFlags::empty())
+            .unwrap();
         Self { id, gpa, pages, fd_offset, fd, mapping: None }
     }
 
     /// The same memory, mapped.
     pub fn mapped(mut self) -> Self {
         let file = FileOffset::new(File::from(self.fd.try_clone().unwrap()), self.fd_offset);
-        self.mapping = Some(Arc::new(MmapRegion::from_file(file, (self.pages * PAGE_SIZE) as usize).unwrap()));
+        self.mapping =
+            Some(Arc::new(MmapRegion::from_file(file, (self.pages * PAGE_SIZE) as usize).unwrap()));
         self
     }
 
@@ -77,7 +79,8 @@ impl Ram {
         self.mapping.as_ref().map_or(0, |mapping| mapping.as_ptr() as u64)
     }
 
-    /// Touches a page as the kernel does for a device: it waits as a guest would, and a lost page is an error and no signal.
+    /// Touches a page as the kernel does for a device: it waits as a guest would, and a lost page
+    /// is an error and no signal.
     pub fn touch(&self, page: u64) -> Touch {
         Touch::of(self.mapping.clone().unwrap(), page)
     }
@@ -105,13 +108,19 @@ impl Ram {
         let name = format!("block{}", self.id);
         let block = files::block(self.id, &name, self.fd.as_fd(), self.pages * PAGE_SIZE);
         client
-            .add_block(BlockSpec { gpa: self.gpa, fd_offset: self.fd_offset, vmm_address: self.address(), ..block })
+            .add_block(BlockSpec {
+                gpa: self.gpa,
+                fd_offset: self.fd_offset,
+                vmm_address: self.address(),
+                ..block
+            })
             .unwrap();
     }
 
     /// Writes a stamp without a mark in the log.
     pub fn write(&self, page: u64, stamp: u64) {
-        rustix::io::pwrite(&self.fd, &stamp.to_le_bytes(), self.fd_offset + page * PAGE_SIZE).unwrap();
+        rustix::io::pwrite(&self.fd, &stamp.to_le_bytes(), self.fd_offset + page * PAGE_SIZE)
+            .unwrap();
     }
 
     /// Writes a stamp as a guest's device does: the mark comes after the write.
@@ -122,7 +131,10 @@ impl Ram {
 
     pub fn stamp(&self, page: u64) -> u64 {
         let mut bytes = [0; 8];
-        assert_eq!(rustix::io::pread(&self.fd, &mut bytes, self.fd_offset + page * PAGE_SIZE).unwrap(), 8);
+        assert_eq!(
+            rustix::io::pread(&self.fd, &mut bytes, self.fd_offset + page * PAGE_SIZE).unwrap(),
+            8
+        );
         u64::from_le_bytes(bytes)
     }
 
@@ -133,7 +145,13 @@ impl Ram {
     /// Frees pages without a word to anyone.
     pub fn punch(&self, first: u64, count: u64) {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.fd, flags, self.fd_offset + first * PAGE_SIZE, count * PAGE_SIZE).unwrap();
+        rustix::fs::fallocate(
+            &self.fd,
+            flags,
+            self.fd_offset + first * PAGE_SIZE,
+            count * PAGE_SIZE,
+        )
+        .unwrap();
     }
 
     pub fn range(&self, first: u64, count: u64) -> BlockRange {

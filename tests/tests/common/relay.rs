@@ -1,7 +1,9 @@
 //! What stands between two agents, on the test's own thread.
 
 use super::SOON;
-use pageferry_client::{Client, DirtyLog, IncomingOptions, JobStatus, NonConvergence, OutgoingOptions, Target};
+use pageferry_client::{
+    Client, DirtyLog, IncomingOptions, JobStatus, NonConvergence, OutgoingOptions, Target,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::{Hello, Kind, RECORD_SIZE, RecordHeader};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -54,7 +56,8 @@ impl Passing {
     }
 }
 
-/// A connection of the source, and the one to the destination that goes with it. Sockets of either family: they are read and written alike.
+/// A connection of the source, and the one to the destination that goes with it. Sockets of either
+/// family: they are read and written alike.
 struct Link {
     source: File,
     destination: File,
@@ -154,7 +157,15 @@ impl Relay {
     pub fn over(wire: Wire) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let listener = Listener::new(wire, &folder.path().join("relay"));
-        Self { folder, wire, listener, destination: String::new(), links: Vec::new(), seen: Vec::new(), busy: None }
+        Self {
+            folder,
+            wire,
+            listener,
+            destination: String::new(),
+            links: Vec::new(),
+            seen: Vec::new(),
+            busy: None,
+        }
     }
 
     /// Where the source goes.
@@ -185,11 +196,13 @@ impl Relay {
         started.job
     }
 
-    /// Has the source send its guest; returns its job. Options of [`super::passes`] get the passes that
-    /// they name: the guest has a dirty page before each of them.
+    /// Has the source send its guest; returns its job. Options of [`super::passes`] get the passes
+    /// that they name: the guest has a dirty page before each of them.
     pub fn send(&mut self, source: &Client, options: &OutgoingOptions) -> u64 {
-        let wants_passes = options.downtime_limit.is_zero() && options.policy == NonConvergence::StopAnyway;
-        self.busy = wants_passes.then(|| Busy { log: source.log().clone(), passes: options.max_passes.into() });
+        let wants_passes =
+            options.downtime_limit.is_zero() && options.policy == NonConvergence::StopAnyway;
+        self.busy = wants_passes
+            .then(|| Busy { log: source.log().clone(), passes: options.max_passes.into() });
         source.start_outgoing(Target::Address(self.address()), options).unwrap().job
     }
 
@@ -205,11 +218,14 @@ impl Relay {
         self.links.push(Link { source: source.into(), destination: destination.into(), stream: 0 });
     }
 
-    /// Waits for a moment; returns whether the listener is ready, and the first end that is: its link, and true for the source's.
+    /// Waits for a moment; returns whether the listener is ready, and the first end that is: its
+    /// link, and true for the source's.
     fn wait(&self) -> (bool, Option<(usize, bool)>) {
         let mut polled = vec![PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN)];
         for link in &self.links {
-            polled.extend([&link.source, &link.destination].map(|end| PollFd::new(end, PollFlags::IN)));
+            polled.extend(
+                [&link.source, &link.destination].map(|end| PollFd::new(end, PollFlags::IN)),
+            );
         }
         let moment = Timespec::try_from(MOMENT).unwrap();
         // An interrupted wait is a short one.
@@ -219,7 +235,8 @@ impl Relay {
         (listener, ready.position(|ready| ready).map(|at| (at / 2, at % 2 == 0)))
     }
 
-    /// The next record of either side, not passed on yet; `None` if nothing comes for a moment. A link whose end closed is closed.
+    /// The next record of either side, not passed on yet; `None` if nothing comes for a moment. A
+    /// link whose end closed is closed.
     fn next(&mut self) -> Option<Passing> {
         let (connection, ready) = self.wait();
         if connection {
@@ -293,8 +310,8 @@ impl Relay {
         }
     }
 
-    /// The same; `None` if `over` says that the jobs ended before, since a timeout of theirs was too
-    /// short for this machine.
+    /// The same; `None` if `over` says that the jobs ended before, since a timeout of theirs was
+    /// too short for this machine.
     pub fn until_unless(
         &mut self, mut over: impl FnMut() -> bool, mut wanted: impl FnMut(&Passing) -> bool,
     ) -> Option<Passing> {
@@ -346,7 +363,8 @@ impl Relay {
         self.links.drain(..).for_each(|link| link.close());
     }
 
-    /// Resets all links, as a host that has started anew does. Only TCP has that: others are closed.
+    /// Resets all links, as a host that has started anew does. Only TCP has that: others are
+    /// closed.
     pub fn reset(&mut self) {
         if self.wire == Wire::Tcp {
             for link in self.links.drain(..) {

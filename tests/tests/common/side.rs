@@ -2,7 +2,8 @@
 
 use super::{Ram, SOON, Vmm, VmmHooks, assert_same, passes};
 use pageferry_client::{
-    Client, Config, HookChannel, IncomingOptions, JobStatus, OutgoingOptions, Phase, Target, Trackers,
+    Client, Config, HookChannel, IncomingOptions, JobStatus, OutgoingOptions, Phase, Target,
+    Trackers,
 };
 use pageferry_tests::in_process::InProcessAgent;
 use std::ops::Deref;
@@ -57,7 +58,8 @@ impl Attached {
     }
 }
 
-/// A VMM with an agent of its own; fields drop in order, so the connection closes before the agent is waited for.
+/// A VMM with an agent of its own; fields drop in order, so the connection closes before the agent
+/// is waited for.
 pub struct Side {
     pub attached: Attached,
     pub agent: InProcessAgent,
@@ -84,7 +86,8 @@ pub fn config() -> Config {
     Config { log_covers: 1 << 30, ..Config::default() }
 }
 
-/// Migrates from `source` to `destination` without a relay, and checks that all stamps and holes arrived.
+/// Migrates from `source` to `destination` without a relay, and checks that all stamps and holes
+/// arrived.
 pub fn moves_to(source: &Attached, destination: &Attached) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("next");

@@ -1,7 +1,9 @@
 //! A VMM whose hooks follow a script.
 
 use super::lock;
-use pageferry_client::{ClearPages, DirtyLog, HookError, Hooks, JobStatus, Ownership, Phase, RunState, StatePiece};
+use pageferry_client::{
+    ClearPages, DirtyLog, HookError, Hooks, JobStatus, Ownership, Phase, RunState, StatePiece,
+};
 use pageferry_protocol::memory::PageRange;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -55,7 +57,8 @@ type Script = Box<dyn FnMut() -> Result<(), HookError> + Send>;
 /// Runs in place of the clear hook of [`KvmLog`].
 type OnClear = Box<dyn FnMut(&mut KvmLog, &BTreeSet<u64>) + Send>;
 
-/// A model of KVM's dirty log with manual protect: reading it clears nothing, and a clear clears exactly what it is given.
+/// A model of KVM's dirty log with manual protect: reading it clears nothing, and a clear clears
+/// exactly what it is given.
 #[derive(Debug, Default)]
 pub struct KvmLog {
     /// Guest page numbers.

@@ -50,7 +50,9 @@ fn a_source_agent_that_is_stopped_leaves_the_guest_running_and_the_next_agent_mi
 
 #[test]
 fn a_source_agent_that_is_killed_leaves_the_guest_running_and_the_next_agent_migrates_it() {
-    at_every_moment("source agent killed", |wire, moment| lose_the_source_agent(Agent::spawn, wire, moment));
+    at_every_moment("source agent killed", |wire, moment| {
+        lose_the_source_agent(Agent::spawn, wire, moment)
+    });
 }
 
 #[test]

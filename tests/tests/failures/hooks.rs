@@ -1,7 +1,8 @@
 //! A VMM whose hook hangs or fails.
 
 use crate::common::{
-    At, SOON, Side, TooEarly, Vmm, WIRES, Wire, at_once, lock, migrates_next_time, passes, says, with_more_time,
+    At, SOON, Side, TooEarly, Vmm, WIRES, Wire, at_once, lock, migrates_next_time, passes, says,
+    with_more_time,
 };
 use crate::line::assert_stands_still;
 use crate::scene::{Scene, empty, filled};
@@ -50,7 +51,8 @@ fn tracked() -> Side {
     source
 }
 
-/// The VMM comes back to itself, answers what it was asked, too late, and is then as the migration found it.
+/// The VMM comes back to itself, answers what it was asked, too late, and is then as the migration
+/// found it.
 fn wait_until_undone(vmm: &Vmm, pauses: bool) {
     wait_until("the VMM to be as before", SOON, || {
         let asked = lock(&vmm.asked);
@@ -68,13 +70,25 @@ fn a_hook_that_never_answers_fails_the_job_and_the_guest_runs_on() {
         with_more_time(|timeout| {
             let source = tracked();
             let hold = source.vmm.block_after(at, answered);
-            let policy = if at == At::Throttle { NonConvergence::Throttle } else { NonConvergence::StopAnyway };
-            let mut scene =
-                Scene::start_with(Wire::Unix, source, empty(), &OutgoingOptions { policy, ..hasty(timeout) });
+            let policy = if at == At::Throttle {
+                NonConvergence::Throttle
+            } else {
+                NonConvergence::StopAnyway
+            };
+            let mut scene = Scene::start_with(
+                Wire::Unix,
+                source,
+                empty(),
+                &OutgoingOptions { policy, ..hasty(timeout) },
+            );
             let status = scene.finish();
             assert_eq!(status.phase, Phase::Failed, "{name} {answered}: {}", status.error);
             says(&status.error, &[&format!("\"{name}\"")])?;
-            assert_eq!(scene.source.vmm.is_paused(), pauses && at != At::Pause, "{name} {answered}");
+            assert_eq!(
+                scene.source.vmm.is_paused(),
+                pauses && at != At::Pause,
+                "{name} {answered}"
+            );
             scene.assert_destination_failed();
             scene.source.vmm.off(at);
             drop(hold);
@@ -127,7 +141,8 @@ fn a_resume_at_the_destination_that_never_answers_leaves_the_guest_to_the_destin
             }
             assert_stands_still(&scene.source);
             drop(hold);
-            wait_until("the guest to run", SOON, || scene.destination().vmm.resumes() == 1).unwrap();
+            wait_until("the guest to run", SOON, || scene.destination().vmm.resumes() == 1)
+                .unwrap();
             assert_eq!(scene.destination().client.ownership(), Ownership::Ours);
             assert_stands_still(&scene.source);
             Ok(())
@@ -189,7 +204,11 @@ fn a_throttle_that_fails_leaves_the_migration_going_on() {
     let mut scene = Scene::start_with(Wire::Unix, source, empty(), &options);
     // It would have ended before.
     let record = scene.relay.until(|record| record.is(Kind::PassDone, 5));
-    assert_eq!(scene.source.client.status().unwrap().counters.throttle_percent, 0, "it is not throttled");
+    assert_eq!(
+        scene.source.client.status().unwrap().counters.throttle_percent,
+        0,
+        "it is not throttled"
+    );
     scene.relay.pass(record);
     let downtime_limit = Duration::from_secs(3600);
     scene.source.client.set_parameters(&OutgoingOptions { downtime_limit, ..options }).unwrap();

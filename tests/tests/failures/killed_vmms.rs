@@ -1,4 +1,5 @@
-//! VMMs as processes, killed alone: their agents survive, end the job, let go of the memory and serve the next VMM.
+//! VMMs as processes, killed alone: their agents survive, end the job, let go of the memory and
+//! serve the next VMM.
 
 use crate::common::{Listening, PROGRAM, Peer, Relay, SOON, WIRES, Wire};
 use crate::scene::{MOMENTS, Moment};
@@ -76,14 +77,18 @@ impl Killed {
     /// How the job ended, as an operator sees it.
     fn job(&self) -> JobStatus {
         let mut operator = Peer::connect(self.agent.socket());
-        wait_for("the job's end", SOON, || Some(operator.status()).filter(|status| status.phase.is_final())).unwrap()
+        wait_for("the job's end", SOON, || {
+            Some(operator.status()).filter(|status| status.phase.is_final())
+        })
+        .unwrap()
     }
 
     /// The agent survived its VMM, ended the job, and let go of the memory.
     fn assert_agent_is_free(&mut self) {
         let job = self.job();
         assert_eq!(job.job, 1);
-        // Whichever comes first: the session sees its VMM gone and cancels, or a hook that the job waits for sees it and fails.
+        // Whichever comes first: the session sees its VMM gone and cancels, or a hook that the job
+        // waits for sees it and fails.
         let said = match job.phase {
             Phase::Cancelled => "the VMM is gone",
             Phase::Failed => "hook \"",
@@ -103,7 +108,8 @@ impl Killed {
 /// A VMM in this process.
 fn vmm(agent: &Path, writes_per_second: u64) -> MockVmm {
     let usage = Usage::new(Arc::new(TestMemory::ram(SIZE).unwrap())).unwrap();
-    let options = ThreadGuestOptions { rate: Some(writes_per_second), ..ThreadGuestOptions::default() };
+    let options =
+        ThreadGuestOptions { rate: Some(writes_per_second), ..ThreadGuestOptions::default() };
     let guest = ThreadGuest::new(&usage, options).unwrap();
     let vmm = MockVmm::connect(agent, usage, Tracker::Log).unwrap();
     vmm.set_guest(guest);
@@ -197,7 +203,8 @@ fn a_destination_vmm_that_is_killed_leaves_the_guest_running_and_its_agent_serve
 }
 
 #[test]
-fn a_destination_vmm_that_is_killed_with_the_commit_on_its_way_leaves_an_unconfirmed_guest_that_stands_still() {
+fn a_destination_vmm_that_is_killed_with_the_commit_on_its_way_leaves_an_unconfirmed_guest_that_stands_still()
+ {
     for held in [Kind::Commit, Kind::Resumed] {
         let there = Killed::new();
         let agent = Listening::new();

@@ -1,13 +1,16 @@
 //! After the commit: the source's guest stands still, whoever dies and whoever asks.
 
-use crate::common::{Agent, Attached, Listening, Passing, Relay, SOON, Side, WIRES, Wire, moves_to, passes};
+use crate::common::{
+    Agent, Attached, Listening, Passing, Relay, SOON, Side, WIRES, Wire, moves_to, passes,
+};
 use crate::scene::{FarScene, Scene, empty, stamped};
 use pageferry_client::{Error, ErrorCode, IncomingOptions, Ownership, Phase, Target};
 use pageferry_protocol::control::request::Request;
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
 
-/// The source gave the guest up and was not confirmed: it stands still, and the VMM does not migrate it again.
+/// The source gave the guest up and was not confirmed: it stands still, and the VMM does not
+/// migrate it again.
 pub fn assert_stands_still(source: &Attached) {
     assert_eq!(source.client.ownership(), Ownership::Relinquished);
     assert!(source.vmm.is_paused());
@@ -21,7 +24,8 @@ fn is_commit(record: &Passing) -> bool {
 }
 
 #[test]
-fn a_destination_that_dies_before_it_has_the_commit_leaves_an_unconfirmed_guest_that_stands_still() {
+fn a_destination_that_dies_before_it_has_the_commit_leaves_an_unconfirmed_guest_that_stands_still()
+{
     for wire in WIRES {
         let mut scene = Scene::start(wire, &passes(1));
         let _commit = scene.relay.until(is_commit);
@@ -69,7 +73,11 @@ fn a_link_that_dies_after_the_commit_leaves_a_guest_that_only_force_resumes() {
         // The next operator reads that this was decided.
         let status = source.client.status().unwrap();
         assert_eq!(status.phase, Phase::Failed);
-        assert!(status.error.starts_with("the guest was resumed here by force; before that: "), "{}", status.error);
+        assert!(
+            status.error.starts_with("the guest was resumed here by force; before that: "),
+            "{}",
+            status.error
+        );
     }
 }
 
@@ -79,7 +87,8 @@ fn after_the_commit_neither_the_end_of_the_agent_nor_a_resume_runs_the_guest_at_
     let status = scene.finish();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
     assert_eq!(scene.destination().wait(scene.incoming).phase, Phase::Completed);
-    wait_until("the guest to be gone", SOON, || scene.source.client.ownership() == Ownership::Gone).unwrap();
+    wait_until("the guest to be gone", SOON, || scene.source.client.ownership() == Ownership::Gone)
+        .unwrap();
     assert!(matches!(
         scene.source.client.start_outgoing(Target::Address("unix:/nowhere".into()), &passes(1)),
         Err(Error::NotOurs { .. })
@@ -115,7 +124,8 @@ fn a_source_agent_that_is_killed_after_the_commit_leaves_a_guest_that_stands_sti
         let _record = relay.until(|record| record.kind == held);
         agent.end();
         wait_until("the agent to be lost", SOON, || source.client.status().is_err()).unwrap();
-        // A new agent does not know of the commit, and gets the guest to run as little as the VMM does.
+        // A new agent does not know of the commit, and gets the guest to run as little as the VMM
+        // does.
         let next = Agent::spawn();
         source.reattach(next.socket());
         assert_stands_still(&source);

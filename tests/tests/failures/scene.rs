@@ -39,11 +39,15 @@ impl Scene {
         Self::start_with(wire, filled(), empty(), options)
     }
 
-    pub fn start_with(wire: Wire, source: Side, destination: Side, options: &OutgoingOptions) -> Self {
+    pub fn start_with(
+        wire: Wire, source: Side, destination: Side, options: &OutgoingOptions,
+    ) -> Self {
         let mut relay = Relay::over(wire);
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = *options;
-        let incoming = relay
-            .listen(&destination.client, &IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() });
+        let incoming = relay.listen(
+            &destination.client,
+            &IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() },
+        );
         let outgoing = relay.send(&source.client, options);
         Self { relay, source, destination: Some(destination), outgoing, incoming }
     }
@@ -97,7 +101,8 @@ impl Scene {
 
 pub type Moment = (&'static str, fn(&Passing) -> bool);
 
-/// Records at which a migration is interrupted, one for each phase: what comes there is not delivered.
+/// Records at which a migration is interrupted, one for each phase: what comes there is not
+/// delivered.
 pub const MOMENTS: [Moment; 11] = [
     ("before the hello", |record| record.kind == Kind::Hello),
     ("before the accept", |record| record.kind == Kind::Accept),
@@ -142,7 +147,9 @@ impl FarScene {
     }
 }
 
-fn reach(relay: &mut Relay, source: &Attached, wanted: impl FnMut(&Passing) -> bool) -> Result<Passing, TooEarly> {
+fn reach(
+    relay: &mut Relay, source: &Attached, wanted: impl FnMut(&Passing) -> bool,
+) -> Result<Passing, TooEarly> {
     let over = || source.client.status().unwrap().phase.is_final();
     let record = relay.until_unless(over, wanted);
     record.ok_or_else(|| TooEarly(source.client.status().unwrap().error))

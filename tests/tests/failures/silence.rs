@@ -1,12 +1,13 @@
 //! The other side is there, and says nothing: the link swallows what it says, or it hangs.
 
 use crate::common::{
-    Agent, Attached, Ram, Relay, SOON, Side, TooEarly, WIRES, Wire, assert_same, at_once, config, migrates_next_time,
-    moves_to, passes, says, with_more_time,
+    Agent, Attached, Ram, Relay, SOON, Side, TooEarly, WIRES, Wire, assert_same, at_once, config,
+    migrates_next_time, moves_to, passes, says, with_more_time,
 };
 use crate::scene::{FarScene, MOMENTS, Moment, PAGES, Scene, empty, filled, stamped};
 use pageferry_client::{
-    Client, Config, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Phase, Target,
+    Client, Config, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Phase,
+    Target,
 };
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
@@ -21,7 +22,8 @@ fn patient_for(timeout: Duration, running: u32) -> OutgoingOptions {
 
 #[test]
 fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
-    let cases: Vec<_> = WIRES.iter().flat_map(|wire| MOMENTS.map(|moment| (*wire, moment))).collect();
+    let cases: Vec<_> =
+        WIRES.iter().flat_map(|wire| MOMENTS.map(|moment| (*wire, moment))).collect();
     at_once(&cases, |&(wire, (moment, is_there))| {
         with_more_time(|timeout| {
             let mut scene = Scene::start(wire, &patient_for(timeout, 2));
@@ -30,7 +32,8 @@ fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
             let status = scene.assert_source_failed();
             // Whichever the source was at: waiting for an answer, or for room to send.
             // On a busy machine the time for the whole stop may be over first.
-            let words = ["was silent for ", "did not take what was sent within", "hand-over was not done"];
+            let words =
+                ["was silent for ", "did not take what was sent within", "hand-over was not done"];
             says(&status.error, &words)?;
             if moment != MOMENTS[0].0 {
                 let status = scene.assert_destination_failed();
@@ -49,7 +52,11 @@ fn a_peer_that_does_not_accept_the_connection_is_an_error_within_its_timeout() {
     // Nobody ever answers, so this can be too short for nothing.
     let options = OutgoingOptions { peer_timeout: Duration::from_secs(1), ..passes(1) };
     let fails = |address: &str, words: &str| {
-        let outgoing = source.client.start_outgoing(Target::Address(address.to_owned()), &options).unwrap().job;
+        let outgoing = source
+            .client
+            .start_outgoing(Target::Address(address.to_owned()), &options)
+            .unwrap()
+            .job;
         let status = source.wait(outgoing);
         assert_eq!(status.phase, Phase::Failed);
         assert!(status.error.contains(words), "{}", status.error);
@@ -71,7 +78,12 @@ fn a_peer_that_does_not_accept_the_connection_is_an_error_within_its_timeout() {
 
 /// The moments in which an agent hangs: in a pass, and while the guest stands still.
 fn moments_of_a_hang() -> [(Wire, Moment); 4] {
-    [(Wire::Unix, MOMENTS[3]), (Wire::Tcp, MOMENTS[3]), (Wire::Unix, MOMENTS[7]), (Wire::Tcp, MOMENTS[7])]
+    [
+        (Wire::Unix, MOMENTS[3]),
+        (Wire::Tcp, MOMENTS[3]),
+        (Wire::Unix, MOMENTS[7]),
+        (Wire::Tcp, MOMENTS[7]),
+    ]
 }
 
 #[test]
@@ -109,7 +121,8 @@ fn a_source_agent_that_hangs_is_given_up_by_its_vmm_and_the_guest_runs_on() {
             let outgoing = relay.send(&source.client, &passes(2));
             let over = || destination.client.status().unwrap().phase.is_final();
             let record = relay.until_unless(over, is_there);
-            let _record = record.ok_or_else(|| TooEarly(destination.client.status().unwrap().error))?;
+            let _record =
+                record.ok_or_else(|| TooEarly(destination.client.status().unwrap().error))?;
             agent.freeze();
             // Whatever it asks of its agent next tells the VMM.
             let lost = source.client.wait(outgoing, SOON).unwrap_err();
@@ -133,10 +146,15 @@ fn a_peer_that_answers_byte_by_byte_does_not_keep_the_guest_paused() {
             let mut scene = Scene::start(wire, &patient_for(timeout, 1));
             let record = scene.reach(|record| record.kind == Kind::Loaded)?;
             // Each byte comes long before the timeout, and all of them long after it.
-            scene.relay.trickle(&record, timeout / 8, || scene.source.client.status().unwrap().phase.is_final());
+            scene.relay.trickle(&record, timeout / 8, || {
+                scene.source.client.status().unwrap().phase.is_final()
+            });
             let status = scene.assert_source_failed();
             // On a busy machine the time for the whole stop may be over first.
-            says(&status.error, &["did not send a whole record within ", "hand-over was not done"])?;
+            says(
+                &status.error,
+                &["did not send a whole record within ", "hand-over was not done"],
+            )?;
             scene.assert_destination_failed();
             migrates_next_time(&scene.source);
             Ok(())
@@ -169,7 +187,8 @@ fn a_low_bandwidth_does_not_make_the_source_look_dead() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("direct");
     // 1 MiB takes 16 s.
-    let options = IncomingOptions { peer_timeout: Duration::from_secs(6), ..IncomingOptions::default() };
+    let options =
+        IncomingOptions { peer_timeout: Duration::from_secs(6), ..IncomingOptions::default() };
     let incoming = destination.listen(&path, &options);
     let outgoing = source.send(&path, &OutgoingOptions { bandwidth: MIN_BANDWIDTH, ..passes(1) });
     let status = source.wait(outgoing);

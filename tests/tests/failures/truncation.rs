@@ -19,7 +19,11 @@ fn a_file_that_is_truncated_under_the_agent_fails_the_job_and_the_session_goes_o
         scene.source.client.log().mark(PageRange::new(ram.gpa / PAGE_SIZE + PAGES - 5, 1));
         scene.relay.pass(record);
         let status = scene.finish();
-        assert!(status.error.contains("block 3") && status.error.contains("truncated"), "{}", status.error);
+        assert!(
+            status.error.contains("block 3") && status.error.contains("truncated"),
+            "{}",
+            status.error
+        );
         scene.assert_source_failed();
         let there = scene.assert_destination_failed();
         assert!(there.error.contains("truncated"), "the destination is told: {}", there.error);

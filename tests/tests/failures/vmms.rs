@@ -1,4 +1,5 @@
-//! A source VMM that goes while its agent stays: within this process. [`crate::killed_vmms`] has those that are killed.
+//! A source VMM that goes while its agent stays: within this process. [`crate::killed_vmms`] has
+//! those that are killed.
 
 use crate::common::{Attached, Listening, PROGRAM, Relay, SOON, migrates_next_time, passes};
 use crate::scene::{MOMENTS, at_every_moment, empty, stamped};

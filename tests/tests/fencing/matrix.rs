@@ -1,11 +1,13 @@
-//! Agents that are killed, or hang and wake up, at any moment of any job, with a model beside: guests whose every write is in a ledger, which
-//! travels with the guest's state.
+//! Agents that are killed, or hang and wake up, at any moment of any job, with a model beside:
+//! guests whose every write is in a ledger, which travels with the guest's state.
 //!
-//! After each round exactly one VMM may run the guest, its memory is what the ledger says (`same-memory`), and nobody but that one ran it (`one-owner`);
-//! there is a whole image or none; and the next agent moves, saves or restores the guest at once, while the one before may wake up.
+//! After each round exactly one VMM may run the guest, its memory is what the ledger says
+//! (`same-memory`), and nobody but that one ran it (`one-owner`); there is a whole image or none;
+//! and the next agent moves, saves or restores the guest at once, while the one before may wake up.
 //!
-//! `PAGEFERRY_KILL_ROUNDS` says how many rounds; without it there is one of each job. `PAGEFERRY_KILL_KIND`, such as `Source(Postcopy)`, leaves
-//! out all jobs but those whose names hold it. `PAGEFERRY_SEED` repeats a run. A soak:
+//! `PAGEFERRY_KILL_ROUNDS` says how many rounds; without it there is one of each job.
+//! `PAGEFERRY_KILL_KIND`, such as `Source(Postcopy)`, leaves out all jobs but those whose names
+//! hold it. `PAGEFERRY_SEED` repeats a run. A soak:
 //!
 //! ```text
 //! PAGEFERRY_KILL_ROUNDS=5000 cargo test -p pageferry-tests --test fencing matrix -- --nocapture
@@ -15,7 +17,8 @@ use crate::common::image_scene::Host;
 use crate::common::moments::{BANDWIDTH, Moment, Running, check_content, check_image, waiting};
 use crate::is_dead;
 use pageferry_client::{
-    Config, IncomingOptions, Mode, OutgoingOptions, Ownership, Phase, RestoreOptions, SnapshotMode, SnapshotOptions,
+    Config, IncomingOptions, Mode, OutgoingOptions, Ownership, Phase, RestoreOptions, SnapshotMode,
+    SnapshotOptions,
 };
 use pageferry_tests::deadline::{wait_for, wait_until};
 use pageferry_tests::random::Random;
@@ -65,7 +68,8 @@ impl Drop for Agents {
     /// A round that fails says what its agents said.
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let hosts = [("hit", &mut self.hit), ("other", &mut self.other), ("next", &mut self.next)];
+            let hosts =
+                [("hit", &mut self.hit), ("other", &mut self.other), ("next", &mut self.next)];
             for (name, host) in hosts {
                 eprintln!("the agent \"{name}\":\n{}", host.agent.process().lines().join("\n"));
             }
@@ -73,11 +77,11 @@ impl Drop for Agents {
     }
 }
 
-/// Nobody waits longer for an agent that hangs: long enough for one that is only slow, since a round
-/// in which it is woken has to complete.
+/// Nobody waits longer for an agent that hangs: long enough for one that is only slow, since a
+/// round in which it is woken has to complete.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest time until a job has noticed that its peer hangs: its stop may take `peer_timeout` and two
-/// `hook_timeout`.
+/// Longest time until a job has noticed that its peer hangs: its stop may take `peer_timeout` and
+/// two `hook_timeout`.
 const SETTLED: Duration = Duration::from_secs(90);
 
 fn patient() -> Config {
@@ -186,7 +190,8 @@ fn hit_source(mode: Mode, how: Hit, random: &mut Random) -> Phase {
     }
     // The agent is dead, so nothing new comes from here: now the operator looks at the destination.
     let settled = |phase: Phase| phase.is_final() || phase == Phase::PostcopyPaused;
-    let look = || Some(destination.client().status().unwrap()).filter(|status| settled(status.phase));
+    let look =
+        || Some(destination.client().status().unwrap()).filter(|status| settled(status.phase));
     let there = wait_for("the destination to settle", SETTLED, look).unwrap();
     match (source.client().ownership(), there.phase) {
         (Ownership::Ours, phase) => {
@@ -195,7 +200,9 @@ fn hit_source(mode: Mode, how: Hit, random: &mut Random) -> Phase {
             drop(destination);
             owner_moves_on(&source, folder.path());
         }
-        (Ownership::Relinquished | Ownership::Gone, Phase::Completed) => assert_moved(&source, &destination),
+        (Ownership::Relinquished | Ownership::Gone, Phase::Completed) => {
+            assert_moved(&source, &destination)
+        }
         (Ownership::Relinquished, Phase::PostcopyPaused) => {
             let recovered = source.client().recover(Some(&to), &options).unwrap().job;
             let ended = source.wait_job(recovered, PATIENCE);
@@ -206,7 +213,11 @@ fn hit_source(mode: Mode, how: Hit, random: &mut Random) -> Phase {
             assert_moved(&source, &destination);
         }
         (Ownership::Relinquished, _) => {
-            assert_eq!(destination.client().ownership(), Ownership::Awaiting, "it arrived: {there:?}");
+            assert_eq!(
+                destination.client().ownership(),
+                Ownership::Awaiting,
+                "it arrived: {there:?}"
+            );
             assert!(!there.arrived, "{there:?}");
             assert!(!destination.record().runs && !source.record().runs);
             drop(destination);
@@ -248,7 +259,9 @@ fn hit_destination(mode: Mode, how: Hit, random: &mut Random) -> Phase {
             owner_moves_on(&source, folder.path());
         }
         // It ran there, and all of it is there, or the operator has it run here again, as it was.
-        (Ownership::Gone | Ownership::Relinquished, Ownership::Ours) if !is_lost(&destination, lost) => {
+        (Ownership::Gone | Ownership::Relinquished, Ownership::Ours)
+            if !is_lost(&destination, lost) =>
+        {
             assert_moved(&source, &destination);
         }
         (Ownership::Relinquished, Ownership::Ours | Ownership::Awaiting) => {
@@ -259,14 +272,19 @@ fn hit_destination(mode: Mode, how: Hit, random: &mut Random) -> Phase {
             force(&mut source, next.agent.socket());
             owner_moves_on(&source, folder.path());
         }
-        (ownership, there) => panic!("{ownership:?} at the source ({:?}), {there:?} at the destination", here.phase),
+        (ownership, there) => {
+            panic!("{ownership:?} at the source ({:?}), {there:?} at the destination", here.phase)
+        }
     }
     seen
 }
 
 /// True if the guest lost memory, once that is known.
 fn is_lost(vmm: &MockVmm, lost: impl Fn() -> bool) -> bool {
-    wait_until("the VMM to hear of its agent's end", PATIENCE, || vmm.record().agent_lost.is_some()).unwrap();
+    wait_until("the VMM to hear of its agent's end", PATIENCE, || {
+        vmm.record().agent_lost.is_some()
+    })
+    .unwrap();
     lost()
 }
 
@@ -305,11 +323,17 @@ fn hit_snapshot(mode: SnapshotMode, how: Hit, random: &mut Random) -> Phase {
         [] => {}
         [name] if name == "image" => check_image(&image),
         // Nobody takes a temporary name away who was killed between two names.
-        names => assert!(names.iter().all(|name| name == "image" || name.ends_with(".part")), "{names:?}"),
+        names => assert!(
+            names.iter().all(|name| name == "image" || name.ends_with(".part")),
+            "{names:?}"
+        ),
     }
     let next = agents.next.images.path("next");
     let mode = if mode == SnapshotMode::Stopped { SnapshotMode::Paused } else { mode };
-    let job = running.vmm.start_snapshot(&next, &SnapshotOptions { mode, ..SnapshotOptions::default() }).unwrap();
+    let job = running
+        .vmm
+        .start_snapshot(&next, &SnapshotOptions { mode, ..SnapshotOptions::default() })
+        .unwrap();
     let status = running.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
     check_image(&next);
@@ -328,7 +352,12 @@ fn hit_restore(how: Hit, random: &mut Random) -> Phase {
         assert_eq!(running.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
     }
     let mut vmm = waiting_patiently(&agents.hit);
-    let job = vmm.start_restore(&image, &RestoreOptions { bandwidth: BANDWIDTH, ..RestoreOptions::default() }).unwrap();
+    let job = vmm
+        .start_restore(
+            &image,
+            &RestoreOptions { bandwidth: BANDWIDTH, ..RestoreOptions::default() },
+        )
+        .unwrap();
     Moment::any(random).wait(|| vmm.client().status().unwrap());
     let seen = vmm.client().status().unwrap().phase;
     if hit(how, &mut vmm, &mut agents, random) {
@@ -414,5 +443,8 @@ fn whenever_an_agent_is_killed_or_hangs_one_guest_runs_and_its_memory_is_whole()
     }
     let under_way: u64 = done.values().map(|[_, under_way]| under_way).sum();
     // Of a few rounds, all may have come too late.
-    assert!(rounds < 50 || under_way * 3 >= rounds, "nearly all came too late: {under_way} of {rounds}");
+    assert!(
+        rounds < 50 || under_way * 3 >= rounds,
+        "nearly all came too late: {under_way} of {rounds}"
+    );
 }

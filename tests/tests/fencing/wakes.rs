@@ -1,6 +1,8 @@
 //! Agents that hang where it matters most, and wake up again.
 
-use crate::common::{Agent, At, Attached, Ram, Relay, SOON, Side, assert_same, config, lock, passes};
+use crate::common::{
+    Agent, At, Attached, Ram, Relay, SOON, Side, assert_same, config, lock, passes,
+};
 use crate::is_dead;
 use pageferry_client::{
     Client, Config, Error, IncomingOptions, Ownership, Phase, SnapshotMode, SnapshotOptions, Target,
@@ -13,8 +15,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 const PAGES: u64 = 200;
-/// A VMM waits no longer for its agent: longer than a busy machine takes where nothing hangs, since a
-/// handshake has no more.
+/// A VMM waits no longer for its agent: longer than a busy machine takes where nothing hangs, since
+/// a handshake has no more.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 fn stamped() -> Ram {
@@ -35,17 +37,24 @@ fn is_logged(source: &Attached, page: u64) -> bool {
     source.client.log().bits().contains(source.ram.gpa / PAGE_SIZE + page)
 }
 
-/// Waits until the thread of the agent's job has asked its VMM, and polls for the answer. Between its
-/// event and that it polls for nothing else; for a lock or a log it would wait elsewhere in the
+/// Waits until the thread of the agent's job has asked its VMM, and polls for the answer. Between
+/// its event and that it polls for nothing else; for a lock or a log it would wait elsewhere in the
 /// kernel.
 fn wait_for_the_question(pid: u32) {
-    let tasks = || std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten().map(|task| task.path());
-    let is_job = |task: &PathBuf| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("job-"));
-    let polls = |task: PathBuf| std::fs::read_to_string(task.join("wchan")).is_ok_and(|at| at.contains("poll"));
+    let tasks = || {
+        std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten().map(|task| task.path())
+    };
+    let is_job = |task: &PathBuf| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("job-"))
+    };
+    let polls = |task: PathBuf| {
+        std::fs::read_to_string(task.join("wchan")).is_ok_and(|at| at.contains("poll"))
+    };
     wait_until("the job to ask", SOON, || tasks().filter(is_job).any(polls)).unwrap();
 }
 
-/// The agent waits for its peer, hangs, and is replaced. Then it wakes up, and its peer answers, while the next agent sends the guest.
+/// The agent waits for its peer, hangs, and is replaced. Then it wakes up, and its peer answers,
+/// while the next agent sends the guest.
 #[test]
 fn an_agent_that_wakes_up_takes_no_dirty_page_from_its_successor() {
     // What is looked for is a race: it came out in half of the rounds.
@@ -69,14 +78,18 @@ fn an_agent_that_wakes_up_takes_no_dirty_page_from_its_successor() {
         first.thaw();
         let is_taken = || !(10..20).all(|page| is_logged(&source, page));
         let over = || elsewhere.client.status().unwrap().phase.is_final();
-        first_relay.pump("the first agent to take what it can", || is_taken() || is_dead(first.id()) || over());
+        first_relay.pump("the first agent to take what it can", || {
+            is_taken() || is_dead(first.id()) || over()
+        });
 
         relay.pass(pass_done);
         let status = relay.finish(&source.client, outgoing);
         assert_eq!(status.phase, Phase::Completed, "round {round}: {}", status.error);
         assert_eq!(destination.wait(incoming).phase, Phase::Completed);
         assert_same(&source.ram, &destination.ram);
-        (10..20).for_each(|page| assert_eq!(destination.ram.stamp(page), 5000 + page, "round {round}, page {page}"));
+        (10..20).for_each(|page| {
+            assert_eq!(destination.ram.stamp(page), 5000 + page, "round {round}, page {page}")
+        });
         // It is gone since before the second was handed anything.
         assert!(is_dead(first.id()), "round {round}");
         first_relay.cut();
@@ -90,7 +103,8 @@ fn hangs_before_the_commit(then: impl FnOnce(&Attached, &mut Agent)) {
     let mut agent = Agent::spawn();
     let pid = agent.id();
     let source = hasty(&agent, stamped());
-    // It asks for the line of `one-owner` right after this event, and waits for the answer. When that comes it stands still.
+    // It asks for the line of `one-owner` right after this event, and waits for the answer. When
+    // that comes it stands still.
     source.vmm.on(At::phase(Phase::Committing), move || {
         wait_for_the_question(pid);
         process::freeze(pid).unwrap();
@@ -155,12 +169,16 @@ fn a_new_agent_is_attached_only_when_the_one_that_may_send_the_commit_is_dead() 
         assert_eq!(source.client.ownership(), Ownership::Relinquished);
         // It knows nothing of a commit, and has no say in it.
         let nowhere = Target::Address("unix:/nowhere".into());
-        assert!(matches!(source.client.start_outgoing(nowhere, &passes(1)), Err(Error::NotOurs { .. })));
+        assert!(matches!(
+            source.client.start_outgoing(nowhere, &passes(1)),
+            Err(Error::NotOurs { .. })
+        ));
         drop(next);
     });
 }
 
-/// The VMM stopped its guest, and lets it run on when the agent is lost. Whatever the agent does then is not in an image.
+/// The VMM stopped its guest, and lets it run on when the agent is lost. Whatever the agent does
+/// then is not in an image.
 #[test]
 fn an_agent_that_was_given_up_gives_no_image_its_name() {
     for mode in [SnapshotMode::Stopped, SnapshotMode::Paused] {
@@ -169,12 +187,17 @@ fn an_agent_that_was_given_up_gives_no_image_its_name() {
         let mut agent = Agent::spawn();
         let guest = hasty(&agent, stamped());
         // All of it takes a second: the agent hangs in the middle.
-        let options = SnapshotOptions { mode, bandwidth: PAGES * PAGE_SIZE, ..SnapshotOptions::default() };
+        let options =
+            SnapshotOptions { mode, bandwidth: PAGES * PAGE_SIZE, ..SnapshotOptions::default() };
         guest.client.start_snapshot(&image, &options).unwrap();
-        wait_until("the memory to be saved", SOON, || guest.client.status().unwrap().phase == Phase::Saving).unwrap();
+        wait_until("the memory to be saved", SOON, || {
+            guest.client.status().unwrap().phase == Phase::Saving
+        })
+        .unwrap();
         agent.freeze();
         guest.client.status().unwrap_err();
-        wait_until("the agent to be lost", SOON, || !lock(&guest.vmm.asked).losses.is_empty()).unwrap();
+        wait_until("the agent to be lost", SOON, || !lock(&guest.vmm.asked).losses.is_empty())
+            .unwrap();
         assert!(!guest.vmm.is_paused());
         (0..PAGES).for_each(|page| guest.write(page, 7));
         agent.thaw();
@@ -182,14 +205,18 @@ fn an_agent_that_was_given_up_gives_no_image_its_name() {
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         let next = Agent::spawn();
         guest.reattach(next.socket());
-        let job = guest.client.start_snapshot(&image, &SnapshotOptions { bandwidth: 0, ..options }).unwrap().job;
+        let job = guest
+            .client
+            .start_snapshot(&image, &SnapshotOptions { bandwidth: 0, ..options })
+            .unwrap()
+            .job;
         let status = guest.wait(job);
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
     }
 }
 
-/// The process that an agent was lost in takes a new connection of its VMM: it is not killed, and the job of the old connection has ended
-/// before one of the new begins.
+/// The process that an agent was lost in takes a new connection of its VMM: it is not killed, and
+/// the job of the old connection has ended before one of the new begins.
 #[test]
 fn a_vmm_may_come_back_to_the_process_of_its_agent() {
     let mut agent = Agent::spawn();

@@ -1,11 +1,17 @@
-//! The fence word alone. A VMM that the client library is not part of plays all of it, cuts nothing and kills nobody: what an agent does
-//! not do then it does not do since the word says so.
+//! The fence word alone. A VMM that the client library is not part of plays all of it, cuts nothing
+//! and kills nobody: what an agent does not do then it does not do since the word says so.
 
 use crate::common::{Listening, Peer, Ram, Relay, SOON, Side, memfd, passes};
-use pageferry_client::{IncomingOptions, JobStatus, Phase, RunState, SnapshotMode, SnapshotOptions, Trackers};
+use pageferry_client::{
+    IncomingOptions, JobStatus, Phase, RunState, SnapshotMode, SnapshotOptions, Trackers,
+};
 use pageferry_protocol::control::frame::FLAG_REPLY;
-use pageferry_protocol::control::hook::{Hook, PieceSize, SavedState, encode_hook_reply, encode_state_reply};
-use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, Request};
+use pageferry_protocol::control::hook::{
+    Hook, PieceSize, SavedState, encode_hook_reply, encode_state_reply,
+};
+use pageferry_protocol::control::request::{
+    BlockRange, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, Request,
+};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
 use pageferry_protocol::shm::fence::FENCE_BYTES;
@@ -68,19 +74,27 @@ impl RawVmm {
             length: PAGES * PAGE_SIZE,
             granularity: PAGE_SIZE,
         };
-        let add = Request::AddBlock { geometry, fd_offset: ram.fd_offset, vmm_address: 0, flags: 0 };
+        let add =
+            Request::AddBlock { geometry, fd_offset: ram.fd_offset, vmm_address: 0, flags: 0 };
         control.ask(&add, vec![ram.fd.try_clone().unwrap(), memfd(64)]).unwrap();
-        control.ask(&Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE }, Vec::new()).unwrap();
+        control
+            .ask(&Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE }, Vec::new())
+            .unwrap();
         let (given_up, resumed) = (word.clone(), Arc::new(AtomicBool::new(false)));
         let told = resumed.clone();
-        let hooks = std::thread::spawn(move || answer_hooks(ours.into(), given_up_at, state, &given_up, &told));
+        let hooks = std::thread::spawn(move || {
+            answer_hooks(ours.into(), given_up_at, state, &given_up, &told)
+        });
         Self { control, word, log, ram, resumed, hooks: Some(hooks) }
     }
 
     /// How the job ended, as an operator of the agent sees it.
     fn ended(agent: &Listening) -> JobStatus {
         let mut operator = agent.connect();
-        wait_for("the job's end", SOON, || Some(operator.status()).filter(|status| status.phase.is_final())).unwrap()
+        wait_for("the job's end", SOON, || {
+            Some(operator.status()).filter(|status| status.phase.is_final())
+        })
+        .unwrap()
     }
 }
 
@@ -93,7 +107,9 @@ impl Drop for RawVmm {
     }
 }
 
-fn answer_hooks(socket: OwnedFd, given_up_at: Option<u32>, state: u64, word: &FenceWord, resumed: &AtomicBool) {
+fn answer_hooks(
+    socket: OwnedFd, given_up_at: Option<u32>, state: u64, word: &FenceWord, resumed: &AtomicBool,
+) {
     let file = memfd(state);
     let mut socket = FrameSocket::from(socket);
     loop {
@@ -109,9 +125,19 @@ fn answer_hooks(socket: OwnedFd, given_up_at: Option<u32>, state: u64, word: &Fe
         let (body, fds) = match hook {
             Hook::Event { .. } => continue,
             Hook::SaveState => {
-                let pieces = if state == 0 { vec![] } else { vec![PieceSize { name: "cpu".into(), length: state }] };
+                let pieces = if state == 0 {
+                    vec![]
+                } else {
+                    vec![PieceSize { name: "cpu".into(), length: state }]
+                };
                 let fds = if state == 0 { vec![] } else { vec![file.as_fd()] };
-                (encode_state_reply(sequence, &Ok(SavedState { guest: RunState::Running, pieces })), fds)
+                (
+                    encode_state_reply(
+                        sequence,
+                        &Ok(SavedState { guest: RunState::Running, pieces }),
+                    ),
+                    fds,
+                )
             }
             _ => (encode_hook_reply(sequence, &Ok(())), vec![]),
         };
@@ -123,7 +149,8 @@ fn answer_hooks(socket: OwnedFd, given_up_at: Option<u32>, state: u64, word: &Fe
 #[track_caller]
 fn assert_replaced(status: &JobStatus) {
     assert_eq!(status.phase, Phase::Failed, "{}", status.error);
-    let said = format!("this agent was replaced: it is number {NUMBER} of its VMM, which has given it up");
+    let said =
+        format!("this agent was replaced: it is number {NUMBER} of its VMM, which has given it up");
     assert!(status.error.contains(&said), "{}", status.error);
 }
 
@@ -180,11 +207,14 @@ fn a_snapshot_of_an_agent_that_was_given_up_leaves_no_image() {
     }
 }
 
-/// Bytes of the image that the agent, which is in this process, writes in this folder; `None` if it does not. It has no
-/// name yet.
+/// Bytes of the image that the agent, which is in this process, writes in this folder; `None` if it
+/// does not. It has no name yet.
 fn written_in(folder: &Path) -> Option<u64> {
-    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().flatten().map(|entry| entry.path());
-    let is_there = |fd: &PathBuf| std::fs::read_link(fd).is_ok_and(|file| file.starts_with(folder) && file != folder);
+    let descriptors =
+        std::fs::read_dir("/proc/self/fd").unwrap().flatten().map(|entry| entry.path());
+    let is_there = |fd: &PathBuf| {
+        std::fs::read_link(fd).is_ok_and(|file| file.starts_with(folder) && file != folder)
+    };
     // It may be closed meanwhile.
     descriptors.filter(is_there).find_map(|fd| std::fs::metadata(fd).ok()).map(|file| file.len())
 }
@@ -198,8 +228,8 @@ fn saving(agent: &Listening, folder: &Path, given_up_at: Option<u32>, state: u64
     vmm
 }
 
-/// The agent looks when all memory was read. If it did not, it would go on with the image, and be the current
-/// agent again when it gives it its name.
+/// The agent looks when all memory was read. If it did not, it would go on with the image, and be
+/// the current agent again when it gives it its name.
 #[test]
 fn an_image_whose_agent_was_given_up_before_the_last_page_is_not_completed() {
     let agent = Listening::new();
@@ -220,8 +250,8 @@ fn an_image_whose_agent_was_given_up_before_the_last_page_is_not_completed() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
-/// The agent looks once more right before the name: here it is given up while it writes what comes after the
-/// last page.
+/// The agent looks once more right before the name: here it is given up while it writes what comes
+/// after the last page.
 #[test]
 fn an_image_whose_agent_was_given_up_after_the_last_page_gets_no_name() {
     // The more state there is, the more time to give the agent up.
@@ -256,7 +286,9 @@ fn what_a_vmm_asked_before_it_gave_the_agent_up_is_not_done_after() {
     let ranges = vec![BlockRange { block: vmm.ram.id, offset: 0, length: PAGE_SIZE }];
     let discard = Request::Discard { flags: DISCARD_PUNCH, ranges: ranges.clone() };
     vmm.word.revoke(NUMBER);
-    for request in [discard.clone(), Request::Populate { ranges }, Request::RemoveBlock { id: vmm.ram.id }] {
+    for request in
+        [discard.clone(), Request::Populate { ranges }, Request::RemoveBlock { id: vmm.ram.id }]
+    {
         let error = vmm.control.ask(&request, Vec::new()).unwrap_err();
         assert_eq!(error.code, ErrorCode::State);
         assert!(error.sentence.contains("this agent was replaced"), "{error}");
@@ -278,11 +310,18 @@ fn a_fence_word_that_is_none_is_refused_by_name() {
     };
     // Another's connection, and once more.
     let mut other = agent.connect();
-    let code =
-        refused(&mut other, &hello(1), vec![memfd(FENCE_BYTES)], &["features: bit 0, fence", "another one does"]);
+    let code = refused(
+        &mut other,
+        &hello(1),
+        vec![memfd(FENCE_BYTES)],
+        &["features: bit 0, fence", "another one does"],
+    );
     assert_eq!(code, ErrorCode::Denied);
     let again = vec![memfd(FENCE_BYTES)];
-    assert_eq!(refused(&mut vmm.control, &hello(8), again, &["an earlier hello"]), ErrorCode::State);
+    assert_eq!(
+        refused(&mut vmm.control, &hello(8), again, &["an earlier hello"]),
+        ErrorCode::State
+    );
     drop(vmm);
     let free = || {
         let mut peer = agent.connect();
@@ -295,7 +334,10 @@ fn a_fence_word_that_is_none_is_refused_by_name() {
     })
     .unwrap();
     let mut peer = free();
-    assert_eq!(refused(&mut peer, &hello(1), Vec::new(), &["hello", "0 file descriptors"]), ErrorCode::Invalid);
+    assert_eq!(
+        refused(&mut peer, &hello(1), Vec::new(), &["hello", "0 file descriptors"]),
+        ErrorCode::Invalid
+    );
     let mut body = hello(1).encode();
     let at = body.len() - 8;
     body[at..].fill(0);

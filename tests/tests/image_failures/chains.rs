@@ -1,6 +1,9 @@
-//! Increments whose base is another, or gone, and images of other guests: the VMM's memory is not touched, and the next restore is complete.
+//! Increments whose base is another, or gone, and images of other guests: the VMM's memory is not
+//! touched, and the next restore is complete.
 
-use crate::common::image_scene::{Folder, Guest, Host, assert_completed, assert_failed, both, on, paused, tracked};
+use crate::common::image_scene::{
+    Folder, Guest, Host, assert_completed, assert_failed, both, on, paused, tracked,
+};
 use crate::common::images::bytes_of;
 use pageferry_client::{Config, RestoreOptions, Target};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -30,7 +33,9 @@ fn bytes(guest: &Guest) -> Vec<Vec<u8>> {
 
 /// Refused, and nothing happened.
 #[track_caller]
-fn assert_refused(guest: &Guest, images: &Folder, name: &str, options: &RestoreOptions, why: &[&str]) {
+fn assert_refused(
+    guest: &Guest, images: &Folder, name: &str, options: &RestoreOptions, why: &[&str],
+) {
     let (before, resumes) = (bytes(guest), guest.vmm.resumes());
     assert_failed(&guest.restored(&images.path(name), options), why);
     assert!(bytes(guest) == before, "the memory was touched");
@@ -64,7 +69,13 @@ fn an_increment_on_another_base_than_it_was_made_on_is_refused_and_both_are_name
         assert_refused(&here, &host.images, "two", &options, &[&one, &base, "No such file"]);
         for in_its_place in ["other", "stranger", "one"] {
             std::fs::copy(path(in_its_place), path("base")).unwrap();
-            assert_refused(&here, &host.images, "two", &options, &[&one, &base, "the file was replaced by another"]);
+            assert_refused(
+                &here,
+                &host.images,
+                "two",
+                &options,
+                &[&one, &base, "the file was replaced by another"],
+            );
         }
         std::fs::write(path("base"), "nothing at all").unwrap();
         assert_refused(&here, &host.images, "two", &options, &[&one, &base, "truncated"]);
@@ -77,7 +88,13 @@ fn an_increment_on_another_base_than_it_was_made_on_is_refused_and_both_are_name
         std::fs::rename(path("one"), path("away")).unwrap();
         assert_refused(&here, &host.images, "two", &options, &[&two, &one, "No such file"]);
         std::fs::copy(path("base"), path("one")).unwrap();
-        assert_refused(&here, &host.images, "two", &options, &[&two, &one, "the file was replaced by another"]);
+        assert_refused(
+            &here,
+            &host.images,
+            "two",
+            &options,
+            &[&two, &one, "the file was replaced by another"],
+        );
         std::fs::rename(path("away"), path("one")).unwrap();
         assert_completed(&here.restored(&path("two"), &options));
         assert!(bytes(&here) == right);
@@ -103,11 +120,23 @@ fn an_image_of_another_geometry_is_refused_by_block_and_field() {
     let right = bytes(&source);
     drop(source);
     let others: [(Vec<BlockLayout>, &str); 7] = [
-        (vec![BlockLayout { length: (PAGES - 1) * PAGE_SIZE, ..low() }, high()], "block 0: length is 0x2bb000"),
-        (vec![BlockLayout { length: (PAGES + 1) * PAGE_SIZE, ..low() }, high()], "block 0: length is 0x2bd000"),
+        (
+            vec![BlockLayout { length: (PAGES - 1) * PAGE_SIZE, ..low() }, high()],
+            "block 0: length is 0x2bb000",
+        ),
+        (
+            vec![BlockLayout { length: (PAGES + 1) * PAGE_SIZE, ..low() }, high()],
+            "block 0: length is 0x2bd000",
+        ),
         (vec![low(), BlockLayout { gpa: 2 << 30, ..high() }], "block 3: gpa is 0x80000000"),
-        (vec![low(), BlockLayout { name: "higher".into(), ..high() }], "block 3: name is \"higher\""),
-        (vec![low(), BlockLayout { id: 4, ..high() }], "block 3 \"high\" of the image does not exist"),
+        (
+            vec![low(), BlockLayout { name: "higher".into(), ..high() }],
+            "block 3: name is \"higher\"",
+        ),
+        (
+            vec![low(), BlockLayout { id: 4, ..high() }],
+            "block 3 \"high\" of the image does not exist",
+        ),
         (vec![low()], "block 3 \"high\" of the image does not exist"),
         (
             vec![low(), high(), BlockLayout { id: 5, name: "more".into(), gpa: 4 << 30, ..high() }],

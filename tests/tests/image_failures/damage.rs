@@ -1,6 +1,9 @@
-//! A byte that is changed anywhere in an image, or an end that is missing: an error that names the place, or the right memory; never the wrong one.
+//! A byte that is changed anywhere in an image, or an end that is missing: an error that names the
+//! place, or the right memory; never the wrong one.
 
-use crate::common::image_scene::{Guest, Host, assert_completed, both, eager, lazy, on, paused, tracked};
+use crate::common::image_scene::{
+    Guest, Host, assert_completed, both, eager, lazy, on, paused, tracked,
+};
 use crate::common::images::{self, flip};
 use pageferry_agent::image::{Chain, Image};
 use pageferry_client::{Config, JobStatus, Phase, Punch, RestoreMode, RestoreOptions};
@@ -16,7 +19,12 @@ const MORE: u64 = 300;
 const EXTENT: u64 = 512;
 
 fn layouts() -> Vec<BlockLayout> {
-    let high = BlockLayout { id: 7, name: "high".into(), gpa: 1 << 30, ..BlockLayout::ram(MORE * PAGE_SIZE) };
+    let high = BlockLayout {
+        id: 7,
+        name: "high".into(),
+        gpa: 1 << 30,
+        ..BlockLayout::ram(MORE * PAGE_SIZE)
+    };
     // Added in another order than they have in the guest.
     vec![high, BlockLayout::ram(PAGES * PAGE_SIZE)]
 }
@@ -44,7 +52,8 @@ fn assert_right_or_missing(guest: &Guest, right: &Content, what: &str) {
     }
 }
 
-/// A guest of which every third page is zero, an extent was never used, and some pages are discarded; and an increment to it.
+/// A guest of which every third page is zero, an extent was never used, and some pages are
+/// discarded; and an increment to it.
 struct Images {
     host: Host,
     whole: PathBuf,
@@ -88,7 +97,8 @@ enum Expected {
     Found(String),
 }
 
-/// What a change of byte `at` of `image` does to who restores from `chain`, of which it is layer `layer`.
+/// What a change of byte `at` of `image` does to who restores from `chain`, of which it is layer
+/// `layer`.
 fn expected(chain: &Chain, layer: usize, at: u64) -> Expected {
     let layer = &chain.layers()[layer];
     let (image, layout) = (&layer.image, layer.image.layout());
@@ -103,7 +113,11 @@ fn expected(chain: &Chain, layer: usize, at: u64) -> Expected {
             if kind == SectionKind::VmmState && !std::ptr::eq(image, chain.newest()) {
                 return Expected::Nothing;
             }
-            return Expected::Refused(format!("section {}, bytes {:#x}", kind.name(), section.offset));
+            return Expected::Refused(format!(
+                "section {}, bytes {:#x}",
+                kind.name(),
+                section.offset
+            ));
         }
     }
     for (index, block) in chain.table().blocks().iter().enumerate() {
@@ -113,14 +127,18 @@ fn expected(chain: &Chain, layer: usize, at: u64) -> Expected {
             let sums = layout.page_sum(index, first);
             if (sums..sums + 4 * EXTENT).contains(&at) {
                 let read = pages.next_set(PageRange::new(first, EXTENT)).is_some();
-                let found = format!("block {id}: checksums of pages {first:#x} + 0x200, at byte {sums:#x}");
+                let found =
+                    format!("block {id}: checksums of pages {first:#x} + 0x200, at byte {sums:#x}");
                 return if read { Expected::Found(found) } else { Expected::Nothing };
             }
         }
         let start = layout.page(index, 0);
         if (start..start + block.length).contains(&at) {
             let page = (at - start) / PAGE_SIZE;
-            let found = format!("block {id}: page {page:#x}, at byte {:#x}: checksum", layout.page(index, page));
+            let found = format!(
+                "block {id}: page {page:#x}, at byte {:#x}: checksum",
+                layout.page(index, page)
+            );
             return if pages.contains(page) { Expected::Found(found) } else { Expected::Nothing };
         }
     }
@@ -137,17 +155,24 @@ fn places(image: &Image, random: &mut Random) -> Vec<u64> {
             places.extend([section.offset, middle, section.offset + section.length - 1]);
             // After its end, if the file does not end there.
             let after = section.offset + section.length;
-            places.extend(Some(after).filter(|after| after % PAGE_SIZE != 0 && *after < image.header().file_length));
+            places.extend(
+                Some(after)
+                    .filter(|after| after % PAGE_SIZE != 0 && *after < image.header().file_length),
+            );
         }
     }
     let layout = image.layout();
     for (index, states) in image.states().iter().enumerate() {
         for run in states.present.runs(states.present.all()).step_by(40) {
-            places.extend([layout.page(index, run.first) + random.below(PAGE_SIZE), layout.page_sum(index, run.first)]);
+            places.extend([
+                layout.page(index, run.first) + random.below(PAGE_SIZE),
+                layout.page_sum(index, run.first),
+            ]);
         }
         // Content, a hole, and what was never used.
-        places
-            .extend((0..4).map(|_| layout.page(index, random.below(states.present.pages())) + random.below(PAGE_SIZE)));
+        places.extend((0..4).map(|_| {
+            layout.page(index, random.below(states.present.pages())) + random.below(PAGE_SIZE)
+        }));
     }
     places.extend((0..10).map(|_| random.below(image.header().file_length)));
     places
@@ -167,7 +192,9 @@ impl<'a> Restoring<'a> {
 
     /// Restores from the image at `path`, in which something was done to `damaged`.
     #[track_caller]
-    fn check(&mut self, path: &Path, damaged: &Path, expected: &Expected, right: &Content, what: &str) {
+    fn check(
+        &mut self, path: &Path, damaged: &Path, expected: &Expected, right: &Content, what: &str,
+    ) {
         let lazy = self.options.mode == RestoreMode::Lazy;
         let guest = self.guest.take().unwrap_or_else(|| guest(self.host));
         // What nobody may touch in vain.
@@ -178,7 +205,9 @@ impl<'a> Restoring<'a> {
         let resumed = guest.vmm.resumes() - resumes;
         let named = |status: &JobStatus, place: &str| {
             let file = format!("image {}", damaged.display());
-            let good = status.phase == Phase::Failed && status.error.contains(&file) && status.error.contains(place);
+            let good = status.phase == Phase::Failed
+                && status.error.contains(&file)
+                && status.error.contains(place);
             assert!(good, "{what}: {:?}: {}; expected is {place}", status.phase, status.error);
         };
         match expected {
@@ -223,7 +252,13 @@ fn a_byte_that_is_changed_anywhere_is_found_or_does_no_harm() {
             restoring.check(&copy, &copy, &expected, &images.right[0], &what);
             flip(&copy, at, 1 << bit);
         }
-        restoring.check(&copy, &copy, &Expected::Nothing, &images.right[0], "the same without damage");
+        restoring.check(
+            &copy,
+            &copy,
+            &Expected::Nothing,
+            &images.right[0],
+            "the same without damage",
+        );
     }
 }
 
@@ -258,11 +293,19 @@ fn an_image_that_is_too_short_or_too_long_is_refused_and_nothing_is_touched() {
         let mut random = Random::new(13);
         let mut restoring = Restoring::new(&images.host, options);
         let some = (0..12).map(|_| random.below(length)).chain([0, 1, 4095, 4096, length - 1]);
-        for (length, why) in some.map(|length| (length, "truncated")).chain([(length + 1, "damaged")]) {
+        for (length, why) in
+            some.map(|length| (length, "truncated")).chain([(length + 1, "damaged")])
+        {
             std::fs::copy(&images.whole, &copy).unwrap();
             File::options().write(true).open(&copy).unwrap().set_len(length).unwrap();
             let expected = Expected::Refused(format!("it is {why}"));
-            restoring.check(&copy, &copy, &expected, &images.right[0], &format!("{length:#x} bytes"));
+            restoring.check(
+                &copy,
+                &copy,
+                &expected,
+                &images.right[0],
+                &format!("{length:#x} bytes"),
+            );
         }
         let (path, right) = (&images.whole, &images.right[0]);
         restoring.check(path, path, &Expected::Nothing, right, "the same as it was");
@@ -280,7 +323,9 @@ fn several_workers_and_a_limit_find_the_same() {
     for workers in [1, 2, 8, 64] {
         for bandwidth in [0, 64 << 20] {
             let options = RestoreOptions { workers, bandwidth, ..eager() };
-            let modes = both().into_iter().map(|mode| RestoreOptions { mode: mode.mode, ..options.clone() });
+            let modes = both()
+                .into_iter()
+                .map(|mode| RestoreOptions { mode: mode.mode, ..options.clone() });
             for options in modes {
                 let what = format!("{options:?}");
                 let mut restoring = Restoring::new(&images.host, options);

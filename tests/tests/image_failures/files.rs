@@ -1,8 +1,8 @@
 //! Files that fail, shrink, or are none.
 
 use crate::common::image_scene::{
-    Guest, Host, PAGES, assert_completed, assert_failed, background, both, byte_of, eager, endless, lazy, on, paused,
-    slow, tracked,
+    Guest, Host, PAGES, assert_completed, assert_failed, background, both, byte_of, eager, endless,
+    lazy, on, paused, slow, tracked,
 };
 use crate::common::images::assert_right_or_missing;
 use crate::common::{At, lock};
@@ -27,7 +27,8 @@ fn modes() -> Vec<SnapshotOptions> {
     if require::uffd() { vec![background(), paused()] } else { vec![paused()] }
 }
 
-/// The agent may write again; the guest runs, free of protection, and the images are those of before.
+/// The agent may write again; the guest runs, free of protection, and the images are those of
+/// before.
 #[track_caller]
 fn assert_nothing_happened(host: &mut Host, guest: &Guest, before: &[(String, Vec<u8>)]) {
     host.agent.process().limit_files(None).unwrap();
@@ -71,7 +72,8 @@ fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
     guest.fill(0..PAGES, 2);
     let before = host.images.bytes();
     for options in modes() {
-        // The pages, and not what comes after them; nor then the first of it, nor the state of the VMM.
+        // The pages, and not what comes after them; nor then the first of it, nor the state of the
+        // VMM.
         let (length, contents) = ("cannot set the length of the file", "cannot write at byte 0x");
         for (cached, limit, why) in [
             (false, 0, length),
@@ -114,14 +116,19 @@ fn a_file_that_may_not_be_written_from_here_on_fails_the_snapshot_and_not_the_ag
             for options in [options.clone(), on(&base, tracked(options))] {
                 let job = guest.snapshot(&host.images.path("image"), &options);
                 guest.reaches(Phase::Saving);
-                // Its length is as it will be; what is written past the limit is refused all the same.
+                // Its length is as it will be; what is written past the limit is refused all the
+                // same.
                 host.agent.process().limit_files(Some(FIRST)).unwrap();
                 guest.hurry();
                 let status = guest.wait(job);
                 assert_failed(&status, &["image: cannot write", "File too large"]);
                 // What is written first, and not what comes after it and would be refused as well.
                 let byte = byte_of(&status.error);
-                assert!((FIRST..FIRST + PAGES * PAGE_SIZE).contains(&byte), "no page: {}", status.error);
+                assert!(
+                    (FIRST..FIRST + PAGES * PAGE_SIZE).contains(&byte),
+                    "no page: {}",
+                    status.error
+                );
                 assert_nothing_happened(&mut host, &guest, &before);
             }
         }
@@ -183,7 +190,8 @@ fn an_image_that_is_cut_off_before_a_guest_runs_that_it_is_read_for_leaves_none(
     for _ in 0..5 {
         let length = random.below(FIRST + PAGES * PAGE_SIZE);
         let copy = copy(&host, &path);
-        let (file, memory) = (File::options().write(true).open(&copy).unwrap(), guest.memory.clone());
+        let (file, memory) =
+            (File::options().write(true).open(&copy).unwrap(), guest.memory.clone());
         guest.vmm.on(At::LoadState, move || {
             file.set_len(length).unwrap();
             // A device does, which goes on with what nobody will ever run on.
@@ -233,7 +241,11 @@ fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
         std::fs::copy(&second, &other).unwrap();
         let guest = Guest::new(&host, PAGES);
         let job = guest.restore(&image, &slow(options.clone()));
-        guest.reaches(if options.mode == RestoreMode::Lazy { Phase::Prefetching } else { Phase::Restoring });
+        guest.reaches(if options.mode == RestoreMode::Lazy {
+            Phase::Prefetching
+        } else {
+            Phase::Restoring
+        });
         std::fs::rename(&other, &image).unwrap();
         guest.hurry();
         assert_completed(&guest.wait(job));
@@ -241,7 +253,11 @@ fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
         assert_restores(&guest, &image, &second_bytes, &options);
         // Nor does it have to have a name.
         let job = guest.restore(&image, &slow(options.clone()));
-        guest.reaches(if options.mode == RestoreMode::Lazy { Phase::Prefetching } else { Phase::Restoring });
+        guest.reaches(if options.mode == RestoreMode::Lazy {
+            Phase::Prefetching
+        } else {
+            Phase::Restoring
+        });
         std::fs::remove_file(&image).unwrap();
         guest.hurry();
         assert_completed(&guest.wait(job));
@@ -253,7 +269,8 @@ fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
 fn what_is_no_image_is_refused_by_name_and_the_memory_is_left_alone() {
     let host = Host::new();
     let (path, bytes) = image(&host, 1);
-    let (empty, fifo, folder) = (host.images.path("empty"), host.images.path("fifo"), host.images.path("folder"));
+    let (empty, fifo, folder) =
+        (host.images.path("empty"), host.images.path("fifo"), host.images.path("folder"));
     File::create(&empty).unwrap();
     rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR, 0).unwrap();
     std::fs::create_dir(&folder).unwrap();
@@ -275,7 +292,10 @@ fn what_is_no_image_is_refused_by_name_and_the_memory_is_left_alone() {
             (host.images.path("nothing"), "cannot open it: No such file"),
             (path.join("below"), "cannot open it: Not a directory"),
         ] {
-            assert_failed(&guest.restored(&path, &options), &[&format!("image {}", path.display()), why]);
+            assert_failed(
+                &guest.restored(&path, &options),
+                &[&format!("image {}", path.display()), why],
+            );
             assert!(guest.bytes() == before, "{}", path.display());
             assert_eq!(guest.vmm.resumes(), 0);
         }
@@ -290,7 +310,10 @@ fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
     rustix::fs::chmod(&path, Mode::empty()).unwrap();
     let guest = Guest::new(&host, PAGES);
     for options in both() {
-        assert_failed(&guest.restored(&path, &options), &["image1: cannot open it: Permission denied"]);
+        assert_failed(
+            &guest.restored(&path, &options),
+            &["image1: cannot open it: Permission denied"],
+        );
     }
     rustix::fs::chmod(&path, Mode::RUSR).unwrap();
     assert_restores(&guest, &path, &bytes, &eager());
@@ -305,9 +328,13 @@ fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
 fn memory_that_is_cut_off_while_it_is_saved_is_named_and_the_guest_runs() {
     let host = Host::new();
     for options in modes() {
-        let fd: OwnedFd = unsealed_memfd("ram", PAGES * PAGE_SIZE, rustix::fs::MemfdFlags::empty()).unwrap();
+        let fd: OwnedFd =
+            unsealed_memfd("ram", PAGES * PAGE_SIZE, rustix::fs::MemfdFlags::empty()).unwrap();
         let file = Arc::new(File::from(fd));
-        let layout = BlockLayout { backing: Backing::File(file.clone()), ..BlockLayout::ram(PAGES * PAGE_SIZE) };
+        let layout = BlockLayout {
+            backing: Backing::File(file.clone()),
+            ..BlockLayout::ram(PAGES * PAGE_SIZE)
+        };
         let guest = Guest::of(&host, vec![layout], Config::default());
         guest.fill(0..PAGES, 1);
         let job = guest.snapshot(&host.images.path("image"), &endless(options));

@@ -1,7 +1,8 @@
 //! Agents that hang, and are killed when they are given up.
 
 use crate::common::image_scene::{
-    Guest, Host, PAGES, assert_completed, background, eager, endless, lazy, on, paused, slow, tracked,
+    Guest, Host, PAGES, assert_completed, background, eager, endless, lazy, on, paused, slow,
+    tracked,
 };
 use crate::common::{SOON, lock};
 use pageferry_client::{Ownership, Phase, RestoreMode, SnapshotMode, SnapshotOptions};
@@ -11,8 +12,8 @@ use pageferry_tests::random::page_content;
 use pageferry_tests::require;
 use std::time::Duration;
 
-/// The VMM waits no longer for its agent: longer than a busy machine takes where nothing hangs, since
-/// a handshake has no more.
+/// The VMM waits no longer for its agent: longer than a busy machine takes where nothing hangs,
+/// since a handshake has no more.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The agent was killed, and nothing is left of its job. Another takes its place.
@@ -39,7 +40,8 @@ fn an_agent_that_hangs_in_a_snapshot_is_given_up_and_the_guest_writes_everywhere
             guest.reaches(Phase::Saving);
             host.agent.process().freeze().unwrap();
             // Nobody asks it anything: that it hangs is found all the same.
-            wait_until("the agent to be lost", SOON, || !lock(&guest.vmm.asked).losses.is_empty()).unwrap();
+            wait_until("the agent to be lost", SOON, || !lock(&guest.vmm.asked).losses.is_empty())
+                .unwrap();
             assert_eq!(lock(&guest.vmm.asked).losses, ["agent"]);
             guest.assert_free();
             guest.fill(0..PAGES, 3);
@@ -89,7 +91,11 @@ fn an_agent_that_hangs_in_a_restore_is_given_up_and_the_next_is_complete() {
     for options in modes {
         let mut host = Host::new();
         let source = Guest::full(&host, PAGES);
-        source.saved(&host, "source", &SnapshotOptions { mode: SnapshotMode::Paused, ..background() });
+        source.saved(
+            &host,
+            "source",
+            &SnapshotOptions { mode: SnapshotMode::Paused, ..background() },
+        );
         drop(source);
         let (path, before) = (host.images.path("source"), host.images.bytes());
         let guest = Guest::hasty(&host, PAGES, TIMEOUT);
@@ -101,7 +107,10 @@ fn an_agent_that_hangs_in_a_restore_is_given_up_and_the_next_is_complete() {
             // Nobody waits for it but the VMM, which asks.
             guest.client.status().unwrap_err();
         }
-        wait_until("the agent to be lost", SOON, || lock(&guest.vmm.asked).losses.last() == Some(&"agent")).unwrap();
+        wait_until("the agent to be lost", SOON, || {
+            lock(&guest.vmm.asked).losses.last() == Some(&"agent")
+        })
+        .unwrap();
         assert_eq!((guest.losses(), guest.vmm.resumes()), if runs { (1, 1) } else { (0, 0) });
         let ownership = if runs { Ownership::Ours } else { Ownership::Awaiting };
         assert_eq!(guest.client.ownership(), ownership);

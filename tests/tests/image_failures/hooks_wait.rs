@@ -1,6 +1,9 @@
-//! The VMM's own hooks wait for memory that an image would have, if it were not damaged: they get an error, and the VMM is told.
+//! The VMM's own hooks wait for memory that an image would have, if it were not damaged: they get
+//! an error, and the VMM is told.
 
-use crate::common::image_scene::{Guest, Host, PAGES, assert_completed, assert_failed, lazy, paused, slow};
+use crate::common::image_scene::{
+    Guest, Host, PAGES, assert_completed, assert_failed, lazy, paused, slow,
+};
 use crate::common::images::flip;
 use crate::common::{At, SOON, Touch, lock};
 use pageferry_client::{Error, Ownership, RestoreOptions};

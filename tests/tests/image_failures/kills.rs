@@ -1,9 +1,12 @@
 //! Agents and VMMs that are killed at any moment, and agents that hang at any.
 
 use crate::common::image_scene::{
-    self, Guest, Host, assert_completed, assert_failed, background, eager, endless, lazy, on, paused, slow, tracked,
+    self, Guest, Host, assert_completed, assert_failed, background, eager, endless, lazy, on,
+    paused, slow, tracked,
 };
-use crate::common::moments::{BANDWIDTH, Moment, PAGES, Running, check_content, check_image, waiting};
+use crate::common::moments::{
+    BANDWIDTH, Moment, PAGES, Running, check_content, check_image, waiting,
+};
 use crate::common::{PROGRAM, lock};
 use pageferry_agent::image::Chain;
 use pageferry_client::{Config, MIN_BANDWIDTH, Ownership, Phase, RestoreOptions, SnapshotOptions};
@@ -19,7 +22,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-/// There is a whole image or none, and nothing else that was not there before. Takes the image away.
+/// There is a whole image or none, and nothing else that was not there before. Takes the image
+/// away.
 #[track_caller]
 fn assert_whole_or_none(host: &Host, before: &[&str]) {
     let files = host.images.files();
@@ -32,7 +36,8 @@ fn assert_whole_or_none(host: &Host, before: &[&str]) {
     }
 }
 
-/// What happens at so many moments hits jobs that are under way, and not only such as are over: else nothing was tried.
+/// What happens at so many moments hits jobs that are under way, and not only such as are over:
+/// else nothing was tried.
 #[derive(Debug, Default)]
 struct Hits {
     moments: u64,
@@ -66,8 +71,10 @@ fn kill_agent_in_snapshots(seed: u64, count: u64, increment: bool, options: &Sna
         let base = host.images.path("base");
         let before: &[&str] = if increment { &["base"] } else { &[] };
         if increment {
-            let job =
-                running.vmm.start_snapshot(&base, &tracked(SnapshotOptions { replace: true, ..paused() })).unwrap();
+            let job = running
+                .vmm
+                .start_snapshot(&base, &tracked(SnapshotOptions { replace: true, ..paused() }))
+                .unwrap();
             assert_completed(&running.vmm.wait_job(job, PATIENCE).unwrap());
             // As much as a whole image.
             running.vmm.memory().block(0).unwrap().mark(PageRange::new(0, PAGES));
@@ -189,7 +196,8 @@ fn kill_agent_in_replacement(seed: u64, count: u64) {
         host.replace_agent();
         running.assert_runs_without_agent();
         check_image(&host.images.path("image"));
-        // Between the two it has a name of its own for an instant, which nobody takes away who is dead.
+        // Between the two it has a name of its own for an instant, which nobody takes away who is
+        // dead.
         let whole = |name: &String| name == "image" || name.ends_with(".part");
         assert!(host.images.files().iter().all(whole), "{:?}", host.images.files());
         running.vmm.clear_record();
@@ -258,7 +266,10 @@ fn an_agent_that_is_killed_before_the_guest_runs_that_it_restores_lazily_leaves_
         // It is asked, and does not answer.
         vmm.inject(HookName::LoadState, Some(Fault::Never));
         vmm.start_restore(&path, &lazy()).unwrap();
-        wait_until("the state to be loaded", PATIENCE, || vmm.record().calls.contains(&HookName::LoadState)).unwrap();
+        wait_until("the state to be loaded", PATIENCE, || {
+            vmm.record().calls.contains(&HookName::LoadState)
+        })
+        .unwrap();
         assert!(vmm.record().memory_pending);
         host.replace_agent();
         vmm.inject(HookName::LoadState, None);
@@ -287,7 +298,8 @@ fn an_agent_that_is_killed_after_the_guest_runs_that_it_restores_lazily_loses_it
         let bandwidth = if index == 0 { MIN_BANDWIDTH } else { BANDWIDTH / 4 };
         vmm.start_restore(&path, &RestoreOptions { bandwidth, ..lazy() }).unwrap();
         let runs = |phase| phase == Phase::Prefetching || phase == Phase::Completed;
-        wait_until("the guest to run", PATIENCE, || runs(vmm.client().status().unwrap().phase)).unwrap();
+        wait_until("the guest to run", PATIENCE, || runs(vmm.client().status().unwrap().phase))
+            .unwrap();
         if index > 0 {
             Moment::Pages(pages).wait(|| vmm.client().status().unwrap());
         }
@@ -307,7 +319,10 @@ fn an_agent_that_is_killed_after_the_guest_runs_that_it_restores_lazily_loses_it
         for page in 0..PAGES {
             let here = block.read_page(page).unwrap();
             saved.read(0, PageRange::new(page, 1), &mut right).unwrap();
-            assert!(here[..] == right || here.iter().all(|byte| *byte == 0), "page {page:#x} is wrong");
+            assert!(
+                here[..] == right || here.iter().all(|byte| *byte == 0),
+                "page {page:#x} is wrong"
+            );
         }
         drop(vmm);
         assert_restores(&waiting(&host), &path, &lazy());
@@ -360,14 +375,23 @@ impl<'a> Vmm<'a> {
 
     /// Kills it at this moment of the job that comes after `last`, which then ends.
     fn kill(&self, mut process: Process, moment: &Moment, last: u64) -> Phase {
-        wait_until("the job to start", PATIENCE, || self.host.status().job > last || process.has_ended()).unwrap();
+        wait_until("the job to start", PATIENCE, || {
+            self.host.status().job > last || process.has_ended()
+        })
+        .unwrap();
         moment.wait(|| self.host.status());
         process.kill().unwrap();
         let status = self.host.ended();
         assert_eq!(status.job, last + 1);
         if status.phase != Phase::Completed {
-            let said = ["the VMM is gone", "hook \"", "cannot protect", "userfaultfd", "write protect"];
-            assert!(said.iter().any(|said| status.error.contains(said)), "{:?}: {}", status.phase, status.error);
+            let said =
+                ["the VMM is gone", "hook \"", "cannot protect", "userfaultfd", "write protect"];
+            assert!(
+                said.iter().any(|said| status.error.contains(said)),
+                "{:?}: {}",
+                status.phase,
+                status.error
+            );
         }
         status.phase
     }
@@ -441,7 +465,11 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
         process.wait_for_line("waiting for a restore", PATIENCE).unwrap();
         let last = host.status().job;
         let mut operator = Command::new(PROGRAM);
-        operator.arg("restore").arg("--socket").arg(host.agent.socket()).args([path, "--bandwidth", "128M"]);
+        operator.arg("restore").arg("--socket").arg(host.agent.socket()).args([
+            path,
+            "--bandwidth",
+            "128M",
+        ]);
         operator.args(Some("--lazy").filter(|_| lazy));
         let mut operator = Process::spawn("operator", &mut operator).unwrap();
         let moment = Moment::any(&mut random);
@@ -450,7 +478,8 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
         hits.count_if(phase != Phase::Completed);
         let told = operator.wait(PATIENCE).unwrap().success();
         assert_eq!(told, phase == Phase::Completed);
-        let more: &[&str] = if lazy { &["--restore-from", path, "--lazy"] } else { &["--restore-from", path] };
+        let more: &[&str] =
+            if lazy { &["--restore-from", path, "--lazy"] } else { &["--restore-from", path] };
         vmm.completes("destination", more);
         vmm.is_saved_in(&image);
     }
@@ -466,7 +495,8 @@ fn an_agent_that_is_told_to_end_leaves_no_image_and_no_protection() {
         guest.reaches(Phase::Saving);
         host.agent.process().terminate().unwrap();
         assert!(host.agent.process().wait(PATIENCE).unwrap().success());
-        wait_until("the agent to be lost", PATIENCE, || !lock(&guest.vmm.asked).losses.is_empty()).unwrap();
+        wait_until("the agent to be lost", PATIENCE, || !lock(&guest.vmm.asked).losses.is_empty())
+            .unwrap();
         guest.assert_free();
         assert!(host.images.files().is_empty());
     }
@@ -482,7 +512,8 @@ fn an_agent_that_is_told_to_end_undoes_a_restore_or_brings_it_to_its_end() {
     guest.reaches(Phase::Restoring);
     host.agent.process().terminate().unwrap();
     assert!(host.agent.process().wait(PATIENCE).unwrap().success());
-    wait_until("the agent to be lost", PATIENCE, || !lock(&guest.vmm.asked).losses.is_empty()).unwrap();
+    wait_until("the agent to be lost", PATIENCE, || !lock(&guest.vmm.asked).losses.is_empty())
+        .unwrap();
     assert!(guest.is_hole());
     if !require::uffd() {
         return;
@@ -498,7 +529,8 @@ fn an_agent_that_is_told_to_end_undoes_a_restore_or_brings_it_to_its_end() {
     assert_eq!(guest.client.status().unwrap().job, job);
     guest.hurry();
     assert!(host.agent.process().wait(PATIENCE).unwrap().success());
-    wait_until("the agent to be lost", PATIENCE, || lock(&guest.vmm.asked).losses.len() == 2).unwrap();
+    wait_until("the agent to be lost", PATIENCE, || lock(&guest.vmm.asked).losses.len() == 2)
+        .unwrap();
     assert_eq!(lock(&guest.vmm.asked).losses, ["agent", "agent"]);
     assert!(guest.bytes() == right);
     guest.assert_free();

@@ -1,11 +1,15 @@
-//! What comes between while a guest is restored: discards, populates, cancels, and what the VMM says of it.
+//! What comes between while a guest is restored: discards, populates, cancels, and what the VMM
+//! says of it.
 
 use crate::common::image_scene::{
-    Guest, Host, PAGES, assert_completed, assert_failed, background, both, eager, lazy, on, paused, slow, tracked,
+    Guest, Host, PAGES, assert_completed, assert_failed, background, both, eager, lazy, on, paused,
+    slow, tracked,
 };
 use crate::common::images::flip;
 use crate::common::{At, PROGRAM, SOON, lock};
-use pageferry_client::{Error, HookError, MIN_BANDWIDTH, Ownership, Phase, Punch, RestoreMode, RestoreOptions};
+use pageferry_client::{
+    Error, HookError, MIN_BANDWIDTH, Ownership, Phase, Punch, RestoreMode, RestoreOptions,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::random::{Random, page_content};
@@ -79,7 +83,11 @@ fn what_is_populated_while_memory_comes_is_taken_once_the_guest_runs() {
             if (PAGES / 2..PAGES / 2 + 100).contains(&page) {
                 let word = u64::from_le_bytes(found[8..16].try_into().unwrap());
                 assert_eq!(word, if runs { page } else { 0 }, "page {page:#x}");
-                assert_eq!(guest.client.discarded(0).unwrap().contains(page), !runs, "page {page:#x}");
+                assert_eq!(
+                    guest.client.discarded(0).unwrap().contains(page),
+                    !runs,
+                    "page {page:#x}"
+                );
             } else {
                 assert!(found == page_content(1, page), "page {page:#x}");
             }
@@ -116,12 +124,21 @@ fn discards_and_populates_at_random_leave_each_page_as_the_last_one_says() {
             for page in 0..PAGES {
                 let found = guest.block().read_page(page).unwrap();
                 if was_discarded.contains(page) {
-                    assert!(found.iter().all(|byte| *byte == 0), "page {page:#x} came after its discard");
+                    assert!(
+                        found.iter().all(|byte| *byte == 0),
+                        "page {page:#x} came after its discard"
+                    );
                 } else {
-                    assert!(!discarded.contains(page) && found == page_content(1, page), "page {page:#x}");
+                    assert!(
+                        !discarded.contains(page) && found == page_content(1, page),
+                        "page {page:#x}"
+                    );
                 }
                 let hole = guest.block().is_hole(PageRange::new(page, 1)).unwrap();
-                assert!(hole || !discarded.contains(page), "page {page:#x} is discarded, and allocated");
+                assert!(
+                    hole || !discarded.contains(page),
+                    "page {page:#x} is discarded, and allocated"
+                );
             }
         }
     }
@@ -159,11 +176,18 @@ fn a_restore_that_is_cancelled_leaves_nothing_and_the_next_is_complete() {
 
 fn operator(host: &Host, path: &Path, more: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
-    command.arg("restore").arg("--socket").arg(host.agent.socket()).arg(path).args(more).stdin(Stdio::null());
+    command
+        .arg("restore")
+        .arg("--socket")
+        .arg(host.agent.socket())
+        .arg(path)
+        .args(more)
+        .stdin(Stdio::null());
     command.output().unwrap()
 }
 
-/// The operator is told why, and the guest that was there runs on, and what is known of its changes is as it was.
+/// The operator is told why, and the guest that was there runs on, and what is known of its changes
+/// is as it was.
 #[track_caller]
 fn assert_in_vain(host: &Host, guest: &Guest, path: &Path, more: &[&str], why: &str) {
     let (before, files) = (guest.bytes(), host.images.files());
@@ -174,7 +198,10 @@ fn assert_in_vain(host: &Host, guest: &Guest, path: &Path, more: &[&str], why: &
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(said.contains(why), "{said}");
     assert_failed(&host.status(), &[why]);
-    assert_eq!((guest.client.ownership(), guest.vmm.resumes(), guest.losses()), (Ownership::Ours, resumes, 0));
+    assert_eq!(
+        (guest.client.ownership(), guest.vmm.resumes(), guest.losses()),
+        (Ownership::Ours, resumes, 0)
+    );
     guest.assert_free();
     guest.client.discard(&[guest.range(60, 2)], Punch::Yes).unwrap();
     guest.client.populate(&[guest.range(60, 2)]).unwrap();
@@ -251,7 +278,9 @@ fn an_operator_restores_a_guest_into_a_vmm_that_gives_up_its_own() {
         let output = operator(&host, &path, more);
         assert!(output.status.success(), "{output:?}");
         assert_completed(&host.status());
-        assert!((0..PAGES).all(|page| guest.block().read_page(page).unwrap() == page_content(1, page)));
+        assert!(
+            (0..PAGES).all(|page| guest.block().read_page(page).unwrap() == page_content(1, page))
+        );
         guest.assert_free();
         // Nobody knows what changed between the guest that was saved and this one.
         let increment = on(&host.images.path("tracked"), tracked(paused()));

@@ -2,7 +2,8 @@
 
 use crate::common::SOON;
 use crate::common::image_scene::{
-    Guest, Host, PAGES, assert_completed, assert_failed, background, byte_of, endless, lazy, on, paused, tracked,
+    Guest, Host, PAGES, assert_completed, assert_failed, background, byte_of, endless, lazy, on,
+    paused, tracked,
 };
 use pageferry_client::{Phase, Punch, RestoreOptions, SnapshotMode, SnapshotOptions, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -43,16 +44,22 @@ fn a_full_file_system_fails_the_snapshot_and_nothing_else() {
             host.images.fill(5 * MIB);
             let before = host.images.bytes();
 
-            // Others could be built on this one if there was room for it; as there is none, they are on the one before.
-            let whole = guest.wait(guest.snapshot(&host.images.path("whole"), &tracked(options.clone())));
-            let named = format!("image {}: cannot write at byte 0x", host.images.path("whole").display());
+            // Others could be built on this one if there was room for it; as there is none, they
+            // are on the one before.
+            let whole =
+                guest.wait(guest.snapshot(&host.images.path("whole"), &tracked(options.clone())));
+            let named =
+                format!("image {}: cannot write at byte 0x", host.images.path("whole").display());
             assert_failed(&whole, &[&named, FULL]);
             assert!(byte_of(&whole.error) >= 2 * MIB, "{}", whole.error);
             assert_nothing_happened(&host, &guest, &before);
 
-            // What changed since the base is still known, though nothing is written to after it failed.
+            // What changed since the base is still known, though nothing is written to after it
+            // failed.
             for name in ["one", "two"] {
-                let status = guest.wait(guest.snapshot(&host.images.path(name), &on(&base, tracked(options.clone()))));
+                let status = guest.wait(
+                    guest.snapshot(&host.images.path(name), &on(&base, tracked(options.clone()))),
+                );
                 assert_failed(&status, &[name, FULL]);
                 assert_nothing_happened(&host, &guest, &before);
             }
@@ -102,10 +109,12 @@ fn space_that_lasts_for_the_pages_and_not_for_the_rest_leaves_no_file() {
     }
 }
 
-/// A snapshot that takes for ever by itself, and for which there is not enough room; `act` has the rest of the pages saved.
+/// A snapshot that takes for ever by itself, and for which there is not enough room; `act` has the
+/// rest of the pages saved.
 fn runs_full(act: impl Fn(&Host, &Guest)) {
     let Some(tmpfs) = require::tmpfs() else { return };
-    let modes = if require::uffd() { vec![SnapshotMode::Background, SnapshotMode::Paused] } else { vec![] };
+    let modes =
+        if require::uffd() { vec![SnapshotMode::Background, SnapshotMode::Paused] } else { vec![] };
     for mode in modes {
         let host = Host::cramped(tmpfs, ROOM);
         let guest = Guest::full(&host, PAGES);
@@ -187,11 +196,14 @@ fn what_only_the_kernel_knows_of_is_not_lost_by_a_full_file_system() {
     let base = host.images.path("base");
     guest.saved(&host, "base", &tracked(paused()));
     // Through the mapping, and not marked.
-    let write = |pages: Range<u64>| pages.for_each(|page| guest.block().store(page * PAGE_SIZE, page + 1).unwrap());
+    let write = |pages: Range<u64>| {
+        pages.for_each(|page| guest.block().store(page * PAGE_SIZE, page + 1).unwrap())
+    };
     write(0..PAGES / 2);
     host.images.fill(2 * MIB);
     for pages in [PAGES / 2..PAGES / 2 + 5, PAGES / 2 + 5..PAGES] {
-        let status = guest.wait(guest.snapshot(&host.images.path("one"), &on(&base, tracked(paused()))));
+        let status =
+            guest.wait(guest.snapshot(&host.images.path("one"), &on(&base, tracked(paused()))));
         assert_failed(&status, &["one", FULL]);
         write(pages);
     }

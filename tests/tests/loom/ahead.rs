@@ -1,6 +1,7 @@
-//! Model check of protecting ahead of a snapshot's instant, while the guest writes: walks that protect, faults that let a write through, and the instant, which believes what is
-//! noted. What runs here is the agent's own order of noting and protecting, over its own bitmap, with loom's atomics in the place of the standard ones; the kernel's part is a word of
-//! protected pages.
+//! Model check of protecting ahead of a snapshot's instant, while the guest writes: walks that
+//! protect, faults that let a write through, and the instant, which believes what is noted. What
+//! runs here is the agent's own order of noting and protecting, over its own bitmap, with loom's
+//! atomics in the place of the standard ones; the kernel's part is a word of protected pages.
 
 use crate::shm::bitmap::{Bitmap, runs_of_word};
 use crate::snapshot::ahead;
@@ -18,7 +19,8 @@ const BOTH: u64 = 1 << PAGE | 1 << NEIGHBOUR;
 struct Watch {
     noted: Bitmap<Vec<AtomicU64>>,
     protected: AtomicU64,
-    /// Held while a fault is answered. True after the instant, when faults lift and take no note away.
+    /// Held while a fault is answered. True after the instant, when faults lift and take no note
+    /// away.
     mode: Mutex<bool>,
 }
 
@@ -60,7 +62,8 @@ impl Watch {
         ahead::lift(&self.noted, PageRange::new(page, 1), lift).unwrap();
     }
 
-    /// The VMM discards a page, frees it by itself, whereby the kernel drops its protection, and populates it again.
+    /// The VMM discards a page, frees it by itself, whereby the kernel drops its protection, and
+    /// populates it again.
     fn free_and_populate(&self, page: u64) {
         let page = PageRange::new(page, 1);
         self.noted.clear(page);
@@ -80,7 +83,11 @@ impl Watch {
 
     #[track_caller]
     fn check_protected(&self) {
-        assert_eq!(self.protected.load(Ordering::Acquire), BOTH, "no fault of before lifts what the instant relies on");
+        assert_eq!(
+            self.protected.load(Ordering::Acquire),
+            BOTH,
+            "no fault of before lifts what the instant relies on"
+        );
     }
 }
 

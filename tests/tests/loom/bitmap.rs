@@ -1,7 +1,9 @@
-//! The lock-free parts of the bitmap under the model checker: every interleaving, and every value that the memory orders let a load see.
+//! The lock-free parts of the bitmap under the model checker: every interleaving, and every value
+//! that the memory orders let a load see.
 //!
-//! `bitmap.rs` is compiled here a second time, with loom's atomics in the place of the standard ones. `never-read`, `never-populate` and `same-memory` rest on what is
-//! checked here: no bit is lost, none is handed out twice, and whoever takes a bit sees what was written before it was set.
+//! `bitmap.rs` is compiled here a second time, with loom's atomics in the place of the standard
+//! ones. `never-read`, `never-populate` and `same-memory` rest on what is checked here: no bit is
+//! lost, none is handed out twice, and whoever takes a bit sees what was written before it was set.
 
 use crate::shm::bitmap::Bitmap;
 use loom::sync::Arc;
@@ -19,7 +21,9 @@ fn bitmap(pages: u64, word: u64) -> Shared {
 }
 
 /// Runs `f` on a thread of the model.
-fn spawn<T: 'static>(shared: &Shared, f: impl FnOnce(&Shared) -> T + 'static) -> thread::JoinHandle<T> {
+fn spawn<T: 'static>(
+    shared: &Shared, f: impl FnOnce(&Shared) -> T + 'static,
+) -> thread::JoinHandle<T> {
     let shared = shared.clone();
     thread::spawn(move || f(&shared))
 }
@@ -28,8 +32,11 @@ fn page(first: u64) -> PageRange {
     PageRange::new(first, 1)
 }
 
-/// The guest writes `value` into `memory`, which is `page`. As weak as a plain store: only the bitmap orders it.
-fn write(dirty: &Shared, page: PageRange, memory: &Arc<AtomicU64>, value: u64) -> thread::JoinHandle<u64> {
+/// The guest writes `value` into `memory`, which is `page`. As weak as a plain store: only the
+/// bitmap orders it.
+fn write(
+    dirty: &Shared, page: PageRange, memory: &Arc<AtomicU64>, value: u64,
+) -> thread::JoinHandle<u64> {
     let memory = memory.clone();
     spawn(dirty, move |dirty| {
         memory.store(value, Ordering::Relaxed);
@@ -59,7 +66,8 @@ fn a_bit_set_again_while_it_is_taken_is_never_lost() {
         let taken = dirty.take_bits(0, 0b1);
         let newly = setter.join().unwrap();
         assert_eq!(taken, 1);
-        // Set before the taking, it was a repetition; after it, it is a new one that the next pass finds.
+        // Set before the taking, it was a repetition; after it, it is a new one that the next pass
+        // finds.
         assert_eq!(dirty.word(0), newly);
     });
 }
@@ -110,7 +118,8 @@ fn clearing_and_setting_at_once_agree_on_the_counts() {
         let set = discarded.set(PageRange::new(0, 3));
         let cleared = populate.join().unwrap();
         let left = discarded.count(discarded.all());
-        // A discard and a populate that race have no order, but what they report adds up to what is there.
+        // A discard and a populate that race have no order, but what they report adds up to what is
+        // there.
         assert_eq!(2 + set - cleared, left);
         assert!(discarded.contains(0), "only one of the two spoke of page 0");
         assert!(!discarded.contains(3), "only one of the two spoke of page 3");

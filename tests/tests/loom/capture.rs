@@ -1,8 +1,11 @@
-//! Model check of a background snapshot: workers, write faults, discards and the end of it act on a page at once, in every order. What runs here are the agent's own steps,
-//! over its own fence and bitmap, with loom's atomics in the place of the standard ones. The kernel's part is a word of protected pages, and a guest that writes
-//! in the very step that lifts the protection of its page: later it would know all the more of what was done before.
+//! Model check of a background snapshot: workers, write faults, discards and the end of it act on a
+//! page at once, in every order. What runs here are the agent's own steps, over its own fence and
+//! bitmap, with loom's atomics in the place of the standard ones. The kernel's part is a word of
+//! protected pages, and a guest that writes in the very step that lifts the protection of its page:
+//! later it would know all the more of what was done before.
 //!
-//! The model fails if a page is read while it changes or after it did, if it is captured twice or not at all, and if the guest waits for ever.
+//! The model fails if a page is read while it changes or after it did, if it is captured twice or
+//! not at all, and if the guest waits for ever.
 
 use crate::memory::capture_steps::{before_punch, before_the_end, before_write, capture};
 use crate::memory::fence::{FAULTS, Readers, SESSION};
@@ -31,7 +34,8 @@ const SLOTS: usize = 3;
 #[derive(Debug, PartialEq, Eq)]
 struct Unreadable;
 
-/// A page of the guest's. Its content is no atomic of the model: whether one touch of it comes after another is checked, and no value is seen but the last.
+/// A page of the guest's. Its content is no atomic of the model: whether one touch of it comes
+/// after another is checked, and no value is seen but the last.
 #[derive(Debug)]
 struct Content {
     touch: UnsafeCell<()>,
@@ -41,12 +45,18 @@ struct Content {
 
 impl Content {
     fn new() -> Self {
-        Self { touch: UnsafeCell::new(()), holds: Plain::new(AT_THE_INSTANT), captured: Plain::new(0) }
+        Self {
+            touch: UnsafeCell::new(()),
+            holds: Plain::new(AT_THE_INSTANT),
+            captured: Plain::new(0),
+        }
     }
 
     /// Reads it into the image.
     fn read(&self) {
-        self.touch.with(|_| assert_eq!(self.holds.load(Relaxed), AT_THE_INSTANT, "it is not as of the instant"));
+        self.touch.with(|_| {
+            assert_eq!(self.holds.load(Relaxed), AT_THE_INSTANT, "it is not as of the instant")
+        });
         assert_eq!(self.captured.fetch_add(1, Relaxed), 0, "it is captured once");
     }
 
@@ -76,7 +86,10 @@ fn word_and_bit(page: u64) -> (u64, u64) {
 impl Snapshot {
     fn of(pages: &[u64], writes: Option<u64>) -> Arc<Self> {
         let mut words = [0; 2];
-        pages.iter().map(|page| word_and_bit(*page)).for_each(|(word, bit)| words[word as usize] |= bit);
+        pages
+            .iter()
+            .map(|page| word_and_bit(*page))
+            .for_each(|(word, bit)| words[word as usize] |= bit);
         Arc::new(Self {
             readers: Readers::new(SLOTS),
             pending: Bitmap::new(words.map(AtomicU64::new).into(), 2 * WORD_BITS),
@@ -136,7 +149,9 @@ impl Snapshot {
 
     fn fault_with(&self, page: u64, readable: Result<(), Unreadable>) -> Result<u64, Unreadable> {
         let (word, bit) = word_and_bit(page);
-        let take = || if self.over.load(Ordering::Acquire) { 0 } else { self.pending.take_bits(word, bit) };
+        let take = || {
+            if self.over.load(Ordering::Acquire) { 0 } else { self.pending.take_bits(word, bit) }
+        };
         let read = |taken| readable.map(|()| self.read_all(word, taken));
         let lift = || {
             self.lift(word, bit);
@@ -177,13 +192,16 @@ impl Snapshot {
 
     #[track_caller]
     fn check_captured(&self) {
-        self.contents.iter().for_each(|(page, content)| assert_eq!(content.captured.load(Relaxed), 1, "page {page}"));
+        self.contents.iter().for_each(|(page, content)| {
+            assert_eq!(content.captured.load(Relaxed), 1, "page {page}")
+        });
         self.check_written();
     }
 
     #[track_caller]
     fn check_written(&self) {
-        let written = self.writes.is_none_or(|page| self.content(page).holds.load(Relaxed) == WRITTEN);
+        let written =
+            self.writes.is_none_or(|page| self.content(page).holds.load(Relaxed) == WRITTEN);
         assert!(written, "the guest waits for ever");
     }
 }

@@ -1,5 +1,7 @@
-//! Model check of a host page in postcopy: a fault, an arrival and a discard act on it at once, in every order. What runs here is the agent's own code of the two
-//! steps by which they agree, over its own fence and bitmap, with loom's atomics in the place of the standard ones; the kernel's part is a word that says what the page holds.
+//! Model check of a host page in postcopy: a fault, an arrival and a discard act on it at once, in
+//! every order. What runs here is the agent's own code of the two steps by which they agree, over
+//! its own fence and bitmap, with loom's atomics in the place of the standard ones; the kernel's
+//! part is a word that says what the page holds.
 
 use crate::memory::claims::{request, waited_for};
 use crate::memory::fence::Readers;
@@ -42,7 +44,13 @@ impl Page {
 
     /// The fault's thread. True if the source is to be asked.
     fn fault(&self) -> bool {
-        let found = request(&self.requested, &self.owed, PAGE, || {}, || self.readers.wait(|_, word| word == 0));
+        let found = request(
+            &self.requested,
+            &self.owed,
+            PAGE,
+            || {},
+            || self.readers.wait(|_, word| word == 0),
+        );
         if !found.owed {
             self.requested.take_bits(0, BIT);
             self.place(ZERO);
@@ -91,7 +99,9 @@ impl Page {
     }
 }
 
-fn spawn<T: 'static>(page: &Arc<Page>, act: impl FnOnce(&Page) -> T + 'static) -> thread::JoinHandle<T> {
+fn spawn<T: 'static>(
+    page: &Arc<Page>, act: impl FnOnce(&Page) -> T + 'static,
+) -> thread::JoinHandle<T> {
     let page = page.clone();
     thread::spawn(move || act(&page))
 }

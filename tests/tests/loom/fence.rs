@@ -1,4 +1,5 @@
-//! Model check of the fence between workers that read and discards that punch (`never-read` and `clear-then-read`): every interleaving of both. A page that is freed has no mark that a worker
+//! Model check of the fence between workers that read and discards that punch (`never-read` and
+//! `clear-then-read`): every interleaving of both. A page that is freed has no mark that a worker
 //! could see before the punch; there the fence comes after it, see `agent/src/memory/freed.rs`.
 
 use crate::memory::capture_steps::{after_punch, before_punch};
@@ -17,7 +18,11 @@ struct Page {
 
 impl Page {
     fn new(workers: usize) -> Arc<Self> {
-        Arc::new(Self { readers: Readers::new(workers), discarded: AtomicU64::new(0), punched: AtomicU64::new(0) })
+        Arc::new(Self {
+            readers: Readers::new(workers),
+            discarded: AtomicU64::new(0),
+            punched: AtomicU64::new(0),
+        })
     }
 
     /// What a worker does with word 5 of block 2. True if it read.
@@ -26,7 +31,11 @@ impl Page {
         if self.discarded.load(Ordering::Relaxed) != 0 {
             return false;
         }
-        assert_eq!(self.punched.load(Ordering::Relaxed), 0, "the page was punched while a worker reads it");
+        assert_eq!(
+            self.punched.load(Ordering::Relaxed),
+            0,
+            "the page was punched while a worker reads it"
+        );
         true
     }
 
@@ -85,7 +94,8 @@ fn a_worker_elsewhere_is_not_waited_for() {
 fn a_worker_that_is_seen_elsewhere_has_read_what_it_was_at() {
     loom::model(|| {
         let page = Page::new(1);
-        // The model fails if one touch of it is not over before the other begins, whatever values are seen.
+        // The model fails if one touch of it is not over before the other begins, whatever values
+        // are seen.
         let content = Arc::new(UnsafeCell::new(()));
         let worker = {
             let (page, content) = (page.clone(), content.clone());
@@ -120,7 +130,12 @@ const BIT: u64 = 1 << 3;
 impl Freed {
     fn new() -> Arc<Self> {
         let hints = Bitmap::new((0..6).map(|_| AtomicU64::new(0)).collect(), 6 * 64);
-        Arc::new(Self { readers: Readers::new(1), hints, hole: AtomicU64::new(0), content: UnsafeCell::new(()) })
+        Arc::new(Self {
+            readers: Readers::new(1),
+            hints,
+            hole: AtomicU64::new(0),
+            content: UnsafeCell::new(()),
+        })
     }
 
     /// What a worker does. True if it read.
@@ -139,7 +154,11 @@ impl Freed {
     fn free(&self) {
         before_punch(&self.readers, || (), |block, word| block == 2 && word == 5);
         self.hole.fetch_or(1, Ordering::AcqRel);
-        after_punch(&self.readers, || self.hints.or_word(5, BIT), |_, block, word| block == 2 && word == 5);
+        after_punch(
+            &self.readers,
+            || self.hints.or_word(5, BIT),
+            |_, block, word| block == 2 && word == 5,
+        );
     }
 }
 

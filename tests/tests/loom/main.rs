@@ -1,5 +1,6 @@
-//! The lock-free parts under the model checker: every interleaving, and every value that the memory orders let a load see. Files of the agent and the protocol are compiled here a
-//! second time, with loom's atomics, locks and threads in the place of the standard ones.
+//! The lock-free parts under the model checker: every interleaving, and every value that the memory
+//! orders let a load see. Files of the agent and the protocol are compiled here a second time, with
+//! loom's atomics, locks and threads in the place of the standard ones.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod ahead;

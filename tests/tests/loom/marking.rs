@@ -1,5 +1,6 @@
-//! Model check of the instant of a snapshot beside discards and populates: every order in which they mark, look and read. What runs here are the agent's own lock of marks and its
-//! own steps of capturing, with loom's in the place of the standard atomics and locks.
+//! Model check of the instant of a snapshot beside discards and populates: every order in which
+//! they mark, look and read. What runs here are the agent's own lock of marks and its own steps of
+//! capturing, with loom's in the place of the standard atomics and locks.
 
 use crate::memory::capture_steps::{before_punch, capture};
 use crate::memory::fence::{Readers, SESSION};
@@ -66,7 +67,11 @@ impl Guest {
 
     fn capture(&self, reader: usize, pending: &Bits) {
         let read = |_| {
-            assert_eq!(self.read(), self.at_instant.load(Relaxed), "it was punched before it was captured");
+            assert_eq!(
+                self.read(),
+                self.at_instant.load(Relaxed),
+                "it was punched before it was captured"
+            );
             self.captured.fetch_add(1, Relaxed);
             Ok::<_, Infallible>(())
         };

@@ -26,8 +26,15 @@ fn a_fault_on_a_page_that_was_taken_and_is_not_placed_yet_gets_its_content() {
     let uffd = Userfaultfd::open(feature::MISSING_SHMEM).unwrap();
     uffd.register(range, Register::Missing).unwrap();
 
-    let geometry = BlockGeometry { id: 0, name: "ram".into(), gpa: 0, length: range.length, granularity: PAGE_SIZE };
-    let backing = Backing::new(mapped.file().as_fd().try_clone_to_owned().unwrap(), 0, range.length).unwrap();
+    let geometry = BlockGeometry {
+        id: 0,
+        name: "ram".into(),
+        gpa: 0,
+        length: range.length,
+        granularity: PAGE_SIZE,
+    };
+    let backing =
+        Backing::new(mapped.file().as_fd().try_clone_to_owned().unwrap(), 0, range.length).unwrap();
     let block = Arc::new(Block::new(geometry, backing, range.start, None).unwrap());
     let memory = GuestMemory::new(vec![block], BlockTable::new(), None);
     let owed = Arc::new(Owed::nothing(&memory, &[PAGE_SIZE]).unwrap());
@@ -43,7 +50,9 @@ fn a_fault_on_a_page_that_was_taken_and_is_not_placed_yet_gets_its_content() {
         let taken = Barrier::new(2);
         std::thread::scope(|scope| {
             let touch = scope.spawn(move || {
-                let word = mapped.mapping().get_atomic_ref::<std::sync::atomic::AtomicU64>((page * PAGE_SIZE) as usize);
+                let word = mapped
+                    .mapping()
+                    .get_atomic_ref::<std::sync::atomic::AtomicU64>((page * PAGE_SIZE) as usize);
                 word.unwrap().load(Ordering::Relaxed)
             });
             let mut faults = [0; MAX_FAULTS];

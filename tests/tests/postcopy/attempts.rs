@@ -17,12 +17,15 @@ fn what_is_left_of_a_failed_attempt_is_no_part_of_the_next() {
     source.fill(2);
     let writes = destination.threads(&guest(Pattern::Uniform, 1000));
     let _ = source.threads(&guest(Pattern::Uniform, 1000));
-    let (incoming, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (incoming, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     let proxy = Proxy::to(&address).unwrap();
     let options = Switch::AtOnce.options(TRICKLE);
     let outgoing = source.vmm.start_outgoing(proxy.address(), &options).unwrap();
     let client = source.client();
-    let phase = |phase: Phase| wait_until(phase.name(), PATIENCE, || source.status().phase == phase).unwrap();
+    let phase = |phase: Phase| {
+        wait_until(phase.name(), PATIENCE, || source.status().phase == phase).unwrap()
+    };
     phase(Phase::Postcopy);
     let streams = u64::from(options.connections());
     for connections in 1..streams {
@@ -40,7 +43,8 @@ fn what_is_left_of_a_failed_attempt_is_no_part_of_the_next() {
         client.recover(None, &options).unwrap();
         // It is not asked a second time.
         phase(Phase::Postcopy);
-        wait_until("the destination's", PATIENCE, || destination.status().phase == Phase::Postcopy).unwrap();
+        wait_until("the destination's", PATIENCE, || destination.status().phase == Phase::Postcopy)
+            .unwrap();
     }
     client.set_parameters(&OutgoingOptions { bandwidth: 0, ..options }).unwrap();
     for (side, job) in [(&source, outgoing), (&destination, incoming)] {

@@ -24,7 +24,8 @@ fn side() -> Side {
         fd_offset: u64::from(id) * 0x3000,
         ..BlockLayout::ram(8 * MIB)
     };
-    let plugged = BlockLayout { discarded: true, granularity: UNIT, fd_offset: 0, ..ram(PLUGGED, "plugged") };
+    let plugged =
+        BlockLayout { discarded: true, granularity: UNIT, fd_offset: 0, ..ram(PLUGGED, "plugged") };
     Side::new(Arc::new(TestMemory::new(vec![ram(0, "low"), ram(1, "high"), plugged]).unwrap()))
 }
 
@@ -46,7 +47,8 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
         let (source, destination) = (side(), side());
         let options = guest(Pattern::Uniform, 20_000);
         let (wrote, writes) = (source.threads(&options), destination.threads(&options));
-        // A page that was freed by the VMM is a hole, and one that was not has stale content: neither is to come.
+        // A page that was freed by the VMM is a hole, and one that was not has stale content:
+        // neither is to come.
         let mut taken = [(Punch::Yes, seed), (Punch::No, seed + 100)]
             .map(|(punch, seed)| balloon(&source, Way::Discard(punch), seed));
         let mut freed = balloon(&source, Way::Free, seed + 300);
@@ -77,7 +79,8 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
         let mut freeing = balloon(&destination, Way::Free, seed + 400);
         let mut plugged = plug(&destination);
         let client = destination.client();
-        let mut held = taken.iter().flat_map(|balloon| balloon.held().iter().copied()).collect::<Vec<_>>();
+        let mut held =
+            taken.iter().flat_map(|balloon| balloon.held().iter().copied()).collect::<Vec<_>>();
         for round in 0..16 {
             there.inflate(6, 60).unwrap();
             there.deflate(2).unwrap();
@@ -100,7 +103,8 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
         assert!(theirs.dropped_pages > 0, "{theirs:?}");
         assert!(ours.dropped_pages <= theirs.dropped_pages, "{ours:?} {theirs:?}");
         let before = writes();
-        wait_until("writes into what was taken back", PATIENCE, || writes() > before + 2000).unwrap();
+        wait_until("writes into what was taken back", PATIENCE, || writes() > before + 2000)
+            .unwrap();
         destination.vmm.stop().unwrap();
         destination.vmm.usage().check().unwrap();
         for (block, run) in freeing.held() {
@@ -114,7 +118,11 @@ fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
             let runs: Vec<_> = discarded.runs(block.all()).collect();
             assert!(!runs.is_empty());
             for run in runs {
-                assert!(block.is_hole(run).unwrap(), "block {}: {run:?} was given away, and is no hole", block.id());
+                assert!(
+                    block.is_hole(run).unwrap(),
+                    "block {}: {run:?} was given away, and is no hole",
+                    block.id()
+                );
             }
             let given = discarded.next_set(block.all()).unwrap();
             assert_eq!(block.read_word(given * PAGE_SIZE).unwrap(), 0);

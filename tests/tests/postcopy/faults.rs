@@ -69,7 +69,10 @@ fn threads_that_touch_a_page_at_once_all_get_its_content() {
     migration.hurry();
     let [_, incoming] = migration.finish();
     let counted = incoming.counters;
-    assert!(counted.faults > 0 && counted.faults <= 2 * block.pages(), "each page is one fault: {counted:?}");
+    assert!(
+        counted.faults > 0 && counted.faults <= 2 * block.pages(),
+        "each page is one fault: {counted:?}"
+    );
     assert_arrived(&destination);
 }
 
@@ -108,7 +111,8 @@ fn a_system_call_waits_for_the_memory_that_it_reads_or_writes() {
     let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
     migration.until_postcopy();
     let guest = destination.vmm.memory().guest();
-    // Whole pages, and parts of the one before and of the one after: the rest of those comes from the source.
+    // Whole pages, and parts of the one before and of the one after: the rest of those comes from
+    // the source.
     let (before, length) = (100, 3 * PAGE_SIZE + 500);
     let mut bytes = vec![0; length as usize];
     Random::new(SEED).fill(&mut bytes);
@@ -141,14 +145,19 @@ fn a_system_call_waits_for_the_memory_that_it_reads_or_writes() {
             guest.write_all_volatile_to(from, &mut writer, found.len()).unwrap();
             std::fs::File::from(reader.try_clone().unwrap()).read_exact(&mut found).unwrap();
         }
-        let sent: Vec<u8> = (page + 8..page + 12).flat_map(|page| page_content(SEED, page)).collect();
-        assert!(found == sent[before as usize..][..bytes.len()], "what was written from page {page:#x}");
+        let sent: Vec<u8> =
+            (page + 8..page + 12).flat_map(|page| page_content(SEED, page)).collect();
+        assert!(
+            found == sent[before as usize..][..bytes.len()],
+            "what was written from page {page:#x}"
+        );
     }
     migration.hurry();
     let [_, incoming] = migration.finish();
     assert!(incoming.counters.faults > 100, "{:?}", incoming.counters);
     for page in places {
-        let mut wanted: Vec<u8> = (page..page + 5).flat_map(|page| page_content(SEED, page)).collect();
+        let mut wanted: Vec<u8> =
+            (page..page + 5).flat_map(|page| page_content(SEED, page)).collect();
         wanted[before as usize..][..bytes.len()].copy_from_slice(&bytes);
         let mut found = vec![0; wanted.len()];
         block.read(page * PAGE_SIZE, &mut found).unwrap();
@@ -163,10 +172,15 @@ fn a_page_whose_push_is_held_back_comes_when_it_is_asked_for() {
     }
     let (source, destination) = (Side::small(8), Side::small(8));
     source.block(0).fill(source.block(0).all(), 7).unwrap();
-    let (job, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (job, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     // The push takes a minute for each of the pieces that it claims.
-    let options =
-        OutgoingOptions { streams: 2, mode: Mode::Postcopy, bandwidth: MIN_BANDWIDTH, ..OutgoingOptions::default() };
+    let options = OutgoingOptions {
+        streams: 2,
+        mode: Mode::Postcopy,
+        bandwidth: MIN_BANDWIDTH,
+        ..OutgoingOptions::default()
+    };
     let outgoing = source.vmm.start_outgoing(&address, &options).unwrap();
     destination.vmm.wait_phase(Phase::Postcopy, PATIENCE).unwrap();
     let memory = destination.vmm.memory().clone();
@@ -183,6 +197,9 @@ fn a_page_whose_push_is_held_back_comes_when_it_is_asked_for() {
     for page in 0..source.block(0).pages() {
         let mut expected = source.block(0).read_page(page).unwrap();
         expected[..8].copy_from_slice(&page.to_ne_bytes());
-        assert!(destination.block(0).read_page(page).unwrap() == expected, "page {page} is not what was sent");
+        assert!(
+            destination.block(0).read_page(page).unwrap() == expected,
+            "page {page} is not what was sent"
+        );
     }
 }

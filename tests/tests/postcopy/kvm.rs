@@ -33,11 +33,16 @@ fn moves(pages: Pages, switch: Switch, tracker: impl FnOnce(&KvmGuest, &TestMemo
     wait_until("two sweeps", PATIENCE, || *counters_of(&source).last().unwrap() >= 2).unwrap();
 
     let at_once = switch == Switch::AtOnce;
-    let migration = Move::start(&source, &destination, switch.options(if at_once { TRICKLE } else { 30 * MIB }));
+    let migration = Move::start(
+        &source,
+        &destination,
+        switch.options(if at_once { TRICKLE } else { 30 * MIB }),
+    );
     migration.until_gone();
     let stopped = check_consistent(counters_of(&source)).unwrap();
     if at_once {
-        // Nobody else touches it, and it sweeps in order: it has counted in the first page that it waited for when it waits for the second.
+        // Nobody else touches it, and it sweeps in order: it has counted in the first page that it
+        // waited for when it waits for the second.
         wait_until("the guest to count on before its memory is there", PATIENCE, || {
             destination.status().counters.faults >= 2
         })
@@ -70,7 +75,9 @@ fn a_guest_under_kvm_counts_on_before_its_memory_is_there() {
 fn a_guest_tracked_by_kvms_dirty_log_goes_after_its_passes() {
     if require::kvm() && require::uffd() {
         for switch in [Switch::AfterPasses(2), Switch::OnNonConvergence] {
-            moves(Pages::Small, switch, |guest, _| Tracker::Hooks(Box::new(guest.dirty_log().unwrap())));
+            moves(Pages::Small, switch, |guest, _| {
+                Tracker::Hooks(Box::new(guest.dirty_log().unwrap()))
+            });
         }
     }
 }
@@ -89,6 +96,8 @@ fn a_guest_under_kvm_on_huge_pages_goes_at_once_and_after_its_passes() {
     }
     let Some(_pool) = require::hugetlb(2 * (2 * 4 + 1)) else { return };
     moves(Pages::Huge, Switch::AtOnce, |_, _| Tracker::Log);
-    moves(Pages::Huge, Switch::AfterPasses(2), |guest, _| Tracker::Hooks(Box::new(guest.dirty_log().unwrap())));
+    moves(Pages::Huge, Switch::AfterPasses(2), |guest, _| {
+        Tracker::Hooks(Box::new(guest.dirty_log().unwrap()))
+    });
     moves(Pages::Huge, Switch::AfterPasses(2), |_, _| Tracker::WriteProtect);
 }

@@ -37,7 +37,11 @@ fn holes_are_plain_holes_again_when_all_is_here() {
     assert!(!blocks.iter().any(is_registered));
     assert!(source.vmm.memory().blocks().iter().all(|block| !is_registered(block)));
     // Nobody is there to answer.
-    let word = destination.block(0).mapping().get_atomic_ref::<AtomicU64>((700 * PAGE_SIZE) as usize).unwrap();
+    let word = destination
+        .block(0)
+        .mapping()
+        .get_atomic_ref::<AtomicU64>((700 * PAGE_SIZE) as usize)
+        .unwrap();
     assert_eq!(word.load(Ordering::Relaxed), 0);
     assert_eq!(destination.status().counters.faults, incoming.counters.faults);
 }

@@ -1,4 +1,5 @@
-//! Memory that postcopy cannot fill is refused when the source connects, and not when its guest is to move.
+//! Memory that postcopy cannot fill is refused when the source connects, and not when its guest is
+//! to move.
 
 use crate::scene::{Pages, Side, Switch, memory};
 use pageferry_client::tracking::uffd::WriteProtect;
@@ -16,10 +17,17 @@ use std::sync::Arc;
 const MIB: u64 = 1 << 20;
 
 /// The source is refused in all modes with postcopy, with these words, before it sends a page; the
-/// destination waits on, its operator reads the same, and a precopy is taken, if the memory is good for that.
+/// destination waits on, its operator reads the same, and a precopy is taken, if the memory is good
+/// for that.
 fn refused_at_accept(source: &Side, destination: &MockVmm, words: &str, takes_precopy: bool) {
-    source.vmm.memory().blocks().iter().for_each(|block| block.fill(PageRange::new(0, 64), 7).unwrap());
-    let (incoming, address) = destination.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    source
+        .vmm
+        .memory()
+        .blocks()
+        .iter()
+        .for_each(|block| block.fill(PageRange::new(0, 64), 7).unwrap());
+    let (incoming, address) =
+        destination.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     for switch in [Switch::AtOnce, Switch::AfterPasses(1), Switch::OnRequest] {
         let outgoing = source.vmm.start_outgoing(&address, &switch.options(0)).unwrap();
         let status = source.vmm.wait_job(outgoing, PATIENCE).unwrap();
@@ -28,7 +36,10 @@ fn refused_at_accept(source: &Side, destination: &MockVmm, words: &str, takes_pr
         assert_eq!((status.counters.pages_sent, status.counters.passes), (0, 0));
         let there = destination.client().status().unwrap();
         assert_eq!((there.job, there.phase), (incoming, Phase::Connecting));
-        wait_until("the note", PATIENCE, || destination.client().status().unwrap().error.contains(words)).unwrap();
+        wait_until("the note", PATIENCE, || {
+            destination.client().status().unwrap().error.contains(words)
+        })
+        .unwrap();
     }
     if takes_precopy {
         let outgoing = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
@@ -46,9 +57,16 @@ fn one_block(backing: Backing) -> Arc<TestMemory> {
 
 #[test]
 fn a_file_on_a_disk_takes_precopy_alone() {
-    let Some(file) = require::file_on_disk(Path::new(env!("CARGO_TARGET_TMPDIR")), 4 * MIB) else { return };
+    let Some(file) = require::file_on_disk(Path::new(env!("CARGO_TARGET_TMPDIR")), 4 * MIB) else {
+        return;
+    };
     let destination = Side::new(one_block(Backing::File(Arc::new(file))));
-    refused_at_accept(&Side::new(one_block(Backing::Memfd)), &destination.vmm, "block 0 is a file on a disk", true);
+    refused_at_accept(
+        &Side::new(one_block(Backing::Memfd)),
+        &destination.vmm,
+        "block 0 is a file on a disk",
+        true,
+    );
 }
 
 #[test]
@@ -58,11 +76,13 @@ fn a_mapping_that_the_kernel_does_not_register_takes_precopy_alone() {
     }
     // The VMM itself has it registered.
     let memory = memory(Pages::Small, 4);
-    let ranges: Vec<_> = memory.blocks().iter().map(|block| (block.address(), block.layout().length)).collect();
+    let ranges: Vec<_> =
+        memory.blocks().iter().map(|block| (block.address(), block.layout().length)).collect();
     let registered = WriteProtect::register(&ranges).unwrap();
     let (agent, socket) = InProcessAgent::start().unwrap();
     let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-    let destination = MockVmm::new(client, channel, Usage::new(memory).unwrap(), Tracker::Log).unwrap();
+    let destination =
+        MockVmm::new(client, channel, Usage::new(memory).unwrap(), Tracker::Log).unwrap();
     let words = "block 0 cannot be registered for missing pages";
     refused_at_accept(&Side::small(4), &destination, words, true);
     drop(destination);
@@ -82,7 +102,8 @@ fn memory_that_is_sealed_against_writing_takes_no_guest() {
     let destination = Side::new(memory);
     let source = Side::new(one_block(Backing::Memfd));
     refused_at_accept(&source, &destination.vmm, "block 0 is sealed against writing", false);
-    let (incoming, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (incoming, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     let outgoing = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
     let status = source.vmm.wait_job(outgoing, PATIENCE).unwrap();
     assert!(status.error.contains("block 0 is sealed against writing"), "{}", status.error);

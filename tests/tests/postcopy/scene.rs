@@ -1,6 +1,8 @@
 //! Two VMMs, and a migration between them.
 
-use pageferry_client::{Client, Config, IncomingOptions, JobStatus, Mode, NonConvergence, OutgoingOptions, Phase};
+use pageferry_client::{
+    Client, Config, IncomingOptions, JobStatus, Mode, NonConvergence, OutgoingOptions, Phase,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuest, ThreadGuestOptions};
@@ -31,7 +33,13 @@ pub fn memory(pages: Pages, mib: u64) -> Arc<TestMemory> {
         Pages::Huge => (HUGE_PAGE, Backing::HugePages),
     };
     let low = BlockLayout { fd_offset, backing: backing.clone(), ..BlockLayout::ram(mib * MIB) };
-    let high = BlockLayout { id: 1, name: "high".into(), gpa: 1 << 30, backing, ..BlockLayout::ram(mib * MIB) };
+    let high = BlockLayout {
+        id: 1,
+        name: "high".into(),
+        gpa: 1 << 30,
+        backing,
+        ..BlockLayout::ram(mib * MIB)
+    };
     Arc::new(TestMemory::new(vec![low, high]).unwrap())
 }
 
@@ -108,13 +116,23 @@ pub fn fill(block: &TestBlock, pages: PageRange, seed: u64) {
 pub fn check_filled(block: &TestBlock, pages: PageRange, seed: u64) {
     for page in pages.first..pages.end() {
         let found = block.read_page(page).unwrap();
-        assert!(found[WORDS..] == page_content(seed, page)[WORDS..], "block {}, page {page:#x}", block.id());
+        assert!(
+            found[WORDS..] == page_content(seed, page)[WORDS..],
+            "block {}, page {page:#x}",
+            block.id()
+        );
     }
 }
 
 /// A guest that writes the log itself.
 pub fn guest(pattern: Pattern, rate: u64) -> ThreadGuestOptions {
-    ThreadGuestOptions { threads: 3, rate: Some(rate), pattern, path: Path::MappingAndLog, ..Default::default() }
+    ThreadGuestOptions {
+        threads: 3,
+        rate: Some(rate),
+        pattern,
+        path: Path::MappingAndLog,
+        ..Default::default()
+    }
 }
 
 /// When the guest goes.
@@ -126,7 +144,8 @@ pub enum Switch {
     OnNonConvergence,
 }
 
-pub const SWITCHES: [Switch; 4] = [Switch::AtOnce, Switch::AfterPasses(2), Switch::OnRequest, Switch::OnNonConvergence];
+pub const SWITCHES: [Switch; 4] =
+    [Switch::AtOnce, Switch::AfterPasses(2), Switch::OnRequest, Switch::OnNonConvergence];
 
 impl Switch {
     pub fn options(self, bandwidth: u64) -> OutgoingOptions {
@@ -144,7 +163,9 @@ impl Switch {
             Self::AtOnce => OutgoingOptions { mode: Mode::Postcopy, ..options },
             Self::AfterPasses(switch_after) => OutgoingOptions { switch_after, ..options },
             Self::OnRequest => options,
-            Self::OnNonConvergence => OutgoingOptions { max_passes: 2, policy: NonConvergence::Postcopy, ..options },
+            Self::OnNonConvergence => {
+                OutgoingOptions { max_passes: 2, policy: NonConvergence::Postcopy, ..options }
+            }
         }
     }
 }
@@ -163,7 +184,8 @@ pub struct Move<'a> {
 
 impl<'a> Move<'a> {
     pub fn start(source: &'a Side, destination: &'a Side, options: OutgoingOptions) -> Self {
-        let incoming = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+        let incoming =
+            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
         let (incoming, address) = incoming;
         let outgoing = source.vmm.start_outgoing(&address, &options).unwrap();
         Self { source, destination, options, outgoing, incoming }
@@ -196,7 +218,11 @@ impl<'a> Move<'a> {
         let both = [(self.source, self.outgoing), (self.destination, self.incoming)];
         both.map(|(side, job)| {
             side.vmm.wait_job(job, PATIENCE).unwrap_or_else(|error| {
-                panic!("{error}: {:?} {:?}", self.source.client().status(), self.destination.client().status())
+                panic!(
+                    "{error}: {:?} {:?}",
+                    self.source.client().status(),
+                    self.destination.client().status()
+                )
             })
         })
     }
@@ -217,7 +243,10 @@ impl<'a> Move<'a> {
         let (ours, theirs) = (outgoing.counters, incoming.counters);
         // What was asked for may have come by itself meanwhile.
         assert!(ours.requested_pages <= theirs.requested_pages, "{ours:?} {theirs:?}");
-        assert!(theirs.pushed_pages <= ours.pushed_pages + ours.requested_pages, "{ours:?} {theirs:?}");
+        assert!(
+            theirs.pushed_pages <= ours.pushed_pages + ours.requested_pages,
+            "{ours:?} {theirs:?}"
+        );
         ended
     }
 }
@@ -226,7 +255,12 @@ impl<'a> Move<'a> {
 pub fn plausible(status: &JobStatus) {
     let counters = &status.counters;
     assert_eq!(counters.remaining_pages, 0, "{counters:?}");
-    let latencies = [counters.fault_p50_us, counters.fault_p90_us, counters.fault_p99_us, counters.fault_max_us];
+    let latencies = [
+        counters.fault_p50_us,
+        counters.fault_p90_us,
+        counters.fault_p99_us,
+        counters.fault_max_us,
+    ];
     assert!(latencies.is_sorted(), "{counters:?}");
     assert!(counters.fault_max_us <= counters.total_us, "{counters:?}");
     assert!(counters.paused_us <= counters.total_us, "{counters:?}");

@@ -1,6 +1,8 @@
 //! A destination that has too few huge pages, before its guest runs and while it does.
 
-use crate::scene::{HUGE, MIB, Move, Pages, Side, Switch, TRICKLE, check_filled, fill, guest, memory, plausible};
+use crate::scene::{
+    HUGE, MIB, Move, Pages, Side, Switch, TRICKLE, check_filled, fill, guest, memory, plausible,
+};
 use pageferry_client::{BlockRange, OutgoingOptions, Phase, Punch};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
@@ -34,7 +36,8 @@ fn a_guest_does_not_move_where_there_are_too_few_huge_pages_for_it() {
         wait_until("writes", PATIENCE, || wrote() > 2000).unwrap();
         // With passes the pages are allocated as they arrive, by name as well.
         let hog = take_all_but(3);
-        let [outgoing, incoming] = Move::start(&source, &destination, switch.options(60 * MIB)).end();
+        let [outgoing, incoming] =
+            Move::start(&source, &destination, switch.options(60 * MIB)).end();
         for status in [&outgoing, &incoming] {
             assert_eq!(status.phase, Phase::Failed, "{}", status.error);
             assert!(status.error.contains("nr_hugepages"), "{}", status.error);
@@ -50,7 +53,12 @@ fn a_guest_does_not_move_where_there_are_too_few_huge_pages_for_it() {
         wait_until("writes there", PATIENCE, || writes() > 0).unwrap();
         destination.vmm.stop().unwrap();
         assert!(destination.vmm.usage().check().unwrap() > 1000);
-        destination.vmm.memory().blocks().iter().for_each(|block| check_filled(block, block.all(), 4));
+        destination
+            .vmm
+            .memory()
+            .blocks()
+            .iter()
+            .for_each(|block| check_filled(block, block.all(), 4));
     }
 }
 
@@ -92,7 +100,10 @@ fn a_guest_that_waits_for_a_huge_page_says_so_and_goes_on_when_there_is_one() {
     let touching = std::thread::spawn(move || {
         memory.block(1).unwrap().store(last * HUGE * PAGE_SIZE, 5).unwrap();
     });
-    wait_until("the status says it", PATIENCE, || destination.status().error.contains("nr_hugepages")).unwrap();
+    wait_until("the status says it", PATIENCE, || {
+        destination.status().error.contains("nr_hugepages")
+    })
+    .unwrap();
     assert!(!touching.is_finished());
     drop(hog);
     wait_until("the page", PATIENCE, || touching.is_finished()).unwrap();

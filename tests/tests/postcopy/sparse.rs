@@ -20,14 +20,16 @@ const GIVEN: PageRange = PageRange { first: 0, count: 7 * GIB / PAGE_SIZE };
 /// Given to the balloon with its content, and not freed.
 const STALE: PageRange = PageRange { first: GIB / PAGE_SIZE, count: (32 << 20) / PAGE_SIZE };
 /// What the guest has allocated of its own.
-const USED: PageRange = PageRange { first: 7 * GIB / PAGE_SIZE + 5000, count: (64 << 20) / PAGE_SIZE };
+const USED: PageRange =
+    PageRange { first: 7 * GIB / PAGE_SIZE + 5000, count: (64 << 20) / PAGE_SIZE };
 
 #[test]
 fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
     if !require::uffd() {
         return;
     }
-    let [source, destination] = [(), ()].map(|()| Side::new(Arc::new(TestMemory::ram(8 * GIB).unwrap())));
+    let [source, destination] =
+        [(), ()].map(|()| Side::new(Arc::new(TestMemory::ram(8 * GIB).unwrap())));
     let (here, there) = (source.block(0), destination.block(0));
     here.fill(STALE, SEED).unwrap();
     here.fill(USED, SEED).unwrap();
@@ -38,7 +40,8 @@ fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
 
     let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
     migration.until_postcopy();
-    // All over: where the balloon has it, with stale content at the source and without, in holes, and in what was used.
+    // All over: where the balloon has it, with stale content at the source and without, in holes,
+    // and in what was used.
     let touched: BTreeSet<u64> = std::thread::scope(|scope| {
         let threads = (0..4).map(|thread| {
             scope.spawn(move || {
@@ -47,7 +50,10 @@ fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
                 for number in 0..600 {
                     let all = [there.all(), STALE, USED][number % 3];
                     let page = all.first + random.below(all.count);
-                    let word = there.mapping().get_atomic_ref::<AtomicU64>((page * PAGE_SIZE) as usize).unwrap();
+                    let word = there
+                        .mapping()
+                        .get_atomic_ref::<AtomicU64>((page * PAGE_SIZE) as usize)
+                        .unwrap();
                     let expected = match page {
                         page if USED.first <= page && page < USED.end() => page_content(SEED, page),
                         _ => [0; PAGE_SIZE as usize],
@@ -66,8 +72,13 @@ fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
     let [outgoing, incoming] = migration.finish();
 
     let (ours, theirs) = (outgoing.counters, incoming.counters);
-    let asked = touched.iter().filter(|page| USED.first <= **page && **page < USED.end()).count() as u64;
-    assert!(theirs.requested_pages <= asked, "{} of {asked} were asked for", theirs.requested_pages);
+    let asked =
+        touched.iter().filter(|page| USED.first <= **page && **page < USED.end()).count() as u64;
+    assert!(
+        theirs.requested_pages <= asked,
+        "{} of {asked} were asked for",
+        theirs.requested_pages
+    );
     assert_eq!(ours.requested_pages + ours.pushed_pages, USED.count, "nothing else was owed");
     // A page that is asked for while its push is on its way is sent once more.
     let twice = ours.pages_sent.checked_sub(USED.count).unwrap();
@@ -76,11 +87,18 @@ fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
     assert!(ours.wire_bytes < USED.bytes() * 11 / 10, "{ours:?}");
     assert!((USED.count..=ours.pages_sent).contains(&theirs.pages_sent), "{theirs:?}");
     // Each page once, however many touched it.
-    assert!(theirs.faults >= touched.len() as u64 - asked && theirs.faults <= touched.len() as u64, "{theirs:?}");
+    assert!(
+        theirs.faults >= touched.len() as u64 - asked && theirs.faults <= touched.len() as u64,
+        "{theirs:?}"
+    );
 
     assert_eq!(here.allocated().unwrap(), allocated, "nothing is allocated at the source");
     let beside = touched.len() as u64 - asked;
-    assert_eq!(pages_in(there.allocated().unwrap()), USED.count + beside, "what was used, and what the guest touched");
+    assert_eq!(
+        pages_in(there.allocated().unwrap()),
+        USED.count + beside,
+        "what was used, and what the guest touched"
+    );
     for page in USED.first..USED.end() {
         assert!(there.read_page(page).unwrap() == page_content(SEED, page), "page {page:#x}");
     }

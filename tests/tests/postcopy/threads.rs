@@ -1,4 +1,5 @@
-//! Guests of threads, and devices, that write on both sides: whenever the guest goes, whatever it writes, and however that is found.
+//! Guests of threads, and devices, that write on both sides: whenever the guest goes, whatever it
+//! writes, and however that is found.
 
 use crate::scene::{HUGE, MIB, Move, Pages, SWITCHES, Side, Switch, guest, memory};
 use pageferry_client::JobStatus;
@@ -20,11 +21,15 @@ fn add_devices(side: &Side) {
     }
 }
 
-/// Moves a guest that writes all the time, and checks every word that it and its devices wrote, and what they did not.
-fn moves(source: &Side, destination: &Side, switch: Switch, options: &ThreadGuestOptions) -> [JobStatus; 2] {
+/// Moves a guest that writes all the time, and checks every word that it and its devices wrote, and
+/// what they did not.
+fn moves(
+    source: &Side, destination: &Side, switch: Switch, options: &ThreadGuestOptions,
+) -> [JobStatus; 2] {
     source.fill(SEED);
     let wrote = source.threads(options);
-    let writes = destination.threads(&ThreadGuestOptions { path: Path::MappingAndLog, ..options.clone() });
+    let writes =
+        destination.threads(&ThreadGuestOptions { path: Path::MappingAndLog, ..options.clone() });
     [source, destination].iter().for_each(|side| add_devices(side));
     source.vmm.start().unwrap();
     wait_until("writes", PATIENCE, || wrote() > 2000).unwrap();
@@ -98,14 +103,21 @@ fn host_pages_are_placed_whole_whatever_their_size_at_the_source() {
     }
     // Two blocks, one of them from its second host page on, on both sides.
     let Some(_pool) = require::hugetlb(2 * (2 * 4 + 1)) else { return };
-    for (ours, theirs) in [(Pages::Huge, Pages::Huge), (Pages::Small, Pages::Huge), (Pages::Huge, Pages::Small)] {
+    for (ours, theirs) in
+        [(Pages::Huge, Pages::Huge), (Pages::Small, Pages::Huge), (Pages::Huge, Pages::Small)]
+    {
         for switch in [Switch::AtOnce, Switch::AfterPasses(1)] {
             eprintln!("{ours:?} to {theirs:?}, {switch:?}");
             let (source, destination) = (Side::new(memory(ours, 8)), Side::new(memory(theirs, 8)));
-            let [outgoing, incoming] = moves(&source, &destination, switch, &guest(Pattern::Uniform, 20_000));
+            let [outgoing, incoming] =
+                moves(&source, &destination, switch, &guest(Pattern::Uniform, 20_000));
             if theirs == Pages::Huge {
                 for counted in [outgoing.counters, incoming.counters] {
-                    assert_eq!((counted.requested_pages + counted.pushed_pages) % HUGE, 0, "{counted:?}");
+                    assert_eq!(
+                        (counted.requested_pages + counted.pushed_pages) % HUGE,
+                        0,
+                        "{counted:?}"
+                    );
                 }
             }
         }

@@ -68,18 +68,23 @@ fn whoever_watches_sees_the_pause_and_the_recovery() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let (source, destination) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
+    let (source, destination) =
+        (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
     let block = source.vmm.memory().block(0).unwrap();
     block.fill(block.all(), 1).unwrap();
-    let (incoming, address) = destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (incoming, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     let proxy = Proxy::to(&address).unwrap();
-    let options = OutgoingOptions { mode: Mode::Postcopy, bandwidth: 64 << 10, ..OutgoingOptions::default() };
+    let options =
+        OutgoingOptions { mode: Mode::Postcopy, bandwidth: 64 << 10, ..OutgoingOptions::default() };
     let outgoing = source.vmm.start_outgoing(proxy.address(), &options).unwrap();
     let mut watching = [source.watch(), destination.watch()];
     let sides = [&source, &destination];
     let sees = |watching: &[Process], phase: Phase, sides: std::ops::Range<usize>| {
         wait_until(phase.name(), PATIENCE, || {
-            watching[sides.clone()].iter().all(|watch| names(watch).iter().any(|name| name == phase.name()))
+            watching[sides.clone()]
+                .iter()
+                .all(|watch| names(watch).iter().any(|name| name == phase.name()))
         })
         .unwrap();
     };
@@ -106,7 +111,13 @@ fn whoever_watches_sees_the_pause_and_the_recovery() {
     .unwrap();
     source.vmm.client().set_parameters(&OutgoingOptions { bandwidth: 0, ..options }).unwrap();
 
-    let order = [Phase::Postcopy, Phase::PostcopyPaused, Phase::Recovering, Phase::Postcopy, Phase::Completed];
+    let order = [
+        Phase::Postcopy,
+        Phase::PostcopyPaused,
+        Phase::Recovering,
+        Phase::Postcopy,
+        Phase::Completed,
+    ];
     for ((side, job), watch) in sides.into_iter().zip([outgoing, incoming]).zip(&mut watching) {
         let status = side.vmm.wait_job(job, PATIENCE).unwrap();
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
@@ -119,7 +130,8 @@ fn whoever_watches_sees_the_pause_and_the_recovery() {
         let since = names.iter().skip_while(|name| *name != "postcopy").collect::<Vec<_>>();
         assert!(since.iter().all(|name| expected.any(|next| next == name.as_str())), "{names:?}");
         assert_eq!(names.last().unwrap(), "completed");
-        wait_until("the last event", PATIENCE, || side.phases().last() == Some(&Phase::Completed)).unwrap();
+        wait_until("the last event", PATIENCE, || side.phases().last() == Some(&Phase::Completed))
+            .unwrap();
         let phases = side.phases();
         assert!(phases.ends_with(&order), "{phases:?}");
         let remaining: Vec<u64> =

@@ -1,10 +1,14 @@
-//! What fails before the commit: the guest runs on at the source, the destination is as it was, and the next attempt completes. And the commit that is on its way.
+//! What fails before the commit: the guest runs on at the source, the destination is as it was, and
+//! the next attempt completes. And the commit that is on its way.
 
 use crate::common::{At, Attached, Passing, Relay, SOON, WIRES, Wire, at_once, lock};
 use crate::scene::{
-    PAGES, Scene, Side, TIMEOUT, WANTED, assert_arrived, assert_not_registered, empty, postcopy, stamp_of, stamped,
+    PAGES, Scene, Side, TIMEOUT, WANTED, assert_arrived, assert_not_registered, empty, postcopy,
+    stamp_of, stamped,
 };
-use pageferry_client::{Error, HookError, IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase, Target};
+use pageferry_client::{
+    Error, HookError, IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase, Target,
+};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
 use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd, feature};
@@ -176,10 +180,13 @@ fn a_hook_that_fails_or_never_answers_leaves_the_guest_running_and_the_destinati
         if !never {
             vmm.on(at, || Err(HookError::new("the fan is on fire")));
         }
-        let options = OutgoingOptions { hook_timeout: if never { TIMEOUT } else { SOON }, ..postcopy() };
+        let options =
+            OutgoingOptions { hook_timeout: if never { TIMEOUT } else { SOON }, ..postcopy() };
         let mut scene = Scene::between(Wire::Unix, source, destination, &options);
         let (source, there) = (&scene.source, &scene.destination);
-        scene.relay.pump("the end", || source.seen().phase.is_final() && there.seen().phase.is_final());
+        scene
+            .relay
+            .pump("the end", || source.seen().phase.is_final() && there.seen().phase.is_final());
         let words = if never { format!("\"{name}\"") } else { "the fan is on fire".to_owned() };
         for side in [source, there] {
             let status = ended(side, Phase::Failed);
@@ -207,7 +214,9 @@ fn a_mapping_that_another_userfaultfd_has_fails_the_migration_by_its_address() {
     let range = Addresses { start: scene.destination.ram.address(), length: PAGES * PAGE_SIZE };
     other.register(range, Register::WriteProtect).unwrap();
     let (source, there) = (&scene.source, &scene.destination);
-    scene.relay.pump("the end", || source.seen().phase.is_final() && !there.seen().error.is_empty());
+    scene
+        .relay
+        .pump("the end", || source.seen().phase.is_final() && !there.seen().error.is_empty());
     for status in [ended(source, Phase::Failed), there.seen()] {
         let address = format!("{:#x}", range.start);
         for words in [&address, "block 3", "missing pages", "busy"] {
@@ -215,7 +224,9 @@ fn a_mapping_that_another_userfaultfd_has_fails_the_migration_by_its_address() {
         }
     }
     // Nothing moved, and the destination waits for another.
-    assert!(scene.relay.seen.iter().all(|record| matches!(record.kind, Kind::Hello | Kind::Reject)));
+    assert!(
+        scene.relay.seen.iter().all(|record| matches!(record.kind, Kind::Hello | Kind::Reject))
+    );
     assert_eq!(there.seen().phase, Phase::Connecting);
     assert_runs_here(source);
     other.unregister(range).unwrap();
@@ -233,11 +244,15 @@ fn a_destination_whose_block_is_mapped_nowhere_is_refused_by_name_before_anythin
     let unmapped = Side::near(crate::common::Ram::odd(PAGES));
     let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), unmapped, &postcopy());
     let (source, there) = (&scene.source, &scene.destination);
-    scene.relay.pump("the end", || source.seen().phase.is_final() && !there.seen().error.is_empty());
+    scene
+        .relay
+        .pump("the end", || source.seen().phase.is_final() && !there.seen().error.is_empty());
     for status in [ended(source, Phase::Failed), there.seen()] {
         assert!(status.error.contains("block 3 has no vmm_address"), "{}", status.error);
     }
-    assert!(scene.relay.seen.iter().all(|record| matches!(record.kind, Kind::Hello | Kind::Reject)));
+    assert!(
+        scene.relay.seen.iter().all(|record| matches!(record.kind, Kind::Hello | Kind::Reject))
+    );
     assert_eq!(lock(&source.vmm.asked).pauses, 0);
     assert_next_completes(source, &Side::near(empty()));
 }
@@ -257,7 +272,10 @@ fn a_commit_that_is_lost_leaves_nobody_to_recover_with_and_force_resumes_the_gue
         assert!(status.error.contains("did not confirm"), "{}", status.error);
         assert!(scene.source.vmm.is_paused());
         assert_eq!(scene.source.client.ownership(), Ownership::Relinquished);
-        let again = scene.source.client.start_outgoing(Target::Address("unix:/nowhere".into()), &postcopy());
+        let again = scene
+            .source
+            .client
+            .start_outgoing(Target::Address("unix:/nowhere".into()), &postcopy());
         assert!(matches!(again, Err(Error::NotOurs { .. })));
         // Nobody listens there any more.
         let nowhere = scene.relay.place();

@@ -1,4 +1,5 @@
-//! The destination's agent or its VMM is killed, or hangs, while the guest runs there and waits for its memory.
+//! The destination's agent or its VMM is killed, or hangs, while the guest runs there and waits for
+//! its memory.
 
 use crate::common::{Agent, SOON, WIRES, Wire, lock, moves_to};
 use crate::scene::{PAGES, Scene, Side, TIMEOUT, WANTED_TOO, empty, postcopy, stamped};
@@ -15,7 +16,8 @@ fn assert_lost(found: std::io::Result<u64>) {
 
 fn assert_memory_lost(scene: &Scene) {
     let vmm = &scene.destination.vmm;
-    wait_until("the memory and the agent to be lost", SOON, || lock(&vmm.asked).losses.len() == 2).unwrap();
+    wait_until("the memory and the agent to be lost", SOON, || lock(&vmm.asked).losses.len() == 2)
+        .unwrap();
     assert_eq!(lock(&vmm.asked).losses, ["memory", "agent"]);
     assert_eq!(lock(&vmm.asked).complete, 0);
     assert_eq!(scene.destination.client.ownership(), Ownership::Ours, "it was resumed there");
@@ -27,7 +29,8 @@ fn a_destination_agent_that_is_killed_loses_the_memory_and_who_waits_gets_an_err
         return;
     }
     for wire in WIRES {
-        let mut scene = Scene::between(wire, Side::near(stamped()), Side::far(empty()), &postcopy());
+        let mut scene =
+            Scene::between(wire, Side::near(stamped()), Side::far(empty()), &postcopy());
         let (_request, touch) = scene.until_runs();
         // Until the VMM has stopped its guest nobody gets an error.
         let hold = scene.destination.vmm.block(crate::common::At::MemoryLost);
@@ -78,7 +81,9 @@ fn a_destination_vmm_that_goes_ends_the_job_and_the_guest_is_taken_back_by_force
         let (_request, touch) = scene.until_runs();
         drop(scene.destination.attached.take());
         let (source, there) = (&scene.source, &scene.destination);
-        scene.relay.pump("the pause", || source.seen().phase == Phase::PostcopyPaused && there.seen().phase.is_final());
+        scene.relay.pump("the pause", || {
+            source.seen().phase == Phase::PostcopyPaused && there.seen().phase.is_final()
+        });
         assert_eq!(there.seen().phase, Phase::Cancelled, "{}", there.seen().error);
         drop(touch);
         let resumed = source.run("resume", &["--force"]);

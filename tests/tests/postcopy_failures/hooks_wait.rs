@@ -9,7 +9,8 @@ use pageferry_tests::require;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-/// Has this hook of the destination touch [`WANTED`] before it returns; what it finds comes out of what is returned.
+/// Has this hook of the destination touch [`WANTED`] before it returns; what it finds comes out of
+/// what is returned.
 fn touches(scene: &Scene, at: At) -> Receiver<std::io::Result<u64>> {
     let (ram, (say, found)) = (scene.destination.ram.clone(), channel());
     scene.destination.vmm.on(at, move || {
@@ -65,7 +66,11 @@ fn a_resume_that_is_late_or_fails_does_not_lose_the_memory() {
             Some(there.block(At::Resume))
         };
         let (_, destination) = scene.assert_paused();
-        assert!(destination.error.contains("resuming it failed: hook \"resume\""), "{}", destination.error);
+        assert!(
+            destination.error.contains("resuming it failed: hook \"resume\""),
+            "{}",
+            destination.error
+        );
         assert!(destination.arrived, "{destination:?}");
         assert_eq!(scene.destination.client.ownership(), Ownership::Ours, "it is nowhere else");
         there.off(At::Resume);
@@ -97,7 +102,9 @@ fn a_load_that_waits_for_memory_of_a_silent_source_is_let_go() {
     .unwrap();
     assert_eq!(scene.destination.vmm.resumes(), 0);
     let source = &scene.source;
-    scene.relay.pump("the guest to run on", || !source.vmm.is_paused() && source.seen().phase.is_final());
+    scene
+        .relay
+        .pump("the guest to run on", || !source.vmm.is_paused() && source.seen().phase.is_final());
     assert_eq!(scene.source.client.ownership(), Ownership::Ours);
 }
 
@@ -106,14 +113,18 @@ fn a_resume_that_waits_for_memory_when_the_agent_is_killed_gets_an_error_and_the
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), Side::far(empty()), &postcopy());
+    let mut scene =
+        Scene::between(Wire::Unix, Side::near(stamped()), Side::far(empty()), &postcopy());
     let found = touches(&scene, At::Resume);
     let _request = scene.relay.until(|record| record.kind == Kind::Request);
     scene.destination.agent.kill();
     let error = found.recv_timeout(SOON).unwrap().unwrap_err();
     assert!(error.to_string().contains("Bad address"), "{error}");
     let there = scene.destination.vmm.clone();
-    wait_until("the memory and the agent to be lost", SOON, || lock(&there.asked).losses.len() == 2).unwrap();
+    wait_until("the memory and the agent to be lost", SOON, || {
+        lock(&there.asked).losses.len() == 2
+    })
+    .unwrap();
     assert_eq!(lock(&there.asked).losses, ["memory", "agent"]);
 }
 
@@ -122,7 +133,8 @@ fn a_vmm_that_waits_for_one_who_waits_is_not_waited_for() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), Side::far(empty()), &postcopy());
+    let mut scene =
+        Scene::between(Wire::Unix, Side::near(stamped()), Side::far(empty()), &postcopy());
     let (_request, touch) = scene.until_runs();
     let hold = scene.destination.vmm.block(At::MemoryLost);
     scene.destination.agent.kill();
@@ -131,7 +143,10 @@ fn a_vmm_that_waits_for_one_who_waits_is_not_waited_for() {
     assert!(error.to_string().contains("Bad address"), "{error}");
     drop(hold);
     let there = scene.destination.vmm.clone();
-    wait_until("the memory and the agent to be lost", SOON, || lock(&there.asked).losses.len() == 2).unwrap();
+    wait_until("the memory and the agent to be lost", SOON, || {
+        lock(&there.asked).losses.len() == 2
+    })
+    .unwrap();
     assert_eq!(lock(&there.asked).losses, ["memory", "agent"]);
 }
 
@@ -153,15 +168,25 @@ enum End {
 }
 
 impl End {
-    const ALL: [Self; 5] =
-        [Self::Cut, Self::CancelAtDestination, Self::CancelAtSource, Self::SourceKilled, Self::DestinationStopped];
+    const ALL: [Self; 5] = [
+        Self::Cut,
+        Self::CancelAtDestination,
+        Self::CancelAtSource,
+        Self::SourceKilled,
+        Self::DestinationStopped,
+    ];
 
     /// No hook is ever late: whoever waits goes on long before that.
     fn scene(self) -> Scene {
         let patient = OutgoingOptions { hook_timeout: Duration::from_secs(600), ..postcopy() };
         let side = |far, ram| if far { Side::far(ram) } else { Side::near(ram) };
         let source = side(self == Self::SourceKilled, stamped());
-        Scene::between(Wire::Unix, source, side(self == Self::DestinationStopped, empty()), &patient)
+        Scene::between(
+            Wire::Unix,
+            source,
+            side(self == Self::DestinationStopped, empty()),
+            &patient,
+        )
     }
 
     /// Has it happen, and waits until both sides know.
@@ -181,7 +206,8 @@ impl End {
         } else {
             relay.pump("the end at the destination", || destination.seen().phase.is_final());
             let phase = destination.wait(*incoming).phase;
-            let expected = if self == Self::CancelAtDestination { Phase::Cancelled } else { Phase::Failed };
+            let expected =
+                if self == Self::CancelAtDestination { Phase::Cancelled } else { Phase::Failed };
             assert_eq!(phase, expected, "{self:?}");
         }
         if self == Self::SourceKilled {
@@ -190,7 +216,8 @@ impl End {
         } else {
             relay.pump("the end at the source", || source.seen().phase.is_final());
             let phase = source.wait(*outgoing).phase;
-            let expected = if self == Self::CancelAtSource { Phase::Cancelled } else { Phase::Failed };
+            let expected =
+                if self == Self::CancelAtSource { Phase::Cancelled } else { Phase::Failed };
             assert_eq!(phase, expected, "{self:?}");
         }
         assert!(!scene.source.vmm.is_paused());
@@ -217,7 +244,8 @@ fn a_load_that_waits_goes_on_whatever_ends_its_job_and_the_next_migration_arrive
         scene.destination.vmm.on(At::LoadState, move || {
             // It does not know that the first was the last to be waited for.
             let pages = std::iter::once(WANTED).chain(0..PAGES);
-            let stamps = pages.map(|page| ram.touch(page).found()).collect::<std::io::Result<Vec<u64>>>();
+            let stamps =
+                pages.map(|page| ram.touch(page).found()).collect::<std::io::Result<Vec<u64>>>();
             let _ = say.send(stamps);
             Ok(())
         });
@@ -238,7 +266,10 @@ fn a_load_that_waits_goes_on_whatever_ends_its_job_and_the_next_migration_arrive
         assert_eq!(scene.relay.finish(&scene.source.client, outgoing).phase, Phase::Completed);
         assert_eq!(scene.relay.finish(&scene.destination.client, incoming).phase, Phase::Completed);
         let stamps = found.recv_timeout(SOON).unwrap().unwrap();
-        assert!(stamps[1..].iter().zip(0..).all(|(stamp, page)| *stamp == stamp_of(page)), "{end:?}: {stamps:?}");
+        assert!(
+            stamps[1..].iter().zip(0..).all(|(stamp, page)| *stamp == stamp_of(page)),
+            "{end:?}: {stamps:?}"
+        );
         let asked = lock(&scene.destination.vmm.asked);
         assert_eq!((asked.pending, asked.complete), (2, 2));
         assert!(asked.losses.is_empty());
@@ -272,7 +303,8 @@ fn a_load_that_waits_goes_on_when_the_agent_is_lost() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), Side::far(empty()), &postcopy());
+    let mut scene =
+        Scene::between(Wire::Unix, Side::near(stamped()), Side::far(empty()), &postcopy());
     let found = touches(&scene, At::LoadState);
     let _request = scene.relay.until(|record| record.kind == Kind::Request);
     scene.destination.agent.kill();
@@ -293,7 +325,8 @@ fn what_the_vmm_looks_at_before_its_memory_is_registered_comes_all_the_same() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), Side::near(empty()), &postcopy());
+    let mut scene =
+        Scene::between(Wire::Unix, Side::near(stamped()), Side::near(empty()), &postcopy());
     let (ram, (say, found)) = (scene.destination.ram.clone(), channel());
     // The last hook before the registration.
     scene.destination.vmm.on(At::MemoryPending, move || {

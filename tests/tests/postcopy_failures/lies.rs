@@ -1,9 +1,12 @@
-//! A peer that says what is not so: refused by an error that names the field and the value; both sides are paused, and go on with the truth.
+//! A peer that says what is not so: refused by an error that names the field and the value; both
+//! sides are paused, and go on with the truth.
 //!
 //! The lies are told by the relay, in place of a true record.
 
 use crate::common::{Passing, Wire, read_record};
-use crate::scene::{DISCARDED, HOLES, PAGES, Scene, TIMEOUT, URGENT, WANTED, WANTED_TOO, postcopy, stamp_of};
+use crate::scene::{
+    DISCARDED, HOLES, PAGES, Scene, TIMEOUT, URGENT, WANTED, WANTED_TOO, postcopy, stamp_of,
+};
 use pageferry_client::{OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::hello::{Accept, decode_error};
@@ -19,7 +22,11 @@ const BLOCK: u32 = 3;
 type Lie = (RecordHeader, Vec<u8>);
 
 fn about(kind: Kind, block: u32, first: u64, count: u64, payload: Vec<u8>) -> Lie {
-    (RecordHeader::new(kind, 0, block, PageRange::new(first, count), payload.len()).sealed(&payload), payload)
+    (
+        RecordHeader::new(kind, 0, block, PageRange::new(first, count), payload.len())
+            .sealed(&payload),
+        payload,
+    )
 }
 
 fn plain(kind: Kind) -> Lie {
@@ -46,22 +53,30 @@ fn what_a_destination_says_it_has_is_checked_before_it_is_believed() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::start(Wire::Unix, &OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() });
+    let mut scene =
+        Scene::start(Wire::Unix, &OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() });
     let touch = scene.until_cut();
-    let received =
-        |first, count, words: &[u64]| about(Kind::Received, BLOCK, first, count, encode_bitmap(words.iter().copied()));
+    let received = |first, count, words: &[u64]| {
+        about(Kind::Received, BLOCK, first, count, encode_bitmap(words.iter().copied()))
+    };
     let all = [u64::MAX, u64::MAX, u64::MAX, 0xff];
     type Case = (&'static [&'static str], Box<dyn Fn(Vec<u64>) -> Lie>);
     let lie = |words, tell: fn(Vec<u64>) -> Lie| -> Case { (words, Box::new(tell)) };
     let cases: Vec<Case> = vec![
-        (&["payload length 0x18 for 200 pages", "0x20"], Box::new(move |_| received(0, PAGES, &all[..3]))),
+        (
+            &["payload length 0x18 for 200 pages", "0x20"],
+            Box::new(move |_| received(0, PAGES, &all[..3])),
+        ),
         (&["last word is 0x1ff", "no bit after the last page"], {
             Box::new(move |_| received(0, PAGES, &[all[0], all[1], all[2], 0x1ff]))
         }),
         (&["bitmap of block 4", "expected is block 3"], {
             Box::new(move |_| about(Kind::Received, 4, 0, PAGES, encode_bitmap(all)))
         }),
-        (&["block 3 from page 0x40", "from page 0x0"], Box::new(move |_| received(64, 136, &all[1..]))),
+        (
+            &["block 3 from page 0x40", "from page 0x0"],
+            Box::new(move |_| received(64, 136, &all[1..])),
+        ),
         (&["received record", "first page"], Box::new(move |_| received(0, 256, &[0; 4]))),
         (&["received record", "page count is 0x0"], Box::new(move |_| received(0, 0, &[]))),
         // The rest never comes, and whichever side is the first to have waited long enough says so.
@@ -80,7 +95,9 @@ fn what_a_destination_says_it_has_is_checked_before_it_is_believed() {
     for (words, lie) in cases {
         scene.recover();
         let record = scene.relay.until(|record| record.kind == Kind::Received);
-        let truth = decode_bitmap(&record.payload, record.header.range(), PAGES).unwrap().map(|(_, word)| word);
+        let truth = decode_bitmap(&record.payload, record.header.range(), PAGES)
+            .unwrap()
+            .map(|(_, word)| word);
         let lie = lie(truth.collect());
         tell(&mut scene, record, lie);
         let (source, _) = scene.assert_paused();
@@ -108,7 +125,8 @@ fn a_stranger_is_not_taken_for_the_source_of_a_paused_postcopy() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::start(Wire::Unix, &OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() });
+    let mut scene =
+        Scene::start(Wire::Unix, &OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() });
     let touch = scene.until_cut();
     let place = scene.relay.place();
     let connect = || UnixStream::connect(place.strip_prefix("unix:").unwrap()).unwrap();
@@ -120,17 +138,27 @@ fn a_stranger_is_not_taken_for_the_source_of_a_paused_postcopy() {
         [header.to_wire().as_slice(), &payload].concat()
     };
     let recover = pageferry_protocol::stream::hello::HELLO_RECOVER;
-    let still_paused = |scene: &Scene| assert_eq!(scene.destination.seen().phase, Phase::PostcopyPaused);
+    let still_paused =
+        |scene: &Scene| assert_eq!(scene.destination.seen().phase, Phase::PostcopyPaused);
     // Garbage, nothing at all, the wrong session, and the right one without the flag.
     answer_to(connect(), &[0xee; 500]);
     drop(connect());
     let wrong = Hello { session: [7; 16], flags: recover, ..session.clone() };
-    assert_says(&answer_to(connect(), &record(&wrong)).unwrap(), &["paused here", "not its source"]);
+    assert_says(
+        &answer_to(connect(), &record(&wrong)).unwrap(),
+        &["paused here", "not its source"],
+    );
     let new = Hello { flags: 0, ..session.clone() };
     assert_says(&answer_to(connect(), &record(&new)).unwrap(), &["paused here", "not its source"]);
     still_paused(&scene);
     // The right session with other memory, or with too few streams.
-    let other = Hello { flags: recover, streams: 2, urgent: 1, blocks: BlockTable::new(), ..session.clone() };
+    let other = Hello {
+        flags: recover,
+        streams: 2,
+        urgent: 1,
+        blocks: BlockTable::new(),
+        ..session.clone()
+    };
     let (mut primary, mut second) = (connect(), connect());
     primary.write_all(&record(&other)).unwrap();
     second.write_all(&record(&Hello { stream: 1, ..other })).unwrap();
@@ -159,26 +187,44 @@ fn a_lie_of_the_source_about_pages_pauses_the_destination_and_the_truth_goes_on(
     let cases: Vec<(&[&str], u16, Lie)> = vec![
         (&["block 99", "does not exist"], 0, data(99, 0)),
         (&["pages 0xc8 + 0x1 of block 3", "0xc8"], 0, data(BLOCK, PAGES)),
-        (&["of block 3", "0xffffffffffffffff"], 0, about(Kind::Zero, BLOCK, 1, u64::MAX, Vec::new())),
-        (&["Request record", "pages, or the end"], 0, about(Kind::Request, BLOCK, 0, 1, Vec::new())),
+        (
+            &["of block 3", "0xffffffffffffffff"],
+            0,
+            about(Kind::Zero, BLOCK, 1, u64::MAX, Vec::new()),
+        ),
+        (
+            &["Request record", "pages, or the end"],
+            0,
+            about(Kind::Request, BLOCK, 0, 1, Vec::new()),
+        ),
         (&["Commit record"], 0, plain(Kind::Commit)),
         (&["Complete record"], 0, plain(Kind::Complete)),
         (&["PassEnd record"], 0, plain(Kind::PassEnd)),
         (&["Remaining record"], 0, about(Kind::Remaining, BLOCK, 0, 64, encode_bitmap([1]))),
-        (&["Discard record"], 0, about(Kind::Discard, BLOCK, 0, 0, encode_runs(&[PageRange::new(0, 1)]))),
+        (
+            &["Discard record"],
+            0,
+            about(Kind::Discard, BLOCK, 0, 0, encode_runs(&[PageRange::new(0, 1)])),
+        ),
         (&["totals differ", "data_pages is 77"], 0, about(Kind::End, 0, 0, 0, totals)),
         (&["end record"], 0, about(Kind::End, 0, 0, 0, vec![1; 3])),
         (&["checksum"], 0, broken),
         (&["block 99", "does not exist"], URGENT, data(99, 0)),
         (&["pages 0xc8 + 0x1 of block 3"], URGENT, data(BLOCK, PAGES)),
-        (&["End record", "pages, or the end"], URGENT, about(Kind::End, 0, 0, 0, Totals::default().encode())),
+        (
+            &["End record", "pages, or the end"],
+            URGENT,
+            about(Kind::End, 0, 0, 0, Totals::default().encode()),
+        ),
         (&["Request record"], URGENT, about(Kind::Request, BLOCK, 0, 1, Vec::new())),
     ];
     for (words, stream, lie) in cases {
         eprintln!("{words:?} on stream {stream}");
         let mut scene = Scene::start(Wire::Unix, &OutgoingOptions { streams: 2, ..postcopy() });
         let (loaded, request, touch) = scene.until_asked();
-        let is_there = |record: &Passing| record.kind == Kind::Data && (record.stream == URGENT) == (stream == URGENT);
+        let is_there = |record: &Passing| {
+            record.kind == Kind::Data && (record.stream == URGENT) == (stream == URGENT)
+        };
         let answer = (stream == URGENT).then(|| {
             scene.relay.pass(request);
             scene.relay.until(is_there)
@@ -236,24 +282,42 @@ fn a_lie_of_the_destination_about_what_it_has_pauses_the_source_and_nothing_is_r
     let runs = |kind, runs: &[PageRange]| about(kind, BLOCK, 0, 1, encode_runs(runs));
     let last = PageRange::new(WANTED_TOO, 1);
     let cases: Vec<(&[&str], bool, Lie)> = vec![
-        (&["says that it has page 0xb4 of block 3", "was not sent"], true, runs(Kind::Placed, &[last])),
+        (
+            &["says that it has page 0xb4 of block 3", "was not sent"],
+            true,
+            runs(Kind::Placed, &[last]),
+        ),
         (&["placed record", "run is 0xc8"], true, runs(Kind::Placed, &[PageRange::new(PAGES, 1)])),
-        (&["placed record", "payload length is 0x3"], true, about(Kind::Placed, BLOCK, 0, 1, vec![0; 3])),
+        (
+            &["placed record", "payload length is 0x3"],
+            true,
+            about(Kind::Placed, BLOCK, 0, 1, vec![0; 3]),
+        ),
         (&["Placed record where"], false, runs(Kind::Placed, &[last])),
         (&["discard record", "run is 0x5"], false, runs(Kind::Discard, &[PageRange::new(5, 0)])),
         (&["block 99"], false, about(Kind::Discard, 99, 0, 1, encode_runs(&[last]))),
-        (&["Received record where"], false, about(Kind::Received, BLOCK, 0, 64, encode_bitmap([1]))),
+        (
+            &["Received record where"],
+            false,
+            about(Kind::Received, BLOCK, 0, 64, encode_bitmap([1])),
+        ),
         (&["Resumed record where"], false, plain(Kind::Resumed)),
         (&["says that it has page", "of block 3", "was not sent"], false, plain(Kind::Complete)),
     ];
     crate::common::at_once(&cases, |(words, release, lie)| {
         // So slow that the last pages are far from sent.
-        let slow = OutgoingOptions { bandwidth: 256 << 10, streams: 1, release: *release, ..postcopy() };
+        let slow =
+            OutgoingOptions { bandwidth: 256 << 10, streams: 1, release: *release, ..postcopy() };
         let mut scene = Scene::start(Wire::Unix, &slow);
         let (_request, touch) = scene.until_runs();
         // Something that is said on the primary: what the guest discards need not come.
-        scene.destination.client.discard(&[scene.destination.ram.range(1, 1)], pageferry_client::Punch::Yes).unwrap();
-        let said = scene.relay.until(|record| record.kind == Kind::Discard && !record.to_destination);
+        scene
+            .destination
+            .client
+            .discard(&[scene.destination.ram.range(1, 1)], pageferry_client::Punch::Yes)
+            .unwrap();
+        let said =
+            scene.relay.until(|record| record.kind == Kind::Discard && !record.to_destination);
         tell(&mut scene, said, lie.clone());
         let (source, _) = scene.assert_paused();
         assert_says(&source.error, words);
@@ -281,10 +345,20 @@ fn a_lie_before_the_commit_fails_both_sides_and_the_guest_runs_on() {
     let to_destination: Vec<(Kind, &[&str], Lie)> = vec![
         (Kind::Remaining, &["block 99"], remaining(99, 0, 64, &[1])),
         (Kind::Remaining, &["block 3", "0xc8"], remaining(BLOCK, 192, 64, &[1])),
-        (Kind::Remaining, &["remaining record", "first page is 0x1"], remaining(BLOCK, 1, 64, &[1])),
-        (Kind::Remaining, &["remaining record", "last word is 0x100"], remaining(BLOCK, 192, 8, &[0x100])),
+        (
+            Kind::Remaining,
+            &["remaining record", "first page is 0x1"],
+            remaining(BLOCK, 1, 64, &[1]),
+        ),
+        (
+            Kind::Remaining,
+            &["remaining record", "last word is 0x100"],
+            remaining(BLOCK, 192, 8, &[0x100]),
+        ),
         (Kind::Remaining, &["remaining record", "page count is 0x0"], remaining(BLOCK, 0, 0, &[])),
-        (Kind::Remaining, &["payload length 0x8 for 100 pages"], { about(Kind::Remaining, BLOCK, 0, 100, vec![0; 8]) }),
+        (Kind::Remaining, &["payload length 0x8 for 100 pages"], {
+            about(Kind::Remaining, BLOCK, 0, 100, vec![0; 8])
+        }),
         (Kind::Remaining, &["totals differ", "remaining_pages"], remaining(BLOCK, 0, 64, &[1])),
         (Kind::State, &["Complete record"], plain(Kind::Complete)),
         (Kind::State, &["Commit record"], plain(Kind::Commit)),
@@ -296,8 +370,11 @@ fn a_lie_before_the_commit_fails_both_sides_and_the_guest_runs_on() {
     for (at, words, lie) in to_destination {
         eprintln!("{at:?}: {words:?}");
         let mut scene = Scene::start(Wire::Unix, &postcopy());
-        // The end of the other stream, since the totals of the primary are compared when all have ended.
-        let record = scene.relay.until(|record| record.kind == at && (at != Kind::End || record.stream == 1));
+        // The end of the other stream, since the totals of the primary are compared when all have
+        // ended.
+        let record = scene
+            .relay
+            .until(|record| record.kind == at && (at != Kind::End || record.stream == 1));
         tell(&mut scene, record, lie);
         let (source, there) = (&scene.source, &scene.destination);
         let over = |phase: Phase| phase.is_final() || phase == Phase::PostcopyPaused;
@@ -321,7 +398,11 @@ fn a_lie_before_the_commit_fails_both_sides_and_the_guest_runs_on() {
     let to_source: Vec<(Kind, &[&str], Lie)> = vec![
         (Kind::Loaded, &["Complete record", "loaded the state"], plain(Kind::Complete)),
         (Kind::Loaded, &["Resumed record", "loaded the state"], plain(Kind::Resumed)),
-        (Kind::Loaded, &["Request record", "loaded the state"], about(Kind::Request, BLOCK, 0, 1, Vec::new())),
+        (
+            Kind::Loaded,
+            &["Request record", "loaded the state"],
+            about(Kind::Request, BLOCK, 0, 1, Vec::new()),
+        ),
         (Kind::Accept, &["accept record"], about(Kind::Accept, 0, 0, 0, vec![1; 5])),
         (Kind::Accept, &["Loaded record", "an accept or reject"], plain(Kind::Loaded)),
     ];
@@ -331,7 +412,9 @@ fn a_lie_before_the_commit_fails_both_sides_and_the_guest_runs_on() {
         let record = scene.relay.until(|record| record.kind == at);
         tell(&mut scene, record, lie);
         let (source, there) = (&scene.source, &scene.destination);
-        scene.relay.pump("the end", || source.seen().phase.is_final() && there.seen().phase.is_final());
+        scene
+            .relay
+            .pump("the end", || source.seen().phase.is_final() && there.seen().phase.is_final());
         assert_eq!(source.seen().phase, Phase::Failed);
         assert_says(&source.seen().error, words);
         assert!(!source.vmm.is_paused());

@@ -1,7 +1,10 @@
-//! A connection is lost after the guest came to run: both sides pause, say why, and go on when they are recovered.
+//! A connection is lost after the guest came to run: both sides pause, say why, and go on when they
+//! are recovered.
 
 use crate::common::{Passing, Relay, SOON, Touch, WIRES, Wire, at_once, lock};
-use crate::scene::{DISCARDED, HOLES, Scene, Side, TIMEOUT, URGENT, WANTED, postcopy, run, stamp_of};
+use crate::scene::{
+    DISCARDED, HOLES, Scene, Side, TIMEOUT, URGENT, WANTED, postcopy, run, stamp_of,
+};
 use pageferry_client::{OutgoingOptions, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
@@ -24,8 +27,10 @@ const MOMENTS: [Moment; 5] = [
 /// The guest runs and waits for a page, and the record is there.
 fn until_there(scene: &mut Scene, (_, kind, on, _): Moment) -> (Touch, Passing) {
     let (loaded, request, touch) = scene.until_asked();
-    // The answer comes before the guest runs, since the push begins then and would take the page along.
-    let is_there = |record: &Passing| record.to_destination && record.kind == kind && on(record.stream);
+    // The answer comes before the guest runs, since the push begins then and would take the page
+    // along.
+    let is_there =
+        |record: &Passing| record.to_destination && record.kind == kind && on(record.stream);
     let answered = on(URGENT).then(|| {
         scene.relay.pass(request);
         scene.relay.until(is_there)
@@ -51,9 +56,12 @@ fn any_connection_that_is_lost_pauses_both_sides_and_recover_goes_on() {
     }
     for wire in WIRES {
         for moment in MOMENTS {
-            for (cut, inside) in [(Cut::One, false), (Cut::One, true), (Cut::All, true), (Cut::Reset, false)] {
+            for (cut, inside) in
+                [(Cut::One, false), (Cut::One, true), (Cut::All, true), (Cut::Reset, false)]
+            {
                 eprintln!("{wire:?}: {cut:?} {}, inside: {inside}", moment.0);
-                let mut scene = Scene::start(wire, &OutgoingOptions { streams: moment.3, ..postcopy() });
+                let mut scene =
+                    Scene::start(wire, &OutgoingOptions { streams: moment.3, ..postcopy() });
                 let (touch, record) = until_there(&mut scene, moment);
                 let bytes = if inside { record.bytes().len() / 2 } else { 0 };
                 match cut {
@@ -64,7 +72,9 @@ fn any_connection_that_is_lost_pauses_both_sides_and_recover_goes_on() {
                 let (source, destination) = scene.assert_paused();
                 for status in [source, destination] {
                     assert!(
-                        ["closed", "cut", "stream", "reset"].iter().any(|word| status.error.contains(word)),
+                        ["closed", "cut", "stream", "reset"]
+                            .iter()
+                            .any(|word| status.error.contains(word)),
                         "{}",
                         status.error
                     );
@@ -84,7 +94,10 @@ fn any_connection_that_is_lost_pauses_both_sides_and_recover_goes_on() {
 /// The last line of what a command printed, as an object.
 fn last_object(output: &Output) -> Value {
     let text = String::from_utf8(output.stdout.clone()).unwrap();
-    serde_json::from_str(text.lines().last().unwrap_or_else(|| panic!("nothing printed: {output:?}"))).unwrap()
+    serde_json::from_str(
+        text.lines().last().unwrap_or_else(|| panic!("nothing printed: {output:?}")),
+    )
+    .unwrap()
 }
 
 #[test]
@@ -97,7 +110,11 @@ fn an_operator_sees_the_pause_and_recovers_it_from_the_command_line() {
         let touch = scene.until_cut();
         for (side, kind) in [(&scene.source, "outgoing"), (&scene.destination, "incoming")] {
             let seen = last_object(&side.run("status", &["--json"]));
-            assert_eq!((&seen["status"], &seen["kind"]), (&"postcopy-paused".into(), &kind.into()), "{seen}");
+            assert_eq!(
+                (&seen["status"], &seen["kind"]),
+                (&"postcopy-paused".into(), &kind.into()),
+                "{seen}"
+            );
             assert!(!seen["error"].as_str().unwrap().is_empty(), "{seen}");
             assert!(seen["paused_us"].as_u64().unwrap() > 0, "{seen}");
             let table = String::from_utf8(side.run("status", &[]).stdout).unwrap();
@@ -125,10 +142,20 @@ fn a_migration_is_recovered_over_another_address() {
         let touch = scene.until_cut();
         let mut other = Relay::over(wire);
         let place = other.place();
-        // The destination has nobody to go to: it is told where to listen, and goes on when it is found.
-        let refused = scene.destination.client.recover(None, &OutgoingOptions::default()).unwrap_err().to_string();
-        assert!(refused.contains("it listens where it did") && refused.contains("give an address"), "{refused}");
-        let listening = scene.destination.client.recover(Some(&place), &OutgoingOptions::default()).unwrap();
+        // The destination has nobody to go to: it is told where to listen, and goes on when it is
+        // found.
+        let refused = scene
+            .destination
+            .client
+            .recover(None, &OutgoingOptions::default())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("it listens where it did") && refused.contains("give an address"),
+            "{refused}"
+        );
+        let listening =
+            scene.destination.client.recover(Some(&place), &OutgoingOptions::default()).unwrap();
         assert_eq!(listening.job, scene.incoming);
         other.leads_to(&listening.address);
         assert_eq!(scene.destination.seen().phase, Phase::PostcopyPaused);
@@ -150,8 +177,10 @@ fn a_destination_listens_for_its_source_at_no_path_that_is_a_file() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("file");
     std::fs::write(&path, "precious").unwrap();
-    let (address, says) = (format!("unix:{}", path.display()), format!("{} is a regular file", path.display()));
-    let refused = scene.destination.client.recover(Some(&address), &OutgoingOptions::default()).unwrap_err();
+    let (address, says) =
+        (format!("unix:{}", path.display()), format!("{} is a regular file", path.display()));
+    let refused =
+        scene.destination.client.recover(Some(&address), &OutgoingOptions::default()).unwrap_err();
     assert!(refused.to_string().contains(&says), "{refused}");
     let output = scene.destination.run("recover", &["--address", &address]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -200,7 +229,8 @@ fn a_link_that_is_lost_at_the_last_words_costs_nothing() {
     at_once(&WIRES, |&wire| {
         // The source does not know that all is there, and comes to ask.
         let mut scene = Scene::start(wire, &postcopy());
-        let complete = scene.relay.until(|record| record.kind == Kind::Complete && !record.to_destination);
+        let complete =
+            scene.relay.until(|record| record.kind == Kind::Complete && !record.to_destination);
         scene.relay.cut_in(&complete, 0);
         scene.source.reaches(Phase::PostcopyPaused);
         assert_eq!(lock(&scene.destination.vmm.asked).complete, 1);
@@ -209,7 +239,8 @@ fn a_link_that_is_lost_at_the_last_words_costs_nothing() {
         // The destination does not know that the source knows, and does not wait for ever.
         let options = OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() };
         let mut scene = Scene::start(wire, &options);
-        let complete = scene.relay.until(|record| record.kind == Kind::Complete && record.to_destination);
+        let complete =
+            scene.relay.until(|record| record.kind == Kind::Complete && record.to_destination);
         scene.relay.cut_in(&complete, 0);
         scene.assert_completes();
     });

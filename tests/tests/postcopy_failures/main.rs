@@ -1,5 +1,6 @@
-//! Failures at every moment of a postcopy, with real processes killed and real sockets cut: before the commit the guest runs on at the source; after it both sides
-//! pause, say why, and go on when they are recovered, and what was missing comes.
+//! Failures at every moment of a postcopy, with real processes killed and real sockets cut: before
+//! the commit the guest runs on at the source; after it both sides pause, say why, and go on when
+//! they are recovered, and what was missing comes.
 //!
 //! - [`scene`]: a postcopy through a relay, and a guest that waits for a page;
 //! - [`links`]: a connection is lost; [`recovery`]: and again while it is recovered;

@@ -1,7 +1,10 @@
-//! What is asked at the wrong moment is refused with the reason; and an agent that is told to end finishes what it can.
+//! What is asked at the wrong moment is refused with the reason; and an agent that is told to end
+//! finishes what it can.
 
 use crate::common::{Attached, SOON, Wire, lock, passes};
-use crate::scene::{Scene, Side, WANTED, assert_arrived, empty, operator, postcopy, run, stamp_of, stamped};
+use crate::scene::{
+    Scene, Side, WANTED, assert_arrived, empty, operator, postcopy, run, stamp_of, stamped,
+};
 use pageferry_client::{Client, Error, Mode, NonConvergence, OutgoingOptions, Phase, Target};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
@@ -53,15 +56,20 @@ fn an_agent_that_is_told_to_end_in_postcopy_finishes_it_and_is_not_taken_for_dea
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::between(Wire::Unix, Side::far(stamped()), Side::far(empty()), &postcopy());
+    let mut scene =
+        Scene::between(Wire::Unix, Side::far(stamped()), Side::far(empty()), &postcopy());
     let (request, touch) = scene.until_runs();
     for side in [&mut scene.source, &mut scene.destination] {
         side.agent.terminate();
     }
     for side in [&scene.source, &scene.destination] {
         // It is told while it waits for its job.
-        let stops =
-            || sentence_of(side.client.start_incoming(Target::Address("unix:/nowhere".into()), &Default::default()));
+        let stops = || {
+            sentence_of(
+                side.client
+                    .start_incoming(Target::Address("unix:/nowhere".into()), &Default::default()),
+            )
+        };
         wait_until("the agent to stop", SOON, || stops().contains("about to end")).unwrap();
         side.reaches(Phase::Postcopy);
         assert!(side.client.status().is_ok());
@@ -88,7 +96,8 @@ fn an_agent_that_is_told_to_end_while_it_is_paused_ends() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::between(Wire::Unix, Side::far(stamped()), Side::far(empty()), &postcopy());
+    let mut scene =
+        Scene::between(Wire::Unix, Side::far(stamped()), Side::far(empty()), &postcopy());
     let touch = scene.until_cut();
     scene.destination.agent.terminate();
     assert!(scene.destination.agent.ends_well());
@@ -105,8 +114,10 @@ fn an_agent_that_is_told_to_end_while_it_is_paused_ends() {
 fn postcopy_that_cannot_be_is_refused_by_the_field() {
     let source = Side::near(stamped());
     let nowhere = || Target::Address("unix:/nowhere".into());
-    let start = |target, options: &OutgoingOptions| sentence(source.client.start_outgoing(target, options));
-    let refused = start(nowhere(), &OutgoingOptions { policy: NonConvergence::Postcopy, ..passes(1) });
+    let start =
+        |target, options: &OutgoingOptions| sentence(source.client.start_outgoing(target, options));
+    let refused =
+        start(nowhere(), &OutgoingOptions { policy: NonConvergence::Postcopy, ..passes(1) });
     assert!(refused.contains("policy is 0x4") && refused.contains("hybrid"), "{refused}");
     let refused = start(nowhere(), &OutgoingOptions { urgent_streams: 0, ..postcopy() });
     assert!(refused.contains("urgent_streams is 0x0"), "{refused}");
@@ -116,13 +127,21 @@ fn postcopy_that_cannot_be_is_refused_by_the_field() {
     assert!(refused.contains("release is 0x1") && refused.contains("postcopy"), "{refused}");
     for mode in [Mode::Postcopy, Mode::Hybrid] {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let refused = start(Target::Socket(ours.into()), &OutgoingOptions { mode, streams: 1, ..postcopy() });
-        assert!(refused.contains(&format!("mode is {}", mode.name())) && refused.contains("descriptor"), "{refused}");
+        let refused =
+            start(Target::Socket(ours.into()), &OutgoingOptions { mode, streams: 1, ..postcopy() });
+        assert!(
+            refused.contains(&format!("mode is {}", mode.name())) && refused.contains("descriptor"),
+            "{refused}"
+        );
     }
     // Nothing is paused, and nothing runs.
     let recover = |client: &Client, address| sentence_of(client.recover(address, &postcopy()));
     for address in [None, Some("unix:/nowhere")] {
-        assert!(recover(&source.client, address).contains("no job is paused"), "{}", recover(&source.client, address));
+        assert!(
+            recover(&source.client, address).contains("no job is paused"),
+            "{}",
+            recover(&source.client, address)
+        );
     }
     let refused = recover(&source.client, Some("carrier:pigeon"));
     assert!(refused.contains("carrier:pigeon"), "{refused}");
@@ -170,8 +189,14 @@ fn the_switch_to_postcopy_is_refused_in_any_other_mode_and_after_the_passes() {
     assert_eq!(scene.relay.finish(&scene.source.client, scene.outgoing).phase, Phase::Completed);
 
     // Hybrid, before and after the switch.
-    let hybrid = OutgoingOptions { mode: Mode::Hybrid, max_passes: 0, policy: NonConvergence::KeepGoing, ..postcopy() };
-    let mut scene = Scene::start(Wire::Unix, &OutgoingOptions { downtime_limit: Duration::ZERO, ..hybrid });
+    let hybrid = OutgoingOptions {
+        mode: Mode::Hybrid,
+        max_passes: 0,
+        policy: NonConvergence::KeepGoing,
+        ..postcopy()
+    };
+    let mut scene =
+        Scene::start(Wire::Unix, &OutgoingOptions { downtime_limit: Duration::ZERO, ..hybrid });
     let record = scene.relay.until(|record| record.kind == Kind::Data);
     let asked = scene.source.run("postcopy", &["--json"]);
     assert!(asked.status.success(), "{asked:?}");
@@ -194,17 +219,25 @@ fn nothing_else_is_started_while_a_postcopy_is_paused_or_its_guest_is_gone() {
     let mut scene = Scene::start(Wire::Unix, &postcopy());
     let _touch = scene.until_cut();
     let incoming = |side: &Attached| {
-        sentence_of(side.client.start_incoming(Target::Address("unix:/nowhere".into()), &Default::default()))
+        sentence_of(
+            side.client
+                .start_incoming(Target::Address("unix:/nowhere".into()), &Default::default()),
+        )
     };
     for side in [&scene.source, &scene.destination] {
         let refused = incoming(side);
         assert!(refused.contains("is running"), "{refused}");
     }
-    let refused = scene.source.client.start_outgoing(Target::Address("unix:/nowhere".into()), &postcopy());
+    let refused =
+        scene.source.client.start_outgoing(Target::Address("unix:/nowhere".into()), &postcopy());
     assert!(matches!(refused, Err(Error::NotOurs { .. })));
     // The guest runs there, and may not be sent on before it is whole.
-    let refused =
-        sentence(scene.destination.client.start_outgoing(Target::Address("unix:/nowhere".into()), &postcopy()));
+    let refused = sentence(
+        scene
+            .destination
+            .client
+            .start_outgoing(Target::Address("unix:/nowhere".into()), &postcopy()),
+    );
     assert!(refused.contains("is running"), "{refused}");
     scene.recover();
     scene.assert_completes();

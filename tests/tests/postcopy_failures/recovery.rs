@@ -1,4 +1,5 @@
-//! A second failure while the first is recovered: both sides are paused again, and the next attempt succeeds.
+//! A second failure while the first is recovered: both sides are paused again, and the next attempt
+//! succeeds.
 
 use crate::common::{Passing, WIRES};
 use crate::scene::{Scene, TIMEOUT, WANTED, postcopy, run, stamp_of};
@@ -72,7 +73,11 @@ fn a_destination_that_cannot_be_reached_leaves_it_paused_and_is_named() {
             assert!(said.contains("postcopy-paused") && said.contains(address), "{said}");
         }
         assert!(touch.waits());
-        scene.source.client.recover(Some(&scene.relay.address()), &OutgoingOptions::default()).unwrap();
+        scene
+            .source
+            .client
+            .recover(Some(&scene.relay.address()), &OutgoingOptions::default())
+            .unwrap();
         scene.assert_completes();
         assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
     }
@@ -83,7 +88,10 @@ fn a_destination_that_says_nothing_to_a_recovery_leaves_it_paused() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::start(crate::common::Wire::Unix, &OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() });
+    let mut scene = Scene::start(
+        crate::common::Wire::Unix,
+        &OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() },
+    );
     let touch = scene.until_cut();
     scene.recover();
     let _hello = scene.relay.until(|record| record.kind == Kind::Hello);
@@ -102,16 +110,23 @@ fn only_one_recovery_at_a_time_and_none_of_what_runs() {
     }
     let mut scene = Scene::start(crate::common::Wire::Unix, &postcopy());
     let (request, touch) = scene.until_runs();
-    let refused = || scene.source.client.recover(None, &OutgoingOptions::default()).unwrap_err().to_string();
+    let refused =
+        || scene.source.client.recover(None, &OutgoingOptions::default()).unwrap_err().to_string();
     assert!(refused().contains("no job is paused"), "{}", refused());
     drop(request);
     scene.relay.cut();
     scene.assert_paused();
     scene.recover();
-    let refused = || scene.source.client.recover(None, &OutgoingOptions::default()).unwrap_err().to_string();
-    assert!(["is running", "is being recovered"].iter().any(|word| refused().contains(word)), "{}", refused());
+    let refused =
+        || scene.source.client.recover(None, &OutgoingOptions::default()).unwrap_err().to_string();
+    assert!(
+        ["is running", "is being recovered"].iter().any(|word| refused().contains(word)),
+        "{}",
+        refused()
+    );
     scene.assert_completes();
     assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
-    let refused = scene.source.client.recover(None, &OutgoingOptions::default()).unwrap_err().to_string();
+    let refused =
+        scene.source.client.recover(None, &OutgoingOptions::default()).unwrap_err().to_string();
     assert!(refused.contains("Gone"), "{refused}");
 }

@@ -1,7 +1,11 @@
 //! A postcopy through a relay, in which the guest waits for a page.
 
-use crate::common::{Agent, Attached, Listening, PROGRAM, Passing, Peer, Ram, Relay, SOON, Touch, Wire, config, lock};
-use pageferry_client::{Client, IncomingOptions, JobStatus, Mode, OutgoingOptions, Ownership, Phase, Punch};
+use crate::common::{
+    Agent, Attached, Listening, PROGRAM, Passing, Peer, Ram, Relay, SOON, Touch, Wire, config, lock,
+};
+use pageferry_client::{
+    Client, IncomingOptions, JobStatus, Mode, OutgoingOptions, Ownership, Phase, Punch,
+};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_for;
 use std::path::Path;
@@ -21,7 +25,12 @@ pub const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Two streams that push, and one that is asked.
 pub fn postcopy() -> OutgoingOptions {
-    OutgoingOptions { mode: Mode::Postcopy, streams: 2, urgent_streams: 1, ..OutgoingOptions::default() }
+    OutgoingOptions {
+        mode: Mode::Postcopy,
+        streams: 2,
+        urgent_streams: 1,
+        ..OutgoingOptions::default()
+    }
 }
 
 /// Number of the urgent stream of [`postcopy`].
@@ -82,7 +91,8 @@ impl Side {
     pub fn reaches(&self, phase: Phase) -> JobStatus {
         let mut operator = Peer::connect(self.agent.socket());
         let seen = || Some(operator.status()).filter(|status| status.phase == phase);
-        wait_for(phase.name(), SOON, seen).unwrap_or_else(|error| panic!("{error}: {:?}", self.seen()))
+        wait_for(phase.name(), SOON, seen)
+            .unwrap_or_else(|error| panic!("{error}: {:?}", self.seen()))
     }
 
     /// The VMM goes, and takes its memory along.
@@ -131,13 +141,16 @@ impl Scene {
         let mut relay = Relay::over(wire);
         source.client.discard(&[source.ram.range(DISCARDED, 1)], Punch::Yes).unwrap();
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = *options;
-        let incoming = relay
-            .listen(&destination.client, &IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() });
+        let incoming = relay.listen(
+            &destination.client,
+            &IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() },
+        );
         let outgoing = relay.send(&source.client, options);
         Self { relay, source, destination, outgoing, incoming }
     }
 
-    /// The guest is about to run at the destination, and waits for [`WANTED`]: its request is held back, and so is the word that the state is loaded.
+    /// The guest is about to run at the destination, and waits for [`WANTED`]: its request is held
+    /// back, and so is the word that the state is loaded.
     pub fn until_asked(&mut self) -> (Passing, Passing, Touch) {
         let loaded = self.relay.until(|record| record.kind == Kind::Loaded);
         let touch = self.destination.ram.touch(WANTED);
@@ -146,7 +159,8 @@ impl Scene {
         (loaded, request, touch)
     }
 
-    /// The guest runs at the destination and waits for [`WANTED`]. The request is not passed on yet, nor is any page.
+    /// The guest runs at the destination and waits for [`WANTED`]. The request is not passed on
+    /// yet, nor is any page.
     pub fn until_runs(&mut self) -> (Passing, Touch) {
         let (loaded, request, touch) = self.until_asked();
         self.relay.pass(loaded);
@@ -156,7 +170,8 @@ impl Scene {
         (request, touch)
     }
 
-    /// Cuts all connections right after the guest came to run: it waits for [`WANTED`], and both sides pause.
+    /// Cuts all connections right after the guest came to run: it waits for [`WANTED`], and both
+    /// sides pause.
     pub fn until_cut(&mut self) -> Touch {
         let (_request, touch) = self.until_runs();
         self.relay.cut();

@@ -34,7 +34,8 @@ fn a_source_agent_that_is_killed_again_and_again_is_followed_by_another_that_goe
         let (_request, touch) = scene.until_runs();
         kill_agent(&mut scene);
         let address = scene.relay.address();
-        let recover = |scene: &Scene| scene.source.client.recover(Some(&address), &postcopy()).unwrap();
+        let recover =
+            |scene: &Scene| scene.source.client.recover(Some(&address), &postcopy()).unwrap();
         for killed_at in [Kind::Accept, Kind::Received, Kind::Data] {
             recover(&scene);
             let _record = scene.relay.until(|record| record.kind == killed_at);
@@ -53,7 +54,10 @@ fn a_source_agent_that_is_killed_again_and_again_is_followed_by_another_that_goe
         recover(&scene);
         scene.assert_completes();
         assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
-        wait_until("the guest to be gone", SOON, || scene.source.client.ownership() == Ownership::Gone).unwrap();
+        wait_until("the guest to be gone", SOON, || {
+            scene.source.client.ownership() == Ownership::Gone
+        })
+        .unwrap();
     }
 }
 
@@ -73,7 +77,8 @@ fn an_agent_that_takes_it_up_pauses_like_the_first() {
     assert!(refused.contains("too late to cancel"), "{refused}");
     // Now it is this agent's job, and an operator may have it go elsewhere.
     let (socket, address) = (scene.source.agent.socket().to_owned(), scene.relay.address());
-    let recover = std::thread::spawn(move || run(&socket, "recover", &["--json", "--address", &address]));
+    let recover =
+        std::thread::spawn(move || run(&socket, "recover", &["--json", "--address", &address]));
     scene.relay.pump("the end of the command", || recover.is_finished());
     let output = recover.join().unwrap();
     assert!(output.status.success(), "{output:?}");
@@ -93,7 +98,11 @@ fn what_one_agent_may_have_released_the_next_does_not_take_for_whole() {
     scene.relay.pump("the release", || source.seen().counters.released_pages > 0);
     kill_agent(&mut scene);
     // Whatever the options say now.
-    scene.source.client.recover(Some("unix:/nonexistent/stream"), &OutgoingOptions::default()).unwrap();
+    scene
+        .source
+        .client
+        .recover(Some("unix:/nonexistent/stream"), &OutgoingOptions::default())
+        .unwrap();
     let status = scene.source.reaches(Phase::PostcopyPaused);
     assert_eq!(status.counters.released_pages, 0, "this one has released none");
     let resume = scene.source.run("resume", &["--force"]);
@@ -130,8 +139,12 @@ fn a_source_vmm_that_goes_leaves_the_memory_to_its_agent() {
                 // The next VMM does not take its place.
                 let next = Attached::new(scene.source.agent.socket(), stamped());
                 let nowhere = Target::Address("unix:/nowhere".into());
-                let refused = next.client.start_outgoing(nowhere, &postcopy()).unwrap_err().to_string();
-                assert!(refused.contains("of the VMM before is in phase postcopy-paused"), "{refused}");
+                let refused =
+                    next.client.start_outgoing(nowhere, &postcopy()).unwrap_err().to_string();
+                assert!(
+                    refused.contains("of the VMM before is in phase postcopy-paused"),
+                    "{refused}"
+                );
                 drop(next);
                 let (socket, there) = (scene.source.agent.socket().to_owned(), &scene.destination);
                 assert_eq!(there.seen().phase, Phase::PostcopyPaused);

@@ -1,7 +1,8 @@
-//! The guest at the destination: threads that touch its memory, and what they may find there, kept naively.
+//! The guest at the destination: threads that touch its memory, and what they may find there, kept
+//! naively.
 //!
-//! A touch begins when it is handed to a thread and ends when the thread's report is read, so what it found is checked against all that the page
-//! may have held in between.
+//! A touch begins when it is handed to a thread and ends when the thread's report is read, so what
+//! it found is checked against all that the page may have held in between.
 
 use crate::common::SOON;
 use crate::common::model::{Memory, Model, Page, all_pages};
@@ -22,7 +23,8 @@ struct Cell {
     discarded: bool,
     /// May be allocated.
     may_hold: bool,
-    /// Written after its discard at the source, so that content may still come, unless it is discarded here, too.
+    /// Written after its discard at the source, so that content may still come, unless it is
+    /// discarded here, too.
     stray: bool,
     /// Was touched at any time.
     touched: bool,
@@ -223,7 +225,10 @@ impl Guest {
                     Cell::new([value].into(), false, allocated)
                 }
             };
-            assert_eq!(discarded, cell.discarded, "the destination's bitmap, page {page:?}, stray {stray:?}");
+            assert_eq!(
+                discarded, cell.discarded,
+                "the destination's bitmap, page {page:?}, stray {stray:?}"
+            );
             (page, cell)
         };
         let cells = all_pages().into_iter().map(cell).collect();
@@ -271,7 +276,8 @@ impl Guest {
     pub fn rest(&mut self) {
         while !self.busy.is_empty() {
             let report = self.threads.reports.recv_timeout(SOON);
-            let report = report.unwrap_or_else(|_| panic!("touches wait for ever: {:?}", self.busy));
+            let report =
+                report.unwrap_or_else(|_| panic!("touches wait for ever: {:?}", self.busy));
             self.ended(report);
         }
     }
@@ -298,7 +304,8 @@ impl Guest {
         cell.discarded = false;
     }
 
-    /// The page was freed: it is a hole until it is touched. To free what is discarded is to discard it once more.
+    /// The page was freed: it is a hole until it is touched. To free what is discarded is to
+    /// discard it once more.
     pub fn frees(&mut self, page: Page) {
         let cell = self.cells.get_mut(&page).unwrap();
         cell.stray = false;
@@ -319,7 +326,11 @@ impl Guest {
     /// All memory is as it must be. Nothing is being touched.
     pub fn check(&self, memory: &Memory, client: &Client) {
         for (page, cell) in &self.cells {
-            assert_eq!(client.discarded(page.0).unwrap().contains(page.1), cell.discarded, "bitmap, page {page:?}");
+            assert_eq!(
+                client.discarded(page.0).unwrap().contains(page.1),
+                cell.discarded,
+                "bitmap, page {page:?}"
+            );
             assert!(cell.may_hold || memory.is_hole(*page), "page {page:?} is allocated: {cell}");
             let stamp = memory.stamp(*page);
             assert!(cell.values.contains(&stamp), "page {page:?} holds {stamp}: {cell}");

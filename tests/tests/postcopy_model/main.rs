@@ -1,9 +1,12 @@
-//! Postcopy under any interleaving: a guest that writes, discards, frees and populates at the source until it is stopped, and reads, writes, discards, frees and populates at the
-//! destination before its memory is there, over connections that break at any moment and are made again, against a model that is a few maps.
+//! Postcopy under any interleaving: a guest that writes, discards, frees and populates at the
+//! source until it is stopped, and reads, writes, discards, frees and populates at the destination
+//! before its memory is there, over connections that break at any moment and are made again,
+//! against a model that is a few maps.
 //!
-//! The memory of the destination is right page for page, nothing that is discarded is populated, nothing is requested twice, and the source never runs again after the
-//! commit. A relay stands between the two agents and passes one record at a time; between two of them something happens. What that is follows from the seed
-//! that a failure prints.
+//! The memory of the destination is right page for page, nothing that is discarded is populated,
+//! nothing is requested twice, and the source never runs again after the commit. A relay stands
+//! between the two agents and passes one record at a time; between two of them something happens.
+//! What that is follows from the seed that a failure prints.
 //!
 //! - [`guest`]: the guest at the destination, and what it may find;
 //! - [`wire`]: the relay, and who asks for what;
@@ -17,13 +20,14 @@ mod guest;
 mod wire;
 
 use common::model::{
-    LOG_COVERS, Memory, Page, SourceHooks, World, all_pages, keep_busy, pages_of, ragged, some_pages, step, whole,
+    LOG_COVERS, Memory, Page, SourceHooks, World, all_pages, keep_busy, pages_of, ragged,
+    some_pages, step, whole,
 };
 use common::{Listening, Peer, SOON};
 use guest::Guest;
 use pageferry_client::{
-    Client, Compression, Config, Error, HookError, Hooks, IncomingOptions, Mode, NonConvergence, OutgoingOptions,
-    Ownership, Phase, Punch, RunState, StatePiece, Target,
+    Client, Compression, Config, Error, HookError, Hooks, IncomingOptions, Mode, NonConvergence,
+    OutgoingOptions, Ownership, Phase, Punch, RunState, StatePiece, Target,
 };
 use pageferry_protocol::control::request::{ErrorCode, Request};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -106,7 +110,8 @@ impl Hooks for DestinationHooks {
     }
 }
 
-/// The source's VMM, on an agent that its operator reaches. Fields drop in order, so the connection closes before the agent is waited for.
+/// The source's VMM, on an agent that its operator reaches. Fields drop in order, so the connection
+/// closes before the agent is waited for.
 struct Source {
     client: Client,
     world: Arc<World>,
@@ -148,7 +153,13 @@ impl Destination {
         let (client, channel) = Client::from_socket(socket, config()).unwrap();
         let (memory, arrived) = (Arc::new(Memory::new()), Arc::new(Mutex::new(Arrived::default())));
         let (sender, found) = mpsc::channel();
-        channel.spawn(DestinationHooks { arrived: arrived.clone(), memory: memory.clone(), found: sender }).unwrap();
+        channel
+            .spawn(DestinationHooks {
+                arrived: arrived.clone(),
+                memory: memory.clone(),
+                found: sender,
+            })
+            .unwrap();
         memory.add_to(&client);
         Self { client, memory, arrived, found, _agent: agent }
     }
@@ -269,17 +280,24 @@ impl Attempt<'_> {
             Kind::Remaining => self.owed.extend(record.bitmap()),
             Kind::Commit => self.committed = true,
             Kind::Complete if !record.to_destination => self.complete = true,
-            Kind::Data if record.header.flags() & FLAGS_COMPRESSED == 0 => self.look_at_data(record),
+            Kind::Data if record.header.flags() & FLAGS_COMPRESSED == 0 => {
+                self.look_at_data(record)
+            }
             _ => {}
         }
     }
 
-    /// `never-read`: what a VMM keeps in memory that its guest gave back is never read, unless the guest was given it back.
+    /// `never-read`: what a VMM keeps in memory that its guest gave back is never read, unless the
+    /// guest was given it back.
     fn look_at_data(&self, record: &Passing) {
         let model = self.source.world.model.lock().unwrap();
         for (page, bytes) in record.pages().zip(record.payload.chunks(PAGE_SIZE as usize)) {
             let stamp = u64::from_le_bytes(bytes[..8].try_into().unwrap());
-            let guests = model.content.get(&page).into_iter().chain(model.late.get(&page).into_iter().flatten());
+            let guests = model
+                .content
+                .get(&page)
+                .into_iter()
+                .chain(model.late.get(&page).into_iter().flatten());
             assert!(
                 stamp & OTHERS == 0 || guests.into_iter().any(|own| *own == stamp),
                 "discarded page {page:?} was read"
@@ -354,11 +372,15 @@ impl Attempt<'_> {
     fn check_cancel(&self) {
         for client in [&self.source.client, &self.destination.client] {
             let error = client.cancel().unwrap_err().to_string();
-            assert!(error.contains("too late to cancel") || error.contains("no job is running"), "{error}");
+            assert!(
+                error.contains("too late to cancel") || error.contains("no job is running"),
+                "{error}"
+            );
         }
     }
 
-    /// The commit never reached the destination, which will not run: the source stands still until its operator has looked at both.
+    /// The commit never reached the destination, which will not run: the source stands still until
+    /// its operator has looked at both.
     fn take_back(&mut self, incoming: u64) {
         let status = self.destination.client.wait(incoming, SOON).unwrap();
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
@@ -431,13 +453,20 @@ impl Attempt<'_> {
         if status.phase != Phase::Completed {
             let expected = if self.cancelled { Phase::Cancelled } else { Phase::Failed };
             let there = self.destination.client.status();
-            assert!(self.cut || self.cancelled, "nothing ended it: {status:?}, and the destination {there:?}");
+            assert!(
+                self.cut || self.cancelled,
+                "nothing ended it: {status:?}, and the destination {there:?}"
+            );
             assert_eq!(status.phase, expected, "{}, and the destination {there:?}", status.error);
             // It has failed by itself unless the source never got as far as to connect.
             let _ = self.destination.client.cancel();
             self.relay.cut_all();
             self.destination.client.wait(incoming, SOON).unwrap();
-            assert!(self.source.runs(), "what fails before the commit leaves the guest running: {}", status.error);
+            assert!(
+                self.source.runs(),
+                "what fails before the commit leaves the guest running: {}",
+                status.error
+            );
             assert!(!self.destination.runs());
             return Outcome::Stayed;
         }
@@ -504,29 +533,51 @@ fn punch(chance: &mut Random, guest: &mut Guest, destination: &Destination) {
 }
 
 /// Migrates once, with the guest at work on either side.
-fn attempt(chance: &mut Random, plan: &Plan, source: &Source, destination: &Destination, folder: &Path) -> Outcome {
+fn attempt(
+    chance: &mut Random, plan: &Plan, source: &Source, destination: &Destination, folder: &Path,
+) -> Outcome {
     let (path, relay_path) = (folder.join("destination"), folder.join("relay"));
-    let devices = (0..chance.below(4)).map(|_| some_pages(chance)).map(|(id, range)| (id, range.first)).collect();
+    let devices = (0..chance.below(4))
+        .map(|_| some_pages(chance))
+        .map(|(id, range)| (id, range.first))
+        .collect();
     *destination.arrived.lock().unwrap() = Arrived { devices, ..Arrived::default() };
     // What the devices of the last attempt found.
     destination.found.try_iter().for_each(drop);
     let connections = plan.options.connections().into();
     let relay = Relay::new(&relay_path, &path, connections);
     let listen = Target::Address(format!("unix:{}", path.display()));
-    let incoming = destination.client.start_incoming(listen, &IncomingOptions::default()).unwrap().job;
+    let incoming =
+        destination.client.start_incoming(listen, &IncomingOptions::default()).unwrap().job;
     let target = Target::Address(format!("unix:{}", relay_path.display()));
     let outgoing = source.client.start_outgoing(target, &plan.options).unwrap().job;
     let cuts = if chance.one_in(2) { 1 + chance.below(4) } else { 0 };
     let (owed, guest) = (BTreeSet::new(), None);
     let (committed, complete, cut, cancelled) = (false, false, false, false);
-    Attempt { chance, plan, source, destination, relay, guest, owed, committed, complete, cuts, cut, cancelled }
-        .run(incoming, outgoing)
+    Attempt {
+        chance,
+        plan,
+        source,
+        destination,
+        relay,
+        guest,
+        owed,
+        committed,
+        complete,
+        cuts,
+        cut,
+        cancelled,
+    }
+    .run(incoming, outgoing)
 }
 
 /// The source's memory is what it was when the guest moved, but for what is released.
 fn check_source(source: &Source, plan: &Plan, placed: &BTreeSet<Page>) {
     assert!(!source.runs(), "the source runs on after the commit");
-    wait_until("the event that the guest is gone", SOON, || source.client.ownership() == Ownership::Gone).unwrap();
+    wait_until("the event that the guest is gone", SOON, || {
+        source.client.ownership() == Ownership::Gone
+    })
+    .unwrap();
     let model = source.world.model.lock().unwrap();
     let allocated = source.world.memory.allocated();
     let extra: Vec<_> = allocated.difference(&model.allocated).collect();

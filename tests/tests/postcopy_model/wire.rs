@@ -1,4 +1,5 @@
-//! What stands between the two agents: passes one record of one connection at a time, and sees to it that nothing is asked for twice.
+//! What stands between the two agents: passes one record of one connection at a time, and sees to
+//! it that nothing is asked for twice.
 
 use crate::common::model::{Page, layouts, pages_of};
 use pageferry_protocol::memory::PageRange;
@@ -118,7 +119,8 @@ impl Relay {
         while let Ok((from, _)) = self.listener.accept() {
             let set = self.accepted / self.connections;
             self.accepted += 1;
-            // A destination that has ended does not listen any more: the source finds its connection closed.
+            // A destination that has ended does not listen any more: the source finds its
+            // connection closed.
             let Ok(to) = UnixStream::connect(&self.destination) else { continue };
             from.set_nonblocking(false).unwrap();
             let [back, forth] = [to.try_clone().unwrap(), from.try_clone().unwrap()];
@@ -135,7 +137,8 @@ impl Relay {
             self.close(at);
             return None;
         };
-        let passing = Passing { pipe: at, to_destination: pipe.to_destination, kind, header, payload };
+        let passing =
+            Passing { pipe: at, to_destination: pipe.to_destination, kind, header, payload };
         if kind == Kind::Request {
             let set = pipe.set;
             self.check_request(&passing, set);
@@ -147,11 +150,15 @@ impl Relay {
         for page in request.pages() {
             assert!(self.asked.asked.insert((set, page)), "page {page:?} is requested twice");
             let settled = self.asked.settled.get(&page).copied().unwrap_or(u64::MAX);
-            assert!(set < settled, "page {page:?} is requested though nothing of it is needed any more");
+            assert!(
+                set < settled,
+                "page {page:?} is requested though nothing of it is needed any more"
+            );
         }
     }
 
-    /// The page is there, or discarded: it is not asked for on connections that are made after this, nor on those that are there unless the guest touched it before.
+    /// The page is there, or discarded: it is not asked for on connections that are made after
+    /// this, nor on those that are there unless the guest touched it before.
     pub fn settle(&mut self, page: Page, touched: bool) {
         let from = if touched { self.accepted.div_ceil(self.connections) } else { 0 };
         let settled = self.asked.settled.entry(page).or_insert(from);

@@ -1,4 +1,5 @@
-//! Snapshots that do not come to their end leave nothing behind: no file, no protection, a guest that runs.
+//! Snapshots that do not come to their end leave nothing behind: no file, no protection, a guest
+//! that runs.
 
 use super::scene::Scene;
 use pageferry_client::{BlockRange, JobStatus, MIN_BANDWIDTH, Phase, Punch, SnapshotOptions};
@@ -18,7 +19,8 @@ fn endless() -> SnapshotOptions {
 fn check_free(scene: &Scene) {
     assert!(scene.vmm.record().runs, "the guest runs");
     assert_eq!(scene.files(), Vec::<String>::new());
-    scene.as_guest(|block| (0..PAGES).for_each(|page| block.store(page * PAGE_SIZE, page).unwrap()));
+    scene
+        .as_guest(|block| (0..PAGES).for_each(|page| block.store(page * PAGE_SIZE, page).unwrap()));
     let (_, chain) = scene.saved("again", &SnapshotOptions::default());
     scene.check(&chain);
 }
@@ -86,9 +88,13 @@ fn what_is_discarded_while_it_is_saved_is_saved_first() {
     let scene = Scene::full(PAGES);
     let before: Vec<_> = (0..PAGES).map(|page| scene.block().read_page(page).unwrap()).collect();
     let job = begin(&scene, &endless());
-    let half = BlockRange { block: 0, offset: PAGES / 2 * PAGE_SIZE, length: PAGES / 2 * PAGE_SIZE };
+    let half =
+        BlockRange { block: 0, offset: PAGES / 2 * PAGE_SIZE, length: PAGES / 2 * PAGE_SIZE };
     scene.client().discard(&[half], Punch::Yes).unwrap();
-    assert!(scene.block().is_hole(PageRange::new(PAGES / 2, PAGES / 2)).unwrap(), "acknowledged is freed");
+    assert!(
+        scene.block().is_hole(PageRange::new(PAGES / 2, PAGES / 2)).unwrap(),
+        "acknowledged is freed"
+    );
     // What was discarded and is used again is new, and none of the image's.
     let part = BlockRange { length: 10 * PAGE_SIZE, ..half };
     scene.client().populate(&[part]).unwrap();

@@ -29,22 +29,30 @@ fn takes_its_time(scene: &Scene, what: &str, start: impl FnOnce() -> u64) {
 
 #[test]
 fn a_snapshot_is_no_faster_than_its_limit() {
-    let modes = if require::uffd() { vec![SnapshotOptions::default(), paused()] } else { vec![paused()] };
+    let modes =
+        if require::uffd() { vec![SnapshotOptions::default(), paused()] } else { vec![paused()] };
     let scene = Scene::full(PAGES);
     for (number, options) in modes.into_iter().enumerate() {
         let options = SnapshotOptions { bandwidth: RATE, workers: 1, ..options };
         let path = scene.path(&format!("image{number}"));
-        takes_its_time(&scene, &format!("{:?}", options.mode), || scene.vmm.start_snapshot(&path, &options).unwrap());
+        takes_its_time(&scene, &format!("{:?}", options.mode), || {
+            scene.vmm.start_snapshot(&path, &options).unwrap()
+        });
     }
 }
 
 #[test]
 fn a_restore_is_no_faster_than_its_limit() {
-    let modes = if require::uffd() { vec![RestoreMode::Eager, RestoreMode::Lazy] } else { vec![RestoreMode::Eager] };
+    let modes = if require::uffd() {
+        vec![RestoreMode::Eager, RestoreMode::Lazy]
+    } else {
+        vec![RestoreMode::Eager]
+    };
     let scene = Scene::full(PAGES);
     scene.saved("image", &paused());
     for mode in modes {
-        let options = RestoreOptions { mode, bandwidth: RATE, workers: 1, ..RestoreOptions::default() };
+        let options =
+            RestoreOptions { mode, bandwidth: RATE, workers: 1, ..RestoreOptions::default() };
         let start = || scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
         takes_its_time(&scene, &format!("{mode:?}"), start);
     }

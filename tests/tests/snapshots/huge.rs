@@ -3,7 +3,8 @@
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    BlockRange, MIN_BANDWIDTH, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions, SnapshotOptions,
+    BlockRange, MIN_BANDWIDTH, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions,
+    SnapshotOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::huge_pages::{HUGE_PAGE, HugePages, hugetlb_memfd};
@@ -36,7 +37,10 @@ fn a_guest_on_huge_pages_is_saved_while_it_writes() {
         return;
     }
     let scene = scene();
-    scene.client().discard(&[BlockRange { block: 0, offset: HUGE_PAGE, length: HUGE_PAGE }], Punch::Yes).unwrap();
+    scene
+        .client()
+        .discard(&[BlockRange { block: 0, offset: HUGE_PAGE, length: HUGE_PAGE }], Punch::Yes)
+        .unwrap();
     // A page at a time, so that it writes into one that is not captured yet.
     let options = SnapshotOptions { workers: 1, bandwidth: 4 << 20, ..SnapshotOptions::default() };
     let started = scene.client().start_snapshot(&scene.path("image"), &options).unwrap();
@@ -59,7 +63,10 @@ fn an_increment_of_huge_pages_is_complete() {
     let (_, chain) = scene.saved("full", &tracked(paused()));
     scene.check(&chain);
     scene.write(3, 99);
-    scene.client().discard(&[BlockRange { block: 0, offset: 2 * HUGE_PAGE, length: HUGE_PAGE }], Punch::Yes).unwrap();
+    scene
+        .client()
+        .discard(&[BlockRange { block: 0, offset: 2 * HUGE_PAGE, length: HUGE_PAGE }], Punch::Yes)
+        .unwrap();
     let (status, chain) = scene.saved("increment", &on(&scene.path("full"), tracked(paused())));
     scene.check(&chain);
     assert_eq!(status.counters.pages_sent, 1);
@@ -71,8 +78,9 @@ fn thin(backing: Backing) -> Scene {
     Scene::new(vec![layout])
 }
 
-/// The image `image` of a guest on small pages, in `scene`'s folder: in huge pages 0, 3, 6 and 7 page 77 holds something, and 100 to 199 of 0 are discarded; 1 and 5 are
-/// discarded, 4 is zero, and 2 is full.
+/// The image `image` of a guest on small pages, in `scene`'s folder: in huge pages 0, 3, 6 and 7
+/// page 77 holds something, and 100 to 199 of 0 are discarded; 1 and 5 are discarded, 4 is zero,
+/// and 2 is full.
 fn save_thin(scene: &Scene) -> Chain {
     let guest = thin(Backing::Memfd);
     [0, 3, 6, 7].into_iter().for_each(|huge| guest.write(huge * HUGE + 77, huge + 1));
@@ -86,11 +94,14 @@ fn save_thin(scene: &Scene) -> Chain {
     Chain::open(&scene.path("image")).unwrap()
 }
 
-/// All that was saved is there, what was discarded of a huge page is zero, and only those are allocated that have to be.
+/// All that was saved is there, what was discarded of a huge page is zero, and only those are
+/// allocated that have to be.
 #[track_caller]
 fn check_restored(scene: &Scene, chain: &Chain, allocated: u64) {
     scene.check(chain);
-    assert!((100..200).all(|page| scene.block().read_page(page).unwrap() == [0; PAGE_SIZE as usize]));
+    assert!(
+        (100..200).all(|page| scene.block().read_page(page).unwrap() == [0; PAGE_SIZE as usize])
+    );
     assert_eq!(scene.block().allocated().unwrap(), allocated * HUGE_PAGE);
     assert!(scene.vmm.record().runs);
 }
@@ -122,8 +133,12 @@ fn a_guest_on_huge_pages_waits_for_what_it_touches_and_gets_it_whole() {
     let chain = save_thin(&scene);
     scene.block().fill(PageRange::new(4 * HUGE, 2 * HUGE), 9).unwrap();
     // What is not touched would take for ever.
-    let options =
-        RestoreOptions { mode: RestoreMode::Lazy, workers: 1, bandwidth: MIN_BANDWIDTH, ..RestoreOptions::default() };
+    let options = RestoreOptions {
+        mode: RestoreMode::Lazy,
+        workers: 1,
+        bandwidth: MIN_BANDWIDTH,
+        ..RestoreOptions::default()
+    };
     let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
     scene.vmm.wait_phase(Phase::Prefetching, PATIENCE).unwrap();
     let found = scene.as_guest(|block| {

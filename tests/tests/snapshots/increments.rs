@@ -2,7 +2,9 @@
 
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_agent::image::Chain;
-use pageferry_client::{BlockRange, ClearPages, DirtyLog, HookError, Phase, Punch, SnapshotOptions};
+use pageferry_client::{
+    BlockRange, ClearPages, DirtyLog, HookError, Phase, Punch, SnapshotOptions,
+};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
@@ -25,7 +27,10 @@ fn an_increment_holds_what_changed_and_no_more() {
     let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(paused())));
     scene.check(&one);
     let counters = status.counters;
-    assert_eq!((counters.pages_sent, counters.discarded_pages, counters.unchanged_pages), (2, 90, 898));
+    assert_eq!(
+        (counters.pages_sent, counters.discarded_pages, counters.unchanged_pages),
+        (2, 90, 898)
+    );
     // Nothing at all happened since.
     let (status, two) = scene.saved("two", &on(&scene.path("one"), tracked(paused())));
     scene.check(&two);
@@ -33,7 +38,13 @@ fn an_increment_holds_what_changed_and_no_more() {
     // Read ahead by nobody: the base is as it was.
     scene.write(8, 80);
     let states = &one.newest().states()[0];
-    assert_eq!((states.present.count(states.present.all()), states.unchanged.count(states.unchanged.all())), (2, 898));
+    assert_eq!(
+        (
+            states.present.count(states.present.all()),
+            states.unchanged.count(states.unchanged.all())
+        ),
+        (2, 898)
+    );
 }
 
 #[test]
@@ -47,9 +58,16 @@ fn what_was_freed_since_the_base_is_zero_and_not_as_there() {
     let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(paused())));
     scene.check(&one);
     let counters = status.counters;
-    assert_eq!((counters.pages_sent, counters.discarded_pages, counters.unchanged_pages), (1, 0, 349));
+    assert_eq!(
+        (counters.pages_sent, counters.discarded_pages, counters.unchanged_pages),
+        (1, 0, 349)
+    );
     let states = &one.newest().states()[0];
-    assert!(!states.unchanged.contains(100) && !states.present.contains(200) && states.present.contains(120));
+    assert!(
+        !states.unchanged.contains(100)
+            && !states.present.contains(200)
+            && states.present.contains(120)
+    );
     // Once only, and it is ordinary memory again.
     scene.write(101, 8);
     let (status, two) = scene.saved("two", &on(&scene.path("one"), tracked(paused())));
@@ -189,14 +207,18 @@ fn what_changes_the_memory_or_the_trackers_ends_the_chain() {
     scene.fail_to_resume(&tracked(paused()));
     ended("the trackers were changed");
     scene.saved("full", &tracked(paused()));
-    let more = BlockLayout { id: 1, name: "more".into(), gpa: 1 << 30, ..BlockLayout::ram(PAGE_SIZE) };
+    let more =
+        BlockLayout { id: 1, name: "more".into(), gpa: 1 << 30, ..BlockLayout::ram(PAGE_SIZE) };
     let more = TestMemory::new(vec![more]).unwrap();
     more.block(1).unwrap().add_to(scene.client()).unwrap();
     scene.client().remove_block(1).unwrap();
     ended("blocks were added or removed");
     scene.saved("full", &tracked(paused()));
     let nowhere = scene.path("nobody");
-    let job = scene.vmm.start_outgoing(&format!("unix:{}", nowhere.display()), &Default::default()).unwrap();
+    let job = scene
+        .vmm
+        .start_outgoing(&format!("unix:{}", nowhere.display()), &Default::default())
+        .unwrap();
     assert_eq!(scene.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Failed);
     ended("a migration asked the trackers");
 }
@@ -234,11 +256,18 @@ fn a_tracker_that_fails_ends_the_chain_since_what_it_knew_may_be_lost() {
         scene.vmm.clear_record();
         let status = scene.save("one", &on(&scene.path("full"), tracked(paused())));
         assert!(status.error.contains("it is raining"), "{hook:?}: {}", status.error);
-        assert!(scene.vmm.record().calls.contains(&HookName::StopTracking), "{hook:?}: it is of no use any more");
+        assert!(
+            scene.vmm.record().calls.contains(&HookName::StopTracking),
+            "{hook:?}: it is of no use any more"
+        );
         scene.vmm.inject(hook, None);
         let status = scene.save("one", &on(&scene.path("full"), tracked(paused())));
         assert_eq!(status.phase, Phase::Failed);
-        assert!(status.error.contains("what changed since is not known: a tracker failed"), "{}", status.error);
+        assert!(
+            status.error.contains("what changed since is not known: a tracker failed"),
+            "{}",
+            status.error
+        );
         assert_eq!(scene.files(), ["full"]);
         // One of all begins anew.
         scene.saved("whole", &tracked(paused()));

@@ -1,11 +1,14 @@
-//! A real guest is saved while it runs on, again and again: each image is one moment of it, and it never stops counting.
+//! A real guest is saved while it runs on, again and again: each image is one moment of it, and it
+//! never stops counting.
 
 use super::scene::Scene;
 use pageferry_agent::image::Chain;
 use pageferry_client::{SnapshotMode, SnapshotOptions};
 use pageferry_protocol::memory::PageRange;
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Progress, Sweep, check_consistent, counters};
+use pageferry_tests::guest::kvm::{
+    FIRMWARE_PAGES, KvmGuest, Progress, Sweep, check_consistent, counters,
+};
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
 use pageferry_tests::vmm::{PATIENCE, Tracker};
@@ -16,7 +19,8 @@ const TABLES: u64 = 3;
 fn layouts() -> Vec<BlockLayout> {
     let low = BlockLayout { fd_offset: 0x3000, ..BlockLayout::ram(8 << 20) };
     // Added before the first, and after it in the guest.
-    let high = BlockLayout { id: 1, name: "high".into(), gpa: 64 << 20, ..BlockLayout::ram(8 << 20) };
+    let high =
+        BlockLayout { id: 1, name: "high".into(), gpa: 64 << 20, ..BlockLayout::ram(8 << 20) };
     vec![high, low]
 }
 
@@ -49,10 +53,13 @@ fn save_again_and_again(mode: SnapshotMode) {
         let name = format!("image{number}");
         let (status, chain) = scene.saved(&name, &options);
         let now = progress(&chain, &sweep);
-        assert!(before.is_none_or(|before: Progress| (before.sweeps, before.pages) <= (now.sweeps, now.pages)));
+        assert!(before.is_none_or(
+            |before: Progress| (before.sweeps, before.pages) <= (now.sweeps, now.pages)
+        ));
         assert!(!chain.newest().state().unwrap().is_empty(), "the state of its vCPU");
         captured += status.counters.captured_pages;
-        // Its firmware is as in the base, but perhaps for the page tables, which its vCPU walks; what it swept meanwhile is not.
+        // Its firmware is as in the base, but perhaps for the page tables, which its vCPU walks;
+        // what it swept meanwhile is not.
         let unchanged = status.counters.unchanged_pages;
         let expected = if number == 0 { 0..=0 } else { FIRMWARE_PAGES - TABLES..=sweep.pages() };
         assert!(

@@ -22,7 +22,8 @@ use std::sync::Arc;
 
 const PAGES: u64 = 4096;
 
-/// Runs the command in the folder of images, so that the names are relative; the agent runs elsewhere.
+/// Runs the command in the folder of images, so that the names are relative; the agent runs
+/// elsewhere.
 fn run(scene: &Scene, command: &str, more: &[&str]) -> Output {
     let mut program = Command::new(PROGRAM);
     program.arg(command).arg("--socket").arg(scene.socket()).args(more).stdin(Stdio::null());
@@ -33,7 +34,10 @@ fn run(scene: &Scene, command: &str, more: &[&str]) -> Output {
 #[track_caller]
 fn last_object(output: &Output) -> Value {
     let text = String::from_utf8(output.stdout.clone()).unwrap();
-    serde_json::from_str(text.lines().last().unwrap_or_else(|| panic!("nothing printed: {output:?}"))).unwrap()
+    serde_json::from_str(
+        text.lines().last().unwrap_or_else(|| panic!("nothing printed: {output:?}")),
+    )
+    .unwrap()
 }
 
 /// The same for a job that completes.
@@ -121,7 +125,10 @@ fn an_operator_restores_a_guest_and_has_what_it_touches_written_down() {
     scene.block().fill(PageRange::new(0, PAGES), 9).unwrap();
     // The VMM does not want one yet.
     let output = run(&scene, "restore", &["image", "--json"]);
-    assert_eq!((output.status.code(), &last_object(&output)["status"]), (Some(1), &"failed".into()));
+    assert_eq!(
+        (output.status.code(), &last_object(&output)["status"]),
+        (Some(1), &"failed".into())
+    );
 
     scene.vmm.take_restores();
     let eager = completes(&scene, "restore", &["image"]);
@@ -152,9 +159,13 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
     const EXTENT: u64 = 512;
     let home = tempfile::tempdir().unwrap();
     let mut agent = AgentProcess::spawn(OsStr::new(PROGRAM), home.path(), "agent").unwrap();
-    let usage = Usage::new(Arc::new(TestMemory::new(vec![BlockLayout::ram(PIECES << 26)]).unwrap())).unwrap();
+    let usage =
+        Usage::new(Arc::new(TestMemory::new(vec![BlockLayout::ram(PIECES << 26)]).unwrap()))
+            .unwrap();
     let pages = (0..(PIECES << 26) / PAGE_SIZE).step_by(EXTENT as usize);
-    pages.for_each(|page| usage.memory().block(0).unwrap().write(page * PAGE_SIZE, b"something").unwrap());
+    pages.for_each(|page| {
+        usage.memory().block(0).unwrap().write(page * PAGE_SIZE, b"something").unwrap()
+    });
     let vmm = MockVmm::connect(agent.socket(), usage, Tracker::Log).unwrap();
     vmm.start().unwrap();
     vmm.take_restores();
@@ -177,9 +188,12 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
     ] {
         eprintln!("{line:?}");
         let last = vmm.client().status().unwrap().job;
-        // More than there are of all kinds if it has two, and no more than it has pieces to work on.
-        let mut operator = command(&[&line[..], &["--workers", "9", "--bandwidth", "64K"]].concat());
-        let here = || vmm.client().status().is_ok_and(|status| status.job > last && status.phase >= phase);
+        // More than there are of all kinds if it has two, and no more than it has pieces to work
+        // on.
+        let mut operator =
+            command(&[&line[..], &["--workers", "9", "--bandwidth", "64K"]].concat());
+        let here =
+            || vmm.client().status().is_ok_and(|status| status.job > last && status.phase >= phase);
         wait_until("the job to be at work", PATIENCE, here).unwrap();
         assert_eq!((vmm.client().status().unwrap().phase, vmm.record().runs), (phase, runs));
         wait_until("its threads", PATIENCE, || threads() >= idle + 9).unwrap();
@@ -199,12 +213,17 @@ fn a_guest_that_the_vmm_has_stopped_is_saved_for_the_vmm_alone_and_stays_so() {
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("\"stopped\": write background or paused"), "{said}");
-    let stopped = SnapshotOptions { mode: SnapshotMode::Stopped, track: true, ..SnapshotOptions::default() };
+    let stopped =
+        SnapshotOptions { mode: SnapshotMode::Stopped, track: true, ..SnapshotOptions::default() };
     let path = scene.path("image").to_str().unwrap().to_owned();
     let request = Request::StartSnapshot { path, options: stopped.clone() };
     let refused = Peer::connect(scene.socket()).ask(&request, Vec::new()).unwrap_err();
     assert_eq!(refused.code, ErrorCode::Denied);
-    assert!(refused.sentence.starts_with("mode is stopped, which only the VMM can ask for"), "{}", refused.sentence);
+    assert!(
+        refused.sentence.starts_with("mode is stopped, which only the VMM can ask for"),
+        "{}",
+        refused.sentence
+    );
     assert_eq!(scene.files(), Vec::<String>::new());
 
     scene.vmm.stop().unwrap();
@@ -213,12 +232,17 @@ fn a_guest_that_the_vmm_has_stopped_is_saved_for_the_vmm_alone_and_stays_so() {
     scene.check(&chain);
     assert_eq!(status.counters.pages_sent, PAGES);
     scene.write(3, 3);
-    let base = SnapshotOptions { base: scene.path("image").to_str().unwrap().to_owned(), ..stopped };
+    let base =
+        SnapshotOptions { base: scene.path("image").to_str().unwrap().to_owned(), ..stopped };
     let (status, chain) = scene.saved("next", &base);
     scene.check(&chain);
     assert_eq!(status.counters.pages_sent, 1);
     let record = scene.vmm.record();
     let asked = |hook: HookName| record.calls.contains(&hook);
-    assert!(asked(HookName::SaveState) && !asked(HookName::Pause) && !asked(HookName::Resume), "{:?}", record.calls);
+    assert!(
+        asked(HookName::SaveState) && !asked(HookName::Pause) && !asked(HookName::Resume),
+        "{:?}",
+        record.calls
+    );
     assert!(!record.runs, "it is the VMM's to let it run");
 }

@@ -3,8 +3,8 @@
 use super::scene::{Scene, on, paused, tracked};
 use crate::common::{PROGRAM, Peer};
 use pageferry_client::{
-    BlockRange, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Phase, Punch, RestoreMode,
-    RestoreOptions, SnapshotOptions, Target, Trackers,
+    BlockRange, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Phase, Punch,
+    RestoreMode, RestoreOptions, SnapshotOptions, Target, Trackers,
 };
 use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::control::request::{ErrorCode, Request};
@@ -18,7 +18,8 @@ use std::process::Command;
 
 const PAGES: u64 = 2048;
 /// What is given back while the job runs, and the part of it that is used again.
-const GIVEN: BlockRange = BlockRange { block: 0, offset: (PAGES - 20) * PAGE_SIZE, length: 20 * PAGE_SIZE };
+const GIVEN: BlockRange =
+    BlockRange { block: 0, offset: (PAGES - 20) * PAGE_SIZE, length: 20 * PAGE_SIZE };
 const USED_AGAIN: BlockRange = BlockRange { length: 10 * PAGE_SIZE, ..GIVEN };
 
 /// A job that would take for ever.
@@ -45,7 +46,10 @@ impl Slow {
             Self::Eager => (restores(RestoreMode::Eager), Phase::Restoring),
             Self::Lazy => (restores(RestoreMode::Lazy), Phase::Prefetching),
             Self::Outgoing => {
-                let (_, address) = there.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+                let (_, address) = there
+                    .vmm
+                    .start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default())
+                    .unwrap();
                 let options = OutgoingOptions { bandwidth, ..OutgoingOptions::default() };
                 (scene.vmm.start_outgoing(&address, &options).unwrap(), Phase::Passes)
             }
@@ -76,7 +80,8 @@ fn refused<T: std::fmt::Debug>(outcome: Result<T, Error>) -> (ErrorCode, String)
 #[track_caller]
 fn check_beside(slow: Slow) {
     eprintln!("{slow:?}");
-    let (scene, there) = (Scene::full(PAGES), Scene::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]));
+    let (scene, there) =
+        (Scene::full(PAGES), Scene::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]));
     scene.saved("base", &tracked(paused()));
     scene.write(5, 5);
     let (_, chain) = scene.saved("image", &on(&scene.path("base"), tracked(paused())));
@@ -94,7 +99,10 @@ fn check_beside(slow: Slow) {
     let requests = [
         Request::StartSnapshot { path: text("other"), options: paused() },
         Request::StartRestore { path: text("image"), options: RestoreOptions::default() },
-        Request::StartOutgoing { target: "unix:/nowhere".into(), options: OutgoingOptions::default() },
+        Request::StartOutgoing {
+            target: "unix:/nowhere".into(),
+            options: OutgoingOptions::default(),
+        },
     ];
     let mut operator = Peer::connect(scene.socket());
     for request in requests {
@@ -108,7 +116,10 @@ fn check_beside(slow: Slow) {
     for started in starts {
         // The client knows by itself that there is no guest to save or to send.
         if slow == Slow::Eager {
-            assert!(matches!(started, Err(Error::NotOurs { ownership: Ownership::Awaiting })), "{started:?}");
+            assert!(
+                matches!(started, Err(Error::NotOurs { ownership: Ownership::Awaiting })),
+                "{started:?}"
+            );
         } else {
             assert_eq!(refused(started), busy("a job cannot be started"));
         }
@@ -116,30 +127,47 @@ fn check_beside(slow: Slow) {
     let before = client.ownership();
     let restore = client.start_restore(&scene.path("image"), &RestoreOptions::default());
     assert_eq!(refused(restore), busy("a job cannot be started"));
-    assert_eq!(refused(client.start_incoming(target(), &IncomingOptions::default())), busy("a job cannot be started"));
+    assert_eq!(
+        refused(client.start_incoming(target(), &IncomingOptions::default())),
+        busy("a job cannot be started")
+    );
     assert_eq!(client.ownership(), before, "what was refused changes nothing");
 
     // Memory and trackers.
-    let more = BlockLayout { id: 1, name: "more".into(), gpa: 1 << 30, ..BlockLayout::ram(PAGE_SIZE) };
+    let more =
+        BlockLayout { id: 1, name: "more".into(), gpa: 1 << 30, ..BlockLayout::ram(PAGE_SIZE) };
     let more = TestMemory::new(vec![more]).unwrap();
     let added = more.block(1).unwrap().add_to(client).unwrap_err().sentence();
     assert!(added.contains(&busy("memory cannot be added").1), "{added}");
-    assert_eq!(refused(client.set_trackers(Trackers::LOG_IS_COMPLETE)), busy("the trackers cannot be changed"));
+    assert_eq!(
+        refused(client.set_trackers(Trackers::LOG_IS_COMPLETE)),
+        busy("the trackers cannot be changed")
+    );
 
     // Discards and populates.
     assert_eq!(client.discard(&[GIVEN], Punch::Yes).unwrap(), 20);
-    assert!(scene.block().is_hole(PageRange::new(PAGES - 20, 20)).unwrap(), "acknowledged is freed");
+    assert!(
+        scene.block().is_hole(PageRange::new(PAGES - 20, 20)).unwrap(),
+        "acknowledged is freed"
+    );
     if slow == Slow::Eager {
         let (code, sentence) = refused(client.populate(&[USED_AGAIN]));
         assert_eq!(code, ErrorCode::Busy);
-        assert!(sentence.contains("restores the memory: populate again once the guest runs"), "{sentence}");
+        assert!(
+            sentence.contains("restores the memory: populate again once the guest runs"),
+            "{sentence}"
+        );
     } else {
         assert_eq!(client.populate(&[USED_AGAIN]).unwrap(), 10);
     }
 
     // Images, that which is read among them.
     let tool = |arguments: &[&str]| {
-        let output = Command::new(PROGRAM).arg("image").args(arguments).current_dir(scene.folder.path()).output();
+        let output = Command::new(PROGRAM)
+            .arg("image")
+            .args(arguments)
+            .current_dir(scene.folder.path())
+            .output();
         let output = output.unwrap();
         assert!(output.status.success(), "{arguments:?}: {output:?}");
     };
@@ -149,10 +177,17 @@ fn check_beside(slow: Slow) {
     tool(&["merge", "image", "--into", "image", "--replace"]);
 
     let status = client.status().unwrap();
-    assert_eq!((status.job, status.kind, status.phase.is_final()), (job, slow.kind(), false), "it goes on");
+    assert_eq!(
+        (status.job, status.kind, status.phase.is_final()),
+        (job, slow.kind(), false),
+        "it goes on"
+    );
     match slow {
         Slow::Lazy => {
-            let late = (ErrorCode::State, "too late to cancel: the guest that is restored runs".to_owned());
+            let late = (
+                ErrorCode::State,
+                "too late to cancel: the guest that is restored runs".to_owned(),
+            );
             assert_eq!(refused(client.cancel()), late);
             client.set_parameters(&OutgoingOptions::default()).unwrap();
             assert_eq!(client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
@@ -198,13 +233,21 @@ fn an_image_that_is_there_is_replaced_only_on_request() {
     let scene = Scene::full(100);
     scene.saved("image", &paused());
     let status = scene.save("image", &paused());
-    assert!(status.error.contains("the file exists: choose another name, or have it replaced"), "{}", status.error);
+    assert!(
+        status.error.contains("the file exists: choose another name, or have it replaced"),
+        "{}",
+        status.error
+    );
     scene.write(1, 1);
     let (_, chain) = scene.saved("image", &SnapshotOptions { replace: true, ..paused() });
     scene.check(&chain);
     assert_eq!(scene.files(), ["image"]);
     let status = scene.save("image/below", &paused());
-    assert!(status.error.contains("cannot create a file in its folder: Not a directory"), "{}", status.error);
+    assert!(
+        status.error.contains("cannot create a file in its folder: Not a directory"),
+        "{}",
+        status.error
+    );
     let status = scene.client().start_snapshot(Path::new("/"), &paused()).unwrap();
     let status = scene.client().wait(status.job, PATIENCE).unwrap();
     assert!(status.error.contains("path is not that of a file, from the root"), "{}", status.error);
@@ -216,7 +259,11 @@ fn what_is_no_image_and_the_guests_memory_are_never_replaced() {
     let replace = SnapshotOptions { replace: true, ..paused() };
     std::fs::write(scene.path("letter"), "precious").unwrap();
     let status = scene.save("letter", &replace);
-    assert!(status.error.contains("the file is not an image, and so it is not replaced"), "{}", status.error);
+    assert!(
+        status.error.contains("the file is not an image, and so it is not replaced"),
+        "{}",
+        status.error
+    );
     assert_eq!(
         (scene.files(), std::fs::read(scene.path("letter")).unwrap()),
         (vec!["letter".into()], b"precious".to_vec())
@@ -226,7 +273,11 @@ fn what_is_no_image_and_the_guests_memory_are_never_replaced() {
     let memory = format!("/proc/self/fd/{}", scene.block().file().as_raw_fd());
     let started = scene.client().start_snapshot(Path::new(&memory), &replace).unwrap();
     let status = scene.client().wait(started.job, PATIENCE).unwrap();
-    assert!(status.error.contains("the file is the memory of block 0: choose another name"), "{}", status.error);
+    assert!(
+        status.error.contains("the file is the memory of block 0: choose another name"),
+        "{}",
+        status.error
+    );
 }
 
 #[test]

@@ -55,7 +55,8 @@ impl Scene {
     /// Names in the folder.
     pub fn files(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.folder.path()).unwrap();
-        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }
@@ -91,9 +92,12 @@ impl Scene {
         images::assert_saved(self.vmm.memory(), self.client(), chain);
     }
 
-    /// Does to the first block what a vCPU does, on a thread of its own: if it waits in vain for the agent, the test fails and does not hang.
+    /// Does to the first block what a vCPU does, on a thread of its own: if it waits in vain for
+    /// the agent, the test fails and does not hang.
     #[track_caller]
-    pub fn as_guest<T: Send + 'static>(&self, act: impl FnOnce(&TestBlock) -> T + Send + 'static) -> T {
+    pub fn as_guest<T: Send + 'static>(
+        &self, act: impl FnOnce(&TestBlock) -> T + Send + 'static,
+    ) -> T {
         let memory = self.vmm.memory().clone();
         let acting = std::thread::spawn(move || act(&memory.blocks()[0]));
         wait_until("the guest to come on", PATIENCE, || acting.is_finished()).unwrap();

@@ -1,6 +1,7 @@
 //! `pageferry image info`.
 //!
-//! An image may be anybody's, and names in it are anybody's text: what a terminal would take for a command is shown as what it is.
+//! An image may be anybody's, and names in it are anybody's text: what a terminal would take for a
+//! command is shown as what it is.
 
 use super::{ImageArgs, Outcome, absolute, counted, text_of};
 use crate::cli::show;
@@ -15,7 +16,8 @@ use serde_json::{Map, Value, json};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-/// Shows an image. What it builds on is part of it: if that cannot be opened, the image is shown all the same, and the error with it.
+/// Shows an image. What it builds on is part of it: if that cannot be opened, the image is shown
+/// all the same, and the error with it.
 ///
 /// # Errors
 /// If it cannot be opened, or what it builds on not.
@@ -26,7 +28,9 @@ pub(super) fn run(args: &ImageArgs) -> Outcome {
         if args.json {
             writeln!(out, "{}", Value::Object(to_json(newest, &images, opened.as_ref().err())))?;
         } else {
-            lines(newest, &images).iter().try_for_each(|(name, value)| writeln!(out, "{name:18} {value}"))?;
+            lines(newest, &images)
+                .iter()
+                .try_for_each(|(name, value)| writeln!(out, "{name:18} {value}"))?;
         }
     }
     opened?;
@@ -36,7 +40,8 @@ pub(super) fn run(args: &ImageArgs) -> Outcome {
 /// Bytes that the file takes on its disk.
 fn disk_bytes(image: &Image) -> u64 {
     // Of a file that is open, which can be asked; if not, it is better to say nothing than to fail.
-    rustix::fs::fstat(image.file()).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
+    rustix::fs::fstat(image.file())
+        .map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
 }
 
 fn to_json(newest: &Image, images: &[Image], error: Option<&ImageError>) -> Map<String, Value> {
@@ -53,7 +58,8 @@ fn to_json(newest: &Image, images: &[Image], error: Option<&ImageError>) -> Map<
         object.insert("granularity".into(), json!(block.granularity));
         Value::Object(object)
     });
-    let state = contents.pieces.iter().map(|piece| json!({ "name": piece.name, "bytes": piece.length }));
+    let state =
+        contents.pieces.iter().map(|piece| json!({ "name": piece.name, "bytes": piece.length }));
     let chain = images.iter().map(|image| {
         let mut object = counts(View::Image(image).all());
         object.insert("path".into(), json!(text_of(image.path())));
@@ -104,20 +110,34 @@ fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
     if header.is_increment() {
         line("base", format!("{} {}", id_text(&header.base), contents.base_name.escape_debug()));
     }
-    line("file", format!("{}, {} on the disk", show::bytes(header.file_length), show::bytes(disk_bytes(newest))));
+    line(
+        "file",
+        format!(
+            "{}, {} on the disk",
+            show::bytes(header.file_length),
+            show::bytes(disk_bytes(newest))
+        ),
+    );
     tally_lines(&mut line, &view, view.all());
     for (at, block) in contents.table.blocks().iter().enumerate() {
         let (length, granularity) = (show::bytes(block.length), show::bytes(block.granularity));
         let name = block.name.escape_debug();
         line(
             &format!("block {}", block.id),
-            format!("{name}, gpa {:#x} + {:#x} ({length}), discards of {granularity}", block.gpa, block.length),
+            format!(
+                "{name}, gpa {:#x} + {:#x} ({length}), discards of {granularity}",
+                block.gpa, block.length
+            ),
         );
         tally_lines(&mut line, &view, view.block(at));
     }
     line(
         "state of the VMM",
-        format!("{}, {}", show::bytes(contents.state_size()), counted(contents.pieces.len(), "piece")),
+        format!(
+            "{}, {}",
+            show::bytes(contents.state_size()),
+            counted(contents.pieces.len(), "piece")
+        ),
     );
     for piece in &contents.pieces {
         line("", format!("{} ({})", piece.name.escape_debug(), show::bytes(piece.length)));
@@ -126,12 +146,20 @@ fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
         let header = image.header();
         line(
             if number == 1 { "builds on" } else { "which builds on" },
-            format!("{}, id {}", image.path().display().to_string().escape_debug(), id_text(&header.id)),
+            format!(
+                "{}, id {}",
+                image.path().display().to_string().escape_debug(),
+                id_text(&header.id)
+            ),
         );
         let content = show::bytes(View::Image(image).all().present * PAGE_SIZE);
         line(
             "",
-            format!("taken {}, content {content}, {} on the disk", utc(header.taken), show::bytes(disk_bytes(image))),
+            format!(
+                "taken {}, content {content}, {} on the disk",
+                utc(header.taken),
+                show::bytes(disk_bytes(image))
+            ),
         );
     }
     lines
@@ -139,13 +167,17 @@ fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
 
 fn tally_lines(line: &mut impl FnMut(&str, String), view: &View<'_>, tally: Tally) {
     for (kind, count) in tally.kinds(view.is_increment()) {
-        line(&format!("  {}", kind.name()), format!("{count} pages ({})", show::bytes(count * PAGE_SIZE)));
+        line(
+            &format!("  {}", kind.name()),
+            format!("{count} pages ({})", show::bytes(count * PAGE_SIZE)),
+        );
     }
 }
 
 /// Seconds since 1970 as a date and a time.
 ///
-/// Days are counted from the 1st of March of the year 0, so that a leap day is the last of its year, in eras of 400 years of 146097 days.
+/// Days are counted from the 1st of March of the year 0, so that a leap day is the last of its
+/// year, in eras of 400 years of 146097 days.
 fn utc(seconds: u64) -> String {
     let (days, second) = (seconds / 86400 + 719_468, seconds % 86400);
     let (era, day) = (days / 146_097, days % 146_097);
@@ -185,7 +217,8 @@ mod tests {
         let (mut year, mut month, mut day) = (1970u64, 1, 1);
         for number in 0..200_000u64 {
             assert_eq!(utc(number * 86400), format!("{year:04}-{month:02}-{day:02}T00:00:00Z"));
-            let leap = year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+            let leap =
+                year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
             let days = match month {
                 2 => 28 + u64::from(leap),
                 4 | 6 | 9 | 11 => 30,

@@ -17,19 +17,27 @@ use std::process::ExitCode;
 const LABEL: usize = 18;
 /// Cells of a row where no terminal says how much fits.
 const COLUMNS: usize = 64;
-/// The sign of cells of which at least half has content, of those of which less has, and of what has none.
-const SIGNS: [(char, &str); 5] =
-    [('#', "content"), ('+', "some content"), ('.', "zero"), ('-', "discarded"), ('=', "as in the base")];
+/// The sign of cells of which at least half has content, of those of which less has, and of what
+/// has none.
+const SIGNS: [(char, &str); 5] = [
+    ('#', "content"),
+    ('+', "some content"),
+    ('.', "zero"),
+    ('-', "discarded"),
+    ('=', "as in the base"),
+];
 
 /// A picture.
 #[derive(Debug, Args)]
 pub struct MapArgs {
     #[command(flatten)]
     image: ImageArgs,
-    /// Of an increment: draw the guest with all that the image builds on, instead of what the image changes.
+    /// Of an increment: draw the guest with all that the image builds on, instead of what the image
+    /// changes.
     #[arg(long)]
     whole: bool,
-    /// Cells of a row; in a file, pixels at most [default: what fits the terminal, or 64; in a file 1024].
+    /// Cells of a row; in a file, pixels at most [default: what fits the terminal, or 64; in a file
+    /// 1024].
     #[arg(long, value_name = "CELLS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_WIDTH)))]
     width: Option<u32>,
     /// Lines for each block at most.
@@ -83,9 +91,15 @@ fn draw(args: &MapArgs, view: &View<'_>) -> Outcome {
     }
     for (at, block) in view.table().blocks().iter().enumerate() {
         let cells = Grid::new(args, block, coloured);
-        writeln!(out, "\n{}", title(view, at, block, picture.is_none().then_some(cells.pages_per_cell)))?;
+        writeln!(
+            out,
+            "\n{}",
+            title(view, at, block, picture.is_none().then_some(cells.pages_per_cell))
+        )?;
         if picture.is_none() {
-            cells.lines(view, at, block.gpa, coloured).try_for_each(|line| writeln!(out, "{line}"))?;
+            cells
+                .lines(view, at, block.gpa, coloured)
+                .try_for_each(|line| writeln!(out, "{line}"))?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -103,7 +117,8 @@ fn to_json(args: &MapArgs, view: &View<'_>, picture: Option<&(PathBuf, Picture)>
     let blocks = view.table().blocks().iter().enumerate().map(|(at, block)| {
         let per_cell = Grid::new(args, block, false).pages_per_cell;
         let cell = |cell: Tally| json!([cell.present, cell.zero, cell.discarded, cell.unchanged]);
-        let cells = picture.is_none().then(|| view.cells(at, per_cell).map(cell).collect::<Vec<_>>());
+        let cells =
+            picture.is_none().then(|| view.cells(at, per_cell).map(cell).collect::<Vec<_>>());
         let mut object = info::counts(view.block(at));
         object.insert("id".into(), json!(block.id));
         object.insert("name".into(), json!(block.name));
@@ -120,7 +135,8 @@ fn to_json(args: &MapArgs, view: &View<'_>, picture: Option<&(PathBuf, Picture)>
     json!({ "increment": view.is_increment(), "blocks": blocks.collect::<Vec<_>>(), "picture": picture })
 }
 
-/// Colours are for terminals, and for those who have not asked for none: see <https://no-color.org>.
+/// Colours are for terminals, and for those who have not asked for none: see
+/// <https://no-color.org>.
 fn is_coloured() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
@@ -129,7 +145,8 @@ fn legend(view: &View<'_>, coloured: bool) -> String {
     let increment = view.is_increment();
     if coloured {
         let kinds = Tally::default().kinds(increment);
-        let samples = kinds.map(|(kind, _)| format!("{}  \x1b[0m {}", paint(48, kind.colour()), kind.name()));
+        let samples =
+            kinds.map(|(kind, _)| format!("{}  \x1b[0m {}", paint(48, kind.colour()), kind.name()));
         return samples.collect::<Vec<_>>().join("   ");
     }
     let named = SIGNS.iter().filter(|(sign, _)| increment || *sign != '=');
@@ -145,8 +162,10 @@ fn title(view: &View<'_>, at: usize, block: &BlockGeometry, per_cell: Option<u64
     let tally = view.block(at);
     let percent = |count: u64| count as f64 * 100.0 / tally.pages().max(1) as f64;
     let kinds = tally.kinds(view.is_increment());
-    let kinds: Vec<_> = kinds.map(|(kind, count)| format!("{} {:.1} %", kind.name(), percent(count))).collect();
-    let cell = per_cell.map_or(String::new(), |pages| format!(", a cell is {}", show::bytes(pages * PAGE_SIZE)));
+    let kinds: Vec<_> =
+        kinds.map(|(kind, count)| format!("{} {:.1} %", kind.name(), percent(count))).collect();
+    let cell = per_cell
+        .map_or(String::new(), |pages| format!(", a cell is {}", show::bytes(pages * PAGE_SIZE)));
     let (id, name, length) = (block.id, block.name.escape_debug(), show::bytes(block.length));
     format!("block {id} {name}, {length}{cell}: {}", kinds.join(", "))
 }
@@ -169,7 +188,8 @@ impl Grid {
         &self, view: &'a View<'_>, at: usize, gpa: u64, coloured: bool,
     ) -> impl Iterator<Item = String> + use<'a, '_> {
         let (columns, per_line) = (self.columns, self.columns * if coloured { 2 } else { 1 });
-        let (increment, line_bytes) = (view.is_increment(), self.pages_per_cell * PAGE_SIZE * per_line as u64);
+        let (increment, line_bytes) =
+            (view.is_increment(), self.pages_per_cell * PAGE_SIZE * per_line as u64);
         let mut cells = view.cells(at, self.pages_per_cell);
         (0..).map_while(move |line: u64| {
             let cells: Vec<Tally> = cells.by_ref().take(per_line).collect();
@@ -185,7 +205,8 @@ impl Grid {
     }
 }
 
-/// The most cells of a row that fit the terminal; a power of two, so that rows begin at round addresses.
+/// The most cells of a row that fit the terminal; a power of two, so that rows begin at round
+/// addresses.
 fn columns_that_fit() -> usize {
     let size = rustix::termios::tcgetwinsize(io::stdout());
     let fits = size.ok().map(|size| usize::from(size.ws_col)).filter(|columns| *columns > 0);
@@ -204,14 +225,16 @@ fn sign(cell: &Tally) -> char {
     }
 }
 
-/// Two rows of cells in one line: each letter is the upper half of its place, and what is below shows through as the background.
+/// Two rows of cells in one line: each letter is the upper half of its place, and what is below
+/// shows through as the background.
 fn two_rows(upper: &[Tally], lower: &[Tally], increment: bool) -> String {
     let mut line = String::new();
     let mut last = None;
     for (at, cell) in upper.iter().enumerate() {
         let colours = (cell.colour(increment), lower.get(at).map(|cell| cell.colour(increment)));
         if last != Some(colours) {
-            let background = colours.1.map_or_else(|| "\x1b[49m".to_owned(), |colour| paint(48, colour));
+            let background =
+                colours.1.map_or_else(|| "\x1b[49m".to_owned(), |colour| paint(48, colour));
             // Writing to a string does not fail.
             let _ = write!(line, "{}{background}", paint(38, colours.0));
             last = Some(colours);
@@ -221,10 +244,11 @@ fn two_rows(upper: &[Tally], lower: &[Tally], increment: bool) -> String {
     line + "\x1b[0m"
 }
 
-/// What has a terminal paint in this colour: 38 what is written, 48 what is behind it. Where not all colours are known to be there, the nearest of the 216 that
-/// all terminals have.
+/// What has a terminal paint in this colour: 38 what is written, 48 what is behind it. Where not
+/// all colours are known to be there, the nearest of the 216 that all terminals have.
 fn paint(what: u8, colour: Colour) -> String {
-    let all = std::env::var("COLORTERM").is_ok_and(|value| value.contains("truecolor") || value.contains("24bit"));
+    let all = std::env::var("COLORTERM")
+        .is_ok_and(|value| value.contains("truecolor") || value.contains("24bit"));
     let [red, green, blue] = colour;
     if all {
         return format!("\x1b[{what};2;{red};{green};{blue}m");
@@ -273,10 +297,17 @@ mod tests {
         ];
         assert_eq!(lines, expected);
         let title = title(&view, 1, &view.table().blocks()[1], Some(32));
-        assert_eq!(title, "block 6 ram6, 4.3 MiB, a cell is 128.0 KiB: content 3.7 %, zero 73.0 %, discarded 23.3 %");
+        assert_eq!(
+            title,
+            "block 6 ram6, 4.3 MiB, a cell is 128.0 KiB: content 3.7 %, zero 73.0 %, discarded 23.3 %"
+        );
         let coloured: Vec<String> = grid.lines(&view, 1, 0, true).collect();
         assert_eq!(coloured.len(), 2);
-        assert!(coloured.iter().all(|line| line.matches('\u{2580}').count() == 10 && line.ends_with("\x1b[0m")));
+        assert!(
+            coloured
+                .iter()
+                .all(|line| line.matches('\u{2580}').count() == 10 && line.ends_with("\x1b[0m"))
+        );
         assert_eq!(legend(&view, false), "# content   + some content   . zero   - discarded");
     }
 }

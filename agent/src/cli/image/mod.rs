@@ -33,7 +33,8 @@ const MOST_ERRORS: usize = 100;
 pub enum ImageCommand {
     /// Show what an image holds, and what it builds on.
     Info(ImageArgs),
-    /// Check every byte of an image and of all that it builds on; the exit status is 0 only if all is well.
+    /// Check every byte of an image and of all that it builds on; the exit status is 0 only if all
+    /// is well.
     #[command(
         after_help = "Examples:\n  pageferry image verify guest.img\n  pageferry image verify --all --json monday.img"
     )]
@@ -46,8 +47,10 @@ pub enum ImageCommand {
     )]
     Merge(MergeArgs),
     /// Draw where in the guest's memory content is, and what is zero, discarded, or as in the base.
-    #[command(after_help = "Examples:\n  pageferry image map guest.img\n  pageferry image map --whole tuesday.img\n  \
-                            pageferry image map guest.img --png guest.png")]
+    #[command(
+        after_help = "Examples:\n  pageferry image map guest.img\n  pageferry image map --whole tuesday.img\n  \
+                            pageferry image map guest.img --png guest.png"
+    )]
     Map(map::MapArgs),
 }
 
@@ -120,17 +123,19 @@ pub fn run(command: &ImageCommand) -> Outcome {
 fn run_verify(args: &VerifyArgs) -> Outcome {
     let path = absolute(&args.image.path)?;
     let bar = bar("verifying");
-    let report = verify(&path, args.threads.count(), if args.all { MOST_ERRORS } else { 1 }, &|done, all| {
-        follow(&bar, done, all)
-    });
+    let report = verify(
+        &path,
+        args.threads.count(),
+        if args.all { MOST_ERRORS } else { 1 },
+        &|done, all| follow(&bar, done, all),
+    );
     bar.finish_and_clear();
     let errors: Vec<String> = report.errors.iter().map(|error| sentence(error)).collect();
     let cut = report.cut && args.all;
     if args.image.json {
-        let images = report
-            .images
-            .iter()
-            .map(|image| json!({ "path": text_of(image.path()), "id": id_text(&image.header().id) }));
+        let images = report.images.iter().map(
+            |image| json!({ "path": text_of(image.path()), "id": id_text(&image.header().id) }),
+        );
         let object = json!({
             "status": status(&report.errors),
             "images": images.collect::<Vec<_>>(),
@@ -144,7 +149,10 @@ fn run_verify(args: &VerifyArgs) -> Outcome {
             writeln!(io::stderr(), "pageferry: {error}")?;
         }
         if cut {
-            writeln!(io::stderr(), "pageferry: there may be more: {MOST_ERRORS} errors are listed at most")?;
+            writeln!(
+                io::stderr(),
+                "pageferry: there may be more: {MOST_ERRORS} errors are listed at most"
+            )?;
         }
         if errors.is_empty() {
             let (pages, bytes) = (report.pages, show::bytes(report.pages * PAGE_SIZE));
@@ -170,7 +178,9 @@ fn status(errors: &[ImageError]) -> &'static str {
 fn run_merge(args: &MergeArgs) -> Outcome {
     let (path, into) = (absolute(&args.image.path)?, absolute(&args.into)?);
     let bar = bar("merging");
-    let merged = merge(&path, &into, args.replace, args.threads.count(), &|done, all| follow(&bar, done, all));
+    let merged = merge(&path, &into, args.replace, args.threads.count(), &|done, all| {
+        follow(&bar, done, all)
+    });
     bar.finish_and_clear();
     let merged = merged?;
     let (id, totals) = (id_text(&merged.id), merged.totals);
@@ -188,7 +198,12 @@ fn run_merge(args: &MergeArgs) -> Outcome {
         writeln!(io::stdout(), "{object}")?;
     } else {
         let bytes = show::bytes(totals.bytes);
-        writeln!(io::stdout(), "merged {} into {}: {bytes}, id {id}", counted(merged.images, "image"), into.display())?;
+        writeln!(
+            io::stdout(),
+            "merged {} into {}: {bytes}, id {id}",
+            counted(merged.images, "image"),
+            into.display()
+        )?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -200,7 +215,8 @@ fn counted(count: usize, what: &str) -> String {
 
 /// The path from the root.
 fn absolute(path: &Path) -> Result<PathBuf, Box<dyn Error>> {
-    Ok(std::path::absolute(path).map_err(|error| format!("path \"{}\": {error}", path.display()))?)
+    Ok(std::path::absolute(path)
+        .map_err(|error| format!("path \"{}\": {error}", path.display()))?)
 }
 
 fn text_of(path: &Path) -> String {
@@ -218,7 +234,8 @@ fn bar(what: &'static str) -> ProgressBar {
     bar
 }
 
-/// It may hear of the threads' work in another order than it was done in: it is right again with the next.
+/// It may hear of the threads' work in another order than it was done in: it is right again with
+/// the next.
 fn follow(bar: &ProgressBar, done: u64, all: u64) {
     bar.set_length(all.max(1));
     bar.set_position(done);

@@ -79,7 +79,10 @@ fn a_merged_image_stands_in_for_the_newest_of_its_chain() {
 
     let after = Chain::open(&path("one")).unwrap();
     let (before, header) = (before.header(), after.newest().header());
-    assert_eq!((header.id, header.taken, header.base), (before.id, 1_000_000_007, ImageId::default()));
+    assert_eq!(
+        (header.id, header.taken, header.base),
+        (before.id, 1_000_000_007, ImageId::default())
+    );
     check(&after, &merged(&one, &full));
     check(&Chain::open(&path("two")).unwrap(), &merged(&two, &merged(&one, &full)));
 }
@@ -104,7 +107,8 @@ fn nothing_is_written_of_a_chain_that_is_damaged() {
         crate::image::bytes::read_at(file.as_fd(), &mut byte, at).unwrap();
         write_at(file.as_fd(), &[!byte[0]], at).unwrap();
         for (into, replace) in [("new", false), ("there", true)] {
-            let error = sentence(&merge(&path("one"), &path(into), replace, 2, &quiet).unwrap_err());
+            let error =
+                sentence(&merge(&path("one"), &path(into), replace, 2, &quiet).unwrap_err());
             assert!(error.contains(expected), "{error}");
         }
         write_at(file.as_fd(), &byte, at).unwrap();

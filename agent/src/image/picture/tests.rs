@@ -52,7 +52,8 @@ proptest! {
 #[test]
 fn colours_are_mixed_by_number() {
     let half = Tally { present: 2, zero: 1, discarded: 1, unchanged: 0 };
-    let [content, zero, discarded] = [Kind::Content, Kind::Zero, Kind::Discarded].map(|kind| kind.colour()[0] as f64);
+    let [content, zero, discarded] =
+        [Kind::Content, Kind::Zero, Kind::Discarded].map(|kind| kind.colour()[0] as f64);
     let expected = (content * 2.0 + zero + discarded) / 4.0;
     assert!((f64::from(half.colour(false)[0]) - expected).abs() <= 0.5);
     let one = Tally { unchanged: 9, ..Tally::default() };
@@ -73,10 +74,19 @@ fn a_picture_is_read_back_as_it_was_painted() {
     // 1170 pages: no wider than a square; 2 rows, a gap, 18 rows.
     assert_eq!((picture.width, picture.height, picture.pages_per_pixel), (64, 2 + 4 + 18, 1));
     let colour = |kind: Kind| Some(kind.colour());
-    assert_eq!((picture.pixel(0, 0), picture.pixel(5, 1)), (colour(Kind::Zero), colour(Kind::Discarded)));
+    assert_eq!(
+        (picture.pixel(0, 0), picture.pixel(5, 1)),
+        (colour(Kind::Zero), colour(Kind::Discarded))
+    );
     assert_eq!((picture.pixel(6, 1), picture.pixel(0, 5)), (Some(BACKGROUND), Some(BACKGROUND)));
-    assert_eq!((picture.pixel(0, 6), picture.pixel(1, 6)), (colour(Kind::Content), colour(Kind::Zero)));
-    assert_eq!((picture.pixel(11, 23), picture.pixel(12, 23)), (colour(Kind::Zero), Some(BACKGROUND)));
+    assert_eq!(
+        (picture.pixel(0, 6), picture.pixel(1, 6)),
+        (colour(Kind::Content), colour(Kind::Zero))
+    );
+    assert_eq!(
+        (picture.pixel(11, 23), picture.pixel(12, 23)),
+        (colour(Kind::Zero), Some(BACKGROUND))
+    );
     assert_eq!((picture.pixel(64, 0), picture.pixel(0, 24)), (None, None));
 
     let bytes = picture.png().unwrap();
@@ -94,19 +104,36 @@ fn a_picture_is_no_larger_than_it_may_be() {
     let mut table = BlockTable::new();
     let terabyte = 1u64 << 40;
     for (id, length) in (0..).zip([terabyte, 4096, 5 * terabyte]) {
-        let block = BlockGeometry { id, name: format!("{id}"), gpa: u64::from(id) << 43, length, granularity: 4096 };
+        let block = BlockGeometry {
+            id,
+            name: format!("{id}"),
+            gpa: u64::from(id) << 43,
+            length,
+            granularity: 4096,
+        };
         table.insert(block, 512).unwrap();
     }
     let writer = crate::image::ImageWriter::create(&path, &table, false, true).unwrap();
     writer.put(2, PageRange::new(0, 1), &[1; 4096]).unwrap();
-    let bitmaps = table.blocks().iter().map(|block| pageferry_protocol::shm::MappedBitmap::private(block.pages()));
+    let bitmaps = table
+        .blocks()
+        .iter()
+        .map(|block| pageferry_protocol::shm::MappedBitmap::private(block.pages()));
     let discarded: Vec<_> = bitmaps.map(Result::unwrap).collect();
-    let rest = crate::image::writer::Rest { guest: RunState::Running, discarded: &discarded, changed: None };
+    let rest = crate::image::writer::Rest {
+        guest: RunState::Running,
+        discarded: &discarded,
+        changed: None,
+    };
     writer.finish(rest, &Base::default(), vec![], None).unwrap();
     let image = Image::open(&path).unwrap();
     for width in [0, 1, 1024, u32::MAX] {
         let picture = Picture::paint(&View::Image(&image), width);
-        assert!(picture.width <= MAX_WIDTH && picture.height <= MAX_HEIGHT && picture.width == width.clamp(1, 4096));
+        assert!(
+            picture.width <= MAX_WIDTH
+                && picture.height <= MAX_HEIGHT
+                && picture.width == width.clamp(1, 4096)
+        );
         assert_eq!(picture.pixels.len(), picture.width as usize * picture.height as usize * 3);
         assert!(picture.png().unwrap().len() < picture.pixels.len() / 10);
     }

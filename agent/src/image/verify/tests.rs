@@ -10,7 +10,8 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 fn check(path: &Path, most: usize) -> (u64, Vec<String>, bool) {
-    let Report { pages, errors, cut, .. } = verify(path, 3, most, &|done, total| assert!(done <= total));
+    let Report { pages, errors, cut, .. } =
+        verify(path, 3, most, &|done, total| assert!(done <= total));
     (pages, errors.iter().map(|error| sentence(error)).collect(), cut)
 }
 
@@ -60,8 +61,12 @@ fn a_byte_that_is_changed_is_named_by_its_place() {
     let layout = Image::open(&path).unwrap().layout().clone();
     let state = Image::open(&path).unwrap().header().section(SectionKind::VmmState).offset;
     let page = |at, page| layout.page(at, page);
-    let sum = |page| format!("checksums of pages {page:#x} + 0x200, at byte {:#x}", layout.page_sum(1, page));
-    let stuffed = |id, number, at| format!("block {id}: page {number:#x}, at byte {at:#x}, is a hole in an image");
+    let sum = |page| {
+        format!("checksums of pages {page:#x} + 0x200, at byte {:#x}", layout.page_sum(1, page))
+    };
+    let stuffed = |id, number, at| {
+        format!("block {id}: page {number:#x}, at byte {at:#x}, is a hole in an image")
+    };
     let stray = |at: u64, place: &str| format!("byte {at:#x}, {place}, is zero in an image");
     let places = [
         (100, "header: checksum is".into()),
@@ -91,7 +96,10 @@ fn a_byte_that_is_changed_is_named_by_its_place() {
     for (at, expected) in places {
         flip(&path, at);
         let (_, errors, cut) = check(&path, 1);
-        assert!(cut && errors.len() == 1 && errors[0].contains(&expected), "byte {at:#x}: {errors:?}, not {expected}");
+        assert!(
+            cut && errors.len() == 1 && errors[0].contains(&expected),
+            "byte {at:#x}: {errors:?}, not {expected}"
+        );
         assert!(errors[0].contains("damaged"), "{errors:?}");
         flip(&path, at);
     }
@@ -108,14 +116,20 @@ fn a_checksum_of_a_page_without_content_is_found_though_the_sum_of_its_extent_is
     flip(&path, layout.page_sum(1, 600));
     let mut sums = [0; SUMS_SIZE as usize];
     read_at(file.as_fd(), &mut sums, layout.page_sum(1, 512)).unwrap();
-    write_at(file.as_fd(), &checksum(&sums).to_le_bytes(), layout.extent_sums() + layout.extent(1, 1) * 4).unwrap();
+    write_at(
+        file.as_fd(),
+        &checksum(&sums).to_le_bytes(),
+        layout.extent_sums() + layout.extent(1, 1) * 4,
+    )
+    .unwrap();
     let mut sums = vec![0; layout.extent_sums_size() as usize];
     read_at(file.as_fd(), &mut sums, layout.extent_sums()).unwrap();
     let mut header = image.header().clone();
     header.sections[SectionKind::ExtentSums as usize].checksum = checksum(&sums);
     write_at(file.as_fd(), &header.to_bytes(), 0).unwrap();
     let (_, errors, _) = check(&path, 9);
-    let expected = format!("byte {:#x}, checksum of a page without content", layout.page_sum(1, 600));
+    let expected =
+        format!("byte {:#x}, checksum of a page without content", layout.page_sum(1, 600));
     assert!(errors.len() == 1 && errors[0].contains(&expected), "{errors:?}");
 }
 
@@ -124,8 +138,14 @@ fn all_errors_are_listed_in_the_order_of_the_file_or_as_many_as_are_wanted() {
     let folder = tempfile::tempdir().unwrap();
     let path = image(&folder);
     let layout = Image::open(&path).unwrap().layout().clone();
-    let places =
-        [5000, layout.page(0, 9), layout.page(0, 11), layout.page(1, 40), layout.page(1, 41), layout.page(1, 1099)];
+    let places = [
+        5000,
+        layout.page(0, 9),
+        layout.page(0, 11),
+        layout.page(1, 40),
+        layout.page(1, 41),
+        layout.page(1, 1099),
+    ];
     places.into_iter().rev().for_each(|at| flip(&path, at));
     let (pages, errors, cut) = check(&path, 100);
     assert_eq!((pages, cut, errors.len()), (101, false, places.len()), "{errors:?}");
@@ -160,7 +180,8 @@ fn a_file_of_another_length_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = image(&folder);
     let length = path.metadata().unwrap().len();
-    for (length, expected) in [(length + 9, "damaged"), (length - 1, "truncated"), (100, "truncated"), (0, "truncated")]
+    for (length, expected) in
+        [(length + 9, "damaged"), (length - 1, "truncated"), (100, "truncated"), (0, "truncated")]
     {
         open(&path).set_len(length).unwrap();
         let (_, errors, _) = check(&path, 9);
@@ -184,7 +205,10 @@ fn a_file_that_is_cut_off_while_it_is_checked_is_named_with_its_length_and_page(
     let errors: Vec<String> = report.errors.iter().map(|error| sentence(error)).collect();
     let ends = format!("the file ends at byte {end:#x}, ");
     assert!(!errors.is_empty() && errors.iter().all(|error| error.contains(&ends)), "{errors:?}");
-    let sums = format!("block 6: checksums of pages 0x400 + 0x200, at byte {:#x}: ", layout.page_sum(1, 1024));
+    let sums = format!(
+        "block 6: checksums of pages 0x400 + 0x200, at byte {:#x}: ",
+        layout.page_sum(1, 1024)
+    );
     assert!(errors.iter().any(|error| error.contains(&sums)), "{errors:?}");
 }
 
@@ -199,7 +223,10 @@ fn what_is_put_after_the_end_is_found_though_the_header_counts_it_in() {
     assert_eq!(check(&path, 9).1, Vec::<String>::new(), "zeroes do no harm");
     flip(&path, length - 1);
     let (_, errors, _) = check(&path, 9);
-    assert!(errors.len() == 1 && errors[0].contains(&format!("byte {:#x}, after the state of the VMM", length - 1)));
+    assert!(
+        errors.len() == 1
+            && errors[0].contains(&format!("byte {:#x}, after the state of the VMM", length - 1))
+    );
 }
 
 proptest! {
@@ -224,7 +251,8 @@ fn gaps_are_what_the_runs_leave() {
     let set = MappedBitmap::private(BLOCKS[0]).unwrap();
     set.set(PageRange::new(2, 3));
     set.set(PageRange::new(69, 1));
-    let found: Vec<_> = gaps(&set, PageRange::new(1, 80)).map(|gap| (gap.first, gap.count)).collect();
+    let found: Vec<_> =
+        gaps(&set, PageRange::new(1, 80)).map(|gap| (gap.first, gap.count)).collect();
     assert_eq!(found, [(1, 1), (5, 64), (70, 11)]);
     assert_eq!(gaps(&set, PageRange::new(2, 3)).count(), 0);
 }

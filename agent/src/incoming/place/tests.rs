@@ -15,7 +15,8 @@ fn memory() -> Arc<GuestMemory> {
     let length = PAGES * PAGE_SIZE;
     let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, length).unwrap();
-    let geometry = BlockGeometry { id: 7, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
+    let geometry =
+        BlockGeometry { id: 7, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
     let block = Block::new(geometry, Backing::new(fd, 0, length).unwrap(), 0, None).unwrap();
     Arc::new(GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None))
 }
@@ -34,12 +35,17 @@ fn given_back() -> [BlockRange; 1] {
     [BlockRange { block: 7, offset: PAGE.offset(), length: PAGE.bytes() }]
 }
 
-/// A discard has set its marks and not punched yet: what comes waits, or its content would be gone and its marks would stay.
+/// A discard has set its marks and not punched yet: what comes waits, or its content would be gone
+/// and its marks would stay.
 #[test]
 fn nothing_that_comes_is_placed_between_the_marks_and_the_punch_of_a_discard() {
     type Place = fn(&Placer<'_>, &Block);
     let ways: [Place; 4] = [
-        |placer, _| placer.place_data(&header(Kind::Data, PAGE_SIZE as usize), &[5; PAGE_SIZE as usize]).unwrap(),
+        |placer, _| {
+            placer
+                .place_data(&header(Kind::Data, PAGE_SIZE as usize), &[5; PAGE_SIZE as usize])
+                .unwrap()
+        },
         |placer, _| placer.place_zero(&header(Kind::Zero, 0)).unwrap(),
         |placer, block| placer.place_discard(0, block, PAGE).unwrap(),
         |placer, _| {
@@ -80,7 +86,8 @@ fn nothing_is_given_back_between_the_write_and_the_marks_of_what_came() {
         block.backing.write(PAGE.offset(), &[5; PAGE_SIZE as usize]).unwrap();
         std::thread::scope(|scope| {
             let giving_back = scope.spawn(|| {
-                if frees { memory.free(&given_back()) } else { memory.discard(&given_back(), true) }.unwrap()
+                if frees { memory.free(&given_back()) } else { memory.discard(&given_back(), true) }
+                    .unwrap()
             });
             (0..1000).for_each(|_| yield_now());
             assert!(!giving_back.is_finished() && !block.discarded.contains(5));
@@ -100,7 +107,9 @@ fn what_is_given_back_after_it_was_announced_as_remaining_need_not_come() {
     let job = job(&memory);
     let placer = Placer::prepare(&job).unwrap();
     let free = |page: u64| {
-        memory.free(&[BlockRange { block: 7, offset: page * PAGE_SIZE, length: PAGE_SIZE }]).unwrap();
+        memory
+            .free(&[BlockRange { block: 7, offset: page * PAGE_SIZE, length: PAGE_SIZE }])
+            .unwrap();
     };
     free(3);
     let header = RecordHeader::new(Kind::Remaining, 0, 7, PageRange::new(0, PAGES), 8);
@@ -110,18 +119,25 @@ fn what_is_given_back_after_it_was_announced_as_remaining_need_not_come() {
     let Remaining { owed, given_back, .. } = placer.into_remaining();
     let noted = given_back.noted();
     let pages = |bits: &MappedBitmap| bits.word(0);
-    assert_eq!((owed.left(), pages(noted.freed(0)), pages(noted.discarded(0))), (4, 1 << 4, 1 << 5));
+    assert_eq!(
+        (owed.left(), pages(noted.freed(0)), pages(noted.discarded(0))),
+        (4, 1 << 4, 1 << 5)
+    );
 }
 
 /// What is owed is a hole, whatever was looked at, and however many pages the file has.
 #[test]
 fn what_is_owed_is_a_hole_also_if_the_file_has_as_many_pages_as_came() {
-    for (touched, given) in [(&[][..], false), (&[2][..], false), (&[2, 3], false), (&[2][..], true)] {
+    for (touched, given) in
+        [(&[][..], false), (&[2][..], false), (&[2, 3], false), (&[2][..], true)]
+    {
         let memory = memory();
         let job = job(&memory);
         let placer = Placer::prepare(&job).unwrap();
         let block = &memory.blocks()[0];
-        placer.place_data(&header(Kind::Data, PAGE_SIZE as usize), &[5; PAGE_SIZE as usize]).unwrap();
+        placer
+            .place_data(&header(Kind::Data, PAGE_SIZE as usize), &[5; PAGE_SIZE as usize])
+            .unwrap();
         let remaining = RecordHeader::new(Kind::Remaining, 0, 7, PageRange::new(0, PAGES), 8);
         assert_eq!(placer.expect_remaining(&remaining, &0b1100u64.to_le_bytes()).unwrap(), 2);
         for page in touched {
@@ -132,7 +148,8 @@ fn what_is_owed_is_a_hole_also_if_the_file_has_as_many_pages_as_came() {
             memory.free(&given_back()).unwrap();
         }
         placer.into_remaining().make_holes(&memory).unwrap();
-        let data: Vec<PageRange> = block.backing.data_runs(block.all()).collect::<Result<_, _>>().unwrap();
+        let data: Vec<PageRange> =
+            block.backing.data_runs(block.all()).collect::<Result<_, _>>().unwrap();
         assert_eq!(data, if given { vec![] } else { vec![PAGE] }, "touched {touched:?}");
     }
 }

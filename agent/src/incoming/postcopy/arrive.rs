@@ -1,7 +1,8 @@
 //! Receiving and placing, on all streams at once, until all is here or the connections break.
 //!
-//! Each stream has a thread that reads records and places their pages. The job's own thread tells the source what the guest discarded, and what was placed if it wants to know, and
-//! sees the end: every stream that is not urgent has ended, and nothing is owed. If one stream fails, all do.
+//! Each stream has a thread that reads records and places their pages. The job's own thread tells
+//! the source what the guest discarded, and what was placed if it wants to know, and sees the end:
+//! every stream that is not urgent has ended, and nothing is owed. If one stream fails, all do.
 
 use super::super::accept::Accepted;
 use super::super::decompress::Decompressor;
@@ -60,16 +61,18 @@ impl Line<'_> {
         if self.over.load(Ordering::Acquire) {
             return;
         }
-        let mute = matches!(error, JobError::Transport(_) | JobError::Peer(_) | JobError::Cancelled);
+        let mute =
+            matches!(error, JobError::Transport(_) | JobError::Peer(_) | JobError::Cancelled);
         let is_first = !self.failed.swap(true, Ordering::AcqRel);
         self.note(error);
         if !is_first {
-            // Most often what the first one did to this stream. It must not end the primary, on which the source is
-            // to be told of the first.
+            // Most often what the first one did to this stream. It must not end the primary, on
+            // which the source is to be told of the first.
             return;
         }
         // The source is told why on the primary, when nobody else writes there any more.
-        let (primary, others) = self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
+        let (primary, others) =
+            self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
         others.iter().for_each(StreamSocket::shut);
         if let Some(primary) = primary {
             if mute { primary.shut() } else { primary.stop_reading() }
@@ -109,7 +112,8 @@ impl<'a> Arrival<'a> {
         self, before: impl FnOnce(&mut RecordReader, &RecordWriter) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
         let Self { job, arriving, readers, urgent, writer, features, acknowledge, sockets } = self;
-        let urgent_sockets: Vec<StreamSocket> = urgent.iter().map(|reader| reader.socket().clone()).collect();
+        let urgent_sockets: Vec<StreamSocket> =
+            urgent.iter().map(|reader| reader.socket().clone()).collect();
         let line = Line {
             job,
             arriving,
@@ -149,7 +153,8 @@ impl<'a> Arrival<'a> {
                 line.check(tend(line, writer, count));
             }
             line.over.store(true, Ordering::Release);
-            // Nothing more comes on these. The source is not to see an end before it is told that all is here.
+            // Nothing more comes on these. The source is not to see an end before it is told that
+            // all is here.
             urgent_sockets.iter().for_each(StreamSocket::stop_reading);
         });
         let failure = line.failure.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -172,7 +177,8 @@ fn tend(line: &Line<'_>, writer: &RecordWriter, streams: usize) -> Result<(), Jo
         let ended = line.ended.load(Ordering::Acquire) == streams;
         let left = line.arriving.owed().left();
         if ended && left == 0 {
-            // Whoever took the last of it may still be placing it, and would have to give it back if that failed.
+            // Whoever took the last of it may still be placing it, and would have to give it back
+            // if that failed.
             line.job.memory.readers.wait(|_, _| true);
             if line.arriving.owed().left() == 0 {
                 // What was discarded or placed last.
@@ -183,7 +189,9 @@ fn tend(line: &Line<'_>, writer: &RecordWriter, streams: usize) -> Result<(), Jo
             // What was asked for may still be on its way.
             let due = *due.get_or_insert_with(|| Instant::now() + timeout);
             if Instant::now() >= due {
-                let message = format!("the source says that it sent everything, and {left} pages have not come");
+                let message = format!(
+                    "the source says that it sent everything, and {left} pages have not come"
+                );
                 return Err(JobError::State(message));
             }
         }
@@ -209,7 +217,8 @@ fn send_runs(
     for part in runs.chunks(MAX_RUNS) {
         let payload = encode_runs(part);
         let pages = part.iter().map(|run| run.count).sum();
-        let header = RecordHeader::new(kind, 0, block.geometry.id, PageRange::new(0, pages), payload.len());
+        let header =
+            RecordHeader::new(kind, 0, block.geometry.id, PageRange::new(0, pages), payload.len());
         add(&line.job.live.wire_bytes, writer.write(header, &payload)?);
     }
     Ok(())
@@ -229,7 +238,14 @@ struct Stream<'a> {
 impl<'a> Stream<'a> {
     fn new(line: &'a Line<'a>, index: usize, urgent: bool) -> Self {
         let decompressor = Decompressor::new(line.features);
-        Self { line, index, urgent, decompressor, assembly: Assembly::default(), counted: Totals::default() }
+        Self {
+            line,
+            index,
+            urgent,
+            decompressor,
+            assembly: Assembly::default(),
+            counted: Totals::default(),
+        }
     }
 
     fn run(&mut self, reader: &mut RecordReader) -> Result<(), JobError> {
@@ -258,8 +274,11 @@ impl<'a> Stream<'a> {
     fn data(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
         let (at, block) = self.block_of(header)?;
         let range = header.range();
-        let pages =
-            if header.flags() & FLAGS_COMPRESSED == 0 { payload } else { self.decompressor.unpack(header, payload)? };
+        let pages = if header.flags() & FLAGS_COMPRESSED == 0 {
+            payload
+        } else {
+            self.decompressor.unpack(header, payload)?
+        };
         let Line { job, arriving, .. } = self.line;
         let (readers, unit) = (&job.memory.readers, arriving.owed().block(at).unit());
         if unit == 1 {
@@ -301,7 +320,8 @@ impl<'a> Stream<'a> {
     }
 
     fn end(&mut self, payload: &[u8]) -> Result<(), JobError> {
-        let claimed = Totals::decode(payload).map_err(|source| JobError::Payload { kind: "end", source })?;
+        let claimed =
+            Totals::decode(payload).map_err(|source| JobError::Payload { kind: "end", source })?;
         super::super::compare(&claimed, &self.counted)?;
         if let Some((at, open)) = self.assembly.open() {
             let id = self.line.job.memory.blocks()[at].geometry.id;
@@ -314,12 +334,16 @@ impl<'a> Stream<'a> {
 }
 
 /// Places host pages that are whole.
-fn placer<'a>(line: &'a Line<'_>, worker: usize, at: usize) -> impl FnMut(Whole<'_>) -> Result<(), JobError> + 'a {
+fn placer<'a>(
+    line: &'a Line<'_>, worker: usize, at: usize,
+) -> impl FnMut(Whole<'_>) -> Result<(), JobError> + 'a {
     let (arriving, readers) = (line.arriving, &line.job.memory.readers);
     move |whole| {
         let placed = match whole {
             Whole::Zeroes(range) => arriving.arrive_zeroes(readers, worker, at, range),
-            Whole::Content(host_page, bytes) => arriving.arrive_host_page(readers, worker, at, host_page, bytes),
+            Whole::Content(host_page, bytes) => {
+                arriving.arrive_host_page(readers, worker, at, host_page, bytes)
+            }
         };
         placed.map(drop).map_err(|error| JobError::not_placed(&line.job.memory, at, error))
     }

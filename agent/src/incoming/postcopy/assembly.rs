@@ -1,6 +1,7 @@
 //! Host pages that come in pieces: one that is larger than a page is placed when all of it is here.
 //!
-//! The source sends all pages of a host page on one stream, and nothing else between them; in which order does not matter.
+//! The source sends all pages of a host page on one stream, and nothing else between them; in which
+//! order does not matter.
 
 use crate::job::JobError;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -30,10 +31,12 @@ pub enum Whole<'a> {
 }
 
 impl Assembly {
-    /// Adds the pages `range` of a block whose host pages have `unit` pages each, with their content, or zero. `whole` gets each host page that is whole by that.
+    /// Adds the pages `range` of a block whose host pages have `unit` pages each, with their
+    /// content, or zero. `whole` gets each host page that is whole by that.
     ///
     /// # Errors
-    /// If a page came twice, or belongs to another host page than the one that is open; or what `whole` says.
+    /// If a page came twice, or belongs to another host page than the one that is open; or what
+    /// `whole` says.
     pub fn add(
         &mut self, (at, id): (usize, u32), unit: u64, range: PageRange, content: Option<&[u8]>,
         mut whole: impl FnMut(Whole<'_>) -> Result<(), JobError>,
@@ -41,7 +44,11 @@ impl Assembly {
         let mut rest = range;
         while !rest.is_empty() {
             let host_page = rest.first / unit;
-            if content.is_none() && self.open.is_none() && rest.first.is_multiple_of(unit) && rest.count >= unit {
+            if content.is_none()
+                && self.open.is_none()
+                && rest.first.is_multiple_of(unit)
+                && rest.count >= unit
+            {
                 let zeroes = PageRange::new(host_page, rest.count / unit);
                 whole(Whole::Zeroes(zeroes))?;
                 rest = PageRange::new(zeroes.end() * unit, rest.count % unit);
@@ -61,7 +68,9 @@ impl Assembly {
             let start = (part.first - range.first) * PAGE_SIZE;
             let target = &mut self.bytes[(first * PAGE_SIZE) as usize..][..part.bytes() as usize];
             match content {
-                Some(content) => target.copy_from_slice(&content[start as usize..][..part.bytes() as usize]),
+                Some(content) => {
+                    target.copy_from_slice(&content[start as usize..][..part.bytes() as usize])
+                }
                 None => target.fill(0),
             }
             self.content |= content.is_some();
@@ -94,7 +103,8 @@ impl Assembly {
     /// Notes pages as here; false if one of them was.
     fn mark(&mut self, first: u64, count: u64) -> bool {
         for page in first..first + count {
-            let (word, bit) = (&mut self.here[(page / WORD_BITS) as usize], 1 << (page % WORD_BITS));
+            let (word, bit) =
+                (&mut self.here[(page / WORD_BITS) as usize], 1 << (page % WORD_BITS));
             if *word & bit != 0 {
                 return false;
             }
@@ -112,7 +122,11 @@ impl Assembly {
 
 impl fmt::Debug for Assembly {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Assembly").field("open", &self.open).field("count", &self.count).finish_non_exhaustive()
+        formatter
+            .debug_struct("Assembly")
+            .field("open", &self.open)
+            .field("count", &self.count)
+            .finish_non_exhaustive()
     }
 }
 
@@ -124,17 +138,26 @@ mod tests {
     const UNIT: u64 = 128;
 
     /// Adds runs of pages, those with `Some` full of that byte, and notes what is whole.
-    fn add(assembly: &mut Assembly, runs: &[(u64, u64, Option<u8>)]) -> Result<Vec<(u64, Vec<u8>)>, JobError> {
+    fn add(
+        assembly: &mut Assembly, runs: &[(u64, u64, Option<u8>)],
+    ) -> Result<Vec<(u64, Vec<u8>)>, JobError> {
         let mut found = Vec::new();
         for (first, count, byte) in runs {
             let content = byte.map(|byte| vec![byte; (count * PAGE_SIZE) as usize]);
-            assembly.add((0, 7), UNIT, PageRange::new(*first, *count), content.as_deref(), |whole| {
-                match whole {
-                    Whole::Zeroes(range) => (range.first..range.end()).for_each(|page| found.push((page, Vec::new()))),
-                    Whole::Content(page, bytes) => found.push((page, bytes.to_vec())),
-                }
-                Ok(())
-            })?;
+            assembly.add(
+                (0, 7),
+                UNIT,
+                PageRange::new(*first, *count),
+                content.as_deref(),
+                |whole| {
+                    match whole {
+                        Whole::Zeroes(range) => (range.first..range.end())
+                            .for_each(|page| found.push((page, Vec::new()))),
+                        Whole::Content(page, bytes) => found.push((page, bytes.to_vec())),
+                    }
+                    Ok(())
+                },
+            )?;
         }
         Ok(found)
     }
@@ -142,7 +165,9 @@ mod tests {
     #[test]
     fn pieces_make_a_whole_in_any_order() {
         let mut assembly = Assembly::default();
-        assert!(add(&mut assembly, &[(UNIT + 100, 28, Some(3)), (UNIT, 50, None)]).unwrap().is_empty());
+        assert!(
+            add(&mut assembly, &[(UNIT + 100, 28, Some(3)), (UNIT, 50, None)]).unwrap().is_empty()
+        );
         assert_eq!(assembly.open(), Some((0, 1)));
         let found = add(&mut assembly, &[(UNIT + 50, 50, Some(4))]).unwrap();
         let mut expected = vec![0; 50 * 4096];
@@ -155,14 +180,19 @@ mod tests {
     #[test]
     fn zeroes_over_several_host_pages_are_told_at_once_and_their_ends_are_pieces() {
         let mut assembly = Assembly::default();
-        let found = add(&mut assembly, &[(0, 3 * UNIT + 5, None), (3 * UNIT + 5, UNIT - 5, None)]).unwrap();
+        let found =
+            add(&mut assembly, &[(0, 3 * UNIT + 5, None), (3 * UNIT + 5, UNIT - 5, None)]).unwrap();
         assert_eq!(found, (0..4).map(|page| (page, Vec::new())).collect::<Vec<_>>());
     }
 
     #[test]
     fn another_host_page_before_the_first_is_whole_and_a_page_twice_are_refused() {
-        let error = add(&mut Assembly::default(), &[(0, 5, Some(1)), (UNIT, 1, Some(1))]).unwrap_err();
-        assert_eq!(error.to_string(), "record for pages 0x80 + 0x1 of block 7 before host page 0x0 was whole");
+        let error =
+            add(&mut Assembly::default(), &[(0, 5, Some(1)), (UNIT, 1, Some(1))]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "record for pages 0x80 + 0x1 of block 7 before host page 0x0 was whole"
+        );
         assert!(add(&mut Assembly::default(), &[(0, 5, Some(1)), (4, 1, None)]).is_err());
     }
 

@@ -1,6 +1,7 @@
 //! Asking the source for what the guest waits for.
 //!
-//! The threads of the streams place what comes. The faults are read while the connections are lost, too: what is asked for then is noted, and asked for when they are back.
+//! The threads of the streams place what comes. The faults are read while the connections are lost,
+//! too: what is asked for then is noted, and asked for when they are back.
 
 use crate::faults::{HostPage, Supplier};
 use crate::job::{Job, JobError};
@@ -14,8 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The urgent streams, on which the source is asked. Clones are the same.
 ///
-/// A page is marked as requested and asked for under one lock, and so is asking again after a lost connection: so a page is asked for once on each connection that could
-/// carry it, and never twice.
+/// A page is marked as requested and asked for under one lock, and so is asking again after a lost
+/// connection: so a page is asked for once on each connection that could carry it, and never twice.
 #[derive(Debug, Clone, Default)]
 pub struct Requests(Arc<Mutex<Vec<StreamSocket>>>);
 
@@ -24,7 +25,8 @@ impl Requests {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The source is asked on these streams from now on, and first for all that is waited for already.
+    /// The source is asked on these streams from now on, and first for all that is waited for
+    /// already.
     pub fn connect(&self, job: &Job, arriving: &Arriving, urgent: &[RecordReader]) {
         let mut streams = self.lock();
         *streams = urgent.iter().map(|reader| reader.socket().clone()).collect();
@@ -55,12 +57,20 @@ pub struct Asking<'a> {
 impl<'a> Asking<'a> {
     /// By `requests`.
     pub fn new(job: &'a Job, arriving: &'a Arriving, requests: Requests) -> Self {
-        Self { job, arriving, requests, pages: Vec::with_capacity(MAX_FAULTS), batch: Batch::default() }
+        Self {
+            job,
+            arriving,
+            requests,
+            pages: Vec::with_capacity(MAX_FAULTS),
+            batch: Batch::default(),
+        }
     }
 }
 
 impl Supplier for Asking<'_> {
-    fn serve(&mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>) -> Result<(), JobError> {
+    fn serve(
+        &mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
+    ) -> Result<(), JobError> {
         let streams = self.requests.lock();
         read(&mut self.pages)?;
         for (at, host_page) in self.pages.drain(..) {
@@ -71,7 +81,8 @@ impl Supplier for Asking<'_> {
     }
 }
 
-/// Requests that go out together, by stream. Kept from one batch to the next: nothing is allocated while somebody waits.
+/// Requests that go out together, by stream. Kept from one batch to the next: nothing is allocated
+/// while somebody waits.
 #[derive(Default)]
 struct Batch {
     records: Vec<Vec<u8>>,
@@ -94,7 +105,8 @@ impl Batch {
             }
             if let Err(error) = stream.write_all(&mut [IoSlice::new(records)]) {
                 log::debug!("a request was not sent: {}", crate::error::chain(&error));
-                // Part of it may have been. Whoever reads this stream sees that it broke, and all is asked for again on the next.
+                // Part of it may have been. Whoever reads this stream sees that it broke, and all
+                // is asked for again on the next.
                 stream.shut();
             }
             records.clear();

@@ -6,9 +6,11 @@
 //! - [`recover`]: after a lost connection;
 //! - this file: the phases.
 //!
-//! What remains is a hole here by now. The VMM registers its mappings for missing pages before it loads its state, since its devices may touch memory as they
-//! load. From then on faults are answered, until all is here and the holes are plain holes again: also while the connections are lost, as far as the source is not
-//! needed for it. See [`crate::memory::arriving`] for what happens to a page.
+//! What remains is a hole here by now. The VMM registers its mappings for missing pages before it
+//! loads its state, since its devices may touch memory as they load. From then on faults are
+//! answered, until all is here and the holes are plain holes again: also while the connections are
+//! lost, as far as the source is not needed for it. See [`crate::memory::arriving`] for what
+//! happens to a page.
 
 pub mod arrive;
 pub mod assembly;
@@ -44,8 +46,8 @@ pub struct Incomplete {
 
 /// Lets the guest run, or stay paused as `guest_is` says, and receives what it is owed.
 pub fn take_guest_first(
-    job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, remaining: Remaining, received: Received,
-    guest_is: RunState,
+    job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, remaining: Remaining,
+    received: Received, guest_is: RunState,
 ) -> Result<(), JobError> {
     let mut registered = Registered::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
@@ -53,7 +55,13 @@ pub fn take_guest_first(
     // After that: a hole has no reservation. The guest is still the source's, which resumes it if
     // this fails.
     pool::reserve(&job.memory, &remaining.owed)?;
-    let arriving = Arriving::new(&job.memory, Arc::new(remaining.owed), uffd, accepted.acknowledge, job.live.clone());
+    let arriving = Arriving::new(
+        &job.memory,
+        Arc::new(remaining.owed),
+        uffd,
+        accepted.acknowledge,
+        job.live.clone(),
+    );
     let arriving = Arc::new(arriving?);
     job.owes(arriving.owed());
     job.memory.set_arriving(Some(arriving.clone()));
@@ -77,8 +85,9 @@ pub fn take_guest_first(
         });
         let arrived = guest.run(accepted, received, guest_is);
         registered.complete = arrived.is_ok();
-        // What is a hole now is zero for good: all is here, or no guest ever runs here. Nobody waits
-        // any more, before the VMM is asked for anything else: it may be waiting for one who does.
+        // What is a hole now is zero for good: all is here, or no guest ever runs here. Nobody
+        // waits any more, before the VMM is asked for anything else: it may be waiting for one who
+        // does.
         if registered.complete || !guest.ours {
             arriving.unregister();
         }
@@ -92,15 +101,20 @@ pub fn take_guest_first(
 }
 
 impl Incomplete {
-    /// Loads the state, takes the guest over, and receives the rest, however often the connections are lost.
-    fn run(&mut self, accepted: &mut Accepted, received: Received, guest_is: RunState) -> Result<(), JobError> {
+    /// Loads the state, takes the guest over, and receives the rest, however often the connections
+    /// are lost.
+    fn run(
+        &mut self, accepted: &mut Accepted, received: Received, guest_is: RunState,
+    ) -> Result<(), JobError> {
         self.requests.connect(&self.job, &self.arriving, &accepted.urgent);
         let (job, mut ours) = (self.job.clone(), false);
         let outcome = Arrival::new(&job, &self.arriving, accepted).run(|primary, writer| {
             job.enter(Phase::Loading);
             load(&job, received)?;
             if !self.arriving.loaded() {
-                return Err(JobError::State("the connections broke while the VMM loaded its state".into()));
+                return Err(JobError::State(
+                    "the connections broke while the VMM loaded its state".into(),
+                ));
             }
             let told = take_over(&job, primary, writer, guest_is, &mut ours)?;
             job.enter(Phase::Postcopy);
@@ -108,7 +122,8 @@ impl Incomplete {
         });
         self.ours = ours;
         match outcome {
-            // Also if the VMM does not resume it: it is nowhere else, and a VMM that is late waits for memory, perhaps.
+            // Also if the VMM does not resume it: it is nowhere else, and a VMM that is late waits
+            // for memory, perhaps.
             Err(error) if ours => self.recover(accepted, error),
             outcome => outcome,
         }

@@ -1,6 +1,7 @@
 //! After a lost connection: waiting for the source, and telling it what is here.
 //!
-//! The guest runs on, as far as it finds what it needs. The source connects to where it did before, or to where an operator has this side listen, too.
+//! The guest runs on, as far as it finds what it needs. The source connects to where it did before,
+//! or to where an operator has this side listen, too.
 
 use super::super::accept::{Accepted, accept_again};
 use super::super::say_error;
@@ -21,7 +22,9 @@ impl Incomplete {
     ///
     /// # Errors
     /// If the VMM is gone, or the agent ends.
-    pub(super) fn recover(&mut self, accepted: &mut Accepted, mut why: JobError) -> Result<(), JobError> {
+    pub(super) fn recover(
+        &mut self, accepted: &mut Accepted, mut why: JobError,
+    ) -> Result<(), JobError> {
         loop {
             self.requests.disconnect();
             // It would read only that the connections closed.
@@ -53,9 +56,13 @@ impl Incomplete {
         loop {
             self.job.cancel.release();
             let listeners: Vec<_> = self.listeners.iter().collect();
-            if let Some(accepted) =
-                accept_again(&self.job, &listeners, self.session, Some(self.job.recovery.fd()), None)?
-            {
+            if let Some(accepted) = accept_again(
+                &self.job,
+                &listeners,
+                self.session,
+                Some(self.job.recovery.fd()),
+                None,
+            )? {
                 return Ok(accepted);
             }
             match self.job.recovery.take() {
@@ -86,7 +93,8 @@ impl Incomplete {
             for first in (0..geometry.pages()).step_by(MAX_BITMAP_PAGES as usize) {
                 let range = PageRange::new(first, MAX_BITMAP_PAGES).intersection(&block.all());
                 let words = range.first / WORD_BITS..range.end().div_ceil(WORD_BITS);
-                let valid = |word: u64| word_mask(0, (range.end() - word * WORD_BITS).min(WORD_BITS));
+                let valid =
+                    |word: u64| word_mask(0, (range.end() - word * WORD_BITS).min(WORD_BITS));
                 let payload = encode_bitmap(words.map(|word| !owed.page_word(word) & valid(word)));
                 let header = RecordHeader::new(Kind::Received, 0, id, range, payload.len());
                 add(&self.job.live.wire_bytes, accepted.writer.write(header, &payload)?);
@@ -95,7 +103,8 @@ impl Incomplete {
         Ok(())
     }
 
-    /// All is here, and the guest needs its source no more. The source is told; if it cannot be, it has a while to come and ask.
+    /// All is here, and the guest needs its source no more. The source is told; if it cannot be, it
+    /// has a while to come and ask.
     pub(super) fn part(&self, accepted: &mut Accepted) {
         let until = Instant::now() + self.job.options().peer_timeout;
         let mut outcome = say_complete(&self.job, accepted);

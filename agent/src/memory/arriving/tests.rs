@@ -3,7 +3,8 @@ use crate::memory::test_support::{Registered, let_others_run, memfd, memory};
 use crate::stats::get;
 use pageferry_protocol::control::request::BlockRange;
 
-/// A block of which page 3 is owed. What stands for the userfaultfd is none, so whatever is placed fails.
+/// A block of which page 3 is owed. What stands for the userfaultfd is none, so whatever is placed
+/// fails.
 fn arriving() -> (Arc<GuestMemory>, Arc<Arriving>) {
     let memory = memory(&[64]);
     let owed = Owed::nothing(&memory, &[PAGE_SIZE]).unwrap();
@@ -79,7 +80,8 @@ fn a_page_that_was_there_before_it_came_stays_and_all_others_come() {
         for page in there {
             backing.write(page * PAGE_SIZE, &content(PageRange::new(*page, 1), THERE)).unwrap();
         }
-        let used = arriving.arrive_pages(&ram.memory.readers, 0, 0, range, &content(range, CAME)).unwrap();
+        let used =
+            arriving.arrive_pages(&ram.memory.readers, 0, 0, range, &content(range, CAME)).unwrap();
         assert_eq!((used, arriving.owed.left()), (20, 0), "{there:?} were there");
         for page in range.first..range.end() {
             let version = if there.contains(&page) { THERE } else { CAME };
@@ -110,7 +112,10 @@ fn zeroes_that_came_are_counted_as_what_they_were_wanted_for() {
         assert_eq!(ram.memory.blocks()[0].backing.allocated_pages(), 3);
     }
     assert_eq!(arriving.take_placed(0), [PageRange::new(10, 100)]);
-    assert!([12, 13, 100].iter().all(|page| ram.touch(*page) == 0), "whoever touches them waits no more");
+    assert!(
+        [12, 13, 100].iter().all(|page| ram.touch(*page) == 0),
+        "whoever touches them waits no more"
+    );
     assert_eq!(arriving.arrive_zeroes(readers, 0, 0, PageRange::new(110, 90)).unwrap(), 50);
     assert_eq!((arriving.owed.left(), get(&arriving.live.pushed_pages)), (0, 147));
 }

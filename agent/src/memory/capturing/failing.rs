@@ -24,7 +24,8 @@ fn memory() -> (GuestMemory, OwnedFd) {
     let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::io::write(&fd, &[5; (PAGES * PAGE_SIZE) as usize]).unwrap();
     let length = PAGES * PAGE_SIZE;
-    let geometry = BlockGeometry { id: 3, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
+    let geometry =
+        BlockGeometry { id: 3, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
     let mut table = BlockTable::new();
     table.insert(geometry.clone(), 512).unwrap();
     let backing = Backing::new(fd.try_clone().unwrap(), 0, length).unwrap();
@@ -41,7 +42,10 @@ fn all_pending(memory: &GuestMemory) -> Arc<Capturing> {
 #[track_caller]
 fn is_broken(outcome: Result<(), JobError>) {
     let said = crate::error::chain(&outcome.unwrap_err());
-    assert!(said.starts_with("image /image: cannot write at byte 0x5000: Input/output error"), "{said}");
+    assert!(
+        said.starts_with("image /image: cannot write at byte 0x5000: Input/output error"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -49,7 +53,9 @@ fn a_disk_that_fails_fails_whoever_captures_for_themselves() {
     let (memory, _fd) = memory();
     let capturing = all_pending(&memory);
     let range = PageRange::new(0, PAGES);
-    is_broken(capturing.sweep(&memory, 0, 0, range, &mut capturing.batch(&memory).unwrap()).map(drop));
+    is_broken(
+        capturing.sweep(&memory, 0, 0, range, &mut capturing.batch(&memory).unwrap()).map(drop),
+    );
     assert!(!capturing.has_failed());
 }
 

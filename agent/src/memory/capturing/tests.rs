@@ -18,7 +18,8 @@ fn capturing() -> (GuestMemory, Capturing) {
     let memory = memory(&[PAGES]);
     let pending = Owed::nothing(&memory, &[PAGE_SIZE]).unwrap();
     pending.add(0, 0, 1 << 3);
-    let capturing = Capturing::new(&memory, Arc::new(pending), None, Arc::new(Nowhere), Arc::default());
+    let capturing =
+        Capturing::new(&memory, Arc::new(pending), None, Arc::new(Nowhere), Arc::default());
     (memory, capturing)
 }
 
@@ -74,9 +75,13 @@ fn a_sink_gets_as_much_at_once_as_it_likes() {
         (0..PAGES / WORD_BITS).for_each(|word| pending.add(0, word, u64::MAX));
         let (likes, puts) = ((words * WORD_BITS * PAGE_SIZE) as usize, Mutex::default());
         let sink = Arc::new(Notes { likes, puts });
-        let capturing = Capturing::new(&memory, Arc::new(pending), None, sink.clone(), Arc::default());
+        let capturing =
+            Capturing::new(&memory, Arc::new(pending), None, sink.clone(), Arc::default());
         let mut batch = capturing.batch(&memory).unwrap();
-        assert_eq!(capturing.sweep(&memory, 0, 0, PageRange::new(0, PAGES), &mut batch).unwrap(), PAGES);
+        assert_eq!(
+            capturing.sweep(&memory, 0, 0, PageRange::new(0, PAGES), &mut batch).unwrap(),
+            PAGES
+        );
         let puts = sink.puts.lock().unwrap();
         let counts: Vec<u64> = puts.iter().map(|range| range.count).collect();
         let (last, whole) = counts.split_last().unwrap();

@@ -22,12 +22,16 @@ fn a_discard_waits_for_whoever_reads_its_pages() {
                 block.backing.write(discarded * PAGE_SIZE, &[7]).unwrap();
                 let reading = memory.readers.reading(3, at, word);
                 std::thread::scope(|scope| {
-                    let discard = scope.spawn(|| memory.discard(&[page(id, discarded)], true).unwrap());
+                    let discard =
+                        scope.spawn(|| memory.discard(&[page(id, discarded)], true).unwrap());
                     while !block.discarded.contains(discarded) {
                         yield_now();
                     }
                     let_others_run();
-                    assert!(!discard.is_finished(), "block {id}, page {discarded:#x}, word {word} is being read");
+                    assert!(
+                        !discard.is_finished(),
+                        "block {id}, page {discarded:#x}, word {word} is being read"
+                    );
                     let mut byte = [0];
                     block.backing.read(discarded * PAGE_SIZE, &mut byte).unwrap();
                     assert_eq!(byte, [7], "freed while it was read");
@@ -52,7 +56,8 @@ fn a_discard_does_not_wait_for_whoever_reads_other_pages() {
                 let memory = &memory;
                 scope.spawn(move || {
                     let others = (0..2).flat_map(|block| (0..PAGES).map(move |page| (block, page)));
-                    for (block, other) in others.filter(|place| *place != (at, place.1) || place.1 / WORD_BITS != word)
+                    for (block, other) in others
+                        .filter(|place| *place != (at, place.1) || place.1 / WORD_BITS != word)
                     {
                         memory.discard(&[page(block as u32, other)], false).unwrap();
                     }
@@ -60,7 +65,11 @@ fn a_discard_does_not_wait_for_whoever_reads_other_pages() {
                 });
                 let outcome = done.recv_timeout(STUCK);
                 drop(reading);
-                assert_ne!(outcome, Err(RecvTimeoutError::Timeout), "word {word} of block {at} is being read");
+                assert_ne!(
+                    outcome,
+                    Err(RecvTimeoutError::Timeout),
+                    "word {word} of block {at} is being read"
+                );
             });
         }
     }

@@ -20,11 +20,22 @@ const FIRST: u64 = 3;
 /// A block whose pages are all written.
 fn memory() -> Arc<GuestMemory> {
     let length = PAGES * PAGE_SIZE;
-    let geometry = BlockGeometry { id: 7, name: "ram".into(), gpa: FIRST * PAGE_SIZE, length, granularity: PAGE_SIZE };
-    let block = Block::new(geometry, Backing::new(memfd(length), 0, length).unwrap(), 0, None).unwrap();
+    let geometry = BlockGeometry {
+        id: 7,
+        name: "ram".into(),
+        gpa: FIRST * PAGE_SIZE,
+        length,
+        granularity: PAGE_SIZE,
+    };
+    let block =
+        Block::new(geometry, Backing::new(memfd(length), 0, length).unwrap(), 0, None).unwrap();
     block.backing.write(0, &vec![5; length as usize]).unwrap();
     let log = DirtyLog::map(memfd(4096).as_fd(), 0, 4096).unwrap();
-    Arc::new(GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), Some(Arc::new(GuestLog::new(log)))))
+    Arc::new(GuestMemory::new(
+        vec![Arc::new(block)],
+        BlockTable::new(),
+        Some(Arc::new(GuestLog::new(log))),
+    ))
 }
 
 fn range(first: u64, count: u64) -> [BlockRange; 1] {
@@ -33,7 +44,9 @@ fn range(first: u64, count: u64) -> [BlockRange; 1] {
 
 fn holes(memory: &GuestMemory) -> Vec<u64> {
     let backing = &memory.blocks()[0].backing;
-    (0..PAGES).filter(|page| backing.first_data(PageRange::new(*page, 1)).unwrap().is_none()).collect()
+    (0..PAGES)
+        .filter(|page| backing.first_data(PageRange::new(*page, 1)).unwrap().is_none())
+        .collect()
 }
 
 fn logged(memory: &GuestMemory) -> Vec<u64> {
@@ -122,7 +135,8 @@ impl Sink for Kept {
 fn capture(memory: &GuestMemory, kept: &Arc<Kept>, pages: u64) -> Arc<Capturing> {
     let pending = Owed::nothing(memory, &[PAGE_SIZE]).unwrap();
     pending.add(0, 0, pages);
-    let capturing = Arc::new(Capturing::new(memory, Arc::new(pending), None, kept.clone(), Arc::default()));
+    let capturing =
+        Arc::new(Capturing::new(memory, Arc::new(pending), None, kept.clone(), Arc::default()));
     memory.marking.instant(|| Ok::<_, ()>(capturing.clone())).unwrap();
     capturing
 }
@@ -168,7 +182,13 @@ fn what_is_freed_across_the_instant_is_not_saved_after_it() {
 fn a_file_on_a_disk_is_freed_as_far_as_it_punches() {
     let file: OwnedFd = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap().into();
     rustix::fs::ftruncate(&file, 8 * PAGE_SIZE).unwrap();
-    let geometry = BlockGeometry { id: 7, name: "ram".into(), gpa: 0, length: 8 * PAGE_SIZE, granularity: PAGE_SIZE };
+    let geometry = BlockGeometry {
+        id: 7,
+        name: "ram".into(),
+        gpa: 0,
+        length: 8 * PAGE_SIZE,
+        granularity: PAGE_SIZE,
+    };
     let backing = Backing::new(file.try_clone().unwrap(), 0, 8 * PAGE_SIZE).unwrap();
     if backing.punch(PageRange::new(0, 8)).is_err() {
         eprintln!("skipped: the file system cannot punch");

@@ -5,9 +5,10 @@
 //! - [`recover`]: after a lost connection;
 //! - this file: the phases, and the line of `one-owner`.
 //!
-//! The destination may touch memory as soon as it loads the state of its devices, so what it asks for is answered from before the commit on. If anything fails until
-//! then, the guest runs on here, and what was sent is worth nothing. After the commit nothing but its memory is left of the guest here, and it is kept until the
-//! destination has it.
+//! The destination may touch memory as soon as it loads the state of its devices, so what it asks
+//! for is answered from before the commit on. If anything fails until then, the guest runs on here,
+//! and what was sent is worth nothing. After the commit nothing but its memory is left of the guest
+//! here, and it is kept until the destination has it.
 
 pub mod recover;
 pub mod remaining;
@@ -38,9 +39,12 @@ impl Migration {
         self.job.freeze();
         let mut stop = Stop::begin(&self.job.stop, &self.job.options());
         let mut paused = PausedGuest::pause(&self.job)?;
-        let owed = self.send_state_and_remaining(&mut paused, since, &mut stop).map_err(|error| stop.explain(error))?;
+        let owed = self
+            .send_state_and_remaining(&mut paused, since, &mut stop)
+            .map_err(|error| stop.explain(error))?;
         let kept = owed.copy()?;
-        let mut supply = Supply::new(&self.job, self.session, self.address.clone(), owed, Some(kept));
+        let mut supply =
+            Supply::new(&self.job, self.session, self.address.clone(), owed, Some(kept));
         let mut confirmed = false;
         let outcome = supply.serve(&mut self.streams, |primary| {
             supply.job.enter(Phase::Loading);
@@ -48,13 +52,15 @@ impl Migration {
             supply.job.enter(Phase::Committing);
             paused.commit(primary, supply.session)?;
             confirmed = true;
-            // ---- Past the line: whatever happens, the guest may run there, and what it lacks is here.
+            // ---- Past the line: whatever happens, the guest may run there, and what it lacks is
+            // here.
             supply.job.enter(Phase::Postcopy);
             Ok(())
         });
         match outcome {
             Err(error) if paused.is_ours() => Err(stop.explain(error)),
-            // Another stream may have been the first to see what happened, and does not know what it means.
+            // Another stream may have been the first to see what happened, and does not know what
+            // it means.
             Err(error) if !confirmed && !matches!(error, JobError::Unconfirmed { .. }) => {
                 supply.recover(JobError::Unconfirmed { source: Box::new(error) })
             }

@@ -1,11 +1,14 @@
-//! After a lost connection: waiting for somebody to have it recovered, and finding out what the destination has.
+//! After a lost connection: waiting for somebody to have it recovered, and finding out what the
+//! destination has.
 //!
-//! The destination sends a bitmap of each block: the pages that it needs no more, since it has them, or was never owed them, or the guest discarded them. All
-//! others are owed, whatever this side thinks it has sent: what was on its way is lost. An agent that did not begin the migration knows no more than that, and
-//! needs no more.
+//! The destination sends a bitmap of each block: the pages that it needs no more, since it has
+//! them, or was never owed them, or the guest discarded them. All others are owed, whatever this
+//! side thinks it has sent: what was on its way is lost. An agent that did not begin the migration
+//! knows no more than that, and needs no more.
 //!
-//! The bitmaps are checked before they are believed: they cover the blocks exactly, and nothing is owed that was not owed before, or that was released. If
-//! they are refused, or anything else fails, the migration is paused again.
+//! The bitmaps are checked before they are believed: they cover the blocks exactly, and nothing is
+//! owed that was not owed before, or that was released. If they are refused, or anything else
+//! fails, the migration is paused again.
 
 use super::super::connect::{SessionId, Streams, reconnect, unexpected};
 use super::supply::Supply;
@@ -34,8 +37,10 @@ fn take_up(job: &Arc<Job>, session: SessionId, address: Address) -> Result<(), J
     // The guest was handed over before this job began.
     job.freeze();
     job.cancel.cross_the_line()?;
-    let host_pages: Vec<u64> = job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
-    let mut supply = Supply::new(job, session, Some(address), Owed::nothing(&job.memory, &host_pages)?, None);
+    let host_pages: Vec<u64> =
+        job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
+    let mut supply =
+        Supply::new(job, session, Some(address), Owed::nothing(&job.memory, &host_pages)?, None);
     match supply.go_on() {
         Ok(()) => Ok(()),
         Err(error) => supply.recover(error),
@@ -67,7 +72,9 @@ impl Supply {
 
     fn wait(&self) -> Result<Option<Address>, JobError> {
         loop {
-            self.job.cancel.wait(&[(self.job.recovery.fd(), PollFlags::IN)], Instant::now() + LONG)?;
+            self.job
+                .cancel
+                .wait(&[(self.job.recovery.fd(), PollFlags::IN)], Instant::now() + LONG)?;
             match self.job.recovery.take() {
                 Some(Request::Connect(address)) => return Ok(address),
                 Some(Request::Abandon) => return Err(JobError::Abandoned),
@@ -80,7 +87,9 @@ impl Supply {
     fn go_on(&mut self) -> Result<(), JobError> {
         self.job.enter(Phase::Recovering);
         let Some(address) = &self.address else {
-            return Err(JobError::State("the destination's address is not known: recover with one".into()));
+            return Err(JobError::State(
+                "the destination's address is not known: recover with one".into(),
+            ));
         };
         let mut streams = reconnect(&self.job, address, self.session)?;
         match self.learn(&mut streams) {
@@ -113,15 +122,26 @@ impl Supply {
             while next < pages {
                 let record = streams.primary.reader.read()?;
                 if record.kind != Kind::Received {
-                    return Err(unexpected(record.kind, record.payload, "what the destination has"));
+                    return Err(unexpected(
+                        record.kind,
+                        record.payload,
+                        "what the destination has",
+                    ));
                 }
                 let range = record.header.range();
                 if record.header.block() != id || range.first != next {
                     let (found, expected) = (range.first, next);
-                    return Err(JobError::Bitmaps { id: record.header.block(), found, expected_id: id, expected });
+                    return Err(JobError::Bitmaps {
+                        id: record.header.block(),
+                        found,
+                        expected_id: id,
+                        expected,
+                    });
                 }
                 let words = decode_bitmap(record.payload, range, pages);
-                for (word, received) in words.map_err(|source| JobError::Payload { kind: "received", source })? {
+                for (word, received) in
+                    words.map_err(|source| JobError::Payload { kind: "received", source })?
+                {
                     let valid = range.end() - word * WORD_BITS;
                     let used = pageferry_protocol::shm::bitmap::word_mask(0, valid.min(WORD_BITS));
                     owed.add_pages(at, word, !received & used);
@@ -139,7 +159,11 @@ impl Supply {
         for (at, (block, size)) in self.job.memory.blocks().iter().zip(sizes).enumerate() {
             let expected = kept.block(at).unit() * PAGE_SIZE;
             if *size != expected {
-                return Err(JobError::OtherHostPage { id: block.geometry.id, size: *size, expected });
+                return Err(JobError::OtherHostPage {
+                    id: block.geometry.id,
+                    size: *size,
+                    expected,
+                });
             }
         }
         Ok(())

@@ -1,8 +1,9 @@
 //! What remains to be sent when the guest stops.
 //!
-//! That is what is dirty and not discarded, rounded outward to the destination's host pages: those are placed whole, so the destination frees all of one of which a page
-//! is dirty. A discarded page in such a host page comes along as zero, and one that was written after its discard with its content; both stay discarded, and are told
-//! apart from the others by their flag.
+//! That is what is dirty and not discarded, rounded outward to the destination's host pages: those
+//! are placed whole, so the destination frees all of one of which a page is dirty. A discarded page
+//! in such a host page comes along as zero, and one that was written after its discard with its
+//! content; both stay discarded, and are told apart from the others by their flag.
 
 use super::super::Migration;
 use super::super::pass::find_allocated;
@@ -28,7 +29,12 @@ impl Migration {
                 }
                 self.send_discards()?;
                 for (at, block) in memory.blocks().iter().enumerate() {
-                    find_allocated(block, self.dirty.pages.block(at), self.dirty.told.block(at), block.all())?;
+                    find_allocated(
+                        block,
+                        self.dirty.pages.block(at),
+                        self.dirty.told.block(at),
+                        block.all(),
+                    )?;
                 }
             }
             Since::Passes => {
@@ -38,7 +44,10 @@ impl Migration {
         }
         let owed = Owed::nothing(&memory, &self.streams.host_pages)?;
         for (at, block) in memory.blocks().iter().enumerate() {
-            self.dirty.pages.block(at).take(block.all(), |word, bits| owed.add_pages(at, word, bits));
+            self.dirty
+                .pages
+                .block(at)
+                .take(block.all(), |word, bits| owed.add_pages(at, word, bits));
         }
         Ok(owed)
     }
@@ -53,9 +62,11 @@ impl Migration {
                     continue;
                 }
                 let words = chunk.first / WORD_BITS..chunk.end().div_ceil(WORD_BITS);
-                // Both of one look: a page that is discarded in between would be in both, and counted twice.
+                // Both of one look: a page that is discarded in between would be in both, and
+                // counted twice.
                 let split = |word: u64| {
-                    let (pages, discarded) = (owed.block(at).page_word(word), block.discarded.word(word));
+                    let (pages, discarded) =
+                        (owed.block(at).page_word(word), block.discarded.word(word));
                     (pages & !discarded, pages & discarded)
                 };
                 let (populated, discarded): (Vec<u64>, Vec<u64>) = words.map(split).unzip();
@@ -67,13 +78,23 @@ impl Migration {
     }
 
     /// Sends the part of `chunk` between the first and the last word that has a page.
-    fn send_bitmap(&mut self, block: &Block, chunk: PageRange, flags: u16, bits: &[u64]) -> Result<(), JobError> {
+    fn send_bitmap(
+        &mut self, block: &Block, chunk: PageRange, flags: u16, bits: &[u64],
+    ) -> Result<(), JobError> {
         let Some(start) = bits.iter().position(|word| *word != 0) else { return Ok(()) };
         let end = bits.iter().rposition(|word| *word != 0).map_or(start, |last| last + 1);
-        let pages = PageRange::new(chunk.first + start as u64 * WORD_BITS, (end - start) as u64 * WORD_BITS);
+        let pages = PageRange::new(
+            chunk.first + start as u64 * WORD_BITS,
+            (end - start) as u64 * WORD_BITS,
+        );
         let payload = encode_bitmap(bits[start..end].iter().copied());
-        let header =
-            RecordHeader::new(Kind::Remaining, flags, block.geometry.id, pages.intersection(&chunk), payload.len());
+        let header = RecordHeader::new(
+            Kind::Remaining,
+            flags,
+            block.geometry.id,
+            pages.intersection(&chunk),
+            payload.len(),
+        );
         let bytes = self.streams.primary.writer.write(header, &payload)?;
         add(&self.job.live.wire_bytes, bytes);
         Ok(())

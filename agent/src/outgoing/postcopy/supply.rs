@@ -1,11 +1,15 @@
 //! Sending what the destination is owed.
 //!
-//! Every stream that is not urgent has a thread that pushes. Every urgent stream has one that answers what is asked for on it, and nothing else goes there: so an answer never queues
-//! behind what nobody waits for. The job's own thread reads the return path. Who sends a host page takes it first ([`Owed::take`]), so none is pushed twice; what is taken
-//! and lost with a connection comes back with the next one, when the destination says what it has.
+//! Every stream that is not urgent has a thread that pushes. Every urgent stream has one that
+//! answers what is asked for on it, and nothing else goes there: so an answer never queues behind
+//! what nobody waits for. The job's own thread reads the return path. Who sends a host page takes
+//! it first ([`Owed::take`]), so none is pushed twice; what is taken and lost with a connection
+//! comes back with the next one, when the destination says what it has.
 //!
-//! What is asked for although it was taken is on its way: held back by the limit, or behind megabytes in the buffers of a connection that the destination empties no faster than it
-//! places pages. It is sent again, and overtakes itself; the destination drops what comes second. So no fault waits for the push.
+//! What is asked for although it was taken is on its way: held back by the limit, or behind
+//! megabytes in the buffers of a connection that the destination empties no faster than it places
+//! pages. It is sent again, and overtakes itself; the destination drops what comes second. So no
+//! fault waits for the push.
 //!
 //! If one stream fails, all do: connections are lost and made together.
 
@@ -39,7 +43,8 @@ pub struct Supply {
     /// Where the destination listens.
     pub(super) address: Option<Address>,
     pub(super) owed: Arc<Owed>,
-    /// What the destination may still lack: all that was ever owed and is not released. An agent that did not begin the migration learns it from the destination.
+    /// What the destination may still lack: all that was ever owed and is not released. An agent
+    /// that did not begin the migration learns it from the destination.
     pub(super) kept: Option<Owed>,
     limiter: Limiter,
     unlimited: Limiter,
@@ -53,7 +58,8 @@ struct Line<'a> {
     failure: Mutex<Option<JobError>>,
     /// All is over, for better or worse: that a connection ends is no failure any more.
     over: AtomicBool,
-    /// The return path is read for what the destination says, also once a stream failed: it may say why.
+    /// The return path is read for what the destination says, also once a stream failed: it may say
+    /// why.
     following: AtomicBool,
     /// Streams that still push.
     pushing: AtomicUsize,
@@ -77,7 +83,8 @@ impl Line<'_> {
             return self.shut();
         }
         self.bulk.limiter.set_rate(0);
-        let (primary, others) = self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
+        let (primary, others) =
+            self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
         others.iter().for_each(StreamSocket::shut);
         // What it said before is still read.
         primary.into_iter().for_each(StreamSocket::end);
@@ -101,8 +108,12 @@ impl Line<'_> {
 }
 
 impl Supply {
-    /// The destination is owed `owed`; `kept` is what it may still lack later, as far as that is known.
-    pub fn new(job: &Arc<Job>, session: SessionId, address: Option<Address>, owed: Owed, kept: Option<Owed>) -> Self {
+    /// The destination is owed `owed`; `kept` is what it may still lack later, as far as that is
+    /// known.
+    pub fn new(
+        job: &Arc<Job>, session: SessionId, address: Option<Address>, owed: Owed,
+        kept: Option<Owed>,
+    ) -> Self {
         let owed = Arc::new(owed);
         job.owes(&owed);
         Self {
@@ -116,7 +127,8 @@ impl Supply {
         }
     }
 
-    /// Answers what is asked for, runs `before`, and then pushes the rest until the destination has it.
+    /// Answers what is asked for, runs `before`, and then pushes the rest until the destination has
+    /// it.
     ///
     /// # Errors
     /// What `before` says, or why the connection broke. All streams are ended then.
@@ -135,7 +147,10 @@ impl Supply {
             over: AtomicBool::new(false),
             following: AtomicBool::new(false),
             pushing: AtomicUsize::new(senders.len()),
-            pushed: pushed.map_err(|errno| JobError::Io { what: "make an event descriptor", source: errno.into() })?,
+            pushed: pushed.map_err(|errno| JobError::Io {
+                what: "make an event descriptor",
+                source: errno.into(),
+            })?,
             bulk: view(&self.limiter),
             urgent: view(&self.unlimited),
         };
@@ -143,8 +158,9 @@ impl Supply {
             let line = &line;
             for stream in urgent {
                 scope.spawn(move || match self.answer(line, stream) {
-                    // Nothing is asked for any more, and the destination lets go of this stream before it says that it has everything. If it was lost
-                    // instead, the primary hears of that, since the destination sees it, too.
+                    // Nothing is asked for any more, and the destination lets go of this stream
+                    // before it says that it has everything. If it was lost instead, the primary
+                    // hears of that, since the destination sees it, too.
                     Err(JobError::Transport(error)) if self.owed.left() == 0 => {
                         log::debug!("an urgent stream ended: {}", crate::error::chain(&error));
                     }
@@ -186,7 +202,12 @@ impl Supply {
             let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
             let pages = block.geometry.pages();
             if !range.fits(pages) {
-                return Err(JobError::Outside { id, first: range.first, count: range.count, pages });
+                return Err(JobError::Outside {
+                    id,
+                    first: range.first,
+                    count: range.count,
+                    pages,
+                });
             }
             line.cursor.fault(at, range.end());
             let asked = self.owed.block(at).of(range);
@@ -230,7 +251,8 @@ impl Supply {
 
     /// Queues host pages, words and their bits; returns how many pages that were.
     fn send(
-        &self, view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), taken: &mut Vec<(u64, u64)>,
+        &self, view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block),
+        taken: &mut Vec<(u64, u64)>,
     ) -> Result<u64, JobError> {
         let host_pages = self.owed.block(at);
         let mut pages = 0;
@@ -240,8 +262,15 @@ impl Supply {
                 sender.send_owed(view, (at, block), word, bits)?;
                 continue;
             }
-            for host_page in runs_of_word(word * WORD_BITS, bits).flat_map(|run| run.first..run.end()) {
-                send_host_page(view, sender, (at, block), host_pages.pages(PageRange::new(host_page, 1)))?;
+            for host_page in
+                runs_of_word(word * WORD_BITS, bits).flat_map(|run| run.first..run.end())
+            {
+                send_host_page(
+                    view,
+                    sender,
+                    (at, block),
+                    host_pages.pages(PageRange::new(host_page, 1)),
+                )?;
             }
         }
         Ok(pages)
@@ -251,7 +280,8 @@ impl Supply {
     fn follow(&self, line: &Line<'_>, primary: &mut Primary) -> Result<(), JobError> {
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = self.job.options();
         primary.reader.set_patience(peer_timeout);
-        // Once all is sent, the destination owes an answer: it places what is on its way, and unregisters, before it gives it.
+        // Once all is sent, the destination owes an answer: it places what is on its way, and
+        // unregisters, before it gives it.
         let timeout = peer_timeout + 2 * hook_timeout;
         let mut due: Option<Instant> = None;
         let mut last_words: Option<Instant> = None;
@@ -267,8 +297,16 @@ impl Supply {
                         return Ok(());
                     }
                     Kind::Discard => self.drop_runs(&record.header, record.payload)?,
-                    Kind::Placed if self.job.options().release => self.release(&record.header, record.payload)?,
-                    kind => return Err(unexpected(kind, record.payload, "that the destination has everything")),
+                    Kind::Placed if self.job.options().release => {
+                        self.release(&record.header, record.payload)?
+                    }
+                    kind => {
+                        return Err(unexpected(
+                            kind,
+                            record.payload,
+                            "that the destination has everything",
+                        ));
+                    }
                 }
             }
             if due.is_some_and(|due| Instant::now() >= due) {
@@ -287,7 +325,8 @@ impl Supply {
             }
             let socket = (primary.reader.socket().as_fd(), PollFlags::IN);
             if due.is_none() {
-                let ready = self.job.cancel.wait(&[socket, (line.pushed.as_fd(), PollFlags::IN)], look)?;
+                let ready =
+                    self.job.cancel.wait(&[socket, (line.pushed.as_fd(), PollFlags::IN)], look)?;
                 due = ready[1].then(|| Instant::now() + timeout);
             } else {
                 self.job.cancel.wait(&[socket], look)?;
@@ -295,7 +334,8 @@ impl Supply {
         }
     }
 
-    /// The destination says that it has everything: it cannot have what was not sent, and that is not to be lost.
+    /// The destination says that it has everything: it cannot have what was not sent, and that is
+    /// not to be lost.
     fn check_all_sent(&self) -> Result<(), JobError> {
         match self.owed.next(0, 0) {
             None => Ok(()),
@@ -352,9 +392,12 @@ impl Supply {
         Ok(())
     }
 
-    /// Frees what the destination needs no more, now that it has said what it is owed: what it said of that before may have been lost with the connection.
+    /// Frees what the destination needs no more, now that it has said what it is owed: what it said
+    /// of that before may have been lost with the connection.
     pub(super) fn release_received(&self) -> Result<(), JobError> {
-        let Some(kept) = self.kept.as_ref().filter(|_| self.job.options().release) else { return Ok(()) };
+        let Some(kept) = self.kept.as_ref().filter(|_| self.job.options().release) else {
+            return Ok(());
+        };
         for (at, block) in self.job.memory.blocks().iter().enumerate() {
             let (kept_pages, owed) = (kept.block(at), self.owed.block(at).bits());
             for (word, bits) in kept_pages.bits().nonzero_words(kept_pages.bits().all()) {
@@ -368,14 +411,20 @@ impl Supply {
     }
 }
 
-/// Queues all pages of a host page: the destination places them at once, so they follow each other on one stream.
+/// Queues all pages of a host page: the destination places them at once, so they follow each other
+/// on one stream.
 fn send_host_page(
     view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), pages: PageRange,
 ) -> Result<(), JobError> {
     for word in pages.first / WORD_BITS..pages.end().div_ceil(WORD_BITS) {
         let first = word * WORD_BITS;
         let part = pages.intersection(&PageRange::new(first, WORD_BITS));
-        sender.send_owed(view, (at, block), word, word_mask(part.first - first, part.end() - first))?;
+        sender.send_owed(
+            view,
+            (at, block),
+            word,
+            word_mask(part.first - first, part.end() - first),
+        )?;
     }
     sender.end_zeros();
     Ok(())

@@ -36,7 +36,12 @@ fn an_image_is_what_the_memory_is_afterwards_whatever_it_was_before() {
     let all = || (0..2).flat_map(|id| (0..PAGES[id as usize]).map(move |page| sparse(id, page)));
     let count = |kind: Page| all().filter(|page| *page == kind).count() as u64;
     let counters = status.counters;
-    let found = (counters.pages_sent, counters.zero_pages, counters.discarded_pages, counters.remaining_pages);
+    let found = (
+        counters.pages_sent,
+        counters.zero_pages,
+        counters.discarded_pages,
+        counters.remaining_pages,
+    );
     assert_eq!(found, (count(Page::Content), count(Page::Zero), count(Page::Discarded), 0));
     assert_eq!(counters.wire_bytes, count(Page::Content) * PAGE_SIZE);
     assert!(counters.running_us > 0);
@@ -116,7 +121,8 @@ fn a_vmm_that_cannot_load_its_state_gets_its_memory_back_empty() {
     ram.check_empty(|_, _| false);
 }
 
-/// What is discarded before the restore is asked for, and what is once more, or for the first time, before anything is done about it.
+/// What is discarded before the restore is asked for, and what is once more, or for the first time,
+/// before anything is done about it.
 fn discarded_twice(ram: &Arc<Ram>, path: &Path) -> Order {
     dirty(ram);
     let before = Before::Known(Word::from_now(&ram.memory).unwrap());
@@ -172,7 +178,10 @@ fn blocks_that_were_not_come_to_keep_what_was_discarded_in_them() {
     ram.discard(0, PageRange::new(14, 5));
     let job = new_job(&ram, &Vmm::willing(&ram), 0);
     let error = job.unless_frozen(|| ()).unwrap_err().to_string();
-    assert_eq!(error, "job 1 restores the memory: populate again once the guest runs, or the restore has failed");
+    assert_eq!(
+        error,
+        "job 1 restores the memory: populate again once the guest runs, or the restore has failed"
+    );
     job.cancel.cancel().unwrap();
     run(&job, &order);
     assert_eq!(job.status().phase, Phase::Cancelled);

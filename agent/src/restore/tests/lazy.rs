@@ -18,7 +18,9 @@ fn sparse(id: u32, page: u64) -> Page {
 /// The pages with content, in an order of no use to anyone who reads ahead.
 fn scattered(at: usize) -> impl Iterator<Item = u64> {
     let pages = PAGES[at];
-    (0..pages).map(move |index| index * 733 % pages).filter(move |page| sparse(at as u32, *page) == Page::Content)
+    (0..pages)
+        .map(move |index| index * 733 % pages)
+        .filter(move |page| sparse(at as u32, *page) == Page::Content)
 }
 
 #[test]
@@ -31,14 +33,22 @@ fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
     let geometries = geometries(&PAGES);
     let base = write_image(&full, &geometries, &Base::default(), 0, sparse);
     let newer = |id: u32, page: u64| {
-        if page.is_multiple_of(4) && sparse(id, page) == Page::Content { Page::Content } else { Page::Unchanged }
+        if page.is_multiple_of(4) && sparse(id, page) == Page::Content {
+            Page::Content
+        } else {
+            Page::Unchanged
+        }
     };
     write_image(&one, &geometries, &base, 5, newer);
     let version = |page: u64| if page.is_multiple_of(4) { 5 } else { 0 };
     let ram = Arc::new(Ram::new(&geometries));
     ram.block(0).backing.write(3 * PAGE_SIZE, &[7; 100 * PAGE]).unwrap();
     let expect = move |ram: &Ram, at: usize, page: u64| {
-        assert_eq!(ram.touch(at, page), word_of(at as u32, page).wrapping_add(version(page)), "page {page} of {at}");
+        assert_eq!(
+            ram.touch(at, page),
+            word_of(at as u32, page).wrapping_add(version(page)),
+            "page {page} of {at}"
+        );
     };
     let vmm = Vmm::new(&ram, move |ram, hook| {
         if matches!(hook, Hook::LoadState { .. }) {
@@ -76,7 +86,10 @@ fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
     let content: u64 = (0..2).map(|at| scattered(at).count() as u64).sum();
     let counters = status.counters;
     assert_eq!((counters.pages_sent, counters.remaining_pages), (content, 0));
-    assert!(counters.faults > 0 && counters.pushed_pages > 0 && counters.running_us > 0, "{counters:?}");
+    assert!(
+        counters.faults > 0 && counters.pushed_pages > 0 && counters.running_us > 0,
+        "{counters:?}"
+    );
     assert!(counters.running_us < counters.total_us);
 }
 
@@ -88,8 +101,13 @@ fn what_is_given_back_before_it_came_never_comes() {
     let Saved { folder: _folder, path, ram } = Saved::new(&[8 * 512], |_, _| Page::Content);
     let vmm = Vmm::willing(&ram);
     let job = new_job(&ram, &vmm, 1 << 20);
-    let order =
-        Order { path, options: lazily(), asks_first: false, before: Before::Later, checkpoint: Default::default() };
+    let order = Order {
+        path,
+        options: lazily(),
+        asks_first: false,
+        before: Before::Later,
+        checkpoint: Default::default(),
+    };
     let gone = |page: u64| (100..200).contains(&page) || (3000..3100).contains(&page);
     let freed = |page: u64| (300..400).contains(&page) || (3200..3300).contains(&page);
     std::thread::scope(|scope| {
@@ -101,7 +119,10 @@ fn what_is_given_back_before_it_came_never_comes() {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 // Around what is discarded.
-                for page in (0..).map(|index| index * 61 % 4096).filter(|page| !gone(*page) && !freed(*page)) {
+                for page in (0..)
+                    .map(|index| index * 61 % 4096)
+                    .filter(|page| !gone(*page) && !freed(*page))
+                {
                     assert_eq!(ram.touch(0, page), word_of(0, page));
                     if stop.load(Ordering::Relaxed) {
                         return;
@@ -109,7 +130,8 @@ fn what_is_given_back_before_it_came_never_comes() {
                 }
             });
             for first in (100..200).step_by(10).chain((3000..3100).step_by(10)) {
-                let range = BlockRange { block: 0, offset: first * PAGE_SIZE, length: 10 * PAGE_SIZE };
+                let range =
+                    BlockRange { block: 0, offset: first * PAGE_SIZE, length: 10 * PAGE_SIZE };
                 assert_eq!(ram.memory.discard(&[range], true).unwrap(), 10);
                 let range = BlockRange { offset: (first + 200) * PAGE_SIZE, ..range };
                 assert_eq!(ram.memory.free(&[range]).unwrap(), 10);
@@ -145,9 +167,13 @@ fn what_the_vmm_looks_at_before_it_has_registered_its_memory_comes_all_the_same(
     let vmm = Vmm::new(&ram, |ram, hook| {
         match hook {
             // Not registered yet: a page of zeroes for each.
-            Hook::RegisterFaults => scattered(0).take(40).for_each(|page| assert_eq!(ram.touch(0, page), 0)),
+            Hook::RegisterFaults => {
+                scattered(0).take(40).for_each(|page| assert_eq!(ram.touch(0, page), 0))
+            }
             Hook::LoadState { .. } => {
-                scattered(0).take(20).for_each(|page| assert_eq!(ram.touch(0, page), word_of(0, page)));
+                scattered(0)
+                    .take(20)
+                    .for_each(|page| assert_eq!(ram.touch(0, page), word_of(0, page)));
             }
             _ => {}
         }
@@ -234,8 +260,13 @@ fn a_cancel_before_the_guest_runs_leaves_nothing_and_afterwards_is_refused() {
         }
         Ok(())
     });
-    let order =
-        Order { path, options: lazily(), asks_first: false, before: Before::Later, checkpoint: Default::default() };
+    let order = Order {
+        path,
+        options: lazily(),
+        asks_first: false,
+        before: Before::Later,
+        checkpoint: Default::default(),
+    };
     let job = new_job(&ram, &vmm, 0);
     *cancelled.lock().unwrap() = Some(job.clone());
     run(&job, &order);

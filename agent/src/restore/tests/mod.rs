@@ -64,9 +64,11 @@ fn table(geometries: &[BlockGeometry]) -> BlockTable {
     table
 }
 
-/// Writes an image, `page(id, page)` says of what; the content of block and page `n` is [`word_of`] plus `version`.
+/// Writes an image, `page(id, page)` says of what; the content of block and page `n` is [`word_of`]
+/// plus `version`.
 fn write_image(
-    path: &Path, geometries: &[BlockGeometry], base: &Base, version: u64, page: impl Fn(u32, u64) -> Page,
+    path: &Path, geometries: &[BlockGeometry], base: &Base, version: u64,
+    page: impl Fn(u32, u64) -> Page,
 ) -> Base {
     let table = table(geometries);
     let writer = ImageWriter::create(path, &table, true, true).unwrap();
@@ -79,9 +81,15 @@ fn write_image(
             let count = (block.pages() - first).min(512);
             for page_index in first..first + count {
                 let kind = page(block.id, page_index);
-                let word = if kind == Page::Content { word_of(block.id, page_index).wrapping_add(version) } else { 0 };
+                let word = if kind == Page::Content {
+                    word_of(block.id, page_index).wrapping_add(version)
+                } else {
+                    0
+                };
                 let start = (page_index - first) as usize * PAGE;
-                buffer[start..start + PAGE].chunks_mut(8).for_each(|bytes| bytes.copy_from_slice(&word.to_le_bytes()));
+                buffer[start..start + PAGE]
+                    .chunks_mut(8)
+                    .for_each(|bytes| bytes.copy_from_slice(&word.to_le_bytes()));
                 let one = PageRange::new(page_index, 1);
                 if kind == Page::Discarded {
                     discarded[at].set(one);
@@ -98,7 +106,12 @@ fn write_image(
     let pieces = vec![PieceSize { name: "devices".into(), length: 3 }];
     let state = state_file_of([&b"abc"[..]]).unwrap();
     writer
-        .finish(Rest { guest: RunState::Running, discarded: &discarded, changed }, base, pieces, Some(state.as_fd()))
+        .finish(
+            Rest { guest: RunState::Running, discarded: &discarded, changed },
+            base,
+            pieces,
+            Some(state.as_fd()),
+        )
         .unwrap();
     Base { id, name: path.to_str().unwrap().into() }
 }
@@ -178,23 +191,33 @@ impl Ram {
             for page in pages {
                 let (kind, version) = model(id, page);
                 block.backing.read(page * PAGE_SIZE, &mut bytes).unwrap();
-                let word = if kind == Page::Content { word_of(id, page).wrapping_add(version) } else { 0 };
+                let word =
+                    if kind == Page::Content { word_of(id, page).wrapping_add(version) } else { 0 };
                 assert!(
                     bytes.chunks(8).all(|bytes| bytes == word.to_le_bytes()),
                     "page {page} of block {id}: {kind:?}"
                 );
-                assert_eq!(block.discarded.contains(page), kind == Page::Discarded, "page {page} of block {id}");
+                assert_eq!(
+                    block.discarded.contains(page),
+                    kind == Page::Discarded,
+                    "page {page} of block {id}"
+                );
             }
         }
     }
 
-    /// Nothing is left of what was tried; what was discarded before is so still, or has been since, and nothing else.
+    /// Nothing is left of what was tried; what was discarded before is so still, or has been since,
+    /// and nothing else.
     fn check_empty(&self, discarded: impl Fn(u32, u64) -> bool) {
         for (at, block) in self.memory.blocks().iter().enumerate() {
             assert_eq!(self.allocated(at), []);
             let id = block.geometry.id;
             for page in 0..block.geometry.pages() {
-                assert_eq!(block.discarded.contains(page), discarded(id, page), "page {page} of block {id}");
+                assert_eq!(
+                    block.discarded.contains(page),
+                    discarded(id, page),
+                    "page {page} of block {id}"
+                );
             }
         }
     }
@@ -213,7 +236,9 @@ struct Vmm {
 }
 
 impl Vmm {
-    fn new(ram: &Arc<Ram>, mut answer: impl FnMut(&Ram, &Hook) -> Reply<()> + Send + 'static) -> Self {
+    fn new(
+        ram: &Arc<Ram>, mut answer: impl FnMut(&Ram, &Hook) -> Reply<()> + Send + 'static,
+    ) -> Self {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let asked: Arc<Mutex<Vec<&'static str>>> = Arc::default();
         let (log, ram) = (asked.clone(), ram.clone());
@@ -227,7 +252,8 @@ impl Vmm {
                 if matches!(hook, Hook::Event { .. }) {
                     continue;
                 }
-                // Whether it could be restored lazily is asked before anything else, and changes nothing.
+                // Whether it could be restored lazily is asked before anything else, and changes
+                // nothing.
                 if !matches!(hook, Hook::ProbeFaults) {
                     log.lock().unwrap().push(hook.name());
                 }
@@ -238,7 +264,10 @@ impl Vmm {
                     Hook::UnregisterFaults { .. } => registered = unregister(&ram, registered),
                     _ => {}
                 }
-                let fds = registered.iter().filter(|_| matches!(hook, Hook::RegisterFaults)).map(AsFd::as_fd);
+                let fds = registered
+                    .iter()
+                    .filter(|_| matches!(hook, Hook::RegisterFaults))
+                    .map(AsFd::as_fd);
                 let fds: Vec<_> = fds.collect();
                 let body = encode_hook_reply(sequence, &reply);
                 socket.send_parts(frame.request, FLAG_REPLY, &body, &fds, far()).unwrap();
@@ -279,7 +308,8 @@ fn unregister(ram: &Ram, registered: Option<Userfaultfd>) -> Option<Userfaultfd>
 fn new_job(ram: &Ram, vmm: &Vmm, bandwidth: u64) -> Arc<Job> {
     let options = OutgoingOptions { bandwidth, ..OutgoingOptions::default() };
     let notify = crate::job::notifier().unwrap();
-    let job = Job::new(1, JobKind::Restore, ram.memory.clone(), vmm.hooks.clone(), options, notify).unwrap();
+    let job = Job::new(1, JobKind::Restore, ram.memory.clone(), vmm.hooks.clone(), options, notify)
+        .unwrap();
     job.freeze();
     Arc::new(job)
 }
@@ -288,7 +318,13 @@ fn restore_from(path: &Path, ram: &Ram, vmm: &Vmm, options: RestoreOptions) -> J
     let job = new_job(ram, vmm, options.bandwidth);
     run(
         &job,
-        &Order { path: path.into(), options, asks_first: false, before: Before::Later, checkpoint: Default::default() },
+        &Order {
+            path: path.into(),
+            options,
+            asks_first: false,
+            before: Before::Later,
+            checkpoint: Default::default(),
+        },
     );
     job.status()
 }

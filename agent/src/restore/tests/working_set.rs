@@ -45,7 +45,9 @@ fn what_a_guest_touched_first_is_read_ahead_the_next_time() {
     let vmm = Vmm::new(&ram, |ram, hook| {
         if matches!(hook, Hook::LoadState { .. }) {
             // Without anyone having touched it.
-            let is_here = |page: &u64| ram.block(0).backing.first_data(PageRange::new(*page, 1)).unwrap().is_some();
+            let is_here = |page: &u64| {
+                ram.block(0).backing.first_data(PageRange::new(*page, 1)).unwrap().is_some()
+            };
             while !TOUCHED.iter().all(is_here) {
                 std::thread::yield_now();
             }
@@ -83,7 +85,8 @@ fn that_of_another_image_is_replaced_and_what_is_none_is_left_alone() {
         let status = restore_from(&path, &ram, &vmm, with(&set));
         assert_eq!(status.phase, Phase::Failed);
         assert!(
-            status.error.contains("working_set is") && status.error.contains("not to be overwritten"),
+            status.error.contains("working_set is")
+                && status.error.contains("not to be overwritten"),
             "{}",
             status.error
         );
@@ -139,7 +142,10 @@ fn one_that_cannot_be_written_is_refused_before_anything_is_touched() {
     std::os::unix::fs::symlink("none", &nowhere).unwrap();
     std::fs::write(&empty, "").unwrap();
     for (set, why) in [
-        (folder.path().join("no/such/folder"), "it could not be written: cannot create a file in its folder: No such"),
+        (
+            folder.path().join("no/such/folder"),
+            "it could not be written: cannot create a file in its folder: No such",
+        ),
         (nowhere, "it could not be written: it is not a regular file"),
         (empty, "it is empty, which is no working set"),
     ] {
@@ -159,7 +165,8 @@ fn one_of_a_guest_that_waited_for_nothing_is_not_written_and_the_status_says_so(
     let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
     let set = folder.path().join("set");
     let status = restore_from(&path, &ram, &Vmm::new(&ram, |_, _| Ok(())), with(&set));
-    let expected = format!("working_set {} is not written: the guest waited for no page", set.display());
+    let expected =
+        format!("working_set {} is not written: the guest waited for no page", set.display());
     assert_eq!((status.phase, status.error), (Phase::Completed, expected));
     assert!(!set.exists());
 }
@@ -170,13 +177,18 @@ fn it_is_read_in_few_pieces_in_the_order_of_the_file() {
     let set = folder.path().join("set");
     let image = Image::open(&path).unwrap().header().id;
     let run = PageRange::new;
-    // As the guest touched them: single pages near each other, one far away, those of another block in between, and some across the end of an extent.
-    let touched = [(0, 80), (0, 71), (1, 7), (0, 1900), (0, 75), (0, 70), (1, 9)].map(|(id, page)| (id, run(page, 1)));
+    // As the guest touched them: single pages near each other, one far away, those of another block
+    // in between, and some across the end of an extent.
+    let touched = [(0, 80), (0, 71), (1, 7), (0, 1900), (0, 75), (0, 70), (1, 9)]
+        .map(|(id, page)| (id, run(page, 1)));
     let runs = [&touched[..], &[(0, run(505, 10))]].concat();
     std::fs::write(&set, WorkingSet { image, runs }.encode()).unwrap();
     let source = Source::open(&path, &ram.memory).unwrap();
-    let Plan::Read(pieces) = Plan::of(set.to_str().unwrap(), &source, &ram.memory).unwrap() else { panic!() };
-    let expected = [(0, run(70, 11)), (0, run(505, 7)), (0, run(512, 3)), (0, run(1900, 1)), (1, run(7, 3))];
+    let Plan::Read(pieces) = Plan::of(set.to_str().unwrap(), &source, &ram.memory).unwrap() else {
+        panic!()
+    };
+    let expected =
+        [(0, run(70, 11)), (0, run(505, 7)), (0, run(512, 3)), (0, run(1900, 1)), (1, run(7, 3))];
     let at = |id: u32| ram.memory.find(id).unwrap().0;
     let mut expected = expected.map(|(id, run)| (at(id), run));
     expected.sort_unstable();

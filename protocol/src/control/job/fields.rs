@@ -7,7 +7,9 @@ use std::time::Duration;
 pub(super) fn workers(decoder: &mut Decoder<'_>) -> Result<u16, DecodeError> {
     match decoder.u16("workers")? {
         value @ 1..=MAX_STREAMS => Ok(value),
-        value => Err(DecodeError::Value { field: "workers", value: value.into(), allowed: "1 to 64" }),
+        value => {
+            Err(DecodeError::Value { field: "workers", value: value.into(), allowed: "1 to 64" })
+        }
     }
 }
 
@@ -36,7 +38,9 @@ pub(super) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-pub(super) fn timeout(decoder: &mut Decoder<'_>, field: &'static str) -> Result<Duration, DecodeError> {
+pub(super) fn timeout(
+    decoder: &mut Decoder<'_>, field: &'static str,
+) -> Result<Duration, DecodeError> {
     const LONGEST: u64 = 24 * 3600 * 1_000_000;
     match decoder.u64(field)? {
         value @ 1..=LONGEST => Ok(Duration::from_micros(value)),

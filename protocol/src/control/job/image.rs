@@ -10,12 +10,14 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u16)]
 pub enum SnapshotMode {
-    /// It runs on: it stands still for a moment, and what it is about to write after that is saved first.
+    /// It runs on: it stands still for a moment, and what it is about to write after that is saved
+    /// first.
     #[default]
     Background = 0,
     /// It stands still until its memory is saved, and runs on.
     Paused = 1,
-    /// The VMM has stopped it, and lets it run when it likes: no pause and no resume hook is called.
+    /// The VMM has stopped it, and lets it run when it likes: no pause and no resume hook is
+    /// called.
     Stopped = 2,
 }
 
@@ -28,30 +30,37 @@ impl SnapshotMode {
     ];
 
     fn from_wire(value: u16) -> Result<Self, DecodeError> {
-        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(DecodeError::Value {
-            field: "mode",
-            value: value.into(),
-            allowed: "0 background, 1 paused, 2 stopped",
-        })
+        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(
+            DecodeError::Value {
+                field: "mode",
+                value: value.into(),
+                allowed: "0 background, 1 paused, 2 stopped",
+            },
+        )
     }
 }
 
-/// Options of a snapshot. Only the bandwidth can be changed while it runs, by `Client::set_parameters`.
+/// Options of a snapshot. Only the bandwidth can be changed while it runs, by
+/// `Client::set_parameters`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotOptions {
     /// What becomes of the guest meanwhile.
     pub mode: SnapshotMode,
     /// Threads that save, 1 to [`MAX_STREAMS`](super::MAX_STREAMS).
     pub workers: u16,
-    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none. What the guest is about to write or discards is not held back by it.
+    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none. What
+    /// the guest is about to write or discards is not held back by it.
     pub bandwidth: u64,
-    /// Path of the image that it is an increment to; empty for one that stands alone. See [`SnapshotOptions::on`].
+    /// Path of the image that it is an increment to; empty for one that stands alone. See
+    /// [`SnapshotOptions::on`].
     pub base: String,
-    /// What is written from now on is kept track of, so that the next snapshot can be an increment to this one.
+    /// What is written from now on is kept track of, so that the next snapshot can be an increment
+    /// to this one.
     pub track: bool,
     /// An image that has the name already is replaced. It never is before the new one is complete.
     pub replace: bool,
-    /// The image is written through the page cache, and stays there for those who restore from it soon.
+    /// The image is written through the page cache, and stays there for those who restore from it
+    /// soon.
     pub cached: bool,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
@@ -134,14 +143,13 @@ pub enum RestoreMode {
 
 impl RestoreMode {
     /// All modes with the names that users write.
-    pub const NAMES: [(&'static str, RestoreMode); 2] = [("eager", RestoreMode::Eager), ("lazy", RestoreMode::Lazy)];
+    pub const NAMES: [(&'static str, RestoreMode); 2] =
+        [("eager", RestoreMode::Eager), ("lazy", RestoreMode::Lazy)];
 
     fn from_wire(value: u16) -> Result<Self, DecodeError> {
-        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(DecodeError::Value {
-            field: "mode",
-            value: value.into(),
-            allowed: "0 eager, 1 lazy",
-        })
+        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(
+            DecodeError::Value { field: "mode", value: value.into(), allowed: "0 eager, 1 lazy" },
+        )
     }
 }
 
@@ -152,10 +160,12 @@ pub struct RestoreOptions {
     pub mode: RestoreMode,
     /// Threads that read, 1 to [`MAX_STREAMS`](super::MAX_STREAMS).
     pub workers: u16,
-    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none. What the guest waits for is not held back by it.
+    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none. What
+    /// the guest waits for is not held back by it.
     pub bandwidth: u64,
-    /// With [`RestoreMode::Lazy`]: path of the working set. If the file is there, its pages are read ahead; if not, those that the guest touches first are
-    /// written to it. Empty for none. See [`RestoreOptions::with_working_set`].
+    /// With [`RestoreMode::Lazy`]: path of the working set. If the file is there, its pages are
+    /// read ahead; if not, those that the guest touches first are written to it. Empty for none.
+    /// See [`RestoreOptions::with_working_set`].
     pub working_set: String,
     /// Whether the guest is resumed once it is here.
     pub resume: ResumePolicy,
@@ -181,7 +191,11 @@ impl RestoreOptions {
     }
 
     pub(in crate::control) fn encode(&self, encoder: Encoder) -> Encoder {
-        let encoder = encoder.u16(self.mode as u16).u16(self.workers).u16(self.resume as u16).u64(self.bandwidth);
+        let encoder = encoder
+            .u16(self.mode as u16)
+            .u16(self.workers)
+            .u16(self.resume as u16)
+            .u64(self.bandwidth);
         encoder.u64(micros(self.hook_timeout)).text(&self.working_set)
     }
 

@@ -5,8 +5,8 @@ use super::{MAX_STREAMS, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use std::time::Duration;
 
-/// What to do when the passes do not converge: when after [`OutgoingOptions::max_passes`] passes the rest still does not fit
-/// the downtime limit.
+/// What to do when the passes do not converge: when after [`OutgoingOptions::max_passes`] passes
+/// the rest still does not fit the downtime limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum NonConvergence {
@@ -18,7 +18,8 @@ pub enum NonConvergence {
     StopAnyway = 2,
     /// Fail; the guest runs on at the source.
     Fail = 3,
-    /// Switch to postcopy: the guest runs on at the destination, and its memory follows. Needs [`Mode::Hybrid`].
+    /// Switch to postcopy: the guest runs on at the destination, and its memory follows. Needs
+    /// [`Mode::Hybrid`].
     Postcopy = 4,
 }
 
@@ -33,11 +34,13 @@ impl NonConvergence {
     ];
 
     fn from_wire(value: u32) -> Result<Self, DecodeError> {
-        Self::NAMES.iter().map(|(_, policy)| *policy).find(|policy| *policy as u32 == value).ok_or(DecodeError::Value {
-            field: "policy",
-            value: value.into(),
-            allowed: "0 keep-going, 1 throttle, 2 stop, 3 fail, 4 postcopy",
-        })
+        Self::NAMES.iter().map(|(_, policy)| *policy).find(|policy| *policy as u32 == value).ok_or(
+            DecodeError::Value {
+                field: "policy",
+                value: value.into(),
+                allowed: "0 keep-going, 1 throttle, 2 stop, 3 fail, 4 postcopy",
+            },
+        )
     }
 }
 
@@ -48,10 +51,11 @@ pub enum Mode {
     /// Its memory first, in passes, and it stands still for the last of them.
     #[default]
     Precopy = 0,
-    /// The guest first: it stands still while its state moves, and its memory follows, what it touches before all.
+    /// The guest first: it stands still while its state moves, and its memory follows, what it
+    /// touches before all.
     Postcopy = 1,
-    /// As precopy, until it is told to switch, or has made [`OutgoingOptions::switch_after`] passes, or does not converge under
-    /// [`NonConvergence::Postcopy`]; from then on as postcopy.
+    /// As precopy, until it is told to switch, or has made [`OutgoingOptions::switch_after`]
+    /// passes, or does not converge under [`NonConvergence::Postcopy`]; from then on as postcopy.
     Hybrid = 2,
 }
 
@@ -71,15 +75,18 @@ impl Mode {
     }
 
     fn from_wire(value: u16) -> Result<Self, DecodeError> {
-        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(DecodeError::Value {
-            field: "mode",
-            value: value.into(),
-            allowed: "0 precopy, 1 postcopy, 2 hybrid",
-        })
+        Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(
+            DecodeError::Value {
+                field: "mode",
+                value: value.into(),
+                allowed: "0 precopy, 1 postcopy, 2 hybrid",
+            },
+        )
     }
 }
 
-/// How the content of pages is made smaller for the wire. It costs time of processors on both sides, and pays where the link is slower than they are.
+/// How the content of pages is made smaller for the wire. It costs time of processors on both
+/// sides, and pays where the link is slower than they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Compression {
     /// Not at all.
@@ -116,29 +123,35 @@ impl Compression {
     }
 
     fn from_wire(which: u16, level: u16) -> Result<Self, DecodeError> {
-        let refused = |allowed| Err(DecodeError::Value { field: "compression_level", value: level.into(), allowed });
+        let refused = |allowed| {
+            Err(DecodeError::Value { field: "compression_level", value: level.into(), allowed })
+        };
         match (which, level) {
             (0, 0) => Ok(Self::None),
             (1, 0) => Ok(Self::Lz4),
             (0 | 1, _) => refused("0 without zstd"),
             (2, 1..=19) => Ok(Self::Zstd(level as u8)),
             (2, _) => refused("1 to 19 with zstd"),
-            _ => {
-                Err(DecodeError::Value { field: "compression", value: which.into(), allowed: "0 none, 1 lz4, 2 zstd" })
-            }
+            _ => Err(DecodeError::Value {
+                field: "compression",
+                value: which.into(),
+                allowed: "0 none, 1 lz4, 2 zstd",
+            }),
         }
     }
 }
 
-/// Options of an outgoing migration. All but the mode, the streams, the compression, the release, the resume and the timeouts can be changed while it runs.
+/// Options of an outgoing migration. All but the mode, the streams, the compression, the release,
+/// the resume and the timeouts can be changed while it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutgoingOptions {
-    /// Number of connections, 1 to [`MAX_STREAMS`]. A target that is one handed-over descriptor has one.
+    /// Number of connections, 1 to [`MAX_STREAMS`]. A target that is one handed-over descriptor has
+    /// one.
     pub streams: u16,
     /// How long the guest may stand still.
     pub downtime_limit: Duration,
-    /// Limit of all streams together in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH);
-    /// 0 is none.
+    /// Limit of all streams together in bytes per second, at least
+    /// [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none.
     pub bandwidth: u64,
     /// Passes over running memory after which the policy decides; 0 is no limit.
     pub max_passes: u32,
@@ -148,20 +161,23 @@ pub struct OutgoingOptions {
     pub compression: Compression,
     /// Whether the guest may run at the destination before its memory is there.
     pub mode: Mode,
-    /// With [`Mode::Hybrid`]: passes over running memory after which it switches to postcopy, converging or not; 0 is never for that.
+    /// With [`Mode::Hybrid`]: passes over running memory after which it switches to postcopy,
+    /// converging or not; 0 is never for that.
     pub switch_after: u32,
-    /// With postcopy: connections for the pages that the guest waits for, beside [`OutgoingOptions::streams`]; at least 1, and at most
-    /// [`MAX_STREAMS`] together with them.
+    /// With postcopy: connections for the pages that the guest waits for, beside
+    /// [`OutgoingOptions::streams`]; at least 1, and at most [`MAX_STREAMS`] together with them.
     pub urgent_streams: u16,
-    /// With postcopy: free each page here once the destination has it. The source can then not be resumed, even by force.
+    /// With postcopy: free each page here once the destination has it. The source can then not be
+    /// resumed, even by force.
     pub release: bool,
-    /// Whether the guest is resumed at the destination. At the source a failure always leaves it as it was.
+    /// Whether the guest is resumed at the destination. At the source a failure always leaves it as
+    /// it was.
     pub resume: ResumePolicy,
-    /// How long the peer may be silent where an answer is due, take to send a record that it began, and
-    /// take to receive what is sent to it. A guest that is paused for its hand-over runs on here unless
-    /// the destination has loaded it within this, two `hook_timeout`, and the time for the state and, in
-    /// precopy, the dirty pages: ten times what they should take at the measured bandwidth, or once what
-    /// they take at 1 MiB/s where nothing was measured.
+    /// How long the peer may be silent where an answer is due, take to send a record that it began,
+    /// and take to receive what is sent to it. A guest that is paused for its hand-over runs on
+    /// here unless the destination has loaded it within this, two `hook_timeout`, and the time for
+    /// the state and, in precopy, the dirty pages: ten times what they should take at the measured
+    /// bandwidth, or once what they take at 1 MiB/s where nothing was measured.
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
@@ -218,11 +234,16 @@ impl OutgoingOptions {
         let downtime_limit = Duration::from_micros(decoder.u64("downtime_limit")?);
         let bandwidth = bandwidth(decoder)?;
         let policy = NonConvergence::from_wire(decoder.u32("policy")?)?;
-        let compression = Compression::from_wire(decoder.u16("compression")?, decoder.u16("compression_level")?)?;
+        let compression =
+            Compression::from_wire(decoder.u16("compression")?, decoder.u16("compression_level")?)?;
         let peer_timeout = timeout(decoder, "peer_timeout")?;
         let hook_timeout = timeout(decoder, "hook_timeout")?;
         if streams == 0 || streams > MAX_STREAMS {
-            return Err(DecodeError::Value { field: "streams", value: streams.into(), allowed: "1 to 64" });
+            return Err(DecodeError::Value {
+                field: "streams",
+                value: streams.into(),
+                allowed: "1 to 64",
+            });
         }
         let options = Self {
             streams,
@@ -244,7 +265,11 @@ impl OutgoingOptions {
 
     /// Connections of all kinds.
     pub fn connections(&self) -> u16 {
-        if self.mode.may_postcopy() { self.streams.saturating_add(self.urgent_streams) } else { self.streams }
+        if self.mode.may_postcopy() {
+            self.streams.saturating_add(self.urgent_streams)
+        } else {
+            self.streams
+        }
     }
 
     /// Refuses what a start would have to ignore.
@@ -264,7 +289,9 @@ impl OutgoingOptions {
     }
 
     fn check_postcopy(&self) -> Result<(), DecodeError> {
-        if self.mode.may_postcopy() && (self.urgent_streams == 0 || self.connections() > MAX_STREAMS) {
+        if self.mode.may_postcopy()
+            && (self.urgent_streams == 0 || self.connections() > MAX_STREAMS)
+        {
             let value = self.urgent_streams.into();
             let allowed = "at least 1 with postcopy, and at most 64 together with streams";
             return Err(DecodeError::Value { field: "urgent_streams", value, allowed });
@@ -297,7 +324,10 @@ impl Default for IncomingOptions {
 
 impl IncomingOptions {
     pub(in crate::control) fn encode(&self, encoder: Encoder) -> Encoder {
-        encoder.u64(micros(self.peer_timeout)).u64(micros(self.hook_timeout)).u16(self.resume as u16)
+        encoder
+            .u64(micros(self.peer_timeout))
+            .u64(micros(self.hook_timeout))
+            .u16(self.resume as u16)
     }
 
     pub(in crate::control) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {

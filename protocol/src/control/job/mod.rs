@@ -19,8 +19,8 @@ pub use status::{Counters, JobKind, JobStatus, Phase};
 
 /// Most streams of one migration, and most threads of a snapshot or a restore.
 pub const MAX_STREAMS: u16 = 64;
-/// Least limit of a bandwidth in bytes per second, if there is one. Under less a peer would wait for a
-/// page for so long that it takes the other side for dead.
+/// Least limit of a bandwidth in bytes per second, if there is one. Under less a peer would wait
+/// for a page for so long that it takes the other side for dead.
 pub const MIN_BANDWIDTH: u64 = 64 << 10;
 /// Longest address of a peer, and longest path, in bytes.
 pub const MAX_ADDRESS: usize = 4096;

@@ -47,7 +47,8 @@ pub enum ResumePolicy {
 
 impl ResumePolicy {
     /// All policies with the names that users write.
-    pub const NAMES: [(&'static str, ResumePolicy); 2] = [("auto", Self::Auto), ("never", Self::Never)];
+    pub const NAMES: [(&'static str, ResumePolicy); 2] =
+        [("auto", Self::Auto), ("never", Self::Never)];
 
     /// What a guest whose run state was `before` is to be where it arrives.
     pub fn apply(self, before: RunState) -> RunState {
@@ -58,10 +59,8 @@ impl ResumePolicy {
     }
 
     pub(super) fn from_wire(value: u16) -> Result<Self, DecodeError> {
-        Self::NAMES.iter().map(|(_, policy)| *policy).find(|policy| *policy as u16 == value).ok_or(DecodeError::Value {
-            field: "resume",
-            value: value.into(),
-            allowed: "0 auto, 1 never",
-        })
+        Self::NAMES.iter().map(|(_, policy)| *policy).find(|policy| *policy as u16 == value).ok_or(
+            DecodeError::Value { field: "resume", value: value.into(), allowed: "0 auto, 1 never" },
+        )
     }
 }

@@ -69,7 +69,8 @@ pub enum Phase {
     Committing = 7,
     /// The guest runs at the destination, and its memory is on its way.
     Postcopy = 8,
-    /// The same, but a connection was lost. Faults wait at the destination until the migration is recovered. The error says what happened.
+    /// The same, but a connection was lost. Faults wait at the destination until the migration is
+    /// recovered. The error says what happened.
     PostcopyPaused = 9,
     /// A paused postcopy is being connected again.
     Recovering = 10,
@@ -87,8 +88,8 @@ pub enum Phase {
     Failed = 16,
     /// It was cancelled; an outgoing guest runs on at the source.
     Cancelled = 17,
-    /// Outgoing: the commit was sent and the link died before the destination confirmed. The guest stands still here, and whether it
-    /// runs there only an operator can find out.
+    /// Outgoing: the commit was sent and the link died before the destination confirmed. The guest
+    /// stands still here, and whether it runs there only an operator can find out.
     Unconfirmed = 18,
 }
 
@@ -126,23 +127,25 @@ impl Phase {
         self == Self::Idle || self >= Self::Completed
     }
 
-    /// True if the guest runs at the destination, as far as is known, and its memory is not all there.
+    /// True if the guest runs at the destination, as far as is known, and its memory is not all
+    /// there.
     pub fn is_postcopy(self) -> bool {
         matches!(self, Self::Postcopy | Self::PostcopyPaused | Self::Recovering)
     }
 
     fn from_wire(value: u32) -> Result<Self, DecodeError> {
-        Self::ALL.iter().map(|(phase, _)| *phase).find(|phase| *phase as u32 == value).ok_or(DecodeError::Value {
-            field: "phase",
-            value: value.into(),
-            allowed: "0 to 18",
-        })
+        Self::ALL
+            .iter()
+            .map(|(phase, _)| *phase)
+            .find(|phase| *phase as u32 == value)
+            .ok_or(DecodeError::Value { field: "phase", value: value.into(), allowed: "0 to 18" })
     }
 }
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// The figures of a job. One field a line; the wire, `--json` and the tables all follow this list.
+        /// The figures of a job. One field a line; the wire, `--json` and the tables all follow
+        /// this list.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
         pub struct Counters {
             $($(#[$doc])* pub $name: u64,)*
@@ -168,21 +171,24 @@ macro_rules! counters {
 counters! {
     /// Passes that ended, the last one, with the guest stopped, among them.
     passes,
-    /// Pages sent with their content. A page sent in two passes counts twice. Snapshot: pages whose content the image has. Restore: pages that were
-    /// read from it and placed.
+    /// Pages sent with their content. A page sent in two passes counts twice. Snapshot: pages whose
+    /// content the image has. Restore: pages that were read from it and placed.
     pages_sent,
-    /// Allocated pages that were read and found to be zero, and holes that were sent as zero. Restore: pages that are zero in the image, and so holes from the start: nothing is done
-    /// for them.
+    /// Allocated pages that were read and found to be zero, and holes that were sent as zero.
+    /// Restore: pages that are zero in the image, and so holes from the start: nothing is done for
+    /// them.
     zero_pages,
     /// Pages told to the destination as discarded; or that are discarded in the image.
     discarded_pages,
-    /// Outgoing: of the zero pages, those that were not read, since the guest had freed them and not written since.
+    /// Outgoing: of the zero pages, those that were not read, since the guest had freed them and
+    /// not written since.
     freed_pages,
     /// Pages sent although discarded, since the guest wrote into them afterwards.
     stray_pages,
     /// Bytes written to, or read from, all streams: headers, content and state; or the image.
     wire_bytes,
-    /// Pages that are dirty and not sent yet; in postcopy, those that the destination still lacks; those that are still to be saved or restored.
+    /// Pages that are dirty and not sent yet; in postcopy, those that the destination still lacks;
+    /// those that are still to be saved or restored.
     remaining_pages,
     /// Pages that the current pass started with.
     pass_pages,
@@ -190,7 +196,8 @@ counters! {
     pass_pages_done,
     /// Microseconds since the job started; stands when it ends.
     total_us,
-    /// Microseconds from asking the VMM to pause until the destination said that its guest runs, or stays paused as it was asked to. Snapshot: until the VMM said so. Zero of a guest that its
+    /// Microseconds from asking the VMM to pause until the destination said that its guest runs, or
+    /// stays paused as it was asked to. Snapshot: until the VMM said so. Zero of a guest that its
     /// operator had paused before.
     downtime_us,
     /// Microseconds that the guest would stand still if it were stopped now.
@@ -203,14 +210,15 @@ counters! {
     sync_us,
     /// Percent of its time that the guest is held back, if throttled.
     throttle_percent,
-    /// Postcopy: faults of the guest, and of its devices, that were answered. At the destination. Lazy restore: the same. Snapshot: writes into pages that were
-    /// still protected.
+    /// Postcopy: faults of the guest, and of its devices, that were answered. At the destination.
+    /// Lazy restore: the same. Snapshot: writes into pages that were still protected.
     faults,
     /// Postcopy: pages that the destination asked for, since the guest waited for them.
     requested_pages,
     /// Postcopy: pages that the source sent, or the destination took, without being asked.
     pushed_pages,
-    /// Postcopy and lazy restore: pages that the guest discarded or freed while they remained, so that they need not come any more.
+    /// Postcopy and lazy restore: pages that the guest discarded or freed while they remained, so
+    /// that they need not come any more.
     dropped_pages,
     /// Postcopy: pages that the source freed since the destination has them.
     released_pages,
@@ -232,7 +240,8 @@ counters! {
     unchanged_pages,
     /// Restore: pages of the working set that were read ahead.
     working_set_pages,
-    /// Restore: microseconds from the request until the VMM said that its guest runs, or has it and leaves it paused.
+    /// Restore: microseconds from the request until the VMM said that its guest runs, or has it and
+    /// leaves it paused.
     running_us,
 }
 
@@ -245,18 +254,20 @@ pub struct JobStatus {
     pub kind: JobKind,
     /// Where it stands.
     pub phase: Phase,
-    /// The run state that the guest has where the job brings it, or that its image says; `None` until that is known.
+    /// The run state that the guest has where the job brings it, or that its image says; `None`
+    /// until that is known.
     pub guest: Option<RunState>,
-    /// Incoming: the source's commit arrived, so the guest is this VMM's, however the job goes on or
-    /// ends: also if resuming it failed, or its memory was lost since.
+    /// Incoming: the source's commit arrived, so the guest is this VMM's, however the job goes on
+    /// or ends: also if resuming it failed, or its memory was lost since.
     pub arrived: bool,
     /// The trackers that the VMM has declared; the empty set if it has declared none.
     pub trackers: Trackers,
     /// Its figures.
     pub counters: Counters,
-    /// Why it failed or is paused; or, while it goes on, what an operator should know: why an incoming
-    /// migration that still waits refused a source, what a guest in postcopy waits for. Of a job that
-    /// completed it is a warning: what did not succeed besides. Empty if there is nothing.
+    /// Why it failed or is paused; or, while it goes on, what an operator should know: why an
+    /// incoming migration that still waits refused a source, what a guest in postcopy waits for. Of
+    /// a job that completed it is a warning: what did not succeed besides. Empty if there is
+    /// nothing.
     pub error: String,
 }
 

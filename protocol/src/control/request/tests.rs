@@ -1,7 +1,7 @@
 use super::*;
 use crate::control::job::{
-    Compression, Counters, JobKind, JobStatus, Mode, NonConvergence, Phase, RestoreMode, ResumePolicy, RunState,
-    SnapshotMode,
+    Compression, Counters, JobKind, JobStatus, Mode, NonConvergence, Phase, RestoreMode,
+    ResumePolicy, RunState, SnapshotMode,
 };
 use proptest::prelude::*;
 
@@ -77,48 +77,61 @@ fn any_restore() -> impl Strategy<Value = RestoreOptions> {
 }
 
 fn any_ranges() -> impl Strategy<Value = Vec<BlockRange>> {
-    let range = (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(block, offset, length)| BlockRange {
-        block,
-        offset,
-        length,
-    });
+    let range = (any::<u32>(), any::<u64>(), any::<u64>())
+        .prop_map(|(block, offset, length)| BlockRange { block, offset, length });
     prop::collection::vec(range, 0..40)
 }
 
 fn any_request() -> impl Strategy<Value = Request> {
     prop_oneof![
-        (any::<u16>(), any::<u16>(), any::<u64>(), 1u64..).prop_map(|(version_min, version_max, features, number)| {
-            let agent = if features & FEATURE_FENCE == 0 { 0 } else { number };
-            Request::Hello { version_min, version_max, features, agent }
-        }),
-        (any::<[u64; 5]>(), any::<u32>(), "[a-z]{1,255}", 0u32..2).prop_map(|(n, id, name, flags)| {
-            Request::AddBlock {
-                geometry: BlockGeometry { id, name, gpa: n[0], length: n[1], granularity: n[2] },
-                fd_offset: n[3],
-                vmm_address: n[4],
-                flags,
+        (any::<u16>(), any::<u16>(), any::<u64>(), 1u64..).prop_map(
+            |(version_min, version_max, features, number)| {
+                let agent = if features & FEATURE_FENCE == 0 { 0 } else { number };
+                Request::Hello { version_min, version_max, features, agent }
             }
-        }),
+        ),
+        (any::<[u64; 5]>(), any::<u32>(), "[a-z]{1,255}", 0u32..2).prop_map(
+            |(n, id, name, flags)| {
+                Request::AddBlock {
+                    geometry: BlockGeometry {
+                        id,
+                        name,
+                        gpa: n[0],
+                        length: n[1],
+                        granularity: n[2],
+                    },
+                    fd_offset: n[3],
+                    vmm_address: n[4],
+                    flags,
+                }
+            }
+        ),
         any::<u32>().prop_map(|id| Request::RemoveBlock { id }),
         (0u32..2, any_ranges()).prop_map(|(flags, ranges)| Request::Discard { flags, ranges }),
         any_ranges().prop_map(|ranges| Request::Free { ranges }),
         any_ranges().prop_map(|ranges| Request::Populate { ranges }),
-        (1u32..8).prop_map(|bits| Request::SetTrackers { sources: Trackers::from_wire("sources", bits).unwrap() }),
-        (".{0,60}", any_options()).prop_map(|(target, options)| Request::StartOutgoing { target, options }),
-        any_options().prop_map(|options| Request::SetParameters { options }),
-        (10u64..3_600_000).prop_map(|ms| Request::Subscribe { interval: Duration::from_millis(ms) }),
-        any::<bool>().prop_map(|force| Request::Resume { force }),
-        (any::<[u8; 16]>(), ".{0,60}", any_options()).prop_map(|(session, address, options)| Request::Recover {
-            session,
-            address,
-            options
+        (1u32..8).prop_map(|bits| Request::SetTrackers {
+            sources: Trackers::from_wire("sources", bits).unwrap()
         }),
-        (".{0,60}", any_snapshot()).prop_map(|(path, options)| Request::StartSnapshot { path, options }),
-        (".{0,60}", any_restore()).prop_map(|(path, options)| Request::StartRestore { path, options }),
+        (".{0,60}", any_options())
+            .prop_map(|(target, options)| Request::StartOutgoing { target, options }),
+        any_options().prop_map(|options| Request::SetParameters { options }),
+        (10u64..3_600_000)
+            .prop_map(|ms| Request::Subscribe { interval: Duration::from_millis(ms) }),
+        any::<bool>().prop_map(|force| Request::Resume { force }),
+        (any::<[u8; 16]>(), ".{0,60}", any_options())
+            .prop_map(|(session, address, options)| Request::Recover { session, address, options }),
+        (".{0,60}", any_snapshot())
+            .prop_map(|(path, options)| Request::StartSnapshot { path, options }),
+        (".{0,60}", any_restore())
+            .prop_map(|(path, options)| Request::StartRestore { path, options }),
         Just(Request::StartPostcopy),
         Just(Request::Cancel),
         Just(Request::QueryStatus),
-        Just(Request::StartIncoming { listen: "tcp:[::1]:0".into(), options: IncomingOptions::default() }),
+        Just(Request::StartIncoming {
+            listen: "tcp:[::1]:0".into(),
+            options: IncomingOptions::default()
+        }),
     ]
 }
 
@@ -151,7 +164,10 @@ fn a_compression_that_does_not_exist_is_refused_by_field() {
     assert_eq!(options(2, 19), Ok(Compression::Zstd(19)));
     for (which, level) in [(0, 1), (1, 1), (2, 0), (2, 20), (2, 257)] {
         let error = options(which, level).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("compression_level is {level:#x}, allowed: ")), "{error}");
+        assert!(
+            error.starts_with(&format!("compression_level is {level:#x}, allowed: ")),
+            "{error}"
+        );
     }
     let error = options(3, 1).unwrap_err().to_string();
     assert_eq!(error, "compression is 0x3, allowed: 0 none, 1 lz4, 2 zstd");
@@ -166,15 +182,22 @@ fn what_postcopy_needs_is_refused_by_field() {
     let hybrid = OutgoingOptions { mode: Mode::Hybrid, ..OutgoingOptions::default() };
     for (streams, urgent_streams) in [(1, 0), (63, 2), (64, u16::MAX)] {
         let error = refused(OutgoingOptions { streams, urgent_streams, ..hybrid.clone() });
-        assert!(error.starts_with(&format!("urgent_streams is {urgent_streams:#x}, allowed: at least 1")), "{error}");
+        assert!(
+            error.starts_with(&format!(
+                "urgent_streams is {urgent_streams:#x}, allowed: at least 1"
+            )),
+            "{error}"
+        );
     }
     for mode in [Mode::Precopy, Mode::Postcopy] {
-        let error = refused(OutgoingOptions { mode, policy: NonConvergence::Postcopy, ..hybrid.clone() });
+        let error =
+            refused(OutgoingOptions { mode, policy: NonConvergence::Postcopy, ..hybrid.clone() });
         assert_eq!(error, "policy is 0x4, allowed: 4 postcopy only with mode 2 hybrid");
     }
 }
 
-/// The refusal of `request` after the bytes from `at` on, counted from those of its options, are `bytes`.
+/// The refusal of `request` after the bytes from `at` on, counted from those of its options, are
+/// `bytes`.
 fn refused_with(request: Request, at: usize, bytes: &[u8]) -> String {
     let mut body = request.encode();
     // After the path, which is empty.
@@ -194,12 +217,19 @@ fn what_a_snapshot_cannot_be_started_with_is_refused_by_field() {
         assert_eq!(refused(at, &[2, 0]), format!("{field} is 0x2, allowed: 0 or 1"));
         assert_eq!(refused(at, &[0, 1]), format!("{field} is 0x100, allowed: 0 or 1"));
     }
-    for (value, named) in [(0, "0 s"), (25 * 3600 * 1_000_000, "90000 s"), (u64::MAX, "18446744073709551615 µs")] {
+    for (value, named) in
+        [(0, "0 s"), (25 * 3600 * 1_000_000, "90000 s"), (u64::MAX, "18446744073709551615 µs")]
+    {
         let error = format!("hook_timeout is {named}, allowed: 1 microsecond to 24 hours");
         assert_eq!(refused(18, &value.to_le_bytes()), error);
     }
-    let based = |length| snapshot(SnapshotOptions { base: "b".repeat(length), ..SnapshotOptions::default() });
-    assert!(refused_with(based(MAX_ADDRESS + 1), 0, &[]).starts_with("base has 4097 bytes, allowed are 4096"));
+    let based = |length| {
+        snapshot(SnapshotOptions { base: "b".repeat(length), ..SnapshotOptions::default() })
+    };
+    assert!(
+        refused_with(based(MAX_ADDRESS + 1), 0, &[])
+            .starts_with("base has 4097 bytes, allowed are 4096")
+    );
     assert_eq!(refused_with(based(1), 30, &[0xff]), "base is not UTF-8");
 }
 
@@ -210,17 +240,29 @@ fn what_a_restore_cannot_be_started_with_is_refused_by_field() {
     assert_eq!(refused(0, &[2, 0]), "mode is 0x2, allowed: 0 eager, 1 lazy");
     assert_eq!(refused(2, &[0, 0]), "workers is 0x0, allowed: 1 to 64");
     assert_eq!(refused(2, &[65, 0]), "workers is 0x41, allowed: 1 to 64");
-    for (value, named) in [(0, "0 s"), (25 * 3600 * 1_000_000, "90000 s"), (u64::MAX, "18446744073709551615 µs")] {
+    for (value, named) in
+        [(0, "0 s"), (25 * 3600 * 1_000_000, "90000 s"), (u64::MAX, "18446744073709551615 µs")]
+    {
         let error = format!("hook_timeout is {named}, allowed: 1 microsecond to 24 hours");
         assert_eq!(refused(14, &value.to_le_bytes()), error);
     }
     let lazy = |length| {
         let working_set = "w".repeat(length);
-        restore(RestoreOptions { mode: RestoreMode::Lazy, working_set, ..RestoreOptions::default() })
+        restore(RestoreOptions {
+            mode: RestoreMode::Lazy,
+            working_set,
+            ..RestoreOptions::default()
+        })
     };
-    assert!(refused_with(lazy(MAX_ADDRESS + 1), 0, &[]).starts_with("working_set has 4097 bytes, allowed are 4096"));
+    assert!(
+        refused_with(lazy(MAX_ADDRESS + 1), 0, &[])
+            .starts_with("working_set has 4097 bytes, allowed are 4096")
+    );
     assert_eq!(refused_with(lazy(1), 26, &[0xff]), "working_set is not UTF-8");
-    assert_eq!(refused_with(lazy(1), 0, &[0, 0]), "mode is 0x0, allowed: 1 lazy with a working_set");
+    assert_eq!(
+        refused_with(lazy(1), 0, &[0, 0]),
+        "mode is 0x0, allowed: 1 lazy with a working_set"
+    );
 }
 
 #[test]
@@ -232,18 +274,29 @@ fn a_path_of_an_image_that_is_too_long_is_refused_by_field() {
         Request::StartRestore { path, options: restore },
     ];
     for request in requests {
-        let error = Request::decode(request.code(), &request.encode()).unwrap().unwrap_err().to_string();
+        let error =
+            Request::decode(request.code(), &request.encode()).unwrap().unwrap_err().to_string();
         assert!(error.starts_with("path has 4097 bytes, allowed are 4096"), "{error}");
     }
 }
 
 #[test]
 fn a_status_survives_the_wire() {
-    let counters = Counters { passes: 3, throttle_percent: 99, wire_bytes: u64::MAX, ..Counters::default() };
+    let counters =
+        Counters { passes: 3, throttle_percent: 99, wire_bytes: u64::MAX, ..Counters::default() };
     let trackers = Trackers::HOOKS | Trackers::WRITE_PROTECT;
     for guest in [None, Some(RunState::Running), Some(RunState::Paused)] {
         let (kind, phase, error) = (JobKind::Outgoing, Phase::Unconfirmed, "gone".into());
-        let status = JobStatus { job: 7, kind, phase, guest, arrived: guest.is_some(), trackers, counters, error };
+        let status = JobStatus {
+            job: 7,
+            kind,
+            phase,
+            guest,
+            arrived: guest.is_some(),
+            trackers,
+            counters,
+            error,
+        };
         let body = status.encode(Encoder::new()).finish();
         let mut decoder = Decoder::new(&body);
         assert_eq!(JobStatus::decode(&mut decoder).unwrap(), status);
@@ -267,8 +320,12 @@ fn replies_carry_a_result_or_a_sentence() {
 #[test]
 fn unknown_codes_and_flags_are_told_apart_from_short_bodies() {
     assert!(Request::decode(0x1fff, &[]).is_none());
-    let error = Request::decode(code::DISCARD, &Encoder::new().u32(2).u32(0).finish()).unwrap().unwrap_err();
+    let error = Request::decode(code::DISCARD, &Encoder::new().u32(2).u32(0).finish())
+        .unwrap()
+        .unwrap_err();
     assert!(matches!(error, DecodeError::Value { field: "flags", value: 2, .. }));
-    let error = Request::decode(code::DISCARD, &Encoder::new().u32(0).u32(u32::MAX).finish()).unwrap().unwrap_err();
+    let error = Request::decode(code::DISCARD, &Encoder::new().u32(0).u32(u32::MAX).finish())
+        .unwrap()
+        .unwrap_err();
     assert!(matches!(error, DecodeError::Value { field: "count", .. }));
 }

@@ -1,7 +1,9 @@
-//! The least that a fault can cost whose page lies elsewhere: one that another process answers, and a question and its answer over a socket.
+//! The least that a fault can cost whose page lies elsewhere: one that another process answers, and
+//! a question and its answer over a socket.
 //!
-//! The other process is this program once more (`--answer`): it is handed the userfaultfd, reads each fault and answers it with the same bytes; and it
-//! answers each question on a TCP connection with a header and a page. No bitmaps, no records, no checksums.
+//! The other process is this program once more (`--answer`): it is handed the userfaultfd, reads
+//! each fault and answers it with the same bytes; and it answers each question on a TCP connection
+//! with a header and a page. No bitmaps, no records, no checksums.
 
 use super::{Times, shuffled};
 use pageferry_protocol::control::{Frame, FrameSocket};

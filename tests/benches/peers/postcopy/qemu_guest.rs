@@ -1,7 +1,9 @@
-//! The same of QEMU: a guest under TCG whose boot sector touches pages and measures each touch itself, moved by postcopy with preemption.
+//! The same of QEMU: a guest under TCG whose boot sector touches pages and measures each touch
+//! itself, moved by postcopy with preemption.
 //!
-//! No ordinary guest is needed for that, nor would it say how long it waited. The guest writes down each touch that took longer than any that is not a
-//! fault; the bench reads its notes in the file that is its memory.
+//! No ordinary guest is needed for that, nor would it say how long it waited. The guest writes down
+//! each touch that took longer than any that is not a fault; the bench reads its notes in the file
+//! that is its memory.
 
 use super::super::image::Image;
 use super::super::qemu::{Machine, free_port};
@@ -19,14 +21,16 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const TRICKLE: u64 = 1 << 20;
 /// How long the guest touches pages while it is quiet.
 const QUIET: Duration = Duration::from_secs(2);
-/// Where the guest's notes begin: how many slow touches there were, how many touches, the clock; from 16 bytes on the slow ones, in ticks.
+/// Where the guest's notes begin: how many slow touches there were, how many touches, the clock;
+/// from 16 bytes on the slow ones, in ticks.
 const NOTES: u64 = 0x10_0000;
 /// Most slow touches that it notes.
 const MOST: u32 = 65_000;
 /// Bytes of a guest of which 256 MiB are touched, from 16 MiB on.
 pub const SIZE: u64 = 512 << 20;
 
-/// Touches of more ticks than this (13 us at 2.6 GHz) are noted: without faults one of ten thousand takes longer.
+/// Touches of more ticks than this (13 us at 2.6 GHz) are noted: without faults one of ten thousand
+/// takes longer.
 #[rustfmt::skip]
 const BOOT: [u8; 196] = [
     // 16 bit, at 0x7c00: no interrupts, flat segments, the A20 gate, protected mode.
@@ -87,7 +91,8 @@ impl Notes<'_> {
         self.word(1)
     }
 
-    /// Ticks of the guest's clock in a microsecond: the middle of some looks, since the guest may have stood still at either end of one.
+    /// Ticks of the guest's clock in a microsecond: the middle of some looks, since the guest may
+    /// have stood still at either end of one.
     fn ticks(&self) -> f64 {
         let look = |_| {
             let (started, before) = (Instant::now(), self.word(2));
@@ -124,7 +129,10 @@ pub fn migrate(source: &Image, destination: &Image, quiet: bool) -> Qemu {
         machine.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }));
     }
     let held_back = if quiet { TRICKLE } else { 0 };
-    from.execute("migrate-set-parameters", json!({ "max-bandwidth": TRICKLE, "max-postcopy-bandwidth": held_back }));
+    from.execute(
+        "migrate-set-parameters",
+        json!({ "max-bandwidth": TRICKLE, "max-postcopy-bandwidth": held_back }),
+    );
     let address = json!({ "uri": format!("tcp:127.0.0.1:{}", free_port()) });
     to.execute("migrate-incoming", address.clone());
     from.execute("migrate", address);
@@ -152,7 +160,9 @@ pub fn migrate(source: &Image, destination: &Image, quiet: bool) -> Qemu {
     let notes = Notes(&destination.file);
     let mut times = Times::default();
     for index in before..notes.word(0).min(MOST) {
-        times.push(Duration::from_secs_f64(f64::from(notes.word(4 + u64::from(index))) / ticks / 1e6));
+        times.push(Duration::from_secs_f64(
+            f64::from(notes.word(4 + u64::from(index))) / ticks / 1e6,
+        ));
     }
     Qemu { times, requests: status["ram"]["postcopy-requests"].as_u64().unwrap_or_default(), time }
 }

@@ -1,4 +1,5 @@
-//! The plainest program that saves memory: reads what is allocated, writes it to a file, and makes that safe.
+//! The plainest program that saves memory: reads what is allocated, writes it to a file, and makes
+//! that safe.
 
 use super::super::image::Image;
 use super::{MIB, processor_time};
@@ -33,7 +34,9 @@ fn parts(image: &Image) -> Vec<(u64, usize)> {
     let mut at = 0;
     while let Ok(data) = seek(&image.file, SeekFrom::Data(at)) {
         at = seek(&image.file, SeekFrom::Hole(data)).unwrap();
-        parts.extend((data..at).step_by(MIB as usize).map(|start| (start, MIB.min(at - start) as usize)));
+        parts.extend(
+            (data..at).step_by(MIB as usize).map(|start| (start, MIB.min(at - start) as usize)),
+        );
     }
     parts
 }
@@ -42,7 +45,12 @@ fn parts(image: &Image) -> Vec<(u64, usize)> {
 pub fn copy(source: &Image, path: &Path, threads: usize, direct: bool) -> Took {
     let flags = if direct { OFlags::DIRECT } else { OFlags::empty() };
     let (started, before) = (Instant::now(), processor_time(std::process::id()));
-    let file = File::options().write(true).create_new(true).custom_flags(flags.bits() as i32).open(path).unwrap();
+    let file = File::options()
+        .write(true)
+        .create_new(true)
+        .custom_flags(flags.bits() as i32)
+        .open(path)
+        .unwrap();
     let parts = parts(source);
     std::thread::scope(|scope| {
         for share in parts.chunks(parts.len().div_ceil(threads)) {
@@ -59,5 +67,9 @@ pub fn copy(source: &Image, path: &Path, threads: usize, direct: bool) -> Took {
     let written = started.elapsed();
     let started = Instant::now();
     file.sync_all().unwrap();
-    Took { written, safe: started.elapsed(), processor: processor_time(std::process::id()) - before }
+    Took {
+        written,
+        safe: started.elapsed(),
+        processor: processor_time(std::process::id()) - before,
+    }
 }

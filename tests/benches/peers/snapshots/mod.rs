@@ -1,7 +1,8 @@
 //! Snapshots: how fast a guest is saved, and what it feels of that.
 //!
 //! - [`save`]: bytes per second, beside a program that only copies, and QEMU;
-//! - [`pause`]: how long the guest stands still, how long a write waits, and what is left of the guest's speed;
+//! - [`pause`]: how long the guest stands still, how long a write waits, and what is left of the
+//!   guest's speed;
 //! - [`restore`]: how soon it runs again, and how soon all of its memory is there;
 //! - [`floor`], [`qemu`]: who else saves;
 //! - [`roamer`]: a guest that writes all over.
@@ -69,9 +70,15 @@ struct Shelf {
 impl Shelf {
     /// In the folder `place`; a note in the table, and `None`, if there is no room.
     fn new(bench: &Bench, place: &Path, table: &mut Table) -> Option<Self> {
-        let free = rustix::fs::statvfs(place).map(|stat| stat.f_bavail * stat.f_frsize).unwrap_or_default();
+        let free = rustix::fs::statvfs(place)
+            .map(|stat| stat.f_bavail * stat.f_frsize)
+            .unwrap_or_default();
         if free < ROOM / bench.shrink {
-            table.note(format!("snapshots: skipped: {} MiB are free in {}", free / MIB, place.display()));
+            table.note(format!(
+                "snapshots: skipped: {} MiB are free in {}",
+                free / MIB,
+                place.display()
+            ));
             return None;
         }
         let folder = tempfile::Builder::new().prefix("pageferry-bench-").tempdir_in(place).unwrap();
@@ -91,7 +98,8 @@ impl Shelf {
     }
 }
 
-/// A VMM with an agent of its own, and a guest that has touched all that is allocated, as guests have.
+/// A VMM with an agent of its own, and a guest that has touched all that is allocated, as guests
+/// have.
 struct Vmm {
     client: Client,
     memory: Arc<TestMemory>,
@@ -111,10 +119,9 @@ struct Saved {
 
 /// The agents that are measured: their names, and their programs.
 fn agents(bench: &Bench) -> Vec<(String, OsString)> {
-    let others = bench
-        .other
-        .iter()
-        .map(|program| (program.file_name().unwrap_or_default().display().to_string(), program.into()));
+    let others = bench.other.iter().map(|program| {
+        (program.file_name().unwrap_or_default().display().to_string(), program.into())
+    });
     std::iter::once(("pageferry".to_owned(), PROGRAM.into())).chain(others).collect()
 }
 
@@ -160,12 +167,16 @@ fn processor_time(process: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
     // The name, in brackets, may hold anything; 11 fields follow it before user and system time.
     let (_, fields) = stat.rsplit_once(')').unwrap();
-    let ticks: u64 = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
+    let ticks: u64 =
+        fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
     Duration::from_millis(ticks * 10)
 }
 
-/// What was to be reached, and whether it was: `samples` are the figures of each round, and their median counts.
-fn bar(table: &mut Table, name: &str, unit: &'static str, samples: &[f64], limit: f64, better: Better) {
+/// What was to be reached, and whether it was: `samples` are the figures of each round, and their
+/// median counts.
+fn bar(
+    table: &mut Table, name: &str, unit: &'static str, samples: &[f64], limit: f64, better: Better,
+) {
     let middle = median(samples);
     let (reached, word) = match better {
         Better::More => (middle >= limit, "at least"),

@@ -1,4 +1,5 @@
-//! What a guest feels of a snapshot that is taken while it runs: how long it stands still, how long its writes wait, and what is left of its speed.
+//! What a guest feels of a snapshot that is taken while it runs: how long it stands still, how long
+//! its writes wait, and what is left of its speed.
 
 use super::super::Bench;
 use super::super::image::{Image, WarmPool};
@@ -59,7 +60,8 @@ fn of_size(bench: &Bench, table: &mut Table, shelf: &Shelf, size: u64) {
     let image = Image::new(&bench.folder, "source", size);
     image.fill(0, size);
     let _warm = WarmPool::new(&bench.folder, size);
-    let mut vmms: Vec<_> = agents(bench).into_iter().map(|(who, program)| (who, Vmm::new(&image, &program))).collect();
+    let mut vmms: Vec<_> =
+        agents(bench).into_iter().map(|(who, program)| (who, Vmm::new(&image, &program))).collect();
     let mut rounds: Vec<_> = vmms.iter().map(|_| PACES.map(|_| Vec::new())).collect();
     // Who comes first changes, as in `save`.
     for round in 0..bench.rounds {
@@ -76,7 +78,14 @@ fn of_size(bench: &Bench, table: &mut Table, shelf: &Shelf, size: u64) {
             add_rows(table, &work, who, rounds, pace.threads > 0);
             if size == 2 * GIB {
                 let name = format!("pause: {who}, 2 GiB, {name}");
-                bar(table, &name, "ms", &rounds.iter().map(Felt::downtime).collect::<Vec<_>>(), LONGEST, Better::Less);
+                bar(
+                    table,
+                    &name,
+                    "ms",
+                    &rounds.iter().map(Felt::downtime).collect::<Vec<_>>(),
+                    LONGEST,
+                    Better::Less,
+                );
             }
         }
     }
@@ -98,7 +107,8 @@ fn feel(vmm: &mut Vmm, image: &Image, shelf: &Shelf, pace: Pace) -> Felt {
     let writes = guest.writes();
     let saved = vmm.save(&shelf.path(), &SnapshotOptions::default());
     let during = (guest.writes() - writes) as f64 / saved.time.as_secs_f64();
-    let mut slow: Vec<f64> = guest.note(false).iter().map(|time| time.as_secs_f64() * 1e6).collect();
+    let mut slow: Vec<f64> =
+        guest.note(false).iter().map(|time| time.as_secs_f64() * 1e6).collect();
     slow.sort_by(f64::total_cmp);
     drop(running);
     shelf.clear();
@@ -125,7 +135,12 @@ fn add_rows(table: &mut Table, work: &str, who: &str, rounds: &[Felt], busy: boo
         middle(&|felt| felt.status.counters.faults as f64),
         middle(&|felt| felt.status.counters.captured_pages as f64)
     );
-    add("a fault, p50, by the agent's count", "us", &|felt| felt.status.counters.fault_p50_us as f64, faults);
+    add(
+        "a fault, p50, by the agent's count",
+        "us",
+        &|felt| felt.status.counters.fault_p50_us as f64,
+        faults,
+    );
     add("a fault, p99", "us", &|felt| felt.status.counters.fault_p99_us as f64, String::new());
     add("a fault, most", "us", &|felt| felt.status.counters.fault_max_us as f64, String::new());
     let slow = format!("{:.0} writes took more than 5 us", middle(&|felt| felt.slow.len() as f64));

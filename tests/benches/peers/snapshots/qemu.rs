@@ -30,12 +30,13 @@ pub const MODES: [(&str, Mode); 3] = [
 pub fn can(folder: &Path) -> bool {
     let image = Image::new(folder, "probe", 128 << 20);
     let sockets = tempfile::tempdir().unwrap();
-    let known =
-        Machine::start(sockets.path(), "probe", &image, &["-S"]).execute("query-migrate-capabilities", json!({}));
+    let known = Machine::start(sockets.path(), "probe", &image, &["-S"])
+        .execute("query-migrate-capabilities", json!({}));
     known.as_array().into_iter().flatten().any(|known| known["capability"] == "mapped-ram")
 }
 
-/// Saves a paused guest. QEMU makes the file safe when it closes it; whatever is left of that is done after it.
+/// Saves a paused guest. QEMU makes the file safe when it closes it; whatever is left of that is
+/// done after it.
 pub fn save(source: &Image, path: &Path, mode: Mode) -> Took {
     let sockets = tempfile::tempdir().unwrap();
     let mut machine = Machine::start(sockets.path(), "source", source, &["-S"]);
@@ -61,19 +62,26 @@ pub fn save(source: &Image, path: &Path, mode: Mode) -> Took {
     let written = written.unwrap();
     let started = Instant::now();
     File::open(path).unwrap().sync_all().unwrap();
-    Took { written, safe: started.elapsed(), processor: processor_time(machine.process_id()) - before }
+    Took {
+        written,
+        safe: started.elapsed(),
+        processor: processor_time(machine.process_id()) - before,
+    }
 }
 
 /// Loads what [`save`] wrote into a guest that does not run. How long that takes.
 pub fn load(target: &Image, path: &Path, mode: Mode) -> Duration {
     let sockets = tempfile::tempdir().unwrap();
-    let mut machine = Machine::start(sockets.path(), "target", target, &["-S", "-incoming", "defer"]);
+    let mut machine =
+        Machine::start(sockets.path(), "target", target, &["-S", "-incoming", "defer"]);
     let on = |name: &str, state: bool| json!({ "capability": name, "state": state });
     let capabilities = [on("mapped-ram", true), on("multifd", mode.channels > 0)];
     machine.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }));
     if mode.channels > 0 {
-        machine
-            .execute("migrate-set-parameters", json!({ "multifd-channels": mode.channels, "direct-io": mode.direct }));
+        machine.execute(
+            "migrate-set-parameters",
+            json!({ "multifd-channels": mode.channels, "direct-io": mode.direct }),
+        );
     }
     let started = Instant::now();
     machine.execute("migrate-incoming", json!({ "uri": format!("file:{}", path.display()) }));

@@ -1,14 +1,18 @@
 //! How fast a guest comes back: all of its memory first, or the guest.
 //!
-//! Eager is measured from the request to the guest that runs, with the image in the page cache and without; beside a program that only copies, and QEMU's load of its own file. Of a lazy restore two
-//! times count: until the guest runs, and until all of its memory is there. Its guest touches pages here and there as soon as it runs, the same each time: the first restore writes down which, and
-//! the second reads them ahead.
+//! Eager is measured from the request to the guest that runs, with the image in the page cache and
+//! without; beside a program that only copies, and QEMU's load of its own file. Of a lazy restore
+//! two times count: until the guest runs, and until all of its memory is there. Its guest touches
+//! pages here and there as soon as it runs, the same each time: the first restore writes down
+//! which, and the second reads them ahead.
 
 use super::super::Bench;
 use super::super::image::{Image, WarmPool};
 use super::super::table::{Better, Table, median};
 use super::{GIB, LIMIT, MIB, PROGRAM, Shelf, Vmm, bar, qemu, ratios};
-use pageferry_client::{JobStatus, Phase, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
+use pageferry_client::{
+    JobStatus, Phase, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
+};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_for;
 use pageferry_tests::random::Random;
@@ -53,7 +57,9 @@ fn save(source: &Image, shelf: &Shelf) -> PathBuf {
     shelf.path()
 }
 
-fn restore(vmm: &Vmm, path: &Path, options: &RestoreOptions, meanwhile: impl FnOnce()) -> JobStatus {
+fn restore(
+    vmm: &Vmm, path: &Path, options: &RestoreOptions, meanwhile: impl FnOnce(),
+) -> JobStatus {
     let job = vmm.client.start_restore(path, options).unwrap().job;
     let runs = || {
         let status = vmm.client.status().unwrap();
@@ -108,7 +114,8 @@ pub fn eager(bench: &Bench, table: &mut Table) {
             let count = loaders.len();
             for turn in 0..count {
                 let loader = &mut loaders[(turn + round) % count];
-                let file = if matches!(loader.how, How::Qemu(_)) { theirs.path() } else { path.clone() };
+                let file =
+                    if matches!(loader.how, How::Qemu(_)) { theirs.path() } else { path.clone() };
                 target.clear();
                 cache.prepare(&file);
                 let rate = loader.how.load(&vmm, &file, &target);
@@ -124,7 +131,9 @@ pub fn eager(bench: &Bench, table: &mut Table) {
             table.compare_rounds(&work, &ours.name, &other.name, Better::More);
         }
         let qemu = others.iter().filter(|other| matches!(other.how, How::Qemu(_)));
-        if let Some(best) = qemu.max_by(|one, other| median(&one.rates).total_cmp(&median(&other.rates))) {
+        if let Some(best) =
+            qemu.max_by(|one, other| median(&one.rates).total_cmp(&median(&other.rates)))
+        {
             let name = format!("{work}: against {}", best.name);
             bar(table, &name, "times", &ratios(&ours.rates, &best.rates), 2.0, Better::More);
         }
@@ -161,7 +170,10 @@ impl How {
     /// Loads `file` into `target`, which is empty. GB/s.
     fn load(self, vmm: &Vmm, file: &Path, target: &Image) -> f64 {
         let seconds = match self {
-            Self::Pageferry => restore(vmm, file, &RestoreOptions::default(), || ()).counters.running_us as f64 / 1e6,
+            Self::Pageferry => {
+                restore(vmm, file, &RestoreOptions::default(), || ()).counters.running_us as f64
+                    / 1e6
+            }
             Self::Floor { threads } => return floor(file, target, threads),
             Self::Qemu(mode) => qemu::load(target, file, mode).as_secs_f64(),
         };
@@ -171,7 +183,9 @@ impl How {
 
 /// The guest first: 2 GiB, and 64 GiB of which 1 GiB is allocated.
 pub fn lazy(bench: &Bench, table: &mut Table) {
-    for (name, size, content) in [("2 GiB", 2 * GIB, 2 * GIB), ("64 GiB, 1 GiB allocated", 64 * GIB, GIB)] {
+    for (name, size, content) in
+        [("2 GiB", 2 * GIB, 2 * GIB), ("64 GiB, 1 GiB allocated", 64 * GIB, GIB)]
+    {
         let Some(shelf) = Shelf::new(bench, &bench.disk, table) else { return };
         let (size, content) = (size / bench.shrink, content / bench.shrink);
         let source = Image::new(&bench.folder, "source", size);
@@ -198,7 +212,11 @@ pub fn lazy(bench: &Bench, table: &mut Table) {
                 target.clear();
                 Cache::Cold.prepare(&path);
                 let working_set = working_set.to_str().unwrap().to_owned();
-                let options = RestoreOptions { mode: RestoreMode::Lazy, working_set, ..RestoreOptions::default() };
+                let options = RestoreOptions {
+                    mode: RestoreMode::Lazy,
+                    working_set,
+                    ..RestoreOptions::default()
+                };
                 let counters = restore(&vmm, &path, &options, touch).counters;
                 runs[pass].push(counters.running_us as f64 / 1e3);
                 loaded[pass].push(counters.total_us as f64 / 1e3);
@@ -206,16 +224,33 @@ pub fn lazy(bench: &Bench, table: &mut Table) {
             }
         }
         let work = format!("restore: {name}, lazy, from the disk");
-        for (pass, who) in ["pageferry, the first time", "pageferry, with the working set"].into_iter().enumerate() {
+        for (pass, who) in
+            ["pageferry, the first time", "pageferry, with the working set"].into_iter().enumerate()
+        {
             let remark = format!(
                 "all of it there after {:.0} ms; {:.0} faults of {TOUCHED} touches",
                 median(&loaded[pass]),
                 median(&faults[pass])
             );
             table.add(&work, who, "ms", &runs[pass], remark);
-            bar(table, &format!("{work}: {who}, until it runs"), "ms", &runs[pass], 20.0, Better::Less);
+            bar(
+                table,
+                &format!("{work}: {who}, until it runs"),
+                "ms",
+                &runs[pass],
+                20.0,
+                Better::Less,
+            );
         }
-        let fewer = ratios(&faults[0], &faults[1].iter().map(|faults| faults.max(1.0)).collect::<Vec<_>>());
-        bar(table, &format!("{work}: faults, without the working set and with it"), "times", &fewer, 3.0, Better::More);
+        let fewer =
+            ratios(&faults[0], &faults[1].iter().map(|faults| faults.max(1.0)).collect::<Vec<_>>());
+        bar(
+            table,
+            &format!("{work}: faults, without the working set and with it"),
+            "times",
+            &fewer,
+            3.0,
+            Better::More,
+        );
     }
 }

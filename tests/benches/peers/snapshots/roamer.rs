@@ -1,6 +1,7 @@
 //! A guest of threads that write all over, and know how long each write took.
 //!
-//! As a vCPU, and unlike the guests that keep a ledger, it leaves at the next write when it is to pause, and has no state to save: what is measured is the agent's part.
+//! As a vCPU, and unlike the guests that keep a ledger, it leaves at the next write when it is to
+//! pause, and has no state to save: what is measured is the agent's part.
 
 use pageferry_client::{HookError, Hooks, RunState, StatePiece};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -99,7 +100,8 @@ impl Roamer {
         std::mem::take(&mut *lock(&self.0.slow))
     }
 
-    /// How long it stood still the last time: from the moment that the VMM was asked until all threads may go on.
+    /// How long it stood still the last time: from the moment that the VMM was asked until all
+    /// threads may go on.
     pub fn last_pause(&self) -> Duration {
         lock(&self.0.pause).1
     }

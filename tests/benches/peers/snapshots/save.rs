@@ -1,7 +1,8 @@
 //! How fast a guest that stands still, or idles, is saved.
 //!
-//! All write the same bytes into a new file on the same file system, and have it made safe within the measured time. Who comes first changes from round to round: a disk with a cache,
-//! or a limit with a burst, treats those who come first differently.
+//! All write the same bytes into a new file on the same file system, and have it made safe within
+//! the measured time. Who comes first changes from round to round: a disk with a cache, or a limit
+//! with a burst, treats those who come first differently.
 
 use super::super::Bench;
 use super::super::image::{Image, WarmPool};
@@ -55,7 +56,8 @@ impl How {
     }
 }
 
-const MODES: [(&str, SnapshotMode); 2] = [("paused", SnapshotMode::Paused), ("background", SnapshotMode::Background)];
+const MODES: [(&str, SnapshotMode); 2] =
+    [("paused", SnapshotMode::Paused), ("background", SnapshotMode::Background)];
 
 fn savers(bench: &Bench, with_direct: bool, with_qemu: bool) -> Vec<Saver> {
     let mut all = Vec::new();
@@ -74,14 +76,24 @@ fn savers(bench: &Bench, with_direct: bool, with_qemu: bool) -> Vec<Saver> {
         all.push((format!("floor, 2 threads{more}"), How::Floor { threads: 2, direct }));
     }
     if with_direct {
-        all.push(("floor, 4 threads, O_DIRECT".to_owned(), How::Floor { threads: 4, direct: true }));
+        all.push((
+            "floor, 4 threads, O_DIRECT".to_owned(),
+            How::Floor { threads: 4, direct: true },
+        ));
     }
     if with_qemu {
         let modes = qemu::MODES.into_iter().filter(|(_, mode)| with_direct || !mode.direct);
         all.extend(modes.map(|(name, mode)| (name.to_owned(), How::Qemu(mode))));
     }
     let takes_part = |how: &How| bench.who.iter().any(|who| who == how.who());
-    let saver = |(name, how)| Saver { name, how, rates: vec![], written: vec![], safe: vec![], processor: vec![] };
+    let saver = |(name, how)| Saver {
+        name,
+        how,
+        rates: vec![],
+        written: vec![],
+        safe: vec![],
+        processor: vec![],
+    };
     all.into_iter().filter(|(_, how)| takes_part(how)).map(saver).collect()
 }
 
@@ -166,12 +178,15 @@ impl Saver {
         let path = shelf.path();
         let (time, processor) = match self.how {
             How::Pageferry { agent, mode, workers, cached } => {
-                let options = SnapshotOptions { mode, workers, cached, ..SnapshotOptions::default() };
+                let options =
+                    SnapshotOptions { mode, workers, cached, ..SnapshotOptions::default() };
                 let saved = vmms[agent].save(&path, &options);
                 assert_eq!(saved.status.counters.pages_sent, content / PAGE_SIZE);
                 (saved.time, saved.processor)
             }
-            How::Floor { threads, direct } => self.took(floor::copy(source, &path, threads, direct)),
+            How::Floor { threads, direct } => {
+                self.took(floor::copy(source, &path, threads, direct))
+            }
             How::Qemu(mode) => self.took(qemu::save(source, &path, mode)),
         };
         self.processor.push(processor.as_secs_f64() * 1e3 * GIB as f64 / content as f64);
@@ -190,7 +205,11 @@ impl Saver {
         if self.written.is_empty() {
             return processor;
         }
-        format!("{processor}; {:.0} ms to write, {:.0} ms more to be safe", median(&self.written), median(&self.safe))
+        format!(
+            "{processor}; {:.0} ms to write, {:.0} ms more to be safe",
+            median(&self.written),
+            median(&self.safe)
+        )
     }
 }
 
@@ -203,7 +222,8 @@ fn add_rows(table: &mut Table, work: &str, savers: &[Saver]) {
     for saver in savers {
         table.add(work, &saver.name, "GB/s", &saver.rates, saver.remark());
     }
-    let others = [best(savers, How::is_buffered_floor), best(savers, |how| matches!(how, How::Qemu(_)))];
+    let others =
+        [best(savers, How::is_buffered_floor), best(savers, |how| matches!(how, How::Qemu(_)))];
     for saver in savers.iter().filter(|saver| matches!(saver.how, How::Pageferry { .. })) {
         for other in others.into_iter().flatten() {
             table.compare_rounds(work, &saver.name, &other.name, Better::More);
@@ -212,8 +232,9 @@ fn add_rows(table: &mut Table, work: &str, savers: &[Saver]) {
 }
 
 fn add_bars(table: &mut Table, savers: &[Saver]) {
-    let ours =
-        savers.iter().filter(|saver| matches!(saver.how, How::Pageferry { agent: 0, workers: 2, cached: false, .. }));
+    let ours = savers.iter().filter(|saver| {
+        matches!(saver.how, How::Pageferry { agent: 0, workers: 2, cached: false, .. })
+    });
     for saver in ours {
         if let Some(floor) = best(savers, How::is_buffered_floor) {
             let name = format!("save: {} against {}", saver.name, floor.name);

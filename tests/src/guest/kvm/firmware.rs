@@ -1,5 +1,6 @@
-//! What the guest is made of: the first [`FIRMWARE_PAGES`] pages of its first region hold the code, the table of the ranges to sweep, and the
-//! page tables. The guest reads them and never writes there, so they migrate like any other page.
+//! What the guest is made of: the first [`FIRMWARE_PAGES`] pages of its first region hold the code,
+//! the table of the ranges to sweep, and the page tables. The guest reads them and never writes
+//! there, so they migrate like any other page.
 
 use super::error::GuestError;
 use super::sweep::{FIRMWARE_PAGES, Sweep};
@@ -7,7 +8,8 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::collections::BTreeMap;
 
-/// Where the table of ranges is within the firmware: half a page, 16 bytes a range, the last of them empty.
+/// Where the table of ranges is within the firmware: half a page, 16 bytes a range, the last of
+/// them empty.
 pub(super) const TABLE_OFFSET: u64 = 0x800;
 
 /// `r8` = spins for each page, `r9` = address of the table.
@@ -35,13 +37,16 @@ const CODE: [u8; 45] = [
     0xeb, 0xd6,                               // 43: jmp next
 ];
 
-/// The pieces of the firmware at `base`, each with its guest physical address, for a guest with memory at `ranges` (GPA, length in bytes).
+/// The pieces of the firmware at `base`, each with its guest physical address, for a guest with
+/// memory at `ranges` (GPA, length in bytes).
 pub(super) fn pieces(
     base: u64, sweep: &Sweep, ranges: impl Iterator<Item = (u64, u64)>,
 ) -> Result<Vec<(u64, Vec<u8>)>, GuestError> {
     let mut page = vec![0; PAGE_SIZE as usize];
     page[..CODE.len()].copy_from_slice(&CODE);
-    for (entry, (gpa, pages)) in page[TABLE_OFFSET as usize..].chunks_exact_mut(16).zip(&sweep.ranges) {
+    for (entry, (gpa, pages)) in
+        page[TABLE_OFFSET as usize..].chunks_exact_mut(16).zip(&sweep.ranges)
+    {
         entry[..8].copy_from_slice(&gpa.to_le_bytes());
         entry[8..].copy_from_slice(&pages.to_le_bytes());
     }
@@ -63,14 +68,17 @@ pub(super) fn enter(base: u64, sweep: &Sweep, sregs: &mut kvm_sregs) -> kvm_regs
     }
 }
 
-// Bits of a page table entry (Intel SDM volume 3, 4.5): present, writable, user, accessed; and for a large page also dirty
-// and large. Accessed and dirty are set from the start, so that walking the tables writes no memory.
+// Bits of a page table entry (Intel SDM volume 3, 4.5): present, writable, user, accessed; and for
+// a large page also dirty and large. Accessed and dirty are set from the start, so that walking the
+// tables writes no memory.
 const TABLE: u64 = 0x27;
 const LARGE_PAGE: u64 = 0xe7;
 
-/// Page tables from `root` that map every 2 MiB that `ranges` touch to themselves: the guest physical address of each table with
-/// its entries.
-fn identity_map(root: u64, ranges: impl Iterator<Item = (u64, u64)>) -> Result<BTreeMap<u64, [u64; 512]>, GuestError> {
+/// Page tables from `root` that map every 2 MiB that `ranges` touch to themselves: the guest
+/// physical address of each table with its entries.
+fn identity_map(
+    root: u64, ranges: impl Iterator<Item = (u64, u64)>,
+) -> Result<BTreeMap<u64, [u64; 512]>, GuestError> {
     let limit = root + (FIRMWARE_PAGES - 1) * PAGE_SIZE;
     let mut tables = BTreeMap::from([(root, [0; 512])]);
     for (gpa, length) in ranges {
@@ -78,8 +86,12 @@ fn identity_map(root: u64, ranges: impl Iterator<Item = (u64, u64)>) -> Result<B
             let mut table = root;
             for level in [18, 9] {
                 let next = root + tables.len() as u64 * PAGE_SIZE;
-                let entry = tables.get_mut(&table).map(|entries| &mut entries[(large >> level & 511) as usize]);
-                let Some(entry) = entry else { return Err(GuestError::Memory("page tables are broken".into())) };
+                let entry = tables
+                    .get_mut(&table)
+                    .map(|entries| &mut entries[(large >> level & 511) as usize]);
+                let Some(entry) = entry else {
+                    return Err(GuestError::Memory("page tables are broken".into()));
+                };
                 if *entry == 0 {
                     if next >= limit {
                         return Err(GuestError::Memory(format!(
@@ -101,13 +113,16 @@ fn identity_map(root: u64, ranges: impl Iterator<Item = (u64, u64)>) -> Result<B
     Ok(tables)
 }
 
-/// 64-bit mode at privilege level 3 with the page tables at `root`. No descriptor table is ever read, since no segment is
-/// ever loaded: there are no interrupts, and nothing faults. (Intel SDM volume 3, 3.4.5 and 2.5.)
+/// 64-bit mode at privilege level 3 with the page tables at `root`. No descriptor table is ever
+/// read, since no segment is ever loaded: there are no interrupts, and nothing faults. (Intel SDM
+/// volume 3, 3.4.5 and 2.5.)
 fn enter_user_mode(sregs: &mut kvm_sregs, root: u64) {
-    let flat = kvm_segment { limit: u32::MAX, present: 1, dpl: 3, s: 1, g: 1, ..Default::default() };
+    let flat =
+        kvm_segment { limit: u32::MAX, present: 1, dpl: 3, s: 1, g: 1, ..Default::default() };
     let code = kvm_segment { selector: 0x33, type_: 11, l: 1, ..flat };
     let stack = kvm_segment { selector: 0x2b, type_: 3, db: 1, ..flat };
-    (sregs.cs, sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs) = (code, stack, stack, stack, stack, stack);
+    (sregs.cs, sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs) =
+        (code, stack, stack, stack, stack, stack);
     sregs.tr.type_ = 11; // a busy 64-bit TSS, which entering 64-bit mode asks for
     sregs.cr0 = 0x8001_0033; // paging, write protect, numeric error, extension type, monitor coprocessor, protected mode
     sregs.cr3 = root;
@@ -121,7 +136,8 @@ mod tests {
 
     #[test]
     fn identity_map_covers_what_it_is_given_and_fits_the_firmware() {
-        let tables = identity_map(0x1000, [(0, 4 << 20), ((4 << 30) + 4096, 4096)].into_iter()).unwrap();
+        let tables =
+            identity_map(0x1000, [(0, 4 << 20), ((4 << 30) + 4096, 4096)].into_iter()).unwrap();
         assert_eq!(tables.len(), 4, "the root, one for 512 GiB, two for 1 GiB each");
         assert_eq!(tables[&0x1000][0], 0x2000 | TABLE);
         assert_eq!(tables[&0x2000][0], 0x3000 | TABLE);

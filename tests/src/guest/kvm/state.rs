@@ -1,4 +1,5 @@
-//! The vCPU's state as bytes. There is nothing but its registers: the guest uses no FPU, no MSR, no interrupt.
+//! The vCPU's state as bytes. There is nothing but its registers: the guest uses no FPU, no MSR, no
+//! interrupt.
 #![allow(unsafe_code)]
 
 use super::error::{GuestError, kvm_error};
@@ -25,7 +26,8 @@ pub(super) fn load(fd: &VcpuFd, saved: &[u8]) -> Result<(), GuestError> {
     fd.set_regs(&from_bytes(regs)).map_err(kvm_error("set registers"))
 }
 
-/// The structs of `linux/kvm.h` that are bytes through and through: any content is valid, and no byte is padding.
+/// The structs of `linux/kvm.h` that are bytes through and through: any content is valid, and no
+/// byte is padding.
 ///
 /// # Safety
 /// The type is such a struct.
@@ -33,7 +35,8 @@ unsafe trait Plain: Default {}
 // SAFETY: 18 registers of 8 bytes.
 unsafe impl Plain for kvm_regs {}
 const _: () = assert!(size_of::<kvm_regs>() == 18 * 8);
-// SAFETY: 8 segments of 24 bytes and 2 tables of 16 with their padding named, 7 registers and 4 words of interrupts of 8.
+// SAFETY: 8 segments of 24 bytes and 2 tables of 16 with their padding named, 7 registers and 4
+// words of interrupts of 8.
 unsafe impl Plain for kvm_sregs {}
 const _: () = assert!(size_of::<kvm_sregs>() == 8 * 24 + 2 * 16 + 7 * 8 + 4 * 8);
 
@@ -48,7 +51,11 @@ fn from_bytes<T: Plain>(bytes: &[u8]) -> T {
     // SAFETY: any bytes are a valid plain struct, and no more are copied than either side has.
     unsafe {
         let count = bytes.len().min(size_of::<T>());
-        std::ptr::copy_nonoverlapping(bytes.as_ptr(), std::ptr::from_mut(&mut value).cast::<u8>(), count);
+        std::ptr::copy_nonoverlapping(
+            bytes.as_ptr(),
+            std::ptr::from_mut(&mut value).cast::<u8>(),
+            count,
+        );
     }
     value
 }

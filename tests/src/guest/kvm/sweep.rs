@@ -15,7 +15,8 @@ pub const MAX_RANGES: usize = ((PAGE_SIZE - super::firmware::TABLE_OFFSET) / 16 
 /// What the guest sweeps, and how fast.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sweep {
-    /// Guest physical address and number of pages of each range, in the order in which they are swept.
+    /// Guest physical address and number of pages of each range, in the order in which they are
+    /// swept.
     pub ranges: Vec<(u64, u64)>,
     /// How often the guest turns in a loop after each page: zero is as fast as it goes.
     pub spins: u32,
@@ -29,7 +30,10 @@ impl Sweep {
             let skip = std::mem::take(&mut skip);
             (region.start_addr().0 + skip * PAGE_SIZE, pages_in(region.len()).saturating_sub(skip))
         };
-        Self { ranges: memory.iter().map(range).filter(|(_, pages)| *pages > 0).collect(), spins: 0 }
+        Self {
+            ranges: memory.iter().map(range).filter(|(_, pages)| *pages > 0).collect(),
+            spins: 0,
+        }
     }
 
     /// The same with this many spins after each page.
@@ -46,7 +50,9 @@ impl Sweep {
 
     /// Guest physical addresses of the pages, in the order of the sweep.
     pub fn addresses(&self) -> impl Iterator<Item = u64> + '_ {
-        self.ranges.iter().flat_map(|(gpa, pages)| (0..*pages).map(move |page| gpa + page * PAGE_SIZE))
+        self.ranges
+            .iter()
+            .flat_map(|(gpa, pages)| (0..*pages).map(move |page| gpa + page * PAGE_SIZE))
     }
 
     /// Checks that all of it lies within `memory`, beyond the firmware.
@@ -55,12 +61,17 @@ impl Sweep {
             return Err(GuestError::Memory("there is none".into()));
         };
         if self.ranges.is_empty() || self.ranges.len() > MAX_RANGES {
-            return Err(GuestError::Memory(format!("{} ranges to sweep, 1 to {MAX_RANGES} can be", self.ranges.len())));
+            return Err(GuestError::Memory(format!(
+                "{} ranges to sweep, 1 to {MAX_RANGES} can be",
+                self.ranges.len()
+            )));
         }
         for &(gpa, pages) in &self.ranges {
             let bad = |why| Err(GuestError::Range { gpa, pages, why });
             let length = pages.saturating_mul(PAGE_SIZE);
-            let Some(region) = memory.find_region(GuestAddress(gpa)) else { return bad("no memory there") };
+            let Some(region) = memory.find_region(GuestAddress(gpa)) else {
+                return bad("no memory there");
+            };
             if !gpa.is_multiple_of(PAGE_SIZE) || pages == 0 {
                 return bad("not whole pages");
             }
@@ -75,15 +86,18 @@ impl Sweep {
     }
 }
 
-/// The counters of the pages of `sweep`, in its order, read from the files under `memory`: so that looking at memory that was
-/// never written does not make it exist.
+/// The counters of the pages of `sweep`, in its order, read from the files under `memory`: so that
+/// looking at memory that was never written does not make it exist.
 ///
 /// # Errors
 /// If a page is not in `memory`, or a region has no file.
-pub fn counters<B: Bitmap>(memory: &GuestMemoryMmap<B>, sweep: &Sweep) -> Result<Vec<u32>, GuestError> {
+pub fn counters<B: Bitmap>(
+    memory: &GuestMemoryMmap<B>, sweep: &Sweep,
+) -> Result<Vec<u32>, GuestError> {
     let read = |gpa: u64| {
         let error = |why: &str| GuestError::Memory(format!("{gpa:#x}: {why}"));
-        let region = memory.find_region(GuestAddress(gpa)).ok_or_else(|| error("no memory there"))?;
+        let region =
+            memory.find_region(GuestAddress(gpa)).ok_or_else(|| error("no memory there"))?;
         let file = region.file_offset().ok_or_else(|| error("no file under the memory"))?;
         let mut bytes = [0; 4];
         file.file()
@@ -103,7 +117,8 @@ pub struct Progress {
     pub pages: usize,
 }
 
-/// Checks that counters, in the order of the sweep, are those of one moment: all equal, but for at most one step down by one.
+/// Checks that counters, in the order of the sweep, are those of one moment: all equal, but for at
+/// most one step down by one.
 ///
 /// # Errors
 /// The first page that does not fit.
@@ -137,17 +152,29 @@ mod tests {
             (&[1, 0, 0], 1, 1),
             (&[5], 5, 1),
         ] {
-            assert_eq!(check_consistent(counters.iter().copied()).unwrap(), Progress { sweeps, pages }, "{counters:?}");
+            assert_eq!(
+                check_consistent(counters.iter().copied()).unwrap(),
+                Progress { sweeps, pages },
+                "{counters:?}"
+            );
         }
     }
 
     #[test]
     fn a_page_of_another_moment_is_found() {
-        for (counters, at) in
-            [(&[7, 7, 5][..], 2), (&[7, 8], 1), (&[7, 6, 7], 2), (&[7, 6, 6, 5], 3), (&[7, 0, 7], 1), (&[0, 1], 1)]
-        {
+        for (counters, at) in [
+            (&[7, 7, 5][..], 2),
+            (&[7, 8], 1),
+            (&[7, 6, 7], 2),
+            (&[7, 6, 6, 5], 3),
+            (&[7, 0, 7], 1),
+            (&[0, 1], 1),
+        ] {
             let error = check_consistent(counters.iter().copied()).unwrap_err();
-            assert!(matches!(error, GuestError::Torn { page, .. } if page == at), "{counters:?}: {error}");
+            assert!(
+                matches!(error, GuestError::Torn { page, .. } if page == at),
+                "{counters:?}: {error}"
+            );
         }
     }
 }

@@ -8,13 +8,15 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-/// The vCPU and the byte by which KVM is told to leave it. They are mapped together, and go together.
+/// The vCPU and the byte by which KVM is told to leave it. They are mapped together, and go
+/// together.
 pub(super) struct Vcpu {
     fd: Mutex<VcpuFd>,
     immediate_exit: *mut u8,
 }
 
-// SAFETY: the pointer leads into the mapping of `fd`, which lives as long, and is only used for atomic accesses.
+// SAFETY: the pointer leads into the mapping of `fd`, which lives as long, and is only used for
+// atomic accesses.
 unsafe impl Send for Vcpu {}
 // SAFETY: as above.
 unsafe impl Sync for Vcpu {}
@@ -32,15 +34,20 @@ impl Vcpu {
     }
 
     /// Lets it run.
-    pub(super) fn start(this: &Arc<Self>) -> Result<JoinHandle<Result<(), GuestError>>, GuestError> {
+    pub(super) fn start(
+        this: &Arc<Self>,
+    ) -> Result<JoinHandle<Result<(), GuestError>>, GuestError> {
         let vcpu = Arc::clone(this);
         let thread = std::thread::Builder::new().name("vcpu0".into()).spawn(move || vcpu.run());
         thread.map_err(|error| GuestError::Thread(error.to_string()))
     }
 
     /// Makes it leave the guest, and tells how that ended.
-    pub(super) fn stop(&self, thread: JoinHandle<Result<(), GuestError>>) -> Result<(), GuestError> {
-        // The byte catches a vCPU that is not in the kernel yet, the signal one that is: with both no moment is left over.
+    pub(super) fn stop(
+        &self, thread: JoinHandle<Result<(), GuestError>>,
+    ) -> Result<(), GuestError> {
+        // The byte catches a vCPU that is not in the kernel yet, the signal one that is: with both
+        // no moment is left over.
         self.immediate_exit().store(1, Ordering::SeqCst);
         if let Err(error) = thread.kill(SIGRTMIN()) {
             log::debug!("the vCPU thread has ended already ({error})");
@@ -51,7 +58,8 @@ impl Vcpu {
     }
 
     fn immediate_exit(&self) -> &AtomicU8 {
-        // SAFETY: valid as long as `self`, aligned as any byte is, and meant to be written while the kernel reads it.
+        // SAFETY: valid as long as `self`, aligned as any byte is, and meant to be written while
+        // the kernel reads it.
         unsafe { AtomicU8::from_ptr(self.immediate_exit) }
     }
 
@@ -62,7 +70,9 @@ impl Vcpu {
             match fd.run() {
                 Ok(exit) => return Err(GuestError::Exit(format!("{exit:?}"))),
                 Err(error) => match std::io::Error::from(error).kind() {
-                    std::io::ErrorKind::Interrupted if self.immediate_exit().load(Ordering::SeqCst) != 0 => {
+                    std::io::ErrorKind::Interrupted
+                        if self.immediate_exit().load(Ordering::SeqCst) != 0 =>
+                    {
                         return Ok(());
                     }
                     // A signal of somebody else's.
@@ -74,10 +84,12 @@ impl Vcpu {
     }
 }
 
-/// Has the kick arrive as an interrupted system call instead of ending the process. Once for the process.
+/// Has the kick arrive as an interrupted system call instead of ending the process. Once for the
+/// process.
 fn register_kick() -> Result<(), GuestError> {
     extern "C" fn nothing<T, U>(_: i32, _: *mut T, _: *mut U) {}
     static REGISTERED: OnceLock<Result<(), i32>> = OnceLock::new();
-    let registered = REGISTERED.get_or_init(|| register_signal_handler(SIGRTMIN(), nothing).map_err(|e| e.errno()));
+    let registered = REGISTERED
+        .get_or_init(|| register_signal_handler(SIGRTMIN(), nothing).map_err(|e| e.errno()));
     registered.map_err(|errno| GuestError::Thread(format!("cannot handle SIGRTMIN: errno {errno}")))
 }

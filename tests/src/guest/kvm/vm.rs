@@ -35,17 +35,20 @@ trait Mapped: Any + Send + Sync {
 
 impl<B: Bitmap + Send + Sync + 'static> Mapped for GuestMemoryMmap<B> {
     fn write(&self, bytes: &[u8], gpa: u64) -> Result<(), GuestError> {
-        self.write_slice(bytes, GuestAddress(gpa)).map_err(|error| GuestError::Memory(error.to_string()))
+        self.write_slice(bytes, GuestAddress(gpa))
+            .map_err(|error| GuestError::Memory(error.to_string()))
     }
 
     fn counter(&self, gpa: u64) -> Result<u32, GuestError> {
-        self.load(GuestAddress(gpa), Ordering::Acquire).map_err(|error| GuestError::Memory(error.to_string()))
+        self.load(GuestAddress(gpa), Ordering::Acquire)
+            .map_err(|error| GuestError::Memory(error.to_string()))
     }
 }
 
 impl KvmGuest {
-    /// Makes a VM whose memory is `memory`, by the mappings that it has: one slot for each region, numbered from zero. Call
-    /// [`Self::boot`] or [`Self::load`] next. Writes nothing to the memory.
+    /// Makes a VM whose memory is `memory`, by the mappings that it has: one slot for each region,
+    /// numbered from zero. Call [`Self::boot`] or [`Self::load`] next. Writes nothing to the
+    /// memory.
     ///
     /// # Errors
     /// If KVM refuses, or `sweep` is not within the memory.
@@ -64,11 +67,15 @@ impl KvmGuest {
                 memory_size: slot.length,
                 userspace_addr: slot.userspace_addr,
             };
-            // SAFETY: the mapping is that of `memory`, which the guest keeps; nobody else makes slots of this VM.
-            unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("give the VM its memory"))?;
+            // SAFETY: the mapping is that of `memory`, which the guest keeps; nobody else makes
+            // slots of this VM.
+            unsafe { vm.set_user_memory_region(region) }
+                .map_err(kvm_error("give the VM its memory"))?;
         }
         let fd = vm.create_vcpu(0).map_err(kvm_error("make a vCPU"))?;
-        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm_error("list CPU features"))?;
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm_error("list CPU features"))?;
         fd.set_cpuid2(&cpuid).map_err(kvm_error("set CPU features"))?;
         let vcpu = Arc::new(Vcpu::new(fd)?);
         Ok(Self { thread: None, vcpu, vm: Arc::new(vm), slots, sweep, memory: Box::new(memory) })
@@ -80,7 +87,11 @@ impl KvmGuest {
     /// If it runs, KVM refuses, or the page tables need more room than the firmware has.
     pub fn boot(&mut self) -> Result<(), GuestError> {
         let base = self.slots.first().map_or(0, |slot| slot.gpa);
-        let pieces = firmware::pieces(base, &self.sweep, self.slots.iter().map(|slot| (slot.gpa, slot.length)))?;
+        let pieces = firmware::pieces(
+            base,
+            &self.sweep,
+            self.slots.iter().map(|slot| (slot.gpa, slot.length)),
+        )?;
         let fd = self.standing()?;
         let mut sregs = fd.get_sregs().map_err(kvm_error("read registers"))?;
         let regs = firmware::enter(base, &self.sweep, &mut sregs);
@@ -90,7 +101,8 @@ impl KvmGuest {
         pieces.iter().try_for_each(|(gpa, bytes)| self.memory.write(bytes, *gpa))
     }
 
-    /// The vCPU's state. There is nothing but its registers: the guest uses no FPU, no MSR, no interrupt.
+    /// The vCPU's state. There is nothing but its registers: the guest uses no FPU, no MSR, no
+    /// interrupt.
     ///
     /// # Errors
     /// If it runs.
@@ -138,7 +150,8 @@ impl KvmGuest {
         self.vcpu.stop(thread)
     }
 
-    /// True while the vCPU runs; false when it is paused or has come to an unexpected end, which [`Self::pause`] tells.
+    /// True while the vCPU runs; false when it is paused or has come to an unexpected end, which
+    /// [`Self::pause`] tells.
     pub fn is_running(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
@@ -203,8 +216,8 @@ impl KvmGuest {
     /// # Errors
     /// If KVM lacks manual protection.
     pub fn dirty_log(&self) -> Result<KvmDirtyLog, KvmLogError> {
-        // SAFETY: these are the slots that `new` made, and nobody changes them. The log holds the VM but not the memory: with the
-        // guest gone no vCPU is left to write to it.
+        // SAFETY: these are the slots that `new` made, and nobody changes them. The log holds the
+        // VM but not the memory: with the guest gone no vCPU is left to write to it.
         unsafe { KvmDirtyLog::new(&*self.vm, self.slots.clone()) }
     }
 
@@ -226,7 +239,11 @@ impl Drop for KvmGuest {
 
 impl std::fmt::Debug for KvmGuest {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("KvmGuest").field("running", &self.is_running()).field("slots", &self.slots).finish()
+        formatter
+            .debug_struct("KvmGuest")
+            .field("running", &self.is_running())
+            .field("slots", &self.slots)
+            .finish()
     }
 }
 
