@@ -344,11 +344,19 @@ fn large_runs_go_past_the_page_cache_where_they_can() {
         // A disk takes no such buffer: it is copied after all.
         (1, false, [true, true]),
     ] {
-        match cached(skewed, through) {
-            Some(found) => assert_eq!(found, expected, "buffer at {skewed}, cached {through}"),
-            None => eprintln!(
+        // The kernel writes through the page cache by itself now and then, as ext4 does where it
+        // cannot throw cached pages of the range away.
+        let found = (0..50)
+            .map(|_| cached(skewed, through))
+            .find(|found| *found != Some([true, true]) || expected[0]);
+        match found {
+            Some(Some(found)) => {
+                assert_eq!(found, expected, "buffer at {skewed}, cached {through}")
+            }
+            Some(None) => eprintln!(
                 "skipped: the folder for temporary files is on no disk, or on one that does not tell"
             ),
+            None => panic!("in 50 attempts no large run went past the page cache"),
         }
     }
 }
