@@ -152,7 +152,7 @@ impl AgentProcess {
     /// waited for, too.
     ///
     /// # Errors
-    /// Why it lives after `timeout`, in words.
+    /// Why it lives after `timeout`, and what to do, in words.
     pub(crate) fn end(&self, timeout: Duration) -> Result<(), String> {
         if self.is_ours() || self.has_ended() {
             return Ok(());
@@ -161,9 +161,10 @@ impl AgentProcess {
         if self.wait_for_end(deadline(timeout)) {
             return Ok(());
         }
-        Err(killed
-            .err()
-            .unwrap_or_else(|| "it was killed, and the kernel has not ended it yet".to_owned()))
+        Err(match killed {
+            Ok(()) => "it was killed, and the kernel has not ended it yet: try again".to_owned(),
+            Err(why) => format!("{why}; end it (kill -KILL {}) and try again", self.pid),
+        })
     }
 }
 

@@ -84,7 +84,10 @@ impl Client {
                 Err(Error::AgentLost { .. }) => match session.settle()? {
                     Lost::Ended => {}
                     Lost::Spared => {
-                        return Err(session.runs("the guest may run elsewhere, and depends on it"));
+                        return Err(session.runs(
+                            "the guest may run elsewhere, and depends on it; \
+                             Client::end_agent ends it if that is decided",
+                        ));
                     }
                 },
                 Err(refused) => return Err(refused),

@@ -122,8 +122,6 @@ pub(crate) struct Session {
     processes: Vec<Arc<AgentProcess>>,
     /// Nothing that cannot fail waits for the end of these any more.
     is_waited_for: bool,
-    /// Longest wait for the end of a process.
-    timeout: Duration,
     /// Watches over the agent while nothing else does. None only while a client is made.
     _heartbeat: Option<Heartbeat>,
 }
@@ -158,11 +156,15 @@ impl Session {
         if self.control.link().is_spared() {
             return Ok(Lost::Spared);
         }
-        let timeout = if self.is_waited_for { Duration::ZERO } else { self.timeout };
+        if self.is_waited_for {
+            return self.end_processes(None, Duration::ZERO).map(|()| Lost::Ended);
+        }
+        self.is_waited_for = true;
+        let timeout = self.control.longest_patience();
         let good_end = deadline(GOOD_END.min(timeout));
         self.processes.retain(|process| !process.wait_for_end(good_end));
-        self.is_waited_for = true;
         let ended = self.end_processes(None, timeout);
+        // Once: there may be many discards.
         ended.inspect_err(|error| log::warn!("{error}"))?;
         Ok(Lost::Ended)
     }
@@ -170,7 +172,7 @@ impl Session {
     /// The error that says that an agent that was given up lives on.
     pub(crate) fn runs(&self, why: &str) -> Error {
         let pid = self.processes.first().map_or(0, |process| process.pid());
-        Error::AgentRuns { pid, waited: Duration::ZERO, why: why.to_owned() }
+        Error::AgentRuns { pid, why: why.to_owned() }
     }
 
     /// Sees to it that no process but that of `next` has the guest's memory from here any more.
@@ -185,7 +187,7 @@ impl Session {
                 processes.push(process);
             } else if let Err(why) = process.end(deadline.saturating_duration_since(Instant::now()))
             {
-                outcome = Err(Error::AgentRuns { pid: process.pid(), waited: timeout, why });
+                outcome = Err(Error::AgentRuns { pid: process.pid(), why });
                 processes.push(process);
             }
         }
@@ -225,7 +227,6 @@ impl Client {
             trackers: Declared::default(),
             processes,
             is_waited_for: false,
-            timeout: config.request_timeout,
             _heartbeat: None,
         };
         let (session, turn) = (Mutex::new(session), Mutex::default());
@@ -314,7 +315,7 @@ impl Client {
         let (mut control, hooks) = Control::open(socket, fence, ownership, patience.clone())?;
         let link = Arc::clone(control.link());
         let process = link.process().cloned();
-        let timeout = session.timeout;
+        let timeout = session.control.longest_patience();
         if let Err(error) = session.end_processes(process.as_deref(), timeout) {
             control.retire("the agent before has not ended");
             return Err(error);
@@ -388,7 +389,7 @@ impl Client {
         // Unless it says that its job is over.
         if ownership != Ownership::Ours && !session.has_ended_its_job() {
             session.control.retire("the guest is taken by force");
-            let timeout = session.timeout;
+            let timeout = session.control.longest_patience();
             session.end_processes(None, timeout)?;
         }
         log::warn!("the guest is taken by force; ownership was {ownership:?}");
@@ -405,7 +406,7 @@ impl Client {
     pub fn end_agent(&self) -> Result<(), Error> {
         let mut session = self.session();
         session.control.retire("the VMM ended it");
-        let timeout = session.timeout;
+        let timeout = session.control.longest_patience();
         session.end_processes(None, timeout)
     }
 

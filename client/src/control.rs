@@ -321,6 +321,11 @@ impl Control {
         self.is_in_use = true;
     }
 
+    /// How long it may take at most, to answer or to end.
+    pub(crate) fn longest_patience(&self) -> Duration {
+        self.patience.most()
+    }
+
     /// How long the agent may take to answer now.
     fn patience(&self) -> Duration {
         if self.is_in_use { self.patience.now() } else { self.patience.most() }

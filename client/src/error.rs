@@ -29,15 +29,11 @@ pub enum Error {
     /// what the next agent has to find, send the commit of a guest, read memory, or carry out a
     /// discard that it was asked for. So no other agent is attached, the guest is not taken by
     /// force, and nothing is freed, populated or removed.
-    #[error(
-        "process {pid}, the agent before, has not ended within {waited:?}: {why}; end it (kill -KILL {pid}) and try again"
-    )]
+    #[error("process {pid}, the agent before, has not ended: {why}")]
     AgentRuns {
         /// Its process id.
         pid: u32,
-        /// How long was waited.
-        waited: Duration,
-        /// Why it lives, in words.
+        /// Why it lives, and what to do, in words.
         why: String,
     },
     /// A time of the configuration is too short.
