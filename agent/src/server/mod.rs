@@ -239,9 +239,11 @@ impl Server {
         if self.accept_again.is_none_or(|due| due > Instant::now()) {
             return;
         }
+        let due = self.accept_again;
         if let Some((socket, since)) = self.waiting.take() {
             self.admit(socket, since);
-            if self.waiting.is_some() {
+            // It waits on, or the process has no room for it.
+            if self.accept_again != due {
                 return;
             }
         }

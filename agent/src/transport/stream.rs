@@ -392,7 +392,7 @@ impl RecordReader {
 
     /// Throws away some of what came, without waiting; false if the peer closed.
     pub fn discard_some(&mut self) -> bool {
-        let mut scratch = vec![0; 64 << 10];
+        let mut scratch = [0; 4096];
         !matches!(self.socket.read(&mut scratch), Ok(Some(0)) | Err(_))
     }
 
