@@ -6,6 +6,7 @@
 //! - `receive`: the system call that receives, with descriptors and the sender's process;
 //! - [`unix_path`]: which paths sockets may have, and connecting to one;
 //! - [`request`]: pageferry's own requests from the VMM or operator to the agent;
+//! - [`role`]: who sends a request, and so what it may ask;
 //! - [`job`]: what a job is started with, and how it stands;
 //! - [`trackers`]: who reports the guest's writes;
 //! - [`hook`]: requests of the agent to the VMM;
@@ -17,6 +18,7 @@ pub mod hook;
 pub mod job;
 mod receive;
 pub mod request;
+pub mod role;
 pub mod socket;
 #[cfg(feature = "vhost-user")]
 pub mod standard;
@@ -25,5 +27,6 @@ pub mod unix_path;
 
 pub use codec::{DecodeError, Decoder, Encoder};
 pub use frame::{Frame, FrameHeader};
+pub use role::Role;
 pub use socket::{FrameSocket, SocketError};
 pub use trackers::Trackers;

@@ -4,12 +4,13 @@
 //! Each is answered by a frame with the same code and the reply flag: a result code (0 is success),
 //! then what the request returns, or a sentence that names the field and the value. See [`Reply`].
 
-use super::Trackers;
 use super::codec::{DecodeError, Decoder, Encoder, clip};
 use super::frame::MAX_BODY;
 use super::job::{
-    IncomingOptions, MAX_ADDRESS, MAX_SENTENCE, OutgoingOptions, RestoreOptions, SnapshotOptions,
+    IncomingOptions, MAX_ADDRESS, MAX_SENTENCE, OutgoingOptions, RestoreOptions, SnapshotMode,
+    SnapshotOptions,
 };
+use super::{Role, Trackers};
 use crate::memory::BlockGeometry;
 use crate::memory::geometry::MAX_NAME;
 use std::time::Duration;
@@ -239,6 +240,50 @@ impl Request {
             Self::StartSnapshot { .. } => code::START_SNAPSHOT,
             Self::StartRestore { .. } => code::START_RESTORE,
         }
+    }
+
+    /// The least role whose connection may send this request.
+    ///
+    /// This is the only place that says so. One rule depends on the agent's state and is not here:
+    /// only the VMM may [`Recover`](Self::Recover) a migration that another agent began, since only
+    /// the VMM knows its session.
+    pub fn required_role(&self) -> Role {
+        match self {
+            // The fence word belongs to the VMM.
+            Self::Hello { features, .. } if features & FEATURE_FENCE != 0 => Role::Vmm,
+            Self::AddBlock { .. }
+            | Self::RemoveBlock { .. }
+            | Self::Discard { .. }
+            | Self::Free { .. }
+            | Self::Populate { .. }
+            | Self::SetTrackers { .. }
+            // The VMM must know that its memory is about to be filled, and by whom.
+            | Self::StartIncoming { .. } => Role::Vmm,
+            // Only the VMM knows that it has stopped its guest.
+            Self::StartSnapshot { options, .. } if options.mode == SnapshotMode::Stopped => {
+                Role::Vmm
+            }
+            Self::Hello { .. }
+            | Self::StartOutgoing { .. }
+            | Self::Cancel
+            | Self::SetParameters { .. }
+            | Self::QueryStatus
+            | Self::Subscribe { .. }
+            | Self::Resume { .. }
+            | Self::StartPostcopy
+            | Self::Recover { .. }
+            | Self::StartSnapshot { .. }
+            | Self::StartRestore { .. } => Role::Operator,
+        }
+    }
+
+    /// True for a request that hands over memory, or something that belongs to the memory. If no
+    /// connection owns the memory yet, the one that sends such a request becomes the VMM.
+    ///
+    /// A snapshot of a stopped guest needs the VMM, too, but hands over nothing: it does not make
+    /// its sender the VMM.
+    pub fn claims_memory(&self) -> bool {
+        self.required_role() == Role::Vmm && !matches!(self, Self::StartSnapshot { .. })
     }
 
     /// The request's body.

@@ -1,10 +1,26 @@
 //! The part of vhost-user that hands over memory: codes, feature bits, and the payloads, which are
 //! the vhost crate's.
 
+use super::Role;
 use super::codec::{DecodeError, Decoder};
 pub use vhost::vhost_user::message::{
     FrontendReq, VhostUserLog, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
+
+/// The least role whose connection may send this request. If no connection owns the memory yet, the
+/// one that sends a request of [`Role::Vmm`] becomes the VMM.
+pub fn required_role(request: FrontendReq) -> Role {
+    match request {
+        FrontendReq::SET_OWNER
+        | FrontendReq::SET_MEM_TABLE
+        | FrontendReq::ADD_MEM_REG
+        | FrontendReq::REM_MEM_REG
+        | FrontendReq::SET_LOG_BASE
+        | FrontendReq::SET_LOG_FD
+        | FrontendReq::SET_BACKEND_REQ_FD => Role::Vmm,
+        _ => Role::Operator,
+    }
+}
 
 /// A memory region of `VHOST_USER_SET_MEM_TABLE`, `ADD_MEM_REG` or `REM_MEM_REG`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

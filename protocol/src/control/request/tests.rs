@@ -151,6 +151,65 @@ proptest! {
 }
 
 #[test]
+fn the_least_role_of_every_request_is_known() {
+    let hello = |features| Request::Hello { version_min: 1, version_max: 1, features, agent: 1 };
+    let snapshot = |mode| Request::StartSnapshot {
+        path: String::new(),
+        options: SnapshotOptions { mode, ..SnapshotOptions::default() },
+    };
+    let geometry =
+        BlockGeometry { id: 0, name: String::new(), gpa: 0, length: 4096, granularity: 4096 };
+    // What only the VMM may send, and whether the first to send it becomes the VMM.
+    let of_the_vmm = [
+        (hello(FEATURE_FENCE), true),
+        (Request::AddBlock { geometry, fd_offset: 0, vmm_address: 0, flags: 0 }, true),
+        (Request::RemoveBlock { id: 0 }, true),
+        (Request::Discard { flags: 0, ranges: vec![] }, true),
+        (Request::Free { ranges: vec![] }, true),
+        (Request::Populate { ranges: vec![] }, true),
+        (Request::SetTrackers { sources: Trackers::HOOKS }, true),
+        (
+            Request::StartIncoming { listen: String::new(), options: IncomingOptions::default() },
+            true,
+        ),
+        (snapshot(SnapshotMode::Stopped), false),
+    ];
+    let options = OutgoingOptions::default;
+    let of_anybody = [
+        hello(0),
+        Request::StartOutgoing { target: String::new(), options: options() },
+        Request::Cancel,
+        Request::SetParameters { options: options() },
+        Request::QueryStatus,
+        Request::Subscribe { interval: Duration::from_secs(1) },
+        Request::Resume { force: true },
+        Request::StartPostcopy,
+        Request::Recover { session: [1; 16], address: String::new(), options: options() },
+        snapshot(SnapshotMode::Background),
+        snapshot(SnapshotMode::Paused),
+        Request::StartRestore { path: String::new(), options: RestoreOptions::default() },
+    ];
+    for (request, claims) in &of_the_vmm {
+        assert_eq!(request.required_role(), Role::Vmm, "{request:?}");
+        assert_eq!(request.claims_memory(), *claims, "{request:?}");
+    }
+    for request in &of_anybody {
+        assert_eq!(request.required_role(), Role::Operator, "{request:?}");
+        assert!(!request.claims_memory(), "{request:?}");
+    }
+    let listed: Vec<u32> = of_the_vmm
+        .iter()
+        .map(|(request, _)| request)
+        .chain(&of_anybody)
+        .map(Request::code)
+        .collect();
+    for code in OWN_REQUESTS..code::EVENT {
+        let known = Request::decode(code, &[]).is_some();
+        assert_eq!(listed.contains(&code), known, "request {code:#x} is missing above");
+    }
+}
+
+#[test]
 fn a_compression_that_does_not_exist_is_refused_by_field() {
     let options = |which: u16, level: u16| {
         let mut body = OutgoingOptions::default().encode(Encoder::new()).finish();
