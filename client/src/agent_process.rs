@@ -12,7 +12,7 @@
 //! An agent on threads of the VMM's own process cannot be killed. Whoever runs one ends it before
 //! the next is attached: closes its connection, or has the client do so, and joins its threads.
 
-use crate::patience::deadline;
+use crate::deadline::deadline;
 use pageferry_protocol::control::socket::wait;
 use rustix::event::PollFlags;
 use rustix::io::Errno;

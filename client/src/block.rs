@@ -9,7 +9,7 @@ use pageferry_protocol::memory::{BlockGeometry, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, bitmap_bytes};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// A block of guest memory, as the VMM describes it.
@@ -67,15 +67,15 @@ impl Block {
             .map_err(|source| Error::Memory { id: spec.id, source })?;
         let pages = geometry.pages();
         let discarded_fd = sealed_memfd("pageferry-discarded", bitmap_bytes(pages))?;
-        let discarded = MappedBitmap::shared(std::os::fd::AsFd::as_fd(&discarded_fd), pages)
+        let discarded = MappedBitmap::shared(discarded_fd.as_fd(), pages)
             .map_err(|source| Error::Mapping { what: "bitmap of discarded pages", source })?;
         if spec.discarded {
             discarded.set(discarded.all());
         }
-        let memory = spec.memory.try_clone_to_owned().map_err(|source| Error::Kernel {
-            what: "duplicate the file under a block",
-            source: errno(&source),
-        })?;
+        let memory = spec
+            .memory
+            .try_clone_to_owned()
+            .map_err(Error::io("duplicate the file under a block"))?;
         Ok(Self {
             geometry,
             file,
@@ -178,9 +178,4 @@ impl Block {
             }
         }
     }
-}
-
-/// The error number in a `std::io::Error` that came from the kernel.
-pub(crate) fn errno(error: &std::io::Error) -> Errno {
-    Errno::from_io_error(error).unwrap_or(Errno::IO)
 }

@@ -7,12 +7,11 @@
 
 use crate::block::{Block, BlockAdded, BlockSpec};
 use crate::busy::while_busy;
-use crate::client::{Client, Lost};
-use crate::control::Control;
+use crate::client::Client;
 use crate::error::Error;
-use pageferry_protocol::control::request::{AddBlockReply, BLOCK_DISCARDED, ErrorCode, Request};
+use crate::session::Lost;
+use pageferry_protocol::control::request::{BLOCK_DISCARDED, ErrorCode, Request};
 use pageferry_protocol::memory::BlockGeometry;
-use std::os::fd::AsFd;
 use std::time::Duration;
 
 /// Longest wait of a removal for the job that it has cancelled.
@@ -37,7 +36,7 @@ impl Client {
         self.memory().reserve(&geometry)?;
         let flags = if spec.discarded { BLOCK_DISCARDED } else { 0 };
         let added = Block::new(geometry, &spec).and_then(|block| {
-            let added = match send_block(&mut session.control, &block, flags) {
+            let added = match session.control.add_block(&block, flags) {
                 Err(Error::AgentLost { .. }) => block.added(),
                 sent => sent?,
             };
@@ -97,22 +96,4 @@ impl Client {
             Ok(())
         })
     }
-}
-
-/// Hands a block to an agent.
-pub(crate) fn send_block(
-    control: &mut Control, block: &Block, flags: u32,
-) -> Result<BlockAdded, Error> {
-    let request = Request::AddBlock {
-        geometry: block.geometry.clone(),
-        fd_offset: block.fd_offset,
-        vmm_address: block.vmm_address,
-        flags,
-    };
-    let reply = control.request(
-        &request,
-        &[block.memory.as_fd(), block.discarded_fd.as_fd()],
-        AddBlockReply::decode,
-    )?;
-    Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
 }

@@ -1,7 +1,7 @@
 //! Asking again while a job is in the way.
 
+use crate::deadline::deadline;
 use crate::error::Error;
-use crate::patience::deadline;
 use pageferry_protocol::control::request::ErrorCode;
 use std::time::{Duration, Instant};
 

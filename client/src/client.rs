@@ -3,19 +3,21 @@
 //! What the guest's memory needs to survive the agent ([`Memory`]) is made here and handed to each
 //! agent in turn.
 
-use crate::agent_process::AgentProcess;
-use crate::blocks::send_block;
-use crate::control::{Control, Link};
+use crate::config::Config;
+use crate::control::Control;
+use crate::deadline::deadline;
 use crate::error::Error;
 use crate::faults::Faults;
-use crate::heartbeat::{Ends, Heartbeat};
+use crate::heartbeat::{Ends, Heartbeat, Probe};
 use crate::hooks::{HookChannel, Parts};
+use crate::link::Link;
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
-use crate::patience::{self, Patience, deadline};
+use crate::patience::Patience;
+use crate::session::Session;
 use crate::shared::Fence;
+use crate::sync::lock;
 use crate::tracking::active::Tracking;
-use crate::tracking::declared::Declared;
 use crate::writes::Writes;
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::Request;
@@ -23,47 +25,8 @@ use pageferry_protocol::control::unix_path::connect_unix;
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
-use std::time::{Duration, Instant};
-
-/// How a client is set up.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// Bytes of guest physical address space that the dirty log covers, from address zero. The
-    /// default of 4 TiB takes a memfd of 128 MiB, which is sparse: it costs memory only where guest
-    /// pages are dirty. No block can lie outside.
-    pub log_covers: u64,
-    /// How long the agent may take to answer a request, and to take an answer. It is lost if it
-    /// takes longer. While it takes a snapshot it answers a discard when it has saved what that
-    /// covers: large ones are cut into requests with which a disk that saves 13 MiB in a second is
-    /// in time, if this and `stall_timeout` are at least 80 milliseconds. To listen at a name it
-    /// looks that up for up to 5 seconds, so leave it more than those.
-    pub request_timeout: Duration,
-    /// The same, while the agent holds up a guest that can go on without it: a background snapshot
-    /// watches its writes, or it is paused by a hook and not given up. `request_timeout` if that is
-    /// shorter. An agent that hangs is found within this time and half a second then, and the guest
-    /// goes on. The agent answers at any time, however busy its jobs are; what this has to cover is
-    /// a machine that gives the agent no processor for a while. A false alarm costs the job.
-    ///
-    /// A guest whose memory is still to come (postcopy, lazy restore) cannot go on without its
-    /// agent, and a false alarm would cost the guest. So there `request_timeout` counts.
-    pub stall_timeout: Duration,
-    /// Time between two signs of life of the agent while nothing waits for it. An idle agent that
-    /// hangs is found within this time and `request_timeout`, and
-    /// [`Hooks::agent_lost`](crate::Hooks::agent_lost) is called.
-    pub heartbeat: Duration,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            log_covers: 4 << 40,
-            request_timeout: Duration::from_secs(10),
-            stall_timeout: Duration::from_secs(3),
-            heartbeat: Duration::from_secs(5),
-        }
-    }
-}
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
 
 /// The VMM's side of an agent. Clones are the same client; any thread may use any of them.
 ///
@@ -90,109 +53,11 @@ struct Inner {
     turn: Mutex<()>,
 }
 
-/// How long an agent that closed the connection may take to end.
-const GOOD_END: Duration = Duration::from_secs(2);
-
-/// What became of an agent that is lost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Lost {
-    /// It has ended: no process but the VMM's has the guest's memory from here.
-    Ended,
-    /// The guest may run elsewhere, and depend on it. It may still read the memory here.
-    Spared,
-}
-
-/// A client that does not keep the connection.
-#[derive(Debug, Clone)]
-pub(crate) struct WeakClient(Weak<Inner>);
-
-impl WeakClient {
-    pub(crate) fn upgrade(&self) -> Option<Client> {
-        Some(Client { inner: self.0.upgrade()? })
-    }
-}
-
-/// What one agent after the other is asked through. Its lock comes before the one of the blocks.
-#[derive(Debug)]
-pub(crate) struct Session {
-    pub(crate) control: Control,
-    /// What a new agent has to be told about trackers.
-    pub(crate) trackers: Declared,
-    /// Processes that were handed the guest's memory, and are not known to have ended.
-    processes: Vec<Arc<AgentProcess>>,
-    /// Nothing that cannot fail waits for the end of these any more.
-    is_waited_for: bool,
-    /// Watches over the agent while nothing else does. None only while a client is made.
-    _heartbeat: Option<Heartbeat>,
-}
-
 impl Drop for Inner {
     fn drop(&mut self) {
         let session = self.session.get_mut().unwrap_or_else(PoisonError::into_inner);
         // The agent is not killed: it ends its job by itself, or serves the next VMM.
         session.control.link().cut();
-    }
-}
-
-impl Session {
-    /// True if the agent is there, and says that it has no job, or none that runs.
-    fn has_ended_its_job(&mut self) -> bool {
-        let status = self.control.request(&Request::QueryStatus, &[], JobStatus::decode);
-        status.is_ok_and(|status| status.phase.is_final())
-    }
-
-    /// Before something is done as if there were no agent, which is lost: kills its process, unless
-    /// the guest may depend on it elsewhere, and waits for its end, which takes milliseconds. One
-    /// that closed the connection is about to end by itself, and has a moment for that.
-    ///
-    /// # Errors
-    /// [`Error::AgentRuns`] if it lives on: the VMM may not kill it, or the kernel keeps it. Calls
-    /// after the first do not wait again.
-    pub(crate) fn settle(&mut self) -> Result<Lost, Error> {
-        self.processes.retain(|process| !process.has_ended());
-        if self.processes.is_empty() {
-            return Ok(Lost::Ended);
-        }
-        if self.control.link().is_spared() {
-            return Ok(Lost::Spared);
-        }
-        if self.is_waited_for {
-            return self.end_processes(None, Duration::ZERO).map(|()| Lost::Ended);
-        }
-        self.is_waited_for = true;
-        let timeout = self.control.longest_patience();
-        let good_end = deadline(GOOD_END.min(timeout));
-        self.processes.retain(|process| !process.wait_for_end(good_end));
-        let ended = self.end_processes(None, timeout);
-        // Once: there may be many discards.
-        ended.inspect_err(|error| log::warn!("{error}"))?;
-        Ok(Lost::Ended)
-    }
-
-    /// The error that says that an agent that was given up lives on.
-    pub(crate) fn runs(&self, why: &str) -> Error {
-        let pid = self.processes.first().map_or(0, |process| process.pid());
-        Error::AgentRuns { pid, why: why.to_owned() }
-    }
-
-    /// Sees to it that no process but that of `next` has the guest's memory from here any more.
-    fn end_processes(
-        &mut self, next: Option<&AgentProcess>, timeout: Duration,
-    ) -> Result<(), Error> {
-        let deadline = deadline(timeout);
-        let mut outcome = Ok(());
-        let mut processes = Vec::new();
-        for process in std::mem::take(&mut self.processes) {
-            if next.is_some_and(|next| !process.has_ended() && next.is(&process)) {
-                processes.push(process);
-            } else if let Err(why) = process.end(deadline.saturating_duration_since(Instant::now()))
-            {
-                outcome = Err(Error::AgentRuns { pid: process.pid(), why });
-                processes.push(process);
-            }
-        }
-        self.processes = processes;
-        outcome
     }
 }
 
@@ -212,7 +77,7 @@ impl Client {
     /// If a time of the configuration is shorter than a millisecond, or the agent refuses or breaks
     /// the handshake.
     pub fn from_socket(socket: OwnedFd, config: Config) -> Result<(Self, HookChannel), Error> {
-        patience::check(&config)?;
+        config.check()?;
         let (memory, fence) = (Arc::new(Memory::new(config.log_covers)?), Arc::new(Fence::new()?));
         let ownership = Arc::new(SharedOwnership::new());
         let (faults, writes, tracking) = (Arc::default(), Arc::default(), Arc::default());
@@ -221,15 +86,7 @@ impl Client {
         control.hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)?;
         control.use_it();
         let link = Arc::clone(control.link());
-        let processes = link.process().into_iter().cloned().collect();
-        let session = Session {
-            control,
-            trackers: Declared::default(),
-            processes,
-            is_waited_for: false,
-            _heartbeat: None,
-        };
-        let (session, turn) = (Mutex::new(session), Mutex::default());
+        let (session, turn) = (Mutex::new(Session::new(control)), Mutex::default());
         let inner = Inner {
             config,
             memory,
@@ -243,7 +100,7 @@ impl Client {
             turn,
         };
         let client = Self { inner: Arc::new(inner) };
-        client.session()._heartbeat = Some(client.watch_idle(&link)?);
+        client.session().watch(client.watch_idle(&link)?);
         let channel = client.channel(hooks.ours, link);
         Ok((client, channel))
     }
@@ -251,18 +108,17 @@ impl Client {
     /// Finds out that the agent hangs while nobody asks it anything. The hook channel tells the
     /// VMM.
     fn watch_idle(&self, link: &Arc<Link>) -> Result<Heartbeat, Error> {
-        let (weak, ended) = (WeakClient(Arc::downgrade(&self.inner)), Arc::clone(link));
-        let interval = self.inner.config.heartbeat;
-        Heartbeat::start(
-            weak,
-            Arc::clone(link),
-            interval,
-            Ends::Control,
-            |_| false,
-            move |_| {
-                ended.cut();
-            },
-        )
+        let ended = Arc::clone(link);
+        let (link, interval) = (Arc::clone(link), self.inner.config.heartbeat);
+        let lost = move |_| ended.cut();
+        Heartbeat::start(self.probe(), link, interval, Ends::Control, |_| false, lost)
+    }
+
+    /// Asks for a sign of life for as long as there is a client. It keeps no connection: a client
+    /// that is dropped ends its connection.
+    fn probe(&self) -> Probe {
+        let weak = Arc::downgrade(&self.inner);
+        Probe::new(move || Self { inner: weak.upgrade()? }.ask_for_life())
     }
 
     fn channel(&self, hooks: OwnedFd, link: Arc<Link>) -> HookChannel {
@@ -276,7 +132,7 @@ impl Client {
                 faults: Arc::clone(faults),
                 writes: Arc::clone(writes),
                 tracking: Arc::clone(tracking),
-                client: WeakClient(Arc::downgrade(&self.inner)),
+                probe: self.probe(),
             },
             config.request_timeout,
         )
@@ -314,36 +170,22 @@ impl Client {
         session.control.retire("the VMM attached another");
         let (mut control, hooks) = Control::open(socket, fence, ownership, patience.clone())?;
         let link = Arc::clone(control.link());
-        let process = link.process().cloned();
-        let timeout = session.control.longest_patience();
-        if let Err(error) = session.end_processes(process.as_deref(), timeout) {
+        if let Err(error) = session.end_predecessors(link.process()) {
             control.retire("the agent before has not ended");
             return Err(error);
         }
-        if let Some(process) = process {
-            session.processes.retain(|other| !other.is(&process));
-            session.processes.push(process);
-        }
-        session.is_waited_for = false;
         let handed_over = control
             .hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)
             .and_then(|()| {
-                memory
-                    .all()
-                    .iter()
-                    .try_for_each(|block| send_block(&mut control, block, 0).map(drop))
+                memory.all().iter().try_for_each(|block| control.add_block(block, 0).map(drop))
             })
             .and_then(|()| session.trackers.send(&mut control))
             .and_then(|()| self.watch_idle(&link));
-        match handed_over {
-            Ok(heartbeat) => session._heartbeat = Some(heartbeat),
-            Err(error) => {
-                control.retire("it refused what it was handed");
-                return Err(error);
-            }
-        }
+        let heartbeat = handed_over.inspect_err(|_| {
+            control.retire("it refused what it was handed");
+        })?;
         control.use_it();
-        session.control = control;
+        session.replace(control, heartbeat);
         Ok(self.channel(hooks.ours, link))
     }
 
@@ -388,9 +230,7 @@ impl Client {
         let ownership = self.ownership();
         // Unless it says that its job is over.
         if ownership != Ownership::Ours && !session.has_ended_its_job() {
-            session.control.retire("the guest is taken by force");
-            let timeout = session.control.longest_patience();
-            session.end_processes(None, timeout)?;
+            session.end("the guest is taken by force")?;
         }
         log::warn!("the guest is taken by force; ownership was {ownership:?}");
         self.inner.ownership.lock().take_by_force();
@@ -404,10 +244,7 @@ impl Client {
     /// # Errors
     /// [`Error::AgentRuns`] if its process has not ended within [`Config::request_timeout`].
     pub fn end_agent(&self) -> Result<(), Error> {
-        let mut session = self.session();
-        session.control.retire("the VMM ended it");
-        let timeout = session.control.longest_patience();
-        session.end_processes(None, timeout)
+        self.session().end("the VMM ended it")
     }
 
     pub(crate) fn memory(&self) -> &Memory {
@@ -424,7 +261,7 @@ impl Client {
 
     /// Asks the agent for a sign of life, unless somebody is asking it something already: how its
     /// last job stands. If it owes one, the connection is cut.
-    pub(crate) fn ask_for_life(&self) -> Option<JobStatus> {
+    fn ask_for_life(&self) -> Option<JobStatus> {
         // Nothing is gained by giving an agent up that may still say that no commit left.
         if self.ownership() == Ownership::Relinquished {
             return None;
@@ -446,8 +283,8 @@ impl Client {
     /// What the agent is asked through. Whoever gives it back and wants it again comes after those
     /// who wait for it.
     pub(crate) fn session(&self) -> MutexGuard<'_, Session> {
-        let _turn = self.inner.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.inner.session.lock().unwrap_or_else(PoisonError::into_inner)
+        let _turn = lock(&self.inner.turn);
+        lock(&self.inner.session)
     }
 }
 

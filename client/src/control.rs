@@ -6,170 +6,31 @@
 //! connection.
 
 use crate::agent_process::AgentProcess;
+use crate::block::{Block, BlockAdded};
+use crate::deadline::deadline;
 use crate::error::Error;
 use crate::heartbeat::BUSY;
+use crate::link::Link;
 use crate::ownership::SharedOwnership;
-use crate::patience::{Patience, deadline};
+use crate::patience::Patience;
 use crate::shared::Fence;
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::request::{
-    CONTROL_VERSION, FEATURE_FENCE, HelloReply, MAX_RANGES, Request, code, decode_reply,
+    AddBlockReply, CONTROL_VERSION, FEATURE_FENCE, HelloReply, MAX_RANGES, Request, code,
+    decode_reply,
 };
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::chain;
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// `VHOST_USER_SET_LOG_BASE`.
 const SET_LOG_BASE: u32 = 6;
 /// `VHOST_USER_SET_BACKEND_REQ_FD`.
 const SET_BACKEND_REQ_FD: u32 = 21;
-
-/// One connection to an agent: what it takes to give the agent up from any thread, without a lock
-/// that anybody holds while waiting.
-///
-/// # The end of an agent
-///
-/// Whoever finds out that the agent is lost calls [`Link::cut`] or [`Link::give_up`]. Both first
-/// withdraw the agent's number from the fence word and then shut both sockets down, so an agent
-/// that wakes up finds one or the other. An agent that hangs, or breaks the protocol, is killed
-/// at once. One that closed the connection is about to end, as after SIGTERM, and is left to do so;
-/// if it has not when it matters, [`Session::settle`] kills it.
-///
-/// One agent is not killed: the one that the guest was given up to a migration with. The guest may
-/// run at the destination, and get its memory from that agent. [`Ownership`] stays `Relinquished`
-/// whether or not it lives, and it cannot send a commit that it has not sent yet, since it looks
-/// at the fence word before. An agent that hung between that look and the commit is why
-/// `take_by_force` and `reattach` kill it all the same, and wait for its end, before they go on.
-///
-/// [`Ownership`]: crate::Ownership
-/// [`Session::settle`]: crate::client::Session::settle
-#[derive(Debug)]
-pub(crate) struct Link {
-    /// Tells this connection from those before and after it. Also the number of its agent in the
-    /// fence word; counted from 1.
-    pub(crate) id: u64,
-    control: OwnedFd,
-    hooks: OwnedFd,
-    fence: Arc<Fence>,
-    ownership: Arc<SharedOwnership>,
-    /// Known once the agent has answered the hello.
-    process: OnceLock<Arc<AgentProcess>>,
-    fate: Mutex<Fate>,
-}
-
-/// What was decided about an agent. It only ever moves on, from the first to the last.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Fate {
-    /// It acts for this VMM.
-    Attached,
-    /// It is lost: it hangs, broke the protocol, or closed the connection.
-    GivenUp,
-    /// The VMM decided to do without it, and sees to its process by itself. The VMM may come back
-    /// to the same process by another connection: so no other thread kills it from now on.
-    Retired,
-}
-
-impl Link {
-    /// Gives the agent up: it does not act for this VMM any more, and both channels end for both
-    /// sides. What came before can still be read.
-    pub(crate) fn cut(&self) {
-        self.decide(Fate::GivenUp);
-    }
-
-    /// True if somebody gave the agent up.
-    pub(crate) fn is_cut(&self) -> bool {
-        *self.fate() > Fate::Attached
-    }
-
-    /// Gives up an agent that hangs or breaks the protocol, and kills it, unless the guest may
-    /// depend on it elsewhere. Does not wait for its end.
-    pub(crate) fn give_up(&self) {
-        if self.decide(Fate::GivenUp) != Fate::Attached {
-            return;
-        }
-        let Some(process) = self.process.get() else { return };
-        if self.ownership.lock().is_elsewhere() {
-            log::warn!(
-                "agent process {} is given up, and not killed: the guest may run elsewhere",
-                process.pid()
-            );
-            return;
-        }
-        let killed = {
-            let fate = self.fate();
-            if *fate == Fate::GivenUp { process.kill() } else { Ok(()) }
-        };
-        if let Err(why) = killed {
-            log::warn!("agent process {} is given up, and lives on: {why}", process.pid());
-        }
-    }
-
-    /// The VMM gives the agent up by its own decision, and sees to its process by itself. When this
-    /// returns no other thread kills it.
-    pub(crate) fn retire(&self) {
-        self.decide(Fate::Retired);
-    }
-
-    /// True if the agent is lost and lives on, since the guest may depend on it elsewhere, and the
-    /// VMM has not decided otherwise.
-    pub(crate) fn is_spared(&self) -> bool {
-        *self.fate() < Fate::Retired && self.ownership.lock().is_elsewhere()
-    }
-
-    /// Returns what was decided before.
-    fn decide(&self, next: Fate) -> Fate {
-        let mut fate = self.fate();
-        let before = *fate;
-        *fate = before.max(next);
-        self.fence.word.revoke(self.id);
-        // Fails only where there is no connection any more.
-        let _ = shutdown(&self.control, Shutdown::Both);
-        self.cut_hooks();
-        before
-    }
-
-    /// Held for moments: nothing is waited for, asked or logged under it.
-    fn fate(&self) -> MutexGuard<'_, Fate> {
-        self.fate.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The agent's process, if the agent has answered the hello.
-    pub(crate) fn process(&self) -> Option<&Arc<AgentProcess>> {
-        self.process.get()
-    }
-
-    /// Both sockets, to see when they end: control, and hooks.
-    pub(crate) fn ends(&self) -> [BorrowedFd<'_>; 2] {
-        [self.control.as_fd(), self.hooks.as_fd()]
-    }
-
-    /// A connection to nobody, and the far ends of its channels.
-    #[cfg(test)]
-    pub(crate) fn for_test() -> (Self, [OwnedFd; 2]) {
-        let ((control, far_control), (hooks, far_hooks)) =
-            (socket_pair().unwrap(), socket_pair().unwrap());
-        let link = Self {
-            id: 1,
-            control,
-            hooks,
-            fence: Arc::new(Fence::new().unwrap()),
-            ownership: Arc::new(SharedOwnership::new()),
-            process: OnceLock::new(),
-            fate: Mutex::new(Fate::Attached),
-        };
-        (link, [far_control, far_hooks])
-    }
-
-    /// Ends the hook channel for both sides.
-    pub(crate) fn cut_hooks(&self) {
-        let _ = shutdown(&self.hooks, Shutdown::Both);
-    }
-}
 
 /// A pair of connected sockets, close-on-exec.
 pub(crate) fn socket_pair() -> Result<(OwnedFd, OwnedFd), Error> {
@@ -203,23 +64,9 @@ impl Control {
     pub(crate) fn open(
         socket: OwnedFd, fence: &Arc<Fence>, ownership: &Arc<SharedOwnership>, patience: Patience,
     ) -> Result<(Self, HookEnds), Error> {
-        static LINKS: AtomicU64 = AtomicU64::new(1);
         let (ours, agents) = socket_pair()?;
-        let duplicate = |fd: &OwnedFd| {
-            fd.try_clone().map_err(|source| Error::Kernel {
-                what: "duplicate a socket",
-                source: crate::block::errno(&source),
-            })
-        };
-        let link = Link {
-            id: LINKS.fetch_add(1, Ordering::Relaxed),
-            control: duplicate(&socket)?,
-            hooks: duplicate(&ours)?,
-            fence: Arc::clone(fence),
-            ownership: Arc::clone(ownership),
-            process: OnceLock::new(),
-            fate: Mutex::new(Fate::Attached),
-        };
+        let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(Error::io("duplicate a socket"));
+        let link = Link::new(duplicate(&socket)?, duplicate(&ours)?, fence, ownership);
         let mut control = Self {
             socket: socket.into(),
             link: Arc::new(link),
@@ -243,7 +90,7 @@ impl Control {
         let asked = |errno| Error::kernel("ask for the sender of a message")(errno);
         self.socket.ask_for_sender(true).map_err(asked)?;
         let link = Arc::clone(&self.link);
-        let frame = self.round_trip(hello.code(), 0, &hello.encode(), &[link.fence.fd.as_fd()])?;
+        let frame = self.round_trip(hello.code(), 0, &hello.encode(), &[link.fence_fd()])?;
         self.socket.ask_for_sender(false).map_err(asked)?;
         let reply = match decode_reply(&frame.body, HelloReply::decode) {
             Ok(Ok(reply)) => reply,
@@ -275,8 +122,7 @@ impl Control {
         let [pidfd] = pidfd;
         let process = AgentProcess::new(pidfd, self.socket.sender(), reply.pid);
         let process = process.map_err(|why| self.lose(format!("the answer to hello: {why}")))?;
-        // Set once, since a hello is sent once.
-        let _ = self.link.process.set(Arc::new(process));
+        self.link.set_process(process);
         self.max_ranges = MAX_RANGES.min(reply.max_ranges as usize);
         Ok(())
     }
@@ -286,8 +132,7 @@ impl Control {
     pub(crate) fn hand_over(
         &mut self, log: BorrowedFd<'_>, log_bytes: u64, hooks: &OwnedFd,
     ) -> Result<(), Error> {
-        self.link.ownership.lock().admit(self.link.id);
-        self.link.fence.word.admit(self.link.id);
+        self.link.admit();
         let body = Encoder::new().u64(log_bytes).u64(0).finish();
         let taken = self.exchange(SET_LOG_BASE, 0, &body, &[log], |reply| {
             Ok((reply.u64("mmap_size")?, reply.u64("mmap_offset")?))
@@ -385,6 +230,19 @@ impl Control {
             }
             Err(malformed) => Err(self.lose(malformed_answer(request.code(), &malformed))),
         }
+    }
+
+    /// Hands a block to the agent.
+    pub(crate) fn add_block(&mut self, block: &Block, flags: u32) -> Result<BlockAdded, Error> {
+        let request = Request::AddBlock {
+            geometry: block.geometry.clone(),
+            fd_offset: block.fd_offset,
+            vmm_address: block.vmm_address,
+            flags,
+        };
+        let fds = [block.memory.as_fd(), block.discarded_fd.as_fd()];
+        let reply = self.request(&request, &fds, AddBlockReply::decode)?;
+        Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
     }
 
     /// As [`Control::request`], for a standard request, whose answer carries no code of success.

@@ -26,9 +26,10 @@
 
 use crate::block::Block;
 use crate::busy::while_busy;
-use crate::client::{Client, Session};
+use crate::client::Client;
 use crate::error::Error;
 use crate::ownership::Ownership;
+use crate::session::Session;
 use pageferry_protocol::control::request::{
     BlockRange, DISCARD_PUNCH, ErrorCode, RangesReply, Request,
 };

@@ -317,4 +317,11 @@ impl Error {
     pub(crate) fn kernel(what: &'static str) -> impl FnOnce(Errno) -> Self {
         move |source| Self::Kernel { what, source }
     }
+    /// The same for an error number that the standard library wraps.
+    pub(crate) fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |error| Self::Kernel {
+            what,
+            source: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+        }
+    }
 }

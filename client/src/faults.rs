@@ -31,20 +31,21 @@
 //!
 //! How a lost agent is found: see [`heartbeat`](crate::heartbeat).
 
-use crate::client::WeakClient;
-use crate::control::Link;
 use crate::error::Error;
-use crate::heartbeat::{BUSY, Ends, Heartbeat};
+use crate::heartbeat::{BUSY, Ends, Heartbeat, Probe};
+use crate::link::Link;
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
 use crate::registration::Registered;
+use crate::stop::{StopSource, StopToken, stop_pair};
+use crate::sync::lock;
 use crate::threads::{caught, start};
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::userfault::{MAX_FAULTS, Poisoned, Register, feature};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -86,14 +87,14 @@ enum State {
 /// The thread that answers who touches what is missing. Dropping this ends it.
 #[derive(Debug)]
 struct Poisoner {
-    stop: OwnedFd,
+    stop: StopSource,
     /// Returns the pages that it marked.
     thread: JoinHandle<Vec<Poisoned>>,
 }
 
 impl Faults {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Finds out whether [`Faults::register`] would work, without a trace: whoever touches a
@@ -109,7 +110,8 @@ impl Faults {
     /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for
     /// the agent.
     pub(crate) fn register(
-        &self, memory: &Memory, client: WeakClient, link: Arc<Link>,
+        self: &Arc<Self>, memory: &Memory, link: Arc<Link>, ownership: &Arc<SharedOwnership>,
+        probe: Probe,
     ) -> Result<OwnedFd, Error> {
         self.forget();
         let registered = Registered::all(memory, FEATURES, Register::Missing)?;
@@ -117,8 +119,33 @@ impl Faults {
         // The heartbeat may find the agent dead at once, and is to find the registration then.
         let mut state = self.state();
         let id = link.id;
-        *state = State::Pending { registered, _heartbeat: watch(client, link)?, link: id };
+        let heartbeat = self.watch(link, ownership, probe)?;
+        *state = State::Pending { registered, _heartbeat: heartbeat, link: id };
         Ok(for_agent)
+    }
+
+    /// Has the agent watched until what is returned is dropped.
+    fn watch(
+        self: &Arc<Self>, link: Arc<Link>, ownership: &Arc<SharedOwnership>, probe: Probe,
+    ) -> Result<Heartbeat, Error> {
+        let (weak, ownership, id) = (Arc::downgrade(self), Arc::clone(ownership), link.id);
+        let lost = move |stopped: StopToken| {
+            if let Some(faults) = weak.upgrade() {
+                faults.let_go(id, &ownership);
+            }
+            // The hook channel ends this when it has told the VMM.
+            if !stopped.is_stopped_within(GRACE)
+                && ownership.lock().ownership() == Ownership::Ours
+                && let Some(faults) = weak.upgrade()
+            {
+                log::error!(
+                    "memory is lost, and the VMM has not stopped its guest: who waits for a page gets SIGBUS"
+                );
+                faults.give_up(id, false);
+            }
+        };
+        // A VMM without a hook channel may still have an agent that places pages.
+        Heartbeat::start(probe, link, BUSY, Ends::Control, will_not_come, lost)
     }
 
     /// True while the guest may touch pages that are not here.
@@ -219,27 +246,6 @@ impl Faults {
     }
 }
 
-/// Has the agent watched until what is returned is dropped.
-fn watch(client: WeakClient, link: Arc<Link>) -> Result<Heartbeat, Error> {
-    let (weak, id) = (client.clone(), link.id);
-    // A VMM without a hook channel may still have an agent that places pages.
-    Heartbeat::start(client, link, BUSY, Ends::Control, will_not_come, move |stopped| {
-        if let Some(client) = weak.upgrade() {
-            client.faults().let_go(id, client.shared_ownership());
-        }
-        // The hook channel ends this when it has told the VMM.
-        if !stopped.within(GRACE)
-            && let Some(client) = weak.upgrade()
-            && client.ownership() == Ownership::Ours
-        {
-            log::error!(
-                "memory is lost, and the VMM has not stopped its guest: who waits for a page gets SIGBUS"
-            );
-            client.faults().give_up(id, false);
-        }
-    })
-}
-
 /// True if the job that was to bring the memory ended without all of it.
 fn will_not_come(status: &JobStatus) -> bool {
     let brings = matches!(status.kind, JobKind::Incoming | JobKind::Restore);
@@ -251,8 +257,7 @@ fn will_not_come(status: &JobStatus) -> bool {
 
 /// Starts the thread that poisons what is touched until what is returned is dropped.
 fn poison(registered: &Arc<Registered>) -> Result<Poisoner, Error> {
-    let (stopped, stop) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-        .map_err(Error::kernel("make a pipe"))?;
+    let (stop, stopped) = stop_pair()?;
     let weak = Arc::downgrade(registered);
     let run = move || {
         let mut faults = [0; MAX_FAULTS];
@@ -278,7 +283,7 @@ fn poison(registered: &Arc<Registered>) -> Result<Poisoner, Error> {
 /// Poisons the pages of the faults that come, for a while, and adds them to `marked`; false when it
 /// is to end, or cannot.
 fn answer(
-    registered: &Registered, stopped: &OwnedFd, faults: &mut [u64; MAX_FAULTS],
+    registered: &Registered, stopped: &StopToken, faults: &mut [u64; MAX_FAULTS],
     marked: &mut Vec<Poisoned>,
 ) -> bool {
     let until = Instant::now() + WAKE;

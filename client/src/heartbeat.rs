@@ -23,14 +23,14 @@
 //!
 //! [`Config::heartbeat`]: crate::Config::heartbeat
 
-use crate::client::WeakClient;
-use crate::control::Link;
 use crate::error::Error;
+use crate::link::Link;
+use crate::stop::{StopSource, StopToken, stop_pair};
 use crate::threads::{caught, start};
 use pageferry_protocol::control::job::JobStatus;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,20 +40,25 @@ pub(crate) const BUSY: Duration = Duration::from_millis(500);
 /// The thread. Dropping this ends it.
 #[derive(Debug)]
 pub(crate) struct Heartbeat {
-    _stop: OwnedFd,
+    _stop: StopSource,
 }
 
-/// What tells the thread that nobody is interested any more.
-#[derive(Debug)]
-pub(crate) struct Stopped(OwnedFd);
+/// Asks the agent for a sign of life: how its last job stands.
+///
+/// `None` if nobody has to ask, or if there was no answer; then the connection has ended, which the
+/// heartbeat sees by itself.
+#[derive(Clone)]
+pub(crate) struct Probe(Arc<dyn Fn() -> Option<JobStatus> + Send + Sync>);
 
-impl Stopped {
-    /// True if it came within this time.
-    pub(crate) fn within(&self, time: Duration) -> bool {
-        let deadline = std::time::Instant::now() + time;
-        // Its other end is never written to, only closed.
-        pageferry_protocol::control::socket::wait(self.0.as_fd(), PollFlags::IN, deadline)
-            != Ok(false)
+impl Probe {
+    pub(crate) fn new(ask: impl Fn() -> Option<JobStatus> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(ask))
+    }
+}
+
+impl std::fmt::Debug for Probe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Probe")
     }
 }
 
@@ -74,25 +79,12 @@ impl Heartbeat {
     /// # Errors
     /// If the thread cannot be started.
     pub(crate) fn start(
-        client: WeakClient, link: Arc<Link>, interval: Duration, ends: Ends,
+        probe: Probe, link: Arc<Link>, interval: Duration, ends: Ends,
         is_lost: impl Fn(&JobStatus) -> bool + Send + 'static,
-        lost: impl FnOnce(Stopped) + Send + 'static,
+        lost: impl FnOnce(StopToken) + Send + 'static,
     ) -> Result<Self, Error> {
-        let look = move || {
-            // A client that is dropped cuts the link.
-            let status = client.upgrade().and_then(|client| client.ask_for_life());
-            status.is_some_and(|status| is_lost(&status))
-        };
-        Self::watch(link, interval, ends, look, lost)
-    }
-
-    fn watch(
-        link: Arc<Link>, interval: Duration, ends: Ends, look: impl Fn() -> bool + Send + 'static,
-        lost: impl FnOnce(Stopped) + Send + 'static,
-    ) -> Result<Self, Error> {
-        let (stopped, stop) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-            .map_err(Error::kernel("make a pipe"))?;
-        let stopped = Stopped(stopped);
+        let (stop, stopped) = stop_pair()?;
+        let look = move || probe.0().is_some_and(|status| is_lost(&status));
         let run = move || {
             let watched = caught(|| {
                 let ends = &link.ends()[..if ends == Ends::Either { 2 } else { 1 }];
@@ -119,8 +111,8 @@ impl Heartbeat {
 
 /// Waits for the time between two beats: false if one of these sockets ended, `None` if the thread
 /// is to.
-fn beat(stopped: &Stopped, ends: &[BorrowedFd<'_>], interval: Duration) -> Option<bool> {
-    let mut polled = vec![PollFd::new(&stopped.0, PollFlags::IN)];
+fn beat(stopped: &StopToken, ends: &[BorrowedFd<'_>], interval: Duration) -> Option<bool> {
+    let mut polled = vec![PollFd::new(stopped, PollFlags::IN)];
     // Not for reading: answers are for whoever asked.
     polled.extend(ends.iter().map(|end| PollFd::from_borrowed_fd(*end, PollFlags::RDHUP)));
     // Cannot fail but for intervals of more than 292 billion years, which are as good as none.
@@ -142,11 +134,12 @@ mod tests {
     fn a_watch_that_panics_gives_the_agent_up_and_says_so() {
         let (link, far) = Link::for_test();
         let (say, heard) = channel();
-        let watch = Heartbeat::watch(
+        let watch = Heartbeat::start(
+            Probe::new(|| panic!("a defect")),
             Arc::new(link),
             Duration::from_millis(1),
             Ends::Either,
-            || panic!("a defect"),
+            |_| false,
             move |_| say.send(()).unwrap(),
         )
         .unwrap();

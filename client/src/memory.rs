@@ -9,11 +9,12 @@
 use crate::block::Block;
 use crate::error::Error;
 use crate::shared::sealed_memfd;
+use crate::sync::lock;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_MEM_SLOTS, PAGE_SIZE};
 use pageferry_protocol::shm::DirtyLog;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The dirty log and the blocks.
 #[derive(Debug)]
@@ -54,7 +55,7 @@ impl Memory {
     }
 
     fn blocks(&self) -> MutexGuard<'_, Blocks> {
-        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.blocks)
     }
 
     /// The block with this id.

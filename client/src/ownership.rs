@@ -41,8 +41,9 @@
 //! - The machine knows the current agent. What an earlier one asks to begin is refused
 //!   ([`Forbidden::Replaced`]); its word about a guest that it had is still heard.
 
+use crate::sync::lock;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// Whether the guest is this VMM's to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -448,7 +449,7 @@ impl SharedOwnership {
 
     /// The machine. Never hold it while calling a hook or the agent.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Machine> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.machine)
     }
 
     /// Waits until no other hook channel of this client is between a decision about the guest and
@@ -458,7 +459,7 @@ impl SharedOwnership {
     /// Only hook channels take it, and before any other lock. A hook may use the client while it is
     /// held, so nobody may wait for it who holds the session.
     pub(crate) fn turn(&self) -> Turn<'_> {
-        Turn(self.turn.lock().unwrap_or_else(PoisonError::into_inner))
+        Turn(lock(&self.turn))
     }
 
     /// The migration that the guest was given up to; `None` if it was not, or not to one that could

@@ -14,41 +14,11 @@
 //! [`Config::stall_timeout`]: crate::Config::stall_timeout
 //! [`Config::request_timeout`]: crate::Config::request_timeout
 
-use crate::client::Config;
-use crate::error::Error;
+use crate::config::Config;
 use crate::ownership::SharedOwnership;
 use crate::writes::Writes;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// Shortest time that a [`Config`] may name: with less, threads of the client would do nothing but
-/// look at the clock.
-const SHORTEST: Duration = Duration::from_millis(1);
-/// As good as never, and far from the end of the clock.
-const LONGEST: Duration = Duration::from_secs(1 << 32);
-
-/// The point in time at which this time is over. A time that the clock cannot add is as long as
-/// 136 years.
-pub(crate) fn deadline(time: Duration) -> Instant {
-    Instant::now() + time.min(LONGEST)
-}
-
-/// Refuses a configuration whose times are too short.
-///
-/// # Errors
-/// Which one, and what is allowed.
-pub(crate) fn check(config: &Config) -> Result<(), Error> {
-    let Config { request_timeout, stall_timeout, heartbeat, log_covers: _ } = *config;
-    let times = [
-        ("request_timeout", request_timeout),
-        ("stall_timeout", stall_timeout),
-        ("heartbeat", heartbeat),
-    ];
-    match times.into_iter().find(|(_, time)| *time < SHORTEST) {
-        Some((field, value)) => Err(Error::TooShort { field, value, shortest: SHORTEST }),
-        None => Ok(()),
-    }
-}
+use std::time::Duration;
 
 /// How long the agent may take, given what depends on it just now.
 #[derive(Debug, Clone)]
@@ -85,34 +55,5 @@ impl Patience {
     /// The same at its most.
     pub(crate) fn most(&self) -> Duration {
         self.request_timeout
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_time_is_too_long_for_the_clock() {
-        assert!(deadline(Duration::MAX) > Instant::now());
-    }
-
-    #[test]
-    fn times_that_are_too_short_are_refused_by_name() {
-        check(&Config::default()).unwrap();
-        check(&Config { request_timeout: Duration::MAX, ..Config::default() }).unwrap();
-        let short = Duration::from_micros(1);
-        let configs = [
-            ("request_timeout", Config { request_timeout: short, ..Config::default() }),
-            ("stall_timeout", Config { stall_timeout: short, ..Config::default() }),
-            ("heartbeat", Config { heartbeat: Duration::ZERO, ..Config::default() }),
-        ];
-        for (field, config) in configs {
-            let error = check(&config).unwrap_err().to_string();
-            assert!(
-                error.starts_with(field) && error.ends_with("allowed are 1ms and more"),
-                "{error}"
-            );
-        }
     }
 }

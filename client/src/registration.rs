@@ -45,12 +45,7 @@ impl Registered {
 
     /// A duplicate of the userfaultfd, for the agent.
     pub(crate) fn duplicate(&self) -> Result<OwnedFd, Error> {
-        let duplicate = self.uffd.as_fd().try_clone_to_owned();
-        let errno = |source| Error::Kernel {
-            what: "duplicate a userfaultfd",
-            source: crate::block::errno(&source),
-        };
-        duplicate.map_err(errno)
+        self.uffd.as_fd().try_clone_to_owned().map_err(Error::io("duplicate a userfaultfd"))
     }
 
     /// Takes the registration back, which lifts all protection, and wakes who waits. Whoever holds

@@ -4,7 +4,8 @@
 //! has to be inheritable in this process at any time, where another thread's child could inherit
 //! it, too.
 
-use crate::client::{Client, Config};
+use crate::client::Client;
+use crate::config::Config;
 use crate::control::socket_pair;
 use crate::error::Error;
 use crate::hooks::HookChannel;

@@ -18,16 +18,15 @@
 //! This must not take the thread of the hook channel, which may itself wait for a page, in a hook.
 //! So the heartbeat does it, too: whichever comes first.
 
-use crate::client::WeakClient;
-use crate::control::Link;
 use crate::error::Error;
-use crate::heartbeat::{BUSY, Ends, Heartbeat};
-use crate::hooks::HookError;
+use crate::heartbeat::{BUSY, Ends, Heartbeat, Probe};
+use crate::link::Link;
 use crate::memory::Memory;
 use crate::registration::Registered;
+use crate::sync::lock;
 use pageferry_protocol::userfault::{Register, feature};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The registration, if there is one. Shared by a client and its hook channels.
 #[derive(Debug, Default)]
@@ -49,19 +48,19 @@ struct Watched {
 
 impl Writes {
     fn watched(&self) -> MutexGuard<'_, Option<Watched>> {
-        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.watched)
     }
 
     fn announced(&self) -> MutexGuard<'_, Option<u64>> {
-        self.announced.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.announced)
     }
 
     /// Tells the VMM by `tell` that the agent of this connection watches writes. False, and nothing
     /// is told, if this agent, or a later one, does already. One that takes over from an earlier
     /// agent tells it again; the end of the earlier one is not told then.
-    pub(crate) fn announce(
-        &self, link: u64, tell: impl FnOnce() -> Result<(), HookError>,
-    ) -> Result<bool, HookError> {
+    pub(crate) fn announce<E>(
+        &self, link: u64, tell: impl FnOnce() -> Result<(), E>,
+    ) -> Result<bool, E> {
         let mut announced = self.announced();
         if announced.is_some_and(|by| by >= link) {
             return Ok(false);
@@ -84,7 +83,7 @@ impl Writes {
     /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for
     /// the agent; `None` if this one, or one after it, has it already.
     pub(crate) fn watch(
-        self: &Arc<Self>, memory: &Memory, client: WeakClient, link: Arc<Link>,
+        self: &Arc<Self>, memory: &Memory, link: Arc<Link>, probe: Probe,
     ) -> Result<Option<OwnedFd>, Error> {
         // Kept until the end: the heartbeat may find the agent dead at once, and is to find the
         // registration then.
@@ -100,7 +99,7 @@ impl Writes {
         let for_agent = registered.duplicate()?;
         let weak = Arc::downgrade(self);
         let heartbeat = Heartbeat::start(
-            client,
+            probe,
             link,
             BUSY,
             Ends::Either,

@@ -15,11 +15,10 @@ use super::end::is_last_word;
 use super::guarded::Guarded;
 use super::state::{read_pieces, write_pieces};
 use super::{ClearPages, HookError, Hooks};
-use crate::client::WeakClient;
-use crate::control::Link;
 use crate::error::Error;
 use crate::faults::Faults;
-use crate::heartbeat::{BUSY, Ends, Heartbeat};
+use crate::heartbeat::{BUSY, Ends, Heartbeat, Probe};
+use crate::link::Link;
 use crate::memory::Memory;
 use crate::ownership::{Forbidden, Migration, Resume, SharedOwnership};
 use crate::threads::{caught, start};
@@ -79,7 +78,7 @@ pub(crate) struct Parts {
     pub(crate) faults: Arc<Faults>,
     pub(crate) writes: Arc<Writes>,
     pub(crate) tracking: Arc<Tracking>,
-    pub(crate) client: WeakClient,
+    pub(crate) probe: Probe,
 }
 
 impl AsFd for HookChannel {
@@ -285,8 +284,9 @@ impl HookChannel {
             hooks.memory_pending().map_err(failed)?;
             let registered = self.parts.faults.register(
                 &self.parts.memory,
-                self.parts.client.clone(),
                 Arc::clone(&self.link),
+                &self.parts.ownership,
+                self.parts.probe.clone(),
             );
             registered.map_err(|error| {
                 // Announced, and not to be: nothing is missing after all.
@@ -304,7 +304,7 @@ impl HookChannel {
     }
 
     fn watched(&self, hooks: &mut dyn Hooks) -> Reply<OwnedFd> {
-        let Parts { memory, client, ownership, writes, tracking, .. } = &self.parts;
+        let Parts { memory, probe, ownership, writes, tracking, .. } = &self.parts;
         let link = self.link.id;
         ownership.lock().watch_writes(link).map_err(forbidden)?;
         self.check_whole()?;
@@ -313,7 +313,7 @@ impl HookChannel {
             return Err(already());
         }
         let watched = tracking.suspend(link).map_err(RemoteError::from).and_then(|()| match writes
-            .watch(memory, client.clone(), Arc::clone(&self.link))
+            .watch(memory, Arc::clone(&self.link), probe.clone())
         {
             Ok(Some(for_agent)) => Ok(for_agent),
             Ok(None) => Err(already()),
@@ -478,8 +478,8 @@ impl HookChannel {
         let cut = move |_| {
             link.cut();
         };
-        let client = self.parts.client.clone();
-        Heartbeat::start(client, Arc::clone(&self.link), BUSY, Ends::Control, |_| false, cut)
+        let probe = self.parts.probe.clone();
+        Heartbeat::start(probe, Arc::clone(&self.link), BUSY, Ends::Control, |_| false, cut)
     }
 
     fn resume(&mut self, force: bool, paused: bool, hooks: &mut dyn Hooks) -> Reply<()> {

@@ -20,10 +20,11 @@
 use crate::error::Error;
 use crate::memory::Memory;
 use crate::registration::Registered;
+use crate::sync::lock;
 use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::error::chain;
 use pageferry_protocol::userfault::{Register, feature};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// Features that write-protect scanning needs.
 pub(crate) const SCANNING: u64 =
@@ -70,7 +71,7 @@ impl From<Replaced> for RemoteError {
 
 impl Tracking {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// The agent of this connection has the VMM's own tracker started, by `start`.

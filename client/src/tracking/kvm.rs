@@ -16,6 +16,7 @@
 //! 4.117, 7.18.
 #![allow(unsafe_code)]
 
+use crate::sync::lock;
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
@@ -27,7 +28,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
 use std::ffi::c_void;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 /// Pages in one word of a KVM bitmap. KVM counts clear ranges in whole words.
 const WORD_PAGES: u64 = 64;
@@ -235,7 +236,7 @@ impl KvmDirtyLog {
     /// If a slot does not log. What the slots before it had to say is in `log`, where it does no
     /// harm.
     pub fn sync(&self, log: &DirtyLog) -> Result<(), KvmLogError> {
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = lock(&self.scratch);
         for slot in &self.slots {
             let words = &mut scratch[..slot.pages().div_ceil(WORD_PAGES) as usize];
             self.fetch(slot, words)?;
@@ -254,7 +255,7 @@ impl KvmDirtyLog {
     /// # Errors
     /// If a slot does not log. The pages of the slots before it are then cleared.
     pub fn clear(&self, first: u64, bitmap: &[u64]) -> Result<(), KvmLogError> {
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = lock(&self.scratch);
         let end = first.saturating_add(bitmap.len() as u64 * WORD_PAGES);
         for slot in &self.slots {
             let slot_first = slot.first_page();
