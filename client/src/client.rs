@@ -9,7 +9,7 @@ use crate::deadline::deadline;
 use crate::error::Error;
 use crate::faults::Faults;
 use crate::heartbeat::{Ends, Heartbeat, Probe};
-use crate::hooks::{HookChannel, Parts};
+use crate::hooks::{HookChannel, HookContext};
 use crate::link::Link;
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
@@ -123,19 +123,16 @@ impl Client {
 
     fn channel(&self, hooks: OwnedFd, link: Arc<Link>) -> HookChannel {
         let Inner { config, memory, ownership, faults, writes, tracking, .. } = &*self.inner;
-        HookChannel::new(
-            hooks,
+        let context = HookContext {
             link,
-            Parts {
-                memory: Arc::clone(memory),
-                ownership: Arc::clone(ownership),
-                faults: Arc::clone(faults),
-                writes: Arc::clone(writes),
-                tracking: Arc::clone(tracking),
-                probe: self.probe(),
-            },
-            config.request_timeout,
-        )
+            memory: Arc::clone(memory),
+            ownership: Arc::clone(ownership),
+            faults: Arc::clone(faults),
+            writes: Arc::clone(writes),
+            tracking: Arc::clone(tracking),
+            probe: self.probe(),
+        };
+        HookChannel::new(hooks, context, config.request_timeout)
     }
 
     /// Hands everything to a new agent that listens at `path`; see [`Client::reattach_socket`].

@@ -1,42 +1,35 @@
-//! The hook channel: reads the agent's requests, turns the line of `one-owner` where they say so,
-//! calls the VMM, answers.
+//! The hook channel: reads the requests of the agent, calls the VMM, and answers.
 //!
-//! An agent may be broken or lie (`vmm-survives`): an unknown hook, a malformed one, or one that is
-//! not allowed now gets an error as its answer. What cannot be followed any more, and the end of
-//! the connection, are the end of the agent: the guest is resumed if it was paused through this
-//! channel and is ours; if its operator had paused it before, it stays paused.
+//! An agent may be broken or lie (`vmm-survives`). A hook that is unknown, malformed or not allowed
+//! now is answered by an error. If the channel cannot be read any more, or the connection ends, the
+//! agent is lost: the guest is resumed if it was paused through this channel and is still ours. A
+//! guest that its operator had paused stays paused.
 //!
-//! An agent that hangs keeps its sockets open. So while the guest stands still for it, a
-//! [heartbeat](crate::heartbeat) finds that out and cuts the link, which is the end here. Only
-//! before the line of `one-owner`: after it nothing is gained by giving an agent up, which may
-//! still say that no commit left.
+//! An agent that hangs keeps its sockets open. So while the guest is paused for the agent, a
+//! [heartbeat](crate::heartbeat) watches the agent and cuts the link if it hangs, which ends this
+//! channel. The heartbeat stops when the guest is relinquished (`one-owner`). After that nothing is
+//! gained by giving the agent up, since it may still say that no commit was sent.
 
-use super::end::is_last_word;
+use super::api::Hooks;
+use super::context::{HookContext, forbidden};
+use super::end::{check_alive, end, is_answered_after_end};
 use super::guarded::Guarded;
-use super::state::{read_pieces, write_pieces};
-use super::{ClearPages, HookError, Hooks};
+use super::{guest, memory, trackers};
 use crate::error::Error;
-use crate::faults::Faults;
-use crate::heartbeat::{BUSY, Ends, Heartbeat, Probe};
-use crate::link::Link;
-use crate::memory::Memory;
-use crate::ownership::{Forbidden, Migration, Resume, SharedOwnership};
+use crate::heartbeat::Heartbeat;
+use crate::ownership::Migration;
 use crate::threads::{caught, start};
-use crate::tracking::active::Tracking;
-use crate::writes::Writes;
-use pageferry_protocol::control::Trackers;
-use pageferry_protocol::control::hook::{self, Hook, PieceSize, SavedState};
-use pageferry_protocol::control::hook::{encode_hook_reply, encode_state_reply, reply_sequence};
-use pageferry_protocol::control::job::{JobStatus, RunState};
+use pageferry_protocol::control::frame::FLAG_REPLY;
+use pageferry_protocol::control::hook::{
+    self, Hook, encode_hook_reply, encode_state_reply, reply_sequence,
+};
 use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::control::socket::wait;
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::chain;
-use pageferry_protocol::shm::words_for;
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -60,25 +53,12 @@ pub enum Dispatch {
 #[derive(Debug)]
 pub struct HookChannel {
     socket: FrameSocket,
-    pub(super) link: Arc<Link>,
-    pub(super) parts: Parts,
+    context: HookContext,
     /// How long the agent may take to make room for an answer.
     timeout: Duration,
-    pub(super) closed: bool,
-    /// While the guest is paused, or may be, and the agent has not asked for the line of
-    /// `one-owner`.
-    pub(super) paused: Option<Heartbeat>,
-}
-
-/// What a channel shares with its client.
-#[derive(Debug)]
-pub(crate) struct Parts {
-    pub(crate) memory: Arc<Memory>,
-    pub(crate) ownership: Arc<SharedOwnership>,
-    pub(crate) faults: Arc<Faults>,
-    pub(crate) writes: Arc<Writes>,
-    pub(crate) tracking: Arc<Tracking>,
-    pub(crate) probe: Probe,
+    closed: bool,
+    /// Watches the agent while the guest is paused, or may be, and is not relinquished.
+    paused: Option<Heartbeat>,
 }
 
 impl AsFd for HookChannel {
@@ -89,17 +69,18 @@ impl AsFd for HookChannel {
 
 impl Drop for HookChannel {
     fn drop(&mut self) {
+        let HookContext { link, writes, tracking, .. } = &self.context;
         // The link keeps a duplicate, so closing alone would leave the agent waiting for its
         // deadline.
-        self.link.cut_hooks();
-        self.parts.writes.lost(self.link.id);
-        self.parts.tracking.stop_scanning(self.link.id);
+        link.cut_hooks();
+        writes.lost(link.id);
+        tracking.stop_scanning(link.id);
     }
 }
 
 impl HookChannel {
-    pub(crate) fn new(socket: OwnedFd, link: Arc<Link>, parts: Parts, timeout: Duration) -> Self {
-        Self { socket: socket.into(), link, parts, timeout, closed: false, paused: None }
+    pub(crate) fn new(socket: OwnedFd, context: HookContext, timeout: Duration) -> Self {
+        Self { socket: socket.into(), context, timeout, closed: false, paused: None }
     }
 
     /// Answers every hook that is pending, without waiting for more. A hook that panics fails; see
@@ -132,7 +113,7 @@ impl HookChannel {
                 Err(SocketError::Closed | SocketError::Cut { .. }) => self.end(hooks),
                 Err(source) => {
                     // It breaks the protocol.
-                    self.link.give_up();
+                    self.context.link.give_up();
                     self.end(hooks);
                     return Err(Error::HookChannel { source });
                 }
@@ -171,24 +152,11 @@ impl HookChannel {
         Ok(HookThread { thread: start("pageferry-hooks", run)? })
     }
 
-    /// The guest is as it was before it was paused, or as it is to be where it arrived. The caller
-    /// has the turn.
-    pub(super) fn go_back(
-        &self, run_state: RunState, hooks: &mut dyn Hooks,
-    ) -> Result<(), HookError> {
-        let done = match run_state {
-            RunState::Running => hooks.resume(),
-            RunState::Paused => hooks.stay_paused(),
-        };
-        self.parts.ownership.lock().resumed(self.link.id, done.is_ok());
-        done
-    }
-
-    /// The guest's run state, apart from a pause of ours.
-    fn run_state(&self, hooks: &mut dyn Hooks) -> Result<RunState, HookError> {
-        // The VMM is asked without the lock.
-        let known = self.parts.ownership.lock().run_state_before_pause();
-        known.map_or_else(|| hooks.run_state(), Ok)
+    /// The end of the agent, or of its right to be answered.
+    fn end(&mut self, hooks: &mut dyn Hooks) {
+        self.closed = true;
+        self.paused = None;
+        end(&self.context, hooks);
     }
 
     /// Handles one frame. An error means that the answer could not be sent.
@@ -198,39 +166,11 @@ impl HookChannel {
             return Ok(());
         }
         let sequence = reply_sequence(&frame.body).unwrap_or(NO_SEQUENCE);
-        let decoded = match Hook::decode(frame.request, &frame.body) {
-            Some(Ok((_, hook))) => Ok(hook),
-            Some(Err(error)) => Err(RemoteError::new(ErrorCode::Invalid, error)),
-            None => {
-                let sentence = format!("hook {:#x} is unknown", frame.request);
-                Err(RemoteError::new(ErrorCode::Unsupported, sentence))
-            }
-        };
-        let decoded = decoded.and_then(|hook| {
-            if !is_last_word(&hook) {
-                self.check_alive()?;
-            }
-            Ok(hook)
-        });
-        match decoded {
-            Ok(Hook::Event { status }) => {
-                self.event(&status, hooks);
-                Ok(())
-            }
-            Ok(Hook::SaveState) => self.save_state(sequence, hooks),
+        match self.decode(&frame) {
             Ok(Hook::Relinquish { session, release }) => {
                 self.relinquish(sequence, Migration { session, release })
             }
-            Ok(Hook::RegisterFaults) => self.register_faults(sequence, hooks),
-            Ok(Hook::WatchWrites) => self.watch_writes(sequence, hooks),
-            Ok(other) => {
-                let name = other.name();
-                let reply = self.call(other, &frame.fds, hooks);
-                if let Err(error) = &reply {
-                    log::warn!("hook {name}: {error}");
-                }
-                self.answer(frame.request, &encode_hook_reply(sequence, &reply), &[])
-            }
+            Ok(hook) => self.call(hook, sequence, &frame.fds, hooks),
             Err(error) => {
                 log::warn!("hook {:#x} refused: {error}", frame.request);
                 // Nobody waits for the answer to an event.
@@ -242,331 +182,124 @@ impl HookChannel {
         }
     }
 
-    fn answer(&self, request: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), SocketError> {
-        use pageferry_protocol::control::frame::FLAG_REPLY;
-        self.socket.send_parts(request, FLAG_REPLY, body, fds, Instant::now() + self.timeout)
-    }
-
-    fn event(&self, status: &JobStatus, hooks: &mut dyn Hooks) {
-        self.parts.ownership.lock().event(self.link.id, status);
-        hooks.event(status);
-    }
-
-    /// The line of `one-owner`: turned before the answer leaves, turned back only if the agent
-    /// cannot have the answer.
-    fn relinquish(&mut self, sequence: u64, migration: Migration) -> Result<(), SocketError> {
-        let reply =
-            self.parts.ownership.lock().relinquish(self.link.id, migration).map_err(forbidden);
-        if let Err(error) = &reply {
-            log::warn!("hook relinquish: {error}");
+    /// The hook in a frame, if the agent may still call it.
+    fn decode(&self, frame: &Frame) -> Reply<Hook> {
+        let hook = match Hook::decode(frame.request, &frame.body) {
+            Some(Ok((_, hook))) => hook,
+            Some(Err(error)) => return Err(RemoteError::new(ErrorCode::Invalid, error)),
+            None => {
+                let sentence = format!("hook {:#x} is unknown", frame.request);
+                return Err(RemoteError::new(ErrorCode::Unsupported, sentence));
+            }
+        };
+        if !is_answered_after_end(&hook) {
+            check_alive(&self.context.link)?;
         }
-        if reply.is_ok() {
-            self.paused = None;
+        Ok(hook)
+    }
+
+    /// Calls the VMM, and answers with what the hook returns.
+    fn call(
+        &mut self, hook: Hook, sequence: u64, fds: &[OwnedFd], hooks: &mut dyn Hooks,
+    ) -> Result<(), SocketError> {
+        let (name, code) = (hook.name(), hook.code());
+        let context = &self.context;
+        let reply = match hook {
+            Hook::Event { status } => {
+                context.ownership.lock().event(context.link.id, &status);
+                hooks.event(&status);
+                return Ok(());
+            }
+            Hook::SaveState => {
+                let saved = guest::save_state(context, hooks);
+                let (reply, file) = split(name, saved);
+                return self.answer_with(code, &encode_state_reply(sequence, &reply), file);
+            }
+            Hook::RegisterFaults => {
+                let registered = memory::register_faults(context, hooks);
+                return self.answer_userfaultfd(name, code, sequence, registered);
+            }
+            Hook::WatchWrites => {
+                let watched = memory::watch_writes(context, hooks);
+                return self.answer_userfaultfd(name, code, sequence, watched);
+            }
+            Hook::Pause => guest::pause(context, &mut self.paused, hooks),
+            Hook::Resume { force, paused } => {
+                guest::resume(context, &mut self.paused, force, paused, hooks)
+            }
+            Hook::LoadState { pieces } => guest::load_state(context, pieces, fds, hooks),
+            Hook::PrepareRestore { path } => {
+                guest::prepare_restore(context, Path::new(&path), hooks)
+            }
+            Hook::StartTracking { sources } => trackers::start(context, sources, hooks),
+            Hook::StopTracking { sources } => trackers::stop(context, sources, hooks),
+            Hook::SyncTracker => trackers::sync(context, hooks),
+            Hook::ClearTracker { block, first, bitmap } => {
+                trackers::clear(context, block, first, bitmap, hooks)
+            }
+            Hook::Throttle { percent } => trackers::throttle(context, percent, hooks),
+            Hook::ProbeFaults => memory::probe_faults(context),
+            Hook::UnregisterFaults { complete } => {
+                memory::unregister_faults(context, complete, hooks);
+                Ok(())
+            }
+            Hook::UnwatchWrites => {
+                memory::unwatch_writes(context, hooks);
+                Ok(())
+            }
+            // `handle` has answered it.
+            Hook::Relinquish { .. } => return Ok(()),
+        };
+        if let Err(error) = &reply {
+            log::warn!("hook {name}: {error}");
+        }
+        self.answer(code, &encode_hook_reply(sequence, &reply), &[])
+    }
+
+    /// Gives the guest up (`one-owner`). Ownership changes before the answer is sent, and changes
+    /// back only if the agent cannot have received the answer.
+    fn relinquish(&mut self, sequence: u64, migration: Migration) -> Result<(), SocketError> {
+        let HookContext { ownership, link, .. } = &self.context;
+        let reply = ownership.lock().relinquish(link.id, migration).map_err(forbidden);
+        match &reply {
+            Ok(()) => self.paused = None,
+            Err(error) => log::warn!("hook relinquish: {error}"),
         }
         let sent = self.answer(hook::code::RELINQUISH, &encode_hook_reply(sequence, &reply), &[]);
         if sent.is_err() && reply.is_ok() {
-            self.parts.ownership.lock().relinquish_unanswered(self.link.id);
+            ownership.lock().relinquish_unanswered(link.id);
         }
         sent
     }
 
-    fn register_faults(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
-        let turn = self.parts.ownership.turn();
-        // As for the state: nobody else's guest is to come into our memory.
-        let allowed = self.parts.ownership.lock().load_state(self.link.id).map_err(forbidden);
-        let registered = allowed.and_then(|()| {
-            if self.parts.faults.pending() {
-                return Err(RemoteError::new(
-                    ErrorCode::State,
-                    "the mappings are registered already",
-                ));
-            }
-            hooks.memory_pending().map_err(failed)?;
-            let registered = self.parts.faults.register(
-                &self.parts.memory,
-                Arc::clone(&self.link),
-                &self.parts.ownership,
-                self.parts.probe.clone(),
-            );
-            registered.map_err(|error| {
-                // Announced, and not to be: nothing is missing after all.
-                hooks.memory_complete();
-                RemoteError::new(ErrorCode::System, chain(&error))
-            })
-        });
-        drop(turn);
-        self.answer_with_userfaultfd(&Hook::RegisterFaults, sequence, registered)
-    }
-
-    fn watch_writes(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
-        let watched = self.watched(hooks);
-        self.answer_with_userfaultfd(&Hook::WatchWrites, sequence, watched)
-    }
-
-    fn watched(&self, hooks: &mut dyn Hooks) -> Reply<OwnedFd> {
-        let Parts { memory, probe, ownership, writes, tracking, .. } = &self.parts;
-        let link = self.link.id;
-        ownership.lock().watch_writes(link).map_err(forbidden)?;
-        self.check_whole()?;
-        let already = || RemoteError::new(ErrorCode::State, "writes are watched already");
-        if !writes.announce(link, || hooks.writes_watched()).map_err(failed)? {
-            return Err(already());
-        }
-        let watched = tracking.suspend(link).map_err(RemoteError::from).and_then(|()| match writes
-            .watch(memory, Arc::clone(&self.link), probe.clone())
-        {
-            Ok(Some(for_agent)) => Ok(for_agent),
-            Ok(None) => Err(already()),
-            Err(error) => Err(RemoteError::new(ErrorCode::System, chain(&error))),
-        });
-        if watched.is_err() {
-            if !writes.are_watched() {
-                tracking.resume(memory);
-            }
-            // Announced, and not to be.
-            writes.withdraw(link, || hooks.writes_unwatched());
-        }
-        watched
-    }
-
-    fn answer_with_userfaultfd(
-        &self, hook: &Hook, sequence: u64, made: Reply<OwnedFd>,
+    fn answer_userfaultfd(
+        &self, name: &str, code: u32, sequence: u64, uffd: Reply<OwnedFd>,
     ) -> Result<(), SocketError> {
-        let (reply, fd) = match made {
-            Ok(fd) => (Ok(()), Some(fd)),
-            Err(error) => {
-                log::warn!("hook {}: {error}", hook.name());
-                (Err(error), None)
-            }
-        };
-        let fds: Vec<BorrowedFd<'_>> = fd.iter().map(AsFd::as_fd).collect();
-        self.answer(hook.code(), &encode_hook_reply(sequence, &reply), &fds)
+        let (reply, uffd) = split(name, uffd.map(|uffd| ((), uffd)));
+        self.answer_with(code, &encode_hook_reply(sequence, &reply), uffd)
     }
 
-    fn unregister_faults(&self, complete: bool, hooks: &mut dyn Hooks) {
-        let turn = self.parts.ownership.turn();
-        if complete && self.parts.faults.pending_by(self.link.id) {
-            self.parts.faults.unregister();
-            hooks.memory_complete();
-        } else {
-            drop(turn);
-            self.give_memory_up(hooks);
-        }
+    fn answer_with(
+        &self, code: u32, body: &[u8], file: Option<OwnedFd>,
+    ) -> Result<(), SocketError> {
+        let fds: Vec<BorrowedFd<'_>> = file.iter().map(AsFd::as_fd).collect();
+        self.answer(code, body, &fds)
     }
 
-    fn save_state(&self, sequence: u64, hooks: &mut dyn Hooks) -> Result<(), SocketError> {
-        // Also here: a guest that the VMM stopped by itself is paused by no hook.
-        let saved = self.check_whole().and_then(|()| {
-            let guest = self.run_state(hooks).map_err(no_run_state)?;
-            let (pieces, file) =
-                hooks.save_state().and_then(|pieces| write_pieces(&pieces)).map_err(failed)?;
-            Ok((guest, pieces, file))
-        });
-        match saved {
-            Ok((guest, pieces, file)) => {
-                let saved = Ok(SavedState { guest, pieces });
-                self.answer(
-                    hook::code::SAVE_STATE,
-                    &encode_state_reply(sequence, &saved),
-                    &[file.as_fd()],
-                )
-            }
-            Err(error) => {
-                log::warn!("hook save state: {error}");
-                self.answer(hook::code::SAVE_STATE, &encode_state_reply(sequence, &Err(error)), &[])
-            }
-        }
-    }
-
-    /// Nobody takes what is missing for zero: it is neither sent nor saved.
-    fn check_whole(&self) -> Reply<()> {
-        if self.parts.faults.is_whole() {
-            Ok(())
-        } else {
-            Err(RemoteError::new(ErrorCode::State, Error::MemoryLost))
-        }
-    }
-
-    /// The hooks whose answer is success or an error.
-    fn call(&mut self, hook: Hook, fds: &[OwnedFd], hooks: &mut dyn Hooks) -> Reply<()> {
-        match hook {
-            Hook::Pause => self.pause(hooks),
-            Hook::Resume { force, paused } => self.resume(force, paused, hooks),
-            Hook::StartTracking { sources } => self.start_tracking(sources, hooks),
-            Hook::StopTracking { sources } => self.stop_tracking(sources, hooks),
-            Hook::SyncTracker => {
-                let log = &self.parts.memory.log;
-                self.parts
-                    .tracking
-                    .use_hooks(self.link.id, || hooks.sync_tracker(log).map_err(failed))
-            }
-            Hook::ClearTracker { block, first, bitmap } => {
-                self.clear_tracker(block, first, bitmap, hooks)
-            }
-            Hook::Throttle { percent } => {
-                let throttle = || hooks.throttle(percent).map_err(failed);
-                self.parts.tracking.throttle(self.link.id, percent, throttle)
-            }
-            Hook::LoadState { pieces } => self.load_state(pieces, fds, hooks),
-            Hook::UnregisterFaults { complete } => {
-                self.unregister_faults(complete, hooks);
-                Ok(())
-            }
-            Hook::UnwatchWrites => {
-                if self.parts.writes.unwatch(self.link.id) {
-                    self.parts.tracking.resume(&self.parts.memory);
-                }
-                self.parts.writes.withdraw(self.link.id, || hooks.writes_unwatched());
-                Ok(())
-            }
-            Hook::PrepareRestore { path } => self.prepare_restore(Path::new(&path), hooks),
-            Hook::ProbeFaults => {
-                let probed = self.parts.faults.probe(&self.parts.memory);
-                probed.map_err(|error| RemoteError::new(ErrorCode::Unsupported, chain(&error)))
-            }
-            // Answered before it comes here.
-            Hook::SaveState
-            | Hook::Relinquish { .. }
-            | Hook::RegisterFaults
-            | Hook::WatchWrites
-            | Hook::Event { .. } => Ok(()),
-        }
-    }
-
-    fn start_tracking(&self, sources: Trackers, hooks: &mut dyn Hooks) -> Reply<()> {
-        let (tracking, link) = (&self.parts.tracking, self.link.id);
-        if sources.contains(Trackers::HOOKS) {
-            tracking.start_hooks(link, || hooks.start_tracking().map_err(failed))?;
-        }
-        if sources.contains(Trackers::WRITE_PROTECT) {
-            tracking.start_scanning(link, &self.parts.memory)?;
-        }
-        Ok(())
-    }
-
-    fn stop_tracking(&self, sources: Trackers, hooks: &mut dyn Hooks) -> Reply<()> {
-        let (tracking, link) = (&self.parts.tracking, self.link.id);
-        if sources.contains(Trackers::WRITE_PROTECT) {
-            tracking.stop_scanning(link);
-        }
-        if sources.contains(Trackers::HOOKS) {
-            tracking.stop_hooks(link, || hooks.stop_tracking()).map_err(failed)?;
-        }
-        Ok(())
-    }
-
-    fn pause(&mut self, hooks: &mut dyn Hooks) -> Reply<()> {
-        let _turn = self.parts.ownership.turn();
-        self.parts.ownership.lock().pause(self.link.id).map_err(forbidden)?;
-        self.check_whole()?;
-        // First: no guest stands still without it, and none for the time that it takes.
-        let heartbeat =
-            self.watch().map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
-        let before = self.run_state(hooks).map_err(no_run_state)?;
-        let paused = hooks.pause();
-        self.parts.ownership.lock().paused(self.link.id, paused.is_ok(), before);
-        // Also if it failed: it may have stopped a part of the guest.
-        self.paused = Some(heartbeat);
-        paused.map_err(failed)
-    }
-
-    /// Has the link cut if the agent hangs, until what is returned is dropped.
-    fn watch(&self) -> Result<Heartbeat, Error> {
-        let link = Arc::clone(&self.link);
-        // The end of the hook channel is seen here anyway.
-        // Whoever found that it hangs has it killed.
-        let cut = move |_| {
-            link.cut();
-        };
-        let probe = self.parts.probe.clone();
-        Heartbeat::start(probe, Arc::clone(&self.link), BUSY, Ends::Control, |_| false, cut)
-    }
-
-    fn resume(&mut self, force: bool, paused: bool, hooks: &mut dyn Hooks) -> Reply<()> {
-        let _turn = self.parts.ownership.turn();
-        let decided =
-            self.parts.ownership.lock().resume(self.link.id, force, paused).map_err(forbidden)?;
-        match decided {
-            Resume::Already => Ok(()),
-            Resume::To(run_state) => {
-                let resumed = self.go_back(run_state, hooks);
-                if resumed.is_ok() {
-                    self.paused = None;
-                }
-                resumed.map_err(failed)
-            }
-        }
-    }
-
-    /// Ownership turns before the answer leaves, as when the VMM itself starts a restore.
-    fn prepare_restore(&self, image: &Path, hooks: &mut dyn Hooks) -> Reply<()> {
-        let _turn = self.parts.ownership.turn();
-        self.parts.ownership.lock().prepare_restore(self.link.id).map_err(forbidden)?;
-        hooks.prepare_restore(image).map_err(failed)?;
-        self.parts.ownership.lock().await_guest(self.link.id).map_err(forbidden)?;
-        self.parts.faults.forget();
-        Ok(())
-    }
-
-    fn load_state(
-        &self, pieces: Vec<PieceSize>, fds: &[OwnedFd], hooks: &mut dyn Hooks,
-    ) -> Reply<()> {
-        let _turn = self.parts.ownership.turn();
-        self.parts.ownership.lock().load_state(self.link.id).map_err(forbidden)?;
-        let [file] = fds else {
-            let sentence =
-                format!("load state came with {} file descriptors, expected 1", fds.len());
-            return Err(RemoteError::new(ErrorCode::Invalid, sentence));
-        };
-        // The answer to the VMM that asked for this guest may still be on its way.
-        self.parts.faults.forget();
-        read_pieces(pieces, file.as_fd()).and_then(|state| hooks.load_state(state)).map_err(failed)
-    }
-
-    fn clear_tracker(
-        &self, id: u32, first: u64, mut bitmap: Vec<u64>, hooks: &mut dyn Hooks,
-    ) -> Reply<()> {
-        let Some(block) = self.parts.memory.block(id) else {
-            return Err(RemoteError::new(
-                ErrorCode::NotFound,
-                format!("block {id} does not exist"),
-            ));
-        };
-        let pages = block.geometry.pages();
-        let words = words_for(pages);
-        let end = (first / 64).saturating_add(bitmap.len() as u64);
-        if end > words {
-            let sentence = format!(
-                "block {id}: {} words from page {first:#x} for {pages:#x} pages",
-                bitmap.len()
-            );
-            return Err(RemoteError::new(ErrorCode::Invalid, sentence));
-        }
-        if let Some(last) = bitmap.last_mut()
-            && end == words
-            && pages % 64 != 0
-        {
-            *last &= (1 << (pages % 64)) - 1;
-        }
-        let log_first_page = block.geometry.first_log_page() + first;
-        let pages = ClearPages { block: id, first, bitmap: &bitmap, log_first_page };
-        self.parts.tracking.use_hooks(self.link.id, || hooks.clear_tracker(pages).map_err(failed))
+    fn answer(&self, request: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), SocketError> {
+        self.socket.send_parts(request, FLAG_REPLY, body, fds, Instant::now() + self.timeout)
     }
 }
 
-/// A hook that needs the guest's run state, which the VMM does not know.
-fn no_run_state(error: HookError) -> RemoteError {
-    let code = failed(error.clone()).code;
-    RemoteError::new(code, format!("run state: {error}"))
-}
-
-fn failed(error: HookError) -> RemoteError {
-    let code = if error.is_panic() { ErrorCode::Panicked } else { ErrorCode::Other };
-    RemoteError::new(code, error)
-}
-
-fn forbidden(error: Forbidden) -> RemoteError {
-    RemoteError::new(ErrorCode::State, error)
+/// A reply and the file that goes with it. A failure has none, and is logged.
+fn split<T>(name: &str, reply: Reply<(T, OwnedFd)>) -> (Reply<T>, Option<OwnedFd>) {
+    match reply {
+        Ok((value, file)) => (Ok(value), Some(file)),
+        Err(error) => {
+            log::warn!("hook {name}: {error}");
+            (Err(error), None)
+        }
+    }
 }
 
 /// A thread that answers hooks.

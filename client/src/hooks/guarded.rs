@@ -5,7 +5,8 @@
 //! hook that answers fails with [`ErrorCode::Panicked`] and the message, which fails the job by
 //! name, and the agent then has the guest resumed. The VMM is told by [`Hooks::hook_panicked`].
 
-use super::{ClearPages, HookError, Hooks, StatePiece};
+use super::api::{ClearPages, Hooks, StatePiece};
+use super::error::HookError;
 use crate::ownership::Ownership;
 use crate::threads::caught;
 use pageferry_protocol::control::job::{JobStatus, RunState};
@@ -138,7 +139,7 @@ mod tests {
     fn every_hook_is_passed_on() {
         let guarded = hooks(include_str!("guarded.rs"));
         // That one is how the VMM hears of a panic, and nobody else calls it.
-        let all = hooks(include_str!("mod.rs")).into_iter().filter(|name| *name != "hook_panicked");
+        let all = hooks(include_str!("api.rs")).into_iter().filter(|name| *name != "hook_panicked");
         let missing: Vec<_> = all.filter(|name| !guarded.contains(name)).collect();
         assert!(missing.is_empty(), "not passed on to the VMM: {missing:?}");
     }

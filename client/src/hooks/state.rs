@@ -1,7 +1,8 @@
 //! The VMM's state as it travels: a memfd with the pieces one after another, and a list of names
 //! and lengths.
 
-use super::{HookError, StatePiece};
+use super::api::StatePiece;
+use super::error::HookError;
 use pageferry_protocol::control::hook::{MAX_PIECE_NAME, MAX_PIECES, MAX_STATE, PieceSize};
 use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use rustix::io::{Errno, pread, pwrite};

@@ -1,0 +1,102 @@
+//! The hooks that register the guest's mappings with a userfaultfd: for pages that are missing in
+//! postcopy or a lazy restore, and for writes that a background snapshot watches.
+
+use super::api::Hooks;
+use super::context::{HookContext, failed, forbidden};
+use crate::ownership::Ownership;
+use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
+use pageferry_protocol::error::chain;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// Finds out whether [`register_faults`] would work.
+pub(super) fn probe_faults(context: &HookContext) -> Reply<()> {
+    let probed = context.faults.probe(&context.memory);
+    probed.map_err(|error| RemoteError::new(ErrorCode::Unsupported, chain(&error)))
+}
+
+/// Registers the mappings for missing pages. Returns the userfaultfd for the agent.
+pub(super) fn register_faults(context: &HookContext, hooks: &mut dyn Hooks) -> Reply<OwnedFd> {
+    let HookContext { link, memory, ownership, faults, probe, .. } = context;
+    let _turn = ownership.turn();
+    // As for the state: only the guest that was asked for may come into this memory.
+    ownership.lock().load_state(link.id).map_err(forbidden)?;
+    if faults.pending() {
+        let sentence = "the mappings are registered already";
+        return Err(RemoteError::new(ErrorCode::State, sentence));
+    }
+    hooks.memory_pending().map_err(failed)?;
+    let registered = faults.register(memory, Arc::clone(link), ownership, probe.clone());
+    registered.map_err(|error| {
+        // The VMM was told that memory is pending, and none is.
+        hooks.memory_complete();
+        RemoteError::new(ErrorCode::System, chain(&error))
+    })
+}
+
+/// Takes the registration for missing pages back: all memory is here, or the rest never comes.
+pub(super) fn unregister_faults(context: &HookContext, complete: bool, hooks: &mut dyn Hooks) {
+    let turn = context.ownership.turn();
+    if complete && context.faults.pending_by(context.link.id) {
+        context.faults.unregister();
+        hooks.memory_complete();
+    } else {
+        drop(turn);
+        give_up_missing_pages(context, hooks);
+    }
+}
+
+/// If memory is missing for which this agent was responsible, it never comes.
+pub(super) fn give_up_missing_pages(context: &HookContext, hooks: &mut dyn Hooks) {
+    let HookContext { link, ownership, faults, .. } = context;
+    let turn = ownership.turn();
+    if !faults.is_news(link.id) {
+        return;
+    }
+    if ownership.lock().ownership() == Ownership::Ours {
+        // The VMM stops its guest. Other hook channels need not wait for that.
+        drop(turn);
+        hooks.memory_lost();
+        faults.give_up(link.id, true);
+    } else {
+        // The guest never ran here.
+        faults.unregister();
+        hooks.memory_complete();
+    }
+}
+
+/// Registers the mappings for writes. Returns the userfaultfd for the agent.
+pub(super) fn watch_writes(context: &HookContext, hooks: &mut dyn Hooks) -> Reply<OwnedFd> {
+    let HookContext { link, memory, ownership, writes, tracking, probe, .. } = context;
+    let id = link.id;
+    ownership.lock().watch_writes(id).map_err(forbidden)?;
+    context.check_whole()?;
+    let already = || RemoteError::new(ErrorCode::State, "writes are watched already");
+    if !writes.announce(id, || hooks.writes_watched()).map_err(failed)? {
+        return Err(already());
+    }
+    let watched = tracking.suspend(id).map_err(RemoteError::from).and_then(|()| {
+        match writes.watch(memory, Arc::clone(link), probe.clone()) {
+            Ok(Some(for_agent)) => Ok(for_agent),
+            Ok(None) => Err(already()),
+            Err(error) => Err(RemoteError::new(ErrorCode::System, chain(&error))),
+        }
+    });
+    if watched.is_err() {
+        if !writes.are_watched() {
+            tracking.resume(memory);
+        }
+        // The VMM was told that writes are watched, and they are not.
+        writes.withdraw(id, || hooks.writes_unwatched());
+    }
+    watched
+}
+
+/// Takes the registration for writes back.
+pub(super) fn unwatch_writes(context: &HookContext, hooks: &mut dyn Hooks) {
+    let HookContext { link, memory, writes, tracking, .. } = context;
+    if writes.unwatch(link.id) {
+        tracking.resume(memory);
+    }
+    writes.withdraw(link.id, || hooks.writes_unwatched());
+}
