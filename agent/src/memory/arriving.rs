@@ -290,17 +290,17 @@ impl Arriving {
     pub fn arrive_host_page(
         &self, readers: &Readers, worker: usize, at: usize, host_page: u64, content: &[u8],
     ) -> Result<u64, ArrivingError> {
-        let unit = self.owed.block(at).unit();
+        let owed = self.owed.block(at);
         let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
-        let _reading = readers.reading(worker, at, host_page * unit / WORD_BITS);
+        let _reading = readers.reading(worker, at, owed.word_of(host_page));
         if self.owed.take(at, word, bit) == 0 {
             return Ok(0);
         }
         let placed = self.place(at, PageRange::new(host_page, 1), content);
         placed.map_err(|error| self.give_back(at, word, bit, error))?;
         self.answered(at, word, bit);
-        self.took(unit);
-        Ok(unit)
+        self.took(owed.unit());
+        Ok(owed.unit())
     }
 
     /// The host pages `range` are zero.
@@ -310,11 +310,11 @@ impl Arriving {
     pub fn arrive_zeroes(
         &self, readers: &Readers, worker: usize, at: usize, range: PageRange,
     ) -> Result<u64, ArrivingError> {
-        let unit = self.owed.block(at).unit();
+        let owed = self.owed.block(at);
         let mut used = 0;
-        for (word, mask) in parts_of(range, unit) {
+        for (word, mask) in parts_of(range, owed.unit()) {
             let first = word * WORD_BITS + u64::from(mask.trailing_zeros());
-            let _reading = readers.reading(worker, at, first * unit / WORD_BITS);
+            let _reading = readers.reading(worker, at, owed.word_of(first));
             let taken = self.owed.take(at, word, mask);
             if taken == 0 {
                 continue;
@@ -326,7 +326,7 @@ impl Arriving {
                     placed.map_err(|failed| self.give_back(at, word, taken, failed))?;
                 }
             }
-            used += u64::from(taken.count_ones()) * unit;
+            used += u64::from(taken.count_ones()) * owed.unit();
             self.answered(at, word, taken);
         }
         self.took(used);

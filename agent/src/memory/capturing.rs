@@ -233,13 +233,13 @@ impl Capturing {
         batch: &mut Batch,
     ) -> Result<u64, JobError> {
         let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
-        let first = (word * WORD_BITS + u64::from(mask.trailing_zeros())) * host_pages.unit();
+        let first = word * WORD_BITS + u64::from(mask.trailing_zeros());
         let take = || self.pending.take(at, word, mask);
         let read = |taken| {
             let mut runs = runs_of_word(word * WORD_BITS, taken);
             runs.try_for_each(|run| batch.read(at, block, host_pages.pages(run)))
         };
-        let taken = capture(&memory.readers, (worker, at, first / WORD_BITS), take, read)?;
+        let taken = capture(&memory.readers, (worker, at, host_pages.word_of(first)), take, read)?;
         Ok(u64::from(taken.count_ones()) * host_pages.unit())
     }
 
@@ -316,7 +316,7 @@ impl Capturing {
             // whoever waited has been woken.
             if self.over.load(Ordering::Acquire) { Ok(()) } else { lifted }
         };
-        let place = (FAULTS, at, pages.first / WORD_BITS);
+        let place = (FAULTS, at, host_pages.word_of(host_page));
         let taken = before_write(&memory.readers, place, take, read, overlaps, lift)?;
         Ok((taken != 0).then_some(pages))
     }

@@ -88,6 +88,12 @@ impl HostPages {
         })
     }
 
+    /// The word that whoever is about to place or read host page `host_page` publishes in the
+    /// fence.
+    pub fn word_of(&self, host_page: u64) -> u64 {
+        host_page * self.unit / WORD_BITS
+    }
+
     /// The pages that a worker may be at when it has published word `word` in the fence: that word,
     /// or the host page that it is in.
     pub fn published(&self, word: u64) -> PageRange {
@@ -293,6 +299,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_is_published_covers_the_host_page_that_somebody_is_at() {
+        for unit in [1, 8, 64, 512] {
+            let host_pages = HostPages::none(4096, unit * PAGE_SIZE).unwrap();
+            for host_page in 0..4096 / unit {
+                let pages = host_pages.pages(PageRange::new(host_page, 1));
+                let published = host_pages.published(host_pages.word_of(host_page));
+                assert_eq!(published.intersection(&pages), pages, "{host_page} of {unit} pages");
+            }
+        }
+    }
+
+    #[test]
+    fn a_copy_owes_the_same_and_is_taken_by_itself() {
+        let memory = memory(&[1024, 512]);
+        let owed = Owed::nothing(&memory, &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
+        owed.add(0, 3, 0b101);
+        owed.add(1, 0, 1 << 9);
+        let copy = owed.copy().unwrap();
+        assert_eq!((copy.block(0).unit(), copy.block(1).unit()), (1, 8));
+        assert_eq!(copy.left(), 2 + 8);
+        assert_eq!(copy.take(1, 0, u64::MAX), 1 << 9);
+        assert_eq!((copy.left(), owed.left()), (2, 10));
     }
 
     proptest! {
