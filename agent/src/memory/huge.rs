@@ -40,7 +40,7 @@ impl HugeWindow {
             mmap(
                 std::ptr::null_mut(),
                 length,
-                ProtFlags::READ | ProtFlags::WRITE,
+                ProtFlags::WRITE,
                 MapFlags::SHARED,
                 backing.fd(),
                 backing.file_offset(at),
@@ -149,5 +149,48 @@ impl Fill<'_> {
             Self::Bytes(bytes) => bytes.len(),
             Self::Zero(count) => *count,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::test_support::memfd;
+    use pageferry_protocol::memory::PAGE_SIZE;
+    use rustix::fs::ftruncate;
+
+    const UNIT: u64 = 8 * PAGE_SIZE;
+
+    /// Four host pages, and the file behind them.
+    fn backing() -> (Backing, std::os::fd::OwnedFd) {
+        let fd = memfd(4 * UNIT);
+        let copy = fd.try_clone().unwrap();
+        (Backing::new(fd, 0, 4 * UNIT).unwrap().with_huge_pages(UNIT), copy)
+    }
+
+    #[test]
+    fn what_is_written_over_the_end_of_a_host_page_goes_on_in_the_next() {
+        let (backing, _) = backing();
+        let mut window = None;
+        let bytes: Vec<u8> = (1..=3 * PAGE_SIZE).map(|byte| byte as u8).collect();
+        let at = 2 * UNIT - 2 * PAGE_SIZE;
+        write(&backing, &mut window, at, Fill::Bytes(&bytes)).unwrap();
+        write(&backing, &mut window, at + PAGE_SIZE, Fill::Zero(PAGE_SIZE as usize)).unwrap();
+        let mut expected = bytes.clone();
+        expected[PAGE_SIZE as usize..2 * PAGE_SIZE as usize].fill(0);
+        let mut found = vec![0; 5 * PAGE_SIZE as usize];
+        backing.read(at - PAGE_SIZE, &mut found).unwrap();
+        assert!(found[PAGE_SIZE as usize..4 * PAGE_SIZE as usize] == expected);
+        assert!(found[..PAGE_SIZE as usize].iter().all(|byte| *byte == 0));
+        assert!(found[4 * PAGE_SIZE as usize..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_file_that_was_cut_off_is_an_error_that_says_where() {
+        let (backing, file) = backing();
+        ftruncate(&file, UNIT).unwrap();
+        let at = 2 * UNIT + PAGE_SIZE;
+        let error = write(&backing, &mut None, at, Fill::Bytes(&[1; 16])).unwrap_err();
+        assert!(matches!(error, BackingError::Truncated { end } if end == at + 16), "{error}");
     }
 }

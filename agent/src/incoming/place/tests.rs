@@ -12,12 +12,17 @@ const PAGES: u64 = 64;
 const PAGE: PageRange = PageRange::new(5, 1);
 
 fn memory() -> Arc<GuestMemory> {
+    memory_on(|backing| backing)
+}
+
+fn memory_on(kind: impl FnOnce(Backing) -> Backing) -> Arc<GuestMemory> {
     let length = PAGES * PAGE_SIZE;
     let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, length).unwrap();
     let geometry =
         BlockGeometry { id: 7, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
-    let block = Block::new(geometry, Backing::new(fd, 0, length).unwrap(), 0, None).unwrap();
+    let backing = kind(Backing::new(fd, 0, length).unwrap());
+    let block = Block::new(geometry, backing, 0, None).unwrap();
     Arc::new(GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None))
 }
 
@@ -152,4 +157,38 @@ fn what_is_owed_is_a_hole_also_if_the_file_has_as_many_pages_as_came() {
             block.backing.data_runs(block.all()).collect::<Result<_, _>>().unwrap();
         assert_eq!(data, if given { vec![] } else { vec![PAGE] }, "touched {touched:?}");
     }
+}
+
+/// Pages of a host page share one allocation: it is freed with the last of them, and not before.
+#[test]
+fn a_host_page_is_a_hole_again_when_none_of_its_pages_holds_anything() {
+    const UNIT: u64 = 8;
+    let memory = memory_on(|backing| backing.with_huge_pages(UNIT * PAGE_SIZE));
+    let job = job(&memory);
+    let placer = Placer::prepare(&job).unwrap();
+    let backing = &memory.blocks()[0].backing;
+    let full: Vec<u64> = (8..24).collect();
+    let came = PageRange::new(8, 16);
+    let bytes = vec![5; came.bytes() as usize];
+    placer.place_data(&RecordHeader::new(Kind::Data, 0, 7, came, bytes.len()), &bytes).unwrap();
+    let zero = |first, count| {
+        let range = PageRange::new(first, count);
+        placer.place_zero(&RecordHeader::new(Kind::Zero, 0, 7, range, 0)).unwrap();
+    };
+    let content = || {
+        let mut page = vec![0; PAGE_SIZE as usize];
+        let mut holds = |page_index: &u64| {
+            backing.read(page_index * PAGE_SIZE, &mut page).unwrap();
+            page.iter().any(|byte| *byte != 0)
+        };
+        (0..PAGES).filter(&mut holds).collect::<Vec<_>>()
+    };
+    assert_eq!((content(), backing.allocated_pages()), (full, 16));
+    // The second half of one host page and the first of the next.
+    zero(12, 8);
+    assert_eq!((content(), backing.allocated_pages()), (vec![8, 9, 10, 11, 20, 21, 22, 23], 16));
+    zero(20, 4);
+    assert_eq!((content(), backing.allocated_pages()), (vec![8, 9, 10, 11], 8));
+    zero(0, 12);
+    assert_eq!((content(), backing.allocated_pages()), (vec![], 0));
 }
