@@ -23,12 +23,21 @@ pub(crate) fn memory(pages: &[u64]) -> GuestMemory {
 
 /// A job of a VMM without hooks, whose memory is one host page of 1 GiB, as far as it is told.
 pub(crate) fn gigantic() -> Arc<Job> {
-    let length = 1 << 30;
-    let backing = Backing::new(memfd(length), 0, length).unwrap().with_huge_pages(length);
-    let block = Block::new(geometry(0, length), backing, length, None).unwrap();
-    let memory = Arc::new(GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None));
+    huge(1 << 30)
+}
+
+/// The same with one host page of `size` bytes.
+pub(crate) fn huge(size: u64) -> Arc<Job> {
+    let backing = Backing::new(memfd(size), 0, size).unwrap().with_huge_pages(size);
+    let block = Block::new(geometry(0, size), backing, size, None).unwrap();
+    job(GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None))
+}
+
+/// A job of a VMM without hooks.
+pub(crate) fn job(memory: GuestMemory) -> Arc<Job> {
     let (hooks, options) = (Arc::new(Hooks::new(None)), OutgoingOptions::default());
-    Arc::new(Job::new(1, JobKind::Incoming, memory, hooks, options, notifier().unwrap()).unwrap())
+    let notify = notifier().unwrap();
+    Arc::new(Job::new(1, JobKind::Incoming, Arc::new(memory), hooks, options, notify).unwrap())
 }
 
 pub(crate) fn memfd(length: u64) -> OwnedFd {

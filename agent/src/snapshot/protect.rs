@@ -33,8 +33,8 @@ use std::thread::JoinHandle;
 
 /// Largest host page that can be captured at once when the guest is about to write to it.
 const MAX_HOST_PAGE: u64 = 2 << 20;
-/// Most bytes that are protected by one call: others who change mappings wait for it.
-const AT_ONCE: u64 = 64 << 20;
+/// Most pages that are protected by one call, 64 MiB: others who change mappings wait for it.
+const AT_ONCE: PageRange = PageRange::new(0, (64 << 20) / PAGE_SIZE);
 /// Walks ahead, at most. Each leaves less for the pause.
 const WALKS: usize = 4;
 /// Pages that may be left for the pause: 16 MiB.
@@ -188,7 +188,7 @@ impl Watch {
     /// Protects those of the host pages `wanted` that are not protected yet. Returns how many.
     pub fn protect_rest(&self, at: usize, wanted: &MappedBitmap) -> Result<u64, JobError> {
         let Shared { protection, ahead, .. } = &*self.shared;
-        let (noted, most) = (ahead[at].bits(), AT_ONCE / (ahead[at].unit() * PAGE_SIZE));
+        let (noted, most) = (ahead[at].bits(), ahead[at].of(AT_ONCE).count);
         let mut count = 0;
         let mut run = PageRange::default();
         let mut protect = |run: PageRange| {
@@ -277,10 +277,11 @@ impl Drop for Unwatch<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::test_support::gigantic;
+    use crate::memory::test_support::{gigantic, huge};
 
     #[test]
     fn host_pages_that_cannot_be_captured_at_once_are_saved_in_mode_paused() {
+        Watch::check_memory(&huge(2 << 20)).unwrap();
         let error = Watch::check_memory(&gigantic()).unwrap_err().to_string();
         assert!(
             error.contains("block 0")
