@@ -282,3 +282,56 @@ impl Streams {
         senders.map(|sender| sender.socket().clone()).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::test_support::{job, memory};
+    use pageferry_protocol::control::job::Mode;
+    use pageferry_protocol::control::request::ErrorCode;
+    use pageferry_protocol::memory::PAGE_SIZE;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_destination_that_lacks_what_is_wanted_is_refused_by_what_it_lacks() {
+        let job = job(memory(&[64]));
+        let (none, zstd) = (Compression::None, Compression::Zstd(1));
+        let knows_zstd = feature_of(zstd);
+        for (mode, compression, accepted, host_pages, lacks) in [
+            (Mode::Precopy, none, 0, &[][..], None),
+            (Mode::Precopy, zstd, knows_zstd, &[], None),
+            (Mode::Precopy, zstd, 0, &[], Some("zstd")),
+            (Mode::Precopy, none, 0, &[PAGE_SIZE], Some("precopy")),
+            (Mode::Hybrid, none, FEATURE_POSTCOPY, &[PAGE_SIZE], None),
+            (Mode::Hybrid, none, FEATURE_POSTCOPY, &[], Some("hybrid")),
+            (Mode::Hybrid, none, 0, &[PAGE_SIZE], Some("hybrid")),
+            (Mode::Hybrid, zstd, FEATURE_POSTCOPY, &[PAGE_SIZE], Some("zstd")),
+        ] {
+            let options = OutgoingOptions { mode, compression, ..OutgoingOptions::default() };
+            let missing = missing_feature(&job, &options, accepted, host_pages);
+            let named = match &missing {
+                Some(JobError::Compression(name) | JobError::Mode(name)) => Some(*name),
+                Some(other) => panic!("{other}"),
+                None => None,
+            };
+            assert_eq!(named, lacks, "{mode:?}, {compression:?}, {accepted:#x}, {host_pages:?}");
+        }
+    }
+
+    #[test]
+    fn a_destination_hears_why_the_source_fails() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let socket =
+            |end: UnixStream| StreamSocket::new(end.into(), Duration::from_secs(60)).unwrap();
+        let ours = socket(ours);
+        let primary =
+            Primary { writer: RecordWriter::new(ours.clone()), reader: RecordReader::new(ours) };
+        let (senders, urgent, host_pages) = (Vec::new(), Vec::new(), Vec::new());
+        let streams = Streams { primary, senders, urgent, host_pages };
+        streams.say_error(&RemoteError::new(ErrorCode::System, "no memory left"));
+        let mut peer = RecordReader::new(socket(theirs));
+        let record = peer.read().unwrap();
+        assert_eq!(record.kind, Kind::Error);
+        assert_eq!(decode_error(record.payload).unwrap().sentence, "no memory left");
+    }
+}

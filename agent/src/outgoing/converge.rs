@@ -283,6 +283,15 @@ mod tests {
     }
 
     #[test]
+    fn a_tiny_pass_is_better_than_none() {
+        let mut pace = Pace::default();
+        pace.passed(0, 0, Duration::from_millis(10));
+        assert_eq!(pace.bandwidth(), 0, "nothing was sent yet");
+        pace.passed(1, 4128, Duration::from_millis(10));
+        assert_eq!(pace.bandwidth(), 412_800);
+    }
+
+    #[test]
     fn a_tiny_pass_does_not_spoil_the_bandwidth() {
         let mut pace = pace();
         pace.passed(1, 4128, Duration::from_millis(10));

@@ -270,3 +270,74 @@ fn find_news(block: &Block, told: &MappedBitmap, news: &MappedBitmap, dirty: &Ma
         news.or_word(word, fresh);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hooks::Hooks;
+    use crate::job::Deadline;
+    use crate::memory::test_support::memory;
+    use crate::tracking::TrackerChoice;
+    use pageferry_protocol::memory::PAGE_SIZE;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    fn bitmap(pages: &[u64]) -> MappedBitmap {
+        let bitmap = MappedBitmap::private(128).unwrap();
+        pages.iter().for_each(|page| _ = bitmap.set(PageRange::new(*page, 1)));
+        bitmap
+    }
+
+    fn pages(bitmap: &MappedBitmap) -> Vec<u64> {
+        bitmap.runs(bitmap.all()).flat_map(|run| run.first..run.end()).collect()
+    }
+
+    /// Pages 64 to 68 are discarded. 66 was written after that, 67 may have been, and 68 was found
+    /// to be stray before.
+    #[test]
+    fn a_dirty_page_that_is_discarded_is_dropped_unless_it_was_written_since() {
+        for (first_sync, dirty, stray) in
+            [(true, vec![62, 63], vec![68]), (false, vec![62, 63, 66, 68], vec![66, 68])]
+        {
+            let memory = memory(&[128]);
+            let block = &memory.blocks()[0];
+            block.discarded.set(PageRange::new(64, 5));
+            for page in [66, 67] {
+                block.backing.write(page * PAGE_SIZE, &[1]).unwrap();
+            }
+            block.unsettled.set(PageRange::new(67, 1));
+            block.stray.set(PageRange::new(68, 1));
+            let mut state = DirtyState::new(&memory).unwrap();
+            state.pages.block(0).set(PageRange::new(62, 7));
+            let trackers = Trackers::new(
+                &TrackerChoice::default(),
+                &Arc::new(Hooks::new(None)),
+                Duration::ZERO,
+                &Deadline::default(),
+            );
+            state.fix_up(&memory, 0, &trackers, first_sync).unwrap();
+            assert_eq!(pages(state.pages.block(0)), dirty, "first sync: {first_sync}");
+            assert_eq!(pages(&block.stray), stray, "first sync: {first_sync}");
+            assert_eq!(state.found_stray, !first_sync);
+            assert_eq!(state.dropped.count(), 0, "that is for the next");
+        }
+    }
+
+    #[test]
+    fn what_is_told_is_what_is_discarded_and_is_not_sent() {
+        let memory = memory(&[128]);
+        let block = &memory.blocks()[0];
+        for page in [2, 3, 4, 5, 70] {
+            block.discarded.set(PageRange::new(page, 1));
+        }
+        // These were written since.
+        for page in [3, 5] {
+            block.stray.set(PageRange::new(page, 1));
+        }
+        let (told, news, dirty) = (bitmap(&[1, 2, 3]), bitmap(&[]), bitmap(&[1, 2, 3, 4, 5, 70]));
+        find_news(block, &told, &news, &dirty);
+        assert_eq!(pages(&told), [2, 4, 70]);
+        assert_eq!(pages(&news), [4, 70]);
+        assert_eq!(pages(&dirty), [1, 3, 5]);
+    }
+}

@@ -222,3 +222,60 @@ impl<'a> HoleFinder<'a> {
         self.zeros = if data { 0 } else { self.zeros + 1 };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::test_support::memory;
+
+    #[test]
+    fn each_chunk_of_each_block_is_claimed_once() {
+        let memory = memory(&[CHUNK_PAGES + 5, 3, 2 * CHUNK_PAGES]);
+        let chunks = Chunks::new(&memory);
+        let claimed: Vec<_> = std::iter::from_fn(|| chunks.claim(&memory)).collect();
+        let expected = [
+            (0, PageRange::new(0, CHUNK_PAGES)),
+            (0, PageRange::new(CHUNK_PAGES, 5)),
+            (1, PageRange::new(0, 3)),
+            (2, PageRange::new(0, CHUNK_PAGES)),
+            (2, PageRange::new(CHUNK_PAGES, CHUNK_PAGES)),
+        ];
+        assert_eq!(claimed, expected);
+        let chunks = Chunks::new(&memory);
+        chunks.failed.store(true, Ordering::Relaxed);
+        assert_eq!(chunks.claim(&memory), None, "another worker failed");
+    }
+
+    #[test]
+    fn what_is_allocated_and_was_not_told_as_discarded_is_dirty() {
+        let memory = memory(&[512]);
+        let block = &memory.blocks()[0];
+        let bitmap = || MappedBitmap::private(512).unwrap();
+        let (dirty, told) = (bitmap(), bitmap());
+        for page in [3, 130, 131, 132, 400] {
+            block.backing.write(page * PAGE_SIZE, &[1]).unwrap();
+        }
+        told.set(PageRange::new(132, 10));
+        find_allocated(block, &dirty, &told, PageRange::new(64, 192)).unwrap();
+        let found: Vec<_> = dirty.runs(dirty.all()).collect();
+        assert_eq!(found, [PageRange::new(130, 2)]);
+    }
+
+    #[test]
+    fn after_some_zero_words_a_hole_is_taken_as_one_up_to_the_next_data() {
+        const WORDS: u64 = 20;
+        const DATA: u64 = 14;
+        let memory = memory(&[WORDS * WORD_BITS]);
+        let block = &memory.blocks()[0];
+        block.backing.write((DATA * WORD_BITS + 7) * PAGE_SIZE, &[1]).unwrap();
+        let mut finder = HoleFinder::new(block, block.all());
+        let mut read = Vec::new();
+        for word in 0..WORDS {
+            if !finder.covers(word).unwrap() {
+                read.push(word);
+                finder.saw(word == DATA);
+            }
+        }
+        assert_eq!(read, [0, 1, 2, 3, 14, 15, 16, 17, 18]);
+    }
+}

@@ -401,25 +401,4 @@ fn spread(mut dense: u64, places: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_run_is_sent_in_the_portions_that_the_limit_leaves() {
-        let portions =
-            |count, most| in_portions(PageRange::new(7, count), most).collect::<Vec<_>>();
-        assert_eq!(portions(5, u64::MAX), [PageRange::new(7, 5)]);
-        assert_eq!(
-            portions(5, 2),
-            [PageRange::new(7, 2), PageRange::new(9, 2), PageRange::new(11, 1)]
-        );
-        assert_eq!(portions(2, 1), [PageRange::new(7, 1), PageRange::new(8, 1)]);
-    }
-
-    #[test]
-    fn spread_puts_bits_to_their_places() {
-        assert_eq!(spread(0b101, 0b1_0110_0000), 0b1_0010_0000);
-        assert_eq!(spread(u64::MAX, u64::MAX), u64::MAX);
-        assert_eq!(spread(0, u64::MAX), 0);
-    }
-}
+mod tests;
