@@ -489,6 +489,64 @@ mod tests {
         Job::new(1, JobKind::Incoming, memory, hooks, OutgoingOptions::default(), notify).unwrap()
     }
 
+    /// Of a source that has one stream and no memory.
+    fn hello(features: u64, flags: u16) -> Hello {
+        Hello {
+            version_min: STREAM_VERSION,
+            version_max: STREAM_VERSION,
+            features,
+            session: [7; 16],
+            stream: 0,
+            streams: 1,
+            urgent: 0,
+            flags,
+            blocks: BlockTable::new(),
+        }
+    }
+
+    #[test]
+    fn a_paused_postcopy_takes_its_own_source_and_whoever_waits_for_a_guest_a_new_one() {
+        let (own, other) = (Wanted::Session([7; 16]), Wanted::Session([8; 16]));
+        for (wanted, features, flags, refused) in [
+            (Wanted::Guest, 0, 0, ""),
+            (Wanted::Guest, FEATURE_POSTCOPY, HELLO_RECOVER, "no migration is paused here"),
+            (own, FEATURE_POSTCOPY, HELLO_RECOVER, ""),
+            (own, FEATURE_POSTCOPY, 0, "this is not its source"),
+            (other, FEATURE_POSTCOPY, HELLO_RECOVER, "this is not its source"),
+            (own, 0, HELLO_RECOVER, "does not offer that any more"),
+        ] {
+            let checked = wanted.check(&hello(features, flags));
+            let error = checked.err().map_or_else(String::new, |error| error.to_string());
+            assert_eq!(error.is_empty(), refused.is_empty(), "{wanted:?}: {error}");
+            assert!(error.contains(refused), "{wanted:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_operator_hears_of_a_source_that_was_refused_unless_a_postcopy_is_paused() {
+        let refused = JobError::State("it has other blocks".into());
+        for (wanted, told) in [(Wanted::Guest, true), (Wanted::Session([7; 16]), false)] {
+            let job = job();
+            Lobby::new(&job, &[], wanted, Vec::new()).note(&refused);
+            assert_eq!(job.status().error.contains("it has other blocks"), told, "{wanted:?}");
+        }
+    }
+
+    /// With something unread the kernel would reset the connection, and the refusal be lost.
+    #[test]
+    fn all_that_a_refused_source_still_sends_is_read_before_its_connection_is_closed() {
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        let far = Duration::from_secs(60);
+        let socket = StreamSocket::new(ours.into(), far).unwrap();
+        theirs.write_all(&[1; 10_000]).unwrap();
+        drop(theirs);
+        let reader = RecordReader::new(socket.clone());
+        Leaving { reader, until: Instant::now() + far }.wait();
+        let flags = rustix::net::RecvFlags::DONTWAIT;
+        let (_, left) = rustix::net::recv(&socket, &mut [0; 8][..], flags).unwrap();
+        assert_eq!(left, 0);
+    }
+
     /// Its streams are all there, and would be taken for a session that ends the whole job.
     #[test]
     fn a_source_that_said_hello_and_went_away_is_no_source() {
@@ -496,20 +554,7 @@ mod tests {
         for goes in [false, true] {
             let (mut theirs, ours) = UnixStream::pair().unwrap();
             let mut pending = Pending::new(ours.into(), Duration::from_secs(60)).unwrap();
-            let (version_min, version_max) = (STREAM_VERSION, STREAM_VERSION);
-            let (session, blocks) = ([7; 16], BlockTable::new());
-            let hello = Hello {
-                version_min,
-                version_max,
-                features: 0,
-                session,
-                stream: 0,
-                streams: 1,
-                urgent: 0,
-                flags: 0,
-                blocks,
-            };
-            let payload = hello.encode();
+            let payload = hello(0, 0).encode();
             let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).sealed(&payload);
             theirs.write_all(&header.to_wire()).unwrap();
             theirs.write_all(&payload).unwrap();

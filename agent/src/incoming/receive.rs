@@ -394,9 +394,98 @@ impl StateCollector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::test_support::{job, memory};
+    use pageferry_protocol::memory::PAGE_SIZE;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
 
     fn part<'a>(name: &'a str, length: u64, offset: u64, bytes: &'a [u8]) -> Vec<u8> {
         StatePart { name, length, offset, bytes }.encode()
+    }
+
+    /// Receives records on one stream, of a block of 64 pages.
+    fn received(
+        features: u64, records: &[(RecordHeader, &[u8])],
+    ) -> Result<(Received, Vec<u64>), JobError> {
+        let job = job(memory(&[64]));
+        let placer = Placer::prepare(&job).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let socket =
+            |end: UnixStream| StreamSocket::new(end.into(), Duration::from_secs(60)).unwrap();
+        let (ours, theirs) = (socket(ours), socket(theirs));
+        let source = RecordWriter::new(theirs.clone());
+        records.iter().for_each(|(header, payload)| _ = source.write(*header, payload).unwrap());
+        let mut accepted = Accepted {
+            readers: vec![RecordReader::new(ours.clone())],
+            urgent: Vec::new(),
+            writer: RecordWriter::new(ours.clone()),
+            features,
+            session: [1; 16],
+            acknowledge: false,
+        };
+        let received = receive(&job, &mut accepted, &placer)?;
+        ours.end();
+        let mut answers = RecordReader::new(theirs);
+        let mut passes = Vec::new();
+        while let Ok(record) = answers.read() {
+            assert_eq!(record.kind, Kind::PassDone);
+            passes.push(record.header.number());
+        }
+        Ok((received, passes))
+    }
+
+    #[test]
+    fn what_comes_is_counted_and_each_pass_is_answered_until_the_end() {
+        let pages = |kind, flags, first, count, bytes| {
+            RecordHeader::new(kind, flags, 0, PageRange::new(first, count), bytes)
+        };
+        let content = vec![7; 2 * PAGE_SIZE as usize];
+        let end = Totals { data_pages: 4, ..Totals::default() }.encode();
+        for postcopy in [0, 1] {
+            let records = [
+                (pages(Kind::Data, 0, 3, 2, content.len()), &content[..]),
+                (RecordHeader::plain(Kind::PassEnd, 0, 0), &[]),
+                (pages(Kind::Data, FLAG_STRAY, 9, 2, content.len()), &content[..]),
+                (pages(Kind::Zero, 0, 3, 1, 0), &[]),
+                (RecordHeader::plain(Kind::PassEnd, 1, 0), &[]),
+                (RecordHeader::plain(Kind::End, postcopy, end.len()), &end[..]),
+            ];
+            let (received, passes) = received(FEATURE_POSTCOPY, &records).unwrap();
+            assert_eq!(passes, [0, 1]);
+            let counted = Totals {
+                data_pages: 4,
+                zero_pages: 1,
+                stray_pages: 2,
+                passes: 2,
+                ..Totals::default()
+            };
+            assert_eq!((received.counted, received.claimed.data_pages), (counted, 4));
+            assert_eq!((received.postcopy, received.guest), (postcopy == 1, RunState::Running));
+        }
+    }
+
+    #[test]
+    fn an_end_that_promises_what_was_not_agreed_on_is_refused() {
+        let end = Totals::default().encode();
+        for (features, number) in [(0, 1), (FEATURE_POSTCOPY, 2)] {
+            let header = RecordHeader::plain(Kind::End, number, end.len());
+            let error = received(features, &[(header, &end[..])]).unwrap_err().to_string();
+            assert!(error.contains(&format!("end with number {number}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_totals_of_streams_are_added_but_for_the_passes_which_they_have_in_common() {
+        let totals = |by: u64| Totals {
+            data_pages: 2 * by,
+            zero_pages: 3 * by,
+            discarded_pages: 5 * by,
+            stray_pages: 7 * by,
+            passes: 11,
+            remaining_pages: 13 * by,
+        };
+        assert_eq!(sum(&totals(10), &totals(100)), totals(110));
+        assert_eq!(sum(&Totals { passes: 12, ..totals(0) }, &totals(1)).passes, 12);
     }
 
     #[test]
