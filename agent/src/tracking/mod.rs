@@ -447,43 +447,97 @@ impl LazyClear {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Backing;
+    use crate::memory::test_support::{memfd, memory};
     use pageferry_protocol::control::FrameSocket;
     use pageferry_protocol::control::frame::{FLAG_REPLY, Frame};
     use pageferry_protocol::control::hook::encode_hook_reply;
+    use pageferry_protocol::memory::BlockGeometry;
     use std::collections::BTreeSet;
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
     use std::time::Instant;
 
-    /// What a VMM is asked to clear: the pages, and the first and the number of words of each hook.
-    fn cleared(bitmap: &MappedBitmap, range: PageRange) -> (BTreeSet<u64>, Vec<(u64, usize)>) {
+    /// What a VMM that agrees to all is asked by `ask`.
+    fn asked(ask: impl FnOnce(&Arc<Hooks>)) -> Vec<Hook> {
         let far = || Instant::now() + Duration::from_secs(60);
         let (ours, theirs) = UnixStream::pair().unwrap();
         let vmm = std::thread::spawn(move || {
             let mut socket = FrameSocket::from(OwnedFd::from(theirs));
-            let (mut pages, mut hooks) = (BTreeSet::new(), Vec::new());
+            let mut asked = Vec::new();
             while let Ok(Frame { request, body, .. }) = socket.recv(far()) {
                 let (sequence, hook) = Hook::decode(request, &body).unwrap().unwrap();
-                let Hook::ClearTracker { block: 5, first, bitmap } = hook else {
-                    panic!("{hook:?}")
-                };
-                let set =
-                    |bit: &u64| bitmap[(bit / WORD_BITS) as usize] >> (bit % WORD_BITS) & 1 == 1;
-                pages.extend(
-                    (0..bitmap.len() as u64 * WORD_BITS).filter(set).map(|bit| first + bit),
-                );
-                hooks.push((first, bitmap.len()));
+                asked.push(hook);
                 let reply = encode_hook_reply(sequence, &Ok(()));
                 socket.send_parts(request, FLAG_REPLY, &reply, &[], far()).unwrap();
             }
-            (pages, hooks)
+            asked
         });
         let hooks = Arc::new(Hooks::new(Some(ours.into())));
-        let clear =
-            LazyClear { hooks, timeout: Duration::from_secs(60), stop: Deadline::default() };
-        clear.clear(5, bitmap, range).unwrap();
-        drop(clear);
+        ask(&hooks);
+        drop(hooks);
         vmm.join().unwrap()
+    }
+
+    /// What a VMM is asked to clear: the pages, and the first and the number of words of each hook.
+    fn cleared(bitmap: &MappedBitmap, range: PageRange) -> (BTreeSet<u64>, Vec<(u64, usize)>) {
+        let asked = asked(|hooks| {
+            let (timeout, stop) = (Duration::from_secs(60), Deadline::default());
+            let clear = LazyClear { hooks: hooks.clone(), timeout, stop };
+            clear.clear(5, bitmap, range).unwrap();
+        });
+        let (mut pages, mut hooks) = (BTreeSet::new(), Vec::new());
+        for hook in asked {
+            let Hook::ClearTracker { block: 5, first, bitmap } = hook else { panic!("{hook:?}") };
+            let set = |bit: &u64| bitmap[(bit / WORD_BITS) as usize] >> (bit % WORD_BITS) & 1 == 1;
+            pages.extend((0..bitmap.len() as u64 * WORD_BITS).filter(set).map(|bit| first + bit));
+            hooks.push((first, bitmap.len()));
+        }
+        (pages, hooks)
+    }
+
+    #[test]
+    fn the_tracker_of_a_vmm_is_started_asked_each_time_and_stopped_once() {
+        let memory = memory(&[64]);
+        let dirty = DirtyPages::none(&memory).unwrap();
+        let asked = asked(|hooks| {
+            let (timeout, stop) = (Duration::from_secs(60), Deadline::default());
+            let mut tracker = HookTracker { hooks: hooks.clone(), timeout, stop, started: false };
+            // It is not on.
+            tracker.stop();
+            tracker.start(&memory).unwrap();
+            (0..2).for_each(|_| tracker.sync(&memory, &dirty).unwrap());
+            (0..2).for_each(|_| tracker.stop());
+        });
+        let sources = Declared::HOOKS;
+        let expected = [
+            Hook::StartTracking { sources },
+            Hook::SyncTracker,
+            Hook::SyncTracker,
+            Hook::StopTracking { sources },
+        ];
+        assert_eq!(asked, expected);
+    }
+
+    /// Only small pages may be mapped as a transparent huge page.
+    #[test]
+    fn of_host_pages_that_are_huge_by_themselves_no_report_is_vague() {
+        let Some(pagemap) = Pagemap::own() else { return };
+        let pagemap = Some(Arc::new(pagemap));
+        let trackers = Trackers { trackers: Vec::new(), lazy: None, pagemap };
+        let block = |huge: bool| {
+            let length = 512 * PAGE_SIZE;
+            let backing = Backing::new(memfd(length), 0, length).unwrap();
+            let backing = if huge { backing.with_huge_pages(length) } else { backing };
+            let (name, granularity) = ("ram".to_owned(), PAGE_SIZE);
+            let geometry = BlockGeometry { id: 3, name, gpa: 0, length, granularity };
+            // Where no process has anything: whoever asks about it fails.
+            Block::new(geometry, backing, 1 << 63, None).unwrap()
+        };
+        assert_eq!(trackers.vague(&block(true), 1, u64::MAX).unwrap(), 0);
+        assert_eq!(trackers.vague(&block(false), 1, 0).unwrap(), 0);
+        let asked = trackers.vague(&block(false), 1, 1).unwrap_err();
+        assert!(matches!(asked, TrackingError::Scan { id: 3, .. }), "{asked}");
     }
 
     /// `round-safely`: no page is cleared that is not given, and `clear-then-read`: none is left

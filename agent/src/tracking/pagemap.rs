@@ -287,11 +287,13 @@ mod tests {
         rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap()
     }
 
-    /// The pagemap of this process, unless the kernel is older than the scan.
-    fn own() -> Option<Pagemap> {
-        Pagemap::new(open("/proc/self/pagemap"))
-            .inspect_err(|error| eprintln!("skipped: {error}"))
-            .ok()
+    impl Pagemap {
+        /// That of this process, unless the kernel is older than the scan.
+        pub(crate) fn own() -> Option<Self> {
+            Self::new(open("/proc/self/pagemap"))
+                .inspect_err(|error| eprintln!("skipped: {error}"))
+                .ok()
+        }
     }
 
     #[test]
@@ -314,7 +316,7 @@ mod tests {
 
     #[test]
     fn addresses_that_no_process_has_are_refused() {
-        let Some(pagemap) = own() else { return };
+        let Some(pagemap) = Pagemap::own() else { return };
         for (address, length) in
             [(0x1001, 0x1000), (u64::MAX - 0xfff, 0x2000), (1 << 63, 0x1000), (0x1000, 1 << 63)]
         {
@@ -328,7 +330,7 @@ mod tests {
 
     #[test]
     fn what_is_not_registered_is_refused() {
-        let Some(pagemap) = own() else { return };
+        let Some(pagemap) = Pagemap::own() else { return };
         let page = Box::new([0u8; 8192]);
         let address = page.as_ptr() as u64 & !0xfff;
         let error = pagemap.scan(address, 4096, |_, _| ()).unwrap_err();
@@ -337,7 +339,7 @@ mod tests {
 
     #[test]
     fn an_empty_range_and_unmapped_addresses_have_nothing_to_report() {
-        let Some(pagemap) = own() else { return };
+        let Some(pagemap) = Pagemap::own() else { return };
         pagemap.scan(0x1000, 0, |start, end| panic!("{start:#x}..{end:#x}")).unwrap();
         pagemap.scan(0x1000, 0x2000, |start, end| panic!("{start:#x}..{end:#x}")).unwrap();
     }
