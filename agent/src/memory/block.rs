@@ -305,3 +305,28 @@ impl Drop for Change<'_> {
         self.memory.changes.fetch_add(1, Ordering::AcqRel);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::test_support::memfd;
+    use pageferry_protocol::memory::PAGE_SIZE;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn what_is_discarded_is_lost_when_the_file_of_its_bitmap_is_cut_off() {
+        let length = 8 * PAGE_SIZE * PAGE_SIZE;
+        let (ram, bits) = (memfd(length), memfd(PAGE_SIZE));
+        let (name, granularity) = ("ram".to_owned(), PAGE_SIZE);
+        let geometry = BlockGeometry { id: 1, name, gpa: 0, length, granularity };
+        let pages = geometry.pages();
+        let bitmap = MappedBitmap::shared(bits.as_fd(), pages).unwrap();
+        let backing = Backing::new(ram, 0, length).unwrap();
+        let block = Block::new(geometry, backing, 0, Some(bitmap)).unwrap();
+        block.discarded.set(block.all());
+        assert!(!block.lost_bitmap());
+        rustix::fs::ftruncate(&bits, 0).unwrap();
+        assert_eq!(block.discarded.count(block.all()), 0);
+        assert!(block.lost_bitmap());
+    }
+}

@@ -89,6 +89,29 @@ mod tests {
     use proptest::prelude::*;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     use std::collections::BTreeSet;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    /// It is data when the walk asks where the run begins, and a hole when it asks where it ends.
+    #[test]
+    fn a_run_has_a_page_at_least_though_it_is_punched_meanwhile() {
+        let fd = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, PAGE_SIZE).unwrap();
+        let backing = Backing::new(fd, 0, PAGE_SIZE).unwrap();
+        let page = PageRange::new(0, 1);
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    backing.write(0, &[1]).unwrap();
+                    backing.punch(page).unwrap();
+                }
+            });
+            let mut found = (0..20_000).flat_map(|_| backing.data_runs(page)).map(Result::unwrap);
+            let empty = found.find(PageRange::is_empty);
+            over.store(true, Ordering::Relaxed);
+            assert_eq!(empty, None);
+        });
+    }
 
     proptest! {
         #[test]

@@ -74,3 +74,37 @@ fn a_discard_does_not_wait_for_whoever_reads_other_pages() {
         }
     }
 }
+
+#[test]
+fn ranges_of_one_block_that_touch_are_made_one_and_others_are_not() {
+    let range = |block: usize, first, count| (block, PageRange::new(first, count));
+    let ranges = [
+        range(0, 3, 2),
+        range(0, 5, 1),
+        range(0, 7, 1),
+        range(1, 8, 1),
+        range(1, 20, 0),
+        range(1, 9, 2),
+        range(0, 11, 1),
+    ];
+    let expected = [range(0, 3, 3), range(0, 7, 1), range(1, 8, 3), range(0, 11, 1)];
+    assert_eq!(merged(&ranges).collect::<Vec<_>>(), expected);
+}
+
+/// Who has walked the bitmaps before need not walk again.
+#[test]
+fn memory_is_unchanged_until_the_next_discard_or_populate_and_after_it_again() {
+    let memory = memory(&[PAGES]);
+    let before = memory.changes();
+    assert!(memory.is_unchanged(before));
+    memory.discard(&[page(0, 3)], true).unwrap();
+    let discarded = memory.changes();
+    assert!(!memory.is_unchanged(before) && memory.is_unchanged(discarded));
+    memory.populate(&[page(0, 3)]).unwrap();
+    let populated = memory.changes();
+    assert!(!memory.is_unchanged(discarded) && memory.is_unchanged(populated));
+    let change = memory.change();
+    assert!(!memory.is_unchanged(populated) && !memory.is_unchanged(memory.changes()));
+    drop(change);
+    assert!(memory.is_unchanged(memory.changes()));
+}
