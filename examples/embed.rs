@@ -1,6 +1,7 @@
-//! The least that a VMM has to write to be migrated: five hooks, and its memory handed over once.
+//! The least that a VMM must write to be migrated: five hooks, and its memory handed over once.
 //!
-//! Two VMMs in one process, each with an agent of its own. `cargo run --example embed`
+//! This program is two VMMs in one process, each with an agent of its own. It migrates a guest from
+//! the first to the second: `cargo run --example embed`
 #![allow(clippy::print_stdout)]
 
 use pageferry_client::{
@@ -14,7 +15,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 const SIZE: usize = 64 << 20;
 
-/// A virtual machine, as small as it gets: it runs or it does not, and all of its state is one
+/// The smallest possible virtual machine: it runs or it does not, and its whole state is one
 /// number.
 struct Vm {
     runs: bool,
@@ -23,7 +24,7 @@ struct Vm {
 
 impl Hooks for Vm {
     fn run_state(&mut self) -> Result<RunState, HookError> {
-        Ok(RunState::Running) // nobody pauses it here; otherwise: Paused, if its operator has
+        Ok(RunState::Running) // Paused if the VMM's operator has paused it; nobody does here
     }
 
     fn pause(&mut self) -> Result<(), HookError> {
@@ -47,7 +48,7 @@ impl Hooks for Vm {
     }
 }
 
-/// Guest memory lives in a file, so that the agent can be given it. `LogBitmap` marks every write
+/// Guest memory is a file, so that the VMM can hand it to the agent. `LogBitmap` marks every write
 /// of an emulated device as dirty.
 fn guest_memory() -> Result<GuestMemoryMmap<LogBitmap>, Box<dyn Error>> {
     let file =
@@ -64,14 +65,14 @@ fn guest_memory() -> Result<GuestMemoryMmap<LogBitmap>, Box<dyn Error>> {
 fn attach(
     vm: Vm, memory: &GuestMemoryMmap<LogBitmap>,
 ) -> Result<(Client, HookThread<Vm>, Child), Box<dyn Error>> {
-    // In a VMM: Command::new("pageferry"). This example is its own agent, so that nothing has to be
-    // installed.
+    // A VMM starts Command::new("pageferry"). This example is its own agent, so that you need not
+    // install anything.
     let mut agent = Command::new(std::env::current_exe()?);
     let (client, channel, child) =
         Client::spawn(agent.args(["agent", "--stdin"]).env("RUST_LOG", "warn"), Config::default())?;
     client.add_guest_memory(memory)?;
-    // Who writes? Here only devices do, and `LogBitmap` marks them. With vCPUs: `Trackers::HOOKS`
-    // (KVM's dirty log) or `Trackers::WRITE_PROTECT`.
+    // Who writes? Here only devices do, and `LogBitmap` marks their writes. For vCPUs, declare
+    // `Trackers::HOOKS` (KVM's dirty log) or `Trackers::WRITE_PROTECT`.
     client.set_trackers(Trackers::LOG_IS_COMPLETE)?;
     Ok((client, channel.spawn(vm)?, child))
 }
@@ -85,8 +86,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let (destination, destination_hooks, mut destination_agent) =
         attach(Vm { runs: false, register: 0 }, &there)?;
 
-    // A device writes; then the guest gives 16 MiB back, and the agent frees them. They will not
-    // travel.
+    // A device writes. Then the guest gives 16 MiB back, and the agent frees them. They are not
+    // sent.
     here.write_slice(b"hello", GuestAddress(0x1000))?;
     here.write_slice(b"stale", GuestAddress(32 << 20))?;
     source.discard(&[BlockRange { block: 0, offset: 32 << 20, length: 16 << 20 }], Punch::Yes)?;
@@ -109,7 +110,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let ended = source_agent.wait()?.success() && destination_agent.wait()?.success();
     let counters = status.counters;
     println!(
-        "{} pages sent, the guest stood still for {} us",
+        "{} pages sent, the guest was paused for {} us",
         counters.pages_sent, counters.downtime_us
     );
     let right =

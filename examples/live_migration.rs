@@ -1,12 +1,12 @@
-//! A running guest moves from one VMM to another: two agents and two VMMs, each a process of its
+//! Moves a running guest from one VMM to another: two agents and two VMMs, each a process of its
 //! own.
 //!
 //! `cargo run --release --example live_migration`
 //!
-//! The guest has 1 GiB. It writes into a part of it all the time; another part has content that
-//! stands still, and the rest was never touched. 128 MiB are given back before the migration, 64
-//! MiB while it runs. Afterwards the result is checked, and the exit status is 0 only if all of it
-//! is right.
+//! The guest has 1 GiB of memory. It writes to one part of it all the time, another part has
+//! content that does not change, and the rest was never touched. The guest gives back 128 MiB
+//! before the migration, and 64 MiB while it runs. Afterwards the program checks the result. The
+//! exit status is 0 only if all of it is right.
 #![allow(clippy::print_stdout)]
 
 use clap::{Parser, Subcommand};
@@ -34,7 +34,7 @@ use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Content that stands still. What follows was never touched.
+/// Content that does not change. The pages after it were never touched.
 const STILL: PageRange = mebibytes(32, 704);
 /// Given back before the migration.
 const BEFORE: PageRange = mebibytes(256, 128);
@@ -45,7 +45,7 @@ const DURING: PageRange = mebibytes(512, 64);
 #[derive(Debug, Parser)]
 #[command(name = "live_migration")]
 struct Cli {
-    /// What moves first: precopy, its memory; postcopy, the guest; hybrid, its memory for two
+    /// What moves first: precopy, the memory; postcopy, the guest; hybrid, the memory for two
     /// passes, then the guest.
     #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = parse_mode)]
     mode: Mode,
@@ -53,7 +53,7 @@ struct Cli {
     process: Option<Role>,
 }
 
-/// What this program is in the processes that it starts.
+/// The role of this program in each process that it starts.
 #[derive(Debug, Subcommand)]
 enum Role {
     #[command(hide = true)]
@@ -113,7 +113,7 @@ fn show(mode: Mode) -> Result<(), Error> {
     Ok(())
 }
 
-/// A memfd that the processes reach by a path.
+/// A memfd that the other processes open by a path.
 fn guest_memory() -> Result<TestMemory, Error> {
     TestMemory::ram(SIZE)
 }
@@ -123,7 +123,7 @@ fn path_of(memory: &TestMemory) -> Result<PathBuf, Error> {
     Ok(format!("/proc/{}/fd/{fd}", std::process::id()).into())
 }
 
-/// Two agents, two VMMs, one migration. Returns what the two VMMs have to say.
+/// Runs two agents, two VMMs and one migration. Returns the reports of the two VMMs.
 fn migrate(
     program: &Path, directory: &Path, here: &TestMemory, there: &TestMemory, mode: Mode,
 ) -> Result<[Value; 2], Error> {
@@ -144,7 +144,7 @@ fn migrate(
     Ok([report_of(&mut source)?, report_of(&mut destination)?])
 }
 
-/// The memory that was prepared, as one VMM uses it.
+/// The prepared memory, as one VMM uses it.
 fn open(path: &Path) -> Result<Arc<Usage>, Error> {
     let file = File::options()
         .read(true)
@@ -241,7 +241,8 @@ fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Erro
     )
 }
 
-/// All that stood still is the same here and there; what was given back is a hole there.
+/// Checks that unchanged content is the same at both sides, and that what was given back is a hole
+/// at the destination.
 fn check(here: &TestMemory, there: &TestMemory) -> Result<Compared, Error> {
     let discarded =
         MappedBitmap::private(pages_in(SIZE)).map_err(|error| Error::Memory(error.to_string()))?;
@@ -251,7 +252,7 @@ fn check(here: &TestMemory, there: &TestMemory) -> Result<Compared, Error> {
     same_block(here.block(RAM)?, &discarded, there.block(RAM)?, stands_still)
 }
 
-/// What the first counter was when the guest left, and what it came to.
+/// Prints the first counter when the guest left, and its last value.
 fn went_on(left_with: u32, came_to: u32) -> Result<(), Error> {
     if came_to > left_with {
         return Ok(());
@@ -261,7 +262,7 @@ fn went_on(left_with: u32, came_to: u32) -> Result<(), Error> {
     )))
 }
 
-/// What a guest that ran before its memory was there had to wait for.
+/// The faults of a guest that ran before its memory was there.
 fn faults(destination: &Value) -> Table {
     let report = &destination["report"];
     let micros =
@@ -294,7 +295,7 @@ fn table(report: &Value, before: u64, here: &TestMemory, there: &TestMemory) -> 
     table.row("never touched, skipped", mib(SIZE - STILL.bytes() - BUSY.bytes()));
     table.row("passes", number(report, "passes"));
     table.row("took", time(report, "total_ms"));
-    table.row("the guest stood still for", time(report, "downtime_ms"));
+    table.row("the guest was paused for", time(report, "downtime_ms"));
     table.row("allocated before", mib(before));
     table.row(
         "allocated here and there",

@@ -1,4 +1,4 @@
-//! Drives the parts of a migration by hand, each in a terminal of its own:
+//! A VMM for trying the parts of a migration by hand, each in a terminal of its own:
 //!
 //! ```text
 //! truncate -s 2G /dev/shm/here /dev/shm/there

@@ -1,14 +1,14 @@
-//! A running guest is saved, killed, and restored: an agent and a VMM to save it, and an agent and
-//! a VMM for each restore, each a process of its own.
+//! Saves a running guest, kills it, and restores it: an agent and a VMM to save it, and an agent
+//! and a VMM for each restore, each a process of its own.
 //!
 //! `cargo run --release --example snapshot_restore`
 //!
-//! The guest has 1 GiB. It writes into a part of it all the time; another part has content that
-//! stands still, and the rest was never touched. It is saved while it runs, and again as an
-//! increment. Then its VMM and the agent are killed. It is restored lazily: it runs at once, and
-//! its memory follows from the images. That is done twice, and the second time what it touched
-//! first is read ahead. Afterwards the result is checked, and the exit status is 0 only if all of
-//! it is right.
+//! The guest has 1 GiB of memory. It writes to one part of it all the time, another part has
+//! content that does not change, and the rest was never touched. The program saves the guest while
+//! it runs, and again as an increment. Then it kills the VMM and the agent, and restores the guest
+//! lazily: the guest runs at once, and its memory follows from the images. It does that twice. The
+//! second time, the pages that the guest touched first are read ahead. Afterwards the program
+//! checks the result. The exit status is 0 only if all of it is right.
 #![allow(clippy::print_stdout)]
 
 use clap::{Parser, Subcommand};
@@ -32,12 +32,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
-/// Content that stands still. What follows was never touched.
+/// Content that does not change. The pages after it were never touched.
 const STILL: PageRange = mebibytes(32, 480);
 /// Given back between the two images.
 const GIVEN_BACK: PageRange = mebibytes(256, 128);
 
-/// Saves a running guest of 1 GiB, kills it, restores it twice, and checks that it counts on.
+/// Saves a running guest of 1 GiB, kills it, restores it twice, and checks that it goes on
+/// counting.
 #[derive(Debug, Parser)]
 #[command(name = "snapshot_restore")]
 struct Cli {
@@ -45,7 +46,7 @@ struct Cli {
     process: Option<Role>,
 }
 
-/// What this program is in the processes that it starts.
+/// The role of this program in each process that it starts.
 #[derive(Debug, Subcommand)]
 enum Role {
     #[command(hide = true)]
@@ -105,8 +106,8 @@ fn save_and_restore(program: &Path, folder: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// What the guest touched first the last time, when it had `faults`, was there before it touched
-/// it.
+/// Checks that the working set was there before the guest touched it: fewer faults than `faults`,
+/// the number of the first restore.
 fn read_ahead(faults: u64, report: &Value) -> Result<(), Error> {
     let (pages, now) = (number(report, "working_set_pages"), number(report, "faults"));
     if pages > 0 && 3 * now <= faults {
@@ -118,7 +119,7 @@ fn read_ahead(faults: u64, report: &Value) -> Result<(), Error> {
     Err(Error::Mismatch(format!("{found}: expected is a third at most")))
 }
 
-/// The VMM that saves its guest, twice, and then goes on until it is killed.
+/// The VMM that saves its guest twice, and then runs until it is killed.
 fn save(socket: &Path, folder: &Path) -> Result<(), Error> {
     let memory = Arc::new(TestMemory::ram(SIZE)?);
     memory.block(RAM)?.fill(STILL, SEED)?;
@@ -149,7 +150,7 @@ fn save(socket: &Path, folder: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// A VMM whose guest comes from the image.
+/// A VMM that restores its guest from the image.
 fn restore(socket: &Path, folder: &Path) -> Result<Value, Error> {
     let usage = Usage::new(Arc::new(TestMemory::ram(SIZE)?))?;
     let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
@@ -196,7 +197,7 @@ fn saved(name: &str, report: &Value, image: &Path) -> Result<Table, Error> {
     table.row("pages saved", pages(number(report, "pages_sent")));
     table.row("of them before their turn, for a write", pages(number(report, "captured_pages")));
     table.row("pages discarded", pages(number(report, "discarded_pages")));
-    table.row("the guest stood still for", time(report, "downtime_ms"));
+    table.row("the guest was paused for", time(report, "downtime_ms"));
     table.row("took", time(report, "total_ms"));
     table.row("the file takes on the disk", mib(file.blocks() * 512));
     Ok(table)
@@ -205,7 +206,7 @@ fn saved(name: &str, report: &Value, image: &Path) -> Result<Table, Error> {
 fn restored_table(name: &str, report: &Value) -> Table {
     println!("{name}:");
     let mut table = Table::default();
-    table.row("the guest was there after", time(report, "running_ms"));
+    table.row("the guest was ready after", time(report, "running_ms"));
     table.row("all of its memory was there after", time(report, "total_ms"));
     table.row("pages restored", pages(number(report, "pages_sent")));
     table.row("of them read ahead by the working set", pages(number(report, "working_set_pages")));

@@ -1,5 +1,5 @@
-//! A guest that counts in its pages for ever, so that anyone can tell later whether all of it came:
-//! a real one under KVM, or threads where KVM is not to be had.
+//! A guest that counts in its pages for ever, so that a later check can tell whether all of its
+//! memory arrived. It is a real guest under KVM, or a guest of threads where there is no KVM.
 
 use pageferry_agent::image::Chain;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};

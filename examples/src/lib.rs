@@ -1,8 +1,8 @@
 //! Shared parts of the examples.
 //!
-//! - [`counting`]: a guest that counts for ever;
-//! - [`show`]: the processes of an example, and what they say;
-//! - [`table`]: what happened, in two columns.
+//! - [`counting`]: a guest that counts in its pages for ever;
+//! - [`show`]: the processes of an example, and their reports;
+//! - [`table`]: a table of two columns.
 
 pub mod counting;
 pub mod show;

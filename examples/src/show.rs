@@ -1,6 +1,6 @@
-//! The processes of an example, and what they say.
+//! The processes of an example, and their reports.
 //!
-//! Each example is one program that is the agent, or a VMM, in the processes that it starts. A VMM
+//! Each example is one program. In the processes that it starts it is the agent, or a VMM. A VMM
 //! prints a line of JSON at its end.
 
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -17,7 +17,7 @@ pub const MIB: u64 = 1 << 20;
 /// Longest time for one process.
 pub const LIMIT: Duration = Duration::from_secs(300);
 
-/// The agent, if this process is to be one; `run` else. Says what went wrong.
+/// Runs the agent if this process should be one, or else `run`. Prints errors.
 pub fn program(run: impl FnOnce() -> Result<(), Error>) -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     if arguments.first().is_some_and(|first| first == "agent") {
@@ -33,11 +33,11 @@ pub fn program(run: impl FnOnce() -> Result<(), Error>) -> ExitCode {
     }
 }
 
-/// Gives `work` this program, and a folder that is there for as long as it runs, and no longer,
+/// Calls `work` with the path of this program and a folder. The folder is removed when `work` ends,
 /// also if it panics. Ctrl-C leaves it.
 ///
 /// # Errors
-/// If there is none, or of `work`.
+/// If the folder cannot be created, or `work` fails.
 pub fn in_folder<T>(work: impl FnOnce(&Path, &Path) -> Result<T, Error>) -> Result<T, Error> {
     let program = std::env::current_exe().map_err(Error::io("find this program"))?;
     let folder = tempfile::Builder::new()
@@ -62,7 +62,7 @@ pub fn report_of(vmm: &mut Process) -> Result<Value, Error> {
     parse(&last)
 }
 
-/// What a VMM says.
+/// The report of a VMM.
 ///
 /// # Errors
 /// If it is not JSON.
@@ -71,7 +71,7 @@ pub fn parse(text: &str) -> Result<Value, Error> {
         .map_err(|error| Error::Mismatch(format!("a VMM says \"{text}\": {error}")))
 }
 
-/// A number of a report; 0 if it has none of that name.
+/// A number of a report, or 0 if the report has no such number.
 pub fn number(report: &Value, name: &str) -> u64 {
     report[name].as_u64().unwrap_or_default()
 }

@@ -1,4 +1,4 @@
-//! What happened, in two columns.
+//! A table of two columns.
 
 use std::fmt::{Display, Formatter};
 

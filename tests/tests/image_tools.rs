@@ -147,7 +147,7 @@ fn an_image_is_good_or_each_place_that_is_not_is_named() {
     chain(folder);
     assert_eq!(
         good(folder, &["verify", "tuesday.img"]),
-        "all is well: 2 images, 24 pages with content (96.0 KiB)\n"
+        "no errors: 2 images, 24 pages with content (96.0 KiB)\n"
     );
     let report = object(folder, &["verify", "tuesday.img", "--json", "--threads", "1"]);
     assert_eq!(
@@ -213,7 +213,7 @@ fn a_chain_is_folded_in_place_and_what_builds_on_it_goes_on() {
         .map(|name| merged[name].clone());
     assert_eq!(found, [json!("merged"), json!(id_text(&id)), json!(2), json!(24), json!(24)]);
     std::fs::remove_file(folder.join("monday.img")).unwrap();
-    assert!(good(folder, &["verify", "wednesday.img"]).starts_with("all is well: 2 images"));
+    assert!(good(folder, &["verify", "wednesday.img"]).starts_with("no errors: 2 images"));
     let chain = Chain::open(&folder.join("wednesday.img")).unwrap();
     assert_eq!(chain.present(0).count(chain.present(0).all()), 12 + 16);
     assert!(

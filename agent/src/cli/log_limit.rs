@@ -1,11 +1,11 @@
-//! A limit for what one place in the code may log.
+//! Limits how much one place in the code may log.
 //!
-//! Whoever reaches a socket of the agent can have it log: by requests that it refuses, by
-//! connections that it drops. So each call of a log macro gets `LINES` lines per [`WINDOW`]; the
-//! rest is counted, and the log says how many lines are left out.
+//! A program that reaches a socket of the agent can make it log: by requests that the agent
+//! refuses, by connections that it drops. So each call of a log macro gets `LINES` lines in each
+//! [`WINDOW`]. The other lines are counted, and the log says how many were left out.
 //!
-//! Errors are never left out, and neither is what `JOBS` logs: how a job went and ended. Nor are
-//! debug and trace lines, which are off unless somebody asks for all of them.
+//! Errors are never left out, and neither are the lines of `JOBS`, which say how a job went and
+//! ended. Debug and trace lines are not limited: they are off unless somebody asks for all of them.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,8 +1,8 @@
-//! The agent's log, for which nobody waits.
+//! Writes the agent's log without making other threads wait.
 //!
-//! Standard error may be a pipe whose reader hangs, or a file on a slow disk. A thread of its own
-//! writes to it; everyone else only puts a line into a queue. When that is full, lines are dropped,
-//! and the log says how many. It also says what a [`Limit`] left out.
+//! Standard error may be a pipe whose reader hangs, or a file on a slow disk. So the thread `log`
+//! writes to it, and all other threads only put lines into a queue. When the queue is full, lines
+//! are dropped, and the log says how many. It also says what a [`Limit`] left out.
 
 use super::log_limit::{Limit, WINDOW};
 use std::io::{self, Write};

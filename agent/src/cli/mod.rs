@@ -1,13 +1,13 @@
-//! The command line: `pageferry agent`, and what an operator asks of one.
+//! The command line: `pageferry agent`, and the operator's subcommands.
 //!
 //! - [`run_agent`]: the agent itself;
-//! - [`log_writer`]: its log;
-//! - [`operator`]: the requests;
-//! - [`snapshot`]: what snapshots and restores take;
-//! - [`image`]: images in files, for which no agent is asked;
-//! - [`show`]: how a job is shown, on a terminal and as JSON.
+//! - [`log_writer`], [`log_limit`]: its log;
+//! - [`operator`]: requests to a running agent;
+//! - [`snapshot`]: the arguments of snapshots and restores;
+//! - [`image`]: tools for image files, which need no agent;
+//! - [`show`]: prints a job, on a terminal and as JSON.
 //!
-//! It prints to standard output and standard error; that is what it is for.
+//! This room may print to standard output and standard error.
 #![allow(clippy::print_stderr)]
 
 pub mod image;
@@ -38,28 +38,28 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve one VMM: take its memory, and migrate, save or restore it when asked.
+    /// Serve one VMM: take its memory, and migrate, save or restore its guest when asked.
     Agent(AgentArgs),
-    /// Show how the job stands that runs, or ran last.
+    /// Show the state of the current or last job.
     Status(OperatorArgs),
-    /// Show a job's progress until it ends; the exit status is 0 only if it completed.
+    /// Show a job's progress until it ends. The exit status is 0 only if it completed.
     Watch(OperatorArgs),
-    /// Migrate the guest to another agent, which listens already, and watch. Ctrl-C ends the
-    /// watching and not the job: use cancel.
+    /// Migrate the guest to another agent, which must be listening, and watch. Ctrl-C ends the
+    /// watching, not the job: use cancel to end the job.
     Migrate(MigrateArgs),
-    /// Save the guest into an image, and watch.
+    /// Save the guest to an image, and watch.
     Snapshot(snapshot::SnapshotCommand),
-    /// Restore a guest from an image into a VMM that waits for one, and watch.
+    /// Restore a guest from an image, in a VMM that allows it, and watch.
     Restore(snapshot::RestoreCommand),
-    /// Cancel the job that runs; a guest that ran before it runs on.
+    /// Cancel the running job. A guest that is here goes on as before the job.
     Cancel(OperatorArgs),
-    /// Have the migration that runs, of mode hybrid, switch to postcopy.
+    /// Switch the running migration, which must have mode hybrid, to postcopy.
     Postcopy(OperatorArgs),
-    /// Connect a paused postcopy again, and watch.
+    /// Reconnect a paused postcopy, and watch.
     Recover(RecoverArgs),
-    /// Let a guest run again here whose hand-over was never confirmed.
+    /// Resume a guest here whose hand-over was never confirmed.
     Resume(ResumeArgs),
-    /// Look at images of guests, check them, fold them: no agent is asked.
+    /// Show, check and merge images of guests. This needs no agent.
     #[command(subcommand)]
     Image(image::ImageCommand),
 }
@@ -68,22 +68,22 @@ enum Command {
 #[derive(Debug, Args)]
 pub struct AgentArgs {
     /// Listen on this UNIX socket, created with mode 0600. Only the agent's own user and root may
-    /// connect. A socket there that nobody listens on is replaced; anything else is left as it is,
-    /// and refused. At most 107 bytes.
+    /// connect. A socket at this path on which nobody listens is replaced. If anything else is
+    /// there, the agent refuses to start. At most 107 bytes.
     #[arg(long, value_name = "PATH", required_unless_present = "stdin")]
     pub socket: Option<PathBuf>,
-    /// Standard input is a socket to the VMM; the agent ends with it.
+    /// Use standard input as the socket to the VMM. The agent ends when this connection ends.
     #[arg(long)]
     pub stdin: bool,
 }
 
-/// Which agent is asked.
+/// The agent to talk to.
 #[derive(Debug, Args)]
 pub struct OperatorArgs {
     /// The agent's socket.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
-    /// Print JSON: one object, or where a job is watched until it ends one a line.
+    /// Print JSON: one object, or one object for each line while a job is watched.
     #[arg(long)]
     pub json: bool,
 }
@@ -103,16 +103,17 @@ pub struct MigrateArgs {
 /// Options of an outgoing migration, for any command line that starts one.
 #[derive(Debug, Clone, Args)]
 pub struct OutgoingArgs {
-    /// Number of connections.
+    /// Number of connections that carry pages.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub streams: u16,
-    /// How long the guest may be paused for the last pass. With nothing dirty it is paused at once.
+    /// Longest pause of the guest for the last pass. If nothing is dirty, the guest is paused
+    /// whatever the limit is.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = parse_duration)]
     pub downtime_limit: Duration,
-    /// Limit in bytes per second, at least 64K, with K, M, G or T; 0 is none.
+    /// Limit in bytes per second, at least 64K, with K, M, G or T. 0 is no limit.
     #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_bandwidth)]
     pub bandwidth: u64,
-    /// Passes after which the policy decides; 0 is no limit. Under keep-going more follow.
+    /// Passes after which the policy decides. 0 is no limit. With keep-going more passes follow.
     #[arg(long, value_name = "PASSES", default_value_t = 30)]
     pub max_passes: u32,
     /// What to do if the passes do not converge.
@@ -122,32 +123,32 @@ pub struct OutgoingArgs {
     pub policy: Option<NonConvergence>,
     /// Whether the guest may move before its memory.
     #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = parse_mode,
-          help = "What moves first: precopy, its memory; postcopy, the guest; hybrid, its memory until it is switched")]
+          help = "What moves first: precopy, the memory; postcopy, the guest; hybrid, the memory until it switches to postcopy")]
     pub mode: Mode,
-    /// With --mode hybrid: passes after which it switches to postcopy; 0 is not for that.
+    /// With --mode hybrid: switch to postcopy after this many passes. 0 is never.
     #[arg(long, value_name = "PASSES", default_value_t = 0)]
     pub switch_after: u32,
-    /// With postcopy: connections for the pages that the guest waits for.
+    /// With postcopy: number of connections for pages that the guest waits for.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=63))]
     pub urgent_streams: u16,
-    /// With postcopy: free each page at the source once the destination has it.
+    /// With postcopy: free each page at the source when the destination has it.
     #[arg(long)]
     pub release: bool,
     /// Whether the guest runs at the destination.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume,
-          help = "Whether the guest runs at the destination: auto, if it ran here; never, it stays paused there")]
+          help = "Whether the guest runs at the destination: auto, if it ran here; never, it arrives paused")]
     pub resume: ResumePolicy,
     /// How pages are compressed.
     #[arg(long, value_name = "METHOD", default_value = "none", value_parser = parse_compression,
           help = "How pages are compressed: none, lz4, zstd or zstd:LEVEL, with a level of 1 to 19")]
     pub compress: Compression,
-    /// How long the peer may be silent, or take for one record. The paused guest runs on here if
-    /// its hand-over takes longer than this, two hook timeouts, and ten times the transfer of what
-    /// must go before it at the measured bandwidth (or that transfer once, at 1 MiB/s, if none was
-    /// measured).
+    /// Longest silence of the peer, and longest time for one record. The hand-over of the paused
+    /// guest may take this time, two hook timeouts, and ten times the transfer that must come
+    /// before it at the measured bandwidth (or once that transfer at 1 MiB/s if none was measured).
+    /// If it takes longer, the guest goes on here.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     pub peer_timeout: Duration,
-    /// How long the VMM may take to answer.
+    /// Longest time that the VMM may take to answer a hook.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub hook_timeout: Duration,
 }
@@ -180,8 +181,8 @@ impl From<OutgoingArgs> for OutgoingOptions {
 pub struct RecoverArgs {
     #[command(flatten)]
     operator: OperatorArgs,
-    /// At the source: where the destination's agent listens, if not where it did. At the
-    /// destination: listen here, too.
+    /// At the source: where the destination's agent listens, if that changed. At the destination:
+    /// listen at this address, too.
     #[arg(long, value_name = "ADDRESS")]
     address: Option<String>,
 }
@@ -191,7 +192,7 @@ pub struct RecoverArgs {
 pub struct ResumeArgs {
     #[command(flatten)]
     operator: OperatorArgs,
-    /// I have looked at both sides, and the guest does not run at the destination.
+    /// Confirm that you looked at both sides, and the guest does not run at the destination.
     #[arg(long)]
     force: bool,
 }

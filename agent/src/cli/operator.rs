@@ -1,4 +1,4 @@
-//! What an operator asks of a running agent.
+//! The subcommands that talk to a running agent.
 
 use super::OperatorArgs;
 use super::show;
@@ -18,11 +18,11 @@ use std::time::{Duration, Instant};
 
 type Outcome = Result<ExitCode, Box<dyn Error>>;
 
-/// How long the agent may take to answer.
+/// Longest time that the agent may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// How often a watcher hears of a job.
+/// Time between two status events for a watcher.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// How long a watcher waits for news before it says that the agent hangs.
+/// Longest silence of the agent before a watcher says that it hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A connection to an agent.
@@ -87,13 +87,13 @@ impl Operator {
         }
     }
 
-    /// Shows progress until the job with this number, or if there is none the one that runs, ends.
+    /// Shows progress until the job with this number ends, or the running one if there is no
+    /// number.
     fn watch(&mut self, job: Option<u64>, json: bool) -> Outcome {
         self.watch_until(job, json, false)
     }
 
-    /// The same for a job that was asked to recover: it ends with the pause that comes after that,
-    /// too.
+    /// The same for a job that was asked to recover. It also stops at the next pause.
     fn watch_recovery(&mut self, job: u64, json: bool) -> Outcome {
         self.watch_until(Some(job), json, true)
     }
@@ -106,7 +106,7 @@ impl Operator {
             let status = self.next_event()?;
             match job {
                 Some(job) if status.job < job => continue,
-                // Its end came and went between two events.
+                // The job ended between two events.
                 Some(job) if status.job > job => {
                     return Err(format!(
                         "job {job} was followed by job {} before its end was seen",
@@ -129,7 +129,7 @@ impl Operator {
     }
 }
 
-/// An address as the agent takes it, which may run in another folder.
+/// An address for the agent, which may run in another folder.
 fn address_from_root(address: &str) -> std::io::Result<String> {
     match address.strip_prefix("unix:") {
         Some(path) if !path.is_empty() => Ok(format!("unix:{}", from_root(Path::new(path))?)),

@@ -27,7 +27,7 @@ fn is_ignored(signal: i32) -> bool {
     ignored >> (signal - 1) & 1 == 1
 }
 
-/// Exit code for a command line that cannot be served, as clap has it.
+/// Exit code for a wrong command line, the same as clap's.
 const BAD_INPUT: u8 = 2;
 
 /// The connection that the VMM left to this process as its standard input.

@@ -1,4 +1,4 @@
-//! How a job is shown.
+//! Prints the status of a job: as a table, as JSON, or as a progress bar.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use std::io::{self, Write};
 use std::time::Duration;
 
-/// A job as a JSON object: what it is, how it stands, why it failed, and all its figures.
+/// A job as a JSON object: its kind, its phase, why it failed, and all its counters.
 pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     let mut object = Map::new();
     object.insert("job".into(), json!(status.job));
@@ -26,7 +26,7 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     object
 }
 
-/// Bytes for people.
+/// Formats a number of bytes for people.
 pub fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let step = (0..UNITS.len() - 1)
@@ -38,7 +38,7 @@ pub fn bytes(count: u64) -> String {
     }
 }
 
-/// A time for people.
+/// Formats a time for people.
 pub fn time(micros: u64) -> String {
     match micros {
         0..1_000 => format!("{micros} us"),
@@ -47,7 +47,7 @@ pub fn time(micros: u64) -> String {
     }
 }
 
-/// Where the guest of a job is, and what it is to be there, or is to go back to.
+/// Where the guest of a job is, and its run state.
 fn guest_line(status: &JobStatus, guest: RunState) -> String {
     let place = match (status.kind, status.phase) {
         (JobKind::Outgoing, Phase::Completed) => "at the destination",
@@ -55,12 +55,12 @@ fn guest_line(status: &JobStatus, guest: RunState) -> String {
             "at the destination, or on its way there"
         }
         (JobKind::Outgoing, Phase::Unconfirmed) => {
-            "paused here, or at the destination: nobody knows"
+            "paused here, or at the destination (unconfirmed)"
         }
         (JobKind::Incoming, _) if !status.arrived => "at the source",
         _ => "here",
     };
-    format!("{place}; when it goes on it is {}", guest.name())
+    format!("{place}, run state {}", guest.name())
 }
 
 /// The lines that `status` prints, name and value.
@@ -88,7 +88,7 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
             format!("{}, {}", time(counters.fault_p50_us), time(counters.fault_p90_us)),
         ),
         (
-            "fault p99, most",
+            "fault p99, max",
             format!("{}, {}", time(counters.fault_p99_us), time(counters.fault_max_us)),
         ),
     ];
@@ -119,7 +119,7 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
                 ("discarded pages", pages(counters.discarded_pages)),
                 ("remaining", pages(counters.remaining_pages)),
                 ("working set", pages(counters.working_set_pages)),
-                ("guest was there after", time(counters.running_us)),
+                ("guest ready after", time(counters.running_us)),
                 ("total", time(counters.total_us)),
             ]);
             lines.extend(faults.into_iter().chain(fetched).filter(|_| any_faults));
@@ -159,7 +159,7 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
 /// Prints a status.
 ///
 /// # Errors
-/// If nobody reads it.
+/// If the output cannot be written.
 pub fn print(status: &JobStatus, json: bool) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if json {
@@ -175,7 +175,7 @@ pub fn print(status: &JobStatus, json: bool) -> io::Result<()> {
 /// Prints that something was done.
 ///
 /// # Errors
-/// If nobody reads it.
+/// If the output cannot be written.
 pub fn done(what: &str, json: bool) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if json { writeln!(out, "{}", json!({ "status": what })) } else { writeln!(out, "{what}") }
@@ -185,12 +185,12 @@ pub fn done(what: &str, json: bool) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Progress {
     bar: Option<ProgressBar>,
-    /// The error of a job that goes on, or is paused, as it was last printed.
+    /// The last printed error of a job that continues or is paused.
     said: String,
 }
 
 impl Progress {
-    /// Shows nothing yet. The bar hides where there is no terminal.
+    /// Shows nothing yet. Without a terminal the bar is hidden.
     pub fn new(json: bool) -> Self {
         let bar = || {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
@@ -209,7 +209,7 @@ impl Progress {
     /// Shows a status.
     ///
     /// # Errors
-    /// If nobody reads it.
+    /// If the output cannot be written.
     pub fn show(&mut self, status: &JobStatus) -> io::Result<()> {
         let counters = &status.counters;
         let Some(bar) = &self.bar else {
@@ -218,7 +218,7 @@ impl Progress {
         if status.phase.is_final() || status.error.is_empty() {
             self.said.clear();
         } else if status.error != self.said {
-            // Not by the bar, which hides where there is no terminal: the operator may have to act.
+            // Not in the bar, which is hidden without a terminal: the operator may have to act.
             let state = if status.phase == Phase::PostcopyPaused { " is paused" } else { "" };
             bar.suspend(|| writeln!(io::stderr(), "job {}{state}: {}", status.job, status.error))?;
             self.said.clone_from(&status.error);
@@ -263,7 +263,7 @@ impl Progress {
     /// Ends with the final status.
     ///
     /// # Errors
-    /// If nobody reads it.
+    /// If the output cannot be written.
     pub fn end(&mut self, status: &JobStatus) -> io::Result<()> {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -272,8 +272,8 @@ impl Progress {
     }
 }
 
-/// Pages of a snapshot or a restore that need nothing more done for them. Those that are zero in an
-/// image are no work for a restore: they are holes from the start.
+/// Pages of a snapshot or a restore that are done. A restore does not count the zero pages of an
+/// image, which are holes from the start.
 fn done_of_image(status: &JobStatus) -> u64 {
     let counters = &status.counters;
     let zero = if status.kind == JobKind::Restore { 0 } else { counters.zero_pages };

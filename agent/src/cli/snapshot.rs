@@ -1,4 +1,4 @@
-//! What `snapshot` and `restore` take on the command line.
+//! The arguments of `snapshot` and `restore` on the command line.
 
 use super::{OperatorArgs, parse_bandwidth, parse_duration, parse_resume};
 use clap::Args;
@@ -14,7 +14,7 @@ use std::time::Duration;
 pub struct SnapshotCommand {
     #[command(flatten)]
     pub(super) operator: OperatorArgs,
-    /// Where the image will be. It is there when it is complete, and not before.
+    /// The image to write. It appears when it is complete, and not before.
     #[arg(value_name = "FILE")]
     pub(super) image: PathBuf,
     #[command(flatten)]
@@ -24,22 +24,22 @@ pub struct SnapshotCommand {
 /// Options of a snapshot, for any command line that starts one.
 #[derive(Debug, Clone, Args)]
 pub struct SnapshotArgs {
-    /// What becomes of the guest meanwhile.
+    /// What happens to the guest meanwhile.
     #[arg(long, value_name = "MODE", default_value = "background", value_parser = parse_mode,
-          help = "What becomes of the guest: background, it runs on; paused, it stands still until its memory is saved")]
+          help = "What happens to the guest: background, it runs while it is saved; paused, it is paused until its memory is saved")]
     pub mode: SnapshotMode,
-    /// Save only what changed since this image, which the last snapshot with --track made. The VMM
-    /// must have declared its trackers (see status).
+    /// Save only what changed since this image. The last snapshot with --track must have made it,
+    /// and the VMM must have declared its trackers (see status).
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
     /// Keep track of what is written from now on, so that the next snapshot can be an increment to
     /// this one. The VMM must have declared its trackers (see status).
     #[arg(long)]
     pub track: bool,
-    /// Replace an image of that name, once the new one is complete; any other file is refused.
+    /// Replace an image of that name when the new one is complete. Any other file is refused.
     #[arg(long)]
     pub replace: bool,
-    /// Write through the page cache, for those who restore from the image soon.
+    /// Write through the page cache. Use it if the image is restored from soon.
     #[arg(long)]
     pub cached: bool,
     #[command(flatten)]
@@ -51,7 +51,7 @@ pub struct SnapshotArgs {
 pub struct RestoreCommand {
     #[command(flatten)]
     pub(super) operator: OperatorArgs,
-    /// The image; those that it builds on are found by themselves.
+    /// The image. The images that it builds on are found automatically.
     #[arg(value_name = "FILE")]
     pub(super) image: PathBuf,
     #[command(flatten)]
@@ -61,16 +61,16 @@ pub struct RestoreCommand {
 /// Options of a restore, for any command line that starts one.
 #[derive(Debug, Clone, Args)]
 pub struct RestoreArgs {
-    /// Let the guest run at once; its memory follows, what it touches before all.
+    /// Run the guest at once. Its memory follows, the pages that it touches first.
     #[arg(long)]
     pub lazy: bool,
-    /// With --lazy: read ahead the pages that this file names; if it is not there, write to it
-    /// which pages the guest touches first. Any file but a working set is refused.
+    /// With --lazy: read ahead the pages that this file names. If the file does not exist, write
+    /// to it which pages the guest touches first. Any file but a working set is refused.
     #[arg(long, value_name = "FILE", requires = "lazy")]
     pub working_set: Option<PathBuf>,
-    /// Whether the guest runs once it is restored.
+    /// Whether the guest runs after the restore.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume,
-          help = "Whether the guest runs once it is restored: auto, if it ran when it was saved; never, it stays paused")]
+          help = "Whether the guest runs after the restore: auto, if it ran when it was saved; never, it stays paused")]
     pub resume: ResumePolicy,
     #[command(flatten)]
     common: ImageArgs,
@@ -82,11 +82,11 @@ pub struct ImageArgs {
     /// Number of threads.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub workers: u16,
-    /// Limit in bytes per second, at least 64K, with K, M, G or T; 0 is none. What the guest waits
-    /// for is not held back.
+    /// Limit in bytes per second, at least 64K, with K, M, G or T. 0 is no limit. Pages that the
+    /// guest waits for are not limited.
     #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_bandwidth)]
     pub bandwidth: u64,
-    /// How long the VMM may take to answer.
+    /// Longest time that the VMM may take to answer a hook.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub hook_timeout: Duration,
 }

@@ -6,7 +6,7 @@ use pageferry_client::ResumePolicy;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// A VMM without a virtual machine: hands a file to an agent as guest memory, writes into it at a
+/// A VMM without a virtual machine. It hands a file to an agent as guest memory, writes to it at a
 /// set rate, and migrates, saves or restores it.
 #[derive(Debug, Parser)]
 #[command(name = "mock_vmm", version, about, max_term_width = 100)]
@@ -21,7 +21,7 @@ pub struct Cli {
 pub enum Command {
     /// Run a guest and migrate it away, or save it.
     Source(SourceArgs),
-    /// Wait for a guest, or restore one. It is verified and given the go, but does not write, so
+    /// Wait for a guest, or restore one. The guest is verified and resumed, but does not write, so
     /// that the two files can be compared.
     Destination(DestinationArgs),
 }
@@ -32,7 +32,7 @@ pub struct Common {
     /// The agent's socket.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
-    /// The guest's memory: a sparse file that exists, used as it is.
+    /// The guest's memory: an existing sparse file, which is used as it is.
     #[arg(long, value_name = "FILE")]
     pub memory: PathBuf,
     /// Size of the guest's memory in bytes, with K, M, G or T. The file may not be shorter.
@@ -49,46 +49,46 @@ pub struct SourceArgs {
     /// What both sides need.
     #[command(flatten)]
     pub common: Common,
-    /// Discard this range before the migration. May be given again.
+    /// Discard this range before the migration. May be given more than once.
     #[arg(long, value_name = "OFFSET+LENGTH", value_parser = parse_range)]
     pub discard: Vec<ByteRange>,
-    /// Discard this range during the migration, once its first pass began. May be given again.
+    /// Discard this range during the migration, after its first pass began. May be given more than
+    /// once.
     #[arg(long, value_name = "OFFSET+LENGTH", value_parser = parse_range)]
     pub discard_during: Vec<ByteRange>,
-    /// Tell the agent of the discards, but leave the stale bytes allocated in the file.
+    /// Tell the agent about the discards, but leave the stale bytes allocated in the file.
     #[arg(long)]
     pub no_punch: bool,
-    /// Pages that the guest writes per second, at random among those that are allocated in the file
-    /// at the start and not discarded.
+    /// Pages that the guest writes per second, at random among the pages that are allocated in the
+    /// file at the start and not discarded.
     #[arg(long, value_name = "PAGES_PER_SECOND", default_value_t = 0)]
     pub write_rate: u64,
-    /// The operator has paused the guest: it is moved or saved so.
+    /// Start with a guest that its operator has paused. It is moved or saved paused.
     #[arg(long)]
     pub start_paused: bool,
-    /// Who finds the guest's writes: the guest marks the shared dirty log, or the agent scans the
-    /// mapping by userfaultfd.
+    /// What reports the guest's writes: the guest marks the shared dirty log, or the agent scans
+    /// the mapping with userfaultfd.
     #[arg(long, value_enum, default_value_t = TrackerName::Log)]
     pub tracker: TrackerName,
-    /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH. Without this and
-    /// --snapshot-to the guest runs for 60 seconds, or --run-for, for an operator who has it saved
-    /// or migrated.
+    /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH. Without this and without
+    /// --snapshot-to the guest runs for 60 seconds, or --run-for, so that an operator can save or
+    /// migrate it.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "snapshot_to")]
     pub to: Option<String>,
-    /// Save the guest into this image instead of migrating it. Of the options of a migration
-    /// --bandwidth and --hook-timeout count.
+    /// Save the guest to this image instead of migrating it. Of the migration options only
+    /// --bandwidth and --hook-timeout have an effect.
     #[arg(long, value_name = "FILE")]
     pub snapshot_to: Option<PathBuf>,
-    /// With --snapshot-to: an image that has the name already is replaced, once the new one is
-    /// complete.
+    /// With --snapshot-to: replace an image that has this name when the new one is complete.
     #[arg(long, requires = "snapshot_to")]
     pub replace: bool,
-    /// With --snapshot-to: the guest stands still until its memory is saved.
+    /// With --snapshot-to: pause the guest until its memory is saved.
     #[arg(long, requires = "snapshot_to")]
     pub paused: bool,
-    /// How long an operator may take.
+    /// How long to wait for an operator.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     pub run_for: Duration,
-    /// How it is migrated.
+    /// How the guest is migrated.
     #[command(flatten)]
     pub outgoing: OutgoingArgs,
 }
@@ -99,30 +99,30 @@ pub struct DestinationArgs {
     /// What both sides need.
     #[command(flatten)]
     pub common: Common,
-    /// Where the destination's agent listens for the source's: tcp:HOST:PORT or unix:PATH. Without
-    /// this and --restore-from it waits for an operator who has a guest restored, for 60 seconds,
-    /// or --wait-for.
+    /// Where the destination's agent listens for the source: tcp:HOST:PORT or unix:PATH. Without
+    /// this and without --restore-from the VMM waits for 60 seconds, or --wait-for, so that an
+    /// operator can restore a guest.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "restore_from")]
     pub listen: Option<String>,
     /// Restore a guest from this image instead of waiting for one.
     #[arg(long, value_name = "FILE")]
     pub restore_from: Option<PathBuf>,
-    /// With --restore-from: give the guest the go at once; its memory follows.
+    /// With --restore-from: resume the guest at once. Its memory follows.
     #[arg(long, requires = "restore_from")]
     pub lazy: bool,
-    /// With --lazy: read ahead the pages that this file names; if it is not there, write to it
-    /// which pages the guest touches first.
+    /// With --lazy: read ahead the pages that this file names. If the file does not exist, write
+    /// to it which pages the guest touches first.
     #[arg(long, value_name = "FILE", requires = "lazy")]
     pub working_set: Option<PathBuf>,
-    /// Whether the guest is given the go: auto, if it ran before; never, it stays paused.
+    /// Whether the guest is resumed: auto, if it ran before; never, it stays paused.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume)]
     pub resume: ResumePolicy,
-    /// How long an operator may take.
+    /// How long to wait for an operator.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     pub wait_for: Duration,
 }
 
-/// Who finds the guest's writes.
+/// What reports the guest's writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TrackerName {
     /// The shared dirty log.

@@ -142,9 +142,9 @@ impl std::fmt::Display for Report {
                 write!(formatter, ", {} passes", self.passes)?;
             }
             if self.running_ms > 0.0 {
-                write!(formatter, ", the guest was there after {:.1} ms", self.running_ms)?;
+                write!(formatter, ", the guest was ready after {:.1} ms", self.running_ms)?;
             } else {
-                write!(formatter, ", the guest stood still for {:.1} ms", self.downtime_ms)?;
+                write!(formatter, ", the guest was paused for {:.1} ms", self.downtime_ms)?;
             }
         } else {
             write!(formatter, "{}: {}", self.status, self.error)?;

@@ -1,7 +1,7 @@
 //! `pageferry image info`.
 //!
-//! An image may be anybody's, and names in it are anybody's text: what a terminal would take for a
-//! command is shown as what it is.
+//! Anybody may have made the image, so the names in it are not trusted: characters that a terminal
+//! would take for a command are escaped.
 
 use super::{ImageArgs, Outcome, absolute, counted, text_of};
 use crate::cli::show;
@@ -16,11 +16,11 @@ use serde_json::{Map, Value, json};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-/// Shows an image. What it builds on is part of it: if that cannot be opened, the image is shown
-/// all the same, and the error with it.
+/// Shows an image and the images that it builds on. If one of those cannot be opened, the image is
+/// still shown, and the error with it.
 ///
 /// # Errors
-/// If it cannot be opened, or what it builds on not.
+/// If the image, or one that it builds on, cannot be opened.
 pub(super) fn run(args: &ImageArgs) -> Outcome {
     let (images, opened) = images(&absolute(&args.path)?);
     if let Some(newest) = images.first() {
@@ -37,7 +37,7 @@ pub(super) fn run(args: &ImageArgs) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Bytes that the file takes on its disk.
+/// Bytes that the file takes on the disk.
 fn disk_bytes(image: &Image) -> u64 {
     // Of a file that is open, which can be asked; if not, it is better to say nothing than to fail.
     rustix::fs::fstat(image.file())
@@ -87,7 +87,7 @@ fn to_json(newest: &Image, images: &[Image], error: Option<&ImageError>) -> Map<
     object
 }
 
-/// Pages by how they are, as a JSON object.
+/// Numbers of pages by state, as a JSON object.
 pub(super) fn counts(tally: Tally) -> Map<String, Value> {
     let named = [
         ("present_pages", tally.present),

@@ -15,10 +15,10 @@ use std::process::ExitCode;
 
 /// Columns of the address before each row.
 const LABEL: usize = 18;
-/// Cells of a row where no terminal says how much fits.
+/// Cells in a row if there is no terminal to ask.
 const COLUMNS: usize = 64;
-/// The sign of cells of which at least half has content, of those of which less has, and of what
-/// has none.
+/// The signs of cells: at least half has content, less than half has content, and the kinds of
+/// cells without content.
 const SIGNS: [(char, &str); 5] = [
     ('#', "content"),
     ('+', "some content"),
@@ -32,21 +32,21 @@ const SIGNS: [(char, &str); 5] = [
 pub struct MapArgs {
     #[command(flatten)]
     image: ImageArgs,
-    /// Of an increment: draw the guest with all that the image builds on, instead of what the image
-    /// changes.
+    /// For an increment: draw the whole guest, with all images that this one builds on, instead of
+    /// only what this image changes.
     #[arg(long)]
     whole: bool,
-    /// Cells of a row; in a file, pixels at most [default: what fits the terminal, or 64; in a file
-    /// 1024].
+    /// Cells in a row, or the most pixels in a file [default: what fits the terminal, or 64; 1024
+    /// in a file].
     #[arg(long, value_name = "CELLS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_WIDTH)))]
     width: Option<u32>,
-    /// Lines for each block at most.
+    /// Most lines for each block.
     #[arg(long, value_name = "LINES", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
     height: u32,
-    /// Write the picture to this file, in PNG, instead of drawing it here.
+    /// Write the picture to this PNG file instead of drawing it here.
     #[arg(long, value_name = "FILE")]
     png: Option<PathBuf>,
-    /// Replace the PNG file if it is there; any other file is refused.
+    /// Replace the PNG file if it exists. Any other file is refused.
     #[arg(long, requires = "png")]
     replace: bool,
 }

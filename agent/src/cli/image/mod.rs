@@ -1,8 +1,8 @@
 //! `pageferry image`: what an operator does with images, without an agent.
 //!
-//! - [`info`]: what an image holds;
+//! - [`info`]: what an image has;
 //! - [`map`]: a picture of it;
-//! - this file: the arguments, and checking and folding, which have little to show.
+//! - this file: the arguments, and verifying and merging, which have little to show.
 
 pub mod info;
 pub mod map;
@@ -31,22 +31,22 @@ const MOST_ERRORS: usize = 100;
 /// What is done with an image.
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
-    /// Show what an image holds, and what it builds on.
+    /// Show what an image has, and what it builds on.
     Info(ImageArgs),
-    /// Check every byte of an image and of all that it builds on; the exit status is 0 only if all
-    /// is well.
+    /// Check every byte of an image and of all images that it builds on. The exit status is 0 only
+    /// if there is no error.
     #[command(
         after_help = "Examples:\n  pageferry image verify guest.img\n  pageferry image verify --all --json monday.img"
     )]
     Verify(VerifyArgs),
-    /// Fold an increment and all that it builds on into one image that stands alone.
+    /// Merge an increment and all images that it builds on into one image that stands alone.
     #[command(
-        after_help = "The new image has the id of IMAGE: what builds on IMAGE builds on the new one as well, if it is put in its place.\n\n\
+        after_help = "The new image has the id of IMAGE. Images that build on IMAGE also build on the new one, if it takes its place.\n\n\
                             Examples:\n  pageferry image merge tuesday.img --into whole.img\n  \
                             pageferry image merge tuesday.img --into tuesday.img --replace && rm sunday.img monday.img"
     )]
     Merge(MergeArgs),
-    /// Draw where in the guest's memory content is, and what is zero, discarded, or as in the base.
+    /// Draw a map of the guest's memory: content, zero, discarded, or as in the base.
     #[command(
         after_help = "Examples:\n  pageferry image map guest.img\n  pageferry image map --whole tuesday.img\n  \
                             pageferry image map guest.img --png guest.png"
@@ -70,7 +70,7 @@ pub struct ImageArgs {
 pub struct VerifyArgs {
     #[command(flatten)]
     image: ImageArgs,
-    /// Go on after the first error, and list up to 100.
+    /// Continue after the first error, and list up to 100.
     #[arg(long)]
     all: bool,
     #[command(flatten)]
@@ -85,18 +85,18 @@ pub struct MergeArgs {
     /// The new image.
     #[arg(long, value_name = "NEW")]
     into: PathBuf,
-    /// Replace the image that is there, once the new one is whole. It may be one of the chain; any
-    /// file that is no image is refused.
+    /// Replace an existing image when the new one is complete. It may belong to the chain. A file
+    /// that is not an image is refused.
     #[arg(long)]
     replace: bool,
     #[command(flatten)]
     threads: ThreadArgs,
 }
 
-/// How many work on it.
+/// The number of threads.
 #[derive(Debug, Args)]
 pub struct ThreadArgs {
-    /// Number of threads; one for each processor if it is not given.
+    /// Number of threads. The default is one for each processor.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=512))]
     threads: Option<u16>,
 }
@@ -107,7 +107,7 @@ impl ThreadArgs {
     }
 }
 
-/// Does what was asked for.
+/// Runs the subcommand.
 ///
 /// # Errors
 /// Why it could not be done.
@@ -151,14 +151,14 @@ fn run_verify(args: &VerifyArgs) -> Outcome {
         if cut {
             writeln!(
                 io::stderr(),
-                "pageferry: there may be more: {MOST_ERRORS} errors are listed at most"
+                "pageferry: there may be more: at most {MOST_ERRORS} errors are listed"
             )?;
         }
         if errors.is_empty() {
             let (pages, bytes) = (report.pages, show::bytes(report.pages * PAGE_SIZE));
             writeln!(
                 io::stdout(),
-                "all is well: {}, {pages} pages with content ({bytes})",
+                "no errors: {}, {pages} pages with content ({bytes})",
                 counted(report.images.len(), "image")
             )?;
         }
