@@ -10,9 +10,11 @@
 use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::control::frame::Frame;
-use pageferry_protocol::control::hook::{self, Hook, PieceSize, SavedState};
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook_reply::{self, SavedState};
 use pageferry_protocol::control::job::JobStatus;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
+use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::VecDeque;
@@ -186,7 +188,7 @@ impl Hooks {
     ) -> Result<(), HookError> {
         let name = hook.name();
         let reply = self.exchange(hook, fds, timeout)?;
-        match hook::decode_hook_reply(&reply.body) {
+        match hook_reply::decode_hook_reply(&reply.body) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(refused(name, error)),
             Err(source) => Err(HookError::Malformed { hook: name, source }),
@@ -211,7 +213,7 @@ impl Hooks {
 
     fn ask_for_fd(&self, hook: &Hook, timeout: Duration) -> Result<OwnedFd, HookError> {
         let (name, reply) = (hook.name(), self.exchange(hook, &[], timeout)?);
-        match hook::decode_hook_reply(&reply.body) {
+        match hook_reply::decode_hook_reply(&reply.body) {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(refused(name, error)),
             Err(source) => return Err(HookError::Malformed { hook: name, source }),
@@ -236,7 +238,7 @@ impl Hooks {
     ) -> Result<(SavedState, Option<OwnedFd>), HookError> {
         let hook = Hook::SaveState.name();
         let reply = self.exchange(&Hook::SaveState, &[], timeout)?;
-        let saved = match hook::decode_state_reply(&reply.body) {
+        let saved = match hook_reply::decode_state_reply(&reply.body) {
             Ok(Ok(saved)) => saved,
             Ok(Err(error)) => return Err(refused(hook, error)),
             Err(source) => return Err(HookError::Malformed { hook, source }),
@@ -324,7 +326,7 @@ impl Hooks {
                 Err(SocketError::LostFds { frame }) => (*frame, true),
                 Err(source) => return Err(channel.failed(name, source)),
             };
-            let answered = hook::reply_sequence(&reply.body);
+            let answered = hook_reply::reply_sequence(&reply.body);
             let answered =
                 answered.map_err(|source| HookError::Malformed { hook: name, source })?;
             if reply.is_reply() && answered == sequence {
@@ -446,7 +448,7 @@ mod tests {
     use super::*;
     use pageferry_protocol::control::FrameSocket;
     use pageferry_protocol::control::frame::FLAG_REPLY;
-    use pageferry_protocol::control::hook::encode_state_reply;
+    use pageferry_protocol::control::hook_reply::encode_state_reply;
     use pageferry_protocol::control::job::RunState;
     use std::os::unix::net::UnixStream;
 
@@ -528,7 +530,7 @@ mod tests {
             for _ in 0..2 {
                 let frame = socket.recv(far()).unwrap();
                 let (sequence, _) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
-                let body = hook::encode_hook_reply(sequence, &Ok(()));
+                let body = hook_reply::encode_hook_reply(sequence, &Ok(()));
                 socket.send_parts(frame.request, FLAG_REPLY, &body, &[], far()).unwrap();
             }
         });

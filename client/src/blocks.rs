@@ -10,7 +10,8 @@ use crate::busy::while_busy;
 use crate::client::Client;
 use crate::error::Error;
 use crate::session::Lost;
-use pageferry_protocol::control::request::{BLOCK_DISCARDED, ErrorCode, Request};
+use pageferry_protocol::control::reply::ErrorCode;
+use pageferry_protocol::control::request::{BLOCK_DISCARDED, Request};
 use pageferry_protocol::memory::BlockGeometry;
 use std::time::Duration;
 

@@ -2,7 +2,7 @@
 
 use crate::deadline::deadline;
 use crate::error::Error;
-use pageferry_protocol::control::request::ErrorCode;
+use pageferry_protocol::control::reply::ErrorCode;
 use std::time::{Duration, Instant};
 
 /// Time between two tries.

@@ -16,9 +16,9 @@ use crate::patience::Patience;
 use crate::shared::Fence;
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
+use pageferry_protocol::control::reply::{AddBlockReply, HelloReply, decode_reply};
 use pageferry_protocol::control::request::{
-    AddBlockReply, CONTROL_VERSION, FEATURE_FENCE, HelloReply, MAX_RANGES, Request, code,
-    decode_reply,
+    CONTROL_VERSION, FEATURE_FENCE, MAX_RANGES, Request, code,
 };
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::chain;

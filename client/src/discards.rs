@@ -30,9 +30,8 @@ use crate::client::Client;
 use crate::error::Error;
 use crate::ownership::Ownership;
 use crate::session::Session;
-use pageferry_protocol::control::request::{
-    BlockRange, DISCARD_PUNCH, ErrorCode, RangesReply, Request,
-};
+use pageferry_protocol::control::reply::{ErrorCode, RangesReply};
+use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, Request};
 use pageferry_protocol::memory::PageRange;
 use std::sync::Arc;
 use std::time::Duration;

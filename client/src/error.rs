@@ -6,7 +6,7 @@
 use crate::ownership::Ownership;
 use pageferry_protocol::control::SocketError;
 use pageferry_protocol::control::job::NotUtf8;
-use pageferry_protocol::control::request::ErrorCode;
+use pageferry_protocol::control::reply::ErrorCode;
 use pageferry_protocol::memory::file::MemoryFileError;
 use pageferry_protocol::memory::{GeometryError, RangeError};
 use pageferry_protocol::shm::MappingError;

@@ -6,7 +6,8 @@ use crate::ownership::{Migration, Ownership};
 use pageferry_protocol::control::job::{
     IncomingOptions, JobStatus, MAX_ADDRESS, OutgoingOptions, RestoreOptions, SnapshotOptions,
 };
-use pageferry_protocol::control::request::{JobStarted, Request};
+use pageferry_protocol::control::reply::JobStarted;
+use pageferry_protocol::control::request::Request;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -151,7 +151,8 @@ pub use pageferry_protocol::control::job::{
     NonConvergence, NotUtf8, OutgoingOptions, Phase, RestoreMode, RestoreOptions, ResumePolicy,
     RunState, SnapshotMode, SnapshotOptions,
 };
-pub use pageferry_protocol::control::request::{BlockRange, ErrorCode, JobStarted};
+pub use pageferry_protocol::control::reply::{ErrorCode, JobStarted};
+pub use pageferry_protocol::control::request::BlockRange;
 pub use pageferry_protocol::memory::PageRange;
 pub use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 pub use pageferry_protocol::stream::Kind;

@@ -8,9 +8,8 @@ use pageferry_client::{
     Trackers,
 };
 use pageferry_protocol::control::job::{JobKind, JobStatus};
-use pageferry_protocol::control::request::{
-    BLOCK_DISCARDED, MAX_RANGES, RemoteError, Request, code, encode_reply,
-};
+use pageferry_protocol::control::reply::{RemoteError, encode_reply};
+use pageferry_protocol::control::request::{BLOCK_DISCARDED, MAX_RANGES, Request, code};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use std::os::fd::OwnedFd;

@@ -7,9 +7,8 @@ use pageferry_client::{
     BlockRange, BlockSpec, Config, Error, ErrorCode, JobStatus, MappedBitmap, PageRange, Punch,
 };
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::request::{
-    AddBlockReply, DISCARD_PUNCH, MAX_RANGES, Request, code,
-};
+use pageferry_protocol::control::reply::AddBlockReply;
+use pageferry_protocol::control::request::{DISCARD_PUNCH, MAX_RANGES, Request, code};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;

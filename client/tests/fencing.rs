@@ -5,7 +5,8 @@ mod support;
 
 use pageferry_client::{Client, Config, Error, Ownership, Punch};
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::request::{FEATURE_FENCE, HelloReply, MAX_RANGES, encode_reply};
+use pageferry_protocol::control::reply::{HelloReply, encode_reply};
+use pageferry_protocol::control::request::{FEATURE_FENCE, MAX_RANGES};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::os::fd::OwnedFd;

@@ -8,8 +8,10 @@ use pageferry_client::{
     OutgoingOptions, Ownership, Phase, RestoreOptions, RunState, SnapshotMode, SnapshotOptions,
     StatePiece, Target,
 };
-use pageferry_protocol::control::hook::{Hook, decode_hook_reply, decode_state_reply};
-use pageferry_protocol::control::request::{ErrorCode, MAX_RANGES, RemoteError, Request};
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook_reply::{decode_hook_reply, decode_state_reply};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
+use pageferry_protocol::control::request::{MAX_RANGES, Request};
 use pageferry_protocol::userfault::Userfaultfd;
 use rustix::fs::{FallocateFlags, fallocate};
 use std::io::Read;

@@ -8,7 +8,8 @@ use pageferry_client::{
     Dispatch, HookError, Hooks, IncomingOptions, JobStatus, Ownership, Phase, StatePiece, Target,
     Trackers,
 };
-use pageferry_protocol::control::hook::{Hook, decode_hook_reply};
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook_reply::decode_hook_reply;
 use pageferry_protocol::control::job::{JobKind, RunState};
 use std::time::{Duration, Instant};
 use support::*;

@@ -8,7 +8,8 @@ use common::{At, Passing, Ram, Relay, SOON, Side, lock, migrates_next_time, pass
 use pageferry_agent::outgoing::compress::Compressor;
 use pageferry_client::{Compression, IncomingOptions, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
-use pageferry_protocol::stream::hello::{Accept, FEATURE_LZ4, FEATURE_ZSTD, decode_error};
+use pageferry_protocol::stream::answer::{Accept, decode_error};
+use pageferry_protocol::stream::hello::{FEATURE_LZ4, FEATURE_ZSTD};
 use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_ZSTD, FLAGS_COMPRESSED};
 use pageferry_protocol::stream::{Hello, Kind, RECORD_SIZE, RecordHeader, STREAM_VERSION};
 use pageferry_tests::random::{Random, page_content, page_text};

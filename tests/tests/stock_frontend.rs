@@ -4,9 +4,8 @@
 
 use pageferry_protocol::control::codec::Decoder;
 use pageferry_protocol::control::job::JobStatus;
-use pageferry_protocol::control::request::{
-    BlockRange, DISCARD_PUNCH, RangesReply, Reply, Request, decode_reply,
-};
+use pageferry_protocol::control::reply::{RangesReply, Reply, decode_reply};
+use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, Request};
 use pageferry_protocol::control::{Frame, FrameSocket, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::in_process::InProcessAgent;

@@ -6,9 +6,8 @@ use super::snapshot::{RestoreCommand, SnapshotCommand, from_root};
 use pageferry_protocol::control::codec::{DecodeError, Decoder};
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::job::{JobKind, JobStatus, OutgoingOptions, Phase};
-use pageferry_protocol::control::request::{
-    CONTROL_VERSION, HelloReply, JobStarted, Request, code, decode_reply,
-};
+use pageferry_protocol::control::reply::{HelloReply, JobStarted, decode_reply};
+use pageferry_protocol::control::request::{CONTROL_VERSION, Request, code};
 use pageferry_protocol::control::unix_path::connect_unix;
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use std::error::Error;

@@ -2,8 +2,8 @@
 
 use super::writer::{Base, Rest};
 use super::{Chain, ImageWriter, PageBuffer};
-use pageferry_protocol::control::hook::PieceSize;
 use pageferry_protocol::control::job::RunState;
+use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::image::ImageId;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;

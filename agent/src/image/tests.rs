@@ -4,8 +4,8 @@ use super::test_support::{
 use super::writer::{Base, Rest};
 use super::*;
 use crate::error::chain as sentence;
-use pageferry_protocol::control::hook::PieceSize;
 use pageferry_protocol::control::job::RunState;
+use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::image::{Header, ImageId};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;

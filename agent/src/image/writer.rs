@@ -12,8 +12,8 @@ use super::new_file::{FileKind, NewFile};
 use super::sums::PageSums;
 use super::{Fault, ImageError, kernel};
 use crate::memory::zero::data_mask;
-use pageferry_protocol::control::hook::PieceSize;
 use pageferry_protocol::control::job::RunState;
+use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::{
     Contents, EXTENT_PAGES, Header, ImageId, Layout, Section, StateWord, checksum, encode_states,

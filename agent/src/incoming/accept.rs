@@ -17,10 +17,12 @@ use crate::memory::backing::BackingKind;
 use crate::transport::backoff::{Backoff, PAUSE};
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
+use pageferry_protocol::stream::answer::{Accept, encode_error};
 use pageferry_protocol::stream::hello::{
-    Accept, FEATURE_POSTCOPY, FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER, compare, encode_error,
+    FEATURE_POSTCOPY, FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER,
 };
+use pageferry_protocol::stream::table::compare_tables;
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -404,7 +406,7 @@ fn check_session(job: &Job, wanted: Wanted, streams: &[Pending]) -> Result<Offer
     let features = hellos().fold(u64::MAX, |all, hello| all & hello.features);
     let primary = hellos().min_by_key(|hello| hello.stream);
     let Some(primary) = primary.cloned() else { return Err(JobError::State("no stream".into())) };
-    compare(&primary.blocks, job.memory.table())?;
+    compare_tables(&primary.blocks, job.memory.table())?;
     check_writable(job)?;
     check_postcopy(job, features, wanted)?;
     Ok(Offer { primary, features })

@@ -20,7 +20,7 @@ use crate::transport::{Listener, RecordReader, RecordWriter, TransportError};
 use accept::{Accepted, Source};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Phase, RunState};
-use pageferry_protocol::stream::hello::encode_error;
+use pageferry_protocol::stream::answer::encode_error;
 use pageferry_protocol::stream::payload::Totals;
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use place::Placer;

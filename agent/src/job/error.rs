@@ -10,10 +10,11 @@ use crate::restore::RestoreError;
 use crate::tracking::TrackingError;
 use crate::transport::TransportError;
 use pageferry_protocol::control::codec::DecodeError;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::shm::fence::Replaced;
-use pageferry_protocol::stream::hello::{HelloError, TableMismatch};
+use pageferry_protocol::stream::hello::HelloError;
+use pageferry_protocol::stream::table::TableMismatch;
 use rustix::io::Errno;
 use std::time::Duration;
 

@@ -28,7 +28,7 @@ use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::job::{
     Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase, RunState,
 };
-use pageferry_protocol::control::request::ErrorCode;
+use pageferry_protocol::control::reply::ErrorCode;
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;

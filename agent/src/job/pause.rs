@@ -3,8 +3,10 @@
 
 use super::{Job, JobError, micros};
 use crate::hooks::HookError;
-use pageferry_protocol::control::hook::{self, Hook, PieceSize};
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook_reply;
 use pageferry_protocol::control::job::RunState;
+use pageferry_protocol::control::state_pieces::PieceSize;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,7 +27,7 @@ pub struct SavedState {
 impl SavedState {
     /// Has the VMM save its state. That may dirty memory, so the last sync comes after.
     pub fn of(job: &Job) -> Result<Self, JobError> {
-        let (hook::SavedState { guest, pieces }, file) =
+        let (hook_reply::SavedState { guest, pieces }, file) =
             job.hooks.save_state(job.hook_timeout())?;
         job.guest_is(guest);
         Ok(Self { guest, pieces, file })

@@ -5,11 +5,11 @@ use super::sender::PageSender;
 use crate::job::{Job, JobError};
 use crate::transport::{Address, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::job::{Compression, OutgoingOptions, Phase};
-use pageferry_protocol::control::request::RemoteError;
+use pageferry_protocol::control::reply::RemoteError;
 use pageferry_protocol::memory::BlockTable;
+use pageferry_protocol::stream::answer::{Accept, decode_error, encode_error};
 use pageferry_protocol::stream::hello::{
-    Accept, FEATURE_POSTCOPY, HELLO_ACKNOWLEDGE, HELLO_RECOVER, decode_error, encode_error,
-    feature_of,
+    FEATURE_POSTCOPY, HELLO_ACKNOWLEDGE, HELLO_RECOVER, feature_of,
 };
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use std::os::fd::{AsFd, OwnedFd};
@@ -288,7 +288,7 @@ mod tests {
     use super::*;
     use crate::memory::test_support::{job, memory};
     use pageferry_protocol::control::job::Mode;
-    use pageferry_protocol::control::request::ErrorCode;
+    use pageferry_protocol::control::reply::ErrorCode;
     use pageferry_protocol::memory::PAGE_SIZE;
     use std::os::unix::net::UnixStream;
 

@@ -29,10 +29,11 @@ use crate::image::Image;
 use crate::job::{Job, JobError, micros};
 use crate::snapshot::checkpoint::SharedCheckpoint;
 use ground::{Before, Ground, Word};
-use pageferry_protocol::control::hook::{Hook, PieceSize};
+use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{
     Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState,
 };
+use pageferry_protocol::control::state_pieces::PieceSize;
 use source::Source;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;

@@ -10,7 +10,8 @@ use crate::session::Role;
 use crate::session::standard::Awaited;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::Frame;
-use pageferry_protocol::control::request::{self, ErrorCode, OWN_REQUESTS, RemoteError, Request};
+use pageferry_protocol::control::reply::{self, ErrorCode, RemoteError};
+use pageferry_protocol::control::request::{self, OWN_REQUESTS, Request};
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -347,7 +348,7 @@ fn refused_subscription(request: u32, errno: Errno) -> Frame {
 }
 
 fn refused(request: u32, error: RemoteError) -> Frame {
-    Frame::reply(request, request::encode_reply::<()>(&Err(error), |(), encoder| encoder))
+    Frame::reply(request, reply::encode_reply::<()>(&Err(error), |(), encoder| encoder))
 }
 
 /// True for requests that hand over memory, or what belongs to it: whoever sends one first is the

@@ -8,7 +8,7 @@ use crate::snapshot::Plan;
 use pageferry_protocol::control::job::{
     JobKind, OutgoingOptions, RestoreOptions, SnapshotMode, SnapshotOptions,
 };
-use pageferry_protocol::control::request::{ErrorCode, JobStarted, RemoteError};
+use pageferry_protocol::control::reply::{ErrorCode, JobStarted, RemoteError};
 use std::os::fd::OwnedFd;
 
 impl Session {

@@ -28,7 +28,7 @@ use crate::snapshot::checkpoint::SharedCheckpoint;
 use crate::tracking::TrackerChoice;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
-use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;

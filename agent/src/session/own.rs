@@ -20,10 +20,11 @@ use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{
     IncomingOptions, JobKind, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions, Phase,
 };
+use pageferry_protocol::control::reply::{
+    AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply, encode_reply,
+};
 use pageferry_protocol::control::request::{
-    AddBlockReply, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, ErrorCode,
-    FEATURE_FENCE, HelloReply, JobStarted, MAX_RANGES, RangesReply, RemoteError, Reply, Request,
-    encode_reply,
+    BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, FEATURE_FENCE, MAX_RANGES, Request,
 };
 use pageferry_protocol::memory::BlockGeometry;
 use rustix::process::PidfdFlags;

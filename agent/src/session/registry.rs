@@ -7,7 +7,7 @@ use crate::memory::block::GuestLog;
 use crate::memory::current::CurrentAgent;
 use crate::memory::{Backing, Block, GuestMemory};
 use crate::waiting::may_wait;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_MEM_SLOTS};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 use std::os::fd::OwnedFd;

@@ -11,7 +11,7 @@ use super::{Session, check_fds, take_fds};
 use crate::hooks::Hooks;
 use crate::transport::unix_socket::not_connected;
 use pageferry_protocol::control::frame::Frame;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use pageferry_protocol::control::standard::{
     FrontendReq, Region, VhostUserProtocolFeatures, VhostUserVirtioFeatures, decode_log,
     decode_mem_table, decode_single_region, decode_u64,

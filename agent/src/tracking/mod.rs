@@ -451,7 +451,7 @@ mod tests {
     use crate::memory::test_support::{memfd, memory};
     use pageferry_protocol::control::FrameSocket;
     use pageferry_protocol::control::frame::{FLAG_REPLY, Frame};
-    use pageferry_protocol::control::hook::encode_hook_reply;
+    use pageferry_protocol::control::hook_reply::encode_hook_reply;
     use pageferry_protocol::memory::BlockGeometry;
     use std::collections::BTreeSet;
     use std::os::fd::OwnedFd;

@@ -20,10 +20,11 @@ use crate::heartbeat::Heartbeat;
 use crate::ownership::Migration;
 use crate::threads::{caught, start};
 use pageferry_protocol::control::frame::FLAG_REPLY;
-use pageferry_protocol::control::hook::{
-    self, Hook, encode_hook_reply, encode_state_reply, reply_sequence,
+use pageferry_protocol::control::hook::{self, Hook};
+use pageferry_protocol::control::hook_reply::{
+    encode_hook_reply, encode_state_reply, reply_sequence,
 };
-use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::control::socket::wait;
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::chain;

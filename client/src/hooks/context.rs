@@ -9,7 +9,7 @@ use crate::memory::Memory;
 use crate::ownership::{Forbidden, SharedOwnership};
 use crate::tracking::active::Tracking;
 use crate::writes::Writes;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use std::sync::Arc;
 
 /// The connection to the agent, and what its hook channel shares with the client.

@@ -17,7 +17,7 @@ use super::guest::restore_run_state;
 use super::memory::give_up_missing_pages;
 use crate::link::Link;
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Undoes what the agent has begun, and tells the VMM that the agent is lost.

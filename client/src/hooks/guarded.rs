@@ -14,7 +14,7 @@ use pageferry_protocol::shm::DirtyLog;
 use std::path::Path;
 
 #[cfg(doc)]
-use pageferry_protocol::control::request::ErrorCode;
+use pageferry_protocol::control::reply::ErrorCode;
 
 /// Hooks whose panics are errors.
 pub(super) struct Guarded<'a>(pub(super) &'a mut dyn Hooks);

@@ -4,7 +4,7 @@
 use super::api::Hooks;
 use super::context::{HookContext, failed, forbidden};
 use crate::ownership::Ownership;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::error::chain;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

@@ -3,7 +3,7 @@
 
 use super::api::StatePiece;
 use super::error::HookError;
-use pageferry_protocol::control::hook::{MAX_PIECE_NAME, MAX_PIECES, MAX_STATE, PieceSize};
+use pageferry_protocol::control::state_pieces::{MAX_PIECE_NAME, MAX_PIECES, MAX_STATE, PieceSize};
 use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use rustix::io::{Errno, pread, pwrite};
 use std::os::fd::{BorrowedFd, OwnedFd};

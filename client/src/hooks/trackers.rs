@@ -3,7 +3,7 @@
 use super::api::{ClearPages, Hooks};
 use super::context::{HookContext, failed};
 use pageferry_protocol::control::Trackers;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::shm::words_for;
 
 /// Starts the trackers of `sources` that the VMM has a part in.

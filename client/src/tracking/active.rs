@@ -21,7 +21,7 @@ use crate::error::Error;
 use crate::memory::Memory;
 use crate::registration::Registered;
 use crate::sync::lock;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError, Reply};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::error::chain;
 use pageferry_protocol::userfault::{Register, feature};
 use std::sync::{Mutex, MutexGuard};

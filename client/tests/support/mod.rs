@@ -7,11 +7,12 @@ pub(crate) use recorder::{Attached, Vmm, attach_next, connected, queue};
 
 use pageferry_client::{BlockSpec, Client, Config, Error, HookChannel, PageRange};
 use pageferry_protocol::control::codec::Encoder;
-use pageferry_protocol::control::hook::{Hook, decode_hook_reply, reply_sequence};
-use pageferry_protocol::control::request::{
-    AddBlockReply, ErrorCode, FEATURE_FENCE, HelloReply, JobStarted, MAX_RANGES, RangesReply,
-    RemoteError, Reply, Request, encode_reply,
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook_reply::{decode_hook_reply, reply_sequence};
+use pageferry_protocol::control::reply::{
+    AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply, encode_reply,
 };
+use pageferry_protocol::control::request::{FEATURE_FENCE, MAX_RANGES, Request};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::shm::FenceView;
 use pageferry_protocol::userfault::{Userfaultfd, feature};

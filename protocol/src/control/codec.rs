@@ -152,6 +152,20 @@ impl<'a> Decoder<'a> {
         Ok(u64::from_le_bytes(self.array(field)?))
     }
 
+    /// The next 32-bit number, in which only the bits of `known` may be set. `allowed` says in words
+    /// which these are.
+    ///
+    /// # Errors
+    /// If the body ends first, or another bit is set.
+    pub(super) fn flags(
+        &mut self, field: &'static str, known: u32, allowed: &'static str,
+    ) -> Result<u32, DecodeError> {
+        match self.u32(field)? {
+            value if value & !known == 0 => Ok(value),
+            value => Err(DecodeError::Value { field, value: value.into(), allowed }),
+        }
+    }
+
     /// A text: its length as a 32-bit number, at most `limit`, then as many bytes of UTF-8.
     ///
     /// # Errors

@@ -7,9 +7,8 @@
 
 use super::Trackers;
 use super::codec::{DecodeError, Decoder, Encoder};
-use super::job::{JobStatus, MAX_ADDRESS, RunState};
-use super::request::{Reply, decode_reply, encode_reply};
-use std::collections::BTreeSet;
+use super::job::{JobStatus, MAX_ADDRESS};
+use super::state_pieces::{PieceSize, decode_pieces, encode_pieces};
 
 /// Hook codes.
 pub mod code {
@@ -35,23 +34,6 @@ pub mod code {
 
 /// Most pages of one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
 pub const MAX_CLEAR_PAGES: u64 = 1 << 18;
-/// Most pieces of state.
-pub const MAX_PIECES: usize = 1024;
-/// Longest name of a piece of state in bytes.
-pub const MAX_PIECE_NAME: usize = 255;
-/// Most bytes of state in all pieces together: 1 GiB.
-pub const MAX_STATE: u64 = 1 << 30;
-
-/// A piece of the VMM's state: its name, and how many bytes it takes in the file that comes with
-/// the frame. The pieces lie one after another in that file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PieceSize {
-    /// Chosen by the VMM.
-    pub name: String,
-    /// Length in bytes.
-    pub length: u64,
-}
-
 /// What the agent asks of the VMM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Hook {
@@ -93,7 +75,8 @@ pub enum Hook {
         /// 0 to 99.
         percent: u32,
     },
-    /// Hand over the state of the VMM and its devices. Answered by a [`SavedState`], and a file as
+    /// Hand over the state of the VMM and its devices. Answered by a
+    /// [`SavedState`](super::hook_reply::SavedState), and a file as
     /// the descriptor.
     SaveState,
     /// Take the state; a file comes as the descriptor.
@@ -326,126 +309,9 @@ fn decode_clear(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
     })
 }
 
-/// The pieces as they travel, and as they are in an image: their number (4 bytes), and for each its
-/// length (8) and name.
-pub(crate) fn encode_pieces(pieces: &[PieceSize], encoder: Encoder) -> Encoder {
-    pieces.iter().fold(encoder.u32(pieces.len() as u32), |encoder, piece| {
-        encoder.u64(piece.length).text(&piece.name)
-    })
-}
-
-/// What [`encode_pieces`] wrote.
-///
-/// # Errors
-/// The field that is wrong, and its value.
-pub(crate) fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>, DecodeError> {
-    let count = decoder.u32("pieces")?;
-    if count as usize > MAX_PIECES {
-        return Err(DecodeError::Value {
-            field: "pieces",
-            value: count.into(),
-            allowed: "at most 1024",
-        });
-    }
-    let (mut total, mut names) = (0u64, BTreeSet::new());
-    let mut piece = |_| {
-        let length = decoder.u64("length of a piece")?;
-        total = total.saturating_add(length);
-        if total > MAX_STATE {
-            let allowed = "1 GiB in all pieces together";
-            return Err(DecodeError::Value { field: "length of a piece", value: length, allowed });
-        }
-        let name = decoder.text("name of a piece", MAX_PIECE_NAME)?;
-        // Whoever loads them finds a piece by its name.
-        if !names.insert(name) {
-            return Err(DecodeError::Twice { field: "name of a piece", value: name.to_owned() });
-        }
-        Ok(PieceSize { name: name.to_owned(), length })
-    };
-    (0..count).map(&mut piece).collect()
-}
-
-/// The body of an answer without a result.
-pub fn encode_hook_reply(sequence: u64, reply: &Reply<()>) -> Vec<u8> {
-    let mut body = sequence.to_le_bytes().to_vec();
-    body.extend(encode_reply(reply, |(), encoder| encoder));
-    body
-}
-
-/// What [`Hook::SaveState`] is answered with.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SavedState {
-    /// Whether the guest ran, had no job paused it.
-    pub guest: RunState,
-    /// The pieces in the file that comes with the answer.
-    pub pieces: Vec<PieceSize>,
-}
-
-/// The body of an answer to [`Hook::SaveState`].
-pub fn encode_state_reply(sequence: u64, reply: &Reply<SavedState>) -> Vec<u8> {
-    let mut body = sequence.to_le_bytes().to_vec();
-    body.extend(encode_reply(reply, |saved, encoder| {
-        encode_pieces(&saved.pieces, encoder.u32(saved.guest as u32))
-    }));
-    body
-}
-
-/// The sequence number of an answer.
-///
-/// # Errors
-/// If there is none.
-pub fn reply_sequence(body: &[u8]) -> Result<u64, DecodeError> {
-    Decoder::new(body).u64("sequence")
-}
-
-/// Reads the answer to any hook but [`Hook::SaveState`].
-///
-/// # Errors
-/// If it is malformed; the VMM's error is in the inner result.
-pub fn decode_hook_reply(body: &[u8]) -> Result<Reply<()>, DecodeError> {
-    decode_reply(after_sequence(body)?, |_| Ok(()))
-}
-
-/// Reads the answer to [`Hook::SaveState`].
-///
-/// # Errors
-/// If it is malformed; the VMM's error is in the inner result.
-pub fn decode_state_reply(body: &[u8]) -> Result<Reply<SavedState>, DecodeError> {
-    decode_reply(after_sequence(body)?, |decoder| {
-        let value = decoder.u32("guest")?;
-        let allowed = "0 running, 1 paused";
-        let unknown = DecodeError::Value { field: "guest", value: value.into(), allowed };
-        let guest = RunState::from_wire(value).ok_or(unknown)?;
-        Ok(SavedState { guest, pieces: decode_pieces(decoder)? })
-    })
-}
-
-fn after_sequence(body: &[u8]) -> Result<&[u8], DecodeError> {
-    let mut decoder = Decoder::new(body);
-    decoder.u64("sequence")?;
-    Ok(decoder.remainder())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::request::{ErrorCode, RemoteError};
-
-    #[test]
-    fn answers_carry_the_number_of_their_hook() {
-        let pieces = vec![
-            PieceSize { name: "vcpu".into(), length: 5 },
-            PieceSize { name: String::new(), length: 0 },
-        ];
-        for guest in [RunState::Running, RunState::Paused] {
-            let saved = SavedState { guest, pieces: pieces.clone() };
-            let reply = encode_state_reply(9, &Ok(saved.clone()));
-            assert_eq!(reply_sequence(&reply), Ok(9));
-            assert_eq!(decode_state_reply(&reply), Ok(Ok(saved)));
-        }
-        let error = RemoteError::new(ErrorCode::Other, "no");
-        assert_eq!(decode_hook_reply(&encode_hook_reply(9, &Err(error.clone()))), Ok(Err(error)));
-    }
 
     #[test]
     fn state_and_bitmaps_are_limited_before_anything_is_allocated() {
@@ -490,13 +356,5 @@ mod tests {
             let refused = Hook::decode(code, &body(before)).unwrap().unwrap_err();
             assert_eq!(refused, DecodeError::Value { field, value: 2, allowed: "0 or 1" });
         }
-    }
-
-    #[test]
-    fn two_pieces_of_one_name_are_refused_by_it() {
-        let pieces = ["cpu", "disk", "cpu"].map(|name| PieceSize { name: name.into(), length: 1 });
-        let saved = SavedState { guest: RunState::Running, pieces: pieces.to_vec() };
-        let error = decode_state_reply(&encode_state_reply(1, &Ok(saved))).unwrap_err();
-        assert_eq!(error.to_string(), "name of a piece is \"cpu\" twice, each is to be another");
     }
 }

@@ -6,22 +6,29 @@
 //! - `receive`: the system call that receives, with descriptors and the sender's process;
 //! - [`unix_path`]: which paths sockets may have, and connecting to one;
 //! - [`request`]: pageferry's own requests from the VMM or operator to the agent;
+//! - `ranges`: many ranges of memory in one request;
+//! - [`reply`]: answers to requests, and errors as they travel;
 //! - [`role`]: who sends a request, and so what it may ask;
 //! - [`job`]: what a job is started with, and how it stands;
 //! - [`trackers`]: who reports the guest's writes;
-//! - [`hook`]: requests of the agent to the VMM;
+//! - [`hook`]: requests of the agent to the VMM; [`hook_reply`]: their answers;
+//! - [`state_pieces`]: the list of the pieces in which a VMM saves its state;
 //! - [`standard`] (feature `vhost-user`): the part of vhost-user that hands over memory.
 
 pub mod codec;
 pub mod frame;
 pub mod hook;
+pub mod hook_reply;
 pub mod job;
+mod ranges;
 mod receive;
+pub mod reply;
 pub mod request;
 pub mod role;
 pub mod socket;
 #[cfg(feature = "vhost-user")]
 pub mod standard;
+pub mod state_pieces;
 pub mod trackers;
 pub mod unix_path;
 

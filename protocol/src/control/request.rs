@@ -1,21 +1,19 @@
 //! pageferry's own requests, from a VMM or an operator to the agent. Codes from 0x1000, clear of
 //! vhost-user's.
 //!
-//! Each is answered by a frame with the same code and the reply flag: a result code (0 is success),
-//! then what the request returns, or a sentence that names the field and the value. See [`Reply`].
+//! Each is answered by a frame with the same code and the reply flag; see [`super::reply`].
 
-use super::codec::{DecodeError, Decoder, Encoder, clip};
-use super::frame::MAX_BODY;
+use super::codec::{DecodeError, Decoder, Encoder};
 use super::job::{
-    IncomingOptions, MAX_ADDRESS, MAX_SENTENCE, OutgoingOptions, RestoreOptions, SnapshotMode,
-    SnapshotOptions,
+    IncomingOptions, MAX_ADDRESS, OutgoingOptions, RestoreOptions, SnapshotMode, SnapshotOptions,
 };
+use super::ranges::{decode_ranges, encode_ranges};
 use super::{Role, Trackers};
 use crate::memory::BlockGeometry;
 use crate::memory::geometry::MAX_NAME;
 use std::time::Duration;
-use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+pub use super::ranges::{BlockRange, MAX_RANGES};
 
 /// The version of the control protocol that this crate speaks.
 pub const CONTROL_VERSION: u16 = 1;
@@ -58,35 +56,10 @@ pub const DISCARD_PUNCH: u32 = 1 << 0;
 /// see to its end before another agent takes its place.
 pub const FEATURE_FENCE: u64 = 1 << 0;
 
-/// Bytes of a range on the wire.
-const RANGE_SIZE: usize = size_of::<WireRange>();
-/// Most ranges in one discard, free or populate.
-pub const MAX_RANGES: usize = (MAX_BODY - 8) / RANGE_SIZE;
-
-/// A range of bytes in a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockRange {
-    /// The block.
-    pub block: u32,
-    /// Offset of the first byte within the block.
-    pub offset: u64,
-    /// Length in bytes.
-    pub length: u64,
-}
-
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct WireRange {
-    block: U32,
-    reserved: U32,
-    offset: U64,
-    length: U64,
-}
-
 /// What a VMM or an operator asks of the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
-    /// Opens the own part of the protocol. Answered by [`HelloReply`], and with [`FEATURE_FENCE`]
+    /// Opens the own part of the protocol. Answered by [`HelloReply`](super::reply::HelloReply), and with [`FEATURE_FENCE`]
     /// by a pidfd of the agent.
     Hello {
         /// Lowest version the sender speaks.
@@ -102,7 +75,7 @@ pub enum Request {
     },
     /// Adds a block. Descriptors: the memory, then the bitmap of discarded pages (one bit per page,
     /// whole 64-bit words), which the VMM keeps and which is taken as it is. Answered by
-    /// [`AddBlockReply`].
+    /// [`AddBlockReply`](super::reply::AddBlockReply).
     AddBlock {
         /// Id, name, place, granularity.
         geometry: BlockGeometry,
@@ -145,14 +118,14 @@ pub enum Request {
         /// At least one.
         sources: Trackers,
     },
-    /// Starts to send the guest. Answered by [`JobStarted`].
+    /// Starts to send the guest. Answered by [`JobStarted`](super::reply::JobStarted).
     StartOutgoing {
         /// `tcp:HOST:PORT`, `unix:PATH`, or `fd` with a connected socket as the descriptor.
         target: String,
         /// How.
         options: OutgoingOptions,
     },
-    /// Starts to wait for a guest. Answered by [`JobStarted`].
+    /// Starts to wait for a guest. Answered by [`JobStarted`](super::reply::JobStarted).
     StartIncoming {
         /// `tcp:HOST:PORT`, `unix:PATH`, or `fd` with a connected socket as the descriptor.
         listen: String,
@@ -185,7 +158,7 @@ pub enum Request {
     /// Has the outgoing migration that runs, of mode hybrid, switch to postcopy after the pass that
     /// it is in.
     StartPostcopy,
-    /// Connects a paused postcopy again. Answered by [`JobStarted`].
+    /// Connects a paused postcopy again. Answered by [`JobStarted`](super::reply::JobStarted).
     ///
     /// At the source: of the job that is paused, or, with a session, of one that another agent
     /// began for this guest. At the destination: has the paused job listen somewhere else; where it
@@ -200,7 +173,7 @@ pub enum Request {
         /// How, if another agent began it; the job that is paused here keeps its own.
         options: OutgoingOptions,
     },
-    /// Starts to save the guest into an image. Answered by [`JobStarted`].
+    /// Starts to save the guest into an image. Answered by [`JobStarted`](super::reply::JobStarted).
     StartSnapshot {
         /// Path of the image, from the root.
         path: String,
@@ -208,7 +181,7 @@ pub enum Request {
         options: SnapshotOptions,
     },
     /// Starts to restore a guest from an image, and those that it builds on. Answered by
-    /// [`JobStarted`].
+    /// [`JobStarted`](super::reply::JobStarted).
     StartRestore {
         /// Path of the image, from the root.
         path: String,
@@ -365,7 +338,7 @@ impl Request {
             code::QUERY_STATUS => Ok(Self::QueryStatus),
             code::SUBSCRIBE => decode_subscribe(decoder),
             code::RESUME => {
-                flags(decoder, "force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })
+                decoder.flags("force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })
             }
             code::START_POSTCOPY => Ok(Self::StartPostcopy),
             code::RECOVER => decode_recover(decoder),
@@ -379,15 +352,6 @@ impl Request {
             }),
             _ => return None,
         })
-    }
-}
-
-fn flags(
-    decoder: &mut Decoder<'_>, field: &'static str, known: u32, allowed: &'static str,
-) -> Result<u32, DecodeError> {
-    match decoder.u32(field)? {
-        value if value & !known == 0 => Ok(value),
-        value => Err(DecodeError::Value { field, value: value.into(), allowed }),
     }
 }
 
@@ -408,7 +372,7 @@ fn decode_hello(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
 
 fn decode_add_block(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
     let id = decoder.u32("id")?;
-    let flags = flags(decoder, "flags", BLOCK_DISCARDED, "bit 0, discarded")?;
+    let flags = decoder.flags("flags", BLOCK_DISCARDED, "bit 0, discarded")?;
     let gpa = decoder.u64("gpa")?;
     let length = decoder.u64("length")?;
     let granularity = decoder.u64("granularity")?;
@@ -449,211 +413,6 @@ fn decode_subscribe(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
             value: value.into(),
             allowed: "10 to 3600000 milliseconds",
         }),
-    }
-}
-
-fn encode_ranges(flags: u32, ranges: &[BlockRange]) -> Encoder {
-    ranges.iter().fold(Encoder::new().u32(flags).u32(ranges.len() as u32), |encoder, range| {
-        encoder.u32(range.block).u32(0).u64(range.offset).u64(range.length)
-    })
-}
-
-fn decode_ranges(
-    decoder: &mut Decoder<'_>, known: u32, allowed: &'static str,
-) -> Result<(u32, Vec<BlockRange>), DecodeError> {
-    let flags = flags(decoder, "flags", known, allowed)?;
-    let count = decoder.u32("count")? as usize;
-    if count > MAX_RANGES {
-        return Err(DecodeError::Value {
-            field: "count",
-            value: count as u64,
-            allowed: "at most 43690 ranges",
-        });
-    }
-    let bytes = decoder.bytes("ranges", count * RANGE_SIZE)?;
-    let ranges = <[WireRange]>::ref_from_bytes(bytes).map_err(|_| DecodeError::Short {
-        field: "ranges",
-        needed: count * RANGE_SIZE,
-        left: bytes.len(),
-    })?;
-    let range = |wire: &WireRange| BlockRange {
-        block: wire.block.get(),
-        offset: wire.offset.get(),
-        length: wire.length.get(),
-    };
-    Ok((flags, ranges.iter().map(range).collect()))
-}
-
-/// Why the agent, or a VMM's hook, did not do what was asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u32)]
-pub enum ErrorCode {
-    /// A field of the request is wrong.
-    Invalid = 1,
-    /// The request is not allowed in this state.
-    State = 2,
-    /// A job is in the way; try again when it ended.
-    Busy = 3,
-    /// What the request names does not exist.
-    NotFound = 4,
-    /// The request is unknown or not supported here.
-    Unsupported = 5,
-    /// The kernel refused.
-    System = 6,
-    /// The sender may not ask this.
-    Denied = 7,
-    /// The other side failed in a way it has no code for.
-    Other = 8,
-    /// The guest is not here any more: it was handed over. Trying again does not help.
-    Gone = 9,
-    /// The VMM's code panicked in a hook.
-    Panicked = 10,
-}
-
-impl ErrorCode {
-    /// The code with this number; [`ErrorCode::Other`] if there is none.
-    pub fn from_wire(value: u32) -> Self {
-        const CODES: [ErrorCode; 10] = [
-            ErrorCode::Invalid,
-            ErrorCode::State,
-            ErrorCode::Busy,
-            ErrorCode::NotFound,
-            ErrorCode::Unsupported,
-            ErrorCode::System,
-            ErrorCode::Denied,
-            ErrorCode::Other,
-            ErrorCode::Gone,
-            ErrorCode::Panicked,
-        ];
-        CODES.into_iter().find(|code| *code as u32 == value).unwrap_or(Self::Other)
-    }
-}
-
-/// An error as it travels: a code, and a sentence for people.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{sentence}")]
-pub struct RemoteError {
-    /// For programs.
-    pub code: ErrorCode,
-    /// For people: the field, its value, and what was allowed.
-    pub sentence: String,
-}
-
-impl RemoteError {
-    /// An error with this code and sentence.
-    pub fn new(code: ErrorCode, sentence: impl ToString) -> Self {
-        Self { code, sentence: sentence.to_string() }
-    }
-}
-
-/// The answer to one of our requests.
-pub type Reply<T> = Result<T, RemoteError>;
-
-/// The body of an answer whose success carries the fields that `fields` adds.
-pub fn encode_reply<T>(reply: &Reply<T>, fields: impl FnOnce(&T, Encoder) -> Encoder) -> Vec<u8> {
-    match reply {
-        Ok(value) => fields(value, Encoder::new().u32(0)).finish(),
-        Err(error) => {
-            Encoder::new().u32(error.code as u32).text(clip(&error.sentence, MAX_SENTENCE)).finish()
-        }
-    }
-}
-
-/// Reads an answer.
-///
-/// # Errors
-/// If the body is malformed; the error that it carries is in the inner result.
-pub fn decode_reply<T>(
-    body: &[u8], fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
-) -> Result<Reply<T>, DecodeError> {
-    let mut decoder = Decoder::new(body);
-    let reply = match decoder.u32("result")? {
-        0 => Ok(fields(&mut decoder)?),
-        code => Err(RemoteError::new(
-            ErrorCode::from_wire(code),
-            decoder.text("sentence", MAX_SENTENCE)?,
-        )),
-    };
-    decoder.finish()?;
-    Ok(reply)
-}
-
-macro_rules! reply_fields {
-    ($($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ident,)* })*) => {$(
-        $(#[$doc])*
-        #[derive(Debug, Clone, PartialEq, Eq)]
-        pub struct $name { $($(#[$field_doc])* pub $field: $type,)* }
-
-        impl $name {
-            /// Adds the fields to a body.
-            pub fn encode(&self, encoder: Encoder) -> Encoder {
-                encoder$(.$type(self.$field))*
-            }
-
-            /// Reads the fields from a body.
-            ///
-            /// # Errors
-            /// The field that is wrong.
-            pub fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
-                Ok(Self { $($field: decoder.$type(stringify!($field))?,)* })
-            }
-        }
-    )*};
-}
-
-reply_fields! {
-    /// Answer to [`Request::Hello`].
-    HelloReply {
-        /// The version that both speak.
-        version: u16,
-        /// Features that both have.
-        features: u64,
-        /// Largest body that the agent takes, in bytes.
-        max_body: u32,
-        /// Most ranges in one discard, free or populate.
-        max_ranges: u32,
-        /// Process id of the agent.
-        pid: u32,
-    }
-    /// Answer to [`Request::AddBlock`].
-    AddBlockReply {
-        /// The backing's allocation unit in bytes.
-        host_page_size: u64,
-        /// 1 if the file cannot shrink under the agent (`F_SEAL_SHRINK`).
-        sealed: u32,
-    }
-    /// Answer to [`Request::Discard`], [`Request::Free`] and [`Request::Populate`].
-    RangesReply {
-        /// Pages whose state changed.
-        changed_pages: u64,
-    }
-}
-
-/// Answer to the requests that start a job, and to [`Request::Recover`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct JobStarted {
-    /// Number of the job.
-    pub job: u64,
-    /// Incoming: where it listens, with the port that the kernel chose. Outgoing: the target.
-    /// Snapshot and restore: the image.
-    pub address: String,
-}
-
-impl JobStarted {
-    /// Adds the fields to a body.
-    pub fn encode(&self, encoder: Encoder) -> Encoder {
-        encoder.u64(self.job).text(clip(&self.address, MAX_ADDRESS))
-    }
-
-    /// Reads the fields from a body.
-    ///
-    /// # Errors
-    /// The field that is wrong.
-    pub fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
-        Ok(Self {
-            job: decoder.u64("job")?,
-            address: decoder.text("address", MAX_ADDRESS)?.to_owned(),
-        })
     }
 }
 

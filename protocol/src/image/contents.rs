@@ -9,7 +9,7 @@
 //! one from the root; empty if there is none.
 
 use crate::control::codec::{DecodeError, Decoder, Encoder};
-use crate::control::hook::{PieceSize, decode_pieces, encode_pieces};
+use crate::control::state_pieces::{PieceSize, decode_pieces, encode_pieces};
 use crate::memory::geometry::{GeometryError, MAX_BLOCKS, MAX_NAME};
 use crate::memory::{BlockGeometry, BlockTable};
 
@@ -102,7 +102,7 @@ impl Contents {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::hook::{MAX_PIECE_NAME, MAX_PIECES, MAX_STATE};
+    use crate::control::state_pieces::{MAX_PIECE_NAME, MAX_PIECES, MAX_STATE};
     use crate::memory::PAGE_SIZE;
     use crate::memory::geometry::MAX_BLOCK_LENGTH;
     use proptest::prelude::*;

@@ -1,14 +1,12 @@
-//! How a stream opens.
+//! The first record on a stream.
 //!
-//! The source sends a [`Hello`] on every stream; the one on the primary carries the block table.
-//! The destination answers on the primary, once all streams are there, with [`Accept`] or with a
-//! code and a sentence.
+//! The source sends a [`Hello`] on every stream. The hello on the primary stream carries the block
+//! table. When all streams are connected, the destination [answers](super::answer) on the primary.
 
-use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
-use crate::control::job::{Compression, MAX_SENTENCE, MAX_STREAMS};
-use crate::control::request::{ErrorCode, RemoteError};
+use crate::control::codec::{DecodeError, Decoder, Encoder};
+use crate::control::job::{Compression, MAX_STREAMS};
 use crate::memory::geometry::MAX_NAME;
-use crate::memory::{BlockGeometry, BlockTable, GeometryError, MAX_BLOCKS, PAGE_SIZE};
+use crate::memory::{BlockGeometry, BlockTable, GeometryError, MAX_BLOCKS};
 
 /// The version of the page stream that this crate speaks.
 pub const STREAM_VERSION: u16 = 1;
@@ -202,165 +200,6 @@ impl Hello {
     }
 }
 
-/// The destination's answer, if it takes the guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Accept {
-    /// The version that is used.
-    pub version: u16,
-    /// The features that may be used: those offered that the destination knows.
-    pub features: u64,
-    /// The destination's host page size in bytes for each block, in the order of the table: in
-    /// postcopy whole host pages remain. Empty without postcopy.
-    pub host_pages: Vec<u64>,
-}
-
-impl Accept {
-    /// The payload.
-    pub fn encode(&self) -> Vec<u8> {
-        let encoder =
-            Encoder::new().u16(self.version).u64(self.features).u32(self.host_pages.len() as u32);
-        self.host_pages.iter().fold(encoder, |encoder, size| encoder.u64(*size)).finish()
-    }
-
-    /// Reads the payload.
-    ///
-    /// # Errors
-    /// The field that is wrong.
-    pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
-        let mut decoder = Decoder::new(payload);
-        let version = decoder.u16("version")?;
-        if version != STREAM_VERSION {
-            return Err(DecodeError::Value {
-                field: "version",
-                value: version.into(),
-                allowed: "1",
-            });
-        }
-        let features = decoder.u64("features")?;
-        let count = decoder.u32("host_pages")?;
-        if count as usize > MAX_BLOCKS {
-            return Err(DecodeError::Value {
-                field: "host_pages",
-                value: count.into(),
-                allowed: "at most 512",
-            });
-        }
-        let host_page = |_| match decoder.u64("host page")? {
-            size if size.is_power_of_two() && size >= PAGE_SIZE => Ok(size),
-            value => Err(DecodeError::Value {
-                field: "host page",
-                value,
-                allowed: "powers of two from 4096",
-            }),
-        };
-        let host_pages = (0..count).map(host_page).collect::<Result<_, _>>()?;
-        decoder.finish()?;
-        Ok(Self { version, features, host_pages })
-    }
-}
-
-/// The payload of a reject or error record.
-pub fn encode_error(error: &RemoteError) -> Vec<u8> {
-    Encoder::new().u32(error.code as u32).text(clip(&error.sentence, MAX_SENTENCE)).finish()
-}
-
-/// Reads the payload of a reject or error record.
-///
-/// # Errors
-/// The field that is wrong.
-pub fn decode_error(payload: &[u8]) -> Result<RemoteError, DecodeError> {
-    let mut decoder = Decoder::new(payload);
-    let code = ErrorCode::from_wire(decoder.u32("code")?);
-    let error = RemoteError::new(code, decoder.text("sentence", MAX_SENTENCE)?);
-    decoder.finish()?;
-    Ok(error)
-}
-
-/// Where the destination's table differs from the source's.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum TableMismatch {
-    /// The numbers of blocks differ.
-    #[error("the source has {source_count} blocks, this side {own_count}")]
-    Count {
-        /// Blocks of the source.
-        source_count: usize,
-        /// Blocks of this side.
-        own_count: usize,
-    },
-    /// A block is missing here.
-    #[error("block {id} \"{name}\" of the source does not exist here")]
-    Missing {
-        /// The block.
-        id: u32,
-        /// Its name.
-        name: String,
-    },
-    /// A field differs.
-    #[error("block {id}: {field} is {theirs} at the source and {own} here")]
-    Field {
-        /// The block.
-        id: u32,
-        /// The field.
-        field: &'static str,
-        /// The source's value.
-        theirs: String,
-        /// This side's value.
-        own: String,
-    },
-}
-
-impl TableMismatch {
-    /// What the source may know: which field differs, and its own value. This side's values are for
-    /// its own log and operator, or whoever reaches the port could read the table field by field.
-    pub fn for_source(&self) -> String {
-        let here = "the destination's status and log say what it has";
-        match self {
-            Self::Count { source_count, .. } => {
-                format!(
-                    "the source has {source_count} blocks, the destination another number: {here}"
-                )
-            }
-            Self::Missing { id, name } => {
-                format!("block {id} \"{name}\" of the source does not exist at the destination")
-            }
-            Self::Field { id, field, theirs, .. } => {
-                format!(
-                    "block {id}: {field} is {theirs} at the source and differs at the destination: {here}"
-                )
-            }
-        }
-    }
-}
-
-/// Compares the tables of the source and of this side.
-///
-/// # Errors
-/// The first difference.
-pub fn compare(theirs: &BlockTable, own: &BlockTable) -> Result<(), TableMismatch> {
-    for block in theirs.blocks() {
-        let Some(here) = own.get(block.id) else {
-            return Err(TableMismatch::Missing { id: block.id, name: block.name.clone() });
-        };
-        let hex = |value: u64| format!("{value:#x}");
-        let fields = [
-            ("name", block.name.clone(), here.name.clone()),
-            ("gpa", hex(block.gpa), hex(here.gpa)),
-            ("length", hex(block.length), hex(here.length)),
-            ("granularity", hex(block.granularity), hex(here.granularity)),
-        ];
-        if let Some((field, theirs, own)) =
-            fields.into_iter().find(|(_, theirs, own)| theirs != own)
-        {
-            return Err(TableMismatch::Field { id: block.id, field, theirs, own });
-        }
-    }
-    let (source_count, own_count) = (theirs.blocks().len(), own.blocks().len());
-    if source_count != own_count {
-        return Err(TableMismatch::Count { source_count, own_count });
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -453,50 +292,13 @@ mod tests {
         ));
     }
 
-    #[test]
-    fn tables_that_differ_are_refused_by_field() {
-        let ours = table(&[2, 3]);
-        compare(&ours, &ours.clone()).unwrap();
-        let longer = compare(&table(&[2, 4]), &ours).unwrap_err();
-        assert_eq!(longer.to_string(), "block 1: length is 0x4000 at the source and 0x3000 here");
-        assert!(matches!(
-            compare(&table(&[2, 3, 1]), &ours),
-            Err(TableMismatch::Missing { id: 2, .. })
-        ));
-        assert!(matches!(
-            compare(&table(&[2]), &ours),
-            Err(TableMismatch::Count { source_count: 1, own_count: 2 })
-        ));
-        let told = longer.for_source();
-        assert!(
-            told.starts_with("block 1: length is 0x4000 at the source") && !told.contains("0x3000"),
-            "{told}"
-        );
-    }
-
-    #[test]
-    fn an_accept_survives_the_wire_and_odd_host_pages_do_not() {
-        let accept = Accept { version: 1, features: 4, host_pages: vec![4096, 2 << 20] };
-        assert_eq!(Accept::decode(&accept.encode()), Ok(accept.clone()));
-        for size in [0, 1, 2048, 4097, u64::MAX] {
-            let refused =
-                Accept::decode(&Accept { host_pages: vec![4096, size], ..accept.clone() }.encode());
-            assert!(
-                matches!(refused, Err(DecodeError::Value { field: "host page", .. })),
-                "{size}"
-            );
-        }
-    }
-
     proptest! {
         #[test]
-        fn no_bytes_make_the_decoders_panic(tail in prop::collection::vec(any::<u8>(), 0..200), honest in any::<bool>()) {
+        fn no_bytes_make_the_decoder_panic(tail in prop::collection::vec(any::<u8>(), 0..200), honest in any::<bool>()) {
             let mut payload = if honest { MAGIC.to_vec() } else { Vec::new() };
             if honest { payload.extend([1, 0, 1, 0]); }
             payload.extend(tail);
             let _ = Hello::decode(&payload);
-            let _ = Accept::decode(&payload);
-            let _ = decode_error(&payload);
         }
     }
 }

@@ -5,7 +5,9 @@
 //! See `docs/page-stream.md`.
 //!
 //! - [`record`]: the header, its limits and its checksum;
-//! - [`hello`]: how a stream opens: versions, the block table, accept or reject;
+//! - [`hello`]: how a stream opens: versions, features, the block table;
+//! - [`table`]: comparing the block tables of both sides;
+//! - [`answer`]: accept, reject, and errors;
 //! - [`payload`]: the payloads of the other records.
 //!
 //! # Order
@@ -15,9 +17,11 @@
 //! page, and the last pass that speaks of it is right. Discards found at a sync go out before the
 //! pages of the pass that follows, and no page of theirs is in it.
 
+pub mod answer;
 pub mod hello;
 pub mod payload;
 pub mod record;
+pub mod table;
 
 pub use hello::{Hello, STREAM_VERSION};
 pub use record::{Kind, MAX_PAYLOAD, RECORD_SIZE, RecordError, RecordHeader};

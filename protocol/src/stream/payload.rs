@@ -2,7 +2,7 @@
 
 use super::record::MAX_PAYLOAD;
 use crate::control::codec::{DecodeError, Decoder, Encoder};
-use crate::control::hook::{MAX_PIECE_NAME, MAX_STATE};
+use crate::control::state_pieces::{MAX_PIECE_NAME, MAX_STATE};
 use crate::memory::PageRange;
 use crate::shm::bitmap::{WORD_BITS, word_mask};
 

@@ -9,21 +9,24 @@ use pageferry_client::{
 use pageferry_protocol::control::frame::{
     FLAG_NEED_REPLY, FLAG_REPLY, HEADER_SIZE, MAX_BODY, VERSION,
 };
-use pageferry_protocol::control::hook::{
-    self, Hook, PieceSize, SavedState, decode_hook_reply, decode_state_reply, encode_hook_reply,
-    encode_state_reply, reply_sequence,
+use pageferry_protocol::control::hook::{self, Hook};
+use pageferry_protocol::control::hook_reply::{
+    SavedState, decode_hook_reply, decode_state_reply, encode_hook_reply, encode_state_reply,
+    reply_sequence,
 };
 use pageferry_protocol::control::job::{
     JobKind, Mode, NonConvergence, RestoreMode, RestoreOptions, RunState, SnapshotMode,
     SnapshotOptions,
 };
-use pageferry_protocol::control::request::{
-    AddBlockReply, DISCARD_PUNCH, ErrorCode, HelloReply, JobStarted, OWN_REQUESTS, RangesReply,
-    RemoteError, Reply, Request, decode_reply, encode_reply,
+use pageferry_protocol::control::reply::{
+    AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply,
+    decode_reply, encode_reply,
 };
+use pageferry_protocol::control::request::{DISCARD_PUNCH, OWN_REQUESTS, Request};
 use pageferry_protocol::control::standard::{
     Region, decode_log, decode_mem_table, decode_single_region, decode_u64,
 };
+use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::{
     DecodeError, Decoder, Encoder, FrameHeader, FrameSocket, SocketError,
 };

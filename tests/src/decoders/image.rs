@@ -4,8 +4,8 @@
 use super::heap::{fair, within};
 use super::{choice, refused, same};
 use pageferry_protocol::control::Decoder;
-use pageferry_protocol::control::hook::{MAX_PIECES, MAX_STATE, PieceSize};
 use pageferry_protocol::control::job::RunState;
+use pageferry_protocol::control::state_pieces::{MAX_PIECES, MAX_STATE, PieceSize};
 use pageferry_protocol::image::header::{HEADER_SIZE, MAGIC, VERSION};
 use pageferry_protocol::image::states::states_size;
 use pageferry_protocol::image::working_set::MAX_RUNS;

@@ -9,19 +9,18 @@ use pageferry_agent::incoming::decompress::Decompressor;
 use pageferry_agent::outgoing::compress::Compressor;
 use pageferry_agent::transport::{RecordReader, StreamSocket, TransportError};
 use pageferry_protocol::control::job::Compression;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use pageferry_protocol::control::{DecodeError, Decoder};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_BLOCKS, PAGE_SIZE, PageRange};
-use pageferry_protocol::stream::hello::{
-    Accept, FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER, MAX_HELLO, compare, decode_error,
-    encode_error,
-};
+use pageferry_protocol::stream::answer::{Accept, decode_error, encode_error};
+use pageferry_protocol::stream::hello::{FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER, MAX_HELLO};
 use pageferry_protocol::stream::payload::{
     MAX_BITMAP_PAGES, StatePart, Totals, decode_bitmap, decode_runs, encode_bitmap, encode_runs,
 };
 use pageferry_protocol::stream::record::{
     FLAG_LZ4, FLAG_STRAY, FLAG_ZSTD, FLAGS_COMPRESSED, MAX_DATA_PAGES,
 };
+use pageferry_protocol::stream::table::compare_tables;
 use pageferry_protocol::stream::{Hello, Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
 use std::time::Duration;
 
@@ -32,7 +31,7 @@ pub fn hello(data: &[u8]) -> bool {
         0 => match within(fair(payload), || Hello::decode(payload)) {
             Ok(hello) => {
                 assert!(hello.stream < hello.streams && hello.blocks.blocks().len() <= MAX_BLOCKS);
-                compare(&hello.blocks, &hello.blocks).expect("a table is equal to itself");
+                compare_tables(&hello.blocks, &hello.blocks).expect("a table is equal to itself");
                 let again = hello.encode();
                 assert_eq!(again.len(), payload.len());
                 // The table may have come in another order.

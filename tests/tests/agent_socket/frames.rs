@@ -4,11 +4,12 @@ use super::waits::hand_over;
 use crate::common::{Attached, Listening, PROGRAM, Peer, Ram, SOON};
 use pageferry_client::Phase;
 use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FrameHeader};
-use pageferry_protocol::control::hook::{
-    Hook, PieceSize, SavedState, encode_hook_reply, encode_state_reply,
-};
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook_reply::{SavedState, encode_hook_reply, encode_state_reply};
 use pageferry_protocol::control::job::{RunState, SnapshotMode, SnapshotOptions};
-use pageferry_protocol::control::request::{ErrorCode, Request};
+use pageferry_protocol::control::reply::ErrorCode;
+use pageferry_protocol::control::request::Request;
+use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::{Frame, FrameSocket};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
 use pageferry_tests::process::AgentProcess;

@@ -8,9 +8,8 @@ use pageferry_client::{
 use pageferry_protocol::control::SocketError;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{HEADER_SIZE, MAX_BODY};
-use pageferry_protocol::control::request::{
-    BlockRange, ErrorCode, OWN_REQUESTS, RemoteError, Reply, Request, code,
-};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
+use pageferry_protocol::control::request::{BlockRange, OWN_REQUESTS, Request, code};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;

@@ -6,8 +6,9 @@ use crate::geometry;
 use crate::scene::{FakeSource, PAGES, Scene, hello};
 use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Phase, Target};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
+use pageferry_protocol::stream::answer::Accept;
 use pageferry_protocol::stream::hello::{
-    Accept, FEATURE_LZ4, FEATURE_POSTCOPY, FEATURE_ZSTD, FEATURES, HELLO_RECOVER,
+    FEATURE_LZ4, FEATURE_POSTCOPY, FEATURE_ZSTD, FEATURES, HELLO_RECOVER,
 };
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
 use pageferry_tests::deadline::wait_until;

@@ -4,7 +4,7 @@ use crate::common::{Agent, Attached, Listening, Ram, SOON, Side, arrives_at, rea
 use crate::geometry;
 use pageferry_client::IncomingOptions;
 use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
-use pageferry_protocol::stream::hello::decode_error;
+use pageferry_protocol::stream::answer::decode_error;
 use pageferry_protocol::stream::payload::{StatePart, Totals};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use std::io::Write;

@@ -3,7 +3,8 @@
 use super::SOON;
 use pageferry_client::JobStatus;
 use pageferry_protocol::control::codec::{DecodeError, Decoder};
-use pageferry_protocol::control::request::{Reply, Request, decode_reply};
+use pageferry_protocol::control::reply::{Reply, decode_reply};
+use pageferry_protocol::control::request::Request;
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_tests::deadline::wait_for;
 use pageferry_tests::process::{AgentProcess, Process};

@@ -6,12 +6,11 @@ use pageferry_client::{
     IncomingOptions, JobStatus, Phase, RunState, SnapshotMode, SnapshotOptions, Trackers,
 };
 use pageferry_protocol::control::frame::FLAG_REPLY;
-use pageferry_protocol::control::hook::{
-    Hook, PieceSize, SavedState, encode_hook_reply, encode_state_reply,
-};
-use pageferry_protocol::control::request::{
-    BlockRange, DISCARD_PUNCH, ErrorCode, FEATURE_FENCE, Request,
-};
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook_reply::{SavedState, encode_hook_reply, encode_state_reply};
+use pageferry_protocol::control::reply::ErrorCode;
+use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, FEATURE_FENCE, Request};
+use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
 use pageferry_protocol::shm::fence::FENCE_BYTES;

@@ -9,7 +9,7 @@ use crate::scene::{
 };
 use pageferry_client::{OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
-use pageferry_protocol::stream::hello::{Accept, decode_error};
+use pageferry_protocol::stream::answer::{Accept, decode_error};
 use pageferry_protocol::stream::payload::{Totals, decode_bitmap, encode_bitmap, encode_runs};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
 use pageferry_tests::require;

@@ -29,7 +29,8 @@ use pageferry_client::{
     Client, Compression, Config, Error, HookError, Hooks, IncomingOptions, Mode, NonConvergence,
     OutgoingOptions, Ownership, Phase, Punch, RunState, StatePiece, Target,
 };
-use pageferry_protocol::control::request::{ErrorCode, Request};
+use pageferry_protocol::control::reply::ErrorCode;
+use pageferry_protocol::control::request::Request;
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
 use pageferry_protocol::stream::record::FLAGS_COMPRESSED;

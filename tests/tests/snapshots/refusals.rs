@@ -7,7 +7,8 @@ use pageferry_client::{
     RestoreMode, RestoreOptions, SnapshotOptions, Target, Trackers,
 };
 use pageferry_protocol::control::job::JobKind;
-use pageferry_protocol::control::request::{ErrorCode, Request};
+use pageferry_protocol::control::reply::ErrorCode;
+use pageferry_protocol::control::request::Request;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;

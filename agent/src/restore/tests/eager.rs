@@ -1,5 +1,5 @@
 use super::*;
-use pageferry_protocol::control::request::{ErrorCode, RemoteError};
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 
 const PAGES: [u64; 2] = [1500, 600];
 

@@ -1,0 +1,81 @@
+//! A restore that an operator asks for.
+
+use crate::support::*;
+use crate::*;
+use pageferry_client::{Ownership, Phase};
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook_reply::decode_hook_reply;
+use pageferry_protocol::control::job::JobKind;
+use pageferry_protocol::control::reply::ErrorCode;
+
+/// An operator's wish for a restore.
+fn prepare_restore() -> Hook {
+    Hook::PrepareRestore { path: "/images/golden".into() }
+}
+
+#[test]
+fn restore_that_the_vmm_allows_makes_it_await_a_guest_of_that_agent() {
+    let mut attached = Attached::new(Vmm::default());
+    assert_eq!(attached.hook(&Hook::Pause), Ok(()));
+    assert_eq!(attached.hook(&prepare_restore()), Ok(()));
+    assert_eq!(attached.client.ownership(), Ownership::Awaiting);
+    assert_eq!(attached.refused(&Hook::WatchWrites), ErrorCode::State, "there is nothing to save");
+    attached.agent.send_hook(&event(JobKind::Restore, Phase::Cancelled), Vec::new());
+    assert_eq!(attached.hook(&prepare_restore()), Ok(()), "another attempt");
+    assert_eq!(attached.hook(&RESUME), Ok(()));
+    assert_eq!(attached.client.ownership(), Ownership::Ours);
+    let expected = [
+        "pause",
+        "prepare restore /images/golden",
+        "event cancelled",
+        "prepare restore /images/golden",
+        "resume",
+    ];
+    assert_eq!(attached.calls(), expected);
+
+    assert_eq!(attached.hook(&prepare_restore()), Ok(()));
+    let (client, vmm) = attached.lose_agent();
+    assert_eq!(client.ownership(), Ownership::Awaiting);
+    assert_eq!(
+        vmm.calls(),
+        ["prepare restore /images/golden", "lost Awaiting"],
+        "nobody runs what is half restored"
+    );
+}
+
+#[test]
+fn restore_that_the_vmm_refuses_changes_nothing() {
+    let mut attached = Attached::new(Vmm { fails: "prepare", ..Vmm::default() });
+    assert_eq!(attached.hook(&Hook::Pause), Ok(()));
+    let error = attached.hook(&prepare_restore()).unwrap_err();
+    assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Other, "vCPU 3 does not stop"));
+    assert_eq!(attached.client.ownership(), Ownership::Ours);
+    let (_client, vmm) = attached.lose_agent();
+    assert_eq!(vmm.calls(), ["pause", "prepare restore /images/golden", "resume", "lost Ours"]);
+}
+
+#[test]
+fn restore_over_a_guest_that_may_return_is_refused_before_the_vmm_is_asked() {
+    let mut attached = Attached::new(Vmm::default());
+    for hook in [Hook::Pause, Hook::Relinquish { session: [0; 16], release: false }] {
+        assert_eq!(attached.hook(&hook), Ok(()), "{}", hook.name());
+    }
+    assert_eq!(attached.refused(&prepare_restore()), ErrorCode::State);
+    assert_eq!(
+        (attached.calls(), attached.client.ownership()),
+        (vec!["pause".to_owned()], Ownership::Relinquished)
+    );
+    assert_eq!(attached.hook(&RESUME), Ok(()), "and the agent that asked for the line has its say");
+    attached.lose_agent();
+}
+
+#[test]
+fn vmm_that_says_nothing_about_restores_takes_none_from_an_operator() {
+    let (client, mut channel, mut agent) = connected();
+    agent.send_hook(&prepare_restore(), Vec::new());
+    channel.dispatch(&mut Least).unwrap();
+    let answer = agent.hooks.recv(soon()).unwrap();
+    let error = decode_hook_reply(&answer.body).unwrap().unwrap_err();
+    assert_eq!(error.sentence, "this VMM takes no restore from an operator");
+    assert_eq!(client.ownership(), Ownership::Ours);
+}

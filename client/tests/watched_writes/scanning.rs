@@ -1,0 +1,90 @@
+//! Watched writes and write-protect scanning share the mappings.
+
+use crate::support::*;
+use crate::*;
+use pageferry_client::{ErrorCode, Trackers};
+use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::userfault::{Register, UserfaultError};
+use std::thread::spawn;
+
+const SCAN: Hook = Hook::StartTracking { sources: Trackers::WRITE_PROTECT };
+const NO_SCAN: Hook = Hook::StopTracking { sources: Trackers::WRITE_PROTECT };
+
+/// True if nobody has the mapping, which stays so.
+fn is_free(ram: &Ram) -> bool {
+    let other = uffd().unwrap();
+    match other.register(ram.all(), Register::WriteProtect) {
+        Ok(()) => true,
+        Err(UserfaultError::Register { source: rustix::io::Errno::BUSY, .. }) => false,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// A VMM with a mapped block; `None` where there is no userfaultfd.
+fn tracked() -> Option<(Attached, Ram)> {
+    uffd()?;
+    let mut attached = Attached::new(Vmm::default());
+    let ram = Ram::new();
+    add_block(&attached.client, &mut attached.agent, &ram, 2);
+    Some((attached, ram))
+}
+
+#[test]
+fn watching_takes_the_mappings_from_write_protect_tracking_and_gives_them_back() {
+    let Some((mut attached, ram)) = tracked() else { return };
+    assert!(is_free(&ram), "nothing is registered before the agent tracks");
+    assert_eq!(attached.hook(&SCAN), Ok(()));
+    assert!(!is_free(&ram));
+    let watched = watch(&mut attached.agent);
+    watched.protect(ram.all()).unwrap();
+    let done = ram.writer(3);
+    assert_waits_at(&watched, ram.page(3));
+    assert_eq!(attached.hook(&Hook::UnwatchWrites), Ok(()));
+    done.recv_timeout(SOON).unwrap();
+    assert!(!is_free(&ram), "it is tracked again");
+    // And once more, as it is stopped meanwhile.
+    drop(watch(&mut attached.agent));
+    assert_eq!(attached.hook(&NO_SCAN), Ok(()));
+    assert_eq!(attached.hook(&Hook::UnwatchWrites), Ok(()));
+    assert!(is_free(&ram));
+    assert_eq!(
+        attached.calls(),
+        ["watched", "unwatched", "watched", "unwatched"],
+        "the VMM's own tracker is none"
+    );
+    attached.lose_agent();
+}
+
+#[test]
+fn agent_that_dies_while_it_scans_leaves_nothing_registered() {
+    for watches in [false, true] {
+        let Some((mut attached, ram)) = tracked() else { return };
+        assert_eq!(attached.hook(&SCAN), Ok(()));
+        if watches {
+            drop(watch(&mut attached.agent));
+        }
+        let (_client, _vmm) = attached.lose_agent();
+        assert!(is_free(&ram), "watches: {watches}");
+    }
+}
+
+#[test]
+fn refused_watch_leaves_write_protect_tracking_as_it_was() {
+    let Some((mut attached, ram)) = tracked() else { return };
+    assert_eq!(attached.hook(&SCAN), Ok(()));
+    let client = attached.client.clone();
+    let added = spawn(move || client.add_block(spec(3, 3 << 20, &written(1))).unwrap());
+    attached.agent.accept_block();
+    added.join().unwrap();
+    assert_eq!(
+        attached.refused(&Hook::WatchWrites),
+        ErrorCode::System,
+        "block 3 is mapped nowhere"
+    );
+    // Nor can it be tracked any more, and that is for the agent to find out.
+    assert_eq!(attached.hook(&NO_SCAN), Ok(()));
+    assert!(is_free(&ram));
+    assert!(attached.hook(&SCAN).unwrap_err().sentence.contains("block 3 has no vmm_address"));
+    assert!(is_free(&ram), "all or none");
+    attached.lose_agent();
+}

@@ -1,0 +1,63 @@
+//! The list of the pieces in which a VMM saves its state.
+//!
+//! The pieces themselves lie one after another in a file. The list has their names and lengths. It
+//! travels with the hooks that save and load the state, and stands in every image.
+
+use super::codec::{DecodeError, Decoder, Encoder};
+use std::collections::BTreeSet;
+
+/// Most pieces of state.
+pub const MAX_PIECES: usize = 1024;
+/// Longest name of a piece of state in bytes.
+pub const MAX_PIECE_NAME: usize = 255;
+/// Most bytes of state in all pieces together: 1 GiB.
+pub const MAX_STATE: u64 = 1 << 30;
+
+/// A piece of the VMM's state: its name, and how many bytes it takes in the file that comes with
+/// the frame. The pieces lie one after another in that file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PieceSize {
+    /// Chosen by the VMM.
+    pub name: String,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+/// The pieces as they travel, and as they are in an image: their number (4 bytes), and for each its
+/// length (8) and name.
+pub(crate) fn encode_pieces(pieces: &[PieceSize], encoder: Encoder) -> Encoder {
+    pieces.iter().fold(encoder.u32(pieces.len() as u32), |encoder, piece| {
+        encoder.u64(piece.length).text(&piece.name)
+    })
+}
+
+/// What [`encode_pieces`] wrote.
+///
+/// # Errors
+/// The field that is wrong, and its value.
+pub(crate) fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>, DecodeError> {
+    let count = decoder.u32("pieces")?;
+    if count as usize > MAX_PIECES {
+        return Err(DecodeError::Value {
+            field: "pieces",
+            value: count.into(),
+            allowed: "at most 1024",
+        });
+    }
+    let (mut total, mut names) = (0u64, BTreeSet::new());
+    let mut piece = |_| {
+        let length = decoder.u64("length of a piece")?;
+        total = total.saturating_add(length);
+        if total > MAX_STATE {
+            let allowed = "1 GiB in all pieces together";
+            return Err(DecodeError::Value { field: "length of a piece", value: length, allowed });
+        }
+        let name = decoder.text("name of a piece", MAX_PIECE_NAME)?;
+        // Whoever loads them finds a piece by its name.
+        if !names.insert(name) {
+            return Err(DecodeError::Twice { field: "name of a piece", value: name.to_owned() });
+        }
+        Ok(PieceSize { name: name.to_owned(), length })
+    };
+    (0..count).map(&mut piece).collect()
+}

@@ -1,0 +1,133 @@
+//! The block tables of source and destination must be the same.
+
+use crate::memory::BlockTable;
+
+/// Where the destination's table differs from the source's.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TableMismatch {
+    /// The numbers of blocks differ.
+    #[error("the source has {source_count} blocks, this side {own_count}")]
+    Count {
+        /// Blocks of the source.
+        source_count: usize,
+        /// Blocks of this side.
+        own_count: usize,
+    },
+    /// A block is missing here.
+    #[error("block {id} \"{name}\" of the source does not exist here")]
+    Missing {
+        /// The block.
+        id: u32,
+        /// Its name.
+        name: String,
+    },
+    /// A field differs.
+    #[error("block {id}: {field} is {theirs} at the source and {own} here")]
+    Field {
+        /// The block.
+        id: u32,
+        /// The field.
+        field: &'static str,
+        /// The source's value.
+        theirs: String,
+        /// This side's value.
+        own: String,
+    },
+}
+
+impl TableMismatch {
+    /// What the source may know: which field differs, and its own value. This side's values are for
+    /// its own log and operator, or whoever reaches the port could read the table field by field.
+    pub fn for_source(&self) -> String {
+        let here = "the destination's status and log say what it has";
+        match self {
+            Self::Count { source_count, .. } => {
+                format!(
+                    "the source has {source_count} blocks, the destination another number: {here}"
+                )
+            }
+            Self::Missing { id, name } => {
+                format!("block {id} \"{name}\" of the source does not exist at the destination")
+            }
+            Self::Field { id, field, theirs, .. } => {
+                format!(
+                    "block {id}: {field} is {theirs} at the source and differs at the destination: {here}"
+                )
+            }
+        }
+    }
+}
+
+/// Compares the tables of the source and of this side.
+///
+/// # Errors
+/// The first difference.
+pub fn compare_tables(theirs: &BlockTable, own: &BlockTable) -> Result<(), TableMismatch> {
+    for block in theirs.blocks() {
+        let Some(here) = own.get(block.id) else {
+            return Err(TableMismatch::Missing { id: block.id, name: block.name.clone() });
+        };
+        let hex = |value: u64| format!("{value:#x}");
+        let fields = [
+            ("name", block.name.clone(), here.name.clone()),
+            ("gpa", hex(block.gpa), hex(here.gpa)),
+            ("length", hex(block.length), hex(here.length)),
+            ("granularity", hex(block.granularity), hex(here.granularity)),
+        ];
+        if let Some((field, theirs, own)) =
+            fields.into_iter().find(|(_, theirs, own)| theirs != own)
+        {
+            return Err(TableMismatch::Field { id: block.id, field, theirs, own });
+        }
+    }
+    let (source_count, own_count) = (theirs.blocks().len(), own.blocks().len());
+    if source_count != own_count {
+        return Err(TableMismatch::Count { source_count, own_count });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{BlockGeometry, MAX_BLOCKS};
+
+    fn table(lengths: &[u64]) -> BlockTable {
+        let mut table = BlockTable::new();
+        let mut gpa = 0;
+        for (id, length) in lengths.iter().enumerate() {
+            let name = format!("ram{id}");
+            let block = BlockGeometry {
+                id: id as u32,
+                name,
+                gpa,
+                length: length * 4096,
+                granularity: 4096,
+            };
+            gpa += length * 4096;
+            table.insert(block, MAX_BLOCKS).unwrap();
+        }
+        table
+    }
+
+    #[test]
+    fn tables_that_differ_are_refused_by_field() {
+        let ours = table(&[2, 3]);
+        compare_tables(&ours, &ours.clone()).unwrap();
+        let longer = compare_tables(&table(&[2, 4]), &ours).unwrap_err();
+        assert_eq!(longer.to_string(), "block 1: length is 0x4000 at the source and 0x3000 here");
+        assert!(matches!(
+            compare_tables(&table(&[2, 3, 1]), &ours),
+            Err(TableMismatch::Missing { id: 2, .. })
+        ));
+        assert!(matches!(
+            compare_tables(&table(&[2]), &ours),
+            Err(TableMismatch::Count { source_count: 1, own_count: 2 })
+        ));
+        let told = longer.for_source();
+        assert!(
+            told.starts_with("block 1: length is 0x4000 at the source") && !told.contains("0x3000"),
+            "{told}"
+        );
+    }
+}

@@ -1,0 +1,314 @@
+//! What can be done with an open userfaultfd.
+#![allow(unsafe_code)]
+
+use super::abi::{
+    Addresses, EVENT_PAGEFAULT, MODE_WP, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_POISON,
+    UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT, UFFDIO_ZEROPAGE, UffdMsg,
+    UffdioCopy, UffdioFill, UffdioRegister, UffdioWriteProtect,
+};
+use super::open::{self, UserfaultError};
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Setter, Updater, ioctl};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// What a mapping is registered for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Register {
+    /// A touch of a page that does not exist waits until somebody places it
+    /// (`UFFDIO_REGISTER_MODE_MISSING`).
+    Missing = 1 << 0,
+    /// Writes into protected pages (`UFFDIO_REGISTER_MODE_WP`).
+    WriteProtect = 1 << 1,
+}
+
+/// Pages that could not be placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotPlaced {
+    /// Bytes that were placed before.
+    pub done: u64,
+    /// Why the next was not: EEXIST if there is a page, ESRCH if the process is gone, ENOENT if
+    /// nothing is registered there.
+    pub errno: Errno,
+}
+
+/// An open userfaultfd.
+#[derive(Debug)]
+pub struct Userfaultfd {
+    fd: OwnedFd,
+}
+
+impl From<OwnedFd> for Userfaultfd {
+    /// A descriptor that another process opened.
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+}
+
+impl AsFd for Userfaultfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Userfaultfd {
+    /// Opens one for this address space that does not block and knows `features`.
+    ///
+    /// # Errors
+    /// If it is not allowed, or the kernel is too old.
+    pub fn open(features: u64) -> Result<Self, UserfaultError> {
+        open::open(features).map(Self::from)
+    }
+
+    /// Opens one for a process that places pages in a mapping of its own and never waits for a
+    /// fault. This takes no privilege: faults of the kernel are not reported.
+    ///
+    /// # Errors
+    /// If the kernel has none.
+    pub fn open_for_placing() -> Result<Self, UserfaultError> {
+        open::open_user_mode_only().map(Self::from)
+    }
+
+    /// Registers a mapping of the process that opened it.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn register(&self, range: Addresses, what: Register) -> Result<(), UserfaultError> {
+        let mut register = UffdioRegister { range, mode: what as u64, ioctls: 0 };
+        let purpose = if what == Register::Missing { "missing pages" } else { "write protection" };
+        // SAFETY: the struct is the one of this number. A registered mapping holds the same memory
+        // as before.
+        unsafe { ioctl(&self.fd, Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }.map_err(
+            |source| UserfaultError::Register {
+                address: range.start,
+                length: range.length,
+                purpose,
+                source,
+            },
+        )
+    }
+
+    /// Takes a registration back, and wakes who waits there.
+    ///
+    /// The kernel alone does not wake all of them (userfaultfd_unregister() in fs/userfaultfd.c):
+    /// those who wait to write never, and of those who wait for a missing page not the ones that
+    /// come while it looks. It wakes first and takes the registration back then, and a fault that
+    /// holds only the lock of its mapping (Linux 6.6) may begin to wait in between. So they are
+    /// woken once more afterwards, when no fault can begin to wait any more.
+    ///
+    /// # Errors
+    /// What the kernel said, such as that nothing is mapped there any more.
+    pub fn unregister(&self, range: Addresses) -> Result<(), Errno> {
+        // SAFETY: the struct is the one of this number.
+        let unregistered = unsafe { ioctl(&self.fd, Setter::<UFFDIO_UNREGISTER, _>::new(range)) };
+        unregistered.and(self.wake(range))
+    }
+
+    /// Wakes who waits for pages in `range`: they look again.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn wake(&self, range: Addresses) -> Result<(), Errno> {
+        // SAFETY: the struct is the one of this number.
+        unsafe { ioctl(&self.fd, Setter::<UFFDIO_WAKE, _>::new(range)) }
+    }
+
+    /// Places `bytes`, whole host pages, at the address `to` and those after it, each page at once,
+    /// and wakes who waits for them.
+    ///
+    /// # Errors
+    /// If a page is there already, or cannot be placed. Those before it were.
+    pub fn copy(&self, to: u64, bytes: &[u8]) -> Result<(), NotPlaced> {
+        let mut done = 0;
+        let mut changing = Changing::default();
+        while done < bytes.len() {
+            let rest = &bytes[done..];
+            let (dst, src, len) =
+                (to + done as u64, rest.as_ptr().expose_provenance() as u64, rest.len() as u64);
+            let mut arg = UffdioCopy { dst, src, len, ..UffdioCopy::default() };
+            // SAFETY: the struct is the one of this number, and `src` is valid for `len` bytes. The
+            // kernel writes only pages that did not exist, so it changes nothing that anyone has
+            // seen.
+            let outcome = unsafe { ioctl(&self.fd, Updater::<UFFDIO_COPY, _>::new(&mut arg)) };
+            let more = usize::try_from(arg.copy).unwrap_or(0);
+            done += more;
+            let go_on = |errno| changing.go_on(errno, more > 0);
+            outcome.or_else(go_on).map_err(|errno| NotPlaced { done: done as u64, errno })?;
+        }
+        Ok(())
+    }
+
+    /// Places zero pages. Not for hugetlbfs, which has no such thing.
+    ///
+    /// # Errors
+    /// As [`Userfaultfd::copy`].
+    pub fn zero(&self, range: Addresses) -> Result<(), NotPlaced> {
+        self.fill::<UFFDIO_ZEROPAGE>(range)
+    }
+
+    /// Marks missing pages as lost: whoever touches them gets SIGBUS, or EFAULT from the kernel,
+    /// instead of waiting.
+    ///
+    /// # Errors
+    /// As [`Userfaultfd::copy`].
+    pub fn poison(&self, range: Addresses) -> Result<Poisoned, NotPlaced> {
+        self.fill::<UFFDIO_POISON>(range).map(|()| Poisoned(range))
+    }
+
+    /// Forgets that pages were [marked as lost](Userfaultfd::poison): they are missing again. Such
+    /// a mark is in the page tables of this process alone, and stays there when the registration
+    /// ends, and when the file under it is written or gets a hole. Only for mappings of this
+    /// process, that are registered still.
+    ///
+    /// # Errors
+    /// What the kernel said; ENOENT if no mapping is registered there.
+    pub fn forget_poison(&self, Poisoned(range): Poisoned) -> Result<(), Errno> {
+        // Of what is registered only: anything else that is mapped there by now is not to be
+        // touched.
+        match self.fill::<UFFDIO_POISON>(range) {
+            Ok(()) | Err(NotPlaced { errno: Errno::EXIST, .. }) => {}
+            Err(NotPlaced { errno, .. }) => return Err(errno),
+        }
+        let (Ok(start), Ok(length)) = (usize::try_from(range.start), usize::try_from(range.length))
+        else {
+            return Err(Errno::INVAL);
+        };
+        let start = std::ptr::with_exposed_provenance_mut(start);
+        // SAFETY: the kernel reads and writes none of it. All of the range was missing when it was
+        // marked, so nobody has a value there, and nobody could make one since: a touch is an
+        // error. The range is registered still, so it is the mapping that was marked: what is
+        // dropped is how its pages are mapped. Not the plain advice, which locked mappings refuse.
+        unsafe { rustix::mm::madvise(start, length, rustix::mm::Advice::LinuxDontneedLocked) }
+    }
+
+    /// Protects pages that are registered for it: who writes there waits until the protection is
+    /// lifted.
+    ///
+    /// # Errors
+    /// What the kernel said; ENOENT if the registration is gone. Some of the pages may be protected
+    /// then.
+    pub fn protect(&self, range: Addresses) -> Result<(), Errno> {
+        self.write_protect(range, MODE_WP)
+    }
+
+    /// Lifts the protection, and wakes who waits to write there.
+    ///
+    /// # Errors
+    /// As [`Userfaultfd::protect`].
+    pub fn lift(&self, range: Addresses) -> Result<(), Errno> {
+        self.write_protect(range, 0)
+    }
+
+    fn write_protect(&self, range: Addresses, mode: u64) -> Result<(), Errno> {
+        let mut changing = Changing::default();
+        loop {
+            let mut arg = UffdioWriteProtect { range, mode };
+            // SAFETY: the struct is the one of this number. What is protected or not holds the same
+            // content as before.
+            match unsafe { ioctl(&self.fd, Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut arg)) } {
+                Ok(()) => return Ok(()),
+                Err(errno) => changing.go_on(errno, false)?,
+            }
+        }
+    }
+
+    /// True if the file under a host page has it. For hugetlbfs, where a page that cannot be placed
+    /// for want of memory may count as being there already (`EEXIST`): the kernel finds the page in
+    /// the file and maps it, or has none to map.
+    ///
+    /// # Errors
+    /// What the kernel said, if it is neither.
+    pub fn is_there(&self, host_page: Addresses) -> Result<bool, Errno> {
+        match self.fill::<UFFDIO_CONTINUE>(host_page) {
+            Ok(()) | Err(NotPlaced { errno: Errno::EXIST, .. }) => Ok(true),
+            Err(NotPlaced { errno: Errno::FAULT, .. }) => Ok(false),
+            Err(NotPlaced { errno, .. }) => Err(errno),
+        }
+    }
+
+    fn fill<const OPCODE: Opcode>(&self, range: Addresses) -> Result<(), NotPlaced> {
+        let mut done = 0;
+        let mut changing = Changing::default();
+        while done < range.length {
+            let rest = Addresses { start: range.start + done, length: range.length - done };
+            let mut arg = UffdioFill { range: rest, ..UffdioFill::default() };
+            // SAFETY: the struct is the one of both numbers. Only pages that did not exist are
+            // filled or marked.
+            let outcome = unsafe { ioctl(&self.fd, Updater::<OPCODE, _>::new(&mut arg)) };
+            let more = u64::try_from(arg.filled).unwrap_or(0);
+            done += more;
+            outcome
+                .or_else(|errno| changing.go_on(errno, more > 0))
+                .map_err(|errno| NotPlaced { done, errno })?;
+        }
+        Ok(())
+    }
+
+    /// Reads the faults that nobody has read yet: their addresses, as many as `into` holds. Returns
+    /// how many; 0 if there are none.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn read_faults(&self, into: &mut [u64; MAX_FAULTS]) -> Result<usize, Errno> {
+        let mut messages = [UffdMsg::default(); MAX_FAULTS];
+        let read = loop {
+            match rustix::io::read(&self.fd, zerocopy::IntoBytes::as_mut_bytes(&mut messages)) {
+                Ok(bytes) => break bytes / size_of::<UffdMsg>(),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(0),
+                Err(errno) => return Err(errno),
+            }
+        };
+        let mut count = 0;
+        // No other event was asked for.
+        for message in messages.iter().take(read).filter(|message| message.event == EVENT_PAGEFAULT)
+        {
+            into[count] = message.address;
+            count += 1;
+        }
+        Ok(count)
+    }
+}
+
+/// Pages that [`Userfaultfd::poison`] marked: they were missing.
+#[derive(Debug)]
+pub struct Poisoned(Addresses);
+
+impl Poisoned {
+    /// Where they are.
+    pub fn range(&self) -> Addresses {
+        self.0
+    }
+}
+
+/// Most faults of one [`Userfaultfd::read_faults`].
+pub const MAX_FAULTS: usize = 64;
+
+/// How often in a row a call is tried again that comes to nothing since the mappings are just
+/// changing.
+const CHANGING: u32 = 10_000;
+
+/// Calls in a row that came to nothing.
+#[derive(Debug, Default)]
+struct Changing(u32);
+
+impl Changing {
+    /// Whether a call is tried again: the kernel stops it where the mappings are just changing,
+    /// until whoever asked for events of that has read them. Where nobody reads them it is not this
+    /// thread that waits for ever.
+    fn go_on(&mut self, errno: Errno, progress: bool) -> Result<(), Errno> {
+        match errno {
+            Errno::INTR => {}
+            Errno::AGAIN if progress => self.0 = 0,
+            Errno::AGAIN if self.0 < CHANGING => {
+                self.0 += 1;
+                std::thread::yield_now();
+            }
+            other => return Err(other),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,171 @@
+//! Opening a userfaultfd, by the system call or by the device, and the handshake.
+#![allow(unsafe_code)]
+
+use super::abi::{API, UFFDIO_API, USERFAULTFD_IOC_NEW, UffdioApi, feature};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Updater, ioctl};
+use rustix::mm::UserfaultfdFlags;
+use std::ffi::c_void;
+use std::os::fd::{FromRawFd, OwnedFd};
+
+/// Names of the features that this project asks for, `UFFD_FEATURE_*`, and their bits.
+const FEATURE_NAMES: [(&str, u64); 6] = [
+    ("MISSING_HUGETLBFS", feature::MISSING_HUGETLBFS),
+    ("MISSING_SHMEM", feature::MISSING_SHMEM),
+    ("WP_HUGETLBFS_SHMEM", feature::WP_HUGETLBFS_SHMEM),
+    ("WP_UNPOPULATED", feature::WP_UNPOPULATED),
+    ("POISON", feature::POISON),
+    ("WP_ASYNC", feature::WP_ASYNC),
+];
+
+/// Why a userfaultfd is not to be had, or a mapping cannot be registered with it.
+#[derive(Debug, thiserror::Error)]
+pub enum UserfaultError {
+    /// Neither the system call nor the device gives a userfaultfd.
+    #[error(
+        "no userfaultfd for kernel-mode faults, which vCPUs take: the system call needs CAP_SYS_PTRACE or sysctl \
+         vm.unprivileged_userfaultfd=1, and /dev/userfaultfd cannot be used instead ({device})"
+    )]
+    NotAllowed {
+        /// What opening or using the device came to.
+        device: Errno,
+        /// What the system call came to.
+        #[source]
+        source: Errno,
+    },
+    /// The kernel has no userfaultfd, or no more of them.
+    #[error("cannot open a userfaultfd")]
+    Open {
+        /// What the kernel said.
+        #[source]
+        source: Errno,
+    },
+    /// The kernel is too old, or was built without.
+    #[error("userfaultfd lacks {missing} (Linux 6.7 on x86-64 or arm64 has it)")]
+    Feature {
+        /// Names of the missing features, `UFFD_FEATURE_*`.
+        missing: String,
+    },
+    /// The kernel refused the handshake for another reason.
+    #[error("userfaultfd handshake failed")]
+    Handshake {
+        /// What the kernel said.
+        #[source]
+        source: Errno,
+    },
+    /// A mapping could not be registered: no mapping there, not of memory, not aligned to its page
+    /// size, or registered elsewhere.
+    #[error("cannot register {address:#x} + {length:#x} for {purpose}")]
+    Register {
+        /// Address of the mapping.
+        address: u64,
+        /// Its length in bytes.
+        length: u64,
+        /// What for.
+        purpose: &'static str,
+        /// What the kernel said; EBUSY if it is registered with another userfaultfd.
+        #[source]
+        source: Errno,
+    },
+}
+
+/// Opens a userfaultfd for this address space that does not block and knows `features`.
+///
+/// # Errors
+/// If it is not allowed, or the kernel is too old.
+pub(super) fn open(features: u64) -> Result<OwnedFd, UserfaultError> {
+    let uffd = open_any()?;
+    let Err(source) = handshake(&uffd, features) else { return Ok(uffd) };
+    // One handshake per descriptor: a second descriptor asks what the kernel offers.
+    let offered =
+        handshake(&open_any()?, 0).map_err(|source| UserfaultError::Handshake { source })?;
+    let lacks = |bit: &u64| features & bit != 0 && offered & bit == 0;
+    let missing: Vec<&str> =
+        FEATURE_NAMES.iter().filter(|(_, bit)| lacks(bit)).map(|(name, _)| *name).collect();
+    if missing.is_empty() {
+        return Err(UserfaultError::Handshake { source });
+    }
+    Err(UserfaultError::Feature { missing: missing.join(", ") })
+}
+
+/// Opens a userfaultfd that reports faults from user mode only. This takes no privilege.
+///
+/// # Errors
+/// If the kernel has none.
+pub(super) fn open_user_mode_only() -> Result<OwnedFd, UserfaultError> {
+    /// `UFFD_USER_MODE_ONLY`, from the kernel's `linux/userfaultfd.h`.
+    const USER_MODE_ONLY: u32 = 1;
+    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    let flags = flags | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
+    // SAFETY: a new descriptor gives power over no memory before something is registered with it.
+    let uffd = unsafe { rustix::mm::userfaultfd(flags) }
+        .map_err(|source| UserfaultError::Open { source })?;
+    handshake(&uffd, feature::MISSING_SHMEM)
+        .map_err(|source| UserfaultError::Handshake { source })?;
+    Ok(uffd)
+}
+
+/// Returns the features that the kernel offers.
+fn handshake(uffd: &OwnedFd, features: u64) -> Result<u64, Errno> {
+    let mut api = UffdioApi { api: API, features, ioctls: 0 };
+    // SAFETY: the struct is the one of this number.
+    unsafe { ioctl(uffd, Updater::<UFFDIO_API, _>::new(&mut api)) }?;
+    Ok(api.features)
+}
+
+/// Not `UFFD_USER_MODE_ONLY`: a vCPU's access faults inside of KVM.
+fn open_any() -> Result<OwnedFd, UserfaultError> {
+    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    // SAFETY: an fd that is new gives power over no memory before something is registered with it.
+    match unsafe { rustix::mm::userfaultfd(flags) } {
+        Ok(uffd) => Ok(uffd),
+        Err(source @ Errno::PERM) => {
+            open_by_device(flags).map_err(|device| UserfaultError::NotAllowed { device, source })
+        }
+        Err(source) => Err(UserfaultError::Open { source }),
+    }
+}
+
+/// The way for processes that are not privileged but may open the device (Linux 6.1).
+fn open_by_device(flags: UserfaultfdFlags) -> Result<OwnedFd, Errno> {
+    let device =
+        rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    // SAFETY: the argument is a number, and the return value a new fd.
+    unsafe { ioctl(device, NewUserfaultfd(flags.bits())) }
+}
+
+/// `USERFAULTFD_IOC_NEW`: flags by value, a new fd as return value.
+struct NewUserfaultfd(u32);
+
+// SAFETY: the number takes its argument by value and touches no memory of the caller's.
+unsafe impl Ioctl for NewUserfaultfd {
+    type Output = OwnedFd;
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        USERFAULTFD_IOC_NEW
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        self.0 as usize as *mut c_void
+    }
+
+    unsafe fn output_from_ptr(output: IoctlOutput, _: *mut c_void) -> rustix::io::Result<OwnedFd> {
+        // SAFETY: the kernel just made this fd for us.
+        Ok(unsafe { OwnedFd::from_raw_fd(output) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_device_gives_what_the_system_call_gives() {
+        match open_by_device(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) {
+            Ok(uffd) => assert!(handshake(&uffd, 0).is_ok()),
+            Err(error) => eprintln!("skipped: /dev/userfaultfd: {error}"),
+        }
+    }
+}
