@@ -231,6 +231,7 @@ mod tests {
 
     const HUGE: u64 = 2 << 20;
     const PAGES: u64 = HUGE / PAGE_SIZE;
+    const PAGE: usize = PAGE_SIZE as usize;
 
     /// Three huge pages and a bit, as on a file system that hands them out; and how it is placed
     /// there.
@@ -294,7 +295,7 @@ mod tests {
         for offset in [0, 3 * PAGE_SIZE] {
             let (block, small_pages) = block(offset);
             let first = (HUGE - offset % HUGE) % HUGE / PAGE_SIZE;
-            let all = vec![7; DENSE + PAGE_SIZE as usize];
+            let all = vec![7; DENSE + PAGE];
             let dense = DENSE as u64 / PAGE_SIZE;
             let filled = MappedBitmap::private(block.geometry.pages()).unwrap();
             small_pages.write(&block.backing, first * PAGE_SIZE, &all[..DENSE]).unwrap();
@@ -303,14 +304,19 @@ mod tests {
             small_pages.write(&block.backing, (first + PAGES + 1) * PAGE_SIZE, &all).unwrap();
             filled.set(PageRange::new(first + PAGES + 1, dense + 1));
             assert_eq!(small_pages.opened.count(small_pages.opened.all()), 1);
+            small_pages.write(&block.backing, (first + 200) * PAGE_SIZE, &all[..PAGE]).unwrap();
+            filled.set(PageRange::new(first + 200, 1));
             // As the kernel does with the rest of it.
-            block.backing.write((first + 400) * PAGE_SIZE, &all[..PAGE_SIZE as usize]).unwrap();
+            for page in [100, 400] {
+                block.backing.write((first + page) * PAGE_SIZE, &all[..PAGE]).unwrap();
+            }
             let discarded = MappedBitmap::private(block.geometry.pages()).unwrap();
             discarded.set(PageRange::new(first + 3, 2));
             small_pages.settle(&block.backing, &filled, &[&discarded]).unwrap();
             let expected = [
                 PageRange::new(first, 3),
                 PageRange::new(first + 5, dense - 5),
+                PageRange::new(first + 200, 1),
                 PageRange::new(first + PAGES + 1, dense + 1),
             ];
             assert_eq!(allocated(&block), pages(&expected));

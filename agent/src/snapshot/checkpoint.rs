@@ -307,3 +307,71 @@ impl Drop for Changes {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::test_support::memory;
+    use crate::tracking::TrackingError;
+
+    /// Notes what becomes of it.
+    #[derive(Clone, Default)]
+    struct Noting(Arc<Mutex<Vec<&'static str>>>);
+
+    impl Noting {
+        fn note(&self, what: &'static str) {
+            self.0.lock().unwrap().push(what);
+        }
+
+        fn noted(&self) -> Vec<&'static str> {
+            std::mem::take(&mut self.0.lock().unwrap())
+        }
+    }
+
+    impl Tracker for Noting {
+        fn start(&mut self, _: &GuestMemory) -> Result<(), TrackingError> {
+            self.note("start");
+            Ok(())
+        }
+
+        fn sync(&mut self, _: &GuestMemory, _: &DirtyPages) -> Result<(), TrackingError> {
+            self.note("sync");
+            Ok(())
+        }
+
+        fn stop(&mut self) {
+            self.note("stop");
+        }
+
+        fn suspend(&mut self) {
+            self.note("suspend");
+        }
+
+        fn resume(&mut self) {
+            self.note("resume");
+        }
+    }
+
+    /// The next increment builds on the checkpoint still.
+    #[test]
+    fn a_snapshot_that_asks_no_tracker_suspends_those_of_the_checkpoint_that_is_kept() {
+        let (noting, shared) = (Noting::default(), SharedCheckpoint::default());
+        let trackers = Trackers::one(noting.clone());
+        let kept = Checkpoint { id: [5; 16], dirty: DirtyPages::default(), trackers };
+        shared.put(State::Kept(kept));
+        let memory = Arc::new(memory(&[64]));
+        let mut changes = Changes { shared: shared.clone(), memory, uses: None };
+        changes.suspend();
+        assert_eq!(noting.noted(), ["suspend"]);
+        assert!(changes.cut(DirtyPages::default()).unwrap().is_none(), "all is to be saved");
+        changes.resume();
+        changes.end(Some([6; 16]));
+        assert_eq!(noting.noted(), ["resume"]);
+        assert!(matches!(&*shared.lock(), State::Kept(kept) if kept.id == [5; 16]));
+        // What comes next changes the memory.
+        shared.end("a guest came");
+        assert!(noting.noted().is_empty(), "nobody is asked yet");
+        shared.stop_idle();
+        assert_eq!(noting.noted(), ["stop"]);
+    }
+}

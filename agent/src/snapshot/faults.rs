@@ -216,6 +216,52 @@ fn buffer(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::ImageError;
+    use crate::memory::capturing::{Protection, Sink};
+    use crate::memory::mappings::Mappings;
+    use crate::memory::owed::Owed;
+    use crate::memory::test_support::{job, memfd, memory};
+    use pageferry_protocol::memory::PAGE_SIZE;
+
+    /// Nothing comes here.
+    #[derive(Debug)]
+    struct Nowhere;
+
+    impl Sink for Nowhere {
+        fn put(&self, _: usize, range: PageRange, _: &[u8]) -> Result<u64, ImageError> {
+            panic!("{range:?}")
+        }
+    }
+
+    /// The disk has given no buffer back.
+    #[test]
+    fn who_waits_for_a_buffer_goes_on_if_the_job_is_cancelled_or_the_snapshot_is_lost() {
+        for is_cancelled in [false, true] {
+            let job = job(memory(&[64]));
+            let pending = Owed::nothing(&job.memory, &[PAGE_SIZE]).unwrap();
+            pending.add(0, 0, 1 << 3);
+            let (pending, sink) = (Arc::new(pending), Arc::new(Nowhere));
+            let capturing = Capturing::new(&job.memory, pending, None, sink, Arc::default());
+            let capturing = Arc::new(capturing);
+            let (uffd, mappings) = (memfd(0).into(), Mappings::of(&job.memory));
+            let shared = Shared::new(Arc::new(Protection { uffd, mappings }), Vec::new());
+            let ((to_free, free), (captured, _to_put)) = (channel(), channel());
+            let pools = vec![Pool { free, to_free }];
+            let buffers = Buffers { pools, of_block: vec![0], captured, limit: LOOK * 3 };
+            if is_cancelled {
+                job.cancel.cancel().unwrap();
+            } else {
+                capturing.fail(JobError::VmmGone);
+            }
+            let mode = Mode::Capturing(capturing.clone());
+            answer_one(&job, &shared, &mode, (0, 3), &buffers).unwrap();
+            // And not that the disk is too slow.
+            let why = capturing.check().unwrap_err();
+            assert_eq!(matches!(why, JobError::Cancelled), is_cancelled, "{why}");
+            assert_eq!(matches!(why, JobError::VmmGone), !is_cancelled, "{why}");
+            assert_eq!(capturing.pending().left(), 1, "nothing is taken");
+        }
+    }
 
     #[test]
     fn a_buffer_is_waited_for_while_the_page_is_wanted_and_the_vmm_has_patience() {

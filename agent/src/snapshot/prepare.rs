@@ -91,3 +91,32 @@ impl Prepared {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::test_support::{job, memory};
+
+    #[test]
+    fn what_is_allocated_when_it_is_asked_and_changed_and_not_discarded_is_saved() {
+        let job = job(memory(&[64, 192]));
+        let prepared = Prepared::new(&job, false).unwrap();
+        let block = &job.memory.blocks()[1];
+        let write = |page: u64| block.backing.write(page * PAGE_SIZE, &[1]).unwrap();
+        let to_save = |changed| {
+            let mut found = Vec::new();
+            prepared.to_save(1, changed, |word, bits| found.push((word, bits))).unwrap();
+            found
+        };
+        assert_eq!(to_save(None), []);
+        [3, 4, 70, 71].into_iter().for_each(write);
+        block.discarded.set(PageRange::new(71, 5));
+        assert_eq!(to_save(None), [(0, 0b1_1000), (1, 1 << 6)]);
+        // While the guest runs.
+        [5, 130].into_iter().for_each(write);
+        assert_eq!(to_save(None), [(0, 0b11_1000), (1, 1 << 6), (2, 1 << 2)]);
+        let changed = DirtyPages::none(&job.memory).unwrap();
+        changed.block(1).set(PageRange::new(4, 100));
+        assert_eq!(to_save(Some(&changed)), [(0, 0b11_0000), (1, 1 << 6)]);
+    }
+}

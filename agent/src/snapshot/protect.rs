@@ -63,6 +63,12 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Nothing is protected, and the instant has not come.
+    pub fn new(protection: Arc<Protection>, ahead: Vec<HostPages>) -> Self {
+        let (mode, failed) = (Mutex::new(Mode::Ahead), AtomicBool::new(false));
+        Self { protection, mode, ahead, failed }
+    }
+
     /// What a fault means now; it does not change while this is held.
     pub fn mode(&self) -> MutexGuard<'_, Mode> {
         self.mode.lock().unwrap_or_else(PoisonError::into_inner)
@@ -134,12 +140,7 @@ impl Watch {
         let undo = Unwatch { job, armed: true };
         let uffd: Userfaultfd = job.hooks.watch_writes(timeout)?.into();
         let protection = Arc::new(Protection { uffd, mappings: Mappings::of(&job.memory) });
-        let shared = Arc::new(Shared {
-            protection,
-            mode: Mutex::new(Mode::Ahead),
-            ahead,
-            failed: AtomicBool::new(false),
-        });
+        let shared = Arc::new(Shared::new(protection, ahead));
         let thread = faults::start(job, &shared, end)?;
         undo.disarm();
         job.memory.set_freed(Some(shared.clone()));

@@ -189,6 +189,12 @@ impl Trackers {
         Self { trackers, lazy, pagemap: choice.pagemap.clone() }
     }
 
+    /// One of a test, and no log.
+    #[cfg(test)]
+    pub(crate) fn one(tracker: impl Tracker + 'static) -> Self {
+        Self { trackers: vec![Box::new(tracker)], lazy: None, pagemap: None }
+    }
+
     /// Starts all of them.
     ///
     /// # Errors

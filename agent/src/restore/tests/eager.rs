@@ -238,6 +238,11 @@ fn what_is_given_back_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
         while job.status().counters.pages_sent < 512 {
             std::thread::yield_now();
         }
+        // Whoever watches sees how far it is.
+        while !(1..4 * 512).contains(&job.status().counters.remaining_pages) {
+            assert!(!restoring.is_finished());
+            std::thread::yield_now();
+        }
         // One page that was placed, and others that are to come.
         for first in [100, 1600] {
             let range = BlockRange { block: 0, offset: first * PAGE_SIZE, length: 100 * PAGE_SIZE };
