@@ -94,6 +94,29 @@ fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
 }
 
 #[test]
+fn one_worker_brings_what_the_guest_never_touches() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
+    let vmm = Vmm::willing(&ram);
+    let job = new_job(&ram, &vmm, 0);
+    let order = Order {
+        path,
+        options: RestoreOptions { workers: 1, ..lazily() },
+        asks_first: false,
+        before: Before::Later,
+        checkpoint: Default::default(),
+    };
+    let restored = job.clone();
+    // Nobody waits for it if it never ends.
+    std::thread::spawn(move || run(&restored, &order));
+    assert!(job.wait_until_final(Duration::from_secs(60)), "{:?}", job.status().counters);
+    assert_eq!(job.status().phase, Phase::Completed);
+    ram.check(|id, page| (sparse(id, page), 0));
+}
+
+#[test]
 fn what_is_given_back_before_it_came_never_comes() {
     if !has_userfaultfd() {
         return;
