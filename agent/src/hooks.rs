@@ -118,7 +118,7 @@ pub struct Hooks {
 }
 
 /// Most events that wait; the oldest is dropped for a new one.
-const MAX_UNTOLD: usize = 64;
+const MAX_PENDING: usize = 64;
 
 #[derive(Debug)]
 struct Channel {
@@ -266,27 +266,27 @@ impl Hooks {
     }
 
     /// Tells, without waiting: if the VMM does not listen, it misses this one.
-    pub fn tell(&self, status: &JobStatus) {
-        let mut untold = self.untold();
-        if untold.len() == MAX_UNTOLD {
+    pub fn send_status(&self, status: &JobStatus) {
+        let mut untold = self.pending();
+        if untold.len() == MAX_PENDING {
             untold.pop_front();
         }
         untold.push_back(status.clone());
         drop(untold);
-        self.tell_untold();
+        self.send_pending_status();
     }
 
     /// Sends the events that wait, unless another thread has the socket: that one calls this when
     /// it has given the socket back.
-    fn tell_untold(&self) {
+    fn send_pending_status(&self) {
         // An event that comes after the last look finds the socket free, or another holder.
-        while !self.untold().is_empty() {
+        while !self.pending().is_empty() {
             let mut channel = match self.channel.try_lock() {
                 Ok(channel) => channel,
                 Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
                 Err(TryLockError::WouldBlock) => return,
             };
-            channel.tell_all(self.untold());
+            channel.send_pending(self.pending());
         }
     }
 
@@ -301,7 +301,7 @@ impl Hooks {
     ) -> Result<Frame, HookError> {
         may_wait("ask the VMM by a hook");
         let answer = self.exchange_alone(hook, fds, timeout);
-        self.tell_untold();
+        self.send_pending_status();
         answer
     }
 
@@ -312,7 +312,7 @@ impl Hooks {
         let name = hook.name();
         let channel = &mut *self.lock();
         // What was told before this comes before it.
-        channel.tell_all(self.untold());
+        channel.send_pending(self.pending());
         channel.sequence += 1;
         let sequence = channel.sequence;
         log::debug!("hook \"{name}\" {sequence}");
@@ -346,7 +346,7 @@ impl Hooks {
         self.channel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn untold(&self) -> MutexGuard<'_, VecDeque<JobStatus>> {
+    fn pending(&self) -> MutexGuard<'_, VecDeque<JobStatus>> {
         self.untold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -376,7 +376,7 @@ impl Channel {
         }
     }
 
-    fn tell_all(&mut self, mut untold: MutexGuard<'_, VecDeque<JobStatus>>) {
+    fn send_pending(&mut self, mut untold: MutexGuard<'_, VecDeque<JobStatus>>) {
         let events = std::mem::take(&mut *untold);
         drop(untold);
         for status in events {

@@ -3,7 +3,7 @@
 //! - [`memory`]: blocks, their files and bitmaps, discards;
 //! - [`tracking`]: who says which pages are dirty;
 //! - [`hooks`]: what the agent asks of the VMM;
-//! - [`faults`]: what a guest waits for that runs before its memory is here;
+//! - [`missing_faults`]: what a guest waits for that runs before its memory is here;
 //! - [`job`]: what all jobs share: status, cancelling, errors;
 //! - [`priority`]: who steps back behind whom;
 //! - [`stats`]: counters and histograms;
@@ -19,12 +19,12 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod cli;
-pub mod faults;
 pub mod hooks;
 pub mod image;
 pub mod incoming;
 pub mod job;
 pub mod memory;
+pub mod missing_faults;
 pub mod outgoing;
 pub mod priority;
 pub mod reactor;

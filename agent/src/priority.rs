@@ -10,7 +10,7 @@
 const NICE: i32 = 10;
 
 /// The calling thread, which somebody started for this, does what nobody waits for.
-pub fn step_back() {
+pub fn lower() {
     let thread = rustix::thread::gettid();
     // On Linux the process of this call is a thread.
     if let Err(errno) = rustix::process::setpriority_process(Some(thread), NICE) {
@@ -27,7 +27,7 @@ mod tests {
         let nice = || rustix::process::getpriority_process(Some(rustix::thread::gettid())).unwrap();
         let before = nice();
         let stepped_back = std::thread::spawn(move || {
-            step_back();
+            lower();
             nice()
         });
         assert_eq!(stepped_back.join().unwrap(), NICE.max(before));

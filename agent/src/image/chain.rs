@@ -9,7 +9,7 @@
 use super::blocks::compare;
 use super::reader::States;
 use super::{Fault, Image, ImageError};
-use crate::memory::runs::{NEAR, joined};
+use crate::memory::runs::{NEAR, join_near_runs};
 use pageferry_protocol::image::{EXTENT_PAGES, StateWord};
 use pageferry_protocol::memory::{BlockTable, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -158,7 +158,7 @@ impl Chain {
     /// not in memory. Nobody waits for it.
     pub fn will_need(&self, at: usize, range: PageRange) {
         for layer in &self.layers {
-            joined(layer.pages[at].runs(range), NEAR)
+            join_near_runs(layer.pages[at].runs(range), NEAR)
                 .for_each(|run| layer.image.will_need(at, run));
         }
     }

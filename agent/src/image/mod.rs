@@ -10,17 +10,17 @@
 //! - [`chain`]: an increment with the images that it builds on;
 //! - [`verify`]: all of an image, and of those that it builds on, compared with what it should be;
 //! - [`merge`]: a chain folded into one image;
-//! - [`picture`]: what is where in the memory of a guest, to be looked at;
+//! - [`map_picture`]: what is where in the memory of a guest, to be looked at;
 //! - [`workers`]: work on extents, shared out among threads;
 //! - this file: what can be wrong.
 
 pub mod blocks;
 pub mod bytes;
 pub mod chain;
+pub mod map_picture;
 pub mod merge;
 pub mod new_file;
 pub mod page_buffer;
-pub mod picture;
 pub mod reader;
 pub mod sums;
 pub mod verify;

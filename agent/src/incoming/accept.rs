@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 /// Most connections that have not become a session yet.
 const MAX_PENDING: usize = 256;
 /// How long a connection that was refused may take to read why.
-const FAREWELL: Duration = Duration::from_millis(50);
+const REJECT_READ_TIME: Duration = Duration::from_millis(50);
 /// How long the job waits for a source at a stretch; it is cancelled rather than timed out.
 const LONG: Duration = Duration::from_secs(3600);
 /// The largest host page that postcopy places at once, in bytes.
@@ -70,7 +70,7 @@ impl Accepted {
     }
 
     /// Accepts the guest.
-    pub fn say_accept(&self, job: &Job) -> Result<(), TransportError> {
+    pub fn send_accept(&self, job: &Job) -> Result<(), TransportError> {
         let size = |id: u32| job.memory.find(id).map(|(_, block)| block.backing.host_page_size());
         let sizes =
             || job.memory.table().blocks().iter().filter_map(|block| size(block.id)).collect();
@@ -88,7 +88,7 @@ impl Accepted {
 }
 
 /// A connection that has not said hello, or whose siblings are not there yet.
-struct Pending {
+struct Handshake {
     reader: RecordReader,
     since: Instant,
     hello: Option<Hello>,
@@ -96,14 +96,14 @@ struct Pending {
 
 /// Who is waited for.
 #[derive(Debug, Clone, Copy)]
-enum Wanted {
+enum ExpectedSource {
     /// A guest.
     Guest,
     /// The source of this session, which lost its connections.
     Session([u8; 16]),
 }
 
-impl Wanted {
+impl ExpectedSource {
     fn check(self, hello: &Hello) -> Result<(), JobError> {
         let recovers = hello.flags & HELLO_RECOVER != 0;
         match self {
@@ -129,13 +129,15 @@ pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>),
     match source {
         Source::Listener(listener) => {
             let accepted =
-                Lobby::new(job, &[&listener], Wanted::Guest, Vec::new()).wait(None, None)?;
+                PendingHandshakes::new(job, &[&listener], ExpectedSource::Guest, Vec::new())
+                    .wait(None, None)?;
             // Without a descriptor to look at it ends with a session only.
             accepted.map_or(Err(JobError::Cancelled), |accepted| Ok((accepted, Some(listener))))
         }
         Source::Socket(fd) => {
-            let pending = vec![Pending::new(fd, timeout)?];
-            let accepted = Lobby::new(job, &[], Wanted::Guest, pending).wait(None, None)?;
+            let pending = vec![Handshake::new(fd, timeout)?];
+            let accepted = PendingHandshakes::new(job, &[], ExpectedSource::Guest, pending)
+                .wait(None, None)?;
             accepted.map_or(Err(JobError::Cancelled), |accepted| Ok((accepted, None)))
         }
     }
@@ -147,22 +149,24 @@ pub fn accept_again(
     job: &Job, listeners: &[&Listener], session: [u8; 16], asked: Option<BorrowedFd<'_>>,
     until: Option<Instant>,
 ) -> Result<Option<Accepted>, JobError> {
-    Lobby::new(job, listeners, Wanted::Session(session), Vec::new()).wait(asked, until)
+    PendingHandshakes::new(job, listeners, ExpectedSource::Session(session), Vec::new())
+        .wait(asked, until)
 }
 
 /// Where connections wait until they are a session.
-struct Lobby<'a> {
+struct PendingHandshakes<'a> {
     job: &'a Job,
     listeners: &'a [&'a Listener],
-    wanted: Wanted,
-    pending: Vec<Pending>,
+    wanted: ExpectedSource,
+    pending: Vec<Handshake>,
     /// Those that were refused, while they may still read why. Nobody waits for them.
-    leaving: Vec<Leaving>,
+    leaving: Vec<Rejected>,
 }
 
-impl<'a> Lobby<'a> {
+impl<'a> PendingHandshakes<'a> {
     fn new(
-        job: &'a Job, listeners: &'a [&'a Listener], wanted: Wanted, pending: Vec<Pending>,
+        job: &'a Job, listeners: &'a [&'a Listener], wanted: ExpectedSource,
+        pending: Vec<Handshake>,
     ) -> Self {
         Self { job, listeners, wanted, pending, leaving: Vec::new() }
     }
@@ -171,14 +175,14 @@ impl<'a> Lobby<'a> {
         &mut self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>,
     ) -> Result<Option<Accepted>, JobError> {
         let timeout = self.job.options().peer_timeout;
-        let only_one = matches!(self.wanted, Wanted::Guest) && self.listeners.is_empty();
+        let only_one = matches!(self.wanted, ExpectedSource::Guest) && self.listeners.is_empty();
         let mut backoff = Backoff::default();
         loop {
             if self.poll(asked, until)? || until.is_some_and(|until| Instant::now() >= until) {
                 return Ok(None);
             }
             for listener in self.listeners {
-                self.take_connection(listener, timeout, &mut backoff)?;
+                self.accept_connection(listener, timeout, &mut backoff)?;
             }
             let mut kept = Vec::new();
             for mut connection in std::mem::take(&mut self.pending) {
@@ -195,10 +199,10 @@ impl<'a> Lobby<'a> {
                 }
             }
             self.pending = kept;
-            self.leaving.retain_mut(Leaving::may_read);
+            self.leaving.retain_mut(Rejected::may_read);
             self.drop_stale();
             while let Some(session) = complete_session(&self.pending) {
-                let belongs = |one: &Pending| {
+                let belongs = |one: &Handshake| {
                     one.hello.as_ref().is_some_and(|hello| hello.session == session)
                 };
                 let (mine, others): (Vec<_>, Vec<_>) =
@@ -213,7 +217,7 @@ impl<'a> Lobby<'a> {
                     Err(error) => {
                         mine.into_iter().for_each(|stream| self.reject(stream, &error));
                         if only_one {
-                            self.leaving.iter_mut().for_each(Leaving::wait);
+                            self.leaving.iter_mut().for_each(Rejected::wait);
                             return Err(error);
                         }
                         log::warn!("a source was refused: {}", crate::error::chain(&error));
@@ -226,7 +230,7 @@ impl<'a> Lobby<'a> {
     }
 
     /// Tells a connection why it is refused. It may be gone, or speak another language.
-    fn reject(&mut self, refused: Pending, error: &JobError) {
+    fn reject(&mut self, refused: Handshake, error: &JobError) {
         let remote = error.to_remote();
         let code =
             if matches!(error, JobError::Hello(_)) { ErrorCode::Unsupported } else { remote.code };
@@ -238,14 +242,17 @@ impl<'a> Lobby<'a> {
             if self.leaving.len() >= MAX_PENDING {
                 self.leaving.remove(0);
             }
-            self.leaving.push(Leaving { reader: refused.reader, until: Instant::now() + FAREWELL });
+            self.leaving.push(Rejected {
+                reader: refused.reader,
+                until: Instant::now() + REJECT_READ_TIME,
+            });
         }
     }
 
     /// Tells the operator of the waiting job why a source was refused. In a paused postcopy the
     /// reason of the pause stays.
     fn note(&self, error: &JobError) {
-        if matches!(self.wanted, Wanted::Guest) {
+        if matches!(self.wanted, ExpectedSource::Guest) {
             self.job.note(&format!(
                 "a source was refused, the waiting goes on: {}",
                 crate::error::chain(error)
@@ -292,13 +299,13 @@ impl<'a> Lobby<'a> {
         fds.extend(self.listeners.iter().map(|listener| (listener.as_fd(), PollFlags::IN)));
         // Those that said hello have nothing more to say, but may go away.
         let events =
-            |one: &Pending| if one.hello.is_none() { PollFlags::IN } else { PollFlags::RDHUP };
+            |one: &Handshake| if one.hello.is_none() { PollFlags::IN } else { PollFlags::RDHUP };
         fds.extend(self.pending.iter().map(|one| (one.reader.socket().as_fd(), events(one))));
         let ready = self.job.cancel.wait(&fds, oldest.unwrap_or_else(|| Instant::now() + LONG))?;
         Ok(asked.is_some() && ready[0])
     }
 
-    fn take_connection(
+    fn accept_connection(
         &mut self, listener: &Listener, timeout: Duration, backoff: &mut Backoff,
     ) -> Result<(), JobError> {
         if !self.job.cancel.wait(&[(listener.as_fd(), PollFlags::IN)], Instant::now())?[0] {
@@ -318,7 +325,7 @@ impl<'a> Lobby<'a> {
             );
             self.pending.remove(0);
         }
-        match Pending::new(fd, timeout) {
+        match Handshake::new(fd, timeout) {
             Ok(new) => self.pending.push(new),
             // It went away again.
             Err(error) => log::warn!("a connection was dropped: {}", crate::error::chain(&error)),
@@ -327,7 +334,7 @@ impl<'a> Lobby<'a> {
     }
 }
 
-impl Pending {
+impl Handshake {
     fn new(fd: OwnedFd, timeout: Duration) -> Result<Self, JobError> {
         Ok(Self {
             reader: RecordReader::new(StreamSocket::new(fd, timeout)?),
@@ -337,7 +344,7 @@ impl Pending {
     }
 
     /// Reads the hello as far as it is here.
-    fn advance(&mut self, job: &Job, wanted: Wanted) -> Result<(), JobError> {
+    fn advance(&mut self, job: &Job, wanted: ExpectedSource) -> Result<(), JobError> {
         let timeout = job.options().peer_timeout;
         if self.since.elapsed() >= timeout {
             return Err(TransportError::Silent(timeout).into());
@@ -362,12 +369,12 @@ impl Pending {
 
 /// A connection that was refused. If it were closed with something unread the kernel would reset
 /// it, and the refusal might be lost.
-struct Leaving {
+struct Rejected {
     reader: RecordReader,
     until: Instant,
 }
 
-impl Leaving {
+impl Rejected {
     /// Throws away what came; false if there is no need to wait for more.
     fn may_read(&mut self) -> bool {
         Instant::now() < self.until && self.reader.discard_some()
@@ -380,7 +387,7 @@ impl Leaving {
 }
 
 /// The session of which all streams are there.
-fn complete_session(pending: &[Pending]) -> Option<[u8; 16]> {
+fn complete_session(pending: &[Handshake]) -> Option<[u8; 16]> {
     let hellos = || pending.iter().filter_map(|one| one.hello.as_ref());
     hellos()
         .find(|hello| {
@@ -401,7 +408,9 @@ struct Offer {
 }
 
 /// Checks what a source wants, whose streams are all there.
-fn check_session(job: &Job, wanted: Wanted, streams: &[Pending]) -> Result<Offer, JobError> {
+fn check_session(
+    job: &Job, wanted: ExpectedSource, streams: &[Handshake],
+) -> Result<Offer, JobError> {
     let hellos = || streams.iter().filter_map(|one| one.hello.as_ref());
     let features = hellos().fold(u64::MAX, |all, hello| all & hello.features);
     let primary = hellos().min_by_key(|hello| hello.stream);
@@ -413,7 +422,7 @@ fn check_session(job: &Job, wanted: Wanted, streams: &[Pending]) -> Result<Offer
 }
 
 /// Puts the streams in order, and lets a cancel reach them.
-fn establish(job: &Job, offer: Offer, mut streams: Vec<Pending>) -> Result<Accepted, JobError> {
+fn establish(job: &Job, offer: Offer, mut streams: Vec<Handshake>) -> Result<Accepted, JobError> {
     let Offer { primary, features: offered } = offer;
     streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
@@ -450,7 +459,7 @@ fn check_writable(job: &Job) -> Result<(), JobError> {
 /// What postcopy needs of the blocks here, if it is wanted: checked before anything is sent, since
 /// a guest that is to run before its memory is here would be refused only after all passes. A table
 /// of all backings and modes is in docs/postcopy.md.
-fn check_postcopy(job: &Job, features: u64, wanted: Wanted) -> Result<(), JobError> {
+fn check_postcopy(job: &Job, features: u64, wanted: ExpectedSource) -> Result<(), JobError> {
     if features & FEATURE_POSTCOPY == 0 {
         return Ok(());
     }
@@ -467,7 +476,7 @@ fn check_postcopy(job: &Job, features: u64, wanted: Wanted) -> Result<(), JobErr
         }
     }
     // A guest that is here has its mappings registered.
-    if matches!(wanted, Wanted::Guest) {
+    if matches!(wanted, ExpectedSource::Guest) {
         job.hooks.ask(&Hook::ProbeFaults, job.options().hook_timeout)?;
     }
     Ok(())
@@ -508,10 +517,10 @@ mod tests {
 
     #[test]
     fn a_paused_postcopy_takes_its_own_source_and_whoever_waits_for_a_guest_a_new_one() {
-        let (own, other) = (Wanted::Session([7; 16]), Wanted::Session([8; 16]));
+        let (own, other) = (ExpectedSource::Session([7; 16]), ExpectedSource::Session([8; 16]));
         for (wanted, features, flags, refused) in [
-            (Wanted::Guest, 0, 0, ""),
-            (Wanted::Guest, FEATURE_POSTCOPY, HELLO_RECOVER, "no migration is paused here"),
+            (ExpectedSource::Guest, 0, 0, ""),
+            (ExpectedSource::Guest, FEATURE_POSTCOPY, HELLO_RECOVER, "no migration is paused here"),
             (own, FEATURE_POSTCOPY, HELLO_RECOVER, ""),
             (own, FEATURE_POSTCOPY, 0, "this is not its source"),
             (other, FEATURE_POSTCOPY, HELLO_RECOVER, "this is not its source"),
@@ -527,9 +536,11 @@ mod tests {
     #[test]
     fn an_operator_hears_of_a_source_that_was_refused_unless_a_postcopy_is_paused() {
         let refused = JobError::State("it has other blocks".into());
-        for (wanted, told) in [(Wanted::Guest, true), (Wanted::Session([7; 16]), false)] {
+        for (wanted, told) in
+            [(ExpectedSource::Guest, true), (ExpectedSource::Session([7; 16]), false)]
+        {
             let job = job();
-            Lobby::new(&job, &[], wanted, Vec::new()).note(&refused);
+            PendingHandshakes::new(&job, &[], wanted, Vec::new()).note(&refused);
             assert_eq!(job.status().error.contains("it has other blocks"), told, "{wanted:?}");
         }
     }
@@ -543,7 +554,7 @@ mod tests {
         theirs.write_all(&[1; 10_000]).unwrap();
         drop(theirs);
         let reader = RecordReader::new(socket.clone());
-        Leaving { reader, until: Instant::now() + far }.wait();
+        Rejected { reader, until: Instant::now() + far }.wait();
         let flags = rustix::net::RecvFlags::DONTWAIT;
         let (_, left) = rustix::net::recv(&socket, &mut [0; 8][..], flags).unwrap();
         assert_eq!(left, 0);
@@ -555,13 +566,13 @@ mod tests {
         let job = job();
         for goes in [false, true] {
             let (mut theirs, ours) = UnixStream::pair().unwrap();
-            let mut pending = Pending::new(ours.into(), Duration::from_secs(60)).unwrap();
+            let mut pending = Handshake::new(ours.into(), Duration::from_secs(60)).unwrap();
             let payload = hello(0, 0).encode();
             let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).sealed(&payload);
             theirs.write_all(&header.to_wire()).unwrap();
             theirs.write_all(&payload).unwrap();
             let _stays = (!goes).then_some(theirs);
-            let advanced = pending.advance(&job, Wanted::Guest);
+            let advanced = pending.advance(&job, ExpectedSource::Guest);
             assert!(pending.hello.is_some());
             assert_eq!(
                 matches!(advanced, Err(JobError::Transport(TransportError::Closed))),
@@ -574,8 +585,8 @@ mod tests {
     #[test]
     fn host_pages_that_cannot_be_placed_at_once_take_precopy_alone() {
         let job = gigantic();
-        check_postcopy(&job, 0, Wanted::Guest).unwrap();
-        let error = check_postcopy(&job, FEATURE_POSTCOPY, Wanted::Guest).unwrap_err();
+        check_postcopy(&job, 0, ExpectedSource::Guest).unwrap();
+        let error = check_postcopy(&job, FEATURE_POSTCOPY, ExpectedSource::Guest).unwrap_err();
         assert!(
             matches!(error, JobError::HostPage { id: 0, size: 0x4000_0000, limit: 0x20_0000 }),
             "{error}"

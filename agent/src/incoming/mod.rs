@@ -44,28 +44,28 @@ fn receive_guest(job: &Arc<Job>, source: Source) -> Result<(), JobError> {
     let (mut accepted, listener) = accept::accept(job, source)?;
     // Those that were refused before are of no interest any more.
     job.note("");
-    let outcome = take_guest(job, &mut accepted, listener);
+    let outcome = receive_on(job, &mut accepted, listener);
     if let Err(error) = &outcome {
-        say_error(&mut accepted, error);
+        send_error(&mut accepted, error);
     }
     outcome
 }
 
-fn take_guest(
+fn receive_on(
     job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>,
 ) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     // Only a postcopy is ever connected again.
     let listener = listener.filter(|_| accepted.may_postcopy());
     let placer = Placer::prepare(job)?;
-    accepted.say_accept(job)?;
+    accepted.send_accept(job)?;
     job.enter(Phase::Passes);
     let received = receive::receive(job, accepted, &placer)?;
     verify(&received)?;
     let guest = job.options().resume.apply(received.guest);
-    job.guest_is(guest);
+    job.set_guest_state(guest);
     if received.postcopy {
-        return postcopy::take_guest_first(
+        return postcopy::receive_guest_first(
             job,
             accepted,
             listener,
@@ -77,7 +77,7 @@ fn take_guest(
     job.enter(Phase::Loading);
     load(job, received)?;
     // If the source was not told, it finds out by asking its operator.
-    let _ = take_over(job, &mut accepted.readers[0], &accepted.writer, guest, &mut false)?;
+    let _ = take_ownership(job, &mut accepted.readers[0], &accepted.writer, guest, &mut false)?;
     Ok(())
 }
 
@@ -85,14 +85,14 @@ fn take_guest(
 /// lets the guest run, or stay paused as `guest` says. Whether the source was told is in the inner
 /// result. `ours` becomes true at the line: from then on the guest is here, even if the VMM does
 /// not resume it, or not in time.
-fn take_over(
+fn take_ownership(
     job: &Job, primary: &mut RecordReader, writer: &RecordWriter, guest: RunState, ours: &mut bool,
 ) -> Result<Result<(), TransportError>, JobError> {
     writer.write_plain(Kind::Loaded, 0)?;
     job.enter(Phase::Committing);
     wait_commit(job, primary)?;
     // ---- The line: the guest is ours. It is resumed whatever becomes of the connection.
-    job.cancel.cross_the_line()?;
+    job.cancel.commit_point()?;
     *ours = true;
     job.guest_arrived();
     // It may use its memory from the moment on that it runs.
@@ -139,7 +139,7 @@ fn load(job: &Job, received: Received) -> Result<(), JobError> {
 fn wait_commit(job: &Job, primary: &mut RecordReader) -> Result<(), JobError> {
     let options = job.options();
     // The source asks its VMM once more before it commits.
-    primary.set_patience(options.peer_timeout + options.hook_timeout);
+    primary.set_timeout(options.peer_timeout + options.hook_timeout);
     let record = primary.read()?;
     match record.kind {
         Kind::Commit => Ok(()),
@@ -148,13 +148,13 @@ fn wait_commit(job: &Job, primary: &mut RecordReader) -> Result<(), JobError> {
 }
 
 /// Tells the source why this side failed.
-fn say_error(accepted: &mut Accepted, error: &JobError) {
+fn send_error(accepted: &mut Accepted, error: &JobError) {
     if matches!(error, JobError::Peer(_)) {
         return;
     }
     let payload = encode_error(&error.to_remote());
     // A source that takes nothing need not know.
-    let writer = RecordWriter::new(accepted.writer.socket().hurried(DRAIN));
+    let writer = RecordWriter::new(accepted.writer.socket().with_deadline(DRAIN));
     if writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload).is_ok() {
         accepted.writer.socket().end();
         // Of a source that was silent until now nothing is to be read.

@@ -21,9 +21,9 @@
 
 use crate::job::{Job, JobError, add};
 use crate::memory::backing::BackingKind;
+use crate::memory::host_page_set::HostPageSet;
 use crate::memory::huge::{Fill, HugeWindow};
-use crate::memory::noted::Listening;
-use crate::memory::owed::Owed;
+use crate::memory::recorded_discards::DiscardRecorder;
 use crate::memory::small_pages::{self, SmallPages};
 use crate::memory::{BackingError, Block, GuestMemory, huge};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -41,38 +41,38 @@ pub struct Placer<'a> {
     job: &'a Arc<Job>,
     blocks: Vec<Target>,
     /// What is to come after the guest runs.
-    owed: Owed,
+    missing: HostPageSet,
     /// What the VMM gave back since it was announced.
-    given_back: Listening,
+    given_back: DiscardRecorder,
 }
 
 /// What is to come after the guest runs.
 #[derive(Debug)]
 pub struct Remaining {
     /// These pages.
-    pub owed: Owed,
+    pub missing: HostPageSet,
     /// But for what the VMM gave back since they were announced.
-    pub given_back: Listening,
+    pub given_back: DiscardRecorder,
     /// The number of pages that came, of each block.
     came: Vec<u64>,
 }
 
 impl Remaining {
-    /// Makes holes of what is owed and holds something. Whoever looked at a page since it was
+    /// Makes holes of what is missing and holds something. Whoever looked at a page since it was
     /// punched and before missing pages are waited for made a page of zeroes there, which nobody
     /// would miss.
     ///
-    /// The guest is paused meanwhile, and to look at each run that is owed costs 0.1 s for 100,000
-    /// of them. So a file that has as many pages as came is not looked at, unless the VMM gave
-    /// something back: then a page more and a page less would be the same number.
+    /// The guest is paused meanwhile, and to look at each run that is missing costs 0.1 s for
+    /// 100,000 of them. So a file that has as many pages as came is not looked at, unless the VMM
+    /// gave something back: then a page more and a page less would be the same number.
     ///
     /// # Errors
     /// If a file cannot be asked, or not be punched.
     pub fn make_holes(&self, memory: &GuestMemory) -> Result<(), JobError> {
         for (at, block) in memory.blocks().iter().enumerate() {
             let is_as_it_came = block.backing.exactly_allocated_pages() == Some(self.came[at]);
-            if !is_as_it_came || !self.given_back.noted().is_empty(at) {
-                let made = self.owed.make_holes(at, block);
+            if !is_as_it_came || !self.given_back.recorded().is_empty(at) {
+                let made = self.missing.punch_missing(at, block);
                 made.map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
             }
         }
@@ -93,7 +93,7 @@ struct Target {
 impl<'a> Placer<'a> {
     /// Makes all memory holes, and all of it populated.
     pub fn prepare(job: &'a Arc<Job>) -> Result<Self, JobError> {
-        let given_back = Listening::from_now(&job.memory, || ())?;
+        let given_back = DiscardRecorder::start(&job.memory, || ())?;
         let mut blocks = Vec::new();
         let small_pages = SmallPages::of(&job.memory);
         for (block, small_pages) in job.memory.blocks().iter().zip(small_pages) {
@@ -111,14 +111,14 @@ impl<'a> Placer<'a> {
         }
         let host_pages: Vec<u64> =
             job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
-        Ok(Self { job, blocks, owed: Owed::nothing(&job.memory, &host_pages)?, given_back })
+        Ok(Self { job, blocks, missing: HostPageSet::empty(&job.memory, &host_pages)?, given_back })
     }
 
     /// What is to come after the guest runs.
     pub fn into_remaining(self) -> Remaining {
         let came =
             self.blocks.iter().map(|target| target.received.count(target.received.all())).collect();
-        Remaining { owed: self.owed, given_back: self.given_back, came }
+        Remaining { missing: self.missing, given_back: self.given_back, came }
     }
 
     /// All streams have ended a pass, and none has begun the next: frees what was allocated with
@@ -229,7 +229,7 @@ impl<'a> Placer<'a> {
         let mut run = PageRange::default();
         let mut pages = 0;
         for (word, bits) in words {
-            self.owed.add_pages(at, word, bits);
+            self.missing.add_pages(at, word, bits);
             pages += u64::from(bits.count_ones());
             for next in runs_of_word(word * WORD_BITS, bits) {
                 if next.first == run.end() {
@@ -248,7 +248,7 @@ impl<'a> Placer<'a> {
         &self, at: usize, block: &Block, header: &RecordHeader, run: PageRange,
     ) -> Result<(), JobError> {
         let _placing = self.job.memory.placing();
-        self.given_back.noted().forget(at, run);
+        self.given_back.recorded().forget(at, run);
         // What comes is populated, unless it comes along with what is, or was written after its
         // discard, of which no other record tells.
         if header.flags() & FLAG_STRAY == 0 {

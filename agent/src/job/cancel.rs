@@ -2,7 +2,7 @@
 //!
 //! A job waits on its sockets, in `poll` beside [`Cancel::fd`], or in [`Cancel::sleep`]; cancelling
 //! shuts the sockets down and wakes the others. The line of `one-owner` is here:
-//! [`Cancel::cross_the_line`] and [`Cancel::cancel`] exclude each other, so a job is either
+//! [`Cancel::commit_point`] and [`Cancel::cancel`] exclude each other, so a job is either
 //! cancelled before it gives up ownership, or not at all. So do [`Cancel::end`] and
 //! [`Cancel::cancel`]: a job whose cancel was accepted ends as cancelled.
 
@@ -168,7 +168,7 @@ impl Cancel {
     ///
     /// # Errors
     /// If it was cancelled before.
-    pub fn cross_the_line(&self) -> Result<(), JobError> {
+    pub fn commit_point(&self) -> Result<(), JobError> {
         let mut state = self.state();
         self.check()?;
         state.too_late = Some(TooLate::HandedOver);
@@ -195,13 +195,13 @@ mod tests {
         });
         let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
         assert!(matches!(cancel.watch(a.as_fd()), Err(JobError::Cancelled)));
-        assert!(cancel.cross_the_line().is_err());
+        assert!(cancel.commit_point().is_err());
     }
 
     #[test]
     fn after_the_line_it_is_too_late() {
         let cancel = Cancel::new().unwrap();
-        cancel.cross_the_line().unwrap();
+        cancel.commit_point().unwrap();
         assert_eq!(cancel.cancel(), Err(TooLate::HandedOver));
         assert!(!cancel.is_cancelled());
         cancel.step_back();

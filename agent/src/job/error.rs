@@ -3,7 +3,7 @@
 use crate::hooks::HookError;
 use crate::image::ImageError;
 use crate::incoming::decompress::DecompressError;
-use crate::memory::arriving::ArrivingError;
+use crate::memory::missing_pages::PlaceError;
 use crate::memory::pool::ReserveError;
 use crate::memory::{BackingError, GuestMemory, pool};
 use crate::restore::RestoreError;
@@ -126,7 +126,7 @@ pub enum JobError {
         advice: String,
         /// What could not be done.
         #[source]
-        source: ArrivingError,
+        source: PlaceError,
     },
     /// A block is mapped nowhere at the destination.
     #[error("block {id} has no vmm_address at the destination, which postcopy needs")]
@@ -134,9 +134,9 @@ pub enum JobError {
         /// The block.
         id: u32,
     },
-    /// The destination wants pages that it was never owed, or has already.
+    /// The destination wants pages that it was never missing, or has already.
     #[error(
-        "recovery: the destination lacks {pages:#x} pages from page {first:#x} of block {id}, which it has or was never owed"
+        "recovery: the destination lacks {pages:#x} pages from page {first:#x} of block {id}, which it has or was never missing"
     )]
     NotOwed {
         /// The block.
@@ -196,7 +196,7 @@ pub enum JobError {
     },
     /// A page that came in postcopy could not be placed.
     #[error(transparent)]
-    Arriving(#[from] ArrivingError),
+    MissingPages(#[from] PlaceError),
     /// The peer said why.
     #[error("the peer failed: {0}")]
     Peer(RemoteError),
@@ -396,11 +396,11 @@ impl JobError {
 
     /// A page of the block at index `at` could not be placed. If that is for want of memory, an
     /// operator reads what to do.
-    pub fn not_placed(memory: &GuestMemory, at: usize, error: ArrivingError) -> Self {
-        if crate::faults::lacks_memory(&error) {
+    pub fn not_placed(memory: &GuestMemory, at: usize, error: PlaceError) -> Self {
+        if crate::missing_faults::lacks_memory(&error) {
             Self::NoMemory { advice: pool::advice(&memory.blocks()[at]), source: error }
         } else {
-            Self::Arriving(error)
+            Self::MissingPages(error)
         }
     }
 
@@ -419,7 +419,7 @@ impl JobError {
             | Self::Backing { .. }
             | Self::Io { .. }
             | Self::Bitmap(_)
-            | Self::Arriving(_) => ErrorCode::System,
+            | Self::MissingPages(_) => ErrorCode::System,
             Self::Hook(_)
             | Self::NotResumed { .. }
             | Self::Tracking(_)

@@ -17,11 +17,11 @@ pub use crate::stats::{LiveCounters, add, get};
 pub use cancel::{Cancel, TooLate};
 pub use deadline::Deadline;
 pub use error::JobError;
-pub use recovery::{Recovery, Request};
+pub use recovery::{Recovery, RecoveryRequest};
 
 use crate::hooks::Hooks;
 use crate::memory::GuestMemory;
-use crate::memory::owed::Owed;
+use crate::memory::host_page_set::HostPageSet;
 use crate::transport::Limiter;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::Trackers;
@@ -71,13 +71,13 @@ struct State {
     /// Populates are refused: the last sync is near or over.
     frozen: bool,
     /// What is still to be sent, or to come, in postcopy.
-    owed: Option<Arc<Owed>>,
+    missing: Option<Arc<HostPageSet>>,
     /// Since when a postcopy is paused.
     paused: Option<Instant>,
     /// The guest is to be moved before its memory, after this pass.
     switch: bool,
     /// It goes on with what another agent began.
-    taken_up: bool,
+    adopted: bool,
     /// What did not succeed beside what the job is for; empty for nothing.
     warning: String,
 }
@@ -104,10 +104,10 @@ impl Job {
                 status,
                 options,
                 frozen: false,
-                owed: None,
+                missing: None,
                 paused: None,
                 switch: false,
-                taken_up: false,
+                adopted: false,
                 warning: String::new(),
             }),
             entered: Condvar::new(),
@@ -132,8 +132,8 @@ impl Job {
         let mut status = state.status.clone();
         let counters = &mut status.counters;
         self.live.report(counters);
-        if let Some(owed) = &state.owed {
-            counters.remaining_pages = owed.left();
+        if let Some(missing) = &state.missing {
+            counters.remaining_pages = missing.remaining_pages();
         }
         if let Some(since) = state.paused {
             counters.paused_us += micros(since.elapsed());
@@ -175,7 +175,7 @@ impl Job {
     }
 
     /// Says what the guest's run state is where the job brings it.
-    pub fn guest_is(&self, run_state: RunState) {
+    pub fn set_guest_state(&self, run_state: RunState) {
         self.state().status.guest = Some(run_state);
     }
 
@@ -185,7 +185,7 @@ impl Job {
     }
 
     /// Says that the guest, of which nobody knew where it is, was resumed here by force.
-    pub fn taken_back(&self) {
+    pub fn resumed_by_force(&self) {
         let mut state = self.state();
         state.status.phase = Phase::Failed;
         state.status.error =
@@ -210,7 +210,7 @@ impl Job {
 
     /// Tells the VMM and all who watch how the job stands.
     pub fn announce(&self) {
-        self.hooks.tell(&self.status());
+        self.hooks.send_status(&self.status());
         // A full eventfd is readable already.
         let _ = rustix::io::write(&self.notify, &1u64.to_ne_bytes());
     }
@@ -236,8 +236,8 @@ impl Job {
     }
 
     /// Says what is still to be sent, or to come, in postcopy.
-    pub fn owes(&self, owed: &Arc<Owed>) {
-        self.state().owed = Some(owed.clone());
+    pub fn set_missing(&self, missing: &Arc<HostPageSet>) {
+        self.state().missing = Some(missing.clone());
     }
 
     /// A connection of a postcopy was lost, or could not be made again: it waits until somebody has
@@ -265,7 +265,7 @@ impl Job {
 
     /// Asks for the switch to postcopy after the pass that runs. False if the job is not of mode
     /// hybrid, or past its passes.
-    pub fn ask_postcopy(&self) -> bool {
+    pub fn request_postcopy(&self) -> bool {
         let mut state = self.state();
         let possible = state.options.mode == Mode::Hybrid && state.status.phase <= Phase::Passes;
         state.switch |= possible;
@@ -273,13 +273,13 @@ impl Job {
     }
 
     /// True if the switch to postcopy was asked for.
-    pub fn is_postcopy_asked(&self) -> bool {
+    pub fn is_postcopy_requested(&self) -> bool {
         self.state().switch
     }
 
     /// It goes on with what another agent began.
-    pub fn takes_up(&self) {
-        self.state().taken_up = true;
+    pub fn set_adopted(&self) {
+        self.state().adopted = true;
     }
 
     /// Refuses to have the guest run from its memory here, when that is not whole any more, or may
@@ -290,7 +290,7 @@ impl Job {
     pub fn check_whole(&self) -> Result<(), Released> {
         let (pages, state) = (get(&self.live.released_pages), self.state());
         match pages {
-            0 if state.taken_up && state.options.release => Err(Released::Perhaps),
+            0 if state.adopted && state.options.release => Err(Released::Perhaps),
             0 => Ok(()),
             pages => Err(Released::Pages(pages)),
         }
@@ -369,7 +369,7 @@ impl Job {
     ///
     /// # Errors
     /// Which of the two.
-    pub fn unless_frozen<T>(&self, populate: impl FnOnce() -> T) -> Result<T, Frozen> {
+    pub fn populate_unless_frozen<T>(&self, populate: impl FnOnce() -> T) -> Result<T, Frozen> {
         // Let go of before populating, which may wait: whoever asks how the job stands needs it.
         let (frozen, phase) = {
             let state = self.state();

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// The guest never left: its VMM knows what it goes back to.
-const GO_BACK: Hook = Hook::Resume { force: false, paused: false };
+const RESUME_TIMEOUT: Hook = Hook::Resume { force: false, paused: false };
 
 /// The VMM's state as it hands it over: sizes, and the file.
 pub struct SavedState {
@@ -29,7 +29,7 @@ impl SavedState {
     pub fn of(job: &Job) -> Result<Self, JobError> {
         let (hook_reply::SavedState { guest, pieces }, file) =
             job.hooks.save_state(job.hook_timeout())?;
-        job.guest_is(guest);
+        job.set_guest_state(guest);
         Ok(Self { guest, pieces, file })
     }
 }
@@ -87,7 +87,7 @@ impl PausedGuest {
     /// # Errors
     /// If the VMM does not resume it. It was asked to once more then.
     pub fn resume(mut self) -> Result<(), JobError> {
-        self.job.hooks.ask(&GO_BACK, self.job.options().hook_timeout)?;
+        self.job.hooks.ask(&RESUME_TIMEOUT, self.job.options().hook_timeout)?;
         self.ours = false;
         self.count_downtime();
         Ok(())
@@ -99,7 +99,7 @@ impl Drop for PausedGuest {
         if !self.ours {
             return;
         }
-        match self.job.hooks.undo(&GO_BACK, self.job.options().hook_timeout) {
+        match self.job.hooks.undo(&RESUME_TIMEOUT, self.job.options().hook_timeout) {
             Ok(()) => {
                 log::info!("job {}: the guest is {} as before", self.job.id, self.before.name())
             }

@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What is asked of a paused job.
 #[derive(Debug)]
-pub enum Request {
+pub enum RecoveryRequest {
     /// Outgoing: connect again, to where it was or to this address.
     Connect(Option<Address>),
     /// Incoming: listen here from now on.
@@ -32,7 +32,7 @@ struct State {
     paused: bool,
     /// It will not wait any more.
     abandoned: bool,
-    request: Option<Request>,
+    request: Option<RecoveryRequest>,
 }
 
 impl Recovery {
@@ -49,16 +49,16 @@ impl Recovery {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks. False if the job is not paused, or was asked already; [`Request::Abandon`] holds for
-    /// the next pause, too.
-    pub fn ask(&self, request: Request) -> bool {
-        self.ask_after(request, || ())
+    /// Asks. False if the job is not paused, or was asked already; [`RecoveryRequest::Abandon`]
+    /// holds for the next pause, too.
+    pub fn request(&self, request: RecoveryRequest) -> bool {
+        self.request_after(request, || ())
     }
 
     /// The same, and does something before the job can hear of it, if it will.
-    pub fn ask_after(&self, request: Request, before: impl FnOnce()) -> bool {
+    pub fn request_after(&self, request: RecoveryRequest, before: impl FnOnce()) -> bool {
         let mut state = self.state();
-        if matches!(request, Request::Abandon) {
+        if matches!(request, RecoveryRequest::Abandon) {
             state.abandoned = true;
         } else if !state.paused || state.request.is_some() {
             return false;
@@ -78,16 +78,16 @@ impl Recovery {
     }
 
     /// What was asked; ends the pause, unless it is to listen.
-    pub fn take(&self) -> Option<Request> {
+    pub fn take(&self) -> Option<RecoveryRequest> {
         let mut state = self.state();
         if state.abandoned {
-            return Some(Request::Abandon);
+            return Some(RecoveryRequest::Abandon);
         }
         let mut count = [0; 8];
         // Only resets the descriptor.
         let _ = rustix::io::read(&self.event, &mut count);
         let request = state.request.take();
-        state.paused &= !matches!(request, Some(Request::Connect(_)));
+        state.paused &= !matches!(request, Some(RecoveryRequest::Connect(_)));
         request
     }
 
@@ -111,12 +111,12 @@ mod tests {
     #[test]
     fn only_a_paused_job_is_asked_and_only_once() {
         let recovery = Recovery::new().unwrap();
-        assert!(!recovery.ask(Request::Connect(None)));
+        assert!(!recovery.request(RecoveryRequest::Connect(None)));
         recovery.pause();
-        assert!(recovery.ask(Request::Connect(None)));
-        assert!(!recovery.ask(Request::Connect(None)), "it was asked already");
-        assert!(matches!(recovery.take(), Some(Request::Connect(None))));
-        assert!(!recovery.ask(Request::Connect(None)), "it is on its way");
+        assert!(recovery.request(RecoveryRequest::Connect(None)));
+        assert!(!recovery.request(RecoveryRequest::Connect(None)), "it was asked already");
+        assert!(matches!(recovery.take(), Some(RecoveryRequest::Connect(None))));
+        assert!(!recovery.request(RecoveryRequest::Connect(None)), "it is on its way");
         recovery.pause();
         assert!(recovery.take().is_none());
     }
@@ -124,10 +124,10 @@ mod tests {
     #[test]
     fn what_is_abandoned_stays_so_in_every_pause() {
         let recovery = Recovery::new().unwrap();
-        assert!(recovery.ask(Request::Abandon));
+        assert!(recovery.request(RecoveryRequest::Abandon));
         for _ in 0..2 {
             recovery.pause();
-            assert!(matches!(recovery.take(), Some(Request::Abandon)));
+            assert!(matches!(recovery.take(), Some(RecoveryRequest::Abandon)));
         }
     }
 }

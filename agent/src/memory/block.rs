@@ -1,13 +1,13 @@
 //! A block with its bitmaps, and the set of them.
 
-use super::arriving::Arriving;
 use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
-use super::capturing::Capturing;
+use super::copy_before_write::CopyBeforeWrite;
 use super::current::CurrentAgent;
 use super::fence::{MAX_READERS, Readers};
 use super::marking::Marking;
-use super::noted::Noted;
+use super::missing_pages::MissingPages;
+use super::recorded_discards::RecordedDiscards;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
 use std::path::Path;
@@ -116,10 +116,10 @@ impl GuestLog {
 }
 
 /// Hears of what discards have freed.
-pub trait Freed: std::fmt::Debug + Send + Sync {
+pub trait DiscardObserver: std::fmt::Debug + Send + Sync {
     /// The pages `range` of the block at index `at` were freed, and the discard, or the populate
     /// after it, is not acknowledged yet.
-    fn freed(&self, at: usize, range: PageRange);
+    fn on_freed(&self, at: usize, range: PageRange);
 }
 
 /// The memory of a guest at one moment. A job holds on to the set it started with, and the set is
@@ -139,19 +139,19 @@ pub struct GuestMemory {
     /// Held while a discard or a populate marks, at the instant of a snapshot, and while a fix-up
     /// looks whether a discarded page was written since and marks it as stray: or it would mark
     /// what was discarded again meanwhile.
-    pub marking: Marking<Capturing>,
+    pub marking: Marking<CopyBeforeWrite>,
     /// See [`GuestMemory::populating`].
     populating: Mutex<()>,
     /// See [`GuestMemory::changes`].
     changes: AtomicU64,
     /// Hears of what discards have freed.
-    freed: Mutex<Option<Arc<dyn Freed>>>,
-    /// See [`super::noted`].
-    noted: Mutex<Option<Arc<Noted>>>,
+    discard_observer: Mutex<Option<Arc<dyn DiscardObserver>>>,
+    /// See [`super::recorded_discards`].
+    recorded: Mutex<Option<Arc<RecordedDiscards>>>,
     /// See [`GuestMemory::placing`].
     placing: RwLock<()>,
     /// What is still to come, while the guest runs before it is here.
-    arriving: Mutex<Option<Arc<Arriving>>>,
+    missing_pages: Mutex<Option<Arc<MissingPages>>>,
 }
 
 impl Default for GuestMemory {
@@ -177,10 +177,10 @@ impl GuestMemory {
             marking: Marking::default(),
             populating: Mutex::default(),
             changes: AtomicU64::new(0),
-            freed: Mutex::default(),
-            noted: Mutex::default(),
+            discard_observer: Mutex::default(),
+            recorded: Mutex::default(),
             placing: RwLock::default(),
-            arriving: Mutex::default(),
+            missing_pages: Mutex::default(),
         }
     }
 
@@ -192,47 +192,47 @@ impl GuestMemory {
 
     /// The same set, of a VMM that says in `current` which agent acts for it.
     #[must_use]
-    pub fn of(mut self, current: Arc<CurrentAgent>) -> Self {
+    pub fn owned_by(mut self, current: Arc<CurrentAgent>) -> Self {
         self.current = current;
         self
     }
 
     /// What is still to come, if the guest runs before it is here.
-    pub fn arriving(&self) -> Option<Arc<Arriving>> {
-        self.arriving.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn missing_pages(&self) -> Option<Arc<MissingPages>> {
+        self.missing_pages.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// From now on discards drop what is still to come of `arriving`; `None` when all is here.
-    pub fn set_arriving(&self, arriving: Option<Arc<Arriving>>) {
-        *self.arriving.lock().unwrap_or_else(PoisonError::into_inner) = arriving;
+    /// From now on discards drop what is still to come of `missing_pages`; `None` when all is here.
+    pub fn set_missing_pages(&self, missing_pages: Option<Arc<MissingPages>>) {
+        *self.missing_pages.lock().unwrap_or_else(PoisonError::into_inner) = missing_pages;
     }
 
     /// Who hears from now on of what discards have freed.
-    pub fn set_freed(&self, freed: Option<Arc<dyn Freed>>) {
-        *self.freed.lock().unwrap_or_else(PoisonError::into_inner) = freed;
+    pub fn set_discard_observer(&self, freed: Option<Arc<dyn DiscardObserver>>) {
+        *self.discard_observer.lock().unwrap_or_else(PoisonError::into_inner) = freed;
     }
 
     /// Who hears of what discards have freed.
-    pub(super) fn freed(&self) -> Option<Arc<dyn Freed>> {
-        self.freed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) fn discard_observer(&self) -> Option<Arc<dyn DiscardObserver>> {
+        self.discard_observer.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Who notes what is given back, from now on. To be called with `marking` held.
-    pub(super) fn note(&self, noted: Option<Arc<Noted>>) {
-        *self.noted.lock().unwrap_or_else(PoisonError::into_inner) = noted;
+    pub(super) fn set_recorded(&self, noted: Option<Arc<RecordedDiscards>>) {
+        *self.recorded.lock().unwrap_or_else(PoisonError::into_inner) = noted;
     }
 
     /// Nobody looks at `noted` any more. Somebody else may listen since.
-    pub(super) fn stop_noting(&self, noted: &Arc<Noted>) {
-        self.noted
+    pub(super) fn clear_recorded(&self, noted: &Arc<RecordedDiscards>) {
+        self.recorded
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take_if(|current| Arc::ptr_eq(current, noted));
     }
 
     /// Where discards note what they mark.
-    pub(super) fn noted(&self) -> Option<Arc<Noted>> {
-        self.noted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) fn recorded(&self) -> Option<Arc<RecordedDiscards>> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// To be held while content that a peer sent is put into the files, from before the write until
@@ -277,7 +277,7 @@ impl GuestMemory {
     }
 
     /// The block whose memory is the file at `path`, if there is one.
-    pub fn block_in(&self, path: &Path) -> Option<u32> {
+    pub fn block_of_file(&self, path: &Path) -> Option<u32> {
         let found = rustix::fs::stat(path).ok()?;
         let is_it = |block: &&Arc<Block>| {
             let stat = rustix::fs::fstat(block.backing.fd());

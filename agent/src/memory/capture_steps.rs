@@ -1,6 +1,6 @@
 //! The steps by which all who capture a page, or end its time, agree: each page is read once, and
-//! nobody reads it when it may change. See [`super::capturing`] for all of it; a model checker goes
-//! through all orders of these steps.
+//! nobody reads it when it may change. See [`super::copy_before_write`] for all of it; a model
+//! checker goes through all orders of these steps.
 //!
 //! Whoever captures publishes first, takes then, and reads while that is published. So whoever
 //! finds a page taken, and looks who has published after that, sees who may still be reading it.
@@ -63,6 +63,6 @@ pub fn after_punch<T>(
 
 /// Nothing is pending any more. Before all protection is given up, whoever took the last of it has
 /// read.
-pub fn before_the_end(readers: &Readers) {
+pub fn before_unregister(readers: &Readers) {
     readers.wait(|_, _| true);
 }

@@ -3,10 +3,10 @@
 //! A guest that touched a page will touch those after it soon. So it goes on behind the last fault,
 //! in small pieces, so that the next fault need not wait behind a large one; and as long as there
 //! is no fault the pieces grow. All who do it share one cursor: two atomics, no lock. They may
-//! claim pieces that overlap, since what they work on is what they take from [`Owed`].
+//! claim pieces that overlap, since what they work on is what they take from [`HostPageSet`].
 
 use super::GuestMemory;
-use super::owed::Owed;
+use super::host_page_set::HostPageSet;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -55,15 +55,16 @@ impl Cursor {
         self.next.store(self.starts[at] + page, Ordering::Relaxed);
     }
 
-    /// Claims the next piece: the index of its block, and its host pages. `None` if nothing is owed
-    /// any more.
-    pub fn claim(&self, owed: &Owed) -> Option<(usize, PageRange)> {
+    /// Claims the next piece: the index of its block, and its host pages. `None` if nothing is
+    /// missing any more.
+    pub fn claim(&self, missing: &HostPageSet) -> Option<(usize, PageRange)> {
         loop {
             let next = self.next.load(Ordering::Relaxed);
             let at = self.starts.partition_point(|start| *start <= next).saturating_sub(1);
-            let block = owed.block(at);
-            let (at, host_page) = owed.next(at, (next - self.starts[at]).div_ceil(block.unit()))?;
-            let (block, piece) = (owed.block(at), self.piece.load(Ordering::Relaxed));
+            let block = missing.block(at);
+            let (at, host_page) =
+                missing.next_from(at, (next - self.starts[at]).div_ceil(block.unit()))?;
+            let (block, piece) = (missing.block(at), self.piece.load(Ordering::Relaxed));
             let all = PageRange::new(0, block.bits().pages());
             let range = PageRange::new(host_page, piece.div_ceil(block.unit())).intersection(&all);
             let end = self.starts[at] + range.end() * block.unit();
@@ -96,8 +97,8 @@ mod tests {
 
     /// What is claimed next, found the slow way: from the page `next` on, counted over all blocks,
     /// and again from the first.
-    fn expected(owed: &BTreeSet<u64>, next: u64, piece: u64) -> Option<(usize, PageRange)> {
-        let first = *owed.range(next..).next().or_else(|| owed.first())?;
+    fn expected(missing: &BTreeSet<u64>, next: u64, piece: u64) -> Option<(usize, PageRange)> {
+        let first = *missing.range(next..).next().or_else(|| missing.first())?;
         let (mut at, mut start) = (0, 0);
         while first >= start + BLOCKS[at] {
             start += BLOCKS[at];
@@ -113,13 +114,13 @@ mod tests {
         let memory = memory(&BLOCKS);
         let starts = [0, 200, 272];
         for hole in [0..0, 0..200, 150..400, 1000..3272] {
-            let owed = Owed::nothing(&memory, &UNITS.map(|unit| unit * PAGE_SIZE)).unwrap();
+            let missing = HostPageSet::empty(&memory, &UNITS.map(|unit| unit * PAGE_SIZE)).unwrap();
             let mut model = BTreeSet::new();
             for at in 0..3 {
                 for host_page in 0..BLOCKS[at] / UNITS[at] {
                     let page = starts[at] + host_page * UNITS[at];
                     if !hole.contains(&page) {
-                        owed.add(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
+                        missing.add(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
                         model.extend(page..page + UNITS[at]);
                     }
                 }
@@ -135,19 +136,19 @@ mod tests {
                     cursor.fault(at, page);
                     (next, piece) = (starts[at] + page, SMALLEST);
                 }
-                let claimed = cursor.claim(&owed);
+                let claimed = cursor.claim(&missing);
                 assert_eq!(
                     claimed,
                     expected(&model, next, piece),
-                    "claim {claims}, {hole:?} is not owed"
+                    "claim {claims}, {hole:?} is not missing"
                 );
                 let Some((at, range)) = claimed else { break };
-                let pages = owed.block(at).pages(range);
+                let pages = missing.block(at).pages(range);
                 (pages.first..pages.end()).for_each(|page| _ = model.remove(&(starts[at] + page)));
-                owed.take_range(at, range, |_, _| ());
+                missing.take_range(at, range, |_, _| ());
                 (next, piece) = (starts[at] + pages.end(), (piece * 2).min(LARGEST));
             }
-            assert_eq!(owed.left(), 0);
+            assert_eq!(missing.remaining_pages(), 0);
         }
     }
 }

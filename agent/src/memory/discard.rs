@@ -16,27 +16,27 @@
 //!   published its word, and the fence waits for it.
 //! - `marking` is held while these three are set, and while a fix-up judges a page and sets
 //!   `stray`: or a page that is discarded once more between the two would be stray again.
-//! - what [`super::noted`] has of it is noted with `marking` held, too: whoever takes marks back
-//!   with it held knows which of them are the VMM's word since.
+//! - what [`super::recorded_discards`] has of it is noted with `marking` held, too: whoever takes
+//!   marks back with it held knows which of them are the VMM's word since.
 //! - [`GuestMemory::placing`] is kept out from before the marks until all is done. Whoever places
 //!   what a peer sent takes marks back: between the marks and the punch that would leave a page
 //!   that is zero, and populated.
 //! - `changes` is odd from before the first mark until after the last: whoever saw a mark, or what
 //!   a populate wrote into the log, does not take the bitmaps for unchanged.
 //! - what is still to be saved as it was is saved after the marks and before the punch; see
-//!   [`super::capturing`];
+//!   [`super::copy_before_write`];
 //! - what is still to come of a guest in postcopy is dropped after the marks and again behind the
 //!   fence, before the punch, and so are faults waited for that were read before; see
-//!   [`super::arriving`];
+//!   [`super::missing_pages`];
 //! - a populate clears `discarded` first and marks the log after: a sync that comes between them
 //!   may drop the pages, and finds them in the log the next time. It does both with `marking` held:
 //!   at the instant of a snapshot, which is taken with it held, a page that was discarded since the
 //!   base of an increment is either discarded or in the log, and never as in the base.
 
-use super::arriving::Arriving;
 use super::block::{Block, GuestMemory};
 use super::capture_steps::before_punch;
-use super::capturing::Capturing;
+use super::copy_before_write::CopyBeforeWrite;
+use super::missing_pages::MissingPages;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{PageRange, RangeError};
@@ -86,7 +86,7 @@ impl GuestMemory {
         let _change = self.change();
         let mark = || {
             let mut changed = 0;
-            let noted = self.noted();
+            let noted = self.recorded();
             for (index, range) in checked {
                 if let Some(noted) = &noted {
                     noted.discarded(*index).set(*range);
@@ -110,7 +110,7 @@ impl GuestMemory {
     pub(super) fn free_discarded(&self, checked: &[Checked]) {
         let _change = self.change();
         let mark = || {
-            let noted = self.noted();
+            let noted = self.recorded();
             for (index, range) in checked {
                 if let Some(noted) = &noted {
                     noted.freed(*index).set(*range);
@@ -132,33 +132,36 @@ impl GuestMemory {
     pub(super) fn give_back<R>(
         &self, checked: &[Checked], mark: impl FnOnce() -> R, punch: impl FnOnce(),
     ) -> R {
-        let (marked, capturing) = self.marking.discard(mark);
-        let (arriving, capturing) = (self.arriving(), capturing.as_deref());
-        let arriving = arriving.as_deref();
+        let (marked, copier) = self.marking.discard(mark);
+        let (missing_pages, copier) = (self.missing_pages(), copier.as_deref());
+        let missing_pages = missing_pages.as_deref();
         let drop_owed = || {
-            if let Some(arriving) = arriving {
-                checked.iter().for_each(|(index, range)| arriving.drop_owed(*index, *range));
+            if let Some(missing_pages) = missing_pages {
+                checked
+                    .iter()
+                    .for_each(|(index, range)| missing_pages.drop_missing(*index, *range));
             }
         };
         let rescue = || {
-            if let Some(capturing) = capturing {
-                merged(checked).for_each(|(index, range)| capturing.rescue(self, index, range));
+            if let Some(copier) = copier {
+                merged(checked)
+                    .for_each(|(index, range)| copier.copy_before_discard(self, index, range));
             }
             drop_owed();
         };
         before_punch(&self.readers, rescue, |index, word| {
-            may_read(checked, arriving, capturing, index, word)
+            may_be_read(checked, missing_pages, copier, index, word)
         });
         drop_owed();
-        if let Some(arriving) = arriving {
-            arriving.wait_for_answers();
+        if let Some(missing_pages) = missing_pages {
+            missing_pages.wait_for_fault_handlers();
         }
         punch();
-        if let Some(freed) = self.freed() {
-            checked.iter().for_each(|(index, range)| freed.freed(*index, *range));
+        if let Some(freed) = self.discard_observer() {
+            checked.iter().for_each(|(index, range)| freed.on_freed(*index, *range));
         }
-        if let Some(arriving) = arriving {
-            checked.iter().for_each(|(index, range)| arriving.answer_waiting(*index, *range));
+        if let Some(missing_pages) = missing_pages {
+            checked.iter().for_each(|(index, range)| missing_pages.resolve_waiting(*index, *range));
         }
         marked
     }
@@ -174,11 +177,11 @@ impl GuestMemory {
         let _change = self.change();
         let mut changed = 0;
         let _marking = self.marking.hold();
-        let freed = self.freed();
+        let freed = self.discard_observer();
         for (index, range) in checked {
             // If the VMM frees by itself it did so since the discard.
             if let Some(freed) = &freed {
-                freed.freed(index, range);
+                freed.on_freed(index, range);
             }
             let block = &self.blocks()[index];
             let first_log_page = block.geometry.first_log_page();
@@ -213,13 +216,13 @@ impl GuestMemory {
 
 /// True if whoever has published word `word` of the block at index `index` may be at a page of
 /// these ranges.
-pub(super) fn may_read(
-    checked: &[Checked], arriving: Option<&Arriving>, capturing: Option<&Capturing>, index: usize,
-    word: u64,
+pub(super) fn may_be_read(
+    checked: &[Checked], missing_pages: Option<&MissingPages>, copier: Option<&CopyBeforeWrite>,
+    index: usize, word: u64,
 ) -> bool {
-    let read = match (arriving, capturing) {
-        (Some(arriving), _) => arriving.published(index, word),
-        (None, Some(capturing)) => capturing.published(index, word),
+    let read = match (missing_pages, copier) {
+        (Some(missing_pages), _) => missing_pages.published_pages(index, word),
+        (None, Some(copier)) => copier.published_pages(index, word),
         (None, None) => PageRange::new(word * WORD_BITS, WORD_BITS),
     };
     checked.iter().any(|(other, range)| *other == index && range.overlaps(&read))

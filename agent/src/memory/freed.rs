@@ -49,12 +49,13 @@
 //!   punch the free looks once more, and what is pending of the page is dropped: it is saved as
 //!   zero. The guest has not heard yet that its free was done, so that is as right as what it held
 //!   before.
-//! - A job that fills memory for a guest that does not run yet is told by [`super::noted`].
+//! - A job that fills memory for a guest that does not run yet is told by
+//!   [`super::recorded_discards`].
 
 use super::backing::{BackingError, BackingKind};
 use super::block::{Block, GuestMemory};
 use super::capture_steps::after_punch;
-use super::discard::{Checked, DiscardError, may_read, merged};
+use super::discard::{Checked, DiscardError, may_be_read, merged};
 use crate::waiting::may_wait;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::PageRange;
@@ -100,7 +101,7 @@ impl GuestMemory {
 
     fn free_checked(&self, pages: &[Checked]) {
         let note = || {
-            if let Some(noted) = self.noted() {
+            if let Some(noted) = self.recorded() {
                 pages.iter().for_each(|(index, range)| {
                     noted.freed(*index).set(*range);
                 });
@@ -114,14 +115,14 @@ impl GuestMemory {
                 self.blocks()[index].hint_freed(range);
                 self.mark_log(index, range);
             }
-            let capturing = self.marking.after_the_instant();
-            if let Some(capturing) = &capturing {
-                merged(pages).for_each(|(index, range)| capturing.forget(index, range));
+            let copier = self.marking.running_snapshot();
+            if let Some(copier) = &copier {
+                merged(pages).for_each(|(index, range)| copier.drop_freed(index, range));
             }
-            (self.arriving(), capturing)
+            (self.missing_pages(), copier)
         };
-        after_punch(&self.readers, tell, |(arriving, capturing), index, word| {
-            may_read(pages, arriving.as_deref(), capturing.as_deref(), index, word)
+        after_punch(&self.readers, tell, |(missing_pages, copier), index, word| {
+            may_be_read(pages, missing_pages.as_deref(), copier.as_deref(), index, word)
         });
     }
 

@@ -13,12 +13,12 @@ use super::sync::{Arc, Mutex, MutexGuard, PoisonError};
 #[derive(Debug)]
 pub struct Marking<T> {
     marks: Mutex<()>,
-    capturing: Mutex<Option<Arc<T>>>,
+    snapshot: Mutex<Option<Arc<T>>>,
 }
 
 impl<T> Default for Marking<T> {
     fn default() -> Self {
-        Self { marks: Mutex::new(()), capturing: Mutex::new(None) }
+        Self { marks: Mutex::new(()), snapshot: Mutex::new(None) }
     }
 }
 
@@ -34,7 +34,7 @@ impl<T> Marking<T> {
         let marks = self.hold();
         let marked = mark();
         drop(marks);
-        (marked, self.capturing())
+        (marked, self.snapshot())
     }
 
     /// The instant: `find` finds out what is to be saved as of now. From now on discards save what
@@ -56,16 +56,16 @@ impl<T> Marking<T> {
 
     /// What is still to be saved as it was at the instant of a snapshot, if that is over. An
     /// instant that is under way is waited for.
-    pub fn after_the_instant(&self) -> Option<Arc<T>> {
+    pub fn running_snapshot(&self) -> Option<Arc<T>> {
         self.discard(|| ()).1
     }
 
     /// What is still to be saved as it was at the instant of a snapshot.
-    fn capturing(&self) -> Option<Arc<T>> {
+    fn snapshot(&self) -> Option<Arc<T>> {
         self.locked().clone()
     }
 
     fn locked(&self) -> MutexGuard<'_, Option<Arc<T>>> {
-        self.capturing.lock().unwrap_or_else(PoisonError::into_inner)
+        self.snapshot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -11,18 +11,18 @@
 //!   `round-safely`);
 //! - [`freed`]: the other kind of discard: memory that the guest frees, and uses again without a
 //!   word;
-//! - [`noted`]: what the VMM gave back while a job fills the memory;
+//! - [`recorded_discards`]: what the VMM gave back while a job fills the memory;
 //! - [`marking`]: what comes first, the marks of a discard or the instant of a snapshot;
-//! - [`owed`]: what a guest in postcopy is owed, in host pages;
+//! - [`host_page_set`]: what a guest in postcopy is missing, in host pages;
 //! - [`mappings`]: where the VMM has it mapped;
-//! - [`capturing`]: a guest's memory as it was at one instant, while it is saved and the guest runs
-//!   on: writes and discards meanwhile;
+//! - [`copy_before_write`]: a guest's memory as it was at one instant, while it is saved and the
+//!   guest runs on: writes and discards meanwhile;
 //! - [`cursor`]: which of it comes next: near the last fault, in small pieces; far from it, in
 //!   large ones;
 //! - [`capture_steps`]: how all who capture a page, write to it or free it agree;
-//! - [`claims`]: how a fault and whoever takes its page agree on who answers;
-//! - [`arriving`]: the memory of a guest that runs before it is here: faults, placing, and discards
-//!   meanwhile;
+//! - [`fault_steps`]: how a fault and whoever takes its page agree on who answers;
+//! - [`missing_pages`]: the memory of a guest that runs before it is here: faults, placing, and
+//!   discards meanwhile;
 //! - [`pool`]: huge pages for a guest that runs before its memory is here;
 //! - [`runs`]: runs of pages that lie near each other, made one;
 //! - [`zero`]: finding zero pages;
@@ -30,25 +30,25 @@
 //! - [`small_pages`]: placing on a tmpfs that would allocate huge pages for it;
 //! - [`bus_guard`]: survives a file that shrinks under a mapping (`vmm-survives`).
 
-pub mod arriving;
 pub mod backing;
 pub mod block;
 pub mod bus_guard;
 pub mod capture_steps;
-pub mod capturing;
-pub mod claims;
+pub mod copy_before_write;
 pub mod current;
 pub mod cursor;
 pub mod discard;
 pub mod extents;
+pub mod fault_steps;
 pub mod fence;
 pub mod freed;
+pub mod host_page_set;
 pub mod huge;
 pub mod mappings;
 pub mod marking;
-pub mod noted;
-pub mod owed;
+pub mod missing_pages;
 pub mod pool;
+pub mod recorded_discards;
 pub mod runs;
 pub mod small_pages;
 #[cfg(test)]

@@ -16,8 +16,8 @@
 //! run out, and so can one whose control group has a limit. See [`advice`] for what is said then.
 
 use super::backing::{BackingError, BackingKind};
+use super::host_page_set::HostPageSet;
 use super::huge;
-use super::owed::Owed;
 use super::{Block, GuestMemory};
 use pageferry_protocol::memory::PageRange;
 use rustix::io::Errno;
@@ -57,13 +57,13 @@ pub enum ReserveError {
     },
 }
 
-/// Reserves a huge page for every one that is owed. Nothing happens on other memory.
+/// Reserves a huge page for every one that is missing. Nothing happens on other memory.
 ///
 /// # Errors
 /// If the pool does not have so many.
-pub fn reserve(memory: &GuestMemory, owed: &Owed) -> Result<(), ReserveError> {
+pub fn reserve(memory: &GuestMemory, missing: &HostPageSet) -> Result<(), ReserveError> {
     for (at, block) in memory.blocks().iter().enumerate() {
-        let host_pages = owed.block(at);
+        let host_pages = missing.block(at);
         if block.backing.kind() != BackingKind::Hugetlb {
             continue;
         }
@@ -85,8 +85,8 @@ pub fn reserve(memory: &GuestMemory, owed: &Owed) -> Result<(), ReserveError> {
 /// a guest, which is not to be given up for nothing.
 ///
 /// # Errors
-/// If the pool does not have as many huge pages as are owed.
-pub fn check_when_empty(memory: &GuestMemory, owed: &Owed) -> Result<(), ReserveError> {
+/// If the pool does not have as many huge pages as are missing.
+pub fn check_available(memory: &GuestMemory, missing: &HostPageSet) -> Result<(), ReserveError> {
     let hugetlb = || {
         memory
             .blocks()
@@ -99,10 +99,11 @@ pub fn check_when_empty(memory: &GuestMemory, owed: &Owed) -> Result<(), Reserve
     sizes.dedup();
     let fits = |size: u64| {
         let of_size = || hugetlb().filter(|(_, block)| block.backing.host_page_size() == size);
-        let needed: u64 =
-            of_size().map(|(at, _)| owed.block(at).bits().count(owed.block(at).bits().all())).sum();
+        let needed: u64 = of_size()
+            .map(|(at, _)| missing.block(at).bits().count(missing.block(at).bits().all()))
+            .sum();
         let held: u64 = of_size()
-            .map(|(at, block)| block.backing.allocated_pages() / owed.block(at).unit())
+            .map(|(at, block)| block.backing.allocated_pages() / missing.block(at).unit())
             .sum();
         needed <= unreserved(size) + held
     };
@@ -110,7 +111,7 @@ pub fn check_when_empty(memory: &GuestMemory, owed: &Owed) -> Result<(), Reserve
         return Ok(());
     }
     // What the files have reserved for themselves only the kernel knows.
-    reserve(memory, owed)
+    reserve(memory, missing)
 }
 
 /// What an operator can do when a page of this block cannot be had for want of memory.

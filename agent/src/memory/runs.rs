@@ -8,7 +8,7 @@ pub const NEAR: u64 = (64 << 10) / PAGE_SIZE;
 
 /// The runs, in the order of their first pages, with those made one between which there are at most
 /// `gap` pages.
-pub fn joined(
+pub fn join_near_runs(
     runs: impl IntoIterator<Item = PageRange>, gap: u64,
 ) -> impl Iterator<Item = PageRange> {
     let mut rest = runs.into_iter().filter(|run| !run.is_empty()).peekable();
@@ -28,10 +28,13 @@ mod tests {
     #[test]
     fn runs_with_a_small_gap_between_are_made_one_and_others_are_not() {
         let run = PageRange::new;
-        assert_eq!(joined([run(3, 9), run(4, 1), run(12, 1)], 0).collect::<Vec<_>>(), [run(3, 10)]);
+        assert_eq!(
+            join_near_runs([run(3, 9), run(4, 1), run(12, 1)], 0).collect::<Vec<_>>(),
+            [run(3, 10)]
+        );
         let runs = [run(3, 1), run(4, 2), run(8, 1), run(12, 0), run(20, 5)];
-        assert_eq!(joined(runs, 0).collect::<Vec<_>>(), [run(3, 3), run(8, 1), run(20, 5)]);
-        assert_eq!(joined(runs, 2).collect::<Vec<_>>(), [run(3, 6), run(20, 5)]);
-        assert_eq!(joined(runs, 11).collect::<Vec<_>>(), [run(3, 22)]);
+        assert_eq!(join_near_runs(runs, 0).collect::<Vec<_>>(), [run(3, 3), run(8, 1), run(20, 5)]);
+        assert_eq!(join_near_runs(runs, 2).collect::<Vec<_>>(), [run(3, 6), run(20, 5)]);
+        assert_eq!(join_near_runs(runs, 11).collect::<Vec<_>>(), [run(3, 22)]);
     }
 }

@@ -245,7 +245,7 @@ impl Primary {
     pub fn say_error(&self, error: &RemoteError) {
         let payload = encode_error(error);
         // A peer that takes nothing need not know, and the guest may be paused until this returns.
-        let writer = RecordWriter::new(self.writer.socket().hurried(LAST_WORDS));
+        let writer = RecordWriter::new(self.writer.socket().with_deadline(LAST_WORDS));
         let sent = writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload);
         if let Err(TransportError::Kernel(error)) = sent {
             log::debug!("error not sent to the peer: {error}");
@@ -254,8 +254,8 @@ impl Primary {
     }
 
     /// What the destination said before the connection broke, if it came through.
-    pub fn last_words(&mut self) -> Option<RemoteError> {
-        self.reader.set_patience(LAST_WORDS);
+    pub fn read_error(&mut self) -> Option<RemoteError> {
+        self.reader.set_timeout(LAST_WORDS);
         // At most the answers to the passes that are under way come before it.
         for _ in 0..8 {
             let record = self.reader.read().ok()?;

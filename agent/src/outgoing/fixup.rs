@@ -46,7 +46,7 @@ pub struct DirtyState {
     /// Pages to send.
     pub pages: DirtyPages,
     /// Pages that the destination holds as discarded.
-    pub(super) told: DirtyPages,
+    pub(super) announced: DirtyPages,
     /// What was unsettled when the sync began.
     settling: DirtyPages,
     /// Pages whose bit the fix-up dropped.
@@ -55,7 +55,7 @@ pub struct DirtyState {
     /// See [`GuestMemory::changes`]: when the unsettled pages were last taken, and when the
     /// destination was last told.
     settled_at: u64,
-    told_at: u64,
+    announced_at: u64,
     /// There is something in `settling`.
     settles: bool,
     /// Stray pages were found since the destination was last told.
@@ -70,12 +70,12 @@ impl DirtyState {
     pub fn new(memory: &GuestMemory) -> Result<Self, MappingError> {
         Ok(Self {
             pages: DirtyPages::none(memory)?,
-            told: DirtyPages::none(memory)?,
+            announced: DirtyPages::none(memory)?,
             settling: DirtyPages::none(memory)?,
             dropped: DirtyPages::none(memory)?,
             remaining: 0,
             settled_at: NEVER,
-            told_at: NEVER,
+            announced_at: NEVER,
             settles: false,
             found_stray: false,
         })
@@ -109,7 +109,7 @@ impl DirtyState {
                 let written = written_since(block, word, suspects & !unsure & !known)?;
                 // Where the tracker may mean a neighbour the discard is believed: what is discarded
                 // is not read on a suspicion.
-                stray = known | written & !trackers.vague(block, word, written)?;
+                stray = known | written & !trackers.imprecise(block, word, written)?;
             }
             self.found_stray |= block.stray.or_word(word, stray) != 0;
             dropped.or_word(word, dirty.take_bits(word, suspects & !stray));
@@ -207,14 +207,14 @@ impl Migration {
         let changes = memory.changes();
         // With neither discards nor populates nor stray pages since the last time there is no news,
         // and the fix-up has left no dirty page that was told.
-        if memory.is_unchanged(self.dirty.told_at) && !self.dirty.found_stray {
+        if memory.is_unchanged(self.dirty.announced_at) && !self.dirty.found_stray {
             return Ok(());
         }
-        (self.dirty.told_at, self.dirty.found_stray) = (changes, false);
+        (self.dirty.announced_at, self.dirty.found_stray) = (changes, false);
         for (at, block) in memory.blocks().iter().enumerate() {
-            let told = self.dirty.told.block(at);
+            let told = self.dirty.announced.block(at);
             let news = &self.dirty.dropped.block(at);
-            find_news(block, told, news, self.dirty.pages.block(at));
+            find_new_discards(block, told, news, self.dirty.pages.block(at));
             let runs: Vec<PageRange> = news.runs(block.all()).collect();
             news.clear(block.all());
             for part in runs.chunks(MAX_RUNS) {
@@ -258,7 +258,9 @@ impl Migration {
 /// meanwhile: the two records would travel on different streams, and the destination would hold
 /// content that this side takes for told. The populate has marked the log, so the pass after has
 /// it.
-fn find_news(block: &Block, told: &MappedBitmap, news: &MappedBitmap, dirty: &MappedBitmap) {
+fn find_new_discards(
+    block: &Block, told: &MappedBitmap, news: &MappedBitmap, dirty: &MappedBitmap,
+) {
     for (word, known) in told.nonzero_words(block.all()) {
         let holds = block.discarded.word(word) & !block.stray.word(word);
         told.take_bits(word, known & !holds);
@@ -335,7 +337,7 @@ mod tests {
             block.stray.set(PageRange::new(page, 1));
         }
         let (told, news, dirty) = (bitmap(&[1, 2, 3]), bitmap(&[]), bitmap(&[1, 2, 3, 4, 5, 70]));
-        find_news(block, &told, &news, &dirty);
+        find_new_discards(block, &told, &news, &dirty);
         assert_eq!(pages(&told), [2, 4, 70]);
         assert_eq!(pages(&news), [4, 70]);
         assert_eq!(pages(&dirty), [1, 3, 5]);

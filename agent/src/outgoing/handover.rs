@@ -21,7 +21,7 @@ impl PausedGuest {
     pub fn commit(&mut self, primary: &mut Primary, session: SessionId) -> Result<(), JobError> {
         // From here on a cancel is refused, and the VMM does not resume the guest by itself, even
         // if it loses this process.
-        self.job.cancel.cross_the_line()?;
+        self.job.cancel.commit_point()?;
         let OutgoingOptions { release, hook_timeout, .. } = self.job.options();
         if let Err(error) = self.job.hooks.ask(&Hook::Relinquish { session, release }, hook_timeout)
         {
@@ -44,7 +44,7 @@ impl PausedGuest {
         add(&self.job.live.wire_bytes, bytes);
         // The destination asks its VMM before it answers.
         let options = self.job.options();
-        primary.reader.set_patience(options.peer_timeout + options.hook_timeout);
+        primary.reader.set_timeout(options.peer_timeout + options.hook_timeout);
         primary.expect(Kind::Resumed, "the destination's confirmation").map(|_| ())
     }
 }
@@ -75,7 +75,7 @@ impl Migration {
     /// otherwise.
     pub(super) fn run_state_there(&self, state: &SavedState) -> RunState {
         let arrives = self.job.options().resume.apply(state.guest);
-        self.job.guest_is(arrives);
+        self.job.set_guest_state(arrives);
         arrives
     }
 
@@ -145,7 +145,7 @@ pub fn wait_loaded(job: &Job, primary: &mut Primary, stop: &Stop) -> Result<(), 
     // It verifies, registers and loads before it answers, so it has its hooks' time on top of the
     // connection's.
     let patience = options.peer_timeout + 2 * options.hook_timeout;
-    primary.reader.set_patience(patience);
+    primary.reader.set_timeout(patience);
     primary.expect(Kind::Loaded, "that the destination has loaded the state")?;
     stop.is_loaded();
     Ok(())

@@ -120,7 +120,7 @@ impl Migration {
             let next = self.pace.decide(&self.job.options(), self.dirty.remaining());
             // Whoever asks for the switch does so before the policy has its way, but not before the
             // memory fits the limit.
-            if self.job.is_postcopy_asked() && !matches!(next, Ok(converge::Next::Stop)) {
+            if self.job.is_postcopy_requested() && !matches!(next, Ok(converge::Next::Stop)) {
                 return Ok(After::Guest);
             }
             match next? {
@@ -129,14 +129,14 @@ impl Migration {
                 converge::Next::Pass => {}
                 converge::Next::Throttle(percent) => self.throttle(percent)?,
             }
-            self.rest()?;
+            self.wait_before_next_pass()?;
         }
     }
 
     /// Waits before the next pass, unless somebody asks for postcopy meanwhile.
-    fn rest(&self) -> Result<(), JobError> {
+    fn wait_before_next_pass(&self) -> Result<(), JobError> {
         let until = Instant::now() + self.pace.rest();
-        while !self.job.is_postcopy_asked() {
+        while !self.job.is_postcopy_requested() {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
@@ -203,7 +203,7 @@ impl Migration {
             // Who was silent for so long has said nothing that could still be on its way.
             JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. }) => error,
             JobError::Transport(_) if !self.job.cancel.is_cancelled() => {
-                self.streams.primary.last_words().map_or(error, JobError::Peer)
+                self.streams.primary.read_error().map_or(error, JobError::Peer)
             }
             JobError::Unconfirmed { .. }
             | JobError::Stranded { .. }

@@ -129,7 +129,7 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
         let block: &Block = &memory.blocks()[at];
         let dirty = pass.dirty.pages.block(at);
         if pass.number == 0 {
-            find_allocated(block, dirty, pass.dirty.told.block(at), chunk)?;
+            find_allocated(block, dirty, pass.dirty.announced.block(at), chunk)?;
         }
         if let Some(lazy) = pass.lazy {
             // `clear-then-read` for a tracker whose sync does not clear: before the first read in

@@ -121,8 +121,8 @@ impl PageSender {
     }
 
     /// Postcopy: queues all of the pages `pages` of word `word`, which the caller has taken from
-    /// what is owed. The destination waits for each of them, so those that were discarded meanwhile
-    /// go as zeroes: unread, like any other.
+    /// what is missing. The destination waits for each of them, so those that were discarded
+    /// meanwhile go as zeroes: unread, like any other.
     ///
     /// # Errors
     /// If the file cannot be read or the stream is broken.

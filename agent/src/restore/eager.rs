@@ -8,15 +8,15 @@
 //! is about to write, and only then looks which of them were given back. The discard waits for it,
 //! and punches (see [`crate::memory::fence`]). No worker takes such a mark back.
 
-use super::ground::Ground;
+use super::reset::ResetGuard;
 use super::source::Source;
-use super::{VmmState, let_run};
+use super::{VmmState, resume_guest};
 use crate::image::PageBuffer;
 use crate::image::workers::at_once;
 use crate::job::{Job, JobError, add, get};
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{self, Fill, HugeWindow};
-use crate::memory::noted::Noted;
+use crate::memory::recorded_discards::RecordedDiscards;
 use crate::memory::small_pages::{self, SmallPages};
 use crate::memory::{BackingError, Block};
 use pageferry_protocol::control::job::Phase;
@@ -43,12 +43,12 @@ const AHEAD: usize = 4;
 /// What went wrong. The guest does not run then, and its memory is empty; unless it failed as the
 /// VMM was to resume it.
 pub fn restore(
-    job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: Ground<'_>, workers: u16,
+    job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: ResetGuard<'_>, workers: u16,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
-    Filling::new(job, source, ground.word.since(), workers.into())?.run(workers.into())?;
+    Filling::new(job, source, ground.discards.since(), workers.into())?.run(workers.into())?;
     state.load(job)?;
-    let_run(job, state.guest, &mut ground.taken)
+    resume_guest(job, state.guest, &mut ground.handed_over)
 }
 
 /// What all workers share.
@@ -56,7 +56,7 @@ struct Filling<'a> {
     job: &'a Job,
     source: &'a Source,
     /// What the VMM gave back meanwhile.
-    given_back: &'a Noted,
+    given_back: &'a RecordedDiscards,
     /// The extents with content: index of the block, and pages.
     extents: Vec<(usize, PageRange)>,
     next: AtomicUsize,
@@ -86,7 +86,7 @@ impl Drop for Ending<'_> {
 
 impl<'a> Filling<'a> {
     fn new(
-        job: &'a Job, source: &'a Source, given_back: &'a Noted, workers: usize,
+        job: &'a Job, source: &'a Source, given_back: &'a RecordedDiscards, workers: usize,
     ) -> Result<Self, JobError> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = event.map_err(|errno| JobError::Io {

@@ -1,28 +1,28 @@
 //! The guest first, and its memory behind it: postcopy from a file.
 //!
-//! All memory is holes, and what the image has content of is owed. The VMM registers its mappings
-//! for missing pages before it loads its state, since its devices may touch memory as they load.
-//! From then on what is touched is read at once, checked, and placed; and the rest follows by
-//! itself. See [`crate::memory::arriving`] for what happens to a page, and to one that is discarded
-//! meanwhile.
+//! All memory is holes, and what the image has content of is missing. The VMM registers its
+//! mappings for missing pages before it loads its state, since its devices may touch memory as they
+//! load. From then on what is touched is read at once, checked, and placed; and the rest follows by
+//! itself. See [`crate::memory::missing_pages`] for what happens to a page, and to one that is
+//! discarded meanwhile.
 //!
 //! If the image is damaged, or cannot be read, the guest cannot go on: if it runs already, the VMM
 //! is told that memory is lost, as when a postcopy can never complete.
 
-use super::ground::Ground;
-use super::serve::{Asking, SERVERS};
+use super::fault_reads::{FaultForwarder, SERVERS};
+use super::lazy_restore::LazyRestore;
+use super::reset::ResetGuard;
 use super::source::{RestoreError, Source};
-use super::supply::Supply;
-use super::working_set::{Plan, Record};
-use super::{VmmState, let_run};
-use crate::faults::{Registered, Stop, answer};
+use super::working_set::{WorkingSetPlan, WorkingSetRecorder};
+use super::{VmmState, resume_guest};
 use crate::hooks::HookError;
 use crate::job::{Job, JobError};
-use crate::memory::arriving::Arriving;
 use crate::memory::backing::BackingKind;
 use crate::memory::fence::MAX_READERS;
-use crate::memory::owed::Owed;
+use crate::memory::host_page_set::HostPageSet;
+use crate::memory::missing_pages::MissingPages;
 use crate::memory::pool;
+use crate::missing_faults::{FaultRegistration, StopEvent, handle_faults};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Phase, RestoreOptions};
 use std::os::fd::AsFd;
@@ -36,29 +36,29 @@ const MAX_HOST_PAGE: u64 = 2 << 20;
 /// # Errors
 /// What went wrong. If the guest does not run then, its memory is empty; if it does, it is lost.
 pub fn restore(
-    job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: Ground<'_>, plan: Plan,
-    workers: u16,
+    job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: ResetGuard<'_>,
+    plan: WorkingSetPlan, workers: u16,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
-    let owed = owe(job, source)?;
-    let unread = owed.copy()?;
-    let mut registered = Registered::new(job);
+    let missing = missing_of_image(job, source)?;
+    let unread = missing.try_clone()?;
+    let mut registered = FaultRegistration::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
-    ground.empty()?;
+    ground.punch_again()?;
     // What was freed has lost its reservation.
-    pool::reserve(&job.memory, &owed)?;
-    let arriving =
-        Arc::new(Arriving::new(&job.memory, Arc::new(owed), uffd, false, job.live.clone())?);
-    job.owes(arriving.owed());
-    job.memory.set_arriving(Some(arriving.clone()));
-    arriving.drop_discarded(&job.memory);
-    arriving.drop_noted(ground.word.since());
+    pool::reserve(&job.memory, &missing)?;
+    let missing_pages =
+        Arc::new(MissingPages::new(&job.memory, Arc::new(missing), uffd, false, job.live.clone())?);
+    job.set_missing(missing_pages.missing());
+    job.memory.set_missing_pages(Some(missing_pages.clone()));
+    missing_pages.drop_discarded(&job.memory);
+    missing_pages.drop_recorded(ground.discards.since());
     let (pieces, mut record) = plan.parts();
-    let supply = Supply::new(job, source, &arriving, unread, pieces, record.is_some());
+    let supply = LazyRestore::new(job, source, &missing_pages, unread, pieces, record.is_some());
     let workers = usize::from(workers).min(MAX_READERS - SERVERS);
     let (whole, outcome) = run(&supply, record.as_mut(), workers, || {
         state.load(job)?;
-        if !arriving.loaded() {
+        if !missing_pages.finish_load() {
             return Err(JobError::State(
                 "what the VMM waited for as it loaded its state did not come".into(),
             ));
@@ -68,7 +68,7 @@ pub fn restore(
                 "the guest was not resumed, since its memory will not come".into(),
             ));
         }
-        let late = match let_run(job, state.guest, &mut ground.taken) {
+        let late = match resume_guest(job, state.guest, &mut ground.handed_over) {
             // It may be waiting for memory, and its guest may run.
             Err(error @ JobError::Hook(HookError::Socket { .. })) => Some(error),
             resumed => resumed.map(|()| None)?,
@@ -79,11 +79,11 @@ pub fn restore(
     registered.complete = whole;
     // No guest ever runs here. Nobody waits for a page of it any more, before the VMM is asked for
     // anything else: it may be waiting for one who does.
-    if !ground.taken {
-        arriving.unregister();
+    if !ground.handed_over {
+        missing_pages.unregister();
     }
     drop(registered);
-    if let Some(record) = record.filter(|_| ground.taken && whole)
+    if let Some(record) = record.filter(|_| ground.handed_over && whole)
         && let Some(not_written) = record.write(&job.memory)
     {
         job.warn(not_written);
@@ -96,10 +96,12 @@ pub fn restore(
 /// # Errors
 /// If the memory is of the wrong kind, or what is at the path of the working set must not be
 /// overwritten.
-pub fn plan(job: &Job, source: &Source, options: &RestoreOptions) -> Result<Plan, JobError> {
+pub fn plan(
+    job: &Job, source: &Source, options: &RestoreOptions,
+) -> Result<WorkingSetPlan, JobError> {
     check(job)?;
-    let plan = Plan::of(&options.working_set, source, &job.memory)?;
-    pool::check_when_empty(&job.memory, &owe(job, source)?)?;
+    let plan = WorkingSetPlan::of(&options.working_set, source, &job.memory)?;
+    pool::check_available(&job.memory, &missing_of_image(job, source)?)?;
     job.hooks.ask(&Hook::ProbeFaults, job.options().hook_timeout)?;
     Ok(plan)
 }
@@ -120,38 +122,38 @@ fn check(job: &Job) -> Result<(), RestoreError> {
     Ok(())
 }
 
-/// What the image has content of is owed, in whole host pages.
-fn owe(job: &Job, source: &Source) -> Result<Owed, JobError> {
+/// What the image has content of is missing, in whole host pages.
+fn missing_of_image(job: &Job, source: &Source) -> Result<HostPageSet, JobError> {
     let host_pages: Vec<u64> =
         job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
-    let owed = Owed::nothing(&job.memory, &host_pages)?;
+    let missing = HostPageSet::empty(&job.memory, &host_pages)?;
     for (at, block) in job.memory.blocks().iter().enumerate() {
         for (word, bits) in source.present(at).nonzero_words(block.all()) {
-            owed.add_pages(at, word, bits);
+            missing.add_pages(at, word, bits);
         }
     }
-    Ok(owed)
+    Ok(missing)
 }
 
 /// Answers what is touched while `start` has the guest run, and until all is here. Returns whether
 /// it is, and what became of the job. The VMM may be late to say that its guest runs: `start`
 /// returns how, then, and that is what becomes of the job, with all its memory.
 fn run(
-    supply: &Supply<'_>, record: Option<&mut Record>, workers: usize,
+    supply: &LazyRestore<'_>, record: Option<&mut WorkingSetRecorder>, workers: usize,
     start: impl FnOnce() -> Result<Option<JobError>, JobError>,
 ) -> (bool, Result<(), JobError>) {
-    let stop = match Stop::new() {
+    let stop = match StopEvent::new() {
         Ok(stop) => stop,
         Err(error) => return (false, Err(error)),
     };
-    let (job, arriving) = (supply.job, supply.arriving);
-    let mut asking = Asking::new(supply, record);
+    let (job, missing_pages) = (supply.job, supply.missing_pages);
+    let mut asking = FaultForwarder::new(supply, record);
     std::thread::scope(|scope| {
-        let (stopping, stop) = (stop.on_drop(), stop.as_fd());
+        let (stopping, stop) = (stop.stop_on_drop(), stop.as_fd());
         let no_thread = |source| JobError::Io { what: "start a thread", source };
         let builder = std::thread::Builder::new;
         let faults = builder().spawn_scoped(scope, move || {
-            answer(job, arriving, &mut asking, stop, |error| supply.fail(error))
+            handle_faults(job, missing_pages, &mut asking, stop, |error| supply.fail(error))
         });
         let faults = match faults {
             Ok(faults) => faults,
@@ -181,7 +183,7 @@ fn run(
         let whole = outcome.is_ok();
         // What is a hole now is zero for good, and nobody waits any more.
         if whole {
-            arriving.unregister();
+            missing_pages.unregister();
         }
         drop(stopping);
         let joined =

@@ -1,11 +1,11 @@
 //! A guest from an image.
 //!
 //! - [`source`]: the image, and which of its blocks goes into which of the VMM's;
-//! - [`ground`]: the memory before anything is in it, and again if it comes to nothing;
+//! - [`reset`]: the memory before anything is in it, and again if it comes to nothing;
 //! - [`eager`]: all memory first, then the guest;
 //! - [`lazy`]: the guest first, and its memory behind it;
-//! - [`supply`]: reading and placing what is owed, for all threads of a lazy restore;
-//! - [`serve`]: what the guest waits for;
+//! - [`lazy_restore`]: reading and placing what is missing, for all threads of a lazy restore;
+//! - [`fault_reads`]: what the guest waits for;
 //! - [`prefetch`]: what nobody waits for yet;
 //! - [`working_set`]: what a guest touched first, for the next time;
 //! - this file: the phases, and the line after which the guest runs.
@@ -16,24 +16,24 @@
 //! is never written to.
 
 pub mod eager;
-pub mod ground;
+pub mod fault_reads;
 pub mod lazy;
+pub mod lazy_restore;
 pub mod prefetch;
-pub mod serve;
+pub mod reset;
 pub mod source;
-pub mod supply;
 pub mod working_set;
 
 use crate::hooks::state_file_of;
 use crate::image::Image;
 use crate::job::{Job, JobError, micros};
 use crate::snapshot::checkpoint::SharedCheckpoint;
-use ground::{Before, Ground, Word};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{
     Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState,
 };
 use pageferry_protocol::control::state_pieces::PieceSize;
+use reset::{DiscardsSinceRequest, RecordDiscards, ResetGuard};
 use source::Source;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -43,7 +43,7 @@ pub use source::RestoreError;
 
 /// What is to be restored, and how.
 #[derive(Debug)]
-pub struct Order {
+pub struct RestorePlan {
     /// The image.
     pub path: PathBuf,
     /// How.
@@ -51,25 +51,25 @@ pub struct Order {
     /// Somebody else than the VMM wants it, and the VMM is asked first.
     pub asks_first: bool,
     /// From when on discards are of the memory that is restored.
-    pub before: Before,
+    pub record_discards: RecordDiscards,
     /// What is known of changes since the last image: nothing any more, once memory is another.
     pub checkpoint: SharedCheckpoint,
 }
 
 /// Restores a guest, and ends the job.
-pub fn run(job: &Arc<Job>, order: &Order) {
+pub fn run(job: &Arc<Job>, order: &RestorePlan) {
     let outcome = restore(job, order);
     job.finish(outcome);
 }
 
-fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
+fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     let source = Source::open(&order.path, &job.memory)?;
     if let Some(block) = job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
         return Err(JobError::Sealed { id: block.geometry.id });
     }
     let state = VmmState::read(source.newest(), order.options.resume)?;
-    job.guest_is(state.guest);
+    job.set_guest_state(state.guest);
     let plan = match order.options.mode {
         RestoreMode::Eager => None,
         RestoreMode::Lazy => Some(lazy::plan(job, &source, &order.options)?),
@@ -77,19 +77,19 @@ fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
     // Not for what comes to nothing, as far as that can be told before: the VMM gives its guest up
     // for it.
     if order.asks_first {
-        ask(job, order)?;
+        ask_vmm(job, order)?;
     }
     order.checkpoint.end("a guest was restored");
     order.checkpoint.stop_idle();
     let later;
-    let word = match &order.before {
-        Before::Known(word) => word,
-        Before::Later => {
-            later = Word::from_now(&job.memory)?;
+    let word = match &order.record_discards {
+        RecordDiscards::SinceRequest(word) => word,
+        RecordDiscards::FromPause => {
+            later = DiscardsSinceRequest::start(&job.memory)?;
             &later
         }
     };
-    let ground = Ground::clear(job, &source, word)?;
+    let ground = ResetGuard::reset(job, &source, word)?;
     match plan {
         None => eager::restore(job, &source, &state, ground, order.options.workers),
         Some(plan) => lazy::restore(job, &source, &state, ground, plan, order.options.workers),
@@ -97,7 +97,7 @@ fn restore(job: &Arc<Job>, order: &Order) -> Result<(), JobError> {
 }
 
 /// The VMM may have a guest that it does not want to lose.
-fn ask(job: &Job, order: &Order) -> Result<(), JobError> {
+fn ask_vmm(job: &Job, order: &RestorePlan) -> Result<(), JobError> {
     let path = order.path.to_string_lossy().into_owned();
     job.hooks.ask(&Hook::PrepareRestore { path }, job.options().hook_timeout)?;
     job.cancel.check()?;
@@ -138,9 +138,9 @@ impl VmmState {
 
 /// Lets the guest run, or stay paused as `guest` says. `ours` becomes true at the line: from then
 /// on it may run, even if the VMM does not say so, or not in time.
-fn let_run(job: &Job, guest: RunState, ours: &mut bool) -> Result<(), JobError> {
+fn resume_guest(job: &Job, guest: RunState, ours: &mut bool) -> Result<(), JobError> {
     // ---- The line: it is not cancelled any more, and its memory is its own.
-    job.cancel.cross_the_line()?;
+    job.cancel.commit_point()?;
     *ours = true;
     // It may use its memory from the moment on that it runs.
     job.thaw();

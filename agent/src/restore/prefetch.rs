@@ -4,11 +4,11 @@
 //! in the order of the file. All workers do it. What is left comes when the guest runs, follows its
 //! faults, and steps back behind whatever is waited for.
 
-use super::supply::Supply;
+use super::lazy_restore::LazyRestore;
 use crate::image::PageBuffer;
 use crate::image::chain::in_extents;
 use crate::job::{JobError, add};
-use crate::memory::runs::{NEAR, joined};
+use crate::memory::runs::{NEAR, join_near_runs};
 use pageferry_protocol::image::EXTENT_SIZE;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
@@ -17,12 +17,12 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 /// The working set in the pieces that it is read in, handed out once each.
 #[derive(Debug)]
-pub struct Pieces {
+pub struct WorkingSetPieces {
     pieces: Vec<(usize, PageRange)>,
     next: AtomicUsize,
 }
 
-impl Pieces {
+impl WorkingSetPieces {
     /// These: index of the block, and pages.
     pub fn new(pieces: Vec<(usize, PageRange)>) -> Self {
         Self { pieces, next: AtomicUsize::new(0) }
@@ -35,7 +35,7 @@ impl Pieces {
 
 /// Where the workers wait until they may read what is not of the working set.
 #[derive(Debug, Default)]
-pub struct Gate {
+pub struct PrefetchGate {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -49,7 +49,7 @@ enum State {
     Over,
 }
 
-impl Gate {
+impl PrefetchGate {
     /// They may.
     pub fn open(&self) {
         self.change(|state| {
@@ -77,7 +77,7 @@ impl Gate {
     }
 }
 
-impl Supply<'_> {
+impl LazyRestore<'_> {
     /// Reads ahead until nothing is unread, or all is over.
     ///
     /// # Errors
@@ -92,13 +92,13 @@ impl Supply<'_> {
         while !self.has_ended()
             && let Some((at, pages)) = self.pieces.claim()
         {
-            let placed = reader.fetch(at, self.unread.block(at).of(pages))?;
+            let placed = reader.fetch(at, self.unread.block(at).covering(pages))?;
             add(&self.job.live.working_set_pages, placed);
         }
         if !self.gate.wait() {
             return Ok(());
         }
-        crate::priority::step_back();
+        crate::priority::lower();
         while !self.has_ended()
             && let Some((at, host_pages)) = self.cursor.claim(&self.unread)
         {
@@ -110,7 +110,7 @@ impl Supply<'_> {
 
 /// One worker.
 struct Reader<'a> {
-    supply: &'a Supply<'a>,
+    supply: &'a LazyRestore<'a>,
     /// Its number among all threads, which is that of its place in the fence.
     worker: usize,
     buffer: PageBuffer,
@@ -119,17 +119,17 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Reads and places what is unread, and still owed, of the host pages `host_pages`. Returns how
-    /// many pages that were.
+    /// Reads and places what is unread, and still missing, of the host pages `host_pages`. Returns
+    /// how many pages that were.
     fn fetch(&mut self, at: usize, host_pages: PageRange) -> Result<u64, JobError> {
         let Self { supply, worker, buffer, runs } = self;
-        let (unread, owed) = (supply.unread.block(at), supply.arriving.owed().block(at));
+        let (unread, missing) = (supply.unread.block(at), supply.missing_pages.missing().block(at));
         supply.unread.take_range(at, host_pages, |word, bits| {
             // What was discarded meanwhile need not be read.
-            runs.extend(runs_of_word(word * WORD_BITS, bits & owed.bits().word(word)));
+            runs.extend(runs_of_word(word * WORD_BITS, bits & missing.bits().word(word)));
         });
         let mut placed = 0;
-        for run in joined(runs.drain(..), NEAR / unread.unit()) {
+        for run in join_near_runs(runs.drain(..), NEAR / unread.unit()) {
             for range in in_extents(unread.pages(run)) {
                 supply.job.check()?;
                 supply.job.limiter.wait(range.bytes() as usize, &supply.job.cancel)?;

@@ -20,7 +20,7 @@ use crate::image::bytes::write_at;
 use crate::image::chain::in_extents;
 use crate::image::new_file::{FileKind, NewFile};
 use crate::memory::GuestMemory;
-use crate::memory::runs::{NEAR, joined};
+use crate::memory::runs::{NEAR, join_near_runs};
 use pageferry_protocol::image::working_set::{MAGIC, MAX_RUNS, MAX_SIZE, WorkingSetError};
 use pageferry_protocol::image::{ImageId, WorkingSet, id_text};
 use pageferry_protocol::memory::PageRange;
@@ -53,16 +53,16 @@ pub enum WorkingSetFault {
 
 /// What is to be done about the working set.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Plan {
+pub enum WorkingSetPlan {
     /// Nothing.
     None,
     /// These pages are read ahead, each piece in one extent: index of the block, and pages.
     Read(Vec<(usize, PageRange)>),
     /// It is written.
-    Write(Record),
+    Write(WorkingSetRecorder),
 }
 
-impl Plan {
+impl WorkingSetPlan {
     /// Looks at what is at `path`; empty if none is wanted.
     ///
     /// # Errors
@@ -75,7 +75,7 @@ impl Plan {
         let refused = |source| RestoreError::WorkingSet { path: path.clone(), source };
         let Some(bytes) = read(&path).map_err(refused)? else {
             return Ok(Self::Write(
-                Record::new(path.clone(), image, false).checked().map_err(refused)?,
+                WorkingSetRecorder::new(path.clone(), image, false).checked().map_err(refused)?,
             ));
         };
         if bytes.is_empty() {
@@ -95,11 +95,11 @@ impl Plan {
         log::warn!("working_set {} is ignored, and will be replaced: {useless}", path.display());
         // What was read is what is behind a link, and so is what is replaced.
         let behind = path.canonicalize().unwrap_or_else(|_| path.clone());
-        Ok(Self::Write(Record::new(behind, image, true).checked().map_err(refused)?))
+        Ok(Self::Write(WorkingSetRecorder::new(behind, image, true).checked().map_err(refused)?))
     }
 
     /// What is read ahead, and what is written.
-    pub fn parts(self) -> (Vec<(usize, PageRange)>, Option<Record>) {
+    pub fn parts(self) -> (Vec<(usize, PageRange)>, Option<WorkingSetRecorder>) {
         match self {
             Self::None => (Vec::new(), None),
             Self::Read(pieces) => (pieces, None),
@@ -157,7 +157,7 @@ fn pieces(set: &WorkingSet, memory: &GuestMemory) -> Result<Vec<(usize, PageRang
     runs.sort_unstable();
     let of_block = |runs: &[(usize, PageRange)]| {
         let at = runs[0].0;
-        joined(runs.iter().map(|(_, run)| *run), NEAR)
+        join_near_runs(runs.iter().map(|(_, run)| *run), NEAR)
             .flat_map(in_extents)
             .map(|piece| (at, piece))
             .collect::<Vec<_>>()
@@ -167,7 +167,7 @@ fn pieces(set: &WorkingSet, memory: &GuestMemory) -> Result<Vec<(usize, PageRang
 
 /// What the guest touches, as it does.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct WorkingSetRecorder {
     path: PathBuf,
     image: ImageId,
     /// What was there is of no use. What comes to be there meanwhile is not looked at, and not
@@ -177,7 +177,7 @@ pub struct Record {
     runs: Vec<(usize, PageRange)>,
 }
 
-impl Record {
+impl WorkingSetRecorder {
     fn new(path: PathBuf, image: ImageId, replace: bool) -> Self {
         Self { path, image, replace, runs: Vec::new() }
     }

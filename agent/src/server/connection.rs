@@ -7,7 +7,7 @@
 
 use super::Hub;
 use crate::session::Role;
-use crate::session::standard::Awaited;
+use crate::session::vhost_user::Awaited;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::reply::{self, ErrorCode, RemoteError};
@@ -32,7 +32,7 @@ const NOT_SENDING: u64 = u64::MAX;
 
 /// What the reactor knows of a connection.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct ConnectionState {
     pub(super) token: u64,
     pub(super) socket: Arc<OwnedFd>,
     opened: Instant,
@@ -49,7 +49,7 @@ pub(super) struct Line {
     wake: OnceLock<OwnedFd>,
 }
 
-impl Line {
+impl ConnectionState {
     pub(super) fn new(token: u64, socket: OwnedFd) -> Self {
         Self {
             token,
@@ -140,7 +140,7 @@ impl Line {
 #[derive(Debug)]
 pub(super) struct Connection {
     hub: Arc<Hub>,
-    line: Arc<Line>,
+    line: Arc<ConnectionState>,
     socket: FrameSocket,
     subscription: Option<Subscription>,
     /// When the frame began that is not complete.
@@ -154,7 +154,7 @@ struct Subscription {
 }
 
 impl Connection {
-    pub(super) fn new(hub: Arc<Hub>, line: Arc<Line>) -> Self {
+    pub(super) fn new(hub: Arc<Hub>, line: Arc<ConnectionState>) -> Self {
         let socket = FrameSocket::from(line.socket.clone());
         Self { hub, line, socket, subscription: None, frame_began: None }
     }
@@ -241,14 +241,14 @@ impl Connection {
             };
             return match interval.map(|interval| self.subscribe(interval)) {
                 Some(Err(errno)) => Some(refused_subscription(frame.request, errno)),
-                _ => Some(self.hub.session.handle_own(role, frame)),
+                _ => Some(self.hub.session.handle_native(role, frame)),
             };
         }
         if role == Role::Operator && takes_memory {
             let denied = RemoteError::new(ErrorCode::Denied, "another connection owns the memory");
             return Awaited::of(&frame).refusal(frame.request, &denied);
         }
-        session.handle_standard(frame)
+        session.handle_vhost_user(frame)
     }
 
     fn subscribe(&mut self, interval: Duration) -> Result<(), Errno> {
@@ -326,7 +326,7 @@ impl Connection {
 /// The thread is at its end.
 struct Ended<'a> {
     hub: &'a Hub,
-    line: &'a Line,
+    line: &'a ConnectionState,
 }
 
 impl Drop for Ended<'_> {

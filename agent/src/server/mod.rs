@@ -21,7 +21,7 @@ use crate::session::shared::SharedSession;
 use crate::transport::backoff::{self, Backoff};
 use crate::transport::unix_path::UnixPathListener;
 use crate::waiting::{NoWait, may_wait};
-use connection::{Connection, Line};
+use connection::{Connection, ConnectionState};
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeMap;
 use std::io;
@@ -55,7 +55,7 @@ pub struct Server {
     accept_again: Option<Instant>,
     /// A new connection that waits for a place since then.
     waiting: Option<(OwnedFd, Instant)>,
-    connections: BTreeMap<u64, (Arc<Line>, JoinHandle<()>)>,
+    connections: BTreeMap<u64, (Arc<ConnectionState>, JoinHandle<()>)>,
     next_token: u64,
     hub: Arc<Hub>,
     /// Ends the agent with that connection, which it inherited.
@@ -262,12 +262,13 @@ impl Server {
         if open().count() < max_connections() {
             return true;
         }
-        let may_go = |line: &&Arc<Line>| {
+        let may_go = |line: &&Arc<ConnectionState>| {
             self.inherited != Some(line.token) && !self.hub.session.is_owner(line.token)
         };
         let now = Instant::now();
-        let unread = |line: &Arc<Line>| line.unread_for().filter(|unread| *unread >= MOMENT);
-        let silent = |line: &Arc<Line>| {
+        let unread =
+            |line: &Arc<ConnectionState>| line.unread_for().filter(|unread| *unread >= MOMENT);
+        let silent = |line: &Arc<ConnectionState>| {
             !line.is_busy() && now.saturating_duration_since(line.last_heard()) >= MOMENT
         };
         let unread_longest = open()
@@ -305,7 +306,7 @@ impl Server {
 
     fn add_connection(&mut self, socket: OwnedFd) -> io::Result<u64> {
         let token = self.next_token;
-        let line = Arc::new(Line::new(token, socket));
+        let line = Arc::new(ConnectionState::new(token, socket));
         self.reactor.add_hangup(line.socket.as_fd(), token)?;
         let connection = Connection::new(self.hub.clone(), line.clone());
         let thread = std::thread::Builder::new().name(format!("connection-{token}"));

@@ -1,9 +1,9 @@
 //! Snapshots and restores are started.
 
-use super::own::Answer;
+use super::native_requests::Answer;
 use super::{Role, Session, check_fds, invalid};
-use crate::restore::Order;
-use crate::restore::ground::{Before, Word};
+use crate::restore::RestorePlan;
+use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
 use crate::snapshot::Plan;
 use pageferry_protocol::control::job::{
     JobKind, OutgoingOptions, RestoreOptions, SnapshotMode, SnapshotOptions,
@@ -63,14 +63,16 @@ impl Session {
             job.start_frozen();
         }
         let before = match asks_first {
-            true => Before::Later,
-            false => Before::Known(Word::from_now(&self.memory).map_err(|error| invalid(&error))?),
+            true => RecordDiscards::FromPause,
+            false => RecordDiscards::SinceRequest(
+                DiscardsSinceRequest::start(&self.memory).map_err(|error| invalid(&error))?,
+            ),
         };
-        let order = Order {
+        let order = RestorePlan {
             path: path.into(),
             options,
             asks_first,
-            before,
+            record_discards: before,
             checkpoint: self.checkpoint.clone(),
         };
         self.run_job(&job, move |job| crate::restore::run(job, &order))?;

@@ -1,7 +1,7 @@
 //! What a VMM and its operator ask for.
 //!
-//! - [`standard`]: the requests of vhost-user, by which any front-end can hand over its memory;
-//! - [`own`]: pageferry's requests;
+//! - [`vhost_user`]: the requests of vhost-user, by which any front-end can hand over its memory;
+//! - [`native_requests`]: pageferry's requests;
 //! - [`images`]: those of them that start snapshots and restores;
 //! - [`registry`]: the blocks, the log, and what they may not be changed under;
 //! - [`shared`]: how the threads of all connections work on it at once;
@@ -15,10 +15,10 @@
 //! and cannot touch the memory.
 
 pub mod images;
-pub mod own;
+pub mod native_requests;
 pub mod registry;
 pub mod shared;
-pub mod standard;
+pub mod vhost_user;
 
 use crate::hooks::Hooks;
 use crate::job::{Job, TooLate};
@@ -55,10 +55,10 @@ pub struct Session {
     /// With its thread, until that was waited for.
     job: Option<(Arc<Job>, Option<JoinHandle<()>>)>,
     /// The last job of the VMM before, for operators who want to know how it ended.
-    before: Earlier,
+    previous: PreviousJob,
     jobs: u64,
     notify: Arc<OwnedFd>,
-    standard: standard::Features,
+    vhost_user: vhost_user::Features,
     /// The agent is about to end.
     stopping: bool,
     /// The VMM is being asked to resume the guest by force.
@@ -69,7 +69,7 @@ pub struct Session {
 
 /// The last job of an earlier session.
 #[derive(Debug, Default)]
-enum Earlier {
+enum PreviousJob {
     /// There was none.
     #[default]
     None,
@@ -79,7 +79,7 @@ enum Earlier {
     Ended(Box<JobStatus>),
 }
 
-impl Earlier {
+impl PreviousJob {
     fn job(&self) -> Option<&Arc<Job>> {
         match self {
             Self::Ending(job, _) => Some(job),
@@ -98,10 +98,10 @@ impl Session {
             trackers: TrackerChoice::default(),
             checkpoint: SharedCheckpoint::default(),
             job: None,
-            before: Earlier::None,
+            previous: PreviousJob::None,
             jobs: 0,
             notify,
-            standard: standard::Features::default(),
+            vhost_user: vhost_user::Features::default(),
             stopping: false,
             resuming: false,
             retired: Vec::new(),
@@ -115,9 +115,9 @@ impl Session {
 
     /// The same for those who ask: if this VMM has had no job yet, that of the one before.
     pub fn report(&self) -> JobStatus {
-        let status = match (&self.job, &self.before) {
-            (None, Earlier::Ending(job, _)) => job.status(),
-            (None, Earlier::Ended(status)) => (**status).clone(),
+        let status = match (&self.job, &self.previous) {
+            (None, PreviousJob::Ending(job, _)) => job.status(),
+            (None, PreviousJob::Ended(status)) => (**status).clone(),
             _ => self.status(),
         };
         // Not those of the job: whoever asks wants to know what the next one would go by.
@@ -125,26 +125,26 @@ impl Session {
     }
 
     /// The job that ended is over for good: it forbids nothing any more.
-    fn settle(&mut self) {
+    fn retire_job(&mut self) {
         if let Some((job, thread)) = self.job.take() {
-            let ended = Earlier::Ended(Box::new(job.status()));
+            let ended = PreviousJob::Ended(Box::new(job.status()));
             self.retired.push(Retired::Job(job, thread));
-            self.forget_before(ended);
+            self.forget_previous(ended);
         }
     }
 
     /// A job ended or went on: lets go of the memory of one whose VMM is gone.
     pub fn job_changed(&mut self) {
-        if let Earlier::Ending(job, _) = &self.before
+        if let PreviousJob::Ending(job, _) = &self.previous
             && job.status().phase.is_final()
         {
-            let ended = Earlier::Ended(Box::new(job.status()));
-            self.forget_before(ended);
+            let ended = PreviousJob::Ended(Box::new(job.status()));
+            self.forget_previous(ended);
         }
     }
 
-    fn forget_before(&mut self, ended: Earlier) {
-        if let Earlier::Ending(job, thread) = std::mem::replace(&mut self.before, ended) {
+    fn forget_previous(&mut self, ended: PreviousJob) {
+        if let PreviousJob::Ending(job, thread) = std::mem::replace(&mut self.previous, ended) {
             self.retired.push(Retired::Job(job, thread));
         }
     }
@@ -152,11 +152,11 @@ impl Session {
     /// The session of the next VMM, after [`Session::end`]. Jobs are counted on.
     pub fn successor(&mut self) -> Self {
         let before = match self.job.take() {
-            Some((job, thread)) => Earlier::Ending(job, thread),
-            None => std::mem::take(&mut self.before),
+            Some((job, thread)) => PreviousJob::Ending(job, thread),
+            None => std::mem::take(&mut self.previous),
         };
         let mut next = Self {
-            before,
+            previous: before,
             jobs: self.jobs,
             stopping: self.stopping,
             ..Self::new(self.notify.clone())
@@ -171,14 +171,14 @@ impl Session {
     }
 
     /// The job that an operator means: the one that runs, or else that of a VMM that is gone.
-    fn steered(&self) -> Option<&Arc<Job>> {
-        self.running().or_else(|| self.before.job().filter(|job| !job.status().phase.is_final()))
+    fn operator_job(&self) -> Option<&Arc<Job>> {
+        self.running().or_else(|| self.previous.job().filter(|job| !job.status().phase.is_final()))
     }
 
     /// The job that is paused in postcopy, if there is one; it may be that of a VMM that is gone,
     /// whose memory it still holds.
     fn paused(&self) -> Option<Arc<Job>> {
-        let mut jobs = self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.before.job());
+        let mut jobs = self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.previous.job());
         jobs.find(|job| job.status().phase == Phase::PostcopyPaused).cloned()
     }
 
@@ -192,7 +192,7 @@ impl Session {
             ));
         }
         // One that is cancelled ends by itself, and nobody asks for it.
-        if let Some(job) = self.before.job().filter(|job| !job.cancel.is_cancelled()) {
+        if let Some(job) = self.previous.job().filter(|job| !job.cancel.is_cancelled()) {
             let JobStatus { job, phase, .. } = job.status();
             if !phase.is_final() {
                 let sentence = format!(
@@ -220,7 +220,7 @@ impl Session {
 
     /// Refuses a job while it is not known, or known not to be so, that the guest is here
     /// (`one-owner`).
-    fn check_ours(&self) -> Result<(), RemoteError> {
+    fn check_guest_is_here(&self) -> Result<(), RemoteError> {
         let JobStatus { job, kind, phase, .. } = self.status();
         match (kind, phase) {
             (JobKind::Outgoing, Phase::Unconfirmed) => Err(RemoteError::new(
@@ -281,21 +281,21 @@ impl Session {
         }
         // A postcopy goes on to its end, which it cannot reach without its connections: then nobody
         // will come to recover it.
-        for job in self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.before.job()) {
-            job.recovery.ask(crate::job::Request::Abandon);
+        for job in self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.previous.job()) {
+            job.recovery.request(crate::job::RecoveryRequest::Abandon);
         }
     }
 
     /// True if no job runs, not even one whose VMM is gone.
     pub fn is_idle(&self) -> bool {
         self.running().is_none()
-            && self.before.job().is_none_or(|job| job.status().phase.is_final())
+            && self.previous.job().is_none_or(|job| job.status().phase.is_final())
     }
 
     /// The jobs whose threads have not been waited for.
     fn take_jobs(&mut self) -> Vec<(Arc<Job>, Option<JoinHandle<()>>)> {
         let mut jobs: Vec<_> = self.job.take().into_iter().collect();
-        if let Earlier::Ending(job, thread) = std::mem::take(&mut self.before) {
+        if let PreviousJob::Ending(job, thread) = std::mem::take(&mut self.previous) {
             jobs.push((job, thread));
         }
         jobs

@@ -112,7 +112,7 @@ impl Session {
         }
         let (blocks, table) = (self.memory.blocks().to_vec(), self.memory.table().clone());
         let memory = GuestMemory::new(blocks, table, self.memory.log.clone());
-        self.memory = Arc::new(memory.of(Arc::new(current)));
+        self.memory = Arc::new(memory.owned_by(Arc::new(current)));
         Ok(())
     }
 
@@ -123,7 +123,7 @@ impl Session {
 
     /// The memory from now on. The last reference to what was before may free a guest's memory.
     pub(super) fn set_memory(&mut self, memory: GuestMemory) {
-        let memory = memory.of(self.memory.current.clone());
+        let memory = memory.owned_by(self.memory.current.clone());
         let before = std::mem::replace(&mut self.memory, Arc::new(memory));
         self.retired.push(Retired::Memory(before));
     }

@@ -82,7 +82,7 @@ impl DerefMut for Locked<'_> {
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
         for retired in std::mem::take(&mut self.state.session.retired) {
-            self.drop_thread.drop_there(retired);
+            self.drop_thread.drop_on_thread(retired);
         }
     }
 }
@@ -211,7 +211,7 @@ impl DropThread {
         Ok(Self { retired: Some(retired), thread: Some(thread) })
     }
 
-    fn drop_there(&self, retired: Retired) {
+    fn drop_on_thread(&self, retired: Retired) {
         // Fails only if the thread is gone; then it is dropped here.
         let _ = self.retired.as_ref().map(|sender| sender.send(retired));
     }
@@ -251,7 +251,7 @@ mod tests {
 
     fn ask(session: &SharedSession, role: Role, request: &Request, fds: Vec<OwnedFd>) -> u32 {
         let frame = Frame { request: request.code(), flags: 0, body: request.encode(), fds };
-        let reply = session.handle_own(role, frame);
+        let reply = session.handle_native(role, frame);
         u32::from_le_bytes(reply.body[..4].try_into().unwrap())
     }
 

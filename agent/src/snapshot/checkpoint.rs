@@ -115,11 +115,11 @@ impl SharedCheckpoint {
 pub struct Changes {
     shared: SharedCheckpoint,
     memory: Arc<GuestMemory>,
-    uses: Option<Uses>,
+    tracked: Option<TrackedChanges>,
 }
 
 /// A snapshot that asks the trackers.
-struct Uses {
+struct TrackedChanges {
     trackers: Trackers,
     started: bool,
     /// Since this image, if any was made.
@@ -145,10 +145,10 @@ impl Changes {
         shared.stop_idle();
         let increment = is_increment(base);
         if !increment && !track {
-            return Ok(Self { shared, memory, uses: None });
+            return Ok(Self { shared, memory, tracked: None });
         }
         let dirty = DirtyPages::none(&memory)?;
-        let uses = |trackers, started, since, ended, dirty| Uses {
+        let uses = |trackers, started, since, ended, dirty| TrackedChanges {
             trackers,
             started,
             since,
@@ -199,13 +199,13 @@ impl Changes {
                 )
             }
         };
-        Ok(Self { shared, memory, uses: Some(uses) })
+        Ok(Self { shared, memory, tracked: Some(uses) })
     }
 
     /// Asks the trackers what was written, and clears it there. Starts them if they are not on.
-    pub fn look(&mut self, job: &Job) -> Result<(), JobError> {
+    pub fn sync(&mut self, job: &Job) -> Result<(), JobError> {
         job.cancel.check()?;
-        let Some(uses) = &mut self.uses else { return Ok(()) };
+        let Some(uses) = &mut self.tracked else { return Ok(()) };
         let fresh = DirtyPages::none(&self.memory)?;
         uses.broken = true;
         if !std::mem::replace(&mut uses.started, true) {
@@ -228,7 +228,7 @@ impl Changes {
     /// A watch of writes is about to take the VMM's mappings from a tracker that needs them for
     /// itself. Also where this snapshot asks no tracker, and a checkpoint is kept for a later one.
     pub fn suspend(&mut self) {
-        match &mut self.uses {
+        match &mut self.tracked {
             Some(uses) => uses.trackers.suspend(),
             None => self.shared.with_kept(Trackers::suspend),
         }
@@ -236,7 +236,7 @@ impl Changes {
 
     /// The watch is over, or was none.
     pub fn resume(&mut self) {
-        match &mut self.uses {
+        match &mut self.tracked {
             Some(uses) => uses.trackers.resume(),
             None => self.shared.with_kept(Trackers::resume),
         }
@@ -244,15 +244,15 @@ impl Changes {
 
     /// What is to be saved of an increment, as far as is known; `None` if all is.
     pub fn changed(&self) -> Option<&DirtyPages> {
-        let uses = self.uses.as_ref().filter(|uses| uses.increment)?;
+        let uses = self.tracked.as_ref().filter(|uses| uses.increment)?;
         Some(uses.at_instant.as_ref().unwrap_or(&uses.dirty))
     }
 
     /// The instant is now: what comes later is for the next image. Returns what is to be saved of
     /// an increment. To be called with [`GuestMemory::marking`] held: what was populated until now
     /// is in the log, and is looked for there once more.
-    pub fn cut(&mut self, later: DirtyPages) -> Result<Option<&DirtyPages>, JobError> {
-        let Some(uses) = &mut self.uses else { return Ok(None) };
+    pub fn begin_epoch(&mut self, later: DirtyPages) -> Result<Option<&DirtyPages>, JobError> {
+        let Some(uses) = &mut self.tracked else { return Ok(None) };
         let mut dirty = std::mem::replace(&mut uses.dirty, later);
         let drained = LogTracker.sync(&self.memory, &dirty);
         uses.broken |= drained.is_err();
@@ -266,12 +266,12 @@ impl Changes {
     }
 
     /// The image has this id; or there is none, and all is as it was before.
-    pub fn end(mut self, image: Option<ImageId>) {
-        self.leave(image);
+    pub fn finish(mut self, image: Option<ImageId>) {
+        self.finish_with(image);
     }
 
-    fn leave(&mut self, image: Option<ImageId>) {
-        let Some(mut uses) = self.uses.take() else { return };
+    fn finish_with(&mut self, image: Option<ImageId>) {
+        let Some(mut uses) = self.tracked.take() else { return };
         let id = match image {
             Some(id) if uses.track => Some(id),
             _ => {
@@ -301,9 +301,9 @@ impl Changes {
 /// A job that ends by a defect leaves nothing known, and no tracker on.
 impl Drop for Changes {
     fn drop(&mut self) {
-        if let Some(uses) = &mut self.uses {
+        if let Some(uses) = &mut self.tracked {
             uses.broken = true;
-            self.leave(None);
+            self.finish_with(None);
         }
     }
 }
@@ -360,12 +360,15 @@ mod tests {
         let kept = Checkpoint { id: [5; 16], dirty: DirtyPages::default(), trackers };
         shared.put(State::Kept(kept));
         let memory = Arc::new(memory(&[64]));
-        let mut changes = Changes { shared: shared.clone(), memory, uses: None };
+        let mut changes = Changes { shared: shared.clone(), memory, tracked: None };
         changes.suspend();
         assert_eq!(noting.noted(), ["suspend"]);
-        assert!(changes.cut(DirtyPages::default()).unwrap().is_none(), "all is to be saved");
+        assert!(
+            changes.begin_epoch(DirtyPages::default()).unwrap().is_none(),
+            "all is to be saved"
+        );
         changes.resume();
-        changes.end(Some([6; 16]));
+        changes.finish(Some([6; 16]));
         assert_eq!(noting.noted(), ["resume"]);
         assert!(matches!(&*shared.lock(), State::Kept(kept) if kept.id == [5; 16]));
         // What comes next changes the memory.

@@ -1,23 +1,23 @@
 //! Snapshots: a guest as it was at one instant, in an image.
 //!
 //! - [`checkpoint`]: what changed since the last image, for increments;
-//! - [`ahead`]: the order in which pages are noted as protected, and are;
+//! - [`protect_steps`]: the order in which pages are noted as protected, and are;
 //! - [`protect`]: memory is protected against writes, before the instant as far as possible;
 //! - [`prepare`]: what can be done before that moment;
-//! - [`instant`]: what there is to save, as of one moment;
-//! - [`faults`]: writes of the guest that runs on;
+//! - [`point_in_time`]: what there is to save, as of one moment;
+//! - [`write_faults`]: writes of the guest that runs on;
 //! - [`sweep`]: all the rest;
 //! - this file: the phases.
 //!
-//! [`crate::memory::capturing`] has the rules of who reads which page when.
+//! [`crate::memory::copy_before_write`] has the rules of who reads which page when.
 
-pub mod ahead;
 pub mod checkpoint;
-pub mod faults;
-pub mod instant;
+pub mod point_in_time;
 pub mod prepare;
 pub mod protect;
+pub mod protect_steps;
 pub mod sweep;
+pub mod write_faults;
 
 use crate::image::blocks::compare;
 use crate::image::chain::{MAX_IMAGES, lineage, name_of_base};
@@ -27,11 +27,11 @@ use crate::job::pause::{PausedGuest, SavedState};
 use crate::job::{Job, JobError, add};
 use crate::tracking::{DirtyPages, TrackerChoice};
 use checkpoint::{Changes, SharedCheckpoint};
-use instant::AsOfNow;
 use pageferry_protocol::control::job::{Phase, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::image::ImageId;
+use point_in_time::PointInTime;
 use prepare::Prepared;
-use protect::Watch;
+use protect::WriteWatch;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -55,7 +55,7 @@ pub struct Plan {
 /// What was captured.
 struct Saved {
     state: SavedState,
-    as_of: AsOfNow,
+    instant: PointInTime,
 }
 
 /// Saves the guest of `job`, and ends the job.
@@ -67,9 +67,9 @@ pub fn run(job: &Arc<Job>, plan: &Plan) {
 fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     if plan.options.mode == SnapshotMode::Background {
-        Watch::check_memory(job)?;
+        WriteWatch::check_memory(job)?;
     }
-    if let Some(id) = job.memory.block_in(&plan.path) {
+    if let Some(id) = job.memory.block_of_file(&plan.path) {
         return Err(Fault::Memory { id }.of(&plan.path).into());
     }
     let base = find_base(job, plan)?;
@@ -80,7 +80,7 @@ fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
     // The watch of writes, if there was one, ended with it.
     changes.resume();
     let outcome = captured.and_then(|saved| finish(job, &writer, &saved, &changes, &base));
-    changes.end(outcome.is_ok().then(|| writer.id()));
+    changes.finish(outcome.is_ok().then(|| writer.id()));
     outcome
 }
 
@@ -114,18 +114,18 @@ fn capture(
     job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut Changes,
 ) -> Result<Saved, JobError> {
     job.enter(Phase::Protecting);
-    changes.look(job)?;
+    changes.sync(job)?;
     let mut watch = match plan.options.mode {
         SnapshotMode::Background => {
             changes.suspend();
-            Some(Watch::begin(job)?)
+            Some(WriteWatch::begin(job)?)
         }
         SnapshotMode::Paused | SnapshotMode::Stopped => None,
     };
     let prepared = Prepared::new(job, watch.is_some())?;
     if let Some(watch) = &watch {
         watch.protect_ahead(&prepared, changes.changed())?;
-        prepared.warm(changes.changed())?;
+        prepared.preallocate_bitmaps(changes.changed())?;
     }
     job.enter(Phase::Stopping);
     let mut paused = match plan.options.mode {
@@ -137,29 +137,29 @@ fn capture(
         Some(paused) => paused.save_state()?,
         None => SavedState::of(job)?,
     };
-    changes.look(job)?;
-    let as_of = AsOfNow::take(job, writer, watch.as_ref(), changes, prepared)?;
+    changes.sync(job)?;
+    let instant = PointInTime::take(job, writer, watch.as_ref(), changes, prepared)?;
     if watch.is_some()
         && let Some(paused) = paused.take()
     {
         paused.resume()?;
     }
     job.enter(Phase::Saving);
-    sweep::run(job, &as_of.capturing, plan.options.workers.into())?;
+    sweep::run(job, &instant.copier, plan.options.workers.into())?;
     if let Some(paused) = paused {
         paused.resume()?;
     }
-    as_of.settle()?;
+    instant.finish()?;
     if let Some(watch) = &mut watch {
         watch.end()?;
         // What was captured for the last faults is put by now, or was not.
-        as_of.capturing.check()?;
+        instant.copier.check()?;
     }
     // All memory was read. If the VMM has this agent now, it had it all the while, and the guest
     // did not run on before: neither one that the VMM itself stopped, nor one whose writes nobody
     // watched any more.
     job.check_wanted()?;
-    Ok(Saved { state, as_of })
+    Ok(Saved { state, instant })
 }
 
 fn finish(
@@ -167,10 +167,10 @@ fn finish(
 ) -> Result<(), JobError> {
     // ---- The line: from here on the image comes to be, and may have its name before a cancel is
     // heard.
-    job.cancel.cross_the_line()?;
+    job.cancel.commit_point()?;
     let SavedState { guest, pieces, file } = &saved.state;
     let (discarded, changed) =
-        (saved.as_of.discarded.all(), changes.changed().map(DirtyPages::all));
+        (saved.instant.discarded.all(), changes.changed().map(DirtyPages::all));
     let rest = Rest { guest: *guest, discarded, changed };
     let totals = writer.complete(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
     // The image is consistent, also if the VMM died meanwhile. But if the VMM has another agent by

@@ -9,7 +9,7 @@
 //! The bitmaps that are filled at the instant have their memory by then, too.
 
 use crate::job::{Job, JobError};
-use crate::memory::owed::Owed;
+use crate::memory::host_page_set::HostPageSet;
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::DirtyPages;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -26,7 +26,7 @@ pub struct Prepared {
     /// For what is written after it: empty.
     pub later: DirtyPages,
     /// For what is to be captured: empty until then.
-    pub pending: Arc<Owed>,
+    pub pending: Arc<HostPageSet>,
 }
 
 impl Prepared {
@@ -36,7 +36,7 @@ impl Prepared {
         let host_page =
             |block: &Arc<Block>| if runs_on { block.backing.host_page_size() } else { PAGE_SIZE };
         let host_pages: Vec<u64> = memory.blocks().iter().map(host_page).collect();
-        let pending = Arc::new(Owed::nothing(&memory, &host_pages)?);
+        let pending = Arc::new(HostPageSet::empty(&memory, &host_pages)?);
         let none = || DirtyPages::none(&memory);
         let (allocated, discarded, later) = (none()?, none()?, none()?);
         Ok(Self { memory, allocated, discarded, later, pending })
@@ -45,10 +45,10 @@ impl Prepared {
     /// Asks which pages of the block at index `at` are allocated of those that were not the last
     /// time. Hands out the pages that are to be saved, word by word: allocated, as far as that is
     /// told, not discarded, and changed, if that is asked for.
-    pub fn to_save(
+    pub fn pages_to_save(
         &self, at: usize, changed: Option<&DirtyPages>, mut found: impl FnMut(u64, u64),
     ) -> Result<(), JobError> {
-        self.look(at)?;
+        self.find_allocated(at)?;
         let (block, allocated) = (&self.memory.blocks()[at], self.allocated.block(at));
         let mut discards = block.discarded.nonzero_words(block.all()).peekable();
         for (word, allocated) in allocated.nonzero_words(allocated.all()) {
@@ -66,7 +66,7 @@ impl Prepared {
         Ok(())
     }
 
-    fn look(&self, at: usize) -> Result<(), JobError> {
+    fn find_allocated(&self, at: usize) -> Result<(), JobError> {
         let (block, allocated) = (&self.memory.blocks()[at], self.allocated.block(at));
         let failed = |source| JobError::Backing { id: block.geometry.id, source };
         let end = block.all().end();
@@ -82,9 +82,9 @@ impl Prepared {
     }
 
     /// Has the kernel give the bitmaps the memory that they need for what is known now.
-    pub fn warm(&self, changed: Option<&DirtyPages>) -> Result<(), JobError> {
+    pub fn preallocate_bitmaps(&self, changed: Option<&DirtyPages>) -> Result<(), JobError> {
         for at in 0..self.memory.blocks().len() {
-            self.to_save(at, changed, |word, pages| self.pending.add_pages(at, word, pages))?;
+            self.pages_to_save(at, changed, |word, pages| self.pending.add_pages(at, word, pages))?;
             let all = self.pending.block(at).bits().all();
             self.pending.take_range(at, all, |_, _| ());
         }
@@ -103,20 +103,20 @@ mod tests {
         let prepared = Prepared::new(&job, false).unwrap();
         let block = &job.memory.blocks()[1];
         let write = |page: u64| block.backing.write(page * PAGE_SIZE, &[1]).unwrap();
-        let to_save = |changed| {
+        let pages_to_save = |changed| {
             let mut found = Vec::new();
-            prepared.to_save(1, changed, |word, bits| found.push((word, bits))).unwrap();
+            prepared.pages_to_save(1, changed, |word, bits| found.push((word, bits))).unwrap();
             found
         };
-        assert_eq!(to_save(None), []);
+        assert_eq!(pages_to_save(None), []);
         [3, 4, 70, 71].into_iter().for_each(write);
         block.discarded.set(PageRange::new(71, 5));
-        assert_eq!(to_save(None), [(0, 0b1_1000), (1, 1 << 6)]);
+        assert_eq!(pages_to_save(None), [(0, 0b1_1000), (1, 1 << 6)]);
         // While the guest runs.
         [5, 130].into_iter().for_each(write);
-        assert_eq!(to_save(None), [(0, 0b11_1000), (1, 1 << 6), (2, 1 << 2)]);
+        assert_eq!(pages_to_save(None), [(0, 0b11_1000), (1, 1 << 6), (2, 1 << 2)]);
         let changed = DirtyPages::none(&job.memory).unwrap();
         changed.block(1).set(PageRange::new(4, 100));
-        assert_eq!(to_save(Some(&changed)), [(0, 0b11_0000), (1, 1 << 6)]);
+        assert_eq!(pages_to_save(Some(&changed)), [(0, 0b11_0000), (1, 1 << 6)]);
     }
 }

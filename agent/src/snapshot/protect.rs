@@ -7,18 +7,18 @@
 //! faults, so there is never much.
 //!
 //! What is noted is the set `ahead`, of host pages that are protected for sure. The order in which
-//! pages are noted and protected makes it so (see [`super::ahead`]): a page that is in the set when
-//! the guest stands still, and no fault is being answered, is protected.
+//! pages are noted and protected makes it so (see [`super::protect_steps`]): a page that is in the
+//! set when the guest stands still, and no fault is being answered, is protected.
 
-use super::ahead;
-use super::faults;
 use super::prepare::Prepared;
+use super::protect_steps;
+use super::write_faults;
 use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
-use crate::memory::block::Freed;
-use crate::memory::capturing::{Capturing, Protection};
+use crate::memory::block::DiscardObserver;
+use crate::memory::copy_before_write::{CopyBeforeWrite, Protection};
+use crate::memory::host_page_set::BlockHostPages;
 use crate::memory::mappings::Mappings;
-use crate::memory::owed::HostPages;
 use crate::tracking::DirtyPages;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -34,11 +34,11 @@ use std::thread::JoinHandle;
 /// Largest host page that can be captured at once when the guest is about to write to it.
 const MAX_HOST_PAGE: u64 = 2 << 20;
 /// Most pages that are protected by one call, 64 MiB: others who change mappings wait for it.
-const AT_ONCE: PageRange = PageRange::new(0, (64 << 20) / PAGE_SIZE);
+const MAX_PROTECTED: PageRange = PageRange::new(0, (64 << 20) / PAGE_SIZE);
 /// Walks ahead, at most. Each leaves less for the pause.
-const WALKS: usize = 4;
+const MAX_WALKS: usize = 4;
 /// Pages that may be left for the pause: 16 MiB.
-const FEW: u64 = (16 << 20) / PAGE_SIZE;
+const FEW_PAGES: u64 = (16 << 20) / PAGE_SIZE;
 
 /// What a write into protected memory means.
 #[derive(Debug)]
@@ -46,25 +46,25 @@ pub enum Mode {
     /// The instant has not come: it is let through, and noted.
     Ahead,
     /// What is written to is captured first.
-    Capturing(Arc<Capturing>),
+    CopyBeforeWrite(Arc<CopyBeforeWrite>),
 }
 
 /// What the thread that answers faults, and the job's, both see.
 #[derive(Debug)]
-pub struct Shared {
+pub struct WatchState {
     /// The protection.
     pub protection: Arc<Protection>,
     /// Held while faults are answered.
     mode: Mutex<Mode>,
     /// Host pages that are protected for sure, before the instant.
-    ahead: Vec<HostPages>,
+    ahead: Vec<BlockHostPages>,
     /// Faults are not answered as they should be: there must be no instant.
     failed: AtomicBool,
 }
 
-impl Shared {
+impl WatchState {
     /// Nothing is protected, and the instant has not come.
-    pub fn new(protection: Arc<Protection>, ahead: Vec<HostPages>) -> Self {
+    pub fn new(protection: Arc<Protection>, ahead: Vec<BlockHostPages>) -> Self {
         let (mode, failed) = (Mutex::new(Mode::Ahead), AtomicBool::new(false));
         Self { protection, mode, ahead, failed }
     }
@@ -83,30 +83,32 @@ impl Shared {
     ///
     /// # Errors
     /// If the registration is gone, or the kernel refuses.
-    pub fn let_through(&self, (at, host_page): (usize, u64)) -> Result<(), JobError> {
+    pub fn allow_write(&self, (at, host_page): (usize, u64)) -> Result<(), JobError> {
         let page = PageRange::new(host_page, 1);
-        ahead::lift(self.ahead[at].bits(), page, || self.protection.lift(at, page))
+        protect_steps::unprotect(self.ahead[at].bits(), page, || {
+            self.protection.unprotect(at, page)
+        })
     }
 }
 
 /// The kernel may drop the protection of what is freed, and who populates it again writes unseen.
-impl Freed for Shared {
-    fn freed(&self, at: usize, range: PageRange) {
-        self.ahead[at].bits().clear(self.ahead[at].of(range));
+impl DiscardObserver for WatchState {
+    fn on_freed(&self, at: usize, range: PageRange) {
+        self.ahead[at].bits().clear(self.ahead[at].covering(range));
     }
 }
 
 /// Memory whose writes are watched. Dropped, it is as it was: whoever waits goes on.
 #[derive(Debug)]
-pub struct Watch {
+pub struct WriteWatch {
     job: Arc<Job>,
-    shared: Arc<Shared>,
+    shared: Arc<WatchState>,
     stop: OwnedFd,
     thread: Option<JoinHandle<()>>,
     watching: bool,
 }
 
-impl Watch {
+impl WriteWatch {
     /// Refuses memory that cannot be protected. To be called before anything is made for the image.
     ///
     /// # Errors
@@ -127,8 +129,9 @@ impl Watch {
     /// Has the VMM register its mappings, and answers faults from now on.
     pub fn begin(job: &Arc<Job>) -> Result<Self, JobError> {
         let ahead = job.memory.blocks().iter();
-        let ahead = ahead
-            .map(|block| HostPages::none(block.geometry.pages(), block.backing.host_page_size()));
+        let ahead = ahead.map(|block| {
+            BlockHostPages::empty(block.geometry.pages(), block.backing.host_page_size())
+        });
         let ahead = ahead.collect::<Result<_, _>>()?;
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let stop = stop.map_err(|errno| JobError::Io {
@@ -137,13 +140,13 @@ impl Watch {
         })?;
         let end = stop.try_clone().map_err(JobError::from_io("duplicate an event descriptor"))?;
         let timeout = job.options().hook_timeout;
-        let undo = Unwatch { job, armed: true };
+        let undo = UnwatchOnDrop { job, armed: true };
         let uffd: Userfaultfd = job.hooks.watch_writes(timeout)?.into();
         let protection = Arc::new(Protection { uffd, mappings: Mappings::of(&job.memory) });
-        let shared = Arc::new(Shared::new(protection, ahead));
-        let thread = faults::start(job, &shared, end)?;
+        let shared = Arc::new(WatchState::new(protection, ahead));
+        let thread = write_faults::start(job, &shared, end)?;
         undo.disarm();
-        job.memory.set_freed(Some(shared.clone()));
+        job.memory.set_discard_observer(Some(shared.clone()));
         Ok(Self { job: job.clone(), shared, stop, thread: Some(thread), watching: true })
     }
 
@@ -161,7 +164,7 @@ impl Watch {
     }
 
     /// No fault is answered while this is held.
-    pub fn hold(&self) -> MutexGuard<'_, Mode> {
+    pub fn hold_faults(&self) -> MutexGuard<'_, Mode> {
         self.shared.mode()
     }
 
@@ -170,16 +173,16 @@ impl Watch {
         &self, prepared: &Prepared, changed: Option<&DirtyPages>,
     ) -> Result<(), JobError> {
         let memory = &self.job.memory;
-        for _ in 0..WALKS {
+        for _ in 0..MAX_WALKS {
             let mut left = 0;
             for at in 0..memory.blocks().len() {
                 let unit = self.shared.ahead[at].unit();
                 let wanted =
-                    HostPages::none(memory.blocks()[at].geometry.pages(), unit * PAGE_SIZE)?;
-                prepared.to_save(at, changed, |word, pages| wanted.add_pages(word, pages))?;
+                    BlockHostPages::empty(memory.blocks()[at].geometry.pages(), unit * PAGE_SIZE)?;
+                prepared.pages_to_save(at, changed, |word, pages| wanted.add_pages(word, pages))?;
                 left += self.protect_rest(at, wanted.bits())? * unit;
             }
-            if left <= FEW {
+            if left <= FEW_PAGES {
                 break;
             }
         }
@@ -188,8 +191,8 @@ impl Watch {
 
     /// Protects those of the host pages `wanted` that are not protected yet. Returns how many.
     pub fn protect_rest(&self, at: usize, wanted: &MappedBitmap) -> Result<u64, JobError> {
-        let Shared { protection, ahead, .. } = &*self.shared;
-        let (noted, most) = (ahead[at].bits(), ahead[at].of(AT_ONCE).count);
+        let WatchState { protection, ahead, .. } = &*self.shared;
+        let (noted, most) = (ahead[at].bits(), ahead[at].covering(MAX_PROTECTED).count);
         let mut count = 0;
         let mut run = PageRange::default();
         let mut protect = |run: PageRange| {
@@ -200,10 +203,12 @@ impl Watch {
             self.job.check()?;
             self.check()?;
             count += run.count;
-            ahead::protect(noted, run, || protection.protect(at, run))
+            protect_steps::protect(noted, run, || protection.protect(at, run))
         };
         for (word, bits) in wanted.nonzero_words(wanted.all()) {
-            for next in runs_of_word(word * WORD_BITS, ahead::rest(noted, word, bits)) {
+            for next in
+                runs_of_word(word * WORD_BITS, protect_steps::not_protected(noted, word, bits))
+            {
                 if next.first == run.end() && run.count < most {
                     run.count += next.count;
                 } else {
@@ -221,7 +226,7 @@ impl Watch {
         if !std::mem::take(&mut self.watching) {
             return Ok(());
         }
-        self.job.memory.set_freed(None);
+        self.job.memory.set_discard_observer(None);
         let unwatched = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout);
         // Nobody answers faults in a moment. But what a VMM that gave this agent up has taken back
         // is lifted already, and what is protected there now the next agent has protected.
@@ -237,14 +242,14 @@ impl Watch {
 
     fn lift_all(&self) {
         for (at, block) in self.shared.ahead.iter().enumerate() {
-            if let Err(error) = self.shared.protection.lift(at, block.bits().all()) {
+            if let Err(error) = self.shared.protection.unprotect(at, block.bits().all()) {
                 log::debug!("{}", crate::error::chain(&error));
             }
         }
     }
 }
 
-impl Drop for Watch {
+impl Drop for WriteWatch {
     fn drop(&mut self) {
         if let Err(error) = self.end() {
             log::warn!("job {}: {}", self.job.id, crate::error::chain(&error));
@@ -253,18 +258,18 @@ impl Drop for Watch {
 }
 
 /// Takes a registration back that may have been made.
-struct Unwatch<'a> {
+struct UnwatchOnDrop<'a> {
     job: &'a Job,
     armed: bool,
 }
 
-impl Unwatch<'_> {
+impl UnwatchOnDrop<'_> {
     fn disarm(mut self) {
         self.armed = false;
     }
 }
 
-impl Drop for Unwatch<'_> {
+impl Drop for UnwatchOnDrop<'_> {
     fn drop(&mut self) {
         if self.armed
             && let Err(error) =
@@ -282,8 +287,8 @@ mod tests {
 
     #[test]
     fn host_pages_that_cannot_be_captured_at_once_are_saved_in_mode_paused() {
-        Watch::check_memory(&huge(2 << 20)).unwrap();
-        let error = Watch::check_memory(&gigantic()).unwrap_err().to_string();
+        WriteWatch::check_memory(&huge(2 << 20)).unwrap();
+        let error = WriteWatch::check_memory(&gigantic()).unwrap_err().to_string();
         assert!(
             error.contains("block 0")
                 && error.contains("0x40000000")

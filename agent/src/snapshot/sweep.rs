@@ -5,14 +5,14 @@
 //! it is quiet.
 
 use crate::job::{Job, JobError};
-use crate::memory::capturing::Capturing;
+use crate::memory::copy_before_write::CopyBeforeWrite;
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::Builder;
 
 /// Captures all that is pending, with `workers` threads.
-pub fn run(job: &Job, capturing: &Capturing, workers: usize) -> Result<(), JobError> {
-    let sweep = Sweep { job, capturing, failed: AtomicBool::new(false) };
+pub fn run(job: &Job, copier: &CopyBeforeWrite, workers: usize) -> Result<(), JobError> {
+    let sweep = Sweep { job, copier, failed: AtomicBool::new(false) };
     std::thread::scope(|scope| {
         let sweep = &sweep;
         // If the kernel gives no more threads, those that there are do it.
@@ -24,12 +24,12 @@ pub fn run(job: &Job, capturing: &Capturing, workers: usize) -> Result<(), JobEr
         rest.fold(first, |outcome, other| outcome.and(other))
     })?;
     // Here and not in a worker: only the first who asks is told why.
-    capturing.check()
+    copier.check()
 }
 
 struct Sweep<'a> {
     job: &'a Job,
-    capturing: &'a Capturing,
+    copier: &'a CopyBeforeWrite,
     /// A worker failed: the others stop, too.
     failed: AtomicBool,
 }
@@ -44,22 +44,22 @@ impl Sweep<'_> {
     }
 
     fn capture(&self, worker: usize) -> Result<(), JobError> {
-        let (memory, pending) = (&self.job.memory, self.capturing.pending());
-        let mut batch = self.capturing.batch(memory)?;
+        let (memory, pending) = (&self.job.memory, self.copier.pending());
+        let mut batch = self.copier.batch(memory)?;
         while !self.failed.load(Ordering::Relaxed) {
             self.job.check()?;
-            if self.capturing.has_failed() {
+            if self.copier.has_failed() {
                 break;
             }
-            let Some((at, range)) = self.capturing.cursor.claim(pending) else { break };
-            let pages = self.capturing.sweep(memory, worker, at, range, &mut batch)?;
+            let Some((at, range)) = self.copier.cursor.claim(pending) else { break };
+            let pages = self.copier.sweep(memory, worker, at, range, &mut batch)?;
             // After it was done: a piece that is paid for first would be claimed by others
             // meanwhile. Who waits for its turn hears that others failed: a guest may wait for the
             // end of it; or that nothing is left.
             let over = || {
                 self.failed.load(Ordering::Relaxed)
-                    || self.capturing.has_failed()
-                    || pending.left() == 0
+                    || self.copier.has_failed()
+                    || pending.remaining_pages() == 0
             };
             self.job.limiter.wait_unless((pages * PAGE_SIZE) as usize, &self.job.cancel, over)?;
         }

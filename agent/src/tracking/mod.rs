@@ -233,7 +233,7 @@ impl Trackers {
     ///
     /// # Errors
     /// If the scan fails.
-    pub fn vague(&self, block: &Block, word: u64, pages: u64) -> Result<u64, TrackingError> {
+    pub fn imprecise(&self, block: &Block, word: u64, pages: u64) -> Result<u64, TrackingError> {
         let Some(pagemap) = self
             .pagemap
             .as_ref()
@@ -540,9 +540,9 @@ mod tests {
             // Where no process has anything: whoever asks about it fails.
             Block::new(geometry, backing, 1 << 63, None).unwrap()
         };
-        assert_eq!(trackers.vague(&block(true), 1, u64::MAX).unwrap(), 0);
-        assert_eq!(trackers.vague(&block(false), 1, 0).unwrap(), 0);
-        let asked = trackers.vague(&block(false), 1, 1).unwrap_err();
+        assert_eq!(trackers.imprecise(&block(true), 1, u64::MAX).unwrap(), 0);
+        assert_eq!(trackers.imprecise(&block(false), 1, 0).unwrap(), 0);
+        let asked = trackers.imprecise(&block(false), 1, 1).unwrap_err();
         assert!(matches!(asked, TrackingError::Scan { id: 3, .. }), "{asked}");
     }
 

@@ -22,7 +22,7 @@ const BURST: Duration = Duration::from_millis(20);
 const PORTION: Duration = Duration::from_millis(100);
 
 /// Longest delay before a waiter sees a change of the limit.
-const LOOK: Duration = Duration::from_millis(100);
+const MAX_WAIT: Duration = Duration::from_millis(100);
 
 /// Holds senders back.
 #[derive(Debug)]
@@ -121,7 +121,9 @@ impl Limiter {
         let due = self.clock.fetch_add(cost, Ordering::Relaxed);
         loop {
             let left = Duration::from_nanos(due.saturating_sub(self.now()));
-            if left.is_zero() || self.rate.load(Ordering::Relaxed) != rate || wait(left.min(LOOK))?
+            if left.is_zero()
+                || self.rate.load(Ordering::Relaxed) != rate
+                || wait(left.min(MAX_WAIT))?
             {
                 return Ok(());
             }

@@ -5,14 +5,14 @@
 //! - [`backoff`]: what a listener does when it cannot accept a connection;
 //! - [`resolve`]: name look-ups that end in time;
 //! - [`stream`]: a connected stream: records in and out, with deadlines;
-//! - [`queue`]: how much of a stream lies in the kernel's queues;
+//! - [`socket_queue`]: how much of a stream lies in the kernel's queues;
 //! - [`limiter`]: the bandwidth limit.
 
 pub mod address;
 pub mod backoff;
 pub mod limiter;
-pub mod queue;
 pub mod resolve;
+pub mod socket_queue;
 pub mod stream;
 pub mod unix_path;
 pub mod unix_socket;

@@ -55,7 +55,7 @@ impl StreamSocket {
 
     /// The same socket, on which the peer has less time to take what is written.
     #[must_use]
-    pub fn hurried(&self, timeout: Duration) -> Self {
+    pub fn with_deadline(&self, timeout: Duration) -> Self {
         Self { timeout: timeout.min(self.timeout), ..self.clone() }
     }
 
@@ -231,7 +231,7 @@ pub struct RecordReader {
 
 /// Who is read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Whose {
+enum HelloFrom {
     /// A peer whose hello was accepted.
     Peer,
     /// One that is not known yet: nothing but a hello is taken from it.
@@ -263,13 +263,13 @@ impl RecordReader {
     }
 
     /// Changes how long the peer may be silent before it begins a record.
-    pub fn set_patience(&mut self, patience: Duration) {
+    pub fn set_timeout(&mut self, patience: Duration) {
         self.patience = Some(patience);
     }
 
     /// The peer may be silent for as long as it likes: it has nothing to say unless something
     /// happens.
-    pub fn wait_for_ever(&mut self) {
+    pub fn set_no_timeout(&mut self) {
         self.patience = None;
     }
 
@@ -281,7 +281,7 @@ impl RecordReader {
         // Since when the record is waited for, and since when it has begun.
         let (mut asked, mut begun) = (None, None);
         loop {
-            let missing = match self.poll_next(Whose::Peer)? {
+            let missing = match self.poll_next(HelloFrom::Peer)? {
                 Next::Record(kind, header) => return Ok(self.take(kind, header)),
                 Next::Missing(missing) => missing,
             };
@@ -314,7 +314,7 @@ impl RecordReader {
     /// # Errors
     /// If it is malformed, or the peer is gone.
     pub fn try_read(&mut self) -> Result<Option<ReceivedRecord<'_>>, TransportError> {
-        match self.poll_next(Whose::Peer)? {
+        match self.poll_next(HelloFrom::Peer)? {
             Next::Record(kind, header) => Ok(Some(self.take(kind, header))),
             Next::Missing(_) => Ok(None),
         }
@@ -326,14 +326,14 @@ impl RecordReader {
     /// # Errors
     /// If it is no hello, or malformed, or the peer is gone.
     pub fn try_read_hello(&mut self) -> Result<Option<&[u8]>, TransportError> {
-        match self.poll_next(Whose::Stranger)? {
+        match self.poll_next(HelloFrom::Stranger)? {
             Next::Record(kind, header) => Ok(Some(self.take(kind, header).payload)),
             Next::Missing(_) => Ok(None),
         }
     }
 
     /// The next record, if all of it is here by now. Does not wait.
-    fn poll_next(&mut self, whose: Whose) -> Result<Next, TransportError> {
+    fn poll_next(&mut self, whose: HelloFrom) -> Result<Next, TransportError> {
         let missing = self.fill(RECORD_SIZE, whose)?;
         if missing > 0 {
             return Ok(Next::Missing(missing));
@@ -342,7 +342,8 @@ impl RecordReader {
         bytes.copy_from_slice(&self.buffer[self.start..self.start + RECORD_SIZE]);
         let header = RecordHeader::from_wire(bytes);
         let kind = header.check()?;
-        if whose == Whose::Stranger && (kind != Kind::Hello || header.payload_length() > MAX_HELLO)
+        if whose == HelloFrom::Stranger
+            && (kind != Kind::Hello || header.payload_length() > MAX_HELLO)
         {
             return Err(TransportError::NoHello { kind, length: header.payload_length() });
         }
@@ -364,7 +365,7 @@ impl RecordReader {
 
     /// Reads until `needed` bytes are in the buffer, or no more are there; returns how many are
     /// missing. `needed` was checked against the format's limits.
-    fn fill(&mut self, needed: usize, whose: Whose) -> Result<usize, TransportError> {
+    fn fill(&mut self, needed: usize, whose: HelloFrom) -> Result<usize, TransportError> {
         debug_assert!(needed <= RECORD_SIZE + MAX_PAYLOAD);
         if self.end - self.start >= needed {
             return Ok(0);
@@ -373,7 +374,8 @@ impl RecordReader {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
-            let size = if whose == Whose::Stranger { needed.max(4096) } else { needed.max(BUFFER) };
+            let size =
+                if whose == HelloFrom::Stranger { needed.max(4096) } else { needed.max(BUFFER) };
             if self.buffer.len() < size {
                 self.buffer.resize(size, 0);
             }

@@ -152,8 +152,8 @@ impl<'a> Decoder<'a> {
         Ok(u64::from_le_bytes(self.array(field)?))
     }
 
-    /// The next 32-bit number, in which only the bits of `known` may be set. `allowed` says in words
-    /// which these are.
+    /// The next 32-bit number, in which only the bits of `known` may be set. `allowed` says in
+    /// words which these are.
     ///
     /// # Errors
     /// If the body ends first, or another bit is set.

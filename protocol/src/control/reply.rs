@@ -145,14 +145,17 @@ reply_fields! {
         /// 1 if the file cannot shrink under the agent (`F_SEAL_SHRINK`).
         sealed: u32,
     }
-    /// Answer to [`Request::Discard`](super::request::Request::Discard), [`Request::Free`](super::request::Request::Free) and [`Request::Populate`](super::request::Request::Populate).
+    /// Answer to [`Request::Discard`](super::request::Request::Discard),
+    /// [`Request::Free`](super::request::Request::Free) and
+    /// [`Request::Populate`](super::request::Request::Populate).
     RangesReply {
         /// Pages whose state changed.
         changed_pages: u64,
     }
 }
 
-/// Answer to the requests that start a job, and to [`Request::Recover`](super::request::Request::Recover).
+/// Answer to the requests that start a job, and to
+/// [`Request::Recover`](super::request::Request::Recover).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobStarted {
     /// Number of the job.

@@ -59,8 +59,8 @@ pub const FEATURE_FENCE: u64 = 1 << 0;
 /// What a VMM or an operator asks of the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
-    /// Opens the own part of the protocol. Answered by [`HelloReply`](super::reply::HelloReply), and with [`FEATURE_FENCE`]
-    /// by a pidfd of the agent.
+    /// Opens the own part of the protocol. Answered by [`HelloReply`](super::reply::HelloReply),
+    /// and with [`FEATURE_FENCE`] by a pidfd of the agent.
     Hello {
         /// Lowest version the sender speaks.
         version_min: u16,
@@ -173,7 +173,8 @@ pub enum Request {
         /// How, if another agent began it; the job that is paused here keeps its own.
         options: OutgoingOptions,
     },
-    /// Starts to save the guest into an image. Answered by [`JobStarted`](super::reply::JobStarted).
+    /// Starts to save the guest into an image. Answered by
+    /// [`JobStarted`](super::reply::JobStarted).
     StartSnapshot {
         /// Path of the image, from the root.
         path: String,

@@ -7,7 +7,7 @@
 //! The model fails if a page is read while it changes or after it did, if it is captured twice or
 //! not at all, and if the guest waits for ever.
 
-use crate::memory::capture_steps::{before_punch, before_the_end, before_write, capture};
+use crate::memory::capture_steps::{before_punch, before_unregister, before_write, capture};
 use crate::memory::fence::{FAULTS, Readers, SESSION};
 use crate::shm::bitmap::{Bitmap, WORD_BITS};
 use loom::cell::UnsafeCell;
@@ -179,7 +179,7 @@ impl Snapshot {
 
     /// A worker found nothing pending: the registration is taken back.
     fn end(&self) {
-        before_the_end(&self.readers);
+        before_unregister(&self.readers);
         self.over.store(true, Ordering::Release);
         (0..2).for_each(|word| self.lift(word, u64::MAX));
     }

@@ -3,12 +3,12 @@
 //! loom's atomics, locks and threads in the place of the standard ones.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod ahead;
 mod bitmap;
 mod capture;
-mod claims;
+mod fault_steps;
 mod fence;
 mod marking;
+mod protect_steps;
 
 #[path = "../../../protocol/src/shm"]
 mod shm {
@@ -32,7 +32,7 @@ mod memory {
         pub(crate) use std::sync::PoisonError;
     }
     pub(crate) mod capture_steps;
-    pub(crate) mod claims;
+    pub(crate) mod fault_steps;
     pub(crate) mod fence;
     pub(crate) mod marking;
 }
@@ -41,5 +41,5 @@ mod memory {
 mod snapshot {
     pub(crate) use super::shm::bitmap;
     #[allow(dead_code, unreachable_pub, reason = "it is all of the agent's file")]
-    pub(crate) mod ahead;
+    pub(crate) mod protect_steps;
 }

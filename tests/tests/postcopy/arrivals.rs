@@ -1,7 +1,7 @@
 //! A fault that comes while its page is being placed.
 
-use pageferry_agent::memory::arriving::{Answer, Arriving};
-use pageferry_agent::memory::owed::Owed;
+use pageferry_agent::memory::host_page_set::HostPageSet;
+use pageferry_agent::memory::missing_pages::{FaultOutcome, MissingPages};
 use pageferry_agent::memory::{Backing, Block, GuestMemory};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
 use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, Userfaultfd, feature};
@@ -37,11 +37,12 @@ fn a_fault_on_a_page_that_was_taken_and_is_not_placed_yet_gets_its_content() {
         Backing::new(mapped.file().as_fd().try_clone_to_owned().unwrap(), 0, range.length).unwrap();
     let block = Arc::new(Block::new(geometry, backing, range.start, None).unwrap());
     let memory = GuestMemory::new(vec![block], BlockTable::new(), None);
-    let owed = Arc::new(Owed::nothing(&memory, &[PAGE_SIZE]).unwrap());
-    owed.add_pages(0, 0, u64::MAX);
+    let missing = Arc::new(HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap());
+    missing.add_pages(0, 0, u64::MAX);
     let for_agent = uffd.as_fd().try_clone_to_owned().unwrap();
-    let arriving = Arriving::new(&memory, owed.clone(), for_agent, false, Arc::default()).unwrap();
-    let (memory, arriving) = (&memory, &arriving);
+    let missing_pages =
+        MissingPages::new(&memory, missing.clone(), for_agent, false, Arc::default()).unwrap();
+    let (memory, missing_pages) = (&memory, &missing_pages);
 
     for page in 0..PAGES {
         let stamp = 1000 + page;
@@ -59,20 +60,20 @@ fn a_fault_on_a_page_that_was_taken_and_is_not_placed_yet_gets_its_content() {
             while uffd.read_faults(&mut faults).unwrap() == 0 {
                 std::thread::yield_now();
             }
-            assert_eq!(arriving.locate(faults[0]), Some((0, page)));
+            assert_eq!(missing_pages.locate(faults[0]), Some((0, page)));
             // As an arrival does: it takes the page, and then places it.
             let fault = scope.spawn(|| {
                 taken.wait();
-                arriving.fault(&memory.readers, (0, page), Instant::now()).unwrap()
+                missing_pages.fault(&memory.readers, (0, page), Instant::now()).unwrap()
             });
             let reading = memory.readers.reading(0, 0, 0);
-            assert_eq!(owed.take(0, 0, 1 << page), 1 << page);
+            assert_eq!(missing.take(0, 0, 1 << page), 1 << page);
             taken.wait();
             (0..100).for_each(|_| std::thread::yield_now());
             let placed = uffd.copy(range.start + page * PAGE_SIZE, &content);
             drop(reading);
             assert!(placed.is_ok(), "page {page} was there before its content");
-            assert_eq!(fault.join().unwrap(), Answer::Here);
+            assert_eq!(fault.join().unwrap(), FaultOutcome::Resolved);
             assert_eq!(touch.join().unwrap(), stamp);
         });
     }

@@ -79,7 +79,7 @@ fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
         "{} of {asked} were asked for",
         theirs.requested_pages
     );
-    assert_eq!(ours.requested_pages + ours.pushed_pages, USED.count, "nothing else was owed");
+    assert_eq!(ours.requested_pages + ours.pushed_pages, USED.count, "nothing else was missing");
     // A page that is asked for while its push is on its way is sent once more.
     let twice = ours.pages_sent.checked_sub(USED.count).unwrap();
     assert!(twice <= theirs.requested_pages, "{twice} pages were sent twice");

@@ -81,11 +81,11 @@ fn what_a_destination_says_it_has_is_checked_before_it_is_believed() {
         (&["received record", "page count is 0x0"], Box::new(move |_| received(0, 0, &[]))),
         // The rest never comes, and whichever side is the first to have waited long enough says so.
         (&[], Box::new(move |_| received(0, 64, &all[..1]))),
-        lie(&["lacks 0x1 pages from page 0xc4 of block 3", "never owed"], |mut true_words| {
+        lie(&["lacks 0x1 pages from page 0xc4 of block 3", "never missing"], |mut true_words| {
             true_words[3] &= !(1 << (HOLES.start - 192));
             about(Kind::Received, BLOCK, 0, PAGES, encode_bitmap(true_words))
         }),
-        lie(&["from page 0x3c of block 3", "never owed"], |mut true_words| {
+        lie(&["from page 0x3c of block 3", "never missing"], |mut true_words| {
             true_words[0] &= !(1 << DISCARDED);
             about(Kind::Received, BLOCK, 0, PAGES, encode_bitmap(true_words))
         }),

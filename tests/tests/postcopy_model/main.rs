@@ -234,7 +234,7 @@ struct Attempt<'a> {
     relay: Relay,
     guest: Option<Guest>,
     /// Pages that are to come, and that the guest did not discard.
-    owed: BTreeSet<Page>,
+    missing: BTreeSet<Page>,
     /// The source gave the guest up.
     committed: bool,
     /// The destination said that all is there.
@@ -278,7 +278,7 @@ impl Attempt<'_> {
 
     fn look(&mut self, record: &Passing) {
         match record.kind {
-            Kind::Remaining => self.owed.extend(record.bitmap()),
+            Kind::Remaining => self.missing.extend(record.bitmap()),
             Kind::Commit => self.committed = true,
             Kind::Complete if !record.to_destination => self.complete = true,
             Kind::Data if record.header.flags() & FLAGS_COMPRESSED == 0 => {
@@ -354,7 +354,7 @@ impl Attempt<'_> {
             0 => {
                 for page in discard(self.chance, guest, self.destination) {
                     self.relay.settle(page, guest.was_touched(page));
-                    self.owed.remove(&page);
+                    self.missing.remove(&page);
                 }
             }
             1 => populate(self.chance, guest, self.destination),
@@ -362,7 +362,7 @@ impl Attempt<'_> {
             3 => {
                 for page in free(self.chance, guest, self.destination) {
                     self.relay.settle(page, guest.was_touched(page));
-                    self.owed.remove(&page);
+                    self.missing.remove(&page);
                 }
             }
             _ => {}
@@ -474,7 +474,7 @@ impl Attempt<'_> {
         let status = self.destination.client.wait(incoming, SOON).unwrap();
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
         self.at_destination();
-        Outcome::Moved(Box::new(Moved { guest: self.guest.unwrap(), placed: self.owed }))
+        Outcome::Moved(Box::new(Moved { guest: self.guest.unwrap(), placed: self.missing }))
     }
 }
 
@@ -553,7 +553,7 @@ fn attempt(
     let target = Target::Address(format!("unix:{}", relay_path.display()));
     let outgoing = source.client.start_outgoing(target, &plan.options).unwrap().job;
     let cuts = if chance.one_in(2) { 1 + chance.below(4) } else { 0 };
-    let (owed, guest) = (BTreeSet::new(), None);
+    let (missing, guest) = (BTreeSet::new(), None);
     let (committed, complete, cut, cancelled) = (false, false, false, false);
     Attempt {
         chance,
@@ -562,7 +562,7 @@ fn attempt(
         destination,
         relay,
         guest,
-        owed,
+        missing,
         committed,
         complete,
         cuts,

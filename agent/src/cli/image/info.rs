@@ -7,7 +7,7 @@ use super::{ImageArgs, Outcome, absolute, counted, text_of};
 use crate::cli::show;
 use crate::error::chain as sentence;
 use crate::image::chain::{base_path, images};
-use crate::image::picture::{Tally, View};
+use crate::image::map_picture::{Tally, View};
 use crate::image::{Image, ImageError};
 use pageferry_protocol::image::header::{FEATURES, VERSION};
 use pageferry_protocol::image::id_text;

@@ -2,8 +2,8 @@
 
 use super::{ImageArgs, Outcome, absolute, info, text_of};
 use crate::cli::show;
+use crate::image::map_picture::{Colour, MAX_WIDTH, Picture, Tally, View, pages_per_cell};
 use crate::image::new_file::{FileKind, write_new};
-use crate::image::picture::{Colour, MAX_WIDTH, Picture, Tally, View, pages_per_cell};
 use crate::image::{Chain, Image};
 use clap::Args;
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};

@@ -121,16 +121,16 @@ fn what_is_given_back_after_it_was_announced_as_remaining_need_not_come() {
     assert_eq!(placer.expect_remaining(&header, &0b11_1100u64.to_le_bytes()).unwrap(), 4);
     free(4);
     memory.discard(&given_back(), true).unwrap();
-    let Remaining { owed, given_back, .. } = placer.into_remaining();
-    let noted = given_back.noted();
+    let Remaining { missing, given_back, .. } = placer.into_remaining();
+    let noted = given_back.recorded();
     let pages = |bits: &MappedBitmap| bits.word(0);
     assert_eq!(
-        (owed.left(), pages(noted.freed(0)), pages(noted.discarded(0))),
+        (missing.remaining_pages(), pages(noted.freed(0)), pages(noted.discarded(0))),
         (4, 1 << 4, 1 << 5)
     );
 }
 
-/// What is owed is a hole, whatever was looked at, and however many pages the file has.
+/// What is missing is a hole, whatever was looked at, and however many pages the file has.
 #[test]
 fn what_is_owed_is_a_hole_also_if_the_file_has_as_many_pages_as_came() {
     for (touched, given) in

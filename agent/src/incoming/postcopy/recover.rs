@@ -4,11 +4,11 @@
 //! or to where an operator has this side listen, too.
 
 use super::super::accept::{Accepted, accept_again};
-use super::super::say_error;
-use super::Incomplete;
-use super::arrive::{Arrival, say_complete};
-use crate::faults::is_gone;
-use crate::job::{JobError, Request, add};
+use super::super::send_error;
+use super::PostcopyGuest;
+use super::page_receiver::{PageReceiver, send_complete};
+use crate::job::{JobError, RecoveryRequest, add};
+use crate::missing_faults::is_gone;
 use crate::transport::StreamSocket;
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::memory::PageRange;
@@ -17,7 +17,7 @@ use pageferry_protocol::stream::payload::{MAX_BITMAP_PAGES, encode_bitmap};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::time::Instant;
 
-impl Incomplete {
+impl PostcopyGuest {
     /// The connections broke: waits for the source as often as it takes, and receives the rest.
     ///
     /// # Errors
@@ -29,10 +29,10 @@ impl Incomplete {
             self.requests.disconnect();
             // It would read only that the connections closed.
             if !matches!(why, JobError::Transport(_) | JobError::Cancelled) {
-                say_error(accepted, &why);
+                send_error(accepted, &why);
             }
             accepted.sockets().iter().for_each(StreamSocket::shut);
-            if let JobError::Arriving(error) = &why
+            if let JobError::MissingPages(error) = &why
                 && is_gone(error)
             {
                 return Err(why);
@@ -42,7 +42,7 @@ impl Incomplete {
             *accepted = self.wait()?;
             self.job.recovery.resume();
             self.job.enter(Phase::Recovering);
-            match self.go_on(accepted) {
+            match self.continue_on(accepted) {
                 Ok(()) => return Ok(()),
                 Err(error) => {
                     self.job.cancel.check()?;
@@ -66,36 +66,37 @@ impl Incomplete {
                 return Ok(accepted);
             }
             match self.job.recovery.take() {
-                Some(Request::Listen(listener)) => {
+                Some(RecoveryRequest::Listen(listener)) => {
                     log::info!("job {}: listening at {}, too", self.job.id, listener.address());
                     self.listeners.push(listener);
                 }
-                Some(Request::Abandon) => return Err(JobError::Abandoned),
-                Some(Request::Connect(_)) | None => {}
+                Some(RecoveryRequest::Abandon) => return Err(JobError::Abandoned),
+                Some(RecoveryRequest::Connect(_)) | None => {}
             }
         }
     }
 
-    fn go_on(&self, accepted: &mut Accepted) -> Result<(), JobError> {
-        accepted.say_accept(&self.job)?;
-        self.say_received(accepted)?;
-        self.requests.connect(&self.job, &self.arriving, &accepted.urgent);
+    fn continue_on(&self, accepted: &mut Accepted) -> Result<(), JobError> {
+        accepted.send_accept(&self.job)?;
+        self.send_received(accepted)?;
+        self.requests.connect(&self.job, &self.missing_pages, &accepted.urgent);
         self.job.unpause();
-        Arrival::new(&self.job, &self.arriving, accepted).run(|_, _| Ok(()))
+        PageReceiver::new(&self.job, &self.missing_pages, accepted).run(|_, _| Ok(()))
     }
 
-    /// Tells the source what is not owed any more: it is here, never was, or was discarded.
-    fn say_received(&self, accepted: &Accepted) -> Result<(), JobError> {
+    /// Tells the source what is not missing any more: it is here, never was, or was discarded.
+    fn send_received(&self, accepted: &Accepted) -> Result<(), JobError> {
         for geometry in self.job.memory.table().blocks() {
             let id = geometry.id;
             let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
-            let owed = self.arriving.owed().block(at);
+            let missing = self.missing_pages.missing().block(at);
             for first in (0..geometry.pages()).step_by(MAX_BITMAP_PAGES as usize) {
                 let range = PageRange::new(first, MAX_BITMAP_PAGES).intersection(&block.all());
                 let words = range.first / WORD_BITS..range.end().div_ceil(WORD_BITS);
                 let valid =
                     |word: u64| word_mask(0, (range.end() - word * WORD_BITS).min(WORD_BITS));
-                let payload = encode_bitmap(words.map(|word| !owed.page_word(word) & valid(word)));
+                let payload =
+                    encode_bitmap(words.map(|word| !missing.page_word(word) & valid(word)));
                 let header = RecordHeader::new(Kind::Received, 0, id, range, payload.len());
                 add(&self.job.live.wire_bytes, accepted.writer.write(header, &payload)?);
             }
@@ -105,9 +106,9 @@ impl Incomplete {
 
     /// All is here, and the guest needs its source no more. The source is told; if it cannot be, it
     /// has a while to come and ask.
-    pub(super) fn part(&self, accepted: &mut Accepted) {
+    pub(super) fn finish_with_source(&self, accepted: &mut Accepted) {
         let until = Instant::now() + self.job.options().peer_timeout;
-        let mut outcome = say_complete(&self.job, accepted);
+        let mut outcome = send_complete(&self.job, accepted);
         while let Err(error) = outcome {
             log::warn!(
                 "job {}: all is here, and the source may not know: {}",
@@ -120,7 +121,7 @@ impl Incomplete {
                 Ok(Some(again)) => *accepted = again,
                 Ok(None) | Err(_) => return,
             }
-            outcome = self.go_on(accepted).and_then(|()| say_complete(&self.job, accepted));
+            outcome = self.continue_on(accepted).and_then(|()| send_complete(&self.job, accepted));
         }
     }
 }

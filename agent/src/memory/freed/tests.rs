@@ -2,9 +2,9 @@ use super::*;
 use crate::image::ImageError;
 use crate::memory::Backing;
 use crate::memory::block::GuestLog;
-use crate::memory::capturing::{Capturing, Sink};
-use crate::memory::noted::Listening;
-use crate::memory::owed::Owed;
+use crate::memory::copy_before_write::{CopyBeforeWrite, Sink};
+use crate::memory::host_page_set::HostPageSet;
+use crate::memory::recorded_discards::DiscardRecorder;
 use crate::memory::test_support::{let_others_run, memfd};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
 use pageferry_protocol::shm::DirtyLog;
@@ -106,14 +106,14 @@ fn a_free_waits_for_who_began_to_read_before_it() {
 #[test]
 fn who_listens_hears_of_what_was_freed() {
     let memory = memory();
-    let listening = Listening::from_now(&memory, || ()).unwrap();
+    let listening = DiscardRecorder::start(&memory, || ()).unwrap();
     memory.discard(&range(3, 2), true).unwrap();
     memory.free(&range(4, 2)).unwrap();
     let runs = |bits: &MappedBitmap| bits.runs(bits.all()).collect::<Vec<_>>();
-    assert_eq!(runs(listening.noted().discarded(0)), [PageRange::new(3, 2)]);
-    assert_eq!(runs(listening.noted().freed(0)), [PageRange::new(4, 2)]);
+    assert_eq!(runs(listening.recorded().discarded(0)), [PageRange::new(3, 2)]);
+    assert_eq!(runs(listening.recorded().freed(0)), [PageRange::new(4, 2)]);
     drop(listening);
-    assert!(memory.noted().is_none());
+    assert!(memory.recorded().is_none());
 }
 
 /// Keeps the pages that are put, and counts those that are not zero.
@@ -132,23 +132,28 @@ impl Sink for Kept {
     }
 }
 
-fn capture(memory: &GuestMemory, kept: &Arc<Kept>, pages: u64) -> Arc<Capturing> {
-    let pending = Owed::nothing(memory, &[PAGE_SIZE]).unwrap();
+fn capture(memory: &GuestMemory, kept: &Arc<Kept>, pages: u64) -> Arc<CopyBeforeWrite> {
+    let pending = HostPageSet::empty(memory, &[PAGE_SIZE]).unwrap();
     pending.add(0, 0, pages);
-    let capturing =
-        Arc::new(Capturing::new(memory, Arc::new(pending), None, kept.clone(), Arc::default()));
-    memory.marking.instant(|| Ok::<_, ()>(capturing.clone())).unwrap();
-    capturing
+    let copier = Arc::new(CopyBeforeWrite::new(
+        memory,
+        Arc::new(pending),
+        None,
+        kept.clone(),
+        Arc::default(),
+    ));
+    memory.marking.instant(|| Ok::<_, ()>(copier.clone())).unwrap();
+    copier
 }
 
 #[test]
 fn what_is_freed_after_the_instant_is_saved_first() {
     let memory = memory();
     let kept = Arc::new(Kept::default());
-    let capturing = capture(&memory, &kept, 0b1111);
+    let copier = capture(&memory, &kept, 0b1111);
     memory.free(&range(1, 2)).unwrap();
     assert_eq!(*kept.pages.lock().unwrap(), [PageRange::new(1, 2)]);
-    assert_eq!((kept.full.load(Ordering::SeqCst), capturing.pending().left()), (2, 2));
+    assert_eq!((kept.full.load(Ordering::SeqCst), copier.pending().remaining_pages()), (2, 2));
 }
 
 #[test]
@@ -156,24 +161,24 @@ fn what_is_freed_across_the_instant_is_not_saved_after_it() {
     let memory = memory();
     let kept = Arc::new(Kept::default());
     let reading = memory.readers.reading(3, 0, 0);
-    let listening = Listening::from_now(&memory, || ()).unwrap();
-    let capturing = std::thread::scope(|scope| {
+    let listening = DiscardRecorder::start(&memory, || ()).unwrap();
+    let copier = std::thread::scope(|scope| {
         // It has looked for a snapshot, and found none.
         let free = scope.spawn(|| memory.free(&range(1, 2)).unwrap());
-        while listening.noted().freed(0).count(PageRange::new(0, 64)) < 2 {
+        while listening.recorded().freed(0).count(PageRange::new(0, 64)) < 2 {
             yield_now();
         }
         let_others_run();
         assert!(!free.is_finished());
-        let capturing = capture(&memory, &kept, 0b1111);
+        let copier = capture(&memory, &kept, 0b1111);
         drop(reading);
         free.join().unwrap();
-        capturing
+        copier
     });
-    assert_eq!(capturing.pending().block(0).bits().word(0), 0b1001);
+    assert_eq!(copier.pending().block(0).bits().word(0), 0b1001);
     let all = PageRange::new(0, 64);
-    let mut batch = capturing.batch(&memory).unwrap();
-    assert_eq!(capturing.sweep(&memory, 0, 0, all, &mut batch).unwrap(), 2);
+    let mut batch = copier.batch(&memory).unwrap();
+    assert_eq!(copier.sweep(&memory, 0, 0, all, &mut batch).unwrap(), 2);
     assert_eq!(*kept.pages.lock().unwrap(), [PageRange::new(0, 1), PageRange::new(3, 1)]);
 }
 

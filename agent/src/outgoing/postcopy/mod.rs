@@ -1,7 +1,7 @@
 //! Postcopy, seen from the source: the guest runs at the destination, and its memory follows.
 //!
-//! - [`remaining`]: what the destination is still owed when the guest stops, and telling it;
-//! - [`supply`]: sending that, on all streams at once, until the destination has it;
+//! - [`remaining`]: what the destination is still missing when the guest stops, and telling it;
+//! - [`page_sender`]: sending that, on all streams at once, until the destination has it;
 //! - [`recover`]: after a lost connection;
 //! - this file: the phases, and the line of `one-owner`.
 //!
@@ -10,18 +10,18 @@
 //! and what was sent is worth nothing. After the commit nothing but its memory is left of the guest
 //! here, and it is kept until the destination has it.
 
+pub mod page_sender;
 pub mod recover;
 pub mod remaining;
-pub mod supply;
 
 use super::Migration;
 use super::handover::wait_loaded;
 use crate::job::JobError;
 use crate::job::deadline::Stop;
 use crate::job::pause::PausedGuest;
-use crate::memory::owed::Owed;
+use crate::memory::host_page_set::HostPageSet;
+use page_sender::PostcopySource;
 use pageferry_protocol::control::job::Phase;
-use supply::Supply;
 
 /// How the guest comes to be moved before its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,12 +39,12 @@ impl Migration {
         self.job.freeze();
         let mut stop = Stop::begin(&self.job.stop, &self.job.options());
         let mut paused = PausedGuest::pause(&self.job)?;
-        let owed = self
+        let missing = self
             .send_state_and_remaining(&mut paused, since, &mut stop)
             .map_err(|error| stop.explain(error))?;
-        let kept = owed.copy()?;
+        let kept = missing.try_clone()?;
         let mut supply =
-            Supply::new(&self.job, self.session, self.address.clone(), owed, Some(kept));
+            PostcopySource::new(&self.job, self.session, self.address.clone(), missing, Some(kept));
         let mut confirmed = false;
         let outcome = supply.serve(&mut self.streams, |primary| {
             supply.job.enter(Phase::Loading);
@@ -71,17 +71,17 @@ impl Migration {
 
     fn send_state_and_remaining(
         &mut self, paused: &mut PausedGuest, since: Since, stop: &mut Stop,
-    ) -> Result<Owed, JobError> {
+    ) -> Result<HostPageSet, JobError> {
         let state = paused.save_state()?;
         let arrives = self.run_state_there(&state);
         self.expect_state(stop, &state);
         self.send_state(&state)?;
-        let owed = self.find_remaining(since)?;
-        self.send_remaining(&owed)?;
+        let missing = self.find_remaining(since)?;
+        self.send_remaining(&missing)?;
         if since == Since::Passes {
             self.send_late_frees()?;
         }
-        self.send_end(Some(owed.left()), arrives)?;
-        Ok(owed)
+        self.send_end(Some(missing.remaining_pages()), arrives)?;
+        Ok(missing)
     }
 }

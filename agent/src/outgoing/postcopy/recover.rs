@@ -2,18 +2,18 @@
 //! destination has.
 //!
 //! The destination sends a bitmap of each block: the pages that it needs no more, since it has
-//! them, or was never owed them, or the guest discarded them. All others are owed, whatever this
-//! side thinks it has sent: what was on its way is lost. An agent that did not begin the migration
-//! knows no more than that, and needs no more.
+//! them, or was never missing them, or the guest discarded them. All others are missing, whatever
+//! this side thinks it has sent: what was on its way is lost. An agent that did not begin the
+//! migration knows no more than that, and needs no more.
 //!
 //! The bitmaps are checked before they are believed: they cover the blocks exactly, and nothing is
-//! owed that was not owed before, or that was released. If they are refused, or anything else
+//! missing that was not missing before, or that was released. If they are refused, or anything else
 //! fails, the migration is paused again.
 
 use super::super::connect::{SessionId, Streams, reconnect, unexpected};
-use super::supply::Supply;
-use crate::job::{Job, JobError, Request};
-use crate::memory::owed::Owed;
+use super::page_sender::PostcopySource;
+use crate::job::{Job, JobError, RecoveryRequest};
+use crate::memory::host_page_set::HostPageSet;
 use crate::transport::Address;
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -29,25 +29,30 @@ const LONG: Duration = Duration::from_secs(3600);
 
 /// Goes on with a migration that another agent began, and ends the job.
 pub fn run(job: &Arc<Job>, session: SessionId, address: Address) {
-    let outcome = take_up(job, session, address);
+    let outcome = adopt(job, session, address);
     job.finish(outcome);
 }
 
-fn take_up(job: &Arc<Job>, session: SessionId, address: Address) -> Result<(), JobError> {
+fn adopt(job: &Arc<Job>, session: SessionId, address: Address) -> Result<(), JobError> {
     // The guest was handed over before this job began.
     job.freeze();
-    job.cancel.cross_the_line()?;
+    job.cancel.commit_point()?;
     let host_pages: Vec<u64> =
         job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
-    let mut supply =
-        Supply::new(job, session, Some(address), Owed::nothing(&job.memory, &host_pages)?, None);
-    match supply.go_on() {
+    let mut supply = PostcopySource::new(
+        job,
+        session,
+        Some(address),
+        HostPageSet::empty(&job.memory, &host_pages)?,
+        None,
+    );
+    match supply.reconnect_and_send() {
         Ok(()) => Ok(()),
         Err(error) => supply.recover(error),
     }
 }
 
-impl Supply {
+impl PostcopySource {
     /// The connection was lost: waits until it is to be made again, as often as it takes.
     ///
     /// # Errors
@@ -63,7 +68,7 @@ impl Supply {
                 // What led here tells more than that it was given up.
                 Err(_) => return Err(JobError::Stranded { source: Box::new(why) }),
             }
-            match self.go_on() {
+            match self.reconnect_and_send() {
                 Ok(()) => return Ok(()),
                 Err(error) => why = error,
             }
@@ -76,15 +81,15 @@ impl Supply {
                 .cancel
                 .wait(&[(self.job.recovery.fd(), PollFlags::IN)], Instant::now() + LONG)?;
             match self.job.recovery.take() {
-                Some(Request::Connect(address)) => return Ok(address),
-                Some(Request::Abandon) => return Err(JobError::Abandoned),
-                Some(Request::Listen(_)) | None => {}
+                Some(RecoveryRequest::Connect(address)) => return Ok(address),
+                Some(RecoveryRequest::Abandon) => return Err(JobError::Abandoned),
+                Some(RecoveryRequest::Listen(_)) | None => {}
             }
         }
     }
 
     /// Connects, and sends what the destination lacks.
-    fn go_on(&mut self) -> Result<(), JobError> {
+    fn reconnect_and_send(&mut self) -> Result<(), JobError> {
         self.job.enter(Phase::Recovering);
         let Some(address) = &self.address else {
             return Err(JobError::State(
@@ -92,12 +97,12 @@ impl Supply {
             ));
         };
         let mut streams = reconnect(&self.job, address, self.session)?;
-        match self.learn(&mut streams) {
-            Ok(owed) => {
+        match self.read_received(&mut streams) {
+            Ok(missing) => {
                 if self.kept.is_none() {
-                    self.kept = Some(owed.copy()?);
+                    self.kept = Some(missing.try_clone()?);
                 }
-                self.owed = Arc::new(owed);
+                self.missing = Arc::new(missing);
             }
             Err(error) => {
                 streams.say_error(&error.to_remote());
@@ -105,16 +110,16 @@ impl Supply {
             }
         }
         self.release_received()?;
-        self.job.owes(&self.owed);
+        self.job.set_missing(&self.missing);
         self.job.unpause();
         self.serve(&mut streams, |_| Ok(()))
     }
 
-    /// Reads what the destination has; the rest it is owed.
-    fn learn(&self, streams: &mut Streams) -> Result<Owed, JobError> {
+    /// Reads what the destination has; the rest it is missing.
+    fn read_received(&self, streams: &mut Streams) -> Result<HostPageSet, JobError> {
         let memory = &self.job.memory;
         self.check_host_pages(&streams.host_pages)?;
-        let owed = Owed::nothing(memory, &streams.host_pages)?;
+        let missing = HostPageSet::empty(memory, &streams.host_pages)?;
         for geometry in memory.table().blocks() {
             let (id, pages) = (geometry.id, geometry.pages());
             let (at, _) = memory.find(id).ok_or(JobError::NoBlock { id })?;
@@ -144,13 +149,13 @@ impl Supply {
                 {
                     let valid = range.end() - word * WORD_BITS;
                     let used = pageferry_protocol::shm::bitmap::word_mask(0, valid.min(WORD_BITS));
-                    owed.add_pages(at, word, !received & used);
+                    missing.add_pages(at, word, !received & used);
                 }
                 next = range.end();
             }
-            self.check(&owed, at, id, pages)?;
+            self.check(&missing, at, id, pages)?;
         }
-        Ok(owed)
+        Ok(missing)
     }
 
     /// Refuses host pages of other sizes than before: what is kept is counted in those.
@@ -169,11 +174,11 @@ impl Supply {
         Ok(())
     }
 
-    /// Refuses pages that were never owed, or that are not here any more.
-    fn check(&self, owed: &Owed, at: usize, id: u32, pages: u64) -> Result<(), JobError> {
+    /// Refuses pages that were never missing, or that are not here any more.
+    fn check(&self, missing: &HostPageSet, at: usize, id: u32, pages: u64) -> Result<(), JobError> {
         let Some(kept) = &self.kept else { return Ok(()) };
         for word in 0..pages.div_ceil(WORD_BITS) {
-            let unknown = owed.block(at).page_word(word) & !kept.block(at).page_word(word);
+            let unknown = missing.block(at).page_word(word) & !kept.block(at).page_word(word);
             if unknown != 0 {
                 let first = word * WORD_BITS + u64::from(unknown.trailing_zeros());
                 return Err(JobError::NotOwed { id, first, pages: unknown.count_ones().into() });

@@ -10,7 +10,7 @@ use super::super::pass::find_allocated;
 use super::Since;
 use crate::job::{JobError, add};
 use crate::memory::Block;
-use crate::memory::owed::Owed;
+use crate::memory::host_page_set::HostPageSet;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::WORD_BITS;
 use pageferry_protocol::stream::payload::{MAX_BITMAP_PAGES, encode_bitmap};
@@ -19,7 +19,7 @@ use pageferry_protocol::stream::{Kind, RecordHeader};
 
 impl Migration {
     /// Finds what remains, after telling the destination of all discards.
-    pub(super) fn find_remaining(&mut self, since: Since) -> Result<Owed, JobError> {
+    pub(super) fn find_remaining(&mut self, since: Since) -> Result<HostPageSet, JobError> {
         let memory = self.job.memory.clone();
         match since {
             Since::TheStart => {
@@ -32,7 +32,7 @@ impl Migration {
                     find_allocated(
                         block,
                         self.dirty.pages.block(at),
-                        self.dirty.told.block(at),
+                        self.dirty.announced.block(at),
                         block.all(),
                     )?;
                 }
@@ -42,23 +42,23 @@ impl Migration {
                 self.send_discards()?;
             }
         }
-        let owed = Owed::nothing(&memory, &self.streams.host_pages)?;
+        let missing = HostPageSet::empty(&memory, &self.streams.host_pages)?;
         for (at, block) in memory.blocks().iter().enumerate() {
             self.dirty
                 .pages
                 .block(at)
-                .take(block.all(), |word, bits| owed.add_pages(at, word, bits));
+                .take(block.all(), |word, bits| missing.add_pages(at, word, bits));
         }
-        Ok(owed)
+        Ok(missing)
     }
 
     /// Tells the destination, which makes holes of it.
-    pub(super) fn send_remaining(&mut self, owed: &Owed) -> Result<(), JobError> {
+    pub(super) fn send_remaining(&mut self, missing: &HostPageSet) -> Result<(), JobError> {
         let job = self.job.clone();
         for (at, block) in job.memory.blocks().iter().enumerate() {
             for first in (0..block.geometry.pages()).step_by(MAX_BITMAP_PAGES as usize) {
                 let chunk = PageRange::new(first, MAX_BITMAP_PAGES).intersection(&block.all());
-                if owed.block(at).bits().next_set(owed.block(at).of(chunk)).is_none() {
+                if missing.block(at).bits().next_set(missing.block(at).covering(chunk)).is_none() {
                     continue;
                 }
                 let words = chunk.first / WORD_BITS..chunk.end().div_ceil(WORD_BITS);
@@ -66,7 +66,7 @@ impl Migration {
                 // counted twice.
                 let split = |word: u64| {
                     let (pages, discarded) =
-                        (owed.block(at).page_word(word), block.discarded.word(word));
+                        (missing.block(at).page_word(word), block.discarded.word(word));
                     (pages & !discarded, pages & discarded)
                 };
                 let (populated, discarded): (Vec<u64>, Vec<u64>) = words.map(split).unzip();

@@ -123,17 +123,17 @@ fn a_vmm_that_cannot_load_its_state_gets_its_memory_back_empty() {
 
 /// What is discarded before the restore is asked for, and what is once more, or for the first time,
 /// before anything is done about it.
-fn discarded_twice(ram: &Arc<Ram>, path: &Path) -> Order {
+fn discarded_twice(ram: &Arc<Ram>, path: &Path) -> RestorePlan {
     dirty(ram);
-    let before = Before::Known(Word::from_now(&ram.memory).unwrap());
+    let before = RecordDiscards::SinceRequest(DiscardsSinceRequest::start(&ram.memory).unwrap());
     // Of block 0 the image has content of pages 0 to 13 and 35 to 48.
     ram.discard(0, PageRange::new(2, 3));
     ram.discard(0, PageRange::new(35, 2));
-    Order {
+    RestorePlan {
         path: path.into(),
         options: RestoreOptions::default(),
         asks_first: false,
-        before,
+        record_discards: before,
         checkpoint: Default::default(),
     }
 }
@@ -177,7 +177,7 @@ fn blocks_that_were_not_come_to_keep_what_was_discarded_in_them() {
     let order = discarded_twice(&ram, &path);
     ram.discard(0, PageRange::new(14, 5));
     let job = new_job(&ram, &Vmm::willing(&ram), 0);
-    let error = job.unless_frozen(|| ()).unwrap_err().to_string();
+    let error = job.populate_unless_frozen(|| ()).unwrap_err().to_string();
     assert_eq!(
         error,
         "job 1 restores the memory: populate again once the guest runs, or the restore has failed"
@@ -185,7 +185,7 @@ fn blocks_that_were_not_come_to_keep_what_was_discarded_in_them() {
     job.cancel.cancel().unwrap();
     run(&job, &order);
     assert_eq!(job.status().phase, Phase::Cancelled);
-    job.unless_frozen(|| ()).unwrap();
+    job.populate_unless_frozen(|| ()).unwrap();
     ram.check_empty(|id, page| page < 10 || since(id, page) || id == 0 && (14..19).contains(&page));
 }
 
@@ -202,11 +202,11 @@ fn an_operator_s_wish_is_the_vmm_s_to_refuse() {
         }
         _ => Ok(()),
     });
-    let order = Order {
+    let order = RestorePlan {
         path: path.clone(),
         options: RestoreOptions::default(),
         asks_first: true,
-        before: Before::Later,
+        record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
     };
     let refused = new_job(&ram, &vmm, 0);
@@ -226,11 +226,11 @@ fn what_is_given_back_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
     let vmm = Vmm::willing(&ram);
     // Slow enough that all but the first extent come after what is done here.
     let job = new_job(&ram, &vmm, 2 << 20);
-    let order = |workers| Order {
+    let order = |workers| RestorePlan {
         path: path.clone(),
         options: RestoreOptions { workers, ..Default::default() },
         asks_first: false,
-        before: Before::Later,
+        record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
     };
     std::thread::scope(|scope| {

@@ -58,11 +58,11 @@ fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
     });
     // Slow enough that the guest waits for most of what it touches.
     let job = new_job(&ram, &vmm, 1 << 20);
-    let order = Order {
+    let order = RestorePlan {
         path: one,
         options: lazily(),
         asks_first: false,
-        before: Before::Later,
+        record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
     };
     std::thread::scope(|scope| {
@@ -101,11 +101,11 @@ fn one_worker_brings_what_the_guest_never_touches() {
     let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     let vmm = Vmm::willing(&ram);
     let job = new_job(&ram, &vmm, 0);
-    let order = Order {
+    let order = RestorePlan {
         path,
         options: RestoreOptions { workers: 1, ..lazily() },
         asks_first: false,
-        before: Before::Later,
+        record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
     };
     let restored = job.clone();
@@ -124,11 +124,11 @@ fn what_is_given_back_before_it_came_never_comes() {
     let Saved { folder: _folder, path, ram } = Saved::new(&[8 * 512], |_, _| Page::Content);
     let vmm = Vmm::willing(&ram);
     let job = new_job(&ram, &vmm, 1 << 20);
-    let order = Order {
+    let order = RestorePlan {
         path,
         options: lazily(),
         asks_first: false,
-        before: Before::Later,
+        record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
     };
     let gone = |page: u64| (100..200).contains(&page) || (3000..3100).contains(&page);
@@ -283,11 +283,11 @@ fn a_cancel_before_the_guest_runs_leaves_nothing_and_afterwards_is_refused() {
         }
         Ok(())
     });
-    let order = Order {
+    let order = RestorePlan {
         path,
         options: lazily(),
         asks_first: false,
-        before: Before::Later,
+        record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
     };
     let job = new_job(&ram, &vmm, 0);
@@ -305,7 +305,7 @@ fn a_cancel_before_the_guest_runs_leaves_nothing_and_afterwards_is_refused() {
         }
         assert!(job.cancel.cancel().is_err());
         // It may use its memory.
-        job.unless_frozen(|| ()).unwrap();
+        job.populate_unless_frozen(|| ()).unwrap();
         job.set_bandwidth(0);
         restoring.join().unwrap();
     });

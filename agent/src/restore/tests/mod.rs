@@ -10,7 +10,7 @@ use crate::image::writer::{Base, Rest};
 use crate::image::{ImageWriter, PageBuffer};
 use crate::memory::test_support::has_userfaultfd;
 use crate::memory::{Backing, Block, GuestMemory};
-use crate::restore::ground::{Before, Word};
+use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
 use pageferry_protocol::control::FrameSocket;
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::hook_reply::encode_hook_reply;
@@ -319,11 +319,11 @@ fn restore_from(path: &Path, ram: &Ram, vmm: &Vmm, options: RestoreOptions) -> J
     let job = new_job(ram, vmm, options.bandwidth);
     run(
         &job,
-        &Order {
+        &RestorePlan {
             path: path.into(),
             options,
             asks_first: false,
-            before: Before::Later,
+            record_discards: RecordDiscards::FromPause,
             checkpoint: Default::default(),
         },
     );

@@ -1,6 +1,6 @@
 use super::*;
 use crate::restore::source::Source;
-use crate::restore::working_set::Plan;
+use crate::restore::working_set::WorkingSetPlan;
 use pageferry_protocol::image::WorkingSet;
 
 const PAGES: u64 = 16 * 512;
@@ -184,7 +184,9 @@ fn it_is_read_in_few_pieces_in_the_order_of_the_file() {
     let runs = [&touched[..], &[(0, run(505, 10))]].concat();
     std::fs::write(&set, WorkingSet { image, runs }.encode()).unwrap();
     let source = Source::open(&path, &ram.memory).unwrap();
-    let Plan::Read(pieces) = Plan::of(set.to_str().unwrap(), &source, &ram.memory).unwrap() else {
+    let WorkingSetPlan::Read(pieces) =
+        WorkingSetPlan::of(set.to_str().unwrap(), &source, &ram.memory).unwrap()
+    else {
         panic!()
     };
     let expected =

@@ -6,7 +6,7 @@
 
 use super::source::Source;
 use crate::job::{Job, JobError, add};
-use crate::memory::noted::{Listening, Noted};
+use crate::memory::recorded_discards::{DiscardRecorder, RecordedDiscards};
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::DirtyPages;
 use pageferry_protocol::shm::MappingError;
@@ -14,22 +14,24 @@ use std::sync::Arc;
 
 /// Memory that is being filled. Unless the guest got it, it is empty again on drop.
 #[derive(Debug)]
-pub struct Ground<'a> {
+pub struct ResetGuard<'a> {
     job: &'a Job,
     source: &'a Source,
     /// What the VMM had discarded, and what it gave back since.
-    pub word: &'a Word,
+    pub discards: &'a DiscardsSinceRequest,
     /// The guest has it, or may have.
-    pub taken: bool,
+    pub handed_over: bool,
 }
 
-impl<'a> Ground<'a> {
+impl<'a> ResetGuard<'a> {
     /// Makes all memory holes, and discarded what is so in the image.
     ///
     /// # Errors
     /// If a file cannot be emptied, or the job is cancelled.
-    pub fn clear(job: &'a Job, source: &'a Source, word: &'a Word) -> Result<Self, JobError> {
-        let ground = Self { job, source, word, taken: false };
+    pub fn reset(
+        job: &'a Job, source: &'a Source, word: &'a DiscardsSinceRequest,
+    ) -> Result<Self, JobError> {
+        let ground = Self { job, source, discards: word, handed_over: false };
         for (at, block) in job.memory.blocks().iter().enumerate() {
             job.check()?;
             empty(block)?;
@@ -44,14 +46,14 @@ impl<'a> Ground<'a> {
     }
 }
 
-impl Ground<'_> {
+impl ResetGuard<'_> {
     /// Makes all memory holes once more, when missing pages are waited for from now on: what the
-    /// VMM looked at between [`Ground::clear`] and then is a page of zeroes by now, and would be
-    /// taken for what was to come.
+    /// VMM looked at between [`ResetGuard::reset`] and then is a page of zeroes by now, and would
+    /// be taken for what was to come.
     ///
     /// # Errors
     /// If a file cannot be emptied.
-    pub fn empty(&self) -> Result<(), JobError> {
+    pub fn punch_again(&self) -> Result<(), JobError> {
         self.job.memory.blocks().iter().try_for_each(|block| empty(block))
     }
 
@@ -59,8 +61,8 @@ impl Ground<'_> {
     /// this. Nothing of the guest before is known to be stray.
     fn mark(&self, at: usize, block: &Block) {
         let (before, since, discarded) = (
-            self.word.before.block(at),
-            self.word.since().discarded(at),
+            self.discards.before.block(at),
+            self.discards.since().discarded(at),
             self.source.discarded(at),
         );
         // A discard that comes meanwhile has marked all of its pages before this, or marks them
@@ -81,8 +83,8 @@ impl Ground<'_> {
     /// As it was before, and what the VMM discarded since.
     fn unmark(&self, at: usize, block: &Block) {
         let (before, since, discarded) = (
-            self.word.before.block(at),
-            self.word.since().discarded(at),
+            self.discards.before.block(at),
+            self.discards.since().discarded(at),
             self.source.discarded(at),
         );
         let _marking = self.job.memory.marking.hold();
@@ -99,9 +101,9 @@ fn empty(block: &Block) -> Result<(), JobError> {
     block.backing.empty().map_err(|source| JobError::Backing { id: block.geometry.id, source })
 }
 
-impl Drop for Ground<'_> {
+impl Drop for ResetGuard<'_> {
     fn drop(&mut self) {
-        if self.taken {
+        if self.handed_over {
             return;
         }
         for (at, block) in self.job.memory.blocks().iter().enumerate() {
@@ -117,19 +119,19 @@ impl Drop for Ground<'_> {
 /// also a page that it had discarded before. That it discards such a page again is the only sign
 /// that the page is to stay discarded. It populates nothing meanwhile.
 #[derive(Debug)]
-pub struct Word {
+pub struct DiscardsSinceRequest {
     before: DirtyPages,
-    since: Listening,
+    since: DiscardRecorder,
 }
 
-impl Word {
+impl DiscardsSinceRequest {
     /// What is discarded now was discarded before.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
-    pub fn from_now(memory: &Arc<GuestMemory>) -> Result<Self, MappingError> {
+    pub fn start(memory: &Arc<GuestMemory>) -> Result<Self, MappingError> {
         let before = DirtyPages::none(memory)?;
-        let since = Listening::from_now(memory, || {
+        let since = DiscardRecorder::start(memory, || {
             for (at, block) in memory.blocks().iter().enumerate() {
                 for (word, bits) in block.discarded.nonzero_words(block.all()) {
                     before.block(at).or_word(word, bits);
@@ -140,16 +142,16 @@ impl Word {
     }
 
     /// What the VMM gave back since then.
-    pub fn since(&self) -> &Noted {
-        self.since.noted()
+    pub fn since(&self) -> &RecordedDiscards {
+        self.since.recorded()
     }
 }
 
 /// From when on what the VMM discards is its own word on the memory that it gets.
 #[derive(Debug)]
-pub enum Before {
+pub enum RecordDiscards {
     /// It has asked for the restore.
-    Known(Word),
+    SinceRequest(DiscardsSinceRequest),
     /// From the moment on that the VMM has given its guest up: until then it is of that guest.
-    Later,
+    FromPause,
 }

@@ -2,16 +2,16 @@
 //!
 //! Each stream has a thread that reads records and places their pages. The job's own thread tells
 //! the source what the guest discarded, and what was placed if it wants to know, and sees the end:
-//! every stream that is not urgent has ended, and nothing is owed. If one stream fails, all do.
+//! every stream that is not urgent has ended, and nothing is missing. If one stream fails, all do.
 
 use super::super::accept::Accepted;
 use super::super::decompress::Decompressor;
 use super::assembly::{Assembly, Whole};
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
-use crate::memory::arriving::Arriving;
+use crate::memory::missing_pages::MissingPages;
 use crate::outgoing::connect::unexpected;
-use crate::transport::queue::take_what_is_due;
+use crate::transport::socket_queue::limit_receive_queue;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::stream::payload::{MAX_RUNS, Totals, encode_runs};
@@ -29,9 +29,9 @@ const ACKNOWLEDGE: Duration = Duration::from_millis(20);
 const LONG: Duration = Duration::from_secs(3600);
 
 /// What comes over one set of connections.
-pub struct Arrival<'a> {
+pub struct PageReceiver<'a> {
     job: &'a Job,
-    arriving: &'a Arriving,
+    missing_pages: &'a MissingPages,
     readers: &'a mut [RecordReader],
     urgent: &'a mut [RecordReader],
     writer: &'a RecordWriter,
@@ -41,9 +41,9 @@ pub struct Arrival<'a> {
 }
 
 /// What all threads of it share.
-struct Line<'a> {
+struct StreamGroup<'a> {
     job: &'a Job,
-    arriving: &'a Arriving,
+    missing_pages: &'a MissingPages,
     features: u64,
     /// The source wants to know what was placed. Whoever comes after it may not.
     acknowledge: bool,
@@ -56,7 +56,7 @@ struct Line<'a> {
     ended: AtomicUsize,
 }
 
-impl Line<'_> {
+impl StreamGroup<'_> {
     fn fail(&self, error: JobError) {
         if self.over.load(Ordering::Acquire) {
             return;
@@ -77,8 +77,8 @@ impl Line<'_> {
         if let Some(primary) = primary {
             if mute { primary.shut() } else { primary.stop_reading() }
         }
-        self.arriving.let_go();
-        self.arriving.notify();
+        self.missing_pages.release_waiters();
+        self.missing_pages.notify();
     }
 
     fn note(&self, error: JobError) {
@@ -95,13 +95,13 @@ impl Line<'_> {
     }
 }
 
-impl<'a> Arrival<'a> {
+impl<'a> PageReceiver<'a> {
     /// Over the streams of `accepted`.
-    pub fn new(job: &'a Job, arriving: &'a Arriving, accepted: &'a mut Accepted) -> Self {
+    pub fn new(job: &'a Job, missing_pages: &'a MissingPages, accepted: &'a mut Accepted) -> Self {
         let sockets = accepted.sockets();
         let Accepted { readers, urgent, writer, features, acknowledge, .. } = accepted;
         let (features, acknowledge) = (*features, *acknowledge);
-        Self { job, arriving, readers, urgent, writer, features, acknowledge, sockets }
+        Self { job, missing_pages, readers, urgent, writer, features, acknowledge, sockets }
     }
 
     /// Receives what is asked for, runs `before` with the primary, and then receives the rest.
@@ -111,12 +111,13 @@ impl<'a> Arrival<'a> {
     pub fn run(
         self, before: impl FnOnce(&mut RecordReader, &RecordWriter) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
-        let Self { job, arriving, readers, urgent, writer, features, acknowledge, sockets } = self;
+        let Self { job, missing_pages, readers, urgent, writer, features, acknowledge, sockets } =
+            self;
         let urgent_sockets: Vec<StreamSocket> =
             urgent.iter().map(|reader| reader.socket().clone()).collect();
-        let line = Line {
+        let line = StreamGroup {
             job,
-            arriving,
+            missing_pages,
             features,
             acknowledge,
             sockets,
@@ -131,7 +132,7 @@ impl<'a> Arrival<'a> {
             for (index, reader) in urgent.iter_mut().enumerate() {
                 scope.spawn(move || {
                     // Nothing comes unless it is asked for.
-                    reader.wait_for_ever();
+                    reader.set_no_timeout();
                     line.check(Stream::new(line, count + index, true).run(reader));
                 });
             }
@@ -140,17 +141,17 @@ impl<'a> Arrival<'a> {
                 // The streams are left as they are: the source is told why.
                 line.note(error);
                 // A VMM that is late with its state may wait for memory.
-                arriving.let_go();
+                missing_pages.release_waiters();
             } else {
                 for (index, reader) in readers.iter_mut().enumerate() {
                     scope.spawn(move || {
-                        crate::priority::step_back();
-                        take_what_is_due(reader.socket().as_fd());
-                        reader.set_patience(line.job.options().peer_timeout);
+                        crate::priority::lower();
+                        limit_receive_queue(reader.socket().as_fd());
+                        reader.set_timeout(line.job.options().peer_timeout);
                         line.check(Stream::new(line, index, false).run(reader));
                     });
                 }
-                line.check(tend(line, writer, count));
+                line.check(report_until_complete(line, writer, count));
             }
             line.over.store(true, Ordering::Release);
             // Nothing more comes on these. The source is not to see an end before it is told that
@@ -163,26 +164,28 @@ impl<'a> Arrival<'a> {
 }
 
 /// Tells the source what happens here, until all is here or the connections broke.
-fn tend(line: &Line<'_>, writer: &RecordWriter, streams: usize) -> Result<(), JobError> {
+fn report_until_complete(
+    line: &StreamGroup<'_>, writer: &RecordWriter, streams: usize,
+) -> Result<(), JobError> {
     let timeout = line.job.options().peer_timeout;
     let mut due: Option<Instant> = None;
     loop {
         let mut count = [0; 8];
         // Only resets the descriptor.
-        let _ = rustix::io::read(line.arriving.event(), &mut count);
+        let _ = rustix::io::read(line.missing_pages.event(), &mut count);
         if line.failed.load(Ordering::Acquire) {
             return Ok(());
         }
-        tell(line, writer)?;
+        report(line, writer)?;
         let ended = line.ended.load(Ordering::Acquire) == streams;
-        let left = line.arriving.owed().left();
+        let left = line.missing_pages.missing().remaining_pages();
         if ended && left == 0 {
             // Whoever took the last of it may still be placing it, and would have to give it back
             // if that failed.
             line.job.memory.readers.wait(|_, _| true);
-            if line.arriving.owed().left() == 0 {
+            if line.missing_pages.missing().remaining_pages() == 0 {
                 // What was discarded or placed last.
-                return tell(line, writer);
+                return report(line, writer);
             }
         }
         if ended {
@@ -197,22 +200,22 @@ fn tend(line: &Line<'_>, writer: &RecordWriter, streams: usize) -> Result<(), Jo
         }
         let moment = if line.acknowledge { ACKNOWLEDGE } else { LONG };
         let until = due.unwrap_or_else(|| Instant::now() + moment).min(Instant::now() + moment);
-        line.job.cancel.wait(&[(line.arriving.event(), PollFlags::IN)], until)?;
+        line.job.cancel.wait(&[(line.missing_pages.event(), PollFlags::IN)], until)?;
     }
 }
 
-fn tell(line: &Line<'_>, writer: &RecordWriter) -> Result<(), JobError> {
+fn report(line: &StreamGroup<'_>, writer: &RecordWriter) -> Result<(), JobError> {
     for (at, block) in line.job.memory.blocks().iter().enumerate() {
-        send_runs(line, writer, Kind::Discard, block, &line.arriving.take_dropped(at))?;
+        send_runs(line, writer, Kind::Discard, block, &line.missing_pages.take_dropped(at))?;
         if line.acknowledge {
-            send_runs(line, writer, Kind::Placed, block, &line.arriving.take_placed(at))?;
+            send_runs(line, writer, Kind::Placed, block, &line.missing_pages.take_placed(at))?;
         }
     }
     Ok(())
 }
 
 fn send_runs(
-    line: &Line<'_>, writer: &RecordWriter, kind: Kind, block: &Block, runs: &[PageRange],
+    line: &StreamGroup<'_>, writer: &RecordWriter, kind: Kind, block: &Block, runs: &[PageRange],
 ) -> Result<(), JobError> {
     for part in runs.chunks(MAX_RUNS) {
         let payload = encode_runs(part);
@@ -226,7 +229,7 @@ fn send_runs(
 
 /// One stream's reader.
 struct Stream<'a> {
-    line: &'a Line<'a>,
+    line: &'a StreamGroup<'a>,
     /// Its number among all, which is that of its place in the fence.
     index: usize,
     urgent: bool,
@@ -236,7 +239,7 @@ struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    fn new(line: &'a Line<'a>, index: usize, urgent: bool) -> Self {
+    fn new(line: &'a StreamGroup<'a>, index: usize, urgent: bool) -> Self {
         let decompressor = Decompressor::new(line.features);
         Self {
             line,
@@ -279,10 +282,10 @@ impl<'a> Stream<'a> {
         } else {
             self.decompressor.unpack(header, payload)?
         };
-        let Line { job, arriving, .. } = self.line;
-        let (readers, unit) = (&job.memory.readers, arriving.owed().block(at).unit());
+        let StreamGroup { job, missing_pages, .. } = self.line;
+        let (readers, unit) = (&job.memory.readers, missing_pages.missing().block(at).unit());
         if unit == 1 {
-            let placed = arriving.arrive_pages(readers, self.index, at, range, pages);
+            let placed = missing_pages.place_pages(readers, self.index, at, range, pages);
             placed.map_err(|error| JobError::not_placed(&job.memory, at, error))?;
         } else {
             let place = placer(self.line, self.index, at);
@@ -297,10 +300,10 @@ impl<'a> Stream<'a> {
     fn zero(&mut self, header: &RecordHeader) -> Result<(), JobError> {
         let (at, block) = self.block_of(header)?;
         let range = header.range();
-        let Line { job, arriving, .. } = self.line;
-        let unit = arriving.owed().block(at).unit();
+        let StreamGroup { job, missing_pages, .. } = self.line;
+        let unit = missing_pages.missing().block(at).unit();
         if unit == 1 {
-            let placed = arriving.arrive_zeroes(&job.memory.readers, self.index, at, range);
+            let placed = missing_pages.place_zeroes(&job.memory.readers, self.index, at, range);
             placed.map_err(|error| JobError::not_placed(&job.memory, at, error))?;
         } else {
             let place = placer(self.line, self.index, at);
@@ -328,21 +331,21 @@ impl<'a> Stream<'a> {
             return Err(JobError::Torn { id, first: 0, count: 0, open });
         }
         self.line.ended.fetch_add(1, Ordering::AcqRel);
-        self.line.arriving.notify();
+        self.line.missing_pages.notify();
         Ok(())
     }
 }
 
 /// Places host pages that are whole.
 fn placer<'a>(
-    line: &'a Line<'_>, worker: usize, at: usize,
+    line: &'a StreamGroup<'_>, worker: usize, at: usize,
 ) -> impl FnMut(Whole<'_>) -> Result<(), JobError> + 'a {
-    let (arriving, readers) = (line.arriving, &line.job.memory.readers);
+    let (missing_pages, readers) = (line.missing_pages, &line.job.memory.readers);
     move |whole| {
         let placed = match whole {
-            Whole::Zeroes(range) => arriving.arrive_zeroes(readers, worker, at, range),
+            Whole::Zeroes(range) => missing_pages.place_zeroes(readers, worker, at, range),
             Whole::Content(host_page, bytes) => {
-                arriving.arrive_host_page(readers, worker, at, host_page, bytes)
+                missing_pages.place_host_page(readers, worker, at, host_page, bytes)
             }
         };
         placed.map(drop).map_err(|error| JobError::not_placed(&line.job.memory, at, error))
@@ -353,10 +356,10 @@ fn placer<'a>(
 ///
 /// # Errors
 /// If the source may not know that all is here.
-pub fn say_complete(job: &Job, accepted: &mut Accepted) -> Result<(), JobError> {
+pub fn send_complete(job: &Job, accepted: &mut Accepted) -> Result<(), JobError> {
     accepted.writer.write_plain(Kind::Complete, 0)?;
     let primary = &mut accepted.readers[0];
-    primary.set_patience(job.options().peer_timeout);
+    primary.set_timeout(job.options().peer_timeout);
     let record = primary.read()?;
     match record.kind {
         Kind::Complete => Ok(()),

@@ -14,22 +14,22 @@ impl Sink for Nowhere {
 }
 
 /// A block of eight pages, of which page 3 is pending.
-fn capturing() -> (GuestMemory, Capturing) {
+fn copier() -> (GuestMemory, CopyBeforeWrite) {
     let memory = memory(&[PAGES]);
-    let pending = Owed::nothing(&memory, &[PAGE_SIZE]).unwrap();
+    let pending = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
     pending.add(0, 0, 1 << 3);
-    let capturing =
-        Capturing::new(&memory, Arc::new(pending), None, Arc::new(Nowhere), Arc::default());
-    (memory, capturing)
+    let copier =
+        CopyBeforeWrite::new(&memory, Arc::new(pending), None, Arc::new(Nowhere), Arc::default());
+    (memory, copier)
 }
 
 #[test]
 fn nothing_is_settled_while_a_fault_reads_what_it_took() {
-    let (memory, capturing) = capturing();
+    let (memory, copier) = copier();
     let reading = memory.readers.reading(FAULTS, 0, 0);
-    assert_ne!(capturing.pending.take(0, 0, 1 << 3), 0);
+    assert_ne!(copier.pending.take(0, 0, 1 << 3), 0);
     std::thread::scope(|scope| {
-        let settled = scope.spawn(|| capturing.settled(&memory.readers));
+        let settled = scope.spawn(|| copier.finish(&memory.readers));
         let_others_run();
         assert!(!settled.is_finished());
         drop(reading);
@@ -39,12 +39,12 @@ fn nothing_is_settled_while_a_fault_reads_what_it_took() {
 
 #[test]
 fn what_is_pending_of_a_snapshot_that_failed_is_not_read_any_more() {
-    let (memory, capturing) = capturing();
+    let (memory, copier) = copier();
     let mut into = vec![0; PAGE_SIZE as usize];
-    capturing.end();
+    copier.stop_faults();
     // It may have been discarded, and nobody has saved it.
-    assert_eq!(capturing.fault(&memory, (0, 3), &mut into).unwrap(), None);
-    assert_eq!(capturing.pending.left(), 1);
+    assert_eq!(copier.write_fault(&memory, (0, 3), &mut into).unwrap(), None);
+    assert_eq!(copier.pending.remaining_pages(), 1);
 }
 
 /// Notes what is put at once.
@@ -71,15 +71,15 @@ fn a_sink_gets_as_much_at_once_as_it_likes() {
     const PAGES: u64 = 1024;
     for words in [1, 3, 8] {
         let memory = memory(&[PAGES]);
-        let pending = Owed::nothing(&memory, &[PAGE_SIZE]).unwrap();
+        let pending = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
         (0..PAGES / WORD_BITS).for_each(|word| pending.add(0, word, u64::MAX));
         let (likes, puts) = ((words * WORD_BITS * PAGE_SIZE) as usize, Mutex::default());
         let sink = Arc::new(Notes { likes, puts });
-        let capturing =
-            Capturing::new(&memory, Arc::new(pending), None, sink.clone(), Arc::default());
-        let mut batch = capturing.batch(&memory).unwrap();
+        let copier =
+            CopyBeforeWrite::new(&memory, Arc::new(pending), None, sink.clone(), Arc::default());
+        let mut batch = copier.batch(&memory).unwrap();
         assert_eq!(
-            capturing.sweep(&memory, 0, 0, PageRange::new(0, PAGES), &mut batch).unwrap(),
+            copier.sweep(&memory, 0, 0, PageRange::new(0, PAGES), &mut batch).unwrap(),
             PAGES
         );
         let puts = sink.puts.lock().unwrap();
@@ -95,8 +95,11 @@ fn a_sink_gets_as_much_at_once_as_it_likes() {
 fn an_image_without_the_page_cache_is_written_in_larger_pieces() {
     let likes = |sink: Arc<dyn Sink>| {
         let memory = memory(&[PAGES]);
-        let pending = Arc::new(Owed::nothing(&memory, &[PAGE_SIZE]).unwrap());
-        Capturing::new(&memory, pending, None, sink, Arc::default()).batch(&memory).unwrap().full
+        let pending = Arc::new(HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap());
+        CopyBeforeWrite::new(&memory, pending, None, sink, Arc::default())
+            .batch(&memory)
+            .unwrap()
+            .full
     };
     assert_eq!(likes(Arc::new(Nowhere)), 1 << 20);
     let folder = tempfile::tempdir().unwrap();

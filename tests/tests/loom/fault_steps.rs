@@ -3,7 +3,7 @@
 //! its own fence and bitmap, with loom's atomics in the place of the standard ones; the kernel's
 //! part is a word that says what the page holds.
 
-use crate::memory::claims::{request, waited_for};
+use crate::memory::fault_steps::{request, requested_of};
 use crate::memory::fence::Readers;
 use crate::shm::bitmap::Bitmap;
 use loom::sync::Arc;
@@ -18,10 +18,10 @@ const CONTENT: u64 = 2;
 const PAGE: u64 = 5;
 const BIT: u64 = 1 << PAGE;
 
-/// A page that is owed, and who acts on it.
+/// A page that is missing, and who acts on it.
 struct Page {
     readers: Readers,
-    owed: Bitmap<Vec<AtomicU64>>,
+    missing: Bitmap<Vec<AtomicU64>>,
     requested: Bitmap<Vec<AtomicU64>>,
     held: AtomicU64,
     /// How often whoever waits was told to look again.
@@ -29,11 +29,11 @@ struct Page {
 }
 
 impl Page {
-    fn owed() -> Arc<Self> {
+    fn missing() -> Arc<Self> {
         let bitmap = |word| Bitmap::new(vec![AtomicU64::new(word)], 64);
-        let (owed, requested) = (bitmap(BIT), bitmap(0));
+        let (missing, requested) = (bitmap(BIT), bitmap(0));
         let (held, answers) = (AtomicU64::new(MISSING), AtomicU64::new(0));
-        Arc::new(Self { readers: Readers::new(2), owed, requested, held, answers })
+        Arc::new(Self { readers: Readers::new(2), missing, requested, held, answers })
     }
 
     /// The kernel's part: fills what is missing, refuses what is there, and wakes in either case.
@@ -46,22 +46,22 @@ impl Page {
     fn fault(&self) -> bool {
         let found = request(
             &self.requested,
-            &self.owed,
+            &self.missing,
             PAGE,
             || {},
             || self.readers.wait(|_, word| word == 0),
         );
-        if !found.owed {
+        if !found.is_missing {
             self.requested.take_bits(0, BIT);
             self.place(ZERO);
         }
-        found.owed && found.fresh
+        found.is_missing && found.is_first
     }
 
     /// Content came on the stream of `worker`.
     fn content_arrives(&self, worker: usize) {
         let _reading = self.readers.reading(worker, 0, 0);
-        if self.owed.take_bits(0, BIT) != 0 {
+        if self.missing.take_bits(0, BIT) != 0 {
             self.place(CONTENT);
             self.requested.take_bits(0, BIT);
         }
@@ -70,8 +70,8 @@ impl Page {
     /// The page is zero, says the source.
     fn zero_arrives(&self, worker: usize) {
         let _reading = self.readers.reading(worker, 0, 0);
-        let taken = self.owed.take_bits(0, BIT);
-        if taken != 0 && waited_for(&self.requested, 0, taken) != 0 {
+        let taken = self.missing.take_bits(0, BIT);
+        if taken != 0 && requested_of(&self.requested, 0, taken) != 0 {
             self.place(ZERO);
         }
     }
@@ -79,16 +79,16 @@ impl Page {
     /// Content came and could not be placed.
     fn placing_fails(&self, worker: usize) {
         let _reading = self.readers.reading(worker, 0, 0);
-        let taken = self.owed.take_bits(0, BIT);
-        self.owed.or_word(0, taken);
+        let taken = self.missing.take_bits(0, BIT);
+        self.missing.or_word(0, taken);
     }
 
     fn discard(&self) {
-        self.owed.take_bits(0, BIT);
+        self.missing.take_bits(0, BIT);
         self.readers.wait(|_, word| word == 0);
-        self.owed.take_bits(0, BIT);
+        self.missing.take_bits(0, BIT);
         self.held.store(MISSING, Ordering::Release);
-        if waited_for(&self.requested, 0, BIT) != 0 {
+        if requested_of(&self.requested, 0, BIT) != 0 {
             self.requested.take_bits(0, BIT);
             self.place(ZERO);
         }
@@ -109,7 +109,7 @@ fn spawn<T: 'static>(
 #[test]
 fn a_fault_never_puts_zero_in_the_place_of_content_that_is_just_being_placed() {
     loom::model(|| {
-        let page = Page::owed();
+        let page = Page::missing();
         let arrival = spawn(&page, |page| page.content_arrives(0));
         page.fault();
         arrival.join().unwrap();
@@ -121,7 +121,7 @@ fn a_fault_never_puts_zero_in_the_place_of_content_that_is_just_being_placed() {
 #[test]
 fn of_a_fault_and_a_page_that_turns_out_to_be_zero_one_answers() {
     loom::model(|| {
-        let page = Page::owed();
+        let page = Page::missing();
         let arrival = spawn(&page, |page| page.zero_arrives(0));
         page.fault();
         arrival.join().unwrap();
@@ -132,7 +132,7 @@ fn of_a_fault_and_a_page_that_turns_out_to_be_zero_one_answers() {
 #[test]
 fn of_two_faults_of_a_page_one_asks() {
     loom::model(|| {
-        let page = Page::owed();
+        let page = Page::missing();
         let other = spawn(&page, Page::fault);
         let asked = page.fault();
         assert!(asked != other.join().unwrap(), "once, and not twice");
@@ -142,7 +142,7 @@ fn of_two_faults_of_a_page_one_asks() {
 #[test]
 fn of_a_fault_and_a_discard_one_answers() {
     loom::model(|| {
-        let page = Page::owed();
+        let page = Page::missing();
         let discard = spawn(&page, Page::discard);
         page.fault();
         discard.join().unwrap();
@@ -154,7 +154,7 @@ fn of_a_fault_and_a_discard_one_answers() {
 #[test]
 fn what_arrives_beside_a_discard_is_not_there_after_it() {
     loom::model(|| {
-        let page = Page::owed();
+        let page = Page::missing();
         let arrival = spawn(&page, |page| page.content_arrives(0));
         page.discard();
         assert_eq!(page.held(), MISSING, "acknowledged");
@@ -166,22 +166,22 @@ fn what_arrives_beside_a_discard_is_not_there_after_it() {
 #[test]
 fn what_could_not_be_placed_beside_a_discard_is_not_owed_after_it() {
     loom::model(|| {
-        let page = Page::owed();
+        let page = Page::missing();
         let arrival = spawn(&page, |page| page.placing_fails(0));
         page.discard();
         arrival.join().unwrap();
-        assert!(!page.owed.contains(PAGE), "the source would never answer for it");
+        assert!(!page.missing.contains(PAGE), "the source would never answer for it");
     });
 }
 
 #[test]
 fn a_fault_beside_a_failed_placing_asks_or_is_answered_by_nobody_but_the_source() {
     loom::model(|| {
-        let page = Page::owed();
+        let page = Page::missing();
         let arrival = spawn(&page, |page| page.placing_fails(0));
         let asked = page.fault();
         arrival.join().unwrap();
-        assert!(asked && page.held() == MISSING, "it is owed still, and was asked for");
+        assert!(asked && page.held() == MISSING, "it is missing still, and was asked for");
     });
 }
 
@@ -192,7 +192,7 @@ fn fault_arrival_and_discard_at_once_leave_no_content_and_nobody_waiting() {
     // Waiting for a worker is a spin, each turn of which counts.
     model.max_branches = 20_000;
     model.check(|| {
-        let page = Page::owed();
+        let page = Page::missing();
         let arrival = spawn(&page, |page| page.content_arrives(0));
         let discard = spawn(&page, Page::discard);
         page.fault();

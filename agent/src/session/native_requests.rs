@@ -49,7 +49,7 @@ pub(super) type Encoded = Box<dyn FnOnce(Encoder) -> Encoder>;
 
 impl SharedSession {
     /// Answers one of our own requests.
-    pub fn handle_own(&self, role: Role, frame: Frame) -> Frame {
+    pub fn handle_native(&self, role: Role, frame: Frame) -> Frame {
         let code = frame.request;
         let mut fds = Vec::new();
         let answer = match Request::decode(code, &frame.body) {
@@ -145,7 +145,7 @@ impl SharedSession {
     /// more for the connection before: waits until the job of that one has ended. A guest that was
     /// handed over is elsewhere, and its job goes on.
     fn wait_for_last_job(&self) -> Result<(), RemoteError> {
-        let last = self.lock().before.job().filter(|job| job.cancel.is_cancelled()).cloned();
+        let last = self.lock().previous.job().filter(|job| job.cancel.is_cancelled()).cloned();
         match last {
             Some(job) if !job.wait_until_final(LAST_JOB_TIMEOUT) => {
                 let sentence = format!(
@@ -241,7 +241,7 @@ impl SharedSession {
         let populate = || memory.populate(ranges);
         let populated = match job {
             Some(job) => job
-                .unless_frozen(populate)
+                .populate_unless_frozen(populate)
                 .map_err(|frozen| RemoteError::new(frozen.code(), frozen))?,
             None => populate(),
         };
@@ -314,7 +314,7 @@ impl SharedSession {
         };
         let paused = self.lock().paused();
         let Some(job) = paused else {
-            return self.lock().take_up(role, session, given, options);
+            return self.lock().adopt(role, session, given, options);
         };
         let (id, kind) = (job.id, job.kind);
         let mut shown = address.to_owned();
@@ -328,9 +328,9 @@ impl SharedSession {
             (JobKind::Incoming, Some(address)) => {
                 let listener = listen_at(&address)?;
                 listener.address().clone_into(&mut shown);
-                job::Request::Listen(listener)
+                job::RecoveryRequest::Listen(listener)
             }
-            (_, given) => job::Request::Connect(given),
+            (_, given) => job::RecoveryRequest::Connect(given),
         };
         // The source's job leaves its pause before the answer: so who sees it paused after that
         // knows that it is paused again.
@@ -339,7 +339,7 @@ impl SharedSession {
                 job.enter(Phase::Recovering)
             }
         };
-        if !job.recovery.ask_after(request, leave) {
+        if !job.recovery.request_after(request, leave) {
             let sentence = format!("job {id} is being recovered, or was asked to already");
             return Err(RemoteError::new(ErrorCode::Busy, sentence));
         }
@@ -365,8 +365,8 @@ impl SharedSession {
         if session.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
             session.resuming = false;
             if asked.is_ok() {
-                job.taken_back();
-                session.settle();
+                job.resumed_by_force();
+                session.retire_job();
             }
         }
         asked.map_err(|error| {
@@ -403,7 +403,8 @@ impl Session {
     pub(super) fn run_job(
         &mut self, job: &Arc<Job>, run: impl FnOnce(&Arc<Job>) + Send + 'static,
     ) -> Result<(), RemoteError> {
-        let (inner, before, last_vmms) = (job.clone(), self.job.take(), self.before.job().cloned());
+        let (inner, before, last_vmms) =
+            (job.clone(), self.job.take(), self.previous.job().cloned());
         let run = move || {
             let _ended = Ended(&inner);
             // It has ended, and its thread is about to.
@@ -427,7 +428,7 @@ impl Session {
     pub(super) fn check_can_start(&self) -> Result<(), RemoteError> {
         self.check_takes_jobs()?;
         self.check_idle("a job cannot be started")?;
-        self.check_ours()?;
+        self.check_guest_is_here()?;
         if self.memory.blocks().is_empty() {
             return Err(RemoteError::new(ErrorCode::State, "there is no memory: add blocks first"));
         }
@@ -490,7 +491,7 @@ impl Session {
     }
 
     fn cancel(&mut self) -> Answer {
-        let Some(job) = self.steered() else {
+        let Some(job) = self.operator_job() else {
             return Err(RemoteError::new(ErrorCode::NotFound, "no job is running"));
         };
         job.cancel.cancel().map_err(|error| match (error, job.kind) {
@@ -509,7 +510,7 @@ impl Session {
     }
 
     fn set_parameters(&mut self, options: &OutgoingOptions) -> Answer {
-        match self.steered() {
+        match self.operator_job() {
             Some(job) if matches!(job.kind, JobKind::Snapshot | JobKind::Restore) => {
                 job.set_bandwidth(options.bandwidth);
                 Ok(nothing())
@@ -534,7 +535,7 @@ impl Session {
     fn start_postcopy(&mut self) -> Answer {
         match self.running() {
             Some(job) if job.kind == JobKind::Outgoing => {
-                if job.ask_postcopy() {
+                if job.request_postcopy() {
                     return Ok(nothing());
                 }
                 let (mode, phase) = (job.options().mode.name(), job.status().phase.name());
@@ -548,7 +549,7 @@ impl Session {
     }
 
     /// Goes on with a migration that another agent began for this guest, and left when it died.
-    fn take_up(
+    fn adopt(
         &mut self, role: Role, session: [u8; 16], address: Option<Address>,
         options: OutgoingOptions,
     ) -> Answer {
@@ -572,7 +573,7 @@ impl Session {
             JobKind::Outgoing,
             OutgoingOptions { mode, streams, urgent_streams, ..options },
         )?;
-        job.takes_up();
+        job.set_adopted();
         let (id, shown) = (job.id, format!("{address:?}"));
         self.run_job(&job, move |job| {
             crate::outgoing::postcopy::recover::run(job, session, address)
@@ -639,7 +640,7 @@ impl Session {
             );
             return Err(RemoteError::new(ErrorCode::State, sentence));
         }
-        job.recovery.ask(job::Request::Abandon);
+        job.recovery.request(job::RecoveryRequest::Abandon);
         Ok(Some(job))
     }
 }

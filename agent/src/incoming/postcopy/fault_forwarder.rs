@@ -3,9 +3,9 @@
 //! The threads of the streams place what comes. The faults are read while the connections are lost,
 //! too: what is asked for then is noted, and asked for when they are back.
 
-use crate::faults::{HostPage, Supplier};
 use crate::job::{Job, JobError};
-use crate::memory::arriving::Arriving;
+use crate::memory::missing_pages::MissingPages;
+use crate::missing_faults::{HostPage, PageRequester};
 use crate::transport::{RecordReader, StreamSocket};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
@@ -18,22 +18,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// A page is marked as requested and asked for under one lock, and so is asking again after a lost
 /// connection: so a page is asked for once on each connection that could carry it, and never twice.
 #[derive(Debug, Clone, Default)]
-pub struct Requests(Arc<Mutex<Vec<StreamSocket>>>);
+pub struct RequestStreams(Arc<Mutex<Vec<StreamSocket>>>);
 
-impl Requests {
+impl RequestStreams {
     fn lock(&self) -> MutexGuard<'_, Vec<StreamSocket>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The source is asked on these streams from now on, and first for all that is waited for
     /// already.
-    pub fn connect(&self, job: &Job, arriving: &Arriving, urgent: &[RecordReader]) {
+    pub fn connect(&self, job: &Job, missing_pages: &MissingPages, urgent: &[RecordReader]) {
         let mut streams = self.lock();
         *streams = urgent.iter().map(|reader| reader.socket().clone()).collect();
         let mut batch = Batch::default();
         for at in 0..job.memory.blocks().len() {
-            for host_page in arriving.waited_for(at) {
-                batch.add(&streams, name(job, arriving, at, host_page), host_page);
+            for host_page in missing_pages.awaited_pages(at) {
+                batch.add(&streams, pages_of(job, missing_pages, at, host_page), host_page);
             }
         }
         batch.send(&streams);
@@ -46,20 +46,20 @@ impl Requests {
 }
 
 /// Asks the source.
-pub struct Asking<'a> {
+pub struct FaultForwarder<'a> {
     job: &'a Job,
-    arriving: &'a Arriving,
-    requests: Requests,
+    missing_pages: &'a MissingPages,
+    requests: RequestStreams,
     pages: Vec<HostPage>,
     batch: Batch,
 }
 
-impl<'a> Asking<'a> {
+impl<'a> FaultForwarder<'a> {
     /// By `requests`.
-    pub fn new(job: &'a Job, arriving: &'a Arriving, requests: Requests) -> Self {
+    pub fn new(job: &'a Job, missing_pages: &'a MissingPages, requests: RequestStreams) -> Self {
         Self {
             job,
-            arriving,
+            missing_pages,
             requests,
             pages: Vec::with_capacity(MAX_FAULTS),
             batch: Batch::default(),
@@ -67,14 +67,18 @@ impl<'a> Asking<'a> {
     }
 }
 
-impl Supplier for Asking<'_> {
-    fn serve(
+impl PageRequester for FaultForwarder<'_> {
+    fn request_pages(
         &mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
         let streams = self.requests.lock();
         read(&mut self.pages)?;
         for (at, host_page) in self.pages.drain(..) {
-            self.batch.add(&streams, name(self.job, self.arriving, at, host_page), host_page);
+            self.batch.add(
+                &streams,
+                pages_of(self.job, self.missing_pages, at, host_page),
+                host_page,
+            );
         }
         self.batch.send(&streams);
         Ok(())
@@ -115,7 +119,9 @@ impl Batch {
 }
 
 /// A host page as the source knows it.
-fn name(job: &Job, arriving: &Arriving, at: usize, host_page: u64) -> (u32, PageRange) {
-    let pages = arriving.owed().block(at).pages(PageRange::new(host_page, 1));
+fn pages_of(
+    job: &Job, missing_pages: &MissingPages, at: usize, host_page: u64,
+) -> (u32, PageRange) {
+    let pages = missing_pages.missing().block(at).pages(PageRange::new(host_page, 1));
     (job.memory.blocks()[at].geometry.id, pages)
 }

@@ -1,10 +1,10 @@
-//! Sending what the destination is owed.
+//! Sending what the destination is missing.
 //!
 //! Every stream that is not urgent has a thread that pushes. Every urgent stream has one that
 //! answers what is asked for on it, and nothing else goes there: so an answer never queues behind
 //! what nobody waits for. The job's own thread reads the return path. Who sends a host page takes
-//! it first ([`Owed::take`]), so none is pushed twice; what is taken and lost with a connection
-//! comes back with the next one, when the destination says what it has.
+//! it first ([`HostPageSet::take`]), so none is pushed twice; what is taken and lost with a
+//! connection comes back with the next one, when the destination says what it has.
 //!
 //! What is asked for although it was taken is on its way: held back by the limit, or behind
 //! megabytes in the buffers of a connection that the destination empties no faster than it places
@@ -18,8 +18,8 @@ use super::super::sender::{PageSender, PassView};
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
 use crate::memory::cursor::Cursor;
-use crate::memory::owed::Owed;
-use crate::transport::queue::send_what_is_fresh;
+use crate::memory::host_page_set::HostPageSet;
+use crate::transport::socket_queue::limit_send_queue;
 use crate::transport::{Address, Limiter, StreamSocket, TransportError};
 use pageferry_protocol::control::job::OutgoingOptions;
 use pageferry_protocol::memory::PageRange;
@@ -35,23 +35,23 @@ use std::time::{Duration, Instant};
 /// Longest time between two looks at what an operator changed.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// A guest that runs elsewhere, or is about to, and what it is owed.
+/// A guest that runs elsewhere, or is about to, and what it is missing.
 #[derive(Debug)]
-pub struct Supply {
+pub struct PostcopySource {
     pub(super) job: Arc<Job>,
     pub(super) session: SessionId,
     /// Where the destination listens.
     pub(super) address: Option<Address>,
-    pub(super) owed: Arc<Owed>,
-    /// What the destination may still lack: all that was ever owed and is not released. An agent
+    pub(super) missing: Arc<HostPageSet>,
+    /// What the destination may still lack: all that was ever missing and is not released. An agent
     /// that did not begin the migration learns it from the destination.
-    pub(super) kept: Option<Owed>,
+    pub(super) kept: Option<HostPageSet>,
     limiter: Limiter,
     unlimited: Limiter,
 }
 
 /// What all threads of one connection share.
-struct Line<'a> {
+struct StreamGroup<'a> {
     cursor: Cursor,
     sockets: Vec<StreamSocket>,
     /// Why it broke. The first to fail says, but for the peer's own words, which tell more.
@@ -69,7 +69,7 @@ struct Line<'a> {
     urgent: PassView<'a>,
 }
 
-impl Line<'_> {
+impl StreamGroup<'_> {
     fn fail(&self, error: JobError) {
         if self.over.load(Ordering::Acquire) {
             return;
@@ -107,20 +107,20 @@ impl Line<'_> {
     }
 }
 
-impl Supply {
-    /// The destination is owed `owed`; `kept` is what it may still lack later, as far as that is
-    /// known.
+impl PostcopySource {
+    /// The destination is missing `missing`; `kept` is what it may still lack later, as far as that
+    /// is known.
     pub fn new(
-        job: &Arc<Job>, session: SessionId, address: Option<Address>, owed: Owed,
-        kept: Option<Owed>,
+        job: &Arc<Job>, session: SessionId, address: Option<Address>, missing: HostPageSet,
+        kept: Option<HostPageSet>,
     ) -> Self {
-        let owed = Arc::new(owed);
-        job.owes(&owed);
+        let missing = Arc::new(missing);
+        job.set_missing(&missing);
         Self {
             job: job.clone(),
             session,
             address,
-            owed,
+            missing,
             kept,
             limiter: Limiter::new(job.options().bandwidth),
             unlimited: Limiter::new(0),
@@ -140,7 +140,7 @@ impl Supply {
         self.limiter.set_rate(self.job.options().bandwidth);
         let sockets = streams.sockets();
         let Streams { primary, senders, urgent, .. } = streams;
-        let line = Line {
+        let line = StreamGroup {
             cursor: Cursor::new(&self.job.memory),
             sockets,
             failure: Mutex::default(),
@@ -157,11 +157,11 @@ impl Supply {
         std::thread::scope(|scope| {
             let line = &line;
             for stream in urgent {
-                scope.spawn(move || match self.answer(line, stream) {
+                scope.spawn(move || match self.answer_requests(line, stream) {
                     // Nothing is asked for any more, and the destination lets go of this stream
                     // before it says that it has everything. If it was lost instead, the primary
                     // hears of that, since the destination sees it, too.
-                    Err(JobError::Transport(error)) if self.owed.left() == 0 => {
+                    Err(JobError::Transport(error)) if self.missing.remaining_pages() == 0 => {
                         log::debug!("an urgent stream ended: {}", crate::error::chain(&error));
                     }
                     outcome => line.check(outcome),
@@ -173,7 +173,7 @@ impl Supply {
                 for sender in senders {
                     scope.spawn(move || line.check(self.push(line, sender)));
                 }
-                line.check(self.follow(line, primary));
+                line.check(self.read_return_path(line, primary));
             } else if let Err(error) = outcome {
                 // Nothing else was sent on the primary meanwhile.
                 if !matches!(error, JobError::Transport(_) | JobError::Peer(_)) {
@@ -189,9 +189,9 @@ impl Supply {
     }
 
     /// Answers what is asked for on an urgent stream.
-    fn answer(&self, line: &Line<'_>, stream: &mut Urgent) -> Result<(), JobError> {
+    fn answer_requests(&self, line: &StreamGroup<'_>, stream: &mut Urgent) -> Result<(), JobError> {
         // Nothing comes while the guest finds what it needs.
-        stream.reader.wait_for_ever();
+        stream.reader.set_no_timeout();
         let mut taken = Vec::new();
         loop {
             let record = stream.reader.read()?;
@@ -210,8 +210,8 @@ impl Supply {
                 });
             }
             line.cursor.fault(at, range.end());
-            let asked = self.owed.block(at).of(range);
-            self.owed.take_range(at, asked, |word, bits| taken.push((word, bits)));
+            let asked = self.missing.block(at).covering(range);
+            self.missing.take_range(at, asked, |word, bits| taken.push((word, bits)));
             let sent = self.send(&line.urgent, &mut stream.sender, (at, block), &mut taken)?;
             add(&self.job.live.requested_pages, sent);
             if sent == 0
@@ -226,16 +226,16 @@ impl Supply {
         }
     }
 
-    /// Pushes until nothing is owed.
-    fn push(&self, line: &Line<'_>, sender: &mut PageSender) -> Result<(), JobError> {
-        crate::priority::step_back();
+    /// Pushes until nothing is missing.
+    fn push(&self, line: &StreamGroup<'_>, sender: &mut PageSender) -> Result<(), JobError> {
+        crate::priority::lower();
         sender.totals = Totals::default();
-        send_what_is_fresh(sender.socket().as_fd());
+        limit_send_queue(sender.socket().as_fd());
         let mut taken = Vec::new();
-        while let Some((at, range)) = line.cursor.claim(&self.owed) {
+        while let Some((at, range)) = line.cursor.claim(&self.missing) {
             self.job.cancel.check()?;
             let block: &Block = &self.job.memory.blocks()[at];
-            self.owed.take_range(at, range, |word, bits| taken.push((word, bits)));
+            self.missing.take_range(at, range, |word, bits| taken.push((word, bits)));
             let sent = self.send(&line.bulk, sender, (at, block), &mut taken)?;
             sender.flush(&line.bulk)?;
             add(&self.job.live.pushed_pages, sent);
@@ -254,7 +254,7 @@ impl Supply {
         &self, view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block),
         taken: &mut Vec<(u64, u64)>,
     ) -> Result<u64, JobError> {
-        let host_pages = self.owed.block(at);
+        let host_pages = self.missing.block(at);
         let mut pages = 0;
         for (word, bits) in taken.drain(..) {
             pages += u64::from(bits.count_ones()) * host_pages.unit();
@@ -277,9 +277,11 @@ impl Supply {
     }
 
     /// Reads the return path until the destination has everything.
-    fn follow(&self, line: &Line<'_>, primary: &mut Primary) -> Result<(), JobError> {
+    fn read_return_path(
+        &self, line: &StreamGroup<'_>, primary: &mut Primary,
+    ) -> Result<(), JobError> {
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = self.job.options();
-        primary.reader.set_patience(peer_timeout);
+        primary.reader.set_timeout(peer_timeout);
         // Once all is sent, the destination owes an answer: it places what is on its way, and
         // unregisters, before it gives it.
         let timeout = peer_timeout + 2 * hook_timeout;
@@ -337,10 +339,10 @@ impl Supply {
     /// The destination says that it has everything: it cannot have what was not sent, and that is
     /// not to be lost.
     fn check_all_sent(&self) -> Result<(), JobError> {
-        match self.owed.next(0, 0) {
+        match self.missing.next_from(0, 0) {
             None => Ok(()),
             Some((at, host_page)) => {
-                let first = self.owed.block(at).pages(PageRange::new(host_page, 1)).first;
+                let first = self.missing.block(at).pages(PageRange::new(host_page, 1)).first;
                 Err(JobError::NotSent { id: self.job.memory.blocks()[at].geometry.id, first })
             }
         }
@@ -359,8 +361,8 @@ impl Supply {
     fn drop_runs(&self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
         let (at, _, runs) = self.runs_of(header, payload, "discard")?;
         for run in runs {
-            let host_pages = self.owed.block(at);
-            self.owed.take_range(at, host_pages.of(run), |_, bits| {
+            let host_pages = self.missing.block(at);
+            self.missing.take_range(at, host_pages.covering(run), |_, bits| {
                 add(&self.job.live.dropped_pages, u64::from(bits.count_ones()) * host_pages.unit());
             });
         }
@@ -371,14 +373,14 @@ impl Supply {
     fn release(&self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
         let (at, block, runs) = self.runs_of(header, payload, "placed")?;
         for run in runs {
-            let host_pages = self.owed.block(at);
+            let host_pages = self.missing.block(at);
             // It cannot have what was not sent, and that is not to be lost.
-            if let Some(host_page) = host_pages.bits().next_set(host_pages.of(run)) {
+            if let Some(host_page) = host_pages.bits().next_set(host_pages.covering(run)) {
                 let first = host_pages.pages(PageRange::new(host_page, 1)).first;
                 return Err(JobError::NotSent { id: block.geometry.id, first });
             }
             if let Some(kept) = &self.kept {
-                kept.take_range(at, host_pages.of(run), |_, _| {});
+                kept.take_range(at, host_pages.covering(run), |_, _| {});
             }
             self.free(block, run)?;
         }
@@ -392,16 +394,16 @@ impl Supply {
         Ok(())
     }
 
-    /// Frees what the destination needs no more, now that it has said what it is owed: what it said
-    /// of that before may have been lost with the connection.
+    /// Frees what the destination needs no more, now that it has said what it is missing: what it
+    /// said of that before may have been lost with the connection.
     pub(super) fn release_received(&self) -> Result<(), JobError> {
         let Some(kept) = self.kept.as_ref().filter(|_| self.job.options().release) else {
             return Ok(());
         };
         for (at, block) in self.job.memory.blocks().iter().enumerate() {
-            let (kept_pages, owed) = (kept.block(at), self.owed.block(at).bits());
+            let (kept_pages, missing) = (kept.block(at), self.missing.block(at).bits());
             for (word, bits) in kept_pages.bits().nonzero_words(kept_pages.bits().all()) {
-                let received = kept.take(at, word, bits & !owed.word(word));
+                let received = kept.take(at, word, bits & !missing.word(word));
                 for host_pages in runs_of_word(word * WORD_BITS, received) {
                     self.free(block, kept_pages.pages(host_pages))?;
                 }

@@ -1,18 +1,18 @@
 //! What the guest waits for.
 //!
-//! One thread reads the faults, and never a disk. It hands what is owed to a few others, which read
-//! it from the image while the next fault comes.
+//! One thread reads the faults, and never a disk. It hands what is missing to a few others, which
+//! read it from the image while the next fault comes.
 //!
 //! A guest that has touched one page and then one near it will touch those around them: so what is
 //! unread within 64 KiB is read with the second, which is placed first. With the first it would
 //! cost a guest that jumps about twice the time for each page, from a disk and from memory.
 
-use super::supply::Supply;
-use super::working_set::Record;
-use crate::faults::{HostPage, Supplier};
+use super::lazy_restore::LazyRestore;
+use super::working_set::WorkingSetRecorder;
 use crate::image::PageBuffer;
 use crate::job::JobError;
 use crate::memory::runs::NEAR;
+use crate::missing_faults::{HostPage, PageRequester};
 use crossbeam_channel::{Receiver, Sender, bounded, select_biased};
 use pageferry_protocol::image::EXTENT_SIZE;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -28,7 +28,7 @@ const PLACES: usize = 1024;
 
 /// Host pages on their way from the thread that reads the faults to those that answer them.
 #[derive(Debug)]
-pub struct Queue {
+pub struct FaultQueue {
     to: Sender<HostPage>,
     from: Receiver<HostPage>,
     /// Nothing is ever sent here: it ends when `open` is taken.
@@ -36,7 +36,7 @@ pub struct Queue {
     open: Mutex<Option<Sender<Infallible>>>,
 }
 
-impl Default for Queue {
+impl Default for FaultQueue {
     fn default() -> Self {
         let (to, from) = bounded(PLACES);
         let (open, closed) = bounded(0);
@@ -44,7 +44,7 @@ impl Default for Queue {
     }
 }
 
-impl Queue {
+impl FaultQueue {
     /// Hands a host page over; waits while there is no place.
     fn push(&self, page: HostPage) {
         select_biased! {
@@ -70,22 +70,22 @@ impl Queue {
 
 /// Has what is touched read from the image.
 #[derive(Debug)]
-pub struct Asking<'a> {
-    supply: &'a Supply<'a>,
+pub struct FaultForwarder<'a> {
+    supply: &'a LazyRestore<'a>,
     pages: Vec<HostPage>,
     /// Where what is touched is written down.
-    record: Option<&'a mut Record>,
+    record: Option<&'a mut WorkingSetRecorder>,
 }
 
-impl<'a> Asking<'a> {
+impl<'a> FaultForwarder<'a> {
     /// By the threads of `supply`.
-    pub fn new(supply: &'a Supply<'a>, record: Option<&'a mut Record>) -> Self {
+    pub fn new(supply: &'a LazyRestore<'a>, record: Option<&'a mut WorkingSetRecorder>) -> Self {
         Self { supply, pages: Vec::with_capacity(MAX_FAULTS), record }
     }
 }
 
-impl Supplier for Asking<'_> {
-    fn serve(
+impl PageRequester for FaultForwarder<'_> {
+    fn request_pages(
         &mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
         read(&mut self.pages)?;
@@ -102,7 +102,7 @@ impl Supplier for Asking<'_> {
     }
 }
 
-impl Supply<'_> {
+impl LazyRestore<'_> {
     /// Answers what the guest waits for, until all is over.
     ///
     /// # Errors
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn each_page_is_handed_to_one_thread_and_all_end_when_it_is_closed() {
-        let queue = Queue::default();
+        let queue = FaultQueue::default();
         let found = Mutex::new(BTreeSet::new());
         std::thread::scope(|scope| {
             for _ in 0..SERVERS {

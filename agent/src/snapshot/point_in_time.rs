@@ -6,50 +6,50 @@
 
 use super::checkpoint::Changes;
 use super::prepare::Prepared;
-use super::protect::{Mode, Watch};
+use super::protect::{Mode, WriteWatch};
 use crate::image::ImageWriter;
 use crate::job::{Job, JobError};
-use crate::memory::capturing::Capturing;
+use crate::memory::copy_before_write::CopyBeforeWrite;
 use crate::tracking::{DirtyPages, check_discards};
 use std::sync::Arc;
 
 /// What there is to save. Until it is dropped discards save what they discard.
-pub struct AsOfNow {
+pub struct PointInTime {
     job: Arc<Job>,
     /// Pages that are discarded.
     pub discarded: DirtyPages,
     /// All that is to be captured.
-    pub capturing: Arc<Capturing>,
+    pub copier: Arc<CopyBeforeWrite>,
 }
 
-impl AsOfNow {
+impl PointInTime {
     /// Takes the moment. What the guest writes after it is reported, if there is a `watch`.
     pub fn take(
-        job: &Arc<Job>, writer: &Arc<ImageWriter>, watch: Option<&Watch>, changes: &mut Changes,
-        mut prepared: Prepared,
+        job: &Arc<Job>, writer: &Arc<ImageWriter>, watch: Option<&WriteWatch>,
+        changes: &mut Changes, mut prepared: Prepared,
     ) -> Result<Self, JobError> {
         let memory = &job.memory;
         let pending = &prepared.pending;
-        let protection = watch.map(Watch::protection);
-        let capturing = Arc::new(Capturing::new(
+        let protection = watch.map(WriteWatch::protection);
+        let copier = Arc::new(CopyBeforeWrite::new(
             memory,
             pending.clone(),
             protection,
             writer.clone(),
             job.live.clone(),
         ));
-        job.owes(pending);
+        job.set_missing(pending);
         // No fault of before is being answered any more: it would lift what is protected here.
-        let mut mode = watch.map(Watch::hold);
-        watch.map_or(Ok(()), Watch::check)?;
+        let mut mode = watch.map(WriteWatch::hold_faults);
+        watch.map_or(Ok(()), WriteWatch::check)?;
         writer.is_now();
         memory.marking.instant(|| {
-            let changed = changes.cut(std::mem::take(&mut prepared.later))?;
+            let changed = changes.begin_epoch(std::mem::take(&mut prepared.later))?;
             for (at, block) in memory.blocks().iter().enumerate() {
                 for (word, bits) in block.discarded.nonzero_words(block.all()) {
                     prepared.discarded.block(at).or_word(word, bits);
                 }
-                prepared.to_save(at, changed, |word, pages| {
+                prepared.pages_to_save(at, changed, |word, pages| {
                     prepared.pending.add_pages(at, word, pages)
                 })?;
                 if let Some(watch) = watch {
@@ -57,31 +57,31 @@ impl AsOfNow {
                 }
             }
             check_discards(memory)?;
-            Ok::<_, JobError>(capturing.clone())
+            Ok::<_, JobError>(copier.clone())
         })?;
         if let Some(mode) = &mut mode {
-            **mode = Mode::Capturing(capturing.clone());
+            **mode = Mode::CopyBeforeWrite(copier.clone());
         }
         drop(mode);
-        Ok(Self { job: job.clone(), discarded: prepared.discarded, capturing })
+        Ok(Self { job: job.clone(), discarded: prepared.discarded, copier })
     }
 }
 
-impl AsOfNow {
+impl PointInTime {
     /// All was captured, and what others had of it in their hands is put.
     ///
     /// # Errors
     /// If one of them could not.
-    pub fn settle(&self) -> Result<(), JobError> {
+    pub fn finish(&self) -> Result<(), JobError> {
         self.job.memory.marking.end();
-        self.capturing.settled(&self.job.memory.readers)
+        self.copier.finish(&self.job.memory.readers)
     }
 }
 
-impl Drop for AsOfNow {
+impl Drop for PointInTime {
     fn drop(&mut self) {
         // If it failed, faults are still answered.
-        self.capturing.end();
+        self.copier.stop_faults();
         self.job.memory.marking.end();
     }
 }

@@ -2,11 +2,11 @@
 //!
 //! One thread reads the faults, as many at once as there are, and waits for nothing but faults, and
 //! pages that are being placed: what it can answer it answers, and for the rest it asks a
-//! [`Supplier`]: the source of a migration, or the threads that read an image. See
-//! [`crate::memory::arriving`] for what happens to a page.
+//! [`PageRequester`]: the source of a migration, or the threads that read an image. See
+//! [`crate::memory::missing_pages`] for what happens to a page.
 
 use crate::job::{Job, JobError};
-use crate::memory::arriving::{Answer, Arriving, ArrivingError};
+use crate::memory::missing_pages::{FaultOutcome, MissingPages, PlaceError};
 use crate::memory::pool;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::userfault::{MAX_FAULTS, Userfaultfd};
@@ -19,19 +19,19 @@ use std::time::{Duration, Instant};
 pub const RETRY: Duration = Duration::from_millis(10);
 
 /// Shortest time between two reports that memory is missing.
-const SAY_AGAIN: Duration = Duration::from_secs(1);
+const REPORT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Index of a block, and a host page of it.
 pub type HostPage = (usize, u64);
 
 /// Who has what is missing.
-pub trait Supplier {
+pub trait PageRequester {
     /// Runs `read`, which adds the host pages that are to be asked for, each for the first time;
     /// then asks for them.
     ///
     /// # Errors
     /// What `read` says.
-    fn serve(
+    fn request_pages(
         &mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
     ) -> Result<(), JobError>;
 }
@@ -39,13 +39,13 @@ pub trait Supplier {
 /// The VMM's mappings are registered; taken back on drop. If memory is missing then, the VMM is
 /// told, and its guest is lost.
 #[derive(Debug)]
-pub struct Registered<'a> {
+pub struct FaultRegistration<'a> {
     job: &'a Job,
     /// Nothing is missing any more.
     pub complete: bool,
 }
 
-impl<'a> Registered<'a> {
+impl<'a> FaultRegistration<'a> {
     /// To be made before the VMM is asked: a registration that timed out may still happen, and must
     /// be undone.
     pub fn new(job: &'a Job) -> Self {
@@ -53,9 +53,9 @@ impl<'a> Registered<'a> {
     }
 }
 
-impl Drop for Registered<'_> {
+impl Drop for FaultRegistration<'_> {
     fn drop(&mut self) {
-        self.job.memory.set_arriving(None);
+        self.job.memory.set_missing_pages(None);
         let hook = Hook::UnregisterFaults { complete: self.complete };
         if let Err(error) = self.job.hooks.undo(&hook, self.job.options().hook_timeout) {
             log::warn!("{}", crate::error::chain(&error));
@@ -65,13 +65,13 @@ impl Drop for Registered<'_> {
 
 /// How the thread that answers faults hears that it is to end.
 #[derive(Debug)]
-pub struct Stop(OwnedFd);
+pub struct StopEvent(OwnedFd);
 
 /// It ends, on drop: also if whoever would wait for it panics, and would wait for ever.
 #[derive(Debug)]
-pub struct Stopping<'a>(&'a Stop);
+pub struct StopOnDrop<'a>(&'a StopEvent);
 
-impl Stop {
+impl StopEvent {
     /// It goes on until then.
     ///
     /// # Errors
@@ -85,18 +85,18 @@ impl Stop {
     }
 
     /// To be had before the thread is started, within the scope that waits for it.
-    pub fn on_drop(&self) -> Stopping<'_> {
-        Stopping(self)
+    pub fn stop_on_drop(&self) -> StopOnDrop<'_> {
+        StopOnDrop(self)
     }
 }
 
-impl AsFd for Stop {
+impl AsFd for StopEvent {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
-impl Drop for Stopping<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         // A full eventfd is readable already.
         let _ = rustix::io::write(&self.0.0, &1u64.to_ne_bytes());
@@ -108,13 +108,14 @@ impl Drop for Stopping<'_> {
 /// that its memory is lost.
 ///
 /// If the job is cancelled while the VMM loads its state, a VMM that waits for a page in that goes
-/// on at once ([`Arriving::let_go`]): the job's own thread waits for the VMM, and cannot tell it.
-pub fn answer(
-    job: &Job, arriving: &Arriving, supplier: &mut impl Supplier, stop: BorrowedFd<'_>,
-    fail: impl FnOnce(JobError),
+/// on at once ([`MissingPages::release_waiters`]): the job's own thread waits for the VMM, and
+/// cannot tell it.
+pub fn handle_faults(
+    job: &Job, missing_pages: &MissingPages, supplier: &mut impl PageRequester,
+    stop: BorrowedFd<'_>, fail: impl FnOnce(JobError),
 ) {
-    let mut unanswered = Unanswered(Some(fail));
-    match answer_all(job, arriving, supplier, stop) {
+    let mut unanswered = FailOnDrop(Some(fail));
+    match handle_until_stopped(job, missing_pages, supplier, stop) {
         Ok(()) => unanswered.0 = None,
         Err(error) => {
             log::error!(
@@ -128,9 +129,9 @@ pub fn answer(
 }
 
 /// Nobody answers faults; on drop it is by a panic.
-struct Unanswered<F: FnOnce(JobError)>(Option<F>);
+struct FailOnDrop<F: FnOnce(JobError)>(Option<F>);
 
-impl<F: FnOnce(JobError)> Unanswered<F> {
+impl<F: FnOnce(JobError)> FailOnDrop<F> {
     fn fail(&mut self, error: JobError) {
         if let Some(fail) = self.0.take() {
             fail(error);
@@ -138,7 +139,7 @@ impl<F: FnOnce(JobError)> Unanswered<F> {
     }
 }
 
-impl<F: FnOnce(JobError)> Drop for Unanswered<F> {
+impl<F: FnOnce(JobError)> Drop for FailOnDrop<F> {
     fn drop(&mut self) {
         self.fail(JobError::Panicked);
     }
@@ -147,21 +148,21 @@ impl<F: FnOnce(JobError)> Drop for Unanswered<F> {
 /// Says in the log and in the job's status that the guest waits for memory that the host does not
 /// have, and takes it back when it waits no more.
 #[derive(Debug)]
-pub struct Wants<'a> {
+pub struct ShortageReport<'a> {
     job: &'a Job,
     /// When the status was last updated.
     said: Option<Instant>,
 }
 
-impl<'a> Wants<'a> {
+impl<'a> ShortageReport<'a> {
     /// It waits for nothing.
     pub fn new(job: &'a Job) -> Self {
         Self { job, said: None }
     }
 
     /// It waits for a page of the block at index `at`.
-    pub fn memory(&mut self, at: usize) {
-        if self.said.is_some_and(|said| said.elapsed() < SAY_AGAIN) {
+    pub fn report(&mut self, at: usize) {
+        if self.said.is_some_and(|said| said.elapsed() < REPORT_AGAIN) {
             return;
         }
         self.said = Some(Instant::now());
@@ -171,7 +172,7 @@ impl<'a> Wants<'a> {
     }
 
     /// It got what it waited for.
-    pub fn nothing(&mut self) {
+    pub fn clear(&mut self) {
         if self.said.take().is_some() {
             log::info!("job {}: there is memory again", self.job.id);
             self.job.note("");
@@ -179,39 +180,42 @@ impl<'a> Wants<'a> {
     }
 }
 
-impl Drop for Wants<'_> {
+impl Drop for ShortageReport<'_> {
     fn drop(&mut self) {
-        self.nothing();
+        self.clear();
     }
 }
 
-fn answer_all(
-    job: &Job, arriving: &Arriving, supplier: &mut impl Supplier, stop: BorrowedFd<'_>,
+fn handle_until_stopped(
+    job: &Job, missing_pages: &MissingPages, supplier: &mut impl PageRequester,
+    stop: BorrowedFd<'_>,
 ) -> Result<(), JobError> {
     let mut faults = [0; MAX_FAULTS];
     let mut failed = Vec::new();
-    let mut wants = Wants::new(job);
+    let mut wants = ShortageReport::new(job);
     let mut cancelled = Some(job.cancel.fd());
     loop {
-        match wait_for(arriving.uffd(), stop, cancelled)? {
+        match wait_for(missing_pages.uffd(), stop, cancelled)? {
             Woken::Stopped => return Ok(()),
             Woken::Cancelled => {
                 // Stays readable: there is nothing more to hear.
                 cancelled = None;
-                arriving.let_go();
+                missing_pages.release_waiters();
                 continue;
             }
             Woken::Faults => {}
         }
         let since = Instant::now();
-        supplier.serve(|to_ask| read(job, arriving, &mut faults, since, to_ask, &mut failed))?;
+        supplier.request_pages(|to_ask| {
+            read(job, missing_pages, &mut faults, since, to_ask, &mut failed)
+        })?;
         match failed.first() {
-            None => wants.nothing(),
+            None => wants.clear(),
             Some((at, _)) => {
-                wants.memory(*at);
+                wants.report(*at);
                 // Whoever waits tries again.
                 std::thread::sleep(RETRY);
-                failed.drain(..).for_each(|page| arriving.retry(page));
+                failed.drain(..).for_each(|page| missing_pages.retry(page));
             }
         }
     }
@@ -254,16 +258,16 @@ fn wait_for(
 
 /// Reads the faults that there are, and answers what can be answered.
 fn read(
-    job: &Job, arriving: &Arriving, faults: &mut [u64; MAX_FAULTS], since: Instant,
+    job: &Job, missing_pages: &MissingPages, faults: &mut [u64; MAX_FAULTS], since: Instant,
     to_ask: &mut Vec<HostPage>, failed: &mut Vec<HostPage>,
 ) -> Result<(), JobError> {
-    let _answering = arriving.answering();
-    let count = arriving.uffd().read_faults(faults).map_err(ArrivingError::Read)?;
+    let _answering = missing_pages.handling_faults();
+    let count = missing_pages.uffd().read_faults(faults).map_err(PlaceError::Read)?;
     for address in &faults[..count] {
-        let Some(page) = arriving.locate(*address) else { continue };
-        match arriving.fault(&job.memory.readers, page, since) {
-            Ok(Answer::Ask) => to_ask.push(page),
-            Ok(Answer::Here | Answer::Wait) => {}
+        let Some(page) = missing_pages.locate(*address) else { continue };
+        match missing_pages.fault(&job.memory.readers, page, since) {
+            Ok(FaultOutcome::Request) => to_ask.push(page),
+            Ok(FaultOutcome::Resolved | FaultOutcome::AlreadyRequested) => {}
             Err(error) if is_gone(&error) => return Err(error.into()),
             Err(error) => {
                 log::debug!("{}", crate::error::chain(&error));
@@ -275,20 +279,20 @@ fn read(
 }
 
 /// True if there may be memory later.
-pub fn lacks_memory(error: &ArrivingError) -> bool {
-    matches!(error, ArrivingError::Place { source: Errno::NOMEM | Errno::NOSPC, .. })
+pub fn lacks_memory(error: &PlaceError) -> bool {
+    matches!(error, PlaceError::Place { source: Errno::NOMEM | Errno::NOSPC, .. })
 }
 
 /// True if there is nobody any more who could wait.
-pub fn is_gone(error: &ArrivingError) -> bool {
-    matches!(error, ArrivingError::Place { source: Errno::SRCH, .. })
+pub fn is_gone(error: &PlaceError) -> bool {
+    matches!(error, PlaceError::Place { source: Errno::SRCH, .. })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::hooks::Hooks;
-    use crate::memory::owed::Owed;
+    use crate::memory::host_page_set::HostPageSet;
     use crate::memory::{GuestMemory, test_support};
     use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
     use pageferry_protocol::memory::PAGE_SIZE;
@@ -297,8 +301,8 @@ mod tests {
 
     struct Panics;
 
-    impl Supplier for Panics {
-        fn serve(
+    impl PageRequester for Panics {
+        fn request_pages(
             &mut self, _: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
         ) -> Result<(), JobError> {
             std::panic::resume_unwind(Box::new("as if by a defect"));
@@ -307,8 +311,8 @@ mod tests {
 
     struct Reads;
 
-    impl Supplier for Reads {
-        fn serve(
+    impl PageRequester for Reads {
+        fn request_pages(
             &mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
         ) -> Result<(), JobError> {
             read(&mut Vec::new())
@@ -316,7 +320,7 @@ mod tests {
     }
 
     /// Why faults are not answered any more, of which there seem to be some and none can be read.
-    fn why(mut supplier: impl Supplier) -> Option<JobError> {
+    fn why(mut supplier: impl PageRequester) -> Option<JobError> {
         let memory = Arc::new(GuestMemory::default());
         let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
         let job = Job::new(
@@ -328,13 +332,17 @@ mod tests {
             notify,
         )
         .unwrap();
-        let (folder, owed) =
-            (std::fs::File::open("/").unwrap(), Arc::new(Owed::nothing(&memory, &[]).unwrap()));
-        let arriving =
-            Arriving::new(&memory, owed, folder.into(), false, job.live.clone()).unwrap();
-        let (stop, mut why) = (Stop::new().unwrap(), None);
+        let (folder, missing) = (
+            std::fs::File::open("/").unwrap(),
+            Arc::new(HostPageSet::empty(&memory, &[]).unwrap()),
+        );
+        let missing_pages =
+            MissingPages::new(&memory, missing, folder.into(), false, job.live.clone()).unwrap();
+        let (stop, mut why) = (StopEvent::new().unwrap(), None);
         let _ = catch_unwind(AssertUnwindSafe(|| {
-            answer(&job, &arriving, &mut supplier, stop.as_fd(), |error| why = Some(error));
+            handle_faults(&job, &missing_pages, &mut supplier, stop.as_fd(), |error| {
+                why = Some(error)
+            });
         }));
         assert!(!job.cancel.is_cancelled());
         why
@@ -349,12 +357,12 @@ mod tests {
 
     #[test]
     fn a_panic_of_whoever_waits_for_the_thread_ends_it_too() {
-        let stop = Stop::new().unwrap();
+        let stop = StopEvent::new().unwrap();
         // Nothing is ever read from it.
         let never = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap().into();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             std::thread::scope(|scope| {
-                let _stopping = stop.on_drop();
+                let _stopping = stop.stop_on_drop();
                 scope.spawn(|| assert!(!wait(&never, stop.as_fd()).unwrap()));
                 std::panic::resume_unwind(Box::new("as if by a defect"));
             })
@@ -367,8 +375,8 @@ mod tests {
     struct Waiting {
         job: Job,
         ram: test_support::Registered,
-        arriving: Arriving,
-        stop: Stop,
+        missing_pages: MissingPages,
+        stop: StopEvent,
     }
 
     const MISSING: u64 = 3;
@@ -380,24 +388,27 @@ mod tests {
             let options = OutgoingOptions::default();
             let job =
                 Job::new(1, JobKind::Incoming, ram.memory.clone(), hooks, options, notify).unwrap();
-            let owed = Owed::nothing(&ram.memory, &[PAGE_SIZE]).unwrap();
-            owed.add(0, 0, 1 << MISSING);
-            let (owed, uffd) = (Arc::new(owed), ram.for_agent());
-            let arriving = Arriving::new(&ram.memory, owed, uffd, false, job.live.clone()).unwrap();
-            Some(Self { job, ram, arriving, stop: Stop::new().unwrap() })
+            let missing = HostPageSet::empty(&ram.memory, &[PAGE_SIZE]).unwrap();
+            missing.add(0, 0, 1 << MISSING);
+            let (missing, uffd) = (Arc::new(missing), ram.for_agent());
+            let missing_pages =
+                MissingPages::new(&ram.memory, missing, uffd, false, job.live.clone()).unwrap();
+            Some(Self { job, ram, missing_pages, stop: StopEvent::new().unwrap() })
         }
 
         /// Runs `act` while a thread waits for the missing page; returns whether that thread went
         /// on by itself.
         fn goes_on(&self, act: impl FnOnce()) -> bool {
             std::thread::scope(|scope| {
-                let (stopping, mut reads) = (self.stop.on_drop(), Reads);
+                let (stopping, mut reads) = (self.stop.stop_on_drop(), Reads);
                 scope.spawn(move || {
-                    let Self { job, arriving, stop, .. } = self;
-                    answer(job, arriving, &mut reads, stop.as_fd(), |error| panic!("{error}"));
+                    let Self { job, missing_pages, stop, .. } = self;
+                    handle_faults(job, missing_pages, &mut reads, stop.as_fd(), |error| {
+                        panic!("{error}")
+                    });
                 });
                 let waits = scope.spawn(|| assert_eq!(self.ram.touch(MISSING), 0));
-                while self.arriving.waited_for(0).next().is_none() {
+                while self.missing_pages.awaited_pages(0).next().is_none() {
                     std::thread::yield_now();
                 }
                 act();
@@ -409,7 +420,7 @@ mod tests {
                 }
                 let went_on = waits.is_finished();
                 drop(stopping);
-                self.arriving.unregister();
+                self.missing_pages.unregister();
                 went_on
             })
         }
@@ -422,7 +433,7 @@ mod tests {
     fn who_waits_for_a_page_while_the_state_is_loaded_goes_on_when_the_job_is_cancelled() {
         let Some(waiting) = Waiting::new() else { return };
         assert!(waiting.goes_on(|| waiting.job.cancel.cancel().unwrap()));
-        assert!(!waiting.arriving.loaded(), "what was loaded is worth nothing");
+        assert!(!waiting.missing_pages.finish_load(), "what was loaded is worth nothing");
         assert_eq!(
             waiting.ram.memory.blocks()[0].backing.allocated_pages(),
             2,
@@ -433,7 +444,7 @@ mod tests {
     #[test]
     fn who_waits_for_a_page_of_a_guest_that_runs_waits_on_when_its_job_ends() {
         let Some(waiting) = Waiting::new() else { return };
-        assert!(waiting.arriving.loaded());
+        assert!(waiting.missing_pages.finish_load());
         assert!(!waiting.goes_on(|| waiting.job.cancel.force()));
     }
 }

@@ -9,7 +9,7 @@ use super::bitmap::{Bitmap, Words};
 use pageferry_protocol::memory::PageRange;
 
 /// Those of the host pages `wanted` of word `word` that are not protected for sure.
-pub fn rest<W: Words>(noted: &Bitmap<W>, word: u64, wanted: u64) -> u64 {
+pub fn not_protected<W: Words>(noted: &Bitmap<W>, word: u64, wanted: u64) -> u64 {
     wanted & !noted.word(word)
 }
 
@@ -23,7 +23,7 @@ pub fn protect<W: Words, E>(
 }
 
 /// The protection of host pages is lifted.
-pub fn lift<W: Words, E>(
+pub fn unprotect<W: Words, E>(
     noted: &Bitmap<W>, host_pages: PageRange, lift: impl FnOnce() -> Result<(), E>,
 ) -> Result<(), E> {
     lift()?;

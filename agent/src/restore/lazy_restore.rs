@@ -1,20 +1,20 @@
-//! Reading and placing what is owed, for all threads of a lazy restore.
+//! Reading and placing what is missing, for all threads of a lazy restore.
 //!
 //! A page is *unread* until somebody begins to read it: so the threads that read ahead do not read
 //! what another does. Who reads for a fault does so whether the page is unread or not, since it may
-//! be on its way behind megabytes. *Owed* it is until it is placed, or discarded, whatever was read
-//! of it: see [`crate::memory::arriving`].
+//! be on its way behind megabytes. *Missing* it is until it is placed, or discarded, whatever was
+//! read of it: see [`crate::memory::missing_pages`].
 //!
 //! If one thread fails, all do.
 
-use super::prefetch::{Gate, Pieces};
-use super::serve::Queue;
+use super::fault_reads::FaultQueue;
+use super::prefetch::{PrefetchGate, WorkingSetPieces};
 use super::source::Source;
-use crate::faults::{RETRY, Wants, lacks_memory};
 use crate::job::{Job, JobError, add};
-use crate::memory::arriving::{Arriving, ArrivingError};
 use crate::memory::cursor::Cursor;
-use crate::memory::owed::Owed;
+use crate::memory::host_page_set::HostPageSet;
+use crate::memory::missing_pages::{MissingPages, PlaceError};
+use crate::missing_faults::{RETRY, ShortageReport, lacks_memory};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use rustix::event::PollFlags;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,35 +22,35 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Longest time between two looks at how far it is.
-const LOOK: Duration = Duration::from_millis(200);
+const POLL: Duration = Duration::from_millis(200);
 /// The same while it is waited for the guest to come to rest.
-const LOOK_FOR_REST: Duration = Duration::from_millis(10);
+const IDLE_POLL: Duration = Duration::from_millis(10);
 /// A guest that touches nothing that is missing for so long has come to rest.
-const REST: Duration = Duration::from_millis(100);
+const IDLE_AFTER: Duration = Duration::from_millis(100);
 /// How long it is waited for that.
-const PATIENCE: Duration = Duration::from_secs(5);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long there may be no memory to place pages in before that is the end.
-const NO_MEMORY: Duration = Duration::from_secs(60);
+const NO_MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What all threads of a lazy restore share.
 #[derive(Debug)]
-pub struct Supply<'a> {
+pub struct LazyRestore<'a> {
     /// The job.
     pub job: &'a Job,
     /// What is read.
     pub source: &'a Source,
     /// Where it goes.
-    pub arriving: &'a Arriving,
+    pub missing_pages: &'a MissingPages,
     /// What nobody has begun to read, in host pages.
-    pub unread: Owed,
+    pub unread: HostPageSet,
     /// What is read ahead next.
     pub cursor: Cursor,
     /// What the guest waits for.
-    pub queue: Queue,
+    pub queue: FaultQueue,
     /// The working set, read ahead of all else.
-    pub pieces: Pieces,
+    pub pieces: WorkingSetPieces,
     /// Shut until what is not of the working set may be read ahead.
-    pub gate: Gate,
+    pub gate: PrefetchGate,
     /// What the guest touches is being written down: nothing is placed that it does not touch,
     /// until it has come to rest.
     pub recording: bool,
@@ -64,21 +64,21 @@ pub struct Supply<'a> {
     over: AtomicBool,
 }
 
-impl<'a> Supply<'a> {
-    /// Of all that is owed, which is `unread` by now. `pieces` are read ahead of all else.
+impl<'a> LazyRestore<'a> {
+    /// Of all that is missing, which is `unread` by now. `pieces` are read ahead of all else.
     pub fn new(
-        job: &'a Job, source: &'a Source, arriving: &'a Arriving, unread: Owed,
+        job: &'a Job, source: &'a Source, missing_pages: &'a MissingPages, unread: HostPageSet,
         pieces: Vec<(usize, PageRange)>, recording: bool,
     ) -> Self {
         Self {
             job,
             source,
-            arriving,
+            missing_pages,
             unread,
             cursor: Cursor::new(&job.memory),
-            queue: Queue::default(),
-            pieces: Pieces::new(pieces),
-            gate: Gate::default(),
+            queue: FaultQueue::default(),
+            pieces: WorkingSetPieces::new(pieces),
+            gate: PrefetchGate::default(),
             recording,
             touched: AtomicU64::new(0),
             start: Instant::now(),
@@ -88,7 +88,7 @@ impl<'a> Supply<'a> {
         }
     }
 
-    /// The guest waits for a page that is owed.
+    /// The guest waits for a page that is missing.
     pub fn touched(&self) {
         let since = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.touched.store(since, Ordering::Relaxed);
@@ -101,7 +101,7 @@ impl<'a> Supply<'a> {
 
     /// Runs a thread's work; if it fails, or panics, all do.
     pub fn check(&self, work: impl FnOnce() -> Result<(), JobError>) {
-        struct Panics<'a, 'b>(&'a Supply<'b>);
+        struct Panics<'a, 'b>(&'a LazyRestore<'b>);
         impl Drop for Panics<'_, '_> {
             fn drop(&mut self) {
                 if std::thread::panicking() {
@@ -126,8 +126,8 @@ impl<'a> Supply<'a> {
         self.release();
         // A VMM that still loads its state, and waits for what never comes, goes on: it could hear
         // of the end in no other way.
-        self.arriving.let_go();
-        self.arriving.notify();
+        self.missing_pages.release_waiters();
+        self.missing_pages.notify();
     }
 
     /// Nobody waits any more.
@@ -156,37 +156,37 @@ impl<'a> Supply<'a> {
         loop {
             let mut count = [0; 8];
             // Only resets the descriptor.
-            let _ = rustix::io::read(self.arriving.event(), &mut count);
+            let _ = rustix::io::read(self.missing_pages.event(), &mut count);
             if self.has_ended() {
                 return Ok(());
             }
-            if self.arriving.owed().left() == 0 {
+            if self.missing_pages.missing().remaining_pages() == 0 {
                 // Whoever took the last of it may still be placing it, and would have to give it
                 // back if that failed.
                 self.job.memory.readers.wait(|_, _| true);
-                if self.arriving.owed().left() == 0 {
+                if self.missing_pages.missing().remaining_pages() == 0 {
                     return Ok(());
                 }
             }
-            let rests = !self.recording || self.has_come_to_rest(running);
+            let rests = !self.recording || self.is_guest_idle(running);
             if rests {
                 self.gate.open();
             }
-            let look = if rests { LOOK } else { LOOK_FOR_REST };
+            let look = if rests { POLL } else { IDLE_POLL };
             self.job
                 .cancel
-                .wait(&[(self.arriving.event(), PollFlags::IN)], Instant::now() + look)?;
+                .wait(&[(self.missing_pages.event(), PollFlags::IN)], Instant::now() + look)?;
         }
     }
 
-    fn has_come_to_rest(&self, running: Instant) -> bool {
+    fn is_guest_idle(&self, running: Instant) -> bool {
         let touched = self.start + Duration::from_nanos(self.touched.load(Ordering::Relaxed));
-        touched.max(running).elapsed() >= REST || running.elapsed() >= PATIENCE
+        touched.max(running).elapsed() >= IDLE_AFTER || running.elapsed() >= IDLE_TIMEOUT
     }
 
     /// Reads the pages `range`, which lie in one extent and are whole host pages, into the start of
     /// `buffer`, and checks them. Those that have no content are zero if the host page is larger
-    /// than a page; else nobody is owed them, and what lies in their place is nothing.
+    /// than a page; else nobody is missing them, and what lies in their place is nothing.
     ///
     /// # Errors
     /// If one cannot be read, or is damaged: which, and where.
@@ -195,7 +195,7 @@ impl<'a> Supply<'a> {
     ) -> Result<&'b [u8], JobError> {
         let content = &mut buffer[..range.bytes() as usize];
         let pages = self.source.present(at).count(range);
-        if pages < range.count && self.arriving.owed().block(at).unit() > 1 {
+        if pages < range.count && self.missing_pages.missing().block(at).unit() > 1 {
             content.fill(0);
         }
         self.source.read(at, range, content)?;
@@ -203,8 +203,8 @@ impl<'a> Supply<'a> {
         Ok(content)
     }
 
-    /// Places those of the pages `range`, whole host pages, that are owed. `worker` is the caller's
-    /// own number. Returns how many pages that were.
+    /// Places those of the pages `range`, whole host pages, that are missing. `worker` is the
+    /// caller's own number. Returns how many pages that were.
     ///
     /// # Errors
     /// If the kernel refuses, and does not want to be asked later.
@@ -212,7 +212,7 @@ impl<'a> Supply<'a> {
         &self, worker: usize, at: usize, range: PageRange, content: &[u8],
     ) -> Result<u64, JobError> {
         let begun = Instant::now();
-        let mut wants = Wants::new(self.job);
+        let mut wants = ShortageReport::new(self.job);
         loop {
             match self.place_once(worker, at, range, content) {
                 Ok(pages) => {
@@ -220,9 +220,11 @@ impl<'a> Supply<'a> {
                     return Ok(pages);
                 }
                 Err(error)
-                    if lacks_memory(&error) && begun.elapsed() < NO_MEMORY && !self.has_ended() =>
+                    if lacks_memory(&error)
+                        && begun.elapsed() < NO_MEMORY_TIMEOUT
+                        && !self.has_ended() =>
                 {
-                    wants.memory(at);
+                    wants.report(at);
                     // The guest waits meanwhile, and is not lost.
                     std::thread::sleep(RETRY);
                 }
@@ -233,16 +235,16 @@ impl<'a> Supply<'a> {
 
     fn place_once(
         &self, worker: usize, at: usize, range: PageRange, content: &[u8],
-    ) -> Result<u64, ArrivingError> {
-        let (readers, owed) = (&self.job.memory.readers, self.arriving.owed().block(at));
-        if owed.unit() == 1 {
-            return self.arriving.arrive_pages(readers, worker, at, range, content);
+    ) -> Result<u64, PlaceError> {
+        let (readers, missing) = (&self.job.memory.readers, self.missing_pages.missing().block(at));
+        if missing.unit() == 1 {
+            return self.missing_pages.place_pages(readers, worker, at, range, content);
         }
-        let host_pages = owed.of(range);
-        let bytes = (owed.unit() * PAGE_SIZE) as usize;
+        let host_pages = missing.covering(range);
+        let bytes = (missing.unit() * PAGE_SIZE) as usize;
         let each = (host_pages.first..host_pages.end()).zip(content.chunks_exact(bytes));
         each.map(|(host_page, content)| {
-            self.arriving.arrive_host_page(readers, worker, at, host_page, content)
+            self.missing_pages.place_host_page(readers, worker, at, host_page, content)
         })
         .sum()
     }

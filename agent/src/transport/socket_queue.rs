@@ -27,7 +27,7 @@ const LIMIT: &str = "/proc/sys/net/core/rmem_max";
 const FASTEST: u64 = 1 << 30;
 
 /// Keeps little unsent in the queue of a stream that this side sends on.
-pub fn send_what_is_fresh(socket: BorrowedFd<'_>) {
+pub fn limit_send_queue(socket: BorrowedFd<'_>) {
     if is_tcp(socket) {
         let value = NOT_SENT;
         // SAFETY: the option takes an int, which lives until the call returns.
@@ -49,7 +49,7 @@ pub fn send_what_is_fresh(socket: BorrowedFd<'_>) {
 /// Takes no more into the queue of a stream that this side receives on than its round trip needs. A
 /// long one is left to the kernel: the link would starve under what a program may ask for, and a
 /// fault waits for the round trip more than for the queue.
-pub fn take_what_is_due(socket: BorrowedFd<'_>) {
+pub fn limit_receive_queue(socket: BorrowedFd<'_>) {
     let Some(round_trip) = is_tcp(socket).then(|| round_trip(socket)).flatten() else { return };
     let limit =
         std::fs::read_to_string(LIMIT).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
@@ -111,16 +111,16 @@ mod tests {
         let sending = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (receiving, _) = listener.accept().unwrap();
         assert!(round_trip(sending.as_fd()).unwrap() < Duration::from_secs(1));
-        send_what_is_fresh(sending.as_fd());
-        take_what_is_due(receiving.as_fd());
+        limit_send_queue(sending.as_fd());
+        limit_receive_queue(receiving.as_fd());
     }
 
     #[test]
     fn other_sockets_are_left_alone() {
         let (a, b) = std::os::unix::net::UnixStream::pair().unwrap();
         let before = rustix::net::sockopt::socket_recv_buffer_size(&b).unwrap();
-        send_what_is_fresh(a.as_fd());
-        take_what_is_due(b.as_fd());
+        limit_send_queue(a.as_fd());
+        limit_receive_queue(b.as_fd());
         assert_eq!(rustix::net::sockopt::socket_recv_buffer_size(&b).unwrap(), before);
     }
 }

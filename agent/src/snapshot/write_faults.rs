@@ -6,11 +6,11 @@
 //! writes faster than the disk waits for one, but no longer than its VMM has patience: a disk that
 //! hangs loses the snapshot, and not the guest.
 
-use super::protect::{Mode, Shared};
-use crate::faults::wait;
+use super::protect::{Mode, WatchState};
 use crate::image::PageBuffer;
 use crate::job::{Job, JobError};
-use crate::memory::capturing::Capturing;
+use crate::memory::copy_before_write::CopyBeforeWrite;
+use crate::missing_faults::wait;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::userfault::MAX_FAULTS;
@@ -25,13 +25,13 @@ use std::time::{Duration, Instant};
 /// Most bytes of the buffers for host pages of one size; at least a few of them.
 const BUFFERS: u64 = 32 << 20;
 /// Most buffers for host pages of one size: 8 MiB of small ones.
-const MOST: u64 = 2048;
+const MAX_BUFFER_BYTES: u64 = 2048;
 /// How long a buffer is waited for at a stretch.
-const LOOK: Duration = Duration::from_millis(20);
+const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A page that was captured and is to be put.
 struct Captured {
-    capturing: Arc<Capturing>,
+    copier: Arc<CopyBeforeWrite>,
     at: usize,
     pages: PageRange,
     bytes: PageBuffer,
@@ -40,7 +40,7 @@ struct Captured {
 
 /// Buffers that go round between the two threads.
 struct Buffers {
-    pools: Vec<Pool>,
+    pools: Vec<BufferPool>,
     /// The pool for each block.
     of_block: Vec<usize>,
     captured: Sender<Captured>,
@@ -49,15 +49,15 @@ struct Buffers {
 }
 
 /// Buffers for host pages of one size.
-struct Pool {
+struct BufferPool {
     free: Receiver<PageBuffer>,
     to_free: Sender<PageBuffer>,
 }
 
-impl Pool {
+impl BufferPool {
     fn new(host_page: u64) -> Result<Self, MappingError> {
         let (to_free, free) = channel();
-        for _ in 0..(BUFFERS / host_page).clamp(4, MOST) {
+        for _ in 0..(BUFFERS / host_page).clamp(4, MAX_BUFFER_BYTES) {
             // The other end is here.
             let _ = to_free.send(PageBuffer::try_new(host_page as usize)?);
         }
@@ -71,12 +71,12 @@ impl Pool {
 /// # Errors
 /// If there is no thread to be had, or no memory for the buffers.
 pub fn start(
-    job: &Arc<Job>, shared: &Arc<Shared>, stop: OwnedFd,
+    job: &Arc<Job>, shared: &Arc<WatchState>, stop: OwnedFd,
 ) -> Result<JoinHandle<()>, JobError> {
     let (job, shared) = (job.clone(), shared.clone());
     let host_pages = || job.memory.blocks().iter().map(|block| block.backing.host_page_size());
     let sizes: BTreeSet<u64> = host_pages().collect();
-    let pools = sizes.iter().map(|size| Pool::new(*size)).collect::<Result<Vec<_>, _>>()?;
+    let pools = sizes.iter().map(|size| BufferPool::new(*size)).collect::<Result<Vec<_>, _>>()?;
     let of_block = host_pages().map(|size| sizes.range(..size).count()).collect();
     let give_back: Vec<_> = pools.iter().map(|pool| pool.to_free.clone()).collect();
     let (captured, to_put) = channel();
@@ -96,8 +96,8 @@ pub fn start(
     answering.map_err(JobError::from_io("start a thread"))
 }
 
-fn answer(job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers) {
-    let mut unanswered = Unanswered { shared, over: false };
+fn answer(job: &Job, shared: &WatchState, stop: &OwnedFd, buffers: &Buffers) {
+    let mut unanswered = FailOnDrop { shared, over: false };
     match answer_all(job, shared, stop, buffers) {
         Ok(()) => unanswered.over = true,
         Err(error) => fail(&shared.mode(), error),
@@ -105,12 +105,12 @@ fn answer(job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers) {
 }
 
 /// On drop, also by a panic, there is no instant any more, unless all is over.
-struct Unanswered<'a> {
-    shared: &'a Shared,
+struct FailOnDrop<'a> {
+    shared: &'a WatchState,
     over: bool,
 }
 
-impl Drop for Unanswered<'_> {
+impl Drop for FailOnDrop<'_> {
     fn drop(&mut self) {
         if !self.over {
             self.shared.fail();
@@ -119,9 +119,9 @@ impl Drop for Unanswered<'_> {
 }
 
 fn put(captured: Receiver<Captured>, free: &[Sender<PageBuffer>]) {
-    for Captured { capturing, at, pages, bytes, pool } in captured {
-        if let Err(error) = capturing.put_run(at, pages, &bytes[..pages.bytes() as usize]) {
-            capturing.fail(error);
+    for Captured { copier, at, pages, bytes, pool } in captured {
+        if let Err(error) = copier.put_run(at, pages, &bytes[..pages.bytes() as usize]) {
+            copier.fail(error);
         }
         // Nobody wants it any more at the end.
         let _ = free[pool].send(bytes);
@@ -132,12 +132,12 @@ fn put(captured: Receiver<Captured>, free: &[Sender<PageBuffer>]) {
 fn fail(mode: &Mode, error: JobError) {
     match mode {
         Mode::Ahead => log::warn!("a fault cannot be answered: {}", crate::error::chain(&error)),
-        Mode::Capturing(capturing) => capturing.fail(error),
+        Mode::CopyBeforeWrite(copier) => copier.fail(error),
     }
 }
 
 fn answer_all(
-    job: &Job, shared: &Shared, stop: &OwnedFd, buffers: &Buffers,
+    job: &Job, shared: &WatchState, stop: &OwnedFd, buffers: &Buffers,
 ) -> Result<(), JobError> {
     let uffd = &shared.protection.uffd;
     let mut faults = [0; MAX_FAULTS];
@@ -155,7 +155,7 @@ fn answer_all(
                 fail(&mode, error);
             }
             // As the count of faults: those of the snapshot.
-            if let Mode::Capturing(_) = *mode {
+            if let Mode::CopyBeforeWrite(_) = *mode {
                 job.live.latency.record(since.elapsed());
             }
         }
@@ -164,29 +164,29 @@ fn answer_all(
 }
 
 fn answer_one(
-    job: &Job, shared: &Shared, mode: &Mode, page: (usize, u64), buffers: &Buffers,
+    job: &Job, shared: &WatchState, mode: &Mode, page: (usize, u64), buffers: &Buffers,
 ) -> Result<(), JobError> {
-    let capturing = match mode {
-        Mode::Ahead => return shared.let_through(page),
-        Mode::Capturing(capturing) => capturing,
+    let copier = match mode {
+        Mode::Ahead => return shared.allow_write(page),
+        Mode::CopyBeforeWrite(copier) => copier,
     };
     let pool = buffers.of_block[page.0];
-    let Pool { free, to_free } = &buffers.pools[pool];
+    let BufferPool { free, to_free } = &buffers.pools[pool];
     // What is not pending now never is again.
-    let is_pending = || capturing.pending().block(page.0).bits().contains(page.1);
-    let is_lost = || job.cancel.is_cancelled() || capturing.has_failed();
+    let is_pending = || copier.pending().block(page.0).bits().contains(page.1);
+    let is_lost = || job.cancel.is_cancelled() || copier.has_failed();
     let bytes = buffer(free, buffers.limit, is_pending, is_lost).unwrap_or_else(|error| {
-        capturing.fail(error);
-        capturing.end();
+        copier.fail(error);
+        copier.stop_faults();
         None
     });
     let Some(mut bytes) = bytes else {
         // Nothing is taken then.
-        return capturing.fault(&job.memory, page, &mut []).map(|_| ());
+        return copier.write_fault(&job.memory, page, &mut []).map(|_| ());
     };
-    let captured = capturing.fault(&job.memory, page, &mut bytes);
+    let captured = copier.write_fault(&job.memory, page, &mut bytes);
     if let Ok(Some(pages)) = captured {
-        let captured = Captured { capturing: capturing.clone(), at: page.0, pages, bytes, pool };
+        let captured = Captured { copier: copier.clone(), at: page.0, pages, bytes, pool };
         return buffers.captured.send(captured).map_err(|_| JobError::Panicked);
     }
     // Also if it cannot be captured: those who come after it would wait for a buffer for ever.
@@ -203,7 +203,7 @@ fn buffer(
 ) -> Result<Option<PageBuffer>, JobError> {
     let since = Instant::now();
     while is_pending() {
-        match free.recv_timeout(LOOK) {
+        match free.recv_timeout(CHECK_INTERVAL) {
             Ok(bytes) => return Ok(Some(bytes)),
             Err(_) if is_lost() => return Err(JobError::Cancelled),
             Err(_) if since.elapsed() >= limit => return Err(JobError::SlowImage { limit }),
@@ -217,9 +217,9 @@ fn buffer(
 mod tests {
     use super::*;
     use crate::image::ImageError;
-    use crate::memory::capturing::{Protection, Sink};
+    use crate::memory::copy_before_write::{Protection, Sink};
+    use crate::memory::host_page_set::HostPageSet;
     use crate::memory::mappings::Mappings;
-    use crate::memory::owed::Owed;
     use crate::memory::test_support::{job, memfd, memory};
     use pageferry_protocol::memory::PAGE_SIZE;
 
@@ -238,35 +238,35 @@ mod tests {
     fn who_waits_for_a_buffer_goes_on_if_the_job_is_cancelled_or_the_snapshot_is_lost() {
         for is_cancelled in [false, true] {
             let job = job(memory(&[64]));
-            let pending = Owed::nothing(&job.memory, &[PAGE_SIZE]).unwrap();
+            let pending = HostPageSet::empty(&job.memory, &[PAGE_SIZE]).unwrap();
             pending.add(0, 0, 1 << 3);
             let (pending, sink) = (Arc::new(pending), Arc::new(Nowhere));
-            let capturing = Capturing::new(&job.memory, pending, None, sink, Arc::default());
-            let capturing = Arc::new(capturing);
+            let copier = CopyBeforeWrite::new(&job.memory, pending, None, sink, Arc::default());
+            let copier = Arc::new(copier);
             let (uffd, mappings) = (memfd(0).into(), Mappings::of(&job.memory));
-            let shared = Shared::new(Arc::new(Protection { uffd, mappings }), Vec::new());
+            let shared = WatchState::new(Arc::new(Protection { uffd, mappings }), Vec::new());
             let ((to_free, free), (captured, _to_put)) = (channel(), channel());
-            let pools = vec![Pool { free, to_free }];
-            let buffers = Buffers { pools, of_block: vec![0], captured, limit: LOOK * 3 };
+            let pools = vec![BufferPool { free, to_free }];
+            let buffers = Buffers { pools, of_block: vec![0], captured, limit: CHECK_INTERVAL * 3 };
             if is_cancelled {
                 job.cancel.cancel().unwrap();
             } else {
-                capturing.fail(JobError::VmmGone);
+                copier.fail(JobError::VmmGone);
             }
-            let mode = Mode::Capturing(capturing.clone());
+            let mode = Mode::CopyBeforeWrite(copier.clone());
             answer_one(&job, &shared, &mode, (0, 3), &buffers).unwrap();
             // And not that the disk is too slow.
-            let why = capturing.check().unwrap_err();
+            let why = copier.check().unwrap_err();
             assert_eq!(matches!(why, JobError::Cancelled), is_cancelled, "{why}");
             assert_eq!(matches!(why, JobError::VmmGone), !is_cancelled, "{why}");
-            assert_eq!(capturing.pending().left(), 1, "nothing is taken");
+            assert_eq!(copier.pending().remaining_pages(), 1, "nothing is taken");
         }
     }
 
     #[test]
     fn a_buffer_is_waited_for_while_the_page_is_wanted_and_the_vmm_has_patience() {
-        let pool = Pool::new(8 << 20).unwrap();
-        let (long, short) = (Duration::from_secs(3600), LOOK * 3);
+        let pool = BufferPool::new(8 << 20).unwrap();
+        let (long, short) = (Duration::from_secs(3600), CHECK_INTERVAL * 3);
         let taken: Vec<_> =
             (0..4).map(|_| buffer(&pool.free, short, || true, || true).unwrap().unwrap()).collect();
         assert!(taken.iter().all(|bytes| bytes.len() == 8 << 20));
@@ -278,7 +278,7 @@ mod tests {
                 && error.contains("hook_timeout"),
             "{error}"
         );
-        let Pool { free, to_free } = pool;
+        let BufferPool { free, to_free } = pool;
         let waiting = std::thread::spawn(move || buffer(&free, long, || true, || false));
         taken.into_iter().for_each(|bytes| to_free.send(bytes).unwrap());
         assert!(waiting.join().unwrap().unwrap().is_some());

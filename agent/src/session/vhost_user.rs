@@ -90,10 +90,10 @@ impl Features {
 
 impl SharedSession {
     /// Answers a standard request; `None` where the protocol has no answer.
-    pub fn handle_standard(&self, frame: Frame) -> Option<Frame> {
+    pub fn handle_vhost_user(&self, frame: Frame) -> Option<Frame> {
         let awaited = Awaited::of(&frame);
         let code = frame.request;
-        match self.standard_request(frame) {
+        match self.answer_vhost_user(frame) {
             Ok(Some(body)) => Some(Frame::reply(code, body)),
             Ok(None) => (awaited == Awaited::Acknowledgement)
                 .then(|| Frame::reply(code, 0u64.to_le_bytes().to_vec())),
@@ -101,7 +101,7 @@ impl SharedSession {
         }
     }
 
-    fn standard_request(&self, frame: Frame) -> Result<Option<Vec<u8>>, RemoteError> {
+    fn answer_vhost_user(&self, frame: Frame) -> Result<Option<Vec<u8>>, RemoteError> {
         let number = |value: u64| Ok(Some(value.to_le_bytes().to_vec()));
         let malformed = |error| RemoteError::new(ErrorCode::Invalid, error);
         let Frame { request, body, fds, .. } = frame;
@@ -115,14 +115,14 @@ impl SharedSession {
             FrontendReq::GET_FEATURES => number(Features::offered_virtio()),
             FrontendReq::SET_FEATURES => {
                 let value = decode_u64(&body).map_err(malformed)?;
-                self.lock().standard.virtio =
+                self.lock().vhost_user.virtio =
                     negotiate("features", value, Features::offered_virtio())?;
                 Ok(None)
             }
             FrontendReq::GET_PROTOCOL_FEATURES => number(Features::offered_protocol()),
             FrontendReq::SET_PROTOCOL_FEATURES => {
                 let value = decode_u64(&body).map_err(malformed)?;
-                self.lock().standard.protocol =
+                self.lock().vhost_user.protocol =
                     negotiate("protocol features", value, Features::offered_protocol())?;
                 Ok(None)
             }

@@ -5,7 +5,7 @@
 //!
 //! At the instant nobody writes. Every page that has content then is *pending*, and protected if
 //! the guest is to run on. Each pending page is captured once, by whoever *takes* it (see
-//! [`Owed`]): reads it, then lifts its protection. Three do, at once and without a lock:
+//! [`HostPageSet`]): reads it, then lifts its protection. Three do, at once and without a lock:
 //!
 //! - a **worker** that sweeps: publishes the word in the fence, takes, reads, and lifts;
 //! - a **write fault**: publishes, takes and reads the page; or, if it is not pending, waits for
@@ -27,11 +27,11 @@
 //! unregisters its mappings, and the lifting that follows each reading fails: then the snapshot
 //! does.
 
-use super::capture_steps::{before_the_end, before_write, capture};
+use super::capture_steps::{before_unregister, before_write, capture};
 use super::cursor::Cursor;
 use super::fence::{FAULTS, Readers, SESSION};
+use super::host_page_set::{HostPageSet, fence_words};
 use super::mappings::Mappings;
-use super::owed::{Owed, parts_of};
 use super::{Block, GuestMemory};
 use crate::image::{ImageError, ImageWriter, PageBuffer};
 use crate::job::JobError;
@@ -99,7 +99,7 @@ impl Protection {
     ///
     /// # Errors
     /// As for [`Protection::protect`].
-    pub fn lift(&self, at: usize, host_pages: PageRange) -> Result<(), JobError> {
+    pub fn unprotect(&self, at: usize, host_pages: PageRange) -> Result<(), JobError> {
         self.uffd
             .lift(self.mappings.addresses(at, host_pages))
             .map_err(|source| self.failed(at, source))
@@ -112,10 +112,10 @@ impl Protection {
 
 /// The memory of a guest as it was at one instant.
 #[derive(Debug)]
-pub struct Capturing {
+pub struct CopyBeforeWrite {
     /// What is not captured yet. Its unit is the host page of the mapping if it is protected, and a
     /// page if not.
-    pending: Arc<Owed>,
+    pending: Arc<HostPageSet>,
     /// None if the guest stands still.
     protection: Option<Arc<Protection>>,
     sink: Arc<dyn Sink>,
@@ -124,10 +124,10 @@ pub struct Capturing {
     failure: Mutex<Option<JobError>>,
     failed: AtomicBool,
     /// Nothing is to be captured any more: all was, or the snapshot is lost.
-    over: AtomicBool,
+    stopped: AtomicBool,
     /// What a discard captures with, from the first one that has something to capture on; held
     /// while it captures and puts.
-    rescuing: Mutex<Option<Batch>>,
+    discard_batch: Mutex<Option<Batch>>,
     /// Where the workers go on.
     pub cursor: Cursor,
 }
@@ -179,10 +179,10 @@ impl Batch {
     }
 }
 
-impl Capturing {
+impl CopyBeforeWrite {
     /// `pending` is to be captured into `sink`.
     pub fn new(
-        memory: &GuestMemory, pending: Arc<Owed>, protection: Option<Arc<Protection>>,
+        memory: &GuestMemory, pending: Arc<HostPageSet>, protection: Option<Arc<Protection>>,
         sink: Arc<dyn Sink>, live: Arc<LiveCounters>,
     ) -> Self {
         let (failure, failed) = (Mutex::default(), AtomicBool::new(false));
@@ -191,7 +191,17 @@ impl Capturing {
             Mutex::default(),
             Cursor::with_pieces(memory, BATCH as u64 / PAGE_SIZE),
         );
-        Self { pending, protection, sink, live, failure, failed, over, rescuing, cursor }
+        Self {
+            pending,
+            protection,
+            sink,
+            live,
+            failure,
+            failed,
+            stopped: over,
+            discard_batch: rescuing,
+            cursor,
+        }
     }
 
     /// What a worker needs. Nothing is kept in it from one call to the next.
@@ -203,7 +213,7 @@ impl Capturing {
     }
 
     /// What is not captured yet.
-    pub fn pending(&self) -> &Arc<Owed> {
+    pub fn pending(&self) -> &Arc<HostPageSet> {
         &self.pending
     }
 
@@ -216,13 +226,13 @@ impl Capturing {
         &self, memory: &GuestMemory, worker: usize, at: usize, range: PageRange, batch: &mut Batch,
     ) -> Result<u64, JobError> {
         let mut pages = 0;
-        for (word, mask) in parts_of(range, self.pending.block(at).unit()) {
+        for (word, mask) in fence_words(range, self.pending.block(at).unit()) {
             pages += self.read(memory, worker, (at, word, mask), batch)?;
             if batch.is_full() {
-                self.lift_and_put(batch)?;
+                self.unprotect_and_put(batch)?;
             }
         }
-        self.lift_and_put(batch)?;
+        self.unprotect_and_put(batch)?;
         Ok(pages)
     }
 
@@ -244,11 +254,11 @@ impl Capturing {
     }
 
     /// Lifts the protection of what was read, and puts it.
-    fn lift_and_put(&self, batch: &mut Batch) -> Result<(), JobError> {
+    fn unprotect_and_put(&self, batch: &mut Batch) -> Result<(), JobError> {
         if let Some(protection) = &self.protection {
             // Nobody waits for the writing.
             for (at, pages, _) in &batch.runs {
-                protection.lift(*at, self.pending.block(*at).of(*pages))?;
+                protection.unprotect(*at, self.pending.block(*at).covering(*pages))?;
             }
         }
         self.put(batch)
@@ -282,7 +292,7 @@ impl Capturing {
     ///
     /// # Errors
     /// If it cannot be read, or the protection is gone.
-    pub fn fault(
+    pub fn write_fault(
         &self, memory: &GuestMemory, (at, host_page): (usize, u64), into: &mut [u8],
     ) -> Result<Option<PageRange>, JobError> {
         let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
@@ -290,7 +300,7 @@ impl Capturing {
         let take = || {
             // Nothing is, of a snapshot that failed: discards do not wait for that any more, but
             // for those who took before.
-            let wanted = !self.over.load(Ordering::Acquire);
+            let wanted = !self.stopped.load(Ordering::Acquire);
             if wanted {
                 self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS))
             } else {
@@ -307,14 +317,14 @@ impl Capturing {
             self.cursor.fault(at, pages.end());
             Ok(())
         };
-        let overlaps = |index, word| index == at && self.published(at, word).overlaps(&pages);
+        let overlaps = |index, word| index == at && self.published_pages(at, word).overlaps(&pages);
         let lift = || {
             add(&self.live.faults, 1);
             let Some(protection) = &self.protection else { return Ok(()) };
-            let lifted = protection.lift(at, PageRange::new(host_page, 1));
+            let lifted = protection.unprotect(at, PageRange::new(host_page, 1));
             // At the end the registration is taken back while this thread still reads faults;
             // whoever waited has been woken.
-            if self.over.load(Ordering::Acquire) { Ok(()) } else { lifted }
+            if self.stopped.load(Ordering::Acquire) { Ok(()) } else { lifted }
         };
         let place = (FAULTS, at, host_pages.word_of(host_page));
         let taken = before_write(&memory.readers, place, take, read, overlaps, lift)?;
@@ -323,15 +333,15 @@ impl Capturing {
 
     /// A discard of `range` has set its marks: what is pending of it is captured now. It cannot
     /// fail (`discard-cannot-fail`): the snapshot does.
-    pub(super) fn rescue(&self, memory: &GuestMemory, at: usize, range: PageRange) {
-        let host_pages = self.pending.block(at).of(range);
+    pub(super) fn copy_before_discard(&self, memory: &GuestMemory, at: usize, range: PageRange) {
+        let host_pages = self.pending.block(at).covering(range);
         // Most discards, of what is not pending, cost nothing.
         if self.pending.block(at).bits().next_set(host_pages).is_none() {
             return;
         }
         if !self.has_failed() {
-            let mut rescuing = self.rescuing.lock().unwrap_or_else(PoisonError::into_inner);
-            match self.rescue_with(&mut rescuing, memory, at, host_pages) {
+            let mut rescuing = self.discard_batch.lock().unwrap_or_else(PoisonError::into_inner);
+            match self.copy_into(&mut rescuing, memory, at, host_pages) {
                 Ok(pages) => return add(&self.live.rescued_pages, pages),
                 Err(error) => self.fail(error),
             }
@@ -340,7 +350,7 @@ impl Capturing {
         self.pending.take_range(at, host_pages, |_, _| ());
     }
 
-    fn rescue_with(
+    fn copy_into(
         &self, kept: &mut Option<Batch>, memory: &GuestMemory, at: usize, host_pages: PageRange,
     ) -> Result<u64, JobError> {
         let mut batch = kept.take().map_or_else(|| self.batch(memory), Ok)?;
@@ -352,32 +362,32 @@ impl Capturing {
 
     /// Pages were freed, and are holes now: nothing of them is to be saved any more. See
     /// [`super::freed`].
-    pub(super) fn forget(&self, at: usize, range: PageRange) {
-        self.pending.take_range(at, self.pending.block(at).of(range), |_, _| ());
+    pub(super) fn drop_freed(&self, at: usize, range: PageRange) {
+        self.pending.take_range(at, self.pending.block(at).covering(range), |_, _| ());
     }
 
     /// The pages that a reader may be at when it has published word `word` of the block at index
     /// `at`.
-    pub(super) fn published(&self, at: usize, word: u64) -> PageRange {
-        self.pending.block(at).published(word)
+    pub(super) fn published_pages(&self, at: usize, word: u64) -> PageRange {
+        self.pending.block(at).published_pages(word)
     }
 
     /// All that was pending was taken: returns when a discard that took some of it has put it, too,
     /// and a fault that took some has read it. The protection is not needed any more.
     ///
     /// # Errors
-    /// As [`Capturing::check`].
-    pub fn settled(&self, readers: &Readers) -> Result<(), JobError> {
-        before_the_end(readers);
-        drop(self.rescuing.lock().unwrap_or_else(PoisonError::into_inner));
-        self.end();
+    /// As [`CopyBeforeWrite::check`].
+    pub fn finish(&self, readers: &Readers) -> Result<(), JobError> {
+        before_unregister(readers);
+        drop(self.discard_batch.lock().unwrap_or_else(PoisonError::into_inner));
+        self.stop_faults();
         self.check()
     }
 
     /// No fault takes a page from now on. To be called before discards are not told of this any
     /// more ([`Marking::end`](super::marking::Marking::end)): they wait for those who took before.
-    pub fn end(&self) {
-        self.over.store(true, Ordering::Release);
+    pub fn stop_faults(&self) {
+        self.stopped.store(true, Ordering::Release);
     }
 
     /// The snapshot is not to be had any more. The first to say so says why.
@@ -386,12 +396,12 @@ impl Capturing {
         self.failed.store(true, Ordering::Release);
     }
 
-    /// True if [`Capturing::fail`] was called.
+    /// True if [`CopyBeforeWrite::fail`] was called.
     pub fn has_failed(&self) -> bool {
         self.failed.load(Ordering::Acquire)
     }
 
-    /// Fails if [`Capturing::fail`] was called.
+    /// Fails if [`CopyBeforeWrite::fail`] was called.
     ///
     /// # Errors
     /// What it was called with; the one who is told first gets it.

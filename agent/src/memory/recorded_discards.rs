@@ -13,12 +13,12 @@ use std::sync::Arc;
 
 /// Pages that were given back, in the order of the memory's blocks.
 #[derive(Debug)]
-pub struct Noted {
+pub struct RecordedDiscards {
     discarded: Vec<MappedBitmap>,
     freed: Vec<MappedBitmap>,
 }
 
-impl Noted {
+impl RecordedDiscards {
     fn none(memory: &GuestMemory) -> Result<Self, MappingError> {
         let bitmaps = || -> Result<Vec<_>, MappingError> {
             memory
@@ -56,34 +56,34 @@ impl Noted {
 
 /// Somebody listens; nobody any more on drop.
 #[derive(Debug)]
-pub struct Listening {
+pub struct DiscardRecorder {
     memory: Arc<GuestMemory>,
-    noted: Arc<Noted>,
+    noted: Arc<RecordedDiscards>,
 }
 
-impl Listening {
+impl DiscardRecorder {
     /// From now on what is given back is noted. `now` runs at that moment: marks are set before it
     /// or after it.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
-    pub fn from_now(memory: &Arc<GuestMemory>, now: impl FnOnce()) -> Result<Self, MappingError> {
-        let noted = Arc::new(Noted::none(memory)?);
+    pub fn start(memory: &Arc<GuestMemory>, now: impl FnOnce()) -> Result<Self, MappingError> {
+        let noted = Arc::new(RecordedDiscards::none(memory)?);
         let marking = memory.marking.hold();
         now();
-        memory.note(Some(noted.clone()));
+        memory.set_recorded(Some(noted.clone()));
         drop(marking);
         Ok(Self { memory: memory.clone(), noted })
     }
 
     /// What was given back.
-    pub fn noted(&self) -> &Noted {
+    pub fn recorded(&self) -> &RecordedDiscards {
         &self.noted
     }
 }
 
-impl Drop for Listening {
+impl Drop for DiscardRecorder {
     fn drop(&mut self) {
-        self.memory.stop_noting(&self.noted);
+        self.memory.clear_recorded(&self.noted);
     }
 }

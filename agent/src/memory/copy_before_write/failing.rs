@@ -33,10 +33,16 @@ fn memory() -> (GuestMemory, OwnedFd) {
     (GuestMemory::new(vec![block], table, None), fd)
 }
 
-fn all_pending(memory: &GuestMemory) -> Arc<Capturing> {
-    let pending = Owed::nothing(memory, &[PAGE_SIZE]).unwrap();
+fn all_pending(memory: &GuestMemory) -> Arc<CopyBeforeWrite> {
+    let pending = HostPageSet::empty(memory, &[PAGE_SIZE]).unwrap();
     (0..PAGES).for_each(|page| pending.add(0, page / WORD_BITS, 1 << (page % WORD_BITS)));
-    Arc::new(Capturing::new(memory, Arc::new(pending), None, Arc::new(Broken), Arc::default()))
+    Arc::new(CopyBeforeWrite::new(
+        memory,
+        Arc::new(pending),
+        None,
+        Arc::new(Broken),
+        Arc::default(),
+    ))
 }
 
 #[track_caller]
@@ -51,36 +57,34 @@ fn is_broken(outcome: Result<(), JobError>) {
 #[test]
 fn a_disk_that_fails_fails_whoever_captures_for_themselves() {
     let (memory, _fd) = memory();
-    let capturing = all_pending(&memory);
+    let copier = all_pending(&memory);
     let range = PageRange::new(0, PAGES);
-    is_broken(
-        capturing.sweep(&memory, 0, 0, range, &mut capturing.batch(&memory).unwrap()).map(drop),
-    );
-    assert!(!capturing.has_failed());
+    is_broken(copier.sweep(&memory, 0, 0, range, &mut copier.batch(&memory).unwrap()).map(drop));
+    assert!(!copier.has_failed());
 }
 
 #[test]
 fn a_write_is_let_through_though_what_it_was_cannot_be_put() {
     let (memory, _fd) = memory();
-    let capturing = all_pending(&memory);
+    let copier = all_pending(&memory);
     let mut into = vec![0; PAGE_SIZE as usize];
-    let pages = capturing.fault(&memory, (0, 7), &mut into).unwrap().unwrap();
+    let pages = copier.write_fault(&memory, (0, 7), &mut into).unwrap().unwrap();
     assert_eq!((pages, &into[..]), (PageRange::new(7, 1), &[5; PAGE_SIZE as usize][..]));
-    is_broken(capturing.put_run(0, pages, &into));
+    is_broken(copier.put_run(0, pages, &into));
     // Once more, and it is not pending any more.
-    assert_eq!(capturing.fault(&memory, (0, 7), &mut into).unwrap(), None);
+    assert_eq!(copier.write_fault(&memory, (0, 7), &mut into).unwrap(), None);
 }
 
 #[test]
 fn a_discard_is_one_though_what_was_there_cannot_be_put() {
     let (memory, fd) = memory();
-    let capturing = all_pending(&memory);
-    memory.marking.instant(|| Ok::<_, JobError>(capturing.clone())).unwrap();
+    let copier = all_pending(&memory);
+    memory.marking.instant(|| Ok::<_, JobError>(copier.clone())).unwrap();
     let range = BlockRange { block: 3, offset: 0, length: 50 * PAGE_SIZE };
     assert_eq!(memory.discard(&[range], true).unwrap(), 50);
     assert_eq!(rustix::fs::fstat(&fd).unwrap().st_blocks as u64 * 512, 150 * PAGE_SIZE);
-    assert!(capturing.has_failed());
-    is_broken(capturing.settled(&memory.readers));
+    assert!(copier.has_failed());
+    is_broken(copier.finish(&memory.readers));
     // Told once; whoever comes later only hears that it is over.
-    assert!(matches!(capturing.check(), Err(JobError::Cancelled)));
+    assert!(matches!(copier.check(), Err(JobError::Cancelled)));
 }

@@ -1,9 +1,9 @@
-//! Pages that are still to come, or to be sent: what a guest in postcopy is owed.
+//! Pages that are still to come, or to be sent: what a guest in postcopy is missing.
 //!
-//! The unit is the destination's host page: it is placed whole or not at all. A host page is owed
-//! until somebody *takes* it: at the source whoever sends it, at the destination whoever places it,
-//! or drops it since the guest discarded it. Taking is one atomic step, so each host page is sent
-//! once and placed once, however many ask for it at once.
+//! The unit is the destination's host page: it is placed whole or not at all. A host page is
+//! missing until somebody *takes* it: at the source whoever sends it, at the destination whoever
+//! places it, or drops it since the guest discarded it. Taking is one atomic step, so each host
+//! page is sent once and placed once, however many ask for it at once.
 
 use super::{BackingError, Block, GuestMemory};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -13,15 +13,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Host pages of all blocks, in the order of the memory's blocks.
 #[derive(Debug)]
-pub struct Owed {
-    blocks: Vec<HostPages>,
+pub struct HostPageSet {
+    blocks: Vec<BlockHostPages>,
     /// Pages, not host pages.
-    left: AtomicU64,
+    remaining: AtomicU64,
 }
 
 /// One bit for each host page of a block.
 #[derive(Debug)]
-pub struct HostPages {
+pub struct BlockHostPages {
     bits: MappedBitmap,
     /// Pages of a host page: a power of two.
     unit: u64,
@@ -29,12 +29,12 @@ pub struct HostPages {
     pages: u64,
 }
 
-impl HostPages {
+impl BlockHostPages {
     /// No host page of a block of `pages` pages.
     ///
     /// # Errors
     /// If there is no memory for the bitmap.
-    pub fn none(pages: u64, host_page_size: u64) -> Result<Self, MappingError> {
+    pub fn empty(pages: u64, host_page_size: u64) -> Result<Self, MappingError> {
         let unit = (host_page_size / PAGE_SIZE).max(1);
         Ok(Self { bits: MappedBitmap::private(pages.div_ceil(unit))?, unit, pages })
     }
@@ -50,7 +50,7 @@ impl HostPages {
     }
 
     /// The host pages that `pages` touches.
-    pub fn of(&self, pages: PageRange) -> PageRange {
+    pub fn covering(&self, pages: PageRange) -> PageRange {
         if pages.is_empty() {
             return PageRange::default();
         }
@@ -66,13 +66,13 @@ impl HostPages {
 
     /// Adds the host pages that the pages `bits` of word `word` touch.
     pub fn add_pages(&self, word: u64, bits: u64) {
-        for (word, bits) in self.touched(word, bits) {
+        for (word, bits) in self.host_pages_of_word(word, bits) {
             self.bits.or_word(word, bits);
         }
     }
 
     /// The host pages that the pages `bits` of word `word` touch: words of them, and their bits.
-    fn touched(&self, word: u64, bits: u64) -> impl Iterator<Item = (u64, u64)> {
+    fn host_pages_of_word(&self, word: u64, bits: u64) -> impl Iterator<Item = (u64, u64)> {
         let (unit, mut rest) = (self.unit, bits);
         std::iter::from_fn(move || {
             if rest == 0 {
@@ -96,7 +96,7 @@ impl HostPages {
 
     /// The pages that a worker may be at when it has published word `word` in the fence: that word,
     /// or the host page that it is in.
-    pub fn published(&self, word: u64) -> PageRange {
+    pub fn published_pages(&self, word: u64) -> PageRange {
         let size = self.unit.max(WORD_BITS);
         PageRange::new(word * WORD_BITS / size * size, size)
     }
@@ -119,27 +119,29 @@ impl HostPages {
     }
 }
 
-impl Owed {
-    /// Nothing is owed of `memory`, whose host pages at the destination have these sizes in bytes.
+impl HostPageSet {
+    /// Nothing is missing of `memory`, whose host pages at the destination have these sizes in
+    /// bytes.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
-    pub fn nothing(memory: &GuestMemory, host_pages: &[u64]) -> Result<Self, MappingError> {
+    pub fn empty(memory: &GuestMemory, host_pages: &[u64]) -> Result<Self, MappingError> {
         let blocks = memory.blocks().iter().zip(host_pages);
         let blocks = blocks
-            .map(|(block, size)| HostPages::none(block.geometry.pages(), *size))
+            .map(|(block, size)| BlockHostPages::empty(block.geometry.pages(), *size))
             .collect::<Result<_, _>>()?;
-        Ok(Self { blocks, left: AtomicU64::new(0) })
+        Ok(Self { blocks, remaining: AtomicU64::new(0) })
     }
 
     /// The same once more.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
-    pub fn copy(&self) -> Result<Self, MappingError> {
-        let nothing = |block: &HostPages| HostPages::none(block.pages, block.unit * PAGE_SIZE);
+    pub fn try_clone(&self) -> Result<Self, MappingError> {
+        let nothing =
+            |block: &BlockHostPages| BlockHostPages::empty(block.pages, block.unit * PAGE_SIZE);
         let blocks = self.blocks.iter().map(nothing).collect::<Result<_, _>>()?;
-        let copy = Self { blocks, left: AtomicU64::new(0) };
+        let copy = Self { blocks, remaining: AtomicU64::new(0) };
         for (at, block) in self.blocks.iter().enumerate() {
             block
                 .bits
@@ -149,39 +151,42 @@ impl Owed {
         Ok(copy)
     }
 
-    /// The host pages of the block at index `at` that are owed.
-    pub fn block(&self, at: usize) -> &HostPages {
+    /// The host pages of the block at index `at` that are missing.
+    pub fn block(&self, at: usize) -> &BlockHostPages {
         &self.blocks[at]
     }
 
-    /// Pages that are owed.
-    pub fn left(&self) -> u64 {
-        self.left.load(Ordering::SeqCst)
+    /// Pages that are missing.
+    pub fn remaining_pages(&self) -> u64 {
+        self.remaining.load(Ordering::SeqCst)
     }
 
     /// Adds the host pages `bits` of word `word` of the block at index `at`.
     pub fn add(&self, at: usize, word: u64, bits: u64) {
         let fresh = self.blocks[at].bits.or_word(word, bits);
-        self.left.fetch_add(u64::from(fresh.count_ones()) * self.blocks[at].unit, Ordering::SeqCst);
+        self.remaining
+            .fetch_add(u64::from(fresh.count_ones()) * self.blocks[at].unit, Ordering::SeqCst);
     }
 
     /// Adds the host pages that the pages `bits` of word `word` touch.
     pub fn add_pages(&self, at: usize, word: u64, bits: u64) {
-        self.blocks[at].touched(word, bits).for_each(|(word, bits)| self.add(at, word, bits));
+        self.blocks[at]
+            .host_pages_of_word(word, bits)
+            .for_each(|(word, bits)| self.add(at, word, bits));
     }
 
-    /// Takes those of the host pages `bits` of word `word` that are owed: they are the caller's
+    /// Takes those of the host pages `bits` of word `word` that are missing: they are the caller's
     /// now.
     pub fn take(&self, at: usize, word: u64, bits: u64) -> u64 {
         let taken = self.blocks[at].bits.take_bits(word, bits);
         if taken != 0 {
-            self.left
+            self.remaining
                 .fetch_sub(u64::from(taken.count_ones()) * self.blocks[at].unit, Ordering::SeqCst);
         }
         taken
     }
 
-    /// Takes what is owed of the host pages `range`; hands out each word that had any, and its
+    /// Takes what is missing of the host pages `range`; hands out each word that had any, and its
     /// bits.
     pub fn take_range(&self, at: usize, range: PageRange, mut taken: impl FnMut(u64, u64)) {
         // Each word once more by an atomic step: others take, too.
@@ -195,20 +200,20 @@ impl Owed {
         }
     }
 
-    /// Makes holes of those host pages of a block that are owed and hold something. Costs a look at
-    /// the file for each run of what is owed, about a microsecond, and none where nothing lies
-    /// behind it.
+    /// Makes holes of those host pages of a block that are missing and hold something. Costs a look
+    /// at the file for each run of what is missing, about a microsecond, and none where nothing
+    /// lies behind it.
     ///
     /// # Errors
     /// If the file cannot be asked, or not be punched.
-    pub fn make_holes(&self, at: usize, block: &Block) -> Result<(), BackingError> {
-        let (owed, mut rest) = (&self.blocks[at], block.all());
-        while let Some(host_page) = owed.bits.next_set(owed.of(rest)) {
-            let first = owed.pages(PageRange::new(host_page, 1)).first;
+    pub fn punch_missing(&self, at: usize, block: &Block) -> Result<(), BackingError> {
+        let (missing, mut rest) = (&self.blocks[at], block.all());
+        while let Some(host_page) = missing.bits.next_set(missing.covering(rest)) {
+            let first = missing.pages(PageRange::new(host_page, 1)).first;
             rest = PageRange::new(first, rest.end() - first);
             let Some(page) = block.backing.first_data(rest)? else { break };
-            let run = owed.pages(PageRange::new(page / owed.unit, 1));
-            if owed.bits.contains(page / owed.unit) {
+            let run = missing.pages(PageRange::new(page / missing.unit, 1));
+            if missing.bits.contains(page / missing.unit) {
                 block.backing.punch(run)?;
             }
             rest = PageRange::new(run.end(), rest.end() - run.end());
@@ -216,9 +221,9 @@ impl Owed {
         Ok(())
     }
 
-    /// The next host page that is owed from host page `from` of the block at index `at` on, over
+    /// The next host page that is missing from host page `from` of the block at index `at` on, over
     /// all blocks and again from the first.
-    pub fn next(&self, at: usize, from: u64) -> Option<(usize, u64)> {
+    pub fn next_from(&self, at: usize, from: u64) -> Option<(usize, u64)> {
         let rest = |at: usize, from: u64| {
             let bits = &self.blocks[at].bits;
             bits.next_set(PageRange::new(from, bits.pages().saturating_sub(from)))
@@ -231,7 +236,7 @@ impl Owed {
 
 /// The host pages of `range` that are published at once: a word of them, or one that is larger than
 /// a word of pages.
-pub(super) fn parts_of(range: PageRange, unit: u64) -> impl Iterator<Item = (u64, u64)> {
+pub(super) fn fence_words(range: PageRange, unit: u64) -> impl Iterator<Item = (u64, u64)> {
     words_of(range).flat_map(move |(word, mask)| {
         let alone = if unit == 1 { 0 } else { mask };
         let whole = (unit == 1).then_some((word, mask));
@@ -268,8 +273,8 @@ mod tests {
         const PAGES: u64 = 600;
         for unit in [1, 4] {
             let memory = memory(&[PAGES, PAGES]);
-            let owed = Owed::nothing(&memory, &[unit * PAGE_SIZE; 2]).unwrap();
-            let is_owed = |at: usize, page: u64| {
+            let missing = HostPageSet::empty(&memory, &[unit * PAGE_SIZE; 2]).unwrap();
+            let is_missing = |at: usize, page: u64| {
                 (at == 1 && (page / unit).is_multiple_of(3)) || (200..340).contains(&page)
             };
             let holds = |at: usize, page: u64| {
@@ -277,8 +282,8 @@ mod tests {
             };
             for (at, block) in memory.blocks().iter().enumerate() {
                 for page in 0..PAGES {
-                    if is_owed(at, page) {
-                        owed.add_pages(at, page / 64, 1 << (page % 64));
+                    if is_missing(at, page) {
+                        missing.add_pages(at, page / 64, 1 << (page % 64));
                     }
                     if holds(at, page) {
                         block.backing.write(page * PAGE_SIZE, &[1]).unwrap();
@@ -286,14 +291,14 @@ mod tests {
                 }
             }
             for (at, block) in memory.blocks().iter().enumerate() {
-                owed.make_holes(at, block).unwrap();
+                missing.punch_missing(at, block).unwrap();
             }
             for (at, block) in memory.blocks().iter().enumerate() {
                 for page in 0..PAGES {
                     let data = block.backing.first_data(PageRange::new(page, 1)).unwrap().is_some();
                     assert_eq!(
                         data,
-                        holds(at, page) && !is_owed(at, page),
+                        holds(at, page) && !is_missing(at, page),
                         "block {at}, page {page}, unit {unit}"
                     );
                 }
@@ -304,10 +309,10 @@ mod tests {
     #[test]
     fn what_is_published_covers_the_host_page_that_somebody_is_at() {
         for unit in [1, 8, 64, 512] {
-            let host_pages = HostPages::none(4096, unit * PAGE_SIZE).unwrap();
+            let host_pages = BlockHostPages::empty(4096, unit * PAGE_SIZE).unwrap();
             for host_page in 0..4096 / unit {
                 let pages = host_pages.pages(PageRange::new(host_page, 1));
-                let published = host_pages.published(host_pages.word_of(host_page));
+                let published = host_pages.published_pages(host_pages.word_of(host_page));
                 assert_eq!(published.intersection(&pages), pages, "{host_page} of {unit} pages");
             }
         }
@@ -316,14 +321,14 @@ mod tests {
     #[test]
     fn a_copy_owes_the_same_and_is_taken_by_itself() {
         let memory = memory(&[1024, 512]);
-        let owed = Owed::nothing(&memory, &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
-        owed.add(0, 3, 0b101);
-        owed.add(1, 0, 1 << 9);
-        let copy = owed.copy().unwrap();
+        let missing = HostPageSet::empty(&memory, &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
+        missing.add(0, 3, 0b101);
+        missing.add(1, 0, 1 << 9);
+        let copy = missing.try_clone().unwrap();
         assert_eq!((copy.block(0).unit(), copy.block(1).unit()), (1, 8));
-        assert_eq!(copy.left(), 2 + 8);
+        assert_eq!(copy.remaining_pages(), 2 + 8);
         assert_eq!(copy.take(1, 0, u64::MAX), 1 << 9);
-        assert_eq!((copy.left(), owed.left()), (2, 10));
+        assert_eq!((copy.remaining_pages(), missing.remaining_pages()), (2, 10));
     }
 
     proptest! {
@@ -335,37 +340,37 @@ mod tests {
         ) {
             let unit = 1 << shift;
             let memory = memory(&[1024, 512]);
-            let owed = Owed::nothing(&memory, &[unit * PAGE_SIZE; 2]).unwrap();
+            let missing = HostPageSet::empty(&memory, &[unit * PAGE_SIZE; 2]).unwrap();
             let mut model = BTreeSet::new();
             for (at, page) in added {
                 let page = page % memory.blocks()[at].geometry.pages();
-                owed.add_pages(at, page / 64, 1 << (page % 64));
+                missing.add_pages(at, page / 64, 1 << (page % 64));
                 model.extend((page / unit * unit..(page / unit + 1) * unit).map(|page| (at, page)));
             }
-            prop_assert_eq!(owed.left(), model.len() as u64);
+            prop_assert_eq!(missing.remaining_pages(), model.len() as u64);
             for (at, block) in memory.blocks().iter().enumerate() {
                 for page in 0..block.geometry.pages() {
-                    let set = owed.block(at).page_word(page / 64) >> (page % 64) & 1 == 1;
+                    let set = missing.block(at).page_word(page / 64) >> (page % 64) & 1 == 1;
                     prop_assert_eq!(set, model.contains(&(at, page)));
                 }
             }
             for (at, first, count) in asked {
                 let pages = PageRange::new(first, count).intersection(&memory.blocks()[at].all());
-                let host_pages = owed.block(at).of(pages);
+                let host_pages = missing.block(at).covering(pages);
                 let mut taken = BTreeSet::new();
-                owed.take_range(at, host_pages, |word, bits| {
+                missing.take_range(at, host_pages, |word, bits| {
                     for bit in (0..64).filter(|bit| bits >> bit & 1 == 1) {
-                        let whole = owed.block(at).pages(PageRange::new(word * 64 + bit, 1));
+                        let whole = missing.block(at).pages(PageRange::new(word * 64 + bit, 1));
                         taken.extend((whole.first..whole.end()).map(|page| (at, page)));
                     }
                 });
-                let whole = owed.block(at).pages(host_pages);
+                let whole = missing.block(at).pages(host_pages);
                 let expected: BTreeSet<_> =
                     (whole.first..whole.end()).map(|page| (at, page)).filter(|page| model.remove(page)).collect();
                 prop_assert_eq!(taken, expected);
-                prop_assert_eq!(owed.left(), model.len() as u64);
+                prop_assert_eq!(missing.remaining_pages(), model.len() as u64);
                 let (at, from) = (at, host_pages.end());
-                let next = owed.next(at, from).map(|(at, page)| (at, page * unit));
+                let next = missing.next_from(at, from).map(|(at, page)| (at, page * unit));
                 let after = model.range((at, from * unit)..).next().or_else(|| model.iter().next()).copied();
                 prop_assert_eq!(next, after);
             }

@@ -1,0 +1,188 @@
+use super::*;
+use crate::memory::test_support::{Registered, let_others_run, memfd, memory};
+use crate::stats::get;
+use pageferry_protocol::control::request::BlockRange;
+
+/// A block of which page 3 is missing. What stands for the userfaultfd is none, so whatever is
+/// placed fails.
+fn missing_pages() -> (Arc<GuestMemory>, Arc<MissingPages>) {
+    let memory = memory(&[64]);
+    let missing = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
+    missing.add(0, 0, 1 << 3);
+    let missing_pages =
+        MissingPages::new(&memory, Arc::new(missing), memfd(0), false, Arc::default()).unwrap();
+    let missing_pages = Arc::new(missing_pages);
+    memory.set_missing_pages(Some(missing_pages.clone()));
+    (Arc::new(memory), missing_pages)
+}
+
+#[test]
+fn a_fault_on_a_page_that_is_being_placed_is_answered_when_that_is_over() {
+    let (memory, missing_pages) = missing_pages();
+    let placing = memory.readers.reading(0, 0, 0);
+    assert_ne!(missing_pages.missing.take(0, 0, 1 << 3), 0);
+    std::thread::scope(|scope| {
+        let fault = scope.spawn(|| missing_pages.fault(&memory.readers, (0, 3), Instant::now()));
+        while !missing_pages.requested[0].contains(3) && !fault.is_finished() {
+            yield_now();
+        }
+        let_others_run();
+        // It could not be placed.
+        missing_pages.missing.add(0, 0, 1 << 3);
+        drop(placing);
+        assert_eq!(fault.join().unwrap().unwrap(), FaultOutcome::Request);
+    });
+}
+
+#[test]
+fn a_discard_frees_what_a_fault_that_was_read_before_it_still_places() {
+    let (memory, missing_pages) = missing_pages();
+    let block = &memory.blocks()[0];
+    let range = BlockRange { block: 0, offset: 3 * PAGE_SIZE, length: PAGE_SIZE };
+    let answering = missing_pages.handling_faults();
+    std::thread::scope(|scope| {
+        let discard = scope.spawn(|| memory.discard(&[range], true).unwrap());
+        while missing_pages.missing.remaining_pages() > 0 {
+            yield_now();
+        }
+        let_others_run();
+        block.backing.write(3 * PAGE_SIZE, &[0; PAGE_SIZE as usize]).unwrap();
+        drop(answering);
+        assert_eq!(discard.join().unwrap(), 1);
+    });
+    assert_eq!(block.backing.first_data(block.all()).unwrap(), None);
+}
+
+/// Pages with their number in the first word, plus `version`.
+fn content(pages: PageRange, version: u64) -> Vec<u8> {
+    let mut bytes = vec![0; pages.bytes() as usize];
+    for (page, bytes) in (pages.first..).zip(bytes.chunks_mut(PAGE_SIZE as usize)) {
+        bytes[..8].copy_from_slice(&(page + version).to_le_bytes());
+    }
+    bytes
+}
+
+/// Of a block that is registered: what it is missing arrives.
+fn registered(ram: &Registered, missing: PageRange) -> MissingPages {
+    let all = HostPageSet::empty(&ram.memory, &[PAGE_SIZE]).unwrap();
+    words_of(missing).for_each(|(word, bits)| all.add(0, word, bits));
+    MissingPages::new(&ram.memory, Arc::new(all), ram.for_agent(), true, Arc::default()).unwrap()
+}
+
+#[test]
+fn a_page_that_was_there_before_it_came_stays_and_all_others_come() {
+    const CAME: u64 = 1000;
+    const THERE: u64 = 5000;
+    for there in [&[][..], &[20], &[27], &[39], &[20, 21], &[24, 26, 27, 33], &[38, 39]] {
+        let Some(ram) = Registered::new(64) else { return };
+        let range = PageRange::new(20, 20);
+        let missing_pages = registered(&ram, range);
+        let backing = &ram.memory.blocks()[0].backing;
+        for page in there {
+            backing.write(page * PAGE_SIZE, &content(PageRange::new(*page, 1), THERE)).unwrap();
+        }
+        let used = missing_pages
+            .place_pages(&ram.memory.readers, 0, 0, range, &content(range, CAME))
+            .unwrap();
+        assert_eq!(
+            (used, missing_pages.missing.remaining_pages()),
+            (20, 0),
+            "{there:?} were there"
+        );
+        for page in range.first..range.end() {
+            let version = if there.contains(&page) { THERE } else { CAME };
+            assert_eq!(ram.word(page), page + version, "page {page}, {there:?} were there");
+        }
+        assert_eq!(backing.allocated_pages(), 20);
+        assert_eq!(missing_pages.take_placed(0), [range]);
+    }
+}
+
+/// Zero is placed only where somebody waits for it, and counted wherever it came.
+#[test]
+fn zeroes_that_came_are_counted_as_what_they_were_wanted_for() {
+    let Some(ram) = Registered::new(200) else { return };
+    let missing = PageRange::new(10, 150);
+    let missing_pages = registered(&ram, missing);
+    let readers = &ram.memory.readers;
+    for page in [12, 13, 100] {
+        assert_eq!(
+            missing_pages.fault(readers, (0, page), Instant::now()).unwrap(),
+            FaultOutcome::Request
+        );
+        assert_eq!(
+            missing_pages.fault(readers, (0, page), Instant::now()).unwrap(),
+            FaultOutcome::AlreadyRequested
+        );
+    }
+    // 100 of these are missing, and come once.
+    for (used, left) in [(100, 50), (0, 50)] {
+        assert_eq!(
+            missing_pages.place_zeroes(readers, 0, 0, PageRange::new(0, 110)).unwrap(),
+            used
+        );
+        assert_eq!(missing_pages.missing.remaining_pages(), left);
+        let (faults, pushed) =
+            (get(&missing_pages.live.faults), get(&missing_pages.live.pushed_pages));
+        assert_eq!((faults, pushed, get(&missing_pages.live.requested_pages)), (3, 97, 3));
+        assert_eq!(ram.memory.blocks()[0].backing.allocated_pages(), 3);
+    }
+    assert_eq!(missing_pages.take_placed(0), [PageRange::new(10, 100)]);
+    assert!(
+        [12, 13, 100].iter().all(|page| ram.touch(*page) == 0),
+        "whoever touches them waits no more"
+    );
+    assert_eq!(missing_pages.place_zeroes(readers, 0, 0, PageRange::new(110, 90)).unwrap(), 50);
+    assert_eq!(
+        (missing_pages.missing.remaining_pages(), get(&missing_pages.live.pushed_pages)),
+        (0, 147)
+    );
+}
+
+/// What is counted is pages, also where host pages are larger: nobody waits, so nothing is placed.
+#[test]
+fn zeroes_and_drops_of_large_host_pages_are_counted_in_pages() {
+    let memory = memory(&[1024, 1024]);
+    let missing = HostPageSet::empty(&memory, &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
+    missing.add(1, 0, u64::MAX);
+    missing.add(1, 1, u64::MAX);
+    let missing_pages =
+        MissingPages::new(&memory, Arc::new(missing), memfd(0), true, Arc::default()).unwrap();
+    let live = &missing_pages.live;
+    assert_eq!(
+        missing_pages.place_zeroes(&memory.readers, 0, 1, PageRange::new(60, 10)).unwrap(),
+        80
+    );
+    assert_eq!((missing_pages.missing.remaining_pages(), get(&live.pushed_pages)), (1024 - 80, 80));
+    assert_eq!(missing_pages.take_placed(1), [PageRange::new(480, 80)]);
+    // Of the host pages 64 to 99 those from 70 on are missing.
+    for _ in 0..2 {
+        missing_pages.drop_missing(1, PageRange::new(64 * 8, 36 * 8));
+        assert_eq!(
+            (missing_pages.missing.remaining_pages(), get(&live.dropped_pages)),
+            (1024 - 80 - 240, 240)
+        );
+    }
+    assert_eq!(missing_pages.take_dropped(1), [PageRange::new(560, 240)]);
+    assert_eq!((missing_pages.take_dropped(0), missing_pages.take_dropped(1)), (vec![], vec![]));
+    assert_eq!(get(&live.faults), 0);
+}
+
+/// The job's thread is woken when there is something to tell the source, or nothing more to come.
+#[test]
+fn whoever_follows_is_woken_by_a_drop_and_by_the_last_page() {
+    let memory = memory(&[128]);
+    let missing = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
+    missing.add(0, 0, 0b111);
+    let missing_pages =
+        MissingPages::new(&memory, Arc::new(missing), memfd(0), false, Arc::default()).unwrap();
+    let woken = || rustix::io::read(missing_pages.event(), &mut [0; 8]).is_ok();
+    missing_pages.drop_missing(0, PageRange::new(3, 100));
+    assert!(!woken(), "nothing of it was missing");
+    missing_pages.drop_missing(0, PageRange::new(2, 5));
+    assert!(woken());
+    missing_pages.place_zeroes(&memory.readers, 0, 0, PageRange::new(1, 1)).unwrap();
+    assert!(!woken(), "one is still to come");
+    missing_pages.place_zeroes(&memory.readers, 0, 0, PageRange::new(0, 1)).unwrap();
+    assert!(woken());
+}
