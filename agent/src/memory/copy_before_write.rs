@@ -1,31 +1,36 @@
-//! The memory of a guest as it was at one instant, while it is being saved and the guest, perhaps,
-//! runs on.
+//! Copy-before-write: saves the guest's memory as it was at one instant, while the guest may keep
+//! running.
 //!
 //! # Who does what to a page
 //!
-//! At the instant nobody writes. Every page that has content then is *pending*, and protected if
-//! the guest is to run on. Each pending page is captured once, by whoever *takes* it (see
-//! [`HostPageSet`]): reads it, then lifts its protection. Three do, at once and without a lock:
+//! Nobody writes at the instant, because the guest is paused. Every page that has content at that
+//! moment becomes *pending*, and is write-protected if the guest will run again before it is saved.
+//! Each pending page is captured exactly once, by the thread that *takes* it (see [`HostPageSet`]):
+//! that thread reads the page, and only then is the protection removed. Three kinds of threads
+//! capture pages at the same time, without a lock:
 //!
-//! - a **worker** that sweeps: publishes the word in the fence, takes, reads, and lifts;
-//! - a **write fault**: publishes, takes and reads the page; or, if it is not pending, waits for
-//!   those who may be reading it. Then it lifts the protection, and the guest writes. So no write
-//!   comes before the page was read;
-//! - a **discard**: has marked the page, captures what is pending of it as any worker, and waits
-//!   for all who took before. Only then it is freed, and the discard acknowledged: nobody reads it
-//!   later (`never-read`). A populate has nothing to capture: what was discarded at the instant is
-//!   not pending, and is saved as discarded.
+//! - A **worker** sweeps the memory: it publishes the word of pages in the fence, takes what is
+//!   pending of it, reads it, and removes the protection.
+//! - The **fault thread** handles a write fault: it publishes, takes and reads the page. If the
+//!   page is not pending, the fault thread waits for the threads that may still be reading it. Then
+//!   it removes the protection, and the guest writes. So no write happens before the page is read.
+//! - A **discard** has marked the page. It captures what is pending, as a worker does, and waits
+//!   for all threads that took pages of the range before. Only then is the page freed and the
+//!   discard acknowledged, so nobody reads the page later (`never-read`). A populate has nothing to
+//!   capture: a page that was discarded at the instant is not pending, and is saved as discarded.
 //!
-//! The marks of discards and the set of pending pages are made under one lock
-//! ([`GuestMemory::marking`]): a discard either comes before the instant, or finds what is pending.
+//! Discards set their marks, and the instant collects the pending pages, under one lock
+//! ([`GuestMemory::marking`]). So a discard either comes before the instant, or finds the pending
+//! pages.
 //!
-//! These steps are in [`super::capture_steps`], and a model checker goes through all orders of
-//! them. When nothing is pending any more, whoever took the last of it has to have read it before
-//! the registration is taken back.
+//! These steps are in [`super::capture_steps`], and a model checker tries all orders of them. The
+//! last step has an order, too: "nothing is pending" does not mean "everything is read", because a
+//! thread takes a page before it reads it. So the agent waits for all readers before it asks the
+//! VMM to unregister its mappings.
 //!
-//! What was read counts only if the protection was there until then. A VMM that loses patience
-//! unregisters its mappings, and the lifting that follows each reading fails: then the snapshot
-//! does.
+//! The bytes that were read count only if the page was still protected while it was read. If the
+//! VMM gives up on the agent, it unregisters its mappings, and the removal of the protection that
+//! follows each read fails. Then the snapshot fails.
 
 use super::capture_steps::{before_unregister, before_write, capture};
 use super::cursor::Cursor;
@@ -44,20 +49,20 @@ use rustix::io::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes that are read before they are put, where nothing speaks for more: they stay in the
-/// processor's cache until then.
+/// Bytes that are read before they are put into the sink, unless the sink asks for more. They stay
+/// in the processor's cache until then.
 pub const BATCH: usize = 1 << 20;
 
-/// Takes what is captured.
+/// Receives the captured pages.
 pub trait Sink: std::fmt::Debug + Send + Sync {
-    /// Takes the pages `range` of the block at index `at`, none of which came before. Returns how
-    /// many are not zero.
+    /// Stores the pages `range` of the block at index `at`. No page is put twice. Returns how many
+    /// of them are not zero.
     ///
     /// # Errors
-    /// If it cannot.
+    /// If the pages cannot be stored.
     fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError>;
 
-    /// Bytes that it likes to have put at once.
+    /// How many bytes the sink prefers to get at once.
     fn batch(&self) -> usize {
         BATCH
     }
@@ -69,33 +74,33 @@ impl Sink for ImageWriter {
     }
 
     fn batch(&self) -> usize {
-        // A disk that is written to without the page cache has no more to do at once than the
-        // workers give it.
+        // With direct I/O, the disk has only the writes that the workers have under way, so they
+        // are larger.
         if self.is_direct() { 2 * BATCH } else { BATCH }
     }
 }
 
-/// The protection of the VMM's mappings.
+/// The write protection of the VMM's mappings.
 #[derive(Debug)]
 pub struct Protection {
-    /// Its write faults.
+    /// The userfaultfd that reports the write faults.
     pub uffd: Userfaultfd,
-    /// Where they are.
+    /// The addresses of the mappings.
     pub mappings: Mappings,
 }
 
 impl Protection {
-    /// Protects host pages.
+    /// Write-protects host pages.
     ///
     /// # Errors
-    /// If they are not registered any more, or the kernel refuses.
+    /// If they are no longer registered, or the kernel refuses.
     pub fn protect(&self, at: usize, host_pages: PageRange) -> Result<(), JobError> {
         self.uffd
             .protect(self.mappings.addresses(at, host_pages))
             .map_err(|source| self.failed(at, source))
     }
 
-    /// Lifts the protection of host pages, and wakes who waits to write there.
+    /// Removes the protection of host pages, and wakes the threads that wait to write there.
     ///
     /// # Errors
     /// As for [`Protection::protect`].
@@ -110,41 +115,41 @@ impl Protection {
     }
 }
 
-/// The memory of a guest as it was at one instant.
+/// The copy-before-write state of one snapshot.
 #[derive(Debug)]
 pub struct CopyBeforeWrite {
-    /// What is not captured yet. Its unit is the host page of the mapping if it is protected, and a
-    /// page if not.
+    /// Pages that are not captured yet. With protection, the unit is the host page of the mapping;
+    /// without, it is a page.
     pending: Arc<HostPageSet>,
-    /// None if the guest stands still.
+    /// None if the guest is paused until all is saved.
     protection: Option<Arc<Protection>>,
     sink: Arc<dyn Sink>,
     live: Arc<LiveCounters>,
-    /// Why a discard or a fault could not be saved.
+    /// Why the snapshot failed: the first error.
     failure: Mutex<Option<JobError>>,
     failed: AtomicBool,
-    /// Nothing is to be captured any more: all was, or the snapshot is lost.
+    /// Nothing more is to be captured: all is captured, or the snapshot failed.
     stopped: AtomicBool,
-    /// What a discard captures with, from the first one that has something to capture on; held
-    /// while it captures and puts.
+    /// The buffer of discards. The first discard that captures something allocates it. The lock is
+    /// held while a discard captures and puts.
     discard_batch: Mutex<Option<Batch>>,
-    /// Where the workers go on.
+    /// Where the workers continue.
     pub cursor: Cursor,
 }
 
-/// What was read and not put yet.
+/// Pages that were read and not yet put into the sink.
 #[derive(Debug)]
 pub struct Batch {
     buffer: PageBuffer,
-    /// Bytes from which on it is full.
+    /// The batch counts as full from this number of bytes on.
     full: usize,
     filled: usize,
-    /// Index of the block, its pages, and the byte of the buffer where they begin.
+    /// Index of the block, the pages, and where they begin in the buffer.
     runs: Vec<(usize, PageRange, usize)>,
 }
 
 impl Batch {
-    /// Room for about `bytes` of pages of `memory`, or for one host page.
+    /// Room for about `bytes` bytes of pages of `memory`, and for at least one host page.
     fn new(memory: &GuestMemory, bytes: usize) -> Result<Self, MappingError> {
         let largest = memory.blocks().iter().map(|block| block.backing.host_page_size()).max();
         let part = largest.unwrap_or(PAGE_SIZE).clamp(WORD_BITS * PAGE_SIZE, 2 << 20) as usize;
@@ -180,31 +185,21 @@ impl Batch {
 }
 
 impl CopyBeforeWrite {
-    /// `pending` is to be captured into `sink`.
+    /// Will capture the `pending` pages into `sink`.
     pub fn new(
         memory: &GuestMemory, pending: Arc<HostPageSet>, protection: Option<Arc<Protection>>,
         sink: Arc<dyn Sink>, live: Arc<LiveCounters>,
     ) -> Self {
         let (failure, failed) = (Mutex::default(), AtomicBool::new(false));
-        let (over, rescuing, cursor) = (
+        let (stopped, discard_batch, cursor) = (
             AtomicBool::new(false),
             Mutex::default(),
             Cursor::with_pieces(memory, BATCH as u64 / PAGE_SIZE),
         );
-        Self {
-            pending,
-            protection,
-            sink,
-            live,
-            failure,
-            failed,
-            stopped: over,
-            discard_batch: rescuing,
-            cursor,
-        }
+        Self { pending, protection, sink, live, failure, failed, stopped, discard_batch, cursor }
     }
 
-    /// What a worker needs. Nothing is kept in it from one call to the next.
+    /// The buffer that a worker needs. It is empty between two calls of [`CopyBeforeWrite::sweep`].
     ///
     /// # Errors
     /// If there is no memory for it.
@@ -212,16 +207,16 @@ impl CopyBeforeWrite {
         Ok(Batch::new(memory, self.sink.batch())?)
     }
 
-    /// What is not captured yet.
+    /// The pages that are not captured yet.
     pub fn pending(&self) -> &Arc<HostPageSet> {
         &self.pending
     }
 
-    /// Worker `worker` captures what is pending of the host pages `range`. Returns how many pages
-    /// that was.
+    /// Worker `worker` captures what is pending of the host pages `range`. Returns the number of
+    /// captured pages.
     ///
     /// # Errors
-    /// If it cannot be read or put, or the protection is gone.
+    /// If a page cannot be read or put, or the protection is gone.
     pub fn sweep(
         &self, memory: &GuestMemory, worker: usize, at: usize, range: PageRange, batch: &mut Batch,
     ) -> Result<u64, JobError> {
@@ -236,8 +231,8 @@ impl CopyBeforeWrite {
         Ok(pages)
     }
 
-    /// Takes and reads the host pages `mask` of word `word`, as far as they are pending. Returns
-    /// how many pages that were.
+    /// Takes and reads those of the host pages `mask` of word `word` that are pending. Returns the
+    /// number of pages.
     fn read(
         &self, memory: &GuestMemory, worker: usize, (at, word, mask): (usize, u64, u64),
         batch: &mut Batch,
@@ -253,10 +248,10 @@ impl CopyBeforeWrite {
         Ok(u64::from(taken.count_ones()) * host_pages.unit())
     }
 
-    /// Lifts the protection of what was read, and puts it.
+    /// Removes the protection of the pages that were read, and puts them into the sink.
     fn unprotect_and_put(&self, batch: &mut Batch) -> Result<(), JobError> {
         if let Some(protection) = &self.protection {
-            // Nobody waits for the writing.
+            // The guest does not wait for the disk: the protection is removed first.
             for (at, pages, _) in &batch.runs {
                 protection.unprotect(*at, self.pending.block(*at).covering(*pages))?;
             }
@@ -273,10 +268,10 @@ impl CopyBeforeWrite {
         Ok(())
     }
 
-    /// Puts the pages `range` of the block at index `at`, which were captured.
+    /// Puts captured pages, `range` of the block at index `at`, into the sink.
     ///
     /// # Errors
-    /// If it cannot.
+    /// If the sink cannot store them.
     pub fn put_run(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<(), JobError> {
         let put = self.sink.put(at, range, bytes)?;
         add(&self.live.pages_sent, put);
@@ -285,21 +280,23 @@ impl CopyBeforeWrite {
         Ok(())
     }
 
-    /// The guest is about to write to a host page: it is captured first, into `into`, if nobody has
-    /// yet, and the protection lifted, even if it cannot be read: the snapshot is lost then, and
-    /// the guest need not wait for its end. Returns its pages if they are in `into`, and are to be
-    /// put.
+    /// The guest is about to write to a host page. Captures it into `into`, unless it is captured
+    /// already, and then removes the protection. Returns the pages if they are in `into` now: the
+    /// caller must put them into the sink.
+    ///
+    /// The protection is also removed if the page cannot be read. The snapshot has failed then, and
+    /// the guest need not wait until it ends.
     ///
     /// # Errors
-    /// If it cannot be read, or the protection is gone.
+    /// If the page cannot be read, or the protection is gone.
     pub fn write_fault(
         &self, memory: &GuestMemory, (at, host_page): (usize, u64), into: &mut [u8],
     ) -> Result<Option<PageRange>, JobError> {
         let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
         let pages = host_pages.pages(PageRange::new(host_page, 1));
         let take = || {
-            // Nothing is, of a snapshot that failed: discards do not wait for that any more, but
-            // for those who took before.
+            // A snapshot that failed takes nothing. Discards no longer look for it: they wait only
+            // for threads that took a page before.
             let wanted = !self.stopped.load(Ordering::Acquire);
             if wanted {
                 self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS))
@@ -322,8 +319,8 @@ impl CopyBeforeWrite {
             add(&self.live.faults, 1);
             let Some(protection) = &self.protection else { return Ok(()) };
             let lifted = protection.unprotect(at, PageRange::new(host_page, 1));
-            // At the end the registration is taken back while this thread still reads faults;
-            // whoever waited has been woken.
+            // At its end, a snapshot unregisters the mappings while this thread still reads faults.
+            // Unregistering has woken the writers already, so this error does no harm.
             if self.stopped.load(Ordering::Acquire) { Ok(()) } else { lifted }
         };
         let place = (FAULTS, at, host_pages.word_of(host_page));
@@ -331,22 +328,23 @@ impl CopyBeforeWrite {
         Ok((taken != 0).then_some(pages))
     }
 
-    /// A discard of `range` has set its marks: what is pending of it is captured now. It cannot
-    /// fail (`discard-cannot-fail`): the snapshot does.
+    /// A discard of `range` has set its marks: captures what is pending of the range. A discard
+    /// cannot fail (`discard-cannot-fail`), so an error here fails the snapshot instead.
     pub(super) fn copy_before_discard(&self, memory: &GuestMemory, at: usize, range: PageRange) {
         let host_pages = self.pending.block(at).covering(range);
-        // Most discards, of what is not pending, cost nothing.
+        // Most discards are of pages that are not pending. They cost nothing here.
         if self.pending.block(at).bits().next_set(host_pages).is_none() {
             return;
         }
         if !self.has_failed() {
-            let mut rescuing = self.discard_batch.lock().unwrap_or_else(PoisonError::into_inner);
-            match self.copy_into(&mut rescuing, memory, at, host_pages) {
+            let mut batch = self.discard_batch.lock().unwrap_or_else(PoisonError::into_inner);
+            match self.copy_into(&mut batch, memory, at, host_pages) {
                 Ok(pages) => return add(&self.live.rescued_pages, pages),
                 Err(error) => self.fail(error),
             }
         }
-        // Nothing of it is wanted any more, and nobody may read it after this: nobody finds it.
+        // The snapshot failed, so nobody needs these pages. Taking them makes sure that nobody
+        // reads them after this.
         self.pending.take_range(at, host_pages, |_, _| ());
     }
 
@@ -355,25 +353,27 @@ impl CopyBeforeWrite {
     ) -> Result<u64, JobError> {
         let mut batch = kept.take().map_or_else(|| self.batch(memory), Ok)?;
         let pages = self.sweep(memory, SESSION, at, host_pages, &mut batch)?;
-        // What one that failed holds is of no use to the next.
+        // Kept only on success: a failed call leaves pages in the batch that the next discard must
+        // not put.
         *kept = Some(batch);
         Ok(pages)
     }
 
-    /// Pages were freed, and are holes now: nothing of them is to be saved any more. See
+    /// Pages were freed and are holes now, so nothing of them is left to save. See
     /// [`super::freed`].
     pub(super) fn drop_freed(&self, at: usize, range: PageRange) {
         self.pending.take_range(at, self.pending.block(at).covering(range), |_, _| ());
     }
 
-    /// The pages that a reader may be at when it has published word `word` of the block at index
-    /// `at`.
+    /// The pages that a reader may be reading when it has published word `word` of the block at
+    /// index `at`.
     pub(super) fn published_pages(&self, at: usize, word: u64) -> PageRange {
         self.pending.block(at).published_pages(word)
     }
 
-    /// All that was pending was taken: returns when a discard that took some of it has put it, too,
-    /// and a fault that took some has read it. The protection is not needed any more.
+    /// Waits for the rest after all pending pages are taken: for faults to read what they took, and
+    /// for a discard to read and put what it took. After this the protection is not needed any
+    /// more.
     ///
     /// # Errors
     /// As [`CopyBeforeWrite::check`].
@@ -384,13 +384,14 @@ impl CopyBeforeWrite {
         self.check()
     }
 
-    /// No fault takes a page from now on. To be called before discards are not told of this any
-    /// more ([`Marking::end`](super::marking::Marking::end)): they wait for those who took before.
+    /// From now on no fault takes a page. While pages are pending, call this before
+    /// [`Marking::end`](super::marking::Marking::end): a discard that does not find the snapshot
+    /// any more waits only for threads that took pages before.
     pub fn stop_faults(&self) {
         self.stopped.store(true, Ordering::Release);
     }
 
-    /// The snapshot is not to be had any more. The first to say so says why.
+    /// Fails the snapshot. The first error is kept.
     pub fn fail(&self, error: JobError) {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         self.failed.store(true, Ordering::Release);
@@ -404,7 +405,8 @@ impl CopyBeforeWrite {
     /// Fails if [`CopyBeforeWrite::fail`] was called.
     ///
     /// # Errors
-    /// What it was called with; the one who is told first gets it.
+    /// The first error that [`CopyBeforeWrite::fail`] got. It is returned once; later calls return
+    /// [`JobError::Cancelled`].
     pub fn check(&self) -> Result<(), JobError> {
         if !self.has_failed() {
             return Ok(());
