@@ -109,20 +109,25 @@ impl LazyRestore<'_> {
     /// If the image cannot be read, or is damaged, or a page cannot be placed.
     pub fn serve(&self, worker: usize) -> Result<(), JobError> {
         let mut buffer = PageBuffer::new(EXTENT_SIZE as usize);
-        while let Some((at, host_page)) = self.queue.next() {
-            let unit = self.unread.block(at).unit();
-            let wanted = PageRange::new(host_page * unit, unit);
-            let range = if unit == 1 {
-                self.claim_around(at, host_page)
-            } else {
-                self.claim(at, host_page)
-            };
-            let content = self.read(at, range, &mut buffer)?;
-            let start = ((wanted.first - range.first) * PAGE_SIZE) as usize;
-            self.place(worker, at, wanted, &content[start..start + wanted.bytes() as usize])?;
-            if range.count > wanted.count {
-                self.place(worker, at, range, content)?;
-            }
+        while let Some(host_page) = self.queue.next() {
+            self.answer(worker, host_page, &mut buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Reads and places a host page, and what is read along with it.
+    pub(super) fn answer(
+        &self, worker: usize, (at, host_page): HostPage, buffer: &mut [u8],
+    ) -> Result<(), JobError> {
+        let unit = self.unread.block(at).unit();
+        let wanted = PageRange::new(host_page * unit, unit);
+        let range =
+            if unit == 1 { self.claim_around(at, host_page) } else { self.claim(at, host_page) };
+        let content = self.read(at, range, buffer)?;
+        let start = ((wanted.first - range.first) * PAGE_SIZE) as usize;
+        self.place(worker, at, wanted, &content[start..start + wanted.bytes() as usize])?;
+        if range.count > wanted.count {
+            self.place(worker, at, range, content)?;
         }
         Ok(())
     }
@@ -135,7 +140,7 @@ impl LazyRestore<'_> {
     /// A page; and what is unread around it, if something there was read before: then the guest is
     /// at work around here. While what it touches is written down only the disk reads what is
     /// around, since a page that is placed untouched would be missing in the record.
-    fn claim_around(&self, at: usize, page: u64) -> PageRange {
+    pub(super) fn claim_around(&self, at: usize, page: u64) -> PageRange {
         let (word, first) = (page / WORD_BITS, page / NEAR * NEAR % WORD_BITS);
         let (unread, present) = (self.unread.block(at).bits(), self.source.present(at));
         let (around, itself) = (word_mask(first, first + NEAR), 1 << (page % WORD_BITS));

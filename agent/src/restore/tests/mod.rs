@@ -1,6 +1,7 @@
 //! Restores into memory of this process, with a VMM that is a thread.
 
 mod eager;
+mod fault_reads;
 mod lazy;
 mod working_set;
 

@@ -1,0 +1,86 @@
+use super::*;
+use crate::memory::host_page_set::HostPageSet;
+use crate::memory::missing_pages::MissingPages;
+use crate::memory::test_support::memfd;
+use crate::restore::lazy_restore::LazyRestore;
+use crate::restore::source::Source;
+
+/// Pages that are read around one that the guest touches.
+const NEAR: u64 = 16;
+const PAGES: u64 = 512;
+
+/// All pages but those from 16 to 19 have content.
+fn page_of(_: u32, page: u64) -> Page {
+    if (16..20).contains(&page) { Page::Zero } else { Page::Content }
+}
+
+/// Does `what` with the restore of a guest whose host pages have `unit` pages, placing by `uffd`.
+fn restoring(
+    unit: u64, uffd: impl FnOnce(&Ram) -> OwnedFd, what: impl FnOnce(&LazyRestore<'_>, &Ram),
+) {
+    let Saved { folder: _folder, path, ram } = Saved::new(&[PAGES], page_of);
+    let job = new_job(&ram, &Vmm::willing(&ram), 0);
+    let source = Source::open(&path, &ram.memory).unwrap();
+    let missing = HostPageSet::empty(&ram.memory, &[unit * PAGE_SIZE]).unwrap();
+    let present = source.present(0);
+    present.nonzero_words(present.all()).for_each(|(word, bits)| missing.add_pages(0, word, bits));
+    let (unread, missing) = (missing.try_clone().unwrap(), Arc::new(missing));
+    let (uffd, live) = (uffd(&ram), job.live.clone());
+    let missing_pages = MissingPages::new(&ram.memory, missing, uffd, false, live).unwrap();
+    what(&LazyRestore::new(&job, &source, &missing_pages, unread, Vec::new(), false), &ram);
+}
+
+/// Nothing is placed by it.
+fn no_uffd(_: &Ram) -> OwnedFd {
+    memfd(0)
+}
+
+#[test]
+fn around_a_page_is_claimed_what_is_unread_if_something_near_it_was_read_before() {
+    restoring(1, no_uffd, |restore, _| {
+        let claimed = |page| restore.claim_around(0, page);
+        assert_eq!(claimed(37), PageRange::new(37, 1), "nothing near it was read");
+        assert_eq!(claimed(39), PageRange::new(32, NEAR), "37 was");
+        assert_eq!(claimed(48), PageRange::new(48, NEAR), "the page before it was");
+        assert_eq!(claimed(50), PageRange::new(50, 1), "all around it was");
+        // Page 19 has no content, and page 99 is unread.
+        assert_eq!(claimed(20), PageRange::new(20, 1));
+        assert_eq!(claimed(100), PageRange::new(100, 1));
+    });
+}
+
+#[test]
+fn what_is_read_around_a_page_is_placed_with_it() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let mut registered = None;
+    let uffd = |ram: &Ram| {
+        let uffd = registered.insert(register(ram));
+        uffd.as_fd().try_clone_to_owned().unwrap()
+    };
+    restoring(1, uffd, |restore, ram| {
+        let mut buffer = vec![0; 512 * PAGE];
+        restore.answer(0, (0, 37), &mut buffer).unwrap();
+        assert_eq!(ram.allocated(0), [PageRange::new(37, 1)]);
+        restore.answer(0, (0, 39), &mut buffer).unwrap();
+        assert_eq!(ram.allocated(0), [PageRange::new(32, NEAR)]);
+        (32..32 + NEAR).for_each(|page| assert_eq!(ram.touch(0, page), word_of(0, page)));
+        let left = PAGES - 4 - NEAR;
+        assert_eq!(
+            (restore.unread.remaining_pages(), restore.missing_pages.missing().remaining_pages()),
+            (left, left)
+        );
+    });
+}
+
+/// The buffer holds what was read before.
+#[test]
+fn a_page_without_content_in_a_host_page_that_has_some_is_zero() {
+    restoring(8, no_uffd, |restore, _| {
+        let mut buffer = vec![0xff; 8 * PAGE];
+        let content = restore.read(0, PageRange::new(16, 8), &mut buffer).unwrap();
+        assert!(content[..4 * PAGE].iter().all(|byte| *byte == 0));
+        assert_eq!(content[4 * PAGE..][..8], word_of(0, 20).to_le_bytes());
+    });
+}
