@@ -248,7 +248,7 @@ pub(super) fn fence_words(range: PageRange, unit: u64) -> impl Iterator<Item = (
 }
 
 /// The words that `range` touches, and its bits in each.
-pub(super) fn words_of(range: PageRange) -> impl Iterator<Item = (u64, u64)> {
+pub fn words_of(range: PageRange) -> impl Iterator<Item = (u64, u64)> {
     let words = if range.is_empty() {
         0..0
     } else {
@@ -304,6 +304,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_range_is_cut_into_the_words_that_it_touches() {
+        let words = |first, count| words_of(PageRange::new(first, count)).collect::<Vec<_>>();
+        assert_eq!(words(60, 70), [(0, 0xf << 60), (1, u64::MAX), (2, 0b11)]);
+        assert_eq!(words(128, 64), [(2, u64::MAX)]);
+        assert_eq!(words(70, 0), []);
     }
 
     #[test]

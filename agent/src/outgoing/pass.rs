@@ -8,11 +8,12 @@ use super::Migration;
 use super::fixup::DirtyState;
 use super::sender::{PageSender, PassView};
 use crate::job::{JobError, get};
+use crate::memory::host_page_set::words_of;
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::LazyClear;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
-use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
+use pageferry_protocol::shm::bitmap::WORD_BITS;
 use pageferry_protocol::stream::Kind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
@@ -152,14 +153,8 @@ pub(super) fn find_allocated(
 ) -> Result<(), JobError> {
     let failed = |source| JobError::Backing { id: block.geometry.id, source };
     for run in block.backing.data_runs(chunk) {
-        let run = run.map_err(failed)?;
-        for word in run.first / WORD_BITS..run.end().div_ceil(WORD_BITS) {
-            let first = word * WORD_BITS;
-            let pages = run.intersection(&PageRange::new(first, WORD_BITS));
-            dirty.or_word(
-                word,
-                word_mask(pages.first - first, pages.end() - first) & !told.word(word),
-            );
+        for (word, mask) in words_of(run.map_err(failed)?) {
+            dirty.or_word(word, mask & !told.word(word));
         }
     }
     Ok(())

@@ -18,12 +18,12 @@ use super::super::sender::{PageSender, PassView};
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
 use crate::memory::cursor::Cursor;
-use crate::memory::host_page_set::HostPageSet;
+use crate::memory::host_page_set::{HostPageSet, words_of};
 use crate::transport::socket_queue::limit_send_queue;
 use crate::transport::{Address, Limiter, StreamSocket, TransportError};
 use pageferry_protocol::control::job::OutgoingOptions;
 use pageferry_protocol::memory::PageRange;
-use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::stream::payload::{Totals, decode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use rustix::event::{EventfdFlags, PollFlags};
@@ -418,15 +418,8 @@ impl PostcopySource {
 fn send_host_page(
     view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), pages: PageRange,
 ) -> Result<(), JobError> {
-    for word in pages.first / WORD_BITS..pages.end().div_ceil(WORD_BITS) {
-        let first = word * WORD_BITS;
-        let part = pages.intersection(&PageRange::new(first, WORD_BITS));
-        sender.send_owed(
-            view,
-            (at, block),
-            word,
-            word_mask(part.first - first, part.end() - first),
-        )?;
+    for (word, mask) in words_of(pages) {
+        sender.send_owed(view, (at, block), word, mask)?;
     }
     sender.end_zeros();
     Ok(())
