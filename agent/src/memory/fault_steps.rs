@@ -1,9 +1,9 @@
-//! The two steps by which a fault and whoever takes its page agree on who answers it, each with its
-//! fence. See [`super::missing_pages`] for all of it.
+//! The two steps by which a fault and an event that takes its page agree on who answers the fault.
+//! Each step has its memory fence. [`super::missing_pages`] tells the whole story.
 //!
-//! A fault marks the page as requested and then looks whether it is missing; whoever takes the
-//! page, an arrival or a discard, looks afterwards whether it is requested. Both put a sequentially
-//! consistent fence between the two, so at least one sees the other.
+//! A fault marks the page as requested, then looks whether the page is missing. An arrival or a
+//! discard takes the page, then looks whether it is requested. Both put a sequentially consistent
+//! fence between their two accesses, so at least one of them sees the other.
 
 use super::bitmap::{Bitmap, WORD_BITS, Words};
 use super::sync::{Ordering, fence};
@@ -11,38 +11,39 @@ use super::sync::{Ordering, fence};
 /// What a fault found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Requested {
-    /// Nobody had requested the page before.
+    /// This is the first request for the page.
     pub is_first: bool,
-    /// The page is missing: whoever takes it answers. If not, it is what its file says.
+    /// The page is missing: the thread that takes it answers the fault. If false, the page is what
+    /// its file says.
     pub is_missing: bool,
 }
 
-/// A fault of host page `page`. `note` is called before anyone can answer it, if it is the first;
-/// `in_flight` returns when all who may have taken the page before have placed it, or given it
-/// back.
+/// Handles a fault of host page `page`. `note` is called if this is the first request; an arrival may
+/// answer the fault even before that. `in_flight` must return only when all threads that took the
+/// page before have placed it, or made it missing again.
 pub fn request<W: Words, V: Words>(
     requested: &Bitmap<W>, missing: &Bitmap<V>, page: u64, note: impl FnOnce(),
     in_flight: impl FnOnce(),
 ) -> Requested {
-    let fresh = requested.or_word(page / WORD_BITS, 1 << (page % WORD_BITS)) != 0;
-    if fresh {
+    let is_first = requested.or_word(page / WORD_BITS, 1 << (page % WORD_BITS)) != 0;
+    if is_first {
         note();
     }
     fence(Ordering::SeqCst);
-    // One look decides: a page that is taken between two looks would be neither waited for nor
-    // asked for.
+    // Look once and keep the answer: if the page was taken between two looks, the fault would
+    // neither wait for the page nor ask for it.
     let mut is_missing = missing.contains(page);
     if !is_missing {
-        // Not missing is not placed: whoever took it may be about to. And what could not be placed
-        // is missing again.
+        // "Not missing" does not mean "placed": the thread that took the page may still place it,
+        // or fail and make it missing again.
         in_flight();
         is_missing = missing.contains(page);
     }
-    Requested { is_first: fresh, is_missing }
+    Requested { is_first, is_missing }
 }
 
-/// Those of the host pages `taken` of word `word`, which the caller has taken, that are waited for.
-/// A fault that comes later sees that they are not missing.
+/// Returns those of the host pages `taken` of word `word` that are requested. The caller has taken
+/// them before. A fault that comes later sees that they are not missing.
 pub fn requested_of<W: Words>(requested: &Bitmap<W>, word: u64, taken: u64) -> u64 {
     fence(Ordering::SeqCst);
     requested.word(word) & taken

@@ -1,34 +1,39 @@
-//! The memory of a guest that runs before it is here (postcopy, and whatever else restores lazily).
+//! Missing pages: the memory of a guest that runs before all of it has arrived, in postcopy and in
+//! a lazy restore.
 //!
 //! # Who does what to a host page
 //!
-//! The mapping of the VMM is registered for missing pages, so a touch of one becomes a fault that
-//! waits. A host page is in one of two states: *missing*, its content is still to come; or not, and
-//! then, once whoever took it has placed it, it is what the file says: content, or a hole that
-//! reads as zero. Four act on it at once, without a lock:
+//! The VMM's mapping is registered for missing faults, so a touch of an absent page becomes a
+//! fault, and the thread that touched it waits. A host page is *missing* while its content is still
+//! to come. A thread that *takes* the page (see [`HostPageSet`]) ends that state, and then places
+//! the content. After that the page is what the file says: content, or a hole that reads as zero.
+//! These events act on a host page at the same time, without a lock:
 //!
-//! - a **fault** marks it as *requested*, then looks whether it is missing. If it is, the source is
-//!   asked, once. Else it waits for arrivals that took it before (the fence), looks again, since
-//!   one may have failed, and answers here: zero, unless there is a page by now. Without the wait
-//!   zero would come before the content that was taken and not placed yet;
-//! - an **arrival** publishes it, takes it (see [`HostPageSet`]), then places what came, atomically
-//!   for whoever waits. Zero is placed only if it is requested, so that nothing is allocated that
-//!   the guest does not touch (`never-populate`);
-//! - a **discard** marks it as discarded, takes it, waits for arrivals that took it before (the
-//!   fence), takes it once more, waits for faults that were read before, frees it, and then answers
-//!   those who requested it: zero. What the source still sends of it is thrown away. So a discarded
-//!   page never gets its stale bytes back (`never-read`), and no fault of before, whose touch an
-//!   arrival may have served meanwhile, fills the hole again;
-//! - a **free** does the same but for the mark: the page is a hole then, and from the next touch on
-//!   it is ordinary memory;
-//! - a **failed placing** gives it back before it leaves the fence: so a discard that waits there
-//!   finds it again.
+//! - A **fault** marks the page as *requested*, then looks whether it is missing. If it is, the
+//!   source is asked for it, once. If it is not, an arrival may have taken it and not placed it
+//!   yet: an answer of zero now would come before that content. So the fault waits for the arrivals
+//!   that took it before (the fence), and looks again, because an arrival may have failed. If the
+//!   page is still not missing, the fault is answered here: with zero, unless there is a page by
+//!   now.
+//! - An **arrival** publishes the page in the fence, takes it, then places the content, atomically
+//!   for the threads that wait. It places a zero page only if the page is requested, so that
+//!   nothing is allocated that the guest does not touch (`never-populate`).
+//! - A **discard** marks the page as discarded and takes it. It waits for arrivals that took it
+//!   before (the fence), and takes it once more. It waits for the faults that were read before,
+//!   frees the page, and then answers the faults that requested it, with zero. Content that the
+//!   source still sends is thrown away. So a discarded page never gets its stale bytes back
+//!   (`never-read`). And no earlier fault fills the hole again, even if an arrival has served its
+//!   touch in the meantime.
+//! - A **free** does the same without the mark: the page is a hole then, and ordinary memory from
+//!   the next touch on.
+//! - A **failed arrival** makes the page missing again before it leaves the fence, so a discard
+//!   that waits in the fence finds it again.
 //!
-//! *Requested* is set before *missing* is looked at, and *missing* is taken before *requested* is
-//! looked at, with a sequentially consistent fence between the two on both sides: so of a fault and
-//! an arrival, or a discard, at least one sees the other, and nobody waits for ever. If both
-//! answer, it is with zero, the kernel refuses the second page, and all are woken. The steps are in
-//! [`super::fault_steps`], and a model checker goes through all orders of them.
+//! A fault sets *requested* before it looks at *missing*. An arrival or a discard takes *missing*
+//! before it looks at *requested*. Both have a sequentially consistent fence between the two steps,
+//! so at least one of them sees the other, and no fault waits forever. If both answer, both answer
+//! with zero: the kernel refuses the second page, and all waiters are woken. The steps are in
+//! [`super::fault_steps`], and a model checker tries all orders of them.
 
 use super::GuestMemory;
 use super::fault_steps::{Requested, request, requested_of};
@@ -49,7 +54,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::yield_now;
 use std::time::Instant;
 
-/// Why a page was not placed. It is missing still.
+/// Why faults cannot be served, or a page was not placed. Such a page is still missing.
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
     /// The kernel refused.
@@ -59,15 +64,15 @@ pub enum PlaceError {
         id: u32,
         /// Index of the host page in the block.
         host_page: u64,
-        /// What the kernel said: ENOMEM or ENOSPC if there is no memory, ENOENT if the VMM has
-        /// nothing mapped there, ESRCH if it is gone.
+        /// The kernel's error: ENOMEM or ENOSPC if there is no memory, ENOENT if the VMM has
+        /// nothing mapped there, ESRCH if the VMM is gone.
         #[source]
         source: Errno,
     },
     /// There is no memory for the bitmaps.
     #[error("bitmap")]
     Bitmap(#[from] MappingError),
-    /// The kernel has no event descriptor.
+    /// The kernel refused an event descriptor.
     #[error("cannot make an event descriptor")]
     Event(#[source] Errno),
     /// The faults cannot be read.
@@ -75,45 +80,45 @@ pub enum PlaceError {
     Read(#[source] Errno),
 }
 
-/// A host page that could not be placed, and what the kernel said.
+/// A host page that could not be placed, and the kernel's error.
 type Failed = (u64, Errno);
 
-/// What becomes of a fault.
+/// The outcome of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultOutcome {
-    /// It was answered here.
+    /// The fault is answered.
     Resolved,
-    /// The page is missing, and nobody has asked for it yet: the caller does.
+    /// The page is missing, and this is the first request: the caller must ask for it.
     Request,
-    /// The page is missing, and was asked for.
+    /// The page is missing, and was requested before.
     AlreadyRequested,
 }
 
-/// The memory of a guest that runs before it is here.
+/// The missing pages of a guest that runs already.
 #[derive(Debug)]
 pub struct MissingPages {
     missing: Arc<HostPageSet>,
     /// Host pages that the guest waits for.
     requested: Vec<MappedBitmap>,
-    /// Host pages that were discarded while they were missing, and of which the source was not told
-    /// yet.
+    /// Host pages that were discarded while they were missing, and are not yet announced to the
+    /// source.
     dropped: Vec<MappedBitmap>,
-    /// Host pages that were placed, and of which the source was not told yet; none if it does not
-    /// want to know.
+    /// Host pages that were placed, and are not yet announced to the source. `None` if the source
+    /// does not want acknowledgements.
     placed: Option<Vec<MappedBitmap>>,
     uffd: Userfaultfd,
     mappings: Mappings,
-    /// A host page of zeroes, where the kernel has none of that size.
+    /// A host page of zeroes for blocks with huge pages: UFFDIO_ZEROPAGE does not work there.
     zeroes: Vec<u8>,
     live: Arc<LiveCounters>,
-    /// Readable when there is something for the job's thread to look at.
+    /// Readable when there is something to do for the job's thread.
     event: OwnedFd,
     load: Mutex<StateLoad>,
-    /// Odd while faults are being read and answered.
+    /// Odd while faults are read and answered.
     answering: AtomicU64,
 }
 
-/// Faults are being read and answered; over on drop.
+/// Held while faults are read and answered. Ends on drop.
 #[derive(Debug)]
 pub struct HandlingFaults<'a>(&'a AtomicU64);
 
@@ -123,24 +128,24 @@ impl Drop for HandlingFaults<'_> {
     }
 }
 
-/// How far the VMM is with its state.
+/// How far the VMM has loaded its state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum StateLoad {
-    /// Its devices may be touching what is missing. The source has not been told that it may give
-    /// the guest up, so the guest cannot come to run.
+    /// The VMM's devices may be touching missing pages. The source has not been told that it may
+    /// give the guest up, so the guest cannot run here yet.
     Loading,
-    /// What is missing never comes, and was made zero: what was loaded is worth nothing.
+    /// The missing pages never come, and read as zero now. The loaded state is useless.
     Abandoned,
-    /// Nobody may take what is missing for zero any more.
+    /// From now on a missing page must never read as zero.
     Loaded,
 }
 
 impl MissingPages {
-    /// `missing` of `memory` is to come; `uffd` was registered for the mappings of all its blocks.
-    /// With `acknowledge` the source is told what was placed.
+    /// The host pages `missing` of `memory` are still to come. All mappings of its blocks are
+    /// registered with `uffd`. With `acknowledge`, the source is told which pages were placed.
     ///
     /// # Errors
-    /// If there is no memory for the bitmaps, or no descriptor.
+    /// If there is no memory for the bitmaps, or no event descriptor.
     pub fn new(
         memory: &GuestMemory, missing: Arc<HostPageSet>, uffd: OwnedFd, acknowledge: bool,
         live: Arc<LiveCounters>,
@@ -172,17 +177,17 @@ impl MissingPages {
         })
     }
 
-    /// What is still to come.
+    /// The host pages that are still to come.
     pub fn missing(&self) -> &Arc<HostPageSet> {
         &self.missing
     }
 
-    /// Readable when there are faults.
+    /// The userfaultfd. Readable when there are faults.
     pub fn uffd(&self) -> &Userfaultfd {
         &self.uffd
     }
 
-    /// Readable when all has come, or there is something to tell the source.
+    /// Readable when all pages have come, or there is something to announce to the source.
     pub fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
@@ -193,7 +198,7 @@ impl MissingPages {
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
 
-    /// The block and host page of an address in the VMM; `None` if it is none of the guest's.
+    /// The block and host page of an address in the VMM. `None` if it is not guest memory.
     pub fn locate(&self, address: u64) -> Option<(usize, u64)> {
         self.mappings.locate(address)
     }
@@ -202,15 +207,15 @@ impl MissingPages {
         self.mappings.addresses(at, host_pages)
     }
 
-    /// To be held from before faults are read until they are answered, as far as that is done here,
-    /// and no longer: discards wait for it.
+    /// Hold this from before faults are read until they are answered or requested, and no longer:
+    /// discards wait for it.
     pub fn handling_faults(&self) -> HandlingFaults<'_> {
         self.answering.fetch_add(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         HandlingFaults(&self.answering)
     }
 
-    /// Returns when all faults that were read before are answered.
+    /// Returns when all faults that were read before this call are handled.
     pub(super) fn wait_for_fault_handlers(&self) {
         fence(Ordering::SeqCst);
         let seen = self.answering.load(Ordering::Acquire);
@@ -219,10 +224,11 @@ impl MissingPages {
         }
     }
 
-    /// The guest touched a host page that was missing when it did; the fault was read at `since`.
+    /// The guest touched a host page that was missing at that moment. The fault was read at
+    /// `since`.
     ///
     /// # Errors
-    /// If it can be answered here, and the kernel refuses.
+    /// If the fault is answered here, and the kernel refuses.
     pub fn fault(
         &self, readers: &Readers, (at, host_page): (usize, u64), since: Instant,
     ) -> Result<FaultOutcome, PlaceError> {
@@ -234,22 +240,23 @@ impl MissingPages {
             readers
                 .wait(|index, word| index == at && self.published_pages(at, word).overlaps(&pages));
         };
-        let Requested { is_first: fresh, is_missing } =
+        let Requested { is_first, is_missing } =
             request(&self.requested[at], missing.bits(), host_page, note, in_flight);
         if is_missing {
-            if !fresh {
+            if !is_first {
                 return Ok(FaultOutcome::AlreadyRequested);
             }
             add(&self.live.requested_pages, missing.unit());
             return Ok(FaultOutcome::Request);
         }
-        // An arrival that was waited for has counted it.
+        // False if an arrival has answered the fault in the meantime: that arrival has counted it.
         let counts = self.requested[at].take_bits(word, bit) != 0;
         self.place_zero(at, host_page).map_err(self.failed(at))?;
         if counts {
             self.count_resolved(at, host_page);
-        } else if fresh {
-            // That may have been before it was noted as waiting.
+        } else if is_first {
+            // The arrival may have reported the answer before `note` reported the wait: report it
+            // again.
             self.live.latency.answered(key(at, host_page));
         }
         Ok(FaultOutcome::Resolved)
@@ -260,11 +267,11 @@ impl MissingPages {
         self.live.latency.answered(key(at, host_page));
     }
 
-    /// Content came of the pages `range`, each of which is a host page. `worker` is the caller's
-    /// own number.
+    /// Content arrived for the pages `range`. Each of them is a host page. Every caller has a
+    /// `worker` number of its own. Returns the number of pages that were still missing.
     ///
     /// # Errors
-    /// If the kernel refuses: what was not placed is missing still.
+    /// If the kernel refuses. The pages that were not placed are still missing.
     pub fn place_pages(
         &self, readers: &Readers, worker: usize, at: usize, range: PageRange, content: &[u8],
     ) -> Result<u64, PlaceError> {
@@ -284,10 +291,11 @@ impl MissingPages {
         Ok(used)
     }
 
-    /// All of a host page came.
+    /// The content of a whole host page arrived. Returns the number of pages that were still
+    /// missing.
     ///
     /// # Errors
-    /// If the kernel refuses: the page is missing still.
+    /// If the kernel refuses. The page is still missing then.
     pub fn place_host_page(
         &self, readers: &Readers, worker: usize, at: usize, host_page: u64, content: &[u8],
     ) -> Result<u64, PlaceError> {
@@ -304,10 +312,11 @@ impl MissingPages {
         Ok(missing.unit())
     }
 
-    /// The host pages `range` are zero.
+    /// The host pages `range` are zero at the source. Places those that the guest waits for.
+    /// Returns the number of pages that were still missing.
     ///
     /// # Errors
-    /// If the guest waits for one of them and the kernel refuses.
+    /// If the kernel refuses.
     pub fn place_zeroes(
         &self, readers: &Readers, worker: usize, at: usize, range: PageRange,
     ) -> Result<u64, PlaceError> {
@@ -334,8 +343,8 @@ impl MissingPages {
         Ok(used)
     }
 
-    /// Makes missing again what was taken of word `word` and not placed: the host page that failed,
-    /// and those after it. To be called within the fence.
+    /// Makes those host pages of word `word` missing again that were taken and not placed: the one
+    /// that failed, and those after it. Call this before leaving the fence.
     fn give_back(
         &self, at: usize, word: u64, taken: u64, (host_page, source): Failed,
     ) -> PlaceError {
@@ -343,7 +352,7 @@ impl MissingPages {
         PlaceError::Place { id: self.mappings.all()[at].id, host_page, source }
     }
 
-    /// Places host pages that were taken, up to the first that cannot be placed.
+    /// Places host pages that were taken, up to the first that fails.
     fn place(&self, at: usize, run: PageRange, mut content: &[u8]) -> Result<(), Failed> {
         let unit = self.mappings.all()[at].unit;
         let mut rest = run;
@@ -358,8 +367,8 @@ impl MissingPages {
                 return Err((rest.first, errno));
             }
             self.check_present(at, rest.first)?;
-            // The VMM wrote there behind our back, by the file or another mapping: what it wrote is
-            // newer than what came.
+            // The VMM has written there by the file or another mapping, which pageferry cannot see.
+            // Its content is newer than what arrived, so it stays.
             log::warn!(
                 "block {}: host page {:#x} was there before it came",
                 self.mappings.all()[at].id,
@@ -372,7 +381,7 @@ impl MissingPages {
         Ok(())
     }
 
-    /// Answers a fault with zero, or wakes who waits if there is a page by now.
+    /// Answers a fault with zero. If there is a page by now, wakes the waiters instead.
     fn place_zero(&self, at: usize, host_page: u64) -> Result<(), Failed> {
         let unit = self.mappings.all()[at].unit;
         let range = self.addresses(at, PageRange::new(host_page, 1));
@@ -392,9 +401,9 @@ impl MissingPages {
         }
     }
 
-    /// Fails if the kernel said that a host page is there already, and it is not: of hugetlbfs it
-    /// says so when it has no page left. What came would be thrown away, and zero put in its place
-    /// as soon as there is one.
+    /// Checks the kernel's EEXIST. On hugetlbfs the kernel returns it also when the pool of huge
+    /// pages is empty. To believe it would throw the content away, and the guest would read zero
+    /// later.
     fn check_present(&self, at: usize, host_page: u64) -> Result<(), Failed> {
         if self.mappings.all()[at].unit == PAGE_SIZE {
             return Ok(());
@@ -406,13 +415,14 @@ impl MissingPages {
         }
     }
 
-    /// Whoever waits for a host page touches it again: its fault could not be answered.
+    /// Wakes the threads that wait for a host page, because their fault could not be answered: they
+    /// touch the page again, which makes a new fault.
     pub fn retry(&self, (at, host_page): (usize, u64)) {
         self.wake(at, host_page);
     }
 
     fn wake(&self, at: usize, host_page: u64) {
-        // Fails only if nothing is mapped there any more, and then nobody waits.
+        // Fails only if nothing is mapped there any more. Then nobody waits.
         let _ = self.uffd.wake(self.addresses(at, PageRange::new(host_page, 1)));
     }
 
@@ -421,8 +431,8 @@ impl MissingPages {
         move |(host_page, source)| PlaceError::Place { id, host_page, source }
     }
 
-    /// Host pages that were taken are answered: counts, and remembers what the source is to be
-    /// told.
+    /// Host pages that were taken are placed, or zero and not waited for. Counts them, and notes
+    /// them for the acknowledgement.
     fn finish_placed(&self, at: usize, word: u64, bits: u64) {
         if bits == 0 {
             return;
@@ -447,7 +457,8 @@ impl MissingPages {
         }
     }
 
-    /// A discard of `range` has set its marks: nothing of it need come any more.
+    /// A discard of `range` has set its marks: the pages of it that are missing need not come any
+    /// more.
     pub(super) fn drop_missing(&self, at: usize, range: PageRange) {
         let host_pages = self.missing.block(at).covering(range);
         let mut any = false;
@@ -464,15 +475,15 @@ impl MissingPages {
         }
     }
 
-    /// What was discarded before discards knew of this need not come any more. To be called once
-    /// they do ([`GuestMemory::set_missing_pages`]).
+    /// Drops the missing pages that were discarded before discards knew of this set. Call it after
+    /// [`GuestMemory::set_missing_pages`].
     pub fn drop_discarded(&self, memory: &GuestMemory) {
         for (at, block) in memory.blocks().iter().enumerate() {
             self.drop_whole_host_pages(at, &block.discarded);
         }
     }
 
-    /// The same of what was given back since somebody listens.
+    /// Drops the missing pages that were given back while a recorder ran.
     pub fn drop_recorded(&self, noted: &RecordedDiscards) {
         for at in 0..self.requested.len() {
             self.drop_whole_host_pages(at, noted.discarded(at));
@@ -484,7 +495,7 @@ impl MissingPages {
         let host_pages = self.missing.block(at);
         let unit = host_pages.unit();
         for run in given_back.runs(given_back.all()) {
-            // A host page of which a part is discarded comes all the same.
+            // A host page that is only partly discarded must still come.
             let (first, end) = (run.first.div_ceil(unit), run.end() / unit);
             self.drop_missing(
                 at,
@@ -493,7 +504,7 @@ impl MissingPages {
         }
     }
 
-    /// A discard of `range` is done: who waits for a page of it gets zero.
+    /// A discard of `range` is done: answers the threads that wait for a page of it, with zero.
     pub(super) fn resolve_waiting(&self, at: usize, range: PageRange) {
         fence(Ordering::SeqCst);
         let host_pages = self.missing.block(at).covering(range);
@@ -502,8 +513,8 @@ impl MissingPages {
                 for host_page in run.first..run.end() {
                     match self.place_zero(at, host_page) {
                         Ok(()) => self.count_resolved(at, host_page),
-                        // A discard cannot fail. Who waits touches it again when it is woken, and
-                        // the fault has it from there.
+                        // A discard cannot fail. The woken thread touches the page again, and a new
+                        // fault handles it.
                         Err(failed) => {
                             log::warn!("{}", crate::error::chain(&self.failed(at)(failed)));
                             self.wake(at, host_page);
@@ -515,18 +526,18 @@ impl MissingPages {
     }
 
     /// The pages that a worker may be placing when it has published word `word` of the block at
-    /// index `at`: that word, or the host page that it is in.
+    /// index `at`: that word, or the host page that contains it.
     pub(super) fn published_pages(&self, at: usize, word: u64) -> PageRange {
         self.missing.block(at).published_pages(word)
     }
 
-    /// Runs of pages that were discarded since the last time, while they were missing.
+    /// Takes the pages, as runs, that were discarded while they were missing, since the last call.
     pub fn take_dropped(&self, at: usize) -> Vec<PageRange> {
         self.take_runs(at, &self.dropped[at])
     }
 
-    /// Runs of pages that were placed since the last time; none if the source does not want to
-    /// know.
+    /// Takes the pages, as runs, that were placed since the last call. Empty without
+    /// acknowledgements.
     pub fn take_placed(&self, at: usize) -> Vec<PageRange> {
         self.placed.as_ref().map_or_else(Vec::new, |placed| self.take_runs(at, &placed[at]))
     }
@@ -545,8 +556,8 @@ impl MissingPages {
         runs
     }
 
-    /// The host pages that are missing and that the guest waits for: what the source is asked for
-    /// when a lost connection is back.
+    /// The host pages that are missing and that the guest waits for. The source is asked for them
+    /// again after a lost connection is recovered.
     pub fn awaited_pages(&self, at: usize) -> impl Iterator<Item = u64> + '_ {
         let requested = &self.requested[at];
         requested.nonzero_words(requested.all()).flat_map(move |(word, bits)| {
@@ -559,8 +570,8 @@ impl MissingPages {
         self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The VMM has loaded its state. False if what it found was let go meanwhile: the guest must
-    /// not run then.
+    /// The VMM has loaded its state. Returns false if the load was abandoned in the meantime: what
+    /// the VMM read may be zero instead of content, so the guest must not run here.
     #[must_use]
     pub fn finish_load(&self) -> bool {
         let mut load = self.load();
@@ -570,10 +581,10 @@ impl MissingPages {
         *load == StateLoad::Loaded
     }
 
-    /// The job has failed, or is cancelled. A VMM that still loads its state, and waits for what
-    /// never comes, goes on, and so does every other thread of it: the thread that answers the
-    /// agent's hooks may be the one that waits, or wait for one, and could hear of the end in no
-    /// other way. What they find is zero, of a guest that never runs here.
+    /// Ends the wait of a VMM that still loads its state, after the job has failed or was
+    /// cancelled: the missing pages never come. Unregisters the mappings, so that all its threads
+    /// continue. This cannot be left to a hook: the thread that answers the hooks may itself wait
+    /// for a page, or for a thread that does. The threads read zero, but the guest never runs here.
     pub fn release_waiters(&self) {
         let mut load = self.load();
         if *load == StateLoad::Loading {
@@ -582,8 +593,8 @@ impl MissingPages {
         }
     }
 
-    /// Ends it: the mappings are as they were, and who waits looks again. Only if nothing is
-    /// missing, or no guest will ever run here: what is missing is zero from now on.
+    /// Unregisters the mappings. Waiting threads touch their pages again, and missing pages read as
+    /// zero from now on. Call this only if nothing is missing, or if the guest will never run here.
     pub fn unregister(&self) {
         for (at, mapping) in self.mappings.all().iter().enumerate() {
             let all = self.addresses(at, PageRange::new(0, mapping.length / mapping.unit));
@@ -599,7 +610,7 @@ impl MissingPages {
     }
 }
 
-/// Tells host pages of all blocks from each other.
+/// One number for a host page of any block.
 fn key(at: usize, host_page: u64) -> u64 {
     ((at as u64) << 40) | host_page
 }

@@ -3,8 +3,7 @@ use crate::memory::test_support::{Registered, let_others_run, memfd, memory};
 use crate::stats::get;
 use pageferry_protocol::control::request::BlockRange;
 
-/// A block of which page 3 is missing. What stands for the userfaultfd is none, so whatever is
-/// placed fails.
+/// A block whose page 3 is missing. The descriptor is not a userfaultfd, so every placing fails.
 fn missing_pages() -> (Arc<GuestMemory>, Arc<MissingPages>) {
     let memory = memory(&[64]);
     let missing = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
@@ -17,7 +16,7 @@ fn missing_pages() -> (Arc<GuestMemory>, Arc<MissingPages>) {
 }
 
 #[test]
-fn a_fault_on_a_page_that_is_being_placed_is_answered_when_that_is_over() {
+fn fault_during_a_placing_waits_for_its_outcome() {
     let (memory, missing_pages) = missing_pages();
     let placing = memory.readers.reading(0, 0, 0);
     assert_ne!(missing_pages.missing.take(0, 0, 1 << 3), 0);
@@ -27,7 +26,7 @@ fn a_fault_on_a_page_that_is_being_placed_is_answered_when_that_is_over() {
             yield_now();
         }
         let_others_run();
-        // It could not be placed.
+        // The placing has failed.
         missing_pages.missing.add(0, 0, 1 << 3);
         drop(placing);
         assert_eq!(fault.join().unwrap().unwrap(), FaultOutcome::Request);
@@ -35,7 +34,7 @@ fn a_fault_on_a_page_that_is_being_placed_is_answered_when_that_is_over() {
 }
 
 #[test]
-fn a_discard_frees_what_a_fault_that_was_read_before_it_still_places() {
+fn discard_frees_what_an_earlier_fault_still_places() {
     let (memory, missing_pages) = missing_pages();
     let block = &memory.blocks()[0];
     let range = BlockRange { block: 0, offset: 3 * PAGE_SIZE, length: PAGE_SIZE };
@@ -62,7 +61,7 @@ fn content(pages: PageRange, version: u64) -> Vec<u8> {
     bytes
 }
 
-/// Of a block that is registered: what it is missing arrives.
+/// A registered block whose pages `missing` will arrive.
 fn registered(ram: &Registered, missing: PageRange) -> MissingPages {
     let all = HostPageSet::empty(&ram.memory, &[PAGE_SIZE]).unwrap();
     words_of(missing).for_each(|(word, bits)| all.add(0, word, bits));
@@ -70,37 +69,37 @@ fn registered(ram: &Registered, missing: PageRange) -> MissingPages {
 }
 
 #[test]
-fn a_page_that_was_there_before_it_came_stays_and_all_others_come() {
-    const CAME: u64 = 1000;
-    const THERE: u64 = 5000;
-    for there in [&[][..], &[20], &[27], &[39], &[20, 21], &[24, 26, 27, 33], &[38, 39]] {
+fn page_present_before_arrival_stays_and_others_are_placed() {
+    const ARRIVED: u64 = 1000;
+    const PRESENT: u64 = 5000;
+    for present in [&[][..], &[20], &[27], &[39], &[20, 21], &[24, 26, 27, 33], &[38, 39]] {
         let Some(ram) = Registered::new(64) else { return };
         let range = PageRange::new(20, 20);
         let missing_pages = registered(&ram, range);
         let backing = &ram.memory.blocks()[0].backing;
-        for page in there {
-            backing.write(page * PAGE_SIZE, &content(PageRange::new(*page, 1), THERE)).unwrap();
+        for page in present {
+            backing.write(page * PAGE_SIZE, &content(PageRange::new(*page, 1), PRESENT)).unwrap();
         }
         let used = missing_pages
-            .place_pages(&ram.memory.readers, 0, 0, range, &content(range, CAME))
+            .place_pages(&ram.memory.readers, 0, 0, range, &content(range, ARRIVED))
             .unwrap();
         assert_eq!(
             (used, missing_pages.missing.remaining_pages()),
             (20, 0),
-            "{there:?} were there"
+            "{present:?} were present"
         );
         for page in range.first..range.end() {
-            let version = if there.contains(&page) { THERE } else { CAME };
-            assert_eq!(ram.word(page), page + version, "page {page}, {there:?} were there");
+            let version = if present.contains(&page) { PRESENT } else { ARRIVED };
+            assert_eq!(ram.word(page), page + version, "page {page}, {present:?} were present");
         }
         assert_eq!(backing.allocated_pages(), 20);
         assert_eq!(missing_pages.take_placed(0), [range]);
     }
 }
 
-/// Zero is placed only where somebody waits for it, and counted wherever it came.
+/// A zero page is placed only if the guest waits for it, and counted in any case.
 #[test]
-fn zeroes_that_came_are_counted_as_what_they_were_wanted_for() {
+fn zeroes_count_as_faults_or_as_pushed() {
     let Some(ram) = Registered::new(200) else { return };
     let missing = PageRange::new(10, 150);
     let missing_pages = registered(&ram, missing);
@@ -115,7 +114,7 @@ fn zeroes_that_came_are_counted_as_what_they_were_wanted_for() {
             FaultOutcome::AlreadyRequested
         );
     }
-    // 100 of these are missing, and come once.
+    // 100 of these pages are missing. The second round finds none.
     for (used, left) in [(100, 50), (0, 50)] {
         assert_eq!(
             missing_pages.place_zeroes(readers, 0, 0, PageRange::new(0, 110)).unwrap(),
@@ -130,7 +129,7 @@ fn zeroes_that_came_are_counted_as_what_they_were_wanted_for() {
     assert_eq!(missing_pages.take_placed(0), [PageRange::new(10, 100)]);
     assert!(
         [12, 13, 100].iter().all(|page| ram.touch(*page) == 0),
-        "whoever touches them waits no more"
+        "touches of placed pages must not wait"
     );
     assert_eq!(missing_pages.place_zeroes(readers, 0, 0, PageRange::new(110, 90)).unwrap(), 50);
     assert_eq!(
@@ -139,9 +138,9 @@ fn zeroes_that_came_are_counted_as_what_they_were_wanted_for() {
     );
 }
 
-/// What is counted is pages, also where host pages are larger: nobody waits, so nothing is placed.
+/// Pages are counted, not host pages. Nobody waits here, so nothing is placed.
 #[test]
-fn zeroes_and_drops_of_large_host_pages_are_counted_in_pages() {
+fn zeroes_and_drops_of_huge_pages_are_counted_in_pages() {
     let memory = memory(&[1024, 1024]);
     let missing = HostPageSet::empty(&memory, &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
     missing.add(1, 0, u64::MAX);
@@ -155,7 +154,7 @@ fn zeroes_and_drops_of_large_host_pages_are_counted_in_pages() {
     );
     assert_eq!((missing_pages.missing.remaining_pages(), get(&live.pushed_pages)), (1024 - 80, 80));
     assert_eq!(missing_pages.take_placed(1), [PageRange::new(480, 80)]);
-    // Of the host pages 64 to 99 those from 70 on are missing.
+    // Host pages 60 to 69 are placed above, so 70 to 99 are missing.
     for _ in 0..2 {
         missing_pages.drop_missing(1, PageRange::new(64 * 8, 36 * 8));
         assert_eq!(
@@ -168,9 +167,10 @@ fn zeroes_and_drops_of_large_host_pages_are_counted_in_pages() {
     assert_eq!(get(&live.faults), 0);
 }
 
-/// The job's thread is woken when there is something to tell the source, or nothing more to come.
+/// The job's thread is woken when there is something to announce, or when nothing is missing any
+/// more.
 #[test]
-fn whoever_follows_is_woken_by_a_drop_and_by_the_last_page() {
+fn job_thread_is_woken_by_a_drop_and_by_the_last_page() {
     let memory = memory(&[128]);
     let missing = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
     missing.add(0, 0, 0b111);
@@ -178,11 +178,11 @@ fn whoever_follows_is_woken_by_a_drop_and_by_the_last_page() {
         MissingPages::new(&memory, Arc::new(missing), memfd(0), false, Arc::default()).unwrap();
     let woken = || rustix::io::read(missing_pages.event(), &mut [0; 8]).is_ok();
     missing_pages.drop_missing(0, PageRange::new(3, 100));
-    assert!(!woken(), "nothing of it was missing");
+    assert!(!woken(), "none of these pages was missing");
     missing_pages.drop_missing(0, PageRange::new(2, 5));
     assert!(woken());
     missing_pages.place_zeroes(&memory.readers, 0, 0, PageRange::new(1, 1)).unwrap();
-    assert!(!woken(), "one is still to come");
+    assert!(!woken(), "one page is still missing");
     missing_pages.place_zeroes(&memory.readers, 0, 0, PageRange::new(0, 1)).unwrap();
     assert!(woken());
 }
