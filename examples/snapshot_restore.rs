@@ -144,7 +144,10 @@ fn save(socket: &Path, folder: &Path) -> Result<(), Error> {
     vmm.usage().give_up(RAM, GIVEN_BACK)?;
     let range = BlockRange { block: RAM, offset: GIVEN_BACK.offset(), length: GIVEN_BACK.bytes() };
     vmm.client().discard(&[range], Punch::Yes)?;
-    take("increment", &options.on(&folder.join("full")).map_err(pageferry_client::Error::from)?)?;
+    take(
+        "increment",
+        &options.with_base(&folder.join("full")).map_err(pageferry_client::Error::from)?,
+    )?;
     // It is killed meanwhile.
     std::thread::sleep(LIMIT);
     Ok(())

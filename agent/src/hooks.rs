@@ -368,7 +368,7 @@ impl Channel {
     }
 
     fn break_after(&mut self, error: &SocketError) {
-        if !error.leaves_in_step()
+        if !error.keeps_framing()
             && let Some(socket) = self.socket.take()
         {
             self.broken = Some(crate::error::chain(error));

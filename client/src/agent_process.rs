@@ -24,13 +24,13 @@ use std::time::{Duration, Instant};
 /// `PID_FS_MAGIC` of the kernel's `linux/magic.h`. There each process has an inode of its own.
 const PID_FS_MAGIC: u64 = 0x5049_4446;
 
-/// Whose process it is.
+/// The owner of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Whose {
+enum Owner {
     /// The agent's, says the kernel: it may be killed.
-    Agents,
+    Agent,
     /// The VMM's own.
-    Ours,
+    Vmm,
     /// It is not known: the answer came from another process, or from one that is not visible.
     Unknown,
 }
@@ -44,7 +44,7 @@ pub(crate) struct AgentProcess {
     sender: Option<OwnedFd>,
     /// As the agent says; as the kernel does, if it vouches for it.
     pid: u32,
-    whose: Whose,
+    owner: Owner,
     killed: AtomicBool,
 }
 
@@ -56,28 +56,28 @@ impl AgentProcess {
     /// In words, if the descriptor is no pidfd: most others can be read at once, which of a pidfd
     /// would say that its process has ended.
     pub(crate) fn new(pidfd: OwnedFd, sender: Option<i32>, claimed: u32) -> Result<Self, String> {
-        if identity(&pidfd).is_none() && pid_line(&pidfd).is_none() {
+        if pidfd_inode(&pidfd).is_none() && fdinfo_pid(&pidfd).is_none() {
             return Err("its file descriptor is no pidfd".to_owned());
         }
         // A pidfd is bound to one process, also when that is gone and another has its number: so
         // one look at the number is enough.
-        let is = |pid: Pid| is_of(&pidfd, pid);
+        let is = |pid: Pid| is_pidfd_of(&pidfd, pid);
         let vouched = sender
             .filter(|sender| *sender > 0)
             .and_then(Pid::from_raw)
             .filter(|sender| is(*sender));
-        let whose = match vouched {
-            Some(pid) if pid == getpid() => Whose::Ours,
-            Some(_) => Whose::Agents,
-            None => Whose::Unknown,
+        let owner = match vouched {
+            Some(pid) if pid == getpid() => Owner::Vmm,
+            Some(_) => Owner::Agent,
+            None => Owner::Unknown,
         };
         let pid = vouched.map_or(claimed, |pid| pid.as_raw_pid().unsigned_abs());
         let other =
-            sender.filter(|sender| whose == Whose::Unknown && *sender > 0).and_then(Pid::from_raw);
+            sender.filter(|sender| owner == Owner::Unknown && *sender > 0).and_then(Pid::from_raw);
         // The VMM's own end cannot be waited for.
         let other = other.filter(|pid| *pid != getpid());
         let sender = other.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Ok(Self { pidfd, sender, pid, whose, killed: AtomicBool::new(false) })
+        Ok(Self { pidfd, sender, pid, owner, killed: AtomicBool::new(false) })
     }
 
     /// Its number.
@@ -86,18 +86,18 @@ impl AgentProcess {
     }
 
     /// True if the agent runs on threads of this process.
-    pub(crate) fn is_ours(&self) -> bool {
-        self.whose == Whose::Ours
+    pub(crate) fn is_own_process(&self) -> bool {
+        self.owner == Owner::Vmm
     }
 
     /// True if both are one process. Of two that are alive, that is; one that has ended is the same
     /// as no other.
-    pub(crate) fn is(&self, other: &Self) -> bool {
-        match (identity(&self.pidfd), identity(&other.pidfd)) {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        match (pidfd_inode(&self.pidfd), pidfd_inode(&other.pidfd)) {
             (Some(one), Some(other)) => one == other,
             _ => {
-                self.whose != Whose::Unknown
-                    && other.whose != Whose::Unknown
+                self.owner != Owner::Unknown
+                    && other.owner != Owner::Unknown
                     && self.pid == other.pid
             }
         }
@@ -108,12 +108,12 @@ impl AgentProcess {
     /// # Errors
     /// Why it cannot be killed, in words.
     pub(crate) fn kill(&self) -> Result<(), String> {
-        match self.whose {
-            Whose::Ours => return Ok(()),
-            Whose::Unknown => {
+        match self.owner {
+            Owner::Vmm => return Ok(()),
+            Owner::Unknown => {
                 return Err("the kernel does not confirm that it is the agent's".to_owned());
             }
-            Whose::Agents => {}
+            Owner::Agent => {}
         }
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
             Ok(()) => {
@@ -133,16 +133,16 @@ impl AgentProcess {
 
     /// Waits until it has ended, for as long as this: then none of its descriptors is open any
     /// more. True also at once if it is the VMM's own.
-    pub(crate) fn wait_for_end(&self, deadline: Instant) -> bool {
-        self.is_ours() || self.ends_until(deadline)
+    pub(crate) fn wait_for_exit(&self, deadline: Instant) -> bool {
+        self.is_own_process() || self.exits_before(deadline)
     }
 
     /// True if it has ended.
-    pub(crate) fn has_ended(&self) -> bool {
-        self.ends_until(Instant::now())
+    pub(crate) fn has_exited(&self) -> bool {
+        self.exits_before(Instant::now())
     }
 
-    fn ends_until(&self, deadline: Instant) -> bool {
+    fn exits_before(&self, deadline: Instant) -> bool {
         // Readable when all its threads are gone, also before anybody has waited for it.
         let mut processes = std::iter::once(&self.pidfd).chain(&self.sender);
         processes.all(|process| wait(process.as_fd(), PollFlags::IN, deadline) == Ok(true))
@@ -153,12 +153,12 @@ impl AgentProcess {
     ///
     /// # Errors
     /// Why it lives after `timeout`, and what to do, in words.
-    pub(crate) fn end(&self, timeout: Duration) -> Result<(), String> {
-        if self.is_ours() || self.has_ended() {
+    pub(crate) fn kill_and_wait(&self, timeout: Duration) -> Result<(), String> {
+        if self.is_own_process() || self.has_exited() {
             return Ok(());
         }
         let killed = self.kill();
-        if self.wait_for_end(deadline(timeout)) {
+        if self.wait_for_exit(deadline(timeout)) {
             return Ok(());
         }
         Err(match killed {
@@ -169,7 +169,7 @@ impl AgentProcess {
 }
 
 /// What tells the process of a pidfd from all others, for good; `None` on kernels before 6.9.
-fn identity(pidfd: &OwnedFd) -> Option<(u64, u64)> {
+fn pidfd_inode(pidfd: &OwnedFd) -> Option<(u64, u64)> {
     let statfs = rustix::fs::fstatfs(pidfd).ok()?;
     if statfs.f_type as u64 & 0xffff_ffff != PID_FS_MAGIC {
         return None;
@@ -179,17 +179,17 @@ fn identity(pidfd: &OwnedFd) -> Option<(u64, u64)> {
 }
 
 /// True if `pidfd` is of the process that has this number now.
-fn is_of(pidfd: &OwnedFd, pid: Pid) -> bool {
-    if let Some(own) = identity(pidfd) {
+fn is_pidfd_of(pidfd: &OwnedFd, pid: Pid) -> bool {
+    if let Some(own) = pidfd_inode(pidfd) {
         let other = pidfd_open(pid, PidfdFlags::empty());
-        return other.is_ok_and(|other| identity(&other) == Some(own));
+        return other.is_ok_and(|other| pidfd_inode(&other) == Some(own));
     }
-    pid_line(pidfd).is_some_and(|number| number > 0 && number == pid.as_raw_pid())
+    fdinfo_pid(pidfd).is_some_and(|number| number > 0 && number == pid.as_raw_pid())
 }
 
 /// What older kernels say of a pidfd in /proc, if that is mounted here: the number of its process,
 /// or one that is no number of a process if that has ended; `None` of any other descriptor.
-fn pid_line(pidfd: &OwnedFd) -> Option<i32> {
+fn fdinfo_pid(pidfd: &OwnedFd) -> Option<i32> {
     let path = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
     let text = std::fs::read_to_string(path).ok()?;
     text.lines()
@@ -219,12 +219,12 @@ mod tests {
         let mut child = sleeper();
         rustix::process::kill_process(Pid::from_child(&child), Signal::STOP).unwrap();
         let process = sent_by(&child, &child);
-        assert_eq!((process.pid(), process.has_ended()), (child.id(), false));
+        assert_eq!((process.pid(), process.has_exited()), (child.id(), false));
         // Nobody has waited for the child: it is gone for us all the same.
-        process.end(Duration::from_secs(60)).unwrap();
-        assert!(process.has_ended());
+        process.kill_and_wait(Duration::from_secs(60)).unwrap();
+        assert!(process.has_exited());
         assert!(!child.wait().unwrap().success());
-        process.end(Duration::ZERO).unwrap();
+        process.kill_and_wait(Duration::ZERO).unwrap();
     }
 
     #[test]
@@ -233,16 +233,16 @@ mod tests {
         for sender in [Some(liar.id() as i32), Some(0), None] {
             let process = AgentProcess::new(pidfd(&victim), sender, 7).unwrap();
             assert_eq!(process.pid(), 7);
-            let error = process.end(Duration::ZERO).unwrap_err();
+            let error = process.kill_and_wait(Duration::ZERO).unwrap_err();
             assert!(error.contains("does not confirm"), "{error}");
             assert!(victim.try_wait().unwrap().is_none());
         }
         let process = sent_by(&victim, &liar);
         victim.kill().unwrap();
         victim.wait().unwrap();
-        assert!(!process.has_ended(), "whoever sent the answer lives, and may have the memory");
+        assert!(!process.has_exited(), "whoever sent the answer lives, and may have the memory");
         liar.kill().unwrap();
-        process.end(Duration::from_secs(60)).unwrap();
+        process.kill_and_wait(Duration::from_secs(60)).unwrap();
         liar.wait().unwrap();
     }
 
@@ -264,12 +264,12 @@ mod tests {
         let own = || pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
         let this = || AgentProcess::new(own(), Some(getpid().as_raw_pid()), 1).unwrap();
         let process = this();
-        assert!(process.is_ours());
+        assert!(process.is_own_process());
         process.kill().unwrap();
-        process.end(Duration::ZERO).unwrap();
-        assert!(process.is(&this()));
+        process.kill_and_wait(Duration::ZERO).unwrap();
+        assert!(process.is_same(&this()));
         let mut child = sleeper();
-        assert!(!process.is(&sent_by(&child, &child)));
+        assert!(!process.is_same(&sent_by(&child, &child)));
         child.kill().unwrap();
         child.wait().unwrap();
     }

@@ -2,7 +2,7 @@
 //! one (`discard-cannot-fail`).
 
 use crate::error::Error;
-use crate::shared::sealed_memfd;
+use crate::memfd::sealed_memfd;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::file::MemoryFile;
 use pageferry_protocol::memory::{BlockGeometry, PageRange};

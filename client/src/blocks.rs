@@ -6,17 +6,17 @@
 //! wait for a migration.
 
 use crate::block::{Block, BlockAdded, BlockSpec};
-use crate::busy::while_busy;
 use crate::client::Client;
 use crate::error::Error;
-use crate::session::Lost;
+use crate::retry::retry_while_busy;
+use crate::session::LostAgent;
 use pageferry_protocol::control::reply::ErrorCode;
 use pageferry_protocol::control::request::{BLOCK_DISCARDED, Request};
 use pageferry_protocol::memory::BlockGeometry;
 use std::time::Duration;
 
 /// Longest wait of a removal for the job that it has cancelled.
-const REMOVAL: Duration = Duration::from_secs(60);
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Client {
     /// Adds a block of guest memory. Without an agent it is kept for the next one.
@@ -68,7 +68,7 @@ impl Client {
     ///
     /// Nothing is removed then.
     pub fn remove_block(&self, id: u32) -> Result<(), Error> {
-        while_busy(REMOVAL, || {
+        retry_while_busy(REMOVAL_TIMEOUT, || {
             let mut session = self.session();
             if self.memory().block(id).is_none() {
                 return Err(Error::UnknownBlock { id });
@@ -81,10 +81,10 @@ impl Client {
                     return Err(busy);
                 }
                 // It may be reading there (`never-read`).
-                Err(Error::AgentLost { .. }) => match session.settle()? {
-                    Lost::Ended => {}
-                    Lost::Spared => {
-                        return Err(session.runs(
+                Err(Error::AgentLost { .. }) => match session.end_lost_agent()? {
+                    LostAgent::Ended => {}
+                    LostAgent::KeptAlive => {
+                        return Err(session.agent_runs(
                             "the guest may run elsewhere, and depends on it; \
                              Client::end_agent ends it if that is decided",
                         ));

@@ -7,18 +7,18 @@ use crate::config::Config;
 use crate::control::Control;
 use crate::deadline::deadline;
 use crate::error::Error;
-use crate::faults::Faults;
-use crate::heartbeat::{Ends, Heartbeat, Probe};
+use crate::heartbeat::{Heartbeat, Probe, WatchedSockets};
 use crate::hooks::{HookChannel, HookContext};
 use crate::link::Link;
+use crate::memfd::Fence;
 use crate::memory::Memory;
+use crate::missing_pages::MissingPages;
 use crate::ownership::{Ownership, SharedOwnership};
-use crate::patience::Patience;
 use crate::session::Session;
-use crate::shared::Fence;
 use crate::sync::lock;
-use crate::tracking::active::Tracking;
-use crate::writes::Writes;
+use crate::timeouts::Timeouts;
+use crate::tracking::active::ActiveTrackers;
+use crate::watched_writes::WatchedWrites;
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::Request;
 use pageferry_protocol::control::unix_path::connect_unix;
@@ -43,21 +43,21 @@ struct Inner {
     memory: Arc<Memory>,
     fence: Arc<Fence>,
     ownership: Arc<SharedOwnership>,
-    faults: Arc<Faults>,
-    writes: Arc<Writes>,
-    tracking: Arc<Tracking>,
-    patience: Patience,
+    missing: Arc<MissingPages>,
+    writes: Arc<WatchedWrites>,
+    tracking: Arc<ActiveTrackers>,
+    timeouts: Timeouts,
     session: Mutex<Session>,
     /// Who is next to have the session. The session's own lock goes to whoever is there when it is
     /// given back, which is the one who gave it back and wants it again.
-    turn: Mutex<()>,
+    session_queue: Mutex<()>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         let session = self.session.get_mut().unwrap_or_else(PoisonError::into_inner);
         // The agent is not killed: it ends its job by itself, or serves the next VMM.
-        session.control.link().cut();
+        session.control.link().shut_down();
     }
 }
 
@@ -80,24 +80,24 @@ impl Client {
         config.check()?;
         let (memory, fence) = (Arc::new(Memory::new(config.log_covers)?), Arc::new(Fence::new()?));
         let ownership = Arc::new(SharedOwnership::new());
-        let (faults, writes, tracking) = (Arc::default(), Arc::default(), Arc::default());
-        let patience = Patience::new(&config, &ownership, &writes);
-        let (mut control, hooks) = Control::open(socket, &fence, &ownership, patience.clone())?;
+        let (missing, writes, tracking) = (Arc::default(), Arc::default(), Arc::default());
+        let timeouts = Timeouts::new(&config, &ownership, &writes);
+        let (mut control, hooks) = Control::open(socket, &fence, &ownership, timeouts.clone())?;
         control.hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)?;
-        control.use_it();
+        control.set_attached();
         let link = Arc::clone(control.link());
-        let (session, turn) = (Mutex::new(Session::new(control)), Mutex::default());
+        let (session, session_queue) = (Mutex::new(Session::new(control)), Mutex::default());
         let inner = Inner {
             config,
             memory,
             fence,
             ownership,
-            faults,
+            missing,
             writes,
             tracking,
-            patience,
+            timeouts,
             session,
-            turn,
+            session_queue,
         };
         let client = Self { inner: Arc::new(inner) };
         client.session().watch(client.watch_idle(&link)?);
@@ -110,24 +110,24 @@ impl Client {
     fn watch_idle(&self, link: &Arc<Link>) -> Result<Heartbeat, Error> {
         let ended = Arc::clone(link);
         let (link, interval) = (Arc::clone(link), self.inner.config.heartbeat);
-        let lost = move |_| ended.cut();
-        Heartbeat::start(self.probe(), link, interval, Ends::Control, |_| false, lost)
+        let lost = move |_| ended.shut_down();
+        Heartbeat::start(self.probe(), link, interval, WatchedSockets::Control, |_| false, lost)
     }
 
     /// Asks for a sign of life for as long as there is a client. It keeps no connection: a client
     /// that is dropped ends its connection.
     fn probe(&self) -> Probe {
         let weak = Arc::downgrade(&self.inner);
-        Probe::new(move || Self { inner: weak.upgrade()? }.ask_for_life())
+        Probe::new(move || Self { inner: weak.upgrade()? }.probe_agent())
     }
 
     fn channel(&self, hooks: OwnedFd, link: Arc<Link>) -> HookChannel {
-        let Inner { config, memory, ownership, faults, writes, tracking, .. } = &*self.inner;
+        let Inner { config, memory, ownership, missing, writes, tracking, .. } = &*self.inner;
         let context = HookContext {
             link,
             memory: Arc::clone(memory),
             ownership: Arc::clone(ownership),
-            faults: Arc::clone(faults),
+            missing: Arc::clone(missing),
             writes: Arc::clone(writes),
             tracking: Arc::clone(tracking),
             probe: self.probe(),
@@ -162,10 +162,10 @@ impl Client {
     /// [`Error::AgentRuns`] if the process of the old one has not ended within
     /// [`Config::request_timeout`]. The client has no agent then.
     pub fn reattach_socket(&self, socket: OwnedFd) -> Result<HookChannel, Error> {
-        let Inner { memory, fence, ownership, patience, .. } = &*self.inner;
+        let Inner { memory, fence, ownership, timeouts, .. } = &*self.inner;
         let mut session = self.session();
         session.control.retire("the VMM attached another");
-        let (mut control, hooks) = Control::open(socket, fence, ownership, patience.clone())?;
+        let (mut control, hooks) = Control::open(socket, fence, ownership, timeouts.clone())?;
         let link = Arc::clone(control.link());
         if let Err(error) = session.end_predecessors(link.process()) {
             control.retire("the agent before has not ended");
@@ -181,7 +181,7 @@ impl Client {
         let heartbeat = handed_over.inspect_err(|_| {
             control.retire("it refused what it was handed");
         })?;
-        control.use_it();
+        control.set_attached();
         session.replace(control, heartbeat);
         Ok(self.channel(hooks.ours, link))
     }
@@ -226,7 +226,7 @@ impl Client {
         let mut session = self.session();
         let ownership = self.ownership();
         // Unless it says that its job is over.
-        if ownership != Ownership::Ours && !session.has_ended_its_job() {
+        if ownership != Ownership::Ours && !session.has_no_running_job() {
             session.end("the guest is taken by force")?;
         }
         log::warn!("the guest is taken by force; ownership was {ownership:?}");
@@ -248,8 +248,8 @@ impl Client {
         &self.inner.memory
     }
 
-    pub(crate) fn faults(&self) -> &Faults {
-        &self.inner.faults
+    pub(crate) fn missing(&self) -> &MissingPages {
+        &self.inner.missing
     }
 
     pub(crate) fn shared_ownership(&self) -> &SharedOwnership {
@@ -258,7 +258,7 @@ impl Client {
 
     /// Asks the agent for a sign of life, unless somebody is asking it something already: how its
     /// last job stands. If it owes one, the connection is cut.
-    fn ask_for_life(&self) -> Option<JobStatus> {
+    fn probe_agent(&self) -> Option<JobStatus> {
         // Nothing is gained by giving an agent up that may still say that no commit left.
         if self.ownership() == Ownership::Relinquished {
             return None;
@@ -273,14 +273,14 @@ impl Client {
     }
 
     /// How long the agent may take.
-    pub(crate) fn patience(&self) -> &Patience {
-        &self.inner.patience
+    pub(crate) fn timeouts(&self) -> &Timeouts {
+        &self.inner.timeouts
     }
 
     /// What the agent is asked through. Whoever gives it back and wants it again comes after those
     /// who wait for it.
     pub(crate) fn session(&self) -> MutexGuard<'_, Session> {
-        let _turn = lock(&self.inner.turn);
+        let _queued = lock(&self.inner.session_queue);
         lock(&self.inner.session)
     }
 }

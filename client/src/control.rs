@@ -9,11 +9,11 @@ use crate::agent_process::AgentProcess;
 use crate::block::{Block, BlockAdded};
 use crate::deadline::deadline;
 use crate::error::Error;
-use crate::heartbeat::BUSY;
+use crate::heartbeat::BUSY_INTERVAL;
 use crate::link::Link;
+use crate::memfd::Fence;
 use crate::ownership::SharedOwnership;
-use crate::patience::Patience;
-use crate::shared::Fence;
+use crate::timeouts::Timeouts;
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::reply::{AddBlockReply, HelloReply, decode_reply};
@@ -50,9 +50,9 @@ pub(crate) struct HookEnds {
 pub(crate) struct Control {
     socket: FrameSocket,
     link: Arc<Link>,
-    patience: Patience,
+    timeouts: Timeouts,
     /// What it may hold up counts for its patience.
-    is_in_use: bool,
+    is_attached: bool,
     /// Most ranges that the agent takes in one request.
     pub(crate) max_ranges: usize,
     lost: Option<String>,
@@ -62,7 +62,7 @@ impl Control {
     /// Opens the connection with a hello, after which the agent's process is known. The agent has
     /// nothing of the guest yet; see [`Control::hand_over`].
     pub(crate) fn open(
-        socket: OwnedFd, fence: &Arc<Fence>, ownership: &Arc<SharedOwnership>, patience: Patience,
+        socket: OwnedFd, fence: &Arc<Fence>, ownership: &Arc<SharedOwnership>, timeouts: Timeouts,
     ) -> Result<(Self, HookEnds), Error> {
         let (ours, agents) = socket_pair()?;
         let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(Error::io("duplicate a socket"));
@@ -70,8 +70,8 @@ impl Control {
         let mut control = Self {
             socket: socket.into(),
             link: Arc::new(link),
-            patience,
-            is_in_use: false,
+            timeouts,
+            is_attached: false,
             max_ranges: MAX_RANGES,
             lost: None,
         };
@@ -88,40 +88,39 @@ impl Control {
             agent: self.link.id,
         };
         let asked = |errno| Error::kernel("ask for the sender of a message")(errno);
-        self.socket.ask_for_sender(true).map_err(asked)?;
+        self.socket.report_sender(true).map_err(asked)?;
         let link = Arc::clone(&self.link);
         let frame = self.round_trip(hello.code(), 0, &hello.encode(), &[link.fence_fd()])?;
-        self.socket.ask_for_sender(false).map_err(asked)?;
+        self.socket.report_sender(false).map_err(asked)?;
         let reply = match decode_reply(&frame.body, HelloReply::decode) {
             Ok(Ok(reply)) => reply,
             Ok(Err(refused)) => {
                 return Err(Error::Refused { code: refused.code, sentence: refused.sentence });
             }
-            Err(malformed) => return Err(self.lose(malformed_answer(code::HELLO, &malformed))),
+            Err(malformed) => return Err(self.give_up(malformed_answer(code::HELLO, &malformed))),
         };
         if reply.version != CONTROL_VERSION {
-            return Err(
-                self.lose(format!("version is {}, offered was {CONTROL_VERSION}", reply.version))
-            );
+            return Err(self
+                .give_up(format!("version is {}, offered was {CONTROL_VERSION}", reply.version)));
         }
         if reply.max_ranges == 0 {
-            return Err(self.lose("max_ranges is 0".to_owned()));
+            return Err(self.give_up("max_ranges is 0".to_owned()));
         }
         if reply.features != FEATURE_FENCE {
             let features = reply.features;
-            return Err(self.lose(format!(
+            return Err(self.give_up(format!(
                 "features is {features:#x}, expected is {FEATURE_FENCE:#x}, fence"
             )));
         }
         let pidfd = <[OwnedFd; 1]>::try_from(frame.fds).map_err(|fds| {
-            self.lose(format!(
+            self.give_up(format!(
                 "the answer to hello has {} file descriptors, expected is 1, a pidfd",
                 fds.len()
             ))
         })?;
         let [pidfd] = pidfd;
         let process = AgentProcess::new(pidfd, self.socket.sender(), reply.pid);
-        let process = process.map_err(|why| self.lose(format!("the answer to hello: {why}")))?;
+        let process = process.map_err(|why| self.give_up(format!("the answer to hello: {why}")))?;
         self.link.set_process(process);
         self.max_ranges = MAX_RANGES.min(reply.max_ranges as usize);
         Ok(())
@@ -134,16 +133,16 @@ impl Control {
     ) -> Result<(), Error> {
         self.link.admit();
         let body = Encoder::new().u64(log_bytes).u64(0).finish();
-        let taken = self.exchange(SET_LOG_BASE, 0, &body, &[log], |reply| {
+        let taken = self.standard_request(SET_LOG_BASE, 0, &body, &[log], |reply| {
             Ok((reply.u64("mmap_size")?, reply.u64("mmap_offset")?))
         })?;
         if taken != (log_bytes, 0) {
             let (size, offset) = taken;
-            return Err(self.lose(format!(
+            return Err(self.give_up(format!(
                 "it refused the dirty log of {log_bytes:#x} bytes: its answer is size {size:#x}, offset {offset:#x}"
             )));
         }
-        match self.exchange(
+        match self.standard_request(
             SET_BACKEND_REQ_FD,
             FLAG_NEED_REPLY,
             &[],
@@ -151,7 +150,7 @@ impl Control {
             |reply| reply.u64("result"),
         )? {
             0 => Ok(()),
-            code => Err(self.lose(format!("it refused the hook channel with code {code}"))),
+            code => Err(self.give_up(format!("it refused the hook channel with code {code}"))),
         }
     }
 
@@ -162,55 +161,55 @@ impl Control {
 
     /// The hand-over is complete. From now on the agent may hold up the guest, and is waited for
     /// with the patience that this leaves.
-    pub(crate) fn use_it(&mut self) {
-        self.is_in_use = true;
+    pub(crate) fn set_attached(&mut self) {
+        self.is_attached = true;
     }
 
     /// How long it may take at most, to answer or to end.
-    pub(crate) fn longest_patience(&self) -> Duration {
-        self.patience.most()
+    pub(crate) fn longest_timeout(&self) -> Duration {
+        self.timeouts.longest()
     }
 
     /// How long the agent may take to answer now.
-    fn patience(&self) -> Duration {
-        if self.is_in_use { self.patience.now() } else { self.patience.most() }
+    fn timeout(&self) -> Duration {
+        if self.is_attached { self.timeouts.current() } else { self.timeouts.longest() }
     }
 
     /// Why the agent is lost; `None` if it is not, as far as is known.
-    pub(crate) fn lost(&self) -> Option<Error> {
+    pub(crate) fn lost_error(&self) -> Option<Error> {
         self.lost.clone().map(|reason| Error::AgentLost { reason })
     }
 
     /// Gives up an agent that hangs or breaks the protocol. Returns the error to hand out.
-    pub(crate) fn lose(&mut self, reason: String) -> Error {
+    pub(crate) fn give_up(&mut self, reason: String) -> Error {
         // First of all: somebody may wait for this, and the VMM's logger is not ours to rely on.
         self.link.give_up();
-        self.lost_for(reason)
+        self.set_lost(reason)
     }
 
     /// Gives the agent up without blame. What becomes of its process is the caller's to decide.
     pub(crate) fn retire(&mut self, reason: &str) {
         self.link.retire();
         if self.lost.is_none() {
-            self.lost_for(reason.to_owned());
+            self.set_lost(reason.to_owned());
         }
     }
 
-    fn lost_for(&mut self, reason: String) -> Error {
+    fn set_lost(&mut self, reason: String) -> Error {
         log::warn!("the agent is lost: {reason}");
         self.lost = Some(reason.clone());
         Error::AgentLost { reason }
     }
 
     /// The same after an error of the socket: an agent that ended the connection is about to end.
-    fn broken(&mut self, what: String, error: &SocketError) -> Error {
+    fn socket_failed(&mut self, what: String, error: &SocketError) -> Error {
         let reason = format!("{what}: {}", chain(error));
         match error {
             SocketError::Closed | SocketError::Cut { .. } => {
-                self.link.cut();
-                self.lost_for(reason)
+                self.link.shut_down();
+                self.set_lost(reason)
             }
-            _ => self.lose(reason),
+            _ => self.give_up(reason),
         }
     }
 
@@ -228,7 +227,7 @@ impl Control {
             Ok(Err(refused)) => {
                 Err(Error::Refused { code: refused.code, sentence: refused.sentence })
             }
-            Err(malformed) => Err(self.lose(malformed_answer(request.code(), &malformed))),
+            Err(malformed) => Err(self.give_up(malformed_answer(request.code(), &malformed))),
         }
     }
 
@@ -246,32 +245,32 @@ impl Control {
     }
 
     /// As [`Control::request`], for a standard request, whose answer carries no code of success.
-    fn exchange<T>(
+    fn standard_request<T>(
         &mut self, request: u32, flags: u32, body: &[u8], fds: &[BorrowedFd<'_>],
         fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
     ) -> Result<T, Error> {
         let frame = self.round_trip(request, flags, body, fds)?;
         let mut decoder = Decoder::new(&frame.body);
         let value = fields(&mut decoder).and_then(|value| decoder.finish().map(|()| value));
-        value.map_err(|malformed| self.lose(malformed_answer(request, &malformed)))
+        value.map_err(|malformed| self.give_up(malformed_answer(request, &malformed)))
     }
 
     fn round_trip(
         &mut self, request: u32, flags: u32, body: &[u8], fds: &[BorrowedFd<'_>],
     ) -> Result<Frame, Error> {
-        if let Some(lost) = self.lost() {
+        if let Some(lost) = self.lost_error() {
             return Err(lost);
         }
         let asked = Instant::now();
         if let Err(error) =
-            self.socket.send_parts(request, flags, body, fds, deadline(self.patience()))
+            self.socket.send_parts(request, flags, body, fds, deadline(self.timeout()))
         {
-            return Err(self.broken(format!("cannot send request {request:#x}"), &error));
+            return Err(self.socket_failed(format!("cannot send request {request:#x}"), &error));
         }
         loop {
-            let (patience, waited) = (self.patience(), asked.elapsed());
+            let (timeout, waited) = (self.timeout(), asked.elapsed());
             // Not longer than that at once: what depends on the agent may change meanwhile.
-            let look = deadline(patience.saturating_sub(waited).min(BUSY));
+            let look = deadline(timeout.saturating_sub(waited).min(BUSY_INTERVAL));
             let received = match self.socket.recv(look) {
                 Err(SocketError::Timeout { .. }) => None,
                 // What a subscriber gets. We never subscribe, and need not care who did. An agent
@@ -280,22 +279,26 @@ impl Control {
                 received => Some(received),
             };
             match received {
-                None if waited < patience => {}
+                None if waited < timeout => {}
                 None => {
                     let error = SocketError::Timeout { what: "frame", waited };
-                    return Err(self.broken(format!("no answer to request {request:#x}"), &error));
+                    return Err(
+                        self.socket_failed(format!("no answer to request {request:#x}"), &error)
+                    );
                 }
                 Some(Ok(frame)) if frame.request == request && frame.is_reply() => {
                     return Ok(frame);
                 }
                 Some(Ok(frame)) => {
                     let (found, flags) = (frame.request, frame.flags);
-                    return Err(self.lose(format!(
+                    return Err(self.give_up(format!(
                         "request {request:#x} was answered by {found:#x}, flags {flags:#x}"
                     )));
                 }
                 Some(Err(error)) => {
-                    return Err(self.broken(format!("no answer to request {request:#x}"), &error));
+                    return Err(
+                        self.socket_failed(format!("no answer to request {request:#x}"), &error)
+                    );
                 }
             }
         }

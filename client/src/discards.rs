@@ -25,10 +25,10 @@
 //! one.
 
 use crate::block::Block;
-use crate::busy::while_busy;
 use crate::client::Client;
 use crate::error::Error;
 use crate::ownership::Ownership;
+use crate::retry::retry_while_busy;
 use crate::session::Session;
 use pageferry_protocol::control::reply::{ErrorCode, RangesReply};
 use pageferry_protocol::control::request::{BlockRange, DISCARD_PUNCH, Request};
@@ -49,26 +49,26 @@ pub enum Punch {
 }
 
 /// Bytes that a disk saves in a second, if it is busy with other things.
-const SAVED_PER_SECOND: u128 = 13 << 20;
+const SNAPSHOT_BYTES_PER_SECOND: u128 = 13 << 20;
 
 /// Most bytes that one request discards, but for blocks whose unit is larger: what can be saved
 /// before the agent counts as lost. A power of two.
-fn most_discarded(patience: Duration) -> u64 {
+fn max_discard_bytes(timeout: Duration) -> u64 {
     const LEAST: u128 = 1 << 20;
     // Nor does anybody else who wants to ask something wait for more.
     const MOST: u128 = 128 << 20;
-    let saved = (SAVED_PER_SECOND * patience.as_millis() / 1000).clamp(LEAST, MOST);
+    let saved = (SNAPSHOT_BYTES_PER_SECOND * timeout.as_millis() / 1000).clamp(LEAST, MOST);
     1 << saved.ilog2()
 }
 
 /// How memory is given back.
 #[derive(Debug, Clone, Copy)]
-enum Way {
+enum DiscardKind {
     Discard(Punch),
     Free,
 }
 
-impl Way {
+impl DiscardKind {
     fn request(self, ranges: Vec<BlockRange>) -> Request {
         match self {
             Self::Discard(Punch::Yes) => Request::Discard { flags: DISCARD_PUNCH, ranges },
@@ -79,7 +79,7 @@ impl Way {
 }
 
 /// A range with its block, checked and rounded.
-struct Checked {
+struct CheckedRange {
     range: BlockRange,
     block: Arc<Block>,
     pages: PageRange,
@@ -100,7 +100,7 @@ impl Client {
     /// # Errors
     /// Only if a range is no part of a block; nothing is discarded then.
     pub fn discard(&self, ranges: &[BlockRange], punch: Punch) -> Result<u64, Error> {
-        self.give_back(ranges, Way::Discard(punch))
+        self.discard_ranges(ranges, DiscardKind::Discard(punch))
     }
 
     /// Frees these ranges, which the guest gave back and may write into again at any time: free
@@ -121,15 +121,15 @@ impl Client {
     /// agent is lost, and its process lives on: it may free the ranges later, under the guest. So
     /// do not tell the guest that it is done before this was called again with success.
     pub fn free(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
-        self.give_back(ranges, Way::Free)
+        self.discard_ranges(ranges, DiscardKind::Free)
     }
 
-    fn give_back(&self, ranges: &[BlockRange], way: Way) -> Result<u64, Error> {
+    fn discard_ranges(&self, ranges: &[BlockRange], kind: DiscardKind) -> Result<u64, Error> {
         let pieces = self.pieces(ranges)?;
         let mut changed = 0;
         let mut rest = pieces.as_slice();
         while !rest.is_empty() {
-            let (done, after) = self.give_some_back(&mut self.session(), rest, way)?;
+            let (done, after) = self.discard_next_batch(&mut self.session(), rest, kind)?;
             changed += done;
             rest = after;
         }
@@ -137,31 +137,31 @@ impl Client {
     }
 
     /// What is to be given back, in pieces each of which fits into one request.
-    fn pieces(&self, ranges: &[BlockRange]) -> Result<Vec<Checked>, Error> {
-        let most = most_discarded(self.patience().least());
+    fn pieces(&self, ranges: &[BlockRange]) -> Result<Vec<CheckedRange>, Error> {
+        let most = max_discard_bytes(self.timeouts().shortest());
         let mut pieces = Vec::new();
         for entry in self.check(ranges, Block::inward)? {
-            cut(entry, most, &mut pieces)?;
+            split_range(entry, most, &mut pieces)?;
         }
         Ok(pieces)
     }
 
     /// Gives back as many of the pieces as fit into one request. Returns how many pages that
     /// changed, and the other pieces.
-    fn give_some_back<'a>(
-        &self, session: &mut Session, pieces: &'a [Checked], way: Way,
-    ) -> Result<(u64, &'a [Checked]), Error> {
-        let most = most_discarded(self.patience().least());
+    fn discard_next_batch<'a>(
+        &self, session: &mut Session, pieces: &'a [CheckedRange], kind: DiscardKind,
+    ) -> Result<(u64, &'a [CheckedRange]), Error> {
+        let most = max_discard_bytes(self.timeouts().shortest());
         let (batch, after) = pieces.split_at(batch_length(session, pieces, most));
-        Ok((self.give_batch_back(session, batch, way)?, after))
+        Ok((self.discard_batch(session, batch, kind)?, after))
     }
 
     /// Gives back what fits into one request.
-    fn give_batch_back(
-        &self, session: &mut Session, batch: &[Checked], way: Way,
+    fn discard_batch(
+        &self, session: &mut Session, batch: &[CheckedRange], kind: DiscardKind,
     ) -> Result<u64, Error> {
         // Another block may have the id by now.
-        let is_there = |entry: &&Checked| {
+        let is_there = |entry: &&CheckedRange| {
             self.memory()
                 .block(entry.range.block)
                 .is_some_and(|block| Arc::ptr_eq(&block, &entry.block))
@@ -171,26 +171,26 @@ impl Client {
         if batch.is_empty() {
             return Ok(0);
         }
-        match session.control.request(&way.request(ranges), &[], RangesReply::decode) {
+        match session.control.request(&kind.request(ranges), &[], RangesReply::decode) {
             Ok(reply) => return Ok(reply.changed_pages),
             // It has no right to. It will see the marks, and finds holes where it still reads.
-            Err(Error::Refused { sentence, .. }) if !session.control.link().is_cut() => {
+            Err(Error::Refused { sentence, .. }) if !session.control.link().is_shut_down() => {
                 log::warn!("the agent refused a discard, the client does it: {sentence}");
             }
             // It was given up, or is now. It may be reading here (`never-read`), or about to do
             // what it was asked. A discard goes on even if it lives: that no page is used again
             // before it has ended is seen to by whoever populates. Nobody populates what is freed.
             Err(_) => {
-                let settled = session.settle();
-                if let Way::Free = way {
+                let settled = session.end_lost_agent();
+                if let DiscardKind::Free = kind {
                     settled?;
                 }
             }
         }
         let log = &self.memory().log;
-        let alone = |entry: &&Checked| match way {
-            Way::Discard(punch) => entry.block.discard(entry.pages, punch == Punch::Yes),
-            Way::Free => entry.block.free(entry.pages, log),
+        let alone = |entry: &&CheckedRange| match kind {
+            DiscardKind::Discard(punch) => entry.block.discard(entry.pages, punch == Punch::Yes),
+            DiscardKind::Free => entry.block.free(entry.pages, log),
         };
         Ok(batch.iter().map(alone).sum())
     }
@@ -215,7 +215,7 @@ impl Client {
         let checked = self.check(ranges, Block::outward)?;
         let mut session = self.session();
         let ownership = self.shared_ownership().lock();
-        if ownership.is_gone(session.control.link().id) {
+        if ownership.has_left(session.control.link().id) {
             let sentence = format!("ownership is {:?}", ownership.ownership());
             return Err(Error::GuestGone { sentence });
         }
@@ -235,7 +235,7 @@ impl Client {
                 Err(error) => {
                     // They were stale a moment ago, and nobody was told that they are not. Still
                     // under the lock: nobody else has populated any of them.
-                    if let Err(undone) = self.discard_again(&mut session, &undo) {
+                    if let Err(undone) = self.undo_populate(&mut session, &undo) {
                         log::error!("what a populate that failed had populated stays so: {undone}");
                     }
                     return Err(error);
@@ -247,24 +247,24 @@ impl Client {
     }
 
     /// Discards what a populate that failed had populated.
-    fn discard_again(&self, session: &mut Session, ranges: &[BlockRange]) -> Result<(), Error> {
+    fn undo_populate(&self, session: &mut Session, ranges: &[BlockRange]) -> Result<(), Error> {
         let pieces = self.pieces(ranges)?;
         let mut rest = pieces.as_slice();
         while !rest.is_empty() {
-            rest = self.give_some_back(session, rest, Way::Discard(Punch::No))?.1;
+            rest = self.discard_next_batch(session, rest, DiscardKind::Discard(Punch::No))?.1;
         }
         Ok(())
     }
 
     /// Populates what is in one request: all of it, or nothing.
     fn populate_batch(
-        &self, session: &mut Session, request: &Request, batch: &[Checked],
+        &self, session: &mut Session, request: &Request, batch: &[CheckedRange],
     ) -> Result<u64, Error> {
         match session.control.request(request, &[], RangesReply::decode) {
             Ok(reply) => Ok(reply.changed_pages),
-            Err(Error::AgentLost { .. }) if !self.is_given_up() => {
+            Err(Error::AgentLost { .. }) if !self.is_relinquished() => {
                 // It may be about to discard what the guest uses again from now on.
-                session.settle()?;
+                session.end_lost_agent()?;
                 Ok(batch
                     .iter()
                     .map(|entry| entry.block.populate(entry.pages, &self.memory().log))
@@ -280,7 +280,7 @@ impl Client {
         }
     }
 
-    /// As [`Client::populate`], and waits for at most `patience` while a job is in the way.
+    /// As [`Client::populate`], and waits for at most `timeout` while a job is in the way.
     ///
     /// Nothing else of the client is held up meanwhile. Do not call it on a thread that a hook
     /// waits for: the job that is in the way may need that hook.
@@ -288,12 +288,12 @@ impl Client {
     /// # Errors
     /// As [`Client::populate`]; the code is `Busy` only if the job was in the way for all of that
     /// time.
-    pub fn populate_within(&self, ranges: &[BlockRange], patience: Duration) -> Result<u64, Error> {
-        while_busy(patience, || self.populate(ranges))
+    pub fn populate_within(&self, ranges: &[BlockRange], timeout: Duration) -> Result<u64, Error> {
+        retry_while_busy(timeout, || self.populate(ranges))
     }
 
     /// True if the guest was given up, and perhaps has left.
-    fn is_given_up(&self) -> bool {
+    fn is_relinquished(&self) -> bool {
         matches!(self.ownership(), Ownership::Relinquished | Ownership::Gone)
     }
 
@@ -301,24 +301,26 @@ impl Client {
     fn check(
         &self, ranges: &[BlockRange],
         round: impl Fn(&Block, &BlockRange) -> Result<PageRange, Error>,
-    ) -> Result<Vec<Checked>, Error> {
+    ) -> Result<Vec<CheckedRange>, Error> {
         let check = |range: &BlockRange| {
             let block =
                 self.memory().block(range.block).ok_or(Error::UnknownBlock { id: range.block })?;
             let pages = round(&block, range)?;
-            Ok(Checked { range: *range, block, pages })
+            Ok(CheckedRange { range: *range, block, pages })
         };
         ranges.iter().map(check).collect()
     }
 }
 
-fn batches<'a>(session: &Session, checked: &'a [Checked]) -> std::slice::Chunks<'a, Checked> {
+fn batches<'a>(
+    session: &Session, checked: &'a [CheckedRange],
+) -> std::slice::Chunks<'a, CheckedRange> {
     checked.chunks(session.control.max_ranges)
 }
 
 /// Cuts a range that is too large for one request, where no unit is cut: so the pieces round inward
 /// to what the whole does.
-fn cut(entry: Checked, most: u64, into: &mut Vec<Checked>) -> Result<(), Error> {
+fn split_range(entry: CheckedRange, most: u64, into: &mut Vec<CheckedRange>) -> Result<(), Error> {
     let BlockRange { block: id, offset, length } = entry.range;
     // Both are powers of two.
     let step = most.max(entry.block.discard_unit());
@@ -331,7 +333,7 @@ fn cut(entry: Checked, most: u64, into: &mut Vec<Checked>) -> Result<(), Error> 
     while start < end {
         let stop = (start / step * step).saturating_add(step).min(end);
         let range = BlockRange { block: id, offset: start, length: stop - start };
-        into.push(Checked {
+        into.push(CheckedRange {
             range,
             pages: entry.block.inward(&range)?,
             block: Arc::clone(&entry.block),
@@ -342,9 +344,9 @@ fn cut(entry: Checked, most: u64, into: &mut Vec<Checked>) -> Result<(), Error> 
 }
 
 /// How many of these ranges fit into one request that covers no more than `most`, or is one range.
-fn batch_length(session: &Session, ranges: &[Checked], most: u64) -> usize {
+fn batch_length(session: &Session, ranges: &[CheckedRange], most: u64) -> usize {
     let mut bytes = 0u64;
-    let fits = |entry: &&Checked| {
+    let fits = |entry: &&CheckedRange| {
         bytes = bytes.saturating_add(entry.range.length);
         bytes <= most
     };
@@ -352,8 +354,8 @@ fn batch_length(session: &Session, ranges: &[Checked], most: u64) -> usize {
 }
 
 /// The runs of a batch that are discarded now.
-fn discarded_runs(batch: &[Checked]) -> Vec<BlockRange> {
-    let runs = |entry: &Checked| {
+fn discarded_runs(batch: &[CheckedRange]) -> Vec<BlockRange> {
+    let runs = |entry: &CheckedRange| {
         let block = entry.range.block;
         let range =
             |run: PageRange| BlockRange { block, offset: run.offset(), length: run.bytes() };

@@ -8,8 +8,9 @@
 //! sign of life in every interval: how its last job stands. If it owes the answer for too long the
 //! client gives it up, as for any other request, which ends the connection.
 //!
-//! The interval is [`BUSY`] while memory is protected or missing, or the guest is paused for the
-//! agent, and else [`Config::heartbeat`]. How long the answer may take, [`crate::patience`] says.
+//! The interval is [`BUSY_INTERVAL`] while memory is protected or missing, or the guest is paused
+//! for the agent, and else [`Config::heartbeat`]. How long the answer may take, [`crate::timeouts`]
+//! says.
 //!
 //! # What this thread may wait for
 //!
@@ -26,7 +27,7 @@
 use crate::error::Error;
 use crate::link::Link;
 use crate::stop::{StopSource, StopToken, stop_pair};
-use crate::threads::{caught, start};
+use crate::threads::{catch_panic, spawn_thread};
 use pageferry_protocol::control::job::JobStatus;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -35,7 +36,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Time between two signs of life while somebody may wait for the agent.
-pub(crate) const BUSY: Duration = Duration::from_millis(500);
+pub(crate) const BUSY_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The thread. Dropping this ends it.
 #[derive(Debug)]
@@ -64,11 +65,11 @@ impl std::fmt::Debug for Probe {
 
 /// Which end of a connection is the end of the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ends {
+pub(crate) enum WatchedSockets {
     /// That of the control channel. A VMM without a hook channel may still have an agent.
     Control,
     /// That of either channel.
-    Either,
+    Both,
 }
 
 impl Heartbeat {
@@ -79,16 +80,16 @@ impl Heartbeat {
     /// # Errors
     /// If the thread cannot be started.
     pub(crate) fn start(
-        probe: Probe, link: Arc<Link>, interval: Duration, ends: Ends,
+        probe: Probe, link: Arc<Link>, interval: Duration, ends: WatchedSockets,
         is_lost: impl Fn(&JobStatus) -> bool + Send + 'static,
         lost: impl FnOnce(StopToken) + Send + 'static,
     ) -> Result<Self, Error> {
         let (stop, stopped) = stop_pair()?;
         let look = move || probe.0().is_some_and(|status| is_lost(&status));
         let run = move || {
-            let watched = caught(|| {
-                let ends = &link.ends()[..if ends == Ends::Either { 2 } else { 1 }];
-                while let Some(alive) = beat(&stopped, ends, interval) {
+            let watched = catch_panic(|| {
+                let ends = &link.sockets()[..if ends == WatchedSockets::Both { 2 } else { 1 }];
+                while let Some(alive) = next_beat(&stopped, ends, interval) {
                     if !alive || look() {
                         return true;
                     }
@@ -97,21 +98,21 @@ impl Heartbeat {
             });
             let is_lost = watched.unwrap_or_else(|panic| {
                 log::error!("the watch over the agent panicked, so the agent is given up: {panic}");
-                link.cut();
+                link.shut_down();
                 true
             });
-            if is_lost && let Err(panic) = caught(|| lost(stopped)) {
+            if is_lost && let Err(panic) = catch_panic(|| lost(stopped)) {
                 log::error!("the end of the watch over the agent panicked: {panic}");
-                link.cut();
+                link.shut_down();
             }
         };
-        start("pageferry-watch", run).map(|_| Self { _stop: stop })
+        spawn_thread("pageferry-watch", run).map(|_| Self { _stop: stop })
     }
 }
 
 /// Waits for the time between two beats: false if one of these sockets ended, `None` if the thread
 /// is to.
-fn beat(stopped: &StopToken, ends: &[BorrowedFd<'_>], interval: Duration) -> Option<bool> {
+fn next_beat(stopped: &StopToken, ends: &[BorrowedFd<'_>], interval: Duration) -> Option<bool> {
     let mut polled = vec![PollFd::new(stopped, PollFlags::IN)];
     // Not for reading: answers are for whoever asked.
     polled.extend(ends.iter().map(|end| PollFd::from_borrowed_fd(*end, PollFlags::RDHUP)));
@@ -138,7 +139,7 @@ mod tests {
             Probe::new(|| panic!("a defect")),
             Arc::new(link),
             Duration::from_millis(1),
-            Ends::Either,
+            WatchedSockets::Both,
             |_| false,
             move |_| say.send(()).unwrap(),
         )

@@ -36,9 +36,9 @@ impl Target {
 }
 
 /// Longest time between two looks at a job in [`Client::wait`].
-const POLL: Duration = Duration::from_millis(5);
+const LONGEST_POLL: Duration = Duration::from_millis(5);
 /// Shortest time.
-const FIRST_POLL: Duration = Duration::from_micros(200);
+const SHORTEST_POLL: Duration = Duration::from_micros(200);
 
 impl Client {
     /// Starts to send the guest. Returns at once; the rest comes by hooks, [`Client::status`] and
@@ -50,7 +50,7 @@ impl Client {
     pub fn start_outgoing(
         &self, target: Target, options: &OutgoingOptions,
     ) -> Result<JobStarted, Error> {
-        self.check_ours()?;
+        self.check_guest_is_ours()?;
         let (text, socket) = target.parts()?;
         let request = Request::StartOutgoing { target: text, options: options.clone() };
         self.session().control.request(&request, socket.as_slice(), JobStarted::decode)
@@ -66,7 +66,7 @@ impl Client {
         &self, listen: Target, options: &IncomingOptions,
     ) -> Result<JobStarted, Error> {
         let (text, socket) = listen.parts()?;
-        self.start_awaited(
+        self.start_incoming_job(
             &Request::StartIncoming { listen: text, options: options.clone() },
             socket.as_slice(),
         )
@@ -89,7 +89,7 @@ impl Client {
     pub fn start_snapshot(
         &self, image: &Path, options: &SnapshotOptions,
     ) -> Result<JobStarted, Error> {
-        self.check_ours()?;
+        self.check_guest_is_ours()?;
         let base = optional_path("base", &options.base)?;
         let options = SnapshotOptions { base, ..options.clone() };
         let request = Request::StartSnapshot { path: absolute_path("image", image)?, options };
@@ -108,37 +108,37 @@ impl Client {
     ) -> Result<JobStarted, Error> {
         let working_set = optional_path("working_set", &options.working_set)?;
         let options = RestoreOptions { working_set, ..options.clone() };
-        self.start_awaited(
+        self.start_incoming_job(
             &Request::StartRestore { path: absolute_path("image", image)?, options },
             &[],
         )
     }
 
-    fn check_ours(&self) -> Result<(), Error> {
+    fn check_guest_is_ours(&self) -> Result<(), Error> {
         match self.ownership() {
-            Ownership::Ours if self.faults().is_lost() => Err(Error::MemoryLost),
+            Ownership::Ours if self.missing().is_lost() => Err(Error::MemoryLost),
             Ownership::Ours => Ok(()),
             ownership => Err(Error::NotOurs { ownership }),
         }
     }
 
     /// Starts a job that brings a guest.
-    fn start_awaited(
+    fn start_incoming_job(
         &self, request: &Request, fds: &[BorrowedFd<'_>],
     ) -> Result<JobStarted, Error> {
         let mut session = self.session();
-        if let Some(lost) = session.control.lost() {
+        if let Some(lost) = session.control.lost_error() {
             return Err(lost);
         }
         // Before it is sent: the resume hook may come sooner than the answer.
-        let before = self.shared_ownership().lock().ask_for_guest(session.control.link().id);
+        let before = self.shared_ownership().lock().begin_start(session.control.link().id);
         let started = session.control.request(request, fds, JobStarted::decode);
         match &started {
-            Err(Error::Refused { .. }) => self.shared_ownership().lock().await_refused(before),
-            Ok(_) | Err(_) => self.shared_ownership().lock().await_answered(),
+            Err(Error::Refused { .. }) => self.shared_ownership().lock().start_refused(before),
+            Ok(_) | Err(_) => self.shared_ownership().lock().start_answered(),
         }
         if started.is_ok() {
-            self.faults().forget();
+            self.missing().forget_lost();
         }
         started
     }
@@ -233,7 +233,9 @@ impl Client {
             if waited >= timeout {
                 return Err(Error::Unfinished { job, phase: status.phase.name(), waited });
             }
-            std::thread::sleep((waited / 8).clamp(FIRST_POLL, POLL).min(timeout - waited));
+            std::thread::sleep(
+                (waited / 8).clamp(SHORTEST_POLL, LONGEST_POLL).min(timeout - waited),
+            );
         }
     }
 }

@@ -105,36 +105,36 @@
 mod agent_process;
 mod block;
 mod blocks;
-mod busy;
 mod client;
 mod config;
 mod control;
 mod deadline;
 mod discards;
 mod error;
-mod faults;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
 mod heartbeat;
 mod hooks;
 mod jobs;
 mod link;
+mod memfd;
 mod memory;
+mod missing_pages;
 mod ownership;
 mod page_stream;
-mod patience;
 mod registration;
+mod retry;
 mod session;
-mod shared;
 mod spawn;
 mod stop;
 mod sync;
 mod threads;
+mod timeouts;
 mod trackers;
 pub mod tracking;
 #[cfg(feature = "vm-memory")]
 mod vm_memory_bitmap;
-mod writes;
+mod watched_writes;
 
 pub use block::{BlockAdded, BlockSpec};
 pub use client::Client;

@@ -1,8 +1,8 @@
 //! One connection to an agent, and the decision to give the agent up.
 
 use crate::agent_process::AgentProcess;
+use crate::memfd::Fence;
 use crate::ownership::SharedOwnership;
-use crate::shared::Fence;
 use crate::sync::lock;
 use rustix::net::{Shutdown, shutdown};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,11 +14,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 ///
 /// # The end of an agent
 ///
-/// Whoever finds out that the agent is lost calls [`Link::cut`] or [`Link::give_up`]. Both first
-/// withdraw the agent's number from the fence word and then shut both sockets down, so an agent
-/// that wakes up finds one or the other. An agent that hangs, or breaks the protocol, is killed
-/// at once. One that closed the connection is about to end, as after SIGTERM, and is left to do so;
-/// if it has not when it matters, [`Session::settle`] kills it.
+/// Whoever finds out that the agent is lost calls [`Link::shut_down`] or [`Link::give_up`]. Both
+/// first withdraw the agent's number from the fence word and then shut both sockets down, so an
+/// agent that wakes up finds one or the other. An agent that hangs, or breaks the protocol, is
+/// killed at once. One that closed the connection is about to end, as after SIGTERM, and is left to
+/// do so; if it has not when it matters, [`Session::end_lost_agent`] kills it.
 ///
 /// One agent is not killed: the one that the guest was given up to a migration with. The guest may
 /// run at the destination, and get its memory from that agent. [`Ownership`] stays `Relinquished`
@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 /// `take_by_force` and `reattach` kill it all the same, and wait for its end, before they go on.
 ///
 /// [`Ownership`]: crate::Ownership
-/// [`Session::settle`]: crate::session::Session::settle
+/// [`Session::end_lost_agent`]: crate::session::Session::end_lost_agent
 #[derive(Debug)]
 pub(crate) struct Link {
     /// Tells this connection from those before and after it. Also the number of its agent in the
@@ -39,12 +39,12 @@ pub(crate) struct Link {
     ownership: Arc<SharedOwnership>,
     /// Known once the agent has answered the hello.
     process: OnceLock<Arc<AgentProcess>>,
-    fate: Mutex<Fate>,
+    state: Mutex<LinkState>,
 }
 
 /// What was decided about an agent. It only ever moves on, from the first to the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Fate {
+enum LinkState {
     /// It acts for this VMM.
     Attached,
     /// It is lost: it hangs, broke the protocol, or closed the connection.
@@ -67,7 +67,7 @@ impl Link {
             fence: Arc::clone(fence),
             ownership: Arc::clone(ownership),
             process: OnceLock::new(),
-            fate: Mutex::new(Fate::Attached),
+            state: Mutex::new(LinkState::Attached),
         }
     }
 
@@ -90,23 +90,23 @@ impl Link {
 
     /// Gives the agent up: it does not act for this VMM any more, and both channels end for both
     /// sides. What came before can still be read.
-    pub(crate) fn cut(&self) {
-        self.decide(Fate::GivenUp);
+    pub(crate) fn shut_down(&self) {
+        self.advance(LinkState::GivenUp);
     }
 
     /// True if somebody gave the agent up.
-    pub(crate) fn is_cut(&self) -> bool {
-        *self.fate() > Fate::Attached
+    pub(crate) fn is_shut_down(&self) -> bool {
+        *self.state() > LinkState::Attached
     }
 
     /// Gives up an agent that hangs or breaks the protocol, and kills it, unless the guest may
     /// depend on it elsewhere. Does not wait for its end.
     pub(crate) fn give_up(&self) {
-        if self.decide(Fate::GivenUp) != Fate::Attached {
+        if self.advance(LinkState::GivenUp) != LinkState::Attached {
             return;
         }
         let Some(process) = self.process.get() else { return };
-        if self.ownership.lock().is_elsewhere() {
+        if self.ownership.lock().may_run_elsewhere() {
             log::warn!(
                 "agent process {} is given up, and not killed: the guest may run elsewhere",
                 process.pid()
@@ -114,8 +114,8 @@ impl Link {
             return;
         }
         let killed = {
-            let fate = self.fate();
-            if *fate == Fate::GivenUp { process.kill() } else { Ok(()) }
+            let state = self.state();
+            if *state == LinkState::GivenUp { process.kill() } else { Ok(()) }
         };
         if let Err(why) = killed {
             log::warn!("agent process {} is given up, and lives on: {why}", process.pid());
@@ -125,30 +125,30 @@ impl Link {
     /// The VMM gives the agent up by its own decision, and sees to its process by itself. When this
     /// returns no other thread kills it.
     pub(crate) fn retire(&self) {
-        self.decide(Fate::Retired);
+        self.advance(LinkState::Retired);
     }
 
     /// True if the agent is lost and lives on, since the guest may depend on it elsewhere, and the
     /// VMM has not decided otherwise.
-    pub(crate) fn is_spared(&self) -> bool {
-        *self.fate() < Fate::Retired && self.ownership.lock().is_elsewhere()
+    pub(crate) fn is_kept_alive(&self) -> bool {
+        *self.state() < LinkState::Retired && self.ownership.lock().may_run_elsewhere()
     }
 
     /// Returns what was decided before.
-    fn decide(&self, next: Fate) -> Fate {
-        let mut fate = self.fate();
-        let before = *fate;
-        *fate = before.max(next);
+    fn advance(&self, next: LinkState) -> LinkState {
+        let mut state = self.state();
+        let before = *state;
+        *state = before.max(next);
         self.fence.word.revoke(self.id);
         // Fails only where there is no connection any more.
         let _ = shutdown(&self.control, Shutdown::Both);
-        self.cut_hooks();
+        self.shut_down_hooks();
         before
     }
 
     /// Held for moments: nothing is waited for, asked or logged under it.
-    fn fate(&self) -> MutexGuard<'_, Fate> {
-        lock(&self.fate)
+    fn state(&self) -> MutexGuard<'_, LinkState> {
+        lock(&self.state)
     }
 
     /// The agent's process, if the agent has answered the hello.
@@ -157,7 +157,7 @@ impl Link {
     }
 
     /// Both sockets, to see when they end: control, and hooks.
-    pub(crate) fn ends(&self) -> [BorrowedFd<'_>; 2] {
+    pub(crate) fn sockets(&self) -> [BorrowedFd<'_>; 2] {
         [self.control.as_fd(), self.hooks.as_fd()]
     }
 
@@ -172,7 +172,7 @@ impl Link {
     }
 
     /// Ends the hook channel for both sides.
-    pub(crate) fn cut_hooks(&self) {
+    pub(crate) fn shut_down_hooks(&self) {
         let _ = shutdown(&self.hooks, Shutdown::Both);
     }
 }

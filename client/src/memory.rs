@@ -8,7 +8,7 @@
 
 use crate::block::Block;
 use crate::error::Error;
-use crate::shared::sealed_memfd;
+use crate::memfd::sealed_memfd;
 use crate::sync::lock;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_MEM_SLOTS, PAGE_SIZE};
 use pageferry_protocol::shm::DirtyLog;

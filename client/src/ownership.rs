@@ -35,9 +35,9 @@
 //! After a reattach the hook channel of the old agent may still have requests to handle, and its
 //! end to deal with, on a thread of its own. Two rules keep it from harming the next agent:
 //!
-//! - The hook that a decision leads to is called under the [turn](SharedOwnership::turn), and the
-//!   machine hears the result before the turn ends. So no guest is resumed for the old agent after
-//!   the next one has paused it.
+//! - The hook that a decision leads to is called under the
+//!   [turn](SharedOwnership::lock_guest_hooks), and the machine hears the result before the turn
+//!   ends. So no guest is resumed for the old agent after the next one has paused it.
 //! - The machine knows the current agent. What an earlier one asks to begin is refused
 //!   ([`Forbidden::Replaced`]); its word about a guest that it had is still heard.
 
@@ -113,43 +113,43 @@ pub(crate) enum Forbidden {
 
 /// What to do about a resume hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Resume {
+pub(crate) enum ResumeAction {
     /// Tell the VMM that the guest is to be so.
-    To(RunState),
+    SetRunState(RunState),
     /// No hook has paused it: just say so.
-    Already,
+    Nothing,
 }
 
 /// The state machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Machine {
+pub(crate) struct StateMachine {
     ownership: Ownership,
     pause: Pause,
     /// What the guest goes back to with the next resume, while `pause` is not [`Pause::Running`].
     run_state: RunState,
     /// The connection whose agent may still say that the guest is to run here: while relinquished,
     /// that no commit left; while awaiting, that one arrived.
-    asked_by: Option<u64>,
+    requested_by: Option<u64>,
     /// While awaiting: the agent has neither answered nor brought anything, and the guest was ours
     /// before.
-    unanswered: bool,
+    start_unanswered: bool,
     /// How often a guest was awaited. Tells who asked for the one that is.
-    awaited: u64,
+    awaited_count: u64,
     /// The connection of the current agent. Later ones have larger numbers.
     agent: u64,
     /// The migration that the guest was given up to last.
     migration: Migration,
 }
 
-impl Machine {
+impl StateMachine {
     pub(crate) const fn new() -> Self {
         Self {
             ownership: Ownership::Ours,
             pause: Pause::Running,
             run_state: RunState::Running,
-            asked_by: None,
-            unanswered: false,
-            awaited: 0,
+            requested_by: None,
+            start_unanswered: false,
+            awaited_count: 0,
             agent: 0,
             migration: Migration { session: [0; 16], release: false },
         }
@@ -172,54 +172,54 @@ impl Machine {
 
     /// True if the guest was given up, or perhaps: then the agent, even one that is lost, may be
     /// what the guest still gets its memory from, wherever it runs.
-    pub(crate) fn is_elsewhere(&self) -> bool {
+    pub(crate) fn may_run_elsewhere(&self) -> bool {
         matches!(self.ownership, Ownership::Relinquished | Ownership::Gone)
     }
 
     /// The VMM allowed that a guest is restored. Refused if the agent was replaced while the VMM
     /// thought about it: the next one may already bring another guest.
-    pub(crate) fn await_guest(&mut self, link: u64) -> Result<(), Forbidden> {
+    pub(crate) fn allow_restore(&mut self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
-        self.expect_guest(link);
+        self.set_awaiting(link);
         Ok(())
     }
 
-    fn expect_guest(&mut self, link: u64) {
+    fn set_awaiting(&mut self, link: u64) {
         self.ownership = Ownership::Awaiting;
-        self.asked_by = Some(link);
-        self.unanswered = false;
-        self.awaited += 1;
+        self.requested_by = Some(link);
+        self.start_unanswered = false;
+        self.awaited_count += 1;
     }
 
     /// A guest is about to be asked for, by an incoming migration or a restore. Returns what to
-    /// hand to [`Machine::await_refused`]; otherwise [`Machine::await_answered`] follows.
-    pub(crate) fn ask_for_guest(&mut self, link: u64) -> Machine {
+    /// hand to [`StateMachine::start_refused`]; otherwise [`StateMachine::start_answered`] follows.
+    pub(crate) fn begin_start(&mut self, link: u64) -> StateMachine {
         let before = *self;
-        self.expect_guest(link);
-        self.unanswered = before.is_here();
+        self.set_awaiting(link);
+        self.start_unanswered = before.is_guest_here();
         before
     }
 
     /// The agent refused it: what was before holds, unless something else happened meanwhile, such
     /// as that the VMM allowed an operator's restore.
-    pub(crate) fn await_refused(&mut self, before: Machine) {
-        if self.ownership == Ownership::Awaiting && self.awaited == before.awaited + 1 {
+    pub(crate) fn start_refused(&mut self, before: StateMachine) {
+        if self.ownership == Ownership::Awaiting && self.awaited_count == before.awaited_count + 1 {
             self.ownership = before.ownership;
-            self.asked_by = before.asked_by;
-            self.unanswered = before.unanswered;
+            self.requested_by = before.requested_by;
+            self.start_unanswered = before.start_unanswered;
         }
     }
 
     /// The agent did not refuse it.
-    pub(crate) fn await_answered(&mut self) {
-        self.unanswered = false;
+    pub(crate) fn start_answered(&mut self) {
+        self.start_unanswered = false;
     }
 
     /// True if the guest is ours, or is as long as the agent has not said that it brings another.
-    fn is_here(&self) -> bool {
+    fn is_guest_here(&self) -> bool {
         match self.ownership {
             Ownership::Ours => true,
-            Ownership::Awaiting => self.unanswered,
+            Ownership::Awaiting => self.start_unanswered,
             Ownership::Relinquished | Ownership::Gone => false,
         }
     }
@@ -240,8 +240,8 @@ impl Machine {
     pub(crate) fn load_state(&mut self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         match self.ownership {
-            Ownership::Awaiting if self.asked_by == Some(link) => {
-                self.unanswered = false;
+            Ownership::Awaiting if self.requested_by == Some(link) => {
+                self.start_unanswered = false;
                 Ok(())
             }
             other => Err(Forbidden::NotAwaited(other)),
@@ -250,12 +250,12 @@ impl Machine {
 
     /// The agent of this connection is lost, which was to bring a guest: from now on it cannot have
     /// it run any more. False if it has already.
-    pub(crate) fn forgo(&mut self, link: u64) -> bool {
+    pub(crate) fn stop_awaiting(&mut self, link: u64) -> bool {
         let awaiting = self.ownership == Ownership::Awaiting;
         // The next agent may bring another.
-        if awaiting && self.asked_by == Some(link) {
-            self.asked_by = None;
-            self.unanswered = false;
+        if awaiting && self.requested_by == Some(link) {
+            self.requested_by = None;
+            self.start_unanswered = false;
         }
         awaiting
     }
@@ -264,17 +264,17 @@ impl Machine {
     /// the beginning of another attempt, which will end with a resume if it fails.
     pub(crate) fn pause(&mut self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
-        if self.is_here() {
+        if self.is_guest_here() {
             return Ok(());
         }
-        self.asked_by = None;
+        self.requested_by = None;
         Err(Forbidden::NotOurs(self.ownership))
     }
 
     /// The agent asks to watch the guest's writes. Elsewhere it writes, or nowhere.
     pub(crate) fn watch_writes(&self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
-        if self.is_here() { Ok(()) } else { Err(Forbidden::NotOursToSave(self.ownership)) }
+        if self.is_guest_here() { Ok(()) } else { Err(Forbidden::NotOursToSave(self.ownership)) }
     }
 
     /// The run state of a guest that a hook has paused, or may have: what it was before. `None` if
@@ -294,10 +294,10 @@ impl Machine {
     pub(crate) fn relinquish(&mut self, link: u64, migration: Migration) -> Result<(), Forbidden> {
         self.check_current(link)?;
         match (self.ownership, self.pause) {
-            (Ownership::Relinquished, _) if self.asked_by == Some(link) => {}
+            (Ownership::Relinquished, _) if self.requested_by == Some(link) => {}
             (Ownership::Ours, Pause::Paused { link: paused_by }) if paused_by == link => {
                 self.ownership = Ownership::Relinquished;
-                self.asked_by = Some(link);
+                self.requested_by = Some(link);
             }
             (Ownership::Ours, _) => return Err(Forbidden::NotPaused),
             (other, _) => return Err(Forbidden::NothingToGive(other)),
@@ -317,9 +317,9 @@ impl Machine {
     /// The answer to relinquish could not be sent whole. So the agent does not have it, and no
     /// commit can leave.
     pub(crate) fn relinquish_unanswered(&mut self, link: u64) {
-        if self.ownership == Ownership::Relinquished && self.asked_by == Some(link) {
+        if self.ownership == Ownership::Relinquished && self.requested_by == Some(link) {
             self.ownership = Ownership::Ours;
-            self.asked_by = None;
+            self.requested_by = None;
         }
     }
 
@@ -333,24 +333,29 @@ impl Machine {
     /// earlier one force anything: its operator got no answer, and has to ask again.
     pub(crate) fn resume(
         &mut self, link: u64, force: bool, paused: bool,
-    ) -> Result<Resume, Forbidden> {
+    ) -> Result<ResumeAction, Forbidden> {
         if force {
             self.check_current(link)?;
         }
         let allowed = match self.ownership {
             Ownership::Ours => true,
-            Ownership::Relinquished | Ownership::Awaiting => self.asked_by == Some(link),
+            Ownership::Relinquished | Ownership::Awaiting => self.requested_by == Some(link),
             Ownership::Gone => false,
         };
         if !allowed && !force {
             return Err(Forbidden::ForceOnly(self.ownership));
         }
-        if self.is_here() && !force && self.pause.link().is_some_and(|paused_by| paused_by > link) {
-            return Ok(Resume::Already);
+        if self.is_guest_here()
+            && !force
+            && self.pause.link().is_some_and(|paused_by| paused_by > link)
+        {
+            return Ok(ResumeAction::Nothing);
         }
-        if self.ownership == Ownership::Awaiting && self.unanswered && !force {
+        if self.ownership == Ownership::Awaiting && self.start_unanswered && !force {
             // Of the guest that is still here: whether another comes is not known yet.
-            return Ok(self.run_state_before_pause().map_or(Resume::Already, Resume::To));
+            return Ok(self
+                .run_state_before_pause()
+                .map_or(ResumeAction::Nothing, ResumeAction::SetRunState));
         }
         let untouched = self.ownership == Ownership::Ours && self.pause == Pause::Running;
         self.run_state = match self.ownership {
@@ -360,9 +365,13 @@ impl Machine {
             _ => self.run_state,
         };
         self.ownership = Ownership::Ours;
-        self.asked_by = None;
-        self.unanswered = false;
-        Ok(if untouched && !force { Resume::Already } else { Resume::To(self.run_state) })
+        self.requested_by = None;
+        self.start_unanswered = false;
+        Ok(if untouched && !force {
+            ResumeAction::Nothing
+        } else {
+            ResumeAction::SetRunState(self.run_state)
+        })
     }
 
     /// The VMM's resume for this connection returned.
@@ -378,7 +387,7 @@ impl Machine {
     /// The agent of this connection reports how a job stands. One before the agent that the guest
     /// was given up to knows nothing of that migration.
     pub(crate) fn event(&mut self, link: u64, status: &JobStatus) {
-        let is_of_before = self.asked_by.is_some_and(|asked_by| asked_by > link);
+        let is_of_before = self.requested_by.is_some_and(|requested_by| requested_by > link);
         if status.kind != JobKind::Outgoing
             || self.ownership != Ownership::Relinquished
             || is_of_before
@@ -387,23 +396,23 @@ impl Machine {
         }
         match status.phase {
             Phase::Completed => self.ownership = Ownership::Gone,
-            Phase::Unconfirmed => self.asked_by = None,
+            Phase::Unconfirmed => self.requested_by = None,
             _ => {}
         }
     }
 
     /// True if the guest is paused for the agent, or may be, and can still be resumed here without
     /// it: it must not stay paused for an agent that hangs.
-    pub(crate) fn waits_for_agent(&self) -> bool {
-        self.is_here() && self.pause != Pause::Running
+    pub(crate) fn is_paused_for_agent(&self) -> bool {
+        self.is_guest_here() && self.pause != Pause::Running
     }
 
     /// True if the guest has left, or was given up by an agent that is not the one of this
     /// connection: it comes back by force only.
-    pub(crate) fn is_gone(&self, link: u64) -> bool {
+    pub(crate) fn has_left(&self, link: u64) -> bool {
         match self.ownership {
             Ownership::Gone => true,
-            Ownership::Relinquished => self.asked_by != Some(link),
+            Ownership::Relinquished => self.requested_by != Some(link),
             Ownership::Ours | Ownership::Awaiting => false,
         }
     }
@@ -411,14 +420,14 @@ impl Machine {
     /// The hook channel of this connection ended. Returns what the guest is to go back to, if it
     /// was paused through that channel, or may have been, and is ours. Through an earlier one, too:
     /// its end may have come while another guest was awaited, which the agent refused later.
-    pub(crate) fn closed(&self, link: u64) -> Option<RunState> {
+    pub(crate) fn run_state_after_loss(&self, link: u64) -> Option<RunState> {
         let paused = self.pause.link().is_some_and(|paused_by| paused_by <= link);
         (self.ownership == Ownership::Ours && paused).then_some(self.run_state)
     }
 
     /// The operator's decision. The VMM resumes the guest by itself.
     pub(crate) fn take_by_force(&mut self) {
-        *self = Self { awaited: self.awaited, agent: self.agent, ..Self::new() };
+        *self = Self { awaited_count: self.awaited_count, agent: self.agent, ..Self::new() };
     }
 }
 
@@ -434,21 +443,23 @@ pub(crate) struct Migration {
 /// The state machine that a client and its hook channels share.
 #[derive(Debug)]
 pub(crate) struct SharedOwnership {
-    machine: Mutex<Machine>,
-    turn: Mutex<()>,
+    machine: Mutex<StateMachine>,
+    guest_hooks: Mutex<()>,
 }
 
 /// The right to call the VMM's hooks that pause, resume or replace the guest.
 #[derive(Debug)]
-pub(crate) struct Turn<'a>(#[expect(dead_code, reason = "held, not looked at")] MutexGuard<'a, ()>);
+pub(crate) struct GuestHooksLock<'a>(
+    #[expect(dead_code, reason = "held, not looked at")] MutexGuard<'a, ()>,
+);
 
 impl SharedOwnership {
     pub(crate) fn new() -> Self {
-        Self { machine: Mutex::new(Machine::new()), turn: Mutex::new(()) }
+        Self { machine: Mutex::new(StateMachine::new()), guest_hooks: Mutex::new(()) }
     }
 
     /// The machine. Never hold it while calling a hook or the agent.
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Machine> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, StateMachine> {
         lock(&self.machine)
     }
 
@@ -458,8 +469,8 @@ impl SharedOwnership {
     ///
     /// Only hook channels take it, and before any other lock. A hook may use the client while it is
     /// held, so nobody may wait for it who holds the session.
-    pub(crate) fn turn(&self) -> Turn<'_> {
-        Turn(lock(&self.turn))
+    pub(crate) fn lock_guest_hooks(&self) -> GuestHooksLock<'_> {
+        GuestHooksLock(lock(&self.guest_hooks))
     }
 
     /// The migration that the guest was given up to; `None` if it was not, or not to one that could

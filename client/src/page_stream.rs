@@ -31,7 +31,8 @@ impl Record {
     pub fn from_parts(
         kind: Kind, flags: u16, block: u32, range: PageRange, payload: &[u8],
     ) -> Result<Self, Error> {
-        let header = RecordHeader::new(kind, flags, block, range, payload.len()).sealed(payload);
+        let header =
+            RecordHeader::new(kind, flags, block, range, payload.len()).with_checksum(payload);
         header.check()?;
         let mut bytes = header.to_wire().to_vec();
         bytes.extend_from_slice(payload);

@@ -3,25 +3,27 @@
 
 use crate::error::Error;
 use crate::memory::Memory;
-use pageferry_protocol::userfault::{Addresses, Register, UserfaultError, Userfaultfd};
+use pageferry_protocol::userfault::{AddressRange, RegisterMode, UserfaultError, Userfaultfd};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
 
 /// A registration. Dropping it takes it back.
 #[derive(Debug)]
-pub(crate) struct Registered {
+pub(crate) struct Registration {
     pub(crate) uffd: Userfaultfd,
-    pub(crate) ranges: Vec<Addresses>,
+    pub(crate) ranges: Vec<AddressRange>,
     host_pages: Vec<u64>,
 }
 
-impl Registered {
+impl Registration {
     /// Opens a userfaultfd with these features and registers the mappings of all blocks.
     ///
     /// # Errors
     /// If a block is mapped nowhere, userfaultfd is not to be had, or a mapping cannot be
     /// registered; then none is left registered.
-    pub(crate) fn all(memory: &Memory, features: u64, what: Register) -> Result<Self, Error> {
+    pub(crate) fn register_all(
+        memory: &Memory, features: u64, what: RegisterMode,
+    ) -> Result<Self, Error> {
         let uffd = Userfaultfd::open(features)?;
         let mut registered = Self { uffd, ranges: Vec::new(), host_pages: Vec::new() };
         for block in memory.all() {
@@ -29,12 +31,13 @@ impl Registered {
             if block.vmm_address == 0 {
                 return Err(Error::NotMapped { id });
             }
-            let range = Addresses { start: block.vmm_address, length };
+            let range = AddressRange { start: block.vmm_address, length };
             registered.uffd.register(range, what).map_err(|error| match (what, error) {
-                (Register::WriteProtect, UserfaultError::Register { source: Errno::BUSY, .. }) => {
-                    Error::RegisteredElsewhere { id }
-                }
-                (Register::Missing, source) => Error::Unregistrable { id, source },
+                (
+                    RegisterMode::WriteProtect,
+                    UserfaultError::Register { source: Errno::BUSY, .. },
+                ) => Error::RegisteredElsewhere { id },
+                (RegisterMode::Missing, source) => Error::Unregistrable { id, source },
                 (_, error) => error.into(),
             })?;
             registered.ranges.push(range);
@@ -63,17 +66,17 @@ impl Registered {
     }
 
     /// The host page of an address.
-    pub(crate) fn page_of(&self, address: u64) -> Option<Addresses> {
+    pub(crate) fn page_of(&self, address: u64) -> Option<AddressRange> {
         let at = self
             .ranges
             .iter()
             .position(|range| (range.start..range.start + range.length).contains(&address))?;
         let unit = self.host_pages[at];
-        Some(Addresses { start: address / unit * unit, length: unit })
+        Some(AddressRange { start: address / unit * unit, length: unit })
     }
 }
 
-impl Drop for Registered {
+impl Drop for Registration {
     fn drop(&mut self) {
         self.unregister();
     }

@@ -5,22 +5,22 @@ use crate::control::Control;
 use crate::deadline::deadline;
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
-use crate::tracking::declared::Declared;
+use crate::tracking::declared::DeclaredTrackers;
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::Request;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long an agent that closed the connection may take to end.
-const GOOD_END: Duration = Duration::from_secs(2);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What became of an agent that is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Lost {
+pub(crate) enum LostAgent {
     /// It has ended: no process but the VMM's has the guest's memory from here.
     Ended,
     /// The guest may run elsewhere, and depend on it. It may still read the memory here.
-    Spared,
+    KeptAlive,
 }
 
 /// What one agent after the other is asked through. Its lock comes before the one of the blocks.
@@ -28,11 +28,11 @@ pub(crate) enum Lost {
 pub(crate) struct Session {
     pub(crate) control: Control,
     /// What a new agent has to be told about trackers.
-    pub(crate) trackers: Declared,
+    pub(crate) trackers: DeclaredTrackers,
     /// Processes that were handed the guest's memory, and are not known to have ended.
     processes: Vec<Arc<AgentProcess>>,
     /// Nothing that cannot fail waits for the end of these any more.
-    is_waited_for: bool,
+    has_waited: bool,
     /// Watches over the agent while nothing else does. None only while a client is made.
     _heartbeat: Option<Heartbeat>,
 }
@@ -41,8 +41,8 @@ impl Session {
     /// The session with the first agent, which nothing watches over yet.
     pub(crate) fn new(control: Control) -> Self {
         let processes = control.link().process().into_iter().cloned().collect();
-        let trackers = Declared::default();
-        Self { control, trackers, processes, is_waited_for: false, _heartbeat: None }
+        let trackers = DeclaredTrackers::default();
+        Self { control, trackers, processes, has_waited: false, _heartbeat: None }
     }
 
     /// Watches over the agent with this heartbeat from now on.
@@ -57,7 +57,7 @@ impl Session {
     }
 
     /// True if the agent is there, and says that it has no job, or none that runs.
-    pub(crate) fn has_ended_its_job(&mut self) -> bool {
+    pub(crate) fn has_no_running_job(&mut self) -> bool {
         let status = self.control.request(&Request::QueryStatus, &[], JobStatus::decode);
         status.is_ok_and(|status| status.phase.is_final())
     }
@@ -69,29 +69,29 @@ impl Session {
     /// # Errors
     /// [`Error::AgentRuns`] if it lives on: the VMM may not kill it, or the kernel keeps it. Calls
     /// after the first do not wait again.
-    pub(crate) fn settle(&mut self) -> Result<Lost, Error> {
-        self.processes.retain(|process| !process.has_ended());
+    pub(crate) fn end_lost_agent(&mut self) -> Result<LostAgent, Error> {
+        self.processes.retain(|process| !process.has_exited());
         if self.processes.is_empty() {
-            return Ok(Lost::Ended);
+            return Ok(LostAgent::Ended);
         }
-        if self.control.link().is_spared() {
-            return Ok(Lost::Spared);
+        if self.control.link().is_kept_alive() {
+            return Ok(LostAgent::KeptAlive);
         }
-        if self.is_waited_for {
-            return self.end_processes(None, Duration::ZERO).map(|()| Lost::Ended);
+        if self.has_waited {
+            return self.end_processes(None, Duration::ZERO).map(|()| LostAgent::Ended);
         }
-        self.is_waited_for = true;
-        let timeout = self.control.longest_patience();
-        let good_end = deadline(GOOD_END.min(timeout));
-        self.processes.retain(|process| !process.wait_for_end(good_end));
+        self.has_waited = true;
+        let timeout = self.control.longest_timeout();
+        let good_end = deadline(EXIT_TIMEOUT.min(timeout));
+        self.processes.retain(|process| !process.wait_for_exit(good_end));
         let ended = self.end_processes(None, timeout);
         // Once: there may be many discards.
         ended.inspect_err(|error| log::warn!("{error}"))?;
-        Ok(Lost::Ended)
+        Ok(LostAgent::Ended)
     }
 
     /// The error that says that an agent that was given up lives on.
-    pub(crate) fn runs(&self, why: &str) -> Error {
+    pub(crate) fn agent_runs(&self, why: &str) -> Error {
         let pid = self.processes.first().map_or(0, |process| process.pid());
         Error::AgentRuns { pid, why: why.to_owned() }
     }
@@ -102,7 +102,7 @@ impl Session {
     /// [`Error::AgentRuns`] if it has not ended in time.
     pub(crate) fn end(&mut self, reason: &str) -> Result<(), Error> {
         self.control.retire(reason);
-        self.end_processes(None, self.control.longest_patience())
+        self.end_processes(None, self.control.longest_timeout())
     }
 
     /// Sees to the end of all agents before the one whose process is `next`, which may be one of
@@ -113,12 +113,12 @@ impl Session {
     pub(crate) fn end_predecessors(
         &mut self, next: Option<&Arc<AgentProcess>>,
     ) -> Result<(), Error> {
-        self.end_processes(next.map(AsRef::as_ref), self.control.longest_patience())?;
+        self.end_processes(next.map(AsRef::as_ref), self.control.longest_timeout())?;
         if let Some(next) = next {
-            self.processes.retain(|other| !other.is(next));
+            self.processes.retain(|other| !other.is_same(next));
             self.processes.push(Arc::clone(next));
         }
-        self.is_waited_for = false;
+        self.has_waited = false;
         Ok(())
     }
 
@@ -130,9 +130,10 @@ impl Session {
         let mut outcome = Ok(());
         let mut processes = Vec::new();
         for process in std::mem::take(&mut self.processes) {
-            if next.is_some_and(|next| !process.has_ended() && next.is(&process)) {
+            if next.is_some_and(|next| !process.has_exited() && next.is_same(&process)) {
                 processes.push(process);
-            } else if let Err(why) = process.end(deadline.saturating_duration_since(Instant::now()))
+            } else if let Err(why) =
+                process.kill_and_wait(deadline.saturating_duration_since(Instant::now()))
             {
                 outcome = Err(Error::AgentRuns { pid: process.pid(), why });
                 processes.push(process);

@@ -15,7 +15,7 @@ use std::thread::{Builder, JoinHandle};
 ///
 /// # Errors
 /// If the kernel has none.
-pub(crate) fn start<T: Send + 'static>(
+pub(crate) fn spawn_thread<T: Send + 'static>(
     name: &str, run: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, Error> {
     Builder::new()
@@ -26,7 +26,7 @@ pub(crate) fn start<T: Send + 'static>(
 
 /// Runs `run`; a panic becomes its message. The state that it worked on is as the panic left it:
 /// whoever calls this must be able to go on with that, or to give it up.
-pub(crate) fn caught<T>(run: impl FnOnce() -> T) -> Result<T, String> {
+pub(crate) fn catch_panic<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(run)).map_err(|panic| message(&*panic))
 }
 
@@ -42,11 +42,11 @@ mod tests {
 
     #[test]
     fn a_panic_becomes_its_message() {
-        assert_eq!(caught(|| 7), Ok(7));
-        assert_eq!(caught(|| panic!("plain")), Err::<(), _>("plain".to_owned()));
+        assert_eq!(catch_panic(|| 7), Ok(7));
+        assert_eq!(catch_panic(|| panic!("plain")), Err::<(), _>("plain".to_owned()));
         let number = 3;
-        assert_eq!(caught(|| panic!("vCPU {number}")), Err::<(), _>("vCPU 3".to_owned()));
-        let other = caught(|| std::panic::panic_any(7u64));
+        assert_eq!(catch_panic(|| panic!("vCPU {number}")), Err::<(), _>("vCPU 3".to_owned()));
+        let other = catch_panic(|| std::panic::panic_any(7u64));
         assert_eq!(other, Err::<(), _>("the panic has no message".to_owned()));
     }
 }

@@ -2,8 +2,8 @@
 
 use crate::client::Client;
 use crate::error::Error;
-use crate::tracking::active::SCANNING;
-use crate::tracking::declared::Declared;
+use crate::tracking::active::SCAN_FEATURES;
+use crate::tracking::declared::DeclaredTrackers;
 use crate::tracking::uffd::open_pagemap;
 use pageferry_protocol::control::Trackers;
 use pageferry_protocol::userfault::Userfaultfd;
@@ -31,12 +31,12 @@ impl Client {
         }
         let pagemap = if trackers.contains(Trackers::WRITE_PROTECT) {
             // Now, and not in the middle of a job.
-            Userfaultfd::open(SCANNING)?;
+            Userfaultfd::open(SCAN_FEATURES)?;
             Some(open_pagemap().map_err(Error::kernel("open /proc/self/pagemap"))?)
         } else {
             None
         };
-        let declared = Declared::new(trackers, pagemap);
+        let declared = DeclaredTrackers::new(trackers, pagemap);
         let mut session = self.session();
         match declared.send(&mut session.control) {
             Ok(()) | Err(Error::AgentLost { .. }) => {}

@@ -2,17 +2,17 @@
 //! marks every write of its devices by that type parameter.
 //!
 //! A [`LogBitmap`] is made with its region and knows nothing of a log until
-//! [`Client::add_guest_memory`](crate::Client::add_guest_memory) attaches it. Writes before that
-//! are marked nowhere, and need not be: pass 0 of a migration sends everything.
+//! [`Client::add_guest_memory`](crate::Client::add_guest_memory) attaches it. WatchedWrites before
+//! that are marked nowhere, and need not be: pass 0 of a migration sends everything.
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 use pageferry_protocol::shm::DirtyLog;
 use std::sync::{Arc, OnceLock};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 
-/// A region's place in the dirty log.
+/// A region's position in the dirty log.
 #[derive(Debug)]
-struct Place {
+struct LogPosition {
     log: Arc<DirtyLog>,
     /// Page number in the guest of the region's first page.
     first: u64,
@@ -21,7 +21,7 @@ struct Place {
 /// The part of the dirty log that belongs to one region of guest memory.
 #[derive(Debug, Default)]
 pub struct LogBitmap {
-    place: OnceLock<Place>,
+    position: OnceLock<LogPosition>,
     /// Length of the region in bytes. Marks after it would be another region's.
     length: usize,
 }
@@ -36,14 +36,14 @@ pub struct LogSlice<'a> {
 
 impl LogBitmap {
     /// The pages of the guest that `length` bytes from `offset` of the region touch.
-    fn pages(&self, place: &Place, offset: usize, length: usize) -> PageRange {
+    fn pages(&self, position: &LogPosition, offset: usize, length: usize) -> PageRange {
         let end = offset.saturating_add(length).min(self.length) as u64;
         let offset = offset as u64;
         if offset >= end {
             return PageRange::default();
         }
         let first = pages_in(offset);
-        PageRange::new(place.first + first, end.div_ceil(PAGE_SIZE) - first)
+        PageRange::new(position.first + first, end.div_ceil(PAGE_SIZE) - first)
     }
 }
 
@@ -53,15 +53,15 @@ impl<'a> WithBitmapSlice<'a> for LogBitmap {
 
 impl Bitmap for LogBitmap {
     fn mark_dirty(&self, offset: usize, len: usize) {
-        if let Some(place) = self.place.get() {
-            place.log.mark(self.pages(place, offset, len));
+        if let Some(position) = self.position.get() {
+            position.log.mark(self.pages(position, offset, len));
         }
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
-        self.place.get().is_some_and(|place| {
-            let pages = self.pages(place, offset, 1);
-            place.log.bits().count(pages) != 0
+        self.position.get().is_some_and(|position| {
+            let pages = self.pages(position, offset, 1);
+            position.log.bits().count(pages) != 0
         })
     }
 
@@ -72,7 +72,7 @@ impl Bitmap for LogBitmap {
 
 impl NewBitmap for LogBitmap {
     fn with_len(length: usize) -> Self {
-        Self { place: OnceLock::new(), length }
+        Self { position: OnceLock::new(), length }
     }
 }
 
@@ -96,9 +96,9 @@ impl Bitmap for LogSlice<'_> {
     }
 }
 
-/// A region's bitmap that may have a place in the dirty log.
+/// A region's bitmap that may have a position in the dirty log.
 pub trait AttachLog {
-    /// Gives it its place: `first` is the page number in the guest of the region's first page.
+    /// Gives it its position: `first` is the page number in the guest of the region's first page.
     /// False if it has another.
     #[must_use]
     fn attach_log(&self, log: &Arc<DirtyLog>, first: u64) -> bool;
@@ -106,8 +106,8 @@ pub trait AttachLog {
 
 impl AttachLog for LogBitmap {
     fn attach_log(&self, log: &Arc<DirtyLog>, first: u64) -> bool {
-        let place = self.place.get_or_init(|| Place { log: Arc::clone(log), first });
-        Arc::ptr_eq(&place.log, log) && place.first == first
+        let position = self.position.get_or_init(|| LogPosition { log: Arc::clone(log), first });
+        Arc::ptr_eq(&position.log, log) && position.first == first
     }
 }
 

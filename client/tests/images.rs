@@ -83,7 +83,7 @@ fn path_that_cannot_be_told_is_refused_before_anything_happens() {
         );
     }
     for (option, whose) in [
-        (SnapshotOptions::default().on(&no_text).unwrap_err(), "base"),
+        (SnapshotOptions::default().with_base(&no_text).unwrap_err(), "base"),
         (RestoreOptions::default().with_working_set(&no_text).unwrap_err(), "working_set"),
     ] {
         assert_eq!(option.to_string(), format!(r#"{whose} "/images/\xFF" is not UTF-8"#));
@@ -93,7 +93,7 @@ fn path_that_cannot_be_told_is_refused_before_anything_happens() {
             "{error:?}"
         );
     }
-    assert_eq!(SnapshotOptions::default().on(plain).unwrap(), on("/images/one"));
+    assert_eq!(SnapshotOptions::default().with_base(plain).unwrap(), on("/images/one"));
     let error = snapshot(Path::new(""), "");
     assert!(matches!(error, Error::Path { source: PathError::Absolute { .. }, .. }), "{error:?}");
     assert_eq!(error.to_string(), r#"image """#);

@@ -183,7 +183,7 @@ fn assert_refused(
     let block = record.header.block();
     record.header =
         RecordHeader::new(Kind::Data, flags, block, record.header.range(), payload.len())
-            .sealed(&payload);
+            .with_checksum(&payload);
     record.payload = payload;
     scene.relay.pass(record);
     let status = scene.relay.finish(&scene.source.client, scene.jobs.0);
@@ -263,7 +263,8 @@ fn a_destination_that_does_not_take_the_compression_ends_the_attempt_before_trac
             let payload =
                 Accept { version: STREAM_VERSION, features: accepted, host_pages: Vec::new() }
                     .encode();
-            let header = RecordHeader::plain(Kind::Accept, 0, payload.len()).sealed(&payload);
+            let header =
+                RecordHeader::plain(Kind::Accept, 0, payload.len()).with_checksum(&payload);
             stream.write_all(&[header.to_wire().as_slice(), &payload].concat()).unwrap();
             let (kind, _, payload) = read_record(&stream).unwrap();
             assert_eq!(kind, Kind::Error);

@@ -568,7 +568,7 @@ mod tests {
             let (mut theirs, ours) = UnixStream::pair().unwrap();
             let mut pending = Handshake::new(ours.into(), Duration::from_secs(60)).unwrap();
             let payload = hello(0, 0).encode();
-            let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).sealed(&payload);
+            let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).with_checksum(&payload);
             theirs.write_all(&header.to_wire()).unwrap();
             theirs.write_all(&payload).unwrap();
             let _stays = (!goes).then_some(theirs);

@@ -135,7 +135,7 @@ mod tests {
     fn a_file_whose_holes_are_asked_for_is_reported_when_it_is_walked() {
         let fd = rustix::fs::memfd_create("bitmap", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, 8192).unwrap();
-        let bitmap = MappedBitmap::walkable(fd.try_clone().unwrap(), 8192 * 8).unwrap();
+        let bitmap = MappedBitmap::shared_sparse(fd.try_clone().unwrap(), 8192 * 8).unwrap();
         let guard = GuardedRange::of(bitmap.storage());
         assert_eq!(bitmap.nonzero_words(bitmap.all()).count(), 0);
         assert!(!guard.was_lost());

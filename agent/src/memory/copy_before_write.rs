@@ -106,7 +106,7 @@ impl Protection {
     /// As for [`Protection::protect`].
     pub fn unprotect(&self, at: usize, host_pages: PageRange) -> Result<(), JobError> {
         self.uffd
-            .lift(self.mappings.addresses(at, host_pages))
+            .unprotect(self.mappings.addresses(at, host_pages))
             .map_err(|source| self.failed(at, source))
     }
 

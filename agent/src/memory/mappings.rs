@@ -2,7 +2,7 @@
 
 use super::{Block, GuestMemory};
 use pageferry_protocol::memory::PageRange;
-use pageferry_protocol::userfault::Addresses;
+use pageferry_protocol::userfault::AddressRange;
 use std::sync::Arc;
 
 /// The mappings of all blocks, in the order of the memory's blocks.
@@ -49,10 +49,10 @@ impl Mappings {
     }
 
     /// Where host pages of the block at index `at` are.
-    pub fn addresses(&self, at: usize, host_pages: PageRange) -> Addresses {
+    pub fn addresses(&self, at: usize, host_pages: PageRange) -> AddressRange {
         let mapping = &self.0[at];
         let (start, length) =
             (mapping.start + host_pages.first * mapping.unit, host_pages.count * mapping.unit);
-        Addresses { start, length }
+        AddressRange { start, length }
     }
 }

@@ -45,7 +45,7 @@ use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
-use pageferry_protocol::userfault::{Addresses, NotPlaced, Userfaultfd};
+use pageferry_protocol::userfault::{AddressRange, FillError, Userfaultfd};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -203,7 +203,7 @@ impl MissingPages {
         self.mappings.locate(address)
     }
 
-    fn addresses(&self, at: usize, host_pages: PageRange) -> Addresses {
+    fn addresses(&self, at: usize, host_pages: PageRange) -> AddressRange {
         self.mappings.addresses(at, host_pages)
     }
 
@@ -358,7 +358,7 @@ impl MissingPages {
         let mut rest = run;
         while !rest.is_empty() {
             let range = self.addresses(at, rest);
-            let Err(NotPlaced { done, errno }) = self.uffd.copy(range.start, content) else {
+            let Err(FillError { done, errno }) = self.uffd.copy(range.start, content) else {
                 return Ok(());
             };
             let placed = done / unit;
@@ -392,12 +392,12 @@ impl MissingPages {
         };
         match placed {
             Ok(()) => Ok(()),
-            Err(NotPlaced { errno: Errno::EXIST, .. }) => {
+            Err(FillError { errno: Errno::EXIST, .. }) => {
                 self.check_present(at, host_page)?;
                 self.wake(at, host_page);
                 Ok(())
             }
-            Err(NotPlaced { errno, .. }) => Err((host_page, errno)),
+            Err(FillError { errno, .. }) => Err((host_page, errno)),
         }
     }
 
@@ -408,7 +408,7 @@ impl MissingPages {
         if self.mappings.all()[at].unit == PAGE_SIZE {
             return Ok(());
         }
-        match self.uffd.is_there(self.addresses(at, PageRange::new(host_page, 1))) {
+        match self.uffd.is_populated(self.addresses(at, PageRange::new(host_page, 1))) {
             Ok(true) => Ok(()),
             Ok(false) => Err((host_page, Errno::NOMEM)),
             Err(errno) => Err((host_page, errno)),

@@ -19,7 +19,7 @@ use super::{Block, GuestMemory};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
-use pageferry_protocol::userfault::{Addresses, NotPlaced, Register, Userfaultfd};
+use pageferry_protocol::userfault::{AddressRange, FillError, RegisterMode, Userfaultfd};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -91,8 +91,8 @@ impl SmallPages {
             return Err(kernel(Errno::NOMEM));
         };
         let mapped = Self { uffd, start, length, huge_page, into_first, opened };
-        let range = Addresses { start: mapped.address(0), length: backing.length() };
-        let registered = mapped.uffd.register(range, Register::Missing);
+        let range = AddressRange { start: mapped.address(0), length: backing.length() };
+        let registered = mapped.uffd.register(range, RegisterMode::Missing);
         registered.map_err(|source| BackingError::Userfault { source })?;
         Ok(mapped)
     }
@@ -177,7 +177,7 @@ impl SmallPages {
         let mut done = 0;
         while done < bytes.len() {
             let placed = self.uffd.copy(self.address(at + done as u64), &bytes[done..]);
-            let Err(NotPlaced { done: more, errno }) = placed else { return Ok(()) };
+            let Err(FillError { done: more, errno }) = placed else { return Ok(()) };
             done += more as usize;
             let byte = at + done as u64;
             match errno {

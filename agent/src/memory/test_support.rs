@@ -6,7 +6,7 @@ use crate::job::{Job, notifier};
 use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
 use pageferry_protocol::shm::mapping::MappedWords;
-use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd, feature};
+use pageferry_protocol::userfault::{AddressRange, RegisterMode, Userfaultfd, feature};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -71,7 +71,7 @@ impl Registered {
         let backing = Backing::new(fd, 0, length).unwrap();
         let block = Block::new(geometry(0, length), backing, address, None).unwrap();
         let uffd = Userfaultfd::open(feature::MISSING_SHMEM).unwrap();
-        uffd.register(Addresses { start: address, length }, Register::Missing).unwrap();
+        uffd.register(AddressRange { start: address, length }, RegisterMode::Missing).unwrap();
         let memory = GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None);
         Some(Self { memory: Arc::new(memory), uffd, mapping })
     }

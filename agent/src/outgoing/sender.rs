@@ -227,8 +227,10 @@ impl PageSender {
                     for run in runs_of_word(first, mask).flat_map(|run| in_portions(run, portion)) {
                         let bytes = page_offset(&run);
                         let header = RecordHeader::new(Kind::Data, flags, block, run, bytes.len());
-                        self.queue
-                            .push((header.sealed(&self.buffer[bytes.clone()]).to_wire(), bytes));
+                        self.queue.push((
+                            header.with_checksum(&self.buffer[bytes.clone()]).to_wire(),
+                            bytes,
+                        ));
                     }
                 }
             }
@@ -239,7 +241,7 @@ impl PageSender {
                         let (bytes, flag) = compressor.add(&self.buffer[page_offset(&run)]);
                         let header =
                             RecordHeader::new(Kind::Data, flags | flag, block, run, bytes.len());
-                        let header = header.sealed(&compressor.output()[bytes.clone()]);
+                        let header = header.with_checksum(&compressor.output()[bytes.clone()]);
                         self.queue.push((header.to_wire(), start + bytes.start..start + bytes.end));
                     }
                 }
@@ -299,7 +301,7 @@ impl PageSender {
         if let Some((block, flags, run)) = self.zeros.take() {
             self.totals.zero_pages += run.count;
             self.queue.push((
-                RecordHeader::new(Kind::Zero, flags, block, run, 0).sealed(&[]).to_wire(),
+                RecordHeader::new(Kind::Zero, flags, block, run, 0).with_checksum(&[]).to_wire(),
                 0..0,
             ));
         }

@@ -11,7 +11,7 @@ use crate::session::vhost_user::Awaited;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::reply::{self, ErrorCode, RemoteError};
-use pageferry_protocol::control::request::{self, OWN_REQUESTS, Request};
+use pageferry_protocol::control::request::{self, FIRST_NATIVE_REQUEST, Request};
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -206,7 +206,7 @@ impl Connection {
         }
         self.line.begin_request();
         let error = RemoteError::new(ErrorCode::System, sentence);
-        let reply = if frame.request >= OWN_REQUESTS {
+        let reply = if frame.request >= FIRST_NATIVE_REQUEST {
             log::warn!("request {:#x} refused: {error}", frame.request);
             Some(refused(frame.request, error))
         } else {
@@ -234,7 +234,7 @@ impl Connection {
         let session = &self.hub.session;
         let takes_memory = takes_memory(&frame);
         let role = session.role(self.line.token, &self.line.socket, takes_memory);
-        if frame.request >= OWN_REQUESTS {
+        if frame.request >= FIRST_NATIVE_REQUEST {
             let interval = match Request::decode(frame.request, &frame.body) {
                 Some(Ok(Request::Subscribe { interval })) => Some(interval),
                 _ => None,
@@ -354,7 +354,7 @@ fn refused(request: u32, error: RemoteError) -> Frame {
 /// True for requests that hand over memory, or what belongs to it: whoever sends one first is the
 /// VMM. A hello does if it brings the fence word, which only a VMM has.
 fn takes_memory(frame: &Frame) -> bool {
-    use pageferry_protocol::control::standard::FrontendReq;
+    use pageferry_protocol::control::vhost_user::FrontendReq;
     const STANDARD: [FrontendReq; 7] = [
         FrontendReq::SET_OWNER,
         FrontendReq::SET_MEM_TABLE,

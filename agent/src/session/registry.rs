@@ -55,7 +55,7 @@ impl SharedSession {
     pub(super) fn set_log(&self, fd: OwnedFd, offset: u64, length: u64) -> Result<(), RemoteError> {
         self.lock().check_idle("the log cannot be changed")?;
         may_wait("map the dirty log");
-        let log = DirtyLog::walkable(fd, offset, length).map_err(|error| {
+        let log = DirtyLog::map_sparse(fd, offset, length).map_err(|error| {
             let RemoteError { code, sentence } = invalid(&error);
             RemoteError::new(code, format!("log: {sentence}"))
         })?;
@@ -145,7 +145,7 @@ fn make_block(new: NewBlock) -> Result<Block, RemoteError> {
         );
     }
     let pages = geometry.pages();
-    let bitmap = bitmap.map(|fd| MappedBitmap::walkable(fd, pages)).transpose();
+    let bitmap = bitmap.map(|fd| MappedBitmap::shared_sparse(fd, pages)).transpose();
     let bitmap = bitmap.map_err(|error| {
         let RemoteError { code, sentence } = invalid(&error);
         RemoteError::new(code, format!("discard bitmap: {sentence}"))

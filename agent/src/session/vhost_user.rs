@@ -12,7 +12,7 @@ use crate::hooks::Hooks;
 use crate::transport::unix_socket::not_connected;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
-use pageferry_protocol::control::standard::{
+use pageferry_protocol::control::vhost_user::{
     FrontendReq, Region, VhostUserProtocolFeatures, VhostUserVirtioFeatures, decode_log,
     decode_mem_table, decode_single_region, decode_u64,
 };

@@ -173,8 +173,8 @@ impl Pagemap {
 
     /// Reports and protects the pages that were written in `length` bytes from `address` of the
     /// VMM: `found` gets the runs in ascending order, as first address and address after the last.
-    /// Addresses where the VMM has no mapping are passed over in silence; so is everything once the
-    /// VMM has exited.
+    /// AddressRange where the VMM has no mapping are passed over in silence; so is everything once
+    /// the VMM has exited.
     ///
     /// # Errors
     /// If something in the range is not registered, or not a user address. After an error pages may

@@ -181,7 +181,7 @@ impl RecordWriter {
     /// # Errors
     /// If the peer is gone or takes nothing.
     pub fn write(&self, header: RecordHeader, payload: &[u8]) -> Result<u64, TransportError> {
-        let header = header.sealed(payload).to_wire();
+        let header = header.with_checksum(payload).to_wire();
         self.socket.write_all(&mut [IoSlice::new(&header), IoSlice::new(payload)])?;
         Ok((RECORD_SIZE + payload.len()) as u64)
     }
@@ -451,7 +451,7 @@ mod tests {
     #[test]
     fn a_peer_that_sends_byte_by_byte_has_one_deadline_for_the_whole_record() {
         let (mut theirs, mut reader) = pair_with(Duration::from_millis(300));
-        let header = RecordHeader::plain(Kind::State, 0, 4096).sealed(&[]).to_wire();
+        let header = RecordHeader::plain(Kind::State, 0, 4096).with_checksum(&[]).to_wire();
         theirs.write_all(&header).unwrap();
         // All of it at 50 bytes a second would be more than a minute.
         beside(
@@ -497,7 +497,7 @@ mod tests {
         drop(stop);
         // It does not outlive the stop.
         (&theirs)
-            .write_all(&RecordHeader::plain(Kind::Loaded, 0, 0).sealed(&[]).to_wire())
+            .write_all(&RecordHeader::plain(Kind::Loaded, 0, 0).with_checksum(&[]).to_wire())
             .unwrap();
         assert_eq!(reader.read().unwrap().kind, Kind::Loaded);
     }
@@ -518,8 +518,9 @@ mod tests {
     fn a_hello_comes_as_its_bytes_do_and_what_follows_is_kept() {
         let (mut theirs, mut reader) = pair();
         let payload = vec![7; 10_000];
-        let hello = RecordHeader::plain(Kind::Hello, 0, payload.len()).sealed(&payload).to_wire();
-        let next = RecordHeader::plain(Kind::PassEnd, 5, 0).sealed(&[]).to_wire();
+        let hello =
+            RecordHeader::plain(Kind::Hello, 0, payload.len()).with_checksum(&payload).to_wire();
+        let next = RecordHeader::plain(Kind::PassEnd, 5, 0).with_checksum(&[]).to_wire();
         let bytes = [&hello[..], &payload, &next].concat();
         for part in bytes.chunks(999) {
             assert!(reader.try_read_hello().unwrap().is_none());

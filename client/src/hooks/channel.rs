@@ -11,14 +11,14 @@
 //! gained by giving the agent up, since it may still say that no commit was sent.
 
 use super::api::Hooks;
+use super::catch_panics::CatchPanics;
 use super::context::{HookContext, forbidden};
 use super::end::{check_alive, end, is_answered_after_end};
-use super::guarded::Guarded;
 use super::{guest, memory, trackers};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
 use crate::ownership::Migration;
-use crate::threads::{caught, start};
+use crate::threads::{catch_panic, spawn_thread};
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::hook::{self, Hook};
 use pageferry_protocol::control::hook_reply::{
@@ -73,8 +73,8 @@ impl Drop for HookChannel {
         let HookContext { link, writes, tracking, .. } = &self.context;
         // The link keeps a duplicate, so closing alone would leave the agent waiting for its
         // deadline.
-        link.cut_hooks();
-        writes.lost(link.id);
+        link.shut_down_hooks();
+        writes.agent_lost(link.id);
         tracking.stop_scanning(link.id);
     }
 }
@@ -91,8 +91,8 @@ impl HookChannel {
     /// If the agent broke the protocol; it is lost then, as if it had closed the channel. Only
     /// reported once.
     pub fn dispatch(&mut self, hooks: &mut dyn Hooks) -> Result<Dispatch, Error> {
-        let hooks = &mut Guarded(hooks);
-        match caught(|| self.dispatch_pending(hooks)) {
+        let hooks = &mut CatchPanics(hooks);
+        match catch_panic(|| self.dispatch_pending(hooks)) {
             Ok(dispatched) => dispatched,
             // Not of a hook, but a defect here. Whatever it was, the guest is not to stay paused.
             Err(message) => {
@@ -131,7 +131,7 @@ impl HookChannel {
         const A_WHILE: Duration = Duration::from_secs(3600);
         while self.dispatch(hooks)? == Dispatch::Open {
             if let Err(errno) = wait(self.socket.as_fd(), PollFlags::IN, Instant::now() + A_WHILE) {
-                self.end(&mut Guarded(hooks));
+                self.end(&mut CatchPanics(hooks));
                 return Err(Error::HookChannel { source: errno.into() });
             }
         }
@@ -150,7 +150,7 @@ impl HookChannel {
             }
             hooks
         };
-        Ok(HookThread { thread: start("pageferry-hooks", run)? })
+        Ok(HookThread { thread: spawn_thread("pageferry-hooks", run)? })
     }
 
     /// The end of the agent, or of its right to be answered.

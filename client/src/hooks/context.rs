@@ -2,13 +2,13 @@
 
 use super::error::HookError;
 use crate::error::Error;
-use crate::faults::Faults;
 use crate::heartbeat::Probe;
 use crate::link::Link;
 use crate::memory::Memory;
+use crate::missing_pages::MissingPages;
 use crate::ownership::{Forbidden, SharedOwnership};
-use crate::tracking::active::Tracking;
-use crate::writes::Writes;
+use crate::tracking::active::ActiveTrackers;
+use crate::watched_writes::WatchedWrites;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use std::sync::Arc;
 
@@ -18,17 +18,17 @@ pub(crate) struct HookContext {
     pub(crate) link: Arc<Link>,
     pub(crate) memory: Arc<Memory>,
     pub(crate) ownership: Arc<SharedOwnership>,
-    pub(crate) faults: Arc<Faults>,
-    pub(crate) writes: Arc<Writes>,
-    pub(crate) tracking: Arc<Tracking>,
+    pub(crate) missing: Arc<MissingPages>,
+    pub(crate) writes: Arc<WatchedWrites>,
+    pub(crate) tracking: Arc<ActiveTrackers>,
     pub(crate) probe: Probe,
 }
 
 impl HookContext {
     /// Refuses to pause or to save a guest whose memory is not all here: a missing page would be
     /// taken for zero.
-    pub(super) fn check_whole(&self) -> Reply<()> {
-        if self.faults.is_whole() {
+    pub(super) fn check_memory_complete(&self) -> Reply<()> {
+        if self.missing.is_complete() {
             Ok(())
         } else {
             Err(RemoteError::new(ErrorCode::State, Error::MemoryLost))

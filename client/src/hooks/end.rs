@@ -5,7 +5,8 @@
 //!
 //! The VMM may have attached the next agent by then. So each thing is undone only if it still
 //! belongs to the agent that ended: [`ownership`](crate::ownership),
-//! [`tracking::active`](crate::tracking::active) and [`writes`](crate::writes) know the agent.
+//! [`tracking::active`](crate::tracking::active) and [`writes`](crate::watched_writes) know the
+//! agent.
 //!
 //! The channel may also read requests after the end that the agent sent before it. Requests that
 //! begin something are refused ([`check_alive`]). Requests that end something, or say whether the
@@ -26,9 +27,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// the callers that need its end wait for that.
 pub(super) fn end(context: &HookContext, hooks: &mut dyn Hooks) {
     // Whatever the reason was, an agent without hooks must not work on our memory.
-    context.link.cut();
+    context.link.shut_down();
     // Before any hook is called: the hook may write.
-    context.writes.lost(context.link.id);
+    context.writes.agent_lost(context.link.id);
     // Before the guest is resumed: then everything may write again.
     context.writes.withdraw(context.link.id, || hooks.writes_unwatched());
     resume_guest(context, hooks);
@@ -40,8 +41,8 @@ pub(super) fn end(context: &HookContext, hooks: &mut dyn Hooks) {
 
 /// Brings a guest that the agent had paused back into the run state that it had before.
 fn resume_guest(context: &HookContext, hooks: &mut dyn Hooks) {
-    let turn = context.ownership.turn();
-    let before = context.ownership.lock().closed(context.link.id);
+    let turn = context.ownership.lock_guest_hooks();
+    let before = context.ownership.lock().run_state_after_loss(context.link.id);
     let Some(run_state) = before else { return };
     let done = restore_run_state(context, run_state, hooks);
     // The logger may be slow, and other channels wait for the turn.
@@ -60,10 +61,10 @@ fn resume_guest(context: &HookContext, hooks: &mut dyn Hooks) {
 /// Stops the VMM's tracker and the throttle that this agent has started. Nobody else would.
 fn stop_tracking(context: &HookContext, hooks: &mut dyn Hooks) {
     let (tracking, link) = (&context.tracking, context.link.id);
-    if let Err(error) = tracking.lost(link, || hooks.stop_tracking()) {
+    if let Err(error) = tracking.agent_lost(link, || hooks.stop_tracking()) {
         log::warn!("the agent is lost, and the VMM's tracker stays on: {error}");
     }
-    if let Err(error) = tracking.lost_throttle(link, || hooks.throttle(0)) {
+    if let Err(error) = tracking.lift_throttle(link, || hooks.throttle(0)) {
         log::warn!("the agent is lost, and the guest stays throttled: {error}");
     }
 }
@@ -74,7 +75,7 @@ fn stop_tracking(context: &HookContext, hooks: &mut dyn Hooks) {
 /// The agent may be given up right after this check. What it has begun by then ends with the
 /// channel, and the [ownership](crate::ownership) keeps it apart from what the next agent begins.
 pub(super) fn check_alive(link: &Link) -> Reply<()> {
-    let mut ends = link.ends().map(|end| PollFd::from_borrowed_fd(end, PollFlags::RDHUP));
+    let mut ends = link.sockets().map(|end| PollFd::from_borrowed_fd(end, PollFlags::RDHUP));
     match poll(&mut ends, Some(&Timespec::default())) {
         // Nothing is known to have ended.
         Ok(0) | Err(_) => Ok(()),

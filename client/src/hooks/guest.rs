@@ -6,10 +6,10 @@
 use super::api::Hooks;
 use super::context::{HookContext, failed, forbidden};
 use super::error::HookError;
-use super::state::{read_pieces, write_pieces};
+use super::state_file::{read_pieces, write_pieces};
 use crate::error::Error;
-use crate::heartbeat::{BUSY, Ends, Heartbeat};
-use crate::ownership::Resume;
+use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, WatchedSockets};
+use crate::ownership::ResumeAction;
 use pageferry_protocol::control::hook_reply::SavedState;
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
@@ -23,10 +23,10 @@ use std::sync::Arc;
 pub(super) fn pause(
     context: &HookContext, watch: &mut Option<Heartbeat>, hooks: &mut dyn Hooks,
 ) -> Reply<()> {
-    let _turn = context.ownership.turn();
+    let _guest_hooks = context.ownership.lock_guest_hooks();
     let link = context.link.id;
     context.ownership.lock().pause(link).map_err(forbidden)?;
-    context.check_whole()?;
+    context.check_memory_complete()?;
     // Before the pause: no guest is paused without it, and none waits while it is started.
     let heartbeat =
         watch_agent(context).map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
@@ -42,10 +42,10 @@ pub(super) fn pause(
 fn watch_agent(context: &HookContext) -> Result<Heartbeat, Error> {
     let link = Arc::clone(&context.link);
     // Only cut, not killed: the request that found that the agent hangs has had it killed.
-    let cut = move |_| link.cut();
+    let cut = move |_| link.shut_down();
     let (probe, link) = (context.probe.clone(), Arc::clone(&context.link));
     // The hook channel itself sees its own end.
-    Heartbeat::start(probe, link, BUSY, Ends::Control, |_| false, cut)
+    Heartbeat::start(probe, link, BUSY_INTERVAL, WatchedSockets::Control, |_| false, cut)
 }
 
 /// Resumes the guest, or leaves it paused for its operator. The agent is not watched any more then.
@@ -53,11 +53,11 @@ pub(super) fn resume(
     context: &HookContext, watch: &mut Option<Heartbeat>, force: bool, paused: bool,
     hooks: &mut dyn Hooks,
 ) -> Reply<()> {
-    let _turn = context.ownership.turn();
+    let _guest_hooks = context.ownership.lock_guest_hooks();
     let decided = context.ownership.lock().resume(context.link.id, force, paused);
     match decided.map_err(forbidden)? {
-        Resume::Already => Ok(()),
-        Resume::To(run_state) => {
+        ResumeAction::Nothing => Ok(()),
+        ResumeAction::SetRunState(run_state) => {
             restore_run_state(context, run_state, hooks).map_err(failed)?;
             *watch = None;
             Ok(())
@@ -96,7 +96,7 @@ pub(super) fn save_state(
     context: &HookContext, hooks: &mut dyn Hooks,
 ) -> Reply<(SavedState, OwnedFd)> {
     // The pause checks the same, but the VMM may have stopped its guest by itself.
-    context.check_whole()?;
+    context.check_memory_complete()?;
     let guest = run_state(context, hooks).map_err(no_run_state)?;
     let saved = hooks.save_state().and_then(|pieces| write_pieces(&pieces));
     let (pieces, file) = saved.map_err(failed)?;
@@ -107,14 +107,14 @@ pub(super) fn save_state(
 pub(super) fn load_state(
     context: &HookContext, pieces: Vec<PieceSize>, fds: &[OwnedFd], hooks: &mut dyn Hooks,
 ) -> Reply<()> {
-    let _turn = context.ownership.turn();
+    let _guest_hooks = context.ownership.lock_guest_hooks();
     context.ownership.lock().load_state(context.link.id).map_err(forbidden)?;
     let [file] = fds else {
         let sentence = format!("load state came with {} file descriptors, expected 1", fds.len());
         return Err(RemoteError::new(ErrorCode::Invalid, sentence));
     };
     // The answer to the VMM that asked for this guest may still be on its way.
-    context.faults.forget();
+    context.missing.forget_lost();
     read_pieces(pieces, file.as_fd()).and_then(|state| hooks.load_state(state)).map_err(failed)
 }
 
@@ -123,11 +123,11 @@ pub(super) fn load_state(
 pub(super) fn prepare_restore(
     context: &HookContext, image: &Path, hooks: &mut dyn Hooks,
 ) -> Reply<()> {
-    let _turn = context.ownership.turn();
+    let _guest_hooks = context.ownership.lock_guest_hooks();
     let link = context.link.id;
     context.ownership.lock().prepare_restore(link).map_err(forbidden)?;
     hooks.prepare_restore(image).map_err(failed)?;
-    context.ownership.lock().await_guest(link).map_err(forbidden)?;
-    context.faults.forget();
+    context.ownership.lock().allow_restore(link).map_err(forbidden)?;
+    context.missing.forget_lost();
     Ok(())
 }

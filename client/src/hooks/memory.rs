@@ -11,22 +11,22 @@ use std::sync::Arc;
 
 /// Finds out whether [`register_faults`] would work.
 pub(super) fn probe_faults(context: &HookContext) -> Reply<()> {
-    let probed = context.faults.probe(&context.memory);
+    let probed = context.missing.probe(&context.memory);
     probed.map_err(|error| RemoteError::new(ErrorCode::Unsupported, chain(&error)))
 }
 
 /// Registers the mappings for missing pages. Returns the userfaultfd for the agent.
 pub(super) fn register_faults(context: &HookContext, hooks: &mut dyn Hooks) -> Reply<OwnedFd> {
-    let HookContext { link, memory, ownership, faults, probe, .. } = context;
-    let _turn = ownership.turn();
+    let HookContext { link, memory, ownership, missing, probe, .. } = context;
+    let _guest_hooks = ownership.lock_guest_hooks();
     // As for the state: only the guest that was asked for may come into this memory.
     ownership.lock().load_state(link.id).map_err(forbidden)?;
-    if faults.pending() {
+    if missing.is_pending() {
         let sentence = "the mappings are registered already";
         return Err(RemoteError::new(ErrorCode::State, sentence));
     }
     hooks.memory_pending().map_err(failed)?;
-    let registered = faults.register(memory, Arc::clone(link), ownership, probe.clone());
+    let registered = missing.register(memory, Arc::clone(link), ownership, probe.clone());
     registered.map_err(|error| {
         // The VMM was told that memory is pending, and none is.
         hooks.memory_complete();
@@ -36,9 +36,9 @@ pub(super) fn register_faults(context: &HookContext, hooks: &mut dyn Hooks) -> R
 
 /// Takes the registration for missing pages back: all memory is here, or the rest never comes.
 pub(super) fn unregister_faults(context: &HookContext, complete: bool, hooks: &mut dyn Hooks) {
-    let turn = context.ownership.turn();
-    if complete && context.faults.pending_by(context.link.id) {
-        context.faults.unregister();
+    let turn = context.ownership.lock_guest_hooks();
+    if complete && context.missing.is_pending_for(context.link.id) {
+        context.missing.unregister();
         hooks.memory_complete();
     } else {
         drop(turn);
@@ -48,19 +48,19 @@ pub(super) fn unregister_faults(context: &HookContext, complete: bool, hooks: &m
 
 /// If memory is missing for which this agent was responsible, it never comes.
 pub(super) fn give_up_missing_pages(context: &HookContext, hooks: &mut dyn Hooks) {
-    let HookContext { link, ownership, faults, .. } = context;
-    let turn = ownership.turn();
-    if !faults.is_news(link.id) {
+    let HookContext { link, ownership, missing, .. } = context;
+    let turn = ownership.lock_guest_hooks();
+    if !missing.is_lost_unreported(link.id) {
         return;
     }
     if ownership.lock().ownership() == Ownership::Ours {
         // The VMM stops its guest. Other hook channels need not wait for that.
         drop(turn);
         hooks.memory_lost();
-        faults.give_up(link.id, true);
+        missing.set_lost(link.id, true);
     } else {
         // The guest never ran here.
-        faults.unregister();
+        missing.unregister();
         hooks.memory_complete();
     }
 }
@@ -70,7 +70,7 @@ pub(super) fn watch_writes(context: &HookContext, hooks: &mut dyn Hooks) -> Repl
     let HookContext { link, memory, ownership, writes, tracking, probe, .. } = context;
     let id = link.id;
     ownership.lock().watch_writes(id).map_err(forbidden)?;
-    context.check_whole()?;
+    context.check_memory_complete()?;
     let already = || RemoteError::new(ErrorCode::State, "writes are watched already");
     if !writes.announce(id, || hooks.writes_watched()).map_err(failed)? {
         return Err(already());

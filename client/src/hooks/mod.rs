@@ -7,18 +7,18 @@
 //! - [`memory`]: missing pages and watched writes;
 //! - [`trackers`]: the VMM's tracker, write-protect scanning, throttling;
 //! - [`end`]: what is undone when the agent is lost;
-//! - [`guarded`]: a panic of a hook becomes an error;
-//! - [`state`]: the file in which the state of the VMM travels.
+//! - [`catch_panics`]: a panic of a hook becomes an error;
+//! - [`state_file`]: the file in which the state of the VMM travels.
 
 mod api;
+mod catch_panics;
 mod channel;
 mod context;
 mod end;
 mod error;
-mod guarded;
 mod guest;
 mod memory;
-mod state;
+mod state_file;
 mod trackers;
 
 pub use api::{ClearPages, Hooks, StatePiece};

@@ -5,8 +5,8 @@ use RunState::{Paused, Running};
 const LINK: u64 = 7;
 /// The agent that is attached next.
 const OTHER: u64 = 8;
-const RUN: Resume = Resume::To(Running);
-const STAY: Resume = Resume::To(Paused);
+const RUN: ResumeAction = ResumeAction::SetRunState(Running);
+const STAY: ResumeAction = ResumeAction::SetRunState(Paused);
 
 const OWNERSHIPS: [Ownership; 4] =
     [Ownership::Ours, Ownership::Relinquished, Ownership::Gone, Ownership::Awaiting];
@@ -21,18 +21,18 @@ const PAUSES: [Pause; 5] = [
 const MIGRATION: Migration = Migration { session: [1; 16], release: true };
 
 /// Every state there is, also those that no run comes to.
-fn all() -> impl Iterator<Item = Machine> {
+fn all() -> impl Iterator<Item = StateMachine> {
     OWNERSHIPS.into_iter().flat_map(|ownership| {
         PAUSES.into_iter().flat_map(move |pause| {
-            [None, Some(LINK), Some(OTHER)].into_iter().flat_map(move |asked_by| {
-                [false, true].into_iter().flat_map(move |unanswered| {
-                    [Running, Paused].map(|run_state| Machine {
+            [None, Some(LINK), Some(OTHER)].into_iter().flat_map(move |requested_by| {
+                [false, true].into_iter().flat_map(move |start_unanswered| {
+                    [Running, Paused].map(|run_state| StateMachine {
                         ownership,
                         pause,
                         run_state,
-                        asked_by,
-                        unanswered,
-                        awaited: 0,
+                        requested_by,
+                        start_unanswered,
+                        awaited_count: 0,
                         agent: 0,
                         migration: Migration::default(),
                     })
@@ -43,9 +43,9 @@ fn all() -> impl Iterator<Item = Machine> {
 }
 
 /// Ours, or asked to be given up for another, without an answer.
-fn is_here(machine: Machine) -> bool {
+fn is_guest_here(machine: StateMachine) -> bool {
     machine.ownership == Ownership::Ours
-        || machine.ownership == Ownership::Awaiting && machine.unanswered
+        || machine.ownership == Ownership::Awaiting && machine.start_unanswered
 }
 
 fn status(kind: JobKind, phase: Phase) -> JobStatus {
@@ -53,8 +53,8 @@ fn status(kind: JobKind, phase: Phase) -> JobStatus {
 }
 
 /// A source up to the answer of relinquish.
-fn relinquished() -> Machine {
-    let mut machine = Machine::new();
+fn relinquished() -> StateMachine {
+    let mut machine = StateMachine::new();
     machine.pause(LINK).unwrap();
     machine.paused(LINK, true, Running);
     machine.relinquish(LINK, MIGRATION).unwrap();
@@ -67,7 +67,7 @@ fn relinquish_needs_a_guest_that_is_ours_and_was_paused_by_that_agent() {
         let mut machine = before;
         let allowed = match before.ownership {
             Ownership::Ours => before.pause == Pause::Paused { link: LINK },
-            Ownership::Relinquished => before.asked_by == Some(LINK),
+            Ownership::Relinquished => before.requested_by == Some(LINK),
             Ownership::Gone | Ownership::Awaiting => false,
         };
         assert_eq!(machine.relinquish(LINK, MIGRATION).is_ok(), allowed, "{before:?}");
@@ -88,21 +88,22 @@ fn resume_without_force_is_for_who_was_asked() {
         let mut machine = before;
         let allowed = match before.ownership {
             Ownership::Ours => true,
-            Ownership::Relinquished | Ownership::Awaiting => before.asked_by == Some(LINK),
+            Ownership::Relinquished | Ownership::Awaiting => before.requested_by == Some(LINK),
             Ownership::Gone => false,
         };
         match machine.resume(LINK, false, false) {
             Ok(what) => {
                 assert!(allowed, "{before:?}");
                 // Or the agent that is attached next has paused it.
-                let runs = is_here(before) && before.pause.link() != Some(LINK);
+                let runs = is_guest_here(before) && before.pause.link() != Some(LINK);
                 // The one that is awaited runs; one that was paused here goes back to what it was.
-                let comes = before.ownership == Ownership::Awaiting && !before.unanswered;
-                let goal = Resume::To(if comes { Running } else { before.run_state });
-                assert_eq!(what, if runs { Resume::Already } else { goal }, "{before:?}");
-                if before.ownership == Ownership::Awaiting && before.unanswered {
+                let comes = before.ownership == Ownership::Awaiting && !before.start_unanswered;
+                let goal =
+                    ResumeAction::SetRunState(if comes { Running } else { before.run_state });
+                assert_eq!(what, if runs { ResumeAction::Nothing } else { goal }, "{before:?}");
+                if before.ownership == Ownership::Awaiting && before.start_unanswered {
                     assert_eq!(machine, before, "it is the guest before the one that is awaited");
-                } else if what == Resume::Already {
+                } else if what == ResumeAction::Nothing {
                     assert_eq!(machine.pause, before.pause, "{before:?}");
                 } else {
                     assert_eq!(machine.ownership, Ownership::Ours, "{before:?}");
@@ -124,7 +125,7 @@ fn resume_by_force_always_calls_the_vmm() {
         assert_eq!(machine.ownership, Ownership::Ours, "{before:?}");
         machine.resumed(LINK, true);
         assert_eq!(machine.pause, Pause::Running);
-        assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
+        assert_eq!(machine.resume(LINK, false, false), Ok(ResumeAction::Nothing));
     }
 }
 
@@ -132,8 +133,8 @@ fn resume_by_force_always_calls_the_vmm() {
 fn only_a_guest_that_is_here_is_paused_and_an_attempt_ends_the_say_of_the_one_before() {
     for before in all() {
         let mut machine = before;
-        assert_eq!(machine.pause(LINK).is_ok(), is_here(before), "{before:?}");
-        if is_here(before) {
+        assert_eq!(machine.pause(LINK).is_ok(), is_guest_here(before), "{before:?}");
+        if is_guest_here(before) {
             assert_eq!(machine, before);
         } else {
             assert!(machine.resume(LINK, false, false).is_err(), "{before:?}");
@@ -147,7 +148,11 @@ fn the_end_of_the_agent_resumes_only_what_it_paused_and_is_ours() {
     for before in all() {
         let machine = before;
         let resumes = before.ownership == Ownership::Ours && before.pause.link() == Some(LINK);
-        assert_eq!(machine.closed(LINK), resumes.then_some(before.run_state), "{before:?}");
+        assert_eq!(
+            machine.run_state_after_loss(LINK),
+            resumes.then_some(before.run_state),
+            "{before:?}"
+        );
         assert_eq!(machine, before);
     }
 }
@@ -175,13 +180,15 @@ fn only_an_event_of_an_outgoing_job_moves_a_guest_that_was_given_up() {
                 let mut machine = before;
                 machine.event(LINK, &status(kind, phase));
                 // An agent from before the one that asked for the line speaks of something else.
-                let is_of_before = before.asked_by == Some(OTHER);
+                let is_of_before = before.requested_by == Some(OTHER);
                 let given = kind == JobKind::Outgoing
                     && before.ownership == Ownership::Relinquished
                     && !is_of_before;
                 let expected = match phase {
-                    Phase::Completed if given => Machine { ownership: Ownership::Gone, ..before },
-                    Phase::Unconfirmed if given => Machine { asked_by: None, ..before },
+                    Phase::Completed if given => {
+                        StateMachine { ownership: Ownership::Gone, ..before }
+                    }
+                    Phase::Unconfirmed if given => StateMachine { requested_by: None, ..before },
                     _ => before,
                 };
                 assert_eq!(machine, expected, "{before:?} {kind:?} {phase:?}");
@@ -194,10 +201,10 @@ fn only_an_event_of_an_outgoing_job_moves_a_guest_that_was_given_up() {
 fn a_guest_that_is_refused_leaves_everything_as_it_was() {
     for before in all() {
         let mut machine = before;
-        let kept = machine.ask_for_guest(LINK);
+        let kept = machine.begin_start(LINK);
         assert_eq!(machine.ownership, Ownership::Awaiting);
-        machine.await_refused(kept);
-        assert_eq!(machine, Machine { awaited: 1, ..before });
+        machine.start_refused(kept);
+        assert_eq!(machine, StateMachine { awaited_count: 1, ..before });
     }
 }
 
@@ -205,35 +212,35 @@ fn a_guest_that_is_refused_leaves_everything_as_it_was() {
 fn a_guest_that_is_refused_does_not_give_back_what_an_operator_s_restore_took() {
     for before in all() {
         let mut machine = before;
-        let kept = machine.ask_for_guest(LINK);
-        machine.await_guest(LINK).unwrap();
+        let kept = machine.begin_start(LINK);
+        machine.allow_restore(LINK).unwrap();
         let allowed = machine;
-        machine.await_refused(kept);
+        machine.start_refused(kept);
         assert_eq!(machine, allowed, "{before:?}");
         // Nor the other way around.
-        let kept = machine.ask_for_guest(LINK);
-        machine.await_refused(kept);
-        assert_eq!(machine, Machine { awaited: 3, ..allowed }, "{before:?}");
+        let kept = machine.begin_start(LINK);
+        machine.start_refused(kept);
+        assert_eq!(machine, StateMachine { awaited_count: 3, ..allowed }, "{before:?}");
     }
 }
 
 #[test]
 fn the_resume_that_ends_a_snapshot_is_not_the_one_of_the_guest_that_is_awaited() {
     for accepted in [true, false] {
-        let mut machine = Machine::new();
+        let mut machine = StateMachine::new();
         machine.pause(LINK).unwrap();
         machine.paused(LINK, true, Running);
-        let kept = machine.ask_for_guest(LINK);
+        let kept = machine.begin_start(LINK);
         assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
         machine.resumed(LINK, true);
         assert_eq!(machine.ownership(), Ownership::Awaiting);
         if accepted {
-            machine.await_answered();
+            machine.start_answered();
             machine.load_state(LINK).unwrap();
             assert_eq!(machine.resume(LINK, false, false), Ok(RUN), "the guest that came");
         } else {
-            machine.await_refused(kept);
-            assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
+            machine.start_refused(kept);
+            assert_eq!(machine.resume(LINK, false, false), Ok(ResumeAction::Nothing));
         }
         assert_eq!(machine.ownership(), Ownership::Ours);
     }
@@ -243,24 +250,26 @@ fn the_resume_that_ends_a_snapshot_is_not_the_one_of_the_guest_that_is_awaited()
 fn a_snapshot_goes_on_until_the_agent_accepts_to_bring_a_guest_or_brings_it() {
     for before in all() {
         let mut asked = before;
-        asked.ask_for_guest(LINK);
-        assert_eq!(asked.watch_writes(LINK).is_ok(), is_here(before), "{before:?}");
-        assert_eq!(asked.pause(LINK).is_ok(), is_here(before), "{before:?}");
-        if !is_here(before) {
+        asked.begin_start(LINK);
+        assert_eq!(asked.watch_writes(LINK).is_ok(), is_guest_here(before), "{before:?}");
+        assert_eq!(asked.pause(LINK).is_ok(), is_guest_here(before), "{before:?}");
+        if !is_guest_here(before) {
             continue;
         }
         assert!(
-            asked.relinquish(LINK, MIGRATION).is_err() && asked.closed(LINK).is_none(),
+            asked.relinquish(LINK, MIGRATION).is_err()
+                && asked.run_state_after_loss(LINK).is_none(),
             "{before:?}"
         );
         asked.paused(LINK, true, Running);
         assert!(
-            asked.relinquish(LINK, MIGRATION).is_err() && asked.closed(LINK).is_none(),
+            asked.relinquish(LINK, MIGRATION).is_err()
+                && asked.run_state_after_loss(LINK).is_none(),
             "half of another guest may be here"
         );
 
         let mut answered = asked;
-        answered.await_answered();
+        answered.start_answered();
         let mut brought = asked;
         brought.load_state(LINK).unwrap();
         for mut machine in [answered, brought] {
@@ -282,9 +291,12 @@ fn a_snapshot_goes_on_until_the_agent_accepts_to_bring_a_guest_or_brings_it() {
 fn state_is_loaded_only_from_the_agent_that_was_asked() {
     for before in all() {
         let mut machine = before;
-        let asked = before.ownership == Ownership::Awaiting && before.asked_by == Some(LINK);
+        let asked = before.ownership == Ownership::Awaiting && before.requested_by == Some(LINK);
         assert_eq!(machine.load_state(LINK).is_ok(), asked, "{before:?}");
-        assert_eq!(machine, if asked { Machine { unanswered: false, ..before } } else { before });
+        assert_eq!(
+            machine,
+            if asked { StateMachine { start_unanswered: false, ..before } } else { before }
+        );
     }
 }
 
@@ -296,12 +308,16 @@ fn an_operator_restores_over_any_guest_but_one_that_may_return() {
         assert_eq!(machine.prepare_restore(LINK).is_ok(), allowed, "{before:?}");
         assert_eq!(machine, before, "the VMM is still to be asked");
         if allowed {
-            machine.await_guest(LINK).unwrap();
+            machine.allow_restore(LINK).unwrap();
             assert!(
                 machine.load_state(LINK).is_ok() && machine.load_state(OTHER).is_err(),
                 "{before:?}"
             );
-            assert_eq!(machine.closed(LINK), None, "nobody runs what is half restored");
+            assert_eq!(
+                machine.run_state_after_loss(LINK),
+                None,
+                "nobody runs what is half restored"
+            );
             for phase in [Phase::Failed, Phase::Cancelled, Phase::Completed] {
                 machine.event(LINK, &status(JobKind::Restore, phase));
                 assert_eq!(machine.ownership(), Ownership::Awaiting, "{before:?}");
@@ -318,7 +334,7 @@ fn an_operator_restores_over_any_guest_but_one_that_may_return() {
 #[test]
 fn writes_are_watched_only_of_a_guest_that_is_here() {
     for before in all() {
-        assert_eq!(before.watch_writes(LINK).is_ok(), is_here(before), "{before:?}");
+        assert_eq!(before.watch_writes(LINK).is_ok(), is_guest_here(before), "{before:?}");
     }
 }
 
@@ -326,26 +342,26 @@ fn writes_are_watched_only_of_a_guest_that_is_here() {
 fn take_by_force_is_like_new() {
     for mut machine in all() {
         machine.take_by_force();
-        assert_eq!(machine, Machine::new());
+        assert_eq!(machine, StateMachine::new());
     }
 }
 
 #[test]
 fn an_agent_that_dies_before_the_line_leaves_the_guest_here() {
-    let mut machine = Machine::new();
+    let mut machine = StateMachine::new();
     machine.pause(LINK).unwrap();
     machine.paused(LINK, true, Running);
-    assert_eq!(machine.closed(LINK), Some(Running));
+    assert_eq!(machine.run_state_after_loss(LINK), Some(Running));
 
     let mut machine = relinquished();
     machine.relinquish_unanswered(LINK);
-    assert_eq!(machine.closed(LINK), Some(Running), "the agent never had the answer");
+    assert_eq!(machine.run_state_after_loss(LINK), Some(Running), "the agent never had the answer");
 }
 
 #[test]
 fn an_agent_that_dies_after_the_line_leaves_it_standing_still() {
     let mut machine = relinquished();
-    assert_eq!(machine.closed(LINK), None);
+    assert_eq!(machine.run_state_after_loss(LINK), None);
     assert_eq!(machine.ownership(), Ownership::Relinquished);
     assert!(
         machine.resume(OTHER, false, false).is_err(),
@@ -358,42 +374,46 @@ fn an_agent_that_dies_after_the_line_leaves_it_standing_still() {
 /// is no ground to give the guest up, and still something to undo, by the agent or by its end.
 #[test]
 fn a_pause_that_failed_counts_as_not_paused_and_is_undone_like_one_that_did_not() {
-    let mut machine = Machine::new();
+    let mut machine = StateMachine::new();
     machine.paused(LINK, false, Running);
     assert!(machine.relinquish(LINK, MIGRATION).is_err());
     assert!(
-        machine.waits_for_agent(),
+        machine.is_paused_for_agent(),
         "an agent that hangs is found as soon as for a guest that is paused"
     );
-    assert_eq!(machine.closed(LINK), Some(Running), "the agent died");
+    assert_eq!(machine.run_state_after_loss(LINK), Some(Running), "the agent died");
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
     machine.resumed(LINK, true);
-    assert_eq!((machine.closed(LINK), machine.waits_for_agent()), (None, false));
+    assert_eq!((machine.run_state_after_loss(LINK), machine.is_paused_for_agent()), (None, false));
 }
 
 #[test]
 fn a_resume_that_failed_is_tried_again() {
-    let mut machine = Machine::new();
-    machine.await_guest(LINK).unwrap();
+    let mut machine = StateMachine::new();
+    machine.allow_restore(LINK).unwrap();
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
     machine.resumed(LINK, false);
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
 
-    let mut machine = Machine::new();
+    let mut machine = StateMachine::new();
     machine.paused(LINK, true, Running);
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
     machine.resumed(LINK, false);
-    assert_eq!(machine.closed(LINK), Some(Running), "the end of the agent tries again");
+    assert_eq!(
+        machine.run_state_after_loss(LINK),
+        Some(Running),
+        "the end of the agent tries again"
+    );
 }
 
 #[test]
 fn a_guest_that_its_operator_paused_goes_back_to_that_whoever_lets_go_of_it() {
-    let mut machine = Machine::new();
+    let mut machine = StateMachine::new();
     assert_eq!(machine.run_state_before_pause(), None, "its VMM knows");
     machine.pause(LINK).unwrap();
     machine.paused(LINK, true, Paused);
     assert_eq!(machine.run_state_before_pause(), Some(Paused));
-    assert_eq!(machine.closed(LINK), Some(Paused), "the agent died");
+    assert_eq!(machine.run_state_after_loss(LINK), Some(Paused), "the agent died");
     let mut given_up = machine;
     given_up.relinquish(LINK, MIGRATION).unwrap();
     // A failure, before the line and after it, and whatever the agent says of it.
@@ -402,7 +422,7 @@ fn a_guest_that_its_operator_paused_goes_back_to_that_whoever_lets_go_of_it() {
         assert_eq!(machine.ownership(), Ownership::Ours);
         machine.resumed(LINK, true);
         assert_eq!(machine.run_state_before_pause(), None);
-        assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
+        assert_eq!(machine.resume(LINK, false, false), Ok(ResumeAction::Nothing));
     }
     assert_eq!(
         given_up.resume(OTHER, true, false),
@@ -413,7 +433,7 @@ fn a_guest_that_its_operator_paused_goes_back_to_that_whoever_lets_go_of_it() {
 
 #[test]
 fn a_pause_that_failed_does_not_run_a_guest_that_was_paused() {
-    let mut machine = Machine::new();
+    let mut machine = StateMachine::new();
     machine.paused(LINK, false, Paused);
     assert_eq!(
         machine.run_state_before_pause(),
@@ -429,7 +449,7 @@ fn a_guest_that_comes_is_what_the_agent_says_and_not_what_the_one_before_was() {
     for before in all().filter(|before| before.pause.link() != Some(OTHER)) {
         for paused in [false, true] {
             let mut machine = before;
-            machine.await_guest(LINK).unwrap();
+            machine.allow_restore(LINK).unwrap();
             let goal = if paused { STAY } else { RUN };
             assert_eq!(machine.resume(LINK, false, paused), Ok(goal), "{before:?}");
             assert_eq!(machine.ownership(), Ownership::Ours);
@@ -440,7 +460,7 @@ fn a_guest_that_comes_is_what_the_agent_says_and_not_what_the_one_before_was() {
                 "it is tried again: {before:?}"
             );
             machine.resumed(LINK, true);
-            assert_eq!(machine.resume(LINK, false, paused), Ok(Resume::Already));
+            assert_eq!(machine.resume(LINK, false, paused), Ok(ResumeAction::Nothing));
         }
     }
 }
@@ -448,12 +468,12 @@ fn a_guest_that_comes_is_what_the_agent_says_and_not_what_the_one_before_was() {
 #[test]
 fn an_agent_that_was_replaced_begins_nothing_and_changes_nothing() {
     for before in all() {
-        let mut machine = Machine { agent: OTHER, ..before };
+        let mut machine = StateMachine { agent: OTHER, ..before };
         let kept = machine;
         assert_eq!(machine.pause(LINK), Err(Forbidden::Replaced));
         assert_eq!(machine.prepare_restore(LINK), Err(Forbidden::Replaced));
         assert_eq!(
-            machine.await_guest(LINK),
+            machine.allow_restore(LINK),
             Err(Forbidden::Replaced),
             "the VMM was asked before it was replaced"
         );
@@ -469,51 +489,55 @@ fn an_agent_that_was_replaced_begins_nothing_and_changes_nothing() {
             unreplaced.resume(LINK, false, false),
             "{before:?}"
         );
-        assert_eq!(machine, Machine { agent: OTHER, ..unreplaced });
+        assert_eq!(machine, StateMachine { agent: OTHER, ..unreplaced });
     }
 }
 
 #[test]
 fn the_agent_before_does_not_resume_what_the_next_one_has_paused() {
     for success in [true, false] {
-        let mut machine = Machine::new();
+        let mut machine = StateMachine::new();
         machine.admit(LINK);
         machine.pause(LINK).unwrap();
         machine.paused(LINK, true, Paused);
         machine.admit(OTHER);
         machine.pause(OTHER).unwrap();
         machine.paused(OTHER, success, machine.run_state_before_pause().unwrap());
-        assert_eq!(machine.closed(LINK), None);
-        assert_eq!(machine.resume(LINK, false, false), Ok(Resume::Already));
-        assert_eq!(machine.closed(OTHER), Some(Paused), "as its operator had it before either");
+        assert_eq!(machine.run_state_after_loss(LINK), None);
+        assert_eq!(machine.resume(LINK, false, false), Ok(ResumeAction::Nothing));
+        assert_eq!(
+            machine.run_state_after_loss(OTHER),
+            Some(Paused),
+            "as its operator had it before either"
+        );
         assert_eq!(machine.relinquish(OTHER, MIGRATION).is_ok(), success);
     }
 }
 
 #[test]
 fn the_end_of_the_agent_before_takes_nothing_from_the_guest_that_the_next_one_brings() {
-    let mut machine = Machine::new();
+    let mut machine = StateMachine::new();
     machine.admit(LINK);
-    machine.ask_for_guest(LINK);
-    machine.await_answered();
+    machine.begin_start(LINK);
+    machine.start_answered();
     machine.admit(OTHER);
-    machine.ask_for_guest(OTHER);
-    machine.await_answered();
-    assert!(machine.forgo(LINK), "who waits for its memory is let go all the same");
+    machine.begin_start(OTHER);
+    machine.start_answered();
+    assert!(machine.stop_awaiting(LINK), "who waits for its memory is let go all the same");
     assert_eq!(machine.load_state(OTHER), Ok(()));
     assert_eq!(machine.resume(OTHER, false, false), Ok(RUN));
 }
 
 #[test]
 fn a_guest_that_is_paused_while_another_is_refused_does_not_stay_paused_for_good() {
-    let mut machine = Machine::new();
+    let mut machine = StateMachine::new();
     machine.admit(LINK);
     machine.paused(LINK, true, Running);
     machine.admit(OTHER);
-    let before = machine.ask_for_guest(OTHER);
-    assert_eq!(machine.closed(LINK), None, "half of another guest may be here");
-    machine.await_refused(before);
-    assert_eq!(machine.closed(OTHER), Some(Running));
+    let before = machine.begin_start(OTHER);
+    assert_eq!(machine.run_state_after_loss(LINK), None, "half of another guest may be here");
+    machine.start_refused(before);
+    assert_eq!(machine.run_state_after_loss(OTHER), Some(Running));
     assert_eq!(machine.resume(OTHER, false, false), Ok(RUN));
 }
 

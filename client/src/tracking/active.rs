@@ -19,36 +19,36 @@
 
 use crate::error::Error;
 use crate::memory::Memory;
-use crate::registration::Registered;
+use crate::registration::Registration;
 use crate::sync::lock;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::error::chain;
-use pageferry_protocol::userfault::{Register, feature};
+use pageferry_protocol::userfault::{RegisterMode, feature};
 use std::sync::{Mutex, MutexGuard};
 
 /// Features that write-protect scanning needs.
-pub(crate) const SCANNING: u64 =
+pub(crate) const SCAN_FEATURES: u64 =
     feature::WP_HUGETLBFS_SHMEM | feature::WP_UNPOPULATED | feature::WP_ASYNC;
 
 /// Shared by a client and its hook channels.
 #[derive(Debug, Default)]
-pub(crate) struct Tracking(Mutex<State>);
+pub(crate) struct ActiveTrackers(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
     /// The connection whose agent has started the VMM's own tracker.
     hooks: Option<u64>,
-    scanning: Option<Scanning>,
+    scanning: Option<Scan>,
     /// The connection whose agent has the guest throttled.
     throttled: Option<u64>,
 }
 
 #[derive(Debug)]
-struct Scanning {
+struct Scan {
     /// The connection whose agent scans.
     link: u64,
     /// `None` while it is suspended.
-    registered: Option<Registered>,
+    registered: Option<Registration>,
 }
 
 /// The agent of a later connection has started this meanwhile.
@@ -69,7 +69,7 @@ impl From<Replaced> for RemoteError {
     }
 }
 
-impl Tracking {
+impl ActiveTrackers {
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.0)
     }
@@ -129,7 +129,7 @@ impl Tracking {
         state.scanning = None;
         let registered =
             register(memory).map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
-        state.scanning = Some(Scanning { link, registered: Some(registered) });
+        state.scanning = Some(Scan { link, registered: Some(registered) });
         Ok(())
     }
 
@@ -172,7 +172,9 @@ impl Tracking {
 
     /// The agent of this connection is lost: nothing is left registered for it, and its tracker is
     /// stopped by `stop`, if it is on.
-    pub(crate) fn lost<E>(&self, link: u64, stop: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+    pub(crate) fn agent_lost<E>(
+        &self, link: u64, stop: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
         self.stop_scanning(link);
         let mut state = self.state();
         match state.hooks.take_if(|by| *by == link) {
@@ -181,13 +183,13 @@ impl Tracking {
         }
     }
 
-    /// The agent of this connection is lost: a throttle of its own is lifted by `let_go`.
-    pub(crate) fn lost_throttle<E>(
-        &self, link: u64, let_go: impl FnOnce() -> Result<(), E>,
+    /// The agent of this connection is lost: a throttle of its own is lifted by `lift`.
+    pub(crate) fn lift_throttle<E>(
+        &self, link: u64, lift: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
         let mut state = self.state();
         match state.throttled.take_if(|by| *by == link) {
-            Some(_) => let_go(),
+            Some(_) => lift(),
             None => Ok(()),
         }
     }
@@ -199,8 +201,8 @@ impl State {
     }
 }
 
-fn register(memory: &Memory) -> Result<Registered, Error> {
-    Registered::all(memory, SCANNING, Register::WriteProtect)
+fn register(memory: &Memory) -> Result<Registration, Error> {
+    Registration::register_all(memory, SCAN_FEATURES, RegisterMode::WriteProtect)
 }
 
 #[cfg(test)]
@@ -220,7 +222,7 @@ mod tests {
 
     #[test]
     fn what_the_next_agent_has_started_the_one_before_neither_starts_nor_clears_nor_stops() {
-        let tracking = Tracking::default();
+        let tracking = ActiveTrackers::default();
         tracking.start_hooks(OLD, nothing).unwrap();
         tracking.start_hooks(NEW, nothing).unwrap();
         tracking.throttle(NEW, 30, nothing).unwrap();
@@ -232,22 +234,22 @@ mod tests {
             assert_eq!(refused.unwrap_err().code, ErrorCode::State);
         }
         tracking.stop_hooks(OLD, not_called).unwrap();
-        tracking.lost(OLD, not_called).unwrap();
-        tracking.lost_throttle(OLD, not_called).unwrap();
+        tracking.agent_lost(OLD, not_called).unwrap();
+        tracking.lift_throttle(OLD, not_called).unwrap();
         let mut calls = 0;
         let mut called = || {
             calls += 1;
             nothing()
         };
-        tracking.lost(NEW, &mut called).unwrap();
-        tracking.lost_throttle(NEW, &mut called).unwrap();
+        tracking.agent_lost(NEW, &mut called).unwrap();
+        tracking.lift_throttle(NEW, &mut called).unwrap();
         assert_eq!(calls, 2);
     }
 
     #[test]
     fn the_agent_before_takes_no_registration_from_the_scan_of_the_next_one() {
-        let tracking = Tracking::default();
-        tracking.state().scanning = Some(Scanning { link: NEW, registered: None });
+        let tracking = ActiveTrackers::default();
+        tracking.state().scanning = Some(Scan { link: NEW, registered: None });
         let memory = Memory::new(1 << 30).unwrap();
         assert_eq!(tracking.start_scanning(OLD, &memory).unwrap_err().code, ErrorCode::State);
         assert_eq!(tracking.suspend(OLD), Err(Replaced("write-protect scanning")));

@@ -8,13 +8,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// What each agent is told.
 #[derive(Debug, Default)]
-pub(crate) struct Declared {
+pub(crate) struct DeclaredTrackers {
     sources: Trackers,
     /// Of this process, for write-protect scanning.
     pagemap: Option<OwnedFd>,
 }
 
-impl Declared {
+impl DeclaredTrackers {
     pub(crate) fn new(sources: Trackers, pagemap: Option<OwnedFd>) -> Self {
         Self { sources, pagemap }
     }

@@ -11,8 +11,8 @@
 //! Seen are the writes of vCPUs and of the VMM that go through this mapping. Not seen are `write()`
 //! to the file, and other mappings of it: those writers mark the shared log.
 
-use super::active::SCANNING;
-use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd};
+use super::active::SCAN_FEATURES;
+use pageferry_protocol::userfault::{AddressRange, RegisterMode, Userfaultfd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -45,7 +45,7 @@ pub(crate) fn open_pagemap() -> rustix::io::Result<OwnedFd> {
 pub struct WriteProtect {
     uffd: Userfaultfd,
     pagemap: OwnedFd,
-    registered: Vec<Addresses>,
+    registered: Vec<AddressRange>,
 }
 
 impl WriteProtect {
@@ -56,12 +56,12 @@ impl WriteProtect {
     /// If userfaultfd is not allowed or too old, or a mapping cannot be registered; then none is
     /// left registered.
     pub fn register(ranges: &[(u64, u64)]) -> Result<Self, UffdError> {
-        let uffd = Userfaultfd::open(SCANNING)?;
+        let uffd = Userfaultfd::open(SCAN_FEATURES)?;
         let pagemap = open_pagemap().map_err(|source| UffdError::Pagemap { source })?;
         let mut this = Self { uffd, pagemap, registered: Vec::with_capacity(ranges.len()) };
         for &(start, length) in ranges {
-            let range = Addresses { start, length };
-            this.uffd.register(range, Register::WriteProtect)?;
+            let range = AddressRange { start, length };
+            this.uffd.register(range, RegisterMode::WriteProtect)?;
             this.registered.push(range);
         }
         Ok(this)

@@ -11,7 +11,7 @@ mod watching;
 use pageferry_client::{BlockSpec, Client, MappedBitmap};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::hook_reply::decode_hook_reply;
-use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Userfaultfd};
+use pageferry_protocol::userfault::{AddressRange, MAX_FAULTS, Userfaultfd};
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -43,13 +43,13 @@ impl Ram {
         BlockSpec { vmm_address: self.page(0).start, ..spec(id, gpa, &self.memory) }
     }
 
-    pub(crate) fn all(&self) -> Addresses {
-        Addresses { length: PAGES * PAGE, ..self.page(0) }
+    pub(crate) fn all(&self) -> AddressRange {
+        AddressRange { length: PAGES * PAGE, ..self.page(0) }
     }
 
-    pub(crate) fn page(&self, page: u64) -> Addresses {
+    pub(crate) fn page(&self, page: u64) -> AddressRange {
         let start = self.words.storage().address_range().start as u64 + page * PAGE;
-        Addresses { start, length: PAGE }
+        AddressRange { start, length: PAGE }
     }
 
     pub(crate) fn write(&self, page: u64) {
@@ -87,7 +87,7 @@ pub(crate) fn watch(agent: &mut FakeAgent) -> Userfaultfd {
 }
 
 /// Waits until somebody waits at this page, and nowhere else.
-pub(crate) fn assert_waits_at(uffd: &Userfaultfd, page: Addresses) {
+pub(crate) fn assert_waits_at(uffd: &Userfaultfd, page: AddressRange) {
     assert_eq!(
         pageferry_protocol::control::socket::wait(uffd.as_fd(), PollFlags::IN, soon()),
         Ok(true),

@@ -4,7 +4,7 @@ use crate::support::*;
 use crate::*;
 use pageferry_client::{ErrorCode, Trackers};
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::userfault::{Register, UserfaultError};
+use pageferry_protocol::userfault::{RegisterMode, UserfaultError};
 use std::thread::spawn;
 
 const SCAN: Hook = Hook::StartTracking { sources: Trackers::WRITE_PROTECT };
@@ -13,7 +13,7 @@ const NO_SCAN: Hook = Hook::StopTracking { sources: Trackers::WRITE_PROTECT };
 /// True if nobody has the mapping, which stays so.
 fn is_free(ram: &Ram) -> bool {
     let other = uffd().unwrap();
-    match other.register(ram.all(), Register::WriteProtect) {
+    match other.register(ram.all(), RegisterMode::WriteProtect) {
         Ok(()) => true,
         Err(UserfaultError::Register { source: rustix::io::Errno::BUSY, .. }) => false,
         Err(error) => panic!("{error}"),

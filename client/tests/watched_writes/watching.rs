@@ -5,7 +5,7 @@ use crate::*;
 use pageferry_client::{ErrorCode, JobStatus};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::request::Request;
-use pageferry_protocol::userfault::Register;
+use pageferry_protocol::userfault::RegisterMode;
 use std::thread::spawn;
 
 #[test]
@@ -14,7 +14,7 @@ fn write_waits_until_the_agent_lifts_the_protection() {
     let before = watched.ram.read(3);
     let done = watched.writer(3);
     assert_eq!(watched.ram.read(3), before, "who only reads does not wait");
-    watched.uffd.lift(watched.ram.page(3)).unwrap();
+    watched.uffd.unprotect(watched.ram.page(3)).unwrap();
     done.recv_timeout(SOON).unwrap();
     assert_eq!(watched.ram.read(3), u64::MAX);
 
@@ -47,7 +47,7 @@ fn hole_is_protected_too() {
     assert_eq!(allocated_pages(&ram.memory), 0, "protecting allocates nothing");
     let done = ram.writer(5);
     assert_waits_at(&uffd, ram.page(5));
-    uffd.lift(ram.page(5)).unwrap();
+    uffd.unprotect(ram.page(5)).unwrap();
     done.recv_timeout(SOON).unwrap();
     assert_eq!(allocated_pages(&ram.memory), 1);
     attached.lose_agent();
@@ -60,13 +60,15 @@ fn mapping_that_another_userfaultfd_has_is_refused_with_what_to_do() {
     let (first, second) = (Ram::new(), Ram::new());
     add_block(&attached.client, &mut attached.agent, &first, 1);
     add_block(&attached.client, &mut attached.agent, &second, 2);
-    other.register(second.all(), Register::WriteProtect).unwrap();
+    other.register(second.all(), RegisterMode::WriteProtect).unwrap();
     let error = attached.hook(&Hook::WatchWrites).unwrap_err();
     let expected = "block 2 is registered with another userfaultfd already, and a mapping can have only one: background \
                     snapshots, write-protect tracking, postcopy and lazy restore need it (a snapshot of mode paused \
                     does not)";
     assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::System, expected));
-    other.register(first.all(), Register::WriteProtect).expect("that nothing is left registered");
+    other
+        .register(first.all(), RegisterMode::WriteProtect)
+        .expect("that nothing is left registered");
 
     for ram in [&first, &second] {
         other.unregister(ram.all()).unwrap();
@@ -135,7 +137,7 @@ fn vmm_that_refuses_has_no_write_watched() {
     add_block(&attached.client, &mut attached.agent, &ram, 2);
     let error = attached.hook(&Hook::WatchWrites).unwrap_err();
     assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Other, "vCPU 3 does not stop"));
-    other.register(ram.all(), Register::WriteProtect).expect("that nothing is registered");
+    other.register(ram.all(), RegisterMode::WriteProtect).expect("that nothing is registered");
     let (_client, vmm) = attached.lose_agent();
     assert_eq!(vmm.calls(), ["watched", "lost Ours"], "nothing was watched");
 }
@@ -146,7 +148,7 @@ fn vmm_hears_that_writes_are_not_watched_after_all() {
     let mut attached = Attached::new(Vmm::default());
     let ram = Ram::new();
     add_block(&attached.client, &mut attached.agent, &ram, 2);
-    other.register(ram.all(), Register::WriteProtect).unwrap();
+    other.register(ram.all(), RegisterMode::WriteProtect).unwrap();
     assert_eq!(attached.refused(&Hook::WatchWrites), ErrorCode::System);
     assert_eq!(attached.calls(), ["watched", "unwatched"]);
     attached.lose_agent();

@@ -34,7 +34,7 @@ pub enum DecodeError {
         allowed: &'static str,
     },
     /// The time is none of those allowed.
-    #[error("{field} is {}, allowed: {allowed}", time(*micros))]
+    #[error("{field} is {}, allowed: {allowed}", format_micros(*micros))]
     Time {
         /// The field.
         field: &'static str,
@@ -55,7 +55,7 @@ pub enum DecodeError {
     },
     /// The same value twice, where each is to be another.
     #[error("{field} is {value:?} twice, each is to be another")]
-    Twice {
+    Duplicate {
         /// The field.
         field: &'static str,
         /// Its value.
@@ -70,7 +70,7 @@ pub enum DecodeError {
 }
 
 /// A time in the largest unit in which it is a whole number.
-fn time(micros: u64) -> String {
+fn format_micros(micros: u64) -> String {
     match micros {
         0 => "0 s".to_owned(),
         _ if micros.is_multiple_of(1_000_000) => format!("{} s", micros / 1_000_000),

@@ -13,7 +13,7 @@
 //! - [`trackers`]: who reports the guest's writes;
 //! - [`hook`]: requests of the agent to the VMM; [`hook_reply`]: their answers;
 //! - [`state_pieces`]: the list of the pieces in which a VMM saves its state;
-//! - [`standard`] (feature `vhost-user`): the part of vhost-user that hands over memory.
+//! - [`vhost_user`] (feature `vhost-user`): the part of vhost-user that hands over memory.
 
 pub mod codec;
 pub mod frame;
@@ -26,11 +26,11 @@ pub mod reply;
 pub mod request;
 pub mod role;
 pub mod socket;
-#[cfg(feature = "vhost-user")]
-pub mod standard;
 pub mod state_pieces;
 pub mod trackers;
 pub mod unix_path;
+#[cfg(feature = "vhost-user")]
+pub mod vhost_user;
 
 pub use codec::{DecodeError, Decoder, Encoder};
 pub use frame::{Frame, FrameHeader};

@@ -18,7 +18,7 @@ pub use super::ranges::{BlockRange, MAX_RANGES};
 /// The version of the control protocol that this crate speaks.
 pub const CONTROL_VERSION: u16 = 1;
 /// First code of our own.
-pub const OWN_REQUESTS: u32 = 0x1000;
+pub const FIRST_NATIVE_REQUEST: u32 = 0x1000;
 
 /// Request codes.
 pub mod code {

@@ -72,7 +72,7 @@ pub enum SocketError {
 
 impl SocketError {
     /// True if the socket can still be used: both sides agree where the next frame begins.
-    pub fn leaves_in_step(&self) -> bool {
+    pub fn keeps_framing(&self) -> bool {
         match self {
             Self::Timeout { .. } | Self::LostFds { .. } | Self::Kernel(_) => true,
             Self::Closed
@@ -132,12 +132,12 @@ impl FrameSocket {
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn ask_for_sender(&self, ask: bool) -> Result<(), Errno> {
+    pub fn report_sender(&self, ask: bool) -> Result<(), Errno> {
         rustix::net::sockopt::set_socket_passcred(&self.fd, ask)
     }
 
     /// The process that sent the frame that came last, in this process's numbers; see
-    /// [`FrameSocket::ask_for_sender`]. The kernel vouches for it, but for a sender with
+    /// [`FrameSocket::report_sender`]. The kernel vouches for it, but for a sender with
     /// CAP_SYS_ADMIN, which may name another. It is no number of a process if the sender is not
     /// visible from here, since it lives in another PID namespace.
     pub fn sender(&self) -> Option<i32> {
@@ -373,7 +373,7 @@ mod tests {
         a.send_parts(7, 0, b"before", &[], soon()).unwrap();
         b.recv(soon()).unwrap();
         assert_eq!(b.sender(), None);
-        b.ask_for_sender(true).unwrap();
+        b.report_sender(true).unwrap();
         a.send_parts(7, 0, b"after", &[file.as_fd()], soon()).unwrap();
         assert_eq!(b.recv(soon()).unwrap().fds.len(), 1);
         assert_eq!(b.sender(), Some(rustix::process::getpid().as_raw_pid()));
@@ -430,10 +430,10 @@ mod tests {
             .send_parts(5, 0, &vec![0; crate::control::frame::MAX_BODY], &[], Instant::now())
             .unwrap_err();
         assert!(matches!(&error, SocketError::HalfSent { sent, .. } if *sent > 0), "{error}");
-        assert!(!error.leaves_in_step());
+        assert!(!error.keeps_framing());
         // And one of which nothing is sent leaves the socket in step.
         while a.send_parts(6, 0, &[], &[], Instant::now()).is_ok() {}
         let error = a.send_parts(6, 0, &[], &[], Instant::now()).unwrap_err();
-        assert!(matches!(error, SocketError::Timeout { .. }) && error.leaves_in_step(), "{error}");
+        assert!(matches!(error, SocketError::Timeout { .. }) && error.keeps_framing(), "{error}");
     }
 }

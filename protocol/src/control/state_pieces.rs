@@ -55,7 +55,10 @@ pub(crate) fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>,
         let name = decoder.text("name of a piece", MAX_PIECE_NAME)?;
         // Whoever loads them finds a piece by its name.
         if !names.insert(name) {
-            return Err(DecodeError::Twice { field: "name of a piece", value: name.to_owned() });
+            return Err(DecodeError::Duplicate {
+                field: "name of a piece",
+                value: name.to_owned(),
+            });
         }
         Ok(PieceSize { name: name.to_owned(), length })
     };

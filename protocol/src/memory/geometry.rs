@@ -171,7 +171,7 @@ impl BlockTable {
     /// # Errors
     /// The first rule that the block breaks; the table is then unchanged.
     pub fn insert(&mut self, block: BlockGeometry, limit: usize) -> Result<(), GeometryError> {
-        check_alone(&block)?;
+        check_fields(&block)?;
         let id = block.id;
         if self.blocks.len() >= limit {
             return Err(GeometryError::TooMany { id, limit });
@@ -207,7 +207,7 @@ impl BlockTable {
     }
 }
 
-fn check_alone(block: &BlockGeometry) -> Result<(), GeometryError> {
+fn check_fields(block: &BlockGeometry) -> Result<(), GeometryError> {
     let id = block.id;
     for (field, value) in [("gpa", block.gpa), ("length", block.length)] {
         if value % PAGE_SIZE != 0 {

@@ -34,9 +34,9 @@ impl DirtyLog {
     ///
     /// # Errors
     /// As [`DirtyLog::map`].
-    pub fn walkable(fd: OwnedFd, offset: u64, length: u64) -> Result<Self, MappingError> {
+    pub fn map_sparse(fd: OwnedFd, offset: u64, length: u64) -> Result<Self, MappingError> {
         let words = MappedWords::shared(fd.as_fd(), offset, length)?;
-        Ok(Self { bits: Bitmap::new(words.asking(fd), length.saturating_mul(8)) })
+        Ok(Self { bits: Bitmap::new(words.skipping_holes_of(fd), length.saturating_mul(8)) })
     }
 
     /// Number of guest pages the log covers, from guest physical address zero.

@@ -134,7 +134,7 @@ impl MappedWords {
     /// The same for a shared mapping, and a walk over it asks `file`, which it is of, for its holes
     /// instead of reading them: that would be slower, and allocate them.
     #[must_use]
-    pub fn asking(mut self, file: OwnedFd) -> Self {
+    pub fn skipping_holes_of(mut self, file: OwnedFd) -> Self {
         self.touched = Touched::file(file, self.offset);
         self
     }

@@ -51,9 +51,9 @@ impl MappedBitmap {
     ///
     /// # Errors
     /// As [`MappedBitmap::shared`].
-    pub fn walkable(fd: std::os::fd::OwnedFd, pages: u64) -> Result<Self, MappingError> {
+    pub fn shared_sparse(fd: std::os::fd::OwnedFd, pages: u64) -> Result<Self, MappingError> {
         let words = MappedWords::shared(std::os::fd::AsFd::as_fd(&fd), 0, words_for(pages) * 8)?;
-        Ok(Bitmap::new(words.asking(fd), pages))
+        Ok(Bitmap::new(words.skipping_holes_of(fd), pages))
     }
 }
 

@@ -233,7 +233,7 @@ impl RecordHeader {
 
     /// The header with the checksum of itself and `payload`.
     #[must_use]
-    pub fn sealed(mut self, payload: &[u8]) -> Self {
+    pub fn with_checksum(mut self, payload: &[u8]) -> Self {
         self.crc = self.checksum(payload).into();
         self
     }
@@ -348,7 +348,7 @@ mod tests {
         let payload = vec![7u8; PAGE_SIZE as usize];
         let header =
             RecordHeader::new(Kind::Data, FLAG_STRAY, 3, PageRange::new(9, 1), payload.len())
-                .sealed(&payload);
+                .with_checksum(&payload);
         assert_eq!(header.check(), Ok(Kind::Data));
         assert_eq!(RecordHeader::from_wire(header.to_wire()), header);
         header.verify(Kind::Data, &payload).unwrap();

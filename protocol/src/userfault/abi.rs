@@ -29,7 +29,7 @@ pub(super) struct UffdioApi {
 /// `struct uffdio_range`: addresses of the process that opened the descriptor.
 #[repr(C)]
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Addresses {
+pub struct AddressRange {
     /// The first.
     pub start: u64,
     /// Length in bytes.
@@ -40,7 +40,7 @@ pub struct Addresses {
 #[repr(C)]
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct UffdioRegister {
-    pub(super) range: Addresses,
+    pub(super) range: AddressRange,
     pub(super) mode: u64,
     pub(super) ioctls: u64,
 }
@@ -60,7 +60,7 @@ pub(super) struct UffdioCopy {
 #[repr(C)]
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct UffdioFill {
-    pub(super) range: Addresses,
+    pub(super) range: AddressRange,
     pub(super) mode: u64,
     pub(super) filled: i64,
 }
@@ -69,7 +69,7 @@ pub(super) struct UffdioFill {
 #[repr(C)]
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct UffdioWriteProtect {
-    pub(super) range: Addresses,
+    pub(super) range: AddressRange,
     pub(super) mode: u64,
 }
 
@@ -93,8 +93,8 @@ pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
 pub(super) const GROUP: u8 = 0xaa;
 pub(super) const UFFDIO_API: Opcode = opcode::read_write::<UffdioApi>(GROUP, 0x3f);
 pub(super) const UFFDIO_REGISTER: Opcode = opcode::read_write::<UffdioRegister>(GROUP, 0x00);
-pub(super) const UFFDIO_UNREGISTER: Opcode = opcode::read::<Addresses>(GROUP, 0x01);
-pub(super) const UFFDIO_WAKE: Opcode = opcode::read::<Addresses>(GROUP, 0x02);
+pub(super) const UFFDIO_UNREGISTER: Opcode = opcode::read::<AddressRange>(GROUP, 0x01);
+pub(super) const UFFDIO_WAKE: Opcode = opcode::read::<AddressRange>(GROUP, 0x02);
 pub(super) const UFFDIO_COPY: Opcode = opcode::read_write::<UffdioCopy>(GROUP, 0x03);
 pub(super) const UFFDIO_ZEROPAGE: Opcode = opcode::read_write::<UffdioFill>(GROUP, 0x04);
 pub(super) const UFFDIO_WRITEPROTECT: Opcode =

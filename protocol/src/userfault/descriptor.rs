@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::abi::{
-    Addresses, EVENT_PAGEFAULT, MODE_WP, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_POISON,
+    AddressRange, EVENT_PAGEFAULT, MODE_WP, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_POISON,
     UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT, UFFDIO_ZEROPAGE, UffdMsg,
     UffdioCopy, UffdioFill, UffdioRegister, UffdioWriteProtect,
 };
@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 /// What a mapping is registered for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
-pub enum Register {
+pub enum RegisterMode {
     /// A touch of a page that does not exist waits until somebody places it
     /// (`UFFDIO_REGISTER_MODE_MISSING`).
     Missing = 1 << 0,
@@ -24,7 +24,7 @@ pub enum Register {
 
 /// Pages that could not be placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NotPlaced {
+pub struct FillError {
     /// Bytes that were placed before.
     pub done: u64,
     /// Why the next was not: EEXIST if there is a page, ESRCH if the process is gone, ENOENT if
@@ -73,9 +73,10 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// What the kernel said.
-    pub fn register(&self, range: Addresses, what: Register) -> Result<(), UserfaultError> {
+    pub fn register(&self, range: AddressRange, what: RegisterMode) -> Result<(), UserfaultError> {
         let mut register = UffdioRegister { range, mode: what as u64, ioctls: 0 };
-        let purpose = if what == Register::Missing { "missing pages" } else { "write protection" };
+        let purpose =
+            if what == RegisterMode::Missing { "missing pages" } else { "write protection" };
         // SAFETY: the struct is the one of this number. A registered mapping holds the same memory
         // as before.
         unsafe { ioctl(&self.fd, Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }.map_err(
@@ -98,7 +99,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// What the kernel said, such as that nothing is mapped there any more.
-    pub fn unregister(&self, range: Addresses) -> Result<(), Errno> {
+    pub fn unregister(&self, range: AddressRange) -> Result<(), Errno> {
         // SAFETY: the struct is the one of this number.
         let unregistered = unsafe { ioctl(&self.fd, Setter::<UFFDIO_UNREGISTER, _>::new(range)) };
         unregistered.and(self.wake(range))
@@ -108,7 +109,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// What the kernel said.
-    pub fn wake(&self, range: Addresses) -> Result<(), Errno> {
+    pub fn wake(&self, range: AddressRange) -> Result<(), Errno> {
         // SAFETY: the struct is the one of this number.
         unsafe { ioctl(&self.fd, Setter::<UFFDIO_WAKE, _>::new(range)) }
     }
@@ -118,9 +119,9 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// If a page is there already, or cannot be placed. Those before it were.
-    pub fn copy(&self, to: u64, bytes: &[u8]) -> Result<(), NotPlaced> {
+    pub fn copy(&self, to: u64, bytes: &[u8]) -> Result<(), FillError> {
         let mut done = 0;
-        let mut changing = Changing::default();
+        let mut retries = Retries::default();
         while done < bytes.len() {
             let rest = &bytes[done..];
             let (dst, src, len) =
@@ -132,8 +133,8 @@ impl Userfaultfd {
             let outcome = unsafe { ioctl(&self.fd, Updater::<UFFDIO_COPY, _>::new(&mut arg)) };
             let more = usize::try_from(arg.copy).unwrap_or(0);
             done += more;
-            let go_on = |errno| changing.go_on(errno, more > 0);
-            outcome.or_else(go_on).map_err(|errno| NotPlaced { done: done as u64, errno })?;
+            let go_on = |errno| retries.retry(errno, more > 0);
+            outcome.or_else(go_on).map_err(|errno| FillError { done: done as u64, errno })?;
         }
         Ok(())
     }
@@ -142,7 +143,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// As [`Userfaultfd::copy`].
-    pub fn zero(&self, range: Addresses) -> Result<(), NotPlaced> {
+    pub fn zero(&self, range: AddressRange) -> Result<(), FillError> {
         self.fill::<UFFDIO_ZEROPAGE>(range)
     }
 
@@ -151,7 +152,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// As [`Userfaultfd::copy`].
-    pub fn poison(&self, range: Addresses) -> Result<Poisoned, NotPlaced> {
+    pub fn poison(&self, range: AddressRange) -> Result<Poisoned, FillError> {
         self.fill::<UFFDIO_POISON>(range).map(|()| Poisoned(range))
     }
 
@@ -162,12 +163,12 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// What the kernel said; ENOENT if no mapping is registered there.
-    pub fn forget_poison(&self, Poisoned(range): Poisoned) -> Result<(), Errno> {
+    pub fn clear_poison(&self, Poisoned(range): Poisoned) -> Result<(), Errno> {
         // Of what is registered only: anything else that is mapped there by now is not to be
         // touched.
         match self.fill::<UFFDIO_POISON>(range) {
-            Ok(()) | Err(NotPlaced { errno: Errno::EXIST, .. }) => {}
-            Err(NotPlaced { errno, .. }) => return Err(errno),
+            Ok(()) | Err(FillError { errno: Errno::EXIST, .. }) => {}
+            Err(FillError { errno, .. }) => return Err(errno),
         }
         let (Ok(start), Ok(length)) = (usize::try_from(range.start), usize::try_from(range.length))
         else {
@@ -187,7 +188,7 @@ impl Userfaultfd {
     /// # Errors
     /// What the kernel said; ENOENT if the registration is gone. Some of the pages may be protected
     /// then.
-    pub fn protect(&self, range: Addresses) -> Result<(), Errno> {
+    pub fn protect(&self, range: AddressRange) -> Result<(), Errno> {
         self.write_protect(range, MODE_WP)
     }
 
@@ -195,19 +196,19 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// As [`Userfaultfd::protect`].
-    pub fn lift(&self, range: Addresses) -> Result<(), Errno> {
+    pub fn unprotect(&self, range: AddressRange) -> Result<(), Errno> {
         self.write_protect(range, 0)
     }
 
-    fn write_protect(&self, range: Addresses, mode: u64) -> Result<(), Errno> {
-        let mut changing = Changing::default();
+    fn write_protect(&self, range: AddressRange, mode: u64) -> Result<(), Errno> {
+        let mut retries = Retries::default();
         loop {
             let mut arg = UffdioWriteProtect { range, mode };
             // SAFETY: the struct is the one of this number. What is protected or not holds the same
             // content as before.
             match unsafe { ioctl(&self.fd, Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut arg)) } {
                 Ok(()) => return Ok(()),
-                Err(errno) => changing.go_on(errno, false)?,
+                Err(errno) => retries.retry(errno, false)?,
             }
         }
     }
@@ -218,19 +219,19 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// What the kernel said, if it is neither.
-    pub fn is_there(&self, host_page: Addresses) -> Result<bool, Errno> {
+    pub fn is_populated(&self, host_page: AddressRange) -> Result<bool, Errno> {
         match self.fill::<UFFDIO_CONTINUE>(host_page) {
-            Ok(()) | Err(NotPlaced { errno: Errno::EXIST, .. }) => Ok(true),
-            Err(NotPlaced { errno: Errno::FAULT, .. }) => Ok(false),
-            Err(NotPlaced { errno, .. }) => Err(errno),
+            Ok(()) | Err(FillError { errno: Errno::EXIST, .. }) => Ok(true),
+            Err(FillError { errno: Errno::FAULT, .. }) => Ok(false),
+            Err(FillError { errno, .. }) => Err(errno),
         }
     }
 
-    fn fill<const OPCODE: Opcode>(&self, range: Addresses) -> Result<(), NotPlaced> {
+    fn fill<const OPCODE: Opcode>(&self, range: AddressRange) -> Result<(), FillError> {
         let mut done = 0;
-        let mut changing = Changing::default();
+        let mut retries = Retries::default();
         while done < range.length {
-            let rest = Addresses { start: range.start + done, length: range.length - done };
+            let rest = AddressRange { start: range.start + done, length: range.length - done };
             let mut arg = UffdioFill { range: rest, ..UffdioFill::default() };
             // SAFETY: the struct is the one of both numbers. Only pages that did not exist are
             // filled or marked.
@@ -238,8 +239,8 @@ impl Userfaultfd {
             let more = u64::try_from(arg.filled).unwrap_or(0);
             done += more;
             outcome
-                .or_else(|errno| changing.go_on(errno, more > 0))
-                .map_err(|errno| NotPlaced { done, errno })?;
+                .or_else(|errno| retries.retry(errno, more > 0))
+                .map_err(|errno| FillError { done, errno })?;
         }
         Ok(())
     }
@@ -272,11 +273,11 @@ impl Userfaultfd {
 
 /// Pages that [`Userfaultfd::poison`] marked: they were missing.
 #[derive(Debug)]
-pub struct Poisoned(Addresses);
+pub struct Poisoned(AddressRange);
 
 impl Poisoned {
     /// Where they are.
-    pub fn range(&self) -> Addresses {
+    pub fn range(&self) -> AddressRange {
         self.0
     }
 }
@@ -286,21 +287,21 @@ pub const MAX_FAULTS: usize = 64;
 
 /// How often in a row a call is tried again that comes to nothing since the mappings are just
 /// changing.
-const CHANGING: u32 = 10_000;
+const MAX_RETRIES: u32 = 10_000;
 
 /// Calls in a row that came to nothing.
 #[derive(Debug, Default)]
-struct Changing(u32);
+struct Retries(u32);
 
-impl Changing {
+impl Retries {
     /// Whether a call is tried again: the kernel stops it where the mappings are just changing,
     /// until whoever asked for events of that has read them. Where nobody reads them it is not this
     /// thread that waits for ever.
-    fn go_on(&mut self, errno: Errno, progress: bool) -> Result<(), Errno> {
+    fn retry(&mut self, errno: Errno, progress: bool) -> Result<(), Errno> {
         match errno {
             Errno::INTR => {}
             Errno::AGAIN if progress => self.0 = 0,
-            Errno::AGAIN if self.0 < CHANGING => {
+            Errno::AGAIN if self.0 < MAX_RETRIES => {
                 self.0 += 1;
                 std::thread::yield_now();
             }

@@ -16,6 +16,6 @@ mod abi;
 mod descriptor;
 mod open;
 
-pub use abi::{Addresses, feature};
-pub use descriptor::{MAX_FAULTS, NotPlaced, Poisoned, Register, Userfaultfd};
+pub use abi::{AddressRange, feature};
+pub use descriptor::{FillError, MAX_FAULTS, Poisoned, RegisterMode, Userfaultfd};
 pub use open::UserfaultError;

@@ -26,7 +26,7 @@ fn log(size: u64) -> DirtyLog {
     let fd: OwnedFd = memfd_create("log", MemfdFlags::CLOEXEC).unwrap();
     let bytes = size / PAGE_SIZE / 8;
     ftruncate(&fd, bytes).unwrap();
-    DirtyLog::walkable(fd, 0, bytes).unwrap()
+    DirtyLog::map_sparse(fd, 0, bytes).unwrap()
 }
 
 fn theirs(size: u64) -> AtomicBitmap {

@@ -437,7 +437,7 @@ fn tracking_alone(bench: &Bench, table: &mut Table, period: Duration) {
     };
     let fd: OwnedFd = memfd_create("log", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&fd, size / PAGE_SIZE / 8).unwrap();
-    let log = DirtyLog::walkable(fd, 0, size / PAGE_SIZE / 8).unwrap();
+    let log = DirtyLog::map_sparse(fd, 0, size / PAGE_SIZE / 8).unwrap();
     let address = memory.blocks()[0].address();
     let mut rates: [(&str, Vec<f64>); 4] = [
         ("untracked", Vec::new()),

@@ -1,2 +1,2 @@
 #![no_main]
-pageferry_fuzz::target!(control::standard);
+pageferry_fuzz::target!(control::vhost_user);

@@ -1,4 +1,4 @@
-//! Addresses that a user writes.
+//! AddressRange that a user writes.
 
 use super::heap::{fair, within};
 use pageferry_agent::transport::Address;

@@ -22,11 +22,11 @@ use pageferry_protocol::control::reply::{
     AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply,
     decode_reply, encode_reply,
 };
-use pageferry_protocol::control::request::{DISCARD_PUNCH, OWN_REQUESTS, Request};
-use pageferry_protocol::control::standard::{
+use pageferry_protocol::control::request::{DISCARD_PUNCH, FIRST_NATIVE_REQUEST, Request};
+use pageferry_protocol::control::state_pieces::PieceSize;
+use pageferry_protocol::control::vhost_user::{
     Region, decode_log, decode_mem_table, decode_single_region, decode_u64,
 };
-use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::{
     DecodeError, Decoder, Encoder, FrameHeader, FrameSocket, SocketError,
 };
@@ -121,7 +121,7 @@ fn checked<T: PartialEq + std::fmt::Debug>(
 /// A request is the one that its code says, and says the same when it is sent on.
 pub fn request(data: &[u8]) -> bool {
     let (low, body) = choice(data);
-    let code = OWN_REQUESTS + u32::from(low);
+    let code = FIRST_NATIVE_REQUEST + u32::from(low);
     if Request::decode(code, body).is_none() {
         return false;
     }

@@ -138,15 +138,15 @@ pub fn record(data: &[u8]) -> bool {
             length > 0 && length < range.bytes()
         });
     }
-    let rebuilt =
-        RecordHeader::new(kind, header.flags(), header.block(), range, length).sealed(payload);
+    let rebuilt = RecordHeader::new(kind, header.flags(), header.block(), range, length)
+        .with_checksum(payload);
     assert_eq!(rebuilt.verify(kind, payload), Ok(()));
     assert_eq!(header.verify(kind, payload).is_ok(), rebuilt == header, "one checksum is right");
     rebuilt.check().is_ok()
 }
 
 fn sealed(kind: Kind, flags: u16, range: PageRange, payload: &[u8]) -> Vec<u8> {
-    let header = RecordHeader::new(kind, flags, 3, range, payload.len()).sealed(payload);
+    let header = RecordHeader::new(kind, flags, 3, range, payload.len()).with_checksum(payload);
     [header.to_wire().as_slice(), payload].concat()
 }
 
@@ -252,7 +252,7 @@ fn seal(bytes: &mut [u8]) {
     while let Some(header) = bytes.get(at..).and_then(header_of) {
         let end = at + RECORD_SIZE + header.payload_length();
         let Some(payload) = bytes.get(at + RECORD_SIZE..end) else { return };
-        let sealed = header.sealed(payload).to_wire();
+        let sealed = header.with_checksum(payload).to_wire();
         bytes[at..at + RECORD_SIZE].copy_from_slice(&sealed);
         at = end;
     }

@@ -9,7 +9,7 @@ use pageferry_protocol::control::SocketError;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::{HEADER_SIZE, MAX_BODY};
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
-use pageferry_protocol::control::request::{BlockRange, OWN_REQUESTS, Request, code};
+use pageferry_protocol::control::request::{BlockRange, FIRST_NATIVE_REQUEST, Request, code};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
@@ -92,7 +92,7 @@ fn a_header_that_breaks_the_framing_ends_its_connection_and_nothing_else() {
 fn requests_that_are_unknown_or_malformed_are_refused_by_name_and_the_connection_goes_on() {
     let agent = Listening::new();
     let mut peer = owner(&agent);
-    for unknown in [0x1fff, 0x1006, OWN_REQUESTS + 0xf000] {
+    for unknown in [0x1fff, 0x1006, FIRST_NATIVE_REQUEST + 0xf000] {
         let error = peer.ask_raw(unknown, vec![1, 2, 3], Vec::new()).unwrap_err();
         assert_eq!(error.code, ErrorCode::Unsupported);
         assert!(error.sentence.contains(&format!("{unknown:#x}")), "{error}");

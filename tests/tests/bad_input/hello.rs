@@ -31,7 +31,8 @@ fn what_is_no_page_stream_is_dropped_and_the_right_source_is_still_taken() {
     // One that claims a large hello, one that begins with another record, and one that goes at
     // once.
     let mut stranger = FakeSource::connect(&scene);
-    let header = RecordHeader::plain(Kind::Hello, 0, u32::MAX as usize).sealed(&[]).to_wire();
+    let header =
+        RecordHeader::plain(Kind::Hello, 0, u32::MAX as usize).with_checksum(&[]).to_wire();
     stranger.stream.write_all(&header).unwrap();
     assert!(stranger.sentence(Kind::Reject).contains("0xffffffff"));
     let mut stranger = FakeSource::connect(&scene);
@@ -49,7 +50,7 @@ fn a_silent_stranger_does_not_keep_the_right_source_out() {
     let mut silent = FakeSource::connect(&scene);
     let mut slow = FakeSource::connect(&scene);
     let bytes = hello().encode();
-    let header = RecordHeader::plain(Kind::Hello, 0, bytes.len()).sealed(&bytes).to_wire();
+    let header = RecordHeader::plain(Kind::Hello, 0, bytes.len()).with_checksum(&bytes).to_wire();
     slow.stream.write_all(&header[..20]).unwrap();
     // Both are sent away when their time is up.
     assert!(silent.sentence(Kind::Reject).contains("silent"));

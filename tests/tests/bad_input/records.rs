@@ -67,7 +67,7 @@ fn records_whose_form_is_wrong_fail_the_job() {
     assert_fails(&["checksum"], |source| {
         let payload = vec![1; PAGE_SIZE as usize];
         let header = RecordHeader::new(Kind::Data, 0, 3, PageRange::new(0, 1), payload.len())
-            .sealed(&payload);
+            .with_checksum(&payload);
         source.stream.write_all(&header.to_wire()).unwrap();
         source.stream.write_all(&[2; PAGE_SIZE as usize]).unwrap();
     });
@@ -84,7 +84,7 @@ fn records_whose_form_is_wrong_fail_the_job() {
     assert_fails(&["cut inside a record", "4000 bytes"], |source| {
         let payload = vec![1; PAGE_SIZE as usize];
         let header = RecordHeader::new(Kind::Data, 0, 3, PageRange::new(0, 1), payload.len())
-            .sealed(&payload);
+            .with_checksum(&payload);
         source.stream.write_all(&header.to_wire()).unwrap();
         source.stream.write_all(&payload[..96]).unwrap();
     });

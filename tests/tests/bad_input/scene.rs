@@ -36,7 +36,7 @@ impl FakeSource {
     }
 
     pub fn send(&mut self, header: RecordHeader, payload: &[u8]) {
-        let bytes = [header.sealed(payload).to_wire().as_slice(), payload].concat();
+        let bytes = [header.with_checksum(payload).to_wire().as_slice(), payload].concat();
         self.stream.write_all(&bytes).unwrap();
     }
 

@@ -4,7 +4,7 @@ use pageferry_agent::memory::host_page_set::HostPageSet;
 use pageferry_agent::memory::missing_pages::{FaultOutcome, MissingPages};
 use pageferry_agent::memory::{Backing, Block, GuestMemory};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
-use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, Userfaultfd, feature};
+use pageferry_protocol::userfault::{AddressRange, MAX_FAULTS, RegisterMode, Userfaultfd, feature};
 use pageferry_tests::memory::TestMemory;
 use pageferry_tests::require;
 use std::os::fd::AsFd;
@@ -22,9 +22,9 @@ fn a_fault_on_a_page_that_was_taken_and_is_not_placed_yet_gets_its_content() {
     }
     let ram = TestMemory::ram(PAGES * PAGE_SIZE).unwrap();
     let mapped = ram.block(0).unwrap();
-    let range = Addresses { start: mapped.address(), length: PAGES * PAGE_SIZE };
+    let range = AddressRange { start: mapped.address(), length: PAGES * PAGE_SIZE };
     let uffd = Userfaultfd::open(feature::MISSING_SHMEM).unwrap();
-    uffd.register(range, Register::Missing).unwrap();
+    uffd.register(range, RegisterMode::Missing).unwrap();
 
     let geometry = BlockGeometry {
         id: 0,

@@ -11,7 +11,7 @@ use pageferry_client::{
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
-use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd, feature};
+use pageferry_protocol::userfault::{AddressRange, RegisterMode, Userfaultfd, feature};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
 
@@ -211,8 +211,8 @@ fn a_mapping_that_another_userfaultfd_has_fails_the_migration_by_its_address() {
     }
     let mut scene = Scene::start(Wire::Unix, &postcopy());
     let other = Userfaultfd::open(feature::WP_HUGETLBFS_SHMEM).unwrap();
-    let range = Addresses { start: scene.destination.ram.address(), length: PAGES * PAGE_SIZE };
-    other.register(range, Register::WriteProtect).unwrap();
+    let range = AddressRange { start: scene.destination.ram.address(), length: PAGES * PAGE_SIZE };
+    other.register(range, RegisterMode::WriteProtect).unwrap();
     let (source, there) = (&scene.source, &scene.destination);
     scene
         .relay

@@ -24,7 +24,7 @@ type Lie = (RecordHeader, Vec<u8>);
 fn about(kind: Kind, block: u32, first: u64, count: u64, payload: Vec<u8>) -> Lie {
     (
         RecordHeader::new(kind, 0, block, PageRange::new(first, count), payload.len())
-            .sealed(&payload),
+            .with_checksum(&payload),
         payload,
     )
 }
@@ -134,7 +134,7 @@ fn a_stranger_is_not_taken_for_the_source_of_a_paused_postcopy() {
     let session = Hello::decode(&first.payload).unwrap();
     let record = |hello: &Hello| {
         let payload = hello.encode();
-        let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).sealed(&payload);
+        let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).with_checksum(&payload);
         [header.to_wire().as_slice(), &payload].concat()
     };
     let recover = pageferry_protocol::stream::hello::HELLO_RECOVER;
@@ -340,7 +340,7 @@ fn a_lie_before_the_commit_fails_both_sides_and_the_guest_runs_on() {
     };
     let end = |number: u64| {
         let payload = Totals::default().encode();
-        (RecordHeader::plain(Kind::End, number, payload.len()).sealed(&payload), payload)
+        (RecordHeader::plain(Kind::End, number, payload.len()).with_checksum(&payload), payload)
     };
     let to_destination: Vec<(Kind, &[&str], Lie)> = vec![
         (Kind::Remaining, &["block 99"], remaining(99, 0, 64, &[1])),

@@ -98,7 +98,7 @@ impl Batch {
             return;
         }
         self.records.resize_with(streams.len(), || Vec::with_capacity(MAX_FAULTS * RECORD_SIZE));
-        let record = RecordHeader::new(Kind::Request, 0, id, pages, 0).sealed(&[]).to_wire();
+        let record = RecordHeader::new(Kind::Request, 0, id, pages, 0).with_checksum(&[]).to_wire();
         self.records[(host_page % streams.len() as u64) as usize].extend_from_slice(&record);
     }
 

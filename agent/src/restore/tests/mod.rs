@@ -21,7 +21,7 @@ use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::mapping::MappedWords;
-use pageferry_protocol::userfault::{Addresses, Register, Userfaultfd, feature};
+use pageferry_protocol::userfault::{AddressRange, RegisterMode, Userfaultfd, feature};
 use rustix::fs::MemfdFlags;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -289,14 +289,14 @@ impl Vmm {
     }
 }
 
-fn ranges(ram: &Ram) -> impl Iterator<Item = Addresses> + '_ {
+fn ranges(ram: &Ram) -> impl Iterator<Item = AddressRange> + '_ {
     let blocks = ram.memory.blocks().iter();
-    blocks.map(|block| Addresses { start: block.vmm_address, length: block.geometry.length })
+    blocks.map(|block| AddressRange { start: block.vmm_address, length: block.geometry.length })
 }
 
 fn register(ram: &Ram) -> Userfaultfd {
     let uffd = Userfaultfd::open(feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS).unwrap();
-    ranges(ram).for_each(|range| uffd.register(range, Register::Missing).unwrap());
+    ranges(ram).for_each(|range| uffd.register(range, RegisterMode::Missing).unwrap());
     uffd
 }
 

@@ -52,7 +52,7 @@ pub struct SnapshotOptions {
     /// the guest is about to write or discards is not held back by it.
     pub bandwidth: u64,
     /// Path of the image that it is an increment to; empty for one that stands alone. See
-    /// [`SnapshotOptions::on`].
+    /// [`SnapshotOptions::with_base`].
     pub base: String,
     /// What is written from now on is kept track of, so that the next snapshot can be an increment
     /// to this one.
@@ -100,7 +100,7 @@ impl SnapshotOptions {
     ///
     /// # Errors
     /// If the path is not UTF-8.
-    pub fn on(self, base: &Path) -> Result<Self, NotUtf8> {
+    pub fn with_base(self, base: &Path) -> Result<Self, NotUtf8> {
         Ok(Self { base: text("base", base)?, ..self })
     }
 

@@ -18,8 +18,8 @@ fn mappings_that_stay_in_a_change_are_not_waited_for_for_ever() {
     rustix::fs::ftruncate(&fd, LENGTH).unwrap();
     let memory = crate::shm::mapping::MappedWords::shared(fd.as_fd(), 0, LENGTH).unwrap();
     let (start, pointer) = (memory.address_range().start as u64, memory.address_range().start);
-    let all = Addresses { start, length: LENGTH };
-    uffd.register(all, Register::WriteProtect).unwrap();
+    let all = AddressRange { start, length: LENGTH };
+    uffd.register(all, RegisterMode::WriteProtect).unwrap();
     std::thread::scope(|scope| {
         let remover = scope.spawn(move || {
             let pointer = std::ptr::with_exposed_provenance_mut(pointer);
@@ -31,7 +31,10 @@ fn mappings_that_stay_in_a_change_are_not_waited_for_for_ever() {
         });
         // Until the remover is there.
         while uffd.protect(all).is_ok() {}
-        assert_eq!((uffd.protect(all), uffd.lift(all)), (Err(Errno::AGAIN), Err(Errno::AGAIN)));
+        assert_eq!(
+            (uffd.protect(all), uffd.unprotect(all)),
+            (Err(Errno::AGAIN), Err(Errno::AGAIN))
+        );
         // Hears of it, so that the remover goes on.
         let mut faults = [0; MAX_FAULTS];
         while !remover.is_finished() {
@@ -52,7 +55,7 @@ fn a_touch_that_meets_the_end_of_a_registration_goes_on() {
     let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, LENGTH).unwrap();
     let memory = crate::shm::mapping::MappedWords::shared(fd.as_fd(), 0, LENGTH).unwrap();
-    let all = Addresses { start: memory.address_range().start as u64, length: LENGTH };
+    let all = AddressRange { start: memory.address_range().start as u64, length: LENGTH };
     let (asked, done) = (AtomicU64::new(0), AtomicU64::new(0));
     let pause = |turns: u64| (0..turns).for_each(|_| std::hint::spin_loop());
     std::thread::scope(|scope| {
@@ -77,7 +80,7 @@ fn a_touch_that_meets_the_end_of_a_registration_goes_on() {
                     return asked.store(ROUNDS, Ordering::Release);
                 }
             };
-            uffd.register(all, Register::Missing).unwrap();
+            uffd.register(all, RegisterMode::Missing).unwrap();
             asked.store(round, Ordering::Release);
             pause(round * 6271 % 1511);
             uffd.unregister(all).unwrap();
@@ -104,8 +107,9 @@ fn what_is_not_mapped_is_refused_with_its_numbers() {
             return;
         }
     };
-    let error =
-        uffd.register(Addresses { start: 0x1000, length: 0x3000 }, Register::Missing).unwrap_err();
+    let error = uffd
+        .register(AddressRange { start: 0x1000, length: 0x3000 }, RegisterMode::Missing)
+        .unwrap_err();
     assert_eq!(error.to_string(), "cannot register 0x1000 + 0x3000 for missing pages");
     let placed = uffd.copy(0x1000, &[0; 4096]).unwrap_err();
     assert_eq!((placed.done, placed.errno), (0, Errno::NOENT));

@@ -9,7 +9,7 @@ use super::{Times, shuffled};
 use pageferry_protocol::control::{Frame, FrameSocket};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::RECORD_SIZE;
-use pageferry_protocol::userfault::{Addresses, MAX_FAULTS, Register, Userfaultfd, feature};
+use pageferry_protocol::userfault::{AddressRange, MAX_FAULTS, RegisterMode, Userfaultfd, feature};
 use pageferry_tests::memory::TestMemory;
 use pageferry_tests::process::Process;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -53,8 +53,8 @@ impl Floor {
 
         let block = &memory.blocks()[0];
         let uffd = Userfaultfd::open(feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS).unwrap();
-        let all = Addresses { start: block.address(), length: block.layout().length };
-        uffd.register(all, Register::Missing).unwrap();
+        let all = AddressRange { start: block.address(), length: block.layout().length };
+        uffd.register(all, RegisterMode::Missing).unwrap();
         let mut order = Frame::request(0, unit.to_le_bytes().to_vec());
         order.fds.push(uffd.as_fd().try_clone_to_owned().unwrap());
         control.send(&order, deadline()).unwrap();

@@ -23,7 +23,7 @@
 //!
 //! Until then that guest is neither sent nor saved: a page that is missing is a hole of the file,
 //! which would travel as zero. Without an agent's word it is not known which those are, so this
-//! looks no closer than at the state: see [`Faults::is_whole`].
+//! looks no closer than at the state: see [`MissingPages::is_complete`].
 //!
 //! An agent that lives, but whose image turns out to be damaged, says so by the hook channel. It
 //! may be in vain, if a hook waits for one of the pages that never come: so how its job stands is
@@ -32,16 +32,16 @@
 //! How a lost agent is found: see [`heartbeat`](crate::heartbeat).
 
 use crate::error::Error;
-use crate::heartbeat::{BUSY, Ends, Heartbeat, Probe};
+use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, Probe, WatchedSockets};
 use crate::link::Link;
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
-use crate::registration::Registered;
+use crate::registration::Registration;
 use crate::stop::{StopSource, StopToken, stop_pair};
 use crate::sync::lock;
-use crate::threads::{caught, start};
+use crate::threads::{catch_panic, spawn_thread};
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
-use pageferry_protocol::userfault::{MAX_FAULTS, Poisoned, Register, feature};
+use pageferry_protocol::userfault::{MAX_FAULTS, Poisoned, RegisterMode, feature};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
@@ -51,36 +51,36 @@ use std::time::{Duration, Instant};
 
 /// How long the VMM has to stop its guest before those who wait for what never comes get an error:
 /// it may be one of them.
-const GRACE: Duration = Duration::from_secs(5);
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a userfaultfd for missing pages must be able to do.
 const FEATURES: u64 = feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON;
 /// How often all who wait are woken once the agent is lost: one that is not dead may still read
 /// faults, and answers none.
-const WAKE: Duration = Duration::from_millis(250);
+const WAKE_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The registration, if there is one. Shared by a client and its hook channels.
 #[derive(Debug, Default)]
-pub(crate) struct Faults(Mutex<State>);
+pub(crate) struct MissingPages(Mutex<State>);
 
 #[derive(Debug, Default)]
 enum State {
     /// All memory is here.
     #[default]
-    Whole,
+    Complete,
     /// The agent places what is missing.
     Pending {
-        registered: Registered,
+        registered: Registration,
         _heartbeat: Heartbeat,
         /// The connection whose agent does.
         link: u64,
     },
     /// It never will.
     Lost {
-        registered: Arc<Registered>,
+        registered: Arc<Registration>,
         poisoner: Option<Poisoner>,
         link: u64,
         /// The VMM has been told.
-        told: bool,
+        reported: bool,
     },
 }
 
@@ -92,17 +92,19 @@ struct Poisoner {
     thread: JoinHandle<Vec<Poisoned>>,
 }
 
-impl Faults {
+impl MissingPages {
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.0)
     }
 
-    /// Finds out whether [`Faults::register`] would work, without a trace: whoever touches a
+    /// Finds out whether [`MissingPages::register`] would work, without a trace: whoever touches a
     /// mapping meanwhile waits for a moment.
     pub(crate) fn probe(&self, memory: &Memory) -> Result<(), Error> {
         // What is registered now is not asked for again; what is lost is unregistered before.
         match &*self.state() {
-            State::Whole => Registered::all(memory, FEATURES, Register::Missing).map(drop),
+            State::Complete => {
+                Registration::register_all(memory, FEATURES, RegisterMode::Missing).map(drop)
+            }
             State::Pending { .. } | State::Lost { .. } => Ok(()),
         }
     }
@@ -113,8 +115,8 @@ impl Faults {
         self: &Arc<Self>, memory: &Memory, link: Arc<Link>, ownership: &Arc<SharedOwnership>,
         probe: Probe,
     ) -> Result<OwnedFd, Error> {
-        self.forget();
-        let registered = Registered::all(memory, FEATURES, Register::Missing)?;
+        self.forget_lost();
+        let registered = Registration::register_all(memory, FEATURES, RegisterMode::Missing)?;
         let for_agent = registered.duplicate()?;
         // The heartbeat may find the agent dead at once, and is to find the registration then.
         let mut state = self.state();
@@ -131,36 +133,43 @@ impl Faults {
         let (weak, ownership, id) = (Arc::downgrade(self), Arc::clone(ownership), link.id);
         let lost = move |stopped: StopToken| {
             if let Some(faults) = weak.upgrade() {
-                faults.let_go(id, &ownership);
+                faults.wake_waiters(id, &ownership);
             }
             // The hook channel ends this when it has told the VMM.
-            if !stopped.is_stopped_within(GRACE)
+            if !stopped.is_stopped_within(STOP_TIMEOUT)
                 && ownership.lock().ownership() == Ownership::Ours
                 && let Some(faults) = weak.upgrade()
             {
                 log::error!(
                     "memory is lost, and the VMM has not stopped its guest: who waits for a page gets SIGBUS"
                 );
-                faults.give_up(id, false);
+                faults.set_lost(id, false);
             }
         };
         // A VMM without a hook channel may still have an agent that places pages.
-        Heartbeat::start(probe, link, BUSY, Ends::Control, will_not_come, lost)
+        Heartbeat::start(
+            probe,
+            link,
+            BUSY_INTERVAL,
+            WatchedSockets::Control,
+            failed_incomplete,
+            lost,
+        )
     }
 
     /// True while the guest may touch pages that are not here.
-    pub(crate) fn pending(&self) -> bool {
+    pub(crate) fn is_pending(&self) -> bool {
         matches!(*self.state(), State::Pending { .. })
     }
 
     /// The same, if it is the agent of this connection that places them.
-    pub(crate) fn pending_by(&self, of: u64) -> bool {
+    pub(crate) fn is_pending_for(&self, of: u64) -> bool {
         matches!(*self.state(), State::Pending { link, .. } if link == of)
     }
 
     /// True if nothing is missing: only then is what the memory holds the guest's.
-    pub(crate) fn is_whole(&self) -> bool {
-        matches!(*self.state(), State::Whole)
+    pub(crate) fn is_complete(&self) -> bool {
+        matches!(*self.state(), State::Complete)
     }
 
     /// True if something is missing that never comes.
@@ -177,7 +186,7 @@ impl Faults {
 
     /// Another guest is to come here: what the one before lost is no more. When this returns nobody
     /// gets an error for a page that is missing.
-    pub(crate) fn forget(&self) {
+    pub(crate) fn forget_lost(&self) {
         let mut state = self.state();
         if !matches!(*state, State::Lost { .. }) {
             return;
@@ -189,7 +198,7 @@ impl Faults {
             // its place.
             for page in thread.join().unwrap_or_default() {
                 let start = page.range().start;
-                if let Err(errno) = registered.uffd.forget_poison(page) {
+                if let Err(errno) = registered.uffd.clear_poison(page) {
                     log::debug!("cannot clear a mark at {start:#x}, unmapped by now? ({errno})");
                 }
             }
@@ -201,10 +210,10 @@ impl Faults {
     /// The agent is lost. If no guest has run here none will, and who waits for memory goes on: a
     /// device that loads its state does so on the thread of the hook channel, which hears of the
     /// end only after that.
-    fn let_go(&self, of: u64, ownership: &SharedOwnership) {
+    fn wake_waiters(&self, of: u64, ownership: &SharedOwnership) {
         if let State::Pending { registered, link, .. } = &*self.state()
             && *link == of
-            && ownership.lock().forgo(of)
+            && ownership.lock().stop_awaiting(of)
         {
             registered.unregister();
         }
@@ -212,17 +221,17 @@ impl Faults {
 
     /// True if memory is missing that never comes, now that the agent of this connection is lost,
     /// and the VMM is to be told.
-    pub(crate) fn is_news(&self, of: u64) -> bool {
+    pub(crate) fn is_lost_unreported(&self, of: u64) -> bool {
         match *self.state() {
-            State::Pending { link, .. } | State::Lost { told: false, link, .. } => link == of,
-            State::Whole | State::Lost { .. } => false,
+            State::Pending { link, .. } | State::Lost { reported: false, link, .. } => link == of,
+            State::Complete | State::Lost { .. } => false,
         }
     }
 
     /// Answers who touches what is missing with SIGBUS from now on, as long as the client lives. To
     /// be called when the guest was stopped, of which the VMM was told, or had time enough to be.
     /// Nothing happens if the memory is not that of this connection's agent any more.
-    pub(crate) fn give_up(&self, of: u64, is_told: bool) {
+    pub(crate) fn set_lost(&self, of: u64, is_reported: bool) {
         let mut state = self.state();
         if !matches!(*state, State::Pending { link, .. } | State::Lost { link, .. } if link == of) {
             return;
@@ -230,24 +239,30 @@ impl Faults {
         match std::mem::take(&mut *state) {
             State::Pending { registered, link, .. } => {
                 let registered = Arc::new(registered);
-                let poisoner = poison(&registered).inspect_err(|error| {
+                let poisoner = start_poisoner(&registered).inspect_err(|error| {
                     log::error!(
                         "who touches a missing page waits for ever: {}",
                         pageferry_protocol::error::chain(error)
                     );
                 });
-                *state = State::Lost { registered, poisoner: poisoner.ok(), link, told: is_told };
+                *state = State::Lost {
+                    registered,
+                    poisoner: poisoner.ok(),
+                    link,
+                    reported: is_reported,
+                };
             }
-            State::Lost { registered, poisoner, link, told } => {
-                *state = State::Lost { registered, poisoner, link, told: told || is_told };
+            State::Lost { registered, poisoner, link, reported } => {
+                *state =
+                    State::Lost { registered, poisoner, link, reported: reported || is_reported };
             }
-            State::Whole => {}
+            State::Complete => {}
         }
     }
 }
 
 /// True if the job that was to bring the memory ended without all of it.
-fn will_not_come(status: &JobStatus) -> bool {
+fn failed_incomplete(status: &JobStatus) -> bool {
     let brings = matches!(status.kind, JobKind::Incoming | JobKind::Restore);
     // One that failed may have all of it here, such as when the VMM is late to say that its guest
     // runs.
@@ -256,7 +271,7 @@ fn will_not_come(status: &JobStatus) -> bool {
 }
 
 /// Starts the thread that poisons what is touched until what is returned is dropped.
-fn poison(registered: &Arc<Registered>) -> Result<Poisoner, Error> {
+fn start_poisoner(registered: &Arc<Registration>) -> Result<Poisoner, Error> {
     let (stop, stopped) = stop_pair()?;
     let weak = Arc::downgrade(registered);
     let run = move || {
@@ -268,7 +283,7 @@ fn poison(registered: &Arc<Registered>) -> Result<Poisoner, Error> {
             for range in &registered.ranges {
                 let _ = registered.uffd.wake(*range);
             }
-            match caught(|| answer(&registered, &stopped, &mut faults, &mut marked)) {
+            match catch_panic(|| poison_faults(&registered, &stopped, &mut faults, &mut marked)) {
                 Ok(true) => {}
                 Ok(false) => break,
                 // Whoever waits at a page has nobody else, so it goes on.
@@ -277,20 +292,20 @@ fn poison(registered: &Arc<Registered>) -> Result<Poisoner, Error> {
         }
         marked
     };
-    Ok(Poisoner { stop, thread: start("pageferry-poison", run)? })
+    Ok(Poisoner { stop, thread: spawn_thread("pageferry-poison", run)? })
 }
 
 /// Poisons the pages of the faults that come, for a while, and adds them to `marked`; false when it
 /// is to end, or cannot.
-fn answer(
-    registered: &Registered, stopped: &StopToken, faults: &mut [u64; MAX_FAULTS],
+fn poison_faults(
+    registered: &Registration, stopped: &StopToken, faults: &mut [u64; MAX_FAULTS],
     marked: &mut Vec<Poisoned>,
 ) -> bool {
-    let until = Instant::now() + WAKE;
+    let until = Instant::now() + WAKE_INTERVAL;
     while Instant::now() < until {
         let mut polled =
             [PollFd::new(&registered.uffd, PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
-        let wake = Timespec { tv_sec: 0, tv_nsec: i64::from(WAKE.subsec_nanos()) };
+        let wake = Timespec { tv_sec: 0, tv_nsec: i64::from(WAKE_INTERVAL.subsec_nanos()) };
         match poll(&mut polled, Some(&wake)) {
             Ok(0) | Err(Errno::INTR) => continue,
             Ok(_) => {}

@@ -16,44 +16,44 @@
 
 use crate::config::Config;
 use crate::ownership::SharedOwnership;
-use crate::writes::Writes;
+use crate::watched_writes::WatchedWrites;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How long the agent may take, given what depends on it just now.
 #[derive(Debug, Clone)]
-pub(crate) struct Patience {
+pub(crate) struct Timeouts {
     request_timeout: Duration,
-    least: Duration,
+    shortest: Duration,
     ownership: Arc<SharedOwnership>,
-    writes: Arc<Writes>,
+    writes: Arc<WatchedWrites>,
 }
 
-impl Patience {
+impl Timeouts {
     pub(crate) fn new(
-        config: &Config, ownership: &Arc<SharedOwnership>, writes: &Arc<Writes>,
+        config: &Config, ownership: &Arc<SharedOwnership>, writes: &Arc<WatchedWrites>,
     ) -> Self {
         Self {
             request_timeout: config.request_timeout,
-            least: config.request_timeout.min(config.stall_timeout),
+            shortest: config.request_timeout.min(config.stall_timeout),
             ownership: Arc::clone(ownership),
             writes: Arc::clone(writes),
         }
     }
 
     /// How long the agent may take to answer now.
-    pub(crate) fn now(&self) -> Duration {
-        let held_up = self.writes.are_watched() || self.ownership.lock().waits_for_agent();
-        if held_up { self.least } else { self.request_timeout }
+    pub(crate) fn current(&self) -> Duration {
+        let held_up = self.writes.are_watched() || self.ownership.lock().is_paused_for_agent();
+        if held_up { self.shortest } else { self.request_timeout }
     }
 
     /// The same at its least.
-    pub(crate) fn least(&self) -> Duration {
-        self.least
+    pub(crate) fn shortest(&self) -> Duration {
+        self.shortest
     }
 
     /// The same at its most.
-    pub(crate) fn most(&self) -> Duration {
+    pub(crate) fn longest(&self) -> Duration {
         self.request_timeout
     }
 }

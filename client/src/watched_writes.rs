@@ -19,35 +19,35 @@
 //! So the heartbeat does it, too: whichever comes first.
 
 use crate::error::Error;
-use crate::heartbeat::{BUSY, Ends, Heartbeat, Probe};
+use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, Probe, WatchedSockets};
 use crate::link::Link;
 use crate::memory::Memory;
-use crate::registration::Registered;
+use crate::registration::Registration;
 use crate::sync::lock;
-use pageferry_protocol::userfault::{Register, feature};
+use pageferry_protocol::userfault::{RegisterMode, feature};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The registration, if there is one. Shared by a client and its hook channels.
 #[derive(Debug, Default)]
-pub(crate) struct Writes {
-    watched: Mutex<Option<Watched>>,
+pub(crate) struct WatchedWrites {
+    watched: Mutex<Option<Watch>>,
     /// The connection for which the VMM was told that writes are watched, and not yet that they are
     /// not. Held while the VMM is told: never by the heartbeat, which must not wait for a hook.
     announced: Mutex<Option<u64>>,
 }
 
 #[derive(Debug)]
-struct Watched {
-    _registered: Registered,
+struct Watch {
+    _registered: Registration,
     _heartbeat: Heartbeat,
     /// The connection whose agent saves what is about to be written. Later ones have larger
     /// numbers.
     link: u64,
 }
 
-impl Writes {
-    fn watched(&self) -> MutexGuard<'_, Option<Watched>> {
+impl WatchedWrites {
+    fn watched(&self) -> MutexGuard<'_, Option<Watch>> {
         lock(&self.watched)
     }
 
@@ -94,23 +94,26 @@ impl Writes {
         }
         // An agent before this one, whose end its own heartbeat is just finding.
         *watched = None;
-        let registered =
-            Registered::all(memory, feature::WP_HUGETLBFS_SHMEM, Register::WriteProtect)?;
+        let registered = Registration::register_all(
+            memory,
+            feature::WP_HUGETLBFS_SHMEM,
+            RegisterMode::WriteProtect,
+        )?;
         let for_agent = registered.duplicate()?;
         let weak = Arc::downgrade(self);
         let heartbeat = Heartbeat::start(
             probe,
             link,
-            BUSY,
-            Ends::Either,
+            BUSY_INTERVAL,
+            WatchedSockets::Both,
             |_| false,
             move |_| {
                 if let Some(writes) = weak.upgrade() {
-                    writes.lost(id);
+                    writes.agent_lost(id);
                 }
             },
         )?;
-        *watched = Some(Watched { _registered: registered, _heartbeat: heartbeat, link: id });
+        *watched = Some(Watch { _registered: registered, _heartbeat: heartbeat, link: id });
         Ok(Some(for_agent))
     }
 
@@ -126,7 +129,7 @@ impl Writes {
     }
 
     /// The same, since the agent is lost.
-    pub(crate) fn lost(&self, link: u64) {
+    pub(crate) fn agent_lost(&self, link: u64) {
         if self.unwatch(link) {
             log::warn!(
                 "the agent is lost while writes were watched: its snapshot is, too, and the guest runs on"

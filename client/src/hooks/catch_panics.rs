@@ -8,7 +8,7 @@
 use super::api::{ClearPages, Hooks, StatePiece};
 use super::error::HookError;
 use crate::ownership::Ownership;
-use crate::threads::caught;
+use crate::threads::catch_panic;
 use pageferry_protocol::control::job::{JobStatus, RunState};
 use pageferry_protocol::shm::DirtyLog;
 use std::path::Path;
@@ -17,34 +17,34 @@ use std::path::Path;
 use pageferry_protocol::control::reply::ErrorCode;
 
 /// Hooks whose panics are errors.
-pub(super) struct Guarded<'a>(pub(super) &'a mut dyn Hooks);
+pub(super) struct CatchPanics<'a>(pub(super) &'a mut dyn Hooks);
 
-impl Guarded<'_> {
+impl CatchPanics<'_> {
     fn call<T>(
         &mut self, hook: &'static str, call: impl FnOnce(&mut dyn Hooks) -> Result<T, HookError>,
     ) -> Result<T, HookError> {
-        caught(|| call(self.0)).unwrap_or_else(|message| {
+        catch_panic(|| call(self.0)).unwrap_or_else(|message| {
             self.report(hook, &message);
             Err(HookError::panicked(message))
         })
     }
 
     /// A hook that cannot fail.
-    fn tell(&mut self, hook: &'static str, tell: impl FnOnce(&mut dyn Hooks)) {
-        if let Err(message) = caught(|| tell(self.0)) {
+    fn notify(&mut self, hook: &'static str, notify: impl FnOnce(&mut dyn Hooks)) {
+        if let Err(message) = catch_panic(|| notify(self.0)) {
             self.report(hook, &message);
         }
     }
 
     fn report(&mut self, hook: &'static str, message: &str) {
         log::error!("hook \"{hook}\" panicked in the VMM: {message}");
-        if let Err(again) = caught(|| self.0.hook_panicked(hook, message)) {
+        if let Err(again) = catch_panic(|| self.0.hook_panicked(hook, message)) {
             log::error!("hook \"hook panicked\" panicked, too: {again}");
         }
     }
 }
 
-impl Hooks for Guarded<'_> {
+impl Hooks for CatchPanics<'_> {
     fn run_state(&mut self) -> Result<RunState, HookError> {
         self.call("run state", |hooks| hooks.run_state())
     }
@@ -98,11 +98,11 @@ impl Hooks for Guarded<'_> {
     }
 
     fn memory_complete(&mut self) {
-        self.tell("memory complete", |hooks| hooks.memory_complete());
+        self.notify("memory complete", |hooks| hooks.memory_complete());
     }
 
     fn memory_lost(&mut self) {
-        self.tell("memory lost", |hooks| hooks.memory_lost());
+        self.notify("memory lost", |hooks| hooks.memory_lost());
     }
 
     fn writes_watched(&mut self) -> Result<(), HookError> {
@@ -110,15 +110,15 @@ impl Hooks for Guarded<'_> {
     }
 
     fn writes_unwatched(&mut self) {
-        self.tell("writes unwatched", |hooks| hooks.writes_unwatched());
+        self.notify("writes unwatched", |hooks| hooks.writes_unwatched());
     }
 
     fn event(&mut self, status: &JobStatus) {
-        self.tell("event", |hooks| hooks.event(status));
+        self.notify("event", |hooks| hooks.event(status));
     }
 
     fn agent_lost(&mut self, ownership: Ownership) {
-        self.tell("agent lost", |hooks| hooks.agent_lost(ownership));
+        self.notify("agent lost", |hooks| hooks.agent_lost(ownership));
     }
 }
 
@@ -137,7 +137,7 @@ mod tests {
     /// One that is forgotten here would be its default, and never reach the VMM.
     #[test]
     fn every_hook_is_passed_on() {
-        let guarded = hooks(include_str!("guarded.rs"));
+        let guarded = hooks(include_str!("catch_panics.rs"));
         // That one is how the VMM hears of a panic, and nobody else calls it.
         let all = hooks(include_str!("api.rs")).into_iter().filter(|name| *name != "hook_panicked");
         let missing: Vec<_> = all.filter(|name| !guarded.contains(name)).collect();
