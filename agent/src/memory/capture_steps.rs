@@ -1,17 +1,19 @@
-//! The steps by which all who capture a page, or end its time, agree: each page is read once, and
-//! nobody reads it when it may change. See [`super::copy_before_write`] for all of it; a model
-//! checker goes through all orders of these steps.
+//! The steps by which the threads that capture a page, discard it or end the snapshot agree: each
+//! page is read once, and never after it may have changed. [`super::copy_before_write`] tells the
+//! whole story, and a model checker tries all orders of these steps.
 //!
-//! Whoever captures publishes first, takes then, and reads while that is published. So whoever
-//! finds a page taken, and looks who has published after that, sees who may still be reading it.
+//! A thread that captures publishes the word in the fence, takes the page, and reads it while the
+//! word is published. So a thread that finds a page taken, and then looks who has published, sees
+//! every thread that may still be reading it.
 
 use super::fence::Readers;
 
-/// A reader's number, the index of the block, and the word that it publishes.
+/// The number of a reader, the index of the block, and the word that the reader publishes.
 pub type Place = (usize, usize, u64);
 
-/// Captures: `take` returns what is the caller's from then on, and `read` reads it, if that is any.
-/// Only after this its protection may be lifted. Returns what was taken.
+/// Captures pages: `take` returns the pages that belong to the caller from then on, and `read`
+/// reads them, if there are any. Their protection may be removed only after this. Returns what was
+/// taken.
 pub fn capture<E>(
     readers: &Readers, (reader, block, word): Place, take: impl FnOnce() -> u64,
     read: impl FnOnce(u64) -> Result<(), E>,
@@ -24,10 +26,10 @@ pub fn capture<E>(
     Ok(taken)
 }
 
-/// Lets a write happen: captures the page as in [`capture`], or waits for those of whom `overlaps`
-/// says that they may be reading it; then `lift` lifts the protection. It does so even if the page
-/// cannot be read: nothing is left to be saved then, and the writer waits for nothing else. Returns
-/// what was taken.
+/// Lets a write happen. Captures the page as [`capture`] does. If the page is taken already, waits
+/// for the threads that may be reading it, according to `overlaps`. Then `lift` removes the
+/// protection, also if the page cannot be read: the snapshot has failed then, and the writer waits
+/// for nothing else. Returns what was taken.
 pub fn before_write<E>(
     readers: &Readers, place: Place, take: impl FnOnce() -> u64,
     read: impl FnOnce(u64) -> Result<(), E>, overlaps: impl Fn(usize, u64) -> bool,
@@ -42,8 +44,8 @@ pub fn before_write<E>(
     lifted.map(|()| taken)
 }
 
-/// Pages are marked as discarded. Before they are freed, `rescue` captures what is pending of them,
-/// and then all who took before have read.
+/// Pages are marked as discarded, and not freed yet. `rescue` captures those that are pending; then
+/// this waits until all threads that took pages before have read them.
 pub fn before_punch(
     readers: &Readers, rescue: impl FnOnce(), overlaps: impl Fn(usize, u64) -> bool,
 ) {
@@ -51,18 +53,18 @@ pub fn before_punch(
     readers.wait(overlaps);
 }
 
-/// Pages that are not marked, but freed, have been punched. `tell` says that they are holes, for
-/// whoever looks before they read; then all who may have looked before that have read. `overlaps`
-/// is given what `tell` returns.
+/// Pages without a mark were freed, and have been punched. `tell` announces that they are holes,
+/// for threads that look before they read. Then this waits for the threads that may have looked
+/// before the announcement. `overlaps` gets what `tell` returns.
 pub fn after_punch<T>(
     readers: &Readers, tell: impl FnOnce() -> T, overlaps: impl Fn(&T, usize, u64) -> bool,
 ) {
-    let told = tell();
-    readers.wait(|index, word| overlaps(&told, index, word));
+    let announced = tell();
+    readers.wait(|index, word| overlaps(&announced, index, word));
 }
 
-/// Nothing is pending any more. Before all protection is given up, whoever took the last of it has
-/// read.
+/// Nothing is pending any more. Waits until all threads have read what they took, so that the
+/// protection can be given up.
 pub fn before_unregister(readers: &Readers) {
     readers.wait(|_, _| true);
 }

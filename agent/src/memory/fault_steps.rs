@@ -18,9 +18,9 @@ pub struct Requested {
     pub is_missing: bool,
 }
 
-/// Handles a fault of host page `page`. `note` is called if this is the first request; an arrival may
-/// answer the fault even before that. `in_flight` must return only when all threads that took the
-/// page before have placed it, or made it missing again.
+/// Handles a fault of host page `page`. `note` is called if this is the first request; an arrival
+/// may answer the fault even before that. `in_flight` must return only when all threads that took
+/// the page before have placed it, or made it missing again.
 pub fn request<W: Words, V: Words>(
     requested: &Bitmap<W>, missing: &Bitmap<V>, page: u64, note: impl FnOnce(),
     in_flight: impl FnOnce(),

@@ -1,15 +1,18 @@
-//! The lock that decides what comes first: the marks of a discard or a populate, or the instant of
-//! a snapshot.
+//! The lock that orders the marks of a discard or a populate against the instant of a snapshot.
 //!
-//! Marks are set with it held, all of them or none, and the instant is taken with it held. A
-//! discard looks for a snapshot after its marks: so either its marks come before the instant, and
-//! the snapshot saves the pages as discarded; or the discard finds the snapshot, and has it save
-//! them first. What a populate takes out of the discarded pages and puts into the dirty log is in
-//! one of the two at the instant. A model checker goes through the orders.
+//! The lock is held while all marks of a discard are set, and while the instant is taken. A discard
+//! looks for a snapshot after it has set its marks. So there are two cases:
+//!
+//! - The marks come before the instant: the snapshot saves the pages as discarded.
+//! - The marks come after the instant: the discard finds the snapshot, and has it save the pages
+//!   first.
+//!
+//! A populate moves pages from the discarded ones to the dirty log while the lock is held, so at
+//! the instant each of these pages is in one of the two. A model checker tries all orders.
 
 use super::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Orders marks and instants. `T` is what is still to be saved.
+/// Orders marks and instants. `T` is the snapshot's set of pages that are still to be saved.
 #[derive(Debug)]
 pub struct Marking<T> {
     marks: Mutex<()>,
@@ -23,13 +26,13 @@ impl<T> Default for Marking<T> {
 }
 
 impl<T> Marking<T> {
-    /// No marks are set, and no instant is taken, while this is held.
+    /// While this is held, no marks are set and no instant is taken.
     pub fn hold(&self) -> MutexGuard<'_, ()> {
         self.marks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets the marks of a discard by `mark`. Returns with it what then is to be saved before it is
-    /// freed.
+    /// Calls `mark` to set the marks of a discard. Returns its result, and the snapshot, if there
+    /// is one: it must save the pages before they are freed.
     pub fn discard<R>(&self, mark: impl FnOnce() -> R) -> (R, Option<Arc<T>>) {
         let marks = self.hold();
         let marked = mark();
@@ -37,11 +40,11 @@ impl<T> Marking<T> {
         (marked, self.snapshot())
     }
 
-    /// The instant: `find` finds out what is to be saved as of now. From now on discards save what
-    /// they discard.
+    /// Takes the instant: `find` collects what must be saved as of now. From now on discards find
+    /// the snapshot.
     ///
     /// # Errors
-    /// What `find` returns; there was no instant then.
+    /// The error of `find`. There is no instant then.
     pub fn instant<E>(&self, find: impl FnOnce() -> Result<Arc<T>, E>) -> Result<(), E> {
         let _marks = self.hold();
         let found = find()?;
@@ -49,18 +52,17 @@ impl<T> Marking<T> {
         Ok(())
     }
 
-    /// Nothing is to be saved any more.
+    /// Ends the snapshot: discards do not find it any more.
     pub fn end(&self) {
         *self.locked() = None;
     }
 
-    /// What is still to be saved as it was at the instant of a snapshot, if that is over. An
-    /// instant that is under way is waited for.
+    /// The running snapshot, if its instant is over. Waits for an instant that is being taken.
     pub fn running_snapshot(&self) -> Option<Arc<T>> {
         self.discard(|| ()).1
     }
 
-    /// What is still to be saved as it was at the instant of a snapshot.
+    /// The snapshot, without waiting for an instant.
     fn snapshot(&self) -> Option<Arc<T>> {
         self.locked().clone()
     }
