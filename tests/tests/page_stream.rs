@@ -120,10 +120,10 @@ fn a_socket_takes_one_stream_and_must_be_connected() {
     let options = OutgoingOptions { streams: 2, ..OutgoingOptions::default() };
     let error = source.client.start_outgoing(Target::Socket(one.into()), &options).unwrap_err();
     assert!(error.to_string().contains("streams is 2"), "{error}");
-    let file = rustix::fs::memfd_create("no socket", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let file = rustix::fs::memfd_create("a file", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let error = source
         .client
         .start_outgoing(Target::Socket(file), &OutgoingOptions::default())
         .unwrap_err();
-    assert!(error.to_string().contains("no socket"), "{error}");
+    assert!(error.to_string().contains("not a socket"), "{error}");
 }

@@ -111,7 +111,7 @@ fn a_standard_input_that_is_no_connection_is_refused_by_what_it_is() {
         (open(folder.path()), "a folder,"),
         (open(Path::new(PROGRAM)), "a file,"),
         (Stdio::null(), "a device (/dev/null, or it is closed),"),
-        (Stdio::from(OwnedFd::from(listener)), "a socket that listens,"),
+        (Stdio::from(OwnedFd::from(listener)), "a listening socket,"),
     ] {
         let ended = Command::new(PROGRAM).args(["agent", "--stdin"]).stdin(stdin).output().unwrap();
         let said = String::from_utf8(ended.stderr).unwrap();

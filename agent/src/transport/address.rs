@@ -1,4 +1,12 @@
-//! Where a stream goes or comes from.
+//! Addresses of streams: `tcp:HOST:PORT` and `unix:PATH`.
+//!
+//! [`Address::parse`] reads an address that a user wrote. [`Address::connect`] looks the name up,
+//! and connects to one socket address after the other until one answers. [`Address::listen`] binds
+//! a [`Listener`], whose `accept` returns the connections. A VMM may hand over a connected socket
+//! instead ([`check_socket`]).
+//!
+//! Every look-up and every attempt to connect has a deadline. Cancelling the job ends a connect at
+//! once.
 
 use super::TransportError;
 use super::resolve::{resolve, resolve_for};
@@ -16,7 +24,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long a name is looked up to listen there. Whoever asked waits 10 seconds for the answer.
+/// Longest look-up of a name to listen on. The client waits 10 seconds for the agent's answer, so
+/// the look-up must end well before that.
 pub const LISTEN_LOOKUP: Duration = Duration::from_secs(5);
 /// Time between two attempts to connect to a listener whose queue is full.
 const FULL_QUEUE_RETRY: Duration = Duration::from_millis(10);
@@ -59,11 +68,11 @@ impl Address {
         }
     }
 
-    /// Connects, giving up after `timeout` for the look-up of the name, and for each socket address
-    /// that it stands for.
+    /// Connects. The look-up of the name may take `timeout`, and so may each attempt to connect to
+    /// one of its socket addresses.
     ///
     /// # Errors
-    /// If nobody answers, or the job is cancelled meanwhile.
+    /// If no socket address accepts the connection, or the job is cancelled meanwhile.
     pub fn connect(&self, timeout: Duration, cancel: &Cancel) -> Result<OwnedFd, JobError> {
         may_wait("connect");
         let failed = |address: String| {
@@ -86,7 +95,7 @@ impl Address {
                     let family =
                         if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
                     let prepare = if address.ip().to_canonical().is_loopback() {
-                        unpace
+                        disable_pacing
                     } else {
                         |_: &OwnedFd| ()
                     };
@@ -103,7 +112,7 @@ impl Address {
     /// Listens. A name is looked up for at most [`LISTEN_LOOKUP`].
     ///
     /// # Errors
-    /// If the address is taken or not ours.
+    /// If the address is in use, or does not belong to this host.
     pub fn listen(&self) -> Result<Listener, TransportError> {
         may_wait("listen");
         let failed = |address: String| {
@@ -131,8 +140,8 @@ fn unresolved(name: &str) -> impl Fn(std::io::Error) -> TransportError {
     move |source| TransportError::Connect { what: "resolve", address: name.to_owned(), source }
 }
 
-/// Connects one socket without blocking, so that a cancel is heard; it blocks afterwards. The outer
-/// error is the job's end.
+/// Connects one socket. It is non-blocking until it is connected, so that a cancel ends the wait;
+/// the returned socket blocks. The outer error is for the job: it was cancelled, or `poll` failed.
 fn connect_one(
     family: AddressFamily, address: &impl SocketAddrArg, prepare: fn(&OwnedFd), timeout: Duration,
     cancel: &Cancel,
@@ -145,7 +154,7 @@ fn connect_one(
     prepare(&socket);
     let deadline = Instant::now() + timeout;
     let mut connected = rustix::net::connect(&socket, address);
-    // The queue of a listener at a path is full: nothing tells when there is room.
+    // The queue of a UNIX listener is full. The kernel does not report when there is room again.
     while connected == Err(Errno::AGAIN) && Instant::now() < deadline {
         cancel.sleep(FULL_QUEUE_RETRY)?;
         connected = rustix::net::connect(&socket, address);
@@ -167,7 +176,7 @@ fn connect_one(
     Ok(rustix::io::ioctl_fionbio(&socket, false).map(|()| socket).map_err(Into::into))
 }
 
-/// A listening socket. A path is removed on drop, if it is still this socket's.
+/// A listening socket. On drop, the path of a UNIX socket is removed if it is still this socket's.
 #[derive(Debug)]
 pub struct Listener {
     socket: Listening,
@@ -181,15 +190,15 @@ enum Listening {
 }
 
 impl Listener {
-    /// Where it listens, with the port that the kernel chose.
+    /// The address on which it listens, with the port that the kernel chose.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// Takes the connection that is waiting.
+    /// Accepts the next connection; waits if there is none.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses, most often because the process has no free descriptor.
     pub fn accept(&self) -> std::io::Result<OwnedFd> {
         Ok(rustix::net::accept_with(self, SocketFlags::CLOEXEC)?)
     }
@@ -207,7 +216,7 @@ impl AsFd for Listener {
 /// Checks that a descriptor which a VMM handed over is a connected stream socket.
 ///
 /// # Errors
-/// What it is instead.
+/// If it is something else. The error says what.
 pub fn check_socket(fd: OwnedFd) -> Result<OwnedFd, TransportError> {
     let wrong = |reason: &str| TransportError::Address {
         address: "fd".to_owned(),
@@ -215,8 +224,8 @@ pub fn check_socket(fd: OwnedFd) -> Result<OwnedFd, TransportError> {
     };
     match sockopt::socket_type(&fd) {
         Ok(SocketType::STREAM) => {}
-        Ok(_) => return Err(wrong("the socket is no stream socket")),
-        Err(_) => return Err(wrong("the descriptor is no socket")),
+        Ok(_) => return Err(wrong("the socket is not a stream socket")),
+        Err(_) => return Err(wrong("the descriptor is not a socket")),
     }
     if rustix::net::getpeername(&fd).is_err() {
         return Err(wrong("the socket is not connected"));
@@ -224,34 +233,40 @@ pub fn check_socket(fd: OwnedFd) -> Result<OwnedFd, TransportError> {
     Ok(fd)
 }
 
-/// Sends small records at once on TCP, and notices a peer whose host is gone within about twice
-/// `timeout`, also while this side has nothing to send or holds back for its bandwidth limit.
+/// Sets the options of a TCP socket; other sockets are left alone.
+///
+/// - Small records are sent at once (`TCP_NODELAY`).
+/// - A peer whose host is gone is noticed within about twice `timeout`, also while this side has
+///   nothing to send or waits for its bandwidth limit (keep-alive probes, `TCP_USER_TIMEOUT`).
 ///
 /// # Errors
-/// What the kernel said.
+/// If the kernel refuses an option.
 pub fn tune(fd: BorrowedFd<'_>, timeout: Duration) -> rustix::io::Result<()> {
     let domain = sockopt::socket_domain(fd)?;
     if domain == AddressFamily::INET || domain == AddressFamily::INET6 {
         sockopt::set_tcp_nodelay(fd, true)?;
         sockopt::set_socket_keepalive(fd, true)?;
-        // A probe after half of the time, and three more until it is over; in whole seconds.
+        // The first probe after half of the timeout, and three in the other half. The kernel takes
+        // whole seconds.
         let seconds = |part: Duration| Duration::from_secs(part.as_secs().clamp(1, 3600));
         sockopt::set_tcp_keepidle(fd, seconds(timeout / 2))?;
         sockopt::set_tcp_keepintvl(fd, seconds(timeout / 6))?;
         sockopt::set_tcp_keepcnt(fd, 3)?;
-        // The same for what was sent and is not acknowledged, which keeps the probes from being
-        // sent.
+        // While sent bytes are not acknowledged, the kernel sends no probes. Then this option ends
+        // the connection.
         let unacknowledged = u32::try_from(2 * timeout.as_millis()).unwrap_or(u32::MAX);
         sockopt::set_tcp_user_timeout(fd, unacknowledged.max(1000))?;
     }
     Ok(())
 }
 
-/// Takes the pacing from a TCP socket that is not connected yet: as BBR's, it is for links, and
-/// between two processes of one machine, as when a VMM is replaced under its guest, it only costs
-/// timers. Once connected it would stay.
-fn unpace(socket: &OwnedFd) {
-    // Where the kernel does not offer this one, the default stays.
+/// Selects a congestion control without pacing, for a connection over loopback.
+///
+/// Pacing, as in BBR, is made for network links. Between two processes of one host, as when a VMM
+/// is replaced under its guest, it only costs timers. This must be called before the socket is
+/// connected: on a connected socket the pacing would stay.
+fn disable_pacing(socket: &OwnedFd) {
+    // If the kernel does not offer "reno", the default stays.
     let _ = sockopt::set_tcp_congestion(socket, "reno");
 }
 

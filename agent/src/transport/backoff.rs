@@ -1,17 +1,18 @@
-//! What to do when a connection cannot be accepted.
+//! Backoff of a listener that cannot accept a connection.
 //!
-//! It usually means that the process, or the system, is out of descriptors or memory. The
-//! connection stays in the listener's queue and keeps the listener readable, so whoever just tries
-//! again spins. Here the next attempt comes after a pause, and the log gets one line a second.
+//! An accept usually fails because the process, or the system, has no free descriptor or memory.
+//! The connection stays in the listener's queue and keeps the listener readable, so a caller that
+//! tries again at once would spin. So the next attempt comes after [`PAUSE`], and the log gets at
+//! most one line a second.
 
 use std::time::{Duration, Instant};
 
 /// Time until the next attempt.
 pub const PAUSE: Duration = Duration::from_millis(100);
-/// Time between two lines in the log.
+/// Least time between two lines in the log.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
-/// Paces the log of one listener.
+/// Limits the log lines of one listener, and counts the failures between them.
 #[derive(Debug, Default)]
 pub struct Backoff {
     logged: Option<Instant>,
@@ -19,17 +20,20 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// An attempt failed at `now`: says so in the log, unless it did within the last second.
+    /// Reports that an attempt failed at `now`. Writes a log line unless there was one within the
+    /// last second.
     pub fn failed(&mut self, error: &dyn std::error::Error, now: Instant) {
         if let Some(unlogged) = self.line_is_due(now) {
             let error = crate::error::chain(error);
             log::warn!(
-                "cannot accept a connection: {error} ({unlogged} more failures since the last such line)"
+                "cannot accept a connection: {error} \
+                 ({unlogged} more failures since the last such line)"
             );
         }
     }
 
-    /// The number of failures without a line, if it is time for one.
+    /// The number of failures that got no line, if a line is due at `now`; otherwise counts this
+    /// one.
     fn line_is_due(&mut self, now: Instant) -> Option<u64> {
         if self.logged.is_some_and(|logged| now.saturating_duration_since(logged) < LOG_EVERY) {
             self.unlogged += 1;
@@ -45,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thousand_failures_in_a_second_are_one_line_and_the_next_line_counts_them() {
+    fn failures_of_one_second_get_one_line_and_are_counted() {
         let (mut backoff, start) = (Backoff::default(), Instant::now());
         assert_eq!(backoff.line_is_due(start), Some(0));
         for millis in 1..1000 {

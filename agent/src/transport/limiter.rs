@@ -1,11 +1,14 @@
-//! The bandwidth limit of all streams together.
+//! The bandwidth limit, shared by all streams of a job.
 //!
-//! A virtual clock: each sender moves it on by the time that its bytes take, and waits until real
-//! time has caught up. No lock, and no thread of its own.
+//! The limiter is a virtual clock. Each sender advances the clock by the time that its bytes take
+//! at the limit, and waits until real time has caught up. This needs no lock and no thread.
 //!
-//! A sender that waits here still sees that its peer closes the connection, and that the stop of
-//! the guest is over. Under a low limit it sends little at a time ([`Limiter::portion`]), so that
-//! it waits for a moment and not for hours, and the peer hears from it often.
+//! After a pause in the traffic, the bytes of 20 ms (`BURST`) may be sent at once. A sender under a
+//! low limit sends few pages at a time ([`Limiter::portion`]). So each wait is short, and the peer
+//! hears from the sender often.
+//!
+//! A wait ends early when the job is cancelled or the limit changes. A sender's wait also ends when
+//! the peer closes the connection, or when the deadline of the guest's stop has passed.
 
 use super::{StreamSocket, TransportError};
 use crate::job::{Cancel, JobError};
@@ -15,45 +18,46 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// How far the clock may lag behind: what may be sent at once after a lull.
+/// Longest time by which the clock may lag behind real time. It bounds what may be sent at once
+/// after a pause in the traffic.
 const BURST: Duration = Duration::from_millis(20);
 
-/// How long what is sent at once may take under the limit.
+/// Longest time that one portion may take at the limit.
 const PORTION: Duration = Duration::from_millis(100);
 
 /// Longest delay before a waiter sees a change of the limit.
 const MAX_WAIT: Duration = Duration::from_millis(100);
 
-/// Holds senders back.
+/// Delays senders so that together they stay within the limit.
 #[derive(Debug)]
 pub struct Limiter {
     start: Instant,
-    /// Bytes per second; 0 is no limit.
+    /// Bytes per second; 0 means no limit.
     rate: AtomicU64,
-    /// When all that was let through is sent, in nanoseconds from `start`.
+    /// The time at which all bytes so far are sent at the limit, in nanoseconds from `start`.
     clock: AtomicU64,
 }
 
 impl Limiter {
-    /// A limit of `rate` bytes per second; 0 is none.
+    /// A limit of `rate` bytes per second; 0 means no limit.
     pub fn new(rate: u64) -> Self {
         Self { start: Instant::now(), rate: AtomicU64::new(rate), clock: AtomicU64::new(0) }
     }
 
-    /// Changes the limit. What was let through under the old one is forgotten: who waits for it
-    /// goes on.
+    /// Changes the limit. The clock starts anew, and senders that wait under the old limit
+    /// continue.
     pub fn set_rate(&self, rate: u64) {
         if self.rate.swap(rate, Ordering::Relaxed) != rate {
             self.clock.store(self.now(), Ordering::Relaxed);
         }
     }
 
-    /// Nanoseconds from `start`.
+    /// The current time, in nanoseconds from `start`.
     fn now(&self) -> u64 {
         u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Most pages that are to be sent at once, as one record or several; at least 1.
+    /// Most pages to send at once, as one record or several; at least 1.
     pub fn portion(&self) -> u64 {
         match self.rate.load(Ordering::Relaxed) {
             0 => u64::MAX,
@@ -72,8 +76,8 @@ impl Limiter {
     /// Waits until `bytes` may be sent on `socket`.
     ///
     /// # Errors
-    /// If the job is cancelled meanwhile, the peer closes the connection, or the stop of the guest
-    /// is over.
+    /// If the job is cancelled meanwhile, the peer closes the connection, or the deadline of the
+    /// guest's stop passes.
     pub fn wait_to_send(
         &self, bytes: usize, cancel: &Cancel, socket: &StreamSocket,
     ) -> Result<(), JobError> {
@@ -89,7 +93,7 @@ impl Limiter {
         })
     }
 
-    /// The same, but not longer than until all is `over`.
+    /// As [`Limiter::wait`], but ends early once `over` returns true.
     ///
     /// # Errors
     /// If the job is cancelled meanwhile.
@@ -105,8 +109,8 @@ impl Limiter {
         })
     }
 
-    /// Waits in short pieces, each by `wait`, which returns true if the rest need not be waited
-    /// for.
+    /// Adds `bytes` to the clock and waits until they may be sent. `wait` waits for one piece of
+    /// that time, at most [`MAX_WAIT`], and returns true to end the wait.
     fn wait_with(
         &self, bytes: usize, mut wait: impl FnMut(Duration) -> Result<bool, JobError>,
     ) -> Result<(), JobError> {
@@ -137,14 +141,14 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn little_is_sent_at_once_under_a_low_limit() {
+    fn a_low_limit_makes_small_portions() {
         assert_eq!(Limiter::new(0).portion(), u64::MAX);
         assert_eq!(Limiter::new(1).portion(), 1);
         assert_eq!(Limiter::new(400 << 20).portion(), 10 << 10);
     }
 
-    /// Waits until the second of two waits. If it never does, the test fails as it looks at the
-    /// outcome.
+    /// Returns once the second of two senders waits. If it never waits, the test fails when it
+    /// checks the outcome.
     fn until_waiting(limiter: &Limiter) {
         let deadline = Instant::now() + Duration::from_secs(60);
         while limiter.clock.load(Ordering::Relaxed) < u64::from(u32::MAX)
@@ -155,11 +159,11 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_to_send_hears_that_the_peer_is_gone() {
+    fn a_closed_connection_ends_the_wait_of_a_sender() {
         let (limiter, cancel) = (Limiter::new(1), Cancel::new().unwrap());
         let (theirs, ours) = UnixStream::pair().unwrap();
         let socket = StreamSocket::new(ours.into(), Duration::from_secs(3600)).unwrap();
-        // Its time is what the next one waits for: twelve days.
+        // The first call does not wait. The second waits for the time of the first: twelve days.
         limiter.wait(1 << 20, &cancel).unwrap();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| limiter.wait_to_send(1, &cancel, &socket));
@@ -173,9 +177,9 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_under_a_limit_goes_on_when_it_is_lifted() {
+    fn a_removed_limit_ends_the_wait_of_a_sender() {
         let (limiter, cancel) = (Limiter::new(1), Cancel::new().unwrap());
-        // What comes first need not wait; its time is what the second waits for: twelve days.
+        // The first call does not wait. The second waits for the time of the first: twelve days.
         limiter.wait(1 << 20, &cancel).unwrap();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| limiter.wait(1, &cancel));

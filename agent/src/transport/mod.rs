@@ -1,11 +1,12 @@
-//! Streams between agents.
+//! Streams between agents: addresses, sockets, records, and the bandwidth limit.
 //!
-//! - [`address`]: `tcp:HOST:PORT`, `unix:PATH`, or a socket that the VMM hands over;
-//! - [`unix_path`]: who listens on a path, and who removes it;
+//! - [`address`]: `tcp:HOST:PORT` and `unix:PATH`, and how to connect and to listen there;
+//! - [`resolve`]: name look-ups with a deadline;
+//! - [`unix_path`]: listening sockets with a path, and the lock that protects the path;
+//! - [`unix_socket`]: the check that a descriptor is a connected UNIX stream socket;
 //! - [`backoff`]: what a listener does when it cannot accept a connection;
-//! - [`resolve`]: name look-ups that end in time;
 //! - [`stream`]: a connected stream: records in and out, with deadlines;
-//! - [`socket_queue`]: how much of a stream lies in the kernel's queues;
+//! - [`socket_queue`]: how many bytes of a stream the kernel may queue in postcopy;
 //! - [`limiter`]: the bandwidth limit.
 
 pub mod address;
@@ -28,22 +29,22 @@ use std::time::Duration;
 /// What can go wrong with a connection.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// The address is none.
+    /// The address is malformed, or the descriptor is not a connected stream socket.
     #[error("address \"{address}\": {reason}")]
     Address {
-        /// The address.
+        /// The address as the user wrote it; "fd" for a descriptor.
         address: String,
         /// What is wrong with it.
         reason: String,
     },
-    /// Connecting or listening failed.
+    /// Connecting, listening, or the look-up of the name failed.
     #[error("cannot {what} {address}")]
     Connect {
         /// What was tried.
         what: &'static str,
-        /// Where.
+        /// The address for which it was tried.
         address: String,
-        /// What the kernel said.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
@@ -53,39 +54,41 @@ pub enum TransportError {
     /// The peer closed the connection inside a record.
     #[error("the connection was cut inside a record, {missing} bytes before its end")]
     Cut {
-        /// Bytes that did not come.
+        /// Bytes of the record that were not received.
         missing: usize,
     },
-    /// The peer is silent.
+    /// The peer did not begin a record, or did not answer the kernel's probes, for this long.
     #[error("the peer was silent for {0:?}")]
     Silent(Duration),
-    /// The peer began a record, and does not come to its end.
+    /// The peer began a record and did not finish it in time.
     #[error(
         "the peer did not send a whole record within {timeout:.1?}: {missing} bytes are missing"
     )]
     Slow {
-        /// How long it had, since the record began.
+        /// How long the peer had, from the beginning of the record.
         timeout: Duration,
-        /// Bytes that did not come, as far as is known.
+        /// Bytes that were not received. If the header is incomplete, only the header's bytes are
+        /// counted.
         missing: usize,
     },
-    /// The peer takes nothing, or not enough.
+    /// The peer did not receive the bytes of a write in time.
     #[error("the peer did not take what was sent within {timeout:.1?}: {missing} bytes are left")]
     Stuck {
-        /// How long it had.
+        /// How long the peer had.
         timeout: Duration,
-        /// Bytes that it did not take.
+        /// Bytes that the socket did not accept.
         missing: usize,
     },
-    /// The guest is paused for its hand-over, and may be no longer.
-    #[error("the peer had not answered, or not taken what was sent, when that time was over")]
+    /// The guest is paused for its hand-over, and the deadline of the stop has passed. The error
+    /// that contains this one names the time limit.
+    #[error("the peer did not answer, or did not receive what was sent, before that time was over")]
     StopOver,
-    /// A peer that is not known yet said something else first.
+    /// The first record of a peer that has not said hello is something else, or too long.
     #[error(
         "{kind:?} record of {length:#x} bytes where a hello of at most {MAX_HELLO:#x} was expected"
     )]
     NoHello {
-        /// What came.
+        /// Kind of the record.
         kind: Kind,
         /// Length of its payload in bytes.
         length: usize,
@@ -93,7 +96,7 @@ pub enum TransportError {
     /// A record is malformed.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// The kernel refused.
+    /// A system call on the socket failed.
     #[error("stream")]
     Kernel(#[source] std::io::Error),
 }

@@ -1,9 +1,11 @@
-//! Name look-ups that end in time.
+//! Name look-ups with a deadline.
 //!
-//! The system's look-up cannot be given a deadline, and cannot be cancelled: with a name server
-//! that does not answer it takes 10 seconds and more. So it runs on a thread that nobody waits for
-//! longer than they want to. A look-up that is given up ends by itself; there are at most
-//! `MAX_LOOKUPS`.
+//! The system's look-up (`getaddrinfo`) has no deadline and cannot be cancelled. If the name server
+//! does not answer, it takes 10 seconds or more. So each look-up runs on its own thread, and the
+//! caller waits for the result until its deadline or until its job is cancelled.
+//!
+//! A thread whose caller gave up ends when the system's look-up ends. At most `MAX_LOOKUPS` such
+//! threads exist; further look-ups are refused.
 
 use crate::job::{Cancel, JobError};
 use crate::waiting::may_wait;
@@ -17,7 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// Most look-ups at once, those that were given up among them.
+/// Most look-ups at once, including those whose caller gave up.
 const MAX_LOOKUPS: usize = 16;
 
 static LOOKUPS: AtomicUsize = AtomicUsize::new(0);
@@ -30,7 +32,7 @@ fn look_up(name: &str) -> io::Result<Vec<SocketAddr>> {
 /// The socket addresses of `HOST:PORT`, after at most `timeout`.
 ///
 /// # Errors
-/// What the look-up said, or that it took too long.
+/// If the look-up fails or takes longer than `timeout`.
 pub fn resolve(name: &str, timeout: Duration) -> io::Result<Vec<SocketAddr>> {
     resolve_by(look_up, name, timeout)
 }
@@ -45,10 +47,10 @@ fn resolve_by(look_up: LookUp, name: &str, timeout: Duration) -> io::Result<Vec<
     under_way.addresses(name, ready, timeout)
 }
 
-/// The same for a job. The outer error is the job's end.
+/// As [`resolve`], but also ends when the job is cancelled. The inner error is that of the look-up.
 ///
 /// # Errors
-/// If the job is cancelled meanwhile.
+/// If the job is cancelled meanwhile, or `poll` fails.
 pub fn resolve_for(
     cancel: &Cancel, name: &str, timeout: Duration,
 ) -> Result<io::Result<Vec<SocketAddr>>, JobError> {
@@ -68,21 +70,25 @@ fn resolve_for_by(
     Ok(under_way.addresses(name, ready == [true], timeout))
 }
 
+/// A function that looks a name up. Tests use one that does not answer.
 type LookUp = fn(&str) -> io::Result<Vec<SocketAddr>>;
 
+/// A look-up that was started.
 enum Found {
+    /// The name was a socket address.
     Now(Vec<SocketAddr>),
+    /// A thread looks the name up.
     Later(UnderWay),
 }
 
-/// A look-up on a thread of its own.
+/// A look-up that runs on its own thread.
 struct UnderWay {
-    /// Its other end is closed when the look-up has ended.
+    /// The read end of a pipe. The thread closes the write end after it has sent the result.
     ready: OwnedFd,
     result: Receiver<io::Result<Vec<SocketAddr>>>,
 }
 
-/// Counts a look-up, until its thread ends.
+/// Counts one look-up until its thread ends.
 struct Counted;
 
 impl Counted {
@@ -100,7 +106,7 @@ impl Drop for Counted {
 
 impl Found {
     fn start(look_up: LookUp, name: &str) -> io::Result<Self> {
-        // A number needs no name server.
+        // A numeric address needs no name server.
         if let Ok(address) = name.parse() {
             return Ok(Self::Now(vec![address]));
         }
@@ -114,7 +120,7 @@ impl Found {
         let name = name.to_owned();
         let run = move || {
             let _counted = counted;
-            // Fails if nobody waits any more.
+            // Fails only if the caller gave up.
             let _ = send.send(look_up(&name));
             drop(ended);
         };
@@ -124,6 +130,7 @@ impl Found {
 }
 
 impl UnderWay {
+    /// The result. `ready` is false if the caller's deadline came first.
     fn addresses(
         &mut self, name: &str, ready: bool, timeout: Duration,
     ) -> io::Result<Vec<SocketAddr>> {
@@ -144,7 +151,7 @@ mod tests {
     use super::*;
     use std::sync::Mutex;
 
-    /// Held by a look-up until the test lets it go.
+    /// The test holds this lock to keep the name server from answering.
     static SERVER: Mutex<()> = Mutex::new(());
 
     fn silent_server(_: &str) -> io::Result<Vec<SocketAddr>> {
@@ -152,9 +159,9 @@ mod tests {
         Ok(Vec::new())
     }
 
-    /// One test, since all look-ups of a process are counted together.
+    /// This is one test and not several, because all look-ups of a process share one counter.
     #[test]
-    fn a_look_up_ends_in_time_and_hears_a_cancel() {
+    fn a_look_up_ends_at_its_deadline_or_on_cancel() {
         for number in ["127.0.0.1:7", "[::1]:7"] {
             let unused: LookUp = |_| Err(io::Error::other("looked up"));
             assert_eq!(
@@ -181,7 +188,7 @@ mod tests {
             cancel.cancel().unwrap();
             assert!(matches!(job.join().unwrap(), Err(JobError::Cancelled)));
         });
-        // They are bounded while they are under way.
+        // The number of look-ups that still run is bounded.
         let few = Duration::from_millis(1);
         let refused = |_| {
             resolve_by(silent_server, "name:7", few).unwrap_err().to_string().contains("already")

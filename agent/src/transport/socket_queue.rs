@@ -1,11 +1,17 @@
-//! How much of a bulk stream lies in the kernel's queues while a guest waits for pages.
+//! Limits for the kernel's queues of a bulk stream in postcopy.
 //!
-//! In passes a deep queue costs nothing. In postcopy all that was queued before a page has to be
-//! placed before it, at the destination's pace: ten megabytes are ten milliseconds, and the
-//! processors that place them are those that the guest and its urgent pages need. So the source
-//! keeps little that is not sent yet (`TCP_NOTSENT_LOWAT`, which leaves alone what is in flight),
-//! and the destination takes no more than the round trip needs to keep the link busy. On other
-//! sockets than TCP the queues are small.
+//! In passes a deep queue costs nothing. In postcopy the guest may wait for a page that is queued
+//! behind others. The destination must place all of those first: ten megabytes take ten
+//! milliseconds, on the same processors that the guest and its urgent pages need. So both sides
+//! keep their queues short:
+//!
+//! - The source limits the bytes that are queued and not sent yet (`TCP_NOTSENT_LOWAT`). This does
+//!   not limit the bytes in flight.
+//! - The destination limits its receive queue to the bytes that keep the link busy for one round
+//!   trip.
+//!
+//! Only TCP sockets are changed; the queues of other sockets are small. If the kernel refuses a
+//! limit, the queue stays as it is, and the log says so at level debug.
 //!
 //! Numbers and layouts: `linux/tcp.h`; meaning: `tcp(7)`.
 #![allow(unsafe_code)]
@@ -16,17 +22,18 @@ use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
-/// Bytes that may wait to be sent.
+/// Most bytes that may be queued and not sent yet.
 const NOT_SENT: libc::c_int = 128 << 10;
-/// Least that the destination takes into its queue, in bytes.
+/// Smallest receive queue of the destination, in bytes.
 const LEAST: u64 = 128 << 10;
-/// Where the kernel says how large a queue it lets a program have. Left alone, queues grow beyond
-/// that.
+/// The largest receive queue that a program may request, in bytes. A queue whose size was not
+/// requested can grow beyond that.
 const LIMIT: &str = "/proc/sys/net/core/rmem_max";
-/// Bytes per second that a link is expected to carry at most: what one stream of ours places.
+/// Highest expected bandwidth of a link, in bytes per second: no faster than one stream places
+/// pages.
 const FASTEST: u64 = 1 << 30;
 
-/// Keeps little unsent in the queue of a stream that this side sends on.
+/// Limits the unsent bytes in the queue of a stream that this side sends on.
 pub fn limit_send_queue(socket: BorrowedFd<'_>) {
     if is_tcp(socket) {
         let value = NOT_SENT;
@@ -46,9 +53,11 @@ pub fn limit_send_queue(socket: BorrowedFd<'_>) {
     }
 }
 
-/// Takes no more into the queue of a stream that this side receives on than its round trip needs. A
-/// long one is left to the kernel: the link would starve under what a program may ask for, and a
-/// fault waits for the round trip more than for the queue.
+/// Limits the queue of a stream that this side receives on to what its round trip needs.
+///
+/// A queue for a long round trip is left to the kernel. The largest queue that a program may
+/// request would be too small to keep such a link busy, and a fault waits for the round trip longer
+/// than for the queue.
 pub fn limit_receive_queue(socket: BorrowedFd<'_>) {
     let Some(round_trip) = is_tcp(socket).then(|| round_trip(socket)).flatten() else { return };
     let limit =
@@ -59,7 +68,7 @@ pub fn limit_receive_queue(socket: BorrowedFd<'_>) {
     }
 }
 
-/// Bytes that keep a link with this round trip busy, if that is no more than `limit`.
+/// The bytes that keep a link with this round trip busy; `None` if they are more than `limit`.
 fn queue_of(round_trip: Duration, limit: u64) -> Option<usize> {
     let bytes = u128::from(FASTEST) * round_trip.as_micros() / 1_000_000;
     let size = u64::try_from(bytes).unwrap_or(u64::MAX).max(LEAST);
@@ -70,11 +79,11 @@ fn is_tcp(socket: BorrowedFd<'_>) -> bool {
     matches!(socket_domain(socket), Ok(AddressFamily::INET | AddressFamily::INET6))
 }
 
-/// What the kernel measured; `None` if it does not tell.
+/// The round trip as the kernel measured it; `None` if the kernel does not say.
 fn round_trip(socket: BorrowedFd<'_>) -> Option<Duration> {
     let mut about = MaybeUninit::<libc::tcp_info>::zeroed();
     let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes, all of which are there.
+    // SAFETY: the kernel writes at most `length` bytes, which is the size of the struct.
     let got = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -84,10 +93,10 @@ fn round_trip(socket: BorrowedFd<'_>) -> Option<Duration> {
             &raw mut length,
         )
     };
-    // SAFETY: zeroes are a valid value of this struct of numbers, and so is whatever the kernel
-    // wrote over them.
+    // SAFETY: the struct consists of numbers. Zeroes are a valid value of it, and so is everything
+    // that the kernel wrote over them.
     let about = unsafe { about.assume_init() };
-    // The receiver's own estimate, where it has one, is that of the direction that counts.
+    // `tcpi_rtt` is in microseconds.
     (got == 0).then(|| Duration::from_micros(u64::from(about.tcpi_rtt.max(1))))
 }
 
@@ -106,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_tells_the_round_trip_of_a_connection_and_takes_both_limits() {
+    fn a_connection_has_a_round_trip_and_accepts_both_limits() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let sending = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (receiving, _) = listener.accept().unwrap();

@@ -1,12 +1,19 @@
 //! A connected stream: records in and out, with deadlines.
 //!
-//! A peer is given `timeout` to begin a record or an answer. From then on, and from when it first
-//! has no room for a write, it has `timeout` once more and the time that the bytes take at
-//! [`MIN_BANDWIDTH`]: so a slow link is none too slow, and a peer that sends or takes a byte now
-//! and then gains nothing by it. While a guest is paused for a hand-over, every wait also ends with
-//! the deadline of the stop ([`Deadline`]).
+//! [`RecordReader`] reads records through a buffer and checks them. [`RecordWriter`] writes single
+//! records. Both use a [`StreamSocket`].
 //!
-//! Nothing blocks but in `poll`. Cancelling a job shuts the socket down, which ends any wait at
+//! Every wait for the peer is bounded:
+//!
+//! - The peer has `timeout` to begin a record or an answer.
+//! - From the first byte of a record, the peer has `timeout` and the time that the record takes at
+//!   [`MIN_BANDWIDTH`]. The same holds for a write, from the moment when the socket first has no
+//!   room. So a slow link has enough time, and a peer that sends or receives a byte now and then
+//!   cannot extend the deadline.
+//! - While a guest is paused for its hand-over, every wait also ends with the deadline of the stop
+//!   ([`Deadline`]).
+//!
+//! Threads block only in `poll`. Cancelling a job shuts the socket down, which ends every wait at
 //! once (see [`crate::job::Cancel`]).
 
 use super::TransportError;
@@ -24,7 +31,7 @@ use std::time::{Duration, Instant};
 /// Most parts of one write; the kernel's `UIO_MAXIOV`.
 const MAX_PARTS: usize = 1024;
 
-/// A connected socket. Clones are the same socket.
+/// A connected socket. Clones refer to the same socket.
 #[derive(Debug, Clone)]
 pub struct StreamSocket {
     fd: Arc<OwnedFd>,
@@ -33,60 +40,60 @@ pub struct StreamSocket {
 }
 
 impl StreamSocket {
-    /// A stream over `fd` on which the peer may be silent, or take nothing, for `timeout`.
+    /// A stream over `fd`. `timeout` is how long the peer may send and receive nothing.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses an option of the socket.
     pub fn new(fd: OwnedFd, timeout: Duration) -> Result<Self, TransportError> {
         super::address::tune(fd.as_fd(), timeout)
             .map_err(|errno| TransportError::Kernel(errno.into()))?;
         Ok(Self { fd: Arc::new(fd), timeout, stop: Deadline::default() })
     }
 
-    /// The same, whose waits also end with `stop`.
+    /// As [`StreamSocket::new`]; all waits also end with `stop`.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses an option of the socket.
     pub fn with_stop(
         fd: OwnedFd, timeout: Duration, stop: &Deadline,
     ) -> Result<Self, TransportError> {
         Ok(Self { stop: stop.clone(), ..Self::new(fd, timeout)? })
     }
 
-    /// The same socket, on which the peer has less time to take what is written.
+    /// The same socket, with at most `timeout` for the peer to receive what is written.
     #[must_use]
     pub fn with_deadline(&self, timeout: Duration) -> Self {
         Self { timeout: timeout.min(self.timeout), ..self.clone() }
     }
 
-    /// The deadline of the stop, if the guest is paused.
+    /// The deadline of the guest's stop. It is set while the guest is paused for its hand-over.
     pub fn stop(&self) -> &Deadline {
         &self.stop
     }
 
-    /// Ends both directions, and wakes who reads or writes.
+    /// Ends both directions, and wakes the threads that read or write.
     pub fn shut(&self) {
-        // Fails only if it is not connected any more.
+        // Fails only if the socket is not connected any more.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
     }
 
-    /// Ends the receiving side, and wakes who reads. On a UNIX socket the peer can send no more, on
-    /// TCP it does not notice.
+    /// Ends the receiving direction, and wakes the threads that read. The peer of a UNIX socket
+    /// cannot send any more; the peer of a TCP socket does not notice.
     pub fn stop_reading(&self) {
-        // Fails only if it is not connected any more.
+        // Fails only if the socket is not connected any more.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Read);
     }
 
-    /// Ends the sending side: the peer reads to the end and then sees it.
+    /// Ends the sending direction. The peer reads all that was sent, and then the end.
     pub fn end(&self) {
-        // Fails only if it is not connected any more.
+        // Fails only if the socket is not connected any more.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write);
     }
 
     /// Writes all of `parts`.
     ///
     /// # Errors
-    /// If the peer is gone, or has not taken all of it in time.
+    /// If the peer is gone, or has not received all bytes in time.
     pub fn write_all(&self, mut parts: &mut [IoSlice<'_>]) -> Result<(), TransportError> {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let mut deadline = None;
@@ -113,12 +120,13 @@ impl StreamSocket {
         Ok(())
     }
 
-    /// How long the peer may take to send or to take so many bytes.
+    /// How long the peer may take to send or to receive `bytes` bytes.
     fn time_for(&self, bytes: usize) -> Duration {
         self.timeout + Duration::from_secs_f64(bytes as f64 / MIN_BANDWIDTH as f64)
     }
 
-    /// Reads what there is; `None` if there is nothing.
+    /// Reads the bytes that are there, without waiting. `None` if there are none, and 0 if the peer
+    /// has closed the connection.
     fn read(&self, buffer: &mut [u8]) -> Result<Option<usize>, TransportError> {
         loop {
             match recv(&self.fd, &mut *buffer, RecvFlags::DONTWAIT) {
@@ -132,12 +140,13 @@ impl StreamSocket {
         }
     }
 
-    /// Waits until the socket is ready for `events`; false if `deadline` came first.
+    /// Waits until the socket is ready for `events`. Returns false if `deadline` came first.
     fn wait(&self, events: PollFlags, deadline: Option<Instant>) -> Result<bool, TransportError> {
         loop {
-            // A stop may begin while somebody waits here: no wait is longer than this.
-            let look = Instant::now() + LOOK;
-            let until = self.stop.cap(deadline.map_or(look, |deadline| deadline.min(look)));
+            // A stop may begin, or its deadline may move, while this thread waits. So it looks at
+            // the deadline again after `STOP_CHECK`.
+            let check = Instant::now() + STOP_CHECK;
+            let until = self.stop.cap(deadline.map_or(check, |deadline| deadline.min(check)));
             let left = until.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(left).ok();
             match poll(&mut [PollFd::new(&self.fd, events)], timeout.as_ref()) {
@@ -155,8 +164,8 @@ impl StreamSocket {
     }
 }
 
-/// Longest delay before a wait sees that a stop has begun, or ended.
-const LOOK: Duration = Duration::from_secs(5);
+/// Longest delay before a wait sees that a stop has begun or ended.
+const STOP_CHECK: Duration = Duration::from_secs(5);
 
 impl AsFd for StreamSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -164,7 +173,7 @@ impl AsFd for StreamSocket {
     }
 }
 
-/// Writes single records, for what is not page data.
+/// Writes single records that do not carry page data.
 #[derive(Debug)]
 pub struct RecordWriter {
     socket: StreamSocket,
@@ -176,20 +185,20 @@ impl RecordWriter {
         Self { socket }
     }
 
-    /// Writes a record; returns its bytes on the wire.
+    /// Writes a record, and returns its length on the wire in bytes.
     ///
     /// # Errors
-    /// If the peer is gone or takes nothing.
+    /// If the peer is gone, or does not receive the record in time.
     pub fn write(&self, header: RecordHeader, payload: &[u8]) -> Result<u64, TransportError> {
         let header = header.with_checksum(payload).to_wire();
         self.socket.write_all(&mut [IoSlice::new(&header), IoSlice::new(payload)])?;
         Ok((RECORD_SIZE + payload.len()) as u64)
     }
 
-    /// Writes a record that is not about pages, without a payload.
+    /// Writes a record without page numbers and without a payload.
     ///
     /// # Errors
-    /// If the peer is gone or takes nothing.
+    /// If the peer is gone, or does not receive the record in time.
     pub fn write_plain(&self, kind: Kind, number: u64) -> Result<u64, TransportError> {
         self.write(RecordHeader::plain(kind, number, 0), &[])
     }
@@ -200,10 +209,10 @@ impl RecordWriter {
     }
 }
 
-/// A record that came, checked: kind, lengths and checksum.
+/// A received record. Its kind, lengths and checksum were checked.
 #[derive(Debug)]
 pub struct ReceivedRecord<'a> {
-    /// What it is.
+    /// Its kind.
     pub kind: Kind,
     /// Its header.
     pub header: RecordHeader,
@@ -212,46 +221,48 @@ pub struct ReceivedRecord<'a> {
 }
 
 impl ReceivedRecord<'_> {
-    /// Bytes on the wire.
+    /// Its length on the wire in bytes.
     pub fn wire_bytes(&self) -> u64 {
         (RECORD_SIZE + self.payload.len()) as u64
     }
 }
 
-/// Reads records through a buffer, so that small ones cost less than a system call each.
+/// Reads records through a buffer, so that several small records cost one system call.
 #[derive(Debug)]
 pub struct RecordReader {
     socket: StreamSocket,
-    /// How long the peer may be silent before it begins a record; `None` is for ever.
+    /// How long the peer may be silent before it begins a record; `None` means for ever.
     patience: Option<Duration>,
     buffer: Vec<u8>,
+    /// The bytes from `start` to `end` of the buffer were received and are not used yet.
     start: usize,
     end: usize,
 }
 
-/// Who is read from.
+/// The state of the peer that sends the next record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum HelloFrom {
-    /// A peer whose hello was accepted.
+    /// The hello of this peer was accepted.
     Peer,
-    /// One that is not known yet: nothing but a hello is taken from it.
+    /// This peer has not said hello. Only a hello is accepted from it.
     Stranger,
 }
 
-/// What is in the buffer.
+/// What the buffer holds.
 enum Next {
-    /// A record, whole.
+    /// A whole record.
     Record(Kind, RecordHeader),
-    /// So many bytes are missing, as far as is known by now.
+    /// An incomplete record. This many bytes of it are missing; before the header is complete, of
+    /// the header.
     Missing(usize),
 }
 
-/// Some of the records that the sender's batches make: larger ones save wake-ups, still larger ones
-/// leave the cache.
+/// Size of the buffer: several records as the sender's batches make them. A larger buffer needs
+/// fewer wake-ups, but a still larger one does not stay in the cache.
 const BUFFER: usize = 1280 << 10;
 
 impl RecordReader {
-    /// Reads from `socket`. The buffer comes with the first record.
+    /// Reads from `socket`. The buffer is allocated with the first read.
     pub fn new(socket: StreamSocket) -> Self {
         let patience = Some(socket.timeout);
         Self { socket, patience, buffer: Vec::new(), start: 0, end: 0 }
@@ -262,23 +273,24 @@ impl RecordReader {
         &self.socket
     }
 
-    /// Changes how long the peer may be silent before it begins a record.
+    /// Sets how long the peer may be silent before it begins a record.
     pub fn set_timeout(&mut self, patience: Duration) {
         self.patience = Some(patience);
     }
 
-    /// The peer may be silent for as long as it likes: it has nothing to say unless something
-    /// happens.
+    /// Lets the peer be silent for any time before it begins a record. For a stream on which the
+    /// peer sends only when it has something to report.
     pub fn set_no_timeout(&mut self) {
         self.patience = None;
     }
 
-    /// The next record.
+    /// Waits for the next record and returns it.
     ///
     /// # Errors
-    /// If it is malformed, or the peer is gone, silent, or does not come to the end of the record.
+    /// If the record is malformed, or the peer is gone, is silent, or does not finish the record in
+    /// time.
     pub fn read(&mut self) -> Result<ReceivedRecord<'_>, TransportError> {
-        // Since when the record is waited for, and since when it has begun.
+        // When the wait for the record began, and when its first byte was here.
         let (mut asked, mut begun) = (None, None);
         loop {
             let missing = match self.poll_next(HelloFrom::Peer)? {
@@ -304,15 +316,15 @@ impl RecordReader {
         }
     }
 
-    /// True if the beginning of another record came with the last.
+    /// True if the buffer holds the beginning of another record.
     pub fn has_more(&self) -> bool {
         self.end > self.start
     }
 
-    /// The next record if it is all here, without waiting.
+    /// The next record if all of it was received. Does not wait.
     ///
     /// # Errors
-    /// If it is malformed, or the peer is gone.
+    /// If the record is malformed, or the peer is gone.
     pub fn try_read(&mut self) -> Result<Option<ReceivedRecord<'_>>, TransportError> {
         match self.poll_next(HelloFrom::Peer)? {
             Next::Record(kind, header) => Ok(Some(self.take(kind, header))),
@@ -320,11 +332,11 @@ impl RecordReader {
         }
     }
 
-    /// The payload of a hello if it is all here, without waiting. For a peer that is not known yet:
-    /// it gets no more memory than the longest hello takes.
+    /// The payload of a hello if all of it was received. Does not wait. For a peer that has not
+    /// said hello yet: the buffer grows to the longest hello at most, whatever the peer sends.
     ///
     /// # Errors
-    /// If it is no hello, or malformed, or the peer is gone.
+    /// If the record is not a hello, or is malformed, or the peer is gone.
     pub fn try_read_hello(&mut self) -> Result<Option<&[u8]>, TransportError> {
         match self.poll_next(HelloFrom::Stranger)? {
             Next::Record(kind, header) => Ok(Some(self.take(kind, header).payload)),
@@ -332,7 +344,8 @@ impl RecordReader {
         }
     }
 
-    /// The next record, if all of it is here by now. Does not wait.
+    /// Receives as much of the next record as is there, and checks it once it is complete. Does not
+    /// wait.
     fn poll_next(&mut self, whose: HelloFrom) -> Result<Next, TransportError> {
         let missing = self.fill(RECORD_SIZE, whose)?;
         if missing > 0 {
@@ -357,14 +370,16 @@ impl RecordReader {
         Ok(Next::Record(kind, header))
     }
 
+    /// Removes the record at the start of the buffer. [`RecordReader::poll_next`] has found it
+    /// complete.
     fn take(&mut self, kind: Kind, header: RecordHeader) -> ReceivedRecord<'_> {
         let start = self.start + RECORD_SIZE;
         self.start = start + header.payload_length();
         ReceivedRecord { kind, header, payload: &self.buffer[start..self.start] }
     }
 
-    /// Reads until `needed` bytes are in the buffer, or no more are there; returns how many are
-    /// missing. `needed` was checked against the format's limits.
+    /// Reads until `needed` bytes are in the buffer, or the socket has no more. Returns how many
+    /// bytes are missing. The caller has checked `needed` against the limits of the format.
     fn fill(&mut self, needed: usize, whose: HelloFrom) -> Result<usize, TransportError> {
         debug_assert!(needed <= RECORD_SIZE + MAX_PAYLOAD);
         if self.end - self.start >= needed {
@@ -392,14 +407,17 @@ impl RecordReader {
         Ok(0)
     }
 
-    /// Throws away some of what came, without waiting; false if the peer closed.
+    /// Reads and drops some of the received bytes. Does not wait. Returns false if the peer has
+    /// closed the connection.
     pub fn discard_some(&mut self) -> bool {
         let mut scratch = [0; 4096];
         !matches!(self.socket.read(&mut scratch), Ok(Some(0)) | Err(_))
     }
 
-    /// Reads and throws away what still comes until the peer closes or is silent, so that our last
-    /// word is not lost to a reset.
+    /// Reads and drops all bytes until the peer closes the connection, or until `patience` is over.
+    ///
+    /// If a socket is closed while it holds unread bytes, the kernel resets the connection, and the
+    /// peer may lose the last record that this side has sent.
     pub fn drain(&mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         let mut scratch = vec![0; 64 << 10];
@@ -432,8 +450,8 @@ mod tests {
         pair_with(Duration::from_secs(10))
     }
 
-    /// Runs `test` beside a peer that does `step` again and again, each time well within any
-    /// timeout.
+    /// Runs `test` while a peer repeats `step`. The time between two steps is much shorter than
+    /// every timeout.
     fn beside(mut step: impl FnMut() + Send, test: impl FnOnce()) {
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -449,11 +467,11 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_sends_byte_by_byte_has_one_deadline_for_the_whole_record() {
+    fn a_peer_that_sends_single_bytes_has_one_deadline_per_record() {
         let (mut theirs, mut reader) = pair_with(Duration::from_millis(300));
         let header = RecordHeader::plain(Kind::State, 0, 4096).with_checksum(&[]).to_wire();
         theirs.write_all(&header).unwrap();
-        // All of it at 50 bytes a second would be more than a minute.
+        // At 50 bytes a second the whole record would take more than a minute.
         beside(
             || drop(theirs.write(&[0])),
             || assert!(matches!(reader.read(), Err(TransportError::Slow { missing: 1.., .. }))),
@@ -461,10 +479,11 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_takes_byte_by_byte_has_one_deadline_for_the_whole_write() {
+    fn a_peer_that_receives_slowly_has_one_deadline_per_write() {
         let (theirs, reader) = pair_with(Duration::from_millis(300));
         let mut taking = theirs.try_clone().unwrap();
-        // Somewhat more than the queue holds: it would take minutes, and may take 8 seconds.
+        // Somewhat more than the queue holds. At this pace the write would take minutes; it is
+        // allowed about 8 seconds.
         let bytes = vec![0; 512 << 10];
         beside(
             || drop(taking.read(&mut [0; 16])),
@@ -495,7 +514,7 @@ mod tests {
         let outcome = socket.write_all(&mut [IoSlice::new(&vec![0; 16 << 20])]);
         assert!(matches!(outcome, Err(TransportError::StopOver)), "{outcome:?}");
         drop(stop);
-        // It does not outlive the stop.
+        // The deadline ends with the stop.
         (&theirs)
             .write_all(&RecordHeader::plain(Kind::Loaded, 0, 0).with_checksum(&[]).to_wire())
             .unwrap();
@@ -515,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hello_comes_as_its_bytes_do_and_what_follows_is_kept() {
+    fn a_hello_in_pieces_is_read_and_the_next_record_is_kept() {
         let (mut theirs, mut reader) = pair();
         let payload = vec![7; 10_000];
         let hello =

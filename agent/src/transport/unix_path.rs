@@ -1,20 +1,22 @@
-//! Paths of UNIX sockets: who may listen on one, and who removes it.
+//! Listening UNIX sockets with a path: when an agent may bind a path, and when it removes it.
 //!
-//! The agent's control socket and the listeners of streams have paths that a user writes. A typo
-//! must not delete a file, and two agents must not take a path from each other:
+//! The user writes the paths of the control socket and of stream listeners. A typo must not delete
+//! a file, and two agents must not take a path from each other. So:
 //!
-//! - Only a socket on which nobody listens is ever replaced. A regular file, a symbolic link, a
-//!   folder, or a socket that somebody listens on is refused and left as it is.
-//! - Whoever listens removes the path at its end, but only if the path is still its own socket:
-//!   same device, same inode. The inode cannot be used again while the socket is open.
-//! - Looking, removing and listening are one step for all agents: they hold a lock (`flock`) on the
-//!   folder meanwhile. The kernel drops it with the process, and it leaves no file behind. So of
-//!   two agents that start at the same instant one listens, and the other is told that the path is
-//!   taken. A crash in between leaves a socket that nobody listens on, which the next start
-//!   replaces.
+//! - An agent replaces only a *stale* socket: one on which no process listens. A regular file, a
+//!   symbolic link, a folder, or a socket with a listener is refused and left unchanged.
+//! - When the listener is dropped, it removes the path, but only if the path is still its own
+//!   socket: same device, same inode. The kernel does not use the inode again while the socket is
+//!   open.
+//! - An agent locks the folder (`flock`) while it checks, removes and binds a path, so these steps
+//!   are one step for all agents. The lock leaves no file behind, and the kernel releases it when
+//!   the process ends. If two agents start at the same instant, one listens, and the other gets the
+//!   error that the path is in use. If an agent crashes between the steps, it leaves a stale
+//!   socket, and the next start replaces it.
 //!
-//! Somebody who may open the folder can hold that lock for ever. Then a start is refused after
-//! `LOCK_TIMEOUT`, and an end leaves its path behind, to be replaced by the next start.
+//! Every process that may open the folder can hold the lock for ever. Then a start is refused after
+//! `LOCK_TIMEOUT`. A dropped listener leaves its path behind after `END_TIMEOUT`, and the next
+//! start replaces it.
 
 use crate::waiting::may_wait;
 use pageferry_protocol::control::unix_path::socket_address;
@@ -26,39 +28,40 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Connections that the kernel completes before they are accepted.
+/// Most connections that wait in the kernel to be accepted.
 const BACKLOG: i32 = 128;
-/// How long a start waits for another agent that starts in the same folder.
+/// Longest wait for the lock on the folder when a listener is bound.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long an end waits for that.
+/// Longest wait for the lock on the folder when a listener is dropped.
 const END_TIMEOUT: Duration = Duration::from_millis(100);
 /// Time between two attempts to lock the folder.
 const LOCK_RETRY: Duration = Duration::from_millis(5);
-/// How often a path may turn up and go away again before this gives up.
+/// Most attempts to bind a path. After each removal of a stale socket, a process that does not use
+/// the lock may bind the path again.
 const ATTEMPTS: u32 = 16;
 
-/// Why a path cannot be listened on.
+/// The reason why an agent cannot listen on a path.
 #[derive(Debug, thiserror::Error)]
 pub enum UnixPathError {
-    /// The path is no address.
+    /// The path is not a valid socket address.
     #[error(transparent)]
     Path(#[from] pageferry_protocol::control::unix_path::SocketPathError),
-    /// Somebody listens there.
-    #[error("{} is in use: somebody listens there", .0.display())]
+    /// Another process listens on the path.
+    #[error("{} is in use: another process listens there", .0.display())]
     InUse(PathBuf),
-    /// There is something else, and it stays.
+    /// The path exists and is not a socket.
     #[error("{} is a {found}, not a socket: it is left as it is", path.display())]
     NoSocket {
         /// The path.
         path: PathBuf,
-        /// What it is.
+        /// The kind of file that it is.
         found: &'static str,
     },
-    /// Another process holds the lock on the folder, or this one cannot take it and there is a
-    /// socket to be replaced.
+    /// Another process holds the lock on the folder. Or this process may not lock the folder, and
+    /// the path is a stale socket.
     #[error(
-        "{} cannot be taken safely, since the folder {} cannot be locked: \
-         remove the path if it exists and nobody listens there, or use another folder",
+        "{} cannot be bound safely, because the folder {} cannot be locked: \
+         remove the path if it exists and no process listens there, or use another folder",
         path.display(), folder.display()
     )]
     Locked {
@@ -70,7 +73,7 @@ pub enum UnixPathError {
         #[source]
         source: io::Error,
     },
-    /// The kernel refused.
+    /// A system call failed.
     #[error("cannot {what}")]
     Kernel {
         /// What was tried.
@@ -93,7 +96,7 @@ impl From<UnixPathError> for io::Error {
     }
 }
 
-/// A listening socket, and its path. The path is removed on drop if it is still this socket's.
+/// A listening socket and its path. On drop, the path is removed if it is still this socket's.
 #[derive(Debug)]
 pub struct UnixPathListener {
     socket: OwnedFd,
@@ -101,7 +104,7 @@ pub struct UnixPathListener {
     inode: Inode,
 }
 
-/// What tells a file from all others that exist.
+/// Identifies a file among all files that exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Inode {
     device: u64,
@@ -115,10 +118,11 @@ impl Inode {
 }
 
 impl UnixPathListener {
-    /// Listens on `path` with mode 0600, in the place of a socket that nobody listens on any more.
+    /// Listens on `path`, which gets mode 0600. A stale socket at `path` is replaced.
     ///
     /// # Errors
-    /// If the path is taken, or the kernel refuses. Nothing is changed then.
+    /// If the path is in use or is not a socket, or the kernel refuses. Then the path is unchanged,
+    /// except that a stale socket may be gone.
     pub fn bind(path: &Path) -> Result<Self, UnixPathError> {
         may_wait("listen on a path");
         let address = socket_address(path)?;
@@ -135,10 +139,10 @@ impl UnixPathListener {
             match bind_new(&address) {
                 Ok(socket) => {
                     let made = rustix::fs::lstat(path)
-                        .map_err(kernel("look at the socket that was just made"))?;
+                        .map_err(kernel("look at the socket that was just bound"))?;
                     let made = Self { socket, path: path.to_owned(), inode: Inode::of(&made) };
                     if let Err(errno) = rustix::net::listen(&made.socket, BACKLOG) {
-                        // The drop of `made` removes the path, and takes the lock for that.
+                        // The drop of `made` removes the path. It needs the lock for that.
                         drop(lock);
                         return Err(kernel("listen")(errno));
                     }
@@ -148,7 +152,8 @@ impl UnixPathListener {
                 Err(errno) => return Err(kernel("bind a socket")(errno)),
             }
             check_may_replace(path)?;
-            // The check, the removal and the next attempt are one step only with the lock.
+            // Without the lock, another agent could bind the path between the check and the
+            // removal.
             if let Err(errno) = lock {
                 let (path, folder) = (path.to_owned(), folder.to_owned());
                 return Err(UnixPathError::Locked { path, folder, source: errno.into() });
@@ -156,25 +161,25 @@ impl UnixPathListener {
             match rustix::fs::unlink(path) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(errno) => {
-                    return Err(kernel("remove the socket that nobody listens on")(errno));
+                    return Err(kernel("remove the stale socket")(errno));
                 }
             }
         }
         Err(UnixPathError::InUse(path.to_owned()))
     }
 
-    /// Does not wait for a connection in [`UnixPathListener::accept`] from now on.
+    /// Makes [`UnixPathListener::accept`] return at once if there is no connection.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses.
     pub fn set_nonblocking(&self) -> io::Result<()> {
         Ok(rustix::io::ioctl_fionbio(&self.socket, true)?)
     }
 
-    /// Takes the connection that is waiting.
+    /// Accepts the next connection.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses, or there is none and the socket is non-blocking.
     pub fn accept(&self) -> io::Result<OwnedFd> {
         Ok(rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC)?)
     }
@@ -188,26 +193,30 @@ impl AsFd for UnixPathListener {
 
 impl Drop for UnixPathListener {
     fn drop(&mut self) {
-        // The socket is still open, so no agent takes the path for one that nobody listens on. The
-        // lock is against an agent whose start looks at this folder just now.
+        // The socket is still open, so no other agent takes it for stale. The lock keeps this check
+        // and the removal apart from another agent's check, removal and bind.
         let lock = lock(folder_of(&self.path), Instant::now() + END_TIMEOUT);
         match (rustix::fs::lstat(&self.path), lock) {
             (Ok(found), _) if Inode::of(&found) != self.inode => {
-                log::info!("{} is not this process's any more, and stays", self.path.display());
-            }
-            (Ok(_), Err(Errno::WOULDBLOCK)) => {
                 log::info!(
-                    "{} stays: another process holds the lock on its folder",
+                    "{} is not removed: it does not belong to this process any more",
                     self.path.display()
                 );
             }
-            // Where this process cannot lock the folder no agent replaces a path in it.
+            (Ok(_), Err(Errno::WOULDBLOCK)) => {
+                log::info!(
+                    "{} is not removed: another process holds the lock on its folder",
+                    self.path.display()
+                );
+            }
+            // Removed also if this process cannot lock the folder: an agent that cannot lock it
+            // does not replace a path in it.
             (Ok(_), _) => {
                 if let Err(errno) = rustix::fs::unlink(&self.path) {
                     log::warn!("cannot remove {}: {errno}", self.path.display());
                 }
             }
-            // Somebody removed it.
+            // The path is gone already.
             (Err(_), _) => {}
         }
     }
@@ -217,7 +226,7 @@ fn kernel(what: &'static str) -> impl Fn(Errno) -> UnixPathError {
     move |errno| UnixPathError::Kernel { what, source: errno.into() }
 }
 
-/// A socket at a path that did not exist. Nobody can connect before it listens.
+/// Binds a socket to a path that does not exist. No process can connect before it listens.
 fn bind_new(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
     let socket = rustix::net::socket_with(
         AddressFamily::UNIX,
@@ -225,23 +234,23 @@ fn bind_new(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
         SocketFlags::CLOEXEC,
         None,
     )?;
-    // The path gets the mode that the socket has when it is bound, so there is no moment at which
-    // others may connect. The process's mask would do as well, but is not this thread's alone.
+    // The path gets the mode that the socket has when it is bound. So there is no moment at which
+    // another user may connect. The umask would have the same effect, but all threads share it.
     rustix::fs::fchmod(&socket, Mode::from_raw_mode(0o600))?;
     rustix::net::bind(&socket, address)?;
     Ok(socket)
 }
 
-/// Refuses to replace anything but a socket on which nobody listens.
+/// Refuses everything except a stale socket, and a path that does not exist.
 fn check_may_replace(path: &Path) -> Result<(), UnixPathError> {
     let found = match rustix::fs::lstat(path) {
         Ok(stat) => FileType::from_raw_mode(stat.st_mode),
-        // It went away again.
+        // Another process has removed it meanwhile.
         Err(Errno::NOENT) => return Ok(()),
         Err(errno) => return Err(kernel("look at the path")(errno)),
     };
     let found = match found {
-        FileType::Socket => return check_nobody_listens(path),
+        FileType::Socket => return check_is_stale(path),
         FileType::RegularFile => "regular file",
         FileType::Symlink => "symbolic link",
         FileType::Directory => "folder",
@@ -252,18 +261,19 @@ fn check_may_replace(path: &Path) -> Result<(), UnixPathError> {
     Err(UnixPathError::NoSocket { path: path.to_owned(), found })
 }
 
-/// Connects to find out, without waiting: a listener whose queue is full does not answer.
-fn check_nobody_listens(path: &Path) -> Result<(), UnixPathError> {
+/// Refuses a socket on which a process listens. It tries to connect and does not wait: a listener
+/// whose queue is full would not answer.
+fn check_is_stale(path: &Path) -> Result<(), UnixPathError> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     let socket = socket.map_err(kernel("make a socket"))?;
     match rustix::net::connect(&socket, &socket_address(path)?) {
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(()),
-        // It listens, its queue is full, or it is a socket of another type.
+        // A process listens, or its queue is full, or the socket is not a stream socket.
         Ok(()) | Err(Errno::AGAIN | Errno::INPROGRESS | Errno::PROTOTYPE) => {
             Err(UnixPathError::InUse(path.to_owned()))
         }
-        Err(errno) => Err(kernel("find out whether somebody listens there")(errno)),
+        Err(errno) => Err(kernel("find out whether a process listens there")(errno)),
     }
 }
 
@@ -274,7 +284,7 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// Locks the folder until the descriptor is dropped.
+/// Locks the folder. The lock is held until the returned descriptor is dropped.
 fn lock(folder: &Path, deadline: Instant) -> Result<OwnedFd, Errno> {
     let folder = rustix::fs::open(
         folder,
@@ -299,7 +309,7 @@ mod tests {
     use std::sync::Barrier;
 
     #[test]
-    fn a_socket_that_nobody_listens_on_is_replaced_and_one_that_is_in_use_is_not() {
+    fn a_stale_socket_is_replaced_and_one_in_use_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         drop(UnixListener::bind(&path).unwrap());
@@ -313,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_is_refused_by_name_and_not_touched() {
+    fn a_file_that_is_not_a_socket_is_refused_and_not_changed() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         std::fs::write(at("file"), "precious").unwrap();
@@ -350,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_that_start_at_once_on_a_stale_path_exactly_one_listens() {
+    fn exactly_one_of_many_starts_on_a_stale_path_listens() {
         const STARTS: usize = 8;
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
@@ -380,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_another_took_over_is_not_removed() {
+    fn a_path_that_belongs_to_another_socket_is_not_removed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let first = UnixPathListener::bind(&path).unwrap();
@@ -390,7 +400,7 @@ mod tests {
         UnixStream::connect(&path).unwrap();
         drop(second);
         assert!(!path.exists());
-        // What is there in the end may be no socket at all.
+        // The path may even be a regular file when the listener is dropped.
         let listener = UnixPathListener::bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "precious").unwrap();
@@ -399,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_whose_queue_is_full_is_in_use_and_nobody_waits_for_it() {
+    fn a_listener_with_a_full_queue_is_in_use() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let socket = bind_new(&socket_address(&path).unwrap()).unwrap();
@@ -409,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn a_start_is_refused_while_somebody_holds_the_lock_on_the_folder() {
+    fn a_start_is_refused_while_the_folder_is_locked() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let held = lock(folder.path(), Instant::now()).unwrap();

@@ -1,4 +1,4 @@
-//! What a descriptor is that should be a connected UNIX stream socket.
+//! The check that a descriptor is a connected UNIX stream socket.
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use std::os::fd::AsFd;
@@ -8,23 +8,23 @@ pub fn not_connected(fd: impl AsFd) -> Option<&'static str> {
     let fd = fd.as_fd();
     match sockopt::socket_type(fd) {
         Ok(SocketType::STREAM) => {}
-        Ok(_) => return Some("a socket that is no stream socket"),
+        Ok(_) => return Some("a socket, but not a stream socket"),
         Err(_) => return Some(kind(fd)),
     }
     if !matches!(sockopt::socket_domain(fd), Ok(AddressFamily::UNIX)) {
-        return Some("a socket that is no UNIX socket");
+        return Some("a socket, but not a UNIX socket");
     }
     if sockopt::socket_acceptconn(fd) == Ok(true) {
-        return Some("a socket that listens");
+        return Some("a listening socket");
     }
-    // It fails as well once the other side has closed it.
+    // This also fails once the other side has closed the connection.
     if rustix::net::getpeername(fd).is_err() {
         return Some("a socket that is not connected");
     }
     None
 }
 
-/// What it is if it is no socket.
+/// What `fd` is. It is not a socket.
 fn kind(fd: impl AsFd) -> &'static str {
     use rustix::fs::FileType;
     match rustix::fs::fstat(fd).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
@@ -32,7 +32,7 @@ fn kind(fd: impl AsFd) -> &'static str {
         Ok(FileType::Directory) => "a folder",
         Ok(FileType::Fifo) => "a pipe",
         Ok(FileType::CharacterDevice) => "a device",
-        Ok(_) => "no socket",
+        Ok(_) => "not a socket",
         Err(_) => "not open",
     }
 }
@@ -61,14 +61,14 @@ mod tests {
             (open("/"), "a folder"),
             (open("/dev/null"), "a device"),
             (rustix::pipe::pipe().unwrap().0, "a pipe"),
-            (UnixDatagram::pair().unwrap().0.into(), "a socket that is no stream socket"),
+            (UnixDatagram::pair().unwrap().0.into(), "a socket, but not a stream socket"),
             (
                 TcpStream::connect(tcp.local_addr().unwrap()).unwrap().into(),
-                "a socket that is no UNIX socket",
+                "a socket, but not a UNIX socket",
             ),
             (
                 UnixListener::bind(folder.path().join("listens")).unwrap().into(),
-                "a socket that listens",
+                "a listening socket",
             ),
             (unconnected, "a socket that is not connected"),
         ] {
