@@ -1,12 +1,16 @@
-//! All memory first, then the guest.
+//! Eager restore: all memory is placed before the guest runs.
 //!
-//! The extents that the image has a page of are handed out by one counter, in stretches. A worker
-//! reads one into a buffer of its own, checks every page and the sum of the extent, and only then
-//! writes it into the file of the block. Meanwhile the disk reads what the workers come to next.
+//! The workers share the list of extents in which the image has content. A worker claims a stretch
+//! of neighbouring extents from a common counter. It reads one extent at a time into its own
+//! buffer, checks every page and the checksum of the extent, and writes the pages into the file of
+//! the block. The kernel reads the next extents of the stretch from the disk in the meantime.
 //!
-//! What the VMM discards or frees meanwhile stays so: a worker publishes the word of pages that it
-//! is about to write, and only then looks which of them were given back. The discard waits for it,
-//! and punches (see [`crate::memory::fence`]). No worker takes such a mark back.
+//! The VMM may discard or free pages while the workers write. Such pages must stay holes. A worker
+//! publishes the word of pages that it is about to write, and only then looks which of them were
+//! given back. A discard sets its marks, waits for that worker, and then punches (see
+//! [`crate::memory::fence`]). No worker clears such a mark.
+//!
+//! When one worker fails, the others stop at their next extent, and the restore fails.
 
 use super::reset::ResetGuard;
 use super::source::Source;
@@ -30,56 +34,57 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Longest time between two looks at the workers.
+/// Longest time between two updates of the job's progress.
 const LOOK: Duration = Duration::from_millis(200);
-/// Most extents that a worker claims at once: 64 MiB in a row, as disks like them.
+/// Most extents that a worker claims at once: 64 MiB in a row, because disks read fastest in
+/// sequence.
 const STRETCH: usize = 32;
-/// Extents that the disk reads ahead for each worker.
+/// Number of extents that the kernel reads ahead for each worker.
 const AHEAD: usize = 4;
 
-/// Fills the memory, loads the state, and lets the guest run.
+/// Places all memory, loads the state, and resumes the guest.
 ///
 /// # Errors
-/// What went wrong. The guest does not run then, and its memory is empty; unless it failed as the
-/// VMM was to resume it.
+/// The reason for the failure. The guest does not run and its memory is empty, unless the VMM
+/// failed to resume it: the guest may run then.
 pub fn restore(
-    job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: ResetGuard<'_>, workers: u16,
+    job: &Arc<Job>, source: &Source, state: &VmmState, mut guard: ResetGuard<'_>, workers: u16,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
-    Filling::new(job, source, ground.discards.since(), workers.into())?.run(workers.into())?;
+    Filling::new(job, source, guard.discards.since(), workers.into())?.run(workers.into())?;
     state.load(job)?;
-    resume_guest(job, state.guest, &mut ground.handed_over)
+    resume_guest(job, state.guest, &mut guard.handed_over)
 }
 
 /// What all workers share.
 struct Filling<'a> {
     job: &'a Job,
     source: &'a Source,
-    /// What the VMM gave back meanwhile.
+    /// The pages that the VMM gave back since the restore began.
     given_back: &'a RecordedDiscards,
-    /// The extents with content: index of the block, and pages.
+    /// The extents that have content: index of the block, and pages.
     extents: Vec<(usize, PageRange)>,
     next: AtomicUsize,
-    /// Of each block, where a write would allocate more than it writes.
+    /// For each block: `Some` if a write to its file would allocate more than it writes.
     small_pages: Vec<Option<SmallPages>>,
-    /// Extents that a worker claims at once.
+    /// Number of extents that a worker claims at once.
     stretch: usize,
-    /// Pages with content.
+    /// Number of pages that have content.
     pages: u64,
     failed: AtomicBool,
-    /// Workers that have ended.
+    /// Number of workers that have ended.
     ended: AtomicUsize,
-    /// Readable when one has.
+    /// Readable when a worker has ended.
     event: OwnedFd,
 }
 
-/// A worker has ended, on drop: also one that panics.
+/// Reports on drop that a worker has ended, also if it panicked.
 struct Ending<'a>(&'a Filling<'a>);
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         self.0.ended.fetch_add(1, Ordering::AcqRel);
-        // A full eventfd is readable already.
+        // If this fails, the eventfd is full, so it is readable already.
         let _ = rustix::io::write(&self.0.event, &1u64.to_ne_bytes());
     }
 }
@@ -90,7 +95,7 @@ impl<'a> Filling<'a> {
     ) -> Result<Self, JobError> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = event.map_err(|errno| JobError::Io {
-            what: "make an event descriptor",
+            what: "create an event descriptor",
             source: errno.into(),
         })?;
         let mut extents = Vec::new();
@@ -126,7 +131,7 @@ impl<'a> Filling<'a> {
         })
     }
 
-    /// Places all that the image has.
+    /// Places all content of the image.
     fn run(&self, workers: usize) -> Result<(), JobError> {
         let workers = workers.min(self.extents.len());
         std::thread::scope(|scope| {
@@ -134,7 +139,8 @@ impl<'a> Filling<'a> {
                 |index| std::thread::Builder::new().spawn_scoped(scope, move || self.work(index));
             let threads: Vec<_> = (0..workers).map_while(|index| spawn(index).ok()).collect();
             if threads.is_empty() && workers > 0 {
-                // Where there is no other thread to be had, this one does it all.
+                // The system refused every thread, so this thread does all the
+                // work.
                 return self.work(0);
             }
             let followed = self.follow(threads.len());
@@ -147,7 +153,8 @@ impl<'a> Filling<'a> {
         Ok(())
     }
 
-    /// Frees what was allocated with huge pages and does not hold anything. The workers have ended.
+    /// Frees pages that were allocated as part of a huge page and hold no content. The workers
+    /// have ended.
     fn settle(&self) -> Result<(), JobError> {
         for (at, small_pages) in self.small_pages.iter().enumerate() {
             let Some(small_pages) = small_pages else { continue };
@@ -160,18 +167,19 @@ impl<'a> Filling<'a> {
         Ok(())
     }
 
-    /// Until the workers have ended: has those who watch know how far they are.
+    /// Updates the job's progress until all workers have ended.
     fn follow(&self, workers: usize) -> Result<(), JobError> {
         while self.ended.load(Ordering::Acquire) < workers {
             if self.failed() {
-                // Whoever waits under it is to end.
+                // Without a limit no worker keeps waiting for its share of the
+                // bandwidth.
                 self.job.limiter.set_rate(0);
             }
             let left = self.pages.saturating_sub(get(&self.job.live.pass_pages_done));
             self.job.count(|counters| counters.remaining_pages = left);
             self.job.cancel.wait(&[(self.event.as_fd(), PollFlags::IN)], Instant::now() + LOOK)?;
             let mut count = [0; 8];
-            // Only resets the descriptor.
+            // Resets the eventfd. The value does not matter.
             let _ = rustix::io::read(&self.event, &mut count);
         }
         Ok(())
@@ -208,7 +216,7 @@ impl<'a> Filling<'a> {
         Ok(())
     }
 
-    /// The next extent of the worker's stretch, or the first of another.
+    /// The next extent of the worker's stretch, or the first extent of a new stretch.
     fn claim(&self, stretch: &mut Range<usize>) -> Option<(usize, PageRange)> {
         if self.failed() {
             return None;
@@ -220,7 +228,8 @@ impl<'a> Filling<'a> {
             ahead = AHEAD;
         }
         let next = stretch.next()?;
-        // The first time for all that is to be ahead, and then for one more each time.
+        // At the start of a stretch: request the first AHEAD extents. After that: one more
+        // extent each time.
         let until = (next + 1 + AHEAD).min(stretch.end);
         for (at, extent) in
             self.extents.get(until.saturating_sub(ahead).max(next + 1)..until).unwrap_or_default()
@@ -251,7 +260,7 @@ impl<'a> Filling<'a> {
     }
 }
 
-/// Writes pages; on hugetlbfs through the host page that was mapped last.
+/// Writes pages. On hugetlbfs it writes through a mapping, and keeps the last host page mapped.
 #[derive(Debug, Default)]
 struct Window(Option<(usize, Option<HugeWindow>)>);
 

@@ -1,11 +1,16 @@
-//! What the guest waits for.
+//! Reading the pages that the guest waits for (lazy restore).
 //!
-//! One thread reads the faults, and never a disk. It hands what is missing to a few others, which
-//! read it from the image while the next fault comes.
+//! One thread reads the faults, and it never waits for a disk. It puts the missing host pages into
+//! a queue. [`SERVERS`] other threads take them from the queue, read them from the image and place
+//! them, while the first thread reads the next fault.
 //!
-//! A guest that has touched one page and then one near it will touch those around them: so what is
-//! unread within 64 KiB is read with the second, which is placed first. With the first it would
-//! cost a guest that jumps about twice the time for each page, from a disk and from memory.
+//! Read-around: a guest that touched two pages near each other will probably touch the pages
+//! between and around them. So with the second page a server also claims the unread pages within
+//! the same 64 KiB. The page that the guest waits for is placed first. Reading around the first
+//! page as well would cost a guest that jumps about twice the time for each page, both from a disk
+//! and from the page cache.
+//!
+//! The queue holds `QUEUE_LENGTH` host pages. When it is full, the thread that reads the faults waits.
 
 use super::lazy_restore::LazyRestore;
 use super::working_set::WorkingSetRecorder;
@@ -21,40 +26,41 @@ use pageferry_protocol::userfault::MAX_FAULTS;
 use std::convert::Infallible;
 use std::sync::{Mutex, PoisonError};
 
-/// Threads that read what the guest waits for: they wait for the disk most of the time.
+/// Number of threads that read the pages that the guest waits for. Most of the time they wait for
+/// the disk.
 pub const SERVERS: usize = 4;
-/// Most host pages that wait: more than guests have processors.
-const PLACES: usize = 1024;
+/// Most host pages in the queue: more than guests have processors.
+const QUEUE_LENGTH: usize = 1024;
 
-/// Host pages on their way from the thread that reads the faults to those that answer them.
+/// The queue of missing host pages, from the thread that reads the faults to the servers.
 #[derive(Debug)]
 pub struct FaultQueue {
     to: Sender<HostPage>,
     from: Receiver<HostPage>,
-    /// Nothing is ever sent here: it ends when `open` is taken.
+    /// Nothing is ever sent here. This end disconnects when `open` is dropped.
     closed: Receiver<Infallible>,
     open: Mutex<Option<Sender<Infallible>>>,
 }
 
 impl Default for FaultQueue {
     fn default() -> Self {
-        let (to, from) = bounded(PLACES);
+        let (to, from) = bounded(QUEUE_LENGTH);
         let (open, closed) = bounded(0);
         Self { to, from, closed, open: Mutex::new(Some(open)) }
     }
 }
 
 impl FaultQueue {
-    /// Hands a host page over; waits while there is no place.
+    /// Adds a host page. Waits while the queue is full. Does nothing once the queue is closed.
     fn push(&self, page: HostPage) {
         select_biased! {
             recv(self.closed) -> _ => {}
-            // The other end is here.
+            // Cannot fail: `self` holds the receiver.
             send(self.to, page) -> _ => {}
         }
     }
 
-    /// Waits for a host page; `None` once it is closed.
+    /// Waits for a host page. Returns `None` once the queue is closed.
     fn next(&self) -> Option<HostPage> {
         select_biased! {
             recv(self.closed) -> _ => None,
@@ -62,23 +68,23 @@ impl FaultQueue {
         }
     }
 
-    /// Nothing more is handed out.
+    /// Closes the queue: the waiting threads return, and no page is handed out any more.
     pub fn close(&self) {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
-/// Has what is touched read from the image.
+/// Passes the pages that the guest touched to the servers.
 #[derive(Debug)]
 pub struct FaultForwarder<'a> {
     supply: &'a LazyRestore<'a>,
     pages: Vec<HostPage>,
-    /// Where what is touched is written down.
+    /// Records the touched pages, if this restore writes a working set.
     record: Option<&'a mut WorkingSetRecorder>,
 }
 
 impl<'a> FaultForwarder<'a> {
-    /// By the threads of `supply`.
+    /// Passes pages to the servers of `supply`.
     pub fn new(supply: &'a LazyRestore<'a>, record: Option<&'a mut WorkingSetRecorder>) -> Self {
         Self { supply, pages: Vec::with_capacity(MAX_FAULTS), record }
     }
@@ -103,10 +109,10 @@ impl PageRequester for FaultForwarder<'_> {
 }
 
 impl LazyRestore<'_> {
-    /// Answers what the guest waits for, until all is over.
+    /// Runs one server: reads and places the pages in the queue until the queue is closed.
     ///
     /// # Errors
-    /// If the image cannot be read, or is damaged, or a page cannot be placed.
+    /// If the image cannot be read or is damaged, or if a page cannot be placed.
     pub fn serve(&self, worker: usize) -> Result<(), JobError> {
         let mut buffer = PageBuffer::new(EXTENT_SIZE as usize);
         while let Some(host_page) = self.queue.next() {
@@ -115,7 +121,7 @@ impl LazyRestore<'_> {
         Ok(())
     }
 
-    /// Reads and places a host page, and what is read along with it.
+    /// Reads and places a host page that the guest waits for, and the pages claimed with it.
     pub(super) fn answer(
         &self, worker: usize, (at, host_page): HostPage, buffer: &mut [u8],
     ) -> Result<(), JobError> {
@@ -137,9 +143,12 @@ impl LazyRestore<'_> {
         self.unread.block(at).pages(PageRange::new(host_page, 1))
     }
 
-    /// A page; and what is unread around it, if something there was read before: then the guest is
-    /// at work around here. While what it touches is written down only the disk reads what is
-    /// around, since a page that is placed untouched would be missing in the record.
+    /// Claims a page, and the unread pages around it if a page near it was read before (see the
+    /// header).
+    ///
+    /// While the touched pages are recorded, only the kernel reads the pages around it from the
+    /// disk, and they are not placed. The guest would not fault on a placed page, so the page would
+    /// be missing in the record.
     pub(super) fn claim_around(&self, at: usize, page: u64) -> PageRange {
         let (word, first) = (page / WORD_BITS, page / NEAR * NEAR % WORD_BITS);
         let (unread, present) = (self.unread.block(at).bits(), self.source.present(at));
@@ -169,7 +178,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn each_page_is_handed_to_one_thread_and_all_end_when_it_is_closed() {
+    fn each_page_is_handed_out_once_until_the_queue_is_closed() {
         let queue = FaultQueue::default();
         let found = Mutex::new(BTreeSet::new());
         std::thread::scope(|scope| {
@@ -180,9 +189,9 @@ mod tests {
                     }
                 });
             }
-            let pages = (0..5 * PLACES as u64).map(|page| (page as usize % 3, page << 5));
+            let pages = (0..5 * QUEUE_LENGTH as u64).map(|page| (page as usize % 3, page << 5));
             pages.for_each(|page| queue.push(page));
-            while found.lock().unwrap().len() < 5 * PLACES {
+            while found.lock().unwrap().len() < 5 * QUEUE_LENGTH {
                 std::thread::yield_now();
             }
             queue.close();

@@ -1,13 +1,19 @@
-//! The guest first, and its memory behind it: postcopy from a file.
+//! Lazy restore: the guest runs first, and its memory follows. It is a postcopy from a file.
 //!
-//! All memory is holes, and what the image has content of is missing. The VMM registers its
-//! mappings for missing pages before it loads its state, since its devices may touch memory as they
-//! load. From then on what is touched is read at once, checked, and placed; and the rest follows by
-//! itself. See [`crate::memory::missing_pages`] for what happens to a page, and to one that is
-//! discarded meanwhile.
+//! 1. The memory is made holes. The pages that the image has content for are *missing*.
+//! 2. The VMM registers its mappings for missing faults, and passes the userfaultfd to the agent.
+//!    This happens before it loads its state, because its devices may touch memory as they load.
+//! 3. The agent answers faults: it reads the touched page from the image, checks it and places it.
+//!    At the same time other threads prefetch the working set.
+//! 4. The VMM loads its state and resumes the guest.
+//! 5. The other threads prefetch the rest. When no page is missing, the mappings are unregistered.
 //!
-//! If the image is damaged, or cannot be read, the guest cannot go on: if it runs already, the VMM
-//! is told that memory is lost, as when a postcopy can never complete.
+//! [`crate::memory::missing_pages`] describes what happens to one page, also when it is discarded
+//! while it is missing.
+//!
+//! If the image cannot be read or is damaged, the restore fails. A guest that does not run yet is
+//! not resumed, and the memory is made empty. If the guest already runs, it cannot go on: the VMM
+//! is told that memory is lost, as in a postcopy that can never complete.
 
 use super::fault_reads::{FaultForwarder, SERVERS};
 use super::lazy_restore::LazyRestore;
@@ -28,15 +34,16 @@ use pageferry_protocol::control::job::{Phase, RestoreOptions};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-/// The largest host page that is placed at once, in bytes.
+/// The largest host page that can be placed at once, in bytes.
 const MAX_HOST_PAGE: u64 = 2 << 20;
 
-/// Lets the guest run, and fills its memory.
+/// Resumes the guest, and places its memory while it runs.
 ///
 /// # Errors
-/// What went wrong. If the guest does not run then, its memory is empty; if it does, it is lost.
+/// The reason for the failure. If the guest does not run, its memory is empty. If it runs, it is
+/// lost, unless the error is that the VMM did not confirm the resume in time.
 pub fn restore(
-    job: &Arc<Job>, source: &Source, state: &VmmState, mut ground: ResetGuard<'_>,
+    job: &Arc<Job>, source: &Source, state: &VmmState, mut guard: ResetGuard<'_>,
     plan: WorkingSetPlan, workers: u16,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
@@ -44,15 +51,15 @@ pub fn restore(
     let unread = missing.try_clone()?;
     let mut registered = FaultRegistration::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
-    ground.punch_again()?;
-    // What was freed has lost its reservation.
+    guard.punch_again()?;
+    // Freeing the huge pages has dropped their reservation.
     pool::reserve(&job.memory, &missing)?;
     let missing_pages =
         Arc::new(MissingPages::new(&job.memory, Arc::new(missing), uffd, false, job.live.clone())?);
     job.set_missing(missing_pages.missing());
     job.memory.set_missing_pages(Some(missing_pages.clone()));
     missing_pages.drop_discarded(&job.memory);
-    missing_pages.drop_recorded(ground.discards.since());
+    missing_pages.drop_recorded(guard.discards.since());
     let (pieces, mut record) = plan.parts();
     let supply = LazyRestore::new(job, source, &missing_pages, unread, pieces, record.is_some());
     let workers = usize::from(workers).min(MAX_READERS - SERVERS);
@@ -60,16 +67,16 @@ pub fn restore(
         state.load(job)?;
         if !missing_pages.finish_load() {
             return Err(JobError::State(
-                "what the VMM waited for as it loaded its state did not come".into(),
+                "a page that the VMM touched as it loaded its state was not restored".into(),
             ));
         }
         if supply.has_ended() {
             return Err(JobError::State(
-                "the guest was not resumed, since its memory will not come".into(),
+                "the guest was not resumed, because its memory cannot be restored".into(),
             ));
         }
-        let late = match resume_guest(job, state.guest, &mut ground.handed_over) {
-            // It may be waiting for memory, and its guest may run.
+        let late = match resume_guest(job, state.guest, &mut guard.handed_over) {
+            // The VMM did not answer: it may wait for memory, and its guest may run. So go on.
             Err(error @ JobError::Hook(HookError::Socket { .. })) => Some(error),
             resumed => resumed.map(|()| None)?,
         };
@@ -77,13 +84,13 @@ pub fn restore(
         Ok(late)
     });
     registered.complete = whole;
-    // No guest ever runs here. Nobody waits for a page of it any more, before the VMM is asked for
-    // anything else: it may be waiting for one who does.
-    if !ground.handed_over {
+    // The guest will never run here. Wake the VMM's threads that wait for a page before the next
+    // hook: the thread that answers hooks may be waiting for one of them.
+    if !guard.handed_over {
         missing_pages.unregister();
     }
     drop(registered);
-    if let Some(record) = record.filter(|_| ground.handed_over && whole)
+    if let Some(record) = record.filter(|_| guard.handed_over && whole)
         && let Some(not_written) = record.write(&job.memory)
     {
         job.warn(not_written);
@@ -91,11 +98,11 @@ pub fn restore(
     outcome
 }
 
-/// What can be told before anything is touched, and what is to be done about the working set.
+/// Makes all checks that need no change of memory, and decides what to do about the working set.
 ///
 /// # Errors
-/// If the memory is of the wrong kind, or what is at the path of the working set must not be
-/// overwritten.
+/// If the memory is of a kind that cannot be restored lazily, if huge pages are short, if the VMM
+/// cannot register faults, or if the file at the path of the working set must not be overwritten.
 pub fn plan(
     job: &Job, source: &Source, options: &RestoreOptions,
 ) -> Result<WorkingSetPlan, JobError> {
@@ -122,7 +129,7 @@ fn check(job: &Job) -> Result<(), RestoreError> {
     Ok(())
 }
 
-/// What the image has content of is missing, in whole host pages.
+/// The host pages that are missing: those in which the image has content.
 fn missing_of_image(job: &Job, source: &Source) -> Result<HostPageSet, JobError> {
     let host_pages: Vec<u64> =
         job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
@@ -135,9 +142,12 @@ fn missing_of_image(job: &Job, source: &Source) -> Result<HostPageSet, JobError>
     Ok(missing)
 }
 
-/// Answers what is touched while `start` has the guest run, and until all is here. Returns whether
-/// it is, and what became of the job. The VMM may be late to say that its guest runs: `start`
-/// returns how, then, and that is what becomes of the job, with all its memory.
+/// Answers faults and places the memory, while `start` loads the state and resumes the guest.
+/// Returns when no page is missing or a thread has failed.
+///
+/// Returns whether all memory is placed, and the outcome of the job. If the VMM was late to confirm
+/// the resume, `start` returns that error as `Ok(Some(_))`. Then the memory is placed all the same,
+/// and the job fails with that error in the end.
 fn run(
     supply: &LazyRestore<'_>, record: Option<&mut WorkingSetRecorder>, workers: usize,
     start: impl FnOnce() -> Result<Option<JobError>, JobError>,
@@ -174,14 +184,15 @@ fn run(
         }
         let mut late = None;
         supply.check(|| {
-            // All or none: a guest that waits must not depend on how many there are.
+            // Either all threads start or the restore fails: whether a guest that waits gets its
+            // page must not depend on the number of threads.
             refused.map_or(Ok(()), |error| Err(no_thread(error)))?;
             late = start()?;
             supply.follow()
         });
         let outcome = supply.end();
         let whole = outcome.is_ok();
-        // What is a hole now is zero for good, and nobody waits any more.
+        // All content is placed. What is a hole now stays zero, and nobody waits for it.
         if whole {
             missing_pages.unregister();
         }
@@ -199,7 +210,7 @@ mod tests {
     use crate::memory::test_support::gigantic;
 
     #[test]
-    fn host_pages_that_cannot_be_placed_at_once_are_restored_eagerly() {
+    fn a_gigantic_host_page_must_be_restored_eagerly() {
         let error = check(&gigantic()).unwrap_err().to_string();
         assert!(
             error.contains("block 0") && error.contains("0x40000000") && error.contains("eager"),

@@ -1,11 +1,15 @@
-//! Reading and placing what is missing, for all threads of a lazy restore.
+//! The state that the threads of a lazy restore share, and how they read and place pages.
 //!
-//! A page is *unread* until somebody begins to read it: so the threads that read ahead do not read
-//! what another does. Who reads for a fault does so whether the page is unread or not, since it may
-//! be on its way behind megabytes. *Missing* it is until it is placed, or discarded, whatever was
-//! read of it: see [`crate::memory::missing_pages`].
+//! A host page that has content in the image is in two sets:
 //!
-//! If one thread fails, all do.
+//! - *unread* until a thread begins to read it. A thread that prefetches reads only what it takes
+//!   from this set, so no page is prefetched twice. A server that reads for a fault reads the page
+//!   in any case: a prefetch thread may hold the page already, but read megabytes before it.
+//! - *missing* until it is placed or discarded, whatever was read of it. See
+//!   [`crate::memory::missing_pages`].
+//!
+//! If there is no memory to place a page in, the thread tries again for `NO_MEMORY_TIMEOUT` while
+//! the guest waits. If one thread fails, all threads end and the job fails.
 
 use super::fault_reads::FaultQueue;
 use super::prefetch::{PrefetchGate, WorkingSetPieces};
@@ -21,15 +25,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Longest time between two looks at how far it is.
+/// Longest time between two looks at the progress.
 const POLL: Duration = Duration::from_millis(200);
-/// The same while it is waited for the guest to come to rest.
+/// The same while the agent waits for the guest to become idle.
 const IDLE_POLL: Duration = Duration::from_millis(10);
-/// A guest that touches nothing that is missing for so long has come to rest.
+/// A guest is idle when it has touched no missing page for this long.
 const IDLE_AFTER: Duration = Duration::from_millis(100);
-/// How long it is waited for that.
+/// Longest wait for the guest to become idle.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long there may be no memory to place pages in before that is the end.
+/// How long a page may fail to be placed for want of memory before the restore fails.
 const NO_MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What all threads of a lazy restore share.
@@ -37,35 +41,36 @@ const NO_MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct LazyRestore<'a> {
     /// The job.
     pub job: &'a Job,
-    /// What is read.
+    /// The image to read from.
     pub source: &'a Source,
-    /// Where it goes.
+    /// The missing pages, and how to place them.
     pub missing_pages: &'a MissingPages,
-    /// What nobody has begun to read, in host pages.
+    /// The host pages that no thread has begun to read.
     pub unread: HostPageSet,
-    /// What is read ahead next.
+    /// The position of the prefetch.
     pub cursor: Cursor,
-    /// What the guest waits for.
+    /// The host pages that the guest waits for.
     pub queue: FaultQueue,
-    /// The working set, read ahead of all else.
+    /// The working set, which is prefetched before all other pages.
     pub pieces: WorkingSetPieces,
-    /// Shut until what is not of the working set may be read ahead.
+    /// Closed until pages outside of the working set may be prefetched.
     pub gate: PrefetchGate,
-    /// What the guest touches is being written down: nothing is placed that it does not touch,
-    /// until it has come to rest.
+    /// True if this restore records what the guest touches. Then, until the guest is idle, only
+    /// pages that it touched are placed.
     pub recording: bool,
-    /// When the guest last waited for something, in nanoseconds from the start.
+    /// When the guest last touched a missing page, in nanoseconds since `start`.
     touched: AtomicU64,
     start: Instant,
-    /// Why it failed: the first to fail says.
+    /// The error of the first thread that failed.
     failure: Mutex<Option<JobError>>,
     failed: AtomicBool,
-    /// All is over, for better or worse.
+    /// The restore has ended, with success or without.
     over: AtomicBool,
 }
 
 impl<'a> LazyRestore<'a> {
-    /// Of all that is missing, which is `unread` by now. `pieces` are read ahead of all else.
+    /// A lazy restore of `missing_pages`, all of which are still `unread`. The pages `pieces` are
+    /// prefetched first.
     pub fn new(
         job: &'a Job, source: &'a Source, missing_pages: &'a MissingPages, unread: HostPageSet,
         pieces: Vec<(usize, PageRange)>, recording: bool,
@@ -88,18 +93,18 @@ impl<'a> LazyRestore<'a> {
         }
     }
 
-    /// The guest waits for a page that is missing.
+    /// Notes that the guest touched a missing page now.
     pub fn touched(&self) {
         let since = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.touched.store(since, Ordering::Relaxed);
     }
 
-    /// True if whoever works is to end.
+    /// True if the threads must end.
     pub fn has_ended(&self) -> bool {
         self.failed.load(Ordering::Acquire) || self.over.load(Ordering::Acquire)
     }
 
-    /// Runs a thread's work; if it fails, or panics, all do.
+    /// Runs the work of one thread. If it fails or panics, all threads end.
     pub fn check(&self, work: impl FnOnce() -> Result<(), JobError>) {
         struct Panics<'a, 'b>(&'a LazyRestore<'b>);
         impl Drop for Panics<'_, '_> {
@@ -115,8 +120,8 @@ impl<'a> LazyRestore<'a> {
         }
     }
 
-    /// All threads end, and so does the job, for the reason that is the first to be given. Not if
-    /// all is over.
+    /// Ends all threads, and the job with `error` unless another thread failed first. Does nothing
+    /// if the restore has ended.
     pub fn fail(&self, error: JobError) {
         if self.over.load(Ordering::Acquire) {
             return;
@@ -124,13 +129,13 @@ impl<'a> LazyRestore<'a> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         self.failed.store(true, Ordering::Release);
         self.release();
-        // A VMM that still loads its state, and waits for what never comes, goes on: it could hear
-        // of the end in no other way.
+        // The VMM may be loading its state, and wait for a page that never comes. It cannot learn
+        // of the failure in another way, so the page reads as zero.
         self.missing_pages.release_waiters();
         self.missing_pages.notify();
     }
 
-    /// Nobody waits any more.
+    /// Wakes all threads that wait: for bandwidth, for the gate, or for a fault.
     fn release(&self) {
         self.job.limiter.set_rate(0);
         self.gate.end();
@@ -140,29 +145,30 @@ impl<'a> LazyRestore<'a> {
     /// Ends all threads.
     ///
     /// # Errors
-    /// Why one of them failed.
+    /// The error of the first thread that failed.
     pub fn end(&self) -> Result<(), JobError> {
         self.over.store(true, Ordering::Release);
         self.release();
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
     }
 
-    /// The guest runs: returns when all is here, or a thread failed.
+    /// Follows the restore while the guest runs. Returns when no page is missing or a thread has
+    /// failed.
     ///
     /// # Errors
-    /// If the job is cancelled, which is by force.
+    /// If the job is cancelled. After the commit point only a forced cancel does that.
     pub fn follow(&self) -> Result<(), JobError> {
         let running = Instant::now();
         loop {
             let mut count = [0; 8];
-            // Only resets the descriptor.
+            // Resets the eventfd. The value does not matter.
             let _ = rustix::io::read(self.missing_pages.event(), &mut count);
             if self.has_ended() {
                 return Ok(());
             }
             if self.missing_pages.missing().remaining_pages() == 0 {
-                // Whoever took the last of it may still be placing it, and would have to give it
-                // back if that failed.
+                // The thread that took the last page may still be placing it. If that fails it
+                // makes the page missing again. So wait for it and look again.
                 self.job.memory.readers.wait(|_, _| true);
                 if self.missing_pages.missing().remaining_pages() == 0 {
                     return Ok(());
@@ -184,12 +190,15 @@ impl<'a> LazyRestore<'a> {
         touched.max(running).elapsed() >= IDLE_AFTER || running.elapsed() >= IDLE_TIMEOUT
     }
 
-    /// Reads the pages `range`, which lie in one extent and are whole host pages, into the start of
-    /// `buffer`, and checks them. Those that have no content are zero if the host page is larger
-    /// than a page; else nobody is missing them, and what lies in their place is nothing.
+    /// Reads the pages `range` into the start of `buffer`, and checks them. The pages lie in one
+    /// extent and are whole host pages.
+    ///
+    /// Pages without content are filled with zero if a host page is larger than a page. Otherwise
+    /// they are not missing, so they are never placed, and the buffer holds no defined bytes for
+    /// them.
     ///
     /// # Errors
-    /// If one cannot be read, or is damaged: which, and where.
+    /// If a page cannot be read or is damaged. The error names the page and its place in the file.
     pub fn read<'b>(
         &self, at: usize, range: PageRange, buffer: &'b mut [u8],
     ) -> Result<&'b [u8], JobError> {
@@ -203,11 +212,12 @@ impl<'a> LazyRestore<'a> {
         Ok(content)
     }
 
-    /// Places those of the pages `range`, whole host pages, that are missing. `worker` is the
-    /// caller's own number. Returns how many pages that were.
+    /// Places those of the pages `range` that are missing. The range consists of whole host pages,
+    /// and `worker` is the number of the calling thread. Returns the number of pages placed.
     ///
     /// # Errors
-    /// If the kernel refuses, and does not want to be asked later.
+    /// If the kernel refuses for another reason than want of memory, or if there is no memory for
+    /// `NO_MEMORY_TIMEOUT`, or when the restore ends.
     pub fn place(
         &self, worker: usize, at: usize, range: PageRange, content: &[u8],
     ) -> Result<u64, JobError> {
@@ -225,7 +235,7 @@ impl<'a> LazyRestore<'a> {
                         && !self.has_ended() =>
                 {
                     wants.report(at);
-                    // The guest waits meanwhile, and is not lost.
+                    // The guest waits for the memory in the meantime. It is not lost.
                     std::thread::sleep(RETRY);
                 }
                 Err(error) => return Err(JobError::not_placed(&self.job.memory, at, error)),

@@ -1,19 +1,19 @@
-//! A guest from an image.
+//! Restoring a guest from an image.
 //!
-//! - [`source`]: the image, and which of its blocks goes into which of the VMM's;
-//! - [`reset`]: the memory before anything is in it, and again if it comes to nothing;
-//! - [`eager`]: all memory first, then the guest;
-//! - [`lazy`]: the guest first, and its memory behind it;
-//! - [`lazy_restore`]: reading and placing what is missing, for all threads of a lazy restore;
-//! - [`fault_reads`]: what the guest waits for;
-//! - [`prefetch`]: what nobody waits for yet;
-//! - [`working_set`]: what a guest touched first, for the next time;
-//! - this file: the phases, and the line after which the guest runs.
+//! - [`source`]: the image and its base images, and which image block goes into which VMM block;
+//! - [`reset`]: makes the memory empty before a restore, and again after a restore that failed;
+//! - [`eager`]: places all memory, then the guest runs;
+//! - [`lazy`]: the guest runs first, and its memory is placed while it runs;
+//! - [`lazy_restore`]: what the threads of a lazy restore share: they read and place missing pages;
+//! - [`fault_reads`]: reads the pages that the guest waits for;
+//! - [`prefetch`]: reads the pages that the guest does not wait for yet;
+//! - [`working_set`]: records which pages the guest touched first, for the next restore;
+//! - this file: the phases, and the commit point after which the guest runs.
 //!
-//! Nothing is touched before the image is known to be whole, as far as that can be told without its
-//! pages, and of the same blocks. What is read of it is checked before it is placed. What fails
-//! before the guest runs leaves the memory empty, so that the next attempt starts clean; the image
-//! is never written to.
+//! The agent opens the image and checks everything except the pages, and it compares the blocks of
+//! the image with those of the VMM. Only then does it change memory. It checks each page that it
+//! reads before it places it. If the restore fails before the guest runs, the memory is made empty
+//! again, so that the next attempt starts clean. The agent never writes to the image.
 
 pub mod eager;
 pub mod fault_reads;
@@ -41,22 +41,23 @@ use std::sync::Arc;
 
 pub use source::RestoreError;
 
-/// What is to be restored, and how.
+/// What to restore, and how.
 #[derive(Debug)]
 pub struct RestorePlan {
-    /// The image.
+    /// The image to restore from.
     pub path: PathBuf,
-    /// How.
+    /// The options of the request.
     pub options: RestoreOptions,
-    /// Somebody else than the VMM wants it, and the VMM is asked first.
+    /// An operator asked for the restore, not the VMM. The agent asks the VMM before it starts.
     pub asks_first: bool,
-    /// From when on discards are of the memory that is restored.
+    /// From which moment on a discard is about the memory that is being restored.
     pub record_discards: RecordDiscards,
-    /// What is known of changes since the last image: nothing any more, once memory is another.
+    /// The changes since the last image. The restore ends this record, since it replaces the
+    /// memory.
     pub checkpoint: SharedCheckpoint,
 }
 
-/// Restores a guest, and ends the job.
+/// Restores a guest and ends the job.
 pub fn run(job: &Arc<Job>, order: &RestorePlan) {
     let outcome = restore(job, order);
     job.finish(outcome);
@@ -74,42 +75,42 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
         RestoreMode::Eager => None,
         RestoreMode::Lazy => Some(lazy::plan(job, &source, &order.options)?),
     };
-    // Not for what comes to nothing, as far as that can be told before: the VMM gives its guest up
-    // for it.
+    // The VMM gives up its guest when it agrees. So the agent asks only after it has made all
+    // checks that it can make without changing memory.
     if order.asks_first {
         ask_vmm(job, order)?;
     }
     order.checkpoint.end("a guest was restored");
     order.checkpoint.stop_idle();
-    let later;
-    let word = match &order.record_discards {
-        RecordDiscards::SinceRequest(word) => word,
+    let started;
+    let discards = match &order.record_discards {
+        RecordDiscards::SinceRequest(discards) => discards,
         RecordDiscards::FromPause => {
-            later = DiscardsSinceRequest::start(&job.memory)?;
-            &later
+            started = DiscardsSinceRequest::start(&job.memory)?;
+            &started
         }
     };
-    let ground = ResetGuard::reset(job, &source, word)?;
+    let guard = ResetGuard::reset(job, &source, discards)?;
     match plan {
-        None => eager::restore(job, &source, &state, ground, order.options.workers),
-        Some(plan) => lazy::restore(job, &source, &state, ground, plan, order.options.workers),
+        None => eager::restore(job, &source, &state, guard, order.options.workers),
+        Some(plan) => lazy::restore(job, &source, &state, guard, plan, order.options.workers),
     }
 }
 
-/// The VMM may have a guest that it does not want to lose.
+/// Asks the VMM for permission: it may have a guest that it wants to keep.
 fn ask_vmm(job: &Job, order: &RestorePlan) -> Result<(), JobError> {
     let path = order.path.to_string_lossy().into_owned();
     job.hooks.ask(&Hook::PrepareRestore { path }, job.options().hook_timeout)?;
     job.cancel.check()?;
-    // It has no guest any more. What its memory will hold is not its own to change.
+    // The VMM has given up its guest. It must not populate memory that is about to be replaced.
     job.freeze();
     Ok(())
 }
 
-/// The state that the VMM will be given: read, and found to be whole, before its memory is touched.
+/// The state for the VMM. The agent reads and checks all of it before it changes memory.
 #[derive(Debug)]
 pub struct VmmState {
-    /// What the guest is to be once it is here.
+    /// The run state that the guest will have after the restore.
     guest: RunState,
     pieces: Vec<PieceSize>,
     file: OwnedFd,
@@ -120,14 +121,14 @@ impl VmmState {
         let bytes = image.state()?;
         let file = state_file_of([bytes.as_slice()]);
         let file = file.map_err(|errno| JobError::Io {
-            what: "make a file of the state",
+            what: "create a file for the VMM's state",
             source: errno.into(),
         })?;
         let guest = resume.apply(image.header().guest);
         Ok(Self { guest, pieces: image.contents().pieces.clone(), file })
     }
 
-    /// Gives it to the VMM.
+    /// Gives the state to the VMM.
     fn load(&self, job: &Job) -> Result<(), JobError> {
         job.enter(Phase::Loading);
         let hook = Hook::LoadState { pieces: self.pieces.clone() };
@@ -136,16 +137,18 @@ impl VmmState {
     }
 }
 
-/// Lets the guest run, or stay paused as `guest` says. `ours` becomes true at the line: from then
-/// on it may run, even if the VMM does not say so, or not in time.
+/// Resumes the guest, or leaves it paused, as `guest` says. Sets `ours` at the commit point: from
+/// then on the guest may run, even if the VMM fails to answer or answers late.
 fn resume_guest(job: &Job, guest: RunState, ours: &mut bool) -> Result<(), JobError> {
-    // ---- The line: it is not cancelled any more, and its memory is its own.
+    // ---- The commit point: the job cannot be cancelled any more, and the memory is the
+    // guest's.
     job.cancel.commit_point()?;
     *ours = true;
-    // It may use its memory from the moment on that it runs.
+    // The guest may populate memory as soon as it runs.
     job.thaw();
     let resume = Hook::Resume { force: false, paused: guest.is_paused() };
-    // An operator who reads that the job failed must not take the guest for one that is not there.
+    // The error says that the guest is here: "failed" alone would let an operator believe that
+    // there is no guest.
     let resumed = job.hooks.ask(&resume, job.options().hook_timeout);
     resumed.map_err(|source| JobError::NotResumed { source })?;
     let running = micros(job.elapsed());

@@ -1,8 +1,12 @@
-//! What nobody waits for yet.
+//! Prefetch: reading the pages that the guest does not wait for yet (lazy restore).
 //!
-//! The working set comes first: from before the VMM loads its state, at the priority of all else,
-//! in the order of the file. All workers do it. What is left comes when the guest runs, follows its
-//! faults, and steps back behind whatever is waited for.
+//! 1. The working set comes first, from before the VMM loads its state. All workers read it at
+//!    normal priority, in the order in which it lies in the image.
+//! 2. All other pages follow once the gate opens: when the guest runs, and is idle if its touches
+//!    are recorded. The workers continue behind the last fault, and at a lower priority, so that
+//!    they do not delay the pages that the guest waits for.
+//!
+//! All reads count towards the bandwidth limit of the job.
 
 use super::lazy_restore::LazyRestore;
 use crate::image::PageBuffer;
@@ -15,7 +19,7 @@ use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
-/// The working set in the pieces that it is read in, handed out once each.
+/// The working set as a list of pieces. Each piece is handed out once.
 #[derive(Debug)]
 pub struct WorkingSetPieces {
     pieces: Vec<(usize, PageRange)>,
@@ -23,7 +27,7 @@ pub struct WorkingSetPieces {
 }
 
 impl WorkingSetPieces {
-    /// These: index of the block, and pages.
+    /// The pieces, in the order in which they are read: index of the block, and pages.
     pub fn new(pieces: Vec<(usize, PageRange)>) -> Self {
         Self { pieces, next: AtomicUsize::new(0) }
     }
@@ -33,7 +37,7 @@ impl WorkingSetPieces {
     }
 }
 
-/// Where the workers wait until they may read what is not of the working set.
+/// Where the workers wait until they may prefetch pages outside of the working set.
 #[derive(Debug, Default)]
 pub struct PrefetchGate {
     state: Mutex<State>,
@@ -45,12 +49,12 @@ enum State {
     #[default]
     Shut,
     Open,
-    /// There is nothing to do any more.
+    /// The restore has ended.
     Over,
 }
 
 impl PrefetchGate {
-    /// They may.
+    /// Lets the workers prefetch. Does nothing once the restore has ended.
     pub fn open(&self) {
         self.change(|state| {
             if *state == State::Shut {
@@ -59,7 +63,7 @@ impl PrefetchGate {
         });
     }
 
-    /// They are to end.
+    /// Tells the workers to end.
     pub fn end(&self) {
         self.change(|state| *state = State::Over);
     }
@@ -69,7 +73,7 @@ impl PrefetchGate {
         self.changed.notify_all();
     }
 
-    /// Returns when they may; false if they are to end.
+    /// Waits for the gate. Returns true if the worker may prefetch, and false if it must end.
     fn wait(&self) -> bool {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let state = self.changed.wait_while(state, |state| *state == State::Shut);
@@ -78,10 +82,10 @@ impl PrefetchGate {
 }
 
 impl LazyRestore<'_> {
-    /// Reads ahead until nothing is unread, or all is over.
+    /// Runs one worker: prefetches until no page is unread or the restore has ended.
     ///
     /// # Errors
-    /// If the image cannot be read, or is damaged, or a page cannot be placed.
+    /// If the image cannot be read or is damaged, or if a page cannot be placed.
     pub fn prefetch(&self, worker: usize) -> Result<(), JobError> {
         let mut reader = Reader {
             supply: self,
@@ -108,24 +112,24 @@ impl LazyRestore<'_> {
     }
 }
 
-/// One worker.
+/// What one worker needs to read and place pages.
 struct Reader<'a> {
     supply: &'a LazyRestore<'a>,
-    /// Its number among all threads, which is that of its place in the fence.
+    /// Its number among all threads of the restore, which is also its slot in the fence.
     worker: usize,
     buffer: PageBuffer,
-    /// What was claimed: runs of host pages. Kept from one piece to the next.
+    /// The runs of host pages that it has claimed. Kept between pieces to reuse the memory.
     runs: Vec<PageRange>,
 }
 
 impl Reader<'_> {
-    /// Reads and places what is unread, and still missing, of the host pages `host_pages`. Returns
-    /// how many pages that were.
+    /// Reads and places those of the host pages `host_pages` that are unread and still missing.
+    /// Returns the number of pages placed.
     fn fetch(&mut self, at: usize, host_pages: PageRange) -> Result<u64, JobError> {
         let Self { supply, worker, buffer, runs } = self;
         let (unread, missing) = (supply.unread.block(at), supply.missing_pages.missing().block(at));
         supply.unread.take_range(at, host_pages, |word, bits| {
-            // What was discarded meanwhile need not be read.
+            // A page that is not missing any more, for example discarded, need not be read.
             runs.extend(runs_of_word(word * WORD_BITS, bits & missing.bits().word(word)));
         });
         let mut placed = 0;

@@ -1,8 +1,12 @@
-//! The memory before anything is in it, and again if it comes to nothing.
+//! Resetting the memory: before a restore, and after a restore that failed.
 //!
-//! A restore starts from holes, whatever the memory held, and allocates no page that the image has
-//! no content of (`never-populate`). What is discarded in the image is discarded here. What the VMM
-//! discards from then on is its own word, and stays.
+//! A restore starts with empty memory, whatever the memory held before: all blocks are made holes.
+//! So it allocates no page that has no content in the image (`never-populate`). The discard marks
+//! become those of the image. The pages that the VMM discards after it asked for the restore stay
+//! discarded, in any case.
+//!
+//! If the restore fails before the guest has the memory, [`ResetGuard`] makes all blocks holes
+//! again on drop, and brings back the discard marks from before the request.
 
 use super::source::Source;
 use crate::job::{Job, JobError, add};
@@ -12,61 +16,65 @@ use crate::tracking::DirtyPages;
 use pageferry_protocol::shm::MappingError;
 use std::sync::Arc;
 
-/// Memory that is being filled. Unless the guest got it, it is empty again on drop.
+/// Guards memory that a restore fills. On drop the memory is made empty again, unless it was handed
+/// over to the guest.
 #[derive(Debug)]
 pub struct ResetGuard<'a> {
     job: &'a Job,
     source: &'a Source,
-    /// What the VMM had discarded, and what it gave back since.
+    /// What the VMM had discarded before the request, and what it gave back since.
     pub discards: &'a DiscardsSinceRequest,
-    /// The guest has it, or may have.
+    /// The guest has the memory, or may have it.
     pub handed_over: bool,
 }
 
 impl<'a> ResetGuard<'a> {
-    /// Makes all memory holes, and discarded what is so in the image.
+    /// Makes all memory holes, and sets the discard marks of the image.
     ///
     /// # Errors
-    /// If a file cannot be emptied, or the job is cancelled.
+    /// If a file cannot be punched, or the job is cancelled.
     pub fn reset(
-        job: &'a Job, source: &'a Source, word: &'a DiscardsSinceRequest,
+        job: &'a Job, source: &'a Source, discards: &'a DiscardsSinceRequest,
     ) -> Result<Self, JobError> {
-        let ground = Self { job, source, discards: word, handed_over: false };
+        let guard = Self { job, source, discards, handed_over: false };
         for (at, block) in job.memory.blocks().iter().enumerate() {
             job.check()?;
             empty(block)?;
             let (discarded, present) =
                 (source.discarded(at), source.present(at).count(block.all()));
-            ground.mark(at, block);
+            guard.mark(at, block);
             let gone = discarded.count(block.all());
             add(&job.live.discarded_pages, gone);
             add(&job.live.zero_pages, block.geometry.pages() - gone - present);
         }
-        Ok(ground)
+        Ok(guard)
     }
 }
 
 impl ResetGuard<'_> {
-    /// Makes all memory holes once more, when missing pages are waited for from now on: what the
-    /// VMM looked at between [`ResetGuard::reset`] and then is a page of zeroes by now, and would
-    /// be taken for what was to come.
+    /// Makes all memory holes once more. To be called right after the mappings were registered for
+    /// missing faults.
+    ///
+    /// Between [`ResetGuard::reset`] and the registration the VMM may have touched pages. The
+    /// kernel then allocated pages of zeroes. Without this they would count as content: the guest
+    /// would read zero and never fault.
     ///
     /// # Errors
-    /// If a file cannot be emptied.
+    /// If a file cannot be punched.
     pub fn punch_again(&self) -> Result<(), JobError> {
         self.job.memory.blocks().iter().try_for_each(|block| empty(block))
     }
 
-    /// What is discarded in the image is discarded, and what the VMM discarded since it asked for
-    /// this. Nothing of the guest before is known to be stray.
+    /// Sets the discard marks of a block: the discards of the image, and those that the VMM made
+    /// since the request. Stray writes of the old guest do not count any more.
     fn mark(&self, at: usize, block: &Block) {
         let (before, since, discarded) = (
             self.discards.before.block(at),
             self.discards.since().discarded(at),
             self.source.discarded(at),
         );
-        // A discard that comes meanwhile has marked all of its pages before this, or marks them
-        // after it.
+        // A discard sets all its marks under this lock, so it sets them either before or after the
+        // loops below.
         let _marking = self.job.memory.marking.hold();
         for (word, bits) in before.nonzero_words(block.all()) {
             block.discarded.take_bits(word, bits & !(discarded.word(word) | since.word(word)));
@@ -80,7 +88,7 @@ impl ResetGuard<'_> {
         block.stray.clear(block.all());
     }
 
-    /// As it was before, and what the VMM discarded since.
+    /// Brings back the discard marks from before the request, and keeps the discards since.
     fn unmark(&self, at: usize, block: &Block) {
         let (before, since, discarded) = (
             self.discards.before.block(at),
@@ -115,9 +123,10 @@ impl Drop for ResetGuard<'_> {
     }
 }
 
-/// What the VMM had discarded when it asked for a restore, and what it gives back from then on:
-/// also a page that it had discarded before. That it discards such a page again is the only sign
-/// that the page is to stay discarded. It populates nothing meanwhile.
+/// What the VMM had discarded when it asked for a restore, and what it gave back since.
+///
+/// A page that was discarded before and is discarded again belongs to both. The second discard is
+/// the only sign that the page must stay discarded. The VMM populates nothing during the restore.
 #[derive(Debug)]
 pub struct DiscardsSinceRequest {
     before: DirtyPages,
@@ -125,7 +134,7 @@ pub struct DiscardsSinceRequest {
 }
 
 impl DiscardsSinceRequest {
-    /// What is discarded now was discarded before.
+    /// Starts to record. All pages that are discarded now count as discarded before.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
@@ -141,17 +150,18 @@ impl DiscardsSinceRequest {
         Ok(Self { before, since })
     }
 
-    /// What the VMM gave back since then.
+    /// What the VMM gave back since the start of the recording.
     pub fn since(&self) -> &RecordedDiscards {
         self.since.recorded()
     }
 }
 
-/// From when on what the VMM discards is its own word on the memory that it gets.
+/// From which moment on the VMM's discards are about the memory that is being restored.
 #[derive(Debug)]
 pub enum RecordDiscards {
-    /// It has asked for the restore.
+    /// From the request on: the VMM asked for the restore itself.
     SinceRequest(DiscardsSinceRequest),
-    /// From the moment on that the VMM has given its guest up: until then it is of that guest.
+    /// From the moment on at which the VMM gave up its guest. Discards before that are about the
+    /// old guest.
     FromPause,
 }

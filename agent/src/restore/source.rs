@@ -1,9 +1,10 @@
-//! What is restored from: an image with those that it builds on, and which of its blocks goes into
-//! which of the VMM's.
+//! The source of a restore: an image with its base images, and which of its blocks goes into which
+//! block of the VMM.
 //!
-//! A block is known by its id. Its name, place and length must be those in the image, or the guest
-//! would find itself in another machine. What discards are rounded to may differ, and so may the
-//! host pages: they are matters of this VMM, of which the guest does not know.
+//! A block is identified by its id. Its name, guest physical address and length must be the same as
+//! in the image, because otherwise the guest would find itself in another machine. The discard
+//! granularity and the host page size may differ: they belong to this VMM, and the guest does not
+//! see them.
 
 use super::working_set::WorkingSetFault;
 use crate::image::blocks::{self, Difference};
@@ -16,9 +17,9 @@ use std::path::{Path, PathBuf};
 /// Why an image cannot be restored into the memory of a VMM.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// The VMM has no such block.
+    /// A block of the image does not exist in the VMM.
     #[error(
-        "block {id} \"{name}\" of the image does not exist in this VMM: it is to add the blocks that the guest had"
+        "block {id} \"{name}\" of the image does not exist in this VMM: add all blocks that the guest had"
     )]
     Missing {
         /// The block.
@@ -26,9 +27,9 @@ pub enum RestoreError {
         /// Its name.
         name: String,
     },
-    /// The image has no such block.
+    /// A block of the VMM does not exist in the image.
     #[error(
-        "block {id} \"{name}\" of this VMM is not in the image: it is to have the blocks that the guest had, and no other"
+        "block {id} \"{name}\" of this VMM is not in the image: add only the blocks that the guest had"
     )]
     Surplus {
         /// The block.
@@ -45,10 +46,10 @@ pub enum RestoreError {
         id: u32,
         /// Size of a host page in bytes.
         size: u64,
-        /// The largest that can be placed at once.
+        /// The largest size that can be placed at once.
         limit: u64,
     },
-    /// The memory is of a kind whose missing pages the kernel does not tell.
+    /// The memory is of a kind for which the kernel reports no missing faults.
     #[error(
         "block {id} is a file on a disk, and a lazy restore takes memfds, tmpfs and hugetlbfs: restore it eagerly"
     )]
@@ -56,13 +57,13 @@ pub enum RestoreError {
         /// The block.
         id: u32,
     },
-    /// A block is mapped nowhere.
+    /// The VMM gave no address for a block.
     #[error("block {id} has no vmm_address, which a lazy restore needs: restore it eagerly")]
     NotMapped {
         /// The block.
         id: u32,
     },
-    /// What is at the path of the working set is none, or cannot be read.
+    /// The file at the path of the working set cannot be used.
     #[error("working_set is {}", path.display())]
     WorkingSet {
         /// The path.
@@ -71,16 +72,16 @@ pub enum RestoreError {
         #[source]
         source: WorkingSetFault,
     },
-    /// A block is another than in the image.
+    /// A field of a block differs from the image.
     #[error("block {id}: {field} is {here} in this VMM, and {image} in the image")]
     Field {
         /// The block.
         id: u32,
-        /// What differs.
+        /// The field that differs.
         field: &'static str,
-        /// In the VMM.
+        /// Its value in the VMM.
         here: String,
-        /// In the image.
+        /// Its value in the image.
         image: String,
     },
 }
@@ -105,12 +106,11 @@ pub fn compare(here: &BlockTable, image: &BlockTable) -> Result<(), RestoreError
     Ok(blocks::compare(here, image, false)?)
 }
 
-/// An image, seen from the VMM's memory: blocks are counted as there.
+/// An image with its base images. Blocks are indexed in the order of the VMM's memory.
 #[derive(Debug)]
 pub struct Source {
     chain: Chain,
-    /// The index in the image of each block of the memory: the VMM may have added them in any
-    /// order.
+    /// For each block of the memory, its index in the image. The two orders may differ.
     order: Vec<usize>,
 }
 
@@ -118,19 +118,20 @@ impl Source {
     /// Opens the image at `path`, and compares its blocks with those of `memory`.
     ///
     /// # Errors
-    /// What is wrong with the image, or how the blocks differ.
+    /// If the image cannot be opened or is damaged, or if the blocks differ.
     pub fn open(path: &Path, memory: &GuestMemory) -> Result<Self, crate::job::JobError> {
-        // First, and by itself: what an image of other blocks holds is not read to know that.
+        // Compare the block table first: the page states of an image can take a gigabyte, and need
+        // not be read if the blocks differ.
         compare(memory.table(), &Image::open_contents(path)?.contents().table)?;
         let chain = Chain::open(path)?;
         compare(memory.table(), chain.table())?;
         let of = |id: u32| chain.table().blocks().iter().position(|block| block.id == id);
-        // All are there, as was just seen.
+        // Every id is found, because the tables were just compared.
         let order = memory.blocks().iter().filter_map(|block| of(block.geometry.id)).collect();
         Ok(Self { chain, order })
     }
 
-    /// The image, without those that it builds on.
+    /// The image itself, without its base images.
     pub fn newest(&self) -> &Image {
         self.chain.newest()
     }
@@ -145,17 +146,17 @@ impl Source {
         self.chain.discarded(self.order[at])
     }
 
-    /// Reads those of the pages `range`, which lie in one extent of a block, that have content,
-    /// each to its place in `into`, and checks them.
+    /// Reads those of the pages `range` that have content, each to its place in `into`, and checks
+    /// them. The range lies in one extent of the block.
     ///
     /// # Errors
-    /// If one cannot be read, or is damaged: which, and where.
+    /// If a page cannot be read or is damaged. The error names the page and its place in the file.
     pub fn read(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
         self.chain.read_extent(self.order[at], range, into)
     }
 
-    /// Has the disk read what is to be read of the pages `range`, which lie in one extent. Nobody
-    /// waits for it.
+    /// Asks the kernel to read the content of the pages `range` from the disk, and does not wait.
+    /// The range lies in one extent.
     pub fn will_need(&self, at: usize, range: PageRange) {
         self.chain.will_need(self.order[at], range);
     }
@@ -183,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_difference_is_named_by_block_and_field() {
+    fn a_difference_names_the_block_and_the_field() {
         let image = table(&[(1, "low", 0, 16), (2, "high", 64, 32)]);
         let refused = |blocks: &[(u32, &str, u64, u64)]| {
             compare(&table(blocks), &image).unwrap_err().to_string()
@@ -214,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_does_not_see_may_differ() {
+    fn the_granularity_may_differ() {
         let image = table(&[(1, "low", 0, 512)]);
         let mut here = BlockTable::new();
         let block = image.blocks()[0].clone();

@@ -1,18 +1,21 @@
-//! What a guest touched first, for the next time that it is restored.
+//! The working set: the pages that a guest touched first, recorded for its next restore.
 //!
-//! A restore for which there is no working set writes one: the host pages that the guest waited
-//! for, in that order. The next restore of the same image reads them ahead.
+//! If a lazy restore has no working set yet, it writes one: the host pages for which the guest
+//! waited, in that order. The next restore of the same image prefetches them.
 //!
-//! What is at the path decides:
-//! - nothing: it is written when the job ends, if the guest ran, unless something is there by then;
-//! - the working set of this image: it is read ahead, and never changed;
-//! - that of another image, or one that is damaged: of no use, and the next would be of none
-//!   either. It is ignored with a warning, and replaced when the job ends;
-//! - anything else, also an empty file, or what cannot be read: the restore is refused before
-//!   anything is touched. It would have to be ignored for ever, or be overwritten.
+//! What the restore finds at the path decides what it does:
 //!
-//! The restore is refused as well if the file could not be written, as far as that can be told
-//! before. If it cannot be written at the end, the job completes, and its status says why.
+//! - No file: it records, and writes the file when the job ends, if the guest ran. It does not
+//!   replace a file that appeared at the path in the meantime.
+//! - A working set of this image: it prefetches these pages, and never changes the file.
+//! - A working set of another image, or a damaged one: the next restore could not use it either. So
+//!   the restore logs a warning, records, and replaces the file when the job ends.
+//! - Anything else, for example an empty file or one that cannot be read: it refuses before it
+//!   changes memory. The file would have to be ignored for ever or be overwritten, and it may be
+//!   important to somebody.
+//!
+//! It also refuses if a check in advance shows that the file cannot be written. If writing fails at
+//! the end all the same, the job completes, and its status says why there is no working set.
 
 use super::source::{RestoreError, Source};
 use crate::image::Fault;
@@ -29,44 +32,44 @@ use rustix::io::Errno;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-/// Why what is at the path cannot be used, and must not be replaced.
+/// Why the file at the path cannot be used and must not be replaced.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkingSetFault {
-    /// It cannot be read.
+    /// The kernel refused to open or read it.
     #[error("it cannot be read")]
     Read(#[source] Errno),
-    /// It is no file, or too long.
+    /// It is not a regular file, or it is too long. With its size in bytes.
     #[error(
-        "it is no working set: it is no file, or has {0:#x} bytes, and one has at most {MAX_SIZE:#x}"
+        "it is no working set: it is not a regular file, or its {0:#x} bytes are more than the limit of {MAX_SIZE:#x}"
     )]
     Kind(u64),
-    /// It is something else.
+    /// It is a file of another kind.
     #[error("it is not to be overwritten")]
     Other(#[source] WorkingSetError),
     /// It is empty.
     #[error("it is empty, which is no working set: remove it, or choose another name")]
     Empty,
-    /// It is not there, and cannot be written.
+    /// There is no file, and none can be written.
     #[error("it could not be written")]
     Write(#[source] Box<Fault>),
 }
 
-/// What is to be done about the working set.
+/// What to do about the working set.
 #[derive(Debug, PartialEq, Eq)]
 pub enum WorkingSetPlan {
-    /// Nothing.
+    /// Nothing: the request names no file.
     None,
-    /// These pages are read ahead, each piece in one extent: index of the block, and pages.
+    /// Prefetch these pieces, each of which lies in one extent: index of the block, and pages.
     Read(Vec<(usize, PageRange)>),
-    /// It is written.
+    /// Record what the guest touches, and write the file at the end.
     Write(WorkingSetRecorder),
 }
 
 impl WorkingSetPlan {
-    /// Looks at what is at `path`; empty if none is wanted.
+    /// Decides by what is at `path`. An empty path means that no working set is wanted.
     ///
     /// # Errors
-    /// If it is something else, or cannot be read.
+    /// If the file at the path must not be used or replaced, or if none can be written.
     pub fn of(path: &str, source: &Source, memory: &GuestMemory) -> Result<Self, RestoreError> {
         if path.is_empty() {
             return Ok(Self::None);
@@ -93,12 +96,12 @@ impl WorkingSetPlan {
             },
         };
         log::warn!("working_set {} is ignored, and will be replaced: {useless}", path.display());
-        // What was read is what is behind a link, and so is what is replaced.
+        // A symbolic link was followed for reading, so the file behind the link is replaced.
         let behind = path.canonicalize().unwrap_or_else(|_| path.clone());
         Ok(Self::Write(WorkingSetRecorder::new(behind, image, true).checked().map_err(refused)?))
     }
 
-    /// What is read ahead, and what is written.
+    /// The pieces to prefetch, and the recorder.
     pub fn parts(self) -> (Vec<(usize, PageRange)>, Option<WorkingSetRecorder>) {
         match self {
             Self::None => (Vec::new(), None),
@@ -108,7 +111,7 @@ impl WorkingSetPlan {
     }
 }
 
-/// The file's bytes; `None` if there is no file.
+/// Reads the file. Returns `None` if there is no file.
 fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFault> {
     let file = match rustix::fs::open(
         path,
@@ -128,7 +131,7 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFault> {
     let mut done = 0;
     while done < bytes.len() {
         match rustix::io::pread(&file, &mut bytes[done..], done as u64) {
-            // Cut off meanwhile, which its checksum tells.
+            // The file was truncated while it was read. Its checksum will not be right.
             Ok(0) => break,
             Ok(count) => done += count,
             Err(Errno::INTR) => {}
@@ -139,8 +142,8 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFault> {
     Ok(Some(bytes))
 }
 
-/// A working set in the pieces that it is read in: in the order of the file, those made one that
-/// lie near each other. Or why it is none of this memory.
+/// The pieces in which the working set is read: sorted in the order of the image, with runs near
+/// each other joined. The error says why the working set does not belong to this memory.
 fn pieces(set: &WorkingSet, memory: &GuestMemory) -> Result<Vec<(usize, PageRange)>, String> {
     let mut runs = Vec::with_capacity(set.runs.len());
     for (id, run) in &set.runs {
@@ -165,15 +168,15 @@ fn pieces(set: &WorkingSet, memory: &GuestMemory) -> Result<Vec<(usize, PageRang
     Ok(runs.chunk_by(|(one, _), (other, _)| one == other).flat_map(of_block).collect())
 }
 
-/// What the guest touches, as it does.
+/// Records the pages that the guest touches.
 #[derive(Debug, PartialEq, Eq)]
 pub struct WorkingSetRecorder {
     path: PathBuf,
     image: ImageId,
-    /// What was there is of no use. What comes to be there meanwhile is not looked at, and not
-    /// replaced: another restore's, most likely.
+    /// Replace the useless file at the path. If false, there was no file; one that is there at the
+    /// end is kept, since it is most likely that of another restore.
     replace: bool,
-    /// Index of the block, and pages.
+    /// The touched pages, in the order of the touches: index of the block, and pages.
     runs: Vec<(usize, PageRange)>,
 }
 
@@ -182,17 +185,18 @@ impl WorkingSetRecorder {
         Self { path, image, replace, runs: Vec::new() }
     }
 
-    /// The same, if the file can be written as far as that can be told now.
+    /// Checks whether the file can be written, as far as that can be known now.
     fn checked(self) -> Result<Self, WorkingSetFault> {
         self.create().map(|_| self).map_err(|fault| WorkingSetFault::Write(fault.into()))
     }
 
-    /// The file, which has its name when it is complete.
+    /// Creates the file. It gets its name only when it is complete.
     fn create(&self) -> Result<NewFile, Fault> {
         NewFile::create(&self.path, FileKind::WORKING_SET, self.replace)
     }
 
-    /// The guest waits for the pages `pages` of the block at index `at`.
+    /// Notes that the guest waits for the pages `pages` of the block at index `at`. Drops them once
+    /// the record is full ([`MAX_RUNS`]).
     pub fn touched(&mut self, at: usize, pages: PageRange) {
         let room = self.runs.len() < MAX_RUNS;
         match self.runs.last_mut() {
@@ -204,10 +208,10 @@ impl WorkingSetRecorder {
         }
     }
 
-    /// Writes it. That it cannot be written is no reason for a restore to fail: this returns why.
+    /// Writes the file. Returns the reason if it is not written: a restore does not fail for that.
     pub fn write(self, memory: &GuestMemory) -> Option<String> {
         let why = if self.runs.is_empty() {
-            // It says nothing of the next.
+            // An empty working set would be of no use to the next restore.
             "the guest waited for no page".to_owned()
         } else if let Err(replaced) = memory.current.check() {
             replaced.to_string()

@@ -19,7 +19,7 @@ fn dirty(ram: &Ram) {
 }
 
 #[test]
-fn an_image_is_what_the_memory_is_afterwards_whatever_it_was_before() {
+fn an_eager_restore_replaces_all_memory() {
     let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     dirty(&ram);
     let vmm = Vmm::new(&ram, |ram, hook| {
@@ -48,7 +48,7 @@ fn an_image_is_what_the_memory_is_afterwards_whatever_it_was_before() {
 }
 
 #[test]
-fn an_increment_is_restored_with_what_it_builds_on() {
+fn an_increment_is_restored_with_its_base() {
     let folder = tempfile::tempdir().unwrap();
     let (full, one) = (folder.path().join("full"), folder.path().join("one"));
     let geometries = geometries(&PAGES);
@@ -68,7 +68,7 @@ fn an_increment_is_restored_with_what_it_builds_on() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_before_anything_is_touched() {
+fn a_block_mismatch_is_refused_before_memory_changes() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     write_image(&path, &geometries(&PAGES), &Base::default(), 0, sparse);
@@ -86,13 +86,13 @@ fn what_does_not_fit_is_refused_before_anything_is_touched() {
 }
 
 #[test]
-fn a_damaged_page_leaves_nothing_behind_and_no_guest() {
+fn a_damaged_page_leaves_the_memory_empty() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     let geometries = geometries(&PAGES);
     write_image(&path, &geometries, &Base::default(), 0, sparse);
     let image = Image::open(&path).unwrap();
-    // Block 1 comes first in the guest, and in the image.
+    // Block 1 is first in the guest and in the image.
     let place = image.layout().page(1, 1400);
     assert_eq!(sparse(0, 1400), Page::Content);
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
@@ -109,7 +109,7 @@ fn a_damaged_page_leaves_nothing_behind_and_no_guest() {
 }
 
 #[test]
-fn a_vmm_that_cannot_load_its_state_gets_its_memory_back_empty() {
+fn a_failed_state_load_leaves_the_memory_empty() {
     let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     let vmm = Vmm::new(&ram, |_, hook| match hook {
         Hook::LoadState { .. } => Err(RemoteError::new(ErrorCode::Other, "no such device")),
@@ -121,12 +121,12 @@ fn a_vmm_that_cannot_load_its_state_gets_its_memory_back_empty() {
     ram.check_empty(|_, _| false);
 }
 
-/// What is discarded before the restore is asked for, and what is once more, or for the first time,
-/// before anything is done about it.
+/// Discards pages before the request. After it, discards some of them again and some others for the
+/// first time. Returns the plan of the restore.
 fn discarded_twice(ram: &Arc<Ram>, path: &Path) -> RestorePlan {
     dirty(ram);
     let before = RecordDiscards::SinceRequest(DiscardsSinceRequest::start(&ram.memory).unwrap());
-    // Of block 0 the image has content of pages 0 to 13 and 35 to 48.
+    // In block 0 the image has content in pages 0 to 13 and 35 to 48.
     ram.discard(0, PageRange::new(2, 3));
     ram.discard(0, PageRange::new(35, 2));
     RestorePlan {
@@ -143,7 +143,7 @@ fn since(id: u32, page: u64) -> bool {
 }
 
 #[test]
-fn what_is_discarded_since_it_was_asked_for_is_discarded_also_if_it_was_before() {
+fn discards_since_the_request_stay_discarded() {
     let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     let order = discarded_twice(&ram, &path);
     let job = new_job(&ram, &Vmm::willing(&ram), 0);
@@ -153,9 +153,9 @@ fn what_is_discarded_since_it_was_asked_for_is_discarded_also_if_it_was_before()
 }
 
 #[test]
-fn what_is_discarded_meanwhile_is_so_still_if_it_comes_to_nothing() {
+fn discards_since_the_request_survive_a_failed_restore() {
     let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
-    // Discarded in the image, too.
+    // These pages are discarded in the image, too.
     let of_both = PageRange::new(14, 5);
     let order = discarded_twice(&ram, &path);
     let vmm = Vmm::new(&ram, move |ram, hook| match hook {
@@ -172,7 +172,7 @@ fn what_is_discarded_meanwhile_is_so_still_if_it_comes_to_nothing() {
 }
 
 #[test]
-fn blocks_that_were_not_come_to_keep_what_was_discarded_in_them() {
+fn discards_survive_a_cancel_before_the_reset() {
     let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     let order = discarded_twice(&ram, &path);
     ram.discard(0, PageRange::new(14, 5));
@@ -190,7 +190,7 @@ fn blocks_that_were_not_come_to_keep_what_was_discarded_in_them() {
 }
 
 #[test]
-fn an_operator_s_wish_is_the_vmm_s_to_refuse() {
+fn the_vmm_may_refuse_a_restore_that_an_operator_asked_for() {
     let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     dirty(&ram);
     let expected = path.to_str().unwrap().to_owned();
@@ -221,10 +221,10 @@ fn an_operator_s_wish_is_the_vmm_s_to_refuse() {
 }
 
 #[test]
-fn what_is_given_back_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
+fn discards_and_frees_during_an_eager_restore_stay_holes() {
     let Saved { folder: _folder, path, ram } = Saved::new(&[4 * 512], |_, _| Page::Content);
     let vmm = Vmm::willing(&ram);
-    // Slow enough that all but the first extent come after what is done here.
+    // The limit is low enough that the first extent is placed and the others are not.
     let job = new_job(&ram, &vmm, 2 << 20);
     let order = |workers| RestorePlan {
         path: path.clone(),
@@ -238,12 +238,12 @@ fn what_is_given_back_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
         while job.status().counters.pages_sent < 512 {
             std::thread::yield_now();
         }
-        // Whoever watches sees how far it is.
+        // The counters show the progress.
         while !(1..4 * 512).contains(&job.status().counters.remaining_pages) {
             assert!(!restoring.is_finished());
             std::thread::yield_now();
         }
-        // One page that was placed, and others that are to come.
+        // One range was placed already, the others are placed later.
         for first in [100, 1600] {
             let range = BlockRange { block: 0, offset: first * PAGE_SIZE, length: 100 * PAGE_SIZE };
             assert_eq!(ram.memory.discard(&[range], true).unwrap(), 100);
@@ -274,6 +274,6 @@ fn what_is_given_back_meanwhile_stays_a_hole_and_a_cancel_leaves_nothing() {
         restoring.join().unwrap();
     });
     assert_eq!(job.status().phase, Phase::Cancelled);
-    // Nothing was discarded in the image, and what the VMM said itself before holds.
+    // No page is discarded in the image. The VMM's own discards from before stay.
     ram.check_empty(|_, page| discarded(page));
 }

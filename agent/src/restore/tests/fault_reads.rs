@@ -5,17 +5,17 @@ use crate::memory::test_support::memfd;
 use crate::restore::lazy_restore::LazyRestore;
 use crate::restore::source::Source;
 
-/// Pages that are read around one that the guest touches.
+/// Number of pages in the aligned range that is read around a touched page.
 const NEAR: u64 = 16;
 const PAGES: u64 = 512;
 
-/// All pages but those from 16 to 19 have content.
+/// All pages except 16 to 19 have content.
 fn page_of(_: u32, page: u64) -> Page {
     if (16..20).contains(&page) { Page::Zero } else { Page::Content }
 }
 
-/// Does `what` with the restore of a guest whose host pages have `unit` pages, placing by `uffd`.
-fn restoring(
+/// Calls `what` with a lazy restore. Host pages have `unit` pages and are placed through `uffd`.
+fn with_restore(
     unit: u64, uffd: impl FnOnce(&Ram) -> OwnedFd, what: impl FnOnce(&LazyRestore<'_>, &Ram),
 ) {
     let Saved { folder: _folder, path, ram } = Saved::new(&[PAGES], page_of);
@@ -30,14 +30,14 @@ fn restoring(
     what(&LazyRestore::new(&job, &source, &missing_pages, unread, Vec::new(), false), &ram);
 }
 
-/// Nothing is placed by it.
+/// A descriptor for a restore that places nothing.
 fn no_uffd(_: &Ram) -> OwnedFd {
     memfd(0)
 }
 
 #[test]
-fn around_a_page_is_claimed_what_is_unread_if_something_near_it_was_read_before() {
-    restoring(1, no_uffd, |restore, _| {
+fn unread_pages_around_a_second_touch_are_claimed() {
+    with_restore(1, no_uffd, |restore, _| {
         let claimed = |page| restore.claim_around(0, page);
         assert_eq!(claimed(37), PageRange::new(37, 1), "nothing near it was read");
         assert_eq!(claimed(39), PageRange::new(32, NEAR), "37 was");
@@ -50,7 +50,7 @@ fn around_a_page_is_claimed_what_is_unread_if_something_near_it_was_read_before(
 }
 
 #[test]
-fn what_is_read_around_a_page_is_placed_with_it() {
+fn pages_claimed_around_a_page_are_placed_with_it() {
     if !has_userfaultfd() {
         return;
     }
@@ -59,7 +59,7 @@ fn what_is_read_around_a_page_is_placed_with_it() {
         let uffd = registered.insert(register(ram));
         uffd.as_fd().try_clone_to_owned().unwrap()
     };
-    restoring(1, uffd, |restore, ram| {
+    with_restore(1, uffd, |restore, ram| {
         let mut buffer = vec![0; 512 * PAGE];
         restore.answer(0, (0, 37), &mut buffer).unwrap();
         assert_eq!(ram.allocated(0), [PageRange::new(37, 1)]);
@@ -74,10 +74,10 @@ fn what_is_read_around_a_page_is_placed_with_it() {
     });
 }
 
-/// The buffer holds what was read before.
+/// The buffer holds old bytes, which must not be placed.
 #[test]
-fn a_page_without_content_in_a_host_page_that_has_some_is_zero() {
-    restoring(8, no_uffd, |restore, _| {
+fn a_page_without_content_is_zero_in_a_larger_host_page() {
+    with_restore(8, no_uffd, |restore, _| {
         let mut buffer = vec![0xff; 8 * PAGE];
         let content = restore.read(0, PageRange::new(16, 8), &mut buffer).unwrap();
         assert!(content[..4 * PAGE].iter().all(|byte| *byte == 0));

@@ -3,7 +3,7 @@ use std::sync::atomic::AtomicBool;
 
 const PAGES: [u64; 2] = [1500, 600];
 
-fn lazily() -> RestoreOptions {
+fn lazy_options() -> RestoreOptions {
     RestoreOptions { mode: RestoreMode::Lazy, workers: 2, ..RestoreOptions::default() }
 }
 
@@ -15,7 +15,7 @@ fn sparse(id: u32, page: u64) -> Page {
     }
 }
 
-/// The pages with content, in an order of no use to anyone who reads ahead.
+/// The pages with content, in an order that read-around does not help.
 fn scattered(at: usize) -> impl Iterator<Item = u64> {
     let pages = PAGES[at];
     (0..pages)
@@ -24,7 +24,7 @@ fn scattered(at: usize) -> impl Iterator<Item = u64> {
 }
 
 #[test]
-fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
+fn faults_are_answered_from_the_state_load_on() {
     if !has_userfaultfd() {
         return;
     }
@@ -56,11 +56,11 @@ fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
         }
         Ok(())
     });
-    // Slow enough that the guest waits for most of what it touches.
+    // The limit is low enough that the guest waits for most pages that it touches.
     let job = new_job(&ram, &vmm, 1 << 20);
     let order = RestorePlan {
         path: one,
-        options: lazily(),
+        options: lazy_options(),
         asks_first: false,
         record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
@@ -94,7 +94,7 @@ fn a_guest_finds_its_memory_from_the_moment_that_its_state_is_loaded() {
 }
 
 #[test]
-fn one_worker_brings_what_the_guest_never_touches() {
+fn one_worker_prefetches_untouched_pages() {
     if !has_userfaultfd() {
         return;
     }
@@ -103,13 +103,13 @@ fn one_worker_brings_what_the_guest_never_touches() {
     let job = new_job(&ram, &vmm, 0);
     let order = RestorePlan {
         path,
-        options: RestoreOptions { workers: 1, ..lazily() },
+        options: RestoreOptions { workers: 1, ..lazy_options() },
         asks_first: false,
         record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
     };
     let restored = job.clone();
-    // Nobody waits for it if it never ends.
+    // Detached: if the restore never ends, the test must still end.
     std::thread::spawn(move || run(&restored, &order));
     assert!(job.wait_until_final(Duration::from_secs(60)), "{:?}", job.status().counters);
     assert_eq!(job.status().phase, Phase::Completed);
@@ -117,7 +117,7 @@ fn one_worker_brings_what_the_guest_never_touches() {
 }
 
 #[test]
-fn what_is_given_back_before_it_came_never_comes() {
+fn discards_and_frees_of_missing_pages_stay_holes() {
     if !has_userfaultfd() {
         return;
     }
@@ -126,7 +126,7 @@ fn what_is_given_back_before_it_came_never_comes() {
     let job = new_job(&ram, &vmm, 1 << 20);
     let order = RestorePlan {
         path,
-        options: lazily(),
+        options: lazy_options(),
         asks_first: false,
         record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
@@ -141,7 +141,7 @@ fn what_is_given_back_before_it_came_never_comes() {
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                // Around what is discarded.
+                // All pages except those that are given back.
                 for page in (0..)
                     .map(|index| index * 61 % 4096)
                     .filter(|page| !gone(*page) && !freed(*page))
@@ -161,7 +161,7 @@ fn what_is_given_back_before_it_came_never_comes() {
             }
             stop.store(true, Ordering::Relaxed);
         });
-        // The guest does not wait for it either.
+        // The guest does not wait for such a page, and it can be given back again.
         assert_eq!(ram.touch(0, 150), 0);
         let range = BlockRange { block: 0, offset: 150 * PAGE_SIZE, length: PAGE_SIZE };
         ram.memory.discard(&[range], true).unwrap();
@@ -182,14 +182,14 @@ fn what_is_given_back_before_it_came_never_comes() {
 }
 
 #[test]
-fn what_the_vmm_looks_at_before_it_has_registered_its_memory_comes_all_the_same() {
+fn pages_touched_before_the_registration_are_restored() {
     if !has_userfaultfd() {
         return;
     }
     let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     let vmm = Vmm::new(&ram, |ram, hook| {
         match hook {
-            // Not registered yet: a page of zeroes for each.
+            // The memory is not registered yet, so each touch allocates a page of zeroes.
             Hook::RegisterFaults => {
                 scattered(0).take(40).for_each(|page| assert_eq!(ram.touch(0, page), 0))
             }
@@ -202,12 +202,12 @@ fn what_the_vmm_looks_at_before_it_has_registered_its_memory_comes_all_the_same(
         }
         Ok(())
     });
-    let status = restore_from(&path, &ram, &vmm, lazily());
+    let status = restore_from(&path, &ram, &vmm, lazy_options());
     assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
     ram.check(|id, page| (sparse(id, page), 0));
 }
 
-/// An image with a damaged page of its only block.
+/// Writes an image whose only block has a damaged page. Returns its path and the place of the page.
 fn damaged(folder: &Path, geometries: &[BlockGeometry], page: u64) -> (PathBuf, u64) {
     let path = folder.join("image");
     write_image(&path, geometries, &Base::default(), 0, |_, _| Page::Content);
@@ -218,7 +218,7 @@ fn damaged(folder: &Path, geometries: &[BlockGeometry], page: u64) -> (PathBuf, 
 }
 
 #[test]
-fn a_page_that_is_damaged_is_the_end_of_a_guest_that_runs_and_nobody_takes_it_for_zero() {
+fn a_damaged_page_ends_a_running_guest() {
     if !has_userfaultfd() {
         return;
     }
@@ -234,12 +234,12 @@ fn a_page_that_is_damaged_is_the_end_of_a_guest_that_runs_and_nobody_takes_it_fo
         }
         Ok(())
     });
-    let status = restore_from(&path, &ram, &vmm, lazily());
+    let status = restore_from(&path, &ram, &vmm, lazy_options());
     assert_eq!(status.phase, Phase::Failed);
     let expected = format!("image: block 0: page {:#x}, at byte {place:#x}: checksum", 1900);
     assert!(status.error.contains(&expected), "{}", status.error);
     assert_eq!(vmm.asked(), ["register faults", "load state", "resume", "unregister faults"]);
-    // The guest that is lost keeps what it has.
+    // The lost guest keeps the pages that were placed, and the damaged page was not.
     assert!(!ram.allocated(0).is_empty());
     let mut bytes = [0; PAGE];
     ram.block(0).backing.read(1900 * PAGE_SIZE, &mut bytes).unwrap();
@@ -247,7 +247,7 @@ fn a_page_that_is_damaged_is_the_end_of_a_guest_that_runs_and_nobody_takes_it_fo
 }
 
 #[test]
-fn a_damaged_page_that_a_device_touches_as_it_is_loaded_leaves_nothing_behind() {
+fn a_damaged_page_in_the_state_load_leaves_the_memory_empty() {
     if !has_userfaultfd() {
         return;
     }
@@ -257,12 +257,12 @@ fn a_damaged_page_that_a_device_touches_as_it_is_loaded_leaves_nothing_behind() 
     let ram = Arc::new(Ram::new(&geometries));
     let vmm = Vmm::new(&ram, |ram, hook| {
         if matches!(hook, Hook::LoadState { .. }) {
-            // It goes on, with what nobody will ever run on.
+            // The touch returns. No guest will ever run with what it read.
             ram.touch(0, 1900);
         }
         Ok(())
     });
-    let status = restore_from(&path, &ram, &vmm, lazily());
+    let status = restore_from(&path, &ram, &vmm, lazy_options());
     assert_eq!(status.phase, Phase::Failed);
     assert!(status.error.contains("page 0x76c"), "{}", status.error);
     assert_eq!(vmm.asked(), ["register faults", "load state", "unregister faults"]);
@@ -270,7 +270,7 @@ fn a_damaged_page_that_a_device_touches_as_it_is_loaded_leaves_nothing_behind() 
 }
 
 #[test]
-fn a_cancel_before_the_guest_runs_leaves_nothing_and_afterwards_is_refused() {
+fn a_cancel_is_accepted_only_before_the_guest_runs() {
     if !has_userfaultfd() {
         return;
     }
@@ -285,7 +285,7 @@ fn a_cancel_before_the_guest_runs_leaves_nothing_and_afterwards_is_refused() {
     });
     let order = RestorePlan {
         path,
-        options: lazily(),
+        options: lazy_options(),
         asks_first: false,
         record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
@@ -304,7 +304,7 @@ fn a_cancel_before_the_guest_runs_leaves_nothing_and_afterwards_is_refused() {
             std::thread::yield_now();
         }
         assert!(job.cancel.cancel().is_err());
-        // It may use its memory.
+        // The guest may populate memory.
         job.populate_unless_frozen(|| ()).unwrap();
         job.set_bandwidth(0);
         restoring.join().unwrap();
@@ -314,7 +314,7 @@ fn a_cancel_before_the_guest_runs_leaves_nothing_and_afterwards_is_refused() {
 }
 
 #[test]
-fn a_vmm_that_nothing_is_mapped_in_is_refused_before_anything_is_touched() {
+fn a_block_without_vmm_address_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     let geometries = geometries(&[512]);
@@ -327,20 +327,20 @@ fn a_vmm_that_nothing_is_mapped_in_is_refused_before_anything_is_touched() {
     let ram = Arc::new(Ram { memory, mappings: Vec::new() });
     ram.block(0).backing.write(0, &[1]).unwrap();
     let vmm = Vmm::willing(&ram);
-    let status = restore_from(&path, &ram, &vmm, lazily());
+    let status = restore_from(&path, &ram, &vmm, lazy_options());
     assert!(status.error.contains("block 0 has no vmm_address"), "{}", status.error);
     assert_eq!((vmm.asked().len(), ram.allocated(0).len()), (0, 1));
 }
 
 #[test]
-fn a_vmm_that_cannot_register_its_memory_keeps_what_it_holds() {
+fn a_vmm_that_cannot_register_faults_keeps_its_memory() {
     let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     let before = ram.allocated(0);
     let vmm = Vmm::new(&ram, |_, hook| match hook {
         Hook::ProbeFaults => Err(RemoteError::new(ErrorCode::Unsupported, "no userfaultfd here")),
         _ => Ok(()),
     });
-    let status = restore_from(&path, &ram, &vmm, lazily());
+    let status = restore_from(&path, &ram, &vmm, lazy_options());
     assert_eq!(status.phase, Phase::Failed);
     assert!(status.error.contains("no userfaultfd here"), "{}", status.error);
     assert_eq!(ram.allocated(0), before);

@@ -1,4 +1,4 @@
-//! Restores into memory of this process, with a VMM that is a thread.
+//! Tests of restores into memory of this process, with a thread as the VMM.
 
 mod eager;
 mod fault_reads;
@@ -29,10 +29,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 const PAGE: usize = PAGE_SIZE as usize;
-/// Words of a page.
+/// Number of words in a page.
 const WORDS: usize = PAGE / 8;
 
-/// What a page of an image is.
+/// The state of a page in an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Page {
     Zero,
@@ -42,17 +42,17 @@ enum Page {
     Unchanged,
 }
 
-/// All words of page `page` of block `id`.
+/// The value of every word of page `page` of block `id`.
 fn word_of(id: u32, page: u64) -> u64 {
     (u64::from(id) << 40 | page).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
 }
 
-/// A guest's blocks, in the order in which a VMM might add them.
+/// The blocks of a guest, in the order in which a VMM might add them.
 fn geometries(pages: &[u64]) -> Vec<BlockGeometry> {
     let block = |(id, pages): (u32, &u64)| BlockGeometry {
         id,
         name: format!("ram{id}"),
-        // The last added is the first in the guest.
+        // The block added last comes first in the guest.
         gpa: u64::from(9 - id) << 40,
         length: pages * PAGE_SIZE,
         granularity: PAGE_SIZE,
@@ -66,8 +66,8 @@ fn table(geometries: &[BlockGeometry]) -> BlockTable {
     table
 }
 
-/// Writes an image, `page(id, page)` says of what; the content of block and page `n` is [`word_of`]
-/// plus `version`.
+/// Writes an image. `page(id, page)` is the state of each page. The words of a page with content
+/// are [`word_of`] plus `version`.
 fn write_image(
     path: &Path, geometries: &[BlockGeometry], base: &Base, version: u64,
     page: impl Fn(u32, u64) -> Page,
@@ -118,7 +118,7 @@ fn write_image(
     Base { id, name: path.to_str().unwrap().into() }
 }
 
-/// An image, and memory for what was saved in it.
+/// An image, and empty memory with the same blocks.
 struct Saved {
     folder: tempfile::TempDir,
     path: PathBuf,
@@ -126,7 +126,7 @@ struct Saved {
 }
 
 impl Saved {
-    /// Blocks of so many pages each, of which `page` says what they are.
+    /// Blocks of these numbers of pages. `page(id, page)` is the state of each page.
     fn new(pages: &[u64], page: impl Fn(u32, u64) -> Page) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
@@ -136,7 +136,7 @@ impl Saved {
     }
 }
 
-/// The memory of a VMM, and its own mapping of it.
+/// The memory of a VMM, and the VMM's own mappings of it.
 struct Ram {
     memory: Arc<GuestMemory>,
     mappings: Vec<MappedWords>,
@@ -162,7 +162,7 @@ impl Ram {
         &self.memory.blocks()[at]
     }
 
-    /// Touches a page as the guest does; returns its first word.
+    /// Touches a page like the guest does. Returns its first word.
     fn touch(&self, at: usize, page: u64) -> u64 {
         self.mappings[at][page as usize * WORDS].load(Ordering::Acquire)
     }
@@ -171,7 +171,7 @@ impl Ram {
         let block = self.block(at);
         let mut found: Vec<PageRange> = Vec::new();
         let mut rest = block.all();
-        // Page by page: the walk over runs takes small holes for data.
+        // Page by page, because the walk over runs counts small holes as data.
         while let Some(page) = block.backing.first_data(rest).unwrap() {
             match found.last_mut() {
                 Some(last) if last.end() == page => last.count += 1,
@@ -182,7 +182,8 @@ impl Ram {
         found
     }
 
-    /// Content is where it should be, and all else a hole; what is discarded is marked so.
+    /// Checks that content is in its place, that all other pages are holes, and that exactly the
+    /// discarded pages are marked as discarded.
     fn check(&self, model: impl Fn(u32, u64) -> (Page, u64)) {
         for (at, block) in self.memory.blocks().iter().enumerate() {
             let (id, mut bytes) = (block.geometry.id, vec![0; PAGE]);
@@ -208,8 +209,8 @@ impl Ram {
         }
     }
 
-    /// Nothing is left of what was tried; what was discarded before is so still, or has been since,
-    /// and nothing else.
+    /// Checks that all memory is empty, and that exactly the pages for which `discarded` holds are
+    /// marked as discarded.
     fn check_empty(&self, discarded: impl Fn(u32, u64) -> bool) {
         for (at, block) in self.memory.blocks().iter().enumerate() {
             assert_eq!(self.allocated(at), []);
@@ -230,7 +231,7 @@ impl Ram {
     }
 }
 
-/// A VMM that answers hooks as `answer` says, and what it was asked.
+/// A VMM that answers hooks with `answer`, and records their names.
 struct Vmm {
     hooks: Arc<Hooks>,
     asked: Arc<Mutex<Vec<&'static str>>>,
@@ -247,22 +248,21 @@ impl Vmm {
         let run = move || {
             let mut socket = FrameSocket::from(OwnedFd::from(theirs));
             let far = || Instant::now() + Duration::from_secs(60);
-            // Unregistered when it is dropped.
+            // Dropping it unregisters the memory.
             let mut registered = None;
             while let Ok(frame) = socket.recv(far()) {
                 let (sequence, hook) = Hook::decode(frame.request, &frame.body).unwrap().unwrap();
                 if matches!(hook, Hook::Event { .. }) {
                     continue;
                 }
-                // Whether it could be restored lazily is asked before anything else, and changes
-                // nothing.
+                // This hook comes before all others and changes nothing, so it is not recorded.
                 if !matches!(hook, Hook::ProbeFaults) {
                     log.lock().unwrap().push(hook.name());
                 }
                 let reply = answer(&ram, &hook);
                 match hook {
                     Hook::RegisterFaults if reply.is_ok() => registered = Some(register(&ram)),
-                    // As a client that keeps its guest from what is lost; the test goes on with it.
+                    // A real client would stop a guest that lost memory. The test goes on with it.
                     Hook::UnregisterFaults { .. } => registered = unregister(&ram, registered),
                     _ => {}
                 }
@@ -279,7 +279,7 @@ impl Vmm {
         Self { hooks: Arc::new(Hooks::new(Some(ours.into()))), asked, _thread: thread }
     }
 
-    /// One that agrees to all.
+    /// A VMM that agrees to every hook.
     fn willing(ram: &Arc<Ram>) -> Self {
         Self::new(ram, |_, _| Ok(()))
     }
@@ -300,7 +300,7 @@ fn register(ram: &Ram) -> Userfaultfd {
     uffd
 }
 
-/// Who waits looks again, and finds a hole where nothing came.
+/// Unregisters the memory. Threads that wait look again, and find a hole where no page was placed.
 fn unregister(ram: &Ram, registered: Option<Userfaultfd>) -> Option<Userfaultfd> {
     let uffd = registered?;
     ranges(ram).for_each(|range| uffd.unregister(range).unwrap());

@@ -5,15 +5,15 @@ use pageferry_protocol::image::WorkingSet;
 
 const PAGES: u64 = 16 * 512;
 
-fn with(set: &Path) -> RestoreOptions {
+fn options_with(set: &Path) -> RestoreOptions {
     let working_set = set.to_str().unwrap().to_owned();
     RestoreOptions { mode: RestoreMode::Lazy, workers: 2, working_set, ..RestoreOptions::default() }
 }
 
-/// What the guest touches before it comes to rest, the first half as its state is loaded.
+/// The pages that the guest touches before it is idle, the first half while its state is loaded.
 const TOUCHED: [u64; 6] = [7000, 7001, 40, 4000, 3, 5100];
 
-/// A VMM whose guest touches [`TOUCHED`] before it says that it runs.
+/// A VMM whose guest touches [`TOUCHED`] before it confirms the resume.
 fn touching(ram: &Arc<Ram>) -> Vmm {
     Vmm::new(ram, |ram, hook| {
         let pages = match hook {
@@ -27,13 +27,13 @@ fn touching(ram: &Arc<Ram>) -> Vmm {
 }
 
 #[test]
-fn what_a_guest_touched_first_is_read_ahead_the_next_time() {
+fn the_working_set_is_prefetched_by_the_next_restore() {
     if !has_userfaultfd() {
         return;
     }
     let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
     let set = folder.path().join("set");
-    let status = restore_from(&path, &ram, &touching(&ram), with(&set));
+    let status = restore_from(&path, &ram, &touching(&ram), options_with(&set));
     assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
     ram.check(|_, _| (Page::Content, 0));
     assert_eq!(status.counters.working_set_pages, 0);
@@ -44,7 +44,7 @@ fn what_a_guest_touched_first_is_read_ahead_the_next_time() {
     assert_eq!(written.image, Image::open(&path).unwrap().header().id);
     let vmm = Vmm::new(&ram, |ram, hook| {
         if matches!(hook, Hook::LoadState { .. }) {
-            // Without anyone having touched it.
+            // The pages come although nobody has touched them.
             let is_here = |page: &u64| {
                 ram.block(0).backing.first_data(PageRange::new(*page, 1)).unwrap().is_some()
             };
@@ -54,7 +54,7 @@ fn what_a_guest_touched_first_is_read_ahead_the_next_time() {
         }
         Ok(())
     });
-    let status = restore_from(&path, &ram, &vmm, with(&set));
+    let status = restore_from(&path, &ram, &vmm, options_with(&set));
     assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
     assert_eq!((status.counters.working_set_pages, status.counters.faults), (6, 0));
     ram.check(|_, _| (Page::Content, 0));
@@ -62,7 +62,7 @@ fn what_a_guest_touched_first_is_read_ahead_the_next_time() {
 }
 
 #[test]
-fn that_of_another_image_is_replaced_and_what_is_none_is_left_alone() {
+fn a_useless_set_is_replaced_and_another_file_is_kept() {
     if !has_userfaultfd() {
         return;
     }
@@ -74,7 +74,7 @@ fn that_of_another_image_is_replaced_and_what_is_none_is_left_alone() {
     let damaged = of_other.encode()[..50].to_vec();
     for useless in [of_other.encode(), outside.encode(), damaged] {
         std::fs::write(&set, useless).unwrap();
-        let status = restore_from(&path, &ram, &touching(&ram), with(&set));
+        let status = restore_from(&path, &ram, &touching(&ram), options_with(&set));
         assert_eq!((status.phase, status.counters.working_set_pages), (Phase::Completed, 0));
         let written = WorkingSet::decode(&std::fs::read(&set).unwrap()).unwrap();
         assert_eq!((written.image, written.runs.len()), (image, 5));
@@ -82,7 +82,7 @@ fn that_of_another_image_is_replaced_and_what_is_none_is_left_alone() {
     for other in [&b"root:x:0:0"[..], b"key"] {
         std::fs::write(&set, other).unwrap();
         let vmm = touching(&ram);
-        let status = restore_from(&path, &ram, &vmm, with(&set));
+        let status = restore_from(&path, &ram, &vmm, options_with(&set));
         assert_eq!(status.phase, Phase::Failed);
         assert!(
             status.error.contains("working_set is")
@@ -92,12 +92,12 @@ fn that_of_another_image_is_replaced_and_what_is_none_is_left_alone() {
         );
         assert_eq!((vmm.asked().len(), std::fs::read(&set).unwrap().as_slice()), (0, other));
     }
-    let status = restore_from(&path, &ram, &touching(&ram), with(folder.path()));
+    let status = restore_from(&path, &ram, &touching(&ram), options_with(folder.path()));
     assert!(status.error.contains("it is no working set"), "{}", status.error);
 }
 
 #[test]
-fn one_behind_a_link_is_replaced_there() {
+fn a_set_behind_a_link_is_replaced_there() {
     if !has_userfaultfd() {
         return;
     }
@@ -105,14 +105,14 @@ fn one_behind_a_link_is_replaced_there() {
     let (set, link) = (folder.path().join("set"), folder.path().join("link"));
     std::fs::write(&set, WorkingSet { image: [9; 16], runs: Vec::new() }.encode()).unwrap();
     std::os::unix::fs::symlink("set", &link).unwrap();
-    let status = restore_from(&path, &ram, &touching(&ram), with(&link));
+    let status = restore_from(&path, &ram, &touching(&ram), options_with(&link));
     assert_eq!(status.phase, Phase::Completed);
     assert_eq!(WorkingSet::decode(&std::fs::read(&set).unwrap()).unwrap().runs.len(), 5);
     assert!(link.is_symlink());
 }
 
 #[test]
-fn what_comes_to_be_there_meanwhile_is_left_alone() {
+fn a_file_that_appears_during_the_restore_is_kept() {
     if !has_userfaultfd() {
         return;
     }
@@ -126,14 +126,14 @@ fn what_comes_to_be_there_meanwhile_is_left_alone() {
         }
         Ok(())
     });
-    let status = restore_from(&path, &ram, &vmm, with(&set));
+    let status = restore_from(&path, &ram, &vmm, options_with(&set));
     assert_eq!(status.phase, Phase::Completed);
     assert!(status.error.contains("is not written: the file exists"), "{}", status.error);
     assert_eq!(std::fs::read(&set).unwrap(), b"somebody's");
 }
 
 #[test]
-fn one_that_cannot_be_written_is_refused_before_anything_is_touched() {
+fn a_path_that_cannot_be_written_is_refused() {
     if !has_userfaultfd() {
         return;
     }
@@ -150,7 +150,7 @@ fn one_that_cannot_be_written_is_refused_before_anything_is_touched() {
         (empty, "it is empty, which is no working set"),
     ] {
         let vmm = touching(&ram);
-        let status = restore_from(&path, &ram, &vmm, with(&set));
+        let status = restore_from(&path, &ram, &vmm, options_with(&set));
         assert_eq!((status.phase, vmm.asked().len()), (Phase::Failed, 0));
         let expected = format!("working_set is {}: {why}", set.display());
         assert!(status.error.contains(&expected), "{}", status.error);
@@ -158,13 +158,13 @@ fn one_that_cannot_be_written_is_refused_before_anything_is_touched() {
 }
 
 #[test]
-fn one_of_a_guest_that_waited_for_nothing_is_not_written_and_the_status_says_so() {
+fn a_set_of_no_pages_is_not_written() {
     if !has_userfaultfd() {
         return;
     }
     let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
     let set = folder.path().join("set");
-    let status = restore_from(&path, &ram, &Vmm::new(&ram, |_, _| Ok(())), with(&set));
+    let status = restore_from(&path, &ram, &Vmm::new(&ram, |_, _| Ok(())), options_with(&set));
     let expected =
         format!("working_set {} is not written: the guest waited for no page", set.display());
     assert_eq!((status.phase, status.error), (Phase::Completed, expected));
@@ -172,13 +172,13 @@ fn one_of_a_guest_that_waited_for_nothing_is_not_written_and_the_status_says_so(
 }
 
 #[test]
-fn it_is_read_in_few_pieces_in_the_order_of_the_file() {
+fn a_set_is_read_in_the_order_of_the_image() {
     let Saved { folder, path, ram } = Saved::new(&[2000, 300], |_, _| Page::Content);
     let set = folder.path().join("set");
     let image = Image::open(&path).unwrap().header().id;
     let run = PageRange::new;
-    // As the guest touched them: single pages near each other, one far away, those of another block
-    // in between, and some across the end of an extent.
+    // In the order of the touches: single pages near each other, one far away, pages of another
+    // block in between, and a run across the end of an extent.
     let touched = [(0, 80), (0, 71), (1, 7), (0, 1900), (0, 75), (0, 70), (1, 9)]
         .map(|(id, page)| (id, run(page, 1)));
     let runs = [&touched[..], &[(0, run(505, 10))]].concat();
