@@ -44,22 +44,22 @@ pub fn before_write<E>(
     lifted.map(|()| taken)
 }
 
-/// Pages are marked as discarded, and not freed yet. `rescue` captures those that are pending; then
-/// this waits until all threads that took pages before have read them.
+/// Pages are marked as discarded, and not freed yet. `capture_pending` captures those of them that
+/// are pending; then this waits until all threads that took pages before have read them.
 pub fn before_punch(
-    readers: &Readers, rescue: impl FnOnce(), overlaps: impl Fn(usize, u64) -> bool,
+    readers: &Readers, capture_pending: impl FnOnce(), overlaps: impl Fn(usize, u64) -> bool,
 ) {
-    rescue();
+    capture_pending();
     readers.wait(overlaps);
 }
 
-/// Pages without a mark were freed, and have been punched. `tell` announces that they are holes,
+/// Pages without a mark were freed, and have been punched. `announce` says that they are holes,
 /// for threads that look before they read. Then this waits for the threads that may have looked
-/// before the announcement. `overlaps` gets what `tell` returns.
+/// before the announcement. `overlaps` gets what `announce` returns.
 pub fn after_punch<T>(
-    readers: &Readers, tell: impl FnOnce() -> T, overlaps: impl Fn(&T, usize, u64) -> bool,
+    readers: &Readers, announce: impl FnOnce() -> T, overlaps: impl Fn(&T, usize, u64) -> bool,
 ) {
-    let announced = tell();
+    let announced = announce();
     readers.wait(|index, word| overlaps(&announced, index, word));
 }
 

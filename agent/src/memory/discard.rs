@@ -1,37 +1,42 @@
-//! Discarding and populating: memory that the VMM unplugs, until it says that it is plugged again.
-//! What the guest frees and then uses again without a word is in [`super::freed`], by the same
-//! steps.
+//! Discard and populate: memory that the VMM unplugs, until the VMM plugs it again.
 //!
-//! `never-read`: once [`GuestMemory::discard`] returned, nobody reads the pages until they are
-//! populated. `discard-cannot-fail`: it cannot fail for pages that exist; `round-safely`: it covers
-//! whole units only, and a populate rounds outward.
+//! After a discard the VMM tells the agent before the guest uses the pages again. Memory that the
+//! guest frees and uses again without notice is in [`super::freed`], by the same steps.
 //!
-//! Discards and populates come from one thread, that of the VMM's connection, while the job's
-//! thread syncs and its workers read. What each bitmap means to them, and why the order below is
-//! right:
+//! Three laws of docs/invariants.md hold here. `never-read`: after [`GuestMemory::discard`]
+//! returns, nobody reads the pages until they are populated. `discard-cannot-fail`: a discard of
+//! pages that exist cannot fail. `round-safely`: a discard covers whole units only, and a populate
+//! rounds outward.
 //!
-//! - `unsettled` is set before `discarded`, and cleared only after the punch: a sync in between
-//!   does not take what is still allocated for a stray write.
-//! - `stray` is cleared before `discarded` is set: a worker that still saw the old stray bit has
-//!   published its word, and the fence waits for it.
-//! - `marking` is held while these three are set, and while a fix-up judges a page and sets
-//!   `stray`: or a page that is discarded once more between the two would be stray again.
-//! - what [`super::recorded_discards`] has of it is noted with `marking` held, too: whoever takes
-//!   marks back with it held knows which of them are the VMM's word since.
-//! - [`GuestMemory::placing`] is kept out from before the marks until all is done. Whoever places
-//!   what a peer sent takes marks back: between the marks and the punch that would leave a page
-//!   that is zero, and populated.
-//! - `changes` is odd from before the first mark until after the last: whoever saw a mark, or what
-//!   a populate wrote into the log, does not take the bitmaps for unchanged.
-//! - what is still to be saved as it was is saved after the marks and before the punch; see
-//!   [`super::copy_before_write`];
-//! - what is still to come of a guest in postcopy is dropped after the marks and again behind the
-//!   fence, before the punch, and so are faults waited for that were read before; see
-//!   [`super::missing_pages`];
-//! - a populate clears `discarded` first and marks the log after: a sync that comes between them
-//!   may drop the pages, and finds them in the log the next time. It does both with `marking` held:
-//!   at the instant of a snapshot, which is taken with it held, a page that was discarded since the
-//!   base of an increment is either discarded or in the log, and never as in the base.
+//! # Order
+//!
+//! Discards and populates come from one thread, that of the VMM's connection. In the meantime the
+//! job's thread syncs the trackers, and workers read. This is what each bitmap means to them, and
+//! why the order is right:
+//!
+//! - A discard sets `unsettled` before `discarded`, and clears it only after the punch. So a sync
+//!   in between does not take a page that is still allocated for a stray write.
+//! - A discard clears `stray` before it sets `discarded`. A worker that still saw the old stray bit
+//!   has published its word, and the fence waits for this worker.
+//! - `marking` is held while these three bitmaps change. A fix-up holds it, too, while it judges a
+//!   page and sets `stray`: otherwise a page that is discarded again in between would become stray.
+//! - A discard notes its pages in [`super::recorded_discards`] while it holds `marking`. A job that
+//!   removes marks also holds it, so the job knows which marks the VMM has set since.
+//! - [`GuestMemory::placing`] is locked out from before the marks until the discard is done.
+//!   Otherwise a thread that places content from a peer could remove the marks between the marks
+//!   and the punch, and leave a page that is zero and counts as populated.
+//! - `changes` is odd from before the first mark until after the last. So a thread that has seen a
+//!   mark, or a log entry of a populate, does not take the bitmaps for unchanged.
+//! - Pages that a snapshot has not saved yet are captured after the marks and before the punch. See
+//!   [`super::copy_before_write`].
+//! - Pages that are missing (postcopy, lazy restore) are dropped after the marks, and again after
+//!   the fence. Then the discard waits for the faults that were read before, and punches. See
+//!   [`super::missing_pages`].
+//! - A populate clears `discarded` first and marks the log after that. A sync in between may drop
+//!   the pages, and the next sync finds them in the log. A populate holds `marking` during both
+//!   steps, and so does the instant of a snapshot. So at the instant, a page that was discarded
+//!   since the base of an increment is either discarded or in the log. It never counts as
+//!   unchanged.
 
 use super::block::{Block, GuestMemory};
 use super::capture_steps::before_punch;
@@ -42,7 +47,7 @@ use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{PageRange, RangeError};
 use pageferry_protocol::shm::bitmap::WORD_BITS;
 
-/// A range that does not exist.
+/// Why a discard, free or populate was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum DiscardError {
     /// There is no such block.
@@ -69,11 +74,11 @@ pub enum DiscardError {
 pub(super) type Checked = (usize, PageRange);
 
 impl GuestMemory {
-    /// Marks `ranges`, rounded inward, as discarded; with `punch` frees them. Returns how many
-    /// pages were not discarded before.
+    /// Marks `ranges`, rounded inward, as discarded. With `punch`, also frees them. Returns how
+    /// many pages were not discarded before.
     ///
     /// # Errors
-    /// If a range does not exist; nothing is changed then.
+    /// If a range does not exist. Nothing is changed then.
     pub fn discard(&self, ranges: &[BlockRange], punch: bool) -> Result<u64, DiscardError> {
         may_wait("discard: readers, the disk of a snapshot, the file system");
         let checked = self.check(ranges, PageRange::inward)?;
@@ -81,7 +86,7 @@ impl GuestMemory {
         Ok(self.discard_checked(&checked, punch))
     }
 
-    /// Discards pages. Nothing that came is between its write and its marks.
+    /// Discards pages. The caller holds [`GuestMemory::giving_back`].
     pub(super) fn discard_checked(&self, checked: &[Checked], punch: bool) -> u64 {
         let _change = self.change();
         let mark = || {
@@ -105,8 +110,8 @@ impl GuestMemory {
         })
     }
 
-    /// Frees pages that are discarded, and sets no mark. A job that fills the memory may have found
-    /// meanwhile that they are not discarded any more; then they are freed.
+    /// Frees pages that were found discarded, and does not mark them. A job that fills the memory
+    /// may have removed their marks since; they are freed all the same.
     pub(super) fn free_discarded(&self, checked: &[Checked]) {
         let _change = self.change();
         let mark = || {
@@ -127,38 +132,38 @@ impl GuestMemory {
         merged(checked).for_each(|(index, range)| punch_marked(&self.blocks()[index], range));
     }
 
-    /// The steps of both kinds of discard: `mark` sets the marks, and `punch` frees the pages once
-    /// they are in nobody's hands any more. Returns what `mark` does.
+    /// The steps of a discard and of a free: `mark` sets the marks; `punch` frees the pages, when
+    /// no thread reads or places them any more. Returns the result of `mark`.
     pub(super) fn give_back<R>(
         &self, checked: &[Checked], mark: impl FnOnce() -> R, punch: impl FnOnce(),
     ) -> R {
         let (marked, copier) = self.marking.discard(mark);
         let (missing_pages, copier) = (self.missing_pages(), copier.as_deref());
         let missing_pages = missing_pages.as_deref();
-        let drop_owed = || {
+        let drop_missing = || {
             if let Some(missing_pages) = missing_pages {
                 checked
                     .iter()
                     .for_each(|(index, range)| missing_pages.drop_missing(*index, *range));
             }
         };
-        let rescue = || {
+        let capture = || {
             if let Some(copier) = copier {
                 merged(checked)
                     .for_each(|(index, range)| copier.copy_before_discard(self, index, range));
             }
-            drop_owed();
+            drop_missing();
         };
-        before_punch(&self.readers, rescue, |index, word| {
+        before_punch(&self.readers, capture, |index, word| {
             may_be_read(checked, missing_pages, copier, index, word)
         });
-        drop_owed();
+        drop_missing();
         if let Some(missing_pages) = missing_pages {
             missing_pages.wait_for_fault_handlers();
         }
         punch();
-        if let Some(freed) = self.discard_observer() {
-            checked.iter().for_each(|(index, range)| freed.on_freed(*index, *range));
+        if let Some(observer) = self.discard_observer() {
+            checked.iter().for_each(|(index, range)| observer.on_freed(*index, *range));
         }
         if let Some(missing_pages) = missing_pages {
             checked.iter().for_each(|(index, range)| missing_pages.resolve_waiting(*index, *range));
@@ -167,21 +172,22 @@ impl GuestMemory {
     }
 
     /// Marks `ranges`, rounded outward, as populated. Returns how many pages were discarded before.
-    /// They count as written: what the destination has of them, if anything, is stale.
+    /// These count as written, because the destination's content of them, if it has any, is stale.
     ///
     /// # Errors
-    /// If a range does not exist; nothing is changed then.
+    /// If a range does not exist. Nothing is changed then.
     pub fn populate(&self, ranges: &[BlockRange]) -> Result<u64, DiscardError> {
         may_wait("populate: the instant of a snapshot");
         let checked = self.check(ranges, PageRange::outward)?;
         let _change = self.change();
         let mut changed = 0;
         let _marking = self.marking.hold();
-        let freed = self.discard_observer();
+        let observer = self.discard_observer();
         for (index, range) in checked {
-            // If the VMM frees by itself it did so since the discard.
-            if let Some(freed) = &freed {
-                freed.on_freed(index, range);
+            // A VMM that punches by itself has done so since the discard: its observer must hear of
+            // it, too.
+            if let Some(observer) = &observer {
+                observer.on_freed(index, range);
             }
             let block = &self.blocks()[index];
             let first_log_page = block.geometry.first_log_page();
@@ -197,7 +203,7 @@ impl GuestMemory {
         Ok(changed)
     }
 
-    /// Finds the blocks of `ranges`, and rounds them.
+    /// Finds the blocks of `ranges`, and rounds the ranges.
     pub(super) fn check(
         &self, ranges: &[BlockRange],
         round: fn(u64, u64, u64, u64) -> Result<PageRange, RangeError>,
@@ -214,8 +220,8 @@ impl GuestMemory {
     }
 }
 
-/// True if whoever has published word `word` of the block at index `index` may be at a page of
-/// these ranges.
+/// True if a thread that has published word `word` of the block at index `index` may be reading or
+/// placing a page of these ranges.
 pub(super) fn may_be_read(
     checked: &[Checked], missing_pages: Option<&MissingPages>, copier: Option<&CopyBeforeWrite>,
     index: usize, word: u64,
@@ -228,8 +234,8 @@ pub(super) fn may_be_read(
     checked.iter().any(|(other, range)| *other == index && range.overlaps(&read))
 }
 
-/// Ranges that touch, made one: a balloon gives pages back one by one, and the kernel, or the disk,
-/// is asked once.
+/// Merges neighbouring ranges. A balloon gives pages back one by one, and one call to the kernel,
+/// or to the disk, is enough for all of them.
 pub(super) fn merged(ranges: &[Checked]) -> impl Iterator<Item = Checked> + '_ {
     let mut rest = ranges.iter().filter(|(_, range)| !range.is_empty()).peekable();
     std::iter::from_fn(move || {
@@ -244,14 +250,15 @@ pub(super) fn merged(ranges: &[Checked]) -> impl Iterator<Item = Checked> + '_ {
 }
 
 /// Frees the backing of pages that are marked. A discard cannot fail (`discard-cannot-fail`): if
-/// the file system cannot punch, the pages stay allocated and unsettled, and are no less discarded.
+/// the file system cannot punch, the pages stay allocated, unsettled and discarded.
 fn punch_marked(block: &Block, range: PageRange) {
     match block.backing.punch(range) {
         Ok(freed) if block.backing.tells_holes() => {
             block.unsettled.clear(freed);
         }
-        // A sync that came between the marks and the punch took the mark, and its successor finds
-        // what the punch did to the mapping.
+        // A sync between the marks and the punch has taken the unsettled mark, and the next sync
+        // may report what the punch did to the mapping. So the pages must stay unsettled until
+        // after that sync.
         Ok(_) => {
             block.unsettled.set(range);
         }

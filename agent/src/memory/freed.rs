@@ -1,55 +1,54 @@
-//! Memory that the guest frees and uses again without a word: a balloon that deflates by touching,
-//! free page reporting.
+//! Free: memory that the guest gives back and uses again without notice, as with a balloon that
+//! deflates by touching pages, or with free page reporting.
 //!
 //! # The rule
 //!
-//! A freed page is a hole until the guest writes into it. From then on it is ordinary memory.
-//! Nobody has to say so: the hole itself is the mark. So a free is two things:
+//! A freed page is a hole until the guest writes to it. From then on it is ordinary memory. Nobody
+//! has to report this, because the hole itself is the mark. So a free does two things:
 //!
-//! 1. it **punches** the page. A hole reads as zero, and every job leaves holes out: they are not
-//!    read, sent, saved or allocated;
-//! 2. it **marks the page in the dirty log**: it is a write of zeroes. What a destination has of
-//!    the page, or the base of an increment, is stale, and the next sync says so. Then the page is
-//!    dirty and a hole, and is announced as zero; the destination makes a hole of it.
+//! 1. It **punches** the page. A hole reads as zero, and every job leaves holes out: they are not
+//!    read, sent, saved or allocated.
+//! 2. It **marks the page in the dirty log**, because it is a write of zeroes. What a destination
+//!    or the base of an increment has of the page is stale, and the next sync says so. Then the
+//!    page is dirty and a hole, so it is sent as zero, and the destination makes a hole of it.
 //!
-//! Both happen as well if there is no agent: the client does them, and the next agent finds them.
+//! Without an agent the client does both, and the next agent finds the result.
 //!
-//! A page that is discarded stays discarded, and is punched once more. While a restore fills the
-//! memory, what was discarded of the guest before does not count: a page of it that is freed is
-//! freed, as any other.
+//! A page that is discarded stays discarded, and is punched once more. During a restore, the marks
+//! of discards from before the restore do not count: such a page is freed like any other.
 //!
-//! # Holes that are known
+//! # Known holes
 //!
-//! To ask the file about every dirty page would cost more than to read it. So each block keeps a
-//! bit for each page that was freed and not found written since. It is a hint, and asking by it is
-//! cheap: a guest that frees nothing has none. A reader takes the hints of the pages that it is
-//! about to read, asks the file, and puts those back that are holes ([`Block::known_holes`]): those
-//! are zero, and are not read. Where there is no hint a hole is read, which allocates nothing, and
-//! is found to be zero: so a hint that is missing (a free without an agent, a VMM that punches by
-//! itself) costs time, and no correctness.
+//! To ask the file about every dirty page would cost more than to read the page. So each block
+//! keeps a bit for each page that was freed and is not known to be written since. The bit is a
+//! hint: it is cheap to look up, and a guest that frees nothing has none. A reader takes the hints
+//! of the pages that it is about to read, asks the file about these pages, and puts back the hints
+//! of those that are holes ([`Block::known_holes`]). These pages are zero and are not read. A hole
+//! without a hint is read, which allocates nothing, and is found to be zero. So a missing hint,
+//! after a free without an agent or a punch by the VMM, costs time and never correctness.
 //!
-//! hugetlbfs does not tell its holes, so there are no hints for it. A freed page is read like any
-//! other, reads as zero, and is not allocated by that. No bit could do better: nothing watches the
-//! guest's writes between jobs, and a write must never be lost.
+//! hugetlbfs does not report holes, so it has no hints. A freed page there is read like any other,
+//! reads as zero, and is not allocated by that. A bit alone could not do better: nothing watches
+//! the guest's writes between jobs, and no write may be lost.
 //!
 //! # Order
 //!
-//! - A free goes the way of a discard ([`super::discard`]) until the page is punched: what a
-//!   snapshot has still to save is saved, and what is still to come of a guest in postcopy is
-//!   dropped, before the punch.
-//! - The hint and the log come after the punch. Before it, a reader could take the hint, or a sync
-//!   the mark, find the page allocated, and send what is stale; nobody would look again.
-//! - Then the free waits for readers once more ([`after_punch`], which a model checker goes
-//!   through). There is no mark that a reader could have seen before the punch. One that published
-//!   its word before this wait may have found the page allocated, and is waited for; one that
-//!   publishes later finds the hint and the hole. So nobody reads the page after the free is
-//!   acknowledged, until the guest has written it.
-//! - The instant of a snapshot may come between the first look for one and the punch. It may take
-//!   the page for one that is to be saved, and for protected, which the punch undoes. So after the
-//!   punch the free looks once more, and what is pending of the page is dropped: it is saved as
-//!   zero. The guest has not heard yet that its free was done, so that is as right as what it held
-//!   before.
-//! - A job that fills memory for a guest that does not run yet is told by
+//! - Until the punch, a free takes the same steps as a discard ([`super::discard`]): the pages that
+//!   a snapshot has not saved yet are captured, and missing pages are dropped.
+//! - The hint and the log entry come after the punch. If they came before it, a reader could take
+//!   the hint, or a sync the log entry, find the page still allocated, and send stale content.
+//!   Nothing would make it look again.
+//! - Then the free waits for readers once more ([`after_punch`], which a model checker covers),
+//!   because there was no mark that a reader could see before the punch. A reader that published
+//!   its word before this wait may have found the page allocated, and the free waits for it. A
+//!   reader that publishes later finds the hint and the hole. So after the acknowledgement nobody
+//!   reads the page until the guest has written to it.
+//! - The instant of a snapshot may come after the free has looked for a snapshot and before the
+//!   punch. Then the snapshot may count the page as pending and as protected, and the punch undoes
+//!   the protection. So the free looks for a snapshot once more after the punch, and drops the page
+//!   from the pending ones: it is saved as zero. The free is not acknowledged yet, so zero is as
+//!   correct as the old content.
+//! - A job that fills memory before its guest runs learns of frees from
 //!   [`super::recorded_discards`].
 
 use super::backing::{BackingError, BackingKind};
@@ -62,12 +61,12 @@ use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::MappedBitmap;
 
 impl GuestMemory {
-    /// Frees `ranges`, rounded inward. Returns how many pages that are; those that are discarded
-    /// are none of them, stay discarded, and are punched once more. If the file system cannot
-    /// punch, the pages are as they were.
+    /// Frees `ranges`, rounded inward. Returns the number of freed pages. Pages that are discarded
+    /// do not count: they stay discarded, and are punched once more. If the file system cannot
+    /// punch, the pages stay as they were.
     ///
     /// # Errors
-    /// If a range does not exist; nothing is changed then.
+    /// If a range does not exist. Nothing is changed then.
     pub fn free(&self, ranges: &[BlockRange]) -> Result<u64, DiscardError> {
         may_wait("free: readers, the disk of a snapshot, the file system");
         let checked = self.check(ranges, PageRange::inward)?;
@@ -82,7 +81,7 @@ impl GuestMemory {
         Ok(freed.iter().map(|(_, range)| range.count).sum())
     }
 
-    /// Splits ranges into what is discarded and what is not.
+    /// Splits ranges into the discarded pages and the others.
     fn by_kind(&self, checked: &[Checked]) -> (Vec<Checked>, Vec<Checked>) {
         let (mut discarded, mut others) = (Vec::new(), Vec::new());
         for (index, range) in checked {
@@ -100,17 +99,17 @@ impl GuestMemory {
     }
 
     fn free_checked(&self, pages: &[Checked]) {
-        let note = || {
-            if let Some(noted) = self.recorded() {
+        let record = || {
+            if let Some(recorded) = self.recorded() {
                 pages.iter().for_each(|(index, range)| {
-                    noted.freed(*index).set(*range);
+                    recorded.freed(*index).set(*range);
                 });
             }
         };
-        self.give_back(pages, note, || {
+        self.give_back(pages, record, || {
             merged(pages).for_each(|(index, range)| self.blocks()[index].punch_freed(range));
         });
-        let tell = || {
+        let announce = || {
             for (index, range) in merged(pages) {
                 self.blocks()[index].hint_freed(range);
                 self.mark_log(index, range);
@@ -121,7 +120,7 @@ impl GuestMemory {
             }
             (self.missing_pages(), copier)
         };
-        after_punch(&self.readers, tell, |(missing_pages, copier), index, word| {
+        after_punch(&self.readers, announce, |(missing_pages, copier), index, word| {
             may_be_read(pages, missing_pages.as_deref(), copier.as_deref(), index, word)
         });
     }
@@ -135,8 +134,8 @@ impl GuestMemory {
 }
 
 impl Block {
-    /// A free cannot fail (`discard-cannot-fail`): if the file system cannot punch, nothing has
-    /// happened to the pages.
+    /// A free cannot fail (`discard-cannot-fail`): if the file system cannot punch, the pages
+    /// simply keep their content.
     fn punch_freed(&self, range: PageRange) {
         if let Err(error) = self.backing.punch(range) {
             let id = self.geometry.id;
@@ -144,16 +143,16 @@ impl Block {
         }
     }
 
-    /// Says that freed pages are holes, as far as the file tells.
+    /// Sets the hints of freed pages, if the file reports holes.
     fn hint_freed(&self, range: PageRange) {
         if self.backing.kind() != BackingKind::Hugetlb {
             self.freed.set(range);
         }
     }
 
-    /// Those of the pages `pages` of word `word` that were freed, and are holes still: they are
-    /// zero, and need not be read. To be called after the word was published in the fence, and
-    /// after a tracker was cleared: a page that is written after this is reported.
+    /// Those of the pages `pages` of word `word` that were freed and are still holes: they are zero
+    /// and need not be read. Call this after the word is published in the fence and the tracker is
+    /// cleared. Then the tracker reports a page that is written after this.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -168,12 +167,12 @@ impl Block {
         allocated.map(|_| holes)
     }
 
-    /// False if nothing was freed, or all of it was found written since.
+    /// False if nothing was freed, or all freed pages are known to be written since.
     pub fn may_have_known_holes(&self) -> bool {
         self.freed.next_set(self.all()).is_some()
     }
 
-    /// Takes those pages out of `pages` that were freed, and are holes still.
+    /// Removes from `pages` those that were freed and are still holes.
     ///
     /// # Errors
     /// If the kernel refuses.

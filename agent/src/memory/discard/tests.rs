@@ -11,9 +11,9 @@ fn page(block: u32, page: u64) -> BlockRange {
     BlockRange { block, offset: page * PAGE_SIZE, length: PAGE_SIZE }
 }
 
-/// `never-read`, where nothing is captured and nothing arrives: a worker of a pass reads.
+/// `never-read`, with no snapshot and no missing pages: the reader is a worker of a pass.
 #[test]
-fn a_discard_waits_for_whoever_reads_its_pages() {
+fn discard_waits_for_readers_of_its_pages() {
     let memory = memory(&[PAGES, PAGES]);
     for (at, block) in memory.blocks().iter().enumerate() {
         let id = at as u32;
@@ -45,13 +45,13 @@ fn a_discard_waits_for_whoever_reads_its_pages() {
 }
 
 #[test]
-fn a_discard_does_not_wait_for_whoever_reads_other_pages() {
+fn discard_does_not_wait_for_readers_of_other_pages() {
     const STUCK: Duration = Duration::from_secs(30);
     let memory = memory(&[PAGES, PAGES]);
     for at in 0..2 {
         for word in 0..PAGES / WORD_BITS {
             let reading = memory.readers.reading(3, at, word);
-            let (say, done) = channel();
+            let (finished, done) = channel();
             std::thread::scope(|scope| {
                 let memory = &memory;
                 scope.spawn(move || {
@@ -61,7 +61,7 @@ fn a_discard_does_not_wait_for_whoever_reads_other_pages() {
                     {
                         memory.discard(&[page(block as u32, other)], false).unwrap();
                     }
-                    say.send(()).unwrap();
+                    finished.send(()).unwrap();
                 });
                 let outcome = done.recv_timeout(STUCK);
                 drop(reading);
@@ -76,7 +76,7 @@ fn a_discard_does_not_wait_for_whoever_reads_other_pages() {
 }
 
 #[test]
-fn ranges_of_one_block_that_touch_are_made_one_and_others_are_not() {
+fn neighbouring_ranges_of_one_block_are_merged() {
     let range = |block: usize, first, count| (block, PageRange::new(first, count));
     let ranges = [
         range(0, 3, 2),
@@ -91,9 +91,9 @@ fn ranges_of_one_block_that_touch_are_made_one_and_others_are_not() {
     assert_eq!(merged(&ranges).collect::<Vec<_>>(), expected);
 }
 
-/// Who has walked the bitmaps before need not walk again.
+/// A thread that has walked the bitmaps need not walk them again while the memory is unchanged.
 #[test]
-fn memory_is_unchanged_until_the_next_discard_or_populate_and_after_it_again() {
+fn memory_is_unchanged_between_discards_and_populates() {
     let memory = memory(&[PAGES]);
     let before = memory.changes();
     assert!(memory.is_unchanged(before));

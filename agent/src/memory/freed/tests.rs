@@ -55,12 +55,12 @@ fn logged(memory: &GuestMemory) -> Vec<u64> {
 }
 
 #[test]
-fn a_freed_page_is_a_hole_and_dirty_and_one_that_is_discarded_stays_so() {
+fn freed_page_is_a_dirty_hole_and_discarded_stays_discarded() {
     let memory = memory();
     let block = &memory.blocks()[0];
     memory.discard(&range(61, 2), true).unwrap();
     block.backing.write(62 * PAGE_SIZE, &[1]).unwrap();
-    // Rounds inward, as a discard.
+    // A free rounds inward, as a discard does.
     let ragged = BlockRange { offset: 59 * PAGE_SIZE + 1, length: 7 * PAGE_SIZE, ..range(0, 0)[0] };
     assert_eq!(memory.free(&[ragged]).unwrap(), 4);
     assert_eq!(holes(&memory), [60, 61, 62, 63, 64, 65]);
@@ -71,7 +71,7 @@ fn a_freed_page_is_a_hole_and_dirty_and_one_that_is_discarded_stays_so() {
 }
 
 #[test]
-fn a_hole_is_known_until_the_page_is_written() {
+fn hole_is_known_until_the_page_is_written() {
     let memory = memory();
     let block = &memory.blocks()[0];
     memory.free(&range(60, 10)).unwrap();
@@ -81,7 +81,7 @@ fn a_hole_is_known_until_the_page_is_written() {
         assert_eq!(block.known_holes(1, 0x3d).unwrap(), 0x39);
         assert_eq!(block.known_holes(1, u64::MAX).unwrap(), 0x3b);
     }
-    // Who takes it out of what it takes for allocated finds the same.
+    // The same pages are removed from a bitmap of allocated pages.
     let allocated = MappedBitmap::private(PAGES).unwrap();
     allocated.set(allocated.all());
     block.take_known_holes(&allocated).unwrap();
@@ -90,7 +90,7 @@ fn a_hole_is_known_until_the_page_is_written() {
 }
 
 #[test]
-fn a_free_waits_for_who_began_to_read_before_it() {
+fn free_waits_for_earlier_readers() {
     let memory = memory();
     let reading = memory.readers.reading(3, 0, 1);
     std::thread::scope(|scope| {
@@ -104,31 +104,31 @@ fn a_free_waits_for_who_began_to_read_before_it() {
 }
 
 #[test]
-fn who_listens_hears_of_what_was_freed() {
+fn recorder_notes_discards_and_frees() {
     let memory = memory();
-    let listening = DiscardRecorder::start(&memory, || ()).unwrap();
+    let recorder = DiscardRecorder::start(&memory, || ()).unwrap();
     memory.discard(&range(3, 2), true).unwrap();
     memory.free(&range(4, 2)).unwrap();
     let runs = |bits: &MappedBitmap| bits.runs(bits.all()).collect::<Vec<_>>();
-    assert_eq!(runs(listening.recorded().discarded(0)), [PageRange::new(3, 2)]);
-    assert_eq!(runs(listening.recorded().freed(0)), [PageRange::new(4, 2)]);
-    drop(listening);
+    assert_eq!(runs(recorder.recorded().discarded(0)), [PageRange::new(3, 2)]);
+    assert_eq!(runs(recorder.recorded().freed(0)), [PageRange::new(4, 2)]);
+    drop(recorder);
     assert!(memory.recorded().is_none());
 }
 
-/// Keeps the pages that are put, and counts those that are not zero.
+/// Keeps the ranges that are put, and counts the pages that are not zero.
 #[derive(Debug, Default)]
 struct Kept {
     pages: Mutex<Vec<PageRange>>,
-    full: AtomicU64,
+    nonzero: AtomicU64,
 }
 
 impl Sink for Kept {
     fn put(&self, _: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
         self.pages.lock().unwrap().push(range);
-        let full = bytes.chunks(PAGE_SIZE as usize).filter(|page| page[0] != 0).count() as u64;
-        self.full.fetch_add(full, Ordering::SeqCst);
-        Ok(full)
+        let nonzero = bytes.chunks(PAGE_SIZE as usize).filter(|page| page[0] != 0).count() as u64;
+        self.nonzero.fetch_add(nonzero, Ordering::SeqCst);
+        Ok(nonzero)
     }
 }
 
@@ -147,25 +147,25 @@ fn capture(memory: &GuestMemory, kept: &Arc<Kept>, pages: u64) -> Arc<CopyBefore
 }
 
 #[test]
-fn what_is_freed_after_the_instant_is_saved_first() {
+fn page_freed_after_the_instant_is_saved_first() {
     let memory = memory();
     let kept = Arc::new(Kept::default());
     let copier = capture(&memory, &kept, 0b1111);
     memory.free(&range(1, 2)).unwrap();
     assert_eq!(*kept.pages.lock().unwrap(), [PageRange::new(1, 2)]);
-    assert_eq!((kept.full.load(Ordering::SeqCst), copier.pending().remaining_pages()), (2, 2));
+    assert_eq!((kept.nonzero.load(Ordering::SeqCst), copier.pending().remaining_pages()), (2, 2));
 }
 
 #[test]
-fn what_is_freed_across_the_instant_is_not_saved_after_it() {
+fn page_freed_across_the_instant_is_not_saved_later() {
     let memory = memory();
     let kept = Arc::new(Kept::default());
     let reading = memory.readers.reading(3, 0, 0);
-    let listening = DiscardRecorder::start(&memory, || ()).unwrap();
+    let recorder = DiscardRecorder::start(&memory, || ()).unwrap();
     let copier = std::thread::scope(|scope| {
-        // It has looked for a snapshot, and found none.
+        // The free has looked for a snapshot, and found none.
         let free = scope.spawn(|| memory.free(&range(1, 2)).unwrap());
-        while listening.recorded().freed(0).count(PageRange::new(0, 64)) < 2 {
+        while recorder.recorded().freed(0).count(PageRange::new(0, 64)) < 2 {
             yield_now();
         }
         let_others_run();
@@ -182,9 +182,9 @@ fn what_is_freed_across_the_instant_is_not_saved_after_it() {
     assert_eq!(*kept.pages.lock().unwrap(), [PageRange::new(0, 1), PageRange::new(3, 1)]);
 }
 
-/// What was reserved and never written is told as a hole as well.
+/// On a disk, space that was reserved and never written is reported as a hole, too.
 #[test]
-fn a_file_on_a_disk_is_freed_as_far_as_it_punches() {
+fn free_works_on_a_disk_that_can_punch() {
     let file: OwnedFd = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap().into();
     rustix::fs::ftruncate(&file, 8 * PAGE_SIZE).unwrap();
     let geometry = BlockGeometry {
@@ -207,9 +207,9 @@ fn a_file_on_a_disk_is_freed_as_far_as_it_punches() {
     let mut bytes = [1; 4 * PAGE_SIZE as usize];
     block.backing.read(2 * PAGE_SIZE, &mut bytes).unwrap();
     assert!(bytes.iter().all(|byte| *byte == 0));
-    // Where the file system does not tell, all is read.
-    let tells = block.backing.first_data(PageRange::new(2, 1)).unwrap().is_none();
-    assert_eq!(block.known_holes(0, u64::MAX).unwrap(), if tells { 0b11_1100 } else { 0 });
+    // Where the file system does not report holes, no hole is known.
+    let reports_holes = block.backing.first_data(PageRange::new(2, 1)).unwrap().is_none();
+    assert_eq!(block.known_holes(0, u64::MAX).unwrap(), if reports_holes { 0b11_1100 } else { 0 });
     block.backing.write(3 * PAGE_SIZE, &[1]).unwrap();
     assert_eq!(block.known_holes(0, u64::MAX).unwrap() & 0b1000, 0);
 }
