@@ -1,16 +1,19 @@
-//! Waiting for the source's streams, and the handshake.
+//! The handshake of an incoming migration: accepting connections until a source fits.
 //!
-//! Whoever can reach the address may connect. A stranger costs a descriptor and a small buffer
-//! until its time is up, and never the job: what does not say a proper hello, or does not fit the
-//! memory here, is refused, and the waiting goes on. A source that is refused is told which field
-//! differs and its own value. What this side has goes to the log and to the status of the waiting
-//! job.
+//! 1. Sources connect, and send a hello on each stream.
+//! 2. When all streams of one session are there, the agent checks whether the guest fits this VMM.
+//! 3. The first session that fits becomes the migration. All others are refused.
 //!
-//! The job is the first session whose streams are all there and which fits. A postcopy that lost
-//! its connections waits again, for nobody but its own source, which knows the session's random
-//! number.
+//! Everybody who can reach the address may connect. Such a connection costs a descriptor and a
+//! small buffer until `peer_timeout` is over, and there are at most `MAX_PENDING` of them. It never
+//! fails the job: a connection without a proper hello, or whose guest does not fit, is refused, and
+//! the agent waits for the next. A refused source learns which field differs, and only its own
+//! value of it. The value of this side goes to the log and to the status of the waiting job.
 //!
-//! A socket that the VMM handed over is one connection: the job ends with it.
+//! A postcopy that lost its connections waits here again. It accepts only its own source, which it
+//! recognises by the random number of the session.
+//!
+//! A socket that the VMM handed over is a single connection. If it is refused, the job fails.
 
 use crate::job::{Job, JobError, add};
 use crate::memory::backing::BackingKind;
@@ -28,48 +31,48 @@ use rustix::event::PollFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// Most connections that have not become a session yet.
+/// Most connections that are not part of a migration yet.
 const MAX_PENDING: usize = 256;
-/// How long a connection that was refused may take to read why.
+/// How long a refused connection stays open so that the source can read the reason.
 const REJECT_READ_TIME: Duration = Duration::from_millis(50);
-/// How long the job waits for a source at a stretch; it is cancelled rather than timed out.
+/// Longest single wait for a source. There is no limit in total: an operator cancels the job.
 const LONG: Duration = Duration::from_secs(3600);
-/// The largest host page that postcopy places at once, in bytes.
+/// The largest host page that postcopy can place at once, in bytes.
 const MAX_HOST_PAGE: u64 = 2 << 20;
 
 /// Where the guest comes from.
 #[derive(Debug)]
 pub enum Source {
-    /// Whoever connects.
+    /// Any source that connects to this address.
     Listener(Listener),
     /// A connected socket that the VMM handed over.
     Socket(OwnedFd),
 }
 
-/// The streams of one session.
+/// The streams of an accepted migration.
 #[derive(Debug)]
 pub struct Accepted {
-    /// One per stream that is not urgent, in order.
+    /// The streams that are not urgent, in order.
     pub readers: Vec<RecordReader>,
-    /// One per urgent stream.
+    /// The urgent streams.
     pub urgent: Vec<RecordReader>,
-    /// The return path, on the primary.
+    /// Writes to the return path, on the primary.
     pub writer: RecordWriter,
-    /// What the source offered and this side knows.
+    /// The features that the source offered and this side supports.
     pub features: u64,
-    /// What the source calls the migration.
+    /// The random number that the source gave the session.
     pub session: [u8; 16],
-    /// The source wants to know what is placed in postcopy.
+    /// The source wants to be told which pages are placed in postcopy.
     pub acknowledge: bool,
 }
 
 impl Accepted {
-    /// True if the guest may run before its memory is here.
+    /// True if postcopy was negotiated: the guest may run before its memory is here.
     pub fn may_postcopy(&self) -> bool {
         self.features & FEATURE_POSTCOPY != 0
     }
 
-    /// Accepts the guest.
+    /// Sends the ACCEPT record.
     pub fn send_accept(&self, job: &Job) -> Result<(), TransportError> {
         let size = |id: u32| job.memory.find(id).map(|(_, block)| block.backing.host_page_size());
         let sizes =
@@ -81,23 +84,23 @@ impl Accepted {
         Ok(())
     }
 
-    /// All connections.
+    /// The sockets of all streams.
     pub fn sockets(&self) -> Vec<StreamSocket> {
         self.readers.iter().chain(&self.urgent).map(|reader| reader.socket().clone()).collect()
     }
 }
 
-/// A connection that has not said hello, or whose siblings are not there yet.
+/// A connection that has not sent its hello yet, or waits for the other streams of its session.
 struct Handshake {
     reader: RecordReader,
     since: Instant,
     hello: Option<Hello>,
 }
 
-/// Who is waited for.
+/// Which source the agent waits for.
 #[derive(Debug, Clone, Copy)]
 enum ExpectedSource {
-    /// A guest.
+    /// Any source that brings a guest.
     Guest,
     /// The source of this session, which lost its connections.
     Session([u8; 16]),
@@ -113,7 +116,7 @@ impl ExpectedSource {
             Self::Session(session) if !recovers || hello.session != session => Err(
                 JobError::State("a migration is paused here, and this is not its source".into()),
             ),
-            // Without it there would be nobody to ask.
+            // Without postcopy the source would not answer requests for missing pages.
             Self::Session(_) if hello.features & FEATURE_POSTCOPY == 0 => Err(JobError::State(
                 "a postcopy is paused here, and its source does not offer that any more".into(),
             )),
@@ -122,8 +125,8 @@ impl ExpectedSource {
     }
 }
 
-/// Waits for all streams of a session, and checks that its blocks are ours. Returns the listener,
-/// too: a postcopy needs it again if it loses its connections.
+/// Waits until all streams of a session are there and its blocks fit. Also returns the listener: a
+/// postcopy needs it if it loses its connections.
 pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>), JobError> {
     let timeout = job.options().peer_timeout;
     match source {
@@ -131,7 +134,7 @@ pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>),
             let accepted =
                 PendingHandshakes::new(job, &[&listener], ExpectedSource::Guest, Vec::new())
                     .wait(None, None)?;
-            // Without a descriptor to look at it ends with a session only.
+            // Without `asked` and `until` it returns only with a session.
             accepted.map_or(Err(JobError::Cancelled), |accepted| Ok((accepted, Some(listener))))
         }
         Source::Socket(fd) => {
@@ -143,8 +146,8 @@ pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>),
     }
 }
 
-/// Waits for the source of `session` to connect again; `None` if `asked` became readable, or it was
-/// `until`, before.
+/// Waits for the source of `session` to connect again. Returns `None` if `asked` becomes readable
+/// or `until` is reached first.
 pub fn accept_again(
     job: &Job, listeners: &[&Listener], session: [u8; 16], asked: Option<BorrowedFd<'_>>,
     until: Option<Instant>,
@@ -153,13 +156,13 @@ pub fn accept_again(
         .wait(asked, until)
 }
 
-/// Where connections wait until they are a session.
+/// The connections that are not part of a migration yet.
 struct PendingHandshakes<'a> {
     job: &'a Job,
     listeners: &'a [&'a Listener],
     wanted: ExpectedSource,
     pending: Vec<Handshake>,
-    /// Those that were refused, while they may still read why. Nobody waits for them.
+    /// Refused connections that are still open, so that the source can read why.
     leaving: Vec<Rejected>,
 }
 
@@ -210,7 +213,7 @@ impl<'a> PendingHandshakes<'a> {
                 match check_session(self.job, self.wanted, &mine) {
                     Ok(offer) => {
                         let accepted = establish(self.job, offer, mine)?;
-                        let busy = JobError::State("another source was faster".into());
+                        let busy = JobError::State("another source connected first".into());
                         others.into_iter().for_each(|other| self.reject(other, &busy));
                         return Ok(Some(accepted));
                     }
@@ -229,7 +232,7 @@ impl<'a> PendingHandshakes<'a> {
         }
     }
 
-    /// Tells a connection why it is refused. It may be gone, or speak another language.
+    /// Tells a connection why it is refused. The other end may be gone, or not speak this protocol.
     fn reject(&mut self, refused: Handshake, error: &JobError) {
         let remote = error.to_remote();
         let code =
@@ -238,7 +241,7 @@ impl<'a> PendingHandshakes<'a> {
         let writer = RecordWriter::new(refused.reader.socket().clone());
         if writer.write(RecordHeader::plain(Kind::Reject, 0, payload.len()), &payload).is_ok() {
             writer.socket().end();
-            // All of one source, at least.
+            // The limit is more than the number of streams of one source.
             if self.leaving.len() >= MAX_PENDING {
                 self.leaving.remove(0);
             }
@@ -249,20 +252,20 @@ impl<'a> PendingHandshakes<'a> {
         }
     }
 
-    /// Tells the operator of the waiting job why a source was refused. In a paused postcopy the
-    /// reason of the pause stays.
+    /// Tells the operator of the waiting job why a source was refused. The status of a paused
+    /// postcopy stays as it is, because it shows the reason of the pause.
     fn note(&self, error: &JobError) {
         if matches!(self.wanted, ExpectedSource::Guest) {
             self.job.note(&format!(
-                "a source was refused, the waiting goes on: {}",
+                "a source was refused, and the agent waits for the next: {}",
                 crate::error::chain(error)
             ));
         }
     }
 
-    /// Drops the connections of a source that has connected anew since: of an attempt the primary
-    /// is the first to connect. Or what is left of an attempt that failed would be taken for a part
-    /// of the next.
+    /// Drops connections of a source's earlier attempt. A source that connects anew connects its
+    /// primary first, so its streams that are older than its newest primary are left over from an
+    /// attempt that failed. Without this they would be taken for streams of the new attempt.
     fn drop_stale(&mut self) {
         let mut later: Vec<[u8; 16]> = Vec::new();
         let mut kept = Vec::new();
@@ -270,7 +273,7 @@ impl<'a> PendingHandshakes<'a> {
             if let Some(hello) = &one.hello {
                 if later.contains(&hello.session) {
                     log::info!(
-                        "stream {} of an attempt to connect that is over was dropped",
+                        "stream {} of an earlier attempt to connect was dropped",
                         hello.stream
                     );
                     continue;
@@ -285,8 +288,8 @@ impl<'a> PendingHandshakes<'a> {
         self.pending = kept;
     }
 
-    /// Waits until someone connects or says something, or the time of the oldest connection is up;
-    /// true if it was asked for something else.
+    /// Waits until a connection comes or sends something, or the time of the oldest one is over.
+    /// Returns true if `asked` is readable.
     fn poll(
         &self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>,
     ) -> Result<bool, JobError> {
@@ -297,7 +300,7 @@ impl<'a> PendingHandshakes<'a> {
         let mut fds: Vec<(BorrowedFd<'_>, PollFlags)> = Vec::new();
         fds.extend(asked.map(|fd| (fd, PollFlags::IN)));
         fds.extend(self.listeners.iter().map(|listener| (listener.as_fd(), PollFlags::IN)));
-        // Those that said hello have nothing more to say, but may go away.
+        // A connection that has sent its hello sends nothing more, but it may close.
         let events =
             |one: &Handshake| if one.hello.is_none() { PollFlags::IN } else { PollFlags::RDHUP };
         fds.extend(self.pending.iter().map(|one| (one.reader.socket().as_fd(), events(one))));
@@ -313,7 +316,7 @@ impl<'a> PendingHandshakes<'a> {
         }
         let fd = match listener.accept() {
             Ok(fd) => fd,
-            // It went away again, or we are out of descriptors and may have one in a moment.
+            // The connection closed again, or this process has no free descriptor for the moment.
             Err(error) => {
                 backoff.failed(&error, Instant::now());
                 return self.job.cancel.sleep(PAUSE);
@@ -321,13 +324,13 @@ impl<'a> PendingHandshakes<'a> {
         };
         if self.pending.len() >= MAX_PENDING {
             log::warn!(
-                "more than {MAX_PENDING} connections without a session: the oldest is dropped"
+                "more than {MAX_PENDING} connections without a session: the oldest was dropped"
             );
             self.pending.remove(0);
         }
         match Handshake::new(fd, timeout) {
             Ok(new) => self.pending.push(new),
-            // It went away again.
+            // The connection closed again.
             Err(error) => log::warn!("a connection was dropped: {}", crate::error::chain(&error)),
         }
         Ok(())
@@ -343,7 +346,7 @@ impl Handshake {
         })
     }
 
-    /// Reads the hello as far as it is here.
+    /// Reads as much of the hello as has arrived.
     fn advance(&mut self, job: &Job, wanted: ExpectedSource) -> Result<(), JobError> {
         let timeout = job.options().peer_timeout;
         if self.since.elapsed() >= timeout {
@@ -357,7 +360,7 @@ impl Handshake {
             self.hello = Some(hello);
         }
         if self.hello.is_some() {
-            // Also one whose hello was read just now: it may have given up long ago.
+            // Look also if the hello was read just now: the source may have closed long ago.
             let gone = job
                 .cancel
                 .wait(&[(self.reader.socket().as_fd(), PollFlags::RDHUP)], Instant::now())?[0];
@@ -367,26 +370,26 @@ impl Handshake {
     }
 }
 
-/// A connection that was refused. If it were closed with something unread the kernel would reset
-/// it, and the refusal might be lost.
+/// A refused connection. It is read until the end: the kernel would reset a connection that is
+/// closed with unread bytes, and the source might not get the refusal.
 struct Rejected {
     reader: RecordReader,
     until: Instant,
 }
 
 impl Rejected {
-    /// Throws away what came; false if there is no need to wait for more.
+    /// Reads what has arrived and throws it away. Returns false if the connection can be closed.
     fn may_read(&mut self) -> bool {
         Instant::now() < self.until && self.reader.discard_some()
     }
 
-    /// The same for all that comes.
+    /// Reads and throws away all that arrives until the time is over.
     fn wait(&mut self) {
         self.reader.drain(self.until.saturating_duration_since(Instant::now()));
     }
 }
 
-/// The session of which all streams are there.
+/// A session of which all streams are there.
 fn complete_session(pending: &[Handshake]) -> Option<[u8; 16]> {
     let hellos = || pending.iter().filter_map(|one| one.hello.as_ref());
     hellos()
@@ -401,13 +404,13 @@ fn complete_session(pending: &[Handshake]) -> Option<[u8; 16]> {
 
 /// What a source offers.
 struct Offer {
-    /// The hello of its primary.
+    /// The hello on the primary.
     primary: Hello,
-    /// What is offered on one stream alone is not offered.
+    /// The features that all streams offer.
     features: u64,
 }
 
-/// Checks what a source wants, whose streams are all there.
+/// Checks whether the guest of a source fits this VMM. All streams of the source are there.
 fn check_session(
     job: &Job, wanted: ExpectedSource, streams: &[Handshake],
 ) -> Result<Offer, JobError> {
@@ -421,7 +424,7 @@ fn check_session(
     Ok(Offer { primary, features })
 }
 
-/// Puts the streams in order, and lets a cancel reach them.
+/// Puts the streams in order, and registers them so that a cancel wakes their readers.
 fn establish(job: &Job, offer: Offer, mut streams: Vec<Handshake>) -> Result<Accepted, JobError> {
     let Offer { primary, features: offered } = offer;
     streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
@@ -433,7 +436,7 @@ fn establish(job: &Job, offer: Offer, mut streams: Vec<Handshake>) -> Result<Acc
         add(&job.live.wire_bytes, (pageferry_protocol::stream::RECORD_SIZE + hello_bytes) as u64);
         readers.push(stream.reader);
     }
-    // Less than all are urgent, says its decoder.
+    // The decoder of the hello has checked that not all streams are urgent.
     let urgent =
         readers.split_off(readers.len().saturating_sub(usize::from(primary.urgent)).max(1));
     let writer = RecordWriter::new(readers[0].socket().clone());
@@ -448,7 +451,7 @@ fn establish(job: &Job, offer: Offer, mut streams: Vec<Handshake>) -> Result<Acc
     })
 }
 
-/// What a guest needs of the files here, whatever it moves by.
+/// Checks what every mode needs: the files can be written.
 fn check_writable(job: &Job) -> Result<(), JobError> {
     match job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
         Some(block) => Err(JobError::Sealed { id: block.geometry.id }),
@@ -456,9 +459,9 @@ fn check_writable(job: &Job) -> Result<(), JobError> {
     }
 }
 
-/// What postcopy needs of the blocks here, if it is wanted: checked before anything is sent, since
-/// a guest that is to run before its memory is here would be refused only after all passes. A table
-/// of all backings and modes is in docs/postcopy.md.
+/// Checks what postcopy needs, if the source offers it. This must happen before any page is sent: a
+/// guest that switches to postcopy after many passes would otherwise be refused only then.
+/// docs/postcopy.md has a table of all kinds of memory and modes.
 fn check_postcopy(job: &Job, features: u64, wanted: ExpectedSource) -> Result<(), JobError> {
     if features & FEATURE_POSTCOPY == 0 {
         return Ok(());
@@ -475,7 +478,7 @@ fn check_postcopy(job: &Job, features: u64, wanted: ExpectedSource) -> Result<()
             return Err(JobError::NotMapped { id });
         }
     }
-    // A guest that is here has its mappings registered.
+    // In a recovery the guest is here already, and its mappings are registered.
     if matches!(wanted, ExpectedSource::Guest) {
         job.hooks.ask(&Hook::ProbeFaults, job.options().hook_timeout)?;
     }
@@ -500,7 +503,7 @@ mod tests {
         Job::new(1, JobKind::Incoming, memory, hooks, OutgoingOptions::default(), notify).unwrap()
     }
 
-    /// Of a source that has one stream and no memory.
+    /// The hello of a source with one stream and no memory.
     fn hello(features: u64, flags: u16) -> Hello {
         Hello {
             version_min: STREAM_VERSION,
@@ -516,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn a_paused_postcopy_takes_its_own_source_and_whoever_waits_for_a_guest_a_new_one() {
+    fn a_paused_postcopy_accepts_only_its_own_source() {
         let (own, other) = (ExpectedSource::Session([7; 16]), ExpectedSource::Session([8; 16]));
         for (wanted, features, flags, refused) in [
             (ExpectedSource::Guest, 0, 0, ""),
@@ -534,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn an_operator_hears_of_a_source_that_was_refused_unless_a_postcopy_is_paused() {
+    fn the_status_names_a_refused_source_unless_a_postcopy_is_paused() {
         let refused = JobError::State("it has other blocks".into());
         for (wanted, told) in
             [(ExpectedSource::Guest, true), (ExpectedSource::Session([7; 16]), false)]
@@ -545,9 +548,10 @@ mod tests {
         }
     }
 
-    /// With something unread the kernel would reset the connection, and the refusal be lost.
+    /// If bytes stayed unread, the kernel would reset the connection, and the refusal could be
+    /// lost.
     #[test]
-    fn all_that_a_refused_source_still_sends_is_read_before_its_connection_is_closed() {
+    fn a_refused_connection_is_read_to_the_end() {
         let (mut theirs, ours) = UnixStream::pair().unwrap();
         let far = Duration::from_secs(60);
         let socket = StreamSocket::new(ours.into(), far).unwrap();
@@ -560,9 +564,9 @@ mod tests {
         assert_eq!(left, 0);
     }
 
-    /// Its streams are all there, and would be taken for a session that ends the whole job.
+    /// Otherwise its streams would form a session, and the error of that would end the whole job.
     #[test]
-    fn a_source_that_said_hello_and_went_away_is_no_source() {
+    fn a_source_that_closed_after_its_hello_is_dropped() {
         let job = job();
         for goes in [false, true] {
             let (mut theirs, ours) = UnixStream::pair().unwrap();
@@ -583,7 +587,7 @@ mod tests {
     }
 
     #[test]
-    fn host_pages_that_cannot_be_placed_at_once_take_precopy_alone() {
+    fn a_gigantic_host_page_is_refused_for_postcopy_only() {
         let job = gigantic();
         check_postcopy(&job, 0, ExpectedSource::Guest).unwrap();
         let error = check_postcopy(&job, FEATURE_POSTCOPY, ExpectedSource::Guest).unwrap_err();

@@ -1,11 +1,15 @@
 //! An incoming migration.
 //!
-//! - [`accept`]: waiting for the source's streams, and the handshake;
-//! - [`receive`]: reading each stream, and the barrier between passes;
-//! - [`decompress`]: compressed pages;
-//! - [`place`]: pages into the files (`never-populate` and `same-memory`);
-//! - [`postcopy`]: the guest before its memory;
-//! - this file: the phases, and the end: verify, load, wait for the commit, resume (`one-owner`).
+//! - [`accept`]: the handshake;
+//! - [`receive`]: reads the streams, with a barrier after each pass;
+//! - [`decompress`]: decompresses pages;
+//! - [`place`]: places pages into the files (`never-populate` and `same-memory`);
+//! - [`postcopy`]: the guest runs first, and its memory follows;
+//! - this file: the phases.
+//!
+//! In precopy the agent receives all passes, compares the totals, has the VMM load its state, waits
+//! for the commit, and has the VMM resume the guest (`one-owner`). If it fails before the commit,
+//! it tells the source why, and the guest continues there.
 
 pub mod accept;
 pub mod decompress;
@@ -29,11 +33,11 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long the source's last records are still read after this side failed, so that it gets to
-/// know why.
+/// How long the source's last records are still read after this side failed, so that the source
+/// gets the error.
 const DRAIN: Duration = Duration::from_millis(500);
 
-/// Waits for a guest on `source`, takes it, and ends the job.
+/// Waits for a guest on `source`, receives it, and ends the job.
 pub fn run(job: &Arc<Job>, source: Source) {
     let outcome = receive_guest(job, source);
     job.finish(outcome);
@@ -42,7 +46,7 @@ pub fn run(job: &Arc<Job>, source: Source) {
 fn receive_guest(job: &Arc<Job>, source: Source) -> Result<(), JobError> {
     job.enter(Phase::Connecting);
     let (mut accepted, listener) = accept::accept(job, source)?;
-    // Those that were refused before are of no interest any more.
+    // The status named the sources that were refused before. That is over.
     job.note("");
     let outcome = receive_on(job, &mut accepted, listener);
     if let Err(error) = &outcome {
@@ -55,7 +59,7 @@ fn receive_on(
     job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>,
 ) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
-    // Only a postcopy is ever connected again.
+    // Only a postcopy needs the listener again.
     let listener = listener.filter(|_| accepted.may_postcopy());
     let placer = Placer::prepare(job)?;
     accepted.send_accept(job)?;
@@ -76,42 +80,44 @@ fn receive_on(
     }
     job.enter(Phase::Loading);
     load(job, received)?;
-    // If the source was not told, it finds out by asking its operator.
+    // If the RESUMED record was not sent, the source is unconfirmed, and its operator decides.
     let _ = take_ownership(job, &mut accepted.readers[0], &accepted.writer, guest, &mut false)?;
     Ok(())
 }
 
-/// The end of every incoming migration: says that the state is loaded, waits for the commit, and
-/// lets the guest run, or stay paused as `guest` says. Whether the source was told is in the inner
-/// result. `ours` becomes true at the line: from then on the guest is here, even if the VMM does
-/// not resume it, or not in time.
+/// The end of every incoming migration: reports that the state is loaded, waits for the commit, and
+/// resumes the guest, or leaves it paused, as `guest` says.
+///
+/// The inner result says whether the source was told. `ours` becomes true at the commit point: from
+/// then on the guest is here, even if the VMM does not resume it or answers late.
 fn take_ownership(
     job: &Job, primary: &mut RecordReader, writer: &RecordWriter, guest: RunState, ours: &mut bool,
 ) -> Result<Result<(), TransportError>, JobError> {
     writer.write_plain(Kind::Loaded, 0)?;
     job.enter(Phase::Committing);
     wait_commit(job, primary)?;
-    // ---- The line: the guest is ours. It is resumed whatever becomes of the connection.
+    // ---- The commit point: the guest is ours. It is resumed, whatever happens to the connection.
     job.cancel.commit_point()?;
     *ours = true;
     job.guest_arrived();
-    // It may use its memory from the moment on that it runs.
+    // The guest may populate memory as soon as it runs.
     job.thaw();
     let resume = Hook::Resume { force: false, paused: guest.is_paused() };
     let resumed = job.hooks.ask(&resume, job.options().hook_timeout);
-    // An operator who reads that the job failed must not take the guest for one that did not come.
+    // The error says that the guest is here: "failed" alone would let an operator believe that it
+    // did not arrive.
     resumed.map_err(|source| JobError::NotResumed { source })?;
     let told = writer.write_plain(Kind::Resumed, 0).map(|_| ());
     if let Err(error) = &told {
         log::warn!(
-            "the guest is here, but the source does not know: {}",
+            "the guest is here, but the source could not be told: {}",
             crate::error::chain(error)
         );
     }
     Ok(told)
 }
 
-/// Compares what came with what the source says it sent.
+/// Compares what was received with what the source says it sent.
 fn verify(received: &Received) -> Result<(), JobError> {
     compare(&received.claimed, &received.counted)
 }
@@ -130,15 +136,17 @@ pub fn compare(theirs: &Totals, own: &Totals) -> Result<(), JobError> {
 
 fn load(job: &Job, received: Received) -> Result<(), JobError> {
     let file = state_file(&received.state);
-    let (pieces, file) = file
-        .map_err(|errno| JobError::Io { what: "make a file of the state", source: errno.into() })?;
+    let (pieces, file) = file.map_err(|errno| JobError::Io {
+        what: "create a file for the VMM's state",
+        source: errno.into(),
+    })?;
     job.hooks.ask_with(&Hook::LoadState { pieces }, &[file.as_fd()], job.options().hook_timeout)?;
     Ok(())
 }
 
 fn wait_commit(job: &Job, primary: &mut RecordReader) -> Result<(), JobError> {
     let options = job.options();
-    // The source asks its VMM once more before it commits.
+    // Before the commit the source has its VMM relinquish the guest, which is one more hook.
     primary.set_timeout(options.peer_timeout + options.hook_timeout);
     let record = primary.read()?;
     match record.kind {
@@ -153,11 +161,11 @@ fn send_error(accepted: &mut Accepted, error: &JobError) {
         return;
     }
     let payload = encode_error(&error.to_remote());
-    // A source that takes nothing need not know.
+    // If the source does not read, it is not told.
     let writer = RecordWriter::new(accepted.writer.socket().with_deadline(DRAIN));
     if writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload).is_ok() {
         accepted.writer.socket().end();
-        // Of a source that was silent until now nothing is to be read.
+        // A source that was silent or slow until now would only make this side wait.
         if !matches!(
             error,
             JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. })
