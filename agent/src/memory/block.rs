@@ -1,4 +1,4 @@
-//! A block with its bitmaps, and the set of them.
+//! Blocks of guest memory with their bitmaps, and the set of all blocks of a guest.
 
 use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
@@ -17,40 +17,39 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 /// A block of guest memory.
 #[derive(Debug)]
 pub struct Block {
-    // Before the bitmap, so that it is dropped before it.
+    // Before the bitmap, so that the guard is dropped first.
     guard: Option<GuardedRange>,
-    /// Where it lies in the guest.
+    /// Its place in the guest's physical address space.
     pub geometry: BlockGeometry,
     /// The file that holds it.
     pub backing: Backing,
-    /// Where the VMM has it mapped; 0 if nowhere.
+    /// The address at which the VMM has mapped it. 0 if the VMM has not.
     pub vmm_address: u64,
-    /// One bit per discarded page. Shared with the VMM, which keeps it if this process dies.
+    /// One bit for each discarded page. Shared with the VMM, so it survives this process.
     pub discarded: MappedBitmap,
-    /// Discarded pages whose backing does not tell a stray write from what was there before: those
-    /// that were discarded without being punched, since the last sync. See
-    /// [`crate::outgoing::fixup`].
+    /// Discarded pages for which the backing cannot tell a stray write from older content, because
+    /// they were discarded without a punch since the last sync. See [`crate::outgoing::fixup`].
     pub unsettled: MappedBitmap,
-    /// Discarded pages that the guest wrote into after the discard, as a sync found: they migrate
-    /// all the same.
+    /// Discarded pages to which the guest wrote after the discard, according to a sync. They are
+    /// migrated all the same.
     pub stray: MappedBitmap,
-    /// Pages that were freed, and that nobody has found written since. See [`super::freed`].
+    /// Pages that were freed and are not known to be written since. See [`super::freed`].
     pub(super) freed: MappedBitmap,
 }
 
-/// Why a block cannot be taken.
+/// Why a block was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
-    /// The memory.
+    /// The memory file.
     #[error(transparent)]
     Backing(#[from] BackingError),
-    /// The bitmap of discarded pages, or one of our own.
+    /// The discard bitmap, or one of the agent's own bitmaps.
     #[error("discard bitmap")]
     Bitmap(#[from] MappingError),
 }
 
 impl Block {
-    /// A block whose discard bitmap is `discarded`; `None` for a VMM that has none.
+    /// A block with the discard bitmap `discarded`. `None` if the VMM has no such bitmap.
     ///
     /// # Errors
     /// If there is no memory for its bitmaps.
@@ -75,9 +74,9 @@ impl Block {
         PageRange::new(0, self.geometry.pages())
     }
 
-    /// What discards and populates are rounded to, in bytes: no less than a host page. A part of
-    /// one cannot be freed, and a tracker that tells host pages could not tell a write beside it
-    /// from a stray one into it.
+    /// The unit of discards and populates in bytes: at least a host page. A part of a host page
+    /// cannot be freed. And a tracker that reports host pages could not tell a write beside such a
+    /// part from a stray write into it.
     pub fn discard_unit(&self) -> u64 {
         self.geometry.granularity.max(self.backing.host_page_size())
     }
@@ -87,7 +86,8 @@ impl Block {
         PageRange::new(self.geometry.first_log_page(), self.geometry.pages())
     }
 
-    /// True if the file under the discard bitmap was truncated: what is discarded is then unknown.
+    /// True if the file under the discard bitmap was truncated. Then it is unknown which pages are
+    /// discarded.
     pub fn lost_bitmap(&self) -> bool {
         self.guard.as_ref().is_some_and(GuardedRange::was_lost)
     }
@@ -96,7 +96,7 @@ impl Block {
 /// The dirty log, guarded against a file that shrinks.
 #[derive(Debug)]
 pub struct GuestLog {
-    // Before the log, so that it is dropped before it.
+    // Before the log, so that the guard is dropped first.
     guard: GuardedRange,
     /// The log.
     pub log: DirtyLog,
@@ -109,21 +109,21 @@ impl GuestLog {
         Self { guard, log }
     }
 
-    /// True if the file under the log was truncated: what is dirty is then unknown.
+    /// True if the file under the log was truncated. Then it is unknown which pages are dirty.
     pub fn was_lost(&self) -> bool {
         self.guard.was_lost()
     }
 }
 
-/// Hears of what discards have freed.
+/// Is told which pages discards have freed.
 pub trait DiscardObserver: std::fmt::Debug + Send + Sync {
-    /// The pages `range` of the block at index `at` were freed, and the discard, or the populate
-    /// after it, is not acknowledged yet.
+    /// The pages `range` of the block at index `at` were freed. The discard, or the populate that
+    /// follows it, is not acknowledged yet.
     fn on_freed(&self, at: usize, range: PageRange);
 }
 
-/// The memory of a guest at one moment. A job holds on to the set it started with, and the set is
-/// not changed while one does.
+/// The guest's memory, as the VMM has set it up last. A job keeps the set with which it started,
+/// and the set does not change while a job has it.
 #[derive(Debug)]
 pub struct GuestMemory {
     blocks: Vec<Arc<Block>>,
@@ -134,23 +134,24 @@ pub struct GuestMemory {
     pub log: Option<Arc<GuestLog>>,
     /// Whether this agent may still act on this memory. Shared by all sets of one session.
     pub current: Arc<CurrentAgent>,
-    /// Who is reading what.
+    /// The words that workers are reading.
     pub readers: Readers,
-    /// Held while a discard or a populate marks, at the instant of a snapshot, and while a fix-up
-    /// looks whether a discarded page was written since and marks it as stray: or it would mark
-    /// what was discarded again meanwhile.
+    /// Held while a discard or a populate sets its marks, and at the instant of a snapshot. A
+    /// fix-up also holds it while it finds out whether a discarded page was written since, and
+    /// marks it as stray: otherwise it could mark a page as stray that is discarded again in
+    /// between.
     pub marking: Marking<CopyBeforeWrite>,
     /// See [`GuestMemory::populating`].
     populating: Mutex<()>,
     /// See [`GuestMemory::changes`].
     changes: AtomicU64,
-    /// Hears of what discards have freed.
+    /// Is told which pages discards have freed.
     discard_observer: Mutex<Option<Arc<dyn DiscardObserver>>>,
     /// See [`super::recorded_discards`].
     recorded: Mutex<Option<Arc<RecordedDiscards>>>,
     /// See [`GuestMemory::placing`].
     placing: RwLock<()>,
-    /// What is still to come, while the guest runs before it is here.
+    /// The missing pages, while the guest runs without them.
     missing_pages: Mutex<Option<Arc<MissingPages>>>,
 }
 
@@ -184,94 +185,97 @@ impl GuestMemory {
         }
     }
 
-    /// Held by a populate from before it looks whether a job refuses it until its marks are set. A
-    /// job that refuses populates from now on takes it once, and so waits for the last of them.
+    /// A populate holds this from before it checks whether a job refuses it until its marks are
+    /// set. A job that starts to refuse populates locks it once, and so waits for the last
+    /// populate.
     pub fn populating(&self) -> MutexGuard<'_, ()> {
         self.populating.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The same set, of a VMM that says in `current` which agent acts for it.
+    /// The same set, for a VMM that says in `current` which agent acts for it.
     #[must_use]
     pub fn owned_by(mut self, current: Arc<CurrentAgent>) -> Self {
         self.current = current;
         self
     }
 
-    /// What is still to come, if the guest runs before it is here.
+    /// The missing pages, if the guest runs without them.
     pub fn missing_pages(&self) -> Option<Arc<MissingPages>> {
         self.missing_pages.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// From now on discards drop what is still to come of `missing_pages`; `None` when all is here.
+    /// From now on discards drop pages of `missing_pages`. `None` when no page is missing any more.
     pub fn set_missing_pages(&self, missing_pages: Option<Arc<MissingPages>>) {
         *self.missing_pages.lock().unwrap_or_else(PoisonError::into_inner) = missing_pages;
     }
 
-    /// Who hears from now on of what discards have freed.
-    pub fn set_discard_observer(&self, freed: Option<Arc<dyn DiscardObserver>>) {
-        *self.discard_observer.lock().unwrap_or_else(PoisonError::into_inner) = freed;
+    /// Sets the observer of what discards have freed.
+    pub fn set_discard_observer(&self, observer: Option<Arc<dyn DiscardObserver>>) {
+        *self.discard_observer.lock().unwrap_or_else(PoisonError::into_inner) = observer;
     }
 
-    /// Who hears of what discards have freed.
+    /// The observer of what discards have freed.
     pub(super) fn discard_observer(&self) -> Option<Arc<dyn DiscardObserver>> {
         self.discard_observer.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Who notes what is given back, from now on. To be called with `marking` held.
-    pub(super) fn set_recorded(&self, noted: Option<Arc<RecordedDiscards>>) {
-        *self.recorded.lock().unwrap_or_else(PoisonError::into_inner) = noted;
+    /// Sets the record of discards. Call it with `marking` held.
+    pub(super) fn set_recorded(&self, recorded: Option<Arc<RecordedDiscards>>) {
+        *self.recorded.lock().unwrap_or_else(PoisonError::into_inner) = recorded;
     }
 
-    /// Nobody looks at `noted` any more. Somebody else may listen since.
-    pub(super) fn clear_recorded(&self, noted: &Arc<RecordedDiscards>) {
+    /// Removes this record, unless another one has taken its place.
+    pub(super) fn clear_recorded(&self, recorded: &Arc<RecordedDiscards>) {
         self.recorded
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .take_if(|current| Arc::ptr_eq(current, noted));
+            .take_if(|current| Arc::ptr_eq(current, recorded));
     }
 
-    /// Where discards note what they mark.
+    /// The record in which discards note their pages.
     pub(super) fn recorded(&self) -> Option<Arc<RecordedDiscards>> {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// To be held while content that a peer sent is put into the files, from before the write until
-    /// its pages are marked: no page is discarded or freed in between. The page is either what
-    /// came, or given back.
+    /// Hold this while content from a peer is placed, from before the write until the pages are
+    /// marked. No page is discarded or freed in between. So at the end the page either has the
+    /// content, or is given back.
     pub fn placing(&self) -> RwLockReadGuard<'_, ()> {
         self.placing.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// To be held while pages are given back: nothing that came is between its write and its marks.
+    /// Hold this while pages are discarded or freed: no placing is between its write and its marks.
     pub fn giving_back(&self) -> RwLockWriteGuard<'_, ()> {
         self.placing.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The blocks, in order of their GPA, as in the table. Their order is that of the workers'
-    /// chunks, of the fence, and of images.
+    /// The blocks in the order of their GPA, as in the table. The indexes of blocks in the fence
+    /// and in images follow this order, and so do the workers' chunks.
     pub fn blocks(&self) -> &[Arc<Block>] {
         &self.blocks
     }
 
-    /// To be held while a discard or populate sets its marks.
+    /// Held while a discard or populate sets its marks.
     pub(super) fn change(&self) -> Change<'_> {
-        // Before the first mark: who sees one sees this, too.
+        // Before the first mark: a thread that sees a mark also sees this.
         self.changes.fetch_add(1, Ordering::AcqRel);
         Change { memory: self }
     }
 
-    /// How far the discards and populates have come: odd while one is under way. Who has walked the
-    /// bitmaps and asked before that need not walk again while [`GuestMemory::is_unchanged`].
+    /// The counter of discards and populates. It is odd while one of them sets marks. A thread that
+    /// has read it before it walked the bitmaps need not walk them again while
+    /// [`GuestMemory::is_unchanged`] is true.
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// True if no discard or populate has set a mark since [`GuestMemory::changes`] was `since`.
+    /// True if no discard or populate has set a mark since [`GuestMemory::changes`] returned
+    /// `since`.
     pub fn is_unchanged(&self, since: u64) -> bool {
         since.is_multiple_of(2) && self.changes() == since
     }
 
-    /// The geometries.
+    /// The geometries of the blocks.
     pub fn table(&self) -> &BlockTable {
         &self.table
     }
@@ -294,7 +298,7 @@ impl GuestMemory {
     }
 }
 
-/// A discard or populate that is under way; over on drop. They come one at a time.
+/// A discard or populate that sets its marks. Ends on drop. Only one exists at a time.
 #[derive(Debug)]
 pub(super) struct Change<'a> {
     memory: &'a GuestMemory,
@@ -314,7 +318,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     #[test]
-    fn what_is_discarded_is_lost_when_the_file_of_its_bitmap_is_cut_off() {
+    fn truncated_discard_bitmap_is_noticed() {
         let length = 8 * PAGE_SIZE * PAGE_SIZE;
         let (ram, bits) = (memfd(length), memfd(PAGE_SIZE));
         let (name, granularity) = ("ram".to_owned(), PAGE_SIZE);

@@ -91,10 +91,10 @@ impl GuestMemory {
         let _change = self.change();
         let mark = || {
             let mut changed = 0;
-            let noted = self.recorded();
+            let recorded = self.recorded();
             for (index, range) in checked {
-                if let Some(noted) = &noted {
-                    noted.discarded(*index).set(*range);
+                if let Some(recorded) = &recorded {
+                    recorded.discarded(*index).set(*range);
                 }
                 let block = &self.blocks()[*index];
                 block.unsettled.set(*range);
@@ -115,10 +115,10 @@ impl GuestMemory {
     pub(super) fn free_discarded(&self, checked: &[Checked]) {
         let _change = self.change();
         let mark = || {
-            let noted = self.recorded();
+            let recorded = self.recorded();
             for (index, range) in checked {
-                if let Some(noted) = &noted {
-                    noted.freed(*index).set(*range);
+                if let Some(recorded) = &recorded {
+                    recorded.freed(*index).set(*range);
                 }
                 let block = &self.blocks()[*index];
                 block.unsettled.set(*range);

@@ -1,9 +1,11 @@
-//! Pages that are still to come, or to be sent: what a guest in postcopy is missing.
+//! Sets of host pages from which threads take pages: pages that are missing or to be sent in
+//! postcopy, missing in a lazy restore, or pending in a snapshot.
 //!
-//! The unit is the destination's host page: it is placed whole or not at all. A host page is
-//! missing until somebody *takes* it: at the source whoever sends it, at the destination whoever
-//! places it, or drops it since the guest discarded it. Taking is one atomic step, so each host
-//! page is sent once and placed once, however many ask for it at once.
+//! The unit is a host page, which is placed as a whole or not at all: in a migration that of the
+//! destination. A host page stays in the set until a thread *takes* it: at the source the thread
+//! that sends it; at the destination the thread that places it, or drops it because the guest has
+//! discarded it. Taking is one atomic step, so each host page is sent once and placed once, even if
+//! many threads want it at the same time.
 
 use super::{BackingError, Block, GuestMemory};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -11,26 +13,26 @@ use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Host pages of all blocks, in the order of the memory's blocks.
+/// A set of host pages of all blocks, in the order of the memory's blocks.
 #[derive(Debug)]
 pub struct HostPageSet {
     blocks: Vec<BlockHostPages>,
-    /// Pages, not host pages.
+    /// The size of the set, in pages, not in host pages.
     remaining: AtomicU64,
 }
 
-/// One bit for each host page of a block.
+/// A set of host pages of one block: one bit for each.
 #[derive(Debug)]
 pub struct BlockHostPages {
     bits: MappedBitmap,
-    /// Pages of a host page: a power of two.
+    /// Pages in a host page: a power of two.
     unit: u64,
-    /// Pages of the block, a multiple of the unit.
+    /// Pages of the block: a multiple of the unit.
     pages: u64,
 }
 
 impl BlockHostPages {
-    /// No host page of a block of `pages` pages.
+    /// The empty set for a block of `pages` pages.
     ///
     /// # Errors
     /// If there is no memory for the bitmap.
@@ -39,12 +41,12 @@ impl BlockHostPages {
         Ok(Self { bits: MappedBitmap::private(pages.div_ceil(unit))?, unit, pages })
     }
 
-    /// One bit for each host page.
+    /// The bitmap, with one bit for each host page.
     pub fn bits(&self) -> &MappedBitmap {
         &self.bits
     }
 
-    /// Pages of a host page.
+    /// Pages in a host page.
     pub fn unit(&self) -> u64 {
         self.unit
     }
@@ -71,7 +73,7 @@ impl BlockHostPages {
         }
     }
 
-    /// The host pages that the pages `bits` of word `word` touch: words of them, and their bits.
+    /// The words of host pages that the pages `bits` of word `word` touch, and the bits in each.
     fn host_pages_of_word(&self, word: u64, bits: u64) -> impl Iterator<Item = (u64, u64)> {
         let (unit, mut rest) = (self.unit, bits);
         std::iter::from_fn(move || {
@@ -88,20 +90,20 @@ impl BlockHostPages {
         })
     }
 
-    /// The word that whoever is about to place or read host page `host_page` publishes in the
-    /// fence.
+    /// The word that a thread publishes in the fence before it places or reads host page
+    /// `host_page`.
     pub fn word_of(&self, host_page: u64) -> u64 {
         host_page * self.unit / WORD_BITS
     }
 
-    /// The pages that a worker may be at when it has published word `word` in the fence: that word,
-    /// or the host page that it is in.
+    /// The pages that a thread may be working on when it has published word `word` in the fence:
+    /// that word, or the host page that contains it.
     pub fn published_pages(&self, word: u64) -> PageRange {
         let size = self.unit.max(WORD_BITS);
         PageRange::new(word * WORD_BITS / size * size, size)
     }
 
-    /// The set as a bitmap of pages: word `index` of it.
+    /// Word `index` of the set, seen as a bitmap of pages.
     pub fn page_word(&self, index: u64) -> u64 {
         if self.unit == 1 {
             return self.bits.word(index);
@@ -120,7 +122,7 @@ impl BlockHostPages {
 }
 
 impl HostPageSet {
-    /// Nothing is missing of `memory`, whose host pages at the destination have these sizes in
+    /// The empty set for `memory`. `host_pages` has the size of a host page for each block, in
     /// bytes.
     ///
     /// # Errors
@@ -133,14 +135,14 @@ impl HostPageSet {
         Ok(Self { blocks, remaining: AtomicU64::new(0) })
     }
 
-    /// The same once more.
+    /// A copy of the set.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
     pub fn try_clone(&self) -> Result<Self, MappingError> {
-        let nothing =
+        let empty =
             |block: &BlockHostPages| BlockHostPages::empty(block.pages, block.unit * PAGE_SIZE);
-        let blocks = self.blocks.iter().map(nothing).collect::<Result<_, _>>()?;
+        let blocks = self.blocks.iter().map(empty).collect::<Result<_, _>>()?;
         let copy = Self { blocks, remaining: AtomicU64::new(0) };
         for (at, block) in self.blocks.iter().enumerate() {
             block
@@ -151,12 +153,12 @@ impl HostPageSet {
         Ok(copy)
     }
 
-    /// The host pages of the block at index `at` that are missing.
+    /// The host pages of the block at index `at`.
     pub fn block(&self, at: usize) -> &BlockHostPages {
         &self.blocks[at]
     }
 
-    /// Pages that are missing.
+    /// The number of pages in the set.
     pub fn remaining_pages(&self) -> u64 {
         self.remaining.load(Ordering::SeqCst)
     }
@@ -175,8 +177,8 @@ impl HostPageSet {
             .for_each(|(word, bits)| self.add(at, word, bits));
     }
 
-    /// Takes those of the host pages `bits` of word `word` that are missing: they are the caller's
-    /// now.
+    /// Takes those of the host pages `bits` of word `word` that are in the set, and returns them.
+    /// They belong to the caller from then on.
     pub fn take(&self, at: usize, word: u64, bits: u64) -> u64 {
         let taken = self.blocks[at].bits.take_bits(word, bits);
         if taken != 0 {
@@ -186,10 +188,10 @@ impl HostPageSet {
         taken
     }
 
-    /// Takes what is missing of the host pages `range`; hands out each word that had any, and its
-    /// bits.
+    /// Takes the host pages of `range` that are in the set. Calls `taken` with each word of them
+    /// and its bits.
     pub fn take_range(&self, at: usize, range: PageRange, mut taken: impl FnMut(u64, u64)) {
-        // Each word once more by an atomic step: others take, too.
+        // Other threads take pages, too: only `take` decides which ones are ours.
         for (word, _) in self.blocks[at].bits.nonzero_words(range) {
             let first = word * WORD_BITS;
             let part = range.intersection(&PageRange::new(first, WORD_BITS));
@@ -200,12 +202,12 @@ impl HostPageSet {
         }
     }
 
-    /// Makes holes of those host pages of a block that are missing and hold something. Costs a look
-    /// at the file for each run of what is missing, about a microsecond, and none where nothing
-    /// lies behind it.
+    /// Punches the host pages of a block that are in the set and have content. It asks the file
+    /// once for each run of the set, which takes about a microsecond, and stops after the last
+    /// data.
     ///
     /// # Errors
-    /// If the file cannot be asked, or not be punched.
+    /// If the file cannot be asked or punched.
     pub fn punch_missing(&self, at: usize, block: &Block) -> Result<(), BackingError> {
         let (missing, mut rest) = (&self.blocks[at], block.all());
         while let Some(host_page) = missing.bits.next_set(missing.covering(rest)) {
@@ -221,8 +223,8 @@ impl HostPageSet {
         Ok(())
     }
 
-    /// The next host page that is missing from host page `from` of the block at index `at` on, over
-    /// all blocks and again from the first.
+    /// The next host page of the set, from host page `from` of the block at index `at` on. After
+    /// the last block the search goes on from the first.
     pub fn next_from(&self, at: usize, from: u64) -> Option<(usize, u64)> {
         let rest = |at: usize, from: u64| {
             let bits = &self.blocks[at].bits;
@@ -234,20 +236,20 @@ impl HostPageSet {
     }
 }
 
-/// The host pages of `range` that are published at once: a word of them, or one that is larger than
-/// a word of pages.
+/// Splits host pages into the parts that are published in the fence at once: a word of pages, or a
+/// single host page if it is larger than a page. Returns words and their bits.
 pub(super) fn fence_words(range: PageRange, unit: u64) -> impl Iterator<Item = (u64, u64)> {
     words_of(range).flat_map(move |(word, mask)| {
-        let alone = if unit == 1 { 0 } else { mask };
+        let single = if unit == 1 { 0 } else { mask };
         let whole = (unit == 1).then_some((word, mask));
         let each = (0..WORD_BITS)
-            .filter(move |bit| alone >> bit & 1 == 1)
+            .filter(move |bit| single >> bit & 1 == 1)
             .map(move |bit| (word, 1 << bit));
         whole.into_iter().chain(each)
     })
 }
 
-/// The words that `range` touches, and its bits in each.
+/// The words that `range` touches, and the bits of the range in each.
 pub fn words_of(range: PageRange) -> impl Iterator<Item = (u64, u64)> {
     let words = if range.is_empty() {
         0..0
@@ -269,7 +271,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn what_is_owed_becomes_a_hole_and_nothing_else_does() {
+    fn missing_pages_become_holes_and_others_stay() {
         const PAGES: u64 = 600;
         for unit in [1, 4] {
             let memory = memory(&[PAGES, PAGES]);
@@ -307,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_is_cut_into_the_words_that_it_touches() {
+    fn range_is_split_into_words() {
         let words = |first, count| words_of(PageRange::new(first, count)).collect::<Vec<_>>();
         assert_eq!(words(60, 70), [(0, 0xf << 60), (1, u64::MAX), (2, 0b11)]);
         assert_eq!(words(128, 64), [(2, u64::MAX)]);
@@ -315,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_published_covers_the_host_page_that_somebody_is_at() {
+    fn published_word_covers_the_whole_host_page() {
         for unit in [1, 8, 64, 512] {
             let host_pages = BlockHostPages::empty(4096, unit * PAGE_SIZE).unwrap();
             for host_page in 0..4096 / unit {
@@ -327,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_owes_the_same_and_is_taken_by_itself() {
+    fn copy_is_equal_and_independent() {
         let memory = memory(&[1024, 512]);
         let missing = HostPageSet::empty(&memory, &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
         missing.add(0, 3, 0b101);
@@ -341,7 +343,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_added_is_taken_once_in_whole_host_pages(
+        fn added_pages_are_taken_once_in_whole_host_pages(
             shift in prop_oneof![Just(0u32), 1u32..5, 6u32..8],
             added in prop::collection::vec((0usize..2, 0u64..1024), 1..40),
             asked in prop::collection::vec((0usize..2, 0u64..1024, 1u64..300), 0..20),

@@ -484,10 +484,10 @@ impl MissingPages {
     }
 
     /// Drops the missing pages that were given back while a recorder ran.
-    pub fn drop_recorded(&self, noted: &RecordedDiscards) {
+    pub fn drop_recorded(&self, recorded: &RecordedDiscards) {
         for at in 0..self.requested.len() {
-            self.drop_whole_host_pages(at, noted.discarded(at));
-            self.drop_whole_host_pages(at, noted.freed(at));
+            self.drop_whole_host_pages(at, recorded.discarded(at));
+            self.drop_whole_host_pages(at, recorded.freed(at));
         }
     }
 

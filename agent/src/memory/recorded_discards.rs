@@ -1,17 +1,17 @@
-//! What the VMM gave back since a job began to listen.
+//! Recorded discards: the pages that the VMM has discarded or freed since a job started to record.
 //!
-//! A job that fills memory changes the marks of discards itself, so the marks do not tell it what
-//! the VMM said meanwhile; and a page that is freed has no mark at all. So each discard and each
-//! free also notes its pages here, if somebody listens. They are noted with
-//! [`GuestMemory::marking`] held, and before the fence: a worker that published its word first
-//! either sees the note, or is waited for.
+//! A job that fills memory changes the discard marks by itself, so the marks alone do not show what
+//! the VMM has discarded since. A freed page has no mark at all. So while a job records, each
+//! discard and each free also notes its pages here. It does so while it holds
+//! [`GuestMemory::marking`], and before it waits in the fence. So a worker that has published its
+//! word either sees the note, or the discard waits for this worker.
 
 use super::GuestMemory;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use std::sync::Arc;
 
-/// Pages that were given back, in the order of the memory's blocks.
+/// Pages that were discarded or freed, in the order of the memory's blocks.
 #[derive(Debug)]
 pub struct RecordedDiscards {
     discarded: Vec<MappedBitmap>,
@@ -30,14 +30,15 @@ impl RecordedDiscards {
         Ok(Self { discarded: bitmaps()?, freed: bitmaps()? })
     }
 
-    /// True if nothing of this block was given back.
+    /// True if no page of this block was discarded or freed.
     pub fn is_empty(&self, at: usize) -> bool {
         [&self.discarded[at], &self.freed[at]]
             .iter()
             .all(|pages| pages.next_set(pages.all()).is_none())
     }
 
-    /// Pages that were discarded: also those that were discarded before, and that did not stay so.
+    /// Pages that were discarded, including those that were discarded already before the recording,
+    /// and those that are not discarded any more.
     pub fn discarded(&self, at: usize) -> &MappedBitmap {
         &self.discarded[at]
     }
@@ -47,43 +48,43 @@ impl RecordedDiscards {
         &self.freed[at]
     }
 
-    /// What was said of the pages `range` until now does not count any more.
+    /// Forgets what was recorded of the pages `range`.
     pub fn forget(&self, at: usize, range: PageRange) {
         self.discarded[at].clear(range);
         self.freed[at].clear(range);
     }
 }
 
-/// Somebody listens; nobody any more on drop.
+/// A running recording. It ends on drop.
 #[derive(Debug)]
 pub struct DiscardRecorder {
     memory: Arc<GuestMemory>,
-    noted: Arc<RecordedDiscards>,
+    recorded: Arc<RecordedDiscards>,
 }
 
 impl DiscardRecorder {
-    /// From now on what is given back is noted. `now` runs at that moment: marks are set before it
-    /// or after it.
+    /// Starts to record. `now` runs at the same moment: the marks of each discard are set either
+    /// before `now` runs, or after it and recorded.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
     pub fn start(memory: &Arc<GuestMemory>, now: impl FnOnce()) -> Result<Self, MappingError> {
-        let noted = Arc::new(RecordedDiscards::none(memory)?);
+        let recorded = Arc::new(RecordedDiscards::none(memory)?);
         let marking = memory.marking.hold();
         now();
-        memory.set_recorded(Some(noted.clone()));
+        memory.set_recorded(Some(recorded.clone()));
         drop(marking);
-        Ok(Self { memory: memory.clone(), noted })
+        Ok(Self { memory: memory.clone(), recorded })
     }
 
-    /// What was given back.
+    /// What was recorded until now.
     pub fn recorded(&self) -> &RecordedDiscards {
-        &self.noted
+        &self.recorded
     }
 }
 
 impl Drop for DiscardRecorder {
     fn drop(&mut self) {
-        self.memory.clear_recorded(&self.noted);
+        self.memory.clear_recorded(&self.recorded);
     }
 }
