@@ -1,8 +1,8 @@
-//! The file under a block.
+//! The memory file of a block.
 //!
-//! Nothing here maps guest memory. Reading is `pread`: a hole reads as zero without being allocated
-//! (`never-populate`), a file that was truncated is a short read and not SIGBUS (`vmm-survives`),
-//! and no page fault is taken.
+//! The agent never maps guest memory here. It reads with `pread`: a hole reads as zero and is not
+//! allocated (`never-populate`), a truncated file is a short read instead of SIGBUS
+//! (`vmm-survives`), and there is no page fault.
 
 use super::extents::DataRuns;
 use pageferry_protocol::memory::file::{MemoryFile, MemoryFileError};
@@ -14,7 +14,7 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// A part of a file, checked.
+/// The checked part of a file that is the memory of a block.
 #[derive(Debug)]
 pub struct Backing {
     fd: OwnedFd,
@@ -23,32 +23,32 @@ pub struct Backing {
     file: MemoryFile,
 }
 
-/// Why a file cannot be, or is no longer, the memory of a block.
+/// Why a file cannot be the memory of a block, or cannot be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum BackingError {
-    /// It cannot be the memory of a block.
+    /// The file is not suitable.
     #[error(transparent)]
     File(#[from] MemoryFileError),
-    /// Reading or writing met the end of the file.
+    /// A read or write reached the end of the file.
     #[error("file was truncated: it ends before byte {end:#x} of the block")]
     Truncated {
-        /// Where the access would have ended, in bytes from the start of the block.
+        /// The end of the access, in bytes from the start of the block.
         end: u64,
     },
-    /// There is no huge page left.
+    /// The pool has no huge page left.
     #[error("no huge page of {} kB is free for byte {at:#x} of the block: raise {pool}/nr_hugepages", size >> 10)]
     NoHugePage {
-        /// Where, in bytes from the start of the block.
+        /// Where it is needed, in bytes from the start of the block.
         at: u64,
-        /// Bytes of a huge page.
+        /// Size of a huge page in bytes.
         size: u64,
-        /// Where the kernel shows the pool.
+        /// The folder in which the kernel shows the pool.
         pool: String,
     },
-    /// It cannot be placed into by a userfaultfd.
+    /// A userfaultfd cannot place pages into it.
     #[error("cannot place single pages")]
     Userfault {
-        /// What the kernel said.
+        /// The cause.
         #[source]
         source: UserfaultError,
     },
@@ -59,14 +59,14 @@ pub enum BackingError {
         what: &'static str,
         /// Where, in bytes from the start of the block.
         at: u64,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: Errno,
     },
 }
 
 impl Backing {
-    /// Checks that `length` bytes of `fd` from `offset` can be a block.
+    /// Checks that `length` bytes of `fd` from `offset` can be the memory of a block.
     ///
     /// # Errors
     /// What is wrong with the file.
@@ -75,27 +75,27 @@ impl Backing {
         Ok(Self { fd, offset, length, file })
     }
 
-    /// The same, taken for hugetlbfs with host pages of `size` bytes, of which a machine may have
-    /// none.
+    /// The same file, treated as hugetlbfs with host pages of `size` bytes: the machine that runs
+    /// the test may have no huge pages.
     #[cfg(test)]
     pub(crate) fn with_huge_pages(self, size: u64) -> Self {
         let file = MemoryFile { kind: BackingKind::Hugetlb, host_page_size: size, ..self.file };
         Self { file, ..self }
     }
 
-    /// What kind of file it is.
+    /// The kind of file.
     pub fn kind(&self) -> BackingKind {
         self.file.kind
     }
 
-    /// The allocation unit in bytes.
+    /// The size of a host page: the unit in which the file allocates, in bytes.
     pub fn host_page_size(&self) -> u64 {
         self.file.host_page_size
     }
 
-    /// Bytes that a write into a hole allocates now: more than a page where tmpfs hands out huge
-    /// pages, which it tells as `st_blksize`. That can change with a mount, and with the kernel's
-    /// setting for memfds.
+    /// How many bytes a write into a hole allocates at present. It is more than a page where tmpfs
+    /// hands out huge pages, which it reports as `st_blksize`. A remount can change that, and for
+    /// memfds a setting of the kernel.
     pub fn write_unit(&self) -> u64 {
         match self.file.kind {
             BackingKind::Shmem => {
@@ -110,23 +110,23 @@ impl Backing {
         self.file.sealed
     }
 
-    /// True unless the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`): then
-    /// no guest can come into it, since nothing can be written to it or freed in it.
+    /// True unless the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`). A
+    /// guest cannot be placed into a sealed file: nothing can be written or freed in it.
     pub fn is_writable(&self) -> bool {
         self.file.writable
     }
 
-    /// The number of pages of the block that are allocated: known only of a memfd or a file on
-    /// tmpfs, and only if the block is all of it.
+    /// The number of pages of the block that are allocated. Known only for a memfd or a file on
+    /// tmpfs, and only if the block is the whole file.
     pub fn exactly_allocated_pages(&self) -> Option<u64> {
         let stat = rustix::fs::fstat(&self.fd).ok()?;
         let is_all = self.offset == 0 && u64::try_from(stat.st_size) == Ok(self.length);
-        // The kernel counts in units of 512 bytes on every file system.
+        // On every file system, the kernel counts in units of 512 bytes.
         (self.kind() == BackingKind::Shmem && is_all)
             .then_some(stat.st_blocks as u64 * 512 / PAGE_SIZE)
     }
 
-    /// True if [`Backing::first_data`] tells holes from data page by page.
+    /// True if [`Backing::first_data`] reports holes page by page.
     pub fn tells_holes(&self) -> bool {
         self.file.kind == BackingKind::Shmem
     }
@@ -136,7 +136,7 @@ impl Backing {
         self.fd.as_fd()
     }
 
-    /// Where `byte` of the block lies in the file.
+    /// The place of `byte` of the block in the file.
     pub fn file_offset(&self, byte: u64) -> u64 {
         self.offset + byte
     }
@@ -178,8 +178,9 @@ impl Backing {
         Ok(())
     }
 
-    /// Writing past the end would make a truncated file grow again, with a guest that has lost its
-    /// mapping. A sealed file needs no look.
+    /// Checks that a write does not go past the end of the file. Such a write would make a
+    /// truncated file grow again, while the guest has lost its mapping. A sealed file needs no
+    /// check.
     fn check_size(&self, end: u64) -> Result<(), BackingError> {
         if self.file.sealed {
             return Ok(());
@@ -195,8 +196,8 @@ impl Backing {
         Ok(())
     }
 
-    /// Frees the host pages that lie wholly in `range`; returns what was freed, which may be less
-    /// than asked on large host pages.
+    /// Punches the host pages that lie completely in `range`. Returns the freed range, which may be
+    /// smaller than `range` on large host pages.
     ///
     /// # Errors
     /// If the kernel or the file system refuses.
@@ -228,9 +229,9 @@ impl Backing {
         }
     }
 
-    /// Makes a hole of all of it. Also where it seems to be one: what was reserved (`fallocate`)
-    /// and never written is told as a hole, and is there, so that a touch of it would not be
-    /// missed.
+    /// Makes all of the block a hole. The kernel is asked even for what looks like a hole: pages
+    /// that were reserved (`fallocate`) and never written are reported as holes, but they exist, so
+    /// a touch of one would not be a missing fault.
     ///
     /// # Errors
     /// If the kernel or the file system refuses.
@@ -238,8 +239,8 @@ impl Backing {
         self.punch(PageRange::new(0, self.length / PAGE_SIZE)).map(|_| ())
     }
 
-    /// The first page in `range` that may be allocated; `None` if all of it is a hole. Where the
-    /// file does not tell its holes this is the first of `range`.
+    /// The first page in `range` that may be allocated. `None` if all of `range` is a hole. If the
+    /// file does not report its holes, this is the first page of `range`.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -254,7 +255,8 @@ impl Backing {
         match rustix::fs::seek(&self.fd, SeekFrom::Data(start)) {
             Ok(data) if data < start + range.bytes() => Ok(Some((data - self.offset) / PAGE_SIZE)),
             Ok(_) => Ok(None),
-            // No data from here to the end of the file; which must not have come nearer.
+            // No data from here to the end of the file. The file must not have become shorter than
+            // the range.
             Err(Errno::NXIO) => {
                 self.check_size(range.end().min(self.length / PAGE_SIZE) * PAGE_SIZE).map(|()| None)
             }
@@ -263,8 +265,8 @@ impl Backing {
         }
     }
 
-    /// The first page of `range` that is a hole, or its end. The kernel looks at every page before
-    /// it, also at those after `range`: only for where a hole is near.
+    /// The first page of `range` that is a hole, or its end. The kernel looks at all pages until
+    /// the next hole, even beyond `range`, so call this only if a hole is near.
     pub(super) fn first_hole(&self, range: PageRange) -> Result<u64, BackingError> {
         match rustix::fs::seek(&self.fd, SeekFrom::Hole(self.offset + range.offset())) {
             Ok(hole) => Ok(((hole - self.offset) / PAGE_SIZE).clamp(range.first, range.end())),
@@ -273,8 +275,8 @@ impl Backing {
         }
     }
 
-    /// About how many pages are allocated: those of the whole file, of which the block may be a
-    /// part.
+    /// About how many pages are allocated. Counts the whole file, even if the block is a part of
+    /// it.
     pub fn allocated_pages(&self) -> u64 {
         let blocks = rustix::fs::fstat(&self.fd)
             .map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0));
@@ -308,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_holes_allocates_nothing_and_a_truncated_file_is_an_error() {
+    fn holes_stay_holes_and_truncation_is_an_error() {
         let fd = memfd(8);
         let copy = fd.try_clone().unwrap();
         let backing = Backing::new(fd, PAGE_SIZE, 7 * PAGE_SIZE).unwrap();

@@ -1,10 +1,10 @@
-//! Survives a file that shrinks under a mapping (`vmm-survives`).
+//! The SIGBUS guard: survives a file that shrinks under a mapping (`vmm-survives`).
 //!
-//! The agent maps files that belong to the VMM: the dirty log, discard bitmaps, host pages of
-//! hugetlbfs. If the VMM truncates one, the next access is SIGBUS. The handler here puts zero pages
-//! in the place of a guarded mapping and notes that it was lost; whoever uses the mapping asks
-//! [`GuardedRange::was_lost`] before trusting what it read. SIGBUS anywhere else ends the process
-//! as before.
+//! The agent maps files that belong to the VMM: the dirty log, discard bitmaps, the fence word, and
+//! host pages on hugetlbfs. If the VMM truncates such a file, the next access raises SIGBUS. Then
+//! the handler here replaces the guarded mapping by zero pages and notes that it was lost. The
+//! users of a mapping ask [`GuardedRange::was_lost`] before they trust what they have read. SIGBUS
+//! at any other address ends the process, as it does without the guard.
 #![allow(unsafe_code)]
 
 use pageferry_protocol::shm::MappedWords;
@@ -14,11 +14,12 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use vmm_sys_util::signal::register_signal_handler;
 
-/// Room for the log, all blocks twice (an old and a new session), and the windows of all streams.
+/// Enough for the log, all blocks twice (for an old and a new session), and the windows of all
+/// streams.
 const MAX_RANGES: usize = 2048;
 const SIGBUS: i32 = rustix::process::Signal::BUS.as_raw();
 
-/// A guarded range. `end` is 0 where the entry is free, and is written last.
+/// The entry of a guarded range. `end` is written last, and is 0 while the entry is free.
 struct Entry {
     taken: AtomicBool,
     start: AtomicUsize,
@@ -47,8 +48,8 @@ impl GuardedRange {
         Self::new(words.address_range())
     }
 
-    /// Guards the mapping at `addresses`. If there is no room left, which takes thousands of
-    /// mappings, it stays unguarded.
+    /// Guards the mapping at `addresses`. If all entries are in use, which takes thousands of
+    /// mappings, the mapping stays unguarded.
     pub(super) fn new(addresses: Range<usize>) -> Self {
         static INSTALL: Once = Once::new();
         INSTALL.call_once(|| {
@@ -63,12 +64,14 @@ impl GuardedRange {
                 ENTRIES[index].start.store(addresses.start, Ordering::Relaxed);
                 ENTRIES[index].end.store(addresses.end, Ordering::Release);
             }
-            None => log::warn!("more than {MAX_RANGES} mappings: one stays unguarded"),
+            None => log::warn!(
+                "more than {MAX_RANGES} mappings: one mapping is not guarded against truncation"
+            ),
         }
         Self { entry }
     }
 
-    /// True if the file was truncated and zero pages stand in its place.
+    /// True if the file was truncated. Zero pages are in its place then.
     pub fn was_lost(&self) -> bool {
         self.entry.is_some_and(|index| ENTRIES[index].lost.load(Ordering::Acquire))
     }
@@ -98,9 +101,9 @@ extern "C" fn on_sigbus(
         }
         entry.lost.store(true, Ordering::Release);
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
-        // SAFETY: the range is a mapping of ours, which its owner keeps for as long as it is
-        // registered, and whose content is gone. Its users reach it by atomics or copies only, to
-        // which zero is a valid value.
+        // SAFETY: the range is a mapping of this process, which its owner keeps as long as it is
+        // guarded, and its content is lost. Its users access it only by atomics or copies, and zero
+        // is a valid value for both.
         let replaced = unsafe {
             mmap_anonymous(start as *mut _, end - start, ProtFlags::READ | ProtFlags::WRITE, flags)
         };
@@ -118,7 +121,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     #[test]
-    fn a_truncated_file_reads_as_zero_and_is_reported() {
+    fn truncated_file_reads_as_zero_and_is_reported() {
         let fd = rustix::fs::memfd_create("bitmap", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, 8192).unwrap();
         let bitmap = MappedBitmap::shared(fd.as_fd(), 8192 * 8).unwrap();
@@ -130,9 +133,10 @@ mod tests {
         assert!(guard.was_lost());
     }
 
-    /// A walk over a large bitmap asks the file for its holes: what was cut off is none.
+    /// A walk over a large bitmap asks the file for its holes. A truncated part must not count as a
+    /// hole.
     #[test]
-    fn a_file_whose_holes_are_asked_for_is_reported_when_it_is_walked() {
+    fn truncated_sparse_bitmap_is_reported_by_a_walk() {
         let fd = rustix::fs::memfd_create("bitmap", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, 8192).unwrap();
         let bitmap = MappedBitmap::shared_sparse(fd.try_clone().unwrap(), 8192 * 8).unwrap();

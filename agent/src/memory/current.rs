@@ -1,11 +1,11 @@
-//! Whether this agent still acts for its VMM.
+//! Whether this agent is still the current one of its VMM.
 //!
-//! The VMM says so in the fence word (see [`pageferry_protocol::shm::fence`]). Who looks at it, and
-//! when: whoever takes bits of the dirty log, protects pages, changes guest memory for a job or at
-//! the VMM's request, sends the commit, or gives an image its name, right before it does. A look
-//! is one load from memory.
+//! The VMM says so in the fence word (see [`pageferry_protocol::shm::fence`]). A thread checks the
+//! word right before it takes bits of the dirty log, protects pages, changes guest memory for a job
+//! or at the VMM's request, sends the commit, or gives an image its name. A check is one load from
+//! memory.
 //!
-//! A VMM without a fence word, such as a stock vhost-user front-end, has one agent, which is
+//! A VMM without a fence word, such as a stock vhost-user front-end, has only one agent, which is
 //! always the current one.
 
 use super::bus_guard::GuardedRange;
@@ -19,14 +19,14 @@ pub struct CurrentAgent(Option<Fence>);
 
 #[derive(Debug)]
 struct Fence {
-    // Before the mapping, so that it is dropped before it. A file that is cut off reads as zero:
+    // Before the mapping, so that the guard is dropped first. A truncated file reads as zero, and
     // then no agent is the current one.
     _guard: GuardedRange,
     view: FenceView,
 }
 
 impl CurrentAgent {
-    /// This agent has this number in the word that lies in `fd`.
+    /// The fence word is in `fd`, and this agent has the number `number`.
     ///
     /// # Errors
     /// If the file is too short or cannot be mapped.
@@ -40,10 +40,10 @@ impl CurrentAgent {
         self.0.is_some()
     }
 
-    /// Goes on if the VMM has not given this agent up.
+    /// Checks that the VMM has not given this agent up.
     ///
     /// # Errors
-    /// If it has.
+    /// If the VMM has given it up.
     #[inline]
     pub fn check(&self) -> Result<(), Replaced> {
         self.0.as_ref().map_or(Ok(()), |fence| fence.view.check())
@@ -59,7 +59,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     #[test]
-    fn without_a_word_the_agent_is_always_current_and_with_one_until_its_file_is_cut_off() {
+    fn agent_is_current_without_a_word_or_while_the_word_says_so() {
         assert_eq!(CurrentAgent::default().check(), Ok(()));
         let fd = memfd_create("fence", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&fd, FENCE_BYTES).unwrap();

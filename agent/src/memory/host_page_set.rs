@@ -376,12 +376,16 @@ mod tests {
                 });
                 let whole = missing.block(at).pages(host_pages);
                 let expected: BTreeSet<_> =
-                    (whole.first..whole.end()).map(|page| (at, page)).filter(|page| model.remove(page)).collect();
+                    (whole.first..whole.end())
+                        .map(|page| (at, page))
+                        .filter(|page| model.remove(page))
+                        .collect();
                 prop_assert_eq!(taken, expected);
                 prop_assert_eq!(missing.remaining_pages(), model.len() as u64);
                 let (at, from) = (at, host_pages.end());
                 let next = missing.next_from(at, from).map(|(at, page)| (at, page * unit));
-                let after = model.range((at, from * unit)..).next().or_else(|| model.iter().next()).copied();
+                let after = model.range((at, from * unit)..).next();
+                let after = after.or_else(|| model.iter().next()).copied();
                 prop_assert_eq!(next, after);
             }
         }

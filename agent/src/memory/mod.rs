@@ -1,33 +1,41 @@
-//! The guest's memory as the agent holds it.
+//! The guest's memory, as the agent sees it.
 //!
-//! - [`backing`]: the file under a block: checked once, then only read, written and punched by
-//!   offset, never read or written by a mapping;
-//! - [`current`]: whether this agent still acts for its VMM;
-//! - [`extents`]: walking over what may be allocated in it;
-//! - [`block`]: a block with its bitmaps;
-//! - [`fence`]: keeps discards away from what a worker is reading (`never-read` and
+//! Blocks and what they are made of:
+//!
+//! - [`backing`]: the memory file of a block. It is checked once, and then read, written and
+//!   punched by offset, never through a mapping;
+//! - [`extents`]: finds the pages of a file that may be allocated;
+//! - [`block`]: a block with its bitmaps, and the set of all blocks;
+//! - [`mappings`]: the addresses at which the VMM has mapped the blocks;
+//! - [`host_page_set`]: sets of host pages from which threads take pages;
+//! - [`current`]: whether this agent is still the current one of its VMM.
+//!
+//! Discards and their order with readers:
+//!
+//! - [`fence`]: keeps discards away from pages that a worker is reading (`never-read` and
 //!   `clear-then-read`);
-//! - [`discard`]: discarding and populating (`never-read`, `discard-cannot-fail` and
-//!   `round-safely`);
-//! - [`freed`]: the other kind of discard: memory that the guest frees, and uses again without a
-//!   word;
-//! - [`recorded_discards`]: what the VMM gave back while a job fills the memory;
-//! - [`marking`]: what comes first, the marks of a discard or the instant of a snapshot;
-//! - [`host_page_set`]: what a guest in postcopy is missing, in host pages;
-//! - [`mappings`]: where the VMM has it mapped;
-//! - [`copy_before_write`]: a guest's memory as it was at one instant, while it is saved and the
-//!   guest runs on: writes and discards meanwhile;
-//! - [`cursor`]: which of it comes next: near the last fault, in small pieces; far from it, in
-//!   large ones;
-//! - [`capture_steps`]: how all who capture a page, write to it or free it agree;
-//! - [`fault_steps`]: how a fault and whoever takes its page agree on who answers;
-//! - [`missing_pages`]: the memory of a guest that runs before it is here: faults, placing, and
-//!   discards meanwhile;
-//! - [`pool`]: huge pages for a guest that runs before its memory is here;
-//! - [`runs`]: runs of pages that lie near each other, made one;
-//! - [`zero`]: finding zero pages;
-//! - [`huge`]: writing to hugetlbfs, which only a mapping can;
-//! - [`small_pages`]: placing on a tmpfs that would allocate huge pages for it;
+//! - [`discard`]: discard and populate (`never-read`, `discard-cannot-fail` and `round-safely`);
+//! - [`freed`]: memory that the guest frees and uses again without notice;
+//! - [`recorded_discards`]: what the VMM has discarded and freed while a job fills the memory;
+//! - [`marking`]: orders the marks of discards against the instant of a snapshot.
+//!
+//! Snapshots, postcopy and lazy restore:
+//!
+//! - [`copy_before_write`]: saves the guest's memory as it was at one instant, while the guest
+//!   runs;
+//! - [`capture_steps`]: the steps by which captures, writes and discards of a page agree;
+//! - [`missing_pages`]: the memory of a guest that runs before all of it has arrived;
+//! - [`fault_steps`]: the steps by which a fault and an arrival or discard agree on who answers;
+//! - [`cursor`]: which pages the workers take next: small pieces after the last fault, larger ones
+//!   while there is no fault;
+//! - [`pool`]: reserves huge pages before the guest runs.
+//!
+//! Reading and writing pages:
+//!
+//! - [`runs`]: joins runs of pages that lie near each other;
+//! - [`zero`]: finds zero pages;
+//! - [`huge`]: writes to hugetlbfs, which needs a mapping;
+//! - [`small_pages`]: places single pages on a tmpfs that hands out huge pages;
 //! - [`bus_guard`]: survives a file that shrinks under a mapping (`vmm-survives`).
 
 pub mod backing;
@@ -58,8 +66,8 @@ pub mod zero;
 pub use backing::{Backing, BackingError};
 pub use block::{Block, GuestMemory};
 
-// `fence.rs`, `claims.rs` and those that build on them take these from their parent, so that the
-// model checker can put its own in their place.
+// `fence.rs`, `marking.rs`, `fault_steps.rs` and `capture_steps.rs` import these from their parent,
+// so that the model checker can use its own versions.
 use pageferry_protocol::shm::bitmap;
 mod sync {
     pub(super) use std::sync::atomic::{AtomicU64, Ordering, fence};
