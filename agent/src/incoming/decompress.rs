@@ -1,8 +1,8 @@
-//! Compressed pages, one stream's part.
+//! Decompression of the pages of one stream.
 //!
-//! What comes out is bounded by the page count of the record, which its header was checked for,
-//! whatever the payload claims: the buffer is exactly as large as the pages, and what would not fit
-//! is an error.
+//! The output is bounded by the page count of the record, whatever the payload claims. The header
+//! was checked before, so the count is at most [`MAX_DATA_PAGES`]. The decompressor writes into a
+//! buffer that is exactly as large as the pages, and a payload that holds more is an error.
 
 use crate::job::JobError;
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -14,38 +14,38 @@ use std::fmt;
 /// Why a compressed record is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DecompressError {
-    /// The flag was not negotiated.
+    /// The compression of the record was not negotiated.
     #[error("flag {flag:#x}, {method}, was not negotiated on this stream")]
     NotNegotiated {
-        /// The flag.
+        /// The flag of the record.
         flag: u16,
-        /// What it stands for.
+        /// The compression that it stands for.
         method: &'static str,
     },
-    /// Fewer bytes than the pages have.
+    /// The payload holds fewer bytes than the pages.
     #[error("{length:#x} bytes of {method} hold {found:#x} bytes, expected {expected:#x}")]
     Short {
-        /// What the payload is said to be.
+        /// The compression.
         method: &'static str,
         /// Length of the payload in bytes.
         length: usize,
-        /// What came out of it.
+        /// Bytes that came out of it.
         found: usize,
-        /// What the pages have.
+        /// Bytes of the pages.
         expected: usize,
     },
-    /// More bytes than the pages have, or garbage.
+    /// The payload holds more bytes than the pages, or is malformed.
     #[error(
         "{length:#x} bytes of {method} cannot be decompressed to {expected:#x} bytes: {reason}"
     )]
     Broken {
-        /// What the payload is said to be.
+        /// The compression.
         method: &'static str,
         /// Length of the payload in bytes.
         length: usize,
-        /// What the pages have.
+        /// Bytes of the pages.
         expected: usize,
-        /// What the decompressor says.
+        /// The error of the decompressor.
         reason: String,
     },
 }
@@ -53,26 +53,26 @@ pub enum DecompressError {
 /// Decompresses the records of one stream.
 #[derive(Default)]
 pub struct Decompressor {
-    /// What was negotiated.
+    /// The features that were negotiated.
     features: u64,
-    /// Comes with the first compressed record, and grows with the largest.
+    /// Allocated by the first compressed record, and grown by larger ones.
     buffer: Vec<u8>,
-    /// Comes with the first record that needs it.
+    /// Created by the first record that is compressed with Zstandard.
     zstd: Option<zstd::bulk::Decompressor<'static>>,
 }
 
 impl Decompressor {
-    /// For a stream on which `features` were negotiated. It takes no memory before the first
-    /// compressed record.
+    /// A decompressor for a stream on which `features` were negotiated. It allocates nothing before
+    /// the first compressed record.
     pub fn new(features: u64) -> Self {
         Self { features, ..Self::default() }
     }
 
-    /// The content of the pages of a record with a checked header that has one of the flags for
+    /// Decompresses the payload of a record. The header was checked, and has one of the flags for
     /// compression.
     ///
     /// # Errors
-    /// If it was not negotiated, or the payload does not hold exactly these pages.
+    /// If the compression was not negotiated, or the payload does not hold exactly these pages.
     pub fn unpack(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<&[u8], JobError> {
         let range = header.range();
         let failed = |source| JobError::Compressed {
@@ -102,13 +102,12 @@ impl Decompressor {
             lz4_flex::block::decompress_into(payload, pages)
                 .map_err(|error| broken(error.to_string()))?
         } else {
-            let context =
-                match &mut self.zstd {
-                    Some(context) => context,
-                    none => none.insert(zstd::bulk::Decompressor::new().map_err(|source| {
-                        JobError::Io { what: "make a zstd decompressor", source }
-                    })?),
-                };
+            let context = match &mut self.zstd {
+                Some(context) => context,
+                none => none.insert(zstd::bulk::Decompressor::new().map_err(|source| {
+                    JobError::Io { what: "create a zstd decompressor", source }
+                })?),
+            };
             context
                 .decompress_to_buffer(payload, pages)
                 .map_err(|error| broken(error.to_string()))?
@@ -159,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn too_much_too_little_and_garbage_are_told_apart_and_bounded() {
+    fn too_long_too_short_and_malformed_payloads_are_refused() {
         for (flag, method) in [(FLAG_LZ4, "lz4"), (FLAG_ZSTD, "zstd")] {
             let short = refused(flag, 2, &pack(flag, &[7; 8191]));
             assert!(short.contains("pages 0x9 + 0x2 of block 3"), "{short}");
@@ -167,7 +166,7 @@ mod tests {
                 short.contains(&format!("of {method} hold 0x1fff bytes, expected 0x2000")),
                 "{short}"
             );
-            // 64 MiB in few bytes.
+            // The last one is 64 MiB in few bytes.
             for much in [4097, 8192, 64 << 20] {
                 let bomb = refused(flag, 1, &pack(flag, &vec![7; much]));
                 assert!(
@@ -183,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_negotiated_is_refused_by_name_and_costs_no_memory() {
+    fn compression_that_was_not_negotiated_is_refused() {
         for (flag, features, words) in [
             (FLAG_LZ4, FEATURE_ZSTD, "flag 0x2, lz4, was not negotiated"),
             (FLAG_ZSTD, FEATURE_LZ4, "flag 0x4, zstd, was not negotiated"),
@@ -198,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_after_a_broken_one_is_right() {
+    fn a_good_record_after_a_broken_one_is_right() {
         let mut decompressor = Decompressor::new(FEATURES);
         for flag in [FLAG_LZ4, FLAG_ZSTD] {
             let good = pack(flag, &[5; 12288]);
@@ -209,13 +208,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_payload_makes_it_panic(
+        fn no_payload_causes_a_panic(
             payload in prop::collection::vec(any::<u8>(), 1..300), at in any::<prop::sample::Index>(), byte in any::<u8>(),
         ) {
             let mut decompressor = Decompressor::new(FEATURES);
             for flag in [FLAG_LZ4, FLAG_ZSTD] {
                 let _ = decompressor.unpack(&header(flag, 1, &payload), &payload);
-                // One that was right but for a byte.
+                // A valid payload with one wrong byte.
                 let mut close = pack(flag, &payload.repeat(4096 / payload.len() + 1)[..4096]);
                 let at = at.index(close.len());
                 close[at] = byte;

@@ -1,23 +1,27 @@
-//! Pages into the files.
+//! Placing pages into the files of the guest's memory.
 //!
 //! The destination starts from holes, and a page is allocated only when its content comes
-//! (`never-populate`). A page that turns zero or is discarded afterwards becomes a hole again
-//! (`same-memory`). `received` says which pages may hold something: a zero or a discard of any
-//! other page costs nothing.
+//! (`never-populate`). A page that turns zero or is discarded later becomes a hole again
+//! (`same-memory`). The bitmap `received` has the pages that may hold content. A zero or a discard
+//! of any other page needs no system call.
 //!
-//! Where a write would allocate more than it writes, pages are placed one by one; see
+//! # Huge pages
+//!
+//! Where a write would allocate more than it writes, pages are placed one by one: see
 //! [`crate::memory::small_pages`].
 //!
-//! On host pages larger than a page, several pages share one allocation: it is freed when none of
-//! them holds anything, and a part of it is zeroed by writing. There a lock per block keeps one
-//! stream from freeing what another is just filling; on small pages nothing is shared and there is
-//! no lock.
+//! If a host page is larger than a page (hugetlbfs), several pages share one allocation. The host
+//! page is freed when none of its pages holds content any more. A part of it is made zero by
+//! writing. A lock for each block keeps one stream from freeing a host page that another stream is
+//! filling. Other memory shares nothing and needs no lock.
 //!
-//! The VMM may discard or free meanwhile. Whoever places holds
+//! # Discards while pages are placed
+//!
+//! The VMM may discard or free pages at any time. A thread that places pages holds
 //! [`GuestMemory::placing`](crate::memory::GuestMemory::placing) from before the write until the
-//! marks are set, and whoever gives back keeps that out: so what comes last holds. A page that
-//! came, and was then given back, is a hole; one that was given back, and then comes, is what came.
-//! It is never the hole of the one with the marks of the other.
+//! marks are set, and a discard or free excludes all such threads. So the later of the two decides.
+//! A page that is placed and then given back is a hole. A page that is given back and then placed
+//! has its content. It never becomes a hole whose marks say that it was placed, or the reverse.
 
 use crate::job::{Job, JobError, add};
 use crate::memory::backing::BackingKind;
@@ -35,39 +39,42 @@ use pageferry_protocol::stream::payload::decode_bitmap;
 use pageferry_protocol::stream::record::FLAG_STRAY;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Places pages for all streams at once.
+/// Places the pages that all streams receive.
 #[derive(Debug)]
 pub struct Placer<'a> {
     job: &'a Arc<Job>,
     blocks: Vec<Target>,
-    /// What is to come after the guest runs.
+    /// The host pages that come after the guest runs (postcopy).
     missing: HostPageSet,
-    /// What the VMM gave back since it was announced.
+    /// What the VMM gave back since it was announced as missing.
     given_back: DiscardRecorder,
 }
 
-/// What is to come after the guest runs.
+/// The pages that come after the guest runs (postcopy).
 #[derive(Debug)]
 pub struct Remaining {
-    /// These pages.
+    /// The host pages that are missing.
     pub missing: HostPageSet,
-    /// But for what the VMM gave back since they were announced.
+    /// What the VMM gave back since then: it need not come.
     pub given_back: DiscardRecorder,
-    /// The number of pages that came, of each block.
+    /// For each block, the number of pages that were received and hold content.
     came: Vec<u64>,
 }
 
 impl Remaining {
-    /// Makes holes of what is missing and holds something. Whoever looked at a page since it was
-    /// punched and before missing pages are waited for made a page of zeroes there, which nobody
-    /// would miss.
+    /// Makes holes of missing pages that hold something. To be called right after the mappings were
+    /// registered for missing faults.
     ///
-    /// The guest is paused meanwhile, and to look at each run that is missing costs 0.1 s for
-    /// 100,000 of them. So a file that has as many pages as came is not looked at, unless the VMM
-    /// gave something back: then a page more and a page less would be the same number.
+    /// Between the punch and the registration the VMM may have touched a missing page. The kernel
+    /// then allocated a page of zeroes, and the guest would read it and never fault.
+    ///
+    /// The guest is paused during this call, and looking at the file costs 0.1 s for 100,000 runs
+    /// of missing pages. So a file is skipped if it has exactly as many pages as came. If the VMM
+    /// gave pages back, that comparison proves nothing, since one page more and one page less give
+    /// the same number. Such a file is always looked at.
     ///
     /// # Errors
-    /// If a file cannot be asked, or not be punched.
+    /// If a file cannot be examined or punched.
     pub fn make_holes(&self, memory: &GuestMemory) -> Result<(), JobError> {
         for (at, block) in memory.blocks().iter().enumerate() {
             let is_as_it_came = block.backing.exactly_allocated_pages() == Some(self.came[at]);
@@ -82,16 +89,16 @@ impl Remaining {
 
 #[derive(Debug)]
 struct Target {
-    /// Pages that may hold something.
+    /// Pages that may hold content.
     received: MappedBitmap,
-    /// The host page mapped last; hugetlbfs only.
+    /// The host page that was mapped last; only on hugetlbfs.
     window: Mutex<Option<HugeWindow>>,
-    /// Where a write would allocate more than it writes.
+    /// `Some` if a write would allocate more than it writes.
     small_pages: Option<SmallPages>,
 }
 
 impl<'a> Placer<'a> {
-    /// Makes all memory holes, and all of it populated.
+    /// Makes holes of all memory, and marks all of it as populated.
     pub fn prepare(job: &'a Arc<Job>) -> Result<Self, JobError> {
         let given_back = DiscardRecorder::start(&job.memory, || ())?;
         let mut blocks = Vec::new();
@@ -99,8 +106,9 @@ impl<'a> Placer<'a> {
         for (block, small_pages) in job.memory.blocks().iter().zip(small_pages) {
             job.check()?;
             let failed = |source| JobError::Backing { id: block.geometry.id, source };
-            // In this order: what the VMM discards from now on stays marked. A large block takes
-            // seconds to empty, and a discard must not wait for that.
+            // The marks are cleared first, so that what the VMM discards from now on stays marked.
+            // The lock is released before the punch: emptying a large block takes seconds, and a
+            // discard must not wait for that.
             {
                 let _placing = job.memory.placing();
                 block.discarded.clear(block.all());
@@ -114,15 +122,15 @@ impl<'a> Placer<'a> {
         Ok(Self { job, blocks, missing: HostPageSet::empty(&job.memory, &host_pages)?, given_back })
     }
 
-    /// What is to come after the guest runs.
+    /// The pages that come after the guest runs.
     pub fn into_remaining(self) -> Remaining {
         let came =
             self.blocks.iter().map(|target| target.received.count(target.received.all())).collect();
         Remaining { missing: self.missing, given_back: self.given_back, came }
     }
 
-    /// All streams have ended a pass, and none has begun the next: frees what was allocated with
-    /// huge pages and does not hold anything.
+    /// Ends a pass: frees pages that were allocated as part of a huge page and hold no content. All
+    /// streams have ended the pass, and none has begun the next.
     ///
     /// # Errors
     /// If a file cannot be punched.
@@ -136,14 +144,14 @@ impl<'a> Placer<'a> {
         Ok(())
     }
 
-    /// The block of a record, with its index.
+    /// The block of a record, and its index.
     ///
     /// # Errors
-    /// If there is none, or the record's pages are not in it.
+    /// If there is no such block, or the pages of the record are not in it.
     pub fn block_of(
         &self, header: &RecordHeader, range: PageRange,
     ) -> Result<(usize, &'a Block), JobError> {
-        // Whoever has this memory now does not expect anything from here.
+        // If the VMM has another agent now, this one must not write to its memory.
         self.job.memory.current.check()?;
         let id = header.block();
         let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
@@ -154,7 +162,7 @@ impl<'a> Placer<'a> {
         Ok((at, block))
     }
 
-    /// Places the content of pages.
+    /// Writes the content of pages.
     ///
     /// # Errors
     /// If the pages do not exist, or the file cannot be written.
@@ -180,7 +188,8 @@ impl<'a> Placer<'a> {
         Ok(())
     }
 
-    /// What came is populated, unless it is a stray write into what stays discarded.
+    /// Marks pages that came as populated, or as discarded if the record says that the guest wrote
+    /// into a discarded page (a stray write).
     fn mark(&self, header: &RecordHeader, block: &Block) {
         let range = header.range();
         if header.flags() & FLAG_STRAY == 0 {
@@ -191,7 +200,7 @@ impl<'a> Placer<'a> {
         }
     }
 
-    /// Makes pages zero.
+    /// Makes pages zero: holes that are populated.
     ///
     /// # Errors
     /// If the pages do not exist, or the file cannot be punched.
@@ -205,7 +214,7 @@ impl<'a> Placer<'a> {
         Ok(())
     }
 
-    /// Makes pages discarded.
+    /// Makes pages discarded: holes that are marked.
     ///
     /// # Errors
     /// If the file cannot be punched.
@@ -217,7 +226,8 @@ impl<'a> Placer<'a> {
         Ok(())
     }
 
-    /// Makes holes of pages that are still to come, sent before or not. Returns how many they are.
+    /// Notes pages that come after the guest runs, and makes holes of them, also if they were sent
+    /// before. Returns their number.
     ///
     /// # Errors
     /// If the bitmap is malformed, or the file cannot be punched.
@@ -249,8 +259,9 @@ impl<'a> Placer<'a> {
     ) -> Result<(), JobError> {
         let _placing = self.job.memory.placing();
         self.given_back.recorded().forget(at, run);
-        // What comes is populated, unless it comes along with what is, or was written after its
-        // discard, of which no other record tells.
+        // The pages are populated, with two exceptions that carry the stray flag: a discarded page
+        // that comes because another page of its host page comes, and a page that was written after
+        // its discard. No other record says that these pages are discarded.
         if header.flags() & FLAG_STRAY == 0 {
             block.discarded.clear(run);
         } else {
@@ -259,7 +270,8 @@ impl<'a> Placer<'a> {
         self.empty(at, block, run)
     }
 
-    /// Makes holes of those pages of `range` that hold something.
+    /// Makes those pages of `range` zero that hold content. It punches them, or writes zeroes if
+    /// their host page holds other content, too.
     fn empty(&self, at: usize, block: &Block, range: PageRange) -> Result<(), JobError> {
         let target = &self.blocks[at];
         let emptied = if block.backing.host_page_size() == PAGE_SIZE {
@@ -294,7 +306,7 @@ fn empty_huge(
         let part = host_page.intersection(&range);
         received.clear(part);
         if received.next_set(host_page).is_none() {
-            // The window would keep the page.
+            // While the window is mapped, the file would keep the page.
             *window = None;
             block.backing.punch(host_page)?;
         } else {

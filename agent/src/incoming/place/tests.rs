@@ -8,7 +8,7 @@ use pageferry_protocol::stream::Kind;
 use std::thread::yield_now;
 
 const PAGES: u64 = 64;
-/// The page that this is about.
+/// The page that the tests place and give back.
 const PAGE: PageRange = PageRange::new(5, 1);
 
 fn memory() -> Arc<GuestMemory> {
@@ -40,10 +40,10 @@ fn given_back() -> [BlockRange; 1] {
     [BlockRange { block: 7, offset: PAGE.offset(), length: PAGE.bytes() }]
 }
 
-/// A discard has set its marks and not punched yet: what comes waits, or its content would be gone
-/// and its marks would stay.
+/// A discard has set its marks and has not punched yet. A page that comes must wait: the punch
+/// would remove its content, and its marks would stay.
 #[test]
-fn nothing_that_comes_is_placed_between_the_marks_and_the_punch_of_a_discard() {
+fn placing_waits_between_the_marks_and_the_punch_of_a_discard() {
     type Place = fn(&Placer<'_>, &Block);
     let ways: [Place; 4] = [
         |placer, _| {
@@ -81,9 +81,9 @@ fn nothing_that_comes_is_placed_between_the_marks_and_the_punch_of_a_discard() {
     }
 }
 
-/// The same window from the other side: what came is written, and its marks are not set yet.
+/// The same from the other side: a page is written, and its marks are not set yet.
 #[test]
-fn nothing_is_given_back_between_the_write_and_the_marks_of_what_came() {
+fn discards_and_frees_wait_between_a_write_and_its_marks() {
     for frees in [false, true] {
         let memory = memory();
         let block = &memory.blocks()[0];
@@ -107,7 +107,7 @@ fn nothing_is_given_back_between_the_write_and_the_marks_of_what_came() {
 }
 
 #[test]
-fn what_is_given_back_after_it_was_announced_as_remaining_need_not_come() {
+fn pages_given_back_after_the_announcement_need_not_come() {
     let memory = memory();
     let job = job(&memory);
     let placer = Placer::prepare(&job).unwrap();
@@ -130,9 +130,9 @@ fn what_is_given_back_after_it_was_announced_as_remaining_need_not_come() {
     );
 }
 
-/// What is missing is a hole, whatever was looked at, and however many pages the file has.
+/// A missing page is a hole, even if the VMM touched it, and even if the number of pages is right.
 #[test]
-fn what_is_owed_is_a_hole_also_if_the_file_has_as_many_pages_as_came() {
+fn missing_pages_are_punched_whatever_the_file_holds() {
     for (touched, given) in
         [(&[][..], false), (&[2][..], false), (&[2, 3], false), (&[2][..], true)]
     {
@@ -149,7 +149,7 @@ fn what_is_owed_is_a_hole_also_if_the_file_has_as_many_pages_as_came() {
             block.backing.write(page * PAGE_SIZE, &[0]).unwrap();
         }
         if given {
-            // One page less, so there are as many as came.
+            // This takes one page away, so the file has as many pages as came.
             memory.free(&given_back()).unwrap();
         }
         placer.into_remaining().make_holes(&memory).unwrap();
@@ -159,9 +159,9 @@ fn what_is_owed_is_a_hole_also_if_the_file_has_as_many_pages_as_came() {
     }
 }
 
-/// Pages of a host page share one allocation: it is freed with the last of them, and not before.
+/// The pages of a host page share one allocation, which must be freed with the last of them.
 #[test]
-fn a_host_page_is_a_hole_again_when_none_of_its_pages_holds_anything() {
+fn a_host_page_is_freed_with_the_last_of_its_pages() {
     const UNIT: u64 = 8;
     let memory = memory_on(|backing| backing.with_huge_pages(UNIT * PAGE_SIZE));
     let job = job(&memory);
@@ -184,7 +184,7 @@ fn a_host_page_is_a_hole_again_when_none_of_its_pages_holds_anything() {
         (0..PAGES).filter(&mut holds).collect::<Vec<_>>()
     };
     assert_eq!((content(), backing.allocated_pages()), (full, 16));
-    // The second half of one host page and the first of the next.
+    // The second half of one host page, and the first half of the next.
     zero(12, 8);
     assert_eq!((content(), backing.allocated_pages()), (vec![8, 9, 10, 11, 20, 21, 22, 23], 16));
     zero(20, 4);
