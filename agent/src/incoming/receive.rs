@@ -1,8 +1,11 @@
-//! Reading each stream, and the barrier between passes.
+//! Receiving the passes of a migration, with a barrier after each pass.
 //!
-//! A stream that has ended a pass waits until all have: so nothing of the next pass is applied
-//! before, and which version of a page is the last is never in doubt, whatever stream it came on.
-//! If one stream fails, the barrier opens for the others with an error.
+//! One thread for each stream reads records and places their pages. A stream that has ended a pass
+//! waits at the barrier until all streams have ended it. So no page of the next pass is placed
+//! earlier, and the last record about a page is also the last one placed, whatever stream each of
+//! them came on. When all streams are at the barrier, the source gets PASS_DONE, and they continue.
+//!
+//! If one stream fails, the barrier opens for all others with an error.
 
 use super::accept::Accepted;
 use super::decompress::Decompressor;
@@ -20,18 +23,18 @@ use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// What came on all streams.
+/// What all streams received.
 #[derive(Debug)]
 pub struct Received {
-    /// What the source says it sent.
+    /// The totals that the source says it sent.
     pub claimed: Totals,
-    /// What was counted here.
+    /// The totals that were counted here.
     pub counted: Totals,
-    /// The pieces of the VMM's state.
+    /// The pieces of the VMM's state, each with its name.
     pub state: Vec<(String, Vec<u8>)>,
-    /// The guest runs before the rest of its memory comes.
+    /// Postcopy follows: the guest runs before the rest of its memory comes.
     pub postcopy: bool,
-    /// What the guest is to be here, says the source.
+    /// The run state that the guest will have here, as the source says.
     pub guest: RunState,
 }
 
@@ -43,8 +46,8 @@ pub fn receive(
     let (writer, features) = (&accepted.writer, accepted.features);
     let secondaries: Vec<StreamSocket> =
         accepted.readers.iter().skip(1).map(|reader| reader.socket().clone()).collect();
-    // Wakes the other streams of a job that has failed. The primary is left to read on: whatever
-    // comes next on it wakes it, and the source's last records must be read for ours to reach it.
+    // Wakes the other streams of a job that has failed. The primary stays open for reading: its
+    // next record wakes it, and the source gets our error only if its last records are read.
     let wake = || {
         for socket in &secondaries {
             let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Read);
@@ -73,8 +76,8 @@ pub fn receive(
     combine(results)
 }
 
-/// Puts the streams' results together. Of several errors the one that is no consequence of another
-/// is reported.
+/// Combines the results of the streams. A stream that failed only because another one failed says
+/// so, and then the error of the other one is returned.
 fn combine(results: Vec<Result<StreamEnd, JobError>>) -> Result<Received, JobError> {
     let mut received: Option<Received> = None;
     let mut failure: Option<JobError> = None;
@@ -132,7 +135,7 @@ fn sum(one: &Totals, other: &Totals) -> Totals {
     }
 }
 
-/// How a stream ended.
+/// What one stream received.
 #[derive(Debug)]
 struct StreamEnd {
     claimed: Totals,
@@ -142,7 +145,7 @@ struct StreamEnd {
     guest: RunState,
 }
 
-/// One stream's reader.
+/// Reads one stream.
 struct Stream<'a> {
     job: &'a Job,
     placer: &'a Placer<'a>,
@@ -169,7 +172,7 @@ impl<'a> Stream<'a> {
     fn run(&mut self, reader: &mut RecordReader) -> Result<StreamEnd, JobError> {
         loop {
             let record = reader.read()?;
-            // Why the source failed tells more than that its other streams ended.
+            // An ERROR record says why the source failed. That tells more than `OTHER_FAILED`.
             if record.kind != Kind::Error {
                 self.barrier.check()?;
             }
@@ -182,7 +185,7 @@ impl<'a> Stream<'a> {
                     self.count_stray(&record.header);
                 }
                 Kind::PassEnd => self.end_pass(record.header.number())?,
-                // What orders the passes, and what is not pages, comes on the primary alone.
+                // Records that order the passes, or are not pages, come on the primary only.
                 Kind::Discard if self.index == 0 => self.discard(&record.header, record.payload)?,
                 Kind::State if self.index == 0 => self.state.add(record.payload)?,
                 Kind::Remaining if self.index == 0 && self.may_postcopy => {
@@ -243,7 +246,7 @@ impl<'a> Stream<'a> {
     }
 
     fn discard(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
-        // The header of a discard names the block; which pages, the payload.
+        // The header of a DISCARD names the block, and the payload names the pages.
         let (at, block) = self.placer.block_of(header, PageRange::default())?;
         let runs = decode_runs(payload, block.geometry.pages());
         for run in runs.map_err(|source| JobError::Payload { kind: "discard", source })? {
@@ -268,11 +271,11 @@ impl<'a> Stream<'a> {
     }
 }
 
-/// Holds the streams together at the end of each pass.
+/// The barrier at which the streams wait at the end of each pass.
 #[derive(Debug)]
 struct Barrier {
     streams: usize,
-    /// Apart from the rest, since every record asks for it.
+    /// Not under the lock, because it is read for every record.
     failed: AtomicBool,
     state: Mutex<BarrierState>,
     opened: Condvar,
@@ -298,7 +301,7 @@ impl Barrier {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for all streams; the last to come runs `all_here` before the others go on.
+    /// Waits for all streams. The last one runs `all_here` before any of them continues.
     fn arrive(&self, all_here: impl FnOnce() -> Result<(), JobError>) -> Result<(), JobError> {
         let mut state = self.state();
         state.arrived += 1;
@@ -318,7 +321,7 @@ impl Barrier {
     }
 
     fn fail(&self) {
-        // Under the lock, so that nobody is between looking and waiting.
+        // Set under the lock, so that no stream is between its check and its wait.
         let state = self.state();
         self.failed.store(true, Ordering::Relaxed);
         drop(state);
@@ -334,11 +337,11 @@ impl Barrier {
     }
 }
 
-/// Puts the parts of the state's pieces together.
+/// Assembles the pieces of the VMM's state from their parts.
 #[derive(Debug, Default)]
 struct StateCollector {
     pieces: Vec<(String, Vec<u8>)>,
-    /// Length that the last piece will have.
+    /// The length that the last piece will have.
     expected: u64,
     total: u64,
 }
@@ -403,7 +406,8 @@ mod tests {
         StatePart { name, length, offset, bytes }.encode()
     }
 
-    /// Receives records on one stream, of a block of 64 pages.
+    /// Receives records on one stream, for a block of 64 pages. Returns the passes that were
+    /// answered.
     fn received(
         features: u64, records: &[(RecordHeader, &[u8])],
     ) -> Result<(Received, Vec<u64>), JobError> {
@@ -435,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_is_counted_and_each_pass_is_answered_until_the_end() {
+    fn records_are_counted_and_each_pass_is_answered() {
         let pages = |kind, flags, first, count, bytes| {
             RecordHeader::new(kind, flags, 0, PageRange::new(first, count), bytes)
         };
@@ -465,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_that_promises_what_was_not_agreed_on_is_refused() {
+    fn an_end_with_a_number_that_was_not_negotiated_is_refused() {
         let end = Totals::default().encode();
         for (features, number) in [(0, 1), (FEATURE_POSTCOPY, 2)] {
             let header = RecordHeader::plain(Kind::End, number, end.len());
@@ -475,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn the_totals_of_streams_are_added_but_for_the_passes_which_they_have_in_common() {
+    fn the_totals_of_the_streams_are_added_except_the_passes() {
         let totals = |by: u64| Totals {
             data_pages: 2 * by,
             zero_pages: 3 * by,
@@ -489,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn state_comes_together_from_its_parts() {
+    fn state_is_assembled_from_its_parts() {
         let mut collector = StateCollector::default();
         for payload in [
             part("a", 3, 0, b"12"),
@@ -505,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn gaps_and_strange_parts_are_refused() {
+    fn state_with_gaps_or_misplaced_parts_is_refused() {
         let mut collector = StateCollector::default();
         collector.add(&part("a", 3, 0, b"1")).unwrap();
         assert!(collector.add(&part("a", 3, 2, b"3")).is_err(), "a gap");

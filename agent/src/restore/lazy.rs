@@ -157,13 +157,13 @@ fn run(
         Err(error) => return (false, Err(error)),
     };
     let (job, missing_pages) = (supply.job, supply.missing_pages);
-    let mut asking = FaultForwarder::new(supply, record);
+    let mut forwarder = FaultForwarder::new(supply, record);
     std::thread::scope(|scope| {
         let (stopping, stop) = (stop.stop_on_drop(), stop.as_fd());
         let no_thread = |source| JobError::Io { what: "start a thread", source };
         let builder = std::thread::Builder::new;
         let faults = builder().spawn_scoped(scope, move || {
-            handle_faults(job, missing_pages, &mut asking, stop, |error| supply.fail(error))
+            handle_faults(job, missing_pages, &mut forwarder, stop, |error| supply.fail(error))
         });
         let faults = match faults {
             Ok(faults) => faults,

@@ -1,42 +1,42 @@
-//! Host pages that come in pieces: one that is larger than a page is placed when all of it is here.
+//! Assembly of host pages that are larger than a page: they are placed when they are complete.
 //!
-//! The source sends all pages of a host page on one stream, and nothing else between them; in which
-//! order does not matter.
+//! The source sends all pages of a host page on one stream, in any order, and nothing else between
+//! them. So each stream assembles one host page at a time.
 
 use crate::job::JobError;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::WORD_BITS;
 use std::fmt;
 
-/// The host page that one stream is sending.
+/// The host page that is being received on one stream.
 #[derive(Default)]
 pub struct Assembly {
-    /// Index of the block and of the host page.
+    /// Index of its block, and its own index in the block.
     open: Option<(usize, u64)>,
-    /// One bit for each page that is here.
+    /// One bit for each page that has been received.
     here: Vec<u64>,
     count: u64,
-    /// Any of it is not zero.
+    /// True if one of the pages came with content.
     content: bool,
     bytes: Vec<u8>,
 }
 
-/// A host page that is whole.
+/// A complete host page.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Whole<'a> {
-    /// Host pages that are zero: the first, and how many.
+    /// Host pages that are all zero.
     Zeroes(PageRange),
-    /// A host page with its content.
+    /// The index of a host page, and its content.
     Content(u64, &'a [u8]),
 }
 
 impl Assembly {
-    /// Adds the pages `range` of a block whose host pages have `unit` pages each, with their
-    /// content, or zero. `whole` gets each host page that is whole by that.
+    /// Adds the pages `range` of a block whose host pages have `unit` pages each. The pages are
+    /// zero if there is no `content`. Calls `whole` for each host page that becomes complete.
     ///
     /// # Errors
-    /// If a page came twice, or belongs to another host page than the one that is open; or what
-    /// `whole` says.
+    /// If a page comes twice, or belongs to another host page than the open one. Also the errors of
+    /// `whole`.
     pub fn add(
         &mut self, (at, id): (usize, u32), unit: u64, range: PageRange, content: Option<&[u8]>,
         mut whole: impl FnMut(Whole<'_>) -> Result<(), JobError>,
@@ -100,7 +100,7 @@ impl Assembly {
         }
     }
 
-    /// Notes pages as here; false if one of them was.
+    /// Marks pages as received. Returns false if one of them was received before.
     fn mark(&mut self, first: u64, count: u64) -> bool {
         for page in first..first + count {
             let (word, bit) =
@@ -114,7 +114,7 @@ impl Assembly {
         true
     }
 
-    /// The host page that is not whole yet.
+    /// The host page that is not complete yet.
     pub fn open(&self) -> Option<(usize, u64)> {
         self.open
     }
@@ -137,7 +137,7 @@ mod tests {
 
     const UNIT: u64 = 128;
 
-    /// Adds runs of pages, those with `Some` full of that byte, and notes what is whole.
+    /// Adds runs of pages and returns the complete host pages. `Some(byte)` fills a run with bytes.
     fn add(
         assembly: &mut Assembly, runs: &[(u64, u64, Option<u8>)],
     ) -> Result<Vec<(u64, Vec<u8>)>, JobError> {
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_make_a_whole_in_any_order() {
+    fn pieces_in_any_order_make_a_host_page() {
         let mut assembly = Assembly::default();
         assert!(
             add(&mut assembly, &[(UNIT + 100, 28, Some(3)), (UNIT, 50, None)]).unwrap().is_empty()
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_over_several_host_pages_are_told_at_once_and_their_ends_are_pieces() {
+    fn zeroes_over_several_host_pages_complete_them() {
         let mut assembly = Assembly::default();
         let found =
             add(&mut assembly, &[(0, 3 * UNIT + 5, None), (3 * UNIT + 5, UNIT - 5, None)]).unwrap();
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn another_host_page_before_the_first_is_whole_and_a_page_twice_are_refused() {
+    fn a_second_host_page_and_a_repeated_page_are_refused() {
         let error =
             add(&mut Assembly::default(), &[(0, 5, Some(1)), (UNIT, 1, Some(1))]).unwrap_err();
         assert_eq!(
@@ -198,7 +198,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_cuts_the_bytes_are_those_that_came(
+        fn host_pages_have_the_bytes_that_came_however_they_were_cut(
             cuts in prop::collection::btree_set(1u64..2 * UNIT, 0..20), zero in any::<u64>(),
         ) {
             let mut ends: Vec<u64> = cuts.into_iter().collect();

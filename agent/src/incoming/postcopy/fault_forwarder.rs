@@ -1,7 +1,9 @@
-//! Asking the source for what the guest waits for.
+//! Requesting the pages that the guest waits for from the source.
 //!
-//! The threads of the streams place what comes. The faults are read while the connections are lost,
-//! too: what is asked for then is noted, and asked for when they are back.
+//! The thread that reads faults sends a request for each missing page on an urgent stream. The
+//! threads of the streams place the pages that come back. While the connections are lost, faults
+//! are still read: their pages are marked as requested, and requested when there are connections
+//! again.
 
 use crate::job::{Job, JobError};
 use crate::memory::missing_pages::MissingPages;
@@ -13,10 +15,11 @@ use pageferry_protocol::userfault::MAX_FAULTS;
 use rustix::io::IoSlice;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The urgent streams, on which the source is asked. Clones are the same.
+/// The urgent streams, on which pages are requested. Clones share them.
 ///
-/// A page is marked as requested and asked for under one lock, and so is asking again after a lost
-/// connection: so a page is asked for once on each connection that could carry it, and never twice.
+/// A page is marked as requested and its request is sent under one lock. After a lost connection,
+/// the pages that the guest waits for are requested again under the same lock. So on each set of
+/// connections a page is requested at most once, and no page is forgotten.
 #[derive(Debug, Clone, Default)]
 pub struct RequestStreams(Arc<Mutex<Vec<StreamSocket>>>);
 
@@ -25,8 +28,8 @@ impl RequestStreams {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The source is asked on these streams from now on, and first for all that is waited for
-    /// already.
+    /// Sends requests on these streams from now on, first for all pages that the guest already
+    /// waits for.
     pub fn connect(&self, job: &Job, missing_pages: &MissingPages, urgent: &[RecordReader]) {
         let mut streams = self.lock();
         *streams = urgent.iter().map(|reader| reader.socket().clone()).collect();
@@ -39,13 +42,13 @@ impl RequestStreams {
         batch.send(&streams);
     }
 
-    /// There is nobody to ask.
+    /// Stops sending requests: there is no connection.
     pub fn disconnect(&self) {
         self.lock().clear();
     }
 }
 
-/// Asks the source.
+/// Forwards faults to the source.
 pub struct FaultForwarder<'a> {
     job: &'a Job,
     missing_pages: &'a MissingPages,
@@ -55,7 +58,7 @@ pub struct FaultForwarder<'a> {
 }
 
 impl<'a> FaultForwarder<'a> {
-    /// By `requests`.
+    /// Forwards faults on the streams of `requests`.
     pub fn new(job: &'a Job, missing_pages: &'a MissingPages, requests: RequestStreams) -> Self {
         Self {
             job,
@@ -85,8 +88,8 @@ impl PageRequester for FaultForwarder<'_> {
     }
 }
 
-/// Requests that go out together, by stream. Kept from one batch to the next: nothing is allocated
-/// while somebody waits.
+/// Requests that are sent together, for each stream. The buffers are reused, so that nothing is
+/// allocated while the guest waits.
 #[derive(Default)]
 struct Batch {
     records: Vec<Vec<u8>>,
@@ -109,8 +112,8 @@ impl Batch {
             }
             if let Err(error) = stream.write_all(&mut [IoSlice::new(records)]) {
                 log::debug!("a request was not sent: {}", crate::error::chain(&error));
-                // Part of it may have been. Whoever reads this stream sees that it broke, and all
-                // is asked for again on the next.
+                // A part of it may have been sent. Shutting the stream makes its reader fail, and
+                // the pages are requested again after the recovery.
                 stream.shut();
             }
             records.clear();
@@ -118,7 +121,7 @@ impl Batch {
     }
 }
 
-/// A host page as the source knows it.
+/// The pages of a host page, as the source numbers them.
 fn pages_of(
     job: &Job, missing_pages: &MissingPages, at: usize, host_page: u64,
 ) -> (u32, PageRange) {

@@ -1,16 +1,20 @@
-//! Postcopy, seen from the destination: the guest runs, and its memory follows.
+//! Postcopy at the destination: the guest runs first, and its memory follows.
 //!
-//! - [`fault_forwarder`]: asking the source for what the guest waits for;
-//! - [`page_receiver`]: receiving and placing, on all streams at once, until all is here;
-//! - [`assembly`]: host pages that come in pieces;
-//! - [`recover`]: after a lost connection;
+//! - [`fault_forwarder`]: requests the pages that the guest waits for;
+//! - [`page_receiver`]: receives and places pages on all streams until none is missing;
+//! - [`assembly`]: assembles host pages that are larger than a page;
+//! - [`recover`]: waits for the source after a lost connection;
 //! - this file: the phases.
 //!
-//! What remains is a hole here by now. The VMM registers its mappings for missing pages before it
-//! loads its state, since its devices may touch memory as they load. From then on faults are
-//! answered, until all is here and the holes are plain holes again: also while the connections are
-//! lost, as far as the source is not needed for it. See [`crate::memory::missing_pages`] for what
-//! happens to a page.
+//! 1. The pages that remain were announced, and are holes.
+//! 2. The VMM registers its mappings for missing faults. This happens before it loads its state,
+//!    because its devices may touch memory as they load. From now on faults are answered.
+//! 3. The VMM loads its state. The source commits, and the guest runs here.
+//! 4. The remaining pages are received and placed.
+//! 5. When no page is missing, the mappings are unregistered, and the holes are plain holes again.
+//!
+//! Faults are answered until the end, also while the connections are lost, if the source is not
+//! needed for the answer. [`crate::memory::missing_pages`] describes what happens to one page.
 
 pub mod assembly;
 pub mod fault_forwarder;
@@ -32,19 +36,19 @@ use pageferry_protocol::control::job::{Phase, RunState};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-/// A guest that runs, or is about to, and lacks memory.
+/// A guest that runs or is about to run, and whose memory is not complete.
 pub struct PostcopyGuest {
     job: Arc<Job>,
     missing_pages: Arc<MissingPages>,
     session: [u8; 16],
-    /// Where its source may connect again.
+    /// The addresses at which the source may connect again.
     listeners: Vec<Listener>,
     requests: RequestStreams,
-    /// The source gave the guest up: it runs here, or is about to.
+    /// The source gave the guest up. It runs here, or is about to.
     ours: bool,
 }
 
-/// Lets the guest run, or stay paused as `guest_is` says, and receives what it is missing.
+/// Resumes the guest, or leaves it paused, as `guest_is` says, and receives its missing memory.
 pub fn receive_guest_first(
     job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, remaining: Remaining,
     received: Received, guest_is: RunState,
@@ -52,8 +56,8 @@ pub fn receive_guest_first(
     let mut registered = FaultRegistration::new(job);
     let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
     remaining.make_holes(&job.memory)?;
-    // After that: a hole has no reservation. The guest is still the source's, which resumes it if
-    // this fails.
+    // After the punch, because a hole has no reservation. If this fails, the guest is still the
+    // source's, which resumes it.
     pool::reserve(&job.memory, &remaining.missing)?;
     let missing_pages = MissingPages::new(
         &job.memory,
@@ -77,17 +81,17 @@ pub fn receive_guest_first(
     };
     let stop = StopEvent::new()?;
     std::thread::scope(|scope| {
-        let mut asking = FaultForwarder::new(job, &missing_pages, guest.requests.clone());
+        let mut forwarder = FaultForwarder::new(job, &missing_pages, guest.requests.clone());
         let (missing_pages, stopping, stop) = (&*missing_pages, stop.stop_on_drop(), stop.as_fd());
         let faults = scope.spawn(move || {
-            // Whoever receives waits for the source, and hears of the end in no other way.
-            handle_faults(job, missing_pages, &mut asking, stop, |_| job.cancel.force());
+            // The job's thread waits for the source. This is the only way to wake it.
+            handle_faults(job, missing_pages, &mut forwarder, stop, |_| job.cancel.force());
         });
         let arrived = guest.run(accepted, received, guest_is);
         registered.complete = arrived.is_ok();
-        // What is a hole now is zero for good: all is here, or no guest ever runs here. Nobody
-        // waits any more, before the VMM is asked for anything else: it may be waiting for one who
-        // does.
+        // If all pages are placed, or no guest will ever run here, the holes stay zero. Wake all
+        // threads that wait for a page before the next hook: the VMM's thread that answers hooks
+        // may be waiting for one of them.
         if registered.complete || !guest.ours {
             missing_pages.unregister();
         }
@@ -101,8 +105,8 @@ pub fn receive_guest_first(
 }
 
 impl PostcopyGuest {
-    /// Loads the state, takes the guest over, and receives the rest, however often the connections
-    /// are lost.
+    /// Loads the state, receives the ownership of the guest, and receives the rest of its memory.
+    /// Recovers as often as the connections are lost.
     fn run(
         &mut self, accepted: &mut Accepted, received: Received, guest_is: RunState,
     ) -> Result<(), JobError> {
@@ -123,8 +127,8 @@ impl PostcopyGuest {
             });
         self.ours = ours;
         match outcome {
-            // Also if the VMM does not resume it: it is nowhere else, and a VMM that is late waits
-            // for memory, perhaps.
+            // Recover also if the VMM did not resume the guest in time: the guest is nowhere else,
+            // and the VMM may be late because it waits for memory.
             Err(error) if ours => self.recover(accepted, error),
             outcome => outcome,
         }

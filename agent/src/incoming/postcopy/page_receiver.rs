@@ -1,8 +1,11 @@
-//! Receiving and placing, on all streams at once, until all is here or the connections break.
+//! Receiving and placing pages on all streams, until none is missing or a connection breaks.
 //!
-//! Each stream has a thread that reads records and places their pages. The job's own thread tells
-//! the source what the guest discarded, and what was placed if it wants to know, and sees the end:
-//! every stream that is not urgent has ended, and nothing is missing. If one stream fails, all do.
+//! One thread for each stream reads records and places their pages. The job's thread reports to the
+//! source which missing pages the guest discarded, and which pages were placed if the source wants
+//! to know. It also detects the end: all streams that are not urgent have ended, and no page is
+//! missing.
+//!
+//! If one stream fails, all end. The source is told why on the primary, unless that is broken, too.
 
 use super::super::accept::Accepted;
 use super::super::decompress::Decompressor;
@@ -23,12 +26,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Time between two tellings of what was placed.
+/// Interval between two reports of placed pages.
 const ACKNOWLEDGE: Duration = Duration::from_millis(20);
-/// How long the job's thread waits at a stretch.
+/// Longest single wait of the job's thread.
 const LONG: Duration = Duration::from_secs(3600);
 
-/// What comes over one set of connections.
+/// Receives pages on one set of connections.
 pub struct PageReceiver<'a> {
     job: &'a Job,
     missing_pages: &'a MissingPages,
@@ -40,19 +43,19 @@ pub struct PageReceiver<'a> {
     sockets: Vec<StreamSocket>,
 }
 
-/// What all threads of it share.
+/// What the threads of one set of connections share.
 struct StreamGroup<'a> {
     job: &'a Job,
     missing_pages: &'a MissingPages,
     features: u64,
-    /// The source wants to know what was placed. Whoever comes after it may not.
+    /// The source wants to know what was placed. A recovered source may want another answer.
     acknowledge: bool,
     sockets: Vec<StreamSocket>,
-    /// Why it broke. The first to fail says, but for the peer's own words, which tell more.
+    /// Why it failed: the first error, unless the peer sent its own reason, which tells more.
     failure: Mutex<Option<JobError>>,
     failed: AtomicBool,
     over: AtomicBool,
-    /// Streams that are not urgent and have ended.
+    /// Number of streams that are not urgent and have ended.
     ended: AtomicUsize,
 }
 
@@ -61,21 +64,22 @@ impl StreamGroup<'_> {
         if self.over.load(Ordering::Acquire) {
             return;
         }
-        let mute =
+        let nothing_to_tell =
             matches!(error, JobError::Transport(_) | JobError::Peer(_) | JobError::Cancelled);
         let is_first = !self.failed.swap(true, Ordering::AcqRel);
         self.note(error);
         if !is_first {
-            // Most often what the first one did to this stream. It must not end the primary, on
-            // which the source is to be told of the first.
+            // Most often a consequence of the first failure. The primary must stay open: the source
+            // will be told of the first failure on it.
             return;
         }
-        // The source is told why on the primary, when nobody else writes there any more.
+        // The source is told why on the primary, after all other threads have stopped writing
+        // there.
         let (primary, others) =
             self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
         others.iter().for_each(StreamSocket::shut);
         if let Some(primary) = primary {
-            if mute { primary.shut() } else { primary.stop_reading() }
+            if nothing_to_tell { primary.shut() } else { primary.stop_reading() }
         }
         self.missing_pages.release_waiters();
         self.missing_pages.notify();
@@ -96,7 +100,7 @@ impl StreamGroup<'_> {
 }
 
 impl<'a> PageReceiver<'a> {
-    /// Over the streams of `accepted`.
+    /// Receives on the streams of `accepted`.
     pub fn new(job: &'a Job, missing_pages: &'a MissingPages, accepted: &'a mut Accepted) -> Self {
         let sockets = accepted.sockets();
         let Accepted { readers, urgent, writer, features, acknowledge, .. } = accepted;
@@ -104,10 +108,11 @@ impl<'a> PageReceiver<'a> {
         Self { job, missing_pages, readers, urgent, writer, features, acknowledge, sockets }
     }
 
-    /// Receives what is asked for, runs `before` with the primary, and then receives the rest.
+    /// Receives requested pages on the urgent streams, runs `before` with the primary, and then
+    /// receives the rest on all streams.
     ///
     /// # Errors
-    /// What `before` says, or why the connections broke, which are all ended then.
+    /// The error of `before`, or the reason why a stream failed. All streams have ended then.
     pub fn run(
         self, before: impl FnOnce(&mut RecordReader, &RecordWriter) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
@@ -115,7 +120,7 @@ impl<'a> PageReceiver<'a> {
             self;
         let urgent_sockets: Vec<StreamSocket> =
             urgent.iter().map(|reader| reader.socket().clone()).collect();
-        let line = StreamGroup {
+        let group = StreamGroup {
             job,
             missing_pages,
             features,
@@ -128,68 +133,68 @@ impl<'a> PageReceiver<'a> {
         };
         let count = readers.len();
         std::thread::scope(|scope| {
-            let line = &line;
+            let group = &group;
             for (index, reader) in urgent.iter_mut().enumerate() {
                 scope.spawn(move || {
-                    // Nothing comes unless it is asked for.
+                    // A page comes only if it was requested, so there is no deadline for it.
                     reader.set_no_timeout();
-                    line.check(Stream::new(line, count + index, true).run(reader));
+                    group.check(Stream::new(group, count + index, true).run(reader));
                 });
             }
             let outcome = before(&mut readers[0], writer);
             if let Err(error) = outcome {
-                // The streams are left as they are: the source is told why.
-                line.note(error);
-                // A VMM that is late with its state may wait for memory.
+                // The streams stay as they are, so that the source can be told why.
+                group.note(error);
+                // The VMM may be late with loading its state because it waits for memory.
                 missing_pages.release_waiters();
             } else {
                 for (index, reader) in readers.iter_mut().enumerate() {
                     scope.spawn(move || {
                         crate::priority::lower();
                         limit_receive_queue(reader.socket().as_fd());
-                        reader.set_timeout(line.job.options().peer_timeout);
-                        line.check(Stream::new(line, index, false).run(reader));
+                        reader.set_timeout(group.job.options().peer_timeout);
+                        group.check(Stream::new(group, index, false).run(reader));
                     });
                 }
-                line.check(report_until_complete(line, writer, count));
+                group.check(report_until_complete(group, writer, count));
             }
-            line.over.store(true, Ordering::Release);
-            // Nothing more comes on these. The source is not to see an end before it is told that
-            // all is here.
+            group.over.store(true, Ordering::Release);
+            // Nothing more comes on the urgent streams. Do not close them: the source must not see
+            // their end before it is told that all memory is here.
             urgent_sockets.iter().for_each(StreamSocket::stop_reading);
         });
-        let failure = line.failure.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let failure = group.failure.into_inner().unwrap_or_else(PoisonError::into_inner);
         failure.map_or(Ok(()), Err)
     }
 }
 
-/// Tells the source what happens here, until all is here or the connections broke.
+/// Reports to the source until no page is missing or a stream has failed.
 fn report_until_complete(
-    line: &StreamGroup<'_>, writer: &RecordWriter, streams: usize,
+    group: &StreamGroup<'_>, writer: &RecordWriter, streams: usize,
 ) -> Result<(), JobError> {
-    let timeout = line.job.options().peer_timeout;
+    let timeout = group.job.options().peer_timeout;
     let mut due: Option<Instant> = None;
     loop {
         let mut count = [0; 8];
-        // Only resets the descriptor.
-        let _ = rustix::io::read(line.missing_pages.event(), &mut count);
-        if line.failed.load(Ordering::Acquire) {
+        // Resets the eventfd. The value does not matter.
+        let _ = rustix::io::read(group.missing_pages.event(), &mut count);
+        if group.failed.load(Ordering::Acquire) {
             return Ok(());
         }
-        report(line, writer)?;
-        let ended = line.ended.load(Ordering::Acquire) == streams;
-        let left = line.missing_pages.missing().remaining_pages();
+        report(group, writer)?;
+        let ended = group.ended.load(Ordering::Acquire) == streams;
+        let left = group.missing_pages.missing().remaining_pages();
         if ended && left == 0 {
-            // Whoever took the last of it may still be placing it, and would have to give it back
-            // if that failed.
-            line.job.memory.readers.wait(|_, _| true);
-            if line.missing_pages.missing().remaining_pages() == 0 {
-                // What was discarded or placed last.
-                return report(line, writer);
+            // The thread that took the last page may still be placing it. If that fails it makes
+            // the page missing again. So wait for it and look again.
+            group.job.memory.readers.wait(|_, _| true);
+            if group.missing_pages.missing().remaining_pages() == 0 {
+                // Report the pages that were discarded or placed last.
+                return report(group, writer);
             }
         }
         if ended {
-            // What was asked for may still be on its way.
+            // Requested pages may still be on their way.
             let due = *due.get_or_insert_with(|| Instant::now() + timeout);
             if Instant::now() >= due {
                 let message = format!(
@@ -198,39 +203,39 @@ fn report_until_complete(
                 return Err(JobError::State(message));
             }
         }
-        let moment = if line.acknowledge { ACKNOWLEDGE } else { LONG };
+        let moment = if group.acknowledge { ACKNOWLEDGE } else { LONG };
         let until = due.unwrap_or_else(|| Instant::now() + moment).min(Instant::now() + moment);
-        line.job.cancel.wait(&[(line.missing_pages.event(), PollFlags::IN)], until)?;
+        group.job.cancel.wait(&[(group.missing_pages.event(), PollFlags::IN)], until)?;
     }
 }
 
-fn report(line: &StreamGroup<'_>, writer: &RecordWriter) -> Result<(), JobError> {
-    for (at, block) in line.job.memory.blocks().iter().enumerate() {
-        send_runs(line, writer, Kind::Discard, block, &line.missing_pages.take_dropped(at))?;
-        if line.acknowledge {
-            send_runs(line, writer, Kind::Placed, block, &line.missing_pages.take_placed(at))?;
+fn report(group: &StreamGroup<'_>, writer: &RecordWriter) -> Result<(), JobError> {
+    for (at, block) in group.job.memory.blocks().iter().enumerate() {
+        send_runs(group, writer, Kind::Discard, block, &group.missing_pages.take_dropped(at))?;
+        if group.acknowledge {
+            send_runs(group, writer, Kind::Placed, block, &group.missing_pages.take_placed(at))?;
         }
     }
     Ok(())
 }
 
 fn send_runs(
-    line: &StreamGroup<'_>, writer: &RecordWriter, kind: Kind, block: &Block, runs: &[PageRange],
+    group: &StreamGroup<'_>, writer: &RecordWriter, kind: Kind, block: &Block, runs: &[PageRange],
 ) -> Result<(), JobError> {
     for part in runs.chunks(MAX_RUNS) {
         let payload = encode_runs(part);
         let pages = part.iter().map(|run| run.count).sum();
         let header =
             RecordHeader::new(kind, 0, block.geometry.id, PageRange::new(0, pages), payload.len());
-        add(&line.job.live.wire_bytes, writer.write(header, &payload)?);
+        add(&group.job.live.wire_bytes, writer.write(header, &payload)?);
     }
     Ok(())
 }
 
-/// One stream's reader.
+/// Reads one stream.
 struct Stream<'a> {
-    line: &'a StreamGroup<'a>,
-    /// Its number among all, which is that of its place in the fence.
+    group: &'a StreamGroup<'a>,
+    /// Its number among all streams, which is also its slot in the fence.
     index: usize,
     urgent: bool,
     decompressor: Decompressor,
@@ -239,10 +244,10 @@ struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    fn new(line: &'a StreamGroup<'a>, index: usize, urgent: bool) -> Self {
-        let decompressor = Decompressor::new(line.features);
+    fn new(group: &'a StreamGroup<'a>, index: usize, urgent: bool) -> Self {
+        let decompressor = Decompressor::new(group.features);
         Self {
-            line,
+            group,
             index,
             urgent,
             decompressor,
@@ -254,7 +259,7 @@ impl<'a> Stream<'a> {
     fn run(&mut self, reader: &mut RecordReader) -> Result<(), JobError> {
         loop {
             let record = reader.read()?;
-            add(&self.line.job.live.wire_bytes, record.wire_bytes());
+            add(&self.group.job.live.wire_bytes, record.wire_bytes());
             match record.kind {
                 Kind::Data => self.data(&record.header, record.payload)?,
                 Kind::Zero => self.zero(&record.header)?,
@@ -266,7 +271,7 @@ impl<'a> Stream<'a> {
 
     fn block_of(&self, header: &RecordHeader) -> Result<(usize, &'a Block), JobError> {
         let (id, range) = (header.block(), header.range());
-        let (at, block) = self.line.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
+        let (at, block) = self.group.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
         let pages = block.geometry.pages();
         if !range.fits(pages) {
             return Err(JobError::Outside { id, first: range.first, count: range.count, pages });
@@ -282,13 +287,13 @@ impl<'a> Stream<'a> {
         } else {
             self.decompressor.unpack(header, payload)?
         };
-        let StreamGroup { job, missing_pages, .. } = self.line;
+        let StreamGroup { job, missing_pages, .. } = self.group;
         let (readers, unit) = (&job.memory.readers, missing_pages.missing().block(at).unit());
         if unit == 1 {
             let placed = missing_pages.place_pages(readers, self.index, at, range, pages);
             placed.map_err(|error| JobError::not_placed(&job.memory, at, error))?;
         } else {
-            let place = placer(self.line, self.index, at);
+            let place = placer(self.group, self.index, at);
             self.assembly.add((at, block.geometry.id), unit, range, Some(pages), place)?;
         }
         add(&job.live.pages_sent, range.count);
@@ -300,13 +305,13 @@ impl<'a> Stream<'a> {
     fn zero(&mut self, header: &RecordHeader) -> Result<(), JobError> {
         let (at, block) = self.block_of(header)?;
         let range = header.range();
-        let StreamGroup { job, missing_pages, .. } = self.line;
+        let StreamGroup { job, missing_pages, .. } = self.group;
         let unit = missing_pages.missing().block(at).unit();
         if unit == 1 {
             let placed = missing_pages.place_zeroes(&job.memory.readers, self.index, at, range);
             placed.map_err(|error| JobError::not_placed(&job.memory, at, error))?;
         } else {
-            let place = placer(self.line, self.index, at);
+            let place = placer(self.group, self.index, at);
             self.assembly.add((at, block.geometry.id), unit, range, None, place)?;
         }
         add(&job.live.zero_pages, range.count);
@@ -318,7 +323,7 @@ impl<'a> Stream<'a> {
     fn count_stray(&mut self, header: &RecordHeader) {
         if header.flags() & FLAG_STRAY != 0 {
             self.counted.stray_pages += header.range().count;
-            add(&self.line.job.live.stray_pages, header.range().count);
+            add(&self.group.job.live.stray_pages, header.range().count);
         }
     }
 
@@ -327,20 +332,20 @@ impl<'a> Stream<'a> {
             Totals::decode(payload).map_err(|source| JobError::Payload { kind: "end", source })?;
         super::super::compare(&claimed, &self.counted)?;
         if let Some((at, open)) = self.assembly.open() {
-            let id = self.line.job.memory.blocks()[at].geometry.id;
+            let id = self.group.job.memory.blocks()[at].geometry.id;
             return Err(JobError::Torn { id, first: 0, count: 0, open });
         }
-        self.line.ended.fetch_add(1, Ordering::AcqRel);
-        self.line.missing_pages.notify();
+        self.group.ended.fetch_add(1, Ordering::AcqRel);
+        self.group.missing_pages.notify();
         Ok(())
     }
 }
 
-/// Places host pages that are whole.
+/// Returns a function that places complete host pages.
 fn placer<'a>(
-    line: &'a StreamGroup<'_>, worker: usize, at: usize,
+    group: &'a StreamGroup<'_>, worker: usize, at: usize,
 ) -> impl FnMut(Whole<'_>) -> Result<(), JobError> + 'a {
-    let (missing_pages, readers) = (line.missing_pages, &line.job.memory.readers);
+    let (missing_pages, readers) = (group.missing_pages, &group.job.memory.readers);
     move |whole| {
         let placed = match whole {
             Whole::Zeroes(range) => missing_pages.place_zeroes(readers, worker, at, range),
@@ -348,14 +353,14 @@ fn placer<'a>(
                 missing_pages.place_host_page(readers, worker, at, host_page, bytes)
             }
         };
-        placed.map(drop).map_err(|error| JobError::not_placed(&line.job.memory, at, error))
+        placed.map(drop).map_err(|error| JobError::not_placed(&group.job.memory, at, error))
     }
 }
 
-/// The last words of both sides.
+/// Ends the postcopy: sends COMPLETE and waits for the COMPLETE of the source.
 ///
 /// # Errors
-/// If the source may not know that all is here.
+/// If the source may not know that all memory is here.
 pub fn send_complete(job: &Job, accepted: &mut Accepted) -> Result<(), JobError> {
     accepted.writer.write_plain(Kind::Complete, 0)?;
     let primary = &mut accepted.readers[0];

@@ -1,7 +1,8 @@
-//! After a lost connection: waiting for the source, and telling it what is here.
+//! Recovery of a postcopy at the destination: waiting for the source after a lost connection.
 //!
-//! The guest runs on, as far as it finds what it needs. The source connects to where it did before,
-//! or to where an operator has this side listen, too.
+//! The guest keeps running until it touches a missing page. The source connects to the address at
+//! which it connected before, or to another address at which an operator has this side listen. Then
+//! this side sends a bitmap of the pages that are not missing, and the source sends the rest.
 
 use super::super::accept::{Accepted, accept_again};
 use super::super::send_error;
@@ -18,16 +19,17 @@ use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::time::Instant;
 
 impl PostcopyGuest {
-    /// The connections broke: waits for the source as often as it takes, and receives the rest.
+    /// Waits for the source after the connections broke, and receives the rest. Repeats this as
+    /// often as the connections break.
     ///
     /// # Errors
-    /// If the VMM is gone, or the agent ends.
+    /// If the VMM is gone, or the job is given up because the agent ends.
     pub(super) fn recover(
         &mut self, accepted: &mut Accepted, mut why: JobError,
     ) -> Result<(), JobError> {
         loop {
             self.requests.disconnect();
-            // It would read only that the connections closed.
+            // These two errors would tell the source only that its connection closed.
             if !matches!(why, JobError::Transport(_) | JobError::Cancelled) {
                 send_error(accepted, &why);
             }
@@ -84,7 +86,7 @@ impl PostcopyGuest {
         PageReceiver::new(&self.job, &self.missing_pages, accepted).run(|_, _| Ok(()))
     }
 
-    /// Tells the source what is not missing any more: it is here, never was, or was discarded.
+    /// Tells the source which pages are not missing: received, never missing, or discarded.
     fn send_received(&self, accepted: &Accepted) -> Result<(), JobError> {
         for geometry in self.job.memory.table().blocks() {
             let id = geometry.id;
@@ -104,8 +106,8 @@ impl PostcopyGuest {
         Ok(())
     }
 
-    /// All is here, and the guest needs its source no more. The source is told; if it cannot be, it
-    /// has a while to come and ask.
+    /// Tells the source that all memory is here: the guest does not need it any more. If the source
+    /// cannot be told, it has `peer_timeout` to connect again and ask.
     pub(super) fn finish_with_source(&self, accepted: &mut Accepted) {
         let until = Instant::now() + self.job.options().peer_timeout;
         let mut outcome = send_complete(&self.job, accepted);
