@@ -1,9 +1,10 @@
-//! What is pushed, or read ahead, next.
+//! The cursor: which missing or pending pages are pushed, prefetched or captured next.
 //!
-//! A guest that touched a page will touch those after it soon. So it goes on behind the last fault,
-//! in small pieces, so that the next fault need not wait behind a large one; and as long as there
-//! is no fault the pieces grow. All who do it share one cursor: two atomics, no lock. They may
-//! claim pieces that overlap, since what they work on is what they take from [`HostPageSet`].
+//! A guest that touched a page will soon touch the pages after it. So the work goes on right after
+//! the last fault, in small pieces, so that the next fault does not wait behind a large one. While
+//! there is no fault, the pieces grow. All workers share one cursor, which is two atomics and no
+//! lock. Two workers may claim pieces that overlap: each page goes to the worker that takes it from
+//! [`HostPageSet`].
 
 use super::GuestMemory;
 use super::host_page_set::HostPageSet;
@@ -12,29 +13,29 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Pages of a piece right after a fault: 64 KiB.
 const SMALLEST: u64 = (64 << 10) / PAGE_SIZE;
-/// Pages of a piece when it is quiet: 4 MiB.
+/// Pages of the largest piece: 4 MiB.
 const LARGEST: u64 = (4 << 20) / PAGE_SIZE;
 
-/// Where it goes on.
+/// The place where the work goes on, shared by all workers.
 #[derive(Debug)]
 pub struct Cursor {
-    /// The page that is looked at next, counted over all blocks.
+    /// The next page, counted over all blocks.
     next: AtomicU64,
     /// Pages of the next piece.
     piece: AtomicU64,
     /// Pages of a piece right after a fault.
     smallest: u64,
-    /// First page of each block in that count.
+    /// The number of each block's first page in that count.
     starts: Vec<u64>,
 }
 
 impl Cursor {
-    /// From the first page on.
+    /// A cursor at the first page.
     pub fn new(memory: &GuestMemory) -> Self {
         Self::with_pieces(memory, SMALLEST)
     }
 
-    /// The same, where no fault waits for a piece: its pieces have at least `smallest` pages.
+    /// A cursor for work that no fault waits for: a piece has at least `smallest` pages.
     pub fn with_pieces(memory: &GuestMemory, smallest: u64) -> Self {
         let starts = memory.blocks().iter().scan(0, |next, block| {
             let start = *next;
@@ -49,14 +50,15 @@ impl Cursor {
         }
     }
 
-    /// The guest waits for the page before page `page` of the block at index `at`.
+    /// A fault: the guest waits for the page before page `page` of the block at index `at`. The
+    /// next piece starts at `page`.
     pub fn fault(&self, at: usize, page: u64) {
         self.piece.store(self.smallest, Ordering::Relaxed);
         self.next.store(self.starts[at] + page, Ordering::Relaxed);
     }
 
-    /// Claims the next piece: the index of its block, and its host pages. `None` if nothing is
-    /// missing any more.
+    /// Claims the next piece: the index of its block, and its host pages. `None` if the set is
+    /// empty.
     pub fn claim(&self, missing: &HostPageSet) -> Option<(usize, PageRange)> {
         loop {
             let next = self.next.load(Ordering::Relaxed);
@@ -68,7 +70,7 @@ impl Cursor {
             let all = PageRange::new(0, block.bits().pages());
             let range = PageRange::new(host_page, piece.div_ceil(block.unit())).intersection(&all);
             let end = self.starts[at] + range.end() * block.unit();
-            // A fault that comes in between has moved it, and wins.
+            // If this fails, a fault or another worker has moved the cursor: look again from there.
             if self.next.compare_exchange(next, end, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
                 let larger = (piece * 2).min(LARGEST);
                 let _ = self.piece.compare_exchange(
@@ -90,13 +92,14 @@ mod tests {
     use pageferry_protocol::shm::bitmap::WORD_BITS;
     use std::collections::BTreeSet;
 
-    /// Pages of three blocks: the second is smaller than the largest piece, and the third is not.
+    /// Pages of three blocks. The second block is smaller than the largest piece, the third is
+    /// larger.
     const BLOCKS: [u64; 3] = [200, 72, 3000];
-    /// Pages of a host page of each block.
+    /// Pages of a host page in each block.
     const UNITS: [u64; 3] = [1, 8, 4];
 
-    /// What is claimed next, found the slow way: from the page `next` on, counted over all blocks,
-    /// and again from the first.
+    /// The next piece, found the slow way: from the page `next` on, counted over all blocks, and
+    /// then again from the first page.
     fn expected(missing: &BTreeSet<u64>, next: u64, piece: u64) -> Option<(usize, PageRange)> {
         let first = *missing.range(next..).next().or_else(|| missing.first())?;
         let (mut at, mut start) = (0, 0);
@@ -110,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_claimed_follows_the_last_fault_and_the_last_claim_through_all_blocks() {
+    fn claims_follow_the_last_fault_and_the_last_claim() {
         let memory = memory(&BLOCKS);
         let starts = [0, 200, 272];
         for hole in [0..0, 0..200, 150..400, 1000..3272] {
@@ -127,7 +130,7 @@ mod tests {
             }
             let cursor = Cursor::new(&memory);
             let (mut next, mut piece) = (0, SMALLEST);
-            // The guest waits for pages in each block, also for the last of it.
+            // The guest waits for pages in each block, and also for the last page of a block.
             let mut faults = [(2, 1500), (1, 72), (0, 64), (2, 3000), (0, 200), (1, 8)].into_iter();
             for claims in 0.. {
                 if claims % 3 == 2

@@ -1,31 +1,32 @@
-//! Walking over what may be allocated, at a cost that follows what is found.
+//! Data runs: finds the pages that may be allocated, at a cost that follows what is found.
 //!
-//! The kernel looks for the end of a run page by page and knows no limit, so to ask for it in a
-//! large run takes milliseconds per GiB, each time. So if a page a step further on is data,
-//! everything up to it is taken for data, holes between them included: they read as zero. If it is
-//! not, the end is near, and asked for.
+//! The kernel looks for the end of a run page by page, and it does not stop at the end of the
+//! caller's range. In a large run each such question takes milliseconds per GiB. So the walk looks
+//! one stride ahead instead. If the page there is data, all pages up to it are reported as data,
+//! including small holes between them, which read as zero. If it is not data, the end of the run is
+//! near, and the kernel is asked for it.
 
 use super::backing::{Backing, BackingError, BackingKind};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 
-/// Pages of the shortest step through what is dense: 256 KiB.
+/// Pages of the shortest stride in a dense part: 256 KiB.
 const MIN_STRIDE: u64 = 64;
-/// Pages of the longest: 4 MiB.
+/// Pages of the longest stride: 4 MiB.
 const MAX_STRIDE: u64 = 1024;
 
-/// The runs of pages in a range that may be allocated.
+/// An iterator over the runs of pages in a range that may be allocated.
 #[derive(Debug)]
 pub struct DataRuns<'a> {
     backing: &'a Backing,
     rest: PageRange,
     stride: u64,
-    /// The first page of the rest is known to be data.
+    /// The first page of `rest` is known to be data.
     dense: bool,
 }
 
 impl<'a> DataRuns<'a> {
-    /// A walk over `range`.
+    /// Starts a walk over `range`.
     pub(super) fn new(backing: &'a Backing, range: PageRange) -> Self {
         Self { backing, rest: range, stride: MIN_STRIDE, dense: false }
     }
@@ -35,15 +36,15 @@ impl<'a> DataRuns<'a> {
             if self.dense { Some(self.rest.first) } else { self.backing.first_data(self.rest)? };
         let end = self.rest.end();
         let Some(first) = first.filter(|first| *first < end) else { return Ok(None) };
-        // Perhaps after the end of the range, and of the file: what is asked is how far the kernel
-        // has to look.
+        // This page may lie after the end of the range and of the file. The question only limits
+        // how far the kernel has to look.
         let beyond = first + self.stride;
         self.dense = self.backing.kind() == BackingKind::Hugetlb
             || self.backing.first_data(PageRange::new(beyond, 1))? == Some(beyond);
         let step = PageRange::new(first, self.stride.min(end - first));
         let last = if self.dense { step.end() } else { self.backing.first_hole(step)? };
         self.stride = if self.dense { (self.stride * 2).min(MAX_STRIDE) } else { MIN_STRIDE };
-        // At least one page, even if it was punched a moment ago: the walk goes on.
+        // At least one page, even if it was punched a moment ago, so that the walk makes progress.
         let last = last.max(first + 1);
         self.rest = PageRange::new(last, end - last);
         Ok(Some(PageRange::new(first, last - first)))
@@ -51,9 +52,9 @@ impl<'a> DataRuns<'a> {
 }
 
 impl Backing {
-    /// Those of the pages `pages` of word `word` that may be allocated. Asks the kernel for each
-    /// run, and once more for each of its pages that is: for a few pages that are likely to be
-    /// holes.
+    /// Those of the pages `pages` of word `word` that may be allocated. Asks the kernel once for
+    /// each run, and once more for each allocated page, so use it for a few pages that are likely
+    /// to be holes.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -73,7 +74,7 @@ impl Backing {
     }
 }
 
-/// Small holes may be part of a run, and it may go on in the next.
+/// A run may contain small holes, and may continue in the next run.
 impl Iterator for DataRuns<'_> {
     type Item = Result<PageRange, BackingError>;
 
@@ -91,9 +92,10 @@ mod tests {
     use std::collections::BTreeSet;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    /// It is data when the walk asks where the run begins, and a hole when it asks where it ends.
+    /// Another thread allocates and punches the page all the time: it may be data when the walk
+    /// asks for the start of the run, and a hole when it asks for the end.
     #[test]
-    fn a_run_has_a_page_at_least_though_it_is_punched_meanwhile() {
+    fn run_has_a_page_even_if_it_is_punched_during_the_walk() {
         let fd = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&fd, PAGE_SIZE).unwrap();
         let backing = Backing::new(fd, 0, PAGE_SIZE).unwrap();
@@ -115,7 +117,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_walk_finds_all_data_and_few_holes(
+        fn walk_finds_all_data_and_few_holes(
             extents in prop::collection::vec((0u64..4000, prop_oneof![1u64..5, 1u64..2000]), 0..8),
             first in 0u64..4000, count in 0u64..4000,
         ) {
@@ -134,16 +136,18 @@ mod tests {
             let mut found = BTreeSet::new();
             for run in backing.data_runs(range) {
                 let run = run.unwrap();
-                prop_assert!(run.first >= at && !run.is_empty() && run.end() <= range.end(), "{:?} after {}", run, at);
+                let in_order = run.first >= at && run.end() <= range.end();
+                prop_assert!(in_order && !run.is_empty(), "{:?} after {}", run, at);
                 at = run.end();
                 found.extend(run.first..run.end());
             }
-            let wanted: BTreeSet<u64> = allocated.range(range.first..range.end()).copied().collect();
-            prop_assert!(found.is_superset(&wanted));
+            let mut wanted = allocated.range(range.first..range.end());
+            prop_assert!(wanted.all(|page| found.contains(page)));
             // A hole is only taken for data if there is data within a step on both sides.
             for hole in found.difference(&allocated) {
-                let near = |mut pages: std::ops::Range<u64>| pages.any(|page| allocated.contains(&page));
-                prop_assert!(near(hole.saturating_sub(MAX_STRIDE)..*hole) && near(*hole..hole + MAX_STRIDE + 1), "hole {}", hole);
+                let before = allocated.range(hole.saturating_sub(MAX_STRIDE)..*hole);
+                let after = allocated.range(*hole..hole + MAX_STRIDE + 1);
+                prop_assert!(before.count() > 0 && after.count() > 0, "hole {}", hole);
             }
         }
     }

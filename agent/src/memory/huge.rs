@@ -1,5 +1,5 @@
-//! Writing to hugetlbfs, which has no `write`: one host page is mapped at a time. And reserving
-//! huge pages, which only a mapping does.
+//! Writes to hugetlbfs, and reservations of huge pages. hugetlbfs has no `write`, so the agent maps
+//! one host page at a time. A reservation also needs a mapping.
 #![allow(unsafe_code)]
 
 use super::backing::{Backing, BackingError};
@@ -7,17 +7,17 @@ use super::bus_guard::GuardedRange;
 use pageferry_protocol::memory::PageRange;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-/// One host page of a file, mapped.
+/// A mapping of one host page of a file.
 #[derive(Debug)]
 pub struct HugeWindow {
     guard: GuardedRange,
     start: *mut u8,
     length: usize,
-    /// Byte of the block at which the window starts.
+    /// The byte of the block at which the mapping starts.
     at: u64,
 }
 
-// SAFETY: the mapping belongs to the window alone and is only written through `&mut self`.
+// SAFETY: the mapping belongs to this value alone, and is only written through `&mut self`.
 unsafe impl Send for HugeWindow {}
 
 impl HugeWindow {
@@ -68,8 +68,8 @@ impl Drop for HugeWindow {
     }
 }
 
-/// Writes `bytes` to byte `at` of a block on hugetlbfs, or zeroes as many as `None` stands for,
-/// keeping the last host page mapped in `window`.
+/// Writes to byte `at` of a block on hugetlbfs: the bytes, or the zeroes, of `bytes`. Keeps the
+/// last host page mapped in `window`.
 ///
 /// # Errors
 /// If a host page cannot be mapped, or the file was truncated.
@@ -86,9 +86,9 @@ pub fn write(
         let Some(window) = window else { continue };
         let offset = (byte - window.at) as usize;
         let count = (bytes.len() - done).min(window.length - offset);
-        // SAFETY: `offset + count` lies within the mapping, whose pages the guard replaces if the
-        // file lost them; the guest's memory is shared with other processes, but a copy of bytes
-        // has no invalid values, and the guest does not run while it is placed.
+        // SAFETY: `offset + count` lies within the mapping. If the file loses its pages, the guard
+        // replaces them. Other processes share this memory, but a copy of bytes has no invalid
+        // values, and the guest does not run while it is placed.
         unsafe {
             let target = window.start.add(offset);
             match bytes {
@@ -106,17 +106,17 @@ pub fn write(
     Ok(())
 }
 
-/// Has the kernel reserve the huge pages of `range`, whole host pages, that are neither allocated
-/// nor reserved. Nothing is allocated. See [`super::pool`].
+/// Has the kernel reserve those huge pages of `range` that are neither allocated nor reserved.
+/// `range` must be whole host pages. Nothing is allocated. See [`super::pool`].
 ///
 /// # Errors
-/// ENOMEM if the pool does not have so many.
+/// ENOMEM if the pool does not have enough huge pages.
 pub fn reserve(backing: &Backing, range: PageRange) -> Result<(), BackingError> {
     let kernel =
         |source| BackingError::Kernel { what: "reserve huge pages", at: range.offset(), source };
     let length = usize::try_from(range.bytes()).map_err(|_| kernel(rustix::io::Errno::INVAL))?;
     // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists, and
-    // nobody can touch this one.
+    // no access to this one is possible.
     let start = unsafe {
         mmap(
             std::ptr::null_mut(),
@@ -134,12 +134,12 @@ pub fn reserve(backing: &Backing, range: PageRange) -> Result<(), BackingError> 
     Ok(())
 }
 
-/// What is written.
+/// The content to write.
 #[derive(Debug, Clone, Copy)]
 pub enum Fill<'a> {
     /// These bytes.
     Bytes(&'a [u8]),
-    /// So many zeroes.
+    /// This number of zeroes.
     Zero(usize),
 }
 
@@ -161,7 +161,7 @@ mod tests {
 
     const UNIT: u64 = 8 * PAGE_SIZE;
 
-    /// Four host pages, and the file behind them.
+    /// Four host pages, and a second descriptor of their file.
     fn backing() -> (Backing, std::os::fd::OwnedFd) {
         let fd = memfd(4 * UNIT);
         let copy = fd.try_clone().unwrap();
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_over_the_end_of_a_host_page_goes_on_in_the_next() {
+    fn write_continues_in_the_next_host_page() {
         let (backing, _) = backing();
         let mut window = None;
         let bytes: Vec<u8> = (1..=3 * PAGE_SIZE).map(|byte| byte as u8).collect();
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_cut_off_is_an_error_that_says_where() {
+    fn truncated_file_is_an_error_with_its_place() {
         let (backing, file) = backing();
         ftruncate(&file, UNIT).unwrap();
         let at = 2 * UNIT + PAGE_SIZE;

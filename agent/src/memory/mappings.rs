@@ -1,4 +1,4 @@
-//! Where the VMM has the blocks mapped: what a fault's address means, and what address a page has.
+//! The VMM's mappings of the blocks: translates between addresses in the VMM and host pages.
 
 use super::{Block, GuestMemory};
 use pageferry_protocol::memory::PageRange;
@@ -9,21 +9,21 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Mappings(Vec<Mapping>);
 
-/// Where a block is mapped.
+/// The mapping of one block.
 #[derive(Debug)]
 pub struct Mapping {
     /// The block.
     pub id: u32,
-    /// Address of its first byte.
+    /// Address of the first byte of the block.
     pub start: u64,
-    /// In bytes.
+    /// Length in bytes.
     pub length: u64,
-    /// Bytes of a host page.
+    /// Size of a host page in bytes.
     pub unit: u64,
 }
 
 impl Mappings {
-    /// Those of `memory`.
+    /// The mappings of `memory`.
     pub fn of(memory: &GuestMemory) -> Self {
         let mapping = |block: &Arc<Block>| Mapping {
             id: block.geometry.id,
@@ -34,12 +34,12 @@ impl Mappings {
         Self(memory.blocks().iter().map(mapping).collect())
     }
 
-    /// All of them.
+    /// The mappings, in the order of the blocks.
     pub fn all(&self) -> &[Mapping] {
         &self.0
     }
 
-    /// The block and host page of an address in the VMM; `None` if it is none of the guest's.
+    /// The block and host page of an address in the VMM. `None` if it is not guest memory.
     pub fn locate(&self, address: u64) -> Option<(usize, u64)> {
         let found = |mapping: &Mapping| {
             address.checked_sub(mapping.start).is_some_and(|at| at < mapping.length)
@@ -48,7 +48,7 @@ impl Mappings {
         Some((at, (address - self.0[at].start) / self.0[at].unit))
     }
 
-    /// Where host pages of the block at index `at` are.
+    /// The addresses of host pages of the block at index `at`.
     pub fn addresses(&self, at: usize, host_pages: PageRange) -> AddressRange {
         let mapping = &self.0[at];
         let (start, length) =

@@ -1,19 +1,21 @@
-//! Huge pages for a guest that runs before its memory is here.
+//! Huge pages for a guest that runs before its memory has arrived.
 //!
-//! The kernel keeps huge pages in a pool per size. If the pool runs out while the guest runs, the
-//! guest waits in a fault, and nobody can help it but an operator. So what is missing is reserved
-//! before the guest moves ([`reserve`]), by the kernel's own account: to map a part of a hugetlbfs
-//! file shared reserves the pages of that part which are neither allocated nor reserved yet, or
-//! fails, and the reservation stays with the file when the mapping goes (`hugetlb_reserve_pages()`
-//! in the kernel's `mm/hugetlb.c`). So it is right for a VMM that has mapped its memory with a
-//! reservation, for one that has not (`MAP_NORESERVE`, the default of vm-memory), and for one that
-//! has freed pages since, which drops the reservation of those pages.
+//! The kernel keeps a pool of huge pages for each size. If the pool runs out while the guest runs,
+//! the guest waits in a fault until an operator adds huge pages. So the agent reserves the missing
+//! pages before the guest moves ([`reserve`]), and the kernel itself does the accounting. A shared
+//! mapping of a part of a hugetlbfs file reserves the pages of that part that are neither allocated
+//! nor reserved, or fails. The reservation stays with the file after the mapping is gone
+//! (`hugetlb_reserve_pages()` in the kernel's `mm/hugetlb.c`). So the account is right for every
+//! VMM: one that has mapped its memory with a reservation, one that has not (`MAP_NORESERVE`, the
+//! default of vm-memory), and one that has freed pages since, which drops the reservation of those
+//! pages.
 //!
-//! What is reserved and never allocated stays with the file until the VMM closes it: another
-//! attempt uses it.
+//! Pages that are reserved and never allocated stay with the file until the VMM closes it, so
+//! another attempt can use them.
 //!
-//! A reservation does not say on which NUMA node. A VMM that binds its memory to one node can still
-//! run out, and so can one whose control group has a limit. See [`advice`] for what is said then.
+//! A reservation has no NUMA node. So a VMM that binds its memory to one node can still run out of
+//! huge pages, and so can a VMM whose control group has a limit. Then the operator gets the text of
+//! [`advice`].
 
 use super::backing::{BackingError, BackingKind};
 use super::host_page_set::HostPageSet;
@@ -22,21 +24,21 @@ use super::{Block, GuestMemory};
 use pageferry_protocol::memory::PageRange;
 use rustix::io::Errno;
 
-/// There are not enough huge pages.
+/// The pool does not have enough huge pages.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "block {id}: {missing} huge pages of {} kB are missing, and {free} are free that are not reserved by others: raise {}/nr_hugepages",
+    "block {id} needs {missing} more huge pages of {} kB, and {free} are free and not reserved: raise {}/nr_hugepages",
     size >> 10,
     folder(*size)
 )]
 pub struct Shortage {
-    /// The block.
+    /// The block that needs them.
     pub id: u32,
-    /// Bytes of a huge page.
+    /// Size of a huge page in bytes.
     pub size: u64,
-    /// Huge pages that the guest has content for, and that are not there.
+    /// Huge pages that are missing and could not be reserved.
     pub missing: u64,
-    /// Free ones of the pool that nobody has reserved.
+    /// Free huge pages of the pool that nobody has reserved.
     pub free: u64,
 }
 
@@ -51,16 +53,16 @@ pub enum ReserveError {
     Backing {
         /// The block.
         id: u32,
-        /// What is wrong.
+        /// The cause.
         #[source]
         source: BackingError,
     },
 }
 
-/// Reserves a huge page for every one that is missing. Nothing happens on other memory.
+/// Reserves a huge page for every missing one. Does nothing for blocks that are not on hugetlbfs.
 ///
 /// # Errors
-/// If the pool does not have so many.
+/// If the pool does not have enough huge pages.
 pub fn reserve(memory: &GuestMemory, missing: &HostPageSet) -> Result<(), ReserveError> {
     for (at, block) in memory.blocks().iter().enumerate() {
         let host_pages = missing.block(at);
@@ -81,11 +83,12 @@ pub fn reserve(memory: &GuestMemory, missing: &HostPageSet) -> Result<(), Reserv
     Ok(())
 }
 
-/// Refuses what will not fit once all that the blocks hold now is freed. For memory that still has
-/// a guest, which is not to be given up for nothing.
+/// Checks that the missing huge pages will fit after everything that the blocks hold now is freed.
+/// For memory that still has a guest: that guest must not be given up before it is known that the
+/// new one fits.
 ///
 /// # Errors
-/// If the pool does not have as many huge pages as are missing.
+/// If the pool does not have enough huge pages.
 pub fn check_available(memory: &GuestMemory, missing: &HostPageSet) -> Result<(), ReserveError> {
     let hugetlb = || {
         memory
@@ -110,22 +113,22 @@ pub fn check_available(memory: &GuestMemory, missing: &HostPageSet) -> Result<()
     if sizes.into_iter().all(fits) {
         return Ok(());
     }
-    // What the files have reserved for themselves only the kernel knows.
+    // Only the kernel knows what the files have reserved for themselves.
     reserve(memory, missing)
 }
 
-/// What an operator can do when a page of this block cannot be had for want of memory.
+/// What an operator can do when there is no memory for a page of this block.
 pub fn advice(block: &Block) -> String {
     let (id, size) = (block.geometry.id, block.backing.host_page_size());
     match block.backing.kind() {
         BackingKind::Hugetlb => format!(
-            "no huge page of {} kB can be had for block {id}, and {} are free that are not reserved: raise {}/nr_hugepages; or the VMM's NUMA node or control group has none left",
+            "no huge page of {} kB is available for block {id}, and {} are free and not reserved: raise {}/nr_hugepages; if some are free, the VMM's NUMA node or control group has none left",
             size >> 10,
             unreserved(size),
             folder(size)
         ),
         _ => format!(
-            "no memory can be had for block {id}: free some, or raise the limit of the VMM's control group, or the size of its tmpfs"
+            "no memory is available for block {id}: free some, or raise the limit of the VMM's control group or the size of its tmpfs"
         ),
     }
 }
@@ -135,13 +138,13 @@ fn shortage(block: &Block, missing: u64) -> Shortage {
     Shortage { id: block.geometry.id, size, missing, free: unreserved(size) }
 }
 
-/// Where the kernel shows the pool of this size in bytes.
+/// The folder in which the kernel shows the pool of huge pages of this size in bytes.
 pub(super) fn folder(size: u64) -> String {
     format!("/sys/kernel/mm/hugepages/hugepages-{}kB", size >> 10)
 }
 
-/// Huge pages of this size that anyone can have: free ones that are not reserved, and those that
-/// the kernel may still make beyond the pool.
+/// The number of huge pages of this size that anyone can get: free ones that are not reserved, and
+/// those that the kernel may still allocate beyond the pool.
 fn unreserved(size: u64) -> u64 {
     let figure = |name: &str| -> u64 {
         let text = std::fs::read_to_string(format!("{}/{name}", folder(size)));

@@ -1,13 +1,13 @@
-//! Runs of pages that lie near each other, made one: a disk reads a little more at once sooner than
-//! twice.
+//! Joins runs of pages that lie near each other: for a disk, one read that is a little larger is
+//! faster than two reads.
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 
-/// Pages between two runs that are read together all the same: 64 KiB.
+/// Runs with at most this many pages between them are read together: 64 KiB.
 pub const NEAR: u64 = (64 << 10) / PAGE_SIZE;
 
-/// The runs, in the order of their first pages, with those made one between which there are at most
-/// `gap` pages.
+/// The runs, in the order of their first pages. Runs with at most `gap` pages between them are
+/// joined.
 pub fn join_near_runs(
     runs: impl IntoIterator<Item = PageRange>, gap: u64,
 ) -> impl Iterator<Item = PageRange> {
@@ -26,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_with_a_small_gap_between_are_made_one_and_others_are_not() {
+    fn only_runs_with_a_small_gap_are_joined() {
         let run = PageRange::new;
         assert_eq!(
             join_near_runs([run(3, 9), run(4, 1), run(12, 1)], 0).collect::<Vec<_>>(),

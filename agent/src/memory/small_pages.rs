@@ -1,17 +1,20 @@
-//! Placing into shared memory whose file system hands out huge pages.
+//! Placing single pages into shared memory whose file system hands out huge pages.
 //!
-//! On a tmpfs that is mounted with `huge=always` or `huge=within_size`, and in a memfd while
-//! `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says so, a `write` of one page into a hole
-//! allocates a huge page: 2 MiB, of which the source may have had 4 KiB (`never-populate`).
+//! A `write` of one page into a hole normally allocates one page. But a tmpfs that is mounted with
+//! `huge=always` or `huge=within_size` allocates a huge page, and so does a memfd while
+//! `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says so: 2 MiB, where the source may have
+//! had 4 KiB (`never-populate`).
 //!
-//! `UFFDIO_COPY` allocates single pages on every shared memory. So the agent maps the block,
-//! registers the mapping with a userfaultfd of its own, and places by that. The mapping is never
-//! touched: no fault is taken, and a file that shrinks is an error of the call, not SIGBUS.
+//! `UFFDIO_COPY` allocates single pages on all shared memory. So the agent maps the block,
+//! registers the mapping with a userfaultfd of its own, and places pages by `UFFDIO_COPY`. It never
+//! touches the mapping: no page fault occurs, and a file that shrinks is an error of the call
+//! instead of SIGBUS.
 //!
-//! A guest that fills its huge pages keeps them: where the first `DENSE` bytes of a huge page come
-//! at once, it is *opened*, and all that comes for it is written. What did not come is punched by
-//! [`SmallPages::settle`], when nobody places: at the end of each pass. Until then an opened huge
-//! page takes at most eight times what has come for it.
+//! A guest that fills its huge pages keeps them. If the first `DENSE` bytes of a huge page arrive
+//! at once, the agent *opens* this huge page, and writes everything that arrives for it. The pages
+//! that did not arrive are punched by [`SmallPages::settle`] at the end of each pass, when no
+//! thread places. Until then, an open huge page takes at most eight times the memory of what has
+//! arrived for it.
 #![allow(unsafe_code)]
 
 use super::backing::{Backing, BackingError, BackingKind};
@@ -23,32 +26,32 @@ use pageferry_protocol::userfault::{AddressRange, FillError, RegisterMode, Userf
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-/// Bytes at the start of a huge page that make it likely that the rest comes, too.
+/// If this many bytes at the start of a huge page arrive at once, the rest probably arrives, too.
 const DENSE: usize = 256 << 10;
 
-/// A block's file, mapped for placing alone.
+/// A mapping of a block's file that is only used to place pages.
 #[derive(Debug)]
 pub struct SmallPages {
     uffd: Userfaultfd,
     start: *mut std::ffi::c_void,
     length: usize,
-    /// Bytes that a write into a hole would allocate.
+    /// How many bytes a write into a hole would allocate.
     huge_page: u64,
-    /// Where the block begins in its first huge page, in bytes.
+    /// The offset of the block's start in its first huge page, in bytes.
     into_first: u64,
-    /// Huge pages that are written, counted from the one in which the block begins.
+    /// The open huge pages, counted from the one in which the block starts.
     opened: MappedBitmap,
 }
 
-// SAFETY: nobody reads or writes through the mapping. The kernel's calls that take its address may
-// come from any thread, and several at once.
+// SAFETY: nobody reads or writes through the mapping. System calls that use its address may come
+// from any thread, and from several at once.
 unsafe impl Send for SmallPages {}
 // SAFETY: as above.
 unsafe impl Sync for SmallPages {}
 
 impl SmallPages {
-    /// For each block of `memory`, in order: how to place in it, where a write would allocate more
-    /// than it writes; `None` elsewhere, and where the kernel has no userfaultfd for that.
+    /// One entry for each block of `memory`, in order. It is `Some` if a write would allocate more
+    /// than it writes and the kernel has a userfaultfd for placing.
     pub fn of(memory: &GuestMemory) -> Vec<Option<Self>> {
         memory.blocks().iter().map(|block| Self::of_block(block)).collect()
     }
@@ -63,7 +66,7 @@ impl SmallPages {
             Err(error) => {
                 let (id, why) = (block.geometry.id, crate::error::chain(&error));
                 log::warn!(
-                    "block {id}: its file system hands out huge pages, so more is allocated than comes: {why}"
+                    "block {id}: its file system hands out huge pages, so writing one page allocates a huge one: {why}"
                 );
                 None
             }
@@ -71,7 +74,8 @@ impl SmallPages {
     }
 
     fn new(backing: &Backing, huge_page: u64) -> Result<Self, BackingError> {
-        let kernel = |source| BackingError::Kernel { what: "map it for placing", at: 0, source };
+        let kernel =
+            |source| BackingError::Kernel { what: "map the file for placing", at: 0, source };
         let uffd =
             Userfaultfd::open_for_placing().map_err(|source| BackingError::Userfault { source })?;
         let length = usize::try_from(backing.length()).map_err(|_| kernel(Errno::NOMEM))?;
@@ -86,7 +90,7 @@ impl SmallPages {
         let start = start.map_err(kernel)?;
         let opened = MappedBitmap::private(huge_pages);
         let Ok(opened) = opened else {
-            // SAFETY: as in the drop.
+            // SAFETY: as in `drop`.
             let _ = unsafe { munmap(start, length) };
             return Err(kernel(Errno::NOMEM));
         };
@@ -122,19 +126,22 @@ impl SmallPages {
         Ok(())
     }
 
-    /// Where the huge page with this number ends, in bytes of the block, or beyond it.
+    /// The byte of the block at which the huge page with this number ends. It may lie after the
+    /// block's end.
     fn end_of(&self, number: u64) -> u64 {
         (number + 1) * self.huge_page - self.into_first
     }
 
-    /// True if the huge page is written: it is open, or `length` bytes at `byte` open it.
+    /// Whether bytes for this huge page are written: it is open, or `length` bytes at `byte` open
+    /// it.
     fn opens(&self, number: u64, byte: u64, length: usize) -> bool {
         if self.opened.contains(number) {
             return true;
         }
         let end = self.end_of(number);
         let begins = byte + self.huge_page == end;
-        // What of it is outside of the block is not ours to punch.
+        // A part of the huge page that is outside of the block must not be punched, so it is not
+        // opened.
         let opens =
             begins && length >= DENSE.min(self.huge_page as usize) && end <= self.length as u64;
         if opens {
@@ -143,9 +150,9 @@ impl SmallPages {
         opens
     }
 
-    /// Frees what was allocated with the huge pages that are open, and does not hold anything:
-    /// pages that are not `filled`, or are in one of `gone`. Nobody may be placing meanwhile.
-    /// Closes them.
+    /// Punches the pages of open huge pages that hold nothing: those that are not `filled`, and
+    /// those that are in one of `gone`. Closes all huge pages. No thread may place during this
+    /// call.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -184,9 +191,9 @@ impl SmallPages {
                 Errno::EXIST => {
                     let rest =
                         PageRange::new(byte / PAGE_SIZE, (bytes.len() - done) as u64 / PAGE_SIZE);
-                    // One at least: reserved pages are told as holes, and are there.
-                    let there = backing.first_hole(rest)?.saturating_sub(rest.first).max(1);
-                    let part = &bytes[done..done + (there * PAGE_SIZE) as usize];
+                    // At least one: reserved pages are reported as holes, but they exist.
+                    let present = backing.first_hole(rest)?.saturating_sub(rest.first).max(1);
+                    let part = &bytes[done..done + (present * PAGE_SIZE) as usize];
                     backing.write(byte, part)?;
                     done += part.len();
                 }
@@ -210,7 +217,7 @@ impl Drop for SmallPages {
     }
 }
 
-/// Writes whole pages to byte `at` of a block, by `small_pages` where a write would allocate more.
+/// Writes whole pages to byte `at` of a block: by `small_pages` if there is one, else by `write`.
 ///
 /// # Errors
 /// If the file was truncated, or the kernel refuses.
@@ -233,8 +240,8 @@ mod tests {
     const PAGES: u64 = HUGE / PAGE_SIZE;
     const PAGE: usize = PAGE_SIZE as usize;
 
-    /// Three huge pages and a bit, as on a file system that hands them out; and how it is placed
-    /// there.
+    /// A block of three huge pages and a few pages, treated as if its file system hands out huge
+    /// pages.
     fn block(offset: u64) -> (Block, SmallPages) {
         let (fd, length) =
             (memfd_create("ram", MemfdFlags::CLOEXEC).unwrap(), 3 * HUGE + 9 * PAGE_SIZE);
@@ -255,12 +262,12 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_placed_whether_they_exist_or_not() {
+    fn existing_and_absent_pages_are_placed() {
         for offset in [0, 3 * PAGE_SIZE] {
             let (block, small_pages) = block(offset);
             let bytes = |value: u8, pages: u64| vec![value; (pages * PAGE_SIZE) as usize];
             small_pages.write(&block.backing, 5 * PAGE_SIZE, &bytes(1, 2)).unwrap();
-            // Over pages that are there, holes, and the end of a huge page.
+            // Over pages that exist, holes, and the end of a huge page.
             small_pages.write(&block.backing, 4 * PAGE_SIZE, &bytes(2, 4)).unwrap();
             small_pages.write(&block.backing, HUGE - 2 * PAGE_SIZE, &bytes(3, 4)).unwrap();
             assert_eq!(
@@ -272,7 +279,7 @@ mod tests {
                 block.backing.read(page * PAGE_SIZE, &mut found).unwrap();
                 assert!(found.iter().all(|byte| *byte == value), "page {page}");
             }
-            // Reserved: told as a hole, and there.
+            // Reserved: the page is reported as a hole, but it exists.
             let place = block.backing.file_offset(20 * PAGE_SIZE);
             rustix::fs::fallocate(
                 block.backing.fd(),
@@ -291,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_huge_page_that_began_to_come_what_did_not_is_punched_in_the_end() {
+    fn settle_punches_what_did_not_arrive_of_open_huge_pages() {
         for offset in [0, 3 * PAGE_SIZE] {
             let (block, small_pages) = block(offset);
             let first = (HUGE - offset % HUGE) % HUGE / PAGE_SIZE;
@@ -300,13 +307,13 @@ mod tests {
             let filled = MappedBitmap::private(block.geometry.pages()).unwrap();
             small_pages.write(&block.backing, first * PAGE_SIZE, &all[..DENSE]).unwrap();
             filled.set(PageRange::new(first, dense));
-            // Where it does not begin, and where it is not all of the block's, it is not.
+            // This write does not begin at the start of a huge page, so it opens none.
             small_pages.write(&block.backing, (first + PAGES + 1) * PAGE_SIZE, &all).unwrap();
             filled.set(PageRange::new(first + PAGES + 1, dense + 1));
             assert_eq!(small_pages.opened.count(small_pages.opened.all()), 1);
             small_pages.write(&block.backing, (first + 200) * PAGE_SIZE, &all[..PAGE]).unwrap();
             filled.set(PageRange::new(first + 200, 1));
-            // As the kernel does with the rest of it.
+            // The kernel allocates the rest of an open huge page. These writes stand for that.
             for page in [100, 400] {
                 block.backing.write((first + page) * PAGE_SIZE, &all[..PAGE]).unwrap();
             }

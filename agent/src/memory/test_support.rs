@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Blocks of so many pages, mapped nowhere, with their index as number.
+/// Memory with one block for each entry of `pages`, not mapped. The id of a block is its index.
 pub(crate) fn memory(pages: &[u64]) -> GuestMemory {
     let block = |(id, pages): (u32, &u64)| {
         let length = pages * PAGE_SIZE;
@@ -21,12 +21,12 @@ pub(crate) fn memory(pages: &[u64]) -> GuestMemory {
     GuestMemory::new((0..).zip(pages).map(block).collect(), BlockTable::new(), None)
 }
 
-/// A job of a VMM without hooks, whose memory is one host page of 1 GiB, as far as it is told.
+/// A job of a VMM without hooks. Its memory counts as one host page of 1 GiB.
 pub(crate) fn gigantic() -> Arc<Job> {
     huge(1 << 30)
 }
 
-/// The same with one host page of `size` bytes.
+/// A job whose memory counts as one host page of `size` bytes.
 pub(crate) fn huge(size: u64) -> Arc<Job> {
     let backing = Backing::new(memfd(size), 0, size).unwrap().with_huge_pages(size);
     let block = Block::new(geometry(0, size), backing, size, None).unwrap();
@@ -51,7 +51,7 @@ fn geometry(id: u32, length: u64) -> BlockGeometry {
     BlockGeometry { id, name, gpa, length, granularity: PAGE_SIZE }
 }
 
-/// A block whose mapping in this process is registered for missing pages.
+/// A block that is mapped in this process and registered for missing faults.
 pub(crate) struct Registered {
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) uffd: Userfaultfd,
@@ -59,7 +59,7 @@ pub(crate) struct Registered {
 }
 
 impl Registered {
-    /// Of so many pages; `None` if this process may have no userfaultfd.
+    /// A registered block of `pages` pages. `None` if this process must not open a userfaultfd.
     pub(crate) fn new(pages: u64) -> Option<Self> {
         if !has_userfaultfd() {
             return None;
@@ -76,17 +76,17 @@ impl Registered {
         Some(Self { memory: Arc::new(memory), uffd, mapping })
     }
 
-    /// A duplicate of the userfaultfd, as an agent gets it.
+    /// A duplicate of the userfaultfd, as an agent receives it.
     pub(crate) fn for_agent(&self) -> OwnedFd {
         self.uffd.as_fd().try_clone_to_owned().unwrap()
     }
 
-    /// Touches a page, as a guest does; returns its first word.
+    /// Touches a page as a guest does. Returns its first word.
     pub(crate) fn touch(&self, page: u64) -> u64 {
         self.mapping[(page * PAGE_SIZE / 8) as usize].load(Ordering::Relaxed)
     }
 
-    /// The first word of a page, by the file: nothing is touched.
+    /// The first word of a page, read from the file: nothing is touched.
     pub(crate) fn word(&self, page: u64) -> u64 {
         let mut word = [0; 8];
         self.memory.blocks()[0].backing.read(page * PAGE_SIZE, &mut word).unwrap();
@@ -94,10 +94,10 @@ impl Registered {
     }
 }
 
-/// True if this process may have a userfaultfd.
+/// True if this process can open a userfaultfd.
 ///
 /// # Panics
-/// If not, and `PAGEFERRY_REQUIRE` names `uffd`.
+/// If it cannot, and `PAGEFERRY_REQUIRE` names `uffd`.
 pub(crate) fn has_userfaultfd() -> bool {
     let Err(error) = Userfaultfd::open(feature::MISSING_SHMEM) else { return true };
     assert!(!std::env::var("PAGEFERRY_REQUIRE").unwrap_or_default().contains("uffd"), "{error}");
@@ -105,7 +105,7 @@ pub(crate) fn has_userfaultfd() -> bool {
     false
 }
 
-/// Gives another thread every chance to go too far.
+/// Gives other threads time to go on when they should wait.
 pub(crate) fn let_others_run() {
     (0..1000).for_each(|_| std::thread::yield_now());
 }

@@ -1,20 +1,20 @@
-//! Finding zero pages in a buffer.
+//! Finds zero pages in a buffer.
 
 use pageferry_protocol::memory::PAGE_SIZE;
 use zerocopy::FromBytes;
 
-/// True if all of `page` is zero. Or-ing whole words in blocks runs at memory speed where a search
-/// for the first byte that is not zero does not; a page that begins with data, as most do, is told
-/// by its first block.
+/// True if all of `page` is zero. It combines whole words with OR, block by block, which runs at
+/// the speed of memory; a search for the first byte that is not zero does not. Most pages with data
+/// begin with data, so their first block decides.
 pub fn is_zero(page: &[u8]) -> bool {
     page.chunks(512).all(|block| match <[u64]>::ref_from_bytes(block) {
         Ok(words) => words.iter().fold(0, |sum, word| sum | word) == 0,
-        // Not aligned: our own buffers are.
+        // Not aligned. The agent's own buffers always are.
         Err(_) => block.iter().fold(0, |sum, byte| sum | byte) == 0,
     })
 }
 
-/// One bit per page of `pages`, at most 64 of them: those that are not zero.
+/// A mask with one bit for each page of `pages`, at most 64: set if the page is not zero.
 pub fn data_mask(pages: &[u8]) -> u64 {
     let page_bits = pages.chunks_exact(PAGE_SIZE as usize).map(|page| u64::from(!is_zero(page)));
     page_bits.enumerate().fold(0, |mask, (index, bit)| mask | bit << index)
@@ -27,7 +27,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_mask_has_a_bit_for_every_page_with_a_byte_in_it(bytes in prop::collection::vec((0usize..16 * 4096, 1u8..), 0..10)) {
+        fn mask_has_a_bit_for_each_page_with_data(bytes in prop::collection::vec((0usize..16 * 4096, 1u8..), 0..10)) {
             let mut pages = vec![0u8; 16 * 4096 + 3];
             let mut expected = 0u64;
             for (at, byte) in bytes {
