@@ -1,4 +1,4 @@
-//! What a disk that fails does to whoever captures.
+//! A disk that fails: what it does to sweeps, write faults and discards.
 
 use super::*;
 use crate::image::Fault;
@@ -47,15 +47,15 @@ fn all_pending(memory: &GuestMemory) -> Arc<CopyBeforeWrite> {
 
 #[track_caller]
 fn is_broken(outcome: Result<(), JobError>) {
-    let said = crate::error::chain(&outcome.unwrap_err());
+    let text = crate::error::chain(&outcome.unwrap_err());
     assert!(
-        said.starts_with("image /image: cannot write at byte 0x5000: Input/output error"),
-        "{said}"
+        text.starts_with("image /image: cannot write at byte 0x5000: Input/output error"),
+        "{text}"
     );
 }
 
 #[test]
-fn a_disk_that_fails_fails_whoever_captures_for_themselves() {
+fn failing_disk_fails_a_sweep() {
     let (memory, _fd) = memory();
     let copier = all_pending(&memory);
     let range = PageRange::new(0, PAGES);
@@ -64,19 +64,19 @@ fn a_disk_that_fails_fails_whoever_captures_for_themselves() {
 }
 
 #[test]
-fn a_write_is_let_through_though_what_it_was_cannot_be_put() {
+fn write_continues_although_its_page_cannot_be_put() {
     let (memory, _fd) = memory();
     let copier = all_pending(&memory);
     let mut into = vec![0; PAGE_SIZE as usize];
     let pages = copier.write_fault(&memory, (0, 7), &mut into).unwrap().unwrap();
     assert_eq!((pages, &into[..]), (PageRange::new(7, 1), &[5; PAGE_SIZE as usize][..]));
     is_broken(copier.put_run(0, pages, &into));
-    // Once more, and it is not pending any more.
+    // A second fault finds that the page is no longer pending.
     assert_eq!(copier.write_fault(&memory, (0, 7), &mut into).unwrap(), None);
 }
 
 #[test]
-fn a_discard_is_one_though_what_was_there_cannot_be_put() {
+fn discard_succeeds_although_its_pages_cannot_be_put() {
     let (memory, fd) = memory();
     let copier = all_pending(&memory);
     memory.marking.instant(|| Ok::<_, JobError>(copier.clone())).unwrap();
@@ -85,6 +85,6 @@ fn a_discard_is_one_though_what_was_there_cannot_be_put() {
     assert_eq!(rustix::fs::fstat(&fd).unwrap().st_blocks as u64 * 512, 150 * PAGE_SIZE);
     assert!(copier.has_failed());
     is_broken(copier.finish(&memory.readers));
-    // Told once; whoever comes later only hears that it is over.
+    // The error is returned once. Later callers only learn that the snapshot is over.
     assert!(matches!(copier.check(), Err(JobError::Cancelled)));
 }

@@ -3,7 +3,7 @@ use crate::memory::test_support::{let_others_run, memory};
 
 const PAGES: u64 = 8;
 
-/// Takes all, and keeps nothing.
+/// Accepts all pages, and keeps nothing.
 #[derive(Debug)]
 struct Nowhere;
 
@@ -13,7 +13,7 @@ impl Sink for Nowhere {
     }
 }
 
-/// A block of eight pages, of which page 3 is pending.
+/// A block of eight pages. Page 3 is pending.
 fn copier() -> (GuestMemory, CopyBeforeWrite) {
     let memory = memory(&[PAGES]);
     let pending = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
@@ -24,33 +24,33 @@ fn copier() -> (GuestMemory, CopyBeforeWrite) {
 }
 
 #[test]
-fn nothing_is_settled_while_a_fault_reads_what_it_took() {
+fn finish_waits_for_a_fault_that_reads() {
     let (memory, copier) = copier();
     let reading = memory.readers.reading(FAULTS, 0, 0);
     assert_ne!(copier.pending.take(0, 0, 1 << 3), 0);
     std::thread::scope(|scope| {
-        let settled = scope.spawn(|| copier.finish(&memory.readers));
+        let finished = scope.spawn(|| copier.finish(&memory.readers));
         let_others_run();
-        assert!(!settled.is_finished());
+        assert!(!finished.is_finished());
         drop(reading);
-        settled.join().unwrap().unwrap();
+        finished.join().unwrap().unwrap();
     });
 }
 
 #[test]
-fn what_is_pending_of_a_snapshot_that_failed_is_not_read_any_more() {
+fn failed_snapshot_reads_no_pending_page() {
     let (memory, copier) = copier();
     let mut into = vec![0; PAGE_SIZE as usize];
     copier.stop_faults();
-    // It may have been discarded, and nobody has saved it.
+    // The page may have been discarded since, and nobody has captured it.
     assert_eq!(copier.write_fault(&memory, (0, 3), &mut into).unwrap(), None);
     assert_eq!(copier.pending.remaining_pages(), 1);
 }
 
-/// Notes what is put at once.
+/// Notes each range that is put.
 #[derive(Debug)]
 struct Notes {
-    likes: usize,
+    preferred: usize,
     puts: Mutex<Vec<PageRange>>,
 }
 
@@ -62,19 +62,19 @@ impl Sink for Notes {
     }
 
     fn batch(&self) -> usize {
-        self.likes
+        self.preferred
     }
 }
 
 #[test]
-fn a_sink_gets_as_much_at_once_as_it_likes() {
+fn sink_gets_batches_of_the_size_it_prefers() {
     const PAGES: u64 = 1024;
     for words in [1, 3, 8] {
         let memory = memory(&[PAGES]);
         let pending = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
         (0..PAGES / WORD_BITS).for_each(|word| pending.add(0, word, u64::MAX));
-        let (likes, puts) = ((words * WORD_BITS * PAGE_SIZE) as usize, Mutex::default());
-        let sink = Arc::new(Notes { likes, puts });
+        let (preferred, puts) = ((words * WORD_BITS * PAGE_SIZE) as usize, Mutex::default());
+        let sink = Arc::new(Notes { preferred, puts });
         let copier =
             CopyBeforeWrite::new(&memory, Arc::new(pending), None, sink.clone(), Arc::default());
         let mut batch = copier.batch(&memory).unwrap();
@@ -90,10 +90,10 @@ fn a_sink_gets_as_much_at_once_as_it_likes() {
     }
 }
 
-/// What a sink likes if nothing else speaks for it, and what an image does.
+/// The batch size of a sink by default, and that of an image.
 #[test]
-fn an_image_without_the_page_cache_is_written_in_larger_pieces() {
-    let likes = |sink: Arc<dyn Sink>| {
+fn image_with_direct_io_gets_larger_batches() {
+    let preferred = |sink: Arc<dyn Sink>| {
         let memory = memory(&[PAGES]);
         let pending = Arc::new(HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap());
         CopyBeforeWrite::new(&memory, pending, None, sink, Arc::default())
@@ -101,15 +101,15 @@ fn an_image_without_the_page_cache_is_written_in_larger_pieces() {
             .unwrap()
             .full
     };
-    assert_eq!(likes(Arc::new(Nowhere)), 1 << 20);
+    assert_eq!(preferred(Arc::new(Nowhere)), 1 << 20);
     let folder = tempfile::tempdir().unwrap();
     for cached in [false, true] {
         let path = folder.path().join(format!("{cached}"));
         let table = crate::image::test_support::table(&[PAGES]);
         let writer = ImageWriter::create(&path, &table, false, cached).unwrap();
         assert!(!(cached && writer.is_direct()));
-        // Not every file system can do without.
+        // Not every file system supports direct I/O.
         let expected = if writer.is_direct() { 2 << 20 } else { 1 << 20 };
-        assert_eq!(likes(Arc::new(writer)), expected, "cached: {cached}");
+        assert_eq!(preferred(Arc::new(writer)), expected, "cached: {cached}");
     }
 }
