@@ -1,10 +1,10 @@
-//! Who says which pages are dirty.
+//! Dirty tracking: which pages the guest has written.
 //!
 //! - [`pagemap`]: write-protect scanning of the VMM's mapping, from this process;
-//! - this file: the three trackers of the design behind one trait, and how they are asked together.
+//! - this file: the three trackers behind one trait, and how a job asks them together.
 //!
-//! The order of a sync matters: the hooks put KVM's bits into the shared log, so the log is drained
-//! after them.
+//! The order within a sync matters: the hooks of the VMM put KVM's bits into the shared log, so the
+//! log is drained last.
 
 pub mod pagemap;
 
@@ -47,7 +47,7 @@ impl DirtyPages {
         &self.blocks
     }
 
-    /// Adds those of `other`, which is of the same memory.
+    /// Adds the dirty pages of `other`, which belongs to the same memory.
     pub fn merge(&self, other: &Self) {
         for (own, other) in self.blocks.iter().zip(&other.blocks) {
             for (word, bits) in other.nonzero_words(other.all()) {
@@ -56,24 +56,24 @@ impl DirtyPages {
         }
     }
 
-    /// Number of dirty pages.
+    /// The number of dirty pages.
     pub fn count(&self) -> u64 {
         self.blocks.iter().map(|bitmap| bitmap.count(bitmap.all())).sum()
     }
 }
 
-/// Why the dirty pages are not known.
+/// Why it is not known which pages are dirty.
 #[derive(Debug, thiserror::Error)]
 pub enum TrackingError {
     /// A hook of the VMM's tracker failed.
-    #[error("the VMM's tracker")]
+    #[error("the VMM's tracker failed")]
     Hook(#[from] HookError),
     /// The scan of a block failed.
-    #[error("write-protect scan of block {id}")]
+    #[error("the write-protect scan of block {id} failed")]
     Scan {
         /// The block.
         id: u32,
-        /// What failed.
+        /// The cause.
         #[source]
         source: pagemap::PagemapError,
     },
@@ -83,11 +83,11 @@ pub enum TrackingError {
         /// The block.
         id: u32,
     },
-    /// There is no log.
+    /// The VMM has not set a dirty log.
     #[error("there is no dirty log: the VMM must set one (SET_LOG_BASE) before it migrates")]
     NoLog,
     /// The log ends before the guest's memory.
-    #[error("the dirty log covers {covered:#x} pages, block {id} ends at guest page {end:#x}")]
+    #[error("the dirty log covers {covered:#x} pages, but block {id} ends at guest page {end:#x}")]
     ShortLog {
         /// Pages that the log covers.
         covered: u64,
@@ -96,23 +96,25 @@ pub enum TrackingError {
         /// First guest page after the block.
         end: u64,
     },
-    /// The VMM has another agent, or none: the log and the protection are not this one's any more.
+    /// The VMM has given this agent up, so the log and the protection belong to another agent, or
+    /// to none.
     #[error(transparent)]
     Replaced(#[from] Replaced),
     /// The file under the log, or under a discard bitmap, was truncated.
-    #[error("the file under the {what} was truncated: what is {state} is unknown")]
+    #[error("the file under the {what} was truncated: it is unknown which pages are {state}")]
     Lost {
-        /// What was lost.
+        /// The file that was truncated.
         what: &'static str,
-        /// What is unknown now.
+        /// The set of pages that is now unknown.
         state: &'static str,
     },
 }
 
-/// To be called before anything is done by what a walk over discard bitmaps found.
+/// Checks that no discard bitmap was lost. Call it after a walk over the bitmaps, and before the
+/// result is used.
 ///
 /// # Errors
-/// If one of them was cut off.
+/// If the file under a bitmap was truncated.
 pub fn check_discards(memory: &GuestMemory) -> Result<(), TrackingError> {
     if memory.blocks().iter().any(|block| block.lost_bitmap()) {
         return Err(TrackingError::Lost { what: "discard bitmap", state: "discarded" });
@@ -120,38 +122,38 @@ pub fn check_discards(memory: &GuestMemory) -> Result<(), TrackingError> {
     Ok(())
 }
 
-/// Something that reports dirty pages.
+/// A source of dirty pages.
 pub trait Tracker: Send {
-    /// Starts to report the writes from now on.
+    /// Starts to report writes.
     ///
     /// # Errors
-    /// If it cannot.
+    /// If the tracker cannot start.
     fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError>;
 
-    /// Sets in `dirty` all pages written since the last time, and starts over.
+    /// Sets all pages in `dirty` that were written since the last sync, or since the start.
     ///
     /// # Errors
-    /// If it cannot; the job must not trust `dirty` any more.
+    /// If the tracker cannot report. The job must not trust `dirty` any more.
     fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError>;
 
-    /// Stops to report. Called on failure, too, and possibly without a start.
+    /// Stops to report. Also called after a failure, and possibly without a start.
     fn stop(&mut self);
 
-    /// From now on a background snapshot uses the VMM's mappings, and a tracker that needs them for
-    /// itself sees nothing. Until it sees again, and at the first sync after that, it must report
-    /// every page.
+    /// A background snapshot uses the VMM's mappings from now on. A tracker that needs them sees no
+    /// writes until [`Tracker::resume`], so it must report every page at each sync until then, and
+    /// at the first sync after it.
     fn suspend(&mut self) {}
 
-    /// The mappings are free again.
+    /// The snapshot does not use the mappings any more.
     fn resume(&mut self) {}
 }
 
-/// Which trackers the VMM has declared, beside the shared log.
+/// The trackers that the VMM has declared, beside the shared log.
 #[derive(Debug, Clone, Default)]
 pub struct TrackerChoice {
-    /// All of them; the empty set if it has not said yet who reports the guest's writes.
+    /// The declared trackers. Empty if the VMM has not yet said what reports the guest's writes.
     pub declared: Declared,
-    /// The pagemap that write-protect scanning goes by.
+    /// The VMM's pagemap, for write-protect scanning.
     pub pagemap: Option<Arc<Pagemap>>,
 }
 
@@ -159,13 +161,13 @@ pub struct TrackerChoice {
 pub struct Trackers {
     trackers: Vec<Box<dyn Tracker>>,
     lazy: Option<LazyClear>,
-    /// What the scanning tracker scans.
+    /// The pagemap of the scanning tracker.
     pagemap: Option<Arc<Pagemap>>,
 }
 
 impl Trackers {
-    /// The trackers that `choice` names, and the shared log.
-    /// A hook may take `timeout`, and no longer than until `stop`.
+    /// The trackers that `choice` names, and the shared log. A hook gets `timeout`, but not longer
+    /// than until `stop`.
     pub fn new(
         choice: &TrackerChoice, hooks: &Arc<Hooks>, timeout: Duration, stop: &Deadline,
     ) -> Self {
@@ -189,47 +191,47 @@ impl Trackers {
         Self { trackers, lazy, pagemap: choice.pagemap.clone() }
     }
 
-    /// One of a test, and no log.
+    /// A single tracker for a test, without the log.
     #[cfg(test)]
     pub(crate) fn one(tracker: impl Tracker + 'static) -> Self {
         Self { trackers: vec![Box::new(tracker)], lazy: None, pagemap: None }
     }
 
-    /// Starts all of them.
+    /// Starts all trackers.
     ///
     /// # Errors
-    /// If one cannot start; call [`Trackers::stop`] even so.
+    /// If one cannot start. Call [`Trackers::stop`] even then.
     pub fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError> {
         memory.current.check()?;
         self.trackers.iter_mut().try_for_each(|tracker| tracker.start(memory))
     }
 
-    /// Asks all of them.
+    /// Syncs all trackers into `dirty`.
     ///
     /// # Errors
-    /// If one cannot tell.
+    /// If one cannot report, or a discard bitmap was lost.
     pub fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError> {
         self.trackers.iter_mut().try_for_each(|tracker| tracker.sync(memory, dirty))?;
         check_discards(memory)
     }
 
-    /// Stops all of them.
+    /// Stops all trackers.
     pub fn stop(&mut self) {
         self.trackers.iter_mut().for_each(|tracker| tracker.stop());
     }
 
-    /// A background snapshot is about to use the VMM's mappings: see [`Tracker::suspend`].
+    /// A background snapshot is about to use the VMM's mappings. See [`Tracker::suspend`].
     pub fn suspend(&mut self) {
         self.trackers.iter_mut().for_each(|tracker| tracker.suspend());
     }
 
-    /// It does not any more.
+    /// The snapshot does not use the mappings any more.
     pub fn resume(&mut self) {
         self.trackers.iter_mut().for_each(|tracker| tracker.resume());
     }
 
-    /// Those of the pages `pages` of word `word` of which a report may mean a neighbour:
-    /// write-protect scanning counts all of a transparent huge page as written if any of it was.
+    /// Those of the pages `pages` of word `word` whose report may be due to a write to a neighbour:
+    /// write-protect scanning reports all of a transparent huge page if a part of it was written.
     ///
     /// # Errors
     /// If the scan fails.
@@ -255,20 +257,22 @@ impl Trackers {
         Ok(huge & pages)
     }
 
-    /// What must be cleared before pages are read, if a tracker's sync does not clear by itself.
+    /// The explicit clear, if the sync of a tracker does not clear: pages must be cleared before
+    /// they are read.
     pub fn lazy_clear(&self) -> Option<&LazyClear> {
         self.lazy.as_ref()
     }
 }
 
-/// The shared log. It is always on: the VMM's devices, and its other vhost-user back-ends, mark it.
+/// The shared log. It is always on, because the VMM's devices and its other vhost-user back-ends
+/// mark it.
 pub struct LogTracker;
 
 impl Tracker for LogTracker {
     fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError> {
         let log = memory.log.as_ref().ok_or(TrackingError::NoLog)?;
         let covered = log.log.pages();
-        // What is in it is older than the start.
+        // Bits that are set now are older than the start.
         memory.blocks().iter().for_each(|block| {
             log.log.bits().clear(block.log_pages());
         });
@@ -285,7 +289,7 @@ impl Tracker for LogTracker {
     fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError> {
         let log = memory.log.as_ref().ok_or(TrackingError::NoLog)?;
         for (index, block) in memory.blocks().iter().enumerate() {
-            // What is taken here no other agent finds.
+            // Once this agent has taken bits, no other agent can find them.
             memory.current.check()?;
             log.log.drain_into(block.log_pages(), dirty.block(index));
         }
@@ -298,7 +302,7 @@ impl Tracker for LogTracker {
     fn stop(&mut self) {}
 }
 
-/// The VMM's own tracker: KVM's dirty log. A sync clears nothing there; see [`LazyClear`].
+/// The VMM's own tracker, such as KVM's dirty log. A sync clears nothing there. See [`LazyClear`].
 struct HookTracker {
     hooks: Arc<Hooks>,
     timeout: Duration,
@@ -308,7 +312,7 @@ struct HookTracker {
 
 impl Tracker for HookTracker {
     fn start(&mut self, _memory: &GuestMemory) -> Result<(), TrackingError> {
-        // Set before it is known: a start that timed out may still happen.
+        // Set before the answer is known: a start that timed out may still happen.
         self.started = true;
         Ok(self.hooks.ask(&Hook::StartTracking { sources: Declared::HOOKS }, self.timeout)?)
     }
@@ -322,25 +326,25 @@ impl Tracker for HookTracker {
             && let Err(error) =
                 self.hooks.undo(&Hook::StopTracking { sources: Declared::HOOKS }, self.timeout)
         {
-            log::warn!("the VMM's tracker stays on: {}", crate::error::chain(&error));
+            log::warn!("cannot stop the VMM's tracker: {}", crate::error::chain(&error));
         }
     }
 }
 
-/// Write-protect scanning: each sync reports the written pages of the VMM's mapping and protects
-/// them again.
+/// Write-protect scanning. Each sync reports the pages of the VMM's mapping that were written, and
+/// protects them again.
 ///
-/// The VMM registers its mappings when this starts. A mapping can be registered with one
-/// userfaultfd only, so a background snapshot takes them over for its time. What is written then is
-/// not seen by any scan, so all pages count as written.
+/// The VMM registers its mappings when this tracker starts. A mapping can be registered with only
+/// one userfaultfd, so a background snapshot takes the mappings over while it runs. A scan sees no
+/// write of that time, so all pages count as written.
 struct ScanTracker {
     hooks: Arc<Hooks>,
     timeout: Duration,
     pagemap: Arc<Pagemap>,
     started: bool,
-    /// A snapshot has the mappings.
+    /// A snapshot uses the mappings now.
     suspended: bool,
-    /// A snapshot had them since the last sync.
+    /// A snapshot has used the mappings since the last complete sync.
     missed: bool,
 }
 
@@ -358,7 +362,7 @@ impl ScanTracker {
             if base == 0 {
                 return Err(TrackingError::NotMapped { id });
             }
-            // Nor what is protected again here.
+            // Once this agent has protected pages again, no other agent can find their writes.
             memory.current.check()?;
             let scanned = self.pagemap.scan(base, block.geometry.length, |start, end| {
                 let first = start.saturating_sub(base) >> PAGE_SHIFT;
@@ -373,10 +377,10 @@ impl ScanTracker {
 
 impl Tracker for ScanTracker {
     fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError> {
-        // Set before it is known: a start that timed out may still happen.
+        // Set before the answer is known: a start that timed out may still happen.
         self.started = true;
         self.hooks.ask(&Hook::StartTracking { sources: Declared::WRITE_PROTECT }, self.timeout)?;
-        // Protects what is mapped; what that reports is older than the start.
+        // Protects what is mapped. The reported pages are older than the start.
         self.scan(memory, |_, _| {})
     }
 
@@ -401,7 +405,7 @@ impl Tracker for ScanTracker {
         if std::mem::take(&mut self.started)
             && let Err(error) = self.hooks.undo(&hook, self.timeout)
         {
-            log::warn!("the VMM's mappings stay registered: {}", crate::error::chain(&error));
+            log::warn!("cannot unregister the VMM's mappings: {}", crate::error::chain(&error));
         }
     }
 
@@ -415,10 +419,10 @@ impl Tracker for ScanTracker {
     }
 }
 
-/// Clears pages in a tracker whose sync does not (`clear-then-read`): a worker does so for a chunk
-/// right before it first reads there.
+/// Clears pages in a tracker whose sync does not clear them. A worker calls this for a chunk right
+/// before it reads there for the first time (`clear-then-read`).
 ///
-/// Exactly the given pages are cleared and no more, so nothing is lost for their neighbours
+/// Exactly the given pages are cleared and no others, so no write to a neighbour is lost
 /// (`round-safely`).
 #[derive(Debug)]
 pub struct LazyClear {
@@ -428,14 +432,14 @@ pub struct LazyClear {
 }
 
 impl LazyClear {
-    /// Clears those pages of `range`, in the block with this id, that are set in `bitmap`. `range`
+    /// Clears those pages of `range` that are set in `bitmap`, in the block with this id. `range`
     /// begins at a multiple of 64.
     ///
     /// # Errors
-    /// If the VMM does not.
+    /// If the VMM does not clear them.
     pub fn clear(&self, id: u32, bitmap: &MappedBitmap, range: PageRange) -> Result<(), HookError> {
         let mut rest = range;
-        // Trim what is not set at either end, so that a sparse chunk costs little.
+        // Skips clear words at both ends, so that a sparse chunk costs little.
         while let Some(first) = bitmap.next_set(rest) {
             let first = first / WORD_BITS * WORD_BITS;
             let part = PageRange::new(first, (range.end() - first).min(MAX_CLEAR_PAGES));
@@ -464,7 +468,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::time::Instant;
 
-    /// What a VMM that agrees to all is asked by `ask`.
+    /// The hooks that `ask` sends to a VMM that agrees to everything.
     fn asked(ask: impl FnOnce(&Arc<Hooks>)) -> Vec<Hook> {
         let far = || Instant::now() + Duration::from_secs(60);
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -485,7 +489,8 @@ mod tests {
         vmm.join().unwrap()
     }
 
-    /// What a VMM is asked to clear: the pages, and the first and the number of words of each hook.
+    /// What a clear asks the VMM: the pages, and the first page and the number of words of each
+    /// hook.
     fn cleared(bitmap: &MappedBitmap, range: PageRange) -> (BTreeSet<u64>, Vec<(u64, usize)>) {
         let asked = asked(|hooks| {
             let (timeout, stop) = (Duration::from_secs(60), Deadline::default());
@@ -503,13 +508,13 @@ mod tests {
     }
 
     #[test]
-    fn the_tracker_of_a_vmm_is_started_asked_each_time_and_stopped_once() {
+    fn hook_tracker_starts_syncs_and_stops_once() {
         let memory = memory(&[64]);
         let dirty = DirtyPages::none(&memory).unwrap();
         let asked = asked(|hooks| {
             let (timeout, stop) = (Duration::from_secs(60), Deadline::default());
             let mut tracker = HookTracker { hooks: hooks.clone(), timeout, stop, started: false };
-            // It is not on.
+            // The tracker is not on yet.
             tracker.stop();
             tracker.start(&memory).unwrap();
             (0..2).for_each(|_| tracker.sync(&memory, &dirty).unwrap());
@@ -525,9 +530,9 @@ mod tests {
         assert_eq!(asked, expected);
     }
 
-    /// Only small pages may be mapped as a transparent huge page.
+    /// Only host pages of 4 KiB can be mapped as a transparent huge page.
     #[test]
-    fn of_host_pages_that_are_huge_by_themselves_no_report_is_vague() {
+    fn reports_of_hugetlbfs_pages_are_precise() {
         let Some(pagemap) = Pagemap::own() else { return };
         let pagemap = Some(Arc::new(pagemap));
         let trackers = Trackers { trackers: Vec::new(), lazy: None, pagemap };
@@ -537,7 +542,7 @@ mod tests {
             let backing = if huge { backing.with_huge_pages(length) } else { backing };
             let (name, granularity) = ("ram".to_owned(), PAGE_SIZE);
             let geometry = BlockGeometry { id: 3, name, gpa: 0, length, granularity };
-            // Where no process has anything: whoever asks about it fails.
+            // At this address no process has a mapping, so a scan fails.
             Block::new(geometry, backing, 1 << 63, None).unwrap()
         };
         assert_eq!(trackers.imprecise(&block(true), 1, u64::MAX).unwrap(), 0);
@@ -546,10 +551,10 @@ mod tests {
         assert!(matches!(asked, TrackingError::Scan { id: 3, .. }), "{asked}");
     }
 
-    /// `round-safely`: no page is cleared that is not given, and `clear-then-read`: none is left
-    /// out.
+    /// No page is cleared that is not set in the bitmap (`round-safely`), and no page that is set
+    /// is left out (`clear-then-read`).
     #[test]
-    fn a_lazy_clear_asks_for_the_pages_that_are_set_and_no_others() {
+    fn lazy_clear_clears_exactly_the_set_pages() {
         let pages = 3 * MAX_CLEAR_PAGES + 200;
         let all = PageRange::new(0, pages);
         let sparse = [
@@ -579,16 +584,16 @@ mod tests {
             assert_eq!(found, expected.collect(), "{range:?}");
             let too_long =
                 hooks.iter().find(|(_, words)| *words as u64 * WORD_BITS > MAX_CLEAR_PAGES);
-            assert_eq!(too_long, None, "a VMM takes no more at once");
+            assert_eq!(too_long, None, "a VMM accepts no more pages in one hook");
         }
         bitmap.set(all);
         let (found, hooks) = cleared(&bitmap, all);
         assert_eq!(found.len() as u64, pages);
-        assert_eq!(hooks.len(), 4, "as few hooks as that takes");
+        assert_eq!(hooks.len(), 4, "no more hooks than needed");
     }
 
     #[test]
-    fn a_lazy_clear_sends_no_more_than_what_lies_between_the_first_and_the_last_page() {
+    fn lazy_clear_skips_clear_words_at_both_ends() {
         let bitmap = MappedBitmap::private(1 << 16).unwrap();
         bitmap.set(PageRange::new(1000, 1));
         bitmap.set(PageRange::new(1100, 30));

@@ -1,19 +1,22 @@
-//! Write-protect scanning: which pages of the VMM's mapping were written, asked of the kernel from
-//! the agent's process.
+//! Write-protect scanning: the agent asks the kernel which pages of the VMM's mapping were written.
 //!
 //! The VMM registers its mapping for asynchronous write protection and passes its
-//! `/proc/self/pagemap`. One `PAGEMAP_SCAN` both reports the pages that were written since they
-//! were last protected and protects them again, each page in one step: a write is in this scan or
-//! in the next (`clear-then-read`). It allocates page tables in the VMM, and never a page
-//! (`never-populate`).
+//! `/proc/self/pagemap`. One `PAGEMAP_SCAN` reports the pages that were written since they were
+//! last protected, and protects them again. The kernel does both for each page in one step, so a
+//! write is reported by this scan or by the next one (`clear-then-read`). A scan allocates page
+//! tables in the VMM, and never a page (`never-populate`).
 //!
-//! "Written" is to the kernel whatever is not protected. So the first scan reports every page that
-//! the VMM's mapping has, and pages that have never been touched may come with them where they
-//! share a page table (2 MiB of addresses) with one that has: once, since the scan protects them,
-//! too. An entry that the kernel dropped, to reclaim its page, counts as written as well, if it
-//! was. All of these err on the side of sending a page once more.
+//! For the kernel, a page is "written" if it is not protected. So a scan may report pages that were
+//! not written, and these are at worst sent once more:
 //!
-//! Numbers and layouts: `linux/fs.h`; semantics: `Documentation/admin-guide/mm/pagemap.rst`. Linux
+//! - The first scan reports every page of the VMM's mapping.
+//! - Pages that were never touched are reported once if they share a page table (2 MiB of
+//!   addresses) with a page that was. The scan protects them, too.
+//! - A page whose entry the kernel has dropped to reclaim the page counts as written, if it was
+//!   written when the entry was dropped.
+//!
+//! Numbers and layouts: `linux/fs.h`. Semantics: `Documentation/admin-guide/mm/pagemap.rst`. Linux
+//! 6.7.
 //! 6.7.
 #![allow(unsafe_code)]
 
@@ -23,34 +26,34 @@ use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
-/// Runs of written pages that one call of the kernel can report: 96 KiB. A run costs 24 bytes,
-/// however long it is.
+/// The number of runs of written pages that one call can report, in 96 KiB. A run costs 24 bytes,
+/// whatever its length.
 const REGIONS: usize = 4096;
 
-/// `PAGE_IS_WRITTEN`. Asked for alone, it is the kernel's fast path.
+/// `PAGE_IS_WRITTEN`. A scan for this category alone takes the kernel's fast path.
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
 
-/// `PAGE_IS_HUGE`: mapped by one entry for 2 MiB.
+/// `PAGE_IS_HUGE`: mapped by one page table entry for 2 MiB.
 const PAGE_IS_HUGE: u64 = 1 << 6;
 
-/// `PM_SCAN_WP_MATCHING`: protect what is reported.
+/// `PM_SCAN_WP_MATCHING`: write-protect the reported pages.
 const SCAN_WP_MATCHING: u64 = 1 << 0;
 
-/// `PM_SCAN_CHECK_WPASYNC`: fail on a mapping that is not registered, instead of passing over it.
+/// `PM_SCAN_CHECK_WPASYNC`: fail on a mapping that is not registered, instead of skipping it.
 const SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
-/// What a walk looks for, and does about it.
+/// The pages that a scan looks for, and what it does with them.
 #[derive(Debug, Clone, Copy)]
-struct What {
+struct Target {
     category: u64,
     flags: u64,
 }
 
 /// Written pages, which are protected again.
-const WRITTEN: What =
-    What { category: PAGE_IS_WRITTEN, flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC };
-/// Pages that share an entry with others.
-const HUGE: What = What { category: PAGE_IS_HUGE, flags: 0 };
+const WRITTEN: Target =
+    Target { category: PAGE_IS_WRITTEN, flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC };
+/// Pages that share a page table entry with others.
+const HUGE: Target = Target { category: PAGE_IS_HUGE, flags: 0 };
 
 /// `PROC_SUPER_MAGIC` of `linux/magic.h`.
 const PROC_SUPER_MAGIC: u64 = 0x9fa0;
@@ -73,7 +76,7 @@ struct ScanArg {
     return_mask: u64,
 }
 
-/// `struct page_region`: a run of pages by its addresses, the end exclusive.
+/// `struct page_region`: a run of pages as addresses. The end is exclusive.
 #[repr(C)]
 #[derive(Debug, Default, Clone, Copy)]
 struct PageRegion {
@@ -87,22 +90,22 @@ const PAGEMAP_SCAN: Opcode = opcode::read_write::<ScanArg>(b'f', 16);
 /// Why a pagemap, or a range of it, cannot be scanned.
 #[derive(Debug, thiserror::Error)]
 pub enum PagemapError {
-    /// The fd is of a file that is not in /proc.
+    /// The fd belongs to a file that is not in /proc.
     #[error(
-        "not a pagemap: the fd is of a file system of type {kind:#x}, not of /proc ({PROC_SUPER_MAGIC:#x})"
+        "not a pagemap: the fd belongs to a file system of type {kind:#x}, not of /proc ({PROC_SUPER_MAGIC:#x})"
     )]
     NotProc {
         /// `f_type` of the file system.
         kind: u64,
     },
     /// The fd does not answer `PAGEMAP_SCAN`.
-    #[error("not a pagemap, or no PAGEMAP_SCAN in this kernel (Linux 6.7 has it)")]
+    #[error("not a pagemap, or this kernel has no PAGEMAP_SCAN (Linux 6.7 has it)")]
     NoScan {
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: Errno,
     },
-    /// The addresses are none that a process can have.
+    /// A process cannot have these addresses.
     #[error("range {address:#x} + {length:#x} is not a range of page-aligned user addresses")]
     Range {
         /// First address.
@@ -115,35 +118,35 @@ pub enum PagemapError {
         "the mapping in {start:#x}..{end:#x} is not registered with a userfaultfd for WP_ASYNC"
     )]
     NotRegistered {
-        /// Where the scan began.
+        /// Start of the scan.
         start: u64,
-        /// Where it was to end.
+        /// End of the scan.
         end: u64,
     },
     /// The kernel refused for another reason.
     #[error("cannot scan {start:#x}..{end:#x}")]
     Scan {
-        /// Where the scan began.
+        /// Start of the scan.
         start: u64,
-        /// Where it was to end.
+        /// End of the scan.
         end: u64,
-        /// What the kernel said.
+        /// The kernel's error.
         #[source]
         source: Errno,
     },
-    /// The kernel reported no progress; going on would never end.
-    #[error("the scan of {start:#x}..{end:#x} stands still at {walk_end:#x}")]
+    /// The kernel reported no progress, so the scan would never end.
+    #[error("the scan of {start:#x}..{end:#x} makes no progress at {walk_end:#x}")]
     Stalled {
-        /// Where the scan began.
+        /// Start of the scan.
         start: u64,
-        /// Where it was to end.
+        /// End of the scan.
         end: u64,
-        /// Where the kernel says it is.
+        /// The address that the scan has reached.
         walk_end: u64,
     },
 }
 
-/// The pagemap of a VMM. Any thread may scan; scans take turns.
+/// The pagemap of a VMM. Any thread may scan it; only one scan runs at a time.
 #[derive(Debug)]
 pub struct Pagemap {
     fd: OwnedFd,
@@ -151,11 +154,11 @@ pub struct Pagemap {
 }
 
 impl Pagemap {
-    /// Takes the pagemap that a VMM passed.
+    /// Checks the pagemap that a VMM passed.
     ///
     /// # Errors
-    /// If the fd is of anything else, or the kernel cannot scan. Whose pagemap it is cannot be
-    /// told.
+    /// If the fd is of another kind, or the kernel cannot scan. This cannot find out whose pagemap
+    /// it is.
     pub fn new(fd: OwnedFd) -> Result<Self, PagemapError> {
         let statfs = rustix::fs::fstatfs(&fd).map_err(|source| PagemapError::NoScan { source })?;
         // The type of the field differs between architectures.
@@ -164,7 +167,7 @@ impl Pagemap {
         if kind != PROC_SUPER_MAGIC {
             return Err(PagemapError::NotProc { kind });
         }
-        // An empty range: the kernel checks the arguments, and walks nothing.
+        // An empty range: the kernel checks the arguments, and scans nothing.
         let mut regions = vec![PageRegion::default(); REGIONS];
         scan_once(fd.as_fd(), 0, 0, WRITTEN, &mut regions)
             .map_err(|source| PagemapError::NoScan { source })?;
@@ -172,22 +175,22 @@ impl Pagemap {
     }
 
     /// Reports and protects the pages that were written in `length` bytes from `address` of the
-    /// VMM: `found` gets the runs in ascending order, as first address and address after the last.
-    /// AddressRange where the VMM has no mapping are passed over in silence; so is everything once
-    /// the VMM has exited.
+    /// VMM. `found` gets the runs in ascending order: the first address, and the address after the
+    /// last. Addresses where the VMM has no mapping are skipped without an error. After the VMM has
+    /// exited, so are all addresses.
     ///
     /// # Errors
-    /// If something in the range is not registered, or not a user address. After an error pages may
-    /// have been protected without being reported: whoever goes on has to take the whole range as
-    /// written.
+    /// If a mapping in the range is not registered, or an address is not a user address. After an
+    /// error, pages may have been protected without being reported. A caller that continues must
+    /// treat the whole range as written.
     pub fn scan(
         &self, address: u64, length: u64, found: impl FnMut(u64, u64),
     ) -> Result<(), PagemapError> {
         self.walk(address, length, WRITTEN, found)
     }
 
-    /// Finds the pages that the VMM has mapped by an entry for 2 MiB: [`Pagemap::scan`] cannot tell
-    /// one such page from its neighbours. Changes nothing.
+    /// Finds the pages that the VMM has mapped by an entry for 2 MiB. For such a page,
+    /// [`Pagemap::scan`] cannot tell which part of the entry was written. Changes nothing.
     ///
     /// # Errors
     /// As [`Pagemap::scan`].
@@ -198,30 +201,29 @@ impl Pagemap {
     }
 
     fn walk(
-        &self, address: u64, length: u64, what: What, mut found: impl FnMut(u64, u64),
+        &self, address: u64, length: u64, wanted: Target, mut found: impl FnMut(u64, u64),
     ) -> Result<(), PagemapError> {
         let end = address.checked_add(length).ok_or(PagemapError::Range { address, length })?;
         let mut regions = self.regions.lock().unwrap_or_else(PoisonError::into_inner);
         let mut start = address;
         while start < end {
-            let (count, walk_end) = match scan_once(self.fd.as_fd(), start, end, what, &mut regions)
-            {
-                Ok(scanned) => scanned,
-                // The VMM has exited: some kernels say so, others walk over the nothing that it
-                // left.
-                Err(Errno::SRCH) => return Ok(()),
-                Err(Errno::FAULT | Errno::INVAL) => {
-                    return Err(PagemapError::Range { address, length });
-                }
-                Err(Errno::PERM) => return Err(PagemapError::NotRegistered { start, end }),
-                // EINTR comes to a thread that is being killed, and to no other: nothing to be
-                // tried again.
-                Err(source) => return Err(PagemapError::Scan { start, end, source }),
-            };
+            let (count, walk_end) =
+                match scan_once(self.fd.as_fd(), start, end, wanted, &mut regions) {
+                    Ok(scanned) => scanned,
+                    // The VMM has exited. Some kernels return this error, others find no mappings.
+                    Err(Errno::SRCH) => return Ok(()),
+                    Err(Errno::FAULT | Errno::INVAL) => {
+                        return Err(PagemapError::Range { address, length });
+                    }
+                    Err(Errno::PERM) => return Err(PagemapError::NotRegistered { start, end }),
+                    // Only a thread that is being killed gets EINTR, so there is no point in trying
+                    // again.
+                    Err(source) => return Err(PagemapError::Scan { start, end, source }),
+                };
             for region in &regions[..count] {
                 found(region.start, region.end);
             }
-            // A full buffer ends the walk early; the next call goes on where it stopped.
+            // A full buffer ends the walk early. The next call continues where it stopped.
             if walk_end <= start {
                 return Err(PagemapError::Stalled { start, end, walk_end });
             }
@@ -231,34 +233,34 @@ impl Pagemap {
     }
 }
 
-/// One call: the number of regions found, and the address where the walk stopped.
+/// One call. Returns the number of regions found, and the address where the walk stopped.
 fn scan_once(
-    pagemap: BorrowedFd<'_>, start: u64, end: u64, what: What, regions: &mut [PageRegion],
+    pagemap: BorrowedFd<'_>, start: u64, end: u64, wanted: Target, regions: &mut [PageRegion],
 ) -> Result<(usize, u64), Errno> {
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
-        flags: what.flags,
+        flags: wanted.flags,
         start,
         end,
         vec: regions.as_mut_ptr().expose_provenance() as u64,
         vec_len: regions.len() as u64,
-        category_mask: what.category,
-        return_mask: what.category,
+        category_mask: wanted.category,
+        return_mask: wanted.category,
         ..ScanArg::default()
     };
-    // SAFETY: the struct is the one of this number; the kernel writes it, and at most `vec_len`
-    // regions at `vec`, which both live through the call. Protection is changed in the VMM, where
-    // it changes no access's outcome.
+    // SAFETY: the struct is the one for this ioctl number. The kernel writes to it, and writes at
+    // most `vec_len` regions to `vec`; both live during the call. The call changes the protection
+    // of pages in the VMM, which does not change the result of any access.
     let count = unsafe { ioctl(pagemap, Scan(&mut arg)) }?;
-    // Never more than there is room for; the slice is not to depend on that.
+    // The kernel never returns more than `vec_len`. The slice does not rely on that.
     Ok((usize::try_from(count).unwrap_or(0).min(regions.len()), arg.walk_end))
 }
 
-/// `PAGEMAP_SCAN`: the struct is updated, and the return value is the number of regions.
+/// `PAGEMAP_SCAN`: updates the struct, and returns the number of regions.
 struct Scan<'a>(&'a mut ScanArg);
 
-// SAFETY: the number takes a pointer to the struct, and writes nothing but that and what its `vec`
-// points to.
+// SAFETY: this ioctl takes a pointer to the struct. It writes only to the struct and to what its
+// `vec` points to.
 unsafe impl Ioctl for Scan<'_> {
     type Output = IoctlOutput;
     const IS_MUTATING: bool = true;
@@ -288,7 +290,7 @@ mod tests {
     }
 
     impl Pagemap {
-        /// That of this process, unless the kernel is older than the scan.
+        /// The pagemap of this process. `None` if the kernel does not have this ioctl.
         pub(crate) fn own() -> Option<Self> {
             Self::new(open("/proc/self/pagemap"))
                 .inspect_err(|error| eprintln!("skipped: {error}"))
@@ -304,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn an_fd_of_something_else_is_refused() {
+    fn fd_of_another_kind_is_refused() {
         let memfd =
             rustix::fs::memfd_create("not a pagemap", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         assert!(matches!(Pagemap::new(memfd), Err(PagemapError::NotProc { .. })));
@@ -315,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_no_process_has_are_refused() {
+    fn impossible_addresses_are_refused() {
         let Some(pagemap) = Pagemap::own() else { return };
         for (address, length) in
             [(0x1001, 0x1000), (u64::MAX - 0xfff, 0x2000), (1 << 63, 0x1000), (0x1000, 1 << 63)]
@@ -329,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_registered_is_refused() {
+    fn unregistered_mapping_is_refused() {
         let Some(pagemap) = Pagemap::own() else { return };
         let page = Box::new([0u8; 8192]);
         let address = page.as_ptr() as u64 & !0xfff;
@@ -338,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_range_and_unmapped_addresses_have_nothing_to_report() {
+    fn empty_range_and_unmapped_addresses_report_nothing() {
         let Some(pagemap) = Pagemap::own() else { return };
         pagemap.scan(0x1000, 0, |start, end| panic!("{start:#x}..{end:#x}")).unwrap();
         pagemap.scan(0x1000, 0x2000, |start, end| panic!("{start:#x}..{end:#x}")).unwrap();
