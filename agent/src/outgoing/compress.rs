@@ -1,8 +1,8 @@
-//! Compressing the content of pages, one worker's part.
+//! Compression of the pages that one worker sends.
 //!
-//! Each run of pages is compressed by itself: the receiver can place it without having seen any
-//! other. What does not shrink enough travels as it is, so that the receiver need not spend time on
-//! it.
+//! Each run of pages is compressed by itself, so that the destination can place it without any
+//! other run. A run that does not shrink by at least one part in `WORTH` is sent uncompressed, so
+//! that the destination need not spend time on it.
 
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use pageferry_protocol::control::job::Compression;
@@ -10,11 +10,11 @@ use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_ZSTD};
 use std::fmt;
 use std::ops::Range;
 
-/// A run is worth sending compressed if that saves at least one part in so many.
+/// A run is sent compressed if that saves at least one part in this many.
 const WORTH: usize = 16;
 
-/// Compresses runs of pages one after another into a buffer of its own, which is kept as the
-/// contexts are.
+/// Compresses runs of pages one after another into its own buffer. The buffer and the contexts of
+/// the compressors are reused.
 pub struct Compressor {
     method: Method,
     output: Vec<u8>,
@@ -27,7 +27,7 @@ enum Method {
 }
 
 impl Compressor {
-    /// A compressor, or none if none is wanted.
+    /// A compressor, or `None` if no compression is wanted.
     ///
     /// # Errors
     /// If there is no memory for it.
@@ -40,9 +40,10 @@ impl Compressor {
         Ok(Some(Self { method, output: Vec::new(), filled: 0 }))
     }
 
-    /// Forgets what was added; the runs that come have at most `bytes` together.
+    /// Forgets the runs that were added. The runs of the next batch have at most `bytes` in total.
     pub fn begin(&mut self, bytes: usize) {
-        // Room for the worst that can come of the last run, behind what the others take at most.
+        // The runs before the last take at most `bytes`. The last one is compressed behind them,
+        // and may need more room than its own length.
         let needed =
             bytes + get_maximum_output_size(bytes).max(zstd::zstd_safe::compress_bound(bytes));
         if self.output.len() < needed {
@@ -60,8 +61,8 @@ impl Compressor {
             Method::Lz4(table) => (compress_into_with_table(pages, room, table).ok(), FLAG_LZ4),
             Method::Zstd(context) => (context.compress_to_buffer(pages, room).ok(), FLAG_ZSTD),
         };
-        // A compressor that fails costs the shrinking, not the migration: the content itself is
-        // always right.
+        // If the compressor fails, the run is sent uncompressed. That costs bytes, and never the
+        // migration.
         let (length, flag) = match compressed {
             Some(length) if length <= pages.len() - pages.len() / WORTH => (length, flag),
             _ => {
@@ -118,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_added_comes_back_and_what_does_not_shrink_is_left_as_it_is() {
+    fn a_run_that_does_not_shrink_is_sent_as_it_is() {
         let runs = [text(1), noise(3), text(50), vec![7; 8 * PAGE], noise(1), vec![0; PAGE]];
         for compression in
             [Compression::Lz4, Compression::Zstd(1), Compression::Zstd(Compression::MAX_LEVEL)]
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn no_compressor_is_made_where_none_is_wanted() {
+    fn no_compression_needs_no_compressor() {
         assert!(Compressor::new(Compression::None).unwrap().is_none());
     }
 }

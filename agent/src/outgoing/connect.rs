@@ -1,4 +1,13 @@
-//! Connections and the handshake.
+//! The handshake of an outgoing migration.
+//!
+//! 1. The source connects all streams.
+//! 2. It sends a hello on each. The hello on the primary has the block table.
+//! 3. The destination answers on the primary when all streams are there: it accepts the guest, or
+//!    rejects it with a reason.
+//! 4. If the destination lacks a feature that the source needs, the source ends the attempt with an
+//!    error.
+//!
+//! Every step must be done within `peer_timeout`.
 
 use super::compress::Compressor;
 use super::sender::PageSender;
@@ -15,39 +24,39 @@ use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-/// How long the peer has to take our last words, and to say its own.
+/// How long the peer has to accept our last error, and to send its own.
 pub const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// Where the guest goes.
+/// The destination.
 #[derive(Debug)]
 pub enum Target {
-    /// An agent that listens.
+    /// The address at which an agent listens.
     Address(Address),
     /// A connected socket that the VMM handed over.
     Socket(OwnedFd),
 }
 
-/// Tells a migration from others.
+/// Random bytes that identify a migration.
 pub type SessionId = [u8; 16];
 
 /// The streams of a migration whose handshake is done.
 #[derive(Debug)]
 pub struct Streams {
-    /// What is not pages, on the primary.
+    /// The primary, for records that are not pages.
     pub primary: Primary,
-    /// One per stream that is not urgent; the first is the primary's.
+    /// The streams that are not urgent. The first is the primary.
     pub senders: Vec<PageSender>,
-    /// For the pages that a guest in postcopy waits for.
+    /// The urgent streams, for the pages that the guest waits for in postcopy.
     pub urgent: Vec<Urgent>,
-    /// The destination's host page sizes in bytes, in the order of the blocks; empty without
-    /// postcopy.
+    /// The destination's host page sizes in bytes, in the order of the memory's blocks. Empty
+    /// without postcopy.
     pub host_pages: Vec<u64>,
 }
 
-/// The first stream, as far as it is not pages.
+/// The first stream, for records that are not pages.
 #[derive(Debug)]
 pub struct Primary {
-    /// For records that are not pages.
+    /// Writes records that are not pages.
     pub writer: RecordWriter,
     /// The return path.
     pub reader: RecordReader,
@@ -56,13 +65,13 @@ pub struct Primary {
 /// An urgent stream.
 #[derive(Debug)]
 pub struct Urgent {
-    /// What the guest waits for.
+    /// Reads requests.
     pub reader: RecordReader,
-    /// The answers.
+    /// Sends the requested pages.
     pub sender: PageSender,
 }
 
-/// Random bytes that tell a migration from others, and nobody guesses.
+/// Returns random bytes that identify a migration and that nobody can guess.
 pub fn new_session() -> Result<SessionId, JobError> {
     let mut session = [0; 16];
     let random =
@@ -71,12 +80,12 @@ pub fn new_session() -> Result<SessionId, JobError> {
         rustix::fs::open("/dev/urandom", rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())
             .map_err(random)?;
     rustix::io::read(file, &mut session).map_err(random)?;
-    // Zeroes stand for none.
+    // All zeroes mean that there is no session.
     session[0] |= 1;
     Ok(session)
 }
 
-/// Connects all streams and has the destination accept the guest.
+/// Connects all streams, and has the destination accept the guest.
 pub fn connect(job: &Job, target: Target, session: SessionId) -> Result<Streams, JobError> {
     job.enter(Phase::Connecting);
     let sockets = match target {
@@ -88,7 +97,7 @@ pub fn connect(job: &Job, target: Target, session: SessionId) -> Result<Streams,
     shake_hands(job, sockets, session, 0)
 }
 
-/// Connects all streams again, to a destination whose guest runs and lacks memory.
+/// Connects all streams again, to a destination whose guest runs and whose memory is not complete.
 pub fn reconnect(job: &Job, address: &Address, session: SessionId) -> Result<Streams, JobError> {
     job.cancel.release();
     let sockets = prepare(job, dial(job, address)?)?;
@@ -122,10 +131,11 @@ fn shake_hands(
     for (index, socket) in sockets.into_iter().enumerate() {
         if index < usize::from(options.streams) {
             let compressor = Compressor::new(options.compression)
-                .map_err(JobError::from_io("make a compressor"))?;
+                .map_err(JobError::from_io("create a compressor"))?;
             streams.senders.push(PageSender::new(index, socket, compressor));
         } else {
-            // Compressing would take longer than it saves: somebody waits.
+            // The guest waits for these pages, and compressing them would take longer than it
+            // saves.
             let sender = PageSender::new(index, socket.clone(), None);
             streams.urgent.push(Urgent { reader: RecordReader::new(socket), sender });
         }
@@ -139,8 +149,8 @@ fn shake_hands(
     }
 }
 
-/// What comes in the order of the table, in that of the memory's blocks; empty if it is not of all
-/// blocks.
+/// Puts the host page sizes, which come in the order of the table, into the order of the memory's
+/// blocks. Returns an empty list if there is not one size for each block.
 fn in_order(job: &Job, host_pages: &[u64]) -> Vec<u64> {
     let table = job.memory.table().blocks();
     if host_pages.len() != table.len() {
@@ -156,7 +166,7 @@ fn wanted_features(options: &OutgoingOptions) -> u64 {
     feature_of(options.compression) | postcopy
 }
 
-/// What the source needs and the destination does not have.
+/// The error if the source needs a feature that the destination does not have.
 fn missing_feature(
     job: &Job, options: &OutgoingOptions, accepted: u64, host_pages: &[u64],
 ) -> Option<JobError> {
@@ -204,8 +214,8 @@ fn wait_accept(reader: &mut RecordReader) -> Result<Accept, JobError> {
     }
 }
 
-/// The error for a connection that ended before the hello was answered. Every destination that is
-/// waiting answers it.
+/// The error for a connection that ended before the hello was answered. Every waiting destination
+/// would answer, so the other end is something else.
 fn no_destination(error: JobError) -> JobError {
     match error {
         JobError::Transport(source @ (TransportError::Closed | TransportError::Cut { .. })) => {
@@ -215,7 +225,7 @@ fn no_destination(error: JobError) -> JobError {
     }
 }
 
-/// The error for a record that has no place, which is the peer's own if it sent one.
+/// The error for a record that must not come here. If it is an ERROR record, it is the peer's own.
 pub fn unexpected(kind: Kind, payload: &[u8], expected: &'static str) -> JobError {
     match kind {
         Kind::Error => decode_remote(payload).map_or_else(|error| error, JobError::Peer),
@@ -228,10 +238,10 @@ fn decode_remote(payload: &[u8]) -> Result<RemoteError, JobError> {
 }
 
 impl Primary {
-    /// Waits on the return path for `kind`; returns its number.
+    /// Waits on the return path for a record of `kind`. Returns its number.
     ///
     /// # Errors
-    /// If anything else comes, or nothing.
+    /// If another record comes, or none.
     pub fn expect(&mut self, kind: Kind, expected: &'static str) -> Result<u64, JobError> {
         let record = self.reader.read()?;
         if record.kind != kind {
@@ -240,11 +250,12 @@ impl Primary {
         Ok(record.header.number())
     }
 
-    /// Tells the destination why this side fails. Nobody may be in the middle of a record on this
+    /// Tells the destination why this side failed. No other thread may be writing a record on this
     /// stream.
     pub fn say_error(&self, error: &RemoteError) {
         let payload = encode_error(error);
-        // A peer that takes nothing need not know, and the guest may be paused until this returns.
+        // A short deadline, because the guest may be paused until this returns. If the peer does
+        // not read, it is not told.
         let writer = RecordWriter::new(self.writer.socket().with_deadline(LAST_WORDS));
         let sent = writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload);
         if let Err(TransportError::Kernel(error)) = sent {
@@ -253,10 +264,10 @@ impl Primary {
         self.writer.socket().end();
     }
 
-    /// What the destination said before the connection broke, if it came through.
+    /// Reads the error that the destination sent before the connection broke, if it arrived.
     pub fn read_error(&mut self) -> Option<RemoteError> {
         self.reader.set_timeout(LAST_WORDS);
-        // At most the answers to the passes that are under way come before it.
+        // Only answers to the last passes can come before it.
         for _ in 0..8 {
             let record = self.reader.read().ok()?;
             if record.kind == Kind::Error {
@@ -268,7 +279,7 @@ impl Primary {
 }
 
 impl Streams {
-    /// Tells the destination why this side fails, if no record on the primary was left half sent.
+    /// Tells the destination why this side failed, unless a record was sent in part.
     pub fn say_error(&self, error: &RemoteError) {
         if self.senders.iter().any(PageSender::is_broken) {
             return;
@@ -276,7 +287,7 @@ impl Streams {
         self.primary.say_error(error);
     }
 
-    /// All connections.
+    /// The sockets of all streams.
     pub fn sockets(&self) -> Vec<StreamSocket> {
         let senders = self.senders.iter().chain(self.urgent.iter().map(|urgent| &urgent.sender));
         senders.map(|sender| sender.socket().clone()).collect()
@@ -293,7 +304,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn a_destination_that_lacks_what_is_wanted_is_refused_by_what_it_lacks() {
+    fn a_feature_that_the_destination_lacks_is_named() {
         let job = job(memory(&[64]));
         let (none, zstd) = (Compression::None, Compression::Zstd(1));
         let knows_zstd = feature_of(zstd);
@@ -319,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_destination_hears_why_the_source_fails() {
+    fn the_destination_is_told_why_the_source_failed() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let socket =
             |end: UnixStream| StreamSocket::new(end.into(), Duration::from_secs(60)).unwrap();

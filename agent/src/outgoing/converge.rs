@@ -1,35 +1,36 @@
-//! When to stop the guest.
+//! Convergence: the decision when to stop the guest.
 //!
-//! After each pass the expected downtime is computed: the dirty pages over the measured bandwidth,
-//! plus the time of a sync. If it is within the limit, or nothing is dirty, the guest is stopped.
-//! If the passes that were allowed did not get there, the policy decides.
+//! After each pass the agent computes the expected downtime: the time to send the dirty pages at
+//! the measured bandwidth, plus the time of a sync. If that is within the downtime limit, or no
+//! page is dirty, the guest is stopped. If it is still above the limit after `max_passes` passes,
+//! the policy decides.
 //!
-//! A limit below the cost of a sync is reached only when nothing is dirty. Passes are short then,
-//! and one more of them changes little. So only the first `QUICK_PASSES` follow each other at once;
-//! a later one begins `INTERVAL` after the last one at the earliest.
+//! A limit below the time of a sync can be reached only when no page is dirty. Passes are short
+//! then, and one more pass changes little. To save work, only the first `QUICK_PASSES` passes
+//! follow each other at once. Each later pass starts at least `INTERVAL` after the one before.
 
 use crate::job::{JobError, micros};
 use pageferry_protocol::control::job::{Counters, Mode, NonConvergence, OutgoingOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::time::Duration;
 
-/// A pass shorter than this says little of the bandwidth.
+/// A pass with fewer bytes says little about the bandwidth.
 const MEANINGFUL: u64 = 1 << 20;
-/// Passes that follow each other at once: they may shrink from one to the next.
+/// Number of passes that follow each other at once: each may be much shorter than the last.
 const QUICK_PASSES: u64 = 30;
 /// Shortest time between the starts of two later passes.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// The throttle of the first step, and of each one more, in percent.
+/// The first throttle, and the increase of each later step, in percent.
 const THROTTLE_STEP: u32 = 20;
 const THROTTLE_MORE: u32 = 10;
 
-/// What was measured so far.
+/// The measurements of the passes so far.
 #[derive(Debug, Clone, Default)]
 pub struct Pace {
     passes: u64,
     /// Bytes per second on the wire.
     bandwidth: u64,
-    /// Bytes of pages per second: more than that if they are compressed.
+    /// Bytes of pages per second. More than `bandwidth` if the pages are compressed.
     content_rate: u64,
     /// Pages per second.
     dirty_rate: u64,
@@ -39,50 +40,50 @@ pub struct Pace {
     throttle: u32,
 }
 
-/// What comes next.
+/// What to do after a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
-    /// Another pass.
+    /// Run another pass.
     Pass,
     /// Stop the guest.
     Stop,
-    /// Hold the guest back for this many percent, then another pass.
+    /// Throttle the guest by this many percent, then run another pass.
     Throttle(u32),
-    /// Let the guest go on at the destination, and its memory follow.
+    /// Move the guest now, and its memory after it.
     Postcopy,
 }
 
 impl Pace {
-    /// Passes that ended.
+    /// Number of passes that have ended.
     pub fn passes(&self) -> u64 {
         self.passes
     }
 
-    /// Bytes per second that the link carried; 0 if nothing was sent yet.
+    /// Measured bandwidth in bytes per second; 0 if nothing was sent yet.
     pub fn bandwidth(&self) -> u64 {
         self.bandwidth
     }
 
-    /// How long the last sync took, with its fix-up.
+    /// The time that the last sync took, with its fix-up.
     pub fn sync_time(&self) -> Duration {
         self.sync_time
     }
 
-    /// A sync took so long.
+    /// Notes the time of a sync.
     pub fn synced(&mut self, time: Duration) {
         self.sync_time = time;
     }
 
-    /// Its fix-up took so long.
+    /// Adds the time of its fix-up.
     pub fn synced_more(&mut self, time: Duration) {
         self.sync_time += time;
     }
 
-    /// A pass sent so much in such a time.
+    /// Notes what a pass sent, and its time.
     pub fn passed(&mut self, pages: u64, bytes: u64, time: Duration) {
         self.passes += 1;
         self.pass_time = time;
-        // A short pass is all latency; it only counts if there is nothing better.
+        // A short pass measures latency, so it counts only while there is no better measurement.
         if bytes.max(pages * PAGE_SIZE) >= MEANINGFUL || (self.bandwidth == 0 && bytes > 0) {
             self.bandwidth = per_second(bytes, time).max(1);
             self.content_rate = per_second(bytes.max(pages * PAGE_SIZE), time).max(1);
@@ -98,7 +99,7 @@ impl Pace {
         }
     }
 
-    /// Decides, with `remaining` dirty pages after the last sync.
+    /// Decides what to do. After the last sync `remaining` pages are dirty.
     ///
     /// # Errors
     /// If the passes do not converge and the policy is to fail.
@@ -106,7 +107,7 @@ impl Pace {
         self.dirty_rate = per_second(remaining, self.pass_time);
         self.expected = self.expect(remaining);
         let limit = options.downtime_limit;
-        // With nothing left, another pass cannot make the downtime shorter.
+        // If nothing is dirty, another pass cannot make the downtime shorter.
         if remaining == 0 || self.expected <= limit {
             return Ok(Next::Stop);
         }
@@ -141,14 +142,14 @@ impl Pace {
     fn expect(&self, remaining: u64) -> Duration {
         let send = match remaining {
             0 => Duration::ZERO,
-            // Nothing was sent yet, so nothing is known: let a pass find out.
+            // Nothing was sent yet, so the bandwidth is unknown. A pass will measure it.
             _ if self.content_rate == 0 => Duration::MAX,
             pages => Duration::from_secs_f64((pages * PAGE_SIZE) as f64 / self.content_rate as f64),
         };
         send.saturating_add(self.sync_time)
     }
 
-    /// Writes what was measured into the figures of the job.
+    /// Copies the measurements into the counters of the job.
     pub fn report(&self, counters: &mut Counters) {
         counters.passes = self.passes;
         counters.bandwidth = self.bandwidth;
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fits_the_limit_stops_the_guest_and_the_sync_counts() {
+    fn the_guest_is_stopped_when_pages_and_sync_fit_the_limit() {
         let options = options(NonConvergence::KeepGoing, 1);
         let fits = (1 << 18) / 10 - 1;
         assert_eq!(pace().decide(&options, fits).unwrap(), Next::Stop);
@@ -212,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn with_nothing_left_the_guest_is_stopped_whatever_the_limit_is() {
+    fn the_guest_is_stopped_when_no_page_is_dirty() {
         let mut pace = pace();
         pace.synced(Duration::from_millis(5));
         let options = OutgoingOptions {
@@ -236,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_that_go_on_and_on_wait_for_each_other() {
+    fn later_passes_start_at_an_interval() {
         let mut pace = Pace::default();
         for _ in 0..QUICK_PASSES {
             assert_eq!(pace.rest(), Duration::ZERO);
@@ -271,9 +272,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_compressed_is_expected_to_stay_so() {
+    fn the_expected_downtime_counts_compression() {
         let mut pace = Pace::default();
-        // 1 GiB in a second, as a quarter of that.
+        // 1 GiB of pages in a second, compressed to a quarter.
         pace.passed(1 << 18, 1 << 28, Duration::from_secs(1));
         let fits = (1 << 18) / 10 - 1;
         let options = options(NonConvergence::KeepGoing, 1);
@@ -283,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tiny_pass_is_better_than_none() {
+    fn a_tiny_pass_counts_while_there_is_no_other() {
         let mut pace = Pace::default();
         pace.passed(0, 0, Duration::from_millis(10));
         assert_eq!(pace.bandwidth(), 0, "nothing was sent yet");

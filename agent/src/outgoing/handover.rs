@@ -1,5 +1,13 @@
-//! The stopped guest, and the line of `one-owner`: the source never runs after it sent the commit,
-//! and always can before.
+//! The hand-over of the stopped guest, with the commit point (`one-owner`).
+//!
+//! While the guest is paused, the source sends the VMM's state and the totals, and waits until the
+//! destination has loaded the state. Then it has its VMM relinquish the guest, sends the commit,
+//! and waits for the confirmation. It never resumes the guest after it has sent the commit, and
+//! always can before.
+//!
+//! The pause has a deadline, which depends on the bytes that must be sent. If it passes before the
+//! commit point, the guest continues here. If the confirmation does not come, the job is
+//! *unconfirmed*, and an operator must look at both sides.
 
 use super::Migration;
 use super::connect::{Primary, SessionId};
@@ -16,23 +24,24 @@ use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::os::fd::OwnedFd;
 
 impl PausedGuest {
-    /// Gives up ownership, and waits until the destination runs. `session` is what the VMM is to
-    /// keep, so that another agent can recover; zeroes if nothing will be left to recover.
+    /// Gives up ownership, and waits until the destination confirms that the guest is there. The
+    /// VMM keeps `session`, so that another agent can recover the migration. It is all zeroes if
+    /// there will be nothing to recover.
     pub fn commit(&mut self, primary: &mut Primary, session: SessionId) -> Result<(), JobError> {
-        // From here on a cancel is refused, and the VMM does not resume the guest by itself, even
-        // if it loses this process.
+        // From here on a cancel is refused. After the hook the VMM does not resume the guest by
+        // itself, even if it loses this agent.
         self.job.cancel.commit_point()?;
         let OutgoingOptions { release, hook_timeout, .. } = self.job.options();
         if let Err(error) = self.job.hooks.ask(&Hook::Relinquish { session, release }, hook_timeout)
         {
-            // No commit was sent: the guest is still ours, and the drop says so to the VMM.
+            // No commit was sent, so the guest is still ours. The drop has the VMM resume it.
             self.job.cancel.step_back();
             return Err(error.into());
         }
-        // The VMM may have lost patience since it answered: then its operator may be about to run
-        // the guest. Nothing that waits may come between this look and the commit.
+        // The VMM may have given this agent up since it answered, and its operator may be about to
+        // run the guest. Nothing that waits may come between this check and the commit.
         self.job.check_wanted()?;
-        // ---- The line. Nothing after it resumes the guest here.
+        // ---- The commit point. Nothing after it resumes the guest here.
         self.ours = false;
         let confirmed = self.send_commit(primary);
         self.count_downtime();
@@ -42,7 +51,7 @@ impl PausedGuest {
     fn send_commit(&self, primary: &mut Primary) -> Result<(), JobError> {
         let bytes = primary.writer.write_plain(Kind::Commit, 0)?;
         add(&self.job.live.wire_bytes, bytes);
-        // The destination asks its VMM before it answers.
+        // Before it answers, the destination has its VMM resume the guest, which is one hook.
         let options = self.job.options();
         primary.reader.set_timeout(options.peer_timeout + options.hook_timeout);
         primary.expect(Kind::Resumed, "the destination's confirmation").map(|_| ())
@@ -50,14 +59,14 @@ impl PausedGuest {
 }
 
 impl Migration {
-    /// The guest may be paused for as long as it takes to send its state and its dirty pages.
+    /// Sets the deadline of the pause in precopy: the time to send the state and the dirty pages.
     pub(super) fn expect_state_and_pages(&self, stop: &mut Stop, state: &SavedState) {
         let pages = self.dirty.remaining().saturating_mul(PAGE_SIZE);
         self.expect_to_send(stop, state.bytes().saturating_add(pages));
     }
 
-    /// The guest may be paused for as long as it takes to send its state: in postcopy the pages
-    /// follow once it runs.
+    /// Sets the deadline of the pause in postcopy: the time to send the state. The pages follow
+    /// when the guest runs.
     pub(super) fn expect_state(&self, stop: &mut Stop, state: &SavedState) {
         self.expect_to_send(stop, state.bytes());
     }
@@ -65,14 +74,14 @@ impl Migration {
     fn expect_to_send(&self, stop: &mut Stop, bytes: u64) {
         let options = self.job.options();
         let (measured, limit) = (self.pace.bandwidth(), options.bandwidth);
-        // What was measured may be from before an operator set the limit.
+        // The measured bandwidth may be older than the limit that an operator has set.
         let bandwidth =
             if limit == 0 || measured == 0 { measured.max(limit) } else { measured.min(limit) };
         stop.expect(&options, bytes, bandwidth);
     }
 
-    /// What the guest is to be at the destination, which its own operator may have wanted
-    /// otherwise.
+    /// The run state that the guest will have at the destination: its own, or what the operator of
+    /// this migration wants.
     pub(super) fn run_state_there(&self, state: &SavedState) -> RunState {
         let arrives = self.job.options().resume.apply(state.guest);
         self.job.set_guest_state(arrives);
@@ -111,8 +120,9 @@ impl Migration {
         }
     }
 
-    /// Tells each stream's totals, and on the primary those of all; with `remaining` pages, if it
-    /// is given, postcopy follows. The guest is to be as `arrives` says.
+    /// Sends END on every stream, with the totals of that stream, and on the primary with the
+    /// totals of all. If `remaining` is given, so many pages follow in postcopy. The guest will be
+    /// as `arrives` says.
     pub(super) fn send_end(
         &mut self, remaining: Option<u64>, arrives: RunState,
     ) -> Result<(), JobError> {
@@ -138,12 +148,12 @@ impl Migration {
     }
 }
 
-/// Waits until the destination has verified the totals and loaded the state, which ends the stop as
-/// far as its deadline goes.
+/// Waits until the destination has compared the totals and loaded the state. That ends the deadline
+/// of the pause.
 pub fn wait_loaded(job: &Job, primary: &mut Primary, stop: &Stop) -> Result<(), JobError> {
     let options = job.options();
-    // It verifies, registers and loads before it answers, so it has its hooks' time on top of the
-    // connection's.
+    // Before it answers, the destination compares the totals, and calls two hooks: one registers
+    // the memory (in postcopy) and one loads the state.
     let patience = options.peer_timeout + 2 * options.hook_timeout;
     primary.reader.set_timeout(patience);
     primary.expect(Kind::Loaded, "that the destination has loaded the state")?;
@@ -157,7 +167,7 @@ fn read_exactly(file: &OwnedFd, buffer: &mut [u8], start: u64) -> Result<(), Job
         match rustix::io::pread(file, &mut buffer[done..], start + done as u64) {
             Ok(0) => {
                 let message = format!(
-                    "the VMM's file ends at byte {:#x}, before its pieces do",
+                    "the VMM's state file ends at byte {:#x}, before its pieces do",
                     start + done as u64
                 );
                 return Err(JobError::State(message));
@@ -187,7 +197,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    /// A migration of a guest with so many dirty pages, over a link that carried 4 MiB/s.
+    /// A migration of a guest with this many dirty pages. The measured bandwidth is 4 MiB/s.
     fn migration(pages: u64) -> Migration {
         let (memory, hooks) = (Arc::new(memory(&[pages])), Arc::new(Hooks::new(None)));
         let job = Job::new(
@@ -225,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_goes_before_its_memory_is_not_given_the_time_of_its_memory() {
+    fn the_deadline_of_postcopy_does_not_count_the_memory() {
         let migration = migration(4096);
         let (piece, options) =
             (PieceSize { name: "vcpu".into(), length: 8 << 20 }, migration.job.options());

@@ -1,15 +1,18 @@
 //! An outgoing migration.
 //!
-//! [`run`] is the list of its phases; each takes what the last one returned.
+//! [`run`] runs its phases. A phase takes what the one before it returned.
 //!
-//! - [`connect`]: connections and the handshake;
-//! - [`fixup`]: asking the trackers, and clearing what is discarded (`fix-up-after-sync`);
-//! - [`pass`]: one walk over the dirty pages by all workers;
-//! - [`sender`]: reading pages and batching records (`never-read` and `clear-then-read`);
-//! - [`compress`]: compressing them, where that is wanted;
-//! - [`converge`]: when to stop the guest;
-//! - [`handover`]: the stopped guest, and the line of `one-owner`;
-//! - [`postcopy`]: the guest before its memory.
+//! - [`connect`]: connects the streams, and the handshake;
+//! - [`fixup`]: syncs the trackers, and clears discarded pages (`fix-up-after-sync`);
+//! - [`pass`]: one walk of all workers over the dirty pages;
+//! - [`sender`]: reads pages and sends them in batches (`never-read` and `clear-then-read`);
+//! - [`compress`]: compresses pages, if the operator wants that;
+//! - [`converge`]: decides when to stop the guest;
+//! - [`handover`]: sends the stopped guest, with the commit point (`one-owner`);
+//! - [`postcopy`]: the guest moves first, and its memory follows.
+//!
+//! If the migration fails before the commit point, the guest continues here, and the trackers and
+//! the throttle are off again.
 
 pub mod compress;
 pub mod connect;
@@ -37,15 +40,15 @@ use postcopy::Since;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Longest delay before a wait between passes sees that postcopy is asked for.
-const LOOK: Duration = Duration::from_millis(20);
+/// Longest delay before a wait between passes notices a request for postcopy.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Everything that a running migration owns. Dropping it leaves the VMM as it was found: trackers
-/// off, throttle off.
+/// Everything that a running migration owns. [`Migration::clean_up`] leaves the VMM as it was
+/// before: trackers off, throttle off.
 struct Migration {
     job: Arc<Job>,
     session: SessionId,
-    /// Where the destination listens, if it does.
+    /// The address of the destination, if it listens.
     address: Option<Address>,
     streams: Streams,
     trackers: Trackers,
@@ -54,11 +57,11 @@ struct Migration {
     throttled: bool,
 }
 
-/// What comes after the passes.
+/// What follows the passes.
 enum After {
-    /// The rest of the memory, and then the guest.
+    /// Precopy: the rest of the memory moves, and then the guest.
     Memory,
-    /// The guest, and then the rest of its memory.
+    /// Postcopy: the guest moves, and then the rest of its memory.
     Guest,
 }
 
@@ -109,7 +112,7 @@ impl Migration {
         }
     }
 
-    /// The passes over the running guest.
+    /// Runs passes while the guest runs, until the guest is to be stopped.
     fn passes(&mut self) -> Result<After, JobError> {
         self.job.enter(Phase::Tracking);
         self.start_tracking()?;
@@ -118,8 +121,8 @@ impl Migration {
             self.run_pass()?;
             self.sync()?;
             let next = self.pace.decide(&self.job.options(), self.dirty.remaining());
-            // Whoever asks for the switch does so before the policy has its way, but not before the
-            // memory fits the limit.
+            // A request for postcopy comes before the policy. But if the rest fits the downtime
+            // limit, the migration ends as precopy.
             if self.job.is_postcopy_requested() && !matches!(next, Ok(converge::Next::Stop)) {
                 return Ok(After::Guest);
             }
@@ -133,7 +136,7 @@ impl Migration {
         }
     }
 
-    /// Waits before the next pass, unless somebody asks for postcopy meanwhile.
+    /// Waits before the next pass, or until postcopy is requested.
     fn wait_before_next_pass(&self) -> Result<(), JobError> {
         let until = Instant::now() + self.pace.rest();
         while !self.job.is_postcopy_requested() {
@@ -141,12 +144,12 @@ impl Migration {
             if left.is_zero() {
                 break;
             }
-            self.job.cancel.sleep(left.min(LOOK))?;
+            self.job.cancel.sleep(left.min(POLL_INTERVAL))?;
         }
         Ok(())
     }
 
-    /// The stopped guest.
+    /// Hands the stopped guest over (precopy).
     fn hand_over(&mut self) -> Result<(), JobError> {
         self.job.enter(Phase::Stopping);
         self.job.freeze();
@@ -164,7 +167,7 @@ impl Migration {
         self.sync()?;
         self.expect_state_and_pages(stop, &state);
         self.run_pass()?;
-        // Discards and frees that came during the last pass.
+        // The discards and frees that came during the last pass.
         self.send_discards()?;
         self.send_late_frees()?;
         self.send_end(None, arrives)?;
@@ -178,15 +181,15 @@ impl Migration {
         self.throttled = true;
         match self.job.hooks.ask(&Hook::Throttle { percent }, self.job.options().hook_timeout) {
             Ok(()) => self.job.count(|counters| counters.throttle_percent = percent.into()),
-            // A VMM that cannot is no worse than one that was not asked: the passes go on.
+            // A VMM that cannot throttle its guest is as good as one that was not asked.
             Err(error @ HookError::Refused { .. }) => log::warn!("{}", crate::error::chain(&error)),
             Err(error) => return Err(error.into()),
         }
         Ok(())
     }
 
-    /// Leaves the VMM as it was found. The guest itself was resumed, if it was to be, when the
-    /// [`PausedGuest`] went.
+    /// Leaves the VMM as it was before. The guest itself is resumed by the drop of its
+    /// [`PausedGuest`], if it still belongs here.
     fn clean_up(&mut self) {
         let timeout = self.job.options().hook_timeout;
         if std::mem::take(&mut self.throttled)
@@ -197,10 +200,10 @@ impl Migration {
         self.trackers.stop();
     }
 
-    /// If the peer failed it said why before it closed: that is the error to report.
+    /// Chooses the error to report: if the peer failed, it sent its reason before it closed.
     fn explain(&mut self, error: JobError) -> JobError {
         match &error {
-            // Who was silent for so long has said nothing that could still be on its way.
+            // A peer that was silent for so long has sent nothing that could still arrive.
             JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. }) => error,
             JobError::Transport(_) if !self.job.cancel.is_cancelled() => {
                 self.streams.primary.read_error().map_or(error, JobError::Peer)

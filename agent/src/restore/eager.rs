@@ -35,7 +35,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longest time between two updates of the job's progress.
-const LOOK: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// Most extents that a worker claims at once: 64 MiB in a row, because disks read fastest in
 /// sequence.
 const STRETCH: usize = 32;
@@ -177,7 +177,9 @@ impl<'a> Filling<'a> {
             }
             let left = self.pages.saturating_sub(get(&self.job.live.pass_pages_done));
             self.job.count(|counters| counters.remaining_pages = left);
-            self.job.cancel.wait(&[(self.event.as_fd(), PollFlags::IN)], Instant::now() + LOOK)?;
+            self.job
+                .cancel
+                .wait(&[(self.event.as_fd(), PollFlags::IN)], Instant::now() + POLL_INTERVAL)?;
             let mut count = [0; 8];
             // Resets the eventfd. The value does not matter.
             let _ = rustix::io::read(&self.event, &mut count);
