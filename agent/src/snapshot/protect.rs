@@ -1,14 +1,13 @@
-//! Memory is protected against writes, so that the guest can run on while it is saved.
+//! Write protection for a background snapshot: the guest keeps running while its memory is saved.
 //!
-//! To protect a page costs some 70 ns, that is 18 ms for each GiB, and the guest would stand still
-//! for all of it. So nearly all of it is done *ahead*, while the guest runs: who writes into what
-//! is protected has the protection lifted, and that is noted. When the guest then stands still only
-//! what was lifted or allocated meanwhile is left. A guest that writes a lot is slowed down by its
-//! faults, so there is never much.
+//! To protect a page costs about 70 ns, which is 18 ms for each GiB, and the guest would be paused
+//! for all of it. So nearly all pages are protected *ahead*, while the guest still runs. When it
+//! writes to such a page, the fault thread removes the protection and notes that. At the pause only
+//! those pages are left to protect that were written or allocated since. A guest that writes a lot
+//! is slowed down by its faults, so there are never many.
 //!
-//! What is noted is the set `ahead`, of host pages that are protected for sure. The order in which
-//! pages are noted and protected makes it so (see [`super::protect_steps`]): a page that is in the
-//! set when the guest stands still, and no fault is being answered, is protected.
+//! The set `ahead` has the host pages that are certainly protected. [`super::protect_steps`] keeps
+//! it right: at the pause, when no fault is being handled, every page in the set is protected.
 
 use super::prepare::Prepared;
 use super::protect_steps;
@@ -31,55 +30,56 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// Largest host page that can be captured at once when the guest is about to write to it.
+/// The largest host page that can be captured at once while the guest waits to write to it.
 const MAX_HOST_PAGE: u64 = 2 << 20;
-/// Most pages that are protected by one call, 64 MiB: others who change mappings wait for it.
+/// The most pages that one call protects: 64 MiB. Other threads that change mappings wait for the
+/// call.
 const MAX_PROTECTED: PageRange = PageRange::new(0, (64 << 20) / PAGE_SIZE);
-/// Walks ahead, at most. Each leaves less for the pause.
+/// The most walks over the memory ahead of the instant. Each walk leaves less for the pause.
 const MAX_WALKS: usize = 4;
-/// Pages that may be left for the pause: 16 MiB.
+/// The number of pages that may be left for the pause: 16 MiB.
 const FEW_PAGES: u64 = (16 << 20) / PAGE_SIZE;
 
-/// What a write into protected memory means.
+/// What a write to a protected page means.
 #[derive(Debug)]
 pub enum Mode {
-    /// The instant has not come: it is let through, and noted.
+    /// Before the instant: the write may happen, and is noted.
     Ahead,
-    /// What is written to is captured first.
+    /// After the instant: the page is captured before the write.
     CopyBeforeWrite(Arc<CopyBeforeWrite>),
 }
 
-/// What the thread that answers faults, and the job's, both see.
+/// The state that the fault thread and the job's thread share.
 #[derive(Debug)]
 pub struct WatchState {
     /// The protection.
     pub protection: Arc<Protection>,
-    /// Held while faults are answered.
+    /// Held while faults are handled.
     mode: Mutex<Mode>,
-    /// Host pages that are protected for sure, before the instant.
+    /// Host pages that are certainly protected, before the instant.
     ahead: Vec<BlockHostPages>,
-    /// Faults are not answered as they should be: there must be no instant.
+    /// Faults are not handled as they should be, so there must be no instant.
     failed: AtomicBool,
 }
 
 impl WatchState {
-    /// Nothing is protected, and the instant has not come.
+    /// No page is protected, and the instant has not come.
     pub fn new(protection: Arc<Protection>, ahead: Vec<BlockHostPages>) -> Self {
         let (mode, failed) = (Mutex::new(Mode::Ahead), AtomicBool::new(false));
         Self { protection, mode, ahead, failed }
     }
 
-    /// What a fault means now; it does not change while this is held.
+    /// What a fault means now. It does not change while the guard is held.
     pub fn mode(&self) -> MutexGuard<'_, Mode> {
         self.mode.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Faults are not answered as they should be.
+    /// Notes that faults are not handled as they should be.
     pub fn fail(&self) {
         self.failed.store(true, Ordering::Release);
     }
 
-    /// Lets a write through before the instant.
+    /// Allows a write before the instant.
     ///
     /// # Errors
     /// If the registration is gone, or the kernel refuses.
@@ -91,14 +91,16 @@ impl WatchState {
     }
 }
 
-/// The kernel may drop the protection of what is freed, and who populates it again writes unseen.
+/// The kernel may drop the protection of freed pages, and then no fault reports the write that
+/// populates them again.
 impl DiscardObserver for WatchState {
     fn on_freed(&self, at: usize, range: PageRange) {
         self.ahead[at].bits().clear(self.ahead[at].covering(range));
     }
 }
 
-/// Memory whose writes are watched. Dropped, it is as it was: whoever waits goes on.
+/// A watch of the guest's writes. On drop the mappings are unregistered, and waiting threads
+/// continue.
 #[derive(Debug)]
 pub struct WriteWatch {
     job: Arc<Job>,
@@ -109,10 +111,10 @@ pub struct WriteWatch {
 }
 
 impl WriteWatch {
-    /// Refuses memory that cannot be protected. To be called before anything is made for the image.
+    /// Refuses memory that cannot be write-protected. Call this before the image is created.
     ///
     /// # Errors
-    /// Which block it is, and what it can be saved with.
+    /// Which block it is, and how it can be saved.
     pub fn check_memory(job: &Job) -> Result<(), JobError> {
         for block in job.memory.blocks() {
             let (id, size) = (block.geometry.id, block.backing.host_page_size());
@@ -126,7 +128,7 @@ impl WriteWatch {
         Ok(())
     }
 
-    /// Has the VMM register its mappings, and answers faults from now on.
+    /// Has the VMM register its mappings, and starts to handle faults.
     pub fn begin(job: &Arc<Job>) -> Result<Self, JobError> {
         let ahead = job.memory.blocks().iter();
         let ahead = ahead.map(|block| {
@@ -150,25 +152,26 @@ impl WriteWatch {
         Ok(Self { job: job.clone(), shared, stop, thread: Some(thread), watching: true })
     }
 
-    /// The protection.
+    /// The write protection.
     pub fn protection(&self) -> Arc<Protection> {
         self.shared.protection.clone()
     }
 
-    /// Fails if faults are not answered as they should be.
+    /// Fails if faults are not handled as they should be.
     ///
     /// # Errors
-    /// If that is so; the log says why.
+    /// If that is so. The log says why.
     pub fn check(&self) -> Result<(), JobError> {
         if self.shared.failed.load(Ordering::Acquire) { Err(JobError::Faults) } else { Ok(()) }
     }
 
-    /// No fault is answered while this is held.
+    /// No fault is handled while the guard is held.
     pub fn hold_faults(&self) -> MutexGuard<'_, Mode> {
         self.shared.mode()
     }
 
-    /// Protects what is to be saved, while the guest runs. `changed` is what an increment is of.
+    /// Protects the pages to save while the guest runs. `changed` has the changed pages of an
+    /// increment.
     pub fn protect_ahead(
         &self, prepared: &Prepared, changed: Option<&DirtyPages>,
     ) -> Result<(), JobError> {
@@ -189,7 +192,7 @@ impl WriteWatch {
         Ok(())
     }
 
-    /// Protects those of the host pages `wanted` that are not protected yet. Returns how many.
+    /// Protects those of the host pages `wanted` that are not protected yet. Returns their number.
     pub fn protect_rest(&self, at: usize, wanted: &MappedBitmap) -> Result<u64, JobError> {
         let WatchState { protection, ahead, .. } = &*self.shared;
         let (noted, most) = (ahead[at].bits(), ahead[at].covering(MAX_PROTECTED).count);
@@ -199,7 +202,7 @@ impl WriteWatch {
             if run.is_empty() {
                 return Ok(());
             }
-            // Of a large guest all of it takes seconds.
+            // For a large guest, all of this takes seconds, so a cancel is checked here.
             self.job.check()?;
             self.check()?;
             count += run.count;
@@ -221,19 +224,20 @@ impl WriteWatch {
         Ok(count)
     }
 
-    /// Ends it. All that was captured for a write is put when this returns.
+    /// Ends the watch. When this returns, all pages that were captured for a write are in the sink.
     pub fn end(&mut self) -> Result<(), JobError> {
         if !std::mem::take(&mut self.watching) {
             return Ok(());
         }
         self.job.memory.set_discard_observer(None);
         let unwatched = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout);
-        // Nobody answers faults in a moment. But what a VMM that gave this agent up has taken back
-        // is lifted already, and what is protected there now the next agent has protected.
+        // The VMM could not unregister its mappings, and in a moment nobody handles faults, so the
+        // protection must go. But not if the VMM has given this agent up: then it has unregistered
+        // the mappings already, and what is protected now was protected by the next agent.
         if unwatched.is_err() && self.job.memory.current.check().is_ok() {
             self.lift_all();
         }
-        // A full eventfd is readable already.
+        // If the counter is full, the eventfd is already readable.
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
         let joined = self.thread.take().is_none_or(|thread| thread.join().is_ok());
         unwatched?;
@@ -257,7 +261,7 @@ impl Drop for WriteWatch {
     }
 }
 
-/// Takes a registration back that may have been made.
+/// On drop, undoes a registration that may have been made.
 struct UnwatchOnDrop<'a> {
     job: &'a Job,
     armed: bool,
@@ -286,7 +290,7 @@ mod tests {
     use crate::memory::test_support::{gigantic, huge};
 
     #[test]
-    fn host_pages_that_cannot_be_captured_at_once_are_saved_in_mode_paused() {
+    fn too_large_host_pages_are_refused_with_advice() {
         WriteWatch::check_memory(&huge(2 << 20)).unwrap();
         let error = WriteWatch::check_memory(&gigantic()).unwrap_err().to_string();
         assert!(

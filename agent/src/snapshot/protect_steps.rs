@@ -1,20 +1,21 @@
-//! What is protected ahead of the instant, and noted: the order of the two. See [`super::protect`]
-//! for what it is for; a model checker goes through all orders of these steps.
+//! The order of "protect a page" and "note that it is protected" before the instant. See
+//! [`super::protect`] for the reason. A model checker tries all orders of these steps.
 //!
-//! Whoever protects notes first and protects then; whoever lifts, lifts first and takes the note
-//! away then. So while nobody is between the two steps, what is noted is protected. What is
-//! protected need not be noted: it is protected once more.
+//! A thread that protects a page notes it first, and protects it then. A thread that removes the
+//! protection removes it first, and then the note. So while no thread is between its two steps,
+//! every noted page is protected. A protected page without a note is possible, and is simply
+//! protected once more.
 
 use super::bitmap::{Bitmap, Words};
 use pageferry_protocol::memory::PageRange;
 
-/// Those of the host pages `wanted` of word `word` that are not protected for sure.
+/// Those of the host pages `wanted` of word `word` that are not certainly protected.
 pub fn not_protected<W: Words>(noted: &Bitmap<W>, word: u64, wanted: u64) -> u64 {
     wanted & !noted.word(word)
 }
 
-/// Host pages are protected. If that fails they are noted and may not be: nothing that is noted
-/// holds any more.
+/// Protects host pages. If that fails, pages are noted that may not be protected: the notes cannot
+/// be used any more.
 pub fn protect<W: Words, E>(
     noted: &Bitmap<W>, host_pages: PageRange, protect: impl FnOnce() -> Result<(), E>,
 ) -> Result<(), E> {
@@ -22,7 +23,7 @@ pub fn protect<W: Words, E>(
     protect()
 }
 
-/// The protection of host pages is lifted.
+/// Removes the protection of host pages.
 pub fn unprotect<W: Words, E>(
     noted: &Bitmap<W>, host_pages: PageRange, lift: impl FnOnce() -> Result<(), E>,
 ) -> Result<(), E> {

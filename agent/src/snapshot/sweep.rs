@@ -1,8 +1,8 @@
-//! All that nobody writes to is captured, by any number of workers.
+//! The sweep: workers capture all pages that the guest does not write to.
 //!
-//! They go on behind the last fault: a guest that writes to a page will write to those after it
-//! soon, and need not wait for them then. Their pieces are of a megabyte at least, and grow while
-//! it is quiet.
+//! They go on after the last fault: a guest that writes to a page will soon write to the pages
+//! after it, and then finds them captured. A piece has at least a megabyte, and pieces grow while
+//! there is no fault. If one worker fails, the others stop.
 
 use crate::job::{Job, JobError};
 use crate::memory::copy_before_write::CopyBeforeWrite;
@@ -10,12 +10,12 @@ use pageferry_protocol::memory::PAGE_SIZE;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::Builder;
 
-/// Captures all that is pending, with `workers` threads.
+/// Captures all pending pages with `workers` threads.
 pub fn run(job: &Job, copier: &CopyBeforeWrite, workers: usize) -> Result<(), JobError> {
     let sweep = Sweep { job, copier, failed: AtomicBool::new(false) };
     std::thread::scope(|scope| {
         let sweep = &sweep;
-        // If the kernel gives no more threads, those that there are do it.
+        // If the kernel does not start more threads, the ones that exist do all the work.
         let spawn = |worker| Builder::new().spawn_scoped(scope, move || sweep.work(worker)).ok();
         let threads: Vec<_> = (1..workers).map_while(spawn).collect();
         let first = sweep.work(0);
@@ -23,14 +23,14 @@ pub fn run(job: &Job, copier: &CopyBeforeWrite, workers: usize) -> Result<(), Jo
             threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));
         rest.fold(first, |outcome, other| outcome.and(other))
     })?;
-    // Here and not in a worker: only the first who asks is told why.
+    // Only here and not in the workers, because the error is returned only once.
     copier.check()
 }
 
 struct Sweep<'a> {
     job: &'a Job,
     copier: &'a CopyBeforeWrite,
-    /// A worker failed: the others stop, too.
+    /// A worker has failed, so the others must stop.
     failed: AtomicBool,
 }
 
@@ -53,9 +53,10 @@ impl Sweep<'_> {
             }
             let Some((at, range)) = self.copier.cursor.claim(pending) else { break };
             let pages = self.copier.sweep(memory, worker, at, range, &mut batch)?;
-            // After it was done: a piece that is paid for first would be claimed by others
-            // meanwhile. Who waits for its turn hears that others failed: a guest may wait for the
-            // end of it; or that nothing is left.
+            // The limiter is asked after the piece is done. A worker that waited before the piece
+            // would only find that others have claimed it meanwhile. The wait ends early if another
+            // worker failed, because the guest may be waiting for the end of the snapshot, or if
+            // nothing is pending any more.
             let over = || {
                 self.failed.load(Ordering::Relaxed)
                     || self.copier.has_failed()
