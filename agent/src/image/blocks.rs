@@ -1,20 +1,22 @@
-//! Two sets of blocks that are to be the same: those of a VMM and of an image, or of an increment
-//! and of its base.
+//! Comparing two sets of blocks that must be the same.
+//!
+//! The sets are those of an increment and its base, or of a VMM and an image. [`compare`] returns
+//! the first difference, with the block, the field and both values.
 
 use pageferry_protocol::memory::BlockTable;
 
-/// How two sets of blocks differ, of which one is here and the other that of a base.
+/// A difference between the blocks of an increment and those of its base.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Difference {
-    /// A block of the other is not here.
-    #[error("block {id} \"{name}\" is in the base alone")]
+    /// A block of the base is missing.
+    #[error("block {id} \"{name}\" is only in the base")]
     Missing {
         /// The block.
         id: u32,
         /// Its name.
         name: String,
     },
-    /// A block that is here is not in the other.
+    /// A block is not in the base.
     #[error("block {id} \"{name}\" is not in the base")]
     Surplus {
         /// The block.
@@ -22,22 +24,22 @@ pub enum Difference {
         /// Its name.
         name: String,
     },
-    /// A block is another.
-    #[error("block {id}: {field} is {here}, and {there} in the base")]
+    /// A field of a block differs.
+    #[error("block {id}: {field} is {here}, but {there} in the base")]
     Field {
         /// The block.
         id: u32,
-        /// What differs.
+        /// The field that differs.
         field: &'static str,
-        /// As it is here.
+        /// The value in the first set.
         here: String,
-        /// As it is in the other.
+        /// The value in the base.
         there: String,
     },
 }
 
-/// Compares two sets of blocks: names, places and lengths; with `all` also what discards are
-/// rounded to, of which a guest does not know.
+/// Compares two sets of blocks by their ids, names, guest physical addresses and lengths. With
+/// `all`, compares also the granularities of discards, which the guest does not see.
 ///
 /// # Errors
 /// The first difference.
@@ -87,17 +89,17 @@ mod tests {
     }
 
     #[test]
-    fn a_difference_from_a_base_is_named_by_block_field_and_values() {
+    fn a_difference_names_the_block_the_field_and_both_values() {
         let here = table(&[(1, 0x1000), (2, 0x1000)]);
         let sentence = |there| compare(&here, &table(there), true).unwrap_err().to_string();
         assert_eq!(compare(&here, &here, true), Ok(()));
         let large = &[(1, 0x1000), (2, 0x20_0000)];
-        assert_eq!(sentence(large), "block 2: granularity is 0x1000, and 0x200000 in the base");
+        assert_eq!(sentence(large), "block 2: granularity is 0x1000, but 0x200000 in the base");
         assert_eq!(compare(&here, &table(large), false), Ok(()));
         assert_eq!(sentence(&[(1, 0x1000)]), "block 2 \"ram2\" is not in the base");
         assert_eq!(
             sentence(&[(1, 0x1000), (2, 0x1000), (3, 0x1000)]),
-            "block 3 \"ram3\" is in the base alone"
+            "block 3 \"ram3\" is only in the base"
         );
     }
 }

@@ -1,4 +1,7 @@
-//! Reading and writing at a place in a file, all or nothing; and where a file has data.
+//! Reads and writes at an offset of a file, and the data ranges of a file.
+//!
+//! [`read_at`] and [`write_at`] repeat short reads and writes until all bytes are done. The error
+//! names the offset.
 
 use super::Fault;
 use rustix::fs::SeekFrom;
@@ -6,7 +9,10 @@ use rustix::io::Errno;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
-/// Writes all of `bytes`.
+/// Writes all of `bytes` to offset `at` of the file.
+///
+/// # Errors
+/// If the file system refuses or has no space. Some of the bytes may be written then.
 pub fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(), Fault> {
     while !bytes.is_empty() {
         match rustix::io::pwrite(file, bytes, at) {
@@ -22,12 +28,15 @@ pub fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(
     Ok(())
 }
 
-/// Fills `bytes`.
+/// Fills `bytes` from offset `at` of the file.
+///
+/// # Errors
+/// If the file cannot be read, or ends too early.
 pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Result<(), Fault> {
     while !bytes.is_empty() {
         match rustix::io::pread(file, &mut *bytes, at) {
             Ok(0) => {
-                // Not where this read begins: that may lie far behind it.
+                // The error names the real end of the file. It may lie far before `at`.
                 let stat = rustix::fs::fstat(file).map_err(|source| Fault::At {
                     what: "read",
                     at,
@@ -46,15 +55,16 @@ pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Resul
     Ok(())
 }
 
-/// Where the file has data in `range`, in order; the rest is holes. Where the file system cannot
-/// tell, all of it counts as data.
+/// The parts of `range` in which the file has data, in order; the rest is holes. If the file system
+/// does not report holes, all of `range` counts as data.
 pub(super) fn data_in(file: BorrowedFd<'_>, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let mut next = range.start;
     std::iter::from_fn(move || {
         if next >= range.end {
             return None;
         }
-        // Reads and writes are at places of their own, so it does no harm to move the file's.
+        // `seek` moves the position of the file. All reads and writes use their own offsets, so
+        // this does no harm.
         let start = match rustix::fs::seek(file, SeekFrom::Data(next)) {
             Ok(start) => start.max(next),
             Err(Errno::NXIO) => range.end,

@@ -1,10 +1,13 @@
-//! An increment with the images that it builds on, down to one that stands alone.
+//! A chain: an increment and the images that it builds on, down to a full image.
 //!
-//! All images are opened by their contents first: who they are, and of which blocks. The states of
-//! their pages, which may be a gigabyte each, are read when all of that fits.
+//! [`Chain::open`] first opens all images and reads only their headers and contents. It compares
+//! the id of each base with the id that the increment names: a file that was replaced by another
+//! image has another id. It also compares the blocks. Only when all of that fits does it read the
+//! states of the pages, which can be a gigabyte for each image. Then it decides for each page which
+//! image has its content.
 //!
-//! Who is what is checked by identity: an increment names the id of its base, and a file that was
-//! replaced by another image has another.
+//! A chain has at most [`MAX_IMAGES`] images. If one of them is missing, damaged, or another image
+//! than expected, the error names that image and the images that build on it.
 
 use super::blocks::compare;
 use super::reader::States;
@@ -19,14 +22,14 @@ use std::path::{Path, PathBuf};
 /// Most images of a chain.
 pub const MAX_IMAGES: usize = 256;
 
-/// An image, and those that it builds on.
+/// An image and the images that it builds on.
 #[derive(Debug)]
 pub struct Chain {
-    /// The newest first.
+    /// The images, the newest first.
     layers: Vec<Layer>,
-    /// What is discarded in the end, of each block.
+    /// For each block, the pages that are discarded in the guest of the newest image.
     discarded: Vec<MappedBitmap>,
-    /// What has content in the end, of each block.
+    /// For each block, the pages that have content in the guest of the newest image.
     present: Vec<MappedBitmap>,
 }
 
@@ -35,22 +38,23 @@ pub struct Chain {
 pub struct Layer {
     /// The image.
     pub image: Image,
-    /// The pages of each block whose content is taken from it: those that no newer one says
-    /// anything of.
+    /// For each block, the pages whose content is read from this image: they are present here, and
+    /// unchanged in all newer images.
     pub pages: Vec<MappedBitmap>,
 }
 
 impl Chain {
-    /// Opens the image at `path` and all that it builds on.
+    /// Opens the image at `path` and all images that it builds on.
     ///
     /// # Errors
-    /// If one of them is not there, is damaged, or is another than it should be.
+    /// If one of them is missing, damaged, or another image than expected.
     pub fn open(path: &Path) -> Result<Self, ImageError> {
         let mut images = lineage(path)?;
         read_states(&mut images)?;
         Self::fold(images).map_err(|fault| fault.of(path))
     }
 
+    /// Decides for each page whether it is present or discarded, and which image has its content.
     fn fold(images: Vec<Image>) -> Result<Self, Fault> {
         let table = images[0].contents().table.clone();
         let bitmaps = || -> Result<Vec<MappedBitmap>, Fault> {
@@ -67,10 +71,10 @@ impl Chain {
         }
         for at in 0..table.blocks().len() {
             let all = present[at].all();
-            // All that an increment says nothing of is looked for in its base: there is no way
-            // around looking at each word. One that stands alone is mostly zero.
+            // In an increment most pages are unchanged and must be looked up in the base, so all
+            // words are visited. In a full image most words are zero and are skipped.
             let words: Box<dyn Iterator<Item = u64>> = match &layers[..] {
-                [only] => Box::new(said(&only.image.states()[at], all)),
+                [only] => Box::new(nonzero_words(&only.image.states()[at], all)),
                 _ => Box::new(0..all.count.div_ceil(WORD_BITS)),
             };
             for word in words {
@@ -95,12 +99,12 @@ impl Chain {
         &self.layers
     }
 
-    /// The newest.
+    /// The newest image.
     pub fn newest(&self) -> &Image {
         &self.layers[0].image
     }
 
-    /// The blocks.
+    /// The blocks of the guest.
     pub fn table(&self) -> &BlockTable {
         &self.newest().contents().table
     }
@@ -110,7 +114,7 @@ impl Chain {
         &self.discarded[at]
     }
 
-    /// The pages of each block that are discarded.
+    /// The pages that are discarded, for each block.
     pub fn discards(&self) -> &[MappedBitmap] {
         &self.discarded
     }
@@ -120,10 +124,11 @@ impl Chain {
         &self.present[at]
     }
 
-    /// Reads the pages `range` of the block at index `at`; those that have no content are zero.
+    /// Reads the pages `range` of the block at index `at`. Pages without content are zero in
+    /// `into`.
     ///
     /// # Errors
-    /// If one cannot be read, or is damaged.
+    /// If a page cannot be read, or is damaged.
     pub fn read(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
         into.fill(0);
         let mut rest = into;
@@ -135,12 +140,12 @@ impl Chain {
         Ok(())
     }
 
-    /// Reads those of the pages `range`, which lie in one extent of the block at index `at`, that
-    /// have content; the places of the others in `into` are left as they are. Checks the sum of the
-    /// extent, too, in each image that it is read from.
+    /// Reads the pages `range`, which lie in one extent of the block at index `at`. For pages
+    /// without content, `into` is left unchanged. Checks each page, and the checksum of the extent
+    /// in each image that has one of the pages.
     ///
     /// # Errors
-    /// If one cannot be read, or is damaged.
+    /// If a page cannot be read, or is damaged.
     pub fn read_extent(
         &self, at: usize, range: PageRange, into: &mut [u8],
     ) -> Result<(), ImageError> {
@@ -154,8 +159,8 @@ impl Chain {
         Ok(())
     }
 
-    /// Has the disk read what is to be read of the pages `range`, which lie in one extent, if it is
-    /// not in memory. Nobody waits for it.
+    /// Asks the kernel to read the pages `range`, which lie in one extent, into the page cache.
+    /// Does not wait.
     pub fn will_need(&self, at: usize, range: PageRange) {
         for layer in &self.layers {
             join_near_runs(layer.pages[at].runs(range), NEAR)
@@ -164,16 +169,16 @@ impl Chain {
     }
 }
 
-/// The image at `path` and those that it builds on, the newest first, as far as they can be opened;
-/// and why no more of them.
+/// The image at `path` and the images that it builds on, the newest first. If one of them cannot be
+/// opened, returns those that build on it, and the error.
 pub fn images(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
     let (mut images, opened) = open_all(path);
     let read = read_states(&mut images);
     (images, read.and(opened))
 }
 
-/// Reads the states of all. If those of one cannot be read, it is left out, and so are those that
-/// it builds on.
+/// Reads the states of all images. If the states of an image cannot be read, removes that image and
+/// all that it builds on.
 fn read_states(images: &mut Vec<Image>) -> Result<(), ImageError> {
     let failed = images
         .iter_mut()
@@ -184,7 +189,7 @@ fn read_states(images: &mut Vec<Image>) -> Result<(), ImageError> {
     Err(as_base(images, error))
 }
 
-/// The error of an image that the last of `images` builds on, as one of that.
+/// Turns the error of the next image into an error of the last of `images`, which builds on it.
 fn as_base(images: &[Image], error: ImageError) -> ImageError {
     match images.last() {
         Some(last) => Fault::NoBase(Box::new(error)).of(last.path()),
@@ -192,7 +197,7 @@ fn as_base(images: &[Image], error: ImageError) -> ImageError {
     }
 }
 
-/// A run of pages, cut where extents end.
+/// Splits a run of pages at the ends of extents.
 pub fn in_extents(run: PageRange) -> impl Iterator<Item = PageRange> {
     let extents = if run.is_empty() {
         0..0
@@ -203,13 +208,13 @@ pub fn in_extents(run: PageRange) -> impl Iterator<Item = PageRange> {
         .map(move |extent| PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES).intersection(&run))
 }
 
-/// The words of a block with a page that is not zero; some twice.
-fn said(states: &States, all: PageRange) -> impl Iterator<Item = u64> + '_ {
+/// The words of a block with a page that is not zero. A word may come twice.
+fn nonzero_words(states: &States, all: PageRange) -> impl Iterator<Item = u64> + '_ {
     let words = states.present.nonzero_words(all).chain(states.discarded.nonzero_words(all));
     words.map(|(word, _)| word)
 }
 
-/// The base of the last of `images`, if it has one: who it is, and that it is of the same blocks.
+/// Opens the base of the last of `images`, if it has one, and checks its id and its blocks.
 fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
     let Some(last) = images.last().filter(|last| last.header().is_increment()) else {
         return Ok(None);
@@ -232,16 +237,18 @@ fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
     Ok(Some(base))
 }
 
-/// The image at `path` and all that it builds on, the newest first, as [`Image::open_contents`]
-/// opens them: who they are, and not what is in them.
+/// The image at `path` and all images that it builds on, the newest first. Only their headers and
+/// contents are read, as by [`Image::open_contents`].
 ///
 /// # Errors
-/// If one of them is not there, is damaged, or is another than it should be.
+/// If one of them is missing, damaged, or another image than expected.
 pub fn lineage(path: &Path) -> Result<Vec<Image>, ImageError> {
     let (images, opened) = open_all(path);
     opened.map(|()| images)
 }
 
+/// Opens the chain without states. If an image cannot be opened, returns those that build on it,
+/// and the error.
 fn open_all(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
     let mut images = Vec::new();
     let mut open_one = || -> Result<(), ImageError> {
@@ -255,23 +262,26 @@ fn open_all(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
     (images, opened)
 }
 
-/// Where the base of an increment is: its name is a path from the folder of the increment's file,
-/// whatever link leads there.
+/// The path of the base of an increment. The name in the increment is relative to the folder of the
+/// increment's file, also if the increment was opened through a link in another folder.
 pub fn base_path(image: &Image) -> PathBuf {
     let file = file_of(image.path());
     file.parent().unwrap_or(Path::new("")).join(&image.contents().base_name)
 }
 
-/// The file that `path` leads to, without links on the way; `path` itself if there is none.
+/// `path` with all links resolved; `path` itself if there is no such file.
 fn file_of(path: &Path) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 
-/// What an increment at `path` calls its base at `base`: images that lie together can be moved
-/// together, and a link that leads to another image later leads nobody astray.
+/// The name of the base at `base` for an increment at `path`.
+///
+/// The name is relative if the base is in the folder of the increment or below, so images in one
+/// folder can be moved together. Links are resolved, so the name stays right if a link is changed
+/// later.
 pub fn name_of_base(base: &Path, path: &Path) -> String {
     let (file, folder) = (file_of(base), file_of(path.parent().unwrap_or(Path::new("/"))));
-    // What is not UTF-8 cannot be written down: the link can.
+    // An image can store only UTF-8. If the resolved path is not UTF-8, the path as given is used.
     let name = file.strip_prefix(folder).unwrap_or(&file).to_str();
     name.map_or_else(|| base.to_string_lossy().into_owned(), str::to_owned)
 }
@@ -281,7 +291,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_is_cut_where_extents_end() {
+    fn a_run_is_split_at_the_ends_of_extents() {
         let parts: Vec<_> = in_extents(PageRange::new(500, 600)).collect();
         assert_eq!(
             parts,

@@ -1,50 +1,55 @@
-//! What is where in the memory of a guest: its pages counted, cell by cell, and painted.
+//! Maps of a guest's memory: its pages counted by their state, and drawn as a picture.
+//!
+//! [`View`] chooses one image, or the guest that a chain describes. A block is divided into cells
+//! of the same number of pages, and [`Tally`] counts the pages of a cell. [`Picture`] draws each
+//! cell as one pixel. A picture has at most [`MAX_WIDTH`] times [`MAX_HEIGHT`] pixels; for a large
+//! guest a pixel stands for more pages.
 
 use super::{Chain, Image};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use png::{BitDepth, ColorType, Encoder, EncodingError};
 
-/// Most pixels of a picture, from side to side.
+/// Largest width of a picture, in pixels.
 pub const MAX_WIDTH: u32 = 4096;
-/// Most pixels of a picture, from top to bottom.
+/// Largest height of a picture, in pixels.
 pub const MAX_HEIGHT: u32 = 8192;
-/// Pixels of a picture from side to side, however small the guest is, unless fewer are wanted.
+/// Smallest width of a picture in pixels, also of a small guest, unless the caller wants less.
 const MIN_WIDTH: u32 = 16;
-/// Pixels between two blocks.
+/// Empty rows of pixels between two blocks.
 const GAP: u64 = 4;
 
 /// A colour: red, green and blue.
 pub type Colour = [u8; 3];
 
-/// Of what is no page.
+/// Colour of the pixels that stand for no page.
 const BACKGROUND: Colour = [0xff; 3];
 
-/// What is looked at.
+/// The memory that a map shows.
 #[derive(Debug, Clone, Copy)]
 pub enum View<'a> {
-    /// What one image says.
+    /// The states of one image, without its base.
     Image(&'a Image),
-    /// The guest that an image and all that it builds on are of.
+    /// The guest of the newest image of a chain.
     Guest(&'a Chain),
 }
 
-/// How a page is.
+/// State of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// It has content.
+    /// The page has content.
     Content,
-    /// It has content, which the base has not.
+    /// In an increment: the page has content that differs from the base.
     Changed,
-    /// It is zero.
+    /// The page is zero.
     Zero,
-    /// It is discarded.
+    /// The page is discarded.
     Discarded,
-    /// It is as in the base.
+    /// In an increment: the page is as in the base.
     Unchanged,
 }
 
 impl Kind {
-    /// For people.
+    /// Its name for operators.
     pub fn name(self) -> &'static str {
         match self {
             Self::Content => "content",
@@ -55,7 +60,7 @@ impl Kind {
         }
     }
 
-    /// How it is painted. No two differ in the hue alone.
+    /// Its colour. All colours differ also in lightness, and not in hue alone.
     pub fn colour(self) -> Colour {
         match self {
             Self::Content => [0x1f, 0x5f, 0xbf],
@@ -67,26 +72,26 @@ impl Kind {
     }
 }
 
-/// Pages, counted by how they are.
+/// Numbers of pages by their state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Tally {
-    /// With content.
+    /// Pages with content.
     pub present: u64,
-    /// Zero.
+    /// Zero pages.
     pub zero: u64,
-    /// Discarded.
+    /// Discarded pages.
     pub discarded: u64,
-    /// As in the base.
+    /// Pages that are as in the base.
     pub unchanged: u64,
 }
 
 impl Tally {
-    /// All of them.
+    /// The number of all pages.
     pub fn pages(&self) -> u64 {
         self.present + self.zero + self.discarded + self.unchanged
     }
 
-    /// The same by kind; of an increment or not.
+    /// The numbers by kind. Pages with content are [`Kind::Changed`] in an increment.
     pub fn kinds(&self, increment: bool) -> impl Iterator<Item = (Kind, u64)> + use<> {
         let content = if increment { Kind::Changed } else { Kind::Content };
         let unchanged = increment.then_some((Kind::Unchanged, self.unchanged));
@@ -95,7 +100,7 @@ impl Tally {
             .chain(unchanged)
     }
 
-    /// The colours of the pages, mixed as there are many of each.
+    /// The mean of the colours of all pages.
     pub fn colour(&self, increment: bool) -> Colour {
         let pages = self.pages().max(1);
         let mixed = |channel: usize| {
@@ -103,7 +108,7 @@ impl Tally {
                 .kinds(increment)
                 .map(|(kind, count)| u64::from(kind.colour()[channel]) * count)
                 .sum();
-            // A mean of bytes is one.
+            // The mean of bytes fits in a byte.
             ((sum + pages / 2) / pages) as u8
         };
         [mixed(0), mixed(1), mixed(2)]
@@ -120,7 +125,7 @@ impl std::ops::AddAssign for Tally {
 }
 
 impl View<'_> {
-    /// The blocks.
+    /// The blocks of the guest.
     pub fn table(&self) -> &BlockTable {
         match self {
             Self::Image(image) => &image.contents().table,
@@ -133,7 +138,8 @@ impl View<'_> {
         matches!(self, Self::Image(image) if image.header().is_increment())
     }
 
-    /// The pages `range` of the block at index `at`, as far as it has them.
+    /// Counts the pages `range` of the block at index `at`. Pages after the end of the block are
+    /// not counted.
     pub fn tally(&self, at: usize, range: PageRange) -> Tally {
         let (present, discarded, unchanged) = match self {
             Self::Image(image) => {
@@ -147,19 +153,20 @@ impl View<'_> {
         Tally { present, zero: pages - present - discarded - unchanged, discarded, unchanged }
     }
 
-    /// All pages of the block at index `at`.
+    /// Counts all pages of the block at index `at`.
     pub fn block(&self, at: usize) -> Tally {
         self.tally(at, PageRange::new(0, self.table().blocks()[at].pages()))
     }
 
-    /// The pages of all blocks.
+    /// Counts the pages of all blocks.
     pub fn all(&self) -> Tally {
         let mut all = Tally::default();
         (0..self.table().blocks().len()).for_each(|at| all += self.block(at));
         all
     }
 
-    /// The block at index `at`, `per_cell` pages after the others; the last cell may be of fewer.
+    /// The cells of the block at index `at`, each of `per_cell` pages; the last cell may have
+    /// fewer.
     pub fn cells(&self, at: usize, per_cell: u64) -> impl Iterator<Item = Tally> + '_ {
         let (per_cell, pages) = (per_cell.max(1), self.table().blocks()[at].pages());
         (0..pages.div_ceil(per_cell))
@@ -167,31 +174,34 @@ impl View<'_> {
     }
 }
 
-/// The fewest pages of a cell, a power of two, with which `pages` make at most `cells` cells.
+/// The smallest power of two, as the number of pages of a cell, with which `pages` pages make at
+/// most `cells` cells.
 pub fn pages_per_cell(pages: u64, cells: u64) -> u64 {
-    // Of at most 2^38 pages, so the power exists.
+    // A guest has at most 2^38 pages, so this does not overflow.
     pages.div_ceil(cells.max(1)).next_power_of_two()
 }
 
-/// A picture of all blocks, one below the other, each row of it from left to right.
+/// A picture of all blocks, one below the other. The cells of a block go from left to right, row by
+/// row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Picture {
-    /// In pixels.
+    /// Width in pixels.
     pub width: u32,
-    /// In pixels.
+    /// Height in pixels.
     pub height: u32,
-    /// Pages of a pixel.
+    /// Pages that one pixel stands for.
     pub pages_per_pixel: u64,
-    /// Row by row.
+    /// The colours of the pixels, three bytes each, row by row.
     pixels: Vec<u8>,
 }
 
 impl Picture {
-    /// Paints what is seen, at most `width` pixels wide, but at least one, and [`MAX_HEIGHT`] high.
+    /// Draws `view`. The picture is at most `width` pixels wide, but at least one, and at most
+    /// [`MAX_HEIGHT`] pixels high.
     pub fn paint(view: &View<'_>, width: u32) -> Self {
         let blocks = view.table().blocks();
         let pages: u64 = blocks.iter().map(BlockGeometry::pages).sum();
-        // Not a line where the guest is small.
+        // A small guest gets a square picture. With the full width it would be one row.
         let square = u32::try_from(pages.isqrt().next_power_of_two()).unwrap_or(MAX_WIDTH);
         let width = width.min(square.max(MIN_WIDTH)).clamp(1, MAX_WIDTH);
         let rows = |pages: u64, per_pixel: u64| pages.div_ceil(per_pixel).div_ceil(width.into());
@@ -199,7 +209,8 @@ impl Picture {
         let height = |per_pixel| {
             gaps + blocks.iter().map(|block| rows(block.pages(), per_pixel)).sum::<u64>()
         };
-        // With as many blocks as there can be, of one row each, there is room to spare.
+        // This ends: with the largest number of blocks, each one row high, the height is far below
+        // the limit.
         let mut pages_per_pixel = 1;
         while height(pages_per_pixel) > u64::from(MAX_HEIGHT) {
             pages_per_pixel *= 2;
@@ -216,10 +227,10 @@ impl Picture {
         Self { width, height, pages_per_pixel, pixels: pixels.into_flattened() }
     }
 
-    /// The bytes of a file in PNG.
+    /// The picture as the bytes of a PNG file.
     ///
     /// # Errors
-    /// If it cannot be encoded.
+    /// If the picture cannot be encoded.
     pub fn png(&self) -> Result<Vec<u8>, EncodingError> {
         let mut bytes = Vec::new();
         let mut encoder = Encoder::new(&mut bytes, self.width, self.height);
@@ -231,7 +242,7 @@ impl Picture {
         Ok(bytes)
     }
 
-    /// The colour of a pixel; `None` outside.
+    /// The colour of a pixel; `None` outside of the picture.
     pub fn pixel(&self, x: u32, y: u32) -> Option<Colour> {
         let at = (y as usize * self.width as usize + x as usize) * 3;
         let colour = self.pixels.get(at..at + 3).filter(|_| x < self.width)?;

@@ -1,9 +1,14 @@
-//! Folding an increment and all that it builds on into one image that stands alone.
+//! Merging a chain, an increment and all images that it builds on, into one full image.
 //!
-//! The merged image is the same guest at the same instant as the newest of the chain, so it has its
-//! id and its time: what builds on the newest builds on the merged one as well, and it can be put
-//! in the place of the newest. Whatever is read is checked before it is written, and what is
-//! written gets checksums of its own.
+//! [`merge()`] reads the content of each page from the image of the chain that has it, checks it, and
+//! writes it to the new image with a new checksum. Then it copies the state of the VMM from the
+//! newest image.
+//!
+//! The merged image shows the same guest at the same instant as the newest image, and gets its id
+//! and its time. So images that build on the newest image also build on the merged one, and the
+//! merged image can replace the newest.
+//!
+//! If anything fails, nothing is left of the new image, and an existing file is unchanged.
 
 use super::bytes::write_at;
 use super::workers::{Extents, Progress, share};
@@ -14,25 +19,27 @@ use rustix::fs::MemfdFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-/// What came of it.
+/// The outcome of a merge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Merged {
-    /// The id of the merged image, and of the newest of the chain.
+    /// The id of the merged image, which is that of the newest image of the chain.
     pub id: ImageId,
-    /// Images that it was made of.
+    /// Number of images in the chain.
     pub images: usize,
-    /// What it came to.
+    /// Pages and bytes of the merged image.
     pub totals: Totals,
 }
 
-/// Writes the guest that the image at `path` and all that it builds on are of to a new image at
-/// `into`, on so many threads. With `replace` it takes the place of what is there, which may be an
-/// image of the chain: that is replaced only once all of it was read. `show` is told the pages that
-/// are done, and all.
+/// Merges the image at `path` and all images that it builds on into a new image at `into`, on
+/// `threads` threads.
+///
+/// With `replace`, the new image replaces an image at `into`. That may be an image of the chain: it
+/// is replaced only after all of it was read. `show` is called with the pages that are done and
+/// with all pages.
 ///
 /// # Errors
-/// If an image is not there or damaged, or the new one cannot be written. Nothing is left of it
-/// then, and what is at `into` is as it was.
+/// If an image is missing or damaged, or the new one cannot be written. Then nothing is left of the
+/// new image, and a file at `into` is unchanged.
 pub fn merge(
     path: &Path, into: &Path, replace: bool, threads: usize, show: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<Merged, ImageError> {
@@ -53,6 +60,7 @@ pub fn merge(
     Ok(Merged { id, images: chain.layers().len(), totals })
 }
 
+/// Copies the pages that have content.
 fn copy_pages(
     chain: &Chain, writer: &ImageWriter, threads: usize, show: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<(), ImageError> {
@@ -68,7 +76,7 @@ fn copy_pages(
             return Ok(());
         }
         let bytes = &mut buffer[..pages.bytes() as usize];
-        // Those without content come as zero, and what is zero is not written.
+        // Pages without content are read as zero, and the writer does not write zero pages.
         chain.read(at, pages, bytes)?;
         writer.put(at, pages, bytes)?;
         progress.add(count);
@@ -76,11 +84,12 @@ fn copy_pages(
     })
 }
 
-/// The state of the VMM in a file of its own, checked.
+/// Copies the state of the VMM to a temporary file in memory, and checks it. The writer must not
+/// get a state that is not checked.
 fn copy_state(image: &Image) -> Result<OwnedFd, ImageError> {
     let create = rustix::fs::memfd_create("pageferry-state", MemfdFlags::CLOEXEC);
     let state = create
-        .map_err(kernel("keep the state of the VMM"))
+        .map_err(kernel("make a file for the state of the VMM"))
         .map_err(|fault: Fault| fault.of(image.path()))?;
     let mut end = 0;
     image.state_parts(|part| {

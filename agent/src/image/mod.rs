@@ -1,18 +1,18 @@
-//! Images in files: see `docs/image.md` and [`pageferry_protocol::image`] for what is in them.
+//! Image files of guests. `docs/image.md` and [`pageferry_protocol::image`] describe the format.
 //!
-//! - [`bytes`]: reading and writing at a place;
-//! - [`page_buffer`]: memory that a disk reads from and writes to;
-//! - [`new_file`]: a file that is there whole, or not at all;
-//! - [`writer`]: pages and all else into a new image;
-//! - [`sums`]: checksums of pages on their way into it;
-//! - [`reader`]: an image that is there, each part of it checked before anyone sees it;
-//! - [`blocks`]: two sets of blocks that are to be the same;
+//! - [`bytes`]: reads and writes at an offset, and where a file has data;
+//! - [`page_buffer`]: page-aligned buffers for direct I/O;
+//! - [`new_file`]: creating a file atomically;
+//! - [`writer`]: writing a new image;
+//! - [`sums`]: the checksums of pages, collected before they are written;
+//! - [`reader`]: reading an image. Each part is checked before it is used;
+//! - [`blocks`]: comparing the blocks of two tables;
 //! - [`chain`]: an increment with the images that it builds on;
-//! - [`verify`]: all of an image, and of those that it builds on, compared with what it should be;
-//! - [`merge`]: a chain folded into one image;
-//! - [`map_picture`]: what is where in the memory of a guest, to be looked at;
-//! - [`workers`]: work on extents, shared out among threads;
-//! - this file: what can be wrong.
+//! - [`verify`]: checking all bytes of a chain;
+//! - [`merge`]: merging a chain into one full image;
+//! - [`map_picture`]: counting the pages of a guest by their state, and drawing them;
+//! - [`workers`]: sharing work on extents among threads;
+//! - this file: the errors.
 
 pub mod blocks;
 pub mod bytes;
@@ -42,7 +42,7 @@ use pageferry_protocol::shm::MappingError;
 use rustix::io::Errno;
 use std::path::{Path, PathBuf};
 
-/// What is wrong with an image, and with which.
+/// An error of an image, with the path of the image.
 #[derive(Debug, thiserror::Error)]
 #[error("image {}", path.display())]
 pub struct ImageError {
@@ -56,7 +56,7 @@ pub struct ImageError {
 /// What is wrong with an image.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
-    /// The kernel or the file system refused.
+    /// A system call failed.
     #[error("cannot {what}")]
     Kernel {
         /// What was tried.
@@ -65,25 +65,26 @@ pub enum Fault {
         #[source]
         source: Errno,
     },
-    /// The same at a place in the file.
+    /// A system call failed at an offset of the file.
     #[error("cannot {what} at byte {at:#x}")]
     At {
         /// What was tried.
         what: &'static str,
-        /// In bytes from the start of the file.
+        /// The offset, in bytes from the start of the file.
         at: u64,
         /// What the kernel said.
         #[source]
         source: Errno,
     },
-    /// The file ends where more was expected.
+    /// The file ends before the last byte that was to be read.
     #[error(
-        "the file ends at byte {end:#x}, and more was to be read from byte {at:#x} on: it is truncated"
+        "the file ends at byte {end:#x}, but a read from byte {at:#x} on needs more: \
+         it is truncated"
     )]
     Ends {
         /// Length of the file in bytes.
         end: u64,
-        /// In bytes from the start of the file.
+        /// Where the read had no more bytes, in bytes from the start of the file.
         at: u64,
     },
     /// A page cannot be read.
@@ -93,9 +94,9 @@ pub enum Fault {
         id: u32,
         /// The page.
         page: u64,
-        /// Where it lies, in bytes from the start of the file.
+        /// Offset of the page, in bytes from the start of the file.
         at: u64,
-        /// Why.
+        /// The cause.
         #[source]
         source: Box<Fault>,
     },
@@ -106,9 +107,9 @@ pub enum Fault {
         id: u32,
         /// First page of the extent.
         first: u64,
-        /// Where the checksums lie, in bytes from the start of the file.
+        /// Offset of the checksums, in bytes from the start of the file.
         at: u64,
-        /// Why.
+        /// The cause.
         #[source]
         source: Box<Fault>,
     },
@@ -117,72 +118,77 @@ pub enum Fault {
     ReadSection {
         /// Name of the section.
         section: &'static str,
-        /// Why.
+        /// The cause.
         #[source]
         source: Box<Fault>,
     },
-    /// There is an image of that name.
+    /// The file exists, and the caller does not allow to replace it.
     #[error("the file exists: choose another name, or have it replaced")]
     Exists,
-    /// What is there is something else, and not replaced.
+    /// The file exists and is of another kind, so it is not replaced.
     #[error(
         "the file is not {kind}, and so it is not replaced: it begins with \"{}\", not with \"{}\"",
         found.escape_ascii(), expected.escape_ascii()
     )]
     OtherKind {
-        /// What may be replaced, with an article.
+        /// The kind of file that may be replaced, with an article.
         kind: &'static str,
-        /// What that begins with.
+        /// The first bytes of that kind.
         expected: &'static [u8],
-        /// What the file begins with.
+        /// The first bytes of the file.
         found: Vec<u8>,
     },
-    /// It would take the place of the guest's memory.
+    /// The new file would replace the guest's memory.
     #[error("the file is the memory of block {id}: choose another name")]
     Memory {
         /// The block.
         id: u32,
     },
-    /// No temporary name is free beside it.
+    /// All temporary names in the folder of the file are in use.
     #[error(
-        "{} and {others} more like it are left over from what had this process's number before, or are being written: remove those that are left over",
+        "{} and {others} more temporary files exist: an earlier process with the process id of \
+         this one left them behind, or they are being written: remove those that are left over",
         first.display()
     )]
     Temporary {
-        /// The first of the names.
+        /// The first of the temporary names.
         first: PathBuf,
-        /// How many there are besides.
+        /// Number of the other temporary names.
         others: u32,
     },
-    /// It is no file.
+    /// The path is not that of a regular file.
     #[error("it is not a regular file")]
     Kind,
-    /// The file's name says no folder, or no name, or is that of a folder.
-    #[error("path is not that of a file, from the root")]
+    /// The path is relative, has no file name, or ends as the path of a folder does.
+    #[error("path is not an absolute path of a file")]
     Path,
-    /// There is no room for a header.
+    /// The file is shorter than a header.
     #[error(
-        "the file has {found} bytes, and an image begins with a header of {HEADER_SIZE}: it is \
-         truncated, or no image"
+        "the file has {found} bytes, but the header of an image has {HEADER_SIZE}: it is \
+         truncated, or it is not an image"
     )]
     NoHeader {
-        /// Bytes of the file.
+        /// Length of the file in bytes.
         found: u64,
     },
-    /// The file ends too early, or too late.
-    #[error("the file has {found:#x} bytes, its header says {expected:#x}: it is {}", if found < expected { "truncated" } else { "damaged" })]
+    /// The file is shorter or longer than its header says.
+    #[error(
+        "the file has {found:#x} bytes, but its header says {expected:#x}: it is {}",
+        if found < expected { "truncated" } else { "damaged" }
+    )]
     Length {
-        /// Bytes of the file.
+        /// Length of the file in bytes.
         found: u64,
-        /// Bytes that the header says.
+        /// Length in the header, in bytes.
         expected: u64,
     },
-    /// The header.
+    /// The header is damaged, or of a version or with features that this program does not know.
     #[error(transparent)]
     Header(#[from] HeaderError),
-    /// A section lies elsewhere than the blocks say.
+    /// A section is not where the blocks and the state of the VMM put it.
     #[error(
-        "section {section} is {offset:#x} + {length:#x}, expected is {expected_offset:#x} + {expected_length:#x}"
+        "section {section} is {offset:#x} + {length:#x}, \
+         but must be {expected_offset:#x} + {expected_length:#x}"
     )]
     Section {
         /// Name of the section.
@@ -191,14 +197,15 @@ pub enum Fault {
         offset: u64,
         /// Its length in bytes.
         length: u64,
-        /// Where it should be.
+        /// The offset that follows from the blocks, in bytes.
         expected_offset: u64,
-        /// How long it should be.
+        /// The length that follows from the blocks, in bytes.
         expected_length: u64,
     },
     /// A section is damaged.
     #[error(
-        "section {section}, bytes {offset:#x} + {length:#x}: checksum is {found:#010x}, that of its bytes is {computed:#010x}: the image is damaged"
+        "section {section}, bytes {offset:#x} + {length:#x}: checksum is {found:#010x}, \
+         but that of its bytes is {computed:#010x}: the image is damaged"
     )]
     SectionSum {
         /// Name of the section.
@@ -207,26 +214,26 @@ pub enum Fault {
         offset: u64,
         /// Its length in bytes.
         length: u64,
-        /// As written.
+        /// The checksum in the file.
         found: u32,
-        /// Of the bytes.
+        /// The checksum of the bytes.
         computed: u32,
     },
-    /// The blocks, the base's name, or the names of the state.
+    /// The section with the blocks, the name of the base, and the pieces of the state is malformed.
     #[error(transparent)]
     Contents(#[from] ContentsError),
-    /// The contents take more than any may.
-    #[error("section contents is {length:#x} bytes, allowed are {limit:#x}")]
+    /// The section with the contents is too long.
+    #[error("section contents is {length:#x} bytes, at most {limit:#x} are allowed")]
     ContentsSize {
-        /// In bytes.
+        /// Its length in bytes.
         length: u64,
-        /// In bytes.
+        /// The largest length in bytes.
         limit: u64,
     },
-    /// Too much memory for one image.
+    /// The blocks have more memory than one image can hold.
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
-    /// The states of a block.
+    /// The states of a block are intact, but one of them is not allowed.
     #[error("block {id}")]
     States {
         /// The block.
@@ -237,62 +244,66 @@ pub enum Fault {
     },
     /// The checksums of an extent's pages are damaged.
     #[error(
-        "block {id}: checksums of pages {first:#x} + 0x200, at byte {at:#x}: their sum is {found:#010x}, that of the bytes is {computed:#010x}: the image is damaged"
+        "block {id}: checksums of pages {first:#x} + 0x200, at byte {at:#x}: \
+         their checksum is {found:#010x}, but that of their bytes is {computed:#010x}: \
+         the image is damaged"
     )]
     ExtentSum {
         /// The block.
         id: u32,
         /// First page of the extent.
         first: u64,
-        /// Where the checksums lie, in bytes from the start of the file.
+        /// Offset of the checksums, in bytes from the start of the file.
         at: u64,
-        /// As written.
+        /// The checksum in the file.
         found: u32,
-        /// Of the bytes.
+        /// The checksum of the bytes.
         computed: u32,
     },
     /// A page is damaged.
     #[error(
-        "block {id}: page {page:#x}, at byte {at:#x}: checksum is {found:#010x}, that of its bytes is {computed:#010x}: the image is damaged"
+        "block {id}: page {page:#x}, at byte {at:#x}: checksum is {found:#010x}, \
+         but that of its bytes is {computed:#010x}: the image is damaged"
     )]
     PageSum {
         /// The block.
         id: u32,
         /// The page.
         page: u64,
-        /// Where it lies, in bytes from the start of the file.
+        /// Offset of the page, in bytes from the start of the file.
         at: u64,
-        /// As written.
+        /// The checksum in the file.
         found: u32,
-        /// Of the bytes.
+        /// The checksum of the bytes.
         computed: u32,
     },
-    /// There is content where there should be none.
+    /// The file has data at a page that has no content, or after the end of a block.
     #[error(
-        "block {id}: page {page:#x}, at byte {at:#x}, is a hole in an image, and this file has data there: the image is damaged"
+        "block {id}: page {page:#x}, at byte {at:#x}, must be a hole, \
+         but this file has data there: the image is damaged"
     )]
     Stuffed {
         /// The block.
         id: u32,
         /// The page.
         page: u64,
-        /// Where it lies, in bytes from the start of the file.
+        /// Offset of the page, in bytes from the start of the file.
         at: u64,
     },
-    /// There is something where nothing belongs, outside of the pages.
+    /// The file has data where all bytes must be zero, outside of the pages.
     #[error(
-        "byte {at:#x}, {place}, is zero in an image, and this file has data there: the image is damaged"
+        "byte {at:#x}, {place}, must be zero, but this file has data there: the image is damaged"
     )]
     Stray {
-        /// What is to be there.
+        /// The part of the file.
         place: &'static str,
-        /// In bytes from the start of the file.
+        /// Offset of the byte, from the start of the file.
         at: u64,
     },
-    /// The base is gone, or damaged.
+    /// The base is missing, unreadable or damaged.
     #[error("its base cannot be used")]
     NoBase(#[source] Box<ImageError>),
-    /// The base is another image than the increment builds on.
+    /// The file at the path of the base is another image than the increment builds on.
     #[error(
         "its base {} is image {}, but it builds on image {}: the file was replaced by another",
         path.display(), id_text(found), id_text(expected)
@@ -305,8 +316,8 @@ pub enum Fault {
         /// The id in the increment.
         expected: [u8; 16],
     },
-    /// The base has other blocks.
-    #[error("its base {} is of other blocks than it is itself", path.display())]
+    /// The base has other blocks than the increment.
+    #[error("its base {} has other blocks", path.display())]
     BaseBlocks {
         /// The base.
         path: PathBuf,
@@ -314,40 +325,44 @@ pub enum Fault {
         #[source]
         source: Difference,
     },
-    /// An increment would take the place of what it builds on.
+    /// The new increment would replace an image that it builds on.
     #[error("the file is {}, which the increment builds on: choose another name", path.display())]
     OverBase {
-        /// The base, or one of its own.
+        /// The path of that image.
         path: PathBuf,
     },
-    /// The chain bites its tail.
-    #[error("its base is image {}, which builds on this one: no image comes twice", id_text(id))]
+    /// The chain contains the same image twice.
+    #[error(
+        "its base is image {}, which builds on this one: a chain has no image twice",
+        id_text(id)
+    )]
     Circle {
         /// The id of the base.
         id: [u8; 16],
     },
-    /// The base has a name and no id, or the other way round.
+    /// The image has the name of a base and no id of a base, or the other way round.
     #[error(
-        "base name is {name:?} and base id is {}: an image that stands alone has neither, and an increment has both",
+        "base name is {name:?} and base id is {}: \
+         a full image has neither, and an increment has both",
         id_text(id)
     )]
     BaseName {
-        /// In the contents.
+        /// The name of the base, in the contents.
         name: String,
-        /// In the header.
+        /// The id of the base, in the header.
         id: [u8; 16],
     },
     /// The chain is too long.
-    #[error("it and the images that it builds on, one on the other, are more than {0}")]
+    #[error("its chain of images is longer than {0}")]
     Chain(usize),
-    /// Memory for a bitmap.
+    /// The kernel has no memory for a bitmap.
     #[error("bitmap")]
     Bitmap(#[from] MappingError),
 }
 
 impl Fault {
-    /// True if the image, or one that it builds on, could not be looked at: whether something is
-    /// wrong with what is in it is not known.
+    /// True if the image, or one that it builds on, could not be read. Then it is not known whether
+    /// its content is damaged.
     pub fn is_unreadable(&self) -> bool {
         match self {
             Self::Kernel { .. } | Self::At { .. } | Self::Kind | Self::Bitmap(_) => true,
@@ -359,8 +374,7 @@ impl Fault {
         }
     }
 
-    /// The byte of the file at which something could not be read; `None` if it is about something
-    /// else.
+    /// The offset at which a read failed; `None` for a fault that has none.
     fn byte(&self) -> Option<u64> {
         match self {
             Self::Ends { at, .. } | Self::At { at, .. } => Some(*at),
@@ -368,18 +382,18 @@ impl Fault {
         }
     }
 
-    /// It is about this section.
+    /// The fault with the name of the section that could not be read.
     fn in_section(self, section: SectionKind) -> Self {
         Self::ReadSection { section: section.name(), source: Box::new(self) }
     }
 
-    /// Of the image at `path`.
+    /// The fault with the path of its image.
     pub fn of(self, path: &Path) -> ImageError {
         ImageError { path: path.to_owned(), fault: self }
     }
 }
 
-/// What the kernel said to `what`.
+/// Makes a fault from the errno of a system call. `what` says what was tried.
 fn kernel(what: &'static str) -> impl Fn(Errno) -> Fault {
     move |source| Fault::Kernel { what, source }
 }

@@ -1,9 +1,12 @@
-//! A file that is there whole, or not at all.
+//! Creating a file atomically: at its path there is the whole file, or none.
 //!
-//! It has no name while it is written, where the file system knows such files, so that nothing is
-//! left of it whatever kills this process. Elsewhere it has a temporary name in the same folder,
-//! which is taken away if it is not finished. When it is finished and safe on the disk, it gets its
-//! name in one step.
+//! While the file is written it has no name (`O_TMPFILE`), so nothing is left of it if this process
+//! is killed. If the file system does not support that, the file has a temporary name in the same
+//! folder, which is removed if the file is dropped before it is finished. When all bytes are
+//! written, the file is synced to the disk, and then gets its name in one step.
+//!
+//! An existing file is replaced only if the caller allows it, and only if its first bytes say that
+//! it is of the same kind. Whatever fails, the existing file is unchanged.
 
 use super::bytes::write_at;
 use super::{Fault, ImageError, kernel};
@@ -16,33 +19,35 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-/// Attempts to find a temporary name that is free.
+/// Number of temporary names.
 const ATTEMPTS: u32 = 100;
 
-/// Who may read and write it.
+/// Mode of the new file: its owner may read and write it.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// What a file holds, as its first bytes say.
+/// The kind of a file, recognized by its first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileKind {
     /// Its name, with an article.
     name: &'static str,
+    /// The first bytes of every file of this kind.
     magic: &'static [u8],
 }
 
 impl FileKind {
     /// An image of a guest.
     pub const IMAGE: Self = Self { name: "an image", magic: &MAGIC };
-    /// A picture of one.
+    /// A picture of an image.
     pub const PNG: Self = Self { name: "a PNG picture", magic: b"\x89PNG\r\n\x1a\n" };
     /// The working set of a restore.
     pub const WORKING_SET: Self = Self { name: "a working set", magic: &working_set::MAGIC };
 
-    /// Refuses to replace what is at `path` if it is of another kind: it is somebody's.
+    /// Refuses to replace a file of another kind at `path`: it holds something else, which nobody
+    /// asked to delete.
     fn check(self, path: &Path) -> Result<(), Fault> {
         let failed =
-            |source| Fault::Kernel { what: "read what is there, which is to be replaced", source };
-        // Not a link, and nothing that a reader would wait for.
+            |source| Fault::Kernel { what: "read the file that would be replaced", source };
+        // Does not follow a link, and does not wait if the path is a pipe or a device.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW;
         let file = match rustix::fs::open(path, flags, Mode::empty()) {
             Err(Errno::NOENT) => return Ok(()),
@@ -62,22 +67,22 @@ impl FileKind {
 #[derive(Debug)]
 pub struct NewFile {
     file: OwnedFd,
-    /// The name that it will have.
+    /// The path that it will have.
     path: PathBuf,
     folder: PathBuf,
-    /// The name that it has meanwhile.
+    /// The temporary name that it has now; `None` if it has no name.
     temporary: Mutex<Option<PathBuf>>,
-    /// It may take the place of a file of this kind.
+    /// The kind of file that it may replace; `None` if it may replace none.
     replace: Option<FileKind>,
 }
 
 impl NewFile {
-    /// A file that will be at `path`. With `replace` it takes the place of a file of the same kind
-    /// that is there; never of anything else, such as another file, a folder, a device or a link.
+    /// A file that will be at `path`. With `replace` it replaces an existing file of the same kind.
+    /// It never replaces anything else: a file of another kind, a folder, a device or a link.
     ///
     /// # Errors
-    /// If something is there and is not to be replaced, the name is none of a file, or the folder
-    /// cannot be written to: as far as that can be told before anything is written.
+    /// If a file exists and may not be replaced, `path` is not an absolute path of a file, or the
+    /// folder cannot be written. [`NewFile::finish`] checks again, because that can change.
     pub fn create(path: &Path, kind: FileKind, replace: bool) -> Result<Self, Fault> {
         let replace = replace.then_some(kind);
         let (Some(folder), Some(name), true) =
@@ -85,7 +90,7 @@ impl NewFile {
         else {
             return Err(Fault::Path);
         };
-        // Not if it ends in `/` or `/.`, which is a folder's name.
+        // A path that ends in `/` or `/.` is the path of a folder.
         if !path.as_os_str().as_bytes().ends_with(name.as_bytes()) {
             return Err(Fault::Path);
         }
@@ -105,22 +110,22 @@ impl NewFile {
         Self::named(path, folder, replace)
     }
 
-    /// One without a name meanwhile; `None` where the file system knows no such files.
+    /// A file without a name; `None` if the file system does not support such files.
     fn unnamed(
         path: &Path, folder: &Path, replace: Option<FileKind>,
     ) -> Result<Option<Self>, Fault> {
         match rustix::fs::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, MODE) {
             Ok(file) => Ok(Some(Self::of(file, path, folder, None, replace))),
-            // The file system has no such files, or the kernel takes the folder for what is to be
-            // opened.
+            // The file system or the kernel does not support `O_TMPFILE`. An old kernel ignores the
+            // flag and tries to open the folder itself.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => Ok(None),
             Err(source) => Err(Fault::Kernel { what: "create a file in its folder", source }),
         }
     }
 
-    /// One with a temporary name.
+    /// A file with a temporary name.
     fn named(path: &Path, folder: &Path, replace: Option<FileKind>) -> Result<Self, Fault> {
-        let mut attempts = names(path);
+        let mut attempts = temporary_names(path);
         loop {
             let name = attempts.next().ok_or_else(|| no_name(path))?;
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
@@ -142,12 +147,12 @@ impl NewFile {
         Self { file, path, folder, temporary: Mutex::new(temporary), replace }
     }
 
-    /// The name that it will have.
+    /// The path that it will have.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The file once more, past the page cache; `None` where the file system cannot.
+    /// Opens the file a second time, for direct I/O; `None` if the file system does not support it.
     pub fn direct(&self) -> Option<OwnedFd> {
         rustix::fs::open(
             self.by_descriptor(),
@@ -157,29 +162,30 @@ impl NewFile {
         .ok()
     }
 
+    /// A path to the open file, which needs no name for that.
     fn by_descriptor(&self) -> String {
         format!("/proc/self/fd/{}", self.file.as_raw_fd())
     }
 
-    /// Makes it safe, and gives it its name.
+    /// Syncs the file to the disk and gives it its name.
     ///
     /// # Errors
-    /// If the file system refuses, or something has come to be there meanwhile and is not to be
-    /// replaced. What is there is as it was then.
+    /// If the file system refuses, or another file has appeared at the path and may not be
+    /// replaced. Then the file at the path is unchanged.
     pub fn finish(&self) -> Result<(), Fault> {
         self.make_safe()?;
         self.name()
     }
 
-    /// Waits until all that was written is on the disk.
+    /// Waits until all written bytes are on the disk.
     ///
     /// # Errors
     /// If the file system refuses.
     pub fn make_safe(&self) -> Result<(), Fault> {
-        rustix::fs::fsync(&self.file).map_err(kernel("make the file safe"))
+        rustix::fs::fsync(&self.file).map_err(kernel("sync the file to the disk"))
     }
 
-    /// Gives it its name.
+    /// Gives the file its name.
     ///
     /// # Errors
     /// As [`NewFile::finish`].
@@ -187,20 +193,20 @@ impl NewFile {
         let mut named = self.temporary.lock().unwrap_or_else(PoisonError::into_inner);
         let temporary = match &*named {
             Some(name) => name.clone(),
-            // One that takes nobody's place needs no other name first, which would stay behind if
-            // this process were killed between the two.
+            // If no file exists at the path, the file gets its name at once. A temporary name would
+            // be left behind if this process were killed before the rename.
             None if self.link_as(&self.path)? => return self.make_name_safe(),
             None if self.replace.is_some() => named.insert(self.link()?).clone(),
             None => return Err(Fault::Exists),
         };
         let flags = match self.replace {
-            // Once more: something else may have come to be there.
+            // Checked again: another file may have appeared at the path since the start.
             Some(kind) => kind.check(&self.path).map(|()| RenameFlags::empty())?,
             None => RenameFlags::NOREPLACE,
         };
         match rustix::fs::renameat_with(CWD, &temporary, CWD, &self.path, flags) {
             Ok(()) => {}
-            // The file system does not know the flag: the look at the start must do.
+            // The file system does not support the flag. Then a check before the rename must do.
             Err(Errno::INVAL | Errno::NOSYS)
                 if self.replace.is_none() && self.path.symlink_metadata().is_err() =>
             {
@@ -213,23 +219,24 @@ impl NewFile {
         self.make_name_safe()
     }
 
-    /// The file is there, whatever comes of this: what is not certain otherwise is that it is after
-    /// the machine loses power.
+    /// Syncs the folder, so that the file has its name also after a power failure. If the sync
+    /// fails, the file has its name now, so this is not an error.
     fn make_name_safe(&self) -> Result<(), Fault> {
         let folder =
             rustix::fs::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         if let Err(errno) = folder.and_then(rustix::fs::fsync) {
             log::warn!(
-                "{} is there, and may be gone if the machine loses power: {errno}",
+                "{} is complete, but its folder cannot be synced: \
+                 a power failure may lose the file: {errno}",
                 self.path.display()
             );
         }
         Ok(())
     }
 
-    /// A temporary name for a file that has none.
+    /// Gives a file without a name a temporary name.
     fn link(&self) -> Result<PathBuf, Fault> {
-        for name in names(&self.path) {
+        for name in temporary_names(&self.path) {
             if self.link_as(&name)? {
                 return Ok(name);
             }
@@ -237,7 +244,7 @@ impl NewFile {
         Err(no_name(&self.path))
     }
 
-    /// Gives a file that has no name this one; false if something else has it.
+    /// Gives a file without a name the name `name`. Returns false if another file has that name.
     fn link_as(&self, name: &Path) -> Result<bool, Fault> {
         match rustix::fs::linkat(CWD, self.by_descriptor(), CWD, name, AtFlags::SYMLINK_FOLLOW) {
             Ok(()) => Ok(true),
@@ -247,11 +254,11 @@ impl NewFile {
     }
 }
 
-/// A file of these bytes at `path`. With `replace` it takes the place of one of the same kind.
+/// Writes `bytes` to a new file at `path`. With `replace` it replaces a file of the same kind.
 ///
 /// # Errors
-/// If something is there and is not to be replaced, or the file system refuses. What is there is as
-/// it was then.
+/// If a file exists and may not be replaced, or the file system refuses. Then the file at `path` is
+/// unchanged.
 pub fn write_new(
     path: &Path, bytes: &[u8], kind: FileKind, replace: bool,
 ) -> Result<(), ImageError> {
@@ -263,17 +270,18 @@ pub fn write_new(
     write().map_err(|fault: Fault| fault.of(path))
 }
 
-/// Temporary names beside `path`. They are no longer than the longest name of a file, whatever that
-/// of `path` is.
-fn names(path: &Path) -> impl Iterator<Item = PathBuf> {
+/// Temporary names in the folder of `path`. They do not contain the name of `path`, so they are
+/// never too long.
+fn temporary_names(path: &Path) -> impl Iterator<Item = PathBuf> {
     let folder = path.parent().map(Path::to_owned).unwrap_or_default();
     let process = std::process::id();
     (0..ATTEMPTS).map(move |attempt| folder.join(format!(".pageferry-{process}-{attempt}.part")))
 }
 
-/// All of them are taken.
+/// The fault that all temporary names are in use.
 fn no_name(path: &Path) -> Fault {
-    Fault::Temporary { first: names(path).next().unwrap_or_default(), others: ATTEMPTS - 1 }
+    let first = temporary_names(path).next().unwrap_or_default();
+    Fault::Temporary { first, others: ATTEMPTS - 1 }
 }
 
 impl AsFd for NewFile {
@@ -287,7 +295,7 @@ impl Drop for NewFile {
         if let Some(name) = self.temporary.get_mut().unwrap_or_else(PoisonError::into_inner)
             && let Err(errno) = rustix::fs::unlink(&*name)
         {
-            log::warn!("{} is left behind: {errno}", name.display());
+            log::warn!("cannot remove the unfinished file {}: {errno}", name.display());
         }
     }
 }
@@ -303,7 +311,8 @@ mod tests {
         names
     }
 
-    /// A file that has a temporary name, or none where the file system knows such files.
+    /// A new file. With `named` it has a temporary name; otherwise it has none if the file system
+    /// supports that.
     fn create(path: &Path, replace: bool, named: bool) -> NewFile {
         let replace = replace.then_some(KIND);
         let folder = path.parent().unwrap();
@@ -318,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_there_whole_or_not_at_all() {
+    fn at_the_path_is_the_whole_file_or_none() {
         for named in [false, true] {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("image");
@@ -345,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_replaced_only_if_that_is_wanted() {
+    fn an_existing_file_is_replaced_only_if_allowed() {
         for named in [false, true] {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("image");
@@ -369,13 +378,13 @@ mod tests {
     }
 
     #[test]
-    fn a_temporary_name_that_is_taken_is_left_to_who_has_it() {
+    fn a_temporary_name_in_use_is_not_touched() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
-        let names: Vec<PathBuf> = names(&path).collect();
+        let names: Vec<PathBuf> = temporary_names(&path).collect();
         names[1..].iter().for_each(|name| std::fs::write(name, "other").unwrap());
         let first = create(&path, true, true);
-        // One without a name needs one to take the place of another.
+        // A file without a name needs a temporary name to replace another file.
         std::fs::write(&path, "old").unwrap();
         assert!(matches!(
             NewFile::named(&path, folder.path(), Some(KIND)),
@@ -392,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_another_kind_is_never_replaced_and_that_is_told_at_once() {
+    fn a_file_of_another_kind_is_refused_at_the_start() {
         for named in [false, true] {
             for kind in [FileKind::IMAGE, FileKind::PNG, FileKind::WORKING_SET] {
                 let folder = tempfile::tempdir().unwrap();
@@ -406,7 +415,7 @@ mod tests {
                     );
                     assert_eq!(std::fs::read(&path).unwrap(), other);
                 }
-                // It comes to be there while the new one is written.
+                // A file of another kind appears while the new one is written.
                 std::fs::write(&path, kind.magic).unwrap();
                 drop(NewFile::create(&path, kind, true).unwrap());
                 let late = match named {
@@ -425,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_never_replaced_and_that_is_told_at_once() {
+    fn a_path_that_is_not_a_regular_file_is_refused_at_the_start() {
         let folder = tempfile::tempdir().unwrap();
         let [image, link, nowhere, inner, socket] =
             ["image", "link", "nowhere", "inner", "socket"].map(|name| folder.path().join(name));
@@ -457,20 +466,20 @@ mod tests {
     }
 
     #[test]
-    fn what_others_left_behind_is_named() {
+    fn left_over_temporary_files_are_named_in_the_error() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
         std::fs::write(&path, "old").unwrap();
         let file = NewFile::create(&path, KIND, true).unwrap();
-        names(&path).for_each(|name| std::fs::write(name, "left over").unwrap());
+        temporary_names(&path).for_each(|name| std::fs::write(name, "left over").unwrap());
         let error = file.finish().unwrap_err().to_string();
-        let first = names(&path).next().unwrap();
+        let first = temporary_names(&path).next().unwrap();
         assert!(error.starts_with(&format!("{} and 99 more", first.display())), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
     }
 
     #[test]
-    fn a_path_that_is_no_file_from_the_root_is_refused() {
+    fn a_relative_path_and_the_path_of_a_folder_are_refused() {
         for path in ["image", "/", "/tmp/..", "/tmp/image/", "/tmp/image/."] {
             assert!(
                 matches!(NewFile::create(Path::new(path), KIND, true), Err(Fault::Path)),

@@ -1,17 +1,18 @@
-//! Memory that a disk reads from and writes to without the page cache.
+//! Page-aligned buffers for direct I/O, which does not use the page cache.
 #![allow(unsafe_code)]
 
 use pageferry_protocol::shm::MappingError;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use std::ops::{Deref, DerefMut};
 
-/// What the kernel may give in one piece.
+/// Size of a huge page.
 const HUGE: usize = 2 << 20;
 
-/// Bytes that begin at a multiple of the page size, as writing past the page cache needs them;
-/// those of 2 MiB and more at a multiple of that, and in huge pages, if the kernel has any. A disk
-/// then gets them in few pieces: of single pages a request holds no more than some 254, whatever it
-/// may hold in bytes.
+/// A buffer that begins at a multiple of the page size, as direct I/O requires.
+///
+/// A buffer of 2 MiB or more begins at a multiple of 2 MiB and uses huge pages, if the kernel has
+/// any. A disk request holds a limited number of separate pieces of memory, about 254, however many
+/// bytes it may hold. With huge pages the buffer has few pieces, so the requests are larger.
 #[derive(Debug)]
 pub struct PageBuffer {
     mapping: *mut u8,
@@ -20,9 +21,9 @@ pub struct PageBuffer {
     length: usize,
 }
 
-// SAFETY: the mapping belongs to the buffer alone, and is reached through borrows of it.
+// SAFETY: the mapping belongs to the buffer alone, and is accessed only through borrows of it.
 unsafe impl Send for PageBuffer {}
-// SAFETY: as above; through `&self` it is only read.
+// SAFETY: as above; through `&self` the mapping is only read.
 unsafe impl Sync for PageBuffer {}
 
 impl PageBuffer {
@@ -32,13 +33,13 @@ impl PageBuffer {
     /// If the kernel has no memory for it.
     #[expect(
         clippy::expect_used,
-        reason = "as any other allocation; but it ends a thread, and not all jobs of all VMMs"
+        reason = "as for any other allocation; the panic ends one thread and not the process"
     )]
     pub fn new(length: usize) -> Self {
         Self::try_new(length).expect("memory for a buffer")
     }
 
-    /// The same, for those who must not panic.
+    /// As [`PageBuffer::new`], but returns an error instead of a panic.
     ///
     /// # Errors
     /// If the kernel has no memory for it.
@@ -53,8 +54,8 @@ impl PageBuffer {
             .map_err(|errno| MappingError::Kernel { length: mapped as u64, source: errno })?;
         let start = if length >= HUGE { mapping.align_offset(HUGE).min(HUGE) } else { 0 };
         if length >= HUGE {
-            // SAFETY: the range lies in the mapping, and only how the kernel provides it changes.
-            // Where it does not know the advice all is as before.
+            // SAFETY: the range lies in the mapping, and the advice does not change its content. If
+            // the kernel does not know the advice, nothing changes.
             let _ = unsafe {
                 madvise(mapping.byte_add(start), length / HUGE * HUGE, Advice::LinuxHugepage)
             };
@@ -67,8 +68,8 @@ impl Deref for PageBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the bytes are mapped and readable until drop, and nobody writes them while `self`
-        // is borrowed.
+        // SAFETY: the bytes are mapped and readable until drop, and no thread writes them while
+        // `self` is borrowed.
         unsafe { std::slice::from_raw_parts(self.mapping.add(self.start), self.length) }
     }
 }
@@ -82,9 +83,9 @@ impl DerefMut for PageBuffer {
 
 impl Drop for PageBuffer {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and no borrow of it outlives `self`.
+        // SAFETY: the mapping belongs to `self`, and no borrow of it outlives `self`.
         let unmapped = unsafe { munmap(self.mapping.cast(), self.mapped) };
-        debug_assert!(unmapped.is_ok(), "munmap of our own mapping");
+        debug_assert!(unmapped.is_ok(), "munmap of the buffer");
     }
 }
 
@@ -94,7 +95,7 @@ mod tests {
     use pageferry_protocol::memory::PAGE_SIZE;
 
     #[test]
-    fn a_buffer_is_zero_and_aligned_and_keeps_what_it_is_given() {
+    fn a_buffer_is_zero_and_aligned_and_keeps_its_bytes() {
         for length in [1, 4096, 70_000, HUGE - 4096, HUGE, HUGE + 4096, 3 * HUGE + 1] {
             let mut buffer = PageBuffer::new(length);
             let unit = if length >= HUGE { HUGE } else { PAGE_SIZE as usize };

@@ -1,8 +1,12 @@
-//! Reading an image. Nothing of it is believed that is not checked: the header by itself, the
-//! sections by the header, a page by its checksum, and that by the sum of its extent.
+//! Reading an image.
 //!
-//! It is only ever read, and through the page cache: guests that are restored from one image share
-//! what is read.
+//! [`Image::open`] reads the header, the contents, the states of the pages, and the checksums of
+//! extents. [`Image::read_extent`] reads pages. Each part is checked before it is used: the header
+//! by its own checksum, the sections by the header, a page by its checksum, and the checksums of
+//! pages by the checksum of their extent. A fault names the part of the file and its offset.
+//!
+//! The file is opened read-only and read through the page cache, so guests that are restored from
+//! one image share the cached pages.
 
 use super::bytes::read_at;
 use super::{Fault, ImageError, kernel};
@@ -20,10 +24,11 @@ use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-/// Bytes that are read at once of what is not pages. A multiple of the bytes of 64 pages' states.
+/// Most bytes of one read, except of pages. A multiple of 16, which is the size of the states of 64
+/// pages.
 const PART: usize = 1 << 20;
 
-/// An image that is there.
+/// An open image.
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
@@ -35,19 +40,19 @@ pub struct Image {
     extent_sums: Vec<u32>,
 }
 
-/// What an image says of a block's pages. A page that is in none of the sets is zero.
+/// The states of a block's pages in one image. A page in none of the sets is zero.
 #[derive(Debug)]
 pub struct States {
-    /// Whose content it has.
+    /// The pages whose content the image has.
     pub present: MappedBitmap,
-    /// That are discarded.
+    /// The pages that are discarded.
     pub discarded: MappedBitmap,
-    /// That are as in the base; of an increment.
+    /// The pages that are as in the base. Empty for a full image.
     pub unchanged: MappedBitmap,
 }
 
 impl States {
-    /// Those of 64 pages.
+    /// The states of the 64 pages of word `word`.
     pub fn word(&self, word: u64) -> StateWord {
         StateWord {
             present: self.present.word(word),
@@ -58,21 +63,22 @@ impl States {
 }
 
 impl Image {
-    /// Opens the image at `path`, and checks all of it but the pages.
+    /// Opens the image at `path`, and checks everything except the pages, their checksums and the
+    /// state of the VMM.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// If the file cannot be read, is damaged, or is not an image.
     pub fn open(path: &Path) -> Result<Self, ImageError> {
         let mut image = Self::open_contents(path)?;
         image.read_states()?;
         Ok(image)
     }
 
-    /// Opens the image at `path` without the states of its pages: it knows of no page that it has
-    /// content of.
+    /// Opens the image at `path` without the states of its pages. Until [`Image::read_states`] is
+    /// called, [`Image::states`] is empty.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// If the file cannot be read, its header or contents are damaged, or it is not an image.
     pub fn open_contents(path: &Path) -> Result<Self, ImageError> {
         Self::read_contents(path).map_err(|fault| fault.of(path))
     }
@@ -124,11 +130,12 @@ impl Image {
         })
     }
 
-    /// Reads the states of its pages, if that was not done: up to a gigabyte. So whoever opens
-    /// several images opens the contents of all first, and compares those.
+    /// Reads the states of the pages and the checksums of extents, unless they were read before.
+    /// The states can be a gigabyte. So a caller with several images opens the contents of all
+    /// first and compares those.
     ///
     /// # Errors
-    /// If they cannot be read, or are damaged.
+    /// If a section cannot be read, or is damaged.
     pub fn read_states(&mut self) -> Result<(), ImageError> {
         if self.states.is_empty() {
             self.try_read_states().map_err(|fault| fault.of(&self.path))?;
@@ -172,8 +179,9 @@ impl Image {
             }
             all.push(states);
         }
-        // First: states that are damaged say nothing, and states that are not and make no sense are
-        // somebody's mistake.
+        // The checksum comes first: if it is wrong, the image is damaged, and an error about one
+        // state would mislead. If it is right, a state that is not allowed is the mistake of the
+        // program that wrote the image.
         check_sum(SectionKind::States, section, digest.finalize() as u32)?;
         if let Some(fault) = refused {
             return Err(fault);
@@ -188,32 +196,32 @@ impl Image {
         Ok(())
     }
 
-    /// Where it is.
+    /// The path as it was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The file.
+    /// The open file.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 
-    /// Its header.
+    /// The header.
     pub fn header(&self) -> &Header {
         &self.header
     }
 
-    /// Its blocks, base and pieces of state.
+    /// The blocks, the name of the base, and the pieces of the VMM's state.
     pub fn contents(&self) -> &Contents {
         &self.contents
     }
 
-    /// Where all of it lies.
+    /// The offsets of all parts of the file.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// What it says of the pages of each block, in the order of the table.
+    /// The states of the pages of each block, in the order of the table.
     pub fn states(&self) -> &[States] {
         &self.states
     }
@@ -230,8 +238,8 @@ impl Image {
         Ok(())
     }
 
-    /// Says of a fault in reading the pages `run` of the block at index `at` which page it is
-    /// about.
+    /// Adds the page to a fault from reading the pages `run` of the block at index `at`. The page
+    /// follows from the offset in the fault.
     pub(super) fn in_page(&self, at: usize, run: PageRange, source: Fault) -> Fault {
         let start = self.layout.page(at, run.first);
         let page = run.first + source.byte().unwrap_or(start).saturating_sub(start) / PAGE_SIZE;
@@ -239,14 +247,14 @@ impl Image {
         Fault::Page { id, page, at, source: Box::new(source) }
     }
 
-    /// Says of a fault in reading the checksums of the pages of an extent, of the block at index
-    /// `at`, which they are.
+    /// Adds the extent to a fault from reading the checksums of its pages. The extent is number
+    /// `extent` of the block at index `at`.
     pub(super) fn in_page_sums(&self, at: usize, extent: u64, source: Fault) -> Fault {
         let (id, first) = (self.contents.table.blocks()[at].id, extent * EXTENT_PAGES);
         Fault::PageSums { id, first, at: self.layout.page_sum(at, first), source: Box::new(source) }
     }
 
-    /// The checksums of the pages of an extent, checked.
+    /// Reads the checksums of the pages of an extent, and checks them.
     fn sums_of(&self, at: usize, extent: u64) -> Result<[u32; EXTENT_PAGES as usize], Fault> {
         let mut sums = [0u32; EXTENT_PAGES as usize];
         let first = extent * EXTENT_PAGES;
@@ -261,18 +269,20 @@ impl Image {
         Ok(sums)
     }
 
-    /// Reads the pages `runs` of the block at index `at`, all of which it has and all of which lie
-    /// in extent `extent`, each to its place in `into`, which begins with page `first`. Checks
-    /// each, and the sum of the extent, whose checksums are read once.
+    /// Reads pages of one extent and checks them.
+    ///
+    /// All pages of `runs` must be present in this image and lie in extent `extent` of the block at
+    /// index `at`. `into` begins with page `first`, and each page is read to its place in it. The
+    /// checksums of the extent's pages are read and checked once for all runs.
     ///
     /// # Errors
-    /// If they cannot be read, or something is damaged: what, and where.
+    /// If a page or a checksum cannot be read or is damaged. The error says which.
     pub fn read_extent(
         &self, (at, extent): (usize, u64), runs: impl IntoIterator<Item = PageRange>, first: u64,
         into: &mut [u8],
     ) -> Result<(), ImageError> {
         let read = || {
-            // The disk reads them while this thread waits for the pages.
+            // The disk reads the checksums while this thread waits for the pages.
             self.will_need_bytes(self.layout.page_sum(at, extent * EXTENT_PAGES), EXTENT_PAGES * 4);
             let mut known = None;
             for run in runs {
@@ -296,19 +306,19 @@ impl Image {
         read().map_err(|fault: Fault| fault.of(&self.path))
     }
 
-    /// Has the disk read the pages `range`, within one extent, if they are not in memory. Nobody
-    /// waits for it.
+    /// Asks the kernel to read the pages `range`, which lie in one extent, into the page cache.
+    /// Does not wait.
     pub fn will_need(&self, at: usize, range: PageRange) {
         self.will_need_bytes(self.layout.page(at, range.first), range.bytes());
     }
 
     fn will_need_bytes(&self, offset: u64, length: u64) {
-        // If it fails, who reads them waits for the disk then: no more is lost.
+        // If this fails, the later read waits for the disk. No more is lost.
         let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
     }
 
-    /// The checksum, as written, of the checksums of the pages of extent `extent` of the block at
-    /// index `at`.
+    /// The checksum, as written in the file, of extent `extent` of the block at index `at`. It is
+    /// the checksum of the checksums of the extent's pages.
     pub fn extent_sum(&self, at: usize, extent: u64) -> u32 {
         self.extent_sums[self.layout.extent(at, extent) as usize]
     }
@@ -316,9 +326,9 @@ impl Image {
     /// The pieces of the VMM's state, one after another.
     ///
     /// # Errors
-    /// If they cannot be read, or are damaged.
+    /// If the section cannot be read, or is damaged.
     pub fn state(&self) -> Result<Vec<u8>, ImageError> {
-        // No longer than the contents say, which are within the limit.
+        // The length was compared with the contents, which allow a bounded state.
         let mut bytes =
             Vec::with_capacity(self.header.section(SectionKind::VmmState).length as usize);
         self.state_parts(|part| {
@@ -328,11 +338,11 @@ impl Image {
         Ok(bytes)
     }
 
-    /// The same, handed out part by part. All of it is checked only in the end: until then nobody
-    /// may rely on it.
+    /// Calls `each` with the pieces of the VMM's state, part by part. The checksum is compared only
+    /// after the last part: until this has returned, the caller must not use the parts.
     ///
     /// # Errors
-    /// If they cannot be read, or are damaged; and those of `each`.
+    /// If the section cannot be read, or is damaged; and the errors of `each`.
     pub fn state_parts(
         &self, mut each: impl FnMut(&[u8]) -> Result<(), Fault>,
     ) -> Result<(), ImageError> {
@@ -353,8 +363,8 @@ impl Image {
     }
 }
 
-/// The sections lie where the blocks and the state have them lie, or one could be taken for
-/// another.
+/// Checks that each section is where the blocks and the length of the state put it. Otherwise the
+/// sections of a malformed file could overlap, and one would be read as another.
 fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result<(), Fault> {
     let found = header.section(SectionKind::Contents);
     let state = (found.offset + found.length).next_multiple_of(PAGE_SIZE);
@@ -383,6 +393,7 @@ fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result
     Ok(())
 }
 
+/// Compares the checksum of a section with the computed one.
 fn check_sum(kind: SectionKind, section: Section, computed: u32) -> Result<(), Fault> {
     let Section { offset, length, checksum: found } = section;
     if found != computed {

@@ -1,9 +1,14 @@
-//! Checksums of pages, on their way into a new image.
+//! Checksums of the pages of a new image, collected and written in large pieces.
 //!
-//! They gather here and are written many at once. To write them with their pages, a kilobyte for
-//! each megabyte, is dear out of proportion: a write through the page cache has the file for
-//! itself, so it waits for all that goes past it, and what comes next waits for it. Two threads
-//! would write pages by turns.
+//! The writers of pages add the checksums here. When many have been collected, or at the end, they
+//! are written to the file.
+//!
+//! Writing them with each run of pages, one kilobyte for each megabyte, would cost far more than
+//! their size. Large runs of pages are written with direct I/O, checksums through the page cache. A
+//! write through the page cache locks the file: it waits for the direct writes in flight, and later
+//! writes wait for it. Two threads that write pages would take turns.
+//!
+//! The collected bytes are bounded by `MOST_BYTES` and `MOST_RUNS`.
 
 use super::Fault;
 use super::bytes::write_at;
@@ -11,44 +16,47 @@ use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError};
 
-/// Bytes that are held back: the checksums of 256 MiB.
+/// Most bytes that are collected: the checksums of 256 MiB.
 const MOST_BYTES: usize = 256 << 10;
-/// Runs that are held back: those of pages here and there take more room than their checksums.
+/// Most runs that are collected. For scattered pages, the list of runs is larger than the
+/// checksums.
 const MOST_RUNS: usize = 8192;
 
-/// Checksums that are not in the file yet.
+/// Checksums that are not written to the file yet.
 #[derive(Debug, Default)]
 pub struct PageSums(Mutex<Runs>);
 
 #[derive(Debug, Default)]
 struct Runs {
-    /// Bytes by their places in the file.
+    /// Each run of bytes, by its offset in the file.
     runs: BTreeMap<u64, Vec<u8>>,
+    /// Bytes of all runs.
     bytes: usize,
 }
 
 impl PageSums {
-    /// Takes bytes that are to be at `place` of `file`. Writes what has gathered if that is much.
+    /// Adds bytes that belong at offset `place` of `file`. Writes everything if a limit is reached.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If the file cannot be written.
     pub fn add(&self, file: BorrowedFd<'_>, place: u64, bytes: &[u8]) -> Result<(), Fault> {
-        let mut gathered = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        gathered.bytes += bytes.len();
-        let before = gathered.runs.range_mut(..place).next_back();
+        let mut collected = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        collected.bytes += bytes.len();
+        let before = collected.runs.range_mut(..place).next_back();
         match before.filter(|(start, run)| **start + run.len() as u64 == place) {
             Some((_, run)) => run.extend_from_slice(bytes),
-            None => drop(gathered.runs.insert(place, bytes.to_vec())),
+            None => drop(collected.runs.insert(place, bytes.to_vec())),
         }
-        if gathered.bytes < MOST_BYTES && gathered.runs.len() < MOST_RUNS {
+        if collected.bytes < MOST_BYTES && collected.runs.len() < MOST_RUNS {
             return Ok(());
         }
-        let much = std::mem::take(&mut *gathered);
-        drop(gathered);
-        much.write(file)
+        let full = std::mem::take(&mut *collected);
+        // Other threads can add checksums during the write.
+        drop(collected);
+        full.write(file)
     }
 
-    /// Writes what is left.
+    /// Writes all collected checksums.
     ///
     /// # Errors
     /// As for [`PageSums::add`].
@@ -58,6 +66,7 @@ impl PageSums {
 }
 
 impl Runs {
+    /// Writes the runs in order, and runs that touch each other with one write.
     fn write(self, file: BorrowedFd<'_>) -> Result<(), Fault> {
         let mut joined: (u64, Vec<u8>) = Default::default();
         for (place, mut bytes) in self.runs {
@@ -81,11 +90,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_added_is_in_the_file_after_a_flush(order in Just((0u32..2000).collect::<Vec<_>>()).prop_shuffle(), at_once in 1usize..40) {
+        fn all_added_checksums_are_in_the_file_after_a_flush(order in Just((0u32..2000).collect::<Vec<_>>()).prop_shuffle(), at_once in 1usize..40) {
             let file = tempfile::tempfile().unwrap();
             let sums = PageSums::default();
             let mut expected = vec![0; 8000 + 40 * 4];
-            // Runs that neither overlap nor are in order.
+            // The runs do not overlap, and are not in order.
             for (index, place) in order.iter().enumerate().step_by(at_once) {
                 let (place, bytes) = (u64::from(*place) * 4, (index as u32 + 1).to_le_bytes());
                 sums.add(file.as_fd(), place, &bytes).unwrap();
@@ -100,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn much_is_written_before_the_flush() {
+    fn checksums_are_written_at_the_limit_before_the_flush() {
         let file = tempfile::tempfile().unwrap();
         let sums = PageSums::default();
         let part = vec![7; MOST_BYTES / 4];

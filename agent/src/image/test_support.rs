@@ -1,4 +1,4 @@
-//! Images for tests, and the model that they are compared with: what each page is, in lists.
+//! Images for tests, and the model that they are compared with: a list with the state of each page.
 
 use super::writer::{Base, Rest};
 use super::{Chain, ImageWriter, PageBuffer};
@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-/// What a page of the model is.
+/// State of a page in the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Page {
     Zero,
@@ -22,10 +22,10 @@ pub(crate) enum Page {
     Unchanged,
 }
 
-/// What each page of each block is.
+/// The state of each page of each block.
 pub(crate) type Model = Vec<Vec<Page>>;
 
-/// Pages of the blocks.
+/// Number of pages of each block.
 pub(crate) const BLOCKS: [u64; 2] = [70, 1100];
 
 pub(crate) fn table(blocks: &[u64]) -> BlockTable {
@@ -44,13 +44,14 @@ pub(crate) fn table(blocks: &[u64]) -> BlockTable {
     table
 }
 
-/// The content of a page that is filled with `byte`, nearly.
+/// The content of the page `Page::Content(byte)`: filled with `byte`, except for one byte.
 pub(crate) fn content(byte: u8) -> Vec<u8> {
     let mut page = vec![byte; PAGE_SIZE as usize];
     page[7] = page[7].wrapping_add(1);
     page
 }
 
+/// For each block, the pages of which `which` is true.
 pub(crate) fn bitmaps(model: &[Vec<Page>], which: impl Fn(Page) -> bool) -> Vec<MappedBitmap> {
     let of_block = |pages: &Vec<Page>| {
         let bitmap = MappedBitmap::private(pages.len() as u64).unwrap();
@@ -63,7 +64,7 @@ pub(crate) fn bitmaps(model: &[Vec<Page>], which: impl Fn(Page) -> bool) -> Vec<
     model.iter().map(of_block).collect()
 }
 
-/// Writes what the model says, in runs of `step` pages, from two threads.
+/// Writes an image of the model, in runs of `step` pages, on two threads.
 pub(crate) fn write(path: &Path, model: &[Vec<Page>], base: &Base, step: usize) -> ImageId {
     let writer = ImageWriter::create(path, &table(&BLOCKS), false, step.is_multiple_of(2)).unwrap();
     let put = |at: usize, odd: usize| {
@@ -98,7 +99,7 @@ pub(crate) fn write(path: &Path, model: &[Vec<Page>], base: &Base, step: usize) 
     id
 }
 
-/// The image says what the model does.
+/// Checks that the chain shows the same guest as the model.
 pub(crate) fn check(chain: &Chain, model: &[Vec<Page>]) {
     for (at, pages) in model.iter().enumerate() {
         let mut bytes = vec![9; pages.len() * PAGE_SIZE as usize];
@@ -122,7 +123,7 @@ pub(crate) fn check(chain: &Chain, model: &[Vec<Page>]) {
     assert_eq!(chain.newest().state().unwrap(), b"devices!");
 }
 
-/// Any model, of an increment if there is a base.
+/// Any model; with `base`, any model of an increment.
 pub(crate) fn pages(base: bool) -> impl Strategy<Value = Model> {
     let page = move |byte: u8, kind: u8| match kind {
         0 | 1 => Page::Zero,
@@ -130,7 +131,7 @@ pub(crate) fn pages(base: bool) -> impl Strategy<Value = Model> {
         3 | 4 if base => Page::Unchanged,
         _ => Page::Content(byte.max(1)),
     };
-    // Runs, as memory has them.
+    // Pages come in runs of the same state, as in real memory.
     let block = move |pages: u64| {
         prop::collection::vec((any::<u8>(), 0u8..8, 1usize..90), 40).prop_map(move |runs| {
             let runs =
@@ -141,7 +142,7 @@ pub(crate) fn pages(base: bool) -> impl Strategy<Value = Model> {
     BLOCKS.map(block).to_vec()
 }
 
-/// The model of the guest that an increment and its base are of.
+/// The model of the guest of an increment: unchanged pages come from the base.
 pub(crate) fn merged(newer: &[Vec<Page>], older: &[Vec<Page>]) -> Model {
     let page =
         |(newer, older): (&Page, &Page)| if *newer == Page::Unchanged { *older } else { *newer };
@@ -152,7 +153,7 @@ pub(crate) fn merged(newer: &[Vec<Page>], older: &[Vec<Page>]) -> Model {
         .collect()
 }
 
-/// A guest of which nothing was ever used.
+/// The model of a guest whose pages are all zero.
 pub(crate) fn zero() -> Model {
     BLOCKS.map(|pages| vec![Page::Zero; pages as usize]).to_vec()
 }

@@ -17,7 +17,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn a_chain_of_images_says_what_was_written(full in pages(false), one in pages(true), two in pages(true), step in 1usize..200) {
+    fn a_chain_is_read_as_it_was_written(full in pages(false), one in pages(true), two in pages(true), step in 1usize..200) {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         let id = write(&path("full"), &full, &Base::default(), step);
@@ -30,7 +30,7 @@ proptest! {
     }
 
     #[test]
-    fn a_byte_that_is_changed_is_found_before_it_is_believed(full in pages(false), at in any::<prop::sample::Index>(), change in 1u8..) {
+    fn a_changed_byte_is_found_before_it_is_used(full in pages(false), at in any::<prop::sample::Index>(), change in 1u8..) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
         write(&path, &full, &Base::default(), 64);
@@ -46,7 +46,7 @@ proptest! {
             chain.newest().state().map(drop)
         };
         match Chain::open(&path).and_then(|chain| read(&chain).map(|()| chain)) {
-            // In a hole, from which nothing is ever read.
+            // The changed byte is in a hole, which is never read.
             Ok(chain) => check(&chain, &full),
             Err(error) => prop_assert!(sentence(&error).contains("damaged") || sentence(&error).contains("not an image"), "{}", sentence(&error)),
         }
@@ -54,7 +54,7 @@ proptest! {
 }
 
 #[test]
-fn the_sum_of_an_extent_without_content_is_that_of_its_checksums_too() {
+fn an_extent_without_content_has_the_checksum_of_zero_checksums() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     let mut model = zero();
@@ -65,7 +65,7 @@ fn the_sum_of_an_extent_without_content_is_that_of_its_checksums_too() {
 }
 
 #[test]
-fn states_that_are_damaged_are_called_so_whatever_they_came_to_say() {
+fn damaged_states_are_reported_as_damaged() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     let model =
@@ -73,7 +73,8 @@ fn states_that_are_damaged_are_called_so_whatever_they_came_to_say() {
     write(&path, &model, &Base::default(), 64);
     let at = Image::open(&path).unwrap().layout().states() as usize;
     let mut bytes = std::fs::read(&path).unwrap();
-    // Page 0 is as in a base that there is none of; and a page after the last is zero no more.
+    // The first change makes page 0 as in a base, but there is no base. The second changes the
+    // state of a page after the end of the block.
     for at in [at, at + 31] {
         bytes[at] ^= 1;
         std::fs::write(&path, &bytes).unwrap();
@@ -86,7 +87,7 @@ fn states_that_are_damaged_are_called_so_whatever_they_came_to_say() {
     }
 }
 
-/// Makes the image at `path` say that it builds on `base`, or on none.
+/// Changes the id of the base in the header of the image at `path`. Zeroes mean no base.
 fn rebase(path: &Path, base: ImageId) {
     let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut bytes = [0; 4096];
@@ -96,10 +97,10 @@ fn rebase(path: &Path, base: ImageId) {
 }
 
 #[test]
-fn a_state_that_no_image_has_is_named_by_its_page_however_large_the_block() {
+fn a_state_that_is_not_allowed_is_reported_with_its_page() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
-    // Its states are read in two parts.
+    // The states of this block are read in two parts.
     let (pages, odd) = ((1 << 22) + 64, (1 << 22) + 3);
     let writer = ImageWriter::create(&path, &table(&[pages]), false, true).unwrap();
     let bitmap = || MappedBitmap::private(pages).unwrap();
@@ -142,7 +143,7 @@ fn an_image_that_builds_on_itself_is_refused() {
 }
 
 #[test]
-fn a_base_is_looked_for_where_the_increment_is_and_not_where_a_link_to_it_is() {
+fn the_path_of_a_base_is_relative_to_the_file_and_not_to_a_link() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let zero = zero();
@@ -165,7 +166,7 @@ fn a_base_is_looked_for_where_the_increment_is_and_not_where_a_link_to_it_is() {
 }
 
 #[test]
-fn a_chain_that_was_tampered_with_is_refused_with_what_is_wrong() {
+fn a_chain_with_a_wrong_image_is_refused_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let zero = zero();
@@ -190,7 +191,7 @@ fn a_chain_that_was_tampered_with_is_refused_with_what_is_wrong() {
 }
 
 #[test]
-fn an_image_that_is_cut_off_while_it_is_read_says_where_it_ends_and_what_is_missing() {
+fn an_image_truncated_during_a_read_is_reported_with_its_end() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let mut pages = zero();
@@ -198,7 +199,7 @@ fn an_image_that_is_cut_off_while_it_is_read_says_where_it_ends_and_what_is_miss
     let id = write(&path("full"), &pages, &Base::default(), 64);
     let unchanged: Vec<_> = pages.iter().map(|block| vec![Page::Unchanged; block.len()]).collect();
     write(&path("next"), &unchanged, &Base { id, name: "full".into() }, 64);
-    // Of an image that stands alone, and of the base of another.
+    // Once the truncated file is opened itself, and once it is the base of the opened image.
     for name in ["full", "next"] {
         let chain = Chain::open(&path(name)).unwrap();
         let (image, at) = (chain.layers().last().unwrap(), 1);
@@ -214,7 +215,7 @@ fn an_image_that_is_cut_off_while_it_is_read_says_where_it_ends_and_what_is_miss
             sentence(&error)
         };
         let (file_name, page) = (path("full").display().to_string(), |page| layout.page(at, page));
-        // In the middle of a page that is read, and long before the first of them.
+        // The file ends in the middle of a page of the read, or long before the first page.
         for (end, missing) in [(page(540) + 70, 540), (page(3), 512), (4097, 512), (0, 512)] {
             let expected = format!(
                 "image {file_name}: block {block}: page {missing:#x}, at byte {:#x}: the file ends at byte {end:#x}, ",
@@ -246,7 +247,7 @@ fn blocks_are_compared_before_states_are_read() {
     let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: None };
     writer.finish(rest, &Base::default(), Vec::new(), None).unwrap();
     let states = Image::open(&path("base")).unwrap().layout().states();
-    // Who reads them finds that first.
+    // The states are damaged. A program that reads them gets this error first.
     let file = std::fs::OpenOptions::new().write(true).open(path("base")).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[7], states).unwrap();
     let error = sentence(&Image::open(&path("base")).unwrap_err());
@@ -255,7 +256,7 @@ fn blocks_are_compared_before_states_are_read() {
 
     let blocks_differ = |error: &ImageError| {
         let error = sentence(error);
-        assert!(error.contains("is of other blocks than it is itself"), "{error}");
+        assert!(error.contains("has other blocks"), "{error}");
     };
     blocks_differ(&Chain::open(&path("next")).unwrap_err());
     blocks_differ(&chain::lineage(&path("next")).unwrap_err());
@@ -267,7 +268,7 @@ fn blocks_are_compared_before_states_are_read() {
         "the increment itself is looked at"
     );
     blocks_differ(&report.errors[0]);
-    // Of the right blocks it is refused for its states, as what the increment builds on.
+    // With the right blocks, the base is refused for its states.
     std::fs::remove_file(path("next")).unwrap();
     let writer = ImageWriter::create(&path("next"), &table(&[pages]), false, true).unwrap();
     let base =
@@ -281,7 +282,8 @@ fn blocks_are_compared_before_states_are_read() {
     );
 }
 
-/// Whether the page at `offset` of the file is in the page cache, if the file system tells.
+/// True if the page at `offset` of the file is in the page cache; `None` if the file system does
+/// not say.
 fn is_cached(file: &std::fs::File, offset: u64) -> Option<bool> {
     let mut page = vec![0; PAGE_SIZE as usize];
     let into = &mut [std::io::IoSliceMut::new(&mut page)];
@@ -291,9 +293,9 @@ fn is_cached(file: &std::fs::File, offset: u64) -> Option<bool> {
     }
 }
 
-/// Writes a large run and a small one of the second block, out of a buffer that begins `skewed`
-/// bytes after a page. Returns which of them are in the page cache after; or nothing if the file
-/// system keeps all of it there, as tmpfs does, or does not tell.
+/// Writes a large and a small run of the second block from a buffer that begins `skewed` bytes
+/// after the start of a page. Returns which of the two are in the page cache afterwards; `None` if
+/// the file system keeps everything there, as tmpfs does, or does not say.
 fn cached(skewed: usize, cached: bool) -> Option<[bool; 2]> {
     const LARGE: PageRange = PageRange { first: 600, count: 200 };
     const SMALL: PageRange = PageRange { first: 100, count: 8 };
@@ -337,15 +339,15 @@ fn cached(skewed: usize, cached: bool) -> Option<[bool; 2]> {
 }
 
 #[test]
-fn large_runs_go_past_the_page_cache_where_they_can() {
+fn large_runs_are_written_with_direct_io_where_possible() {
     for (skewed, through, expected) in [
         (0, false, [false, true]),
         (0, true, [true, true]),
-        // A disk takes no such buffer: it is copied after all.
+        // Direct I/O refuses this buffer, so it is written through the page cache.
         (1, false, [true, true]),
     ] {
-        // The kernel writes through the page cache by itself now and then, as ext4 does where it
-        // cannot throw cached pages of the range away.
+        // The kernel sometimes writes through the page cache by itself, for example ext4 if it
+        // cannot drop the cached pages of the range. So there are several attempts.
         let found = (0..50)
             .map(|_| cached(skewed, through))
             .find(|found| *found != Some([true, true]) || expected[0]);
@@ -354,9 +356,10 @@ fn large_runs_go_past_the_page_cache_where_they_can() {
                 assert_eq!(found, expected, "buffer at {skewed}, cached {through}")
             }
             Some(None) => eprintln!(
-                "skipped: the folder for temporary files is on no disk, or on one that does not tell"
+                "skipped: the folder for temporary files is not on a disk, \
+                 or its file system does not say what is cached"
             ),
-            None => panic!("in 50 attempts no large run went past the page cache"),
+            None => panic!("in 50 attempts no large run was written with direct I/O"),
         }
     }
 }

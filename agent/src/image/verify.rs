@@ -1,11 +1,13 @@
-//! Checking all of an image, and of those that it builds on: what is there is as its checksums say,
-//! and nothing else is there.
+//! Verifying all bytes of an image and of the images that it builds on.
 //!
-//! What opens an image has checked its header, contents, states and the checksums of extents. What
-//! is left are the pages and their checksums, the state of the VMM, and what no part of the file
-//! covers. That is a hole, or zero: data there would be mapped into a guest which has none, or come
-//! from a writer that is wrong. The file system is asked where it has data, so that it takes as
-//! long as the data is, not as long as the guest.
+//! Opening an image checks its header, contents, states and the checksums of extents. [`verify()`]
+//! checks the rest: the pages and their checksums, the state of the VMM, and the bytes that belong
+//! to no part of the file. Those must be holes or zero. Data there is a mistake of the writer, and
+//! a program that maps the image would give it to a guest.
+//!
+//! The file system is asked where the file has data, so the time depends on the amount of data and
+//! not on the size of the guest. The extents are shared among threads. Verifying ends after a given
+//! number of errors.
 
 use super::bytes::{data_in, read_at};
 use super::chain::images;
@@ -23,28 +25,28 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-/// Most extents that are taken at once, one for each bit of a word: where the file has data is
-/// asked once for all.
+/// Most extents that a thread checks as one group. The file system is asked once for a group where
+/// the file has data; the answer is a word with a bit for each extent.
 const GROUP: usize = 64;
 /// Bytes of the checksums of an extent's pages.
 const SUMS_SIZE: u64 = EXTENT_PAGES * 4;
 
-/// What came of it.
+/// The outcome of [`verify()`].
 #[derive(Debug)]
 pub struct Report {
     /// The images that could be opened, the newest first.
     pub images: Vec<Image>,
-    /// Pages that were compared with their checksums.
+    /// Number of pages that were compared with their checksums.
     pub pages: u64,
-    /// What is wrong, in the order of the images and of their bytes. All is well only if there is
-    /// nothing.
+    /// The errors, in the order of the images and of their bytes. The chain is good if there are
+    /// none.
     pub errors: Vec<ImageError>,
-    /// There are as many errors as were wanted: there may be more.
+    /// True if verifying ended early because of the number of errors. There may be more.
     pub cut: bool,
 }
 
-/// Checks the image at `path` and all that it builds on, on so many threads, until `most` errors
-/// are found. `show` is told the pages that are done, and all.
+/// Verifies the image at `path` and all images that it builds on, on `threads` threads, until
+/// `most` errors are found. Calls `show` with the pages that are done and with all pages.
 pub fn verify(
     path: &Path, threads: usize, most: usize, show: &(dyn Fn(u64, u64) + Sync),
 ) -> Report {
@@ -54,7 +56,7 @@ pub fn verify(
     let progress = Progress::new(total, show);
     let check = || {
         if let Err(error) = opened {
-            // It is the next after those that could be opened.
+            // This error is about the image after the last one that could be opened.
             findings.add(Place { image: images.len(), byte: 0 }, error)?;
         }
         for (number, image) in images.iter().enumerate() {
@@ -71,29 +73,31 @@ pub fn verify(
     Report { pages: progress.done(), images, errors, cut: outcome.is_err() }
 }
 
+/// Number of pages whose content the image has.
 fn pages_with_content(image: &Image) -> u64 {
     image.states().iter().map(|states| states.present.count(states.present.all())).sum()
 }
 
-/// Where something is wrong.
+/// The place of an error; errors are sorted by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
-    /// Which image of the chain.
+    /// Number of the image in the chain.
     image: usize,
-    /// Which byte of it.
+    /// Offset in the image.
     byte: u64,
 }
 
-/// As many errors as were wanted.
+/// Ends the work: the number of errors has reached its limit.
 struct Enough;
 
-/// What is wrong, as far as it is known.
+/// The errors that were found so far.
 struct Findings {
     found: Mutex<Vec<(Place, ImageError)>>,
     most: usize,
 }
 
 impl Findings {
+    /// Adds an error, and returns [`Enough`] if it was the last one that is wanted.
     fn add(&self, place: Place, error: ImageError) -> Result<(), Enough> {
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         if found.len() < self.most {
@@ -103,9 +107,10 @@ impl Findings {
     }
 }
 
-/// One image that is checked.
+/// The check of one image.
 struct Check<'a> {
     image: &'a Image,
+    /// Number of the image in the chain.
     number: usize,
     extents: Extents,
     findings: &'a Findings,
@@ -113,6 +118,7 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
+    /// Checks the whole image.
     fn all(&self, threads: usize) -> Result<(), Enough> {
         self.between_sections()?;
         if let Err(error) = self.image.state_parts(|_| Ok(())) {
@@ -135,13 +141,14 @@ impl Check<'_> {
         self.findings.add(Place { image: self.number, byte }, fault.of(self.image.path()))
     }
 
-    /// What lies between the parts of the file, and after the last.
+    /// Checks the bytes between the parts of the file, and after the last part.
     fn between_sections(&self) -> Result<(), Enough> {
         use SectionKind::{Contents, ExtentSums, PageSums, States, VmmState};
         let section = |kind| self.image.header().section(kind);
         let between = |one, other| {
             let (one, other) = (section(one), section(other));
-            // In this order and within the file, as was checked when it was opened.
+            // Opening the image has checked that the sections have this order and lie within the
+            // file.
             one.offset + one.length..other.offset
         };
         let last = section(VmmState);
@@ -157,11 +164,11 @@ impl Check<'_> {
             ),
         ];
         let mut buffer = PageBuffer::new(EXTENT_SIZE as usize);
-        places.into_iter().try_for_each(|(place, bytes)| self.nothing(&mut buffer, place, bytes))
+        places.into_iter().try_for_each(|(place, bytes)| self.zeroes(&mut buffer, place, bytes))
     }
 
-    /// The bytes are zero.
-    fn nothing(
+    /// Checks that `bytes` are zero. Reports only the first byte that is not.
+    fn zeroes(
         &self, buffer: &mut [u8], place: &'static str, bytes: Range<u64>,
     ) -> Result<(), Enough> {
         for data in data_in(self.image.file(), bytes) {
@@ -172,7 +179,7 @@ impl Check<'_> {
                 }
                 if let Some(at) = part.iter().position(|byte| *byte != 0) {
                     let at = start + at as u64;
-                    // One is enough to say that this place is not as it should be.
+                    // One error for each place is enough.
                     return self.add(at, Fault::Stray { place, at });
                 }
             }
@@ -180,7 +187,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Extents that lie together, no more than [`GROUP`].
+    /// Checks consecutive extents, at most [`GROUP`]. Skips an extent if it has no present page, no
+    /// data in the file, and the checksum of an extent without content.
     fn group(&self, buffer: &mut [u8], numbers: Range<u64>) -> Result<(), Enough> {
         let data = self.with_data(EXTENT_SIZE, EXTENT_SIZE, &numbers)
             | self.with_data(self.image.layout().page_sums(), SUMS_SIZE, &numbers);
@@ -199,8 +207,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Those of at most 64 extents, as bits, of which the file has data, where each of all has
-    /// `size` bytes, the first from byte `start` on.
+    /// The extents of a group for which the file has data, as bits of a word. In this part of the
+    /// file, which begins at byte `start`, each extent has `size` bytes.
     fn with_data(&self, start: u64, size: u64, numbers: &Range<u64>) -> u64 {
         let bytes = start + numbers.start * size..start + numbers.end * size;
         data_in(self.image.file(), bytes.clone()).fold(0, |mask, data| {
@@ -209,6 +217,7 @@ impl Check<'_> {
         })
     }
 
+    /// Checks one extent: the checksums of its pages, its pages, and its holes.
     fn extent(&self, buffer: &mut [u8], at: usize, extent: u64) -> Result<(), Enough> {
         let (layout, present) = (self.image.layout(), &self.image.states()[at].present);
         let id = self.image.contents().table.blocks()[at].id;
@@ -243,7 +252,7 @@ impl Check<'_> {
         self.holes(buffer, (at, id), pages)
     }
 
-    /// Pages that are present are as their checksums say.
+    /// Compares present pages with their checksums.
     fn content(
         &self, buffer: &mut [u8], (at, id): (usize, u32), run: PageRange, sums: &[u32],
     ) -> Result<(), Enough> {
@@ -263,8 +272,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Pages of an extent that are not present, and those that its block does not have, are holes
-    /// or zero.
+    /// Checks that the pages of an extent that are not present are holes or zero. This includes the
+    /// pages after the end of the block.
     fn holes(
         &self, buffer: &mut [u8], (at, id): (usize, u32), pages: PageRange,
     ) -> Result<(), Enough> {
@@ -272,8 +281,8 @@ impl Check<'_> {
         let start = layout.page(at, pages.first);
         let mut next = pages.first;
         for data in data_in(self.image.file(), start..start + EXTENT_SIZE) {
-            // The file system may tell data from holes in smaller units than pages: no page is
-            // looked at twice.
+            // The file system may report data and holes in units smaller than a page. `next` makes
+            // sure that no page is checked twice.
             let first = next.max(pages.first + (data.start - start) / PAGE_SIZE);
             next = pages.first + (data.end - start).div_ceil(PAGE_SIZE);
             for gap in gaps(present, PageRange::new(first, next.saturating_sub(first))) {
@@ -296,7 +305,7 @@ impl Check<'_> {
     }
 }
 
-/// The runs of pages of `range` that are not set, those after the end of the bitmap included.
+/// The runs of pages of `range` that are not set, including pages after the end of the bitmap.
 fn gaps(set: &MappedBitmap, range: PageRange) -> impl Iterator<Item = PageRange> + '_ {
     let mut next = range.first;
     let ends = set.runs(range).chain([PageRange::new(range.end(), 0)]);

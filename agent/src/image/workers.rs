@@ -1,4 +1,7 @@
-//! Work on the extents of an image, shared out among threads.
+//! Sharing work on the extents of an image among threads.
+//!
+//! `share` calls a function for each item. Each thread claims the next item until none is left. The
+//! first error ends the work on all threads.
 
 use super::Image;
 use pageferry_protocol::image::EXTENT_PAGES;
@@ -6,21 +9,22 @@ use pageferry_protocol::memory::PageRange;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder, available_parallelism};
 
-/// How many threads work where nobody says.
+/// The default number of threads: one for each processor that this process may use.
 pub fn processors() -> usize {
     available_parallelism().map_or(1, usize::from)
 }
 
-/// Claims that there are at least for each worker, so that none is left with the last of the work.
+/// Claims for each worker, at least. With fewer claims, one worker could be left with a large last
+/// part while the others have nothing to do.
 const CLAIMS: usize = 4;
 
-/// How many of `items` items in a row a worker takes at once, of `workers` that share them: `most`,
-/// unless some of them would have little to do then, or nothing; at least 1.
+/// How many items in a row one claim has, if `workers` share `items` items: at most `most`, at
+/// least 1, and so few that there are [`CLAIMS`] claims for each worker.
 pub(crate) fn at_once(items: usize, workers: usize, most: usize) -> usize {
     (items / workers.max(1) / CLAIMS).clamp(1, most)
 }
 
-/// How much is done of what there is to do, for whoever wants to see it.
+/// Counts the pages that are done, and reports them to a callback.
 pub struct Progress<'a> {
     done: AtomicU64,
     total: u64,
@@ -37,35 +41,36 @@ impl std::fmt::Debug for Progress<'_> {
 }
 
 impl<'a> Progress<'a> {
-    /// Of `total` pages. `show` is called by all threads, with the pages that are done and all; not
-    /// always in order.
+    /// Progress over `total` pages. All threads call `show` with the number of pages that are done
+    /// and with `total`. The calls are not always in order.
     pub fn new(total: u64, show: &'a (dyn Fn(u64, u64) + Sync)) -> Self {
         Self { done: AtomicU64::new(0), total, show }
     }
 
-    /// So many pages more are done.
+    /// Counts `pages` more pages as done.
     pub fn add(&self, pages: u64) {
         let before = self.done.fetch_add(pages, Ordering::Relaxed);
         (self.show)(before + pages, self.total);
     }
 
-    /// Pages that are done.
+    /// The number of pages that are done.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
     }
 }
 
-/// Does `work` for each of `items` items, in no order, on this thread and as many more as make
-/// `threads`. Each has something of its own, made by `new`. The first error that is met ends all.
+/// Calls `work` once for each of `items` items, in no fixed order, on `threads` threads including
+/// this one. Each thread has its own value, made by `new`, such as a buffer. After an error no
+/// thread claims another item.
 ///
 /// # Errors
-/// One of those of `work`.
+/// One of the errors of `work`.
 pub(super) fn share<Own, E: Send>(
     threads: usize, items: u64, new: impl Fn() -> Own + Sync,
     work: impl Fn(&mut Own, u64) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
-    // Who takes an item adds one: nobody else has it. What the items do to each other is not
-    // ordered by it.
+    // A thread claims an item by adding one, so no other thread gets the same item. Relaxed is
+    // enough: the counter orders no memory between the items.
     let next = AtomicU64::new(0);
     let run = || {
         let mut own = new();
@@ -82,7 +87,7 @@ pub(super) fn share<Own, E: Send>(
     };
     let useful = threads.min(usize::try_from(items).unwrap_or(usize::MAX));
     std::thread::scope(|scope| {
-        // If the kernel gives no more threads, those that there are do it.
+        // If the kernel refuses a thread, the threads that exist do the work.
         let spawn = |_| Builder::new().name("image".into()).spawn_scoped(scope, run).ok();
         let others: Vec<_> = (1..useful).map_while(spawn).collect();
         let own = run();
@@ -93,19 +98,19 @@ pub(super) fn share<Own, E: Send>(
     })
 }
 
-/// Extents of all blocks, counted through as they lie in the file.
+/// The extents of all blocks, numbered in the order of the file.
 #[derive(Debug)]
 pub(super) struct Extents {
-    /// The first of each block.
+    /// Number of the first extent of each block.
     first: Vec<u64>,
     /// Pages of each block.
     pages: Vec<u64>,
-    /// How many there are.
+    /// Number of all extents.
     pub(super) count: u64,
 }
 
 impl Extents {
-    /// Those of an image.
+    /// The extents of an image.
     pub(super) fn of(image: &Image) -> Self {
         let (blocks, layout) = (image.contents().table.blocks(), image.layout());
         let first = (0..blocks.len()).map(|at| layout.extent(at, 0)).collect();
@@ -113,14 +118,15 @@ impl Extents {
         Self { first, pages, count: layout.all_extents() }
     }
 
-    /// The block that extent `number` is of, as an index of the table, and which of its extents it
-    /// is.
+    /// The index of the block that extent `number` belongs to, and the number of the extent within
+    /// that block.
     pub(super) fn locate(&self, number: u64) -> (usize, u64) {
         let at = self.first.partition_point(|first| *first <= number).saturating_sub(1);
         (at, number - self.first[at])
     }
 
-    /// The pages of that extent that the block has.
+    /// The pages of an extent, given as [`Extents::locate`] returns it. The last extent of a block
+    /// may have fewer than [`EXTENT_PAGES`].
     pub(super) fn pages(&self, (at, extent): (usize, u64)) -> PageRange {
         PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES)
             .intersection(&PageRange::new(0, self.pages[at]))
@@ -133,7 +139,7 @@ mod tests {
     use std::sync::Mutex;
 
     #[test]
-    fn each_item_is_done_once_whoever_does_it() {
+    fn each_item_is_done_once_with_any_number_of_threads() {
         for threads in [0, 1, 3, 100] {
             let done = Mutex::new(Vec::new());
             let work = |_: &mut (), item| {
@@ -148,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn each_worker_has_something_to_do() {
+    fn each_worker_has_several_claims() {
         for workers in [1, 2, 7, 64] {
             for items in (0..300).chain([100_000]) {
                 let at_once = at_once(items, workers, 32);
@@ -164,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_ends_all() {
+    fn an_error_ends_the_work_of_all_threads() {
         let done = AtomicU64::new(0);
         let work = |_: &mut (), item| match item {
             10 => Err(item),

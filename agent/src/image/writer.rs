@@ -1,11 +1,14 @@
 //! Writing a new image.
 //!
-//! Any number of threads put pages, each page at its own place, in any order. Each page is put
-//! once. What is zero is not written. When all are there, one thread finishes the image.
+//! Any number of threads put pages, in any order. Each page has its own offset in the file and is
+//! put at most once. Zero pages are not written. After the last page, one thread finishes the
+//! image: it writes everything else, syncs the file, and gives it its name.
 //!
-//! Large runs go past the page cache, where the file system can: the memory of a guest would push
-//! out of it what is of more use, and is on its way to the disk at once. Small ones go through it,
-//! since the disk takes its time for each.
+//! Large runs of pages are written with direct I/O, if the file system supports it. They reach the
+//! disk at once, and do not push more useful data out of the page cache. Small runs are written
+//! through the page cache, because a disk request for each would be slow.
+//!
+//! If anything fails, nothing is left of the image, and a file that had its name is unchanged.
 
 use super::bytes::{read_at, write_at};
 use super::new_file::{FileKind, NewFile};
@@ -28,72 +31,74 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Shortest run in bytes that goes past the page cache.
+/// Shortest run in bytes that is written with direct I/O.
 const DIRECT: usize = 64 << 10;
-/// Bytes that are looked at for zeroes at once, in what is not pages.
+/// Size of a hole in the parts that are not pages: pieces of this size that are zero are not
+/// written.
 const HOLE: usize = 4096;
-/// Bytes that are read or written at once of what is not pages.
+/// Most bytes of one read or write, except of pages.
 const PART: usize = 1 << 20;
 
 /// An image that is being written.
 #[derive(Debug)]
 pub struct ImageWriter {
     file: NewFile,
-    /// Past the page cache.
+    /// The same file, opened for direct I/O; `None` if the file system does not support it, or the
+    /// caller does not want it.
     direct: Option<OwnedFd>,
     layout: Layout,
     table: BlockTable,
-    /// Pages of each block whose content was put.
+    /// The pages of each block that were put and are not zero.
     present: Vec<MappedBitmap>,
     sums: PageSums,
     id: ImageId,
-    /// When the guest was as the image will say, in seconds since 1970.
+    /// The instant of the image, in seconds since 1970.
     taken: AtomicU64,
 }
 
-/// What an image says of its guest, and of its pages beside those that were put. Each list is in
-/// the order of the table.
+/// What an image says about its guest, and about the pages that were not put. Each list is in the
+/// order of the table.
 #[derive(Debug, Clone, Copy)]
 pub struct Rest<'a> {
-    /// Whether the guest ran, had nobody paused it to save it.
+    /// The run state of the guest. The pause of the snapshot does not count.
     pub guest: RunState,
-    /// Pages that are discarded. A page that was put is not.
+    /// The pages that are discarded. A page that was put with content counts as present.
     pub discarded: &'a [MappedBitmap],
-    /// For an increment: pages that may have changed since the base; all others are as there,
-    /// unless they are discarded.
+    /// For an increment: the pages that may have changed since the base. All others are as in the
+    /// base, unless they are discarded.
     pub changed: Option<&'a [MappedBitmap]>,
 }
 
-/// The base of an increment.
+/// The base of an increment. The default, an id of zeroes and no name, stands for a full image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Base {
     /// Its id.
     pub id: ImageId,
-    /// Its path, from the folder of the increment if it is in or under that.
+    /// Its path; relative if the base is in the folder of the increment or below.
     pub name: String,
 }
 
-/// What a finished image came to, in pages.
+/// Pages and bytes of a finished image.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// With content.
+    /// Pages with content.
     pub present: u64,
-    /// Zero.
+    /// Zero pages.
     pub zero: u64,
-    /// Discarded.
+    /// Discarded pages.
     pub discarded: u64,
-    /// As in the base.
+    /// Pages that are as in the base.
     pub unchanged: u64,
-    /// Bytes of the file, without its holes as far as this program made them.
+    /// Bytes of the file, without the holes that this program left.
     pub bytes: u64,
 }
 
 impl ImageWriter {
-    /// An image of these blocks that will be at `path`. With `replace` it takes the place of what
-    /// is there; with `cached` all of it goes through the page cache.
+    /// An image of the blocks of `table` that will be at `path`. With `replace` it replaces an
+    /// image that exists there. With `cached` everything is written through the page cache.
     ///
     /// # Errors
-    /// If something is there and is not to be replaced, the folder cannot be written to, or the
+    /// If a file exists at `path` and may not be replaced, the folder cannot be written, or the
     /// blocks are too large.
     pub fn create(
         path: &Path, table: &BlockTable, replace: bool, cached: bool,
@@ -107,42 +112,42 @@ impl ImageWriter {
         let direct = if cached { None } else { file.direct() };
         let present = table.blocks().iter().map(|block| MappedBitmap::private(block.pages()));
         let present = present.collect::<Result<_, _>>()?;
-        // Writes that do not make the file longer can go on at once.
+        // The file gets its length now, because writes that make a file longer exclude each other.
         rustix::fs::ftruncate(&file, layout.contents())
             .map_err(kernel("set the length of the file"))?;
         let (sums, id, taken) = (PageSums::default(), new_id()?, AtomicU64::new(now()));
         Ok(Self { file, direct, layout, table: table.clone(), present, sums, id, taken })
     }
 
-    /// It will be the same guest at the same instant as the image with this header, which it can
-    /// stand in for: it gets the id and the time of that.
+    /// Gives the image the id and the time of the image with this header. Both show the same guest
+    /// at the same instant, so this one can replace the other.
     #[must_use]
     pub fn standing_for(self, header: &Header) -> Self {
         Self { id: header.id, taken: header.taken.into(), ..self }
     }
 
-    /// The guest is now as the image will say.
+    /// Sets the instant of the image to now.
     pub fn is_now(&self) {
         self.taken.store(now(), Ordering::Relaxed);
     }
 
-    /// Its id.
+    /// The id of the image.
     pub fn id(&self) -> ImageId {
         self.id
     }
 
-    /// True if large runs go past the page cache.
+    /// True if large runs are written with direct I/O.
     pub fn is_direct(&self) -> bool {
         self.direct.is_some()
     }
 
-    /// The name that it will have.
+    /// The path that the image will have.
     pub fn path(&self) -> &Path {
         self.file.path()
     }
 
-    /// Puts the pages `range` of the block at index `at` of the table, which nobody has put before.
-    /// Returns how many are not zero.
+    /// Puts the pages `range` of the block at index `at` of the table. None of them was put before.
+    /// Returns how many of them are not zero.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -165,6 +170,8 @@ impl ImageWriter {
         Ok(put)
     }
 
+    /// Writes the pages `run`, which are not zero, and their checksums. `bytes` holds the pages
+    /// `range`.
     fn put_run(
         &self, at: usize, range: PageRange, run: PageRange, bytes: &[u8],
     ) -> Result<(), ImageError> {
@@ -188,7 +195,8 @@ impl ImageWriter {
         }
         let (place, cached) = (self.layout.page(at, run.first), self.file.as_fd());
         let written = match self.direct.as_ref().filter(|_| bytes.len() >= DIRECT) {
-            // Of another alignment than the device wants: through the page cache anything goes.
+            // EINVAL: the buffer does not have the alignment that the device requires. A write
+            // through the page cache accepts any alignment.
             Some(direct) => match write_at(direct.as_fd(), bytes, place) {
                 Err(Fault::At { source: Errno::INVAL, .. }) => write_at(cached, bytes, place),
                 outcome => outcome,
@@ -201,12 +209,12 @@ impl ImageWriter {
         Ok(())
     }
 
-    /// Writes all else, makes the file safe, and gives it its name, once all pages were put.
-    /// `state` holds the pieces one after another; none if there are none.
+    /// Writes everything else, syncs the file, and gives it its name. All pages must have been put.
+    /// `state` holds the pieces of the VMM's state, one after another; `None` if there are none.
     ///
     /// # Errors
-    /// If the file cannot be written, or the state not be read. Nothing is left of the image then,
-    /// and what had its name is as it was.
+    /// If the file cannot be written, or the state cannot be read. Then nothing is left of the
+    /// image, and a file that had its name is unchanged.
     pub fn finish(
         &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
     ) -> Result<Totals, ImageError> {
@@ -215,7 +223,7 @@ impl ImageWriter {
         Ok(totals)
     }
 
-    /// As [`ImageWriter::finish`], but the name is left to [`ImageWriter::name`].
+    /// As [`ImageWriter::finish`], but does not give the file its name; see [`ImageWriter::name`].
     ///
     /// # Errors
     /// As [`ImageWriter::finish`].
@@ -225,10 +233,10 @@ impl ImageWriter {
         self.write_rest(rest, base, pieces, state).map_err(|fault| fault.of(self.path()))
     }
 
-    /// Gives an image that is complete its name.
+    /// Gives a complete image its name.
     ///
     /// # Errors
-    /// If the file system refuses. What had the name is as it was then.
+    /// If the file system refuses. Then a file that had the name is unchanged.
     pub fn name(&self) -> Result<(), ImageError> {
         self.file.name().map_err(|fault| fault.of(self.path()))
     }
@@ -298,8 +306,9 @@ impl ImageWriter {
         Ok((out.section(), totals))
     }
 
-    /// The sums are read back from the file: to keep them in memory would take a thousandth of the
-    /// guest's.
+    /// Writes the checksums of the extents. They are computed from the checksums of the pages,
+    /// which are read back from the file: to keep those in memory would take a thousandth of the
+    /// guest's memory.
     fn write_extent_sums(&self) -> Result<(Section, u64), Fault> {
         let mut out = Sequence::new(self.file.as_fd(), self.layout.extent_sums());
         let mut sums = [0u32; EXTENT_PAGES as usize];
@@ -350,7 +359,7 @@ impl Totals {
     }
 }
 
-/// The bits of word `word` that stand for a page of a block of `pages` pages.
+/// The bits of word `word` that belong to a page of a block of `pages` pages.
 fn present_mask(pages: u64, word: u64) -> u64 {
     pageferry_protocol::shm::bitmap::word_mask(
         0,
@@ -358,14 +367,15 @@ fn present_mask(pages: u64, word: u64) -> u64 {
     )
 }
 
-/// A section that is written from its start to its end.
+/// A section that is written from its start to its end, with its checksum.
 struct Sequence<'a> {
     file: BorrowedFd<'a>,
+    /// The section as far as it is written.
     section: Section,
     digest: crc_fast::Digest,
-    /// What is written next.
+    /// The bytes that are written next.
     bytes: Vec<u8>,
-    /// Bytes that are no holes.
+    /// Bytes that were written, without holes.
     written: u64,
 }
 
@@ -381,7 +391,8 @@ impl<'a> Sequence<'a> {
         }
     }
 
-    /// Zeroes stay holes: of a guest that is mostly empty they are most of it.
+    /// Writes the bytes and clears them. Zeroes become holes: the section of a guest that is mostly
+    /// empty is mostly zero.
     fn flush(&mut self) -> Result<(), Fault> {
         let start = self.section.offset + self.section.length;
         for (at, piece) in (start..).step_by(HOLE).zip(self.bytes.chunks(HOLE)) {
@@ -401,11 +412,12 @@ impl<'a> Sequence<'a> {
     }
 }
 
+/// The current time in seconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// A new id. Nobody has it.
+/// A new random id.
 fn new_id() -> Result<ImageId, Fault> {
     let mut id = ImageId::default();
     let flags = rustix::fs::OFlags::CLOEXEC;
@@ -413,7 +425,7 @@ fn new_id() -> Result<ImageId, Fault> {
     random
         .and_then(|random| rustix::io::read(random, &mut id))
         .map_err(kernel("get random bytes"))?;
-    // Zeroes stand for none.
+    // An id of zeroes means that there is no base.
     id[0] |= 1;
     Ok(id)
 }

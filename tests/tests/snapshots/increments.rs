@@ -182,7 +182,7 @@ fn what_no_increment_can_be_built_on_is_refused_with_why() {
     let other = Scene::full(300);
     other.saved("other", &tracked(paused()));
     std::fs::copy(other.path("other"), scene.path("other")).unwrap();
-    refused("other", "is of other blocks than it is itself");
+    refused("other", "has other blocks");
     // The chain is as good as before.
     scene.write(3, 30);
     let (status, chain) = scene.saved("third", &on(&scene.path("second"), tracked(paused())));

@@ -251,7 +251,7 @@ fn an_image_that_is_there_is_replaced_only_on_request() {
     );
     let status = scene.client().start_snapshot(Path::new("/"), &paused()).unwrap();
     let status = scene.client().wait(status.job, PATIENCE).unwrap();
-    assert!(status.error.contains("path is not that of a file, from the root"), "{}", status.error);
+    assert!(status.error.contains("path is not an absolute path of a file"), "{}", status.error);
 }
 
 #[test]

@@ -29,7 +29,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn cells_are_counted_as_one_counts_by_hand(full in pages(false), one in pages(true), per_cell in 1u64..300) {
+    fn cells_are_counted_as_by_hand(full in pages(false), one in pages(true), per_cell in 1u64..300) {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         let id = write(&path("full"), &full, &Base::default(), 64);
@@ -42,7 +42,7 @@ proptest! {
     }
 
     #[test]
-    fn cells_are_as_small_as_their_number_allows(pages in 1u64..1 << 38, cells in 1u64..1 << 20) {
+    fn cells_are_as_small_as_possible(pages in 1u64..1 << 38, cells in 1u64..1 << 20) {
         let per_cell = pages_per_cell(pages, cells);
         prop_assert!(per_cell.is_power_of_two() && pages.div_ceil(per_cell) <= cells);
         prop_assert!(per_cell == 1 || pages.div_ceil(per_cell / 2) > cells);
@@ -50,7 +50,7 @@ proptest! {
 }
 
 #[test]
-fn colours_are_mixed_by_number() {
+fn a_cell_has_the_mean_colour_of_its_pages() {
     let half = Tally { present: 2, zero: 1, discarded: 1, unchanged: 0 };
     let [content, zero, discarded] =
         [Kind::Content, Kind::Zero, Kind::Discarded].map(|kind| kind.colour()[0] as f64);
@@ -62,7 +62,7 @@ fn colours_are_mixed_by_number() {
 }
 
 #[test]
-fn a_picture_is_read_back_as_it_was_painted() {
+fn a_picture_is_decoded_as_it_was_drawn() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     let mut model = zero();
@@ -71,7 +71,7 @@ fn a_picture_is_read_back_as_it_was_painted() {
     write(&path, &model, &Base::default(), 64);
     let image = Image::open(&path).unwrap();
     let picture = Picture::paint(&View::Image(&image), 1024);
-    // 1170 pages: no wider than a square; 2 rows, a gap, 18 rows.
+    // 1170 pages give a square of width 64: 2 rows, a gap of 4, and 18 rows.
     assert_eq!((picture.width, picture.height, picture.pages_per_pixel), (64, 2 + 4 + 18, 1));
     let colour = |kind: Kind| Some(kind.colour());
     assert_eq!(
@@ -98,7 +98,7 @@ fn a_picture_is_read_back_as_it_was_painted() {
 }
 
 #[test]
-fn a_picture_is_no_larger_than_it_may_be() {
+fn a_picture_keeps_its_largest_size() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     let mut table = BlockTable::new();

@@ -14,14 +14,14 @@ fn base(id: ImageId, name: &str) -> Base {
     Base { id, name: name.into() }
 }
 
-/// Says that the image is of long ago.
+/// Changes the time of the image.
 fn age(path: &Path, taken: u64) {
     let header = Header { taken, ..Image::open(path).unwrap().header().clone() };
     let file = OpenOptions::new().write(true).open(path).unwrap();
     write_at(file.as_fd(), &header.to_bytes(), 0).unwrap();
 }
 
-/// A model of which as much is content as the first pages of the second block.
+/// A model whose second block begins with `pages` times `page`; all other pages are zero.
 fn some(pages: usize, page: Page) -> Model {
     let mut model = zero();
     model[1][..pages].fill(page);
@@ -32,7 +32,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn a_merged_image_is_the_guest_that_its_chain_is(
+    fn a_merged_image_shows_the_same_guest_as_its_chain(
         full in pages(false), one in pages(true), two in pages(true), step in 1usize..200, threads in 1usize..4,
     ) {
         let folder = tempfile::tempdir().unwrap();
@@ -51,14 +51,14 @@ proptest! {
         let content = count(|page| matches!(page, Page::Content(_)));
         let totals = (content, count(|page| *page == Page::Zero), count(|page| *page == Page::Discarded), 0);
         prop_assert_eq!((outcome.totals.present, outcome.totals.zero, outcome.totals.discarded, outcome.totals.unchanged), totals);
-        // What has no content takes no space.
+        // Pages without content take no space.
         let bytes = path("merged").metadata().unwrap().blocks() * 512;
         prop_assert!(bytes <= content * PAGE_SIZE + (128 << 10), "{bytes} bytes for {content} pages");
     }
 }
 
 #[test]
-fn a_merged_image_stands_in_for_the_newest_of_its_chain() {
+fn a_merged_image_can_replace_the_newest_of_its_chain() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let full = some(5, Page::Content(1));
@@ -88,7 +88,7 @@ fn a_merged_image_stands_in_for_the_newest_of_its_chain() {
 }
 
 #[test]
-fn nothing_is_written_of_a_chain_that_is_damaged() {
+fn a_merge_of_a_damaged_chain_writes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let id = write(&path("full"), &some(700, Page::Content(1)), &Base::default(), 64);
@@ -116,5 +116,5 @@ fn nothing_is_written_of_a_chain_that_is_damaged() {
     let names = std::fs::read_dir(folder.path()).unwrap().count();
     assert_eq!((names, std::fs::read(path("there")).unwrap()), (3, b"PFimage\0as it was".to_vec()));
     let damage = merge(&path("one"), &path("new"), false, 2, &quiet);
-    assert_eq!(damage.unwrap().totals.present, 700, "and whole once it is mended");
+    assert_eq!(damage.unwrap().totals.present, 700, "the chain is repaired");
 }

@@ -15,7 +15,8 @@ fn check(path: &Path, most: usize) -> (u64, Vec<String>, bool) {
     (pages, errors.iter().map(|error| sentence(error)).collect(), cut)
 }
 
-/// Content in the first and the last extent of the second block, and nothing else.
+/// A model with content in the first and the last extent of the second block, one discarded page,
+/// and nothing else.
 fn model() -> Model {
     let mut model = zero();
     model[0][3] = Page::Discarded;
@@ -55,7 +56,7 @@ fn a_good_chain_has_no_errors() {
 }
 
 #[test]
-fn a_byte_that_is_changed_is_named_by_its_place() {
+fn a_changed_byte_is_reported_with_its_place() {
     let folder = tempfile::tempdir().unwrap();
     let path = image(&folder);
     let layout = Image::open(&path).unwrap().layout().clone();
@@ -64,10 +65,9 @@ fn a_byte_that_is_changed_is_named_by_its_place() {
     let sum = |page| {
         format!("checksums of pages {page:#x} + 0x200, at byte {:#x}", layout.page_sum(1, page))
     };
-    let stuffed = |id, number, at| {
-        format!("block {id}: page {number:#x}, at byte {at:#x}, is a hole in an image")
-    };
-    let stray = |at: u64, place: &str| format!("byte {at:#x}, {place}, is zero in an image");
+    let stuffed =
+        |id, number, at| format!("block {id}: page {number:#x}, at byte {at:#x}, must be a hole");
+    let stray = |at: u64, place: &str| format!("byte {at:#x}, {place}, must be zero");
     let places = [
         (100, "header: checksum is".into()),
         (8000, stray(8000, "between the header and the pages")),
@@ -76,7 +76,7 @@ fn a_byte_that_is_changed_is_named_by_its_place() {
         (page(0, 3) + 1, stuffed(5, 3, page(0, 3))),
         (page(1, 100), stuffed(6, 100, page(1, 100))),
         (page(1, 600) + 4095, stuffed(6, 600, page(1, 600))),
-        // After the end of a block.
+        // Pages after the end of a block.
         (page(0, 70), stuffed(5, 70, page(0, 70))),
         (page(1, 1535) + 4095, stuffed(6, 1535, page(1, 1535))),
         (layout.page_sum(1, 7), sum(0)),
@@ -106,9 +106,10 @@ fn a_byte_that_is_changed_is_named_by_its_place() {
     assert_eq!(check(&path, 1), (101, vec![], false));
 }
 
-/// Checksums that agree with each other, of a page that is not there.
+/// The checksum of a page without content must be zero, also if the checksum of the extent and that
+/// of the section fit it.
 #[test]
-fn a_checksum_of_a_page_without_content_is_found_though_the_sum_of_its_extent_is_right() {
+fn a_checksum_of_a_page_without_content_is_found() {
     let folder = tempfile::tempdir().unwrap();
     let path = image(&folder);
     let image = Image::open(&path).unwrap();
@@ -134,7 +135,7 @@ fn a_checksum_of_a_page_without_content_is_found_though_the_sum_of_its_extent_is
 }
 
 #[test]
-fn all_errors_are_listed_in_the_order_of_the_file_or_as_many_as_are_wanted() {
+fn errors_are_listed_in_the_order_of_the_file_up_to_the_limit() {
     let folder = tempfile::tempdir().unwrap();
     let path = image(&folder);
     let layout = Image::open(&path).unwrap().layout().clone();
@@ -161,7 +162,7 @@ fn a_base_that_is_damaged_or_gone_is_an_error_of_the_chain() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let id = write(&path("full"), &model(), &Base::default(), 64);
-    // Nothing of the base is seen through it: it is checked all the same.
+    // The increment uses no page of the base, but the base is verified all the same.
     write(&path("increment"), &zero(), &Base { id, name: "full".into() }, 64);
     let place = Image::open(&path("full")).unwrap().layout().page(1, 2);
     flip(&path("full"), place);
@@ -190,12 +191,12 @@ fn a_file_of_another_length_is_refused() {
 }
 
 #[test]
-fn a_file_that_is_cut_off_while_it_is_checked_is_named_with_its_length_and_page() {
+fn a_file_truncated_during_the_check_is_reported_with_its_end() {
     let folder = tempfile::tempdir().unwrap();
     let path = image(&folder);
     let layout = Image::open(&path).unwrap().layout().clone();
     let end = layout.page(1, 1099) + 9;
-    // The pages of the first extent are done by then; those of the last are not.
+    // At that time the pages of the first extent are done, and those of the last are not.
     let cut = |done: u64, _: u64| {
         if done > 0 && path.metadata().unwrap().len() > end {
             open(&path).set_len(end).unwrap();
@@ -213,7 +214,7 @@ fn a_file_that_is_cut_off_while_it_is_checked_is_named_with_its_length_and_page(
 }
 
 #[test]
-fn what_is_put_after_the_end_is_found_though_the_header_counts_it_in() {
+fn data_after_the_last_section_is_found_if_the_header_includes_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = image(&folder);
     let (header, file) = (Image::open(&path).unwrap().header().clone(), open(&path));
@@ -232,9 +233,8 @@ fn what_is_put_after_the_end_is_found_though_the_header_counts_it_in() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
-    /// There is no byte of an image that can be changed unseen.
     #[test]
-    fn any_byte_that_is_changed_is_found(model in pages(false), at in any::<prop::sample::Index>(), step in 1usize..100) {
+    fn every_changed_byte_is_found(model in pages(false), at in any::<prop::sample::Index>(), step in 1usize..100) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
         write(&path, &model, &Base::default(), step);
@@ -247,7 +247,7 @@ proptest! {
 }
 
 #[test]
-fn gaps_are_what_the_runs_leave() {
+fn gaps_are_the_pages_between_the_runs() {
     let set = MappedBitmap::private(BLOCKS[0]).unwrap();
     set.set(PageRange::new(2, 3));
     set.set(PageRange::new(69, 1));
