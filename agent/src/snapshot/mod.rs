@@ -1,15 +1,15 @@
-//! Snapshots: a guest as it was at one instant, in an image.
+//! Snapshots: save a guest as it was at one instant, in an image.
 //!
-//! - [`checkpoint`]: what changed since the last image, for increments;
-//! - [`protect_steps`]: the order in which pages are noted as protected, and are;
-//! - [`protect`]: memory is protected against writes, before the instant as far as possible;
-//! - [`prepare`]: what can be done before that moment;
-//! - [`point_in_time`]: what there is to save, as of one moment;
-//! - [`write_faults`]: writes of the guest that runs on;
-//! - [`sweep`]: all the rest;
+//! - [`checkpoint`]: what has changed since the last image, for increments;
+//! - [`prepare`]: what is done before the instant, so that the guest is paused for a shorter time;
+//! - [`protect`]: write protection, set before the instant as far as possible;
+//! - [`protect_steps`]: the order of "protect a page" and "note that it is protected";
+//! - [`point_in_time`]: the instant, which decides which pages are saved;
+//! - [`write_faults`]: captures pages that the guest is about to write to;
+//! - [`sweep`]: captures all other pages;
 //! - this file: the phases.
 //!
-//! [`crate::memory::copy_before_write`] has the rules of who reads which page when.
+//! [`crate::memory::copy_before_write`] has the rules for who reads which page when.
 
 pub mod checkpoint;
 pub mod point_in_time;
@@ -36,23 +36,24 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-// `ahead.rs` takes this from its parent, so that the model checker can put its own in its place.
+// `protect_steps.rs` imports this from its parent, so that the model checker can use its own
+// version.
 use pageferry_protocol::shm::bitmap;
 
-/// What is to be saved, and how.
+/// What to save, and how.
 #[derive(Debug)]
 pub struct Plan {
-    /// Where the image will be.
+    /// The path of the image.
     pub path: PathBuf,
-    /// How.
+    /// The options of the request.
     pub options: SnapshotOptions,
-    /// Who reports writes.
+    /// The trackers that report writes.
     pub trackers: TrackerChoice,
-    /// What is known of changes since the last image.
+    /// What is known about changes since the last image.
     pub checkpoint: SharedCheckpoint,
 }
 
-/// What was captured.
+/// The result of the capture.
 struct Saved {
     state: SavedState,
     instant: PointInTime,
@@ -84,7 +85,7 @@ fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
     outcome
 }
 
-/// The image that an increment builds on; a base without id if there is none.
+/// The image on which an increment builds. A full image gets a base without an id.
 fn find_base(job: &Job, plan: &Plan) -> Result<Base, JobError> {
     if plan.options.base.is_empty() {
         return Ok(Base::default());
@@ -109,7 +110,7 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
     identity(one).is_some_and(|one| identity(other) == Some(one))
 }
 
-/// Captures the memory and the VMM's state as of one moment.
+/// Captures the memory and the VMM's state as of one instant.
 fn capture(
     job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut Changes,
 ) -> Result<Saved, JobError> {
@@ -132,7 +133,8 @@ fn capture(
         SnapshotMode::Stopped => None,
         SnapshotMode::Background | SnapshotMode::Paused => Some(PausedGuest::pause(job)?),
     };
-    // It may write memory as devices come to rest, and what it writes belongs to it.
+    // The VMM may write to memory while it saves its state, as its devices come to rest. These
+    // writes belong to the snapshot, so the instant comes after them.
     let state = match &mut paused {
         Some(paused) => paused.save_state()?,
         None => SavedState::of(job)?,
@@ -152,12 +154,12 @@ fn capture(
     instant.finish()?;
     if let Some(watch) = &mut watch {
         watch.end()?;
-        // What was captured for the last faults is put by now, or was not.
+        // All pages that were captured for the last faults are in the image now, or have failed.
         instant.copier.check()?;
     }
-    // All memory was read. If the VMM has this agent now, it had it all the while, and the guest
-    // did not run on before: neither one that the VMM itself stopped, nor one whose writes nobody
-    // watched any more.
+    // All memory is read now. If this agent is still the current one, it was the current one all
+    // the time. Then the guest did not run in the meantime: neither a guest that the VMM itself had
+    // stopped, nor a guest whose writes nobody watched any more.
     job.check_wanted()?;
     Ok(Saved { state, instant })
 }
@@ -165,16 +167,16 @@ fn capture(
 fn finish(
     job: &Job, writer: &ImageWriter, saved: &Saved, changes: &Changes, base: &Base,
 ) -> Result<(), JobError> {
-    // ---- The line: from here on the image comes to be, and may have its name before a cancel is
-    // heard.
+    // ---- The commit point: from here on the image is completed, and it may get its name before a
+    // cancel is noticed.
     job.cancel.commit_point()?;
     let SavedState { guest, pieces, file } = &saved.state;
     let (discarded, changed) =
         (saved.instant.discarded.all(), changes.changed().map(DirtyPages::all));
     let rest = Rest { guest: *guest, discarded, changed };
     let totals = writer.complete(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
-    // The image is consistent, also if the VMM died meanwhile. But if the VMM has another agent by
-    // now, that one may have given the same name to a newer image.
+    // The image is consistent even if the VMM has died in the meantime. But if the VMM has another
+    // agent now, that agent may have given the same name to a newer image.
     job.memory.current.check()?;
     writer.name()?;
     add(&job.live.discarded_pages, totals.discarded);
@@ -182,7 +184,7 @@ fn finish(
     Ok(())
 }
 
-/// The id of an image that stands alone has no base.
+/// True if the image has a base: the id of no base is all zero.
 fn is_increment(base: ImageId) -> bool {
     base != ImageId::default()
 }

@@ -1,8 +1,9 @@
-//! What there is to save, as of one moment.
+//! The instant of a snapshot: decides which pages are saved, and takes their state.
 //!
-//! The guest stands still. Discards go on, and find either that the moment has not come, and what
-//! they discard is saved as discarded, or that it was, and save what they discard first: both
-//! happen under one lock ([`GuestMemory::marking`](crate::memory::GuestMemory::marking)).
+//! The guest is paused. Discards continue, and the instant is taken under the same lock as their
+//! marks ([`GuestMemory::marking`](crate::memory::GuestMemory::marking)). So a discard either comes
+//! before the instant, and the snapshot saves its pages as discarded, or it comes after the
+//! instant, finds the snapshot, and has the pages captured first.
 
 use super::checkpoint::Changes;
 use super::prepare::Prepared;
@@ -13,17 +14,17 @@ use crate::memory::copy_before_write::CopyBeforeWrite;
 use crate::tracking::{DirtyPages, check_discards};
 use std::sync::Arc;
 
-/// What there is to save. Until it is dropped discards save what they discard.
+/// What is saved as of the instant. Until it is dropped, discards have their pages captured first.
 pub struct PointInTime {
     job: Arc<Job>,
-    /// Pages that are discarded.
+    /// Pages that were discarded at the instant.
     pub discarded: DirtyPages,
-    /// All that is to be captured.
+    /// The pages to capture.
     pub copier: Arc<CopyBeforeWrite>,
 }
 
 impl PointInTime {
-    /// Takes the moment. What the guest writes after it is reported, if there is a `watch`.
+    /// Takes the instant. With a `watch`, the guest's later writes are reported.
     pub fn take(
         job: &Arc<Job>, writer: &Arc<ImageWriter>, watch: Option<&WriteWatch>,
         changes: &mut Changes, mut prepared: Prepared,
@@ -39,7 +40,8 @@ impl PointInTime {
             job.live.clone(),
         ));
         job.set_missing(pending);
-        // No fault of before is being answered any more: it would lift what is protected here.
+        // From here on no fault that was read before is being handled: it would remove protection
+        // that is set below.
         let mut mode = watch.map(WriteWatch::hold_faults);
         watch.map_or(Ok(()), WriteWatch::check)?;
         writer.is_now();
@@ -68,10 +70,11 @@ impl PointInTime {
 }
 
 impl PointInTime {
-    /// All was captured, and what others had of it in their hands is put.
+    /// Waits after the sweep until all captured pages are in the image, also those that discards
+    /// and faults have captured.
     ///
     /// # Errors
-    /// If one of them could not.
+    /// If one of them failed.
     pub fn finish(&self) -> Result<(), JobError> {
         self.job.memory.marking.end();
         self.copier.finish(&self.job.memory.readers)
@@ -80,7 +83,7 @@ impl PointInTime {
 
 impl Drop for PointInTime {
     fn drop(&mut self) {
-        // If it failed, faults are still answered.
+        // Faults are handled even after a failure, but they must take no page any more.
         self.copier.stop_faults();
         self.job.memory.marking.end();
     }

@@ -1,12 +1,13 @@
-//! What can be done before the instant, so that the guest stands still for a shorter time.
+//! Preparation of a snapshot: what is done before the instant, so that the guest is paused for a
+//! shorter time.
 //!
-//! To ask a file which of its pages are allocated takes two calls for every 4 MiB that are, and
-//! several for every hole. So all of it is asked while the guest runs, and at the instant only the
-//! holes once more, each with one call if it still is one. What was allocated is taken to be so
-//! still: if the VMM punched it by itself it reads as zero, and if it was discarded or freed that
-//! is known.
+//! To ask a file which pages are allocated takes two system calls for every 4 MiB of data, and
+//! several for every hole. So all of this is asked while the guest runs. At the instant only the
+//! holes are asked about once more, with one call for each that is still a hole. Pages that were
+//! allocated are assumed to be so still. If the VMM has punched one by itself, it reads as zero,
+//! and if one was discarded or freed, the agent knows that.
 //!
-//! The bitmaps that are filled at the instant have their memory by then, too.
+//! The bitmaps that are filled at the instant also get their memory here.
 
 use crate::job::{Job, JobError};
 use crate::memory::host_page_set::HostPageSet;
@@ -15,22 +16,23 @@ use crate::tracking::DirtyPages;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use std::sync::Arc;
 
-/// What the instant needs.
+/// What is prepared for the instant.
 #[derive(Debug)]
 pub struct Prepared {
     memory: Arc<GuestMemory>,
-    /// Pages that are allocated, as far as was asked.
+    /// Pages that were allocated when the file was asked last.
     allocated: DirtyPages,
-    /// For the pages that are discarded at the instant: empty until then.
+    /// The pages that are discarded at the instant. Empty until then.
     pub discarded: DirtyPages,
-    /// For what is written after it: empty.
+    /// For the pages that are written after the instant. Empty.
     pub later: DirtyPages,
-    /// For what is to be captured: empty until then.
+    /// The pages to capture. Empty until the instant.
     pub pending: Arc<HostPageSet>,
 }
 
 impl Prepared {
-    /// Nothing is known yet. If the guest is to run on, its host pages are what is captured.
+    /// An empty preparation. If the guest runs while it is saved, the unit of a capture is its host
+    /// page.
     pub fn new(job: &Job, runs_on: bool) -> Result<Self, JobError> {
         let memory = job.memory.clone();
         let host_page =
@@ -42,9 +44,9 @@ impl Prepared {
         Ok(Self { memory, allocated, discarded, later, pending })
     }
 
-    /// Asks which pages of the block at index `at` are allocated of those that were not the last
-    /// time. Hands out the pages that are to be saved, word by word: allocated, as far as that is
-    /// told, not discarded, and changed, if that is asked for.
+    /// Asks which pages of the block at index `at` were allocated since the last call. Then calls
+    /// `found` with each word of pages to save: allocated, not discarded, and, for an increment,
+    /// changed.
     pub fn pages_to_save(
         &self, at: usize, changed: Option<&DirtyPages>, mut found: impl FnMut(u64, u64),
     ) -> Result<(), JobError> {
@@ -81,7 +83,7 @@ impl Prepared {
         block.take_known_holes(allocated).map_err(failed)
     }
 
-    /// Has the kernel give the bitmaps the memory that they need for what is known now.
+    /// Makes the kernel allocate the memory that the bitmaps need for the pages known now.
     pub fn preallocate_bitmaps(&self, changed: Option<&DirtyPages>) -> Result<(), JobError> {
         for at in 0..self.memory.blocks().len() {
             self.pages_to_save(at, changed, |word, pages| self.pending.add_pages(at, word, pages))?;
@@ -98,7 +100,7 @@ mod tests {
     use crate::memory::test_support::{job, memory};
 
     #[test]
-    fn what_is_allocated_when_it_is_asked_and_changed_and_not_discarded_is_saved() {
+    fn allocated_changed_and_undiscarded_pages_are_saved() {
         let job = job(memory(&[64, 192]));
         let prepared = Prepared::new(&job, false).unwrap();
         let block = &job.memory.blocks()[1];
@@ -112,7 +114,7 @@ mod tests {
         [3, 4, 70, 71].into_iter().for_each(write);
         block.discarded.set(PageRange::new(71, 5));
         assert_eq!(pages_to_save(None), [(0, 0b1_1000), (1, 1 << 6)]);
-        // While the guest runs.
+        // The guest writes while it runs.
         [5, 130].into_iter().for_each(write);
         assert_eq!(pages_to_save(None), [(0, 0b11_1000), (1, 1 << 6), (2, 1 << 2)]);
         let changed = DirtyPages::none(&job.memory).unwrap();

@@ -1,10 +1,15 @@
-//! Writes of the guest that runs on.
+//! Write faults of a background snapshot: the guest keeps running while its memory is saved.
 //!
-//! One thread reads the faults, and answers them at once: it captures the page into a buffer of its
-//! own, and lets the writer go on. A second one puts what was captured into the image: whoever
-//! waits to write does not wait for a disk. Between them go a fixed number of buffers; a guest that
-//! writes faster than the disk waits for one, but no longer than its VMM has patience: a disk that
-//! hangs loses the snapshot, and not the guest.
+//! When the guest writes to a page that is not saved yet, the write fault arrives here. Two threads
+//! handle it:
+//!
+//! - The *fault thread* copies the page into a free buffer and removes the write protection. The
+//!   guest continues; it does not wait for the disk.
+//! - The *writer thread* puts filled buffers into the image and returns them to the pool.
+//!
+//! The number of buffers is fixed. If the guest writes faster than the disk, the fault thread waits
+//! for a buffer, and the guest waits with it. After the hook timeout without a free buffer the
+//! snapshot fails, and all writes continue: a disk that hangs costs the snapshot, never the guest.
 
 use super::protect::{Mode, WatchState};
 use crate::image::PageBuffer;
@@ -22,14 +27,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Most bytes of the buffers for host pages of one size; at least a few of them.
-const BUFFERS: u64 = 32 << 20;
-/// Most buffers for host pages of one size: 8 MiB of small ones.
-const MAX_BUFFER_BYTES: u64 = 2048;
-/// How long a buffer is waited for at a stretch.
+/// The bytes of all buffers for host pages of one size. There are always a few buffers.
+const BUFFER_BYTES: u64 = 32 << 20;
+/// The largest number of buffers for host pages of one size: 8 MiB of buffers for small pages.
+const MAX_BUFFERS: u64 = 2048;
+/// The interval at which a wait for a buffer checks whether it is still needed.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A page that was captured and is to be put.
+/// A captured page that must be put into the image.
 struct Captured {
     copier: Arc<CopyBeforeWrite>,
     at: usize,
@@ -38,13 +43,13 @@ struct Captured {
     pool: usize,
 }
 
-/// Buffers that go round between the two threads.
+/// The buffers that go back and forth between the two threads.
 struct Buffers {
     pools: Vec<BufferPool>,
-    /// The pool for each block.
+    /// The index of the pool for each block.
     of_block: Vec<usize>,
     captured: Sender<Captured>,
-    /// How long one is waited for at most.
+    /// The longest wait for a buffer.
     limit: Duration,
 }
 
@@ -57,19 +62,19 @@ struct BufferPool {
 impl BufferPool {
     fn new(host_page: u64) -> Result<Self, MappingError> {
         let (to_free, free) = channel();
-        for _ in 0..(BUFFERS / host_page).clamp(4, MAX_BUFFER_BYTES) {
-            // The other end is here.
+        for _ in 0..(BUFFER_BYTES / host_page).clamp(4, MAX_BUFFERS) {
+            // Cannot fail: this function holds the receiver.
             let _ = to_free.send(PageBuffer::try_new(host_page as usize)?);
         }
         Ok(Self { free, to_free })
     }
 }
 
-/// Starts both threads. They answer faults until `stop` is readable, and end when all that was
-/// captured is put.
+/// Starts both threads. They handle faults until `stop` is readable, and end when all captured
+/// pages are in the image.
 ///
 /// # Errors
-/// If there is no thread to be had, or no memory for the buffers.
+/// If a thread cannot be started, or there is no memory for the buffers.
 pub fn start(
     job: &Arc<Job>, shared: &Arc<WatchState>, stop: OwnedFd,
 ) -> Result<JoinHandle<()>, JobError> {
@@ -81,36 +86,36 @@ pub fn start(
     let give_back: Vec<_> = pools.iter().map(|pool| pool.to_free.clone()).collect();
     let (captured, to_put) = channel();
     let builder = |name| Builder::new().name(format!("{name}-{}", job.id));
-    let (answering, putting) = (builder("faults"), builder("captured"));
-    let writer = putting
-        .spawn(move || put(to_put, &give_back))
+    let (fault_thread, writer_thread) = (builder("faults"), builder("captured"));
+    let writer = writer_thread
+        .spawn(move || run_writer(to_put, &give_back))
         .map_err(JobError::from_io("start a thread"))?;
     let buffers = Buffers { pools, of_block, captured, limit: job.options().hook_timeout };
-    let answering = answering.spawn(move || {
-        answer(&job, &shared, &stop, &buffers);
+    let fault_thread = fault_thread.spawn(move || {
+        run_faults(&job, &shared, &stop, &buffers);
         drop(buffers);
         if let Err(panic) = writer.join() {
             resume_unwind(panic);
         }
     });
-    answering.map_err(JobError::from_io("start a thread"))
+    fault_thread.map_err(JobError::from_io("start a thread"))
 }
 
-fn answer(job: &Job, shared: &WatchState, stop: &OwnedFd, buffers: &Buffers) {
-    let mut unanswered = FailOnDrop { shared, over: false };
-    match answer_all(job, shared, stop, buffers) {
-        Ok(()) => unanswered.over = true,
+fn run_faults(job: &Job, shared: &WatchState, stop: &OwnedFd, buffers: &Buffers) {
+    let mut guard = FailUnlessOver { shared, over: false };
+    match handle_faults(job, shared, stop, buffers) {
+        Ok(()) => guard.over = true,
         Err(error) => fail(&shared.mode(), error),
     }
 }
 
-/// On drop, also by a panic, there is no instant any more, unless all is over.
-struct FailOnDrop<'a> {
+/// On drop, also after a panic, prevents the instant, unless the fault thread has ended normally.
+struct FailUnlessOver<'a> {
     shared: &'a WatchState,
     over: bool,
 }
 
-impl Drop for FailOnDrop<'_> {
+impl Drop for FailUnlessOver<'_> {
     fn drop(&mut self) {
         if !self.over {
             self.shared.fail();
@@ -118,43 +123,44 @@ impl Drop for FailOnDrop<'_> {
     }
 }
 
-fn put(captured: Receiver<Captured>, free: &[Sender<PageBuffer>]) {
+fn run_writer(captured: Receiver<Captured>, free: &[Sender<PageBuffer>]) {
     for Captured { copier, at, pages, bytes, pool } in captured {
         if let Err(error) = copier.put_run(at, pages, &bytes[..pages.bytes() as usize]) {
             copier.fail(error);
         }
-        // Nobody wants it any more at the end.
+        // Fails only at the end, when nobody needs the buffer any more.
         let _ = free[pool].send(bytes);
     }
 }
 
-/// Before the instant there is nothing to fail: what goes on cannot protect, and says so.
+/// Before the instant there is no snapshot to fail, so the error is only logged. The job meets the
+/// same problem when it protects the next page, and reports it.
 fn fail(mode: &Mode, error: JobError) {
     match mode {
-        Mode::Ahead => log::warn!("a fault cannot be answered: {}", crate::error::chain(&error)),
+        Mode::Ahead => log::warn!("cannot handle a write fault: {}", crate::error::chain(&error)),
         Mode::CopyBeforeWrite(copier) => copier.fail(error),
     }
 }
 
-fn answer_all(
+fn handle_faults(
     job: &Job, shared: &WatchState, stop: &OwnedFd, buffers: &Buffers,
 ) -> Result<(), JobError> {
     let uffd = &shared.protection.uffd;
     let mut faults = [0; MAX_FAULTS];
     while wait(uffd, stop.as_fd())? {
         let since = Instant::now();
-        // Before they are read: what is read is answered before anyone who waits for the lock goes
-        // on.
+        // Locked before the faults are read: a thread that gets the lock after this one finds that
+        // all faults that were read are handled.
         let mode = shared.mode();
         let read = uffd.read_faults(&mut faults);
         let count = read.map_err(|errno| JobError::from_io("read faults")(errno.into()))?;
         for address in &faults[..count] {
             let Some(page) = shared.protection.mappings.locate(*address) else { continue };
-            // Go on with the others.
-            if let Err(error) = answer_one(job, shared, &mode, page, buffers) {
+            // After an error the other faults are still handled.
+            if let Err(error) = handle_fault(job, shared, &mode, page, buffers) {
                 fail(&mode, error);
             }
-            // As the count of faults: those of the snapshot.
+            // Faults are counted and timed only from the instant on.
             if let Mode::CopyBeforeWrite(_) = *mode {
                 job.live.latency.record(since.elapsed());
             }
@@ -163,7 +169,7 @@ fn answer_all(
     Ok(())
 }
 
-fn answer_one(
+fn handle_fault(
     job: &Job, shared: &WatchState, mode: &Mode, page: (usize, u64), buffers: &Buffers,
 ) -> Result<(), JobError> {
     let copier = match mode {
@@ -172,16 +178,17 @@ fn answer_one(
     };
     let pool = buffers.of_block[page.0];
     let BufferPool { free, to_free } = &buffers.pools[pool];
-    // What is not pending now never is again.
+    // A page that is not pending now never becomes pending again.
     let is_pending = || copier.pending().block(page.0).bits().contains(page.1);
     let is_lost = || job.cancel.is_cancelled() || copier.has_failed();
-    let bytes = buffer(free, buffers.limit, is_pending, is_lost).unwrap_or_else(|error| {
+    let bytes = wait_for_buffer(free, buffers.limit, is_pending, is_lost).unwrap_or_else(|error| {
         copier.fail(error);
         copier.stop_faults();
         None
     });
     let Some(mut bytes) = bytes else {
-        // Nothing is taken then.
+        // Without a buffer nothing is taken: the page is not pending, or the snapshot takes nothing
+        // any more.
         return copier.write_fault(&job.memory, page, &mut []).map(|_| ());
     };
     let captured = copier.write_fault(&job.memory, page, &mut bytes);
@@ -189,15 +196,15 @@ fn answer_one(
         let captured = Captured { copier: copier.clone(), at: page.0, pages, bytes, pool };
         return buffers.captured.send(captured).map_err(|_| JobError::Panicked);
     }
-    // Also if it cannot be captured: those who come after it would wait for a buffer for ever.
+    // The buffer is also returned after an error. Otherwise later faults would wait for it forever.
     to_free.send(bytes).map_err(|_| JobError::Panicked)?;
     captured.map(|_| ())
 }
 
-/// A buffer for a page that is pending. Whoever waits to write waits for it, if the disk is slower
-/// than the writes; but not for a snapshot that is lost anyway, nor for a disk that takes nothing
-/// for `limit`.
-fn buffer(
+/// Waits for a buffer for a pending page, and the guest waits with it if it writes faster than the
+/// disk. The wait ends with `None` if the page is not pending any more, and with an error if the
+/// snapshot is lost, or if no buffer was returned for `limit`.
+fn wait_for_buffer(
     free: &Receiver<PageBuffer>, limit: Duration, is_pending: impl Fn() -> bool,
     is_lost: impl Fn() -> bool,
 ) -> Result<Option<PageBuffer>, JobError> {
@@ -223,7 +230,7 @@ mod tests {
     use crate::memory::test_support::{job, memfd, memory};
     use pageferry_protocol::memory::PAGE_SIZE;
 
-    /// Nothing comes here.
+    /// A sink that must not get any page.
     #[derive(Debug)]
     struct Nowhere;
 
@@ -233,9 +240,9 @@ mod tests {
         }
     }
 
-    /// The disk has given no buffer back.
+    /// The disk has returned no buffer.
     #[test]
-    fn who_waits_for_a_buffer_goes_on_if_the_job_is_cancelled_or_the_snapshot_is_lost() {
+    fn wait_for_a_buffer_ends_with_the_job_or_the_snapshot() {
         for is_cancelled in [false, true] {
             let job = job(memory(&[64]));
             let pending = HostPageSet::empty(&job.memory, &[PAGE_SIZE]).unwrap();
@@ -254,8 +261,8 @@ mod tests {
                 copier.fail(JobError::VmmGone);
             }
             let mode = Mode::CopyBeforeWrite(copier.clone());
-            answer_one(&job, &shared, &mode, (0, 3), &buffers).unwrap();
-            // And not that the disk is too slow.
+            handle_fault(&job, &shared, &mode, (0, 3), &buffers).unwrap();
+            // The reason must not be that the disk is too slow.
             let why = copier.check().unwrap_err();
             assert_eq!(matches!(why, JobError::Cancelled), is_cancelled, "{why}");
             assert_eq!(matches!(why, JobError::VmmGone), !is_cancelled, "{why}");
@@ -264,22 +271,26 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_is_waited_for_while_the_page_is_wanted_and_the_vmm_has_patience() {
+    fn wait_for_a_buffer_ends_when_pointless_or_too_long() {
         let pool = BufferPool::new(8 << 20).unwrap();
         let (long, short) = (Duration::from_secs(3600), CHECK_INTERVAL * 3);
-        let taken: Vec<_> =
-            (0..4).map(|_| buffer(&pool.free, short, || true, || true).unwrap().unwrap()).collect();
+        let taken: Vec<_> = (0..4)
+            .map(|_| wait_for_buffer(&pool.free, short, || true, || true).unwrap().unwrap())
+            .collect();
         assert!(taken.iter().all(|bytes| bytes.len() == 8 << 20));
-        assert!(buffer(&pool.free, long, || false, || true).unwrap().is_none());
-        assert!(matches!(buffer(&pool.free, long, || true, || true), Err(JobError::Cancelled)));
-        let error = buffer(&pool.free, short, || true, || false).unwrap_err().to_string();
+        assert!(wait_for_buffer(&pool.free, long, || false, || true).unwrap().is_none());
+        assert!(matches!(
+            wait_for_buffer(&pool.free, long, || true, || true),
+            Err(JobError::Cancelled)
+        ));
+        let error = wait_for_buffer(&pool.free, short, || true, || false).unwrap_err().to_string();
         assert!(
             error.contains("nothing was written to the image for 60ms")
                 && error.contains("hook_timeout"),
             "{error}"
         );
         let BufferPool { free, to_free } = pool;
-        let waiting = std::thread::spawn(move || buffer(&free, long, || true, || false));
+        let waiting = std::thread::spawn(move || wait_for_buffer(&free, long, || true, || false));
         taken.into_iter().for_each(|bytes| to_free.send(bytes).unwrap());
         assert!(waiting.join().unwrap().unwrap().is_some());
     }
