@@ -36,7 +36,7 @@ const MAX_PENDING: usize = 256;
 /// How long a refused connection stays open so that the source can read the reason.
 const REJECT_READ_TIME: Duration = Duration::from_millis(50);
 /// Longest single wait for a source. There is no limit in total: an operator cancels the job.
-const LONG: Duration = Duration::from_secs(3600);
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 /// The largest host page that postcopy can place at once, in bytes.
 const MAX_HOST_PAGE: u64 = 2 << 20;
 
@@ -304,7 +304,8 @@ impl<'a> PendingHandshakes<'a> {
         let events =
             |one: &Handshake| if one.hello.is_none() { PollFlags::IN } else { PollFlags::RDHUP };
         fds.extend(self.pending.iter().map(|one| (one.reader.socket().as_fd(), events(one))));
-        let ready = self.job.cancel.wait(&fds, oldest.unwrap_or_else(|| Instant::now() + LONG))?;
+        let ready =
+            self.job.cancel.wait(&fds, oldest.unwrap_or_else(|| Instant::now() + LONGEST_WAIT))?;
         Ok(asked.is_some() && ready[0])
     }
 

@@ -1,30 +1,34 @@
-//! Asking the trackers, and clearing what is discarded. `fix-up-after-sync` lives here.
+//! Syncing the trackers, and clearing discarded pages from the dirty bitmap (`fix-up-after-sync`).
 //!
 //! # On dirty bits of discarded pages
 //!
-//! A dirty bit in a discarded range means one of two things. Either the guest wrote *before* the
-//! discard, and the bit is stale: following it would read memory that was given back. Or it wrote
-//! *after*, into memory that it had promised not to use: a stray write, which migrates, as it does
-//! with QEMU, since a guest that does so may rely on it. The tracker cannot tell the two apart, but
-//! the backing can: the discard punched the page, so if it is allocated at the sync, something
-//! wrote to it since.
+//! A dirty bit in a discarded range can mean two things. If the guest wrote *before* the discard,
+//! the bit is stale. If it wrote *after* the discard, into memory that it had promised not to use,
+//! the write is a *stray write*. The tracker cannot tell the two apart.
 //!
-//! That holds only for pages that were punched, on a backing that tells its holes. All others are
-//! *unsettled* until a sync has come and gone: whatever that sync reports of them may be older than
-//! the discard and is dropped; what the next one reports is not.
+//! - Sending all such pages would be wrong: the agent would read memory that was given back.
+//! - Dropping all such pages would be wrong, too. QEMU migrates stray writes, and a guest that
+//!   makes them may rely on that.
 //!
-//! Nor is a report believed that may mean a neighbour: write-protect scanning tells no page of a
-//! transparent huge page from the others.
+//! So the fix-up asks the file. The discard punched the page. If the page is allocated at the sync,
+//! something has written to it since, and it is sent. Three cases need more care:
 //!
-//! The fix-up comes after the sync. Before it, the sync would bring the stale bits back. And what
-//! it drops is dropped in the VMM's tracker, too, if that one does not clear by itself; otherwise
-//! the same stale bit would return with every sync, and be taken for a stray write at the next.
+//! - The answer holds only for pages that were punched, in a file that reports its holes. All other
+//!   discarded pages are *unsettled* until one sync has passed. What that sync reports of them may
+//!   be older than the discard, so it is dropped. What the next sync reports is not.
+//! - A report is not believed if it may mean a neighbour: write-protect scanning reports all pages
+//!   of a transparent huge page together.
+//! - At the first sync all discarded pages are dropped: nothing is known from before the start of
+//!   the trackers.
 //!
-//! At the first sync all discarded pages are dropped: nothing before the start of the tracker is
-//! known.
+//! # Order
 //!
-//! Discards and populates go on meanwhile. See [`crate::memory::discard`] for why each interleaving
-//! is right.
+//! The fix-up comes after the sync. If it came before, the sync would bring the stale bits back.
+//! What it drops, it also clears in a tracker whose sync does not clear by itself. Otherwise every
+//! later sync would report the same stale bit, and the next one would take it for a stray write.
+//!
+//! Discards and populates happen at the same time. [`crate::memory::discard`] explains why every
+//! interleaving is right.
 
 use super::Migration;
 use super::sender::PassView;
@@ -37,33 +41,33 @@ use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::time::Instant;
 
-/// No value that [`GuestMemory::changes`] has while nothing is under way.
+/// A value that [`GuestMemory::changes`] never has while no change is being made.
 const NEVER: u64 = u64::MAX;
 
-/// What is dirty, and what the destination was told of discards.
+/// The dirty pages, and the discards that were announced to the destination.
 #[derive(Debug)]
 pub struct DirtyState {
     /// Pages to send.
     pub pages: DirtyPages,
-    /// Pages that the destination holds as discarded.
+    /// Pages that the destination has as discarded.
     pub(super) announced: DirtyPages,
-    /// What was unsettled when the sync began.
+    /// Pages that were unsettled when the sync began.
     settling: DirtyPages,
     /// Pages whose bit the fix-up dropped.
     dropped: DirtyPages,
     pub(super) remaining: u64,
-    /// See [`GuestMemory::changes`]: when the unsettled pages were last taken, and when the
-    /// destination was last told.
+    /// The value of [`GuestMemory::changes`] when the unsettled pages were last taken, and when
+    /// discards were last announced.
     settled_at: u64,
     announced_at: u64,
-    /// There is something in `settling`.
+    /// `settling` has pages.
     settles: bool,
-    /// Stray pages were found since the destination was last told.
+    /// Stray pages were found since the last announcement.
     found_stray: bool,
 }
 
 impl DirtyState {
-    /// Nothing is dirty, and nothing was told.
+    /// The state at the start: no page is dirty, and no discard was announced.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
@@ -81,12 +85,12 @@ impl DirtyState {
         })
     }
 
-    /// Dirty pages after the last sync.
+    /// Number of dirty pages after the last sync.
     pub fn remaining(&self) -> u64 {
         self.remaining
     }
 
-    /// Drops the stale bits of one block, in the tracker, too, if that does not do so by itself.
+    /// Drops the stale bits of a block, also in a tracker whose sync does not clear by itself.
     fn fix_up(
         &mut self, memory: &GuestMemory, at: usize, trackers: &Trackers, first_sync: bool,
     ) -> Result<(), JobError> {
@@ -94,21 +98,21 @@ impl DirtyState {
         let (dirty, settling, dropped) =
             (self.pages.block(at), self.settling.block(at), self.dropped.block(at));
         let mut any = false;
-        // What is dirty is little; what is discarded may be most of the guest.
+        // Walk over the dirty pages, not the discarded: those may be most of the guest.
         for (word, dirty_pages) in dirty.nonzero_words(block.all()) {
             let suspects = dirty_pages & block.discarded.word(word);
             if suspects == 0 {
                 continue;
             }
-            // A discard has marked all of its pages, or none.
+            // A discard sets all its marks under this lock, so here it has set all of them or none.
             let _marking = memory.marking.hold();
             let unsure = settling.word(word) | block.unsettled.word(word);
             let known = suspects & block.stray.word(word);
             let mut stray = 0;
             if !first_sync {
                 let written = written_since(block, word, suspects & !unsure & !known)?;
-                // Where the tracker may mean a neighbour the discard is believed: what is discarded
-                // is not read on a suspicion.
+                // Where the report may mean a neighbour, the discard counts: a discarded page is
+                // not read on a suspicion.
                 stray = known | written & !trackers.imprecise(block, word, written)?;
             }
             self.found_stray |= block.stray.or_word(word, stray) != 0;
@@ -125,7 +129,8 @@ impl DirtyState {
     }
 }
 
-/// Those of the pages `suspects`, all discarded and settled, that the guest wrote into since.
+/// Those of the pages `suspects` that the guest wrote to since the discard. All of them are
+/// discarded and settled.
 fn written_since(block: &Block, word: u64, suspects: u64) -> Result<u64, JobError> {
     if !block.backing.tells_holes() {
         return Ok(suspects);
@@ -137,8 +142,8 @@ fn written_since(block: &Block, word: u64, suspects: u64) -> Result<u64, JobErro
 }
 
 impl Migration {
-    /// Starts the trackers. What they report by now is older than the start, and pass 0 adds all
-    /// that is allocated, chunk by chunk.
+    /// Starts the trackers and syncs them once. Their first reports are older than the start, so
+    /// they do not matter: pass 0 adds all allocated pages, chunk by chunk.
     pub(super) fn start_tracking(&mut self) -> Result<(), JobError> {
         let memory = self.job.memory.clone();
         for block in memory.blocks() {
@@ -147,13 +152,13 @@ impl Migration {
         self.trackers.start(&memory)?;
         self.ask_trackers()?;
         self.clear_discarded(true)?;
-        // For whoever watches: what pass 0 will find is known when it has.
+        // An estimate for the status: the exact number is known when pass 0 has looked.
         self.dirty.remaining =
             memory.blocks().iter().map(|block| block.backing.allocated_pages()).sum();
         Ok(())
     }
 
-    /// Asks the trackers what was written since the last time.
+    /// Asks the trackers for the pages that were written since the last sync, and fixes them up.
     pub(super) fn sync(&mut self) -> Result<(), JobError> {
         self.ask_trackers()?;
         self.clear_discarded(false)
@@ -167,8 +172,8 @@ impl Migration {
         if !memory.is_unchanged(self.dirty.settled_at) {
             for (at, block) in memory.blocks().iter().enumerate() {
                 let settling = self.dirty.settling.block(at);
-                // Only what is still waiting for its first sync; what a discard that is under way
-                // sets after this is looked at where it is.
+                // Take the pages that wait for their first sync. A discard that runs now may add
+                // pages after this: the fix-up looks for them in `unsettled` itself.
                 block.unsettled.take(block.all(), |word, bits| {
                     settling.or_word(word, bits);
                 });
@@ -200,23 +205,23 @@ impl Migration {
         Ok(())
     }
 
-    /// Tells the destination what is discarded and what it does not know yet; stray pages are none
-    /// of it. Comes before the pages of a pass.
+    /// Announces the discarded pages that the destination does not know yet, without stray pages.
+    /// Comes before the pages of a pass.
     pub(super) fn send_discards(&mut self) -> Result<(), JobError> {
         let memory = self.job.memory.clone();
         let changes = memory.changes();
-        // With neither discards nor populates nor stray pages since the last time there is no news,
-        // and the fix-up has left no dirty page that was told.
+        // If there was no discard, no populate and no stray page since the last announcement, there
+        // is nothing to announce, and the fix-up has left no announced page dirty.
         if memory.is_unchanged(self.dirty.announced_at) && !self.dirty.found_stray {
             return Ok(());
         }
         (self.dirty.announced_at, self.dirty.found_stray) = (changes, false);
         for (at, block) in memory.blocks().iter().enumerate() {
-            let told = self.dirty.announced.block(at);
-            let news = &self.dirty.dropped.block(at);
-            find_new_discards(block, told, news, self.dirty.pages.block(at));
-            let runs: Vec<PageRange> = news.runs(block.all()).collect();
-            news.clear(block.all());
+            let announced = self.dirty.announced.block(at);
+            let fresh = &self.dirty.dropped.block(at);
+            find_new_discards(block, announced, fresh, self.dirty.pages.block(at));
+            let runs: Vec<PageRange> = fresh.runs(block.all()).collect();
+            fresh.clear(block.all());
             for part in runs.chunks(MAX_RUNS) {
                 self.send_runs(block.geometry.id, part)?;
             }
@@ -224,8 +229,9 @@ impl Migration {
         Ok(())
     }
 
-    /// The guest stands still, and its last pass has arrived: tells the destination what the VMM
-    /// freed since the last sync. It would keep pages there that are holes here (`never-populate`).
+    /// Sends the pages that the VMM freed since the last sync as zero. The guest is paused, and its
+    /// last pass has arrived. Without this the destination would keep pages that are holes here
+    /// (`never-populate`).
     pub(super) fn send_late_frees(&mut self) -> Result<(), JobError> {
         let job = self.job.clone();
         if !job.memory.blocks().iter().any(|block| block.may_have_known_holes()) {
@@ -252,24 +258,26 @@ impl Migration {
     }
 }
 
-/// Sets in `news` what is discarded and was not told, and keeps in `told` only what still holds.
+/// Sets in `fresh` the discarded pages that were not announced, and removes from `announced` the
+/// pages that are not discarded any more.
 ///
-/// What is told, now or before, is not sent in the pass that follows, even if it is populated
-/// meanwhile: the two records would travel on different streams, and the destination would hold
-/// content that this side takes for told. The populate has marked the log, so the pass after has
-/// it.
+/// All announced pages, old and new, are cleared in `dirty`: they are not sent in the pass that
+/// follows, even if the VMM populates them now. Otherwise the DISCARD and the page would be in the
+/// same pass on different streams. The destination could apply them in either order, and hold
+/// content of a page that is announced here. The populate has marked the log, so the page is sent
+/// in the next pass.
 fn find_new_discards(
-    block: &Block, told: &MappedBitmap, news: &MappedBitmap, dirty: &MappedBitmap,
+    block: &Block, announced: &MappedBitmap, fresh: &MappedBitmap, dirty: &MappedBitmap,
 ) {
-    for (word, known) in told.nonzero_words(block.all()) {
+    for (word, known) in announced.nonzero_words(block.all()) {
         let holds = block.discarded.word(word) & !block.stray.word(word);
-        told.take_bits(word, known & !holds);
+        announced.take_bits(word, known & !holds);
     }
     for (word, discarded) in block.discarded.nonzero_words(block.all()) {
         let stays = discarded & !block.stray.word(word);
-        let fresh = told.or_word(word, stays);
+        let new = announced.or_word(word, stays);
         dirty.take_bits(word, stays);
-        news.or_word(word, fresh);
+        fresh.or_word(word, new);
     }
 }
 
@@ -294,10 +302,10 @@ mod tests {
         bitmap.runs(bitmap.all()).flat_map(|run| run.first..run.end()).collect()
     }
 
-    /// Pages 64 to 68 are discarded. 66 was written after that, 67 may have been, and 68 was found
-    /// to be stray before.
+    /// Pages 64 to 68 are discarded. Page 66 was written after that, page 67 may have been, and
+    /// page 68 was found to be stray before.
     #[test]
-    fn a_dirty_page_that_is_discarded_is_dropped_unless_it_was_written_since() {
+    fn dirty_discarded_pages_are_dropped_unless_written_since() {
         for (first_sync, dirty, stray) in
             [(true, vec![62, 63], vec![68]), (false, vec![62, 63, 66, 68], vec![66, 68])]
         {
@@ -321,25 +329,26 @@ mod tests {
             assert_eq!(pages(state.pages.block(0)), dirty, "first sync: {first_sync}");
             assert_eq!(pages(&block.stray), stray, "first sync: {first_sync}");
             assert_eq!(state.found_stray, !first_sync);
-            assert_eq!(state.dropped.count(), 0, "that is for the next");
+            assert_eq!(state.dropped.count(), 0, "the next sync starts with an empty bitmap");
         }
     }
 
     #[test]
-    fn what_is_told_is_what_is_discarded_and_is_not_sent() {
+    fn discards_are_announced_once_and_not_sent() {
         let memory = memory(&[128]);
         let block = &memory.blocks()[0];
         for page in [2, 3, 4, 5, 70] {
             block.discarded.set(PageRange::new(page, 1));
         }
-        // These were written since.
+        // These are stray.
         for page in [3, 5] {
             block.stray.set(PageRange::new(page, 1));
         }
-        let (told, news, dirty) = (bitmap(&[1, 2, 3]), bitmap(&[]), bitmap(&[1, 2, 3, 4, 5, 70]));
-        find_new_discards(block, &told, &news, &dirty);
-        assert_eq!(pages(&told), [2, 4, 70]);
-        assert_eq!(pages(&news), [4, 70]);
+        let (announced, fresh) = (bitmap(&[1, 2, 3]), bitmap(&[]));
+        let dirty = bitmap(&[1, 2, 3, 4, 5, 70]);
+        find_new_discards(block, &announced, &fresh, &dirty);
+        assert_eq!(pages(&announced), [2, 4, 70]);
+        assert_eq!(pages(&fresh), [4, 70]);
         assert_eq!(pages(&dirty), [1, 3, 5]);
     }
 }

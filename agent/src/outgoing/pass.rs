@@ -1,8 +1,11 @@
-//! One walk over the dirty pages by all workers.
+//! A pass: one walk of all workers over the dirty pages.
 //!
-//! The memory is cut into chunks, and the workers claim them by one atomic counter: there is no
-//! thread that scans for the others. Each takes bits, reads, scans and sends on its own stream. A
-//! worker that is slow, or whose stream is, claims fewer chunks.
+//! The memory is cut into chunks, and the workers claim them from one atomic counter. Each worker
+//! takes the dirty bits of its chunk, reads the pages, finds the zero pages, and sends on its own
+//! stream. So no thread scans for the others, and a slow worker or stream claims fewer chunks.
+//!
+//! The destination answers when it has applied the pass. If one worker fails, the others stop at
+//! their next chunk, and the pass fails.
 
 use super::Migration;
 use super::fixup::DirtyState;
@@ -18,19 +21,19 @@ use pageferry_protocol::stream::Kind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Pages of a chunk: 64 MiB. Also the unit in which a lazy tracker is cleared; no larger than one
-/// clear hook can carry.
+/// Pages of a chunk: 64 MiB. A tracker that is cleared by hooks is cleared in the same chunks, so a
+/// chunk is no larger than what one clear hook can carry.
 const CHUNK_PAGES: u64 = (64 << 20) / PAGE_SIZE;
 const _: () = assert!(CHUNK_PAGES <= pageferry_protocol::control::hook::MAX_CLEAR_PAGES);
-/// Words of zero pages after which a worker asks where the next data is, instead of reading on.
+/// Number of words of zero pages in a row after which a worker looks for the next data in the file.
 const HOLE_WORDS: u64 = 4;
 
-/// The chunks of a pass, handed out once each.
+/// The chunks of a pass. Each is handed out once.
 struct Chunks {
     next: AtomicU64,
-    /// Index of the first chunk of each block, and behind the last, their number.
+    /// For each block the index of its first chunk; then the number of all chunks.
     starts: Vec<u64>,
-    /// A worker failed: the others stop, too.
+    /// A worker failed, so the others stop.
     failed: AtomicBool,
 }
 
@@ -68,7 +71,7 @@ struct Pass<'a> {
 }
 
 impl Migration {
-    /// Sends what is dirty, and waits until the destination has applied it.
+    /// Sends the dirty pages, and waits until the destination has applied them.
     pub(super) fn run_pass(&mut self) -> Result<(), JobError> {
         let job = self.job.clone();
         let started = Instant::now();
@@ -102,7 +105,7 @@ impl Migration {
     }
 }
 
-/// Runs one worker per stream; the first error is the pass's, the peer's own words before all.
+/// Runs one worker for each stream. Returns the first error in the order of the streams.
 fn run_workers(pass: &Pass<'_>, senders: &mut [PageSender]) -> Result<(), JobError> {
     // The job's own thread is the primary's worker: with one stream no thread is started.
     let Some((primary, others)) = senders.split_first_mut() else { return Ok(()) };
@@ -133,8 +136,8 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
             find_allocated(block, dirty, pass.dirty.announced.block(at), chunk)?;
         }
         if let Some(lazy) = pass.lazy {
-            // `clear-then-read` for a tracker whose sync does not clear: before the first read in
-            // the chunk.
+            // `clear-then-read`, for a tracker whose sync does not clear: clear the chunk before
+            // its first page is read.
             lazy.clear(block.geometry.id, dirty, chunk)?;
         }
         send_chunk(pass, sender, (at, block), dirty, chunk)?;
@@ -142,19 +145,19 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
     Ok(())
 }
 
-/// What pass 0 has to send of a chunk, made dirty: what is allocated, and what was not told to the
-/// destination as discarded before the pass. What was told is none of it even if it is populated
-/// meanwhile; see `find_news`.
+/// Makes dirty what pass 0 has to send of a chunk: the allocated pages, without those that were
+/// announced as discarded before the pass. Announced pages are left out even if the VMM populates
+/// them now; see `find_new_discards` in [`super::fixup`].
 ///
-/// The holes need not be sent, since the destination starts from holes. A hole that is written
-/// after the walk here came by is reported by a tracker, since all of them were started before.
+/// Holes need not be sent, because the destination starts from holes. If the guest writes to a hole
+/// after this walk has passed it, a tracker reports the page: all trackers were started before.
 pub(super) fn find_allocated(
-    block: &Block, dirty: &MappedBitmap, told: &MappedBitmap, chunk: PageRange,
+    block: &Block, dirty: &MappedBitmap, announced: &MappedBitmap, chunk: PageRange,
 ) -> Result<(), JobError> {
     let failed = |source| JobError::Backing { id: block.geometry.id, source };
     for run in block.backing.data_runs(chunk) {
         for (word, mask) in words_of(run.map_err(failed)?) {
-            dirty.or_word(word, mask & !told.word(word));
+            dirty.or_word(word, mask & !announced.word(word));
         }
     }
     Ok(())
@@ -178,17 +181,17 @@ fn send_chunk(
     sender.flush(&pass.view)
 }
 
-/// Finds large holes among dirty pages, as a populate of much memory makes them: one seek instead
-/// of reading gigabytes of zeroes.
+/// Finds large holes among the dirty pages. A VMM that populates much memory makes many untouched
+/// pages dirty. One look at the file then replaces reading gigabytes of zeroes.
 ///
-/// What it finds holds for the pass: a page that is written after the seek is reported by the next
-/// sync, since the tracker was cleared before.
+/// A hole that it finds counts as zero for this pass. If the guest writes to it after the look, the
+/// next sync reports the page, because the tracker was cleared before.
 struct HoleFinder<'a> {
     block: &'a Block,
     chunk: PageRange,
-    /// Zero words in a row so far.
+    /// Number of words in a row that were all zero.
     zeros: u64,
-    /// Words below this one hold no data.
+    /// There is no data in the words below this one.
     until: u64,
 }
 
@@ -242,22 +245,22 @@ mod tests {
     }
 
     #[test]
-    fn what_is_allocated_and_was_not_told_as_discarded_is_dirty() {
+    fn allocated_pages_are_dirty_unless_announced_as_discarded() {
         let memory = memory(&[512]);
         let block = &memory.blocks()[0];
         let bitmap = || MappedBitmap::private(512).unwrap();
-        let (dirty, told) = (bitmap(), bitmap());
+        let (dirty, announced) = (bitmap(), bitmap());
         for page in [3, 130, 131, 132, 400] {
             block.backing.write(page * PAGE_SIZE, &[1]).unwrap();
         }
-        told.set(PageRange::new(132, 10));
-        find_allocated(block, &dirty, &told, PageRange::new(64, 192)).unwrap();
+        announced.set(PageRange::new(132, 10));
+        find_allocated(block, &dirty, &announced, PageRange::new(64, 192)).unwrap();
         let found: Vec<_> = dirty.runs(dirty.all()).collect();
         assert_eq!(found, [PageRange::new(130, 2)]);
     }
 
     #[test]
-    fn after_some_zero_words_a_hole_is_taken_as_one_up_to_the_next_data() {
+    fn a_hole_is_skipped_after_some_words_of_zeroes() {
         const WORDS: u64 = 20;
         const DATA: u64 = 14;
         let memory = memory(&[WORDS * WORD_BITS]);

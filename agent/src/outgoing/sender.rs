@@ -1,9 +1,9 @@
-//! One worker's side of a stream: reads pages into a buffer, finds the zero ones, and sends records
-//! in batches.
+//! The sender of one stream: reads pages into a buffer, finds the zero pages, and sends records in
+//! batches.
 //!
-//! The buffer holds one word of pages (256 KiB) or more before it is sent: large enough that the
-//! system calls do not show, small enough to stay in the cache between reading, scanning, checksum
-//! and sending.
+//! A batch holds the pages of at least one word of the bitmap (256 KiB). That is large enough to
+//! make the cost of system calls small, and small enough to stay in the cache while the pages are
+//! read, scanned, checksummed and sent.
 
 use super::compress::Compressor;
 use crate::job::{Job, JobError, add};
@@ -21,13 +21,13 @@ use rustix::io::IoSlice;
 
 /// Bytes of one word of pages.
 const WORD_BYTES: usize = (WORD_BITS * PAGE_SIZE) as usize;
-/// A batch is sent when it holds this much.
+/// A batch is sent when it holds this many bytes.
 const BATCH: usize = WORD_BYTES;
 
-/// A record of the batch: its header, and which part of the buffer is its payload.
+/// A queued record: its header, and the part of the buffer that is its payload.
 type Queued = ([u8; RECORD_SIZE], std::ops::Range<usize>);
 
-/// One worker's stream.
+/// The sender of one stream, used by one worker.
 #[derive(Debug)]
 pub struct PageSender {
     index: usize,
@@ -36,35 +36,35 @@ pub struct PageSender {
     filled: usize,
     queue: Vec<Queued>,
     compressor: Option<Compressor>,
-    /// A zero run that may still grow: the block's id, the flags, and the pages.
+    /// A run of zero pages that may still grow: id of the block, flags, and pages.
     zeros: Option<(u32, u16, PageRange)>,
-    /// What this stream carried.
+    /// The totals of this stream.
     pub totals: Totals,
     broken: bool,
 }
 
-/// What a worker needs to know of the pass.
+/// What a worker must know about the pass.
 #[derive(Debug, Clone, Copy)]
 pub struct PassView<'a> {
     /// The job.
     pub job: &'a Job,
-    /// The limit of all streams.
+    /// The bandwidth limit that all streams share.
     pub limiter: &'a Limiter,
-    /// Zero pages are sent. Not in pass 0: the destination starts from holes.
+    /// Zero pages are sent. False in pass 0, because the destination starts from holes.
     pub send_zeros: bool,
 }
 
-/// The dirty pages of a word, taken.
+/// The dirty pages of a word whose bits were taken.
 struct TakenWord {
-    /// Those that migrate.
+    /// The pages to send.
     send: u64,
-    /// Those of them that are discarded, and were written after that.
+    /// Those of them that are discarded, and were written after the discard.
     stray: u64,
 }
 
 impl TakenWord {
-    /// `never-read` and `clear-then-read` for one word: takes the bits, and leaves out what is
-    /// discarded.
+    /// Takes the dirty bits of a word, and leaves out discarded pages (`never-read` and
+    /// `clear-then-read`).
     fn take(pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64) -> Self {
         let taken = dirty.take_word(word);
         add(&pass.job.live.pass_pages_done, u64::from(taken.count_ones()));
@@ -75,7 +75,7 @@ impl TakenWord {
 }
 
 impl PageSender {
-    /// The sender of stream `index`, which compresses if it is given what does that.
+    /// The sender of stream `index`. It compresses if it gets a compressor.
     pub fn new(index: usize, socket: StreamSocket, compressor: Option<Compressor>) -> Self {
         Self {
             index,
@@ -90,22 +90,22 @@ impl PageSender {
         }
     }
 
-    /// True for the first stream.
+    /// True for the primary.
     pub fn is_primary(&self) -> bool {
         self.index == 0
     }
 
-    /// Its connection.
+    /// The socket of the stream.
     pub fn socket(&self) -> &StreamSocket {
         self.writer.socket()
     }
 
-    /// True if a record may have been left half sent.
+    /// True if a record may have been sent in part.
     pub fn is_broken(&self) -> bool {
         self.broken
     }
 
-    /// Takes the dirty pages of word `word` of the block, and queues what they hold.
+    /// Takes the dirty pages of word `word` of the block, reads them, and queues their records.
     ///
     /// # Errors
     /// If the file cannot be read or the stream is broken.
@@ -113,16 +113,16 @@ impl PageSender {
         &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap,
         word: u64,
     ) -> Result<(), JobError> {
-        // `clear-then-read`: take the bits, then read. `never-read`: publish, then look at the
-        // marks, and at the holes; see the fence.
+        // `never-read`: publish the word first, and look at the discard marks and the known holes
+        // after that; see the fence. `clear-then-read`: take the dirty bits before the read.
         let reading = pass.job.memory.readers.reading(self.index, at, word);
         let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
         self.send_word(pass, block, word, send, stray, reading)
     }
 
-    /// Postcopy: queues all of the pages `pages` of word `word`, which the caller has taken from
-    /// what is missing. The destination waits for each of them, so those that were discarded
-    /// meanwhile go as zeroes: unread, like any other.
+    /// Postcopy: queues the pages `pages` of word `word`, which the caller has taken from the
+    /// missing pages. The destination waits for each of them. So pages that were discarded in the
+    /// meantime are queued as zero, and not read.
     ///
     /// # Errors
     /// If the file cannot be read or the stream is broken.
@@ -138,8 +138,8 @@ impl PageSender {
         Ok(())
     }
 
-    /// Queues the pages `send` of a word, which are the caller's: those that were freed and are
-    /// holes still as zero, unread, and what the others hold.
+    /// Queues the pages `send` of a word, which the caller has taken. Pages that were freed and are
+    /// still holes are queued as zero, and not read.
     fn send_word(
         &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64,
         reading: Reading<'_>,
@@ -147,7 +147,7 @@ impl PageSender {
         let failed = |source| JobError::Backing { id: block.geometry.id, source };
         let holes = block.known_holes(word, send).map_err(failed)?;
         self.read_word(pass, block, word, send & !holes, stray, reading)?;
-        // Pass 0 starts from holes at the destination: there is nothing to say.
+        // In pass 0 the destination has holes already.
         if holes != 0 && pass.send_zeros {
             self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, holes, stray);
             add(&pass.job.live.freed_pages, holes.count_ones().into());
@@ -155,10 +155,10 @@ impl PageSender {
         Ok(())
     }
 
-    /// Sends those of the dirty pages of a block that were freed, and are holes still.
+    /// Sends those of the dirty pages of a block as zero that were freed and are still holes.
     ///
     /// # Errors
-    /// If the file cannot be asked, or the stream is broken.
+    /// If the file cannot be examined, or the stream is broken.
     pub fn send_known_holes(
         &mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap,
     ) -> Result<(), JobError> {
@@ -172,8 +172,8 @@ impl PageSender {
         self.flush(pass)
     }
 
-    /// Reads the pages `send` of a word and queues what they hold; `reading` ends when they are
-    /// read.
+    /// Reads the pages `send` of a word and queues their records. `reading` is dropped as soon as
+    /// the pages are read.
     fn read_word(
         &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64,
         reading: Reading<'_>,
@@ -195,8 +195,8 @@ impl PageSender {
         if self.filled >= BATCH { self.flush(pass) } else { Ok(()) }
     }
 
-    /// Takes the dirty pages of word `word` of the block, which lie in a hole: they are zero, and
-    /// nothing need be read to know.
+    /// Takes the dirty pages of word `word` of the block, which lie in a hole. They are queued as
+    /// zero, and not read.
     pub fn take_hole(
         &mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64,
     ) {
@@ -204,17 +204,17 @@ impl PageSender {
         self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, send, stray);
     }
 
-    /// Queues records for the pages `send` of a word, whose bytes lie in the buffer from `start`,
-    /// one after another.
+    /// Queues records for the pages `send` of a word. Their bytes lie in the buffer from `start`
+    /// on, one page after another.
     fn queue_word(
         &mut self, pass: &PassView<'_>, block: u32, first: u64, send: u64, stray: u64, start: usize,
     ) {
-        // Bit n of `dense` is the n-th page that was read; spread it to the pages' places in the
-        // word.
+        // Bit n of `dense` stands for the n-th page that was read. Spread the bits to the places of
+        // these pages in the word.
         let dense = data_mask(&self.buffer[start..self.filled]);
         let data = if send == u64::MAX { dense } else { spread(dense, send) };
         let page_offset = |run: &PageRange| {
-            // The bytes of all read pages below the run come before it.
+            // In the buffer, all pages of `send` below the run come before it.
             let below = send & ((1u64 << (run.first - first)) - 1);
             let at = start + below.count_ones() as usize * PAGE_SIZE as usize;
             at..at + run.bytes() as usize
@@ -245,8 +245,8 @@ impl PageSender {
                         self.queue.push((header.to_wire(), start + bytes.start..start + bytes.end));
                     }
                 }
-                // To where the pages were: what is left of the buffer takes more words before it is
-                // sent.
+                // Copy the compressed runs over the pages: more words then fit into the buffer
+                // before it is sent.
                 let packed = compressor.output();
                 self.buffer[start..start + packed.len()].copy_from_slice(packed);
                 self.filled = start + packed.len();
@@ -258,13 +258,13 @@ impl PageSender {
         add(&pass.job.live.stray_pages, u64::from((data & stray).count_ones()));
         self.queue_zero_pages(pass, block, first, send & !data, stray);
         if data == 0 {
-            // Nothing of it is sent: the next word may use the room.
+            // No page of this word has content, so the next word may use its part of the buffer.
             self.filled = start;
         }
     }
 
-    /// Queues the zero pages `zero` of a word; those in `stray`, too, are flagged and counted as
-    /// that.
+    /// Queues the zero pages `zero` of a word. Those that are also in `stray` are flagged, and
+    /// counted as stray.
     fn queue_zero_pages(
         &mut self, pass: &PassView<'_>, block: u32, first: u64, zero: u64, stray: u64,
     ) {
@@ -281,7 +281,7 @@ impl PageSender {
         }
     }
 
-    /// Queues a zero run, joined with the one before if they touch.
+    /// Queues a run of zero pages. It is joined with the run before if the two touch.
     fn queue_zeros(&mut self, block: u32, flags: u16, run: PageRange) {
         match &mut self.zeros {
             Some((last_block, last_flags, last))
@@ -296,7 +296,7 @@ impl PageSender {
         }
     }
 
-    /// Queues a zero run that could still grow: what comes next does not belong to it.
+    /// Ends a run of zero pages that could still grow, so that the next pages form another record.
     pub fn end_zeros(&mut self) {
         if let Some((block, flags, run)) = self.zeros.take() {
             self.totals.zero_pages += run.count;
@@ -307,7 +307,7 @@ impl PageSender {
         }
     }
 
-    /// Sends what is queued.
+    /// Sends all queued records.
     ///
     /// # Errors
     /// If the stream is broken or the job cancelled.
@@ -325,8 +325,8 @@ impl PageSender {
         Ok(())
     }
 
-    /// Sends what may be sent at once of what is queued, from the record at `from` on; returns the
-    /// next.
+    /// Sends as many queued records as the limit allows at once, from the record at `from` on.
+    /// Returns the index of the next record.
     fn flush_portion(&mut self, pass: &PassView<'_>, from: usize) -> Result<usize, JobError> {
         let most = pass.limiter.portion().saturating_mul(PAGE_SIZE + RECORD_SIZE as u64);
         let (mut bytes, mut to) = (0, from);
@@ -345,7 +345,7 @@ impl PageSender {
                 parts.push(IoSlice::new(&self.buffer[payload.clone()]));
             }
         }
-        // Until all of it went out, a record may be half sent.
+        // Until the write returns, a record may be sent in part.
         self.broken = true;
         self.writer.socket().write_all(&mut parts)?;
         self.broken = false;
@@ -363,7 +363,7 @@ impl PageSender {
         self.write(pass.job, RecordHeader::plain(Kind::PassEnd, number, 0), &[])
     }
 
-    /// Writes a record that is not pages. What is queued must have been flushed.
+    /// Writes a record that is not pages. All queued records must have been sent before.
     ///
     /// # Errors
     /// If the stream is broken.
@@ -378,7 +378,7 @@ impl PageSender {
     }
 }
 
-/// The run, in pieces of at most `most` pages.
+/// Cuts a run into pieces of at most `most` pages.
 fn in_portions(run: PageRange, most: u64) -> impl Iterator<Item = PageRange> {
     let step = most.clamp(1, WORD_BITS);
     (run.first..run.end())
@@ -386,8 +386,8 @@ fn in_portions(run: PageRange, most: u64) -> impl Iterator<Item = PageRange> {
         .map(move |first| PageRange::new(first, step.min(run.end() - first)))
 }
 
-/// Puts the lowest bits of `dense`, one for each bit of `places`, to where the bits of `places`
-/// are.
+/// Moves the lowest bits of `dense` to the places of the bits that are set in `places`: the first
+/// bit to the lowest place, and so on.
 fn spread(mut dense: u64, places: u64) -> u64 {
     let mut spread = 0;
     let mut rest = places;

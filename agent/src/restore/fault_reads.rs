@@ -10,7 +10,7 @@
 //! page as well would cost a guest that jumps about twice the time for each page, both from a disk
 //! and from the page cache.
 //!
-//! The queue holds `QUEUE_LENGTH` host pages. When it is full, the thread that reads the faults waits.
+//! The queue holds `QUEUE_LENGTH` host pages. When it is full, the thread that reads faults waits.
 
 use super::lazy_restore::LazyRestore;
 use super::working_set::WorkingSetRecorder;

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 /// Interval between two reports of placed pages.
 const ACKNOWLEDGE: Duration = Duration::from_millis(20);
 /// Longest single wait of the job's thread.
-const LONG: Duration = Duration::from_secs(3600);
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// Receives pages on one set of connections.
 pub struct PageReceiver<'a> {
@@ -203,7 +203,7 @@ fn report_until_complete(
                 return Err(JobError::State(message));
             }
         }
-        let moment = if group.acknowledge { ACKNOWLEDGE } else { LONG };
+        let moment = if group.acknowledge { ACKNOWLEDGE } else { LONGEST_WAIT };
         let until = due.unwrap_or_else(|| Instant::now() + moment).min(Instant::now() + moment);
         group.job.cancel.wait(&[(group.missing_pages.event(), PollFlags::IN)], until)?;
     }

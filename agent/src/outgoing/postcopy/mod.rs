@@ -1,14 +1,19 @@
-//! Postcopy, seen from the source: the guest runs at the destination, and its memory follows.
+//! Postcopy at the source: the guest runs at the destination, and its memory follows.
 //!
-//! - [`remaining`]: what the destination is still missing when the guest stops, and telling it;
-//! - [`page_sender`]: sending that, on all streams at once, until the destination has it;
-//! - [`recover`]: after a lost connection;
-//! - this file: the phases, and the line of `one-owner`.
+//! - [`remaining`]: finds the pages that remain when the guest stops, and announces them;
+//! - [`page_sender`]: sends these pages on all streams until the destination has all of them;
+//! - [`recover`]: sends the rest after a lost connection;
+//! - this file: the phases, and the commit point (`one-owner`).
 //!
-//! The destination may touch memory as soon as it loads the state of its devices, so what it asks
-//! for is answered from before the commit on. If anything fails until then, the guest runs on here,
-//! and what was sent is worth nothing. After the commit nothing but its memory is left of the guest
-//! here, and it is kept until the destination has it.
+//! 1. The guest is paused. The source sends its state and announces the pages that remain.
+//! 2. The source answers requests. This begins before the commit, because the destination's VMM may
+//!    touch memory while it loads the state of its devices.
+//! 3. The destination has loaded the state. The source commits.
+//! 4. The source pushes the remaining pages, and keeps its memory until the destination has all.
+//!
+//! If anything fails before the commit, the guest continues here, and what was sent is of no use.
+//! After the commit only the guest's memory is left here. If a connection breaks then, the job is
+//! paused until somebody recovers it.
 
 pub mod page_sender;
 pub mod recover;
@@ -23,17 +28,17 @@ use crate::memory::host_page_set::HostPageSet;
 use page_sender::PostcopySource;
 use pageferry_protocol::control::job::Phase;
 
-/// How the guest comes to be moved before its memory.
+/// What the destination has when the guest is moved before the rest of its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Since {
-    /// Nothing was sent before: all that is allocated remains.
+    /// Nothing was sent: all allocated pages remain.
     TheStart,
-    /// After passes: what is dirty remains.
+    /// Passes were sent: the dirty pages remain.
     Passes,
 }
 
 impl Migration {
-    /// The stopped guest goes first.
+    /// Hands the stopped guest over before the rest of its memory.
     pub(super) fn hand_over_first(&mut self, since: Since) -> Result<(), JobError> {
         self.job.enter(Phase::Stopping);
         self.job.freeze();
@@ -43,28 +48,28 @@ impl Migration {
             .send_state_and_remaining(&mut paused, since, &mut stop)
             .map_err(|error| stop.explain(error))?;
         let kept = missing.try_clone()?;
-        let mut supply =
+        let mut source =
             PostcopySource::new(&self.job, self.session, self.address.clone(), missing, Some(kept));
         let mut confirmed = false;
-        let outcome = supply.serve(&mut self.streams, |primary| {
-            supply.job.enter(Phase::Loading);
-            wait_loaded(&supply.job, primary, &stop)?;
-            supply.job.enter(Phase::Committing);
-            paused.commit(primary, supply.session)?;
+        let outcome = source.serve(&mut self.streams, |primary| {
+            source.job.enter(Phase::Loading);
+            wait_loaded(&source.job, primary, &stop)?;
+            source.job.enter(Phase::Committing);
+            paused.commit(primary, source.session)?;
             confirmed = true;
-            // ---- Past the line: whatever happens, the guest may run there, and what it lacks is
-            // here.
-            supply.job.enter(Phase::Postcopy);
+            // ---- Past the commit point: the guest may run at the destination, and its missing
+            // pages are here.
+            source.job.enter(Phase::Postcopy);
             Ok(())
         });
         match outcome {
             Err(error) if paused.is_ours() => Err(stop.explain(error)),
-            // Another stream may have been the first to see what happened, and does not know what
-            // it means.
+            // The commit was sent and not confirmed. Another stream may have failed first, and
+            // its error does not say that.
             Err(error) if !confirmed && !matches!(error, JobError::Unconfirmed { .. }) => {
-                supply.recover(JobError::Unconfirmed { source: Box::new(error) })
+                source.recover(JobError::Unconfirmed { source: Box::new(error) })
             }
-            Err(error) => supply.recover(error),
+            Err(error) => source.recover(error),
             Ok(()) => Ok(()),
         }
     }

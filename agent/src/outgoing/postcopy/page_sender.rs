@@ -1,17 +1,20 @@
-//! Sending what the destination is missing.
+//! Sending the missing pages of a postcopy, on all streams at once.
 //!
-//! Every stream that is not urgent has a thread that pushes. Every urgent stream has one that
-//! answers what is asked for on it, and nothing else goes there: so an answer never queues behind
-//! what nobody waits for. The job's own thread reads the return path. Who sends a host page takes
-//! it first ([`HostPageSet::take`]), so none is pushed twice; what is taken and lost with a
-//! connection comes back with the next one, when the destination says what it has.
+//! - Each stream that is not urgent has a thread that pushes missing pages without a request.
+//! - Each urgent stream has a thread that answers the requests on it. Nothing else is sent there,
+//!   so an answer never waits behind pages that the guest does not wait for.
+//! - The job's thread reads the return path.
 //!
-//! What is asked for although it was taken is on its way: held back by the limit, or behind
-//! megabytes in the buffers of a connection that the destination empties no faster than it places
-//! pages. It is sent again, and overtakes itself; the destination drops what comes second. So no
-//! fault waits for the push.
+//! A thread takes a host page before it sends it ([`HostPageSet::take`]), so no page is pushed
+//! twice. If a page is taken and then lost with a connection, the destination reports it as missing
+//! after the recovery.
 //!
-//! If one stream fails, all do: connections are lost and made together.
+//! A requested page that was already taken is on its way. It may wait for the bandwidth limit, or
+//! behind megabytes in the buffers of a connection, which the destination empties no faster than it
+//! places pages. Such a page is sent again on the urgent stream and overtakes itself. The
+//! destination throws away the copy that comes second. So no fault waits for the push.
+//!
+//! If one stream fails, all end: connections are lost and made again together.
 
 use super::super::connect::{LAST_WORDS, Primary, SessionId, Streams, Urgent, unexpected};
 use super::super::sender::{PageSender, PassView};
@@ -32,38 +35,39 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Longest time between two looks at what an operator changed.
-const LOOK: Duration = Duration::from_millis(200);
+/// Longest time between two looks at parameters that an operator may have changed.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A guest that runs elsewhere, or is about to, and what it is missing.
+/// The source of a guest that runs at the destination, or is about to.
 #[derive(Debug)]
 pub struct PostcopySource {
     pub(super) job: Arc<Job>,
     pub(super) session: SessionId,
-    /// Where the destination listens.
+    /// The address of the destination.
     pub(super) address: Option<Address>,
+    /// The pages that the destination is missing and that were not sent yet.
     pub(super) missing: Arc<HostPageSet>,
-    /// What the destination may still lack: all that was ever missing and is not released. An agent
-    /// that did not begin the migration learns it from the destination.
+    /// The pages that the destination may still need: all that were ever missing and are not
+    /// released. An agent that did not begin the migration gets them from the destination.
     pub(super) kept: Option<HostPageSet>,
     limiter: Limiter,
     unlimited: Limiter,
 }
 
-/// What all threads of one connection share.
+/// What the threads of one set of connections share.
 struct StreamGroup<'a> {
     cursor: Cursor,
     sockets: Vec<StreamSocket>,
-    /// Why it broke. The first to fail says, but for the peer's own words, which tell more.
+    /// Why it failed: the first error, unless the peer sent its own reason, which tells more.
     failure: Mutex<Option<JobError>>,
-    /// All is over, for better or worse: that a connection ends is no failure any more.
+    /// The postcopy has ended, with success or without. A connection that ends now is no failure.
     over: AtomicBool,
-    /// The return path is read for what the destination says, also once a stream failed: it may say
-    /// why.
+    /// The return path is being read. It is read on when a stream has failed, because the
+    /// destination may say why.
     following: AtomicBool,
-    /// Streams that still push.
+    /// Number of streams that still push.
     pushing: AtomicUsize,
-    /// Readable when none does.
+    /// Readable when no stream pushes any more.
     pushed: OwnedFd,
     bulk: PassView<'a>,
     urgent: PassView<'a>,
@@ -86,7 +90,7 @@ impl StreamGroup<'_> {
         let (primary, others) =
             self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
         others.iter().for_each(StreamSocket::shut);
-        // What it said before is still read.
+        // The primary is still read: the destination may have sent its reason.
         primary.into_iter().for_each(StreamSocket::end);
     }
 
@@ -95,7 +99,7 @@ impl StreamGroup<'_> {
     }
 
     fn shut(&self) {
-        // Nobody waits for his turn to send on what is shut.
+        // Without a limit no thread keeps waiting to send on a stream that is shut.
         self.bulk.limiter.set_rate(0);
         self.sockets.iter().for_each(StreamSocket::shut);
     }
@@ -108,8 +112,8 @@ impl StreamGroup<'_> {
 }
 
 impl PostcopySource {
-    /// The destination is missing `missing`; `kept` is what it may still lack later, as far as that
-    /// is known.
+    /// A source for a destination that is missing `missing`. `kept` has the pages that the
+    /// destination may need again after a lost connection, if that is known.
     pub fn new(
         job: &Arc<Job>, session: SessionId, address: Option<Address>, missing: HostPageSet,
         kept: Option<HostPageSet>,
@@ -127,11 +131,10 @@ impl PostcopySource {
         }
     }
 
-    /// Answers what is asked for, runs `before`, and then pushes the rest until the destination has
-    /// it.
+    /// Answers requests, runs `before`, and then pushes the rest until the destination has all.
     ///
     /// # Errors
-    /// What `before` says, or why the connection broke. All streams are ended then.
+    /// The error of `before`, or the reason why a stream failed. All streams have ended then.
     pub fn serve(
         &self, streams: &mut Streams, before: impl FnOnce(&mut Primary) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
@@ -140,7 +143,7 @@ impl PostcopySource {
         self.limiter.set_rate(self.job.options().bandwidth);
         let sockets = streams.sockets();
         let Streams { primary, senders, urgent, .. } = streams;
-        let line = StreamGroup {
+        let group = StreamGroup {
             cursor: Cursor::new(&self.job.memory),
             sockets,
             failure: Mutex::default(),
@@ -155,42 +158,44 @@ impl PostcopySource {
             urgent: view(&self.unlimited),
         };
         std::thread::scope(|scope| {
-            let line = &line;
+            let group = &group;
             for stream in urgent {
-                scope.spawn(move || match self.answer_requests(line, stream) {
-                    // Nothing is asked for any more, and the destination lets go of this stream
-                    // before it says that it has everything. If it was lost instead, the primary
-                    // hears of that, since the destination sees it, too.
+                scope.spawn(move || match self.answer_requests(group, stream) {
+                    // All pages are sent, so no request will come, and the destination closes this
+                    // stream before it says that it has all. If the connection was lost instead,
+                    // the destination sees that, too, and the primary fails.
                     Err(JobError::Transport(error)) if self.missing.remaining_pages() == 0 => {
                         log::debug!("an urgent stream ended: {}", crate::error::chain(&error));
                     }
-                    outcome => line.check(outcome),
+                    outcome => group.check(outcome),
                 });
             }
             let outcome = before(primary);
             if outcome.is_ok() {
-                line.following.store(true, Ordering::Release);
+                group.following.store(true, Ordering::Release);
                 for sender in senders {
-                    scope.spawn(move || line.check(self.push(line, sender)));
+                    scope.spawn(move || group.check(self.push(group, sender)));
                 }
-                line.check(self.read_return_path(line, primary));
+                group.check(self.read_return_path(group, primary));
             } else if let Err(error) = outcome {
-                // Nothing else was sent on the primary meanwhile.
+                // No other thread has sent on the primary until now.
                 if !matches!(error, JobError::Transport(_) | JobError::Peer(_)) {
                     primary.say_error(&error.to_remote());
                 }
-                line.fail(error);
+                group.fail(error);
             }
-            line.over.store(true, Ordering::Release);
-            line.shut();
+            group.over.store(true, Ordering::Release);
+            group.shut();
         });
-        let failure = line.failure.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let failure = group.failure.into_inner().unwrap_or_else(PoisonError::into_inner);
         failure.map_or(Ok(()), Err)
     }
 
-    /// Answers what is asked for on an urgent stream.
-    fn answer_requests(&self, line: &StreamGroup<'_>, stream: &mut Urgent) -> Result<(), JobError> {
-        // Nothing comes while the guest finds what it needs.
+    /// Answers the requests that come on an urgent stream.
+    fn answer_requests(
+        &self, group: &StreamGroup<'_>, stream: &mut Urgent,
+    ) -> Result<(), JobError> {
+        // A request comes only when the guest touches a missing page, so there is no deadline.
         stream.reader.set_no_timeout();
         let mut taken = Vec::new();
         loop {
@@ -209,47 +214,47 @@ impl PostcopySource {
                     pages,
                 });
             }
-            line.cursor.fault(at, range.end());
+            group.cursor.fault(at, range.end());
             let asked = self.missing.block(at).covering(range);
             self.missing.take_range(at, asked, |word, bits| taken.push((word, bits)));
-            let sent = self.send(&line.urgent, &mut stream.sender, (at, block), &mut taken)?;
+            let sent = self.send(&group.urgent, &mut stream.sender, (at, block), &mut taken)?;
             add(&self.job.live.requested_pages, sent);
             if sent == 0
                 && let Some(kept) = &self.kept
             {
                 taken.extend(kept.block(at).bits().nonzero_words(asked));
-                self.send(&line.urgent, &mut stream.sender, (at, block), &mut taken)?;
+                self.send(&group.urgent, &mut stream.sender, (at, block), &mut taken)?;
             }
             if !stream.reader.has_more() {
-                stream.sender.flush(&line.urgent)?;
+                stream.sender.flush(&group.urgent)?;
             }
         }
     }
 
-    /// Pushes until nothing is missing.
-    fn push(&self, line: &StreamGroup<'_>, sender: &mut PageSender) -> Result<(), JobError> {
+    /// Pushes pages until none is missing.
+    fn push(&self, group: &StreamGroup<'_>, sender: &mut PageSender) -> Result<(), JobError> {
         crate::priority::lower();
         sender.totals = Totals::default();
         limit_send_queue(sender.socket().as_fd());
         let mut taken = Vec::new();
-        while let Some((at, range)) = line.cursor.claim(&self.missing) {
+        while let Some((at, range)) = group.cursor.claim(&self.missing) {
             self.job.cancel.check()?;
             let block: &Block = &self.job.memory.blocks()[at];
             self.missing.take_range(at, range, |word, bits| taken.push((word, bits)));
-            let sent = self.send(&line.bulk, sender, (at, block), &mut taken)?;
-            sender.flush(&line.bulk)?;
+            let sent = self.send(&group.bulk, sender, (at, block), &mut taken)?;
+            sender.flush(&group.bulk)?;
             add(&self.job.live.pushed_pages, sent);
         }
         let payload = sender.totals.encode();
         sender.write(&self.job, RecordHeader::plain(Kind::End, 0, payload.len()), &payload)?;
-        if line.pushing.fetch_sub(1, Ordering::AcqRel) == 1 {
-            // A full eventfd is readable already.
-            let _ = rustix::io::write(&line.pushed, &1u64.to_ne_bytes());
+        if group.pushing.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // If this fails, the eventfd is full, so it is readable already.
+            let _ = rustix::io::write(&group.pushed, &1u64.to_ne_bytes());
         }
         Ok(())
     }
 
-    /// Queues host pages, words and their bits; returns how many pages that were.
+    /// Queues host pages, given as words and their bits. Returns the number of pages.
     fn send(
         &self, view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block),
         taken: &mut Vec<(u64, u64)>,
@@ -276,25 +281,25 @@ impl PostcopySource {
         Ok(pages)
     }
 
-    /// Reads the return path until the destination has everything.
+    /// Reads the return path until the destination has all pages.
     fn read_return_path(
-        &self, line: &StreamGroup<'_>, primary: &mut Primary,
+        &self, group: &StreamGroup<'_>, primary: &mut Primary,
     ) -> Result<(), JobError> {
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = self.job.options();
         primary.reader.set_timeout(peer_timeout);
-        // Once all is sent, the destination owes an answer: it places what is on its way, and
-        // unregisters, before it gives it.
+        // When all pages are sent, the destination must answer in this time: it places the last
+        // pages and unregisters its memory before that.
         let timeout = peer_timeout + 2 * hook_timeout;
         let mut due: Option<Instant> = None;
-        let mut last_words: Option<Instant> = None;
+        let mut read_until: Option<Instant> = None;
         loop {
             while let Some(record) = primary.reader.try_read()? {
                 due = due.map(|_| Instant::now() + timeout);
                 match record.kind {
                     Kind::Complete => {
                         self.check_all_sent()?;
-                        // First: the destination closes what it has when it gets the answer.
-                        line.over.store(true, Ordering::Release);
+                        // Set before the answer: the destination closes its streams when it has it.
+                        group.over.store(true, Ordering::Release);
                         primary.writer.write_plain(Kind::Complete, 0)?;
                         return Ok(());
                     }
@@ -314,10 +319,10 @@ impl PostcopySource {
             if due.is_some_and(|due| Instant::now() >= due) {
                 return Err(TransportError::Silent(timeout).into());
             }
-            let mut look = Instant::now() + LOOK;
-            if line.failed() {
-                // Another stream did. The destination may be about to say why.
-                let until = *last_words.get_or_insert_with(|| Instant::now() + LAST_WORDS);
+            let mut look = Instant::now() + POLL_INTERVAL;
+            if group.failed() {
+                // Another stream failed. The destination may be about to say why.
+                let until = *read_until.get_or_insert_with(|| Instant::now() + LAST_WORDS);
                 if Instant::now() >= until {
                     return Ok(());
                 }
@@ -328,7 +333,7 @@ impl PostcopySource {
             let socket = (primary.reader.socket().as_fd(), PollFlags::IN);
             if due.is_none() {
                 let ready =
-                    self.job.cancel.wait(&[socket, (line.pushed.as_fd(), PollFlags::IN)], look)?;
+                    self.job.cancel.wait(&[socket, (group.pushed.as_fd(), PollFlags::IN)], look)?;
                 due = ready[1].then(|| Instant::now() + timeout);
             } else {
                 self.job.cancel.wait(&[socket], look)?;
@@ -336,8 +341,8 @@ impl PostcopySource {
         }
     }
 
-    /// The destination says that it has everything: it cannot have what was not sent, and that is
-    /// not to be lost.
+    /// Checks the destination's claim that it has all pages: all must have been sent. Pages that
+    /// were not sent must not be lost.
     fn check_all_sent(&self) -> Result<(), JobError> {
         match self.missing.next_from(0, 0) {
             None => Ok(()),
@@ -357,7 +362,7 @@ impl PostcopySource {
         Ok((at, block, runs.map_err(|source| JobError::Payload { kind, source })?))
     }
 
-    /// The guest discarded pages at the destination: they need not be sent.
+    /// The guest discarded pages at the destination, so they need not be sent.
     fn drop_runs(&self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
         let (at, _, runs) = self.runs_of(header, payload, "discard")?;
         for run in runs {
@@ -369,12 +374,12 @@ impl PostcopySource {
         Ok(())
     }
 
-    /// The destination has pages: they are freed here.
+    /// The destination has placed pages, so they are freed here.
     fn release(&self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
         let (at, block, runs) = self.runs_of(header, payload, "placed")?;
         for run in runs {
             let host_pages = self.missing.block(at);
-            // It cannot have what was not sent, and that is not to be lost.
+            // The destination cannot have pages that were not sent. They must not be freed.
             if let Some(host_page) = host_pages.bits().next_set(host_pages.covering(run)) {
                 let first = host_pages.pages(PageRange::new(host_page, 1)).first;
                 return Err(JobError::NotSent { id: block.geometry.id, first });
@@ -394,8 +399,8 @@ impl PostcopySource {
         Ok(())
     }
 
-    /// Frees what the destination needs no more, now that it has said what it is missing: what it
-    /// said of that before may have been lost with the connection.
+    /// Frees the pages that the destination does not need any more. It has just said which pages it
+    /// is missing. Earlier reports of placed pages may have been lost with the connection.
     pub(super) fn release_received(&self) -> Result<(), JobError> {
         let Some(kept) = self.kept.as_ref().filter(|_| self.job.options().release) else {
             return Ok(());
@@ -413,8 +418,8 @@ impl PostcopySource {
     }
 }
 
-/// Queues all pages of a host page: the destination places them at once, so they follow each other
-/// on one stream.
+/// Queues all pages of a host page one after another on one stream, because the destination places
+/// them together.
 fn send_host_page(
     view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), pages: PageRange,
 ) -> Result<(), JobError> {

@@ -1,14 +1,14 @@
-//! After a lost connection: waiting for somebody to have it recovered, and finding out what the
-//! destination has.
+//! Recovery of a postcopy at the source: connecting again, and finding out what is missing.
 //!
-//! The destination sends a bitmap of each block: the pages that it needs no more, since it has
-//! them, or was never missing them, or the guest discarded them. All others are missing, whatever
-//! this side thinks it has sent: what was on its way is lost. An agent that did not begin the
-//! migration knows no more than that, and needs no more.
+//! After a lost connection the job is paused until somebody asks for the recovery. The source then
+//! connects all streams again. The destination sends a bitmap for each block with the pages that it
+//! does not need: it has them, was never missing them, or the guest discarded them. All other pages
+//! are missing, whatever was sent before, because pages that were on their way are lost. An agent
+//! that did not begin the migration needs to know no more than that.
 //!
-//! The bitmaps are checked before they are believed: they cover the blocks exactly, and nothing is
-//! missing that was not missing before, or that was released. If they are refused, or anything else
-//! fails, the migration is paused again.
+//! The bitmaps are checked. They must cover the blocks exactly, and a page may be missing only if
+//! it was missing before and is not released. If the bitmaps are refused or anything else fails,
+//! the job is paused again.
 
 use super::super::connect::{SessionId, Streams, reconnect, unexpected};
 use super::page_sender::PostcopySource;
@@ -24,10 +24,10 @@ use rustix::event::PollFlags;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long the job waits to be recovered at a stretch.
-const LONG: Duration = Duration::from_secs(3600);
+/// Longest single wait for a request to recover. The job waits as often as needed.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// Goes on with a migration that another agent began, and ends the job.
+/// Continues a migration that another agent began, and ends the job.
 pub fn run(job: &Arc<Job>, session: SessionId, address: Address) {
     let outcome = adopt(job, session, address);
     job.finish(outcome);
@@ -39,33 +39,34 @@ fn adopt(job: &Arc<Job>, session: SessionId, address: Address) -> Result<(), Job
     job.cancel.commit_point()?;
     let host_pages: Vec<u64> =
         job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
-    let mut supply = PostcopySource::new(
+    let mut source = PostcopySource::new(
         job,
         session,
         Some(address),
         HostPageSet::empty(&job.memory, &host_pages)?,
         None,
     );
-    match supply.reconnect_and_send() {
+    match source.reconnect_and_send() {
         Ok(()) => Ok(()),
-        Err(error) => supply.recover(error),
+        Err(error) => source.recover(error),
     }
 }
 
 impl PostcopySource {
-    /// The connection was lost: waits until it is to be made again, as often as it takes.
+    /// Waits for a request to recover, connects again, and sends the rest. Repeats this as often as
+    /// the connections break.
     ///
     /// # Errors
-    /// If nobody is going to recover it.
+    /// If the job is given up.
     pub fn recover(&mut self, mut why: JobError) -> Result<(), JobError> {
         loop {
-            // The destination is to see these connections closed.
+            // Close the connections, so that the destination sees their end.
             self.job.cancel.release();
             self.job.recovery.pause();
             self.job.pause(&why);
             match self.wait() {
                 Ok(address) => self.address = address.or(self.address.take()),
-                // What led here tells more than that it was given up.
+                // Report the failure that led here, not that the job was given up.
                 Err(_) => return Err(JobError::Stranded { source: Box::new(why) }),
             }
             match self.reconnect_and_send() {
@@ -79,7 +80,7 @@ impl PostcopySource {
         loop {
             self.job
                 .cancel
-                .wait(&[(self.job.recovery.fd(), PollFlags::IN)], Instant::now() + LONG)?;
+                .wait(&[(self.job.recovery.fd(), PollFlags::IN)], Instant::now() + LONGEST_WAIT)?;
             match self.job.recovery.take() {
                 Some(RecoveryRequest::Connect(address)) => return Ok(address),
                 Some(RecoveryRequest::Abandon) => return Err(JobError::Abandoned),
@@ -88,7 +89,7 @@ impl PostcopySource {
         }
     }
 
-    /// Connects, and sends what the destination lacks.
+    /// Connects, and sends what the destination is missing.
     fn reconnect_and_send(&mut self) -> Result<(), JobError> {
         self.job.enter(Phase::Recovering);
         let Some(address) = &self.address else {
@@ -115,7 +116,7 @@ impl PostcopySource {
         self.serve(&mut streams, |_| Ok(()))
     }
 
-    /// Reads what the destination has; the rest it is missing.
+    /// Reads the bitmaps of the destination. Returns the pages that it is missing.
     fn read_received(&self, streams: &mut Streams) -> Result<HostPageSet, JobError> {
         let memory = &self.job.memory;
         self.check_host_pages(&streams.host_pages)?;
@@ -158,7 +159,7 @@ impl PostcopySource {
         Ok(missing)
     }
 
-    /// Refuses host pages of other sizes than before: what is kept is counted in those.
+    /// Refuses host page sizes that differ from those before: `kept` counts in host pages.
     fn check_host_pages(&self, sizes: &[u64]) -> Result<(), JobError> {
         let Some(kept) = &self.kept else { return Ok(()) };
         for (at, (block, size)) in self.job.memory.blocks().iter().zip(sizes).enumerate() {
@@ -174,7 +175,7 @@ impl PostcopySource {
         Ok(())
     }
 
-    /// Refuses pages that were never missing, or that are not here any more.
+    /// Refuses pages that were never missing, or that are released.
     fn check(&self, missing: &HostPageSet, at: usize, id: u32, pages: u64) -> Result<(), JobError> {
         let Some(kept) = &self.kept else { return Ok(()) };
         for word in 0..pages.div_ceil(WORD_BITS) {

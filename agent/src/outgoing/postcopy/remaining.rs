@@ -1,9 +1,11 @@
-//! What remains to be sent when the guest stops.
+//! The pages that remain to be sent when the guest stops (postcopy).
 //!
-//! That is what is dirty and not discarded, rounded outward to the destination's host pages: those
-//! are placed whole, so the destination frees all of one of which a page is dirty. A discarded page
-//! in such a host page comes along as zero, and one that was written after its discard with its
-//! content; both stay discarded, and are told apart from the others by their flag.
+//! These are the dirty pages that are not discarded, rounded outward to the host pages of the
+//! destination. The destination places a host page as a whole, so it punches the whole host page if
+//! one page of it is dirty, and all its pages must be sent.
+//!
+//! A discarded page in such a host page is sent as zero. A page that was written after its discard
+//! is sent with its content. Both stay discarded: they are announced with the stray flag.
 
 use super::super::Migration;
 use super::super::pass::find_allocated;
@@ -18,12 +20,12 @@ use pageferry_protocol::stream::record::FLAG_STRAY;
 use pageferry_protocol::stream::{Kind, RecordHeader};
 
 impl Migration {
-    /// Finds what remains, after telling the destination of all discards.
+    /// Announces all discards, and finds the pages that remain.
     pub(super) fn find_remaining(&mut self, since: Since) -> Result<HostPageSet, JobError> {
         let memory = self.job.memory.clone();
         match since {
             Since::TheStart => {
-                // Nothing is known of what was written before, as at the first sync of a tracker.
+                // As at the first sync of a tracker, nothing is known about writes before.
                 for block in memory.blocks() {
                     block.stray.clear(block.all());
                 }
@@ -52,7 +54,7 @@ impl Migration {
         Ok(missing)
     }
 
-    /// Tells the destination, which makes holes of it.
+    /// Announces the pages that remain. The destination makes holes of them.
     pub(super) fn send_remaining(&mut self, missing: &HostPageSet) -> Result<(), JobError> {
         let job = self.job.clone();
         for (at, block) in job.memory.blocks().iter().enumerate() {
@@ -62,8 +64,8 @@ impl Migration {
                     continue;
                 }
                 let words = chunk.first / WORD_BITS..chunk.end().div_ceil(WORD_BITS);
-                // Both of one look: a page that is discarded in between would be in both, and
-                // counted twice.
+                // Both sets come from one read of the marks. If a page was discarded between two
+                // reads, it would be in both sets and be counted twice.
                 let split = |word: u64| {
                     let (pages, discarded) =
                         (missing.block(at).page_word(word), block.discarded.word(word));
@@ -77,7 +79,7 @@ impl Migration {
         Ok(())
     }
 
-    /// Sends the part of `chunk` between the first and the last word that has a page.
+    /// Sends the part of `chunk` from the first to the last word that has a page.
     fn send_bitmap(
         &mut self, block: &Block, chunk: PageRange, flags: u16, bits: &[u64],
     ) -> Result<(), JobError> {

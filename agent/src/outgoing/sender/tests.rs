@@ -11,7 +11,8 @@ use std::time::Duration;
 
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// A job whose block of 128 pages holds in each page its number, but for page 5, which is zero.
+/// A job with a block of 128 pages. Each page is full of its own number, except page 5, which is
+/// zero.
 fn guest() -> Arc<Job> {
     let memory = memory(&[128]);
     for page in (0..128).filter(|page| *page != 5) {
@@ -32,8 +33,8 @@ fn socket(fd: impl Into<OwnedFd>) -> StreamSocket {
     StreamSocket::new(fd.into(), Duration::from_secs(60)).unwrap()
 }
 
-/// What is sent by `send`: kind, flags and pages of each record, and the totals. The content is
-/// checked.
+/// Returns what `send` sends: kind, flags and pages of each record, and the totals. Checks the
+/// content.
 fn sent(
     job: &Job, send: impl FnOnce(&mut PageSender, &PassView<'_>, &GuestMemory),
 ) -> (Vec<(Kind, u16, u64, u64)>, Totals) {
@@ -57,7 +58,7 @@ fn sent(
 }
 
 #[test]
-fn of_a_word_what_is_dirty_is_sent_unless_it_is_discarded_and_not_stray() {
+fn dirty_pages_are_sent_unless_discarded_and_not_stray() {
     let job = guest();
     let block = &job.memory.blocks()[0];
     mark(&block.discarded, &[8, 9]);
@@ -78,9 +79,9 @@ fn of_a_word_what_is_dirty_is_sent_unless_it_is_discarded_and_not_stray() {
     assert_eq!((dirty.word(0), dirty.word(1)), (0, bits(&[6])), "the word is taken, and no other");
 }
 
-/// The destination waits for each of them.
+/// The destination waits for each of these pages.
 #[test]
-fn of_what_is_owed_all_is_sent_and_what_was_discarded_since_as_zero() {
+fn missing_pages_are_all_sent_and_discarded_ones_as_zero() {
     let job = guest();
     let block = &job.memory.blocks()[0];
     mark(&block.discarded, &[3, 4, 30]);
@@ -95,7 +96,7 @@ fn of_what_is_owed_all_is_sent_and_what_was_discarded_since_as_zero() {
 }
 
 #[test]
-fn of_what_was_freed_and_is_dirty_the_holes_are_sent_as_zero() {
+fn freed_dirty_pages_that_are_holes_are_sent_as_zero() {
     let job = guest();
     let block = &job.memory.blocks()[0];
     let freed = BlockRange { block: 0, offset: 70 * PAGE_SIZE, length: 4 * PAGE_SIZE };
@@ -111,11 +112,11 @@ fn of_what_was_freed_and_is_dirty_the_holes_are_sent_as_zero() {
     assert_eq!(totals.zero_pages, 2);
 }
 
-/// Each write wakes the peer.
+/// Each write wakes the peer, so there should be one.
 #[test]
-fn without_a_limit_all_that_is_queued_goes_in_one_write() {
+fn without_a_limit_all_records_go_in_one_write() {
     let job = guest();
-    // Keeps the writes apart.
+    // A socket of packets: each write is received by itself.
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     let mut sender = PageSender::new(0, socket(ours), None);
@@ -130,7 +131,7 @@ fn without_a_limit_all_that_is_queued_goes_in_one_write() {
 }
 
 #[test]
-fn a_run_is_sent_in_the_portions_that_the_limit_leaves() {
+fn a_limit_cuts_runs_into_portions() {
     let portions = |count, most| in_portions(PageRange::new(7, count), most).collect::<Vec<_>>();
     assert_eq!(portions(5, u64::MAX), [PageRange::new(7, 5)]);
     assert_eq!(portions(5, 2), [PageRange::new(7, 2), PageRange::new(9, 2), PageRange::new(11, 1)]);
@@ -138,7 +139,7 @@ fn a_run_is_sent_in_the_portions_that_the_limit_leaves() {
 }
 
 #[test]
-fn spread_puts_bits_to_their_places() {
+fn spread_moves_bits_to_their_places() {
     assert_eq!(spread(0b101, 0b1_0110_0000), 0b1_0010_0000);
     assert_eq!(spread(u64::MAX, u64::MAX), u64::MAX);
     assert_eq!(spread(0, u64::MAX), 0);
