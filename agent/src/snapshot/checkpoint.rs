@@ -1,21 +1,21 @@
-//! What changed since the last image, so that the next can be an increment.
+//! Checkpoints: what has changed since the last image, so that the next image can be an increment.
 //!
-//! A snapshot that is to be followed by increments leaves its trackers on, and a *checkpoint*: the
+//! A snapshot that increments will follow leaves its trackers on, and it leaves a *checkpoint*: the
 //! id of its image, and the pages that were written since its instant, as far as the trackers were
-//! asked. The next snapshot asks them again, at its own instant, takes what has gathered, and
-//! leaves a checkpoint of its own. If it fails, what it took is put back: the checkpoint then says
-//! the same as before.
+//! asked. The next snapshot asks the trackers again at its own instant, takes all pages that are
+//! known, and leaves a checkpoint of its own. If it fails, it puts back what it took, and the
+//! checkpoint is as before.
 //!
-//! A tracker whose sync does not clear by itself is cleared as soon as it was asked
-//! (`clear-then-read`: nothing of that was read yet), once while the guest runs, so that little is
-//! left for the pause.
+//! If the sync of a tracker does not clear, the pages are cleared right after the sync
+//! (`clear-then-read`: none of them is read yet). This happens once while the guest runs, so that
+//! little is left for the pause.
 //!
-//! While a background snapshot watches writes it has the mappings that write-protect scanning
-//! needs: that tracker is suspended, and reports all pages afterwards. The next increment then
-//! holds all that is allocated: more than it must, and never less.
+//! While a background snapshot watches writes, it has the mappings that write-protect scanning
+//! needs. So that tracker is suspended, and reports all pages afterwards. The next increment then
+//! has all allocated pages: more than it needs, and never less.
 //!
-//! Discarded pages need no fix-up here: whatever the trackers say of them, an image says that they
-//! are discarded. Whoever populates them has marked the log.
+//! Discarded pages need no fix-up here: whatever the trackers report of them, the image says that
+//! they are discarded. And a populate marks its pages in the log.
 
 use super::{Plan, is_increment};
 use crate::job::{Job, JobError};
@@ -24,33 +24,34 @@ use crate::tracking::{DirtyPages, LogTracker, Tracker, Trackers};
 use pageferry_protocol::image::{ImageId, id_text};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What is known of changes. Clones are the same.
+/// The checkpoint of a session. Clones share it.
 #[derive(Clone, Default)]
 pub struct SharedCheckpoint {
     state: Arc<Mutex<State>>,
-    /// Trackers that are on, and of no use any more: they are stopped before others are started.
+    /// Trackers that are still on and not needed any more. They are stopped before others are
+    /// started.
     idle: Arc<Mutex<Vec<Trackers>>>,
 }
 
-/// What is known of changes.
+/// What is known about changes.
 #[derive(Debug, Default)]
 enum State {
     /// Nothing: no image was made with tracking.
     #[default]
     None,
-    /// Since this image.
+    /// The changes since this image.
     Kept(Checkpoint),
-    /// A snapshot has it.
+    /// A snapshot has taken the checkpoint.
     Taken,
-    /// Nothing any more, and why.
+    /// Nothing is known any more, for this reason.
     Ended(String),
 }
 
 /// Changes since an image.
 struct Checkpoint {
-    /// The image.
+    /// The id of the image.
     id: ImageId,
-    /// Written since, as far as is known.
+    /// Pages that were written since, as far as the trackers were asked.
     dirty: DirtyPages,
     trackers: Trackers,
 }
@@ -72,8 +73,8 @@ impl SharedCheckpoint {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What comes next uses the trackers, or changes the memory: from now on nothing is known. Asks
-    /// nobody: the trackers are stopped by [`SharedCheckpoint::stop_idle`].
+    /// Ends the checkpoint, because another job needs the trackers or changes the memory. This asks
+    /// no tracker: [`SharedCheckpoint::stop_idle`] stops them.
     pub fn end(&self, why: &str) {
         let mut state = self.lock();
         match std::mem::take(&mut *state) {
@@ -89,13 +90,14 @@ impl SharedCheckpoint {
         }
     }
 
-    /// Stops the trackers that are of no use any more. On a job's thread, before it starts its own.
+    /// Stops the trackers that are not needed any more. A job calls this on its thread, before it
+    /// starts trackers of its own.
     pub fn stop_idle(&self) {
         let idle = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
         idle.into_iter().for_each(|mut trackers| trackers.stop());
     }
 
-    /// The checkpoint's trackers, if one is kept.
+    /// Calls `change` with the trackers of the checkpoint, if there is one.
     fn with_kept(&self, change: impl FnOnce(&mut Trackers)) {
         if let State::Kept(checkpoint) = &mut *self.lock() {
             change(&mut checkpoint.trackers);
@@ -111,35 +113,35 @@ impl SharedCheckpoint {
     }
 }
 
-/// A snapshot's own part in it.
+/// A snapshot's access to the checkpoint.
 pub struct Changes {
     shared: SharedCheckpoint,
     memory: Arc<GuestMemory>,
     tracked: Option<TrackedChanges>,
 }
 
-/// A snapshot that asks the trackers.
+/// The changes, for a snapshot that asks the trackers.
 struct TrackedChanges {
     trackers: Trackers,
     started: bool,
-    /// Since this image, if any was made.
+    /// The changes are known since this image, if there is one.
     since: Option<ImageId>,
-    /// Why nothing is known since an image, if it was before.
+    /// Why nothing is known since an image, although a checkpoint was kept before.
     ended: Option<String>,
-    /// It becomes what the next increment builds on.
+    /// The next increment may build on this snapshot.
     track: bool,
-    /// Written since that one, or since the last look if there was none.
+    /// Pages that were written since the image, or after the instant of this snapshot.
     dirty: DirtyPages,
-    /// What was dirty at the instant.
+    /// The pages that were dirty at the instant.
     at_instant: Option<DirtyPages>,
-    /// A tracker failed: what it had to say may be lost.
+    /// A tracker has failed, so reports may be lost.
     broken: bool,
     increment: bool,
 }
 
 impl Changes {
-    /// For a snapshot that builds on the image `base`, if that is one, and on which the next may
-    /// build with `track`.
+    /// For a snapshot that builds on the image `base`, unless that id is zero. With `track`, the
+    /// next increment may build on this snapshot.
     pub fn begin(job: &Job, plan: &Plan, base: ImageId, track: bool) -> Result<Self, JobError> {
         let (shared, memory) = (plan.checkpoint.clone(), job.memory.clone());
         shared.stop_idle();
@@ -178,7 +180,7 @@ impl Changes {
             other if increment => {
                 let why = match &other {
                     State::Ended(why) => why.clone(),
-                    State::Taken => "a snapshot ended by a defect".to_owned(),
+                    State::Taken => "a snapshot panicked".to_owned(),
                     _ => "no image was made here with track on".to_owned(),
                 };
                 let sentence = format!(
@@ -202,7 +204,8 @@ impl Changes {
         Ok(Self { shared, memory, tracked: Some(uses) })
     }
 
-    /// Asks the trackers what was written, and clears it there. Starts them if they are not on.
+    /// Asks the trackers which pages were written, and clears these pages there. Starts the
+    /// trackers if they are off.
     pub fn sync(&mut self, job: &Job) -> Result<(), JobError> {
         job.cancel.check()?;
         let Some(uses) = &mut self.tracked else { return Ok(()) };
@@ -218,15 +221,16 @@ impl Changes {
             }
         }
         uses.broken = false;
-        // Before the first image nothing that was written is of interest.
+        // Before the first image, older writes do not matter.
         if uses.since.is_some() {
             uses.dirty.merge(&fresh);
         }
         Ok(())
     }
 
-    /// A watch of writes is about to take the VMM's mappings from a tracker that needs them for
-    /// itself. Also where this snapshot asks no tracker, and a checkpoint is kept for a later one.
+    /// A watch of writes is about to take the VMM's mappings from the tracker that needs them. This
+    /// also holds if this snapshot asks no tracker, because a checkpoint may be kept for a later
+    /// one.
     pub fn suspend(&mut self) {
         match &mut self.tracked {
             Some(uses) => uses.trackers.suspend(),
@@ -234,7 +238,7 @@ impl Changes {
         }
     }
 
-    /// The watch is over, or was none.
+    /// The watch is over, or did not start.
     pub fn resume(&mut self) {
         match &mut self.tracked {
             Some(uses) => uses.trackers.resume(),
@@ -242,22 +246,23 @@ impl Changes {
         }
     }
 
-    /// What is to be saved of an increment, as far as is known; `None` if all is.
+    /// The changed pages to save in an increment, as far as they are known. `None` if all pages are
+    /// saved.
     pub fn changed(&self) -> Option<&DirtyPages> {
         let uses = self.tracked.as_ref().filter(|uses| uses.increment)?;
         Some(uses.at_instant.as_ref().unwrap_or(&uses.dirty))
     }
 
-    /// The instant is now: what comes later is for the next image. Returns what is to be saved of
-    /// an increment. To be called with [`GuestMemory::marking`] held: what was populated until now
-    /// is in the log, and is looked for there once more.
+    /// The instant is now: later writes belong to the next image. Returns the changed pages to save
+    /// in an increment. Call it with [`GuestMemory::marking`] held: pages that were populated until
+    /// now are in the log, which is read once more here.
     pub fn begin_epoch(&mut self, later: DirtyPages) -> Result<Option<&DirtyPages>, JobError> {
         let Some(uses) = &mut self.tracked else { return Ok(None) };
         let mut dirty = std::mem::replace(&mut uses.dirty, later);
         let drained = LogTracker.sync(&self.memory, &dirty);
         uses.broken |= drained.is_err();
         if uses.since.is_none() {
-            // Whatever it was is in an image that has all.
+            // The image has all pages, so older changes do not matter.
             dirty = DirtyPages::default();
         }
         let at_instant = uses.at_instant.insert(dirty);
@@ -265,7 +270,8 @@ impl Changes {
         Ok(uses.increment.then_some(&*at_instant))
     }
 
-    /// The image has this id; or there is none, and all is as it was before.
+    /// Ends the snapshot. `image` is the id of its image, or `None` if it failed. Without an image,
+    /// or without `track`, the checkpoint stays as it was.
     pub fn finish(mut self, image: Option<ImageId>) {
         self.finish_with(image);
     }
@@ -298,7 +304,7 @@ impl Changes {
     }
 }
 
-/// A job that ends by a defect leaves nothing known, and no tracker on.
+/// A job that panics leaves no checkpoint, and no tracker on.
 impl Drop for Changes {
     fn drop(&mut self) {
         if let Some(uses) = &mut self.tracked {
@@ -314,7 +320,7 @@ mod tests {
     use crate::memory::test_support::memory;
     use crate::tracking::TrackingError;
 
-    /// Notes what becomes of it.
+    /// Notes the calls that it gets.
     #[derive(Clone, Default)]
     struct Noting(Arc<Mutex<Vec<&'static str>>>);
 
@@ -352,9 +358,9 @@ mod tests {
         }
     }
 
-    /// The next increment builds on the checkpoint still.
+    /// The next increment still builds on the checkpoint.
     #[test]
-    fn a_snapshot_that_asks_no_tracker_suspends_those_of_the_checkpoint_that_is_kept() {
+    fn untracked_snapshot_suspends_the_trackers_of_the_checkpoint() {
         let (noting, shared) = (Noting::default(), SharedCheckpoint::default());
         let trackers = Trackers::one(noting.clone());
         let kept = Checkpoint { id: [5; 16], dirty: DirtyPages::default(), trackers };
@@ -365,15 +371,15 @@ mod tests {
         assert_eq!(noting.noted(), ["suspend"]);
         assert!(
             changes.begin_epoch(DirtyPages::default()).unwrap().is_none(),
-            "all is to be saved"
+            "all pages must be saved"
         );
         changes.resume();
         changes.finish(Some([6; 16]));
         assert_eq!(noting.noted(), ["resume"]);
         assert!(matches!(&*shared.lock(), State::Kept(kept) if kept.id == [5; 16]));
-        // What comes next changes the memory.
+        // The next job changes the memory.
         shared.end("a guest came");
-        assert!(noting.noted().is_empty(), "nobody is asked yet");
+        assert!(noting.noted().is_empty(), "no tracker is stopped yet");
         shared.stop_idle();
         assert_eq!(noting.noted(), ["stop"]);
     }
