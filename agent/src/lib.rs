@@ -4,6 +4,7 @@
 //! - [`tracking`]: who says which pages are dirty;
 //! - [`hooks`]: what the agent asks of the VMM;
 //! - [`missing_faults`]: what a guest waits for that runs before its memory is here;
+//! - [`cancel`]: stopping a job wherever it waits, and the line after which it cannot be stopped;
 //! - [`job`]: what all jobs share: status, cancelling, errors;
 //! - [`priority`]: who steps back behind whom;
 //! - [`stats`]: counters and histograms;
@@ -18,6 +19,7 @@
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod cancel;
 pub mod cli;
 pub mod hooks;
 pub mod image;

@@ -195,7 +195,7 @@ fn handle_until_stopped(
     let mut wants = ShortageReport::new(job);
     let mut cancelled = Some(job.cancel.fd());
     loop {
-        match wait_for(missing_pages.uffd(), stop, cancelled)? {
+        match wait_for(missing_pages.uffd(), stop, cancelled).map_err(PlaceError::Read)? {
             Woken::Stopped => return Ok(()),
             Woken::Cancelled => {
                 // Stays readable: there is nothing more to hear.
@@ -225,7 +225,7 @@ fn handle_until_stopped(
 ///
 /// # Errors
 /// If the kernel does not wait.
-pub fn wait(uffd: &Userfaultfd, stop: BorrowedFd<'_>) -> Result<bool, JobError> {
+pub fn wait(uffd: &Userfaultfd, stop: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(wait_for(uffd, stop, None)? == Woken::Faults)
 }
 
@@ -239,7 +239,7 @@ enum Woken {
 
 fn wait_for(
     uffd: &Userfaultfd, stop: BorrowedFd<'_>, cancelled: Option<BorrowedFd<'_>>,
-) -> Result<Woken, JobError> {
+) -> Result<Woken, Errno> {
     let mut polled =
         vec![PollFd::new(uffd, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
     polled.extend(cancelled.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
@@ -251,7 +251,7 @@ fn wait_for(
             }
             Ok(_) => return Ok(Woken::Faults),
             Err(Errno::INTR) => {}
-            Err(errno) => return Err(JobError::from_io("poll")(errno.into())),
+            Err(errno) => return Err(errno),
         }
     }
 }
@@ -268,7 +268,7 @@ fn read(
         match missing_pages.fault(&job.memory.readers, page, since) {
             Ok(FaultOutcome::Request) => to_ask.push(page),
             Ok(FaultOutcome::Resolved | FaultOutcome::AlreadyRequested) => {}
-            Err(error) if is_gone(&error) => return Err(error.into()),
+            Err(error) if error.is_gone() => return Err(error.into()),
             Err(error) => {
                 log::debug!("{}", crate::error::chain(&error));
                 failed.push(page);
@@ -276,16 +276,6 @@ fn read(
         }
     }
     Ok(())
-}
-
-/// True if there may be memory later.
-pub fn lacks_memory(error: &PlaceError) -> bool {
-    matches!(error, PlaceError::Place { source: Errno::NOMEM | Errno::NOSPC, .. })
-}
-
-/// True if there is nobody any more who could wait.
-pub fn is_gone(error: &PlaceError) -> bool {
-    matches!(error, PlaceError::Place { source: Errno::SRCH, .. })
 }
 
 #[cfg(test)]

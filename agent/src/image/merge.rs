@@ -13,7 +13,8 @@
 use super::bytes::write_at;
 use super::workers::{Extents, Progress, share};
 use super::writer::{Base, Rest, Totals};
-use super::{Chain, Fault, Image, ImageError, ImageWriter, PageBuffer, kernel};
+use super::{Chain, Fault, Image, ImageError, ImageWriter, kernel};
+use crate::memory::PageBuffer;
 use pageferry_protocol::image::{EXTENT_SIZE, ImageId};
 use rustix::fs::MemfdFlags;
 use std::os::fd::{AsFd, OwnedFd};

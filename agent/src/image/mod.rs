@@ -1,7 +1,6 @@
 //! Image files of guests. `docs/image.md` and [`pageferry_protocol::image`] describe the format.
 //!
 //! - [`bytes`]: reads and writes at an offset, and where a file has data;
-//! - [`page_buffer`]: page-aligned buffers for direct I/O;
 //! - [`new_file`]: creating a file atomically;
 //! - [`writer`]: writing a new image;
 //! - [`sums`]: the checksums of pages, collected before they are written;
@@ -20,7 +19,6 @@ pub mod chain;
 pub mod map_picture;
 pub mod merge;
 pub mod new_file;
-pub mod page_buffer;
 pub mod reader;
 pub mod sums;
 pub mod verify;
@@ -28,7 +26,6 @@ pub mod workers;
 pub mod writer;
 
 pub use chain::Chain;
-pub use page_buffer::PageBuffer;
 pub use reader::Image;
 pub use writer::ImageWriter;
 

@@ -1,7 +1,8 @@
 //! Images for tests, and the model that they are compared with: a list with the state of each page.
 
 use super::writer::{Base, Rest};
-use super::{Chain, ImageWriter, PageBuffer};
+use super::{Chain, ImageWriter};
+use crate::memory::PageBuffer;
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::image::ImageId;

@@ -4,6 +4,7 @@ use super::test_support::{
 use super::writer::{Base, Rest};
 use super::*;
 use crate::error::chain as sentence;
+use crate::memory::PageBuffer;
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::image::{Header, ImageId};

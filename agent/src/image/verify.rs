@@ -12,7 +12,8 @@
 use super::bytes::{data_in, read_at};
 use super::chain::images;
 use super::workers::{Extents, Progress, at_once, share};
-use super::{Fault, Image, ImageError, PageBuffer};
+use super::{Fault, Image, ImageError};
+use crate::memory::PageBuffer;
 use crate::memory::zero::is_zero;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::{

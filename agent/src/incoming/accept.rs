@@ -16,7 +16,10 @@
 //! A socket that the VMM handed over is a single connection. If it is refused, the job fails.
 
 use crate::job::{Job, JobError, add};
+use crate::memory::MemoryError;
 use crate::memory::backing::BackingKind;
+use crate::outgoing::OutgoingError;
+use crate::transport::StreamError;
 use crate::transport::backoff::{Backoff, PAUSE};
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::hook::Hook;
@@ -194,7 +197,7 @@ impl<'a> PendingHandshakes<'a> {
                     Err(error) if only_one => return Err(error),
                     Err(error) => {
                         log::warn!("a connection was dropped: {}", crate::error::chain(&error));
-                        if matches!(error, JobError::Hello(_)) {
+                        if matches!(error, JobError::Stream(StreamError::Hello(_))) {
                             self.note(&error);
                         }
                         self.reject(connection, &error);
@@ -235,8 +238,11 @@ impl<'a> PendingHandshakes<'a> {
     /// Tells a connection why it is refused. The other end may be gone, or not speak this protocol.
     fn reject(&mut self, refused: Handshake, error: &JobError) {
         let remote = error.to_remote();
-        let code =
-            if matches!(error, JobError::Hello(_)) { ErrorCode::Unsupported } else { remote.code };
+        let code = if matches!(error, JobError::Stream(StreamError::Hello(_))) {
+            ErrorCode::Unsupported
+        } else {
+            remote.code
+        };
         let payload = encode_error(&RemoteError::new(code, remote.sentence));
         let writer = RecordWriter::new(refused.reader.socket().clone());
         if writer.write(RecordHeader::plain(Kind::Reject, 0, payload.len()), &payload).is_ok() {
@@ -320,7 +326,7 @@ impl<'a> PendingHandshakes<'a> {
             // The connection closed again, or this process has no free descriptor for the moment.
             Err(error) => {
                 backoff.failed(&error, Instant::now());
-                return self.job.cancel.sleep(PAUSE);
+                return Ok(self.job.cancel.sleep(PAUSE)?);
             }
         };
         if self.pending.len() >= MAX_PENDING {
@@ -455,7 +461,7 @@ fn establish(job: &Job, offer: Offer, mut streams: Vec<Handshake>) -> Result<Acc
 /// Checks what every mode needs: the files can be written.
 fn check_writable(job: &Job) -> Result<(), JobError> {
     match job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
-        Some(block) => Err(JobError::Sealed { id: block.geometry.id }),
+        Some(block) => Err(MemoryError::Sealed { id: block.geometry.id }.into()),
         None => Ok(()),
     }
 }
@@ -470,13 +476,13 @@ fn check_postcopy(job: &Job, features: u64, wanted: ExpectedSource) -> Result<()
     for block in job.memory.blocks() {
         let (id, size) = (block.geometry.id, block.backing.host_page_size());
         if block.backing.kind() == BackingKind::File {
-            return Err(JobError::DiskPostcopy { id });
+            return Err(OutgoingError::DiskPostcopy { id }.into());
         }
         if size > MAX_HOST_PAGE {
-            return Err(JobError::HostPage { id, size, limit: MAX_HOST_PAGE });
+            return Err(OutgoingError::HostPage { id, size, limit: MAX_HOST_PAGE }.into());
         }
         if block.vmm_address == 0 {
-            return Err(JobError::NotMapped { id });
+            return Err(OutgoingError::NotMapped { id }.into());
         }
     }
     // In a recovery the guest is here already, and its mappings are registered.
@@ -593,7 +599,14 @@ mod tests {
         check_postcopy(&job, 0, ExpectedSource::Guest).unwrap();
         let error = check_postcopy(&job, FEATURE_POSTCOPY, ExpectedSource::Guest).unwrap_err();
         assert!(
-            matches!(error, JobError::HostPage { id: 0, size: 0x4000_0000, limit: 0x20_0000 }),
+            matches!(
+                error,
+                JobError::Outgoing(OutgoingError::HostPage {
+                    id: 0,
+                    size: 0x4000_0000,
+                    limit: 0x20_0000
+                })
+            ),
             "{error}"
         );
     }

@@ -4,6 +4,7 @@
 //! was checked before, so the count is at most [`MAX_DATA_PAGES`]. The decompressor writes into a
 //! buffer that is exactly as large as the pages, and a payload that holds more is an error.
 
+use crate::incoming::IncomingError;
 use crate::job::JobError;
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::RecordHeader;
@@ -75,7 +76,7 @@ impl Decompressor {
     /// If the compression was not negotiated, or the payload does not hold exactly these pages.
     pub fn unpack(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<&[u8], JobError> {
         let range = header.range();
-        let failed = |source| JobError::Compressed {
+        let failed = |source| IncomingError::Compressed {
             id: header.block(),
             first: range.first,
             count: range.count,
@@ -87,7 +88,7 @@ impl Decompressor {
             (FLAG_ZSTD, FEATURE_ZSTD, "zstd")
         };
         if self.features & feature == 0 {
-            return Err(failed(DecompressError::NotNegotiated { flag, method }));
+            return Err(failed(DecompressError::NotNegotiated { flag, method }).into());
         }
         debug_assert!((1..=MAX_DATA_PAGES).contains(&range.count));
         let expected = (range.count * PAGE_SIZE) as usize;
@@ -113,7 +114,7 @@ impl Decompressor {
                 .map_err(|error| broken(error.to_string()))?
         };
         if found != expected {
-            return Err(failed(DecompressError::Short { method, length, found, expected }));
+            return Err(failed(DecompressError::Short { method, length, found, expected }).into());
         }
         Ok(pages)
     }

@@ -5,6 +5,7 @@
 //! - [`decompress`]: decompresses pages;
 //! - [`place`]: places pages into the files (`never-populate` and `same-memory`);
 //! - [`postcopy`]: the guest runs first, and its memory follows;
+//! - [`error`]: why the destination refuses what arrives;
 //! - this file: the phases.
 //!
 //! In precopy the agent receives all passes, compares the totals, has the VMM load its state, waits
@@ -13,14 +14,16 @@
 
 pub mod accept;
 pub mod decompress;
+pub mod error;
 pub mod place;
 pub mod postcopy;
 pub mod receive;
 
+pub use error::IncomingError;
+
 use crate::hooks::state_file;
 use crate::job::{Job, JobError};
-use crate::outgoing::connect::unexpected;
-use crate::transport::{Listener, RecordReader, RecordWriter, TransportError};
+use crate::transport::{Listener, RecordReader, RecordWriter, StreamError, TransportError};
 use accept::{Accepted, Source};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Phase, RunState};
@@ -129,7 +132,9 @@ fn verify(received: &Received) -> Result<(), JobError> {
 pub fn compare(theirs: &Totals, own: &Totals) -> Result<(), JobError> {
     let mut pairs = theirs.named().into_iter().zip(own.named());
     match pairs.find(|((_, theirs), (_, own))| theirs != own) {
-        Some(((field, theirs), (_, own))) => Err(JobError::Totals { field, theirs, own }),
+        Some(((field, theirs), (_, own))) => {
+            Err(IncomingError::Totals { field, theirs, own }.into())
+        }
         None => Ok(()),
     }
 }
@@ -151,7 +156,7 @@ fn wait_commit(job: &Job, primary: &mut RecordReader) -> Result<(), JobError> {
     let record = primary.read()?;
     match record.kind {
         Kind::Commit => Ok(()),
-        kind => Err(unexpected(kind, record.payload, "the commit")),
+        kind => Err(StreamError::unexpected(kind, record.payload, "the commit").into()),
     }
 }
 

@@ -24,12 +24,14 @@
 //! has its content. It never becomes a hole whose marks say that it was placed, or the reverse.
 
 use crate::job::{Job, JobError, add};
+use crate::memory::MemoryError;
 use crate::memory::backing::BackingKind;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::huge::{Fill, HugeWindow};
 use crate::memory::recorded_discards::DiscardRecorder;
 use crate::memory::small_pages::{self, SmallPages};
 use crate::memory::{BackingError, Block, GuestMemory, huge};
+use crate::transport::StreamError;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::WORD_BITS;
@@ -80,7 +82,7 @@ impl Remaining {
             let is_as_it_came = block.backing.exactly_allocated_pages() == Some(self.came[at]);
             if !is_as_it_came || !self.given_back.recorded().is_empty(at) {
                 let made = self.missing.punch_missing(at, block);
-                made.map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
+                made.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })?;
             }
         }
         Ok(())
@@ -105,7 +107,7 @@ impl<'a> Placer<'a> {
         let small_pages = SmallPages::of(&job.memory);
         for (block, small_pages) in job.memory.blocks().iter().zip(small_pages) {
             job.check()?;
-            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
             // The marks are cleared first, so that what the VMM discards from now on stays marked.
             // The lock is released before the punch: emptying a large block takes seconds, and a
             // discard must not wait for that.
@@ -139,7 +141,7 @@ impl<'a> Placer<'a> {
             let Some(small_pages) = &target.small_pages else { continue };
             self.job.check()?;
             let settled = small_pages.settle(&block.backing, &target.received, &[]);
-            settled.map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
+            settled.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })?;
         }
         Ok(())
     }
@@ -154,10 +156,12 @@ impl<'a> Placer<'a> {
         // If the VMM has another agent now, this one must not write to its memory.
         self.job.memory.current.check()?;
         let id = header.block();
-        let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
+        let (at, block) = self.job.memory.find(id).ok_or(StreamError::NoBlock { id })?;
         let pages = block.geometry.pages();
         if !range.fits(pages) {
-            return Err(JobError::Outside { id, first: range.first, count: range.count, pages });
+            return Err(
+                StreamError::Outside { id, first: range.first, count: range.count, pages }.into()
+            );
         }
         Ok((at, block))
     }
@@ -169,7 +173,7 @@ impl<'a> Placer<'a> {
     pub fn place_data(&self, header: &RecordHeader, payload: &[u8]) -> Result<(), JobError> {
         let range = header.range();
         let (at, block) = self.block_of(header, range)?;
-        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
         let target = &self.blocks[at];
         let _placing = self.job.memory.placing();
         if block.backing.kind() == BackingKind::Hugetlb {
@@ -235,7 +239,7 @@ impl<'a> Placer<'a> {
         let range = header.range();
         let (at, block) = self.block_of(header, range)?;
         let words = decode_bitmap(payload, range, block.geometry.pages());
-        let words = words.map_err(|source| JobError::Payload { kind: "remaining", source })?;
+        let words = words.map_err(|source| StreamError::Payload { kind: "remaining", source })?;
         let mut run = PageRange::default();
         let mut pages = 0;
         for (word, bits) in words {
@@ -256,7 +260,7 @@ impl<'a> Placer<'a> {
 
     fn expect_run(
         &self, at: usize, block: &Block, header: &RecordHeader, run: PageRange,
-    ) -> Result<(), JobError> {
+    ) -> Result<(), MemoryError> {
         let _placing = self.job.memory.placing();
         self.given_back.recorded().forget(at, run);
         // The pages are populated, with two exceptions that carry the stray flag: a discarded page
@@ -272,7 +276,7 @@ impl<'a> Placer<'a> {
 
     /// Makes those pages of `range` zero that hold content. It punches them, or writes zeroes if
     /// their host page holds other content, too.
-    fn empty(&self, at: usize, block: &Block, range: PageRange) -> Result<(), JobError> {
+    fn empty(&self, at: usize, block: &Block, range: PageRange) -> Result<(), MemoryError> {
         let target = &self.blocks[at];
         let emptied = if block.backing.host_page_size() == PAGE_SIZE {
             empty_small(block, &target.received, range)
@@ -280,7 +284,7 @@ impl<'a> Placer<'a> {
             let mut window = target.window.lock().unwrap_or_else(PoisonError::into_inner);
             empty_huge(block, &target.received, &mut window, range)
         };
-        emptied.map_err(|source| JobError::Backing { id: block.geometry.id, source })
+        emptied.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })
     }
 }
 

@@ -10,8 +10,9 @@
 use super::accept::Accepted;
 use super::decompress::Decompressor;
 use super::place::Placer;
+use crate::incoming::IncomingError;
 use crate::job::{Job, JobError, add};
-use crate::outgoing::connect::unexpected;
+use crate::transport::StreamError;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::state_pieces::{MAX_PIECES, MAX_STATE};
@@ -206,7 +207,7 @@ impl<'a> Stream<'a> {
                     let guest = if paused { RunState::Paused } else { RunState::Running };
                     let claimed = Totals::decode(record.payload);
                     let claimed =
-                        claimed.map_err(|source| JobError::Payload { kind: "end", source })?;
+                        claimed.map_err(|source| StreamError::Payload { kind: "end", source })?;
                     let state = std::mem::take(&mut self.state).finish()?;
                     return Ok(StreamEnd {
                         claimed,
@@ -217,11 +218,12 @@ impl<'a> Stream<'a> {
                     });
                 }
                 kind => {
-                    return Err(unexpected(
+                    return Err(StreamError::unexpected(
                         kind,
                         record.payload,
                         "pages, the end of a pass, or the end",
-                    ));
+                    )
+                    .into());
                 }
             }
         }
@@ -249,7 +251,7 @@ impl<'a> Stream<'a> {
         // The header of a DISCARD names the block, and the payload names the pages.
         let (at, block) = self.placer.block_of(header, PageRange::default())?;
         let runs = decode_runs(payload, block.geometry.pages());
-        for run in runs.map_err(|source| JobError::Payload { kind: "discard", source })? {
+        for run in runs.map_err(|source| StreamError::Payload { kind: "discard", source })? {
             self.placer.place_discard(at, block, run)?;
             self.counted.discarded_pages += run.count;
         }
@@ -259,7 +261,9 @@ impl<'a> Stream<'a> {
     fn end_pass(&mut self, number: u64) -> Result<(), JobError> {
         let expected = self.counted.passes;
         if number != expected {
-            return Err(JobError::Pass { stream: self.index as u16, found: number, expected });
+            return Err(
+                IncomingError::Pass { stream: self.index as u16, found: number, expected }.into()
+            );
         }
         self.counted.passes += 1;
         self.barrier.arrive(|| {
@@ -349,7 +353,7 @@ struct StateCollector {
 impl StateCollector {
     fn add(&mut self, payload: &[u8]) -> Result<(), JobError> {
         let part = StatePart::decode(payload)
-            .map_err(|source| JobError::Payload { kind: "state", source })?;
+            .map_err(|source| StreamError::Payload { kind: "state", source })?;
         self.total += part.bytes.len() as u64;
         if self.total > MAX_STATE {
             return Err(JobError::State(format!("more than {MAX_STATE} bytes came")));

@@ -1,20 +1,18 @@
 //! What all jobs share.
 //!
-//! - [`cancel`]: stopping a job wherever it waits, and the line after which it cannot be stopped;
 //! - [`deadline`]: the time by which a hand-over must be done;
 //! - [`error`]: why a job failed;
 //! - [`pause`]: a guest that stands still meanwhile;
 //! - [`recovery`]: how a paused postcopy hears that it is to go on;
 //! - this file: [`Job`], what the session and the job's threads both see.
 
-pub mod cancel;
 pub mod deadline;
 pub mod error;
 pub mod pause;
 pub mod recovery;
 
+pub use crate::cancel::{Cancel, TooLate};
 pub use crate::stats::{LiveCounters, add, get};
-pub use cancel::{Cancel, TooLate};
 pub use deadline::Deadline;
 pub use error::JobError;
 pub use recovery::{Recovery, RecoveryRequest};
@@ -472,6 +470,7 @@ pub fn notifier() -> std::io::Result<Arc<OwnedFd>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::copy_before_write::CaptureError;
     use std::sync::Barrier;
 
     #[test]
@@ -483,11 +482,11 @@ mod tests {
             job.finish(Err(error));
             job.status().error
         };
-        let gone = ended(JobError::Protection { id: 3, source: Errno::SRCH });
+        let gone = ended(CaptureError::Protection { id: 3, source: Errno::SRCH }.into());
         assert!(gone.starts_with("the VMM is gone: block 3"), "{gone}");
         let gone = ended(JobError::Io { what: "read", source: Errno::SRCH.into() });
         assert!(gone.starts_with("the VMM is gone: cannot read"), "{gone}");
-        let other = ended(JobError::Protection { id: 3, source: Errno::INVAL });
+        let other = ended(CaptureError::Protection { id: 3, source: Errno::INVAL }.into());
         assert!(other.starts_with("block 3"), "{other}");
     }
 

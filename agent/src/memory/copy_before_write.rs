@@ -32,14 +32,14 @@
 //! VMM gives up on the agent, it unregisters its mappings, and the removal of the protection that
 //! follows each read fails. Then the snapshot fails.
 
+use super::MemoryError;
 use super::capture_steps::{before_unregister, before_write, capture};
 use super::cursor::Cursor;
 use super::fence::{FAULTS, Readers, SESSION};
 use super::host_page_set::{HostPageSet, fence_words};
 use super::mappings::Mappings;
+use super::page_buffer::PageBuffer;
 use super::{Block, GuestMemory};
-use crate::image::{ImageError, ImageWriter, PageBuffer};
-use crate::job::JobError;
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappingError;
@@ -48,10 +48,54 @@ use pageferry_protocol::userfault::Userfaultfd;
 use rustix::io::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Bytes that are read before they are put into the sink, unless the sink asks for more. They stay
 /// in the processor's cache until then.
 pub const BATCH: usize = 1 << 20;
+
+/// Why a [`Sink`] cannot take a page.
+pub type SinkError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a page is not copied before it changes.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The page cannot be read, or there is no memory for a buffer.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The sink cannot take the page.
+    #[error(transparent)]
+    Sink(SinkError),
+    /// The protection of a background snapshot is gone, or cannot be made.
+    #[error(
+        "block {id}: memory cannot be protected, or is not any more: the VMM may have taken the registration back"
+    )]
+    Protection {
+        /// The block.
+        id: u32,
+        /// What the kernel said.
+        #[source]
+        source: Errno,
+    },
+    /// The guest waited to write while the sink took nothing.
+    #[error(
+        "nothing was written to the image for {:?}, while the guest waited to write: hook_timeout allows no more, and the guest runs on without the snapshot",
+        limit
+    )]
+    SlowImage {
+        /// How long the guest waited, and may wait.
+        limit: Duration,
+    },
+    /// Write faults cannot be read.
+    #[error("cannot read write faults")]
+    Faults(#[source] Errno),
+    /// A thread that handles write faults ended by a defect.
+    #[error("a thread that handles write faults panicked")]
+    Panicked,
+    /// The job was cancelled, or the snapshot failed before and another caller got the reason.
+    #[error("the snapshot was given up")]
+    GivenUp,
+}
 
 /// Receives the captured pages.
 pub trait Sink: std::fmt::Debug + Send + Sync {
@@ -60,23 +104,11 @@ pub trait Sink: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// If the pages cannot be stored.
-    fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError>;
+    fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, SinkError>;
 
     /// How many bytes the sink prefers to get at once.
     fn batch(&self) -> usize {
         BATCH
-    }
-}
-
-impl Sink for ImageWriter {
-    fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
-        ImageWriter::put(self, at, range, bytes)
-    }
-
-    fn batch(&self) -> usize {
-        // With direct I/O, the disk has only the writes that the workers have under way, so they
-        // are larger.
-        if self.is_direct() { 2 * BATCH } else { BATCH }
     }
 }
 
@@ -94,7 +126,7 @@ impl Protection {
     ///
     /// # Errors
     /// If they are no longer registered, or the kernel refuses.
-    pub fn protect(&self, at: usize, host_pages: PageRange) -> Result<(), JobError> {
+    pub fn protect(&self, at: usize, host_pages: PageRange) -> Result<(), CaptureError> {
         self.uffd
             .protect(self.mappings.addresses(at, host_pages))
             .map_err(|source| self.failed(at, source))
@@ -104,14 +136,14 @@ impl Protection {
     ///
     /// # Errors
     /// As for [`Protection::protect`].
-    pub fn unprotect(&self, at: usize, host_pages: PageRange) -> Result<(), JobError> {
+    pub fn unprotect(&self, at: usize, host_pages: PageRange) -> Result<(), CaptureError> {
         self.uffd
             .unprotect(self.mappings.addresses(at, host_pages))
             .map_err(|source| self.failed(at, source))
     }
 
-    fn failed(&self, at: usize, source: Errno) -> JobError {
-        JobError::Protection { id: self.mappings.all()[at].id, source }
+    fn failed(&self, at: usize, source: Errno) -> CaptureError {
+        CaptureError::Protection { id: self.mappings.all()[at].id, source }
     }
 }
 
@@ -126,7 +158,7 @@ pub struct CopyBeforeWrite {
     sink: Arc<dyn Sink>,
     live: Arc<LiveCounters>,
     /// Why the snapshot failed: the first error.
-    failure: Mutex<Option<JobError>>,
+    failure: Mutex<Option<CaptureError>>,
     failed: AtomicBool,
     /// Nothing more is to be captured: all is captured, or the snapshot failed.
     stopped: AtomicBool,
@@ -165,10 +197,10 @@ impl Batch {
         self.filled >= self.full
     }
 
-    fn read(&mut self, at: usize, block: &Block, pages: PageRange) -> Result<(), JobError> {
+    fn read(&mut self, at: usize, block: &Block, pages: PageRange) -> Result<(), CaptureError> {
         let start = self.filled;
         let bytes = pages.bytes() as usize;
-        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
         block
             .backing
             .read(pages.offset(), &mut self.buffer[start..start + bytes])
@@ -203,8 +235,8 @@ impl CopyBeforeWrite {
     ///
     /// # Errors
     /// If there is no memory for it.
-    pub fn batch(&self, memory: &GuestMemory) -> Result<Batch, JobError> {
-        Ok(Batch::new(memory, self.sink.batch())?)
+    pub fn batch(&self, memory: &GuestMemory) -> Result<Batch, CaptureError> {
+        Batch::new(memory, self.sink.batch()).map_err(|error| MemoryError::from(error).into())
     }
 
     /// The pages that are not captured yet.
@@ -219,7 +251,7 @@ impl CopyBeforeWrite {
     /// If a page cannot be read or put, or the protection is gone.
     pub fn sweep(
         &self, memory: &GuestMemory, worker: usize, at: usize, range: PageRange, batch: &mut Batch,
-    ) -> Result<u64, JobError> {
+    ) -> Result<u64, CaptureError> {
         let mut pages = 0;
         for (word, mask) in fence_words(range, self.pending.block(at).unit()) {
             pages += self.read(memory, worker, (at, word, mask), batch)?;
@@ -236,7 +268,7 @@ impl CopyBeforeWrite {
     fn read(
         &self, memory: &GuestMemory, worker: usize, (at, word, mask): (usize, u64, u64),
         batch: &mut Batch,
-    ) -> Result<u64, JobError> {
+    ) -> Result<u64, CaptureError> {
         let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
         let first = word * WORD_BITS + u64::from(mask.trailing_zeros());
         let take = || self.pending.take(at, word, mask);
@@ -249,7 +281,7 @@ impl CopyBeforeWrite {
     }
 
     /// Removes the protection of the pages that were read, and puts them into the sink.
-    fn unprotect_and_put(&self, batch: &mut Batch) -> Result<(), JobError> {
+    fn unprotect_and_put(&self, batch: &mut Batch) -> Result<(), CaptureError> {
         if let Some(protection) = &self.protection {
             // The guest does not wait for the disk: the protection is removed first.
             for (at, pages, _) in &batch.runs {
@@ -259,7 +291,7 @@ impl CopyBeforeWrite {
         self.put(batch)
     }
 
-    fn put(&self, batch: &mut Batch) -> Result<(), JobError> {
+    fn put(&self, batch: &mut Batch) -> Result<(), CaptureError> {
         for (at, pages, start) in batch.runs.drain(..) {
             let bytes = &batch.buffer[start..start + pages.bytes() as usize];
             self.put_run(at, pages, bytes)?;
@@ -272,8 +304,8 @@ impl CopyBeforeWrite {
     ///
     /// # Errors
     /// If the sink cannot store them.
-    pub fn put_run(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<(), JobError> {
-        let put = self.sink.put(at, range, bytes)?;
+    pub fn put_run(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<(), CaptureError> {
+        let put = self.sink.put(at, range, bytes).map_err(CaptureError::Sink)?;
         add(&self.live.pages_sent, put);
         add(&self.live.zero_pages, range.count - put);
         add(&self.live.wire_bytes, put * PAGE_SIZE);
@@ -291,7 +323,7 @@ impl CopyBeforeWrite {
     /// If the page cannot be read, or the protection is gone.
     pub fn write_fault(
         &self, memory: &GuestMemory, (at, host_page): (usize, u64), into: &mut [u8],
-    ) -> Result<Option<PageRange>, JobError> {
+    ) -> Result<Option<PageRange>, CaptureError> {
         let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
         let pages = host_pages.pages(PageRange::new(host_page, 1));
         let take = || {
@@ -305,7 +337,7 @@ impl CopyBeforeWrite {
             }
         };
         let read = |_| {
-            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
             block
                 .backing
                 .read(pages.offset(), &mut into[..pages.bytes() as usize])
@@ -350,7 +382,7 @@ impl CopyBeforeWrite {
 
     fn copy_into(
         &self, kept: &mut Option<Batch>, memory: &GuestMemory, at: usize, host_pages: PageRange,
-    ) -> Result<u64, JobError> {
+    ) -> Result<u64, CaptureError> {
         let mut batch = kept.take().map_or_else(|| self.batch(memory), Ok)?;
         let pages = self.sweep(memory, SESSION, at, host_pages, &mut batch)?;
         // Kept only on success: a failed call leaves pages in the batch that the next discard must
@@ -377,7 +409,7 @@ impl CopyBeforeWrite {
     ///
     /// # Errors
     /// As [`CopyBeforeWrite::check`].
-    pub fn finish(&self, readers: &Readers) -> Result<(), JobError> {
+    pub fn finish(&self, readers: &Readers) -> Result<(), CaptureError> {
         before_unregister(readers);
         drop(self.discard_batch.lock().unwrap_or_else(PoisonError::into_inner));
         self.stop_faults();
@@ -392,7 +424,7 @@ impl CopyBeforeWrite {
     }
 
     /// Fails the snapshot. The first error is kept.
-    pub fn fail(&self, error: JobError) {
+    pub fn fail(&self, error: CaptureError) {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         self.failed.store(true, Ordering::Release);
     }
@@ -407,12 +439,12 @@ impl CopyBeforeWrite {
     /// # Errors
     /// The first error that [`CopyBeforeWrite::fail`] got. It is returned once; later calls return
     /// [`JobError::Cancelled`].
-    pub fn check(&self) -> Result<(), JobError> {
+    pub fn check(&self) -> Result<(), CaptureError> {
         if !self.has_failed() {
             return Ok(());
         }
         let error = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
-        Err(error.unwrap_or(JobError::Cancelled))
+        Err(error.unwrap_or(CaptureError::GivenUp))
     }
 }
 

@@ -32,11 +32,13 @@
 //!
 //! Reading and writing pages:
 //!
+//! - [`page_buffer`]: an aligned buffer for pages;
 //! - [`runs`]: joins runs of pages that lie near each other;
 //! - [`zero`]: finds zero pages;
 //! - [`huge`]: writes to hugetlbfs, which needs a mapping;
 //! - [`small_pages`]: places single pages on a tmpfs that hands out huge pages;
-//! - [`bus_guard`]: survives a file that shrinks under a mapping (`vmm-survives`).
+//! - [`bus_guard`]: survives a file that shrinks under a mapping (`vmm-survives`);
+//! - [`error`]: what can go wrong with the memory.
 
 pub mod backing;
 pub mod block;
@@ -46,6 +48,7 @@ pub mod copy_before_write;
 pub mod current;
 pub mod cursor;
 pub mod discard;
+pub mod error;
 pub mod extents;
 pub mod fault_steps;
 pub mod fence;
@@ -55,6 +58,7 @@ pub mod huge;
 pub mod mappings;
 pub mod marking;
 pub mod missing_pages;
+pub mod page_buffer;
 pub mod pool;
 pub mod recorded_discards;
 pub mod runs;
@@ -65,6 +69,8 @@ pub mod zero;
 
 pub use backing::{Backing, BackingError};
 pub use block::{Block, GuestMemory};
+pub use error::MemoryError;
+pub use page_buffer::PageBuffer;
 
 // `fence.rs`, `marking.rs`, `fault_steps.rs` and `capture_steps.rs` import these from their parent,
 // so that the model checker can use its own versions.

@@ -12,6 +12,9 @@
 use super::compress::Compressor;
 use super::sender::PageSender;
 use crate::job::{Job, JobError};
+use crate::outgoing::OutgoingError;
+use crate::transport::StreamError;
+use crate::transport::stream_error::decode_remote;
 use crate::transport::{Address, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::job::{Compression, OutgoingOptions, Phase};
 use pageferry_protocol::control::reply::RemoteError;
@@ -106,7 +109,8 @@ pub fn reconnect(job: &Job, address: &Address, session: SessionId) -> Result<Str
 
 fn dial(job: &Job, address: &Address) -> Result<Vec<OwnedFd>, JobError> {
     let options = job.options();
-    (0..options.connections()).map(|_| address.connect(options.peer_timeout, &job.cancel)).collect()
+    let connect = |_| address.connect(options.peer_timeout, &job.cancel);
+    Ok((0..options.connections()).map(connect).collect::<Result<_, _>>()?)
 }
 
 fn prepare(job: &Job, sockets: Vec<OwnedFd>) -> Result<Vec<StreamSocket>, JobError> {
@@ -172,11 +176,11 @@ fn missing_feature(
 ) -> Option<JobError> {
     let lacks = wanted_features(options) & !accepted;
     if options.compression != Compression::None && lacks & feature_of(options.compression) != 0 {
-        return Some(JobError::Compression(options.compression.name()));
+        return Some(OutgoingError::Compression(options.compression.name()).into());
     }
     let postcopy = options.mode.may_postcopy();
     let complete = host_pages.len() == if postcopy { job.memory.blocks().len() } else { 0 };
-    (lacks != 0 || !complete).then(|| JobError::Mode(options.mode.name()))
+    (lacks != 0 || !complete).then(|| OutgoingError::Mode(options.mode.name()).into())
 }
 
 fn say_hello(
@@ -207,10 +211,12 @@ fn say_hello(
 fn wait_accept(reader: &mut RecordReader) -> Result<Accept, JobError> {
     let record = reader.read()?;
     match record.kind {
-        Kind::Accept => Accept::decode(record.payload)
-            .map_err(|source| JobError::Payload { kind: "accept", source }),
-        Kind::Reject => Err(JobError::Rejected(decode_remote(record.payload)?)),
-        _ => Err(unexpected(record.kind, record.payload, "an accept or reject")),
+        Kind::Accept => Ok(Accept::decode(record.payload)
+            .map_err(|source| StreamError::Payload { kind: "accept", source })?),
+        Kind::Reject => Err(OutgoingError::Rejected(decode_remote(record.payload)?).into()),
+        _ => {
+            Err(StreamError::unexpected(record.kind, record.payload, "an accept or reject").into())
+        }
     }
 }
 
@@ -219,22 +225,10 @@ fn wait_accept(reader: &mut RecordReader) -> Result<Accept, JobError> {
 fn no_destination(error: JobError) -> JobError {
     match error {
         JobError::Transport(source @ (TransportError::Closed | TransportError::Cut { .. })) => {
-            JobError::NoDestination { source }
+            OutgoingError::NoDestination { source }.into()
         }
         error => error,
     }
-}
-
-/// The error for a record that must not come here. If it is an ERROR record, it is the peer's own.
-pub fn unexpected(kind: Kind, payload: &[u8], expected: &'static str) -> JobError {
-    match kind {
-        Kind::Error => decode_remote(payload).map_or_else(|error| error, JobError::Peer),
-        _ => JobError::Unexpected { found: format!("{kind:?}"), expected },
-    }
-}
-
-fn decode_remote(payload: &[u8]) -> Result<RemoteError, JobError> {
-    decode_error(payload).map_err(|source| JobError::Payload { kind: "error", source })
 }
 
 impl Primary {
@@ -245,7 +239,7 @@ impl Primary {
     pub fn expect(&mut self, kind: Kind, expected: &'static str) -> Result<u64, JobError> {
         let record = self.reader.read()?;
         if record.kind != kind {
-            return Err(unexpected(record.kind, record.payload, expected));
+            return Err(StreamError::unexpected(record.kind, record.payload, expected).into());
         }
         Ok(record.header.number())
     }
@@ -321,7 +315,9 @@ mod tests {
             let options = OutgoingOptions { mode, compression, ..OutgoingOptions::default() };
             let missing = missing_feature(&job, &options, accepted, host_pages);
             let named = match &missing {
-                Some(JobError::Compression(name) | JobError::Mode(name)) => Some(*name),
+                Some(JobError::Outgoing(
+                    OutgoingError::Compression(name) | OutgoingError::Mode(name),
+                )) => Some(*name),
                 Some(other) => panic!("{other}"),
                 None => None,
             };

@@ -10,6 +10,7 @@
 //! follow each other at once. Each later pass starts at least `INTERVAL` after the one before.
 
 use crate::job::{JobError, micros};
+use crate::outgoing::OutgoingError;
 use pageferry_protocol::control::job::{Counters, Mode, NonConvergence, OutgoingOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::time::Duration;
@@ -130,12 +131,13 @@ impl Pace {
                 };
                 Ok(Next::Throttle(self.throttle))
             }
-            NonConvergence::Fail => Err(JobError::NotConverging {
+            NonConvergence::Fail => Err(OutgoingError::NotConverging {
                 passes: self.passes,
                 remaining,
                 expected: self.expected,
                 limit,
-            }),
+            }
+            .into()),
         }
     }
 

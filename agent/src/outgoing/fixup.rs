@@ -33,6 +33,7 @@
 use super::Migration;
 use super::sender::PassView;
 use crate::job::{JobError, add, micros};
+use crate::memory::MemoryError;
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::{DirtyPages, LogTracker, Tracker, Trackers};
 use pageferry_protocol::memory::PageRange;
@@ -131,14 +132,14 @@ impl DirtyState {
 
 /// Those of the pages `suspects` that the guest wrote to since the discard. All of them are
 /// discarded and settled.
-fn written_since(block: &Block, word: u64, suspects: u64) -> Result<u64, JobError> {
+fn written_since(block: &Block, word: u64, suspects: u64) -> Result<u64, MemoryError> {
     if !block.backing.tells_holes() {
         return Ok(suspects);
     }
     block
         .backing
         .allocated(word, suspects)
-        .map_err(|source| JobError::Backing { id: block.geometry.id, source })
+        .map_err(|source| MemoryError::Backing { id: block.geometry.id, source })
 }
 
 impl Migration {

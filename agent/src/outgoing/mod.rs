@@ -9,7 +9,8 @@
 //! - [`compress`]: compresses pages, if the operator wants that;
 //! - [`converge`]: decides when to stop the guest;
 //! - [`handover`]: sends the stopped guest, with the commit point (`one-owner`);
-//! - [`postcopy`]: the guest moves first, and its memory follows.
+//! - [`postcopy`]: the guest moves first, and its memory follows;
+//! - [`error`]: why a migration failed at the source.
 //!
 //! If the migration fails before the commit point, the guest continues here, and the trackers and
 //! the throttle are off again.
@@ -17,11 +18,14 @@
 pub mod compress;
 pub mod connect;
 pub mod converge;
+pub mod error;
 pub mod fixup;
 pub mod handover;
 pub mod pass;
 pub mod postcopy;
 pub mod sender;
+
+pub use error::OutgoingError;
 
 use crate::hooks::HookError;
 use crate::job::deadline::Stop;

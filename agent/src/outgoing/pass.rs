@@ -10,7 +10,9 @@
 use super::Migration;
 use super::fixup::DirtyState;
 use super::sender::{PageSender, PassView};
+use crate::incoming::IncomingError;
 use crate::job::{JobError, get};
+use crate::memory::MemoryError;
 use crate::memory::host_page_set::words_of;
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::LazyClear;
@@ -93,7 +95,7 @@ impl Migration {
 
         let done = self.streams.primary.expect(Kind::PassDone, "the end of the pass")?;
         if done != number {
-            return Err(JobError::Pass { stream: 0, found: done, expected: number });
+            return Err(IncomingError::Pass { stream: 0, found: done, expected: number }.into());
         }
         let pages = get(&job.live.pages_sent) - sent_before;
         let bytes = get(&job.live.wire_bytes) - bytes_before;
@@ -154,7 +156,7 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
 pub(super) fn find_allocated(
     block: &Block, dirty: &MappedBitmap, announced: &MappedBitmap, chunk: PageRange,
 ) -> Result<(), JobError> {
-    let failed = |source| JobError::Backing { id: block.geometry.id, source };
+    let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
     for run in block.backing.data_runs(chunk) {
         for (word, mask) in words_of(run.map_err(failed)?) {
             dirty.or_word(word, mask & !announced.word(word));
@@ -209,7 +211,7 @@ impl<'a> HoleFinder<'a> {
         }
         let first = word * WORD_BITS;
         let rest = PageRange::new(first, self.chunk.end() - first);
-        let failed = |source| JobError::Backing { id: self.block.geometry.id, source };
+        let failed = |source| MemoryError::Backing { id: self.block.geometry.id, source };
         let data = self.block.backing.first_data(rest).map_err(failed)?;
         self.until = data.map_or(self.chunk.end().div_ceil(WORD_BITS), |page| page / WORD_BITS);
         self.zeros = 0;

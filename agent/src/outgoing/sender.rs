@@ -8,6 +8,7 @@
 use super::compress::Compressor;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
+use crate::memory::MemoryError;
 use crate::memory::fence::Reading;
 use crate::memory::zero::data_mask;
 use crate::transport::{Limiter, RecordWriter, StreamSocket};
@@ -144,7 +145,7 @@ impl PageSender {
         &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64,
         reading: Reading<'_>,
     ) -> Result<(), JobError> {
-        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
         let holes = block.known_holes(word, send).map_err(failed)?;
         self.read_word(pass, block, word, send & !holes, stray, reading)?;
         // In pass 0 the destination has holes already.
@@ -163,7 +164,7 @@ impl PageSender {
         &mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap,
     ) -> Result<(), JobError> {
         for (word, pages) in dirty.nonzero_words(block.all()) {
-            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
             let holes =
                 block.known_holes(word, pages & !block.discarded.word(word)).map_err(failed)?;
             self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, holes, 0);
@@ -186,7 +187,7 @@ impl PageSender {
         for run in runs_of_word(first, send) {
             let bytes = run.bytes() as usize;
             let target = &mut self.buffer[self.filled..self.filled + bytes];
-            let failed = |source| JobError::Backing { id: block.geometry.id, source };
+            let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
             block.backing.read(run.offset(), target).map_err(failed)?;
             self.filled += bytes;
         }

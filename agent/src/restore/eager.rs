@@ -15,9 +15,10 @@
 use super::reset::ResetGuard;
 use super::source::Source;
 use super::{VmmState, resume_guest};
-use crate::image::PageBuffer;
 use crate::image::workers::at_once;
 use crate::job::{Job, JobError, add, get};
+use crate::memory::MemoryError;
+use crate::memory::PageBuffer;
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{self, Fill, HugeWindow};
 use crate::memory::recorded_discards::RecordedDiscards;
@@ -162,7 +163,7 @@ impl<'a> Filling<'a> {
             let block = &self.job.memory.blocks()[at];
             let gone = [&block.discarded, self.given_back.freed(at)];
             let settled = small_pages.settle(&block.backing, self.source.present(at), &gone);
-            settled.map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
+            settled.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })?;
         }
         Ok(())
     }
@@ -254,7 +255,7 @@ impl<'a> Filling<'a> {
                 let start = (run.first - extent.first) as usize * PAGE_SIZE as usize;
                 let content = &content[start..start + run.bytes() as usize];
                 let written = window.write(at, block, run, content, small_pages);
-                written.map_err(|source| JobError::Backing { id: block.geometry.id, source })?;
+                written.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })?;
             }
             add(&self.job.live.pages_sent, u64::from(pages.count_ones()));
         }

@@ -14,8 +14,8 @@
 
 use super::lazy_restore::LazyRestore;
 use super::working_set::WorkingSetRecorder;
-use crate::image::PageBuffer;
 use crate::job::JobError;
+use crate::memory::PageBuffer;
 use crate::memory::runs::NEAR;
 use crate::missing_faults::{HostPage, PageRequester};
 use crossbeam_channel::{Receiver, Sender, bounded, select_biased};

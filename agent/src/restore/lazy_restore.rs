@@ -15,10 +15,11 @@ use super::fault_reads::FaultQueue;
 use super::prefetch::{PrefetchGate, WorkingSetPieces};
 use super::source::Source;
 use crate::job::{Job, JobError, add};
+use crate::memory::MemoryError;
 use crate::memory::cursor::Cursor;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::missing_pages::{MissingPages, PlaceError};
-use crate::missing_faults::{RETRY, ShortageReport, lacks_memory};
+use crate::missing_faults::{RETRY, ShortageReport};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use rustix::event::PollFlags;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -230,7 +231,7 @@ impl<'a> LazyRestore<'a> {
                     return Ok(pages);
                 }
                 Err(error)
-                    if lacks_memory(&error)
+                    if error.lacks_memory()
                         && begun.elapsed() < NO_MEMORY_TIMEOUT
                         && !self.has_ended() =>
                 {
@@ -238,7 +239,9 @@ impl<'a> LazyRestore<'a> {
                     // The guest waits for the memory in the meantime. It is not lost.
                     std::thread::sleep(RETRY);
                 }
-                Err(error) => return Err(JobError::not_placed(&self.job.memory, at, error)),
+                Err(error) => {
+                    return Err(MemoryError::not_placed(&self.job.memory, at, error).into());
+                }
             }
         }
     }

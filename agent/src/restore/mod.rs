@@ -27,6 +27,7 @@ pub mod working_set;
 use crate::hooks::state_file_of;
 use crate::image::Image;
 use crate::job::{Job, JobError, micros};
+use crate::memory::MemoryError;
 use crate::snapshot::checkpoint::SharedCheckpoint;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{
@@ -67,7 +68,7 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     let source = Source::open(&order.path, &job.memory)?;
     if let Some(block) = job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
-        return Err(JobError::Sealed { id: block.geometry.id });
+        return Err(MemoryError::Sealed { id: block.geometry.id }.into());
     }
     let state = VmmState::read(source.newest(), order.options.resume)?;
     job.set_guest_state(state.guest);

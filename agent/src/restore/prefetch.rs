@@ -9,9 +9,9 @@
 //! All reads count towards the bandwidth limit of the job.
 
 use super::lazy_restore::LazyRestore;
-use crate::image::PageBuffer;
 use crate::image::chain::in_extents;
 use crate::job::{JobError, add};
+use crate::memory::PageBuffer;
 use crate::memory::runs::{NEAR, join_near_runs};
 use pageferry_protocol::image::EXTENT_SIZE;
 use pageferry_protocol::memory::PageRange;

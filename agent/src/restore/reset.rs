@@ -10,6 +10,7 @@
 
 use super::source::Source;
 use crate::job::{Job, JobError, add};
+use crate::memory::MemoryError;
 use crate::memory::recorded_discards::{DiscardRecorder, RecordedDiscards};
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::DirtyPages;
@@ -62,7 +63,7 @@ impl ResetGuard<'_> {
     /// # Errors
     /// If a file cannot be punched.
     pub fn punch_again(&self) -> Result<(), JobError> {
-        self.job.memory.blocks().iter().try_for_each(|block| empty(block))
+        Ok(self.job.memory.blocks().iter().try_for_each(|block| empty(block))?)
     }
 
     /// Sets the discard marks of a block: the discards of the image, and those that the VMM made
@@ -105,8 +106,8 @@ impl ResetGuard<'_> {
     }
 }
 
-fn empty(block: &Block) -> Result<(), JobError> {
-    block.backing.empty().map_err(|source| JobError::Backing { id: block.geometry.id, source })
+fn empty(block: &Block) -> Result<(), MemoryError> {
+    block.backing.empty().map_err(|source| MemoryError::Backing { id: block.geometry.id, source })
 }
 
 impl Drop for ResetGuard<'_> {

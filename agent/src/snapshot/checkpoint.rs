@@ -20,6 +20,7 @@
 use super::{Plan, is_increment};
 use crate::job::{Job, JobError};
 use crate::memory::GuestMemory;
+use crate::snapshot::SnapshotError;
 use crate::tracking::{DirtyPages, LogTracker, Tracker, Trackers};
 use pageferry_protocol::image::{ImageId, id_text};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -163,7 +164,7 @@ impl Changes {
         };
         let refused = |state, sentence| {
             shared.put(state);
-            Err(JobError::NoIncrement(sentence))
+            Err(SnapshotError::NoIncrement(sentence).into())
         };
         let uses = match shared.take() {
             State::Kept(kept) if increment && kept.id != base => {

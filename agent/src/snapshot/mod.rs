@@ -7,17 +7,23 @@
 //! - [`point_in_time`]: the instant, which decides which pages are saved;
 //! - [`write_faults`]: captures pages that the guest is about to write to;
 //! - [`sweep`]: captures all other pages;
+//! - [`image_sink`]: an image takes what copy-before-write captures;
+//! - [`error`]: why a snapshot is not made;
 //! - this file: the phases.
 //!
 //! [`crate::memory::copy_before_write`] has the rules for who reads which page when.
 
 pub mod checkpoint;
+pub mod error;
+mod image_sink;
 pub mod point_in_time;
 pub mod prepare;
 pub mod protect;
 pub mod protect_steps;
 pub mod sweep;
 pub mod write_faults;
+
+pub use error::SnapshotError;
 
 use crate::image::blocks::compare;
 use crate::image::chain::{MAX_IMAGES, lineage, name_of_base};

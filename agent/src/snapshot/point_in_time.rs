@@ -77,7 +77,7 @@ impl PointInTime {
     /// If one of them failed.
     pub fn finish(&self) -> Result<(), JobError> {
         self.job.memory.marking.end();
-        self.copier.finish(&self.job.memory.readers)
+        Ok(self.copier.finish(&self.job.memory.readers)?)
     }
 }
 

@@ -10,6 +10,7 @@
 //! The bitmaps that are filled at the instant also get their memory here.
 
 use crate::job::{Job, JobError};
+use crate::memory::MemoryError;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::DirtyPages;
@@ -68,9 +69,9 @@ impl Prepared {
         Ok(())
     }
 
-    fn find_allocated(&self, at: usize) -> Result<(), JobError> {
+    fn find_allocated(&self, at: usize) -> Result<(), MemoryError> {
         let (block, allocated) = (&self.memory.blocks()[at], self.allocated.block(at));
-        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
         let end = block.all().end();
         let rest = |first: u64| PageRange::new(first, end - first);
         let mut next = 0;

@@ -15,9 +15,10 @@ use super::write_faults;
 use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
 use crate::memory::block::DiscardObserver;
-use crate::memory::copy_before_write::{CopyBeforeWrite, Protection};
+use crate::memory::copy_before_write::{CaptureError, CopyBeforeWrite, Protection};
 use crate::memory::host_page_set::BlockHostPages;
 use crate::memory::mappings::Mappings;
+use crate::snapshot::SnapshotError;
 use crate::tracking::DirtyPages;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -83,7 +84,7 @@ impl WatchState {
     ///
     /// # Errors
     /// If the registration is gone, or the kernel refuses.
-    pub fn allow_write(&self, (at, host_page): (usize, u64)) -> Result<(), JobError> {
+    pub fn allow_write(&self, (at, host_page): (usize, u64)) -> Result<(), CaptureError> {
         let page = PageRange::new(host_page, 1);
         protect_steps::unprotect(self.ahead[at].bits(), page, || {
             self.protection.unprotect(at, page)
@@ -119,10 +120,10 @@ impl WriteWatch {
         for block in job.memory.blocks() {
             let (id, size) = (block.geometry.id, block.backing.host_page_size());
             if block.backing.kind() == BackingKind::File {
-                return Err(JobError::OnDisk { id });
+                return Err(SnapshotError::OnDisk { id }.into());
             }
             if size > MAX_HOST_PAGE {
-                return Err(JobError::LargeHostPage { id, size, limit: MAX_HOST_PAGE });
+                return Err(SnapshotError::LargeHostPage { id, size, limit: MAX_HOST_PAGE }.into());
             }
         }
         Ok(())
@@ -162,7 +163,11 @@ impl WriteWatch {
     /// # Errors
     /// If that is so. The log says why.
     pub fn check(&self) -> Result<(), JobError> {
-        if self.shared.failed.load(Ordering::Acquire) { Err(JobError::Faults) } else { Ok(()) }
+        if self.shared.failed.load(Ordering::Acquire) {
+            Err(SnapshotError::Faults.into())
+        } else {
+            Ok(())
+        }
     }
 
     /// No fault is handled while the guard is held.
@@ -200,13 +205,13 @@ impl WriteWatch {
         let mut run = PageRange::default();
         let mut protect = |run: PageRange| {
             if run.is_empty() {
-                return Ok(());
+                return Ok::<_, JobError>(());
             }
             // For a large guest, all of this takes seconds, so a cancel is checked here.
             self.job.check()?;
             self.check()?;
             count += run.count;
-            protect_steps::protect(noted, run, || protection.protect(at, run))
+            Ok(protect_steps::protect(noted, run, || protection.protect(at, run))?)
         };
         for (word, bits) in wanted.nonzero_words(wanted.all()) {
             for next in

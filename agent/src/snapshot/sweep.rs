@@ -24,7 +24,7 @@ pub fn run(job: &Job, copier: &CopyBeforeWrite, workers: usize) -> Result<(), Jo
         rest.fold(first, |outcome, other| outcome.and(other))
     })?;
     // Only here and not in the workers, because the error is returned only once.
-    copier.check()
+    Ok(copier.check()?)
 }
 
 struct Sweep<'a> {

@@ -12,8 +12,9 @@
 //! snapshot fails, and all writes continue: a disk that hangs costs the snapshot, never the guest.
 
 use super::protect::{Mode, WatchState};
-use crate::image::PageBuffer;
 use crate::job::{Job, JobError};
+use crate::memory::PageBuffer;
+use crate::memory::copy_before_write::CaptureError;
 use crate::memory::copy_before_write::CopyBeforeWrite;
 use crate::missing_faults::wait;
 use pageferry_protocol::memory::PageRange;
@@ -135,7 +136,7 @@ fn run_writer(captured: Receiver<Captured>, free: &[Sender<PageBuffer>]) {
 
 /// Before the instant there is no snapshot to fail, so the error is only logged. The job meets the
 /// same problem when it protects the next page, and reports it.
-fn fail(mode: &Mode, error: JobError) {
+fn fail(mode: &Mode, error: CaptureError) {
     match mode {
         Mode::Ahead => log::warn!("cannot handle a write fault: {}", crate::error::chain(&error)),
         Mode::CopyBeforeWrite(copier) => copier.fail(error),
@@ -144,16 +145,16 @@ fn fail(mode: &Mode, error: JobError) {
 
 fn handle_faults(
     job: &Job, shared: &WatchState, stop: &OwnedFd, buffers: &Buffers,
-) -> Result<(), JobError> {
+) -> Result<(), CaptureError> {
     let uffd = &shared.protection.uffd;
     let mut faults = [0; MAX_FAULTS];
-    while wait(uffd, stop.as_fd())? {
+    while wait(uffd, stop.as_fd()).map_err(CaptureError::Faults)? {
         let since = Instant::now();
         // Locked before the faults are read: a thread that gets the lock after this one finds that
         // all faults that were read are handled.
         let mode = shared.mode();
         let read = uffd.read_faults(&mut faults);
-        let count = read.map_err(|errno| JobError::from_io("read faults")(errno.into()))?;
+        let count = read.map_err(CaptureError::Faults)?;
         for address in &faults[..count] {
             let Some(page) = shared.protection.mappings.locate(*address) else { continue };
             // After an error the other faults are still handled.
@@ -171,7 +172,7 @@ fn handle_faults(
 
 fn handle_fault(
     job: &Job, shared: &WatchState, mode: &Mode, page: (usize, u64), buffers: &Buffers,
-) -> Result<(), JobError> {
+) -> Result<(), CaptureError> {
     let copier = match mode {
         Mode::Ahead => return shared.allow_write(page),
         Mode::CopyBeforeWrite(copier) => copier,
@@ -194,10 +195,10 @@ fn handle_fault(
     let captured = copier.write_fault(&job.memory, page, &mut bytes);
     if let Ok(Some(pages)) = captured {
         let captured = Captured { copier: copier.clone(), at: page.0, pages, bytes, pool };
-        return buffers.captured.send(captured).map_err(|_| JobError::Panicked);
+        return buffers.captured.send(captured).map_err(|_| CaptureError::Panicked);
     }
     // The buffer is also returned after an error. Otherwise later faults would wait for it forever.
-    to_free.send(bytes).map_err(|_| JobError::Panicked)?;
+    to_free.send(bytes).map_err(|_| CaptureError::Panicked)?;
     captured.map(|_| ())
 }
 
@@ -207,13 +208,13 @@ fn handle_fault(
 fn wait_for_buffer(
     free: &Receiver<PageBuffer>, limit: Duration, is_pending: impl Fn() -> bool,
     is_lost: impl Fn() -> bool,
-) -> Result<Option<PageBuffer>, JobError> {
+) -> Result<Option<PageBuffer>, CaptureError> {
     let since = Instant::now();
     while is_pending() {
         match free.recv_timeout(CHECK_INTERVAL) {
             Ok(bytes) => return Ok(Some(bytes)),
-            Err(_) if is_lost() => return Err(JobError::Cancelled),
-            Err(_) if since.elapsed() >= limit => return Err(JobError::SlowImage { limit }),
+            Err(_) if is_lost() => return Err(CaptureError::GivenUp),
+            Err(_) if since.elapsed() >= limit => return Err(CaptureError::SlowImage { limit }),
             Err(_) => {}
         }
     }
@@ -223,7 +224,7 @@ fn wait_for_buffer(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::ImageError;
+    use crate::memory::copy_before_write::SinkError;
     use crate::memory::copy_before_write::{Protection, Sink};
     use crate::memory::host_page_set::HostPageSet;
     use crate::memory::mappings::Mappings;
@@ -235,7 +236,7 @@ mod tests {
     struct Nowhere;
 
     impl Sink for Nowhere {
-        fn put(&self, _: usize, range: PageRange, _: &[u8]) -> Result<u64, ImageError> {
+        fn put(&self, _: usize, range: PageRange, _: &[u8]) -> Result<u64, SinkError> {
             panic!("{range:?}")
         }
     }
@@ -258,14 +259,14 @@ mod tests {
             if is_cancelled {
                 job.cancel.cancel().unwrap();
             } else {
-                copier.fail(JobError::VmmGone);
+                copier.fail(CaptureError::Panicked);
             }
             let mode = Mode::CopyBeforeWrite(copier.clone());
             handle_fault(&job, &shared, &mode, (0, 3), &buffers).unwrap();
             // The reason must not be that the disk is too slow.
             let why = copier.check().unwrap_err();
-            assert_eq!(matches!(why, JobError::Cancelled), is_cancelled, "{why}");
-            assert_eq!(matches!(why, JobError::VmmGone), !is_cancelled, "{why}");
+            assert_eq!(matches!(why, CaptureError::GivenUp), is_cancelled, "{why}");
+            assert_eq!(matches!(why, CaptureError::Panicked), !is_cancelled, "{why}");
             assert_eq!(copier.pending().remaining_pages(), 1, "nothing is taken");
         }
     }
@@ -281,7 +282,7 @@ mod tests {
         assert!(wait_for_buffer(&pool.free, long, || false, || true).unwrap().is_none());
         assert!(matches!(
             wait_for_buffer(&pool.free, long, || true, || true),
-            Err(JobError::Cancelled)
+            Err(CaptureError::GivenUp)
         ));
         let error = wait_for_buffer(&pool.free, short, || true, || false).unwrap_err().to_string();
         assert!(

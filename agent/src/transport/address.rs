@@ -11,7 +11,7 @@
 use super::TransportError;
 use super::resolve::{resolve, resolve_for};
 use super::unix_path::UnixPathListener;
-use crate::job::{Cancel, JobError};
+use crate::cancel::Cancel;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::unix_path::socket_address;
 use rustix::event::PollFlags;
@@ -73,7 +73,7 @@ impl Address {
     ///
     /// # Errors
     /// If no socket address accepts the connection, or the job is cancelled meanwhile.
-    pub fn connect(&self, timeout: Duration, cancel: &Cancel) -> Result<OwnedFd, JobError> {
+    pub fn connect(&self, timeout: Duration, cancel: &Cancel) -> Result<OwnedFd, TransportError> {
         may_wait("connect");
         let failed = |address: String| {
             move |source| TransportError::Connect { what: "connect to", address, source }
@@ -86,7 +86,7 @@ impl Address {
                 };
                 let address = socket_address(path).map_err(invalid)?;
                 connect_one(AddressFamily::UNIX, &address, |_| (), timeout, cancel)?
-                    .map_err(|error| failed(name)(error).into())
+                    .map_err(|error| failed(name)(error))
             }
             Self::Tcp(name) => {
                 let addresses = resolve_for(cancel, name, timeout)?;
@@ -104,7 +104,7 @@ impl Address {
                         Err(error) => last = error,
                     }
                 }
-                Err(failed(format!("tcp:{name}"))(last).into())
+                Err(failed(format!("tcp:{name}"))(last))
             }
         }
     }
@@ -145,7 +145,7 @@ fn unresolved(name: &str) -> impl Fn(std::io::Error) -> TransportError {
 fn connect_one(
     family: AddressFamily, address: &impl SocketAddrArg, prepare: fn(&OwnedFd), timeout: Duration,
     cancel: &Cancel,
-) -> Result<std::io::Result<OwnedFd>, JobError> {
+) -> Result<std::io::Result<OwnedFd>, TransportError> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = match rustix::net::socket_with(family, SocketType::STREAM, flags, None) {
         Ok(socket) => socket,

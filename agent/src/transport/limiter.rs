@@ -11,7 +11,7 @@
 //! the peer closes the connection, or when the deadline of the guest's stop has passed.
 
 use super::{StreamSocket, TransportError};
-use crate::job::{Cancel, JobError};
+use crate::cancel::Cancel;
 use pageferry_protocol::memory::PAGE_SIZE;
 use rustix::event::PollFlags;
 use std::os::fd::AsFd;
@@ -69,7 +69,7 @@ impl Limiter {
     ///
     /// # Errors
     /// If the job is cancelled meanwhile.
-    pub fn wait(&self, bytes: usize, cancel: &Cancel) -> Result<(), JobError> {
+    pub fn wait(&self, bytes: usize, cancel: &Cancel) -> Result<(), TransportError> {
         self.wait_unless(bytes, cancel, || false)
     }
 
@@ -80,14 +80,14 @@ impl Limiter {
     /// guest's stop passes.
     pub fn wait_to_send(
         &self, bytes: usize, cancel: &Cancel, socket: &StreamSocket,
-    ) -> Result<(), JobError> {
+    ) -> Result<(), TransportError> {
         self.wait_with(bytes, |left| {
             let until = socket.stop().cap(Instant::now() + left);
             if cancel.wait(&[(socket.as_fd(), PollFlags::RDHUP)], until)?[0] {
-                return Err(TransportError::Closed.into());
+                return Err(TransportError::Closed);
             }
             if socket.stop().has_passed() {
-                return Err(TransportError::StopOver.into());
+                return Err(TransportError::StopOver);
             }
             Ok(false)
         })
@@ -99,7 +99,7 @@ impl Limiter {
     /// If the job is cancelled meanwhile.
     pub fn wait_unless(
         &self, bytes: usize, cancel: &Cancel, over: impl Fn() -> bool,
-    ) -> Result<(), JobError> {
+    ) -> Result<(), TransportError> {
         self.wait_with(bytes, |left| {
             if over() {
                 return Ok(true);
@@ -112,8 +112,8 @@ impl Limiter {
     /// Adds `bytes` to the clock and waits until they may be sent. `wait` waits for one piece of
     /// that time, at most [`MAX_WAIT`], and returns true to end the wait.
     fn wait_with(
-        &self, bytes: usize, mut wait: impl FnMut(Duration) -> Result<bool, JobError>,
-    ) -> Result<(), JobError> {
+        &self, bytes: usize, mut wait: impl FnMut(Duration) -> Result<bool, TransportError>,
+    ) -> Result<(), TransportError> {
         let rate = self.rate.load(Ordering::Relaxed);
         if rate == 0 {
             return Ok(());
@@ -169,10 +169,7 @@ mod tests {
             let waiting = scope.spawn(|| limiter.wait_to_send(1, &cancel, &socket));
             until_waiting(&limiter);
             drop(theirs);
-            assert!(matches!(
-                waiting.join().unwrap(),
-                Err(JobError::Transport(TransportError::Closed))
-            ));
+            assert!(matches!(waiting.join().unwrap(), Err(TransportError::Closed)));
         });
     }
 

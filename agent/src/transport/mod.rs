@@ -6,6 +6,7 @@
 //! - [`unix_socket`]: the check that a descriptor is a connected UNIX stream socket;
 //! - [`backoff`]: what a listener does when it cannot accept a connection;
 //! - [`stream`]: a connected stream: records in and out, with deadlines;
+//! - [`stream_error`]: what is wrong with a record that is well-formed by itself;
 //! - [`socket_queue`]: how many bytes of a stream the kernel may queue in postcopy;
 //! - [`limiter`]: the bandwidth limit.
 
@@ -15,13 +16,16 @@ pub mod limiter;
 pub mod resolve;
 pub mod socket_queue;
 pub mod stream;
+pub mod stream_error;
 pub mod unix_path;
 pub mod unix_socket;
 
 pub use address::{Address, Listener};
 pub use limiter::Limiter;
 pub use stream::{ReceivedRecord, RecordReader, RecordWriter, StreamSocket};
+pub use stream_error::StreamError;
 
+use crate::cancel::CancelError;
 use pageferry_protocol::stream::hello::MAX_HELLO;
 use pageferry_protocol::stream::{Kind, RecordError};
 use std::time::Duration;
@@ -29,6 +33,9 @@ use std::time::Duration;
 /// What can go wrong with a connection.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
+    /// The job was cancelled while it waited.
+    #[error(transparent)]
+    Cancel(#[from] CancelError),
     /// The address is malformed, or the descriptor is not a connected stream socket.
     #[error("address \"{address}\": {reason}")]
     Address {

@@ -7,7 +7,7 @@
 //! A thread whose caller gave up ends when the system's look-up ends. At most `MAX_LOOKUPS` such
 //! threads exist; further look-ups are refused.
 
-use crate::job::{Cancel, JobError};
+use crate::cancel::{Cancel, CancelError};
 use crate::waiting::may_wait;
 use pageferry_protocol::control::socket::wait;
 use rustix::event::PollFlags;
@@ -53,13 +53,13 @@ fn resolve_by(look_up: LookUp, name: &str, timeout: Duration) -> io::Result<Vec<
 /// If the job is cancelled meanwhile, or `poll` fails.
 pub fn resolve_for(
     cancel: &Cancel, name: &str, timeout: Duration,
-) -> Result<io::Result<Vec<SocketAddr>>, JobError> {
+) -> Result<io::Result<Vec<SocketAddr>>, CancelError> {
     resolve_for_by(look_up, cancel, name, timeout)
 }
 
 fn resolve_for_by(
     look_up: LookUp, cancel: &Cancel, name: &str, timeout: Duration,
-) -> Result<io::Result<Vec<SocketAddr>>, JobError> {
+) -> Result<io::Result<Vec<SocketAddr>>, CancelError> {
     let mut under_way = match Found::start(look_up, name) {
         Ok(Found::Now(addresses)) => return Ok(Ok(addresses)),
         Ok(Found::Later(under_way)) => under_way,
@@ -186,7 +186,7 @@ mod tests {
                 resolve_for_by(silent_server, &cancel, "name:7", Duration::from_secs(3600))
             });
             cancel.cancel().unwrap();
-            assert!(matches!(job.join().unwrap(), Err(JobError::Cancelled)));
+            assert!(matches!(job.join().unwrap(), Err(CancelError::Cancelled)));
         });
         // The number of look-ups that still run is bounded.
         let few = Duration::from_millis(1);

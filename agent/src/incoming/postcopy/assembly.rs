@@ -3,6 +3,7 @@
 //! The source sends all pages of a host page on one stream, in any order, and nothing else between
 //! them. So each stream assembles one host page at a time.
 
+use crate::incoming::IncomingError;
 use crate::job::JobError;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::WORD_BITS;
@@ -55,15 +56,16 @@ impl Assembly {
                 continue;
             }
             let part = rest.intersection(&PageRange::new(host_page * unit, unit));
-            let torn = |open| JobError::Torn { id, first: part.first, count: part.count, open };
+            let torn =
+                |open| IncomingError::Torn { id, first: part.first, count: part.count, open };
             match self.open {
                 None => self.start(at, host_page, unit),
                 Some(open) if open == (at, host_page) => {}
-                Some((_, open)) => return Err(torn(open)),
+                Some((_, open)) => return Err(torn(open).into()),
             }
             let first = part.first - host_page * unit;
             if !self.mark(first, part.count) {
-                return Err(torn(host_page));
+                return Err(torn(host_page).into());
             }
             let start = (part.first - range.first) * PAGE_SIZE;
             let target = &mut self.bytes[(first * PAGE_SIZE) as usize..][..part.bytes() as usize];

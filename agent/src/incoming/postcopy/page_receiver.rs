@@ -10,10 +10,12 @@
 use super::super::accept::Accepted;
 use super::super::decompress::Decompressor;
 use super::assembly::{Assembly, Whole};
+use crate::incoming::IncomingError;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
+use crate::memory::MemoryError;
 use crate::memory::missing_pages::MissingPages;
-use crate::outgoing::connect::unexpected;
+use crate::transport::StreamError;
 use crate::transport::socket_queue::limit_receive_queue;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_protocol::memory::PageRange;
@@ -264,17 +266,23 @@ impl<'a> Stream<'a> {
                 Kind::Data => self.data(&record.header, record.payload)?,
                 Kind::Zero => self.zero(&record.header)?,
                 Kind::End if !self.urgent => return self.end(record.payload),
-                kind => return Err(unexpected(kind, record.payload, "pages, or the end")),
+                kind => {
+                    return Err(
+                        StreamError::unexpected(kind, record.payload, "pages, or the end").into()
+                    );
+                }
             }
         }
     }
 
     fn block_of(&self, header: &RecordHeader) -> Result<(usize, &'a Block), JobError> {
         let (id, range) = (header.block(), header.range());
-        let (at, block) = self.group.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
+        let (at, block) = self.group.job.memory.find(id).ok_or(StreamError::NoBlock { id })?;
         let pages = block.geometry.pages();
         if !range.fits(pages) {
-            return Err(JobError::Outside { id, first: range.first, count: range.count, pages });
+            return Err(
+                StreamError::Outside { id, first: range.first, count: range.count, pages }.into()
+            );
         }
         Ok((at, block))
     }
@@ -291,7 +299,7 @@ impl<'a> Stream<'a> {
         let (readers, unit) = (&job.memory.readers, missing_pages.missing().block(at).unit());
         if unit == 1 {
             let placed = missing_pages.place_pages(readers, self.index, at, range, pages);
-            placed.map_err(|error| JobError::not_placed(&job.memory, at, error))?;
+            placed.map_err(|error| MemoryError::not_placed(&job.memory, at, error))?;
         } else {
             let place = placer(self.group, self.index, at);
             self.assembly.add((at, block.geometry.id), unit, range, Some(pages), place)?;
@@ -309,7 +317,7 @@ impl<'a> Stream<'a> {
         let unit = missing_pages.missing().block(at).unit();
         if unit == 1 {
             let placed = missing_pages.place_zeroes(&job.memory.readers, self.index, at, range);
-            placed.map_err(|error| JobError::not_placed(&job.memory, at, error))?;
+            placed.map_err(|error| MemoryError::not_placed(&job.memory, at, error))?;
         } else {
             let place = placer(self.group, self.index, at);
             self.assembly.add((at, block.geometry.id), unit, range, None, place)?;
@@ -328,12 +336,12 @@ impl<'a> Stream<'a> {
     }
 
     fn end(&mut self, payload: &[u8]) -> Result<(), JobError> {
-        let claimed =
-            Totals::decode(payload).map_err(|source| JobError::Payload { kind: "end", source })?;
+        let claimed = Totals::decode(payload)
+            .map_err(|source| StreamError::Payload { kind: "end", source })?;
         super::super::compare(&claimed, &self.counted)?;
         if let Some((at, open)) = self.assembly.open() {
             let id = self.group.job.memory.blocks()[at].geometry.id;
-            return Err(JobError::Torn { id, first: 0, count: 0, open });
+            return Err(IncomingError::Torn { id, first: 0, count: 0, open }.into());
         }
         self.group.ended.fetch_add(1, Ordering::AcqRel);
         self.group.missing_pages.notify();
@@ -353,7 +361,8 @@ fn placer<'a>(
                 missing_pages.place_host_page(readers, worker, at, host_page, bytes)
             }
         };
-        placed.map(drop).map_err(|error| JobError::not_placed(&group.job.memory, at, error))
+        placed.map_err(|error| MemoryError::not_placed(&group.job.memory, at, error))?;
+        Ok(())
     }
 }
 
@@ -368,6 +377,11 @@ pub fn send_complete(job: &Job, accepted: &mut Accepted) -> Result<(), JobError>
     let record = primary.read()?;
     match record.kind {
         Kind::Complete => Ok(()),
-        kind => Err(unexpected(kind, record.payload, "that the source knows that all is here")),
+        kind => Err(StreamError::unexpected(
+            kind,
+            record.payload,
+            "that the source knows that all is here",
+        )
+        .into()),
     }
 }

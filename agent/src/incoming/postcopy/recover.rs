@@ -9,7 +9,8 @@ use super::super::send_error;
 use super::PostcopyGuest;
 use super::page_receiver::{PageReceiver, send_complete};
 use crate::job::{JobError, RecoveryRequest, add};
-use crate::missing_faults::is_gone;
+use crate::memory::MemoryError;
+use crate::transport::StreamError;
 use crate::transport::StreamSocket;
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::memory::PageRange;
@@ -34,8 +35,8 @@ impl PostcopyGuest {
                 send_error(accepted, &why);
             }
             accepted.sockets().iter().for_each(StreamSocket::shut);
-            if let JobError::MissingPages(error) = &why
-                && is_gone(error)
+            if let JobError::Memory(MemoryError::Place(error)) = &why
+                && error.is_gone()
             {
                 return Err(why);
             }
@@ -90,7 +91,7 @@ impl PostcopyGuest {
     fn send_received(&self, accepted: &Accepted) -> Result<(), JobError> {
         for geometry in self.job.memory.table().blocks() {
             let id = geometry.id;
-            let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
+            let (at, block) = self.job.memory.find(id).ok_or(StreamError::NoBlock { id })?;
             let missing = self.missing_pages.missing().block(at);
             for first in (0..geometry.pages()).step_by(MAX_BITMAP_PAGES as usize) {
                 let range = PageRange::new(first, MAX_BITMAP_PAGES).intersection(&block.all());

@@ -15,8 +15,10 @@ const PAGES: u64 = 200;
 struct Broken;
 
 impl Sink for Broken {
-    fn put(&self, _: usize, _: PageRange, _: &[u8]) -> Result<u64, ImageError> {
-        Err(Fault::At { what: "write", at: 0x5000, source: Errno::IO }.of(Path::new("/image")))
+    fn put(&self, _: usize, _: PageRange, _: &[u8]) -> Result<u64, SinkError> {
+        Err(Fault::At { what: "write", at: 0x5000, source: Errno::IO }
+            .of(Path::new("/image"))
+            .into())
     }
 }
 
@@ -46,7 +48,7 @@ fn all_pending(memory: &GuestMemory) -> Arc<CopyBeforeWrite> {
 }
 
 #[track_caller]
-fn is_broken(outcome: Result<(), JobError>) {
+fn is_broken(outcome: Result<(), CaptureError>) {
     let text = crate::error::chain(&outcome.unwrap_err());
     assert!(
         text.starts_with("image /image: cannot write at byte 0x5000: Input/output error"),
@@ -79,12 +81,12 @@ fn write_continues_although_its_page_cannot_be_put() {
 fn discard_succeeds_although_its_pages_cannot_be_put() {
     let (memory, fd) = memory();
     let copier = all_pending(&memory);
-    memory.marking.instant(|| Ok::<_, JobError>(copier.clone())).unwrap();
+    memory.marking.instant(|| Ok::<_, CaptureError>(copier.clone())).unwrap();
     let range = BlockRange { block: 3, offset: 0, length: 50 * PAGE_SIZE };
     assert_eq!(memory.discard(&[range], true).unwrap(), 50);
     assert_eq!(rustix::fs::fstat(&fd).unwrap().st_blocks as u64 * 512, 150 * PAGE_SIZE);
     assert!(copier.has_failed());
     is_broken(copier.finish(&memory.readers));
     // The error is returned once. Later callers only learn that the snapshot is over.
-    assert!(matches!(copier.check(), Err(JobError::Cancelled)));
+    assert!(matches!(copier.check(), Err(CaptureError::GivenUp)));
 }

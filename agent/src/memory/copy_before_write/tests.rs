@@ -8,7 +8,7 @@ const PAGES: u64 = 8;
 struct Nowhere;
 
 impl Sink for Nowhere {
-    fn put(&self, _: usize, _: PageRange, _: &[u8]) -> Result<u64, ImageError> {
+    fn put(&self, _: usize, _: PageRange, _: &[u8]) -> Result<u64, SinkError> {
         Ok(0)
     }
 }
@@ -55,7 +55,7 @@ struct Notes {
 }
 
 impl Sink for Notes {
-    fn put(&self, _: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
+    fn put(&self, _: usize, range: PageRange, bytes: &[u8]) -> Result<u64, SinkError> {
         assert_eq!(bytes.len() as u64, range.bytes());
         self.puts.lock().unwrap().push(range);
         Ok(range.count)
@@ -87,29 +87,5 @@ fn sink_gets_batches_of_the_size_it_prefers() {
         let (last, whole) = counts.split_last().unwrap();
         assert!(whole.iter().all(|count| *count == words * WORD_BITS), "{words} words: {counts:?}");
         assert_eq!(whole.iter().sum::<u64>() + last, PAGES);
-    }
-}
-
-/// The batch size of a sink by default, and that of an image.
-#[test]
-fn image_with_direct_io_gets_larger_batches() {
-    let preferred = |sink: Arc<dyn Sink>| {
-        let memory = memory(&[PAGES]);
-        let pending = Arc::new(HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap());
-        CopyBeforeWrite::new(&memory, pending, None, sink, Arc::default())
-            .batch(&memory)
-            .unwrap()
-            .full
-    };
-    assert_eq!(preferred(Arc::new(Nowhere)), 1 << 20);
-    let folder = tempfile::tempdir().unwrap();
-    for cached in [false, true] {
-        let path = folder.path().join(format!("{cached}"));
-        let table = crate::image::test_support::table(&[PAGES]);
-        let writer = ImageWriter::create(&path, &table, false, cached).unwrap();
-        assert!(!(cached && writer.is_direct()));
-        // Not every file system supports direct I/O.
-        let expected = if writer.is_direct() { 2 << 20 } else { 1 << 20 };
-        assert_eq!(preferred(Arc::new(writer)), expected, "cached: {cached}");
     }
 }

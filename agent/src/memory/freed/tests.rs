@@ -1,7 +1,7 @@
 use super::*;
-use crate::image::ImageError;
 use crate::memory::Backing;
 use crate::memory::block::GuestLog;
+use crate::memory::copy_before_write::SinkError;
 use crate::memory::copy_before_write::{CopyBeforeWrite, Sink};
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::recorded_discards::DiscardRecorder;
@@ -124,7 +124,7 @@ struct Kept {
 }
 
 impl Sink for Kept {
-    fn put(&self, _: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
+    fn put(&self, _: usize, range: PageRange, bytes: &[u8]) -> Result<u64, SinkError> {
         self.pages.lock().unwrap().push(range);
         let nonzero = bytes.chunks(PAGE_SIZE as usize).filter(|page| page[0] != 0).count() as u64;
         self.nonzero.fetch_add(nonzero, Ordering::SeqCst);

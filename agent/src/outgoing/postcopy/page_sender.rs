@@ -16,12 +16,15 @@
 //!
 //! If one stream fails, all end: connections are lost and made again together.
 
-use super::super::connect::{LAST_WORDS, Primary, SessionId, Streams, Urgent, unexpected};
+use super::super::connect::{LAST_WORDS, Primary, SessionId, Streams, Urgent};
 use super::super::sender::{PageSender, PassView};
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
+use crate::memory::MemoryError;
 use crate::memory::cursor::Cursor;
 use crate::memory::host_page_set::{HostPageSet, words_of};
+use crate::outgoing::OutgoingError;
+use crate::transport::StreamError;
 use crate::transport::socket_queue::limit_send_queue;
 use crate::transport::{Address, Limiter, StreamSocket, TransportError};
 use pageferry_protocol::control::job::OutgoingOptions;
@@ -201,18 +204,21 @@ impl PostcopySource {
         loop {
             let record = stream.reader.read()?;
             if record.kind != Kind::Request {
-                return Err(unexpected(record.kind, record.payload, "a request"));
+                return Err(
+                    StreamError::unexpected(record.kind, record.payload, "a request").into()
+                );
             }
             let (id, range) = (record.header.block(), record.header.range());
-            let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
+            let (at, block) = self.job.memory.find(id).ok_or(StreamError::NoBlock { id })?;
             let pages = block.geometry.pages();
             if !range.fits(pages) {
-                return Err(JobError::Outside {
+                return Err(StreamError::Outside {
                     id,
                     first: range.first,
                     count: range.count,
                     pages,
-                });
+                }
+                .into());
             }
             group.cursor.fault(at, range.end());
             let asked = self.missing.block(at).covering(range);
@@ -308,11 +314,12 @@ impl PostcopySource {
                         self.release(&record.header, record.payload)?
                     }
                     kind => {
-                        return Err(unexpected(
+                        return Err(StreamError::unexpected(
                             kind,
                             record.payload,
                             "that the destination has everything",
-                        ));
+                        )
+                        .into());
                     }
                 }
             }
@@ -348,7 +355,8 @@ impl PostcopySource {
             None => Ok(()),
             Some((at, host_page)) => {
                 let first = self.missing.block(at).pages(PageRange::new(host_page, 1)).first;
-                Err(JobError::NotSent { id: self.job.memory.blocks()[at].geometry.id, first })
+                Err(OutgoingError::NotSent { id: self.job.memory.blocks()[at].geometry.id, first }
+                    .into())
             }
         }
     }
@@ -357,9 +365,9 @@ impl PostcopySource {
         &self, header: &RecordHeader, payload: &'a [u8], kind: &'static str,
     ) -> Result<(usize, &Block, impl Iterator<Item = PageRange> + 'a), JobError> {
         let id = header.block();
-        let (at, block) = self.job.memory.find(id).ok_or(JobError::NoBlock { id })?;
+        let (at, block) = self.job.memory.find(id).ok_or(StreamError::NoBlock { id })?;
         let runs = decode_runs(payload, block.geometry.pages());
-        Ok((at, block, runs.map_err(|source| JobError::Payload { kind, source })?))
+        Ok((at, block, runs.map_err(|source| StreamError::Payload { kind, source })?))
     }
 
     /// The guest discarded pages at the destination, so they need not be sent.
@@ -382,7 +390,7 @@ impl PostcopySource {
             // The destination cannot have pages that were not sent. They must not be freed.
             if let Some(host_page) = host_pages.bits().next_set(host_pages.covering(run)) {
                 let first = host_pages.pages(PageRange::new(host_page, 1)).first;
-                return Err(JobError::NotSent { id: block.geometry.id, first });
+                return Err(OutgoingError::NotSent { id: block.geometry.id, first }.into());
             }
             if let Some(kept) = &self.kept {
                 kept.take_range(at, host_pages.covering(run), |_, _| {});
@@ -393,7 +401,7 @@ impl PostcopySource {
     }
 
     fn free(&self, block: &Block, run: PageRange) -> Result<(), JobError> {
-        let failed = |source| JobError::Backing { id: block.geometry.id, source };
+        let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
         let freed = block.backing.punch(run).map_err(failed)?;
         add(&self.job.live.released_pages, freed.count);
         Ok(())

@@ -10,11 +10,13 @@
 //! it was missing before and is not released. If the bitmaps are refused or anything else fails,
 //! the job is paused again.
 
-use super::super::connect::{SessionId, Streams, reconnect, unexpected};
+use super::super::connect::{SessionId, Streams, reconnect};
 use super::page_sender::PostcopySource;
 use crate::job::{Job, JobError, RecoveryRequest};
 use crate::memory::host_page_set::HostPageSet;
+use crate::outgoing::OutgoingError;
 use crate::transport::Address;
+use crate::transport::StreamError;
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::shm::bitmap::WORD_BITS;
@@ -123,30 +125,32 @@ impl PostcopySource {
         let missing = HostPageSet::empty(memory, &streams.host_pages)?;
         for geometry in memory.table().blocks() {
             let (id, pages) = (geometry.id, geometry.pages());
-            let (at, _) = memory.find(id).ok_or(JobError::NoBlock { id })?;
+            let (at, _) = memory.find(id).ok_or(StreamError::NoBlock { id })?;
             let mut next = 0;
             while next < pages {
                 let record = streams.primary.reader.read()?;
                 if record.kind != Kind::Received {
-                    return Err(unexpected(
+                    return Err(StreamError::unexpected(
                         record.kind,
                         record.payload,
                         "what the destination has",
-                    ));
+                    )
+                    .into());
                 }
                 let range = record.header.range();
                 if record.header.block() != id || range.first != next {
                     let (found, expected) = (range.first, next);
-                    return Err(JobError::Bitmaps {
+                    return Err(OutgoingError::Bitmaps {
                         id: record.header.block(),
                         found,
                         expected_id: id,
                         expected,
-                    });
+                    }
+                    .into());
                 }
                 let words = decode_bitmap(record.payload, range, pages);
                 for (word, received) in
-                    words.map_err(|source| JobError::Payload { kind: "received", source })?
+                    words.map_err(|source| StreamError::Payload { kind: "received", source })?
                 {
                     let valid = range.end() - word * WORD_BITS;
                     let used = pageferry_protocol::shm::bitmap::word_mask(0, valid.min(WORD_BITS));
@@ -165,11 +169,12 @@ impl PostcopySource {
         for (at, (block, size)) in self.job.memory.blocks().iter().zip(sizes).enumerate() {
             let expected = kept.block(at).unit() * PAGE_SIZE;
             if *size != expected {
-                return Err(JobError::OtherHostPage {
+                return Err(OutgoingError::OtherHostPage {
                     id: block.geometry.id,
                     size: *size,
                     expected,
-                });
+                }
+                .into());
             }
         }
         Ok(())
@@ -182,7 +187,12 @@ impl PostcopySource {
             let unknown = missing.block(at).page_word(word) & !kept.block(at).page_word(word);
             if unknown != 0 {
                 let first = word * WORD_BITS + u64::from(unknown.trailing_zeros());
-                return Err(JobError::NotOwed { id, first, pages: unknown.count_ones().into() });
+                return Err(OutgoingError::NotMissing {
+                    id,
+                    first,
+                    pages: unknown.count_ones().into(),
+                }
+                .into());
             }
         }
         Ok(())

@@ -7,8 +7,9 @@ mod working_set;
 
 use super::*;
 use crate::hooks::Hooks;
+use crate::image::ImageWriter;
 use crate::image::writer::{Base, Rest};
-use crate::image::{ImageWriter, PageBuffer};
+use crate::memory::PageBuffer;
 use crate::memory::test_support::has_userfaultfd;
 use crate::memory::{Backing, Block, GuestMemory};
 use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};

@@ -3,7 +3,7 @@
 
 use super::super::image::Image;
 use super::{MIB, processor_time};
-use pageferry_agent::image::PageBuffer;
+use pageferry_agent::memory::PageBuffer;
 use rustix::fs::{OFlags, SeekFrom, seek};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};

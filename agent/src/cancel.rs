@@ -6,7 +6,6 @@
 //! cancelled before it gives up ownership, or not at all. So do [`Cancel::end`] and
 //! [`Cancel::cancel`]: a job whose cancel was accepted ends as cancelled.
 
-use super::JobError;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +25,29 @@ struct State {
     /// Why the job cannot be cancelled any more.
     too_late: Option<TooLate>,
     sockets: Vec<OwnedFd>,
+}
+
+/// Why a wait ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum CancelError {
+    /// The job was cancelled.
+    #[error("the job was cancelled")]
+    Cancelled,
+    /// The kernel refused to wait, or to watch a socket.
+    #[error("cannot {what}")]
+    Kernel {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl CancelError {
+    fn kernel(what: &'static str) -> impl Fn(std::io::Error) -> Self {
+        move |source| Self::Kernel { what, source }
+    }
 }
 
 /// The job cannot be cancelled any more.
@@ -93,8 +115,8 @@ impl Cancel {
     ///
     /// # Errors
     /// If it was.
-    pub fn check(&self) -> Result<(), JobError> {
-        if self.is_cancelled() { Err(JobError::Cancelled) } else { Ok(()) }
+    pub fn check(&self) -> Result<(), CancelError> {
+        if self.is_cancelled() { Err(CancelError::Cancelled) } else { Ok(()) }
     }
 
     /// Readable once the job is cancelled.
@@ -106,9 +128,9 @@ impl Cancel {
     ///
     /// # Errors
     /// If it is cancelled already, or the descriptor cannot be duplicated.
-    pub fn watch(&self, socket: BorrowedFd<'_>) -> Result<(), JobError> {
+    pub fn watch(&self, socket: BorrowedFd<'_>) -> Result<(), CancelError> {
         let duplicate =
-            socket.try_clone_to_owned().map_err(JobError::from_io("duplicate a socket"))?;
+            socket.try_clone_to_owned().map_err(CancelError::kernel("duplicate a socket"))?;
         let mut state = self.state();
         self.check()?;
         state.sockets.push(duplicate);
@@ -133,7 +155,7 @@ impl Cancel {
     ///
     /// # Errors
     /// If the job is cancelled meanwhile.
-    pub fn sleep(&self, duration: Duration) -> Result<(), JobError> {
+    pub fn sleep(&self, duration: Duration) -> Result<(), CancelError> {
         let deadline = Instant::now() + duration;
         self.wait(&[], deadline).map(|_| ())
     }
@@ -145,7 +167,7 @@ impl Cancel {
     /// If the job is cancelled meanwhile.
     pub fn wait(
         &self, fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant,
-    ) -> Result<Vec<bool>, JobError> {
+    ) -> Result<Vec<bool>, CancelError> {
         loop {
             let mut polled = vec![PollFd::from_borrowed_fd(self.event.as_fd(), PollFlags::IN)];
             polled.extend(fds.iter().map(|(fd, events)| PollFd::from_borrowed_fd(*fd, *events)));
@@ -153,7 +175,7 @@ impl Cancel {
             let timeout = Timespec::try_from(left).ok();
             match poll(&mut polled, timeout.as_ref()) {
                 Err(rustix::io::Errno::INTR) => continue,
-                Err(errno) => return Err(JobError::from_io("poll")(errno.into())),
+                Err(errno) => return Err(CancelError::kernel("poll")(errno.into())),
                 Ok(_) => {}
             }
             self.check()?;
@@ -168,7 +190,7 @@ impl Cancel {
     ///
     /// # Errors
     /// If it was cancelled before.
-    pub fn commit_point(&self) -> Result<(), JobError> {
+    pub fn commit_point(&self) -> Result<(), CancelError> {
         let mut state = self.state();
         self.check()?;
         state.too_late = Some(TooLate::HandedOver);
@@ -191,10 +213,10 @@ mod tests {
         std::thread::scope(|scope| {
             let sleeper = scope.spawn(|| cancel.sleep(Duration::from_secs(3600)));
             cancel.cancel().unwrap();
-            assert!(matches!(sleeper.join().unwrap(), Err(JobError::Cancelled)));
+            assert!(matches!(sleeper.join().unwrap(), Err(CancelError::Cancelled)));
         });
         let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert!(matches!(cancel.watch(a.as_fd()), Err(JobError::Cancelled)));
+        assert!(matches!(cancel.watch(a.as_fd()), Err(CancelError::Cancelled)));
         assert!(cancel.commit_point().is_err());
     }
 

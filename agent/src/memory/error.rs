@@ -1,0 +1,71 @@
+//! What can go wrong with the memory of a guest.
+
+use super::missing_pages::PlaceError;
+use super::pool::{self, ReserveError};
+use super::{BackingError, GuestMemory};
+use pageferry_protocol::shm::MappingError;
+use rustix::io::Errno;
+
+/// What can go wrong with the memory of a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The file under a block failed.
+    #[error("block {id}")]
+    Backing {
+        /// The block.
+        id: u32,
+        /// What is wrong.
+        #[source]
+        source: BackingError,
+    },
+    /// There is no memory for a bitmap or a buffer.
+    #[error("memory for a bitmap or a buffer")]
+    Bitmap(#[from] MappingError),
+    /// Nothing can be written to the file of a block.
+    #[error(
+        "block {id} is sealed against writing (F_SEAL_WRITE or F_SEAL_FUTURE_WRITE): no guest can come into it"
+    )]
+    Sealed {
+        /// The block.
+        id: u32,
+    },
+    /// There are not enough huge pages for the guest.
+    #[error(transparent)]
+    HugePages(#[from] ReserveError),
+    /// A page could not be placed because the host has no memory for it.
+    #[error("{advice}")]
+    NoMemory {
+        /// What an operator can do.
+        advice: String,
+        /// What could not be done.
+        #[source]
+        source: PlaceError,
+    },
+    /// A page could not be placed.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+}
+
+impl MemoryError {
+    /// The error for a page of the block at index `at` that could not be placed. If the host has no
+    /// memory for it, the error says what an operator can do.
+    pub fn not_placed(memory: &GuestMemory, at: usize, error: PlaceError) -> Self {
+        if error.lacks_memory() {
+            Self::NoMemory { advice: pool::advice(&memory.blocks()[at]), source: error }
+        } else {
+            Self::Place(error)
+        }
+    }
+}
+
+impl PlaceError {
+    /// True if the host has no memory for the page now. It may have some later.
+    pub fn lacks_memory(&self) -> bool {
+        matches!(self, Self::Place { source: Errno::NOMEM | Errno::NOSPC, .. })
+    }
+
+    /// True if the process that would wait for the page is gone.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Place { source: Errno::SRCH, .. })
+    }
+}

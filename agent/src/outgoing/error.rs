@@ -1,0 +1,131 @@
+//! Why a source does not migrate its guest.
+
+use crate::transport::TransportError;
+use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
+use std::time::Duration;
+
+/// Why a source does not migrate its guest.
+#[derive(Debug, thiserror::Error)]
+pub enum OutgoingError {
+    /// The destination refused the stream.
+    #[error("the peer refused the migration: {0}")]
+    Rejected(RemoteError),
+    /// The peer ended the connection instead of answering the hello.
+    #[error(
+        "what listens at the target ended the connection without an answer to the hello: it is no \
+         destination that waits for a guest (a control socket is none)"
+    )]
+    NoDestination {
+        /// How it ended.
+        #[source]
+        source: TransportError,
+    },
+    /// The destination does not know postcopy.
+    #[error("mode is {0}, which the destination does not know: migrate with precopy")]
+    Mode(&'static str),
+    /// The destination does not know the compression that is wanted.
+    #[error(
+        "compression is {0}, which the destination does not take: migrate with one that it takes, or with none"
+    )]
+    Compression(&'static str),
+    /// The destination has host pages too large for postcopy.
+    #[error("block {id}: the host page size is {size:#x}, postcopy takes at most {limit:#x}")]
+    HostPage {
+        /// The block.
+        id: u32,
+        /// Size of a host page in bytes.
+        size: u64,
+        /// The largest that can be placed at once, in bytes.
+        limit: u64,
+    },
+    /// The kernel does not report missing pages of the destination's memory.
+    #[error(
+        "block {id} is a file on a disk at the destination, which userfaultfd cannot register: postcopy and hybrid take memfds, tmpfs and hugetlbfs; migrate with precopy"
+    )]
+    DiskPostcopy {
+        /// The block.
+        id: u32,
+    },
+    /// A block is not mapped at the destination.
+    #[error("block {id} has no vmm_address at the destination, which postcopy needs")]
+    NotMapped {
+        /// The block.
+        id: u32,
+    },
+    /// The passes did not converge, and the policy is to fail.
+    #[error(
+        "not converging: after {passes} passes {remaining} pages remain, which would stop the guest for {expected:?}, \
+         the limit is {limit:?}"
+    )]
+    NotConverging {
+        /// Passes that ended.
+        passes: u64,
+        /// Dirty pages.
+        remaining: u64,
+        /// How long the guest would be paused.
+        expected: Duration,
+        /// How long it may be paused.
+        limit: Duration,
+    },
+    /// The destination says that it placed a page that was not sent.
+    #[error("the destination says that it has page {first:#x} of block {id}, which was not sent")]
+    NotSent {
+        /// The block.
+        id: u32,
+        /// The page.
+        first: u64,
+    },
+    /// At a recovery: the destination asks for pages that it never lacked, or has already.
+    #[error(
+        "recovery: the destination lacks {pages:#x} pages from page {first:#x} of block {id}, which it has or was never missing"
+    )]
+    NotMissing {
+        /// The block.
+        id: u32,
+        /// The first of them.
+        first: u64,
+        /// How many in the word where they begin.
+        pages: u64,
+    },
+    /// At a recovery: the destination's host pages have another size than before.
+    #[error(
+        "recovery: host pages of block {id} are {size:#x} bytes at the destination, and were {expected:#x} before"
+    )]
+    OtherHostPage {
+        /// The block.
+        id: u32,
+        /// Bytes, as the destination says now.
+        size: u64,
+        /// Bytes, as it said first.
+        expected: u64,
+    },
+    /// At a recovery: the destination's bitmaps do not cover the blocks.
+    #[error(
+        "recovery: bitmap of block {id} from page {found:#x}, expected is block {expected_id} from page {expected:#x}"
+    )]
+    Bitmaps {
+        /// Block of the record.
+        id: u32,
+        /// First page of the record.
+        found: u64,
+        /// The block that was expected.
+        expected_id: u32,
+        /// The page that was expected.
+        expected: u64,
+    },
+}
+
+impl OutgoingError {
+    /// The code by which the destination is told.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Compression(_)
+            | Self::Mode(_)
+            | Self::HostPage { .. }
+            | Self::DiskPostcopy { .. }
+            | Self::NotMapped { .. } => ErrorCode::Unsupported,
+            Self::NotConverging { .. } => ErrorCode::Other,
+            _ => ErrorCode::Invalid,
+        }
+    }
+}
