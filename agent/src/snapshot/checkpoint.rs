@@ -151,7 +151,7 @@ impl Changes {
             return Ok(Self { shared, memory, tracked: None });
         }
         let dirty = DirtyPages::none(&memory)?;
-        let uses = |trackers, started, since, ended, dirty| TrackedChanges {
+        let tracked = |trackers, started, since, ended, dirty| TrackedChanges {
             trackers,
             started,
             since,
@@ -166,7 +166,7 @@ impl Changes {
             shared.put(state);
             Err(SnapshotError::NoIncrement(sentence).into())
         };
-        let uses = match shared.take() {
+        let tracked = match shared.take() {
             State::Kept(kept) if increment && kept.id != base => {
                 let sentence = format!(
                     "base is image {}, and what changed is known since image {}",
@@ -176,7 +176,7 @@ impl Changes {
                 return refused(State::Kept(kept), sentence);
             }
             State::Kept(Checkpoint { id, dirty, trackers }) => {
-                uses(trackers, true, Some(id), None, dirty)
+                tracked(trackers, true, Some(id), None, dirty)
             }
             other if increment => {
                 let why = match &other {
@@ -193,7 +193,7 @@ impl Changes {
             other => {
                 let ended = if let State::Ended(why) = other { Some(why) } else { None };
                 let timeout = job.options().hook_timeout;
-                uses(
+                tracked(
                     Trackers::new(&plan.trackers, &job.hooks, timeout, &job.stop),
                     false,
                     None,
@@ -202,29 +202,29 @@ impl Changes {
                 )
             }
         };
-        Ok(Self { shared, memory, tracked: Some(uses) })
+        Ok(Self { shared, memory, tracked: Some(tracked) })
     }
 
     /// Asks the trackers which pages were written, and clears these pages there. Starts the
     /// trackers if they are off.
     pub fn sync(&mut self, job: &Job) -> Result<(), JobError> {
         job.cancel.check()?;
-        let Some(uses) = &mut self.tracked else { return Ok(()) };
+        let Some(tracked) = &mut self.tracked else { return Ok(()) };
         let fresh = DirtyPages::none(&self.memory)?;
-        uses.broken = true;
-        if !std::mem::replace(&mut uses.started, true) {
-            uses.trackers.start(&self.memory)?;
+        tracked.broken = true;
+        if !std::mem::replace(&mut tracked.started, true) {
+            tracked.trackers.start(&self.memory)?;
         }
-        uses.trackers.sync(&self.memory, &fresh)?;
-        if let Some(lazy) = uses.trackers.lazy_clear() {
+        tracked.trackers.sync(&self.memory, &fresh)?;
+        if let Some(lazy) = tracked.trackers.lazy_clear() {
             for (at, block) in self.memory.blocks().iter().enumerate() {
                 lazy.clear(block.geometry.id, fresh.block(at), block.all())?;
             }
         }
-        uses.broken = false;
+        tracked.broken = false;
         // Before the first image, older writes do not matter.
-        if uses.since.is_some() {
-            uses.dirty.merge(&fresh);
+        if tracked.since.is_some() {
+            tracked.dirty.merge(&fresh);
         }
         Ok(())
     }
@@ -234,7 +234,7 @@ impl Changes {
     /// one.
     pub fn suspend(&mut self) {
         match &mut self.tracked {
-            Some(uses) => uses.trackers.suspend(),
+            Some(tracked) => tracked.trackers.suspend(),
             None => self.shared.with_kept(Trackers::suspend),
         }
     }
@@ -242,7 +242,7 @@ impl Changes {
     /// The watch is over, or did not start.
     pub fn resume(&mut self) {
         match &mut self.tracked {
-            Some(uses) => uses.trackers.resume(),
+            Some(tracked) => tracked.trackers.resume(),
             None => self.shared.with_kept(Trackers::resume),
         }
     }
@@ -250,25 +250,25 @@ impl Changes {
     /// The changed pages to save in an increment, as far as they are known. `None` if all pages are
     /// saved.
     pub fn changed(&self) -> Option<&DirtyPages> {
-        let uses = self.tracked.as_ref().filter(|uses| uses.increment)?;
-        Some(uses.at_instant.as_ref().unwrap_or(&uses.dirty))
+        let tracked = self.tracked.as_ref().filter(|tracked| tracked.increment)?;
+        Some(tracked.at_instant.as_ref().unwrap_or(&tracked.dirty))
     }
 
     /// The instant is now: later writes belong to the next image. Returns the changed pages to save
     /// in an increment. Call it with [`GuestMemory::marking`] held: pages that were populated until
     /// now are in the log, which is read once more here.
     pub fn begin_epoch(&mut self, later: DirtyPages) -> Result<Option<&DirtyPages>, JobError> {
-        let Some(uses) = &mut self.tracked else { return Ok(None) };
-        let mut dirty = std::mem::replace(&mut uses.dirty, later);
+        let Some(tracked) = &mut self.tracked else { return Ok(None) };
+        let mut dirty = std::mem::replace(&mut tracked.dirty, later);
         let drained = LogTracker.sync(&self.memory, &dirty);
-        uses.broken |= drained.is_err();
-        if uses.since.is_none() {
+        tracked.broken |= drained.is_err();
+        if tracked.since.is_none() {
             // The image has all pages, so older changes do not matter.
             dirty = DirtyPages::default();
         }
-        let at_instant = uses.at_instant.insert(dirty);
+        let at_instant = tracked.at_instant.insert(dirty);
         drained?;
-        Ok(uses.increment.then_some(&*at_instant))
+        Ok(tracked.increment.then_some(&*at_instant))
     }
 
     /// Ends the snapshot. `image` is the id of its image, or `None` if it failed. Without an image,
@@ -278,23 +278,23 @@ impl Changes {
     }
 
     fn finish_with(&mut self, image: Option<ImageId>) {
-        let Some(mut uses) = self.tracked.take() else { return };
+        let Some(mut tracked) = self.tracked.take() else { return };
         let id = match image {
-            Some(id) if uses.track => Some(id),
+            Some(id) if tracked.track => Some(id),
             _ => {
-                if let Some(at_instant) = &uses.at_instant {
-                    uses.dirty.merge(at_instant);
+                if let Some(at_instant) = &tracked.at_instant {
+                    tracked.dirty.merge(at_instant);
                 }
-                uses.since
+                tracked.since
             }
         };
         let state = match id {
-            Some(id) if !uses.broken => {
-                State::Kept(Checkpoint { id, dirty: uses.dirty, trackers: uses.trackers })
+            Some(id) if !tracked.broken => {
+                State::Kept(Checkpoint { id, dirty: tracked.dirty, trackers: tracked.trackers })
             }
             id => {
-                uses.trackers.stop();
-                match (id, uses.ended) {
+                tracked.trackers.stop();
+                match (id, tracked.ended) {
                     (Some(_), _) => State::Ended("a tracker failed".to_owned()),
                     (None, Some(why)) => State::Ended(why),
                     (None, None) => State::None,
@@ -308,8 +308,8 @@ impl Changes {
 /// A job that panics leaves no checkpoint, and no tracker on.
 impl Drop for Changes {
     fn drop(&mut self) {
-        if let Some(uses) = &mut self.tracked {
-            uses.broken = true;
+        if let Some(tracked) = &mut self.tracked {
+            tracked.broken = true;
             self.finish_with(None);
         }
     }
