@@ -1,7 +1,7 @@
 //! Merging a chain, an increment and all images that it builds on, into one full image.
 //!
-//! [`merge()`] reads the content of each page from the image of the chain that has it, checks it, and
-//! writes it to the new image with a new checksum. Then it copies the state of the VMM from the
+//! [`merge()`] reads the content of each page from the image of the chain that has it, checks it,
+//! and writes it to the new image with a new checksum. Then it copies the state of the VMM from the
 //! newest image.
 //!
 //! The merged image shows the same guest at the same instant as the newest image, and gets its id

@@ -1,9 +1,12 @@
-//! One connection, on a thread of its own.
+//! One connection, served by its own thread.
 //!
-//! The thread reads a request, answers it, sends the answer, and only then reads the next: so the
-//! answers keep the order of the requests. A slow request, a client that pipelines and one that
-//! does not read its answers take time from this thread alone. Between two requests the thread
-//! sends the events that the other side subscribed to.
+//! The thread reads a request, handles it, sends the answer, and only then reads the next request.
+//! So the answers have the order of the requests. A slow request, a client that pipelines, or a
+//! client that does not read its answers delays only this thread. Between two requests the thread
+//! sends the events to which the client has subscribed.
+//!
+//! A client has `SEND_TIMEOUT` to read an answer, and `FRAME_TIMEOUT` to send a request that has
+//! begun, unless it is the VMM. After that, or if the framing is broken, the connection ends.
 
 use super::Hub;
 use crate::session::Role;
@@ -20,32 +23,32 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// How long a client may leave its answers unread.
+/// How long a client may leave an answer unread.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a request may take to come, from its first byte to its last, unless the VMM sends it.
-/// The descriptors of a request that is not complete are open in this process.
+/// Longest time from the first to the last byte of a request, unless the VMM sends it. The limit is
+/// needed because the descriptors of an incomplete request stay open in this process.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// There is no answer under way.
+/// Value of `sending` while the thread sends no answer.
 const NOT_SENDING: u64 = u64::MAX;
 
-/// What the reactor knows of a connection.
+/// The state of a connection that its thread shares with the reactor's thread.
 #[derive(Debug)]
 pub(super) struct ConnectionState {
     pub(super) token: u64,
     pub(super) socket: Arc<OwnedFd>,
     opened: Instant,
-    /// Microseconds from `opened` to the last request.
+    /// When the last request was received, in microseconds from `opened`.
     heard: AtomicU64,
-    /// A request is being answered.
+    /// True while a request is handled and its answer is sent.
     busy: AtomicBool,
-    /// Microseconds from `opened` to when the thread began to send the answer that it is sending;
+    /// When the thread began to send the current answer, in microseconds from `opened`;
     /// [`NOT_SENDING`] if it sends none.
     sending: AtomicU64,
-    /// It was told to end.
+    /// True once the connection was asked to end.
     closed: AtomicBool,
-    /// Wakes the thread for an event; there is one only once it was subscribed to events.
+    /// Wakes the thread to send an event. Set when the client subscribes to events.
     wake: OnceLock<OwnedFd>,
 }
 
@@ -63,27 +66,30 @@ impl ConnectionState {
         }
     }
 
-    /// When the connection was made.
+    /// When the connection was accepted.
     pub(super) fn opened(&self) -> Instant {
         self.opened
     }
 
-    /// When the last request came, or the connection.
+    /// When the last request was received, or the connection was accepted.
     pub(super) fn last_heard(&self) -> Instant {
         self.opened + Duration::from_micros(self.heard.load(Ordering::Relaxed))
     }
 
+    /// True while a request is handled and its answer is sent.
     pub(super) fn is_busy(&self) -> bool {
         self.busy.load(Ordering::Relaxed)
     }
 
-    /// How long the answer that is being sent has been waiting for the other side to read.
+    /// How long the thread has been sending the current answer; `None` if it sends none. The send
+    /// takes long only if the client does not read.
     pub(super) fn unread_for(&self) -> Option<Duration> {
         let since = self.sending.load(Ordering::Relaxed);
         let since = (since != NOT_SENDING).then(|| self.opened + Duration::from_micros(since))?;
         Some(since.elapsed())
     }
 
+    /// Microseconds from `opened` to now.
     fn age(&self) -> u64 {
         u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(NOT_SENDING - 1)
     }
@@ -102,15 +108,17 @@ impl ConnectionState {
         self.busy.store(false, Ordering::Relaxed);
     }
 
+    /// True if the client has subscribed to events.
     pub(super) fn is_subscribed(&self) -> bool {
         self.wake.get().is_some()
     }
 
+    /// True once the connection was asked to end.
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
     }
 
-    /// Has the thread send an event now, if the other side subscribed to events.
+    /// Wakes the thread to send an event now, if the client has subscribed to events.
     pub(super) fn announce(&self) {
         if let Some(wake) = self.wake.get() {
             // A full eventfd is readable already.
@@ -123,7 +131,7 @@ impl ConnectionState {
         self.shut(rustix::net::Shutdown::Both);
     }
 
-    /// Ends the connection once the request that is under way is answered and the last event sent.
+    /// Ends the connection after the current request is answered and the last event is sent.
     pub(super) fn finish(&self) {
         self.announce();
         self.shut(rustix::net::Shutdown::Read);
@@ -131,42 +139,45 @@ impl ConnectionState {
 
     fn shut(&self, how: rustix::net::Shutdown) {
         self.closed.store(true, Ordering::Relaxed);
-        // Fails only if it is not connected any more.
+        // Fails only if the socket is not connected any more.
         let _ = rustix::net::shutdown(&self.socket, how);
     }
 }
 
-/// The thread's own part.
+/// A connection as its thread serves it.
 #[derive(Debug)]
 pub(super) struct Connection {
     hub: Arc<Hub>,
-    line: Arc<ConnectionState>,
+    state: Arc<ConnectionState>,
     socket: FrameSocket,
     subscription: Option<Subscription>,
-    /// When the frame began that is not complete.
+    /// When the incomplete frame began; `None` if there is none.
     frame_began: Option<Instant>,
 }
 
+/// A subscription of the client to events.
 #[derive(Debug)]
 struct Subscription {
     interval: Duration,
+    /// When the next event must be sent.
     due: Instant,
 }
 
 impl Connection {
-    pub(super) fn new(hub: Arc<Hub>, line: Arc<ConnectionState>) -> Self {
-        let socket = FrameSocket::from(line.socket.clone());
-        Self { hub, line, socket, subscription: None, frame_began: None }
+    pub(super) fn new(hub: Arc<Hub>, state: Arc<ConnectionState>) -> Self {
+        let socket = FrameSocket::from(state.socket.clone());
+        Self { hub, state, socket, subscription: None, frame_began: None }
     }
 
     /// Serves until the connection ends.
     pub(super) fn run(mut self) {
-        let token = self.line.token;
-        // Also if a request panics: the others go on, and a VMM that is gone is known to be.
-        let _ended = Ended { hub: &self.hub.clone(), line: &self.line.clone() };
+        let token = self.state.token;
+        // This runs also if a request panics. Then the other connections continue, and the session
+        // learns that the VMM's connection has ended.
+        let _ended = Ended { hub: &self.hub.clone(), state: &self.state.clone() };
         match self.serve() {
             Ok(()) | Err(SocketError::Closed) => log::debug!("connection {token} closed"),
-            Err(_) if self.line.is_closed() => log::debug!("connection {token} closed"),
+            Err(_) if self.state.is_closed() => log::debug!("connection {token} closed"),
             Err(error) => log::warn!("connection {token} dropped: {}", crate::error::chain(&error)),
         }
     }
@@ -190,8 +201,9 @@ impl Connection {
         }
     }
 
+    /// Handles a request and sends its answer.
     fn serve_request(&mut self, frame: Frame) -> Result<(), SocketError> {
-        self.line.begin_request();
+        self.state.begin_request();
         let reply = self.answer(frame);
         self.send_answer(reply)
     }
@@ -204,7 +216,7 @@ impl Connection {
             log::warn!("{sentence}");
             return Ok(());
         }
-        self.line.begin_request();
+        self.state.begin_request();
         let error = RemoteError::new(ErrorCode::System, sentence);
         let reply = if frame.request >= FIRST_NATIVE_REQUEST {
             log::warn!("request {:#x} refused: {error}", frame.request);
@@ -215,25 +227,27 @@ impl Connection {
         self.send_answer(reply)
     }
 
+    /// Sends the answer, if there is one, and ends the request.
     fn send_answer(&mut self, reply: Option<Frame>) -> Result<(), SocketError> {
         let Some(reply) = reply else {
-            self.line.end_request();
+            self.state.end_request();
             return Ok(());
         };
-        self.line.begin_answer();
+        self.state.begin_answer();
         let sent = self.socket.send(&reply, Instant::now() + SEND_TIMEOUT);
-        self.line.end_request();
+        self.state.end_request();
         sent
     }
 
+    /// Handles a request. Returns the answer; `None` if the request has none.
     fn answer(&mut self, frame: Frame) -> Option<Frame> {
         if frame.is_reply() {
-            log::warn!("an answer ({:#x}) that nobody asked for is ignored", frame.request);
+            log::warn!("an answer ({:#x}) without a request is ignored", frame.request);
             return None;
         }
         let session = &self.hub.session;
         let takes_memory = takes_memory(&frame);
-        let role = session.role(self.line.token, &self.line.socket, takes_memory);
+        let role = session.role(self.state.token, &self.state.socket, takes_memory);
         if frame.request >= FIRST_NATIVE_REQUEST {
             let interval = match Request::decode(frame.request, &frame.body) {
                 Some(Ok(Request::Subscribe { interval })) => Some(interval),
@@ -251,24 +265,26 @@ impl Connection {
         session.handle_vhost_user(frame)
     }
 
+    /// Subscribes the client to events. The first event is due at once.
     fn subscribe(&mut self, interval: Duration) -> Result<(), Errno> {
-        if !self.line.is_subscribed() {
+        if !self.state.is_subscribed() {
             let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-            // Nobody else sets it.
-            let _ = self.line.wake.set(rustix::event::eventfd(0, flags)?);
+            // Cannot fail: only this thread sets it.
+            let _ = self.state.wake.set(rustix::event::eventfd(0, flags)?);
         }
         self.subscription = Some(Subscription { interval, due: Instant::now() });
         Ok(())
     }
 
-    /// Waits for the next request, or for the time of an event.
+    /// Waits until bytes of a request arrive, an event is due, or the time for a request that has
+    /// begun is over.
     fn wait(&mut self) -> Result<(), SocketError> {
         let ends = self.end_of_frame()?;
         let due = self.subscription.as_ref().map(|one| one.due).into_iter().chain(ends).min();
         let due = due.map(|due| due.saturating_duration_since(Instant::now()));
         let timeout = due.and_then(|due| Timespec::try_from(due).ok());
         let mut polled = vec![PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)];
-        polled.extend(self.line.wake.get().map(|wake| PollFd::new(wake, PollFlags::IN)));
+        polled.extend(self.state.wake.get().map(|wake| PollFd::new(wake, PollFlags::IN)));
         match poll(&mut polled, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
@@ -279,14 +295,17 @@ impl Connection {
         Ok(())
     }
 
-    /// When the frame has to be complete that has begun.
+    /// The deadline for a frame that has begun; `None` if there is none.
+    ///
+    /// # Errors
+    /// If the deadline has passed.
     fn end_of_frame(&mut self) -> Result<Option<Instant>, SocketError> {
         if !self.socket.is_inside_frame() {
             return Ok(None);
         }
         let now = Instant::now();
         let began = *self.frame_began.get_or_insert(now);
-        if self.hub.session.is_owner(self.line.token) {
+        if self.hub.session.is_owner(self.state.token) {
             return Ok(None);
         }
         if now < began + FRAME_TIMEOUT {
@@ -295,9 +314,9 @@ impl Connection {
         Err(SocketError::Timeout { what: "end of a request that had begun", waited: now - began })
     }
 
-    /// A job changed: the event is due now.
+    /// Resets the event descriptor. If it was set, a job has changed, and the event is due now.
     fn take_wake(&mut self) {
-        let (Some(wake), Some(subscription)) = (self.line.wake.get(), &mut self.subscription)
+        let (Some(wake), Some(subscription)) = (self.state.wake.get(), &mut self.subscription)
         else {
             return;
         };
@@ -316,30 +335,32 @@ impl Connection {
         let status = self.hub.session.lock().report();
         let event = Frame::request(request::code::EVENT, status.encode(Encoder::new()).finish());
         match self.socket.send(&event, now) {
-            // A watcher that does not read misses events; they are small, so none is sent in part.
+            // A client that does not read misses this event. An event is small, so it is sent whole
+            // or not at all.
             Ok(()) | Err(SocketError::Timeout { .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }
 }
 
-/// The thread is at its end.
+/// Reports on drop that the thread has ended, also after a panic.
 struct Ended<'a> {
     hub: &'a Hub,
-    line: &'a ConnectionState,
+    state: &'a ConnectionState,
 }
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            log::error!("a request of connection {} panicked", self.line.token);
+            log::error!("a request of connection {} panicked", self.state.token);
         }
-        self.line.close();
-        self.hub.session.release(self.line.token);
-        self.hub.connection_ended(self.line.token);
+        self.state.close();
+        self.hub.session.release(self.state.token);
+        self.hub.connection_ended(self.state.token);
     }
 }
 
+/// The answer to a subscription that failed.
 fn refused_subscription(request: u32, errno: Errno) -> Frame {
     refused(
         request,
@@ -347,15 +368,17 @@ fn refused_subscription(request: u32, errno: Errno) -> Frame {
     )
 }
 
+/// The answer to a native request that is refused.
 fn refused(request: u32, error: RemoteError) -> Frame {
     Frame::reply(request, reply::encode_reply::<()>(&Err(error), |(), encoder| encoder))
 }
 
-/// True for requests that hand over memory, or what belongs to it: whoever sends one first is the
-/// VMM. A hello does if it brings the fence word, which only a VMM has.
+/// True for requests that hand over memory, or something that belongs to it. The first connection
+/// that sends such a request becomes the VMM's. A hello counts if it brings the fence word, which
+/// only a VMM has.
 fn takes_memory(frame: &Frame) -> bool {
     use pageferry_protocol::control::vhost_user::FrontendReq;
-    const STANDARD: [FrontendReq; 7] = [
+    const VHOST_USER: [FrontendReq; 7] = [
         FrontendReq::SET_OWNER,
         FrontendReq::SET_MEM_TABLE,
         FrontendReq::ADD_MEM_REG,
@@ -364,7 +387,7 @@ fn takes_memory(frame: &Frame) -> bool {
         FrontendReq::SET_LOG_FD,
         FrontendReq::SET_BACKEND_REQ_FD,
     ];
-    const OWN: [u32; 7] = [
+    const NATIVE: [u32; 7] = [
         request::code::ADD_BLOCK,
         request::code::REMOVE_BLOCK,
         request::code::DISCARD,
@@ -375,5 +398,7 @@ fn takes_memory(frame: &Frame) -> bool {
     ];
     let code = frame.request;
     let fence = code == request::code::HELLO && !frame.fds.is_empty();
-    fence || OWN.contains(&code) || STANDARD.iter().any(|standard| *standard as u32 == code)
+    fence
+        || NATIVE.contains(&code)
+        || VHOST_USER.iter().any(|vhost_user| *vhost_user as u32 == code)
 }

@@ -1,18 +1,25 @@
-//! The sockets that VMMs and operators ask on.
+//! The control socket of the agent: it accepts the connections of a VMM and of operators.
 //!
-//! - `connection`: one connection, on a thread of its own: requests in, answers and events out;
+//! - `connection`: one connection, served by its own thread: requests in, answers and events out;
 //! - this file: the reactor's thread.
 //!
-//! The reactor's thread takes new connections, signals, and the news that a job changed or that
-//! the other side of a connection hung up. It never waits for anything else ([`crate::waiting`]).
-//! A connection that breaks the framing ends, and nothing else does.
+//! The reactor's thread accepts connections. It also reacts to signals, to changes of a job, and to
+//! clients that close their connection. It never waits for anything else ([`crate::waiting`]). If a
+//! client breaks the framing, only its own connection ends.
 //!
-//! There are at most `MAX_CONNECTIONS` connections. When there is no place left for a new one, a
-//! connection makes room that has not read its answer for a moment, else the one that has been
-//! silent for longest. The new one waits for that, and those behind it wait in the listener's
-//! queue. If nobody makes room within a moment, since all keep asking, the oldest connection does.
-//! The VMM's connection never makes room. So neither connections that are idle nor those that flood
-//! the agent keep out a VMM or an operator for long.
+//! There are at most `MAX_CONNECTIONS` connections. When a new connection arrives and the limit is
+//! reached, the server closes another connection, chosen in this order:
+//!
+//! 1. a connection that has not read an answer for `GRACE`: the one that waits for longest;
+//! 2. a connection that has sent no request for `GRACE` and has all its answers: the one that is
+//!    silent for longest;
+//! 3. after the new connection has waited for `GRACE`, because all others keep sending requests:
+//!    the oldest connection.
+//!
+//! Connections that have subscribed to events are the last choice in 2 and 3. The VMM's connection
+//! is never closed. While the new connection waits, further ones stay in the listener's queue. So
+//! idle connections, and connections that flood the agent, do not keep a VMM or an operator out for
+//! long.
 
 mod connection;
 
@@ -31,19 +38,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// Token of the listener in the reactor.
 const LISTENER: u64 = 0;
+/// Token of [`Hub::notify`].
 const NOTIFY: u64 = 1;
+/// Token of the signal descriptor.
 const SIGNALS: u64 = 2;
+/// Token of the first connection; the others follow.
 const FIRST_CONNECTION: u64 = 16;
 /// Most connections at once.
 const MAX_CONNECTIONS: usize = 128;
-/// How long the end of the agent waits for the requests that are under way.
+/// How long the agent waits at its end for requests that are not answered yet.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection makes room for a new one if it has been silent, or has not read its answer, for
-/// this long. A new one waits for such a connection for this long, too.
-const MOMENT: Duration = Duration::from_millis(100);
-/// Time between two looks for a connection that makes room.
-const LOOK: Duration = Duration::from_millis(20);
+/// A connection may be closed for a new one if it has been silent, or has not read its answer, for
+/// this long. After a new connection has waited for this long, any connection may be closed.
+const GRACE: Duration = Duration::from_millis(100);
+/// Time between two attempts to find a connection that can be closed.
+const ROOM_RETRY: Duration = Duration::from_millis(20);
 
 /// Serves one VM.
 #[derive(Debug)]
@@ -51,30 +62,32 @@ pub struct Server {
     reactor: Reactor,
     listener: Option<UnixPathListener>,
     backoff: Backoff,
-    /// No connection is accepted before this.
+    /// The time before which no connection is accepted; `None` while connections are accepted.
     accept_again: Option<Instant>,
-    /// A new connection that waits for a place since then.
+    /// An accepted connection that waits for a place, and when it began to wait.
     waiting: Option<(OwnedFd, Instant)>,
     connections: BTreeMap<u64, (Arc<ConnectionState>, JoinHandle<()>)>,
     next_token: u64,
     hub: Arc<Hub>,
-    /// Ends the agent with that connection, which it inherited.
+    /// Token of the connection that this process inherited. The agent ends with it.
     inherited: Option<u64>,
     signals: Option<OwnedFd>,
-    /// A signal came.
+    /// True once a signal was received.
     stopping: bool,
 }
 
-/// What the connections' threads share with the reactor's.
+/// Shared by the threads of the connections and the reactor's thread.
 #[derive(Debug)]
 struct Hub {
     session: SharedSession,
     /// Wakes the reactor.
     notify: Arc<OwnedFd>,
+    /// Tokens of connections whose threads have ended.
     ended: Mutex<Vec<u64>>,
 }
 
 impl Hub {
+    /// Reports to the reactor that the thread of a connection ends.
     fn connection_ended(&self, token: u64) {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner).push(token);
         // A full eventfd is readable already.
@@ -83,10 +96,10 @@ impl Hub {
 }
 
 impl Server {
-    /// A server without a socket.
+    /// A server that does not listen yet.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses a descriptor.
     pub fn new() -> io::Result<Self> {
         let mut reactor = Reactor::new()?;
         let notify = crate::job::notifier()?;
@@ -110,8 +123,7 @@ impl Server {
     /// Listens on `path`.
     ///
     /// # Errors
-    /// What the kernel said, or what there is at the path; `AddrInUse` if another agent listens
-    /// there.
+    /// If the path cannot be bound; `AddrInUse` if another process listens there.
     pub fn listen(&mut self, path: &Path) -> io::Result<()> {
         let listener = UnixPathListener::bind(path)?;
         listener.set_nonblocking()?;
@@ -120,10 +132,11 @@ impl Server {
         Ok(())
     }
 
-    /// Serves a connection that the VMM which started this process left to it, and ends with it.
+    /// Serves a connection that this process inherited from the VMM that started it. The server
+    /// ends when this connection ends.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses a thread or a descriptor.
     pub fn inherit(&mut self, socket: OwnedFd) -> io::Result<()> {
         self.inherited = Some(self.add_connection(socket)?);
         Ok(())
@@ -132,15 +145,15 @@ impl Server {
     /// Stops when `signals` becomes readable.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses.
     pub fn stop_on(&mut self, signals: OwnedFd) -> io::Result<()> {
         self.reactor.add(signals.as_fd(), SIGNALS)?;
         self.signals = Some(signals);
         Ok(())
     }
 
-    /// Serves until a signal comes or the inherited connection ends. A job that runs is cancelled
-    /// and undone first; a postcopy is finished, if it is not paused.
+    /// Serves until a signal is received or the inherited connection ends. Before this returns, a
+    /// running job is cancelled and undone. A postcopy is completed instead, unless it is paused.
     ///
     /// # Errors
     /// If the reactor fails.
@@ -151,6 +164,7 @@ impl Server {
         outcome
     }
 
+    /// The loop of the reactor's thread.
     fn serve(&mut self) -> io::Result<()> {
         let _no_wait = NoWait::begin();
         loop {
@@ -172,9 +186,9 @@ impl Server {
         }
     }
 
-    /// A signal came: what runs is ended, and what cannot be is brought to its end. Until then
-    /// everybody is answered: a VMM whose guest waits for memory takes an agent that does not
-    /// answer for dead.
+    /// Reacts to a signal: the session cancels its job, or completes it if it cannot be cancelled.
+    /// Until then the agent still answers all connections. A VMM whose guest waits for memory would
+    /// take an agent that does not answer for dead.
     fn stop(&mut self) {
         self.stopping = true;
         if let Some(signals) = self.signals.take() {
@@ -183,10 +197,12 @@ impl Server {
         self.hub.session.lock().stop();
     }
 
+    /// How long the reactor may wait; `None` for no limit.
     fn next_due(&self) -> Option<Duration> {
         self.accept_again.map(|due| due.saturating_duration_since(Instant::now()))
     }
 
+    /// Accepts a connection. Only the user of this process and root may connect.
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
         let accepted = match listener.accept() {
@@ -197,35 +213,37 @@ impl Server {
         match rustix::net::sockopt::socket_peercred(&accepted) {
             Ok(peer) if peer.uid == rustix::process::geteuid() || peer.uid.is_root() => {}
             Ok(peer) => {
-                log::warn!("a connection by user {} is refused", peer.uid.as_raw());
+                log::warn!("a connection of user {} is refused", peer.uid.as_raw());
                 return;
             }
             Err(errno) => {
-                log::warn!("a connection is refused, its user is not known: {errno}");
+                log::warn!("a connection is refused, because its user is not known: {errno}");
                 return;
             }
         }
         self.admit(accepted, Instant::now());
     }
 
-    /// Serves a connection that is waiting for a place since then, or lets it wait on.
+    /// Serves a new connection that has waited for a place since `since`. If there is still no
+    /// place, the connection waits on.
     fn admit(&mut self, socket: OwnedFd, since: Instant) {
-        if !self.make_room(since.elapsed() >= MOMENT) {
+        if !self.make_room(since.elapsed() >= GRACE) {
             self.waiting = Some((socket, since));
-            return self.accept_after(LOOK);
+            return self.accept_after(ROOM_RETRY);
         }
         if let Err(error) = self.add_connection(socket) {
             self.pause_accepting(&error);
         }
     }
 
-    /// The process has no room for another connection: it has some again in a moment, or never.
+    /// Accepts no connection for [`backoff::PAUSE`], because the process has no descriptor or
+    /// memory for one. That may end soon, or never.
     fn pause_accepting(&mut self, error: &io::Error) {
         self.backoff.failed(error, Instant::now());
         self.accept_after(backoff::PAUSE);
     }
 
-    /// Leaves new connections in the listener's queue for this long.
+    /// Leaves new connections in the listener's queue for the time `pause`.
     fn accept_after(&mut self, pause: Duration) {
         if let Some(listener) = &self.listener {
             if self.accept_again.is_none() {
@@ -235,6 +253,7 @@ impl Server {
         }
     }
 
+    /// Accepts connections again once the pause is over. The connection that waits comes first.
     fn resume_accepting(&mut self) {
         if self.accept_again.is_none_or(|due| due > Instant::now()) {
             return;
@@ -242,7 +261,7 @@ impl Server {
         let due = self.accept_again;
         if let Some((socket, since)) = self.waiting.take() {
             self.admit(socket, since);
-            // It waits on, or the process has no room for it.
+            // There is still no place, or the process has no resources for the connection.
             if self.accept_again != due {
                 return;
             }
@@ -254,101 +273,111 @@ impl Server {
         }
     }
 
-    /// Makes sure that there is a place for one more connection; false if there is none now. If
-    /// `anyone` may make room, there is one but for the VMM's connection.
-    fn make_room(&mut self, anyone: bool) -> bool {
-        let open =
-            || self.connections.values().map(|(line, _)| line).filter(|line| !line.is_closed());
+    /// Makes sure that there is a place for one more connection. If necessary, closes one as the
+    /// header of this file describes. Returns false if no connection may be closed now. With
+    /// `close_any`, even a busy connection may be closed; the VMM's never is.
+    fn make_room(&mut self, close_any: bool) -> bool {
+        let open = || {
+            self.connections
+                .values()
+                .map(|(connection, _)| connection)
+                .filter(|connection| !connection.is_closed())
+        };
         if open().count() < max_connections() {
             return true;
         }
-        let may_go = |line: &&Arc<ConnectionState>| {
-            self.inherited != Some(line.token) && !self.hub.session.is_owner(line.token)
+        let may_close = |connection: &&Arc<ConnectionState>| {
+            self.inherited != Some(connection.token) && !self.hub.session.is_owner(connection.token)
         };
         let now = Instant::now();
-        let unread =
-            |line: &Arc<ConnectionState>| line.unread_for().filter(|unread| *unread >= MOMENT);
-        let silent = |line: &Arc<ConnectionState>| {
-            !line.is_busy() && now.saturating_duration_since(line.last_heard()) >= MOMENT
+        let unread = |connection: &Arc<ConnectionState>| {
+            connection.unread_for().filter(|unread| *unread >= GRACE)
+        };
+        let silent = |connection: &Arc<ConnectionState>| {
+            !connection.is_busy() && now.saturating_duration_since(connection.last_heard()) >= GRACE
         };
         let unread_longest = open()
-            .filter(may_go)
-            .filter(|line| unread(line).is_some())
-            .max_by_key(|line| unread(line));
-        // Who watches a job may have nothing to say for long.
+            .filter(may_close)
+            .filter(|connection| unread(connection).is_some())
+            .max_by_key(|connection| unread(connection));
+        // A client that only watches a job may send nothing for a long time.
         let silent_longest = || {
-            let silent = open().filter(may_go).filter(|line| silent(line));
-            silent.min_by_key(|line| (line.is_subscribed(), line.last_heard()))
+            let silent = open().filter(may_close).filter(|connection| silent(connection));
+            silent.min_by_key(|connection| (connection.is_subscribed(), connection.last_heard()))
         };
         let oldest = || {
             open()
-                .filter(may_go)
-                .filter(|_| anyone)
-                .min_by_key(|line| (line.is_subscribed(), line.opened()))
+                .filter(may_close)
+                .filter(|_| close_any)
+                .min_by_key(|connection| (connection.is_subscribed(), connection.opened()))
         };
-        let (line, why) = if let Some(line) = unread_longest {
-            (line, "it does not read its answers")
-        } else if let Some(line) = silent_longest() {
-            (line, "it is silent for longest")
-        } else if let Some(line) = oldest() {
-            (line, "it is the oldest")
+        let (connection, why) = if let Some(connection) = unread_longest {
+            (connection, "because it does not read its answers")
+        } else if let Some(connection) = silent_longest() {
+            (connection, "because it has been silent for longest")
+        } else if let Some(connection) = oldest() {
+            (connection, "because it is the oldest")
         } else {
             return false;
         };
         log::warn!(
-            "more than {} connections: connection {} ends, {why}",
+            "more than {} connections: connection {} is closed {why}",
             max_connections(),
-            line.token
+            connection.token
         );
-        line.close();
+        connection.close();
         true
     }
 
+    /// Starts the thread of a connection. Returns its token.
     fn add_connection(&mut self, socket: OwnedFd) -> io::Result<u64> {
         let token = self.next_token;
-        let line = Arc::new(ConnectionState::new(token, socket));
-        self.reactor.add_hangup(line.socket.as_fd(), token)?;
-        let connection = Connection::new(self.hub.clone(), line.clone());
+        let state = Arc::new(ConnectionState::new(token, socket));
+        self.reactor.add_hangup(state.socket.as_fd(), token)?;
+        let connection = Connection::new(self.hub.clone(), state.clone());
         let thread = std::thread::Builder::new().name(format!("connection-{token}"));
         match thread.spawn(move || connection.run()) {
             Ok(thread) => {
                 self.next_token += 1;
-                self.connections.insert(token, (line, thread));
+                self.connections.insert(token, (state, thread));
                 Ok(token)
             }
             Err(error) => {
-                self.reactor.remove(line.socket.as_fd());
+                self.reactor.remove(state.socket.as_fd());
                 Err(error)
             }
         }
     }
 
-    /// A job changed, and all subscribers hear of it now; or a connection ended.
+    /// Reacts to [`Hub::notify`]: a job has changed, or a connection has ended. Wakes the threads
+    /// of all subscribed connections to send an event.
     fn announce(&mut self) {
         let mut count = [0; 8];
         // Only resets the descriptor.
         let _ = rustix::io::read(&self.hub.notify, &mut count);
         self.hub.session.lock().job_changed();
         self.forget_ended();
-        self.connections.values().for_each(|(line, _)| line.announce());
+        self.connections.values().for_each(|(connection, _)| connection.announce());
     }
 
+    /// Removes the connections whose threads have ended.
     fn forget_ended(&mut self) {
         let ended =
             std::mem::take(&mut *self.hub.ended.lock().unwrap_or_else(PoisonError::into_inner));
         for token in ended {
-            if let Some((line, _thread)) = self.connections.remove(&token) {
-                // The thread is at its end; nobody needs to wait for it.
-                self.reactor.remove(line.socket.as_fd());
+            if let Some((connection, _thread)) = self.connections.remove(&token) {
+                // The thread is about to return. It need not be joined.
+                self.reactor.remove(connection.socket.as_fd());
             }
         }
     }
 
-    /// Lets every connection answer what it was asked, and send the last event.
+    /// Ends all connections: each answers its current request and sends the last event. After
+    /// [`END_TIMEOUT`] the rest is closed.
     fn end_connections(&mut self) {
-        may_wait("wait for the requests that are under way");
+        may_wait("wait for requests that are not answered yet");
         let deadline = Instant::now() + END_TIMEOUT;
-        self.connections.values().for_each(|(line, _)| line.finish());
+        self.connections.values().for_each(|(connection, _)| connection.finish());
         while !self.connections.is_empty() && Instant::now() < deadline {
             let left = deadline.saturating_duration_since(Instant::now());
             let waited = pageferry_protocol::control::socket::wait(
@@ -364,20 +393,23 @@ impl Server {
             let _ = rustix::io::read(&self.hub.notify, &mut count);
             self.forget_ended();
         }
-        for (token, (line, _)) in &self.connections {
-            log::warn!("a request of connection {token} has not ended: the agent does without it");
-            line.close();
+        for (token, (connection, _)) in &self.connections {
+            log::warn!(
+                "a request of connection {token} has not ended: the agent ends without its answer"
+            );
+            connection.close();
         }
     }
 }
 
-/// Connections leave most of the process's descriptors to the VMM's memory and to jobs.
+/// The limit of connections. They use at most a quarter of the descriptors of the process; the rest
+/// is for the VMM's memory and for jobs.
 fn max_connections() -> usize {
     let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     usize::try_from(descriptors / 4).unwrap_or(MAX_CONNECTIONS).clamp(2, MAX_CONNECTIONS)
 }
 
-/// The connection is gone again, or there was none.
+/// True if the connection was closed before it was accepted, or there was none.
 fn is_momentary(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
