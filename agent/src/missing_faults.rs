@@ -1,9 +1,13 @@
-//! What a guest waits for that runs before its memory is here.
+//! Handling the missing faults of a guest that runs before its memory is here.
 //!
-//! One thread reads the faults, as many at once as there are, and waits for nothing but faults, and
-//! pages that are being placed: what it can answer it answers, and for the rest it asks a
-//! [`PageRequester`]: the source of a migration, or the threads that read an image. See
-//! [`crate::memory::missing_pages`] for what happens to a page.
+//! One thread reads the faults, as many at once as there are. It resolves what it can by itself,
+//! and requests all other pages from a [`PageRequester`]: the source of a migration, or the threads
+//! that read an image. It waits only for new faults and for pages that are just being placed.
+//! [`crate::memory::missing_pages`] describes what happens to one page.
+//!
+//! If there is no memory to resolve a fault, the thread reports that to the operator and wakes the
+//! guest after [`RETRY`], which faults again. If the thread cannot go on, it ends the job:
+//! otherwise the guest would wait for ever, and its VMM would not know.
 
 use crate::job::{Job, JobError};
 use crate::memory::missing_pages::{FaultOutcome, MissingPages, PlaceError};
@@ -15,39 +19,39 @@ use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// How long a fault that cannot be answered for want of memory waits until it is looked at again.
+/// How long a fault that cannot be resolved for want of memory waits until it is tried again.
 pub const RETRY: Duration = Duration::from_millis(10);
 
-/// Shortest time between two reports that memory is missing.
+/// Shortest time between two reports of a shortage of memory.
 const REPORT_AGAIN: Duration = Duration::from_secs(1);
 
-/// Index of a block, and a host page of it.
+/// A host page: index of its block, and its own index in the block.
 pub type HostPage = (usize, u64);
 
-/// Who has what is missing.
+/// Requests missing pages from where they are.
 pub trait PageRequester {
-    /// Runs `read`, which adds the host pages that are to be asked for, each for the first time;
-    /// then asks for them.
+    /// Runs `read`, which adds the host pages to request, each for the first time. Then requests
+    /// them.
     ///
     /// # Errors
-    /// What `read` says.
+    /// The error of `read`.
     fn request_pages(
         &mut self, read: impl FnOnce(&mut Vec<HostPage>) -> Result<(), JobError>,
     ) -> Result<(), JobError>;
 }
 
-/// The VMM's mappings are registered; taken back on drop. If memory is missing then, the VMM is
-/// told, and its guest is lost.
+/// Guards the registration of the VMM's mappings for missing faults. The drop undoes it. If pages
+/// are still missing then, the VMM is told that memory is lost, and its guest is lost.
 #[derive(Debug)]
 pub struct FaultRegistration<'a> {
     job: &'a Job,
-    /// Nothing is missing any more.
+    /// No page is missing any more.
     pub complete: bool,
 }
 
 impl<'a> FaultRegistration<'a> {
-    /// To be made before the VMM is asked: a registration that timed out may still happen, and must
-    /// be undone.
+    /// Must be created before the VMM is asked to register: a hook that timed out may still
+    /// register the mappings, and that must be undone.
     pub fn new(job: &'a Job) -> Self {
         Self { job, complete: false }
     }
@@ -63,28 +67,29 @@ impl Drop for FaultRegistration<'_> {
     }
 }
 
-/// How the thread that answers faults hears that it is to end.
+/// Tells the thread that handles faults to end.
 #[derive(Debug)]
 pub struct StopEvent(OwnedFd);
 
-/// It ends, on drop: also if whoever would wait for it panics, and would wait for ever.
+/// Tells the thread to end on drop. So it also ends if the thread that would join it panics, and
+/// that join does not wait for ever.
 #[derive(Debug)]
 pub struct StopOnDrop<'a>(&'a StopEvent);
 
 impl StopEvent {
-    /// It goes on until then.
+    /// An event that has not happened yet.
     ///
     /// # Errors
     /// If the kernel has no event descriptor.
     pub fn new() -> Result<Self, JobError> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         event.map(Self).map_err(|errno| JobError::Io {
-            what: "make an event descriptor",
+            what: "create an event descriptor",
             source: errno.into(),
         })
     }
 
-    /// To be had before the thread is started, within the scope that waits for it.
+    /// To be called within the scope that joins the thread, and before the thread is started.
     pub fn stop_on_drop(&self) -> StopOnDrop<'_> {
         StopOnDrop(self)
     }
@@ -98,37 +103,38 @@ impl AsFd for StopEvent {
 
 impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
-        // A full eventfd is readable already.
+        // If this fails, the eventfd is full, so it is readable already.
         let _ = rustix::io::write(&self.0.0, &1u64.to_ne_bytes());
     }
 }
 
-/// Answers faults until `stop` is readable. A guest whose faults nobody answers hangs: if that
-/// comes to be, also by a panic, `fail` is told why, and is to end the job, so that the VMM hears
-/// that its memory is lost.
+/// Handles faults until `stop` is readable.
 ///
-/// If the job is cancelled while the VMM loads its state, a VMM that waits for a page in that goes
-/// on at once ([`MissingPages::release_waiters`]): the job's own thread waits for the VMM, and
-/// cannot tell it.
+/// A guest hangs if nobody handles its faults. If this thread fails or panics, it calls `fail` with
+/// the reason. That must end the job, so that the VMM is told that memory is lost.
+///
+/// If the job is cancelled while the VMM loads its state, the VMM may be waiting for a missing
+/// page, and the job's thread waits for the VMM. So this thread releases the waiters
+/// ([`MissingPages::release_waiters`]).
 pub fn handle_faults(
-    job: &Job, missing_pages: &MissingPages, supplier: &mut impl PageRequester,
+    job: &Job, missing_pages: &MissingPages, requester: &mut impl PageRequester,
     stop: BorrowedFd<'_>, fail: impl FnOnce(JobError),
 ) {
-    let mut unanswered = FailOnDrop(Some(fail));
-    match handle_until_stopped(job, missing_pages, supplier, stop) {
-        Ok(()) => unanswered.0 = None,
+    let mut fail_on_drop = FailOnDrop(Some(fail));
+    match handle_until_stopped(job, missing_pages, requester, stop) {
+        Ok(()) => fail_on_drop.0 = None,
         Err(error) => {
             log::error!(
                 "job {}: faults are not answered any more: {}",
                 job.id,
                 crate::error::chain(&error)
             );
-            unanswered.fail(error);
+            fail_on_drop.fail(error);
         }
     }
 }
 
-/// Nobody answers faults; on drop it is by a panic.
+/// Calls `fail` once when faults are not handled any more. On drop the reason is a panic.
 struct FailOnDrop<F: FnOnce(JobError)>(Option<F>);
 
 impl<F: FnOnce(JobError)> FailOnDrop<F> {
@@ -145,35 +151,35 @@ impl<F: FnOnce(JobError)> Drop for FailOnDrop<F> {
     }
 }
 
-/// Says in the log and in the job's status that the guest waits for memory that the host does not
-/// have, and takes it back when it waits no more.
+/// Reports in the log and in the job's status that the guest waits for memory that the host does
+/// not have. Takes the report back when there is memory again.
 #[derive(Debug)]
 pub struct ShortageReport<'a> {
     job: &'a Job,
     /// When the status was last updated.
-    said: Option<Instant>,
+    reported_at: Option<Instant>,
 }
 
 impl<'a> ShortageReport<'a> {
-    /// It waits for nothing.
+    /// No shortage was reported yet.
     pub fn new(job: &'a Job) -> Self {
-        Self { job, said: None }
+        Self { job, reported_at: None }
     }
 
-    /// It waits for a page of the block at index `at`.
+    /// Reports that the guest waits for a page of the block at index `at`.
     pub fn report(&mut self, at: usize) {
-        if self.said.is_some_and(|said| said.elapsed() < REPORT_AGAIN) {
+        if self.reported_at.is_some_and(|reported_at| reported_at.elapsed() < REPORT_AGAIN) {
             return;
         }
-        self.said = Some(Instant::now());
+        self.reported_at = Some(Instant::now());
         let advice = pool::advice(&self.job.memory.blocks()[at]);
         log::warn!("job {}: the guest waits: {advice}", self.job.id);
         self.job.note(&format!("the guest waits: {advice}"));
     }
 
-    /// It got what it waited for.
+    /// Takes the report back: there is memory again.
     pub fn clear(&mut self) {
-        if self.said.take().is_some() {
+        if self.reported_at.take().is_some() {
             log::info!("job {}: there is memory again", self.job.id);
             self.job.note("");
         }
@@ -187,18 +193,18 @@ impl Drop for ShortageReport<'_> {
 }
 
 fn handle_until_stopped(
-    job: &Job, missing_pages: &MissingPages, supplier: &mut impl PageRequester,
+    job: &Job, missing_pages: &MissingPages, requester: &mut impl PageRequester,
     stop: BorrowedFd<'_>,
 ) -> Result<(), JobError> {
     let mut faults = [0; MAX_FAULTS];
     let mut failed = Vec::new();
-    let mut wants = ShortageReport::new(job);
+    let mut shortage = ShortageReport::new(job);
     let mut cancelled = Some(job.cancel.fd());
     loop {
         match wait_for(missing_pages.uffd(), stop, cancelled).map_err(PlaceError::Read)? {
             Woken::Stopped => return Ok(()),
             Woken::Cancelled => {
-                // Stays readable: there is nothing more to hear.
+                // The descriptor stays readable, so it is not polled any more.
                 cancelled = None;
                 missing_pages.release_waiters();
                 continue;
@@ -206,14 +212,14 @@ fn handle_until_stopped(
             Woken::Faults => {}
         }
         let since = Instant::now();
-        supplier.request_pages(|to_ask| {
+        requester.request_pages(|to_ask| {
             read(job, missing_pages, &mut faults, since, to_ask, &mut failed)
         })?;
         match failed.first() {
-            None => wants.clear(),
+            None => shortage.clear(),
             Some((at, _)) => {
-                wants.report(*at);
-                // Whoever waits tries again.
+                shortage.report(*at);
+                // The guest's threads are woken, and fault again.
                 std::thread::sleep(RETRY);
                 failed.drain(..).for_each(|page| missing_pages.retry(page));
             }
@@ -221,15 +227,15 @@ fn handle_until_stopped(
     }
 }
 
-/// Waits for faults; false if `stop` is readable.
+/// Waits for faults. Returns false if `stop` is readable.
 ///
 /// # Errors
-/// If the kernel does not wait.
+/// If the kernel refuses to poll.
 pub fn wait(uffd: &Userfaultfd, stop: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(wait_for(uffd, stop, None)? == Woken::Faults)
 }
 
-/// What a thread that reads faults was woken by.
+/// What woke a thread that reads faults.
 #[derive(Debug, PartialEq, Eq)]
 enum Woken {
     Faults,
@@ -256,7 +262,7 @@ fn wait_for(
     }
 }
 
-/// Reads the faults that there are, and answers what can be answered.
+/// Reads the pending faults, and resolves those that can be resolved here.
 fn read(
     job: &Job, missing_pages: &MissingPages, faults: &mut [u64; MAX_FAULTS], since: Instant,
     to_ask: &mut Vec<HostPage>, failed: &mut Vec<HostPage>,
@@ -309,8 +315,9 @@ mod tests {
         }
     }
 
-    /// Why faults are not answered any more, of which there seem to be some and none can be read.
-    fn why(mut supplier: impl PageRequester) -> Option<JobError> {
+    /// Returns why faults are not handled any more. The userfaultfd is a folder: it is always
+    /// readable, and no fault can be read from it.
+    fn why(mut requester: impl PageRequester) -> Option<JobError> {
         let memory = Arc::new(GuestMemory::default());
         let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
         let job = Job::new(
@@ -330,7 +337,7 @@ mod tests {
             MissingPages::new(&memory, missing, folder.into(), false, job.live.clone()).unwrap();
         let (stop, mut why) = (StopEvent::new().unwrap(), None);
         let _ = catch_unwind(AssertUnwindSafe(|| {
-            handle_faults(&job, &missing_pages, &mut supplier, stop.as_fd(), |error| {
+            handle_faults(&job, &missing_pages, &mut requester, stop.as_fd(), |error| {
                 why = Some(error)
             });
         }));
@@ -339,16 +346,16 @@ mod tests {
     }
 
     #[test]
-    fn who_is_to_end_the_job_hears_why_also_of_a_panic() {
+    fn a_failure_and_a_panic_are_reported() {
         let why_not = why(Reads).unwrap();
         assert!(crate::error::chain(&why_not).starts_with("cannot read faults: "), "{why_not}");
         assert!(matches!(why(Panics), Some(JobError::Panicked)));
     }
 
     #[test]
-    fn a_panic_of_whoever_waits_for_the_thread_ends_it_too() {
+    fn the_thread_ends_when_the_joining_thread_panics() {
         let stop = StopEvent::new().unwrap();
-        // Nothing is ever read from it.
+        // No fault is ever read from it.
         let never = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap().into();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             std::thread::scope(|scope| {
@@ -360,8 +367,7 @@ mod tests {
         assert!(outcome.is_err());
     }
 
-    /// A guest of which one page is missing, and whose faults are answered; but nobody supplies
-    /// what is missing.
+    /// A guest with one missing page. Its faults are handled, but the missing page never comes.
     struct Waiting {
         job: Job,
         ram: test_support::Registered,
@@ -386,9 +392,9 @@ mod tests {
             Some(Self { job, ram, missing_pages, stop: StopEvent::new().unwrap() })
         }
 
-        /// Runs `act` while a thread waits for the missing page; returns whether that thread went
-        /// on by itself.
-        fn goes_on(&self, act: impl FnOnce()) -> bool {
+        /// Runs `act` while a thread waits for the missing page. Returns whether that thread
+        /// continues.
+        fn continues_after(&self, act: impl FnOnce()) -> bool {
             std::thread::scope(|scope| {
                 let (stopping, mut reads) = (self.stop.stop_on_drop(), Reads);
                 scope.spawn(move || {
@@ -402,39 +408,39 @@ mod tests {
                     std::thread::yield_now();
                 }
                 act();
-                // A fault that comes later is answered, so what came before it has been seen.
+                // When this later fault has been resolved, the event of `act` has been handled.
                 self.ram.touch(MISSING + 1);
                 let begun = Instant::now();
                 while !waits.is_finished() && begun.elapsed() < PATIENCE {
                     std::thread::yield_now();
                 }
-                let went_on = waits.is_finished();
+                let continued = waits.is_finished();
                 drop(stopping);
                 self.missing_pages.unregister();
-                went_on
+                continued
             })
         }
     }
 
-    /// Longer than it takes to go on, and short enough to wait for who does not.
+    /// Enough time for a thread to continue, and short enough to wait for one that does not.
     const PATIENCE: Duration = Duration::from_secs(5);
 
     #[test]
-    fn who_waits_for_a_page_while_the_state_is_loaded_goes_on_when_the_job_is_cancelled() {
+    fn a_cancel_during_the_state_load_releases_the_waiters() {
         let Some(waiting) = Waiting::new() else { return };
-        assert!(waiting.goes_on(|| waiting.job.cancel.cancel().unwrap()));
+        assert!(waiting.continues_after(|| waiting.job.cancel.cancel().unwrap()));
         assert!(!waiting.missing_pages.finish_load(), "what was loaded is worth nothing");
         assert_eq!(
             waiting.ram.memory.blocks()[0].backing.allocated_pages(),
             2,
-            "only what was touched"
+            "only the touched pages"
         );
     }
 
     #[test]
-    fn who_waits_for_a_page_of_a_guest_that_runs_waits_on_when_its_job_ends() {
+    fn a_running_guest_keeps_waiting_when_its_job_ends() {
         let Some(waiting) = Waiting::new() else { return };
         assert!(waiting.missing_pages.finish_load());
-        assert!(!waiting.goes_on(|| waiting.job.cancel.force()));
+        assert!(!waiting.continues_after(|| waiting.job.cancel.force()));
     }
 }

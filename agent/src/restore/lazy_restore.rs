@@ -223,7 +223,7 @@ impl<'a> LazyRestore<'a> {
         &self, worker: usize, at: usize, range: PageRange, content: &[u8],
     ) -> Result<u64, JobError> {
         let begun = Instant::now();
-        let mut wants = ShortageReport::new(self.job);
+        let mut shortage = ShortageReport::new(self.job);
         loop {
             match self.place_once(worker, at, range, content) {
                 Ok(pages) => {
@@ -235,7 +235,7 @@ impl<'a> LazyRestore<'a> {
                         && begun.elapsed() < NO_MEMORY_TIMEOUT
                         && !self.has_ended() =>
                 {
-                    wants.report(at);
+                    shortage.report(at);
                     // The guest waits for the memory in the meantime. It is not lost.
                     std::thread::sleep(RETRY);
                 }

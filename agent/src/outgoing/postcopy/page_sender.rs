@@ -154,7 +154,7 @@ impl PostcopySource {
             following: AtomicBool::new(false),
             pushing: AtomicUsize::new(senders.len()),
             pushed: pushed.map_err(|errno| JobError::Io {
-                what: "make an event descriptor",
+                what: "create an event descriptor",
                 source: errno.into(),
             })?,
             bulk: view(&self.limiter),
