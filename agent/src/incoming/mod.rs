@@ -110,14 +110,14 @@ fn take_ownership(
     // The error says that the guest is here: "failed" alone would let an operator believe that it
     // did not arrive.
     resumed.map_err(|source| JobError::NotResumed { source })?;
-    let told = writer.write_plain(Kind::Resumed, 0).map(|_| ());
-    if let Err(error) = &told {
+    let sent = writer.write_plain(Kind::Resumed, 0).map(|_| ());
+    if let Err(error) = &sent {
         log::warn!(
             "the guest is here, but the source could not be told: {}",
             crate::error::chain(error)
         );
     }
-    Ok(told)
+    Ok(sent)
 }
 
 /// Compares what was received with what the source says it sent.

@@ -10,7 +10,7 @@
 //! - [`converge`]: decides when to stop the guest;
 //! - [`handover`]: sends the stopped guest, with the commit point (`one-owner`);
 //! - [`postcopy`]: the guest moves first, and its memory follows;
-//! - [`error`]: why a migration failed at the source.
+//! - [`error`]: why a source does not migrate its guest.
 //!
 //! If the migration fails before the commit point, the guest continues here, and the trackers and
 //! the throttle are off again.

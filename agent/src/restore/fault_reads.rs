@@ -77,16 +77,16 @@ impl FaultQueue {
 /// Passes the pages that the guest touched to the servers.
 #[derive(Debug)]
 pub struct FaultForwarder<'a> {
-    supply: &'a LazyRestore<'a>,
+    restore: &'a LazyRestore<'a>,
     pages: Vec<HostPage>,
     /// Records the touched pages, if this restore writes a working set.
     record: Option<&'a mut WorkingSetRecorder>,
 }
 
 impl<'a> FaultForwarder<'a> {
-    /// Passes pages to the servers of `supply`.
-    pub fn new(supply: &'a LazyRestore<'a>, record: Option<&'a mut WorkingSetRecorder>) -> Self {
-        Self { supply, pages: Vec::with_capacity(MAX_FAULTS), record }
+    /// Passes pages to the servers of `restore`.
+    pub fn new(restore: &'a LazyRestore<'a>, record: Option<&'a mut WorkingSetRecorder>) -> Self {
+        Self { restore, pages: Vec::with_capacity(MAX_FAULTS), record }
     }
 }
 
@@ -96,10 +96,10 @@ impl PageRequester for FaultForwarder<'_> {
     ) -> Result<(), JobError> {
         read(&mut self.pages)?;
         for (at, host_page) in self.pages.drain(..) {
-            self.supply.queue.push((at, host_page));
-            let pages = self.supply.unread.block(at).pages(PageRange::new(host_page, 1));
-            self.supply.cursor.fault(at, pages.end());
-            self.supply.touched();
+            self.restore.queue.push((at, host_page));
+            let pages = self.restore.unread.block(at).pages(PageRange::new(host_page, 1));
+            self.restore.cursor.fault(at, pages.end());
+            self.restore.touched();
             if let Some(record) = &mut self.record {
                 record.touched(at, pages);
             }

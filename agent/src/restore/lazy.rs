@@ -61,16 +61,17 @@ pub fn restore(
     missing_pages.drop_discarded(&job.memory);
     missing_pages.drop_recorded(guard.discards.since());
     let (pieces, mut record) = plan.parts();
-    let supply = LazyRestore::new(job, source, &missing_pages, unread, pieces, record.is_some());
+    let lazy_restore =
+        LazyRestore::new(job, source, &missing_pages, unread, pieces, record.is_some());
     let workers = usize::from(workers).min(MAX_READERS - SERVERS);
-    let (whole, outcome) = run(&supply, record.as_mut(), workers, || {
+    let (whole, outcome) = run(&lazy_restore, record.as_mut(), workers, || {
         state.load(job)?;
         if !missing_pages.finish_load() {
             return Err(JobError::State(
                 "a page that the VMM touched as it loaded its state was not restored".into(),
             ));
         }
-        if supply.has_ended() {
+        if lazy_restore.has_ended() {
             return Err(JobError::State(
                 "the guest was not resumed, because its memory cannot be restored".into(),
             ));
@@ -149,21 +150,23 @@ fn missing_of_image(job: &Job, source: &Source) -> Result<HostPageSet, JobError>
 /// the resume, `start` returns that error as `Ok(Some(_))`. Then the memory is placed all the same,
 /// and the job fails with that error in the end.
 fn run(
-    supply: &LazyRestore<'_>, record: Option<&mut WorkingSetRecorder>, workers: usize,
+    lazy_restore: &LazyRestore<'_>, record: Option<&mut WorkingSetRecorder>, workers: usize,
     start: impl FnOnce() -> Result<Option<JobError>, JobError>,
 ) -> (bool, Result<(), JobError>) {
     let stop = match StopEvent::new() {
         Ok(stop) => stop,
         Err(error) => return (false, Err(error)),
     };
-    let (job, missing_pages) = (supply.job, supply.missing_pages);
-    let mut forwarder = FaultForwarder::new(supply, record);
+    let (job, missing_pages) = (lazy_restore.job, lazy_restore.missing_pages);
+    let mut forwarder = FaultForwarder::new(lazy_restore, record);
     std::thread::scope(|scope| {
         let (stopping, stop) = (stop.stop_on_drop(), stop.as_fd());
         let no_thread = |source| JobError::Io { what: "start a thread", source };
         let builder = std::thread::Builder::new;
         let faults = builder().spawn_scoped(scope, move || {
-            handle_faults(job, missing_pages, &mut forwarder, stop, |error| supply.fail(error))
+            handle_faults(job, missing_pages, &mut forwarder, stop, |error| {
+                lazy_restore.fail(error)
+            })
         });
         let faults = match faults {
             Ok(faults) => faults,
@@ -173,8 +176,12 @@ fn run(
         let mut refused = None;
         for index in 0..SERVERS + workers {
             let work = move || {
-                supply.check(|| {
-                    if index < SERVERS { supply.serve(index) } else { supply.prefetch(index) }
+                lazy_restore.check(|| {
+                    if index < SERVERS {
+                        lazy_restore.serve(index)
+                    } else {
+                        lazy_restore.prefetch(index)
+                    }
                 });
             };
             match builder().spawn_scoped(scope, work) {
@@ -183,14 +190,14 @@ fn run(
             }
         }
         let mut late = None;
-        supply.check(|| {
+        lazy_restore.check(|| {
             // Either all threads start or the restore fails: whether a guest that waits gets its
             // page must not depend on the number of threads.
             refused.map_or(Ok(()), |error| Err(no_thread(error)))?;
             late = start()?;
-            supply.follow()
+            lazy_restore.follow()
         });
-        let outcome = supply.end();
+        let outcome = lazy_restore.end();
         let whole = outcome.is_ok();
         // All content is placed. What is a hole now stays zero, and nobody waits for it.
         if whole {

@@ -88,7 +88,7 @@ impl LazyRestore<'_> {
     /// If the image cannot be read or is damaged, or if a page cannot be placed.
     pub fn prefetch(&self, worker: usize) -> Result<(), JobError> {
         let mut reader = Reader {
-            supply: self,
+            restore: self,
             worker,
             buffer: PageBuffer::new(EXTENT_SIZE as usize),
             runs: Vec::new(),
@@ -114,7 +114,7 @@ impl LazyRestore<'_> {
 
 /// What one worker needs to read and place pages.
 struct Reader<'a> {
-    supply: &'a LazyRestore<'a>,
+    restore: &'a LazyRestore<'a>,
     /// Its number among all threads of the restore, which is also its slot in the fence.
     worker: usize,
     buffer: PageBuffer,
@@ -126,22 +126,23 @@ impl Reader<'_> {
     /// Reads and places those of the host pages `host_pages` that are unread and still missing.
     /// Returns the number of pages placed.
     fn fetch(&mut self, at: usize, host_pages: PageRange) -> Result<u64, JobError> {
-        let Self { supply, worker, buffer, runs } = self;
-        let (unread, missing) = (supply.unread.block(at), supply.missing_pages.missing().block(at));
-        supply.unread.take_range(at, host_pages, |word, bits| {
+        let Self { restore, worker, buffer, runs } = self;
+        let (unread, missing) =
+            (restore.unread.block(at), restore.missing_pages.missing().block(at));
+        restore.unread.take_range(at, host_pages, |word, bits| {
             // A page that is not missing any more, for example discarded, need not be read.
             runs.extend(runs_of_word(word * WORD_BITS, bits & missing.bits().word(word)));
         });
         let mut placed = 0;
         for run in join_near_runs(runs.drain(..), NEAR / unread.unit()) {
             for range in in_extents(unread.pages(run)) {
-                supply.job.check()?;
-                supply.job.limiter.wait(range.bytes() as usize, &supply.job.cancel)?;
-                if supply.has_ended() {
+                restore.job.check()?;
+                restore.job.limiter.wait(range.bytes() as usize, &restore.job.cancel)?;
+                if restore.has_ended() {
                     return Ok(placed);
                 }
-                let content = supply.read(at, range, buffer)?;
-                placed += supply.place(*worker, at, range, content)?;
+                let content = restore.read(at, range, buffer)?;
+                placed += restore.place(*worker, at, range, content)?;
             }
         }
         Ok(placed)

@@ -121,9 +121,9 @@ impl PostcopyGuest {
                         "the connections broke while the VMM loaded its state".into(),
                     ));
                 }
-                let told = take_ownership(&job, primary, writer, guest_is, &mut ours)?;
+                let sent = take_ownership(&job, primary, writer, guest_is, &mut ours)?;
                 job.enter(Phase::Postcopy);
-                Ok(told?)
+                Ok(sent?)
             });
         self.ours = ours;
         match outcome {
