@@ -115,8 +115,9 @@ fn a_standard_input_that_is_no_connection_is_refused_by_what_it_is() {
     ] {
         let ended = Command::new(PROGRAM).args(["agent", "--stdin"]).stdin(stdin).output().unwrap();
         let said = String::from_utf8(ended.stderr).unwrap();
-        let expected =
-            format!("--stdin: standard input is {found} allowed is a connected UNIX stream socket");
+        let expected = format!(
+            "--stdin: standard input is {found} but must be a connected UNIX stream socket"
+        );
         assert!(said.contains(&expected), "{said}");
         assert_eq!(ended.status.code(), Some(2), "as for any other bad input");
     }

@@ -1,11 +1,12 @@
-//! Limits how much one place in the code may log.
+//! A rate limit for log lines, for each place in the code.
 //!
-//! A program that reaches a socket of the agent can make it log: by requests that the agent
-//! refuses, by connections that it drops. So each call of a log macro gets `LINES` lines in each
-//! [`WINDOW`]. The other lines are counted, and the log says how many were left out.
+//! A program that can connect to a socket of the agent can make it write log lines, for example by
+//! requests that the agent refuses. So each call of a log macro may write `LINES` lines in each
+//! [`WINDOW`]. Further lines are left out and counted, and after the window the log says how many.
 //!
-//! Errors are never left out, and neither are the lines of `JOBS`, which say how a job went and
-//! ended. Debug and trace lines are not limited: they are off unless somebody asks for all of them.
+//! Errors are never left out. Neither are the lines of the module `JOBS`, which say how a job went
+//! and ended. Debug and trace lines are not limited: they are off unless the operator asks for all
+//! of them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,26 +15,28 @@ use std::time::{Duration, Instant};
 
 /// Most lines of one place in a window.
 const LINES: u32 = 20;
-/// The time that they are counted for.
+/// Length of a window, in which the lines of a place are counted.
 pub const WINDOW: Duration = Duration::from_secs(1);
 /// The module whose lines are never left out.
 const JOBS: &str = "pageferry_agent::job";
 
-/// Where a line comes from.
+/// The call of a log macro that a line comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
     file: &'static str,
     line: u32,
 }
 
+/// The current window of a place.
 #[derive(Debug)]
 struct Window {
     began: Instant,
+    /// Lines that were written.
     lines: u32,
     left_out: u64,
 }
 
-/// How many lines of one place were left out.
+/// The number of lines of one place that were left out in a window.
 #[derive(Debug, PartialEq, Eq)]
 pub struct LeftOut {
     place: Place,
@@ -50,7 +53,7 @@ impl fmt::Display for LeftOut {
     }
 }
 
-/// The lines of all places. There are as many places as the code has calls of log macros.
+/// The windows of all places. Their number is bounded by the number of log calls in the code.
 #[derive(Debug, Clone, Default)]
 pub struct Limit(Arc<Mutex<BTreeMap<Place, Window>>>);
 
@@ -59,8 +62,8 @@ impl Limit {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True if this line is to be written. Otherwise it is counted.
-    fn takes(&self, record: &log::Record<'_>, now: Instant) -> bool {
+    /// Returns true if this line may be written. Otherwise counts it as left out.
+    fn allows(&self, record: &log::Record<'_>, now: Instant) -> bool {
         let limited = matches!(record.level(), log::Level::Warn | log::Level::Info);
         let of_a_job = record.module_path().is_some_and(|path| path.starts_with(JOBS));
         let (true, false, Some(file), Some(line)) =
@@ -74,7 +77,7 @@ impl Limit {
             lines: 0,
             left_out: 0,
         });
-        // One with lines left out ends when the log has said so.
+        // A window in which lines were left out ends only when the log has reported them.
         if window.left_out == 0 && now.saturating_duration_since(window.began) >= WINDOW {
             *window = Window { began: now, lines: 0, left_out: 0 };
         }
@@ -86,7 +89,8 @@ impl Limit {
         false
     }
 
-    /// What was left out in windows that are over, or that end now. The log is to say so.
+    /// The lines that were left out in windows that are over; with `end`, in all windows. The
+    /// caller writes them to the log.
     pub fn left_out(&self, now: Instant, end: bool) -> Vec<LeftOut> {
         let mut places = self.places();
         let over = |window: &Window| end || now.saturating_duration_since(window.began) >= WINDOW;
@@ -100,14 +104,14 @@ impl Limit {
     }
 }
 
-/// A logger whose lines are limited.
+/// A logger with a rate limit.
 pub struct Limited<L> {
     logger: L,
     limit: Limit,
 }
 
 impl<L> Limited<L> {
-    /// `logger` with this limit.
+    /// Limits the lines of `logger`.
     pub fn new(logger: L, limit: Limit) -> Self {
         Self { logger, limit }
     }
@@ -119,7 +123,7 @@ impl<L: log::Log> log::Log for Limited<L> {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        if self.logger.enabled(record.metadata()) && self.limit.takes(record, Instant::now()) {
+        if self.logger.enabled(record.metadata()) && self.limit.allows(record, Instant::now()) {
             self.logger.log(record);
         }
     }
@@ -134,43 +138,43 @@ mod tests {
     use super::*;
     use log::Level;
 
-    fn takes(limit: &Limit, level: Level, line: u32, module: &'static str, now: Instant) -> bool {
+    fn allows(limit: &Limit, level: Level, line: u32, module: &'static str, now: Instant) -> bool {
         let record = log::Record::builder()
             .level(level)
             .file_static(Some("src/server.rs"))
             .line(Some(line))
             .module_path_static(Some(module))
             .build();
-        limit.takes(&record, now)
+        limit.allows(&record, now)
     }
 
     #[test]
-    fn one_place_has_twenty_lines_a_second_and_the_log_says_how_many_more_there_were() {
+    fn a_place_writes_twenty_lines_a_second_and_the_rest_is_counted() {
         let (limit, start) = (Limit::default(), Instant::now());
         let at = |millis| start + Duration::from_millis(millis);
-        let warn = |line, millis| takes(&limit, Level::Warn, line, "server", at(millis));
-        let taken = (0..1000).filter(|millis| warn(1, *millis)).count();
-        assert_eq!(taken, 20);
-        assert!(warn(2, 500), "another place has lines of its own");
+        let warn = |line, millis| allows(&limit, Level::Warn, line, "server", at(millis));
+        let written = (0..1000).filter(|millis| warn(1, *millis)).count();
+        assert_eq!(written, 20);
+        assert!(warn(2, 500), "another place has its own limit");
         assert!(limit.left_out(at(999), false).is_empty(), "the second is not over");
-        let said: Vec<String> =
+        let reported: Vec<String> =
             limit.left_out(at(1000), false).iter().map(LeftOut::to_string).collect();
         let sentence =
             "980 more lines from src/server.rs:1 were left out: at most 20 a second are written";
-        assert_eq!(said, [sentence]);
+        assert_eq!(reported, [sentence]);
         assert!(warn(1, 1001) && limit.left_out(at(5000), true).is_empty());
-        // The end does not wait for the second to be over.
-        let taken = (0..30).filter(|_| warn(3, 6000)).count();
-        assert_eq!((taken, limit.left_out(at(6000), true)[0].lines), (20, 10));
+        // At the end of the process, a window that is not over is reported, too.
+        let written = (0..30).filter(|_| warn(3, 6000)).count();
+        assert_eq!((written, limit.left_out(at(6000), true)[0].lines), (20, 10));
     }
 
     #[test]
     fn errors_and_the_lines_of_jobs_are_never_left_out() {
         let (limit, now) = (Limit::default(), Instant::now());
         for _ in 0..100 {
-            assert!(takes(&limit, Level::Error, 1, "pageferry_agent::session", now));
-            assert!(takes(&limit, Level::Info, 2, "pageferry_agent::job", now));
-            assert!(takes(&limit, Level::Debug, 3, "pageferry_agent::hooks", now));
+            assert!(allows(&limit, Level::Error, 1, "pageferry_agent::session", now));
+            assert!(allows(&limit, Level::Info, 2, "pageferry_agent::job", now));
+            assert!(allows(&limit, Level::Debug, 3, "pageferry_agent::hooks", now));
         }
         assert!(limit.left_out(now, true).is_empty());
     }

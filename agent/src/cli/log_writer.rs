@@ -1,8 +1,9 @@
-//! Writes the agent's log without making other threads wait.
+//! The writer of the agent's log, which never makes another thread wait.
 //!
-//! Standard error may be a pipe whose reader hangs, or a file on a slow disk. So the thread `log`
-//! writes to it, and all other threads only put lines into a queue. When the queue is full, lines
-//! are dropped, and the log says how many. It also says what a [`Limit`] left out.
+//! All threads put their lines into a queue, and the thread `log` writes them to standard error.
+//! Standard error may be a pipe whose reader hangs, or a file on a slow disk. The queue is bounded.
+//! When it is full, lines are dropped, and the log says later how many. It also says how many lines
+//! a [`Limit`] has left out.
 
 use super::log_limit::{Limit, WINDOW};
 use std::io::{self, Write};
@@ -13,29 +14,32 @@ use std::time::{Duration, Instant};
 
 /// Most lines that wait to be written.
 const QUEUE: usize = 1024;
-/// How long the end of the process waits for the last lines to be written.
+/// How long the process waits at its end for the last lines to be written.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// An entry of the queue.
 enum Entry {
     Line(Vec<u8>),
-    /// All lines before it were written.
+    /// Asks the writing thread to confirm that all lines before this entry are written.
     Finish(SyncSender<()>),
 }
 
-/// Takes whole lines and never waits.
+/// Puts lines into the queue. Each write must be a whole line; it never waits.
 pub struct LogWriter {
     queue: SyncSender<Entry>,
+    /// Number of lines that were dropped because the queue was full.
     dropped: Arc<AtomicU64>,
 }
 
-/// Waits for the last lines.
+/// Waits at the end of the process for the last lines.
 pub struct LogEnd(SyncSender<Entry>);
 
 impl LogWriter {
-    /// Starts the thread that writes to `output`, and says what `limit` left out.
+    /// Starts the thread that writes to `output`. The thread also reports what `limit` has left
+    /// out.
     ///
     /// # Errors
-    /// If the kernel has no thread.
+    /// If the kernel refuses a thread.
     pub fn start(output: impl Write + Send + 'static, limit: Limit) -> io::Result<(Self, LogEnd)> {
         let (queue, entries) = sync_channel(QUEUE);
         let dropped = Arc::new(AtomicU64::new(0));
@@ -61,22 +65,24 @@ impl Write for LogWriter {
 }
 
 impl LogEnd {
-    /// Waits until what was logged so far is written, but no longer than a second.
+    /// Waits until all lines so far are written, but at most one second.
     pub fn finish(self) {
         let (written, wait) = sync_channel(1);
-        // With a full queue the output hangs, and is not waited for.
+        // If the queue is full, the output hangs. Then there is no point in waiting.
         if self.0.try_send(Entry::Finish(written)).is_ok() {
             let _ = wait.recv_timeout(FINISH_TIMEOUT);
         }
     }
 }
 
+/// The thread `log`: writes the entries of the queue until all senders are gone.
 fn write_all(
     mut output: impl Write, entries: &Receiver<Entry>, dropped: &AtomicU64, limit: &Limit,
 ) {
-    let mut said = Instant::now();
-    // A line is left out only after others of its place were written within the same second. So
-    // when nothing was written for a second, and all was said, there is nothing to wake up for.
+    let mut reported = Instant::now();
+    // Lines of a place are left out only after others of it were written in the same window. So
+    // when no line was written for a whole window, and everything left out was reported, nothing
+    // can be left out before the next line comes. Then the thread waits without a timeout.
     let mut quiet = false;
     loop {
         let entry = if quiet {
@@ -86,13 +92,13 @@ fn write_all(
         };
         quiet = matches!(entry, Err(RecvTimeoutError::Timeout));
         let end = matches!(entry, Ok(Entry::Finish(_)) | Err(RecvTimeoutError::Disconnected));
-        // There is nowhere to say that the log cannot be written.
+        // A failed write of the log cannot be reported anywhere.
         if let Ok(Entry::Line(line)) = &entry {
             let _ = output.write_all(line);
         }
-        if end || quiet || said.elapsed() >= WINDOW {
-            said = Instant::now();
-            for left_out in limit.left_out(said, end) {
+        if end || quiet || reported.elapsed() >= WINDOW {
+            reported = Instant::now();
+            for left_out in limit.left_out(reported, end) {
                 let _ = writeln!(output, "{left_out}");
             }
         }
@@ -106,8 +112,10 @@ fn write_all(
         }
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            let _ =
-                writeln!(output, "{lost} lines of the log were dropped: nobody read them in time");
+            let _ = writeln!(
+                output,
+                "{lost} lines of the log were dropped: they could not be written in time"
+            );
         }
     }
 }
@@ -136,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_nobody_reads_keeps_nobody_waiting_and_says_what_it_dropped() {
+    fn a_full_queue_drops_lines_and_the_log_says_so() {
         let (release, start) = channel::<()>();
         let (written, lines) = channel();
         let (mut log, end) = LogWriter::start(Slow { start, written }, Limit::default()).unwrap();

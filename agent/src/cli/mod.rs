@@ -197,10 +197,10 @@ pub struct ResumeArgs {
     force: bool,
 }
 
-/// Reads a time: a number with ms, s, m or h.
+/// Reads a time: a number with us, ms, s, m or h.
 ///
 /// # Errors
-/// What is allowed.
+/// If the text is malformed. The error says what is allowed.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
     let unit = match &text[digits.len()..] {
@@ -219,7 +219,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
 /// Reads a number of bytes, with K, M, G or T for powers of 1024.
 ///
 /// # Errors
-/// What is allowed.
+/// If the text is malformed. The error says what is allowed.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.char_indices().last() {
         Some((at, 'k' | 'K')) => (&text[..at], 10),
@@ -234,13 +234,13 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     };
     let number = number
         .map_err(|_| format!("\"{text}\": write a number of bytes, with K, M, G or T, as 2G"))?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("\"{text}\" is more than 64 bits hold"))
+    number.checked_mul(1 << shift).ok_or_else(|| format!("\"{text}\" does not fit in 64 bits"))
 }
 
-/// Reads a bandwidth limit: [`parse_size`], and not too low.
+/// Reads a bandwidth limit: as [`parse_size`], but at least [`MIN_BANDWIDTH`], or 0 for no limit.
 ///
 /// # Errors
-/// What is allowed.
+/// If the text is malformed or the limit too low. The error says what is allowed.
 pub fn parse_bandwidth(text: &str) -> Result<u64, String> {
     match parse_size(text)? {
         rate @ (0 | MIN_BANDWIDTH..) => Ok(rate),
@@ -262,10 +262,10 @@ fn parse_mode(text: &str) -> Result<Mode, String> {
         .ok_or_else(|| format!("\"{text}\": write precopy, postcopy or hybrid"))
 }
 
-/// Reads whether a guest is resumed where it arrives.
+/// Reads whether a guest runs where it arrives: auto or never.
 ///
 /// # Errors
-/// What is allowed.
+/// If the text is something else. The error says what is allowed.
 pub fn parse_resume(text: &str) -> Result<ResumePolicy, String> {
     let found = ResumePolicy::NAMES.iter().find(|(name, _)| *name == text);
     found.map(|(_, policy)| *policy).ok_or_else(|| format!("\"{text}\": write auto or never"))
@@ -279,7 +279,7 @@ fn parse_compression(text: &str) -> Result<Compression, String> {
         (_, Some(level)) => match level.parse() {
             Ok(level @ 1..=Compression::MAX_LEVEL) => Ok(Compression::Zstd(level)),
             _ => Err(format!(
-                "\"{text}\": \"{level}\" is no level from 1 to {}",
+                "\"{text}\": \"{level}\" is not a level from 1 to {}",
                 Compression::MAX_LEVEL
             )),
         },
@@ -287,10 +287,12 @@ fn parse_compression(text: &str) -> Result<Compression, String> {
     }
 }
 
-/// A write beyond the limit of a file's size (`ulimit -f`) is an error for whoever writes, and no
-/// signal that ends the process: an agent would leave a guest behind, and others half a file. Not
-/// by ignoring the signal, which children would inherit.
-fn ignore_long_files() -> std::io::Result<()> {
+/// Makes a write beyond the limit of a file's size (`ulimit -f`) an error of that write.
+///
+/// Otherwise the kernel sends SIGXFSZ, which ends the process: an agent would leave its guest
+/// behind, and other commands half a file. The signal gets a handler that does nothing. It is not
+/// ignored, because child processes would inherit that.
+fn handle_file_size_limit() -> std::io::Result<()> {
     signal_hook::flag::register(libc::SIGXFSZ, Arc::default()).map(drop)
 }
 
@@ -303,7 +305,7 @@ where
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            // Fails only if there is nowhere to print to.
+            // Fails only if the output cannot be written.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
@@ -319,17 +321,17 @@ where
         logger.target(env_logger::Target::Pipe(Box::new(writer)));
         let logger = logger.build();
         let level = logger.filter();
-        // A second call in one process finds it set up.
+        // Fails if this process has a logger already, as in a test that calls this twice.
         if log::set_boxed_logger(Box::new(log_limit::Limited::new(logger, limit))).is_ok() {
             log::set_max_level(level);
         }
         log_end = Some(end);
     } else {
-        // The same.
+        // Fails in the same case.
         let _ = logger.try_init();
     }
-    if let Err(error) = ignore_long_files() {
-        log::warn!("a file that may not grow will end this process: {error}");
+    if let Err(error) = handle_file_size_limit() {
+        log::warn!("a file that reaches its size limit will end this process: {error}");
     }
     let outcome = match cli.command {
         Command::Agent(args) => run_agent::run(&args),
@@ -358,7 +360,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_and_sizes_are_read_or_refused_with_what_is_allowed() {
+    fn times_and_sizes_are_read_or_refused_with_the_reason() {
         assert_eq!(parse_duration("300ms"), Ok(Duration::from_millis(300)));
         assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
         for wrong in ["", "3", "ms", "-1s", "1e99h"] {
@@ -379,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn a_compression_is_read_or_refused_with_what_is_allowed() {
+    fn a_compression_is_read_or_refused_with_the_reason() {
         assert_eq!(parse_compression("none"), Ok(Compression::None));
         assert_eq!(parse_compression("lz4"), Ok(Compression::Lz4));
         assert_eq!(parse_compression("zstd"), Ok(Compression::Zstd(1)));

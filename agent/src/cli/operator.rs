@@ -1,4 +1,10 @@
-//! The subcommands that talk to a running agent.
+//! The subcommands of an operator, which talk to a running agent.
+//!
+//! Each connects to the agent's control socket, sends one request, and prints the answer. A command
+//! that starts a job then subscribes to events, and shows the progress until the job ends.
+//!
+//! The agent has `TIMEOUT` to answer a request, and `PATIENCE` between two events. After that the
+//! command fails and says that the agent hangs.
 
 use super::OperatorArgs;
 use super::show;
@@ -19,19 +25,20 @@ type Outcome = Result<ExitCode, Box<dyn Error>>;
 
 /// Longest time that the agent may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Time between two status events for a watcher.
+/// Time between two status events while a job is watched.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// Longest silence of the agent before a watcher says that it hangs.
+/// Longest time between two events before the command says that the agent hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A connection to an agent.
 struct Operator {
     socket: FrameSocket,
-    /// Where the agent listens.
+    /// The path on which the agent listens.
     path: PathBuf,
 }
 
 impl Operator {
+    /// Connects to the agent that listens on `path`, and says hello.
     fn connect(path: &Path) -> Result<Self, Box<dyn Error>> {
         let socket = connect_unix(path, Instant::now() + TIMEOUT);
         let socket =
@@ -43,6 +50,7 @@ impl Operator {
         Ok(operator)
     }
 
+    /// Sends a request and waits for its answer.
     fn ask<T>(
         &mut self, request: &Request,
         fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
@@ -52,14 +60,14 @@ impl Operator {
         sent.map_err(|error| self.failed(error))?;
         loop {
             let reply = self.socket.recv(deadline).map_err(|error| self.failed(error))?;
-            // Events may come between.
+            // Events may arrive before the answer.
             if reply.is_reply() && reply.request == request.code() {
                 return Ok(decode_reply(&reply.body, fields)??);
             }
         }
     }
 
-    /// What went wrong, and with which agent.
+    /// The error for the operator. It names the agent.
     fn failed(&self, error: SocketError) -> Box<dyn Error> {
         let path = self.path.display();
         match error {
@@ -74,6 +82,7 @@ impl Operator {
         }
     }
 
+    /// Waits for the next event.
     fn next_event(&mut self) -> Result<JobStatus, Box<dyn Error>> {
         loop {
             let frame = match self.socket.recv(Instant::now() + PATIENCE) {
@@ -86,13 +95,13 @@ impl Operator {
         }
     }
 
-    /// Shows progress until the job with this number ends, or the running one if there is no
-    /// number.
+    /// Shows the progress of job `job` until it ends; without a number, of the current job.
     fn watch(&mut self, job: Option<u64>, json: bool) -> Outcome {
         self.watch_until(job, json, false)
     }
 
-    /// The same for a job that was asked to recover. It also stops at the next pause.
+    /// As [`Operator::watch`], for a postcopy that was asked to recover. Ends also if the postcopy
+    /// pauses again.
     fn watch_recovery(&mut self, job: u64, json: bool) -> Outcome {
         self.watch_until(Some(job), json, true)
     }
@@ -105,7 +114,7 @@ impl Operator {
             let status = self.next_event()?;
             match job {
                 Some(job) if status.job < job => continue,
-                // The job ended between two events.
+                // The job ended, and the next one started, between two events.
                 Some(job) if status.job > job => {
                     return Err(format!(
                         "job {job} was followed by job {} before its end was seen",
@@ -116,8 +125,9 @@ impl Operator {
                 _ => {}
             }
             progress.show(&status)?;
-            // The source's job was on its way before the request was answered. The destination's
-            // stays paused until its source comes.
+            // A job of the source has left its pause before the request was answered. So if it is
+            // paused now, it paused again. A job of the destination stays paused until its source
+            // connects.
             recovered |= status.kind == JobKind::Outgoing || status.phase != Phase::PostcopyPaused;
             let paused = status.phase == Phase::PostcopyPaused && recovered;
             if status.phase.is_final() || (recovery && paused) {
@@ -128,7 +138,8 @@ impl Operator {
     }
 }
 
-/// An address for the agent, which may run in another folder.
+/// Makes the path in a `unix:` address absolute. The agent's current folder may differ from the
+/// operator's.
 fn address_from_root(address: &str) -> std::io::Result<String> {
     match address.strip_prefix("unix:") {
         Some(path) if !path.is_empty() => Ok(format!("unix:{}", from_root(Path::new(path))?)),
@@ -136,6 +147,7 @@ fn address_from_root(address: &str) -> std::io::Result<String> {
     }
 }
 
+/// Success only if the job completed.
 fn exit_code(status: &JobStatus) -> ExitCode {
     if status.phase == Phase::Completed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
@@ -189,7 +201,7 @@ pub fn restore(args: RestoreCommand) -> Outcome {
     start(&operator, &request)
 }
 
-/// Starts a job, and shows its progress.
+/// Starts a job, and shows its progress until it ends.
 fn start(args: &OperatorArgs, request: &Request) -> Outcome {
     let mut operator = Operator::connect(&args.socket)?;
     let started = operator.ask(request, JobStarted::decode)?;

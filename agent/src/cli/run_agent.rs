@@ -1,4 +1,8 @@
-//! `pageferry agent`.
+//! `pageferry agent`: sets the process up and runs the server.
+//!
+//! The server listens on a UNIX socket, or serves the connection that the process inherited as
+//! standard input, or both. It ends on SIGINT, SIGTERM or SIGHUP, and when the inherited connection
+//! ends.
 
 use super::AgentArgs;
 use crate::server::Server;
@@ -10,16 +14,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
-/// Each block, stream and stranger is a descriptor, and 509 blocks alone come close to the usual
-/// soft limit of 1024.
-fn allow_descriptors() {
+/// Raises the limit of open descriptors to the hard limit. Each block, stream and connection needs
+/// descriptors, and 509 blocks alone come close to the usual soft limit of 1024.
+fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(errno) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         log::debug!("the limit of file descriptors stays {:?}: {errno}", limit.current);
     }
 }
 
-/// True if this process was started with `signal` ignored, as `nohup` does with a hangup.
+/// True if this process was started with `signal` ignored, as `nohup` does with SIGHUP.
 fn is_ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -30,17 +34,18 @@ fn is_ignored(signal: i32) -> bool {
 /// Exit code for a wrong command line, the same as clap's.
 const BAD_INPUT: u8 = 2;
 
-/// The connection that the VMM left to this process as its standard input.
+/// The connection to the VMM that this process has inherited as its standard input.
 fn inherited() -> Result<OwnedFd, String> {
     let stdin = std::io::stdin();
     match not_connected(stdin.as_fd()) {
         Some(found) => {
-            // This is what the Rust library opens in the place of one that is closed.
+            // If standard input is closed, the Rust library opens /dev/null in its place.
             let null = rustix::fs::fstat(&stdin).ok().map(|stat| stat.st_rdev)
                 == Some(rustix::fs::makedev(1, 3));
             let closed = if null { " (/dev/null, or it is closed)" } else { "" };
             Err(format!(
-                "--stdin: standard input is {found}{closed}, allowed is a connected UNIX stream socket"
+                "--stdin: standard input is {found}{closed}, \
+                 but must be a connected UNIX stream socket"
             ))
         }
         None => {
@@ -50,10 +55,10 @@ fn inherited() -> Result<OwnedFd, String> {
     }
 }
 
-/// Serves until the VMM is gone or a signal comes.
+/// Runs the agent until the inherited connection ends or a signal is received.
 ///
 /// # Errors
-/// If it cannot listen, or the kernel refuses otherwise.
+/// If the agent cannot listen, or the kernel refuses a descriptor or a signal handler.
 pub fn run(args: &AgentArgs) -> Result<ExitCode, Box<dyn Error>> {
     let inherited = match args.stdin.then(inherited).transpose() {
         Ok(inherited) => inherited,
@@ -62,7 +67,7 @@ pub fn run(args: &AgentArgs) -> Result<ExitCode, Box<dyn Error>> {
             return Ok(ExitCode::from(BAD_INPUT));
         }
     };
-    allow_descriptors();
+    raise_descriptor_limit();
     let mut server = Server::new()?;
     let (signals, wake) = UnixStream::pair()?;
     let ends = [SIGINT, SIGTERM, SIGHUP];

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use std::io::{self, Write};
 use std::time::Duration;
 
-/// A job as a JSON object: its kind, its phase, why it failed, and all its counters.
+/// The status of a job as a JSON object: its kind, its phase, its error, and all its counters.
 pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     let mut object = Map::new();
     object.insert("job".into(), json!(status.job));
@@ -26,7 +26,7 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     object
 }
 
-/// Formats a number of bytes for people.
+/// Formats a number of bytes for operators, such as "1.0 GiB".
 pub fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let step = (0..UNITS.len() - 1)
@@ -38,7 +38,7 @@ pub fn bytes(count: u64) -> String {
     }
 }
 
-/// Formats a time for people.
+/// Formats a time in microseconds for operators, such as "1.50 s".
 pub fn time(micros: u64) -> String {
     match micros {
         0..1_000 => format!("{micros} us"),
@@ -47,7 +47,7 @@ pub fn time(micros: u64) -> String {
     }
 }
 
-/// Where the guest of a job is, and its run state.
+/// Says where the guest of a job is, and its run state.
 fn guest_line(status: &JobStatus, guest: RunState) -> String {
     let place = match (status.kind, status.phase) {
         (JobKind::Outgoing, Phase::Completed) => "at the destination",
@@ -63,7 +63,7 @@ fn guest_line(status: &JobStatus, guest: RunState) -> String {
     format!("{place}, run state {}", guest.name())
 }
 
-/// The lines that `status` prints, name and value.
+/// The lines that `pageferry status` prints: name and value.
 pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     let counters = &status.counters;
     let pages = |count: u64| format!("{count} ({})", bytes(count * PAGE_SIZE));
@@ -172,7 +172,7 @@ pub fn print(status: &JobStatus, json: bool) -> io::Result<()> {
     }
 }
 
-/// Prints that something was done.
+/// Prints the outcome of a request.
 ///
 /// # Errors
 /// If the output cannot be written.
@@ -186,15 +186,15 @@ pub fn done(what: &str, json: bool) -> io::Result<()> {
 pub struct Progress {
     bar: Option<ProgressBar>,
     /// The last printed error of a job that continues or is paused.
-    said: String,
+    printed_error: String,
 }
 
 impl Progress {
-    /// Shows nothing yet. Without a terminal the bar is hidden.
+    /// Progress that shows nothing yet. Without a terminal the bar is hidden.
     pub fn new(json: bool) -> Self {
         let bar = || {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            // The template is a constant; if it were wrong the bar would be plain.
+            // The template is a constant. If it were wrong, the bar would have the default style.
             if let Ok(style) =
                 ProgressStyle::with_template("{prefix:24} {bar:30} {percent:>3}% {msg}")
             {
@@ -203,10 +203,10 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
         };
-        Self { bar: (!json).then(bar), said: String::new() }
+        Self { bar: (!json).then(bar), printed_error: String::new() }
     }
 
-    /// Shows a status.
+    /// Shows a status. With JSON, the final one is left to [`Progress::end`].
     ///
     /// # Errors
     /// If the output cannot be written.
@@ -216,12 +216,13 @@ impl Progress {
             return if status.phase.is_final() { Ok(()) } else { print(status, true) };
         };
         if status.phase.is_final() || status.error.is_empty() {
-            self.said.clear();
-        } else if status.error != self.said {
-            // Not in the bar, which is hidden without a terminal: the operator may have to act.
+            self.printed_error.clear();
+        } else if status.error != self.printed_error {
+            // The operator may have to act, and the bar is hidden without a terminal. So the error
+            // gets its own line.
             let state = if status.phase == Phase::PostcopyPaused { " is paused" } else { "" };
             bar.suspend(|| writeln!(io::stderr(), "job {}{state}: {}", status.job, status.error))?;
-            self.said.clone_from(&status.error);
+            self.printed_error.clone_from(&status.error);
         }
         bar.set_length(counters.pass_pages.max(1));
         bar.set_position(counters.pass_pages_done.min(counters.pass_pages));
@@ -243,11 +244,12 @@ impl Progress {
         Ok(())
     }
 
+    /// Shows the progress of a postcopy: pages that are no longer missing, of all pages.
     fn show_postcopy(&self, bar: &ProgressBar, status: &JobStatus) {
         let counters = &status.counters;
-        let came = counters.requested_pages + counters.pushed_pages + counters.dropped_pages;
-        bar.set_length((came + counters.remaining_pages).max(1));
-        bar.set_position(came);
+        let done = counters.requested_pages + counters.pushed_pages + counters.dropped_pages;
+        bar.set_length((done + counters.remaining_pages).max(1));
+        bar.set_position(done);
         bar.set_prefix(status.phase.name());
         bar.set_message(match status.phase {
             Phase::PostcopyPaused => format!("the guest waits; recover it: {}", status.error),
@@ -260,7 +262,7 @@ impl Progress {
         });
     }
 
-    /// Ends with the final status.
+    /// Removes the bar and prints the final status.
     ///
     /// # Errors
     /// If the output cannot be written.
@@ -297,7 +299,7 @@ mod tests {
     use pageferry_protocol::control::job::Counters;
 
     #[test]
-    fn what_is_zero_is_work_for_a_snapshot_and_none_for_a_restore() {
+    fn zero_pages_count_in_a_snapshot_and_not_in_a_restore() {
         let counters =
             Counters { pages_sent: 3, zero_pages: 500, dropped_pages: 2, ..Counters::default() };
         let status = |kind| JobStatus { kind, counters, ..JobStatus::default() };
@@ -306,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_are_readable() {
+    fn bytes_and_times_are_formatted() {
         assert_eq!(bytes(0), "0 B");
         assert_eq!(bytes(1 << 30), "1.0 GiB");
         assert_eq!(bytes(u64::MAX), "16777216.0 TiB");
@@ -315,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn json_has_every_figure_under_its_own_name() {
+    fn json_has_the_counters_by_name() {
         let object = to_json(&JobStatus::default());
         for name in [
             "status",

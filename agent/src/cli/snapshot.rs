@@ -76,7 +76,7 @@ pub struct RestoreArgs {
     common: ImageArgs,
 }
 
-/// What both take.
+/// Options of both snapshots and restores.
 #[derive(Debug, Clone, Args)]
 pub struct ImageArgs {
     /// Number of threads.
@@ -115,10 +115,11 @@ impl TryFrom<RestoreArgs> for RestoreOptions {
     }
 }
 
-/// The agent's current folder may be another than the operator's.
+/// The absolute path of `path`. The agent's current folder may differ from the operator's, so the
+/// agent gets only absolute paths.
 ///
 /// # Errors
-/// If there is no current folder, or the path is no text.
+/// If there is no current folder, or the path is not UTF-8.
 pub fn from_root(path: &Path) -> io::Result<String> {
     let path = std::path::absolute(path)?;
     path.into_os_string().into_string().map_err(|path| {
@@ -128,7 +129,7 @@ pub fn from_root(path: &Path) -> io::Result<String> {
 }
 
 fn parse_mode(text: &str) -> Result<SnapshotMode, String> {
-    // A guest that the VMM has stopped is the VMM's to ask for.
+    // Mode `Stopped` is for a guest that the VMM has stopped itself, so only a VMM may use it.
     let found = SnapshotMode::NAMES
         .iter()
         .find(|(name, mode)| *name == text && *mode != SnapshotMode::Stopped);

@@ -1,33 +1,38 @@
-//! How long faults waited, from the moment that they were read.
+//! A histogram of the time that faults wait, from the read of the fault to its answer.
 //!
-//! A histogram of atomic counters, and a small table of the faults that wait, without a lock or an
-//! allocation: a fault is read by one thread and answered by another. The table has room for more
-//! faults than guests have processors; where two would share a place the second is not timed.
+//! One thread reads a fault ([`Latency::waits`]) and puts its key and the time into a table.
+//! Another thread answers the fault ([`Latency::answered`]), takes it from the table and adds the
+//! time to the histogram. All parts are atomic counters: there is no lock and no allocation.
+//!
+//! The table has a fixed size, with room for more faults than a guest has vCPUs. If two waiting
+//! faults fall on the same place of the table, the second one is not timed.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Places for waiting faults.
+/// Places of the table of waiting faults.
 const PLACES: usize = 4096;
-/// Bits of a time that a bucket keeps: it is at most 3% wide.
+/// Bits of a time, after the highest one, that select its bucket. So a bucket is at most 3% wide.
 const PRECISION: u32 = 5;
-/// Buckets: times up to 2^40 us, twelve days.
+/// Number of buckets: for times up to 2^40 us, which are twelve days.
 const BUCKETS: usize = ((40 - PRECISION as usize) + 1) << PRECISION;
 
-/// The histogram and the faults that wait.
+/// The histogram, and the table of waiting faults.
 #[derive(Debug)]
 pub struct Latency {
     start: Instant,
     waiting: Box<[Waiting]>,
     buckets: Box<[AtomicU64]>,
+    /// The longest time, in microseconds.
     max: AtomicU64,
 }
 
-/// A fault that waits: its key plus one, and when it was read in nanoseconds from the start. A
-/// place is free while the key is 0.
+/// A place of the table of waiting faults.
 #[derive(Debug, Default)]
 struct Waiting {
+    /// The key of the fault plus one; 0 if the place is free.
     key: AtomicU64,
+    /// When the fault was read, in nanoseconds from the start.
     since: AtomicU64,
 }
 
@@ -43,16 +48,18 @@ impl Default for Latency {
 }
 
 impl Latency {
+    /// Nanoseconds from the start to `time`.
     fn nanos(&self, time: Instant) -> u64 {
         u64::try_from(time.saturating_duration_since(self.start).as_nanos()).unwrap_or(u64::MAX)
     }
 
+    /// The place of a fault in the table.
     fn place(&self, key: u64) -> &Waiting {
         let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         &self.waiting[hash as usize % PLACES]
     }
 
-    /// The fault `key` was read at `since`, and waits.
+    /// Records that the fault `key` was read at `since`, and waits for its answer.
     pub fn waits(&self, key: u64, since: Instant) {
         let place = self.place(key);
         if place.key.load(Ordering::Relaxed) == 0 {
@@ -61,7 +68,7 @@ impl Latency {
         }
     }
 
-    /// The fault `key` is answered.
+    /// Records that the fault `key` was answered.
     pub fn answered(&self, key: u64) {
         let place = self.place(key);
         if place.key.load(Ordering::Acquire) != key + 1 {
@@ -73,15 +80,15 @@ impl Latency {
         }
     }
 
-    /// A fault took so long.
+    /// Adds a time to the histogram.
     pub fn record(&self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.buckets[bucket(micros)].fetch_add(1, Ordering::Relaxed);
         self.max.fetch_max(micros, Ordering::Relaxed);
     }
 
-    /// Microseconds below which half, 90 of 100 and 99 of 100 of the faults stayed, and the most;
-    /// zeroes if there was none.
+    /// The 50th, 90th and 99th percentile and the maximum, in microseconds. All are zero if there
+    /// was no fault.
     pub fn summary(&self) -> [u64; 4] {
         let counts: Vec<u64> =
             self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).collect();
@@ -100,14 +107,15 @@ impl Latency {
     }
 }
 
-/// Small times have a bucket each; of larger ones the highest bits choose it.
+/// The bucket of a time. Each small time has its own bucket; for larger times the highest bits
+/// select it.
 fn bucket(micros: u64) -> usize {
     let exponent = (u64::BITS - micros.leading_zeros()).saturating_sub(PRECISION + 1);
     let index = ((exponent as usize) << PRECISION) + (micros >> exponent) as usize;
     index.min(BUCKETS - 1)
 }
 
-/// The largest time that goes into a bucket.
+/// The largest time of a bucket.
 fn upper_bound(index: usize) -> u64 {
     let exponent = (index >> PRECISION).saturating_sub(1);
     let mantissa = index as u64 - ((exponent as u64) << PRECISION);
@@ -143,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_is_timed_once_from_when_it_was_read() {
+    fn a_fault_is_timed_once_from_its_first_read() {
         let latency = Latency::default();
         assert_eq!(latency.summary(), [0; 4]);
         let since =

@@ -1,7 +1,7 @@
-//! Figures that several threads count at once.
+//! The counters of a running job, which several threads update at once.
 //!
-//! - [`latency`]: how long faults waited;
-//! - this file: plain counters.
+//! - [`latency`]: a histogram of the time that faults wait;
+//! - this file: the plain counters.
 
 pub mod latency;
 
@@ -9,7 +9,7 @@ use latency::Latency;
 use pageferry_protocol::control::job::Counters;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Figures that several workers count at once.
+/// The counters of a running job. All are relaxed atomics: they order no other memory.
 #[derive(Debug, Default)]
 pub struct LiveCounters {
     /// See [`Counters::pages_sent`].
@@ -42,12 +42,12 @@ pub struct LiveCounters {
     pub rescued_pages: AtomicU64,
     /// See [`Counters::working_set_pages`].
     pub working_set_pages: AtomicU64,
-    /// Of the faults.
+    /// The time that faults waited.
     pub latency: Latency,
 }
 
 impl LiveCounters {
-    /// Writes what was counted so far into the figures of a job.
+    /// Writes the current values into `counters`, which a status reports.
     pub fn report(&self, counters: &mut Counters) {
         counters.pages_sent = get(&self.pages_sent);
         counters.zero_pages = get(&self.zero_pages);
@@ -72,12 +72,12 @@ impl LiveCounters {
     }
 }
 
-/// Adds to a figure that only people and estimates read.
+/// Adds to a counter. Only status reports and estimates read it, so relaxed ordering is enough.
 pub fn add(counter: &AtomicU64, count: u64) {
     counter.fetch_add(count, Ordering::Relaxed);
 }
 
-/// Reads such a figure.
+/// Reads a counter.
 pub fn get(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
 }

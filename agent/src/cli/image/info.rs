@@ -1,7 +1,7 @@
-//! `pageferry image info`.
+//! `pageferry image info`: shows the header, blocks and state of an image, and its chain.
 //!
-//! Anybody may have made the image, so the names in it are not trusted: characters that a terminal
-//! would take for a command are escaped.
+//! The names in an image are not trusted, because any program may have written them. Characters
+//! that a terminal would take for a command are escaped.
 
 use super::{ImageArgs, Outcome, absolute, counted, text_of};
 use crate::cli::show;
@@ -37,9 +37,9 @@ pub(super) fn run(args: &ImageArgs) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Bytes that the file takes on the disk.
+/// The bytes that the file takes on the disk; 0 if the kernel does not say.
 fn disk_bytes(image: &Image) -> u64 {
-    // Of a file that is open, which can be asked; if not, it is better to say nothing than to fail.
+    // This should not fail on an open file. If it does, the rest is still worth showing.
     rustix::fs::fstat(image.file())
         .map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
 }
@@ -98,6 +98,7 @@ pub(super) fn counts(tally: Tally) -> Map<String, Value> {
     named.into_iter().map(|(name, count)| (name.to_owned(), json!(count))).collect()
 }
 
+/// The lines for an operator: name and value.
 fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
     let (header, contents, view) = (newest.header(), newest.contents(), View::Image(newest));
     let mut lines = Vec::new();
@@ -165,6 +166,7 @@ fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
     lines
 }
 
+/// Adds a line for each kind of page.
 fn tally_lines(line: &mut impl FnMut(&str, String), view: &View<'_>, tally: Tally) {
     for (kind, count) in tally.kinds(view.is_increment()) {
         line(
@@ -174,16 +176,16 @@ fn tally_lines(line: &mut impl FnMut(&str, String), view: &View<'_>, tally: Tall
     }
 }
 
-/// Seconds since 1970 as a date and a time.
+/// Formats seconds since 1970 as a date and a time in UTC.
 ///
-/// Days are counted from the 1st of March of the year 0, so that a leap day is the last of its
-/// year, in eras of 400 years of 146097 days.
+/// Days are counted from the 1st of March of the year 0, so a leap day is the last day of a year.
+/// 400 years are an era of 146097 days.
 fn utc(seconds: u64) -> String {
     let (days, second) = (seconds / 86400 + 719_468, seconds % 86400);
     let (era, day) = (days / 146_097, days % 146_097);
     let year = (day - day / 1460 + day / 36524 - day / 146_096) / 365;
     let day = day - (365 * year + year / 4 - year / 100);
-    // March is 0. From there on, five months have 153 days, and so have the next.
+    // Month 0 is March. From there on, every five months together have 153 days.
     let month = (5 * day + 2) / 153;
     let (day, year) = (day - (153 * month + 2) / 5 + 1, year + era * 400);
     let (month, year) = if month < 10 { (month + 3, year) } else { (month - 9, year + 1) };
@@ -196,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn seconds_are_dates() {
+    fn seconds_are_formatted_as_dates() {
         for (seconds, date) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_399, "2000-02-28T23:59:59Z"),
@@ -208,7 +210,7 @@ mod tests {
         ] {
             assert_eq!(utc(seconds), date);
         }
-        // Anybody may have written it.
+        // An image may contain any number.
         assert!(utc(u64::MAX).ends_with(":15Z"));
     }
 

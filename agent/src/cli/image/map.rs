@@ -1,4 +1,8 @@
-//! `pageferry image map`: a picture of the memory, on a terminal or in a file.
+//! `pageferry image map`: draws a map of the guest's memory on the terminal, or to a PNG file.
+//!
+//! On the terminal each block is a grid of cells. With colours a line of text shows two rows of
+//! cells; without colours a cell is a letter. A cell has as few pages as possible such that the
+//! block fits the given number of lines.
 
 use super::{ImageArgs, Outcome, absolute, info, text_of};
 use crate::cli::show;
@@ -17,8 +21,8 @@ use std::process::ExitCode;
 const LABEL: usize = 18;
 /// Cells in a row if there is no terminal to ask.
 const COLUMNS: usize = 64;
-/// The signs of cells: at least half has content, less than half has content, and the kinds of
-/// cells without content.
+/// The letters of cells and their meaning: at least half of the pages have content, fewer have, and
+/// three letters for cells without content.
 const SIGNS: [(char, &str); 5] = [
     ('#', "content"),
     ('+', "some content"),
@@ -27,7 +31,7 @@ const SIGNS: [(char, &str); 5] = [
     ('=', "as in the base"),
 ];
 
-/// A picture.
+/// A map.
 #[derive(Debug, Args)]
 pub struct MapArgs {
     #[command(flatten)]
@@ -51,10 +55,10 @@ pub struct MapArgs {
     replace: bool,
 }
 
-/// Draws the picture.
+/// Draws the map.
 ///
 /// # Errors
-/// If the image cannot be opened, or the picture not be written.
+/// If the image cannot be opened, or the picture cannot be written.
 pub(super) fn run(args: &MapArgs) -> Outcome {
     let path = absolute(&args.image.path)?;
     if args.whole {
@@ -66,6 +70,7 @@ pub(super) fn run(args: &MapArgs) -> Outcome {
     }
 }
 
+/// Draws the map of `view`, or writes the picture and prints a title for each block.
 fn draw(args: &MapArgs, view: &View<'_>) -> Outcome {
     let picture = match &args.png {
         Some(file) => Some(write_picture(args, view, absolute(file)?)?),
@@ -124,7 +129,7 @@ fn to_json(args: &MapArgs, view: &View<'_>, picture: Option<&(PathBuf, Picture)>
         object.insert("name".into(), json!(block.name));
         object.insert("gpa".into(), json!(block.gpa));
         object.insert("pages_per_cell".into(), json!(cells.as_ref().map(|_| per_cell)));
-        // Present, zero, discarded, unchanged: pages of each.
+        // Each cell is the number of its present, zero, discarded and unchanged pages.
         object.insert("cells".into(), json!(cells));
         Value::Object(object)
     });
@@ -135,12 +140,13 @@ fn to_json(args: &MapArgs, view: &View<'_>, picture: Option<&(PathBuf, Picture)>
     json!({ "increment": view.is_increment(), "blocks": blocks.collect::<Vec<_>>(), "picture": picture })
 }
 
-/// Colours are for terminals, and for those who have not asked for none: see
+/// True if the output is a terminal and the user has not switched colours off with `NO_COLOR`, see
 /// <https://no-color.org>.
 fn is_coloured() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
+/// The line that explains the colours or the letters.
 fn legend(view: &View<'_>, coloured: bool) -> String {
     let increment = view.is_increment();
     if coloured {
@@ -157,7 +163,7 @@ fn legend(view: &View<'_>, coloured: bool) -> String {
     named.map(sign).collect::<Vec<_>>().join("   ")
 }
 
-/// What the block is, and how much of it is how.
+/// The title of a block: its id, name and length, and the share of each kind of page.
 fn title(view: &View<'_>, at: usize, block: &BlockGeometry, per_cell: Option<u64>) -> String {
     let tally = view.block(at);
     let percent = |count: u64| count as f64 * 100.0 / tally.pages().max(1) as f64;
@@ -170,7 +176,7 @@ fn title(view: &View<'_>, at: usize, block: &BlockGeometry, per_cell: Option<u64
     format!("block {id} {name}, {length}{cell}: {}", kinds.join(", "))
 }
 
-/// How a block is laid out in cells.
+/// The grid of cells of a block.
 struct Grid {
     columns: usize,
     pages_per_cell: u64,
@@ -179,11 +185,13 @@ struct Grid {
 impl Grid {
     fn new(args: &MapArgs, block: &BlockGeometry, coloured: bool) -> Self {
         let columns = args.width.map_or_else(columns_that_fit, |width| width as usize);
-        // A line of coloured cells is two, one above the other.
+        // With colours, a line of text shows two rows of cells.
         let rows = args.height as usize * if coloured { 2 } else { 1 };
         Self { columns, pages_per_cell: pages_per_cell(block.pages(), (columns * rows) as u64) }
     }
 
+    /// The lines of the block at index `at`: the guest physical address of the first cell, and the
+    /// cells.
     fn lines<'a>(
         &self, view: &'a View<'_>, at: usize, gpa: u64, coloured: bool,
     ) -> impl Iterator<Item = String> + use<'a, '_> {
@@ -199,14 +207,14 @@ impl Grid {
                 None if coloured => two_rows(&cells, &[], increment),
                 _ => cells.iter().map(sign).collect(),
             };
-            // A block may end at the last address, after which there is no line.
+            // Saturating: a block may end at the last possible address.
             Some(format!("{:#016x}  {drawn}", gpa.saturating_add(line.saturating_mul(line_bytes))))
         })
     }
 }
 
-/// The most cells of a row that fit the terminal; a power of two, so that rows begin at round
-/// addresses.
+/// The largest number of cells in a row that fits the terminal. It is a power of two, so that rows
+/// begin at round addresses.
 fn columns_that_fit() -> usize {
     let size = rustix::termios::tcgetwinsize(io::stdout());
     let fits = size.ok().map(|size| usize::from(size.ws_col)).filter(|columns| *columns > 0);
@@ -225,8 +233,8 @@ fn sign(cell: &Tally) -> char {
     }
 }
 
-/// Two rows of cells in one line: each letter is the upper half of its place, and what is below
-/// shows through as the background.
+/// Draws two rows of cells in one line of text. Each letter is a block that fills the upper half of
+/// its place: it has the colour of the upper cell, and the background has that of the lower cell.
 fn two_rows(upper: &[Tally], lower: &[Tally], increment: bool) -> String {
     let mut line = String::new();
     let mut last = None;
@@ -244,8 +252,9 @@ fn two_rows(upper: &[Tally], lower: &[Tally], increment: bool) -> String {
     line + "\x1b[0m"
 }
 
-/// What has a terminal paint in this colour: 38 what is written, 48 what is behind it. Where not
-/// all colours are known to be there, the nearest of the 216 that all terminals have.
+/// The escape sequence that selects a colour. `what` is 38 for the text and 48 for the background.
+/// If the terminal does not say that it has all colours, this is the nearest of the 216 colours of
+/// the usual palette.
 fn paint(what: u8, colour: Colour) -> String {
     let all = std::env::var("COLORTERM")
         .is_ok_and(|value| value.contains("truecolor") || value.contains("24bit"));
@@ -253,7 +262,8 @@ fn paint(what: u8, colour: Colour) -> String {
     if all {
         return format!("\x1b[{what};2;{red};{green};{blue}m");
     }
-    // The steps of the cube: 0, 95, 135, 175, 215, 255.
+    // The palette is a cube with these steps for each of red, green and blue: 0, 95, 135, 175, 215,
+    // 255.
     let step = |value: u8| {
         u16::from(value >= 48)
             + u16::from(value >= 115)

@@ -1,8 +1,8 @@
-//! `pageferry image`: what an operator does with images, without an agent.
+//! `pageferry image`: tools for image files, which need no agent.
 //!
-//! - [`info`]: what an image has;
-//! - [`map`]: a picture of it;
-//! - this file: the arguments, and verifying and merging, which have little to show.
+//! - [`info`]: shows the header, blocks and state of an image, and its chain;
+//! - [`map`]: draws a map of the guest's memory;
+//! - this file: the arguments, and the subcommands `verify` and `merge`.
 
 pub mod info;
 pub mod map;
@@ -110,7 +110,7 @@ impl ThreadArgs {
 /// Runs the subcommand.
 ///
 /// # Errors
-/// Why it could not be done.
+/// If an image cannot be opened, read or written.
 pub fn run(command: &ImageCommand) -> Outcome {
     match command {
         ImageCommand::Info(args) => info::run(args),
@@ -166,7 +166,8 @@ fn run_verify(args: &VerifyArgs) -> Outcome {
     Ok(if errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// For machines: who throws damaged images away is not to throw away what could not be read.
+/// The status in the JSON object. "unreadable" differs from "damaged": a program that deletes
+/// damaged images must not delete an image that could only not be read.
 fn status(errors: &[ImageError]) -> &'static str {
     match errors {
         [] => "good",
@@ -208,12 +209,12 @@ fn run_merge(args: &MergeArgs) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// So many of what is called so.
+/// A count with its noun, such as "1 image" or "3 images".
 fn counted(count: usize, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
-/// The path from the root.
+/// The absolute path.
 fn absolute(path: &Path) -> Result<PathBuf, Box<dyn Error>> {
     Ok(std::path::absolute(path)
         .map_err(|error| format!("path \"{}\": {error}", path.display()))?)
@@ -223,10 +224,10 @@ fn text_of(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// A bar on standard error, which hides where there is no terminal.
+/// A progress bar on standard error. Without a terminal it is hidden.
 fn bar(what: &'static str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    // The template is a constant; if it were wrong the bar would be plain.
+    // The template is a constant. If it were wrong, the bar would have the default style.
     if let Ok(style) = ProgressStyle::with_template("{prefix:12} {bar:30} {percent:>3}% {msg}") {
         bar.set_style(style);
     }
@@ -234,8 +235,8 @@ fn bar(what: &'static str) -> ProgressBar {
     bar
 }
 
-/// It may hear of the threads' work in another order than it was done in: it is right again with
-/// the next.
+/// Shows progress. The threads may report out of order, so the bar can jump back for a moment; the
+/// next report corrects it.
 fn follow(bar: &ProgressBar, done: u64, all: u64) {
     bar.set_length(all.max(1));
     bar.set_position(done);
