@@ -1,11 +1,15 @@
-//! What the agent asks of the VMM, each with a deadline.
+//! Hooks: the requests of the agent to the VMM, each with a deadline.
 //!
-//! The answers carry the sequence number of their request, so one that comes after its deadline is
-//! told from the one that is waited for, and a VMM that was late once is not lost for good.
+//! The agent sends a hook on the hook socket and waits for the answer. Threads that send hooks take
+//! turns. Status events go to the VMM on the same socket; the agent never waits for those.
 //!
-//! The channel is broken once the two sides may not agree where the next frame begins: after a
-//! request that was sent in part, or bytes that are no frame. It is shut down then, and every later
-//! hook fails at once with the reason. The VMM sees the end and attaches another agent.
+//! Each answer has the sequence number of its request. So an answer that arrives after its deadline
+//! is recognized and ignored, and a VMM that was late once can still answer the next hook.
+//!
+//! The channel breaks when the two sides may not agree where the next frame begins: after a request
+//! that was sent in part, or after bytes that are not a frame. Then the socket is shut down, and
+//! every later hook fails at once with the reason. The VMM sees the end of the connection and
+//! attaches another agent.
 
 use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::DecodeError;
@@ -22,126 +26,130 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-/// Why a hook did not do what it should.
+/// Why a hook failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
     /// The VMM did not answer in time, or is gone.
     #[error("hook \"{hook}\"")]
     Socket {
-        /// What was asked.
+        /// Name of the hook.
         hook: &'static str,
-        /// What happened.
+        /// The error of the socket.
         #[source]
         source: SocketError,
     },
-    /// The VMM refused.
+    /// The VMM refused the hook.
     #[error("hook \"{hook}\" failed in the VMM: {error}")]
     Refused {
-        /// What was asked.
+        /// Name of the hook.
         hook: &'static str,
-        /// What the VMM said.
+        /// The error that the VMM returned.
         error: RemoteError,
     },
-    /// The VMM's code panicked. Its client caught it.
+    /// The VMM's code panicked, and its client caught the panic.
     #[error("hook \"{hook}\" panicked in the VMM: {message}")]
     Panicked {
-        /// What was asked.
+        /// Name of the hook.
         hook: &'static str,
         /// The message of the panic.
         message: String,
     },
     /// The answer is malformed.
-    #[error("hook \"{hook}\" was answered wrongly")]
+    #[error("the answer to hook \"{hook}\" is malformed")]
     Malformed {
-        /// What was asked.
+        /// Name of the hook.
         hook: &'static str,
-        /// What is wrong.
+        /// What is wrong with the answer.
         #[source]
         source: DecodeError,
     },
-    /// The answer has another number of descriptors than it should.
-    #[error("hook \"{hook}\" was answered with {count} file descriptors, expected is {expected}")]
+    /// The answer has the wrong number of descriptors.
+    #[error("the answer to hook \"{hook}\" has {count} file descriptors, expected {expected}")]
     Fds {
-        /// What was asked.
+        /// Name of the hook.
         hook: &'static str,
-        /// How many came.
+        /// Number of descriptors that were received.
         count: usize,
-        /// How many should have.
+        /// Number of descriptors that the hook requires.
         expected: usize,
     },
-    /// The file with the VMM's state does not hold all of it.
+    /// The file with the VMM's state is shorter than the pieces.
     #[error(
-        "hook \"{hook}\" was answered with pieces of {expected} bytes together, and a file of {length}"
+        "the answer to hook \"{hook}\" has pieces of {expected} bytes in total, \
+         but a file of {length}"
     )]
     ShortState {
-        /// What was asked.
+        /// Name of the hook.
         hook: &'static str,
-        /// Bytes of the file; 0 if it is none that has a length.
+        /// Length of the file in bytes; 0 if the descriptor has no length, such as a pipe.
         length: u64,
-        /// Bytes of the pieces.
+        /// Bytes of all pieces.
         expected: u64,
     },
-    /// The file with the VMM's state cannot be read.
-    #[error("hook \"{hook}\" was answered with a file that is not open for reading")]
+    /// The file with the VMM's state is not open for reading.
+    #[error("the answer to hook \"{hook}\" has a file that is not open for reading")]
     UnreadableState {
-        /// What was asked.
+        /// Name of the hook.
         hook: &'static str,
     },
     /// The channel broke in an earlier hook.
-    #[error("hook \"{hook}\": the socket for hooks is broken since an earlier one: {reason}")]
+    #[error("hook \"{hook}\": an earlier hook broke the socket for hooks: {reason}")]
     Broken {
-        /// What was to be asked.
+        /// Name of the hook, which was not sent.
         hook: &'static str,
-        /// What broke it.
+        /// The error that broke the channel.
         reason: String,
     },
-    /// The VMM set no socket for hooks.
+    /// The VMM has set no socket for hooks.
     #[error("hook \"{hook}\": the VMM has set no socket for hooks (SET_BACKEND_REQ_FD)")]
     None {
-        /// What was to be asked.
+        /// Name of the hook, which was not sent.
         hook: &'static str,
     },
 }
 
-/// The socket for hooks. Any thread may ask; they take turns.
+/// The socket for hooks. All threads may use it; they take turns.
 #[derive(Debug)]
 pub struct Hooks {
-    /// There is a socket.
+    /// True if there is a socket.
     set: bool,
-    /// The socket once more, to look at while somebody waits for an answer.
+    /// A duplicate of the socket. It can be polled while another thread waits for an answer.
     watched: Option<OwnedFd>,
-    /// Held for as long as the VMM takes to answer.
+    /// Locked from the request to its answer.
     channel: Mutex<Channel>,
-    /// Events that were told while somebody waited for an answer. Whoever gives `channel` back
-    /// sends them, so that nobody who tells has to wait.
-    untold: Mutex<VecDeque<JobStatus>>,
+    /// Status events that are not sent yet, because another thread has locked `channel`. That
+    /// thread sends them when it has released the lock, so [`Hooks::send_status`] never waits.
+    pending: Mutex<VecDeque<JobStatus>>,
 }
 
-/// Most events that wait; the oldest is dropped for a new one.
+/// Most pending events. For a further one, the oldest is dropped.
 const MAX_PENDING: usize = 64;
 
+/// The connection to the VMM.
 #[derive(Debug)]
 struct Channel {
+    /// `None` if the VMM has set no socket, or the channel is broken.
     socket: Option<FrameSocket>,
+    /// Sequence number of the last request.
     sequence: u64,
-    /// Why the socket is of no use any more.
+    /// Why the channel is broken.
     broken: Option<String>,
-    /// The VMM owes the answer to a hook whose deadline is over. It answers in order, so nothing
-    /// after that is answered sooner.
+    /// True while the VMM has not answered the last hook, also after its deadline. The VMM answers
+    /// in order, so it will answer that hook before any later one.
     late: bool,
 }
 
 impl Hooks {
-    /// Hooks that go to `socket`; every one fails if there is none.
+    /// Sends hooks on `socket`. Without a socket every hook fails.
     pub fn new(socket: Option<OwnedFd>) -> Self {
-        // Without a duplicate nobody can see that the VMM is there, and it counts as gone.
+        // Without a duplicate, the connection cannot be checked, and the VMM counts as gone.
         let watched = socket.as_ref().and_then(|socket| socket.try_clone().ok());
         let (set, socket) = (socket.is_some(), socket.map(FrameSocket::from));
         let channel = Mutex::new(Channel { socket, sequence: 0, broken: None, late: false });
-        Self { set, watched, channel, untold: Mutex::default() }
+        Self { set, watched, channel, pending: Mutex::default() }
     }
 
-    /// True if the VMM has not ended the connection, as far as the kernel knows now. Does not wait.
+    /// True if the VMM has not closed the connection. Does not wait.
     pub fn are_connected(&self) -> bool {
         let Some(socket) = &self.watched else { return false };
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -154,35 +162,36 @@ impl Hooks {
         }
     }
 
-    /// True if there is a VMM to ask.
+    /// True if the VMM has set a socket for hooks.
     pub fn are_set(&self) -> bool {
         self.set
     }
 
-    /// Asks, and waits for success.
+    /// Sends a hook and waits for its success.
     ///
     /// # Errors
-    /// If there is none within `timeout`.
+    /// If the VMM refuses the hook, or does not answer within `timeout`.
     pub fn ask(&self, hook: &Hook, timeout: Duration) -> Result<(), HookError> {
         self.ask_with(hook, &[], timeout)
     }
 
-    /// Asks for what undoes an earlier hook, and waits for success. A VMM that is late already is
-    /// not waited for once more: it comes to this, too, when it comes to itself, and the job ends
-    /// meanwhile.
+    /// Sends a hook that undoes an earlier one, and waits for its success.
+    ///
+    /// If the VMM has not answered the last hook, this sends the hook and does not wait. The VMM
+    /// will handle both hooks when it continues, and the job can end without it.
     ///
     /// # Errors
-    /// If there is none within `timeout`, or the VMM is late.
+    /// If the VMM refuses the hook, does not answer within `timeout`, or is late already.
     pub fn undo(&self, hook: &Hook, timeout: Duration) -> Result<(), HookError> {
         may_wait("ask the VMM by a hook");
         let late = self.lock().late;
         self.ask(hook, if late { Duration::ZERO } else { timeout })
     }
 
-    /// Asks with descriptors, and waits for success.
+    /// Sends a hook with descriptors, and waits for its success.
     ///
     /// # Errors
-    /// If there is none within `timeout`.
+    /// If the VMM refuses the hook, or does not answer within `timeout`.
     pub fn ask_with(
         &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration,
     ) -> Result<(), HookError> {
@@ -195,22 +204,23 @@ impl Hooks {
         }
     }
 
-    /// Asks for the registration of all mappings for missing pages: the userfaultfd.
+    /// Asks the VMM to register all mappings for missing pages, and returns the userfaultfd.
     ///
     /// # Errors
-    /// If there is none within `timeout`.
+    /// If the VMM refuses the hook, or does not answer within `timeout`.
     pub fn register_faults(&self, timeout: Duration) -> Result<OwnedFd, HookError> {
         self.ask_for_fd(&Hook::RegisterFaults, timeout)
     }
 
-    /// Asks for the registration of all mappings for write protection: the userfaultfd.
+    /// Asks the VMM to register all mappings for write protection, and returns the userfaultfd.
     ///
     /// # Errors
-    /// If there is none within `timeout`.
+    /// If the VMM refuses the hook, or does not answer within `timeout`.
     pub fn watch_writes(&self, timeout: Duration) -> Result<OwnedFd, HookError> {
         self.ask_for_fd(&Hook::WatchWrites, timeout)
     }
 
+    /// Sends a hook whose answer has one descriptor.
     fn ask_for_fd(&self, hook: &Hook, timeout: Duration) -> Result<OwnedFd, HookError> {
         let (name, reply) = (hook.name(), self.exchange(hook, &[], timeout)?);
         match hook_reply::decode_hook_reply(&reply.body) {
@@ -221,18 +231,21 @@ impl Hooks {
         let wrong =
             |fds: Vec<OwnedFd>| HookError::Fds { hook: name, count: fds.len(), expected: 1 };
         let [fd] = <[OwnedFd; 1]>::try_from(reply.fds).map_err(wrong)?;
-        // Whoever reads it must not wait there. If this fails so does the reading.
+        // The thread that reads faults must not block in the read. If this fails, the read fails,
+        // too.
         if let Err(errno) = rustix::io::ioctl_fionbio(&fd, true) {
             log::debug!("hook {name}: {errno}");
         }
         Ok(fd)
     }
 
-    /// Asks for the VMM's state: the guest's run state and the pieces, and the file they lie in one
-    /// after another. The file is empty if there are none.
+    /// Asks the VMM to save its state. Returns the guest's run state, the names and lengths of the
+    /// pieces, and the file that holds the pieces one after another. There may be no file if all
+    /// pieces are empty.
     ///
     /// # Errors
-    /// If there is none within `timeout`.
+    /// If the VMM refuses the hook, does not answer within `timeout`, or the file does not hold the
+    /// pieces.
     pub fn save_state(
         &self, timeout: Duration,
     ) -> Result<(SavedState, Option<OwnedFd>), HookError> {
@@ -250,7 +263,8 @@ impl Hooks {
         if count > 1 || count < expected {
             return Err(HookError::Fds { hook, count, expected });
         }
-        // Now, and not when all memory was sent or saved.
+        // The file is checked now. Otherwise the job would fail only after all memory was sent or
+        // saved.
         if file.as_ref().is_some_and(|file| !is_readable(file)) {
             return Err(HookError::UnreadableState { hook });
         }
@@ -265,21 +279,23 @@ impl Hooks {
         Ok((saved, file))
     }
 
-    /// Tells, without waiting: if the VMM does not listen, it misses this one.
+    /// Sends a status event to the VMM. Does not wait: if the VMM does not read, it misses the
+    /// event.
     pub fn send_status(&self, status: &JobStatus) {
-        let mut untold = self.pending();
-        if untold.len() == MAX_PENDING {
-            untold.pop_front();
+        let mut pending = self.pending();
+        if pending.len() == MAX_PENDING {
+            pending.pop_front();
         }
-        untold.push_back(status.clone());
-        drop(untold);
+        pending.push_back(status.clone());
+        drop(pending);
         self.send_pending_status();
     }
 
-    /// Sends the events that wait, unless another thread has the socket: that one calls this when
-    /// it has given the socket back.
+    /// Sends the pending events, unless another thread has locked the channel: that thread calls
+    /// this when it has released the lock.
     fn send_pending_status(&self) {
-        // An event that comes after the last look finds the socket free, or another holder.
+        // An event that is added after the last check is not lost: the thread that adds it finds
+        // the channel free, or locked by a thread that will call this.
         while !self.pending().is_empty() {
             let mut channel = match self.channel.try_lock() {
                 Ok(channel) => channel,
@@ -290,12 +306,15 @@ impl Hooks {
         }
     }
 
-    /// Ends the connection and wakes whoever waits for an answer. For a VMM that is gone.
+    /// Ends the connection and wakes the thread that waits for an answer. For a VMM that is gone.
+    /// `socket` is the caller's own descriptor of the socket for hooks.
     pub fn close(&self, socket: BorrowedFd<'_>) {
-        // The lock may be held by whoever waits, so this goes by a descriptor of the caller's own.
+        // The thread that waits holds the lock of the channel, so the socket in there cannot be
+        // used.
         let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
     }
 
+    /// Sends a hook and waits for its answer, then sends the events that became pending meanwhile.
     fn exchange(
         &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration,
     ) -> Result<Frame, HookError> {
@@ -305,13 +324,14 @@ impl Hooks {
         answer
     }
 
+    /// Sends a hook and waits for its answer, with the channel locked.
     fn exchange_alone(
         &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration,
     ) -> Result<Frame, HookError> {
         let deadline = Instant::now() + timeout;
         let name = hook.name();
         let channel = &mut *self.lock();
-        // What was told before this comes before it.
+        // Events from before this hook are sent before it.
         channel.send_pending(self.pending());
         channel.sequence += 1;
         let sequence = channel.sequence;
@@ -338,7 +358,7 @@ impl Hooks {
                 }
                 return Ok(reply);
             }
-            log::info!("an answer to hook {answered} came after its deadline");
+            log::info!("the answer to hook {answered} arrived after its deadline");
         }
     }
 
@@ -347,12 +367,12 @@ impl Hooks {
     }
 
     fn pending(&self) -> MutexGuard<'_, VecDeque<JobStatus>> {
-        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Channel {
-    /// The socket, for the hook `hook`.
+    /// The socket. `hook` is for the error if there is none.
     fn socket(&mut self, hook: &'static str) -> Result<&mut FrameSocket, HookError> {
         match (&mut self.socket, &self.broken) {
             (Some(socket), _) => Ok(socket),
@@ -361,12 +381,13 @@ impl Channel {
         }
     }
 
-    /// What the hook `hook` fails with. If the socket is not in step any more, it ends here.
+    /// The error of hook `hook`. Breaks the channel if the framing may be lost.
     fn failed(&mut self, hook: &'static str, source: SocketError) -> HookError {
         self.break_after(&source);
         HookError::Socket { hook, source }
     }
 
+    /// Shuts the socket down if the framing may be lost after `error`.
     fn break_after(&mut self, error: &SocketError) {
         if !error.keeps_framing()
             && let Some(socket) = self.socket.take()
@@ -376,24 +397,25 @@ impl Channel {
         }
     }
 
-    fn send_pending(&mut self, mut untold: MutexGuard<'_, VecDeque<JobStatus>>) {
-        let events = std::mem::take(&mut *untold);
-        drop(untold);
+    /// Sends the pending events without waiting.
+    fn send_pending(&mut self, mut pending: MutexGuard<'_, VecDeque<JobStatus>>) {
+        let events = std::mem::take(&mut *pending);
+        drop(pending);
         for status in events {
             self.sequence += 1;
             let event = Hook::Event { status: Box::new(status) };
             let body = event.encode(self.sequence);
             let Some(socket) = &self.socket else { continue };
-            // A message this small is sent whole or not at all.
+            // An event is small, so it is sent whole or not at all.
             if let Err(error) = socket.send(&Frame::request(event.code(), body), Instant::now()) {
-                log::debug!("event not sent: {error}");
+                log::debug!("a status event was not sent: {error}");
                 self.break_after(&error);
             }
         }
     }
 }
 
-/// True if the file is open for reading, which one with O_PATH or O_WRONLY is not.
+/// True if the file is open for reading, and not with O_PATH or O_WRONLY.
 fn is_readable(file: &OwnedFd) -> bool {
     use rustix::fs::OFlags;
     let flags = rustix::fs::fcntl_getfl(file);
@@ -402,6 +424,7 @@ fn is_readable(file: &OwnedFd) -> bool {
     })
 }
 
+/// The error for a hook that the VMM refused or that panicked there.
 fn refused(hook: &'static str, error: RemoteError) -> HookError {
     match error.code {
         ErrorCode::Panicked => HookError::Panicked { hook, message: error.sentence },
@@ -409,10 +432,10 @@ fn refused(hook: &'static str, error: RemoteError) -> HookError {
     }
 }
 
-/// Creates the file that carries the VMM's state to the load hook.
+/// Creates the file that carries the VMM's state to the load hook, and the lengths of its pieces.
 ///
 /// # Errors
-/// What the kernel said.
+/// If the kernel has no memory for the file.
 pub fn state_file(
     pieces: &[(String, Vec<u8>)],
 ) -> Result<(Vec<PieceSize>, OwnedFd), rustix::io::Errno> {
@@ -423,10 +446,10 @@ pub fn state_file(
     Ok((sizes.collect(), file))
 }
 
-/// The same of these bytes, one after another.
+/// Creates a file in memory with all of `parts`, one after another.
 ///
 /// # Errors
-/// What the kernel said.
+/// If the kernel has no memory for the file.
 pub fn state_file_of<'a>(
     parts: impl IntoIterator<Item = &'a [u8]>,
 ) -> Result<OwnedFd, rustix::io::Errno> {
@@ -452,7 +475,7 @@ mod tests {
     use pageferry_protocol::control::job::RunState;
     use std::os::unix::net::UnixStream;
 
-    /// What comes of a state of one piece of `length` bytes, in `file`.
+    /// Sends the save hook to a VMM that answers with one piece of `length` bytes and with `file`.
     fn saved(length: u64, file: OwnedFd) -> Result<(), String> {
         let far = || Instant::now() + Duration::from_secs(60);
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -471,13 +494,13 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_does_not_hold_all_of_the_state_is_refused_at_once() {
+    fn a_file_that_does_not_hold_the_whole_state_is_refused() {
         let five = || state_file_of([&b"12345"[..]]).unwrap();
         assert_eq!(saved(5, five()), Ok(()));
         let error = saved(6, five()).unwrap_err();
         assert_eq!(
             error,
-            "hook \"save state\" was answered with pieces of 6 bytes together, and a file of 5"
+            "the answer to hook \"save state\" has pieces of 6 bytes in total, but a file of 5"
         );
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state");
@@ -487,7 +510,7 @@ mod tests {
             let error = saved(5, file).unwrap_err();
             assert_eq!(
                 error,
-                "hook \"save state\" was answered with a file that is not open for reading"
+                "the answer to hook \"save state\" has a file that is not open for reading"
             );
         }
         let (pipe, _writer) = rustix::pipe::pipe().unwrap();
@@ -495,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hook_that_is_sent_in_part_ends_the_channel_and_every_later_hook_says_why() {
+    fn a_hook_sent_in_part_breaks_the_channel_for_later_hooks() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let hooks = Hooks::new(Some(ours.into()));
         let large = Hook::LoadState {
@@ -503,23 +526,23 @@ mod tests {
                 .map(|piece| PieceSize { name: format!("{piece:0>200}"), length: 0 })
                 .collect(),
         };
-        // Nobody reads it.
+        // The VMM does not read, and the hook is too large for the socket.
         let error = hooks.ask(&large, Duration::ZERO).unwrap_err();
         let half = matches!(&error, HookError::Socket { source: SocketError::HalfSent { .. }, .. });
         assert!(half, "{}", crate::error::chain(&error));
         for _ in 0..2 {
             let error = hooks.ask(&Hook::Pause, Duration::from_secs(3600)).unwrap_err().to_string();
-            assert!(error.contains("broken since an earlier one: the connection took"), "{error}");
+            assert!(error.contains("broke the socket for hooks: the connection took"), "{error}");
         }
         assert!(!hooks.are_connected());
-        // What the VMM reads is part of the request, and then the end.
+        // The VMM reads a part of the request, and then the end of the connection.
         let mut vmm = FrameSocket::from(OwnedFd::from(theirs));
         let error = vmm.recv(Instant::now() + Duration::from_secs(60)).unwrap_err();
         assert!(matches!(error, SocketError::Cut { .. }), "{error}");
     }
 
     #[test]
-    fn a_hook_that_is_not_answered_in_time_leaves_the_channel_as_it_is() {
+    fn a_hook_without_an_answer_in_time_leaves_the_channel_intact() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let hooks = Hooks::new(Some(ours.into()));
         let error = hooks.ask(&Hook::Pause, Duration::ZERO).unwrap_err();
