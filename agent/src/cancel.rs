@@ -1,10 +1,12 @@
-//! Stopping a job wherever it waits.
+//! Cancelling a job wherever it waits, and its commit point (`one-owner`).
 //!
-//! A job waits on its sockets, in `poll` beside [`Cancel::fd`], or in [`Cancel::sleep`]; cancelling
-//! shuts the sockets down and wakes the others. The line of `one-owner` is here:
-//! [`Cancel::commit_point`] and [`Cancel::cancel`] exclude each other, so a job is either
-//! cancelled before it gives up ownership, or not at all. So do [`Cancel::end`] and
-//! [`Cancel::cancel`]: a job whose cancel was accepted ends as cancelled.
+//! A job waits on its sockets, in `poll` beside [`Cancel::fd`], or in [`Cancel::sleep`].
+//! [`Cancel::cancel`] shuts the sockets down and makes the descriptor readable, so every wait ends
+//! at once.
+//!
+//! [`Cancel::commit_point`] and [`Cancel::cancel`] exclude each other: a job is cancelled before
+//! its commit point, or not at all. [`Cancel::end`] and [`Cancel::cancel`] exclude each other, too:
+//! a job whose cancel was accepted ends as cancelled.
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,14 +18,16 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct Cancel {
     cancelled: AtomicBool,
+    /// An eventfd, readable once the job is cancelled.
     event: OwnedFd,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// Why the job cannot be cancelled any more.
+    /// Why the job cannot be cancelled any more; `None` if it can.
     too_late: Option<TooLate>,
+    /// Duplicates of the sockets that a cancel shuts down.
     sockets: Vec<OwnedFd>,
 }
 
@@ -50,24 +54,25 @@ impl CancelError {
     }
 }
 
-/// The job cannot be cancelled any more.
+/// The reason why a job cannot be cancelled any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TooLate {
-    /// Ownership is being given up or was taken: there is no way back.
+    /// The job has passed its commit point.
     #[error(
-        "too late to cancel: ownership of the guest has been handed over, so the migration can only be completed, or recovered if it is paused"
+        "too late to cancel: ownership of the guest has been handed over, \
+         so the migration can only be completed, or recovered if it is paused"
     )]
     HandedOver,
-    /// It is known how the job ended.
+    /// The job has ended.
     #[error("no job is running: it has just ended")]
     Ended,
 }
 
 impl Cancel {
-    /// Not cancelled yet.
+    /// For a job that is not cancelled yet.
     ///
     /// # Errors
-    /// If the kernel has no event descriptor.
+    /// If the kernel refuses an event descriptor.
     pub fn new() -> std::io::Result<Self> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self { cancelled: AtomicBool::new(false), event, state: Mutex::default() })
@@ -80,7 +85,7 @@ impl Cancel {
     /// Cancels the job.
     ///
     /// # Errors
-    /// If it crossed the line, or has ended.
+    /// If the job has passed its commit point, or has ended.
     pub fn cancel(&self) -> Result<(), TooLate> {
         let state = self.state();
         if let Some(too_late) = state.too_late {
@@ -90,8 +95,8 @@ impl Cancel {
         Ok(())
     }
 
-    /// Ends the job wherever it is, even past the line: its VMM is gone, and nothing that it does
-    /// is of use to anyone.
+    /// Ends the job wherever it waits, also after its commit point. For a job whose VMM is gone:
+    /// nothing that it could still do is of use.
     pub fn force(&self) {
         self.stop(&self.state());
     }
@@ -101,7 +106,7 @@ impl Cancel {
         // A full eventfd is readable already.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
         for socket in &state.sockets {
-            // Fails only if it is not connected any more.
+            // Fails only if the socket is not connected any more.
             let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
         }
     }
@@ -111,23 +116,23 @@ impl Cancel {
         self.cancelled.load(Ordering::Acquire)
     }
 
-    /// Goes on, unless the job was cancelled.
+    /// Returns an error if the job was cancelled.
     ///
     /// # Errors
-    /// If it was.
+    /// If the job was cancelled.
     pub fn check(&self) -> Result<(), CancelError> {
         if self.is_cancelled() { Err(CancelError::Cancelled) } else { Ok(()) }
     }
 
-    /// Readable once the job is cancelled.
+    /// A descriptor that becomes readable when the job is cancelled.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
 
-    /// Has `socket` shut down when the job is cancelled.
+    /// Makes a cancel shut `socket` down.
     ///
     /// # Errors
-    /// If it is cancelled already, or the descriptor cannot be duplicated.
+    /// If the job is cancelled already, or the descriptor cannot be duplicated.
     pub fn watch(&self, socket: BorrowedFd<'_>) -> Result<(), CancelError> {
         let duplicate =
             socket.try_clone_to_owned().map_err(CancelError::kernel("duplicate a socket"))?;
@@ -137,13 +142,14 @@ impl Cancel {
         Ok(())
     }
 
-    /// Lets go of the sockets: the peer must see them closed.
+    /// Closes the duplicates of the sockets. Otherwise the peer would not see that the job has
+    /// closed them.
     pub fn release(&self) {
         self.state().sockets.clear();
     }
 
-    /// The job has ended: no cancel is accepted any more, and the sockets are let go. Returns
-    /// whether the job was cancelled before.
+    /// Marks the job as ended: from now on a cancel is refused. Closes the duplicates of the
+    /// sockets. Returns whether the job was cancelled before.
     pub fn end(&self) -> bool {
         let mut state = self.state();
         state.too_late = Some(TooLate::Ended);
@@ -160,8 +166,8 @@ impl Cancel {
         self.wait(&[], deadline).map(|_| ())
     }
 
-    /// Waits until one of `fds` is ready, and tells which; false for all if the deadline came
-    /// first.
+    /// Waits until one of `fds` is ready. Returns for each whether it is ready; all are false if
+    /// the deadline came first.
     ///
     /// # Errors
     /// If the job is cancelled meanwhile.
@@ -186,10 +192,10 @@ impl Cancel {
         }
     }
 
-    /// The line of `one-owner`: from here on the job cannot be cancelled.
+    /// The commit point (`one-owner`): from here on the job cannot be cancelled.
     ///
     /// # Errors
-    /// If it was cancelled before.
+    /// If the job was cancelled before.
     pub fn commit_point(&self) -> Result<(), CancelError> {
         let mut state = self.state();
         self.check()?;
@@ -197,7 +203,7 @@ impl Cancel {
         Ok(())
     }
 
-    /// The job did not give up ownership after all: it can be cancelled again.
+    /// Makes the job cancellable again, because it did not give up ownership after all.
     pub fn step_back(&self) {
         self.state().too_late = None;
     }
@@ -208,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cancelling_wakes_who_waits_and_shuts_what_comes_later() {
+    fn a_cancel_ends_a_wait_and_refuses_later_sockets() {
         let cancel = Cancel::new().unwrap();
         std::thread::scope(|scope| {
             let sleeper = scope.spawn(|| cancel.sleep(Duration::from_secs(3600)));
@@ -221,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn after_the_line_it_is_too_late() {
+    fn a_cancel_after_the_commit_point_is_too_late() {
         let cancel = Cancel::new().unwrap();
         cancel.commit_point().unwrap();
         assert_eq!(cancel.cancel(), Err(TooLate::HandedOver));

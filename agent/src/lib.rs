@@ -1,19 +1,23 @@
-//! The memory agent: takes a guest's memory as file descriptors and moves it, outside of the VMM.
+//! The memory agent: a process beside a VMM that migrates, saves and restores its guest.
+//!
+//! The VMM hands over the guest's memory as file descriptors. The agent serves one VM.
 //!
 //! - [`memory`]: blocks, their files and bitmaps, discards;
-//! - [`tracking`]: who says which pages are dirty;
-//! - [`hooks`]: what the agent asks of the VMM;
-//! - [`missing_faults`]: what a guest waits for that runs before its memory is here;
-//! - [`cancel`]: stopping a job wherever it waits, and the line after which it cannot be stopped;
-//! - [`job`]: what all jobs share: status, cancelling, errors;
-//! - [`priority`]: who steps back behind whom;
+//! - [`tracking`]: the trackers, which report dirty pages;
+//! - [`hooks`]: requests of the agent to the VMM;
+//! - [`missing_faults`]: faults of a guest that runs before all of its memory is here;
+//! - [`cancel`]: cancelling a job wherever it waits, and the commit point after which it cannot be
+//!   cancelled;
+//! - [`job`]: what all jobs share: status, options, errors;
+//! - [`priority`]: a lower priority for threads whose work is not urgent;
 //! - [`stats`]: counters and histograms;
-//! - [`outgoing`], [`incoming`]: live migration, the two sides of it;
-//! - [`image`]: images of guests;
-//! - [`restore`]: a guest from an image;
-//! - [`transport`]: addresses, sockets, records on them, the bandwidth limit;
-//! - [`session`]: what a VMM and its operator ask for;
-//! - [`server`], [`reactor`]: the sockets they ask on;
+//! - [`outgoing`], [`incoming`]: the two sides of a live migration;
+//! - [`image`]: image files of guests;
+//! - [`snapshot`]: saving a guest to an image;
+//! - [`restore`]: restoring a guest from an image;
+//! - [`transport`]: addresses, sockets, records, the bandwidth limit;
+//! - [`session`]: the requests of a VMM and of operators;
+//! - [`server`], [`reactor`]: the control socket and its connections;
 //! - [`waiting`]: which code may wait;
 //! - [`cli`]: the command line.
 #![deny(unsafe_code)]

@@ -1,4 +1,4 @@
-//! The `pageferry` binary: the agent, and what an operator asks of it. See `pageferry --help`.
+//! The `pageferry` binary: the agent, and the operator's subcommands. See `pageferry --help`.
 
 fn main() -> std::process::ExitCode {
     pageferry_agent::cli::main_from(std::env::args_os())

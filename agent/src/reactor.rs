@@ -1,13 +1,16 @@
-//! The one place that knows epoll.
+//! A reactor: waits for many descriptors with epoll. No other file uses epoll.
+//!
+//! The caller adds descriptors, each with a token of its choice. [`Reactor::wait`] returns the
+//! tokens of the descriptors that are ready.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
-/// Most events of one wait.
+/// Most events that one wait returns.
 const BATCH: usize = 64;
 
-/// Waits for many descriptors. Each has a token of the caller's choosing.
+/// Waits for many descriptors.
 #[derive(Debug)]
 pub struct Reactor {
     epoll: RawFd,
@@ -15,10 +18,10 @@ pub struct Reactor {
 }
 
 impl Reactor {
-    /// A reactor that waits for nothing yet.
+    /// A reactor without descriptors.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses a descriptor.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             epoll: epoll::create(true)?,
@@ -26,18 +29,18 @@ impl Reactor {
         })
     }
 
-    /// Waits for `fd` to be readable from now on, until it is closed or removed.
+    /// Adds `fd`: from now on it is ready whenever it is readable, until it is closed or removed.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses.
     pub fn add(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         self.watch(fd, epoll::Events::EPOLLIN, token)
     }
 
-    /// Waits for the other side of the socket `fd` to hang up, and says so once.
+    /// Adds the socket `fd`: it is ready once, when the other side closes the connection.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses.
     pub fn add_hangup(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         self.watch(fd, epoll::Events::EPOLLRDHUP | epoll::Events::EPOLLONESHOT, token)
     }
@@ -47,20 +50,22 @@ impl Reactor {
         epoll::ctl(self.epoll, epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
     }
 
-    /// Waits no more for `fd`. A descriptor of which a duplicate lives elsewhere must be removed
-    /// before it is closed.
+    /// Removes `fd`. This is necessary before `fd` is closed if a duplicate of it stays open:
+    /// otherwise the kernel would go on to report it.
     pub fn remove(&mut self, fd: BorrowedFd<'_>) {
         let event = epoll::Event::new(epoll::Events::empty(), 0);
-        // Fails only if it was never added.
+        // Fails only if `fd` was never added.
         let _ = epoll::ctl(self.epoll, epoll::ControlOptions::EPOLL_CTL_DEL, fd.as_raw_fd(), event);
     }
 
-    /// The tokens that are ready, at the latest after `timeout`; `None` is no limit.
+    /// Waits until a descriptor is ready, at most for `timeout`, and returns the tokens of those
+    /// that are. With `None` the wait has no limit.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<Vec<u64>> {
-        // Rounded up, so that a timer is not polled in its last millisecond.
+        // Rounded up: rounded down, the caller would call this in a loop during the last
+        // millisecond before its timer is due.
         let millis = timeout.map_or(-1, |timeout| {
             i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
         });
@@ -74,7 +79,8 @@ impl Reactor {
 
 impl Drop for Reactor {
     fn drop(&mut self) {
-        // The crate has no type that closes; a failing close leaves nothing to do.
+        // The crate `epoll` has no type that closes its descriptor. If the close fails, nothing can
+        // be done.
         let _ = epoll::close(self.epoll);
     }
 }

@@ -1,23 +1,23 @@
 //! Which code may wait.
 //!
-//! The reactor's thread answers signals, timers and new connections. Every connection needs the
-//! session's lock for its next answer. So nothing waits on that thread or under that lock: no
+//! The reactor's thread handles signals, timers and new connections. Every connection needs the
+//! session's lock for its next answer. So nothing may wait on that thread or under that lock: no
 //! name look-up, no connect, no hook, no file, no thread. Otherwise one slow disk or name server
-//! takes the answers from everyone, and a VMM whose guest waits for memory gives the agent up.
+//! would delay all answers, and a VMM whose guest waits for memory would give the agent up.
 //!
-//! This file makes the rule visible. [`NoWait`] marks code that must not wait, and every function
-//! that can wait says so by [`may_wait`]. A debug build panics where both meet; a test sends every
-//! request there is.
+//! This file checks the rule. Code that must not wait holds a [`NoWait`]. Every function that can
+//! wait calls [`may_wait`]. A debug build panics if a thread does both. A test sends every kind of
+//! request to an agent.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
 
 thread_local! {
-    /// What forbids this thread to wait; several can at once.
+    /// Number of [`NoWait`]s that this thread holds.
     static FORBIDDEN: Cell<u32> = const { Cell::new(0) };
 }
 
-/// The calling thread does not wait until this is dropped. Stays on its thread.
+/// Forbids the calling thread to wait until this is dropped. It cannot move to another thread.
 #[derive(Debug)]
 pub struct NoWait {
     _this_thread: PhantomData<*const ()>,
@@ -37,14 +37,14 @@ impl Drop for NoWait {
     }
 }
 
-/// Says that the caller is about to do `what`, which can take any time.
+/// Declares that the caller is about to do `what`, which can take any time.
 ///
 /// # Panics
 /// In a debug build, if the calling thread must not wait.
 pub fn may_wait(what: &str) {
     debug_assert!(
         FORBIDDEN.with(Cell::get) == 0,
-        "this thread must not wait, and is about to: {what}"
+        "this thread must not wait, but is about to: {what}"
     );
 }
 
@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waiting_is_refused_on_the_marked_thread_alone_and_until_the_mark_is_gone() {
+    fn only_the_thread_that_holds_a_no_wait_must_not_wait() {
         let mark = NoWait::begin();
         let inner = NoWait::begin();
         drop(inner);

@@ -1,25 +1,25 @@
-//! The time by which the hand-over of a paused guest must be done.
+//! The deadline of a stop: the time by which the hand-over of a paused guest must be done.
 //!
-//! A guest that is paused for a migration waits for its VMM's hooks, for its destination, and for a
-//! peer that may take or send a byte now and then. Each of these waits has a limit of its own, and
-//! a peer that makes a little progress within each of them could hold the guest for ever. So the
-//! whole stop, from the pause to the destination's LOADED, has one deadline, and every wait ends
-//! with it. The migration fails then, and the guest runs on at the source.
+//! A stop is the time from the pause of the guest until the destination has loaded its state (the
+//! record LOADED). During a stop the source waits for hooks of the VMM and for the peer. Each of
+//! these waits has its own limit. But a peer that makes a little progress within each limit could
+//! keep the guest paused for ever. So the whole stop has one deadline ([`Stop::limit`]), and every
+//! wait ends with it.
 //!
-//! See [`Stop::limit`] for what the limit is.
+//! If the deadline passes, the migration fails, and the guest continues at the source.
 
 use super::JobError;
 use pageferry_protocol::control::job::{MIN_BANDWIDTH, OutgoingOptions};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How much slower than measured the link may be while the guest is paused. Less is no progress.
+/// How many times slower than measured the link may be while the guest is paused. A link that is
+/// slower still makes too little progress.
 const SLACK: u32 = 10;
-/// Bytes per second that a link is expected to carry as long as nothing was measured.
+/// The bandwidth in bytes per second that is expected of a link if none was measured.
 const UNMEASURED: u64 = 1 << 20;
 
-/// The deadline of a job's stop, if its guest is paused for a hand-over. Clones are the same
-/// deadline.
+/// The deadline of a job's stop. It is not set while there is no stop. Clones share the deadline.
 #[derive(Debug, Clone, Default)]
 pub struct Deadline(Arc<Mutex<Option<Instant>>>);
 
@@ -32,24 +32,24 @@ impl Deadline {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = at;
     }
 
-    /// The earlier one of this deadline and `own`.
+    /// The earlier one of `own` and this deadline.
     pub fn cap(&self, own: Instant) -> Instant {
         self.at().map_or(own, |at| at.min(own))
     }
 
-    /// `own`, or what is left until this deadline if that is less.
+    /// The smaller one of `own` and the time until this deadline.
     pub fn cap_timeout(&self, own: Duration) -> Duration {
         self.at().map_or(own, |at| own.min(at.saturating_duration_since(Instant::now())))
     }
 
-    /// True if there is a deadline and it is over.
+    /// True if the deadline is set and has passed.
     pub fn has_passed(&self) -> bool {
         self.at().is_some_and(|at| Instant::now() >= at)
     }
 }
 
-/// The stop of a guest for its hand-over. On drop its deadline is lifted: what resumes the guest
-/// must not be cut short by it.
+/// The stop of a guest for its hand-over. The drop removes the deadline, because the hooks that
+/// resume the guest after a failure must have their full time.
 #[derive(Debug)]
 pub struct Stop {
     deadline: Deadline,
@@ -58,42 +58,46 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// Begins now, with nothing to send that is known yet.
+    /// Begins a stop now, before the number of bytes to send is known.
     pub fn begin(deadline: &Deadline, options: &OutgoingOptions) -> Self {
         let (started, limit) = (Instant::now(), Self::limit(options, 0, 0));
         deadline.set(Some(started + limit));
         Self { deadline: deadline.clone(), started, limit }
     }
 
-    /// How long a guest may be paused that has `bytes` to send over a link that carried `bandwidth`
-    /// bytes per second, 0 if that was not measured: `peer_timeout` and two `hook_timeout`, and
+    /// The longest stop for `bytes` that must be sent over a link with the measured `bandwidth` in
+    /// bytes per second; 0 if it was not measured.
     ///
-    /// - measured: ten times what the bytes should take at that bandwidth, which counts as at least
+    /// It is `peer_timeout`, plus two `hook_timeout`, plus the time for the bytes:
+    ///
+    /// - measured: ten times the time that they take at that bandwidth, which counts as at least
     ///   [`MIN_BANDWIDTH`];
-    /// - not measured: once what they take at 1 MiB/s, which is slow enough without a factor.
+    /// - not measured: the time that they take at 1 MiB/s. That is slow enough without a factor.
     pub fn limit(options: &OutgoingOptions, bytes: u64, bandwidth: u64) -> Duration {
         let (rate, slack) = match bandwidth {
             0 => (UNMEASURED, 1),
             measured => (measured.max(MIN_BANDWIDTH), SLACK),
         };
-        // At most 2^64 bytes at 2^16 a second: no overflow.
+        // No overflow: at most 2^64 bytes, at 2^16 bytes a second or more.
         let transfer = Duration::from_secs_f64(bytes as f64 / rate as f64) * slack;
         options.peer_timeout + 2 * options.hook_timeout + transfer
     }
 
-    /// It became known how much is to be sent: moves the deadline to where it belongs.
+    /// Moves the deadline, now that the number of bytes to send is known. It counts from the
+    /// beginning of the stop.
     pub fn expect(&mut self, options: &OutgoingOptions, bytes: u64, bandwidth: u64) {
         self.limit = Self::limit(options, bytes, bandwidth);
         self.deadline.set(Some(self.started + self.limit));
     }
 
-    /// How long the guest may be paused, as far as is known by now.
+    /// The current limit of the stop.
     #[cfg(test)]
     pub fn allowed(&self) -> Duration {
         self.limit
     }
 
-    /// What to report if the hand-over failed with `error`.
+    /// The error to report if the hand-over failed with `error`. If the deadline has passed, it
+    /// says so and names the limit.
     pub fn explain(&self, error: JobError) -> JobError {
         if self.deadline.has_passed() {
             JobError::StopTooLong { limit: self.limit, source: Box::new(error) }
@@ -102,7 +106,8 @@ impl Stop {
         }
     }
 
-    /// The destination has loaded the state: what comes now has limits of its own.
+    /// Removes the deadline, because the destination has loaded the state. The waits from here on
+    /// have their own limits.
     pub fn is_loaded(&self) {
         self.deadline.set(None);
     }
@@ -134,19 +139,19 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_link_with_much_to_carry_gets_the_time_that_it_needs_and_a_trickle_does_not() {
+    fn a_slow_link_gets_the_time_that_it_needs_and_a_trickle_does_not() {
         assert_eq!(Stop::limit(&options(), 0, 0), Duration::from_secs(50));
         // 10 GiB at 100 MiB/s should take 102.4 s.
         assert_eq!(Stop::limit(&options(), 10 << 30, 100 << 20), Duration::from_secs(50 + 1024));
-        // Never measured: 1 MiB/s.
+        // Not measured: 1 MiB/s.
         assert_eq!(Stop::limit(&options(), 64 << 20, 0), Duration::from_secs(50 + 64));
-        // A peer that was slow on purpose gets no more than the slowest link that works.
+        // A peer that was slow on purpose gets no more time than the slowest link that works.
         assert_eq!(Stop::limit(&options(), 64 << 10, 1), Duration::from_secs(50 + 10));
         assert!(Stop::limit(&options(), u64::MAX, 1) > Duration::from_secs(1 << 40));
     }
 
     #[test]
-    fn a_deadline_caps_waits_until_the_stop_is_over() {
+    fn a_deadline_caps_waits_until_the_stop_ends() {
         let deadline = Deadline::default();
         let far = Instant::now() + Duration::from_secs(1 << 20);
         assert_eq!(deadline.cap(far), far);
@@ -167,8 +172,8 @@ mod tests {
         assert!(!deadline.has_passed());
     }
 
-    /// What a hook of a stop comes to whose deadline is over, and whose VMM never answers.
-    fn asked(hook: fn(&Arc<Job>) -> Option<JobError>) -> Option<JobError> {
+    /// Calls `hook` in a stop whose deadline has passed, with a VMM that never answers.
+    fn in_expired_stop(hook: fn(&Arc<Job>) -> Option<JobError>) -> Option<JobError> {
         let (ours, _vmm) = UnixStream::pair().unwrap();
         let (memory, hooks) = (Arc::new(memory(&[64])), Arc::new(Hooks::new(Some(ours.into()))));
         let for_ever = OutgoingOptions { hook_timeout: Duration::from_secs(1 << 20), ..options() };
@@ -180,9 +185,9 @@ mod tests {
             ..options()
         };
         let _stop = Stop::begin(&job.stop, &none);
-        let (say, answer) = channel();
-        std::thread::spawn(move || say.send(hook(&job)));
-        answer
+        let (sender, outcome) = channel();
+        std::thread::spawn(move || sender.send(hook(&job)));
+        outcome
             .recv_timeout(Duration::from_secs(60))
             .expect("the hook waits longer than the stop may take")
     }
@@ -193,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn no_hook_of_a_stop_is_waited_for_once_its_deadline_is_over() {
+    fn no_hook_of_a_stop_waits_after_the_deadline() {
         let late = |error: Option<JobError>, name: &str| {
             let error = error.unwrap();
             let (JobError::Hook(error) | JobError::Tracking(TrackingError::Hook(error))) = error
@@ -205,17 +210,17 @@ mod tests {
                 "{name}: {error}"
             );
         };
-        late(asked(|job| PausedGuest::pause(job).err()), "pause");
-        late(asked(|job| SavedState::of(job).err()), "save state");
+        late(in_expired_stop(|job| PausedGuest::pause(job).err()), "pause");
+        late(in_expired_stop(|job| SavedState::of(job).err()), "save state");
         late(
-            asked(|job| {
+            in_expired_stop(|job| {
                 let dirty = DirtyPages::none(&job.memory).unwrap();
                 trackers(job).sync(&job.memory, &dirty).err().map(JobError::from)
             }),
             "sync tracker",
         );
         late(
-            asked(|job| {
+            in_expired_stop(|job| {
                 let (dirty, range) =
                     (DirtyPages::none(&job.memory).unwrap(), PageRange::new(0, 64));
                 dirty.block(0).set(range);

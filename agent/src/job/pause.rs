@@ -1,5 +1,14 @@
-//! The guest is paused, for as long as somebody holds it. A guest that its operator had paused
-//! before stays so afterwards: its VMM knows that, whatever this process knows.
+//! A guest that a job has paused, and the VMM's state that is saved meanwhile.
+//!
+//! [`PausedGuest::pause`] has the VMM pause the guest. The guest stays paused until
+//! [`PausedGuest::resume`] or the drop, so a job that fails resumes it, too. If the guest was
+//! handed over, it is not resumed here (`one-owner`).
+//!
+//! A guest that its operator had paused before stays paused afterwards. The VMM keeps that run
+//! state, so a resume hook only asks for the state before the pause.
+//!
+//! If the VMM does not answer the resume hook, the request is still in its socket, and the log says
+//! that the VMM is late.
 
 use super::{Job, JobError, micros};
 use crate::hooks::HookError;
@@ -11,21 +20,22 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The guest never left: its VMM knows what it goes back to.
-const RESUME_TIMEOUT: Hook = Hook::Resume { force: false, paused: false };
+/// The resume hook for a guest that never left its VMM. The VMM gives it the run state that it had
+/// before the pause.
+const RESUME: Hook = Hook::Resume { force: false, paused: false };
 
-/// The VMM's state as it hands it over: sizes, and the file.
+/// The VMM's state as the save hook returns it.
 pub struct SavedState {
-    /// What the guest was before the job paused it.
+    /// The run state of the guest before the job paused it.
     pub guest: RunState,
     /// Names and lengths of the pieces.
     pub pieces: Vec<PieceSize>,
-    /// The pieces one after another; none if they are empty.
+    /// The file with the pieces, one after another; may be `None` if all are empty.
     pub file: Option<OwnedFd>,
 }
 
 impl SavedState {
-    /// Has the VMM save its state. That may dirty memory, so the last sync comes after.
+    /// Has the VMM save its state. That may dirty memory, so the last sync must come after it.
     pub fn of(job: &Job) -> Result<Self, JobError> {
         let (hook_reply::SavedState { guest, pieces }, file) =
             job.hooks.save_state(job.hook_timeout())?;
@@ -34,14 +44,16 @@ impl SavedState {
     }
 }
 
-/// A guest that was asked to pause. It is resumed on drop, unless it was handed over: whatever
-/// fails on the way, the guest goes on as before.
+/// A guest whose VMM was asked to pause it. The drop resumes it, unless it was handed over: if a
+/// job fails at any step, the guest continues as before.
 pub struct PausedGuest {
     pub(crate) job: Arc<Job>,
+    /// When the VMM was asked to pause the guest.
     pub(crate) asked: Instant,
-    /// What it was before; not known until its state is saved.
+    /// The run state of the guest before the pause. Counts as running until the state is saved.
     before: RunState,
-    /// It is to be resumed here. False once a commit may have gone out, or it runs.
+    /// True while the drop must resume the guest here. False once a commit may have been sent, or
+    /// the guest runs.
     pub(crate) ours: bool,
 }
 
@@ -55,7 +67,8 @@ impl SavedState {
 impl PausedGuest {
     /// Pauses the guest.
     pub fn pause(job: &Arc<Job>) -> Result<Self, JobError> {
-        // Made before the answer: a pause that timed out may still happen, and must be undone.
+        // This exists before the VMM answers: if the hook times out, the VMM may still pause the
+        // guest, and the drop must undo that.
         let (asked, before) = (Instant::now(), RunState::Running);
         let paused = Self { job: job.clone(), asked, before, ours: true };
         job.hooks.ask(&Hook::Pause, job.hook_timeout())?;
@@ -70,24 +83,24 @@ impl PausedGuest {
         Ok(saved)
     }
 
-    /// Counts how long the guest was paused. A guest that was paused before has lost no time.
+    /// Counts the downtime. A guest that its operator had paused before the job has none.
     pub(crate) fn count_downtime(&self) {
         if !self.before.is_paused() {
             self.job.count(|counters| counters.downtime_us = micros(self.asked.elapsed()));
         }
     }
 
-    /// True until the commit may have gone out: the guest can be resumed here.
+    /// True while the guest can be resumed here: no commit was sent.
     pub fn is_ours(&self) -> bool {
         self.ours
     }
 
-    /// Lets it go on as before, and counts how long it was paused.
+    /// Resumes the guest with the run state that it had before, and counts the downtime.
     ///
     /// # Errors
-    /// If the VMM does not resume it. It was asked to once more then.
+    /// If the VMM does not resume the guest. Then the drop has asked the VMM a second time.
     pub fn resume(mut self) -> Result<(), JobError> {
-        self.job.hooks.ask(&RESUME_TIMEOUT, self.job.options().hook_timeout)?;
+        self.job.hooks.ask(&RESUME, self.job.options().hook_timeout)?;
         self.ours = false;
         self.count_downtime();
         Ok(())
@@ -99,14 +112,14 @@ impl Drop for PausedGuest {
         if !self.ours {
             return;
         }
-        match self.job.hooks.undo(&RESUME_TIMEOUT, self.job.options().hook_timeout) {
+        match self.job.hooks.undo(&RESUME, self.job.options().hook_timeout) {
             Ok(()) => {
                 log::info!("job {}: the guest is {} as before", self.job.id, self.before.name())
             }
-            // The request is in the socket: a VMM that is late resumes the guest when it comes to
-            // it, one that lost us does so by itself.
+            // The request is in the socket: a VMM that is late resumes the guest when it reads the
+            // request. A VMM that has lost this agent resumes the guest by itself.
             Err(HookError::Socket { source, .. }) => {
-                log::warn!("the VMM was asked to resume the guest, and is late: {source}")
+                log::warn!("the VMM was asked to resume the guest, but is late: {source}")
             }
             Err(error) => {
                 log::error!("the VMM did not resume the guest: {}", crate::error::chain(&error))

@@ -1,28 +1,34 @@
-//! How a paused postcopy hears that it is to go on.
+//! Requests to recover a paused postcopy.
 //!
-//! The session asks, on its own thread; the job waits in `poll` beside [`Recovery::fd`]. What is
-//! asked while the job is not paused is refused, so nothing is left behind that would surprise a
-//! later pause.
+//! A postcopy pauses when it loses its connections. The job then waits in `poll` beside
+//! [`Recovery::fd`]. A thread of the session posts a request ([`Recovery::request`]), and the job
+//! takes it ([`Recovery::take`]).
+//!
+//! At most one request can wait. While the job is not paused, a request is refused, so a later
+//! pause never finds an old request. Only [`RecoveryRequest::Abandon`] is always accepted, and
+//! holds for every later pause.
 
 use crate::transport::{Address, Listener};
 use rustix::event::EventfdFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What is asked of a paused job.
+/// A request to a paused job.
 #[derive(Debug)]
 pub enum RecoveryRequest {
-    /// Outgoing: connect again, to where it was or to this address.
+    /// To a source: connect again, to the old address or to this one.
     Connect(Option<Address>),
-    /// Incoming: listen here from now on.
+    /// To a destination: from now on listen also on this socket.
     Listen(Listener),
-    /// It is not to be recovered here: the agent ends, or the guest is resumed by force.
+    /// Give up: the job will not be recovered by this agent. The agent ends, or the guest is
+    /// resumed by force.
     Abandon,
 }
 
-/// The way to a paused job.
+/// Passes requests from the session to a paused job.
 #[derive(Debug)]
 pub struct Recovery {
+    /// An eventfd that wakes the job.
     event: OwnedFd,
     state: Mutex<State>,
 }
@@ -30,16 +36,17 @@ pub struct Recovery {
 #[derive(Debug, Default)]
 struct State {
     paused: bool,
-    /// It will not wait any more.
+    /// True once the job was told to give up.
     abandoned: bool,
+    /// The request that the job has not taken yet.
     request: Option<RecoveryRequest>,
 }
 
 impl Recovery {
-    /// Not paused.
+    /// For a job that is not paused.
     ///
     /// # Errors
-    /// If the kernel has no event descriptor.
+    /// If the kernel refuses an event descriptor.
     pub fn new() -> std::io::Result<Self> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self { event, state: Mutex::default() })
@@ -49,13 +56,14 @@ impl Recovery {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks. False if the job is not paused, or was asked already; [`RecoveryRequest::Abandon`]
-    /// holds for the next pause, too.
+    /// Posts a request. Returns false if the job is not paused, or another request waits.
+    /// [`RecoveryRequest::Abandon`] is always accepted.
     pub fn request(&self, request: RecoveryRequest) -> bool {
         self.request_after(request, || ())
     }
 
-    /// The same, and does something before the job can hear of it, if it will.
+    /// As [`Recovery::request`]. If the request is accepted, calls `before` before the job can take
+    /// the request. Not for [`RecoveryRequest::Abandon`].
     pub fn request_after(&self, request: RecoveryRequest, before: impl FnOnce()) -> bool {
         let mut state = self.state();
         if matches!(request, RecoveryRequest::Abandon) {
@@ -71,34 +79,35 @@ impl Recovery {
         true
     }
 
-    /// The job is paused from now on, and asks [`Recovery::take`] when [`Recovery::fd`] is
+    /// Marks the job as paused. From now on it calls [`Recovery::take`] when [`Recovery::fd`] is
     /// readable.
     pub fn pause(&self) {
         self.state().paused = true;
     }
 
-    /// What was asked; ends the pause, unless it is to listen.
+    /// Takes the request that waits, if there is one. [`RecoveryRequest::Connect`] ends the pause;
+    /// after [`RecoveryRequest::Listen`] the job stays paused until its source connects.
     pub fn take(&self) -> Option<RecoveryRequest> {
         let mut state = self.state();
         if state.abandoned {
             return Some(RecoveryRequest::Abandon);
         }
         let mut count = [0; 8];
-        // Only resets the descriptor.
+        // The read only resets the descriptor.
         let _ = rustix::io::read(&self.event, &mut count);
         let request = state.request.take();
         state.paused &= !matches!(request, Some(RecoveryRequest::Connect(_)));
         request
     }
 
-    /// The pause is over.
+    /// Marks the job as not paused any more, and drops a request that waits.
     pub fn resume(&self) {
         let mut state = self.state();
         state.paused = false;
         state.request = None;
     }
 
-    /// Readable when something was asked.
+    /// A descriptor that becomes readable when a request was posted.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
@@ -109,20 +118,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_paused_job_is_asked_and_only_once() {
+    fn only_a_paused_job_accepts_a_request_and_only_one() {
         let recovery = Recovery::new().unwrap();
         assert!(!recovery.request(RecoveryRequest::Connect(None)));
         recovery.pause();
         assert!(recovery.request(RecoveryRequest::Connect(None)));
-        assert!(!recovery.request(RecoveryRequest::Connect(None)), "it was asked already");
+        assert!(!recovery.request(RecoveryRequest::Connect(None)), "a request waits");
         assert!(matches!(recovery.take(), Some(RecoveryRequest::Connect(None))));
-        assert!(!recovery.request(RecoveryRequest::Connect(None)), "it is on its way");
+        assert!(!recovery.request(RecoveryRequest::Connect(None)), "the pause has ended");
         recovery.pause();
         assert!(recovery.take().is_none());
     }
 
     #[test]
-    fn what_is_abandoned_stays_so_in_every_pause() {
+    fn an_abandoned_job_stays_abandoned_in_every_pause() {
         let recovery = Recovery::new().unwrap();
         assert!(recovery.request(RecoveryRequest::Abandon));
         for _ in 0..2 {
