@@ -1,16 +1,16 @@
-//! The process of an agent, and seeing to its end.
+//! The process of an agent, and making sure that it has exited.
 //!
-//! A connection that is shut down ends nothing: an agent that hangs keeps its descriptors of the
-//! guest's memory and goes on when it wakes up. So an agent hands over a pidfd of itself when it
-//! is attached, and the client kills it by that before anybody else gets what it had.
+//! Shutting a connection down ends no process. An agent that hangs keeps its descriptors of the
+//! guest memory and continues when it wakes up. So an agent hands over a pidfd of itself when it is
+//! attached. The client kills it by that pidfd before another agent gets what it had.
 //!
 //! An agent may lie (`vmm-survives`), and the client must not kill whatever process a liar names.
-//! The kernel tells which process sent the answer with the pidfd; only if that is the process of
-//! the pidfd the client kills it. Otherwise, and where the client has no right to, it waits for the
-//! end of the process.
+//! The kernel tells which process sent the answer with the pidfd. The client kills only if that is
+//! the process of the pidfd. Otherwise, and where it has no right to kill, it waits for the exit.
 //!
-//! An agent on threads of the VMM's own process cannot be killed. Whoever runs one ends it before
-//! the next is attached: closes its connection, or has the client do so, and joins its threads.
+//! An agent on threads of the VMM's own process cannot be killed. The code that runs it must end it
+//! before the next agent is attached: it closes the connection, or lets the client do so, and joins
+//! the threads.
 
 use crate::deadline::deadline;
 use pageferry_protocol::control::socket::wait;
@@ -24,43 +24,42 @@ use std::time::{Duration, Instant};
 /// `PID_FS_MAGIC` of the kernel's `linux/magic.h`. There each process has an inode of its own.
 const PID_FS_MAGIC: u64 = 0x5049_4446;
 
-/// The owner of a process.
+/// To whom a process belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Owner {
-    /// The agent's, says the kernel: it may be killed.
+    /// To the agent, as the kernel confirms. It may be killed.
     Agent,
-    /// The VMM's own.
+    /// To the VMM: it is the own process.
     Vmm,
-    /// It is not known: the answer came from another process, or from one that is not visible.
+    /// Not known: another process sent the answer, or one that is not visible here.
     Unknown,
 }
 
-/// A process that has, or had, the guest's memory as an agent.
+/// A process that has, or had, the guest memory as an agent.
 #[derive(Debug)]
 pub(crate) struct AgentProcess {
     pidfd: OwnedFd,
-    /// The process that sent the answer, if the kernel does not say that both are one. It has the
-    /// guest's memory, too, as far as is known.
+    /// The process that sent the answer, if the kernel does not confirm that it is the same. It may
+    /// have the guest memory, too.
     sender: Option<OwnedFd>,
-    /// As the agent says; as the kernel does, if it vouches for it.
+    /// As the kernel says if it confirms the process, otherwise as the agent claims.
     pid: u32,
     owner: Owner,
     killed: AtomicBool,
 }
 
 impl AgentProcess {
-    /// The process of `pidfd`, which came with an answer that the process `sender` sent and that
-    /// says that its number is `claimed`.
+    /// The process of `pidfd`. The process `sender` has sent it and claims to be number `claimed`.
     ///
     /// # Errors
-    /// In words, if the descriptor is no pidfd: most others can be read at once, which of a pidfd
-    /// would say that its process has ended.
+    /// A sentence, if the descriptor is no pidfd. Most other descriptors are readable at once,
+    /// which of a pidfd would mean that the process has exited.
     pub(crate) fn new(pidfd: OwnedFd, sender: Option<i32>, claimed: u32) -> Result<Self, String> {
         if pidfd_inode(&pidfd).is_none() && fdinfo_pid(&pidfd).is_none() {
             return Err("its file descriptor is no pidfd".to_owned());
         }
-        // A pidfd is bound to one process, also when that is gone and another has its number: so
-        // one look at the number is enough.
+        // A pidfd stays bound to its process even if another process gets the number. So one
+        // comparison is enough.
         let is = |pid: Pid| is_pidfd_of(&pidfd, pid);
         let vouched = sender
             .filter(|sender| *sender > 0)
@@ -74,13 +73,13 @@ impl AgentProcess {
         let pid = vouched.map_or(claimed, |pid| pid.as_raw_pid().unsigned_abs());
         let other =
             sender.filter(|sender| owner == Owner::Unknown && *sender > 0).and_then(Pid::from_raw);
-        // The VMM's own end cannot be waited for.
+        // This process cannot wait for its own exit.
         let other = other.filter(|pid| *pid != getpid());
         let sender = other.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         Ok(Self { pidfd, sender, pid, owner, killed: AtomicBool::new(false) })
     }
 
-    /// Its number.
+    /// The process id.
     pub(crate) fn pid(&self) -> u32 {
         self.pid
     }
@@ -90,8 +89,8 @@ impl AgentProcess {
         self.owner == Owner::Vmm
     }
 
-    /// True if both are one process. Of two that are alive, that is; one that has ended is the same
-    /// as no other.
+    /// True if both are one process. Decides this for two processes that live; one that has exited
+    /// is the same as no other.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         match (pidfd_inode(&self.pidfd), pidfd_inode(&other.pidfd)) {
             (Some(one), Some(other)) => one == other,
@@ -103,7 +102,7 @@ impl AgentProcess {
         }
     }
 
-    /// Kills it, unless it is the VMM's own, or perhaps not the agent's. Does not wait.
+    /// Kills the process, unless it is the VMM itself or may not be the agent. Does not wait.
     ///
     /// # Errors
     /// Why it cannot be killed, in words.
@@ -118,7 +117,7 @@ impl AgentProcess {
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
             Ok(()) => {
                 if !self.killed.swap(true, Ordering::AcqRel) {
-                    log::warn!("agent process {} is killed: it was given up", self.pid);
+                    log::warn!("agent process {} was given up and is killed", self.pid);
                 }
                 Ok(())
             }
@@ -131,28 +130,27 @@ impl AgentProcess {
         }
     }
 
-    /// Waits until it has ended, for as long as this: then none of its descriptors is open any
-    /// more. True also at once if it is the VMM's own.
+    /// Waits until `deadline` for the process to exit. Then all its descriptors are closed. True at
+    /// once for the own process.
     pub(crate) fn wait_for_exit(&self, deadline: Instant) -> bool {
         self.is_own_process() || self.exits_before(deadline)
     }
 
-    /// True if it has ended.
+    /// True if the process has exited.
     pub(crate) fn has_exited(&self) -> bool {
         self.exits_before(Instant::now())
     }
 
     fn exits_before(&self, deadline: Instant) -> bool {
-        // Readable when all its threads are gone, also before anybody has waited for it.
+        // Readable when all threads are gone, also before the process is reaped.
         let mut processes = std::iter::once(&self.pidfd).chain(&self.sender);
         processes.all(|process| wait(process.as_fd(), PollFlags::IN, deadline) == Ok(true))
     }
 
-    /// Sees to it that it has ended: kills it, and waits for its end. One that cannot be killed is
-    /// waited for, too.
+    /// Kills the process and waits for its exit. Waits also if the process cannot be killed.
     ///
     /// # Errors
-    /// Why it lives after `timeout`, and what to do, in words.
+    /// Why it still lives after `timeout`, and what to do, in words.
     pub(crate) fn kill_and_wait(&self, timeout: Duration) -> Result<(), String> {
         if self.is_own_process() || self.has_exited() {
             return Ok(());
@@ -168,7 +166,7 @@ impl AgentProcess {
     }
 }
 
-/// What tells the process of a pidfd from all others, for good; `None` on kernels before 6.9.
+/// The inode of a pidfd, which no other process ever has; `None` on kernels before 6.9.
 fn pidfd_inode(pidfd: &OwnedFd) -> Option<(u64, u64)> {
     let statfs = rustix::fs::fstatfs(pidfd).ok()?;
     if statfs.f_type as u64 & 0xffff_ffff != PID_FS_MAGIC {
@@ -178,7 +176,7 @@ fn pidfd_inode(pidfd: &OwnedFd) -> Option<(u64, u64)> {
     Some((stat.st_dev, stat.st_ino))
 }
 
-/// True if `pidfd` is of the process that has this number now.
+/// True if `pidfd` belongs to the process that has this number now.
 fn is_pidfd_of(pidfd: &OwnedFd, pid: Pid) -> bool {
     if let Some(own) = pidfd_inode(pidfd) {
         let other = pidfd_open(pid, PidfdFlags::empty());
@@ -187,8 +185,8 @@ fn is_pidfd_of(pidfd: &OwnedFd, pid: Pid) -> bool {
     fdinfo_pid(pidfd).is_some_and(|number| number > 0 && number == pid.as_raw_pid())
 }
 
-/// What older kernels say of a pidfd in /proc, if that is mounted here: the number of its process,
-/// or one that is no number of a process if that has ended; `None` of any other descriptor.
+/// The number that older kernels show for a pidfd in /proc, if /proc is mounted. It is no number of
+/// a process if the process has exited. `None` for any other descriptor.
 fn fdinfo_pid(pidfd: &OwnedFd) -> Option<i32> {
     let path = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
     let text = std::fs::read_to_string(path).ok()?;

@@ -1,5 +1,5 @@
 //! One block as the client keeps it: enough to hand it to a new agent, and to discard in it without
-//! one (`discard-cannot-fail`).
+//! an agent (`discard-cannot-fail`).
 
 use crate::error::Error;
 use crate::memfd::sealed_memfd;
@@ -15,29 +15,31 @@ use std::sync::Arc;
 /// A block of guest memory, as the VMM describes it.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockSpec<'a> {
-    /// Chosen by the VMM, unique among its blocks, the same on source and destination.
+    /// Chosen by the VMM. Unique among its blocks, and the same on source and destination.
     pub id: u32,
-    /// For people: unique among the VMM's blocks, 1 to 255 bytes.
+    /// For people. Unique among the blocks of the VMM, 1 to 255 bytes.
     pub name: &'a str,
     /// Guest physical address of the first byte; a multiple of 4096.
     pub gpa: u64,
     /// Length in bytes; a multiple of 4096.
     pub length: u64,
-    /// The file under it: a memfd, or a file on tmpfs or hugetlbfs. Duplicated.
+    /// The file that holds the memory: a memfd, or a file on tmpfs or hugetlbfs. The client
+    /// duplicates the descriptor.
     pub memory: BorrowedFd<'a>,
     /// Where the block begins in that file, in bytes.
     pub fd_offset: u64,
-    /// Where the VMM has it mapped; 0 if nowhere. Write-protect scanning, postcopy, lazy restore
-    /// and background snapshots need it.
+    /// Address at which the VMM has the block mapped; 0 if it has not. Write-protect scanning,
+    /// postcopy, lazy restore and background snapshots need it.
     pub vmm_address: u64,
-    /// Unit of discards and populates in bytes: a power of two, at least 4096. Where the host page
-    /// is larger, that is the unit.
+    /// Unit of discards and populates in bytes: a power of two, at least 4096. If the host page is
+    /// larger, the host page is the unit.
     pub granularity: u64,
-    /// True if all of it is discarded at first, as in a virtio-mem device; else it is populated.
+    /// True if the whole block starts as discarded, as in a virtio-mem device; otherwise it starts
+    /// as populated.
     pub discarded: bool,
 }
 
-/// What the agent says about a block that it accepted.
+/// What the agent reports about a block that it accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockAdded {
     /// The backing's allocation unit in bytes.
@@ -62,7 +64,7 @@ pub(crate) struct Block {
 impl Block {
     /// Makes the bitmap and keeps a duplicate of the file. `geometry` is checked.
     pub(crate) fn new(geometry: BlockGeometry, spec: &BlockSpec<'_>) -> Result<Self, Error> {
-        // The agent checks the same. Without one nobody else does before the next one is attached.
+        // The agent checks the same, but there may be no agent now.
         let file = MemoryFile::check(spec.memory, spec.fd_offset, spec.length)
             .map_err(|source| Error::Memory { id: spec.id, source })?;
         let pages = geometry.pages();
@@ -97,26 +99,26 @@ impl Block {
         BlockAdded { host_page_size: self.file.host_page_size, sealed: self.file.sealed }
     }
 
-    /// What discards and populates are rounded to, in bytes, here and in the agent: a part of a
-    /// host page cannot be freed.
+    /// The unit of discards and populates in bytes, here and in the agent. A part of a host page
+    /// cannot be freed.
     pub(crate) fn discard_unit(&self) -> u64 {
         self.geometry.granularity.max(self.file.host_page_size)
     }
 
-    /// The pages that a discard of `range` covers whole (`round-safely`).
+    /// The whole units inside `range`, for a discard (`round-safely`).
     pub(crate) fn inward(&self, range: &BlockRange) -> Result<PageRange, Error> {
         PageRange::inward(range.offset, range.length, self.discard_unit(), self.geometry.length)
             .map_err(|source| Error::Range { block: range.block, source })
     }
 
-    /// The pages that a populate of `range` touches (`round-safely`).
+    /// The units that `range` touches, for a populate (`round-safely`).
     pub(crate) fn outward(&self, range: &BlockRange) -> Result<PageRange, Error> {
         PageRange::outward(range.offset, range.length, self.discard_unit(), self.geometry.length)
             .map_err(|source| Error::Range { block: range.block, source })
     }
 
-    /// Discards without an agent: marks, then frees if asked. Returns how many pages were not
-    /// discarded before.
+    /// Discards without an agent: marks the pages, then frees them if `punch` says so. Returns how
+    /// many pages were not discarded before.
     pub(crate) fn discard(&self, pages: PageRange, punch: bool) -> u64 {
         let changed = self.discarded.set(pages);
         if punch {
@@ -125,11 +127,11 @@ impl Block {
         changed
     }
 
-    /// Frees without an agent. Returns how many pages that were: those that are not discarded.
+    /// Frees without an agent. Returns how many of the pages are not discarded.
     ///
-    /// The next agent has to send them as zero, and knows of them only by the log. The marks come
-    /// last: an agent that takes a mark while the page is still there would send what it holds. A
-    /// discarded page needs no mark: that it is discarded says it all.
+    /// The next agent has to send these pages as zero and learns of them only from the log. They
+    /// are marked after the punch: an agent that takes a mark while the page still exists would
+    /// send its old content. A discarded page needs no mark; the bitmap says it all.
     pub(crate) fn free(&self, pages: PageRange, log: &DirtyLog) -> u64 {
         self.punch(pages);
         let mark = |pages: PageRange| {
@@ -146,7 +148,7 @@ impl Block {
 
     /// Populates without an agent. Returns how many pages were discarded before.
     ///
-    /// The next agent has to send these pages, and knows of them only by the log. The marks come
+    /// The next agent has to send these pages and learns of them only from the log. They are marked
     /// last: an agent that takes a mark while the page still counts as discarded would drop it.
     pub(crate) fn populate(&self, pages: PageRange, log: &DirtyLog) -> u64 {
         let changed = self.discarded.clear(pages);
@@ -155,7 +157,7 @@ impl Block {
     }
 
     /// Frees the whole host pages of `pages`. A discard cannot fail (`discard-cannot-fail`), so a
-    /// failure is only logged: the content is stale all the same, it just takes memory.
+    /// failure is only logged: the content is stale all the same and only costs memory.
     fn punch(&self, pages: PageRange) {
         let start = (self.fd_offset + pages.offset()).next_multiple_of(self.host_page_size());
         let end = (self.fd_offset + pages.offset() + pages.bytes()) / self.host_page_size()

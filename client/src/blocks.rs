@@ -1,9 +1,8 @@
-//! Adding and removing blocks, with an agent and without.
+//! Adding and removing blocks of guest memory.
 //!
-//! The blocks belong to the VMM. An agent that is lost changes nothing about them: blocks that are
-//! added then are handed to the next one, as discards are. A job that runs keeps the blocks that it
-//! started with; a removal cancels it and waits for its end, since a guest that resets does not
-//! wait for a migration.
+//! A job keeps the blocks that it was started with. A new block waits until the job has ended. A
+//! removal cancels the job and waits for its end, since a guest that resets does not wait for a
+//! migration.
 
 use crate::block::{Block, BlockAdded, BlockSpec};
 use crate::client::Client;
@@ -15,15 +14,15 @@ use pageferry_protocol::control::request::{BLOCK_DISCARDED, Request};
 use pageferry_protocol::memory::BlockGeometry;
 use std::time::Duration;
 
-/// Longest wait of a removal for the job that it has cancelled.
+/// Longest time that a removal waits for the job that it has cancelled.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Client {
-    /// Adds a block of guest memory. Without an agent it is kept for the next one.
+    /// Adds a block of guest memory. Without an agent, the client keeps it for the next one.
     ///
     /// # Errors
-    /// If the block is not valid, overlaps another, lies outside the dirty log or its file, or the
-    /// agent refuses it, as it does while a job runs.
+    /// If the block is not valid, overlaps another, or lies outside the dirty log or its file; or
+    /// the agent refuses it, as it does while a job runs.
     pub fn add_block(&self, spec: BlockSpec<'_>) -> Result<BlockAdded, Error> {
         let geometry = BlockGeometry {
             id: spec.id,
@@ -32,7 +31,8 @@ impl Client {
             length: spec.length,
             granularity: spec.granularity,
         };
-        // Held to the end: a new agent gets the block in `reattach` or here, and never both.
+        // Locked to the end: a new agent gets the block from `reattach` or from here, and never
+        // from both.
         let mut session = self.session();
         self.memory().reserve(&geometry)?;
         let flags = if spec.discarded { BLOCK_DISCARDED } else { 0 };
@@ -50,23 +50,23 @@ impl Client {
         added
     }
 
-    /// Removes a block. A job that runs is cancelled first, whoever started it, and this waits
-    /// until it has ended; one that can be cancelled no more is waited for. So when this returns,
-    /// no agent uses the memory any more. Without an agent the block is only forgotten here, so
-    /// that no later agent is handed it.
+    /// Removes a block. If a job runs, whoever started it, this cancels it and waits for its end; a
+    /// job that is past the point of cancelling is only waited for. So when this returns, no agent
+    /// uses the memory any more. Without an agent the client only forgets the block, and hands it
+    /// to no later agent.
     ///
-    /// The end of a job may take hooks, a resume of the guest among them. So no hook may wait for
-    /// the thread that calls this, such as the one of a vCPU that pauses; if one does, the job ends
-    /// when that hook has missed its deadline.
+    /// The end of a job may need hooks, for example to resume the guest. So no hook may wait for
+    /// the thread that calls this, such as the thread of a vCPU that is to pause. If one does, the
+    /// job ends when that hook has missed its deadline.
     ///
     /// # Errors
     /// - If there is no such block;
     /// - [`Error::Refused`] with the code `Busy` if a job is still in the way after 60 seconds;
-    /// - [`Error::AgentRuns`] if the agent is lost and lives on: it may still read this memory. So
-    ///   it is if the guest may run elsewhere and depends on the agent ([`Client::end_agent`] ends
-    ///   it), or if the VMM may not kill it.
+    /// - [`Error::AgentRuns`] if the agent is lost and still lives: it may still read this memory.
+    ///   That is so if the guest may run elsewhere and depends on the agent ([`Client::end_agent`]
+    ///   ends it), or if the VMM may not kill it.
     ///
-    /// Nothing is removed then.
+    /// The block is not removed then.
     pub fn remove_block(&self, id: u32) -> Result<(), Error> {
         retry_while_busy(REMOVAL_TIMEOUT, || {
             let mut session = self.session();
@@ -75,8 +75,7 @@ impl Client {
             }
             match session.control.request(&Request::RemoveBlock { id }, &[], |_| Ok(())) {
                 Err(busy @ Error::Refused { code: ErrorCode::Busy, .. }) => {
-                    // Refused if it is too late, or the job has just ended: then it is only waited
-                    // for.
+                    // Refused if it is too late, or the job has just ended. Then waiting is enough.
                     let _ = session.control.request(&Request::Cancel, &[], |_| Ok(()));
                     return Err(busy);
                 }

@@ -1,7 +1,7 @@
-//! The handle of an agent: connecting, and a new agent after a lost one.
+//! The handle of an agent: connecting, and attaching a new agent after a lost one.
 //!
-//! What the guest's memory needs to survive the agent ([`Memory`]) is made here and handed to each
-//! agent in turn.
+//! The memory of the guest must survive the agent. So the client makes what that takes ([`Memory`])
+//! and hands it to one agent after the other.
 
 use crate::config::Config;
 use crate::control::Control;
@@ -30,8 +30,8 @@ use std::time::Duration;
 
 /// The VMM's side of an agent. Clones are the same client; any thread may use any of them.
 ///
-/// Requests go one at a time. When the last clone is dropped, the connection ends, and with it the
-/// hook channel.
+/// The client sends one request at a time. When the last clone is dropped, the connection and the
+/// hook channel end.
 #[derive(Debug, Clone)]
 pub struct Client {
     inner: Arc<Inner>,
@@ -48,15 +48,15 @@ struct Inner {
     tracking: Arc<ActiveTrackers>,
     timeouts: Timeouts,
     session: Mutex<Session>,
-    /// Who is next to have the session. The session's own lock goes to whoever is there when it is
-    /// given back, which is the one who gave it back and wants it again.
+    /// Held while a thread waits for `session`. Without it, a thread that unlocks the session and
+    /// wants it again would overtake the threads that wait.
     session_queue: Mutex<()>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         let session = self.session.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // The agent is not killed: it ends its job by itself, or serves the next VMM.
+        // The agent is not killed: it ends its job, or serves the next VMM.
         session.control.link().shut_down();
     }
 }
@@ -65,8 +65,8 @@ impl Client {
     /// Connects to the agent that listens at `path`.
     ///
     /// # Errors
-    /// If the path has more than 107 bytes, nobody listens there, an agent that hangs takes no
-    /// connection within [`Config::request_timeout`], or the agent refuses or breaks the handshake.
+    /// If the path has more than 107 bytes, nobody listens there, the listener does not accept
+    /// within [`Config::request_timeout`], or the agent refuses the handshake or breaks it.
     pub fn connect(path: &Path, config: Config) -> Result<(Self, HookChannel), Error> {
         Self::from_socket(connect(path, config.request_timeout)?, config)
     }
@@ -74,8 +74,8 @@ impl Client {
     /// Opens the protocol on a connected UNIX stream socket.
     ///
     /// # Errors
-    /// If a time of the configuration is shorter than a millisecond, or the agent refuses or breaks
-    /// the handshake.
+    /// If a duration in the configuration is shorter than a millisecond, or the agent refuses the
+    /// handshake or breaks it.
     pub fn from_socket(socket: OwnedFd, config: Config) -> Result<(Self, HookChannel), Error> {
         config.check()?;
         let (memory, fence) = (Arc::new(Memory::new(config.log_covers)?), Arc::new(Fence::new()?));
@@ -105,8 +105,7 @@ impl Client {
         Ok((client, channel))
     }
 
-    /// Finds out that the agent hangs while nobody asks it anything. The hook channel tells the
-    /// VMM.
+    /// Finds an agent that hangs while no request is sent. The hook channel then tells the VMM.
     fn watch_idle(&self, link: &Arc<Link>) -> Result<Heartbeat, Error> {
         let ended = Arc::clone(link);
         let (link, interval) = (Arc::clone(link), self.inner.config.heartbeat);
@@ -114,8 +113,7 @@ impl Client {
         Heartbeat::start(self.probe(), link, interval, WatchedSockets::Control, |_| false, lost)
     }
 
-    /// Asks for a sign of life for as long as there is a client. It keeps no connection: a client
-    /// that is dropped ends its connection.
+    /// A probe that works for as long as there is a client. It does not keep the client alive.
     fn probe(&self) -> Probe {
         let weak = Arc::downgrade(&self.inner);
         Probe::new(move || Self { inner: weak.upgrade()? }.probe_agent())
@@ -135,7 +133,7 @@ impl Client {
         HookChannel::new(hooks, context, config.request_timeout)
     }
 
-    /// Hands everything to a new agent that listens at `path`; see [`Client::reattach_socket`].
+    /// Attaches a new agent that listens at `path`; see [`Client::reattach_socket`].
     ///
     /// # Errors
     /// As [`Client::connect`], and if the new agent refuses a block.
@@ -143,24 +141,26 @@ impl Client {
         self.reattach_socket(connect(path, self.inner.config.request_timeout)?)
     }
 
-    /// Gives up the agent, if it is not lost already, and hands the same dirty log, blocks, bitmaps
-    /// of discarded pages and trackers to a new one. The old hook channel ends, which resumes a
-    /// guest that was paused through it and is ours. Ownership stays as it is.
+    /// Attaches a new agent. Gives up the current agent, unless it is lost already, and hands the
+    /// same dirty log, blocks, bitmaps of discarded pages and trackers to the new one. The old hook
+    /// channel ends, which resumes a guest that was paused through it and is still ours. Ownership
+    /// does not change.
     ///
-    /// Before the new agent gets anything, the process of the old one has ended: it is killed
-    /// (SIGKILL), also if it still sends the memory of a guest that has left, which
-    /// [`Client::recover`] then goes on with. Where the VMM may not kill it, since it belongs to
-    /// another user, its end is waited for. The new agent may be the process of the old one, which
-    /// takes a new connection: then it is left alive, and has ended all that it did for the old
-    /// connection before it starts a job for the new one.
+    /// The new agent gets nothing before the process of the old one has exited. The client kills
+    /// that process with SIGKILL, even if it still sends the memory of a guest that has left;
+    /// [`Client::recover`] then continues that migration. If the VMM may not kill the process,
+    /// since it belongs to another user, the client waits for its exit.
     ///
-    /// An agent on threads of the VMM's own process cannot be killed: see to it that its threads
+    /// The new connection may lead to the same process. Then the client does not kill it. The
+    /// process ends all work of the old connection before it starts a job for the new one.
+    ///
+    /// An agent on threads of the VMM's own process cannot be killed: make sure that its threads
     /// have ended.
     ///
     /// # Errors
-    /// If the new agent refuses or breaks the handshake, or refuses a block; or
-    /// [`Error::AgentRuns`] if the process of the old one has not ended within
-    /// [`Config::request_timeout`]. The client has no agent then.
+    /// If the new agent refuses the handshake or a block, or breaks the handshake; or
+    /// [`Error::AgentRuns`] if the old process has not exited within [`Config::request_timeout`].
+    /// The client then has no agent.
     pub fn reattach_socket(&self, socket: OwnedFd) -> Result<HookChannel, Error> {
         let Inner { memory, fence, ownership, timeouts, .. } = &*self.inner;
         let mut session = self.session();
@@ -186,7 +186,7 @@ impl Client {
         Ok(self.channel(hooks.ours, link))
     }
 
-    /// The dirty log. Whoever writes guest memory marks it *after* the write.
+    /// The dirty log. A thread that writes guest memory marks the pages here *after* the write.
     pub fn log(&self) -> &Arc<DirtyLog> {
         &self.memory().log
     }
@@ -197,7 +197,7 @@ impl Client {
         self.memory().log_fd.as_fd()
     }
 
-    /// A block's bitmap of discarded pages, to look at: it is what the agent sees, too.
+    /// The bitmap of discarded pages of a block, for reading. The agent sees the same bitmap.
     pub fn discarded(&self, id: u32) -> Option<Arc<MappedBitmap>> {
         self.memory().block(id).map(|block| Arc::clone(&block.discarded))
     }
@@ -207,25 +207,25 @@ impl Client {
         self.inner.ownership.lock().ownership()
     }
 
-    /// Takes the guest by force: an operator's decision, who looked at both sides and knows that
-    /// the destination does not run. Calls no hook: the VMM then resumes the guest by itself. In a
-    /// postcopy with [`release`](crate::OutgoingOptions::release) the memory here may not be whole
-    /// any more: the agent's
-    /// [`released_pages`](pageferry_protocol::control::job::Counters::released_pages) says so, and
-    /// it refuses `resume --force`; this call does not.
+    /// Takes the guest by force. This is the decision of an operator who has looked at both sides
+    /// and knows that the guest does not run at the destination. Calls no hook: the VMM resumes the
+    /// guest itself. After a postcopy with [`release`](crate::OutgoingOptions::release) the memory
+    /// here may be incomplete: the agent's counter
+    /// [`released_pages`](pageferry_protocol::control::job::Counters::released_pages) tells. The
+    /// agent then refuses `resume --force`; this call does not.
     ///
-    /// An agent that may still send the commit, or bring another guest into this memory, is given
-    /// up and killed first, as by [`Client::reattach_socket`]. Look at the destination *after*
-    /// that, since a commit may be on its way until then: if in doubt, call [`Client::end_agent`],
-    /// look, and then call this; `docs/postcopy.md` has the order.
+    /// If the agent may still send the commit, or bring another guest into this memory, the client
+    /// first gives it up and kills it, as [`Client::reattach_socket`] does. A commit may be on its
+    /// way until then, so look at the destination *after* that. If in doubt, call
+    /// [`Client::end_agent`], look, and then call this; `docs/postcopy.md` has the order.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if that agent has not ended within [`Config::request_timeout`].
-    /// Ownership is as it was then.
+    /// [`Error::AgentRuns`] if that agent has not exited within [`Config::request_timeout`].
+    /// Ownership does not change then.
     pub fn take_by_force(&self) -> Result<(), Error> {
         let mut session = self.session();
         let ownership = self.ownership();
-        // Unless it says that its job is over.
+        // An agent that says that its job is over may stay.
         if ownership != Ownership::Ours && !session.has_no_running_job() {
             session.end("the guest is taken by force")?;
         }
@@ -234,12 +234,12 @@ impl Client {
         Ok(())
     }
 
-    /// Gives the agent up and sees to its end, as [`Client::reattach_socket`] does, without another
-    /// in its place. After it nothing that the agent has not sent is sent any more, and nobody but
-    /// the VMM changes the guest's memory.
+    /// Gives the agent up and waits for its exit, as [`Client::reattach_socket`] does, but attaches
+    /// no other. Afterwards the agent sends nothing more, and only the VMM changes the memory of
+    /// the guest.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if its process has not ended within [`Config::request_timeout`].
+    /// [`Error::AgentRuns`] if the process has not exited within [`Config::request_timeout`].
     pub fn end_agent(&self) -> Result<(), Error> {
         self.session().end("the VMM ended it")
     }
@@ -256,10 +256,10 @@ impl Client {
         &self.inner.ownership
     }
 
-    /// Asks the agent for a sign of life, unless somebody is asking it something already: how its
-    /// last job stands. If it owes one, the connection is cut.
+    /// Asks the agent how its last job stands, as a sign of life, unless another thread is sending
+    /// a request. Cuts the connection if the answer does not come in time.
     fn probe_agent(&self) -> Option<JobStatus> {
-        // Nothing is gained by giving an agent up that may still say that no commit left.
+        // Such an agent may still say that no commit was sent. Giving it up gains nothing.
         if self.ownership() == Ownership::Relinquished {
             return None;
         }
@@ -268,7 +268,7 @@ impl Client {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
-        // Also a refusal is one.
+        // A refusal is a sign of life, too.
         session.control.request(&Request::QueryStatus, &[], JobStatus::decode).ok()
     }
 
@@ -277,15 +277,15 @@ impl Client {
         &self.inner.timeouts
     }
 
-    /// What the agent is asked through. Whoever gives it back and wants it again comes after those
-    /// who wait for it.
+    /// The session with the agent. A thread that unlocks it and locks it again lets the waiting
+    /// threads go first.
     pub(crate) fn session(&self) -> MutexGuard<'_, Session> {
         let _queued = lock(&self.inner.session_queue);
         lock(&self.inner.session)
     }
 }
 
-/// An agent that hangs takes no connection, and is waited for no longer than for an answer.
+/// Connects; an agent that hangs may take as long to accept as to answer.
 fn connect(path: &Path, timeout: Duration) -> Result<OwnedFd, Error> {
     connect_unix(path, deadline(timeout))
         .map_err(|source| Error::Connect { path: path.to_owned(), source })

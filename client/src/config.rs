@@ -3,33 +3,36 @@
 use crate::error::Error;
 use std::time::Duration;
 
-/// Shortest time that a [`Config`] may name: with less, threads of the client would do nothing but
-/// look at the clock.
+/// Shortest duration in a [`Config`]. With less, threads of the client would do nothing but look at
+/// the clock.
 const SHORTEST: Duration = Duration::from_millis(1);
 /// How a client is set up.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Bytes of guest physical address space that the dirty log covers, from address zero. The
-    /// default of 4 TiB takes a memfd of 128 MiB, which is sparse: it costs memory only where guest
-    /// pages are dirty. No block can lie outside.
+    /// Guest physical address space that the dirty log covers, in bytes from address zero. No block
+    /// can lie outside. The default of 4 TiB takes a memfd of 128 MiB, which is sparse: it costs
+    /// memory only where guest pages are dirty.
     pub log_covers: u64,
-    /// How long the agent may take to answer a request, and to take an answer. It is lost if it
-    /// takes longer. While it takes a snapshot it answers a discard when it has saved what that
-    /// covers: large ones are cut into requests with which a disk that saves 13 MiB in a second is
-    /// in time, if this and `stall_timeout` are at least 80 milliseconds. To listen at a name it
-    /// looks that up for up to 5 seconds, so leave it more than those.
-    pub request_timeout: Duration,
-    /// The same, while the agent holds up a guest that can go on without it: a background snapshot
-    /// watches its writes, or it is paused by a hook and not given up. `request_timeout` if that is
-    /// shorter. An agent that hangs is found within this time and half a second then, and the guest
-    /// goes on. The agent answers at any time, however busy its jobs are; what this has to cover is
-    /// a machine that gives the agent no processor for a while. A false alarm costs the job.
+    /// How long the agent may take to answer a request, and to accept an answer. It is lost if it
+    /// takes longer.
     ///
-    /// A guest whose memory is still to come (postcopy, lazy restore) cannot go on without its
-    /// agent, and a false alarm would cost the guest. So there `request_timeout` counts.
+    /// During a background snapshot the agent answers a discard only when it has saved the pages.
+    /// The client cuts large discards into requests that a disk can save in time at 13 MiB per
+    /// second, if this and `stall_timeout` are at least 80 milliseconds. To listen at a host name,
+    /// the agent may need up to 5 seconds for the lookup, so leave it more than that.
+    pub request_timeout: Duration,
+    /// The same while the agent holds up a guest that could continue without it: a background
+    /// snapshot watches its writes, or a hook has paused it and it is not relinquished.
+    /// `request_timeout` applies if that is shorter. An agent that hangs is then found within this
+    /// time and half a second, and the guest continues. The agent answers at any time, however busy
+    /// its jobs are; this has to cover a machine that gives the agent no processor for a while. A
+    /// false alarm costs the job.
+    ///
+    /// A guest whose memory is still missing (postcopy, lazy restore) cannot continue without its
+    /// agent, and a false alarm would cost the guest. There `request_timeout` applies.
     pub stall_timeout: Duration,
-    /// Time between two signs of life of the agent while nothing waits for it. An idle agent that
-    /// hangs is found within this time and `request_timeout`, and
+    /// Interval between two signs of life of the agent while nothing waits for it. An idle agent
+    /// that hangs is found within this time and `request_timeout`, and
     /// [`Hooks::agent_lost`](crate::Hooks::agent_lost) is called.
     pub heartbeat: Duration,
 }

@@ -1,9 +1,9 @@
-//! Requests to the agent and its answers, one at a time, over the control socket.
+//! Requests to the agent and their answers, one at a time, over the control socket.
 //!
-//! Whoever breaks the protocol or its deadline is lost, for good: the socket is shut down, and so
-//! is the hook channel, so that a hanging agent cannot keep the guest paused (`vmm-survives`).
-//! There is no way back into step with a stream whose answers came too late, other than a new
-//! connection.
+//! An agent that breaks the protocol or its deadline is lost for good. The client shuts down the
+//! control socket and also the hook channel, so that an agent that hangs cannot keep the guest
+//! paused (`vmm-survives`). A new connection is the only way to continue: after a late answer
+//! nobody can tell which request the next answer belongs to.
 
 use crate::agent_process::AgentProcess;
 use crate::block::{Block, BlockAdded};
@@ -45,22 +45,22 @@ pub(crate) struct HookEnds {
     pub(crate) agents: OwnedFd,
 }
 
-/// The control socket, and whether it is of any use.
+/// The control socket of one agent, and whether the agent is lost.
 #[derive(Debug)]
 pub(crate) struct Control {
     socket: FrameSocket,
     link: Arc<Link>,
     timeouts: Timeouts,
-    /// What it may hold up counts for its patience.
+    /// The hand-over is complete, so the timeout depends on what waits for the agent.
     is_attached: bool,
-    /// Most ranges that the agent takes in one request.
+    /// Largest number of ranges that the agent accepts in one request.
     pub(crate) max_ranges: usize,
     lost: Option<String>,
 }
 
 impl Control {
-    /// Opens the connection with a hello, after which the agent's process is known. The agent has
-    /// nothing of the guest yet; see [`Control::hand_over`].
+    /// Opens the connection with a hello. Afterwards the process of the agent is known. The agent
+    /// has nothing of the guest yet; see [`Control::hand_over`].
     pub(crate) fn open(
         socket: OwnedFd, fence: &Arc<Fence>, ownership: &Arc<SharedOwnership>, timeouts: Timeouts,
     ) -> Result<(Self, HookEnds), Error> {
@@ -126,8 +126,8 @@ impl Control {
         Ok(())
     }
 
-    /// From now on the agent acts for this VMM: gives it the dirty log and its end of the hook
-    /// channel. No other agent may be alive that did before.
+    /// Makes the agent the current one: gives it the dirty log and its end of the hook channel. All
+    /// agents before it must have exited.
     pub(crate) fn hand_over(
         &mut self, log: BorrowedFd<'_>, log_bytes: u64, hooks: &OwnedFd,
     ) -> Result<(), Error> {
@@ -159,13 +159,13 @@ impl Control {
         &self.link
     }
 
-    /// The hand-over is complete. From now on the agent may hold up the guest, and is waited for
-    /// with the patience that this leaves.
+    /// The hand-over is complete. From now on the guest may wait for the agent, which may shorten
+    /// its timeout.
     pub(crate) fn set_attached(&mut self) {
         self.is_attached = true;
     }
 
-    /// How long it may take at most, to answer or to end.
+    /// The longest time that the agent may take to answer or to exit.
     pub(crate) fn longest_timeout(&self) -> Duration {
         self.timeouts.longest()
     }
@@ -175,19 +175,20 @@ impl Control {
         if self.is_attached { self.timeouts.current() } else { self.timeouts.longest() }
     }
 
-    /// Why the agent is lost; `None` if it is not, as far as is known.
+    /// The error for every request to a lost agent; `None` while it is not known to be lost.
     pub(crate) fn lost_error(&self) -> Option<Error> {
         self.lost.clone().map(|reason| Error::AgentLost { reason })
     }
 
-    /// Gives up an agent that hangs or breaks the protocol. Returns the error to hand out.
+    /// Gives up an agent that hangs or breaks the protocol. Returns the error for the caller.
     pub(crate) fn give_up(&mut self, reason: String) -> Error {
-        // First of all: somebody may wait for this, and the VMM's logger is not ours to rely on.
+        // Before it is logged: a thread may wait for this, and the VMM's logger may be slow.
         self.link.give_up();
         self.set_lost(reason)
     }
 
-    /// Gives the agent up without blame. What becomes of its process is the caller's to decide.
+    /// Gives the agent up by the VMM's own decision. The caller decides what becomes of the
+    /// process.
     pub(crate) fn retire(&mut self, reason: &str) {
         self.link.retire();
         if self.lost.is_none() {
@@ -201,7 +202,8 @@ impl Control {
         Error::AgentLost { reason }
     }
 
-    /// The same after an error of the socket: an agent that ended the connection is about to end.
+    /// The same after an error of the socket. An agent that ended the connection is about to exit
+    /// and is not killed yet.
     fn socket_failed(&mut self, what: String, error: &SocketError) -> Error {
         let reason = format!("{what}: {}", chain(error));
         match error {
@@ -244,7 +246,8 @@ impl Control {
         Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
     }
 
-    /// As [`Control::request`], for a standard request, whose answer carries no code of success.
+    /// As [`Control::request`], for a standard request of vhost-user, whose answer carries no
+    /// result code.
     fn standard_request<T>(
         &mut self, request: u32, flags: u32, body: &[u8], fds: &[BorrowedFd<'_>],
         fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
@@ -269,12 +272,11 @@ impl Control {
         }
         loop {
             let (timeout, waited) = (self.timeout(), asked.elapsed());
-            // Not longer than that at once: what depends on the agent may change meanwhile.
+            // Wakes up at this interval, since the timeout may become shorter meanwhile.
             let look = deadline(timeout.saturating_sub(waited).min(BUSY_INTERVAL));
             let received = match self.socket.recv(look) {
                 Err(SocketError::Timeout { .. }) => None,
-                // What a subscriber gets. We never subscribe, and need not care who did. An agent
-                // that sends nothing else owes its answer all the same.
+                // An event. The client never subscribes, and ignores it; the answer is still due.
                 Ok(frame) if frame.request == code::EVENT && !frame.is_reply() => None,
                 received => Some(received),
             };

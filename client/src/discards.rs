@@ -1,28 +1,33 @@
 //! Discard, free and populate, with an agent and without.
 //!
-//! There are two kinds of memory that a guest gives back:
+//! A guest gives memory back in two ways:
 //!
-//! | call | for | until when |
+//! | call | for | until |
 //! | --- | --- | --- |
 //! | [`Client::discard`] | virtio-mem, memory that the VMM unplugs | a [`Client::populate`] |
 //! | [`Client::free`] | a balloon whose guest deflates by touching, free page reporting | the guest writes into it |
 //!
-//! A discard cannot fail (`discard-cannot-fail`). The agent does all of it, if there is one: only
-//! it knows which worker is reading the range right now. If there is none, or it is lost during the
-//! call, the client waits for the end of its process, which is killed: then nobody reads guest
-//! memory any more, or has a discard left to do, so the client marks the shared bitmap and frees
-//! the backing by itself. The next agent finds the marks. A process that cannot be killed may have
-//! a discard left to do. So as long as it lives nothing is given to the guest to be used:
-//! populating and freeing fail by name.
+//! With an agent, the agent does all of it: only the agent knows which worker reads the range at
+//! the moment.
 //!
-//! An agent that takes a background snapshot answers a discard only when it has saved what is
-//! discarded, at the speed of its disk. So one request covers no more than can be saved within the
-//! time that an answer may take.
+//! Without an agent, or if it is lost during the call, the client does it (`discard-cannot-fail`).
+//! First the client kills the process and waits for its exit. Then nothing reads guest memory any
+//! more, and no discard of that agent is pending. The client marks the shared bitmap and frees the
+//! memory, and the next agent finds the marks. If the process cannot be killed, it may still carry
+//! out a discard. As long as it lives, the guest must not use the memory, so populate and free
+//! return an error.
 //!
-//! Both hold the session's lock for as long as it matters that no new agent is attached in the
-//! middle of what is done without one: a populate, which is all or nothing, to its end; a discard
-//! for one request, each of which is complete in itself. So nobody waits for the whole of a large
-//! one.
+//! # Request size
+//!
+//! During a background snapshot the agent answers a discard only when it has saved the pages, at
+//! the speed of its disk. So one request covers no more than can be saved before the request times
+//! out.
+//!
+//! # Locks
+//!
+//! The session stays locked while no new agent may be attached: for a populate, which is all or
+//! nothing, to its end; for a discard during one request, since each request is complete in itself.
+//! So no thread waits for the whole of a large discard.
 
 use crate::block::Block;
 use crate::client::Client;
@@ -36,7 +41,7 @@ use pageferry_protocol::memory::PageRange;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Who frees the memory under a range that is discarded.
+/// Who frees the memory of a discarded range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Punch {
     /// The agent, by `FALLOC_FL_PUNCH_HOLE`; the client if there is no agent. When the discard
@@ -48,20 +53,20 @@ pub enum Punch {
     No,
 }
 
-/// Bytes that a disk saves in a second, if it is busy with other things.
+/// Bytes that a busy disk saves in a second.
 const SNAPSHOT_BYTES_PER_SECOND: u128 = 13 << 20;
 
-/// Most bytes that one request discards, but for blocks whose unit is larger: what can be saved
-/// before the agent counts as lost. A power of two.
+/// Largest number of bytes that one request discards, for blocks whose unit is not larger: what can
+/// be saved within `timeout`. A power of two.
 fn max_discard_bytes(timeout: Duration) -> u64 {
     const LEAST: u128 = 1 << 20;
-    // Nor does anybody else who wants to ask something wait for more.
+    // Bounds how long other requests wait for this one.
     const MOST: u128 = 128 << 20;
     let saved = (SNAPSHOT_BYTES_PER_SECOND * timeout.as_millis() / 1000).clamp(LEAST, MOST);
     1 << saved.ilog2()
 }
 
-/// How memory is given back.
+/// How the guest gives memory back.
 #[derive(Debug, Clone, Copy)]
 enum DiscardKind {
     Discard(Punch),
@@ -87,39 +92,38 @@ struct CheckedRange {
 
 impl Client {
     /// Says that the content of these ranges is stale: it is not read, sent or populated until it
-    /// is populated again. Rounds inward to the block's granularity. Call it after the guest gave
-    /// the ranges back, and free them only when it returned.
+    /// is populated again. Rounds inward to the granularity of the block. Call it after the guest
+    /// gave the ranges back, and free the memory only when it has returned.
     ///
-    /// For memory that the VMM unplugs, and plugs again by [`Client::populate`]. What the guest
-    /// writes into it before that has no guarantee, and is lost when it is moved or saved. Memory
-    /// that the guest may use again without a word of the VMM is for [`Client::free`].
+    /// This is for memory that the VMM unplugs, and plugs again by [`Client::populate`]. What the
+    /// guest writes into it before that has no guarantee and is lost by a migration or a snapshot.
+    /// For memory that the guest may use again without telling the VMM, use [`Client::free`].
     ///
-    /// Returns the number of pages that were not discarded before. Of a block that is removed
-    /// meanwhile, what is left of the ranges is left alone.
+    /// Returns the number of pages that were not discarded before. If a block is removed meanwhile,
+    /// the rest of its ranges is ignored.
     ///
     /// # Errors
-    /// Only if a range is no part of a block; nothing is discarded then.
+    /// Only if a range is not part of a block; then nothing is discarded.
     pub fn discard(&self, ranges: &[BlockRange], punch: Punch) -> Result<u64, Error> {
         self.discard_ranges(ranges, DiscardKind::Discard(punch))
     }
 
-    /// Frees these ranges, which the guest gave back and may write into again at any time: free
-    /// page reporting, and every balloon whose guest deflates by touching. When it returns they are
-    /// holes, which read as zero; they are not read, sent or allocated until the guest writes. What
-    /// it writes then is ordinary memory: no [`Client::populate`] is needed, and one does no harm.
-    /// Rounds inward to the block's granularity.
+    /// Frees these ranges. The guest gave them back and may write into them again at any time: free
+    /// page reporting, and every balloon whose guest deflates by touching. When this returns, the
+    /// ranges are holes, which read as zero. They are not read, sent or allocated until the guest
+    /// writes. What it writes then is ordinary memory: no [`Client::populate`] is needed, and one
+    /// does no harm. Rounds inward to the granularity of the block.
     ///
     /// Call it after the guest gave the ranges back, and tell the guest that it is done only when
-    /// it returned: what is written before that may be lost. Ranges that are discarded stay
-    /// discarded.
+    /// this has returned: a write before that may be lost. Discarded ranges stay discarded.
     ///
-    /// Returns the number of pages that were freed: those that are not discarded. If the file
-    /// system cannot free them they are as they were.
+    /// Returns the number of pages that were freed, which are those that are not discarded. If the
+    /// file system cannot free them, they keep their content.
     ///
     /// # Errors
-    /// If a range is no part of a block; nothing is freed then. Or [`Error::AgentRuns`] if the
-    /// agent is lost, and its process lives on: it may free the ranges later, under the guest. So
-    /// do not tell the guest that it is done before this was called again with success.
+    /// If a range is not part of a block; then nothing is freed. Or [`Error::AgentRuns`] if the
+    /// agent is lost and its process still lives: it may free the ranges later, under the guest.
+    /// Then do not tell the guest that it is done before another call has succeeded.
     pub fn free(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
         self.discard_ranges(ranges, DiscardKind::Free)
     }
@@ -136,7 +140,7 @@ impl Client {
         Ok(changed)
     }
 
-    /// What is to be given back, in pieces each of which fits into one request.
+    /// The ranges in pieces, each of which fits into one request.
     fn pieces(&self, ranges: &[BlockRange]) -> Result<Vec<CheckedRange>, Error> {
         let most = max_discard_bytes(self.timeouts().shortest());
         let mut pieces = Vec::new();
@@ -146,8 +150,8 @@ impl Client {
         Ok(pieces)
     }
 
-    /// Gives back as many of the pieces as fit into one request. Returns how many pages that
-    /// changed, and the other pieces.
+    /// Discards as many of the pieces as fit into one request. Returns how many pages changed, and
+    /// the other pieces.
     fn discard_next_batch<'a>(
         &self, session: &mut Session, pieces: &'a [CheckedRange], kind: DiscardKind,
     ) -> Result<(u64, &'a [CheckedRange]), Error> {
@@ -156,11 +160,11 @@ impl Client {
         Ok((self.discard_batch(session, batch, kind)?, after))
     }
 
-    /// Gives back what fits into one request.
+    /// Discards what fits into one request.
     fn discard_batch(
         &self, session: &mut Session, batch: &[CheckedRange], kind: DiscardKind,
     ) -> Result<u64, Error> {
-        // Another block may have the id by now.
+        // Another block may have the same id by now.
         let is_there = |entry: &&CheckedRange| {
             self.memory()
                 .block(entry.range.block)
@@ -173,13 +177,13 @@ impl Client {
         }
         match session.control.request(&kind.request(ranges), &[], RangesReply::decode) {
             Ok(reply) => return Ok(reply.changed_pages),
-            // It has no right to. It will see the marks, and finds holes where it still reads.
+            // It must not refuse. It will see the marks, and finds holes where it still reads.
             Err(Error::Refused { sentence, .. }) if !session.control.link().is_shut_down() => {
                 log::warn!("the agent refused a discard, the client does it: {sentence}");
             }
-            // It was given up, or is now. It may be reading here (`never-read`), or about to do
-            // what it was asked. A discard goes on even if it lives: that no page is used again
-            // before it has ended is seen to by whoever populates. Nobody populates what is freed.
+            // The agent is lost. It may be reading here (`never-read`), or about to discard. A
+            // discard continues even if the agent lives: a populate waits for its exit before a
+            // page is used again. After a free no populate follows, so a free fails.
             Err(_) => {
                 let settled = session.end_lost_agent();
                 if let DiscardKind::Free = kind {
@@ -195,22 +199,23 @@ impl Client {
         Ok(batch.iter().map(alone).sum())
     }
 
-    /// Says that the guest is about to use these ranges. Rounds outward to the block's granularity.
-    /// The guest may use them when it returned with success.
+    /// Says that the guest is about to use these ranges. Rounds outward to the granularity of the
+    /// block. The guest may use them when this has returned success.
     ///
     /// Returns the number of pages that were discarded before.
     ///
     /// # Errors
-    /// - [`Error::GuestGone`] if the guest has left by a migration: its memory here is not in use
-    ///   any more, and trying again does not help;
+    /// - [`Error::GuestGone`] if the guest has left by a migration: its memory here is no longer in
+    ///   use, and trying again does not help;
     /// - [`Error::Refused`] with the code `Busy` if a job is in the way for a while: the last pass
     ///   of a migration, or a guest that is on its way here ([`Client::populate_within`] waits for
     ///   that);
-    /// - [`Error::AgentRuns`] if the agent is lost, and its process lives on, since the VMM may not
-    ///   kill it or the kernel keeps it: it may still carry out a discard that it was asked for;
-    /// - if a range is no part of a block, or the agent refuses for another reason.
+    /// - [`Error::AgentRuns`] if the agent is lost and its process still lives, since the VMM may
+    ///   not kill it or the kernel does not end it yet: it may still carry out a discard;
+    /// - if a range is not part of a block, or the agent refuses for another reason.
     ///
-    /// Nothing is populated then. A lost agent that has ended is no error: the client does it.
+    /// Nothing is populated then. A lost agent that has exited is no error: the client populates by
+    /// itself.
     pub fn populate(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
         let checked = self.check(ranges, Block::outward)?;
         let mut session = self.session();
@@ -221,8 +226,8 @@ impl Client {
         }
         drop(ownership);
         let mut changed = 0;
-        // Runs that this call populated. One batch is all or nothing by itself, so only more than
-        // one needs them.
+        // Runs that this call populated. A single batch is all or nothing by itself and needs no
+        // undo.
         let mut undo: Vec<BlockRange> = Vec::new();
         let batches = batches(&session, &checked);
         let many = batches.len() > 1;
@@ -233,10 +238,12 @@ impl Client {
             changed += match self.populate_batch(&mut session, &request, batch) {
                 Ok(changed) => changed,
                 Err(error) => {
-                    // They were stale a moment ago, and nobody was told that they are not. Still
-                    // under the lock: nobody else has populated any of them.
+                    // They were stale a moment ago, and the caller was not told otherwise. The
+                    // session is still locked, so no other call has populated any of them.
                     if let Err(undone) = self.undo_populate(&mut session, &undo) {
-                        log::error!("what a populate that failed had populated stays so: {undone}");
+                        log::error!(
+                            "cannot undo a failed populate, so its pages stay populated: {undone}"
+                        );
                     }
                     return Err(error);
                 }
@@ -246,7 +253,7 @@ impl Client {
         Ok(changed)
     }
 
-    /// Discards what a populate that failed had populated.
+    /// Discards again what a failed populate had populated.
     fn undo_populate(&self, session: &mut Session, ranges: &[BlockRange]) -> Result<(), Error> {
         let pieces = self.pieces(ranges)?;
         let mut rest = pieces.as_slice();
@@ -263,7 +270,7 @@ impl Client {
         match session.control.request(request, &[], RangesReply::decode) {
             Ok(reply) => Ok(reply.changed_pages),
             Err(Error::AgentLost { .. }) if !self.is_relinquished() => {
-                // It may be about to discard what the guest uses again from now on.
+                // It may be about to discard pages that the guest is about to use.
                 session.end_lost_agent()?;
                 Ok(batch
                     .iter()
@@ -280,19 +287,18 @@ impl Client {
         }
     }
 
-    /// As [`Client::populate`], and waits for at most `timeout` while a job is in the way.
+    /// As [`Client::populate`], but waits for at most `timeout` while a job is in the way.
     ///
-    /// Nothing else of the client is held up meanwhile. Do not call it on a thread that a hook
-    /// waits for: the job that is in the way may need that hook.
+    /// Holds up no other call of the client meanwhile. Do not call it on a thread that a hook waits
+    /// for: the job that is in the way may need that hook.
     ///
     /// # Errors
-    /// As [`Client::populate`]; the code is `Busy` only if the job was in the way for all of that
-    /// time.
+    /// As [`Client::populate`]. The code is `Busy` only if the job was in the way all the time.
     pub fn populate_within(&self, ranges: &[BlockRange], timeout: Duration) -> Result<u64, Error> {
         retry_while_busy(timeout, || self.populate(ranges))
     }
 
-    /// True if the guest was given up, and perhaps has left.
+    /// True if the guest was given up, and may have left.
     fn is_relinquished(&self) -> bool {
         matches!(self.ownership(), Ownership::Relinquished | Ownership::Gone)
     }
@@ -318,8 +324,8 @@ fn batches<'a>(
     checked.chunks(session.control.max_ranges)
 }
 
-/// Cuts a range that is too large for one request, where no unit is cut: so the pieces round inward
-/// to what the whole does.
+/// Cuts a range that is too large for one request at multiples of the unit, so that the pieces
+/// together round inward to the same pages as the whole.
 fn split_range(entry: CheckedRange, most: u64, into: &mut Vec<CheckedRange>) -> Result<(), Error> {
     let BlockRange { block: id, offset, length } = entry.range;
     // Both are powers of two.
@@ -343,7 +349,8 @@ fn split_range(entry: CheckedRange, most: u64, into: &mut Vec<CheckedRange>) -> 
     Ok(())
 }
 
-/// How many of these ranges fit into one request that covers no more than `most`, or is one range.
+/// How many of these ranges fit into one request: no more than `most` bytes, and at least one
+/// range.
 fn batch_length(session: &Session, ranges: &[CheckedRange], most: u64) -> usize {
     let mut bytes = 0u64;
     let fits = |entry: &&CheckedRange| {

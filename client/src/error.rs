@@ -1,7 +1,7 @@
-//! What can go wrong, seen from the VMM.
+//! Errors of the client library.
 //!
-//! `vmm-survives`: none of these stops the guest. Before the switchover an error of this library
-//! means that a migration does not happen, never that the guest is lost.
+//! None of them stops the guest (`vmm-survives`). Before the switchover, an error means that a
+//! migration does not happen, never that the guest is lost.
 
 use crate::ownership::Ownership;
 use pageferry_protocol::control::SocketError;
@@ -18,25 +18,25 @@ use std::time::Duration;
 /// An error of the client library.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The agent died, hung, or broke the protocol. It stays so until
-    /// [`Client::reattach`](crate::Client::reattach); discards and populates go on without it.
+    /// The agent died, hung, or broke the protocol. It stays lost until
+    /// [`Client::reattach`](crate::Client::reattach); discards and populates continue without it.
     #[error("the agent is lost: {reason}")]
     AgentLost {
         /// What happened, in words.
         reason: String,
     },
-    /// The process of an agent that was given up has not ended. Until it has, it could still take
-    /// what the next agent has to find, send the commit of a guest, read memory, or carry out a
-    /// discard that it was asked for. So no other agent is attached, the guest is not taken by
-    /// force, and nothing is freed, populated or removed.
-    #[error("process {pid}, the agent before, has not ended: {why}")]
+    /// The process of an agent that was given up has not exited. Until then it could still take
+    /// dirty pages that the next agent has to find, send the commit of a guest, read memory, or
+    /// carry out a discard. So no other agent is attached, the guest is not taken by force, and
+    /// nothing is freed, populated or removed.
+    #[error("process {pid} of the previous agent has not exited: {why}")]
     AgentRuns {
         /// Its process id.
         pid: u32,
-        /// Why it lives, and what to do, in words.
+        /// Why it still lives, and what to do, in words.
         why: String,
     },
-    /// A time of the configuration is too short.
+    /// A duration in the configuration is too short.
     #[error("{field} is {value:?}, allowed are {shortest:?} and more")]
     TooShort {
         /// Its name in [`Config`](crate::Config).
@@ -54,7 +54,7 @@ pub enum Error {
         /// For people: the field, its value, and what was allowed.
         sentence: String,
     },
-    /// Nobody answers at the agent's socket.
+    /// The client cannot connect to the socket of the agent.
     #[error("cannot connect to the agent at {}", path.display())]
     Connect {
         /// The socket.
@@ -63,10 +63,10 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    /// The agent's process cannot be started.
+    /// The process of the agent cannot be started.
     #[error("cannot start the agent {program:?}")]
     Spawn {
-        /// What should run.
+        /// The program.
         program: std::ffi::OsString,
         /// What the kernel said.
         #[source]
@@ -94,7 +94,7 @@ pub enum Error {
         /// The block.
         id: u32,
     },
-    /// The range is no part of its block.
+    /// The range is not part of its block.
     #[error("block {block}")]
     Range {
         /// The block.
@@ -106,7 +106,7 @@ pub enum Error {
     /// The block is not valid, or does not fit the others.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
-    /// The block ends after what the dirty log covers.
+    /// The block ends outside the dirty log.
     #[error(
         "block {id}: gpa {gpa:#x} + length {length:#x} ends outside the dirty log, which covers {covers:#x} bytes"
     )]
@@ -128,13 +128,13 @@ pub enum Error {
         /// Its length in bytes.
         length: u64,
     },
-    /// The region's bitmap marks another log, or another place in it.
+    /// The bitmap of the region marks another log, or another position in it.
     #[error("region at {gpa:#x}: its bitmap is attached to another dirty log or address already")]
     Attached {
         /// The region's guest physical address.
         gpa: u64,
     },
-    /// A block is mapped nowhere, so its mapping can be registered with no userfaultfd.
+    /// A block is not mapped, so it cannot be registered with a userfaultfd.
     #[error(
         "block {id} has no vmm_address, which postcopy, lazy restore, background snapshots and write-protect tracking need"
     )]
@@ -142,8 +142,8 @@ pub enum Error {
         /// The block.
         id: u32,
     },
-    /// A mapping is registered with a userfaultfd that is not the client's, or while its memory is
-    /// still missing. The client switches between its own uses by itself.
+    /// A mapping is registered with a userfaultfd of other code, or by the client for missing
+    /// pages. The client switches between its other uses by itself.
     #[error(
         "block {id} is registered with another userfaultfd already, and a mapping can have only one: background \
          snapshots, write-protect tracking, postcopy and lazy restore need it (a snapshot of mode paused does not)"
@@ -164,21 +164,21 @@ pub enum Error {
         #[source]
         source: pageferry_protocol::userfault::UserfaultError,
     },
-    /// Userfaultfd is not to be had, or a mapping cannot be registered.
+    /// There is no userfaultfd, or a mapping cannot be registered.
     #[error(transparent)]
     Userfault(#[from] pageferry_protocol::userfault::UserfaultError),
     /// The set of trackers is empty.
     #[error(
-        "no tracker is named; if every writer marks the dirty log, that is Trackers::LOG_IS_COMPLETE"
+        "the set of trackers is empty; if every writer marks the dirty log, declare Trackers::LOG_IS_COMPLETE"
     )]
     NoTracker,
-    /// The guest has left, so there is nothing to populate here. Trying again does not help.
-    #[error("the guest is gone from here: {sentence}")]
+    /// The guest has left, so there is nothing to populate. Trying again does not help.
+    #[error("the guest has left: {sentence}")]
     GuestGone {
         /// For people: by what job, or how.
         sentence: String,
     },
-    /// The client itself panicked: a defect of this library. The agent counts as lost.
+    /// The client itself panicked, which is a defect of this library. The agent counts as lost.
     #[error("the hook channel panicked, and the agent was given up: {message}")]
     Panicked {
         /// The message of the panic.
@@ -194,19 +194,19 @@ pub enum Error {
         source: MemoryFileError,
     },
     /// There is no migration to recover.
-    #[error("ownership is {ownership:?}, and no migration is known that could be recovered")]
+    #[error("ownership is {ownership:?}, and there is no migration to recover")]
     NothingToRecover {
-        /// Who has the guest.
+        /// The ownership.
         ownership: Ownership,
     },
-    /// The guest is not this VMM's to send or save.
+    /// The guest is not ours, so it cannot be sent or saved.
     #[error("ownership is {ownership:?}: only a guest that is ours can be sent or saved")]
     NotOurs {
-        /// Who has it instead.
+        /// The ownership.
         ownership: Ownership,
     },
-    /// The guest ran before its memory was here, and what was missing never came: what could be
-    /// sent or saved of it is not what it was.
+    /// The guest ran before its memory was here, and the missing pages never arrived. So it can be
+    /// neither sent nor saved.
     #[error(
         "memory of this guest is missing, since its agent was lost or its image was damaged before all was here: restore it again"
     )]
@@ -220,7 +220,7 @@ pub enum Error {
         /// Length of the address in bytes.
         length: usize,
     },
-    /// A path cannot be told to the agent.
+    /// A path cannot be sent to the agent.
     #[error("{what} {path:?}")]
     Path {
         /// What it is the path of: `image`, or the name of the option.
@@ -239,14 +239,14 @@ pub enum Error {
         /// The agent's last job; 0 if there was none.
         last: u64,
     },
-    /// The job did not end in time. It goes on.
+    /// The job did not end in time. It continues.
     #[error("job {job} did not end within {waited:?}: it is {phase}")]
     Unfinished {
         /// The job.
         job: u64,
         /// Name of the phase it is in.
         phase: &'static str,
-        /// How long was waited.
+        /// Time that the client has waited.
         waited: Duration,
     },
     /// A record of the page stream is not valid.
@@ -282,26 +282,26 @@ pub enum Error {
     },
 }
 
-/// Why a path cannot be told to the agent.
+/// Why a path cannot be sent to the agent.
 #[derive(Debug, thiserror::Error)]
 pub enum PathError {
-    /// It is empty, or relative to a current directory that is gone.
-    #[error("cannot be made a path from the root")]
+    /// It is empty, or relative to a current directory that no longer exists.
+    #[error("cannot be made an absolute path")]
     Absolute {
         /// What the kernel said.
         #[source]
         source: std::io::Error,
     },
     /// The protocol carries text.
-    #[error("the path from the root is not UTF-8")]
+    #[error("the absolute path is not UTF-8")]
     NotUtf8,
     /// It is longer than the protocol carries.
     #[error(
-        "the path from the root has {length} bytes, allowed are {}",
+        "the absolute path has {length} bytes, allowed are {}",
         pageferry_protocol::control::job::MAX_ADDRESS
     )]
     Long {
-        /// Length of the path from the root in bytes.
+        /// Length of the absolute path in bytes.
         length: usize,
     },
 }

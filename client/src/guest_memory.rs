@@ -1,4 +1,4 @@
-//! All blocks at once, from a [`GuestMemoryMmap`].
+//! Adding all regions of a [`GuestMemoryMmap`] at once.
 
 use crate::block::BlockSpec;
 use crate::client::Client;
@@ -11,8 +11,8 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 
 impl Client {
     /// Adds every region of `memory` as a block, and attaches its bitmap to the dirty log. Returns
-    /// the ids of the blocks: 0, 1, ... in order of the guest physical address. They are named
-    /// `ram@` and that address in hexadecimal; their granularity is their host page size.
+    /// the ids of the blocks: 0, 1, ... in the order of the guest physical address. A block is
+    /// named `ram@` and that address in hexadecimal; its granularity is its host page size.
     ///
     /// # Errors
     /// If a region has no file, its bitmap is attached to another log, or for the reasons of
@@ -25,8 +25,8 @@ impl Client {
         for (id, region) in (0..).zip(memory.iter()) {
             if let Err(error) = self.add_region(id, region) {
                 for id in ids {
-                    // Nobody has used them yet, and a job that was started in between is of no use
-                    // without the rest.
+                    // Nothing uses them yet. A job that was started in between is of no use without
+                    // the rest.
                     let _ = self.remove_block(id);
                 }
                 return Err(error);
@@ -41,7 +41,7 @@ impl Client {
         B: Bitmap + AttachLog,
     {
         let (gpa, length) = (region.start_addr().raw_value(), region.len());
-        // The region's own trait has methods of the same names, which see less.
+        // The trait of the region has methods of the same names that return less.
         let mapping = region.get_mmap();
         let file = mapping.file_offset().ok_or(Error::NoFile { gpa, length })?;
         let memory = file.file().as_fd();

@@ -1,26 +1,28 @@
-//! Watches whether the agent lives, on a thread of its own.
+//! A thread that watches whether the agent lives.
 //!
-//! Other threads cannot be relied on to look: while memory of the guest is missing, or protected,
-//! each of them may wait for the agent at a page, that of the hook channel among them. While the
-//! guest is paused, or nothing happens at all, no thread may have a reason to look.
+//! No other thread can be relied on for that. While memory of the guest is missing or protected,
+//! any of them may wait for the agent at a page, also the thread of the hook channel. While the
+//! guest is paused, or idle, no thread may have a reason to ask.
 //!
-//! An agent that dies is found at once, by the end of the connection. One that hangs is asked for a
-//! sign of life in every interval: how its last job stands. If it owes the answer for too long the
-//! client gives it up, as for any other request, which ends the connection.
+//! - An agent that dies is found at once, by the end of the connection.
+//! - An agent that hangs is found by a [probe](Probe): in every interval the thread asks how the
+//!   last job stands. If the answer does not come in time, the client gives the agent up as for any
+//!   other request, which ends the connection.
 //!
 //! The interval is [`BUSY_INTERVAL`] while memory is protected or missing, or the guest is paused
-//! for the agent, and else [`Config::heartbeat`]. How long the answer may take, [`crate::timeouts`]
-//! says.
+//! for the agent; otherwise it is [`Config::heartbeat`]. [`crate::timeouts`] says how long the
+//! answer may take.
 //!
 //! # What this thread may wait for
 //!
-//! For the agent, until that deadline; for nobody else. Above all not for the lock of the session,
-//! under which a VMM's thread may wait: it is tried, and a beat is left out where it is held.
-//! Nothing is lost by that, since whoever holds it asks the agent something: the answer is a sign
-//! of life, and the lack of one is found there, with the same patience. Those requests come to
-//! their end without guest memory: what is sent is encoded on the heap, the bitmaps of discarded
-//! pages and the log are files of their own, and freeing a range of guest memory faults at none of
-//! its pages.
+//! For the agent, until the deadline of the probe, and for nothing else. In particular not for the
+//! lock of the session, which a thread of the VMM may hold while it waits. The probe only tries
+//! that lock and skips a beat if the lock is held.
+//!
+//! A skipped beat loses nothing: the thread that holds the lock is sending a request, with the same
+//! timeout, and finds out the same. That request needs no guest memory to complete: its body is on
+//! the heap, the bitmaps and the log are files of their own, and freeing guest memory faults at
+//! none of its pages.
 //!
 //! [`Config::heartbeat`]: crate::Config::heartbeat
 
@@ -35,7 +37,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Time between two signs of life while somebody may wait for the agent.
+/// Interval between two probes while a thread or the guest may wait for the agent.
 pub(crate) const BUSY_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The thread. Dropping this ends it.
@@ -63,46 +65,47 @@ impl std::fmt::Debug for Probe {
     }
 }
 
-/// Which end of a connection is the end of the agent.
+/// The sockets whose end counts as the end of the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WatchedSockets {
-    /// That of the control channel. A VMM without a hook channel may still have an agent.
+    /// The control channel. A VMM without a hook channel may still have an agent.
     Control,
-    /// That of either channel.
+    /// The control channel and the hook channel.
     Both,
 }
 
 impl Heartbeat {
-    /// Starts the thread, which calls `lost` when the connection ends, or when `is_lost` says so of
-    /// how the job of a living agent stands. Also if the thread itself panics: then the connection
-    /// is cut first. Both may be called before this returns.
+    /// Starts the thread. It calls `lost` once: when the connection ends, when `is_lost` says so of
+    /// the status that a probe returned, or when the thread itself panics. After a panic it first
+    /// shuts the connection down. `is_lost` and `lost` may be called before this returns.
     ///
     /// # Errors
     /// If the thread cannot be started.
     pub(crate) fn start(
-        probe: Probe, link: Arc<Link>, interval: Duration, ends: WatchedSockets,
+        probe: Probe, link: Arc<Link>, interval: Duration, watched: WatchedSockets,
         is_lost: impl Fn(&JobStatus) -> bool + Send + 'static,
         lost: impl FnOnce(StopToken) + Send + 'static,
     ) -> Result<Self, Error> {
         let (stop, stopped) = stop_pair()?;
         let look = move || probe.0().is_some_and(|status| is_lost(&status));
         let run = move || {
-            let watched = catch_panic(|| {
-                let ends = &link.sockets()[..if ends == WatchedSockets::Both { 2 } else { 1 }];
-                while let Some(alive) = next_beat(&stopped, ends, interval) {
+            let outcome = catch_panic(|| {
+                let sockets = link.sockets();
+                let sockets = &sockets[..if watched == WatchedSockets::Both { 2 } else { 1 }];
+                while let Some(alive) = next_beat(&stopped, sockets, interval) {
                     if !alive || look() {
                         return true;
                     }
                 }
                 false
             });
-            let is_lost = watched.unwrap_or_else(|panic| {
-                log::error!("the watch over the agent panicked, so the agent is given up: {panic}");
+            let is_lost = outcome.unwrap_or_else(|panic| {
+                log::error!("the heartbeat panicked, so the agent is given up: {panic}");
                 link.shut_down();
                 true
             });
             if is_lost && let Err(panic) = catch_panic(|| lost(stopped)) {
-                log::error!("the end of the watch over the agent panicked: {panic}");
+                log::error!("the end of the heartbeat panicked: {panic}");
                 link.shut_down();
             }
         };
@@ -110,18 +113,18 @@ impl Heartbeat {
     }
 }
 
-/// Waits for the time between two beats: false if one of these sockets ended, `None` if the thread
-/// is to.
+/// Waits for the next beat. Returns true then, false if one of these sockets has ended, and `None`
+/// if the thread is to end.
 fn next_beat(stopped: &StopToken, ends: &[BorrowedFd<'_>], interval: Duration) -> Option<bool> {
     let mut polled = vec![PollFd::new(stopped, PollFlags::IN)];
-    // Not for reading: answers are for whoever asked.
+    // Not for reading: the thread that sent a request reads its answer.
     polled.extend(ends.iter().map(|end| PollFd::from_borrowed_fd(*end, PollFlags::RDHUP)));
-    // Cannot fail but for intervals of more than 292 billion years, which are as good as none.
+    // Fails only above 292 billion years, which is as good as no timeout.
     let interval = Timespec::try_from(interval).ok();
     match poll(&mut polled, interval.as_ref()) {
         Ok(0) | Err(Errno::INTR) => Some(true),
         Ok(_) if !polled[0].revents().is_empty() => None,
-        // Nothing can be told any more without poll, and it counts as the end.
+        // Without poll nothing can be seen any more, so a failure counts as the end.
         Ok(_) | Err(_) => Some(false),
     }
 }

@@ -15,15 +15,16 @@ use std::time::{Duration, Instant};
 /// The other end of a migration.
 #[derive(Debug)]
 pub enum Target {
-    /// `tcp:HOST:PORT` or `unix:PATH`: where to connect to, or to listen. A path has at most 107
-    /// bytes. To listen, it may be that of a socket that nobody listens on, and of no other file.
+    /// `tcp:HOST:PORT` or `unix:PATH`: the address to connect to, or to listen at. A path has at
+    /// most 107 bytes. To listen, the path may name a socket at which nobody listens, but no other
+    /// existing file.
     Address(String),
     /// A connected stream socket, such as the one of [`PageStream::pair`](crate::PageStream::pair).
     Socket(OwnedFd),
 }
 
 impl Target {
-    /// As it travels: the text, and the descriptor if there is one.
+    /// The target as it travels: the text, and the descriptor if there is one.
     fn parts(&self) -> Result<(String, Option<BorrowedFd<'_>>), Error> {
         match self {
             Self::Address(address) if address.len() > MAX_ADDRESS => {
@@ -35,18 +36,18 @@ impl Target {
     }
 }
 
-/// Longest time between two looks at a job in [`Client::wait`].
+/// Longest interval between two queries in [`Client::wait`].
 const LONGEST_POLL: Duration = Duration::from_millis(5);
-/// Shortest time.
+/// Shortest interval.
 const SHORTEST_POLL: Duration = Duration::from_micros(200);
 
 impl Client {
-    /// Starts to send the guest. Returns at once; the rest comes by hooks, [`Client::status`] and
-    /// [`Client::wait`].
+    /// Starts to send the guest. Returns at once; the progress comes by hooks, [`Client::status`]
+    /// and [`Client::wait`].
     ///
     /// # Errors
-    /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), or the agent
-    /// refuses or is lost.
+    /// If the guest is not ours, some of its memory was [lost](crate::Hooks::memory_lost), the
+    /// agent refuses, or the agent is lost.
     pub fn start_outgoing(
         &self, target: Target, options: &OutgoingOptions,
     ) -> Result<JobStarted, Error> {
@@ -56,12 +57,13 @@ impl Client {
         self.session().control.request(&request, socket.as_slice(), JobStarted::decode)
     }
 
-    /// Starts to wait for a guest. From now on the guest is not ours, until the source's commit
-    /// came and the agent has it resumed. The VMM must not run a guest in this memory meanwhile.
+    /// Starts to wait for a guest. From now on the guest is not ours, until the commit of the
+    /// source has arrived and the agent has the guest resumed. The VMM must not run a guest in this
+    /// memory meanwhile.
     ///
     /// # Errors
-    /// If the agent refuses, which leaves the ownership as it was, or is lost, which does not if
-    /// the request may have arrived.
+    /// If the agent refuses; ownership does not change then. Or if the agent is lost; ownership
+    /// does change then if the request may have arrived.
     pub fn start_incoming(
         &self, listen: Target, options: &IncomingOptions,
     ) -> Result<JobStarted, Error> {
@@ -73,19 +75,19 @@ impl Client {
     }
 
     /// Starts to save the guest into an image. Returns at once, as [`Client::start_outgoing`] does.
-    /// Paths are taken from the current directory, here and in the options.
+    /// Paths are relative to the current directory, here and in the options.
     ///
-    /// In the mode [`Background`](crate::SnapshotMode::Background), while the job runs, whoever
-    /// writes through the mappings that were handed over as
-    /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits a moment where the page is
-    /// not saved yet. `write` to the file, and other mappings of it, as those of other processes,
-    /// do not wait, and what they write may be in the image: such devices stand still meanwhile, of
-    /// which the VMM is told by [`Hooks::writes_watched`](crate::Hooks::writes_watched), or the
-    /// mode is [`Paused`](crate::SnapshotMode::Paused).
+    /// In the mode [`Background`](crate::SnapshotMode::Background), while the job runs, a write
+    /// through the mappings in [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) waits for
+    /// a moment if the page is not saved yet. `write` to the file does not wait, and neither do
+    /// other mappings of it, as in other processes; what they write may be in the image. So such
+    /// writers must be stopped meanwhile: the VMM is told by
+    /// [`Hooks::writes_watched`](crate::Hooks::writes_watched). Or use the mode
+    /// [`Paused`](crate::SnapshotMode::Paused).
     ///
     /// # Errors
-    /// If the guest is not ours, memory of it was [lost](crate::Hooks::memory_lost), a path is none
-    /// that can be sent, or the agent refuses or is lost.
+    /// If the guest is not ours, some of its memory was [lost](crate::Hooks::memory_lost), a path
+    /// cannot be sent, the agent refuses, or the agent is lost.
     pub fn start_snapshot(
         &self, image: &Path, options: &SnapshotOptions,
     ) -> Result<JobStarted, Error> {
@@ -97,12 +99,12 @@ impl Client {
     }
 
     /// Starts to restore a guest from an image. From now on the guest is not ours, until the agent
-    /// has the restored one resumed; if the job fails, it stays so. The VMM must not run a guest in
-    /// this memory meanwhile. Paths are taken from the current directory, here and in the options.
+    /// has the restored one resumed. If the job fails, it stays so. The VMM must not run a guest in
+    /// this memory meanwhile. Paths are relative to the current directory, here and in the options.
     ///
     /// # Errors
-    /// If a path is none that can be sent, or the agent refuses, which leaves the ownership as it
-    /// was; or it is lost, which does not if the request may have arrived.
+    /// If a path cannot be sent or the agent refuses; ownership does not change then. Or if the
+    /// agent is lost; ownership does change then if the request may have arrived.
     pub fn start_restore(
         &self, image: &Path, options: &RestoreOptions,
     ) -> Result<JobStarted, Error> {
@@ -130,7 +132,7 @@ impl Client {
         if let Some(lost) = session.control.lost_error() {
             return Err(lost);
         }
-        // Before it is sent: the resume hook may come sooner than the answer.
+        // Before the request is sent: the resume hook may come before the answer.
         let before = self.shared_ownership().lock().begin_start(session.control.link().id);
         let started = session.control.request(request, fds, JobStarted::decode);
         match &started {
@@ -146,31 +148,32 @@ impl Client {
     /// Cancels the job that runs.
     ///
     /// # Errors
-    /// If no job runs, or it is past the point where it can be cancelled, or the agent is lost.
+    /// If no job runs, it is past the point of cancelling, or the agent is lost.
     pub fn cancel(&self) -> Result<(), Error> {
         self.session().control.request(&Request::Cancel, &[], |_| Ok(()))
     }
 
-    /// Has the outgoing migration of mode [`Mode::Hybrid`](crate::Mode::Hybrid) that runs switch to
-    /// postcopy, after the pass that it is in.
+    /// Switches the running outgoing migration of mode [`Mode::Hybrid`](crate::Mode::Hybrid) to
+    /// postcopy, after its current pass.
     ///
     /// # Errors
-    /// If no such migration runs, it is past its passes, or the agent is lost.
+    /// If no such migration runs, its passes have ended, or the agent is lost.
     pub fn start_postcopy(&self) -> Result<(), Error> {
         self.session().control.request(&Request::StartPostcopy, &[], |_| Ok(()))
     }
 
     /// Connects a paused postcopy again. Returns at once, as [`Client::start_outgoing`] does.
     ///
-    /// At the source: to `address`, or where it went before. Also to be called when the source's
-    /// agent was lost in postcopy and a new one [attached](Client::reattach): that one then needs
-    /// an address, and `options` say how; the job that is paused in an agent keeps its own.
+    /// At the source it connects to `address`, or to the address before. Call it also if the
+    /// source's agent was lost in postcopy and a new one was [attached](Client::reattach). The new
+    /// agent needs an address and `options`; a job that is paused in its agent keeps its own
+    /// options.
     ///
-    /// At the destination: has the job listen at `address`, too; where it listened before it does
-    /// anyway, so this is only needed if the network changed.
+    /// At the destination the job listens at `address` in addition. It still listens where it
+    /// listened before, so this is needed only if the network changed.
     ///
     /// # Errors
-    /// If there is nothing to recover, or the agent refuses or is lost.
+    /// If there is nothing to recover, the agent refuses, or the agent is lost.
     pub fn recover(
         &self, address: Option<&str>, options: &OutgoingOptions,
     ) -> Result<JobStarted, Error> {
@@ -182,19 +185,19 @@ impl Client {
         let Migration { session, release } = match (self.shared_ownership().migration(), ownership)
         {
             (Some(migration), _) => migration,
-            // The destination's, which is paused in its agent or not at all.
+            // The destination's job, which can only be paused in this agent.
             (None, Ownership::Ours) => Migration::default(),
             (None, _) => return Err(Error::NothingToRecover { ownership }),
         };
-        // What was begun so is not whole here any more, whatever the options say now.
+        // With release, the memory here is incomplete, whatever the options say now.
         let options = OutgoingOptions { release: options.release || release, ..options.clone() };
         let request = Request::Recover { session, address: address.to_owned(), options };
         self.session().control.request(&request, &[], JobStarted::decode)
     }
 
-    /// Changes the limits of the job that runs: of an outgoing migration all that can be changed
-    /// later; of a snapshot ([`SnapshotOptions`]) or a restore ([`RestoreOptions`]) the bandwidth
-    /// alone. The rest is ignored.
+    /// Changes the limits of the job that runs: for an outgoing migration all options that can
+    /// change later; for a snapshot ([`SnapshotOptions`]) or a restore ([`RestoreOptions`]) only
+    /// the bandwidth. Other options are ignored.
     ///
     /// # Errors
     /// If no such job runs, a value is not allowed, or the agent is lost.
@@ -203,7 +206,7 @@ impl Client {
         self.session().control.request(&request, &[], |_| Ok(()))
     }
 
-    /// How the job stands that runs or ran last.
+    /// The status of the job that runs or ran last.
     ///
     /// # Errors
     /// If the agent is lost.
@@ -211,14 +214,15 @@ impl Client {
         self.session().control.request(&Request::QueryStatus, &[], JobStatus::decode)
     }
 
-    /// Waits until the job ended, however it did: see the phase and the error of what is returned.
+    /// Waits for the end of the job. The phase and the error of the result say how it ended.
     ///
-    /// Asks every 5 ms, and sooner at first, for jobs that are short. Nothing that matters waits
-    /// for this: the guest is stopped, resumed and given up by hooks, and a status costs the agent
+    /// This polls every 5 ms, and more often at first for short jobs. Nothing important waits for
+    /// it: the guest is paused, resumed and given up by hooks, and a status costs the agent
     /// microseconds. A subscription would need a thread that reads this socket at all times.
     ///
     /// # Errors
-    /// If the job did not end within `timeout`, is not the agent's last, or the agent is lost.
+    /// If the job did not end within `timeout`, is not the last job of the agent, or the agent is
+    /// lost.
     pub fn wait(&self, job: u64, timeout: Duration) -> Result<JobStatus, Error> {
         let started = Instant::now();
         loop {
@@ -240,7 +244,7 @@ impl Client {
     }
 }
 
-/// A path as it travels: from the root, since the agent's current directory is another.
+/// A path as it travels: absolute, since the agent has another current directory.
 fn absolute_path(what: &'static str, path: &Path) -> Result<String, Error> {
     let refused = |source| Error::Path { what, path: path.to_owned(), source };
     let absolute =
@@ -254,7 +258,7 @@ fn absolute_path(what: &'static str, path: &Path) -> Result<String, Error> {
     }
 }
 
-/// The same for one that need not be given.
+/// The same for a path that may be empty.
 fn optional_path(what: &'static str, path: &str) -> Result<String, Error> {
     if path.is_empty() { Ok(String::new()) } else { absolute_path(what, Path::new(path)) }
 }

@@ -1,9 +1,9 @@
 //! The thin library in the VMM.
 //!
 //! A VMM connects to its agent, or spawns one, and hands over its guest memory once, as file
-//! descriptors. From then on it says what the guest gave back ([`Client::free`],
-//! [`Client::discard`], [`Client::populate`]), answers a few hooks ([`Hooks`]), and starts and
-//! watches migrations.
+//! descriptors. From then on it reports what the guest gives back ([`Client::free`],
+//! [`Client::discard`], [`Client::populate`]), answers hooks ([`Hooks`]), and starts and watches
+//! migrations.
 //!
 //! ```no_run
 //! use pageferry_client::{Client, Config, HookError, Hooks, OutgoingOptions};
@@ -35,37 +35,38 @@
 //! let (client, channel) = Client::connect("/run/vm1/pageferry.sock".as_ref(), Config::default())?;
 //! let hooks = channel.spawn(Vmm)?;
 //! client.add_guest_memory(&guest_memory())?;
-//! client.set_trackers(Trackers::WRITE_PROTECT)?; // who reports what the guest writes; see below
+//! client.set_trackers(Trackers::WRITE_PROTECT)?; // see "Declare the trackers"
 //! let to = Target::Address("tcp:10.0.0.2:4444".into());
 //! let job = client.start_outgoing(to, &OutgoingOptions::default())?.job;
 //! let status = client.wait(job, std::time::Duration::from_secs(600))?;
 //! # Ok(()) }
 //! ```
 //!
-//! # Who writes must be said
+//! # Declare the trackers
 //!
 //! The devices of a VMM on [`GuestMemoryMmap<LogBitmap>`](LogBitmap) mark the shared dirty log by
-//! themselves. What vCPUs write only a tracker knows, and no default can guess which one there is.
-//! So a VMM declares it, once, with [`Client::set_trackers`]. Until then no migration by passes, no
-//! increment and no snapshot with `track` starts.
+//! themselves. But only a tracker knows what vCPUs write, and no default can guess which tracker
+//! there is. So a VMM declares it once, with [`Client::set_trackers`]. Until then no migration with
+//! passes, no increment and no snapshot with `track` starts.
 //!
 //! | declared | what the VMM does for it |
 //! | --- | --- |
 //! | [`Trackers::HOOKS`] | answers the hooks to start, sync, clear and stop; `tracking::kvm` (feature `kvm`) does it for KVM's dirty log |
 //! | [`Trackers::WRITE_PROTECT`] | sets `BlockSpec::vmm_address`; needs Linux 6.7, and the right to use userfaultfd (CAP_SYS_PTRACE, `vm.unprivileged_userfaultfd`, or `/dev/userfaultfd`), as background snapshots, postcopy and lazy restore do |
-//! | [`Trackers::LOG_IS_COMPLETE`] | has every writer mark the log, vCPUs among them |
+//! | [`Trackers::LOG_IS_COMPLETE`] | has every writer mark the log, also the vCPUs |
 //!
 //! # Snapshots and restore
 //!
 //! [`Client::start_snapshot`] saves the guest into an image, by the same hooks as a migration:
-//! pause, save state, resume. In the background, which is the default, the guest stands still only
-//! for a moment, and then runs on while its memory is saved: who writes into a page that is not
-//! saved yet waits until it is. If the agent is lost meanwhile, so is the snapshot, and nobody
-//! waits any more. A VMM whose guest has moved away needs a new agent ([`Client::reattach`]) before
-//! it takes another guest. [`Client::start_restore`] fills the memory of a VMM that has no guest,
-//! or forgets it, and is otherwise like an incoming migration: load state, resume. A restore that
-//! an operator asks for comes by [`Hooks::prepare_restore`], and is refused unless the VMM says
-//! otherwise.
+//! pause, save state, resume. The default is a background snapshot: the guest is paused only for a
+//! moment and then runs while its memory is saved. A write to a page that is not saved yet waits
+//! until it is. If the agent is lost meanwhile, the snapshot is lost, and no write waits any more.
+//!
+//! [`Client::start_restore`] fills the memory of a VMM that has no guest, or that gives its guest
+//! up. Otherwise it is like an incoming migration: load state, resume. A restore that an operator
+//! asks for comes by [`Hooks::prepare_restore`], and is refused unless the VMM allows it. A VMM
+//! whose guest has moved away needs a new agent ([`Client::reattach`]) before it takes another
+//! guest.
 //!
 //! ```no_run
 //! use pageferry_client::{Client, RestoreMode, RestoreOptions, SnapshotOptions};
@@ -85,20 +86,33 @@
 //!
 //! Names such as `one-owner` are the rules that `docs/invariants.md` explains.
 //!
-//! - `client`, `spawn`: connecting, and a new agent after a lost one; `control`: requests and
-//!   answers;
-//! - `agent_process`: the process of an agent, and seeing to its end;
-//! - `blocks`: adding and removing memory; `tracking`: who reports the guest's writes;
+//! Talking to an agent:
+//!
+//! - `client`, `config`, `spawn`: connecting, and a new agent after a lost one;
+//! - `session`, `control`, `link`: requests and answers; giving an agent up;
+//! - `agent_process`: the process of an agent, and making sure that it has exited;
+//! - `heartbeat`, `timeouts`, `deadline`: finding an agent that hangs; `retry`: waiting for a job
+//!   that is in the way.
+//!
+//! What a VMM does with it:
+//!
+//! - `blocks`, `guest_memory` (feature `vm-memory`): adding and removing memory;
 //! - `discards`: discard, free and populate, with an agent and without;
-//! - `jobs`: migrations, snapshots, restores;
-//! - `hooks`: what the agent asks of the VMM; `ownership`: who may run the guest;
-//! - `memory`, `block`, `shared`: what survives the agent;
-//! - `faults`: pages that are missing while the guest runs already; `writes`: pages that are not
-//!   saved yet while it runs on; `registration`: the mappings that are registered for both;
-//!   `heartbeat`: whether the agent lives;
-//! - `threads`: the client's own threads, none of which ends silently;
-//! - `page_stream`: migrations over the VMM's own transport;
-//! - `vm_memory_bitmap`, `guest_memory` (feature `vm-memory`): for VMMs built on that crate.
+//! - `trackers`, `tracking`, `vm_memory_bitmap` (feature `vm-memory`): what reports the writes of
+//!   the guest;
+//! - `jobs`: migrations, snapshots, restores; `page_stream`: migrations over the VMM's own
+//!   transport;
+//! - `hooks`: requests of the agent to the VMM; `ownership`: who may run the guest.
+//!
+//! Memory:
+//!
+//! - `memory`, `block`, `memfd`: what survives the agent;
+//! - `missing_pages`, `poison`: pages that are still missing while the guest runs;
+//! - `watched_writes`: pages that a background snapshot has not saved yet;
+//! - `registration`: the userfaultfd registration that both need.
+//!
+//! `threads`, `stop`, `sync`: threads that never end silently, ending them, and locks. `error`:
+//! errors.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
@@ -122,6 +136,7 @@ mod memory;
 mod missing_pages;
 mod ownership;
 mod page_stream;
+mod poison;
 mod registration;
 mod retry;
 mod session;

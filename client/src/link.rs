@@ -9,29 +9,31 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-/// One connection to an agent: what it takes to give the agent up from any thread, without a lock
-/// that anybody holds while waiting.
+/// One connection to an agent. It holds what is needed to give the agent up from any thread,
+/// without a lock that a thread holds while it waits.
 ///
 /// # The end of an agent
 ///
-/// Whoever finds out that the agent is lost calls [`Link::shut_down`] or [`Link::give_up`]. Both
-/// first withdraw the agent's number from the fence word and then shut both sockets down, so an
-/// agent that wakes up finds one or the other. An agent that hangs, or breaks the protocol, is
-/// killed at once. One that closed the connection is about to end, as after SIGTERM, and is left to
-/// do so; if it has not when it matters, [`Session::end_lost_agent`] kills it.
+/// A thread that finds the agent lost calls [`Link::shut_down`] or [`Link::give_up`]. Both first
+/// withdraw the number of the agent from the fence word, and then shut both sockets down. An agent
+/// that hangs and wakes up finds one or the other.
 ///
-/// One agent is not killed: the one that the guest was given up to a migration with. The guest may
-/// run at the destination, and get its memory from that agent. [`Ownership`] stays `Relinquished`
-/// whether or not it lives, and it cannot send a commit that it has not sent yet, since it looks
-/// at the fence word before. An agent that hung between that look and the commit is why
-/// `take_by_force` and `reattach` kill it all the same, and wait for its end, before they go on.
+/// - An agent that hangs or breaks the protocol is killed at once.
+/// - An agent that closed the connection is about to exit, for example after SIGTERM. It gets the
+///   time for that. If it has not exited when that matters, [`Session::end_lost_agent`] kills it.
+/// - One agent is not killed: the agent to which the guest was relinquished. The guest may run at
+///   the destination and get its memory from this agent. This is safe. [`Ownership`] stays
+///   `Relinquished` whether or not the agent lives, and the agent cannot send a new commit, since
+///   it checks the fence word before.
+///
+/// An agent may hang between that check and the commit. So `take_by_force` and `reattach` kill even
+/// this agent and wait for its exit before they continue.
 ///
 /// [`Ownership`]: crate::Ownership
 /// [`Session::end_lost_agent`]: crate::session::Session::end_lost_agent
 #[derive(Debug)]
 pub(crate) struct Link {
-    /// Tells this connection from those before and after it. Also the number of its agent in the
-    /// fence word; counted from 1.
+    /// Number of the connection, and of its agent in the fence word; counted from 1.
     pub(crate) id: u64,
     control: OwnedFd,
     hooks: OwnedFd,
@@ -42,15 +44,15 @@ pub(crate) struct Link {
     state: Mutex<LinkState>,
 }
 
-/// What was decided about an agent. It only ever moves on, from the first to the last.
+/// What was decided about an agent. It only moves forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum LinkState {
-    /// It acts for this VMM.
+    /// The agent acts for this VMM.
     Attached,
-    /// It is lost: it hangs, broke the protocol, or closed the connection.
+    /// The agent is lost: it hangs, broke the protocol, or closed the connection.
     GivenUp,
-    /// The VMM decided to do without it, and sees to its process by itself. The VMM may come back
-    /// to the same process by another connection: so no other thread kills it from now on.
+    /// The VMM has decided to do without the agent, and its caller sees to the process. The VMM may
+    /// connect to the same process again, so from now on no other thread may kill it.
     Retired,
 }
 
@@ -88,19 +90,19 @@ impl Link {
         self.fence.fd.as_fd()
     }
 
-    /// Gives the agent up: it does not act for this VMM any more, and both channels end for both
-    /// sides. What came before can still be read.
+    /// Gives the agent up: it no longer acts for this VMM, and both channels end for both sides.
+    /// What was sent before can still be read.
     pub(crate) fn shut_down(&self) {
         self.advance(LinkState::GivenUp);
     }
 
-    /// True if somebody gave the agent up.
+    /// True if the agent was given up.
     pub(crate) fn is_shut_down(&self) -> bool {
         *self.state() > LinkState::Attached
     }
 
-    /// Gives up an agent that hangs or breaks the protocol, and kills it, unless the guest may
-    /// depend on it elsewhere. Does not wait for its end.
+    /// Gives up an agent that hangs or breaks the protocol, and kills it, unless the guest may run
+    /// elsewhere and depend on it. Does not wait for its exit.
     pub(crate) fn give_up(&self) {
         if self.advance(LinkState::GivenUp) != LinkState::Attached {
             return;
@@ -108,7 +110,7 @@ impl Link {
         let Some(process) = self.process.get() else { return };
         if self.ownership.lock().may_run_elsewhere() {
             log::warn!(
-                "agent process {} is given up, and not killed: the guest may run elsewhere",
+                "agent process {} is given up but not killed: the guest may run elsewhere and depend on it",
                 process.pid()
             );
             return;
@@ -118,35 +120,35 @@ impl Link {
             if *state == LinkState::GivenUp { process.kill() } else { Ok(()) }
         };
         if let Err(why) = killed {
-            log::warn!("agent process {} is given up, and lives on: {why}", process.pid());
+            log::warn!("agent process {} is given up but still lives: {why}", process.pid());
         }
     }
 
-    /// The VMM gives the agent up by its own decision, and sees to its process by itself. When this
-    /// returns no other thread kills it.
+    /// The VMM gives the agent up by its own decision. When this returns, no other thread kills the
+    /// process.
     pub(crate) fn retire(&self) {
         self.advance(LinkState::Retired);
     }
 
-    /// True if the agent is lost and lives on, since the guest may depend on it elsewhere, and the
-    /// VMM has not decided otherwise.
+    /// True if the agent is not to be killed: the guest may run elsewhere and depend on it, and the
+    /// VMM has not retired it.
     pub(crate) fn is_kept_alive(&self) -> bool {
         *self.state() < LinkState::Retired && self.ownership.lock().may_run_elsewhere()
     }
 
-    /// Returns what was decided before.
+    /// Moves to `next` and shuts the connection down. Returns the state before.
     fn advance(&self, next: LinkState) -> LinkState {
         let mut state = self.state();
         let before = *state;
         *state = before.max(next);
         self.fence.word.revoke(self.id);
-        // Fails only where there is no connection any more.
+        // Fails only if the connection has ended already.
         let _ = shutdown(&self.control, Shutdown::Both);
         self.shut_down_hooks();
         before
     }
 
-    /// Held for moments: nothing is waited for, asked or logged under it.
+    /// Held for a moment only: no thread waits, sends or logs while it holds this lock.
     fn state(&self) -> MutexGuard<'_, LinkState> {
         lock(&self.state)
     }
@@ -156,7 +158,7 @@ impl Link {
         self.process.get()
     }
 
-    /// Both sockets, to see when they end: control, and hooks.
+    /// Both sockets, control and hooks, to see when they end.
     pub(crate) fn sockets(&self) -> [BorrowedFd<'_>; 2] {
         [self.control.as_fd(), self.hooks.as_fd()]
     }

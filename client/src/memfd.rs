@@ -1,6 +1,7 @@
-//! Memory that survives the agent: memfds that the client makes, maps, and hands over.
+//! Shared memory that survives the agent: memfds that the client makes, maps, and hands to one
+//! agent after the other.
 //!
-//! They are sealed at their size, so that neither side can turn the other's access into SIGBUS by
+//! They are sealed at their size, so that neither side can make the other fault with SIGBUS by
 //! truncating the file.
 
 use crate::error::Error;
@@ -27,7 +28,7 @@ fn sized_memfd(name: &str, length: u64) -> Result<OwnedFd, Error> {
     Ok(fd)
 }
 
-/// The fence word, and its memfd for the agents; see [`pageferry_protocol::shm::fence`].
+/// The fence word and its memfd for the agents; see [`pageferry_protocol::shm::fence`].
 #[derive(Debug)]
 pub(crate) struct Fence {
     pub(crate) word: FenceWord,
@@ -35,7 +36,7 @@ pub(crate) struct Fence {
 }
 
 impl Fence {
-    /// A word that names no agent yet. Whoever gets the file can only read it.
+    /// A word that names no agent yet. An agent that gets the file can only read it.
     ///
     /// # Errors
     /// If the kernel refuses.

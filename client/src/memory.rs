@@ -1,10 +1,10 @@
-//! The guest's memory as the client keeps it: the dirty log and the blocks. All of it survives the
+//! The guest memory as the client keeps it: the dirty log and the blocks. All of it survives the
 //! agent.
 //!
 //! # Locks
 //!
-//! The control socket's lock comes before this one. This one is held only to look something up or
-//! to put it in, never while waiting for anything, so the hook channel may take it at any time.
+//! The lock of the session comes before this lock. A thread holds this one only to look something
+//! up or to insert it, and never while it waits. So the hook channel may take it at any time.
 
 use crate::block::Block;
 use crate::error::Error;
@@ -28,7 +28,7 @@ pub(crate) struct Memory {
 
 #[derive(Debug, Default)]
 struct Blocks {
-    /// Keeps the set valid.
+    /// Checks each new block against the others.
     table: BlockTable,
     by_id: BTreeMap<u32, Arc<Block>>,
 }
@@ -49,7 +49,7 @@ impl Memory {
         })
     }
 
-    /// Bytes of the log's file.
+    /// Length of the file of the log in bytes.
     pub(crate) fn log_bytes(&self) -> u64 {
         self.log.pages() / 8
     }
@@ -63,12 +63,12 @@ impl Memory {
         self.blocks().by_id.get(&id).cloned()
     }
 
-    /// All blocks in order of their ids.
+    /// All blocks in the order of their ids.
     pub(crate) fn all(&self) -> Vec<Arc<Block>> {
         self.blocks().by_id.values().cloned().collect()
     }
 
-    /// Checks a new block against the log and the other blocks, and takes its place.
+    /// Checks a new block against the log and the other blocks, and reserves its id and range.
     pub(crate) fn reserve(&self, geometry: &BlockGeometry) -> Result<(), Error> {
         self.blocks().table.insert(geometry.clone(), MAX_MEM_SLOTS)?;
         let BlockGeometry { id, gpa, length, .. } = *geometry;
@@ -79,12 +79,12 @@ impl Memory {
         Ok(())
     }
 
-    /// Puts a block into its place.
+    /// Inserts a block that was reserved.
     pub(crate) fn insert(&self, block: Arc<Block>) {
         self.blocks().by_id.insert(block.geometry.id, block);
     }
 
-    /// Gives up the block and its place.
+    /// Removes the block and its reservation.
     pub(crate) fn forget(&self, id: u32) {
         let mut blocks = self.blocks();
         blocks.table.remove(id);

@@ -1,64 +1,62 @@
-//! The guest's missing pages, while it runs before its memory is here: postcopy, seen from the VMM.
+//! Missing pages of a guest that already runs: postcopy and lazy restore, on the side of the VMM.
 //!
-//! The agent asks for the registration before the guest's state is loaded. From then on a touch of
-//! a page that is not here waits until the agent has placed it. When all is here the registration
-//! is taken back, and holes are plain holes again.
+//! Before the state of the guest is loaded, the agent asks the client to register the mappings of
+//! all blocks with a userfaultfd. From then on an access to a missing page waits until the agent
+//! has placed the page. When all memory is here, the client unregisters the mappings, and a hole is
+//! an ordinary hole again.
 //!
-//! # If the agent dies in between
+//! # The agent is lost before all memory is here
 //!
-//! What was missing then never comes: the guest cannot go on. Nobody may take the missing pages for
-//! zero, so the mappings stay registered, and who touches them waits. The VMM is told at once
-//! ([`Hooks::memory_lost`](crate::Hooks::memory_lost)) and stops its guest. When the hook has
-//! returned, or after five seconds, whoever still waits, such as the thread of a device, gets
-//! SIGBUS instead of waiting for ever, page by page as they are touched. The five seconds are for a
-//! VMM whose hooks wait themselves: for a page, so that they do not hear of the end, or for a
-//! thread that waits for one.
+//! The missing pages never arrive, so the guest cannot continue. Reading zero instead would corrupt
+//! it silently. So:
 //!
-//! If no guest has run here yet, none is lost: who waits goes on, and what is missing is zero, of a
-//! guest that never runs here.
+//! 1. The mappings stay registered, and every access to a missing page waits.
+//! 2. The VMM is told at once ([`Hooks::memory_lost`](crate::Hooks::memory_lost)) and stops its
+//!    guest.
+//! 3. When that hook has returned, but at the latest after [`STOP_TIMEOUT`], a
+//!    [poisoner](crate::poison) answers each access to a missing page with SIGBUS. The timeout is
+//!    for a VMM whose hook thread waits for a missing page itself: it never hears of step 2.
 //!
-//! What was lost concerns that guest only. As soon as another is awaited here, nobody gets an error
-//! any more: the registration is taken back, and so are the marks in the page tables, which would
-//! outlive it, whatever the new guest's memory holds there.
+//! If the guest was never resumed here, nothing is lost: the source still has it. The accesses that
+//! wait continue and read zero, from a guest that never runs here.
 //!
-//! Until then that guest is neither sent nor saved: a page that is missing is a hole of the file,
-//! which would travel as zero. Without an agent's word it is not known which those are, so this
-//! looks no closer than at the state: see [`MissingPages::is_complete`].
+//! # After that
 //!
-//! An agent that lives, but whose image turns out to be damaged, says so by the hook channel. It
-//! may be in vain, if a hook waits for one of the pages that never come: so how its job stands is
-//! looked at, too.
+//! A guest that has lost memory is neither sent nor saved. A missing page is a hole in the file and
+//! would travel as zero, and without the agent nobody knows which holes are missing pages. So the
+//! client refuses as long as the state is not [complete](MissingPages::is_complete).
 //!
-//! How a lost agent is found: see [`heartbeat`](crate::heartbeat).
+//! The loss ends with the guest. When the VMM awaits another guest, the client unregisters the
+//! mappings and clears the poison marks. The marks are in the page tables and would otherwise hit
+//! the next guest.
+//!
+//! # Who finds out
+//!
+//! - The end of the connection, or a missing sign of life: see [`heartbeat`](crate::heartbeat).
+//! - An agent that lives but finds its image damaged says so on the hook channel. A hook that waits
+//!   for a missing page would never hear that, so the heartbeat also looks at the status of the
+//!   job.
 
 use crate::error::Error;
 use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, Probe, WatchedSockets};
 use crate::link::Link;
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
+use crate::poison::Poisoner;
 use crate::registration::Registration;
-use crate::stop::{StopSource, StopToken, stop_pair};
+use crate::stop::StopToken;
 use crate::sync::lock;
-use crate::threads::{catch_panic, spawn_thread};
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
-use pageferry_protocol::userfault::{MAX_FAULTS, Poisoned, RegisterMode, feature};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use pageferry_protocol::userfault::{RegisterMode, feature};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// How long the VMM has to stop its guest before those who wait for what never comes get an error:
-/// it may be one of them.
+/// Time that the VMM has to stop its guest before accesses to missing pages become errors.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// What a userfaultfd for missing pages must be able to do.
+/// Features of a userfaultfd for missing pages.
 const FEATURES: u64 = feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON;
-/// How often all who wait are woken once the agent is lost: one that is not dead may still read
-/// faults, and answers none.
-const WAKE_INTERVAL: Duration = Duration::from_millis(250);
-
-/// The registration, if there is one. Shared by a client and its hook channels.
+/// The registration, if there is one. A client and its hook channels share it.
 #[derive(Debug, Default)]
 pub(crate) struct MissingPages(Mutex<State>);
 
@@ -67,29 +65,21 @@ enum State {
     /// All memory is here.
     #[default]
     Complete,
-    /// The agent places what is missing.
+    /// The agent is placing the missing pages.
     Pending {
         registered: Registration,
         _heartbeat: Heartbeat,
-        /// The connection whose agent does.
+        /// The connection of that agent.
         link: u64,
     },
-    /// It never will.
+    /// The missing pages never arrive.
     Lost {
         registered: Arc<Registration>,
         poisoner: Option<Poisoner>,
         link: u64,
-        /// The VMM has been told.
+        /// The VMM was told.
         reported: bool,
     },
-}
-
-/// The thread that answers who touches what is missing. Dropping this ends it.
-#[derive(Debug)]
-struct Poisoner {
-    stop: StopSource,
-    /// Returns the pages that it marked.
-    thread: JoinHandle<Vec<Poisoned>>,
 }
 
 impl MissingPages {
@@ -97,10 +87,10 @@ impl MissingPages {
         lock(&self.0)
     }
 
-    /// Finds out whether [`MissingPages::register`] would work, without a trace: whoever touches a
-    /// mapping meanwhile waits for a moment.
+    /// Finds out whether [`MissingPages::register`] would work, and leaves nothing registered. An
+    /// access to a mapping may wait for a moment meanwhile.
     pub(crate) fn probe(&self, memory: &Memory) -> Result<(), Error> {
-        // What is registered now is not asked for again; what is lost is unregistered before.
+        // A registration that exists has worked; one of lost memory ends before the next begins.
         match &*self.state() {
             State::Complete => {
                 Registration::register_all(memory, FEATURES, RegisterMode::Missing).map(drop)
@@ -109,8 +99,8 @@ impl MissingPages {
         }
     }
 
-    /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for
-    /// the agent.
+    /// Registers the mappings of all blocks and starts a heartbeat. Returns the userfaultfd for the
+    /// agent.
     pub(crate) fn register(
         self: &Arc<Self>, memory: &Memory, link: Arc<Link>, ownership: &Arc<SharedOwnership>,
         probe: Probe,
@@ -118,7 +108,7 @@ impl MissingPages {
         self.forget_lost();
         let registered = Registration::register_all(memory, FEATURES, RegisterMode::Missing)?;
         let for_agent = registered.duplicate()?;
-        // The heartbeat may find the agent dead at once, and is to find the registration then.
+        // Locked first: the heartbeat may find the agent dead at once, and then needs the state.
         let mut state = self.state();
         let id = link.id;
         let heartbeat = self.watch(link, ownership, probe)?;
@@ -126,7 +116,7 @@ impl MissingPages {
         Ok(for_agent)
     }
 
-    /// Has the agent watched until what is returned is dropped.
+    /// Watches the agent until the result is dropped.
     fn watch(
         self: &Arc<Self>, link: Arc<Link>, ownership: &Arc<SharedOwnership>, probe: Probe,
     ) -> Result<Heartbeat, Error> {
@@ -135,18 +125,19 @@ impl MissingPages {
             if let Some(faults) = weak.upgrade() {
                 faults.wake_waiters(id, &ownership);
             }
-            // The hook channel ends this when it has told the VMM.
+            // The hook channel drops this heartbeat when it has told the VMM.
             if !stopped.is_stopped_within(STOP_TIMEOUT)
                 && ownership.lock().ownership() == Ownership::Ours
                 && let Some(faults) = weak.upgrade()
             {
                 log::error!(
-                    "memory is lost, and the VMM has not stopped its guest: who waits for a page gets SIGBUS"
+                    "memory is lost, and the VMM has not stopped its guest in time: accesses to missing pages get SIGBUS"
                 );
                 faults.set_lost(id, false);
             }
         };
-        // A VMM without a hook channel may still have an agent that places pages.
+        // Only the control channel: a VMM without a hook channel may still have an agent that
+        // places pages.
         Heartbeat::start(
             probe,
             link,
@@ -157,59 +148,59 @@ impl MissingPages {
         )
     }
 
-    /// True while the guest may touch pages that are not here.
+    /// True while the guest may access pages that are still missing.
     pub(crate) fn is_pending(&self) -> bool {
         matches!(*self.state(), State::Pending { .. })
     }
 
-    /// The same, if it is the agent of this connection that places them.
+    /// The same, if the agent of connection `of` places them.
     pub(crate) fn is_pending_for(&self, of: u64) -> bool {
         matches!(*self.state(), State::Pending { link, .. } if link == of)
     }
 
-    /// True if nothing is missing: only then is what the memory holds the guest's.
+    /// True if no page is missing. Only then the memory here is the memory of the guest.
     pub(crate) fn is_complete(&self) -> bool {
         matches!(*self.state(), State::Complete)
     }
 
-    /// True if something is missing that never comes.
+    /// True if pages are missing that never arrive.
     pub(crate) fn is_lost(&self) -> bool {
         matches!(*self.state(), State::Lost { .. })
     }
 
-    /// Takes the registration back: all is here, or nobody has run.
+    /// Unregisters the mappings: all memory is here, or the guest never ran here.
     pub(crate) fn unregister(&self) {
         let before = std::mem::take(&mut *self.state());
-        // Out of the lock: it wakes and waits.
+        // Outside the lock: dropping wakes threads and may wait for one.
         drop(before);
     }
 
-    /// Another guest is to come here: what the one before lost is no more. When this returns nobody
-    /// gets an error for a page that is missing.
+    /// Forgets what was lost, since another guest is awaited. When this returns, no access gets an
+    /// error for a missing page.
     pub(crate) fn forget_lost(&self) {
         let mut state = self.state();
         if !matches!(*state, State::Lost { .. }) {
             return;
         }
         let State::Lost { registered, poisoner, .. } = std::mem::take(&mut *state) else { return };
-        if let Some(Poisoner { stop, thread }) = poisoner {
-            drop(stop);
-            // While it is registered: so this is the mapping that was marked, and not another in
-            // its place.
-            for page in thread.join().unwrap_or_default() {
+        if let Some(poisoner) = poisoner {
+            // The mappings are still registered, so these are the mappings that were marked.
+            for page in poisoner.end() {
                 let start = page.range().start;
                 if let Err(errno) = registered.uffd.clear_poison(page) {
-                    log::debug!("cannot clear a mark at {start:#x}, unmapped by now? ({errno})");
+                    log::debug!(
+                        "cannot clear the poison mark at {start:#x}, perhaps unmapped: {errno}"
+                    );
                 }
             }
         }
-        // Within the lock: whoever comes second finds it done.
+        // Inside the lock: a second caller finds it done.
         drop(registered);
     }
 
-    /// The agent is lost. If no guest has run here none will, and who waits for memory goes on: a
-    /// device that loads its state does so on the thread of the hook channel, which hears of the
-    /// end only after that.
+    /// Called when the agent is lost. If the guest was not resumed here yet, it never will be, so
+    /// accesses that wait may continue. One of them may be the thread of the hook channel, which
+    /// loads the state of a device and hears of the loss only after that.
     fn wake_waiters(&self, of: u64, ownership: &SharedOwnership) {
         if let State::Pending { registered, link, .. } = &*self.state()
             && *link == of
@@ -219,8 +210,8 @@ impl MissingPages {
         }
     }
 
-    /// True if memory is missing that never comes, now that the agent of this connection is lost,
-    /// and the VMM is to be told.
+    /// True if the loss of the agent of connection `of` means that memory is lost, and the VMM was
+    /// not told.
     pub(crate) fn is_lost_unreported(&self, of: u64) -> bool {
         match *self.state() {
             State::Pending { link, .. } | State::Lost { reported: false, link, .. } => link == of,
@@ -228,9 +219,9 @@ impl MissingPages {
         }
     }
 
-    /// Answers who touches what is missing with SIGBUS from now on, as long as the client lives. To
-    /// be called when the guest was stopped, of which the VMM was told, or had time enough to be.
-    /// Nothing happens if the memory is not that of this connection's agent any more.
+    /// From now on an access to a missing page gets SIGBUS, for as long as the client lives. Call
+    /// this when the VMM has stopped its guest, or has had enough time to. Does nothing unless the
+    /// missing pages are those of connection `of`.
     pub(crate) fn set_lost(&self, of: u64, is_reported: bool) {
         let mut state = self.state();
         if !matches!(*state, State::Pending { link, .. } | State::Lost { link, .. } if link == of) {
@@ -239,9 +230,9 @@ impl MissingPages {
         match std::mem::take(&mut *state) {
             State::Pending { registered, link, .. } => {
                 let registered = Arc::new(registered);
-                let poisoner = start_poisoner(&registered).inspect_err(|error| {
+                let poisoner = Poisoner::start(&registered).inspect_err(|error| {
                     log::error!(
-                        "who touches a missing page waits for ever: {}",
+                        "accesses to missing pages wait for ever: {}",
                         pageferry_protocol::error::chain(error)
                     );
                 });
@@ -264,67 +255,7 @@ impl MissingPages {
 /// True if the job that was to bring the memory ended without all of it.
 fn failed_incomplete(status: &JobStatus) -> bool {
     let brings = matches!(status.kind, JobKind::Incoming | JobKind::Restore);
-    // One that failed may have all of it here, such as when the VMM is late to say that its guest
-    // runs.
+    // A job may fail with all memory here, for example if the VMM confirms the resume too late.
     let failed = status.phase.is_final() && status.phase != Phase::Completed;
     brings && failed && status.counters.remaining_pages > 0
-}
-
-/// Starts the thread that poisons what is touched until what is returned is dropped.
-fn start_poisoner(registered: &Arc<Registration>) -> Result<Poisoner, Error> {
-    let (stop, stopped) = stop_pair()?;
-    let weak = Arc::downgrade(registered);
-    let run = move || {
-        let mut faults = [0; MAX_FAULTS];
-        let mut marked = Vec::new();
-        while let Some(registered) = weak.upgrade() {
-            // Who waits already was read by the agent, and has to come again. What is unmapped by
-            // now nobody waits for.
-            for range in &registered.ranges {
-                let _ = registered.uffd.wake(*range);
-            }
-            match catch_panic(|| poison_faults(&registered, &stopped, &mut faults, &mut marked)) {
-                Ok(true) => {}
-                Ok(false) => break,
-                // Whoever waits at a page has nobody else, so it goes on.
-                Err(panic) => log::error!("answering who touches a missing page panicked: {panic}"),
-            }
-        }
-        marked
-    };
-    Ok(Poisoner { stop, thread: spawn_thread("pageferry-poison", run)? })
-}
-
-/// Poisons the pages of the faults that come, for a while, and adds them to `marked`; false when it
-/// is to end, or cannot.
-fn poison_faults(
-    registered: &Registration, stopped: &StopToken, faults: &mut [u64; MAX_FAULTS],
-    marked: &mut Vec<Poisoned>,
-) -> bool {
-    let until = Instant::now() + WAKE_INTERVAL;
-    while Instant::now() < until {
-        let mut polled =
-            [PollFd::new(&registered.uffd, PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
-        let wake = Timespec { tv_sec: 0, tv_nsec: i64::from(WAKE_INTERVAL.subsec_nanos()) };
-        match poll(&mut polled, Some(&wake)) {
-            Ok(0) | Err(Errno::INTR) => continue,
-            Ok(_) => {}
-            Err(_) => return false,
-        }
-        if !polled[1].revents().is_empty() {
-            return false;
-        }
-        let Ok(count) = registered.uffd.read_faults(faults) else { return false };
-        for address in &faults[..count] {
-            let Some(page) = registered.page_of(*address) else { continue };
-            // There may be a page by now, or another mark.
-            match registered.uffd.poison(page) {
-                Ok(page) => marked.push(page),
-                Err(_) => {
-                    let _ = registered.uffd.wake(page);
-                }
-            }
-        }
-    }
-    true
 }

@@ -1,11 +1,12 @@
-//! Who may run the guest: `one-owner`, seen from the VMM, in one place.
+//! Who may run the guest: `one-owner` on the side of the VMM, in one state machine.
 //!
-//! The destination never runs before it received the commit; the source never runs after it may
-//! have been sent. The agent asks for the turn of that line with the relinquish hook; between its
-//! answer and the agent's word that no commit left (a resume hook), nobody but an operator may
-//! resume the guest, not even when the agent dies. That word counts only from the agent that asked,
-//! and only until its job ended or another began: a new agent, or a new attempt, knows nothing of
-//! that commit.
+//! The destination never runs the guest before it has received the commit. The source never runs it
+//! after the commit may have been sent. The agent asks for that point with the relinquish hook.
+//!
+//! After the answer, only an operator may resume the guest, even if the agent dies, unless the
+//! agent says by a resume hook that no commit was sent. That counts only from the agent that asked,
+//! and only until its job has ended or another has begun: a new agent, or a new attempt, knows
+//! nothing of the old commit.
 //!
 //! ```text
 //!            relinquish                outgoing completed
@@ -18,45 +19,50 @@
 //!    take by force, resume by force: Ours from any
 //! ```
 //!
-//! A guest is awaited as soon as it is asked for, since it may come sooner than the agent's answer.
-//! Until that comes, the agent may also be in the middle of a snapshot, and about to refuse: so
-//! what a snapshot needs is still allowed then, unless a guest comes. The resume that ends the
-//! snapshot is not the one of the guest that is awaited, whose state is always loaded before.
+//! # The answer to a start
 //!
-//! The run state is kept beside it. A guest that its operator has paused is paused once more by a
-//! job, and goes back to what it was when the job lets go of it: it is not run by a failure. A
-//! guest that a job has brought is what the agent says.
+//! The client awaits a guest as soon as it sends the request, since the guest may come before the
+//! answer. Until the answer comes, the agent may also be in the middle of a snapshot and about to
+//! refuse. So everything that a snapshot needs is still allowed, unless a guest comes. The resume
+//! that ends the snapshot cannot be taken for the resume of the awaited guest, since the state of
+//! that guest is always loaded first.
 //!
-//! The state machine does no I/O and calls no hook: it says what to do. The lock around it is held
-//! for a few instructions only.
+//! # The run state
 //!
-//! # Two agents at once
+//! A guest that its operator has paused is paused once more by a job, and returns to its run state
+//! when the job is done with it: a failure does not run it. For a guest that a job has brought, the
+//! agent says the run state.
+//!
+//! # Two agents
 //!
 //! After a reattach the hook channel of the old agent may still have requests to handle, and its
-//! end to deal with, on a thread of its own. Two rules keep it from harming the next agent:
+//! end, on its own thread. Two rules keep it from harming the next agent:
 //!
-//! - The hook that a decision leads to is called under the
-//!   [turn](SharedOwnership::lock_guest_hooks), and the machine hears the result before the turn
-//!   ends. So no guest is resumed for the old agent after the next one has paused it.
-//! - The machine knows the current agent. What an earlier one asks to begin is refused
-//!   ([`Forbidden::Replaced`]); its word about a guest that it had is still heard.
+//! - A decision and the hook that follows from it happen under one lock
+//!   ([`SharedOwnership::lock_guest_hooks`]), and the machine hears the result before that lock is
+//!   released. So no guest is resumed for the old agent after the next one has paused it.
+//! - The machine knows the current agent. A request of an earlier agent that begins something is
+//!   refused ([`Forbidden::Replaced`]). What it says about a guest that it had still counts.
+//!
+//! The state machine does no I/O and calls no hook. It says what to do. The lock around it is held
+//! for a few instructions only.
 
 use crate::sync::lock;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
 use std::sync::{Mutex, MutexGuard};
 
-/// Whether the guest is this VMM's to run.
+/// Whether this VMM may run the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ownership {
     /// This VMM may run the guest.
     Ours,
-    /// Given up, or perhaps given up: the guest stands still here, and must.
+    /// The guest was given up, or may have been: it is paused here and must stay so.
     /// [`Client::take_by_force`](crate::Client::take_by_force) is for an operator who knows that
-    /// the destination does not run.
+    /// the guest does not run at the destination.
     Relinquished,
-    /// The destination confirmed that it runs the guest.
+    /// The destination has confirmed that it runs the guest.
     Gone,
-    /// An incoming migration or a restore was started, and its guest is not ours yet.
+    /// An incoming migration or a restore was started, and its guest has not arrived yet.
     Awaiting,
 }
 
@@ -65,13 +71,14 @@ pub enum Ownership {
 enum Pause {
     /// No hook has paused it: it runs, or its operator has paused it.
     Running,
-    /// A hook of this connection failed halfway: part of the guest may be paused. It counts as not
-    /// paused, but it is resumed like one that is, also when the agent is lost.
+    /// A pause or resume hook failed halfway for this connection, and a part of the guest may be
+    /// paused. The guest counts as not paused, but is resumed like a paused one, also when the
+    /// agent is lost.
     Uncertain {
         /// The connection.
         link: u64,
     },
-    /// Paused by the agent on this connection.
+    /// A hook has paused it for the agent of this connection.
     Paused {
         /// The connection.
         link: u64,
@@ -79,7 +86,7 @@ enum Pause {
 }
 
 impl Pause {
-    /// The connection that a hook paused the guest for, or perhaps did.
+    /// The connection for which a hook has paused the guest, or may have.
     fn link(self) -> Option<u64> {
         match self {
             Self::Running => None,
@@ -88,7 +95,7 @@ impl Pause {
     }
 }
 
-/// A hook that is not allowed now, in words for the agent.
+/// Why a hook is not allowed now, in words for the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Forbidden {
     #[error("ownership is {0:?}: there is nothing to give up")]
@@ -111,12 +118,12 @@ pub(crate) enum Forbidden {
     Replaced,
 }
 
-/// What to do about a resume hook.
+/// What to do for a resume hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ResumeAction {
-    /// Tell the VMM that the guest is to be so.
+    /// Bring the guest into this run state.
     SetRunState(RunState),
-    /// No hook has paused it: just say so.
+    /// No hook has paused the guest: just answer.
     Nothing,
 }
 
@@ -125,19 +132,19 @@ pub(crate) enum ResumeAction {
 pub(crate) struct StateMachine {
     ownership: Ownership,
     pause: Pause,
-    /// What the guest goes back to with the next resume, while `pause` is not [`Pause::Running`].
+    /// The run state that the next resume restores, while `pause` is not [`Pause::Running`].
     run_state: RunState,
-    /// The connection whose agent may still say that the guest is to run here: while relinquished,
-    /// that no commit left; while awaiting, that one arrived.
+    /// The connection whose agent may still say that the guest is to run here. While relinquished:
+    /// that no commit was sent. While awaiting: that one has arrived.
     requested_by: Option<u64>,
-    /// While awaiting: the agent has neither answered nor brought anything, and the guest was ours
-    /// before.
+    /// While awaiting: the agent has not answered the start and has brought nothing, and the guest
+    /// was ours before.
     start_unanswered: bool,
-    /// How often a guest was awaited. Tells who asked for the one that is.
+    /// How often a guest was awaited. Tells which start the awaited guest belongs to.
     awaited_count: u64,
     /// The connection of the current agent. Later ones have larger numbers.
     agent: u64,
-    /// The migration that the guest was given up to last.
+    /// The last migration that the guest was given up to.
     migration: Migration,
 }
 
@@ -155,13 +162,13 @@ impl StateMachine {
         }
     }
 
-    /// The agent of this connection is the current one from now on. To be called before it can ask
-    /// anything.
+    /// Makes the agent of this connection the current one. Call it before the agent can send a
+    /// request.
     pub(crate) fn admit(&mut self, link: u64) {
         self.agent = link;
     }
 
-    /// Refuses to begin anything for an agent that was replaced.
+    /// Refuses a request of an agent that was replaced.
     fn check_current(&self, link: u64) -> Result<(), Forbidden> {
         if link < self.agent { Err(Forbidden::Replaced) } else { Ok(()) }
     }
@@ -170,20 +177,21 @@ impl StateMachine {
         self.ownership
     }
 
-    /// True if the guest was given up, or perhaps: then the agent, even one that is lost, may be
-    /// what the guest still gets its memory from, wherever it runs.
+    /// True if the guest was given up, or may have been. The guest may then get its memory from the
+    /// agent, wherever it runs, even if that agent is lost here.
     pub(crate) fn may_run_elsewhere(&self) -> bool {
         matches!(self.ownership, Ownership::Relinquished | Ownership::Gone)
     }
 
-    /// The VMM allowed that a guest is restored. Refused if the agent was replaced while the VMM
-    /// thought about it: the next one may already bring another guest.
+    /// The VMM has allowed a restore. Refused if the agent was replaced meanwhile: the next agent
+    /// may already bring another guest.
     pub(crate) fn allow_restore(&mut self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         self.set_awaiting(link);
         Ok(())
     }
 
+    /// Awaits a guest of the agent of this connection.
     fn set_awaiting(&mut self, link: u64) {
         self.ownership = Ownership::Awaiting;
         self.requested_by = Some(link);
@@ -191,8 +199,9 @@ impl StateMachine {
         self.awaited_count += 1;
     }
 
-    /// A guest is about to be asked for, by an incoming migration or a restore. Returns what to
-    /// hand to [`StateMachine::start_refused`]; otherwise [`StateMachine::start_answered`] follows.
+    /// The client is about to send the start of an incoming migration or a restore. Returns the
+    /// state to hand to [`StateMachine::start_refused`]; otherwise [`StateMachine::start_answered`]
+    /// follows.
     pub(crate) fn begin_start(&mut self, link: u64) -> StateMachine {
         let before = *self;
         self.set_awaiting(link);
@@ -200,8 +209,8 @@ impl StateMachine {
         before
     }
 
-    /// The agent refused it: what was before holds, unless something else happened meanwhile, such
-    /// as that the VMM allowed an operator's restore.
+    /// The agent has refused the start. Returns to the state before, unless something else happened
+    /// meanwhile, for example a restore that the VMM allowed to an operator.
     pub(crate) fn start_refused(&mut self, before: StateMachine) {
         if self.ownership == Ownership::Awaiting && self.awaited_count == before.awaited_count + 1 {
             self.ownership = before.ownership;
@@ -210,12 +219,12 @@ impl StateMachine {
         }
     }
 
-    /// The agent did not refuse it.
+    /// The agent has not refused the start.
     pub(crate) fn start_answered(&mut self) {
         self.start_unanswered = false;
     }
 
-    /// True if the guest is ours, or is as long as the agent has not said that it brings another.
+    /// True if the guest is ours, or still is until the agent says that it brings another.
     fn is_guest_here(&self) -> bool {
         match self.ownership {
             Ownership::Ours => true,
@@ -224,9 +233,9 @@ impl StateMachine {
         }
     }
 
-    /// The agent asks, for an operator, whether a guest may be restored here. To be called before
-    /// the VMM is asked, which then decides. Not while the guest may have to run here again: it
-    /// would be gone, and nowhere else.
+    /// The agent asks, for an operator, whether a guest may be restored here. Call it before the
+    /// VMM is asked, which then decides. Refused while our guest may have to run here again: it
+    /// would be lost everywhere.
     pub(crate) fn prepare_restore(&self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         match self.ownership {
@@ -235,8 +244,8 @@ impl StateMachine {
         }
     }
 
-    /// The agent brings the state of a guest. Only the one that was asked may: nobody else's guest
-    /// is to overwrite ours.
+    /// The agent brings the state of a guest. Only the agent that was asked for one may: no other
+    /// guest is to overwrite ours.
     pub(crate) fn load_state(&mut self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         match self.ownership {
@@ -248,11 +257,11 @@ impl StateMachine {
         }
     }
 
-    /// The agent of this connection is lost, which was to bring a guest: from now on it cannot have
-    /// it run any more. False if it has already.
+    /// The agent of this connection is lost and can no longer have its guest resumed here. False if
+    /// it has done so already.
     pub(crate) fn stop_awaiting(&mut self, link: u64) -> bool {
         let awaiting = self.ownership == Ownership::Awaiting;
-        // The next agent may bring another.
+        // Another agent may bring another guest.
         if awaiting && self.requested_by == Some(link) {
             self.requested_by = None;
             self.start_unanswered = false;
@@ -260,8 +269,8 @@ impl StateMachine {
         awaiting
     }
 
-    /// The agent asks for a pause. Only a guest that is ours can be paused; that it is asked for is
-    /// the beginning of another attempt, which will end with a resume if it fails.
+    /// The agent asks for a pause. Only a guest that is ours can be paused. The request also begins
+    /// another attempt, which will end with a resume if it fails.
     pub(crate) fn pause(&mut self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         if self.is_guest_here() {
@@ -271,26 +280,27 @@ impl StateMachine {
         Err(Forbidden::NotOurs(self.ownership))
     }
 
-    /// The agent asks to watch the guest's writes. Elsewhere it writes, or nowhere.
+    /// The agent asks to watch the writes of the guest. A guest that is not here writes elsewhere,
+    /// or nowhere.
     pub(crate) fn watch_writes(&self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         if self.is_guest_here() { Ok(()) } else { Err(Forbidden::NotOursToSave(self.ownership)) }
     }
 
-    /// The run state of a guest that a hook has paused, or may have: what it was before. `None` if
-    /// no hook has: then the VMM knows.
+    /// The run state before a hook paused the guest, or may have. `None` if no hook has: then the
+    /// VMM knows it.
     pub(crate) fn run_state_before_pause(&self) -> Option<RunState> {
         (self.pause != Pause::Running).then_some(self.run_state)
     }
 
-    /// The VMM's pause returned. The guest's run state was `before`.
+    /// The pause hook of the VMM has returned. The run state before was `before`.
     pub(crate) fn paused(&mut self, link: u64, success: bool, before: RunState) {
         self.run_state = before;
         self.pause = if success { Pause::Paused { link } } else { Pause::Uncertain { link } };
     }
 
-    /// The agent asks for the line of `one-owner`, for this migration. To be called before it is
-    /// answered. A refusal changes nothing: another migration may be under way.
+    /// The agent asks to give the guest up to this migration (`one-owner`). Call it before the
+    /// answer is sent. A refusal changes nothing: another migration may be under way.
     pub(crate) fn relinquish(&mut self, link: u64, migration: Migration) -> Result<(), Forbidden> {
         self.check_current(link)?;
         match (self.ownership, self.pause) {
@@ -306,16 +316,16 @@ impl StateMachine {
         Ok(())
     }
 
-    /// The migration that the guest was given up to; `None` if it was not, or not to one that could
-    /// be recovered.
+    /// The migration that the guest was given up to; `None` if it was not given up, or that
+    /// migration cannot be recovered.
     fn migration(&self) -> Option<Migration> {
         let recoverable =
             self.ownership == Ownership::Relinquished && self.migration.session != [0; 16];
         recoverable.then_some(self.migration)
     }
 
-    /// The answer to relinquish could not be sent whole. So the agent does not have it, and no
-    /// commit can leave.
+    /// The answer to relinquish could not be sent completely. So the agent does not have it, and no
+    /// commit can be sent.
     pub(crate) fn relinquish_unanswered(&mut self, link: u64) {
         if self.ownership == Ownership::Relinquished && self.requested_by == Some(link) {
             self.ownership = Ownership::Ours;
@@ -323,14 +333,15 @@ impl StateMachine {
         }
     }
 
-    /// The agent says that the guest is ours. It knows that no commit left, or that one arrived; or
-    /// an operator takes it by force. Ownership turns before the VMM resumes the guest: if that
-    /// fails, nobody else has it either. A guest that the agent has brought stays paused if
-    /// `paused` says so; any other is as it was before it was paused. An operator who forces it
-    /// wants it to run.
+    /// The agent says that the guest is ours. It knows that no commit was sent, or that one has
+    /// arrived; or an operator forces it. Ownership changes before the VMM resumes the guest: if
+    /// that fails, nobody else has the guest either.
     ///
-    /// A guest that a later agent has paused is not for an earlier one to resume, nor may an
-    /// earlier one force anything: its operator got no answer, and has to ask again.
+    /// A guest that the agent has brought stays paused if `paused` says so. Any other guest returns
+    /// to its run state before the pause. An operator who forces it wants it to run.
+    ///
+    /// An earlier agent can neither resume a guest that a later agent has paused nor force
+    /// anything. Its operator got no answer and has to ask again.
     pub(crate) fn resume(
         &mut self, link: u64, force: bool, paused: bool,
     ) -> Result<ResumeAction, Forbidden> {
@@ -352,7 +363,7 @@ impl StateMachine {
             return Ok(ResumeAction::Nothing);
         }
         if self.ownership == Ownership::Awaiting && self.start_unanswered && !force {
-            // Of the guest that is still here: whether another comes is not known yet.
+            // This is about the guest that is still here. Whether another comes is not known yet.
             return Ok(self
                 .run_state_before_pause()
                 .map_or(ResumeAction::Nothing, ResumeAction::SetRunState));
@@ -374,7 +385,7 @@ impl StateMachine {
         })
     }
 
-    /// The VMM's resume for this connection returned.
+    /// The resume hook of the VMM for this connection has returned.
     pub(crate) fn resumed(&mut self, link: u64, success: bool) {
         match (success, self.pause) {
             (true, _) => self.pause = Pause::Running,
@@ -384,8 +395,8 @@ impl StateMachine {
         }
     }
 
-    /// The agent of this connection reports how a job stands. One before the agent that the guest
-    /// was given up to knows nothing of that migration.
+    /// The agent of this connection reports the status of a job. An agent before the one that the
+    /// guest was given up to knows nothing of that migration.
     pub(crate) fn event(&mut self, link: u64, status: &JobStatus) {
         let is_of_before = self.requested_by.is_some_and(|requested_by| requested_by > link);
         if status.kind != JobKind::Outgoing
@@ -401,14 +412,14 @@ impl StateMachine {
         }
     }
 
-    /// True if the guest is paused for the agent, or may be, and can still be resumed here without
-    /// it: it must not stay paused for an agent that hangs.
+    /// True if the guest is paused for the agent, or may be, and can be resumed here without it. It
+    /// must not stay paused for an agent that hangs.
     pub(crate) fn is_paused_for_agent(&self) -> bool {
         self.is_guest_here() && self.pause != Pause::Running
     }
 
-    /// True if the guest has left, or was given up by an agent that is not the one of this
-    /// connection: it comes back by force only.
+    /// True if the guest has left, or was given up by another agent than that of this connection.
+    /// It returns by force only.
     pub(crate) fn has_left(&self, link: u64) -> bool {
         match self.ownership {
             Ownership::Gone => true,
@@ -417,9 +428,10 @@ impl StateMachine {
         }
     }
 
-    /// The hook channel of this connection ended. Returns what the guest is to go back to, if it
-    /// was paused through that channel, or may have been, and is ours. Through an earlier one, too:
-    /// its end may have come while another guest was awaited, which the agent refused later.
+    /// The hook channel of this connection has ended. Returns the run state to restore, if the
+    /// guest is ours and was paused through this channel, or may have been. Also through an earlier
+    /// channel: that one may have ended while another guest was awaited, which the agent refused
+    /// later.
     pub(crate) fn run_state_after_loss(&self, link: u64) -> Option<RunState> {
         let paused = self.pause.link().is_some_and(|paused_by| paused_by <= link);
         (self.ownership == Ownership::Ours && paused).then_some(self.run_state)
@@ -431,12 +443,12 @@ impl StateMachine {
     }
 }
 
-/// What an agent has to know that goes on with a migration which another one began.
+/// What a new agent needs to continue a migration of an earlier one.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Migration {
-    /// What tells it from others; zeroes if it cannot be recovered.
+    /// Identifies the migration; zeroes if it cannot be recovered.
     pub(crate) session: [u8; 16],
-    /// Pages are freed here as they arrive there.
+    /// Pages are freed here as they arrive at the destination.
     pub(crate) release: bool,
 }
 
@@ -464,11 +476,11 @@ impl SharedOwnership {
     }
 
     /// Waits until no other hook channel of this client is between a decision about the guest and
-    /// the end of the VMM's hook that it leads to. Hold it from the decision until the machine has
-    /// the hook's result.
+    /// the end of the hook that follows from it. Hold it from the decision until the machine has
+    /// the result of the hook.
     ///
-    /// Only hook channels take it, and before any other lock. A hook may use the client while it is
-    /// held, so nobody may wait for it who holds the session.
+    /// Only hook channels take it, before any other lock. A hook may use the client while it is
+    /// held, so no thread may wait for it while it holds the session.
     pub(crate) fn lock_guest_hooks(&self) -> GuestHooksLock<'_> {
         GuestHooksLock(lock(&self.guest_hooks))
     }

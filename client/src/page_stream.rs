@@ -1,9 +1,9 @@
-//! The page stream in the VMM's own hands: a VMM that has its own transport between hosts relays
-//! records instead of letting the agents connect to each other.
+//! The page stream in the hands of the VMM. A VMM with its own transport between hosts relays
+//! records, instead of letting the agents connect to each other.
 //!
 //! One end of a [`PageStream::pair`] goes to the agent as
-//! [`Target::Socket`](crate::Target::Socket). What [`PageStream::recv`] yields has to come out of
-//! the other host's [`PageStream::send`], in order, and the same in the other direction.
+//! [`Target::Socket`](crate::Target::Socket). Each record that [`PageStream::recv`] returns must go
+//! into [`PageStream::send`] on the other host, in order. The same holds for the other direction.
 
 use crate::control::socket_pair;
 use crate::error::Error;
@@ -14,7 +14,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// One record of the page stream, checked.
+/// A record of the page stream that was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     kind: Kind,
@@ -43,7 +43,7 @@ impl Record {
     /// payload is allocated, and the checksum afterwards.
     ///
     /// # Errors
-    /// If the record is not valid, the stream ends inside of it, or `from` cannot be read.
+    /// If the record is not valid, the stream ends inside it, or `from` cannot be read.
     pub fn read_from(from: &mut impl Read) -> Result<Option<Self>, Error> {
         let mut wire = [0; RECORD_SIZE];
         if read_up_to(from, &mut wire)? == 0 {
@@ -69,17 +69,17 @@ impl Record {
         to.write_all(&self.bytes).map_err(|source| Error::Stream { source })
     }
 
-    /// What it is.
+    /// The kind of the record.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// The pages that it is about, if its kind has some.
+    /// The pages of the record, if its kind has any.
     pub fn range(&self) -> PageRange {
         self.header.range()
     }
 
-    /// The block that it is about, if its kind has one.
+    /// The block of the record, if its kind has one.
     pub fn block(&self) -> u32 {
         self.header.block()
     }
@@ -133,7 +133,7 @@ pub struct PageStreamReader {
     socket: Socket,
 }
 
-/// The direction to the agent. Dropping it is the end of the stream there.
+/// The direction to the agent. Dropping it ends the stream for the agent.
 #[derive(Debug)]
 pub struct PageStreamWriter {
     socket: Socket,
@@ -202,7 +202,7 @@ impl PageStreamWriter {
 
 impl Drop for PageStreamReader {
     fn drop(&mut self) {
-        // Fails only where there is no connection any more.
+        // Fails only if the connection has ended already.
         let _ = shutdown(&self.socket.0, Shutdown::Read);
     }
 }

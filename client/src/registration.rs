@@ -1,5 +1,5 @@
-//! The mappings of all blocks, registered with a userfaultfd: for pages that are missing, or for
-//! writes into pages that are protected.
+//! A userfaultfd registration of the mappings of all blocks, for missing pages or for writes to
+//! protected pages.
 
 use crate::error::Error;
 use crate::memory::Memory;
@@ -7,7 +7,7 @@ use pageferry_protocol::userfault::{AddressRange, RegisterMode, UserfaultError, 
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
 
-/// A registration. Dropping it takes it back.
+/// The registration. Dropping it unregisters the mappings.
 #[derive(Debug)]
 pub(crate) struct Registration {
     pub(crate) uffd: Userfaultfd,
@@ -19,8 +19,8 @@ impl Registration {
     /// Opens a userfaultfd with these features and registers the mappings of all blocks.
     ///
     /// # Errors
-    /// If a block is mapped nowhere, userfaultfd is not to be had, or a mapping cannot be
-    /// registered; then none is left registered.
+    /// If a block is not mapped, there is no userfaultfd, or a mapping cannot be registered. Then
+    /// no mapping stays registered.
     pub(crate) fn register_all(
         memory: &Memory, features: u64, what: RegisterMode,
     ) -> Result<Self, Error> {
@@ -51,13 +51,13 @@ impl Registration {
         self.uffd.as_fd().try_clone_to_owned().map_err(Error::io("duplicate a userfaultfd"))
     }
 
-    /// Takes the registration back, which lifts all protection, and wakes who waits. Whoever holds
-    /// a duplicate of the userfaultfd can do nothing with these mappings any more.
+    /// Unregisters the mappings, which removes all protection, and wakes all accesses that wait. A
+    /// process that has a duplicate of the userfaultfd can do nothing with these mappings any more.
     pub(crate) fn unregister(&self) {
         for range in &self.ranges {
             if let Err(errno) = self.uffd.unregister(*range) {
                 log::debug!(
-                    "cannot unregister {:#x} + {:#x}, unmapped by now? ({errno})",
+                    "cannot unregister {:#x} + {:#x}, perhaps unmapped: {errno}",
                     range.start,
                     range.length
                 );
@@ -65,7 +65,7 @@ impl Registration {
         }
     }
 
-    /// The host page of an address.
+    /// The host page at this address.
     pub(crate) fn page_of(&self, address: u64) -> Option<AddressRange> {
         let at = self
             .ranges

@@ -1,19 +1,18 @@
-//! Asking again while a job is in the way.
+//! Repeating a request while a job is in the way.
 
 use crate::deadline::deadline;
 use crate::error::Error;
 use pageferry_protocol::control::reply::ErrorCode;
 use std::time::{Duration, Instant};
 
-/// Time between two tries.
+/// Time between two attempts.
 const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Runs `ask` until it returns anything but that a job is in the way, for `timeout` at most and at
-/// least once. Between two tries nothing of the client is held, so others may ask meanwhile, the
-/// hooks among them.
+/// Runs `ask` until it returns anything but `Busy`, for at most `timeout` and at least once. Holds
+/// no lock between two attempts, so that other threads may send requests meanwhile, also hooks.
 ///
 /// # Errors
-/// Those of `ask`; the code is `Busy` if the job was in the way all the time.
+/// Those of `ask`; the code is `Busy` if a job was in the way all the time.
 pub(crate) fn retry_while_busy<T>(
     timeout: Duration, mut ask: impl FnMut() -> Result<T, Error>,
 ) -> Result<T, Error> {

@@ -1,4 +1,4 @@
-//! What the client asks one agent after the other through, and seeing to the end of those before.
+//! The session: the agent that requests go to, and the exit of the agents before it.
 
 use crate::agent_process::AgentProcess;
 use crate::control::Control;
@@ -11,64 +11,65 @@ use pageferry_protocol::control::request::Request;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long an agent that closed the connection may take to end.
+/// Time that an agent which closed the connection gets to exit by itself.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What became of an agent that is lost.
+/// What became of a lost agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LostAgent {
-    /// It has ended: no process but the VMM's has the guest's memory from here.
+    /// It has exited: no process but the VMM has the guest memory from here.
     Ended,
-    /// The guest may run elsewhere, and depend on it. It may still read the memory here.
+    /// The guest may run elsewhere and depend on it. It may still read the memory here.
     KeptAlive,
 }
 
-/// What one agent after the other is asked through. Its lock comes before the one of the blocks.
+/// The current agent. The lock of the session comes before the lock of the blocks.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) control: Control,
-    /// What a new agent has to be told about trackers.
+    /// The trackers to declare to the next agent.
     pub(crate) trackers: DeclaredTrackers,
-    /// Processes that were handed the guest's memory, and are not known to have ended.
+    /// Processes that got the guest memory and are not known to have exited.
     processes: Vec<Arc<AgentProcess>>,
-    /// Nothing that cannot fail waits for the end of these any more.
+    /// A caller has waited for their exit already. Later callers do not wait again.
     has_waited: bool,
-    /// Watches over the agent while nothing else does. None only while a client is made.
+    /// Watches the agent while nothing else does. `None` only while the client is made.
     _heartbeat: Option<Heartbeat>,
 }
 
 impl Session {
-    /// The session with the first agent, which nothing watches over yet.
+    /// The session with the first agent. No heartbeat watches it yet.
     pub(crate) fn new(control: Control) -> Self {
         let processes = control.link().process().into_iter().cloned().collect();
         let trackers = DeclaredTrackers::default();
         Self { control, trackers, processes, has_waited: false, _heartbeat: None }
     }
 
-    /// Watches over the agent with this heartbeat from now on.
+    /// Starts to watch the agent with this heartbeat.
     pub(crate) fn watch(&mut self, heartbeat: Heartbeat) {
         self._heartbeat = Some(heartbeat);
     }
 
-    /// Goes on with the next agent. [`Session::end_predecessors`] has come before.
+    /// Makes this agent the current one, after [`Session::end_predecessors`].
     pub(crate) fn replace(&mut self, control: Control, heartbeat: Heartbeat) {
         self.watch(heartbeat);
         self.control = control;
     }
 
-    /// True if the agent is there, and says that it has no job, or none that runs.
+    /// True if the agent answers that it has no job, or none that runs.
     pub(crate) fn has_no_running_job(&mut self) -> bool {
         let status = self.control.request(&Request::QueryStatus, &[], JobStatus::decode);
         status.is_ok_and(|status| status.phase.is_final())
     }
 
-    /// Before something is done as if there were no agent, which is lost: kills its process, unless
-    /// the guest may depend on it elsewhere, and waits for its end, which takes milliseconds. One
-    /// that closed the connection is about to end by itself, and has a moment for that.
+    /// Makes sure that a lost agent has exited, before the client does something as if there were
+    /// no agent. Kills the process, unless the guest may depend on it elsewhere, and waits for its
+    /// exit, which takes milliseconds. An agent that closed the connection first gets
+    /// [`EXIT_TIMEOUT`] to exit by itself.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if it lives on: the VMM may not kill it, or the kernel keeps it. Calls
-    /// after the first do not wait again.
+    /// [`Error::AgentRuns`] if it still lives: the VMM may not kill it, or the kernel does not end
+    /// it yet. Calls after the first do not wait again.
     pub(crate) fn end_lost_agent(&mut self) -> Result<LostAgent, Error> {
         self.processes.retain(|process| !process.has_exited());
         if self.processes.is_empty() {
@@ -85,31 +86,32 @@ impl Session {
         let good_end = deadline(EXIT_TIMEOUT.min(timeout));
         self.processes.retain(|process| !process.wait_for_exit(good_end));
         let ended = self.end_processes(None, timeout);
-        // Once: there may be many discards.
+        // Logged once: there may be many discards.
         ended.inspect_err(|error| log::warn!("{error}"))?;
         Ok(LostAgent::Ended)
     }
 
-    /// The error that says that an agent that was given up lives on.
+    /// The error for an agent that was given up and still lives.
     pub(crate) fn agent_runs(&self, why: &str) -> Error {
         let pid = self.processes.first().map_or(0, |process| process.pid());
         Error::AgentRuns { pid, why: why.to_owned() }
     }
 
-    /// Gives the agent up by the VMM's own decision, and sees to the end of its process.
+    /// Gives the agent up by the VMM's own decision, and waits for its exit.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if it has not ended in time.
+    /// [`Error::AgentRuns`] if it has not exited in time.
     pub(crate) fn end(&mut self, reason: &str) -> Result<(), Error> {
         self.control.retire(reason);
         self.end_processes(None, self.control.longest_timeout())
     }
 
-    /// Sees to the end of all agents before the one whose process is `next`, which may be one of
-    /// them. From now on `next` is the only process that has the guest's memory from here.
+    /// Makes sure that all earlier agents have exited. `next`, the process of the next agent, may
+    /// be one of them and stays. From now on it is the only process that has the guest memory from
+    /// here.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if one has not ended in time.
+    /// [`Error::AgentRuns`] if one has not exited in time.
     pub(crate) fn end_predecessors(
         &mut self, next: Option<&Arc<AgentProcess>>,
     ) -> Result<(), Error> {
@@ -122,7 +124,7 @@ impl Session {
         Ok(())
     }
 
-    /// Sees to it that no process but that of `next` has the guest's memory from here any more.
+    /// Ends all processes but `next`, and waits for their exit.
     fn end_processes(
         &mut self, next: Option<&AgentProcess>, timeout: Duration,
     ) -> Result<(), Error> {

@@ -1,10 +1,10 @@
-//! The client's own threads, and code of the VMM that runs on them: a panic never ends one
+//! Threads of the client, and code of the VMM that runs on them. A panic never ends such a thread
 //! silently.
 //!
-//! A thread of the client that is gone may leave a guest paused, or somebody who waits for a page,
-//! with nobody to look. So what runs on such a thread is *caught*, and whoever starts it says what
-//! has to happen then. In a program that is built with `panic = "abort"` nothing can be caught: a
-//! panic ends the whole VMM.
+//! A thread that is gone may leave a guest paused, or an access waiting for a page, and nothing
+//! would notice. So all code on such a thread runs under [`catch_panic`], and the code that starts
+//! the thread says what happens after a panic. In a program that is built with `panic = "abort"`
+//! nothing can be caught: a panic ends the VMM.
 
 use crate::error::Error;
 use std::any::Any;
@@ -14,7 +14,7 @@ use std::thread::{Builder, JoinHandle};
 /// Starts a thread with this name.
 ///
 /// # Errors
-/// If the kernel has none.
+/// If the kernel refuses.
 pub(crate) fn spawn_thread<T: Send + 'static>(
     name: &str, run: impl FnOnce() -> T + Send + 'static,
 ) -> Result<JoinHandle<T>, Error> {
@@ -24,8 +24,8 @@ pub(crate) fn spawn_thread<T: Send + 'static>(
         .map_err(|source| Error::Thread { name: name.to_owned(), source })
 }
 
-/// Runs `run`; a panic becomes its message. The state that it worked on is as the panic left it:
-/// whoever calls this must be able to go on with that, or to give it up.
+/// Runs `run` and turns a panic into its message. The panic leaves the state of `run` as it was at
+/// that moment. The caller must be able to continue with that state, or must give it up.
 pub(crate) fn catch_panic<T>(run: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(run)).map_err(|panic| message(&*panic))
 }

@@ -1,14 +1,15 @@
-//! How long an agent may take.
+//! How long an agent may take to answer.
 //!
-//! | while | patience |
+//! | while | timeout |
 //! | --- | --- |
 //! | memory is protected, or the guest is paused for the agent | the shorter of [`Config::stall_timeout`] and [`Config::request_timeout`] |
 //! | memory is missing, and otherwise | [`Config::request_timeout`] |
 //!
-//! Without an agent a guest goes on that is paused, or that waits to write. One whose memory is
-//! missing is lost, so a false alarm is worse there than a longer wait.
+//! A guest that is paused, or that waits to write, continues when its agent is given up. So a short
+//! timeout costs at most a job. A guest whose memory is missing is lost with its agent, so there a
+//! false alarm is worse than a longer wait.
 //!
-//! The patience is asked for again while an answer is waited for: the guest may be paused, or its
+//! The timeout is read again while a request waits for its answer: the guest may be paused, or its
 //! memory protected, after the request was sent.
 //!
 //! [`Config::stall_timeout`]: crate::Config::stall_timeout
@@ -20,7 +21,7 @@ use crate::watched_writes::WatchedWrites;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long the agent may take, given what depends on it just now.
+/// The timeout of a request, which depends on what waits for the agent at the moment.
 #[derive(Debug, Clone)]
 pub(crate) struct Timeouts {
     request_timeout: Duration,
@@ -41,18 +42,18 @@ impl Timeouts {
         }
     }
 
-    /// How long the agent may take to answer now.
+    /// The timeout at this moment.
     pub(crate) fn current(&self) -> Duration {
         let held_up = self.writes.are_watched() || self.ownership.lock().is_paused_for_agent();
         if held_up { self.shortest } else { self.request_timeout }
     }
 
-    /// The same at its least.
+    /// The shortest timeout that a request may have.
     pub(crate) fn shortest(&self) -> Duration {
         self.shortest
     }
 
-    /// The same at its most.
+    /// The longest timeout that a request may have.
     pub(crate) fn longest(&self) -> Duration {
         self.request_timeout
     }

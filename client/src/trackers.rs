@@ -1,4 +1,4 @@
-//! Declaring the trackers: who reports the guest's writes.
+//! Declaring the trackers: what reports the writes of the guest.
 
 use crate::client::Client;
 use crate::error::Error;
@@ -9,28 +9,29 @@ use pageferry_protocol::control::Trackers;
 use pageferry_protocol::userfault::Userfaultfd;
 
 impl Client {
-    /// Declares who reports the guest's writes, such as `Trackers::HOOKS` for KVM's dirty log, or
-    /// [`Trackers::LOG_IS_COMPLETE`] if every writer marks the [dirty log](Client::log).
+    /// Declares what reports the writes of the guest, such as `Trackers::HOOKS` for KVM's dirty
+    /// log, or [`Trackers::LOG_IS_COMPLETE`] if every writer marks the [dirty log](Client::log).
     ///
-    /// Without a declaration no job starts that relies on dirty pages: precopy, hybrid, snapshots
-    /// with `track` and increments. The client cannot know who writes the guest's memory, and a
-    /// wrong guess would lose writes. Postcopy from the start and other snapshots need none.
+    /// Without a declaration the agent starts no job that relies on dirty pages: no precopy or
+    /// hybrid migration, no snapshot with `track`, no increment. The client cannot know what writes
+    /// the guest memory, and a wrong guess would lose writes. Postcopy from the start and other
+    /// snapshots need no declaration.
     ///
     /// For [`Trackers::WRITE_PROTECT`] the client registers the mappings of all blocks
     /// ([`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address)) with a userfaultfd while the
-    /// agent scans, and takes the registration back for the time of a background snapshot.
+    /// agent scans. It unregisters them for the time of a background snapshot.
     ///
-    /// The declaration is kept for every later agent. Without an agent it is only kept.
+    /// The declaration holds for every later agent. Without an agent the client only keeps it.
     ///
     /// # Errors
     /// If `trackers` is empty, the kernel lacks what write-protect scanning needs, or the agent
-    /// refuses, as it does while a job runs. The declaration before is in force then.
+    /// refuses, as it does while a job runs. The previous declaration then stays in force.
     pub fn set_trackers(&self, trackers: Trackers) -> Result<(), Error> {
         if !trackers.is_declared() {
             return Err(Error::NoTracker);
         }
         let pagemap = if trackers.contains(Trackers::WRITE_PROTECT) {
-            // Now, and not in the middle of a job.
+            // Fails now instead of in the middle of a job.
             Userfaultfd::open(SCAN_FEATURES)?;
             Some(open_pagemap().map_err(Error::kernel("open /proc/self/pagemap"))?)
         } else {
@@ -46,7 +47,7 @@ impl Client {
         Ok(())
     }
 
-    /// The trackers that were declared; the empty set if none were.
+    /// The declared trackers; the empty set before a declaration.
     pub fn trackers(&self) -> Trackers {
         self.session().trackers.sources()
     }

@@ -1,9 +1,9 @@
-//! The dirty log as a [`vm_memory::bitmap::Bitmap`]: a VMM built on `GuestMemoryMmap<LogBitmap>`
+//! The dirty log as a [`vm_memory::bitmap::Bitmap`]. A VMM built on `GuestMemoryMmap<LogBitmap>`
 //! marks every write of its devices by that type parameter.
 //!
-//! A [`LogBitmap`] is made with its region and knows nothing of a log until
-//! [`Client::add_guest_memory`](crate::Client::add_guest_memory) attaches it. WatchedWrites before
-//! that are marked nowhere, and need not be: pass 0 of a migration sends everything.
+//! A [`LogBitmap`] is created with its region and has no log until
+//! [`Client::add_guest_memory`](crate::Client::add_guest_memory) attaches one. Writes before that
+//! are not marked. They need no mark, since pass 0 of a migration sends everything.
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 use pageferry_protocol::shm::DirtyLog;

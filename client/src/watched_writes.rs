@@ -1,22 +1,25 @@
-//! The guest's writes into pages that are not saved yet: a background snapshot, seen from the VMM.
+//! Watched writes: a background snapshot, on the side of the VMM.
 //!
-//! The agent asks for the registration while the guest runs, protects the memory, and has the guest
-//! paused for a moment: what its memory is then is saved. Who writes into a protected page, a vCPU
-//! or a thread of the VMM, waits until the agent has saved it. When all is saved the registration
-//! is taken back.
+//! 1. While the guest runs, the agent asks the client to register the mappings of all blocks.
+//! 2. The agent protects the memory and has the guest paused for a moment. The image will hold the
+//!    memory as it is at that moment.
+//! 3. A vCPU or a thread of the VMM that writes to a protected page waits until the agent has saved
+//!    the page.
+//! 4. When everything is saved, the client unregisters the mappings.
 //!
-//! # If the agent dies in between
+//! # The agent is lost meanwhile
 //!
-//! Nothing is missing but the snapshot. So the registration is taken back at once, which lifts all
-//! protection, and who waits writes and goes on (`vmm-survives`). The agent, if it lives after all,
-//! finds that out when it next protects a page: nothing is registered there any more. But the
-//! kernel asks only whether a mapping is registered, not with which userfaultfd: once the next
-//! agent watches, one that was given up for hanging and wakes up again could protect, and lift, for
-//! a moment. So it is dead before the next is attached
-//! ([`Client::reattach`](crate::Client::reattach)).
+//! Only the snapshot is lost. The client unregisters the mappings at once. That removes all
+//! protection, and the writers that wait continue (`vmm-survives`). If the agent still lives, it
+//! finds that out when it protects the next page.
 //!
-//! This must not take the thread of the hook channel, which may itself wait for a page, in a hook.
-//! So the heartbeat does it, too: whichever comes first.
+//! One case remains. The kernel checks only that a mapping is registered, not with which
+//! userfaultfd. When the next agent watches writes, an earlier agent that was given up and wakes up
+//! could protect pages for a moment, or remove protection. So the client attaches no agent before
+//! the earlier one has exited ([`Client::reattach`](crate::Client::reattach)).
+//!
+//! The thread of the hook channel cannot be relied on to do this: it may itself wait for a page, in
+//! a hook. So the heartbeat does it, too, and the first of the two succeeds.
 
 use crate::error::Error;
 use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, Probe, WatchedSockets};
@@ -28,12 +31,13 @@ use pageferry_protocol::userfault::{RegisterMode, feature};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// The registration, if there is one. Shared by a client and its hook channels.
+/// The registration, if there is one. A client and its hook channels share it.
 #[derive(Debug, Default)]
 pub(crate) struct WatchedWrites {
     watched: Mutex<Option<Watch>>,
     /// The connection for which the VMM was told that writes are watched, and not yet that they are
-    /// not. Held while the VMM is told: never by the heartbeat, which must not wait for a hook.
+    /// not. Locked while the VMM is told. The heartbeat never takes this lock, since it must not
+    /// wait for a hook.
     announced: Mutex<Option<u64>>,
 }
 
@@ -41,8 +45,7 @@ pub(crate) struct WatchedWrites {
 struct Watch {
     _registered: Registration,
     _heartbeat: Heartbeat,
-    /// The connection whose agent saves what is about to be written. Later ones have larger
-    /// numbers.
+    /// The connection whose agent saves the pages. Later connections have larger numbers.
     link: u64,
 }
 
@@ -55,9 +58,9 @@ impl WatchedWrites {
         lock(&self.announced)
     }
 
-    /// Tells the VMM by `tell` that the agent of this connection watches writes. False, and nothing
-    /// is told, if this agent, or a later one, does already. One that takes over from an earlier
-    /// agent tells it again; the end of the earlier one is not told then.
+    /// Tells the VMM by `tell` that the agent of this connection watches writes. Returns false and
+    /// tells nothing if this agent or a later one does already. If an earlier one does, the VMM is
+    /// told again, and does not hear of the end of the earlier one.
     pub(crate) fn announce<E>(
         &self, link: u64, tell: impl FnOnce() -> Result<(), E>,
     ) -> Result<bool, E> {
@@ -70,29 +73,29 @@ impl WatchedWrites {
         Ok(true)
     }
 
-    /// Tells the VMM by `tell` that writes are not watched any more, if it is this connection's
-    /// agent that watched them.
+    /// Tells the VMM by `tell` that writes are no longer watched, if the agent of this connection
+    /// watched them.
     pub(crate) fn withdraw(&self, link: u64, tell: impl FnOnce()) {
-        // The lock is held while it is told: who announces next comes after it.
+        // Locked while the VMM is told, so that the next announcement comes after it.
         let mut announced = self.announced();
         if announced.take_if(|by| *by == link).is_some() {
             tell();
         }
     }
 
-    /// Registers the mappings of all blocks, and has the agent watched. Returns the userfaultfd for
-    /// the agent; `None` if this one, or one after it, has it already.
+    /// Registers the mappings of all blocks and starts a heartbeat. Returns the userfaultfd for the
+    /// agent; `None` if this agent or a later one has it already.
     pub(crate) fn watch(
         self: &Arc<Self>, memory: &Memory, link: Arc<Link>, probe: Probe,
     ) -> Result<Option<OwnedFd>, Error> {
-        // Kept until the end: the heartbeat may find the agent dead at once, and is to find the
-        // registration then.
+        // Locked to the end: the heartbeat may find the agent dead at once, and then needs the
+        // registration.
         let mut watched = self.watched();
         let id = link.id;
         if watched.as_ref().is_some_and(|watched| watched.link >= id) {
             return Ok(None);
         }
-        // An agent before this one, whose end its own heartbeat is just finding.
+        // The registration of an earlier agent, whose heartbeat is about to find its end.
         *watched = None;
         let registered = Registration::register_all(
             memory,
@@ -122,9 +125,9 @@ impl WatchedWrites {
         self.watched().is_some()
     }
 
-    /// Takes the registration of this connection's agent back, if it has one. True if it had.
+    /// Unregisters the mappings, if they are registered for this connection. True if they were.
     pub(crate) fn unwatch(&self, link: u64) -> bool {
-        // Dropped before the lock is: who comes second finds it done.
+        // Dropped before the lock: a second caller finds it done.
         self.watched().take_if(|watched| watched.link == link).is_some()
     }
 
@@ -132,7 +135,7 @@ impl WatchedWrites {
     pub(crate) fn agent_lost(&self, link: u64) {
         if self.unwatch(link) {
             log::warn!(
-                "the agent is lost while writes were watched: its snapshot is, too, and the guest runs on"
+                "the agent is lost while it watched writes: its snapshot is lost, too, and the guest continues"
             );
         }
     }

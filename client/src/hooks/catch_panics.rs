@@ -1,9 +1,9 @@
-//! The edge between the client and the VMM's hooks: a panic of a hook goes no further.
+//! Calls the hooks of the VMM and turns a panic into an error.
 //!
-//! The thread of the hook channel is the one that resumes a paused guest when the agent is lost. If
-//! a hook panicked through it, the guest would stay paused for good. So each call is caught here: a
-//! hook that answers fails with [`ErrorCode::Panicked`] and the message, which fails the job by
-//! name, and the agent then has the guest resumed. The VMM is told by [`Hooks::hook_panicked`].
+//! The thread of the hook channel resumes a paused guest when the agent is lost. If a panic of a
+//! hook ended that thread, the guest would stay paused for ever. So each call is caught here. A
+//! hook that returns a result fails with [`ErrorCode::Panicked`] and the message. That fails the
+//! job, and the agent then has the guest resumed. The VMM is told by [`Hooks::hook_panicked`].
 
 use super::api::{ClearPages, Hooks, StatePiece};
 use super::error::HookError;

@@ -1,5 +1,5 @@
-//! The VMM's state as it travels: a memfd with the pieces one after another, and a list of names
-//! and lengths.
+//! The state of the VMM as it travels: a memfd with the pieces one after another, and a list of
+//! their names and lengths.
 
 use super::api::StatePiece;
 use super::error::HookError;
@@ -40,8 +40,8 @@ pub(super) fn write_pieces(pieces: &[StatePiece]) -> Result<(Vec<PieceSize>, Own
     Ok((sizes, file))
 }
 
-/// Reads the pieces from a file. The lengths are within the limits of the protocol; the file is
-/// asked before anything is allocated.
+/// Reads the pieces from a file. The lengths are within the limits of the protocol. The length of
+/// the file is checked before anything is allocated.
 pub(super) fn read_pieces(
     sizes: Vec<PieceSize>, file: BorrowedFd<'_>,
 ) -> Result<Vec<StatePiece>, HookError> {

@@ -1,21 +1,23 @@
 //! What an agent has started beside a running guest and has not stopped yet.
 //!
-//! Three things in the VMM must not outlive the agent that asked for them: the VMM's own tracker
-//! ([`Hooks::start_tracking`](crate::Hooks::start_tracking)), the registration of the mappings that
-//! write-protect scanning goes by, and a throttle ([`Hooks::throttle`](crate::Hooks::throttle)).
-//! The trackers cost the guest a fault for each page that it writes, and the registration keeps
-//! every other userfaultfd away.
+//! Three things must not outlive the agent that asked for them: the VMM's own tracker
+//! ([`Hooks::start_tracking`](crate::Hooks::start_tracking)), the registration of the mappings for
+//! write-protect scanning, and a throttle ([`Hooks::throttle`](crate::Hooks::throttle)). The
+//! trackers cost the guest a fault for each page that it writes, and the registration excludes
+//! every other userfaultfd.
 //!
-//! A mapping can be registered with one userfaultfd at a time, and scanning
+//! A mapping can be registered with only one userfaultfd at a time. Scanning
 //! (`UFFD_FEATURE_WP_ASYNC`) and background snapshots (write faults that wait) need different ones.
-//! So while writes are watched the registration is *suspended*, and made again afterwards. What is
-//! written meanwhile no scan can see; the agent knows, and takes all pages for written.
+//! So while writes are watched, the registration is *suspended*, and made again afterwards. No scan
+//! sees what is written meanwhile; the agent knows that and takes all pages for written.
 //!
-//! The lock is held while the VMM's hook is called. After a reattach the old channel may still have
-//! requests to handle, and its end comes on a thread of its own. It must not stop what the new
-//! agent has started, start it for itself, or clear pages in a tracker that the new agent reads. So
-//! each thing is recorded with the connection that started it, and an earlier connection is refused
-//! ([`Replaced`]).
+//! # Two agents
+//!
+//! After a reattach the old channel may still have requests to handle, and its end comes on its own
+//! thread. The old agent must not stop what the new one has started, start it again for itself, or
+//! clear pages in a tracker that the new one reads. So each thing is recorded with the connection
+//! that started it, and a request of an earlier connection is refused ([`Replaced`]). The lock is
+//! held while the hook of the VMM runs.
 
 use crate::error::Error;
 use crate::memory::Memory;
@@ -26,11 +28,11 @@ use pageferry_protocol::error::chain;
 use pageferry_protocol::userfault::{RegisterMode, feature};
 use std::sync::{Mutex, MutexGuard};
 
-/// Features that write-protect scanning needs.
+/// Features of a userfaultfd for write-protect scanning.
 pub(crate) const SCAN_FEATURES: u64 =
     feature::WP_HUGETLBFS_SHMEM | feature::WP_UNPOPULATED | feature::WP_ASYNC;
 
-/// Shared by a client and its hook channels.
+/// A client and its hook channels share it.
 #[derive(Debug, Default)]
 pub(crate) struct ActiveTrackers(Mutex<State>);
 
@@ -57,7 +59,7 @@ struct Scan {
 pub(crate) struct Replaced(&'static str);
 
 impl Replaced {
-    /// Refuses what `link` asks, if a later connection has started `what`.
+    /// Refuses a request of `link` if a later connection has started `what`.
     fn check(what: &'static str, started_by: Option<u64>, link: u64) -> Result<(), Self> {
         if started_by.is_some_and(|by| by > link) { Err(Self(what)) } else { Ok(()) }
     }
@@ -74,24 +76,24 @@ impl ActiveTrackers {
         lock(&self.0)
     }
 
-    /// The agent of this connection has the VMM's own tracker started, by `start`.
+    /// Starts the VMM's own tracker by `start`, for the agent of this connection.
     pub(crate) fn start_hooks(&self, link: u64, start: impl FnOnce() -> Reply<()>) -> Reply<()> {
         let mut state = self.state();
         Replaced::check("the VMM's tracker", state.hooks, link)?;
-        // Before it is known: a start that failed may have started something.
+        // Recorded before the result is known: a start that failed may have started a part.
         state.hooks = Some(link);
         start()
     }
 
-    /// The agent of this connection reads the VMM's own tracker, or clears pages in it, by `call`.
-    /// What one agent clears the next one does not see.
+    /// Reads the VMM's own tracker or clears pages in it by `call`, for the agent of this
+    /// connection. The next agent does not see what an earlier one clears.
     pub(crate) fn use_hooks(&self, link: u64, call: impl FnOnce() -> Reply<()>) -> Reply<()> {
         let state = self.state();
         Replaced::check("the VMM's tracker", state.hooks, link)?;
         call()
     }
 
-    /// The agent of this connection has it stopped, by `stop`.
+    /// Stops the VMM's own tracker by `stop`, for the agent of this connection.
     pub(crate) fn stop_hooks<E>(
         &self, link: u64, stop: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
@@ -103,15 +105,15 @@ impl ActiveTrackers {
         stop()
     }
 
-    /// The agent of this connection has the guest throttled, by `throttle`; by 0 percent to let it
-    /// go.
+    /// Throttles the guest by `throttle`, for the agent of this connection. 0 percent ends the
+    /// throttle.
     pub(crate) fn throttle(
         &self, link: u64, percent: u32, throttle: impl FnOnce() -> Reply<()>,
     ) -> Reply<()> {
         let mut state = self.state();
         Replaced::check("to throttle the guest", state.throttled, link)?;
         if percent > 0 {
-            // Before it is known, as for the tracker.
+            // Recorded before the result is known, as for the tracker.
             state.throttled = Some(link);
         }
         throttle()?;
@@ -121,8 +123,8 @@ impl ActiveTrackers {
         Ok(())
     }
 
-    /// Registers the mappings of all blocks for the agent of this connection to scan. Where they
-    /// are registered already that one goes first: nothing is protected then.
+    /// Registers the mappings of all blocks, for the agent of this connection to scan. An existing
+    /// registration is dropped first, so that nothing is protected at the start.
     pub(crate) fn start_scanning(&self, link: u64, memory: &Memory) -> Reply<()> {
         let mut state = self.state();
         Replaced::check("write-protect scanning", state.scanning_by(), link)?;
@@ -133,14 +135,13 @@ impl ActiveTrackers {
         Ok(())
     }
 
-    /// Takes the registration back.
+    /// Unregisters the mappings.
     pub(crate) fn stop_scanning(&self, link: u64) {
-        // Dropped before the lock is: who comes second finds it done.
+        // Dropped before the lock: a second caller finds it done.
         self.state().scanning.take_if(|scanning| scanning.link == link);
     }
 
-    /// Takes the registration back for a while, if there is one, since the agent of this connection
-    /// watches writes.
+    /// Unregisters the mappings for a while, since the agent of this connection watches writes.
     pub(crate) fn suspend(&self, link: u64) -> Result<(), Replaced> {
         let mut state = self.state();
         Replaced::check("write-protect scanning", state.scanning_by(), link)?;
@@ -150,7 +151,7 @@ impl ActiveTrackers {
         Ok(())
     }
 
-    /// Registers again what was suspended.
+    /// Registers the suspended mappings again.
     pub(crate) fn resume(&self, memory: &Memory) {
         let mut state = self.state();
         let Some(scanning) =
@@ -160,18 +161,18 @@ impl ActiveTrackers {
         };
         match register(memory) {
             Ok(registered) => scanning.registered = Some(registered),
-            // The agent's next scan finds mappings that are not registered, and fails by that.
+            // The next scan of the agent finds the mappings unregistered and fails.
             Err(error) => {
                 let error = chain(&error);
                 log::warn!(
-                    "write-protect tracking ends, the mappings cannot be registered again: {error}"
+                    "write-protect tracking ends: the mappings cannot be registered again: {error}"
                 );
             }
         }
     }
 
-    /// The agent of this connection is lost: nothing is left registered for it, and its tracker is
-    /// stopped by `stop`, if it is on.
+    /// The agent of this connection is lost: unregisters its mappings, and stops its tracker by
+    /// `stop` if it has started one.
     pub(crate) fn agent_lost<E>(
         &self, link: u64, stop: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
@@ -183,7 +184,7 @@ impl ActiveTrackers {
         }
     }
 
-    /// The agent of this connection is lost: a throttle of its own is lifted by `lift`.
+    /// The agent of this connection is lost: ends its throttle by `lift`.
     pub(crate) fn lift_throttle<E>(
         &self, link: u64, lift: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {

@@ -1,4 +1,4 @@
-//! The trackers that the VMM declares. Kept for every later agent.
+//! The trackers that the VMM has declared. The client declares them to every agent.
 
 use crate::control::Control;
 use crate::error::Error;
@@ -6,7 +6,7 @@ use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::request::Request;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// What each agent is told.
+/// What every agent is told.
 #[derive(Debug, Default)]
 pub(crate) struct DeclaredTrackers {
     sources: Trackers,

@@ -1,16 +1,16 @@
-//! KVM's dirty log as a tracker: what the client does on the agent's sync and clear hooks.
+//! KVM's dirty log as a tracker: what the client does on the sync and clear hooks of the agent.
 //!
-//! The log is used with manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), which splits what
-//! the plain log does in one step. [`KvmDirtyLog::sync`] only reads: a page stays dirty in KVM, and
-//! is reported again, until [`KvmDirtyLog::clear`] takes its bit and protects it. The agent clears
-//! right before it reads (`clear-then-read`), chunk by chunk, and clears discarded ranges after the
-//! sync (`fix-up-after-sync`).
+//! The log is used with manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), which splits the
+//! plain log into two steps. [`KvmDirtyLog::sync`] only reads: a page stays dirty in KVM and is
+//! reported again. [`KvmDirtyLog::clear`] clears its bit and protects it. The agent clears right
+//! before it reads (`clear-then-read`), chunk by chunk, and clears discarded ranges after the sync
+//! (`fix-up-after-sync`).
 //!
-//! `KVM_DIRTY_LOG_INITIALLY_SET` is left off on purpose. With it the log starts as all ones, and
-//! every page that nobody clears is reported at every sync: also holes, which no pass ever touches,
-//! and discarded pages, which could no longer be told from stray writes. Without it a bit means
-//! "written since the start". The price is that [`KvmDirtyLog::start`] write-protects what the
-//! guest has mapped all at once instead of chunk by chunk.
+//! `KVM_DIRTY_LOG_INITIALLY_SET` is not used. With it the log starts as all ones, and every page
+//! that is not cleared is reported at every sync. That includes holes, which no pass touches, and
+//! discarded pages, which could then not be told from stray writes. Without it, a bit means
+//! "written since the start". The price is that [`KvmDirtyLog::start`] write-protects everything
+//! that the guest has mapped at once, and not chunk by chunk.
 //!
 //! Numbers and layouts: `linux/kvm.h`; semantics: `Documentation/virt/kvm/api.rst` sections 4.8,
 //! 4.117, 7.18.
@@ -64,7 +64,7 @@ impl KvmSlot {
 /// Why KVM's dirty log cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmLogError {
-    /// The fd is closed, or of something else than a VM.
+    /// The descriptor is closed, or not of a VM.
     #[error("fd {fd} is not a KVM VM")]
     NotAVm {
         /// The number of the fd.
@@ -81,14 +81,14 @@ pub enum KvmLogError {
         /// What KVM_CHECK_EXTENSION answered.
         supported: u32,
     },
-    /// KVM supports the capability and refused it all the same.
+    /// KVM supports the capability but refused to enable it.
     #[error("KVM refused manual dirty log protection")]
     Enable {
         /// What the kernel said.
         #[source]
         source: Errno,
     },
-    /// A slot that KVM cannot have.
+    /// KVM allows no such slot.
     #[error("slot {slot}: {field} {value:#x} is not a multiple of the page size, or out of bounds")]
     Slot {
         /// Number of the slot.
@@ -233,7 +233,7 @@ impl KvmDirtyLog {
     /// Marks in `log` every page that KVM holds as dirty. Clears nothing in KVM.
     ///
     /// # Errors
-    /// If a slot does not log. What the slots before it had to say is in `log`, where it does no
+    /// If a slot does not log. The pages of the slots before it are marked in `log`, which does no
     /// harm.
     pub fn sync(&self, log: &DirtyLog) -> Result<(), KvmLogError> {
         let mut scratch = lock(&self.scratch);
@@ -250,7 +250,7 @@ impl KvmDirtyLog {
     /// Clears in KVM the pages whose bit is set in `bitmap`, bit 0 of which is guest page `first`
     /// (`gpa / 4096`), and protects them: their next write is logged. Other pages keep their bit,
     /// also those that share a word of KVM's bitmap with one that is cleared. Pages that are in no
-    /// slot are passed over.
+    /// slot are ignored.
     ///
     /// # Errors
     /// If a slot does not log. The pages of the slots before it are then cleared.

@@ -1,15 +1,15 @@
-//! Write protection of the VMM's own mapping: the tracker that needs no code of the VMM and no KVM.
+//! Write protection of the mappings of the VMM: a tracker that needs no code in the VMM and no KVM.
 //!
-//! A client does this by itself for `Trackers::WRITE_PROTECT`; [`WriteProtect`] is for those who
-//! scan without a client.
+//! A client does this by itself for `Trackers::WRITE_PROTECT`. [`WriteProtect`] is for programs
+//! that scan without a client.
 //!
-//! The mapping is registered with a userfaultfd in asynchronous write-protect mode: the first write
-//! to a protected page lifts the protection inside of the kernel, nobody is woken, and the page
-//! counts as written until it is protected again. The agent does both, reading and protecting, with
-//! `PAGEMAP_SCAN` on the `/proc/self/pagemap` that it is passed.
+//! The mapping is registered with a userfaultfd in asynchronous write-protect mode. The first write
+//! to a protected page removes the protection inside the kernel. No thread is woken, and the page
+//! counts as written until it is protected again. The agent reads and protects with `PAGEMAP_SCAN`
+//! on the `/proc/self/pagemap` that the client hands over.
 //!
-//! Seen are the writes of vCPUs and of the VMM that go through this mapping. Not seen are `write()`
-//! to the file, and other mappings of it: those writers mark the shared log.
+//! This sees the writes of vCPUs and of the VMM through this mapping. It does not see `write()` to
+//! the file, or other mappings of the file. Such writers mark the shared log.
 
 use super::active::SCAN_FEATURES;
 use pageferry_protocol::userfault::{AddressRange, RegisterMode, Userfaultfd};
@@ -22,7 +22,7 @@ pub use pageferry_protocol::userfault::UserfaultError;
 /// Why a mapping cannot be tracked by write protection.
 #[derive(Debug, thiserror::Error)]
 pub enum UffdError {
-    /// Userfaultfd is not to be had, or the mapping cannot be registered.
+    /// There is no userfaultfd, or the mapping cannot be registered.
     #[error(transparent)]
     Userfault(#[from] UserfaultError),
     /// /proc is not mounted, or not readable.
@@ -39,8 +39,8 @@ pub(crate) fn open_pagemap() -> rustix::io::Result<OwnedFd> {
     rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Mappings of this process whose first writes are kept track of. Dropping it ends that, and lifts
-/// the protection.
+/// Mappings of this process whose first writes are tracked. Dropping it unregisters them, which
+/// removes the protection.
 #[derive(Debug)]
 pub struct WriteProtect {
     uffd: Userfaultfd,
@@ -49,12 +49,12 @@ pub struct WriteProtect {
 }
 
 impl WriteProtect {
-    /// Registers mappings, each given by its address and length in bytes. Nothing is protected by
-    /// that: the first scan is.
+    /// Registers mappings, each given by its address and length in bytes. This protects nothing
+    /// yet; the first scan does.
     ///
     /// # Errors
-    /// If userfaultfd is not allowed or too old, or a mapping cannot be registered; then none is
-    /// left registered.
+    /// If userfaultfd is not allowed or too old, or a mapping cannot be registered. Then no mapping
+    /// stays registered.
     pub fn register(ranges: &[(u64, u64)]) -> Result<Self, UffdError> {
         let uffd = Userfaultfd::open(SCAN_FEATURES)?;
         let pagemap = open_pagemap().map_err(|source| UffdError::Pagemap { source })?;
@@ -67,9 +67,9 @@ impl WriteProtect {
         Ok(this)
     }
 
-    /// The pagemap of this process, to be passed to the agent. Whoever holds it can see which pages
-    /// of this process exist, and can protect those that are registered; it gives no access to
-    /// their content.
+    /// The pagemap of this process, for the agent. A process that holds it can see which pages of
+    /// this process exist, and can protect the registered ones. It gives no access to their
+    /// content.
     pub fn pagemap(&self) -> BorrowedFd<'_> {
         self.pagemap.as_fd()
     }
@@ -77,11 +77,11 @@ impl WriteProtect {
 
 impl Drop for WriteProtect {
     fn drop(&mut self) {
-        // Closing the fd would do, but not where a forked child still holds a copy.
+        // Closing the descriptor is not enough if a forked child still holds a copy.
         for range in &self.registered {
             if let Err(error) = self.uffd.unregister(*range) {
                 log::debug!(
-                    "cannot unregister {:#x} + {:#x}, unmapped by now? ({error})",
+                    "cannot unregister {:#x} + {:#x}, perhaps unmapped: {error}",
                     range.start,
                     range.length
                 );
