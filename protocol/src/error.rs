@@ -1,9 +1,9 @@
-//! Errors as sentences, for logs, for answers, which carry no causes, and for people.
+//! Errors as sentences: for logs, for people, and for answers, which carry no causes.
 
 use std::error::Error;
 use std::fmt::Write;
 
-/// An error with its causes, in one sentence, without what a terminal would obey.
+/// An error and its causes in one sentence. Control characters are escaped.
 pub fn chain(error: &dyn Error) -> String {
     let mut sentence = error.to_string();
     let mut cause = error.source();
@@ -15,7 +15,8 @@ pub fn chain(error: &dyn Error) -> String {
     printable(&sentence)
 }
 
-/// The text without what a terminal would obey: names come from files and peers.
+/// The text with control characters escaped, which a terminal would obey. Names come from files and
+/// peers.
 pub fn printable(text: &str) -> String {
     let escaped = |letter: char| match letter {
         letter if letter.is_control() => letter.escape_default().collect::<String>(),

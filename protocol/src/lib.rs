@@ -1,7 +1,7 @@
 //! Wire and shared-memory formats of pageferry.
 //!
-//! This crate parses and prints bytes. It holds no policy and starts no threads, and both the agent
-//! and the client build on it:
+//! This crate parses and prints bytes. It has no policy and starts no threads. Both the agent and
+//! the client build on it:
 //!
 //! - [`memory`]: pages, ranges, rounding (`round-safely`) and the geometry of blocks;
 //! - [`shm`]: bitmaps of atomic words, in private or shared memory, and the dirty log in vhost
@@ -9,8 +9,8 @@
 //! - [`control`]: the socket between a VMM and its agent: vhost-user framing, requests and hooks;
 //! - [`stream`]: the page stream between two agents, or between an agent and a VMM;
 //! - [`image`]: the memory of a guest in a file;
-//! - [`error`]: errors as sentences;
-//! - [`userfault`]: the kernel's userfaultfd, which both sides use, each its part.
+//! - [`userfault`]: the kernel's userfaultfd, which both sides use;
+//! - [`error`]: errors as sentences.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 

@@ -1,10 +1,10 @@
 //! Bodies as sequences of little-endian fields.
 //!
-//! A [`Decoder`] never allocates by a length that it has not compared with the bytes at hand, and
-//! [`Decoder::finish`] refuses a body that is longer than its type, so a reader cannot overlook
-//! what a newer peer meant.
+//! A [`Decoder`] allocates nothing by a length before it has compared the length with the bytes at
+//! hand. [`Decoder::finish`] refuses a body that is longer than its type, so that no reader ignores
+//! a field of a newer peer.
 
-/// Why a body is not what its type says.
+/// Why a body is not valid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
     /// The body ends inside a field.
@@ -17,13 +17,13 @@ pub enum DecodeError {
         /// Bytes that are left.
         left: usize,
     },
-    /// The body goes on after the last field.
+    /// The body continues after the last field.
     #[error("body is {extra} bytes longer than its type")]
     Long {
         /// Bytes after the last field.
         extra: usize,
     },
-    /// The value is none of those allowed.
+    /// The value is not allowed.
     #[error("{field} is {value:#x}, allowed: {allowed}")]
     Value {
         /// The field.
@@ -33,7 +33,7 @@ pub enum DecodeError {
         /// What is allowed, in words.
         allowed: &'static str,
     },
-    /// The time is none of those allowed.
+    /// The duration is not allowed.
     #[error("{field} is {}, allowed: {allowed}", format_micros(*micros))]
     Time {
         /// The field.
@@ -53,8 +53,8 @@ pub enum DecodeError {
         /// Most bytes that it may have.
         limit: usize,
     },
-    /// The same value twice, where each is to be another.
-    #[error("{field} is {value:?} twice, each is to be another")]
+    /// A value occurs twice, and all must be different.
+    #[error("{field} is {value:?} twice, and all must be different")]
     Duplicate {
         /// The field.
         field: &'static str,
@@ -69,7 +69,7 @@ pub enum DecodeError {
     },
 }
 
-/// A time in the largest unit in which it is a whole number.
+/// A duration in the largest unit in which it is a whole number.
 fn format_micros(micros: u64) -> String {
     match micros {
         0 => "0 s".to_owned(),
@@ -79,7 +79,7 @@ fn format_micros(micros: u64) -> String {
     }
 }
 
-/// Reads the fields of a body, front to back.
+/// Reads the fields of a body from front to back.
 #[derive(Debug)]
 pub struct Decoder<'a> {
     rest: &'a [u8],
@@ -91,7 +91,7 @@ impl<'a> Decoder<'a> {
         Self { rest: body }
     }
 
-    /// Bytes that are not read yet.
+    /// Number of bytes that are not read yet.
     pub fn left(&self) -> usize {
         self.rest.len()
     }
@@ -179,15 +179,15 @@ impl<'a> Decoder<'a> {
         std::str::from_utf8(bytes).map_err(|_| DecodeError::Text { field })
     }
 
-    /// Everything that is left.
+    /// All bytes that are left.
     pub fn remainder(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.rest)
     }
 
-    /// Ends the reading.
+    /// Ends reading.
     ///
     /// # Errors
-    /// If anything is left.
+    /// If bytes are left.
     pub fn finish(self) -> Result<(), DecodeError> {
         match self.rest.len() {
             0 => Ok(()),
@@ -196,7 +196,7 @@ impl<'a> Decoder<'a> {
     }
 }
 
-/// Prints the fields of a body, front to back.
+/// Prints the fields of a body from front to back.
 #[derive(Debug, Default)]
 pub struct Encoder {
     body: Vec<u8>,
@@ -255,7 +255,7 @@ impl Encoder {
     }
 }
 
-/// Cuts a sentence to `limit` bytes at a character's boundary, so that it always fits its field.
+/// Cuts a sentence to `limit` bytes at the boundary of a character, so that it fits its field.
 pub fn clip(sentence: &str, limit: usize) -> &str {
     let mut end = sentence.len().min(limit);
     while !sentence.is_char_boundary(end) {

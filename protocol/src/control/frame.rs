@@ -1,4 +1,4 @@
-//! vhost-user's frame: `request u32, flags u32, size u32`, then `size` bytes of body.
+//! The frame of vhost-user: `request u32, flags u32, size u32`, then `size` bytes of body.
 //!
 //! Layout and flags: vhost-user specification, section "Header". File descriptors travel with the
 //! first byte.
@@ -17,7 +17,7 @@ pub const FLAG_NEED_REPLY: u32 = 1 << 3;
 
 /// Largest body of any frame, in bytes. Holds 43,690 ranges of a discard.
 pub const MAX_BODY: usize = 1 << 20;
-/// Most file descriptors with one frame, as in vhost-user.
+/// Largest number of file descriptors in one frame, as in vhost-user.
 pub const MAX_FDS: usize = 32;
 
 /// Size of the header on the wire in bytes.
@@ -37,7 +37,7 @@ pub struct FrameHeader {
     pub size: U32,
 }
 
-/// Why a header is refused. The stream cannot be followed after that, so the connection ends.
+/// Why a header is refused. The stream cannot be read any further, so the connection ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     /// The version is not 1.
@@ -84,7 +84,7 @@ impl FrameHeader {
     }
 }
 
-/// One whole frame.
+/// A whole frame.
 #[derive(Debug)]
 pub struct Frame {
     /// Request code.

@@ -1,9 +1,9 @@
 //! Hooks: requests of the agent to the VMM, on the socket that the VMM hands over with
 //! `VHOST_USER_SET_BACKEND_REQ_FD`.
 //!
-//! Every body starts with a sequence number, which the answer repeats: so an answer that comes
-//! after its deadline is told from the one that is waited for. The VMM answers in the order of the
-//! requests.
+//! Every body begins with a sequence number, which the answer repeats. So the agent can tell an
+//! answer that comes after its deadline from the answer that it waits for. The VMM answers in the
+//! order of the requests.
 
 use super::Trackers;
 use super::codec::{DecodeError, Decoder, Encoder};
@@ -32,34 +32,35 @@ pub mod code {
     pub const PROBE_FAULTS: u32 = 0x2010;
 }
 
-/// Most pages of one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
+/// Largest number of pages in one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
 pub const MAX_CLEAR_PAGES: u64 = 1 << 18;
-/// What the agent asks of the VMM.
+/// A request of the agent to the VMM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Hook {
-    /// Stop the guest and all that writes its memory.
+    /// Pause the guest and everything that writes its memory.
     Pause,
-    /// The guest is this VMM's. One that never left is as it was before the pause: it runs, unless
-    /// its operator had paused it. One that a job has brought runs, unless it is to stay paused.
+    /// The guest is ours. A guest that never left returns to its run state before the pause: it
+    /// runs, unless its operator had paused it. A guest that a job has brought runs, unless
+    /// `paused` says otherwise.
     Resume {
-        /// An operator forces it although ownership was given up (`one-owner`).
+        /// An operator forces it although the guest was given up (`one-owner`).
         force: bool,
-        /// A guest that a job has brought stays paused. Of one that never left this says nothing:
-        /// its VMM knows what it was.
+        /// A guest that a job has brought stays paused. Says nothing about a guest that never left:
+        /// its VMM knows the run state.
         paused: bool,
     },
     /// Start these trackers: the VMM's own one (KVM's dirty log), or the registration of its
-    /// mappings that write-protect scanning needs.
+    /// mappings for write-protect scanning.
     StartTracking {
         /// [`Trackers::HOOKS`], [`Trackers::WRITE_PROTECT`], or both.
         sources: Trackers,
     },
-    /// Stop them.
+    /// Stop these trackers.
     StopTracking {
-        /// The same.
+        /// As for [`Hook::StartTracking`].
         sources: Trackers,
     },
-    /// Set the bits of all pages that the VMM's tracker knows as dirty in the shared log.
+    /// Mark all pages that the VMM's tracker reports as dirty in the shared log.
     SyncTracker,
     /// Clear these pages in the VMM's tracker, so that their next write is reported.
     ClearTracker {
@@ -67,60 +68,59 @@ pub enum Hook {
         block: u32,
         /// First page within the block; a multiple of 64.
         first: u64,
-        /// One bit per page from `first`: those to clear.
+        /// One bit per page from `first`: the pages to clear.
         bitmap: Vec<u64>,
     },
-    /// Hold the guest back for this part of its time.
+    /// Throttle the guest by this percentage of its time.
     Throttle {
         /// 0 to 99.
         percent: u32,
     },
-    /// Hand over the state of the VMM and its devices. Answered by a
-    /// [`SavedState`](super::hook_reply::SavedState), and a file as
-    /// the descriptor.
+    /// Save the state of the VMM and its devices. Answered by a
+    /// [`SavedState`](super::hook_reply::SavedState) and a file as the descriptor.
     SaveState,
-    /// Take the state; a file comes as the descriptor.
+    /// Load the state. A file comes as the descriptor.
     LoadState {
         /// The pieces in the file.
         pieces: Vec<PieceSize>,
     },
-    /// The agent is about to give up ownership: from the answer on, the VMM must not resume the
-    /// guest by itself, not even when it loses the agent (`one-owner`).
+    /// The agent is about to give the guest up. From the answer on, the VMM must not resume the
+    /// guest by itself, even if it loses the agent (`one-owner`).
     Relinquish {
-        /// What another agent needs to recover a postcopy that this one leaves behind; zeroes if
-        /// there will be none.
+        /// Lets another agent recover a postcopy that this one leaves behind; zeroes if there will
+        /// be none.
         session: [u8; 16],
-        /// Pages are freed as they arrive there, so that an agent that goes on cannot take the
-        /// memory here for whole.
+        /// Pages are freed here as they arrive at the destination, so a later agent cannot take the
+        /// memory here for complete.
         release: bool,
     },
     /// Can the mappings of all blocks be registered for missing pages? Asked before a guest is
-    /// accepted that may run before its memory is here, or before memory is given up for it.
+    /// accepted that may run before its memory is here, and before memory is given up for it.
     /// Nothing stays registered.
     ProbeFaults,
     /// The guest is about to run before its memory is here: register the mappings of all blocks for
     /// missing pages. Answered by the userfaultfd as the descriptor.
     RegisterFaults,
-    /// The memory is all here, or will never come: unregister them.
+    /// The memory is all here, or the rest never arrives: unregister the mappings.
     UnregisterFaults {
-        /// All of it is here. If not, what is missing must not be taken for zero: the guest is not
-        /// to run.
+        /// All memory is here. If not, missing pages must not be taken for zero, and the guest must
+        /// not run.
         complete: bool,
     },
     /// A snapshot is about to protect memory against writes: register the mappings of all blocks
     /// for write protection. Answered by the userfaultfd as the descriptor.
     WatchWrites,
-    /// The snapshot needs no protection any more: unregister them.
+    /// The snapshot needs no protection any more: unregister the mappings.
     UnwatchWrites,
-    /// An operator wants a guest to be restored from an image: may this VMM's memory be filled, and
-    /// its guest, if it has one, be given up?
+    /// An operator wants to restore a guest from an image: may the memory of this VMM be filled,
+    /// and its guest, if it has one, be given up?
     PrepareRestore {
         /// Path of the image.
         path: String,
     },
-    /// Something to know; not answered.
+    /// The status of a job. Not answered.
     Event {
-        /// How the job stands.
+        /// The status.
         status: Box<JobStatus>,
     },
 }
@@ -149,7 +149,7 @@ impl Hook {
         }
     }
 
-    /// For errors: what was asked.
+    /// The name of the hook, for errors.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Pause => "pause",
@@ -199,7 +199,7 @@ impl Hook {
         .finish()
     }
 
-    /// Reads a hook and its sequence number; `None` if the code is none.
+    /// Decodes a hook and its sequence number; `None` if the code is unknown.
     ///
     /// # Errors
     /// The field that is wrong.
@@ -271,7 +271,7 @@ fn decode_flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<bool, D
     }
 }
 
-/// The trackers that can be started and stopped: not none, and no writer that marks the log.
+/// The trackers that can be started and stopped: at least one, and not a writer that marks the log.
 fn decode_sources(decoder: &mut Decoder<'_>) -> Result<Trackers, DecodeError> {
     const STARTABLE: u32 = Trackers::HOOKS.bits() | Trackers::WRITE_PROTECT.bits();
     let value = decoder.u32("sources")?;

@@ -20,7 +20,7 @@ pub fn encode_hook_reply(sequence: u64, reply: &Reply<()>) -> Vec<u8> {
 /// The answer to [`Hook::SaveState`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SavedState {
-    /// Whether the guest ran, had no job paused it.
+    /// The run state of the guest, apart from the pause of a job.
     pub guest: RunState,
     /// The pieces in the file that comes with the answer.
     pub pieces: Vec<PieceSize>,
@@ -97,6 +97,9 @@ mod tests {
         let pieces = ["cpu", "disk", "cpu"].map(|name| PieceSize { name: name.into(), length: 1 });
         let saved = SavedState { guest: RunState::Running, pieces: pieces.to_vec() };
         let error = decode_state_reply(&encode_state_reply(1, &Ok(saved))).unwrap_err();
-        assert_eq!(error.to_string(), "name of a piece is \"cpu\" twice, each is to be another");
+        assert_eq!(
+            error.to_string(),
+            "name of a piece is \"cpu\" twice, and all must be different"
+        );
     }
 }

@@ -1,19 +1,26 @@
 //! The socket between a VMM and its agent.
 //!
-//! - [`codec`]: reading and printing bodies field by field, each error naming the field;
-//! - [`frame`]: vhost-user's header, and the limits of a frame;
+//! Frames:
+//!
+//! - [`codec`]: reading and printing bodies field by field, with errors that name the field;
+//! - [`frame`]: the header of vhost-user, and the limits of a frame;
 //! - [`socket`]: sending and receiving frames with file descriptors over a UNIX stream socket;
-//! - `receive`: the system call that receives, with descriptors and the sender's process;
-//! - [`unix_path`]: which paths sockets may have, and connecting to one;
-//! - [`request`]: pageferry's own requests from the VMM or operator to the agent;
-//! - `ranges`: many ranges of memory in one request;
+//! - `receive`: the system call that receives, with descriptors and the process of the sender;
+//! - [`unix_path`]: which paths sockets may have, and connecting to one.
+//!
+//! From the VMM or an operator to the agent:
+//!
+//! - [`request`]: pageferry's own requests; `ranges`: many ranges of memory in one request;
+//! - [`role`]: which connections may send a request;
 //! - [`reply`]: answers to requests, and errors as they travel;
-//! - [`role`]: who sends a request, and so what it may ask;
-//! - [`job`]: what a job is started with, and how it stands;
-//! - [`trackers`]: who reports the guest's writes;
-//! - [`hook`]: requests of the agent to the VMM; [`hook_reply`]: their answers;
-//! - [`state_pieces`]: the list of the pieces in which a VMM saves its state;
-//! - [`vhost_user`] (feature `vhost-user`): the part of vhost-user that hands over memory.
+//! - [`job`]: the options and the status of a job;
+//! - [`trackers`]: what reports the writes of the guest;
+//! - [`vhost_user`] (feature `vhost-user`): the requests of vhost-user that hand over memory.
+//!
+//! From the agent to the VMM:
+//!
+//! - [`hook`]: the hooks; [`hook_reply`]: their answers;
+//! - [`state_pieces`]: the list of the pieces in which a VMM saves its state.
 
 pub mod codec;
 pub mod frame;

@@ -1,8 +1,7 @@
-//! One `recvmsg`: bytes, descriptors, and the process that sent them.
+//! One `recvmsg`: bytes, descriptors, and the process of the sender.
 //!
-//! The kernel reports process id 0 for a sender that is not visible from here, since it lives in
-//! another PID namespace. The type that rustix has for credentials cannot hold that, so the message
-//! is taken apart here.
+//! The kernel reports process id 0 for a sender in another PID namespace that is not visible from
+//! here. The credentials type of rustix cannot hold that, so this file parses the message itself.
 
 #![allow(unsafe_code)]
 
@@ -17,21 +16,21 @@ const SPACE: usize = {
     unsafe { (libc::CMSG_SPACE(fds as u32) + libc::CMSG_SPACE(sender as u32)) as usize }
 };
 
-/// What came.
+/// What has arrived.
 #[derive(Debug, Default)]
 pub(super) struct Received {
     /// Bytes that were put into the buffer; 0 at the end of the connection.
     pub(super) bytes: usize,
     /// Descriptors that came with them.
     pub(super) fds: Vec<OwnedFd>,
-    /// Process id of the sender, if the kernel tells (`SO_PASSCRED`); 0 if it is not visible from
-    /// here.
+    /// Process id of the sender, if the kernel reports it (`SO_PASSCRED`); 0 if it is not visible
+    /// from here.
     pub(super) sender: Option<i32>,
-    /// Control messages were cut off: there were too many, or this process is out of descriptors.
+    /// Control messages were truncated: there were too many, or this process is out of descriptors.
     pub(super) cut: bool,
 }
 
-/// Receives into `buffer` what there is, without waiting.
+/// Receives into `buffer` what is there, without waiting.
 ///
 /// # Errors
 /// What the kernel said.

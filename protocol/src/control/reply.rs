@@ -7,7 +7,7 @@
 use super::codec::{DecodeError, Decoder, Encoder, clip};
 use super::job::{MAX_ADDRESS, MAX_SENTENCE};
 
-/// Why the agent, or a VMM's hook, did not do what was asked.
+/// Why the agent, or a hook of the VMM, did not carry out a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum ErrorCode {
@@ -15,21 +15,21 @@ pub enum ErrorCode {
     Invalid = 1,
     /// The request is not allowed in this state.
     State = 2,
-    /// A job is in the way; try again when it ended.
+    /// A job is in the way. Try again when it has ended.
     Busy = 3,
-    /// What the request names does not exist.
+    /// The request names something that does not exist.
     NotFound = 4,
     /// The request is unknown or not supported here.
     Unsupported = 5,
     /// The kernel refused.
     System = 6,
-    /// The sender may not ask this.
+    /// The sender may not send this request.
     Denied = 7,
     /// The other side failed in a way it has no code for.
     Other = 8,
-    /// The guest is not here any more: it was handed over. Trying again does not help.
+    /// The guest was handed over. Trying again does not help.
     Gone = 9,
-    /// The VMM's code panicked in a hook.
+    /// The code of the VMM panicked in a hook.
     Panicked = 10,
 }
 
@@ -72,7 +72,7 @@ impl RemoteError {
 /// The answer to one of our requests.
 pub type Reply<T> = Result<T, RemoteError>;
 
-/// The body of an answer whose success carries the fields that `fields` adds.
+/// The body of an answer. `fields` adds the fields of a success.
 pub fn encode_reply<T>(reply: &Reply<T>, fields: impl FnOnce(&T, Encoder) -> Encoder) -> Vec<u8> {
     match reply {
         Ok(value) => fields(value, Encoder::new().u32(0)).finish(),
@@ -82,10 +82,10 @@ pub fn encode_reply<T>(reply: &Reply<T>, fields: impl FnOnce(&T, Encoder) -> Enc
     }
 }
 
-/// Reads an answer.
+/// Decodes an answer.
 ///
 /// # Errors
-/// If the body is malformed; the error that it carries is in the inner result.
+/// If the body is malformed. The error that it carries is the inner result.
 pub fn decode_reply<T>(
     body: &[u8], fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
 ) -> Result<Reply<T>, DecodeError> {
@@ -131,7 +131,7 @@ reply_fields! {
         version: u16,
         /// Features that both have.
         features: u64,
-        /// Largest body that the agent takes, in bytes.
+        /// Largest body that the agent accepts, in bytes.
         max_body: u32,
         /// Most ranges in one discard, free or populate.
         max_ranges: u32,
@@ -160,8 +160,8 @@ reply_fields! {
 pub struct JobStarted {
     /// Number of the job.
     pub job: u64,
-    /// Incoming: where it listens, with the port that the kernel chose. Outgoing: the target.
-    /// Snapshot and restore: the image.
+    /// Incoming: the address it listens at, with the port that the kernel chose. Outgoing: the
+    /// target. Snapshot and restore: the image.
     pub address: String,
 }
 

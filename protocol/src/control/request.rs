@@ -1,5 +1,5 @@
-//! pageferry's own requests, from a VMM or an operator to the agent. Codes from 0x1000, clear of
-//! vhost-user's.
+//! pageferry's own requests, from a VMM or an operator to the agent. Their codes begin at 0x1000,
+//! above those of vhost-user.
 //!
 //! Each is answered by a frame with the same code and the reply flag; see [`super::reply`].
 
@@ -17,7 +17,7 @@ pub use super::ranges::{BlockRange, MAX_RANGES};
 
 /// The version of the control protocol that this crate speaks.
 pub const CONTROL_VERSION: u16 = 1;
-/// First code of our own.
+/// First code of pageferry's own requests.
 pub const FIRST_NATIVE_REQUEST: u32 = 0x1000;
 
 /// Request codes.
@@ -51,16 +51,17 @@ pub const BLOCK_DISCARDED: u32 = 1 << 0;
 /// Flag of a discard: the agent frees the backing with `FALLOC_FL_PUNCH_HOLE`.
 pub const DISCARD_PUNCH: u32 = 1 << 0;
 
-/// Feature: the agent looks at the VMM's fence word (see [`crate::shm::fence`]) before it acts for
-/// the guest. The hello carries the word, and its answer a pidfd of the agent, so that the VMM can
-/// see to its end before another agent takes its place.
+/// Feature: the agent checks the fence word of the VMM (see [`crate::shm::fence`]) before it acts
+/// for the guest. The hello carries the word. The answer carries a pidfd of the agent, so that the
+/// VMM can make sure that it has exited before the next agent is attached.
 pub const FEATURE_FENCE: u64 = 1 << 0;
 
-/// What a VMM or an operator asks of the agent.
+/// A request of a VMM or an operator to the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
-    /// Opens the own part of the protocol. Answered by [`HelloReply`](super::reply::HelloReply),
-    /// and with [`FEATURE_FENCE`] by a pidfd of the agent.
+    /// Opens pageferry's part of the protocol. Answered by
+    /// [`HelloReply`](super::reply::HelloReply), and with [`FEATURE_FENCE`] by a pidfd of the
+    /// agent.
     Hello {
         /// Lowest version the sender speaks.
         version_min: u16,
@@ -68,20 +69,20 @@ pub enum Request {
         version_max: u16,
         /// Feature bits the sender offers: [`FEATURE_FENCE`].
         features: u64,
-        /// With [`FEATURE_FENCE`], which comes from a VMM: the number that the fence word holds
-        /// while this agent is the current one, from 1. The descriptor is the fence word's memfd.
-        /// 0, and no descriptor, without.
+        /// With [`FEATURE_FENCE`], which only a VMM sets: the number that the fence word holds
+        /// while this agent is the current one, from 1. The descriptor is the memfd of the fence
+        /// word. Without the feature: 0 and no descriptor.
         agent: u64,
     },
     /// Adds a block. Descriptors: the memory, then the bitmap of discarded pages (one bit per page,
-    /// whole 64-bit words), which the VMM keeps and which is taken as it is. Answered by
+    /// whole 64-bit words), which the VMM keeps and whose bits hold from the start. Answered by
     /// [`AddBlockReply`](super::reply::AddBlockReply).
     AddBlock {
         /// Id, name, place, granularity.
         geometry: BlockGeometry,
         /// Offset of the block in its file in bytes.
         fd_offset: u64,
-        /// Where the VMM has it mapped; 0 if nowhere.
+        /// Address at which the VMM has it mapped; 0 if it has not.
         vmm_address: u64,
         /// [`BLOCK_DISCARDED`].
         flags: u32,
@@ -96,24 +97,25 @@ pub enum Request {
     Discard {
         /// [`DISCARD_PUNCH`].
         flags: u32,
-        /// What is discarded; rounded inward.
+        /// The ranges; rounded inward.
         ranges: Vec<BlockRange>,
     },
     /// The guest gave these ranges back and may write into them again at any time, without a
-    /// populate. The agent frees the backing before it answers. Answered by the number of pages
-    /// that were freed: those of the ranges that are not discarded.
+    /// populate. The agent frees the memory before it answers. Answered by the number of pages that
+    /// were freed: those of the ranges that are not discarded.
     Free {
-        /// What is freed; rounded inward.
+        /// The ranges; rounded inward.
         ranges: Vec<BlockRange>,
     },
     /// The guest is about to use these ranges. Answered by the number of pages that were discarded
     /// before.
     Populate {
-        /// What is populated; rounded outward.
+        /// The ranges; rounded outward.
         ranges: Vec<BlockRange>,
     },
-    /// Who reports the guest's writes. Until a VMM has said so, the agent starts no job that relies
-    /// on dirty pages. Descriptor: with [`Trackers::WRITE_PROTECT`] the VMM's `/proc/self/pagemap`.
+    /// Declares what reports the writes of the guest. Before that, the agent starts no job that
+    /// relies on dirty pages. Descriptor: with [`Trackers::WRITE_PROTECT`] the `/proc/self/pagemap`
+    /// of the VMM.
     SetTrackers {
         /// At least one.
         sources: Trackers,
@@ -122,71 +124,70 @@ pub enum Request {
     StartOutgoing {
         /// `tcp:HOST:PORT`, `unix:PATH`, or `fd` with a connected socket as the descriptor.
         target: String,
-        /// How.
+        /// The options.
         options: OutgoingOptions,
     },
     /// Starts to wait for a guest. Answered by [`JobStarted`](super::reply::JobStarted).
     StartIncoming {
         /// `tcp:HOST:PORT`, `unix:PATH`, or `fd` with a connected socket as the descriptor.
         listen: String,
-        /// How.
+        /// The options.
         options: IncomingOptions,
     },
-    /// Cancels the job that runs. Refused once ownership is being given up.
+    /// Cancels the job that runs. Refused after the guest was relinquished.
     Cancel,
     /// Changes limits of the job that runs.
     SetParameters {
-        /// What to change; what can only be set at the start is ignored. Of a snapshot or a restore
-        /// that is all but the bandwidth, which is taken as it is here.
+        /// The new limits. Options that can only be set at the start are ignored; for a snapshot or
+        /// a restore, all but the bandwidth are.
         options: OutgoingOptions,
     },
-    /// Asks how the job stands that runs or ran last. Answered by a
+    /// Asks for the status of the job that runs or ran last. Answered by a
     /// [`JobStatus`](super::job::JobStatus).
     QueryStatus,
-    /// Asks for a status in every interval, and at every change of phase, as [`code::EVENT`]
-    /// frames.
+    /// Asks for a status in every interval and at every change of phase, as [`code::EVENT`] frames.
     Subscribe {
         /// Time between two of them.
         interval: Duration,
     },
-    /// Resumes the guest by the VMM after a commit that was never confirmed (`one-owner`). Only for
-    /// an operator who looked at both sides.
+    /// Has the VMM resume the guest after a commit that was never confirmed (`one-owner`). Only for
+    /// an operator who has looked at both sides.
     Resume {
-        /// Must be true: says that the operator knows that the destination does not run.
+        /// Must be true: the operator knows that the guest does not run at the destination.
         force: bool,
     },
-    /// Has the outgoing migration that runs, of mode hybrid, switch to postcopy after the pass that
-    /// it is in.
+    /// Switches the running outgoing migration of mode hybrid to postcopy after its current pass.
     StartPostcopy,
     /// Connects a paused postcopy again. Answered by [`JobStarted`](super::reply::JobStarted).
     ///
-    /// At the source: of the job that is paused, or, with a session, of one that another agent
-    /// began for this guest. At the destination: has the paused job listen somewhere else; where it
-    /// listened before it does anyway.
+    /// At the source: of the job that is paused, or, with a session, of a migration that another
+    /// agent began for this guest. At the destination: the paused job listens at another address in
+    /// addition to the first.
     Recover {
-        /// What tells the migration from others, as it came with
-        /// [`Hook::Relinquish`](crate::control::hook::Hook::Relinquish); zeroes for the one that is
+        /// Identifies the migration, as it came with
+        /// [`Hook::Relinquish`](crate::control::hook::Hook::Relinquish); zeroes for the job that is
         /// paused here.
         session: [u8; 16],
-        /// Where to connect to, or to listen; empty for where it was before.
+        /// The address to connect to, or to listen at; empty for the address before.
         address: String,
-        /// How, if another agent began it; the job that is paused here keeps its own.
+        /// The options, if another agent began the migration; a job that is paused here keeps its
+        /// own.
         options: OutgoingOptions,
     },
     /// Starts to save the guest into an image. Answered by
     /// [`JobStarted`](super::reply::JobStarted).
     StartSnapshot {
-        /// Path of the image, from the root.
+        /// Absolute path of the image.
         path: String,
-        /// How.
+        /// The options.
         options: SnapshotOptions,
     },
-    /// Starts to restore a guest from an image, and those that it builds on. Answered by
+    /// Starts to restore a guest from an image and its bases. Answered by
     /// [`JobStarted`](super::reply::JobStarted).
     StartRestore {
-        /// Path of the image, from the root.
+        /// Absolute path of the image.
         path: String,
-        /// How.
+        /// The options.
         options: RestoreOptions,
     },
 }
@@ -298,7 +299,7 @@ impl Request {
         .finish()
     }
 
-    /// Reads a request; `None` if the code is not one of ours.
+    /// Decodes a request; `None` if the code is unknown.
     ///
     /// # Errors
     /// The field that is wrong.

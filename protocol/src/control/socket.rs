@@ -1,8 +1,8 @@
 //! Frames with file descriptors over a UNIX stream socket.
 //!
-//! A [`FrameSocket`] reads exactly a header and then exactly its body, never past a frame: so the
-//! descriptors that arrive belong to the frame being read, and a frame may arrive in any number of
-//! pieces. It holds no lock and starts no thread.
+//! A [`FrameSocket`] reads exactly a header and then exactly its body, and never past the end of a
+//! frame. So the descriptors that arrive belong to the frame that is being read, and a frame may
+//! arrive in any number of pieces. It takes no lock and starts no thread.
 
 use super::frame::{Frame, FrameHeader, HEADER_SIZE, HeaderError, MAX_FDS};
 use super::receive::receive;
@@ -27,7 +27,7 @@ pub enum SocketError {
         /// Bytes of the header or body that did not come.
         missing: usize,
     },
-    /// Nothing came, or nothing could be sent, until the deadline.
+    /// Nothing arrived, or nothing could be sent, until the deadline.
     #[error("no {what} within {waited:?}")]
     Timeout {
         /// What was waited for.
@@ -38,7 +38,7 @@ pub enum SocketError {
     /// The header is not valid.
     #[error(transparent)]
     Header(#[from] HeaderError),
-    /// The connection ended, or took no more, inside a frame that this side was sending.
+    /// The connection ended, or accepted no more, inside a frame that this side was sending.
     #[error("the connection took {sent} of the {total} bytes of a frame")]
     HalfSent {
         /// Bytes that were sent.
@@ -84,19 +84,19 @@ impl SocketError {
     }
 }
 
-/// A connected UNIX stream socket that carries frames. Reading is safe to continue after a timeout.
+/// A connected UNIX stream socket that carries frames. Reading can continue after a timeout.
 #[derive(Debug)]
 pub struct FrameSocket {
-    /// Shared with whoever may end the connection from another thread.
+    /// Shared with the threads that may end the connection.
     fd: Arc<OwnedFd>,
     header: FrameHeader,
-    /// Bytes of the header and then of the body that have come.
+    /// Bytes of the header and then of the body that have arrived.
     have: usize,
     body: Vec<u8>,
     fds: Vec<OwnedFd>,
-    /// Descriptors of the frame that is being read did not arrive.
+    /// Descriptors of the current frame did not arrive.
     lost_fds: bool,
-    /// Process id of whoever sent what came last, if the kernel was asked to tell.
+    /// Process id of the last sender, if the kernel reports it.
     sender: Option<i32>,
 }
 
@@ -127,8 +127,8 @@ impl From<Arc<OwnedFd>> for FrameSocket {
 }
 
 impl FrameSocket {
-    /// Has the kernel tell of what is sent from now on which process sent it (`SO_PASSCRED`), or
-    /// not any more.
+    /// Makes the kernel report which process sends each following message (`SO_PASSCRED`), or stops
+    /// that.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -136,25 +136,25 @@ impl FrameSocket {
         rustix::net::sockopt::set_socket_passcred(&self.fd, ask)
     }
 
-    /// The process that sent the frame that came last, in this process's numbers; see
-    /// [`FrameSocket::report_sender`]. The kernel vouches for it, but for a sender with
-    /// CAP_SYS_ADMIN, which may name another. It is no number of a process if the sender is not
-    /// visible from here, since it lives in another PID namespace.
+    /// The process that sent the last frame, as a process id in this PID namespace; see
+    /// [`FrameSocket::report_sender`]. The kernel vouches for it, except that a sender with
+    /// CAP_SYS_ADMIN may name another process. It is not a valid process id if the sender is not
+    /// visible from here, in another PID namespace.
     pub fn sender(&self) -> Option<i32> {
         self.sender
     }
 
-    /// True if part of a frame has come, and not yet its end.
+    /// True if a part of a frame has arrived, but not all of it.
     pub fn is_inside_frame(&self) -> bool {
         self.have > 0
     }
 
-    /// The next frame if it is all here, without waiting.
+    /// The next frame if all of it is here, without waiting.
     ///
     /// # Errors
-    /// [`SocketError::LostFds`] in place of a frame whose descriptors did not all arrive: the next
-    /// call reads the next frame. If the connection ended or the header is wrong; the socket is of
-    /// no use then.
+    /// [`SocketError::LostFds`] in place of a frame whose descriptors did not all arrive; the next
+    /// call reads the next frame. Other errors if the connection ended or the header is wrong; the
+    /// socket is then of no use.
     pub fn try_recv(&mut self) -> Result<Option<Frame>, SocketError> {
         loop {
             if self.have < HEADER_SIZE {
@@ -207,10 +207,10 @@ impl FrameSocket {
         }
     }
 
-    /// Sends a frame whole, waiting for room until `deadline`.
+    /// Sends a whole frame. Waits for room until `deadline`.
     ///
     /// # Errors
-    /// If the connection ended or there is no room in time. [`SocketError::HalfSent`] if part of
+    /// If the connection ended or there is no room in time. [`SocketError::HalfSent`] if a part of
     /// the frame was sent by then: drop the socket.
     pub fn send(&self, frame: &Frame, deadline: Instant) -> Result<(), SocketError> {
         let fds: Vec<BorrowedFd<'_>> = frame.fds.iter().map(AsFd::as_fd).collect();
@@ -260,8 +260,8 @@ impl FrameSocket {
         Ok(())
     }
 
-    /// Ends the connection for both sides, whoever else holds the descriptor. Wakes whoever waits
-    /// on it.
+    /// Ends the connection for both sides and wakes all threads that wait on it, even if other
+    /// descriptors of it are open.
     pub fn shutdown(&self) {
         // Fails only if it is not connected any more, which is what we want.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);

@@ -6,15 +6,15 @@
 use super::codec::{DecodeError, Decoder, Encoder};
 use std::collections::BTreeSet;
 
-/// Most pieces of state.
+/// Largest number of pieces of state.
 pub const MAX_PIECES: usize = 1024;
 /// Longest name of a piece of state in bytes.
 pub const MAX_PIECE_NAME: usize = 255;
-/// Most bytes of state in all pieces together: 1 GiB.
+/// Largest number of bytes of state in all pieces together: 1 GiB.
 pub const MAX_STATE: u64 = 1 << 30;
 
-/// A piece of the VMM's state: its name, and how many bytes it takes in the file that comes with
-/// the frame. The pieces lie one after another in that file.
+/// A piece of the state of the VMM: its name, and its length in the file that comes with the frame.
+/// The pieces lie one after another in that file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PieceSize {
     /// Chosen by the VMM.
@@ -23,15 +23,15 @@ pub struct PieceSize {
     pub length: u64,
 }
 
-/// The pieces as they travel, and as they are in an image: their number (4 bytes), and for each its
-/// length (8) and name.
+/// The list as it travels and as it stands in an image: the number of pieces (4 bytes), and for
+/// each its length (8) and name.
 pub(crate) fn encode_pieces(pieces: &[PieceSize], encoder: Encoder) -> Encoder {
     pieces.iter().fold(encoder.u32(pieces.len() as u32), |encoder, piece| {
         encoder.u64(piece.length).text(&piece.name)
     })
 }
 
-/// What [`encode_pieces`] wrote.
+/// Decodes what [`encode_pieces`] wrote.
 ///
 /// # Errors
 /// The field that is wrong, and its value.
@@ -53,7 +53,7 @@ pub(crate) fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>,
             return Err(DecodeError::Value { field: "length of a piece", value: length, allowed });
         }
         let name = decoder.text("name of a piece", MAX_PIECE_NAME)?;
-        // Whoever loads them finds a piece by its name.
+        // A VMM finds its pieces by their names.
         if !names.insert(name) {
             return Err(DecodeError::Duplicate {
                 field: "name of a piece",

@@ -1,25 +1,26 @@
-//! The trackers that a VMM declares: who reports the guest's writes.
+//! The trackers that a VMM declares: what reports the writes of the guest.
 //!
-//! The declaration is not optional. An agent that knows only the shared log cannot tell a VMM whose
+//! The declaration is not optional. An agent that sees only the shared log cannot tell a VMM whose
 //! writers all mark that log from a VMM that forgot its tracker, and the second one would lose
-//! writes. So an empty set means "never declared", and [`Trackers::LOG_IS_COMPLETE`] is a bit.
+//! writes. So an empty set means "never declared", and [`Trackers::LOG_IS_COMPLETE`] is a bit of
+//! its own.
 
 use super::codec::DecodeError;
 use std::fmt;
 use std::ops::BitOr;
 
-/// A set of trackers, beside the shared log, which is always read. Combine them with `|`.
+/// A set of trackers besides the shared log, which is always read. Combine them with `|`.
 ///
 /// `Trackers::default()` is the empty set: nothing was declared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Trackers(u32);
 
 impl Trackers {
-    /// The VMM's own tracker, which the agent reads by the hooks to start, sync, clear and stop it.
-    /// Typically KVM's dirty log.
+    /// The VMM's own tracker, typically KVM's dirty log. The agent starts, syncs, clears and stops
+    /// it by hooks.
     pub const HOOKS: Self = Self(1 << 0);
-    /// Write-protect scanning of the VMM's mappings, which the agent does from its own process
-    /// with `PAGEMAP_SCAN`. It sees vCPUs and the VMM's threads, as far as they write through the
+    /// Write-protect scanning of the mappings of the VMM, which the agent does from its own process
+    /// with `PAGEMAP_SCAN`. It sees the writes of vCPUs and of threads of the VMM through these
     /// mappings.
     pub const WRITE_PROTECT: Self = Self(1 << 1);
     /// Every writer marks the shared log: vCPUs, emulated devices, other processes. No other
@@ -38,7 +39,7 @@ impl Trackers {
         self.0
     }
 
-    /// True if the VMM has said who reports the guest's writes.
+    /// True if the VMM has declared what reports the writes of the guest.
     pub const fn is_declared(self) -> bool {
         self.0 != 0
     }

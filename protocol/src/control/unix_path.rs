@@ -1,7 +1,7 @@
 //! Paths of UNIX sockets: which are allowed, and connecting to one.
 //!
-//! Agent and client take the same paths. The kernel would take one byte more than
-//! [`MAX_SOCKET_PATH`] from whoever listens, and then nobody could name the path to connect to it.
+//! Agent and client accept the same paths. The kernel allows a listener one byte more than
+//! [`MAX_SOCKET_PATH`], but then no client could name the path to connect to it.
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -11,23 +11,23 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Most bytes of a path: `sun_path` of `linux/un.h` has 108, and the last one ends the path.
+/// Longest path in bytes: `sun_path` of `linux/un.h` has 108, and the last byte ends the path.
 pub const MAX_SOCKET_PATH: usize = 107;
 
 /// Time between two attempts to connect to a listener whose queue is full.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// Why a path cannot be that of a socket.
+/// Why a path cannot be the path of a socket.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SocketPathError {
-    /// There is none.
+    /// The path is empty.
     #[error("the socket's path is empty")]
     Empty,
-    /// The kernel would end it there; at the start it would mean an abstract address, which
-    /// everybody may connect to.
+    /// The kernel would end the path at a byte of zero. At the start, such a byte would mean an
+    /// abstract address, to which everybody may connect.
     #[error("socket path {0:?} has a byte of zero, which no path has")]
     Nul(PathBuf),
-    /// It does not fit.
+    /// The path does not fit.
     #[error("socket path {} has {} bytes, allowed are {MAX_SOCKET_PATH}", .0.display(), .0.as_os_str().len())]
     TooLong(PathBuf),
 }
@@ -48,14 +48,14 @@ pub fn socket_address(path: &Path) -> Result<SocketAddrUnix, SocketPathError> {
     }
 }
 
-/// Connects to the socket at `path`, and waits until `deadline` for a listener whose queue is full.
+/// Connects to the socket at `path`. Waits until `deadline` for a listener whose queue is full.
 ///
 /// # Errors
-/// If the path is not allowed, nobody listens there, or the listener takes no connection in time.
+/// If the path is not allowed, nobody listens there, or the listener does not accept in time.
 pub fn connect_unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
     let address =
         socket_address(path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-    // A connect that waits would wait without an end for a listener that hangs.
+    // A blocking connect would wait for ever for a listener that hangs.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     loop {

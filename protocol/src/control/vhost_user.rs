@@ -1,5 +1,5 @@
-//! The part of vhost-user that hands over memory: codes, feature bits, and the payloads, which are
-//! the vhost crate's.
+//! The requests of vhost-user that hand over memory: codes, feature bits, and the payloads of the
+//! vhost crate.
 
 use super::Role;
 use super::codec::{DecodeError, Decoder};
@@ -29,7 +29,7 @@ pub struct Region {
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Where the VMM has it mapped.
+    /// Address at which the VMM has it mapped.
     pub vmm_address: u64,
     /// Offset in the file.
     pub fd_offset: u64,

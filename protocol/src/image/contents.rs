@@ -1,12 +1,16 @@
-//! What an image holds, apart from its pages: the blocks, the base of an increment, and the pieces
-//! of the VMM's state.
+//! The contents of an image besides its pages: the blocks, the base of an increment, and the list
+//! of the pieces of the VMM's state.
 //!
-//! Little-endian numbers one after another: the number of blocks (4 bytes), and for each its id
-//! (4), zero (4), GPA (8), length (8), granularity (8) and name; the base's name; the number of
-//! pieces of state (4), and for each its length (8) and name. A name is its length (4) and that
-//! many bytes of UTF-8. The blocks are in the order of their GPA, which is that of their pages in
-//! the file; any other order is refused. The base's name is a path from the image's own folder, or
-//! one from the root; empty if there is none.
+//! Little-endian numbers one after another:
+//!
+//! - the number of blocks (4 bytes), and for each its id (4), zero (4), GPA (8), length (8),
+//!   granularity (8) and name;
+//! - the name of the base, which is an absolute path or one relative to the folder of the image;
+//!   empty if there is no base;
+//! - the number of pieces of state (4), and for each its length (8) and name.
+//!
+//! A name is its length (4) and that many bytes of UTF-8. The blocks are in the order of their GPA,
+//! which is the order of their pages in the file; any other order is refused.
 
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use crate::control::state_pieces::{PieceSize, decode_pieces, encode_pieces};
@@ -15,27 +19,27 @@ use crate::memory::{BlockGeometry, BlockTable};
 
 /// Longest name of a base in bytes.
 pub const MAX_BASE_NAME: usize = 4096;
-/// Most bytes of the contents.
+/// Largest length of the contents in bytes.
 pub const MAX_CONTENTS: u64 = 1 << 20;
 
-/// What an image holds, apart from its pages.
+/// The contents of an image besides its pages.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Contents {
     /// The blocks.
     pub table: BlockTable,
-    /// Where the base was when the increment was made; empty if there is none.
+    /// Path of the base when the increment was made; empty if there is none.
     pub base_name: String,
-    /// The VMM's state.
+    /// The pieces of the VMM's state.
     pub pieces: Vec<PieceSize>,
 }
 
-/// Why bytes are not the contents of an image.
+/// Why bytes are not valid contents.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ContentsError {
     /// A field is wrong.
     #[error("contents")]
     Field(#[from] DecodeError),
-    /// The blocks are no valid set.
+    /// The blocks are not a valid set.
     #[error("contents")]
     Geometry(#[from] GeometryError),
 }
@@ -77,8 +81,8 @@ impl Contents {
             let id = decoder.u32("id")?;
             decoder.u32("zero")?;
             let (gpa, length) = (decoder.u64("gpa")?, decoder.u64("length")?);
-            // Another order would be sorted by the table, and put the pages elsewhere than whoever
-            // wrote it did.
+            // The table would sort another order, and the pages would then be at other offsets than
+            // those that the writer used.
             if table.blocks().last().is_some_and(|last: &BlockGeometry| gpa < last.gpa) {
                 let allowed = "at least that of the block before";
                 return Err(DecodeError::Value { field: "gpa", value: gpa, allowed }.into());

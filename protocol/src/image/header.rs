@@ -5,10 +5,10 @@
 //! | 0 | 8 | magic, `PFimage` and a zero byte |
 //! | 8 | 4 | version, 1 |
 //! | 12 | 4 | run state of the guest: 0 running, 1 paused by its operator |
-//! | 16 | 8 | features: what a reader must know to read it; none are defined |
+//! | 16 | 8 | features that a reader must know; none are defined |
 //! | 24 | 16 | id |
-//! | 40 | 16 | id of the base; zeroes for an image that stands alone |
-//! | 56 | 8 | when the guest was as the image says, in seconds since 1970 |
+//! | 40 | 16 | id of the base; zeroes for a full image |
+//! | 56 | 8 | the point in time of the snapshot, in seconds since 1970 |
 //! | 64 | 8 | length of the file in bytes |
 //! | 72 | 24 | section: contents |
 //! | 96 | 24 | section: states |
@@ -19,7 +19,8 @@
 //! | 4092 | 4 | CRC-32C of bytes 0 to 4091 |
 //!
 //! A section is its offset (8), its length in bytes (8), the CRC-32C of its bytes (4) and zero (4).
-//! That of the pages' checksums has none: each part of it is checked by the sum of its extent.
+//! The section of the checksums of pages has none: each part of it is checked by the checksum of
+//! its extent.
 
 use super::{ImageId, checksum};
 use crate::control::job::RunState;
@@ -28,7 +29,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Bytes of the header.
 pub const HEADER_SIZE: usize = 4096;
-/// What an image begins with.
+/// First bytes of an image.
 pub const MAGIC: [u8; 8] = *b"PFimage\0";
 /// The version that this crate reads and writes.
 pub const VERSION: u32 = 1;
@@ -69,7 +70,7 @@ impl SectionKind {
     }
 }
 
-/// Where a section lies.
+/// Position of a section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Section {
     /// In bytes from the start of the file.
@@ -110,7 +111,7 @@ const _: () = assert!(size_of::<WireHeader>() == HEADER_SIZE);
 /// Why the first bytes of a file are not the header of an image.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
-    /// It is something else.
+    /// It is another kind of file.
     #[error(
         "the file is not an image of pageferry: it begins with {found:02x?}, not with {MAGIC:02x?}"
     )]
@@ -118,7 +119,7 @@ pub enum HeaderError {
         /// Its first bytes.
         found: [u8; 8],
     },
-    /// It is damaged.
+    /// The header is damaged.
     #[error(
         "header: checksum is {found:#010x}, that of its bytes is {computed:#010x}: the image is damaged"
     )]
@@ -128,25 +129,25 @@ pub enum HeaderError {
         /// Of the bytes.
         computed: u32,
     },
-    /// It is of another version.
+    /// The image has another version.
     #[error("header: version is {found}, this program reads {VERSION}")]
     Version {
         /// As written.
         found: u32,
     },
-    /// The guest neither ran nor was paused.
+    /// The run state is unknown.
     #[error("header: run state is {found}, allowed: 0 running, 1 paused")]
     Guest {
         /// As written.
         found: u32,
     },
-    /// It needs what this program does not know.
+    /// The image needs features that this program does not know.
     #[error("header: features are {found:#x}, this program knows {FEATURES:#x}")]
     Features {
         /// As written.
         found: u64,
     },
-    /// A section does not lie in the file.
+    /// A section lies outside the file.
     #[error(
         "header: section {section} is {offset:#x} + {length:#x}, in a file of {file_length:#x} bytes"
     )]
@@ -165,13 +166,13 @@ pub enum HeaderError {
 /// The header.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Header {
-    /// What tells the image from others.
+    /// Identifies the image.
     pub id: ImageId,
     /// The image that an increment builds on; zeroes if there is none.
     pub base: ImageId,
-    /// When the guest was so, in seconds since 1970.
+    /// The point in time of the snapshot, in seconds since 1970.
     pub taken: u64,
-    /// Whether the guest ran then, had the snapshot not paused it.
+    /// The run state of the guest, apart from the pause of the snapshot.
     pub guest: RunState,
     /// In bytes.
     pub file_length: u64,
@@ -185,7 +186,7 @@ impl Header {
         self.base != ImageId::default()
     }
 
-    /// Where a section lies.
+    /// Position of a section.
     pub fn section(&self, kind: SectionKind) -> Section {
         self.sections[kind as usize]
     }

@@ -1,27 +1,28 @@
-//! Where pages and sections lie in an image. All but the ends of the contents and of the VMM's
-//! state follows from the lengths of the blocks, so images of the same blocks have each page at the
-//! same place.
+//! Offsets of pages and sections in an image.
 //!
 //! The header is followed, from 2 MiB on, by the blocks in the order of the table, each rounded up
-//! to whole extents; then by the sections, in the order pages' checksums, states, extents'
-//! checksums, contents, VMM state, each from a multiple of 4 KiB on.
+//! to whole extents. Then the sections follow, each at a multiple of 4 KiB: the checksums of pages,
+//! the states, the checksums of extents, the contents, and the state of the VMM.
+//!
+//! All offsets but the ends of the last two sections follow from the lengths of the blocks. So
+//! images of the same blocks have each page at the same offset.
 
 use super::states::states_size;
 use super::{EXTENT_PAGES, EXTENT_SIZE, MAX_MEMORY};
 use crate::memory::{BlockTable, PAGE_SIZE};
 
-/// The places of an image.
+/// The offsets in an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     blocks: Vec<Place>,
-    /// First byte after the pages: of the pages' checksums.
+    /// First byte after the pages, where the checksums of pages begin.
     page_sums: u64,
     states: u64,
     extent_sums: u64,
     contents: u64,
 }
 
-/// The places of a block.
+/// The offsets of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Place {
     pages: u64,
@@ -33,7 +34,7 @@ struct Place {
     states_before: u64,
 }
 
-/// Blocks that no image can hold.
+/// Blocks that are too large for an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("blocks of {bytes:#x} bytes together, an image holds at most {MAX_MEMORY:#x}")]
 pub struct TooLarge {
@@ -42,10 +43,10 @@ pub struct TooLarge {
 }
 
 impl Layout {
-    /// The places for these blocks.
+    /// The offsets for these blocks.
     ///
     /// # Errors
-    /// If they are too large for one image.
+    /// If the blocks are too large for one image.
     pub fn new(table: &BlockTable) -> Result<Self, TooLarge> {
         let bytes = table.blocks().iter().fold(0u64, |sum, block| sum.saturating_add(block.length));
         if bytes > MAX_MEMORY {

@@ -1,8 +1,15 @@
-//! What an image says of each page.
+//! The state of each page in an image.
 //!
-//! 64 pages take 16 bytes: two words, whose bits n are of page n. First word set: the image has the
-//! page's content. Second: the page is discarded. Neither: it is zero. Both: it is as in the base,
-//! which only an increment has one of. Bits after the last page of a block are clear.
+//! 64 pages take 16 bytes: two words, in which bit n belongs to page n.
+//!
+//! | first word | second word | page |
+//! | --- | --- | --- |
+//! | 1 | 0 | the image has its content |
+//! | 0 | 1 | discarded |
+//! | 0 | 0 | zero |
+//! | 1 | 1 | as in the base; only in an increment |
+//!
+//! Bits after the last page of a block are clear.
 
 use crate::control::codec::DecodeError;
 use crate::memory::PageRange;
@@ -11,24 +18,24 @@ use crate::shm::bitmap::{WORD_BITS, word_mask};
 /// Bytes of 64 pages.
 const WORD_SIZE: usize = 16;
 
-/// Bytes of the states of `pages` pages.
+/// Length of the states of `pages` pages in bytes.
 pub const fn states_size(pages: u64) -> u64 {
     pages.div_ceil(WORD_BITS) * WORD_SIZE as u64
 }
 
-/// The states of 64 pages. No page is in two of the sets; who is in none is zero.
+/// The states of 64 pages. No page is in two of the sets. A page in none of them is zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StateWord {
-    /// The image has their content.
+    /// Pages whose content is in the image.
     pub present: u64,
-    /// Their content is stale: they are holes, and count as discarded.
+    /// Pages whose content is stale: they are holes and count as discarded.
     pub discarded: u64,
-    /// They are as in the base.
+    /// Pages that are as in the base.
     pub unchanged: u64,
 }
 
 impl StateWord {
-    /// Those that are zero, of the pages `valid`.
+    /// Of the pages `valid`, those that are zero.
     pub fn zero(&self, valid: u64) -> u64 {
         valid & !(self.present | self.discarded | self.unchanged)
     }

@@ -1,43 +1,43 @@
-//! The file beside an image that remembers which pages a restored guest touched, and in which
-//! order.
+//! The working set: a file beside an image that lists the pages that a restored guest accessed, in
+//! the order of the first access.
 //!
 //! Its magic, `PFwkset` and a zero byte (8 bytes); version, 1 (4); the number of runs (4); the id
-//! of the image (16); the runs, each a block (4), zero (4), its first page (8) and their number
-//! (8), in the order of the first touch; the CRC-32C of all before it (4).
+//! of the image (16); the runs in order, each a block (4), zero (4), its first page (8) and the
+//! number of pages (8); the CRC-32C of everything before it (4).
 
 use super::{ImageId, checksum};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use crate::memory::PageRange;
 
-/// What the file begins with.
+/// First bytes of the file.
 pub const MAGIC: [u8; 8] = *b"PFwkset\0";
 /// The version that this crate reads and writes.
 pub const VERSION: u32 = 1;
-/// Most runs: 24 MiB of file.
+/// Largest number of runs: 24 MiB of file.
 pub const MAX_RUNS: usize = 1 << 20;
 /// Bytes before the runs.
 const HEAD: usize = 32;
 /// Bytes of a run.
 const RUN: usize = 24;
-/// Most bytes of the file.
+/// Largest length of the file in bytes.
 pub const MAX_SIZE: u64 = (HEAD + MAX_RUNS * RUN + 4) as u64;
 
-/// Which pages were touched first.
+/// The pages that were accessed first.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct WorkingSet {
     /// The image.
     pub image: ImageId,
-    /// The id of a block and pages of it, in the order of the first touch.
+    /// The id of a block and pages of it, in the order of the first access.
     pub runs: Vec<(u32, PageRange)>,
 }
 
 /// Why a file is not a working set.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WorkingSetError {
-    /// It is something else.
+    /// It is another kind of file.
     #[error("the file is not a working set of pageferry")]
     Magic,
-    /// It is damaged.
+    /// The file is damaged.
     #[error("working set: checksum is {found:#010x}, that of its bytes is {computed:#010x}")]
     Checksum {
         /// As written.
@@ -64,7 +64,7 @@ impl WorkingSet {
         bytes
     }
 
-    /// The working set in these bytes. Whether its runs lie in the blocks is not known here.
+    /// Decodes a working set. Does not check that its runs lie in the blocks.
     ///
     /// # Errors
     /// What is wrong.

@@ -1,5 +1,5 @@
-//! The file under guest memory: what it must be, checked in the same way by the client, before any
-//! agent has it, and by the agent, which believes nobody.
+//! The file under guest memory: what it must be. The client checks it before any agent has it, and
+//! the agent checks it again, since it trusts no one.
 
 use super::PAGE_SIZE;
 use rustix::fs::{OFlags, SealFlags};
@@ -11,28 +11,28 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// `f_type` of tmpfs, and thereby of a memfd, from the kernel's `linux/magic.h`.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// What kind of file it is.
+/// The kind of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackingKind {
-    /// A memfd or a file on tmpfs: has holes, and tells them.
+    /// A memfd or a file on tmpfs: has holes and reports them.
     Shmem,
-    /// hugetlbfs: no `write`, and does not tell its holes.
+    /// hugetlbfs: no `write`, and does not report its holes.
     Hugetlb,
-    /// A file on a disk: holes as far as the file system tells them.
+    /// A file on a disk: reports holes if the file system does.
     File,
 }
 
-/// What is known of a file that can be guest memory.
+/// A file that can be guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryFile {
-    /// What kind of file it is.
+    /// The kind of the file.
     pub kind: BackingKind,
     /// The allocation unit in bytes.
     pub host_page_size: u64,
     /// True if the file cannot shrink (`F_SEAL_SHRINK`).
     pub sealed: bool,
-    /// True unless the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`): then
-    /// no guest can come into it, since nothing can be written to it or freed in it.
+    /// False if the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`). Then no
+    /// guest can arrive in it, since nothing can be written to it or freed in it.
     pub writable: bool,
 }
 
@@ -51,7 +51,7 @@ pub enum MemoryFileError {
         /// How it is open.
         mode: &'static str,
     },
-    /// The descriptor has a flag with which the kernel does something else than what was asked.
+    /// The descriptor has a flag that changes what reads or writes do.
     #[error("memory fd is open with {flag}: {why}; allowed: O_RDWR without it")]
     Flag {
         /// The flag.
@@ -59,7 +59,7 @@ pub enum MemoryFileError {
         /// What it would do.
         why: &'static str,
     },
-    /// It can only be mapped, such as memory of memfd_secret.
+    /// The file can only be mapped, such as one of memfd_secret.
     #[error(
         "memory fd has no {what}: it is of a kind that can only be mapped; allowed: memfds, tmpfs, hugetlbfs, files on a disk"
     )]
@@ -135,8 +135,8 @@ impl MemoryFile {
     }
 }
 
-/// Refuses what `open` or `fcntl` has set on the descriptor, if reading, writing and punching at a
-/// place would not do what they say.
+/// Refuses flags of the descriptor with which reads, writes and punches at an offset would do
+/// something else.
 fn check_flags(flags: OFlags) -> Result<(), MemoryFileError> {
     if flags.contains(OFlags::PATH) {
         return Err(MemoryFileError::Access { mode: "O_PATH" });
@@ -165,10 +165,10 @@ fn check_flags(flags: OFlags) -> Result<(), MemoryFileError> {
     }
 }
 
-/// Refuses a file that has no `read` or `write`, whatever the descriptor says. Reads and writes no
-/// byte of it. A memfd that is sealed against writing has both; see [`MemoryFile::writable`].
+/// Refuses a file that has no `read` or `write`. Reads and writes no byte of it. A memfd that is
+/// sealed against writing has both; see [`MemoryFile::writable`].
 fn check_usable(fd: BorrowedFd<'_>, kind: BackingKind) -> Result<(), MemoryFileError> {
-    // Of no bytes: says only whether the file system has the call at all.
+    // Zero bytes: shows only whether the file system has the call.
     if rustix::io::pread(fd, &mut [0u8; 0][..], 0).is_err() {
         return Err(MemoryFileError::MapOnly { what: "read" });
     }

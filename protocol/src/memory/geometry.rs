@@ -1,29 +1,29 @@
 //! What a block is, and which sets of blocks are valid.
 //!
-//! The same check runs wherever a set of blocks is formed: when a VMM adds a block, and when a
-//! peer's table arrives.
+//! The same check runs wherever a set of blocks is formed: when a VMM adds a block, and when the
+//! table of a peer arrives.
 
 use super::{PAGE_SIZE, pages_in};
 
-/// Most blocks a page stream can carry; a constant of the stream format.
+/// Largest number of blocks in a page stream; a constant of the stream format.
 pub const MAX_BLOCKS: usize = 512;
 
-/// Most blocks a VMM can register: the number of memory slots KVM offers to user space, answered to
-/// `VHOST_USER_GET_MAX_MEM_SLOTS`.
+/// Largest number of blocks of a VMM: the number of memory slots that KVM offers to user space. The
+/// answer to `VHOST_USER_GET_MAX_MEM_SLOTS`.
 pub const MAX_MEM_SLOTS: usize = 509;
 
 /// Longest name of a block in bytes of UTF-8.
 pub const MAX_NAME: usize = 255;
 
-/// Largest block: 2^50 bytes. Keeps every page index within the 40 bits that the agent's fence
-/// packs it into.
+/// Largest block: 2^50 bytes. Every page index then fits into the 40 bits of the agent's reader
+/// fence.
 pub const MAX_BLOCK_LENGTH: u64 = 1 << 50;
 
-/// Where a block lies in the guest, and the units that it is discarded in. Says nothing of its
-/// backing.
+/// Position of a block in the guest, and the unit of its discards. Independent of the file under
+/// it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockGeometry {
-    /// Chosen by the VMM, unique among its blocks, the same on source and destination.
+    /// Chosen by the VMM. Unique among its blocks, and the same on source and destination.
     pub id: u32,
     /// For people: unique among the VMM's blocks.
     pub name: String,
@@ -31,8 +31,8 @@ pub struct BlockGeometry {
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Unit of discards and populates in bytes: a power of two, at least a page. Where the
-    /// backing's host page is larger, that is the unit.
+    /// Unit of discards and populates in bytes: a power of two, at least a page. If the host page
+    /// of the file is larger, the host page is the unit.
     pub granularity: u64,
 }
 
@@ -42,7 +42,7 @@ impl BlockGeometry {
         pages_in(self.length)
     }
 
-    /// Page number of the block's first page in the guest, which is its place in the dirty log.
+    /// Page number of the first page in the guest, which is its position in the dirty log.
     pub fn first_log_page(&self) -> u64 {
         pages_in(self.gpa)
     }
@@ -79,7 +79,7 @@ pub enum GeometryError {
         /// Its length in bytes.
         length: u64,
     },
-    /// The granularity is no power of two, or less than a page.
+    /// The granularity is not a power of two, or less than a page.
     #[error(
         "block {id}: granularity {granularity:#x} is not a power of two of at least {PAGE_SIZE:#x}"
     )]
@@ -97,7 +97,7 @@ pub enum GeometryError {
         /// Length of the name in bytes.
         length: usize,
     },
-    /// The id is taken.
+    /// Another block has the id.
     #[error("block {id}: the id is taken by block \"{name}\"")]
     DuplicateId {
         /// The block.
@@ -105,7 +105,7 @@ pub enum GeometryError {
         /// Name of the block that has the id.
         name: String,
     },
-    /// The name is taken.
+    /// Another block has the name.
     #[error("block {id}: the name \"{name}\" is taken by block {other}")]
     DuplicateName {
         /// The block.
@@ -133,7 +133,7 @@ pub enum GeometryError {
         /// Length of the other in bytes.
         other_length: u64,
     },
-    /// There are as many blocks as there may be.
+    /// The number of blocks is at its limit.
     #[error("block {id}: there are {limit} blocks already, which is the limit")]
     TooMany {
         /// The block.
@@ -143,8 +143,7 @@ pub enum GeometryError {
     },
 }
 
-/// A valid set of blocks: ids and names unique, no two of them overlapping. Kept in order of the
-/// GPA.
+/// A valid set of blocks: unique ids and names, and no overlap. In the order of the GPA.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BlockTable {
     blocks: Vec<BlockGeometry>,
@@ -200,7 +199,7 @@ impl BlockTable {
         Ok(())
     }
 
-    /// Takes the block with this id out of the set.
+    /// Removes the block with this id.
     pub fn remove(&mut self, id: u32) -> Option<BlockGeometry> {
         let at = self.blocks.iter().position(|block| block.id == id)?;
         Some(self.blocks.remove(at))

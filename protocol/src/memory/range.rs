@@ -1,7 +1,7 @@
 //! Ranges of pages within one block, and how byte ranges become page ranges.
 //!
-//! `round-safely` lives here: a discard rounds *inward*, so that a partly covered page still
-//! migrates; a populate rounds *outward*, so that a partly covered page is safe to use.
+//! `round-safely` is kept here. A discard rounds *inward*: a page that it covers only in part is
+//! still in use. A populate rounds *outward*: a page that it covers in part becomes safe to use.
 
 use super::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -15,7 +15,7 @@ pub struct PageRange {
     pub count: u64,
 }
 
-/// A byte range that is no part of its block.
+/// A byte range that is not part of its block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RangeError {
     /// `offset + length` is more than 64 bits hold.
@@ -51,7 +51,7 @@ impl PageRange {
         Self { first, count }
     }
 
-    /// The first page after the range. Saturates, so that a lying peer's numbers cannot wrap
+    /// The first page after the range. Saturates, so that the numbers of a lying peer cannot wrap
     /// around.
     pub const fn end(&self) -> u64 {
         self.first.saturating_add(self.count)

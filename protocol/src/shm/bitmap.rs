@@ -1,16 +1,18 @@
-//! One bit per page, in words that many threads, and two processes, change at once.
+//! One bit per page, in words that many threads and two processes change at once.
 //!
-//! # Orders
+//! # Memory order
 //!
-//! Every change is one atomic read-modify-write per word and none is split, so no bit is ever lost:
-//! a bit that is set while another thread takes the word is either in what that thread took or
-//! still in the bitmap afterwards. [`Bitmap::take_word`] is sequentially consistent, since
-//! `clear-then-read` (clear, then read) needs the taking to come before the reading that follows,
-//! and setters release what they wrote before. Scans skip words that they load as zero: whoever
-//! must see a bit has to be ordered after its setter by other means (the pause of the guest, or the
-//! pass after).
+//! Every change is one atomic read-modify-write per word, so no bit is ever lost. If one thread
+//! sets a bit while another takes the word, the bit is either in the taken word or still in the
+//! bitmap.
 //!
-//! Bits past the last page may be set by whoever shares the memory, and are never reported.
+//! - [`Bitmap::take_word`] is sequentially consistent: `clear-then-read` needs the take before the
+//!   read of the page that follows.
+//! - A thread that sets a bit releases what it wrote before.
+//! - A scan skips words that it loads as zero. A thread that must see a bit has to be ordered after
+//!   its setter by other means: the pause of the guest, or the next pass.
+//!
+//! The process that shares the memory may set bits after the last page. They are never reported.
 
 use super::PageRange;
 use super::sync::{AtomicU64, Ordering};
@@ -19,10 +21,9 @@ use std::ops::{Deref, Range};
 /// Bits in a word, and thereby pages: one word covers 256 KiB of guest memory.
 pub const WORD_BITS: u64 = 64;
 
-/// Memory that holds the words of a bitmap, and perhaps knows which of them were never set.
+/// Memory that holds the words of a bitmap. It may know which of them were never set.
 pub trait Words: Deref<Target = [AtomicU64]> {
-    /// The first run of words in `span` of which any may be other than zero; `None` if there is
-    /// none.
+    /// The first run of words in `span` that may be other than zero; `None` if there is none.
     fn next_touched(&self, span: Range<u64>) -> Option<Range<u64>> {
         (!span.is_empty()).then_some(span)
     }
@@ -60,7 +61,7 @@ const fn low_bits(count: u64) -> u64 {
 }
 
 impl<W: Words> Bitmap<W> {
-    /// A bitmap of `pages` bits over `words`; cut to what the words hold.
+    /// A bitmap of `pages` bits over `words`; limited to the size of the words.
     pub fn new(words: W, pages: u64) -> Self {
         let pages = pages.min(words.len() as u64 * WORD_BITS);
         Self { words, pages }
@@ -139,13 +140,12 @@ impl<W: Words> Bitmap<W> {
         } else {
             word.fetch_or(bits, Ordering::AcqRel)
         };
-        // After the bit: whoever is told that the word was touched finds it.
+        // After the bit: a reader that learns that the word was touched finds the bit.
         self.words.touched(index);
         bits & !before
     }
 
-    /// Sets 64 pages from any page `first`, which need not be the first of a word, by the bits of
-    /// `bits`.
+    /// Sets 64 pages from page `first`, which may be any page, by the bits of `bits`.
     pub fn or_at(&self, first: u64, bits: u64) {
         let (index, shift) = (first / WORD_BITS, first % WORD_BITS);
         self.or_word(index, bits << shift);
@@ -217,7 +217,7 @@ impl<W: Words> Bitmap<W> {
     /// The non-zero words that touch `range` with their indexes, cut to `range`, in order.
     pub fn nonzero_words(&self, range: PageRange) -> NonzeroWords<'_, W> {
         let span = self.word_span(&range);
-        // To ask what was touched costs more than to read a few words.
+        // Asking costs more than reading a few words.
         let until = if span.end - span.start < FEW_WORDS { span.end } else { span.start };
         NonzeroWords {
             bitmap: self,
@@ -229,9 +229,9 @@ impl<W: Words> Bitmap<W> {
     }
 }
 
-/// A walk shorter than this does not ask which words were touched: 4 KiB.
+/// A walk over fewer words (4 KiB) does not ask which were touched.
 const FEW_WORDS: u64 = 512;
-/// Words that are read at once while they are all zero: a cache line.
+/// Words that are tested together for zero: a cache line.
 const GROUP: usize = 8;
 
 /// Iterator over the words of a bitmap that are not zero.
@@ -239,7 +239,7 @@ const GROUP: usize = 8;
 pub struct NonzeroWords<'a, W> {
     bitmap: &'a Bitmap<W>,
     range: PageRange,
-    /// The word that is looked at next.
+    /// The next word to look at.
     next: u64,
     /// Words below this one may have been touched.
     until: u64,
@@ -289,9 +289,9 @@ fn zero_words(words: &[AtomicU64]) -> Option<usize> {
 #[derive(Debug)]
 pub struct Runs<'a, W> {
     words: NonzeroWords<'a, W>,
-    /// First page of the word that is taken apart.
+    /// First page of the current word.
     first: u64,
-    /// Its bits that were not handed out yet.
+    /// Its bits that were not returned yet.
     bits: u64,
 }
 
@@ -312,7 +312,7 @@ impl<W: Words> Iterator for Runs<'_, W> {
             self.advance()?;
         }
         let mut run = take_run(self.first, &mut self.bits)?;
-        // A run that reaches the end of its word may go on in the next.
+        // A run that reaches the end of its word may continue in the next.
         while self.bits == 0 && run.end() == self.first + WORD_BITS {
             if self.advance().is_none() || self.first != run.end() || self.bits & 1 == 0 {
                 break;

@@ -1,29 +1,30 @@
 //! The fence word: which agent of a VMM is the current one.
 //!
-//! The VMM's client numbers its agents from 1 and keeps one 64-bit word in a memfd that all of
-//! them map. The word holds the number of the agent that may act for the guest now, or 0 while
-//! there is none. Only the client writes it; the file is sealed so that an agent can only read it.
+//! The client of the VMM numbers its agents from 1. It keeps one 64-bit word in a memfd that all of
+//! them map. The word holds the number of the agent that may act for the guest now, or 0 if there
+//! is none. Only the client writes it: the file is sealed so that an agent can only read it.
 //!
-//! The order at the client, whenever it gives an agent up:
+//! Whenever the client gives an agent up, it does this in order:
 //!
-//! 1. the word: [`FenceWord::revoke`];
-//! 2. the connection is shut down;
-//! 3. the agent's process is killed, and its end is waited for;
-//! 4. only then the next agent gets the guest's memory, and [`FenceWord::admit`] its number.
+//! 1. it withdraws the number from the word ([`FenceWord::revoke`]);
+//! 2. it shuts the connection down;
+//! 3. it kills the process of the agent and waits for its exit;
+//! 4. only then it hands the guest memory to the next agent and writes its number
+//!    ([`FenceWord::admit`]).
 //!
-//! An agent that hung meanwhile finds out at its next look at the word and stops. The look alone
-//! is not enough: the agent may hang between the look and what it does next. Step 3 is what makes
-//! step 4 safe. The word covers the time until the agent is dead, and the agents that the client
+//! An agent that hung meanwhile finds that out when it next checks the word, and stops. The check
+//! alone is not enough, since the agent may hang between the check and what it does next. Step 3
+//! makes step 4 safe. The word covers the time until the agent is dead, and agents that the client
 //! may not kill.
 
 use super::{MappedWords, MappingError, ReadOnlyWord};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes of the file under the word: one page.
+/// Length of the file of the word in bytes: one page.
 pub const FENCE_BYTES: u64 = crate::memory::PAGE_SIZE;
 
-/// What the word holds while no agent is current.
+/// The value while no agent is current.
 pub const NO_AGENT: u64 = 0;
 
 /// The word, as the client holds it.
@@ -31,7 +32,7 @@ pub const NO_AGENT: u64 = 0;
 pub struct FenceWord(MappedWords);
 
 impl FenceWord {
-    /// Maps the word at byte 0 of `fd`. To be called before the file is sealed against writing.
+    /// Maps the word at byte 0 of `fd`. Call it before the file is sealed against writing.
     ///
     /// # Errors
     /// If the file is too short or cannot be mapped.
@@ -43,13 +44,12 @@ impl FenceWord {
         &self.0[0]
     }
 
-    /// From now on the agent with this number is the current one.
+    /// Makes the agent with this number the current one.
     pub fn admit(&self, number: u64) {
         self.word().store(number, Ordering::SeqCst);
     }
 
-    /// The agent with this number is not the current one any more. Changes nothing if another is.
-    /// True if it was.
+    /// Withdraws this number. Changes nothing if another agent is current. True if this one was.
     pub fn revoke(&self, number: u64) -> bool {
         self.word().compare_exchange(number, NO_AGENT, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
@@ -67,7 +67,7 @@ pub struct FenceView {
     number: u64,
 }
 
-/// This agent is not the VMM's current one any more.
+/// This agent is no longer the current one of the VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "this agent was replaced: it is number {number} of its VMM, which {}",
@@ -76,7 +76,7 @@ pub struct FenceView {
 pub struct Replaced {
     /// This agent's number.
     pub number: u64,
-    /// The number of the current one, or [`NO_AGENT`].
+    /// The number of the current agent, or [`NO_AGENT`].
     pub current: u64,
 }
 
@@ -89,7 +89,7 @@ impl FenceView {
         Ok(Self { word: ReadOnlyWord::map(fd)?, number })
     }
 
-    /// Goes on if this agent is still the current one.
+    /// Checks that this agent is still the current one.
     ///
     /// # Errors
     /// If it is not.
@@ -101,7 +101,7 @@ impl FenceView {
         }
     }
 
-    /// The addresses of the mapping, for whoever guards it.
+    /// The addresses of the mapping, for a guard against truncation.
     pub fn address_range(&self) -> std::ops::Range<usize> {
         self.word.address_range()
     }

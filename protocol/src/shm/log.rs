@@ -5,9 +5,9 @@
 //! page = gpa / 4096;  log[page / 8] |= 1 << (page % 8)
 //! ```
 //!
-//! Read as little-endian 64-bit words that is bit `page % 64` of word `page / 64`, so one atomic
-//! operation handles 64 pages. Whoever writes guest memory sets the bit *after* the write; whoever
-//! migrates takes the bit *before* the read (`clear-then-read`).
+//! In little-endian 64-bit words that is bit `page % 64` of word `page / 64`, so one atomic
+//! operation handles 64 pages. A writer of guest memory sets the bit *after* the write. A migration
+//! takes the bit *before* it reads (`clear-then-read`).
 
 use super::bitmap::WORD_BITS;
 use super::{Bitmap, MappedBitmap, MappedWords, MappingError};
@@ -30,7 +30,8 @@ impl DirtyLog {
         Ok(Self { bits: Bitmap::new(words, length.saturating_mul(8)) })
     }
 
-    /// The same, and walks over it ask the file for its holes; for whoever harvests the log.
+    /// The same, for a process that harvests the log: a walk asks the file for its holes and skips
+    /// them.
     ///
     /// # Errors
     /// As [`DirtyLog::map`].
@@ -73,7 +74,8 @@ impl DirtyLog {
             let word_first = index * WORD_BITS;
             match word_first.checked_sub(pages.first) {
                 Some(first) => found(first, bits),
-                // The range starts inside of this word, and the bits below its start are not ours.
+                // The range starts inside this word, and the bits below its start do not belong to
+                // it.
                 None => found(0, bits >> (pages.first - word_first)),
             }
         });

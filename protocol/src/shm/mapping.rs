@@ -1,8 +1,8 @@
 //! The memory under a bitmap: anonymous pages, or a memfd shared between a VMM and its agent.
 //!
-//! A file that shrinks under its mapping turns an access into SIGBUS, so the file's size is checked
-//! first and the side that does not trust the other asks for `F_SEAL_SHRINK` or guards the mapping
-//! (see the agent's bus guard).
+//! An access to a mapping whose file was truncated raises SIGBUS. So the size of the file is
+//! checked first, and the side that does not trust the other requires `F_SEAL_SHRINK` or guards the
+//! mapping (see the bus guard of the agent).
 #![allow(unsafe_code)]
 
 use super::bitmap::Words;
@@ -26,7 +26,7 @@ pub enum MappingError {
         /// Length of the mapping in bytes.
         length: u64,
     },
-    /// The descriptor cannot both read and write, as whoever shares the bitmap must.
+    /// The descriptor is not open for both reading and writing.
     #[error("fd is not open for reading and writing (O_RDWR)")]
     Access,
     /// The offset is not a multiple of the page size.
@@ -58,7 +58,7 @@ pub struct MappedWords {
     start: *mut AtomicU64,
     words: usize,
     touched: Touched,
-    /// Where the mapping begins in its file, in bytes.
+    /// Offset of the mapping in its file in bytes.
     offset: u64,
 }
 
@@ -69,7 +69,7 @@ unsafe impl Send for MappedWords {}
 unsafe impl Sync for MappedWords {}
 
 impl MappedWords {
-    /// `words` zero words in private memory; pages come into being when they are first written.
+    /// `words` zero words in private memory. Pages are allocated when they are first written.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -90,13 +90,13 @@ impl MappedWords {
         })
     }
 
-    /// The words of `length` bytes of `fd` from `offset`, shared with everyone who maps the file. A
-    /// length that is no multiple of 8 is rounded up: the rest lies in the same page of the file
-    /// and reads as zero.
+    /// The words of `length` bytes of `fd` from `offset`, shared with every process that maps the
+    /// file. A length that is not a multiple of 8 is rounded up; the rest lies in the same page of
+    /// the file and reads as zero.
     ///
     /// # Errors
-    /// If the descriptor cannot both read and write, the file is shorter than that, the offset is
-    /// not a multiple of the page size, or the kernel refuses.
+    /// If the descriptor is not open for reading and writing, the file is shorter than that, the
+    /// offset is not a multiple of the page size, or the kernel refuses.
     pub fn shared(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<Self, MappingError> {
         let flags = rustix::fs::fcntl_getfl(fd)
             .map_err(|source| MappingError::Kernel { length, source })?;
@@ -131,15 +131,15 @@ impl MappedWords {
         })
     }
 
-    /// The same for a shared mapping, and a walk over it asks `file`, which it is of, for its holes
-    /// instead of reading them: that would be slower, and allocate them.
+    /// The same mapping, and a walk over it skips the holes of `file`, which must be its file.
+    /// Reading a hole is slower and would allocate it.
     #[must_use]
     pub fn skipping_holes_of(mut self, file: OwnedFd) -> Self {
         self.touched = Touched::file(file, self.offset);
         self
     }
 
-    /// The addresses of the mapping, for whoever guards it.
+    /// The addresses of the mapping, for a guard against truncation.
     pub fn address_range(&self) -> Range<usize> {
         let start = self.start as usize;
         start..start + self.words * 8
@@ -165,7 +165,7 @@ impl ReadOnlyWord {
         self.0[0].load(Ordering::Acquire)
     }
 
-    /// The addresses of the mapping, for whoever guards it.
+    /// The addresses of the mapping, for a guard against truncation.
     pub fn address_range(&self) -> Range<usize> {
         self.0.address_range()
     }

@@ -1,11 +1,11 @@
 //! Bitmaps of atomic words, in private memory or in memory shared between a VMM and its agent.
 //!
-//! - [`bitmap`]: [`Bitmap`], one bit per page, any number of threads and processes at once;
+//! - [`bitmap`]: [`Bitmap`], one bit per page, for any number of threads and processes at once;
 //! - [`mapping`]: [`MappedWords`], the memory under a bitmap: anonymous, or a memfd that the VMM
 //!   shares;
-//! - [`fence`]: which agent is the current one;
-//! - `touched`: which words were ever set, so that empty ones are not walked;
-//! - [`log`]: [`DirtyLog`], the bitmap over guest physical pages in vhost's log layout.
+//! - `touched`: which words were ever set, so that empty ones are skipped;
+//! - [`log`]: [`DirtyLog`], the bitmap over guest physical pages in the log layout of vhost;
+//! - [`fence`]: which agent is the current one.
 
 pub mod bitmap;
 pub mod fence;
@@ -25,12 +25,12 @@ mod sync {
     pub(super) use std::sync::atomic::{AtomicU64, Ordering};
 }
 
-/// A bitmap over words that are mapped: the kind that both processes use outside of model checks.
+/// A bitmap over mapped words, as both processes use it outside of model checks.
 pub type MappedBitmap = Bitmap<MappedWords>;
 
 impl MappedBitmap {
     /// An all-clear bitmap of `pages` bits in private memory, which costs nothing until it is
-    /// touched.
+    /// written.
     ///
     /// # Errors
     /// If the kernel has no address space or memory for it.
@@ -46,8 +46,8 @@ impl MappedBitmap {
         Ok(Bitmap::new(MappedWords::shared(fd, 0, words_for(pages) * 8)?, pages))
     }
 
-    /// The same, and walks over it ask the file for its holes; for whoever walks bitmaps of large
-    /// guests.
+    /// The same, for a process that walks bitmaps of large guests: a walk asks the file for its
+    /// holes and skips them.
     ///
     /// # Errors
     /// As [`MappedBitmap::shared`].

@@ -1,10 +1,13 @@
-//! Which words of a bitmap were ever set, so that the bitmap of a guest that is mostly empty is not
-//! walked from end to end.
+//! Which words of a bitmap were ever set, so that a walk can skip the rest.
 //!
-//! A guest of 1 TiB has bitmaps of 32 MiB each, and a sync with its fix-up walks several, some of
-//! them with the guest stopped. Memory that is ours keeps a summary: one bit for each 4 KiB of
-//! words. Memory that is shared is asked of its file: whoever else writes there knows nothing of a
-//! summary, but what was never written is a hole. Neither is ever cleared: it says "may be set".
+//! A guest of 1 TiB has bitmaps of 32 MiB each. A sync with its fix-up walks several of them, some
+//! while the guest is paused, and most guests are mostly empty. So:
+//!
+//! - private memory has a summary: one bit for each 4 KiB of words;
+//! - shared memory is asked by its file: other processes that write there do not know the summary,
+//!   but a page that was never written is a hole.
+//!
+//! Neither is ever cleared. A touched word *may* be set.
 
 use super::bitmap::WORD_BITS;
 use rustix::fs::SeekFrom;
@@ -15,19 +18,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of a word.
 const WORD: u64 = 8;
-/// Words that one bit of a summary stands for: a page of memory.
+/// Words that one bit of a summary covers: a page of memory.
 const SPAN: u64 = 512;
-/// `f_type` of tmpfs, and thereby of a memfd, from the kernel's `linux/magic.h`.
+/// `f_type` of tmpfs and of memfds, from the kernel's `linux/magic.h`.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// Knows which words were set.
+/// Which words may have been set.
 #[derive(Debug)]
 pub(super) enum Touched {
-    /// Any may have been.
+    /// Any of them.
     Unknown,
     /// Those whose bit is set here.
     Summary(Box<[AtomicU64]>),
-    /// Those that are no hole of this file, where the first lies at this byte.
+    /// Those that are not a hole of this file, in which the first word lies at this byte.
     File(OwnedFd, u64),
 }
 
@@ -37,7 +40,7 @@ impl Touched {
         Self::Summary((0..words.div_ceil(SPAN * WORD_BITS)).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// The words that lie from byte `offset` of `file`, if that tells its holes.
+    /// The words from byte `offset` of `file`, if the file can report its holes.
     pub(super) fn file(file: OwnedFd, offset: u64) -> Self {
         match rustix::fs::fstatfs(&file) {
             Ok(stat) if stat.f_type as u64 == TMPFS_MAGIC => Self::File(file, offset),
@@ -51,13 +54,13 @@ impl Touched {
         let Self::Summary(summary) = self else { return };
         let bit = index / SPAN;
         let (word, bit) = (&summary[(bit / WORD_BITS) as usize], 1 << (bit % WORD_BITS));
-        // Nearly always set already; then the line stays shared.
+        // Nearly always set already. Then the cache line stays shared.
         if word.load(Ordering::Relaxed) & bit == 0 {
             word.fetch_or(bit, Ordering::Release);
         }
     }
 
-    /// The first run of words in `span` of which any may have been set.
+    /// The first run of words in `span` that may have been set.
     pub(super) fn next(&self, span: Range<u64>) -> Option<Range<u64>> {
         match self {
             _ if span.is_empty() => None,
@@ -87,8 +90,8 @@ fn find(summary: &[AtomicU64], range: Range<u64>, view: impl Fn(u64) -> u64) -> 
     None
 }
 
-/// The first run of words in `span` that are no hole; all of it if the file does not tell, or was
-/// cut off: whoever reads it finds that out.
+/// The first run of words in `span` that are not a hole; all of `span` if the file cannot tell, or
+/// was truncated. The reader of the words then finds out.
 fn extent(file: &OwnedFd, offset: u64, span: Range<u64>) -> Option<Range<u64>> {
     let data = match rustix::fs::seek(file, SeekFrom::Data(offset + span.start * WORD)) {
         Ok(data) => (data - offset) / WORD,

@@ -6,12 +6,12 @@ use crate::control::job::MAX_SENTENCE;
 use crate::control::reply::{ErrorCode, RemoteError};
 use crate::memory::{MAX_BLOCKS, PAGE_SIZE};
 
-/// The destination's answer, if it takes the guest.
+/// The answer of a destination that accepts the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Accept {
-    /// The version that is used.
+    /// The version to use.
     pub version: u16,
-    /// The features that may be used: those offered that the destination knows.
+    /// The features to use: those offered that the destination knows.
     pub features: u64,
     /// The destination's host page size in bytes for each block, in the order of the table: in
     /// postcopy whole host pages remain. Empty without postcopy.

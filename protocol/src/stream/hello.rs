@@ -23,9 +23,10 @@ pub const FEATURE_POSTCOPY: u64 = 1 << 2;
 /// All features that this crate knows. A destination accepts those of them that are offered.
 pub const FEATURES: u64 = FEATURE_LZ4 | FEATURE_ZSTD | FEATURE_POSTCOPY;
 
-/// Flag: the source recovers a postcopy, whose session it names.
+/// Flag: the source recovers a postcopy, named by its session.
 pub const HELLO_RECOVER: u16 = 1 << 0;
-/// Flag: in postcopy the source wants to be told what is placed ([`super::Kind::Placed`]).
+/// Flag: in postcopy the destination reports the pages that it has placed
+/// ([`super::Kind::Placed`]).
 pub const HELLO_ACKNOWLEDGE: u16 = 1 << 1;
 
 /// The feature that a source offers for this compression; 0 for none.
@@ -37,10 +38,10 @@ pub fn feature_of(compression: Compression) -> u64 {
     }
 }
 
-/// Longest payload of a hello in bytes: that with the largest block table.
+/// Longest payload of a hello in bytes, with the largest block table.
 pub const MAX_HELLO: usize = 48 + MAX_BLOCKS * (32 + MAX_NAME);
 
-/// What the source says first on each stream.
+/// The first record of the source on each stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hello {
     /// Lowest version that the source speaks.
@@ -51,16 +52,16 @@ pub struct Hello {
     pub features: u64,
     /// Random; the same on all streams of one migration.
     pub session: [u8; 16],
-    /// Which stream this is; 0 is the primary.
+    /// Index of this stream; 0 is the primary.
     pub stream: u16,
-    /// How many there are.
+    /// Number of streams.
     pub streams: u16,
-    /// How many of them, the last ones, are urgent: for the pages that a guest in postcopy waits
-    /// for, and nothing else.
+    /// Number of urgent streams, which are the last ones. They carry only pages that a guest in
+    /// postcopy waits for.
     pub urgent: u16,
     /// [`HELLO_RECOVER`], [`HELLO_ACKNOWLEDGE`].
     pub flags: u16,
-    /// The source's blocks; empty but on the primary.
+    /// The blocks of the source on the primary; empty on all others.
     pub blocks: BlockTable,
 }
 
@@ -70,7 +71,7 @@ pub enum HelloError {
     /// It does not begin with [`MAGIC`].
     #[error("magic is {0:02x?}: this is no page stream")]
     Magic([u8; 8]),
-    /// There is no version that both speak.
+    /// Both sides share no version.
     #[error("version {min} to {max} offered, this side speaks {STREAM_VERSION}")]
     Version {
         /// Lowest that the source speaks.
@@ -128,7 +129,7 @@ impl Hello {
         }
         let version_min = decoder.u16("version_min")?;
         let version_max = decoder.u16("version_max")?;
-        // Before anything that another version may have changed.
+        // Before any field that another version may have changed.
         if version_min > STREAM_VERSION || version_max < STREAM_VERSION {
             return Err(HelloError::Version { min: version_min, max: version_max });
         }

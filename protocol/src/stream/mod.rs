@@ -12,10 +12,10 @@
 //!
 //! # Order
 //!
-//! A pass ends with a barrier record on every stream, and the receiver applies nothing of a pass
-//! before all streams ended the one before. So within one pass no two records may speak of the same
-//! page, and the last pass that speaks of it is right. Discards found at a sync go out before the
-//! pages of the pass that follows, and no page of theirs is in it.
+//! A pass ends with a barrier record on every stream. The receiver applies nothing of a pass before
+//! all streams have ended the previous one. So within one pass no two records may name the same
+//! page, and the last pass that names a page is right. Discards that a sync finds are sent before
+//! the pages of the next pass, which contains none of those pages.
 
 pub mod answer;
 pub mod hello;

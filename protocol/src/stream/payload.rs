@@ -1,4 +1,4 @@
-//! Payloads of the records that are not pages: runs, bitmaps, parts of the state, totals.
+//! Payloads that are not pages: runs, bitmaps, parts of the state, totals.
 
 use super::record::MAX_PAYLOAD;
 use crate::control::codec::{DecodeError, Decoder, Encoder};
@@ -26,7 +26,7 @@ pub fn encode_bitmap(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
 ///
 /// # Errors
 /// If the range does not begin with a word, is empty, too long or outside the block, or the payload
-/// has another length than it, or a bit after its end.
+/// has the wrong length or a bit after the end of the range.
 pub fn decode_bitmap(
     payload: &[u8], range: PageRange, block_pages: u64,
 ) -> Result<impl Iterator<Item = (u64, u64)> + '_, DecodeError> {
@@ -64,7 +64,7 @@ pub fn encode_runs(runs: &[PageRange]) -> Vec<u8> {
 /// The runs of a discard or placed record about a block of `block_pages` pages.
 ///
 /// # Errors
-/// If the payload is no whole number of runs, or a run is empty or lies outside the block.
+/// If the payload is not a whole number of runs, or a run is empty or lies outside the block.
 pub fn decode_runs(
     payload: &[u8], block_pages: u64,
 ) -> Result<impl Iterator<Item = PageRange> + '_, DecodeError> {
@@ -105,8 +105,8 @@ pub struct StatePart<'a> {
     pub name: &'a str,
     /// Length of the whole piece in bytes.
     pub length: u64,
-    /// Where this part begins in it. Parts of a piece come in order and without gaps; an empty
-    /// piece is one empty part.
+    /// Offset of this part in the piece. The parts of a piece come in order and without gaps; an
+    /// empty piece is one empty part.
     pub offset: u64,
     /// The bytes.
     pub bytes: &'a [u8],
@@ -149,7 +149,7 @@ impl<'a> StatePart<'a> {
     }
 }
 
-/// What a stream, or all of them, carried. The receiver counts too and compares.
+/// What one stream, or all of them, carried. The receiver counts as well and compares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Totals {
     /// Pages in data records.
@@ -167,7 +167,7 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// The figures with their names, for errors.
+    /// The counters with their names, for errors.
     pub fn named(&self) -> [(&'static str, u64); 6] {
         [
             ("data_pages", self.data_pages),

@@ -25,9 +25,9 @@ pub const MAX_PAYLOAD: usize = 4 << 20;
 /// Most pages in one [`Kind::Data`] record.
 pub const MAX_DATA_PAGES: u64 = MAX_PAYLOAD as u64 / PAGE_SIZE;
 
-/// Flag of [`Kind::Data`], [`Kind::Zero`] and [`Kind::Remaining`]: the page is discarded, and comes
-/// all the same, since the guest wrote into it afterwards, or since it shares a host page with
-/// others. It stays discarded.
+/// Flag of [`Kind::Data`], [`Kind::Zero`] and [`Kind::Remaining`]: the page is discarded and is
+/// sent nevertheless, because the guest wrote into it afterwards, or because it shares a host page
+/// with others. It stays discarded.
 pub const FLAG_STRAY: u16 = 1 << 0;
 
 /// Flag of [`Kind::Data`]: the payload is the pages' content compressed as one LZ4 block. Needs
@@ -36,14 +36,14 @@ pub const FLAG_LZ4: u16 = 1 << 1;
 /// Flag of [`Kind::Data`]: the payload is the pages' content compressed with Zstandard. Needs
 /// [`super::hello::FEATURE_ZSTD`].
 pub const FLAG_ZSTD: u16 = 1 << 2;
-/// The flags of a payload that is compressed; a record has one of them at most.
+/// The flags of a compressed payload. A record has at most one of them.
 pub const FLAGS_COMPRESSED: u16 = FLAG_LZ4 | FLAG_ZSTD;
 
 /// Flag of [`Kind::End`]: the guest stays paused at the destination. Its operator had paused it, or
-/// wants it so.
+/// requested that.
 pub const FLAG_PAUSED: u16 = 1 << 3;
 
-/// What a record is.
+/// The kind of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Kind {
@@ -62,35 +62,35 @@ pub enum Kind {
     /// Pages that are still to come after the commit. The payload is a bitmap of the pages that the
     /// header names; see [`super::payload`].
     Remaining = 6,
-    /// Nothing more comes on this stream but, on the primary, the commit. The payload is the totals
-    /// of the stream. The number is 1 if postcopy follows, in which more pages come and then
-    /// another end. [`FLAG_PAUSED`] on the one before the commit says that the guest stays paused.
+    /// The last record on this stream, except for the commit on the primary. The payload is the
+    /// totals of the stream. The number is 1 if postcopy follows, with more pages and then another
+    /// end. [`FLAG_PAUSED`] on the end before the commit says that the guest stays paused.
     End = 7,
-    /// The source gave up ownership.
+    /// The source has given the guest up.
     Commit = 8,
-    /// Postcopy: the destination has all pages. Each side says so to the other, the destination
-    /// first; nothing comes after it.
+    /// Postcopy: the destination has all pages. The destination sends it first, then the source;
+    /// nothing follows.
     Complete = 9,
 
     /// Answer to [`Kind::Hello`]: the version and features that are used.
     Accept = 0x101,
-    /// Answer to [`Kind::Hello`]: why not.
+    /// Answer to [`Kind::Hello`]: why the destination refuses.
     Reject = 0x102,
     /// All streams ended the pass in `first page`, and it is applied.
     PassDone = 0x103,
     /// The destination verified the totals and loaded the state.
     Loaded = 0x104,
-    /// The destination's guest runs, or is there and stays paused.
+    /// The guest runs at the destination, or is loaded there and stays paused.
     Resumed = 0x105,
-    /// The sender failed: the payload says why. Either direction; nothing comes after it.
+    /// The sender failed: the payload says why. Either direction; nothing follows.
     Error = 0x106,
     /// Postcopy, on an urgent stream: the guest waits for these pages.
     Request = 0x107,
-    /// Postcopy, when it is recovered: which pages the destination needs no more. The payload is a
+    /// Recovery of a postcopy: the pages that the destination no longer needs. The payload is a
     /// bitmap of the pages that the header names.
     Received = 0x108,
-    /// Postcopy, where the source asked for it: runs of pages that are placed. The payload lists
-    /// them as those of a discard.
+    /// Postcopy, if the source asked for it: runs of placed pages. The payload lists them like
+    /// those of a discard.
     Placed = 0x109,
 }
 
@@ -144,7 +144,7 @@ pub enum RecordError {
     /// The kind is unknown.
     #[error("record kind {0:#x} is unknown")]
     Kind(u16),
-    /// Flags that the kind does not have, or not together.
+    /// Unknown flags for this kind, or flags that exclude each other.
     #[error("{kind:?} record: flags {flags:#x} are unknown, or exclude each other")]
     Flags {
         /// The record's kind.
@@ -200,7 +200,7 @@ pub enum RecordError {
 }
 
 impl RecordHeader {
-    /// The header of a record about the pages `range` of `block`, with its checksum still to come.
+    /// The header of a record about the pages `range` of `block`, without its checksum.
     pub fn new(
         kind: Kind, flags: u16, block: u32, range: PageRange, payload_length: usize,
     ) -> Self {
@@ -246,7 +246,7 @@ impl RecordHeader {
         digest.finalize() as u32
     }
 
-    /// Checks everything that can be checked before the payload is here: kind, flags, lengths.
+    /// Checks everything that needs no payload: kind, flags, lengths.
     ///
     /// # Errors
     /// The field that is wrong, and its value.
@@ -269,8 +269,8 @@ impl RecordHeader {
         }
         let count = self.page_count.get();
         if compressed != 0 {
-            // What does not shrink is sent as it is, so this bounds both what is read and what it
-            // becomes.
+            // Pages that do not shrink are sent uncompressed. So this bounds the compressed and the
+            // decompressed size.
             let fits = (1..=MAX_DATA_PAGES).contains(&count)
                 && (1..count * PAGE_SIZE).contains(&u64::from(length));
             return if fits {

@@ -2,7 +2,7 @@
 
 use crate::memory::BlockTable;
 
-/// Where the destination's table differs from the source's.
+/// A difference between the block tables of source and destination.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TableMismatch {
     /// The numbers of blocks differ.
@@ -36,8 +36,9 @@ pub enum TableMismatch {
 }
 
 impl TableMismatch {
-    /// What the source may know: which field differs, and its own value. This side's values are for
-    /// its own log and operator, or whoever reaches the port could read the table field by field.
+    /// The sentence for the source: the field that differs, and the value of the source. The values
+    /// of this side are for its own log and operator only. Otherwise anybody who reaches the port
+    /// could read the table field by field.
     pub fn for_source(&self) -> String {
         let here = "the destination's status and log say what it has";
         match self {

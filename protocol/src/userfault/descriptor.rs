@@ -1,4 +1,4 @@
-//! What can be done with an open userfaultfd.
+//! Operations on an open userfaultfd: register, place, protect, and read faults.
 #![allow(unsafe_code)]
 
 use super::abi::{
@@ -15,19 +15,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
 pub enum RegisterMode {
-    /// A touch of a page that does not exist waits until somebody places it
-    /// (`UFFDIO_REGISTER_MODE_MISSING`).
+    /// An access to a missing page waits until the page is placed (`UFFDIO_REGISTER_MODE_MISSING`).
     Missing = 1 << 0,
-    /// Writes into protected pages (`UFFDIO_REGISTER_MODE_WP`).
+    /// A write to a protected page waits or is recorded (`UFFDIO_REGISTER_MODE_WP`).
     WriteProtect = 1 << 1,
 }
 
-/// Pages that could not be placed.
+/// Pages that could not be filled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FillError {
-    /// Bytes that were placed before.
+    /// Bytes that were filled before.
     pub done: u64,
-    /// Why the next was not: EEXIST if there is a page, ESRCH if the process is gone, ENOENT if
+    /// Why the next page was not: EEXIST if it exists, ESRCH if the process has exited, ENOENT if
     /// nothing is registered there.
     pub errno: Errno,
 }
@@ -52,7 +51,7 @@ impl AsFd for Userfaultfd {
 }
 
 impl Userfaultfd {
-    /// Opens one for this address space that does not block and knows `features`.
+    /// Opens one for this address space, non-blocking, with `features`.
     ///
     /// # Errors
     /// If it is not allowed, or the kernel is too old.
@@ -69,7 +68,7 @@ impl Userfaultfd {
         open::open_user_mode_only().map(Self::from)
     }
 
-    /// Registers a mapping of the process that opened it.
+    /// Registers a mapping of the process that opened the descriptor.
     ///
     /// # Errors
     /// What the kernel said.
@@ -89,23 +88,23 @@ impl Userfaultfd {
         )
     }
 
-    /// Takes a registration back, and wakes who waits there.
+    /// Unregisters a mapping, and wakes all threads that wait there.
     ///
-    /// The kernel alone does not wake all of them (userfaultfd_unregister() in fs/userfaultfd.c):
-    /// those who wait to write never, and of those who wait for a missing page not the ones that
-    /// come while it looks. It wakes first and takes the registration back then, and a fault that
-    /// holds only the lock of its mapping (Linux 6.6) may begin to wait in between. So they are
-    /// woken once more afterwards, when no fault can begin to wait any more.
+    /// The kernel alone does not wake all of them (userfaultfd_unregister() in fs/userfaultfd.c).
+    /// It never wakes threads that wait to write. And it wakes the threads that wait for a missing
+    /// page before it removes the registration: a fault that holds only the lock of its mapping
+    /// (Linux 6.6) can begin to wait in between. So this wakes them once more afterwards, when no
+    /// fault can begin to wait any more.
     ///
     /// # Errors
-    /// What the kernel said, such as that nothing is mapped there any more.
+    /// What the kernel said, for example that nothing is mapped there any more.
     pub fn unregister(&self, range: AddressRange) -> Result<(), Errno> {
         // SAFETY: the struct is the one of this number.
         let unregistered = unsafe { ioctl(&self.fd, Setter::<UFFDIO_UNREGISTER, _>::new(range)) };
         unregistered.and(self.wake(range))
     }
 
-    /// Wakes who waits for pages in `range`: they look again.
+    /// Wakes the threads that wait for pages in `range`. They try again.
     ///
     /// # Errors
     /// What the kernel said.
@@ -114,11 +113,11 @@ impl Userfaultfd {
         unsafe { ioctl(&self.fd, Setter::<UFFDIO_WAKE, _>::new(range)) }
     }
 
-    /// Places `bytes`, whole host pages, at the address `to` and those after it, each page at once,
-    /// and wakes who waits for them.
+    /// Places `bytes`, whole host pages, at the address `to` and those after it. Each page appears
+    /// at once, and the threads that wait for it are woken.
     ///
     /// # Errors
-    /// If a page is there already, or cannot be placed. Those before it were.
+    /// If a page exists already or cannot be placed. The pages before it were placed.
     pub fn copy(&self, to: u64, bytes: &[u8]) -> Result<(), FillError> {
         let mut done = 0;
         let mut retries = Retries::default();
@@ -139,7 +138,7 @@ impl Userfaultfd {
         Ok(())
     }
 
-    /// Places zero pages. Not for hugetlbfs, which has no such thing.
+    /// Places zero pages. Not for hugetlbfs, which does not support it.
     ///
     /// # Errors
     /// As [`Userfaultfd::copy`].
@@ -147,7 +146,7 @@ impl Userfaultfd {
         self.fill::<UFFDIO_ZEROPAGE>(range)
     }
 
-    /// Marks missing pages as lost: whoever touches them gets SIGBUS, or EFAULT from the kernel,
+    /// Marks missing pages as lost. An access to them gets SIGBUS, or EFAULT from the kernel,
     /// instead of waiting.
     ///
     /// # Errors
@@ -156,16 +155,14 @@ impl Userfaultfd {
         self.fill::<UFFDIO_POISON>(range).map(|()| Poisoned(range))
     }
 
-    /// Forgets that pages were [marked as lost](Userfaultfd::poison): they are missing again. Such
-    /// a mark is in the page tables of this process alone, and stays there when the registration
-    /// ends, and when the file under it is written or gets a hole. Only for mappings of this
-    /// process, that are registered still.
+    /// Clears the marks of [`Userfaultfd::poison`]: the pages are missing again. The marks are in
+    /// the page tables of this process alone. They stay there when the registration ends, and when
+    /// the file is written or punched. Only for mappings of this process that are still registered.
     ///
     /// # Errors
     /// What the kernel said; ENOENT if no mapping is registered there.
     pub fn clear_poison(&self, Poisoned(range): Poisoned) -> Result<(), Errno> {
-        // Of what is registered only: anything else that is mapped there by now is not to be
-        // touched.
+        // Only if it is still registered: another mapping there must not be touched.
         match self.fill::<UFFDIO_POISON>(range) {
             Ok(()) | Err(FillError { errno: Errno::EXIST, .. }) => {}
             Err(FillError { errno, .. }) => return Err(errno),
@@ -182,8 +179,7 @@ impl Userfaultfd {
         unsafe { rustix::mm::madvise(start, length, rustix::mm::Advice::LinuxDontneedLocked) }
     }
 
-    /// Protects pages that are registered for it: who writes there waits until the protection is
-    /// lifted.
+    /// Write-protects registered pages: a write there waits until the protection is removed.
     ///
     /// # Errors
     /// What the kernel said; ENOENT if the registration is gone. Some of the pages may be protected
@@ -192,7 +188,7 @@ impl Userfaultfd {
         self.write_protect(range, MODE_WP)
     }
 
-    /// Lifts the protection, and wakes who waits to write there.
+    /// Removes the protection, and wakes the threads that wait to write there.
     ///
     /// # Errors
     /// As [`Userfaultfd::protect`].
@@ -213,9 +209,9 @@ impl Userfaultfd {
         }
     }
 
-    /// True if the file under a host page has it. For hugetlbfs, where a page that cannot be placed
-    /// for want of memory may count as being there already (`EEXIST`): the kernel finds the page in
-    /// the file and maps it, or has none to map.
+    /// True if the file under a host page has it. For hugetlbfs, where the kernel may answer EEXIST
+    /// for a page that it cannot place for lack of memory: this has the kernel map the page of the
+    /// file, or find that there is none.
     ///
     /// # Errors
     /// What the kernel said, if it is neither.
@@ -245,8 +241,8 @@ impl Userfaultfd {
         Ok(())
     }
 
-    /// Reads the faults that nobody has read yet: their addresses, as many as `into` holds. Returns
-    /// how many; 0 if there are none.
+    /// Reads the addresses of pending faults, as many as `into` holds. Returns their number; 0 if
+    /// there are none.
     ///
     /// # Errors
     /// What the kernel said.
@@ -261,7 +257,7 @@ impl Userfaultfd {
             }
         };
         let mut count = 0;
-        // No other event was asked for.
+        // No other event was requested.
         for message in messages.iter().take(read).filter(|message| message.event == EVENT_PAGEFAULT)
         {
             into[count] = message.address;
@@ -271,32 +267,31 @@ impl Userfaultfd {
     }
 }
 
-/// Pages that [`Userfaultfd::poison`] marked: they were missing.
+/// Pages that [`Userfaultfd::poison`] has marked. They were missing.
 #[derive(Debug)]
 pub struct Poisoned(AddressRange);
 
 impl Poisoned {
-    /// Where they are.
+    /// Their addresses.
     pub fn range(&self) -> AddressRange {
         self.0
     }
 }
 
-/// Most faults of one [`Userfaultfd::read_faults`].
+/// Largest number of faults in one [`Userfaultfd::read_faults`].
 pub const MAX_FAULTS: usize = 64;
 
-/// How often in a row a call is tried again that comes to nothing since the mappings are just
-/// changing.
+/// How often in a row a call is repeated that made no progress because the mappings were changing.
 const MAX_RETRIES: u32 = 10_000;
 
-/// Calls in a row that came to nothing.
+/// Calls in a row that made no progress.
 #[derive(Debug, Default)]
 struct Retries(u32);
 
 impl Retries {
-    /// Whether a call is tried again: the kernel stops it where the mappings are just changing,
-    /// until whoever asked for events of that has read them. Where nobody reads them it is not this
-    /// thread that waits for ever.
+    /// Decides whether to repeat a call. The kernel stops a call while the mappings change, until
+    /// the change is complete. If the process asked for events, that takes until a thread reads
+    /// them. If nobody does, this thread must not wait for ever.
     fn retry(&mut self, errno: Errno, progress: bool) -> Result<(), Errno> {
         match errno {
             Errno::INTR => {}

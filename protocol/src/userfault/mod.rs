@@ -1,9 +1,9 @@
-//! The kernel's userfaultfd: all numbers and layouts of it in one place, for the client, which
-//! opens and registers, and the agent, which answers.
+//! The kernel's userfaultfd, in one place for both sides: the client opens one and registers
+//! mappings, and the agent places pages.
 //!
-//! A descriptor belongs to the address space that opened it, whoever holds it: so the agent places
-//! pages in the VMM's mapping by the descriptor that the VMM made. Placing fills what is missing
-//! and never changes a page that is there.
+//! A descriptor belongs to the address space that opened it, whichever process holds it. So the
+//! agent places pages in the mappings of the VMM through the descriptor that the VMM opened.
+//! Placing fills missing pages and never changes a page that exists.
 //!
 //! Numbers and layouts: `linux/userfaultfd.h`; semantics:
 //! `Documentation/admin-guide/mm/userfaultfd.rst`, and `ioctl_userfaultfd(2)`.

@@ -19,7 +19,7 @@ const FEATURE_NAMES: [(&str, u64); 6] = [
     ("WP_ASYNC", feature::WP_ASYNC),
 ];
 
-/// Why a userfaultfd is not to be had, or a mapping cannot be registered with it.
+/// Why a userfaultfd cannot be opened, or a mapping cannot be registered with it.
 #[derive(Debug, thiserror::Error)]
 pub enum UserfaultError {
     /// Neither the system call nor the device gives a userfaultfd.
@@ -28,20 +28,20 @@ pub enum UserfaultError {
          vm.unprivileged_userfaultfd=1, and /dev/userfaultfd cannot be used instead ({device})"
     )]
     NotAllowed {
-        /// What opening or using the device came to.
+        /// The error of the device.
         device: Errno,
-        /// What the system call came to.
+        /// The error of the system call.
         #[source]
         source: Errno,
     },
-    /// The kernel has no userfaultfd, or no more of them.
+    /// The kernel has no userfaultfd, or cannot open another one.
     #[error("cannot open a userfaultfd")]
     Open {
         /// What the kernel said.
         #[source]
         source: Errno,
     },
-    /// The kernel is too old, or was built without.
+    /// The kernel is too old, or was built without the feature.
     #[error("userfaultfd lacks {missing} (Linux 6.7 on x86-64 or arm64 has it)")]
     Feature {
         /// Names of the missing features, `UFFD_FEATURE_*`.
@@ -54,8 +54,8 @@ pub enum UserfaultError {
         #[source]
         source: Errno,
     },
-    /// A mapping could not be registered: no mapping there, not of memory, not aligned to its page
-    /// size, or registered elsewhere.
+    /// A mapping could not be registered: there is none, it is not memory, it is not aligned to its
+    /// page size, or another userfaultfd has it.
     #[error("cannot register {address:#x} + {length:#x} for {purpose}")]
     Register {
         /// Address of the mapping.
@@ -114,7 +114,8 @@ fn handshake(uffd: &OwnedFd, features: u64) -> Result<u64, Errno> {
     Ok(api.features)
 }
 
-/// Not `UFFD_USER_MODE_ONLY`: a vCPU's access faults inside of KVM.
+/// Opens one by the system call or the device. Not `UFFD_USER_MODE_ONLY`: accesses of a vCPU fault
+/// inside KVM.
 fn open_any() -> Result<OwnedFd, UserfaultError> {
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
     // SAFETY: an fd that is new gives power over no memory before something is registered with it.
@@ -127,7 +128,7 @@ fn open_any() -> Result<OwnedFd, UserfaultError> {
     }
 }
 
-/// The way for processes that are not privileged but may open the device (Linux 6.1).
+/// For processes without privileges that may open the device (Linux 6.1).
 fn open_by_device(flags: UserfaultfdFlags) -> Result<OwnedFd, Errno> {
     let device =
         rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;

@@ -1,4 +1,4 @@
-//! Fields that several kinds of jobs are started with.
+//! Fields that several kinds of jobs have in their options.
 
 use super::{MAX_STREAMS, MIN_BANDWIDTH, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder};

@@ -1,4 +1,4 @@
-//! What a snapshot and a restore are started with.
+//! Options of a snapshot and of a restore.
 
 use super::fields::{bandwidth, flag, micros, resume, timeout, workers};
 use super::{MAX_ADDRESS, OutgoingOptions, ResumePolicy};
@@ -10,13 +10,13 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u16)]
 pub enum SnapshotMode {
-    /// It runs on: it stands still for a moment, and what it is about to write after that is saved
+    /// The guest is paused for a moment and then runs. A page that it is about to write is saved
     /// first.
     #[default]
     Background = 0,
-    /// It stands still until its memory is saved, and runs on.
+    /// The guest is paused until its memory is saved.
     Paused = 1,
-    /// The VMM has stopped it, and lets it run when it likes: no pause and no resume hook is
+    /// The VMM has stopped the guest and resumes it when it likes. No pause and no resume hook is
     /// called.
     Stopped = 2,
 }
@@ -44,23 +44,21 @@ impl SnapshotMode {
 /// `Client::set_parameters`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotOptions {
-    /// What becomes of the guest meanwhile.
+    /// What happens to the guest meanwhile.
     pub mode: SnapshotMode,
     /// Threads that save, 1 to [`MAX_STREAMS`](super::MAX_STREAMS).
     pub workers: u16,
-    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none. What
-    /// the guest is about to write or discards is not held back by it.
+    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none.
+    /// Pages that the guest is about to write or discards are exempt.
     pub bandwidth: u64,
-    /// Path of the image that it is an increment to; empty for one that stands alone. See
+    /// Path of the base of an increment; empty for a full image. See
     /// [`SnapshotOptions::with_base`].
     pub base: String,
-    /// What is written from now on is kept track of, so that the next snapshot can be an increment
-    /// to this one.
+    /// Track the writes from now on, so that the next snapshot can be an increment to this one.
     pub track: bool,
-    /// An image that has the name already is replaced. It never is before the new one is complete.
+    /// Replace an existing file of that name, when the new image is complete.
     pub replace: bool,
-    /// The image is written through the page cache, and stays there for those who restore from it
-    /// soon.
+    /// Write the image through the page cache, where it stays for a restore that follows soon.
     pub cached: bool,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
@@ -81,7 +79,7 @@ impl Default for SnapshotOptions {
     }
 }
 
-/// A path that cannot be an option, since options are text.
+/// A path that is not UTF-8, which options must be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what} {path:?} is not UTF-8")]
 pub struct NotUtf8 {
@@ -96,7 +94,7 @@ fn text(what: &'static str, path: &Path) -> Result<String, NotUtf8> {
 }
 
 impl SnapshotOptions {
-    /// The same, of an increment to the image at `base`.
+    /// The same options for an increment to the image at `base`.
     ///
     /// # Errors
     /// If the path is not UTF-8.
@@ -130,14 +128,14 @@ impl SnapshotOptions {
     }
 }
 
-/// When a restored guest runs, before its memory or after it.
+/// Whether a restored guest runs before its memory is here or afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u16)]
 pub enum RestoreMode {
-    /// Its memory first, all of it.
+    /// All memory is read first.
     #[default]
     Eager = 0,
-    /// The guest first: what it touches is read at once, the rest behind it.
+    /// The guest runs first. Pages that it accesses are read at once, and the others afterwards.
     Lazy = 1,
 }
 
@@ -160,11 +158,11 @@ pub struct RestoreOptions {
     pub mode: RestoreMode,
     /// Threads that read, 1 to [`MAX_STREAMS`](super::MAX_STREAMS).
     pub workers: u16,
-    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none. What
-    /// the guest waits for is not held back by it.
+    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none.
+    /// Pages that the guest waits for are exempt.
     pub bandwidth: u64,
-    /// With [`RestoreMode::Lazy`]: path of the working set. If the file is there, its pages are
-    /// read ahead; if not, those that the guest touches first are written to it. Empty for none.
+    /// With [`RestoreMode::Lazy`]: path of the working set. If the file exists, its pages are read
+    /// ahead. Otherwise the pages that the guest accesses first are written to it. Empty for none.
     /// See [`RestoreOptions::with_working_set`].
     pub working_set: String,
     /// Whether the guest is resumed once it is here.

@@ -1,24 +1,24 @@
-//! What a migration is started with.
+//! Options of a migration.
 
 use super::fields::{bandwidth, flag, micros, resume, timeout};
 use super::{MAX_STREAMS, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use std::time::Duration;
 
-/// What to do when the passes do not converge: when after [`OutgoingOptions::max_passes`] passes
-/// the rest still does not fit the downtime limit.
+/// What to do if the passes do not converge: after [`OutgoingOptions::max_passes`] passes the rest
+/// still does not fit the downtime limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum NonConvergence {
-    /// Go on with passes until they do, or the operator changes a limit or cancels.
+    /// Continue with passes until it fits, or the operator changes a limit or cancels.
     KeepGoing = 0,
-    /// Ask the VMM to slow the guest down, more with every pass, and go on.
+    /// Throttle the guest, more with every pass, and continue.
     Throttle = 1,
-    /// Stop the guest and send the rest, however long that takes.
+    /// Pause the guest and send the rest, however long that takes.
     StopAnyway = 2,
-    /// Fail; the guest runs on at the source.
+    /// Fail; the guest continues at the source.
     Fail = 3,
-    /// Switch to postcopy: the guest runs on at the destination, and its memory follows. Needs
+    /// Switch to postcopy: the guest runs at the destination, and its memory follows. Needs
     /// [`Mode::Hybrid`].
     Postcopy = 4,
 }
@@ -44,18 +44,18 @@ impl NonConvergence {
     }
 }
 
-/// When the guest moves, before its memory or after it.
+/// Whether the guest or its memory moves first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u16)]
 pub enum Mode {
-    /// Its memory first, in passes, and it stands still for the last of them.
+    /// The memory moves first, in passes. The guest is paused for the last pass.
     #[default]
     Precopy = 0,
-    /// The guest first: it stands still while its state moves, and its memory follows, what it
-    /// touches before all.
+    /// The guest moves first. It is paused while its state moves, and its memory follows; pages
+    /// that it accesses come first.
     Postcopy = 1,
-    /// As precopy, until it is told to switch, or has made [`OutgoingOptions::switch_after`]
-    /// passes, or does not converge under [`NonConvergence::Postcopy`]; from then on as postcopy.
+    /// Begins as precopy. Switches to postcopy on request, after [`OutgoingOptions::switch_after`]
+    /// passes, or if it does not converge under [`NonConvergence::Postcopy`].
     Hybrid = 2,
 }
 
@@ -85,14 +85,14 @@ impl Mode {
     }
 }
 
-/// How the content of pages is made smaller for the wire. It costs time of processors on both
-/// sides, and pays where the link is slower than they are.
+/// How the content of pages is compressed. Compression costs processor time on both sides. It pays
+/// if the link is slower than they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Compression {
     /// Not at all.
     #[default]
     None,
-    /// LZ4: little time, and not as small.
+    /// LZ4: fast, with a lower ratio.
     Lz4,
     /// Zstandard at a level from 1, the fastest, to [`Compression::MAX_LEVEL`].
     Zstd(u8),
@@ -148,36 +148,38 @@ pub struct OutgoingOptions {
     /// Number of connections, 1 to [`MAX_STREAMS`]. A target that is one handed-over descriptor has
     /// one.
     pub streams: u16,
-    /// How long the guest may stand still.
+    /// How long the guest may be paused.
     pub downtime_limit: Duration,
     /// Limit of all streams together in bytes per second, at least
-    /// [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none.
+    /// [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 for no limit.
     pub bandwidth: u64,
-    /// Passes over running memory after which the policy decides; 0 is no limit.
+    /// Passes over running memory after which the policy decides; 0 for no limit.
     pub max_passes: u32,
     /// What to do then.
     pub policy: NonConvergence,
-    /// How the content of pages travels; the destination must take it.
+    /// How the content of pages travels. The destination must support it.
     pub compression: Compression,
     /// Whether the guest may run at the destination before its memory is there.
     pub mode: Mode,
     /// With [`Mode::Hybrid`]: passes over running memory after which it switches to postcopy,
-    /// converging or not; 0 is never for that.
+    /// whether it converges or not; 0 for never.
     pub switch_after: u32,
-    /// With postcopy: connections for the pages that the guest waits for, beside
-    /// [`OutgoingOptions::streams`]; at least 1, and at most [`MAX_STREAMS`] together with them.
+    /// With postcopy: connections for the pages that the guest waits for, in addition to
+    /// [`OutgoingOptions::streams`]. At least 1, and together at most [`MAX_STREAMS`].
     pub urgent_streams: u16,
     /// With postcopy: free each page here once the destination has it. The source can then not be
     /// resumed, even by force.
     pub release: bool,
-    /// Whether the guest is resumed at the destination. At the source a failure always leaves it as
-    /// it was.
+    /// Whether the guest is resumed at the destination. At the source, a failure always restores
+    /// its run state.
     pub resume: ResumePolicy,
-    /// How long the peer may be silent where an answer is due, take to send a record that it began,
-    /// and take to receive what is sent to it. A guest that is paused for its hand-over runs on
-    /// here unless the destination has loaded it within this, two `hook_timeout`, and the time for
-    /// the state and, in precopy, the dirty pages: ten times what they should take at the measured
-    /// bandwidth, or once what they take at 1 MiB/s where nothing was measured.
+    /// How long the peer may be silent while an answer is due, take to send a record that it has
+    /// begun, and take to receive what is sent to it.
+    ///
+    /// A guest that is paused for its hand-over is resumed here unless the destination has loaded
+    /// it within a limit. The limit is the sum of this, two `hook_timeout`, and the time for the
+    /// state and, in precopy, the dirty pages: ten times what they should take at the measured
+    /// bandwidth, or what they take at 1 MiB/s if nothing was measured.
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
@@ -263,7 +265,7 @@ impl OutgoingOptions {
         options.check_postcopy().map(|()| options)
     }
 
-    /// Connections of all kinds.
+    /// Number of connections of all kinds.
     pub fn connections(&self) -> u16 {
         if self.mode.may_postcopy() {
             self.streams.saturating_add(self.urgent_streams)
@@ -272,10 +274,10 @@ impl OutgoingOptions {
         }
     }
 
-    /// Refuses what a start would have to ignore.
+    /// Refuses an option that the start would have to ignore.
     ///
     /// # Errors
-    /// If an option is set that the mode has no use for.
+    /// If an option is set that the mode does not use.
     pub fn check_start(&self) -> Result<(), DecodeError> {
         if self.switch_after != 0 && self.mode != Mode::Hybrid {
             let (value, allowed) = (self.switch_after.into(), "0 unless mode is 2 hybrid");
@@ -307,7 +309,7 @@ impl OutgoingOptions {
 /// Options of an incoming migration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IncomingOptions {
-    /// Whether the guest is resumed here. It stays paused, too, if the source says so.
+    /// Whether the guest is resumed here. It also stays paused if the source says so.
     pub resume: ResumePolicy,
     /// How long the source may be silent once it is connected.
     pub peer_timeout: Duration,

@@ -1,10 +1,10 @@
-//! What a job is started with, and how it stands.
+//! The options and the status of a job.
 //!
-//! - [`migration`]: what a migration is started with;
-//! - [`image`]: what a snapshot and a restore are;
+//! - [`migration`]: options of a migration;
+//! - [`image`]: options of a snapshot and of a restore;
 //! - `fields`: what these have in common on the wire;
-//! - [`run_state`]: whether a guest runs, and is to run where it arrives;
-//! - [`status`]: what a job is, and how it stands.
+//! - [`run_state`]: whether a guest runs, and whether it is resumed where it arrives;
+//! - [`status`]: the kind, phase and counters of a job.
 
 mod fields;
 pub mod image;
@@ -17,10 +17,10 @@ pub use migration::{Compression, IncomingOptions, Mode, NonConvergence, Outgoing
 pub use run_state::{ResumePolicy, RunState};
 pub use status::{Counters, JobKind, JobStatus, Phase};
 
-/// Most streams of one migration, and most threads of a snapshot or a restore.
+/// Largest number of streams of one migration, and of threads of a snapshot or a restore.
 pub const MAX_STREAMS: u16 = 64;
-/// Least limit of a bandwidth in bytes per second, if there is one. Under less a peer would wait
-/// for a page for so long that it takes the other side for dead.
+/// Lowest bandwidth limit in bytes per second. With less, a peer would wait so long for a page that
+/// it takes the other side for dead.
 pub const MIN_BANDWIDTH: u64 = 64 << 10;
 /// Longest address of a peer, and longest path, in bytes.
 pub const MAX_ADDRESS: usize = 4096;

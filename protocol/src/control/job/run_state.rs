@@ -1,13 +1,13 @@
-//! Whether a guest runs, and whether it is to run where it arrives.
+//! Whether a guest runs, and whether it is resumed where it arrives.
 
 use crate::control::codec::DecodeError;
 
-/// Whether a guest runs, as far as its operator is concerned. A pause that a job asks for does not
-/// count: the run state says what the guest goes back to after it.
+/// Whether a guest runs, from the view of its operator. The pause of a job does not count: the run
+/// state says what the guest returns to after that pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u32)]
 pub enum RunState {
-    /// It runs, or would if no job had paused it.
+    /// It runs, or would run without the pause of a job.
     #[default]
     Running = 0,
     /// Its operator has paused it, or has not started it yet.
@@ -38,10 +38,10 @@ impl RunState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u16)]
 pub enum ResumePolicy {
-    /// As it was: a guest that ran is resumed, a paused one stays paused.
+    /// As before: a guest that ran is resumed, and a paused one stays paused.
     #[default]
     Auto = 0,
-    /// It stays paused, whatever it was.
+    /// It stays paused in any case.
     Never = 1,
 }
 
@@ -50,7 +50,7 @@ impl ResumePolicy {
     pub const NAMES: [(&'static str, ResumePolicy); 2] =
         [("auto", Self::Auto), ("never", Self::Never)];
 
-    /// What a guest whose run state was `before` is to be where it arrives.
+    /// The run state that a guest gets where it arrives, if it was `before`.
     pub fn apply(self, before: RunState) -> RunState {
         match self {
             Self::Auto => before,

@@ -1,11 +1,11 @@
-//! What a job is, and how it stands.
+//! The kind, the phase and the counters of a job.
 
 use super::fields::flag;
 use super::{MAX_SENTENCE, RunState};
 use crate::control::Trackers;
 use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
 
-/// What a job is.
+/// The kind of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u32)]
 pub enum JobKind {
@@ -46,7 +46,7 @@ impl JobKind {
     }
 }
 
-/// Where a job stands.
+/// The phase of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 #[repr(u32)]
 pub enum Phase {
@@ -55,19 +55,19 @@ pub enum Phase {
     Idle = 0,
     /// Outgoing: connecting. Incoming: waiting for the source.
     Connecting = 1,
-    /// Outgoing: telling the peer what comes. Incoming: checking that, and making holes.
+    /// Outgoing: announcing the blocks to the peer. Incoming: checking them, and making holes.
     Preparing = 2,
-    /// Outgoing: starting the trackers, and clearing what is discarded.
+    /// Outgoing: starting the trackers, and clearing discarded pages.
     Tracking = 3,
     /// Passes over the memory of a running guest.
     Passes = 4,
-    /// Outgoing: the guest is being stopped, or stands still for the last pass.
+    /// Outgoing: the guest is being paused, or is paused for the last pass.
     Stopping = 5,
     /// The destination loads the VMM's state.
     Loading = 6,
-    /// Outgoing: ownership is being given up. Incoming: waiting for it.
+    /// Outgoing: the guest is being relinquished. Incoming: waiting for the commit.
     Committing = 7,
-    /// The guest runs at the destination, and its memory is on its way.
+    /// The guest runs at the destination, and its memory follows.
     Postcopy = 8,
     /// The same, but a connection was lost. Faults wait at the destination until the migration is
     /// recovered. The error says what happened.
@@ -82,14 +82,14 @@ pub enum Phase {
     Restoring = 13,
     /// Restore: the guest runs, and its memory follows from the image.
     Prefetching = 14,
-    /// What was asked for is done. Migration: the destination has it all, and runs.
+    /// The job succeeded. Migration: the destination has everything and runs the guest.
     Completed = 15,
-    /// It failed; an outgoing guest runs on at the source, unless it was in postcopy.
+    /// The job failed. An outgoing guest continues at the source, unless it was in postcopy.
     Failed = 16,
-    /// It was cancelled; an outgoing guest runs on at the source.
+    /// The job was cancelled. An outgoing guest continues at the source.
     Cancelled = 17,
-    /// Outgoing: the commit was sent and the link died before the destination confirmed. The guest
-    /// stands still here, and whether it runs there only an operator can find out.
+    /// Outgoing: the commit was sent, and the link died before the destination confirmed. The guest
+    /// is paused here. Only an operator can find out whether it runs there.
     Unconfirmed = 18,
 }
 
@@ -127,8 +127,8 @@ impl Phase {
         self == Self::Idle || self >= Self::Completed
     }
 
-    /// True if the guest runs at the destination, as far as is known, and its memory is not all
-    /// there.
+    /// True if the guest runs at the destination, as far as is known, and some of its memory is
+    /// still missing.
     pub fn is_postcopy(self) -> bool {
         matches!(self, Self::Postcopy | Self::PostcopyPaused | Self::Recovering)
     }
@@ -144,15 +144,14 @@ impl Phase {
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// The figures of a job. One field a line; the wire, `--json` and the tables all follow
-        /// this list.
+        /// The counters of a job. The wire, `--json` and the tables all follow this list.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
         pub struct Counters {
             $($(#[$doc])* pub $name: u64,)*
         }
 
         impl Counters {
-            /// All figures with their names.
+            /// All counters with their names.
             pub fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
                 [$((stringify!($name), self.$name),)*].into_iter()
             }
@@ -169,7 +168,7 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Passes that ended, the last one, with the guest stopped, among them.
+    /// Passes that have ended, including the last one with the guest paused.
     passes,
     /// Pages sent with their content. A page sent in two passes counts twice. Snapshot: pages whose
     /// content the image has. Restore: pages that were read from it and placed.
@@ -178,12 +177,12 @@ counters! {
     /// Restore: pages that are zero in the image, and so holes from the start: nothing is done for
     /// them.
     zero_pages,
-    /// Pages told to the destination as discarded; or that are discarded in the image.
+    /// Pages announced to the destination as discarded, or discarded in the image.
     discarded_pages,
-    /// Outgoing: of the zero pages, those that were not read, since the guest had freed them and
+    /// Outgoing: of the zero pages, those that were not read, because the guest freed them and has
     /// not written since.
     freed_pages,
-    /// Pages sent although discarded, since the guest wrote into them afterwards.
+    /// Discarded pages that were sent because the guest wrote into them afterwards.
     stray_pages,
     /// Bytes written to, or read from, all streams: headers, content and state; or the image.
     wire_bytes,
@@ -194,13 +193,13 @@ counters! {
     pass_pages,
     /// Pages of the current pass that are done.
     pass_pages_done,
-    /// Microseconds since the job started; stands when it ends.
+    /// Microseconds since the start of the job, until its end.
     total_us,
-    /// Microseconds from asking the VMM to pause until the destination said that its guest runs, or
-    /// stays paused as it was asked to. Snapshot: until the VMM said so. Zero of a guest that its
+    /// Microseconds from the pause hook until the destination confirmed that the guest runs, or
+    /// stays paused as requested. Snapshot: until the VMM confirmed. Zero for a guest that its
     /// operator had paused before.
     downtime_us,
-    /// Microseconds that the guest would stand still if it were stopped now.
+    /// Microseconds that the guest would be paused if the job paused it now.
     expected_downtime_us,
     /// Bytes per second over the last pass.
     bandwidth,
@@ -208,19 +207,19 @@ counters! {
     dirty_pages_per_s,
     /// Microseconds that the last sync of the trackers took.
     sync_us,
-    /// Percent of its time that the guest is held back, if throttled.
+    /// Percent by which the guest is throttled.
     throttle_percent,
-    /// Postcopy: faults of the guest, and of its devices, that were answered. At the destination.
-    /// Lazy restore: the same. Snapshot: writes into pages that were still protected.
+    /// Postcopy, at the destination, and lazy restore: faults of the guest and its devices that
+    /// were answered. Snapshot: writes to pages that were still protected.
     faults,
-    /// Postcopy: pages that the destination asked for, since the guest waited for them.
+    /// Postcopy: pages that the destination requested because the guest waited for them.
     requested_pages,
-    /// Postcopy: pages that the source sent, or the destination took, without being asked.
+    /// Postcopy: pages that were sent or placed without a request.
     pushed_pages,
-    /// Postcopy and lazy restore: pages that the guest discarded or freed while they remained, so
-    /// that they need not come any more.
+    /// Postcopy and lazy restore: missing pages that the guest discarded or freed, so that they are
+    /// no longer needed.
     dropped_pages,
-    /// Postcopy: pages that the source freed since the destination has them.
+    /// Postcopy: pages that the source freed because the destination has them.
     released_pages,
     /// Postcopy: microseconds without a connection.
     paused_us,
@@ -232,42 +231,40 @@ counters! {
     fault_p99_us,
     /// The same for the slowest.
     fault_max_us,
-    /// Snapshot: pages that were saved before their turn, since the guest was about to write there.
+    /// Snapshot: pages that were saved early because the guest was about to write to them.
     captured_pages,
-    /// Snapshot: pages that were saved before their turn, since the guest discarded or freed them.
+    /// Snapshot: pages that were saved early because the guest discarded or freed them.
     rescued_pages,
-    /// Snapshot: pages that are as in the base.
+    /// Snapshot: pages that are unchanged since the base.
     unchanged_pages,
     /// Restore: pages of the working set that were read ahead.
     working_set_pages,
-    /// Restore: microseconds from the request until the VMM said that its guest runs, or has it and
-    /// leaves it paused.
+    /// Restore: microseconds from the request until the VMM confirmed that the guest runs, or is
+    /// loaded and stays paused.
     running_us,
 }
 
-/// How a job stands.
+/// The status of a job.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct JobStatus {
     /// Number of the job, counted from 1; 0 if there was none.
     pub job: u64,
-    /// What it is.
+    /// The kind of the job.
     pub kind: JobKind,
-    /// Where it stands.
+    /// The phase of the job.
     pub phase: Phase,
-    /// The run state that the guest has where the job brings it, or that its image says; `None`
-    /// until that is known.
+    /// The run state of the guest at its destination or in the image; `None` until it is known.
     pub guest: Option<RunState>,
-    /// Incoming: the source's commit arrived, so the guest is this VMM's, however the job goes on
-    /// or ends: also if resuming it failed, or its memory was lost since.
+    /// Incoming: the commit of the source has arrived, so the guest belongs to this VMM, however
+    /// the job ends: also if its resume failed, or its memory was lost later.
     pub arrived: bool,
     /// The trackers that the VMM has declared; the empty set if it has declared none.
     pub trackers: Trackers,
-    /// Its figures.
+    /// The counters.
     pub counters: Counters,
-    /// Why it failed or is paused; or, while it goes on, what an operator should know: why an
-    /// incoming migration that still waits refused a source, what a guest in postcopy waits for. Of
-    /// a job that completed it is a warning: what did not succeed besides. Empty if there is
-    /// nothing.
+    /// Why the job failed or is paused. While it runs: what an operator should know, such as why a
+    /// waiting incoming migration refused a source, or what a guest in postcopy waits for. After it
+    /// completed: a warning about something else that failed. Empty if there is nothing to say.
     pub error: String,
 }
 
