@@ -6,7 +6,7 @@
 //! - [`unix_socket`]: the check that a descriptor is a connected UNIX stream socket;
 //! - [`backoff`]: what a listener does when it cannot accept a connection;
 //! - [`stream`]: a connected stream: records in and out, with deadlines;
-//! - [`stream_error`]: what is wrong with a record that is well-formed by itself;
+//! - [`stream_error`]: errors about well-formed records that are not allowed;
 //! - [`socket_queue`]: how many bytes of a stream the kernel may queue in postcopy;
 //! - [`limiter`]: the bandwidth limit.
 

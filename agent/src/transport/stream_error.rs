@@ -1,6 +1,6 @@
-//! Records of a peer that do not belong where they came.
+//! Errors about records of a peer that are well-formed, but not allowed where they were received.
 //!
-//! Source and destination read records alike, so the errors stand here, below both.
+//! The source and the destination both read records, so both use these errors.
 
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::control::reply::RemoteError;
@@ -8,7 +8,7 @@ use pageferry_protocol::stream::Kind;
 use pageferry_protocol::stream::answer::decode_error;
 use pageferry_protocol::stream::hello::HelloError;
 
-/// What is wrong with a record that is well-formed by itself.
+/// An error about a record whose header, lengths and checksum are right.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// The payload does not decode.
@@ -16,16 +16,16 @@ pub enum StreamError {
     Payload {
         /// Kind of the record.
         kind: &'static str,
-        /// What is wrong.
+        /// What is wrong with the payload.
         #[source]
         source: DecodeError,
     },
-    /// The record has no place here.
+    /// The record is of a kind that is not allowed here.
     #[error("{found} record where {expected} was expected")]
     Unexpected {
-        /// What came.
+        /// Kind of the record.
         found: String,
-        /// What should have come.
+        /// The record that was expected.
         expected: &'static str,
     },
     /// The record is about a block that does not exist.
@@ -39,23 +39,24 @@ pub enum StreamError {
     Outside {
         /// The block.
         id: u32,
-        /// First page.
+        /// First page of the record.
         first: u64,
-        /// Page count.
+        /// Number of pages of the record.
         count: u64,
-        /// Pages in the block.
+        /// Number of pages of the block.
         pages: u64,
     },
     /// The first record of a stream does not decode.
     #[error("hello")]
     Hello(#[from] HelloError),
-    /// The peer failed, and said why.
+    /// The peer failed and sent its error.
     #[error("the peer failed: {0}")]
     Peer(RemoteError),
 }
 
 impl StreamError {
-    /// The error for a record that has no place. If the peer sent its own error, that is the one.
+    /// The error for a record that is not allowed here. If the record is the peer's own error,
+    /// returns that error.
     pub fn unexpected(kind: Kind, payload: &[u8], expected: &'static str) -> Self {
         match kind {
             Kind::Error => decode_remote(payload).map_or_else(|error| error, Self::Peer),
@@ -64,10 +65,10 @@ impl StreamError {
     }
 }
 
-/// The error that a peer sent.
+/// Decodes the error that a peer sent.
 ///
 /// # Errors
-/// If it does not decode.
+/// If the payload does not decode.
 pub fn decode_remote(payload: &[u8]) -> Result<RemoteError, StreamError> {
     decode_error(payload).map_err(|source| StreamError::Payload { kind: "error", source })
 }
