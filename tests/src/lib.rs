@@ -15,6 +15,7 @@
 //! - [`tmpfs`]: a small file system for one process, which is full soon;
 //! - [`mock_vmm`]: the command line `mock_vmm source|destination`;
 //! - [`proxy`]: a wire between two agents that can be cut;
+//! - [`scenario`]: scenes that a test steps through, with VMMs that follow a script;
 //! - [`decoders`]: what every decoder has to do with any bytes at all;
 //! - [`require`]: what a test needs of the machine; [`huge_pages`]: a pool of them;
 //! - [`gate`], [`deadline`], [`random`]: stopping threads, waiting for conditions, and repeatable
@@ -42,6 +43,7 @@ pub mod process;
 pub mod proxy;
 pub mod random;
 pub mod require;
+pub mod scenario;
 pub mod tmpfs;
 pub mod usage;
 pub mod verify;

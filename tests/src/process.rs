@@ -8,9 +8,26 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+/// The program `pageferry-test-process`, which is an agent or a mock VMM as its first argument says.
+/// Cargo builds it before it runs a test or a bench of this package.
+pub fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        const NAME: &str = "pageferry-test-process";
+        // Cargo sets it since 1.94. Without it, tests are in a folder beside the program.
+        std::env::var_os(format!("CARGO_BIN_EXE_{NAME}")).map_or_else(
+            || {
+                let test = std::env::current_exe().unwrap_or_default();
+                test.ancestors().nth(2).unwrap_or(Path::new("")).join(NAME)
+            },
+            PathBuf::from,
+        )
+    })
+}
 
 /// A child process whose output is collected. It is killed and waited for when it is dropped.
 #[derive(Debug)]
@@ -238,7 +255,7 @@ impl AgentProcess {
     ///
     /// # Errors
     /// If it does not.
-    pub fn spawn(program: &OsStr, directory: &Path, name: &str) -> Result<Self, Error> {
+    pub fn spawn(program: impl AsRef<OsStr>, directory: &Path, name: &str) -> Result<Self, Error> {
         Self::start(&mut Command::new(program), directory, name)
     }
 

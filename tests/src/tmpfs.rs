@@ -46,10 +46,8 @@ impl Tmpfs {
         let mut said = String::new();
         for namespaces in ["-m", "-Urm"] {
             let found = Self { namespaces };
-            let output = found
-                .command(folder.path(), 1 << 16, OsStr::new("true"))
-                .stdin(Stdio::null())
-                .output();
+            let output =
+                found.command(folder.path(), 1 << 16, "true").stdin(Stdio::null()).output();
             let output = output.map_err(Error::io("run unshare"))?;
             if output.status.success() {
                 return Ok(found);
@@ -60,7 +58,7 @@ impl Tmpfs {
     }
 
     /// A command that runs `program` where `folder`, which is there, is a tmpfs of `bytes` bytes.
-    pub fn command(&self, folder: &Path, bytes: u64, program: &OsStr) -> Command {
+    pub fn command(&self, folder: &Path, bytes: u64, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("unshare");
         command
             .args([self.namespaces, "sh", "-c", SCRIPT])

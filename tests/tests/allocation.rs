@@ -7,12 +7,10 @@ use pageferry_client::{
 };
 use pageferry_protocol::shm::bitmap_bytes;
 use pageferry_tests::files::{Still, memfd};
-use pageferry_tests::process::AgentProcess;
-use std::ffi::OsStr;
+use pageferry_tests::process::{AgentProcess, program};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 const SOON: Duration = Duration::from_secs(120);
 const GIB: u64 = 1 << 30;
 const EXTENT: u64 = 1 << 20;
@@ -46,7 +44,7 @@ fn resident(agent: &mut AgentProcess) -> u64 {
 fn migrate(size: u64, used: u64, discarded: u64) {
     let folder = tempfile::tempdir().unwrap();
     let mut agents = ["source", "destination"]
-        .map(|name| AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), name).unwrap());
+        .map(|name| AgentProcess::spawn(program(), folder.path(), name).unwrap());
     let memories = [memfd(size).unwrap(), memfd(size).unwrap()];
     for offset in extents(size, used) {
         assert_eq!(

@@ -2,9 +2,6 @@
 //! name where something is wrong with them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::{At, Passing, Ram, Relay, SOON, Side, lock, migrates_next_time, passes, read_record};
 use pageferry_agent::outgoing::compress::Compressor;
 use pageferry_client::{Compression, IncomingOptions, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -13,6 +10,9 @@ use pageferry_protocol::stream::hello::{FEATURE_LZ4, FEATURE_ZSTD};
 use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_ZSTD, FLAGS_COMPRESSED};
 use pageferry_protocol::stream::{Hello, Kind, RECORD_SIZE, RecordHeader, STREAM_VERSION};
 use pageferry_tests::random::{Random, page_content, page_text};
+use pageferry_tests::scenario::{
+    At, Passing, Ram, Relay, SOON, Side, lock, migrates_next_time, passes, read_record,
+};
 use rustix::io::{pread, pwrite};
 use std::io::Write;
 use std::os::unix::net::UnixListener;

@@ -2,16 +2,14 @@
 //! restored, allocates nothing that the source had not.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::images::paused;
-use common::{Listening, passes};
 use pageferry_client::{
     BlockRange, IncomingOptions, Mode, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::require;
+use pageferry_tests::scenario::images::paused;
+use pageferry_tests::scenario::{Listening, passes};
 use pageferry_tests::tmpfs::{Tmpfs, hands_out_huge_pages};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};

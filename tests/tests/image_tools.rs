@@ -1,10 +1,6 @@
 //! What an operator does with images from a command line: look, check, fold, draw.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::PROGRAM;
-use common::images::flip;
 use pageferry_agent::image::writer::{Base, Rest};
 use pageferry_agent::image::{Chain, Image, ImageWriter};
 use pageferry_protocol::control::job::RunState;
@@ -12,6 +8,8 @@ use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::image::{ImageId, id_text};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
+use pageferry_tests::process::program;
+use pageferry_tests::scenario::images::flip;
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -63,7 +61,7 @@ fn chain(folder: &Path) -> [ImageId; 2] {
 
 /// Runs the command in the folder, so that the names are relative.
 fn run(folder: &Path, arguments: &[&str]) -> Output {
-    Command::new(PROGRAM).arg("image").args(arguments).current_dir(folder).output().unwrap()
+    Command::new(program()).arg("image").args(arguments).current_dir(folder).output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -8,7 +8,9 @@
 
 mod common;
 
-use common::model::{LOG_COVERS, Memory, Model, SourceHooks, World, all_pages, keep_busy, step};
+use crate::common::model::{
+    LOG_COVERS, Memory, Model, SourceHooks, World, all_pages, keep_busy, step,
+};
 use pageferry_client::{
     Client, Compression, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence,
     OutgoingOptions, Phase, RunState, StatePiece, Target,

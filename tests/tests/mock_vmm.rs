@@ -3,18 +3,16 @@
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
-use pageferry_tests::process::{AgentProcess, Process};
+use pageferry_tests::process::{AgentProcess, Process, program};
 use pageferry_tests::random::page_content;
 use pageferry_tests::require;
 use pageferry_tests::vmm::PATIENCE;
 use serde_json::Value;
-use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 const SIZE: u64 = 64 << 20;
 
 struct Bench {
@@ -26,8 +24,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-        let agent =
-            |name| AgentProcess::spawn(OsStr::new(PROGRAM), directory.path(), name).unwrap();
+        let agent = |name| AgentProcess::spawn(program(), directory.path(), name).unwrap();
         let (source, destination) = (agent("source"), agent("destination"));
         Self { directory, source, destination }
     }
@@ -60,7 +57,7 @@ impl Bench {
     }
 
     fn vmm(&self, side: &str, socket: &Path, memory: &Path) -> Command {
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(program());
         command
             .args(["mock-vmm", side, "--json", "--size", "64M", "--socket"])
             .arg(socket)

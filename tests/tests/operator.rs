@@ -2,15 +2,12 @@
 //! went wrong.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::{Attached, PROGRAM, Ram};
 use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, Target};
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::process::AgentProcess;
+use pageferry_tests::process::{AgentProcess, program};
+use pageferry_tests::scenario::{Attached, Ram};
 use pageferry_tests::vmm::PATIENCE;
 use serde_json::Value;
-use std::ffi::OsStr;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -24,12 +21,12 @@ struct Side {
 
 impl Side {
     fn new(folder: &Path, name: &str) -> Self {
-        let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder, name).unwrap();
+        let agent = AgentProcess::spawn(program(), folder, name).unwrap();
         Self { vmm: Attached::new(agent.socket(), Ram::odd(PAGES)), agent }
     }
 
     fn command(&self, what: &str, more: &[&str]) -> Command {
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(program());
         command.arg(what).arg("--socket").arg(self.agent.socket()).args(more).stdin(Stdio::null());
         command
     }
@@ -159,8 +156,10 @@ fn what_goes_wrong_is_one_sentence_on_standard_error_and_a_status() {
         assert!(error.contains(sentence), "{what}: {error}");
         assert!(output.stdout.is_empty(), "{what}");
     }
-    let nobody =
-        Command::new(PROGRAM).args(["status", "--socket", "/nonexistent/agent"]).output().unwrap();
+    let nobody = Command::new(program())
+        .args(["status", "--socket", "/nonexistent/agent"])
+        .output()
+        .unwrap();
     assert_eq!(nobody.status.code(), Some(1));
     assert!(text(&nobody.stderr).contains("no agent answers on /nonexistent/agent"), "{nobody:?}");
 }
@@ -189,10 +188,10 @@ fn a_target_that_is_no_destination_and_a_time_that_is_too_long_are_named() {
 #[test]
 fn an_agent_that_is_stopped_is_named_with_its_socket() {
     let folder = tempfile::tempdir().unwrap();
-    let mut agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), "agent").unwrap();
+    let mut agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
     agent.process().freeze().unwrap();
     let output =
-        Command::new(PROGRAM).args(["status", "--socket"]).arg(agent.socket()).output().unwrap();
+        Command::new(program()).args(["status", "--socket"]).arg(agent.socket()).output().unwrap();
     agent.process().thaw().unwrap();
     let error = text(&output.stderr);
     let expected = format!("the agent on {} has not answered for 1", agent.socket().display());

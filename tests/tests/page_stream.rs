@@ -3,14 +3,12 @@
 //! handed a connected socket.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::{Ram, Side, assert_same};
 use pageferry_client::{
     BlockRange, IncomingOptions, OutgoingOptions, PageStream, Phase, Punch, Record, Target,
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
+use pageferry_tests::scenario::{Ram, Side, assert_same};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;

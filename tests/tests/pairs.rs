@@ -5,9 +5,6 @@
 //! unit tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::{SOON, Vmm, VmmHooks, config, passes};
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{
     BlockSpec, Client, Error, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase,
@@ -18,6 +15,7 @@ use pageferry_tests::files;
 use pageferry_tests::huge_pages::hugetlb_memfd;
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::require;
+use pageferry_tests::scenario::{SOON, ScriptedHooks, ScriptedVmm, config, passes};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -85,7 +83,7 @@ impl Place {
             (row == Row::Registered).then(|| WriteProtect::register(&[(address, LENGTH)]).unwrap());
         let (agent, socket) = InProcessAgent::start().unwrap();
         let (client, channel) = Client::from_socket(socket, config()).unwrap();
-        channel.spawn(VmmHooks(Vmm::new())).unwrap();
+        channel.spawn(ScriptedHooks(ScriptedVmm::new())).unwrap();
         let vmm_address = if row == Row::NotMapped { 0 } else { address };
         let block = files::block(0, "ram", file.as_fd(), LENGTH);
         client.add_block(BlockSpec { vmm_address, ..block }).unwrap();

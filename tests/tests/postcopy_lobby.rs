@@ -2,9 +2,6 @@
 //! one.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::{Passing, Relay, SOON, config};
 use pageferry_client::{Client, IncomingOptions, Mode, OutgoingOptions, Phase};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::{Hello, Kind};
@@ -13,6 +10,7 @@ use pageferry_tests::files::Still;
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
+use pageferry_tests::scenario::{Passing, Relay, SOON, config};
 
 const PAGES: u64 = 100;
 

@@ -9,7 +9,7 @@
 
 mod common;
 
-use common::blocks::{self, LOG_COVERS, Page};
+use crate::common::blocks::{self, LOG_COVERS, Page};
 use pageferry_client::{
     BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RestoreMode, RestoreOptions,
     RunState, SnapshotMode, SnapshotOptions, StatePiece,

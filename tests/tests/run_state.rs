@@ -2,10 +2,6 @@
 //! image; and a guest that ran is paused where it arrives if that is wanted.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::images::{on, paused, tracked};
-use common::{Agent, PROGRAM, passes};
 use pageferry_agent::image::{Chain, Image, merge};
 use pageferry_client::{
     IncomingOptions, JobStatus, MIN_BANDWIDTH, Mode, OutgoingOptions, Ownership, Phase,
@@ -14,7 +10,10 @@ use pageferry_client::{
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::memory::{BlockLayout, TestBlock, TestMemory};
+use pageferry_tests::process::program;
 use pageferry_tests::require;
+use pageferry_tests::scenario::images::{on, paused, tracked};
+use pageferry_tests::scenario::{Agent, passes};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{Fault, HookName, MockVmm, PATIENCE, Tracker};
 use serde_json::Value;
@@ -41,7 +40,7 @@ impl Side {
     }
 
     fn empty() -> Self {
-        Self::on(Agent::Stopped(common::Listening::new()))
+        Self::on(Agent::Stopped(pageferry_tests::scenario::Listening::new()))
     }
 
     /// All of its memory holds something; the guest runs, or its operator has paused it.
@@ -339,7 +338,7 @@ fn of_a_chain_the_newest_image_says_what_the_guest_was() {
 /// Runs a command that prints JSON, and succeeds; returns the last object.
 #[track_caller]
 fn printed(arguments: &[&str]) -> Value {
-    let output = Command::new(PROGRAM).args(arguments).arg("--json").output().unwrap();
+    let output = Command::new(program()).args(arguments).arg("--json").output().unwrap();
     assert!(output.status.success(), "{output:?}");
     serde_json::from_str(String::from_utf8(output.stdout).unwrap().lines().last().unwrap()).unwrap()
 }
@@ -373,7 +372,7 @@ fn an_operator_sees_and_says_what_the_guest_is_to_be() {
     wait_until("the end there", PATIENCE, || to.vmm.client().status().unwrap().phase.is_final())
         .unwrap();
     to.assert_stays_paused();
-    let status = Command::new(PROGRAM).args(["status", "--socket", socket]).output().unwrap();
+    let status = Command::new(program()).args(["status", "--socket", socket]).output().unwrap();
     let lines = String::from_utf8(status.stdout).unwrap();
     let says = |line: &str| {
         line.starts_with("guest ")
@@ -381,7 +380,7 @@ fn an_operator_sees_and_says_what_the_guest_is_to_be() {
             && line.ends_with("paused")
     };
     assert!(lines.lines().any(says), "{lines}");
-    let output = Command::new(PROGRAM)
+    let output = Command::new(program())
         .args(["migrate", "--socket", socket, "--to", &address, "--resume", "always"])
         .output();
     let said = String::from_utf8(output.unwrap().stderr).unwrap();

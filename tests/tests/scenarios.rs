@@ -2,9 +2,6 @@
 //! do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::{Passing, Ram, Relay, SOON, Side, assert_same, lock, passes};
 use pageferry_client::{
     BlockRange, Counters, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Trackers,
 };
@@ -12,6 +9,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::Kind;
 use pageferry_protocol::stream::record::FLAG_STRAY;
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::scenario::{Passing, Ram, Relay, SOON, Side, assert_same, lock, passes};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -351,7 +349,7 @@ fn a_clear_that_straddles_a_discarded_range_loses_no_write_of_its_neighbours() {
         let runs = vmm.upgrade().is_some_and(|vmm| !vmm.is_paused());
         // Right before the clear takes hold, and right after, both neighbours of the discarded
         // range are written, and more.
-        let write = |page: u64, stamp: u64, kvm: &mut common::KvmLog| {
+        let write = |page: u64, stamp: u64, kvm: &mut pageferry_tests::scenario::KvmLog| {
             ram.write(page, stamp);
             kvm.dirty.insert(first + page);
         };

@@ -10,7 +10,7 @@
 
 mod common;
 
-use common::blocks::{self, LOG_COVERS, Page};
+use crate::common::blocks::{self, LOG_COVERS, Page};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
     BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RunState, SnapshotMode,

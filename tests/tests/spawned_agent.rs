@@ -2,11 +2,10 @@
 //! and ends with it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
-
-use common::{Attached, PROGRAM, Peer, Ram, SOON, config, moves_to, passes};
 use pageferry_client::{Client, Error, IncomingOptions, Ownership, Phase, Target};
 use pageferry_tests::deadline::{wait_for, wait_until};
+use pageferry_tests::process::program;
+use pageferry_tests::scenario::{Attached, Ram, RawClient, SOON, config, moves_to, passes};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -15,7 +14,7 @@ const PAGES: u64 = 100;
 
 /// A VMM with an agent of its own, which also listens at `socket`, if that is given.
 fn spawned(ram: Ram, socket: Option<&Path>) -> (Attached, Child) {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     command.args(["agent", "--stdin"]);
     if let Some(socket) = socket {
         command.arg("--socket").arg(socket);
@@ -64,7 +63,7 @@ fn a_spawned_agent_that_listens_as_well_takes_an_operator_and_ends_with_its_clie
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("operator");
     let (source, agent) = spawned(stamped(), Some(&socket));
-    assert_eq!(Peer::connect(&socket).status().phase, Phase::Idle);
+    assert_eq!(RawClient::connect(&socket).status().phase, Phase::Idle);
     drop(source);
     assert!(end(agent).success());
     assert!(!socket.exists(), "its socket stays");
@@ -86,7 +85,7 @@ fn a_spawned_agent_that_is_killed_leaves_a_guest_that_the_next_one_migrates() {
     source.write(1, 11);
 
     let (destination, other) = spawned(Ram::odd(PAGES), None);
-    let next = common::Agent::spawn();
+    let next = pageferry_tests::scenario::Agent::spawn();
     source.reattach(next.socket());
     moves_to(&source, &destination);
     drop(destination);
@@ -109,11 +108,12 @@ fn a_standard_input_that_is_no_connection_is_refused_by_what_it_is() {
     let open = |path: &Path| Stdio::from(std::fs::File::open(path).unwrap());
     for (stdin, found) in [
         (open(folder.path()), "a folder,"),
-        (open(Path::new(PROGRAM)), "a file,"),
+        (open(Path::new(program())), "a file,"),
         (Stdio::null(), "a device (/dev/null, or it is closed),"),
         (Stdio::from(OwnedFd::from(listener)), "a listening socket,"),
     ] {
-        let ended = Command::new(PROGRAM).args(["agent", "--stdin"]).stdin(stdin).output().unwrap();
+        let ended =
+            Command::new(program()).args(["agent", "--stdin"]).stdin(stdin).output().unwrap();
         let said = String::from_utf8(ended.stderr).unwrap();
         let expected = format!(
             "--stdin: standard input is {found} but must be a connected UNIX stream socket"

@@ -14,11 +14,10 @@ use pageferry_tests::Error;
 use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep};
 use pageferry_tests::guest::{Guest, IdleGuest};
 use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
-use pageferry_tests::process::AgentProcess;
+use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{HookTracker, MockVmm, Tracker};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,7 +25,6 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 const GIB: u64 = 1 << 30;
 const LIMIT: Duration = Duration::from_secs(120);
 /// Pages that a thread writes between two looks at whether it is to stop.
@@ -212,7 +210,7 @@ impl Side {
         image: &Image, tracker: impl FnOnce(&TestMemory) -> Result<Tracker, Error>,
     ) -> Result<Self, Error> {
         let folder = tempfile::tempdir().unwrap();
-        let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), "agent")?;
+        let agent = AgentProcess::spawn(program(), folder.path(), "agent")?;
         let memory = map(image);
         let tracker = tracker(&memory)?;
         let vmm = MockVmm::connect(agent.socket(), Usage::new(memory.clone())?, tracker)?;

@@ -5,12 +5,10 @@ use pageferry_client::{
     BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Target,
 };
 use pageferry_tests::files::Still;
-use pageferry_tests::process::AgentProcess;
-use std::ffi::OsStr;
+use pageferry_tests::process::{AgentProcess, program};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// What a migration took.
@@ -39,7 +37,7 @@ impl Side {
     /// Hands all of `image` to an agent.
     pub fn new(image: &Image) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), "agent").unwrap();
+        let agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
         let (client, channel) = Client::connect(agent.socket(), Config::default()).unwrap();
         Still::hand_over(&client, channel, &image.file, image.size).unwrap();
         Self { client, agent, _folder: folder }

@@ -34,17 +34,15 @@ use pageferry_tests::deadline::wait_until;
 use pageferry_tests::files::is_hole;
 use pageferry_tests::huge_pages::{HUGE_PAGE, HugePages};
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
-use pageferry_tests::process::AgentProcess;
+use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
-use std::ffi::OsStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 use vm_memory::VolatileMemory;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 const GIB: u64 = 1 << 30;
 const LIMIT: Duration = Duration::from_secs(300);
 /// Pages that are touched while it is quiet.
@@ -131,7 +129,7 @@ impl Hooks for Stateless {
 impl Side {
     fn new(memory: Arc<TestMemory>) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder.path(), "agent").unwrap();
+        let agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
         let (client, channel) = Client::connect(agent.socket(), Config::default()).unwrap();
         let (sender, resumed) = self::channel();
         channel.spawn(Stateless(sender)).unwrap();

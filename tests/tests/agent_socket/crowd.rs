@@ -1,11 +1,11 @@
 //! Connections that are idle, that never stop asking, and that do not read their answers.
 
-use crate::common::{Attached, Listening, Ram, SOON};
 use pageferry_client::Phase;
 use pageferry_protocol::control::Frame;
 use pageferry_protocol::control::frame::FrameHeader;
 use pageferry_protocol::control::request::Request;
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::scenario::{Attached, Listening, Ram, SOON};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

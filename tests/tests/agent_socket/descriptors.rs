@@ -1,7 +1,7 @@
 //! A process that is out of descriptors.
 
-use crate::common::{Attached, PROGRAM, Peer, Ram, SOON};
-use pageferry_tests::process::AgentProcess;
+use pageferry_tests::process::{AgentProcess, program};
+use pageferry_tests::scenario::{Attached, Ram, RawClient, SOON};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -16,9 +16,9 @@ fn ticks(pid: u32) -> u64 {
 #[test]
 fn an_agent_that_is_out_of_descriptors_neither_spins_nor_fills_the_log_and_serves_on() {
     let folder = tempfile::tempdir().unwrap();
-    let mut agent = AgentProcess::spawn(PROGRAM.as_ref(), folder.path(), "agent").unwrap();
+    let mut agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
     let vmm = Attached::new(agent.socket(), Ram::odd(16));
-    let mut operator = Peer::connect(agent.socket());
+    let mut operator = RawClient::connect(agent.socket());
     operator.status();
     let pid = agent.process().id();
     let used = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64;
@@ -45,6 +45,6 @@ fn an_agent_that_is_out_of_descriptors_neither_spins_nor_fills_the_log_and_serve
 
     agent.process().limit_descriptors(1024).unwrap();
     drop(waiting);
-    Peer::connect(agent.socket()).status();
+    RawClient::connect(agent.socket()).status();
     vmm.client.status().unwrap();
 }

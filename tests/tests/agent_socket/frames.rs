@@ -1,7 +1,6 @@
 //! Requests that do not come whole: without their descriptors, or without their end.
 
 use super::waits::hand_over;
-use crate::common::{Attached, Listening, PROGRAM, Peer, Ram, SOON};
 use pageferry_client::Phase;
 use pageferry_protocol::control::frame::{FLAG_NEED_REPLY, FrameHeader};
 use pageferry_protocol::control::hook::Hook;
@@ -12,7 +11,8 @@ use pageferry_protocol::control::request::Request;
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::{Frame, FrameSocket};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
-use pageferry_tests::process::AgentProcess;
+use pageferry_tests::process::{AgentProcess, program};
+use pageferry_tests::scenario::{Attached, Listening, Ram, RawClient, SOON};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -40,8 +40,8 @@ fn add_block(id: u32) -> Request {
 #[test]
 fn a_request_whose_descriptors_do_not_arrive_is_answered_and_the_vmm_stays() {
     let folder = tempfile::tempdir().unwrap();
-    let mut agent = AgentProcess::spawn(PROGRAM.as_ref(), folder.path(), "agent").unwrap();
-    let mut vmm = Peer::connect(agent.socket());
+    let mut agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
+    let mut vmm = RawClient::connect(agent.socket());
     vmm.ask(&add_block(0), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
     // The three standard ones are open, so there is no room for any other.
     agent.process().limit_descriptors(3).unwrap();
@@ -61,14 +61,14 @@ fn a_request_whose_descriptors_do_not_arrive_is_answered_and_the_vmm_stays() {
     vmm.ask(&add_block(1), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
     // It is the owner still.
     let denied =
-        Peer::connect(agent.socket()).ask(&add_block(2), vec![memfd(0x1_0000), memfd(4096)]);
+        RawClient::connect(agent.socket()).ask(&add_block(2), vec![memfd(0x1_0000), memfd(4096)]);
     assert_eq!(denied.unwrap_err().code, ErrorCode::Denied);
 }
 
 #[test]
 fn a_request_that_does_not_end_ends_its_connection_unless_it_is_the_vmms() {
     let agent = Listening::new();
-    let mut vmm = Peer::connect(&agent.path);
+    let mut vmm = RawClient::connect(&agent.path);
     vmm.ask(&add_block(0), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
     let header = FrameHeader::new(Request::QueryStatus.code(), 0, 4);
     vmm.raw.write_all(&header.as_bytes()[..7]).unwrap();
@@ -77,7 +77,7 @@ fn a_request_that_does_not_end_ends_its_connection_unless_it_is_the_vmms() {
     operator.write_all(header.as_bytes()).unwrap();
     let began = Instant::now();
     // One that sends byte after byte has no more time.
-    let mut slow = Peer::connect(&agent.path);
+    let mut slow = RawClient::connect(&agent.path);
     slow.raw.write_all(&header.as_bytes()[..1]).unwrap();
     assert_eq!(operator.read(&mut [0]).unwrap(), 0, "the connection ended");
     assert!(began.elapsed().as_secs() >= 9);
@@ -93,7 +93,7 @@ fn a_request_that_does_not_end_ends_its_connection_unless_it_is_the_vmms() {
 fn only_a_connected_unix_stream_socket_is_taken_for_hooks() {
     let agent = Listening::new();
     let vmm = Attached::new(&agent.path, Ram::odd(16));
-    let mut other = Peer::connect(&agent.path);
+    let mut other = RawClient::connect(&agent.path);
     drop(vmm);
     other.ask(&add_block(0), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
     let mut set = |fd: OwnedFd| {
@@ -110,8 +110,8 @@ fn only_a_connected_unix_stream_socket_is_taken_for_hooks() {
 #[test]
 fn a_hook_whose_answer_loses_its_descriptor_fails_by_that_name_and_the_next_one_is_answered() {
     let folder = tempfile::tempdir().unwrap();
-    let mut agent = AgentProcess::spawn(PROGRAM.as_ref(), folder.path(), "agent").unwrap();
-    let mut vmm = Peer::connect(agent.socket());
+    let mut agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
+    let mut vmm = RawClient::connect(agent.socket());
     let mut hooks = FrameSocket::from(OwnedFd::from(hand_over(&mut vmm, 0)));
     let path = folder.path().join("image").to_str().unwrap().to_owned();
     let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };

@@ -1,15 +1,15 @@
 //! Who asks for nonsense does not fill the log.
 
-use crate::common::{PROGRAM, Peer, SOON};
-use pageferry_tests::process::AgentProcess;
+use pageferry_tests::process::{AgentProcess, program};
+use pageferry_tests::scenario::{RawClient, SOON};
 use std::time::Instant;
 
 #[test]
 fn requests_that_are_refused_do_not_fill_the_log_and_it_says_how_many_lines_are_left_out() {
     const REQUESTS: usize = 5000;
     let folder = tempfile::tempdir().unwrap();
-    let mut agent = AgentProcess::spawn(PROGRAM.as_ref(), folder.path(), "agent").unwrap();
-    let (mut peer, began) = (Peer::connect(agent.socket()), Instant::now());
+    let mut agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
+    let (mut peer, began) = (RawClient::connect(agent.socket()), Instant::now());
     for _ in 0..REQUESTS {
         peer.ask_raw(0x1fff, Vec::new(), Vec::new()).unwrap_err();
     }

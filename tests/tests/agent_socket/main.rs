@@ -9,8 +9,6 @@
 //! - [`log`]: who asks for nonsense.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "../common/mod.rs"]
-mod common;
 mod crowd;
 mod descriptors;
 mod frames;

@@ -1,10 +1,10 @@
 //! What is at the path already, who else takes it, and how long it may be.
 
-use crate::common::{Attached, PROGRAM, Peer, Ram, SOON};
 use pageferry_client::{Client, Config, Error, IncomingOptions, Target};
 use pageferry_protocol::error::chain;
 use pageferry_tests::deadline::wait_for;
-use pageferry_tests::process::{AgentProcess, Process};
+use pageferry_tests::process::{AgentProcess, Process, program};
+use pageferry_tests::scenario::{Attached, Ram, RawClient, SOON};
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn agent_at(path: &Path) -> Command {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     command.arg("agent").arg("--socket").arg(path);
     command
 }
 
 fn spawn(folder: &Path, name: &str) -> AgentProcess {
-    AgentProcess::spawn(PROGRAM.as_ref(), folder, name).unwrap()
+    AgentProcess::spawn(program(), folder, name).unwrap()
 }
 
 /// The command ends, and says why.
@@ -70,7 +70,7 @@ fn an_agent_that_ends_leaves_the_path_to_the_one_that_took_it_over() {
     let mut second = spawn(folder.path(), "agent");
     first.process().terminate().unwrap();
     assert!(first.process().wait(SOON).unwrap().success());
-    Peer::connect(second.socket()).status();
+    RawClient::connect(second.socket()).status();
     second.process().terminate().unwrap();
     assert!(second.process().wait(SOON).unwrap().success());
     assert!(!second.socket().exists(), "its own path it removes");
@@ -94,7 +94,7 @@ fn of_agents_that_start_at_once_on_a_stale_path_one_listens_and_the_others_name_
         assert!(text.contains("in use") && text.contains(path.to_str().unwrap()), "{text}");
     }
     agents[0].wait_for_line("listening on", SOON).unwrap();
-    Peer::connect(&path).status();
+    RawClient::connect(&path).status();
 }
 
 #[test]
@@ -112,11 +112,11 @@ fn a_hangup_ends_an_agent_in_good_order_unless_it_was_told_to_ignore_it() {
 
     // As by nohup.
     let mut command = Command::new("sh");
-    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\"", PROGRAM]);
+    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(program());
     let mut agent = AgentProcess::start(&mut command, folder.path(), "ignores").unwrap();
     agent.process().wait_for_line("listening on", SOON).unwrap();
     hang_up(&mut agent);
-    Peer::connect(agent.socket()).status();
+    RawClient::connect(agent.socket()).status();
     agent.process().terminate().unwrap();
     assert!(agent.process().wait(SOON).unwrap().success());
 }
@@ -134,7 +134,7 @@ fn agent_client_operator_and_streams_take_the_same_paths_and_name_the_limit() {
     agent.wait_for_line("listening on", SOON).unwrap();
     let vmm = Attached::new(&longest, Ram::odd(16));
     let status = |path: &Path| {
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(program());
         command.arg("status").arg("--socket").arg(path);
         command
     };

@@ -1,8 +1,5 @@
 //! Requests that wait for a name server, a VMM, a full queue, while others are answered.
 
-use crate::common::{
-    At, Attached, Listening, PROGRAM, Peer, Ram, Relay, SOON, Side, Wire, memfd, passes,
-};
 use pageferry_client::{Error, IncomingOptions, Ownership, Phase, Target, Trackers};
 use pageferry_protocol::control::Frame;
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
@@ -15,8 +12,12 @@ use pageferry_protocol::control::unix_path::socket_address;
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::process::AgentProcess;
+use pageferry_tests::files::memfd;
+use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::require;
+use pageferry_tests::scenario::{
+    At, Attached, Listening, Ram, RawClient, Relay, SOON, Side, Wire, passes,
+};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
@@ -96,7 +97,7 @@ fn without_names(folder: &std::path::Path) -> Option<Command> {
         resolv.display()
     );
     let mut command = Command::new("unshare");
-    command.args([namespaces, "sh", "-c", &script, PROGRAM]);
+    command.args([namespaces, "sh", "-c", &script]).arg(program());
     Some(command)
 }
 
@@ -114,7 +115,7 @@ fn a_name_server_that_does_not_answer_costs_one_request_its_answer_and_nobody_el
             )
         };
         let listening = scope.spawn(listen);
-        let mut operator = Peer::connect(agent.socket());
+        let mut operator = RawClient::connect(agent.socket());
         let mut answers = 0;
         while !listening.is_finished() {
             operator.status();
@@ -143,7 +144,7 @@ fn a_name_server_that_does_not_answer_costs_one_request_its_answer_and_nobody_el
 fn nobody_waits_for_a_log_that_nobody_reads() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("agent.sock");
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     let command = command
         .arg("agent")
         .arg("--socket")
@@ -152,12 +153,12 @@ fn nobody_waits_for_a_log_that_nobody_reads() {
         .stdout(Stdio::null());
     let _agent = Killed(command.spawn().unwrap());
     wait_until("the agent to listen", SOON, || UnixStream::connect(&socket).is_ok()).unwrap();
-    let mut operator = Peer::connect(&socket);
+    let mut operator = RawClient::connect(&socket);
     // Each refusal is a line of some 100 bytes, and a pipe holds 64 KiB.
     for _ in 0..3000 {
         operator.ask(&Request::Cancel, Vec::new()).unwrap_err();
     }
-    assert_eq!(Peer::connect(&socket).status().phase, Phase::Idle);
+    assert_eq!(RawClient::connect(&socket).status().phase, Phase::Idle);
 }
 
 /// A child whose output nobody reads. It is killed on drop.
@@ -265,9 +266,9 @@ fn geometry(id: u32) -> BlockGeometry {
 }
 
 /// Makes `peer` the VMM of a small guest; returns its end of the socket for hooks.
-pub(super) fn hand_over(peer: &mut Peer, id: u32) -> UnixStream {
+pub(super) fn hand_over(peer: &mut RawClient, id: u32) -> UnixStream {
     let add = Request::AddBlock { geometry: geometry(id), fd_offset: 0, vmm_address: 0, flags: 0 };
-    peer.ask(&add, vec![memfd(0x1_0000), memfd(4096)]).unwrap();
+    peer.ask(&add, vec![memfd(0x1_0000).unwrap(), memfd(4096).unwrap()]).unwrap();
     peer.ask(&Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE }, Vec::new()).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     // VHOST_USER_SET_BACKEND_REQ_FD.

@@ -1,6 +1,5 @@
 //! The control socket: requests that are refused by field and value, and connections that end.
 
-use crate::common::{Listening, Peer, SOON, memfd};
 use crate::geometry;
 use pageferry_client::{
     MIN_BANDWIDTH, OutgoingOptions, Phase, RestoreOptions, SnapshotOptions, Trackers,
@@ -11,6 +10,8 @@ use pageferry_protocol::control::frame::{HEADER_SIZE, MAX_BODY};
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::control::request::{BlockRange, FIRST_NATIVE_REQUEST, Request, code};
 use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
+use pageferry_tests::files::memfd;
+use pageferry_tests::scenario::{Listening, RawClient, SOON};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
 use std::io::Write;
@@ -20,7 +21,7 @@ use std::time::Instant;
 
 #[track_caller]
 fn assert_refused(
-    peer: &mut Peer, request: &Request, fds: Vec<OwnedFd>, words: &[&str],
+    peer: &mut RawClient, request: &Request, fds: Vec<OwnedFd>, words: &[&str],
 ) -> RemoteError {
     let error = peer.ask(request, fds).unwrap_err();
     for word in words {
@@ -31,7 +32,7 @@ fn assert_refused(
 
 /// The agent ends this connection without an answer.
 #[track_caller]
-fn assert_dropped(peer: &mut Peer) {
+fn assert_dropped(peer: &mut RawClient) {
     match peer.reply() {
         Err(SocketError::Closed | SocketError::Kernel(_)) => {}
         other => panic!("not dropped: {other:?}"),
@@ -39,7 +40,7 @@ fn assert_dropped(peer: &mut Peer) {
 }
 
 /// Discards a page; returns how many pages that changed.
-fn discard(peer: &mut Peer, range: BlockRange) -> Reply<u64> {
+fn discard(peer: &mut RawClient, range: BlockRange) -> Reply<u64> {
     let body = peer.ask(&Request::Discard { flags: 0, ranges: vec![range] }, Vec::new())?;
     Ok(u64::from_le_bytes(body.try_into().unwrap()))
 }
@@ -50,7 +51,7 @@ fn add_block(geometry: BlockGeometry, fd_offset: u64) -> Request {
 
 /// Memory and a bitmap for it.
 fn fds(size: u64) -> Vec<OwnedFd> {
-    vec![memfd(size), memfd(4096)]
+    vec![memfd(size).unwrap(), memfd(4096).unwrap()]
 }
 
 fn page(block: u32, page: u64) -> BlockRange {
@@ -58,7 +59,7 @@ fn page(block: u32, page: u64) -> BlockRange {
 }
 
 /// A connection that owns one block of 16 pages at 64 KiB, with the id 1.
-fn owner(agent: &Listening) -> Peer {
+fn owner(agent: &Listening) -> RawClient {
     let mut peer = agent.connect();
     peer.ask(&add_block(geometry(1, 0x1_0000, 0x1_0000), 0), fds(0x1_0000)).unwrap();
     peer
@@ -212,24 +213,24 @@ fn descriptors_that_are_no_memory_are_refused() {
     let mut peer = owner(&agent);
     let request = add_block(geometry(2, 0x4_0000, 0x1000), 0);
     for count in [0usize, 1, 3] {
-        let wrong = (0..count).map(|_| memfd(0x1000)).collect();
+        let wrong = (0..count).map(|_| memfd(0x1000).unwrap()).collect();
         assert_refused(&mut peer, &request, wrong, &["add block", &count.to_string(), "2"]);
     }
     let (pipe, _writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).unwrap();
     assert_refused(
         &mut peer,
         &request,
-        vec![pipe, memfd(4096)],
+        vec![pipe, memfd(4096).unwrap()],
         &["block 2", "not a regular file"],
     );
     let (socket, _other) = UnixStream::pair().unwrap();
     assert_refused(
         &mut peer,
         &request,
-        vec![socket.into(), memfd(4096)],
+        vec![socket.into(), memfd(4096).unwrap()],
         &["block 2", "not a regular file"],
     );
-    let memory = memfd(0x1000);
+    let memory = memfd(0x1000).unwrap();
     let own = format!("/proc/self/fd/{}", memory.as_raw_fd());
     let opened =
         |path: &str, flags| rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap();
@@ -244,20 +245,20 @@ fn descriptors_that_are_no_memory_are_refused() {
         assert_refused(
             &mut peer,
             &request,
-            vec![wrong, memfd(4096)],
+            vec![wrong, memfd(4096).unwrap()],
             &["block 2", "memory fd", name],
         );
     }
-    let whole = memfd(4096);
+    let whole = memfd(4096).unwrap();
     let bitmap = format!("/proc/self/fd/{}", whole.as_raw_fd());
     for flags in [OFlags::RDONLY, OFlags::WRONLY, OFlags::PATH] {
-        let wrong = vec![memfd(0x1000), opened(&bitmap, flags)];
+        let wrong = vec![memfd(0x1000).unwrap(), opened(&bitmap, flags)];
         assert_refused(&mut peer, &request, wrong, &["block 2", "discard bitmap", "O_RDWR"]);
     }
     assert_refused(
         &mut peer,
         &request,
-        vec![memfd(0x1000), memfd(0)],
+        vec![memfd(0x1000).unwrap(), memfd(0).unwrap()],
         &["block 2", "discard bitmap", "shorter"],
     );
     assert_refused(&mut peer, &Request::RemoveBlock { id: 5 }, Vec::new(), &["block 5"]);

@@ -1,7 +1,6 @@
 //! The first record of a stream: strangers are dropped, and a source that does not fit is rejected
 //! in words.
 
-use crate::common::{Ram, SOON, Side, passes};
 use crate::geometry;
 use crate::scene::{FakeSource, PAGES, Scene, hello};
 use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Phase, Target};
@@ -12,6 +11,7 @@ use pageferry_protocol::stream::hello::{
 };
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::scenario::{Ram, SOON, Side, passes};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;

@@ -7,8 +7,6 @@
 //! - [`scene`]: a source that says whatever it likes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
-#[path = "../common/mod.rs"]
-mod common;
 mod control;
 mod hello;
 mod records;

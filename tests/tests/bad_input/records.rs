@@ -1,13 +1,13 @@
 //! The records after the hello: each that is wrong fails the job by the field, and the next job
 //! takes a guest.
 
-use crate::common::lock;
 use crate::scene::{FakeSource, PAGES, Scene, hello};
 use pageferry_client::Phase;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::payload::{Totals, encode_runs};
 use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_STRAY, FLAG_ZSTD};
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
+use pageferry_tests::scenario::lock;
 use std::io::Write;
 
 /// A source that does `what` after its hello makes the job fail with an error that has `words`, and

@@ -1,12 +1,14 @@
 //! A destination that waits for a guest, and a source that says whatever it likes.
 
-use crate::common::{Agent, Attached, Listening, Ram, SOON, Side, arrives_at, read_record};
 use crate::geometry;
 use pageferry_client::IncomingOptions;
 use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::answer::decode_error;
 use pageferry_protocol::stream::payload::{StatePart, Totals};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
+use pageferry_tests::scenario::{
+    Agent, Attached, Listening, Ram, SOON, Side, arrives_at, read_record,
+};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;

@@ -1,9 +1,9 @@
 //! Agents that end or are killed, before the commit.
 
-use crate::common::{Agent, Attached, Listening, Relay, SOON, Wire, moves_to, passes};
 use crate::scene::{FarScene, MOMENTS, Moment, at_every_moment, empty, stamped};
 use pageferry_client::{IncomingOptions, Ownership, Phase, Punch};
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::scenario::{Agent, Attached, Listening, Relay, SOON, Wire, moves_to, passes};
 
 /// The source's agent dies at this moment; the VMM goes on without it, and with the next one.
 fn lose_the_source_agent(agent: fn() -> Agent, wire: Wire, (moment, is_there): Moment) {

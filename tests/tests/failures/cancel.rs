@@ -1,8 +1,8 @@
 //! The user's own doing: a cancel at any moment before the line.
 
-use crate::common::{Wire, migrates_next_time, passes};
 use crate::scene::{MOMENTS, Scene};
 use pageferry_client::Phase;
+use pageferry_tests::scenario::{Wire, migrates_next_time, passes};
 
 #[test]
 fn a_cancel_leaves_the_guest_running_at_every_moment_before_the_line() {

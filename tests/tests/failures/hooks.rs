@@ -1,15 +1,15 @@
 //! A VMM whose hook hangs or fails.
 
-use crate::common::{
-    At, SOON, Side, TooEarly, Vmm, WIRES, Wire, at_once, lock, migrates_next_time, passes, says,
-    with_more_time,
-};
 use crate::line::assert_stands_still;
 use crate::scene::{Scene, empty, filled};
 use pageferry_client::{HookError, NonConvergence, OutgoingOptions, Ownership, Phase, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::scenario::{
+    At, SOON, ScriptedVmm, Side, TooEarly, WIRES, Wire, at_once, lock, migrates_next_time, passes,
+    says, with_more_time,
+};
 use std::time::Duration;
 
 /// A hook of the source that hangs: its name, where it is, and how often it is answered before.
@@ -53,7 +53,7 @@ fn tracked() -> Side {
 
 /// The VMM comes back to itself, answers what it was asked, too late, and is then as the migration
 /// found it.
-fn wait_until_undone(vmm: &Vmm, pauses: bool) {
+fn wait_until_undone(vmm: &ScriptedVmm, pauses: bool) {
     wait_until("the VMM to be as before", SOON, || {
         let asked = lock(&vmm.asked);
         let runs = !asked.paused && (!pauses || asked.resumes > 0);

@@ -1,7 +1,6 @@
 //! VMMs as processes, killed alone: their agents survive, end the job, let go of the memory and
 //! serve the next VMM.
 
-use crate::common::{Listening, PROGRAM, Peer, Relay, SOON, WIRES, Wire};
 use crate::scene::{MOMENTS, Moment};
 use pageferry_client::{Error, IncomingOptions, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -9,7 +8,8 @@ use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::{wait_for, wait_until};
 use pageferry_tests::guest::threads::{ThreadGuest, ThreadGuestOptions};
 use pageferry_tests::memory::TestMemory;
-use pageferry_tests::process::{AgentProcess, Process};
+use pageferry_tests::process::{AgentProcess, Process, program};
+use pageferry_tests::scenario::{Listening, RawClient, Relay, SOON, WIRES, Wire};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::verify::same_memory;
 use pageferry_tests::vmm::{MockVmm, Tracker};
@@ -46,14 +46,14 @@ struct Killed {
 impl Killed {
     fn new() -> Self {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-        let agent = AgentProcess::spawn(PROGRAM.as_ref(), folder.path(), "agent").unwrap();
+        let agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
         let memory = folder.path().join("memory");
         File::create_new(&memory).unwrap().set_len(SIZE).unwrap();
         Self { agent, memory, _folder: folder }
     }
 
     fn start(&self, side: &str, more: [&str; 2]) -> Process {
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(program());
         command.args(["mock-vmm", side, "--json", "--size", &SIZE.to_string()]).args(more);
         command.arg("--socket").arg(self.agent.socket()).arg("--memory").arg(&self.memory);
         Process::spawn(side, &mut command).unwrap()
@@ -76,7 +76,7 @@ impl Killed {
 
     /// How the job ended, as an operator sees it.
     fn job(&self) -> JobStatus {
-        let mut operator = Peer::connect(self.agent.socket());
+        let mut operator = RawClient::connect(self.agent.socket());
         wait_for("the job's end", SOON, || {
             Some(operator.status()).filter(|status| status.phase.is_final())
         })

@@ -1,13 +1,13 @@
 //! After the commit: the source's guest stands still, whoever dies and whoever asks.
 
-use crate::common::{
-    Agent, Attached, Listening, Passing, Relay, SOON, Side, WIRES, Wire, moves_to, passes,
-};
 use crate::scene::{FarScene, Scene, empty, stamped};
 use pageferry_client::{Error, ErrorCode, IncomingOptions, Ownership, Phase, Target};
 use pageferry_protocol::control::request::Request;
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::scenario::{
+    Agent, Attached, Listening, Passing, Relay, SOON, Side, WIRES, Wire, moves_to, passes,
+};
 
 /// The source gave the guest up and was not confirmed: it stands still, and the VMM does not
 /// migrate it again.

@@ -1,9 +1,9 @@
 //! The other side dies, or the connection to it does.
 
-use crate::common::{WIRES, migrates_next_time, passes};
 use crate::scene::{MOMENTS, Scene, at_every_moment};
 use pageferry_client::{OutgoingOptions, Phase};
 use pageferry_protocol::stream::Kind;
+use pageferry_tests::scenario::{WIRES, migrates_next_time, passes};
 
 #[test]
 fn a_destination_that_dies_leaves_the_guest_running_and_able_to_migrate() {

@@ -13,8 +13,6 @@
 
 mod agents;
 mod cancel;
-#[path = "../common/mod.rs"]
-mod common;
 mod hooks;
 mod killed_vmms;
 mod line;

@@ -1,8 +1,10 @@
 //! A migration through a relay, and the moments at which it is interrupted.
 
-use crate::common::{Agent, Attached, Passing, Ram, Relay, Side, TooEarly, WIRES, Wire, moves_to};
 use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
+use pageferry_tests::scenario::{
+    Agent, Attached, Passing, Ram, Relay, Side, TooEarly, WIRES, Wire, moves_to,
+};
 
 pub const PAGES: u64 = 200;
 

@@ -1,9 +1,5 @@
 //! The other side is there, and says nothing: the link swallows what it says, or it hangs.
 
-use crate::common::{
-    Agent, Attached, Ram, Relay, SOON, Side, TooEarly, WIRES, Wire, assert_same, at_once, config,
-    migrates_next_time, moves_to, passes, says, with_more_time,
-};
 use crate::scene::{FarScene, MOMENTS, Moment, PAGES, Scene, empty, filled, stamped};
 use pageferry_client::{
     Client, Config, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Phase,
@@ -11,6 +7,10 @@ use pageferry_client::{
 };
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::scenario::{
+    Agent, Attached, Ram, Relay, SOON, Side, TooEarly, WIRES, Wire, assert_same, at_once, config,
+    migrates_next_time, moves_to, passes, says, with_more_time,
+};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::time::Duration;

@@ -1,9 +1,9 @@
 //! A file that shrinks under the agent.
 
-use crate::common::{Ram, Side, Wire, migrates_next_time, passes};
 use crate::scene::{MOMENTS, PAGES, Scene, empty, stamp};
 use pageferry_client::Punch;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::scenario::{Ram, Side, Wire, migrates_next_time, passes};
 
 #[test]
 fn a_file_that_is_truncated_under_the_agent_fails_the_job_and_the_session_goes_on() {

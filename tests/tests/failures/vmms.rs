@@ -1,11 +1,11 @@
 //! A source VMM that goes while its agent stays: within this process. [`crate::killed_vmms`] has
 //! those that are killed.
 
-use crate::common::{Attached, Listening, PROGRAM, Relay, SOON, migrates_next_time, passes};
 use crate::scene::{MOMENTS, at_every_moment, empty, stamped};
 use pageferry_client::{IncomingOptions, Phase};
 use pageferry_protocol::stream::Kind;
-use pageferry_tests::process::Process;
+use pageferry_tests::process::{Process, program};
+use pageferry_tests::scenario::{Attached, Listening, Relay, SOON, migrates_next_time, passes};
 use std::process::Command;
 
 #[test]
@@ -37,7 +37,7 @@ fn an_operator_who_watches_sees_the_end_of_a_migration_whose_vmm_dies() {
     let destination = empty();
     relay.listen(&destination.client, &IncomingOptions::default());
     let operator = |name: &str, more: &[&str]| {
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(program());
         command.args([name, "--json", "--socket"]).arg(&agent.path).args(more);
         Process::spawn(name, &mut command).unwrap()
     };

@@ -5,8 +5,6 @@
 //! - [`matrix`]: agents that are killed, or hang, at any moment of any job.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
-#[path = "../common/mod.rs"]
-mod common;
 mod matrix;
 mod wakes;
 mod word;

@@ -13,8 +13,6 @@
 //! PAGEFERRY_KILL_ROUNDS=5000 cargo test -p pageferry-tests --test fencing matrix -- --nocapture
 //! ```
 
-use crate::common::image_scene::Host;
-use crate::common::moments::{BANDWIDTH, Moment, Running, check_content, check_image, waiting};
 use crate::is_dead;
 use pageferry_client::{
     Config, IncomingOptions, Mode, OutgoingOptions, Ownership, Phase, RestoreOptions, SnapshotMode,
@@ -23,6 +21,10 @@ use pageferry_client::{
 use pageferry_tests::deadline::{wait_for, wait_until};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
+use pageferry_tests::scenario::Host;
+use pageferry_tests::scenario::moments::{
+    BANDWIDTH, Moment, Running, check_content, check_image, waiting,
+};
 use pageferry_tests::verify::same_memory;
 use pageferry_tests::vmm::{MockVmm, PATIENCE};
 use std::collections::BTreeMap;
@@ -289,7 +291,7 @@ fn is_lost(vmm: &MockVmm, lost: impl Fn() -> bool) -> bool {
 }
 
 fn waiting_patiently(host: &Host) -> MockVmm {
-    crate::common::moments::waiting_with(host, patient())
+    pageferry_tests::scenario::moments::waiting_with(host, patient())
 }
 
 /// The agent is hit while it saves the guest.

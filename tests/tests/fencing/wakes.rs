@@ -1,8 +1,5 @@
 //! Agents that hang where it matters most, and wake up again.
 
-use crate::common::{
-    Agent, At, Attached, Ram, Relay, SOON, Side, assert_same, config, lock, passes,
-};
 use crate::is_dead;
 use pageferry_client::{
     Client, Config, Error, IncomingOptions, Ownership, Phase, SnapshotMode, SnapshotOptions, Target,
@@ -11,6 +8,9 @@ use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process;
+use pageferry_tests::scenario::{
+    Agent, At, Attached, Ram, Relay, SOON, Side, assert_same, config, lock, passes,
+};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -227,7 +227,7 @@ fn a_vmm_may_come_back_to_the_process_of_its_agent() {
     let _accept = relay.until(|record| record.kind == Kind::Accept);
     source.reattach(agent.socket());
     assert!(!is_dead(agent.id()));
-    crate::common::moves_to(&source, &empty());
+    pageferry_tests::scenario::moves_to(&source, &empty());
     source.client.end_agent().unwrap();
     assert!(is_dead(agent.id()));
 }

@@ -1,7 +1,6 @@
 //! The fence word alone. A VMM that the client library is not part of plays all of it, cuts nothing
 //! and kills nobody: what an agent does not do then it does not do since the word says so.
 
-use crate::common::{Listening, Peer, Ram, Relay, SOON, Side, memfd, passes};
 use pageferry_client::{
     IncomingOptions, JobStatus, Phase, RunState, SnapshotMode, SnapshotOptions, Trackers,
 };
@@ -17,6 +16,8 @@ use pageferry_protocol::shm::fence::FENCE_BYTES;
 use pageferry_protocol::shm::{FenceWord, MappedBitmap};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::{wait_for, wait_until};
+use pageferry_tests::files::memfd;
+use pageferry_tests::scenario::{Listening, Ram, RawClient, Relay, SOON, Side, passes};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,7 @@ fn hello(agent: u64) -> Request {
 
 /// A VMM with one block, made of frames.
 struct RawVmm {
-    control: Peer,
+    control: RawClient,
     word: Arc<FenceWord>,
     log: OwnedFd,
     ram: Ram,
@@ -52,12 +53,12 @@ impl RawVmm {
 
     /// The same, and its own state has so many bytes.
     fn with_state(agent: &Listening, given_up_at: Option<u32>, state: u64) -> Self {
-        let fence = memfd(FENCE_BYTES);
+        let fence = memfd(FENCE_BYTES).unwrap();
         let word = Arc::new(FenceWord::map(fence.as_fd()).unwrap());
         let mut control = agent.connect();
         control.ask(&hello(NUMBER), vec![fence]).unwrap();
         word.admit(NUMBER);
-        let log = memfd(PAGE_SIZE);
+        let log = memfd(PAGE_SIZE).unwrap();
         let body = [PAGE_SIZE.to_le_bytes(), 0u64.to_le_bytes()].concat();
         let set_log = Frame { fds: vec![log.try_clone().unwrap()], ..Frame::request(6, body) };
         control.socket.send(&set_log, Instant::now() + SOON).unwrap();
@@ -75,7 +76,7 @@ impl RawVmm {
         };
         let add =
             Request::AddBlock { geometry, fd_offset: ram.fd_offset, vmm_address: 0, flags: 0 };
-        control.ask(&add, vec![ram.fd.try_clone().unwrap(), memfd(64)]).unwrap();
+        control.ask(&add, vec![ram.fd.try_clone().unwrap(), memfd(64).unwrap()]).unwrap();
         control
             .ask(&Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE }, Vec::new())
             .unwrap();
@@ -109,7 +110,7 @@ impl Drop for RawVmm {
 fn answer_hooks(
     socket: OwnedFd, given_up_at: Option<u32>, state: u64, word: &FenceWord, resumed: &AtomicBool,
 ) {
-    let file = memfd(state);
+    let file = memfd(state).unwrap();
     let mut socket = FrameSocket::from(socket);
     loop {
         let frame = match socket.recv(Instant::now() + 3 * SOON) {
@@ -302,7 +303,7 @@ fn what_a_vmm_asked_before_it_gave_the_agent_up_is_not_done_after() {
 fn a_fence_word_that_is_none_is_refused_by_name() {
     let agent = Listening::new();
     let mut vmm = RawVmm::new(&agent, None);
-    let refused = |peer: &mut Peer, request: &Request, fds, words: &[&str]| {
+    let refused = |peer: &mut RawClient, request: &Request, fds, words: &[&str]| {
         let error = peer.ask(request, fds).unwrap_err();
         assert!(words.iter().all(|word| error.sentence.contains(word)), "{error}");
         error.code
@@ -312,11 +313,11 @@ fn a_fence_word_that_is_none_is_refused_by_name() {
     let code = refused(
         &mut other,
         &hello(1),
-        vec![memfd(FENCE_BYTES)],
+        vec![memfd(FENCE_BYTES).unwrap()],
         &["features: bit 0, fence", "another one does"],
     );
     assert_eq!(code, ErrorCode::Denied);
-    let again = vec![memfd(FENCE_BYTES)];
+    let again = vec![memfd(FENCE_BYTES).unwrap()];
     assert_eq!(
         refused(&mut vmm.control, &hello(8), again, &["an earlier hello"]),
         ErrorCode::State
@@ -328,7 +329,7 @@ fn a_fence_word_that_is_none_is_refused_by_name() {
         peer
     };
     wait_until("the agent to be free", SOON, || {
-        let error = free().ask(&hello(1), vec![memfd(7)]).unwrap_err();
+        let error = free().ask(&hello(1), vec![memfd(7).unwrap()]).unwrap_err();
         error.sentence.contains("fence: file of 0x7 bytes is shorter")
     })
     .unwrap();
@@ -340,6 +341,6 @@ fn a_fence_word_that_is_none_is_refused_by_name() {
     let mut body = hello(1).encode();
     let at = body.len() - 8;
     body[at..].fill(0);
-    let error = peer.ask_raw(hello(1).code(), body, vec![memfd(FENCE_BYTES)]).unwrap_err();
+    let error = peer.ask_raw(hello(1).code(), body, vec![memfd(FENCE_BYTES).unwrap()]).unwrap_err();
     assert!(error.sentence.contains("agent is 0x0, allowed: from 1"), "{error}");
 }

@@ -1,13 +1,12 @@
 //! Increments whose base is another, or gone, and images of other guests: the VMM's memory is not
 //! touched, and the next restore is complete.
 
-use crate::common::image_scene::{
-    Folder, Guest, Host, assert_completed, assert_failed, both, on, paused, tracked,
-};
-use crate::common::images::bytes_of;
 use pageferry_client::{Config, RestoreOptions, Target};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::memory::BlockLayout;
+use pageferry_tests::scenario::image_guest::{assert_completed, assert_failed, both};
+use pageferry_tests::scenario::images::{bytes_of, on, paused, tracked};
+use pageferry_tests::scenario::{Folder, Guest, Host};
 
 const PAGES: u64 = 700;
 

@@ -1,16 +1,15 @@
 //! A byte that is changed anywhere in an image, or an end that is missing: an error that names the
 //! place, or the right memory; never the wrong one.
 
-use crate::common::image_scene::{
-    Guest, Host, assert_completed, both, eager, lazy, on, paused, tracked,
-};
-use crate::common::images::{self, flip};
 use pageferry_agent::image::{Chain, Image};
 use pageferry_client::{Config, JobStatus, Phase, Punch, RestoreMode, RestoreOptions};
 use pageferry_protocol::image::SectionKind;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::BlockLayout;
 use pageferry_tests::random::Random;
+use pageferry_tests::scenario::image_guest::{assert_completed, both, eager, lazy};
+use pageferry_tests::scenario::images::{self, flip, on, paused, tracked};
+use pageferry_tests::scenario::{Guest, Host};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 

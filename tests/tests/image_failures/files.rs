@@ -1,11 +1,5 @@
 //! Files that fail, shrink, or are none.
 
-use crate::common::image_scene::{
-    Guest, Host, PAGES, assert_completed, assert_failed, background, both, byte_of, eager, endless,
-    lazy, on, paused, slow, tracked,
-};
-use crate::common::images::assert_right_or_missing;
-use crate::common::{At, lock};
 use pageferry_agent::image::Chain;
 use pageferry_client::{Config, Phase, RestoreMode, RestoreOptions, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -13,6 +7,11 @@ use pageferry_tests::files::unsealed_memfd;
 use pageferry_tests::memory::{Backing, BlockLayout};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
+use pageferry_tests::scenario::image_guest::{
+    PAGES, assert_completed, assert_failed, background, both, byte_of, eager, endless, lazy, slow,
+};
+use pageferry_tests::scenario::images::{assert_right_or_missing, on, paused, tracked};
+use pageferry_tests::scenario::{At, Guest, Host, lock};
 use rustix::fs::{CWD, FileType, Mode};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,15 +1,15 @@
 //! Agents that hang, and are killed when they are given up.
 
-use crate::common::image_scene::{
-    Guest, Host, PAGES, assert_completed, background, eager, endless, lazy, on, paused, slow,
-    tracked,
-};
-use crate::common::{SOON, lock};
 use pageferry_client::{Ownership, Phase, RestoreMode, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::random::page_content;
 use pageferry_tests::require;
+use pageferry_tests::scenario::image_guest::{
+    PAGES, assert_completed, background, eager, endless, lazy, slow,
+};
+use pageferry_tests::scenario::images::{on, paused, tracked};
+use pageferry_tests::scenario::{Guest, Host, SOON, lock};
 use std::time::Duration;
 
 /// The VMM waits no longer for its agent: longer than a busy machine takes where nothing hangs,

@@ -1,15 +1,13 @@
 //! The VMM's own hooks wait for memory that an image would have, if it were not damaged: they get
 //! an error, and the VMM is told.
 
-use crate::common::image_scene::{
-    Guest, Host, PAGES, assert_completed, assert_failed, lazy, paused, slow,
-};
-use crate::common::images::flip;
-use crate::common::{At, SOON, Touch, lock};
 use pageferry_client::{Error, Ownership, RestoreOptions};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::random::page_content;
 use pageferry_tests::require;
+use pageferry_tests::scenario::image_guest::{PAGES, assert_completed, assert_failed, lazy, slow};
+use pageferry_tests::scenario::images::{flip, paused};
+use pageferry_tests::scenario::{At, Guest, Host, SOON, Touch, lock};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 

@@ -1,20 +1,20 @@
 //! Agents and VMMs that are killed at any moment, and agents that hang at any.
 
-use crate::common::image_scene::{
-    self, Guest, Host, assert_completed, assert_failed, background, eager, endless, lazy, on,
-    paused, slow, tracked,
-};
-use crate::common::moments::{
-    BANDWIDTH, Moment, PAGES, Running, check_content, check_image, waiting,
-};
-use crate::common::{PROGRAM, lock};
 use pageferry_agent::image::Chain;
 use pageferry_client::{Config, MIN_BANDWIDTH, Ownership, Phase, RestoreOptions, SnapshotOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::process::Process;
+use pageferry_tests::process::{Process, program};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
+use pageferry_tests::scenario::image_guest::{
+    assert_completed, assert_failed, background, eager, endless, lazy, slow,
+};
+use pageferry_tests::scenario::images::{on, paused, tracked};
+use pageferry_tests::scenario::moments::{
+    BANDWIDTH, Moment, PAGES, Running, check_content, check_image, waiting,
+};
+use pageferry_tests::scenario::{Guest, Host, image_guest, lock};
 use pageferry_tests::vmm::{Fault, HookName, MockVmm, PATIENCE};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -354,7 +354,7 @@ impl<'a> Vmm<'a> {
     }
 
     fn start(&self, side: &str, more: &[&str]) -> Process {
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(program());
         command.args(["mock-vmm", side, "--json", "--size", &SIZE.to_string()]).args(more);
         command.arg("--socket").arg(self.host.agent.socket()).arg("--memory").arg(&self.memory);
         Process::spawn(side, &mut command).unwrap()
@@ -464,7 +464,7 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
         let mut process = vmm.start("destination", &[]);
         process.wait_for_line("waiting for a restore", PATIENCE).unwrap();
         let last = host.status().job;
-        let mut operator = Command::new(PROGRAM);
+        let mut operator = Command::new(program());
         operator.arg("restore").arg("--socket").arg(host.agent.socket()).args([
             path,
             "--bandwidth",
@@ -490,7 +490,7 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
 fn an_agent_that_is_told_to_end_leaves_no_image_and_no_protection() {
     for options in if require::uffd() { vec![background(), paused()] } else { vec![paused()] } {
         let mut host = Host::new();
-        let guest = Guest::full(&host, image_scene::PAGES);
+        let guest = Guest::full(&host, image_guest::PAGES);
         guest.snapshot(&host.images.path("image"), &endless(options));
         guest.reaches(Phase::Saving);
         host.agent.process().terminate().unwrap();
@@ -505,7 +505,7 @@ fn an_agent_that_is_told_to_end_leaves_no_image_and_no_protection() {
 #[test]
 fn an_agent_that_is_told_to_end_undoes_a_restore_or_brings_it_to_its_end() {
     let mut host = Host::new();
-    let guest = Guest::full(&host, image_scene::PAGES);
+    let guest = Guest::full(&host, image_guest::PAGES);
     let (path, right) = (host.images.path("image"), guest.bytes());
     guest.saved(&host, "image", &paused());
     guest.restore(&path, &slow(eager()));

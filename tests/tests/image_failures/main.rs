@@ -14,8 +14,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod chains;
-#[path = "../common/mod.rs"]
-mod common;
 mod damage;
 mod files;
 mod hangs;

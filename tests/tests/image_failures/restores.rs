@@ -1,19 +1,19 @@
 //! What comes between while a guest is restored: discards, populates, cancels, and what the VMM
 //! says of it.
 
-use crate::common::image_scene::{
-    Guest, Host, PAGES, assert_completed, assert_failed, background, both, eager, lazy, on, paused,
-    slow, tracked,
-};
-use crate::common::images::flip;
-use crate::common::{At, PROGRAM, SOON, lock};
 use pageferry_client::{
     Error, HookError, MIN_BANDWIDTH, Ownership, Phase, Punch, RestoreMode, RestoreOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::process::program;
 use pageferry_tests::random::{Random, page_content};
 use pageferry_tests::require;
+use pageferry_tests::scenario::image_guest::{
+    PAGES, assert_completed, assert_failed, background, both, eager, lazy, slow,
+};
+use pageferry_tests::scenario::images::{flip, on, paused, tracked};
+use pageferry_tests::scenario::{At, Guest, Host, SOON, lock};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -175,7 +175,7 @@ fn a_restore_that_is_cancelled_leaves_nothing_and_the_next_is_complete() {
 }
 
 fn operator(host: &Host, path: &Path, more: &[&str]) -> Output {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     command
         .arg("restore")
         .arg("--socket")

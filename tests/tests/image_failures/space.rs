@@ -1,14 +1,14 @@
 //! A file system that is full.
 
-use crate::common::SOON;
-use crate::common::image_scene::{
-    Guest, Host, PAGES, assert_completed, assert_failed, background, byte_of, endless, lazy, on,
-    paused, tracked,
-};
 use pageferry_client::{Phase, Punch, RestoreOptions, SnapshotMode, SnapshotOptions, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
+use pageferry_tests::scenario::image_guest::{
+    PAGES, assert_completed, assert_failed, background, byte_of, endless, lazy,
+};
+use pageferry_tests::scenario::images::{on, paused, tracked};
+use pageferry_tests::scenario::{Guest, Host, SOON};
 use std::ops::Range;
 
 const MIB: u64 = 1 << 20;

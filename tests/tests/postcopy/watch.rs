@@ -5,18 +5,15 @@ use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Phase};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuest};
 use pageferry_tests::memory::TestMemory;
-use pageferry_tests::process::{AgentProcess, Process};
+use pageferry_tests::process::{AgentProcess, Process, program};
 use pageferry_tests::proxy::Proxy;
 use pageferry_tests::require;
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
 use serde_json::Value;
-use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 
 /// A VMM in this process, with an agent in one of its own. The VMM goes first.
 struct Side {
@@ -26,7 +23,7 @@ struct Side {
 
 impl Side {
     fn new(folder: &Path, name: &str) -> Self {
-        let agent = AgentProcess::spawn(OsStr::new(PROGRAM), folder, name).unwrap();
+        let agent = AgentProcess::spawn(program(), folder, name).unwrap();
         let usage = Usage::new(Arc::new(TestMemory::ram(16 << 20).unwrap())).unwrap();
         let guest = ThreadGuest::new(&usage, guest(Pattern::Uniform, 2000)).unwrap();
         let vmm = MockVmm::connect(agent.socket(), usage, Tracker::Log).unwrap();
@@ -35,7 +32,7 @@ impl Side {
     }
 
     fn watch(&self) -> Process {
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(program());
         command.args(["watch", "--json", "--socket"]).arg(self.agent.socket());
         Process::spawn("watch", &mut command).unwrap()
     }

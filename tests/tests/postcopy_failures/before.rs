@@ -1,7 +1,6 @@
 //! What fails before the commit: the guest runs on at the source, the destination is as it was, and
 //! the next attempt completes. And the commit that is on its way.
 
-use crate::common::{At, Attached, Passing, Relay, SOON, WIRES, Wire, at_once, lock};
 use crate::scene::{
     PAGES, Scene, Side, TIMEOUT, WANTED, assert_arrived, assert_not_registered, empty, postcopy,
     stamp_of, stamped,
@@ -14,6 +13,7 @@ use pageferry_protocol::stream::Kind;
 use pageferry_protocol::userfault::{AddressRange, RegisterMode, Userfaultfd, feature};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
+use pageferry_tests::scenario::{At, Attached, Passing, Relay, SOON, WIRES, Wire, at_once, lock};
 
 type Moment = (&'static str, fn(&Passing) -> bool);
 
@@ -58,7 +58,7 @@ fn assert_nothing_there(destination: &Attached) {
 fn assert_next_completes(source: &Side, destination: &Side) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("next");
-    *lock(&destination.vmm.asked) = crate::common::Asked::default();
+    *lock(&destination.vmm.asked) = pageferry_tests::scenario::Asked::default();
     let incoming = destination.listen(&path, &IncomingOptions::default());
     let outgoing = source.send(&path, &postcopy());
     let status = source.wait(outgoing);
@@ -241,7 +241,7 @@ fn a_destination_whose_block_is_mapped_nowhere_is_refused_by_name_before_anythin
     if !require::uffd() {
         return;
     }
-    let unmapped = Side::near(crate::common::Ram::odd(PAGES));
+    let unmapped = Side::near(pageferry_tests::scenario::Ram::odd(PAGES));
     let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), unmapped, &postcopy());
     let (source, there) = (&scene.source, &scene.destination);
     scene

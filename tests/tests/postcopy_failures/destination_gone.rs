@@ -1,12 +1,12 @@
 //! The destination's agent or its VMM is killed, or hangs, while the guest runs there and waits for
 //! its memory.
 
-use crate::common::{Agent, SOON, WIRES, Wire, lock, moves_to};
 use crate::scene::{PAGES, Scene, Side, TIMEOUT, WANTED_TOO, empty, postcopy, stamped};
 use pageferry_client::{Mode, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
+use pageferry_tests::scenario::{Agent, SOON, WIRES, Wire, lock, moves_to};
 
 /// EFAULT is what the kernel gets where a guest would get SIGBUS.
 fn assert_lost(found: std::io::Result<u64>) {
@@ -33,7 +33,7 @@ fn a_destination_agent_that_is_killed_loses_the_memory_and_who_waits_gets_an_err
             Scene::between(wire, Side::near(stamped()), Side::far(empty()), &postcopy());
         let (_request, touch) = scene.until_runs();
         // Until the VMM has stopped its guest nobody gets an error.
-        let hold = scene.destination.vmm.block(crate::common::At::MemoryLost);
+        let hold = scene.destination.vmm.block(pageferry_tests::scenario::At::MemoryLost);
         scene.destination.agent.kill();
         let vmm = scene.destination.vmm.clone();
         wait_until("the memory to be lost", SOON, || !lock(&vmm.asked).losses.is_empty()).unwrap();
@@ -91,7 +91,7 @@ fn a_destination_vmm_that_goes_ends_the_job_and_the_guest_is_taken_back_by_force
         assert_eq!(source.vmm.resumes(), 1);
         assert_eq!(source.client.ownership(), Ownership::Ours);
         // Its agent serves the next VMM.
-        let next = crate::common::Attached::new(there.agent.socket(), empty());
+        let next = pageferry_tests::scenario::Attached::new(there.agent.socket(), empty());
         moves_to(source, &next);
     }
 }

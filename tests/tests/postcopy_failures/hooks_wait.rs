@@ -1,11 +1,11 @@
 //! The VMM's own hooks wait for memory that is missing, and its agent or the connections are gone.
 
-use crate::common::{At, SOON, WIRES, Wire, at_once, lock};
 use crate::scene::{PAGES, Scene, Side, TIMEOUT, WANTED, empty, postcopy, stamp_of, stamped};
 use pageferry_client::{HookError, IncomingOptions, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
+use pageferry_tests::scenario::{At, SOON, WIRES, Wire, at_once, lock};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 

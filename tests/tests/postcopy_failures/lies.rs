@@ -3,7 +3,6 @@
 //!
 //! The lies are told by the relay, in place of a true record.
 
-use crate::common::{Passing, Wire, read_record};
 use crate::scene::{
     DISCARDED, HOLES, PAGES, Scene, TIMEOUT, URGENT, WANTED, WANTED_TOO, postcopy, stamp_of,
 };
@@ -13,6 +12,7 @@ use pageferry_protocol::stream::answer::{Accept, decode_error};
 use pageferry_protocol::stream::payload::{Totals, decode_bitmap, encode_bitmap, encode_runs};
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader};
 use pageferry_tests::require;
+use pageferry_tests::scenario::{Passing, Wire, read_record};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 
@@ -113,7 +113,7 @@ fn what_a_destination_says_it_has_is_checked_before_it_is_believed() {
 
 /// What is said to a connection of the test's own.
 fn answer_to(mut stream: UnixStream, bytes: &[u8]) -> Option<String> {
-    stream.set_read_timeout(Some(crate::common::SOON)).unwrap();
+    stream.set_read_timeout(Some(pageferry_tests::scenario::SOON)).unwrap();
     stream.write_all(bytes).unwrap();
     let (kind, _, payload) = read_record(&stream)?;
     assert_eq!(kind, Kind::Reject);
@@ -304,7 +304,7 @@ fn a_lie_of_the_destination_about_what_it_has_pauses_the_source_and_nothing_is_r
         (&["Resumed record where"], false, plain(Kind::Resumed)),
         (&["says that it has page", "of block 3", "was not sent"], false, plain(Kind::Complete)),
     ];
-    crate::common::at_once(&cases, |(words, release, lie)| {
+    pageferry_tests::scenario::at_once(&cases, |(words, release, lie)| {
         // So slow that the last pages are far from sent.
         let slow =
             OutgoingOptions { bandwidth: 256 << 10, streams: 1, release: *release, ..postcopy() };

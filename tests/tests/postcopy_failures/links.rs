@@ -1,7 +1,6 @@
 //! A connection is lost after the guest came to run: both sides pause, say why, and go on when they
 //! are recovered.
 
-use crate::common::{Passing, Relay, SOON, Touch, WIRES, Wire, at_once, lock};
 use crate::scene::{
     DISCARDED, HOLES, Scene, Side, TIMEOUT, URGENT, WANTED, postcopy, run, stamp_of,
 };
@@ -9,6 +8,7 @@ use pageferry_client::{OutgoingOptions, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
+use pageferry_tests::scenario::{Passing, Relay, SOON, Touch, WIRES, Wire, at_once, lock};
 use serde_json::Value;
 use std::process::Output;
 

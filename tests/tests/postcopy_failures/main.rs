@@ -12,8 +12,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod before;
-#[path = "../common/mod.rs"]
-mod common;
 mod destination_gone;
 mod hooks_wait;
 mod lies;

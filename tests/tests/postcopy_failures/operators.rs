@@ -1,7 +1,6 @@
 //! What is asked at the wrong moment is refused with the reason; and an agent that is told to end
 //! finishes what it can.
 
-use crate::common::{Attached, SOON, Wire, lock, passes};
 use crate::scene::{
     Scene, Side, WANTED, assert_arrived, empty, operator, postcopy, run, stamp_of, stamped,
 };
@@ -9,6 +8,7 @@ use pageferry_client::{Client, Error, Mode, NonConvergence, OutgoingOptions, Pha
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
+use pageferry_tests::scenario::{Attached, SOON, Wire, lock, passes};
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;

@@ -1,11 +1,11 @@
 //! A second failure while the first is recovered: both sides are paused again, and the next attempt
 //! succeeds.
 
-use crate::common::{Passing, WIRES};
 use crate::scene::{Scene, TIMEOUT, WANTED, postcopy, run, stamp_of};
 use pageferry_client::{OutgoingOptions, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::require;
+use pageferry_tests::scenario::{Passing, WIRES};
 
 /// A record of the recovery that is not delivered.
 type Moment = (&'static str, fn(&Passing) -> bool);
@@ -89,7 +89,7 @@ fn a_destination_that_says_nothing_to_a_recovery_leaves_it_paused() {
         return;
     }
     let mut scene = Scene::start(
-        crate::common::Wire::Unix,
+        pageferry_tests::scenario::Wire::Unix,
         &OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() },
     );
     let touch = scene.until_cut();
@@ -108,7 +108,7 @@ fn only_one_recovery_at_a_time_and_none_of_what_runs() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::start(crate::common::Wire::Unix, &postcopy());
+    let mut scene = Scene::start(pageferry_tests::scenario::Wire::Unix, &postcopy());
     let (request, touch) = scene.until_runs();
     let refused =
         || scene.source.client.recover(None, &OutgoingOptions::default()).unwrap_err().to_string();

@@ -1,13 +1,14 @@
 //! A postcopy through a relay, in which the guest waits for a page.
 
-use crate::common::{
-    Agent, Attached, Listening, PROGRAM, Passing, Peer, Ram, Relay, SOON, Touch, Wire, config, lock,
-};
 use pageferry_client::{
     Client, IncomingOptions, JobStatus, Mode, OutgoingOptions, Ownership, Phase, Punch,
 };
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_for;
+use pageferry_tests::process::program;
+use pageferry_tests::scenario::{
+    Agent, Attached, Listening, Passing, Ram, RawClient, Relay, SOON, Touch, Wire, config, lock,
+};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -80,7 +81,7 @@ impl Side {
 
     /// How the job stands, as an operator sees it.
     pub fn seen(&self) -> JobStatus {
-        Peer::connect(self.agent.socket()).status()
+        RawClient::connect(self.agent.socket()).status()
     }
 
     pub fn run(&self, what: &str, more: &[&str]) -> Output {
@@ -89,7 +90,7 @@ impl Side {
 
     /// Waits until the job is in this phase, as an operator sees it.
     pub fn reaches(&self, phase: Phase) -> JobStatus {
-        let mut operator = Peer::connect(self.agent.socket());
+        let mut operator = RawClient::connect(self.agent.socket());
         let seen = || Some(operator.status()).filter(|status| status.phase == phase);
         wait_for(phase.name(), SOON, seen)
             .unwrap_or_else(|error| panic!("{error}: {:?}", self.seen()))
@@ -113,7 +114,7 @@ impl std::ops::Deref for Side {
 
 /// An operator's command.
 pub fn operator(socket: &Path, what: &str, more: &[&str]) -> Command {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     command.arg(what).arg("--socket").arg(socket).args(more).stdin(Stdio::null());
     command
 }

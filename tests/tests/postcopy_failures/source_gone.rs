@@ -1,11 +1,11 @@
 //! The source's agent or its VMM is killed while the guest waits for its memory.
 
-use crate::common::{Agent, Attached, SOON, WIRES, Wire, lock};
 use crate::scene::{Scene, Side, WANTED, assert_arrived, empty, postcopy, run, stamp_of, stamped};
 use pageferry_client::{OutgoingOptions, Ownership, Phase, Target};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
+use pageferry_tests::scenario::{Agent, Attached, SOON, WIRES, Wire, lock};
 
 fn far_source(wire: Wire, options: &OutgoingOptions) -> Scene {
     Scene::between(wire, Side::far(stamped()), Side::near(empty()), options)

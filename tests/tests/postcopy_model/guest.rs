@@ -4,10 +4,10 @@
 //! A touch begins when it is handed to a thread and ends when the thread's report is read, so what
 //! it found is checked against all that the page may have held in between.
 
-use crate::common::SOON;
 use crate::common::model::{Memory, Model, Page, all_pages};
 use pageferry_client::{Client, Mode};
 use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::scenario::SOON;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;

@@ -19,11 +19,10 @@ mod common;
 mod guest;
 mod wire;
 
-use common::model::{
+use crate::common::model::{
     LOG_COVERS, Memory, Page, SourceHooks, World, all_pages, keep_busy, pages_of, ragged,
     some_pages, step, whole,
 };
-use common::{Listening, Peer, SOON};
 use guest::Guest;
 use pageferry_client::{
     Client, Compression, Config, Error, HookError, Hooks, IncomingOptions, Mode, NonConvergence,
@@ -38,6 +37,7 @@ use pageferry_tests::deadline::wait_until;
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
+use pageferry_tests::scenario::{Listening, RawClient, SOON};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -387,7 +387,7 @@ impl Attempt<'_> {
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
         assert!(!self.source.runs());
         assert_eq!(self.source.client.ownership(), Ownership::Relinquished);
-        let mut operator = Peer::connect(&self.source.agent.path);
+        let mut operator = RawClient::connect(&self.source.agent.path);
         let deadline = Instant::now() + SOON;
         while let Err(error) = operator.ask(&Request::Resume { force: true }, Vec::new()) {
             // It may be trying to recover, since it was asked to before.

@@ -12,8 +12,6 @@
 
 mod aborts;
 mod bandwidth;
-#[path = "../common/mod.rs"]
-mod common;
 mod huge;
 mod increments;
 mod kvm;

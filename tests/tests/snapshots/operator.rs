@@ -1,7 +1,6 @@
 //! What an operator saves and restores from a command line, and what only the VMM may ask for.
 
 use super::scene::Scene;
-use crate::common::{PROGRAM, Peer, images};
 use pageferry_agent::image::Chain;
 use pageferry_client::{OutgoingOptions, Phase, SnapshotMode, SnapshotOptions, StatePiece};
 use pageferry_protocol::control::reply::ErrorCode;
@@ -12,12 +11,12 @@ use pageferry_tests::Error;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::{Guest, IdleGuest};
 use pageferry_tests::memory::{BlockLayout, TestMemory};
-use pageferry_tests::process::{AgentProcess, Process};
+use pageferry_tests::process::{AgentProcess, Process, program};
 use pageferry_tests::require;
+use pageferry_tests::scenario::{RawClient, images};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{HookName, MockVmm, PATIENCE, Tracker};
 use serde_json::Value;
-use std::ffi::OsStr;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
@@ -26,7 +25,7 @@ const PAGES: u64 = 4096;
 /// Runs the command in the folder of images, so that the names are relative; the agent runs
 /// elsewhere.
 fn run(scene: &Scene, command: &str, more: &[&str]) -> Output {
-    let mut program = Command::new(PROGRAM);
+    let mut program = Command::new(program());
     program.arg(command).arg("--socket").arg(scene.socket()).args(more).stdin(Stdio::null());
     program.current_dir(scene.folder.path()).output().unwrap()
 }
@@ -159,7 +158,7 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
     const PIECES: u64 = 9;
     const EXTENT: u64 = 512;
     let home = tempfile::tempdir().unwrap();
-    let mut agent = AgentProcess::spawn(OsStr::new(PROGRAM), home.path(), "agent").unwrap();
+    let mut agent = AgentProcess::spawn(program(), home.path(), "agent").unwrap();
     let usage =
         Usage::new(Arc::new(TestMemory::new(vec![BlockLayout::ram(PIECES << 26)]).unwrap()))
             .unwrap();
@@ -172,7 +171,7 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
     vmm.take_restores();
     let socket = agent.socket().to_owned();
     let command = |line: &[&str]| {
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(program());
         command.arg(line[0]).arg("--socket").arg(&socket).args(&line[1..]).current_dir(home.path());
         Process::spawn("operator", &mut command).unwrap()
     };
@@ -218,7 +217,7 @@ fn a_guest_that_the_vmm_has_stopped_is_saved_for_the_vmm_alone_and_stays_so() {
         SnapshotOptions { mode: SnapshotMode::Stopped, track: true, ..SnapshotOptions::default() };
     let path = scene.path("image").to_str().unwrap().to_owned();
     let request = Request::StartSnapshot { path, options: stopped.clone() };
-    let refused = Peer::connect(scene.socket()).ask(&request, Vec::new()).unwrap_err();
+    let refused = RawClient::connect(scene.socket()).ask(&request, Vec::new()).unwrap_err();
     assert_eq!(refused.code, ErrorCode::Denied);
     assert!(
         refused.sentence.starts_with("mode is stopped, which only the VMM can ask for"),

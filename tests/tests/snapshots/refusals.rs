@@ -1,7 +1,6 @@
 //! What is refused, and the words for it.
 
 use super::scene::{Scene, on, paused, tracked};
-use crate::common::{PROGRAM, Peer};
 use pageferry_client::{
     BlockRange, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Phase, Punch,
     RestoreMode, RestoreOptions, SnapshotOptions, Target, Trackers,
@@ -11,7 +10,9 @@ use pageferry_protocol::control::reply::ErrorCode;
 use pageferry_protocol::control::request::Request;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::process::program;
 use pageferry_tests::require;
+use pageferry_tests::scenario::RawClient;
 use pageferry_tests::vmm::{PATIENCE, Tracker};
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -105,7 +106,7 @@ fn check_beside(slow: Slow) {
             options: OutgoingOptions::default(),
         },
     ];
-    let mut operator = Peer::connect(scene.socket());
+    let mut operator = RawClient::connect(scene.socket());
     for request in requests {
         let error = operator.ask(&request, Vec::new()).unwrap_err();
         assert_eq!((error.code, error.sentence), busy("a job cannot be started"), "{request:?}");
@@ -164,7 +165,7 @@ fn check_beside(slow: Slow) {
 
     // Images, that which is read among them.
     let tool = |arguments: &[&str]| {
-        let output = Command::new(PROGRAM)
+        let output = Command::new(program())
             .arg("image")
             .args(arguments)
             .current_dir(scene.folder.path())

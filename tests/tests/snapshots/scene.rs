@@ -1,12 +1,12 @@
 //! A VMM, its agent, and a folder for images.
 
-pub use crate::common::images::{on, paused, tracked};
-use crate::common::{Listening, images};
 use pageferry_agent::image::Chain;
 use pageferry_client::{Client, JobStatus, Phase, SnapshotOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::memory::{BlockLayout, TestBlock, TestMemory};
+pub use pageferry_tests::scenario::images::{on, paused, tracked};
+use pageferry_tests::scenario::{Listening, images};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{Fault, HookName, MockVmm, PATIENCE, Tracker};
 use std::path::{Path, PathBuf};

@@ -20,7 +20,7 @@ use super::{Bench, Part};
 use pageferry_client::{Client, Config, JobStatus, Phase, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
-use pageferry_tests::process::AgentProcess;
+use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::require;
 use roamer::{Roamer, Roams};
 use std::ffi::{OsStr, OsString};
@@ -29,7 +29,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 const LIMIT: Duration = Duration::from_secs(600);
@@ -122,11 +121,11 @@ fn agents(bench: &Bench) -> Vec<(String, OsString)> {
     let others = bench.other.iter().map(|program| {
         (program.file_name().unwrap_or_default().display().to_string(), program.into())
     });
-    std::iter::once(("pageferry".to_owned(), PROGRAM.into())).chain(others).collect()
+    std::iter::once(("pageferry".to_owned(), program().into())).chain(others).collect()
 }
 
 impl Vmm {
-    fn new(image: &Image, program: &OsStr) -> Self {
+    fn new(image: &Image, program: impl AsRef<OsStr>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let agent = AgentProcess::spawn(program, folder.path(), "agent").unwrap();
         let file = Arc::new(image.file.try_clone().unwrap());

@@ -9,15 +9,15 @@
 use super::super::Bench;
 use super::super::image::{Image, WarmPool};
 use super::super::table::{Better, Table, median};
-use super::{GIB, LIMIT, MIB, PROGRAM, Shelf, Vmm, bar, qemu, ratios};
+use super::{GIB, LIMIT, MIB, Shelf, Vmm, bar, qemu, ratios};
 use pageferry_client::{
     JobStatus, Phase, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_for;
+use pageferry_tests::process::program;
 use pageferry_tests::random::Random;
 use rustix::fs::{Advice, fadvise};
-use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -53,7 +53,7 @@ impl Cache {
 /// Saves `source`; returns where.
 fn save(source: &Image, shelf: &Shelf) -> PathBuf {
     let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
-    Vmm::new(source, OsStr::new(PROGRAM)).save(&shelf.path(), &options);
+    Vmm::new(source, program()).save(&shelf.path(), &options);
     shelf.path()
 }
 
@@ -106,7 +106,7 @@ pub fn eager(bench: &Bench, table: &mut Table) {
     }
     let target = Image::new(&bench.folder, "target", source.size);
     let _warm = WarmPool::new(&bench.folder, source.size);
-    let vmm = Vmm::new(&target, OsStr::new(PROGRAM));
+    let vmm = Vmm::new(&target, program());
     for cache in [Cache::Warm, Cache::Cold] {
         let mut loaders = loaders(with_qemu);
         // Who comes first changes, as in `save`.
@@ -195,7 +195,7 @@ pub fn lazy(bench: &Bench, table: &mut Table) {
         drop(source);
         let target = Image::new(&bench.folder, "target", size);
         let _warm = WarmPool::new(&bench.folder, content);
-        let vmm = Vmm::new(&target, OsStr::new(PROGRAM));
+        let vmm = Vmm::new(&target, program());
         let touch = || {
             let (block, mut chance) = (&vmm.memory.blocks()[0], Random::new(7));
             for _ in 0..TOUCHED {

@@ -1,16 +1,16 @@
 //! Guests that never stop writing, moments by chance, and what must hold of an image that was made
 //! of such a guest.
 
-use super::image_scene::Host;
+use super::Host;
+use crate::deadline::wait_until;
+use crate::guest::threads::{ThreadGuest, ThreadGuestOptions};
+use crate::memory::TestMemory;
+use crate::random::{Random, page_content};
+use crate::usage::Usage;
+use crate::vmm::{MockVmm, PATIENCE, Tracker};
 use pageferry_agent::image::Chain;
 use pageferry_client::{Client, Config, JobStatus, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_tests::deadline::wait_until;
-use pageferry_tests::guest::threads::{ThreadGuest, ThreadGuestOptions};
-use pageferry_tests::memory::TestMemory;
-use pageferry_tests::random::{Random, page_content};
-use pageferry_tests::usage::Usage;
-use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,15 +31,24 @@ fn options(rate: u64) -> ThreadGuestOptions {
 
 /// A VMM whose guest runs, and writes everywhere.
 pub struct Running {
+    /// The VMM.
     pub vmm: MockVmm,
     writes: Box<dyn Fn() -> u64>,
 }
 
+impl std::fmt::Debug for Running {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Running").finish_non_exhaustive()
+    }
+}
+
 impl Running {
+    /// Memory that holds something, and a guest that writes into it.
     pub fn new(host: &Host) -> Self {
         Self::with(host, Config::default())
     }
 
+    /// The same with another configuration.
     pub fn with(host: &Host, config: Config) -> Self {
         let usage = usage();
         usage.memory().block(0).unwrap().fill(PageRange::new(0, FILLED), 1).unwrap();
@@ -61,6 +70,7 @@ impl Running {
         self.assert_runs();
     }
 
+    /// The guest runs, and can write everywhere.
     pub fn assert_runs(&self) {
         wait_until("the guest to run", PATIENCE, || self.vmm.record().runs).unwrap();
         let before = (self.writes)();

@@ -1,19 +1,24 @@
-//! A VMM with its memory on an agent.
+//! A scripted VMM with its memory on an agent, and migrations between two of them.
 
-use super::{Ram, SOON, Vmm, VmmHooks, assert_same, passes};
+use super::{Ram, SOON, ScriptedHooks, ScriptedVmm, assert_same};
+use crate::in_process::InProcessAgent;
 use pageferry_client::{
-    Client, Config, HookChannel, IncomingOptions, JobStatus, OutgoingOptions, Phase, Target,
-    Trackers,
+    Client, Config, HookChannel, IncomingOptions, JobStatus, NonConvergence, OutgoingOptions,
+    Phase, Target, Trackers,
 };
-use pageferry_tests::in_process::InProcessAgent;
 use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A VMM on an agent that somebody else keeps.
+#[derive(Debug)]
 pub struct Attached {
+    /// Its connection.
     pub client: Client,
-    pub vmm: Arc<Vmm>,
+    /// Its hooks.
+    pub vmm: Arc<ScriptedVmm>,
+    /// Its memory.
     pub ram: Arc<Ram>,
 }
 
@@ -24,9 +29,10 @@ impl Attached {
         Self::over(client, channel, ram)
     }
 
+    /// A VMM on a connection that is there.
     pub fn over(client: Client, channel: HookChannel, ram: Ram) -> Self {
-        let vmm = Vmm::new();
-        channel.spawn(VmmHooks(vmm.clone())).unwrap();
+        let vmm = ScriptedVmm::new();
+        channel.spawn(ScriptedHooks(vmm.clone())).unwrap();
         ram.add_to(&client);
         client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
         Self { client, vmm, ram: Arc::new(ram) }
@@ -34,7 +40,7 @@ impl Attached {
 
     /// Goes on with another agent.
     pub fn reattach(&self, socket: &Path) {
-        self.client.reattach(socket).unwrap().spawn(VmmHooks(self.vmm.clone())).unwrap();
+        self.client.reattach(socket).unwrap().spawn(ScriptedHooks(self.vmm.clone())).unwrap();
     }
 
     /// Waits for a guest at `path`; returns the job.
@@ -49,10 +55,12 @@ impl Attached {
         self.client.start_outgoing(target, options).unwrap().job
     }
 
+    /// Waits for the end of a job.
     pub fn wait(&self, job: u64) -> JobStatus {
         self.client.wait(job, SOON).unwrap()
     }
 
+    /// Writes a stamp as the guest does.
     pub fn write(&self, page: u64, stamp: u64) {
         self.ram.write_and_mark(&self.client, page, stamp);
     }
@@ -60,12 +68,16 @@ impl Attached {
 
 /// A VMM with an agent of its own; fields drop in order, so the connection closes before the agent
 /// is waited for.
+#[derive(Debug)]
 pub struct Side {
+    /// The VMM.
     pub attached: Attached,
+    /// Its agent, a thread of this process.
     pub agent: InProcessAgent,
 }
 
 impl Side {
+    /// A VMM with this memory on a new agent.
     pub fn new(ram: Ram) -> Self {
         let (agent, socket) = InProcessAgent::start().unwrap();
         let (client, channel) = Client::from_socket(socket, config()).unwrap();
@@ -84,6 +96,18 @@ impl Deref for Side {
 /// A log for the little memory that the tests have.
 pub fn config() -> Config {
     Config { log_covers: 1 << 30, ..Config::default() }
+}
+
+/// Runs `running` passes over the running guest, and one over the stopped one; fewer if nothing is
+/// dirty before.
+pub fn passes(running: u32) -> OutgoingOptions {
+    OutgoingOptions {
+        // Never met, so that as many passes run as the test wants.
+        downtime_limit: Duration::ZERO,
+        max_passes: running,
+        policy: NonConvergence::StopAnyway,
+        ..OutgoingOptions::default()
+    }
 }
 
 /// Migrates from `source` to `destination` without a relay, and checks that all stamps and holes

@@ -1,15 +1,16 @@
 //! Images: how they are asked for, what must hold of them, and damage to them.
 
+use crate::memory::{TestBlock, TestMemory};
 use pageferry_agent::image::Chain;
 use pageferry_client::{Client, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_tests::memory::{TestBlock, TestMemory};
 use rustix::io::{Errno, ReadWriteFlags};
 use std::fs::File;
 use std::io::IoSliceMut;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+/// A snapshot of a paused guest.
 pub fn paused() -> SnapshotOptions {
     SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() }
 }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 
 /// Where a script may step in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[expect(missing_docs, reason = "named as in the client's trait")]
 pub enum At {
     Pause,
     Resume,
@@ -30,6 +31,7 @@ pub enum At {
 }
 
 impl At {
+    /// The event of this phase.
     pub fn phase(phase: Phase) -> Self {
         Self::Event(phase as u32)
     }
@@ -38,16 +40,25 @@ impl At {
 /// What was asked of a VMM.
 #[derive(Debug, Default)]
 pub struct Asked {
+    /// How often it was paused.
     pub pauses: u64,
+    /// How often it was resumed.
     pub resumes: u64,
+    /// Whether the guest is paused.
     pub paused: bool,
+    /// Whether tracking is on.
     pub tracking: bool,
+    /// How often tracking was stopped.
     pub stops_of_tracking: u64,
+    /// The last throttle.
     pub throttle: u32,
+    /// The state that was loaded.
     pub state: Vec<StatePiece>,
-    /// How often memory was announced as missing, as all here, and as lost.
+    /// How often memory was announced as missing.
     pub pending: u64,
+    /// How often all memory was announced as here.
     pub complete: u64,
+    /// How often memory was announced as lost.
     pub lost: u64,
     /// What was lost, in order.
     pub losses: Vec<&'static str>,
@@ -67,22 +78,34 @@ pub struct KvmLog {
 
 /// A VMM whose hooks do what a test says.
 #[derive(Default)]
-pub struct Vmm {
+pub struct ScriptedVmm {
+    /// What was asked of it.
     pub asked: Mutex<Asked>,
     scripts: Mutex<BTreeMap<At, Script>>,
+    /// What its sync and clear hooks read and clear.
     pub kvm: Mutex<KvmLog>,
+    /// Runs in place of the clear hook, which clears what it is given.
     pub on_clear: Mutex<Option<OnClear>>,
 }
 
-impl Vmm {
+impl std::fmt::Debug for ScriptedVmm {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("ScriptedVmm").field("asked", &self.asked).finish_non_exhaustive()
+    }
+}
+
+impl ScriptedVmm {
+    /// One without scripts: every hook succeeds.
     pub fn new() -> Arc<Self> {
         Arc::default()
     }
 
+    /// Runs `script` whenever this hook is called.
     pub fn on(&self, at: At, script: impl FnMut() -> Result<(), HookError> + Send + 'static) {
         lock(&self.scripts).insert(at, Box::new(script));
     }
 
+    /// Takes the script away.
     pub fn off(&self, at: At) {
         lock(&self.scripts).remove(&at);
     }
@@ -116,18 +139,22 @@ impl Vmm {
         outcome
     }
 
+    /// How often it was resumed.
     pub fn resumes(&self) -> u64 {
         lock(&self.asked).resumes
     }
 
+    /// Whether the guest is paused.
     pub fn is_paused(&self) -> bool {
         lock(&self.asked).paused
     }
 }
 
-pub struct VmmHooks(pub Arc<Vmm>);
+/// The hooks of a scripted VMM.
+#[derive(Debug)]
+pub struct ScriptedHooks(pub Arc<ScriptedVmm>);
 
-impl Hooks for VmmHooks {
+impl Hooks for ScriptedHooks {
     fn run_state(&mut self) -> Result<RunState, HookError> {
         Ok(RunState::Running)
     }

@@ -1,4 +1,5 @@
-//! What stands between two agents, on the test's own thread.
+//! A wire between two agents that passes one record at a time, on the test's own thread: the test
+//! decides what happens between any two records.
 
 use super::SOON;
 use pageferry_client::{
@@ -13,7 +14,6 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,24 +23,33 @@ const MOMENT: Duration = Duration::from_millis(2);
 /// What the records go over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wire {
+    /// A UNIX socket.
     Unix,
+    /// TCP over the loopback device.
     Tcp,
 }
 
+/// Both of them.
 pub const WIRES: [Wire; 2] = [Wire::Unix, Wire::Tcp];
 
 /// A record on its way.
+#[derive(Debug)]
 pub struct Passing {
     link: usize,
     /// The number of the stream that it came on, by its hello.
     pub stream: u16,
+    /// Which way it goes.
     pub to_destination: bool,
+    /// Its kind.
     pub kind: Kind,
+    /// Its header.
     pub header: RecordHeader,
+    /// Its payload.
     pub payload: Vec<u8>,
 }
 
 impl Passing {
+    /// True if it is of this kind and has this number.
     pub fn is(&self, kind: Kind, number: u64) -> bool {
         self.kind == kind && self.header.number() == number
     }
@@ -51,6 +60,7 @@ impl Passing {
         matches!(self.kind, Kind::Data | Kind::Zero) && range.first <= page && page < range.end()
     }
 
+    /// As it is on the wire.
     pub fn bytes(&self) -> Vec<u8> {
         [self.header.to_wire().as_slice(), &self.payload].concat()
     }
@@ -58,6 +68,7 @@ impl Passing {
 
 /// A connection of the source, and the one to the destination that goes with it. Sockets of either
 /// family: they are read and written alike.
+#[derive(Debug)]
 struct Link {
     source: File,
     destination: File,
@@ -77,6 +88,7 @@ impl Link {
     }
 }
 
+#[derive(Debug)]
 enum Listener {
     Unix(UnixListener),
     Tcp(TcpListener),
@@ -120,7 +132,9 @@ fn connect(address: &str) -> Option<OwnedFd> {
 }
 
 /// Passes records between the agents, one at a time.
+#[derive(Debug)]
 pub struct Relay {
+    /// Where its sockets are.
     pub folder: tempfile::TempDir,
     wire: Wire,
     listener: Listener,
@@ -134,6 +148,7 @@ pub struct Relay {
 }
 
 /// The guest's log, and how many passes find a page in it. It is the first of [`super::Ram::odd`].
+#[derive(Debug)]
 struct Busy {
     log: Arc<DirtyLog>,
     passes: u64,
@@ -150,10 +165,12 @@ impl Busy {
 }
 
 impl Relay {
+    /// Over UNIX sockets.
     pub fn new() -> Self {
         Self::over(Wire::Unix)
     }
 
+    /// Over sockets of this kind.
     pub fn over(wire: Wire) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let listener = Listener::new(wire, &folder.path().join("relay"));
@@ -258,6 +275,7 @@ impl Relay {
         }
     }
 
+    /// Passes a record on.
     pub fn pass(&mut self, record: Passing) {
         if let Some(busy) = &self.busy {
             busy.write(&record);

@@ -1,10 +1,10 @@
 //! Guest memory whose pages hold stamps.
 
 use super::SOON;
+use crate::deadline::wait_until;
+use crate::files;
 use pageferry_client::{BlockRange, BlockSpec, Client};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_tests::deadline::wait_until;
-use pageferry_tests::files;
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use std::fs::File;
 use std::io::Read;
@@ -15,17 +15,24 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, WriteVolatile};
 
 /// A block of guest memory; pages hold a stamp in their first bytes.
+#[derive(Debug)]
 pub struct Ram {
+    /// Its id.
     pub id: u32,
+    /// Its guest physical address.
     pub gpa: u64,
+    /// How many pages it has.
     pub pages: u64,
+    /// Where it begins in its file.
     pub fd_offset: u64,
+    /// Its file.
     pub fd: OwnedFd,
     /// Where a guest would touch it; most tests have no need for one.
     mapping: Option<Arc<MmapRegion>>,
 }
 
 /// A touch of a page on a thread of its own.
+#[derive(Debug)]
 pub struct Touch(JoinHandle<std::io::Result<u64>>);
 
 impl Touch {
@@ -42,11 +49,15 @@ impl Touch {
         }))
     }
 
+    /// True as long as nothing answers it.
     pub fn waits(&self) -> bool {
         !self.0.is_finished()
     }
 
-    /// The stamp that was found, or EFAULT where a guest would get SIGBUS.
+    /// The stamp that was found.
+    ///
+    /// # Errors
+    /// EFAULT where a guest would get SIGBUS.
     pub fn found(self) -> std::io::Result<u64> {
         wait_until("the touch to be answered", SOON, || self.0.is_finished()).unwrap();
         self.0.join().unwrap()
@@ -54,6 +65,7 @@ impl Touch {
 }
 
 impl Ram {
+    /// A memfd that cannot shrink, all of it a hole.
     pub fn new(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
         let ram = Self::without_seal(id, gpa, pages, fd_offset);
         files::seal(&ram.fd).unwrap();
@@ -104,6 +116,7 @@ impl Ram {
         Self::without_seal(3, Self::ODD_GPA, pages, 0x5000)
     }
 
+    /// Hands it over to the agent.
     pub fn add_to(&self, client: &Client) {
         let name = format!("block{}", self.id);
         let block = files::block(self.id, &name, self.fd.as_fd(), self.pages * PAGE_SIZE);
@@ -129,6 +142,7 @@ impl Ram {
         client.log().mark(PageRange::new(self.gpa / PAGE_SIZE + page, 1));
     }
 
+    /// The stamp of a page.
     pub fn stamp(&self, page: u64) -> u64 {
         let mut bytes = [0; 8];
         assert_eq!(
@@ -138,11 +152,12 @@ impl Ram {
         u64::from_le_bytes(bytes)
     }
 
+    /// True if the page is not allocated.
     pub fn is_hole(&self, page: u64) -> bool {
         files::is_hole(&self.fd, self.fd_offset + page * PAGE_SIZE).unwrap()
     }
 
-    /// Frees pages without a word to anyone.
+    /// Frees pages, and tells nobody.
     pub fn punch(&self, first: u64, count: u64) {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(
@@ -154,6 +169,7 @@ impl Ram {
         .unwrap();
     }
 
+    /// Pages as a discard or a populate names them.
     pub fn range(&self, first: u64, count: u64) -> BlockRange {
         BlockRange { block: self.id, offset: first * PAGE_SIZE, length: count * PAGE_SIZE }
     }

@@ -1,156 +1,30 @@
-//! An agent that is a process, a VMM in this one whose hooks follow a script, and folders for
-//! images.
+//! A scripted VMM that saves its guest into images, or has it restored from them.
 
-pub use super::images::{on, paused, tracked};
-use super::{PROGRAM, Peer, SOON, Vmm, VmmHooks, images, lock};
+use super::{Host, SOON, ScriptedHooks, ScriptedVmm, images, lock};
+use crate::deadline::{wait_for, wait_until};
+use crate::memory::{BlockLayout, TestBlock, TestMemory};
+use crate::require;
 use pageferry_agent::image::Chain;
 use pageferry_client::{
     BlockRange, Client, Config, Error, JobStatus, MIN_BANDWIDTH, Phase, RestoreMode,
-    RestoreOptions, SnapshotOptions,
+    RestoreOptions, SnapshotOptions, Trackers,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_tests::deadline::{wait_for, wait_until};
-use pageferry_tests::memory::{BlockLayout, TestBlock, TestMemory};
-use pageferry_tests::process::AgentProcess;
-use pageferry_tests::require;
-use pageferry_tests::tmpfs::{Tmpfs, View};
-use std::ffi::OsStr;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Pages of most guests: 8 MiB.
 pub const PAGES: u64 = 2048;
 
-/// A folder for images, as the agent names it, and as it is found from here.
-pub struct Folder {
-    agents: PathBuf,
-    view: Option<View>,
-}
-
-impl Folder {
-    /// A path for the agent.
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.agents.join(name)
-    }
-
-    /// The same file from here.
-    pub fn seen(&self, name: &str) -> PathBuf {
-        self.view.as_ref().map_or_else(|| self.agents.clone(), View::path).join(name)
-    }
-
-    /// The names of all that is in it.
-    pub fn files(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(self.seen("")).unwrap();
-        let mut names: Vec<String> =
-            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
-
-    /// Names and bytes of all that is in it.
-    pub fn bytes(&self) -> Vec<(String, Vec<u8>)> {
-        self.files()
-            .into_iter()
-            .map(|name| (name.clone(), std::fs::read(self.seen(&name)).unwrap()))
-            .collect()
-    }
-
-    pub fn free(&self) -> u64 {
-        self.view.as_ref().unwrap().free().unwrap()
-    }
-
-    /// Fills it until this many bytes are free.
-    pub fn fill(&self, left: u64) {
-        let ballast = self.free().checked_sub(left).unwrap();
-        std::fs::write(self.seen("ballast"), vec![1; ballast as usize]).unwrap();
-        assert_eq!(self.free(), left);
-    }
-
-    /// Takes away what [`Folder::fill`] put there.
-    pub fn relieve(&self) {
-        std::fs::remove_file(self.seen("ballast")).unwrap();
-    }
-}
-
-/// An agent as a process, and a folder for images.
-pub struct Host {
-    pub agent: AgentProcess,
-    pub images: Folder,
-    home: tempfile::TempDir,
-}
-
-impl Host {
-    pub fn new() -> Self {
-        let home = tempfile::tempdir().unwrap();
-        let agent = AgentProcess::spawn(OsStr::new(PROGRAM), home.path(), "agent").unwrap();
-        Self { agent, images: Folder { agents: folder_in(&home), view: None }, home }
-    }
-
-    /// The agent may do no more than any user. `None` if this machine lacks the need `nobody`: the
-    /// user of that name cannot run it.
-    pub fn unprivileged() -> Option<Self> {
-        const NOBODY: u32 = 65534;
-        if !rustix::process::geteuid().is_root() {
-            return Some(Self::new());
-        }
-        let home = tempfile::tempdir().unwrap();
-        let agents = folder_in(&home);
-        for folder in [home.path(), &agents] {
-            std::os::unix::fs::chown(folder, Some(NOBODY), Some(NOBODY)).unwrap();
-        }
-        let agent = AgentProcess::start(
-            Command::new(PROGRAM).uid(NOBODY).gid(NOBODY),
-            home.path(),
-            "agent",
-        );
-        let agent = require::met("nobody", agent.map_err(Into::into))?;
-        Some(Self { agent, images: Folder { agents, view: None }, home })
-    }
-
-    /// The folder has room for this many bytes.
-    pub fn cramped(tmpfs: Tmpfs, bytes: u64) -> Self {
-        let home = tempfile::tempdir().unwrap();
-        let agents = folder_in(&home);
-        let mut command = tmpfs.command(&agents, bytes, OsStr::new(PROGRAM));
-        let mut agent = AgentProcess::start(&mut command, home.path(), "agent").unwrap();
-        let view = View::of(agent.process().id(), &agents).unwrap();
-        Self { agent, images: Folder { agents, view: Some(view) }, home }
-    }
-
-    /// Another agent in the place of the first, which was killed or is now.
-    pub fn replace_agent(&mut self) {
-        self.agent.process().kill().unwrap();
-        self.agent = AgentProcess::spawn(OsStr::new(PROGRAM), self.home.path(), "agent").unwrap();
-    }
-
-    /// How the last job stands, as an operator sees it.
-    pub fn status(&self) -> JobStatus {
-        Peer::connect(self.agent.socket()).status()
-    }
-
-    /// How the last job ended, as an operator sees it.
-    pub fn ended(&self) -> JobStatus {
-        let mut operator = Peer::connect(self.agent.socket());
-        wait_for("the job's end", SOON, || {
-            Some(operator.status()).filter(|status| status.phase.is_final())
-        })
-        .unwrap()
-    }
-}
-
-fn folder_in(home: &tempfile::TempDir) -> PathBuf {
-    let folder = home.path().join("images");
-    std::fs::create_dir(&folder).unwrap();
-    folder
-}
-
 /// A VMM with its memory.
+#[derive(Debug)]
 pub struct Guest {
+    /// Its connection.
     pub client: Client,
-    pub vmm: Arc<Vmm>,
+    /// Its hooks.
+    pub vmm: Arc<ScriptedVmm>,
+    /// Its memory.
     pub memory: Arc<TestMemory>,
 }
 
@@ -175,16 +49,17 @@ impl Guest {
         guest
     }
 
+    /// Blocks of these layouts, empty.
     pub fn of(host: &Host, layouts: Vec<BlockLayout>, config: Config) -> Self {
         Self::with(host, Arc::new(TestMemory::new(layouts).unwrap()), config)
     }
 
     fn with(host: &Host, memory: Arc<TestMemory>, config: Config) -> Self {
         let (client, channel) = Client::connect(host.agent.socket(), config).unwrap();
-        let vmm = Vmm::new();
-        channel.spawn(VmmHooks(vmm.clone())).unwrap();
+        let vmm = ScriptedVmm::new();
+        channel.spawn(ScriptedHooks(vmm.clone())).unwrap();
         memory.add_to(&client).unwrap();
-        client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
+        client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
         Self { client, vmm, memory }
     }
 
@@ -193,10 +68,11 @@ impl Guest {
         self.client
             .reattach(host.agent.socket())
             .unwrap()
-            .spawn(VmmHooks(self.vmm.clone()))
+            .spawn(ScriptedHooks(self.vmm.clone()))
             .unwrap();
     }
 
+    /// Its first block.
     pub fn block(&self) -> &TestBlock {
         &self.memory.blocks()[0]
     }
@@ -231,6 +107,7 @@ impl Guest {
         writing.join().unwrap();
     }
 
+    /// Pages of the first block as a discard or a populate names them.
     pub fn range(&self, first: u64, count: u64) -> BlockRange {
         BlockRange {
             block: self.block().id(),
@@ -244,10 +121,12 @@ impl Guest {
         images::bytes_of(self.block())
     }
 
+    /// Starts a snapshot; returns the job.
     pub fn snapshot(&self, path: &Path, options: &SnapshotOptions) -> u64 {
         self.client.start_snapshot(path, options).unwrap().job
     }
 
+    /// Starts a restore; returns the job.
     pub fn restore(&self, path: &Path, options: &RestoreOptions) -> u64 {
         self.client.start_restore(path, options).unwrap().job
     }
@@ -265,6 +144,7 @@ impl Guest {
         }
     }
 
+    /// Waits for the end of a job.
     pub fn wait(&self, job: u64) -> JobStatus {
         self.client.wait(job, SOON).unwrap()
     }
@@ -295,6 +175,7 @@ impl Guest {
         images::assert_saved(&self.memory, &self.client, chain);
     }
 
+    /// True if nothing of its memory is allocated.
     pub fn is_hole(&self) -> bool {
         self.memory.blocks().iter().all(|block| block.is_hole(block.all()).unwrap())
     }
@@ -305,11 +186,13 @@ impl Guest {
     }
 }
 
+/// The job came to its end.
 #[track_caller]
 pub fn assert_completed(status: &JobStatus) {
     assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
 }
 
+/// The job failed, and its sentence holds these words.
 #[track_caller]
 pub fn assert_failed(status: &JobStatus, with: &[&str]) {
     assert_eq!(status.phase, Phase::Failed, "{}", status.error);
@@ -318,24 +201,27 @@ pub fn assert_failed(status: &JobStatus, with: &[&str]) {
     }
 }
 
+/// A snapshot of a running guest.
 pub fn background() -> SnapshotOptions {
     SnapshotOptions::default()
 }
 
-/// One that would take for ever, but for what does not wait for its turn.
+/// The same, but it would take for ever, but for what does not wait for its turn.
 pub fn endless(options: SnapshotOptions) -> SnapshotOptions {
     SnapshotOptions { bandwidth: MIN_BANDWIDTH, ..options }
 }
 
+/// A restore that loads all of it before the guest runs.
 pub fn eager() -> RestoreOptions {
     RestoreOptions::default()
 }
 
+/// A restore that loads what the guest touches, and the rest meanwhile.
 pub fn lazy() -> RestoreOptions {
     RestoreOptions { mode: RestoreMode::Lazy, ..RestoreOptions::default() }
 }
 
-/// One that would take for ever, but for what the guest touches.
+/// The same, but it would take for ever, but for what the guest touches.
 pub fn slow(options: RestoreOptions) -> RestoreOptions {
     RestoreOptions { bandwidth: MIN_BANDWIDTH, ..options }
 }

@@ -1,24 +1,17 @@
-//! Agents that listen, for a VMM and its operator.
+//! Agents that listen at a socket: on a thread of the test, or as a process that can be killed.
 
-use super::SOON;
+use super::{RawClient, SOON};
+use crate::deadline::wait_for;
+use crate::process::{AgentProcess, Process, program};
 use pageferry_client::JobStatus;
-use pageferry_protocol::control::codec::{DecodeError, Decoder};
-use pageferry_protocol::control::reply::{Reply, decode_reply};
-use pageferry_protocol::control::request::Request;
-use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
-use pageferry_tests::deadline::wait_for;
-use pageferry_tests::process::{AgentProcess, Process};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
-use std::time::Instant;
-
-/// An agent or a VMM as a process of its own.
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-test-process");
 
 /// An agent on a thread of this process that listens, until it is dropped.
+#[derive(Debug)]
 pub struct Listening {
+    /// Where it listens.
     pub path: PathBuf,
     stop: OwnedFd,
     thread: Option<JoinHandle<()>>,
@@ -26,6 +19,7 @@ pub struct Listening {
 }
 
 impl Listening {
+    /// Starts it in a folder of its own.
     pub fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("agent");
@@ -37,8 +31,9 @@ impl Listening {
         Self { path, stop, thread: Some(thread), _folder: folder }
     }
 
-    pub fn connect(&self) -> Peer {
-        Peer::connect(&self.path)
+    /// A connection that is an operator's until it hands memory over.
+    pub fn connect(&self) -> RawClient {
+        RawClient::connect(&self.path)
     }
 }
 
@@ -52,17 +47,23 @@ impl Drop for Listening {
 }
 
 /// An agent that ends in good order, or is killed.
+#[derive(Debug)]
 pub enum Agent {
+    /// On a thread of this process.
     Stopped(Listening),
+    /// A process, and the folder of its socket.
     Killed(AgentProcess, tempfile::TempDir),
 }
 
 impl Agent {
+    /// Starts a process.
     pub fn spawn() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        Self::Killed(AgentProcess::spawn(PROGRAM.as_ref(), folder.path(), "agent").unwrap(), folder)
+        let agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
+        Self::Killed(agent, folder)
     }
 
+    /// Where it listens.
     pub fn socket(&self) -> &Path {
         match self {
             Self::Stopped(agent) => &agent.path,
@@ -84,7 +85,7 @@ impl Agent {
 
     /// How its last job ended, as an operator sees it.
     pub fn ended(&self) -> JobStatus {
-        let mut operator = Peer::connect(self.socket());
+        let mut operator = RawClient::connect(self.socket());
         wait_for("the job's end", SOON, || {
             Some(operator.status()).filter(|status| status.phase.is_final())
         })
@@ -121,41 +122,5 @@ impl Agent {
         if matches!(self, Self::Killed(..)) {
             self.kill();
         }
-    }
-}
-
-/// A connection to an agent, that of an operator if it does nothing to become more.
-pub struct Peer {
-    pub raw: UnixStream,
-    pub socket: FrameSocket,
-}
-
-impl Peer {
-    pub fn connect(socket: &Path) -> Self {
-        let stream = UnixStream::connect(socket).unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
-        Self { raw: stream.try_clone().unwrap(), socket: FrameSocket::from(OwnedFd::from(stream)) }
-    }
-
-    pub fn reply(&mut self) -> Result<Frame, SocketError> {
-        self.socket.recv(Instant::now() + SOON)
-    }
-
-    pub fn ask_raw(&mut self, request: u32, body: Vec<u8>, fds: Vec<OwnedFd>) -> Reply<Vec<u8>> {
-        self.socket.send(&Frame { request, flags: 0, body, fds }, Instant::now() + SOON).unwrap();
-        let reply = self.reply().unwrap();
-        assert!(reply.is_reply());
-        assert_eq!(reply.request, request);
-        decode_reply(&reply.body, |decoder| Ok::<_, DecodeError>(decoder.remainder().to_vec()))
-            .unwrap()
-    }
-
-    pub fn ask(&mut self, request: &Request, fds: Vec<OwnedFd>) -> Reply<Vec<u8>> {
-        self.ask_raw(request.code(), request.encode(), fds)
-    }
-
-    pub fn status(&mut self) -> JobStatus {
-        let body = self.ask(&Request::QueryStatus, Vec::new()).unwrap();
-        JobStatus::decode(&mut Decoder::new(&body)).unwrap()
     }
 }

@@ -1,0 +1,140 @@
+//! An agent that is a process, with a folder for images: ordinary, full soon, or of another user.
+
+use super::{RawClient, SOON};
+use crate::deadline::wait_for;
+use crate::process::{AgentProcess, program};
+use crate::require;
+use crate::tmpfs::{Tmpfs, View};
+use pageferry_client::JobStatus;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+/// A folder for images, as the agent names it, and as it is found from here.
+#[derive(Debug)]
+pub struct Folder {
+    agents: PathBuf,
+    view: Option<View>,
+}
+
+impl Folder {
+    /// A path for the agent.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.agents.join(name)
+    }
+
+    /// The same file from here.
+    pub fn seen(&self, name: &str) -> PathBuf {
+        self.view.as_ref().map_or_else(|| self.agents.clone(), View::path).join(name)
+    }
+
+    /// The names of all that is in it.
+    pub fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.seen("")).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// Names and bytes of all that is in it.
+    pub fn bytes(&self) -> Vec<(String, Vec<u8>)> {
+        self.files()
+            .into_iter()
+            .map(|name| (name.clone(), std::fs::read(self.seen(&name)).unwrap()))
+            .collect()
+    }
+
+    /// Bytes that are free in it.
+    pub fn free(&self) -> u64 {
+        self.view.as_ref().unwrap().free().unwrap()
+    }
+
+    /// Fills it until this many bytes are free.
+    pub fn fill(&self, left: u64) {
+        let ballast = self.free().checked_sub(left).unwrap();
+        std::fs::write(self.seen("ballast"), vec![1; ballast as usize]).unwrap();
+        assert_eq!(self.free(), left);
+    }
+
+    /// Takes away what [`Folder::fill`] put there.
+    pub fn relieve(&self) {
+        std::fs::remove_file(self.seen("ballast")).unwrap();
+    }
+}
+
+/// An agent as a process, and a folder for images.
+#[derive(Debug)]
+pub struct Host {
+    /// The process.
+    pub agent: AgentProcess,
+    /// The folder.
+    pub images: Folder,
+    home: tempfile::TempDir,
+}
+
+impl Host {
+    /// An agent of this user, and an ordinary folder.
+    pub fn new() -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let agent = AgentProcess::spawn(program(), home.path(), "agent").unwrap();
+        Self { agent, images: Folder { agents: folder_in(&home), view: None }, home }
+    }
+
+    /// The agent may do no more than any user. `None` if this machine lacks the need `nobody`: the
+    /// user of that name cannot run it.
+    pub fn unprivileged() -> Option<Self> {
+        const NOBODY: u32 = 65534;
+        if !rustix::process::geteuid().is_root() {
+            return Some(Self::new());
+        }
+        let home = tempfile::tempdir().unwrap();
+        let agents = folder_in(&home);
+        for folder in [home.path(), &agents] {
+            std::os::unix::fs::chown(folder, Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+        let agent = AgentProcess::start(
+            Command::new(program()).uid(NOBODY).gid(NOBODY),
+            home.path(),
+            "agent",
+        );
+        let agent = require::met("nobody", agent.map_err(Into::into))?;
+        Some(Self { agent, images: Folder { agents, view: None }, home })
+    }
+
+    /// The folder has room for no more than this many bytes.
+    pub fn cramped(tmpfs: Tmpfs, bytes: u64) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let agents = folder_in(&home);
+        let mut command = tmpfs.command(&agents, bytes, program());
+        let mut agent = AgentProcess::start(&mut command, home.path(), "agent").unwrap();
+        let view = View::of(agent.process().id(), &agents).unwrap();
+        Self { agent, images: Folder { agents, view: Some(view) }, home }
+    }
+
+    /// Another agent in the place of the first, which was killed or is now.
+    pub fn replace_agent(&mut self) {
+        self.agent.process().kill().unwrap();
+        self.agent = AgentProcess::spawn(program(), self.home.path(), "agent").unwrap();
+    }
+
+    /// How the last job stands, as an operator sees it.
+    pub fn status(&self) -> JobStatus {
+        RawClient::connect(self.agent.socket()).status()
+    }
+
+    /// How the last job ended, as an operator sees it.
+    pub fn ended(&self) -> JobStatus {
+        let mut operator = RawClient::connect(self.agent.socket());
+        wait_for("the job's end", SOON, || {
+            Some(operator.status()).filter(|status| status.phase.is_final())
+        })
+        .unwrap()
+    }
+}
+
+fn folder_in(home: &tempfile::TempDir) -> PathBuf {
+    let folder = home.path().join("images");
+    std::fs::create_dir(&folder).unwrap();
+    folder
+}

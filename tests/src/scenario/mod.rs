@@ -1,0 +1,49 @@
+//! Scenes that a test steps through: VMMs whose hooks follow a script, a wire that passes one record
+//! at a time, agents that are killed at a chosen moment.
+//!
+//! - [`agents`]: agents that listen, on a thread or as a process; [`raw_client`]: a connection to
+//!   one without the client library;
+//! - [`ram`]: memory with a stamp in each page; [`scripted_vmm`]: a VMM whose hooks follow a script;
+//!   [`side`]: such a VMM with its agent;
+//! - [`relay`]: the wire between two agents;
+//! - [`images`]: how images are asked for, what must hold of them, and damage to them;
+//!   [`image_host`]: an agent with a folder for images; [`image_guest`]: a VMM that uses them;
+//! - [`moments`]: guests that never stop writing, and moments at which a process is killed;
+//! - [`timing`]: how long a test waits.
+//!
+//! What does not work here panics: it is the test that failed.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a panic here is a failed test"
+)]
+
+pub mod agents;
+pub mod image_guest;
+pub mod image_host;
+pub mod images;
+pub mod moments;
+pub mod ram;
+pub mod raw_client;
+pub mod relay;
+pub mod scripted_vmm;
+pub mod side;
+pub mod timing;
+
+pub use agents::{Agent, Listening};
+pub use image_guest::Guest;
+pub use image_host::{Folder, Host};
+pub use ram::{Ram, Touch, assert_same};
+pub use raw_client::RawClient;
+pub use relay::{Passing, Relay, WIRES, Wire, read_record};
+pub use scripted_vmm::{Asked, At, KvmLog, ScriptedHooks, ScriptedVmm};
+pub use side::{Attached, Side, arrives_at, config, migrates_next_time, moves_to, passes};
+pub use timing::{SOON, TooEarly, at_once, says, with_more_time};
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks a mutex whose last holder may have panicked.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
