@@ -10,12 +10,14 @@
 //! - [`release`]: memory that the source frees; [`shortage`]: a destination without memory;
 //! - [`refusals`]: memory that it cannot fill;
 //! - [`attempts`]: recoveries that fail half-way; [`watch`]: what is seen of one;
-//! - [`onwards`]: what comes after.
+//! - [`onwards`]: what comes after;
+//! - [`failures`]: every moment at which something can fail.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod arrivals;
 mod attempts;
 mod discards;
+mod failures;
 mod faults;
 mod kvm;
 mod onwards;

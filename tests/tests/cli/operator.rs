@@ -1,0 +1,211 @@
+//! What an operator does from a command line beside the VMM: look, migrate, cancel, and read what
+//! went wrong.
+
+use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, Target};
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::process::{AgentProcess, program};
+use pageferry_tests::scenario::{Attached, Ram};
+use pageferry_tests::vmm::PATIENCE;
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+const PAGES: u64 = 4096;
+
+/// An agent as a process, and its VMM in this one.
+struct Side {
+    vmm: Attached,
+    agent: AgentProcess,
+}
+
+impl Side {
+    fn new(folder: &Path, name: &str) -> Self {
+        let agent = AgentProcess::spawn(program(), folder, name).unwrap();
+        Self { vmm: Attached::new(agent.socket(), Ram::odd(PAGES)), agent }
+    }
+
+    fn command(&self, what: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command.arg(what).arg("--socket").arg(self.agent.socket()).args(more).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, what: &str, more: &[&str]) -> Output {
+        self.command(what, more).output().unwrap()
+    }
+
+    /// The object that the command prints last.
+    fn json(&self, what: &str) -> Value {
+        last_object(&self.run(what, &["--json"]))
+    }
+}
+
+fn last_object(output: &Output) -> Value {
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    serde_json::from_str(
+        text.lines().last().unwrap_or_else(|| panic!("nothing printed: {output:?}")),
+    )
+    .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn an_operator_migrates_a_guest_and_reads_how_it_went_even_after_the_vmm_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, destination) =
+        (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
+    assert_eq!(
+        text(&source.run("status", &[]).stdout),
+        "no job was started yet\ntrackers           log-is-complete\n"
+    );
+    source.vmm.ram.write(17, 1234);
+    let address = format!("unix:{}", folder.path().join("stream").display());
+    let listen = Target::Address(address.clone());
+    let incoming =
+        destination.vmm.client.start_incoming(listen, &IncomingOptions::default()).unwrap().job;
+
+    let migrated = source
+        .run("migrate", &["--to", &address, "--streams", "2", "--compress", "zstd:3", "--json"]);
+    assert!(migrated.status.success(), "{migrated:?}");
+    assert_eq!(last_object(&migrated)["status"], "completed");
+    assert_eq!(destination.vmm.client.wait(incoming, PATIENCE).unwrap().phase, Phase::Completed);
+    assert_eq!(destination.vmm.ram.stamp(17), 1234);
+    assert!(source.vmm.vmm.is_paused());
+
+    let seen = source.json("status");
+    assert_eq!(
+        (&seen["status"], &seen["pages_sent"], &seen["job"]),
+        (&"completed".into(), &1.into(), &1.into())
+    );
+    let wire_bytes = seen["wire_bytes"].as_u64().unwrap();
+    // The state of the VMM alone is 3000.
+    assert!(
+        wire_bytes < 4096 + 3000,
+        "the page was not compressed: {wire_bytes} bytes on the wire"
+    );
+    assert!(source.run("watch", &[]).status.success(), "the job that ended is shown");
+    let table = text(&source.run("status", &[]).stdout);
+    assert!(
+        table.contains("1 outgoing") && table.contains("pages sent         1 (4.0 KiB)"),
+        "{table}"
+    );
+
+    // The VMM leaves; who looks later still finds what became of the job, until the next VMM has
+    // one.
+    let Side { vmm, agent } = source;
+    drop(vmm);
+    let source = Side { vmm: Attached::new(agent.socket(), Ram::odd(PAGES)), agent };
+    assert_eq!(source.json("status"), seen);
+    let options = OutgoingOptions::default();
+    let job = source
+        .vmm
+        .client
+        .start_outgoing(Target::Address("unix:/nonexistent/stream".into()), &options)
+        .unwrap()
+        .job;
+    assert_eq!(job, 2, "jobs are counted on");
+    assert_eq!(source.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Failed);
+    assert_eq!(source.json("status")["status"], "failed");
+}
+
+#[test]
+fn an_operator_cancels_and_whoever_watches_sees_it_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, destination) =
+        (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
+    (0..PAGES).for_each(|page| source.vmm.ram.write(page, page + 1));
+    let address = format!("unix:{}", folder.path().join("stream").display());
+    destination
+        .vmm
+        .client
+        .start_incoming(Target::Address(address.clone()), &IncomingOptions::default())
+        .unwrap();
+    // 16 MiB at 64 KiB a second: it does not end by itself.
+    let migrate = source.command("migrate", &["--to", &address, "--bandwidth", "64K", "--json"]);
+    let migrate = { migrate }.stdout(Stdio::piped()).spawn().unwrap();
+    wait_until("passes", PATIENCE, || source.vmm.client.status().unwrap().phase == Phase::Passes)
+        .unwrap();
+    let watch = { source.command("watch", &["--json"]) }.stdout(Stdio::piped()).spawn().unwrap();
+    let cancelled = source.run("cancel", &["--json"]);
+    assert!(cancelled.status.success(), "{cancelled:?}");
+    for watching in [migrate, watch] {
+        let output = watching.wait_with_output().unwrap();
+        assert!(!output.status.success(), "what was asked for did not happen");
+        assert_eq!(last_object(&output)["status"], "cancelled");
+    }
+    assert!(!source.vmm.vmm.is_paused());
+}
+
+#[test]
+fn what_goes_wrong_is_one_sentence_on_standard_error_and_a_status() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Side::new(folder.path(), "source");
+    for (what, more, sentence) in [
+        ("cancel", vec![], "no job is running"),
+        ("resume", vec!["--force"], "was not handed over"),
+        ("migrate", vec!["--to", "carrier:pigeon"], "carrier:pigeon"),
+    ] {
+        let output = source.run(what, &more);
+        assert_eq!(output.status.code(), Some(1), "{what}: {output:?}");
+        let error = text(&output.stderr);
+        assert!(error.starts_with("pageferry: ") && error.lines().count() == 1, "{what}: {error}");
+        assert!(error.contains(sentence), "{what}: {error}");
+        assert!(output.stdout.is_empty(), "{what}");
+    }
+    let nobody = Command::new(program())
+        .args(["status", "--socket", "/nonexistent/agent"])
+        .output()
+        .unwrap();
+    assert_eq!(nobody.status.code(), Some(1));
+    assert!(text(&nobody.stderr).contains("no agent answers on /nonexistent/agent"), "{nobody:?}");
+}
+
+#[test]
+fn a_target_that_is_no_destination_and_a_time_that_is_too_long_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, other) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "other"));
+    let control = format!("unix:{}", other.agent.socket().display());
+    let output = source.run("migrate", &["--to", &control, "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let error = last_object(&output)["error"].as_str().unwrap().to_owned();
+    assert!(
+        error.contains("no destination that waits for a guest (a control socket is none)"),
+        "{error}"
+    );
+    assert!(!source.vmm.vmm.is_paused());
+    let output = source.run("migrate", &["--to", &control, "--peer-timeout", "1e9s"]);
+    let error = text(&output.stderr);
+    assert!(
+        error.contains("peer_timeout is 1000000000 s, allowed: 1 microsecond to 24 hours"),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_agent_that_is_stopped_is_named_with_its_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
+    agent.process().freeze().unwrap();
+    let output =
+        Command::new(program()).args(["status", "--socket"]).arg(agent.socket()).output().unwrap();
+    agent.process().thaw().unwrap();
+    let error = text(&output.stderr);
+    let expected = format!("the agent on {} has not answered for 1", agent.socket().display());
+    assert!(error.contains(&expected) && error.contains("s: it is stopped, or hangs"), "{error}");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Side::new(folder.path(), "source");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output =
+        source.command("status", &[]).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+    let output = output.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(!text(&output.stderr).contains("panicked"), "{output:?}");
+}

@@ -1,0 +1,483 @@
+//! The trackers against the real kernel: write-protect scanning, and KVM's dirty log.
+
+use pageferry_agent::tracking::pagemap::{Pagemap, PagemapError};
+use pageferry_client::tracking::kvm::KvmDirtyLog;
+use pageferry_client::tracking::uffd::WriteProtect;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::DirtyLog;
+use pageferry_tests::files::{mapped, memfd};
+use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep};
+use pageferry_tests::huge_pages::{HUGE_PAGE, hugetlb_memfd};
+use pageferry_tests::random::Random;
+use pageferry_tests::require;
+use rustix::fs::{FallocateFlags, fallocate, fstat};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
+
+type Memory = GuestMemoryMmap<()>;
+
+const LONG: Duration = Duration::from_secs(30);
+
+fn memory(regions: &[(u64, u64)]) -> Memory {
+    mapped(regions).unwrap()
+}
+
+/// One mapping that is tracked by write protection.
+struct Tracked {
+    memory: Memory,
+    file: File,
+    address: u64,
+    length: u64,
+    write_protect: Option<WriteProtect>,
+    pagemap: Pagemap,
+}
+
+impl Tracked {
+    /// `None` where it cannot be tracked.
+    fn new(pages: u64) -> Option<Self> {
+        require::uffd().then(|| Self::over(memfd(pages * PAGE_SIZE).unwrap(), pages * PAGE_SIZE))
+    }
+
+    /// All of it was written, and the scan knows.
+    fn scanned(pages: u64) -> Option<Self> {
+        let tracked = Self::new(pages)?;
+        (0..pages).for_each(|page| tracked.write(page));
+        tracked.scan();
+        Some(tracked)
+    }
+
+    fn over(fd: OwnedFd, length: u64) -> Self {
+        let file = File::from(fd);
+        let backing = Some(FileOffset::new(file.try_clone().unwrap(), 0));
+        let memory =
+            Memory::from_ranges_with_files([(GuestAddress(0), length as usize, backing)]).unwrap();
+        let address = memory.get_host_address(GuestAddress(0)).unwrap() as u64;
+        let write_protect = WriteProtect::register(&[(address, length)]).unwrap();
+        let pagemap = Pagemap::new(write_protect.pagemap().try_clone_to_owned().unwrap()).unwrap();
+        Self { memory, file, address, length, write_protect: Some(write_protect), pagemap }
+    }
+
+    fn write(&self, page: u64) {
+        self.memory.store(1u32, GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap();
+    }
+
+    /// The written pages.
+    fn scan(&self) -> Vec<u64> {
+        let mut pages = Vec::new();
+        self.pagemap
+            .scan(self.address, self.length, |start, end| {
+                assert!(self.address <= start && start < end && end <= self.address + self.length);
+                pages.extend((start - self.address) / PAGE_SIZE..(end - self.address) / PAGE_SIZE);
+            })
+            .unwrap();
+        pages
+    }
+
+    fn blocks(&self) -> i64 {
+        fstat(&self.file).unwrap().st_blocks
+    }
+
+    fn punch(&self, offset: u64, length: u64) {
+        fallocate(
+            &self.file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            length,
+        )
+        .unwrap();
+    }
+}
+
+#[test]
+fn a_write_through_the_mapping_is_reported_exactly_once() {
+    let Some(tracked) = Tracked::new(2048) else { return };
+    (0..2048).for_each(|page| tracked.write(page));
+    assert_eq!(
+        tracked.scan(),
+        Vec::from_iter(0..2048),
+        "what exists at the start counts as written"
+    );
+    assert_eq!(tracked.scan(), [0; 0]);
+    for page in [0, 7, 8, 511, 512, 2047] {
+        tracked.write(page);
+        tracked.write(page);
+    }
+    assert_eq!(tracked.scan(), [0, 7, 8, 511, 512, 2047]);
+    assert_eq!(tracked.scan(), [0; 0]);
+    tracked.write(7);
+    assert_eq!(tracked.scan(), [7]);
+}
+
+#[test]
+fn a_read_is_no_write() {
+    let Some(tracked) = Tracked::scanned(64) else { return };
+    for page in 0..64 {
+        let _: u32 = tracked.memory.load(GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap();
+    }
+    assert_eq!(tracked.scan(), [0; 0]);
+}
+
+#[test]
+fn first_writes_to_holes_are_reported() {
+    let Some(tracked) = Tracked::new(4096) else { return };
+    tracked.write(3);
+    tracked.scan();
+    assert_eq!(tracked.scan(), [0; 0]);
+    // Next to a page that exists, and megabytes away from any.
+    tracked.write(4);
+    tracked.write(2000);
+    let found = tracked.scan();
+    assert!(found.contains(&4) && found.contains(&2000), "{found:?}");
+    assert!(!found.contains(&3), "{found:?}");
+    assert_eq!(tracked.scan(), [0; 0]);
+}
+
+#[test]
+fn a_write_after_a_punch_of_a_protected_page_is_reported() {
+    let Some(tracked) = Tracked::scanned(1024) else { return };
+    tracked.punch(100 * PAGE_SIZE, 600 * PAGE_SIZE);
+    let blocks = tracked.blocks();
+    let after_punch = tracked.scan();
+    assert!(after_punch.iter().all(|page| (100..700).contains(page)), "{after_punch:?}");
+    assert_eq!(tracked.blocks(), blocks, "the scan brings nothing back");
+    for page in [100, 300, 699] {
+        tracked.write(page);
+    }
+    assert_eq!(tracked.scan(), [100, 300, 699]);
+    assert_eq!(tracked.scan(), [0; 0]);
+}
+
+#[test]
+fn a_scan_allocates_no_page() {
+    let Some(tracked) = Tracked::new(1 << 16) else { return };
+    (0..1 << 16).step_by(1000).for_each(|page| tracked.write(page));
+    let blocks = tracked.blocks();
+    tracked.scan();
+    tracked.scan();
+    assert_eq!(tracked.blocks(), blocks);
+}
+
+#[test]
+fn more_runs_than_the_buffer_holds_are_all_reported() {
+    // Every second page: each is a run of its own, and there are several buffers full.
+    let Some(tracked) = Tracked::scanned(30_000) else { return };
+    (0..30_000).step_by(2).for_each(|page| tracked.write(page));
+    assert_eq!(tracked.scan(), Vec::from_iter((0..30_000).step_by(2)));
+    assert_eq!(tracked.scan(), [0; 0]);
+}
+
+#[test]
+fn writes_around_the_mapping_are_not_seen_and_need_the_shared_log() {
+    let Some(tracked) = Tracked::scanned(64) else { return };
+    tracked.file.write_all_at(&[1], 5 * PAGE_SIZE).unwrap();
+    assert_eq!(tracked.scan(), [0; 0]);
+}
+
+#[test]
+fn no_write_is_lost_while_scans_run() {
+    const PAGES: u64 = 512;
+    let Some(tracked) = Tracked::new(PAGES) else { return };
+    let counter = |page: u64| -> u32 {
+        tracked.memory.load(GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap()
+    };
+    let stop = AtomicBool::new(false);
+    let mut copy = vec![0; PAGES as usize];
+    // Scans that found something: so many that they met the writer everywhere, however the two take
+    // turns.
+    let mut found = 0u32;
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut random = Random::new(1);
+            while !stop.load(Ordering::Relaxed) {
+                let page = random.below(PAGES);
+                tracked
+                    .memory
+                    .store(counter(page) + 1, GuestAddress(page * PAGE_SIZE), Ordering::SeqCst)
+                    .unwrap();
+            }
+        });
+        while found < 1000 {
+            let pages = tracked.scan();
+            found += u32::from(!pages.is_empty());
+            pages.into_iter().for_each(|page| copy[page as usize] = counter(page));
+        }
+        stop.store(true, Ordering::Relaxed);
+        writer.join().unwrap();
+    });
+    tracked.scan().into_iter().for_each(|page| copy[page as usize] = counter(page));
+    let actual: Vec<u32> = (0..PAGES).map(counter).collect();
+    assert_eq!(copy, actual, "what was copied after each report is what is there");
+}
+
+#[test]
+fn a_scan_after_the_registration_is_dropped_is_an_error() {
+    let Some(mut tracked) = Tracked::scanned(64) else { return };
+    tracked.write_protect = None;
+    let error = tracked.pagemap.scan(tracked.address, tracked.length, |_, _| ()).unwrap_err();
+    assert!(matches!(error, PagemapError::NotRegistered { .. }), "{error}");
+    tracked.write(3); // no longer protected, and there is nobody to wait for
+}
+
+#[test]
+fn huge_pages_are_reported_whole_and_none_is_allocated() {
+    const HUGE: u64 = HUGE_PAGE / PAGE_SIZE;
+    if !require::uffd() {
+        return;
+    }
+    let Some(_pool) = require::hugetlb(4) else { return };
+    let tracked = Tracked::over(hugetlb_memfd(4 * HUGE_PAGE).unwrap(), 4 * HUGE_PAGE);
+    tracked.write(0);
+    tracked.write(2 * HUGE + 5);
+    let blocks = tracked.blocks();
+    let first = tracked.scan();
+    assert!(
+        (0..HUGE).chain(2 * HUGE..3 * HUGE).all(|page| first.binary_search(&page).is_ok()),
+        "{first:?}"
+    );
+    tracked.scan();
+    assert_eq!(tracked.scan(), [0; 0]);
+    assert_eq!(tracked.blocks(), blocks);
+    tracked.write(2 * HUGE + 6);
+    tracked.write(3 * HUGE);
+    assert_eq!(tracked.scan(), Vec::from_iter(2 * HUGE..4 * HUGE));
+    assert_eq!(tracked.scan(), [0; 0]);
+    tracked.punch(0, HUGE_PAGE);
+    tracked.scan();
+    tracked.write(1);
+    assert_eq!(tracked.scan(), Vec::from_iter(0..HUGE));
+}
+
+const CHILD: &str = "PAGEFERRY_TEST_TRACKED_CHILD";
+const CHILD_PAGES: u64 = 300;
+
+/// Not a test of its own: the VMM of `a_scan_works_from_another_process`, told by its standard
+/// input which page to write.
+#[test]
+fn tracked_child() {
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let tracked = Tracked::new(CHILD_PAGES).unwrap();
+    let mut out = std::io::stdout();
+    writeln!(out, "\nmapped {}", tracked.address).unwrap();
+    for line in std::io::stdin().lines() {
+        tracked.write(line.unwrap().parse().unwrap());
+        writeln!(out, "\nwritten").unwrap();
+    }
+}
+
+#[test]
+fn a_scan_works_from_another_process() {
+    if !require::uffd() {
+        return;
+    }
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "tracking::tracked_child", "--nocapture"])
+        .env(CHILD, "1")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let commands = child.stdin.take().unwrap();
+    let mut answers = BufReader::new(child.stdout.take().unwrap());
+    let mut answer = |to: &str| loop {
+        let mut line = String::new();
+        assert_ne!(answers.read_line(&mut line).unwrap(), 0, "the child ended before it said {to}");
+        if let Some(rest) = line.strip_prefix(to) {
+            return rest.trim().to_owned();
+        }
+    };
+    let address: u64 = answer("mapped").parse().unwrap();
+    let pagemap =
+        Pagemap::new(File::open(format!("/proc/{}/pagemap", child.id())).unwrap().into()).unwrap();
+    let scan = || {
+        let mut pages = Vec::new();
+        let found =
+            |start, end| pages.extend((start - address) / PAGE_SIZE..(end - address) / PAGE_SIZE);
+        pagemap.scan(address, CHILD_PAGES * PAGE_SIZE, found).unwrap();
+        pages
+    };
+    let mut write = |page: u64| {
+        writeln!(&commands, "{page}").unwrap();
+        answer("written");
+    };
+    write(0);
+    assert!(scan().contains(&0));
+    assert_eq!(scan(), [0; 0]);
+    write(17);
+    write(299);
+    assert_eq!(scan(), [17, 299]);
+    assert_eq!(scan(), [0; 0]);
+    write(42);
+
+    drop(commands);
+    let mut rest = Vec::new();
+    answers.read_to_end(&mut rest).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_eq!(scan(), [0; 0], "a VMM that has exited has nothing to report");
+}
+
+fn shared_log(memory: &Memory) -> DirtyLog {
+    let length = memory.last_addr().0.div_ceil(PAGE_SIZE * 8).next_multiple_of(8);
+    DirtyLog::map(memfd(length).unwrap().as_fd(), 0, length).unwrap()
+}
+
+/// The pages that KVM holds as dirty, by a log that is empty before. The guest's code is left out:
+/// KVM may call a page dirty when it first maps it writable, though the guest only reads it.
+fn synced(kvm: &KvmDirtyLog, memory: &Memory) -> BTreeSet<u64> {
+    let log = shared_log(memory);
+    kvm.sync(&log).unwrap();
+    let bits = log.bits();
+    let first = memory.iter().next().unwrap().start_addr().0 / PAGE_SIZE + FIRMWARE_PAGES;
+    assert_eq!(
+        bits.count(PageRange::new(0, first - FIRMWARE_PAGES)),
+        0,
+        "nothing is marked below the slots"
+    );
+    bits.runs(PageRange::new(first, bits.pages() - first))
+        .flat_map(|run| run.first..run.end())
+        .collect()
+}
+
+/// A guest that writes to exactly the pages of `ranges` (GPA, pages), in each [`round`].
+fn guest(memory: &Memory, ranges: &[(u64, u64)]) -> (KvmGuest, BTreeSet<u64>) {
+    let sweep = Sweep { ranges: ranges.to_vec(), spins: 0 };
+    let swept = sweep.addresses().map(|gpa| gpa / PAGE_SIZE).collect();
+    let mut guest = KvmGuest::new(memory.clone(), sweep).unwrap();
+    guest.boot().unwrap();
+    (guest, swept)
+}
+
+/// Lets the guest write to all of its pages.
+fn round(guest: &mut KvmGuest) {
+    guest.run_for_sweeps(2, LONG).unwrap();
+}
+
+#[test]
+fn kvm_sync_reports_what_the_guest_wrote_since_the_start_and_clears_nothing() {
+    if !require::kvm() {
+        return;
+    }
+    let memory = memory(&[(0, 1 << 20)]);
+    let (mut guest, swept) =
+        guest(&memory, &[(20 * PAGE_SIZE, 3), (90 * PAGE_SIZE, 70), (255 * PAGE_SIZE, 1)]);
+    round(&mut guest);
+    let kvm = guest.dirty_log().unwrap();
+    assert!(kvm.sync(&shared_log(&memory)).is_err(), "the log is not started");
+    kvm.start().unwrap();
+    assert_eq!(
+        synced(&kvm, &memory),
+        BTreeSet::new(),
+        "what was written before the start is not dirty"
+    );
+    round(&mut guest);
+    assert_eq!(synced(&kvm, &memory), swept);
+    assert_eq!(synced(&kvm, &memory), swept, "the sync cleared nothing");
+    kvm.stop().unwrap();
+    assert!(kvm.sync(&shared_log(&memory)).is_err());
+    kvm.start().unwrap();
+    assert_eq!(synced(&kvm, &memory), BTreeSet::new(), "the next start is a clean one");
+    round(&mut guest);
+    assert_eq!(synced(&kvm, &memory), swept);
+}
+
+#[test]
+fn a_clear_that_straddles_a_discarded_range_loses_no_neighbours_write() {
+    if !require::kvm() {
+        return;
+    }
+    let memory = memory(&[(0, 1 << 20)]);
+    let (mut guest, swept) = guest(&memory, &[(16 * PAGE_SIZE, 240)]);
+    let kvm = guest.dirty_log().unwrap();
+    kvm.start().unwrap();
+    round(&mut guest);
+
+    // Discarded are pages 70..130, which begin and end inside of a word. The chunk is all of it,
+    // and only they are asked for.
+    let mut bitmap = [0u64; 4];
+    (70..130).for_each(|page| bitmap[page / 64] |= 1 << (page % 64));
+    kvm.clear(0, &bitmap).unwrap();
+    let expected: BTreeSet<u64> =
+        swept.iter().copied().filter(|page| !(70..130).contains(page)).collect();
+    assert_eq!(synced(&kvm, &memory), expected);
+
+    // And the other way around: all but the discarded ones.
+    round(&mut guest);
+    bitmap.iter_mut().for_each(|word| *word = !*word);
+    kvm.clear(0, &bitmap).unwrap();
+    assert_eq!(synced(&kvm, &memory), (70..130).collect());
+
+    // What was cleared is protected: the next write is seen.
+    round(&mut guest);
+    assert_eq!(synced(&kvm, &memory), swept);
+}
+
+#[test]
+fn kvm_clears_exactly_what_it_is_asked_for_wherever_slots_begin_and_end() {
+    if !require::kvm() {
+        return;
+    }
+    // Slots that begin and end at no multiple of 64 pages, next to each other and with a gap; the
+    // last one is small.
+    let slots = [(5, 137), (142, 70), (300, 200), (1000, 3)];
+    let memory = memory(&slots.map(|(first, pages)| (first * PAGE_SIZE, pages * PAGE_SIZE)));
+    let mut ranges = slots;
+    ranges[0] = (5 + FIRMWARE_PAGES, 137 - FIRMWARE_PAGES);
+    let (mut guest, swept) =
+        guest(&memory, &ranges.map(|(first, pages)| (first * PAGE_SIZE, pages)));
+    let kvm = guest.dirty_log().unwrap();
+    kvm.start().unwrap();
+
+    let mut random = Random::new(7);
+    let mut next = move || random.next();
+    for turn in 0..60 {
+        round(&mut guest);
+        assert_eq!(
+            synced(&kvm, &memory),
+            swept,
+            "turn {turn}: every page is written in every round"
+        );
+        let mut expected = swept.clone();
+        for _ in 0..4 {
+            let first = next() % 1100;
+            let bitmap: Vec<u64> = (0..next() % 12)
+                .map(|_| [next(), next() & next() & next(), 0, !0][next() as usize % 4])
+                .collect();
+            kvm.clear(first, &bitmap).unwrap();
+            for (index, word) in bitmap.iter().enumerate() {
+                (0..64).filter(|bit| word >> bit & 1 == 1).for_each(|bit| {
+                    expected.remove(&(first + index as u64 * 64 + bit));
+                });
+            }
+            assert_eq!(synced(&kvm, &memory), expected, "turn {turn}: {first} {bitmap:x?}");
+        }
+    }
+}
+
+#[test]
+fn a_clear_outside_of_all_slots_or_of_nothing_does_nothing() {
+    if !require::kvm() {
+        return;
+    }
+    let memory = memory(&[(64 * PAGE_SIZE, 1 << 20)]);
+    let (mut guest, swept) = guest(&memory, &[(100 * PAGE_SIZE, 100)]);
+    let kvm = guest.dirty_log().unwrap();
+    kvm.start().unwrap();
+    round(&mut guest);
+    kvm.clear(0, &[!0]).unwrap();
+    kvm.clear(64 + 256, &[!0; 8]).unwrap();
+    kvm.clear(u64::MAX, &[!0; 2]).unwrap();
+    kvm.clear(64, &[0; 4]).unwrap();
+    kvm.clear(64, &[]).unwrap();
+    assert_eq!(synced(&kvm, &memory), swept);
+    assert_eq!(memory.iter().next().unwrap().len(), 1 << 20);
+}

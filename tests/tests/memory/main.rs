@@ -1,0 +1,13 @@
+//! Kinds of guest memory: huge pages, file systems, disks, and sizes of a terabyte.
+//!
+//! - [`pairs`]: the table of docs/postcopy.md, cell by cell;
+//! - [`huge_pages`]: hugetlbfs, and transparent huge pages;
+//! - [`allocation`]: what a guest of 1 TiB costs that uses 1 GiB.
+//!
+//! `huge_tmpfs.rs`, beside this file, is a program of its own, since it turns transparent huge pages
+//! off for its process.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+
+mod allocation;
+mod huge_pages;
+mod pairs;

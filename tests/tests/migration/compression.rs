@@ -1,0 +1,300 @@
+//! Pages that travel compressed: smaller on the wire, the same at the destination, and refused by
+//! name where something is wrong with them.
+
+use pageferry_agent::outgoing::compress::Compressor;
+use pageferry_client::{Compression, IncomingOptions, JobStatus, OutgoingOptions, Phase};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_protocol::stream::answer::{Accept, decode_error};
+use pageferry_protocol::stream::hello::{FEATURE_LZ4, FEATURE_ZSTD};
+use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_ZSTD, FLAGS_COMPRESSED};
+use pageferry_protocol::stream::{Hello, Kind, RECORD_SIZE, RecordHeader, STREAM_VERSION};
+use pageferry_tests::random::{Random, page_content, page_text};
+use pageferry_tests::scenario::{
+    At, Passing, Ram, Relay, SOON, Side, lock, migrates_next_time, passes, read_record,
+};
+use rustix::io::{pread, pwrite};
+use std::io::Write;
+use std::os::unix::net::UnixListener;
+
+const PAGES: u64 = 200;
+const BYTES: usize = PAGE_SIZE as usize;
+/// Both, and a level that is not the one without a level.
+const METHODS: [(Compression, u16); 3] = [
+    (Compression::Lz4, FLAG_LZ4),
+    (Compression::Zstd(1), FLAG_ZSTD),
+    (Compression::Zstd(7), FLAG_ZSTD),
+];
+
+fn write(side: &Side, page: u64, content: &[u8; BYTES]) {
+    let ram = &side.ram;
+    assert_eq!(pwrite(&ram.fd, content, ram.fd_offset + page * PAGE_SIZE).unwrap(), BYTES);
+}
+
+fn read(side: &Side, page: u64) -> [u8; BYTES] {
+    let mut content = [0; BYTES];
+    let ram = &side.ram;
+    assert_eq!(pread(&ram.fd, &mut content, ram.fd_offset + page * PAGE_SIZE).unwrap(), BYTES);
+    content
+}
+
+/// A guest whose pages hold text.
+fn text() -> Side {
+    let source = Side::new(Ram::odd(PAGES));
+    (0..PAGES).for_each(|page| write(&source, page, &page_text(page)));
+    source
+}
+
+/// A migration from `source` to an empty destination, by way of a relay.
+struct Scene {
+    relay: Relay,
+    source: Side,
+    destination: Side,
+    jobs: (u64, u64),
+}
+
+impl Scene {
+    fn start(source: Side, options: &OutgoingOptions) -> Self {
+        let mut relay = Relay::new();
+        let destination = Side::new(Ram::odd(PAGES));
+        let incoming = relay.listen(&destination.client, &IncomingOptions::default());
+        let outgoing = relay.send(&source.client, options);
+        Self { relay, source, destination, jobs: (outgoing, incoming) }
+    }
+
+    /// The migration succeeds, and the pages are the same on both sides.
+    fn finish(&mut self) -> JobStatus {
+        let status = self.relay.finish(&self.source.client, self.jobs.0);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        let there = self.destination.wait(self.jobs.1);
+        assert_eq!(there.phase, Phase::Completed, "{}", there.error);
+        // All but the commit, which the destination does not count.
+        assert_eq!(there.counters.wire_bytes + RECORD_SIZE as u64, status.counters.wire_bytes);
+        for page in 0..PAGES {
+            assert!(read(&self.source, page) == read(&self.destination, page), "page {page}");
+        }
+        status
+    }
+
+    fn flags(&self) -> Vec<u16> {
+        self.relay
+            .seen
+            .iter()
+            .filter(|record| record.kind == Kind::Data)
+            .map(|record| record.header.flags())
+            .collect()
+    }
+}
+
+fn with(compression: Compression) -> OutgoingOptions {
+    OutgoingOptions { compression, streams: 2, ..passes(2) }
+}
+
+#[test]
+fn text_is_smaller_on_the_wire_and_arrives_the_same() {
+    let plain = Scene::start(text(), &with(Compression::None)).finish().counters;
+    assert!(plain.wire_bytes > PAGES * PAGE_SIZE);
+    for (compression, flag) in METHODS {
+        let mut scene = Scene::start(text(), &with(compression));
+        // A second pass, of single pages.
+        let record = scene.relay.until(|record| record.is(Kind::PassDone, 0));
+        for page in (0..PAGES).step_by(17) {
+            write(&scene.source, page, &page_text(page + 5000));
+            scene.source.ram.write_and_mark(&scene.source.client, page, page);
+        }
+        scene.relay.pass(record);
+        let counters = scene.finish().counters;
+        assert_eq!(counters.pages_sent, PAGES + PAGES.div_ceil(17));
+        assert!(
+            counters.wire_bytes < plain.wire_bytes / 2,
+            "{compression:?}: {} bytes",
+            counters.wire_bytes
+        );
+        assert!(
+            scene.flags().iter().all(|flags| *flags == flag),
+            "{compression:?}: {:?}",
+            scene.flags()
+        );
+    }
+}
+
+#[test]
+fn what_does_not_shrink_travels_as_it_is_beside_what_does() {
+    for (compression, flag) in METHODS {
+        let source = text();
+        // Some alone, and one whole word of them.
+        let noisy = |page: u64| page % 10 == 3 || (64..128).contains(&page);
+        for page in (0..PAGES).filter(|page| noisy(*page)) {
+            write(&source, page, &page_content(7, page));
+        }
+        (64..128).for_each(|page| write(&source, page, &page_content(7, page)));
+        let mut scene = Scene::start(source, &with(compression));
+        scene.finish();
+        let flags = scene.flags();
+        assert!(flags.contains(&0) && flags.contains(&flag), "{compression:?}: {flags:?}");
+    }
+}
+
+#[test]
+fn a_stray_page_is_compressed_too_and_stays_discarded() {
+    let source = text();
+    source.client.discard(&[source.ram.range(60, 10)], pageferry_client::Punch::Yes).unwrap();
+    let mut scene = Scene::start(source, &with(Compression::Zstd(1)));
+    let record = scene.relay.until(|record| record.is(Kind::PassDone, 0));
+    scene.source.write(63, 5);
+    scene.relay.pass(record);
+    assert_eq!(scene.finish().counters.stray_pages, 1);
+    assert!(scene.flags().contains(&(FLAG_ZSTD | pageferry_protocol::stream::record::FLAG_STRAY)));
+    assert!(scene.destination.client.discarded(scene.destination.ram.id).unwrap().contains(63));
+}
+
+#[test]
+fn the_compression_stays_as_the_migration_was_started() {
+    for (started, changed) in
+        [(Compression::None, Compression::Lz4), (Compression::Lz4, Compression::Zstd(3))]
+    {
+        let mut scene = Scene::start(text(), &with(started));
+        let record = scene.relay.until(|record| record.is(Kind::PassDone, 0));
+        scene.source.client.set_parameters(&with(changed)).unwrap();
+        (0..PAGES).for_each(|page| scene.source.write(page, page + 1));
+        scene.relay.pass(record);
+        scene.finish();
+        let flag = if started == Compression::None { 0 } else { FLAG_LZ4 };
+        assert!(scene.flags().iter().all(|flags| *flags == flag), "{:?}", scene.flags());
+    }
+}
+
+fn pack(compression: Compression, bytes: &[u8]) -> Vec<u8> {
+    let mut compressor = Compressor::new(compression).unwrap().unwrap();
+    compressor.begin(bytes.len());
+    assert_ne!(compressor.add(bytes).1, 0, "it shrinks");
+    compressor.output().to_vec()
+}
+
+/// Replaces the first compressed record by what `tamper` makes of it: both jobs fail with all
+/// `words`, the guest runs on, and the next attempt succeeds.
+#[track_caller]
+fn assert_refused(
+    compression: Compression, words: &[&str], tamper: impl Fn(&Passing) -> (u16, Vec<u8>),
+) {
+    let mut scene = Scene::start(text(), &OutgoingOptions { compression, ..passes(1) });
+    let mut record = scene.relay.until(|record| record.kind == Kind::Data);
+    let (flags, payload) = tamper(&record);
+    let block = record.header.block();
+    record.header =
+        RecordHeader::new(Kind::Data, flags, block, record.header.range(), payload.len())
+            .with_checksum(&payload);
+    record.payload = payload;
+    scene.relay.pass(record);
+    let status = scene.relay.finish(&scene.source.client, scene.jobs.0);
+    let there = scene.destination.wait(scene.jobs.1);
+    for (side, status) in [("source", &status), ("destination", &there)] {
+        assert_eq!(status.phase, Phase::Failed, "{side}");
+        for word in words {
+            assert!(
+                status.error.contains(word),
+                "\"{word}\" is missing at the {side}: {}",
+                status.error
+            );
+        }
+    }
+    assert!(!scene.source.vmm.is_paused(), "the guest runs on");
+    assert_eq!(scene.destination.vmm.resumes(), 0);
+    migrates_next_time(&scene.source);
+}
+
+#[test]
+fn a_payload_that_is_not_its_pages_fails_both_jobs_by_name_and_the_guest_runs_on() {
+    for (compression, flag) in METHODS {
+        let method = compression.name();
+        let pages = |record: &Passing| record.header.range().count as usize;
+        assert_refused(compression, &["block 3", method, "hold", "expected"], |record| {
+            (flag, pack(compression, &vec![7; (pages(record) - 1) * BYTES]))
+        });
+        assert_refused(compression, &["block 3", method, "cannot be decompressed to"], |record| {
+            (flag, pack(compression, &vec![7; pages(record) * BYTES + 1]))
+        });
+        // Hundreds of times as much as the pages have.
+        assert_refused(compression, &["block 3", method, "cannot be decompressed to"], |_| {
+            (flag, pack(compression, &vec![0; 16 << 20]))
+        });
+        assert_refused(compression, &["block 3", method], |_| (flag, vec![0xfe; 5000]));
+        assert_refused(compression, &["block 3", method], |record| {
+            (flag, record.payload[..record.payload.len() - 1].to_vec())
+        });
+        assert_refused(compression, &["flags 0x6", "exclude each other"], |record| {
+            (FLAGS_COMPRESSED, record.payload.clone())
+        });
+    }
+}
+
+#[test]
+fn a_flag_that_was_not_negotiated_fails_both_jobs_by_name_and_the_guest_runs_on() {
+    let cases = [
+        (Compression::None, Compression::Lz4, FLAG_LZ4, "flag 0x2, lz4, was not negotiated"),
+        (Compression::None, Compression::Zstd(1), FLAG_ZSTD, "flag 0x4, zstd, was not negotiated"),
+        (Compression::Lz4, Compression::Zstd(1), FLAG_ZSTD, "flag 0x4, zstd, was not negotiated"),
+        (Compression::Zstd(1), Compression::Lz4, FLAG_LZ4, "flag 0x2, lz4, was not negotiated"),
+    ];
+    for (negotiated, used, flag, words) in cases {
+        assert_refused(negotiated, &[words, "block 3"], |record| {
+            (flag, pack(used, &vec![7; record.header.range().bytes() as usize]))
+        });
+    }
+}
+
+#[test]
+fn a_destination_that_does_not_take_the_compression_ends_the_attempt_before_tracking_starts() {
+    for (compression, offered, others) in [
+        (Compression::Lz4, FEATURE_LZ4, FEATURE_ZSTD),
+        (Compression::Zstd(3), FEATURE_ZSTD, FEATURE_LZ4),
+    ] {
+        for accepted in [0, others] {
+            let source = text();
+            source.vmm.on(At::StartTracking, || panic!("tracking starts"));
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("older");
+            let listener = UnixListener::bind(&path).unwrap();
+            let job = source.send(&path, &OutgoingOptions { compression, ..passes(1) });
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(SOON)).unwrap();
+            let (kind, _, payload) = read_record(&stream).unwrap();
+            assert_eq!((kind, Hello::decode(&payload).unwrap().features), (Kind::Hello, offered));
+            let payload =
+                Accept { version: STREAM_VERSION, features: accepted, host_pages: Vec::new() }
+                    .encode();
+            let header =
+                RecordHeader::plain(Kind::Accept, 0, payload.len()).with_checksum(&payload);
+            stream.write_all(&[header.to_wire().as_slice(), &payload].concat()).unwrap();
+            let (kind, _, payload) = read_record(&stream).unwrap();
+            assert_eq!(kind, Kind::Error);
+            let status = source.wait(job);
+            assert_eq!(status.phase, Phase::Failed);
+            for sentence in [&status.error, &decode_error(&payload).unwrap().sentence] {
+                assert!(
+                    sentence.contains(&format!("compression is {}", compression.name())),
+                    "{sentence}"
+                );
+            }
+            assert!(!lock(&source.vmm.asked).tracking);
+            source.vmm.off(At::StartTracking);
+            migrates_next_time(&source);
+        }
+    }
+}
+
+#[test]
+fn random_pages_arrive_whatever_the_compression() {
+    let mut random = Random::new(9);
+    for compression in
+        [Compression::None, Compression::Lz4, Compression::Zstd(1), Compression::Zstd(19)]
+    {
+        let source = Side::new(Ram::odd(PAGES));
+        for page in (0..PAGES).filter(|page| page % 3 != 1) {
+            // Noise up to somewhere, and zeroes behind it.
+            let mut content = page_content(3, page);
+            content[random.below(PAGE_SIZE) as usize..].fill(0);
+            write(&source, page, &content);
+        }
+        Scene::start(source, &with(compression)).finish();
+    }
+}

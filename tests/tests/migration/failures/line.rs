@@ -1,0 +1,151 @@
+//! After the commit: the source's guest stands still, whoever dies and whoever asks.
+
+use super::scene::{FarScene, Scene, empty, stamped};
+use pageferry_client::{Error, ErrorCode, IncomingOptions, Ownership, Phase, Target};
+use pageferry_protocol::control::request::Request;
+use pageferry_protocol::stream::Kind;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::scenario::{
+    Agent, Attached, Listening, Passing, Relay, SOON, Side, WIRES, Wire, moves_to, passes,
+};
+
+/// The source gave the guest up and was not confirmed: it stands still, and the VMM does not
+/// migrate it again.
+pub fn assert_stands_still(source: &Attached) {
+    assert_eq!(source.client.ownership(), Ownership::Relinquished);
+    assert!(source.vmm.is_paused());
+    assert_eq!(source.vmm.resumes(), 0);
+    let again = source.client.start_outgoing(Target::Address("unix:/nowhere".into()), &passes(1));
+    assert!(matches!(again, Err(Error::NotOurs { .. })));
+}
+
+fn is_commit(record: &Passing) -> bool {
+    record.kind == Kind::Commit
+}
+
+#[test]
+fn a_destination_that_dies_before_it_has_the_commit_leaves_an_unconfirmed_guest_that_stands_still()
+{
+    for wire in WIRES {
+        let mut scene = Scene::start(wire, &passes(1));
+        let _commit = scene.relay.until(is_commit);
+        scene.kill_destination();
+        let status = scene.source.wait(scene.outgoing);
+        assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
+        assert_stands_still(&scene.source);
+    }
+}
+
+#[test]
+fn a_link_that_dies_after_the_commit_leaves_a_guest_that_only_force_resumes() {
+    for wire in WIRES {
+        let agent = Listening::new();
+        let source = Attached::new(&agent.path, stamped());
+        let destination = empty();
+        let mut relay = Relay::over(wire);
+        let incoming = relay.listen(&destination.client, &IncomingOptions::default());
+        let outgoing = relay.send(&source.client, &passes(1));
+
+        let _resumed = relay.until(|record| record.kind == Kind::Resumed);
+        assert!(source.client.cancel().is_err(), "after the line it is too late to cancel");
+        relay.cut();
+        let status = source.wait(outgoing);
+        assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
+        assert!(status.error.contains("did not confirm"), "{}", status.error);
+        assert_eq!(destination.wait(incoming).phase, Phase::Completed);
+        assert_eq!(destination.vmm.resumes(), 1, "it runs there");
+
+        // Neither the VMM nor an operator gets it to run or to migrate here by mistake.
+        assert_stands_still(&source);
+        let ask = |request: &Request| agent.connect().ask(request, Vec::new());
+        let start = Request::StartOutgoing { target: "unix:/nowhere".into(), options: passes(1) };
+        assert_eq!(ask(&start).unwrap_err().code, ErrorCode::State);
+        let refused = ask(&Request::Resume { force: false }).unwrap_err();
+        assert_eq!(refused.code, ErrorCode::State);
+        assert!(refused.sentence.contains("force"), "{refused}");
+        assert_stands_still(&source);
+
+        // An operator who looked at both sides does.
+        ask(&Request::Resume { force: true }).unwrap();
+        assert_eq!(source.vmm.resumes(), 1);
+        assert!(!source.vmm.is_paused());
+        assert_eq!(source.client.ownership(), Ownership::Ours);
+        // The next operator reads that this was decided.
+        let status = source.client.status().unwrap();
+        assert_eq!(status.phase, Phase::Failed);
+        assert!(
+            status.error.starts_with("the guest was resumed here by force; before that: "),
+            "{}",
+            status.error
+        );
+    }
+}
+
+#[test]
+fn after_the_commit_neither_the_end_of_the_agent_nor_a_resume_runs_the_guest_at_the_source() {
+    let mut scene = Scene::start(Wire::Unix, &passes(1));
+    let status = scene.finish();
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(scene.destination().wait(scene.incoming).phase, Phase::Completed);
+    wait_until("the guest to be gone", SOON, || scene.source.client.ownership() == Ownership::Gone)
+        .unwrap();
+    assert!(matches!(
+        scene.source.client.start_outgoing(Target::Address("unix:/nowhere".into()), &passes(1)),
+        Err(Error::NotOurs { .. })
+    ));
+    let Side { attached: Attached { client, vmm, ram: _ram }, agent } = scene.source;
+    drop(client);
+    drop(agent);
+    assert!(vmm.is_paused());
+    assert_eq!(vmm.resumes(), 0);
+}
+
+#[test]
+fn a_guest_whose_arrival_is_confirmed_is_not_resumed_here_by_force() {
+    let agent = Listening::new();
+    let source = Attached::new(&agent.path, stamped());
+    let destination = empty();
+    moves_to(&source, &destination);
+    let refused = agent.connect().ask(&Request::Resume { force: true }, Vec::new()).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::State);
+    assert!(refused.sentence.contains("the destination has confirmed"), "{refused}");
+    assert_eq!(source.vmm.resumes(), 0);
+}
+
+#[test]
+fn a_source_agent_that_is_killed_after_the_commit_leaves_a_guest_that_stands_still() {
+    for held in [Kind::Commit, Kind::Resumed] {
+        let agent = Agent::spawn();
+        let source = Attached::new(agent.socket(), stamped());
+        let mut relay = Relay::new();
+        let destination = empty();
+        relay.listen(&destination.client, &IncomingOptions::default());
+        relay.send(&source.client, &passes(1));
+        let _record = relay.until(|record| record.kind == held);
+        agent.end();
+        wait_until("the agent to be lost", SOON, || source.client.status().is_err()).unwrap();
+        // A new agent does not know of the commit, and gets the guest to run as little as the VMM
+        // does.
+        let next = Agent::spawn();
+        source.reattach(next.socket());
+        assert_stands_still(&source);
+        assert_eq!(destination.vmm.resumes(), u64::from(held == Kind::Resumed));
+    }
+}
+
+#[test]
+fn a_destination_agent_that_is_killed_after_the_commit_leaves_a_guest_that_runs_there_or_nowhere() {
+    for wire in WIRES {
+        for held in [Kind::Commit, Kind::Resumed] {
+            let mut scene = FarScene::start(wire, &passes(1));
+            let _record = scene.relay.until(|record| record.kind == held);
+            scene.agent.kill();
+            let status = scene.finish();
+            assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
+            assert_stands_still(&scene.source);
+            let there = &scene.there;
+            wait_until("the agent to be lost", SOON, || there.client.status().is_err()).unwrap();
+            assert_eq!(there.vmm.resumes(), u64::from(held == Kind::Resumed));
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! The other side is there, and says nothing: the link swallows what it says, or it hangs.
+
+use super::scene::{FarScene, MOMENTS, Moment, PAGES, Scene, empty, filled, stamped};
+use pageferry_client::{
+    Client, Config, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Phase,
+    Target,
+};
+use pageferry_protocol::stream::Kind;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::scenario::{
+    Agent, Attached, Ram, Relay, SOON, Side, TooEarly, WIRES, Wire, assert_same, at_once, config,
+    migrates_next_time, moves_to, passes, says, with_more_time,
+};
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
+use std::time::Duration;
+
+/// Within so long the peer answers, or it counts as silent.
+fn patient_for(timeout: Duration, running: u32) -> OutgoingOptions {
+    OutgoingOptions { peer_timeout: timeout, hook_timeout: timeout, ..passes(running) }
+}
+
+#[test]
+fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
+    let cases: Vec<_> =
+        WIRES.iter().flat_map(|wire| MOMENTS.map(|moment| (*wire, moment))).collect();
+    at_once(&cases, |&(wire, (moment, is_there))| {
+        with_more_time(|timeout| {
+            let mut scene = Scene::start(wire, &patient_for(timeout, 2));
+            // From now on nothing is passed on, and nothing is closed.
+            let _record = scene.reach(is_there)?;
+            let status = scene.assert_source_failed();
+            // Whichever the source was at: waiting for an answer, or for room to send.
+            // On a busy machine the time for the whole stop may be over first.
+            let words =
+                ["was silent for ", "did not take what was sent within", "hand-over was not done"];
+            says(&status.error, &words)?;
+            if moment != MOMENTS[0].0 {
+                let status = scene.assert_destination_failed();
+                says(&status.error, &["silent", "closed"])?;
+            }
+            migrates_next_time(&scene.source);
+            Ok(())
+        });
+    });
+}
+
+#[test]
+fn a_peer_that_does_not_accept_the_connection_is_an_error_within_its_timeout() {
+    let source = filled();
+    let folder = tempfile::tempdir().unwrap();
+    // Nobody ever answers, so this can be too short for nothing.
+    let options = OutgoingOptions { peer_timeout: Duration::from_secs(1), ..passes(1) };
+    let fails = |address: &str, words: &str| {
+        let outgoing = source
+            .client
+            .start_outgoing(Target::Address(address.to_owned()), &options)
+            .unwrap()
+            .job;
+        let status = source.wait(outgoing);
+        assert_eq!(status.phase, Phase::Failed);
+        assert!(status.error.contains(words), "{}", status.error);
+        assert!(!source.vmm.is_paused());
+    };
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let tcp_address = format!("tcp:{}", tcp.local_addr().unwrap());
+    // One that listens, and does nothing more.
+    let path = folder.path().join("deaf");
+    let _unix = UnixListener::bind(&path).unwrap();
+    fails(&format!("unix:{}", path.display()), "silent");
+    fails(&tcp_address, "silent");
+    // Nobody is there.
+    fails(&format!("unix:{}", folder.path().join("nobody").display()), "nobody");
+    drop(tcp);
+    fails(&tcp_address, &tcp_address);
+    migrates_next_time(&source);
+}
+
+/// The moments in which an agent hangs: in a pass, and while the guest stands still.
+fn moments_of_a_hang() -> [(Wire, Moment); 4] {
+    [
+        (Wire::Unix, MOMENTS[3]),
+        (Wire::Tcp, MOMENTS[3]),
+        (Wire::Unix, MOMENTS[7]),
+        (Wire::Tcp, MOMENTS[7]),
+    ]
+}
+
+#[test]
+fn a_destination_agent_that_hangs_is_an_error_within_the_timeout_and_the_guest_runs_on() {
+    at_once(&moments_of_a_hang(), |&(wire, (_, is_there))| {
+        with_more_time(|timeout| {
+            let mut scene = FarScene::start(wire, &patient_for(timeout, 2));
+            let record = scene.reach(is_there)?;
+            scene.agent.freeze();
+            scene.relay.pass(record);
+            let status = scene.finish();
+            assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+            // On a busy machine the time for the whole stop may be over first.
+            says(&status.error, &["silent", "hand-over was not done"])?;
+            assert!(!scene.source.vmm.is_paused());
+            migrates_next_time(&scene.source);
+            Ok(())
+        });
+    });
+}
+
+#[test]
+fn a_source_agent_that_hangs_is_given_up_by_its_vmm_and_the_guest_runs_on() {
+    at_once(&moments_of_a_hang(), |&(wire, (_, is_there))| {
+        with_more_time(|timeout| {
+            let mut agent = Agent::spawn();
+            let config = Config { request_timeout: 2 * timeout, ..config() };
+            let connected = Client::connect(agent.socket(), config);
+            let (client, channel) = connected.map_err(|error| TooEarly(error.to_string()))?;
+            let source = Attached::over(client, channel, stamped());
+            let destination = empty();
+            let mut relay = Relay::over(wire);
+            let options = IncomingOptions { peer_timeout: timeout, ..IncomingOptions::default() };
+            let incoming = relay.listen(&destination.client, &options);
+            let outgoing = relay.send(&source.client, &passes(2));
+            let over = || destination.client.status().unwrap().phase.is_final();
+            let record = relay.until_unless(over, is_there);
+            let _record =
+                record.ok_or_else(|| TooEarly(destination.client.status().unwrap().error))?;
+            agent.freeze();
+            // Whatever it asks of its agent next tells the VMM.
+            let lost = source.client.wait(outgoing, SOON).unwrap_err();
+            assert!(matches!(lost, Error::AgentLost { .. }), "{lost}");
+            wait_until("the guest to run", SOON, || !source.vmm.is_paused()).unwrap();
+            assert_eq!(destination.wait(incoming).phase, Phase::Failed);
+            assert_eq!(source.client.ownership(), Ownership::Ours);
+
+            let next = Agent::spawn();
+            source.reattach(next.socket());
+            moves_to(&source, &destination);
+            Ok(())
+        });
+    });
+}
+
+#[test]
+fn a_peer_that_answers_byte_by_byte_does_not_keep_the_guest_paused() {
+    at_once(&WIRES, |&wire| {
+        with_more_time(|timeout| {
+            let mut scene = Scene::start(wire, &patient_for(timeout, 1));
+            let record = scene.reach(|record| record.kind == Kind::Loaded)?;
+            // Each byte comes long before the timeout, and all of them long after it.
+            scene.relay.trickle(&record, timeout / 8, || {
+                scene.source.client.status().unwrap().phase.is_final()
+            });
+            let status = scene.assert_source_failed();
+            // On a busy machine the time for the whole stop may be over first.
+            says(
+                &status.error,
+                &["did not send a whole record within ", "hand-over was not done"],
+            )?;
+            scene.assert_destination_failed();
+            migrates_next_time(&scene.source);
+            Ok(())
+        });
+    });
+}
+
+#[test]
+fn a_destination_that_is_killed_under_a_low_bandwidth_is_noticed() {
+    let mut agent = Agent::spawn();
+    let there = Attached::new(agent.socket(), Ram::odd(PAGES));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("direct");
+    there.listen(&path, &IncomingOptions::default());
+    let source = filled();
+    let outgoing = source.send(&path, &OutgoingOptions { bandwidth: MIN_BANDWIDTH, ..passes(1) });
+    wait_until("pages", SOON, || source.client.status().unwrap().counters.pages_sent > 2).unwrap();
+    agent.kill();
+    let status = source.wait(outgoing);
+    assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+    assert!(status.counters.pages_sent < PAGES, "it went on: {:?}", status.counters);
+    migrates_next_time(&source);
+}
+
+#[test]
+fn a_low_bandwidth_does_not_make_the_source_look_dead() {
+    const PAGES: u64 = 256;
+    let (source, destination) = (Side::new(Ram::odd(PAGES)), Side::new(Ram::odd(PAGES)));
+    (0..PAGES).for_each(|page| source.ram.write(page, page + 1));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("direct");
+    // 1 MiB takes 16 s.
+    let options =
+        IncomingOptions { peer_timeout: Duration::from_secs(6), ..IncomingOptions::default() };
+    let incoming = destination.listen(&path, &options);
+    let outgoing = source.send(&path, &OutgoingOptions { bandwidth: MIN_BANDWIDTH, ..passes(1) });
+    let status = source.wait(outgoing);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(destination.wait(incoming).phase, Phase::Completed);
+    assert_same(&source.ram, &destination.ram);
+}

@@ -1,0 +1,35 @@
+//! A file that shrinks under the agent.
+
+use super::scene::{MOMENTS, PAGES, Scene, empty, stamp};
+use pageferry_client::Punch;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::scenario::{Ram, Side, Wire, migrates_next_time, passes};
+
+#[test]
+fn a_file_that_is_truncated_under_the_agent_fails_the_job_and_the_session_goes_on() {
+    for (moment, is_there) in [MOMENTS[0], MOMENTS[5]] {
+        eprintln!("truncated {moment}");
+        let source = Side::new(Ram::unsealed(PAGES));
+        stamp(&source.ram);
+        let mut scene = Scene::start_with(Wire::Unix, source, empty(), &passes(2));
+        let record = scene.relay.until(is_there);
+        let ram = scene.source.ram.clone();
+        let whole = ram.fd_offset + PAGES * PAGE_SIZE;
+        rustix::fs::ftruncate(&ram.fd, whole - 10 * PAGE_SIZE).unwrap();
+        scene.source.client.log().mark(PageRange::new(ram.gpa / PAGE_SIZE + PAGES - 5, 1));
+        scene.relay.pass(record);
+        let status = scene.finish();
+        assert!(
+            status.error.contains("block 3") && status.error.contains("truncated"),
+            "{}",
+            status.error
+        );
+        scene.assert_source_failed();
+        let there = scene.assert_destination_failed();
+        assert!(there.error.contains("truncated"), "the destination is told: {}", there.error);
+        // A discard of what is not there any more is no less a discard.
+        assert_eq!(scene.source.client.discard(&[ram.range(PAGES - 5, 5)], Punch::Yes).unwrap(), 5);
+        rustix::fs::ftruncate(&ram.fd, whole).unwrap();
+        migrates_next_time(&scene.source);
+    }
+}

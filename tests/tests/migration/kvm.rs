@@ -1,0 +1,104 @@
+//! A real guest under KVM migrates while it writes, with either tracker, and counts on at the
+//! destination.
+
+use pageferry_client::{Client, Config, IncomingOptions, NonConvergence, OutgoingOptions, Phase};
+use pageferry_protocol::memory::PageRange;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep, check_consistent, counters};
+use pageferry_tests::in_process::InProcessAgent;
+use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::require;
+use pageferry_tests::usage::Usage;
+use pageferry_tests::verify::same_block;
+use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use std::sync::Arc;
+
+/// The firmware lies in the first block; the sweep goes through both.
+fn memory() -> Arc<TestMemory> {
+    let low = BlockLayout { fd_offset: 0x3000, ..BlockLayout::ram(8 << 20) };
+    let high =
+        BlockLayout { id: 1, name: "high".into(), gpa: 64 << 20, ..BlockLayout::ram(8 << 20) };
+    Arc::new(TestMemory::new(vec![low, high]).unwrap())
+}
+
+struct Side {
+    vmm: MockVmm,
+    sweep: Sweep,
+    _agent: InProcessAgent,
+}
+
+impl Side {
+    fn new() -> Self {
+        let usage = Usage::new(memory()).unwrap();
+        let sweep = Sweep::all(usage.memory().guest()).spins(2000);
+        let (agent, socket) = InProcessAgent::start().unwrap();
+        let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
+        let vmm = MockVmm::new(client, channel, usage, Tracker::Log).unwrap();
+        Self { vmm, sweep, _agent: agent }
+    }
+
+    fn guest(&self) -> KvmGuest {
+        KvmGuest::new(self.vmm.memory().guest().clone(), self.sweep.clone()).unwrap()
+    }
+
+    fn counters(&self) -> Vec<u32> {
+        counters(self.vmm.memory().guest(), &self.sweep).unwrap()
+    }
+}
+
+fn migrate_with(tracker: impl FnOnce(&KvmGuest, &TestMemory) -> Tracker) {
+    let (source, destination) = (Side::new(), Side::new());
+    let mut guest = source.guest();
+    guest.boot().unwrap();
+    source.vmm.set_tracker(tracker(&guest, source.vmm.memory())).unwrap();
+    source.vmm.set_guest(guest);
+    destination.vmm.set_guest(destination.guest());
+    source.vmm.start().unwrap();
+    let last = || *source.counters().last().unwrap();
+    wait_until("two sweeps", PATIENCE, || last() >= 2).unwrap();
+
+    let (_, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (max_passes, policy) = (5, NonConvergence::StopAnyway);
+    let options = OutgoingOptions {
+        streams: 2,
+        bandwidth: 100 << 20,
+        max_passes,
+        policy,
+        ..OutgoingOptions::default()
+    };
+    let job = source.vmm.start_outgoing(&address, &options).unwrap();
+    let status = source.vmm.wait_job(job, PATIENCE).unwrap();
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    let sent = status.counters.pages_sent;
+    assert!(status.counters.passes > 1 && sent > source.sweep.pages(), "{:?}", status.counters);
+
+    let stopped = check_consistent(source.counters()).unwrap();
+    wait_until("two sweeps at the destination", PATIENCE, || {
+        destination.counters()[0].wrapping_sub(stopped.sweeps) >= 2
+    })
+    .unwrap();
+    destination.vmm.stop().unwrap();
+    let progress = check_consistent(destination.counters()).unwrap();
+    assert!(progress.sweeps >= stopped.sweeps + 2);
+    assert_eq!(check_consistent(source.counters()).unwrap(), stopped, "the source stands still");
+    // The guest does not write its firmware.
+    let [here, there] = [&source, &destination].map(|side| side.vmm.memory().block(0).unwrap());
+    let discarded = source.vmm.client().discarded(0).unwrap();
+    same_block(here, &discarded, there, |page| PageRange::new(0, FIRMWARE_PAGES).end() > page)
+        .unwrap();
+}
+
+#[test]
+fn a_guest_tracked_by_kvms_dirty_log_counts_on() {
+    if require::kvm() {
+        migrate_with(|guest, _| Tracker::Hooks(Box::new(guest.dirty_log().unwrap())));
+    }
+}
+
+#[test]
+fn a_guest_tracked_by_write_protection_counts_on() {
+    if require::kvm() && require::uffd() {
+        migrate_with(|_, _| Tracker::WriteProtect);
+    }
+}

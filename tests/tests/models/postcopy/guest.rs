@@ -1,0 +1,345 @@
+//! The guest at the destination: threads that touch its memory, and what they may find there, kept
+//! naively.
+//!
+//! A touch begins when it is handed to a thread and ends when the thread's report is read, so what
+//! it found is checked against all that the page may have held in between.
+
+use crate::source::{Memory, Model, Page, all_pages};
+use pageferry_client::{Client, Mode};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::scenario::SOON;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+const THREADS: usize = 3;
+
+/// One page of the guest.
+struct Cell {
+    /// What a read may find now; several if it is not known in which order things happened.
+    values: BTreeSet<u64>,
+    discarded: bool,
+    /// May be allocated.
+    may_hold: bool,
+    /// Written after its discard at the source, so that content may still come, unless it is
+    /// discarded here, too.
+    stray: bool,
+    /// Was touched at any time.
+    touched: bool,
+    /// Touches under way, by thread.
+    flights: BTreeMap<usize, Flight>,
+    /// What happened to it, for who reads of a failure.
+    story: Vec<Event>,
+}
+
+#[derive(Debug)]
+#[expect(dead_code, reason = "read by whoever reads of a failure")]
+enum Event {
+    /// Moved here, with what it may hold.
+    Arrived(Vec<u64>),
+    /// A device read this.
+    Device(u64),
+    /// A thread begins to read, or to write this.
+    Begin(usize, Option<u64>),
+    /// A thread has read or written this.
+    End(usize, u64),
+    /// Discarded, and not freed if it holds something.
+    Discard(Option<u64>),
+    Populate,
+    /// Punched by the VMM.
+    Punch,
+    /// Freed, and the guest may use it.
+    Free,
+}
+
+/// A touch under way.
+struct Flight {
+    /// What it writes, if it does.
+    writes: Option<u64>,
+    /// A read: what the page may have held since it began. A write: what may have come after it.
+    meanwhile: BTreeSet<u64>,
+    /// Nothing changed the page meanwhile.
+    alone: bool,
+}
+
+impl Cell {
+    fn new(values: BTreeSet<u64>, discarded: bool, may_hold: bool) -> Self {
+        let stray = discarded && may_hold;
+        let story = vec![Event::Arrived(values.iter().copied().collect())];
+        Self { values, discarded, may_hold, stray, touched: false, flights: BTreeMap::new(), story }
+    }
+
+    fn in_flight(&self) -> BTreeSet<u64> {
+        self.flights.values().filter_map(|flight| flight.writes).collect()
+    }
+
+    fn begin(&mut self, thread: usize, writes: Option<u64>) {
+        self.story.push(Event::Begin(thread, writes));
+        let others = self.in_flight();
+        let alone = others.is_empty();
+        if let Some(value) = writes {
+            self.values.insert(value);
+            for flight in self.flights.values_mut() {
+                flight.meanwhile.insert(value);
+                flight.alone = false;
+            }
+        }
+        let meanwhile = if writes.is_some() { others } else { self.values.clone() };
+        self.flights.insert(thread, Flight { writes, meanwhile, alone });
+        (self.touched, self.may_hold) = (true, true);
+    }
+
+    fn end(&mut self, page: Page, thread: usize, found: u64) {
+        self.story.push(Event::End(thread, found));
+        let flight = self.flights.remove(&thread).unwrap();
+        match flight.writes {
+            Some(value) => {
+                self.values = flight.meanwhile;
+                self.values.insert(value);
+            }
+            None => {
+                assert!(
+                    flight.meanwhile.contains(&found),
+                    "page {page:?}: {found} read, {:?} expected: {self}",
+                    flight.meanwhile
+                );
+                if flight.alone {
+                    self.values = [found].into();
+                }
+            }
+        }
+    }
+
+    /// The page was freed.
+    fn freed(&mut self) {
+        for flight in self.flights.values_mut() {
+            flight.meanwhile.insert(0);
+            flight.alone = false;
+        }
+        self.values = self.in_flight();
+        self.values.insert(0);
+        self.may_hold = !self.flights.is_empty();
+    }
+
+    /// The page was discarded and not freed; it holds `content` now, or is a hole.
+    fn kept(&mut self, page: Page, content: Option<u64>) {
+        match content {
+            None => self.freed(),
+            Some(content) => {
+                // What is still to come does not, and who waits for it finds zero.
+                let waits = !self.flights.is_empty();
+                assert!(self.may_hold, "page {page:?} is allocated: {self}");
+                let possible = self.values.contains(&content) || waits && content == 0;
+                assert!(possible, "page {page:?} holds {content}: {self}");
+                for flight in self.flights.values_mut() {
+                    flight.meanwhile.insert(0);
+                    flight.alone = false;
+                }
+                self.values = self.in_flight();
+                self.values.insert(content);
+            }
+        }
+    }
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { values, discarded, story, .. } = self;
+        write!(formatter, "expected {values:?}, discarded {discarded}, after {story:?}")
+    }
+}
+
+struct Touch {
+    page: Page,
+    writes: Option<u64>,
+}
+
+/// A touch is done.
+struct Report {
+    thread: usize,
+    found: u64,
+}
+
+/// The threads of the guest.
+struct Threads {
+    orders: Vec<Sender<Touch>>,
+    reports: Receiver<Report>,
+    joined: Vec<JoinHandle<()>>,
+}
+
+impl Threads {
+    fn start(memory: &Arc<Memory>) -> Self {
+        let (report, reports) = channel();
+        let mut threads = Self { orders: Vec::new(), reports, joined: Vec::new() };
+        for thread in 0..THREADS {
+            let (order, orders) = channel::<Touch>();
+            let (memory, report) = (memory.clone(), report.clone());
+            threads.orders.push(order);
+            threads.joined.push(std::thread::spawn(move || {
+                for Touch { page: (id, page), writes } in orders {
+                    let found = match writes {
+                        Some(value) => {
+                            memory.block(id).store(page * PAGE_SIZE, value).unwrap();
+                            value
+                        }
+                        None => memory.block(id).load(page * PAGE_SIZE).unwrap(),
+                    };
+                    // Nobody listens if the test has failed.
+                    let _ = report.send(Report { thread, found });
+                }
+            }));
+        }
+        threads
+    }
+}
+
+/// The guest.
+pub struct Guest {
+    cells: BTreeMap<Page, Cell>,
+    threads: Threads,
+    /// What each thread does.
+    busy: BTreeMap<usize, Page>,
+}
+
+impl Guest {
+    /// The guest that `model` describes, whose source stands still, begins to run in `memory`.
+    pub fn new(model: &Model, mode: Mode, memory: &Arc<Memory>, client: &Client) -> Self {
+        let cell = |page: Page| {
+            let discarded = client.discarded(page.0).unwrap().contains(page.1);
+            let allocated = model.allocated.contains(&page);
+            // Without passes nothing is known of when a discarded page was written.
+            let stray = model.stray.get(&page).filter(|_| mode != Mode::Postcopy);
+            let cell = match (model.late.get(&page), model.discarded.contains(&page)) {
+                (Some(before), _) => {
+                    let values = before.iter().copied().chain([0]).collect();
+                    return (page, Cell::new(values, discarded, !before.is_empty()));
+                }
+                (None, true) => {
+                    let values = stray.into_iter().flatten().copied().chain([0]).collect();
+                    Cell::new(values, true, stray.is_some())
+                }
+                (None, false) => {
+                    let value = model.content.get(&page).copied().unwrap_or(0);
+                    Cell::new([value].into(), false, allocated)
+                }
+            };
+            assert_eq!(
+                discarded, cell.discarded,
+                "the destination's bitmap, page {page:?}, stray {stray:?}"
+            );
+            (page, cell)
+        };
+        let cells = all_pages().into_iter().map(cell).collect();
+        Self { cells, threads: Threads::start(memory), busy: BTreeMap::new() }
+    }
+
+    /// A device found this while it loaded its state.
+    pub fn device_read(&mut self, page: Page, found: u64) {
+        let cell = self.cells.get_mut(&page).unwrap();
+        assert!(cell.values.contains(&found), "page {page:?}: a device read {found}: {cell}");
+        cell.story.push(Event::Device(found));
+        cell.values = [found].into();
+        (cell.touched, cell.may_hold) = (true, true);
+    }
+
+    /// A thread that has nothing to do.
+    pub fn idle(&self) -> Option<usize> {
+        (0..THREADS).find(|thread| !self.busy.contains_key(thread))
+    }
+
+    /// The pages that are being touched.
+    pub fn touching(&self) -> impl Iterator<Item = Page> + '_ {
+        self.busy.values().copied()
+    }
+
+    pub fn touch(&mut self, thread: usize, page: Page, writes: Option<u64>) {
+        self.cells.get_mut(&page).unwrap().begin(thread, writes);
+        self.busy.insert(thread, page);
+        self.threads.orders[thread].send(Touch { page, writes }).unwrap();
+    }
+
+    fn ended(&mut self, Report { thread, found }: Report) -> Page {
+        let page = self.busy.remove(&thread).unwrap();
+        self.cells.get_mut(&page).unwrap().end(page, thread, found);
+        page
+    }
+
+    /// The next touch that is done, if one is: its page.
+    pub fn done(&mut self) -> Option<Page> {
+        let report = self.threads.reports.try_recv().ok()?;
+        Some(self.ended(report))
+    }
+
+    /// Waits until nothing is touched any more.
+    pub fn rest(&mut self) {
+        while !self.busy.is_empty() {
+            let report = self.threads.reports.recv_timeout(SOON);
+            let report =
+                report.unwrap_or_else(|_| panic!("touches wait for ever: {:?}", self.busy));
+            self.ended(report);
+        }
+    }
+
+    pub fn was_touched(&self, page: Page) -> bool {
+        self.cells[&page].touched
+    }
+
+    pub fn is_discarded(&self, page: Page) -> bool {
+        self.cells[&page].discarded
+    }
+
+    /// The page was discarded, and freed unless it holds `content`.
+    pub fn discarded(&mut self, page: Page, content: Option<u64>) {
+        let cell = self.cells.get_mut(&page).unwrap();
+        (cell.discarded, cell.stray) = (true, false);
+        cell.story.push(Event::Discard(content));
+        cell.kept(page, content);
+    }
+
+    pub fn populated(&mut self, page: Page) {
+        let cell = self.cells.get_mut(&page).unwrap();
+        cell.story.push(Event::Populate);
+        cell.discarded = false;
+    }
+
+    /// The page was freed: it is a hole until it is touched. To free what is discarded is to
+    /// discard it once more.
+    pub fn frees(&mut self, page: Page) {
+        let cell = self.cells.get_mut(&page).unwrap();
+        cell.stray = false;
+        cell.story.push(Event::Free);
+        cell.freed();
+    }
+
+    /// The VMM freed a discarded page by itself.
+    pub fn freed(&mut self, page: Page) {
+        let cell = self.cells.get_mut(&page).unwrap();
+        cell.story.push(Event::Punch);
+        let to_come = if cell.stray { cell.values.clone() } else { BTreeSet::new() };
+        cell.freed();
+        cell.values.extend(to_come);
+        cell.may_hold |= cell.stray;
+    }
+
+    /// All memory is as it must be. Nothing is being touched.
+    pub fn check(&self, memory: &Memory, client: &Client) {
+        for (page, cell) in &self.cells {
+            assert_eq!(
+                client.discarded(page.0).unwrap().contains(page.1),
+                cell.discarded,
+                "bitmap, page {page:?}"
+            );
+            assert!(cell.may_hold || memory.is_hole(*page), "page {page:?} is allocated: {cell}");
+            let stamp = memory.stamp(*page);
+            assert!(cell.values.contains(&stamp), "page {page:?} holds {stamp}: {cell}");
+        }
+    }
+
+    /// Ends the threads.
+    pub fn stop(mut self) {
+        self.threads.orders.clear();
+        self.threads.joined.drain(..).for_each(|thread| thread.join().unwrap());
+    }
+}

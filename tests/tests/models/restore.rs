@@ -1,0 +1,397 @@
+//! A restored guest finds what was saved, eager or lazy, whatever it touches, writes, discards,
+//! frees and populates while its memory comes: against a model that is a map.
+//!
+//! A guest with random memory is saved, once or as an increment. Then it is restored again and
+//! again, from one image, several at once, into VMMs whose guests do random things as soon as they
+//! run, and discard before that. Nothing is allocated that was not allocated when it was saved, or
+//! touched since (`never-populate`); what is discarded is a hole (`same-memory`).
+
+use crate::blocks::{self, LOG_COVERS, Page};
+use pageferry_client::{
+    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RestoreMode, RestoreOptions,
+    RunState, SnapshotMode, SnapshotOptions, StatePiece,
+};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::in_process::InProcessAgent;
+use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::random::Random;
+use pageferry_tests::require;
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(60);
+/// VMMs at once.
+const VMMS: u64 = 3;
+
+/// What a page is; a page that is not named holds zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Is {
+    Discarded,
+    Holds(u64),
+}
+
+type Model = BTreeMap<Page, Is>;
+
+fn layouts() -> Vec<BlockLayout> {
+    blocks::layouts(1177)
+}
+
+fn some_pages(chance: &mut Random) -> (u32, PageRange) {
+    let layouts = layouts();
+    let layout = &layouts[chance.below(layouts.len() as u64) as usize];
+    let pages = layout.length / PAGE_SIZE;
+    let first = chance.below(pages);
+    let longest = (pages - first).min(1 + chance.below(120));
+    (layout.id, PageRange::new(first, 1 + chance.below(longest)))
+}
+
+fn pages_of((id, range): (u32, PageRange)) -> impl Iterator<Item = Page> {
+    (range.first..range.end()).map(move |page| (id, page))
+}
+
+fn range_of((id, range): (u32, PageRange)) -> [BlockRange; 1] {
+    [BlockRange { block: id, offset: range.offset(), length: range.bytes() }]
+}
+
+#[derive(Default)]
+struct Record {
+    runs: AtomicBool,
+    lost: AtomicBool,
+    state: Mutex<Vec<StatePiece>>,
+}
+
+struct Vmm(Arc<Record>);
+
+impl Hooks for Vmm {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
+    fn pause(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.0.runs.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        Ok(vec![StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }])
+    }
+
+    fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
+        *self.0.state.lock().unwrap() = state;
+        Ok(())
+    }
+
+    fn memory_lost(&mut self) {
+        self.0.lost.store(true, Ordering::SeqCst);
+    }
+}
+
+/// A VMM with its agent; fields drop in order, so the connection closes before the agent is waited
+/// for.
+struct Side {
+    memory: TestMemory,
+    client: Client,
+    record: Arc<Record>,
+    _agent: InProcessAgent,
+}
+
+impl Side {
+    fn new() -> Self {
+        let memory = TestMemory::new(layouts()).unwrap();
+        let (agent, socket) = InProcessAgent::start().unwrap();
+        let config = Config { log_covers: LOG_COVERS, ..Config::default() };
+        let (client, channel) = Client::from_socket(socket, config).unwrap();
+        let record = Arc::new(Record::default());
+        channel.spawn(Vmm(record.clone())).unwrap();
+        memory.add_to(&client).unwrap();
+        client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
+        Self { memory, client, record, _agent: agent }
+    }
+
+    fn load(&self, (id, page): Page) -> u64 {
+        self.memory.block(id).unwrap().load(page * PAGE_SIZE + 16).unwrap()
+    }
+
+    fn store(&self, (id, page): Page, value: u64) {
+        let block = self.memory.block(id).unwrap();
+        block.store(page * PAGE_SIZE + 16, value).unwrap();
+        block.mark(PageRange::new(page, 1));
+    }
+
+    /// Frees pages: what is discarded stays so, and all else is zero until it is written.
+    fn free(&self, pages: (u32, PageRange), model: &mut Model) {
+        let discarded = |page: &Page| model.get(page) == Some(&Is::Discarded);
+        let freed: Vec<_> = pages_of(pages).filter(|page| !discarded(page)).collect();
+        assert_eq!(self.client.free(&range_of(pages)).unwrap(), freed.len() as u64);
+        model.extend(freed.into_iter().map(|page| (page, Is::Holds(0))));
+    }
+
+    fn is_hole(&self, (id, page): Page) -> bool {
+        self.memory.block(id).unwrap().is_hole(PageRange::new(page, 1)).unwrap()
+    }
+
+    fn allocated(&self) -> BTreeSet<Page> {
+        let all = layouts()
+            .into_iter()
+            .flat_map(|layout| pages_of((layout.id, PageRange::new(0, layout.length / PAGE_SIZE))));
+        all.filter(|page| !self.is_hole(*page)).collect()
+    }
+}
+
+/// A guest with random memory.
+fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
+    for _ in 0..30 {
+        let pages = some_pages(chance);
+        match chance.below(5) {
+            0 => {
+                side.client.discard(&range_of(pages), Punch::Yes).unwrap();
+                model.extend(pages_of(pages).map(|page| (page, Is::Discarded)));
+            }
+            4 => side.free(pages, model),
+            1 => {
+                side.client.populate(&range_of(pages)).unwrap();
+                let gained = pages_of(pages).filter(|page| model.get(page) == Some(&Is::Discarded));
+                let gained: Vec<_> = gained.map(|page| (page, Is::Holds(0))).collect();
+                model.extend(gained);
+            }
+            _ => {
+                for page in pages_of(pages)
+                    .filter(|page| model.get(page) != Some(&Is::Discarded))
+                    .collect::<Vec<_>>()
+                {
+                    let value = if chance.one_in(6) { 0 } else { chance.below(u64::MAX) };
+                    side.store(page, value);
+                    model.insert(page, Is::Holds(value));
+                }
+            }
+        }
+    }
+}
+
+/// Saves it, perhaps again and again. Returns the name of the last image.
+fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> String {
+    let mut options =
+        SnapshotOptions { mode: SnapshotMode::Paused, track: true, ..SnapshotOptions::default() };
+    for number in 0..1 + chance.below(3) {
+        fill(chance, side, model);
+        let path = folder.join(format!("image{number}"));
+        let started = side.client.start_snapshot(&path, &options).unwrap();
+        let status = side.client.wait(started.job, SOON).unwrap();
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        path.to_str().unwrap().clone_into(&mut options.base);
+    }
+    options.base
+}
+
+/// Restores into a VMM whose guest does things meanwhile.
+fn restore(
+    seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mode: RestoreMode,
+    working_set: &str,
+) {
+    let (mut chance, side, mut model) = (Random::new(seed), Side::new(), saved.clone());
+    // What an earlier guest left there.
+    (0..50).for_each(|_| side.store((9, chance.below(1177)), u64::MAX));
+    // What was discarded of that guest says nothing of the one that comes, unless it is discarded
+    // once more.
+    let before: Vec<_> = (0..chance.below(4)).map(|_| some_pages(&mut chance)).collect();
+    for pages in &before {
+        side.client.discard(&range_of(*pages), Punch::Yes).unwrap();
+    }
+    let options = RestoreOptions {
+        mode,
+        workers: 1 + chance.below(3) as u16,
+        // So slow that the guest does something before it is all here.
+        bandwidth: if chance.one_in(2) { 0 } else { 4 << 20 },
+        working_set: if mode == RestoreMode::Lazy { working_set.to_owned() } else { String::new() },
+        ..RestoreOptions::default()
+    };
+    if chance.one_in(2) {
+        // Reserved and never written: it looks like a hole, and is none.
+        let reserve = rustix::fs::FallocateFlags::KEEP_SIZE;
+        let block = side.memory.block(2).unwrap();
+        rustix::fs::fallocate(
+            block.file(),
+            reserve,
+            block.layout().fd_offset,
+            block.layout().length,
+        )
+        .unwrap();
+    }
+    let started = side.client.start_restore(Path::new(image), &options).unwrap();
+    let mut touched = BTreeSet::new();
+    // Its own word, whatever the image says of them.
+    let again = before.into_iter().filter(|_| chance.one_in(2)).collect::<Vec<_>>();
+    for pages in (0..chance.below(4)).map(|_| some_pages(&mut chance)).chain(again) {
+        side.client.discard(&range_of(pages), Punch::Yes).unwrap();
+        model.extend(pages_of(pages).map(|page| (page, Is::Discarded)));
+    }
+    // What is freed meanwhile does not come. It is ordinary memory, also where the guest before had
+    // it discarded; unless the image says that it is discarded, or the VMM did meanwhile.
+    for pages in (0..chance.below(6)).map(|_| some_pages(&mut chance)) {
+        side.client.free(&range_of(pages)).unwrap();
+        for page in pages_of(pages)
+            .filter(|page| model.get(page) != Some(&Is::Discarded))
+            .collect::<Vec<_>>()
+        {
+            model.insert(page, Is::Holds(0));
+        }
+    }
+    let runs = || side.record.runs.load(Ordering::SeqCst);
+    wait_until("the guest to run", SOON, || {
+        runs() || side.client.status().is_ok_and(|status| status.phase.is_final())
+    })
+    .unwrap();
+    assert!(runs(), "{:?}", side.client.status());
+    for _ in 0..60 {
+        let pages = some_pages(&mut chance);
+        match chance.below(9) {
+            8 => {
+                side.free(pages, &mut model);
+                for page in pages_of(pages) {
+                    touched.remove(&page);
+                    assert!(side.is_hole(page), "acknowledged is freed: {page:?}");
+                }
+            }
+            0 => {
+                side.client.discard(&range_of(pages), Punch::Yes).unwrap();
+                for page in pages_of(pages) {
+                    model.insert(page, Is::Discarded);
+                    touched.remove(&page);
+                    assert!(side.is_hole(page), "acknowledged is freed: {page:?}");
+                }
+            }
+            1 => {
+                side.client.populate(&range_of(pages)).unwrap();
+                for page in pages_of(pages)
+                    .filter(|page| model.get(page) == Some(&Is::Discarded))
+                    .collect::<Vec<_>>()
+                {
+                    model.insert(page, Is::Holds(0));
+                }
+            }
+            2..5 => {
+                for page in pages_of(pages)
+                    .filter(|page| model.get(page) != Some(&Is::Discarded))
+                    .collect::<Vec<_>>()
+                {
+                    let value = chance.below(u64::MAX);
+                    side.store(page, value);
+                    model.insert(page, Is::Holds(value));
+                    touched.insert(page);
+                }
+            }
+            _ => {
+                for page in pages_of(pages)
+                    .filter(|page| model.get(page) != Some(&Is::Discarded))
+                    .collect::<Vec<_>>()
+                {
+                    let Some(Is::Holds(expected)) = model.get(&page).or(Some(&Is::Holds(0))) else {
+                        continue;
+                    };
+                    assert_eq!(side.load(page), *expected, "page {page:?} as it is touched");
+                    touched.insert(page);
+                }
+            }
+        }
+    }
+    let _ = side.client.set_parameters(&pageferry_client::OutgoingOptions::default());
+    let status = side.client.wait(started.job, SOON).unwrap();
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert!(!side.record.lost.load(Ordering::SeqCst));
+    assert_eq!(
+        *side.record.state.lock().unwrap(),
+        [StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }]
+    );
+    for layout in layouts() {
+        let block = side.memory.block(layout.id).unwrap();
+        let discarded = side.client.discarded(layout.id).unwrap();
+        for page in pages_of((layout.id, block.all())) {
+            let is = model.get(&page).copied().unwrap_or(Is::Holds(0));
+            assert_eq!(discarded.contains(page.1), is == Is::Discarded, "page {page:?}: discarded");
+            match is {
+                Is::Discarded => assert!(side.is_hole(page), "discarded page {page:?} is no hole"),
+                Is::Holds(value) => {
+                    assert_eq!(
+                        block.read_word(page.1 * PAGE_SIZE + 16).unwrap(),
+                        value,
+                        "page {page:?}"
+                    );
+                }
+            }
+        }
+    }
+    // `never-populate`.
+    let more: Vec<_> = side
+        .allocated()
+        .into_iter()
+        .filter(|page| !allocated.contains(page) && !touched.contains(page))
+        .collect();
+    assert!(more.is_empty(), "allocated, and were not: {more:?}");
+}
+
+fn run_case(seed: u64, mode: RestoreMode) {
+    let mut chance = Random::new(seed);
+    let folder = tempfile::tempdir().unwrap();
+    let (side, mut model) = (Side::new(), Model::new());
+    let image = save(&mut chance, &side, folder.path(), &mut model);
+    let allocated = side.allocated();
+    drop(side);
+    let images = || {
+        let names = (0..3).map(|number| folder.path().join(format!("image{number}")));
+        names.filter_map(|name| std::fs::read(name).ok()).collect::<Vec<_>>()
+    };
+    let before = images();
+    let working_set = folder.path().join("working-set").to_str().unwrap().to_owned();
+    for _ in 0..2 {
+        std::thread::scope(|scope| {
+            for vmm in 0..VMMS {
+                let (image, model, allocated, working_set) =
+                    (&image, &model, &allocated, &working_set);
+                let seed = chance.below(u64::MAX) ^ vmm;
+                scope.spawn(move || restore(seed, image, model, allocated, mode, working_set));
+            }
+        });
+    }
+    assert!(images() == before, "an image is never written to");
+}
+
+fn cases() -> ProptestConfig {
+    ProptestConfig {
+        cases: std::env::var("PAGEFERRY_CASES")
+            .ok()
+            .and_then(|cases| cases.parse().ok())
+            .unwrap_or(12),
+        max_shrink_iters: 0,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+fn repeated(seed: u64) -> u64 {
+    std::env::var("PAGEFERRY_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(seed)
+}
+
+proptest! {
+    #![proptest_config(cases())]
+
+    #[test]
+    fn a_guest_that_is_restored_lazily_finds_what_was_saved(seed in any::<u64>()) {
+        if require::uffd() {
+            run_case(repeated(seed), RestoreMode::Lazy);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_is_restored_eagerly_finds_what_was_saved(seed in any::<u64>()) {
+        run_case(repeated(seed), RestoreMode::Eager);
+    }
+}

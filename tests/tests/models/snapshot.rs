@@ -1,0 +1,390 @@
+//! A background snapshot is a consistent cut: every page is as it was at the instant, none is
+//! later, whatever the guest writes, discards, frees and populates meanwhile; and so is each
+//! increment to it, also after attempts that were cancelled. Against a model that is a few maps.
+//!
+//! Threads write stamps, each into pages of its own, through the mapping that is protected, while
+//! another one discards, frees and populates. When the VMM is asked to pause, what every page holds
+//! is written down: that is what the image has to say. What discards, frees and populates are under
+//! way then may be in it or not.
+
+use crate::blocks::{self, LOG_COVERS, Page};
+use pageferry_agent::image::Chain;
+use pageferry_client::{
+    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RunState, SnapshotMode,
+    SnapshotOptions, StatePiece,
+};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::in_process::InProcessAgent;
+use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::random::Random;
+use pageferry_tests::require;
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(60);
+/// Threads that write.
+const WRITERS: u64 = 2;
+/// A limit in bytes per second, that has a snapshot take its time.
+const SLOW: u64 = 64 << 20;
+
+fn layouts() -> Vec<BlockLayout> {
+    blocks::layouts(1577)
+}
+
+fn all_pages() -> impl Iterator<Item = Page> {
+    layouts()
+        .into_iter()
+        .flat_map(|layout| (0..layout.length / PAGE_SIZE).map(move |page| (layout.id, page)))
+}
+
+/// Whose page it is.
+fn writer_of((id, page): Page) -> u64 {
+    (u64::from(id) + page / 3) % WRITERS
+}
+
+/// What a page may be in the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Is {
+    Discarded,
+    /// The stamp; 0 for a page of zeroes.
+    Holds(u64),
+}
+
+/// The pages of one writer.
+#[derive(Debug, Default)]
+struct Part {
+    /// What is settled. A page that is not in it was never written.
+    pages: BTreeMap<Page, Is>,
+    /// Discards, frees and populates under way, or begun while the guest stood still: what else the
+    /// page may be.
+    unsettled: BTreeMap<Page, BTreeSet<Is>>,
+    /// Pages that are being discarded, freed or populated: nobody writes there.
+    busy: BTreeSet<Page>,
+}
+
+/// What the image has to say: one of these for each page.
+type Cut = BTreeMap<Page, BTreeSet<Is>>;
+
+struct World {
+    memory: TestMemory,
+    parts: Vec<Mutex<Part>>,
+    paused: AtomicBool,
+    stamp: AtomicU64,
+    cut: Mutex<Cut>,
+}
+
+impl World {
+    fn part(&self, page: Page) -> MutexGuard<'_, Part> {
+        self.parts[writer_of(page) as usize].lock().unwrap()
+    }
+
+    fn is(part: &Part, page: Page) -> Is {
+        part.pages.get(&page).copied().unwrap_or(Is::Holds(0))
+    }
+
+    fn is_hole(&self, page: Page) -> bool {
+        self.memory.block(page.0).unwrap().is_hole(PageRange::new(page.1, 1)).unwrap()
+    }
+
+    /// A thread writes to a page of its own, unless the guest stands still.
+    fn write(&self, chance: &mut Random, page: Page) {
+        let mut part = self.part(page);
+        if self.paused.load(Ordering::SeqCst)
+            || Self::is(&part, page) == Is::Discarded
+            || part.busy.contains(&page)
+        {
+            return;
+        }
+        let stamp =
+            if chance.one_in(8) { 0 } else { self.stamp.fetch_add(1, Ordering::SeqCst) + 1 };
+        let block = self.memory.block(page.0).unwrap();
+        block.store(page.1 * PAGE_SIZE, stamp).unwrap();
+        block.store((page.1 + 1) * PAGE_SIZE - 8, stamp).unwrap();
+        block.mark(PageRange::new(page.1, 1));
+        part.pages.insert(page, Is::Holds(stamp));
+    }
+
+    /// Discards, frees or populates pages: until that is acknowledged they may be either.
+    fn change(&self, chance: &mut Random, client: &Client) {
+        let layouts = layouts();
+        let layout = &layouts[chance.below(layouts.len() as u64) as usize];
+        let pages = layout.length / PAGE_SIZE;
+        let first = chance.below(pages);
+        let longest = (pages - first).min(1 + chance.below(200));
+        let range = PageRange::new(first, 1 + chance.below(longest));
+        let all = || (range.first..range.end()).map(|page| (layout.id, page));
+        let way = chance.below(3);
+        let after = |before: Is| match before {
+            _ if way == 0 => Is::Discarded,
+            // What is discarded stays so.
+            before if way == 1 => {
+                if before == Is::Discarded {
+                    before
+                } else {
+                    Is::Holds(0)
+                }
+            }
+            Is::Discarded => Is::Holds(0),
+            holds @ Is::Holds(_) => holds,
+        };
+        for page in all() {
+            let mut part = self.part(page);
+            let before = Self::is(&part, page);
+            part.unsettled.entry(page).or_default().extend([before, after(before)]);
+            part.busy.insert(page);
+        }
+        let given =
+            [BlockRange { block: layout.id, offset: range.offset(), length: range.bytes() }];
+        match way {
+            0 => client.discard(&given, Punch::Yes).unwrap(),
+            1 => client.free(&given).unwrap(),
+            _ => client.populate(&given).unwrap(),
+        };
+        if way == 1 {
+            // Nobody writes there yet.
+            all().for_each(|page| assert!(self.is_hole(page), "page {page:?} was freed"));
+        }
+        for page in all() {
+            let mut part = self.part(page);
+            let now = after(Self::is(&part, page));
+            part.pages.insert(page, now);
+            part.busy.remove(&page);
+            if !self.paused.load(Ordering::SeqCst) {
+                part.unsettled.remove(&page);
+            }
+        }
+    }
+
+    fn pause(&self) {
+        let parts: Vec<_> = self.parts.iter().map(|part| part.lock().unwrap()).collect();
+        self.paused.store(true, Ordering::SeqCst);
+        drop(parts);
+    }
+
+    /// What was begun until now may be in the image or not; all else is as the model says.
+    fn resume(&self) {
+        let mut parts: Vec<_> = self.parts.iter().map(|part| part.lock().unwrap()).collect();
+        let cut = all_pages().map(|page| {
+            let part = &parts[writer_of(page) as usize];
+            let mut may = part.unsettled.get(&page).cloned().unwrap_or_default();
+            may.insert(Self::is(part, page));
+            (page, may)
+        });
+        *self.cut.lock().unwrap() = cut.collect();
+        // What is still under way is still unsettled; it is taken away when it is acknowledged.
+        for part in &mut parts {
+            let Part { unsettled, busy, .. } = &mut **part;
+            unsettled.retain(|page, _| busy.contains(page));
+        }
+        self.paused.store(false, Ordering::SeqCst);
+    }
+}
+
+struct Vmm(Arc<World>);
+
+impl Hooks for Vmm {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        Ok(RunState::Running)
+    }
+
+    fn pause(&mut self) -> Result<(), HookError> {
+        self.0.pause();
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.0.resume();
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        Ok(vec![StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }])
+    }
+
+    fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
+        Err(HookError::new("nobody restores here"))
+    }
+}
+
+/// Every page of the image is one that it may be.
+fn check_cut(cut: &Cut, path: &Path) {
+    let chain = Chain::open(path).unwrap();
+    let mut bytes = vec![0; PAGE_SIZE as usize];
+    for (at, block) in chain.table().blocks().iter().enumerate() {
+        for page in 0..block.pages() {
+            chain.read(at, PageRange::new(page, 1), &mut bytes).unwrap();
+            let (head, tail) = (&bytes[..8], &bytes[PAGE_SIZE as usize - 8..]);
+            assert_eq!(head, tail, "page {page:#x} of block {} is torn", block.id);
+            let stamp = u64::from_le_bytes(head.try_into().unwrap());
+            let is =
+                if chain.discarded(at).contains(page) { Is::Discarded } else { Is::Holds(stamp) };
+            let may = &cut[&(block.id, page)];
+            assert!(
+                may.contains(&is),
+                "page {page:#x} of block {}: is {is:?}, may be {may:?}",
+                block.id
+            );
+            assert!(
+                is != Is::Discarded || stamp == 0,
+                "page {page:#x} of block {}: discarded, and {stamp}",
+                block.id
+            );
+        }
+    }
+    let state = chain.newest().state().unwrap();
+    assert_eq!(state, vec![5; 3000]);
+}
+
+/// What is in memory is what was written, and nothing is protected any more.
+fn check_guest(world: &World) {
+    for page in all_pages() {
+        let part = world.part(page);
+        let block = world.memory.block(page.0).unwrap();
+        match World::is(&part, page) {
+            Is::Holds(stamp) => {
+                assert_eq!(block.read_word(page.1 * PAGE_SIZE).unwrap(), stamp, "page {page:?}")
+            }
+            Is::Discarded => assert!(world.is_hole(page), "page {page:?}"),
+        }
+    }
+}
+
+/// Pages that were copied aside for a write, and for a discard, in all cases.
+#[derive(Default)]
+struct Aside {
+    captured: AtomicU64,
+    rescued: AtomicU64,
+}
+
+fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
+    let mut chance = Random::new(seed);
+    let folder = tempfile::tempdir().unwrap();
+    let world = Arc::new(World {
+        memory: TestMemory::new(layouts()).unwrap(),
+        parts: (0..WRITERS).map(|_| Mutex::default()).collect(),
+        paused: AtomicBool::new(false),
+        stamp: AtomicU64::new(0),
+        cut: Mutex::default(),
+    });
+    let (agent, socket) = InProcessAgent::start().unwrap();
+    let config = Config { log_covers: LOG_COVERS, ..Config::default() };
+    let (client, channel) = Client::from_socket(socket, config).unwrap();
+    let hooks = channel.spawn(Vmm(world.clone())).unwrap();
+    world.memory.add_to(&client).unwrap();
+    client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        struct Over<'a>(&'a AtomicBool);
+        impl Drop for Over<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::SeqCst);
+            }
+        }
+        let _over = Over(&over);
+        for writer in 0..WRITERS {
+            let mut chance = Random::new(seed ^ writer << 32 ^ 1);
+            let own: Vec<Page> = all_pages().filter(|page| writer_of(*page) == writer).collect();
+            let (world, over) = (&world, &over);
+            scope.spawn(move || {
+                while !over.load(Ordering::SeqCst) {
+                    let page = own[chance.below(own.len() as u64) as usize];
+                    world.write(&mut chance, page);
+                }
+            });
+        }
+        let mut changes = Random::new(seed ^ 2);
+        let (changer, over) = (client.clone(), &over);
+        let changing = &world;
+        scope.spawn(move || {
+            while !over.load(Ordering::SeqCst) {
+                changing.change(&mut changes, &changer);
+            }
+        });
+        let mut base = String::new();
+        for number in 0..4 {
+            let path = folder.path().join(format!("image{number}"));
+            let options = SnapshotOptions {
+                mode,
+                workers: 1 + chance.below(3) as u16,
+                base: base.clone(),
+                track: true,
+                cached: chance.one_in(2),
+                // Half of those that the guest runs beside last as long as it takes to write and
+                // discard into what is not saved yet: some 100 ms.
+                bandwidth: if seed.is_multiple_of(2) && mode == SnapshotMode::Background {
+                    SLOW
+                } else {
+                    0
+                },
+                ..SnapshotOptions::default()
+            };
+            let started = client.start_snapshot(&path, &options).unwrap();
+            if chance.one_in(3) {
+                std::thread::sleep(Duration::from_micros(chance.below(3000)));
+                // It may be too late, which is for the agent to say.
+                let _ = client.cancel();
+            }
+            // An fsync waits for all that others have written to the same disk.
+            let status = client.wait(started.job, 4 * SOON).unwrap();
+            aside.captured.fetch_add(status.counters.captured_pages, Ordering::Relaxed);
+            aside.rescued.fetch_add(status.counters.rescued_pages, Ordering::Relaxed);
+            match status.phase {
+                Phase::Completed => {
+                    check_cut(&world.cut.lock().unwrap(), &path);
+                    path.to_str().unwrap().clone_into(&mut base);
+                }
+                Phase::Cancelled => assert!(!path.exists()),
+                phase => panic!("{phase:?}: {}", status.error),
+            }
+            assert!(!world.paused.load(Ordering::SeqCst), "the guest runs on");
+        }
+    });
+    check_guest(&world);
+    drop(client);
+    hooks.join();
+    drop(agent);
+}
+
+fn cases() -> ProptestConfig {
+    ProptestConfig {
+        cases: std::env::var("PAGEFERRY_CASES")
+            .ok()
+            .and_then(|cases| cases.parse().ok())
+            .unwrap_or(60),
+        max_shrink_iters: 0,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+fn repeated(seed: u64) -> u64 {
+    std::env::var("PAGEFERRY_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(seed)
+}
+
+#[test]
+fn a_background_snapshot_is_a_consistent_cut() {
+    if !require::uffd() {
+        return;
+    }
+    let aside = Aside::default();
+    proptest!(cases(), |(seed in any::<u64>())| run_case(repeated(seed), SnapshotMode::Background, &aside));
+    let (captured, rescued) = (aside.captured.into_inner(), aside.rescued.into_inner());
+    // Of a few cases, or of one again and again, none may be slow.
+    let many = cases().cases >= 20 && std::env::var_os("PAGEFERRY_SEED").is_none();
+    let found = format!("{captured} pages for writes, {rescued} for discards");
+    assert!(!many || (captured > 0 && rescued > 0), "nothing was tried: {found}");
+    eprintln!("copied aside: {found}");
+}
+
+proptest! {
+    #![proptest_config(cases())]
+
+    #[test]
+    fn a_snapshot_of_a_paused_guest_is_what_it_holds(seed in any::<u64>()) {
+        run_case(repeated(seed), SnapshotMode::Paused, &Aside::default());
+    }
+}

@@ -1,0 +1,214 @@
+//! A hundred lost connections: guests and a balloon at work while the wire between the agents is
+//! cut again and again, at any moment, recovered each time.
+//!
+//! The seed is printed; `PAGEFERRY_SEED` sets it.
+
+use pageferry_client::{
+    Client, Config, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, Punch,
+};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::balloon::{Balloon, Way, is_busy};
+use pageferry_tests::deadline::{wait_for, wait_until};
+use pageferry_tests::device::Device;
+use pageferry_tests::guest::threads::{Pattern, ThreadGuest, ThreadGuestOptions};
+use pageferry_tests::in_process::InProcessAgent;
+use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::proxy::Proxy;
+use pageferry_tests::random::Random;
+use pageferry_tests::require;
+use pageferry_tests::usage::{Path, Usage};
+use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+/// Where a page has a stamp that the guest leaves alone.
+const STAMP: u64 = 2048;
+const CUTS: u64 = 100;
+/// Cuts of one migration; then the rest comes at once, and the guest goes on to the next host.
+const CUTS_EACH: u64 = 25;
+
+/// A VMM with its agent; the VMM goes first.
+struct Side {
+    vmm: MockVmm,
+    _agent: InProcessAgent,
+}
+
+impl Side {
+    fn new(seed: u64) -> Self {
+        let low = BlockLayout { fd_offset: 0x3000, ..BlockLayout::ram(16 * MIB) };
+        let high =
+            BlockLayout { id: 1, name: "high".into(), gpa: 1 << 30, ..BlockLayout::ram(16 * MIB) };
+        let usage = Usage::new(Arc::new(TestMemory::new(vec![low, high]).unwrap())).unwrap();
+        let (agent, socket) = InProcessAgent::start().unwrap();
+        let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
+        let vmm = MockVmm::new(client, channel, usage, Tracker::Log).unwrap();
+        let options = ThreadGuestOptions {
+            threads: 4,
+            rate: Some(2000),
+            pattern: Pattern::Uniform,
+            path: Path::MappingAndLog,
+            seed,
+            pages: None,
+        };
+        vmm.set_guest(ThreadGuest::new(vmm.usage(), options).unwrap());
+        vmm.add_device(Device::new(vmm.usage(), "disk", 200, seed).unwrap());
+        Self { vmm, _agent: agent }
+    }
+
+    fn status(&self) -> JobStatus {
+        self.vmm.client().status().unwrap()
+    }
+
+    /// Gives pages away and takes them back, until it is told to stop; adds to `given` what it gave
+    /// away.
+    fn balloon(&self, seed: u64, stop: &AtomicBool, given: &mut BTreeSet<(u32, u64)>) {
+        let way = if seed.is_multiple_of(2) { Way::Free } else { Way::Discard(Punch::Yes) };
+        let mut balloon =
+            Balloon::new(self.vmm.client().clone(), self.vmm.usage().clone(), way, seed);
+        while !stop.load(Ordering::Relaxed) {
+            balloon.inflate(2, 20).unwrap();
+            let held = balloon.held().iter();
+            given.extend(
+                held.flat_map(|(block, run)| (run.first..run.end()).map(|page| (*block, page))),
+            );
+            balloon.deflate(1).unwrap();
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(!balloon.held().is_empty());
+    }
+}
+
+/// Stops the balloon, however the test ends.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Cuts the wire, and has it recovered, so often, or until all is there; returns how often.
+fn cut_and_recover(
+    source: &Side, proxy: &Proxy, options: &OutgoingOptions, random: &mut Random,
+) -> u64 {
+    let mut cuts = 0;
+    while cuts < CUTS_EACH {
+        // At any moment: of the transfer, and of the recovery of the last cut.
+        let longest = if random.one_in(3) { 2000 } else { 30_000 };
+        std::thread::sleep(Duration::from_micros(random.below(longest)));
+        if random.one_in(2) {
+            proxy.cut();
+        } else {
+            proxy.cut_one(random.next());
+        }
+        let mut looks = 0;
+        let status = wait_for("the pause", PATIENCE, || {
+            looks += 1;
+            if looks % 20 == 0 {
+                // The first hit nothing, since the connections were being made.
+                proxy.cut();
+            }
+            let status = source.status();
+            (status.phase == Phase::PostcopyPaused || status.phase.is_final()).then_some(status)
+        });
+        if status.unwrap().phase.is_final() {
+            break;
+        }
+        match source.vmm.client().recover(None, options) {
+            Ok(_) => cuts += 1,
+            // It has not begun yet with what it was asked last.
+            Err(error) if is_busy(&error) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+    cuts
+}
+
+#[test]
+fn a_hundred_cuts_at_any_moment_lose_nothing() {
+    if !require::uffd() {
+        return;
+    }
+    let seed = std::env::var("PAGEFERRY_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
+    eprintln!("PAGEFERRY_SEED={seed}");
+    let mut random = Random::new(seed);
+    let mut source = Side::new(seed);
+    for block in source.vmm.memory().blocks() {
+        (0..block.pages()).for_each(|page| {
+            block.write(page * PAGE_SIZE + STAMP, &(page + 1).to_le_bytes()).unwrap()
+        });
+    }
+    source.vmm.start().unwrap();
+    let mut cuts = 0;
+    let mut given = BTreeSet::new();
+    while cuts < CUTS {
+        let destination = Side::new(seed + cuts);
+        let (incoming, address) =
+            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+        let proxy = Proxy::to(&address).unwrap();
+        let options = OutgoingOptions {
+            streams: 2,
+            mode: Mode::Postcopy,
+            bandwidth: MIB,
+            release: random.one_in(2),
+            ..OutgoingOptions::default()
+        };
+        let outgoing = source.vmm.start_outgoing(proxy.address(), &options).unwrap();
+        source.vmm.wait_phase(Phase::Postcopy, PATIENCE).unwrap();
+        wait_until("the guest runs", PATIENCE, || destination.vmm.record().runs).unwrap();
+        let stop = AtomicBool::new(false);
+        let mut recover = || cut_and_recover(&source, &proxy, &options, &mut random);
+        let count = std::thread::scope(|scope| {
+            scope.spawn(|| destination.balloon(seed ^ cuts, &stop, &mut given));
+            let _stop = Stop(&stop);
+            let count = recover();
+            // The rest comes at once; refused if it is there by now, or while it is being
+            // recovered.
+            let _ = source
+                .vmm
+                .client()
+                .set_parameters(&OutgoingOptions { bandwidth: 0, ..options.clone() });
+            let both = [(&source, outgoing), (&destination, incoming)];
+            let ended = both.map(|(side, job)| side.vmm.wait_job(job, PATIENCE));
+            for status in ended {
+                let status = status.unwrap_or_else(|error| {
+                    panic!("{error}: {:?} {:?}", source.status(), destination.status())
+                });
+                assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+                assert_eq!(status.counters.remaining_pages, 0);
+            }
+            count
+        });
+        assert!(count > 0, "nothing was cut");
+        cuts += count;
+        eprintln!("{cuts} cuts, {:?}", destination.status().counters);
+        destination.vmm.stop().unwrap();
+        assert!(destination.vmm.usage().check().unwrap() > 100);
+        for block in destination.vmm.memory().blocks() {
+            let discarded = destination.vmm.client().discarded(block.id()).unwrap();
+            for run in discarded.runs(block.all()) {
+                assert!(
+                    block.is_hole(run).unwrap(),
+                    "block {}: {run:?} was given away",
+                    block.id()
+                );
+            }
+            for page in 0..block.pages() {
+                let stamp = block.read_word(page * PAGE_SIZE + STAMP).unwrap();
+                let zero = stamp == 0 && given.contains(&(block.id(), page));
+                assert!(
+                    zero || stamp == page + 1,
+                    "block {}, page {page:#x} holds {stamp}",
+                    block.id()
+                );
+            }
+        }
+        destination.vmm.start().unwrap();
+        source = destination;
+    }
+    source.vmm.stop().unwrap();
+}

@@ -1,0 +1,247 @@
+//! A connection is lost after the guest came to run: both sides pause, say why, and go on when they
+//! are recovered.
+
+use super::scene::{
+    DISCARDED, HOLES, Scene, Side, TIMEOUT, URGENT, WANTED, postcopy, run, stamp_of,
+};
+use pageferry_client::{OutgoingOptions, Phase};
+use pageferry_protocol::stream::Kind;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::require;
+use pageferry_tests::scenario::{Passing, Relay, SOON, Touch, WIRES, Wire, at_once, lock};
+use serde_json::Value;
+use std::process::Output;
+
+/// What is cut, and where: at which record, on which stream, of how many that push.
+type Moment = (&'static str, Kind, fn(u16) -> bool, u16);
+
+const MOMENTS: [Moment; 5] = [
+    ("at a page on the primary", Kind::Data, |stream| stream == 0, 1),
+    // Whichever of them is first may push all there is.
+    ("at a page on either stream", Kind::Data, |stream| stream < URGENT, 2),
+    ("at the answer", Kind::Data, |stream| stream == URGENT, 2),
+    ("at the end of the primary", Kind::End, |stream| stream == 0, 2),
+    ("at the end of the other stream", Kind::End, |stream| stream == 1, 2),
+];
+
+/// The guest runs and waits for a page, and the record is there.
+fn until_there(scene: &mut Scene, (_, kind, on, _): Moment) -> (Touch, Passing) {
+    let (loaded, request, touch) = scene.until_asked();
+    // The answer comes before the guest runs, since the push begins then and would take the page
+    // along.
+    let is_there =
+        |record: &Passing| record.to_destination && record.kind == kind && on(record.stream);
+    let answered = on(URGENT).then(|| {
+        scene.relay.pass(request);
+        scene.relay.until(is_there)
+    });
+    scene.relay.pass(loaded);
+    let resumed = scene.relay.until(|record| record.kind == Kind::Resumed);
+    scene.relay.pass(resumed);
+    let record = answered.unwrap_or_else(|| scene.relay.until(is_there));
+    (touch, record)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Cut {
+    One,
+    All,
+    Reset,
+}
+
+#[test]
+fn any_connection_that_is_lost_pauses_both_sides_and_recover_goes_on() {
+    if !require::uffd() {
+        return;
+    }
+    for wire in WIRES {
+        for moment in MOMENTS {
+            for (cut, inside) in
+                [(Cut::One, false), (Cut::One, true), (Cut::All, true), (Cut::Reset, false)]
+            {
+                eprintln!("{wire:?}: {cut:?} {}, inside: {inside}", moment.0);
+                let mut scene =
+                    Scene::start(wire, &OutgoingOptions { streams: moment.3, ..postcopy() });
+                let (touch, record) = until_there(&mut scene, moment);
+                let bytes = if inside { record.bytes().len() / 2 } else { 0 };
+                match cut {
+                    Cut::One => scene.relay.cut_one(&record, bytes),
+                    Cut::All => scene.relay.cut_in(&record, bytes),
+                    Cut::Reset => scene.relay.reset(),
+                }
+                let (source, destination) = scene.assert_paused();
+                for status in [source, destination] {
+                    assert!(
+                        ["closed", "cut", "stream", "reset"]
+                            .iter()
+                            .any(|word| status.error.contains(word)),
+                        "{}",
+                        status.error
+                    );
+                }
+                // Answered without the source.
+                for page in [HOLES.start, DISCARDED] {
+                    assert_eq!(scene.destination.ram.touch(page).found().unwrap(), 0);
+                }
+                scene.recover();
+                scene.assert_completes();
+                assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
+            }
+        }
+    }
+}
+
+/// The last line of what a command printed, as an object.
+fn last_object(output: &Output) -> Value {
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    serde_json::from_str(
+        text.lines().last().unwrap_or_else(|| panic!("nothing printed: {output:?}")),
+    )
+    .unwrap()
+}
+
+#[test]
+fn an_operator_sees_the_pause_and_recovers_it_from_the_command_line() {
+    if !require::uffd() {
+        return;
+    }
+    for wire in WIRES {
+        let mut scene = Scene::start(wire, &postcopy());
+        let touch = scene.until_cut();
+        for (side, kind) in [(&scene.source, "outgoing"), (&scene.destination, "incoming")] {
+            let seen = last_object(&side.run("status", &["--json"]));
+            assert_eq!(
+                (&seen["status"], &seen["kind"]),
+                (&"postcopy-paused".into(), &kind.into()),
+                "{seen}"
+            );
+            assert!(!seen["error"].as_str().unwrap().is_empty(), "{seen}");
+            assert!(seen["paused_us"].as_u64().unwrap() > 0, "{seen}");
+            let table = String::from_utf8(side.run("status", &[]).stdout).unwrap();
+            assert!(table.contains("postcopy-paused") && table.contains("error"), "{table}");
+        }
+        assert!(touch.waits());
+        let socket = scene.source.agent.socket().to_owned();
+        let recover = std::thread::spawn(move || run(&socket, "recover", &["--json"]));
+        scene.relay.pump("the end of the command", || recover.is_finished());
+        let output = recover.join().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(last_object(&output)["status"], "completed");
+        scene.assert_completes();
+        assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
+    }
+}
+
+#[test]
+fn a_migration_is_recovered_over_another_address() {
+    if !require::uffd() {
+        return;
+    }
+    for wire in WIRES {
+        let mut scene = Scene::start(wire, &postcopy());
+        let touch = scene.until_cut();
+        let mut other = Relay::over(wire);
+        let place = other.place();
+        // The destination has nobody to go to: it is told where to listen, and goes on when it is
+        // found.
+        let refused = scene
+            .destination
+            .client
+            .recover(None, &OutgoingOptions::default())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("it listens where it did") && refused.contains("give an address"),
+            "{refused}"
+        );
+        let listening =
+            scene.destination.client.recover(Some(&place), &OutgoingOptions::default()).unwrap();
+        assert_eq!(listening.job, scene.incoming);
+        other.leads_to(&listening.address);
+        assert_eq!(scene.destination.seen().phase, Phase::PostcopyPaused);
+        assert!(touch.waits());
+        scene.source.client.recover(Some(&other.address()), &OutgoingOptions::default()).unwrap();
+        scene.relay = other;
+        scene.assert_completes();
+        assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
+    }
+}
+
+#[test]
+fn a_destination_listens_for_its_source_at_no_path_that_is_a_file() {
+    if !require::uffd() {
+        return;
+    }
+    let mut scene = Scene::start(Wire::Unix, &postcopy());
+    let touch = scene.until_cut();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    std::fs::write(&path, "precious").unwrap();
+    let (address, says) =
+        (format!("unix:{}", path.display()), format!("{} is a regular file", path.display()));
+    let refused =
+        scene.destination.client.recover(Some(&address), &OutgoingOptions::default()).unwrap_err();
+    assert!(refused.to_string().contains(&says), "{refused}");
+    let output = scene.destination.run("recover", &["--address", &address]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(String::from_utf8(output.stderr).unwrap().contains(&says));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    assert_eq!(scene.destination.seen().phase, Phase::PostcopyPaused);
+    scene.recover();
+    scene.assert_completes();
+    assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
+}
+
+#[test]
+fn an_operator_recovers_over_another_address_from_both_command_lines() {
+    if !require::uffd() {
+        return;
+    }
+    let mut scene = Scene::start(Wire::Tcp, &postcopy());
+    let touch = scene.until_cut();
+    let mut other = Relay::over(Wire::Unix);
+    let command = |side: &Side, address: &str| {
+        let (socket, address) = (side.agent.socket().to_owned(), address.to_owned());
+        std::thread::spawn(move || run(&socket, "recover", &["--json", "--address", &address]))
+    };
+    let place = other.place();
+    let there = command(&scene.destination, &place);
+    let path = place.strip_prefix("unix:").unwrap().to_owned();
+    wait_until("the destination to listen", SOON, || std::path::Path::new(&path).exists()).unwrap();
+    other.leads_to(&place);
+    let here = command(&scene.source, &other.address());
+    other.pump("the end of both commands", || there.is_finished() && here.is_finished());
+    for command in [there, here] {
+        let output = command.join().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(last_object(&output)["status"], "completed");
+    }
+    scene.relay = other;
+    scene.assert_completes();
+    assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
+}
+
+#[test]
+fn a_link_that_is_lost_at_the_last_words_costs_nothing() {
+    if !require::uffd() {
+        return;
+    }
+    at_once(&WIRES, |&wire| {
+        // The source does not know that all is there, and comes to ask.
+        let mut scene = Scene::start(wire, &postcopy());
+        let complete =
+            scene.relay.until(|record| record.kind == Kind::Complete && !record.to_destination);
+        scene.relay.cut_in(&complete, 0);
+        scene.source.reaches(Phase::PostcopyPaused);
+        assert_eq!(lock(&scene.destination.vmm.asked).complete, 1);
+        scene.recover();
+        scene.assert_completes();
+        // The destination does not know that the source knows, and does not wait for ever.
+        let options = OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() };
+        let mut scene = Scene::start(wire, &options);
+        let complete =
+            scene.relay.until(|record| record.kind == Kind::Complete && record.to_destination);
+        scene.relay.cut_in(&complete, 0);
+        scene.assert_completes();
+    });
+}

@@ -1,0 +1,18 @@
+//! Bad input on the control socket and on the page stream: an error that names the field, the end
+//! of one request, one connection or one job, and of nothing else.
+//!
+//! - [`control`]: requests on the control socket;
+//! - [`hello`]: the first record of a stream;
+//! - [`records`]: those that follow;
+//! - [`scene`]: a source that says whatever it likes.
+
+mod control;
+mod hello;
+mod records;
+mod scene;
+
+use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
+
+fn geometry(id: u32, gpa: u64, length: u64) -> BlockGeometry {
+    BlockGeometry { id, name: format!("block{id}"), gpa, length, granularity: PAGE_SIZE }
+}

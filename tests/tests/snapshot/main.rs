@@ -1,0 +1,23 @@
+//! Snapshots: what is in the image, and what becomes of the guest meanwhile.
+//!
+//! - [`kvm`]: a real guest that runs on;
+//! - [`operator`]: what an operator saves and restores from a command line;
+//! - [`bandwidth`]: the limit;
+//! - [`huge`]: guests on huge pages;
+//! - [`increments`]: what may be built on what;
+//! - [`aborts`]: snapshots that do not come to their end;
+//! - [`refusals`]: what is refused, and the words for it;
+//! - [`scene`]: a VMM, its agent, and a folder for images.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+
+mod aborts;
+mod bandwidth;
+mod hangs;
+mod huge;
+mod increments;
+mod kills;
+mod kvm;
+mod operator;
+mod refusals;
+mod scene;
+mod space;

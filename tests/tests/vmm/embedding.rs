@@ -1,0 +1,282 @@
+//! What a VMM that embeds the client can rely on, whatever it does and whenever.
+
+use pageferry_client::{
+    BlockRange, Client, Config, Error, ErrorCode, IncomingOptions, Mode, OutgoingOptions,
+    Ownership, Phase, Punch, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions, Target,
+    Trackers,
+};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::files::Still;
+use pageferry_tests::in_process::InProcessAgent;
+use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::require;
+use pageferry_tests::usage::Usage;
+use pageferry_tests::vmm::{Fault, HookName, MockVmm, PATIENCE, Tracker};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const PAGES: u64 = 4096;
+
+/// A VMM with an agent. The VMM goes first.
+struct Side {
+    vmm: MockVmm,
+    _agent: InProcessAgent,
+}
+
+impl Side {
+    fn new() -> Self {
+        let memory = Arc::new(TestMemory::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]).unwrap());
+        let (agent, socket) = InProcessAgent::start().unwrap();
+        let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
+        let vmm = MockVmm::new(client, channel, Usage::new(memory).unwrap(), Tracker::Log).unwrap();
+        Self { vmm, _agent: agent }
+    }
+
+    /// All of its memory holds something, and its guest runs.
+    fn full() -> Self {
+        let side = Self::new();
+        side.vmm.memory().block(0).unwrap().fill(PageRange::new(0, PAGES), 1).unwrap();
+        side.vmm.start().unwrap();
+        side
+    }
+
+    fn client(&self) -> &Client {
+        self.vmm.client()
+    }
+}
+
+/// The agent's sentence.
+#[track_caller]
+fn refused<T: std::fmt::Debug>(code: ErrorCode, outcome: Result<T, Error>) -> String {
+    match outcome.unwrap_err() {
+        Error::Refused { code: given, sentence } if given == code => sentence,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn nowhere() -> Target {
+    Target::Address("unix:/nonexistent/stream".into())
+}
+
+#[test]
+fn what_relies_on_dirty_pages_is_refused_until_the_vmm_has_declared_its_trackers() {
+    let (_agent, socket) = InProcessAgent::start().unwrap();
+    let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
+    channel.spawn(Still).unwrap();
+    let memory = TestMemory::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]).unwrap();
+    memory.add_to(&client).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    let of = |mode| OutgoingOptions { mode, ..OutgoingOptions::default() };
+    let paused = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
+    let tracked = SnapshotOptions { track: true, ..paused.clone() };
+    let increment = SnapshotOptions { base: image.to_str().unwrap().into(), ..paused.clone() };
+
+    for (what, outcome) in [
+        ("mode precopy", client.start_outgoing(nowhere(), &of(Mode::Precopy))),
+        ("mode hybrid", client.start_outgoing(nowhere(), &of(Mode::Hybrid))),
+        ("track", client.start_snapshot(&image, &tracked)),
+        ("base", client.start_snapshot(&image, &increment)),
+    ] {
+        let sentence = refused(ErrorCode::State, outcome);
+        assert!(
+            sentence.starts_with(what) && sentence.contains("declared no tracker"),
+            "{sentence}"
+        );
+    }
+    assert_eq!(client.status().unwrap().trackers, Trackers::default());
+
+    // These two look at no dirty page.
+    let ends = |job: u64| client.wait(job, PATIENCE).unwrap().phase;
+    assert_eq!(ends(client.start_snapshot(&image, &paused).unwrap().job), Phase::Completed);
+    let postcopy = client.start_outgoing(nowhere(), &of(Mode::Postcopy)).unwrap();
+    assert_eq!(ends(postcopy.job), Phase::Failed, "there is nobody");
+
+    client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
+    assert_eq!(client.status().unwrap().trackers, Trackers::LOG_IS_COMPLETE);
+    let again = SnapshotOptions { replace: true, ..tracked };
+    assert_eq!(ends(client.start_snapshot(&image, &again).unwrap().job), Phase::Completed);
+    assert_eq!(
+        ends(client.start_outgoing(nowhere(), &of(Mode::Precopy)).unwrap().job),
+        Phase::Failed
+    );
+}
+
+#[test]
+fn a_hook_that_panics_fails_the_job_by_name_and_the_guest_runs_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Side::full();
+    for (hook, name) in [(HookName::SaveState, "save state"), (HookName::Pause, "pause")] {
+        source.vmm.inject(hook, Some(Fault::Panic("vCPU 3 is gone".into())));
+        let destination = Side::new();
+        let (_, address) =
+            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+        let migration = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
+        let expected = format!("hook \"{name}\" panicked in the VMM: vCPU 3 is gone");
+        let status = source.vmm.wait_job(migration, PATIENCE).unwrap();
+        assert_eq!((status.phase, status.error.as_str()), (Phase::Failed, expected.as_str()));
+        let image = folder.path().join("image");
+        let snapshot = source.vmm.start_snapshot(&image, &SnapshotOptions::default()).unwrap();
+        let status = source.vmm.wait_job(snapshot, PATIENCE).unwrap();
+        assert_eq!((status.phase, status.error.as_str()), (Phase::Failed, expected.as_str()));
+
+        let record = source.vmm.record();
+        assert!(record.runs && record.calls.last() == Some(&HookName::Resume), "{record:?}");
+        assert_eq!(
+            record.panics,
+            vec![(name.to_owned(), "vCPU 3 is gone".to_owned()); 2],
+            "the VMM is told"
+        );
+        source.vmm.inject(hook, None);
+        source.vmm.clear_record();
+    }
+    // The channel, and the agent, are as good as before.
+    let image = folder.path().join("image");
+    let job = source.vmm.start_snapshot(&image, &SnapshotOptions::default()).unwrap();
+    assert_eq!(source.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
+}
+
+#[test]
+fn a_guest_resets_while_it_is_moved_and_while_it_is_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Side::full();
+    let slow = 64 << 10;
+    // At this rate neither ends by itself.
+    let saved = || {
+        let options = SnapshotOptions { bandwidth: slow, ..SnapshotOptions::default() };
+        let job = source.vmm.start_snapshot(&folder.path().join("image"), &options).unwrap();
+        source.vmm.wait_phase(Phase::Saving, PATIENCE).unwrap();
+        job
+    };
+    let destination = Side::new();
+    let moved = || {
+        let (_, address) =
+            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+        let options = OutgoingOptions { bandwidth: slow, ..OutgoingOptions::default() };
+        let job = source.vmm.start_outgoing(&address, &options).unwrap();
+        source.vmm.wait_phase(Phase::Passes, PATIENCE).unwrap();
+        job
+    };
+    for start in [&saved as &dyn Fn() -> u64, &moved] {
+        let job = start();
+        source.client().remove_block(0).unwrap();
+        let status = source.client().status().unwrap();
+        assert_eq!((status.job, status.phase), (job, Phase::Cancelled), "{}", status.error);
+        source.vmm.memory().block(0).unwrap().add_to(source.client()).unwrap();
+    }
+    assert!(source.vmm.record().runs);
+    assert_eq!(source.client().ownership(), Ownership::Ours);
+}
+
+/// Bytes per second at which no job here ends by itself.
+const SLOW: u64 = 64 << 10;
+
+#[test]
+fn a_vmm_resets_while_it_waits_for_a_guest_and_while_one_is_restored() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = saved(folder.path());
+    let side = Side::new();
+    let waits =
+        || side.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap().0;
+    let restored = || {
+        let options = RestoreOptions {
+            mode: RestoreMode::Eager,
+            bandwidth: SLOW,
+            ..RestoreOptions::default()
+        };
+        let job = side.vmm.start_restore(&image, &options).unwrap();
+        side.vmm.wait_phase(Phase::Restoring, PATIENCE).unwrap();
+        job
+    };
+    for start in [&waits as &dyn Fn() -> u64, &restored] {
+        let job = start();
+        side.client().remove_block(0).unwrap();
+        let status = side.client().status().unwrap();
+        assert_eq!((status.job, status.phase), (job, Phase::Cancelled), "{}", status.error);
+        assert_eq!(side.client().ownership(), Ownership::Awaiting);
+        side.vmm.memory().block(0).unwrap().add_to(side.client()).unwrap();
+    }
+    // Nothing of it is in the way of the next guest.
+    let job = side.vmm.start_restore(&image, &RestoreOptions::default()).unwrap();
+    assert_eq!(side.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
+}
+
+/// An image of a guest whose memory is full.
+fn saved(folder: &Path) -> PathBuf {
+    let (image, source) = (folder.join("image"), Side::full());
+    let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
+    let job = source.vmm.start_snapshot(&image, &options).unwrap();
+    assert_eq!(source.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
+    image
+}
+
+/// Has both remove their memory while a job of theirs is past its line, then `hurry`: the job is
+/// waited for.
+fn removes_when_the_job_is_done(sides: &[&Side], phase: Phase, hurry: impl FnOnce()) {
+    std::thread::scope(|scope| {
+        for side in sides {
+            side.vmm.wait_phase(phase, PATIENCE).unwrap();
+        }
+        let removals: Vec<_> =
+            sides.iter().map(|side| scope.spawn(|| side.client().remove_block(0))).collect();
+        for (side, removal) in sides.iter().zip(&removals) {
+            // It asked for a cancel, and was refused: the job goes on.
+            assert_eq!(side.client().status().unwrap().phase, phase);
+            assert!(!removal.is_finished());
+        }
+        hurry();
+        for (side, removal) in sides.iter().zip(removals) {
+            removal.join().unwrap().unwrap();
+            let status = side.client().status().unwrap();
+            assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        }
+    });
+}
+
+#[test]
+fn memory_is_removed_when_the_job_that_nothing_cancels_any_more_is_done() {
+    if !require::uffd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = saved(folder.path());
+    let lazy = Side::new();
+    let options =
+        RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
+    lazy.vmm.start_restore(&image, &options).unwrap();
+    let hurry = || lazy.client().set_parameters(&OutgoingOptions::default()).unwrap();
+    removes_when_the_job_is_done(&[&lazy], Phase::Prefetching, hurry);
+
+    let (source, destination) = (Side::full(), Side::new());
+    let (_, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let options =
+        OutgoingOptions { mode: Mode::Postcopy, bandwidth: SLOW, ..OutgoingOptions::default() };
+    source.vmm.start_outgoing(&address, &options).unwrap();
+    let hurry = || {
+        source
+            .client()
+            .set_parameters(&OutgoingOptions { bandwidth: 0, ..options.clone() })
+            .unwrap()
+    };
+    removes_when_the_job_is_done(&[&source, &destination], Phase::Postcopy, hurry);
+}
+
+#[test]
+fn a_populate_after_the_guest_has_left_says_that_it_is_gone() {
+    let (source, destination) = (Side::full(), Side::new());
+    let page = [BlockRange { block: 0, offset: 0, length: PAGE_SIZE }];
+    source.client().discard(&page, Punch::Yes).unwrap();
+    let (_, address) =
+        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    refused(ErrorCode::Busy, destination.client().populate(&page));
+    let job = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
+    assert_eq!(source.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
+    wait_until("the guest to be gone", PATIENCE, || source.client().ownership() == Ownership::Gone)
+        .unwrap();
+    let gone = source.client().populate_within(&page, PATIENCE).unwrap_err();
+    assert!(matches!(gone, Error::GuestGone { .. }), "{gone}");
+    // Here it is, and nothing is in the way for long.
+    assert_eq!(destination.client().populate_within(&page, PATIENCE).unwrap(), 1);
+}

@@ -1,0 +1,126 @@
+//! The page stream over a transport of the VMM's own: each VMM takes its agent's records and
+//! carries them over a pipe between them, as plain bytes in both directions; and an agent that is
+//! handed a connected socket.
+
+use pageferry_client::{
+    BlockRange, IncomingOptions, OutgoingOptions, PageStream, Phase, Punch, Record, Target,
+};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_protocol::stream::Kind;
+use pageferry_tests::scenario::{Ram, Side, assert_same};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+
+const PAGES: u64 = 300;
+
+fn sides() -> (Side, Side) {
+    let source = Side::new(Ram::odd(PAGES));
+    for page in (0..PAGES).step_by(3) {
+        source.ram.write(page, 5000 + page);
+    }
+    let discard =
+        BlockRange { block: source.ram.id, offset: 30 * PAGE_SIZE, length: 60 * PAGE_SIZE };
+    source.client.discard(&[discard], Punch::Yes).unwrap();
+    (source, Side::new(Ram::odd(PAGES)))
+}
+
+/// One VMM's part: from its agent to the wire, and from the wire to its agent. Returns the kinds
+/// that its agent sent.
+fn carry(stream: PageStream, wire: UnixStream) -> [JoinHandle<Vec<Kind>>; 2] {
+    let (mut from_agent, mut to_agent) = stream.split();
+    let (mut wire_out, mut wire_in) = (wire.try_clone().unwrap(), wire);
+    let out = std::thread::spawn(move || {
+        let mut kinds = Vec::new();
+        // An agent that is done closes its end.
+        while let Ok(Some(record)) = from_agent.recv() {
+            kinds.push(record.kind());
+            wire_out.write_all(record.as_bytes()).unwrap();
+        }
+        let _ = wire_out.shutdown(std::net::Shutdown::Write);
+        kinds
+    });
+    let back = std::thread::spawn(move || {
+        while let Ok(Some(record)) = Record::read_from(&mut wire_in) {
+            if to_agent.send(&record).is_err() {
+                break;
+            }
+        }
+        Vec::new()
+    });
+    [out, back]
+}
+
+#[test]
+fn records_carried_by_the_vmms_migrate_the_guest() {
+    let (source, destination) = sides();
+    let (source_stream, source_socket) = PageStream::pair().unwrap();
+    let (destination_stream, destination_socket) = PageStream::pair().unwrap();
+    let (one, other) = UnixStream::pair().unwrap();
+    let carriers = [carry(source_stream, one), carry(destination_stream, other)];
+
+    let options = IncomingOptions::default();
+    let incoming = destination
+        .client
+        .start_incoming(Target::Socket(destination_socket), &options)
+        .unwrap()
+        .job;
+    let options = OutgoingOptions::default();
+    let outgoing =
+        source.client.start_outgoing(Target::Socket(source_socket), &options).unwrap().job;
+    let (sent, received) = (source.wait(outgoing), destination.wait(incoming));
+    assert_eq!(
+        (sent.phase, received.phase),
+        (Phase::Completed, Phase::Completed),
+        "{} {}",
+        sent.error,
+        received.error
+    );
+    assert_same(&source.ram, &destination.ram);
+    assert_eq!(sent.counters.discarded_pages, 60);
+
+    let [[from_source, _], [from_destination, _]] = carriers;
+    let from_source = from_source.join().unwrap();
+    assert_eq!(from_source.first(), Some(&Kind::Hello));
+    assert_eq!(from_source.last(), Some(&Kind::Commit));
+    let from_destination = from_destination.join().unwrap();
+    assert_eq!(from_destination.first(), Some(&Kind::Accept));
+    assert_eq!(from_destination.last(), Some(&Kind::Resumed));
+}
+
+#[test]
+fn two_agents_that_share_a_socket_pair_migrate_the_guest() {
+    let (source, destination) = sides();
+    let (one, other) = UnixStream::pair().unwrap();
+    let incoming = destination
+        .client
+        .start_incoming(Target::Socket(other.into()), &IncomingOptions::default())
+        .unwrap()
+        .job;
+    let options = OutgoingOptions::default();
+    let outgoing = source.client.start_outgoing(Target::Socket(one.into()), &options).unwrap().job;
+    let (sent, received) = (source.wait(outgoing), destination.wait(incoming));
+    assert_eq!(
+        (sent.phase, received.phase),
+        (Phase::Completed, Phase::Completed),
+        "{} {}",
+        sent.error,
+        received.error
+    );
+    assert_same(&source.ram, &destination.ram);
+}
+
+#[test]
+fn a_socket_takes_one_stream_and_must_be_connected() {
+    let (source, _destination) = sides();
+    let (one, _other) = UnixStream::pair().unwrap();
+    let options = OutgoingOptions { streams: 2, ..OutgoingOptions::default() };
+    let error = source.client.start_outgoing(Target::Socket(one.into()), &options).unwrap_err();
+    assert!(error.to_string().contains("streams is 2"), "{error}");
+    let file = rustix::fs::memfd_create("a file", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let error = source
+        .client
+        .start_outgoing(Target::Socket(file), &OutgoingOptions::default())
+        .unwrap_err();
+    assert!(error.to_string().contains("not a socket"), "{error}");
+}
