@@ -7,7 +7,7 @@
 //! - [`snapshot`]: an image is one moment of its guest; [`restore`]: and comes back as it was;
 //! - [`soak`]: a hundred lost connections under a guest that never rests;
 //! - [`source`]: the guest at the source of a migration; [`blocks`]: the blocks of the models of
-//!   images.
+//!   images; [`seeds`]: how many cases run, and which.
 //!
 //! A case that fails prints its seed: `PAGEFERRY_SEED=7 PAGEFERRY_CASES=1` repeats it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
@@ -17,6 +17,7 @@ mod blocks;
 mod migration;
 mod postcopy;
 mod restore;
+mod seeds;
 mod snapshot;
 mod soak;
 mod source;

@@ -5,6 +5,7 @@
 //! A relay stands between the two agents and passes one record at a time; between two of them the
 //! guest does something. What it does follows from the seed that a failure prints.
 
+use crate::seeds;
 use crate::source::{LOG_COVERS, Memory, Model, SourceHooks, World, all_pages, keep_busy, step};
 use pageferry_client::{
     Client, Compression, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence,
@@ -275,16 +276,10 @@ fn run_case(seed: u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: std::env::var("PAGEFERRY_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(1000),
-        max_shrink_iters: 0,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(seeds::cases(1000))]
 
     #[test]
     fn the_laws_hold_under_any_interleaving(seed in any::<u64>()) {
-        // PAGEFERRY_SEED repeats the case of a failure; the threads' part in it may differ.
-        run_case(std::env::var("PAGEFERRY_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(seed));
+        run_case(seeds::repeated(seed));
     }
 }

@@ -7,6 +7,7 @@
 //! touched since (`never-populate`); what is discarded is a hole (`same-memory`).
 
 use crate::blocks::{self, LOG_COVERS, Page};
+use crate::seeds;
 use pageferry_client::{
     BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RestoreMode, RestoreOptions,
     RunState, SnapshotMode, SnapshotOptions, StatePiece,
@@ -364,34 +365,21 @@ fn run_case(seed: u64, mode: RestoreMode) {
     assert!(images() == before, "an image is never written to");
 }
 
-fn cases() -> ProptestConfig {
-    ProptestConfig {
-        cases: std::env::var("PAGEFERRY_CASES")
-            .ok()
-            .and_then(|cases| cases.parse().ok())
-            .unwrap_or(12),
-        max_shrink_iters: 0,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    }
-}
-
-fn repeated(seed: u64) -> u64 {
-    std::env::var("PAGEFERRY_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(seed)
-}
+/// Cases of each test, unless `PAGEFERRY_CASES` says otherwise.
+const CASES: u32 = 12;
 
 proptest! {
-    #![proptest_config(cases())]
+    #![proptest_config(seeds::cases(CASES))]
 
     #[test]
     fn a_guest_that_is_restored_lazily_finds_what_was_saved(seed in any::<u64>()) {
         if require::uffd() {
-            run_case(repeated(seed), RestoreMode::Lazy);
+            run_case(seeds::repeated(seed), RestoreMode::Lazy);
         }
     }
 
     #[test]
     fn a_guest_that_is_restored_eagerly_finds_what_was_saved(seed in any::<u64>()) {
-        run_case(repeated(seed), RestoreMode::Eager);
+        run_case(seeds::repeated(seed), RestoreMode::Eager);
     }
 }

@@ -8,6 +8,7 @@
 //! way then may be in it or not.
 
 use crate::blocks::{self, LOG_COVERS, Page};
+use crate::seeds;
 use pageferry_agent::image::Chain;
 use pageferry_client::{
     BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RunState, SnapshotMode,
@@ -349,21 +350,8 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
     drop(agent);
 }
 
-fn cases() -> ProptestConfig {
-    ProptestConfig {
-        cases: std::env::var("PAGEFERRY_CASES")
-            .ok()
-            .and_then(|cases| cases.parse().ok())
-            .unwrap_or(60),
-        max_shrink_iters: 0,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    }
-}
-
-fn repeated(seed: u64) -> u64 {
-    std::env::var("PAGEFERRY_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(seed)
-}
+/// Cases of each test, unless `PAGEFERRY_CASES` says otherwise.
+const CASES: u32 = 60;
 
 #[test]
 fn a_background_snapshot_is_a_consistent_cut() {
@@ -371,20 +359,20 @@ fn a_background_snapshot_is_a_consistent_cut() {
         return;
     }
     let aside = Aside::default();
-    proptest!(cases(), |(seed in any::<u64>())| run_case(repeated(seed), SnapshotMode::Background, &aside));
+    proptest!(seeds::cases(CASES), |(seed in any::<u64>())| run_case(seeds::repeated(seed), SnapshotMode::Background, &aside));
     let (captured, rescued) = (aside.captured.into_inner(), aside.rescued.into_inner());
     // Of a few cases, or of one again and again, none may be slow.
-    let many = cases().cases >= 20 && std::env::var_os("PAGEFERRY_SEED").is_none();
+    let many = seeds::cases(CASES).cases >= 20 && seeds::given().is_none();
     let found = format!("{captured} pages for writes, {rescued} for discards");
     assert!(!many || (captured > 0 && rescued > 0), "nothing was tried: {found}");
     eprintln!("copied aside: {found}");
 }
 
 proptest! {
-    #![proptest_config(cases())]
+    #![proptest_config(seeds::cases(CASES))]
 
     #[test]
     fn a_snapshot_of_a_paused_guest_is_what_it_holds(seed in any::<u64>()) {
-        run_case(repeated(seed), SnapshotMode::Paused, &Aside::default());
+        run_case(seeds::repeated(seed), SnapshotMode::Paused, &Aside::default());
     }
 }

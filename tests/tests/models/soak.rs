@@ -3,6 +3,7 @@
 //!
 //! The seed is printed; `PAGEFERRY_SEED` sets it.
 
+use crate::seeds;
 use pageferry_client::{
     Client, Config, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, Punch,
 };
@@ -132,7 +133,7 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
     if !require::uffd() {
         return;
     }
-    let seed = std::env::var("PAGEFERRY_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seeds::given();
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
     eprintln!("PAGEFERRY_SEED={seed}");
     let mut random = Random::new(seed);

@@ -1,0 +1,31 @@
+//! How many cases a model runs, and which.
+//!
+//! `PAGEFERRY_CASES` is their number. `PAGEFERRY_SEED` repeats the case of a failure; what the
+//! threads do in it may differ from run to run.
+
+use proptest::prelude::ProptestConfig;
+use std::str::FromStr;
+
+fn variable<T: FromStr>(name: &str) -> Option<T> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// The cases of a model, `usual` of them unless the environment says otherwise.
+pub fn cases(usual: u32) -> ProptestConfig {
+    ProptestConfig {
+        cases: variable("PAGEFERRY_CASES").unwrap_or(usual),
+        max_shrink_iters: 0,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+/// The seed of the case to repeat.
+pub fn given() -> Option<u64> {
+    variable("PAGEFERRY_SEED")
+}
+
+/// The seed of this case, unless another is to be repeated.
+pub fn repeated(seed: u64) -> u64 {
+    given().unwrap_or(seed)
+}
