@@ -29,6 +29,15 @@ pub fn program() -> &'static Path {
     })
 }
 
+/// A command that runs a mock VMM on the agent at `socket`: `side` is `source` or `destination`, and
+/// `memory` a file of `size` bytes.
+pub fn mock_vmm(side: &str, size: u64, socket: &Path, memory: &Path) -> Command {
+    let mut command = Command::new(program());
+    command.args(["mock-vmm", side, "--json", "--size", &size.to_string()]);
+    command.arg("--socket").arg(socket).arg("--memory").arg(memory);
+    command
+}
+
 /// A child process whose output is collected. It is killed and waited for when it is dropped.
 #[derive(Debug)]
 pub struct Process {

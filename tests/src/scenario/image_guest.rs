@@ -3,6 +3,7 @@
 use super::{Host, SOON, ScriptedHooks, ScriptedVmm, images, lock};
 use crate::deadline::{wait_for, wait_until};
 use crate::memory::{BlockLayout, TestBlock, TestMemory};
+use crate::random::page_content;
 use crate::require;
 use pageferry_agent::image::Chain;
 use pageferry_client::{
@@ -116,6 +117,15 @@ impl Guest {
         }
     }
 
+    /// Each page of the first block holds what [`Guest::fill`] wrote with this seed.
+    #[track_caller]
+    pub fn assert_holds(&self, seed: u64) {
+        let block = self.block();
+        for page in 0..block.pages() {
+            assert!(block.read_page(page).unwrap() == page_content(seed, page), "page {page:#x}");
+        }
+    }
+
     /// All bytes of the first block.
     pub fn bytes(&self) -> Vec<u8> {
         images::bytes_of(self.block())
@@ -226,8 +236,13 @@ pub fn slow(options: RestoreOptions) -> RestoreOptions {
     RestoreOptions { bandwidth: MIN_BANDWIDTH, ..options }
 }
 
+/// The modes of a snapshot that this machine has.
+pub fn snapshot_modes() -> Vec<SnapshotOptions> {
+    if require::uffd() { vec![background(), images::paused()] } else { vec![images::paused()] }
+}
+
 /// The modes of a restore that this machine has.
-pub fn both() -> Vec<RestoreOptions> {
+pub fn restore_modes() -> Vec<RestoreOptions> {
     if require::uffd() { vec![eager(), lazy()] } else { vec![eager()] }
 }
 

@@ -10,6 +10,9 @@ use std::io::IoSliceMut;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+/// Byte of an image at which its pages begin.
+pub const FIRST: u64 = 2 << 20;
+
 /// A snapshot of a paused guest.
 pub fn paused() -> SnapshotOptions {
     SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() }

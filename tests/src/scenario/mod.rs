@@ -9,6 +9,7 @@
 //! - [`images`]: how images are asked for, what must hold of them, and damage to them;
 //!   [`image_host`]: an agent with a folder for images; [`image_guest`]: a VMM that uses them;
 //! - [`moments`]: guests that never stop writing, and moments at which a process is killed;
+//!   [`vmm_process`]: a VMM that can be killed;
 //! - [`timing`]: how long a test waits.
 //!
 //! What does not work here panics: it is the test that failed.
@@ -30,6 +31,7 @@ pub mod relay;
 pub mod scripted_vmm;
 pub mod side;
 pub mod timing;
+pub mod vmm_process;
 
 pub use agents::{Agent, Listening};
 pub use image_guest::Guest;
@@ -40,6 +42,7 @@ pub use relay::{Passing, Relay, WIRES, Wire, read_record};
 pub use scripted_vmm::{Asked, At, KvmLog, ScriptedHooks, ScriptedVmm};
 pub use side::{Attached, Side, arrives_at, config, migrates_next_time, moves_to, passes};
 pub use timing::{SOON, TooEarly, at_once, says, with_more_time};
+pub use vmm_process::VmmProcess;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -9,7 +9,7 @@ use crate::random::{Random, page_content};
 use crate::usage::Usage;
 use crate::vmm::{MockVmm, PATIENCE, Tracker};
 use pageferry_agent::image::Chain;
-use pageferry_client::{Client, Config, JobStatus, StatePiece};
+use pageferry_client::{Client, Config, JobStatus, Phase, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use std::path::Path;
 use std::sync::Arc;
@@ -187,5 +187,32 @@ impl Moment {
                 wait_until("the moment", PATIENCE, come).unwrap();
             }
         }
+    }
+}
+
+/// What happens at so many moments hits jobs that are under way, and not only such as are over:
+/// else nothing was tried.
+#[derive(Debug, Default)]
+pub struct Hits {
+    moments: u64,
+    under_way: u64,
+}
+
+impl Hits {
+    /// At one of the moments the job was in this phase.
+    pub fn count(&mut self, phase: Phase) {
+        self.count_if(!phase.is_final());
+    }
+
+    /// The same; `under_way` says whether the job was.
+    pub fn count_if(&mut self, under_way: bool) {
+        self.moments += 1;
+        self.under_way += u64::from(under_way);
+    }
+
+    /// A third of the moments hit something.
+    #[track_caller]
+    pub fn check(&self) {
+        assert!(self.under_way * 3 >= self.moments, "nearly all came too late: {self:?}");
     }
 }

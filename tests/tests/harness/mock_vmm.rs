@@ -2,7 +2,7 @@
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
-use pageferry_tests::process::{AgentProcess, Process, program};
+use pageferry_tests::process::{AgentProcess, Process, mock_vmm, program};
 use pageferry_tests::random::page_content;
 use pageferry_tests::require;
 use pageferry_tests::vmm::PATIENCE;
@@ -56,13 +56,7 @@ impl Bench {
     }
 
     fn vmm(&self, side: &str, socket: &Path, memory: &Path) -> Command {
-        let mut command = Command::new(program());
-        command
-            .args(["mock-vmm", side, "--json", "--size", "64M", "--socket"])
-            .arg(socket)
-            .arg("--memory")
-            .arg(memory);
-        command
+        mock_vmm(side, 64 << 20, socket, memory)
     }
 }
 

@@ -4,7 +4,7 @@
 use pageferry_client::{Config, RestoreOptions, Target};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::memory::BlockLayout;
-use pageferry_tests::scenario::image_guest::{assert_completed, assert_failed, both};
+use pageferry_tests::scenario::image_guest::{assert_completed, assert_failed, restore_modes};
 use pageferry_tests::scenario::images::{bytes_of, on, paused, tracked};
 use pageferry_tests::scenario::{Folder, Guest, Host};
 
@@ -60,7 +60,7 @@ fn an_increment_on_another_base_than_it_was_made_on_is_refused_and_both_are_name
     drop(stranger);
 
     let path = |name: &str| host.images.seen(name);
-    for options in both() {
+    for options in restore_modes() {
         let here = guest(&host, vec![low()]);
         let (one, base) = (path("one").display().to_string(), path("base").display().to_string());
         let two = path("two").display().to_string();
@@ -142,7 +142,7 @@ fn an_image_of_another_geometry_is_refused_by_block_and_field() {
             "block 5 \"more\" of this VMM is not in the image",
         ),
     ];
-    for options in both() {
+    for options in restore_modes() {
         for (layouts, why) in &others {
             let other = guest(&host, layouts.clone());
             assert_refused(&other, &host.images, "image", &options, &[why]);

@@ -7,7 +7,7 @@ use pageferry_protocol::image::SectionKind;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::BlockLayout;
 use pageferry_tests::random::Random;
-use pageferry_tests::scenario::image_guest::{assert_completed, both, eager, lazy};
+use pageferry_tests::scenario::image_guest::{assert_completed, eager, lazy, restore_modes};
 use pageferry_tests::scenario::images::{self, flip, on, paused, tracked};
 use pageferry_tests::scenario::{Guest, Host};
 use std::fs::File;
@@ -240,7 +240,7 @@ fn a_byte_that_is_changed_anywhere_is_found_or_does_no_harm() {
     let chain = Chain::open(&images.whole).unwrap();
     let copy = images.host.images.path("copy");
     std::fs::copy(&images.whole, &copy).unwrap();
-    for options in both() {
+    for options in restore_modes() {
         let mut random = Random::new(11);
         let mut restoring = Restoring::new(&images.host, options);
         for at in places(chain.newest(), &mut random) {
@@ -265,7 +265,7 @@ fn a_byte_that_is_changed_anywhere_is_found_or_does_no_harm() {
 fn a_byte_that_is_changed_in_what_an_increment_builds_on_is_found_or_does_no_harm() {
     let images = Images::new();
     let chain = Chain::open(&images.increment).unwrap();
-    for options in both() {
+    for options in restore_modes() {
         for (layer, path) in [(0, &images.increment), (1, &images.whole)] {
             let mut random = Random::new(12);
             let mut restoring = Restoring::new(&images.host, options.clone());
@@ -288,7 +288,7 @@ fn an_image_that_is_too_short_or_too_long_is_refused_and_nothing_is_touched() {
     let images = Images::new();
     let length = std::fs::metadata(&images.whole).unwrap().len();
     let copy = images.host.images.path("copy");
-    for options in both() {
+    for options in restore_modes() {
         let mut random = Random::new(13);
         let mut restoring = Restoring::new(&images.host, options);
         let some = (0..12).map(|_| random.below(length)).chain([0, 1, 4095, 4096, length - 1]);
@@ -322,7 +322,7 @@ fn several_workers_and_a_limit_find_the_same() {
     for workers in [1, 2, 8, 64] {
         for bandwidth in [0, 64 << 20] {
             let options = RestoreOptions { workers, bandwidth, ..eager() };
-            let modes = both()
+            let modes = restore_modes()
                 .into_iter()
                 .map(|mode| RestoreOptions { mode: mode.mode, ..options.clone() });
             for options in modes {
@@ -333,7 +333,7 @@ fn several_workers_and_a_limit_find_the_same() {
         }
     }
     flip(&images.whole, place, 1);
-    if both().len() == 2 {
+    if restore_modes().len() == 2 {
         assert_completed(&guest(&images.host).restored(&images.whole, &lazy()));
     }
 }

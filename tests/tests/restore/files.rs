@@ -1,39 +1,19 @@
-//! Files that fail, shrink, or are none.
+//! Files that fail, shrink, or are no image, while a guest is restored from them.
 
+use super::scene::under_way;
 use pageferry_agent::image::Chain;
-use pageferry_client::{Config, Phase, RestoreMode, RestoreOptions, SnapshotOptions};
+use pageferry_client::{Phase, RestoreOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
-use pageferry_tests::files::unsealed_memfd;
-use pageferry_tests::memory::{Backing, BlockLayout};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
 use pageferry_tests::scenario::image_guest::{
-    PAGES, assert_completed, assert_failed, background, both, byte_of, eager, endless, lazy, slow,
+    PAGES, assert_completed, assert_failed, eager, lazy, restore_modes, slow,
 };
-use pageferry_tests::scenario::images::{assert_right_or_missing, on, paused, tracked};
-use pageferry_tests::scenario::{At, Guest, Host, lock};
+use pageferry_tests::scenario::images::{FIRST, assert_right_or_missing, paused};
+use pageferry_tests::scenario::{At, Guest, Host};
 use rustix::fs::{CWD, FileType, Mode};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-/// Where pages begin in an image.
-const FIRST: u64 = 2 << 20;
-
-/// The modes of a snapshot that this machine has, of those that an operator may ask for.
-fn modes() -> Vec<SnapshotOptions> {
-    if require::uffd() { vec![background(), paused()] } else { vec![paused()] }
-}
-
-/// The agent may write again; the guest runs, free of protection, and the images are those of
-/// before.
-#[track_caller]
-fn assert_nothing_happened(host: &mut Host, guest: &Guest, before: &[(String, Vec<u8>)]) {
-    host.agent.process().limit_files(None).unwrap();
-    guest.assert_free();
-    assert!(host.images.bytes() == before, "{:?}", host.images.files());
-}
 
 /// An image of a guest whose pages are all full, and what is in them.
 fn image(host: &Host, seed: u64) -> (PathBuf, Vec<u8>) {
@@ -58,82 +38,6 @@ fn assert_restores(guest: &Guest, path: &Path, bytes: &[u8], options: &RestoreOp
     assert_completed(&guest.restored(path, options));
     assert_eq!(guest.vmm.resumes(), resumes + 1);
     assert!(guest.bytes() == bytes, "the memory is not what was saved");
-}
-
-#[test]
-fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
-    let mut host = Host::new();
-    let guest = Guest::new(&host, PAGES);
-    guest.fill(0..1, 1);
-    let base = host.images.path("base");
-    // Where the file ends while its pages are written.
-    let end = guest.saved(&host, "base", &tracked(paused())).newest().layout().contents();
-    guest.fill(0..PAGES, 2);
-    let before = host.images.bytes();
-    for options in modes() {
-        // The pages, and not what comes after them; nor then the first of it, nor the state of the
-        // VMM.
-        let (length, contents) = ("cannot set the length of the file", "cannot write at byte 0x");
-        for (cached, limit, why) in [
-            (false, 0, length),
-            (true, FIRST + 100 * PAGE_SIZE, length),
-            (false, end, contents),
-            (true, end, contents),
-            (false, end + PAGE_SIZE, contents),
-        ] {
-            let options = SnapshotOptions { cached, ..options.clone() };
-            for options in [options.clone(), on(&base, tracked(options))] {
-                host.agent.process().limit_files(Some(limit)).unwrap();
-                let status = guest.wait(guest.snapshot(&host.images.path("image"), &options));
-                assert_failed(&status, &["image: cannot", why, "File too large"]);
-                if why == contents {
-                    assert_eq!(
-                        (status.counters.pages_sent, byte_of(&status.error)),
-                        (PAGES, limit),
-                        "all was captured"
-                    );
-                }
-                assert_nothing_happened(&mut host, &guest, &before);
-            }
-        }
-    }
-    let chain = guest.saved(&host, "next", &on(&base, paused()));
-    guest.check(&chain);
-}
-
-#[test]
-fn a_file_that_may_not_be_written_from_here_on_fails_the_snapshot_and_not_the_agent() {
-    let mut host = Host::new();
-    let guest = Guest::full(&host, PAGES);
-    let base = host.images.path("base");
-    guest.saved(&host, "base", &tracked(paused()));
-    guest.fill(0..PAGES, 2);
-    let before = host.images.bytes();
-    for options in modes() {
-        for cached in [false, true] {
-            let options = endless(SnapshotOptions { cached, ..options.clone() });
-            for options in [options.clone(), on(&base, tracked(options))] {
-                let job = guest.snapshot(&host.images.path("image"), &options);
-                guest.reaches(Phase::Saving);
-                // Its length is as it will be; what is written past the limit is refused all the
-                // same.
-                host.agent.process().limit_files(Some(FIRST)).unwrap();
-                guest.hurry();
-                let status = guest.wait(job);
-                assert_failed(&status, &["image: cannot write", "File too large"]);
-                // What is written first, and not what comes after it and would be refused as well.
-                let byte = byte_of(&status.error);
-                assert!(
-                    (FIRST..FIRST + PAGES * PAGE_SIZE).contains(&byte),
-                    "no page: {}",
-                    status.error
-                );
-                assert_nothing_happened(&mut host, &guest, &before);
-            }
-        }
-    }
-    let chain = guest.saved(&host, "next", &on(&base, paused()));
-    guest.check(&chain);
 }
 
 #[test]
@@ -235,16 +139,12 @@ fn an_image_that_is_cut_off_under_a_guest_that_runs_loses_it_and_nothing_wrong_i
 fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
     let host = Host::new();
     let ((path, bytes), (second, second_bytes)) = (image(&host, 1), image(&host, 2));
-    for options in both() {
+    for options in restore_modes() {
         let (image, other) = (copy(&host, &path), host.images.path("other"));
         std::fs::copy(&second, &other).unwrap();
         let guest = Guest::new(&host, PAGES);
         let job = guest.restore(&image, &slow(options.clone()));
-        guest.reaches(if options.mode == RestoreMode::Lazy {
-            Phase::Prefetching
-        } else {
-            Phase::Restoring
-        });
+        guest.reaches(under_way(&options));
         std::fs::rename(&other, &image).unwrap();
         guest.hurry();
         assert_completed(&guest.wait(job));
@@ -252,11 +152,7 @@ fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
         assert_restores(&guest, &image, &second_bytes, &options);
         // Nor does it have to have a name.
         let job = guest.restore(&image, &slow(options.clone()));
-        guest.reaches(if options.mode == RestoreMode::Lazy {
-            Phase::Prefetching
-        } else {
-            Phase::Restoring
-        });
+        guest.reaches(under_way(&options));
         std::fs::remove_file(&image).unwrap();
         guest.hurry();
         assert_completed(&guest.wait(job));
@@ -279,7 +175,7 @@ fn what_is_no_image_is_refused_by_name_and_the_memory_is_left_alone() {
     let socket = host.agent.socket().to_owned();
     let guest = Guest::full(&host, PAGES);
     let before = guest.bytes();
-    for options in both() {
+    for options in restore_modes() {
         for (path, why) in [
             (empty.clone(), "the file has 0 bytes"),
             (fifo.clone(), ""),
@@ -308,7 +204,7 @@ fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
     let (path, bytes) = image(&host, 1);
     rustix::fs::chmod(&path, Mode::empty()).unwrap();
     let guest = Guest::new(&host, PAGES);
-    for options in both() {
+    for options in restore_modes() {
         assert_failed(
             &guest.restored(&path, &options),
             &["image1: cannot open it: Permission denied"],
@@ -324,28 +220,23 @@ fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
 }
 
 #[test]
-fn memory_that_is_cut_off_while_it_is_saved_is_named_and_the_guest_runs() {
-    let host = Host::new();
-    for options in modes() {
-        let fd: OwnedFd =
-            unsealed_memfd("ram", PAGES * PAGE_SIZE, rustix::fs::MemfdFlags::empty()).unwrap();
-        let file = Arc::new(File::from(fd));
-        let layout = BlockLayout {
-            backing: Backing::File(file.clone()),
-            ..BlockLayout::ram(PAGES * PAGE_SIZE)
-        };
-        let guest = Guest::of(&host, vec![layout], Config::default());
-        guest.fill(0..PAGES, 1);
-        let job = guest.snapshot(&host.images.path("image"), &endless(options));
-        guest.reaches(Phase::Saving);
-        rustix::fs::ftruncate(file.as_fd(), PAGES / 2 * PAGE_SIZE).unwrap();
-        guest.hurry();
-        assert_failed(&guest.wait(job), &["block 0", "truncated", "byte"]);
-        rustix::fs::ftruncate(file.as_fd(), PAGES * PAGE_SIZE).unwrap();
-        guest.assert_free();
-        assert!(host.images.files().is_empty());
-        assert!(!lock(&guest.vmm.asked).paused);
-        guest.check(&guest.saved(&host, "image", &paused()));
-        std::fs::remove_file(host.images.path("image")).unwrap();
+fn a_working_set_for_which_there_is_no_room_is_no_reason_for_a_restore_to_fail() {
+    let Some(tmpfs) = require::tmpfs() else { return };
+    if !require::uffd() {
+        return;
     }
+    let host = Host::cramped(tmpfs, 12 << 20);
+    let guest = Guest::full(&host, PAGES);
+    guest.saved(&host, "image", &paused());
+    let right = guest.bytes();
+    host.images.fill(0);
+    let working_set = host.images.path("touched").to_str().unwrap().to_owned();
+    let options = RestoreOptions { working_set, ..lazy() };
+    let status = guest.restored(&host.images.path("image"), &options);
+    assert_eq!(status.phase, Phase::Completed);
+    let warning = format!("working_set {} is not written: ", host.images.path("touched").display());
+    assert!(status.error.starts_with(&warning), "{}", status.error);
+    assert!(guest.bytes() == right);
+    guest.assert_free();
+    assert_eq!(host.images.files(), ["ballast", "image"]);
 }

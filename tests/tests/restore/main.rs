@@ -1,13 +1,20 @@
 //! Restores that something comes between: nothing wrong is restored, and the next attempt succeeds.
 //!
-//! - [`restores`]: what comes between;
+//! - [`discards`]: discards and populates meanwhile; [`aborts`]: cancels, and hooks that fail;
+//! - [`operator`]: restores that an operator asks for;
 //! - [`damage`]: bytes of an image that are changed; [`chains`]: images on another base, or of
 //!   another guest; [`files`]: files that fail, shrink, or are no image;
-//! - [`hooks_wait`]: hooks that wait for memory that will not come.
+//! - [`kills`]: agents and VMMs that are killed at any moment;
+//! - [`hooks_wait`]: hooks that wait for memory that will not come;
+//! - [`scene`]: an image to restore from.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+mod aborts;
 mod chains;
 mod damage;
+mod discards;
 mod files;
 mod hooks_wait;
-mod restores;
+mod kills;
+mod operator;
+mod scene;

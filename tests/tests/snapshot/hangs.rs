@@ -1,13 +1,10 @@
-//! Agents that hang, and are killed when they are given up.
+//! Agents that hang in a snapshot, and are killed when they are given up.
 
-use pageferry_client::{Ownership, Phase, RestoreMode, SnapshotMode, SnapshotOptions};
+use pageferry_client::{Phase, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::random::page_content;
 use pageferry_tests::require;
-use pageferry_tests::scenario::image_guest::{
-    PAGES, assert_completed, background, eager, endless, lazy, slow,
-};
+use pageferry_tests::scenario::image_guest::{PAGES, background, endless, snapshot_modes};
 use pageferry_tests::scenario::images::{on, paused, tracked};
 use pageferry_tests::scenario::{Guest, Host, SOON, lock};
 use std::time::Duration;
@@ -25,7 +22,7 @@ fn replace(host: &mut Host, before: &[(String, Vec<u8>)]) {
 
 #[test]
 fn an_agent_that_hangs_in_a_snapshot_is_given_up_and_the_guest_writes_everywhere() {
-    let modes = if require::uffd() { vec![background(), paused()] } else { vec![paused()] };
+    let modes = snapshot_modes();
     for options in modes {
         for increment in [false, true] {
             let mut host = Host::new();
@@ -83,47 +80,4 @@ fn an_agent_that_hangs_is_given_up_while_threads_wait_to_write() {
     replace(&mut host, &[]);
     guest.reattach(&host);
     guest.check(&guest.saved(&host, "next", &background()));
-}
-
-#[test]
-fn an_agent_that_hangs_in_a_restore_is_given_up_and_the_next_is_complete() {
-    let modes = if require::uffd() { vec![eager(), lazy()] } else { vec![eager()] };
-    for options in modes {
-        let mut host = Host::new();
-        let source = Guest::full(&host, PAGES);
-        source.saved(
-            &host,
-            "source",
-            &SnapshotOptions { mode: SnapshotMode::Paused, ..background() },
-        );
-        drop(source);
-        let (path, before) = (host.images.path("source"), host.images.bytes());
-        let guest = Guest::hasty(&host, PAGES, TIMEOUT);
-        let runs = options.mode == RestoreMode::Lazy;
-        guest.restore(&path, &slow(options.clone()));
-        guest.reaches(if runs { Phase::Prefetching } else { Phase::Restoring });
-        host.agent.process().freeze().unwrap();
-        if !runs {
-            // Nobody waits for it but the VMM, which asks.
-            guest.client.status().unwrap_err();
-        }
-        wait_until("the agent to be lost", SOON, || {
-            lock(&guest.vmm.asked).losses.last() == Some(&"agent")
-        })
-        .unwrap();
-        assert_eq!((guest.losses(), guest.vmm.resumes()), if runs { (1, 1) } else { (0, 0) });
-        let ownership = if runs { Ownership::Ours } else { Ownership::Awaiting };
-        assert_eq!(guest.client.ownership(), ownership);
-        replace(&mut host, &before);
-        let guest = if runs {
-            drop(guest);
-            Guest::new(&host, PAGES)
-        } else {
-            guest.reattach(&host);
-            guest
-        };
-        assert_completed(&guest.restored(&path, &options));
-        let same = |page| guest.block().read_page(page).unwrap() == page_content(1, page);
-        assert!((0..PAGES).all(same));
-    }
 }

@@ -7,11 +7,16 @@
 //! - [`increments`]: what may be built on what;
 //! - [`aborts`]: snapshots that do not come to their end;
 //! - [`refusals`]: what is refused, and the words for it;
+//! - [`full_disk`]: a file system that is full; [`files`]: files that fail;
+//! - [`kills`]: agents and VMMs that are killed at any moment; [`hangs`]: agents that hang, and are
+//!   given up;
 //! - [`scene`]: a VMM, its agent, and a folder for images.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod aborts;
 mod bandwidth;
+mod files;
+mod full_disk;
 mod hangs;
 mod huge;
 mod increments;
@@ -20,4 +25,3 @@ mod kvm;
 mod operator;
 mod refusals;
 mod scene;
-mod space;

@@ -8,7 +8,7 @@ use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::{wait_for, wait_until};
 use pageferry_tests::guest::threads::{ThreadGuest, ThreadGuestOptions};
 use pageferry_tests::memory::TestMemory;
-use pageferry_tests::process::{AgentProcess, Process, program};
+use pageferry_tests::process::{AgentProcess, Process, mock_vmm, program};
 use pageferry_tests::scenario::{Listening, RawClient, Relay, SOON, WIRES, Wire};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::verify::same_memory;
@@ -16,7 +16,6 @@ use pageferry_tests::vmm::{MockVmm, Tracker};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
 const PAGES: u64 = 256;
@@ -53,10 +52,8 @@ impl Killed {
     }
 
     fn start(&self, side: &str, more: [&str; 2]) -> Process {
-        let mut command = Command::new(program());
-        command.args(["mock-vmm", side, "--json", "--size", &SIZE.to_string()]).args(more);
-        command.arg("--socket").arg(self.agent.socket()).arg("--memory").arg(&self.memory);
-        Process::spawn(side, &mut command).unwrap()
+        let mut command = mock_vmm(side, SIZE, self.agent.socket(), &self.memory);
+        Process::spawn(side, command.args(more)).unwrap()
     }
 
     /// A source whose memory is half full.

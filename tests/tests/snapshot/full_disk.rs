@@ -1,11 +1,11 @@
 //! A file system that is full.
 
-use pageferry_client::{Phase, Punch, RestoreOptions, SnapshotMode, SnapshotOptions, Trackers};
+use pageferry_client::{Phase, Punch, SnapshotMode, SnapshotOptions, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
 use pageferry_tests::scenario::image_guest::{
-    PAGES, assert_completed, assert_failed, background, byte_of, endless, lazy,
+    PAGES, assert_completed, assert_failed, background, byte_of, endless, snapshot_modes,
 };
 use pageferry_tests::scenario::images::{on, paused, tracked};
 use pageferry_tests::scenario::{Guest, Host, SOON};
@@ -15,10 +15,6 @@ const MIB: u64 = 1 << 20;
 /// Room for all of the guest, and a little more.
 const ROOM: u64 = 12 * MIB;
 const FULL: &str = "No space left on device";
-
-fn modes() -> Vec<SnapshotOptions> {
-    if require::uffd() { vec![background(), paused()] } else { vec![paused()] }
-}
 
 /// Nothing came of it and nothing else was harmed. `before` are the files that there were.
 #[track_caller]
@@ -30,7 +26,7 @@ fn assert_nothing_happened(host: &Host, guest: &Guest, before: &[(String, Vec<u8
 #[test]
 fn a_full_file_system_fails_the_snapshot_and_nothing_else() {
     let Some(tmpfs) = require::tmpfs() else { return };
-    for options in modes() {
+    for options in snapshot_modes() {
         for cached in [false, true] {
             let options = SnapshotOptions { cached, ..options.clone() };
             eprintln!("{options:?}");
@@ -82,7 +78,7 @@ fn space_that_lasts_for_the_pages_and_not_for_the_rest_leaves_no_file() {
     let Some(tmpfs) = require::tmpfs() else { return };
     let host = Host::cramped(tmpfs, ROOM);
     let guest = Guest::full(&host, PAGES);
-    for options in modes() {
+    for options in snapshot_modes() {
         let chain = guest.saved(&host, "whole", &options);
         guest.check(&chain);
         let states = chain.newest().layout().states();
@@ -173,7 +169,7 @@ fn a_folder_without_room_for_a_file_is_named() {
     let host = Host::cramped(tmpfs, ROOM);
     let guest = Guest::full(&host, PAGES);
     host.images.fill(0);
-    for options in modes() {
+    for options in snapshot_modes() {
         let status = guest.wait(guest.snapshot(&host.images.path("image"), &options));
         assert_failed(&status, &["image", FULL]);
         guest.assert_free();
@@ -211,26 +207,4 @@ fn what_only_the_kernel_knows_of_is_not_lost_by_a_full_file_system() {
     guest.check(&guest.saved(&host, "one", &on(&base, tracked(paused()))));
     write(0..3);
     guest.check(&guest.saved(&host, "two", &on(&host.images.path("one"), paused())));
-}
-
-#[test]
-fn a_working_set_for_which_there_is_no_room_is_no_reason_for_a_restore_to_fail() {
-    let Some(tmpfs) = require::tmpfs() else { return };
-    if !require::uffd() {
-        return;
-    }
-    let host = Host::cramped(tmpfs, ROOM);
-    let guest = Guest::full(&host, PAGES);
-    guest.saved(&host, "image", &paused());
-    let right = guest.bytes();
-    host.images.fill(0);
-    let working_set = host.images.path("touched").to_str().unwrap().to_owned();
-    let options = RestoreOptions { working_set, ..lazy() };
-    let status = guest.restored(&host.images.path("image"), &options);
-    assert_eq!(status.phase, Phase::Completed);
-    let warning = format!("working_set {} is not written: ", host.images.path("touched").display());
-    assert!(status.error.starts_with(&warning), "{}", status.error);
-    assert!(guest.bytes() == right);
-    guest.assert_free();
-    assert_eq!(host.images.files(), ["ballast", "image"]);
 }

@@ -1,0 +1,94 @@
+//! A mock VMM that is a process, so that it can be killed while it is saved or restored.
+
+use super::Host;
+use super::moments::{Moment, PAGES};
+use crate::deadline::wait_until;
+use crate::process::{Process, mock_vmm};
+use crate::random::Random;
+use crate::require;
+use crate::vmm::PATIENCE;
+use pageferry_agent::image::Chain;
+use pageferry_client::Phase;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Bytes of its memory.
+pub const SIZE: u64 = PAGES * PAGE_SIZE;
+
+/// A VMM that is a process, on a memory that is a file.
+#[derive(Debug)]
+pub struct VmmProcess<'a> {
+    host: &'a Host,
+    memory: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl<'a> VmmProcess<'a> {
+    /// A VMM on the agent of `host`; its memory is empty.
+    pub fn new(host: &'a Host) -> Self {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let memory = folder.path().join("memory");
+        File::create_new(&memory).unwrap().set_len(SIZE).unwrap();
+        Self { host, memory, _folder: folder }
+    }
+
+    /// Fills three quarters of its memory with what `seed` gives.
+    pub fn fill(&self, seed: u64) {
+        let mut bytes = vec![0; SIZE as usize / 4 * 3];
+        Random::new(seed).fill(&mut bytes);
+        File::options().write(true).open(&self.memory).unwrap().write_all_at(&bytes, 0).unwrap();
+    }
+
+    /// Starts it as a `source` or a `destination`, with more options.
+    pub fn start(&self, side: &str, more: &[&str]) -> Process {
+        let mut command = mock_vmm(side, SIZE, self.host.agent.socket(), &self.memory);
+        Process::spawn(side, command.args(more)).unwrap()
+    }
+
+    /// Runs it to its end, which is a good one.
+    #[track_caller]
+    pub fn completes(&self, side: &str, more: &[&str]) {
+        let mut process = self.start(side, more);
+        let status = process.wait(PATIENCE).unwrap();
+        assert!(status.success(), "{:?}", process.lines());
+    }
+
+    /// Starts it, has it save its guest, and waits for its end.
+    pub fn saves_to(&self, image: &str) {
+        let more = ["--replace", "--snapshot-to", image, "--paused"];
+        self.completes("source", if require::uffd() { &more[..3] } else { &more });
+    }
+
+    /// Kills it at this moment of the job that comes after `last`, which then ends.
+    pub fn kill(&self, mut process: Process, moment: &Moment, last: u64) -> Phase {
+        wait_until("the job to start", PATIENCE, || {
+            self.host.status().job > last || process.has_ended()
+        })
+        .unwrap();
+        moment.wait(|| self.host.status());
+        process.kill().unwrap();
+        let status = self.host.ended();
+        assert_eq!(status.job, last + 1);
+        if status.phase != Phase::Completed {
+            let said =
+                ["the VMM is gone", "hook \"", "cannot protect", "userfaultfd", "write protect"];
+            assert!(
+                said.iter().any(|said| status.error.contains(said)),
+                "{:?}: {}",
+                status.phase,
+                status.error
+            );
+        }
+        status.phase
+    }
+
+    /// The image has what is in the memory.
+    pub fn is_saved_in(&self, image: &Path) {
+        let (memory, chain) = (std::fs::read(&self.memory).unwrap(), Chain::open(image).unwrap());
+        let mut saved = vec![0; SIZE as usize];
+        chain.read(0, PageRange::new(0, PAGES), &mut saved).unwrap();
+        assert!(saved == memory);
+    }
+}

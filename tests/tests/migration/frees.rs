@@ -1,0 +1,103 @@
+//! Memory that the guest frees, and may write into again at any time.
+
+use super::scene::{PAGES, Scene, assert_freed, discard, free, has_stamp};
+use pageferry_client::Punch;
+use pageferry_protocol::stream::Kind;
+use pageferry_tests::scenario::{assert_same, passes};
+
+#[test]
+fn what_was_freed_before_the_start_is_never_sent_and_what_was_written_since_arrives() {
+    let mut scene = Scene::new();
+    free(&scene.source, 30, 70);
+    // Without a populate, and without a mark: it was before the start.
+    scene.source.ram.write(50, 4711);
+    scene.start(&passes(2));
+    scene.after_pass(0, |_| {});
+    let status = scene.finish();
+    assert!((30..100).filter(|page| *page != 50).all(|page| scene.carried(page).is_empty()));
+    assert_eq!(scene.destination.ram.stamp(50), 4711);
+    assert_freed(&scene, 30..50);
+    assert_freed(&scene, 51..100);
+    scene.assert_untouched((0..30).chain(100..PAGES));
+    let counters = status.counters;
+    assert_eq!(
+        (counters.zero_pages, counters.freed_pages, counters.discarded_pages, counters.stray_pages),
+        (0, 0, 0, 0)
+    );
+}
+
+#[test]
+fn a_free_of_what_was_sent_makes_a_hole_and_what_is_written_into_it_later_arrives() {
+    let mut scene = Scene::new();
+    scene.start(&passes(4));
+    // Dirty before it is freed, and not.
+    scene.after_pass(0, |source| {
+        (30..60).for_each(|page| source.write(page, 1));
+        free(source, 30, 70);
+        // In the same pass, and again.
+        source.write(90, 2);
+        free(source, 90, 1);
+        source.write(91, 3);
+    });
+    scene.after_pass(1, |source| {
+        source.write(40, 5);
+        free(source, 40, 1);
+        free(source, 41, 1);
+        source.write(41, 6);
+    });
+    scene.after_pass(2, |source| source.write(42, 7));
+    let status = scene.finish();
+    assert_same(&scene.source.ram, &scene.destination.ram);
+    let there = &scene.destination.ram;
+    assert_eq!((there.stamp(91), there.stamp(41), there.stamp(42)), (3, 6, 7));
+    assert_freed(&scene, 30..41);
+    assert_freed(&scene, 43..91);
+    scene.assert_untouched((0..30).chain(100..PAGES));
+    assert!(
+        !scene
+            .relay
+            .seen
+            .iter()
+            .any(|record| [1, 2, 5].iter().any(|stale| has_stamp(record, *stale))),
+        "stale"
+    );
+    // 69 after pass 0; 40 once more.
+    assert_eq!((status.counters.freed_pages, status.counters.discarded_pages), (69 + 1, 0));
+    // Told once each: of the word that 40 is in only that page.
+    assert_eq!(
+        scene.carried(35).iter().map(|record| record.kind).collect::<Vec<_>>(),
+        [Kind::Data, Kind::Zero]
+    );
+}
+
+#[test]
+fn what_is_freed_while_it_is_discarded_stays_discarded() {
+    let mut scene = Scene::new();
+    scene.discard(60, 20, Punch::No);
+    assert_eq!(scene.source.client.free(&[scene.source.ram.range(50, 40)]).unwrap(), 20);
+    scene.start(&passes(2));
+    scene.after_pass(0, |source| {
+        discard(source, 100, 20, Punch::Yes);
+        source.write(105, 1);
+        assert_eq!(source.client.free(&[source.ram.range(90, 40)]).unwrap(), 20);
+    });
+    let status = scene.finish();
+    scene.assert_discarded(60..80);
+    scene.assert_discarded(100..120);
+    assert_freed(&scene, 50..60);
+    assert_freed(&scene, 80..100);
+    assert_freed(&scene, 120..130);
+    assert_eq!((status.counters.discarded_pages, status.counters.stray_pages), (40, 0));
+}
+
+#[test]
+fn what_the_vmm_frees_when_the_last_pass_was_sent_is_a_hole_there_too() {
+    let mut scene = Scene::new();
+    scene.start(&passes(1));
+    // The guest stands still by then.
+    scene.after_pass(1, |source| free(source, 30, 70));
+    let status = scene.finish();
+    assert_freed(&scene, 30..100);
+    scene.assert_untouched((0..30).chain(100..PAGES));
+    assert_eq!(status.counters.freed_pages, 70);
+}

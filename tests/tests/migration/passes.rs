@@ -1,0 +1,57 @@
+//! How many passes there are under a downtime limit of zero.
+
+use super::scene::Scene;
+use super::stale_bits::write_under_kvm;
+use pageferry_client::{Counters, IncomingOptions, OutgoingOptions, Phase, Trackers};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::scenario::{SOON, assert_same, lock};
+use std::time::Duration;
+
+/// Moves a guest under a downtime limit of zero, with the default policy, and without a relay.
+fn start_without_downtime(scene: &Scene) -> (OutgoingOptions, u64, u64) {
+    let path = scene.relay.folder.path().join("direct");
+    let options = OutgoingOptions { downtime_limit: Duration::ZERO, ..OutgoingOptions::default() };
+    let incoming = scene.destination.listen(&path, &IncomingOptions::default());
+    let outgoing = scene.source.send(&path, &options);
+    (options, outgoing, incoming)
+}
+
+#[test]
+fn an_idle_guest_moves_under_a_downtime_limit_of_zero() {
+    let scene = Scene::new();
+    let (_, outgoing, incoming) = start_without_downtime(&scene);
+    let status = scene.source.wait(outgoing);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.counters.passes, 2, "one while it ran, one while it was paused");
+    assert_eq!(scene.destination.wait(incoming).phase, Phase::Completed);
+    assert_same(&scene.source.ram, &scene.destination.ram);
+}
+
+#[test]
+fn passes_that_a_limit_of_zero_keeps_going_are_no_busy_loop() {
+    let scene = Scene::new();
+    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
+    let busy = scene.source.ram.gpa / PAGE_SIZE + 9;
+    write_under_kvm(&scene.source, 9, 9);
+    *lock(&scene.source.vmm.on_clear) = Some(Box::new(move |kvm, given| {
+        kvm.dirty.retain(|page| !given.contains(page));
+        kvm.dirty.insert(busy);
+    }));
+    let (options, outgoing, incoming) = start_without_downtime(&scene);
+    let mut counters = Counters::default();
+    wait_until("passes", SOON, || {
+        counters = scene.source.client.status().unwrap().counters;
+        counters.passes >= 34
+    })
+    .unwrap();
+    // The first 30 follow each other at once, the others 100 ms apart.
+    let most = 31 + counters.total_us / 100_000;
+    assert!(counters.passes <= most, "{} passes in {} us", counters.passes, counters.total_us);
+    let reached = OutgoingOptions { downtime_limit: Duration::from_secs(3600), ..options };
+    scene.source.client.set_parameters(&reached).unwrap();
+    let status = scene.source.wait(outgoing);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(scene.destination.wait(incoming).phase, Phase::Completed);
+    assert_same(&scene.source.ram, &scene.destination.ram);
+}

@@ -1,0 +1,118 @@
+//! A migration between two scripted VMMs, with a relay between their agents.
+
+use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_protocol::stream::Kind;
+use pageferry_tests::scenario::{Passing, Ram, Relay, Side};
+
+pub const PAGES: u64 = 200;
+
+/// A source whose page `n` holds the stamp `1000 + n`, a destination, and what stands between them.
+pub struct Scene {
+    pub relay: Relay,
+    pub source: Side,
+    pub destination: Side,
+    pub jobs: Option<(u64, u64)>,
+}
+
+impl Scene {
+    pub fn new() -> Self {
+        let scene = Self::empty(PAGES);
+        for page in 0..PAGES {
+            scene.source.ram.write(page, 1000 + page);
+        }
+        scene
+    }
+
+    /// Nothing is allocated.
+    pub fn empty(pages: u64) -> Self {
+        let (source, destination) = (Side::new(Ram::odd(pages)), Side::new(Ram::odd(pages)));
+        Self { relay: Relay::new(), source, destination, jobs: None }
+    }
+
+    pub fn start(&mut self, options: &OutgoingOptions) {
+        let incoming = self.relay.listen(&self.destination.client, &IncomingOptions::default());
+        let outgoing = self.relay.send(&self.source.client, options);
+        self.jobs = Some((outgoing, incoming));
+    }
+
+    /// Runs until `pass` has arrived at the destination and the source does not know yet; then does
+    /// `what`.
+    pub fn after_pass(&mut self, pass: u64, what: impl FnOnce(&Side)) {
+        let record = self.relay.until(|record| record.is(Kind::PassDone, pass));
+        what(&self.source);
+        self.relay.pass(record);
+    }
+
+    /// The migration succeeds; returns how the source's job ended.
+    pub fn finish(&mut self) -> JobStatus {
+        let (outgoing, incoming) = self.jobs.unwrap();
+        let status = self.relay.finish(&self.source.client, outgoing);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        let there = self.destination.wait(incoming);
+        assert_eq!(there.phase, Phase::Completed, "{}", there.error);
+        status
+    }
+
+    pub fn discard(&self, first: u64, count: u64, punch: Punch) {
+        discard(&self.source, first, count, punch);
+    }
+
+    pub fn carried(&self, page: u64) -> Vec<&Passing> {
+        self.relay.seen.iter().filter(|record| record.carries(page)).collect()
+    }
+
+    /// The page is a discarded hole at the destination.
+    #[track_caller]
+    pub fn assert_discarded(&self, pages: std::ops::Range<u64>) {
+        let bitmap = self.destination.client.discarded(self.destination.ram.id).unwrap();
+        for page in pages {
+            assert!(bitmap.contains(page), "page {page} is not discarded at the destination");
+            assert!(
+                self.destination.ram.is_hole(page),
+                "page {page} is no hole at the destination"
+            );
+        }
+    }
+
+    /// The pages hold what they held from the start, and are in use.
+    #[track_caller]
+    pub fn assert_untouched(&self, pages: impl Iterator<Item = u64>) {
+        let bitmap = self.destination.client.discarded(self.destination.ram.id).unwrap();
+        for page in pages {
+            assert_eq!(self.destination.ram.stamp(page), 1000 + page, "page {page}");
+            assert!(!bitmap.contains(page), "page {page} is discarded at the destination");
+        }
+    }
+}
+
+pub fn discard(side: &Side, first: u64, count: u64, punch: Punch) {
+    side.client.discard(&[side.ram.range(first, count)], punch).unwrap();
+}
+
+pub fn populate(side: &Side, first: u64, count: u64) {
+    side.client.populate(&[side.ram.range(first, count)]).unwrap();
+}
+
+/// True if the payload of the record has this stamp at the start of a page.
+pub fn has_stamp(record: &Passing, stamp: u64) -> bool {
+    record.kind == Kind::Data
+        && record.payload.chunks(PAGE_SIZE as usize).any(|page| page[..8] == stamp.to_le_bytes())
+}
+
+pub fn free(side: &Side, first: u64, count: u64) {
+    assert_eq!(side.client.free(&[side.ram.range(first, count)]).unwrap(), count);
+}
+
+/// What was freed and not written since was never sent, and is a hole there, in use.
+#[track_caller]
+pub fn assert_freed(scene: &Scene, pages: std::ops::Range<u64>) {
+    let bitmap = scene.destination.client.discarded(scene.destination.ram.id).unwrap();
+    for page in pages {
+        assert!(
+            scene.destination.ram.is_hole(page) && scene.source.ram.is_hole(page),
+            "page {page} is no hole"
+        );
+        assert!(!bitmap.contains(page), "page {page} is discarded at the destination");
+    }
+}

@@ -1,0 +1,133 @@
+//! Restores that an operator asks for, into a VMM that runs a guest already.
+
+use super::scene::image;
+use pageferry_client::{HookError, Ownership, Punch, RestoreMode};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::process::program;
+use pageferry_tests::require;
+use pageferry_tests::scenario::image_guest::{
+    PAGES, assert_completed, assert_failed, background, restore_modes,
+};
+use pageferry_tests::scenario::images::{flip, on, paused, tracked};
+use pageferry_tests::scenario::{At, Guest, Host, lock};
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn operator(host: &Host, path: &Path, more: &[&str]) -> Output {
+    let mut command = Command::new(program());
+    command
+        .arg("restore")
+        .arg("--socket")
+        .arg(host.agent.socket())
+        .arg(path)
+        .args(more)
+        .stdin(Stdio::null());
+    command.output().unwrap()
+}
+
+/// The operator is told why, and the guest that was there runs on, and what is known of its changes
+/// is as it was.
+#[track_caller]
+fn assert_in_vain(host: &Host, guest: &Guest, path: &Path, more: &[&str], why: &str) {
+    let (before, files) = (guest.bytes(), host.images.files());
+    let resumes = guest.vmm.resumes();
+    guest.write(50, resumes + 1);
+    let output = operator(host, path, more);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains(why), "{said}");
+    assert_failed(&host.status(), &[why]);
+    assert_eq!(
+        (guest.client.ownership(), guest.vmm.resumes(), guest.losses()),
+        (Ownership::Ours, resumes, 0)
+    );
+    guest.assert_free();
+    guest.client.discard(&[guest.range(60, 2)], Punch::Yes).unwrap();
+    guest.client.populate(&[guest.range(60, 2)]).unwrap();
+    assert!(guest.bytes()[80 * PAGE_SIZE as usize..] == before[80 * PAGE_SIZE as usize..]);
+    let chain = guest.saved(host, "after", &on(&host.images.path("tracked"), tracked(paused())));
+    guest.check(&chain);
+    drop(chain);
+    // The next one is built on what this one was.
+    std::fs::remove_file(host.images.path("after")).unwrap();
+    std::fs::remove_file(host.images.path("tracked")).unwrap();
+    guest.saved(host, "tracked", &tracked(paused()));
+    assert_eq!(host.images.files(), files);
+}
+
+#[test]
+fn an_operator_s_restore_that_the_vmm_does_not_want_changes_nothing() {
+    let host = Host::new();
+    let path = image(&host);
+    let guest = Guest::full(&host, PAGES);
+    guest.fill(0..PAGES, 5);
+    guest.saved(&host, "tracked", &tracked(paused()));
+    for more in [&[][..], &["--lazy"]] {
+        assert_in_vain(&host, &guest, &path, more, "this VMM does not wait for");
+    }
+    guest.vmm.on(At::PrepareRestore, || Err(HookError::new("not on a Sunday")));
+    for more in [&[][..], &["--lazy"]] {
+        assert_in_vain(&host, &guest, &path, more, "not on a Sunday");
+    }
+}
+
+#[test]
+fn an_operator_s_restore_of_an_image_of_no_use_costs_nobody_a_guest() {
+    let host = Host::new();
+    let path = image(&host);
+    let guest = Guest::full(&host, PAGES);
+    guest.fill(0..PAGES, 5);
+    guest.saved(&host, "tracked", &tracked(paused()));
+    guest.vmm.on(At::PrepareRestore, || panic!("it would have given its guest up"));
+    let length = std::fs::metadata(&path).unwrap().len();
+    let copy = host.images.path("copy");
+    let layout = pageferry_agent::image::Chain::open(&path).unwrap();
+    let layout = layout.newest().layout();
+    let places = [0, 100, layout.states(), layout.extent_sums(), layout.contents(), length - 1];
+    for more in [&[][..], &["--lazy"]] {
+        for place in places {
+            std::fs::copy(&path, &copy).unwrap();
+            flip(&copy, place, 0xff);
+            assert_in_vain(&host, &guest, &copy, more, "image ");
+        }
+        for length in [0, 5000, length - 1] {
+            std::fs::copy(&path, &copy).unwrap();
+            File::options().write(true).open(&copy).unwrap().set_len(length).unwrap();
+            assert_in_vain(&host, &guest, &copy, more, "truncated");
+        }
+        std::fs::copy(&path, &copy).unwrap();
+        assert_in_vain(&host, &guest, &host.images.path("nothing"), more, "cannot open it");
+    }
+}
+
+#[test]
+fn an_operator_restores_a_guest_into_a_vmm_that_gives_up_its_own() {
+    let host = Host::new();
+    let path = image(&host);
+    for options in restore_modes() {
+        let guest = Guest::full(&host, PAGES);
+        guest.fill(0..PAGES, 5);
+        guest.saved(&host, "tracked", &tracked(paused()));
+        let vmm = guest.vmm.clone();
+        guest.vmm.on(At::PrepareRestore, move || {
+            lock(&vmm.asked).paused = true;
+            Ok(())
+        });
+        let more: &[&str] = if options.mode == RestoreMode::Lazy { &["--lazy"] } else { &[] };
+        let output = operator(&host, &path, more);
+        assert!(output.status.success(), "{output:?}");
+        assert_completed(&host.status());
+        guest.assert_holds(1);
+        guest.assert_free();
+        // Nobody knows what changed between the guest that was saved and this one.
+        let increment = on(&host.images.path("tracked"), tracked(paused()));
+        let status = guest.wait(guest.snapshot(&host.images.path("increment"), &increment));
+        assert_failed(&status, &["a guest was restored"]);
+        std::fs::remove_file(host.images.path("tracked")).unwrap();
+        if require::uffd() {
+            guest.check(&guest.saved(&host, "next", &background()));
+            std::fs::remove_file(host.images.path("next")).unwrap();
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! An image to restore from, and the phase that its restore is in.
+
+use pageferry_client::{Phase, RestoreMode, RestoreOptions};
+use pageferry_tests::scenario::image_guest::PAGES;
+use pageferry_tests::scenario::images::paused;
+use pageferry_tests::scenario::{Guest, Host};
+use std::path::PathBuf;
+
+/// An image of a guest whose pages are all full.
+pub fn image(host: &Host) -> PathBuf {
+    let guest = Guest::full(host, PAGES);
+    guest.saved(host, "image", &paused());
+    host.images.path("image")
+}
+
+/// The phase of a restore that is not done yet: if it is lazy, its guest runs already.
+pub fn under_way(options: &RestoreOptions) -> Phase {
+    if options.mode == RestoreMode::Lazy { Phase::Prefetching } else { Phase::Restoring }
+}
