@@ -20,7 +20,7 @@ pub struct Listening {
 
 impl Listening {
     /// Starts it in a folder of its own.
-    pub fn new() -> Self {
+    pub fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("agent");
         let mut server = pageferry_agent::server::Server::new().unwrap();

@@ -75,7 +75,7 @@ pub struct Host {
 
 impl Host {
     /// An agent of this user, and an ordinary folder.
-    pub fn new() -> Self {
+    pub fn start() -> Self {
         let home = tempfile::tempdir().unwrap();
         let agent = AgentProcess::spawn(program(), home.path(), "agent").unwrap();
         Self { agent, images: Folder { agents: folder_in(&home), view: None }, home }
@@ -86,7 +86,7 @@ impl Host {
     pub fn unprivileged() -> Option<Self> {
         const NOBODY: u32 = 65534;
         if !rustix::process::geteuid().is_root() {
-            return Some(Self::new());
+            return Some(Self::start());
         }
         let home = tempfile::tempdir().unwrap();
         let agents = folder_in(&home);

@@ -4,7 +4,7 @@
 //! - [`agents`]: agents that listen, on a thread or as a process; [`raw_client`]: a connection to
 //!   one without the client library;
 //! - [`ram`]: memory with a stamp in each page; [`scripted_vmm`]: a VMM whose hooks follow a script;
-//!   [`side`]: such a VMM with its agent;
+//!   [`side`]: such a VMM with its agent; [`mock_side`]: a mock VMM with its agent;
 //! - [`relay`]: the wire between two agents;
 //! - [`images`]: how images are asked for, what must hold of them, and damage to them;
 //!   [`image_host`]: an agent with a folder for images; [`image_guest`]: a VMM that uses them;
@@ -24,6 +24,7 @@ pub mod agents;
 pub mod image_guest;
 pub mod image_host;
 pub mod images;
+pub mod mock_side;
 pub mod moments;
 pub mod ram;
 pub mod raw_client;
@@ -36,6 +37,7 @@ pub mod vmm_process;
 pub use agents::{Agent, Listening};
 pub use image_guest::Guest;
 pub use image_host::{Folder, Host};
+pub use mock_side::MockSide;
 pub use ram::{Ram, Touch, assert_same};
 pub use raw_client::RawClient;
 pub use relay::{Passing, Relay, WIRES, Wire, read_record};

@@ -166,7 +166,7 @@ impl Busy {
 
 impl Relay {
     /// Over UNIX sockets.
-    pub fn new() -> Self {
+    pub fn unix() -> Self {
         Self::over(Wire::Unix)
     }
 

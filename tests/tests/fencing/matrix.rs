@@ -62,7 +62,7 @@ struct Agents {
 
 impl Agents {
     fn new() -> Self {
-        Self { hit: Host::new(), other: Host::new(), next: Host::new() }
+        Self { hit: Host::start(), other: Host::start(), next: Host::start() }
     }
 }
 
@@ -137,7 +137,7 @@ fn hit(how: Hit, vmm: &mut MockVmm, agents: &mut Agents, random: &mut Random) ->
 /// The guest runs here alone, and a migration with the next agent brings all of it to another host.
 fn owner_moves_on(owner: &MockVmm, folder: &Path) {
     wait_until("the guest to run", PATIENCE, || owner.record().runs).unwrap();
-    let host = Host::new();
+    let host = Host::start();
     let destination = waiting(&host);
     let to = address(folder, "next");
     let (incoming, _) = destination.start_incoming(&to, &waits()).unwrap();
@@ -270,7 +270,7 @@ fn hit_destination(mode: Mode, how: Hit, random: &mut Random) -> Phase {
             assert!(!source.record().runs);
             destination.stop().unwrap();
             drop(destination);
-            let next = Host::new();
+            let next = Host::start();
             force(&mut source, next.agent.socket());
             owner_moves_on(&source, folder.path());
         }

@@ -61,7 +61,7 @@ fn an_agent_that_wakes_up_takes_no_dirty_page_from_its_successor() {
     for round in 0..8 {
         let mut first = Agent::spawn();
         let source = Attached::new(first.socket(), stamped());
-        let (elsewhere, mut first_relay) = (empty(), Relay::new());
+        let (elsewhere, mut first_relay) = (empty(), Relay::unix());
         let waits_in_vain = first_relay.listen(&elsewhere.client, &IncomingOptions::default());
         first_relay.send(&source.client, &passes(1));
         let accept = first_relay.until(|record| record.kind == Kind::Accept);
@@ -69,7 +69,7 @@ fn an_agent_that_wakes_up_takes_no_dirty_page_from_its_successor() {
 
         let second = Agent::spawn();
         source.reattach(second.socket());
-        let (destination, mut relay) = (empty(), Relay::new());
+        let (destination, mut relay) = (empty(), Relay::unix());
         let incoming = relay.listen(&destination.client, &IncomingOptions::default());
         let outgoing = relay.send(&source.client, &passes(2));
         let pass_done = relay.until(|record| record.is(Kind::PassDone, 0));
@@ -110,7 +110,7 @@ fn hangs_before_the_commit(then: impl FnOnce(&Attached, &mut Agent)) {
         process::freeze(pid).unwrap();
         Ok(())
     });
-    let (destination, mut relay) = (empty(), Relay::new());
+    let (destination, mut relay) = (empty(), Relay::unix());
     let incoming = relay.listen(&destination.client, &IncomingOptions::default());
     relay.send(&source.client, &passes(1));
     relay.pump("the line", || source.client.ownership() == Ownership::Relinquished);
@@ -221,7 +221,7 @@ fn an_agent_that_was_given_up_gives_no_image_its_name() {
 fn a_vmm_may_come_back_to_the_process_of_its_agent() {
     let mut agent = Agent::spawn();
     let source = Attached::new(agent.socket(), stamped());
-    let (elsewhere, mut relay) = (empty(), Relay::new());
+    let (elsewhere, mut relay) = (empty(), Relay::unix());
     relay.listen(&elsewhere.client, &IncomingOptions::default());
     relay.send(&source.client, &passes(1));
     let _accept = relay.until(|record| record.kind == Kind::Accept);

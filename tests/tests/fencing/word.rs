@@ -159,9 +159,9 @@ fn assert_replaced(status: &JobStatus) {
 fn a_migration_of_an_agent_that_was_given_up_fails_and_takes_no_mark_from_the_log() {
     use pageferry_protocol::control::hook::code;
     for given_up_at in [code::PAUSE, code::SAVE_STATE, code::RELINQUISH] {
-        let agent = Listening::new();
+        let agent = Listening::start();
         let mut vmm = RawVmm::new(&agent, Some(given_up_at));
-        let (destination, mut relay) = (Side::new(Ram::odd(PAGES)), Relay::new());
+        let (destination, mut relay) = (Side::new(Ram::odd(PAGES)), Relay::unix());
         let incoming = relay.listen(&destination.client, &IncomingOptions::default());
         let start = Request::StartOutgoing { target: relay.address(), options: passes(1) };
         vmm.control.ask(&start, Vec::new()).unwrap();
@@ -196,7 +196,7 @@ fn a_snapshot_of_an_agent_that_was_given_up_leaves_no_image() {
         (SnapshotMode::Paused, code::RESUME),
     ];
     for (mode, given_up_at) in cases {
-        let agent = Listening::new();
+        let agent = Listening::start();
         let mut vmm = RawVmm::new(&agent, Some(given_up_at));
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image").to_str().unwrap().to_owned();
@@ -232,7 +232,7 @@ fn saving(agent: &Listening, folder: &Path, given_up_at: Option<u32>, state: u64
 /// the current agent again when it gives it its name.
 #[test]
 fn an_image_whose_agent_was_given_up_before_the_last_page_is_not_completed() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let folder = tempfile::tempdir().unwrap();
     // The guest runs on from its resume.
     let resume = pageferry_protocol::control::hook::code::RESUME;
@@ -256,7 +256,7 @@ fn an_image_whose_agent_was_given_up_before_the_last_page_is_not_completed() {
 fn an_image_whose_agent_was_given_up_after_the_last_page_gets_no_name() {
     // The more state there is, the more time to give the agent up.
     for state in [64 << 20, 256 << 20, 768 << 20] {
-        let agent = Listening::new();
+        let agent = Listening::start();
         let folder = tempfile::tempdir().unwrap();
         let vmm = saving(&agent, folder.path(), None, state);
         let wait_for_resume = || vmm.resumed.load(Ordering::SeqCst);
@@ -281,7 +281,7 @@ fn an_image_whose_agent_was_given_up_after_the_last_page_gets_no_name() {
 
 #[test]
 fn what_a_vmm_asked_before_it_gave_the_agent_up_is_not_done_after() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut vmm = RawVmm::new(&agent, None);
     let ranges = vec![BlockRange { block: vmm.ram.id, offset: 0, length: PAGE_SIZE }];
     let discard = Request::Discard { flags: DISCARD_PUNCH, ranges: ranges.clone() };
@@ -301,7 +301,7 @@ fn what_a_vmm_asked_before_it_gave_the_agent_up_is_not_done_after() {
 
 #[test]
 fn a_fence_word_that_is_none_is_refused_by_name() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut vmm = RawVmm::new(&agent, None);
     let refused = |peer: &mut RawClient, request: &Request, fds, words: &[&str]| {
         let error = peer.ask(request, fds).unwrap_err();

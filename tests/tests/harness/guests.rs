@@ -1,31 +1,37 @@
 //! Guests of threads with devices, a balloon and a plugged memory device migrate; hooks that
 //! misbehave do not cost the guest.
 
-use pageferry_client::{
-    Client, Config, IncomingOptions, NonConvergence, OutgoingOptions, Phase, Punch,
-};
+use pageferry_client::{IncomingOptions, NonConvergence, OutgoingOptions, Phase, Punch};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::balloon::{Balloon, Way};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::device::Device;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuest, ThreadGuestOptions};
-use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::plug::Plug;
 use pageferry_tests::require;
-use pageferry_tests::usage::{Path, Usage};
+use pageferry_tests::scenario::MockSide;
+use pageferry_tests::usage::Path;
 use pageferry_tests::verify::same_memory;
-use pageferry_tests::vmm::{Fault, HookName, MockVmm, PATIENCE, Tracker};
+use pageferry_tests::vmm::{Fault, HookName, PATIENCE, Tracker};
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const UNIT: u64 = 2 << 20;
 const HOTPLUG: u32 = 5;
 
-/// A VMM and its agent. The VMM goes first.
+/// A VMM with a guest of threads and a device.
 struct Side {
-    vmm: MockVmm,
-    _agent: InProcessAgent,
+    mock: MockSide,
+}
+
+impl Deref for Side {
+    type Target = MockSide;
+
+    fn deref(&self) -> &MockSide {
+        &self.mock
+    }
 }
 
 /// Two blocks at odd places, and one that is plugged in units.
@@ -46,15 +52,12 @@ fn memory() -> Arc<TestMemory> {
 
 impl Side {
     fn new(guest: ThreadGuestOptions, device_rate: u64, write_protect: bool) -> Self {
-        let memory = memory();
-        let usage = Usage::new(memory.clone()).unwrap();
         let tracker = if write_protect { Tracker::WriteProtect } else { Tracker::Log };
-        let (agent, socket) = InProcessAgent::start().unwrap();
-        let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-        let vmm = MockVmm::new(client, channel, usage.clone(), tracker).unwrap();
-        vmm.set_guest(ThreadGuest::new(&usage, guest).unwrap());
-        vmm.add_device(Device::new(&usage, "disk", device_rate, 5).unwrap());
-        Self { vmm, _agent: agent }
+        let mock = MockSide::over(memory(), tracker);
+        let usage = mock.vmm.usage();
+        mock.vmm.set_guest(ThreadGuest::new(usage, guest).unwrap());
+        mock.vmm.add_device(Device::new(usage, "disk", device_rate, 5).unwrap());
+        Self { mock }
     }
 
     /// With a guest that takes over the counts but writes nothing, so that the two memories can be
@@ -83,9 +86,7 @@ fn hasty() -> OutgoingOptions {
 /// Migrates while `meanwhile` is called again and again; checks the result.
 fn migrate(source: &Side, options: &OutgoingOptions, mut meanwhile: impl FnMut()) {
     let destination = Side::destination();
-    let (_, address) =
-        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
-    let job = source.vmm.start_outgoing(&address, options).unwrap();
+    let [job, _] = source.start_move(&destination, options);
     let started = Instant::now();
     let status = loop {
         let status = source.vmm.client().status().unwrap();
@@ -196,8 +197,7 @@ fn state_that_does_not_load_leaves_the_guest_at_the_source() {
     source.vmm.start().unwrap();
     let destination = Side::destination();
     destination.vmm.inject(HookName::LoadState, Some(Fault::Fail("no such device".into())));
-    let (there, address) =
-        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (there, address) = destination.listen(&IncomingOptions::default());
     let job = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
     let status = source.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Failed);

@@ -2,18 +2,18 @@
 //! has no `write`, and does not tell its holes.
 
 use pageferry_client::{
-    BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch,
+    BlockRange, Client, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::huge_pages::{HUGE_PAGE, HugePages, hugetlb_memfd};
-use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::require;
-use pageferry_tests::usage::Usage;
+use pageferry_tests::scenario::MockSide;
 use pageferry_tests::verify::same_memory;
-use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use pageferry_tests::vmm::{PATIENCE, Tracker};
 use rustix::fs::{FallocateFlags, fallocate};
+use std::ops::Deref;
 use std::sync::Arc;
 
 /// Pages of a huge page.
@@ -22,10 +22,17 @@ const BLOCK: u32 = 4;
 /// Huge pages of the block.
 const COUNT: u64 = 9;
 
-/// A VMM with one block, of huge pages unless said otherwise. The VMM goes first.
+/// A VMM with one block, of huge pages unless said otherwise.
 struct Side {
-    vmm: MockVmm,
-    _agent: InProcessAgent,
+    mock: MockSide,
+}
+
+impl Deref for Side {
+    type Target = MockSide;
+
+    fn deref(&self) -> &MockSide {
+        &self.mock
+    }
 }
 
 /// How the source's writes get to be known.
@@ -55,10 +62,7 @@ impl Side {
             By::Log => Tracker::Log,
             By::WriteProtect => Tracker::WriteProtect,
         };
-        let (agent, socket) = InProcessAgent::start().unwrap();
-        let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-        let vmm = MockVmm::new(client, channel, Usage::new(memory).unwrap(), tracker).unwrap();
-        Self { vmm, _agent: agent }
+        Self { mock: MockSide::over(memory, tracker) }
     }
 
     fn block(&self) -> &TestBlock {
@@ -84,9 +88,7 @@ impl Side {
     /// Migrates to `destination`.
     fn move_to(&self, destination: &Side, streams: u16) -> JobStatus {
         let options = OutgoingOptions { streams, ..OutgoingOptions::default() };
-        let (_, address) =
-            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
-        let job = self.vmm.start_outgoing(&address, &options).unwrap();
+        let [job, _] = self.start_move(destination, &options);
         let status = self.vmm.wait_job(job, PATIENCE).unwrap();
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
         wait_until("the guest running there", PATIENCE, || destination.vmm.record().runs).unwrap();
@@ -328,8 +330,7 @@ fn a_destination_without_huge_pages_is_an_error_and_the_guest_stays() {
     let hog = hugetlb_memfd(others * HUGE_PAGE).unwrap();
     fallocate(&hog, FallocateFlags::empty(), 0, others * HUGE_PAGE).unwrap();
     source.vmm.start().unwrap();
-    let (there, address) =
-        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (there, address) = destination.listen(&IncomingOptions::default());
     let job = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
     let status = source.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Failed);

@@ -6,32 +6,36 @@ use pageferry_client::{
     BlockRange, IncomingOptions, Mode, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
+use pageferry_tests::memory::{Backing, BlockLayout, TestBlock};
 use pageferry_tests::require;
 use pageferry_tests::scenario::images::paused;
-use pageferry_tests::scenario::{Listening, passes};
+use pageferry_tests::scenario::{MockSide, passes};
 use pageferry_tests::tmpfs::{Tmpfs, hands_out_huge_pages};
-use pageferry_tests::usage::Usage;
-use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use pageferry_tests::vmm::PATIENCE;
+use std::ops::Deref;
 use std::sync::Arc;
 
 /// Pages of a huge page.
 const HUGE: u64 = 512;
 const PAGES: u64 = 20 * HUGE;
 
-/// A VMM on an agent. The VMM goes first.
+/// A VMM with one block.
 struct Side {
-    vmm: MockVmm,
-    _agent: Listening,
+    mock: MockSide,
+}
+
+impl Deref for Side {
+    type Target = MockSide;
+
+    fn deref(&self) -> &MockSide {
+        &self.mock
+    }
 }
 
 impl Side {
     fn new(fd_offset: u64, backing: Backing) -> Self {
-        let agent = Listening::new();
         let ram = BlockLayout { fd_offset, backing, ..BlockLayout::ram(PAGES * PAGE_SIZE) };
-        let usage = Usage::new(Arc::new(TestMemory::new(vec![ram]).unwrap())).unwrap();
-        let vmm = MockVmm::connect(&agent.path, usage, Tracker::Log).unwrap();
-        Self { vmm, _agent: agent }
+        Self { mock: MockSide::new(vec![ram]) }
     }
 
     /// In a memfd, which allocates page by page.
@@ -121,8 +125,7 @@ fn a_guest_that_arrives_on_huge_pages_takes_no_more_than_it_did() {
                 format!("{huge}, {odd}, {:?} with {} streams", options.mode, options.streams);
             let Some(to) = Side::on(tmpfs, huge, odd) else { continue };
             let from = Side::source();
-            let (incoming, address) =
-                to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+            let (incoming, address) = to.listen(&IncomingOptions::default());
             let outgoing = from.vmm.start_outgoing(&address, &options).unwrap();
             for (side, job) in [(&from, outgoing), (&to, incoming)] {
                 let status = side.vmm.wait_job(job, PATIENCE).unwrap();

@@ -1,8 +1,9 @@
 //! Pages that travel compressed: smaller on the wire, the same at the destination, and refused by
 //! name where something is wrong with them.
 
+use crate::scene::{PAGES, Scene, empty};
 use pageferry_agent::outgoing::compress::Compressor;
-use pageferry_client::{Compression, IncomingOptions, JobStatus, OutgoingOptions, Phase};
+use pageferry_client::{Compression, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::answer::{Accept, decode_error};
 use pageferry_protocol::stream::hello::{FEATURE_LZ4, FEATURE_ZSTD};
@@ -10,13 +11,12 @@ use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_ZSTD, FLAGS_COMPRESSED};
 use pageferry_protocol::stream::{Hello, Kind, RECORD_SIZE, RecordHeader, STREAM_VERSION};
 use pageferry_tests::random::{Random, page_content, page_text};
 use pageferry_tests::scenario::{
-    At, Passing, Ram, Relay, SOON, Side, lock, migrates_next_time, passes, read_record,
+    At, Passing, Ram, SOON, Side, Wire, lock, migrates_next_time, passes, read_record,
 };
 use rustix::io::{pread, pwrite};
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 
-const PAGES: u64 = 200;
 const BYTES: usize = PAGE_SIZE as usize;
 /// Both, and a level that is not the one without a level.
 const METHODS: [(Compression, u16); 3] = [
@@ -44,45 +44,26 @@ fn text() -> Side {
     source
 }
 
-/// A migration from `source` to an empty destination, by way of a relay.
-struct Scene {
-    relay: Relay,
-    source: Side,
-    destination: Side,
-    jobs: (u64, u64),
+/// Starts the migration from `source` to an empty destination.
+fn start(source: Side, options: &OutgoingOptions) -> Scene {
+    Scene::started_between(Wire::Unix, source, empty(), options)
 }
 
-impl Scene {
-    fn start(source: Side, options: &OutgoingOptions) -> Self {
-        let mut relay = Relay::new();
-        let destination = Side::new(Ram::odd(PAGES));
-        let incoming = relay.listen(&destination.client, &IncomingOptions::default());
-        let outgoing = relay.send(&source.client, options);
-        Self { relay, source, destination, jobs: (outgoing, incoming) }
+/// The migration succeeds, and the pages are the same on both sides.
+fn finish(scene: &mut Scene) -> JobStatus {
+    let status = scene.finish();
+    let there = scene.destination().client.status().unwrap();
+    // All but the commit, which the destination does not count.
+    assert_eq!(there.counters.wire_bytes + RECORD_SIZE as u64, status.counters.wire_bytes);
+    for page in 0..PAGES {
+        assert!(read(&scene.source, page) == read(scene.destination(), page), "page {page}");
     }
+    status
+}
 
-    /// The migration succeeds, and the pages are the same on both sides.
-    fn finish(&mut self) -> JobStatus {
-        let status = self.relay.finish(&self.source.client, self.jobs.0);
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
-        let there = self.destination.wait(self.jobs.1);
-        assert_eq!(there.phase, Phase::Completed, "{}", there.error);
-        // All but the commit, which the destination does not count.
-        assert_eq!(there.counters.wire_bytes + RECORD_SIZE as u64, status.counters.wire_bytes);
-        for page in 0..PAGES {
-            assert!(read(&self.source, page) == read(&self.destination, page), "page {page}");
-        }
-        status
-    }
-
-    fn flags(&self) -> Vec<u16> {
-        self.relay
-            .seen
-            .iter()
-            .filter(|record| record.kind == Kind::Data)
-            .map(|record| record.header.flags())
-            .collect()
-    }
+fn flags(scene: &Scene) -> Vec<u16> {
+    let seen = scene.relay.seen.iter().filter(|record| record.kind == Kind::Data);
+    seen.map(|record| record.header.flags()).collect()
 }
 
 fn with(compression: Compression) -> OutgoingOptions {
@@ -91,10 +72,10 @@ fn with(compression: Compression) -> OutgoingOptions {
 
 #[test]
 fn text_is_smaller_on_the_wire_and_arrives_the_same() {
-    let plain = Scene::start(text(), &with(Compression::None)).finish().counters;
+    let plain = finish(&mut start(text(), &with(Compression::None))).counters;
     assert!(plain.wire_bytes > PAGES * PAGE_SIZE);
     for (compression, flag) in METHODS {
-        let mut scene = Scene::start(text(), &with(compression));
+        let mut scene = start(text(), &with(compression));
         // A second pass, of single pages.
         let record = scene.relay.until(|record| record.is(Kind::PassDone, 0));
         for page in (0..PAGES).step_by(17) {
@@ -102,7 +83,7 @@ fn text_is_smaller_on_the_wire_and_arrives_the_same() {
             scene.source.ram.write_and_mark(&scene.source.client, page, page);
         }
         scene.relay.pass(record);
-        let counters = scene.finish().counters;
+        let counters = finish(&mut scene).counters;
         assert_eq!(counters.pages_sent, PAGES + PAGES.div_ceil(17));
         assert!(
             counters.wire_bytes < plain.wire_bytes / 2,
@@ -110,9 +91,9 @@ fn text_is_smaller_on_the_wire_and_arrives_the_same() {
             counters.wire_bytes
         );
         assert!(
-            scene.flags().iter().all(|flags| *flags == flag),
+            flags(&scene).iter().all(|flags| *flags == flag),
             "{compression:?}: {:?}",
-            scene.flags()
+            flags(&scene)
         );
     }
 }
@@ -127,9 +108,9 @@ fn what_does_not_shrink_travels_as_it_is_beside_what_does() {
             write(&source, page, &page_content(7, page));
         }
         (64..128).for_each(|page| write(&source, page, &page_content(7, page)));
-        let mut scene = Scene::start(source, &with(compression));
-        scene.finish();
-        let flags = scene.flags();
+        let mut scene = start(source, &with(compression));
+        finish(&mut scene);
+        let flags = flags(&scene);
         assert!(flags.contains(&0) && flags.contains(&flag), "{compression:?}: {flags:?}");
     }
 }
@@ -138,13 +119,13 @@ fn what_does_not_shrink_travels_as_it_is_beside_what_does() {
 fn a_stray_page_is_compressed_too_and_stays_discarded() {
     let source = text();
     source.client.discard(&[source.ram.range(60, 10)], pageferry_client::Punch::Yes).unwrap();
-    let mut scene = Scene::start(source, &with(Compression::Zstd(1)));
+    let mut scene = start(source, &with(Compression::Zstd(1)));
     let record = scene.relay.until(|record| record.is(Kind::PassDone, 0));
     scene.source.write(63, 5);
     scene.relay.pass(record);
-    assert_eq!(scene.finish().counters.stray_pages, 1);
-    assert!(scene.flags().contains(&(FLAG_ZSTD | pageferry_protocol::stream::record::FLAG_STRAY)));
-    assert!(scene.destination.client.discarded(scene.destination.ram.id).unwrap().contains(63));
+    assert_eq!(finish(&mut scene).counters.stray_pages, 1);
+    assert!(flags(&scene).contains(&(FLAG_ZSTD | pageferry_protocol::stream::record::FLAG_STRAY)));
+    assert!(scene.destination().client.discarded(scene.destination().ram.id).unwrap().contains(63));
 }
 
 #[test]
@@ -152,14 +133,14 @@ fn the_compression_stays_as_the_migration_was_started() {
     for (started, changed) in
         [(Compression::None, Compression::Lz4), (Compression::Lz4, Compression::Zstd(3))]
     {
-        let mut scene = Scene::start(text(), &with(started));
+        let mut scene = start(text(), &with(started));
         let record = scene.relay.until(|record| record.is(Kind::PassDone, 0));
         scene.source.client.set_parameters(&with(changed)).unwrap();
         (0..PAGES).for_each(|page| scene.source.write(page, page + 1));
         scene.relay.pass(record);
-        scene.finish();
+        finish(&mut scene);
         let flag = if started == Compression::None { 0 } else { FLAG_LZ4 };
-        assert!(scene.flags().iter().all(|flags| *flags == flag), "{:?}", scene.flags());
+        assert!(flags(&scene).iter().all(|flags| *flags == flag), "{:?}", flags(&scene));
     }
 }
 
@@ -176,7 +157,7 @@ fn pack(compression: Compression, bytes: &[u8]) -> Vec<u8> {
 fn assert_refused(
     compression: Compression, words: &[&str], tamper: impl Fn(&Passing) -> (u16, Vec<u8>),
 ) {
-    let mut scene = Scene::start(text(), &OutgoingOptions { compression, ..passes(1) });
+    let mut scene = start(text(), &OutgoingOptions { compression, ..passes(1) });
     let mut record = scene.relay.until(|record| record.kind == Kind::Data);
     let (flags, payload) = tamper(&record);
     let block = record.header.block();
@@ -185,8 +166,8 @@ fn assert_refused(
             .with_checksum(&payload);
     record.payload = payload;
     scene.relay.pass(record);
-    let status = scene.relay.finish(&scene.source.client, scene.jobs.0);
-    let there = scene.destination.wait(scene.jobs.1);
+    let status = scene.end();
+    let there = scene.destination().wait(scene.incoming);
     for (side, status) in [("source", &status), ("destination", &there)] {
         assert_eq!(status.phase, Phase::Failed, "{side}");
         for word in words {
@@ -198,7 +179,7 @@ fn assert_refused(
         }
     }
     assert!(!scene.source.vmm.is_paused(), "the guest runs on");
-    assert_eq!(scene.destination.vmm.resumes(), 0);
+    assert_eq!(scene.destination().vmm.resumes(), 0);
     migrates_next_time(&scene.source);
 }
 
@@ -295,6 +276,6 @@ fn random_pages_arrive_whatever_the_compression() {
             content[random.below(PAGE_SIZE) as usize..].fill(0);
             write(&source, page, &content);
         }
-        Scene::start(source, &with(compression)).finish();
+        start(source, &with(compression)).finish();
     }
 }

@@ -41,12 +41,12 @@ fn discarded_populated_and_written_again_arrives_with_what_was_written_last() {
         source.write(41, 3);
     });
     scene.finish();
-    let there = &scene.destination.ram;
+    let there = &scene.destination().ram;
     assert_same(&scene.source.ram, there);
     assert_eq!((there.stamp(11), there.stamp(21), there.stamp(41)), (1, 2, 3));
     assert_eq!((there.stamp(10), there.stamp(20)), (0, 0), "what was punched reads as zero");
     scene.assert_untouched((0..10).chain(50..PAGES));
-    let bitmap = scene.destination.client.discarded(there.id).unwrap();
+    let bitmap = scene.destination().client.discarded(there.id).unwrap();
     assert_eq!(bitmap.count(bitmap.all()), 0);
 }
 
@@ -60,9 +60,9 @@ fn all_within_one_pass_arrives_with_what_was_written_last() {
         source.write(12, 77);
     });
     scene.finish();
-    assert_same(&scene.source.ram, &scene.destination.ram);
-    assert_eq!(scene.destination.ram.stamp(12), 77);
-    assert_eq!(scene.destination.ram.stamp(11), 0);
+    assert_same(&scene.source.ram, &scene.destination().ram);
+    assert_eq!(scene.destination().ram.stamp(12), 77);
+    assert_eq!(scene.destination().ram.stamp(11), 0);
 }
 
 #[test]
@@ -77,7 +77,7 @@ fn a_stray_write_is_sent_counted_and_flagged_and_its_page_stays_discarded() {
     });
     let status = scene.finish();
     assert_eq!(status.counters.stray_pages, 3);
-    let there = &scene.destination;
+    let there = &scene.destination();
     assert_eq!(there.client.status().unwrap().counters.stray_pages, 3);
     let bitmap = there.client.discarded(there.ram.id).unwrap();
     for page in [61, 62, 79] {
@@ -117,8 +117,8 @@ fn a_stray_page_that_the_vmm_punched_by_itself_becomes_a_hole_at_the_destination
         assert_eq!(carried, [(Kind::Data, FLAG_STRAY), (Kind::Zero, FLAG_STRAY)]);
         scene.assert_discarded(STRAY..STRAY + 2);
         assert_eq!(status.counters.stray_pages, 2);
-        assert_eq!(scene.destination.client.status().unwrap().counters.stray_pages, 2);
-        assert_same(&scene.source.ram, &scene.destination.ram);
+        assert_eq!(scene.destination().client.status().unwrap().counters.stray_pages, 2);
+        assert_same(&scene.source.ram, &scene.destination().ram);
     }
 }
 

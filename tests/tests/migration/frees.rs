@@ -15,7 +15,7 @@ fn what_was_freed_before_the_start_is_never_sent_and_what_was_written_since_arri
     scene.after_pass(0, |_| {});
     let status = scene.finish();
     assert!((30..100).filter(|page| *page != 50).all(|page| scene.carried(page).is_empty()));
-    assert_eq!(scene.destination.ram.stamp(50), 4711);
+    assert_eq!(scene.destination().ram.stamp(50), 4711);
     assert_freed(&scene, 30..50);
     assert_freed(&scene, 51..100);
     scene.assert_untouched((0..30).chain(100..PAGES));
@@ -47,8 +47,8 @@ fn a_free_of_what_was_sent_makes_a_hole_and_what_is_written_into_it_later_arrive
     });
     scene.after_pass(2, |source| source.write(42, 7));
     let status = scene.finish();
-    assert_same(&scene.source.ram, &scene.destination.ram);
-    let there = &scene.destination.ram;
+    assert_same(&scene.source.ram, &scene.destination().ram);
+    let there = &scene.destination().ram;
     assert_eq!((there.stamp(91), there.stamp(41), there.stamp(42)), (3, 6, 7));
     assert_freed(&scene, 30..41);
     assert_freed(&scene, 43..91);

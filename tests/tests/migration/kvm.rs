@@ -1,16 +1,16 @@
 //! A real guest under KVM migrates while it writes, with either tracker, and counts on at the
 //! destination.
 
-use pageferry_client::{Client, Config, IncomingOptions, NonConvergence, OutgoingOptions, Phase};
+use pageferry_client::{IncomingOptions, NonConvergence, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PageRange;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep, check_consistent, counters};
-use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
-use pageferry_tests::usage::Usage;
+use pageferry_tests::scenario::MockSide;
 use pageferry_tests::verify::same_block;
-use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use pageferry_tests::vmm::{PATIENCE, Tracker};
+use std::ops::Deref;
 use std::sync::Arc;
 
 /// The firmware lies in the first block; the sweep goes through both.
@@ -22,19 +22,23 @@ fn memory() -> Arc<TestMemory> {
 }
 
 struct Side {
-    vmm: MockVmm,
+    mock: MockSide,
     sweep: Sweep,
-    _agent: InProcessAgent,
+}
+
+impl Deref for Side {
+    type Target = MockSide;
+
+    fn deref(&self) -> &MockSide {
+        &self.mock
+    }
 }
 
 impl Side {
     fn new() -> Self {
-        let usage = Usage::new(memory()).unwrap();
-        let sweep = Sweep::all(usage.memory().guest()).spins(2000);
-        let (agent, socket) = InProcessAgent::start().unwrap();
-        let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-        let vmm = MockVmm::new(client, channel, usage, Tracker::Log).unwrap();
-        Self { vmm, sweep, _agent: agent }
+        let mock = MockSide::over(memory(), Tracker::Log);
+        let sweep = Sweep::all(mock.vmm.memory().guest()).spins(2000);
+        Self { mock, sweep }
     }
 
     fn guest(&self) -> KvmGuest {
@@ -57,8 +61,7 @@ fn migrate_with(tracker: impl FnOnce(&KvmGuest, &TestMemory) -> Tracker) {
     let last = || *source.counters().last().unwrap();
     wait_until("two sweeps", PATIENCE, || last() >= 2).unwrap();
 
-    let (_, address) =
-        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (_, address) = destination.listen(&IncomingOptions::default());
     let (max_passes, policy) = (5, NonConvergence::StopAnyway);
     let options = OutgoingOptions {
         streams: 2,

@@ -12,7 +12,7 @@ use std::time::Duration;
 fn start_without_downtime(scene: &Scene) -> (OutgoingOptions, u64, u64) {
     let path = scene.relay.folder.path().join("direct");
     let options = OutgoingOptions { downtime_limit: Duration::ZERO, ..OutgoingOptions::default() };
-    let incoming = scene.destination.listen(&path, &IncomingOptions::default());
+    let incoming = scene.destination().listen(&path, &IncomingOptions::default());
     let outgoing = scene.source.send(&path, &options);
     (options, outgoing, incoming)
 }
@@ -24,8 +24,8 @@ fn an_idle_guest_moves_under_a_downtime_limit_of_zero() {
     let status = scene.source.wait(outgoing);
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
     assert_eq!(status.counters.passes, 2, "one while it ran, one while it was paused");
-    assert_eq!(scene.destination.wait(incoming).phase, Phase::Completed);
-    assert_same(&scene.source.ram, &scene.destination.ram);
+    assert_eq!(scene.destination().wait(incoming).phase, Phase::Completed);
+    assert_same(&scene.source.ram, &scene.destination().ram);
 }
 
 #[test]
@@ -52,6 +52,6 @@ fn passes_that_a_limit_of_zero_keeps_going_are_no_busy_loop() {
     scene.source.client.set_parameters(&reached).unwrap();
     let status = scene.source.wait(outgoing);
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
-    assert_eq!(scene.destination.wait(incoming).phase, Phase::Completed);
-    assert_same(&scene.source.ram, &scene.destination.ram);
+    assert_eq!(scene.destination().wait(incoming).phase, Phase::Completed);
+    assert_same(&scene.source.ram, &scene.destination().ram);
 }

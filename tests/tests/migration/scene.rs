@@ -3,37 +3,82 @@
 use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
-use pageferry_tests::scenario::{Passing, Ram, Relay, Side};
+use pageferry_tests::scenario::{Passing, Ram, Relay, Side, Wire};
 
 pub const PAGES: u64 = 200;
 
-/// A source whose page `n` holds the stamp `1000 + n`, a destination, and what stands between them.
+/// Memory whose page `n` holds the stamp `1000 + n`.
+pub fn stamped() -> Ram {
+    Ram::odd(PAGES).stamped()
+}
+
+/// A VMM with such memory.
+pub fn filled() -> Side {
+    Side::new(stamped())
+}
+
+/// A VMM whose memory is all holes.
+pub fn empty() -> Side {
+    Side::new(Ram::odd(PAGES))
+}
+
+/// Two VMMs with a relay between their agents.
 pub struct Scene {
     pub relay: Relay,
     pub source: Side,
-    pub destination: Side,
-    pub jobs: Option<(u64, u64)>,
+    pub(super) destination: Option<Side>,
+    /// The jobs, once they are started.
+    pub outgoing: u64,
+    pub incoming: u64,
 }
 
 impl Scene {
+    /// Not started yet.
+    pub fn between(wire: Wire, source: Side, destination: Side) -> Self {
+        let (relay, destination) = (Relay::over(wire), Some(destination));
+        Self { relay, source, destination, outgoing: 0, incoming: 0 }
+    }
+
+    /// The source is [`filled`], and the destination [`empty`].
     pub fn new() -> Self {
-        let scene = Self::empty(PAGES);
-        for page in 0..PAGES {
-            scene.source.ram.write(page, 1000 + page);
-        }
+        Self::between(Wire::Unix, filled(), empty())
+    }
+
+    /// Nothing is allocated on either side.
+    pub fn empty(pages: u64) -> Self {
+        let [source, destination] = [(), ()].map(|()| Side::new(Ram::odd(pages)));
+        Self::between(Wire::Unix, source, destination)
+    }
+
+    /// The same as [`Scene::new`], and started.
+    pub fn started(wire: Wire, options: &OutgoingOptions) -> Self {
+        Self::started_between(wire, filled(), empty(), options)
+    }
+
+    /// The same between these two.
+    pub fn started_between(
+        wire: Wire, source: Side, destination: Side, options: &OutgoingOptions,
+    ) -> Self {
+        let mut scene = Self::between(wire, source, destination);
+        scene.start(options);
         scene
     }
 
-    /// Nothing is allocated.
-    pub fn empty(pages: u64) -> Self {
-        let (source, destination) = (Side::new(Ram::odd(pages)), Side::new(Ram::odd(pages)));
-        Self { relay: Relay::new(), source, destination, jobs: None }
+    /// Both sides have the timeouts of `options`.
+    pub fn start(&mut self, options: &OutgoingOptions) {
+        let OutgoingOptions { peer_timeout, hook_timeout, .. } = *options;
+        let incoming = IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() };
+        self.incoming = self.relay.listen(&self.destination.as_ref().unwrap().client, &incoming);
+        self.outgoing = self.relay.send(&self.source.client, options);
     }
 
-    pub fn start(&mut self, options: &OutgoingOptions) {
-        let incoming = self.relay.listen(&self.destination.client, &IncomingOptions::default());
-        let outgoing = self.relay.send(&self.source.client, options);
-        self.jobs = Some((outgoing, incoming));
+    pub fn destination(&self) -> &Side {
+        self.destination.as_ref().unwrap()
+    }
+
+    /// Passes everything on until the source's job ended.
+    pub fn end(&mut self) -> JobStatus {
+        self.relay.finish(&self.source.client, self.outgoing)
     }
 
     /// Runs until `pass` has arrived at the destination and the source does not know yet; then does
@@ -46,10 +91,9 @@ impl Scene {
 
     /// The migration succeeds; returns how the source's job ended.
     pub fn finish(&mut self) -> JobStatus {
-        let (outgoing, incoming) = self.jobs.unwrap();
-        let status = self.relay.finish(&self.source.client, outgoing);
+        let status = self.end();
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
-        let there = self.destination.wait(incoming);
+        let there = self.destination().wait(self.incoming);
         assert_eq!(there.phase, Phase::Completed, "{}", there.error);
         status
     }
@@ -65,11 +109,11 @@ impl Scene {
     /// The page is a discarded hole at the destination.
     #[track_caller]
     pub fn assert_discarded(&self, pages: std::ops::Range<u64>) {
-        let bitmap = self.destination.client.discarded(self.destination.ram.id).unwrap();
+        let bitmap = self.destination().client.discarded(self.destination().ram.id).unwrap();
         for page in pages {
             assert!(bitmap.contains(page), "page {page} is not discarded at the destination");
             assert!(
-                self.destination.ram.is_hole(page),
+                self.destination().ram.is_hole(page),
                 "page {page} is no hole at the destination"
             );
         }
@@ -78,9 +122,9 @@ impl Scene {
     /// The pages hold what they held from the start, and are in use.
     #[track_caller]
     pub fn assert_untouched(&self, pages: impl Iterator<Item = u64>) {
-        let bitmap = self.destination.client.discarded(self.destination.ram.id).unwrap();
+        let bitmap = self.destination().client.discarded(self.destination().ram.id).unwrap();
         for page in pages {
-            assert_eq!(self.destination.ram.stamp(page), 1000 + page, "page {page}");
+            assert_eq!(self.destination().ram.stamp(page), 1000 + page, "page {page}");
             assert!(!bitmap.contains(page), "page {page} is discarded at the destination");
         }
     }
@@ -107,10 +151,10 @@ pub fn free(side: &Side, first: u64, count: u64) {
 /// What was freed and not written since was never sent, and is a hole there, in use.
 #[track_caller]
 pub fn assert_freed(scene: &Scene, pages: std::ops::Range<u64>) {
-    let bitmap = scene.destination.client.discarded(scene.destination.ram.id).unwrap();
+    let bitmap = scene.destination().client.discarded(scene.destination().ram.id).unwrap();
     for page in pages {
         assert!(
-            scene.destination.ram.is_hole(page) && scene.source.ram.is_hole(page),
+            scene.destination().ram.is_hole(page) && scene.source.ram.is_hole(page),
             "page {page} is no hole"
         );
         assert!(!bitmap.contains(page), "page {page} is discarded at the destination");

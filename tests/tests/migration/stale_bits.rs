@@ -140,10 +140,10 @@ fn a_clear_that_straddles_a_discarded_range_loses_no_write_of_its_neighbours() {
     }
     scene.finish();
     assert!(*lock(&clears) > 6, "chunks were cleared");
-    assert_same(&scene.source.ram, &scene.destination.ram);
+    assert_same(&scene.source.ram, &scene.destination().ram);
     scene.assert_discarded(70..90);
     scene.assert_discarded(96..130);
-    assert_eq!(scene.destination.ram.stamp(95), 705);
+    assert_eq!(scene.destination().ram.stamp(95), 705);
 }
 
 #[test]
@@ -165,8 +165,11 @@ fn stale_bits_in_kvms_log_do_not_bring_freed_pages_back_and_a_write_after_the_fr
         !scene.relay.seen.iter().any(|record| has_stamp(record, STALE)),
         "stale content was sent"
     );
-    assert_same(&scene.source.ram, &scene.destination.ram);
-    assert_eq!((scene.destination.ram.stamp(100), scene.destination.ram.stamp(101)), (4711, 4712));
+    assert_same(&scene.source.ram, &scene.destination().ram);
+    assert_eq!(
+        (scene.destination().ram.stamp(100), scene.destination().ram.stamp(101)),
+        (4711, 4712)
+    );
     assert_freed(&scene, 70..100);
     assert_freed(&scene, 102..130);
     scene.assert_untouched((0..70).chain(130..PAGES));

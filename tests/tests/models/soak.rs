@@ -4,23 +4,21 @@
 //! The seed is printed; `PAGEFERRY_SEED` sets it.
 
 use crate::seeds;
-use pageferry_client::{
-    Client, Config, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase, Punch,
-};
+use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Phase, Punch};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::balloon::{Balloon, Way, is_busy};
 use pageferry_tests::deadline::{wait_for, wait_until};
 use pageferry_tests::device::Device;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuest, ThreadGuestOptions};
-use pageferry_tests::in_process::InProcessAgent;
-use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::memory::BlockLayout;
 use pageferry_tests::proxy::Proxy;
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
-use pageferry_tests::usage::{Path, Usage};
-use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use pageferry_tests::scenario::MockSide;
+use pageferry_tests::usage::Path;
+use pageferry_tests::vmm::PATIENCE;
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -31,10 +29,17 @@ const CUTS: u64 = 100;
 /// Cuts of one migration; then the rest comes at once, and the guest goes on to the next host.
 const CUTS_EACH: u64 = 25;
 
-/// A VMM with its agent; the VMM goes first.
+/// A VMM with a guest of threads and a device.
 struct Side {
-    vmm: MockVmm,
-    _agent: InProcessAgent,
+    mock: MockSide,
+}
+
+impl Deref for Side {
+    type Target = MockSide;
+
+    fn deref(&self) -> &MockSide {
+        &self.mock
+    }
 }
 
 impl Side {
@@ -42,10 +47,8 @@ impl Side {
         let low = BlockLayout { fd_offset: 0x3000, ..BlockLayout::ram(16 * MIB) };
         let high =
             BlockLayout { id: 1, name: "high".into(), gpa: 1 << 30, ..BlockLayout::ram(16 * MIB) };
-        let usage = Usage::new(Arc::new(TestMemory::new(vec![low, high]).unwrap())).unwrap();
-        let (agent, socket) = InProcessAgent::start().unwrap();
-        let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-        let vmm = MockVmm::new(client, channel, usage, Tracker::Log).unwrap();
+        let mock = MockSide::new(vec![low, high]);
+        let vmm = &mock.vmm;
         let options = ThreadGuestOptions {
             threads: 4,
             rate: Some(2000),
@@ -56,11 +59,7 @@ impl Side {
         };
         vmm.set_guest(ThreadGuest::new(vmm.usage(), options).unwrap());
         vmm.add_device(Device::new(vmm.usage(), "disk", 200, seed).unwrap());
-        Self { vmm, _agent: agent }
-    }
-
-    fn status(&self) -> JobStatus {
-        self.vmm.client().status().unwrap()
+        Self { mock }
     }
 
     /// Gives pages away and takes them back, until it is told to stop; adds to `given` what it gave
@@ -148,8 +147,7 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
     let mut given = BTreeSet::new();
     while cuts < CUTS {
         let destination = Side::new(seed + cuts);
-        let (incoming, address) =
-            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+        let (incoming, address) = destination.listen(&IncomingOptions::default());
         let proxy = Proxy::to(&address).unwrap();
         let options = OutgoingOptions {
             streams: 2,

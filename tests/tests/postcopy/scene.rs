@@ -1,17 +1,16 @@
 //! Two VMMs, and a migration between them.
 
-use pageferry_client::{
-    Client, Config, IncomingOptions, JobStatus, Mode, NonConvergence, OutgoingOptions, Phase,
-};
+use pageferry_client::{JobStatus, Mode, NonConvergence, OutgoingOptions, Phase};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuest, ThreadGuestOptions};
 use pageferry_tests::huge_pages::HUGE_PAGE;
-use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::random::page_content;
-use pageferry_tests::usage::{Path, Usage};
-use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
+use pageferry_tests::scenario::MockSide;
+use pageferry_tests::usage::Path;
+use pageferry_tests::vmm::{PATIENCE, Tracker};
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,34 +42,26 @@ pub fn memory(pages: Pages, mib: u64) -> Arc<TestMemory> {
     Arc::new(TestMemory::new(vec![low, high]).unwrap())
 }
 
-/// A VMM with its agent; the VMM goes first.
+/// A VMM with its agent.
 pub struct Side {
-    pub vmm: MockVmm,
-    _agent: InProcessAgent,
+    mock: MockSide,
+}
+
+impl Deref for Side {
+    type Target = MockSide;
+
+    fn deref(&self) -> &MockSide {
+        &self.mock
+    }
 }
 
 impl Side {
     pub fn new(memory: Arc<TestMemory>) -> Self {
-        let (agent, socket) = InProcessAgent::start().unwrap();
-        let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-        let vmm = MockVmm::new(client, channel, Usage::new(memory).unwrap(), Tracker::Log).unwrap();
-        Self { vmm, _agent: agent }
+        Self { mock: MockSide::over(memory, Tracker::Log) }
     }
 
     pub fn small(mib: u64) -> Self {
         Self::new(memory(Pages::Small, mib))
-    }
-
-    pub fn block(&self, id: u32) -> &TestBlock {
-        self.vmm.memory().block(id).unwrap()
-    }
-
-    pub fn client(&self) -> &Client {
-        self.vmm.client()
-    }
-
-    pub fn status(&self) -> JobStatus {
-        self.client().status().unwrap()
     }
 
     /// Puts a guest of threads into it; returns how often it wrote.
@@ -184,10 +175,7 @@ pub struct Move<'a> {
 
 impl<'a> Move<'a> {
     pub fn start(source: &'a Side, destination: &'a Side, options: OutgoingOptions) -> Self {
-        let incoming =
-            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
-        let (incoming, address) = incoming;
-        let outgoing = source.vmm.start_outgoing(&address, &options).unwrap();
+        let [outgoing, incoming] = source.start_move(destination, &options);
         Self { source, destination, options, outgoing, incoming }
     }
 

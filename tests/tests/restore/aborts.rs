@@ -11,7 +11,7 @@ use pageferry_tests::scenario::{At, Guest, Host, SOON};
 
 #[test]
 fn a_restore_that_is_cancelled_leaves_nothing_and_the_next_is_complete() {
-    let host = Host::new();
+    let host = Host::start();
     let path = image(&host);
     let guest = Guest::new(&host, PAGES);
     // None of them ends by itself before the cancel, however slow the machine.
@@ -41,7 +41,7 @@ fn a_restore_that_is_cancelled_leaves_nothing_and_the_next_is_complete() {
 
 #[test]
 fn hooks_that_fail_leave_no_guest_and_the_next_restore_is_complete() {
-    let host = Host::new();
+    let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {
         let guest = Guest::new(&host, PAGES);

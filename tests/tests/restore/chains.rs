@@ -43,7 +43,7 @@ fn assert_refused(
 
 #[test]
 fn an_increment_on_another_base_than_it_was_made_on_is_refused_and_both_are_named() {
-    let host = Host::new();
+    let host = Host::start();
     let source = guest(&host, vec![low()]);
     let (base, one) = (host.images.path("base"), host.images.path("one"));
     source.saved(&host, "base", &tracked(paused()));
@@ -113,7 +113,7 @@ fn an_increment_on_another_base_than_it_was_made_on_is_refused_and_both_are_name
 
 #[test]
 fn an_image_of_another_geometry_is_refused_by_block_and_field() {
-    let host = Host::new();
+    let host = Host::start();
     let source = guest(&host, vec![low(), high()]);
     source.saved(&host, "image", &paused());
     let right = bytes(&source);
@@ -164,7 +164,7 @@ fn an_image_of_another_geometry_is_refused_by_block_and_field() {
 
 #[test]
 fn a_guest_that_came_by_a_migration_is_no_increment_to_the_one_before() {
-    let (host, far) = (Host::new(), Host::new());
+    let (host, far) = (Host::start(), Host::start());
     let here = guest(&host, vec![low()]);
     let base = host.images.path("base");
     here.saved(&host, "base", &tracked(paused()));

@@ -62,7 +62,7 @@ struct Images {
 
 impl Images {
     fn new() -> Self {
-        let host = Host::new();
+        let host = Host::start();
         let guest = guest(&host);
         for block in guest.memory.blocks() {
             let used = (0..block.pages()).filter(|page| !(EXTENT..2 * EXTENT).contains(page));

@@ -10,7 +10,7 @@ use pageferry_tests::scenario::{Guest, Host};
 
 #[test]
 fn all_memory_is_discarded_in_the_midst_of_a_restore() {
-    let host = Host::new();
+    let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {
         let guest = Guest::new(&host, PAGES);
@@ -35,7 +35,7 @@ fn all_memory_is_discarded_in_the_midst_of_a_restore() {
 
 #[test]
 fn what_is_populated_while_memory_comes_is_taken_once_the_guest_runs() {
-    let host = Host::new();
+    let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {
         let guest = Guest::new(&host, PAGES);
@@ -77,7 +77,7 @@ fn what_is_populated_while_memory_comes_is_taken_once_the_guest_runs() {
 
 #[test]
 fn discards_and_populates_at_random_leave_each_page_as_the_last_one_says() {
-    let host = Host::new();
+    let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {
         for seed in 0..4 {

@@ -42,7 +42,7 @@ fn assert_restores(guest: &Guest, path: &Path, bytes: &[u8], options: &RestoreOp
 
 #[test]
 fn memory_that_may_not_be_written_to_fails_the_restore_and_not_the_agent() {
-    let mut host = Host::new();
+    let mut host = Host::start();
     let (path, bytes) = image(&host, 1);
     let guest = Guest::new(&host, PAGES);
     for limit in [0, PAGE_SIZE + 1, PAGES * PAGE_SIZE / 2] {
@@ -58,7 +58,7 @@ fn memory_that_may_not_be_written_to_fails_the_restore_and_not_the_agent() {
 
 #[test]
 fn an_image_that_is_cut_off_while_all_of_it_is_read_fails_the_restore() {
-    let host = Host::new();
+    let host = Host::start();
     let (path, bytes) = image(&host, 1);
     let layout = Chain::open(&path).unwrap();
     let layout = layout.newest().layout();
@@ -86,7 +86,7 @@ fn an_image_that_is_cut_off_before_a_guest_runs_that_it_is_read_for_leaves_none(
     if !require::uffd() {
         return;
     }
-    let host = Host::new();
+    let host = Host::start();
     let (path, bytes) = image(&host, 1);
     let guest = Guest::new(&host, PAGES);
     let mut random = Random::new(2);
@@ -116,7 +116,7 @@ fn an_image_that_is_cut_off_under_a_guest_that_runs_loses_it_and_nothing_wrong_i
     if !require::uffd() {
         return;
     }
-    let host = Host::new();
+    let host = Host::start();
     let (path, bytes) = image(&host, 1);
     let mut random = Random::new(3);
     for _ in 0..5 {
@@ -137,7 +137,7 @@ fn an_image_that_is_cut_off_under_a_guest_that_runs_loses_it_and_nothing_wrong_i
 
 #[test]
 fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
-    let host = Host::new();
+    let host = Host::start();
     let ((path, bytes), (second, second_bytes)) = (image(&host, 1), image(&host, 2));
     for options in restore_modes() {
         let (image, other) = (copy(&host, &path), host.images.path("other"));
@@ -162,7 +162,7 @@ fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
 
 #[test]
 fn what_is_no_image_is_refused_by_name_and_the_memory_is_left_alone() {
-    let host = Host::new();
+    let host = Host::start();
     let (path, bytes) = image(&host, 1);
     let (empty, fifo, folder) =
         (host.images.path("empty"), host.images.path("fifo"), host.images.path("folder"));

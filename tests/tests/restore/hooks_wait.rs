@@ -19,7 +19,7 @@ fn a_resume_that_waits_for_a_damaged_page_gets_an_error_and_the_vmm_is_told() {
     if !require::uffd() {
         return;
     }
-    let host = Host::new();
+    let host = Host::start();
     let chain = Guest::full(&host, PAGES).saved(&host, "image", &paused());
     let (path, at) = (host.images.seen("image"), chain.newest().layout().page(0, WANTED) + 9);
     flip(&path, at, 1 << 3);

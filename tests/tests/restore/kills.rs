@@ -43,7 +43,7 @@ fn assert_restores(vmm: &MockVmm, path: &Path, options: &RestoreOptions) {
 
 #[test]
 fn an_agent_that_is_killed_in_an_eager_restore_leaves_no_guest_and_the_next_restores_it() {
-    let mut host = Host::new();
+    let mut host = Host::start();
     let path = image(&host);
     let (mut random, mut hits) = (Random::new(5), Hits::default());
     let mut vmm = waiting(&host);
@@ -74,7 +74,7 @@ fn an_agent_that_is_killed_before_the_guest_runs_that_it_restores_lazily_leaves_
     if !require::uffd() {
         return;
     }
-    let mut host = Host::new();
+    let mut host = Host::start();
     let path = image(&host);
     let mut vmm = waiting(&host);
     for next in [eager(), lazy(), lazy()] {
@@ -104,7 +104,7 @@ fn an_agent_that_is_killed_after_the_guest_runs_that_it_restores_lazily_loses_it
     if !require::uffd() {
         return;
     }
-    let mut host = Host::new();
+    let mut host = Host::start();
     let path = image(&host);
     let saved = Chain::open(&path).unwrap();
     let (mut random, mut hits) = (Random::new(6), Hits::default());
@@ -148,7 +148,7 @@ fn an_agent_that_is_killed_after_the_guest_runs_that_it_restores_lazily_loses_it
 
 #[test]
 fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_the_next() {
-    let host = Host::new();
+    let host = Host::start();
     let image = host.images.path("image");
     let path = image.to_str().unwrap();
     let source = VmmProcess::new(&host);
@@ -187,7 +187,7 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
 
 #[test]
 fn an_agent_that_is_told_to_end_undoes_a_restore_or_brings_it_to_its_end() {
-    let mut host = Host::new();
+    let mut host = Host::start();
     let guest = Guest::full(&host, image_guest::PAGES);
     let (path, right) = (host.images.path("image"), guest.bytes());
     guest.saved(&host, "image", &paused());
@@ -223,7 +223,7 @@ fn an_agent_that_is_told_to_end_undoes_a_restore_or_brings_it_to_its_end() {
 fn an_agent_that_hangs_in_a_restore_is_given_up_and_the_next_is_complete() {
     let modes = if require::uffd() { vec![eager(), lazy()] } else { vec![eager()] };
     for options in modes {
-        let mut host = Host::new();
+        let mut host = Host::start();
         let source = Guest::full(&host, image_guest::PAGES);
         source.saved(&host, "source", &paused());
         drop(source);

@@ -58,7 +58,7 @@ fn assert_in_vain(host: &Host, guest: &Guest, path: &Path, more: &[&str], why: &
 
 #[test]
 fn an_operator_s_restore_that_the_vmm_does_not_want_changes_nothing() {
-    let host = Host::new();
+    let host = Host::start();
     let path = image(&host);
     let guest = Guest::full(&host, PAGES);
     guest.fill(0..PAGES, 5);
@@ -74,7 +74,7 @@ fn an_operator_s_restore_that_the_vmm_does_not_want_changes_nothing() {
 
 #[test]
 fn an_operator_s_restore_of_an_image_of_no_use_costs_nobody_a_guest() {
-    let host = Host::new();
+    let host = Host::start();
     let path = image(&host);
     let guest = Guest::full(&host, PAGES);
     guest.fill(0..PAGES, 5);
@@ -103,7 +103,7 @@ fn an_operator_s_restore_of_an_image_of_no_use_costs_nobody_a_guest() {
 
 #[test]
 fn an_operator_restores_a_guest_into_a_vmm_that_gives_up_its_own() {
-    let host = Host::new();
+    let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {
         let guest = Guest::full(&host, PAGES);

@@ -25,7 +25,7 @@ fn an_agent_that_hangs_in_a_snapshot_is_given_up_and_the_guest_writes_everywhere
     let modes = snapshot_modes();
     for options in modes {
         for increment in [false, true] {
-            let mut host = Host::new();
+            let mut host = Host::start();
             let guest = Guest::hasty(&host, PAGES, TIMEOUT);
             let base = host.images.path("base");
             guest.saved(&host, "base", &tracked(paused()));
@@ -56,7 +56,7 @@ fn an_agent_that_hangs_is_given_up_while_threads_wait_to_write() {
     if !require::uffd() {
         return;
     }
-    let mut host = Host::new();
+    let mut host = Host::start();
     let guest = Guest::hasty(&host, PAGES, TIMEOUT);
     guest.snapshot(&host.images.path("image"), &endless(background()));
     guest.reaches(Phase::Saving);

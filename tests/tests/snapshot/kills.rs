@@ -34,7 +34,7 @@ fn assert_whole_or_none(host: &Host, before: &[&str]) {
 
 /// Kills the agent at `count` moments of a snapshot.
 fn kill_agent_in_snapshots(seed: u64, count: u64, increment: bool, options: &SnapshotOptions) {
-    let mut host = Host::new();
+    let mut host = Host::start();
     let mut running = Running::new(&host);
     let (mut random, mut hits) = (Random::new(seed), Hits::default());
     for index in 0..count {
@@ -101,7 +101,7 @@ fn an_agent_that_is_killed_in_an_increment_leaves_a_whole_image_or_none() {
 
 /// The agent hangs at `count` moments of a snapshot, and is killed when it is given up.
 fn hang_in_snapshots(seed: u64, count: u64, options: &SnapshotOptions) {
-    let mut host = Host::new();
+    let mut host = Host::start();
     let config = Config { request_timeout: Duration::from_secs(5), ..Config::default() };
     let mut running = Running::with(&host, config);
     let (mut random, mut hits) = (Random::new(seed), Hits::default());
@@ -150,7 +150,7 @@ fn an_agent_that_is_killed_as_it_replaces_an_image_leaves_one_of_the_two() {
 }
 
 fn kill_agent_in_replacement(seed: u64, count: u64) {
-    let mut host = Host::new();
+    let mut host = Host::start();
     let mut running = Running::new(&host);
     let (mut random, mut hits) = (Random::new(seed), Hits::default());
     let options = SnapshotOptions { replace: true, ..paused() };
@@ -179,7 +179,7 @@ fn kill_agent_in_replacement(seed: u64, count: u64) {
 
 #[test]
 fn a_vmm_that_is_killed_while_it_is_saved_leaves_a_whole_image_or_none_and_a_free_agent() {
-    let host = Host::new();
+    let host = Host::start();
     let vmm = VmmProcess::new(&host);
     vmm.fill(1);
     let image = host.images.path("image");
@@ -210,7 +210,7 @@ fn a_vmm_that_is_killed_while_it_is_saved_leaves_a_whole_image_or_none_and_a_fre
 
 #[test]
 fn a_vmm_that_is_not_told_to_writes_over_no_image() {
-    let host = Host::new();
+    let host = Host::start();
     let vmm = VmmProcess::new(&host);
     let image = host.images.path("image");
     std::fs::write(&image, "something").unwrap();
@@ -222,7 +222,7 @@ fn a_vmm_that_is_not_told_to_writes_over_no_image() {
 #[test]
 fn an_agent_that_is_told_to_end_leaves_no_image_and_no_protection() {
     for options in snapshot_modes() {
-        let mut host = Host::new();
+        let mut host = Host::start();
         let guest = Guest::full(&host, image_guest::PAGES);
         guest.snapshot(&host.images.path("image"), &endless(options));
         guest.reaches(Phase::Saving);

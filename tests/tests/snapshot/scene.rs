@@ -23,7 +23,7 @@ impl Scene {
     /// Blocks of these layouts, whose writes the guest marks itself.
     pub fn new(layouts: Vec<BlockLayout>) -> Self {
         let usage = Usage::new(Arc::new(TestMemory::new(layouts).unwrap())).unwrap();
-        let agent = Listening::new();
+        let agent = Listening::start();
         let vmm = MockVmm::connect(&agent.path, usage, Tracker::Log).unwrap();
         Self { vmm, agent, folder: tempfile::tempdir().unwrap() }
     }

@@ -11,39 +11,23 @@ use pageferry_tests::files::Still;
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
-use pageferry_tests::usage::Usage;
-use pageferry_tests::vmm::{Fault, HookName, MockVmm, PATIENCE, Tracker};
+use pageferry_tests::scenario::MockSide;
+use pageferry_tests::vmm::{Fault, HookName, PATIENCE};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 const PAGES: u64 = 4096;
 
-/// A VMM with an agent. The VMM goes first.
-struct Side {
-    vmm: MockVmm,
-    _agent: InProcessAgent,
+/// A VMM without a guest.
+fn empty() -> MockSide {
+    MockSide::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)])
 }
 
-impl Side {
-    fn new() -> Self {
-        let memory = Arc::new(TestMemory::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]).unwrap());
-        let (agent, socket) = InProcessAgent::start().unwrap();
-        let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-        let vmm = MockVmm::new(client, channel, Usage::new(memory).unwrap(), Tracker::Log).unwrap();
-        Self { vmm, _agent: agent }
-    }
-
-    /// All of its memory holds something, and its guest runs.
-    fn full() -> Self {
-        let side = Self::new();
-        side.vmm.memory().block(0).unwrap().fill(PageRange::new(0, PAGES), 1).unwrap();
-        side.vmm.start().unwrap();
-        side
-    }
-
-    fn client(&self) -> &Client {
-        self.vmm.client()
-    }
+/// All of its memory holds something, and its guest runs.
+fn full() -> MockSide {
+    let side = empty();
+    side.block(0).fill(PageRange::new(0, PAGES), 1).unwrap();
+    side.vmm.start().unwrap();
+    side
 }
 
 /// The agent's sentence.
@@ -106,13 +90,11 @@ fn what_relies_on_dirty_pages_is_refused_until_the_vmm_has_declared_its_trackers
 #[test]
 fn a_hook_that_panics_fails_the_job_by_name_and_the_guest_runs_on() {
     let folder = tempfile::tempdir().unwrap();
-    let source = Side::full();
+    let source = full();
     for (hook, name) in [(HookName::SaveState, "save state"), (HookName::Pause, "pause")] {
         source.vmm.inject(hook, Some(Fault::Panic("vCPU 3 is gone".into())));
-        let destination = Side::new();
-        let (_, address) =
-            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
-        let migration = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
+        let destination = empty();
+        let [migration, _] = source.start_move(&destination, &OutgoingOptions::default());
         let expected = format!("hook \"{name}\" panicked in the VMM: vCPU 3 is gone");
         let status = source.vmm.wait_job(migration, PATIENCE).unwrap();
         assert_eq!((status.phase, status.error.as_str()), (Phase::Failed, expected.as_str()));
@@ -140,7 +122,7 @@ fn a_hook_that_panics_fails_the_job_by_name_and_the_guest_runs_on() {
 #[test]
 fn a_guest_resets_while_it_is_moved_and_while_it_is_saved() {
     let folder = tempfile::tempdir().unwrap();
-    let source = Side::full();
+    let source = full();
     let slow = 64 << 10;
     // At this rate neither ends by itself.
     let saved = || {
@@ -149,10 +131,9 @@ fn a_guest_resets_while_it_is_moved_and_while_it_is_saved() {
         source.vmm.wait_phase(Phase::Saving, PATIENCE).unwrap();
         job
     };
-    let destination = Side::new();
+    let destination = empty();
     let moved = || {
-        let (_, address) =
-            destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+        let (_, address) = destination.listen(&IncomingOptions::default());
         let options = OutgoingOptions { bandwidth: slow, ..OutgoingOptions::default() };
         let job = source.vmm.start_outgoing(&address, &options).unwrap();
         source.vmm.wait_phase(Phase::Passes, PATIENCE).unwrap();
@@ -176,9 +157,8 @@ const SLOW: u64 = 64 << 10;
 fn a_vmm_resets_while_it_waits_for_a_guest_and_while_one_is_restored() {
     let folder = tempfile::tempdir().unwrap();
     let image = saved(folder.path());
-    let side = Side::new();
-    let waits =
-        || side.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap().0;
+    let side = empty();
+    let waits = || side.listen(&IncomingOptions::default()).0;
     let restored = || {
         let options = RestoreOptions {
             mode: RestoreMode::Eager,
@@ -204,7 +184,7 @@ fn a_vmm_resets_while_it_waits_for_a_guest_and_while_one_is_restored() {
 
 /// An image of a guest whose memory is full.
 fn saved(folder: &Path) -> PathBuf {
-    let (image, source) = (folder.join("image"), Side::full());
+    let (image, source) = (folder.join("image"), full());
     let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
     let job = source.vmm.start_snapshot(&image, &options).unwrap();
     assert_eq!(source.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
@@ -213,7 +193,7 @@ fn saved(folder: &Path) -> PathBuf {
 
 /// Has both remove their memory while a job of theirs is past its line, then `hurry`: the job is
 /// waited for.
-fn removes_when_the_job_is_done(sides: &[&Side], phase: Phase, hurry: impl FnOnce()) {
+fn removes_when_the_job_is_done(sides: &[&MockSide], phase: Phase, hurry: impl FnOnce()) {
     std::thread::scope(|scope| {
         for side in sides {
             side.vmm.wait_phase(phase, PATIENCE).unwrap();
@@ -241,16 +221,15 @@ fn memory_is_removed_when_the_job_that_nothing_cancels_any_more_is_done() {
     }
     let folder = tempfile::tempdir().unwrap();
     let image = saved(folder.path());
-    let lazy = Side::new();
+    let lazy = empty();
     let options =
         RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
     lazy.vmm.start_restore(&image, &options).unwrap();
     let hurry = || lazy.client().set_parameters(&OutgoingOptions::default()).unwrap();
     removes_when_the_job_is_done(&[&lazy], Phase::Prefetching, hurry);
 
-    let (source, destination) = (Side::full(), Side::new());
-    let (_, address) =
-        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (source, destination) = (full(), empty());
+    let (_, address) = destination.listen(&IncomingOptions::default());
     let options =
         OutgoingOptions { mode: Mode::Postcopy, bandwidth: SLOW, ..OutgoingOptions::default() };
     source.vmm.start_outgoing(&address, &options).unwrap();
@@ -265,11 +244,10 @@ fn memory_is_removed_when_the_job_that_nothing_cancels_any_more_is_done() {
 
 #[test]
 fn a_populate_after_the_guest_has_left_says_that_it_is_gone() {
-    let (source, destination) = (Side::full(), Side::new());
+    let (source, destination) = (full(), empty());
     let page = [BlockRange { block: 0, offset: 0, length: PAGE_SIZE }];
     source.client().discard(&page, Punch::Yes).unwrap();
-    let (_, address) =
-        destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
+    let (_, address) = destination.listen(&IncomingOptions::default());
     refused(ErrorCode::Busy, destination.client().populate(&page));
     let job = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
     assert_eq!(source.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);

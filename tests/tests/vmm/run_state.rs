@@ -39,7 +39,7 @@ impl Side {
     }
 
     fn empty() -> Self {
-        Self::on(Agent::Stopped(pageferry_tests::scenario::Listening::new()))
+        Self::on(Agent::Stopped(pageferry_tests::scenario::Listening::start()))
     }
 
     /// All of its memory holds something; the guest runs, or its operator has paused it.

@@ -1,6 +1,7 @@
 //! Agents that end or are killed, before the commit.
 
-use super::scene::{FarScene, MOMENTS, Moment, at_every_moment, empty, stamped};
+use super::scene::{FarScene, MOMENTS, Moment, at_every_moment};
+use crate::scene::{empty, stamped};
 use pageferry_client::{IncomingOptions, Ownership, Phase, Punch};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::scenario::{Agent, Attached, Listening, Relay, SOON, Wire, moves_to, passes};
@@ -44,7 +45,7 @@ fn lose_the_source_agent(agent: fn() -> Agent, wire: Wire, (moment, is_there): M
 #[test]
 fn a_source_agent_that_is_stopped_leaves_the_guest_running_and_the_next_agent_migrates_it() {
     for moment in MOMENTS {
-        lose_the_source_agent(|| Agent::Stopped(Listening::new()), Wire::Unix, moment);
+        lose_the_source_agent(|| Agent::Stopped(Listening::start()), Wire::Unix, moment);
     }
 }
 
@@ -61,7 +62,7 @@ fn a_destination_agent_that_is_killed_leaves_the_guest_running_at_the_source_alo
         let mut scene = FarScene::start(wire, &passes(2));
         let _record = scene.relay.until(is_there);
         scene.agent.kill();
-        let status = scene.finish();
+        let status = scene.end();
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
         let FarScene { source, there, .. } = &scene;
         assert!(!source.vmm.is_paused());

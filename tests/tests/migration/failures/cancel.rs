@@ -1,6 +1,7 @@
 //! The user's own doing: a cancel at any moment before the line.
 
-use super::scene::{MOMENTS, Scene};
+use super::scene::MOMENTS;
+use crate::scene::Scene;
 use pageferry_client::Phase;
 use pageferry_tests::scenario::{Wire, migrates_next_time, passes};
 
@@ -8,11 +9,11 @@ use pageferry_tests::scenario::{Wire, migrates_next_time, passes};
 fn a_cancel_leaves_the_guest_running_at_every_moment_before_the_line() {
     for (moment, is_there) in MOMENTS {
         eprintln!("cancelled {moment}");
-        let mut scene = Scene::start(Wire::Unix, &passes(2));
+        let mut scene = Scene::started(Wire::Unix, &passes(2));
         let record = scene.relay.until(is_there);
         scene.source.client.cancel().unwrap();
         scene.relay.pass(record);
-        let status = scene.finish();
+        let status = scene.end();
         assert_eq!(status.phase, Phase::Cancelled, "{}", status.error);
         assert!(!scene.source.vmm.is_paused());
         migrates_next_time(&scene.source);

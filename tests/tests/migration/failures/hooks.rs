@@ -1,7 +1,7 @@
 //! A VMM whose hook hangs or fails.
 
 use super::line::assert_stands_still;
-use super::scene::{Scene, empty, filled};
+use crate::scene::{Scene, empty, filled};
 use pageferry_client::{HookError, NonConvergence, OutgoingOptions, Ownership, Phase, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
@@ -75,13 +75,13 @@ fn a_hook_that_never_answers_fails_the_job_and_the_guest_runs_on() {
             } else {
                 NonConvergence::StopAnyway
             };
-            let mut scene = Scene::start_with(
+            let mut scene = Scene::started_between(
                 Wire::Unix,
                 source,
                 empty(),
                 &OutgoingOptions { policy, ..hasty(timeout) },
             );
-            let status = scene.finish();
+            let status = scene.end();
             assert_eq!(status.phase, Phase::Failed, "{name} {answered}: {}", status.error);
             says(&status.error, &[&format!("\"{name}\"")])?;
             assert_eq!(
@@ -105,7 +105,7 @@ fn a_resume_that_never_answers_fails_the_job_and_the_vmm_resumes_when_it_comes_t
     with_more_time(|timeout| {
         let source = filled();
         let hold = source.vmm.block(At::Resume);
-        let mut scene = Scene::start_with(Wire::Unix, source, empty(), &hasty(timeout));
+        let mut scene = Scene::started_between(Wire::Unix, source, empty(), &hasty(timeout));
         let _state = scene.reach(|record| record.kind == Kind::State)?;
         scene.relay.cut();
         let status = scene.source.wait(scene.outgoing);
@@ -127,8 +127,8 @@ fn a_resume_at_the_destination_that_never_answers_leaves_the_guest_to_the_destin
         with_more_time(|timeout| {
             let destination = empty();
             let hold = destination.vmm.block(At::Resume);
-            let mut scene = Scene::start_with(*wire, filled(), destination, &hasty(timeout));
-            let status = scene.finish();
+            let mut scene = Scene::started_between(*wire, filled(), destination, &hasty(timeout));
+            let status = scene.end();
             // The source says why.
             says(&status.error, &["\"resume\""])?;
             assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
@@ -156,14 +156,14 @@ fn a_stop_of_tracking_that_never_answers_changes_nothing_about_how_the_job_ends(
         with_more_time(|timeout| {
             let source = tracked();
             let hold = source.vmm.block(At::StopTracking);
-            let mut scene = Scene::start_with(Wire::Unix, source, empty(), &hasty(timeout));
+            let mut scene = Scene::started_between(Wire::Unix, source, empty(), &hasty(timeout));
             if fails {
                 let _state = scene.reach(|record| record.kind == Kind::State)?;
                 scene.relay.cut();
                 let status = scene.assert_source_failed();
                 says(&status.error, &["closed"])?;
             } else {
-                let status = scene.finish();
+                let status = scene.end();
                 if status.phase != Phase::Completed {
                     return Err(TooEarly(status.error));
                 }
@@ -184,8 +184,8 @@ fn a_hook_that_fails_fails_the_job_with_its_sentence_and_the_guest_runs_on() {
     for at in [At::StartTracking, At::Sync, At::Clear, At::Pause, At::SaveState] {
         let source = tracked();
         source.vmm.on(at, || Err(HookError::new("the vCPU is stuck")));
-        let mut scene = Scene::start_with(Wire::Unix, source, empty(), &passes(1));
-        let status = scene.finish();
+        let mut scene = Scene::started_between(Wire::Unix, source, empty(), &passes(1));
+        let status = scene.end();
         assert!(status.error.contains("the vCPU is stuck"), "{}", status.error);
         scene.assert_source_failed();
         let there = scene.assert_destination_failed();
@@ -201,7 +201,7 @@ fn a_throttle_that_fails_leaves_the_migration_going_on() {
     let source = tracked();
     source.vmm.on(At::Throttle, || Err(HookError::new("no such thing")));
     let options = OutgoingOptions { policy: NonConvergence::Throttle, ..passes(1) };
-    let mut scene = Scene::start_with(Wire::Unix, source, empty(), &options);
+    let mut scene = Scene::started_between(Wire::Unix, source, empty(), &options);
     // It would have ended before.
     let record = scene.relay.until(|record| record.is(Kind::PassDone, 5));
     assert_eq!(
@@ -212,7 +212,7 @@ fn a_throttle_that_fails_leaves_the_migration_going_on() {
     scene.relay.pass(record);
     let downtime_limit = Duration::from_secs(3600);
     scene.source.client.set_parameters(&OutgoingOptions { downtime_limit, ..options }).unwrap();
-    let status = scene.finish();
+    let status = scene.end();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
 }
 
@@ -225,8 +225,9 @@ fn a_destination_that_cannot_load_the_state_fails_both_sides_and_the_guest_runs_
             if !never {
                 destination.vmm.on(At::LoadState, || Err(HookError::new("no such device")));
             }
-            let mut scene = Scene::start_with(Wire::Unix, filled(), destination, &hasty(timeout));
-            let status = scene.finish();
+            let mut scene =
+                Scene::started_between(Wire::Unix, filled(), destination, &hasty(timeout));
+            let status = scene.end();
             // The source says why, too.
             says(&status.error, &[words])?;
             scene.assert_source_failed();

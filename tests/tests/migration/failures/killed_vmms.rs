@@ -137,7 +137,7 @@ fn moves(source: &MockVmm, destination: &MockVmm) {
 fn a_source_vmm_that_is_killed_ends_its_job_and_both_agents_serve_the_next() {
     for_all("source VMM killed", |wire, (moment, is_there)| {
         let mut here = Killed::new();
-        let agent = Listening::new();
+        let agent = Listening::start();
         let destination = vmm(&agent.path, 0);
         let mut relay = Relay::over(wire);
         let incoming = relay.listen(destination.client(), &IncomingOptions::default());
@@ -164,9 +164,9 @@ fn a_source_vmm_that_is_killed_ends_its_job_and_both_agents_serve_the_next() {
 fn a_source_vmm_that_is_killed_after_the_commit_leaves_the_guest_to_the_destination() {
     for held in [Kind::Commit, Kind::Resumed] {
         let here = Killed::new();
-        let agent = Listening::new();
+        let agent = Listening::start();
         let destination = vmm(&agent.path, 0);
-        let mut relay = Relay::new();
+        let mut relay = Relay::unix();
         let incoming = relay.listen(destination.client(), &IncomingOptions::default());
         let mut source = here.source(&relay.address());
         let record = relay.until(|record| record.kind == held);
@@ -183,7 +183,7 @@ fn a_source_vmm_that_is_killed_after_the_commit_leaves_the_guest_to_the_destinat
 fn a_destination_vmm_that_is_killed_leaves_the_guest_running_and_its_agent_serves_the_next() {
     for_all("destination VMM killed", |wire, (_, is_there)| {
         let mut there = Killed::new();
-        let agent = Listening::new();
+        let agent = Listening::start();
         let source = running(&agent.path);
         let mut relay = Relay::over(wire);
         let mut destination = there.destination(&mut relay);
@@ -204,9 +204,9 @@ fn a_destination_vmm_that_is_killed_with_the_commit_on_its_way_leaves_an_unconfi
  {
     for held in [Kind::Commit, Kind::Resumed] {
         let there = Killed::new();
-        let agent = Listening::new();
+        let agent = Listening::start();
         let source = running(&agent.path);
-        let mut relay = Relay::new();
+        let mut relay = Relay::unix();
         let mut destination = there.destination(&mut relay);
         let outgoing = relay.send(source.client(), &OutgoingOptions::default());
         let _record = relay.until(|record| record.kind == held);

@@ -1,6 +1,7 @@
 //! After the commit: the source's guest stands still, whoever dies and whoever asks.
 
-use super::scene::{FarScene, Scene, empty, stamped};
+use super::scene::FarScene;
+use crate::scene::{Scene, empty, stamped};
 use pageferry_client::{Error, ErrorCode, IncomingOptions, Ownership, Phase, Target};
 use pageferry_protocol::control::request::Request;
 use pageferry_protocol::stream::Kind;
@@ -27,7 +28,7 @@ fn is_commit(record: &Passing) -> bool {
 fn a_destination_that_dies_before_it_has_the_commit_leaves_an_unconfirmed_guest_that_stands_still()
 {
     for wire in WIRES {
-        let mut scene = Scene::start(wire, &passes(1));
+        let mut scene = Scene::started(wire, &passes(1));
         let _commit = scene.relay.until(is_commit);
         scene.kill_destination();
         let status = scene.source.wait(scene.outgoing);
@@ -39,7 +40,7 @@ fn a_destination_that_dies_before_it_has_the_commit_leaves_an_unconfirmed_guest_
 #[test]
 fn a_link_that_dies_after_the_commit_leaves_a_guest_that_only_force_resumes() {
     for wire in WIRES {
-        let agent = Listening::new();
+        let agent = Listening::start();
         let source = Attached::new(&agent.path, stamped());
         let destination = empty();
         let mut relay = Relay::over(wire);
@@ -83,8 +84,8 @@ fn a_link_that_dies_after_the_commit_leaves_a_guest_that_only_force_resumes() {
 
 #[test]
 fn after_the_commit_neither_the_end_of_the_agent_nor_a_resume_runs_the_guest_at_the_source() {
-    let mut scene = Scene::start(Wire::Unix, &passes(1));
-    let status = scene.finish();
+    let mut scene = Scene::started(Wire::Unix, &passes(1));
+    let status = scene.end();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
     assert_eq!(scene.destination().wait(scene.incoming).phase, Phase::Completed);
     wait_until("the guest to be gone", SOON, || scene.source.client.ownership() == Ownership::Gone)
@@ -102,7 +103,7 @@ fn after_the_commit_neither_the_end_of_the_agent_nor_a_resume_runs_the_guest_at_
 
 #[test]
 fn a_guest_whose_arrival_is_confirmed_is_not_resumed_here_by_force() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let source = Attached::new(&agent.path, stamped());
     let destination = empty();
     moves_to(&source, &destination);
@@ -117,7 +118,7 @@ fn a_source_agent_that_is_killed_after_the_commit_leaves_a_guest_that_stands_sti
     for held in [Kind::Commit, Kind::Resumed] {
         let agent = Agent::spawn();
         let source = Attached::new(agent.socket(), stamped());
-        let mut relay = Relay::new();
+        let mut relay = Relay::unix();
         let destination = empty();
         relay.listen(&destination.client, &IncomingOptions::default());
         relay.send(&source.client, &passes(1));
@@ -140,7 +141,7 @@ fn a_destination_agent_that_is_killed_after_the_commit_leaves_a_guest_that_runs_
             let mut scene = FarScene::start(wire, &passes(1));
             let _record = scene.relay.until(|record| record.kind == held);
             scene.agent.kill();
-            let status = scene.finish();
+            let status = scene.end();
             assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
             assert_stands_still(&scene.source);
             let there = &scene.there;

@@ -1,6 +1,7 @@
 //! The other side dies, or the connection to it does.
 
-use super::scene::{MOMENTS, Scene, at_every_moment};
+use super::scene::{MOMENTS, at_every_moment};
+use crate::scene::Scene;
 use pageferry_client::{OutgoingOptions, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::scenario::{WIRES, migrates_next_time, passes};
@@ -8,7 +9,7 @@ use pageferry_tests::scenario::{WIRES, migrates_next_time, passes};
 #[test]
 fn a_destination_that_dies_leaves_the_guest_running_and_able_to_migrate() {
     at_every_moment("destination dies", |wire, (_, is_there)| {
-        let mut scene = Scene::start(wire, &passes(2));
+        let mut scene = Scene::started(wire, &passes(2));
         let _record = scene.relay.until(is_there);
         scene.source.write(7, 77);
         scene.kill_destination();
@@ -21,7 +22,7 @@ fn a_destination_that_dies_leaves_the_guest_running_and_able_to_migrate() {
 #[test]
 fn a_connection_that_is_cut_in_a_record_fails_both_sides_and_both_migrate_next_time() {
     at_every_moment("cut", |wire, (moment, is_there)| {
-        let mut scene = Scene::start(wire, &passes(2));
+        let mut scene = Scene::started(wire, &passes(2));
         let record = scene.relay.until(is_there);
         // The middle of a record, where it has one.
         let part = record.bytes().len() / 2;
@@ -43,7 +44,7 @@ fn a_connection_that_is_cut_in_a_record_fails_both_sides_and_both_migrate_next_t
 fn one_of_several_streams_that_is_cut_fails_both_sides_in_bounded_time() {
     for wire in WIRES {
         for (pass, part) in [(0, 0), (0, 16), (1, 0), (1, 16), (2, 0), (2, 16)] {
-            let mut scene = Scene::start(wire, &OutgoingOptions { streams: 4, ..passes(2) });
+            let mut scene = Scene::started(wire, &OutgoingOptions { streams: 4, ..passes(2) });
             // The second to end the pass, while others have ended it and others have not.
             let mut ended = 0;
             let record = scene.relay.until(|record| {
@@ -51,7 +52,7 @@ fn one_of_several_streams_that_is_cut_fails_both_sides_in_bounded_time() {
                 ended == 2
             });
             scene.relay.cut_one(&record, part);
-            let status = scene.finish();
+            let status = scene.end();
             assert_eq!(status.phase, Phase::Failed, "{}", status.error);
             scene.assert_source_failed();
             scene.assert_destination_failed();

@@ -1,68 +1,20 @@
-//! A migration through a relay, and the moments at which it is interrupted.
+//! The moments at which a migration is interrupted, and what must hold after that.
 
+use crate::scene::{PAGES, Scene, filled};
 use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::scenario::{
     Agent, Attached, Passing, Ram, Relay, Side, TooEarly, WIRES, Wire, moves_to,
 };
 
-pub const PAGES: u64 = 200;
-
-/// Memory whose page `n` holds the stamp `1000 + n`.
-pub fn stamped() -> Ram {
-    Ram::odd(PAGES).stamped()
-}
-
+/// Writes the stamps of [`stamped`](super::super::scene::stamped).
 pub fn stamp(ram: &Ram) {
     for page in 0..PAGES {
         ram.write(page, 1000 + page);
     }
 }
 
-pub fn filled() -> Side {
-    Side::new(stamped())
-}
-
-pub fn empty() -> Side {
-    Side::new(Ram::odd(PAGES))
-}
-
-/// A migration through a relay.
-pub struct Scene {
-    pub relay: Relay,
-    pub source: Side,
-    destination: Option<Side>,
-    pub outgoing: u64,
-    pub incoming: u64,
-}
-
 impl Scene {
-    pub fn start(wire: Wire, options: &OutgoingOptions) -> Self {
-        Self::start_with(wire, filled(), empty(), options)
-    }
-
-    pub fn start_with(
-        wire: Wire, source: Side, destination: Side, options: &OutgoingOptions,
-    ) -> Self {
-        let mut relay = Relay::over(wire);
-        let OutgoingOptions { peer_timeout, hook_timeout, .. } = *options;
-        let incoming = relay.listen(
-            &destination.client,
-            &IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() },
-        );
-        let outgoing = relay.send(&source.client, options);
-        Self { relay, source, destination: Some(destination), outgoing, incoming }
-    }
-
-    pub fn destination(&self) -> &Side {
-        self.destination.as_ref().unwrap()
-    }
-
-    /// Passes everything on until the source's job ended.
-    pub fn finish(&mut self) -> JobStatus {
-        self.relay.finish(&self.source.client, self.outgoing)
-    }
-
     /// Passes everything on until a record comes that is wanted, which is held back.
     pub fn reach(&mut self, wanted: impl FnMut(&Passing) -> bool) -> Result<Passing, TooEarly> {
         let source = &self.source;
@@ -139,7 +91,7 @@ impl FarScene {
     }
 
     /// Passes everything on until the source's job ended.
-    pub fn finish(&mut self) -> JobStatus {
+    pub fn end(&mut self) -> JobStatus {
         self.relay.finish(&self.source.client, self.outgoing)
     }
 

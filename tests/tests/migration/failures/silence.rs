@@ -1,6 +1,7 @@
 //! The other side is there, and says nothing: the link swallows what it says, or it hangs.
 
-use super::scene::{FarScene, MOMENTS, Moment, PAGES, Scene, empty, filled, stamped};
+use super::scene::{FarScene, MOMENTS, Moment};
+use crate::scene::{PAGES, Scene, empty, filled, stamped};
 use pageferry_client::{
     Client, Config, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Phase,
     Target,
@@ -26,7 +27,7 @@ fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
         WIRES.iter().flat_map(|wire| MOMENTS.map(|moment| (*wire, moment))).collect();
     at_once(&cases, |&(wire, (moment, is_there))| {
         with_more_time(|timeout| {
-            let mut scene = Scene::start(wire, &patient_for(timeout, 2));
+            let mut scene = Scene::started(wire, &patient_for(timeout, 2));
             // From now on nothing is passed on, and nothing is closed.
             let _record = scene.reach(is_there)?;
             let status = scene.assert_source_failed();
@@ -94,7 +95,7 @@ fn a_destination_agent_that_hangs_is_an_error_within_the_timeout_and_the_guest_r
             let record = scene.reach(is_there)?;
             scene.agent.freeze();
             scene.relay.pass(record);
-            let status = scene.finish();
+            let status = scene.end();
             assert_eq!(status.phase, Phase::Failed, "{}", status.error);
             // On a busy machine the time for the whole stop may be over first.
             says(&status.error, &["silent", "hand-over was not done"])?;
@@ -143,7 +144,7 @@ fn a_source_agent_that_hangs_is_given_up_by_its_vmm_and_the_guest_runs_on() {
 fn a_peer_that_answers_byte_by_byte_does_not_keep_the_guest_paused() {
     at_once(&WIRES, |&wire| {
         with_more_time(|timeout| {
-            let mut scene = Scene::start(wire, &patient_for(timeout, 1));
+            let mut scene = Scene::started(wire, &patient_for(timeout, 1));
             let record = scene.reach(|record| record.kind == Kind::Loaded)?;
             // Each byte comes long before the timeout, and all of them long after it.
             scene.relay.trickle(&record, timeout / 8, || {

@@ -1,6 +1,7 @@
 //! A file that shrinks under the agent.
 
-use super::scene::{MOMENTS, PAGES, Scene, empty, stamp};
+use super::scene::{MOMENTS, stamp};
+use crate::scene::{PAGES, Scene, empty};
 use pageferry_client::Punch;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::scenario::{Ram, Side, Wire, migrates_next_time, passes};
@@ -11,14 +12,14 @@ fn a_file_that_is_truncated_under_the_agent_fails_the_job_and_the_session_goes_o
         eprintln!("truncated {moment}");
         let source = Side::new(Ram::unsealed(PAGES));
         stamp(&source.ram);
-        let mut scene = Scene::start_with(Wire::Unix, source, empty(), &passes(2));
+        let mut scene = Scene::started_between(Wire::Unix, source, empty(), &passes(2));
         let record = scene.relay.until(is_there);
         let ram = scene.source.ram.clone();
         let whole = ram.fd_offset + PAGES * PAGE_SIZE;
         rustix::fs::ftruncate(&ram.fd, whole - 10 * PAGE_SIZE).unwrap();
         scene.source.client.log().mark(PageRange::new(ram.gpa / PAGE_SIZE + PAGES - 5, 1));
         scene.relay.pass(record);
-        let status = scene.finish();
+        let status = scene.end();
         assert!(
             status.error.contains("block 3") && status.error.contains("truncated"),
             "{}",

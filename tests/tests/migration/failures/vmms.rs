@@ -1,7 +1,8 @@
 //! A source VMM that goes while its agent stays: within this process. [`crate::killed_vmms`] has
 //! those that are killed.
 
-use super::scene::{MOMENTS, at_every_moment, empty, stamped};
+use super::scene::{MOMENTS, at_every_moment};
+use crate::scene::{empty, stamped};
 use pageferry_client::{IncomingOptions, Phase};
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::process::{Process, program};
@@ -11,7 +12,7 @@ use std::process::Command;
 #[test]
 fn a_vmm_that_dies_ends_its_migration_and_the_agent_serves_the_next() {
     at_every_moment("source VMM dies", |wire, (moment, is_there)| {
-        let agent = Listening::new();
+        let agent = Listening::start();
         let source = Attached::new(&agent.path, stamped());
         let mut relay = Relay::over(wire);
         let destination = empty();
@@ -31,9 +32,9 @@ fn a_vmm_that_dies_ends_its_migration_and_the_agent_serves_the_next() {
 
 #[test]
 fn an_operator_who_watches_sees_the_end_of_a_migration_whose_vmm_dies() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let source = Attached::new(&agent.path, stamped());
-    let mut relay = Relay::new();
+    let mut relay = Relay::unix();
     let destination = empty();
     relay.listen(&destination.client, &IncomingOptions::default());
     let operator = |name: &str, more: &[&str]| {

@@ -77,7 +77,7 @@ pub struct Source {
 
 impl Source {
     pub fn new() -> Self {
-        let (agent, world) = (Listening::new(), World::new());
+        let (agent, world) = (Listening::start(), World::new());
         let (client, channel) = Client::connect(&agent.path, config()).unwrap();
         channel.spawn(SourceHooks(world.clone())).unwrap();
         world.memory.add_to(&client);

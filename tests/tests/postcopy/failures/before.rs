@@ -300,7 +300,7 @@ fn a_destination_that_waits_for_the_next_guest_is_not_recovered_with() {
     scene.relay.cut_in(&commit, 0);
     ended(&scene.destination, Phase::Failed);
     scene.source.reaches(Phase::PostcopyPaused);
-    let mut next = Relay::new();
+    let mut next = Relay::unix();
     next.listen(&scene.destination.client, &IncomingOptions::default());
     scene.source.client.recover(Some(&next.address()), &OutgoingOptions::default()).unwrap();
     let source = &scene.source;

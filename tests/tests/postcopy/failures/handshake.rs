@@ -1,39 +1,16 @@
 //! A recovery that breaks in its handshake leaves nothing at the destination that spoils the next
 //! one.
 
-use pageferry_client::{Client, IncomingOptions, Mode, OutgoingOptions, Phase};
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Phase};
 use pageferry_protocol::stream::{Hello, Kind};
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::files::Still;
-use pageferry_tests::in_process::InProcessAgent;
-use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
-use pageferry_tests::scenario::{Passing, Relay, SOON, config};
+use pageferry_tests::scenario::{Passing, Ram, Relay, SOON, Side, assert_same};
 
 const PAGES: u64 = 100;
 
-/// Fields drop in order, so the connection closes before the agent is waited for.
-struct Side {
-    client: Client,
-    memory: TestMemory,
-    _agent: InProcessAgent,
-}
-
-impl Side {
-    fn new() -> Self {
-        let (agent, socket) = InProcessAgent::start().unwrap();
-        let (client, channel) = Client::from_socket(socket, config()).unwrap();
-        channel.spawn(Still).unwrap();
-        let memory = TestMemory::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]).unwrap();
-        memory.add_to(&client).unwrap();
-        client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
-        Self { client, memory, _agent: agent }
-    }
-
-    fn waits_for(&self, phase: Phase) {
-        wait_until(phase.name(), SOON, || self.client.status().unwrap().phase == phase).unwrap();
-    }
+fn reaches(side: &Side, phase: Phase) {
+    wait_until(phase.name(), SOON, || side.client.status().unwrap().phase == phase).unwrap();
 }
 
 fn says_hello(record: &Passing, stream: u16) -> bool {
@@ -45,9 +22,9 @@ fn streams_of_a_recovery_that_broke_are_no_part_of_the_next() {
     if !require::uffd() {
         return;
     }
-    let (source, destination) = (Side::new(), Side::new());
-    source.memory.blocks()[0].fill(PageRange::new(0, PAGES), 7).unwrap();
-    let mut relay = Relay::new();
+    let source = Side::new(Ram::odd(PAGES).mapped().stamped());
+    let destination = Side::new(Ram::odd(PAGES).mapped());
+    let mut relay = Relay::unix();
     let incoming = relay.listen(&destination.client, &IncomingOptions::default());
     let options = OutgoingOptions {
         streams: 2,
@@ -59,8 +36,8 @@ fn streams_of_a_recovery_that_broke_are_no_part_of_the_next() {
     relay.until(|record| record.kind == Kind::Resumed);
     relay.cut();
     for _ in 0..2 {
-        source.waits_for(Phase::PostcopyPaused);
-        destination.waits_for(Phase::PostcopyPaused);
+        reaches(&source, Phase::PostcopyPaused);
+        reaches(&destination, Phase::PostcopyPaused);
         // All streams but the primary say hello, and then the connections break.
         source.client.recover(None, &options).unwrap();
         relay.until(|record| says_hello(record, 0));
@@ -68,13 +45,9 @@ fn streams_of_a_recovery_that_broke_are_no_part_of_the_next() {
         relay.pass(last);
         relay.cut();
     }
-    source.waits_for(Phase::PostcopyPaused);
+    reaches(&source, Phase::PostcopyPaused);
     source.client.recover(None, &options).unwrap();
     assert_eq!(relay.finish(&source.client, outgoing).phase, Phase::Completed);
     assert_eq!(relay.finish(&destination.client, incoming).phase, Phase::Completed);
-    for page in 0..PAGES {
-        let [from, to] =
-            [&source, &destination].map(|side| side.memory.blocks()[0].read_page(page).unwrap());
-        assert_eq!(from, to, "page {page}");
-    }
+    assert_same(&source.ram, &destination.ram);
 }

@@ -60,7 +60,7 @@ pub struct Side {
 impl Side {
     /// Within this process.
     pub fn near(ram: Ram) -> Self {
-        Self::on(Agent::Stopped(Listening::new()), ram)
+        Self::on(Agent::Stopped(Listening::start()), ram)
     }
 
     /// The agent is a process, which can be killed.

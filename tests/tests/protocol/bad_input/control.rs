@@ -67,7 +67,7 @@ fn owner(agent: &Listening) -> RawClient {
 
 #[test]
 fn a_header_that_breaks_the_framing_ends_its_connection_and_nothing_else() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut vmm = owner(&agent);
     let header = |request: u32, flags: u32, size: u32| {
         Encoder::new().u32(request).u32(flags).u32(size).finish()
@@ -91,7 +91,7 @@ fn a_header_that_breaks_the_framing_ends_its_connection_and_nothing_else() {
 
 #[test]
 fn requests_that_are_unknown_or_malformed_are_refused_by_name_and_the_connection_goes_on() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut peer = owner(&agent);
     for unknown in [0x1fff, 0x1006, FIRST_NATIVE_REQUEST + 0xf000] {
         let error = peer.ask_raw(unknown, vec![1, 2, 3], Vec::new()).unwrap_err();
@@ -153,7 +153,7 @@ fn requests_that_are_unknown_or_malformed_are_refused_by_name_and_the_connection
 
 #[test]
 fn blocks_that_are_not_valid_are_refused_by_field_and_value_and_leave_the_others() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut peer = owner(&agent);
     let size = 0x1_0000;
     let named =
@@ -209,7 +209,7 @@ fn blocks_that_are_not_valid_are_refused_by_field_and_value_and_leave_the_others
 
 #[test]
 fn descriptors_that_are_no_memory_are_refused() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut peer = owner(&agent);
     let request = add_block(geometry(2, 0x4_0000, 0x1000), 0);
     for count in [0usize, 1, 3] {
@@ -267,7 +267,7 @@ fn descriptors_that_are_no_memory_are_refused() {
 
 #[test]
 fn ranges_outside_of_blocks_change_nothing() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut peer = owner(&agent);
     let good = page(1, 4);
     let bad: [(BlockRange, &[&str]); 4] = [
@@ -308,7 +308,7 @@ fn ranges_outside_of_blocks_change_nothing() {
 
 #[test]
 fn an_operator_sees_the_jobs_and_cannot_touch_the_memory() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut vmm = owner(&agent);
     let mut operator = agent.connect();
     let forbidden = [
@@ -343,7 +343,7 @@ fn an_operator_sees_the_jobs_and_cannot_touch_the_memory() {
 
 #[test]
 fn a_bandwidth_that_cannot_work_is_refused_with_the_least_that_can() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut vmm = owner(&agent);
     for bandwidth in [1, MIN_BANDWIDTH - 1] {
         let migration = OutgoingOptions { bandwidth, ..OutgoingOptions::default() };

@@ -113,7 +113,7 @@ pub struct Scene {
 
 impl Scene {
     pub fn new() -> Self {
-        Self::on(Agent::Stopped(Listening::new()))
+        Self::on(Agent::Stopped(Listening::start()))
     }
 
     /// On an agent that is a process.

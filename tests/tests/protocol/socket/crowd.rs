@@ -21,7 +21,7 @@ fn requests() -> Vec<u8> {
 
 #[test]
 fn connections_that_never_read_their_answers_keep_nobody_from_theirs() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let deaf: Vec<_> = (0..4)
         .map(|_| {
             let mut stream = UnixStream::connect(&agent.path).unwrap();
@@ -43,7 +43,7 @@ fn connections_that_never_read_their_answers_keep_nobody_from_theirs() {
 
 #[test]
 fn connections_that_never_stop_asking_keep_nobody_from_their_answers() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let answered = AtomicU64::new(0);
     let flood: Vec<_> = (0..2).map(|_| UnixStream::connect(&agent.path).unwrap()).collect();
     std::thread::scope(|scope| {
@@ -73,7 +73,7 @@ fn connections_that_never_stop_asking_keep_nobody_from_their_answers() {
 
 #[test]
 fn idle_connections_keep_out_neither_a_vmm_nor_an_operator() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut idle: Vec<_> = (0..200).map(|_| agent.connect()).collect();
     let vmm = Attached::new(&agent.path, Ram::odd(16));
     let mut operator = agent.connect();
@@ -89,7 +89,7 @@ fn idle_connections_keep_out_neither_a_vmm_nor_an_operator() {
 
 #[test]
 fn more_connections_than_there_are_places_that_never_read_keep_out_neither_a_vmm_nor_an_operator() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let stop = AtomicBool::new(false);
     let deaf = AtomicU64::new(0);
     std::thread::scope(|scope| {

@@ -67,7 +67,7 @@ fn a_request_whose_descriptors_do_not_arrive_is_answered_and_the_vmm_stays() {
 
 #[test]
 fn a_request_that_does_not_end_ends_its_connection_unless_it_is_the_vmms() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let mut vmm = RawClient::connect(&agent.path);
     vmm.ask(&add_block(0), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
     let header = FrameHeader::new(Request::QueryStatus.code(), 0, 4);
@@ -91,7 +91,7 @@ fn a_request_that_does_not_end_ends_its_connection_unless_it_is_the_vmms() {
 
 #[test]
 fn only_a_connected_unix_stream_socket_is_taken_for_hooks() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let vmm = Attached::new(&agent.path, Ram::odd(16));
     let mut other = RawClient::connect(&agent.path);
     drop(vmm);

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 #[test]
 fn everybody_is_answered_while_a_vmm_is_asked_to_resume() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let source = Attached::new(&agent.path, Ram::odd(16));
     let destination = Side::new(Ram::odd(16));
     let mut relay = Relay::over(Wire::Unix);
@@ -64,7 +64,7 @@ fn everybody_is_answered_while_a_vmm_is_asked_to_resume() {
 
 #[test]
 fn a_path_whose_listener_has_a_full_queue_is_in_use_and_costs_the_vmm_nothing() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let vmm = Attached::new(&agent.path, Ram::odd(16));
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("full");
@@ -176,7 +176,7 @@ impl Drop for Killed {
 /// panics, and its connection ends.
 #[test]
 fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
-    let agent = Listening::new();
+    let agent = Listening::start();
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).display().to_string();
     let vmm = Attached::new(&agent.path, Ram::odd(16));
@@ -247,7 +247,7 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
     vmm.client.status().unwrap();
     // The same from the VMM itself, whose hooks nobody answers.
     for request in requests() {
-        let agent = Listening::new();
+        let agent = Listening::start();
         let mut own = agent.connect();
         let _hooks = hand_over(&mut own, block);
         let _ = own.ask(&request, Vec::new());
