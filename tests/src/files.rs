@@ -85,7 +85,7 @@ pub fn mapped(regions: &[(u64, u64)]) -> Result<GuestMemoryMmap<()>, Error> {
         .map_err(|error| Error::Memory(error.to_string()))
 }
 
-/// The hooks of a VMM whose guest stands still and has no state: its memory is all there is.
+/// The hooks of a VMM whose guest is idle and has no state: its memory is all there is.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Still;
 

@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// The program `pageferry-test-process`, which is an agent or a mock VMM as its first argument says.
-/// Cargo builds it before it runs a test or a bench of this package.
+/// The program `pageferry-test-process`: an agent or a mock VMM, as its first argument says. Cargo
+/// builds it before it runs a test or a bench of this package.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
@@ -29,8 +29,8 @@ pub fn program() -> &'static Path {
     })
 }
 
-/// A command that runs a mock VMM on the agent at `socket`: `side` is `source` or `destination`, and
-/// `memory` a file of `size` bytes.
+/// A command that runs a mock VMM on the agent at `socket`: `side` is `source` or `destination`,
+/// and `memory` a file of `size` bytes.
 pub fn mock_vmm(side: &str, size: u64, socket: &Path, memory: &Path) -> Command {
     let mut command = Command::new(program());
     command.args(["mock-vmm", side, "--json", "--size", &size.to_string()]);
@@ -218,7 +218,7 @@ impl Drop for Process {
     }
 }
 
-/// Stops a process that may be in other hands, and returns when all of its threads stand still.
+/// Stops a process that may be in other hands, and returns when all of its threads have stopped.
 ///
 /// # Errors
 /// If it is gone, or does not stop.

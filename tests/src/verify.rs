@@ -26,7 +26,7 @@ impl std::ops::AddAssign for Compared {
     }
 }
 
-/// Compares all blocks while both guests stand still. What is discarded is taken from the source's
+/// Compares all blocks while both guests are paused. What is discarded is taken from the source's
 /// client.
 ///
 /// # Errors

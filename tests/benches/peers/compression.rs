@@ -1,4 +1,4 @@
-//! A guest that stands still and whose pages hold text.
+//! An idle guest whose pages hold text.
 
 use super::Bench;
 use super::image::{Image, WarmPool};

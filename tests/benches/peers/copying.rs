@@ -1,4 +1,4 @@
-//! A guest that stands still: full, sparse, and huge but nearly empty.
+//! An idle guest: full, sparse, and huge but nearly empty.
 
 use super::Bench;
 use super::floor;

@@ -1,4 +1,4 @@
-//! A guest that writes while it moves: how long it takes, how long the guest stands still, and what
+//! A guest that writes while it moves: how long it takes, how long the guest is paused, and what
 //! the guest itself feels of it.
 
 use super::Bench;

@@ -1,4 +1,4 @@
-//! Two agents as processes, with a VMM whose guest stands still.
+//! Two agents as processes, with a VMM whose guest is idle.
 
 use super::image::Image;
 use pageferry_client::{

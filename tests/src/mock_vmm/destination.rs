@@ -19,7 +19,7 @@ use pageferry_protocol::control::job::JobKind;
 pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
     let memory = super::memory(&arguments.common)?;
     let usage = Usage::new(memory)?;
-    // It takes over the ledger and stands still.
+    // It takes over the ledger and writes nothing.
     let guest = ThreadGuest::new(
         &usage,
         ThreadGuestOptions { rate: Some(0), ..ThreadGuestOptions::default() },

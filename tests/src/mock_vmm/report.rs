@@ -32,7 +32,7 @@ pub struct Report {
     pub wire_bytes: u64,
     /// Milliseconds from the start to the end.
     pub total_ms: f64,
-    /// Milliseconds that the guest stood still.
+    /// Milliseconds that the guest was paused.
     pub downtime_ms: f64,
     /// Restore: milliseconds until the guest ran.
     pub running_ms: f64,

@@ -95,7 +95,7 @@ impl Guest {
     /// stays.
     #[track_caller]
     pub fn assert_free(&self) {
-        assert!(!self.vmm.is_paused(), "the guest stands still");
+        assert!(!self.vmm.is_paused(), "the guest is paused");
         let memory = self.memory.clone();
         let writing = std::thread::spawn(move || {
             for block in memory.blocks() {

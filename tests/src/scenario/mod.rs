@@ -1,10 +1,10 @@
-//! Scenes that a test steps through: VMMs whose hooks follow a script, a wire that passes one record
-//! at a time, agents that are killed at a chosen moment.
+//! Scenes that a test steps through: VMMs whose hooks follow a script, a wire that passes one
+//! record at a time, agents that are killed at a chosen moment.
 //!
 //! - [`agents`]: agents that listen, on a thread or as a process; [`raw_client`]: a connection to
 //!   one without the client library;
-//! - [`ram`]: memory with a stamp in each page; [`scripted_vmm`]: a VMM whose hooks follow a script;
-//!   [`side`]: such a VMM with its agent; [`mock_side`]: a mock VMM with its agent;
+//! - [`ram`]: memory with a stamp in each page; [`scripted_vmm`]: a VMM whose hooks follow a
+//!   script; [`side`]: such a VMM with its agent; [`mock_side`]: a mock VMM with its agent;
 //! - [`relay`]: the wire between two agents;
 //! - [`images`]: how images are asked for, what must hold of them, and damage to them;
 //!   [`image_host`]: an agent with a folder for images; [`image_guest`]: a VMM that uses them;

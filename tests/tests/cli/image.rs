@@ -220,7 +220,7 @@ fn a_chain_is_folded_in_place_and_what_builds_on_it_goes_on() {
 }
 
 #[test]
-fn a_map_is_drawn_in_letters_where_there_is_no_terminal_or_into_a_file() {
+fn a_map_is_drawn_in_letters_without_a_terminal() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     chain(folder);
@@ -257,7 +257,7 @@ fn a_map_is_drawn_in_letters_where_there_is_no_terminal_or_into_a_file() {
 }
 
 #[test]
-fn what_is_of_another_kind_is_never_replaced_and_an_empty_file_is_no_image() {
+fn files_of_another_kind_are_never_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     chain(folder);

@@ -53,7 +53,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn an_operator_migrates_a_guest_and_reads_how_it_went_even_after_the_vmm_left() {
+fn an_operator_migrates_a_guest_and_reads_how_it_ended() {
     let folder = tempfile::tempdir().unwrap();
     let (source, destination) =
         (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
@@ -140,7 +140,7 @@ fn an_operator_cancels_and_whoever_watches_sees_it_end() {
 }
 
 #[test]
-fn what_goes_wrong_is_one_sentence_on_standard_error_and_a_status() {
+fn an_error_is_one_sentence_on_stderr_and_an_exit_status() {
     let folder = tempfile::tempdir().unwrap();
     let source = Side::new(folder.path(), "source");
     for (what, more, sentence) in [
@@ -164,7 +164,7 @@ fn what_goes_wrong_is_one_sentence_on_standard_error_and_a_status() {
 }
 
 #[test]
-fn a_target_that_is_no_destination_and_a_time_that_is_too_long_are_named() {
+fn bad_targets_and_times_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let (source, other) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "other"));
     let control = format!("unix:{}", other.agent.socket().display());

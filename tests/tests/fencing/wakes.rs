@@ -56,7 +56,7 @@ fn wait_for_the_question(pid: u32) {
 /// The agent waits for its peer, hangs, and is replaced. Then it wakes up, and its peer answers,
 /// while the next agent sends the guest.
 #[test]
-fn an_agent_that_wakes_up_takes_no_dirty_page_from_its_successor() {
+fn a_late_agent_takes_no_dirty_page_from_the_next() {
     // What is looked for is a race: it came out in half of the rounds.
     for round in 0..8 {
         let mut first = Agent::spawn();
@@ -104,7 +104,7 @@ fn hangs_before_the_commit(then: impl FnOnce(&Attached, &mut Agent)) {
     let pid = agent.id();
     let source = hasty(&agent, stamped());
     // It asks for the line of `one-owner` right after this event, and waits for the answer. When
-    // that comes it stands still.
+    // that comes it is paused.
     source.vmm.on(At::phase(Phase::Committing), move || {
         wait_for_the_question(pid);
         process::freeze(pid).unwrap();
@@ -126,7 +126,7 @@ fn hangs_before_the_commit(then: impl FnOnce(&Attached, &mut Agent)) {
 }
 
 #[test]
-fn an_agent_that_was_given_up_before_it_sent_the_commit_does_not_send_it() {
+fn a_late_agent_does_not_send_the_commit() {
     hangs_before_the_commit(|source, agent| {
         let lost = source.client.status().unwrap_err();
         assert!(matches!(lost, Error::AgentLost { .. }), "{lost}");
@@ -161,7 +161,7 @@ fn a_guest_is_taken_by_force_only_from_an_agent_that_is_dead() {
 }
 
 #[test]
-fn a_new_agent_is_attached_only_when_the_one_that_may_send_the_commit_is_dead() {
+fn a_new_agent_attaches_only_when_the_old_one_is_dead() {
     hangs_before_the_commit(|source, agent| {
         let next = Agent::spawn();
         source.reattach(next.socket());
@@ -234,7 +234,7 @@ fn a_vmm_may_come_back_to_the_process_of_its_agent() {
 
 /// An agent that ends by itself is not killed on its way.
 #[test]
-fn an_agent_that_is_told_to_end_ends_well_while_its_vmm_discards() {
+fn an_agent_ends_in_good_order_while_its_vmm_discards() {
     let mut agent = Agent::spawn();
     let guest = Attached::new(agent.socket(), stamped());
     agent.terminate();

@@ -156,7 +156,7 @@ fn assert_replaced(status: &JobStatus) {
 
 /// Given up in the middle of a migration, whatever the agent does next fails, and no commit leaves.
 #[test]
-fn a_migration_of_an_agent_that_was_given_up_fails_and_takes_no_mark_from_the_log() {
+fn a_fenced_migration_fails_and_takes_no_mark_from_the_log() {
     use pageferry_protocol::control::hook::code;
     for given_up_at in [code::PAUSE, code::SAVE_STATE, code::RELINQUISH] {
         let agent = Listening::start();
@@ -231,7 +231,7 @@ fn saving(agent: &Listening, folder: &Path, given_up_at: Option<u32>, state: u64
 /// The agent looks when all memory was read. If it did not, it would go on with the image, and be
 /// the current agent again when it gives it its name.
 #[test]
-fn an_image_whose_agent_was_given_up_before_the_last_page_is_not_completed() {
+fn an_image_fenced_before_its_last_page_is_not_completed() {
     let agent = Listening::start();
     let folder = tempfile::tempdir().unwrap();
     // The guest runs on from its resume.
@@ -253,7 +253,7 @@ fn an_image_whose_agent_was_given_up_before_the_last_page_is_not_completed() {
 /// The agent looks once more right before the name: here it is given up while it writes what comes
 /// after the last page.
 #[test]
-fn an_image_whose_agent_was_given_up_after_the_last_page_gets_no_name() {
+fn an_image_fenced_after_its_last_page_gets_no_name() {
     // The more state there is, the more time to give the agent up.
     for state in [64 << 20, 256 << 20, 768 << 20] {
         let agent = Listening::start();
@@ -280,7 +280,7 @@ fn an_image_whose_agent_was_given_up_after_the_last_page_gets_no_name() {
 }
 
 #[test]
-fn what_a_vmm_asked_before_it_gave_the_agent_up_is_not_done_after() {
+fn requests_from_before_the_fence_are_not_done_after() {
     let agent = Listening::start();
     let mut vmm = RawVmm::new(&agent, None);
     let ranges = vec![BlockRange { block: vmm.ram.id, offset: 0, length: PAGE_SIZE }];

@@ -166,7 +166,7 @@ fn a_guest_with_a_balloon_arrives_by_write_protection() {
 }
 
 #[test]
-fn a_hook_that_fails_or_hangs_ends_the_migration_but_not_the_guest() {
+fn a_bad_hook_ends_the_migration_but_not_the_guest() {
     let source = Side::new(busy(Path::MappingAndLog), 100, false);
     source.vmm.start().unwrap();
     for hook in [HookName::Pause, HookName::SaveState] {

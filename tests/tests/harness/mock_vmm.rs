@@ -111,7 +111,7 @@ fn what_is_allocated_arrives_and_nothing_else_is_allocated() {
 }
 
 #[test]
-fn discards_before_and_during_are_holes_there_and_stay_allocated_here_without_punch() {
+fn discards_are_holes_at_the_destination() {
     let bench = Bench::new();
     let (here, there) = (bench.file("here"), bench.file("there"));
     let source = prepare(&here);
@@ -134,7 +134,7 @@ fn discards_before_and_during_are_holes_there_and_stay_allocated_here_without_pu
 }
 
 #[test]
-fn a_guest_that_writes_arrives_as_it_stopped_with_either_tracker() {
+fn a_busy_guest_arrives_as_it_stopped_with_either_tracker() {
     for tracker in ["log", "uffd"] {
         let bench = Bench::new();
         let (here, there) = (bench.file("here"), bench.file("there"));
@@ -188,7 +188,7 @@ fn a_file_that_is_too_short_is_named_in_the_error() {
 }
 
 #[test]
-fn the_guest_moves_before_its_memory_from_the_start_and_after_passes() {
+fn postcopy_starts_at_once_or_after_passes() {
     if !require::uffd() {
         return;
     }

@@ -42,7 +42,7 @@ fn bytes(memory: &Memory) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn a_paused_guest_has_written_its_last_and_its_counters_are_of_one_moment() {
+fn a_paused_guest_writes_no_more_and_is_consistent() {
     if !require::kvm() {
         return;
     }
@@ -104,7 +104,7 @@ fn a_saved_guest_goes_on_where_it_stood_in_another_vm() {
     assert_eq!(
         check_consistent(counters(&source, &sweep).unwrap()).unwrap(),
         stopped,
-        "the source stands still"
+        "the source is paused"
     );
 }
 
@@ -195,7 +195,7 @@ fn wait_for_write(memory: &Memory, gpa: u64) {
 }
 
 #[test]
-fn both_trackers_report_all_pages_that_changed_between_two_pauses_and_few_others() {
+fn both_trackers_report_all_changed_pages_and_few_others() {
     if !require::kvm() || !require::uffd() {
         return;
     }

@@ -176,7 +176,7 @@ fn more_runs_than_the_buffer_holds_are_all_reported() {
 }
 
 #[test]
-fn writes_around_the_mapping_are_not_seen_and_need_the_shared_log() {
+fn writes_around_the_mapping_need_the_shared_log() {
     let Some(tracked) = Tracked::scanned(64) else { return };
     tracked.file.write_all_at(&[1], 5 * PAGE_SIZE).unwrap();
     assert_eq!(tracked.scan(), [0; 0]);
@@ -363,7 +363,7 @@ fn round(guest: &mut KvmGuest) {
 }
 
 #[test]
-fn kvm_sync_reports_what_the_guest_wrote_since_the_start_and_clears_nothing() {
+fn kvm_sync_reports_guest_writes_and_clears_nothing() {
     if !require::kvm() {
         return;
     }
@@ -391,7 +391,7 @@ fn kvm_sync_reports_what_the_guest_wrote_since_the_start_and_clears_nothing() {
 }
 
 #[test]
-fn a_clear_that_straddles_a_discarded_range_loses_no_neighbours_write() {
+fn a_clear_across_a_discarded_range_loses_no_write() {
     if !require::kvm() {
         return;
     }
@@ -422,7 +422,7 @@ fn a_clear_that_straddles_a_discarded_range_loses_no_neighbours_write() {
 }
 
 #[test]
-fn kvm_clears_exactly_what_it_is_asked_for_wherever_slots_begin_and_end() {
+fn kvm_clears_exactly_what_it_is_asked_to() {
     if !require::kvm() {
         return;
     }

@@ -73,7 +73,7 @@ fn a_bit_set_again_while_it_is_taken_is_never_lost() {
 }
 
 #[test]
-fn two_setters_of_one_word_lose_nothing_and_count_each_page_once() {
+fn two_setters_of_one_word_count_each_page_once() {
     loom::model(|| {
         let dirty = bitmap(128, 0);
         let other = spawn(&dirty, |dirty| dirty.set(PageRange::new(60, 6)));
@@ -99,7 +99,7 @@ fn two_takers_never_both_get_a_bit() {
 }
 
 #[test]
-fn a_taker_of_some_bits_leaves_the_others_to_a_setter_beside_them() {
+fn taking_some_bits_leaves_those_beside_them() {
     loom::model(|| {
         let dirty = bitmap(64, 0b0110);
         let setter = spawn(&dirty, |dirty| dirty.set(page(0)));
@@ -127,7 +127,7 @@ fn clearing_and_setting_at_once_agree_on_the_counts() {
 }
 
 #[test]
-fn what_is_written_before_a_bit_is_set_is_seen_after_it_is_taken() {
+fn a_write_before_the_set_is_seen_after_the_take() {
     loom::model(|| {
         let dirty = bitmap(64, 0);
         let memory = Arc::new(AtomicU64::new(0));
@@ -140,7 +140,7 @@ fn what_is_written_before_a_bit_is_set_is_seen_after_it_is_taken() {
 }
 
 #[test]
-fn a_write_that_is_logged_after_the_taking_comes_with_the_next_pass() {
+fn a_write_logged_after_the_take_comes_with_the_next_pass() {
     loom::model(|| {
         let dirty = bitmap(64, 0b1);
         let version = Arc::new(AtomicU64::new(1));
@@ -149,7 +149,7 @@ fn a_write_that_is_logged_after_the_taking_comes_with_the_next_pass() {
         assert_eq!(taken, 1);
         let mut sent = version.load(Ordering::Relaxed);
         guest.join().unwrap();
-        // The guest stands still: the last pass.
+        // The guest is paused: the last pass.
         if dirty.take_word(0) != 0 {
             sent = version.load(Ordering::Relaxed);
         }

@@ -225,7 +225,7 @@ fn model(preemptions: impl Into<Option<usize>>, check: impl Fn() + Sync + Send +
 }
 
 #[test]
-fn of_a_worker_and_a_fault_one_captures_and_the_guest_writes_after_it() {
+fn worker_or_fault_captures_before_the_guest_writes() {
     model(None, || {
         let snapshot = Snapshot::of(&[PAGE], Some(PAGE));
         let worker = spawn(&snapshot, |snapshot| snapshot.work(0));
@@ -236,7 +236,7 @@ fn of_a_worker_and_a_fault_one_captures_and_the_guest_writes_after_it() {
 }
 
 #[test]
-fn a_worker_that_has_moved_on_has_read_what_a_fault_lets_be_written() {
+fn a_worker_has_read_what_a_fault_lets_be_written() {
     model(None, || {
         let snapshot = Snapshot::of(&[PAGE, ELSEWHERE], Some(PAGE));
         let worker = spawn(&snapshot, |snapshot| {
@@ -263,7 +263,7 @@ fn a_fault_beside_another_page_of_its_word_takes_its_own() {
 }
 
 #[test]
-fn what_is_discarded_is_captured_before_it_is_punched_and_read_by_nobody_after() {
+fn a_discard_is_captured_before_it_is_punched() {
     model(None, || {
         let snapshot = Snapshot::of(&[PAGE], None);
         let worker = spawn(&snapshot, |snapshot| snapshot.work(0));
@@ -285,7 +285,7 @@ fn a_discard_waits_for_a_fault_that_took_its_page() {
 }
 
 #[test]
-fn a_worker_a_fault_and_a_discard_at_once_capture_each_page_once() {
+fn worker_fault_and_discard_capture_each_page_once() {
     model(2, || {
         let snapshot = Snapshot::of(&[PAGE, NEIGHBOUR], Some(PAGE));
         let worker = spawn(&snapshot, |snapshot| snapshot.work(0));
@@ -297,7 +297,7 @@ fn a_worker_a_fault_and_a_discard_at_once_capture_each_page_once() {
 }
 
 #[test]
-fn a_fault_that_took_the_last_page_has_read_it_before_all_protection_is_gone() {
+fn a_fault_reads_the_last_page_before_protection_ends() {
     model(None, || {
         let snapshot = Snapshot::of(&[PAGE], Some(PAGE));
         let fault = spawn(&snapshot, |snapshot| snapshot.fault(PAGE));
@@ -329,7 +329,7 @@ fn a_guest_whose_page_cannot_be_read_goes_on() {
 }
 
 #[test]
-fn what_is_discarded_as_a_snapshot_fails_is_read_by_nobody_after() {
+fn a_discard_as_a_snapshot_fails_is_not_read_after() {
     model(None, || {
         let snapshot = Snapshot::of(&[PAGE], None);
         let fault = spawn(&snapshot, |snapshot| snapshot.fault(PAGE));

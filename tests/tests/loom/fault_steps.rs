@@ -107,7 +107,7 @@ fn spawn<T: 'static>(
 }
 
 #[test]
-fn a_fault_never_puts_zero_in_the_place_of_content_that_is_just_being_placed() {
+fn a_fault_never_places_zero_over_content() {
     loom::model(|| {
         let page = Page::missing();
         let arrival = spawn(&page, |page| page.content_arrives(0));
@@ -164,7 +164,7 @@ fn what_arrives_beside_a_discard_is_not_there_after_it() {
 }
 
 #[test]
-fn what_could_not_be_placed_beside_a_discard_is_not_owed_after_it() {
+fn a_failed_placing_beside_a_discard_is_not_owed() {
     loom::model(|| {
         let page = Page::missing();
         let arrival = spawn(&page, |page| page.placing_fails(0));
@@ -175,7 +175,7 @@ fn what_could_not_be_placed_beside_a_discard_is_not_owed_after_it() {
 }
 
 #[test]
-fn a_fault_beside_a_failed_placing_asks_or_is_answered_by_nobody_but_the_source() {
+fn a_fault_beside_a_failed_placing_asks_the_source() {
     loom::model(|| {
         let page = Page::missing();
         let arrival = spawn(&page, |page| page.placing_fails(0));
@@ -186,7 +186,7 @@ fn a_fault_beside_a_failed_placing_asks_or_is_answered_by_nobody_but_the_source(
 }
 
 #[test]
-fn fault_arrival_and_discard_at_once_leave_no_content_and_nobody_waiting() {
+fn fault_arrival_and_discard_leave_nobody_waiting() {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(2);
     // Waiting for a worker is a spin, each turn of which counts.

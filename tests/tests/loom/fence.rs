@@ -163,7 +163,7 @@ impl Freed {
 }
 
 #[test]
-fn a_page_is_never_read_after_its_free_was_acknowledged_until_it_is_written() {
+fn a_freed_page_is_not_read_until_it_is_written() {
     loom::model(|| {
         let page = Freed::new();
         let worker = {

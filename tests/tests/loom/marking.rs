@@ -128,7 +128,7 @@ fn spawn(guest: &Arc<Guest>, act: impl FnOnce(&Guest) + 'static) -> JoinHandle<(
 }
 
 #[test]
-fn a_page_that_is_discarded_at_the_instant_is_saved_so_or_captured_before_it_is_punched() {
+fn a_discard_at_the_instant_is_saved_so_or_captured_first() {
     loom::model(|| {
         let guest = Guest::new(0);
         let discard = spawn(&guest, Guest::discard);
@@ -143,7 +143,7 @@ fn a_page_that_is_discarded_at_the_instant_is_saved_so_or_captured_before_it_is_
 }
 
 #[test]
-fn a_page_that_is_populated_at_the_instant_is_discarded_or_in_the_log() {
+fn a_populate_at_the_instant_is_discarded_or_in_the_log() {
     loom::model(|| {
         let guest = Guest::new(BIT);
         let populate = spawn(&guest, Guest::populate);
@@ -154,7 +154,7 @@ fn a_page_that_is_populated_at_the_instant_is_discarded_or_in_the_log() {
 }
 
 #[test]
-fn a_page_that_is_discarded_and_populated_at_the_instant_is_as_in_the_base_only_before_both() {
+fn a_page_is_as_in_the_base_only_before_discard_and_populate() {
     loom::model(|| {
         let guest = Guest::new(0);
         let both = spawn(&guest, |guest| {

@@ -71,7 +71,7 @@ impl Watch {
         self.noted.clear(page);
     }
 
-    /// The guest stands still.
+    /// The guest is paused.
     fn instant(&self) {
         let mut after = self.mode();
         let protected = self.protected.load(Ordering::Acquire);
@@ -113,7 +113,7 @@ fn after_two_walks_and_two_faults_what_is_noted_is_protected() {
 }
 
 #[test]
-fn a_page_that_is_written_to_again_and_again_is_protected_at_the_instant() {
+fn a_page_written_again_and_again_is_protected_at_the_instant() {
     loom::model(|| {
         let watch = Watch::begin();
         watch.walk(BOTH);
@@ -145,7 +145,7 @@ fn walks_at_once_leave_nothing_noted_that_is_not_protected() {
 }
 
 #[test]
-fn a_page_that_the_vmm_frees_and_populates_meanwhile_is_not_taken_to_be_protected() {
+fn a_page_freed_meanwhile_does_not_count_as_protected() {
     loom::model(|| {
         let watch = Watch::begin();
         watch.walk(1 << NEIGHBOUR);

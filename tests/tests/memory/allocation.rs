@@ -109,6 +109,6 @@ fn of_1_tib_with_1_gib_in_use_only_that_is_sent_and_allocated() {
 }
 
 #[test]
-fn discarded_memory_that_is_still_allocated_is_neither_sent_nor_allocated_there() {
+fn discarded_memory_costs_nothing_at_the_destination() {
     migrate(8 * GIB, GIB, GIB - 64 * EXTENT);
 }

@@ -247,7 +247,7 @@ fn freed_huge_pages_are_holes_until_they_are_written() {
 }
 
 #[test]
-fn a_discard_of_part_of_a_huge_page_rounds_inward_and_a_populate_outward() {
+fn a_discard_rounds_inward_and_a_populate_outward() {
     for granularity in [PAGE_SIZE, HUGE_PAGE] {
         let Some(_pool) = require::hugetlb(2 * COUNT) else { return };
         let (source, destination) =
@@ -273,7 +273,7 @@ fn a_discard_of_part_of_a_huge_page_rounds_inward_and_a_populate_outward() {
 }
 
 #[test]
-fn what_small_pages_discard_is_zero_in_huge_ones_and_freed_where_nothing_is_left() {
+fn small_discards_are_zero_or_free_in_huge_pages() {
     let Some(_pool) = require::hugetlb(COUNT) else { return };
     let (source, destination) = (
         Side::on(Backing::Memfd, PAGE_SIZE, By::Log),
@@ -321,7 +321,7 @@ fn a_write_into_a_discarded_huge_page_is_a_stray_one() {
 }
 
 #[test]
-fn a_destination_without_huge_pages_is_an_error_and_the_guest_stays() {
+fn without_huge_pages_there_the_guest_stays() {
     let Some(_pool) = require::hugetlb(2 * COUNT) else { return };
     let (source, destination) = (Side::new(PAGE_SIZE, By::Log), Side::new(PAGE_SIZE, By::Log));
     source.block().fill(PageRange::new(0, 4 * HUGE), 9).unwrap();
@@ -343,7 +343,7 @@ fn a_destination_without_huge_pages_is_an_error_and_the_guest_stays() {
 }
 
 #[test]
-fn a_write_beside_discarded_pages_of_a_transparent_huge_page_does_not_bring_them_back() {
+fn a_write_beside_discarded_thp_pages_brings_none_back() {
     if !(require::thp() && require::uffd()) {
         return;
     }

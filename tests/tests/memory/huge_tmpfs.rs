@@ -108,7 +108,7 @@ fn ways() -> Vec<(Tmpfs, &'static str, bool)> {
 }
 
 #[test]
-fn a_guest_that_arrives_on_huge_pages_takes_no_more_than_it_did() {
+fn a_guest_that_arrives_takes_no_more_than_before() {
     for (tmpfs, huge, odd) in ways() {
         let precopy = passes(2);
         let mut options = vec![precopy.clone(), OutgoingOptions { streams: 3, ..precopy.clone() }];
@@ -137,7 +137,7 @@ fn a_guest_that_arrives_on_huge_pages_takes_no_more_than_it_did() {
 }
 
 #[test]
-fn a_guest_that_is_restored_on_huge_pages_takes_no_more_than_it_did() {
+fn a_restored_guest_takes_no_more_huge_pages_than_before() {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image");
     let from = Side::source();

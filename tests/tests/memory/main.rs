@@ -4,8 +4,8 @@
 //! - [`huge_pages`]: hugetlbfs, and transparent huge pages;
 //! - [`allocation`]: what a guest of 1 TiB costs that uses 1 GiB.
 //!
-//! `huge_tmpfs.rs`, beside this file, is a program of its own, since it turns transparent huge pages
-//! off for its process.
+//! `huge_tmpfs.rs`, beside this file, is a program of its own, since it turns transparent huge
+//! pages off for its process.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod allocation;

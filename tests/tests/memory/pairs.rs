@@ -215,7 +215,7 @@ const TABLE: [(Row, [&str; 8]); 7] = [
 ];
 
 #[test]
-fn each_kind_of_memory_takes_what_the_table_says_and_names_what_it_does_not() {
+fn each_kind_of_memory_takes_what_the_table_says() {
     if !require::uffd() {
         return;
     }

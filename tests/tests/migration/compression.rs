@@ -184,7 +184,7 @@ fn assert_refused(
 }
 
 #[test]
-fn a_payload_that_is_not_its_pages_fails_both_jobs_by_name_and_the_guest_runs_on() {
+fn a_payload_that_is_not_its_pages_fails_both_jobs_by_name() {
     for (compression, flag) in METHODS {
         let method = compression.name();
         let pages = |record: &Passing| record.header.range().count as usize;
@@ -209,7 +209,7 @@ fn a_payload_that_is_not_its_pages_fails_both_jobs_by_name_and_the_guest_runs_on
 }
 
 #[test]
-fn a_flag_that_was_not_negotiated_fails_both_jobs_by_name_and_the_guest_runs_on() {
+fn a_flag_not_negotiated_fails_both_jobs_by_name() {
     let cases = [
         (Compression::None, Compression::Lz4, FLAG_LZ4, "flag 0x2, lz4, was not negotiated"),
         (Compression::None, Compression::Zstd(1), FLAG_ZSTD, "flag 0x4, zstd, was not negotiated"),
@@ -224,7 +224,7 @@ fn a_flag_that_was_not_negotiated_fails_both_jobs_by_name_and_the_guest_runs_on(
 }
 
 #[test]
-fn a_destination_that_does_not_take_the_compression_ends_the_attempt_before_tracking_starts() {
+fn refused_compression_ends_the_job_before_tracking() {
     for (compression, offered, others) in [
         (Compression::Lz4, FEATURE_LZ4, FEATURE_ZSTD),
         (Compression::Zstd(3), FEATURE_ZSTD, FEATURE_LZ4),

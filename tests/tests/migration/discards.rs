@@ -24,7 +24,7 @@ fn a_discard_of_a_page_that_was_sent_leaves_a_hole() {
 }
 
 #[test]
-fn discarded_populated_and_written_again_arrives_with_what_was_written_last() {
+fn a_page_discarded_and_written_again_has_the_last_write() {
     let mut scene = Scene::new();
     scene.discard(10, 5, Punch::Yes);
     scene.start(&passes(3));
@@ -51,7 +51,7 @@ fn discarded_populated_and_written_again_arrives_with_what_was_written_last() {
 }
 
 #[test]
-fn all_within_one_pass_arrives_with_what_was_written_last() {
+fn the_same_within_one_pass_has_the_last_write() {
     let mut scene = Scene::new();
     scene.start(&passes(1));
     scene.after_pass(0, |source| {
@@ -66,7 +66,7 @@ fn all_within_one_pass_arrives_with_what_was_written_last() {
 }
 
 #[test]
-fn a_stray_write_is_sent_counted_and_flagged_and_its_page_stays_discarded() {
+fn a_stray_write_is_sent_and_its_page_stays_discarded() {
     let mut scene = Scene::new();
     scene.discard(60, 20, Punch::Yes);
     scene.start(&passes(2));
@@ -94,7 +94,7 @@ fn a_stray_write_is_sent_counted_and_flagged_and_its_page_stays_discarded() {
 }
 
 #[test]
-fn a_stray_page_that_the_vmm_punched_by_itself_becomes_a_hole_at_the_destination_too() {
+fn a_stray_page_punched_by_the_vmm_is_a_hole_there() {
     // Behind so many zero pages the source asks for the next data instead of reading on.
     const STRAY: u64 = 64 * 9 + 17;
     for zeros_before in [0, 64 * 8] {
@@ -123,7 +123,7 @@ fn a_stray_page_that_the_vmm_punched_by_itself_becomes_a_hole_at_the_destination
 }
 
 #[test]
-fn a_discard_at_an_offset_rounds_inward_and_the_pages_it_covers_in_part_migrate() {
+fn a_discard_rounds_inward_and_partial_pages_migrate() {
     let mut scene = Scene::new();
     let id = scene.source.ram.id;
     // From the middle of page 50 to the middle of page 90.

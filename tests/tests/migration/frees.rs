@@ -6,7 +6,7 @@ use pageferry_protocol::stream::Kind;
 use pageferry_tests::scenario::{assert_same, passes};
 
 #[test]
-fn what_was_freed_before_the_start_is_never_sent_and_what_was_written_since_arrives() {
+fn memory_freed_before_the_start_is_never_sent() {
     let mut scene = Scene::new();
     free(&scene.source, 30, 70);
     // Without a populate, and without a mark: it was before the start.
@@ -27,7 +27,7 @@ fn what_was_freed_before_the_start_is_never_sent_and_what_was_written_since_arri
 }
 
 #[test]
-fn a_free_of_what_was_sent_makes_a_hole_and_what_is_written_into_it_later_arrives() {
+fn a_free_makes_a_hole_and_later_writes_arrive() {
     let mut scene = Scene::new();
     scene.start(&passes(4));
     // Dirty before it is freed, and not.
@@ -71,7 +71,7 @@ fn a_free_of_what_was_sent_makes_a_hole_and_what_is_written_into_it_later_arrive
 }
 
 #[test]
-fn what_is_freed_while_it_is_discarded_stays_discarded() {
+fn a_free_of_discarded_memory_leaves_it_discarded() {
     let mut scene = Scene::new();
     scene.discard(60, 20, Punch::No);
     assert_eq!(scene.source.client.free(&[scene.source.ram.range(50, 40)]).unwrap(), 20);
@@ -91,10 +91,10 @@ fn what_is_freed_while_it_is_discarded_stays_discarded() {
 }
 
 #[test]
-fn what_the_vmm_frees_when_the_last_pass_was_sent_is_a_hole_there_too() {
+fn a_free_after_the_last_pass_is_a_hole_there_too() {
     let mut scene = Scene::new();
     scene.start(&passes(1));
-    // The guest stands still by then.
+    // The guest is paused by then.
     scene.after_pass(1, |source| free(source, 30, 70));
     let status = scene.finish();
     assert_freed(&scene, 30..100);

@@ -84,7 +84,7 @@ fn migrate_with(tracker: impl FnOnce(&KvmGuest, &TestMemory) -> Tracker) {
     destination.vmm.stop().unwrap();
     let progress = check_consistent(destination.counters()).unwrap();
     assert!(progress.sweeps >= stopped.sweeps + 2);
-    assert_eq!(check_consistent(source.counters()).unwrap(), stopped, "the source stands still");
+    assert_eq!(check_consistent(source.counters()).unwrap(), stopped, "the source is paused");
     // The guest does not write its firmware.
     let [here, there] = [&source, &destination].map(|side| side.vmm.memory().block(0).unwrap());
     let discarded = source.vmm.client().discarded(0).unwrap();

@@ -29,7 +29,7 @@ fn an_idle_guest_moves_under_a_downtime_limit_of_zero() {
 }
 
 #[test]
-fn passes_that_a_limit_of_zero_keeps_going_are_no_busy_loop() {
+fn passes_under_a_limit_of_zero_are_no_busy_loop() {
     let scene = Scene::new();
     scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
     let busy = scene.source.ram.gpa / PAGE_SIZE + 9;

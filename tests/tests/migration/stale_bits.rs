@@ -8,7 +8,7 @@ use pageferry_tests::scenario::{Side, assert_same, lock, passes};
 use std::sync::{Arc, Mutex};
 
 #[test]
-fn dirty_bits_older_than_the_start_do_not_bring_discarded_pages_back() {
+fn dirty_bits_from_before_the_start_bring_nothing_back() {
     const STALE: u64 = 0xdead_0000_beef;
     let mut scene = Scene::new();
     for page in 80..120 {
@@ -37,7 +37,7 @@ fn dirty_bits_older_than_the_start_do_not_bring_discarded_pages_back() {
 }
 
 #[test]
-fn dirty_bits_older_than_a_discard_during_the_migration_do_not_bring_its_pages_back() {
+fn dirty_bits_from_before_a_discard_bring_nothing_back() {
     const STALE: u64 = 0xdead_0000_beef;
     let mut scene = Scene::new();
     scene.start(&passes(3));
@@ -66,7 +66,7 @@ pub fn write_under_kvm(side: &Side, page: u64, stamp: u64) {
 }
 
 #[test]
-fn stale_bits_in_kvms_log_do_not_bring_discarded_pages_back() {
+fn stale_kvm_bits_bring_no_discarded_pages_back() {
     const STALE: u64 = 0xdead_0000_beef;
     let mut scene = Scene::new();
     scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
@@ -97,7 +97,7 @@ fn stale_bits_in_kvms_log_do_not_bring_discarded_pages_back() {
 }
 
 #[test]
-fn a_clear_that_straddles_a_discarded_range_loses_no_write_of_its_neighbours() {
+fn a_clear_across_a_discarded_range_loses_no_write() {
     let mut scene = Scene::new();
     scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
     let (ram, first) = (scene.source.ram.clone(), scene.source.ram.gpa / PAGE_SIZE);
@@ -147,7 +147,7 @@ fn a_clear_that_straddles_a_discarded_range_loses_no_write_of_its_neighbours() {
 }
 
 #[test]
-fn stale_bits_in_kvms_log_do_not_bring_freed_pages_back_and_a_write_after_the_free_is_not_lost() {
+fn stale_kvm_bits_bring_no_freed_pages_back() {
     const STALE: u64 = 0xdead_0000_beef;
     let mut scene = Scene::new();
     scene.source.client.set_trackers(Trackers::HOOKS).unwrap();

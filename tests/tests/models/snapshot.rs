@@ -60,7 +60,7 @@ enum Is {
 struct Part {
     /// What is settled. A page that is not in it was never written.
     pages: BTreeMap<Page, Is>,
-    /// Discards, frees and populates under way, or begun while the guest stood still: what else the
+    /// Discards, frees and populates under way, or begun while the guest was paused: what else the
     /// page may be.
     unsettled: BTreeMap<Page, BTreeSet<Is>>,
     /// Pages that are being discarded, freed or populated: nobody writes there.
@@ -91,7 +91,7 @@ impl World {
         self.memory.block(page.0).unwrap().is_hole(PageRange::new(page.1, 1)).unwrap()
     }
 
-    /// A thread writes to a page of its own, unless the guest stands still.
+    /// A thread writes to a page of its own, unless the guest is paused.
     fn write(&self, chance: &mut Random, page: Page) {
         let mut part = self.part(page);
         if self.paused.load(Ordering::SeqCst)

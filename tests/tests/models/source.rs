@@ -129,7 +129,7 @@ pub struct Model {
     /// Discarded pages written afterwards, with all that was written: the last of it may arrive or
     /// not, and if the VMM then freed the page behind the agent's back, an earlier write may stay.
     pub stray: BTreeMap<Page, Vec<u64>>,
-    /// Pages discarded while the guest stood still, with what they held before: the destination may
+    /// Pages discarded while the guest was paused, with what they held before: the destination may
     /// or may not know.
     pub late: BTreeMap<Page, Vec<u64>>,
     /// Pages with an allocation at the source.
@@ -144,7 +144,7 @@ impl Model {
         self.next_stamp
     }
 
-    /// The guest runs at the source, or runs on: what was discarded while it stood still is now
+    /// The guest runs at the source, or runs on: what was discarded while it was paused is now
     /// simply discarded.
     pub fn runs(&mut self) {
         self.paused = false;
@@ -274,7 +274,7 @@ fn free(
     assert_eq!(freed, expected);
 }
 
-/// Also tried while the guest stands still, when it may be refused.
+/// Also tried while the guest is paused, when it may be refused.
 fn populate(model: &mut Model, world: &World, client: &Client, id: u32, range: PageRange) {
     let gained: Vec<Page> =
         pages_of(id, range).filter(|page| model.discarded.contains(page)).collect();

@@ -16,7 +16,7 @@ use vm_memory::VolatileMemory;
 const PAGES: u64 = 64;
 
 #[test]
-fn a_fault_on_a_page_that_was_taken_and_is_not_placed_yet_gets_its_content() {
+fn a_fault_on_a_page_being_placed_gets_its_content() {
     if !require::uffd() {
         return;
     }

@@ -38,7 +38,7 @@ fn plug(side: &Side) -> Plug {
 }
 
 #[test]
-fn what_the_guest_gives_away_need_not_come_and_what_it_takes_back_is_zero() {
+fn discarded_pages_need_not_come_and_are_zero_when_populated() {
     if !require::uffd() {
         return;
     }

@@ -70,7 +70,7 @@ fn a_file_on_a_disk_takes_precopy_alone() {
 }
 
 #[test]
-fn a_mapping_that_the_kernel_does_not_register_takes_precopy_alone() {
+fn a_mapping_that_cannot_be_registered_takes_precopy_only() {
     if !require::uffd() {
         return;
     }

@@ -22,7 +22,7 @@ fn take_all_but(left: u64) -> OwnedFd {
 }
 
 #[test]
-fn a_guest_does_not_move_where_there_are_too_few_huge_pages_for_it() {
+fn a_guest_does_not_move_to_too_few_huge_pages() {
     if !require::uffd() {
         return;
     }
@@ -63,7 +63,7 @@ fn a_guest_does_not_move_where_there_are_too_few_huge_pages_for_it() {
 }
 
 #[test]
-fn huge_pages_that_are_owed_are_nobody_elses_once_the_guest_runs() {
+fn huge_pages_still_missing_are_reserved_for_the_guest() {
     if !require::uffd() {
         return;
     }
@@ -80,7 +80,7 @@ fn huge_pages_that_are_owed_are_nobody_elses_once_the_guest_runs() {
 }
 
 #[test]
-fn a_guest_that_waits_for_a_huge_page_says_so_and_goes_on_when_there_is_one() {
+fn a_guest_waits_for_a_huge_page_and_goes_on_with_it() {
     if !require::uffd() {
         return;
     }
@@ -115,7 +115,7 @@ fn a_guest_that_waits_for_a_huge_page_says_so_and_goes_on_when_there_is_one() {
 }
 
 #[test]
-fn a_page_that_came_and_cannot_be_placed_pauses_both_sides_and_recover_goes_on() {
+fn a_page_that_cannot_be_placed_pauses_both_sides() {
     if !require::uffd() {
         return;
     }

@@ -97,7 +97,7 @@ fn a_guest_of_many_threads_that_never_rest() {
 }
 
 #[test]
-fn host_pages_are_placed_whole_whatever_their_size_at_the_source() {
+fn host_pages_are_placed_whole_from_any_page_size() {
     if !require::uffd() {
         return;
     }

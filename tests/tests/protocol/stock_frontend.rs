@@ -180,12 +180,12 @@ fn hand_over(need_reply: bool) {
 }
 
 #[test]
-fn a_front_end_that_asks_for_acknowledgements_hands_its_memory_over() {
+fn a_front_end_with_acknowledgements_hands_memory_over() {
     hand_over(true);
 }
 
 #[test]
-fn a_front_end_that_asks_for_no_acknowledgements_hands_its_memory_over() {
+fn a_front_end_without_acknowledgements_hands_memory_over() {
     hand_over(false);
 }
 
@@ -202,7 +202,7 @@ fn a_request_for_a_virtqueue_is_refused_and_the_session_goes_on() {
 }
 
 #[test]
-fn a_region_that_is_larger_than_its_file_is_refused_and_the_session_goes_on() {
+fn a_region_larger_than_its_file_is_refused() {
     let mut stock = Stock::new(true);
     let ram = memfd(0x10_000);
     stock.frontend.set_mem_table(&[region(&ram, 0, 15, 0x1000)]).unwrap();
@@ -218,7 +218,7 @@ fn a_region_that_is_larger_than_its_file_is_refused_and_the_session_goes_on() {
 }
 
 #[test]
-fn regions_that_overlap_and_regions_that_do_not_exist_are_refused_and_the_session_goes_on() {
+fn overlapping_and_unknown_regions_are_refused() {
     let mut stock = Stock::new(true);
     let ram = memfd(0x10_000);
     stock.frontend.set_mem_table(&[region(&ram, 0, 16, 0)]).unwrap();

@@ -10,7 +10,7 @@ use pageferry_tests::scenario::image_guest::{
 use pageferry_tests::scenario::{At, Guest, Host, SOON};
 
 #[test]
-fn a_restore_that_is_cancelled_leaves_nothing_and_the_next_is_complete() {
+fn a_cancelled_restore_leaves_nothing() {
     let host = Host::start();
     let path = image(&host);
     let guest = Guest::new(&host, PAGES);
@@ -40,7 +40,7 @@ fn a_restore_that_is_cancelled_leaves_nothing_and_the_next_is_complete() {
 }
 
 #[test]
-fn hooks_that_fail_leave_no_guest_and_the_next_restore_is_complete() {
+fn failed_hooks_leave_no_guest() {
     let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {

@@ -42,7 +42,7 @@ fn assert_refused(
 }
 
 #[test]
-fn an_increment_on_another_base_than_it_was_made_on_is_refused_and_both_are_named() {
+fn an_increment_on_another_base_is_refused_and_both_named() {
     let host = Host::start();
     let source = guest(&host, vec![low()]);
     let (base, one) = (host.images.path("base"), host.images.path("one"));
@@ -163,7 +163,7 @@ fn an_image_of_another_geometry_is_refused_by_block_and_field() {
 }
 
 #[test]
-fn a_guest_that_came_by_a_migration_is_no_increment_to_the_one_before() {
+fn a_migrated_guest_is_no_increment_to_the_one_before() {
     let (host, far) = (Host::start(), Host::start());
     let here = guest(&host, vec![low()]);
     let base = host.images.path("base");

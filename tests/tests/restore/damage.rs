@@ -235,7 +235,7 @@ impl<'a> Restoring<'a> {
 }
 
 #[test]
-fn a_byte_that_is_changed_anywhere_is_found_or_does_no_harm() {
+fn a_changed_byte_is_found_or_harmless() {
     let images = Images::new();
     let chain = Chain::open(&images.whole).unwrap();
     let copy = images.host.images.path("copy");
@@ -262,7 +262,7 @@ fn a_byte_that_is_changed_anywhere_is_found_or_does_no_harm() {
 }
 
 #[test]
-fn a_byte_that_is_changed_in_what_an_increment_builds_on_is_found_or_does_no_harm() {
+fn a_changed_byte_in_a_base_is_found_or_harmless() {
     let images = Images::new();
     let chain = Chain::open(&images.increment).unwrap();
     for options in restore_modes() {
@@ -284,7 +284,7 @@ fn a_byte_that_is_changed_in_what_an_increment_builds_on_is_found_or_does_no_har
 }
 
 #[test]
-fn an_image_that_is_too_short_or_too_long_is_refused_and_nothing_is_touched() {
+fn an_image_of_wrong_length_is_refused_untouched() {
     let images = Images::new();
     let length = std::fs::metadata(&images.whole).unwrap().len();
     let copy = images.host.images.path("copy");

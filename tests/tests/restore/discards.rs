@@ -34,7 +34,7 @@ fn all_memory_is_discarded_in_the_midst_of_a_restore() {
 }
 
 #[test]
-fn what_is_populated_while_memory_comes_is_taken_once_the_guest_runs() {
+fn a_populate_during_a_restore_waits_for_the_guest_to_run() {
     let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {
@@ -76,7 +76,7 @@ fn what_is_populated_while_memory_comes_is_taken_once_the_guest_runs() {
 }
 
 #[test]
-fn discards_and_populates_at_random_leave_each_page_as_the_last_one_says() {
+fn after_random_discards_and_populates_the_last_one_holds() {
     let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {

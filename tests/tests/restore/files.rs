@@ -41,7 +41,7 @@ fn assert_restores(guest: &Guest, path: &Path, bytes: &[u8], options: &RestoreOp
 }
 
 #[test]
-fn memory_that_may_not_be_written_to_fails_the_restore_and_not_the_agent() {
+fn memory_that_refuses_writes_fails_the_restore() {
     let mut host = Host::start();
     let (path, bytes) = image(&host, 1);
     let guest = Guest::new(&host, PAGES);
@@ -57,7 +57,7 @@ fn memory_that_may_not_be_written_to_fails_the_restore_and_not_the_agent() {
 }
 
 #[test]
-fn an_image_that_is_cut_off_while_all_of_it_is_read_fails_the_restore() {
+fn an_image_truncated_during_an_eager_restore_fails_it() {
     let host = Host::start();
     let (path, bytes) = image(&host, 1);
     let layout = Chain::open(&path).unwrap();
@@ -82,7 +82,7 @@ fn an_image_that_is_cut_off_while_all_of_it_is_read_fails_the_restore() {
 }
 
 #[test]
-fn an_image_that_is_cut_off_before_a_guest_runs_that_it_is_read_for_leaves_none() {
+fn an_image_truncated_before_the_guest_runs_leaves_none() {
     if !require::uffd() {
         return;
     }
@@ -112,7 +112,7 @@ fn an_image_that_is_cut_off_before_a_guest_runs_that_it_is_read_for_leaves_none(
 }
 
 #[test]
-fn an_image_that_is_cut_off_under_a_guest_that_runs_loses_it_and_nothing_wrong_is_there() {
+fn an_image_truncated_under_a_running_guest_loses_it() {
     if !require::uffd() {
         return;
     }
@@ -161,7 +161,7 @@ fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
 }
 
 #[test]
-fn what_is_no_image_is_refused_by_name_and_the_memory_is_left_alone() {
+fn other_files_are_refused_by_name_and_no_memory_is_touched() {
     let host = Host::start();
     let (path, bytes) = image(&host, 1);
     let (empty, fifo, folder) =
@@ -220,7 +220,7 @@ fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
 }
 
 #[test]
-fn a_working_set_for_which_there_is_no_room_is_no_reason_for_a_restore_to_fail() {
+fn a_working_set_without_room_does_not_fail_the_restore() {
     let Some(tmpfs) = require::tmpfs() else { return };
     if !require::uffd() {
         return;

@@ -15,7 +15,7 @@ use std::time::Duration;
 const WANTED: u64 = 700;
 
 #[test]
-fn a_resume_that_waits_for_a_damaged_page_gets_an_error_and_the_vmm_is_told() {
+fn a_resume_waiting_for_a_damaged_page_gets_an_error() {
     if !require::uffd() {
         return;
     }

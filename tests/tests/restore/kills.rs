@@ -42,7 +42,7 @@ fn assert_restores(vmm: &MockVmm, path: &Path, options: &RestoreOptions) {
 }
 
 #[test]
-fn an_agent_that_is_killed_in_an_eager_restore_leaves_no_guest_and_the_next_restores_it() {
+fn after_an_agent_killed_in_an_eager_restore_the_next_completes() {
     let mut host = Host::start();
     let path = image(&host);
     let (mut random, mut hits) = (Random::new(5), Hits::default());
@@ -70,7 +70,7 @@ fn an_agent_that_is_killed_in_an_eager_restore_leaves_no_guest_and_the_next_rest
 }
 
 #[test]
-fn an_agent_that_is_killed_before_the_guest_runs_that_it_restores_lazily_leaves_none() {
+fn an_agent_killed_before_a_lazy_guest_runs_leaves_none() {
     if !require::uffd() {
         return;
     }
@@ -100,7 +100,7 @@ fn an_agent_that_is_killed_before_the_guest_runs_that_it_restores_lazily_leaves_
 }
 
 #[test]
-fn an_agent_that_is_killed_after_the_guest_runs_that_it_restores_lazily_loses_it() {
+fn an_agent_killed_in_a_lazy_restore_loses_the_running_guest() {
     if !require::uffd() {
         return;
     }
@@ -147,7 +147,7 @@ fn an_agent_that_is_killed_after_the_guest_runs_that_it_restores_lazily_loses_it
 }
 
 #[test]
-fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_the_next() {
+fn a_vmm_killed_while_restored_leaves_a_free_agent() {
     let host = Host::start();
     let image = host.images.path("image");
     let path = image.to_str().unwrap();
@@ -186,7 +186,7 @@ fn a_vmm_that_is_killed_while_it_is_restored_leaves_a_free_agent_that_restores_t
 }
 
 #[test]
-fn an_agent_that_is_told_to_end_undoes_a_restore_or_brings_it_to_its_end() {
+fn an_agent_told_to_end_undoes_or_finishes_a_restore() {
     let mut host = Host::start();
     let guest = Guest::full(&host, image_guest::PAGES);
     let (path, right) = (host.images.path("image"), guest.bytes());
@@ -220,7 +220,7 @@ fn an_agent_that_is_told_to_end_undoes_a_restore_or_brings_it_to_its_end() {
 }
 
 #[test]
-fn an_agent_that_hangs_in_a_restore_is_given_up_and_the_next_is_complete() {
+fn after_an_agent_hangs_in_a_restore_the_next_completes() {
     let modes = if require::uffd() { vec![eager(), lazy()] } else { vec![eager()] };
     for options in modes {
         let mut host = Host::start();

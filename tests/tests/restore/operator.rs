@@ -57,7 +57,7 @@ fn assert_in_vain(host: &Host, guest: &Guest, path: &Path, more: &[&str], why: &
 }
 
 #[test]
-fn an_operator_s_restore_that_the_vmm_does_not_want_changes_nothing() {
+fn a_restore_that_the_vmm_refuses_changes_nothing() {
     let host = Host::start();
     let path = image(&host);
     let guest = Guest::full(&host, PAGES);
@@ -73,7 +73,7 @@ fn an_operator_s_restore_that_the_vmm_does_not_want_changes_nothing() {
 }
 
 #[test]
-fn an_operator_s_restore_of_an_image_of_no_use_costs_nobody_a_guest() {
+fn restoring_a_useless_image_costs_no_guest() {
     let host = Host::start();
     let path = image(&host);
     let guest = Guest::full(&host, PAGES);
@@ -102,7 +102,7 @@ fn an_operator_s_restore_of_an_image_of_no_use_costs_nobody_a_guest() {
 }
 
 #[test]
-fn an_operator_restores_a_guest_into_a_vmm_that_gives_up_its_own() {
+fn an_operator_restores_into_a_vmm_that_gives_its_guest_up() {
     let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {

@@ -23,7 +23,7 @@ fn assert_nothing_happened(host: &mut Host, guest: &Guest, before: &[(String, Ve
 }
 
 #[test]
-fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
+fn a_file_that_may_not_grow_fails_the_snapshot() {
     let mut host = Host::start();
     let guest = Guest::new(&host, PAGES);
     guest.fill(0..1, 1);
@@ -64,7 +64,7 @@ fn a_file_that_may_not_grow_further_fails_the_snapshot_and_not_the_agent() {
 }
 
 #[test]
-fn a_file_that_may_not_be_written_from_here_on_fails_the_snapshot_and_not_the_agent() {
+fn a_file_that_refuses_writes_midway_fails_the_snapshot() {
     let mut host = Host::start();
     let guest = Guest::full(&host, PAGES);
     let base = host.images.path("base");
@@ -99,7 +99,7 @@ fn a_file_that_may_not_be_written_from_here_on_fails_the_snapshot_and_not_the_ag
 }
 
 #[test]
-fn memory_that_is_cut_off_while_it_is_saved_is_named_and_the_guest_runs() {
+fn memory_truncated_during_a_snapshot_is_named() {
     let host = Host::start();
     for options in snapshot_modes() {
         let fd: OwnedFd =

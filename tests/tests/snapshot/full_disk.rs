@@ -74,7 +74,7 @@ fn a_full_file_system_fails_the_snapshot_and_nothing_else() {
 }
 
 #[test]
-fn space_that_lasts_for_the_pages_and_not_for_the_rest_leaves_no_file() {
+fn space_for_the_pages_only_leaves_no_file() {
     let Some(tmpfs) = require::tmpfs() else { return };
     let host = Host::cramped(tmpfs, ROOM);
     let guest = Guest::full(&host, PAGES);
@@ -180,7 +180,7 @@ fn a_folder_without_room_for_a_file_is_named() {
 }
 
 #[test]
-fn what_only_the_kernel_knows_of_is_not_lost_by_a_full_file_system() {
+fn write_protect_marks_survive_a_full_file_system() {
     let Some(tmpfs) = require::tmpfs() else { return };
     if !require::uffd() {
         return;

@@ -21,7 +21,7 @@ fn replace(host: &mut Host, before: &[(String, Vec<u8>)]) {
 }
 
 #[test]
-fn an_agent_that_hangs_in_a_snapshot_is_given_up_and_the_guest_writes_everywhere() {
+fn a_guest_writes_everywhere_after_its_agent_hangs() {
     let modes = snapshot_modes();
     for options in modes {
         for increment in [false, true] {
@@ -52,7 +52,7 @@ fn an_agent_that_hangs_in_a_snapshot_is_given_up_and_the_guest_writes_everywhere
 }
 
 #[test]
-fn an_agent_that_hangs_is_given_up_while_threads_wait_to_write() {
+fn threads_waiting_to_write_go_on_after_the_agent_hangs() {
     if !require::uffd() {
         return;
     }

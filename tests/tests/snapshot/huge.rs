@@ -107,7 +107,7 @@ fn check_restored(scene: &Scene, chain: &Chain, allocated: u64) {
 }
 
 #[test]
-fn a_guest_is_restored_onto_huge_pages_and_only_those_with_content_are_allocated() {
+fn a_restore_allocates_only_huge_pages_with_content() {
     let Some(_pool) = require::hugetlb(8) else { return };
     let scene = thin(Backing::HugePages);
     let chain = save_thin(&scene);
@@ -124,7 +124,7 @@ fn a_guest_is_restored_onto_huge_pages_and_only_those_with_content_are_allocated
 }
 
 #[test]
-fn a_guest_on_huge_pages_waits_for_what_it_touches_and_gets_it_whole() {
+fn a_lazy_restore_places_whole_huge_pages() {
     let Some(_pool) = require::hugetlb(8) else { return };
     if !require::uffd() {
         return;
@@ -156,7 +156,7 @@ fn a_guest_on_huge_pages_waits_for_what_it_touches_and_gets_it_whole() {
 }
 
 #[test]
-fn a_lazy_restore_with_too_few_huge_pages_is_refused_before_memory_is_given_up() {
+fn a_lazy_restore_to_too_few_huge_pages_is_refused() {
     let Some(_pool) = require::hugetlb(8) else { return };
     if !require::uffd() {
         return;

@@ -76,7 +76,7 @@ fn what_was_freed_since_the_base_is_zero_and_not_as_there() {
 }
 
 #[test]
-fn a_snapshot_without_tracking_leaves_the_next_increment_to_the_same_base() {
+fn an_untracked_snapshot_keeps_the_base_of_the_next() {
     let scene = Scene::full(200);
     scene.saved("full", &tracked(paused()));
     scene.write(1, 10);
@@ -121,7 +121,7 @@ fn write_protection_tells_what_changed() {
 }
 
 #[test]
-fn an_increment_after_a_background_snapshot_under_write_protection_holds_every_write() {
+fn an_increment_after_a_protected_snapshot_holds_every_write() {
     if !require::uffd() {
         return;
     }
@@ -150,7 +150,7 @@ fn an_increment_after_a_background_snapshot_under_write_protection_holds_every_w
 }
 
 #[test]
-fn a_base_that_was_named_by_a_link_is_found_when_the_link_leads_elsewhere() {
+fn a_base_named_by_a_symlink_is_found_after_it_moved() {
     let scene = Scene::full(200);
     let link = scene.path("latest");
     scene.saved("first", &tracked(paused()));
@@ -245,7 +245,7 @@ impl HookTracker for Failing {
 }
 
 #[test]
-fn a_tracker_that_fails_ends_the_chain_since_what_it_knew_may_be_lost() {
+fn a_failed_tracker_ends_the_chain() {
     for hook in [HookName::SyncTracker, HookName::ClearTracker] {
         let scene = Scene::full(200);
         scene.vmm.set_tracker(Tracker::Hooks(Box::new(Failing))).unwrap();

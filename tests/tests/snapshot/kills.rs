@@ -82,19 +82,19 @@ fn kill_agent_in_snapshots(seed: u64, count: u64, increment: bool, options: &Sna
 }
 
 #[test]
-fn an_agent_that_is_killed_in_a_background_snapshot_leaves_a_whole_image_or_none() {
+fn an_agent_killed_in_a_background_snapshot_saves_all_or_none() {
     if require::uffd() {
         kill_agent_in_snapshots(1, 12, false, &background());
     }
 }
 
 #[test]
-fn an_agent_that_is_killed_in_a_paused_snapshot_leaves_a_whole_image_or_none() {
+fn an_agent_killed_in_a_paused_snapshot_saves_all_or_none() {
     kill_agent_in_snapshots(2, 10, false, &paused());
 }
 
 #[test]
-fn an_agent_that_is_killed_in_an_increment_leaves_a_whole_image_or_none() {
+fn an_agent_killed_in_an_increment_saves_all_or_none() {
     let mode = if require::uffd() { background() } else { paused() };
     kill_agent_in_snapshots(3, 10, true, &mode);
 }
@@ -133,19 +133,19 @@ fn hang_in_snapshots(seed: u64, count: u64, options: &SnapshotOptions) {
 }
 
 #[test]
-fn an_agent_that_hangs_in_a_background_snapshot_does_not_hold_the_guest() {
+fn an_agent_hanging_in_a_background_snapshot_holds_no_guest() {
     if require::uffd() {
         hang_in_snapshots(9, 6, &background());
     }
 }
 
 #[test]
-fn an_agent_that_hangs_in_a_paused_snapshot_does_not_hold_the_guest() {
+fn an_agent_hanging_in_a_paused_snapshot_holds_no_guest() {
     hang_in_snapshots(10, 4, &paused());
 }
 
 #[test]
-fn an_agent_that_is_killed_as_it_replaces_an_image_leaves_one_of_the_two() {
+fn an_agent_killed_replacing_an_image_leaves_one_of_the_two() {
     kill_agent_in_replacement(4, 10);
 }
 
@@ -178,7 +178,7 @@ fn kill_agent_in_replacement(seed: u64, count: u64) {
 }
 
 #[test]
-fn a_vmm_that_is_killed_while_it_is_saved_leaves_a_whole_image_or_none_and_a_free_agent() {
+fn a_vmm_killed_while_saved_leaves_a_whole_image_or_none() {
     let host = Host::start();
     let vmm = VmmProcess::new(&host);
     vmm.fill(1);
@@ -220,7 +220,7 @@ fn a_vmm_that_is_not_told_to_writes_over_no_image() {
 }
 
 #[test]
-fn an_agent_that_is_told_to_end_leaves_no_image_and_no_protection() {
+fn an_agent_told_to_end_leaves_no_image_or_protection() {
     for options in snapshot_modes() {
         let mut host = Host::start();
         let guest = Guest::full(&host, image_guest::PAGES);

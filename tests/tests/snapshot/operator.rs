@@ -115,7 +115,7 @@ impl Guest for Touching {
 }
 
 #[test]
-fn an_operator_restores_a_guest_and_has_what_it_touches_written_down() {
+fn an_operator_restores_and_records_the_working_set() {
     if !require::uffd() {
         return;
     }
@@ -206,7 +206,7 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
 }
 
 #[test]
-fn a_guest_that_the_vmm_has_stopped_is_saved_for_the_vmm_alone_and_stays_so() {
+fn a_stopped_guest_is_saved_for_its_vmm_only_and_stays_stopped() {
     let scene = Scene::full(PAGES);
     scene.vmm.start().unwrap();
     let output = run(&scene, "snapshot", &["image", "--mode", "stopped"]);

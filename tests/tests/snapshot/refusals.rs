@@ -211,14 +211,14 @@ fn check_beside(slow: Slow) {
 }
 
 #[test]
-fn what_runs_beside_a_background_snapshot_does_and_what_does_not_is_refused() {
+fn requests_during_a_background_snapshot_run_or_are_refused() {
     if require::uffd() {
         check_beside(Slow::Snapshot);
     }
 }
 
 #[test]
-fn what_runs_beside_a_restore_does_and_what_does_not_is_refused() {
+fn requests_during_a_restore_run_or_are_refused() {
     check_beside(Slow::Eager);
     if require::uffd() {
         check_beside(Slow::Lazy);
@@ -226,7 +226,7 @@ fn what_runs_beside_a_restore_does_and_what_does_not_is_refused() {
 }
 
 #[test]
-fn what_runs_beside_a_migration_does_and_what_does_not_is_refused() {
+fn requests_during_a_migration_run_or_are_refused() {
     check_beside(Slow::Outgoing);
 }
 
@@ -283,7 +283,7 @@ fn what_is_no_image_and_the_guests_memory_are_never_replaced() {
 }
 
 #[test]
-fn a_guest_under_write_protect_tracking_runs_on_while_it_is_saved() {
+fn a_write_protect_tracked_guest_runs_on_while_saved() {
     if !require::uffd() {
         return;
     }

@@ -44,7 +44,7 @@ fn nowhere() -> Target {
 }
 
 #[test]
-fn what_relies_on_dirty_pages_is_refused_until_the_vmm_has_declared_its_trackers() {
+fn jobs_on_dirty_pages_need_declared_trackers() {
     let (_agent, socket) = InProcessAgent::start().unwrap();
     let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
     channel.spawn(Still).unwrap();
@@ -88,7 +88,7 @@ fn what_relies_on_dirty_pages_is_refused_until_the_vmm_has_declared_its_trackers
 }
 
 #[test]
-fn a_hook_that_panics_fails_the_job_by_name_and_the_guest_runs_on() {
+fn a_hook_that_panics_fails_the_job_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let source = full();
     for (hook, name) in [(HookName::SaveState, "save state"), (HookName::Pause, "pause")] {
@@ -154,7 +154,7 @@ fn a_guest_resets_while_it_is_moved_and_while_it_is_saved() {
 const SLOW: u64 = 64 << 10;
 
 #[test]
-fn a_vmm_resets_while_it_waits_for_a_guest_and_while_one_is_restored() {
+fn a_vmm_resets_while_it_waits_or_is_restored() {
     let folder = tempfile::tempdir().unwrap();
     let image = saved(folder.path());
     let side = empty();
@@ -215,7 +215,7 @@ fn removes_when_the_job_is_done(sides: &[&MockSide], phase: Phase, hurry: impl F
 }
 
 #[test]
-fn memory_is_removed_when_the_job_that_nothing_cancels_any_more_is_done() {
+fn memory_is_removed_after_a_job_that_cannot_be_cancelled() {
     if !require::uffd() {
         return;
     }

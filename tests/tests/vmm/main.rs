@@ -1,6 +1,7 @@
 //! What a VMM that links the client can rely on.
 //!
-//! - [`embedding`]: hooks that panic, resets during a job, requests that come too early or too late;
+//! - [`embedding`]: hooks that panic, resets during a job, requests that come too early or too
+//!   late;
 //! - [`run_state`]: a guest that its operator has paused stays paused, wherever it goes;
 //! - [`spawned_agent`]: an agent that the VMM starts by itself;
 //! - [`page_stream`]: a page stream that the VMMs carry over a transport of their own.

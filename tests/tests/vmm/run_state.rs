@@ -148,7 +148,7 @@ fn ways() -> Vec<OutgoingOptions> {
 }
 
 #[test]
-fn a_paused_guest_is_paused_where_it_arrives_and_runs_when_its_operator_says_so() {
+fn a_paused_guest_arrives_paused_until_resumed() {
     for options in ways() {
         let (from, to) = (Side::full(RunState::Paused), Side::empty());
         let ended = moves(&from, &to, &options, ResumePolicy::Auto);
@@ -182,7 +182,7 @@ fn a_paused_guest_is_paused_where_it_arrives_and_runs_when_its_operator_says_so(
 }
 
 #[test]
-fn a_guest_that_ran_is_paused_where_it_arrives_if_either_side_wants_it() {
+fn a_running_guest_arrives_paused_if_either_side_wants_it() {
     for options in ways() {
         for (at_source, there) in
             [(ResumePolicy::Never, ResumePolicy::Auto), (ResumePolicy::Auto, ResumePolicy::Never)]
@@ -199,7 +199,7 @@ fn a_guest_that_ran_is_paused_where_it_arrives_if_either_side_wants_it() {
 }
 
 #[test]
-fn a_paused_guest_whose_move_fails_or_is_cancelled_stays_paused_and_can_be_moved_again() {
+fn a_paused_guest_stays_paused_when_its_move_fails() {
     let fails = || Fault::Fail("not today".into());
     let cases = [
         (HookName::Pause, fails()),
@@ -248,7 +248,7 @@ fn a_paused_guest_whose_move_fails_or_is_cancelled_stays_paused_and_can_be_moved
 }
 
 #[test]
-fn an_agent_that_dies_while_it_saves_a_paused_guest_leaves_it_paused() {
+fn an_agent_that_dies_while_saving_leaves_it_paused() {
     let mut side = Side::on(Agent::spawn());
     side.fill(RunState::Paused);
     let options = SnapshotOptions { bandwidth: MIN_BANDWIDTH, ..paused() };
@@ -260,7 +260,7 @@ fn an_agent_that_dies_while_it_saves_a_paused_guest_leaves_it_paused() {
 }
 
 #[test]
-fn an_image_of_a_paused_guest_says_so_and_brings_a_paused_guest() {
+fn an_image_of_a_paused_guest_restores_paused() {
     let from = Side::full(RunState::Paused);
     let mut modes = vec![SnapshotMode::Paused, SnapshotMode::Stopped];
     let mut restores = vec![RestoreMode::Eager];
@@ -291,7 +291,7 @@ fn an_image_of_a_paused_guest_says_so_and_brings_a_paused_guest() {
 }
 
 #[test]
-fn an_image_of_a_guest_that_ran_brings_one_that_runs_unless_its_operator_wants_it_paused() {
+fn an_image_of_a_running_guest_restores_running_by_default() {
     let from = Side::full(RunState::Running);
     let image = from.folder.path().join("image");
     assert_eq!(from.saves(&image, &paused()).guest, Some(RunState::Running));

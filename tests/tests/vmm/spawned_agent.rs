@@ -58,7 +58,7 @@ fn spawned_agents_migrate_the_guest_and_end_with_their_clients() {
 }
 
 #[test]
-fn a_spawned_agent_that_listens_as_well_takes_an_operator_and_ends_with_its_client_even_so() {
+fn a_spawned_agent_takes_operators_and_ends_with_its_client() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("operator");
     let (source, agent) = spawned(stamped(), Some(&socket));
@@ -69,7 +69,7 @@ fn a_spawned_agent_that_listens_as_well_takes_an_operator_and_ends_with_its_clie
 }
 
 #[test]
-fn a_spawned_agent_that_is_killed_leaves_a_guest_that_the_next_one_migrates() {
+fn after_a_killed_spawned_agent_the_next_migrates_the_guest() {
     let (source, mut agent) = spawned(stamped(), None);
     let folder = tempfile::tempdir().unwrap();
     let address = format!("unix:{}", folder.path().join("nobody").display());
@@ -92,7 +92,7 @@ fn a_spawned_agent_that_is_killed_leaves_a_guest_that_the_next_one_migrates() {
 }
 
 #[test]
-fn a_spawned_agent_whose_vmm_goes_during_a_job_ends_the_job_and_itself() {
+fn a_spawned_agent_ends_job_and_itself_with_its_vmm() {
     let (destination, agent) = spawned(Ram::odd(PAGES), None);
     let folder = tempfile::tempdir().unwrap();
     destination.listen(&folder.path().join("guest"), &IncomingOptions::default());
@@ -101,7 +101,7 @@ fn a_spawned_agent_whose_vmm_goes_during_a_job_ends_the_job_and_itself() {
 }
 
 #[test]
-fn a_standard_input_that_is_no_connection_is_refused_by_what_it_is() {
+fn a_stdin_that_is_no_connection_is_refused_by_its_kind() {
     let folder = tempfile::tempdir().unwrap();
     let listener = std::os::unix::net::UnixListener::bind(folder.path().join("listens")).unwrap();
     let open = |path: &Path| Stdio::from(std::fs::File::open(path).unwrap());

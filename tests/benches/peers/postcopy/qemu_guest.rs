@@ -92,7 +92,7 @@ impl Notes<'_> {
     }
 
     /// Ticks of the guest's clock in a microsecond: the middle of some looks, since the guest may
-    /// have stood still at either end of one.
+    /// have been paused at either end of one.
     fn ticks(&self) -> f64 {
         let look = |_| {
             let (started, before) = (Instant::now(), self.word(2));

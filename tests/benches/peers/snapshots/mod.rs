@@ -1,7 +1,7 @@
 //! Snapshots: how fast a guest is saved, and what it feels of that.
 //!
 //! - [`save`]: bytes per second, beside a program that only copies, and QEMU;
-//! - [`pause`]: how long the guest stands still, how long a write waits, and what is left of the
+//! - [`pause`]: how long the guest is paused, how long a write waits, and what is left of the
 //!   guest's speed;
 //! - [`restore`]: how soon it runs again, and how soon all of its memory is there;
 //! - [`floor`], [`qemu`]: who else saves;

@@ -1,4 +1,4 @@
-//! What a guest feels of a snapshot that is taken while it runs: how long it stands still, how long
+//! What a guest feels of a snapshot that is taken while it runs: how long it is paused, how long
 //! its writes wait, and what is left of its speed.
 
 use super::super::Bench;
@@ -123,8 +123,8 @@ fn add_rows(table: &mut Table, work: &str, who: &str, rounds: &[Felt], busy: boo
     let mut add = |what: &str, unit, figure: &dyn Fn(&Felt) -> f64, remark| {
         table.add(work, &format!("{who}: {what}"), unit, &samples(figure), remark);
     };
-    add("stands still, by the agent's count", "ms", &Felt::downtime, String::new());
-    add("stands still, by the guest's", "ms", &|felt| felt.pause, String::new());
+    add("paused, by the agent's count", "ms", &Felt::downtime, String::new());
+    add("paused, by the guest's", "ms", &|felt| felt.pause, String::new());
     add("all saved", "ms", &|felt| felt.total, String::new());
     if !busy {
         return;

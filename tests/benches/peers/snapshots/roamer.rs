@@ -47,7 +47,7 @@ struct Shared {
     writes: AtomicU64,
     noting: AtomicBool,
     slow: Mutex<Vec<Duration>>,
-    /// When it was told to pause, and how long it stood still the last time.
+    /// When it was told to pause, and how long it was paused the last time.
     pause: Mutex<(Option<Instant>, Duration)>,
 }
 
@@ -100,7 +100,7 @@ impl Roamer {
         std::mem::take(&mut *lock(&self.0.slow))
     }
 
-    /// How long it stood still the last time: from the moment that the VMM was asked until all
+    /// How long it was paused the last time: from the moment that the VMM was asked until all
     /// threads may go on.
     pub fn last_pause(&self) -> Duration {
         lock(&self.0.pause).1

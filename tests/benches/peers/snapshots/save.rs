@@ -1,4 +1,4 @@
-//! How fast a guest that stands still, or idles, is saved.
+//! How fast a guest that is paused, or idles, is saved.
 //!
 //! All write the same bytes into a new file on the same file system, and have it made safe within
 //! the measured time. Who comes first changes from round to round: a disk with a cache, or a limit

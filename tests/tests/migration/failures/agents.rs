@@ -43,21 +43,21 @@ fn lose_the_source_agent(agent: fn() -> Agent, wire: Wire, (moment, is_there): M
 }
 
 #[test]
-fn a_source_agent_that_is_stopped_leaves_the_guest_running_and_the_next_agent_migrates_it() {
+fn after_a_stopped_source_agent_the_next_migrates_the_guest() {
     for moment in MOMENTS {
         lose_the_source_agent(|| Agent::Stopped(Listening::start()), Wire::Unix, moment);
     }
 }
 
 #[test]
-fn a_source_agent_that_is_killed_leaves_the_guest_running_and_the_next_agent_migrates_it() {
+fn after_a_killed_source_agent_the_next_migrates_the_guest() {
     at_every_moment("source agent killed", |wire, moment| {
         lose_the_source_agent(Agent::spawn, wire, moment)
     });
 }
 
 #[test]
-fn a_destination_agent_that_is_killed_leaves_the_guest_running_at_the_source_alone() {
+fn a_killed_destination_agent_leaves_the_guest_at_the_source() {
     at_every_moment("destination agent killed", |wire, (_, is_there)| {
         let mut scene = FarScene::start(wire, &passes(2));
         let _record = scene.relay.until(is_there);

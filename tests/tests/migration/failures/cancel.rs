@@ -6,7 +6,7 @@ use pageferry_client::Phase;
 use pageferry_tests::scenario::{Wire, migrates_next_time, passes};
 
 #[test]
-fn a_cancel_leaves_the_guest_running_at_every_moment_before_the_line() {
+fn a_cancel_before_the_commit_leaves_the_guest_running() {
     for (moment, is_there) in MOMENTS {
         eprintln!("cancelled {moment}");
         let mut scene = Scene::started(Wire::Unix, &passes(2));

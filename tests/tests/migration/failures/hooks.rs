@@ -1,6 +1,6 @@
 //! A VMM whose hook hangs or fails.
 
-use super::line::assert_stands_still;
+use super::after_commit::assert_stays_paused;
 use crate::scene::{Scene, empty, filled};
 use pageferry_client::{HookError, NonConvergence, OutgoingOptions, Ownership, Phase, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -63,7 +63,7 @@ fn wait_until_undone(vmm: &ScriptedVmm, pauses: bool) {
 }
 
 #[test]
-fn a_hook_that_never_answers_fails_the_job_and_the_guest_runs_on() {
+fn a_silent_hook_fails_the_job_and_the_guest_runs() {
     let before = BEFORE_THE_PAUSE.map(|hang| (hang, false));
     let cases = [before.as_slice(), &after_the_pause().map(|hang| (hang, true))].concat();
     at_once(&cases, |&((name, at, answered), pauses)| {
@@ -101,7 +101,7 @@ fn a_hook_that_never_answers_fails_the_job_and_the_guest_runs_on() {
 }
 
 #[test]
-fn a_resume_that_never_answers_fails_the_job_and_the_vmm_resumes_when_it_comes_to_it() {
+fn a_silent_resume_here_fails_the_job_and_resumes_late() {
     with_more_time(|timeout| {
         let source = filled();
         let hold = source.vmm.block(At::Resume);
@@ -122,7 +122,7 @@ fn a_resume_that_never_answers_fails_the_job_and_the_vmm_resumes_when_it_comes_t
 }
 
 #[test]
-fn a_resume_at_the_destination_that_never_answers_leaves_the_guest_to_the_destination() {
+fn a_silent_resume_there_leaves_the_guest_to_the_destination() {
     at_once(&WIRES, |wire| {
         with_more_time(|timeout| {
             let destination = empty();
@@ -139,19 +139,19 @@ fn a_resume_at_the_destination_that_never_answers_leaves_the_guest_to_the_destin
             for words in ["the guest is here", "resuming it failed", "\"resume\""] {
                 assert!(there.error.contains(words), "{}", there.error);
             }
-            assert_stands_still(&scene.source);
+            assert_stays_paused(&scene.source);
             drop(hold);
             wait_until("the guest to run", SOON, || scene.destination().vmm.resumes() == 1)
                 .unwrap();
             assert_eq!(scene.destination().client.ownership(), Ownership::Ours);
-            assert_stands_still(&scene.source);
+            assert_stays_paused(&scene.source);
             Ok(())
         });
     });
 }
 
 #[test]
-fn a_stop_of_tracking_that_never_answers_changes_nothing_about_how_the_job_ends() {
+fn a_silent_stop_of_tracking_does_not_change_the_outcome() {
     at_once(&[false, true], |&fails| {
         with_more_time(|timeout| {
             let source = tracked();
@@ -180,7 +180,7 @@ fn a_stop_of_tracking_that_never_answers_changes_nothing_about_how_the_job_ends(
 }
 
 #[test]
-fn a_hook_that_fails_fails_the_job_with_its_sentence_and_the_guest_runs_on() {
+fn a_failed_hook_fails_the_job_and_the_guest_runs() {
     for at in [At::StartTracking, At::Sync, At::Clear, At::Pause, At::SaveState] {
         let source = tracked();
         source.vmm.on(at, || Err(HookError::new("the vCPU is stuck")));
@@ -217,7 +217,7 @@ fn a_throttle_that_fails_leaves_the_migration_going_on() {
 }
 
 #[test]
-fn a_destination_that_cannot_load_the_state_fails_both_sides_and_the_guest_runs_on() {
+fn a_failed_load_fails_both_sides_and_the_guest_runs() {
     for (never, words) in [(false, "no such device"), (true, "\"load state\"")] {
         with_more_time(|timeout| {
             let destination = empty();

@@ -134,7 +134,7 @@ fn moves(source: &MockVmm, destination: &MockVmm) {
 }
 
 #[test]
-fn a_source_vmm_that_is_killed_ends_its_job_and_both_agents_serve_the_next() {
+fn after_a_killed_source_vmm_both_agents_serve_the_next() {
     for_all("source VMM killed", |wire, (moment, is_there)| {
         let mut here = Killed::new();
         let agent = Listening::start();
@@ -161,7 +161,7 @@ fn a_source_vmm_that_is_killed_ends_its_job_and_both_agents_serve_the_next() {
 }
 
 #[test]
-fn a_source_vmm_that_is_killed_after_the_commit_leaves_the_guest_to_the_destination() {
+fn a_source_vmm_killed_after_the_commit_leaves_the_guest_there() {
     for held in [Kind::Commit, Kind::Resumed] {
         let here = Killed::new();
         let agent = Listening::start();
@@ -180,7 +180,7 @@ fn a_source_vmm_that_is_killed_after_the_commit_leaves_the_guest_to_the_destinat
 }
 
 #[test]
-fn a_destination_vmm_that_is_killed_leaves_the_guest_running_and_its_agent_serves_the_next() {
+fn a_killed_destination_vmm_leaves_guest_and_agent_running() {
     for_all("destination VMM killed", |wire, (_, is_there)| {
         let mut there = Killed::new();
         let agent = Listening::start();
@@ -200,8 +200,7 @@ fn a_destination_vmm_that_is_killed_leaves_the_guest_running_and_its_agent_serve
 }
 
 #[test]
-fn a_destination_vmm_that_is_killed_with_the_commit_on_its_way_leaves_an_unconfirmed_guest_that_stands_still()
- {
+fn a_destination_vmm_killed_at_the_commit_is_unconfirmed() {
     for held in [Kind::Commit, Kind::Resumed] {
         let there = Killed::new();
         let agent = Listening::start();

@@ -7,7 +7,7 @@ use pageferry_protocol::stream::Kind;
 use pageferry_tests::scenario::{WIRES, migrates_next_time, passes};
 
 #[test]
-fn a_destination_that_dies_leaves_the_guest_running_and_able_to_migrate() {
+fn a_dead_destination_leaves_the_guest_able_to_migrate() {
     at_every_moment("destination dies", |wire, (_, is_there)| {
         let mut scene = Scene::started(wire, &passes(2));
         let _record = scene.relay.until(is_there);
@@ -20,7 +20,7 @@ fn a_destination_that_dies_leaves_the_guest_running_and_able_to_migrate() {
 }
 
 #[test]
-fn a_connection_that_is_cut_in_a_record_fails_both_sides_and_both_migrate_next_time() {
+fn a_link_cut_within_a_record_fails_both_sides() {
     at_every_moment("cut", |wire, (moment, is_there)| {
         let mut scene = Scene::started(wire, &passes(2));
         let record = scene.relay.until(is_there);
@@ -41,7 +41,7 @@ fn a_connection_that_is_cut_in_a_record_fails_both_sides_and_both_migrate_next_t
 }
 
 #[test]
-fn one_of_several_streams_that_is_cut_fails_both_sides_in_bounded_time() {
+fn one_cut_stream_of_several_fails_both_sides() {
     for wire in WIRES {
         for (pass, part) in [(0, 0), (0, 16), (1, 0), (1, 16), (2, 0), (2, 16)] {
             let mut scene = Scene::started(wire, &OutgoingOptions { streams: 4, ..passes(2) });

@@ -32,7 +32,7 @@ impl Scene {
         let status = self.source.wait(self.outgoing);
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
         assert!(!status.error.is_empty());
-        assert!(!self.source.vmm.is_paused(), "the guest stands still");
+        assert!(!self.source.vmm.is_paused(), "the guest is paused");
         assert_eq!(self.source.client.ownership(), Ownership::Ours);
         status
     }

@@ -47,7 +47,7 @@ fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
 }
 
 #[test]
-fn a_peer_that_does_not_accept_the_connection_is_an_error_within_its_timeout() {
+fn a_peer_that_does_not_accept_is_an_error_in_time() {
     let source = filled();
     let folder = tempfile::tempdir().unwrap();
     // Nobody ever answers, so this can be too short for nothing.
@@ -77,7 +77,7 @@ fn a_peer_that_does_not_accept_the_connection_is_an_error_within_its_timeout() {
     migrates_next_time(&source);
 }
 
-/// The moments in which an agent hangs: in a pass, and while the guest stands still.
+/// The moments in which an agent hangs: in a pass, and while the guest is paused.
 fn moments_of_a_hang() -> [(Wire, Moment); 4] {
     [
         (Wire::Unix, MOMENTS[3]),
@@ -88,7 +88,7 @@ fn moments_of_a_hang() -> [(Wire, Moment); 4] {
 }
 
 #[test]
-fn a_destination_agent_that_hangs_is_an_error_within_the_timeout_and_the_guest_runs_on() {
+fn a_hanging_destination_agent_is_an_error_within_the_timeout() {
     at_once(&moments_of_a_hang(), |&(wire, (_, is_there))| {
         with_more_time(|timeout| {
             let mut scene = FarScene::start(wire, &patient_for(timeout, 2));
@@ -107,7 +107,7 @@ fn a_destination_agent_that_hangs_is_an_error_within_the_timeout_and_the_guest_r
 }
 
 #[test]
-fn a_source_agent_that_hangs_is_given_up_by_its_vmm_and_the_guest_runs_on() {
+fn a_hanging_source_agent_is_given_up_and_the_guest_runs() {
     at_once(&moments_of_a_hang(), |&(wire, (_, is_there))| {
         with_more_time(|timeout| {
             let mut agent = Agent::spawn();
@@ -141,7 +141,7 @@ fn a_source_agent_that_hangs_is_given_up_by_its_vmm_and_the_guest_runs_on() {
 }
 
 #[test]
-fn a_peer_that_answers_byte_by_byte_does_not_keep_the_guest_paused() {
+fn a_peer_answering_byte_by_byte_keeps_no_guest_paused() {
     at_once(&WIRES, |&wire| {
         with_more_time(|timeout| {
             let mut scene = Scene::started(wire, &patient_for(timeout, 1));
@@ -164,7 +164,7 @@ fn a_peer_that_answers_byte_by_byte_does_not_keep_the_guest_paused() {
 }
 
 #[test]
-fn a_destination_that_is_killed_under_a_low_bandwidth_is_noticed() {
+fn a_destination_killed_under_a_low_bandwidth_is_noticed() {
     let mut agent = Agent::spawn();
     let there = Attached::new(agent.socket(), Ram::odd(PAGES));
     let folder = tempfile::tempdir().unwrap();

@@ -7,7 +7,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::scenario::{Ram, Side, Wire, migrates_next_time, passes};
 
 #[test]
-fn a_file_that_is_truncated_under_the_agent_fails_the_job_and_the_session_goes_on() {
+fn a_truncated_file_fails_the_job_and_not_the_session() {
     for (moment, is_there) in [MOMENTS[0], MOMENTS[5]] {
         eprintln!("truncated {moment}");
         let source = Side::new(Ram::unsealed(PAGES));

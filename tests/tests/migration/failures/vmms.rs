@@ -10,7 +10,7 @@ use pageferry_tests::scenario::{Attached, Listening, Relay, SOON, migrates_next_
 use std::process::Command;
 
 #[test]
-fn a_vmm_that_dies_ends_its_migration_and_the_agent_serves_the_next() {
+fn after_a_dead_vmm_the_agent_serves_the_next() {
     at_every_moment("source VMM dies", |wire, (moment, is_there)| {
         let agent = Listening::start();
         let source = Attached::new(&agent.path, stamped());
@@ -31,7 +31,7 @@ fn a_vmm_that_dies_ends_its_migration_and_the_agent_serves_the_next() {
 }
 
 #[test]
-fn an_operator_who_watches_sees_the_end_of_a_migration_whose_vmm_dies() {
+fn an_operator_sees_a_migration_end_whose_vmm_died() {
     let agent = Listening::start();
     let source = Attached::new(&agent.path, stamped());
     let mut relay = Relay::unix();

@@ -195,7 +195,7 @@ impl Attempt<'_> {
         }
     }
 
-    /// The commit never reached the destination, which will not run: the source stands still until
+    /// The commit never reached the destination, which will not run: the source stays paused until
     /// its operator has looked at both.
     fn take_back(&mut self, incoming: u64) {
         let status = self.destination.client.wait(incoming, SOON).unwrap();

@@ -204,7 +204,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// The guest that `model` describes, whose source stands still, begins to run in `memory`.
+    /// The guest that `model` describes, whose source is paused, begins to run in `memory`.
     pub fn new(model: &Model, mode: Mode, memory: &Arc<Memory>, client: &Client) -> Self {
         let cell = |page: Page| {
             let discarded = client.discarded(page.0).unwrap().contains(page.1);

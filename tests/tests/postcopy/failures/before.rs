@@ -69,7 +69,7 @@ fn assert_next_completes(source: &Side, destination: &Side) {
 }
 
 #[test]
-fn a_link_that_is_cut_before_the_commit_leaves_the_guest_running_and_the_destination_clean() {
+fn a_link_cut_before_the_commit_leaves_both_sides_clean() {
     if !require::uffd() {
         return;
     }
@@ -104,7 +104,7 @@ fn a_link_that_is_cut_before_the_commit_leaves_the_guest_running_and_the_destina
 }
 
 #[test]
-fn a_cancel_before_the_commit_leaves_the_guest_running_and_the_destination_clean() {
+fn a_cancel_before_the_commit_leaves_both_sides_clean() {
     if !require::uffd() {
         return;
     }
@@ -156,7 +156,7 @@ fn a_cancel_before_the_commit_leaves_the_guest_running_and_the_destination_clean
 }
 
 #[test]
-fn a_hook_that_fails_or_never_answers_leaves_the_guest_running_and_the_destination_clean() {
+fn a_bad_hook_before_the_commit_leaves_both_sides_clean() {
     if !require::uffd() {
         return;
     }
@@ -205,7 +205,7 @@ fn a_hook_that_fails_or_never_answers_leaves_the_guest_running_and_the_destinati
 }
 
 #[test]
-fn a_mapping_that_another_userfaultfd_has_fails_the_migration_by_its_address() {
+fn a_mapping_of_another_userfaultfd_fails_by_its_address() {
     if !require::uffd() {
         return;
     }
@@ -237,7 +237,7 @@ fn a_mapping_that_another_userfaultfd_has_fails_the_migration_by_its_address() {
 }
 
 #[test]
-fn a_destination_whose_block_is_mapped_nowhere_is_refused_by_name_before_anything_moves() {
+fn a_block_mapped_nowhere_is_refused_before_anything_moves() {
     if !require::uffd() {
         return;
     }
@@ -258,7 +258,7 @@ fn a_destination_whose_block_is_mapped_nowhere_is_refused_by_name_before_anythin
 }
 
 #[test]
-fn a_commit_that_is_lost_leaves_nobody_to_recover_with_and_force_resumes_the_guest() {
+fn after_a_lost_commit_only_force_resumes_the_guest() {
     if !require::uffd() {
         return;
     }
@@ -291,7 +291,7 @@ fn a_commit_that_is_lost_leaves_nobody_to_recover_with_and_force_resumes_the_gue
 }
 
 #[test]
-fn a_destination_that_waits_for_the_next_guest_is_not_recovered_with() {
+fn a_destination_waiting_for_another_guest_is_not_recovered() {
     if !require::uffd() {
         return;
     }

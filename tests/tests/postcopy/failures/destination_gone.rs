@@ -24,7 +24,7 @@ fn assert_memory_lost(scene: &Scene) {
 }
 
 #[test]
-fn a_destination_agent_that_is_killed_loses_the_memory_and_who_waits_gets_an_error() {
+fn a_killed_destination_agent_loses_the_memory_and_waiters_err() {
     if !require::uffd() {
         return;
     }
@@ -58,7 +58,7 @@ fn a_destination_agent_that_is_killed_loses_the_memory_and_who_waits_gets_an_err
 }
 
 #[test]
-fn a_destination_agent_that_hangs_is_given_up_within_the_timeout_and_the_memory_is_lost() {
+fn a_hanging_destination_agent_loses_the_memory_in_time() {
     if !require::uffd() {
         return;
     }
@@ -72,7 +72,7 @@ fn a_destination_agent_that_hangs_is_given_up_within_the_timeout_and_the_memory_
 }
 
 #[test]
-fn a_destination_vmm_that_goes_ends_the_job_and_the_guest_is_taken_back_by_force() {
+fn after_a_dead_destination_vmm_force_takes_the_guest_back() {
     if !require::uffd() {
         return;
     }
@@ -97,7 +97,7 @@ fn a_destination_vmm_that_goes_ends_the_job_and_the_guest_is_taken_back_by_force
 }
 
 #[test]
-fn a_guest_of_which_pages_were_released_is_not_resumed_even_by_force() {
+fn a_guest_with_released_pages_is_not_resumed_by_force() {
     if !require::uffd() {
         return;
     }

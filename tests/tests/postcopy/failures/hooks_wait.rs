@@ -34,7 +34,7 @@ fn assert_goes_on(scene: &mut Scene) {
 }
 
 #[test]
-fn a_resume_that_waits_for_memory_when_the_connections_break_gets_it_by_the_recovery() {
+fn a_waiting_resume_gets_its_memory_by_the_recovery() {
     if !require::uffd() {
         return;
     }
@@ -109,7 +109,7 @@ fn a_load_that_waits_for_memory_of_a_silent_source_is_let_go() {
 }
 
 #[test]
-fn a_resume_that_waits_for_memory_when_the_agent_is_killed_gets_an_error_and_the_vmm_is_told() {
+fn a_waiting_resume_gets_an_error_when_the_agent_dies() {
     if !require::uffd() {
         return;
     }
@@ -234,7 +234,7 @@ fn assert_free(scene: &Scene, end: End) {
 }
 
 #[test]
-fn a_load_that_waits_goes_on_whatever_ends_its_job_and_the_next_migration_arrives() {
+fn a_waiting_load_ends_with_its_job_and_the_next_arrives() {
     if !require::uffd() {
         return;
     }
@@ -277,7 +277,7 @@ fn a_load_that_waits_goes_on_whatever_ends_its_job_and_the_next_migration_arrive
 }
 
 #[test]
-fn a_hook_that_waits_for_a_thread_that_waits_goes_on_whatever_ends_the_job_before_the_commit() {
+fn a_hook_waiting_for_a_waiting_thread_ends_with_the_job() {
     if !require::uffd() {
         return;
     }
@@ -321,7 +321,7 @@ fn a_load_that_waits_goes_on_when_the_agent_is_lost() {
 /// Until the mappings are registered nobody waits: a look makes a page of zeroes, which must not be
 /// taken for what is still to come.
 #[test]
-fn what_the_vmm_looks_at_before_its_memory_is_registered_comes_all_the_same() {
+fn memory_touched_before_it_is_registered_comes_too() {
     if !require::uffd() {
         return;
     }

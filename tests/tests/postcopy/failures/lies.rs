@@ -49,7 +49,7 @@ fn assert_says(error: &str, words: &[&str]) {
 }
 
 #[test]
-fn what_a_destination_says_it_has_is_checked_before_it_is_believed() {
+fn what_a_destination_claims_to_have_is_checked() {
     if !require::uffd() {
         return;
     }
@@ -177,7 +177,7 @@ fn a_stranger_is_not_taken_for_the_source_of_a_paused_postcopy() {
 }
 
 #[test]
-fn a_lie_of_the_source_about_pages_pauses_the_destination_and_the_truth_goes_on() {
+fn false_pages_pause_the_destination_until_recovered() {
     if !require::uffd() {
         return;
     }
@@ -243,7 +243,7 @@ fn a_lie_of_the_source_about_pages_pauses_the_destination_and_the_truth_goes_on(
 }
 
 #[test]
-fn a_lie_of_the_destination_that_asks_pauses_the_source_and_the_truth_goes_on() {
+fn a_false_request_pauses_the_source_until_recovered() {
     if !require::uffd() {
         return;
     }
@@ -275,7 +275,7 @@ fn a_lie_of_the_destination_that_asks_pauses_the_source_and_the_truth_goes_on() 
 }
 
 #[test]
-fn a_lie_of_the_destination_about_what_it_has_pauses_the_source_and_nothing_is_released() {
+fn a_false_report_of_the_destination_releases_nothing() {
     if !require::uffd() {
         return;
     }
@@ -331,7 +331,7 @@ fn a_lie_of_the_destination_about_what_it_has_pauses_the_source_and_nothing_is_r
 }
 
 #[test]
-fn a_lie_before_the_commit_fails_both_sides_and_the_guest_runs_on() {
+fn a_lie_before_the_commit_fails_both_and_the_guest_runs() {
     if !require::uffd() {
         return;
     }
@@ -424,7 +424,7 @@ fn a_lie_before_the_commit_fails_both_sides_and_the_guest_runs_on() {
 }
 
 #[test]
-fn a_destination_whose_pages_are_of_another_size_than_before_is_not_recovered_with() {
+fn a_destination_with_other_page_sizes_is_not_recovered() {
     if !require::uffd() {
         return;
     }

@@ -50,7 +50,7 @@ enum Cut {
 }
 
 #[test]
-fn any_connection_that_is_lost_pauses_both_sides_and_recover_goes_on() {
+fn any_lost_link_pauses_both_sides_until_recovered() {
     if !require::uffd() {
         return;
     }
@@ -101,7 +101,7 @@ fn last_object(output: &Output) -> Value {
 }
 
 #[test]
-fn an_operator_sees_the_pause_and_recovers_it_from_the_command_line() {
+fn an_operator_sees_the_pause_and_recovers() {
     if !require::uffd() {
         return;
     }
@@ -168,7 +168,7 @@ fn a_migration_is_recovered_over_another_address() {
 }
 
 #[test]
-fn a_destination_listens_for_its_source_at_no_path_that_is_a_file() {
+fn a_destination_does_not_listen_at_a_path_with_a_file() {
     if !require::uffd() {
         return;
     }
@@ -193,7 +193,7 @@ fn a_destination_listens_for_its_source_at_no_path_that_is_a_file() {
 }
 
 #[test]
-fn an_operator_recovers_over_another_address_from_both_command_lines() {
+fn operators_recover_over_another_address() {
     if !require::uffd() {
         return;
     }

@@ -34,7 +34,7 @@ fn assert_too_late_to_cancel(scene: &Scene) {
 }
 
 #[test]
-fn after_the_switchover_it_is_too_late_to_cancel_running_or_paused() {
+fn after_the_switchover_it_is_too_late_to_cancel() {
     if !require::uffd() {
         return;
     }
@@ -52,7 +52,7 @@ fn after_the_switchover_it_is_too_late_to_cancel_running_or_paused() {
 }
 
 #[test]
-fn an_agent_that_is_told_to_end_in_postcopy_finishes_it_and_is_not_taken_for_dead() {
+fn an_agent_told_to_end_finishes_the_postcopy_first() {
     if !require::uffd() {
         return;
     }
@@ -155,7 +155,7 @@ fn postcopy_that_cannot_be_is_refused_by_the_field() {
 }
 
 #[test]
-fn whoever_watches_is_told_of_a_pause_where_there_is_no_terminal_too() {
+fn watching_tells_of_a_pause_without_a_terminal_too() {
     if !require::uffd() {
         return;
     }
@@ -174,7 +174,7 @@ fn whoever_watches_is_told_of_a_pause_where_there_is_no_terminal_too() {
 }
 
 #[test]
-fn the_switch_to_postcopy_is_refused_in_any_other_mode_and_after_the_passes() {
+fn the_switch_to_postcopy_is_refused_in_other_modes() {
     if !require::uffd() {
         return;
     }
@@ -212,7 +212,7 @@ fn the_switch_to_postcopy_is_refused_in_any_other_mode_and_after_the_passes() {
 }
 
 #[test]
-fn nothing_else_is_started_while_a_postcopy_is_paused_or_its_guest_is_gone() {
+fn no_other_job_starts_during_a_paused_postcopy() {
     if !require::uffd() {
         return;
     }

@@ -23,7 +23,7 @@ const MOMENTS: [Moment; 9] = [
 ];
 
 #[test]
-fn a_recovery_that_is_cut_at_any_record_pauses_again_and_the_next_succeeds() {
+fn a_recovery_cut_at_any_record_can_be_repeated() {
     if !require::uffd() {
         return;
     }
@@ -55,7 +55,7 @@ fn a_recovery_that_is_cut_at_any_record_pauses_again_and_the_next_succeeds() {
 }
 
 #[test]
-fn a_destination_that_cannot_be_reached_leaves_it_paused_and_is_named() {
+fn an_unreachable_destination_leaves_it_paused() {
     if !require::uffd() {
         return;
     }
@@ -84,7 +84,7 @@ fn a_destination_that_cannot_be_reached_leaves_it_paused_and_is_named() {
 }
 
 #[test]
-fn a_destination_that_says_nothing_to_a_recovery_leaves_it_paused() {
+fn a_silent_destination_leaves_it_paused() {
     if !require::uffd() {
         return;
     }

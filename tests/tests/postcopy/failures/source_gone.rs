@@ -25,7 +25,7 @@ fn kill_agent(scene: &mut Scene) {
 }
 
 #[test]
-fn a_source_agent_that_is_killed_again_and_again_is_followed_by_another_that_goes_on() {
+fn killed_source_agents_are_followed_by_others_that_go_on() {
     if !require::uffd() {
         return;
     }
@@ -87,7 +87,7 @@ fn an_agent_that_takes_it_up_pauses_like_the_first() {
 }
 
 #[test]
-fn what_one_agent_may_have_released_the_next_does_not_take_for_whole() {
+fn the_next_agent_does_not_trust_pages_that_may_be_released() {
     if !require::uffd() {
         return;
     }

@@ -66,7 +66,7 @@ fn owner(agent: &Listening) -> RawClient {
 }
 
 #[test]
-fn a_header_that_breaks_the_framing_ends_its_connection_and_nothing_else() {
+fn a_broken_header_ends_its_connection_only() {
     let agent = Listening::start();
     let mut vmm = owner(&agent);
     let header = |request: u32, flags: u32, size: u32| {
@@ -90,7 +90,7 @@ fn a_header_that_breaks_the_framing_ends_its_connection_and_nothing_else() {
 }
 
 #[test]
-fn requests_that_are_unknown_or_malformed_are_refused_by_name_and_the_connection_goes_on() {
+fn bad_requests_are_refused_by_name_and_the_connection_lives() {
     let agent = Listening::start();
     let mut peer = owner(&agent);
     for unknown in [0x1fff, 0x1006, FIRST_NATIVE_REQUEST + 0xf000] {
@@ -152,7 +152,7 @@ fn requests_that_are_unknown_or_malformed_are_refused_by_name_and_the_connection
 }
 
 #[test]
-fn blocks_that_are_not_valid_are_refused_by_field_and_value_and_leave_the_others() {
+fn invalid_blocks_are_refused_by_field_and_value() {
     let agent = Listening::start();
     let mut peer = owner(&agent);
     let size = 0x1_0000;
@@ -342,7 +342,7 @@ fn an_operator_sees_the_jobs_and_cannot_touch_the_memory() {
 }
 
 #[test]
-fn a_bandwidth_that_cannot_work_is_refused_with_the_least_that_can() {
+fn a_bandwidth_too_low_is_refused_with_the_minimum() {
     let agent = Listening::start();
     let mut vmm = owner(&agent);
     for bandwidth in [1, MIN_BANDWIDTH - 1] {

@@ -17,7 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 #[test]
-fn what_is_no_page_stream_is_dropped_and_the_right_source_is_still_taken() {
+fn other_protocols_are_dropped_and_the_source_is_served() {
     let scene = Scene::new();
     let job = scene.listen();
     for garbage in [vec![0xee; 500], b"GET / HTTP/1.1\r\nHost: localhost:7000\r\n\r\n".to_vec()] {
@@ -62,7 +62,7 @@ fn a_silent_stranger_does_not_keep_the_right_source_out() {
 /// Each of them stays to read its refusal. If the destination waited for them one after another the
 /// right source would give up long before its turn.
 #[test]
-fn a_crowd_of_sources_that_do_not_fit_keeps_the_right_one_waiting_for_nobody() {
+fn many_wrong_sources_do_not_delay_the_right_one() {
     let scene = Scene::new();
     let job = scene.listen();
     let crowd: Vec<FakeSource> = (0..200)
@@ -105,7 +105,7 @@ fn a_wrong_magic_and_a_wrong_version_are_rejected_in_words() {
 }
 
 #[test]
-fn of_the_features_that_are_offered_those_are_accepted_that_are_known() {
+fn known_features_are_accepted_of_those_offered() {
     let scene = Scene::new();
     let newer = 1 << 63 | FEATURE_ZSTD;
     // A block that is mapped nowhere cannot be filled while the guest runs.
@@ -205,7 +205,7 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
 }
 
 #[test]
-fn a_source_that_does_not_fit_costs_no_descriptor_and_keeps_no_other_out() {
+fn a_wrong_source_costs_no_descriptor_and_blocks_no_other() {
     let mut scene = Scene::far();
     let job = scene.listen();
     let descriptors = format!("/proc/{}/fd", scene.agent.id());
@@ -253,7 +253,7 @@ fn a_source_that_does_not_fit_ends_a_job_that_has_one_socket() {
 }
 
 #[test]
-fn postcopy_is_refused_by_name_where_the_memory_is_mapped_nowhere() {
+fn postcopy_without_a_mapping_is_refused_by_name() {
     let scene = Scene::new();
     let job = scene.listen();
     let mut sources = [0u16, 1].map(|stream| {

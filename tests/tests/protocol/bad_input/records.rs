@@ -95,7 +95,7 @@ fn records_whose_form_is_wrong_fail_the_job() {
 }
 
 #[test]
-fn compressed_pages_that_were_not_negotiated_or_do_not_fit_fail_the_job() {
+fn bad_compressed_pages_fail_the_job() {
     let data = |flags: u16, count: u64, length: usize| {
         move |source: &mut FakeSource| {
             let header = RecordHeader::new(Kind::Data, flags, 3, PageRange::new(0, count), length);

@@ -20,7 +20,7 @@ fn requests() -> Vec<u8> {
 }
 
 #[test]
-fn connections_that_never_read_their_answers_keep_nobody_from_theirs() {
+fn connections_that_never_read_delay_nobody() {
     let agent = Listening::start();
     let deaf: Vec<_> = (0..4)
         .map(|_| {
@@ -42,7 +42,7 @@ fn connections_that_never_read_their_answers_keep_nobody_from_theirs() {
 }
 
 #[test]
-fn connections_that_never_stop_asking_keep_nobody_from_their_answers() {
+fn connections_that_never_stop_asking_delay_nobody() {
     let agent = Listening::start();
     let answered = AtomicU64::new(0);
     let flood: Vec<_> = (0..2).map(|_| UnixStream::connect(&agent.path).unwrap()).collect();
@@ -88,7 +88,7 @@ fn idle_connections_keep_out_neither_a_vmm_nor_an_operator() {
 }
 
 #[test]
-fn more_connections_than_there_are_places_that_never_read_keep_out_neither_a_vmm_nor_an_operator() {
+fn too_many_silent_connections_keep_out_no_vmm_or_operator() {
     let agent = Listening::start();
     let stop = AtomicBool::new(false);
     let deaf = AtomicU64::new(0);

@@ -14,7 +14,7 @@ fn ticks(pid: u32) -> u64 {
 }
 
 #[test]
-fn an_agent_that_is_out_of_descriptors_neither_spins_nor_fills_the_log_and_serves_on() {
+fn an_agent_without_descriptors_does_not_spin_or_flood_the_log() {
     let folder = tempfile::tempdir().unwrap();
     let mut agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
     let vmm = Attached::new(agent.socket(), Ram::odd(16));

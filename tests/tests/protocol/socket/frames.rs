@@ -38,7 +38,7 @@ fn add_block(id: u32) -> Request {
 }
 
 #[test]
-fn a_request_whose_descriptors_do_not_arrive_is_answered_and_the_vmm_stays() {
+fn a_request_without_its_descriptors_is_answered() {
     let folder = tempfile::tempdir().unwrap();
     let mut agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
     let mut vmm = RawClient::connect(agent.socket());
@@ -66,7 +66,7 @@ fn a_request_whose_descriptors_do_not_arrive_is_answered_and_the_vmm_stays() {
 }
 
 #[test]
-fn a_request_that_does_not_end_ends_its_connection_unless_it_is_the_vmms() {
+fn an_endless_request_ends_its_connection_but_not_a_vmms() {
     let agent = Listening::start();
     let mut vmm = RawClient::connect(&agent.path);
     vmm.ask(&add_block(0), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
@@ -108,7 +108,7 @@ fn only_a_connected_unix_stream_socket_is_taken_for_hooks() {
 }
 
 #[test]
-fn a_hook_whose_answer_loses_its_descriptor_fails_by_that_name_and_the_next_one_is_answered() {
+fn a_hook_answer_without_its_descriptor_fails_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let mut agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
     let mut vmm = RawClient::connect(agent.socket());

@@ -63,7 +63,7 @@ fn an_agent_and_its_streams_replace_no_file_and_no_link() {
 }
 
 #[test]
-fn an_agent_that_ends_leaves_the_path_to_the_one_that_took_it_over() {
+fn an_ending_agent_leaves_the_path_to_its_new_owner() {
     let folder = tempfile::tempdir().unwrap();
     let mut first = spawn(folder.path(), "agent");
     std::fs::remove_file(first.socket()).unwrap();
@@ -77,7 +77,7 @@ fn an_agent_that_ends_leaves_the_path_to_the_one_that_took_it_over() {
 }
 
 #[test]
-fn of_agents_that_start_at_once_on_a_stale_path_one_listens_and_the_others_name_the_path() {
+fn one_of_many_agents_takes_over_a_stale_path() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("agent.sock");
     drop(UnixListener::bind(&path).unwrap());
@@ -98,7 +98,7 @@ fn of_agents_that_start_at_once_on_a_stale_path_one_listens_and_the_others_name_
 }
 
 #[test]
-fn a_hangup_ends_an_agent_in_good_order_unless_it_was_told_to_ignore_it() {
+fn sighup_ends_an_agent_in_good_order_unless_ignored() {
     let folder = tempfile::tempdir().unwrap();
     let hang_up = |agent: &mut AgentProcess| {
         let pid = Pid::from_raw(agent.process().id().try_into().unwrap()).unwrap();
@@ -127,7 +127,7 @@ fn path_of(folder: &Path, length: usize) -> PathBuf {
 }
 
 #[test]
-fn agent_client_operator_and_streams_take_the_same_paths_and_name_the_limit() {
+fn all_sockets_take_the_same_paths_and_name_the_limit() {
     let folder = tempfile::tempdir().unwrap();
     let longest = path_of(folder.path(), 107);
     let mut agent = Process::spawn("agent", &mut agent_at(&longest)).unwrap();

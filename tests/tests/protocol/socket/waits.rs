@@ -63,7 +63,7 @@ fn everybody_is_answered_while_a_vmm_is_asked_to_resume() {
 }
 
 #[test]
-fn a_path_whose_listener_has_a_full_queue_is_in_use_and_costs_the_vmm_nothing() {
+fn a_path_with_a_full_accept_queue_is_in_use() {
     let agent = Listening::start();
     let vmm = Attached::new(&agent.path, Ram::odd(16));
     let folder = tempfile::tempdir().unwrap();
@@ -102,7 +102,7 @@ fn without_names(folder: &std::path::Path) -> Option<Command> {
 }
 
 #[test]
-fn a_name_server_that_does_not_answer_costs_one_request_its_answer_and_nobody_else_theirs() {
+fn a_silent_name_server_delays_one_request_only() {
     let folder = tempfile::tempdir().unwrap();
     let Some(mut command) = without_names(folder.path()) else { return };
     let agent = AgentProcess::start(&mut command, folder.path(), "agent").unwrap();

@@ -1,4 +1,4 @@
-//! After the commit: the source's guest stands still, whoever dies and whoever asks.
+//! After the commit: the source's guest is paused, whoever dies and whoever asks.
 
 use super::scene::FarScene;
 use crate::scene::{Scene, empty, stamped};
@@ -10,9 +10,9 @@ use pageferry_tests::scenario::{
     Agent, Attached, Listening, Passing, Relay, SOON, Side, WIRES, Wire, moves_to, passes,
 };
 
-/// The source gave the guest up and was not confirmed: it stands still, and the VMM does not
+/// The source gave the guest up and was not confirmed: it is paused, and the VMM does not
 /// migrate it again.
-pub fn assert_stands_still(source: &Attached) {
+pub fn assert_stays_paused(source: &Attached) {
     assert_eq!(source.client.ownership(), Ownership::Relinquished);
     assert!(source.vmm.is_paused());
     assert_eq!(source.vmm.resumes(), 0);
@@ -25,20 +25,19 @@ fn is_commit(record: &Passing) -> bool {
 }
 
 #[test]
-fn a_destination_that_dies_before_it_has_the_commit_leaves_an_unconfirmed_guest_that_stands_still()
-{
+fn a_lost_commit_leaves_the_guest_unconfirmed_and_paused() {
     for wire in WIRES {
         let mut scene = Scene::started(wire, &passes(1));
         let _commit = scene.relay.until(is_commit);
         scene.kill_destination();
         let status = scene.source.wait(scene.outgoing);
         assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
-        assert_stands_still(&scene.source);
+        assert_stays_paused(&scene.source);
     }
 }
 
 #[test]
-fn a_link_that_dies_after_the_commit_leaves_a_guest_that_only_force_resumes() {
+fn a_link_lost_after_the_commit_takes_force_to_resume() {
     for wire in WIRES {
         let agent = Listening::start();
         let source = Attached::new(&agent.path, stamped());
@@ -57,14 +56,14 @@ fn a_link_that_dies_after_the_commit_leaves_a_guest_that_only_force_resumes() {
         assert_eq!(destination.vmm.resumes(), 1, "it runs there");
 
         // Neither the VMM nor an operator gets it to run or to migrate here by mistake.
-        assert_stands_still(&source);
+        assert_stays_paused(&source);
         let ask = |request: &Request| agent.connect().ask(request, Vec::new());
         let start = Request::StartOutgoing { target: "unix:/nowhere".into(), options: passes(1) };
         assert_eq!(ask(&start).unwrap_err().code, ErrorCode::State);
         let refused = ask(&Request::Resume { force: false }).unwrap_err();
         assert_eq!(refused.code, ErrorCode::State);
         assert!(refused.sentence.contains("force"), "{refused}");
-        assert_stands_still(&source);
+        assert_stays_paused(&source);
 
         // An operator who looked at both sides does.
         ask(&Request::Resume { force: true }).unwrap();
@@ -83,7 +82,7 @@ fn a_link_that_dies_after_the_commit_leaves_a_guest_that_only_force_resumes() {
 }
 
 #[test]
-fn after_the_commit_neither_the_end_of_the_agent_nor_a_resume_runs_the_guest_at_the_source() {
+fn after_the_commit_nothing_runs_the_guest_at_the_source() {
     let mut scene = Scene::started(Wire::Unix, &passes(1));
     let status = scene.end();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
@@ -102,7 +101,7 @@ fn after_the_commit_neither_the_end_of_the_agent_nor_a_resume_runs_the_guest_at_
 }
 
 #[test]
-fn a_guest_whose_arrival_is_confirmed_is_not_resumed_here_by_force() {
+fn a_confirmed_arrival_is_not_undone_by_force() {
     let agent = Listening::start();
     let source = Attached::new(&agent.path, stamped());
     let destination = empty();
@@ -114,7 +113,7 @@ fn a_guest_whose_arrival_is_confirmed_is_not_resumed_here_by_force() {
 }
 
 #[test]
-fn a_source_agent_that_is_killed_after_the_commit_leaves_a_guest_that_stands_still() {
+fn a_killed_source_agent_leaves_the_guest_paused() {
     for held in [Kind::Commit, Kind::Resumed] {
         let agent = Agent::spawn();
         let source = Attached::new(agent.socket(), stamped());
@@ -129,13 +128,13 @@ fn a_source_agent_that_is_killed_after_the_commit_leaves_a_guest_that_stands_sti
         // does.
         let next = Agent::spawn();
         source.reattach(next.socket());
-        assert_stands_still(&source);
+        assert_stays_paused(&source);
         assert_eq!(destination.vmm.resumes(), u64::from(held == Kind::Resumed));
     }
 }
 
 #[test]
-fn a_destination_agent_that_is_killed_after_the_commit_leaves_a_guest_that_runs_there_or_nowhere() {
+fn a_killed_destination_agent_leaves_the_guest_there_or_nowhere() {
     for wire in WIRES {
         for held in [Kind::Commit, Kind::Resumed] {
             let mut scene = FarScene::start(wire, &passes(1));
@@ -143,7 +142,7 @@ fn a_destination_agent_that_is_killed_after_the_commit_leaves_a_guest_that_runs_
             scene.agent.kill();
             let status = scene.end();
             assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
-            assert_stands_still(&scene.source);
+            assert_stays_paused(&scene.source);
             let there = &scene.there;
             wait_until("the agent to be lost", SOON, || there.client.status().is_err()).unwrap();
             assert_eq!(there.vmm.resumes(), u64::from(held == Kind::Resumed));
