@@ -14,25 +14,11 @@ use pageferry_tests::scenario::MockSide;
 use pageferry_tests::usage::Path;
 use pageferry_tests::verify::same_memory;
 use pageferry_tests::vmm::{Fault, HookName, PATIENCE, Tracker};
-use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const UNIT: u64 = 2 << 20;
 const HOTPLUG: u32 = 5;
-
-/// A VMM with a guest of threads and a device.
-struct Side {
-    mock: MockSide,
-}
-
-impl Deref for Side {
-    type Target = MockSide;
-
-    fn deref(&self) -> &MockSide {
-        &self.mock
-    }
-}
 
 /// Two blocks at odd places, and one that is plugged in units.
 fn memory() -> Arc<TestMemory> {
@@ -50,21 +36,20 @@ fn memory() -> Arc<TestMemory> {
     Arc::new(TestMemory::new(vec![ram, high, hotplug]).unwrap())
 }
 
-impl Side {
-    fn new(guest: ThreadGuestOptions, device_rate: u64, write_protect: bool) -> Self {
-        let tracker = if write_protect { Tracker::WriteProtect } else { Tracker::Log };
-        let mock = MockSide::over(memory(), tracker);
-        let usage = mock.vmm.usage();
-        mock.vmm.set_guest(ThreadGuest::new(usage, guest).unwrap());
-        mock.vmm.add_device(Device::new(usage, "disk", device_rate, 5).unwrap());
-        Self { mock }
-    }
+/// A VMM with a guest of threads and a device.
+fn side(guest: ThreadGuestOptions, device_rate: u64, write_protect: bool) -> MockSide {
+    let tracker = if write_protect { Tracker::WriteProtect } else { Tracker::Log };
+    let mock = MockSide::over(memory(), tracker);
+    let usage = mock.vmm.usage();
+    mock.vmm.set_guest(ThreadGuest::new(usage, guest).unwrap());
+    mock.vmm.add_device(Device::new(usage, "disk", device_rate, 5).unwrap());
+    mock
+}
 
-    /// With a guest that takes over the counts but writes nothing, so that the two memories can be
-    /// compared.
-    fn destination() -> Self {
-        Self::new(ThreadGuestOptions { rate: Some(0), ..ThreadGuestOptions::default() }, 0, false)
-    }
+/// With a guest that takes over the counts but writes nothing, so that the two memories can be
+/// compared.
+fn destination() -> MockSide {
+    side(ThreadGuestOptions { rate: Some(0), ..ThreadGuestOptions::default() }, 0, false)
 }
 
 fn busy(path: Path) -> ThreadGuestOptions {
@@ -84,8 +69,8 @@ fn hasty() -> OutgoingOptions {
 }
 
 /// Migrates while `meanwhile` is called again and again; checks the result.
-fn migrate(source: &Side, options: &OutgoingOptions, mut meanwhile: impl FnMut()) {
-    let destination = Side::destination();
+fn migrate(source: &MockSide, options: &OutgoingOptions, mut meanwhile: impl FnMut()) {
+    let destination = destination();
     let [job, _] = source.start_move(&destination, options);
     let started = Instant::now();
     let status = loop {
@@ -107,7 +92,7 @@ fn migrate(source: &Side, options: &OutgoingOptions, mut meanwhile: impl FnMut()
 }
 
 fn with_balloon_and_plug(path: Path, write_protect: bool, punch: Punch, seed: u64) {
-    let source = Side::new(busy(path), 500, write_protect);
+    let source = side(busy(path), 500, write_protect);
     let (client, usage) = (source.vmm.client().clone(), source.vmm.usage().clone());
     let mut balloon = Balloon::new(client.clone(), usage.clone(), Way::Discard(punch), seed);
     let mut freeing = Balloon::new(client.clone(), usage.clone(), Way::Free, seed + 100);
@@ -167,11 +152,11 @@ fn a_guest_with_a_balloon_arrives_by_write_protection() {
 
 #[test]
 fn a_bad_hook_ends_the_migration_but_not_the_guest() {
-    let source = Side::new(busy(Path::MappingAndLog), 100, false);
+    let source = side(busy(Path::MappingAndLog), 100, false);
     source.vmm.start().unwrap();
     for hook in [HookName::Pause, HookName::SaveState] {
         for fault in [Fault::Fail("not today".into()), Fault::Never] {
-            let destination = Side::destination();
+            let destination = destination();
             let (_, address) = destination
                 .vmm
                 .start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default())
@@ -193,9 +178,9 @@ fn a_bad_hook_ends_the_migration_but_not_the_guest() {
 
 #[test]
 fn state_that_does_not_load_leaves_the_guest_at_the_source() {
-    let source = Side::new(busy(Path::MappingAndLog), 100, false);
+    let source = side(busy(Path::MappingAndLog), 100, false);
     source.vmm.start().unwrap();
-    let destination = Side::destination();
+    let destination = destination();
     destination.vmm.inject(HookName::LoadState, Some(Fault::Fail("no such device".into())));
     let (there, address) = destination.listen(&IncomingOptions::default());
     let job = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();

@@ -18,7 +18,6 @@ use pageferry_tests::scenario::MockSide;
 use pageferry_tests::usage::Path;
 use pageferry_tests::vmm::PATIENCE;
 use std::collections::BTreeSet;
-use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -30,55 +29,40 @@ const CUTS: u64 = 100;
 const CUTS_EACH: u64 = 25;
 
 /// A VMM with a guest of threads and a device.
-struct Side {
-    mock: MockSide,
+fn side(seed: u64) -> MockSide {
+    let low = BlockLayout { fd_offset: 0x3000, ..BlockLayout::ram(16 * MIB) };
+    let high =
+        BlockLayout { id: 1, name: "high".into(), gpa: 1 << 30, ..BlockLayout::ram(16 * MIB) };
+    let mock = MockSide::new(vec![low, high]);
+    let vmm = &mock.vmm;
+    let options = ThreadGuestOptions {
+        threads: 4,
+        rate: Some(2000),
+        pattern: Pattern::Uniform,
+        path: Path::MappingAndLog,
+        seed,
+        pages: None,
+    };
+    vmm.set_guest(ThreadGuest::new(vmm.usage(), options).unwrap());
+    vmm.add_device(Device::new(vmm.usage(), "disk", 200, seed).unwrap());
+    mock
 }
 
-impl Deref for Side {
-    type Target = MockSide;
-
-    fn deref(&self) -> &MockSide {
-        &self.mock
+/// Gives pages away and takes them back, until it is told to stop; adds to `given` what it gave
+/// away.
+fn balloon(side: &MockSide, seed: u64, stop: &AtomicBool, given: &mut BTreeSet<(u32, u64)>) {
+    let way = if seed.is_multiple_of(2) { Way::Free } else { Way::Discard(Punch::Yes) };
+    let mut balloon = Balloon::new(side.vmm.client().clone(), side.vmm.usage().clone(), way, seed);
+    while !stop.load(Ordering::Relaxed) {
+        balloon.inflate(2, 20).unwrap();
+        let held = balloon.held().iter();
+        given.extend(
+            held.flat_map(|(block, run)| (run.first..run.end()).map(|page| (*block, page))),
+        );
+        balloon.deflate(1).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
     }
-}
-
-impl Side {
-    fn new(seed: u64) -> Self {
-        let low = BlockLayout { fd_offset: 0x3000, ..BlockLayout::ram(16 * MIB) };
-        let high =
-            BlockLayout { id: 1, name: "high".into(), gpa: 1 << 30, ..BlockLayout::ram(16 * MIB) };
-        let mock = MockSide::new(vec![low, high]);
-        let vmm = &mock.vmm;
-        let options = ThreadGuestOptions {
-            threads: 4,
-            rate: Some(2000),
-            pattern: Pattern::Uniform,
-            path: Path::MappingAndLog,
-            seed,
-            pages: None,
-        };
-        vmm.set_guest(ThreadGuest::new(vmm.usage(), options).unwrap());
-        vmm.add_device(Device::new(vmm.usage(), "disk", 200, seed).unwrap());
-        Self { mock }
-    }
-
-    /// Gives pages away and takes them back, until it is told to stop; adds to `given` what it gave
-    /// away.
-    fn balloon(&self, seed: u64, stop: &AtomicBool, given: &mut BTreeSet<(u32, u64)>) {
-        let way = if seed.is_multiple_of(2) { Way::Free } else { Way::Discard(Punch::Yes) };
-        let mut balloon =
-            Balloon::new(self.vmm.client().clone(), self.vmm.usage().clone(), way, seed);
-        while !stop.load(Ordering::Relaxed) {
-            balloon.inflate(2, 20).unwrap();
-            let held = balloon.held().iter();
-            given.extend(
-                held.flat_map(|(block, run)| (run.first..run.end()).map(|page| (*block, page))),
-            );
-            balloon.deflate(1).unwrap();
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        assert!(!balloon.held().is_empty());
-    }
+    assert!(!balloon.held().is_empty());
 }
 
 /// Stops the balloon, however the test ends.
@@ -92,7 +76,7 @@ impl Drop for Stop<'_> {
 
 /// Cuts the wire, and has it recovered, so often, or until all is there; returns how often.
 fn cut_and_recover(
-    source: &Side, proxy: &Proxy, options: &OutgoingOptions, random: &mut Random,
+    source: &MockSide, proxy: &Proxy, options: &OutgoingOptions, random: &mut Random,
 ) -> u64 {
     let mut cuts = 0;
     while cuts < CUTS_EACH {
@@ -136,7 +120,7 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));
     eprintln!("PAGEFERRY_SEED={seed}");
     let mut random = Random::new(seed);
-    let mut source = Side::new(seed);
+    let mut source = side(seed);
     for block in source.vmm.memory().blocks() {
         (0..block.pages()).for_each(|page| {
             block.write(page * PAGE_SIZE + STAMP, &(page + 1).to_le_bytes()).unwrap()
@@ -146,7 +130,7 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
     let mut cuts = 0;
     let mut given = BTreeSet::new();
     while cuts < CUTS {
-        let destination = Side::new(seed + cuts);
+        let destination = side(seed + cuts);
         let (incoming, address) = destination.listen(&IncomingOptions::default());
         let proxy = Proxy::to(&address).unwrap();
         let options = OutgoingOptions {
@@ -162,7 +146,7 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
         let stop = AtomicBool::new(false);
         let mut recover = || cut_and_recover(&source, &proxy, &options, &mut random);
         let count = std::thread::scope(|scope| {
-            scope.spawn(|| destination.balloon(seed ^ cuts, &stop, &mut given));
+            scope.spawn(|| balloon(&destination, seed ^ cuts, &stop, &mut given));
             let _stop = Stop(&stop);
             let count = recover();
             // The rest comes at once; refused if it is there by now, or while it is being

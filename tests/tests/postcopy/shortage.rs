@@ -1,10 +1,8 @@
 //! A destination that has too few huge pages, before its guest runs and while it does.
 
-use crate::scene::{
-    HUGE, MIB, Move, Pages, Side, Switch, TRICKLE, check_filled, fill, guest, memory, plausible,
-};
+use crate::scene::{HUGE, MIB, Move, Pages, Side, Switch, TRICKLE, guest, memory, plausible};
 use pageferry_client::{BlockRange, OutgoingOptions, Phase, Punch};
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::memory::PageRange;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::Pattern;
 use pageferry_tests::huge_pages::{HUGE_PAGE, HugePages, hugetlb_memfd};
@@ -12,6 +10,7 @@ use pageferry_tests::require;
 use pageferry_tests::vmm::PATIENCE;
 use rustix::fs::{FallocateFlags, fallocate};
 use std::os::fd::OwnedFd;
+use std::thread::JoinHandle;
 
 /// Takes all huge pages but `left`, until it is dropped.
 fn take_all_but(left: u64) -> OwnedFd {
@@ -21,6 +20,32 @@ fn take_all_but(left: u64) -> OwnedFd {
     hog
 }
 
+/// A source on small pages that is full, and a destination on huge pages.
+fn sides() -> (Side, Side) {
+    let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
+    source.fill(4);
+    (source, destination)
+}
+
+/// Moves the guest at once: hardly any page comes by itself.
+fn start<'a>(source: &'a Side, destination: &'a Side) -> Move<'a> {
+    let migration = Move::start(source, destination, Switch::AtOnce.options(TRICKLE));
+    migration.until_postcopy();
+    migration
+}
+
+/// The last huge page of the second block: its number, and its first byte.
+fn last_page(side: &Side) -> (u64, u64) {
+    let last = side.block(1).pages() / HUGE - 1;
+    (last, last * HUGE_PAGE)
+}
+
+/// A thread of the guest writes into the last huge page of the second block.
+fn touch(side: &Side) -> JoinHandle<()> {
+    let (memory, (_, offset)) = (side.vmm.memory().clone(), last_page(side));
+    std::thread::spawn(move || memory.block(1).unwrap().store(offset, 5).unwrap())
+}
+
 #[test]
 fn a_guest_does_not_move_to_too_few_huge_pages() {
     if !require::uffd() {
@@ -28,8 +53,7 @@ fn a_guest_does_not_move_to_too_few_huge_pages() {
     }
     let Some(_pool) = require::hugetlb(10) else { return };
     for switch in [Switch::AtOnce, Switch::AfterPasses(1)] {
-        let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
-        source.vmm.memory().blocks().iter().for_each(|block| fill(block, block.all(), 4));
+        let (source, destination) = sides();
         let options = guest(Pattern::Uniform, 20_000);
         let (wrote, writes) = (source.threads(&options), destination.threads(&options));
         source.vmm.start().unwrap();
@@ -53,12 +77,7 @@ fn a_guest_does_not_move_to_too_few_huge_pages() {
         wait_until("writes there", PATIENCE, || writes() > 0).unwrap();
         destination.vmm.stop().unwrap();
         assert!(destination.vmm.usage().check().unwrap() > 1000);
-        destination
-            .vmm
-            .memory()
-            .blocks()
-            .iter()
-            .for_each(|block| check_filled(block, block.all(), 4));
+        destination.check_filled(4);
     }
 }
 
@@ -68,15 +87,13 @@ fn huge_pages_still_missing_are_reserved_for_the_guest() {
         return;
     }
     let Some(_pool) = require::hugetlb(10) else { return };
-    let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
-    source.vmm.memory().blocks().iter().for_each(|block| fill(block, block.all(), 4));
-    let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
-    migration.until_postcopy();
+    let (source, destination) = sides();
+    let migration = start(&source, &destination);
     let hog = take_all_but(0);
     migration.hurry();
     migration.finish();
     drop(hog);
-    destination.vmm.memory().blocks().iter().for_each(|block| check_filled(block, block.all(), 4));
+    destination.check_filled(4);
 }
 
 #[test]
@@ -85,21 +102,16 @@ fn a_guest_waits_for_a_huge_page_and_goes_on_with_it() {
         return;
     }
     let Some(_pool) = require::hugetlb(10) else { return };
-    let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
-    source.vmm.memory().blocks().iter().for_each(|block| fill(block, block.all(), 4));
-    let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
-    migration.until_postcopy();
+    let (source, destination) = sides();
+    let migration = start(&source, &destination);
     // It gives a page away, whose reservation goes with it, and others take what is left.
-    let last = destination.block(1).pages() / HUGE - 1;
-    let given = BlockRange { block: 1, offset: last * HUGE_PAGE, length: HUGE_PAGE };
-    destination.block(1).store(last * HUGE_PAGE, 4).unwrap();
+    let (_, offset) = last_page(&destination);
+    let given = BlockRange { block: 1, offset, length: HUGE_PAGE };
+    destination.block(1).store(offset, 4).unwrap();
     destination.client().discard(&[given], Punch::Yes).unwrap();
     destination.client().populate(&[given]).unwrap();
     let hog = take_all_but(0);
-    let memory = destination.vmm.memory().clone();
-    let touching = std::thread::spawn(move || {
-        memory.block(1).unwrap().store(last * HUGE * PAGE_SIZE, 5).unwrap();
-    });
+    let touching = touch(&destination);
     wait_until("the status says it", PATIENCE, || {
         destination.status().error.contains("nr_hugepages")
     })
@@ -111,7 +123,7 @@ fn a_guest_waits_for_a_huge_page_and_goes_on_with_it() {
     migration.hurry();
     let [_, incoming] = migration.finish();
     assert_eq!(incoming.error, "");
-    assert_eq!(destination.block(1).load(last * HUGE * PAGE_SIZE).unwrap(), 5);
+    assert_eq!(destination.block(1).load(offset).unwrap(), 5);
 }
 
 #[test]
@@ -120,22 +132,17 @@ fn a_page_that_cannot_be_placed_pauses_both_sides() {
         return;
     }
     let Some(_pool) = require::hugetlb(10) else { return };
-    let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
-    source.vmm.memory().blocks().iter().for_each(|block| fill(block, block.all(), 4));
-    let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
-    migration.until_postcopy();
+    let (source, destination) = sides();
+    let migration = start(&source, &destination);
     // The page is reserved. Whoever fills it by its file and frees it again uses that up; then
     // others take all that is left.
-    let last = destination.block(1).pages() / HUGE - 1;
+    let (last, offset) = last_page(&destination);
     let file = destination.block(1).file();
-    let place = destination.block(1).layout().fd_offset + last * HUGE_PAGE;
+    let place = destination.block(1).layout().fd_offset + offset;
     fallocate(file, FallocateFlags::empty(), place, HUGE_PAGE).unwrap();
     destination.block(1).punch(PageRange::new(last * HUGE, HUGE)).unwrap();
     let hog = take_all_but(0);
-    let memory = destination.vmm.memory().clone();
-    let touching = std::thread::spawn(move || {
-        memory.block(1).unwrap().store(last * HUGE * PAGE_SIZE, 5).unwrap();
-    });
+    let touching = touch(&destination);
     // It is asked for, it comes, and there is no room for it.
     let errors = [&source, &destination].map(|side| {
         let paused = || side.status().phase == Phase::PostcopyPaused;
@@ -154,6 +161,6 @@ fn a_page_that_cannot_be_placed_pauses_both_sides() {
         assert!(status.counters.paused_us > 0);
         plausible(&status);
     }
-    assert_eq!(destination.block(1).load(last * HUGE * PAGE_SIZE).unwrap(), 5);
-    destination.vmm.memory().blocks().iter().for_each(|block| check_filled(block, block.all(), 4));
+    assert_eq!(destination.block(1).load(offset).unwrap(), 5);
+    destination.check_filled(4);
 }
