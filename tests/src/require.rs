@@ -1,4 +1,4 @@
-//! What a test needs of the machine, and what becomes of the test where the machine lacks it.
+//! What a test needs of the machine, and what happens where the machine lacks it.
 //!
 //! ```no_run
 //! # use pageferry_tests::require;

@@ -1,4 +1,4 @@
-//! What an operator does with images from a command line: look, check, fold, draw.
+//! What an operator does with images on the command line: look, check, merge, draw.
 
 use pageferry_agent::image::writer::{Base, Rest};
 use pageferry_agent::image::{Chain, Image, ImageWriter};

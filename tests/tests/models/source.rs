@@ -1,5 +1,5 @@
-//! The guest of the model tests at the source: memory in odd blocks, what the guest and its VMM do,
-//! and what must be so, kept naively.
+//! The guest of the models at the source: memory in odd blocks, what the guest and its VMM do, and
+//! a naive record of what must hold.
 
 use pageferry_client::{BlockRange, Client, HookError, Hooks, Punch, RunState, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};

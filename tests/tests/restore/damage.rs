@@ -1,5 +1,5 @@
-//! A byte that is changed anywhere in an image, or an end that is missing: an error that names the
-//! place, or the right memory; never the wrong one.
+//! Changed bytes in an image, and an image of another length. A restore fails with an error that
+//! names the place, or gives the right memory; it never gives wrong memory.
 
 use pageferry_agent::image::{Chain, Image};
 use pageferry_client::{Config, JobStatus, Phase, Punch, RestoreMode, RestoreOptions};

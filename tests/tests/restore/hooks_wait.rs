@@ -1,5 +1,5 @@
-//! The VMM's own hooks wait for memory that an image would have, if it were not damaged: they get
-//! an error, and the VMM is told.
+//! Hooks of the VMM wait for memory that a damaged image does not give: they get an error, and the
+//! VMM is told.
 
 use pageferry_client::{Error, Ownership, RestoreOptions};
 use pageferry_tests::deadline::wait_until;

@@ -1,4 +1,5 @@
-//! Restores that something comes between: nothing wrong is restored, and the next attempt succeeds.
+//! Restores that are interrupted, or whose image is damaged: a guest is restored as it was saved,
+//! or not at all, and the next attempt succeeds.
 //!
 //! - [`discards`]: discards and populates meanwhile; [`aborts`]: cancels, and hooks that fail;
 //! - [`operator`]: restores that an operator asks for;

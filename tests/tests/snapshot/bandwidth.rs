@@ -1,4 +1,4 @@
-//! The limit is one of bytes in a second: what is held back takes its time.
+//! The bandwidth limit of snapshots and restores.
 
 use super::scene::{Scene, paused};
 use pageferry_client::{Phase, RestoreMode, RestoreOptions, SnapshotOptions};

@@ -1,4 +1,4 @@
-//! Guests on huge pages: each is captured, and let go, as a whole.
+//! Guests on huge pages: each huge page is captured and released as a whole.
 
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_agent::image::Chain;

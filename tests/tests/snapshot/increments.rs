@@ -1,4 +1,4 @@
-//! What may be built on what, and that nothing that changed is missing.
+//! Increments: which image may be the base of which, and that no change is missing.
 
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_agent::image::Chain;

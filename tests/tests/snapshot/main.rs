@@ -1,4 +1,4 @@
-//! Snapshots: what is in the image, and what becomes of the guest meanwhile.
+//! Snapshots: what is in the image, and how the guest runs meanwhile.
 //!
 //! - [`kvm`]: a real guest that runs on;
 //! - [`operator`]: what an operator saves and restores from a command line;

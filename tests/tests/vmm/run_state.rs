@@ -1,5 +1,5 @@
 //! A guest that its operator has paused stays paused: where it arrives, where it stays, and in its
-//! image; and a guest that ran is paused where it arrives if that is wanted.
+//! image. A guest that ran arrives paused if that is asked for.
 
 use pageferry_agent::image::{Chain, Image, merge};
 use pageferry_client::{

@@ -1,5 +1,5 @@
-//! What stands between the two agents: passes one record of one connection at a time, and sees to
-//! it that nothing is asked for twice.
+//! The relay between the two agents. It passes one record of one connection at a time, and checks
+//! that no page is requested twice.
 
 use crate::source::{Page, layouts, pages_of};
 use pageferry_protocol::memory::PageRange;

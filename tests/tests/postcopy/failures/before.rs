@@ -1,5 +1,5 @@
-//! What fails before the commit: the guest runs on at the source, the destination is as it was, and
-//! the next attempt completes. And the commit that is on its way.
+//! Failures before the commit, and with the commit on its way. The guest runs on at the source, the
+//! destination is as it was, and the next attempt completes.
 
 use super::scene::{
     PAGES, Scene, Side, TIMEOUT, WANTED, assert_arrived, assert_not_registered, empty, postcopy,

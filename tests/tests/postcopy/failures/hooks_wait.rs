@@ -1,4 +1,4 @@
-//! The VMM's own hooks wait for memory that is missing, and its agent or the connections are gone.
+//! Hooks of the VMM wait for memory that is missing, while its agent or the connections are gone.
 
 use super::scene::{PAGES, Scene, Side, TIMEOUT, WANTED, empty, postcopy, stamp_of, stamped};
 use pageferry_client::{HookError, IncomingOptions, OutgoingOptions, Ownership, Phase};

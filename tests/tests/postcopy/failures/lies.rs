@@ -1,7 +1,7 @@
-//! A peer that says what is not so: refused by an error that names the field and the value; both
-//! sides are paused, and go on with the truth.
+//! A peer sends records that are not true. The error names the field and the value, both sides
+//! pause, and they go on when the truth arrives.
 //!
-//! The lies are told by the relay, in place of a true record.
+//! The relay tells the lies, in place of a true record.
 
 use super::scene::{
     DISCARDED, HOLES, PAGES, Scene, TIMEOUT, URGENT, WANTED, WANTED_TOO, postcopy, stamp_of,

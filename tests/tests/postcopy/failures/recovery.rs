@@ -1,5 +1,4 @@
-//! A second failure while the first is recovered: both sides are paused again, and the next attempt
-//! succeeds.
+//! A second failure during a recovery: both sides pause again, and the next attempt succeeds.
 
 use super::scene::{Scene, TIMEOUT, WANTED, postcopy, run, stamp_of};
 use pageferry_client::{OutgoingOptions, Phase};

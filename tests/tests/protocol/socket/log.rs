@@ -1,4 +1,4 @@
-//! Who asks for nonsense does not fill the log.
+//! Refused requests do not fill the log.
 
 use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::scenario::{RawClient, SOON};

@@ -1,4 +1,4 @@
-//! The agent's sockets in a bad neighbourhood:
+//! The agent's sockets among clients that misbehave, and without what an agent needs:
 //!
 //! - [`paths`]: what is at the path already, who else takes it, and how long it may be;
 //! - [`crowd`]: connections that are idle, that never stop asking, that do not read their answers;
@@ -6,7 +6,7 @@
 //!   answered;
 //! - [`descriptors`]: a process that is out of descriptors;
 //! - [`frames`]: requests without their descriptors, or without an end;
-//! - [`log`]: who asks for nonsense.
+//! - [`log`]: refused requests, and how many of them are logged.
 
 mod crowd;
 mod descriptors;
