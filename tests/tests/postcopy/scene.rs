@@ -224,7 +224,9 @@ impl<'a> Move<'a> {
             plausible(status);
         }
         for side in [source, destination] {
-            assert!(side.saw(Phase::Postcopy), "it was no postcopy");
+            // The job may be over before its events have arrived.
+            wait_until("the event of the postcopy", PATIENCE, || side.saw(Phase::Postcopy))
+                .unwrap();
         }
         assert!(destination.vmm.record().memory_complete);
         let [outgoing, incoming] = &ended;
