@@ -157,7 +157,7 @@ impl Block {
     }
 
     /// Frees the whole host pages of `pages`. A discard cannot fail (`discard-cannot-fail`), so a
-    /// failure is only logged: the content is stale all the same and only costs memory.
+    /// failure is only logged: the content is stale anyway and only costs memory.
     fn punch(&self, pages: PageRange) {
         let start = (self.fd_offset + pages.offset()).next_multiple_of(self.host_page_size());
         let end = (self.fd_offset + pages.offset() + pages.bytes()) / self.host_page_size()

@@ -60,22 +60,22 @@ pub trait Hooks: Send {
     /// If the VMM cannot tell. The guest is then not paused, and the migration or snapshot fails.
     fn run_state(&mut self) -> Result<RunState, HookError>;
 
-    /// Stops the guest and all that writes its memory: vCPUs, emulated devices, other back-ends.
-    /// When it returns, every write is in the trackers or will be after the next sync.
+    /// Pauses the guest and everything that writes its memory: vCPUs, emulated devices, other
+    /// back-ends. When this returns, every write is in the trackers or will be after the next sync.
     ///
     /// # Errors
-    /// If the guest does not stop. Nothing relies on its pause then; it is resumed all the same,
-    /// since a part of it may have stopped.
+    /// If the guest cannot be paused. The job fails, and the guest is resumed, since a part of it
+    /// may be paused.
     fn pause(&mut self) -> Result<(), HookError>;
 
-    /// Lets the guest run: at the source after a failure, at the destination after the commit,
-    /// after a restore, and when a snapshot needs it to stand still no more, but for one of mode
-    /// [`Stopped`](crate::SnapshotMode::Stopped). Also called when the agent dies while the guest
-    /// is paused, or a pause of it failed, and it is still ours. May be called for a guest that
-    /// runs. Not called for a guest that stays paused: see [`Hooks::stay_paused`].
+    /// Resumes the guest: at the source after a failure, at the destination after the commit, after
+    /// a restore, and when a snapshot no longer needs the pause, except one of mode
+    /// [`Stopped`](crate::SnapshotMode::Stopped). Also called when the agent dies while a guest
+    /// that is ours is paused, or after its pause failed. May be called for a guest that runs. Not
+    /// called for a guest that stays paused: see [`Hooks::stay_paused`].
     ///
-    /// While writes are watched ([`Hooks::writes_watched`]) other processes that write guest
-    /// memory, such as vhost-user back-ends, are not resumed with it.
+    /// While writes are watched ([`Hooks::writes_watched`]), other processes that write guest
+    /// memory, such as vhost-user back-ends, must not be resumed with it.
     ///
     /// # Errors
     /// If the guest cannot run.

@@ -221,7 +221,7 @@ impl KvmDirtyLog {
     /// Stops logging: all slots get the flags back that they were given with.
     ///
     /// # Errors
-    /// The first refusal; the other slots are stopped all the same.
+    /// The first refusal. The other slots are stopped nevertheless.
     pub fn stop(&self) -> Result<(), KvmLogError> {
         let mut result = Ok(());
         for slot in &self.slots {
@@ -380,8 +380,8 @@ struct Call {
     argument: *mut c_void,
 }
 
-// SAFETY: number and argument are handed through as they are; whoever makes a `Call` answers for
-// the pair.
+// SAFETY: number and argument are passed on unchanged; the code that makes a `Call` is responsible
+// for the pair.
 unsafe impl Ioctl for Call {
     type Output = IoctlOutput;
     const IS_MUTATING: bool = true;

@@ -291,7 +291,7 @@ impl FrameSocket {
         if self.fds.len() > MAX_FDS || (received.cut && self.fds.len() == MAX_FDS) {
             return Err(SocketError::TooManyFds { count: self.fds.len().max(MAX_FDS + 1) });
         }
-        // The bytes that came with them are consumed: the frame is read to its end all the same.
+        // The bytes that came with them are consumed, so the frame is read to its end.
         self.lost_fds |= received.cut;
         match received.bytes {
             0 if self.have == 0 => Err(SocketError::Closed),

@@ -49,13 +49,13 @@ pub fn encode_states(words: impl IntoIterator<Item = StateWord>, into: &mut Vec<
     }
 }
 
-/// The states of the pages `range` of a block, which begin with those of a word and end with the
-/// block, or with a word: the index in the block of each word that is not all zero, and the word.
-/// `increment` says whether there is a base.
+/// Decodes the states of the pages `range` of a block. The range begins with a word, and ends with
+/// a word or with the block. Returns the words that are not all zero, each with its index in the
+/// block. `increment` says whether the image has a base.
 ///
 /// # Errors
-/// If the bytes are of another number of pages, or a bit is set that no page has, or a page is as
-/// in a base that there is none of.
+/// If the length does not fit the range, a bit after the last page is set, or a page is as in the
+/// base of an image without a base.
 pub fn decode_states(
     bytes: &[u8], range: PageRange, increment: bool,
 ) -> Result<impl Iterator<Item = (u64, StateWord)> + '_, DecodeError> {

@@ -48,7 +48,7 @@ pub struct SnapshotOptions {
     pub mode: SnapshotMode,
     /// Threads that save, 1 to [`MAX_STREAMS`](super::MAX_STREAMS).
     pub workers: u16,
-    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none.
+    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 for no limit.
     /// Pages that the guest is about to write or discards are exempt.
     pub bandwidth: u64,
     /// Path of the base of an increment; empty for a full image. See
@@ -158,7 +158,7 @@ pub struct RestoreOptions {
     pub mode: RestoreMode,
     /// Threads that read, 1 to [`MAX_STREAMS`](super::MAX_STREAMS).
     pub workers: u16,
-    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 is none.
+    /// Limit in bytes per second, at least [`MIN_BANDWIDTH`](super::MIN_BANDWIDTH); 0 for no limit.
     /// Pages that the guest waits for are exempt.
     pub bandwidth: u64,
     /// With [`RestoreMode::Lazy`]: path of the working set. If the file exists, its pages are read
