@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The process of an agent, and making sure that it has exited.
 //!
 //! Shutting a connection down ends no process. An agent that hangs keeps its descriptors of the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! One block as the client keeps it: enough to hand it to a new agent, and to discard in it without
 //! an agent (`discard-cannot-fail`).
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Adding and removing blocks of guest memory.
 //!
 //! A job keeps the blocks that it was started with. A new block waits until the job has ended. A

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The handle of an agent: connecting, and attaching a new agent after a lost one.
 //!
 //! The memory of the guest must survive the agent. So the client makes what that takes ([`Memory`])

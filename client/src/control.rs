@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Requests to the agent and their answers, one at a time, over the control socket.
 //!
 //! An agent that breaks the protocol or its deadline is lost for good. The client shuts down the

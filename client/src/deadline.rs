@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Points in time that are a duration away.
 
 use std::time::{Duration, Instant};

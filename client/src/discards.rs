@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Discard, free and populate, with an agent and without.
 //!
 //! A guest gives memory back in two ways:

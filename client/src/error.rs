@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Errors of the client library.
 //!
 //! None of them stops the guest (`vmm-survives`). Before the switchover, an error means that a

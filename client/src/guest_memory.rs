@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Adding all regions of a [`GuestMemoryMmap`] at once.
 
 use crate::block::BlockSpec;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A thread that watches whether the agent lives.
 //!
 //! No other thread can be relied on for that. While memory of the guest is missing or protected,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Starting, changing, watching and cancelling migrations, snapshots and restores.
 
 use crate::client::Client;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The thin library in the VMM.
 //!
 //! A VMM connects to its agent, or spawns one, and hands over its guest memory once, as file

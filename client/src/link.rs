@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! One connection to an agent, and the decision to give the agent up.
 
 use crate::agent_process::AgentProcess;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Shared memory that survives the agent: memfds that the client makes, maps, and hands to one
 //! agent after the other.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The guest memory as the client keeps it: the dirty log and the blocks. All of it survives the
 //! agent.
 //!

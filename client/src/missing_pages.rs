@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Missing pages of a guest that already runs: postcopy and lazy restore, on the side of the VMM.
 //!
 //! Before the state of the guest is loaded, the agent asks the client to register the mappings of

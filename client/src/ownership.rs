@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Who may run the guest: `one-owner` on the side of the VMM, in one state machine.
 //!
 //! The destination never runs the guest before it has received the commit. The source never runs it

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The page stream in the hands of the VMM. A VMM with its own transport between hosts relays
 //! records, instead of letting the agents connect to each other.
 //!

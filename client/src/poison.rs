@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Errors for accesses to pages that never arrive.
 //!
 //! After the loss of an agent, missing pages stay missing. A thread reads the faults of the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A userfaultfd registration of the mappings of all blocks, for missing pages or for writes to
 //! protected pages.
 

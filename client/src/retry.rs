@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Repeating a request while a job is in the way.
 
 use crate::deadline::deadline;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The session: the agent that requests go to, and the exit of the agents before it.
 
 use crate::agent_process::AgentProcess;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Starting an agent as a child process, with one end of a socket pair as its standard input.
 //!
 //! The socket travels as `stdin` because the standard library duplicates it in the child. So no

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Telling a thread of the client to end.
 //!
 //! The two ends of a pipe. The owner keeps the [`StopSource`]; dropping it ends the thread, which

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Locks that a panic does not close.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

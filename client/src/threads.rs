@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Threads of the client, and code of the VMM that runs on them. A panic never ends such a thread
 //! silently.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Declaring the trackers: what reports the writes of the guest.
 
 use crate::client::Client;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The dirty log as a [`vm_memory::bitmap::Bitmap`]. A VMM built on `GuestMemoryMmap<LogBitmap>`
 //! marks every write of its devices by that type parameter.
 //!

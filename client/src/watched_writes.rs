@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Watched writes: a background snapshot, on the side of the VMM.
 //!
 //! 1. While the guest runs, the agent asks the client to register the mappings of all blocks.

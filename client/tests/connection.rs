@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Connecting, losing an agent, and getting a new one.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

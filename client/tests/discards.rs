@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Discard and populate: with an agent, without one, and when it goes away in the middle.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

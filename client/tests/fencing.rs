@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An agent that was given up is out of the way before anybody takes its place, or the guest.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

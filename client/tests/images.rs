@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Snapshots and restores: who may start them, and the paths that the agent is told.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Memory that was lost with its agent, and the next guest in the same place.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

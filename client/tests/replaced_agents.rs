@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Two agents at once: what the old hook channel may still do when the next agent is attached, or
 //! when its agent is dead.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Errors as sentences: for logs, for people, and for answers, which carry no causes.
 
 use std::error::Error;

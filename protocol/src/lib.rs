@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Wire and shared-memory formats of pageferry.
 //!
 //! This crate parses and prints bytes. It has no policy and starts no threads. Both the agent and

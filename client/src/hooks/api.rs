@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The hooks: what a VMM implements for its agent.
 
 use super::error::HookError;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Calls the hooks of the VMM and turns a panic into an error.
 //!
 //! The thread of the hook channel resumes a paused guest when the agent is lost. If a panic of a

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The hook channel: reads the requests of the agent, calls the VMM, and answers.
 //!
 //! An agent may be broken or lie (`vmm-survives`). A hook that is unknown, malformed or not allowed

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The end of an agent, seen from its hook channel: what is undone, and what is still answered.
 //!
 //! An agent that dies, hangs or breaks the protocol may leave behind a guest that is paused,

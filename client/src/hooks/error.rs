@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Why a hook failed.
 
 /// Why a hook failed. The sentence travels to the agent and into its report; any error turns into

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The hooks that pause, resume, save and load the guest.
 //!
 //! [`SharedOwnership`](crate::ownership::SharedOwnership) decides what is allowed; the VMM is then

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The hooks that register the guest's mappings with a userfaultfd: for pages that are missing in
 //! postcopy or a lazy restore, and for writes that a background snapshot watches.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Requests of the agent to the VMM.
 //!
 //! - [`api`]: [`Hooks`], the trait that a VMM implements; [`error`]: how a hook fails;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The state of the VMM as it travels: a memfd with the pieces one after another, and a list of
 //! their names and lengths.
 

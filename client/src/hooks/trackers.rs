@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The hooks for dirty tracking: the VMM's own tracker, write-protect scanning, throttling.
 
 use super::api::{ClearPages, Hooks};

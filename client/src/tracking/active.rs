@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What an agent has started beside a running guest and has not stopped yet.
 //!
 //! Three things must not outlive the agent that asked for them: the VMM's own tracker

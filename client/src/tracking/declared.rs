@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The trackers that the VMM has declared. The client declares them to every agent.
 
 use crate::control::Control;

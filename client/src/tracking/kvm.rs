@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! KVM's dirty log as a tracker: what the client does on the sync and clear hooks of the agent.
 //!
 //! The log is used with manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), which splits the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Dirty tracking on the side of the VMM: what reports which pages the guest wrote.
 //!
 //! A VMM declares its trackers with [`Client::set_trackers`](crate::Client::set_trackers), in any

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Write protection of the mappings of the VMM: a tracker that needs no code in the VMM and no KVM.
 //!
 //! A client does this by itself for `Trackers::WRITE_PROTECT`. [`WriteProtect`] is for programs

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Every hook reaches the VMM and is answered.
 
 use crate::support::*;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An agent that dies or hangs does not keep the guest paused.
 
 use crate::support::*;

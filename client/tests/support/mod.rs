@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A fake agent: the other end of a client's sockets, played by the test.
 #![allow(dead_code, unused_imports, reason = "each test file uses its part")]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A VMM that writes down which hooks are called, on a fake agent.
 
 use super::*;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A write goes on if the agent that watches it dies or hangs.
 
 use crate::support::*;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Watched writes and write-protect scanning share the mappings.
 
 use crate::support::*;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Writes are watched, and the VMM hears of it.
 
 use crate::support::*;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Bodies as sequences of little-endian fields.
 //!
 //! A [`Decoder`] allocates nothing by a length before it has compared the length with the bytes at

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The frame of vhost-user: `request u32, flags u32, size u32`, then `size` bytes of body.
 //!
 //! Layout and flags: vhost-user specification, section "Header". File descriptors travel with the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Hooks: requests of the agent to the VMM, on the socket that the VMM hands over with
 //! `VHOST_USER_SET_BACKEND_REQ_FD`.
 //!

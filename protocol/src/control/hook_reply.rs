@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The answers of the VMM to hooks.
 //!
 //! Each begins with the sequence number of its hook.

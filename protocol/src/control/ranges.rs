@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Ranges of guest memory in a request: many in one frame.
 
 use super::codec::{DecodeError, Decoder, Encoder};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! One `recvmsg`: bytes, descriptors, and the process of the sender.
 //!
 //! The kernel reports process id 0 for a sender in another PID namespace that is not visible from

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Answers to requests: the result, or an error with a code and a sentence.
 //!
 //! The body of an answer begins with a result code. 0 is success; the fields that the request

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! pageferry's own requests, from a VMM or an operator to the agent. Their codes begin at 0x1000,
 //! above those of vhost-user.
 //!

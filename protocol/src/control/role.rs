@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The two kinds of connection that an agent serves.
 
 /// What a connection is to the agent.

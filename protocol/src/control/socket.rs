@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Frames with file descriptors over a UNIX stream socket.
 //!
 //! A [`FrameSocket`] reads exactly a header and then exactly its body, and never past the end of a

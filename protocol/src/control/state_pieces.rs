@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The list of the pieces in which a VMM saves its state.
 //!
 //! The pieces themselves lie one after another in a file. The list has their names and lengths. It

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The trackers that a VMM declares: what reports the writes of the guest.
 //!
 //! The declaration is not optional. An agent that sees only the shared log cannot tell a VMM whose

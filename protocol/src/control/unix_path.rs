@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Paths of UNIX sockets: which are allowed, and connecting to one.
 //!
 //! Agent and client accept the same paths. The kernel allows a listener one byte more than

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The requests of vhost-user that hand over memory: codes, feature bits, and the payloads of the
 //! vhost crate.
 

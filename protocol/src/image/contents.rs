@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The contents of an image besides its pages: the blocks, the base of an increment, and the list
 //! of the pieces of the VMM's state.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Offsets of pages and sections in an image.
 //!
 //! The header is followed, from 2 MiB on, by the blocks in the order of the table, each rounded up

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Images: the memory of a guest and the state of its VMM in a file. `docs/image.md` describes the
 //! file byte by byte.
 //!

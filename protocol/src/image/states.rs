@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The state of each page in an image.
 //!
 //! 64 pages take 16 bytes: two words, in which bit n belongs to page n.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The working set: a file beside an image that lists the pages that a restored guest accessed, in
 //! the order of the first access.
 //!

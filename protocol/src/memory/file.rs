@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The file under guest memory: what it must be. The client checks it before any agent has it, and
 //! the agent checks it again, since it trusts no one.
 

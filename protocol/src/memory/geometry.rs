@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What a block is, and which sets of blocks are valid.
 //!
 //! The same check runs wherever a set of blocks is formed: when a VMM adds a block, and when the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Pages, page ranges and blocks: the units that everything else is counted in.
 //!
 //! - [`range`]: [`PageRange`] and the rounding of discards and populates (`round-safely`);

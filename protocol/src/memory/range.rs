@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Ranges of pages within one block, and how byte ranges become page ranges.
 //!
 //! `round-safely` is kept here. A discard rounds *inward*: a page that it covers only in part is

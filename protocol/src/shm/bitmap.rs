@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! One bit per page, in words that many threads and two processes change at once.
 //!
 //! # Memory order

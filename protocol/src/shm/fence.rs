@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The fence word: which agent of a VMM is the current one.
 //!
 //! The client of the VMM numbers its agents from 1. It keeps one 64-bit word in a memfd that all of

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The dirty log: one bit per guest physical page, in the layout that vhost defines for
 //! `VHOST_USER_SET_LOG_BASE`:
 //!

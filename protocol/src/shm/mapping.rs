@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The memory under a bitmap: anonymous pages, or a memfd shared between a VMM and its agent.
 //!
 //! An access to a mapping whose file was truncated raises SIGBUS. So the size of the file is

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Bitmaps of atomic words, in private memory or in memory shared between a VMM and its agent.
 //!
 //! - [`bitmap`]: [`Bitmap`], one bit per page, for any number of threads and processes at once;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Which words of a bitmap were ever set, so that a walk can skip the rest.
 //!
 //! A guest of 1 TiB has bitmaps of 32 MiB each. A sync with its fix-up walks several of them, some

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The answer of the destination to a hello, and errors of both sides.
 
 use super::hello::STREAM_VERSION;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The first record on a stream.
 //!
 //! The source sends a [`Hello`] on every stream. The hello on the primary stream carries the block

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The page stream: what travels between two agents, or between an agent and a VMM. A reader needs
 //! nothing but the bytes.
 //!

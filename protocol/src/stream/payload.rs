@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Payloads that are not pages: runs, bitmaps, parts of the state, totals.
 
 use super::record::MAX_PAYLOAD;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The block tables of source and destination must be the same.
 
 use crate::memory::BlockTable;

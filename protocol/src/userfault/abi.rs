@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Numbers and layouts of the kernel's userfaultfd: `linux/userfaultfd.h`.
 
 use rustix::ioctl::{Opcode, opcode};

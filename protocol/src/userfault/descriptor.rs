@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Operations on an open userfaultfd: register, place, protect, and read faults.
 #![allow(unsafe_code)]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The kernel's userfaultfd, in one place for both sides: the client opens one and registers
 //! mappings, and the agent places pages.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Opening a userfaultfd, by the system call or by the device, and the handshake.
 #![allow(unsafe_code)]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Fields that several kinds of jobs have in their options.
 
 use super::{MAX_STREAMS, MIN_BANDWIDTH, ResumePolicy};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The options and the status of a job.
 //!
 //! - [`migration`]: options of a migration;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Whether a guest runs, and whether it is resumed where it arrives.
 
 use crate::control::codec::DecodeError;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The kind, the phase and the counters of a job.
 
 use super::fields::flag;
