@@ -271,7 +271,7 @@ fn read(
     let count = missing_pages.uffd().read_faults(faults).map_err(PlaceError::Read)?;
     for address in &faults[..count] {
         let Some(page) = missing_pages.locate(*address) else { continue };
-        match missing_pages.fault(&job.memory.readers, page, since) {
+        match missing_pages.fault(&job.memory, page, since) {
             Ok(FaultOutcome::Request) => to_ask.push(page),
             Ok(FaultOutcome::Resolved | FaultOutcome::AlreadyRequested) => {}
             Err(error) if error.is_gone() => return Err(error.into()),

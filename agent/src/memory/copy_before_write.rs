@@ -438,7 +438,7 @@ impl CopyBeforeWrite {
     ///
     /// # Errors
     /// The first error that [`CopyBeforeWrite::fail`] got. It is returned once; later calls return
-    /// [`JobError::Cancelled`].
+    /// [`CaptureError::GivenUp`].
     pub fn check(&self) -> Result<(), CaptureError> {
         if !self.has_failed() {
             return Ok(());

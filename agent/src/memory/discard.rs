@@ -135,7 +135,7 @@ impl GuestMemory {
     /// The steps of a discard and of a free: `mark` sets the marks; `punch` frees the pages, when
     /// no thread reads or places them any more. Returns the result of `mark`.
     pub(super) fn give_back<R>(
-        &self, checked: &[Checked], mark: impl FnOnce() -> R, punch: impl FnOnce(),
+        &self, checked: &[Checked], mark: impl FnOnce() -> R, punch: impl Fn(),
     ) -> R {
         let (marked, copier) = self.marking.discard(mark);
         let (missing_pages, copier) = (self.missing_pages(), copier.as_deref());
@@ -158,15 +158,22 @@ impl GuestMemory {
             may_be_read(checked, missing_pages, copier, index, word)
         });
         drop_missing();
-        if let Some(missing_pages) = missing_pages {
-            missing_pages.wait_for_fault_handlers();
-        }
+        let seen = missing_pages.map(MissingPages::wait_for_fault_handlers);
         punch();
+        if let Some((missing_pages, seen)) = missing_pages.zip(seen)
+            && missing_pages.were_faults_handled_since(seen)
+        {
+            // A fault whose thread was served before the punch can be read late, and zero is then
+            // placed behind the punch. The discard is not acknowledged yet, so the guest uses none
+            // of these pages, and they can be punched again.
+            missing_pages.wait_for_fault_handlers();
+            punch();
+        }
         if let Some(observer) = self.discard_observer() {
             checked.iter().for_each(|(index, range)| observer.on_freed(*index, *range));
         }
         if let Some(missing_pages) = missing_pages {
-            checked.iter().for_each(|(index, range)| missing_pages.resolve_waiting(*index, *range));
+            checked.iter().for_each(|(index, range)| missing_pages.wake_waiting(*index, *range));
         }
         marked
     }

@@ -19,11 +19,12 @@
 //!   for the threads that wait. It places a zero page only if the page is requested, so that
 //!   nothing is allocated that the guest does not touch (`never-populate`).
 //! - A **discard** marks the page as discarded and takes it. It waits for arrivals that took it
-//!   before (the fence), and takes it once more. It waits for the faults that were read before,
-//!   frees the page, and then answers the faults that requested it, with zero. Content that the
-//!   source still sends is thrown away. So a discarded page never gets its stale bytes back
-//!   (`never-read`). And no earlier fault fills the hole again, even if an arrival has served its
-//!   touch in the meantime.
+//!   before (the fence), and takes it once more. It waits for the faults that were read before, and
+//!   frees the page, once more if faults were handled meanwhile. Then it wakes the threads that
+//!   requested the page: they touch it again, and the new fault is answered with zero. Content that
+//!   the source still sends is thrown away. So a discarded page never gets its stale bytes back
+//!   (`never-read`). And no earlier fault fills the hole again, even if its touch was served in the
+//!   meantime; see `may_be_stale` for the VMM that punches the page by itself.
 //! - A **free** does the same without the mark: the page is a hole then, and ordinary memory from
 //!   the next touch on.
 //! - A **failed arrival** makes the page missing again before it leaves the fence, so a discard
@@ -35,12 +36,12 @@
 //! with zero: the kernel refuses the second page, and all waiters are woken. The steps are in
 //! [`super::fault_steps`], and a model checker tries all orders of them.
 
-use super::GuestMemory;
 use super::fault_steps::{Requested, request, requested_of};
 use super::fence::Readers;
 use super::host_page_set::{HostPageSet, fence_words, words_of};
 use super::mappings::Mappings;
 use super::recorded_discards::RecordedDiscards;
+use super::{Block, GuestMemory};
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
@@ -100,6 +101,9 @@ pub struct MissingPages {
     missing: Arc<HostPageSet>,
     /// Host pages that the guest waits for.
     requested: Vec<MappedBitmap>,
+    /// Discarded host pages whose last fault woke its threads only. See
+    /// [`MissingPages::may_be_stale`].
+    touched: Vec<MappedBitmap>,
     /// Host pages that were discarded while they were missing, and are not yet announced to the
     /// source.
     dropped: Vec<MappedBitmap>,
@@ -164,6 +168,7 @@ impl MissingPages {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self {
             requested: bitmaps()?,
+            touched: bitmaps()?,
             dropped: bitmaps()?,
             placed: acknowledge.then(bitmaps).transpose()?,
             missing,
@@ -215,13 +220,25 @@ impl MissingPages {
         HandlingFaults(&self.answering)
     }
 
-    /// Returns when all faults that were read before this call are handled.
-    pub(super) fn wait_for_fault_handlers(&self) {
+    /// Returns when all faults that were read before this call are handled. The number that it
+    /// returns is for [`MissingPages::were_faults_handled_since`].
+    pub(super) fn wait_for_fault_handlers(&self) -> u64 {
         fence(Ordering::SeqCst);
         let seen = self.answering.load(Ordering::Acquire);
-        while seen % 2 == 1 && self.answering.load(Ordering::Acquire) == seen {
+        loop {
+            let now = self.answering.load(Ordering::Acquire);
+            if seen % 2 == 0 || now != seen {
+                return now;
+            }
             yield_now();
         }
+    }
+
+    /// True if a thread has read faults since [`MissingPages::wait_for_fault_handlers`] returned
+    /// `seen`, or still handles some.
+    pub(super) fn were_faults_handled_since(&self, seen: u64) -> bool {
+        fence(Ordering::SeqCst);
+        seen % 2 == 1 || self.answering.load(Ordering::Acquire) != seen
     }
 
     /// The guest touched a host page that was missing at that moment. The fault was read at
@@ -230,14 +247,15 @@ impl MissingPages {
     /// # Errors
     /// If the fault is answered here, and the kernel refuses.
     pub fn fault(
-        &self, readers: &Readers, (at, host_page): (usize, u64), since: Instant,
+        &self, memory: &GuestMemory, (at, host_page): (usize, u64), since: Instant,
     ) -> Result<FaultOutcome, PlaceError> {
         let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
         let missing = self.missing.block(at);
         let note = || self.live.latency.waits(key(at, host_page), since);
         let in_flight = || {
             let pages = missing.pages(PageRange::new(host_page, 1));
-            readers
+            memory
+                .readers
                 .wait(|index, word| index == at && self.published_pages(at, word).overlaps(&pages));
         };
         let Requested { is_first, is_missing } =
@@ -251,6 +269,11 @@ impl MissingPages {
         }
         // False if an arrival has answered the fault in the meantime: that arrival has counted it.
         let counts = self.requested[at].take_bits(word, bit) != 0;
+        if self.may_be_stale(&memory.blocks()[at], at, host_page) {
+            self.live.latency.forget(key(at, host_page));
+            self.wake(at, host_page);
+            return Ok(FaultOutcome::Resolved);
+        }
         self.place_zero(at, host_page).map_err(self.failed(at))?;
         if counts {
             self.count_resolved(at, host_page);
@@ -260,6 +283,32 @@ impl MissingPages {
             self.live.latency.answered(key(at, host_page));
         }
         Ok(FaultOutcome::Resolved)
+    }
+
+    /// True if a fault of a page that is not missing may be stale, so that its thread is only woken
+    /// and touches the page again.
+    ///
+    /// The kernel reports a fault also for a thread that does not wait: if the page is placed for
+    /// another thread at that moment, the thread returns at once, and its fault can still be read.
+    /// In an ordinary page this does no harm, since the page is present. But the VMM may have
+    /// punched a discarded page in the meantime, and the agent does not see that. To place zero
+    /// would then allocate a page that nobody touches (`never-populate`). To only wake the threads
+    /// would never end. So the first fault of a hole wakes them, and the second one places zero: a
+    /// thread that waits touches the page again, and a stale fault does not come twice.
+    fn may_be_stale(&self, block: &Block, at: usize, host_page: u64) -> bool {
+        let pages = self.missing.block(at).pages(PageRange::new(host_page, 1));
+        if !block.discarded.contains(pages.first) {
+            return false;
+        }
+        if block.backing.tells_holes() && matches!(block.backing.first_data(pages), Ok(Some(_))) {
+            return true;
+        }
+        let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
+        if self.touched[at].take_bits(word, bit) == 0 {
+            self.touched[at].or_word(word, bit);
+            return true;
+        }
+        false
     }
 
     fn count_resolved(&self, at: usize, host_page: u64) {
@@ -504,22 +553,16 @@ impl MissingPages {
         }
     }
 
-    /// A discard of `range` is done: answers the threads that wait for a page of it, with zero.
-    pub(super) fn resolve_waiting(&self, at: usize, range: PageRange) {
+    /// A discard of `range` is done: wakes the threads that wait for a page of it. They touch the
+    /// page again, and the fault handler places zero.
+    pub(super) fn wake_waiting(&self, at: usize, range: PageRange) {
         fence(Ordering::SeqCst);
         let host_pages = self.missing.block(at).covering(range);
         self.requested[at].take(host_pages, |word, bits| {
             for run in runs_of_word(word * WORD_BITS, bits) {
                 for host_page in run.first..run.end() {
-                    match self.place_zero(at, host_page) {
-                        Ok(()) => self.count_resolved(at, host_page),
-                        // A discard cannot fail. The woken thread touches the page again, and a new
-                        // fault handles it.
-                        Err(failed) => {
-                            log::warn!("{}", crate::error::chain(&self.failed(at)(failed)));
-                            self.wake(at, host_page);
-                        }
-                    }
+                    self.live.latency.forget(key(at, host_page));
+                    self.wake(at, host_page);
                 }
             }
         });

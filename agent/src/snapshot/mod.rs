@@ -15,7 +15,7 @@
 
 pub mod checkpoint;
 pub mod error;
-mod image_sink;
+pub mod image_sink;
 pub mod point_in_time;
 pub mod prepare;
 pub mod protect;

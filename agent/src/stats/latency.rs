@@ -80,6 +80,12 @@ impl Latency {
         }
     }
 
+    /// Forgets the fault `key`: its thread does not wait any more, or waits with another fault.
+    pub fn forget(&self, key: u64) {
+        let place = self.place(key);
+        let _ = place.key.compare_exchange(key + 1, 0, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
     /// Adds a time to the histogram.
     pub fn record(&self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);

@@ -21,7 +21,7 @@ fn fault_during_a_placing_waits_for_its_outcome() {
     let placing = memory.readers.reading(0, 0, 0);
     assert_ne!(missing_pages.missing.take(0, 0, 1 << 3), 0);
     std::thread::scope(|scope| {
-        let fault = scope.spawn(|| missing_pages.fault(&memory.readers, (0, 3), Instant::now()));
+        let fault = scope.spawn(|| missing_pages.fault(&memory, (0, 3), Instant::now()));
         while !missing_pages.requested[0].contains(3) && !fault.is_finished() {
             yield_now();
         }
@@ -50,6 +50,55 @@ fn discard_frees_what_an_earlier_fault_still_places() {
         assert_eq!(discard.join().unwrap(), 1);
     });
     assert_eq!(block.backing.first_data(block.all()).unwrap(), None);
+}
+
+/// A thread that did not wait can leave a fault behind, which is read late: here, while the pages
+/// are freed.
+#[test]
+fn page_that_a_late_fault_fills_is_punched_again() {
+    let (memory, missing_pages) = missing_pages();
+    let block = &memory.blocks()[0];
+    let punches = std::cell::Cell::new(0);
+    memory.give_back(
+        &[(0, PageRange::new(3, 1))],
+        || (),
+        || {
+            block.backing.punch(PageRange::new(3, 1)).unwrap();
+            if punches.replace(punches.get() + 1) == 0 {
+                let _handling = missing_pages.handling_faults();
+                block.backing.write(3 * PAGE_SIZE, &[0; PAGE_SIZE as usize]).unwrap();
+            }
+        },
+    );
+    assert_eq!(punches.get(), 2);
+    assert_eq!(block.backing.first_data(block.all()).unwrap(), None);
+    memory.give_back(
+        &[(0, PageRange::new(3, 1))],
+        || (),
+        || {
+            punches.set(punches.get() + 1);
+        },
+    );
+    assert_eq!(punches.get(), 3, "no fault was handled meanwhile");
+}
+
+/// The VMM may punch a discarded page at any time, so a fault that is read late must not fill it.
+#[test]
+fn first_fault_of_a_discarded_hole_allocates_nothing() {
+    let Some(ram) = Registered::new(64) else { return };
+    let missing_pages = registered(&ram, PageRange::new(0, 0));
+    let block = &ram.memory.blocks()[0];
+    block.discarded.set(PageRange::new(5, 1));
+    let fault = || missing_pages.fault(&ram.memory, (0, 5), Instant::now()).unwrap();
+    assert_eq!((fault(), block.backing.allocated_pages()), (FaultOutcome::Resolved, 0));
+    assert_eq!((fault(), block.backing.allocated_pages()), (FaultOutcome::Resolved, 1));
+    // The page is present: a late fault changes nothing, also after the VMM has punched the page.
+    assert_eq!((fault(), block.backing.allocated_pages()), (FaultOutcome::Resolved, 1));
+    block.backing.punch(PageRange::new(5, 1)).unwrap();
+    assert_eq!((fault(), block.backing.allocated_pages()), (FaultOutcome::Resolved, 0));
+    // An ordinary hole is filled at once.
+    missing_pages.fault(&ram.memory, (0, 6), Instant::now()).unwrap();
+    assert_eq!(block.backing.allocated_pages(), 1);
 }
 
 /// Pages with their number in the first word, plus `version`.
@@ -106,11 +155,11 @@ fn zeroes_count_as_faults_or_as_pushed() {
     let readers = &ram.memory.readers;
     for page in [12, 13, 100] {
         assert_eq!(
-            missing_pages.fault(readers, (0, page), Instant::now()).unwrap(),
+            missing_pages.fault(&ram.memory, (0, page), Instant::now()).unwrap(),
             FaultOutcome::Request
         );
         assert_eq!(
-            missing_pages.fault(readers, (0, page), Instant::now()).unwrap(),
+            missing_pages.fault(&ram.memory, (0, page), Instant::now()).unwrap(),
             FaultOutcome::AlreadyRequested
         );
     }
