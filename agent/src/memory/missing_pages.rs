@@ -227,7 +227,7 @@ impl MissingPages {
         let seen = self.answering.load(Ordering::Acquire);
         loop {
             let now = self.answering.load(Ordering::Acquire);
-            if seen % 2 == 0 || now != seen {
+            if seen.is_multiple_of(2) || now != seen {
                 return now;
             }
             yield_now();
@@ -238,7 +238,7 @@ impl MissingPages {
     /// `seen`, or still handles some.
     pub(super) fn were_faults_handled_since(&self, seen: u64) -> bool {
         fence(Ordering::SeqCst);
-        seen % 2 == 1 || self.answering.load(Ordering::Acquire) != seen
+        !seen.is_multiple_of(2) || self.answering.load(Ordering::Acquire) != seen
     }
 
     /// The guest touched a host page that was missing at that moment. The fault was read at

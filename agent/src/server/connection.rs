@@ -9,12 +9,13 @@
 //! begun, unless it is the VMM. After that, or if the framing is broken, the connection ends.
 
 use super::Hub;
-use crate::session::Role;
 use crate::session::vhost_user::Awaited;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::reply::{self, ErrorCode, RemoteError};
 use pageferry_protocol::control::request::{self, FIRST_NATIVE_REQUEST, Request};
+use pageferry_protocol::control::role::Role;
+use pageferry_protocol::control::vhost_user::{FrontendReq, required_role};
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -245,24 +246,39 @@ impl Connection {
             log::warn!("an answer ({:#x}) without a request is ignored", frame.request);
             return None;
         }
-        let session = &self.hub.session;
-        let takes_memory = takes_memory(&frame);
-        let role = session.role(self.state.token, &self.state.socket, takes_memory);
         if frame.request >= FIRST_NATIVE_REQUEST {
-            let interval = match Request::decode(frame.request, &frame.body) {
-                Some(Ok(Request::Subscribe { interval })) => Some(interval),
-                _ => None,
-            };
-            return match interval.map(|interval| self.subscribe(interval)) {
-                Some(Err(errno)) => Some(refused_subscription(frame.request, errno)),
-                _ => Some(self.hub.session.handle_native(role, frame)),
-            };
+            Some(self.answer_native(frame))
+        } else {
+            self.answer_vhost_user(frame)
         }
-        if role == Role::Operator && takes_memory {
+    }
+
+    fn answer_native(&mut self, frame: Frame) -> Frame {
+        let Frame { request: code, body, fds, .. } = frame;
+        let request = Request::decode(code, &body);
+        if let Some(Ok(Request::Subscribe { interval })) = &request
+            && let Err(errno) = self.subscribe(*interval)
+        {
+            return refused_subscription(code, errno);
+        }
+        let claims = matches!(&request, Some(Ok(request)) if request.claims_memory());
+        self.hub.session.handle_native(self.role(claims), code, request, fds)
+    }
+
+    fn answer_vhost_user(&self, frame: Frame) -> Option<Frame> {
+        // An unknown number is refused by its own error.
+        let required = FrontendReq::try_from(frame.request).map_or(Role::Operator, required_role);
+        if self.role(required == Role::Vmm) < required {
             let denied = RemoteError::new(ErrorCode::Denied, "another connection owns the memory");
             return Awaited::of(&frame).refusal(frame.request, &denied);
         }
-        session.handle_vhost_user(frame)
+        self.hub.session.handle_vhost_user(frame)
+    }
+
+    /// The role of this connection. If no connection owns the memory yet, one that `claims` it
+    /// becomes the VMM.
+    fn role(&self, claims: bool) -> Role {
+        self.hub.session.role(self.state.token, &self.state.socket, claims)
     }
 
     /// Subscribes the client to events. The first event is due at once.
@@ -371,34 +387,4 @@ fn refused_subscription(request: u32, errno: Errno) -> Frame {
 /// The answer to a native request that is refused.
 fn refused(request: u32, error: RemoteError) -> Frame {
     Frame::reply(request, reply::encode_reply::<()>(&Err(error), |(), encoder| encoder))
-}
-
-/// True for requests that hand over memory, or something that belongs to it. The first connection
-/// that sends such a request becomes the VMM's. A hello counts if it brings the fence word, which
-/// only a VMM has.
-fn takes_memory(frame: &Frame) -> bool {
-    use pageferry_protocol::control::vhost_user::FrontendReq;
-    const VHOST_USER: [FrontendReq; 7] = [
-        FrontendReq::SET_OWNER,
-        FrontendReq::SET_MEM_TABLE,
-        FrontendReq::ADD_MEM_REG,
-        FrontendReq::REM_MEM_REG,
-        FrontendReq::SET_LOG_BASE,
-        FrontendReq::SET_LOG_FD,
-        FrontendReq::SET_BACKEND_REQ_FD,
-    ];
-    const NATIVE: [u32; 7] = [
-        request::code::ADD_BLOCK,
-        request::code::REMOVE_BLOCK,
-        request::code::DISCARD,
-        request::code::FREE,
-        request::code::POPULATE,
-        request::code::SET_TRACKERS,
-        request::code::START_INCOMING,
-    ];
-    let code = frame.request;
-    let fence = code == request::code::HELLO && !frame.fds.is_empty();
-    fence
-        || NATIVE.contains(&code)
-        || VHOST_USER.iter().any(|vhost_user| *vhost_user as u32 == code)
 }

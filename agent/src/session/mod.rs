@@ -2,7 +2,8 @@
 //!
 //! - [`vhost_user`]: the requests of vhost-user, by which any front-end can hand over its memory;
 //! - [`native_requests`]: pageferry's requests;
-//! - [`images`]: those of them that start snapshots and restores;
+//! - [`start_jobs`]: the requests that start or recover jobs;
+//! - [`resume`]: resumes by force a guest that was handed over;
 //! - [`registry`]: the blocks, the log, and what they may not be changed under;
 //! - [`shared`]: how the threads of all connections work on it at once;
 //! - this file: [`Session`], which all of them work on.
@@ -14,10 +15,11 @@
 //! memory forgotten. Operators come and go on connections of their own; they see and steer jobs,
 //! and cannot touch the memory.
 
-pub mod images;
 pub mod native_requests;
 pub mod registry;
+pub mod resume;
 pub mod shared;
+pub mod start_jobs;
 pub mod vhost_user;
 
 use crate::hooks::Hooks;
@@ -32,15 +34,6 @@ use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-
-/// Who asks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// The connection that owns the memory.
-    Vmm,
-    /// Any other.
-    Operator,
-}
 
 /// A VM that this agent serves.
 #[derive(Debug)]

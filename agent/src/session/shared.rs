@@ -9,10 +9,11 @@
 //! Memory is discarded, populated, added and removed by one connection alone, the VMM's, and so one
 //! request at a time, although these run without the lock.
 
-use super::{Role, Session};
+use super::Session;
 use crate::job::Job;
 use crate::session::join;
 use crate::waiting::{NoWait, may_wait};
+use pageferry_protocol::control::role::Role;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, OwnedFd};
@@ -239,7 +240,6 @@ impl Drop for DropThread {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry_protocol::control::Frame;
     use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
     use pageferry_protocol::control::request::{BlockRange, FEATURE_FENCE, Request};
     use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
@@ -250,8 +250,8 @@ mod tests {
     const SIZE: u64 = 16 * PAGE_SIZE;
 
     fn ask(session: &SharedSession, role: Role, request: &Request, fds: Vec<OwnedFd>) -> u32 {
-        let frame = Frame { request: request.code(), flags: 0, body: request.encode(), fds };
-        let reply = session.handle_native(role, frame);
+        let (code, body) = (request.code(), request.encode());
+        let reply = session.handle_native(role, code, Request::decode(code, &body), fds);
         u32::from_le_bytes(reply.body[..4].try_into().unwrap())
     }
 
