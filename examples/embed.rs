@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The least that a VMM must write to be migrated: five hooks, and its memory handed over once.
 //!
 //! This program is two VMMs in one process, each with an agent of its own. It migrates a guest from

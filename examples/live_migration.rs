@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Moves a running guest from one VMM to another: two agents and two VMMs, each a process of its
 //! own.
 //!

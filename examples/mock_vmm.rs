@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A VMM for trying the parts of a migration by hand, each in a terminal of its own:
 //!
 //! ```text

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Saves a running guest, kills it, and restores it: an agent and a VMM to save it, and an agent
 //! and a VMM for each restore, each a process of its own.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Cancelling a job wherever it waits, and its commit point (`one-owner`).
 //!
 //! A job waits on its sockets, in `poll` beside [`Cancel::fd`], or in [`Cancel::sleep`].

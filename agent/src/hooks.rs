@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Hooks: the requests of the agent to the VMM, each with a deadline.
 //!
 //! The agent sends a hook on the hook socket and waits for the answer. Threads that send hooks take

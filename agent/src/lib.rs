@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The memory agent: a process beside a VMM that migrates, saves and restores its guest.
 //!
 //! The VMM hands over the guest's memory as file descriptors. The agent serves one VM.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The `pageferry` binary: the agent, and the operator's subcommands. See `pageferry --help`.
 
 fn main() -> std::process::ExitCode {

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Handling the missing faults of a guest that runs before its memory is here.
 //!
 //! One thread reads the faults, as many at once as there are. It resolves what it can by itself,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A lower scheduling priority for threads whose work is not urgent.
 //!
 //! While a guest runs before all of its memory is there, some threads push, place or prefetch the

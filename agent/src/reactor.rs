@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A reactor: waits for many descriptors with epoll. No other file uses epoll.
 //!
 //! The caller adds descriptors, each with a token of its choice. [`Reactor::wait`] returns the

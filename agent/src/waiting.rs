@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Which code may wait.
 //!
 //! The reactor's thread handles signals, timers and new connections. Every connection needs the

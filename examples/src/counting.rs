@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A guest that counts in its pages for ever, so that a later check can tell whether all of its
 //! memory arrived. It is a real guest under KVM, or a guest of threads where there is no KVM.
 

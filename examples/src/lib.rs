@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Shared parts of the examples.
 //!
 //! - [`counting`]: a guest that counts in its pages for ever;

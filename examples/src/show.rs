@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The processes of an example, and their reports.
 //!
 //! Each example is one program. In the processes that it starts it is the agent, or a VMM. A VMM

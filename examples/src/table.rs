@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A table of two columns.
 
 use std::fmt::{Display, Formatter};

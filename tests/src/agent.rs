@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The agent's command line within the harness's own binary, so that a test needs no other program.
 
 use std::ffi::OsString;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A balloon: takes runs of pages at random from the guest and gives them back.
 //!
 //! What it takes is freed, and the guest gets it back without a word to the agent, as with free

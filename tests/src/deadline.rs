@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Waiting for conditions: never by sleeping and hoping, always with an end.
 
 use crate::Error;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An emulated device: a thread of the VMM that writes into guest memory through vm-memory.
 //!
 //! KVM's dirty log does not see such writes; they reach the dirty log by the memory's type

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What can go wrong in the harness itself.
 
 use pageferry_protocol::error::chain;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Files as guest memory, for tests that need no more of a VMM than that.
 
 use crate::Error;

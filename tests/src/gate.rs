@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Stopping threads for certain: what a pause hook needs of the threads that write guest memory.
 //!
 //! A worker passes the gate for every small batch of work. Closing it returns when no worker is

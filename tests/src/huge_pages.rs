@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Huge pages of 2 MiB, which the kernel keeps apart from all other memory: a pool, and files made
 //! of it.
 

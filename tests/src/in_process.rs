@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An agent on a thread of this process, for tests that start hundreds of them.
 
 use pageferry_agent::server::Server;

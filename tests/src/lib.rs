@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Mock VMM harness: everything around an agent that a test, a benchmark or an example needs, made
 //! of threads and files.
 //!

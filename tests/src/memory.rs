@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Guest memory of a mock VMM: several blocks on memfds, files or huge pages, at any file offset.
 //!
 //! The guest and the devices write through the mapping. Whoever prepares or checks content uses

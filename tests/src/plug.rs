@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A source of discards like virtio-mem: a block whose memory is plugged and unplugged in units,
 //! and starts unplugged.
 

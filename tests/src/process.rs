@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Agents and VMMs as processes of their own, for what only a process can do: be killed.
 
 use crate::Error;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A wire that can be cut: stands between two agents, copies bytes, and closes connections when it
 //! is told to.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Repeatable chance: the same seed gives the same numbers on every machine.
 
 use pageferry_protocol::memory::PAGE_SIZE;

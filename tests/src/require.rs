@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What a test needs of the machine, and what happens where the machine lacks it.
 //!
 //! ```no_run

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A small file system for one process: full soon, without harm to anybody else.
 //!
 //! It is mounted in a mount namespace of the process's own, if need be in a user namespace, so that

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Which pages may be written right now, and what was written into them.
 //!
 //! A guest does not write into memory that it gave to the balloon, and a device does not either. So

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What has to hold after a migration (`never-populate` and `same-memory`), checked on the files
 //! under the memory of both sides.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A mock VMM: memory, a guest, devices and a client, behind hooks that record what they are asked
 //! and fail on demand.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A rate limit for log lines, for each place in the code.
 //!
 //! A program that can connect to a socket of the agent can make it write log lines, for example by

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The writer of the agent's log, which never makes another thread wait.
 //!
 //! All threads put their lines into a queue, and the thread `log` writes them to standard error.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The command line: `pageferry agent`, and the operator's subcommands.
 //!
 //! - [`run_agent`]: the agent itself;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The subcommands of an operator, which talk to a running agent.
 //!
 //! Each connects to the agent's control socket, sends one request, and prints the answer. A command

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! `pageferry agent`: sets the process up and runs the server.
 //!
 //! The server listens on a UNIX socket, or serves the connection that the process inherited as

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Prints the status of a job: as a table, as JSON, or as a progress bar.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The arguments of `snapshot` and `restore` on the command line.
 
 use super::{OperatorArgs, parse_bandwidth, parse_duration, parse_resume};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Comparing two sets of blocks that must be the same.
 //!
 //! The sets are those of an increment and its base, or of a VMM and an image. [`compare`] returns

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Reads and writes at an offset of a file, and the data ranges of a file.
 //!
 //! [`read_at`] and [`write_at`] repeat short reads and writes until all bytes are done. The error

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A chain: an increment and the images that it builds on, down to a full image.
 //!
 //! [`Chain::open`] first opens all images and reads only their headers and contents. It compares

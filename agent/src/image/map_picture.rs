@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Maps of a guest's memory: its pages counted by their state, and drawn as a picture.
 //!
 //! [`View`] chooses one image, or the guest that a chain describes. A block is divided into cells

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Merging a chain, an increment and all images that it builds on, into one full image.
 //!
 //! [`merge()`] reads the content of each page from the image of the chain that has it, checks it,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Image files of guests. `docs/image.md` and [`pageferry_protocol::image`] describe the format.
 //!
 //! - [`bytes`]: reads and writes at an offset, and where a file has data;

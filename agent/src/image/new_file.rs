@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Creating a file atomically: at its path there is the whole file, or none.
 //!
 //! While the file is written it has no name (`O_TMPFILE`), so nothing is left of it if this process

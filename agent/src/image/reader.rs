@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Reading an image.
 //!
 //! [`Image::open`] reads the header, the contents, the states of the pages, and the checksums of

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Checksums of the pages of a new image, collected and written in large pieces.
 //!
 //! The writers of pages add the checksums here. When many have been collected, or at the end, they

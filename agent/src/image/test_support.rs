@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Images for tests, and the model that they are compared with: a list with the state of each page.
 
 use super::writer::{Base, Rest};

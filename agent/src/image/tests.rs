@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 use super::test_support::{
     BLOCKS, Page, bitmaps, check, content, merged, pages, table, write, zero,
 };

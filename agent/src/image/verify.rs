@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Verifying all bytes of an image and of the images that it builds on.
 //!
 //! Opening an image checks its header, contents, states and the checksums of extents. [`verify()`]

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Sharing work on the extents of an image among threads.
 //!
 //! `share` calls a function for each item. Each thread claims the next item until none is left. The

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Writing a new image.
 //!
 //! Any number of threads put pages, in any order. Each page has its own offset in the file and is

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The handshake of an incoming migration: accepting connections until a source fits.
 //!
 //! 1. Sources connect, and send a hello on each stream.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Decompression of the pages of one stream.
 //!
 //! The output is bounded by the page count of the record, whatever the payload claims. The header

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Placing pages into the files of the guest's memory.
 //!
 //! The destination starts from holes, and a page is allocated only when its content comes

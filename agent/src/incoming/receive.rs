@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Receiving the passes of a migration, with a barrier after each pass.
 //!
 //! One thread for each stream reads records and places their pages. A stream that has ended a pass

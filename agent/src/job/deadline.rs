@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The deadline of a stop: the time by which the hand-over of a paused guest must be done.
 //!
 //! A stop is the time from the pause of the guest until the destination has loaded its state (the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! How a job ends if it does not complete.
 //!
 //! The first variants are the ends of the job itself: what became of the guest, and who wanted it

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What all jobs share.
 //!
 //! - [`deadline`]: the time by which a hand-over must be done;

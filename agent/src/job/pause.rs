@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A guest that a job has paused, and the VMM's state that is saved meanwhile.
 //!
 //! [`PausedGuest::pause`] has the VMM pause the guest. The guest stays paused until

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Requests to recover a paused postcopy.
 //!
 //! A postcopy pauses when it loses its connections. The job then waits in `poll` beside

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The memory file of a block.
 //!
 //! The agent never maps guest memory here. It reads with `pread`: a hole reads as zero and is not

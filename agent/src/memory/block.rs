@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Blocks of guest memory with their bitmaps, and the set of all blocks of a guest.
 
 use super::backing::{Backing, BackingError};

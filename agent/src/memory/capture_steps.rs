@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The steps by which the threads that capture a page, discard it or end the snapshot agree: each
 //! page is read once, and never after it may have changed. [`super::copy_before_write`] tells the
 //! whole story, and a model checker tries all orders of these steps.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Copy-before-write: saves the guest's memory as it was at one instant, while the guest may keep
 //! running.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Whether this agent is still the current one of its VMM.
 //!
 //! The VMM says so in the fence word (see [`pageferry_protocol::shm::fence`]). A thread checks the

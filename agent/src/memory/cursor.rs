@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The cursor: which missing or pending pages are pushed, prefetched or captured next.
 //!
 //! A guest that touched a page will soon touch the pages after it. So the work goes on right after

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Discard and populate: memory that the VMM unplugs, until the VMM plugs it again.
 //!
 //! After a discard the VMM tells the agent before the guest uses the pages again. Memory that the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What can go wrong with the memory of a guest.
 
 use super::missing_pages::PlaceError;

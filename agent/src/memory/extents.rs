@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Data runs: finds the pages that may be allocated, at a cost that follows what is found.
 //!
 //! The kernel looks for the end of a run page by page, and it does not stop at the end of the

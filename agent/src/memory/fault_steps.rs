@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The two steps by which a fault and an event that takes its page agree on who answers the fault.
 //! Each step has its memory fence. [`super::missing_pages`] tells the whole story.
 //!

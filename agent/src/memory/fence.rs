@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The fence: keeps a discard away from pages that a worker is reading, without a lock in the
 //! worker's loop (`never-read` and `clear-then-read`).
 //!

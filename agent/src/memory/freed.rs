@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Free: memory that the guest gives back and uses again without notice, as with a balloon that
 //! deflates by touching pages, or with free page reporting.
 //!

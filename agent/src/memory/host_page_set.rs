@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Sets of host pages from which threads take pages: pages that are missing or to be sent in
 //! postcopy, missing in a lazy restore, or pending in a snapshot.
 //!

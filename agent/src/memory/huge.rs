@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Writes to hugetlbfs, and reservations of huge pages. hugetlbfs has no `write`, so the agent maps
 //! one host page at a time. A reservation also needs a mapping.
 #![allow(unsafe_code)]

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The VMM's mappings of the blocks: translates between addresses in the VMM and host pages.
 
 use super::{Block, GuestMemory};

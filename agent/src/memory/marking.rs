@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The lock that orders the marks of a discard or a populate against the instant of a snapshot.
 //!
 //! The lock is held while all marks of a discard are set, and while the instant is taken. A discard

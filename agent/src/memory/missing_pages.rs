@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Missing pages: the memory of a guest that runs before all of it has arrived, in postcopy and in
 //! a lazy restore.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The guest's memory, as the agent sees it.
 //!
 //! Blocks and what they are made of:

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Page-aligned buffers for direct I/O, which does not use the page cache.
 #![allow(unsafe_code)]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Huge pages for a guest that runs before its memory has arrived.
 //!
 //! The kernel keeps a pool of huge pages for each size. If the pool runs out while the guest runs,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Recorded discards: the pages that the VMM has discarded or freed since a job started to record.
 //!
 //! A job that fills memory changes the discard marks by itself, so the marks alone do not show what

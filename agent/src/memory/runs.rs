@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Joins runs of pages that lie near each other: for a disk, one read that is a little larger is
 //! faster than two reads.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Placing single pages into shared memory whose file system hands out huge pages.
 //!
 //! A `write` of one page into a hole normally allocates one page. But a tmpfs that is mounted with

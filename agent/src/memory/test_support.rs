@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Guest memory for unit tests.
 
 use super::{Backing, Block, GuestMemory};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Finds zero pages in a buffer.
 
 use pageferry_protocol::memory::PAGE_SIZE;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Compression of the pages that one worker sends.
 //!
 //! Each run of pages is compressed by itself, so that the destination can place it without any

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The handshake of an outgoing migration.
 //!
 //! 1. The source connects all streams.

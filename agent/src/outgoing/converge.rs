@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Convergence: the decision when to stop the guest.
 //!
 //! After each pass the agent computes the expected downtime: the time to send the dirty pages at

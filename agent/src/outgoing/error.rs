@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Why a source does not migrate its guest.
 
 use crate::transport::TransportError;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Syncing the trackers, and clearing discarded pages from the dirty bitmap (`fix-up-after-sync`).
 //!
 //! # On dirty bits of discarded pages

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The hand-over of the stopped guest, with the commit point (`one-owner`).
 //!
 //! While the guest is paused, the source sends the VMM's state and the totals, and waits until the

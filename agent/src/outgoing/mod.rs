@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An outgoing migration.
 //!
 //! [`run`] runs its phases. A phase takes what the one before it returned.

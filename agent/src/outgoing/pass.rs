@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A pass: one walk of all workers over the dirty pages.
 //!
 //! The memory is cut into chunks, and the workers claim them from one atomic counter. Each worker

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The sender of one stream: reads pages into a buffer, finds the zero pages, and sends records in
 //! batches.
 //!

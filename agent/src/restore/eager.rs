@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Eager restore: all memory is placed before the guest runs.
 //!
 //! The workers share the list of extents in which the image has content. A worker claims a stretch

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Reading the pages that the guest waits for (lazy restore).
 //!
 //! One thread reads the faults, and it never waits for a disk. It puts the missing host pages into

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Lazy restore: the guest runs first, and its memory follows. It is a postcopy from a file.
 //!
 //! 1. The memory is made holes. The pages that the image has content for are *missing*.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The state that the threads of a lazy restore share, and how they read and place pages.
 //!
 //! A host page that has content in the image is in two sets:

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Restoring a guest from an image.
 //!
 //! - [`source`]: the image and its base images, and which image block goes into which VMM block;

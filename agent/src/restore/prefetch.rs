@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Prefetch: reading the pages that the guest does not wait for yet (lazy restore).
 //!
 //! 1. The working set comes first, from before the VMM loads its state. All workers read it at

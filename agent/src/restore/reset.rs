@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Resetting the memory: before a restore, and after a restore that failed.
 //!
 //! A restore starts with empty memory, whatever the memory held before: all blocks are made holes.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The source of a restore: an image with its base images, and which of its blocks goes into which
 //! block of the VMM.
 //!

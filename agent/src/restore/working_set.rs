@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The working set: the pages that a guest touched first, recorded for its next restore.
 //!
 //! If a lazy restore has no working set yet, it writes one: the host pages for which the guest

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! One connection, served by its own thread.
 //!
 //! The thread reads a request, handles it, sends the answer, and only then reads the next request.

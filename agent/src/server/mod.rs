@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The control socket of the agent: it accepts the connections of a VMM and of operators.
 //!
 //! - `connection`: one connection, served by its own thread: requests in, answers and events out;

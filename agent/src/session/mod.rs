@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What a VMM and its operator ask for.
 //!
 //! - [`vhost_user`]: the requests of vhost-user, by which any front-end can hand over its memory;

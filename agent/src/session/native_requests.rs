@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Native requests of pageferry: decoded and answered, except those that start jobs or resume a
 //! guest by force, which have files of their own.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The blocks and the log of a session. The set that jobs see is replaced as a whole, and only
 //! while none runs.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Resumes by force a guest that was handed over and not confirmed (`one-owner`).
 //!
 //! Only an operator who looked at both sides may ask for it. A paused postcopy is given up first.

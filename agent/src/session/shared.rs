@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The session as the threads of all connections share it.
 //!
 //! Every connection has a thread of its own, which answers its requests in order. What a request

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Starts jobs: migrations, snapshots and restores; and recovers a paused postcopy, or one that
 //! another agent began.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The requests of vhost-user, by which any front-end can hand over its memory. Numbers, layouts
 //! and meaning are the specification's.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Checkpoints: what has changed since the last image, so that the next image can be an increment.
 //!
 //! A snapshot that increments will follow leaves its trackers on, and it leaves a *checkpoint*: the

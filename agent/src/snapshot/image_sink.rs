@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An image takes what copy-before-write captures.
 
 use crate::image::ImageWriter;

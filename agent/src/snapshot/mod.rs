@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Snapshots: save a guest as it was at one instant, in an image.
 //!
 //! - [`checkpoint`]: what has changed since the last image, for increments;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The instant of a snapshot: decides which pages are saved, and takes their state.
 //!
 //! The guest is paused. Discards continue, and the instant is taken under the same lock as their

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Preparation of a snapshot: what is done before the instant, so that the guest is paused for a
 //! shorter time.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Write protection for a background snapshot: the guest keeps running while its memory is saved.
 //!
 //! To protect a page costs about 70 ns, which is 18 ms for each GiB, and the guest would be paused

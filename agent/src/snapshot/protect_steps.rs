@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The order of "protect a page" and "note that it is protected" before the instant. See
 //! [`super::protect`] for the reason. A model checker tries all orders of these steps.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The sweep: workers capture all pages that the guest does not write to.
 //!
 //! They go on after the last fault: a guest that writes to a page will soon write to the pages

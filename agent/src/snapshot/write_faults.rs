@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Write faults of a background snapshot: the guest keeps running while its memory is saved.
 //!
 //! When the guest writes to a page that is not saved yet, the write fault arrives here. Two threads

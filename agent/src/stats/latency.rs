@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A histogram of the time that faults wait, from the read of the fault to its answer.
 //!
 //! One thread reads a fault ([`Latency::waits`]) and puts its key and the time into a table.

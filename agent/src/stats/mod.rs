@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The counters of a running job, which several threads update at once.
 //!
 //! - [`latency`]: a histogram of the time that faults wait;

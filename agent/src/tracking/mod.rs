@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Dirty tracking: which pages the guest has written.
 //!
 //! - [`pagemap`]: write-protect scanning of the VMM's mapping, from this process;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Write-protect scanning: the agent asks the kernel which pages of the VMM's mapping were written.
 //!
 //! The VMM registers its mapping for asynchronous write protection and passes its

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Addresses of streams: `tcp:HOST:PORT` and `unix:PATH`.
 //!
 //! [`Address::parse`] reads an address that a user wrote. [`Address::connect`] looks the name up,

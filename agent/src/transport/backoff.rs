@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Backoff of a listener that cannot accept a connection.
 //!
 //! An accept usually fails because the process, or the system, has no free descriptor or memory.

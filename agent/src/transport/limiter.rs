@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The bandwidth limit, shared by all streams of a job.
 //!
 //! The limiter is a virtual clock. Each sender advances the clock by the time that its bytes take

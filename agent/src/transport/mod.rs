@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Streams between agents: addresses, sockets, records, and the bandwidth limit.
 //!
 //! - [`address`]: `tcp:HOST:PORT` and `unix:PATH`, and how to connect and to listen there;

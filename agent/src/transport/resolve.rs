@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Name look-ups with a deadline.
 //!
 //! The system's look-up (`getaddrinfo`) has no deadline and cannot be cancelled. If the name server

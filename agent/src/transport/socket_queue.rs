@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Limits for the kernel's queues of a bulk stream in postcopy.
 //!
 //! In passes a deep queue costs nothing. In postcopy the guest may wait for a page that is queued

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A connected stream: records in and out, with deadlines.
 //!
 //! [`RecordReader`] reads records through a buffer and checks them. [`RecordWriter`] writes single

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Errors about records of a peer that are well-formed, but not allowed where they were received.
 //!
 //! The source and the destination both read records, so both use these errors.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Listening UNIX sockets with a path: when an agent may bind a path, and when it removes it.
 //!
 //! The user writes the paths of the control socket and of stream listeners. A typo must not delete

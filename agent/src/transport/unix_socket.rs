@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The check that a descriptor is a connected UNIX stream socket.
 
 use rustix::net::{AddressFamily, SocketType, sockopt};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Bitmaps beside vm-memory's `AtomicBitmap`, which counts bits one by one, and beside the memory's
 //! own speed.
 

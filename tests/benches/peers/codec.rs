@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What the agent does with every byte, beside the memory's own speed; and what an agent costs that
 //! does nothing.
 

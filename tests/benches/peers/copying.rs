@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An idle guest: full, sparse, and huge but nearly empty.
 
 use super::Bench;

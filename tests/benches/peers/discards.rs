@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Discards: how many a second are acknowledged, and how long one takes while the agent migrates at
 //! full speed.
 

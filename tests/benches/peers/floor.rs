@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The plainest program that does the work: reads, sends, receives, writes. No zero pages, no
 //! checksum, no records, no passes.
 

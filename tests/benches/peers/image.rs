@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Guest memory as a file on tmpfs, prepared once and shared by all who move it.
 
 use pageferry_tests::random::{Random, page_text};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A guest that writes while it moves: how long it takes, how long the guest is paused, and what
 //! the guest itself feels of it.
 

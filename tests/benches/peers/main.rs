@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! pageferry beside what a user would pick instead: QEMU, and the plainest program that copies the
 //! same bytes.
 //!

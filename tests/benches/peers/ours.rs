@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Two agents as processes, with a VMM whose guest is idle.
 
 use super::image::Image;

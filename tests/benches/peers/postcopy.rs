@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Postcopy: how long a guest waits for a page that is not there, from the outside: from its touch
 //! to its going on.
 //!

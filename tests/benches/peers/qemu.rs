@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! QEMU, driven by QMP: a guest under TCG whose memory is a shared file, prepared as everyone's. It
 //! is paused where nothing is to happen in it.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The figures, and how they are printed.
 
 use serde_json::{Value, json};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Writes the inputs that each decoder accepts to `corpus/TARGET`, for libFuzzer to start from.
 
 use pageferry_fuzz::decoders::TARGETS;

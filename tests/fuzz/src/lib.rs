@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What every fuzz target is made of: one function of `pageferry_tests::decoders`, with the memory
 //! that it takes counted.
 

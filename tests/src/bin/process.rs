@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Agent or mock VMM as a process of its own, for the scenario tests: `agent ...` as in
 //! `pageferry agent ...`, `mock-vmm ...` as in the example `mock_vmm`.
 #![deny(unsafe_code)]

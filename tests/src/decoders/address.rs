@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! AddressRange that a user writes.
 
 use super::heap::{fair, within};

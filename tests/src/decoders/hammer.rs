@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Inputs by the thousands, the same ones every time: noise, and accepted inputs with something
 //! wrong.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! How much memory a decoder takes at its peak: no more than the bytes it was given account for
 //! (`vmm-survives`).
 //!

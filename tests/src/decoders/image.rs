@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Images of guests: the header, what it points to, and the working set beside it.
 #![allow(clippy::expect_used, reason = "a target fails by panicking")]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Ranges and blocks: the rules that a peer's numbers meet, against models that count in wider
 //! numbers.
 

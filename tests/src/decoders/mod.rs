@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What every decoder has to do with any bytes at all.
 //!
 //! A [`Target`] is an ordinary function over bytes. It panics if a decoder does, if decoding takes

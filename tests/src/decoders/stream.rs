@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What travels between two agents.
 #![allow(clippy::expect_used, reason = "a target fails by panicking")]
 

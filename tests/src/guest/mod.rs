@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Guests: what a VMM pauses, resumes and moves.
 //!
 //! - [`Guest`]: what a mock VMM needs of one;

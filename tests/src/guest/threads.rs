@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Guests made of threads, each a vCPU that counts up a word of the pages that it visits.
 //!
 //! Pages are divided among the threads, so every page has one writer, and what a page must hold is

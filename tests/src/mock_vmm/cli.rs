@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The options of `mock_vmm`.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};

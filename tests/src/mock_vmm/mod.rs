@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The command line `mock_vmm source|destination`: the parts of a migration, a snapshot or a
 //! restore, driven by hand.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What `mock_vmm` says: a progress bar while the migration runs, and a report at its end.
 
 use crate::Error;

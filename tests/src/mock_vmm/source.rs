@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! `mock_vmm source`.
 
 use super::cli::{ByteRange, SourceArgs, TrackerName};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Agents that listen at a socket: on a thread of the test, or as a process that can be killed.
 
 use super::{RawClient, SOON};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A scripted VMM that saves its guest into images, or has it restored from them.
 
 use super::{Host, SOON, ScriptedHooks, ScriptedVmm, images, lock};

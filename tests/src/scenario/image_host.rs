@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An agent that is a process, with a folder for images: ordinary, full soon, or of another user.
 
 use super::{RawClient, SOON};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Images: how they are asked for, what must hold of them, and damage to them.
 
 use crate::memory::{TestBlock, TestMemory};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A mock VMM with an agent of its own.
 
 use crate::in_process::InProcessAgent;

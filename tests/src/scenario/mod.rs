@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Scenes that a test steps through: VMMs whose hooks follow a script, a wire that passes one
 //! record at a time, agents that are killed at a chosen moment.
 //!

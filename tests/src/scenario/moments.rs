@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Guests that never stop writing, moments by chance, and what must hold of an image that was made
 //! of such a guest.
 

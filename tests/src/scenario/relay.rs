@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A wire between two agents that passes one record at a time, on the test's own thread: the test
 //! decides what happens between any two records.
 

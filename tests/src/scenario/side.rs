@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A scripted VMM with its memory on an agent, and migrations between two of them.
 
 use super::{Ram, SOON, ScriptedHooks, ScriptedVmm, assert_same};

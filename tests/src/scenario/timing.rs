@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! How long a test waits, and what it does on a machine that is too busy for a timeout.
 
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A mock VMM that is a process, so that it can be killed while it is saved or restored.
 
 use super::Host;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What an operator does with images on the command line: look, check, merge, draw.
 
 use pageferry_agent::image::writer::{Base, Rest};

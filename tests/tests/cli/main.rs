@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What an operator does on the command line.
 //!
 //! - [`operator`]: migrations, and what goes wrong with them;

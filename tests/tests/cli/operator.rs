@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What an operator does from a command line beside the VMM: look, migrate, cancel, and read what
 //! went wrong.
 

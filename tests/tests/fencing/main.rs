@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An agent that was given up does nothing any more, whenever it wakes up.
 //!
 //! - [`wakes`]: real agents that hang where it matters most, and wake up again;

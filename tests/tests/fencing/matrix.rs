@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Agents that are killed, or hang and wake up, at any moment of any job, with a model beside:
 //! guests whose every write is in a ledger, which travels with the guest's state.
 //!

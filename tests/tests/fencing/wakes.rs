@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Agents that hang where it matters most, and wake up again.
 
 use crate::is_dead;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The fence word alone. A VMM that the client library is not part of plays all of it, cuts nothing
 //! and kills nobody: what an agent does not do then it does not do since the word says so.
 

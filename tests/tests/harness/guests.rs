@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Guests of threads with devices, a balloon and a plugged memory device migrate; hooks that
 //! misbehave do not cost the guest.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The command line that people drive by hand: two agents, two mock VMMs, two files.
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};

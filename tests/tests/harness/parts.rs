@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The harness itself: what a test believes because of it has to be true.
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};

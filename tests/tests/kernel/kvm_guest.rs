@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The KVM guest of the harness: it does what the scenario tests build on, and the trackers see all
 //! of it.
 

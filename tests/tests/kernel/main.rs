@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What pageferry relies on in this machine's kernel, without an agent.
 //!
 //! - [`tracking`]: PAGEMAP_SCAN and write protection by userfaultfd;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The trackers against the real kernel: write-protect scanning, and KVM's dirty log.
 
 use pageferry_agent::tracking::pagemap::{Pagemap, PagemapError};

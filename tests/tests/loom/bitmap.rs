@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The lock-free parts of the bitmap under the model checker: every interleaving, and every value
 //! that the memory orders let a load see.
 //!

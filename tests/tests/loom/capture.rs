@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Model check of a background snapshot: workers, write faults, discards and the end of it act on a
 //! page at once, in every order. What runs here are the agent's own steps, over its own fence and
 //! bitmap, with loom's atomics in the place of the standard ones. The kernel's part is a word of

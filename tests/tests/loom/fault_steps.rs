@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Model check of a host page in postcopy: a fault, an arrival and a discard act on it at once, in
 //! every order. What runs here is the agent's own code of the two steps by which they agree, over
 //! its own fence and bitmap, with loom's atomics in the place of the standard ones; the kernel's

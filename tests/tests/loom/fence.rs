@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Model check of the fence between workers that read and discards that punch (`never-read` and
 //! `clear-then-read`): every interleaving of both. A page that is freed has no mark that a worker
 //! could see before the punch; there the fence comes after it, see `agent/src/memory/freed.rs`.

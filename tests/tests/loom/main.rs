@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The lock-free parts under the model checker: every interleaving, and every value that the memory
 //! orders let a load see. Files of the agent and the protocol are compiled here a second time, with
 //! loom's atomics, locks and threads in the place of the standard ones.

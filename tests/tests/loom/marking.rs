@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Model check of the instant of a snapshot beside discards and populates: every order in which
 //! they mark, look and read. What runs here are the agent's own lock of marks and its own steps of
 //! capturing, with loom's in the place of the standard atomics and locks.

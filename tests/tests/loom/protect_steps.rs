@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Model check of protecting ahead of a snapshot's instant, while the guest writes: walks that
 //! protect, faults that let a write through, and the instant, which believes what is noted. What
 //! runs here is the agent's own order of noting and protecting, over its own bitmap, with loom's

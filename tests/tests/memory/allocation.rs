@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! `never-populate` at scale: a guest of 64 GiB or 1 TiB that uses 1 GiB costs 1 GiB, on the wire,
 //! at both sides, and in the agents.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Guests on huge pages. There a host page holds 512 pages: it is allocated and freed as a whole,
 //! has no `write`, and does not tell its holes.
 

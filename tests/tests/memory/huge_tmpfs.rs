@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Memory on a tmpfs that hands out huge pages for small writes: what arrives there, or is
 //! restored, allocates nothing that the source had not.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Kinds of guest memory: huge pages, file systems, disks, and sizes of a terabyte.
 //!
 //! - [`pairs`]: the table of docs/postcopy.md, cell by cell;

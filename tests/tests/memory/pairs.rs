@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The table of docs/postcopy.md, cell by cell: what each kind of memory takes, and with which
 //! words what does not work is refused.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Pages that travel compressed: smaller on the wire, the same at the destination, and refused by
 //! name where something is wrong with them.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What discards do at every moment of a migration, and what dirty bits older than a discard do not
 //! do.
 

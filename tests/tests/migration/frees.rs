@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Memory that the guest frees, and may write into again at any time.
 
 use super::scene::{PAGES, Scene, assert_freed, discard, free, has_stamp};

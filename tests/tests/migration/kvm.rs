@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A real guest under KVM migrates while it writes, with either tracker, and counts on at the
 //! destination.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Precopy: what arrives, what is sent for it, and who owns the guest when something fails.
 //!
 //! - [`discards`], [`frees`]: memory that the guest gives back at any moment; [`stale_bits`]: dirty

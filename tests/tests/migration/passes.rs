@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! How many passes there are under a downtime limit of zero.
 
 use super::scene::Scene;

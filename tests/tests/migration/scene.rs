@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A migration between two scripted VMMs, with a relay between their agents.
 
 use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch};

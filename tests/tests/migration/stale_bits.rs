@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Dirty bits from before a discard or a free bring nothing back (`fix-up-after-sync`), and a clear
 //! beside discarded pages loses no write (`round-safely`).
 

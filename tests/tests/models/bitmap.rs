@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The bitmap against a model that a reader believes at a glance: a set of page numbers.
 
 use pageferry_protocol::memory::PageRange;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Blocks of the model tests of snapshots and restores.
 
 use pageferry_protocol::memory::PAGE_SIZE;

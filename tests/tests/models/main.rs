@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! pageferry against naive models, case after case from a seed: what a reader believes at a glance
 //! says what must hold, and the guest, the VMM and the wire do whatever the seed says.
 //!

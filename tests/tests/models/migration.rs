@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! `never-read`, `never-populate`, `same-memory` and `discard-cannot-fail` under any interleaving:
 //! random writes, discards, populates and punches between the records of a migration over several
 //! streams, cancelled and tried again, against a model that is a few maps.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A restored guest finds what was saved, eager or lazy, whatever it touches, writes, discards,
 //! frees and populates while its memory comes: against a model that is a map.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! How many cases a model runs, and which.
 //!
 //! `PAGEFERRY_CASES` is their number. `PAGEFERRY_SEED` repeats the case of a failure; what the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A background snapshot is a consistent cut: every page is as it was at the instant, none is
 //! later, whatever the guest writes, discards, frees and populates meanwhile; and so is each
 //! increment to it, also after attempts that were cancelled. Against a model that is a few maps.

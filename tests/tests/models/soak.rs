@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A hundred lost connections: guests and a balloon at work while the wire between the agents is
 //! cut again and again, at any moment, recovered each time.
 //!

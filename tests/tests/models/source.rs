@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The guest of the models at the source: memory in odd blocks, what the guest and its VMM do, and
 //! a naive record of what must hold.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A fault that comes while its page is being placed.
 
 use pageferry_agent::memory::host_page_set::HostPageSet;

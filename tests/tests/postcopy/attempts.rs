@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Attempts to recover that fail half-way.
 
 use crate::scene::{Side, Switch, TRICKLE, guest};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Discards and populates while the guest's memory is on its way.
 
 use crate::scene::{MIB, Move, SWITCHES, Side, Switch, guest};

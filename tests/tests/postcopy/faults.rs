@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Faults of many threads at once, and those that the kernel takes on behalf of a device.
 
 use crate::scene::{Move, Side, Switch, TRICKLE};

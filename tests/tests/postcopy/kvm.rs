@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A real guest under KVM sweeps through its memory before it is there.
 
 use crate::scene::{MIB, Move, Pages, Side, Switch, TRICKLE, memory};

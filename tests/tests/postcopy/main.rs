@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Postcopy between two VMMs whose guests touch memory by their mappings: threads, devices, and a
 //! real one under KVM, on small and huge pages.
 //!

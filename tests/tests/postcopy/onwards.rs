@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! After a postcopy: the memory is like any other, and the guest goes on to the next host.
 
 use crate::scene::{MIB, Move, Pages, Side, Switch, guest, memory};

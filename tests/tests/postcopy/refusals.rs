@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Memory that postcopy cannot fill is refused when the source connects, and not when its guest is
 //! to move.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Memory that the source frees as the destination gets it.
 
 use crate::scene::{MIB, Move, Side, Switch, guest};

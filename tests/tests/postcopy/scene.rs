@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Two VMMs, and a migration between them.
 
 use pageferry_client::{JobStatus, Mode, NonConvergence, OutgoingOptions, Phase};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A destination that has too few huge pages, before its guest runs and while it does.
 
 use crate::scene::{HUGE, MIB, Move, Pages, Side, Switch, TRICKLE, guest, memory, plausible};

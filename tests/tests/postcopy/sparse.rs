@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A large guest that gave most of its memory away.
 
 use crate::scene::{Move, Side, Switch, TRICKLE};

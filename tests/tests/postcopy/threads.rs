@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Guests of threads, and devices, that write on both sides: whenever the guest goes, whatever it
 //! writes, and however that is found.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What an operator and the VMMs see of a postcopy that loses its connections.
 
 use crate::scene::{guest, plausible};

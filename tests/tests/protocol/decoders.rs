@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Every decoder on thousands of inputs, the same ones every time. What has to hold of them is in
 //! `pageferry_tests::decoders`, which the fuzz targets share.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]

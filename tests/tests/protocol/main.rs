@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What others say to an agent: on its sockets, on the page stream, and by vhost-user.
 //!
 //! - [`bad_input`]: requests and records that are wrong;

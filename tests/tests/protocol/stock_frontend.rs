@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A stock vhost-user front-end hands its memory over: the agent speaks the standard part of the
 //! protocol as the vhost crate does.
 

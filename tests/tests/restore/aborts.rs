@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Restores that are cancelled, or that a hook of the VMM fails.
 
 use super::scene::image;

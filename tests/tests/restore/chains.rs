@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Increments whose base is another, or gone, and images of other guests: the VMM's memory is not
 //! touched, and the next restore is complete.
 

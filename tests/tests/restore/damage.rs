@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Changed bytes in an image, and an image of another length. A restore fails with an error that
 //! names the place, or gives the right memory; it never gives wrong memory.
 

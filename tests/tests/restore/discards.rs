@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Discards and populates while a guest is restored.
 
 use super::scene::{image, under_way};

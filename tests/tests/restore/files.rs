@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Files that fail, shrink, or are no image, while a guest is restored from them.
 
 use super::scene::under_way;

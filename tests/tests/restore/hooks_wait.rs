@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Hooks of the VMM wait for memory that a damaged image does not give: they get an error, and the
 //! VMM is told.
 

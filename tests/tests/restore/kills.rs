@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Agents and VMMs that are killed at any moment of a restore, and agents that hang.
 
 use pageferry_agent::image::Chain;

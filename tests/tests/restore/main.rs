@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Restores that are interrupted, or whose image is damaged: a guest is restored as it was saved,
 //! or not at all, and the next attempt succeeds.
 //!

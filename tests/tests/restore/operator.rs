@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Restores that an operator asks for, into a VMM that runs a guest already.
 
 use super::scene::image;

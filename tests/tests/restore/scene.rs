@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An image to restore from, and the phase that its restore is in.
 
 use pageferry_client::{Phase, RestoreMode, RestoreOptions};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Snapshots that do not come to their end leave nothing behind: no file, no protection, a guest
 //! that runs.
 

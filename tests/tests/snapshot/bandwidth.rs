@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The bandwidth limit of snapshots and restores.
 
 use super::scene::{Scene, paused};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Files that fail while a guest is saved: the image, and the memory itself.
 
 use pageferry_client::{Config, Phase, SnapshotOptions};

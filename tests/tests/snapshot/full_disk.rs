@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A file system that is full.
 
 use pageferry_client::{Phase, Punch, SnapshotMode, SnapshotOptions, Trackers};

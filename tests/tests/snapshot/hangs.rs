@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Agents that hang in a snapshot, and are killed when they are given up.
 
 use pageferry_client::{Phase, SnapshotOptions};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Guests on huge pages: each huge page is captured and released as a whole.
 
 use super::scene::{Scene, on, paused, tracked};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Increments: which image may be the base of which, and that no change is missing.
 
 use super::scene::{Scene, on, paused, tracked};

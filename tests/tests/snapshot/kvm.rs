@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A real guest is saved while it runs on, again and again: each image is one moment of it, and it
 //! never stops counting.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Snapshots: what is in the image, and how the guest runs meanwhile.
 //!
 //! - [`kvm`]: a real guest that runs on;

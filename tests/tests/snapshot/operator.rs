@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What an operator saves and restores from a command line, and what only the VMM may ask for.
 
 use super::scene::Scene;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What is refused, and the words for it.
 
 use super::scene::{Scene, on, paused, tracked};

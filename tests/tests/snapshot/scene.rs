@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A VMM, its agent, and a folder for images.
 
 use pageferry_agent::image::Chain;

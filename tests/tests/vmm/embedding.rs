@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What a VMM that embeds the client can rely on, whatever it does and whenever.
 
 use pageferry_client::{

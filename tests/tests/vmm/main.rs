@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What a VMM that links the client can rely on.
 //!
 //! - [`embedding`]: hooks that panic, resets during a job, requests that come too early or too

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The page stream over a transport of the VMM's own: each VMM takes its agent's records and
 //! carries them over a pipe between them, as plain bytes in both directions; and an agent that is
 //! handed a connected socket.

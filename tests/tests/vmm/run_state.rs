@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A guest that its operator has paused stays paused: where it arrives, where it stays, and in its
 //! image. A guest that ran arrives paused if that is asked for.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! An agent that the VMM starts by itself, as `pageferry agent --stdin`: it serves that VMM alone,
 //! and ends with it.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! `pageferry image info`: shows the header, blocks and state of an image, and its chain.
 //!
 //! The names in an image are not trusted, because any program may have written them. Characters

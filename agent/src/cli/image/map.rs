@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! `pageferry image map`: draws a map of the guest's memory on the terminal, or to a PNG file.
 //!
 //! On the terminal each block is a grid of cells. With colours a line of text shows two rows of

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! `pageferry image`: tools for image files, which need no agent.
 //!
 //! - [`info`]: shows the header, blocks and state of an image, and its chain;

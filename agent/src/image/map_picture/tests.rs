@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 use super::*;
 use crate::image::chain::images;
 use crate::image::test_support::{Model, Page, merged, pages, write, zero};

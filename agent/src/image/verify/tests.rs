@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 use super::*;
 use crate::error::chain as sentence;
 use crate::image::bytes::write_at;

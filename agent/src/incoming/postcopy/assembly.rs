@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Assembly of host pages that are larger than a page: they are placed when they are complete.
 //!
 //! The source sends all pages of a host page on one stream, in any order, and nothing else between

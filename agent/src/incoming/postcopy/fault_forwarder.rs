@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Requesting the pages that the guest waits for from the source.
 //!
 //! The thread that reads faults sends a request for each missing page on an urgent stream. The

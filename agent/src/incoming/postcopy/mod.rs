@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Postcopy at the destination: the guest runs first, and its memory follows.
 //!
 //! - [`fault_forwarder`]: requests the pages that the guest waits for;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Receiving and placing pages on all streams, until none is missing or a connection breaks.
 //!
 //! One thread for each stream reads records and places their pages. The job's thread reports to the

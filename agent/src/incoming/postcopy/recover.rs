@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Recovery of a postcopy at the destination: waiting for the source after a lost connection.
 //!
 //! The guest keeps running until it touches a missing page. The source connects to the address at

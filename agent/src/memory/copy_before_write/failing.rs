@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A disk that fails: what it does to sweeps, write faults and discards.
 
 use super::*;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Postcopy at the source: the guest runs at the destination, and its memory follows.
 //!
 //! - [`remaining`]: finds the pages that remain when the guest stops, and announces them;

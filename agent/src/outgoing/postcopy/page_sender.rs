@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Sending the missing pages of a postcopy, on all streams at once.
 //!
 //! - Each stream that is not urgent has a thread that pushes missing pages without a request.

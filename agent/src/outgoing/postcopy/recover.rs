@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Recovery of a postcopy at the source: connecting again, and finding out what is missing.
 //!
 //! After a lost connection the job is paused until somebody asks for the recovery. The source then

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The pages that remain to be sent when the guest stops (postcopy).
 //!
 //! These are the dirty pages that are not discarded, rounded outward to the host pages of the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 use super::*;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 

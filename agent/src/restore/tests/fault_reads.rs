@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 use super::*;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::missing_pages::MissingPages;

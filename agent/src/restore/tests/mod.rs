@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Tests of restores into memory of this process, with a thread as the VMM.
 
 mod eager;

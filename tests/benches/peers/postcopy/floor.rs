@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The least that a fault can cost whose page lies elsewhere: one that another process answers, and
 //! a question and its answer over a socket.
 //!

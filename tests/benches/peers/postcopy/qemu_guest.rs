@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The same of QEMU: a guest under TCG whose boot sector touches pages and measures each touch
 //! itself, moved by postcopy with preemption.
 //!

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The plainest program that saves memory: reads what is allocated, writes it to a file, and makes
 //! that safe.
 

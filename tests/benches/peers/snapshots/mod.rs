@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Snapshots: how fast a guest is saved, and what it feels of that.
 //!
 //! - [`save`]: bytes per second, beside a program that only copies, and QEMU;

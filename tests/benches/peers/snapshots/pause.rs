@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What a guest feels of a snapshot that is taken while it runs: how long it is paused, how long
 //! its writes wait, and what is left of its speed.
 

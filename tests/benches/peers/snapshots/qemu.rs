@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The same of QEMU: a migration to a file in which each page has its place.
 
 use super::super::image::Image;

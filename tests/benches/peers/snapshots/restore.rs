@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! How fast a guest comes back: all of its memory first, or the guest.
 //!
 //! Eager is measured from the request to the guest that runs, with the image in the page cache and

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A guest of threads that write all over, and know how long each write took.
 //!
 //! As a vCPU, and unlike the guests that keep a ledger, it leaves at the next write when it is to

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! How fast a guest that is paused, or idles, is saved.
 //!
 //! All write the same bytes into a new file on the same file system, and have it made safe within

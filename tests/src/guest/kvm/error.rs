@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Why the guest cannot be made, or does not do what it should.
 
 use super::state::SAVED_LENGTH;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What the guest is made of: the first [`FIRMWARE_PAGES`] pages of its first region hold the code,
 //! the table of the ranges to sweep, and the page tables. The guest reads them and never writes
 //! there, so they migrate like any other page.

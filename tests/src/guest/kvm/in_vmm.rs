@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The KVM guest as a guest of the mock VMM, and its dirty log as a tracker that the VMM reads.
 
 use super::{GuestError, KvmGuest};

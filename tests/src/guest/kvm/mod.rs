@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A real guest: one vCPU under KVM that increments a 32-bit counter at the start of every page of
 //! its memory, in ascending order, sweep after sweep. So at any moment the counters read
 //! `c, c, ..., c, c-1, ..., c-1`: a page that migrated in an old version, or not at all, is a

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The vCPU's state as bytes. There is nothing but its registers: the guest uses no FPU, no MSR, no
 //! interrupt.
 #![allow(unsafe_code)]

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What the guest sweeps, and whether the counters that it leaves are those of one moment.
 
 use super::error::GuestError;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A vCPU on a thread of its own, and how it is made to leave the guest.
 #![allow(unsafe_code)]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The virtual machine: memory slots, one vCPU, and the thread that runs it.
 #![allow(unsafe_code)]
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! After the commit: the source's guest is paused, whoever dies and whoever asks.
 
 use super::scene::FarScene;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Agents that end or are killed, before the commit.
 
 use super::scene::{FarScene, MOMENTS, Moment, at_every_moment};

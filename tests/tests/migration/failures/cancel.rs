@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The user's own doing: a cancel at any moment before the line.
 
 use super::scene::MOMENTS;

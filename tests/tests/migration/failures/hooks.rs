@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A VMM whose hook hangs or fails.
 
 use super::after_commit::assert_stays_paused;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! VMMs as processes, killed alone: their agents survive, end the job, let go of the memory and
 //! serve the next VMM.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The other side dies, or the connection to it does.
 
 use super::scene::{MOMENTS, at_every_moment};

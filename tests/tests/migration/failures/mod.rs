@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Failures at every moment of a migration. The other side learns of it in bounded time. Before the
 //! commit the source's guest runs on, and migrates at the next try; after it the guest stays
 //! paused.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The moments at which a migration is interrupted, and what must hold after that.
 
 use crate::scene::{PAGES, Scene, filled};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The other side is there, and says nothing: the link swallows what it says, or it hangs.
 
 use super::scene::{FarScene, MOMENTS, Moment};

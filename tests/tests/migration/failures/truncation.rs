@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A file that shrinks under the agent.
 
 use super::scene::{MOMENTS, stamp};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A source VMM that goes while its agent stays: within this process. [`crate::killed_vmms`] has
 //! those that are killed.
 

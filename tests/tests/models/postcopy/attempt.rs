@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! One migration of the model, record for record: between two of them the guest acts, connections
 //! are cut, and an operator cancels or recovers.
 

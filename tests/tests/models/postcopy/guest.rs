@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The guest at the destination: threads that touch its memory, and what they may find there, kept
 //! naively.
 //!

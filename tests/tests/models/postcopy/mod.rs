@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Postcopy under any interleaving: a guest that writes, discards, frees and populates at the
 //! source until it is stopped, and reads, writes, discards, frees and populates at the destination
 //! before its memory is there, over connections that break at any moment and are made again,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The VMMs at both ends of a postcopy.
 
 use crate::source::{LOG_COVERS, Memory, Page, SourceHooks, World};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What the guest and its VMM do at the destination.
 
 use super::guest::Guest;

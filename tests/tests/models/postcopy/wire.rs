@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The relay between the two agents. It passes one record of one connection at a time, and checks
 //! that no page is requested twice.
 

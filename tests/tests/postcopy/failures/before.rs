@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Failures before the commit, and with the commit on its way. The guest runs on at the source, the
 //! destination is as it was, and the next attempt completes.
 

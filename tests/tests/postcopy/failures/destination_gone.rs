@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The destination's agent or its VMM is killed, or hangs, while the guest runs there and waits for
 //! its memory.
 

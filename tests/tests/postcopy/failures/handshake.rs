@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A recovery that breaks in its handshake leaves nothing at the destination that spoils the next
 //! one.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Hooks of the VMM wait for memory that is missing, while its agent or the connections are gone.
 
 use super::scene::{PAGES, Scene, Side, TIMEOUT, WANTED, empty, postcopy, stamp_of, stamped};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A peer sends records that are not true. The error names the field and the value, both sides
 //! pause, and they go on when the truth arrives.
 //!

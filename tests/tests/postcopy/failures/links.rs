@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A connection is lost after the guest came to run: both sides pause, say why, and go on when they
 //! are recovered.
 

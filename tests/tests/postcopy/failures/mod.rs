@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Failures at every moment of a postcopy, with real processes killed and real sockets cut: before
 //! the commit the guest runs on at the source; after it both sides pause, say why, and go on when
 //! they are recovered, and what was missing comes.

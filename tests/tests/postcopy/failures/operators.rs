@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What is asked at the wrong moment is refused with the reason; and an agent that is told to end
 //! finishes what it can.
 

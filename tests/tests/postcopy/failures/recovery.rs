@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A second failure during a recovery: both sides pause again, and the next attempt succeeds.
 
 use super::scene::{Scene, TIMEOUT, WANTED, postcopy, run, stamp_of};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A postcopy through a relay, in which the guest waits for a page.
 
 use pageferry_client::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The source's agent or its VMM is killed while the guest waits for its memory.
 
 use super::scene::{Scene, Side, WANTED, assert_arrived, empty, postcopy, run, stamp_of, stamped};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The control socket: requests that are refused by field and value, and connections that end.
 
 use super::geometry;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The first record of a stream: strangers are dropped, and a source that does not fit is rejected
 //! in words.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Bad input on the control socket and on the page stream: an error that names the field, the end
 //! of one request, one connection or one job, and of nothing else.
 //!

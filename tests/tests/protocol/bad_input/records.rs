@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The records after the hello: each that is wrong fails the job by the field, and the next job
 //! takes a guest.
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A destination that waits for a guest, and a source that says whatever it likes.
 
 use super::geometry;

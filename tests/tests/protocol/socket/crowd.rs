@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Connections that are idle, that never stop asking, and that do not read their answers.
 
 use pageferry_client::Phase;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! A process that is out of descriptors.
 
 use pageferry_tests::process::{AgentProcess, program};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Requests that do not come whole: without their descriptors, or without their end.
 
 use super::waits::hand_over;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Refused requests do not fill the log.
 
 use pageferry_tests::process::{AgentProcess, program};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! The agent's sockets among clients that misbehave, and without what an agent needs:
 //!
 //! - [`paths`]: what is at the path already, who else takes it, and how long it may be;

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! What is at the path already, who else takes it, and how long it may be.
 
 use pageferry_client::{Client, Config, Error, IncomingOptions, Target};

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
 //! Requests that wait for a name server, a VMM, a full queue, while others are answered.
 
 use pageferry_client::{Error, IncomingOptions, Ownership, Phase, Target, Trackers};
