@@ -16,6 +16,9 @@
 //! If the image cannot be read or is damaged, the restore fails. A guest that does not run yet is
 //! not resumed, and the memory is made empty. If the guest already runs, it cannot go on: the VMM
 //! is told that memory is lost, as in a postcopy that can never complete.
+//!
+//! If the VMM does not resume the guest, or not in time, the guest is the VMM's all the same. All
+//! memory is placed, and then the job fails.
 
 use super::fault_reads::{FaultForwarder, SERVERS};
 use super::lazy_restore::LazyRestore;
@@ -23,7 +26,6 @@ use super::reset::ResetGuard;
 use super::source::{RestoreError, Source};
 use super::working_set::{WorkingSetPlan, WorkingSetRecorder};
 use super::{VmmState, resume_guest};
-use crate::hooks::HookError;
 use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
 use crate::memory::fence::MAX_READERS;
@@ -43,7 +45,7 @@ const MAX_HOST_PAGE: u64 = 2 << 20;
 ///
 /// # Errors
 /// The reason for the failure. If the guest does not run, its memory is empty. If it runs, it is
-/// lost, unless the error is that the VMM did not confirm the resume in time.
+/// lost, unless the error is [`JobError::NotResumed`].
 pub fn restore(
     job: &Arc<Job>, source: &Source, state: &VmmState, mut guard: ResetGuard<'_>,
     plan: WorkingSetPlan, workers: u16,
@@ -78,13 +80,14 @@ pub fn restore(
                 "the guest was not resumed, because its memory cannot be restored".into(),
             ));
         }
-        let late = match resume_guest(job, state.guest, &mut guard.handed_over) {
-            // The VMM did not answer: it may wait for memory, and its guest may run. So go on.
-            Err(error @ JobError::Hook(HookError::Socket { .. })) => Some(error),
+        let not_resumed = match resume_guest(job, state.guest, &mut guard.handed_over) {
+            // The guest is the VMM's. A VMM that is late may be waiting for memory, and one that
+            // failed may resume the guest later. So go on.
+            Err(error @ JobError::NotResumed { .. }) => Some(error),
             resumed => resumed.map(|()| None)?,
         };
         job.enter(Phase::Prefetching);
-        Ok(late)
+        Ok(not_resumed)
     });
     registered.complete = whole;
     // The guest will never run here. Wake the VMM's threads that wait for a page before the next
@@ -148,9 +151,9 @@ fn missing_of_image(job: &Job, source: &Source) -> Result<HostPageSet, JobError>
 /// Answers faults and places the memory, while `start` loads the state and resumes the guest.
 /// Returns when no page is missing or a thread has failed.
 ///
-/// Returns whether all memory is placed, and the outcome of the job. If the VMM was late to confirm
-/// the resume, `start` returns that error as `Ok(Some(_))`. Then the memory is placed all the same,
-/// and the job fails with that error in the end.
+/// Returns whether all memory is placed, and the outcome of the job. If the VMM did not resume the
+/// guest, or not in time, `start` returns that error as `Ok(Some(_))`. Then the memory is placed all
+/// the same, and the job fails with that error in the end.
 fn run(
     lazy_restore: &LazyRestore<'_>, record: Option<&mut WorkingSetRecorder>, workers: usize,
     start: impl FnOnce() -> Result<Option<JobError>, JobError>,
@@ -191,12 +194,12 @@ fn run(
                 Err(error) => refused = refused.or(Some(error)),
             }
         }
-        let mut late = None;
+        let mut not_resumed = None;
         lazy_restore.check(|| {
             // Either all threads start or the restore fails: whether a guest that waits gets its
             // page must not depend on the number of threads.
             refused.map_or(Ok(()), |error| Err(no_thread(error)))?;
-            late = start()?;
+            not_resumed = start()?;
             lazy_restore.follow()
         });
         let outcome = lazy_restore.end();
@@ -209,7 +212,7 @@ fn run(
         let joined =
             threads.into_iter().map(std::thread::ScopedJoinHandle::join).fold(Ok(()), Result::and);
         let ended = faults.join().and(joined).map_err(|_| JobError::Panicked);
-        (whole, outcome.and(ended).and(late.map_or(Ok(()), Err)))
+        (whole, outcome.and(ended).and(not_resumed.map_or(Ok(()), Err)))
     })
 }
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use super::*;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Receiver, channel};
 
 const PAGES: [u64; 2] = [1500, 600];
 
@@ -313,6 +315,93 @@ fn a_cancel_is_accepted_only_before_the_guest_runs() {
     });
     assert_eq!(job.status().phase, Phase::Completed);
     ram.check(|_, _| (Page::Content, 0));
+}
+
+/// The error of a restore whose guest the VMM did not resume, or not in time. The guest belongs to
+/// the VMM, so it must have all of its memory.
+fn assert_not_resumed(job: &Job, ram: &Ram, complete: &Receiver<bool>, reason: &str) {
+    let status = job.status();
+    assert_eq!(status.phase, Phase::Failed);
+    let expected = format!("resuming it failed: {reason}");
+    assert!(status.error.contains("the guest is here"), "{}", status.error);
+    assert!(status.error.contains(&expected), "{}", status.error);
+    ram.check(|_, _| (Page::Content, 0));
+    assert_eq!(status.counters.remaining_pages, 0);
+    // The job may end before a VMM that is late gets to this hook.
+    assert_eq!(complete.recv_timeout(Duration::from_secs(60)), Ok(true), "no memory is lost");
+}
+
+#[test]
+fn a_late_resume_does_not_lose_the_memory() {
+    if !has_userfaultfd() {
+        return;
+    }
+    for hook_timeout in [500, 5_000, 25_000].map(Duration::from_millis) {
+        let Saved { folder: _folder, path, ram } = Saved::new(&[4 * 512], |_, _| Page::Content);
+        let (shared, (ended, complete)) = (Arc::new(OnceLock::<Arc<Job>>::new()), channel());
+        let its_job = shared.clone();
+        let vmm = Vmm::new(&ram, move |ram, hook| {
+            match hook {
+                Hook::Resume { .. } => {
+                    let job = its_job.wait();
+                    assert_eq!(ram.touch(0, 2000), word_of(0, 2000));
+                    while job.status().phase < Phase::Prefetching {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    // The agent does not wait for the answer any more.
+                    (1900..1910).for_each(|page| assert_eq!(ram.touch(0, page), word_of(0, page)));
+                    job.set_bandwidth(0);
+                }
+                Hook::UnregisterFaults { complete } => ended.send(*complete).unwrap(),
+                _ => {}
+            }
+            Ok(())
+        });
+        let options =
+            OutgoingOptions { bandwidth: 1 << 20, hook_timeout, ..OutgoingOptions::default() };
+        let job = job_with(&ram, &vmm, options);
+        shared.set(job.clone()).unwrap();
+        let order = RestorePlan {
+            path,
+            options: lazy_options(),
+            asks_first: false,
+            record_discards: RecordDiscards::FromPause,
+            checkpoint: Default::default(),
+        };
+        run(&job, &order);
+        // On a busy machine an earlier hook may be late. Then the VMM gets more time.
+        if vmm.asked().contains(&"resume") {
+            return assert_not_resumed(&job, &ram, &complete, "hook \"resume\"");
+        }
+    }
+    panic!("a hook before the resume was late each time");
+}
+
+#[test]
+fn a_refused_resume_does_not_lose_the_memory() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let Saved { folder: _folder, path, ram } = Saved::new(&[4 * 512], |_, _| Page::Content);
+    let (ended, complete) = channel();
+    let vmm = Vmm::new(&ram, move |_, hook| match hook {
+        Hook::Resume { .. } => Err(RemoteError::new(ErrorCode::Other, "the vCPUs do not start")),
+        Hook::UnregisterFaults { complete } => {
+            ended.send(*complete).unwrap();
+            Ok(())
+        }
+        _ => Ok(()),
+    });
+    let job = new_job(&ram, &vmm, 0);
+    let order = RestorePlan {
+        path,
+        options: lazy_options(),
+        asks_first: false,
+        record_discards: RecordDiscards::FromPause,
+        checkpoint: Default::default(),
+    };
+    run(&job, &order);
+    assert_not_resumed(&job, &ram, &complete, "hook \"resume\" failed in the VMM");
 }
 
 #[test]

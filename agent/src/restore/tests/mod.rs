@@ -311,7 +311,10 @@ fn unregister(ram: &Ram, registered: Option<Userfaultfd>) -> Option<Userfaultfd>
 }
 
 fn new_job(ram: &Ram, vmm: &Vmm, bandwidth: u64) -> Arc<Job> {
-    let options = OutgoingOptions { bandwidth, ..OutgoingOptions::default() };
+    job_with(ram, vmm, OutgoingOptions { bandwidth, ..OutgoingOptions::default() })
+}
+
+fn job_with(ram: &Ram, vmm: &Vmm, options: OutgoingOptions) -> Arc<Job> {
     let notify = crate::job::notifier().unwrap();
     let job = Job::new(1, JobKind::Restore, ram.memory.clone(), vmm.hooks.clone(), options, notify)
         .unwrap();
