@@ -171,6 +171,8 @@ impl From<CaptureError> for JobError {
             CaptureError::Memory(error) => error.into(),
             // If the snapshot failed, another thread of the job reports the reason.
             CaptureError::GivenUp => Self::Cancelled,
+            // A cancel does not hide a panic, see [`Job::finish`](super::Job::finish).
+            CaptureError::Panicked => Self::Panicked,
             error => Self::Capture(error),
         }
     }

@@ -472,7 +472,9 @@ pub fn notifier() -> std::io::Result<Arc<OwnedFd>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::MemoryError;
     use crate::memory::copy_before_write::CaptureError;
+    use crate::memory::missing_pages::PlaceError;
     use std::sync::Barrier;
 
     #[test]
@@ -486,10 +488,33 @@ mod tests {
         };
         let gone = ended(CaptureError::Protection { id: 3, source: Errno::SRCH }.into());
         assert!(gone.starts_with("the VMM is gone: block 3"), "{gone}");
+        let gone = ended(CaptureError::Faults(Errno::SRCH).into());
+        assert!(gone.starts_with("the VMM is gone: cannot read write faults"), "{gone}");
+        let gone = ended(PlaceError::Read(Errno::SRCH).into());
+        assert!(gone.starts_with("the VMM is gone: cannot read faults"), "{gone}");
+        let place = PlaceError::Place { id: 3, host_page: 9, source: Errno::SRCH };
+        let gone = ended(MemoryError::not_placed(&GuestMemory::default(), 0, place).into());
+        assert!(gone.starts_with("the VMM is gone: host page 0x9 of block 3"), "{gone}");
         let gone = ended(JobError::Io { what: "read", source: Errno::SRCH.into() });
         assert!(gone.starts_with("the VMM is gone: cannot read"), "{gone}");
         let other = ended(CaptureError::Protection { id: 3, source: Errno::INVAL }.into());
         assert!(other.starts_with("block 3"), "{other}");
+    }
+
+    #[test]
+    fn a_cancel_does_not_hide_that_a_thread_panicked() {
+        for error in [JobError::Panicked, CaptureError::Panicked.into()] {
+            let (memory, hooks) = (Arc::new(GuestMemory::default()), Arc::new(Hooks::new(None)));
+            let (options, notify) = (OutgoingOptions::default(), notifier().unwrap());
+            let job = Job::new(1, JobKind::Snapshot, memory, hooks, options, notify).unwrap();
+            job.cancel.cancel().unwrap();
+            job.finish(Err(error));
+            let status = job.status();
+            assert_eq!(
+                (status.phase, &*status.error),
+                (Phase::Failed, "a worker of the job panicked")
+            );
+        }
     }
 
     /// The cancel comes just as the job fails. The window is a few instructions wide, so it takes
