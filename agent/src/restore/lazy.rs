@@ -152,8 +152,8 @@ fn missing_of_image(job: &Job, source: &Source) -> Result<HostPageSet, JobError>
 /// Returns when no page is missing or a thread has failed.
 ///
 /// Returns whether all memory is placed, and the outcome of the job. If the VMM did not resume the
-/// guest, or not in time, `start` returns that error as `Ok(Some(_))`. Then the memory is placed all
-/// the same, and the job fails with that error in the end.
+/// guest, or not in time, `start` returns that error as `Ok(Some(_))`. Then the memory is placed
+/// all the same, and the job fails with that error in the end.
 fn run(
     lazy_restore: &LazyRestore<'_>, record: Option<&mut WorkingSetRecorder>, workers: usize,
     start: impl FnOnce() -> Result<Option<JobError>, JobError>,
