@@ -66,7 +66,7 @@ fn a_fault_on_a_page_being_placed_gets_its_content() {
             // As an arrival does: it takes the page, and then places it.
             let fault = scope.spawn(|| {
                 taken.wait();
-                missing_pages.fault(&memory, (0, page), Instant::now()).unwrap()
+                missing_pages.fault(memory, (0, page), Instant::now()).unwrap()
             });
             let reading = memory.readers.reading(0, 0, 0);
             assert_eq!(missing.take(0, 0, 1 << page), 1 << page);
