@@ -10,7 +10,8 @@
 //! its commit point, or not at all. [`Cancel::end`] and [`Cancel::cancel`] exclude each other, too:
 //! a job whose cancel was accepted ends as cancelled.
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
+use crate::event::Event;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -20,8 +21,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct Cancel {
     cancelled: AtomicBool,
-    /// An eventfd, readable once the job is cancelled.
-    event: OwnedFd,
+    /// Signalled once the job is cancelled.
+    event: Event,
     state: Mutex<State>,
 }
 
@@ -76,7 +77,7 @@ impl Cancel {
     /// # Errors
     /// If the kernel refuses an event descriptor.
     pub fn new() -> std::io::Result<Self> {
-        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let event = Event::new()?;
         Ok(Self { cancelled: AtomicBool::new(false), event, state: Mutex::default() })
     }
 
@@ -105,8 +106,7 @@ impl Cancel {
 
     fn stop(&self, state: &State) {
         self.cancelled.store(true, Ordering::Release);
-        // A full eventfd is readable already.
-        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+        self.event.signal();
         for socket in &state.sockets {
             // Fails only if the socket is not connected any more.
             let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);

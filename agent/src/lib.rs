@@ -6,6 +6,7 @@
 //!
 //! - [`memory`]: blocks, their files and bitmaps, discards;
 //! - [`tracking`]: the trackers, which report dirty pages;
+//! - [`event`]: an event that wakes a thread which waits in `poll`;
 //! - [`hooks`]: requests of the agent to the VMM;
 //! - [`missing_faults`]: faults of a guest that runs before all of its memory is here;
 //! - [`cancel`]: cancelling a job wherever it waits, and the commit point after which it cannot be
@@ -27,6 +28,7 @@
 
 pub mod cancel;
 pub mod cli;
+pub mod event;
 pub mod hooks;
 pub mod image;
 pub mod incoming;

@@ -11,14 +11,15 @@
 //! guest after [`RETRY`], which faults again. If the thread cannot go on, it ends the job:
 //! otherwise the guest would wait for ever, and its VMM would not know.
 
+use crate::event::Event;
 use crate::job::{Job, JobError};
 use crate::memory::missing_pages::{FaultOutcome, MissingPages, PlaceError};
 use crate::memory::pool;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::userfault::{MAX_FAULTS, Userfaultfd};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 /// How long a fault that cannot be resolved for want of memory waits until it is tried again.
@@ -71,7 +72,7 @@ impl Drop for FaultRegistration<'_> {
 
 /// Tells the thread that handles faults to end.
 #[derive(Debug)]
-pub struct StopEvent(OwnedFd);
+pub struct StopEvent(Event);
 
 /// Tells the thread to end on drop. So it also ends if the thread that would join it panics, and
 /// that join does not wait for ever.
@@ -84,11 +85,7 @@ impl StopEvent {
     /// # Errors
     /// If the kernel has no event descriptor.
     pub fn new() -> Result<Self, JobError> {
-        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        event.map(Self).map_err(|errno| JobError::Io {
-            what: "create an event descriptor",
-            source: errno.into(),
-        })
+        Event::new().map(Self).map_err(JobError::from_io("create an event descriptor"))
     }
 
     /// To be called within the scope that joins the thread, and before the thread is started.
@@ -105,8 +102,7 @@ impl AsFd for StopEvent {
 
 impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
-        // If this fails, the eventfd is full, so it is readable already.
-        let _ = rustix::io::write(&self.0.0, &1u64.to_ne_bytes());
+        self.0.0.signal();
     }
 }
 
@@ -358,7 +354,7 @@ mod tests {
     fn the_thread_ends_when_the_joining_thread_panics() {
         let stop = StopEvent::new().unwrap();
         // No fault is ever read from it.
-        let never = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap().into();
+        let never = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap().into();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             std::thread::scope(|scope| {
                 let _stopping = stop.stop_on_drop();

@@ -19,6 +19,7 @@ pub use deadline::Deadline;
 pub use error::JobError;
 pub use recovery::{Recovery, RecoveryRequest};
 
+use crate::event::Event;
 use crate::hooks::Hooks;
 use crate::memory::GuestMemory;
 use crate::memory::host_page_set::HostPageSet;
@@ -29,9 +30,7 @@ use pageferry_protocol::control::job::{
     Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase, RunState,
 };
 use pageferry_protocol::control::reply::ErrorCode;
-use rustix::event::EventfdFlags;
 use rustix::io::Errno;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -61,7 +60,7 @@ pub struct Job {
     /// The job entered a phase.
     entered: Condvar,
     /// Readable for the session when something changed that is worth an event.
-    notify: Arc<OwnedFd>,
+    notify: Arc<Event>,
 }
 
 #[derive(Debug)]
@@ -86,7 +85,7 @@ impl Job {
     /// A job that starts now.
     pub fn new(
         id: u64, kind: JobKind, memory: Arc<GuestMemory>, hooks: Arc<Hooks>,
-        options: OutgoingOptions, notify: Arc<OwnedFd>,
+        options: OutgoingOptions, notify: Arc<Event>,
     ) -> std::io::Result<Self> {
         let status = JobStatus { job: id, kind, phase: Phase::Connecting, ..JobStatus::default() };
         Ok(Self {
@@ -211,8 +210,7 @@ impl Job {
     /// Tells the VMM and all who watch how the job stands.
     pub fn announce(&self) {
         self.hooks.send_status(&self.status());
-        // A full eventfd is readable already.
-        let _ = rustix::io::write(&self.notify, &1u64.to_ne_bytes());
+        self.notify.signal();
     }
 
     /// Says in the status what an operator should know or do while the job goes on; empty for
@@ -465,8 +463,8 @@ pub fn micros(duration: Duration) -> u64 {
 ///
 /// # Errors
 /// If the kernel has none.
-pub fn notifier() -> std::io::Result<Arc<OwnedFd>> {
-    Ok(Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+pub fn notifier() -> std::io::Result<Arc<Event>> {
+    Ok(Arc::new(Event::new()?))
 }
 
 #[cfg(test)]

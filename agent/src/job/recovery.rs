@@ -10,9 +10,9 @@
 //! pause never finds an old request. Only [`RecoveryRequest::Abandon`] is always accepted, and
 //! holds for every later pause.
 
+use crate::event::Event;
 use crate::transport::{Address, Listener};
-use rustix::event::EventfdFlags;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A request to a paused job.
@@ -30,8 +30,8 @@ pub enum RecoveryRequest {
 /// Passes requests from the session to a paused job.
 #[derive(Debug)]
 pub struct Recovery {
-    /// An eventfd that wakes the job.
-    event: OwnedFd,
+    /// Wakes the job.
+    event: Event,
     state: Mutex<State>,
 }
 
@@ -50,7 +50,7 @@ impl Recovery {
     /// # Errors
     /// If the kernel refuses an event descriptor.
     pub fn new() -> std::io::Result<Self> {
-        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let event = Event::new()?;
         Ok(Self { event, state: Mutex::default() })
     }
 
@@ -76,8 +76,7 @@ impl Recovery {
             before();
             state.request = Some(request);
         }
-        // A full eventfd is readable already.
-        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+        self.event.signal();
         true
     }
 
@@ -94,9 +93,7 @@ impl Recovery {
         if state.abandoned {
             return Some(RecoveryRequest::Abandon);
         }
-        let mut count = [0; 8];
-        // The read only resets the descriptor.
-        let _ = rustix::io::read(&self.event, &mut count);
+        self.event.reset();
         let request = state.request.take();
         state.paused &= !matches!(request, Some(RecoveryRequest::Connect(_)));
         request

@@ -44,14 +44,14 @@ use super::host_page_set::{HostPageSet, fence_words, words_of};
 use super::mappings::Mappings;
 use super::recorded_discards::RecordedDiscards;
 use super::{Block, GuestMemory};
+use crate::event::Event;
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pageferry_protocol::userfault::{AddressRange, FillError, Userfaultfd};
-use rustix::event::EventfdFlags;
 use rustix::io::Errno;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::yield_now;
@@ -76,8 +76,8 @@ pub enum PlaceError {
     #[error("bitmap")]
     Bitmap(#[from] MappingError),
     /// The kernel refused an event descriptor.
-    #[error("cannot make an event descriptor")]
-    Event(#[source] Errno),
+    #[error("cannot create an event descriptor")]
+    Event(#[source] std::io::Error),
     /// The faults cannot be read.
     #[error("cannot read faults")]
     Read(#[source] Errno),
@@ -118,7 +118,7 @@ pub struct MissingPages {
     zeroes: Vec<u8>,
     live: Arc<LiveCounters>,
     /// Readable when there is something to do for the job's thread.
-    event: OwnedFd,
+    event: Event,
     load: Mutex<StateLoad>,
     /// Odd while faults are read and answered.
     answering: AtomicU64,
@@ -167,7 +167,6 @@ impl MissingPages {
             .map(|mapping| mapping.unit)
             .filter(|unit| *unit > PAGE_SIZE)
             .max();
-        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self {
             requested: bitmaps()?,
             touched: bitmaps()?,
@@ -178,7 +177,7 @@ impl MissingPages {
             mappings,
             zeroes: vec![0; huge.unwrap_or(0) as usize],
             live,
-            event: event.map_err(PlaceError::Event)?,
+            event: Event::new().map_err(PlaceError::Event)?,
             load: Mutex::new(StateLoad::Loading),
             answering: AtomicU64::new(0),
         })
@@ -195,14 +194,13 @@ impl MissingPages {
     }
 
     /// Readable when all pages have come, or there is something to announce to the source.
-    pub fn event(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
+    pub fn event(&self) -> &Event {
+        &self.event
     }
 
     /// Wakes the job's thread.
     pub fn notify(&self) {
-        // A full eventfd is readable already.
-        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+        self.event.signal();
     }
 
     /// The block and host page of an address in the VMM. `None` if it is not guest memory.

@@ -17,6 +17,7 @@
 use super::reset::ResetGuard;
 use super::source::Source;
 use super::{VmmState, resume_guest};
+use crate::event::Event;
 use crate::image::workers::at_once;
 use crate::job::{Job, JobError, add, get};
 use crate::memory::MemoryError;
@@ -30,9 +31,9 @@ use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
-use rustix::event::{EventfdFlags, PollFlags};
+use rustix::event::PollFlags;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -78,7 +79,7 @@ struct Filling<'a> {
     /// Number of workers that have ended.
     ended: AtomicUsize,
     /// Readable when a worker has ended.
-    event: OwnedFd,
+    event: Event,
 }
 
 /// Reports on drop that a worker has ended, also if it panicked.
@@ -87,8 +88,7 @@ struct Ending<'a>(&'a Filling<'a>);
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         self.0.ended.fetch_add(1, Ordering::AcqRel);
-        // If this fails, the eventfd is full, so it is readable already.
-        let _ = rustix::io::write(&self.0.event, &1u64.to_ne_bytes());
+        self.0.event.signal();
     }
 }
 
@@ -96,11 +96,7 @@ impl<'a> Filling<'a> {
     fn new(
         job: &'a Job, source: &'a Source, given_back: &'a RecordedDiscards, workers: usize,
     ) -> Result<Self, JobError> {
-        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let event = event.map_err(|errno| JobError::Io {
-            what: "create an event descriptor",
-            source: errno.into(),
-        })?;
+        let event = Event::new().map_err(JobError::from_io("create an event descriptor"))?;
         let mut extents = Vec::new();
         let mut pages = 0;
         for (at, block) in job.memory.blocks().iter().enumerate() {
@@ -183,9 +179,7 @@ impl<'a> Filling<'a> {
             self.job
                 .cancel
                 .wait(&[(self.event.as_fd(), PollFlags::IN)], Instant::now() + POLL_INTERVAL)?;
-            let mut count = [0; 8];
-            // Resets the eventfd. The value does not matter.
-            let _ = rustix::io::read(&self.event, &mut count);
+            self.event.reset();
         }
         Ok(())
     }

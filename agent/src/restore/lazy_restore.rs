@@ -24,6 +24,7 @@ use crate::memory::missing_pages::{MissingPages, PlaceError};
 use crate::missing_faults::{RETRY, ShortageReport};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use rustix::event::PollFlags;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -163,9 +164,7 @@ impl<'a> LazyRestore<'a> {
     pub fn follow(&self) -> Result<(), JobError> {
         let running = Instant::now();
         loop {
-            let mut count = [0; 8];
-            // Resets the eventfd. The value does not matter.
-            let _ = rustix::io::read(self.missing_pages.event(), &mut count);
+            self.missing_pages.event().reset();
             if self.has_ended() {
                 return Ok(());
             }
@@ -182,9 +181,10 @@ impl<'a> LazyRestore<'a> {
                 self.gate.open();
             }
             let look = if rests { POLL } else { IDLE_POLL };
-            self.job
-                .cancel
-                .wait(&[(self.missing_pages.event(), PollFlags::IN)], Instant::now() + look)?;
+            self.job.cancel.wait(
+                &[(self.missing_pages.event().as_fd(), PollFlags::IN)],
+                Instant::now() + look,
+            )?;
         }
     }
 

@@ -11,6 +11,7 @@
 //! begun, unless it is the VMM. After that, or if the framing is broken, the connection ends.
 
 use super::Hub;
+use crate::event::Event;
 use crate::session::vhost_user::Awaited;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::Frame;
@@ -19,7 +20,7 @@ use pageferry_protocol::control::request::{self, FIRST_NATIVE_REQUEST, Request};
 use pageferry_protocol::control::role::Role;
 use pageferry_protocol::control::vhost_user::{FrontendReq, required_role};
 use pageferry_protocol::control::{FrameSocket, SocketError};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -52,7 +53,7 @@ pub(super) struct ConnectionState {
     /// True once the connection was asked to end.
     closed: AtomicBool,
     /// Wakes the thread to send an event. Set when the client subscribes to events.
-    wake: OnceLock<OwnedFd>,
+    wake: OnceLock<Event>,
 }
 
 impl ConnectionState {
@@ -124,8 +125,7 @@ impl ConnectionState {
     /// Wakes the thread to send an event now, if the client has subscribed to events.
     pub(super) fn announce(&self) {
         if let Some(wake) = self.wake.get() {
-            // A full eventfd is readable already.
-            let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
+            wake.signal();
         }
     }
 
@@ -259,9 +259,9 @@ impl Connection {
         let Frame { request: code, body, fds, .. } = frame;
         let request = Request::decode(code, &body);
         if let Some(Ok(Request::Subscribe { interval })) = &request
-            && let Err(errno) = self.subscribe(*interval)
+            && let Err(error) = self.subscribe(*interval)
         {
-            return refused_subscription(code, errno);
+            return refused_subscription(code, &error);
         }
         let claims = matches!(&request, Some(Ok(request)) if request.claims_memory());
         self.hub.session.handle_native(self.role(claims), code, request, fds)
@@ -284,11 +284,10 @@ impl Connection {
     }
 
     /// Subscribes the client to events. The first event is due at once.
-    fn subscribe(&mut self, interval: Duration) -> Result<(), Errno> {
+    fn subscribe(&mut self, interval: Duration) -> std::io::Result<()> {
         if !self.state.is_subscribed() {
-            let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
             // Cannot fail: only this thread sets it.
-            let _ = self.state.wake.set(rustix::event::eventfd(0, flags)?);
+            let _ = self.state.wake.set(Event::new()?);
         }
         self.subscription = Some(Subscription { interval, due: Instant::now() });
         Ok(())
@@ -338,8 +337,7 @@ impl Connection {
         else {
             return;
         };
-        let mut count = [0; 8];
-        if rustix::io::read(wake, &mut count).is_ok() {
+        if wake.reset() {
             subscription.due = Instant::now();
         }
     }
@@ -379,10 +377,10 @@ impl Drop for Ended<'_> {
 }
 
 /// The answer to a subscription that failed.
-fn refused_subscription(request: u32, errno: Errno) -> Frame {
+fn refused_subscription(request: u32, error: &std::io::Error) -> Frame {
     refused(
         request,
-        RemoteError::new(ErrorCode::System, format!("cannot make an event descriptor: {errno}")),
+        RemoteError::new(ErrorCode::System, format!("cannot create an event descriptor: {error}")),
     )
 }
 

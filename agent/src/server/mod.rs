@@ -25,6 +25,7 @@
 
 mod connection;
 
+use crate::event::Event;
 use crate::reactor::Reactor;
 use crate::session::shared::SharedSession;
 use crate::transport::backoff::{self, Backoff};
@@ -83,7 +84,7 @@ pub struct Server {
 struct Hub {
     session: SharedSession,
     /// Wakes the reactor.
-    notify: Arc<OwnedFd>,
+    notify: Arc<Event>,
     /// Tokens of connections whose threads have ended.
     ended: Mutex<Vec<u64>>,
 }
@@ -92,8 +93,7 @@ impl Hub {
     /// Reports to the reactor that the thread of a connection ends.
     fn connection_ended(&self, token: u64) {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner).push(token);
-        // A full eventfd is readable already.
-        let _ = rustix::io::write(&self.notify, &1u64.to_ne_bytes());
+        self.notify.signal();
     }
 }
 
@@ -354,9 +354,7 @@ impl Server {
     /// Reacts to [`Hub::notify`]: a job has changed, or a connection has ended. Wakes the threads
     /// of all subscribed connections to send an event.
     fn announce(&mut self) {
-        let mut count = [0; 8];
-        // Only resets the descriptor.
-        let _ = rustix::io::read(&self.hub.notify, &mut count);
+        self.hub.notify.reset();
         self.hub.session.lock().job_changed();
         self.forget_ended();
         self.connections.values().for_each(|(connection, _)| connection.announce());
@@ -390,9 +388,7 @@ impl Server {
             if waited.is_err() {
                 break;
             }
-            let mut count = [0; 8];
-            // Only resets the descriptor.
-            let _ = rustix::io::read(&self.hub.notify, &mut count);
+            self.hub.notify.reset();
             self.forget_ended();
         }
         for (token, (connection, _)) in &self.connections {

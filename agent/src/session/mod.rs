@@ -24,6 +24,7 @@ pub mod shared;
 pub mod start_jobs;
 pub mod vhost_user;
 
+use crate::event::Event;
 use crate::hooks::Hooks;
 use crate::job::{Job, TooLate};
 use crate::memory::GuestMemory;
@@ -52,7 +53,7 @@ pub struct Session {
     /// The last job of the VMM before, for operators who want to know how it ended.
     previous: PreviousJob,
     jobs: u64,
-    notify: Arc<OwnedFd>,
+    notify: Arc<Event>,
     vhost_user: vhost_user::Features,
     /// The agent is about to end.
     stopping: bool,
@@ -85,7 +86,7 @@ impl PreviousJob {
 
 impl Session {
     /// A session without memory, whose jobs wake `notify`.
-    pub fn new(notify: Arc<OwnedFd>) -> Self {
+    pub fn new(notify: Arc<Event>) -> Self {
         Self {
             memory: Arc::default(),
             hooks: Arc::new(Hooks::new(None)),

@@ -12,6 +12,7 @@
 //! request at a time, although these run without the lock.
 
 use super::Session;
+use crate::event::Event;
 use crate::job::Job;
 use crate::session::join;
 use crate::waiting::{NoWait, may_wait};
@@ -95,7 +96,7 @@ impl SharedSession {
     ///
     /// # Errors
     /// If the kernel has no thread.
-    pub fn new(notify: Arc<OwnedFd>) -> std::io::Result<Self> {
+    pub fn new(notify: Arc<Event>) -> std::io::Result<Self> {
         let state = Mutex::new(State { session: Session::new(notify), owner: None });
         Ok(Self { state, released: Condvar::new(), drop_thread: DropThread::start()? })
     }

@@ -14,6 +14,7 @@
 use super::prepare::Prepared;
 use super::protect_steps;
 use super::write_faults;
+use crate::event::Event;
 use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
 use crate::memory::block::DiscardObserver;
@@ -27,8 +28,6 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::userfault::Userfaultfd;
-use rustix::event::EventfdFlags;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -108,7 +107,7 @@ impl DiscardObserver for WatchState {
 pub struct WriteWatch {
     job: Arc<Job>,
     shared: Arc<WatchState>,
-    stop: OwnedFd,
+    stop: Event,
     thread: Option<JoinHandle<()>>,
     watching: bool,
 }
@@ -138,11 +137,7 @@ impl WriteWatch {
             BlockHostPages::empty(block.geometry.pages(), block.backing.host_page_size())
         });
         let ahead = ahead.collect::<Result<_, _>>()?;
-        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let stop = stop.map_err(|errno| JobError::Io {
-            what: "make an event descriptor",
-            source: errno.into(),
-        })?;
+        let stop = Event::new().map_err(JobError::from_io("create an event descriptor"))?;
         let end = stop.try_clone().map_err(JobError::from_io("duplicate an event descriptor"))?;
         let timeout = job.options().hook_timeout;
         let undo = UnwatchOnDrop { job, armed: true };
@@ -244,8 +239,7 @@ impl WriteWatch {
         if unwatched.is_err() && self.job.memory.current.check().is_ok() {
             self.lift_all();
         }
-        // If the counter is full, the eventfd is already readable.
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        self.stop.signal();
         let joined = self.thread.take().is_none_or(|thread| thread.join().is_ok());
         unwatched?;
         if joined { Ok(()) } else { Err(JobError::Panicked) }

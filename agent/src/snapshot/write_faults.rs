@@ -14,6 +14,7 @@
 //! snapshot fails, and all writes continue: a disk that hangs costs the snapshot, never the guest.
 
 use super::protect::{Mode, WatchState};
+use crate::event::Event;
 use crate::job::{Job, JobError};
 use crate::memory::PageBuffer;
 use crate::memory::copy_before_write::CaptureError;
@@ -23,7 +24,7 @@ use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::userfault::MAX_FAULTS;
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -79,7 +80,7 @@ impl BufferPool {
 /// # Errors
 /// If a thread cannot be started, or there is no memory for the buffers.
 pub fn start(
-    job: &Arc<Job>, shared: &Arc<WatchState>, stop: OwnedFd,
+    job: &Arc<Job>, shared: &Arc<WatchState>, stop: Event,
 ) -> Result<JoinHandle<()>, JobError> {
     let (job, shared) = (job.clone(), shared.clone());
     let host_pages = || job.memory.blocks().iter().map(|block| block.backing.host_page_size());
@@ -104,7 +105,7 @@ pub fn start(
     fault_thread.map_err(JobError::from_io("start a thread"))
 }
 
-fn run_faults(job: &Job, shared: &WatchState, stop: &OwnedFd, buffers: &Buffers) {
+fn run_faults(job: &Job, shared: &WatchState, stop: &Event, buffers: &Buffers) {
     let mut guard = FailUnlessOver { shared, over: false };
     match handle_faults(job, shared, stop, buffers) {
         Ok(()) => guard.over = true,
@@ -146,7 +147,7 @@ fn fail(mode: &Mode, error: CaptureError) {
 }
 
 fn handle_faults(
-    job: &Job, shared: &WatchState, stop: &OwnedFd, buffers: &Buffers,
+    job: &Job, shared: &WatchState, stop: &Event, buffers: &Buffers,
 ) -> Result<(), CaptureError> {
     let uffd = &shared.protection.uffd;
     let mut faults = [0; MAX_FAULTS];

@@ -179,9 +179,7 @@ fn report_until_complete(
     let timeout = group.job.options().peer_timeout;
     let mut due: Option<Instant> = None;
     loop {
-        let mut count = [0; 8];
-        // Resets the eventfd. The value does not matter.
-        let _ = rustix::io::read(group.missing_pages.event(), &mut count);
+        group.missing_pages.event().reset();
         if group.failed.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -209,7 +207,7 @@ fn report_until_complete(
         }
         let moment = if group.acknowledge { ACKNOWLEDGE } else { LONGEST_WAIT };
         let until = due.unwrap_or_else(|| Instant::now() + moment).min(Instant::now() + moment);
-        group.job.cancel.wait(&[(group.missing_pages.event(), PollFlags::IN)], until)?;
+        group.job.cancel.wait(&[(group.missing_pages.event().as_fd(), PollFlags::IN)], until)?;
     }
 }
 

@@ -20,6 +20,7 @@
 
 use super::super::connect::{LAST_WORDS, Primary, SessionId, Streams, Urgent};
 use super::super::sender::{PageSender, PassView};
+use crate::event::Event;
 use crate::job::{Job, JobError, add};
 use crate::memory::Block;
 use crate::memory::MemoryError;
@@ -34,8 +35,8 @@ use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::stream::payload::{Totals, decode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
-use rustix::event::{EventfdFlags, PollFlags};
-use std::os::fd::{AsFd, OwnedFd};
+use rustix::event::PollFlags;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -73,7 +74,7 @@ struct StreamGroup<'a> {
     /// Number of streams that still push.
     pushing: AtomicUsize,
     /// Readable when no stream pushes any more.
-    pushed: OwnedFd,
+    pushed: Event,
     bulk: PassView<'a>,
     urgent: PassView<'a>,
 }
@@ -143,7 +144,6 @@ impl PostcopySource {
     pub fn serve(
         &self, streams: &mut Streams, before: impl FnOnce(&mut Primary) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
-        let pushed = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let view = |limiter| PassView { job: &self.job, limiter, send_zeros: true };
         self.limiter.set_rate(self.job.options().bandwidth);
         let sockets = streams.sockets();
@@ -155,10 +155,7 @@ impl PostcopySource {
             over: AtomicBool::new(false),
             following: AtomicBool::new(false),
             pushing: AtomicUsize::new(senders.len()),
-            pushed: pushed.map_err(|errno| JobError::Io {
-                what: "create an event descriptor",
-                source: errno.into(),
-            })?,
+            pushed: Event::new().map_err(JobError::from_io("create an event descriptor"))?,
             bulk: view(&self.limiter),
             urgent: view(&self.unlimited),
         };
@@ -256,8 +253,7 @@ impl PostcopySource {
         let payload = sender.totals.encode();
         sender.write(&self.job, RecordHeader::plain(Kind::End, 0, payload.len()), &payload)?;
         if group.pushing.fetch_sub(1, Ordering::AcqRel) == 1 {
-            // If this fails, the eventfd is full, so it is readable already.
-            let _ = rustix::io::write(&group.pushed, &1u64.to_ne_bytes());
+            group.pushed.signal();
         }
         Ok(())
     }
