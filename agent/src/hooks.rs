@@ -13,6 +13,7 @@
 //! every later hook fails at once with the reason. The VMM sees the end of the connection and
 //! attaches another agent.
 
+use crate::lock::lock;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::control::frame::Frame;
@@ -25,7 +26,7 @@ use pageferry_protocol::control::{FrameSocket, SocketError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 /// Why a hook failed.
@@ -365,11 +366,11 @@ impl Hooks {
     }
 
     fn lock(&self) -> MutexGuard<'_, Channel> {
-        self.channel.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.channel)
     }
 
     fn pending(&self) -> MutexGuard<'_, VecDeque<JobStatus>> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pending)
     }
 }
 

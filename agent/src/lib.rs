@@ -21,6 +21,7 @@
 //! - [`transport`]: addresses, sockets, records, the bandwidth limit;
 //! - [`session`]: the requests of a VMM and of operators;
 //! - [`server`], [`reactor`]: the control socket and its connections;
+//! - [`lock`]: locks that outlive a panic;
 //! - [`waiting`]: which code may wait;
 //! - [`cli`]: the command line.
 #![deny(unsafe_code)]
@@ -33,6 +34,7 @@ pub mod hooks;
 pub mod image;
 pub mod incoming;
 pub mod job;
+pub mod lock;
 pub mod memory;
 pub mod missing_faults;
 pub mod outgoing;

@@ -10,9 +10,10 @@
 //! and ended. Debug and trace lines are not limited: they are off unless the operator asks for all
 //! of them.
 
+use crate::lock::lock;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Most lines of one place in a window.
@@ -61,7 +62,7 @@ pub struct Limit(Arc<Mutex<BTreeMap<Place, Window>>>);
 
 impl Limit {
     fn places(&self) -> MutexGuard<'_, BTreeMap<Place, Window>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Returns true if this line may be written. Otherwise counts it as left out.

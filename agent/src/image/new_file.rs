@@ -12,6 +12,7 @@
 
 use super::bytes::write_at;
 use super::{Fault, ImageError, kernel};
+use crate::lock::lock;
 use pageferry_protocol::image::header::MAGIC;
 use pageferry_protocol::image::working_set;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
@@ -192,7 +193,7 @@ impl NewFile {
     /// # Errors
     /// As [`NewFile::finish`].
     pub fn name(&self) -> Result<(), Fault> {
-        let mut named = self.temporary.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut named = lock(&self.temporary);
         let temporary = match &*named {
             Some(name) => name.clone(),
             // If no file exists at the path, the file gets its name at once. A temporary name would

@@ -14,9 +14,10 @@
 
 use super::Fault;
 use super::bytes::write_at;
+use crate::lock::lock;
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 /// Most bytes that are collected: the checksums of 256 MiB.
 const MOST_BYTES: usize = 256 << 10;
@@ -42,7 +43,7 @@ impl PageSums {
     /// # Errors
     /// If the file cannot be written.
     pub fn add(&self, file: BorrowedFd<'_>, place: u64, bytes: &[u8]) -> Result<(), Fault> {
-        let mut collected = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut collected = lock(&self.0);
         collected.bytes += bytes.len();
         let before = collected.runs.range_mut(..place).next_back();
         match before.filter(|(start, run)| **start + run.len() as u64 == place) {
@@ -63,7 +64,7 @@ impl PageSums {
     /// # Errors
     /// As for [`PageSums::add`].
     pub fn flush(&self, file: BorrowedFd<'_>) -> Result<(), Fault> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner)).write(file)
+        std::mem::take(&mut *lock(&self.0)).write(file)
     }
 }
 

@@ -15,6 +15,7 @@ use super::bytes::{data_in, read_at};
 use super::chain::images;
 use super::workers::{Extents, Progress, at_once, share};
 use super::{Fault, Image, ImageError};
+use crate::lock::lock;
 use crate::memory::PageBuffer;
 use crate::memory::zero::is_zero;
 use pageferry_protocol::image::header::HEADER_SIZE;
@@ -102,7 +103,7 @@ struct Findings {
 impl Findings {
     /// Adds an error, and returns [`Enough`] if it was the last one that is wanted.
     fn add(&self, place: Place, error: ImageError) -> Result<(), Enough> {
-        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = lock(&self.found);
         if found.len() < self.most {
             found.push((place, error));
         }

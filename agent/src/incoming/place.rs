@@ -26,6 +26,7 @@
 //! has its content. It never becomes a hole whose marks say that it was placed, or the reverse.
 
 use crate::job::{Job, JobError, add};
+use crate::lock::lock;
 use crate::memory::MemoryError;
 use crate::memory::backing::BackingKind;
 use crate::memory::host_page_set::HostPageSet;
@@ -41,7 +42,7 @@ use pageferry_protocol::shm::bitmap::runs_of_word;
 use pageferry_protocol::stream::RecordHeader;
 use pageferry_protocol::stream::payload::decode_bitmap;
 use pageferry_protocol::stream::record::FLAG_STRAY;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// Places the pages that all streams receive.
 #[derive(Debug)]
@@ -179,7 +180,7 @@ impl<'a> Placer<'a> {
         let target = &self.blocks[at];
         let _placing = self.job.memory.placing();
         if block.backing.kind() == BackingKind::Hugetlb {
-            let mut window = target.window.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut window = lock(&target.window);
             target.received.set(range);
             huge::write(&block.backing, &mut window, range.offset(), Fill::Bytes(payload))
                 .map_err(failed)?;
@@ -283,7 +284,7 @@ impl<'a> Placer<'a> {
         let emptied = if block.backing.host_page_size() == PAGE_SIZE {
             empty_small(block, &target.received, range)
         } else {
-            let mut window = target.window.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut window = lock(&target.window);
             empty_huge(block, &target.received, &mut window, range)
         };
         emptied.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })

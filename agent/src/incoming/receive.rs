@@ -14,6 +14,7 @@ use super::decompress::Decompressor;
 use super::place::Placer;
 use crate::incoming::IncomingError;
 use crate::job::{Job, JobError, add};
+use crate::lock::lock;
 use crate::transport::StreamError;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_protocol::control::job::RunState;
@@ -304,7 +305,7 @@ impl Barrier {
     }
 
     fn state(&self) -> MutexGuard<'_, BarrierState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Waits for all streams. The last one runs `all_here` before any of them continues.

@@ -11,8 +11,9 @@
 //! If the deadline passes, the migration fails, and the guest continues at the source.
 
 use super::JobError;
+use crate::lock::lock;
 use pageferry_protocol::control::job::{MIN_BANDWIDTH, OutgoingOptions};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How many times slower than measured the link may be while the guest is paused. A link that is
@@ -27,11 +28,11 @@ pub struct Deadline(Arc<Mutex<Option<Instant>>>);
 
 impl Deadline {
     fn at(&self) -> Option<Instant> {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.0)
     }
 
     fn set(&self, at: Option<Instant>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = at;
+        *lock(&self.0) = at;
     }
 
     /// The earlier one of `own` and this deadline.

@@ -21,6 +21,7 @@ pub use recovery::{Recovery, RecoveryRequest};
 
 use crate::event::Event;
 use crate::hooks::Hooks;
+use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::memory::host_page_set::HostPageSet;
 use crate::transport::Limiter;
@@ -122,7 +123,7 @@ impl Job {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// How it stands.
@@ -534,7 +535,7 @@ mod tests {
                 let mut otherwise = Vec::new();
                 for _ in 0..JOBS {
                     start.wait();
-                    let job = next.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                    let job = lock(&next).clone();
                     start.wait();
                     let accepted = job.cancel.cancel();
                     start.wait();
@@ -548,7 +549,7 @@ mod tests {
             });
             for id in 1..=JOBS {
                 let job = Arc::new(job(id));
-                *next.lock().unwrap_or_else(PoisonError::into_inner) = job.clone();
+                *lock(&next) = job.clone();
                 start.wait();
                 start.wait();
                 job.finish(Err(JobError::Abandoned));

@@ -11,9 +11,10 @@
 //! holds for every later pause.
 
 use crate::event::Event;
+use crate::lock::lock;
 use crate::transport::{Address, Listener};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// A request to a paused job.
 #[derive(Debug)]
@@ -55,7 +56,7 @@ impl Recovery {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Posts a request. Returns false if the job is not paused, or another request waits.

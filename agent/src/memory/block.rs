@@ -10,6 +10,7 @@ use super::fence::{MAX_READERS, Readers};
 use super::marking::Marking;
 use super::missing_pages::MissingPages;
 use super::recorded_discards::RecordedDiscards;
+use crate::lock::lock;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
 use std::path::Path;
@@ -191,7 +192,7 @@ impl GuestMemory {
     /// set. A job that starts to refuse populates locks it once, and so waits for the last
     /// populate.
     pub fn populating(&self) -> MutexGuard<'_, ()> {
-        self.populating.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.populating)
     }
 
     /// The same set, for a VMM that says in `current` which agent acts for it.
@@ -203,40 +204,37 @@ impl GuestMemory {
 
     /// The missing pages, if the guest runs without them.
     pub fn missing_pages(&self) -> Option<Arc<MissingPages>> {
-        self.missing_pages.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.missing_pages).clone()
     }
 
     /// From now on discards drop pages of `missing_pages`. `None` when no page is missing any more.
     pub fn set_missing_pages(&self, missing_pages: Option<Arc<MissingPages>>) {
-        *self.missing_pages.lock().unwrap_or_else(PoisonError::into_inner) = missing_pages;
+        *lock(&self.missing_pages) = missing_pages;
     }
 
     /// Sets the observer of what discards have freed.
     pub fn set_discard_observer(&self, observer: Option<Arc<dyn DiscardObserver>>) {
-        *self.discard_observer.lock().unwrap_or_else(PoisonError::into_inner) = observer;
+        *lock(&self.discard_observer) = observer;
     }
 
     /// The observer of what discards have freed.
     pub(super) fn discard_observer(&self) -> Option<Arc<dyn DiscardObserver>> {
-        self.discard_observer.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.discard_observer).clone()
     }
 
     /// Sets the record of discards. Call it with `marking` held.
     pub(super) fn set_recorded(&self, recorded: Option<Arc<RecordedDiscards>>) {
-        *self.recorded.lock().unwrap_or_else(PoisonError::into_inner) = recorded;
+        *lock(&self.recorded) = recorded;
     }
 
     /// Removes this record, unless another one has taken its place.
     pub(super) fn clear_recorded(&self, recorded: &Arc<RecordedDiscards>) {
-        self.recorded
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take_if(|current| Arc::ptr_eq(current, recorded));
+        lock(&self.recorded).take_if(|current| Arc::ptr_eq(current, recorded));
     }
 
     /// The record in which discards note their pages.
     pub(super) fn recorded(&self) -> Option<Arc<RecordedDiscards>> {
-        self.recorded.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.recorded).clone()
     }
 
     /// Hold this while content from a peer is placed, from before the write until the pages are

@@ -42,6 +42,7 @@ use super::host_page_set::{HostPageSet, fence_words};
 use super::mappings::Mappings;
 use super::page_buffer::PageBuffer;
 use super::{Block, GuestMemory};
+use crate::lock::lock;
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappingError;
@@ -49,7 +50,7 @@ use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::userfault::Userfaultfd;
 use rustix::io::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Bytes that are read before they are put into the sink, unless the sink asks for more. They stay
@@ -371,7 +372,7 @@ impl CopyBeforeWrite {
             return;
         }
         if !self.has_failed() {
-            let mut batch = self.discard_batch.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut batch = lock(&self.discard_batch);
             match self.copy_into(&mut batch, memory, at, host_pages) {
                 Ok(pages) => return add(&self.live.rescued_pages, pages),
                 Err(error) => self.fail(error),
@@ -413,7 +414,7 @@ impl CopyBeforeWrite {
     /// As [`CopyBeforeWrite::check`].
     pub fn finish(&self, readers: &Readers) -> Result<(), CaptureError> {
         before_unregister(readers);
-        drop(self.discard_batch.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(lock(&self.discard_batch));
         self.stop_faults();
         self.check()
     }
@@ -427,7 +428,7 @@ impl CopyBeforeWrite {
 
     /// Fails the snapshot. The first error is kept.
     pub fn fail(&self, error: CaptureError) {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        lock(&self.failure).get_or_insert(error);
         self.failed.store(true, Ordering::Release);
     }
 
@@ -445,7 +446,7 @@ impl CopyBeforeWrite {
         if !self.has_failed() {
             return Ok(());
         }
-        let error = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let error = lock(&self.failure).take();
         Err(error.unwrap_or(CaptureError::GivenUp))
     }
 }

@@ -45,6 +45,7 @@ use super::mappings::Mappings;
 use super::recorded_discards::RecordedDiscards;
 use super::{Block, GuestMemory};
 use crate::event::Event;
+use crate::lock::lock;
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
@@ -53,7 +54,7 @@ use pageferry_protocol::userfault::{AddressRange, FillError, Userfaultfd};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::yield_now;
 use std::time::Instant;
 
@@ -610,7 +611,7 @@ impl MissingPages {
     }
 
     fn load(&self) -> MutexGuard<'_, StateLoad> {
-        self.load.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.load)
     }
 
     /// The VMM has loaded its state. Returns false if the load was abandoned in the meantime: what

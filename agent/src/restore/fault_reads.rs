@@ -17,6 +17,7 @@
 use super::lazy_restore::LazyRestore;
 use super::working_set::WorkingSetRecorder;
 use crate::job::JobError;
+use crate::lock::lock;
 use crate::memory::PageBuffer;
 use crate::memory::runs::NEAR;
 use crate::missing_faults::{HostPage, PageRequester};
@@ -26,7 +27,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::userfault::MAX_FAULTS;
 use std::convert::Infallible;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 /// Number of threads that read the pages that the guest waits for. Most of the time they wait for
 /// the disk.
@@ -72,7 +73,7 @@ impl FaultQueue {
 
     /// Closes the queue: the waiting threads return, and no page is handed out any more.
     pub fn close(&self) {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
+        lock(&self.open).take();
     }
 }
 

@@ -17,6 +17,7 @@ use super::fault_reads::FaultQueue;
 use super::prefetch::{PrefetchGate, WorkingSetPieces};
 use super::source::Source;
 use crate::job::{Job, JobError, add};
+use crate::lock::lock;
 use crate::memory::MemoryError;
 use crate::memory::cursor::Cursor;
 use crate::memory::host_page_set::HostPageSet;
@@ -25,8 +26,8 @@ use crate::missing_faults::{RETRY, ShortageReport};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use rustix::event::PollFlags;
 use std::os::fd::AsFd;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Longest time between two looks at the progress.
@@ -130,7 +131,7 @@ impl<'a> LazyRestore<'a> {
         if self.over.load(Ordering::Acquire) {
             return;
         }
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        lock(&self.failure).get_or_insert(error);
         self.failed.store(true, Ordering::Release);
         self.release();
         // The VMM may be loading its state, and wait for a page that never comes. It cannot learn
@@ -153,7 +154,7 @@ impl<'a> LazyRestore<'a> {
     pub fn end(&self) -> Result<(), JobError> {
         self.over.store(true, Ordering::Release);
         self.release();
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+        lock(&self.failure).take().map_or(Ok(()), Err)
     }
 
     /// Follows the restore while the guest runs. Returns when no page is missing or a thread has

@@ -13,6 +13,7 @@
 use super::lazy_restore::LazyRestore;
 use crate::image::chain::in_extents;
 use crate::job::{JobError, add};
+use crate::lock::lock;
 use crate::memory::PageBuffer;
 use crate::memory::runs::{NEAR, join_near_runs};
 use pageferry_protocol::image::EXTENT_SIZE;
@@ -71,13 +72,13 @@ impl PrefetchGate {
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut lock(&self.state));
         self.changed.notify_all();
     }
 
     /// Waits for the gate. Returns true if the worker may prefetch, and false if it must end.
     fn wait(&self) -> bool {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = lock(&self.state);
         let state = self.changed.wait_while(state, |state| *state == State::Shut);
         *state.unwrap_or_else(PoisonError::into_inner) == State::Open
     }

@@ -26,6 +26,7 @@
 mod connection;
 
 use crate::event::Event;
+use crate::lock::lock;
 use crate::reactor::Reactor;
 use crate::session::shared::SharedSession;
 use crate::transport::backoff::{self, Backoff};
@@ -37,7 +38,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -92,7 +93,7 @@ struct Hub {
 impl Hub {
     /// Reports to the reactor that the thread of a connection ends.
     fn connection_ended(&self, token: u64) {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner).push(token);
+        lock(&self.ended).push(token);
         self.notify.signal();
     }
 }
@@ -362,8 +363,7 @@ impl Server {
 
     /// Removes the connections whose threads have ended.
     fn forget_ended(&mut self) {
-        let ended =
-            std::mem::take(&mut *self.hub.ended.lock().unwrap_or_else(PoisonError::into_inner));
+        let ended = std::mem::take(&mut *lock(&self.hub.ended));
         for token in ended {
             if let Some((connection, _thread)) = self.connections.remove(&token) {
                 // The thread is about to return. It need not be joined.

@@ -14,6 +14,7 @@
 use super::Session;
 use crate::event::Event;
 use crate::job::Job;
+use crate::lock::lock;
 use crate::session::join;
 use crate::waiting::{NoWait, may_wait};
 use pageferry_protocol::control::role::Role;
@@ -107,7 +108,7 @@ impl SharedSession {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Who the connection is. The first that hands over memory is the VMM. If the VMM before is

@@ -21,11 +21,12 @@
 
 use super::{Plan, is_increment};
 use crate::job::{Job, JobError};
+use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::snapshot::SnapshotError;
 use crate::tracking::{DirtyPages, LogTracker, Tracker, Trackers};
 use pageferry_protocol::image::{ImageId, id_text};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The checkpoint of a session. Clones share it.
 #[derive(Clone, Default)]
@@ -73,7 +74,7 @@ impl std::fmt::Debug for SharedCheckpoint {
 
 impl SharedCheckpoint {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Ends the checkpoint, because another job needs the trackers or changes the memory. This asks
@@ -87,7 +88,7 @@ impl SharedCheckpoint {
                     id_text(&checkpoint.id)
                 );
                 *state = State::Ended(why.to_owned());
-                self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(checkpoint.trackers);
+                lock(&self.idle).push(checkpoint.trackers);
             }
             other => *state = other,
         }
@@ -96,7 +97,7 @@ impl SharedCheckpoint {
     /// Stops the trackers that are not needed any more. A job calls this on its thread, before it
     /// starts trackers of its own.
     pub fn stop_idle(&self) {
-        let idle = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
+        let idle = std::mem::take(&mut *lock(&self.idle));
         idle.into_iter().for_each(|mut trackers| trackers.stop());
     }
 

@@ -16,6 +16,7 @@ use super::protect_steps;
 use super::write_faults;
 use crate::event::Event;
 use crate::job::{Job, JobError};
+use crate::lock::lock;
 use crate::memory::backing::BackingKind;
 use crate::memory::block::DiscardObserver;
 use crate::memory::copy_before_write::{CaptureError, CopyBeforeWrite, Protection};
@@ -29,7 +30,7 @@ use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::userfault::Userfaultfd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 /// The largest host page that can be captured at once while the guest waits to write to it.
@@ -73,7 +74,7 @@ impl WatchState {
 
     /// What a fault means now. It does not change while the guard is held.
     pub fn mode(&self) -> MutexGuard<'_, Mode> {
-        self.mode.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.mode)
     }
 
     /// Notes that faults are not handled as they should be.

@@ -22,11 +22,12 @@
 //! 6.7.
 #![allow(unsafe_code)]
 
+use crate::lock::lock;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 /// The number of runs of written pages that one call can report, in 96 KiB. A run costs 24 bytes,
 /// whatever its length.
@@ -206,7 +207,7 @@ impl Pagemap {
         &self, address: u64, length: u64, wanted: Target, mut found: impl FnMut(u64, u64),
     ) -> Result<(), PagemapError> {
         let end = address.checked_add(length).ok_or(PagemapError::Range { address, length })?;
-        let mut regions = self.regions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut regions = lock(&self.regions);
         let mut start = address;
         while start < end {
             let (count, walk_end) =

@@ -8,6 +8,7 @@
 //! again.
 
 use crate::job::{Job, JobError};
+use crate::lock::lock;
 use crate::memory::missing_pages::MissingPages;
 use crate::missing_faults::{HostPage, PageRequester};
 use crate::transport::{RecordReader, StreamSocket};
@@ -15,7 +16,7 @@ use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
 use pageferry_protocol::userfault::MAX_FAULTS;
 use rustix::io::IoSlice;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The urgent streams, on which pages are requested. Clones share them.
 ///
@@ -27,7 +28,7 @@ pub struct RequestStreams(Arc<Mutex<Vec<StreamSocket>>>);
 
 impl RequestStreams {
     fn lock(&self) -> MutexGuard<'_, Vec<StreamSocket>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Sends requests on these streams from now on, first for all pages that the guest already

@@ -14,6 +14,7 @@ use super::super::decompress::Decompressor;
 use super::assembly::{Assembly, Whole};
 use crate::incoming::IncomingError;
 use crate::job::{Job, JobError, add};
+use crate::lock::lock;
 use crate::memory::Block;
 use crate::memory::MemoryError;
 use crate::memory::missing_pages::MissingPages;
@@ -90,7 +91,7 @@ impl StreamGroup<'_> {
     }
 
     fn note(&self, error: JobError) {
-        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failure = lock(&self.failure);
         if failure.is_none() || matches!(error, JobError::Peer(_)) {
             *failure = Some(error);
         }

@@ -22,6 +22,7 @@ use super::super::connect::{LAST_WORDS, Primary, SessionId, Streams, Urgent};
 use super::super::sender::{PageSender, PassView};
 use crate::event::Event;
 use crate::job::{Job, JobError, add};
+use crate::lock::lock;
 use crate::memory::Block;
 use crate::memory::MemoryError;
 use crate::memory::cursor::Cursor;
@@ -84,7 +85,7 @@ impl StreamGroup<'_> {
         if self.over.load(Ordering::Acquire) {
             return;
         }
-        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failure = lock(&self.failure);
         if failure.is_none() || matches!(error, JobError::Peer(_)) {
             *failure = Some(error);
         }
@@ -101,7 +102,7 @@ impl StreamGroup<'_> {
     }
 
     fn failed(&self) -> bool {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        lock(&self.failure).is_some()
     }
 
     fn shut(&self) {
