@@ -17,10 +17,11 @@
 //!
 //! A socket that the VMM handed over is a single connection. If it is refused, the job fails.
 
+use crate::incoming::IncomingError;
 use crate::job::{Job, JobError, add};
 use crate::memory::MemoryError;
 use crate::memory::backing::BackingKind;
-use crate::outgoing::OutgoingError;
+use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::transport::StreamError;
 use crate::transport::backoff::{Backoff, PAUSE};
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamSocket, TransportError};
@@ -42,8 +43,6 @@ const MAX_PENDING: usize = 256;
 const REJECT_READ_TIME: Duration = Duration::from_millis(50);
 /// Longest single wait for a source. There is no limit in total: an operator cancels the job.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
-/// The largest host page that postcopy can place at once, in bytes.
-const MAX_HOST_PAGE: u64 = 2 << 20;
 
 /// Where the guest comes from.
 #[derive(Debug)]
@@ -478,13 +477,13 @@ fn check_postcopy(job: &Job, features: u64, wanted: ExpectedSource) -> Result<()
     for block in job.memory.blocks() {
         let (id, size) = (block.geometry.id, block.backing.host_page_size());
         if block.backing.kind() == BackingKind::File {
-            return Err(OutgoingError::DiskPostcopy { id }.into());
+            return Err(IncomingError::DiskPostcopy { id }.into());
         }
-        if size > MAX_HOST_PAGE {
-            return Err(OutgoingError::HostPage { id, size, limit: MAX_HOST_PAGE }.into());
+        if size > MAX_POSTCOPY_HOST_PAGE {
+            return Err(IncomingError::HostPage { id, size, limit: MAX_POSTCOPY_HOST_PAGE }.into());
         }
         if block.vmm_address == 0 {
-            return Err(OutgoingError::NotMapped { id }.into());
+            return Err(IncomingError::NotMapped { id }.into());
         }
     }
     // In a recovery the guest is here already, and its mappings are registered.
@@ -603,7 +602,7 @@ mod tests {
         assert!(
             matches!(
                 error,
-                JobError::Outgoing(OutgoingError::HostPage {
+                JobError::Incoming(IncomingError::HostPage {
                     id: 0,
                     size: 0x4000_0000,
                     limit: 0x20_0000

@@ -3,6 +3,7 @@
 //! Why a destination refuses what comes.
 
 use super::decompress::DecompressError;
+use pageferry_protocol::control::reply::ErrorCode;
 use pageferry_protocol::stream::table::TableMismatch;
 
 /// Why a destination refuses what comes.
@@ -11,16 +12,6 @@ pub enum IncomingError {
     /// The source's blocks are not those of this VMM.
     #[error(transparent)]
     Table(#[from] TableMismatch),
-    /// A stream ended another pass than the one that runs.
-    #[error("stream {stream} ended pass {found}, expected is pass {expected}")]
-    Pass {
-        /// The stream.
-        stream: u16,
-        /// Pass in the record.
-        found: u64,
-        /// Pass that runs.
-        expected: u64,
-    },
     /// The totals of both sides differ.
     #[error("totals differ: {field} is {theirs} at the source and {own} here")]
     Totals {
@@ -58,4 +49,40 @@ pub enum IncomingError {
         #[source]
         source: DecompressError,
     },
+    /// The destination has host pages too large for postcopy.
+    #[error("block {id}: the host page size is {size:#x}, postcopy takes at most {limit:#x}")]
+    HostPage {
+        /// The block.
+        id: u32,
+        /// Size of a host page in bytes.
+        size: u64,
+        /// The largest that can be placed at once, in bytes.
+        limit: u64,
+    },
+    /// The kernel does not report missing pages of the destination's memory.
+    #[error(
+        "block {id} is a file on a disk at the destination, which userfaultfd cannot register: postcopy and hybrid take memfds, tmpfs and hugetlbfs; migrate with precopy"
+    )]
+    DiskPostcopy {
+        /// The block.
+        id: u32,
+    },
+    /// A block is not mapped at the destination.
+    #[error("block {id} has no vmm_address at the destination, which postcopy needs")]
+    NotMapped {
+        /// The block.
+        id: u32,
+    },
+}
+
+impl IncomingError {
+    /// The code by which the source is told.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::HostPage { .. } | Self::DiskPostcopy { .. } | Self::NotMapped { .. } => {
+                ErrorCode::Unsupported
+            }
+            _ => ErrorCode::Invalid,
+        }
+    }
 }

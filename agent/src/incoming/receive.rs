@@ -12,7 +12,6 @@
 use super::accept::Accepted;
 use super::decompress::Decompressor;
 use super::place::Placer;
-use crate::incoming::IncomingError;
 use crate::job::{Job, JobError, add};
 use crate::lock::lock;
 use crate::transport::StreamError;
@@ -265,7 +264,7 @@ impl<'a> Stream<'a> {
         let expected = self.counted.passes;
         if number != expected {
             return Err(
-                IncomingError::Pass { stream: self.index as u16, found: number, expected }.into()
+                StreamError::Pass { stream: self.index as u16, found: number, expected }.into()
             );
         }
         self.counted.passes += 1;

@@ -219,6 +219,7 @@ impl JobError {
         let code = match self {
             Self::Cancelled | Self::Replaced(_) | Self::VmmGone => ErrorCode::State,
             Self::Outgoing(error) => error.code(),
+            Self::Incoming(error) => error.code(),
             Self::Memory(MemoryError::Sealed { .. }) => ErrorCode::Unsupported,
             Self::Memory(_) | Self::Io { .. } => ErrorCode::System,
             Self::Hook(_) | Self::NotResumed { .. } | Self::Tracking(_) | Self::Panicked => {

@@ -15,6 +15,10 @@ use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Largest host page, in bytes, that postcopy, a lazy restore and a background snapshot take. A
+/// thread of the guest waits until all of the page is placed or captured.
+pub const MAX_POSTCOPY_HOST_PAGE: u64 = 2 << 20;
+
 /// A set of host pages of all blocks, in the order of the memory's blocks.
 #[derive(Debug)]
 pub struct HostPageSet {

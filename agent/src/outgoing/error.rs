@@ -30,30 +30,6 @@ pub enum OutgoingError {
         "compression is {0}, which the destination does not take: migrate with one that it takes, or with none"
     )]
     Compression(&'static str),
-    /// The destination has host pages too large for postcopy.
-    #[error("block {id}: the host page size is {size:#x}, postcopy takes at most {limit:#x}")]
-    HostPage {
-        /// The block.
-        id: u32,
-        /// Size of a host page in bytes.
-        size: u64,
-        /// The largest that can be placed at once, in bytes.
-        limit: u64,
-    },
-    /// The kernel does not report missing pages of the destination's memory.
-    #[error(
-        "block {id} is a file on a disk at the destination, which userfaultfd cannot register: postcopy and hybrid take memfds, tmpfs and hugetlbfs; migrate with precopy"
-    )]
-    DiskPostcopy {
-        /// The block.
-        id: u32,
-    },
-    /// A block is not mapped at the destination.
-    #[error("block {id} has no vmm_address at the destination, which postcopy needs")]
-    NotMapped {
-        /// The block.
-        id: u32,
-    },
     /// The passes did not converge, and the policy is to fail.
     #[error(
         "not converging: after {passes} passes {remaining} pages remain, which would stop the guest for {expected:?}, \
@@ -121,11 +97,7 @@ impl OutgoingError {
     /// The code by which the destination is told.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Compression(_)
-            | Self::Mode(_)
-            | Self::HostPage { .. }
-            | Self::DiskPostcopy { .. }
-            | Self::NotMapped { .. } => ErrorCode::Unsupported,
+            Self::Compression(_) | Self::Mode(_) => ErrorCode::Unsupported,
             Self::NotConverging { .. } => ErrorCode::Other,
             _ => ErrorCode::Invalid,
         }

@@ -12,12 +12,12 @@
 use super::Migration;
 use super::fixup::DirtyState;
 use super::sender::{PageSender, PassView};
-use crate::incoming::IncomingError;
 use crate::job::{JobError, get};
 use crate::memory::MemoryError;
 use crate::memory::host_page_set::words_of;
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::LazyClear;
+use crate::transport::StreamError;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::WORD_BITS;
@@ -97,7 +97,7 @@ impl Migration {
 
         let done = self.streams.primary.expect(Kind::PassDone, "the end of the pass")?;
         if done != number {
-            return Err(IncomingError::Pass { stream: 0, found: done, expected: number }.into());
+            return Err(StreamError::Pass { stream: 0, found: done, expected: number }.into());
         }
         let pages = get(&job.live.pages_sent) - sent_before;
         let bytes = get(&job.live.wire_bytes) - bytes_before;

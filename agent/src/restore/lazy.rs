@@ -30,6 +30,7 @@ use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
 use crate::memory::fence::MAX_READERS;
 use crate::memory::host_page_set::HostPageSet;
+use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::memory::missing_pages::MissingPages;
 use crate::memory::pool;
 use crate::missing_faults::{FaultRegistration, StopEvent, handle_faults};
@@ -37,9 +38,6 @@ use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Phase, RestoreOptions};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-
-/// The largest host page that can be placed at once, in bytes.
-const MAX_HOST_PAGE: u64 = 2 << 20;
 
 /// Resumes the guest, and places its memory while it runs.
 ///
@@ -125,8 +123,8 @@ fn check(job: &Job) -> Result<(), RestoreError> {
         if block.backing.kind() == BackingKind::File {
             return Err(RestoreError::OnDisk { id });
         }
-        if size > MAX_HOST_PAGE {
-            return Err(RestoreError::HostPage { id, size, limit: MAX_HOST_PAGE });
+        if size > MAX_POSTCOPY_HOST_PAGE {
+            return Err(RestoreError::HostPage { id, size, limit: MAX_POSTCOPY_HOST_PAGE });
         }
         if block.vmm_address == 0 {
             return Err(RestoreError::NotMapped { id });

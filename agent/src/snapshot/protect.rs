@@ -21,6 +21,7 @@ use crate::memory::backing::BackingKind;
 use crate::memory::block::DiscardObserver;
 use crate::memory::copy_before_write::{CaptureError, CopyBeforeWrite, Protection};
 use crate::memory::host_page_set::BlockHostPages;
+use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::memory::mappings::Mappings;
 use crate::snapshot::SnapshotError;
 use crate::tracking::DirtyPages;
@@ -33,8 +34,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-/// The largest host page that can be captured at once while the guest waits to write to it.
-const MAX_HOST_PAGE: u64 = 2 << 20;
 /// The most pages that one call protects: 64 MiB. Other threads that change mappings wait for the
 /// call.
 const MAX_PROTECTED: PageRange = PageRange::new(0, (64 << 20) / PAGE_SIZE);
@@ -124,8 +123,13 @@ impl WriteWatch {
             if block.backing.kind() == BackingKind::File {
                 return Err(SnapshotError::OnDisk { id }.into());
             }
-            if size > MAX_HOST_PAGE {
-                return Err(SnapshotError::LargeHostPage { id, size, limit: MAX_HOST_PAGE }.into());
+            if size > MAX_POSTCOPY_HOST_PAGE {
+                return Err(SnapshotError::LargeHostPage {
+                    id,
+                    size,
+                    limit: MAX_POSTCOPY_HOST_PAGE,
+                }
+                .into());
             }
         }
         Ok(())

@@ -48,6 +48,16 @@ pub enum StreamError {
         /// Number of pages of the block.
         pages: u64,
     },
+    /// A stream ended another pass than the one that runs.
+    #[error("stream {stream} ended pass {found}, expected is pass {expected}")]
+    Pass {
+        /// The stream.
+        stream: u16,
+        /// Pass in the record.
+        found: u64,
+        /// Pass that runs.
+        expected: u64,
+    },
     /// The first record of a stream does not decode.
     #[error("hello")]
     Hello(#[from] HelloError),
