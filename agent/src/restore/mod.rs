@@ -30,7 +30,7 @@ use crate::hooks::state_file_of;
 use crate::image::Image;
 use crate::job::{Job, JobError, micros};
 use crate::memory::MemoryError;
-use crate::snapshot::checkpoint::SharedCheckpoint;
+use crate::tracking::checkpoint::SharedCheckpoint;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{
     Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState,

@@ -2,7 +2,7 @@
 
 //! Snapshots: save a guest as it was at one instant, in an image.
 //!
-//! - [`checkpoint`]: what has changed since the last image, for increments;
+//! - [`changes`]: what has changed since the last image, for increments;
 //! - [`prepare`]: what is done before the instant, so that the guest is paused for a shorter time;
 //! - [`protect`]: write protection, set before the instant as far as possible;
 //! - [`protect_steps`]: the order of "protect a page" and "note that it is protected";
@@ -15,7 +15,7 @@
 //!
 //! [`crate::memory::copy_before_write`] has the rules for who reads which page when.
 
-pub mod checkpoint;
+pub mod changes;
 pub mod error;
 pub mod image_sink;
 pub mod point_in_time;
@@ -33,8 +33,9 @@ use crate::image::writer::{Base, Rest};
 use crate::image::{Fault, ImageWriter};
 use crate::job::pause::{PausedGuest, SavedState};
 use crate::job::{Job, JobError, add};
+use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::tracking::{DirtyPages, TrackerChoice};
-use checkpoint::{Changes, SharedCheckpoint};
+use changes::Changes;
 use pageferry_protocol::control::job::{Phase, SnapshotMode, SnapshotOptions};
 use pageferry_protocol::image::ImageId;
 use point_in_time::PointInTime;

@@ -7,7 +7,7 @@
 //! before the instant, and the snapshot saves its pages as discarded, or it comes after the
 //! instant, finds the snapshot, and has the pages captured first.
 
-use super::checkpoint::Changes;
+use super::changes::Changes;
 use super::prepare::Prepared;
 use super::protect::{Mode, WriteWatch};
 use crate::image::ImageWriter;

@@ -2,12 +2,14 @@
 
 //! Dirty tracking: which pages the guest has written.
 //!
+//! - [`checkpoint`]: what is known about changes since the last image;
 //! - [`pagemap`]: write-protect scanning of the VMM's mapping, from this process;
 //! - this file: the three trackers behind one trait, and how a job asks them together.
 //!
 //! The order within a sync matters: the hooks of the VMM put KVM's bits into the shared log, so the
 //! log is drained last.
 
+pub mod checkpoint;
 pub mod pagemap;
 
 use crate::hooks::{HookError, Hooks};

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Checkpoints: what has changed since the last image, so that the next image can be an increment.
+//! A snapshot's access to the checkpoint: what has changed since the last image, so that the next
+//! image can be an increment.
 //!
 //! A snapshot that increments will follow leaves its trackers on, and it leaves a *checkpoint*: the
 //! id of its image, and the pages that were written since its instant, as far as the trackers were
@@ -21,101 +22,12 @@
 
 use super::{Plan, is_increment};
 use crate::job::{Job, JobError};
-use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::snapshot::SnapshotError;
+use crate::tracking::checkpoint::{Checkpoint, SharedCheckpoint, State};
 use crate::tracking::{DirtyPages, LogTracker, Tracker, Trackers};
 use pageferry_protocol::image::{ImageId, id_text};
-use std::sync::{Arc, Mutex, MutexGuard};
-
-/// The checkpoint of a session. Clones share it.
-#[derive(Clone, Default)]
-pub struct SharedCheckpoint {
-    state: Arc<Mutex<State>>,
-    /// Trackers that are still on and not needed any more. They are stopped before others are
-    /// started.
-    idle: Arc<Mutex<Vec<Trackers>>>,
-}
-
-/// What is known about changes.
-#[derive(Debug, Default)]
-enum State {
-    /// Nothing: no image was made with tracking.
-    #[default]
-    None,
-    /// The changes since this image.
-    Kept(Checkpoint),
-    /// A snapshot has taken the checkpoint.
-    Taken,
-    /// Nothing is known any more, for this reason.
-    Ended(String),
-}
-
-/// Changes since an image.
-struct Checkpoint {
-    /// The id of the image.
-    id: ImageId,
-    /// Pages that were written since, as far as the trackers were asked.
-    dirty: DirtyPages,
-    trackers: Trackers,
-}
-
-impl std::fmt::Debug for Checkpoint {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Checkpoint").field("id", &id_text(&self.id)).finish_non_exhaustive()
-    }
-}
-
-impl std::fmt::Debug for SharedCheckpoint {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("SharedCheckpoint").field(&*self.lock()).finish()
-    }
-}
-
-impl SharedCheckpoint {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
-    }
-
-    /// Ends the checkpoint, because another job needs the trackers or changes the memory. This asks
-    /// no tracker: [`SharedCheckpoint::stop_idle`] stops them.
-    pub fn end(&self, why: &str) {
-        let mut state = self.lock();
-        match std::mem::take(&mut *state) {
-            State::Kept(checkpoint) => {
-                log::info!(
-                    "no increment to image {} is possible any more: {why}",
-                    id_text(&checkpoint.id)
-                );
-                *state = State::Ended(why.to_owned());
-                lock(&self.idle).push(checkpoint.trackers);
-            }
-            other => *state = other,
-        }
-    }
-
-    /// Stops the trackers that are not needed any more. A job calls this on its thread, before it
-    /// starts trackers of its own.
-    pub fn stop_idle(&self) {
-        let idle = std::mem::take(&mut *lock(&self.idle));
-        idle.into_iter().for_each(|mut trackers| trackers.stop());
-    }
-
-    /// Calls `change` with the trackers of the checkpoint, if there is one.
-    fn with_kept(&self, change: impl FnOnce(&mut Trackers)) {
-        if let State::Kept(checkpoint) = &mut *self.lock() {
-            change(&mut checkpoint.trackers);
-        }
-    }
-
-    fn take(&self) -> State {
-        std::mem::replace(&mut *self.lock(), State::Taken)
-    }
-
-    fn put(&self, state: State) {
-        *self.lock() = state;
-    }
-}
+use std::sync::Arc;
 
 /// A snapshot's access to the checkpoint.
 pub struct Changes {
@@ -323,6 +235,7 @@ mod tests {
     use super::*;
     use crate::memory::test_support::memory;
     use crate::tracking::TrackingError;
+    use std::sync::Mutex;
 
     /// Notes the calls that it gets.
     #[derive(Clone, Default)]
@@ -380,7 +293,7 @@ mod tests {
         changes.resume();
         changes.finish(Some([6; 16]));
         assert_eq!(noting.noted(), ["resume"]);
-        assert!(matches!(&*shared.lock(), State::Kept(kept) if kept.id == [5; 16]));
+        assert!(matches!(shared.take(), State::Kept(kept) if kept.id == [5; 16]));
         // The next job changes the memory.
         shared.end("a guest came");
         assert!(noting.noted().is_empty(), "no tracker is stopped yet");
