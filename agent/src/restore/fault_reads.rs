@@ -12,71 +12,22 @@
 //! page as well would cost a guest that jumps about twice the time for each page, both from a disk
 //! and from the page cache.
 //!
-//! The queue holds `QUEUE_LENGTH` host pages. When it is full, the thread that reads faults waits.
+//! The queue has a bound (see [`super::queues`]). When it is full, the thread that reads faults waits.
 
 use super::lazy_restore::LazyRestore;
 use super::working_set::WorkingSetRecorder;
 use crate::job::JobError;
-use crate::lock::lock;
 use crate::memory::PageBuffer;
 use crate::memory::runs::NEAR;
 use crate::missing_faults::{HostPage, PageRequester};
-use crossbeam_channel::{Receiver, Sender, bounded, select_biased};
 use pageferry_protocol::image::EXTENT_SIZE;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::userfault::MAX_FAULTS;
-use std::convert::Infallible;
-use std::sync::Mutex;
 
 /// Number of threads that read the pages that the guest waits for. Most of the time they wait for
 /// the disk.
 pub const SERVERS: usize = 4;
-/// Most host pages in the queue: more than guests have processors.
-const QUEUE_LENGTH: usize = 1024;
-
-/// The queue of missing host pages, from the thread that reads the faults to the servers.
-#[derive(Debug)]
-pub struct FaultQueue {
-    to: Sender<HostPage>,
-    from: Receiver<HostPage>,
-    /// Nothing is ever sent here. This end disconnects when `open` is dropped.
-    closed: Receiver<Infallible>,
-    open: Mutex<Option<Sender<Infallible>>>,
-}
-
-impl Default for FaultQueue {
-    fn default() -> Self {
-        let (to, from) = bounded(QUEUE_LENGTH);
-        let (open, closed) = bounded(0);
-        Self { to, from, closed, open: Mutex::new(Some(open)) }
-    }
-}
-
-impl FaultQueue {
-    /// Adds a host page. Waits while the queue is full. Does nothing once the queue is closed.
-    fn push(&self, page: HostPage) {
-        select_biased! {
-            recv(self.closed) -> _ => {}
-            // Cannot fail: `self` holds the receiver.
-            send(self.to, page) -> _ => {}
-        }
-    }
-
-    /// Waits for a host page. Returns `None` once the queue is closed.
-    fn next(&self) -> Option<HostPage> {
-        select_biased! {
-            recv(self.closed) -> _ => None,
-            recv(self.from) -> page => page.ok(),
-        }
-    }
-
-    /// Closes the queue: the waiting threads return, and no page is handed out any more.
-    pub fn close(&self) {
-        lock(&self.open).take();
-    }
-}
-
 /// Passes the pages that the guest touched to the servers.
 #[derive(Debug)]
 pub struct FaultForwarder<'a> {
@@ -172,32 +123,5 @@ impl LazyRestore<'_> {
             self.source.will_need(at, range(claimed | unread.word(word) & wanted));
         }
         range(claimed)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::BTreeSet;
-
-    #[test]
-    fn each_page_is_handed_out_once_until_the_queue_is_closed() {
-        let queue = FaultQueue::default();
-        let found = Mutex::new(BTreeSet::new());
-        std::thread::scope(|scope| {
-            for _ in 0..SERVERS {
-                scope.spawn(|| {
-                    while let Some(page) = queue.next() {
-                        assert!(found.lock().unwrap().insert(page), "{page:?} came twice");
-                    }
-                });
-            }
-            let pages = (0..5 * QUEUE_LENGTH as u64).map(|page| (page as usize % 3, page << 5));
-            pages.for_each(|page| queue.push(page));
-            while found.lock().unwrap().len() < 5 * QUEUE_LENGTH {
-                std::thread::yield_now();
-            }
-            queue.close();
-        });
     }
 }

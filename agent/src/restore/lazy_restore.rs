@@ -13,8 +13,7 @@
 //! If there is no memory to place a page in, the thread tries again for `NO_MEMORY_TIMEOUT` while
 //! the guest waits. If one thread fails, all threads end and the job fails.
 
-use super::fault_reads::FaultQueue;
-use super::prefetch::{PrefetchGate, WorkingSetPieces};
+use super::queues::{FaultQueue, PrefetchGate, WorkingSetPieces};
 use super::source::Source;
 use crate::job::{Job, JobError, add};
 use crate::lock::lock;

@@ -9,6 +9,7 @@
 //! - [`lazy_restore`]: what the threads of a lazy restore share: they read and place missing pages;
 //! - [`fault_reads`]: reads the pages that the guest waits for;
 //! - [`prefetch`]: reads the pages that the guest does not wait for yet;
+//! - [`queues`]: hands work to the threads of a lazy restore;
 //! - [`working_set`]: records which pages the guest touched first, for the next restore;
 //! - this file: the phases, and the commit point after which the guest runs.
 //!
@@ -22,6 +23,7 @@ pub mod fault_reads;
 pub mod lazy;
 pub mod lazy_restore;
 pub mod prefetch;
+pub mod queues;
 pub mod reset;
 pub mod source;
 pub mod working_set;

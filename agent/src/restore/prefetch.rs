@@ -13,76 +13,11 @@
 use super::lazy_restore::LazyRestore;
 use crate::image::chain::in_extents;
 use crate::job::{JobError, add};
-use crate::lock::lock;
 use crate::memory::PageBuffer;
 use crate::memory::runs::{NEAR, join_near_runs};
 use pageferry_protocol::image::EXTENT_SIZE;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
-
-/// The working set as a list of pieces. Each piece is handed out once.
-#[derive(Debug)]
-pub struct WorkingSetPieces {
-    pieces: Vec<(usize, PageRange)>,
-    next: AtomicUsize,
-}
-
-impl WorkingSetPieces {
-    /// The pieces, in the order in which they are read: index of the block, and pages.
-    pub fn new(pieces: Vec<(usize, PageRange)>) -> Self {
-        Self { pieces, next: AtomicUsize::new(0) }
-    }
-
-    fn claim(&self) -> Option<(usize, PageRange)> {
-        self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)).copied()
-    }
-}
-
-/// Where the workers wait until they may prefetch pages outside of the working set.
-#[derive(Debug, Default)]
-pub struct PrefetchGate {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum State {
-    #[default]
-    Shut,
-    Open,
-    /// The restore has ended.
-    Over,
-}
-
-impl PrefetchGate {
-    /// Lets the workers prefetch. Does nothing once the restore has ended.
-    pub fn open(&self) {
-        self.change(|state| {
-            if *state == State::Shut {
-                *state = State::Open
-            }
-        });
-    }
-
-    /// Tells the workers to end.
-    pub fn end(&self) {
-        self.change(|state| *state = State::Over);
-    }
-
-    fn change(&self, change: impl FnOnce(&mut State)) {
-        change(&mut lock(&self.state));
-        self.changed.notify_all();
-    }
-
-    /// Waits for the gate. Returns true if the worker may prefetch, and false if it must end.
-    fn wait(&self) -> bool {
-        let state = lock(&self.state);
-        let state = self.changed.wait_while(state, |state| *state == State::Shut);
-        *state.unwrap_or_else(PoisonError::into_inner) == State::Open
-    }
-}
 
 impl LazyRestore<'_> {
     /// Runs one worker: prefetches until no page is unread or the restore has ended.
