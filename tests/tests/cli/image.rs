@@ -285,7 +285,7 @@ fn files_of_another_kind_are_never_replaced() {
     std::fs::write(folder.join("empty"), "").unwrap();
     let error = text(&run(folder, &["info", "empty"]).stderr);
     assert!(
-        error.contains("the file has 0 bytes, and an image begins with a header of 4096"),
+        error.contains("the file has 0 bytes, but the header of an image has 4096"),
         "{error}"
     );
 }
