@@ -148,7 +148,7 @@ fn shake_hands(
     }
     match missing_feature(job, &options, accept.features, &streams.host_pages) {
         Some(error) => {
-            streams.say_error(&error.to_remote());
+            streams.send_error(&error.to_remote());
             Err(error)
         }
         None => Ok(streams),
@@ -248,7 +248,7 @@ impl Primary {
 
     /// Tells the destination why this side failed. No other thread may be writing a record on this
     /// stream.
-    pub fn say_error(&self, error: &RemoteError) {
+    pub fn send_error(&self, error: &RemoteError) {
         let payload = encode_error(error);
         // A short deadline, because the guest may be paused until this returns. If the peer does
         // not read, it is not told.
@@ -276,11 +276,11 @@ impl Primary {
 
 impl Streams {
     /// Tells the destination why this side failed, unless a record was sent in part.
-    pub fn say_error(&self, error: &RemoteError) {
+    pub fn send_error(&self, error: &RemoteError) {
         if self.senders.iter().any(PageSender::is_broken) {
             return;
         }
-        self.primary.say_error(error);
+        self.primary.send_error(error);
     }
 
     /// The sockets of all streams.
@@ -337,7 +337,7 @@ mod tests {
             Primary { writer: RecordWriter::new(ours.clone()), reader: RecordReader::new(ours) };
         let (senders, urgent, host_pages) = (Vec::new(), Vec::new(), Vec::new());
         let streams = Streams { primary, senders, urgent, host_pages };
-        streams.say_error(&RemoteError::new(ErrorCode::System, "no memory left"));
+        streams.send_error(&RemoteError::new(ErrorCode::System, "no memory left"));
         let mut peer = RecordReader::new(socket(theirs));
         let record = peer.read().unwrap();
         assert_eq!(record.kind, Kind::Error);

@@ -219,7 +219,7 @@ impl Migration {
             | JobError::Peer(_)
             | JobError::Cancelled => error,
             _ => {
-                self.streams.say_error(&error.to_remote());
+                self.streams.send_error(&error.to_remote());
                 error
             }
         }

@@ -293,7 +293,9 @@ mod tests {
         changes.resume();
         changes.finish(Some([6; 16]));
         assert_eq!(noting.noted(), ["resume"]);
-        assert!(matches!(shared.take(), State::Kept(kept) if kept.id == [5; 16]));
+        let state = shared.take();
+        assert!(matches!(&state, State::Kept(kept) if kept.id == [5; 16]));
+        shared.put(state);
         // The next job changes the memory.
         shared.end("a guest came");
         assert!(noting.noted().is_empty(), "no tracker is stopped yet");

@@ -284,8 +284,5 @@ fn files_of_another_kind_are_never_replaced() {
     assert!(run(folder, &["map", "monday.img", "--png", "picture", "--replace"]).status.success());
     std::fs::write(folder.join("empty"), "").unwrap();
     let error = text(&run(folder, &["info", "empty"]).stderr);
-    assert!(
-        error.contains("the file has 0 bytes, but the header of an image has 4096"),
-        "{error}"
-    );
+    assert!(error.contains("the file has 0 bytes, but the header of an image has 4096"), "{error}");
 }

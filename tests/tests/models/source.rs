@@ -297,7 +297,7 @@ fn populate(model: &mut Model, world: &World, client: &Client, id: u32, range: P
         Err(error) => {
             let why = error.to_string();
             assert!(
-                why.contains("past its last sync") || why.contains("the guest is gone"),
+                why.contains("past its last sync") || why.contains("the guest has left"),
                 "{why}"
             );
             let bitmap = client.discarded(id).unwrap();

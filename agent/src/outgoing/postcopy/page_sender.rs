@@ -183,7 +183,7 @@ impl PostcopySource {
             } else if let Err(error) = outcome {
                 // No other thread has sent on the primary until now.
                 if !matches!(error, JobError::Transport(_) | JobError::Peer(_)) {
-                    primary.say_error(&error.to_remote());
+                    primary.send_error(&error.to_remote());
                 }
                 group.fail(error);
             }

@@ -110,7 +110,7 @@ impl PostcopySource {
                 self.missing = Arc::new(missing);
             }
             Err(error) => {
-                streams.say_error(&error.to_remote());
+                streams.send_error(&error.to_remote());
                 return Err(error);
             }
         }
