@@ -12,7 +12,8 @@
 //! page as well would cost a guest that jumps about twice the time for each page, both from a disk
 //! and from the page cache.
 //!
-//! The queue has a bound (see [`super::queues`]). When it is full, the thread that reads faults waits.
+//! The queue has a bound (see [`super::queues`]). When it is full, the thread that reads faults
+//! waits.
 
 use super::lazy_restore::LazyRestore;
 use super::working_set::WorkingSetRecorder;
