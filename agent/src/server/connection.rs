@@ -263,7 +263,12 @@ impl Connection {
         {
             return refused_subscription(code, &error);
         }
-        let claims = matches!(&request, Some(Ok(request)) if request.claims_memory());
+        // A hello that lacks the fence word is refused, and must not take the memory from the VMM.
+        let claims = match &request {
+            Some(Ok(Request::Hello { .. })) if fds.is_empty() => false,
+            Some(Ok(request)) => request.claims_memory(),
+            _ => false,
+        };
         self.hub.session.handle_native(self.role(claims), code, request, fds)
     }
 

@@ -73,12 +73,14 @@ impl SharedSession {
     ) -> Frame {
         let mut sent = Vec::new();
         let answer = match request {
-            Some(Ok(request)) => self.check_sender(role, &request).and_then(|()| match request {
-                Request::Hello { version_min, version_max, features, agent } => {
-                    self.hello((version_min, version_max), features, agent, fds, &mut sent)
-                }
-                request => self.answer(role, request, fds),
-            }),
+            Some(Ok(request)) => check_hello(&request, &fds)
+                .and_then(|()| self.check_sender(role, &request))
+                .and_then(|()| match request {
+                    Request::Hello { version_min, version_max, features, agent } => {
+                        self.hello((version_min, version_max), features, agent, fds, &mut sent)
+                    }
+                    request => self.answer(role, request, fds),
+                }),
             None => {
                 let sentence = format!("request {code:#x} is unknown");
                 Err(RemoteError::new(ErrorCode::Unsupported, sentence))
@@ -133,7 +135,6 @@ impl SharedSession {
             return Err(RemoteError::new(ErrorCode::Unsupported, sentence));
         }
         let features = features & FEATURE_FENCE;
-        check_fds("hello", &fds, usize::from(features != 0))?;
         if let Some(fence) = fds.into_iter().next() {
             sent.push(self.set_fence(&fence, number)?);
         }
@@ -355,4 +356,11 @@ impl Session {
             _ => Err(RemoteError::new(ErrorCode::NotFound, "no outgoing migration is running")),
         }
     }
+}
+
+/// Refuses a hello with a wrong number of descriptors. This comes before all else that is wrong
+/// with its sender.
+fn check_hello(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError> {
+    let Request::Hello { features, .. } = request else { return Ok(()) };
+    check_fds("hello", fds, usize::from(features & FEATURE_FENCE != 0))
 }

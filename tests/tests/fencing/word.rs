@@ -36,6 +36,17 @@ fn hello(agent: u64) -> Request {
     Request::Hello { version_min: 1, version_max: 1, features: FEATURE_FENCE, agent }
 }
 
+#[test]
+fn a_hello_without_its_fence_does_not_take_the_memory() {
+    let agent = Listening::start();
+    let mut stranger = agent.connect();
+    let error = stranger.ask(&hello(NUMBER), Vec::new()).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Invalid, "{error}");
+    // The stranger stays connected, and the VMM comes all the same.
+    RawVmm::new(&agent, None);
+    stranger.status();
+}
+
 /// A VMM with one block, made of frames.
 struct RawVmm {
     control: RawClient,
