@@ -559,6 +559,8 @@ impl MissingPages {
     pub(super) fn wake_waiting(&self, at: usize, range: PageRange) {
         fence(Ordering::SeqCst);
         let host_pages = self.missing.block(at).covering(range);
+        // A touch before this discard says nothing about the faults after it.
+        self.touched[at].clear(host_pages);
         self.requested[at].take(host_pages, |word, bits| {
             for run in runs_of_word(word * WORD_BITS, bits) {
                 for host_page in run.first..run.end() {

@@ -98,6 +98,9 @@ fn first_fault_of_a_discarded_hole_allocates_nothing() {
     assert_eq!((fault(), block.backing.allocated_pages()), (FaultOutcome::Resolved, 1));
     block.backing.punch(PageRange::new(5, 1)).unwrap();
     assert_eq!((fault(), block.backing.allocated_pages()), (FaultOutcome::Resolved, 0));
+    // After another discard it is the first fault again.
+    missing_pages.wake_waiting(0, PageRange::new(5, 1));
+    assert_eq!((fault(), block.backing.allocated_pages()), (FaultOutcome::Resolved, 0));
     // An ordinary hole is filled at once.
     missing_pages.fault(&ram.memory, (0, 6), Instant::now()).unwrap();
     assert_eq!(block.backing.allocated_pages(), 1);
