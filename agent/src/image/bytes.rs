@@ -5,7 +5,7 @@
 //! [`read_at`] and [`write_at`] repeat short reads and writes until all bytes are done. The error
 //! names the offset.
 
-use super::Fault;
+use super::error::Fault;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use std::ops::Range;

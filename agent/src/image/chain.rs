@@ -12,8 +12,9 @@
 //! than expected, the error names that image and the images that build on it.
 
 use super::blocks::compare;
+use super::error::{Fault, ImageError};
+use super::reader::Image;
 use super::reader::States;
-use super::{Fault, Image, ImageError};
 use crate::memory::runs::{NEAR, join_near_runs};
 use pageferry_protocol::image::{EXTENT_PAGES, StateWord};
 use pageferry_protocol::memory::{BlockTable, PageRange};

@@ -7,7 +7,8 @@
 //! cell as one pixel. A picture has at most [`MAX_WIDTH`] times [`MAX_HEIGHT`] pixels; for a large
 //! guest a pixel stands for more pages.
 
-use super::{Chain, Image};
+use super::chain::Chain;
+use super::reader::Image;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PageRange};
 use png::{BitDepth, ColorType, Encoder, EncodingError};
 

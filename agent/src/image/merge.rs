@@ -13,9 +13,11 @@
 //! If anything fails, nothing is left of the new image, and an existing file is unchanged.
 
 use super::bytes::write_at;
+use super::chain::Chain;
+use super::error::{Fault, ImageError, kernel};
+use super::reader::Image;
 use super::workers::{Extents, Progress, share};
-use super::writer::{Base, Rest, Totals};
-use super::{Chain, Fault, Image, ImageError, ImageWriter, kernel};
+use super::writer::{Base, ImageWriter, Rest, Totals};
 use crate::memory::PageBuffer;
 use pageferry_protocol::image::{EXTENT_SIZE, ImageId};
 use rustix::fs::MemfdFlags;

@@ -11,7 +11,7 @@
 //! it is of the same kind. Whatever fails, the existing file is unchanged.
 
 use super::bytes::write_at;
-use super::{Fault, ImageError, kernel};
+use super::error::{Fault, ImageError, kernel};
 use crate::lock::lock;
 use pageferry_protocol::image::header::MAGIC;
 use pageferry_protocol::image::working_set;

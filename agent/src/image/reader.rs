@@ -11,7 +11,7 @@
 //! one image share the cached pages.
 
 use super::bytes::read_at;
-use super::{Fault, ImageError, kernel};
+use super::error::{Fault, ImageError, kernel};
 use pageferry_protocol::image::contents::MAX_CONTENTS;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::states::states_size;

@@ -12,8 +12,8 @@
 //!
 //! The collected bytes are bounded by `MOST_BYTES` and `MOST_RUNS`.
 
-use super::Fault;
 use super::bytes::write_at;
+use super::error::Fault;
 use crate::lock::lock;
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;

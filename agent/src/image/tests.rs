@@ -15,6 +15,7 @@ use pageferry_protocol::shm::MappedBitmap;
 use proptest::prelude::*;
 use rustix::io::Errno;
 use std::os::fd::AsFd;
+use std::path::Path;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]

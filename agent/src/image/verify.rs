@@ -13,8 +13,9 @@
 
 use super::bytes::{data_in, read_at};
 use super::chain::images;
+use super::error::{Fault, ImageError};
+use super::reader::Image;
 use super::workers::{Extents, Progress, at_once, share};
-use super::{Fault, Image, ImageError};
 use crate::lock::lock;
 use crate::memory::PageBuffer;
 use crate::memory::zero::is_zero;

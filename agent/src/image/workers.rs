@@ -5,7 +5,7 @@
 //! `share` calls a function for each item. Each thread claims the next item until none is left. The
 //! first error ends the work on all threads.
 
-use super::Image;
+use super::reader::Image;
 use pageferry_protocol::image::EXTENT_PAGES;
 use pageferry_protocol::memory::PageRange;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -13,9 +13,9 @@
 //! If anything fails, nothing is left of the image, and a file that had its name is unchanged.
 
 use super::bytes::{read_at, write_at};
+use super::error::{Fault, ImageError, kernel};
 use super::new_file::{FileKind, NewFile};
 use super::sums::PageSums;
-use super::{Fault, ImageError, kernel};
 use crate::memory::zero::data_mask;
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::state_pieces::PieceSize;
