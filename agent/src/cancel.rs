@@ -101,7 +101,7 @@ impl Cancel {
 
     /// Ends the job wherever it waits, also after its commit point. For a job whose VMM is gone:
     /// nothing that it could still do is of use.
-    pub fn force(&self) {
+    pub fn force_cancel(&self) {
         self.stop(&self.state());
     }
 
@@ -136,7 +136,7 @@ impl Cancel {
     ///
     /// # Errors
     /// If the job is cancelled already, or the descriptor cannot be duplicated.
-    pub fn watch(&self, socket: BorrowedFd<'_>) -> Result<(), CancelError> {
+    pub fn add_socket(&self, socket: BorrowedFd<'_>) -> Result<(), CancelError> {
         let duplicate =
             socket.try_clone_to_owned().map_err(CancelError::kernel("duplicate a socket"))?;
         let mut state = self.state();
@@ -147,7 +147,7 @@ impl Cancel {
 
     /// Closes the duplicates of the sockets. Otherwise the peer would not see that the job has
     /// closed them.
-    pub fn release(&self) {
+    pub fn clear_sockets(&self) {
         self.state().sockets.clear();
     }
 
@@ -207,7 +207,7 @@ impl Cancel {
     }
 
     /// Makes the job cancellable again, because it did not give up ownership after all.
-    pub fn step_back(&self) {
+    pub fn revert_commit_point(&self) {
         self.state().too_late = None;
     }
 }
@@ -225,7 +225,7 @@ mod tests {
             assert!(matches!(sleeper.join().unwrap(), Err(CancelError::Cancelled)));
         });
         let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert!(matches!(cancel.watch(a.as_fd()), Err(CancelError::Cancelled)));
+        assert!(matches!(cancel.add_socket(a.as_fd()), Err(CancelError::Cancelled)));
         assert!(cancel.commit_point().is_err());
     }
 
@@ -235,7 +235,7 @@ mod tests {
         cancel.commit_point().unwrap();
         assert_eq!(cancel.cancel(), Err(TooLate::HandedOver));
         assert!(!cancel.is_cancelled());
-        cancel.step_back();
+        cancel.revert_commit_point();
         cancel.cancel().unwrap();
     }
 }

@@ -439,6 +439,6 @@ mod tests {
     fn a_running_guest_keeps_waiting_when_its_job_ends() {
         let Some(waiting) = Waiting::new() else { return };
         assert!(waiting.missing_pages.finish_load());
-        assert!(!waiting.continues_after(|| waiting.job.cancel.force()));
+        assert!(!waiting.continues_after(|| waiting.job.cancel.force_cancel()));
     }
 }

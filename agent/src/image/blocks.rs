@@ -9,10 +9,10 @@ use pageferry_protocol::memory::BlockTable;
 
 /// A difference between the blocks of an increment and those of its base.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Difference {
+pub enum BlocksDifference {
     /// A block of the base is missing.
     #[error("block {id} \"{name}\" is only in the base")]
-    Missing {
+    OnlyInBase {
         /// The block.
         id: u32,
         /// Its name.
@@ -20,7 +20,7 @@ pub enum Difference {
     },
     /// A block is not in the base.
     #[error("block {id} \"{name}\" is not in the base")]
-    Surplus {
+    NotInBase {
         /// The block.
         id: u32,
         /// Its name.
@@ -45,10 +45,10 @@ pub enum Difference {
 ///
 /// # Errors
 /// The first difference.
-pub fn compare(here: &BlockTable, there: &BlockTable, all: bool) -> Result<(), Difference> {
+pub fn compare(here: &BlockTable, there: &BlockTable, all: bool) -> Result<(), BlocksDifference> {
     for block in there.blocks() {
         let (id, name) = (block.id, block.name.clone());
-        let Some(own) = here.get(id) else { return Err(Difference::Missing { id, name }) };
+        let Some(own) = here.get(id) else { return Err(BlocksDifference::OnlyInBase { id, name }) };
         let hex = |value: u64| format!("{value:#x}");
         let quoted = |name: &String| format!("{name:?}");
         let fields = [
@@ -60,11 +60,11 @@ pub fn compare(here: &BlockTable, there: &BlockTable, all: bool) -> Result<(), D
         let compared = if all { fields.len() } else { fields.len() - 1 };
         let mut compared = fields.into_iter().take(compared);
         if let Some((field, here, there)) = compared.find(|(_, here, there)| here != there) {
-            return Err(Difference::Field { id, field, here, there });
+            return Err(BlocksDifference::Field { id, field, here, there });
         }
     }
     match here.blocks().iter().find(|block| there.get(block.id).is_none()) {
-        Some(block) => Err(Difference::Surplus { id: block.id, name: block.name.clone() }),
+        Some(block) => Err(BlocksDifference::NotInBase { id: block.id, name: block.name.clone() }),
         None => Ok(()),
     }
 }

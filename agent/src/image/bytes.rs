@@ -18,13 +18,13 @@ use std::os::fd::BorrowedFd;
 pub fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(), Fault> {
     while !bytes.is_empty() {
         match rustix::io::pwrite(file, bytes, at) {
-            Ok(0) => return Err(Fault::At { what: "write", at, source: Errno::NOSPC }),
+            Ok(0) => return Err(Fault::KernelAt { what: "write", at, source: Errno::NOSPC }),
             Ok(written) => {
                 bytes = &bytes[written..];
                 at += written as u64;
             }
             Err(Errno::INTR) => {}
-            Err(source) => return Err(Fault::At { what: "write", at, source }),
+            Err(source) => return Err(Fault::KernelAt { what: "write", at, source }),
         }
     }
     Ok(())
@@ -39,19 +39,22 @@ pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Resul
         match rustix::io::pread(file, &mut *bytes, at) {
             Ok(0) => {
                 // The error names the real end of the file. It may lie far before `at`.
-                let stat = rustix::fs::fstat(file).map_err(|source| Fault::At {
+                let stat = rustix::fs::fstat(file).map_err(|source| Fault::KernelAt {
                     what: "read",
                     at,
                     source,
                 })?;
-                return Err(Fault::Ends { end: u64::try_from(stat.st_size).unwrap_or(0), at });
+                return Err(Fault::UnexpectedEof {
+                    end: u64::try_from(stat.st_size).unwrap_or(0),
+                    at,
+                });
             }
             Ok(read) => {
                 bytes = &mut bytes[read..];
                 at += read as u64;
             }
             Err(Errno::INTR) => {}
-            Err(source) => return Err(Fault::At { what: "read", at, source }),
+            Err(source) => return Err(Fault::KernelAt { what: "read", at, source }),
         }
     }
     Ok(())

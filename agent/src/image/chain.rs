@@ -195,7 +195,7 @@ fn read_states(images: &mut Vec<Image>) -> Result<(), ImageError> {
 /// Turns the error of the next image into an error of the last of `images`, which builds on it.
 fn as_base(images: &[Image], error: ImageError) -> ImageError {
     match images.last() {
-        Some(last) => Fault::NoBase(Box::new(error)).of(last.path()),
+        Some(last) => Fault::UnusableBase(Box::new(error)).of(last.path()),
         None => error,
     }
 }
@@ -223,17 +223,17 @@ fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
         return Ok(None);
     };
     if images.len() == MAX_IMAGES {
-        return Err(Fault::Chain(MAX_IMAGES).of(images[0].path()));
+        return Err(Fault::ChainTooLong(MAX_IMAGES).of(images[0].path()));
     }
     let id = last.header().base;
     if images.iter().any(|image| image.header().id == id) {
-        return Err(Fault::Circle { id }.of(last.path()));
+        return Err(Fault::ChainLoop { id }.of(last.path()));
     }
     let path = base_path(last);
     let base = Image::open_contents(&path).map_err(|error| as_base(images, error))?;
     let (found, expected) = (base.header().id, last.header().base);
     if found != expected {
-        return Err(Fault::Base { path, found, expected }.of(last.path()));
+        return Err(Fault::BaseReplaced { path, found, expected }.of(last.path()));
     }
     compare(&last.contents().table, &base.contents().table, true)
         .map_err(|source| Fault::BaseBlocks { path, source }.of(last.path()))?;

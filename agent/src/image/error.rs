@@ -2,7 +2,7 @@
 
 //! What is wrong with an image.
 
-use super::blocks::Difference;
+use super::blocks::BlocksDifference;
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::image::contents::ContentsError;
 use pageferry_protocol::image::header::HEADER_SIZE;
@@ -37,7 +37,7 @@ pub enum Fault {
     },
     /// A system call failed at an offset of the file.
     #[error("cannot {what} at byte {at:#x}")]
-    At {
+    KernelAt {
         /// What was tried.
         what: &'static str,
         /// The offset, in bytes from the start of the file.
@@ -51,7 +51,7 @@ pub enum Fault {
         "the file ends at byte {end:#x}, but a read from byte {at:#x} on needs more: \
          it is truncated"
     )]
-    Ends {
+    UnexpectedEof {
         /// Length of the file in bytes.
         end: u64,
         /// Where the read had no more bytes, in bytes from the start of the file.
@@ -59,7 +59,7 @@ pub enum Fault {
     },
     /// A page cannot be read.
     #[error("block {id}: page {page:#x}, at byte {at:#x}")]
-    Page {
+    ReadPage {
         /// The block.
         id: u32,
         /// The page.
@@ -72,7 +72,7 @@ pub enum Fault {
     },
     /// The checksums of an extent's pages cannot be read.
     #[error("block {id}: checksums of pages {first:#x} + 0x200, at byte {at:#x}")]
-    PageSums {
+    ReadPageSums {
         /// The block.
         id: u32,
         /// First page of the extent.
@@ -110,7 +110,7 @@ pub enum Fault {
     },
     /// The new file would replace the guest's memory.
     #[error("the file is the memory of block {id}: choose another name")]
-    Memory {
+    IsGuestMemory {
         /// The block.
         id: u32,
     },
@@ -120,7 +120,7 @@ pub enum Fault {
          this one left them behind, or they are being written: remove those that are left over",
         first.display()
     )]
-    Temporary {
+    NoTemporaryName {
         /// The first of the temporary names.
         first: PathBuf,
         /// Number of the other temporary names.
@@ -128,16 +128,16 @@ pub enum Fault {
     },
     /// The path is not that of a regular file.
     #[error("it is not a regular file")]
-    Kind,
+    NotARegularFile,
     /// The path is relative, has no file name, or ends as the path of a folder does.
     #[error("path is not an absolute path of a file")]
-    Path,
+    NotAFilePath,
     /// The file is shorter than a header.
     #[error(
         "the file has {found} bytes, but the header of an image has {HEADER_SIZE}: it is \
          truncated, or it is not an image"
     )]
-    NoHeader {
+    ShorterThanHeader {
         /// Length of the file in bytes.
         found: u64,
     },
@@ -146,7 +146,7 @@ pub enum Fault {
         "the file has {found:#x} bytes, but its header says {expected:#x}: it is {}",
         if found < expected { "truncated" } else { "damaged" }
     )]
-    Length {
+    FileLength {
         /// Length of the file in bytes.
         found: u64,
         /// Length in the header, in bytes.
@@ -160,7 +160,7 @@ pub enum Fault {
         "section {section} is {offset:#x} + {length:#x}, \
          but must be {expected_offset:#x} + {expected_length:#x}"
     )]
-    Section {
+    MisplacedSection {
         /// Name of the section.
         section: &'static str,
         /// Its offset in bytes.
@@ -177,7 +177,7 @@ pub enum Fault {
         "section {section}, bytes {offset:#x} + {length:#x}: checksum is {found:#010x}, \
          but that of its bytes is {computed:#010x}: the image is damaged"
     )]
-    SectionSum {
+    SectionChecksum {
         /// Name of the section.
         section: &'static str,
         /// Its offset in bytes.
@@ -218,7 +218,7 @@ pub enum Fault {
          their checksum is {found:#010x}, but that of their bytes is {computed:#010x}: \
          the image is damaged"
     )]
-    ExtentSum {
+    PageSumsChecksum {
         /// The block.
         id: u32,
         /// First page of the extent.
@@ -235,7 +235,7 @@ pub enum Fault {
         "block {id}: page {page:#x}, at byte {at:#x}: checksum is {found:#010x}, \
          but that of its bytes is {computed:#010x}: the image is damaged"
     )]
-    PageSum {
+    PageChecksum {
         /// The block.
         id: u32,
         /// The page.
@@ -252,7 +252,7 @@ pub enum Fault {
         "block {id}: page {page:#x}, at byte {at:#x}, must be a hole, \
          but this file has data there: the image is damaged"
     )]
-    Stuffed {
+    DataInHole {
         /// The block.
         id: u32,
         /// The page.
@@ -264,7 +264,7 @@ pub enum Fault {
     #[error(
         "byte {at:#x}, {place}, must be zero, but this file has data there: the image is damaged"
     )]
-    Stray {
+    DataInPadding {
         /// The part of the file.
         place: &'static str,
         /// Offset of the byte, from the start of the file.
@@ -272,13 +272,13 @@ pub enum Fault {
     },
     /// The base is missing, unreadable or damaged.
     #[error("its base cannot be used")]
-    NoBase(#[source] Box<ImageError>),
+    UnusableBase(#[source] Box<ImageError>),
     /// The file at the path of the base is another image than the increment builds on.
     #[error(
         "its base {} is image {}, but it builds on image {}: the file was replaced by another",
         path.display(), id_text(found), id_text(expected)
     )]
-    Base {
+    BaseReplaced {
         /// The base.
         path: PathBuf,
         /// Its id.
@@ -293,11 +293,11 @@ pub enum Fault {
         path: PathBuf,
         /// How they differ.
         #[source]
-        source: Difference,
+        source: BlocksDifference,
     },
     /// The new increment would replace an image that it builds on.
     #[error("the file is {}, which the increment builds on: choose another name", path.display())]
-    OverBase {
+    ReplacesBase {
         /// The path of that image.
         path: PathBuf,
     },
@@ -306,7 +306,7 @@ pub enum Fault {
         "its base is image {}, which builds on this one: a chain has no image twice",
         id_text(id)
     )]
-    Circle {
+    ChainLoop {
         /// The id of the base.
         id: [u8; 16],
     },
@@ -324,7 +324,7 @@ pub enum Fault {
     },
     /// The chain is too long.
     #[error("its chain of images is longer than {0}")]
-    Chain(usize),
+    ChainTooLong(usize),
     /// The kernel has no memory for a bitmap.
     #[error("bitmap")]
     Bitmap(#[from] MappingError),
@@ -335,10 +335,13 @@ impl Fault {
     /// its content is damaged.
     pub fn is_unreadable(&self) -> bool {
         match self {
-            Self::Kernel { .. } | Self::At { .. } | Self::Kind | Self::Bitmap(_) => true,
-            Self::NoBase(base) => base.fault.is_unreadable(),
-            Self::Page { source, .. }
-            | Self::PageSums { source, .. }
+            Self::Kernel { .. }
+            | Self::KernelAt { .. }
+            | Self::NotARegularFile
+            | Self::Bitmap(_) => true,
+            Self::UnusableBase(base) => base.fault.is_unreadable(),
+            Self::ReadPage { source, .. }
+            | Self::ReadPageSums { source, .. }
             | Self::ReadSection { source, .. } => source.is_unreadable(),
             _ => false,
         }
@@ -347,7 +350,7 @@ impl Fault {
     /// The offset at which a read failed; `None` for a fault that has none.
     pub(super) fn byte(&self) -> Option<u64> {
         match self {
-            Self::Ends { at, .. } | Self::At { at, .. } => Some(*at),
+            Self::UnexpectedEof { at, .. } | Self::KernelAt { at, .. } => Some(*at),
             _ => None,
         }
     }

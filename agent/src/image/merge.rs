@@ -17,7 +17,7 @@ use super::chain::Chain;
 use super::error::{Fault, ImageError, kernel};
 use super::reader::Image;
 use super::workers::{Extents, Progress, share};
-use super::writer::{Base, ImageWriter, Rest, Totals};
+use super::writer::{Base, ImageMetadata, ImageWriter, Totals};
 use crate::memory::PageBuffer;
 use pageferry_protocol::image::{EXTENT_SIZE, ImageId};
 use rustix::fs::MemfdFlags;
@@ -51,10 +51,11 @@ pub fn merge(
     let chain = Chain::open(path)?;
     let newest = chain.newest();
     let writer =
-        ImageWriter::create(into, chain.table(), replace, false)?.standing_for(newest.header());
+        ImageWriter::create(into, chain.table(), replace, false)?.with_identity_of(newest.header());
     copy_pages(&chain, &writer, threads, show)?;
     let state = copy_state(newest)?;
-    let rest = Rest { guest: newest.header().guest, discarded: chain.discards(), changed: None };
+    let rest =
+        ImageMetadata { guest: newest.header().guest, discarded: chain.discards(), changed: None };
     let id = writer.id();
     let totals = writer.finish(
         rest,

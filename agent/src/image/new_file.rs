@@ -91,15 +91,15 @@ impl NewFile {
         let (Some(folder), Some(name), true) =
             (path.parent(), path.file_name(), path.is_absolute())
         else {
-            return Err(Fault::Path);
+            return Err(Fault::NotAFilePath);
         };
         // A path that ends in `/` or `/.` is the path of a folder.
         if !path.as_os_str().as_bytes().ends_with(name.as_bytes()) {
-            return Err(Fault::Path);
+            return Err(Fault::NotAFilePath);
         }
         match rustix::fs::lstat(path) {
             Ok(stat) if !FileType::from_raw_mode(stat.st_mode).is_file() => {
-                return Err(Fault::Kind);
+                return Err(Fault::NotARegularFile);
             }
             Ok(_) => replace.ok_or(Fault::Exists)?.check(path)?,
             Err(Errno::NOENT) => {}
@@ -176,15 +176,15 @@ impl NewFile {
     /// If the file system refuses, or another file has appeared at the path and may not be
     /// replaced. Then the file at the path is unchanged.
     pub fn finish(&self) -> Result<(), Fault> {
-        self.make_safe()?;
-        self.name()
+        self.sync()?;
+        self.persist()
     }
 
     /// Waits until all written bytes are on the disk.
     ///
     /// # Errors
     /// If the file system refuses.
-    pub fn make_safe(&self) -> Result<(), Fault> {
+    pub fn sync(&self) -> Result<(), Fault> {
         rustix::fs::fsync(&self.file).map_err(kernel("sync the file to the disk"))
     }
 
@@ -192,13 +192,13 @@ impl NewFile {
     ///
     /// # Errors
     /// As [`NewFile::finish`].
-    pub fn name(&self) -> Result<(), Fault> {
+    pub fn persist(&self) -> Result<(), Fault> {
         let mut named = lock(&self.temporary);
         let temporary = match &*named {
             Some(name) => name.clone(),
             // If no file exists at the path, the file gets its name at once. A temporary name would
             // be left behind if this process were killed before the rename.
-            None if self.link_as(&self.path)? => return self.make_name_safe(),
+            None if self.link_as(&self.path)? => return self.sync_folder(),
             None if self.replace.is_some() => named.insert(self.link()?).clone(),
             None => return Err(Fault::Exists),
         };
@@ -219,12 +219,12 @@ impl NewFile {
             Err(source) => return Err(Fault::Kernel { what: "name the file", source }),
         }
         *named = None;
-        self.make_name_safe()
+        self.sync_folder()
     }
 
     /// Syncs the folder, so that the file has its name also after a power failure. If the sync
     /// fails, the file has its name now, so this is not an error.
-    fn make_name_safe(&self) -> Result<(), Fault> {
+    fn sync_folder(&self) -> Result<(), Fault> {
         let folder =
             rustix::fs::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         if let Err(errno) = folder.and_then(rustix::fs::fsync) {
@@ -284,7 +284,7 @@ fn temporary_names(path: &Path) -> impl Iterator<Item = PathBuf> {
 /// The fault that all temporary names are in use.
 fn no_name(path: &Path) -> Fault {
     let first = temporary_names(path).next().unwrap_or_default();
-    Fault::Temporary { first, others: ATTEMPTS - 1 }
+    Fault::NoTemporaryName { first, others: ATTEMPTS - 1 }
 }
 
 impl AsFd for NewFile {
@@ -391,10 +391,10 @@ mod tests {
         std::fs::write(&path, "old").unwrap();
         assert!(matches!(
             NewFile::named(&path, folder.path(), Some(KIND)),
-            Err(Fault::Temporary { .. })
+            Err(Fault::NoTemporaryName { .. })
         ));
         if let Some(file) = NewFile::unnamed(&path, folder.path(), Some(KIND)).unwrap() {
-            assert!(matches!(file.finish(), Err(Fault::Temporary { .. })));
+            assert!(matches!(file.finish(), Err(Fault::NoTemporaryName { .. })));
         }
         rustix::io::write(&first, b"o").unwrap();
         first.finish().unwrap();
@@ -449,7 +449,7 @@ mod tests {
         for path in [&link, &nowhere, &inner, &socket, Path::new("/dev/null")] {
             for replace in [false, true] {
                 assert!(
-                    matches!(NewFile::create(path, KIND, replace), Err(Fault::Kind)),
+                    matches!(NewFile::create(path, KIND, replace), Err(Fault::NotARegularFile)),
                     "{}",
                     path.display()
                 );
@@ -485,7 +485,7 @@ mod tests {
     fn a_relative_path_and_the_path_of_a_folder_are_refused() {
         for path in ["image", "/", "/tmp/..", "/tmp/image/", "/tmp/image/."] {
             assert!(
-                matches!(NewFile::create(Path::new(path), KIND, true), Err(Fault::Path)),
+                matches!(NewFile::create(Path::new(path), KIND, true), Err(Fault::NotAFilePath)),
                 "{path}"
             );
         }

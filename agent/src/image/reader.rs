@@ -94,17 +94,17 @@ impl Image {
         let file = file.map_err(kernel("open it"))?;
         let stat = rustix::fs::fstat(&file).map_err(kernel("look at it"))?;
         if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
-            return Err(Fault::Kind);
+            return Err(Fault::NotARegularFile);
         }
         let found = u64::try_from(stat.st_size).unwrap_or(0);
         if found < HEADER_SIZE as u64 {
-            return Err(Fault::NoHeader { found });
+            return Err(Fault::ShorterThanHeader { found });
         }
         let mut bytes = [0; HEADER_SIZE];
         read_at(file.as_fd(), &mut bytes, 0)?;
         let header = Header::from_bytes(&bytes)?;
         if header.file_length != found {
-            return Err(Fault::Length { found, expected: header.file_length });
+            return Err(Fault::FileLength { found, expected: header.file_length });
         }
         let section = header.section(SectionKind::Contents);
         if section.length > MAX_CONTENTS {
@@ -234,7 +234,7 @@ impl Image {
             let (computed, found) = (checksum(bytes), *found);
             if found != computed {
                 let (id, at) = (self.contents.table.blocks()[at].id, self.layout.page(at, page));
-                return Err(Fault::PageSum { id, page, at, found, computed });
+                return Err(Fault::PageChecksum { id, page, at, found, computed });
             }
         }
         Ok(())
@@ -246,14 +246,19 @@ impl Image {
         let start = self.layout.page(at, run.first);
         let page = run.first + source.byte().unwrap_or(start).saturating_sub(start) / PAGE_SIZE;
         let (id, at) = (self.contents.table.blocks()[at].id, self.layout.page(at, page));
-        Fault::Page { id, page, at, source: Box::new(source) }
+        Fault::ReadPage { id, page, at, source: Box::new(source) }
     }
 
     /// Adds the extent to a fault from reading the checksums of its pages. The extent is number
     /// `extent` of the block at index `at`.
     pub(super) fn in_page_sums(&self, at: usize, extent: u64, source: Fault) -> Fault {
         let (id, first) = (self.contents.table.blocks()[at].id, extent * EXTENT_PAGES);
-        Fault::PageSums { id, first, at: self.layout.page_sum(at, first), source: Box::new(source) }
+        Fault::ReadPageSums {
+            id,
+            first,
+            at: self.layout.page_sum(at, first),
+            source: Box::new(source),
+        }
     }
 
     /// Reads the checksums of the pages of an extent, and checks them.
@@ -266,7 +271,7 @@ impl Image {
         let (found, computed) = (self.extent_sum(at, extent), extent_checksum(&sums));
         if found != computed {
             let id = self.contents.table.blocks()[at].id;
-            return Err(Fault::ExtentSum { id, first, at: place, found, computed });
+            return Err(Fault::PageSumsChecksum { id, first, at: place, found, computed });
         }
         Ok(sums)
     }
@@ -383,7 +388,7 @@ fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result
         let Section { offset, length, .. } = section;
         if (offset, length) != (expected_offset, expected_length) {
             let section = kind.name();
-            return Err(Fault::Section {
+            return Err(Fault::MisplacedSection {
                 section,
                 offset,
                 length,
@@ -399,7 +404,13 @@ fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result
 fn check_sum(kind: SectionKind, section: Section, computed: u32) -> Result<(), Fault> {
     let Section { offset, length, checksum: found } = section;
     if found != computed {
-        return Err(Fault::SectionSum { section: kind.name(), offset, length, found, computed });
+        return Err(Fault::SectionChecksum {
+            section: kind.name(),
+            offset,
+            length,
+            found,
+            computed,
+        });
     }
     Ok(())
 }

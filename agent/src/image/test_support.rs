@@ -2,7 +2,7 @@
 
 //! Images for tests, and the model that they are compared with: a list with the state of each page.
 
-use super::writer::{Base, Rest};
+use super::writer::{Base, ImageMetadata};
 use super::{Chain, ImageWriter};
 use crate::memory::PageBuffer;
 use pageferry_protocol::control::job::RunState;
@@ -97,7 +97,7 @@ pub(crate) fn write(path: &Path, model: &[Vec<Page>], base: &Base, step: usize) 
     rustix::io::write(&state, b"devices!").unwrap();
     let pieces =
         vec![PieceSize { name: "a".into(), length: 3 }, PieceSize { name: "b".into(), length: 5 }];
-    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed };
+    let rest = ImageMetadata { guest: RunState::Running, discarded: &discarded, changed };
     writer.finish(rest, base, pieces, Some(state.as_fd())).unwrap();
     id
 }

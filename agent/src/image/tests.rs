@@ -3,7 +3,7 @@
 use super::test_support::{
     BLOCKS, Page, bitmaps, check, content, merged, pages, table, write, zero,
 };
-use super::writer::{Base, Rest};
+use super::writer::{Base, ImageMetadata};
 use super::*;
 use crate::error::chain as sentence;
 use crate::memory::PageBuffer;
@@ -111,7 +111,8 @@ fn a_state_that_is_not_allowed_is_reported_with_its_page() {
     let (discarded, changed) = ([bitmap()], [bitmap()]);
     changed[0].set(PageRange::new(0, odd));
     changed[0].set(PageRange::new(odd + 1, pages - odd - 1));
-    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: Some(&changed) };
+    let rest =
+        ImageMetadata { guest: RunState::Running, discarded: &discarded, changed: Some(&changed) };
     writer.finish(rest, &Base { id: [7; 16], name: String::new() }, Vec::new(), None).unwrap();
     rebase(&path, [0; 16]);
     let error = sentence(&Image::open(&path).unwrap_err());
@@ -140,7 +141,7 @@ fn an_image_that_builds_on_itself_is_refused() {
     rebase(&path("one"), id);
     let error = Chain::open(&path("two")).unwrap_err();
     assert!(
-        matches!(error.fault, Fault::Circle { id: found } if found == id),
+        matches!(error.fault, Fault::ChainLoop { id: found } if found == id),
         "{}",
         sentence(&error)
     );
@@ -191,7 +192,7 @@ fn a_chain_with_a_wrong_image_is_refused_with_the_reason() {
         let error = sentence(&Chain::open(&path("other")).unwrap_err());
         assert!(error.contains(expected), "{error}");
     }
-    assert!(matches!(Chain::open(folder.path()).unwrap_err().fault, Fault::Kind));
+    assert!(matches!(Chain::open(folder.path()).unwrap_err().fault, Fault::NotARegularFile));
 }
 
 #[test]
@@ -248,7 +249,7 @@ fn blocks_are_compared_before_states_are_read() {
     let pages = BLOCKS[0] * 2;
     let writer = ImageWriter::create(&path("base"), &table(&[pages]), false, true).unwrap();
     let discarded = [MappedBitmap::private(pages).unwrap()];
-    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: None };
+    let rest = ImageMetadata { guest: RunState::Running, discarded: &discarded, changed: None };
     writer.finish(rest, &Base::default(), Vec::new(), None).unwrap();
     let states = Image::open(&path("base")).unwrap().layout().states();
     // The states are damaged. A program that reads them gets this error first.
@@ -277,7 +278,11 @@ fn blocks_are_compared_before_states_are_read() {
     let writer = ImageWriter::create(&path("next"), &table(&[pages]), false, true).unwrap();
     let base =
         Base { id: Image::open_contents(&path("base")).unwrap().header().id, name: "base".into() };
-    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: Some(&discarded) };
+    let rest = ImageMetadata {
+        guest: RunState::Running,
+        discarded: &discarded,
+        changed: Some(&discarded),
+    };
     writer.finish(rest, &base, Vec::new(), None).unwrap();
     let error = sentence(&Chain::open(&path("next")).unwrap_err());
     assert!(
@@ -331,7 +336,7 @@ fn cached(skewed: usize, cached: bool) -> Option<[bool; 2]> {
     let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::io::write(&state, b"devices!").unwrap();
     let pieces = vec![PieceSize { name: "a".into(), length: 8 }];
-    let rest = Rest { guest: RunState::Running, discarded: &discarded, changed: None };
+    let rest = ImageMetadata { guest: RunState::Running, discarded: &discarded, changed: None };
     writer.finish(rest, &Base::default(), pieces, Some(state.as_fd())).unwrap();
     let file = std::fs::File::open(&path).unwrap();
     let layout = Image::open(&path).unwrap().layout().clone();

@@ -47,7 +47,7 @@ pub struct Report {
     /// none.
     pub errors: Vec<ImageError>,
     /// True if verifying ended early because of the number of errors. There may be more.
-    pub cut: bool,
+    pub error_limit_reached: bool,
 }
 
 /// Verifies the image at `path` and all images that it builds on, on `threads` threads, until
@@ -75,7 +75,7 @@ pub fn verify(
     let mut found = findings.found.into_inner().unwrap_or_else(PoisonError::into_inner);
     found.sort_by_key(|(place, _)| *place);
     let errors = found.into_iter().map(|(_, error)| error).collect();
-    Report { pages: progress.done(), images, errors, cut: outcome.is_err() }
+    Report { pages: progress.done(), images, errors, error_limit_reached: outcome.is_err() }
 }
 
 /// Number of pages whose content the image has.
@@ -185,7 +185,7 @@ impl Check<'_> {
                 if let Some(at) = part.iter().position(|byte| *byte != 0) {
                     let at = start + at as u64;
                     // One error for each place is enough.
-                    return self.add(at, Fault::Stray { place, at });
+                    return self.add(at, Fault::DataInPadding { place, at });
                 }
             }
         }
@@ -238,7 +238,7 @@ impl Check<'_> {
         if found != computed {
             self.add(
                 sums_at,
-                Fault::ExtentSum { id, first: pages.first, at: sums_at, found, computed },
+                Fault::PageSumsChecksum { id, first: pages.first, at: sums_at, found, computed },
             )?;
         }
         let sums_of = |range: &PageRange| {
@@ -251,7 +251,10 @@ impl Check<'_> {
         for gap in gaps(present, pages) {
             if let Some(stray) = sums_of(&gap).iter().position(|sum| *sum != 0) {
                 let at = layout.page_sum(at, gap.first + stray as u64);
-                self.add(at, Fault::Stray { place: "checksum of a page without content", at })?;
+                self.add(
+                    at,
+                    Fault::DataInPadding { place: "checksum of a page without content", at },
+                )?;
             }
         }
         self.holes(buffer, (at, id), pages)
@@ -271,7 +274,7 @@ impl Check<'_> {
             let (found, computed) = (*found, checksum(bytes));
             if found != computed {
                 let at = self.image.layout().page(at, page);
-                self.add(at, Fault::PageSum { id, page, at, found, computed })?;
+                self.add(at, Fault::PageChecksum { id, page, at, found, computed })?;
             }
         }
         Ok(())
@@ -302,7 +305,7 @@ impl Check<'_> {
                     .filter(|(_, page)| !is_zero(page));
                 for (page, _) in stuffed {
                     let at = layout.page(at, page);
-                    self.add(at, Fault::Stuffed { id, page, at })?;
+                    self.add(at, Fault::DataInHole { id, page, at })?;
                 }
             }
         }

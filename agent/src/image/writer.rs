@@ -61,7 +61,7 @@ pub struct ImageWriter {
 /// What an image says about its guest, and about the pages that were not put. Each list is in the
 /// order of the table.
 #[derive(Debug, Clone, Copy)]
-pub struct Rest<'a> {
+pub struct ImageMetadata<'a> {
     /// The run state of the guest. The pause of the snapshot does not count.
     pub guest: RunState,
     /// The pages that are discarded. A page that was put with content counts as present.
@@ -124,12 +124,12 @@ impl ImageWriter {
     /// Gives the image the id and the time of the image with this header. Both show the same guest
     /// at the same instant, so this one can replace the other.
     #[must_use]
-    pub fn standing_for(self, header: &Header) -> Self {
+    pub fn with_identity_of(self, header: &Header) -> Self {
         Self { id: header.id, taken: header.taken.into(), ..self }
     }
 
     /// Sets the instant of the image to now.
-    pub fn is_now(&self) {
+    pub fn set_instant_to_now(&self) {
         self.taken.store(now(), Ordering::Relaxed);
     }
 
@@ -200,7 +200,7 @@ impl ImageWriter {
             // EINVAL: the buffer does not have the alignment that the device requires. A write
             // through the page cache accepts any alignment.
             Some(direct) => match write_at(direct.as_fd(), bytes, place) {
-                Err(Fault::At { source: Errno::INVAL, .. }) => write_at(cached, bytes, place),
+                Err(Fault::KernelAt { source: Errno::INVAL, .. }) => write_at(cached, bytes, place),
                 outcome => outcome,
             },
             None => write_at(cached, bytes, place),
@@ -218,36 +218,40 @@ impl ImageWriter {
     /// If the file cannot be written, or the state cannot be read. Then nothing is left of the
     /// image, and a file that had its name is unchanged.
     pub fn finish(
-        &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
+        &self, metadata: ImageMetadata<'_>, base: &Base, pieces: Vec<PieceSize>,
+        state: Option<BorrowedFd<'_>>,
     ) -> Result<Totals, ImageError> {
-        let totals = self.complete(rest, base, pieces, state)?;
-        self.name()?;
+        let totals = self.complete(metadata, base, pieces, state)?;
+        self.persist()?;
         Ok(totals)
     }
 
-    /// As [`ImageWriter::finish`], but does not give the file its name; see [`ImageWriter::name`].
+    /// As [`ImageWriter::finish`], but does not give the file its name; see
+    /// [`ImageWriter::persist`].
     ///
     /// # Errors
     /// As [`ImageWriter::finish`].
     pub fn complete(
-        &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
+        &self, metadata: ImageMetadata<'_>, base: &Base, pieces: Vec<PieceSize>,
+        state: Option<BorrowedFd<'_>>,
     ) -> Result<Totals, ImageError> {
-        self.write_rest(rest, base, pieces, state).map_err(|fault| fault.of(self.path()))
+        self.write_rest(metadata, base, pieces, state).map_err(|fault| fault.of(self.path()))
     }
 
     /// Gives a complete image its name.
     ///
     /// # Errors
     /// If the file system refuses. Then a file that had the name is unchanged.
-    pub fn name(&self) -> Result<(), ImageError> {
-        self.file.name().map_err(|fault| fault.of(self.path()))
+    pub fn persist(&self) -> Result<(), ImageError> {
+        self.file.persist().map_err(|fault| fault.of(self.path()))
     }
 
     fn write_rest(
-        &self, rest: Rest<'_>, base: &Base, pieces: Vec<PieceSize>, state: Option<BorrowedFd<'_>>,
+        &self, metadata: ImageMetadata<'_>, base: &Base, pieces: Vec<PieceSize>,
+        state: Option<BorrowedFd<'_>>,
     ) -> Result<Totals, Fault> {
         self.sums.flush(self.file.as_fd())?;
-        let (states, mut totals) = self.write_states(rest)?;
+        let (states, mut totals) = self.write_states(metadata)?;
         let (extent_sums, written) = self.write_extent_sums()?;
         totals.bytes += written;
         let contents = Contents { table: self.table.clone(), base_name: base.name.clone(), pieces };
@@ -268,22 +272,22 @@ impl ImageWriter {
         let file_length = vmm_state.offset + vmm_state.length;
         let taken = self.taken.load(Ordering::Relaxed);
         let sections = [contents_section, states, extent_sums, page_sums, vmm_state];
-        let (id, base, guest) = (self.id, base.id, rest.guest);
+        let (id, base, guest) = (self.id, base.id, metadata.guest);
         let header = Header { id, base, taken, guest, file_length, sections };
         write_at(self.file.as_fd(), &header.to_bytes(), 0)?;
         rustix::fs::ftruncate(&self.file, file_length)
             .map_err(kernel("set the length of the file"))?;
         totals.bytes +=
             totals.present * (PAGE_SIZE + 4) + length + vmm_state.length + HEADER_SIZE as u64;
-        self.file.make_safe()?;
+        self.file.sync()?;
         Ok(totals)
     }
 
-    fn write_states(&self, rest: Rest<'_>) -> Result<(Section, Totals), Fault> {
+    fn write_states(&self, metadata: ImageMetadata<'_>) -> Result<(Section, Totals), Fault> {
         let mut out = Sequence::new(self.file.as_fd(), self.layout.states());
         let mut totals = Totals::default();
         for (at, block) in self.table.blocks().iter().enumerate() {
-            let (present, discarded) = (&self.present[at], &rest.discarded[at]);
+            let (present, discarded) = (&self.present[at], &metadata.discarded[at]);
             let words = block.pages().div_ceil(WORD_BITS);
             for part in (0..words).step_by(PART / 16) {
                 let part = part..words.min(part + PART as u64 / 16);
@@ -291,7 +295,8 @@ impl ImageWriter {
                     let present = present.word(word);
                     let discarded = discarded.word(word) & !present;
                     let valid = present_mask(block.pages(), word);
-                    let changed = rest.changed.map_or(u64::MAX, |changed| changed[at].word(word));
+                    let changed =
+                        metadata.changed.map_or(u64::MAX, |changed| changed[at].word(word));
                     let unchanged = valid & !(present | discarded | changed);
                     StateWord { present, discarded, unchanged }
                 };

@@ -439,7 +439,7 @@ fn establish(job: &Job, offer: Offer, mut streams: Vec<Handshake>) -> Result<Acc
     streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     let mut readers = Vec::with_capacity(streams.len());
     for stream in streams {
-        job.cancel.watch(stream.reader.socket().as_fd())?;
+        job.cancel.add_socket(stream.reader.socket().as_fd())?;
         let hello_bytes = stream.hello.as_ref().map_or(0, |hello| hello.encode().len());
         add(&job.live.wire_bytes, (pageferry_protocol::stream::RECORD_SIZE + hello_bytes) as u64);
         readers.push(stream.reader);

@@ -175,7 +175,7 @@ fn send_error(accepted: &mut Accepted, error: &JobError) {
         // A source that was silent or slow until now would only make this side wait.
         if !matches!(
             error,
-            JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. })
+            JobError::Transport(TransportError::Silent(_) | TransportError::RecordTimeout { .. })
         ) {
             accepted.readers[0].drain(DRAIN);
         }

@@ -30,7 +30,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 /// How long the peer has to accept our last error, and to send its own.
-pub const LAST_WORDS: Duration = Duration::from_millis(500);
+pub const ERROR_EXCHANGE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The destination.
 #[derive(Debug)]
@@ -104,7 +104,7 @@ pub fn connect(job: &Job, target: Target, session: SessionId) -> Result<Streams,
 
 /// Connects all streams again, to a destination whose guest runs and whose memory is not complete.
 pub fn reconnect(job: &Job, address: &Address, session: SessionId) -> Result<Streams, JobError> {
-    job.cancel.release();
+    job.cancel.clear_sockets();
     let sockets = prepare(job, dial(job, address)?)?;
     shake_hands(job, sockets, session, HELLO_RECOVER)
 }
@@ -118,7 +118,7 @@ fn dial(job: &Job, address: &Address) -> Result<Vec<OwnedFd>, JobError> {
 fn prepare(job: &Job, sockets: Vec<OwnedFd>) -> Result<Vec<StreamSocket>, JobError> {
     let timeout = job.options().peer_timeout;
     let socket = |fd: OwnedFd| {
-        job.cancel.watch(fd.as_fd())?;
+        job.cancel.add_socket(fd.as_fd())?;
         Ok(StreamSocket::with_stop(fd, timeout, &job.stop)?)
     };
     sockets.into_iter().map(socket).collect()
@@ -128,7 +128,7 @@ fn shake_hands(
     job: &Job, sockets: Vec<StreamSocket>, session: SessionId, flags: u16,
 ) -> Result<Streams, JobError> {
     let options = job.options();
-    say_hello(job, &options, &sockets, session, flags)?;
+    send_hello(job, &options, &sockets, session, flags)?;
     let mut reader = RecordReader::new(sockets[0].clone());
     let accept = wait_accept(&mut reader).map_err(no_destination)?;
     let primary = Primary { writer: RecordWriter::new(sockets[0].clone()), reader };
@@ -185,7 +185,7 @@ fn missing_feature(
     (lacks != 0 || !complete).then(|| OutgoingError::Mode(options.mode.name()).into())
 }
 
-fn say_hello(
+fn send_hello(
     job: &Job, options: &OutgoingOptions, streams: &[StreamSocket], session: SessionId, flags: u16,
 ) -> Result<(), JobError> {
     let postcopy = options.mode.may_postcopy();
@@ -226,9 +226,9 @@ fn wait_accept(reader: &mut RecordReader) -> Result<Accept, JobError> {
 /// would answer, so the other end is something else.
 fn no_destination(error: JobError) -> JobError {
     match error {
-        JobError::Transport(source @ (TransportError::Closed | TransportError::Cut { .. })) => {
-            OutgoingError::NoDestination { source }.into()
-        }
+        JobError::Transport(
+            source @ (TransportError::Closed | TransportError::ClosedInRecord { .. }),
+        ) => OutgoingError::NoDestination { source }.into(),
         error => error,
     }
 }
@@ -252,7 +252,7 @@ impl Primary {
         let payload = encode_error(error);
         // A short deadline, because the guest may be paused until this returns. If the peer does
         // not read, it is not told.
-        let writer = RecordWriter::new(self.writer.socket().with_deadline(LAST_WORDS));
+        let writer = RecordWriter::new(self.writer.socket().with_deadline(ERROR_EXCHANGE_TIMEOUT));
         let sent = writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload);
         if let Err(TransportError::Kernel(error)) = sent {
             log::debug!("error not sent to the peer: {error}");
@@ -262,7 +262,7 @@ impl Primary {
 
     /// Reads the error that the destination sent before the connection broke, if it arrived.
     pub fn read_error(&mut self) -> Option<RemoteError> {
-        self.reader.set_timeout(LAST_WORDS);
+        self.reader.set_timeout(ERROR_EXCHANGE_TIMEOUT);
         // Only answers to the last passes can come before it.
         for _ in 0..8 {
             let record = self.reader.read().ok()?;

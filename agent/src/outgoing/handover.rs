@@ -37,7 +37,7 @@ impl PausedGuest {
         if let Err(error) = self.job.hooks.ask(&Hook::Relinquish { session, release }, hook_timeout)
         {
             // No commit was sent, so the guest is still ours. The drop has the VMM resume it.
-            self.job.cancel.step_back();
+            self.job.cancel.revert_commit_point();
             return Err(error.into());
         }
         // The VMM may have given this agent up since it answered, and its operator may be about to

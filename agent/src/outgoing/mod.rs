@@ -42,7 +42,7 @@ use fixup::DirtyState;
 use handover::wait_loaded;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Mode, Phase};
-use postcopy::Since;
+use postcopy::AlreadySent;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -110,11 +110,11 @@ impl Migration {
 
     fn move_guest(&mut self) -> Result<(), JobError> {
         if self.job.options().mode == Mode::Postcopy {
-            return self.hand_over_first(Since::TheStart);
+            return self.run_postcopy(AlreadySent::Nothing);
         }
         match self.passes()? {
             After::Memory => self.hand_over(),
-            After::Guest => self.hand_over_first(Since::Passes),
+            After::Guest => self.run_postcopy(AlreadySent::Passes),
         }
     }
 
@@ -210,7 +210,9 @@ impl Migration {
     fn explain(&mut self, error: JobError) -> JobError {
         match &error {
             // A peer that was silent for so long has sent nothing that could still arrive.
-            JobError::Transport(TransportError::Silent(_) | TransportError::Slow { .. }) => error,
+            JobError::Transport(
+                TransportError::Silent(_) | TransportError::RecordTimeout { .. },
+            ) => error,
             JobError::Transport(_) if !self.job.cancel.is_cancelled() => {
                 self.streams.primary.read_error().map_or(error, JobError::Peer)
             }

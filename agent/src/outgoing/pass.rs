@@ -175,11 +175,11 @@ fn send_chunk(
     for (word, _) in dirty.nonzero_words(chunk) {
         pass.view.job.check()?;
         if hole.covers(word)? {
-            sender.take_hole(&pass.view, block, dirty, word);
+            sender.queue_hole(&pass.view, block, dirty, word);
             continue;
         }
         let data_before = sender.totals.data_pages;
-        sender.take_word(&pass.view, (at, block), dirty, word)?;
+        sender.queue_dirty_word(&pass.view, (at, block), dirty, word)?;
         hole.saw(sender.totals.data_pages > data_before);
     }
     sender.flush(&pass.view)

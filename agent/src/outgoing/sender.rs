@@ -112,7 +112,7 @@ impl PageSender {
     ///
     /// # Errors
     /// If the file cannot be read or the stream is broken.
-    pub fn take_word(
+    pub fn queue_dirty_word(
         &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap,
         word: u64,
     ) -> Result<(), JobError> {
@@ -129,7 +129,7 @@ impl PageSender {
     ///
     /// # Errors
     /// If the file cannot be read or the stream is broken.
-    pub fn send_owed(
+    pub fn queue_missing_pages(
         &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), word: u64, pages: u64,
     ) -> Result<(), JobError> {
         let reading = pass.job.memory.readers.reading(self.index, at, word);
@@ -200,7 +200,7 @@ impl PageSender {
 
     /// Takes the dirty pages of word `word` of the block, which lie in a hole. They are queued as
     /// zero, and not read.
-    pub fn take_hole(
+    pub fn queue_hole(
         &mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64,
     ) {
         let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
@@ -223,11 +223,11 @@ impl PageSender {
             at..at + run.bytes() as usize
         };
         let flagged = [(data & !stray, 0), (data & stray, FLAG_STRAY)];
-        let portion = pass.limiter.portion();
+        let most = pass.limiter.max_pages_per_send();
         match &mut self.compressor {
             None => {
                 for (mask, flags) in flagged {
-                    for run in runs_of_word(first, mask).flat_map(|run| in_portions(run, portion)) {
+                    for run in runs_of_word(first, mask).flat_map(|run| split_run(run, most)) {
                         let bytes = page_offset(&run);
                         let header = RecordHeader::new(Kind::Data, flags, block, run, bytes.len());
                         self.queue.push((
@@ -240,7 +240,7 @@ impl PageSender {
             Some(compressor) => {
                 compressor.begin(self.filled - start);
                 for (mask, flags) in flagged {
-                    for run in runs_of_word(first, mask).flat_map(|run| in_portions(run, portion)) {
+                    for run in runs_of_word(first, mask).flat_map(|run| split_run(run, most)) {
                         let (bytes, flag) = compressor.add(&self.buffer[page_offset(&run)]);
                         let header =
                             RecordHeader::new(Kind::Data, flags | flag, block, run, bytes.len());
@@ -322,7 +322,7 @@ impl PageSender {
         }
         let mut from = 0;
         while from < self.queue.len() {
-            from = self.flush_portion(pass, from)?;
+            from = self.send_queued(pass, from)?;
         }
         self.queue.clear();
         Ok(())
@@ -330,8 +330,8 @@ impl PageSender {
 
     /// Sends as many queued records as the limit allows at once, from the record at `from` on.
     /// Returns the index of the next record.
-    fn flush_portion(&mut self, pass: &PassView<'_>, from: usize) -> Result<usize, JobError> {
-        let most = pass.limiter.portion().saturating_mul(PAGE_SIZE + RECORD_SIZE as u64);
+    fn send_queued(&mut self, pass: &PassView<'_>, from: usize) -> Result<usize, JobError> {
+        let most = pass.limiter.max_pages_per_send().saturating_mul(PAGE_SIZE + RECORD_SIZE as u64);
         let (mut bytes, mut to) = (0, from);
         for (header, payload) in &self.queue[from..] {
             let record = header.len() + payload.len();
@@ -381,8 +381,8 @@ impl PageSender {
     }
 }
 
-/// Cuts a run into pieces of at most `most` pages.
-fn in_portions(run: PageRange, most: u64) -> impl Iterator<Item = PageRange> {
+/// Splits a run into pieces of at most `most` pages.
+fn split_run(run: PageRange, most: u64) -> impl Iterator<Item = PageRange> {
     let step = most.clamp(1, WORD_BITS);
     (run.first..run.end())
         .step_by(step as usize)

@@ -3,14 +3,14 @@
 //! Reading the pages that the guest waits for (lazy restore).
 //!
 //! One thread reads the faults, and it never waits for a disk. It puts the missing host pages into
-//! a queue. [`SERVERS`] other threads take them from the queue, read them from the image and place
-//! them, while the first thread reads the next fault.
+//! a queue. [`FAULT_WORKERS`] other threads take them from the queue, read them from the image and
+//! place them, while the first thread reads the next fault.
 //!
 //! Read-around: a guest that touched two pages near each other will probably touch the pages
-//! between and around them. So with the second page a server also claims the unread pages within
-//! the same 64 KiB. The page that the guest waits for is placed first. Reading around the first
-//! page as well would cost a guest that jumps about twice the time for each page, both from a disk
-//! and from the page cache.
+//! between and around them. So with the second page a fault worker also claims the unread pages
+//! within the same 64 KiB. The page that the guest waits for is placed first. Reading around the
+//! first page as well would cost a guest that jumps about twice the time for each page, both from a
+//! disk and from the page cache.
 //!
 //! The queue has a bound (see [`super::queues`]). When it is full, the thread that reads faults
 //! waits.
@@ -28,8 +28,9 @@ use pageferry_protocol::userfault::MAX_FAULTS;
 
 /// Number of threads that read the pages that the guest waits for. Most of the time they wait for
 /// the disk.
-pub const SERVERS: usize = 4;
-/// Passes the pages that the guest touched to the servers.
+pub const FAULT_WORKERS: usize = 4;
+
+/// Passes the pages that the guest touched to the fault workers.
 #[derive(Debug)]
 pub struct FaultForwarder<'a> {
     restore: &'a LazyRestore<'a>,
@@ -39,7 +40,7 @@ pub struct FaultForwarder<'a> {
 }
 
 impl<'a> FaultForwarder<'a> {
-    /// Passes pages to the servers of `restore`.
+    /// Passes pages to the fault workers of `restore`.
     pub fn new(restore: &'a LazyRestore<'a>, record: Option<&'a mut WorkingSetRecorder>) -> Self {
         Self { restore, pages: Vec::with_capacity(MAX_FAULTS), record }
     }
@@ -64,20 +65,20 @@ impl PageRequester for FaultForwarder<'_> {
 }
 
 impl LazyRestore<'_> {
-    /// Runs one server: reads and places the pages in the queue until the queue is closed.
+    /// Runs one fault worker: reads and places the pages in the queue until the queue is closed.
     ///
     /// # Errors
     /// If the image cannot be read or is damaged, or if a page cannot be placed.
-    pub fn serve(&self, worker: usize) -> Result<(), JobError> {
+    pub fn run_fault_worker(&self, worker: usize) -> Result<(), JobError> {
         let mut buffer = PageBuffer::new(EXTENT_SIZE as usize);
         while let Some(host_page) = self.queue.next() {
-            self.answer(worker, host_page, &mut buffer)?;
+            self.serve_fault(worker, host_page, &mut buffer)?;
         }
         Ok(())
     }
 
     /// Reads and places a host page that the guest waits for, and the pages claimed with it.
-    pub(super) fn answer(
+    pub(super) fn serve_fault(
         &self, worker: usize, (at, host_page): HostPage, buffer: &mut [u8],
     ) -> Result<(), JobError> {
         let unit = self.unread.block(at).unit();

@@ -20,7 +20,7 @@
 //! If the VMM does not resume the guest, or not in time, the guest is the VMM's all the same. All
 //! memory is placed, and then the job fails.
 
-use super::fault_reads::{FaultForwarder, SERVERS};
+use super::fault_reads::{FAULT_WORKERS, FaultForwarder};
 use super::lazy_restore::LazyRestore;
 use super::reset::ResetGuard;
 use super::source::{RestoreError, Source};
@@ -65,7 +65,7 @@ pub fn restore(
     let (pieces, mut record) = plan.parts();
     let lazy_restore =
         LazyRestore::new(job, source, &missing_pages, unread, pieces, record.is_some());
-    let workers = usize::from(workers).min(MAX_READERS - SERVERS);
+    let workers = usize::from(workers).min(MAX_READERS - FAULT_WORKERS);
     let (whole, outcome) = run(&lazy_restore, record.as_mut(), workers, || {
         state.load(job)?;
         if !missing_pages.finish_load() {
@@ -175,13 +175,13 @@ fn run(
             Ok(faults) => faults,
             Err(error) => return (false, Err(no_thread(error))),
         };
-        let mut threads = Vec::with_capacity(SERVERS + workers);
+        let mut threads = Vec::with_capacity(FAULT_WORKERS + workers);
         let mut refused = None;
-        for index in 0..SERVERS + workers {
+        for index in 0..FAULT_WORKERS + workers {
             let work = move || {
                 lazy_restore.check(|| {
-                    if index < SERVERS {
-                        lazy_restore.serve(index)
+                    if index < FAULT_WORKERS {
+                        lazy_restore.run_fault_worker(index)
                     } else {
                         lazy_restore.prefetch(index)
                     }

@@ -5,7 +5,7 @@
 //! A host page that has content in the image is in two sets:
 //!
 //! - *unread* until a thread begins to read it. A thread that prefetches reads only what it takes
-//!   from this set, so no page is prefetched twice. A server that reads for a fault reads the page
+//!   from this set, so no page is prefetched twice. A fault worker reads the page
 //!   in any case: a prefetch thread may hold the page already, but read megabytes before it.
 //! - *missing* until it is placed or discarded, whatever was read of it. See
 //!   [`crate::memory::missing_pages`].

@@ -14,7 +14,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 /// Most host pages in the queue: more than guests have processors.
 const QUEUE_LENGTH: usize = 1024;
 
-/// The queue of missing host pages, from the thread that reads the faults to the servers.
+/// The queue of missing host pages, from the thread that reads the faults to the fault workers.
 #[derive(Debug)]
 pub struct FaultQueue {
     to: Sender<HostPage>,
@@ -121,7 +121,7 @@ impl PrefetchGate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::restore::fault_reads::SERVERS;
+    use crate::restore::fault_reads::FAULT_WORKERS;
     use std::collections::BTreeSet;
 
     #[test]
@@ -129,7 +129,7 @@ mod tests {
         let queue = FaultQueue::default();
         let found = Mutex::new(BTreeSet::new());
         std::thread::scope(|scope| {
-            for _ in 0..SERVERS {
+            for _ in 0..FAULT_WORKERS {
                 scope.spawn(|| {
                     while let Some(page) = queue.next() {
                         assert!(found.lock().unwrap().insert(page), "{page:?} came twice");

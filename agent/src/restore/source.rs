@@ -9,7 +9,7 @@
 //! see them.
 
 use super::working_set::WorkingSetFault;
-use crate::image::blocks::{self, Difference};
+use crate::image::blocks::{self, BlocksDifference};
 use crate::image::{Chain, Image, ImageError};
 use crate::memory::GuestMemory;
 use pageferry_protocol::memory::{BlockTable, PageRange};
@@ -88,12 +88,12 @@ pub enum RestoreError {
     },
 }
 
-impl From<Difference> for RestoreError {
-    fn from(difference: Difference) -> Self {
+impl From<BlocksDifference> for RestoreError {
+    fn from(difference: BlocksDifference) -> Self {
         match difference {
-            Difference::Missing { id, name } => Self::Missing { id, name },
-            Difference::Surplus { id, name } => Self::Surplus { id, name },
-            Difference::Field { id, field, here, there: image } => {
+            BlocksDifference::OnlyInBase { id, name } => Self::Missing { id, name },
+            BlocksDifference::NotInBase { id, name } => Self::Surplus { id, name },
+            BlocksDifference::Field { id, field, here, there: image } => {
                 Self::Field { id, field, here, image }
             }
         }

@@ -247,7 +247,7 @@ impl Session {
         {
             match job.kind {
                 // The guest ran in the VMM, and is gone with it.
-                JobKind::Incoming | JobKind::Restore => job.cancel.force(),
+                JobKind::Incoming | JobKind::Restore => job.cancel.force_cancel(),
                 JobKind::Snapshot => {
                     log::info!(
                         "job {}: the VMM is gone; the image is whole, and gets its name",

@@ -29,7 +29,7 @@ pub use error::SnapshotError;
 
 use crate::image::blocks::compare;
 use crate::image::chain::{MAX_IMAGES, lineage, name_of_base};
-use crate::image::writer::{Base, Rest};
+use crate::image::writer::{Base, ImageMetadata};
 use crate::image::{Fault, ImageWriter};
 use crate::job::pause::{PausedGuest, SavedState};
 use crate::job::{Job, JobError, add};
@@ -80,7 +80,7 @@ fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
         WriteWatch::check_memory(job)?;
     }
     if let Some(id) = job.memory.block_of_file(&plan.path) {
-        return Err(Fault::Memory { id }.of(&plan.path).into());
+        return Err(Fault::IsGuestMemory { id }.of(&plan.path).into());
     }
     let base = find_base(job, plan)?;
     let SnapshotOptions { track, replace, cached, .. } = plan.options;
@@ -103,11 +103,11 @@ fn find_base(job: &Job, plan: &Plan) -> Result<Base, JobError> {
     let images = lineage(path)?;
     let refused = |fault: Fault| JobError::from(fault.of(&plan.path));
     if images.len() >= MAX_IMAGES {
-        return Err(refused(Fault::Chain(MAX_IMAGES)));
+        return Err(refused(Fault::ChainTooLong(MAX_IMAGES)));
     }
     let over = images.iter().find(|image| is_same_file(image.path(), &plan.path));
     if let Some(image) = over {
-        return Err(refused(Fault::OverBase { path: image.path().to_owned() }));
+        return Err(refused(Fault::ReplacesBase { path: image.path().to_owned() }));
     }
     compare(job.memory.table(), &images[0].contents().table, true)
         .map_err(|source| refused(Fault::BaseBlocks { path: path.to_owned(), source }))?;
@@ -182,12 +182,12 @@ fn finish(
     let SavedState { guest, pieces, file } = &saved.state;
     let (discarded, changed) =
         (saved.instant.discarded.all(), changes.changed().map(DirtyPages::all));
-    let rest = Rest { guest: *guest, discarded, changed };
+    let rest = ImageMetadata { guest: *guest, discarded, changed };
     let totals = writer.complete(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
     // The image is consistent even if the VMM has died in the meantime. But if the VMM has another
     // agent now, that agent may have given the same name to a newer image.
     job.memory.current.check()?;
-    writer.name()?;
+    writer.persist()?;
     add(&job.live.discarded_pages, totals.discarded);
     job.count(|counters| counters.unchanged_pages = totals.unchanged);
     Ok(())

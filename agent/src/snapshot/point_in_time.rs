@@ -46,7 +46,7 @@ impl PointInTime {
         // that is set below.
         let mut mode = watch.map(WriteWatch::hold_faults);
         watch.map_or(Ok(()), WriteWatch::check)?;
-        writer.is_now();
+        writer.set_instant_to_now();
         memory.marking.instant(|| {
             let changed = changes.begin_epoch(std::mem::take(&mut prepared.later))?;
             for (at, block) in memory.blocks().iter().enumerate() {

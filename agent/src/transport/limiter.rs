@@ -6,8 +6,8 @@
 //! at the limit, and waits until real time has caught up. This needs no lock and no thread.
 //!
 //! After a pause in the traffic, the bytes of 20 ms (`BURST`) may be sent at once. A sender under a
-//! low limit sends few pages at a time ([`Limiter::portion`]). So each wait is short, and the peer
-//! hears from the sender often.
+//! low limit sends few pages at a time ([`Limiter::max_pages_per_send`]). So each wait is short,
+//! and the peer hears from the sender often.
 //!
 //! A wait ends early when the job is cancelled or the limit changes. A sender's wait also ends when
 //! the peer closes the connection, or when the deadline of the guest's stop has passed.
@@ -24,8 +24,8 @@ use std::time::{Duration, Instant};
 /// after a pause in the traffic.
 const BURST: Duration = Duration::from_millis(20);
 
-/// Longest time that one portion may take at the limit.
-const PORTION: Duration = Duration::from_millis(100);
+/// Longest time that the pages of one send may take at the limit.
+const SEND_TIME: Duration = Duration::from_millis(100);
 
 /// Longest delay before a waiter sees a change of the limit.
 const MAX_WAIT: Duration = Duration::from_millis(100);
@@ -60,10 +60,10 @@ impl Limiter {
     }
 
     /// Most pages to send at once, as one record or several; at least 1.
-    pub fn portion(&self) -> u64 {
+    pub fn max_pages_per_send(&self) -> u64 {
         match self.rate.load(Ordering::Relaxed) {
             0 => u64::MAX,
-            rate => ((u128::from(rate) * PORTION.as_millis() / 1000) as u64 / PAGE_SIZE).max(1),
+            rate => ((u128::from(rate) * SEND_TIME.as_millis() / 1000) as u64 / PAGE_SIZE).max(1),
         }
     }
 
@@ -89,7 +89,7 @@ impl Limiter {
                 return Err(TransportError::Closed);
             }
             if socket.stop().has_passed() {
-                return Err(TransportError::StopOver);
+                return Err(TransportError::StopDeadlinePassed);
             }
             Ok(false)
         })
@@ -143,10 +143,10 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn a_low_limit_makes_small_portions() {
-        assert_eq!(Limiter::new(0).portion(), u64::MAX);
-        assert_eq!(Limiter::new(1).portion(), 1);
-        assert_eq!(Limiter::new(400 << 20).portion(), 10 << 10);
+    fn a_low_limit_makes_small_sends() {
+        assert_eq!(Limiter::new(0).max_pages_per_send(), u64::MAX);
+        assert_eq!(Limiter::new(1).max_pages_per_send(), 1);
+        assert_eq!(Limiter::new(400 << 20).max_pages_per_send(), 10 << 10);
     }
 
     /// Returns once the second of two senders waits. If it never waits, the test fails when it

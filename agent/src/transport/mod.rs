@@ -62,7 +62,7 @@ pub enum TransportError {
     Closed,
     /// The peer closed the connection inside a record.
     #[error("the connection was cut inside a record, {missing} bytes before its end")]
-    Cut {
+    ClosedInRecord {
         /// Bytes of the record that were not received.
         missing: usize,
     },
@@ -73,7 +73,7 @@ pub enum TransportError {
     #[error(
         "the peer did not send a whole record within {timeout:.1?}: {missing} bytes are missing"
     )]
-    Slow {
+    RecordTimeout {
         /// How long the peer had, from the beginning of the record.
         timeout: Duration,
         /// Bytes that were not received. If the header is incomplete, only the header's bytes are
@@ -82,7 +82,7 @@ pub enum TransportError {
     },
     /// The peer did not receive the bytes of a write in time.
     #[error("the peer did not take what was sent within {timeout:.1?}: {missing} bytes are left")]
-    Stuck {
+    SendTimeout {
         /// How long the peer had.
         timeout: Duration,
         /// Bytes that the socket did not accept.
@@ -91,12 +91,12 @@ pub enum TransportError {
     /// The guest is paused for its hand-over, and the deadline of the stop has passed. The error
     /// that contains this one names the time limit.
     #[error("the peer did not answer, or did not receive what was sent, before that time was over")]
-    StopOver,
+    StopDeadlinePassed,
     /// The first record of a peer that has not said hello is something else, or too long.
     #[error(
         "{kind:?} record of {length:#x} bytes where a hello of at most {MAX_HELLO:#x} was expected"
     )]
-    NoHello {
+    HelloExpected {
         /// Kind of the record.
         kind: Kind,
         /// Length of its payload in bytes.

@@ -111,7 +111,7 @@ impl StreamSocket {
                         (Instant::now() + timeout, timeout)
                     });
                     if !self.wait(PollFlags::OUT, Some(deadline))? {
-                        return Err(TransportError::Stuck { timeout, missing });
+                        return Err(TransportError::SendTimeout { timeout, missing });
                     }
                 }
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(TransportError::Closed),
@@ -157,7 +157,7 @@ impl StreamSocket {
                 Err(errno) => return Err(TransportError::Kernel(errno.into())),
             }
             if self.stop.has_passed() {
-                return Err(TransportError::StopOver);
+                return Err(TransportError::StopDeadlinePassed);
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(false);
@@ -312,7 +312,7 @@ impl RecordReader {
                 let timeout = limit.unwrap_or_default();
                 return Err(match here {
                     0 => TransportError::Silent(timeout),
-                    _ => TransportError::Slow { timeout, missing },
+                    _ => TransportError::RecordTimeout { timeout, missing },
                 });
             }
         }
@@ -360,7 +360,7 @@ impl RecordReader {
         if whose == HelloFrom::Stranger
             && (kind != Kind::Hello || header.payload_length() > MAX_HELLO)
         {
-            return Err(TransportError::NoHello { kind, length: header.payload_length() });
+            return Err(TransportError::HelloExpected { kind, length: header.payload_length() });
         }
         let missing = self.fill(RECORD_SIZE + header.payload_length(), whose)?;
         if missing > 0 {
@@ -402,7 +402,7 @@ impl RecordReader {
             match self.socket.read(&mut self.buffer[self.end..])? {
                 None => return Ok(missing),
                 Some(0) if self.end == self.start => return Err(TransportError::Closed),
-                Some(0) => return Err(TransportError::Cut { missing }),
+                Some(0) => return Err(TransportError::ClosedInRecord { missing }),
                 Some(count) => self.end += count,
             }
         }
@@ -476,7 +476,12 @@ mod tests {
         // At 50 bytes a second the whole record would take more than a minute.
         beside(
             || drop(theirs.write(&[0])),
-            || assert!(matches!(reader.read(), Err(TransportError::Slow { missing: 1.., .. }))),
+            || {
+                assert!(matches!(
+                    reader.read(),
+                    Err(TransportError::RecordTimeout { missing: 1.., .. })
+                ))
+            },
         );
     }
 
@@ -492,7 +497,7 @@ mod tests {
             || {
                 let outcome = reader.socket().write_all(&mut [IoSlice::new(&bytes)]);
                 assert!(
-                    matches!(outcome, Err(TransportError::Stuck { missing: 1.., .. })),
+                    matches!(outcome, Err(TransportError::SendTimeout { missing: 1.., .. })),
                     "{outcome:?}"
                 );
             },
@@ -512,9 +517,9 @@ mod tests {
             StreamSocket::with_stop(ours.into(), Duration::from_secs(3600), &deadline).unwrap();
         let mut reader = RecordReader::new(socket.clone());
         let stop = Stop::begin(&deadline, &none);
-        assert!(matches!(reader.read(), Err(TransportError::StopOver)));
+        assert!(matches!(reader.read(), Err(TransportError::StopDeadlinePassed)));
         let outcome = socket.write_all(&mut [IoSlice::new(&vec![0; 16 << 20])]);
-        assert!(matches!(outcome, Err(TransportError::StopOver)), "{outcome:?}");
+        assert!(matches!(outcome, Err(TransportError::StopDeadlinePassed)), "{outcome:?}");
         drop(stop);
         // The deadline ends with the stop.
         (&theirs)
@@ -530,7 +535,7 @@ mod tests {
         for header in [large, other] {
             let (mut theirs, mut reader) = pair();
             theirs.write_all(&header.to_wire()).unwrap();
-            assert!(matches!(reader.try_read_hello(), Err(TransportError::NoHello { .. })));
+            assert!(matches!(reader.try_read_hello(), Err(TransportError::HelloExpected { .. })));
             assert!(reader.buffer.len() <= 4096);
         }
     }

@@ -53,7 +53,7 @@ pub enum UnixPathError {
     InUse(PathBuf),
     /// The path exists and is not a socket.
     #[error("{} is a {found}, not a socket: it is left as it is", path.display())]
-    NoSocket {
+    NotASocket {
         /// The path.
         path: PathBuf,
         /// The kind of file that it is.
@@ -91,7 +91,7 @@ impl From<UnixPathError> for io::Error {
         let kind = match &error {
             UnixPathError::Path(_) => io::ErrorKind::InvalidInput,
             UnixPathError::InUse(_) | UnixPathError::Locked { .. } => io::ErrorKind::AddrInUse,
-            UnixPathError::NoSocket { .. } => io::ErrorKind::AlreadyExists,
+            UnixPathError::NotASocket { .. } => io::ErrorKind::AlreadyExists,
             UnixPathError::Kernel { source, .. } => source.kind(),
         };
         Self::new(kind, error)
@@ -260,7 +260,7 @@ fn check_may_replace(path: &Path) -> Result<(), UnixPathError> {
         FileType::CharacterDevice | FileType::BlockDevice => "device",
         FileType::Unknown => "file of an unknown kind",
     };
-    Err(UnixPathError::NoSocket { path: path.to_owned(), found })
+    Err(UnixPathError::NotASocket { path: path.to_owned(), found })
 }
 
 /// Refuses a socket on which a process listens. It tries to connect and does not wait: a listener

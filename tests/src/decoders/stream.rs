@@ -232,11 +232,11 @@ fn check_end(error: &TransportError, rest: &[u8], waiting: bool) {
     let header = header_of(rest);
     match (error, header) {
         (TransportError::Closed, None) => assert!(rest.is_empty(), "{} bytes more", rest.len()),
-        (TransportError::Cut { missing }, header) => {
+        (TransportError::ClosedInRecord { missing }, header) => {
             let payload = header.map_or(0, |header| header.payload_length());
             assert_eq!(rest.len() + missing, RECORD_SIZE + payload);
         }
-        (TransportError::NoHello { kind, length }, Some(header)) => {
+        (TransportError::HelloExpected { kind, length }, Some(header)) => {
             assert_eq!((header.check(), header.payload_length()), (Ok(*kind), *length));
             assert!(!waiting && (*kind != Kind::Hello || *length > MAX_HELLO));
         }

@@ -2,7 +2,7 @@
 
 //! What an operator does with images on the command line: look, check, merge, draw.
 
-use pageferry_agent::image::writer::{Base, Rest};
+use pageferry_agent::image::writer::{Base, ImageMetadata};
 use pageferry_agent::image::{Chain, Image, ImageWriter};
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::state_pieces::PieceSize;
@@ -33,7 +33,7 @@ fn write(folder: &Path, name: &str, content: PageRange, base: &Base) -> ImageId 
     discarded.set(PageRange::new(PAGES - 24, 24));
     changed.set(content);
     let changed = [changed];
-    let rest = Rest {
+    let rest = ImageMetadata {
         guest: RunState::Running,
         discarded: &[discarded],
         changed: (base.id != ImageId::default()).then_some(&changed[..]),

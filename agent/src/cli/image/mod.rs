@@ -41,7 +41,7 @@ pub enum ImageCommand {
         after_help = "Examples:\n  pageferry image verify guest.img\n  pageferry image verify --all --json monday.img"
     )]
     Verify(VerifyArgs),
-    /// Merge an increment and all images that it builds on into one image that stands alone.
+    /// Merge an increment and all images that it builds on into one full image.
     #[command(
         after_help = "The new image has the id of IMAGE. Images that build on IMAGE also build on the new one, if it takes its place.\n\n\
                             Examples:\n  pageferry image merge tuesday.img --into whole.img\n  \
@@ -133,7 +133,7 @@ fn run_verify(args: &VerifyArgs) -> Outcome {
     );
     bar.finish_and_clear();
     let errors: Vec<String> = report.errors.iter().map(|error| sentence(error)).collect();
-    let cut = report.cut && args.all;
+    let cut = report.error_limit_reached && args.all;
     if args.image.json {
         let images = report.images.iter().map(
             |image| json!({ "path": text_of(image.path()), "id": id_text(&image.header().id) }),

@@ -122,7 +122,7 @@ fn a_picture_keeps_its_largest_size() {
         .iter()
         .map(|block| pageferry_protocol::shm::MappedBitmap::private(block.pages()));
     let discarded: Vec<_> = bitmaps.map(Result::unwrap).collect();
-    let rest = crate::image::writer::Rest {
+    let rest = crate::image::writer::ImageMetadata {
         guest: RunState::Running,
         discarded: &discarded,
         changed: None,

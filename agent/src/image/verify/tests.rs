@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 fn check(path: &Path, most: usize) -> (u64, Vec<String>, bool) {
-    let Report { pages, errors, cut, .. } =
+    let Report { pages, errors, error_limit_reached: cut, .. } =
         verify(path, 3, most, &|done, total| assert!(done <= total));
     (pages, errors.iter().map(|error| sentence(error)).collect(), cut)
 }

@@ -26,7 +26,7 @@ pub struct Assembly {
 
 /// A complete host page.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Whole<'a> {
+pub enum CompleteHostPage<'a> {
     /// Host pages that are all zero.
     Zeroes(PageRange),
     /// The index of a host page, and its content.
@@ -35,14 +35,14 @@ pub enum Whole<'a> {
 
 impl Assembly {
     /// Adds the pages `range` of a block whose host pages have `unit` pages each. The pages are
-    /// zero if there is no `content`. Calls `whole` for each host page that becomes complete.
+    /// zero if there is no `content`. Calls `complete` for each host page that becomes complete.
     ///
     /// # Errors
     /// If a page comes twice, or belongs to another host page than the open one. Also the errors of
-    /// `whole`.
+    /// `complete`.
     pub fn add(
         &mut self, (at, id): (usize, u32), unit: u64, range: PageRange, content: Option<&[u8]>,
-        mut whole: impl FnMut(Whole<'_>) -> Result<(), JobError>,
+        mut complete: impl FnMut(CompleteHostPage<'_>) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
         let mut rest = range;
         while !rest.is_empty() {
@@ -53,7 +53,7 @@ impl Assembly {
                 && rest.count >= unit
             {
                 let zeroes = PageRange::new(host_page, rest.count / unit);
-                whole(Whole::Zeroes(zeroes))?;
+                complete(CompleteHostPage::Zeroes(zeroes))?;
                 rest = PageRange::new(zeroes.end() * unit, rest.count % unit);
                 continue;
             }
@@ -81,10 +81,10 @@ impl Assembly {
             if self.count == unit {
                 self.open = None;
                 let bytes = &self.bytes[..(unit * PAGE_SIZE) as usize];
-                whole(if self.content {
-                    Whole::Content(host_page, bytes)
+                complete(if self.content {
+                    CompleteHostPage::Content(host_page, bytes)
                 } else {
-                    Whole::Zeroes(PageRange::new(host_page, 1))
+                    CompleteHostPage::Zeroes(PageRange::new(host_page, 1))
                 })?;
             }
             rest = PageRange::new(part.end(), rest.end() - part.end());
@@ -153,11 +153,13 @@ mod tests {
                 UNIT,
                 PageRange::new(*first, *count),
                 content.as_deref(),
-                |whole| {
-                    match whole {
-                        Whole::Zeroes(range) => (range.first..range.end())
+                |host_page| {
+                    match host_page {
+                        CompleteHostPage::Zeroes(range) => (range.first..range.end())
                             .for_each(|page| found.push((page, Vec::new()))),
-                        Whole::Content(page, bytes) => found.push((page, bytes.to_vec())),
+                        CompleteHostPage::Content(page, bytes) => {
+                            found.push((page, bytes.to_vec()))
+                        }
                     }
                     Ok(())
                 },

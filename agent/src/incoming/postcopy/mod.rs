@@ -87,7 +87,7 @@ pub fn receive_guest_first(
         let (missing_pages, stopping, stop) = (&*missing_pages, stop.stop_on_drop(), stop.as_fd());
         let faults = scope.spawn(move || {
             // The job's thread waits for the source. This is the only way to wake it.
-            handle_faults(job, missing_pages, &mut forwarder, stop, |_| job.cancel.force());
+            handle_faults(job, missing_pages, &mut forwarder, stop, |_| job.cancel.force_cancel());
         });
         let arrived = guest.run(accepted, received, guest_is);
         registered.complete = arrived.is_ok();

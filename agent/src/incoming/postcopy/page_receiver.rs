@@ -11,7 +11,7 @@
 
 use super::super::accept::Accepted;
 use super::super::decompress::Decompressor;
-use super::assembly::{Assembly, Whole};
+use super::assembly::{Assembly, CompleteHostPage};
 use crate::incoming::IncomingError;
 use crate::job::{Job, JobError, add};
 use crate::lock::lock;
@@ -353,12 +353,14 @@ impl<'a> Stream<'a> {
 /// Returns a function that places complete host pages.
 fn placer<'a>(
     group: &'a StreamGroup<'_>, worker: usize, at: usize,
-) -> impl FnMut(Whole<'_>) -> Result<(), JobError> + 'a {
+) -> impl FnMut(CompleteHostPage<'_>) -> Result<(), JobError> + 'a {
     let (missing_pages, readers) = (group.missing_pages, &group.job.memory.readers);
-    move |whole| {
-        let placed = match whole {
-            Whole::Zeroes(range) => missing_pages.place_zeroes(readers, worker, at, range),
-            Whole::Content(host_page, bytes) => {
+    move |host_page| {
+        let placed = match host_page {
+            CompleteHostPage::Zeroes(range) => {
+                missing_pages.place_zeroes(readers, worker, at, range)
+            }
+            CompleteHostPage::Content(host_page, bytes) => {
                 missing_pages.place_host_page(readers, worker, at, host_page, bytes)
             }
         };

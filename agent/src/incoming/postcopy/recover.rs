@@ -59,7 +59,7 @@ impl PostcopyGuest {
 
     fn wait(&mut self) -> Result<Accepted, JobError> {
         loop {
-            self.job.cancel.release();
+            self.job.cancel.clear_sockets();
             let listeners: Vec<_> = self.listeners.iter().collect();
             if let Some(accepted) = accept_again(
                 &self.job,
@@ -120,7 +120,7 @@ impl PostcopyGuest {
                 self.job.id,
                 crate::error::chain(&error)
             );
-            self.job.cancel.release();
+            self.job.cancel.clear_sockets();
             let listeners: Vec<_> = self.listeners.iter().collect();
             match accept_again(&self.job, &listeners, self.session, None, Some(until)) {
                 Ok(Some(again)) => *accepted = again,

@@ -18,7 +18,7 @@ struct Broken;
 
 impl Sink for Broken {
     fn put(&self, _: usize, _: PageRange, _: &[u8]) -> Result<u64, SinkError> {
-        Err(Fault::At { what: "write", at: 0x5000, source: Errno::IO }
+        Err(Fault::KernelAt { what: "write", at: 0x5000, source: Errno::IO }
             .of(Path::new("/image"))
             .into())
     }

@@ -32,16 +32,16 @@ use pageferry_protocol::control::job::Phase;
 
 /// What the destination has when the guest is moved before the rest of its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Since {
+pub enum AlreadySent {
     /// Nothing was sent: all allocated pages remain.
-    TheStart,
+    Nothing,
     /// Passes were sent: the dirty pages remain.
     Passes,
 }
 
 impl Migration {
     /// Hands the stopped guest over before the rest of its memory.
-    pub(super) fn hand_over_first(&mut self, since: Since) -> Result<(), JobError> {
+    pub(super) fn run_postcopy(&mut self, since: AlreadySent) -> Result<(), JobError> {
         self.job.enter(Phase::Stopping);
         self.job.freeze();
         let mut stop = Stop::begin(&self.job.stop, &self.job.options());
@@ -77,7 +77,7 @@ impl Migration {
     }
 
     fn send_state_and_remaining(
-        &mut self, paused: &mut PausedGuest, since: Since, stop: &mut Stop,
+        &mut self, paused: &mut PausedGuest, since: AlreadySent, stop: &mut Stop,
     ) -> Result<HostPageSet, JobError> {
         let state = paused.save_state()?;
         let arrives = self.run_state_there(&state);
@@ -85,7 +85,7 @@ impl Migration {
         self.send_state(&state)?;
         let missing = self.find_remaining(since)?;
         self.send_remaining(&missing)?;
-        if since == Since::Passes {
+        if since == AlreadySent::Passes {
             self.send_late_frees()?;
         }
         self.send_end(Some(missing.remaining_pages()), arrives)?;

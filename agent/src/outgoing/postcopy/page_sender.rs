@@ -18,7 +18,7 @@
 //!
 //! If one stream fails, all end: connections are lost and made again together.
 
-use super::super::connect::{LAST_WORDS, Primary, SessionId, Streams, Urgent};
+use super::super::connect::{ERROR_EXCHANGE_TIMEOUT, Primary, SessionId, Streams, Urgent};
 use super::super::sender::{PageSender, PassView};
 use crate::event::Event;
 use crate::job::{Job, JobError, add};
@@ -269,7 +269,7 @@ impl PostcopySource {
         for (word, bits) in taken.drain(..) {
             pages += u64::from(bits.count_ones()) * host_pages.unit();
             if host_pages.unit() == 1 {
-                sender.send_owed(view, (at, block), word, bits)?;
+                sender.queue_missing_pages(view, (at, block), word, bits)?;
                 continue;
             }
             for host_page in
@@ -328,7 +328,8 @@ impl PostcopySource {
             let mut look = Instant::now() + POLL_INTERVAL;
             if group.failed() {
                 // Another stream failed. The destination may be about to say why.
-                let until = *read_until.get_or_insert_with(|| Instant::now() + LAST_WORDS);
+                let until =
+                    *read_until.get_or_insert_with(|| Instant::now() + ERROR_EXCHANGE_TIMEOUT);
                 if Instant::now() >= until {
                     return Ok(());
                 }
@@ -431,7 +432,7 @@ fn send_host_page(
     view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), pages: PageRange,
 ) -> Result<(), JobError> {
     for (word, mask) in words_of(pages) {
-        sender.send_owed(view, (at, block), word, mask)?;
+        sender.queue_missing_pages(view, (at, block), word, mask)?;
     }
     sender.end_zeros();
     Ok(())

@@ -65,7 +65,7 @@ impl PostcopySource {
     pub fn recover(&mut self, mut why: JobError) -> Result<(), JobError> {
         loop {
             // Close the connections, so that the destination sees their end.
-            self.job.cancel.release();
+            self.job.cancel.clear_sockets();
             self.job.recovery.pause();
             self.job.pause(&why);
             match self.wait() {

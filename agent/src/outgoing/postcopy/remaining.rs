@@ -11,7 +11,7 @@
 
 use super::super::Migration;
 use super::super::pass::find_allocated;
-use super::Since;
+use super::AlreadySent;
 use crate::job::{JobError, add};
 use crate::memory::Block;
 use crate::memory::host_page_set::HostPageSet;
@@ -23,10 +23,10 @@ use pageferry_protocol::stream::{Kind, RecordHeader};
 
 impl Migration {
     /// Announces all discards, and finds the pages that remain.
-    pub(super) fn find_remaining(&mut self, since: Since) -> Result<HostPageSet, JobError> {
+    pub(super) fn find_remaining(&mut self, since: AlreadySent) -> Result<HostPageSet, JobError> {
         let memory = self.job.memory.clone();
         match since {
-            Since::TheStart => {
+            AlreadySent::Nothing => {
                 // As at the first sync of a tracker, nothing is known about writes before.
                 for block in memory.blocks() {
                     block.stray.clear(block.all());
@@ -41,7 +41,7 @@ impl Migration {
                     )?;
                 }
             }
-            Since::Passes => {
+            AlreadySent::Passes => {
                 self.sync()?;
                 self.send_discards()?;
             }

@@ -68,7 +68,7 @@ fn dirty_pages_are_sent_unless_discarded_and_not_stray() {
     let dirty = MappedBitmap::private(128).unwrap();
     mark(&dirty, &[1, 2, 4, 5, 8, 9, 70]);
     let (records, totals) = sent(&job, |sender, view, _| {
-        sender.take_word(view, (0, block), &dirty, 0).unwrap();
+        sender.queue_dirty_word(view, (0, block), &dirty, 0).unwrap();
     });
     let expected = [
         (Kind::Data, 0, 1, 2),
@@ -89,7 +89,7 @@ fn missing_pages_are_all_sent_and_discarded_ones_as_zero() {
     mark(&block.discarded, &[3, 4, 30]);
     mark(&block.stray, &[4]);
     let (records, totals) = sent(&job, |sender, view, _| {
-        sender.send_owed(view, (0, block), 0, bits(&[2, 3, 4])).unwrap();
+        sender.queue_missing_pages(view, (0, block), 0, bits(&[2, 3, 4])).unwrap();
     });
     let expected =
         [(Kind::Data, 0, 2, 1), (Kind::Data, FLAG_STRAY, 4, 1), (Kind::Zero, FLAG_STRAY, 3, 1)];
@@ -124,7 +124,7 @@ fn without_a_limit_all_records_go_in_one_write() {
     let mut sender = PageSender::new(0, socket(ours), None);
     let limiter = Limiter::new(0);
     let view = PassView { job: &job, limiter: &limiter, send_zeros: true };
-    sender.send_owed(&view, (0, &job.memory.blocks()[0]), 0, bits(&[2, 5, 8])).unwrap();
+    sender.queue_missing_pages(&view, (0, &job.memory.blocks()[0]), 0, bits(&[2, 5, 8])).unwrap();
     sender.flush(&view).unwrap();
     sender.socket().end();
     let mut buffer = vec![0; 1 << 20];
@@ -133,11 +133,11 @@ fn without_a_limit_all_records_go_in_one_write() {
 }
 
 #[test]
-fn a_limit_cuts_runs_into_portions() {
-    let portions = |count, most| in_portions(PageRange::new(7, count), most).collect::<Vec<_>>();
-    assert_eq!(portions(5, u64::MAX), [PageRange::new(7, 5)]);
-    assert_eq!(portions(5, 2), [PageRange::new(7, 2), PageRange::new(9, 2), PageRange::new(11, 1)]);
-    assert_eq!(portions(2, 1), [PageRange::new(7, 1), PageRange::new(8, 1)]);
+fn a_limit_splits_runs() {
+    let split = |count, most| split_run(PageRange::new(7, count), most).collect::<Vec<_>>();
+    assert_eq!(split(5, u64::MAX), [PageRange::new(7, 5)]);
+    assert_eq!(split(5, 2), [PageRange::new(7, 2), PageRange::new(9, 2), PageRange::new(11, 1)]);
+    assert_eq!(split(2, 1), [PageRange::new(7, 1), PageRange::new(8, 1)]);
 }
 
 #[test]

@@ -63,9 +63,9 @@ fn pages_claimed_around_a_page_are_placed_with_it() {
     };
     with_restore(1, uffd, |restore, ram| {
         let mut buffer = vec![0; 512 * PAGE];
-        restore.answer(0, (0, 37), &mut buffer).unwrap();
+        restore.serve_fault(0, (0, 37), &mut buffer).unwrap();
         assert_eq!(ram.allocated(0), [PageRange::new(37, 1)]);
-        restore.answer(0, (0, 39), &mut buffer).unwrap();
+        restore.serve_fault(0, (0, 39), &mut buffer).unwrap();
         assert_eq!(ram.allocated(0), [PageRange::new(32, NEAR)]);
         (32..32 + NEAR).for_each(|page| assert_eq!(ram.touch(0, page), word_of(0, page)));
         let left = PAGES - 4 - NEAR;

@@ -10,7 +10,7 @@ mod working_set;
 use super::*;
 use crate::hooks::Hooks;
 use crate::image::ImageWriter;
-use crate::image::writer::{Base, Rest};
+use crate::image::writer::{Base, ImageMetadata};
 use crate::memory::PageBuffer;
 use crate::memory::test_support::has_userfaultfd;
 use crate::memory::{Backing, Block, GuestMemory};
@@ -112,7 +112,7 @@ fn write_image(
     let state = state_file_of([&b"abc"[..]]).unwrap();
     writer
         .finish(
-            Rest { guest: RunState::Running, discarded: &discarded, changed },
+            ImageMetadata { guest: RunState::Running, discarded: &discarded, changed },
             base,
             pieces,
             Some(state.as_fd()),
