@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a VMM and its operator ask for.
+//! The session: the memory, the hooks and the job of one VMM, and the requests on them.
 //!
 //! - [`vhost_user`]: the requests of vhost-user, by which any front-end can hand over its memory;
 //! - [`native_requests`]: pageferry's requests;
 //! - [`start_jobs`]: the requests that start or recover jobs;
-//! - [`resume`]: resumes by force a guest that was handed over;
-//! - [`registry`]: the blocks, the log, and what they may not be changed under;
-//! - [`shared`]: how the threads of all connections work on it at once;
-//! - this file: [`Session`], which all of them work on.
+//! - [`resume`]: resumes a guest by force after it was handed over;
+//! - [`registry`]: adds and removes blocks, and sets the dirty log;
+//! - [`shared`]: the lock by which the threads of all connections share the session;
+//! - this file: [`Session`], the state that the lock protects.
 //!
-//! A method of [`Session`] never waits: it runs under the lock. What can wait is a method of
-//! [`SharedSession`](shared::SharedSession), which holds the lock before and after.
+//! A session belongs to the connection of the VMM. When that connection ends, the session ends: its
+//! job is cancelled, and its memory is dropped. Operators have their own connections. They see and
+//! control jobs, but cannot change the memory.
 //!
-//! A session belongs to one connection, the VMM's, and ends with it: its job is cancelled, its
-//! memory forgotten. Operators come and go on connections of their own; they see and steer jobs,
-//! and cannot touch the memory.
+//! A method of [`Session`] runs under the lock, so it never waits. A request that can wait is a
+//! method of [`SharedSession`](shared::SharedSession). It locks the session, releases the lock,
+//! waits, and locks again.
 
 pub mod native_requests;
 pub mod registry;
@@ -43,35 +44,37 @@ use std::thread::JoinHandle;
 pub struct Session {
     memory: Arc<GuestMemory>,
     hooks: Arc<Hooks>,
-    /// A descriptor of the hooks' socket that is not behind their lock.
+    /// A duplicate of the socket for hooks. The session can shut the socket down with it while a
+    /// job holds the lock of the hooks.
     hook_socket: Option<OwnedFd>,
     trackers: TrackerChoice,
-    /// What changed since the last image.
+    /// The pages that changed since the last image.
     checkpoint: SharedCheckpoint,
-    /// With its thread, until that was waited for.
+    /// The job that runs or ran last, and its thread.
     job: Option<(Arc<Job>, Option<JoinHandle<()>>)>,
-    /// The last job of the VMM before, for operators who want to know how it ended.
+    /// The last job of the previous VMM. Operators can still query how it ended.
     previous: PreviousJob,
+    /// Number of the last job; 0 if there was none.
     jobs: u64,
     notify: Arc<Event>,
     vhost_user: vhost_user::Features,
-    /// The agent is about to end.
+    /// True once the agent is ending.
     stopping: bool,
-    /// The VMM is being asked to resume the guest by force.
+    /// True while a thread waits for the VMM to resume the guest by force.
     resuming: bool,
-    /// What is to be dropped when the session is not locked.
+    /// Values to drop after the lock is released.
     retired: Vec<Retired>,
 }
 
 /// The last job of an earlier session.
 #[derive(Debug, Default)]
 enum PreviousJob {
-    /// There was none.
+    /// There was no job.
     #[default]
     None,
-    /// It is being cancelled, and still has its memory.
+    /// The job has not ended, and still holds its memory.
     Ending(Arc<Job>, Option<JoinHandle<()>>),
-    /// It ended so.
+    /// The job has ended with this status.
     Ended(Box<JobStatus>),
 }
 
@@ -104,23 +107,24 @@ impl Session {
         }
     }
 
-    /// How the job stands that runs or ran last.
+    /// The status of the job that runs or ran last.
     fn status(&self) -> JobStatus {
         self.job.as_ref().map_or_else(JobStatus::default, |(job, _)| job.status())
     }
 
-    /// The same for those who ask: if this VMM has had no job yet, that of the one before.
+    /// The status to report. If this VMM has had no job yet, it is that of the previous VMM's job.
     pub fn report(&self) -> JobStatus {
         let status = match (&self.job, &self.previous) {
             (None, PreviousJob::Ending(job, _)) => job.status(),
             (None, PreviousJob::Ended(status)) => (**status).clone(),
             _ => self.status(),
         };
-        // Not those of the job: whoever asks wants to know what the next one would go by.
+        // The reported trackers are those that the next job would use, not those of the last job.
         JobStatus { trackers: self.trackers.declared, ..status }
     }
 
-    /// The job that ended is over for good: it forbids nothing any more.
+    /// Forgets the job that has ended, so that it does not forbid other jobs any more. Its status
+    /// can still be queried.
     fn retire_job(&mut self) {
         if let Some((job, thread)) = self.job.take() {
             let ended = PreviousJob::Ended(Box::new(job.status()));
@@ -129,7 +133,8 @@ impl Session {
         }
     }
 
-    /// A job ended or went on: lets go of the memory of one whose VMM is gone.
+    /// To be called when a job has changed its phase. If the job of the previous VMM has ended,
+    /// this drops the job and its memory.
     pub fn job_changed(&mut self) {
         if let PreviousJob::Ending(job, _) = &self.previous
             && job.status().phase.is_final()
@@ -145,7 +150,7 @@ impl Session {
         }
     }
 
-    /// The session of the next VMM, after [`Session::end`]. Jobs are counted on.
+    /// The session of the next VMM, after [`Session::end`]. It continues to count the jobs.
     pub fn successor(&mut self) -> Self {
         let before = match self.job.take() {
             Some((job, thread)) => PreviousJob::Ending(job, thread),
@@ -161,38 +166,40 @@ impl Session {
         next
     }
 
-    /// The job, if one runs.
+    /// The running job.
     fn running(&self) -> Option<&Arc<Job>> {
         self.job.as_ref().map(|(job, _)| job).filter(|job| !job.status().phase.is_final())
     }
 
-    /// The job that an operator means: the one that runs, or else that of a VMM that is gone.
+    /// The job that an operator's request is about: the running job, or else the job of the
+    /// previous VMM, if it has not ended.
     fn operator_job(&self) -> Option<&Arc<Job>> {
         self.running().or_else(|| self.previous.job().filter(|job| !job.status().phase.is_final()))
     }
 
-    /// The job that is paused in postcopy, if there is one; it may be that of a VMM that is gone,
-    /// whose memory it still holds.
+    /// The job that is paused in postcopy. It may be the job of the previous VMM, which still holds
+    /// that VMM's memory.
     fn paused(&self) -> Option<Arc<Job>> {
         let mut jobs = self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.previous.job());
         jobs.find(|job| job.status().phase == Phase::PostcopyPaused).cloned()
     }
 
-    /// Refuses jobs when the agent is about to end, or still has the guest of a VMM that is gone:
-    /// the next job would take the place of that one, which nobody could recover any more.
+    /// Refuses to start a job while the agent is ending, or while it still has the guest of the
+    /// previous VMM. A new job would replace that VMM's job, which could not be recovered any more.
     fn check_takes_jobs(&self) -> Result<(), RemoteError> {
         if self.stopping {
             return Err(RemoteError::new(
                 ErrorCode::Busy,
-                "the agent is about to end, and takes no job any more",
+                "the agent is ending, and starts no job any more",
             ));
         }
-        // One that is cancelled ends by itself, and nobody asks for it.
+        // A cancelled job ends by itself, and nobody recovers it.
         if let Some(job) = self.previous.job().filter(|job| !job.cancel.is_cancelled()) {
             let JobStatus { job, phase, .. } = job.status();
             if !phase.is_final() {
                 let sentence = format!(
-                    "job {job} of the VMM before is in phase {}, and its guest's memory is here: a job can be started once that one has ended",
+                    "job {job} of the previous VMM is in phase {}, and its guest's memory is here: \
+                     start a job after that one has ended",
                     phase.name()
                 );
                 return Err(RemoteError::new(ErrorCode::Busy, sentence));
@@ -201,7 +208,7 @@ impl Session {
         Ok(())
     }
 
-    /// Refuses what a running job, or a guest that was handed over, forbids.
+    /// Returns an error if a job is running. `what` says what is refused.
     fn check_idle(&self, what: &str) -> Result<(), RemoteError> {
         if let Some(job) = self.running() {
             let sentence = format!(
@@ -214,51 +221,54 @@ impl Session {
         Ok(())
     }
 
-    /// Refuses a job while it is not known, or known not to be so, that the guest is here
-    /// (`one-owner`).
+    /// Refuses a job unless this VMM owns the guest (`one-owner`): the last migration may have
+    /// moved the guest away.
     fn check_guest_is_here(&self) -> Result<(), RemoteError> {
         let JobStatus { job, kind, phase, .. } = self.status();
         match (kind, phase) {
             (JobKind::Outgoing, Phase::Unconfirmed) => Err(RemoteError::new(
                 ErrorCode::State,
                 format!(
-                    "job {job} handed the guest over and was not confirmed: resume it by force first, if it does not run there"
+                    "job {job} handed the guest over, and the destination did not confirm it: \
+                     if the guest does not run there, resume it here by force first"
                 ),
             )),
             (JobKind::Outgoing, Phase::Completed) => Err(RemoteError::new(
                 ErrorCode::State,
-                format!("job {job} has moved the guest away: it is not here"),
+                format!("job {job} has moved the guest away: it is not here any more"),
             )),
             _ => Ok(()),
         }
     }
 
-    /// The memory or the trackers change: increments to the last image are not possible any more.
+    /// To be called when the memory or the trackers change: no increment can build on the last
+    /// image any more.
     fn end_checkpoint(&self, why: &str) {
-        // The next job stops the trackers, and not this thread: the VMM may have to answer from the
-        // one that waits for our own answer.
+        // The next job stops the trackers. This thread must not: it would wait for a hook, and the
+        // VMM may handle hooks on the thread that waits for the answer to this request.
         self.checkpoint.end(why);
     }
 
-    /// Ends the session: cancels the job, and wakes it if it waits for the VMM.
+    /// Ends the session, because its VMM is gone: cancels the job, and wakes it if it waits for a
+    /// hook.
     pub fn end(&mut self) {
         if let Some(job) = self.running()
             && job.cancel.cancel() == Err(TooLate::HandedOver)
         {
             match job.kind {
-                // The guest ran in the VMM, and is gone with it.
+                // The guest ran in this VMM, and ended with it.
                 JobKind::Incoming | JobKind::Restore => job.cancel.force_cancel(),
                 JobKind::Snapshot => {
                     log::info!(
-                        "job {}: the VMM is gone; the image is whole, and gets its name",
+                        "job {}: the VMM is gone; its image is complete, and gets its name",
                         job.id
                     );
                 }
-                // It runs elsewhere, or is about to, and needs its memory, which is here whether
-                // the VMM is or not.
+                // The guest runs at the destination, or is about to. It needs its memory, and the
+                // agent has that also without the VMM.
                 JobKind::Outgoing | JobKind::None => {
                     log::warn!(
-                        "job {}: the VMM is gone after its guest was handed over; the job goes on",
+                        "job {}: the VMM is gone after its guest was handed over; the job continues",
                         job.id
                     );
                 }
@@ -269,26 +279,27 @@ impl Session {
         }
     }
 
-    /// Cancels the job, and takes no other.
+    /// Cancels the job, and refuses later ones.
     pub fn stop(&mut self) {
         self.stopping = true;
         if let Some(job) = self.running() {
             let _ = job.cancel.cancel();
         }
-        // A postcopy goes on to its end, which it cannot reach without its connections: then nobody
-        // will come to recover it.
+        // A postcopy cannot be cancelled, so it continues until all memory is sent. But if it is
+        // paused, now or later, nobody will recover it, because the agent is ending. Then it is
+        // abandoned.
         for job in self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.previous.job()) {
             job.recovery.request(crate::job::RecoveryRequest::Abandon);
         }
     }
 
-    /// True if no job runs, not even one whose VMM is gone.
+    /// True if no job runs, also none of a previous VMM.
     pub fn is_idle(&self) -> bool {
         self.running().is_none()
             && self.previous.job().is_none_or(|job| job.status().phase.is_final())
     }
 
-    /// The jobs whose threads have not been waited for.
+    /// Takes the jobs whose threads have not been joined.
     fn take_jobs(&mut self) -> Vec<(Arc<Job>, Option<JoinHandle<()>>)> {
         let mut jobs: Vec<_> = self.job.take().into_iter().collect();
         if let PreviousJob::Ending(job, thread) = std::mem::take(&mut self.previous) {
@@ -305,12 +316,12 @@ fn join(job: &Job, thread: Option<JoinHandle<()>>) {
     }
 }
 
-/// A refusal for wrong fields.
+/// The refusal of a request with a wrong field.
 fn invalid(error: &dyn std::error::Error) -> RemoteError {
     RemoteError::new(ErrorCode::Invalid, crate::error::chain(error))
 }
 
-/// A refusal for a wrong number of descriptors.
+/// Refuses a request that has not `expected` descriptors.
 fn check_fds(request: &str, fds: &[OwnedFd], expected: usize) -> Result<(), RemoteError> {
     if fds.len() == expected {
         return Ok(());
@@ -318,7 +329,7 @@ fn check_fds(request: &str, fds: &[OwnedFd], expected: usize) -> Result<(), Remo
     Err(wrong_fds(request, fds.len(), expected))
 }
 
-/// The descriptors of a request that has exactly `N`.
+/// The descriptors of a request that must have exactly `N`.
 fn take_fds<const N: usize>(request: &str, fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], RemoteError> {
     fds.try_into().map_err(|fds: Vec<OwnedFd>| wrong_fds(request, fds.len(), N))
 }

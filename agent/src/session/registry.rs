@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The blocks and the log of a session. The set that jobs see is replaced as a whole, and only
-//! while none runs.
+//! The blocks and the dirty log of a session: adding and removing them.
+//!
+//! A job holds a reference to a [`GuestMemory`], which never changes. To change a block or the log,
+//! this file makes a new `GuestMemory` and puts it into the session. It refuses that while a job
+//! runs, so a job and its session always have the same memory.
 
 use super::shared::{Retired, SharedSession};
 use super::{Session, invalid};
@@ -18,21 +21,21 @@ use std::sync::Arc;
 /// A block that a VMM offers.
 #[derive(Debug)]
 pub struct NewBlock {
-    /// Where it lies in the guest.
+    /// Its id, its name, and its place in the guest.
     pub geometry: BlockGeometry,
     /// The file.
     pub memory: OwnedFd,
     /// Offset in the file in bytes.
     pub fd_offset: u64,
-    /// Where the VMM has it mapped; 0 if nowhere.
+    /// The address at which the VMM has mapped it; 0 if it is not mapped.
     pub vmm_address: u64,
     /// The bitmap of discarded pages, if the VMM has one.
     pub bitmap: Option<OwnedFd>,
 }
 
 impl SharedSession {
-    /// Adds blocks, all or none; returns them. Their files are looked at without the lock: a file
-    /// system may take its time.
+    /// Adds all of these blocks, or none, and returns them. Checks their files without the lock,
+    /// because a file system may be slow.
     pub(super) fn add_blocks(&self, new: Vec<NewBlock>) -> Result<Vec<Arc<Block>>, RemoteError> {
         let geometries: Vec<BlockGeometry> =
             new.iter().map(|block| block.geometry.clone()).collect();
@@ -45,7 +48,8 @@ impl SharedSession {
             })
         });
         let added = made.collect::<Result<Vec<_>, _>>()?;
-        // Only this connection changes blocks; a job may have been started meanwhile.
+        // Only this connection changes blocks, but another one may have started a job meanwhile. So
+        // the check is repeated.
         let mut session = self.lock();
         let table = session.table_with(&geometries)?;
         let blocks = [session.memory.blocks(), &added].concat();
@@ -53,7 +57,7 @@ impl SharedSession {
         Ok(added)
     }
 
-    /// Takes the log that lies in `length` bytes of `fd` from `offset`.
+    /// Sets the dirty log: `length` bytes of `fd` from `offset` on.
     pub(super) fn set_log(&self, fd: OwnedFd, offset: u64, length: u64) -> Result<(), RemoteError> {
         self.lock().check_idle("the log cannot be changed")?;
         may_wait("map the dirty log");
@@ -72,7 +76,7 @@ impl SharedSession {
 }
 
 impl Session {
-    /// The table of all blocks with these added to it.
+    /// The table of all blocks, with `new` added.
     fn table_with(&self, new: &[BlockGeometry]) -> Result<BlockTable, RemoteError> {
         self.check_idle("memory cannot be added")?;
         let mut table = self.memory.table().clone();
@@ -105,7 +109,7 @@ impl Session {
         Ok(())
     }
 
-    /// From now on `current` says whether this agent may act.
+    /// Sets the fence: from now on `current` says whether this agent may act.
     pub(super) fn fence(&mut self, current: CurrentAgent) -> Result<(), RemoteError> {
         self.check_idle("the fence cannot be set")?;
         if self.memory.current.is_fenced() {
@@ -123,7 +127,8 @@ impl Session {
         self.set_memory(GuestMemory::new(blocks, table, self.memory.log.clone()));
     }
 
-    /// The memory from now on. The last reference to what was before may free a guest's memory.
+    /// Sets the memory. The old memory is dropped on another thread, because to drop the last
+    /// reference may free a guest's memory.
     pub(super) fn set_memory(&mut self, memory: GuestMemory) {
         let memory = memory.owned_by(self.memory.current.clone());
         let before = std::mem::replace(&mut self.memory, Arc::new(memory));
@@ -132,7 +137,7 @@ impl Session {
 }
 
 fn make_block(new: NewBlock) -> Result<Block, RemoteError> {
-    may_wait("look at a block's file");
+    may_wait("check a block's file");
     let NewBlock { geometry, memory, fd_offset, vmm_address, bitmap } = new;
     if fd_offset % pageferry_protocol::memory::PAGE_SIZE != 0 {
         let sentence = format!("fd_offset {fd_offset:#x} is not a multiple of the page size");

@@ -1,9 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Resumes by force a guest that was handed over and not confirmed (`one-owner`).
+//! Resume by force: the guest was handed over, and the destination did not confirm that it runs
+//! there (`one-owner`).
 //!
-//! Only an operator who looked at both sides may ask for it. A paused postcopy is given up first.
-//! The agent then asks the VMM, without holding the session's lock.
+//! The agent cannot know whether the guest runs at the destination. So only an operator may decide,
+//! who has looked at both sides. The steps:
+//!
+//! 1. A paused postcopy is abandoned, and the agent waits for its end ([`ABANDON_TIMEOUT`]).
+//! 2. The agent checks that the job is unconfirmed, and that no other request is resuming the
+//!    guest.
+//! 3. The agent asks the VMM to resume the guest, without holding the session's lock, and waits for
+//!    the answer ([`RESUME_TIMEOUT`]).
+//!
+//! If the VMM does not answer in time, the operator gets an error, and the VMM may still resume the
+//! guest later.
 
 use super::Session;
 use super::native_requests::{Answer, Success};
@@ -16,29 +26,29 @@ use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a VMM may take to resume a guest by force. The operator waits 10 seconds for the answer
-/// of the agent, and must get the VMM's reason before that.
+/// How long a VMM may take to resume a guest by force. The operator's command waits 10 seconds for
+/// the agent, and must get the VMM's error before that.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(8);
-/// How long a paused job may take to end after it was told to give up.
+/// How long a paused job may take to end after it was abandoned.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl SharedSession {
-    /// `one-owner`: after an unconfirmed commit only an operator who looked at both sides may
-    /// resume the guest.
+    /// Has the VMM resume the guest by force; see the header. Without `force` this only returns the
+    /// error that says what to do.
     pub(super) fn resume(&self, force: bool) -> Answer {
         let abandoned = if force { self.lock().abandon_paused()? } else { None };
         if let Some(job) = abandoned {
-            // It waits for nothing else, and is over at once.
+            // A paused job waits for nothing but this request, so it ends at once.
             if !job.wait_until_final(ABANDON_TIMEOUT) {
                 let sentence =
-                    format!("job {} was told to give up, and is still ending: try again", job.id);
+                    format!("job {} was abandoned, and has not ended yet: try again", job.id);
                 return Err(RemoteError::new(ErrorCode::Busy, sentence));
             }
         }
         let (hooks, job) = self.lock().begin_resume(force)?;
         let asked = hooks.ask(&Hook::Resume { force, paused: false }, RESUME_TIMEOUT);
         let mut session = self.lock();
-        // The VMM may be gone meanwhile, and another be here.
+        // The VMM may be gone meanwhile, and the session may be that of the next one.
         if session.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
             session.resuming = false;
             if asked.is_ok() {
@@ -48,7 +58,7 @@ impl SharedSession {
         }
         asked.map_err(|error| {
             let sentence = format!(
-                "the VMM did not say that the guest is resumed, and may resume it yet: {}",
+                "the VMM did not confirm that it has resumed the guest, and may still resume it: {}",
                 crate::error::chain(&error)
             );
             RemoteError::new(ErrorCode::Other, sentence)
@@ -58,10 +68,11 @@ impl SharedSession {
 }
 
 impl Session {
-    /// Checks that the guest may be resumed by force, and that nobody is about to do so already:
-    /// whom to ask, and the job that handed the guest over.
+    /// Checks that the guest may be resumed by force, and that no other request is resuming it.
+    /// Returns the hooks of the VMM, and the job that handed the guest over.
     fn begin_resume(&mut self, force: bool) -> Result<(Arc<Hooks>, Arc<Job>), RemoteError> {
-        // It may have been on its way to a pause.
+        // Checked again: if the job was not paused at the first check, it may have released pages
+        // since then.
         if force && let Some((job, _)) = &self.job {
             check_whole(job)?;
         }
@@ -96,13 +107,14 @@ impl Session {
         if std::mem::replace(&mut self.resuming, true) {
             return Err(RemoteError::new(
                 ErrorCode::Busy,
-                "the VMM is being asked to resume the guest already",
+                "another request is resuming the guest already",
             ));
         }
         Ok((self.hooks.clone(), job))
     }
 
-    /// A paused outgoing postcopy is given up, if there is one: the job, which is about to end.
+    /// Abandons a paused outgoing postcopy. Returns its job, which is about to end; `None` if there
+    /// is no such job.
     fn abandon_paused(&mut self) -> Result<Option<Arc<Job>>, RemoteError> {
         if let Some((job, _)) = &self.job {
             check_whole(job)?;
@@ -112,7 +124,8 @@ impl Session {
         };
         if !self.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
             let sentence = format!(
-                "job {} is paused, and the VMM that handed the guest over is gone: nobody can resume it here, only recover it",
+                "job {} is paused, and the VMM that handed the guest over is gone: \
+                 the guest cannot be resumed here, the job can only be recovered",
                 job.id
             );
             return Err(RemoteError::new(ErrorCode::State, sentence));
@@ -122,7 +135,7 @@ impl Session {
     }
 }
 
-/// Refuses to have the guest run from memory that is not whole.
+/// Refuses to resume the guest if a part of its memory was released here.
 fn check_whole(job: &Job) -> Result<(), RemoteError> {
     job.check_whole().map_err(|error| RemoteError::new(ErrorCode::State, error))
 }

@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The session as the threads of all connections share it.
+//! The lock of the session, and which connection owns the memory.
 //!
-//! Every connection has a thread of its own, which answers its requests in order. What a request
-//! has to wait for (a name server, the VMM, a file, a disk) it waits for on that thread, and
-//! *without* the session's lock: requests that can wait look at the session, let go of it, wait,
-//! and look again. So [`SharedSession::lock`] is held for moments only, other connections get
-//! their answers at once, and a debug build panics where code under the lock is about to wait.
+//! Every connection has its own thread, which answers the requests of the connection in order. A
+//! request that must wait (for a name server, the VMM, a file or a disk) waits on that thread, and
+//! *without* the lock: it locks the session and checks it, releases the lock, waits, locks again,
+//! and checks again. So the lock is held for a short time only, and other connections get their
+//! answers at once. A debug build panics if code that holds the lock is about to wait (see
+//! [`crate::waiting`]).
 //!
-//! Memory is discarded, populated, added and removed by one connection alone, the VMM's, and so one
-//! request at a time, although these run without the lock.
+//! Only the connection of the VMM may discard, populate, add and remove memory. Its thread handles
+//! one request after another. So two of these requests never run at once, although they run
+//! without the lock.
+//!
+//! To drop a job or a guest's memory can take long. So the session moves such values to
+//! `Session::retired`, and a thread of its own drops them after the lock is released.
 
 use super::Session;
 use crate::event::Event;
@@ -26,14 +31,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long a new VMM waits for the last request of the one before, which is gone, to end.
+/// How long a new VMM waits until the last request of the previous VMM, which is gone, has ended.
 const CLAIM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The session, the VMM's connection, and what waits for them.
+/// The session behind its lock.
 #[derive(Debug)]
 pub struct SharedSession {
     state: Mutex<State>,
-    /// The VMM's connection ended, and its last request with it.
+    /// Notified when the connection of the VMM and its last request have ended.
     released: Condvar,
     drop_thread: DropThread,
 }
@@ -52,7 +57,7 @@ struct Owner {
 }
 
 impl Owner {
-    /// True if the VMM is gone, though its last request may still be under way.
+    /// True if the VMM has closed the connection. Its last request may still be running.
     fn is_gone(&self) -> bool {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let mut polled = [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::RDHUP)];
@@ -62,9 +67,9 @@ impl Owner {
     }
 }
 
-/// The locked session. Whoever holds this does not wait.
+/// The locked session. The thread that holds it must not wait.
 pub struct Locked<'a> {
-    // In this order: what the session let go of is dropped after the lock is free.
+    // The fields are dropped in this order: the lock is released before waiting is allowed again.
     state: MutexGuard<'a, State>,
     _no_wait: NoWait,
     drop_thread: &'a DropThread,
@@ -96,13 +101,13 @@ impl SharedSession {
     /// A session without memory and without a VMM, whose jobs wake `notify`.
     ///
     /// # Errors
-    /// If the kernel has no thread.
+    /// If the kernel refuses a thread.
     pub fn new(notify: Arc<Event>) -> std::io::Result<Self> {
         let state = Mutex::new(State { session: Session::new(notify), owner: None });
         Ok(Self { state, released: Condvar::new(), drop_thread: DropThread::start()? })
     }
 
-    /// The session, for a moment.
+    /// Locks the session.
     pub fn lock(&self) -> Locked<'_> {
         Locked { state: self.state(), _no_wait: NoWait::begin(), drop_thread: &self.drop_thread }
     }
@@ -111,9 +116,11 @@ impl SharedSession {
         lock(&self.state)
     }
 
-    /// Who the connection is. The first that hands over memory is the VMM. If the VMM before is
-    /// gone, and its last request is still under way, this waits for that: it may free memory that
-    /// the new one is about to use.
+    /// The role of a connection. The first connection that hands over memory is the VMM's.
+    /// `takes_memory` says that the request hands over memory.
+    ///
+    /// If the previous VMM is gone, and its last request is still running, this waits until the
+    /// request has ended, because the request may free memory that the new VMM is about to use.
     pub fn role(&self, connection: u64, socket: &Arc<OwnedFd>, takes_memory: bool) -> Role {
         let mut state = self.state();
         if takes_memory {
@@ -145,15 +152,16 @@ impl SharedSession {
         self.state().owner.as_ref().is_some_and(|owner| owner.connection == connection)
     }
 
-    /// The other side of a connection hung up; a request of it may still be under way. If it was
-    /// the VMM's, its job ends now: the request may wait for just that.
+    /// To be called when the other side has closed a connection. A request of it may still be
+    /// running. If it is the connection of the VMM, this cancels the job now, because that request
+    /// may be waiting for the job.
     pub fn hung_up(&self, connection: u64) {
         if self.is_owner(connection) {
             self.lock().end();
         }
     }
 
-    /// A connection ended, and its last request with it.
+    /// To be called when a connection and its last request have ended.
     pub fn release(&self, connection: u64) {
         let mut locked = self.lock();
         if locked.state.owner.as_ref().is_none_or(|owner| owner.connection != connection) {
@@ -161,7 +169,7 @@ impl SharedSession {
         }
         log::info!("the VMM is gone");
         locked.state.owner = None;
-        // Its job ends on its own thread, with the memory it started with.
+        // The job ends on its own thread. It keeps the memory with which it was started.
         locked.end();
         let next = locked.successor();
         let before = std::mem::replace(&mut locked.state.session, next);
@@ -170,8 +178,8 @@ impl SharedSession {
         self.released.notify_all();
     }
 
-    /// Cancels the job and lets it finish: what it has to undo in the VMM it undoes. One whose VMM
-    /// is gone is waited for, too: it may be about to send the commit.
+    /// Cancels the job and waits until it has ended, so that it can undo what it has changed in the
+    /// VMM. Waits also for a job whose VMM is gone, because it may be about to send the commit.
     pub fn wind_down(&self) {
         may_wait("wait for the jobs to end");
         let mut locked = self.lock();
@@ -184,19 +192,20 @@ impl SharedSession {
     }
 }
 
-/// What the session let go of. Dropping it may be the end of a thread, or free a guest's memory,
-/// and take any time.
+/// A value that the session does not use any more. To drop it may join a thread or free a guest's
+/// memory, and can take any time.
 #[derive(Debug)]
 pub(super) enum Retired {
-    /// A job that ended.
+    /// A job that has ended.
     Job(Arc<Job>, Option<JoinHandle<()>>),
-    /// Blocks that were removed.
+    /// Memory that was replaced.
     Memory(Arc<crate::memory::GuestMemory>),
     /// The session of a VMM that is gone.
     Session(Box<Session>),
 }
 
-/// The thread that drops what the session let go of. It waits for that thread when it is dropped.
+/// The thread that drops the values that the session does not use any more. The drop of this type
+/// joins the thread.
 struct DropThread {
     retired: Option<Sender<Retired>>,
     thread: Option<JoinHandle<()>>,
@@ -217,7 +226,7 @@ impl DropThread {
     }
 
     fn drop_on_thread(&self, retired: Retired) {
-        // Fails only if the thread is gone; then it is dropped here.
+        // Fails only if the thread has panicked. Then the value is dropped here.
         let _ = self.retired.as_ref().map(|sender| sender.send(retired));
     }
 }
@@ -236,7 +245,7 @@ impl Drop for DropThread {
     fn drop(&mut self) {
         self.retired = None;
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            log::error!("the thread that drops what a session let go of panicked");
+            log::error!("the thread that drops the values of ended sessions panicked");
         }
     }
 }
@@ -280,14 +289,14 @@ mod tests {
     }
 
     #[test]
-    fn a_discard_or_populate_that_waits_keeps_nobody_else_waiting() {
+    fn a_waiting_discard_does_not_delay_other_connections() {
         let session = session();
         let ranges = vec![BlockRange { block: 1, offset: 0, length: SIZE }];
         let memory = session.lock().memory.clone();
         for request in
             [Request::Discard { flags: 1, ranges: ranges.clone() }, Request::Populate { ranges }]
         {
-            // As at the instant of a snapshot.
+            // A snapshot holds this lock while it takes its instant.
             let instant = memory.marking.hold();
             let changes = memory.changes();
             std::thread::scope(|scope| {
@@ -309,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vmm_takes_over_when_the_last_request_of_the_one_before_has_ended_and_not_sooner() {
+    fn a_new_vmm_waits_for_the_last_request_of_the_previous_one() {
         let session = session();
         let pair = || {
             UnixStream::pair()
@@ -320,7 +329,7 @@ mod tests {
         assert_eq!(session.role(1, &first, false), Role::Operator);
         assert_eq!(session.role(1, &first, true), Role::Vmm);
         assert_eq!(session.role(2, &second, true), Role::Operator, "the first lives");
-        // It hangs up while a request of it is under way.
+        // The first VMM closes the connection while a request of it is running.
         drop(first_vmm);
         session.hung_up(1);
         let ended = AtomicBool::new(false);
@@ -336,9 +345,9 @@ mod tests {
         assert_eq!(session.role(2, &second, false), Role::Vmm);
     }
 
-    /// Its old job may be reading, or writing, memory that it discards by the new connection.
+    /// The old job may read or write memory that the VMM discards on the new connection.
     #[test]
-    fn a_vmm_that_comes_back_is_answered_when_its_last_job_has_ended() {
+    fn a_hello_on_a_new_connection_waits_for_the_last_job() {
         let session = session();
         let (ours, _vmm) = UnixStream::pair().unwrap();
         let ours = Arc::new(OwnedFd::from(ours));
@@ -375,7 +384,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "must not wait")]
-    fn code_that_waits_under_the_lock_panics_in_a_debug_build() {
+    fn a_wait_under_the_lock_panics_in_a_debug_build() {
         let session = session();
         let locked = session.lock();
         let _ = locked.memory.discard(&[], false);

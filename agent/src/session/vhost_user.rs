@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The requests of vhost-user, by which any front-end can hand over its memory. Numbers, layouts
-//! and meaning are the specification's.
+//! The vhost-user requests, by which any front-end can hand over its memory. Their numbers, layouts
+//! and meaning are those of the vhost-user specification.
 //!
-//! What has an answer of its own gets it; anything else is answered if the front-end asked for that
-//! (`REPLY_ACK`): zero is success. Requests for virtqueues are refused, since there is no device
-//! here.
+//! If the specification defines a reply to a request, the agent sends that reply. To any other
+//! request it replies only if the front-end asked for a reply (`REPLY_ACK`); zero means success.
+//! The agent is not a device, so it refuses requests for virtqueues.
 
 use super::registry::NewBlock;
 use super::shared::SharedSession;
@@ -25,33 +25,34 @@ use std::sync::Arc;
 /// `VIRTIO_F_VERSION_1`.
 const VIRTIO_VERSION_1: u64 = 1 << 32;
 
-/// What was negotiated.
+/// The negotiated features.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Features {
     virtio: u64,
     protocol: u64,
 }
 
-/// What the front-end waits for after a request that is refused.
+/// The reply that the front-end expects to a request, also if the request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Awaited {
-    /// Nothing: an answer would be taken for that to the next request.
+    /// No reply. The front-end would take one for the reply to its next request.
     Nothing,
-    /// A number of 64 bits, zero for success.
+    /// A number of 64 bits; zero means success.
     Acknowledgement,
-    /// The log as the back-end took it.
+    /// The size and offset of the log that the back-end has mapped.
     Log,
 }
 
 impl Awaited {
-    /// What the front-end waits for after `frame`.
+    /// The reply that the front-end expects to `frame`.
     pub fn of(frame: &Frame) -> Self {
         Self::after(frame.request, frame.needs_reply(), !frame.fds.is_empty())
     }
 
-    /// The same of a request from its parts: `has_fds` if it was sent with descriptors.
+    /// As [`Awaited::of`], from the parts of the request. `has_fds` is true if the request has
+    /// descriptors.
     pub fn after(request: u32, needs_reply: bool, has_fds: bool) -> Self {
-        // A log without a descriptor has no answer, whatever was negotiated.
+        // SET_LOG_BASE without a descriptor has no reply of its own.
         if request == FrontendReq::SET_LOG_BASE as u32 && has_fds {
             Self::Log
         } else if needs_reply || request == FrontendReq::GET_VRING_BASE as u32 {
@@ -61,15 +62,15 @@ impl Awaited {
         }
     }
 
-    /// The answer that says no to request `code`.
+    /// The reply that refuses request `code`; `None` if the front-end expects no reply.
     pub fn refusal(self, code: u32, error: &RemoteError) -> Option<Frame> {
         log::warn!("vhost-user request {code} refused: {error}");
         let number = u64::from(error.code as u32).to_le_bytes();
         match self {
             Self::Nothing => None,
             Self::Acknowledgement => Some(Frame::reply(code, number.to_vec())),
-            // A log of no size, which no front-end can take for success; the code where its offset
-            // was.
+            // The reply has the layout of the log: size, then offset. The size is zero, which no
+            // front-end can take for success. The error code is in the place of the offset.
             Self::Log => Some(Frame::reply(code, [[0; 8], number].concat())),
         }
     }
@@ -91,7 +92,7 @@ impl Features {
 }
 
 impl SharedSession {
-    /// Answers a standard request; `None` where the protocol has no answer.
+    /// Handles a vhost-user request. Returns the reply; `None` if the front-end expects none.
     pub fn handle_vhost_user(&self, frame: Frame) -> Option<Frame> {
         let awaited = Awaited::of(&frame);
         let code = frame.request;
@@ -129,7 +130,7 @@ impl SharedSession {
                 Ok(None)
             }
             FrontendReq::SET_OWNER | FrontendReq::RESET_OWNER => Ok(None),
-            // No virtqueues: a front-end that asks learns so.
+            // There are no virtqueues.
             FrontendReq::GET_QUEUE_NUM => number(0),
             FrontendReq::GET_MAX_MEM_SLOTS => number(MAX_MEM_SLOTS as u64),
             FrontendReq::SET_MEM_TABLE => {
@@ -142,7 +143,7 @@ impl SharedSession {
                 Ok(None)
             }
             FrontendReq::REM_MEM_REG => {
-                // The specification lets a front-end attach a descriptor; it says nothing more.
+                // A front-end may send a descriptor with this request. It is not needed.
                 self.lock().remove_region(decode_single_region(&body).map_err(malformed)?)?;
                 Ok(None)
             }
@@ -152,7 +153,8 @@ impl SharedSession {
                 self.set_log(file, log.mmap_offset, log.mmap_size)?;
                 Ok(Some(body))
             }
-            // By it a back-end would tell that it has logged; nobody waits for us.
+            // A back-end would signal on it that it has marked pages. The agent marks no pages, so
+            // it does not keep the descriptor.
             FrontendReq::SET_LOG_FD => check_fds("SET_LOG_FD", &fds, 1).map(|()| None),
             FrontendReq::SET_BACKEND_REQ_FD => {
                 let [socket] = take_fds("SET_BACKEND_REQ_FD", fds)?;
@@ -162,7 +164,7 @@ impl SharedSession {
             }
             _ => {
                 let sentence = format!(
-                    "{code:?}: this is no device, it has no virtqueues and no configuration"
+                    "{code:?}: the agent is not a device, it has no virtqueues and no configuration"
                 );
                 Err(RemoteError::new(ErrorCode::Unsupported, sentence))
             }
@@ -182,8 +184,8 @@ impl SharedSession {
         let mut taken: Vec<u32> =
             self.lock().memory.table().blocks().iter().map(|block| block.id).collect();
         let new = regions.iter().zip(fds).map(|(region, memory)| {
-            // A front-end has no ids. The lowest that is free does: it is the same on two sides
-            // that add the same regions.
+            // A vhost-user region has no id, so it gets the lowest free one. Two sides that add the
+            // same regions in the same order give them the same ids.
             let id = (0..).find(|id| !taken.contains(id)).unwrap_or_default();
             taken.push(id);
             let geometry = BlockGeometry {
@@ -232,7 +234,7 @@ impl Session {
     }
 }
 
-/// Refuses what cannot carry hooks: its VMM would be asked, and never answer.
+/// Refuses a descriptor that is not a connected socket: no hook on it would ever be answered.
 fn check_hook_socket(socket: &OwnedFd) -> Result<(), RemoteError> {
     not_connected(socket).map_or(Ok(()), |found| {
         let sentence =

@@ -144,7 +144,7 @@ fn a_source_vmm_that_goes_leaves_the_memory_to_its_agent() {
                 let refused =
                     next.client.start_outgoing(nowhere, &postcopy()).unwrap_err().to_string();
                 assert!(
-                    refused.contains("of the VMM before is in phase postcopy-paused"),
+                    refused.contains("of the previous VMM is in phase postcopy-paused"),
                     "{refused}"
                 );
                 drop(next);
