@@ -64,7 +64,7 @@ impl Drop for FaultRegistration<'_> {
     fn drop(&mut self) {
         self.job.memory.set_missing_pages(None);
         let hook = Hook::UnregisterFaults { complete: self.complete };
-        if let Err(error) = self.job.hooks.undo(&hook, self.job.options().hook_timeout) {
+        if let Err(error) = self.job.hooks.undo(&hook, self.job.hook_timeout) {
             log::warn!("{}", crate::error::chain(&error));
         }
     }
@@ -285,10 +285,9 @@ fn read(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hooks::Hooks;
     use crate::memory::host_page_set::HostPageSet;
     use crate::memory::{GuestMemory, test_support};
-    use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
+    use pageferry_protocol::control::job::JobKind;
     use pageferry_protocol::memory::PAGE_SIZE;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::Arc;
@@ -317,16 +316,7 @@ mod tests {
     /// readable, and no fault can be read from it.
     fn why(mut requester: impl PageRequester) -> Option<JobError> {
         let memory = Arc::new(GuestMemory::default());
-        let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
-        let job = Job::new(
-            1,
-            JobKind::Restore,
-            memory.clone(),
-            hooks,
-            OutgoingOptions::default(),
-            notify,
-        )
-        .unwrap();
+        let job = test_support::job_of(JobKind::Restore, memory.clone());
         let (folder, missing) = (
             std::fs::File::open("/").unwrap(),
             Arc::new(HostPageSet::empty(&memory, &[]).unwrap()),
@@ -367,7 +357,7 @@ mod tests {
 
     /// A guest with one missing page. Its faults are handled, but the missing page never comes.
     struct Waiting {
-        job: Job,
+        job: Arc<Job>,
         ram: test_support::Registered,
         missing_pages: MissingPages,
         stop: StopEvent,
@@ -378,10 +368,7 @@ mod tests {
     impl Waiting {
         fn new() -> Option<Self> {
             let ram = test_support::Registered::new(64)?;
-            let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
-            let options = OutgoingOptions::default();
-            let job =
-                Job::new(1, JobKind::Incoming, ram.memory.clone(), hooks, options, notify).unwrap();
+            let job = test_support::job_of(JobKind::Incoming, ram.memory.clone());
             let missing = HostPageSet::empty(&ram.memory, &[PAGE_SIZE]).unwrap();
             missing.add(0, 0, 1 << MISSING);
             let (missing, uffd) = (Arc::new(missing), ram.for_agent());

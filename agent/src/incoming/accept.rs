@@ -17,6 +17,7 @@
 //!
 //! A socket that the VMM handed over is a single connection. If it is refused, the job fails.
 
+use super::job::IncomingJob;
 use crate::incoming::IncomingError;
 use crate::job::{Job, JobError, add};
 use crate::memory::MemoryError;
@@ -77,7 +78,7 @@ impl Accepted {
     }
 
     /// Sends the ACCEPT record.
-    pub fn send_accept(&self, job: &Job) -> Result<(), TransportError> {
+    pub fn send_accept(&self, job: &IncomingJob) -> Result<(), TransportError> {
         let size = |id: u32| job.memory.find(id).map(|(_, block)| block.backing.host_page_size());
         let sizes =
             || job.memory.table().blocks().iter().filter_map(|block| size(block.id)).collect();
@@ -131,8 +132,8 @@ impl ExpectedSource {
 
 /// Waits until all streams of a session are there and its blocks fit. Also returns the listener: a
 /// postcopy needs it if it loses its connections.
-pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>), JobError> {
-    let timeout = job.options().peer_timeout;
+pub fn accept(job: &IncomingJob, source: Source) -> Result<(Accepted, Option<Listener>), JobError> {
+    let timeout = job.options.peer_timeout;
     match source {
         Source::Listener(listener) => {
             let accepted =
@@ -153,7 +154,7 @@ pub fn accept(job: &Job, source: Source) -> Result<(Accepted, Option<Listener>),
 /// Waits for the source of `session` to connect again. Returns `None` if `asked` becomes readable
 /// or `until` is reached first.
 pub fn accept_again(
-    job: &Job, listeners: &[&Listener], session: [u8; 16], asked: Option<BorrowedFd<'_>>,
+    job: &IncomingJob, listeners: &[&Listener], session: [u8; 16], asked: Option<BorrowedFd<'_>>,
     until: Option<Instant>,
 ) -> Result<Option<Accepted>, JobError> {
     PendingHandshakes::new(job, listeners, ExpectedSource::Session(session), Vec::new())
@@ -162,7 +163,7 @@ pub fn accept_again(
 
 /// The connections that are not part of a migration yet.
 struct PendingHandshakes<'a> {
-    job: &'a Job,
+    job: &'a IncomingJob,
     listeners: &'a [&'a Listener],
     wanted: ExpectedSource,
     pending: Vec<Handshake>,
@@ -172,7 +173,7 @@ struct PendingHandshakes<'a> {
 
 impl<'a> PendingHandshakes<'a> {
     fn new(
-        job: &'a Job, listeners: &'a [&'a Listener], wanted: ExpectedSource,
+        job: &'a IncomingJob, listeners: &'a [&'a Listener], wanted: ExpectedSource,
         pending: Vec<Handshake>,
     ) -> Self {
         Self { job, listeners, wanted, pending, leaving: Vec::new() }
@@ -181,7 +182,7 @@ impl<'a> PendingHandshakes<'a> {
     fn wait(
         &mut self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>,
     ) -> Result<Option<Accepted>, JobError> {
-        let timeout = self.job.options().peer_timeout;
+        let timeout = self.job.options.peer_timeout;
         let only_one = matches!(self.wanted, ExpectedSource::Guest) && self.listeners.is_empty();
         let mut backoff = Backoff::default();
         loop {
@@ -300,7 +301,7 @@ impl<'a> PendingHandshakes<'a> {
     fn poll(
         &self, asked: Option<BorrowedFd<'_>>, until: Option<Instant>,
     ) -> Result<bool, JobError> {
-        let timeout = self.job.options().peer_timeout;
+        let timeout = self.job.options.peer_timeout;
         let leaving = self.leaving.iter().map(|one| one.until);
         let oldest =
             self.pending.iter().map(|one| one.since + timeout).chain(leaving).chain(until).min();
@@ -355,8 +356,8 @@ impl Handshake {
     }
 
     /// Reads as much of the hello as has arrived.
-    fn advance(&mut self, job: &Job, wanted: ExpectedSource) -> Result<(), JobError> {
-        let timeout = job.options().peer_timeout;
+    fn advance(&mut self, job: &IncomingJob, wanted: ExpectedSource) -> Result<(), JobError> {
+        let timeout = job.options.peer_timeout;
         if self.since.elapsed() >= timeout {
             return Err(TransportError::Silent(timeout).into());
         }
@@ -488,7 +489,7 @@ fn check_postcopy(job: &Job, features: u64, wanted: ExpectedSource) -> Result<()
     }
     // In a recovery the guest is here already, and its mappings are registered.
     if matches!(wanted, ExpectedSource::Guest) {
-        job.hooks.ask(&Hook::ProbeFaults, job.options().hook_timeout)?;
+        job.hooks.ask(&Hook::ProbeFaults, job.hook_timeout)?;
     }
     Ok(())
 }
@@ -496,19 +497,17 @@ fn check_postcopy(job: &Job, features: u64, wanted: ExpectedSource) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hooks::Hooks;
     use crate::memory::GuestMemory;
-    use crate::memory::test_support::gigantic;
-    use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
+    use crate::memory::test_support::{gigantic, job_of};
+    use pageferry_protocol::control::job::{IncomingOptions, JobKind};
     use pageferry_protocol::memory::BlockTable;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
     use std::sync::Arc;
 
-    fn job() -> Job {
+    fn job() -> IncomingJob {
         let memory = Arc::new(GuestMemory::new(Vec::new(), BlockTable::new(), None));
-        let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
-        Job::new(1, JobKind::Incoming, memory, hooks, OutgoingOptions::default(), notify).unwrap()
+        IncomingJob::new(job_of(JobKind::Incoming, memory), IncomingOptions::default()).unwrap()
     }
 
     /// The hello of a source with one stream and no memory.

@@ -2,6 +2,7 @@
 
 //! An incoming migration.
 //!
+//! - [`job`]: the job, as the session and the threads see it;
 //! - [`accept`]: the handshake;
 //! - [`receive`]: reads the streams, with a barrier after each pass;
 //! - [`decompress`]: decompresses pages;
@@ -17,6 +18,7 @@
 pub mod accept;
 pub mod decompress;
 pub mod error;
+pub mod job;
 pub mod place;
 pub mod postcopy;
 pub mod receive;
@@ -24,9 +26,10 @@ pub mod receive;
 pub use error::IncomingError;
 
 use crate::hooks::state_file;
-use crate::job::{Job, JobError};
+use crate::job::JobError;
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamError, TransportError};
 use accept::{Accepted, Source};
+use job::IncomingJob;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Phase, RunState};
 use pageferry_protocol::stream::answer::encode_error;
@@ -43,12 +46,12 @@ use std::time::Duration;
 const DRAIN: Duration = Duration::from_millis(500);
 
 /// Waits for a guest on `source`, receives it, and ends the job.
-pub fn run(job: &Arc<Job>, source: Source) {
+pub fn run(job: &Arc<IncomingJob>, source: Source) {
     let outcome = receive_guest(job, source);
     job.finish(outcome);
 }
 
-fn receive_guest(job: &Arc<Job>, source: Source) -> Result<(), JobError> {
+fn receive_guest(job: &Arc<IncomingJob>, source: Source) -> Result<(), JobError> {
     job.enter(Phase::Connecting);
     let (mut accepted, listener) = accept::accept(job, source)?;
     // The status named the sources that were refused before. That is over.
@@ -61,17 +64,17 @@ fn receive_guest(job: &Arc<Job>, source: Source) -> Result<(), JobError> {
 }
 
 fn receive_on(
-    job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>,
+    job: &Arc<IncomingJob>, accepted: &mut Accepted, listener: Option<Listener>,
 ) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     // Only a postcopy needs the listener again.
     let listener = listener.filter(|_| accepted.may_postcopy());
-    let placer = Placer::prepare(job)?;
+    let placer = Placer::prepare(job.common())?;
     accepted.send_accept(job)?;
     job.enter(Phase::Passes);
     let received = receive::receive(job, accepted, &placer)?;
     verify(&received)?;
-    let guest = job.options().resume.apply(received.guest);
+    let guest = job.options.resume.apply(received.guest);
     job.set_guest_state(guest);
     if received.postcopy {
         return postcopy::receive_guest_first(
@@ -96,7 +99,8 @@ fn receive_on(
 /// The inner result says whether the source was told. `ours` becomes true at the commit point: from
 /// then on the guest is here, even if the VMM does not resume it or answers late.
 fn take_ownership(
-    job: &Job, primary: &mut RecordReader, writer: &RecordWriter, guest: RunState, ours: &mut bool,
+    job: &IncomingJob, primary: &mut RecordReader, writer: &RecordWriter, guest: RunState,
+    ours: &mut bool,
 ) -> Result<Result<(), TransportError>, JobError> {
     writer.write_plain(Kind::Loaded, 0)?;
     job.enter(Phase::Committing);
@@ -108,7 +112,7 @@ fn take_ownership(
     // The guest may populate memory as soon as it runs.
     job.thaw();
     let resume = Hook::Resume { force: false, paused: guest.is_paused() };
-    let resumed = job.hooks.ask(&resume, job.options().hook_timeout);
+    let resumed = job.hooks.ask(&resume, job.hook_timeout);
     // The error says that the guest is here: "failed" alone would let an operator believe that it
     // did not arrive.
     resumed.map_err(|source| JobError::NotResumed { source })?;
@@ -141,20 +145,19 @@ pub fn compare(theirs: &Totals, own: &Totals) -> Result<(), JobError> {
     }
 }
 
-fn load(job: &Job, received: Received) -> Result<(), JobError> {
+fn load(job: &IncomingJob, received: Received) -> Result<(), JobError> {
     let file = state_file(&received.state);
     let (pieces, file) = file.map_err(|errno| JobError::Io {
         what: "create a file for the VMM's state",
         source: errno.into(),
     })?;
-    job.hooks.ask_with(&Hook::LoadState { pieces }, &[file.as_fd()], job.options().hook_timeout)?;
+    job.hooks.ask_with(&Hook::LoadState { pieces }, &[file.as_fd()], job.hook_timeout)?;
     Ok(())
 }
 
-fn wait_commit(job: &Job, primary: &mut RecordReader) -> Result<(), JobError> {
-    let options = job.options();
+fn wait_commit(job: &IncomingJob, primary: &mut RecordReader) -> Result<(), JobError> {
     // Before the commit the source has its VMM relinquish the guest, which is one more hook.
-    primary.set_timeout(options.peer_timeout + options.hook_timeout);
+    primary.set_timeout(job.options.peer_timeout + job.hook_timeout);
     let record = primary.read()?;
     match record.kind {
         Kind::Commit => Ok(()),

@@ -3,13 +3,18 @@
 //! What all jobs share.
 //!
 //! - [`deadline`]: the time by which a hand-over must be done;
-//! - [`error`]: why a job failed;
-//! - [`pause`]: a guest that stands still meanwhile;
-//! - [`recovery`]: how a paused postcopy hears that it is to go on;
-//! - this file: [`Job`], what the session and the job's threads both see.
+//! - [`error`]: how a job ends if it does not complete;
+//! - [`options`]: the options that all kinds of jobs have;
+//! - [`pause`]: a guest that a job has paused;
+//! - [`recovery`]: requests to recover a paused postcopy;
+//! - this file: [`Job`], the part that every job has.
+//!
+//! What only an outgoing or only an incoming migration has is in [`crate::outgoing::job`] and
+//! [`crate::incoming::job`].
 
 pub mod deadline;
 pub mod error;
+pub mod options;
 pub mod pause;
 pub mod recovery;
 
@@ -17,6 +22,7 @@ pub use crate::cancel::{Cancel, TooLate};
 pub use crate::stats::{LiveCounters, add, get};
 pub use deadline::Deadline;
 pub use error::JobError;
+pub use options::CommonOptions;
 pub use recovery::{Recovery, RecoveryRequest};
 
 use crate::event::Event;
@@ -27,9 +33,7 @@ use crate::memory::host_page_set::HostPageSet;
 use crate::transport::Limiter;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::Trackers;
-use pageferry_protocol::control::job::{
-    Counters, JobKind, JobStatus, Mode, OutgoingOptions, Phase, RunState,
-};
+use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Phase, RunState};
 use pageferry_protocol::control::reply::ErrorCode;
 use rustix::io::Errno;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -38,55 +42,51 @@ use std::time::{Duration, Instant};
 /// A job, as the session and the job's threads see it.
 #[derive(Debug)]
 pub struct Job {
-    /// Counted from 1.
+    /// The number of the job, counted from 1.
     pub id: u64,
-    /// What it is.
+    /// The kind of the job.
     pub kind: JobKind,
-    /// The memory it started with.
+    /// The memory that the guest had when the job started.
     pub memory: Arc<GuestMemory>,
-    /// The VMM.
+    /// Asks the VMM.
     pub hooks: Arc<Hooks>,
-    /// Stops it.
+    /// How long the VMM may take to answer a hook.
+    pub hook_timeout: Duration,
+    /// Cancels the job.
     pub cancel: Cancel,
-    /// Its bandwidth limit.
+    /// Limits the bandwidth.
     pub limiter: Limiter,
-    /// The deadline of its stop, while its guest is paused for a hand-over.
+    /// The deadline of a stop, while the guest is paused for its hand-over.
     pub stop: Deadline,
-    /// How it hears that it is to go on while it is paused.
-    pub recovery: Recovery,
-    /// Figures that workers count.
+    /// Counters that several threads update at once.
     pub live: Arc<LiveCounters>,
     started: Instant,
     state: Mutex<State>,
-    /// The job entered a phase.
+    /// Notified when the job enters a phase.
     entered: Condvar,
-    /// Readable for the session when something changed that is worth an event.
+    /// Signalled when something changed that watchers want to know.
     notify: Arc<Event>,
 }
 
 #[derive(Debug)]
 struct State {
     status: JobStatus,
-    options: OutgoingOptions,
-    /// Populates are refused: the last sync is near or over.
+    /// True if populates are refused: the last sync is near or over.
     frozen: bool,
-    /// What is still to be sent, or to come, in postcopy.
-    missing: Option<Arc<HostPageSet>>,
-    /// Since when a postcopy is paused.
-    paused: Option<Instant>,
-    /// The guest is to be moved before its memory, after this pass.
-    switch: bool,
-    /// It goes on with what another agent began.
-    adopted: bool,
-    /// What did not succeed beside what the job is for; empty for nothing.
+    /// The pages that are still to be sent, received, saved or restored, once they are known.
+    remaining: Option<Arc<HostPageSet>>,
+    /// A failure that does not end the job; empty for none.
     warning: String,
 }
 
 impl Job {
     /// A job that starts now.
+    ///
+    /// # Errors
+    /// If the kernel refuses a descriptor.
     pub fn new(
         id: u64, kind: JobKind, memory: Arc<GuestMemory>, hooks: Arc<Hooks>,
-        options: OutgoingOptions, notify: Arc<Event>,
+        options: CommonOptions, notify: Arc<Event>,
     ) -> std::io::Result<Self> {
         let status = JobStatus { job: id, kind, phase: Phase::Connecting, ..JobStatus::default() };
         Ok(Self {
@@ -94,20 +94,16 @@ impl Job {
             kind,
             memory,
             hooks,
+            hook_timeout: options.hook_timeout,
             cancel: Cancel::new()?,
             limiter: Limiter::new(options.bandwidth),
             stop: Deadline::default(),
-            recovery: Recovery::new()?,
             live: Arc::default(),
             started: Instant::now(),
             state: Mutex::new(State {
                 status,
-                options,
                 frozen: false,
-                missing: None,
-                paused: None,
-                switch: false,
-                adopted: false,
+                remaining: None,
                 warning: String::new(),
             }),
             entered: Condvar::new(),
@@ -126,17 +122,14 @@ impl Job {
         lock(&self.state)
     }
 
-    /// How it stands.
+    /// The status of the job.
     pub fn status(&self) -> JobStatus {
         let state = self.state();
         let mut status = state.status.clone();
         let counters = &mut status.counters;
         self.live.report(counters);
-        if let Some(missing) = &state.missing {
-            counters.remaining_pages = missing.remaining_pages();
-        }
-        if let Some(since) = state.paused {
-            counters.paused_us += micros(since.elapsed());
+        if let Some(remaining) = &state.remaining {
+            counters.remaining_pages = remaining.remaining_pages();
         }
         drop(state);
         if !status.phase.is_final() {
@@ -145,46 +138,52 @@ impl Job {
         status
     }
 
-    /// Goes on, unless the job was cancelled or the VMM has given this agent up.
+    /// The phase of the job.
+    pub fn phase(&self) -> Phase {
+        self.state().status.phase
+    }
+
+    /// Checks that the job may continue.
     ///
     /// # Errors
-    /// Which of the two.
+    /// If the job was cancelled, or the VMM has given this agent up.
     pub fn check(&self) -> Result<(), JobError> {
         self.cancel.check()?;
         Ok(self.memory.current.check()?)
     }
 
-    /// Goes on if the VMM is there and still has this agent: to be asked right before what cannot
-    /// be taken back. The word alone is not enough, since a VMM that died changes it no more.
+    /// Checks that the VMM is there and still has this agent. Call it right before a step that
+    /// cannot be undone. The fence word alone is not enough, because a VMM that died does not
+    /// change it any more.
     ///
     /// # Errors
-    /// If it is not.
+    /// If the VMM is gone, or has given this agent up.
     pub fn check_wanted(&self) -> Result<(), JobError> {
         self.memory.current.check()?;
         if self.hooks.are_connected() { Ok(()) } else { Err(JobError::VmmGone) }
     }
 
-    /// How long it runs by now.
+    /// The time since the job started.
     pub fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
 
-    /// Changes figures.
+    /// Changes counters.
     pub fn count(&self, change: impl FnOnce(&mut Counters)) {
         change(&mut self.state().status.counters);
     }
 
-    /// Says what the guest's run state is where the job brings it.
+    /// Sets the run state that the guest has where the job brings it.
     pub fn set_guest_state(&self, run_state: RunState) {
         self.state().status.guest = Some(run_state);
     }
 
-    /// Says that the guest is here from now on: the source gave it up to this side.
+    /// Records that the guest belongs to this VMM from now on: the source has committed.
     pub fn guest_arrived(&self) {
         self.state().status.arrived = true;
     }
 
-    /// Says that the guest, of which nobody knew where it is, was resumed here by force.
+    /// Records that the guest was resumed here by force, after it was not known where it runs.
     pub fn resumed_by_force(&self) {
         let mut state = self.state();
         state.status.phase = Phase::Failed;
@@ -192,7 +191,7 @@ impl Job {
             format!("the guest was resumed here by force; before that: {}", state.status.error);
     }
 
-    /// Enters a phase, and tells the VMM and all who watch.
+    /// Enters a phase, and announces the status.
     pub fn enter(&self, phase: Phase) {
         log::info!("job {}: {}", self.id, phase.name());
         self.state().status.phase = phase;
@@ -200,7 +199,7 @@ impl Job {
         self.announce();
     }
 
-    /// Waits until the job has ended; false if it has not within `timeout`.
+    /// Waits until the job has ended. Returns false if that takes longer than `timeout`.
     pub fn wait_until_final(&self, timeout: Duration) -> bool {
         may_wait("wait for the end of a job");
         let runs = |state: &mut State| !state.status.phase.is_final();
@@ -208,18 +207,20 @@ impl Job {
         waited.unwrap_or_else(PoisonError::into_inner).0.status.phase.is_final()
     }
 
-    /// Tells the VMM and all who watch how the job stands.
+    /// Sends the status to the VMM and to all watchers.
     pub fn announce(&self) {
         self.hooks.send_status(&self.status());
         self.notify.signal();
     }
 
-    /// Says in the status what an operator should know or do while the job goes on; empty for
-    /// nothing. Whoever watches is told if it is news.
+    /// Sets the sentence of the status that tells an operator what to know or to do while the job
+    /// continues; empty for nothing. Announces the status if the sentence is new.
     pub fn note(&self, what: &str) {
         let mut state = self.state();
-        // Why a postcopy is paused is not to be lost.
-        if state.status.error == what || state.paused.is_some() || state.status.phase.is_final() {
+        let phase = state.status.phase;
+        // The reason of a pause must not be lost.
+        let is_paused = matches!(phase, Phase::PostcopyPaused | Phase::Recovering);
+        if state.status.error == what || is_paused || phase.is_final() {
             return;
         }
         what.clone_into(&mut state.status.error);
@@ -227,77 +228,38 @@ impl Job {
         self.announce();
     }
 
-    /// Says what did not succeed beside what the job is for: in the log now, and in the status once
-    /// the job has completed.
+    /// Reports a failure that does not end the job: in the log now, and in the status once the job
+    /// has completed.
     pub fn warn(&self, what: String) {
         log::warn!("job {}: {what}", self.id);
         self.state().warning = what;
     }
 
-    /// Says what is still to be sent, or to come, in postcopy.
-    pub fn set_missing(&self, missing: &Arc<HostPageSet>) {
-        self.state().missing = Some(missing.clone());
+    /// Sets the pages that are still to be sent, received, saved or restored.
+    pub fn set_remaining(&self, remaining: &Arc<HostPageSet>) {
+        self.state().remaining = Some(remaining.clone());
     }
 
-    /// A connection of a postcopy was lost, or could not be made again: it waits until somebody has
-    /// it recovered.
+    /// Pauses a postcopy that lost its connections, or could not connect again. It waits until it
+    /// is recovered.
     pub fn pause(&self, why: &JobError) {
         let why = crate::error::chain(why);
         log::error!("job {} is paused in postcopy, to be recovered: {why}", self.id);
-        let mut state = self.state();
-        state.status.error = why;
-        state.paused.get_or_insert_with(Instant::now);
-        drop(state);
+        self.state().status.error = why;
+        self.live.disconnected.start();
         self.enter(Phase::PostcopyPaused);
     }
 
-    /// The connections are back.
+    /// Continues a postcopy whose connections are back.
     pub fn unpause(&self) {
-        let mut state = self.state();
-        state.status.error.clear();
-        if let Some(since) = state.paused.take() {
-            state.status.counters.paused_us += micros(since.elapsed());
-        }
-        drop(state);
+        self.state().status.error.clear();
+        self.live.disconnected.stop();
         self.enter(Phase::Postcopy);
     }
 
-    /// Asks for the switch to postcopy after the pass that runs. False if the job is not of mode
-    /// hybrid, or past its passes.
-    pub fn request_postcopy(&self) -> bool {
-        let mut state = self.state();
-        let possible = state.options.mode == Mode::Hybrid && state.status.phase <= Phase::Passes;
-        state.switch |= possible;
-        possible
-    }
-
-    /// True if the switch to postcopy was asked for.
-    pub fn is_postcopy_requested(&self) -> bool {
-        self.state().switch
-    }
-
-    /// It goes on with what another agent began.
-    pub fn set_adopted(&self) {
-        self.state().adopted = true;
-    }
-
-    /// Refuses to have the guest run from its memory here, when that is not whole any more, or may
-    /// not be.
-    ///
-    /// # Errors
-    /// If pages were released, or an agent that began the job may have done so.
-    pub fn check_whole(&self) -> Result<(), Released> {
-        let (pages, state) = (get(&self.live.released_pages), self.state());
-        match pages {
-            0 if state.adopted && state.options.release => Err(Released::Perhaps),
-            0 => Ok(()),
-            pages => Err(Released::Pages(pages)),
-        }
-    }
-
-    /// Ends the job. A cancelled job fails in many ways, depending on where it was: users are
-    /// told that it was cancelled. Whether it was is decided here, once, together with what a
-    /// later cancel is told: a cancel that is accepted is how the job ends.
+    /// Ends the job. A cancelled job fails in many ways, depending on where it was. The status says
+    /// that it was cancelled. Whether it was is decided here, in one step with the answer to a later
+    /// cancel: if a cancel is accepted, the job ends as cancelled.
     pub fn finish(&self, outcome: Result<(), JobError>) {
         let outcome = match (self.cancel.end(), outcome) {
             (true, Err(error)) if !matches!(error, JobError::Cancelled | JobError::Panicked) => {
@@ -321,10 +283,11 @@ impl Job {
         if outcome.is_err() {
             log::error!("job {} {}: {error}", self.id, phase.name());
         }
+        self.live.disconnected.stop();
         let mut state = self.state();
         state.status.counters.total_us = micros(self.started.elapsed());
         state.status.error = error;
-        // A guest that was handed over, or perhaps was, is not this side's to change any more.
+        // The memory of a guest that was handed over, or may have been, is not changed any more.
         let here =
             self.kind == JobKind::Incoming || matches!(phase, Phase::Failed | Phase::Cancelled);
         state.frozen = state.frozen && !here;
@@ -332,44 +295,19 @@ impl Job {
         self.enter(phase);
     }
 
-    /// The options as they are now.
-    pub fn options(&self) -> OutgoingOptions {
-        self.state().options.clone()
+    /// How long the VMM may take to answer a hook: near the end of a stop, less than the operator
+    /// allows.
+    pub fn hook_timeout_in_stop(&self) -> Duration {
+        self.stop.cap_timeout(self.hook_timeout)
     }
 
-    /// How long the VMM may take to answer a hook: less than the options say near the end of a
-    /// stop.
-    pub fn hook_timeout(&self) -> Duration {
-        self.stop.cap_timeout(self.state().options.hook_timeout)
-    }
-
-    /// Changes what may be changed while it runs.
-    pub fn set_parameters(&self, new: &OutgoingOptions) {
-        let mut state = self.state();
-        let OutgoingOptions { streams, compression, mode, urgent_streams, release, resume, .. } =
-            state.options;
-        let OutgoingOptions { peer_timeout, hook_timeout, .. } = state.options;
-        let kept =
-            OutgoingOptions { streams, compression, mode, urgent_streams, release, ..new.clone() };
-        state.options = OutgoingOptions { resume, peer_timeout, hook_timeout, ..kept };
-        self.limiter.set_rate(new.bandwidth);
-    }
-
-    /// Changes the limit of the bandwidth, which is all that may be changed of a job that is no
-    /// migration.
-    pub fn set_bandwidth(&self, bandwidth: u64) {
-        self.state().options.bandwidth = bandwidth;
-        self.limiter.set_rate(bandwidth);
-    }
-
-    /// Runs a populate, whose caller holds [`GuestMemory::populating`], unless the last sync is
-    /// near, and what it marks would not be seen any more; or the memory is being restored, and is
-    /// not the VMM's to change.
+    /// Runs a populate. The caller holds [`GuestMemory::populating`].
     ///
     /// # Errors
-    /// Which of the two.
+    /// If the last sync is near or over, which would not see what the populate marks; or if the
+    /// memory is being restored, and does not belong to the VMM yet.
     pub fn populate_unless_frozen<T>(&self, populate: impl FnOnce() -> T) -> Result<T, Frozen> {
-        // Let go of before populating, which may wait: whoever asks how the job stands needs it.
+        // The populate may wait, and a query of the status needs the lock.
         let (frozen, phase) = {
             let state = self.state();
             (state.frozen, state.status.phase)
@@ -383,26 +321,25 @@ impl Job {
         }
     }
 
-    /// Refuses populates from now on, and waits for the one that is under way.
+    /// Refuses populates from now on, and waits for a populate that is running.
     pub fn freeze(&self) {
         self.state().frozen = true;
         drop(self.memory.populating());
     }
 
-    /// The same for a job that has not started yet, asked for by the only one who populates: there
-    /// is nothing to wait for.
+    /// Refuses populates from the start. Only for a job that has not started, and on the connection
+    /// that populates, so no populate is running.
     pub fn start_frozen(&self) {
         self.state().frozen = true;
     }
 
-    /// Takes populates again: the guest is here.
+    /// Accepts populates again: the guest is here.
     pub fn thaw(&self) {
         self.state().frozen = false;
     }
 }
 
-/// True if the kernel refused something since the process is gone, or has ended, whose memory it
-/// was asked for: that of the VMM.
+/// True if the kernel did not find a process: the VMM has ended, and the error is about its memory.
 fn is_of_ended_vmm(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut causes = std::iter::successors(Some(error), |error| error.source());
     causes.any(|cause| {
@@ -412,20 +349,20 @@ fn is_of_ended_vmm(error: &(dyn std::error::Error + 'static)) -> bool {
     })
 }
 
-/// A populate while a job cannot take it.
+/// Why a job refuses a populate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Frozen {
-    /// A migration, with this number.
+    /// The migration with this number.
     #[error(
         "job {0} is past its last sync, or waits for a guest: populate again when the guest runs here"
     )]
     PastLastSync(u64),
-    /// The guest left by a migration, with this number, which is in the phase of this name.
+    /// The migration with this number, in the phase with this name, has moved the guest away.
     #[error(
         "the guest is gone: job {0} ({1}) has handed it over, and its memory here is not in use any more"
     )]
     Gone(u64, &'static str),
-    /// A restore, with this number.
+    /// The restore with this number.
     #[error(
         "job {0} restores the memory: populate again once the guest runs, or the restore has failed"
     )]
@@ -433,7 +370,7 @@ pub enum Frozen {
 }
 
 impl Frozen {
-    /// Whether it is of use to try again.
+    /// The code tells the client whether it should try again.
     pub fn code(self) -> ErrorCode {
         match self {
             Self::Gone(..) => ErrorCode::Gone,
@@ -442,28 +379,15 @@ impl Frozen {
     }
 }
 
-/// The guest's memory is not whole here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Released {
-    /// This many were freed once the destination had them.
-    #[error("{0} pages of the guest were released here: its memory is not whole any more")]
-    Pages(u64),
-    /// The agent that began this is gone.
-    #[error(
-        "the agent that began this migration may have released pages of the guest here: its memory may not be whole any more"
-    )]
-    Perhaps,
-}
-
 /// A duration in whole microseconds.
 pub fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The event descriptor by which jobs wake the session.
+/// The event descriptor with which jobs wake the session.
 ///
 /// # Errors
-/// If the kernel has none.
+/// If the kernel refuses an event descriptor.
 pub fn notifier() -> std::io::Result<Arc<Event>> {
     Ok(Arc::new(Event::new()?))
 }
@@ -474,13 +398,14 @@ mod tests {
     use crate::memory::MemoryError;
     use crate::memory::copy_before_write::CaptureError;
     use crate::memory::missing_pages::PlaceError;
+    use pageferry_protocol::control::job::{OutgoingOptions, SnapshotOptions};
     use std::sync::Barrier;
 
     #[test]
     fn a_process_that_the_kernel_does_not_find_is_called_the_vmm() {
         let ended = |error: JobError| {
             let (memory, hooks) = (Arc::new(GuestMemory::default()), Arc::new(Hooks::new(None)));
-            let (options, notify) = (OutgoingOptions::default(), notifier().unwrap());
+            let (options, notify) = ((&SnapshotOptions::default()).into(), notifier().unwrap());
             let job = Job::new(1, JobKind::Snapshot, memory, hooks, options, notify).unwrap();
             job.finish(Err(error));
             job.status().error
@@ -504,7 +429,7 @@ mod tests {
     fn a_cancel_does_not_hide_that_a_thread_panicked() {
         for error in [JobError::Panicked, CaptureError::Panicked.into()] {
             let (memory, hooks) = (Arc::new(GuestMemory::default()), Arc::new(Hooks::new(None)));
-            let (options, notify) = (OutgoingOptions::default(), notifier().unwrap());
+            let (options, notify) = ((&SnapshotOptions::default()).into(), notifier().unwrap());
             let job = Job::new(1, JobKind::Snapshot, memory, hooks, options, notify).unwrap();
             job.cancel.cancel().unwrap();
             job.finish(Err(error));
@@ -524,7 +449,7 @@ mod tests {
         let (notify, start) = (notifier().unwrap(), Barrier::new(2));
         let job = |id| {
             let (memory, hooks) = (Arc::new(GuestMemory::default()), Arc::new(Hooks::new(None)));
-            let options = OutgoingOptions::default();
+            let options = (&OutgoingOptions::default()).into();
             Job::new(id, JobKind::Outgoing, memory, hooks, options, notify.clone()).unwrap()
         };
         let next = Mutex::new(Arc::new(job(0)));

@@ -40,7 +40,7 @@ impl SavedState {
     /// Has the VMM save its state. That may dirty memory, so the last sync must come after it.
     pub fn of(job: &Job) -> Result<Self, JobError> {
         let (hook_reply::SavedState { guest, pieces }, file) =
-            job.hooks.save_state(job.hook_timeout())?;
+            job.hooks.save_state(job.hook_timeout_in_stop())?;
         job.set_guest_state(guest);
         Ok(Self { guest, pieces, file })
     }
@@ -49,14 +49,14 @@ impl SavedState {
 /// A guest whose VMM was asked to pause it. The drop resumes it, unless it was handed over: if a
 /// job fails at any step, the guest continues as before.
 pub struct PausedGuest {
-    pub(crate) job: Arc<Job>,
+    job: Arc<Job>,
     /// When the VMM was asked to pause the guest.
-    pub(crate) asked: Instant,
+    asked: Instant,
     /// The run state of the guest before the pause. Counts as running until the state is saved.
     before: RunState,
     /// True while the drop must resume the guest here. False once a commit may have been sent, or
     /// the guest runs.
-    pub(crate) ours: bool,
+    ours: bool,
 }
 
 impl SavedState {
@@ -73,7 +73,7 @@ impl PausedGuest {
         // guest, and the drop must undo that.
         let (asked, before) = (Instant::now(), RunState::Running);
         let paused = Self { job: job.clone(), asked, before, ours: true };
-        job.hooks.ask(&Hook::Pause, job.hook_timeout())?;
+        job.hooks.ask(&Hook::Pause, job.hook_timeout_in_stop())?;
         job.cancel.check()?;
         Ok(paused)
     }
@@ -92,6 +92,11 @@ impl PausedGuest {
         }
     }
 
+    /// Records that a commit may be sent from now on. The guest is never resumed here again.
+    pub fn give_up(&mut self) {
+        self.ours = false;
+    }
+
     /// True while the guest can be resumed here: no commit was sent.
     pub fn is_ours(&self) -> bool {
         self.ours
@@ -102,7 +107,7 @@ impl PausedGuest {
     /// # Errors
     /// If the VMM does not resume the guest. Then the drop has asked the VMM a second time.
     pub fn resume(mut self) -> Result<(), JobError> {
-        self.job.hooks.ask(&RESUME, self.job.options().hook_timeout)?;
+        self.job.hooks.ask(&RESUME, self.job.hook_timeout)?;
         self.ours = false;
         self.count_downtime();
         Ok(())
@@ -114,7 +119,7 @@ impl Drop for PausedGuest {
         if !self.ours {
             return;
         }
-        match self.job.hooks.undo(&RESUME, self.job.options().hook_timeout) {
+        match self.job.hooks.undo(&RESUME, self.job.hook_timeout) {
             Ok(()) => {
                 log::info!("job {}: the guest is {} as before", self.job.id, self.before.name())
             }

@@ -5,7 +5,7 @@
 use super::{Backing, Block, GuestMemory};
 use crate::hooks::Hooks;
 use crate::job::{Job, notifier};
-use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
+use pageferry_protocol::control::job::{IncomingOptions, JobKind};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
 use pageferry_protocol::shm::mapping::MappedWords;
 use pageferry_protocol::userfault::{AddressRange, RegisterMode, Userfaultfd, feature};
@@ -37,9 +37,13 @@ pub(crate) fn huge(size: u64) -> Arc<Job> {
 
 /// A job of a VMM without hooks.
 pub(crate) fn job(memory: GuestMemory) -> Arc<Job> {
-    let (hooks, options) = (Arc::new(Hooks::new(None)), OutgoingOptions::default());
-    let notify = notifier().unwrap();
-    Arc::new(Job::new(1, JobKind::Incoming, Arc::new(memory), hooks, options, notify).unwrap())
+    job_of(JobKind::Incoming, Arc::new(memory))
+}
+
+/// A job of this kind, of a VMM without hooks.
+pub(crate) fn job_of(kind: JobKind, memory: Arc<GuestMemory>) -> Arc<Job> {
+    let (hooks, options) = (Arc::new(Hooks::new(None)), (&IncomingOptions::default()).into());
+    Arc::new(Job::new(1, kind, memory, hooks, options, notifier().unwrap()).unwrap())
 }
 
 pub(crate) fn memfd(length: u64) -> OwnedFd {

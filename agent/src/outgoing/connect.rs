@@ -12,6 +12,7 @@
 //! Every step must be done within `peer_timeout`.
 
 use super::compress::Compressor;
+use super::job::OutgoingJob;
 use super::sender::PageSender;
 use crate::job::{Job, JobError};
 use crate::outgoing::OutgoingError;
@@ -91,7 +92,7 @@ pub fn new_session() -> Result<SessionId, JobError> {
 }
 
 /// Connects all streams, and has the destination accept the guest.
-pub fn connect(job: &Job, target: Target, session: SessionId) -> Result<Streams, JobError> {
+pub fn connect(job: &OutgoingJob, target: Target, session: SessionId) -> Result<Streams, JobError> {
     job.enter(Phase::Connecting);
     let sockets = match target {
         Target::Socket(fd) => vec![fd],
@@ -103,19 +104,21 @@ pub fn connect(job: &Job, target: Target, session: SessionId) -> Result<Streams,
 }
 
 /// Connects all streams again, to a destination whose guest runs and whose memory is not complete.
-pub fn reconnect(job: &Job, address: &Address, session: SessionId) -> Result<Streams, JobError> {
+pub fn reconnect(
+    job: &OutgoingJob, address: &Address, session: SessionId,
+) -> Result<Streams, JobError> {
     job.cancel.clear_sockets();
     let sockets = prepare(job, dial(job, address)?)?;
     shake_hands(job, sockets, session, HELLO_RECOVER)
 }
 
-fn dial(job: &Job, address: &Address) -> Result<Vec<OwnedFd>, JobError> {
+fn dial(job: &OutgoingJob, address: &Address) -> Result<Vec<OwnedFd>, JobError> {
     let options = job.options();
     let connect = |_| address.connect(options.peer_timeout, &job.cancel);
     Ok((0..options.connections()).map(connect).collect::<Result<_, _>>()?)
 }
 
-fn prepare(job: &Job, sockets: Vec<OwnedFd>) -> Result<Vec<StreamSocket>, JobError> {
+fn prepare(job: &OutgoingJob, sockets: Vec<OwnedFd>) -> Result<Vec<StreamSocket>, JobError> {
     let timeout = job.options().peer_timeout;
     let socket = |fd: OwnedFd| {
         job.cancel.add_socket(fd.as_fd())?;
@@ -125,7 +128,7 @@ fn prepare(job: &Job, sockets: Vec<OwnedFd>) -> Result<Vec<StreamSocket>, JobErr
 }
 
 fn shake_hands(
-    job: &Job, sockets: Vec<StreamSocket>, session: SessionId, flags: u16,
+    job: &OutgoingJob, sockets: Vec<StreamSocket>, session: SessionId, flags: u16,
 ) -> Result<Streams, JobError> {
     let options = job.options();
     send_hello(job, &options, &sockets, session, flags)?;

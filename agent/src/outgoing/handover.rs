@@ -13,11 +13,12 @@
 
 use super::Migration;
 use super::connect::{Primary, SessionId};
-use crate::job::deadline::Stop;
+use super::job::OutgoingJob;
+use super::stop::Stop;
 use crate::job::pause::{PausedGuest, SavedState};
-use crate::job::{Job, JobError, add};
+use crate::job::{JobError, add};
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::job::{OutgoingOptions, RunState};
+use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::payload::{StatePart, Totals};
@@ -25,39 +26,37 @@ use pageferry_protocol::stream::record::FLAG_PAUSED;
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::os::fd::OwnedFd;
 
-impl PausedGuest {
-    /// Gives up ownership, and waits until the destination confirms that the guest is there. The
-    /// VMM keeps `session`, so that another agent can recover the migration. It is all zeroes if
-    /// there will be nothing to recover.
-    pub fn commit(&mut self, primary: &mut Primary, session: SessionId) -> Result<(), JobError> {
-        // From here on a cancel is refused. After the hook the VMM does not resume the guest by
-        // itself, even if it loses this agent.
-        self.job.cancel.commit_point()?;
-        let OutgoingOptions { release, hook_timeout, .. } = self.job.options();
-        if let Err(error) = self.job.hooks.ask(&Hook::Relinquish { session, release }, hook_timeout)
-        {
-            // No commit was sent, so the guest is still ours. The drop has the VMM resume it.
-            self.job.cancel.revert_commit_point();
-            return Err(error.into());
-        }
-        // The VMM may have given this agent up since it answered, and its operator may be about to
-        // run the guest. Nothing that waits may come between this check and the commit.
-        self.job.check_wanted()?;
-        // ---- The commit point. Nothing after it resumes the guest here.
-        self.ours = false;
-        let confirmed = self.send_commit(primary);
-        self.count_downtime();
-        confirmed.map_err(|source| JobError::Unconfirmed { source: Box::new(source) })
+/// Gives up ownership of the guest, and waits until the destination confirms that the guest is
+/// there. The VMM keeps `session`, so that another agent can recover the migration. It is all zeroes
+/// if there will be nothing to recover.
+pub fn commit(
+    job: &OutgoingJob, guest: &mut PausedGuest, primary: &mut Primary, session: SessionId,
+) -> Result<(), JobError> {
+    // From here on a cancel is refused. After the hook the VMM does not resume the guest by itself,
+    // even if it loses this agent.
+    job.cancel.commit_point()?;
+    let relinquish = Hook::Relinquish { session, release: job.options().release };
+    if let Err(error) = job.hooks.ask(&relinquish, job.hook_timeout) {
+        // No commit was sent, so the guest is still ours. The drop has the VMM resume it.
+        job.cancel.revert_commit_point();
+        return Err(error.into());
     }
+    // The VMM may have given this agent up since it answered, and its operator may be about to run
+    // the guest. Nothing that waits may come between this check and the commit.
+    job.check_wanted()?;
+    // ---- The commit point. Nothing after it resumes the guest here.
+    guest.give_up();
+    let confirmed = send_commit(job, primary);
+    guest.count_downtime();
+    confirmed.map_err(|source| JobError::Unconfirmed { source: Box::new(source) })
+}
 
-    fn send_commit(&self, primary: &mut Primary) -> Result<(), JobError> {
-        let bytes = primary.writer.write_plain(Kind::Commit, 0)?;
-        add(&self.job.live.wire_bytes, bytes);
-        // Before it answers, the destination has its VMM resume the guest, which is one hook.
-        let options = self.job.options();
-        primary.reader.set_timeout(options.peer_timeout + options.hook_timeout);
-        primary.expect(Kind::Resumed, "the destination's confirmation").map(|_| ())
-    }
+fn send_commit(job: &OutgoingJob, primary: &mut Primary) -> Result<(), JobError> {
+    let bytes = primary.writer.write_plain(Kind::Commit, 0)?;
+    add(&job.live.wire_bytes, bytes);
+    // Before it answers, the destination has its VMM resume the guest, which is one hook.
+    primary.reader.set_timeout(job.options().peer_timeout + job.hook_timeout);
+    primary.expect(Kind::Resumed, "the destination's confirmation").map(|_| ())
 }
 
 impl Migration {
@@ -152,7 +151,7 @@ impl Migration {
 
 /// Waits until the destination has compared the totals and loaded the state. That ends the deadline
 /// of the pause.
-pub fn wait_loaded(job: &Job, primary: &mut Primary, stop: &Stop) -> Result<(), JobError> {
+pub fn wait_loaded(job: &OutgoingJob, primary: &mut Primary, stop: &Stop) -> Result<(), JobError> {
     let options = job.options();
     // Before it answers, the destination compares the totals, and calls two hooks: one registers
     // the memory (in postcopy) and one loads the state.
@@ -188,29 +187,24 @@ fn read_exactly(file: &OwnedFd, buffer: &mut [u8], start: u64) -> Result<(), Job
 mod tests {
     use super::*;
     use crate::hooks::Hooks;
-    use crate::job::notifier;
+    use crate::job::{Job, notifier};
     use crate::memory::test_support::memory;
     use crate::outgoing::connect::Streams;
     use crate::outgoing::converge::Pace;
     use crate::outgoing::fixup::DirtyState;
     use crate::tracking::{TrackerChoice, Trackers};
     use crate::transport::{RecordReader, RecordWriter, StreamSocket};
-    use pageferry_protocol::control::job::JobKind;
+    use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
     use std::sync::Arc;
     use std::time::Duration;
 
     /// A migration of a guest with this many dirty pages. The measured bandwidth is 4 MiB/s.
     fn migration(pages: u64) -> Migration {
         let (memory, hooks) = (Arc::new(memory(&[pages])), Arc::new(Hooks::new(None)));
-        let job = Job::new(
-            1,
-            JobKind::Outgoing,
-            memory,
-            hooks,
-            OutgoingOptions::default(),
-            notifier().unwrap(),
-        );
-        let job = Arc::new(job.unwrap());
+        let options = OutgoingOptions::default();
+        let (common, notify) = ((&options).into(), notifier().unwrap());
+        let job = Job::new(1, JobKind::Outgoing, memory, hooks, common, notify).unwrap();
+        let job = Arc::new(OutgoingJob::new(Arc::new(job), options).unwrap());
         let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
         let socket = StreamSocket::with_stop(socket.into(), Duration::ZERO, &job.stop).unwrap();
         let primary = Primary {

@@ -4,12 +4,14 @@
 //!
 //! [`run`] runs its phases. A phase takes what the one before it returned.
 //!
+//! - [`job`]: the job, as the session and the threads see it;
 //! - [`connect`]: connects the streams, and the handshake;
 //! - [`fixup`]: syncs the trackers, and clears discarded pages (`fix-up-after-sync`);
 //! - [`pass`]: one walk of all workers over the dirty pages;
 //! - [`sender`]: reads pages and sends them in batches (`never-read` and `clear-then-read`);
 //! - [`compress`]: compresses pages, if the operator wants that;
 //! - [`converge`]: decides when to stop the guest;
+//! - [`stop`]: how long the guest may be paused for it;
 //! - [`handover`]: sends the stopped guest, with the commit point (`one-owner`);
 //! - [`postcopy`]: the guest moves first, and its memory follows;
 //! - [`error`]: why a source does not migrate its guest.
@@ -23,28 +25,31 @@ pub mod converge;
 pub mod error;
 pub mod fixup;
 pub mod handover;
+pub mod job;
 pub mod pass;
 pub mod postcopy;
 pub mod sender;
+pub mod stop;
 
 pub use error::OutgoingError;
 
 use crate::hooks::HookError;
-use crate::job::deadline::Stop;
+use crate::job::JobError;
 use crate::job::pause::PausedGuest;
-use crate::job::{Job, JobError};
 use crate::tracking::{TrackerChoice, Trackers};
 use crate::transport::Address;
 use crate::transport::TransportError;
 use connect::{SessionId, Streams, Target};
 use converge::Pace;
 use fixup::DirtyState;
-use handover::wait_loaded;
+use handover::{commit, wait_loaded};
+use job::OutgoingJob;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Mode, Phase};
 use postcopy::AlreadySent;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use stop::Stop;
 
 /// Longest delay before a wait between passes notices a request for postcopy.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -52,7 +57,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Everything that a running migration owns. [`Migration::clean_up`] leaves the VMM as it was
 /// before: trackers off, throttle off.
 struct Migration {
-    job: Arc<Job>,
+    job: Arc<OutgoingJob>,
     session: SessionId,
     /// The address of the destination, if it listens.
     address: Option<Address>,
@@ -72,12 +77,12 @@ enum After {
 }
 
 /// Migrates the guest of `job` to `target`, and ends the job.
-pub fn run(job: &Arc<Job>, target: Target, trackers: &TrackerChoice) {
+pub fn run(job: &Arc<OutgoingJob>, target: Target, trackers: &TrackerChoice) {
     let outcome = migrate(job, target, trackers);
     job.finish(outcome);
 }
 
-fn migrate(job: &Arc<Job>, target: Target, choice: &TrackerChoice) -> Result<(), JobError> {
+fn migrate(job: &Arc<OutgoingJob>, target: Target, choice: &TrackerChoice) -> Result<(), JobError> {
     let session = connect::new_session()?;
     let address = match &target {
         Target::Address(address) => Some(address.clone()),
@@ -92,7 +97,7 @@ fn migrate(job: &Arc<Job>, target: Target, choice: &TrackerChoice) -> Result<(),
 
 impl Migration {
     fn new(
-        job: &Arc<Job>, session: SessionId, address: Option<Address>, streams: Streams,
+        job: &Arc<OutgoingJob>, session: SessionId, address: Option<Address>, streams: Streams,
         choice: &TrackerChoice,
     ) -> Result<Self, JobError> {
         let options = job.options();
@@ -165,7 +170,7 @@ impl Migration {
     }
 
     fn hand_over_within(&mut self, stop: &mut Stop) -> Result<(), JobError> {
-        let mut paused = PausedGuest::pause(&self.job)?;
+        let mut paused = PausedGuest::pause(self.job.common())?;
         let state = paused.save_state()?;
         let arrives = self.run_state_there(&state);
         self.expect_state_and_pages(stop, &state);
@@ -180,12 +185,12 @@ impl Migration {
         self.job.enter(Phase::Loading);
         wait_loaded(&self.job, &mut self.streams.primary, stop)?;
         self.job.enter(Phase::Committing);
-        paused.commit(&mut self.streams.primary, SessionId::default())
+        commit(&self.job, &mut paused, &mut self.streams.primary, SessionId::default())
     }
 
     fn throttle(&mut self, percent: u32) -> Result<(), JobError> {
         self.throttled = true;
-        match self.job.hooks.ask(&Hook::Throttle { percent }, self.job.options().hook_timeout) {
+        match self.job.hooks.ask(&Hook::Throttle { percent }, self.job.hook_timeout) {
             Ok(()) => self.job.count(|counters| counters.throttle_percent = percent.into()),
             // A VMM that cannot throttle its guest is as good as one that was not asked.
             Err(error @ HookError::Refused { .. }) => log::warn!("{}", crate::error::chain(&error)),
@@ -197,7 +202,7 @@ impl Migration {
     /// Leaves the VMM as it was before. The guest itself is resumed by the drop of its
     /// [`PausedGuest`], if it still belongs here.
     fn clean_up(&mut self) {
-        let timeout = self.job.options().hook_timeout;
+        let timeout = self.job.hook_timeout;
         if std::mem::take(&mut self.throttled)
             && let Err(error) = self.job.hooks.undo(&Hook::Throttle { percent: 0 }, timeout)
         {

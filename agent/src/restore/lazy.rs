@@ -52,13 +52,13 @@ pub fn restore(
     let missing = missing_of_image(job, source)?;
     let unread = missing.try_clone()?;
     let mut registered = FaultRegistration::new(job);
-    let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
+    let uffd = job.hooks.register_faults(job.hook_timeout)?;
     guard.punch_again()?;
     // Freeing the huge pages has dropped their reservation.
     pool::reserve(&job.memory, &missing)?;
     let missing_pages =
         Arc::new(MissingPages::new(&job.memory, Arc::new(missing), uffd, false, job.live.clone())?);
-    job.set_missing(missing_pages.missing());
+    job.set_remaining(missing_pages.missing());
     job.memory.set_missing_pages(Some(missing_pages.clone()));
     missing_pages.drop_discarded(&job.memory);
     missing_pages.drop_recorded(guard.discards.since());
@@ -113,7 +113,7 @@ pub fn plan(
     check(job)?;
     let plan = WorkingSetPlan::of(&options.working_set, source, &job.memory)?;
     pool::check_available(&job.memory, &missing_of_image(job, source)?)?;
-    job.hooks.ask(&Hook::ProbeFaults, job.options().hook_timeout)?;
+    job.hooks.ask(&Hook::ProbeFaults, job.hook_timeout)?;
     Ok(plan)
 }
 

@@ -105,7 +105,7 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
 /// Asks the VMM for permission: it may have a guest that it wants to keep.
 fn ask_vmm(job: &Job, order: &RestorePlan) -> Result<(), JobError> {
     let path = order.path.to_string_lossy().into_owned();
-    job.hooks.ask(&Hook::PrepareRestore { path }, job.options().hook_timeout)?;
+    job.hooks.ask(&Hook::PrepareRestore { path }, job.hook_timeout)?;
     job.cancel.check()?;
     // The VMM has given up its guest. It must not populate memory that is about to be replaced.
     job.freeze();
@@ -137,7 +137,7 @@ impl VmmState {
     fn load(&self, job: &Job) -> Result<(), JobError> {
         job.enter(Phase::Loading);
         let hook = Hook::LoadState { pieces: self.pieces.clone() };
-        job.hooks.ask_with(&hook, &[self.file.as_fd()], job.options().hook_timeout)?;
+        job.hooks.ask_with(&hook, &[self.file.as_fd()], job.hook_timeout)?;
         Ok(())
     }
 }
@@ -154,7 +154,7 @@ fn resume_guest(job: &Job, guest: RunState, ours: &mut bool) -> Result<(), JobEr
     let resume = Hook::Resume { force: false, paused: guest.is_paused() };
     // The error says that the guest is here: "failed" alone would let an operator believe that
     // there is no guest.
-    let resumed = job.hooks.ask(&resume, job.options().hook_timeout);
+    let resumed = job.hooks.ask(&resume, job.hook_timeout);
     resumed.map_err(|source| JobError::NotResumed { source })?;
     let running = micros(job.elapsed());
     job.count(|counters| counters.running_us = running);

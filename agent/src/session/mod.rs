@@ -5,6 +5,7 @@
 //! - [`vhost_user`]: the requests of vhost-user, by which any front-end can hand over its memory;
 //! - [`native_requests`]: pageferry's requests;
 //! - [`start_jobs`]: the requests that start or recover jobs;
+//! - `session_job`: the job of a session, by its kind;
 //! - [`resume`]: resumes a guest by force after it was handed over;
 //! - [`registry`]: adds and removes blocks, and sets the dirty log;
 //! - [`shared`]: the lock by which the threads of all connections share the session;
@@ -21,13 +22,14 @@
 pub mod native_requests;
 pub mod registry;
 pub mod resume;
+mod session_job;
 pub mod shared;
 pub mod start_jobs;
 pub mod vhost_user;
 
 use crate::event::Event;
 use crate::hooks::Hooks;
-use crate::job::{Job, TooLate};
+use crate::job::{Job, RecoveryRequest, TooLate};
 use crate::memory::GuestMemory;
 use crate::session::shared::Retired;
 use crate::tracking::TrackerChoice;
@@ -35,6 +37,7 @@ use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
+use session_job::SessionJob;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -51,7 +54,7 @@ pub struct Session {
     /// The pages that changed since the last image.
     checkpoint: SharedCheckpoint,
     /// The job that runs or ran last, and its thread.
-    job: Option<(Arc<Job>, Option<JoinHandle<()>>)>,
+    job: Option<(SessionJob, Option<JoinHandle<()>>)>,
     /// The last job of the previous VMM. Operators can still query how it ended.
     previous: PreviousJob,
     /// Number of the last job; 0 if there was none.
@@ -73,13 +76,13 @@ enum PreviousJob {
     #[default]
     None,
     /// The job has not ended, and still holds its memory.
-    Ending(Arc<Job>, Option<JoinHandle<()>>),
+    Ending(SessionJob, Option<JoinHandle<()>>),
     /// The job has ended with this status.
     Ended(Box<JobStatus>),
 }
 
 impl PreviousJob {
-    fn job(&self) -> Option<&Arc<Job>> {
+    fn job(&self) -> Option<&SessionJob> {
         match self {
             Self::Ending(job, _) => Some(job),
             _ => None,
@@ -137,7 +140,7 @@ impl Session {
     /// this drops the job and its memory.
     pub fn job_changed(&mut self) {
         if let PreviousJob::Ending(job, _) = &self.previous
-            && job.status().phase.is_final()
+            && job.phase().is_final()
         {
             let ended = PreviousJob::Ended(Box::new(job.status()));
             self.forget_previous(ended);
@@ -167,21 +170,21 @@ impl Session {
     }
 
     /// The running job.
-    fn running(&self) -> Option<&Arc<Job>> {
-        self.job.as_ref().map(|(job, _)| job).filter(|job| !job.status().phase.is_final())
+    fn running(&self) -> Option<&SessionJob> {
+        self.job.as_ref().map(|(job, _)| job).filter(|job| !job.phase().is_final())
     }
 
     /// The job that an operator's request is about: the running job, or else the job of the
     /// previous VMM, if it has not ended.
-    fn operator_job(&self) -> Option<&Arc<Job>> {
-        self.running().or_else(|| self.previous.job().filter(|job| !job.status().phase.is_final()))
+    fn operator_job(&self) -> Option<&SessionJob> {
+        self.running().or_else(|| self.previous.job().filter(|job| !job.phase().is_final()))
     }
 
     /// The job that is paused in postcopy. It may be the job of the previous VMM, which still holds
     /// that VMM's memory.
-    fn paused(&self) -> Option<Arc<Job>> {
+    fn paused(&self) -> Option<SessionJob> {
         let mut jobs = self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.previous.job());
-        jobs.find(|job| job.status().phase == Phase::PostcopyPaused).cloned()
+        jobs.find(|job| job.phase() == Phase::PostcopyPaused).cloned()
     }
 
     /// Refuses to start a job while the agent is ending, or while it still has the guest of the
@@ -289,18 +292,19 @@ impl Session {
         // paused, now or later, nobody will recover it, because the agent is ending. Then it is
         // abandoned.
         for job in self.job.as_ref().map(|(job, _)| job).into_iter().chain(self.previous.job()) {
-            job.recovery.request(crate::job::RecoveryRequest::Abandon);
+            if let Some(recovery) = job.recovery() {
+                recovery.request(RecoveryRequest::Abandon);
+            }
         }
     }
 
     /// True if no job runs, also none of a previous VMM.
     pub fn is_idle(&self) -> bool {
-        self.running().is_none()
-            && self.previous.job().is_none_or(|job| job.status().phase.is_final())
+        self.running().is_none() && self.previous.job().is_none_or(|job| job.phase().is_final())
     }
 
     /// Takes the jobs whose threads have not been joined.
-    fn take_jobs(&mut self) -> Vec<(Arc<Job>, Option<JoinHandle<()>>)> {
+    fn take_jobs(&mut self) -> Vec<(SessionJob, Option<JoinHandle<()>>)> {
         let mut jobs: Vec<_> = self.job.take().into_iter().collect();
         if let PreviousJob::Ending(job, thread) = std::mem::take(&mut self.previous) {
             jobs.push((job, thread));

@@ -4,6 +4,7 @@
 //! guest by force, which have files of their own.
 
 use super::registry::NewBlock;
+use super::session_job::SessionJob;
 use super::shared::SharedSession;
 use super::{Session, check_fds, invalid, take_fds};
 use crate::job::TooLate;
@@ -320,11 +321,11 @@ impl Session {
 
     fn set_parameters(&mut self, options: &OutgoingOptions) -> Answer {
         match self.operator_job() {
-            Some(job) if matches!(job.kind, JobKind::Snapshot | JobKind::Restore) => {
-                job.set_bandwidth(options.bandwidth);
+            Some(SessionJob::Snapshot(job) | SessionJob::Restore(job)) => {
+                job.limiter.set_rate(options.bandwidth);
                 Ok(Success::Done)
             }
-            Some(job) if job.kind == JobKind::Outgoing => {
+            Some(SessionJob::Outgoing(job)) => {
                 let mode = job.options().mode;
                 if options.policy == NonConvergence::Postcopy && mode != Mode::Hybrid {
                     let sentence = format!(
@@ -343,11 +344,11 @@ impl Session {
 
     fn start_postcopy(&mut self) -> Answer {
         match self.running() {
-            Some(job) if job.kind == JobKind::Outgoing => {
+            Some(SessionJob::Outgoing(job)) => {
                 if job.request_postcopy() {
                     return Ok(Success::Done);
                 }
-                let (mode, phase) = (job.options().mode.name(), job.status().phase.name());
+                let (mode, phase) = (job.options().mode.name(), job.phase().name());
                 let sentence = format!(
                     "mode is {mode} and the phase {phase}: only mode hybrid can be switched, until its passes end"
                 );

@@ -17,9 +17,10 @@
 
 use super::Session;
 use super::native_requests::{Answer, Success};
+use super::session_job::SessionJob;
 use super::shared::SharedSession;
 use crate::hooks::Hooks;
-use crate::job::{Job, RecoveryRequest};
+use crate::job::RecoveryRequest;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{JobKind, Phase};
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
@@ -49,7 +50,7 @@ impl SharedSession {
         let asked = hooks.ask(&Hook::Resume { force, paused: false }, RESUME_TIMEOUT);
         let mut session = self.lock();
         // The VMM may be gone meanwhile, and the session may be that of the next one.
-        if session.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
+        if session.job.as_ref().is_some_and(|(own, _)| own.is(&job)) {
             session.resuming = false;
             if asked.is_ok() {
                 job.resumed_by_force();
@@ -70,11 +71,11 @@ impl SharedSession {
 impl Session {
     /// Checks that the guest may be resumed by force, and that no other request is resuming it.
     /// Returns the hooks of the VMM, and the job that handed the guest over.
-    fn begin_resume(&mut self, force: bool) -> Result<(Arc<Hooks>, Arc<Job>), RemoteError> {
+    fn begin_resume(&mut self, force: bool) -> Result<(Arc<Hooks>, SessionJob), RemoteError> {
         // Checked again: if the job was not paused at the first check, it may have released pages
         // since then.
         if force && let Some((job, _)) = &self.job {
-            check_whole(job)?;
+            check_complete(job)?;
         }
         if let Some(job) = self.paused().filter(|_| !force) {
             let sentence = format!(
@@ -88,12 +89,12 @@ impl Session {
         let refused = |sentence: &str| Err(RemoteError::new(ErrorCode::State, sentence));
         let handed_over = self.job.as_ref().map(|(job, _)| job).filter(|job| {
             job.kind == JobKind::Outgoing
-                && matches!(job.status().phase, Phase::Unconfirmed | Phase::Completed)
+                && matches!(job.phase(), Phase::Unconfirmed | Phase::Completed)
         });
         let Some(job) = handed_over.cloned() else {
             return refused("the guest was not handed over: the VMM resumes it by itself");
         };
-        if job.status().phase == Phase::Completed {
+        if job.phase() == Phase::Completed {
             return refused(
                 "the destination has confirmed that the guest is there, so it is not resumed here, also not by force; \
                  if that host is lost for good the VMM can take the guest back by itself (Client::take_by_force)",
@@ -115,14 +116,13 @@ impl Session {
 
     /// Abandons a paused outgoing postcopy. Returns its job, which is about to end; `None` if there
     /// is no such job.
-    fn abandon_paused(&mut self) -> Result<Option<Arc<Job>>, RemoteError> {
+    fn abandon_paused(&mut self) -> Result<Option<SessionJob>, RemoteError> {
         if let Some((job, _)) = &self.job {
-            check_whole(job)?;
+            check_complete(job)?;
         }
-        let Some(job) = self.paused().filter(|job| job.kind == JobKind::Outgoing) else {
-            return Ok(None);
-        };
-        if !self.job.as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, &job)) {
+        let Some(job) = self.paused() else { return Ok(None) };
+        let Some(outgoing) = job.outgoing() else { return Ok(None) };
+        if !self.job.as_ref().is_some_and(|(own, _)| own.is(&job)) {
             let sentence = format!(
                 "job {} is paused, and the VMM that handed the guest over is gone: \
                  the guest cannot be resumed here, the job can only be recovered",
@@ -130,12 +130,13 @@ impl Session {
             );
             return Err(RemoteError::new(ErrorCode::State, sentence));
         }
-        job.recovery.request(RecoveryRequest::Abandon);
+        outgoing.recovery.request(RecoveryRequest::Abandon);
         Ok(Some(job))
     }
 }
 
 /// Refuses to resume the guest if a part of its memory was released here.
-fn check_whole(job: &Job) -> Result<(), RemoteError> {
-    job.check_whole().map_err(|error| RemoteError::new(ErrorCode::State, error))
+fn check_complete(job: &SessionJob) -> Result<(), RemoteError> {
+    let checked = job.outgoing().map_or(Ok(()), |job| job.check_complete());
+    checked.map_err(|released| RemoteError::new(ErrorCode::State, released))
 }

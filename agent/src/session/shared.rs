@@ -18,9 +18,9 @@
 
 use super::Session;
 use crate::event::Event;
-use crate::job::Job;
 use crate::lock::lock;
 use crate::session::join;
+use crate::session::session_job::SessionJob;
 use crate::waiting::{NoWait, may_wait};
 use pageferry_protocol::control::role::Role;
 use std::fmt;
@@ -197,7 +197,7 @@ impl SharedSession {
 #[derive(Debug)]
 pub(super) enum Retired {
     /// A job that has ended.
-    Job(Arc<Job>, Option<JoinHandle<()>>),
+    Job(SessionJob, Option<JoinHandle<()>>),
     /// Memory that was replaced.
     Memory(Arc<crate::memory::GuestMemory>),
     /// The session of a VMM that is gone.
@@ -253,7 +253,7 @@ impl Drop for DropThread {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
+    use pageferry_protocol::control::job::{JobKind, SnapshotOptions};
     use pageferry_protocol::control::request::{BlockRange, FEATURE_FENCE, Request};
     use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
     use pageferry_protocol::shm::fence::FENCE_BYTES;
@@ -355,12 +355,14 @@ mod tests {
         let (end, ends) = channel::<()>();
         let job = {
             let mut locked = session.lock();
-            let job = locked.new_job(JobKind::Snapshot, OutgoingOptions::default()).unwrap();
-            let run = move |job: &Arc<Job>| {
+            let options = (&SnapshotOptions::default()).into();
+            let job = locked.new_job(JobKind::Snapshot, options).unwrap();
+            let running = job.clone();
+            let run = move || {
                 let _ = ends.recv();
-                job.finish(Ok(()));
+                running.finish(Ok(()));
             };
-            locked.run_job(&job, run).unwrap();
+            locked.run_job(SessionJob::Snapshot(job.clone()), run).unwrap();
             job
         };
         session.hung_up(1);

@@ -8,11 +8,14 @@
 //! repeated under the lock. The job's thread first waits for the thread of the job before it.
 
 use super::native_requests::{Answer, Success};
+use super::session_job::SessionJob;
 use super::shared::SharedSession;
 use super::{Session, check_fds, invalid};
 use crate::incoming::accept::Source;
-use crate::job::{Job, JobError, RecoveryRequest};
+use crate::incoming::job::IncomingJob;
+use crate::job::{CommonOptions, Job, JobError, RecoveryRequest};
 use crate::outgoing::connect::Target;
+use crate::outgoing::job::OutgoingJob;
 use crate::restore::RestorePlan;
 use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
 use crate::snapshot::Plan;
@@ -29,6 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 impl SharedSession {
+    /// Starts to wait for a guest.
     pub(super) fn start_incoming(
         &self, listen: &str, options: &IncomingOptions, fds: Vec<OwnedFd>,
     ) -> Answer {
@@ -41,27 +45,24 @@ impl SharedSession {
             Source::Listener(listener) => listener.address().to_owned(),
             Source::Socket(_) => listen.to_owned(),
         };
-        let IncomingOptions { resume, peer_timeout, hook_timeout } = *options;
-        let options =
-            OutgoingOptions { resume, peer_timeout, hook_timeout, ..OutgoingOptions::default() };
-        // A job may have been started while this looked up a name.
+        // Another job may have started while this looked up a name.
         let mut session = self.lock();
         session.check_can_start()?;
-        let job = session.new_job(JobKind::Incoming, options)?;
-        // The guest is not here yet, and what it will hold is not the VMM's to change.
+        let job = session.new_job(JobKind::Incoming, options.into())?;
+        let job = IncomingJob::new(job, options.clone()).map_err(no_job)?;
+        // The guest is not here yet, so the VMM must not change what it will hold.
         job.start_frozen();
         // No tracker sees what the job writes.
         session.end_checkpoint("a guest came by a migration");
-        let checkpoint = session.checkpoint.clone();
-        session.run_job(&job, move |job| {
+        let (checkpoint, job) = (session.checkpoint.clone(), Arc::new(job));
+        session.run_job(SessionJob::Incoming(job.clone()), move || {
             checkpoint.stop_idle();
-            crate::incoming::run(job, source);
+            crate::incoming::run(&job, source);
         })?;
-        let reply = JobStarted { job: job.id, address };
-        Ok(Success::Started(reply))
+        Ok(Success::Started(JobStarted { job: session.jobs, address }))
     }
 
-    /// Has the job that is paused go on; or takes up one that another agent began.
+    /// Recovers the paused job, or adopts one that another agent began.
     pub(super) fn recover(
         &self, role: Role, session: [u8; 16], address: &str, options: OutgoingOptions,
     ) -> Answer {
@@ -73,30 +74,34 @@ impl SharedSession {
         let Some(job) = paused else {
             return self.lock().adopt(role, session, given, options);
         };
-        let (id, kind) = (job.id, job.kind);
+        let id = job.id;
         let mut shown = address.to_owned();
-        let request = match (kind, given) {
-            (JobKind::Incoming, None) => {
+        let (recovery, request) = match (&job, given) {
+            (SessionJob::Incoming(_), None) => {
                 let sentence = format!(
                     "job {id} is the destination's: it listens where it did, and goes on when the source is recovered; give an address to have it listen there, too"
                 );
                 return Err(RemoteError::new(ErrorCode::State, sentence));
             }
-            (JobKind::Incoming, Some(address)) => {
+            (SessionJob::Incoming(job), Some(address)) => {
                 let listener = listen_at(&address)?;
                 listener.address().clone_into(&mut shown);
-                RecoveryRequest::Listen(listener)
+                (&job.recovery, RecoveryRequest::Listen(listener))
             }
-            (_, given) => RecoveryRequest::Connect(given),
+            (SessionJob::Outgoing(job), given) => (&job.recovery, RecoveryRequest::Connect(given)),
+            (SessionJob::Snapshot(_) | SessionJob::Restore(_), _) => {
+                let sentence = format!("job {id} is no migration");
+                return Err(RemoteError::new(ErrorCode::State, sentence));
+            }
         };
-        // The source's job leaves its pause before the answer: so who sees it paused after that
-        // knows that it is paused again.
+        // The source's job leaves its pause before the answer. If a client sees it paused after the
+        // answer, it is paused again.
         let leave = || {
-            if kind == JobKind::Outgoing {
+            if job.outgoing().is_some() {
                 job.enter(Phase::Recovering)
             }
         };
-        if !job.recovery.request_after(request, leave) {
+        if !recovery.request_after(request, leave) {
             let sentence = format!("job {id} is being recovered, or was asked to already");
             return Err(RemoteError::new(ErrorCode::Busy, sentence));
         }
@@ -105,8 +110,9 @@ impl SharedSession {
 }
 
 impl Session {
+    /// The common part of the next job.
     pub(super) fn new_job(
-        &mut self, kind: JobKind, options: OutgoingOptions,
+        &mut self, kind: JobKind, options: CommonOptions,
     ) -> Result<Arc<Job>, RemoteError> {
         let id = self.jobs + 1;
         let job = Job::new(
@@ -117,38 +123,39 @@ impl Session {
             options,
             self.notify.clone(),
         );
-        let job = job.map(|job| job.tracked_by(self.trackers.declared)).map_err(|error| {
-            RemoteError::new(ErrorCode::System, format!("cannot make a job: {error}"))
-        })?;
+        let job = job.map_err(no_job)?.tracked_by(self.trackers.declared);
         self.jobs = id;
         Ok(Arc::new(job))
     }
 
+    /// Makes `job` the job of this session, and calls `run` on a new thread.
     pub(super) fn run_job(
-        &mut self, job: &Arc<Job>, run: impl FnOnce(&Arc<Job>) + Send + 'static,
+        &mut self, job: SessionJob, run: impl FnOnce() + Send + 'static,
     ) -> Result<(), RemoteError> {
-        let (inner, before, last_vmms) =
-            (job.clone(), self.job.take(), self.previous.job().cloned());
+        let (common, before, last_vmms) =
+            (job.common().clone(), self.job.take(), self.previous.job().cloned());
         let run = move || {
-            let _ended = Ended(&inner);
-            // It has ended, and its thread is about to.
+            let _ended = Ended(&common);
+            // This job has ended, and its thread is about to end.
             if let Some((before, thread)) = before {
                 super::join(&before, thread);
             }
-            // That of the VMM before, on the same memory perhaps, was cancelled and ends by itself.
-            match last_vmms.map_or(Ok(()), |last| wait_for_end(&last, &inner)) {
-                Ok(()) => run(&inner),
-                Err(error) => inner.finish(Err(error)),
+            // The job of the VMM before was cancelled, and ends by itself. It may have the same
+            // memory.
+            match last_vmms.map_or(Ok(()), |last| wait_for_end(&last, &common)) {
+                Ok(()) => run(),
+                Err(error) => common.finish(Err(error)),
             }
         };
         let thread = std::thread::Builder::new().name(format!("job-{}", job.id)).spawn(run);
         let thread = thread.map_err(|error| {
             RemoteError::new(ErrorCode::System, format!("cannot start a thread: {error}"))
         })?;
-        self.job = Some((job.clone(), Some(thread)));
+        self.job = Some((job, Some(thread)));
         Ok(())
     }
 
+    /// Refuses a job that cannot start now.
     fn check_can_start(&self) -> Result<(), RemoteError> {
         self.check_takes_jobs()?;
         self.check_idle("a job cannot be started")?;
@@ -163,8 +170,8 @@ impl Session {
         Ok(())
     }
 
-    /// Refuses a job that relies on dirty pages while the VMM has not said who reports them: a
-    /// default would lose writes.
+    /// Refuses a job that relies on dirty pages if the VMM has declared no tracker: a default would
+    /// lose writes.
     fn check_declared(&self, what: &str, instead: &str) -> Result<(), RemoteError> {
         if self.trackers.declared.is_declared() {
             return Ok(());
@@ -176,6 +183,7 @@ impl Session {
         Err(RemoteError::new(ErrorCode::State, sentence))
     }
 
+    /// Starts to migrate the guest.
     pub(super) fn start_outgoing(
         &mut self, target: &str, options: OutgoingOptions, fds: Vec<OwnedFd>,
     ) -> Answer {
@@ -202,19 +210,19 @@ impl Session {
             Some(socket) => Target::Socket(socket),
             None => Target::Address(parse(target)?),
         };
-        let job = self.new_job(JobKind::Outgoing, options)?;
+        let job = self.new_job(JobKind::Outgoing, (&options).into())?;
+        let job = Arc::new(OutgoingJob::new(job, options).map_err(no_job)?);
         let (trackers, checkpoint) = (self.trackers.clone(), self.checkpoint.clone());
-        self.run_job(&job, move |job| {
-            // The same trackers, which start anew.
+        self.run_job(SessionJob::Outgoing(job.clone()), move || {
+            // The migration starts the same trackers anew.
             checkpoint.end("a migration asked the trackers");
             checkpoint.stop_idle();
-            crate::outgoing::run(job, destination, &trackers);
+            crate::outgoing::run(&job, destination, &trackers);
         })?;
-        let reply = JobStarted { job: job.id, address: target.to_owned() };
-        Ok(Success::Started(reply))
+        Ok(Success::Started(JobStarted { job: self.jobs, address: target.to_owned() }))
     }
 
-    /// Goes on with a migration that another agent began for this guest, and left when it died.
+    /// Continues a migration that another agent began for this guest, and left when it died.
     fn adopt(
         &mut self, role: Role, session: [u8; 16], address: Option<Address>,
         options: OutgoingOptions,
@@ -235,16 +243,14 @@ impl Session {
         let mode = if options.mode.may_postcopy() { options.mode } else { Mode::Postcopy };
         let urgent_streams = options.urgent_streams.clamp(1, MAX_STREAMS - 1);
         let streams = options.streams.min(MAX_STREAMS - urgent_streams);
-        let job = self.new_job(
-            JobKind::Outgoing,
-            OutgoingOptions { mode, streams, urgent_streams, ..options },
-        )?;
-        job.set_adopted();
-        let (id, shown) = (job.id, format!("{address:?}"));
-        self.run_job(&job, move |job| {
-            crate::outgoing::postcopy::recover::run(job, session, address)
+        let options = OutgoingOptions { mode, streams, urgent_streams, ..options };
+        let job = self.new_job(JobKind::Outgoing, (&options).into())?;
+        let job = Arc::new(OutgoingJob::adopted(job, options).map_err(no_job)?);
+        let shown = format!("{address:?}");
+        self.run_job(SessionJob::Outgoing(job.clone()), move || {
+            crate::outgoing::postcopy::recover::run(&job, session, address)
         })?;
-        Ok(Success::Started(JobStarted { job: id, address: shown }))
+        Ok(Success::Started(JobStarted { job: self.jobs, address: shown }))
     }
 
     /// Starts to save the guest.
@@ -264,13 +270,11 @@ impl Session {
         if options.track {
             self.check_declared("track", without)?;
         }
-        let SnapshotOptions { bandwidth, hook_timeout, .. } = options;
-        let job = OutgoingOptions { bandwidth, hook_timeout, ..OutgoingOptions::default() };
-        let job = self.new_job(JobKind::Snapshot, job)?;
+        let job = self.new_job(JobKind::Snapshot, (&options).into())?;
         let (trackers, checkpoint) = (self.trackers.clone(), self.checkpoint.clone());
         let reply = JobStarted { job: job.id, address: path.clone() };
         let plan = Plan { path: path.into(), options, trackers, checkpoint };
-        self.run_job(&job, move |job| crate::snapshot::run(job, &plan))?;
+        self.run_job(SessionJob::Snapshot(job.clone()), move || crate::snapshot::run(&job, &plan))?;
         Ok(Success::Started(reply))
     }
 
@@ -284,13 +288,10 @@ impl Session {
         if !options.working_set.is_empty() {
             check_path("working_set", &options.working_set)?;
         }
-        let RestoreOptions { resume, hook_timeout, bandwidth, .. } = options;
-        let given =
-            OutgoingOptions { resume, hook_timeout, bandwidth, ..OutgoingOptions::default() };
-        let job = self.new_job(JobKind::Restore, given)?;
+        let job = self.new_job(JobKind::Restore, (&options).into())?;
         let asks_first = role == Role::Operator;
         if !asks_first {
-            // The guest is not here yet, and what it will hold is not the VMM's to change.
+            // The guest is not here yet, so the VMM must not change what it will hold.
             job.start_frozen();
         }
         let before = match asks_first {
@@ -306,15 +307,14 @@ impl Session {
             record_discards: before,
             checkpoint: self.checkpoint.clone(),
         };
-        self.run_job(&job, move |job| crate::restore::run(job, &order))?;
-        let reply = JobStarted { job: job.id, address: path.to_owned() };
-        Ok(Success::Started(reply))
+        self.run_job(SessionJob::Restore(job.clone()), move || crate::restore::run(&job, &order))?;
+        Ok(Success::Started(JobStarted { job: self.jobs, address: path.to_owned() }))
     }
 }
 
-/// Waits until the job `last` has ended, for the next one.
+/// Waits for the job `last` to end, before the job `next` runs.
 fn wait_for_end(last: &Job, next: &Job) -> Result<(), JobError> {
-    /// Time between two looks whether the next was cancelled meanwhile.
+    /// Time between two checks whether the next job was cancelled.
     const LOOK: Duration = Duration::from_millis(50);
     while !last.wait_until_final(LOOK) {
         next.cancel.check()?;
@@ -322,21 +322,26 @@ fn wait_for_end(last: &Job, next: &Job) -> Result<(), JobError> {
     Ok(())
 }
 
-/// A job that panics has ended, too: on drop, if it has not said so itself.
+/// Ends a job whose thread panicked: on drop, if the job has not ended.
 struct Ended<'a>(&'a Job);
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
-        if !self.0.status().phase.is_final() {
+        if !self.0.phase().is_final() {
             self.0.finish(Err(JobError::Panicked));
         }
     }
 }
 
-/// The socket that came for the address `fd`; none for any other address, with which none may come.
+/// The socket that came with the address `fd`. Refuses a socket with any other address.
 fn socket_of(address: &str, fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>, RemoteError> {
     check_fds("start", &fds, usize::from(address == "fd"))?;
     fds.into_iter().next().map(check_socket).transpose().map_err(|error| invalid(&error))
+}
+
+/// A refusal because the kernel has no descriptors for a job.
+fn no_job(error: std::io::Error) -> RemoteError {
+    RemoteError::new(ErrorCode::System, format!("cannot make a job: {error}"))
 }
 
 fn parse(address: &str) -> Result<Address, RemoteError> {
@@ -349,7 +354,7 @@ fn listen_at(address: &Address) -> Result<Listener, RemoteError> {
         .map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))
 }
 
-/// Refuses a path that means one file here and another where it was written.
+/// Refuses a relative path: it would be another file here than for the sender.
 fn check_path(field: &str, path: &str) -> Result<(), RemoteError> {
     if path.starts_with('/') && !path.contains('\0') {
         return Ok(());

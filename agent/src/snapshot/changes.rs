@@ -107,7 +107,7 @@ impl Changes {
             }
             other => {
                 let ended = if let State::Ended(why) = other { Some(why) } else { None };
-                let timeout = job.options().hook_timeout;
+                let timeout = job.hook_timeout;
                 tracked(
                     Trackers::new(&plan.trackers, &job.hooks, timeout, &job.stop),
                     false,

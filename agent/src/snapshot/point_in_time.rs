@@ -41,7 +41,7 @@ impl PointInTime {
             writer.clone(),
             job.live.clone(),
         ));
-        job.set_missing(pending);
+        job.set_remaining(pending);
         // From here on no fault that was read before is being handled: it would remove protection
         // that is set below.
         let mut mode = watch.map(WriteWatch::hold_faults);

@@ -144,7 +144,7 @@ impl WriteWatch {
         let ahead = ahead.collect::<Result<_, _>>()?;
         let stop = Event::new().map_err(JobError::from_io("create an event descriptor"))?;
         let end = stop.try_clone().map_err(JobError::from_io("duplicate an event descriptor"))?;
-        let timeout = job.options().hook_timeout;
+        let timeout = job.hook_timeout;
         let undo = UnwatchOnDrop { job, armed: true };
         let uffd: Userfaultfd = job.hooks.watch_writes(timeout)?.into();
         let protection = Arc::new(Protection { uffd, mappings: Mappings::of(&job.memory) });
@@ -237,7 +237,7 @@ impl WriteWatch {
             return Ok(());
         }
         self.job.memory.set_discard_observer(None);
-        let unwatched = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout);
+        let unwatched = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.hook_timeout);
         // The VMM could not unregister its mappings, and in a moment nobody handles faults, so the
         // protection must go. But not if the VMM has given this agent up: then it has unregistered
         // the mappings already, and what is protected now was protected by the next agent.
@@ -282,8 +282,7 @@ impl UnwatchOnDrop<'_> {
 impl Drop for UnwatchOnDrop<'_> {
     fn drop(&mut self) {
         if self.armed
-            && let Err(error) =
-                self.job.hooks.undo(&Hook::UnwatchWrites, self.job.options().hook_timeout)
+            && let Err(error) = self.job.hooks.undo(&Hook::UnwatchWrites, self.job.hook_timeout)
         {
             log::debug!("{}", crate::error::chain(&error));
         }

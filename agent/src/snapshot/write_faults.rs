@@ -94,7 +94,7 @@ pub fn start(
     let writer = writer_thread
         .spawn(move || run_writer(to_put, &give_back))
         .map_err(JobError::from_io("start a thread"))?;
-    let buffers = Buffers { pools, of_block, captured, limit: job.options().hook_timeout };
+    let buffers = Buffers { pools, of_block, captured, limit: job.hook_timeout };
     let fault_thread = fault_thread.spawn(move || {
         run_faults(&job, &shared, &stop, &buffers);
         drop(buffers);

@@ -3,15 +3,18 @@
 //! The counters of a running job, which several threads update at once.
 //!
 //! - [`latency`]: a histogram of the time that faults wait;
+//! - [`stopwatch`]: the time that something lasts;
 //! - this file: the plain counters.
 
 pub mod latency;
+pub mod stopwatch;
 
 use latency::Latency;
 use pageferry_protocol::control::job::Counters;
 use std::sync::atomic::{AtomicU64, Ordering};
+use stopwatch::Stopwatch;
 
-/// The counters of a running job. All are relaxed atomics: they order no other memory.
+/// The counters of a running job. The numbers are relaxed atomics: they order no other memory.
 #[derive(Debug, Default)]
 pub struct LiveCounters {
     /// See [`Counters::pages_sent`].
@@ -46,6 +49,8 @@ pub struct LiveCounters {
     pub working_set_pages: AtomicU64,
     /// The time that faults waited.
     pub latency: Latency,
+    /// See [`Counters::paused_us`].
+    pub disconnected: Stopwatch,
 }
 
 impl LiveCounters {
@@ -71,6 +76,7 @@ impl LiveCounters {
         counters.fault_p90_us = p90;
         counters.fault_p99_us = p99;
         counters.fault_max_us = max;
+        counters.paused_us = self.disconnected.micros();
     }
 }
 

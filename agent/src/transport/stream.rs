@@ -437,7 +437,7 @@ impl RecordReader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::deadline::Stop;
+    use crate::outgoing::stop::Stop;
     use pageferry_protocol::control::job::OutgoingOptions;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;

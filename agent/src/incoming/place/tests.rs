@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use super::*;
-use crate::hooks::Hooks;
+use crate::memory::test_support::job_of;
 use crate::memory::{Backing, GuestMemory};
-use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
+use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable};
 use pageferry_protocol::stream::Kind;
@@ -29,9 +29,7 @@ fn memory_on(kind: impl FnOnce(Backing) -> Backing) -> Arc<GuestMemory> {
 }
 
 fn job(memory: &Arc<GuestMemory>) -> Arc<Job> {
-    let (hooks, notify) = (Arc::new(Hooks::new(None)), crate::job::notifier().unwrap());
-    let options = OutgoingOptions::default();
-    Arc::new(Job::new(1, JobKind::Incoming, memory.clone(), hooks, options, notify).unwrap())
+    job_of(JobKind::Incoming, memory.clone())
 }
 
 fn header(kind: Kind, bytes: usize) -> RecordHeader {

@@ -24,10 +24,11 @@ pub mod page_receiver;
 pub mod recover;
 
 use super::accept::Accepted;
+use super::job::IncomingJob;
 use super::place::Remaining;
 use super::receive::Received;
 use super::{load, take_ownership};
-use crate::job::{Job, JobError};
+use crate::job::JobError;
 use crate::memory::missing_pages::MissingPages;
 use crate::memory::pool;
 use crate::missing_faults::{FaultRegistration, StopEvent, handle_faults};
@@ -40,7 +41,7 @@ use std::sync::Arc;
 
 /// A guest that runs or is about to run, and whose memory is not complete.
 pub struct PostcopyGuest {
-    job: Arc<Job>,
+    job: Arc<IncomingJob>,
     missing_pages: Arc<MissingPages>,
     session: [u8; 16],
     /// The addresses at which the source may connect again.
@@ -52,11 +53,11 @@ pub struct PostcopyGuest {
 
 /// Resumes the guest, or leaves it paused, as `guest_is` says, and receives its missing memory.
 pub fn receive_guest_first(
-    job: &Arc<Job>, accepted: &mut Accepted, listener: Option<Listener>, remaining: Remaining,
-    received: Received, guest_is: RunState,
+    job: &Arc<IncomingJob>, accepted: &mut Accepted, listener: Option<Listener>,
+    remaining: Remaining, received: Received, guest_is: RunState,
 ) -> Result<(), JobError> {
-    let mut registered = FaultRegistration::new(job);
-    let uffd = job.hooks.register_faults(job.options().hook_timeout)?;
+    let mut registered = FaultRegistration::new(job.common());
+    let uffd = job.hooks.register_faults(job.hook_timeout)?;
     remaining.make_holes(&job.memory)?;
     // After the punch, because a hole has no reservation. If this fails, the guest is still the
     // source's, which resumes it.
@@ -69,7 +70,7 @@ pub fn receive_guest_first(
         job.live.clone(),
     );
     let missing_pages = Arc::new(missing_pages?);
-    job.set_missing(missing_pages.missing());
+    job.set_remaining(missing_pages.missing());
     job.memory.set_missing_pages(Some(missing_pages.clone()));
     missing_pages.drop_recorded(remaining.given_back.recorded());
     drop(remaining.given_back);

@@ -11,9 +11,10 @@
 
 use super::super::accept::Accepted;
 use super::super::decompress::Decompressor;
+use super::super::job::IncomingJob;
 use super::assembly::{Assembly, CompleteHostPage};
 use crate::incoming::IncomingError;
-use crate::job::{Job, JobError, add};
+use crate::job::{JobError, add};
 use crate::lock::lock;
 use crate::memory::Block;
 use crate::memory::MemoryError;
@@ -38,7 +39,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// Receives pages on one set of connections.
 pub struct PageReceiver<'a> {
-    job: &'a Job,
+    job: &'a IncomingJob,
     missing_pages: &'a MissingPages,
     readers: &'a mut [RecordReader],
     urgent: &'a mut [RecordReader],
@@ -50,7 +51,7 @@ pub struct PageReceiver<'a> {
 
 /// What the threads of one set of connections share.
 struct StreamGroup<'a> {
-    job: &'a Job,
+    job: &'a IncomingJob,
     missing_pages: &'a MissingPages,
     features: u64,
     /// The source wants to know what was placed. A recovered source may want another answer.
@@ -106,7 +107,9 @@ impl StreamGroup<'_> {
 
 impl<'a> PageReceiver<'a> {
     /// Receives on the streams of `accepted`.
-    pub fn new(job: &'a Job, missing_pages: &'a MissingPages, accepted: &'a mut Accepted) -> Self {
+    pub fn new(
+        job: &'a IncomingJob, missing_pages: &'a MissingPages, accepted: &'a mut Accepted,
+    ) -> Self {
         let sockets = accepted.sockets();
         let Accepted { readers, urgent, writer, features, acknowledge, .. } = accepted;
         let (features, acknowledge) = (*features, *acknowledge);
@@ -157,7 +160,7 @@ impl<'a> PageReceiver<'a> {
                     scope.spawn(move || {
                         crate::priority::lower();
                         limit_receive_queue(reader.socket().as_fd());
-                        reader.set_timeout(group.job.options().peer_timeout);
+                        reader.set_timeout(group.job.options.peer_timeout);
                         group.check(Stream::new(group, index, false).run(reader));
                     });
                 }
@@ -177,7 +180,7 @@ impl<'a> PageReceiver<'a> {
 fn report_until_complete(
     group: &StreamGroup<'_>, writer: &RecordWriter, streams: usize,
 ) -> Result<(), JobError> {
-    let timeout = group.job.options().peer_timeout;
+    let timeout = group.job.options.peer_timeout;
     let mut due: Option<Instant> = None;
     loop {
         group.missing_pages.event().reset();
@@ -373,10 +376,10 @@ fn placer<'a>(
 ///
 /// # Errors
 /// If the source may not know that all memory is here.
-pub fn send_complete(job: &Job, accepted: &mut Accepted) -> Result<(), JobError> {
+pub fn send_complete(job: &IncomingJob, accepted: &mut Accepted) -> Result<(), JobError> {
     accepted.writer.write_plain(Kind::Complete, 0)?;
     let primary = &mut accepted.readers[0];
-    primary.set_timeout(job.options().peer_timeout);
+    primary.set_timeout(job.options.peer_timeout);
     let record = primary.read()?;
     match record.kind {
         Kind::Complete => Ok(()),

@@ -112,7 +112,7 @@ impl PostcopyGuest {
     /// Tells the source that all memory is here: the guest does not need it any more. If the source
     /// cannot be told, it has `peer_timeout` to connect again and ask.
     pub(super) fn finish_with_source(&self, accepted: &mut Accepted) {
-        let until = Instant::now() + self.job.options().peer_timeout;
+        let until = Instant::now() + self.job.options.peer_timeout;
         let mut outcome = send_complete(&self.job, accepted);
         while let Err(error) = outcome {
             log::warn!(

@@ -22,9 +22,9 @@ pub mod recover;
 pub mod remaining;
 
 use super::Migration;
-use super::handover::wait_loaded;
+use super::handover::{commit, wait_loaded};
+use super::stop::Stop;
 use crate::job::JobError;
-use crate::job::deadline::Stop;
 use crate::job::pause::PausedGuest;
 use crate::memory::host_page_set::HostPageSet;
 use page_sender::PostcopySource;
@@ -45,7 +45,7 @@ impl Migration {
         self.job.enter(Phase::Stopping);
         self.job.freeze();
         let mut stop = Stop::begin(&self.job.stop, &self.job.options());
-        let mut paused = PausedGuest::pause(&self.job)?;
+        let mut paused = PausedGuest::pause(self.job.common())?;
         let missing = self
             .send_state_and_remaining(&mut paused, since, &mut stop)
             .map_err(|error| stop.explain(error))?;
@@ -57,7 +57,7 @@ impl Migration {
             source.job.enter(Phase::Loading);
             wait_loaded(&source.job, primary, &stop)?;
             source.job.enter(Phase::Committing);
-            paused.commit(primary, source.session)?;
+            commit(&source.job, &mut paused, primary, source.session)?;
             confirmed = true;
             // ---- Past the commit point: the guest may run at the destination, and its missing
             // pages are here.

@@ -19,9 +19,10 @@
 //! If one stream fails, all end: connections are lost and made again together.
 
 use super::super::connect::{ERROR_EXCHANGE_TIMEOUT, Primary, SessionId, Streams, Urgent};
+use super::super::job::OutgoingJob;
 use super::super::sender::{PageSender, PassView};
 use crate::event::Event;
-use crate::job::{Job, JobError, add};
+use crate::job::{JobError, add};
 use crate::lock::lock;
 use crate::memory::Block;
 use crate::memory::MemoryError;
@@ -48,7 +49,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// The source of a guest that runs at the destination, or is about to.
 #[derive(Debug)]
 pub struct PostcopySource {
-    pub(super) job: Arc<Job>,
+    pub(super) job: Arc<OutgoingJob>,
     pub(super) session: SessionId,
     /// The address of the destination.
     pub(super) address: Option<Address>,
@@ -122,11 +123,11 @@ impl PostcopySource {
     /// A source for a destination that is missing `missing`. `kept` has the pages that the
     /// destination may need again after a lost connection, if that is known.
     pub fn new(
-        job: &Arc<Job>, session: SessionId, address: Option<Address>, missing: HostPageSet,
+        job: &Arc<OutgoingJob>, session: SessionId, address: Option<Address>, missing: HostPageSet,
         kept: Option<HostPageSet>,
     ) -> Self {
         let missing = Arc::new(missing);
-        job.set_missing(&missing);
+        job.set_remaining(&missing);
         Self {
             job: job.clone(),
             session,

@@ -13,8 +13,9 @@
 //! the job is paused again.
 
 use super::super::connect::{SessionId, Streams, reconnect};
+use super::super::job::OutgoingJob;
 use super::page_sender::PostcopySource;
-use crate::job::{Job, JobError, RecoveryRequest};
+use crate::job::{JobError, RecoveryRequest};
 use crate::memory::host_page_set::HostPageSet;
 use crate::outgoing::OutgoingError;
 use crate::transport::Address;
@@ -32,12 +33,12 @@ use std::time::{Duration, Instant};
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// Continues a migration that another agent began, and ends the job.
-pub fn run(job: &Arc<Job>, session: SessionId, address: Address) {
+pub fn run(job: &Arc<OutgoingJob>, session: SessionId, address: Address) {
     let outcome = adopt(job, session, address);
     job.finish(outcome);
 }
 
-fn adopt(job: &Arc<Job>, session: SessionId, address: Address) -> Result<(), JobError> {
+fn adopt(job: &Arc<OutgoingJob>, session: SessionId, address: Address) -> Result<(), JobError> {
     // The guest was handed over before this job began.
     job.freeze();
     job.cancel.commit_point()?;
@@ -115,7 +116,7 @@ impl PostcopySource {
             }
         }
         self.release_received()?;
-        self.job.set_missing(&self.missing);
+        self.job.set_remaining(&self.missing);
         self.job.unpause();
         self.serve(&mut streams, |_| Ok(()))
     }

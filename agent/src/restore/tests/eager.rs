@@ -254,7 +254,7 @@ fn discards_and_frees_during_an_eager_restore_stay_holes() {
             let range = BlockRange { block: 0, offset: first * PAGE_SIZE, length: 100 * PAGE_SIZE };
             assert_eq!(ram.memory.free(&[range]).unwrap(), 100);
         }
-        job.set_bandwidth(0);
+        job.limiter.set_rate(0);
         restoring.join().unwrap();
     });
     assert_eq!(job.status().phase, Phase::Completed);

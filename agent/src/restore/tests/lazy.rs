@@ -80,7 +80,7 @@ fn faults_are_answered_from_the_state_load_on() {
                 scope.spawn(move || scattered(at).take(300).for_each(|page| expect(ram, at, page)));
             }
         });
-        job.set_bandwidth(0);
+        job.limiter.set_rate(0);
         restoring.join().unwrap();
     });
     let status = job.status();
@@ -172,7 +172,7 @@ fn discards_and_frees_of_missing_pages_stay_holes() {
         assert_eq!(ram.touch(0, 350), 0);
         let range = BlockRange { offset: 350 * PAGE_SIZE, ..range };
         ram.memory.free(&[range]).unwrap();
-        job.set_bandwidth(0);
+        job.limiter.set_rate(0);
         restoring.join().unwrap();
     });
     assert_eq!(job.status().phase, Phase::Completed);
@@ -310,7 +310,7 @@ fn a_cancel_is_accepted_only_before_the_guest_runs() {
         assert!(job.cancel.cancel().is_err());
         // The guest may populate memory.
         job.populate_unless_frozen(|| ()).unwrap();
-        job.set_bandwidth(0);
+        job.limiter.set_rate(0);
         restoring.join().unwrap();
     });
     assert_eq!(job.status().phase, Phase::Completed);
@@ -350,15 +350,14 @@ fn a_late_resume_does_not_lose_the_memory() {
                     }
                     // The agent does not wait for the answer any more.
                     (1900..1910).for_each(|page| assert_eq!(ram.touch(0, page), word_of(0, page)));
-                    job.set_bandwidth(0);
+                    job.limiter.set_rate(0);
                 }
                 Hook::UnregisterFaults { complete } => ended.send(*complete).unwrap(),
                 _ => {}
             }
             Ok(())
         });
-        let options =
-            OutgoingOptions { bandwidth: 1 << 20, hook_timeout, ..OutgoingOptions::default() };
+        let options = CommonOptions { bandwidth: 1 << 20, hook_timeout };
         let job = job_with(&ram, &vmm, options);
         shared.set(job.clone()).unwrap();
         let order = RestorePlan {

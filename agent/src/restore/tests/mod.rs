@@ -11,6 +11,7 @@ use super::*;
 use crate::hooks::Hooks;
 use crate::image::ImageWriter;
 use crate::image::writer::{Base, ImageMetadata};
+use crate::job::CommonOptions;
 use crate::memory::PageBuffer;
 use crate::memory::test_support::has_userfaultfd;
 use crate::memory::{Backing, Block, GuestMemory};
@@ -18,7 +19,7 @@ use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
 use pageferry_protocol::control::FrameSocket;
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::hook_reply::encode_hook_reply;
-use pageferry_protocol::control::job::{JobKind, JobStatus, OutgoingOptions};
+use pageferry_protocol::control::job::{JobKind, JobStatus};
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
@@ -311,10 +312,10 @@ fn unregister(ram: &Ram, registered: Option<Userfaultfd>) -> Option<Userfaultfd>
 }
 
 fn new_job(ram: &Ram, vmm: &Vmm, bandwidth: u64) -> Arc<Job> {
-    job_with(ram, vmm, OutgoingOptions { bandwidth, ..OutgoingOptions::default() })
+    job_with(ram, vmm, CommonOptions { bandwidth, hook_timeout: Duration::from_secs(10) })
 }
 
-fn job_with(ram: &Ram, vmm: &Vmm, options: OutgoingOptions) -> Arc<Job> {
+fn job_with(ram: &Ram, vmm: &Vmm, options: CommonOptions) -> Arc<Job> {
     let notify = crate::job::notifier().unwrap();
     let job = Job::new(1, JobKind::Restore, ram.memory.clone(), vmm.hooks.clone(), options, notify)
         .unwrap();
